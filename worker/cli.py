@@ -1,0 +1,261 @@
+"""`gradcam`: demo | worker | explain | submit | status | networks | doctor.
+
+Exit codes: 0 all is well, 1 something failed (and what, on standard error), 2 wrong usage.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from worker import __version__, terminal
+from worker.contract import Job, StatusDocument
+from worker.errors import GradcamError
+from worker.gradcam.catalog import CATALOG
+from worker.settings import Settings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+DEFAULT_NETWORK = "efficientnet_lite0"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; a user's error is a sentence, never a traceback."""
+    try:
+        return int(gradcam.main(arguments, standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        terminal.err.print("Stopped.")
+        return 130
+    except GradcamError as error:
+        terminal.err.print(f"[red]Error[/] ({error.code}): ", end="")
+        terminal.err.print(str(error), markup=False)
+    except ModuleNotFoundError as error:
+        terminal.err.print(f"[red]Error[/]: {error.name} is not installed. ", end="")
+        terminal.err.print("This needs a worker: pip install 'gradcam-worker[cpu]'", markup=False)
+    return 1
+
+
+def _wish(command: Command) -> Command:
+    """The options that say what to explain, the same for every command that takes them."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines."),
+        click.option("--classes", metavar="A,B,...", help="Ids, wnids or names, instead of --top-n."),
+        click.option("--top-n", type=click.IntRange(1, 1000), help="The n most probable classes. [3]"),
+        click.option("--network", default=DEFAULT_NETWORK, show_default=True, help="See `gradcam networks`."),
+    ):
+        command = option(command)
+    return command
+
+
+def _target(top_n: int | None, classes: str | None) -> dict[str, Any]:
+    if top_n and classes:
+        message = "give --top-n or --classes, not both"
+        raise click.UsageError(message)
+    if classes is None:
+        return {"top_n": top_n or 3}
+    return {"classes": [part.strip() for part in classes.split(",") if part.strip()]}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gradcam")
+def gradcam() -> None:
+    """Explain image classifiers with Grad-CAM: on this machine, or through a queue.
+
+    Settings are environment variables, GRADCAM_*; `gradcam doctor` says whether they work.
+    """
+
+
+@gradcam.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default="gradcam-demo")
+def demo(folder: Path) -> int:
+    """Explain five photos through a real queue, a real worker and a real object store.
+
+    Everything runs on this machine and is stopped in the end. Results go to FOLDER.
+
+    \b
+    Example:
+      gradcam demo
+    """
+    from worker.demo import run
+
+    return run(folder)
+
+
+@gradcam.command()
+@click.option("--unsupervised", is_flag=True, help="Take jobs in this very process.")
+@click.option("--tethered", is_flag=True, hidden=True)
+def worker(*, unsupervised: bool, tethered: bool) -> int:
+    """Take jobs until stopped; start again whatever dies unasked.
+
+    SIGTERM or Ctrl-C finishes what is running; a second one stops at once.
+
+    \b
+    Example:
+      GRADCAM_BROKER_URL=redis://queue:6379/0 GRADCAM_OUTPUT=s3://out/cams gradcam worker
+    """
+    settings = Settings.from_environment()
+    if unsupervised:
+        from worker import tasks
+
+        return tasks.run(settings, tethered=tethered)
+    from worker.supervisor import Supervisor
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return Supervisor(settings).run()
+
+
+@gradcam.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@_wish
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="explained",
+    show_default=True,
+    help="Where results go, a folder for each image.",
+)
+def explain(
+    images: tuple[Path, ...], network: str, top_n: int | None, classes: str | None, output: Path, *, as_json: bool
+) -> int:
+    """Explain IMAGES here and now: no queue, no servers.
+
+    \b
+    Examples:
+      gradcam explain cat.jpg
+      gradcam explain *.jpg --network vgg16 --top-n 5 -o out
+      gradcam explain pier.jpg --classes pier,dock,460
+    """
+    from worker.local import explain_files
+
+    target = _target(top_n, classes)
+    return explain_files(images, network, target, output, Settings.from_environment(), as_json=as_json)
+
+
+@gradcam.command()
+@click.argument("uri")
+@_wish
+@click.option("--wait/--no-wait", default=False, help="Wait until the job has ended, and show the result.")
+@click.option("--timeout", "timeout_s", default=120.0, show_default=True, help="Seconds to wait.")
+@click.option("--key", "idempotency_key", help="Idempotency key: the same key never runs twice.")
+def submit(
+    uri: str,
+    network: str,
+    top_n: int | None,
+    classes: str | None,
+    timeout_s: float,
+    idempotency_key: str | None,
+    *,
+    wait: bool,
+    as_json: bool,
+) -> int:
+    """Queue the image at URI for a worker.
+
+    \b
+    Examples:
+      gradcam submit s3://photos/cat.jpg --top-n 3 --wait
+      gradcam submit s3://photos/pier.jpg --network vgg16 --classes pier,dock
+    """
+    from worker.client import GradcamClient
+
+    target = _target(top_n, classes)
+    fields = {"image": uri, "network": network, "target": target, "idempotency_key": idempotency_key}
+    job = Job.parse(fields)
+    client = GradcamClient(settings=Settings.from_environment())
+    job_id = client.submit(job)
+    if not wait:
+        terminal.print_json({"id": job_id}) if as_json else terminal.out.print(job_id)
+        return 0
+    with terminal.err.status(f"waiting for job {job_id}"):
+        document = client.wait(job_id, timeout_s)
+    return _shown(document, as_json=as_json)
+
+
+@gradcam.command()
+@click.argument("job_id")
+@click.option("--json", "as_json", is_flag=True, help="Print the status document as JSON.")
+def status(job_id: str, *, as_json: bool) -> int:
+    """Show what has become of a job. Exit code 1 where it failed.
+
+    \b
+    Example:
+      gradcam status 01a2062b-306e-7164-a139-13398da125f6
+    """
+    from worker.client import GradcamClient
+
+    return _shown(GradcamClient(settings=Settings.from_environment()).status(job_id), as_json=as_json)
+
+
+def _shown(document: StatusDocument, *, as_json: bool) -> int:
+    if as_json:
+        terminal.print_json(document.model_dump(mode="json"))
+    else:
+        terminal.show(document)
+    return 1 if document.final and document.status != "succeeded" else 0
+
+
+@gradcam.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+def networks(*, as_json: bool) -> int:
+    """List the networks that a job can name, and where their weights are.
+
+    \b
+    Example:
+      gradcam networks
+    """
+    from worker.gradcam.weights import where
+
+    directory = Settings.from_environment().weights_dir
+    rows = [
+        {
+            "name": row.name,
+            "input_size": row.input_size,
+            "layer": row.target_layer,
+            "map_size": row.map_size,
+            "preprocessing": row.preprocessing.name,
+            "parameters": row.parameters,
+            "weights": str(where(row, directory) or "Keras's own download"),
+        }
+        for row in CATALOG.values()
+    ]
+    if as_json:
+        terminal.print_json(rows)
+        return 0
+    table = terminal.table("network", "input", "target layer", "map", "parameters", "weights", numbers=("parameters",))
+    for row, line in zip(CATALOG.values(), rows, strict=True):
+        sizes = ["x".join(map(str, size)) for size in (row.input_size, row.map_size)]
+        millions = f"{row.parameters / 1e6:.1f} M"
+        table.add_row(row.name, sizes[0], row.target_layer, sizes[1], millions, str(line["weights"]))
+    terminal.out.print(table)
+    return 0
+
+
+@gradcam.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+def doctor(*, as_json: bool) -> int:
+    """Check broker, ledger, storage, weights and device, and say what to fix.
+
+    \b
+    Example:
+      gradcam doctor
+    """
+    from worker.doctor import examine
+
+    findings = []
+    for finding in examine(Settings.from_environment()):
+        findings.append(finding)
+        if not as_json:
+            mark = "[green]ok  [/]" if finding.well else "[red]FAIL[/]"
+            terminal.out.print(f"{mark} {finding.what}: ", end="")
+            terminal.out.print(finding.detail, markup=False, soft_wrap=True)
+            if finding.fix and not finding.well:
+                terminal.out.print(f"     {finding.fix}", markup=False, soft_wrap=True)
+    if as_json:
+        terminal.print_json([vars(finding) for finding in findings])
+    return 0 if all(finding.well for finding in findings) else 1
+
+

@@ -1,0 +1,92 @@
+"""For web apps and scripts: submit a job, ask how it is, wait for it. No numpy, no TensorFlow.
+
+    >>> client = GradcamClient("redis://127.0.0.1:6379/0")
+    >>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 5})
+    >>> client.wait(job_id).result.manifest_uri
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from worker import broker
+from worker.contract import Job, StatusDocument
+from worker.errors import BrokerUnavailable, WaitTimeout
+from worker.ledger import Ledger
+from worker.redis_ledger import RedisLedger
+from worker.settings import Settings
+
+POLL_FIRST_S = 0.02  # between looks at a job; grows by half each time
+POLL_LAST_S = 0.5
+
+
+class GradcamClient:
+    """Submits jobs and reads what became of them. May be shared between threads."""
+
+    def __init__(
+        self,
+        broker_url: str | None = None,
+        status_url: str | None = None,
+        *,
+        settings: Settings | None = None,
+        ledger: Ledger | None = None,
+        publish: Callable[[Job], None] | None = None,
+    ) -> None:
+        """Without URLs, `GRADCAM_BROKER_URL` and `GRADCAM_LEDGER_URL` are used.
+
+        `ledger` and `publish` stand in for Redis in unit tests: see `worker.testing`.
+        """
+        settings = settings or Settings.from_environment()
+        given = {"broker_url": broker_url, "ledger_url": status_url}
+        settings = settings.model_copy(update={name: url for name, url in given.items() if url})
+        self._ledger = ledger or RedisLedger(
+            settings.ledger, prefix=settings.key_prefix, retention_s=settings.retention_s
+        )
+        app = None if publish else broker.make_app(settings)
+        self._publish = publish or (lambda job: broker.publish(app, job))
+
+    def submit(self, job: Job | None = None, /, **fields: Any) -> str:
+        """Enter a job in the ledger, ring the queue, return the job's id.
+
+        Give a `Job`, or its fields: `image`, `network` and `target` at least. Submitting the same
+        job again (by id, or by `idempotency_key`) returns the first one's id and runs nothing twice.
+
+        Raises InvalidJob, IdempotencyConflict, LedgerUnavailable (nothing happened), and
+        BrokerUnavailable (the job is in the ledger, its message is not out: submit it again).
+        """
+        job = job or Job.parse(fields)
+        entered = self._ledger.submit(job)
+        if entered.status == "queued":  # also of a job that was here before: perhaps its message was not
+            try:
+                self._publish(job.model_copy(update={"id": entered.id}))
+            except BrokerUnavailable as error:
+                message = f"{error} Job {entered.id} is not on its way yet: submit it again with this id."
+                raise BrokerUnavailable(message) from error
+        return entered.id
+
+    def submit_many(self, jobs: Iterable[Job]) -> list[str]:
+        """Submit jobs one after the other; return their ids in the same order. Raises as `submit`."""
+        return [self.submit(job) for job in jobs]
+
+    def status(self, job_id: str) -> StatusDocument:
+        """What is known about a job. Raises UnknownJob, LedgerUnavailable."""
+        return self._ledger.read(job_id)
+
+    def statuses(self, job_ids: Iterable[str]) -> dict[str, StatusDocument]:
+        """What is known about many jobs, in one round trip. Raises LedgerUnavailable."""
+        return self._ledger.read_many(list(job_ids))
+
+    def wait(self, job_id: str, timeout_s: float = 120) -> StatusDocument:
+        """Wait until a job is final, whichever way it ended. Raises WaitTimeout, UnknownJob."""
+        end = time.monotonic() + timeout_s
+        pause_s = POLL_FIRST_S
+        while True:
+            document = self.status(job_id)
+            if document.final:
+                return document
+            left_s = end - time.monotonic()
+            if left_s <= 0:
+                message = f"Job {job_id} is still {document.status} after {timeout_s:g} s."
+                raise WaitTimeout(message)
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(pause_s * 1.5, POLL_LAST_S)

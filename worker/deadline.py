@@ -1,0 +1,24 @@
+"""How long something may still take."""
+
+import time
+
+from worker.errors import JobTimeout
+
+
+class Deadline:
+    """A moment by which a job has to be done, whatever it is waiting for."""
+
+    def __init__(self, seconds: float) -> None:
+        """The moment is `seconds` from now."""
+        self._allowed_s = seconds
+        self._end = time.monotonic() + seconds
+
+    def left_s(self) -> float:
+        """Seconds left, never below zero."""
+        return max(self._end - time.monotonic(), 0.0)
+
+    def check(self, doing: str) -> None:
+        """Raise JobTimeout where no time is left."""
+        if not self.left_s():
+            message = f"The job ran longer than its timeout_s of {self._allowed_s:g} s (at: {doing})."
+            raise JobTimeout(message)

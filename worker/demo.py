@@ -1,0 +1,197 @@
+"""`gradcam demo`: five photos through the real thing, on this machine only.
+
+An embedded Valkey, an embedded S3 server and a worker, each a process of its own, doing what they do
+in production. Everything ends with this process, however it ends.
+"""
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from rich.live import Live
+from rich.table import Table
+
+from worker import embedded, lifeline, terminal
+from worker.client import GradcamClient
+from worker.contract import Job, StatusDocument
+from worker.errors import StatusUnavailable
+from worker.gradcam.classes import DATA
+from worker.gradcam.decode import decode
+from worker.gradcam.picture import encode_jpeg, grid
+from worker.manifest import ExplainedClass, Manifest
+from worker.settings import Settings
+from worker.storage import S3, Stores
+
+NETWORK = "efficientnet_lite0"
+BUCKETS = ("photos", "results")
+OUTPUT = "s3://results/demo"
+TIMEOUT_S = 240  # TensorFlow alone may need a minute to load on a cold disk
+TILE = (420, 420)  # pixels of a picture on the contact sheet
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A job of the demo and the photo it is about."""
+
+    photo: Path
+    wish: str
+    job: Job
+
+
+def run(folder: Path) -> int:
+    """Run the demo; results go to `folder`. Returns 0 where all jobs succeeded."""
+    signal.signal(signal.SIGTERM, _terminated)  # so that everything is stopped on the way out
+    begun = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradcam-demo-")))
+        valkey = stack.enter_context(embedded.valkey(scratch))
+        _say(f"Valkey, the queue and the ledger, listens on 127.0.0.1:{valkey.port}")
+        s3_server = stack.enter_context(embedded.s3(scratch, BUCKETS))
+        _say(f"An S3 server, the object store, listens on {s3_server.url}")
+        settings = Settings(
+            broker_url=f"redis://127.0.0.1:{valkey.port}/0",
+            output=OUTPUT,
+            s3_endpoint_url=s3_server.url,
+            s3_access_key_id=s3_server.access_key_id,
+            s3_secret_access_key=s3_server.secret_access_key,
+            preload=(NETWORK,),
+            threads=4,
+        )
+        log = folder / "worker.log"
+        log.unlink(missing_ok=True)
+        worker = _start_worker(settings, log)
+        stack.callback(lifeline.stop, worker)
+        _say(f"A worker is starting (process {worker.pid}, its log is {log})")
+        s3 = S3(settings)
+        client = GradcamClient(settings=settings)
+        asked = _submit(s3, client)
+        documents = _watch(client, asked, worker, log)
+        _print_results(asked, documents)
+        failed = [one for one in documents.values() if one.status != "succeeded"]
+        if failed:
+            return 1
+        sheet = _download(settings, s3, asked, documents, folder)
+    terminal.out.print()
+    _say(f"Overlays, heatmap arrays and manifests are in {folder}/")
+    _say(f"The contact sheet is {sheet}")
+    _say(f"Everything that was started is stopped. It took {time.monotonic() - begun:.0f} s.")
+    return 0
+
+
+def _say(text: str) -> None:
+    terminal.out.print(text, markup=False, soft_wrap=True)
+
+
+def _terminated(*_: object) -> NoReturn:
+    sys.exit(143)
+
+
+def _start_worker(settings: Settings, log: Path) -> subprocess.Popen[bytes]:
+    """The same command that an operator types, in a process of its own."""
+    return lifeline.start(
+        [sys.executable, "-P", "-m", "worker", "worker"],
+        log=log,
+        environment=settings.to_environment(),
+    )
+
+
+def _submit(s3: S3, client: GradcamClient) -> list[Asked]:
+    """Put the photos into the bucket, then submit five jobs for the top 3 and one for a list of classes."""
+    photos = sorted((DATA / "photos").glob("*.jpg"))
+    wishes: list[tuple[Path, str, dict[str, Any]]] = [(photo, "top 3", {"top_n": 3}) for photo in photos]
+    wishes.append((photos[0], "812, football_helmet", {"classes": [812, "football_helmet"]}))
+    for photo in photos:
+        s3.client.put_object(Bucket="photos", Key=photo.name, Body=photo.read_bytes())
+    asked = []
+    for photo, wish, target in wishes:
+        fields = {"image": f"s3://photos/{photo.name}", "network": NETWORK, "target": target}
+        asked.append(Asked(photo, wish, Job.parse(fields)))
+    client.submit_many(one.job for one in asked)
+    _say(f"{len(photos)} photos are in s3://photos, {len(asked)} jobs are in the queue\n")
+    return asked
+
+
+def _watch(
+    client: GradcamClient, asked: list[Asked], worker: subprocess.Popen[bytes], log: Path
+) -> dict[str, StatusDocument]:
+    """Show the jobs as they move, until all are final."""
+    end = time.monotonic() + TIMEOUT_S
+    with Live(console=terminal.out, refresh_per_second=8, transient=True) as live:
+        while True:
+            documents = client.statuses(one.job.id for one in asked)
+            live.update(_progress(asked, documents))
+            if all(document.final for document in documents.values()):
+                return documents
+            if worker.poll() is not None or time.monotonic() > end:
+                tail = log.read_text(errors="replace")[-800:]
+                message = f"The worker ended or took over {TIMEOUT_S} s. Its last words:\n{tail}"
+                raise StatusUnavailable(message)
+            time.sleep(0.1)
+
+
+def _progress(asked: list[Asked], documents: dict[str, StatusDocument]) -> Table:
+    table = terminal.table("photo", "asked for", "status")
+    for one in asked:
+        status = terminal.status_text(documents[one.job.id])
+        table.add_row(one.photo.name, one.wish, status)
+    return table
+
+
+def _print_results(asked: list[Asked], documents: dict[str, StatusDocument]) -> None:
+    numbers = ("id", "probability", "seconds")
+    table = terminal.table("photo", "asked for", "rank", "id", "class", "probability", "seconds", numbers=numbers)
+    for one in asked:
+        document = documents[one.job.id]
+        if document.error:
+            table.add_row(one.photo.name, one.wish, "", "", f"[red]{document.error.code}[/]", "", "")
+        spent = f"{sum(terminal.seconds(document).values()) - document.metrics.get('queue_s', 0):.2f}"
+        for index, seen in enumerate(document.predictions[:3]):
+            first = (one.photo.name, one.wish, spent) if index == 0 else ("", "", "")
+            probability = terminal.percent(seen.probability)
+            table.add_row(first[0], first[1], str(seen.rank), str(seen.id), seen.name, probability, first[2])
+    terminal.out.print(table)
+    terminal.out.print()
+    for one in asked:
+        document = documents[one.job.id]
+        if document.result:
+            _say(document.result.manifest_uri)
+        elif document.error:
+            _say(f"{one.photo.name}: {document.error.detail}")
+
+
+def _download(
+    settings: Settings, s3: S3, asked: list[Asked], documents: dict[str, StatusDocument], folder: Path
+) -> Path:
+    """Fetch all artifacts and make the contact sheet; return where it is."""
+    store = Stores(settings, s3).open()
+    tiles = []
+    for one in asked:
+        manifest = Manifest.model_validate_json(store.get(f"{one.job.id}/manifest.json"))
+        place = folder / (one.photo.stem + ("-classes" if one.job.target.classes else ""))
+        place.mkdir(exist_ok=True)
+        (place / "manifest.json").write_bytes(store.get(f"{one.job.id}/manifest.json"))
+        for name in {record.uri.rpartition("/")[2] for seen in manifest.explanations for record in seen.artifacts}:
+            (place / name).write_bytes(store.get(f"{one.job.id}/{name}"))
+        tiles.append([(f"{one.photo.stem}: {one.wish}", decode(one.photo.read_bytes()).pixels)])
+        for seen in manifest.explanations:
+            overlay = next(record.uri for record in seen.artifacts if record.kind == "overlay")
+            pixels = decode((place / overlay.rpartition("/")[2]).read_bytes()).pixels
+            tiles[-1].append((_title(seen), pixels))
+    columns = max(map(len, tiles))
+    blank = np.full((1, 1, 3), 255, np.uint8)
+    flat = [tile for row in tiles for tile in row + [("", blank)] * (columns - len(row))]
+    sheet = folder / "contact-sheet.jpg"
+    sheet.write_bytes(encode_jpeg(grid(flat, columns=columns, tile=TILE)))
+    return sheet
+
+
+def _title(seen: ExplainedClass) -> str:
+    return f"{seen.class_.id} {seen.class_.name.replace('_', ' ')} {terminal.percent(seen.probability)}"

@@ -1,0 +1,52 @@
+"""Grad-CAM for Keras image classifiers: a library that needs no queue.
+
+    >>> from worker.gradcam import load_network, explain_image
+    >>> network = load_network("efficientnet_lite0")
+    >>> seen = explain_image(network, "coffee.jpg", top_n=3)
+    >>> [(p.name, round(p.probability, 2)) for p in seen.explained]
+    >>> seen.save("out/")
+
+The map of this room, from plain data to live networks:
+
+    catalog        the networks, one row of data each
+    classes        a wish (top n, ids, wnids, names) -> the classes to explain
+    decode         bytes -> pixels, guarded
+    picture        pixels -> network input; heatmap -> overlay, grid
+    cam            the formulas
+    network        what a network must be able to do
+    explain        one image, one network, one wish -> predictions, heatmaps, overlays
+    residents      the networks a process keeps loaded, one call at a time
+    weights        where a row's weights come from
+    keras_network  a row -> a live network: the only import of keras
+    gradients      the few lines per backend that Keras does not abstract
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+# OpenCV reads this once, when it is first imported, so it has to be set before any module of this
+# room does so. It is the last line of defence: `decode` refuses such pictures by their headers.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**28))
+
+if TYPE_CHECKING:
+    from worker.gradcam.explain import Explained as Explained
+    from worker.gradcam.explain import explain_image as explain_image
+    from worker.gradcam.keras_network import load_network as load_network
+
+__all__ = ["Explained", "explain_image", "load_network"]
+
+_HOMES = {
+    "Explained": "worker.gradcam.explain",
+    "explain_image": "worker.gradcam.explain",
+    "load_network": "worker.gradcam.keras_network",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: TensorFlow takes seconds to load."""
+    from importlib import import_module
+
+    if name not in _HOMES:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    return getattr(import_module(_HOMES[name]), name)

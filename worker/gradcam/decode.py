@@ -1,0 +1,145 @@
+"""Bytes -> pixels, guarded: the only way to an image decoder.
+
+Everything that can be refused by its header is refused by its header, before a decoder allocates
+anything: a 48-byte GIF can claim 900 million pixels.
+"""
+
+import io
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from worker.errors import ImageDecodeFailed, ImagePixelsExceeded, UnsupportedMediaType
+
+FORMATS = {
+    "JPEG": "image/jpeg",
+    "MPO": "image/jpeg",  # a JPEG with further pictures behind it, as many phones write
+    "PNG": "image/png",
+    "WEBP": "image/webp",
+    "GIF": "image/gif",
+    "BMP": "image/bmp",
+}
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_LOOKS_LIKE = (
+    (b"%PDF", "a PDF document"),
+    (b"II*\x00", "a TIFF image"),
+    (b"MM\x00*", "a TIFF image"),
+    (b"PK\x03\x04", "a ZIP archive"),
+    (b"\x00\x00\x00\x0cJXL ", "a JPEG XL image"),
+    (b"\xff\x0a", "a JPEG XL image"),
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large a picture may be before it is decoded."""
+
+    max_pixels: int = 64_000_000  # width x height: 192 MB as RGB
+    max_side: int = 32_767  # pixels; OpenCV and most formats end at 2^15 or 2^16
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture as the eye sees it."""
+
+    pixels: NDArray[np.uint8]  # (height, width, 3) RGB, upright
+    media_type: str
+
+
+def decode(data: bytes, limits: Limits | None = None) -> Decoded:
+    """Image bytes -> RGB pixels (height, width, 3): upright by EXIF, alpha laid on white, first frame.
+
+    16-bit, grey, palette and CMYK images become 8-bit RGB.
+
+    Raises UnsupportedMediaType, ImagePixelsExceeded, ImageDecodeFailed.
+    """
+    header = _open(data)
+    with header:
+        media_type = FORMATS[header.format or ""]
+        _check_size(header.width, header.height, limits or Limits())
+        if media_type == "image/png":
+            _check_png_chunks(data)
+        translucent = header.mode in {"RGBA", "LA", "PA"} or "transparency" in header.info
+        pixels = _on_white(header) if translucent else _opaque(data, media_type)
+    return Decoded(pixels, media_type)
+
+
+def _open(data: bytes) -> Image.Image:
+    """Read the header only."""
+    try:
+        return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name != "MPO"])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        message = f"The image's header claims too many pixels: {error}"
+        raise ImagePixelsExceeded(message) from error
+    except UnidentifiedImageError as error:
+        accepted = ", ".join(sorted({kind.removeprefix("image/") for kind in FORMATS.values()}))
+        message = f"Received {_describe(data)}, not an image in a format read here: {accepted}."
+        raise UnsupportedMediaType(message) from error
+    except Exception as error:  # Pillow's header readers raise whatever the damage leads them to
+        message = f"The image's header is damaged: {error}"
+        raise ImageDecodeFailed(message) from error
+
+
+def _describe(data: bytes) -> str:
+    """What these bytes look like, for the error message."""
+    if not data:
+        return "an empty file"
+    if data.lstrip()[:1] == b"<":
+        return "a page of HTML or XML"
+    if data[4:8] == b"ftyp":
+        return f"an ISO media file ({data[8:12].decode('ascii', 'replace')})"
+    for start, name in _LOOKS_LIKE:
+        if data.startswith(start):
+            return name
+    return f"{len(data)} bytes that start with {data[:8].hex(' ')}"
+
+
+def _check_size(width: int, height: int, limits: Limits) -> None:
+    if width * height > limits.max_pixels or max(width, height) > limits.max_side:
+        message = (
+            f"The image claims {width} x {height} pixels; at most {limits.max_pixels:,} pixels and "
+            f"{limits.max_side:,} a side are allowed."
+        )
+        raise ImagePixelsExceeded(message)
+
+
+def _check_png_chunks(data: bytes) -> None:
+    """Refuse a chunk that claims to run past the end: libpng would first allocate what it claims."""
+    at = len(_PNG_SIGNATURE)
+    while at + 8 <= len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        kind = data[at + 4 : at + 8]
+        if length > len(data) - at - 12:
+            name = kind.decode("ascii", "replace")
+            left = max(len(data) - at - 12, 0)
+            message = f"The PNG is cut off or lies: chunk {name!r} claims {length:,} of {left:,} bytes."
+            raise ImageDecodeFailed(message)
+        if kind == b"IEND":
+            return
+        at += 12 + length
+
+
+def _opaque(data: bytes, media_type: str) -> NDArray[np.uint8]:
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error as error:
+        message = f"The {media_type} data are damaged: {error.err or error}"
+        raise ImageDecodeFailed(message) from error
+    if pixels is None:
+        message = f"The {media_type} data are damaged or cut off ({len(data):,} bytes received)."
+        raise ImageDecodeFailed(message)
+    return np.asarray(pixels, np.uint8)
+
+
+def _on_white(header: Image.Image) -> NDArray[np.uint8]:
+    """OpenCV drops alpha instead of compositing it, so translucent pictures go through Pillow."""
+    try:
+        upright = ImageOps.exif_transpose(header).convert("RGBA")
+        white = Image.new("RGBA", upright.size, "white")
+        return np.asarray(Image.alpha_composite(white, upright).convert("RGB"), np.uint8)
+    except Exception as error:  # as in `_open`: any exception here means damaged data
+        message = f"The image data are damaged: {error}"
+        raise ImageDecodeFailed(message) from error

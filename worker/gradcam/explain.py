@@ -1,0 +1,150 @@
+"""One image, one network, one wish -> predictions, heatmaps, overlays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.gradcam import cam
+from worker.gradcam.classes import ClassIndex
+from worker.gradcam.decode import Limits, decode
+from worker.gradcam.network import Computed, Network, NetworkFacts
+from worker.gradcam.picture import encode_jpeg, fit, overlay
+
+SHOWN = 5  # predictions reported beside a list of classes
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A class and how sure the network is of it, among all its classes."""
+
+    rank: int  # 1 is the most probable class
+    id: int
+    wnid: str
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a network saw in one image: k explained classes, in the order they were asked for."""
+
+    network: NetworkFacts
+    layer: str
+    predictions: tuple[Prediction, ...]  # the most probable classes, first to last
+    explained: tuple[Prediction, ...]  # (k,)
+    heatmaps: NDArray[np.float32]  # (k, rows, columns) in [0, 1]
+    raw_min: NDArray[np.float32]  # (k,) before the ReLU and the division by the peak
+    raw_max: NDArray[np.float32]  # (k,)
+
+    @property
+    def zero_heatmaps(self) -> tuple[int, ...]:
+        """The ids of explained classes for which nothing in the image speaks."""
+        dark = self.heatmaps.max(axis=(1, 2)) == 0
+        return tuple(seen.id for seen, empty in zip(self.explained, dark, strict=True) if empty)
+
+
+@dataclass(frozen=True)
+class Explained(Explanation):
+    """An explanation together with its picture."""
+
+    picture: NDArray[np.uint8]  # (height, width, 3) RGB
+
+    def overlay(self, index: int, alpha: float = 0.4, colormap: str = "jet") -> NDArray[np.uint8]:
+        """The heatmap of the explained class at `index`, laid over the picture (height, width, 3)."""
+        return overlay(self.picture, self.heatmaps[index], alpha=alpha, colormap=colormap)
+
+    def save(self, folder: Path | str) -> list[Path]:
+        """Write one overlay JPEG for each explained class; return where they are."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for index, seen in enumerate(self.explained):
+            paths.append(target / overlay_name(seen))
+            paths[-1].write_bytes(encode_jpeg(self.overlay(index)))
+        return paths
+
+
+def overlay_name(seen: Prediction) -> str:
+    """The file name of an overlay: `overlay-1-967-espresso.jpg`."""
+    name = "".join(letter if letter.isalnum() or letter in "_-" else "_" for letter in seen.name)
+    return f"overlay-{seen.rank}-{seen.id}-{name[:60]}.jpg"
+
+
+def explain_image(
+    network: Network,
+    image: Path | str | bytes | NDArray[np.uint8],
+    *,
+    top_n: int | None = None,
+    classes: Sequence[int | str] | None = None,
+    layer: str | None = None,
+    limits: Limits | None = None,
+) -> Explained:
+    """Explain one image: a path, encoded bytes, or RGB pixels (height, width, 3) uint8.
+
+    Ask for the `top_n` most probable classes, or for `classes` by id, wnid or name.
+
+    Raises InvalidJob, UnknownClass, AmbiguousClass, UnknownLayer and what `decode` raises.
+    """
+    wanted = network.labels.wanted(top_n=top_n, classes=classes)
+    if isinstance(image, np.ndarray):
+        picture = image
+    else:
+        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        picture = decode(data, limits).pixels
+    seen = explain_pixels(network, fit(picture, network.facts.input_size)[np.newaxis], [wanted], layer)[0]
+    return Explained(**vars(seen), picture=picture)
+
+
+def explain_pixels(
+    network: Network,
+    pixels: NDArray[np.uint8],
+    wishes: Sequence[tuple[int, ...]],
+    layer: str | None = None,
+) -> list[Explanation]:
+    """Explain n fitted images (n, height, width, 3) at once, each with its own wish.
+
+    A wish is what `ClassIndex.wanted` returns. Shorter wishes are padded for the pass and cut again.
+    Raises UnknownLayer.
+    """
+    width = max(map(len, wishes))
+    wanted = np.array([wish + wish[-1:] * (width - len(wish)) for wish in wishes], np.int32)
+    computed = network.compute(pixels, wanted, layer)
+    return [
+        _explanation(network, computed, index, len(wish), named=wish[0] >= 0)
+        for index, wish in enumerate(wishes)
+    ]
+
+
+def _explanation(
+    network: Network, computed: Computed, index: int, asked: int, *, named: bool
+) -> Explanation:
+    """Cut the answer for one image out of a pass over many."""
+    scores = computed.scores[index].astype(np.float64)
+    order = np.argsort(-scores, kind="stable")
+    ranks = np.empty_like(order)
+    ranks[order] = np.arange(1, len(order) + 1)
+    powers = np.exp(scores - scores.max())
+    probabilities = powers / powers.sum()
+
+    def prediction(class_id: int) -> Prediction:
+        return _prediction(network.labels, class_id, int(ranks[class_id]), probabilities[class_id])
+
+    raw = computed.raw[index, :asked]
+    return Explanation(
+        network=network.facts,
+        layer=computed.layer,
+        predictions=tuple(prediction(int(one)) for one in order[: SHOWN if named else asked]),
+        explained=tuple(prediction(int(one)) for one in computed.class_ids[index, :asked]),
+        heatmaps=cam.heatmaps(raw),
+        raw_min=raw.min(axis=(1, 2)),
+        raw_max=raw.max(axis=(1, 2)),
+    )
+
+
+def _prediction(labels: ClassIndex, class_id: int, rank: int, probability: float) -> Prediction:
+    label = labels[class_id]
+    # Six significant digits are what float32 scores carry; more would be noise in the documents.
+    return Prediction(rank, class_id, label.wnid, label.name, float(f"{probability:.6g}"))

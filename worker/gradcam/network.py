@@ -1,0 +1,60 @@
+"""What a network must be able to do, said once for Keras, for tests and for whoever comes next."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.gradcam.classes import ClassIndex
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """What is written into every manifest about the network that made it."""
+
+    name: str
+    input_size: tuple[int, int]  # (height, width) in pixels
+    preprocessing: str
+    weights_sha256: str | None  # None: seeded random weights, for tests and benchmarks
+    backend: str
+    dtype: str
+    default_layer: str
+
+
+@dataclass(frozen=True)
+class Computed:
+    """One pass over n images and k wanted classes of each, on the host."""
+
+    layer: str  # the target layer's name
+    scores: NDArray[np.float32]  # (n, classes), before the softmax
+    class_ids: NDArray[np.int32]  # (n, k)
+    raw: NDArray[np.float32]  # (n, k, map height, map width), before the ReLU
+
+
+class Network(Protocol):
+    """A classifier that can be explained. Not thread-safe: `residents` gives it one call at a time."""
+
+    @property
+    def facts(self) -> NetworkFacts:
+        """Name, input size, preprocessing, weights."""
+        ...
+
+    @property
+    def labels(self) -> ClassIndex:
+        """The classes, in the order of the scores."""
+        ...
+
+    def compute(
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], layer: str | None = None
+    ) -> Computed:
+        """Run the network and its gradients, once for all images and classes.
+
+        `pixels` are (n, input height, input width, 3) RGB. `wanted` is (n, k): an id of 0 or more
+        names a class, -r stands for the class ranked r-th (see `ClassIndex.wanted`).
+
+        Raises UnknownLayer.
+        """
+        ...
+
+

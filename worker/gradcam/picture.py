@@ -1,0 +1,101 @@
+"""Pixels -> network input; heatmap -> overlay; pictures with titles -> one grid."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Pixels = NDArray[np.uint8]
+Heatmap = NDArray[np.float32]
+
+COLORMAPS = {
+    "jet": cv2.COLORMAP_JET,
+    "turbo": cv2.COLORMAP_TURBO,
+    "viridis": cv2.COLORMAP_VIRIDIS,
+    "inferno": cv2.COLORMAP_INFERNO,
+    "magma": cv2.COLORMAP_MAGMA,
+}
+
+
+def fit(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Squash a picture (height, width, 3) to a network's input `size` (height, width).
+
+    Shrinks with area interpolation (no aliasing), enlarges bilinearly.
+    """
+    height, width = size
+    least = (min(width, pixels.shape[1]), min(height, pixels.shape[0]))
+    shrunk = cv2.resize(pixels, least, interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(shrunk, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8)
+
+
+def enlarge(heatmap: Heatmap, size: tuple[int, int]) -> Heatmap:
+    """A heatmap (rows, columns) -> (height, width): half-pixel bilinear, the peak kept as it was."""
+    height, width = size
+    large = cv2.resize(heatmap, (width, height), interpolation=cv2.INTER_LINEAR)
+    peak = large.max()
+    return np.asarray(large * (heatmap.max() / peak) if peak > 0 else large, np.float32)
+
+
+@lru_cache
+def _colors(colormap: str) -> Pixels:
+    """The 256 RGB colours of a colour map, (256, 1, 3)."""
+    ramp = np.arange(256, dtype=np.uint8).reshape(256, 1)
+    return np.asarray(cv2.applyColorMap(ramp, COLORMAPS[colormap])[..., ::-1], np.uint8)
+
+
+def overlay(pixels: Pixels, heatmap: Heatmap, *, alpha: float = 0.4, colormap: str = "jet") -> Pixels:
+    """Lay a heatmap (rows, columns) in [0, 1] over a picture (height, width, 3), at the picture's size.
+
+    The floats are enlarged first, then coloured, then blended: `alpha` of colour, the rest picture.
+    """
+    large = enlarge(heatmap, (pixels.shape[0], pixels.shape[1]))
+    levels = np.rint(large * 255).astype(np.uint8)
+    colored = cv2.applyColorMap(levels, _colors(colormap))
+    return np.asarray(cv2.addWeighted(colored, alpha, pixels, 1 - alpha, 0), np.uint8)
+
+
+def encode_jpeg(pixels: Pixels, quality: int = 90) -> bytes:
+    """RGB pixels (height, width, 3) -> JPEG bytes, the same bytes for the same pixels."""
+    swapped = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    _, data = cv2.imencode(".jpg", swapped, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return data.tobytes()
+
+
+def grid(tiles: Sequence[tuple[str, Pixels]], *, columns: int, tile: tuple[int, int]) -> Pixels:
+    """Titled pictures -> one white sheet, `columns` a row, each picture within `tile` (width, height).
+
+    A title is one line in a scalable font, shortened with an ellipsis where it is wider than its tile.
+    """
+    width, height = tile
+    gap, size = max(width // 24, 4), max(width // 18, 11)
+    font = ImageFont.load_default(size)
+    row_height = height + 2 * size + gap
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * row_height + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, (title, pixels) in enumerate(tiles):
+        left = gap + index % columns * (width + gap)
+        top = gap + index // columns * row_height
+        picture = Image.fromarray(pixels)
+        picture = _within(picture, width, height)
+        pen.text((left, top + size // 3), _shorten(title, pen, font, width), "black", font)
+        sheet.paste(picture, (left + (width - picture.width) // 2, top + 2 * size))
+    return np.asarray(sheet, np.uint8)
+
+
+def _within(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """As large as fits into width x height, in its own proportions."""
+    scale = min(width / picture.width, height / picture.height)
+    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _shorten(title: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if pen.textlength(title, font) <= width:
+        return title
+    while title and pen.textlength(title + "…", font) > width:
+        title = title[:-1]
+    return title.rstrip() + "…"

@@ -1,0 +1,200 @@
+"""URI -> bytes: which schemes, hosts, buckets and folders, how large, how long."""
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes
+
+import httpx
+
+from worker.contract import ImageRef
+from worker.deadline import Deadline
+from worker.errors import (
+    ChecksumMismatch,
+    ImageDecodeFailed,
+    ImageFetchFailed,
+    ImageForbidden,
+    ImageNotFound,
+    ImageTooLarge,
+    UriNotAllowed,
+)
+from worker.settings import Settings, without_secrets
+from worker.storage import S3
+
+MAX_REDIRECTS = 3
+NOT_FOUND = {404, 410}
+FORBIDDEN = {401, 403, 407, 451}
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """An image as it was stored."""
+
+    data: bytes
+    sha256: str
+    uri: str  # fit to be shown: no user, no password, no query, no long data
+
+
+class Images:
+    """Reads what the operator allows to be read, within its limits."""
+
+    def __init__(self, settings: Settings, s3: S3) -> None:
+        """Nothing is opened until it is needed."""
+        self._settings = settings
+        self._s3 = s3
+        # `trust_env`: a proxy or netrc of the machine must not decide where requests go.
+        self._http = httpx.Client(follow_redirects=False, trust_env=False)
+        self._readers: dict[str, Callable[[str, Deadline], bytes]] = {
+            "s3": self._read_s3,
+            "http": self._read_http,
+            "https": self._read_http,
+            "file": self._read_file,
+            "data": self._read_data,
+        }
+
+    def fetch(self, image: ImageRef, deadline: Deadline) -> Fetched:
+        """Read an image. Raises UriNotAllowed, ImageNotFound, ImageForbidden, ImageTooLarge,
+        ImageFetchFailed, ImageDecodeFailed (a broken data URI), ChecksumMismatch, JobTimeout.
+        """
+        scheme = image.uri.partition(":")[0].casefold()
+        allowed = self._settings.image_schemes
+        if scheme not in allowed or scheme not in self._readers:
+            shown = image.uri if len(image.uri) <= 80 else image.uri[:77] + "..."
+            message = f"{without_secrets(shown)!r} is not allowed: its scheme must be {' or '.join(allowed)}."
+            raise UriNotAllowed(message)
+        data = self._readers[scheme](image.uri, deadline)
+        sha256 = hashlib.sha256(data).hexdigest()
+        if image.sha256 not in {None, sha256}:
+            message = f"The image has sha256 {sha256}; the job asked for {image.sha256}."
+            raise ChecksumMismatch(message)
+        return Fetched(data, sha256, presentable(image.uri))
+
+    def _check_size(self, size: int, uri: str) -> None:
+        limit = self._settings.max_image_bytes
+        if size > limit:
+            message = f"{presentable(uri)} has more than {limit:,} bytes, the most that is allowed."
+            raise ImageTooLarge(message)
+
+    def _read_s3(self, uri: str, deadline: Deadline) -> bytes:
+        # No URL parser: an S3 key may hold ? and #, which are not special there.
+        bucket, _, key = uri.partition("://")[2].partition("/")
+        allowed = self._settings.image_buckets
+        if not bucket or not key:
+            message = f"{presentable(uri)!r} is not an S3 URI: write s3://bucket/key."
+            raise UriNotAllowed(message)
+        if "*" not in allowed and bucket not in allowed:
+            message = f"Bucket {bucket!r} is not allowed: images may come from {', '.join(allowed)}."
+            raise UriNotAllowed(message)
+        return self._s3.read_image(bucket, key, self._settings.max_image_bytes, deadline)
+
+    def _read_http(self, uri: str, deadline: Deadline) -> bytes:
+        """Follow redirects by hand, so that each hop passes the same door."""
+        here = uri
+        for _ in range(MAX_REDIRECTS + 1):
+            url = self._allowed_url(here)
+            try:
+                with self._http.stream("GET", url, timeout=self._patience_s(deadline)) as response:
+                    if not response.has_redirect_location:
+                        return self._body(response, uri, deadline)
+                    here = str(url.join(response.headers["location"]))
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                message = f"{presentable(uri)} could not be read: {error or type(error).__name__}"
+                raise ImageFetchFailed(message) from error
+        message = f"{presentable(uri)} redirects more than {MAX_REDIRECTS} times."
+        raise ImageFetchFailed(message)
+
+    def _patience_s(self, deadline: Deadline) -> float:
+        return max(min(self._settings.fetch_timeout_s, deadline.left_s()), 0.01)
+
+    def _allowed_url(self, text: str) -> httpx.URL:
+        try:
+            url = httpx.URL(text)
+        except httpx.InvalidURL as error:
+            message = f"{presentable(text)!r} is not a URL: {error}"
+            raise UriNotAllowed(message) from error
+        host = f"{url.host}:{url.port}" if url.port else url.host
+        if url.scheme not in self._settings.image_schemes or host not in self._settings.image_hosts:
+            hosts = ", ".join(self._settings.image_hosts)
+            message = f"{url.scheme}://{host} is not allowed: images may come from {hosts}."
+            raise UriNotAllowed(message)
+        if url.userinfo:
+            message = "A URL with a user or password in it is not allowed: it would be kept in the ledger."
+            raise UriNotAllowed(message)
+        return url
+
+    def _body(self, response: httpx.Response, uri: str, deadline: Deadline) -> bytes:
+        shown, status = presentable(uri), response.status_code
+        if status in NOT_FOUND:
+            message = f"There is nothing at {shown} (HTTP {status})."
+            raise ImageNotFound(message)
+        if status in FORBIDDEN:
+            message = f"{shown} may not be read (HTTP {status})."
+            raise ImageForbidden(message)
+        if status != httpx.codes.OK:
+            message = f"{shown} could not be read (HTTP {status})."
+            raise ImageFetchFailed(message)
+        data = bytearray()
+        slowest = Deadline(self._settings.fetch_timeout_s)
+        for chunk in response.iter_bytes():
+            data += chunk
+            self._check_size(len(data), uri)
+            deadline.check(f"reading {shown}")
+            if not slowest.left_s():
+                message = f"{shown} took longer than {self._settings.fetch_timeout_s:g} s to read."
+                raise ImageFetchFailed(message)
+        return bytes(data)
+
+    def _read_file(self, uri: str, deadline: Deadline) -> bytes:  # noqa: ARG002  # a local disk answers
+        host, _, name = uri.partition("://")[2].partition("/")
+        roots = [Path(root).resolve() for root in self._settings.image_roots]
+        try:
+            path = Path("/" + unquote(name)).resolve()  # through symbolic links, so that none leads out
+        except (OSError, ValueError) as error:  # a loop of links, a null byte
+            message = f"{presentable(uri)} is not a path: {error}"
+            raise UriNotAllowed(message) from error
+        if host not in {"", "localhost"} or not any(path.is_relative_to(root) for root in roots):
+            folders = ", ".join(map(str, roots))
+            message = f"{presentable(uri)} is not allowed: images may come from the folders {folders}."
+            raise UriNotAllowed(message)
+        try:
+            if not path.is_file():
+                message = f"There is no file {path}."
+                raise ImageNotFound(message)
+            with path.open("rb") as file:
+                data = file.read(self._settings.max_image_bytes + 1)
+        except PermissionError as error:
+            message = f"The worker may not read {path}."
+            raise ImageForbidden(message) from error
+        except OSError as error:
+            message = f"{presentable(uri)} could not be read: {error}"
+            raise ImageFetchFailed(message) from error
+        self._check_size(len(data), uri)
+        return data
+
+    def _read_data(self, uri: str, deadline: Deadline) -> bytes:  # noqa: ARG002  # already here
+        limit = self._settings.max_data_uri_bytes
+        if len(uri) > limit:
+            message = f"The data URI has {len(uri):,} characters; at most {limit:,} are allowed."
+            raise ImageTooLarge(message)
+        head, comma, body = uri.partition(",")
+        try:
+            if head.casefold().endswith(";base64"):
+                return base64.b64decode(unquote_to_bytes(body), validate=True)
+        except binascii.Error as error:
+            message = f"The data URI is not valid base64: {error}"
+            raise ImageDecodeFailed(message) from error
+        if not comma:
+            message = "The data URI has no comma: write data:image/png;base64,..."
+            raise ImageDecodeFailed(message)
+        return unquote_to_bytes(body)
+
+
+def presentable(uri: str) -> str:
+    """A URI that may be shown and kept: no user, password or query, and no long data."""
+    scheme, _, rest = uri.partition(":")
+    if scheme.casefold() == "data":
+        return f"data:{rest.partition(',')[0][:100]},..."
+    return uri if scheme == "s3" else without_secrets(uri)

@@ -1,0 +1,93 @@
+"""`gradcam explain`: the river without a queue, from files to a folder."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from worker import terminal, wiring
+from worker.contract import Job
+from worker.deadline import Deadline
+from worker.errors import GradcamError
+from worker.manifest import Manifest
+from worker.outside import Outside
+from worker.pipeline import Journey, explain
+from worker.settings import Settings
+
+TIMEOUT_S = 300  # for one image; the first one may have to load VGG16
+
+
+def explain_files(
+    images: tuple[Path, ...],
+    network: str,
+    target: dict[str, Any],
+    output: Path,
+    settings: Settings,
+    *,
+    as_json: bool,
+) -> int:
+    """Explain files one after the other, each into its own folder below `output`; 1 if any failed."""
+    output = output.absolute()
+    place = {"image_schemes": ("file",), "image_roots": ("/",), "output": output.as_uri()}
+    outside = wiring.outside(settings.model_copy(update=place))
+    job = Job.parse({"image": "file:///", "network": network, "target": target, "timeout_s": TIMEOUT_S})
+    folders = _folders(images)
+    made: dict[Path, Manifest | GradcamError] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=terminal.err, transient=True) as progress:
+        for image in progress.track(images, description=f"explaining with {network}"):
+            made[image] = _one(job, image, outside, folders[image], output)
+    if as_json:
+        terminal.print_json([_record(image, result) for image, result in made.items()])
+    else:
+        _print(made, folders, output)
+    return 1 if any(isinstance(result, GradcamError) for result in made.values()) else 0
+
+
+def _folders(images: tuple[Path, ...]) -> dict[Path, str]:
+    """A folder name for each image: its own, numbered where two share it."""
+    taken: set[str] = set()
+    folders = {}
+    for image in images:
+        name, number = image.stem, 1
+        while name in taken:
+            number += 1
+            name = f"{image.stem}-{number}"
+        taken.add(name)
+        folders[image] = name
+    return folders
+
+
+def _one(job: Job, image: Path, outside: Outside, folder: str, output: Path) -> Manifest | GradcamError:
+    journey = Journey(Deadline(TIMEOUT_S), lambda _: None)
+    own = job.model_copy(update={"image": job.image.model_copy(update={"uri": image.absolute().as_uri()})})
+    try:
+        explain(own, outside, journey, folder=folder)
+    except GradcamError as error:
+        return error
+    return Manifest.model_validate_json((output / folder / "manifest.json").read_bytes())
+
+
+def _record(image: Path, result: Manifest | GradcamError) -> dict[str, Any]:
+    if isinstance(result, GradcamError):
+        return {"image": str(image), "error": {"code": result.code, "detail": str(result)}}
+    return {"image": str(image), "manifest": result.model_dump(mode="json")}
+
+
+def _print(made: dict[Path, Manifest | GradcamError], folders: dict[Path, str], output: Path) -> None:
+    numbers = ("rank", "id", "probability")
+    table = terminal.table("image", "rank", "id", "class", "probability", "overlay", numbers=numbers)
+    for image, result in made.items():
+        if isinstance(result, GradcamError):
+            terminal.err.print(f"[red]{image}[/]: {result.code}: ", end="")
+            terminal.err.print(str(result), markup=False, soft_wrap=True)
+            continue
+        for seen in result.explanations:
+            pictures = [record.uri for record in seen.artifacts if record.kind == "overlay"]
+            name = f"{folders[image]}/{pictures[0].rpartition('/')[2]}"
+            probability = terminal.percent(seen.probability)
+            label = seen.class_
+            table.add_row(image.name, str(seen.rank), str(label.id), label.name, probability, name)
+    if table.rows:
+        terminal.out.print(table)
+        terminal.out.print(f"\nWritten below {output}", soft_wrap=True)

@@ -1,0 +1,80 @@
+"""What a job leaves in the bucket, described: `gradcam.manifest/v1`, written last."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from worker.contract import JobId, Method, SeenClass, Sha256, Warned, Wire
+
+
+class ArtifactRecord(Wire):
+    """One stored object. `index`: which slice of an array file belongs to this class."""
+
+    kind: str
+    uri: str
+    media_type: str
+    bytes: int
+    sha256: Sha256
+    width: int | None = None
+    height: int | None = None
+    dtype: str | None = None
+    shape: tuple[int, ...] | None = None
+    index: int | None = None
+
+
+class ClassRef(Wire):
+    """A class of the network."""
+
+    id: int
+    wnid: str
+    name: str
+
+
+class ExplainedClass(Wire):
+    """One explained class. `peak_xy`: the middle of the hottest cell, in pixels of the image."""
+
+    class_: ClassRef = Field(alias="class")
+    rank: int  # among all classes, by score
+    probability: float
+    raw_min: float
+    raw_max: float
+    peak_xy: tuple[int, int] | None
+    artifacts: tuple[ArtifactRecord, ...]
+
+
+class InputRecord(Wire):
+    """The image that was explained."""
+
+    uri: str
+    sha256: Sha256
+    bytes: int
+    media_type: str
+    width: int
+    height: int
+
+
+class NetworkRecord(Wire):
+    """The network, in full."""
+
+    name: str
+    layer: str
+    input_size: tuple[int, int]
+    preprocessing: str
+    weights_sha256: Sha256 | None
+    backend: str
+    dtype: str
+
+
+class Manifest(Wire):
+    """`gradcam.manifest/v1`, written last. The same job gives the same bytes, whichever attempt wrote it."""
+
+    schema_: Literal["gradcam.manifest/v1"] = Field("gradcam.manifest/v1", alias="schema")
+    job_id: JobId
+    generator: dict[str, str]
+    input: InputRecord
+    network: NetworkRecord
+    method: Method
+    predictions: tuple[SeenClass, ...]
+    explanations: tuple[ExplainedClass, ...]
+    artifacts: tuple[ArtifactRecord, ...] = ()  # of the whole, not of one class
+    warnings: tuple[Warned, ...] = ()

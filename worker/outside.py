@@ -1,0 +1,51 @@
+"""Everything a job touches that is not the job, by what is asked of it: real, or a double."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from worker.contract import Delivery, ImageRef
+from worker.deadline import Deadline
+from worker.gradcam.decode import Limits
+from worker.gradcam.residents import Residents
+from worker.images import Fetched
+from worker.storage import Store
+
+
+class ImageSource(Protocol):
+    """See `worker.images.Images`."""
+
+    def fetch(self, image: ImageRef, deadline: Deadline) -> Fetched:
+        """URI -> bytes."""
+        ...
+
+
+class StoreSource(Protocol):
+    """See `worker.storage.Stores`."""
+
+    def open(self, uri: str | None = None) -> Store:
+        """Where artifacts go."""
+        ...
+
+
+class Messenger(Protocol):
+    """See `worker.status.Webhooks`."""
+
+    def check(self, url: str) -> None:
+        """Raise UriNotAllowed unless events may be sent there."""
+        ...
+
+    def send(self, delivery: Delivery) -> None:
+        """Post an event."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What `wiring` builds from settings, and `testing` from memory."""
+
+    images: ImageSource
+    residents: Residents
+    stores: StoreSource
+    webhooks: Messenger
+    limits: Limits
+    max_classes: int

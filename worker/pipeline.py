@@ -1,0 +1,118 @@
+"""The river: one job from its image's address to its sealed manifest, top to bottom."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from worker import artifacts
+from worker.contract import Job, ManifestRef, NetworkRef, SeenClass, Warned
+from worker.deadline import Deadline
+from worker.errors import InvalidJob
+from worker.gradcam import catalog
+from worker.gradcam.decode import Decoded, decode
+from worker.gradcam.picture import fit
+from worker.images import Fetched
+from worker.manifest import InputRecord
+from worker.outside import Outside
+from worker.storage import Store
+
+
+@dataclass(frozen=True)
+class Done:
+    """What goes into the status document of a job that succeeded."""
+
+    network: NetworkRef
+    predictions: tuple[SeenClass, ...]
+    result: ManifestRef
+    warnings: tuple[Warned, ...]
+
+
+@dataclass
+class Journey:
+    """Where a job is and how long each stage took, in seconds."""
+
+    deadline: Deadline
+    report: Callable[[str], None]  # called as a stage begins
+    stage: str = "check"
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def at(self, stage: str) -> Iterator[None]:
+        """Be at a stage. Raises JobTimeout where no time is left for it."""
+        self.stage = stage
+        self.deadline.check(stage)
+        self.report(stage)
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.metrics[f"{stage}_s"] = round(time.monotonic() - begun, 4)
+
+
+def explain(job: Job, outside: Outside, journey: Journey, *, folder: str | None = None) -> Done:
+    """Run one job. Artifacts go below `folder`, which is the job's id unless it is given.
+
+    Raises the errors of `worker.errors`; `journey` says at which stage.
+    """
+    place = folder or job.id
+    store = admit(job, outside)
+    with journey.at("fetch"):
+        fetched = outside.images.fetch(job.image, journey.deadline)
+    with journey.at("decode"):
+        decoded = decode(fetched.data, outside.limits)
+    with journey.at("load"):
+        network = outside.residents.get(job.network)
+        wish = network.labels.wanted(top_n=job.target.top_n, classes=job.target.classes)
+    with journey.at("explain"):
+        fitted = fit(decoded.pixels, network.facts.input_size)
+        turn = outside.residents.explain(network, fitted, wish, job.method.layer, journey.deadline)
+    with journey.at("render"):
+        rendered = artifacts.render(job, decoded, turn.explanation)
+    with journey.at("upload"):
+        records = artifacts.upload(store, place, rendered)
+        image = _described(fetched, decoded)
+        manifest = artifacts.describe(job, image, turn.explanation, rendered, records)
+        result = artifacts.seal(store, place, manifest)
+    journey.metrics |= {
+        "batch_wait_s": round(turn.waited_s, 4),
+        "explain_s": round(turn.computed_s, 4),
+        "batch_size": turn.batch_size,
+    }
+    return Done(
+        network=NetworkRef(
+            name=job.network,
+            layer=turn.explanation.layer,
+            weights_sha256=turn.explanation.network.weights_sha256,
+        ),
+        predictions=artifacts.classes(turn.explanation.predictions),
+        result=result,
+        warnings=artifacts.warnings(turn.explanation),
+    )
+
+
+def admit(job: Job, outside: Outside) -> Store:
+    """Refuse what the operator does not allow, before anything is fetched; open where to write.
+
+    Raises InvalidJob, UnknownNetwork, UriNotAllowed (a webhook), OutputNotAllowed.
+    """
+    catalog.find(job.network)
+    asked = job.target.top_n or len(job.target.classes or ())
+    if asked > outside.max_classes:
+        message = f"The job asks for {asked} classes; at most {outside.max_classes} are allowed (max_classes)."
+        raise InvalidJob(message)
+    for webhook in job.webhooks:
+        outside.webhooks.check(webhook.url)
+    return outside.stores.open(job.output)
+
+
+def _described(fetched: Fetched, decoded: Decoded) -> InputRecord:
+    height, width, _ = decoded.pixels.shape
+    return InputRecord(
+        uri=fetched.uri,
+        sha256=fetched.sha256,
+        bytes=len(fetched.data),
+        media_type=decoded.media_type,
+        width=width,
+        height=height,
+    )

@@ -1,0 +1,161 @@
+"""Every knob, `GRADCAM_*`: the only reader of the environment.
+
+A list is written with commas: `GRADCAM_IMAGE_SCHEMES=s3,https`.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+from worker.errors import InvalidSettings
+
+PREFIX = "GRADCAM_"
+SCHEMES = ("s3", "https", "http", "file", "data")
+
+
+def _split(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Folder = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """The operator's decisions. Frozen, checked as a whole, the same for client and worker."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # Queue and ledger
+    broker_url: str = "redis://127.0.0.1:6379/0"
+    ledger_url: str = ""  # empty: where the broker is
+    key_prefix: str = "gradcam:"  # of every key in Redis, the broker's and the ledger's
+    visibility_timeout_s: Annotated[float, Field(ge=2)] = 900  # after which an unacknowledged message returns
+    retention_s: Annotated[float, Field(ge=60)] = 7 * 86_400  # how long a final job stays readable
+
+    # Images
+    image_schemes: Listed = ("s3",)
+    image_buckets: Listed = ("*",)  # "*": whatever the worker's credentials can read
+    image_hosts: Listed = ()  # host or host:port, for http and https
+    image_roots: Listed = ()  # folders, for file
+    max_image_bytes: Count = 32 * 1024 * 1024
+    max_image_pixels: Count = 64_000_000
+    max_image_side: Count = 32_767  # pixels
+    max_data_uri_bytes: Count = 256 * 1024
+    fetch_timeout_s: Seconds = 20  # for the whole of one image
+    max_classes: Count = 50  # explained in one job
+
+    # Storage
+    output: str = "s3://gradcam/results"  # where artifacts go unless the job says otherwise
+    output_prefixes: Listed = ()  # where else a job may send them
+    s3_endpoint_url: str = ""  # empty: Amazon
+    s3_region: str = "us-east-1"
+    s3_access_key_id: str = ""  # empty: the usual AWS places
+    s3_secret_access_key: SecretStr = SecretStr("")
+
+    # Status
+    webhook_hosts: Listed = ()  # host or host:port
+    webhook_timeout_s: Seconds = 10
+    webhook_attempts: Count = 5
+
+    # Worker
+    weights_dir: Folder = None
+    preload: Listed = ()  # networks to load before the first job
+    threads: Count = 8
+    retry_backoff_s: Seconds = 1  # before the second attempt; doubles, with jitter
+    retry_backoff_max_s: Seconds = 60
+    shutdown_timeout_s: Seconds = 90  # after which a worker that was asked to stop is killed
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        unknown = set(self.image_schemes) - set(SCHEMES)
+        if unknown:
+            message = f"image_schemes holds {sorted(unknown)}; there are {', '.join(SCHEMES)}"
+            raise ValueError(message)
+        if {"http", "https"} & set(self.image_schemes) and not self.image_hosts:
+            message = "image_schemes allows http or https, but image_hosts names no host"
+            raise ValueError(message)
+        if "file" in self.image_schemes and not self.image_roots:
+            message = "image_schemes allows file, but image_roots names no folder"
+            raise ValueError(message)
+        if any("*" in host for host in (*self.image_hosts, *self.webhook_hosts)):
+            message = "image_hosts and webhook_hosts take exact hosts, no wildcard"
+            raise ValueError(message)
+        if bool(self.s3_access_key_id) != bool(self.s3_secret_access_key.get_secret_value()):
+            message = "s3_access_key_id and s3_secret_access_key must be given together"
+            raise ValueError(message)
+        if self.retry_backoff_max_s >= self.visibility_timeout_s:
+            message = "retry_backoff_max_s must be below visibility_timeout_s, or a waiting retry runs twice"
+            raise ValueError(message)
+        for uri in (self.output, *self.output_prefixes):
+            if urlsplit(uri).scheme not in {"s3", "file"} or not uri.split("://")[-1].strip("/"):
+                message = f"output {uri!r} must look like s3://bucket/prefix or file:///folder"
+                raise ValueError(message)
+        return self
+
+    @property
+    def ledger(self) -> str:
+        """The ledger's URL."""
+        return self.ledger_url or self.broker_url
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Settings":
+        """Read `GRADCAM_*`. Raises InvalidSettings, naming the variable and what would be right."""
+        variables = os.environ if environment is None else environment
+        given = {
+            name.removeprefix(PREFIX).lower(): value
+            for name, value in variables.items()
+            if name.startswith(PREFIX)
+        }
+        for name in given.keys() - cls.model_fields.keys():
+            near = difflib.get_close_matches(name, cls.model_fields, n=1)
+            hint = f" Did you mean {PREFIX}{near[0].upper()}?" if near else ""
+            message = f"There is no setting {PREFIX}{name.upper()}.{hint}"
+            raise InvalidSettings(message)
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_input=False)[0]
+            place = PREFIX + str(found["loc"][0]).upper() + ": " if found["loc"] else ""
+            raise InvalidSettings(place + found["msg"].removeprefix("Value error, ")) from error
+
+    def to_environment(self) -> dict[str, str]:
+        """The same settings as `GRADCAM_*` variables, for a child process."""
+        plain: dict[str, str] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, SecretStr):
+                value = value.get_secret_value()
+            text = ",".join(value) if isinstance(value, tuple) else str(value or "")
+            plain[PREFIX + name.upper()] = text
+        return plain
+
+    def environment_for_child(self) -> dict[str, str]:
+        """This process's environment with these settings in it, whole."""
+        others = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+        return others | self.to_environment()
+
+
+def without_secrets(url: str) -> str:
+    """A URL that may be shown: user, password and query are gone."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # not a URL at all: show no more than how it starts
+        return url.partition(":")[0] + ":..."
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))

@@ -1,0 +1,79 @@
+"""What the commands show: tables, progress, JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from worker.contract import StatusDocument
+
+COLORS = {
+    "queued": "yellow",
+    "running": "cyan",
+    "retrying": "magenta",
+    "succeeded": "green",
+    "failed": "red",
+    "expired": "red",
+    "canceled": "red",
+}
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """For machines: one JSON document on standard output, nothing else."""
+    print(json.dumps(value, indent=2))  # noqa: T201  # rich would wrap and color it
+
+
+def table(*columns: str, title: str | None = None, numbers: Sequence[str] = ()) -> Table:
+    """An empty table; the columns in `numbers` are set flush right."""
+    made = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return made
+
+
+def status_text(document: StatusDocument) -> Text:
+    """The state in its colour, with its stage while it runs."""
+    stage = f" · {document.stage}" if document.stage else ""
+    return Text(document.status + stage, COLORS[document.status])
+
+
+def percent(probability: float) -> str:
+    """0.7708 -> `77.1 %`."""
+    return f"{probability:.1%}".replace("%", " %")
+
+
+def show(document: StatusDocument) -> None:
+    """One status document, for a person."""
+    facts = table("", "")
+    facts.show_header = False
+    facts.add_row("job", document.id)
+    facts.add_row("status", status_text(document))
+    facts.add_row("attempt", f"{document.attempt} of {document.max_attempts}")
+    if document.network:
+        facts.add_row("network", f"{document.network.name}, layer {document.network.layer}")
+    if document.metrics:
+        spent = (f"{key.removesuffix('_s')} {value:g} s" for key, value in seconds(document).items())
+        facts.add_row("time", ", ".join(spent))
+    if document.result:
+        facts.add_row("manifest", document.result.manifest_uri)
+    for warned in document.warnings:
+        facts.add_row("warning", f"{warned.code}: nothing in the image speaks for class {warned.class_id}")
+    if document.error:
+        facts.add_row("error", Text(f"{document.error.code}: {document.error.detail}", "red"))
+    out.print(facts)
+    if document.predictions:
+        seen = table("rank", "id", "class", "probability", numbers=("rank", "id", "probability"))
+        for one in document.predictions:
+            seen.add_row(str(one.rank), str(one.id), one.name, percent(one.probability))
+        out.print()
+        out.print(seen)
+
+
+def seconds(document: StatusDocument) -> Mapping[str, float]:
+    """The metrics that are times."""
+    return {key: value for key, value in document.metrics.items() if key.endswith("_s")}

@@ -1,0 +1,195 @@
+"""In-memory doubles of every seam, and a tiny network with a known answer: for our tests and yours.
+
+    >>> ledger, doorbell = MemoryLedger(), Doorbell()
+    >>> client = GradcamClient(ledger=ledger, publish=doorbell)
+    >>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 1})
+    >>> [job.id for job in doorbell.jobs] == [job_id]
+"""
+
+import hashlib
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.contract import Delivery, ImageRef, Job, StatusDocument
+from worker.deadline import Deadline
+from worker.errors import ImageNotFound, UnknownLayer, UnknownNetwork
+from worker.gradcam import cam
+from worker.gradcam.classes import ClassIndex, Label
+from worker.gradcam.decode import Limits
+from worker.gradcam.network import Computed, Network, NetworkFacts
+from worker.gradcam.residents import Residents
+from worker.images import Fetched
+from worker.ledger import Entry, Ledger
+from worker.outside import Outside
+
+
+class MemoryLedger(Ledger):
+    """The ledger's rules over a dictionary."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._entries: dict[str, Entry] = {}
+        self._keys: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def _create(self, entry: Entry) -> Entry:
+        with self._lock:
+            key = entry.idempotency_key
+            owner = self._keys.get(key, entry.document.id) if key else entry.document.id
+            if owner not in self._entries:
+                self._entries[owner] = entry
+                if key:
+                    self._keys[key] = owner
+            return self._entries[owner]
+
+    def _swap(self, before: StatusDocument, after: StatusDocument) -> bool:
+        with self._lock:
+            entry = self._entries[before.id]
+            held = entry.document
+            if (held.attempt, held.revision) != (before.attempt, before.revision):
+                return False
+            self._entries[before.id] = replace(entry, document=after)
+            return True
+
+    def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
+        """See `Ledger.read_many`."""
+        return {one: self._entries[one].document for one in ids if one in self._entries}
+
+    def counts(self) -> tuple[int, int]:
+        """See `Ledger.counts`."""
+        states = [entry.document.status for entry in self._entries.values()]
+        return states.count("queued") + states.count("retrying"), states.count("running")
+
+
+@dataclass
+class Doorbell:
+    """Takes what would be published, and remembers it."""
+
+    jobs: list[Job] = field(default_factory=list)
+    delays_s: list[float] = field(default_factory=list)
+
+    def __call__(self, job: Job, *, delay_s: float = 0) -> None:
+        """See `worker.broker.publish`."""
+        self.jobs.append(job)
+        self.delays_s.append(delay_s)
+
+
+@dataclass
+class MemoryStore:
+    """A bucket in a dictionary: also a StoreSource that opens itself, wherever the job points."""
+
+    objects: dict[str, bytes] = field(default_factory=dict)  # in the order they were written
+
+    def open(self, uri: str | None = None) -> "MemoryStore":  # noqa: ARG002
+        """See `worker.storage.Stores.open`."""
+        return self
+
+    def put(self, key: str, data: bytes, media_type: str) -> str:  # noqa: ARG002
+        """See `worker.storage.Store.put`."""
+        self.objects[key] = data
+        return f"memory://{key}"
+
+    def get(self, key: str) -> bytes:
+        """See `worker.storage.Store.get`."""
+        return self.objects[key]
+
+
+@dataclass(frozen=True)
+class MemoryImages:
+    """Images by URI. An exception in place of bytes is raised."""
+
+    images: Mapping[str, bytes | Exception]
+
+    def fetch(self, image: ImageRef, deadline: Deadline) -> Fetched:
+        """See `worker.images.Images.fetch`."""
+        deadline.check("fetch")
+        found = self.images.get(image.uri, ImageNotFound(f"There is nothing at {image.uri}."))
+        if isinstance(found, Exception):
+            raise found
+        return Fetched(found, hashlib.sha256(found).hexdigest(), image.uri)
+
+
+@dataclass
+class MemoryMessenger:
+    """Takes every event, or raises what it is told to."""
+
+    sent: list[Delivery] = field(default_factory=list)
+    failure: Exception | None = None
+
+    def check(self, url: str) -> None:
+        """See `worker.status.Webhooks.check`: every host is allowed."""
+
+    def send(self, delivery: Delivery) -> None:
+        """See `worker.status.Webhooks.send`."""
+        if self.failure:
+            raise self.failure
+        self.sent.append(delivery)
+
+
+class TinyNetwork:
+    """Sees red, green and blue. Input (16, 16), map (4, 4), global average pooling and one dense layer.
+
+    Its activations are the means of 4 x 4 blocks of pixels, scaled to [0, 1]; each class looks at one
+    colour and away from the two others. So Grad-CAM is known: the block means weighted by
+    (2, -1, -1) / 16, in the order of the class's own colour first.
+    """
+
+    SIDE, CELLS = 16, 4
+    KERNEL = np.array([[2, -1, -1], [-1, 2, -1], [-1, -1, 2]], np.float32)  # (channels, classes)
+
+    labels = ClassIndex(
+        (Label(0, "n1", "red"), Label(1, "n2", "green"), Label(2, "n3", "blue"))
+    )
+    facts = NetworkFacts(
+        name="efficientnet_lite0",  # it stands in for a network of the catalog
+        input_size=(SIDE, SIDE),
+        preprocessing="none",
+        weights_sha256=None,
+        backend=f"numpy {np.__version__}",
+        dtype="float32",
+        default_layer="blocks",
+    )
+
+    def compute(
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], layer: str | None = None
+    ) -> Computed:
+        """See `worker.gradcam.network.Network.compute`."""
+        if layer not in {None, "blocks"}:
+            message = f"Layer {layer!r} does not exist; there is 'blocks'."
+            raise UnknownLayer(message)
+        n, cells, step = len(pixels), self.CELLS, self.SIDE // self.CELLS
+        blocks = pixels.reshape(n, cells, step, cells, step, 3).mean((2, 4), dtype=np.float32) / 255
+        scores = blocks.mean((1, 2)) @ self.KERNEL
+        order = np.argsort(-scores, axis=1, kind="stable")
+        ranked = np.take_along_axis(order, np.maximum(-wanted - 1, 0), axis=1)
+        class_ids = np.where(wanted < 0, ranked, wanted).astype(np.int32)
+        weights = self.KERNEL.T[class_ids.T] / cells**2  # (k, n, channels)
+        gradients = np.broadcast_to(weights[:, :, None, None], (*weights.shape[:2], cells, cells, 3))
+        return Computed("blocks", scores, class_ids, cam.gradcam(np, blocks, gradients))
+
+
+def outside(
+    images: Mapping[str, bytes | Exception], *, store: MemoryStore | None = None, **others: Any
+) -> Outside:
+    """An Outside in memory, with TinyNetwork standing in for `efficientnet_lite0`."""
+
+    def load(name: str) -> Network:
+        if name != TinyNetwork.facts.name:
+            message = f"There is no network {name!r} here."
+            raise UnknownNetwork(message)
+        return TinyNetwork()
+
+    defaults: dict[str, Any] = {
+        "images": MemoryImages(images),
+        "residents": Residents(load),
+        "stores": store or MemoryStore(),
+        "webhooks": MemoryMessenger(),
+        "limits": Limits(),
+        "max_classes": 50,
+    }
+    return Outside(**{**defaults, **others})

@@ -1,0 +1,52 @@
+"""Settings -> Outside: the only module that knows every other."""
+
+import os
+import platform
+from functools import partial
+
+from worker.contract import WorkerRef
+from worker.gradcam.catalog import find
+from worker.gradcam.decode import Limits
+from worker.gradcam.network import Network
+from worker.gradcam.residents import Residents
+from worker.images import Images
+from worker.outside import Outside
+from worker.redis_ledger import RedisLedger
+from worker.settings import Settings
+from worker.status import Webhooks
+from worker.storage import S3, Stores
+
+
+def outside(settings: Settings) -> Outside:
+    """Everything a job touches, for real. Nothing is connected or loaded yet."""
+    s3 = S3(settings)
+    return Outside(
+        images=Images(settings, s3),
+        residents=Residents(partial(load, settings)),
+        stores=Stores(settings, s3),
+        webhooks=Webhooks(settings),
+        limits=Limits(settings.max_image_pixels, settings.max_image_side),
+        max_classes=settings.max_classes,
+    )
+
+
+def ledger(settings: Settings) -> RedisLedger:
+    """The ledger that the settings name."""
+    return RedisLedger(
+        settings.ledger, prefix=settings.key_prefix, retention_s=settings.retention_s
+    )
+
+
+def load(settings: Settings, name: str) -> Network:
+    """A live network by name; TensorFlow is imported here, when the first one is needed."""
+    find(name)
+    from worker.gradcam.keras_network import load_network
+
+    return load_network(name, weights_dir=settings.weights_dir)
+
+
+def worker_ref() -> WorkerRef:
+    """Who this process is and what it computes on."""
+    from worker.gradcam.keras_network import device_name
+
+    return WorkerRef(id=f"{platform.node()}:{os.getpid()}", device=device_name())
