@@ -198,6 +198,12 @@ def _shown(document: StatusDocument, *, as_json: bool) -> int:
     return 1 if document.final and document.status != "succeeded" else 0
 
 
+def _origin(path: Path | None) -> str:
+    if path is None:
+        return "Keras's own download"
+    return "shipped" if path.is_relative_to(Path(__file__).parent) else str(path)
+
+
 @gradcam.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 def networks(*, as_json: bool) -> int:
@@ -218,7 +224,7 @@ def networks(*, as_json: bool) -> int:
             "map_size": row.map_size,
             "preprocessing": row.preprocessing.name,
             "parameters": row.parameters,
-            "weights": str(where(row, directory) or "Keras's own download"),
+            "weights": _origin(where(row, directory)),
         }
         for row in CATALOG.values()
     ]

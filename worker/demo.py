@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 from rich.live import Live
 from rich.table import Table
 
@@ -25,9 +24,9 @@ from worker.errors import StatusUnavailable
 from worker.gradcam.classes import DATA
 from worker.gradcam.decode import decode
 from worker.gradcam.picture import encode_jpeg, grid
-from worker.manifest import ExplainedClass, Manifest
+from worker.manifest import ArtifactRecord, Manifest
 from worker.settings import Settings
-from worker.storage import S3, Stores
+from worker.storage import S3, Store, Stores
 
 NETWORK = "efficientnet_lite0"
 BUCKETS = ("photos", "results")
@@ -74,11 +73,11 @@ def run(folder: Path) -> int:
         client = GradcamClient(settings=settings)
         asked = _submit(s3, client)
         documents = _watch(client, asked, worker, log)
-        _print_results(asked, documents)
-        failed = [one for one in documents.values() if one.status != "succeeded"]
-        if failed:
-            return 1
-        sheet = _download(settings, s3, asked, documents, folder)
+        manifests = _download(Stores(settings, s3).open(), asked, documents, folder)
+    _print_results(asked, documents, manifests)
+    if len(manifests) < len(asked):
+        return 1
+    sheet = _contact_sheet(asked, manifests, folder)
     terminal.out.print()
     _say(f"Overlays, heatmap arrays and manifests are in {folder}/")
     _say(f"The contact sheet is {sheet}")
@@ -145,18 +144,22 @@ def _progress(asked: list[Asked], documents: dict[str, StatusDocument]) -> Table
     return table
 
 
-def _print_results(asked: list[Asked], documents: dict[str, StatusDocument]) -> None:
-    numbers = ("id", "probability", "seconds")
-    table = terminal.table("photo", "asked for", "rank", "id", "class", "probability", "seconds", numbers=numbers)
+def _print_results(
+    asked: list[Asked], documents: dict[str, StatusDocument], manifests: dict[str, Manifest]
+) -> None:
+    numbers = ("rank", "id", "probability", "seconds")
+    table = terminal.table("photo", "rank", "id", "class", "probability", "seconds", numbers=numbers)
     for one in asked:
         document = documents[one.job.id]
         if document.error:
-            table.add_row(one.photo.name, one.wish, "", "", f"[red]{document.error.code}[/]", "", "")
-        spent = f"{sum(terminal.seconds(document).values()) - document.metrics.get('queue_s', 0):.2f}"
-        for index, seen in enumerate(document.predictions[:3]):
-            first = (one.photo.name, one.wish, spent) if index == 0 else ("", "", "")
-            probability = terminal.percent(seen.probability)
-            table.add_row(first[0], first[1], str(seen.rank), str(seen.id), seen.name, probability, first[2])
+            table.add_row(one.photo.name, "", "", f"[red]{document.error.code}[/]", "", "")
+            continue
+        spent = sum(terminal.seconds(document).values()) - document.metrics["queue_s"]
+        left, right = [one.photo.name, f"[dim]{one.wish}[/]"], [f"{spent:.2f}"]
+        for seen in manifests[one.job.id].explanations:
+            label, probability = seen.class_, terminal.percent(seen.probability)
+            cells = (str(seen.rank), str(label.id), label.name, probability)
+            table.add_row(left.pop(0) if left else "", *cells, right.pop(0) if right else "")
     terminal.out.print(table)
     terminal.out.print()
     for one in asked:
@@ -168,30 +171,43 @@ def _print_results(asked: list[Asked], documents: dict[str, StatusDocument]) -> 
 
 
 def _download(
-    settings: Settings, s3: S3, asked: list[Asked], documents: dict[str, StatusDocument], folder: Path
-) -> Path:
-    """Fetch all artifacts and make the contact sheet; return where it is."""
-    store = Stores(settings, s3).open()
-    tiles = []
+    store: Store, asked: list[Asked], documents: dict[str, StatusDocument], folder: Path
+) -> dict[str, Manifest]:
+    """Fetch what the jobs that succeeded left behind, a folder for each; return their manifests."""
+    manifests = {}
     for one in asked:
-        manifest = Manifest.model_validate_json(store.get(f"{one.job.id}/manifest.json"))
-        place = folder / (one.photo.stem + ("-classes" if one.job.target.classes else ""))
+        if documents[one.job.id].status != "succeeded":
+            continue
+        place = _place(folder, one)
         place.mkdir(exist_ok=True)
-        (place / "manifest.json").write_bytes(store.get(f"{one.job.id}/manifest.json"))
-        for name in {record.uri.rpartition("/")[2] for seen in manifest.explanations for record in seen.artifacts}:
+        data = store.get(f"{one.job.id}/manifest.json")
+        (place / "manifest.json").write_bytes(data)
+        manifest = manifests[one.job.id] = Manifest.model_validate_json(data)
+        for name in {_name(record) for seen in manifest.explanations for record in seen.artifacts}:
             (place / name).write_bytes(store.get(f"{one.job.id}/{name}"))
-        tiles.append([(f"{one.photo.stem}: {one.wish}", decode(one.photo.read_bytes()).pixels)])
-        for seen in manifest.explanations:
-            overlay = next(record.uri for record in seen.artifacts if record.kind == "overlay")
-            pixels = decode((place / overlay.rpartition("/")[2]).read_bytes()).pixels
-            tiles[-1].append((_title(seen), pixels))
-    columns = max(map(len, tiles))
-    blank = np.full((1, 1, 3), 255, np.uint8)
-    flat = [tile for row in tiles for tile in row + [("", blank)] * (columns - len(row))]
+    return manifests
+
+
+def _contact_sheet(asked: list[Asked], manifests: dict[str, Manifest], folder: Path) -> Path:
+    """One row for each job: the photo, then its overlays; return where the picture is."""
+    rows = []
+    for one in asked:
+        if one.job.id not in manifests:
+            continue
+        rows.append([(f"{one.photo.stem}: {one.wish}", decode(one.photo.read_bytes()).pixels)])
+        for seen in manifests[one.job.id].explanations:
+            overlay = next(_name(record) for record in seen.artifacts if record.kind == "overlay")
+            name, probability = seen.class_.name.replace("_", " "), terminal.percent(seen.probability)
+            pixels = decode((_place(folder, one) / overlay).read_bytes()).pixels
+            rows[-1].append((f"{seen.class_.id} {name} {probability}", pixels))
     sheet = folder / "contact-sheet.jpg"
-    sheet.write_bytes(encode_jpeg(grid(flat, columns=columns, tile=TILE)))
+    sheet.write_bytes(encode_jpeg(grid(rows, tile=TILE)))
     return sheet
 
 
-def _title(seen: ExplainedClass) -> str:
-    return f"{seen.class_.id} {seen.class_.name.replace('_', ' ')} {terminal.percent(seen.probability)}"
+def _place(folder: Path, one: Asked) -> Path:
+    return folder / (one.photo.stem + ("-classes" if one.job.target.classes else ""))
+
+
+def _name(record: ArtifactRecord) -> str:
+    return record.uri.rpartition("/")[2]

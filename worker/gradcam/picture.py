@@ -64,25 +64,29 @@ def encode_jpeg(pixels: Pixels, quality: int = 90) -> bytes:
     return data.tobytes()
 
 
-def grid(tiles: Sequence[tuple[str, Pixels]], *, columns: int, tile: tuple[int, int]) -> Pixels:
-    """Titled pictures -> one white sheet, `columns` a row, each picture within `tile` (width, height).
+def grid(rows: Sequence[Sequence[tuple[str, Pixels]]], *, tile: tuple[int, int]) -> Pixels:
+    """Rows of titled pictures -> one white sheet, each picture fitted into `tile` (width, height).
 
-    A title is one line in a scalable font, shortened with an ellipsis where it is wider than its tile.
+    A title is one line in a scalable font, shortened with an ellipsis where it is wider than its tile;
+    a row is as high as its highest picture.
     """
     width, height = tile
     gap, size = max(width // 24, 4), max(width // 18, 11)
     font = ImageFont.load_default(size)
-    row_height = height + 2 * size + gap
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * row_height + gap), "white")
+    fitted = [
+        [(title, _within(Image.fromarray(pixels), width, height)) for title, pixels in row] for row in rows
+    ]
+    heights = [max(picture.height for _, picture in row) + 2 * size + gap for row in fitted]
+    sheet_width = max(map(len, fitted)) * (width + gap) + gap
+    sheet = Image.new("RGB", (sheet_width, sum(heights) + gap), "white")
     pen = ImageDraw.Draw(sheet)
-    for index, (title, pixels) in enumerate(tiles):
-        left = gap + index % columns * (width + gap)
-        top = gap + index // columns * row_height
-        picture = Image.fromarray(pixels)
-        picture = _within(picture, width, height)
-        pen.text((left, top + size // 3), _shorten(title, pen, font, width), "black", font)
-        sheet.paste(picture, (left + (width - picture.width) // 2, top + 2 * size))
+    top = gap
+    for row, row_height in zip(fitted, heights, strict=True):
+        for column, (title, picture) in enumerate(row):
+            left = gap + column * (width + gap)
+            pen.text((left, top + size // 3), _shorten(title, pen, font, width), "black", font)
+            sheet.paste(picture, (left + (width - picture.width) // 2, top + 2 * size))
+        top += row_height
     return np.asarray(sheet, np.uint8)
 
 
