@@ -51,18 +51,14 @@ def render(job: Job, decoded: Decoded, seen: Explanation) -> list[Rendered]:
     return [made for wish in job.artifacts for made in _render(wish, decoded, seen)]
 
 
-def _render(
-    wish: OverlayWish | HeatmapWish, decoded: Decoded, seen: Explanation
-) -> Iterator[Rendered]:
+def _render(wish: OverlayWish | HeatmapWish, decoded: Decoded, seen: Explanation) -> Iterator[Rendered]:
     if isinstance(wish, HeatmapWish):
         facts = {"dtype": "float32", "shape": seen.heatmaps.shape}
         yield Rendered(HEATMAPS, _npz(seen), "application/x-npz", "heatmap", None, facts)
         return
     height, width, _ = decoded.pixels.shape
     for index, explained in enumerate(seen.explained):
-        laid = overlay(
-            decoded.pixels, seen.heatmaps[index], alpha=wish.alpha, colormap=wish.colormap
-        )
+        laid = overlay(decoded.pixels, seen.heatmaps[index], alpha=wish.alpha, colormap=wish.colormap)
         facts = {"width": width, "height": height}
         name = overlay_name(explained)
         yield Rendered(name, encode_jpeg(laid), "image/jpeg", "overlay", index, facts)

@@ -72,7 +72,7 @@ def gradcam() -> None:
 @gradcam.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default="gradcam-demo")
 def demo(folder: Path) -> int:
-    """Explain five photos through a real queue, a real worker and a real object store.
+    r"""Explain five photos through a real queue, a real worker and a real object store.
 
     Everything runs on this machine and is stopped in the end. Results go to FOLDER.
 
@@ -89,7 +89,7 @@ def demo(folder: Path) -> int:
 @click.option("--unsupervised", is_flag=True, help="Take jobs in this very process.")
 @click.option("--tethered", is_flag=True, hidden=True)
 def worker(*, unsupervised: bool, tethered: bool) -> int:
-    """Take jobs until stopped; start again whatever dies unasked.
+    r"""Take jobs until stopped; start again whatever dies unasked.
 
     SIGTERM or Ctrl-C finishes what is running; a second one stops at once.
 
@@ -109,7 +109,9 @@ def worker(*, unsupervised: bool, tethered: bool) -> int:
 
 
 @gradcam.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument(
+    "images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
 @_wish
 @click.option(
     "-o",
@@ -120,9 +122,15 @@ def worker(*, unsupervised: bool, tethered: bool) -> int:
     help="Where results go, a folder for each image.",
 )
 def explain(
-    images: tuple[Path, ...], network: str, top_n: int | None, classes: str | None, output: Path, *, as_json: bool
+    images: tuple[Path, ...],
+    network: str,
+    top_n: int | None,
+    classes: str | None,
+    output: Path,
+    *,
+    as_json: bool,
 ) -> int:
-    """Explain IMAGES here and now: no queue, no servers.
+    r"""Explain IMAGES here and now: no queue, no servers.
 
     \b
     Examples:
@@ -153,7 +161,7 @@ def submit(
     wait: bool,
     as_json: bool,
 ) -> int:
-    """Queue the image at URI for a worker.
+    r"""Queue the image at URI for a worker.
 
     \b
     Examples:
@@ -179,7 +187,7 @@ def submit(
 @click.argument("job_id")
 @click.option("--json", "as_json", is_flag=True, help="Print the status document as JSON.")
 def status(job_id: str, *, as_json: bool) -> int:
-    """Show what has become of a job. Exit code 1 where it failed.
+    r"""Show what has become of a job. Exit code 1 where it failed.
 
     \b
     Example:
@@ -207,7 +215,7 @@ def _origin(path: Path | None) -> str:
 @gradcam.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 def networks(*, as_json: bool) -> int:
-    """List the networks that a job can name, and where their weights are.
+    r"""List the networks that a job can name, and where their weights are.
 
     \b
     Example:
@@ -231,7 +239,9 @@ def networks(*, as_json: bool) -> int:
     if as_json:
         terminal.print_json(rows)
         return 0
-    table = terminal.table("network", "input", "target layer", "map", "parameters", "weights", numbers=("parameters",))
+    table = terminal.table(
+        "network", "input", "target layer", "map", "parameters", "weights", numbers=("parameters",)
+    )
     for row, line in zip(CATALOG.values(), rows, strict=True):
         sizes = ["x".join(map(str, size)) for size in (row.input_size, row.map_size)]
         millions = f"{row.parameters / 1e6:.1f} M"
@@ -243,7 +253,7 @@ def networks(*, as_json: bool) -> int:
 @gradcam.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 def doctor(*, as_json: bool) -> int:
-    """Check broker, ledger, storage, weights and device, and say what to fix.
+    r"""Check broker, ledger, storage, weights and device, and say what to fix.
 
     \b
     Example:
@@ -263,5 +273,3 @@ def doctor(*, as_json: bool) -> int:
     if as_json:
         terminal.print_json([vars(finding) for finding in findings])
     return 0 if all(finding.well for finding in findings) else 1
-
-

@@ -1,8 +1,8 @@
 """For web apps and scripts: submit a job, ask how it is, wait for it. No numpy, no TensorFlow.
 
-    >>> client = GradcamClient("redis://127.0.0.1:6379/0")
-    >>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 5})
-    >>> client.wait(job_id).result.manifest_uri
+>>> client = GradcamClient("redis://127.0.0.1:6379/0")
+>>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 5})
+>>> client.wait(job_id).result.manifest_uri
 """
 
 import time

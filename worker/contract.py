@@ -126,7 +126,7 @@ def _bare_uri(value: Any) -> Any:
 class Job(Wire):
     """`gradcam.job/v1`: one image to explain. Only image, network and target are required."""
 
-    schema_: Literal["gradcam.job/v1"] = Field("gradcam.job/v1", alias="schema")
+    schema_: Literal["gradcam.job/v1"] = Field(default="gradcam.job/v1", alias="schema")
     id: JobId = Field(default_factory=new_id)
     idempotency_key: ShortText | None = None
     image: Annotated[ImageRef, BeforeValidator(_bare_uri)]
@@ -160,7 +160,8 @@ class Job(Wire):
         try:
             return cls.model_validate(payload)
         except ValidationError as error:
-            raise InvalidJob(f"This is not a job: {describe(error)}") from error
+            message = f"This is not a job: {describe(error)}"
+            raise InvalidJob(message) from error
 
     def fingerprint(self) -> str:
         """What makes two jobs the same: everything but their ids, keys and trace."""
@@ -247,7 +248,7 @@ class ManifestRef(Wire):
 class StatusDocument(Wire):
     """`gradcam.status/v1`: the whole truth about a job, the same in every backend."""
 
-    schema_: Literal["gradcam.status/v1"] = Field("gradcam.status/v1", alias="schema")
+    schema_: Literal["gradcam.status/v1"] = Field(default="gradcam.status/v1", alias="schema")
     id: JobId
     status: Status
     stage: str | None = None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import SecretStr
 from rich.live import Live
 from rich.table import Table
 
@@ -60,7 +61,7 @@ def run(folder: Path) -> int:
             output=OUTPUT,
             s3_endpoint_url=s3_server.url,
             s3_access_key_id=s3_server.access_key_id,
-            s3_secret_access_key=s3_server.secret_access_key,
+            s3_secret_access_key=SecretStr(s3_server.secret_access_key),
             preload=(NETWORK,),
             threads=4,
         )

@@ -62,8 +62,7 @@ class Images:
         scheme = image.uri.partition(":")[0].casefold()
         allowed = self._settings.image_schemes
         if scheme not in allowed or scheme not in self._readers:
-            shown = image.uri if len(image.uri) <= 80 else image.uri[:77] + "..."
-            message = f"{without_secrets(shown)!r} is not allowed: its scheme must be {' or '.join(allowed)}."
+            message = f"{without_secrets(image.uri[:200])!r} is not allowed: its scheme must be {' or '.join(allowed)}."
             raise UriNotAllowed(message)
         data = self._readers[scheme](image.uri, deadline)
         sha256 = hashlib.sha256(data).hexdigest()

@@ -169,6 +169,4 @@ def _fresh(job_id: str, job: Job | None = None) -> StatusDocument:
 
 def _next(before: StatusDocument, **changes: Any) -> StatusDocument:
     """The next revision of a document."""
-    return before.model_copy(
-        update={"revision": before.revision + 1, "updated_at": utc_now(), **changes}
-    )
+    return before.model_copy(update={"revision": before.revision + 1, "updated_at": utc_now(), **changes})

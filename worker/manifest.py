@@ -68,7 +68,7 @@ class NetworkRecord(Wire):
 class Manifest(Wire):
     """`gradcam.manifest/v1`, written last. The same job gives the same bytes, whichever attempt wrote it."""
 
-    schema_: Literal["gradcam.manifest/v1"] = Field("gradcam.manifest/v1", alias="schema")
+    schema_: Literal["gradcam.manifest/v1"] = Field(default="gradcam.manifest/v1", alias="schema")
     job_id: JobId
     generator: dict[str, str]
     input: InputRecord

@@ -99,7 +99,9 @@ def admit(job: Job, outside: Outside) -> Store:
     catalog.find(job.network)
     asked = job.target.top_n or len(job.target.classes or ())
     if asked > outside.max_classes:
-        message = f"The job asks for {asked} classes; at most {outside.max_classes} are allowed (max_classes)."
+        message = (
+            f"The job asks for {asked} classes; at most {outside.max_classes} are allowed (max_classes)."
+        )
         raise InvalidJob(message)
     for webhook in job.webhooks:
         outside.webhooks.check(webhook.url)

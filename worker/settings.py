@@ -27,7 +27,9 @@ SCHEMES = ("s3", "https", "http", "file", "data")
 
 
 def _split(value: Any) -> Any:
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    return (
+        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    )
 
 
 Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]

@@ -25,9 +25,7 @@ class Webhooks:
     def __init__(self, settings: Settings) -> None:
         """Nothing is opened until it is needed."""
         self._hosts = settings.webhook_hosts
-        self._http = httpx.Client(
-            follow_redirects=False, trust_env=False, timeout=settings.webhook_timeout_s
-        )
+        self._http = httpx.Client(follow_redirects=False, trust_env=False, timeout=settings.webhook_timeout_s)
 
     def check(self, url: str) -> None:
         """Raise UriNotAllowed unless events may be sent there."""
@@ -48,9 +46,7 @@ class Webhooks:
         shown = without_secrets(delivery.url)
         headers = {"content-type": "application/json"}
         try:
-            response = self._http.post(
-                delivery.url, content=delivery.event.to_json(), headers=headers
-            )
+            response = self._http.post(delivery.url, content=delivery.event.to_json(), headers=headers)
         except httpx.HTTPError as error:
             message = f"Webhook {shown} could not be reached: {error or type(error).__name__}"
             raise StatusUnavailable(message) from error

@@ -1,6 +1,5 @@
 """Where artifacts go: S3 and everything that speaks it (boto3), or a folder. Also reads S3 images."""
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from worker.errors import (
 )
 from worker.settings import Settings
 
+NOT_FOUND, FORBIDDEN = 404, {401, 403}
 CHUNK = 256 * 1024  # bytes read at a time, so that limits are noticed early
 
 
@@ -88,10 +88,10 @@ class S3:
 def _unreadable(uri: str, error: ClientError) -> Exception:
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     code = error.response.get("Error", {}).get("Code", "")
-    if status == 404:
+    if status == NOT_FOUND:
         what = "bucket" if code == "NoSuchBucket" else "object"
         return ImageNotFound(f"There is no such {what}: {uri}.")
-    if status in {401, 403}:
+    if status in FORBIDDEN:
         return ImageForbidden(f"The worker may not read {uri} ({code}): grant it s3:GetObject there.")
     return ImageFetchFailed(f"{uri} could not be read: {code or status} ({error}).")
 
@@ -108,9 +108,7 @@ class S3Store:
         name = self._prefix + key
         uri = f"s3://{self._bucket}/{name}"
         try:
-            self._s3.client.put_object(
-                Bucket=self._bucket, Key=name, Body=data, ContentType=media_type
-            )
+            self._s3.client.put_object(Bucket=self._bucket, Key=name, Body=data, ContentType=media_type)
         except (BotoCoreError, ClientError, urllib3.exceptions.HTTPError, OSError) as error:
             message = f"{uri} could not be written: {error}"
             raise StorageUnavailable(message) from error
@@ -141,8 +139,8 @@ class FolderStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
                 file.write(data)
-            Path(file.name).chmod(0o644)
-            os.replace(file.name, path)
+            Path(file.name).chmod(0o644)  # a temporary file is its maker's alone
+            Path(file.name).replace(path)
         except OSError as error:
             message = f"{path} could not be written: {error}"
             raise StorageUnavailable(message) from error

@@ -1,9 +1,9 @@
 """One message in, one of four ends out.
 
-    done      the job is final: succeeded, failed or expired, and whoever asked is told
-    later     a retryable error: the job waits and gets its next attempt
-    dropped   the job was final already, or another attempt has it: the message is a duplicate
-    returned  the ledger or the broker is out of reach: the message goes back to the queue
+done      the job is final: succeeded, failed or expired, and whoever asked is told
+later     a retryable error: the job waits and gets its next attempt
+dropped   the job was final already, or another attempt has it: the message is a duplicate
+returned  the ledger or the broker is out of reach: the message goes back to the queue
 """
 
 import logging
@@ -106,7 +106,7 @@ class Desk:
             done = pipeline.explain(job, self.outside, journey)
         except (AttemptFenced, LedgerUnavailable):
             raise
-        except Exception as error:  # the one place where anything at all becomes a Problem
+        except Exception as error:  # noqa: BLE001  # the one place where anything at all becomes a Problem
             return self._failed(job, progress.document, journey, error)
         metrics = {**progress.document.metrics, **journey.metrics}
         self._write(job, progress.document, status="succeeded", metrics=metrics, **vars(done))
@@ -135,10 +135,8 @@ class Desk:
 
     def _backoff_s(self, attempt: int) -> float:
         """Doubles with every attempt; jitter keeps jobs that failed together from coming together."""
-        ceiling = min(
-            self.settings.retry_backoff_s * 2 ** (attempt - 1), self.settings.retry_backoff_max_s
-        )
-        return ceiling * random.uniform(0.5, 1)  # noqa: S311  # jitter, not a secret
+        doubled = self.settings.retry_backoff_s * 2.0 ** (attempt - 1)
+        return min(doubled, self.settings.retry_backoff_max_s) * random.uniform(0.5, 1)  # noqa: S311  # jitter, not a secret
 
     def _tell(self, job: Job, document: StatusDocument) -> None:
         """Hand the event to whoever asked for it. The ledger has the truth if this fails."""

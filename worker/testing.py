@@ -1,9 +1,9 @@
 """In-memory doubles of every seam, and a tiny network with a known answer: for our tests and yours.
 
-    >>> ledger, doorbell = MemoryLedger(), Doorbell()
-    >>> client = GradcamClient(ledger=ledger, publish=doorbell)
-    >>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 1})
-    >>> [job.id for job in doorbell.jobs] == [job_id]
+>>> ledger, doorbell = MemoryLedger(), Doorbell()
+>>> client = GradcamClient(ledger=ledger, publish=doorbell)
+>>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 1})
+>>> [job.id for job in doorbell.jobs] == [job_id]
 """
 
 import hashlib
@@ -142,9 +142,7 @@ class TinyNetwork:
     SIDE, CELLS = 16, 4
     KERNEL = np.array([[2, -1, -1], [-1, 2, -1], [-1, -1, 2]], np.float32)  # (channels, classes)
 
-    labels = ClassIndex(
-        (Label(0, "n1", "red"), Label(1, "n2", "green"), Label(2, "n3", "blue"))
-    )
+    labels = ClassIndex((Label(0, "n1", "red"), Label(1, "n2", "green"), Label(2, "n3", "blue")))
     facts = NetworkFacts(
         name="efficientnet_lite0",  # it stands in for a network of the catalog
         input_size=(SIDE, SIDE),

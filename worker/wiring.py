@@ -32,9 +32,7 @@ def outside(settings: Settings) -> Outside:
 
 def ledger(settings: Settings) -> RedisLedger:
     """The ledger that the settings name."""
-    return RedisLedger(
-        settings.ledger, prefix=settings.key_prefix, retention_s=settings.retention_s
-    )
+    return RedisLedger(settings.ledger, prefix=settings.key_prefix, retention_s=settings.retention_s)
 
 
 def load(settings: Settings, name: str) -> Network:

@@ -31,4 +31,4 @@ def heatmaps(raw: NDArray[np.float32]) -> NDArray[np.float32]:
     """
     positive = np.maximum(np.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0), 0)
     peak = positive.max(axis=(-2, -1), keepdims=True)
-    return np.divide(positive, peak, out=np.zeros_like(positive), where=peak > 0)
+    return np.asarray(np.divide(positive, peak, out=np.zeros_like(positive), where=peak > 0), np.float32)

@@ -118,9 +118,7 @@ def explain_pixels(
     ]
 
 
-def _explanation(
-    network: Network, computed: Computed, index: int, asked: int, *, named: bool
-) -> Explanation:
+def _explanation(network: Network, computed: Computed, index: int, asked: int, *, named: bool) -> Explanation:
     """Cut the answer for one image out of a pass over many."""
     scores = computed.scores[index].astype(np.float64)
     order = np.argsort(-scores, kind="stable")

@@ -24,7 +24,7 @@ def one_pass(forward: Callable[[Any], tuple[Any, Any]], formula: Callable[[Any, 
     all (image, class) pairs, vectorised over the k one-hot cotangents.
     """
 
-    @tf.function(
+    @tf.function(  # type: ignore[untyped-decorator]  # TensorFlow ships no types
         input_signature=[
             tf.TensorSpec((None, None, None, 3), tf.uint8),
             tf.TensorSpec((None, None), tf.int32),

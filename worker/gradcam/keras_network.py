@@ -38,6 +38,7 @@ with _silent_stderr():
     import keras
     from keras import layers
 
+IMAGE_RANK = 4  # (images, rows, columns, channels)
 MAX_TRACED_LAYERS = 8  # each is a graph of its own: a stream of layer names must not fill the memory
 
 
@@ -120,7 +121,7 @@ class KerasNetwork:
         spatial = {
             candidate.name: candidate.output
             for candidate in self._model.layers
-            if not isinstance(candidate, layers.InputLayer) and len(candidate.output.shape) == 4
+            if not isinstance(candidate, layers.InputLayer) and len(candidate.output.shape) == IMAGE_RANK
         }
         if layer not in spatial:
             exists = any(candidate.name == layer for candidate in self._model.layers)

@@ -56,5 +56,3 @@ class Network(Protocol):
         Raises UnknownLayer.
         """
         ...
-
-

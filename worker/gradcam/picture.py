@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 Pixels = NDArray[np.uint8]
 Heatmap = NDArray[np.float32]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 COLORMAPS = {
     "jet": cv2.COLORMAP_JET,
@@ -97,7 +98,7 @@ def _within(picture: Image.Image, width: int, height: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def _shorten(title: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _shorten(title: str, pen: ImageDraw.ImageDraw, font: Font, width: int) -> str:
     if pen.textlength(title, font) <= width:
         return title
     while title and pen.textlength(title + "…", font) > width:

@@ -12,7 +12,6 @@ from worker.deadline import Deadline
 from worker.gradcam.explain import Explanation, explain_pixels
 from worker.gradcam.network import Network
 
-
 WARM_UP_S = 600  # the first pass of a large network on a slow machine takes minutes at most
 
 
