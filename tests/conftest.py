@@ -1,0 +1,89 @@
+"""What many tests need: the photos, a real Valkey, settings for it, a small HTTP server."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from worker import embedded
+from worker.contract import Job
+from worker.gradcam.classes import DATA
+from worker.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """The folder of the five shipped photos."""
+    return DATA / "photos"
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real Valkey."""
+    with embedded.valkey(tmp_path_factory.mktemp("valkey")) as server:
+        yield f"redis://127.0.0.1:{server.port}/0"
+
+
+@pytest.fixture
+def settings(valkey: str, request: pytest.FixtureRequest) -> Settings:
+    """Settings for the real Valkey, with keys of this test's own."""
+    return Settings(broker_url=valkey, key_prefix=f"{request.node.name}:")
+
+
+@pytest.fixture
+def job() -> Job:
+    return Job.parse({"image": "s3://in/pier.jpg", "network": "efficientnet_lite0", "target": {"top_n": 2}})
+
+
+@dataclass
+class Answer:
+    """What the HTTP server says at one path."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    before: Callable[[], object] = lambda: None  # called before it answers
+
+
+@dataclass
+class HttpServer:
+    """A real HTTP server with prepared answers, which remembers what it was sent."""
+
+    host: str
+    answers: dict[str, Answer] = field(default_factory=dict)
+    received: list[tuple[str, bytes]] = field(default_factory=list)
+
+    def url(self, path: str, answer: Answer) -> str:
+        """Prepare an answer; return where it is to be had."""
+        self.answers[path] = answer
+        return f"http://{self.host}{path}"
+
+
+@pytest.fixture
+def http_server() -> Iterator[HttpServer]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            server.received.append((self.path, body))
+            answer = server.answers.get(self.path, Answer(404))
+            answer.before()
+            self.send_response(answer.status)
+            for name, value in answer.headers.items():
+                self.send_header(name, value)
+            self.send_header("content-length", str(len(answer.body)))
+            self.end_headers()
+            self.wfile.write(answer.body)
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
+        server = HttpServer(f"127.0.0.1:{listener.server_port}")
+        threading.Thread(target=listener.serve_forever, args=[0.05], daemon=True).start()
+        yield server
+        listener.shutdown()

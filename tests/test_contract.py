@@ -1,0 +1,110 @@
+import uuid
+from typing import Any
+
+import pytest
+
+from worker.contract import Job, Problem, StatusDocument, new_id
+from worker.errors import ImageNotFound, InvalidJob
+
+LEAST: dict[str, Any] = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 5}}
+
+
+def test_image_network_and_target_are_enough() -> None:
+    job = Job.parse(LEAST)
+    assert job.image.uri == "s3://in/pier.jpg"
+    assert [wish.kind for wish in job.artifacts] == ["overlay", "heatmap"]
+    assert (job.priority, job.timeout_s, job.max_attempts) == ("normal", 60, 3)
+
+
+def test_a_job_survives_the_wire() -> None:
+    job = Job.parse({**LEAST, "target": {"classes": [718, "n03216828", "dock"]}, "metadata": {"a": "b"}})
+    assert Job.model_validate_json(job.to_json()) == job
+    assert Job.parse(job.model_dump(mode="json")) == job
+    assert job.model_dump(mode="json")["schema"] == "gradcam.job/v1"
+
+
+def test_the_example_of_the_contract_is_a_job() -> None:
+    example = {
+        **LEAST,
+        "schema": "gradcam.job/v1",
+        "id": new_id(),
+        "idempotency_key": "crm-42:pier.jpg:vgg16",
+        "image": {"uri": "s3://in/pier.jpg", "sha256": None},
+        "method": {"name": "gradcam", "layer": None, "score": "logit", "normalize": "per_class"},
+        "artifacts": [{"kind": "overlay", "format": "jpeg", "alpha": 0.4, "colormap": "jet"}],
+        "output": None,
+        "expires_at": "2030-01-01T00:00:00Z",
+        "webhooks": [{"url": "https://app/hook", "events": ["job.succeeded"], "secret_ref": None}],
+    }
+    assert Job.parse(example).artifacts[0].kind == "overlay"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"target": {"top_n": 0}}, "target.top_n: Input should be greater than or equal to 1 (received 0)"),
+        ({"target": {"top_n": 5000}}, "less than or equal to 1000 (received 5000)"),
+        ({"target": {"top_n": 5, "classes": [1]}}, "exactly one of top_n and classes is needed, both given"),
+        ({"target": {}}, "neither given"),
+        ({"target": {"classes": []}}, "at least 1 item"),
+        ({"colour": "red"}, "colour: unknown field (received 'red')"),
+        ({"image": ""}, "image.uri"),
+        ({"priority": 3}, "'high', 'normal', 'low' or 'bulk'"),
+        ({"artifacts": [{"kind": "overlay"}, {"kind": "overlay"}]}, "artifacts holds one kind twice"),
+        ({"artifacts": [{"kind": "hologram"}]}, "'hologram'"),
+        ({"id": "../../etc/passwd"}, "id: String should match pattern"),
+        ({"expires_at": "2030-01-01T00:00:00"}, "expires_at: Input should have timezone info"),
+        ({"timeout_s": 1e9}, "timeout_s"),
+        ({"webhooks": [{"url": "https://app", "secret_ref": "x"}]}, "secret_ref"),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_was_received(change: dict[str, Any], expected: str) -> None:
+    with pytest.raises(InvalidJob) as caught:
+        Job.parse({**LEAST, **change})
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("payload", [None, "hello", 7, [1, 2], {}, {"image": None}])
+def test_what_is_no_job_is_refused(payload: object) -> None:
+    with pytest.raises(InvalidJob, match="This is not a job"):
+        Job.parse(payload)
+
+
+def test_ids_are_uuids_of_version_7_and_sort_by_time() -> None:
+    ids = [new_id() for _ in range(100)]
+    assert {uuid.UUID(one).version for one in ids} == {7}
+    assert {uuid.UUID(one).variant for one in ids} == {uuid.RFC_4122}
+    assert len(set(ids)) == 100
+    prefixes = [one[:13] for one in ids]  # the milliseconds
+    assert prefixes == sorted(prefixes)
+
+
+def test_the_fingerprint_ignores_what_does_not_change_the_work() -> None:
+    one = Job.parse({**LEAST, "idempotency_key": "a"})
+    same = Job.parse({**LEAST, "idempotency_key": "b"})
+    other = Job.parse({**LEAST, "target": {"top_n": 6}})
+    assert one.fingerprint() == same.fingerprint() != other.fingerprint()
+
+
+def test_a_problem_carries_code_and_sentence_but_no_traceback() -> None:
+    problem = Problem.of(ImageNotFound("There is no such object: s3://in/a.jpg."), stage="fetch", attempt=2)
+    assert problem.model_dump() == {
+        "type": "urn:gradcam:problem:image_not_found",
+        "title": "Nothing is stored at this URI",
+        "detail": "There is no such object: s3://in/a.jpg.",
+        "code": "image_not_found",
+        "retryable": False,
+        "stage": "fetch",
+        "attempt": 2,
+    }
+
+
+def test_documents_are_frozen() -> None:
+    job = Job.parse(LEAST)
+    with pytest.raises(ValueError, match="frozen"):
+        job.network = "xception"  # type: ignore[misc]
+
+
+def test_a_status_document_of_a_later_version_is_refused() -> None:
+    with pytest.raises(ValueError, match="gradcam.status/v1"):
+        StatusDocument.model_validate({"schema": "gradcam.status/v2"})

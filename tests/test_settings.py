@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import pytest
+
+from worker.errors import InvalidSettings
+from worker.settings import Settings, without_secrets
+
+
+def test_without_variables_everything_has_a_default() -> None:
+    settings = Settings.from_environment({"PATH": "/bin"})
+    assert settings.image_schemes == ("s3",)
+    assert settings.ledger == settings.broker_url
+
+
+def test_variables_are_read_and_lists_are_split_at_commas() -> None:
+    settings = Settings.from_environment(
+        {
+            "GRADCAM_IMAGE_SCHEMES": "s3, https",
+            "GRADCAM_IMAGE_HOSTS": "images.example.com",
+            "GRADCAM_THREADS": "3",
+            "GRADCAM_WEIGHTS_DIR": "/weights",
+        }
+    )
+    assert settings.image_schemes == ("s3", "https")
+    assert settings.threads == 3
+    assert settings.weights_dir == Path("/weights")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"GRADCAM_BROKER_URI": "x"}, "no setting GRADCAM_BROKER_URI. Did you mean GRADCAM_BROKER_URL?"),
+        ({"GRADCAM_THREADS": "many"}, "GRADCAM_THREADS: Input should be a valid integer"),
+        ({"GRADCAM_THREADS": "0"}, "GRADCAM_THREADS"),
+        ({"GRADCAM_IMAGE_SCHEMES": "s3,ftp"}, "image_schemes holds ['ftp']"),
+        ({"GRADCAM_IMAGE_SCHEMES": "https"}, "image_hosts names no host"),
+        ({"GRADCAM_IMAGE_SCHEMES": "file"}, "image_roots names no folder"),
+        ({"GRADCAM_IMAGE_SCHEMES": "https", "GRADCAM_IMAGE_HOSTS": "*"}, "exact hosts, no wildcard"),
+        ({"GRADCAM_S3_ACCESS_KEY_ID": "key"}, "must be given together"),
+        ({"GRADCAM_OUTPUT": "results"}, "must look like s3://bucket/prefix"),
+        ({"GRADCAM_OUTPUT": "s3://"}, "must look like s3://bucket/prefix"),
+        ({"GRADCAM_RETRY_BACKOFF_MAX_S": "9999"}, "below visibility_timeout_s"),
+    ],
+)
+def test_an_impossible_setting_is_named(variables: dict[str, str], expected: str) -> None:
+    with pytest.raises(InvalidSettings) as caught:
+        Settings.from_environment(variables)
+    assert expected in str(caught.value)
+
+
+def test_settings_survive_the_way_to_a_child_process() -> None:
+    settings = Settings(
+        image_schemes=("s3", "file"),
+        image_roots=("/data",),
+        image_buckets=(),
+        preload=("vgg16", "xception"),
+        weights_dir=Path("/weights"),
+        s3_access_key_id="key",
+        s3_secret_access_key="planted",  # type: ignore[arg-type]
+    )
+    assert Settings.from_environment(settings.to_environment()) == settings
+
+
+def test_secrets_do_not_show() -> None:
+    settings = Settings(s3_access_key_id="key", s3_secret_access_key="planted")  # type: ignore[arg-type]
+    assert "planted" not in repr(settings)
+    assert without_secrets("redis://user:planted@queue:6379/0?password=planted") == "redis://queue:6379/0"
+    assert "planted" not in without_secrets("http://[planted")
