@@ -1,5 +1,6 @@
 """What many tests need: the photos, a real Valkey, settings for it, a small HTTP server."""
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -38,6 +39,15 @@ def job() -> Job:
     return Job.parse({"image": "s3://in/pier.jpg", "network": "efficientnet_lite0", "target": {"top_n": 2}})
 
 
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that accepts connections and never says a word."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(16)
+        yield listener.getsockname()[1]
+
+
 @dataclass
 class Answer:
     """What the HTTP server says at one path."""
@@ -60,6 +70,12 @@ class HttpServer:
         """Prepare an answer; return where it is to be had."""
         self.answers[path] = answer
         return f"http://{self.host}{path}"
+
+
+@pytest.fixture
+def answer() -> type[Answer]:
+    """How a test writes an answer down."""
+    return Answer
 
 
 @pytest.fixture

@@ -62,7 +62,8 @@ class Images:
         scheme = image.uri.partition(":")[0].casefold()
         allowed = self._settings.image_schemes
         if scheme not in allowed or scheme not in self._readers:
-            message = f"{without_secrets(image.uri[:200])!r} is not allowed: its scheme must be {' or '.join(allowed)}."
+            shown, schemes = presentable(image.uri)[:200], " or ".join(allowed)
+            message = f"{shown!r} is not allowed: its scheme must be {schemes}."
             raise UriNotAllowed(message)
         data = self._readers[scheme](image.uri, deadline)
         sha256 = hashlib.sha256(data).hexdigest()
@@ -100,6 +101,7 @@ class Images:
                         return self._body(response, uri, deadline)
                     here = str(url.join(response.headers["location"]))
             except (httpx.HTTPError, httpx.InvalidURL) as error:
+                deadline.check(f"reading {presentable(uri)}")
                 message = f"{presentable(uri)} could not be read: {error or type(error).__name__}"
                 raise ImageFetchFailed(message) from error
         message = f"{presentable(uri)} redirects more than {MAX_REDIRECTS} times."

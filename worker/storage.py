@@ -80,6 +80,7 @@ class S3:
         except ClientError as error:
             raise _unreadable(uri, error) from error
         except (BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
+            deadline.check(f"reading {uri}")
             message = f"{uri} could not be read: {error}"
             raise ImageFetchFailed(message) from error
         return bytes(data)

@@ -1,0 +1,105 @@
+import threading
+import time
+
+import pytest
+
+from worker.client import GradcamClient
+from worker.contract import Job, WorkerRef, new_id
+from worker.errors import BrokerUnavailable, InvalidJob, UnknownJob, WaitTimeout
+from worker.settings import Settings
+from worker.testing import Doorbell, MemoryLedger
+
+FIELDS = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
+WORKER = WorkerRef(id="w", device="cpu")
+
+
+@pytest.fixture
+def ledger() -> MemoryLedger:
+    return MemoryLedger()
+
+
+@pytest.fixture
+def doorbell() -> Doorbell:
+    return Doorbell()
+
+
+@pytest.fixture
+def client(ledger: MemoryLedger, doorbell: Doorbell) -> GradcamClient:
+    return GradcamClient(settings=Settings(), ledger=ledger, publish=doorbell)
+
+
+def test_submitting_enters_the_job_and_rings_the_bell(client: GradcamClient, doorbell: Doorbell) -> None:
+    job_id = client.submit(**FIELDS)
+    assert [job.id for job in doorbell.jobs] == [job_id]
+    assert client.status(job_id).status == "queued"
+
+
+def test_a_wrong_job_is_refused_before_anything_happens(client: GradcamClient, doorbell: Doorbell) -> None:
+    with pytest.raises(InvalidJob, match="top_m: unknown field"):
+        client.submit(**FIELDS, top_m=3)
+    assert not doorbell.jobs
+
+
+def test_the_same_key_returns_the_first_id_and_rings_for_the_first_job(
+    client: GradcamClient, doorbell: Doorbell
+) -> None:
+    first = client.submit(**FIELDS, idempotency_key="k")
+    assert client.submit(**FIELDS, idempotency_key="k") == first
+    assert {job.id for job in doorbell.jobs} == {first}
+
+
+def test_a_finished_job_is_not_rung_for_again(
+    client: GradcamClient, ledger: MemoryLedger, doorbell: Doorbell
+) -> None:
+    job = Job.parse(FIELDS)
+    ledger.advance(ledger.claim(job, WORKER).document, status="succeeded")
+    assert client.submit(job) == job.id
+    assert not doorbell.jobs
+
+
+def test_many_are_submitted_in_order(client: GradcamClient) -> None:
+    jobs = [Job.parse(FIELDS) for _ in range(3)]
+    assert client.submit_many(jobs) == [job.id for job in jobs]
+    assert client.statuses([jobs[0].id, new_id()]).keys() == {jobs[0].id}
+
+
+def test_waiting_ends_when_the_job_does(client: GradcamClient, ledger: MemoryLedger) -> None:
+    job = Job.parse(FIELDS)
+    client.submit(job)
+
+    def work() -> None:
+        document = ledger.claim(job, WORKER).document
+        time.sleep(0.1)
+        ledger.advance(document, status="failed")
+
+    threading.Thread(target=work).start()
+    assert client.wait(job.id, timeout_s=10).status == "failed"
+
+
+def test_waiting_too_long_says_what_the_job_is_doing(client: GradcamClient) -> None:
+    job_id = client.submit(**FIELDS)
+    with pytest.raises(WaitTimeout, match=f"{job_id} is still queued after 0.05 s"):
+        client.wait(job_id, timeout_s=0.05)
+
+
+def test_an_unknown_job_is_not_waited_for(client: GradcamClient) -> None:
+    with pytest.raises(UnknownJob):
+        client.wait(new_id())
+
+
+def test_a_broker_out_of_reach_tells_the_id_to_submit_again(ledger: MemoryLedger, doorbell: Doorbell) -> None:
+    def broken(_: Job) -> None:
+        message = "The broker cannot be reached."
+        raise BrokerUnavailable(message)
+
+    job = Job.parse(FIELDS)
+    with pytest.raises(BrokerUnavailable, match=f"Job {job.id} is not on its way yet"):
+        GradcamClient(settings=Settings(), ledger=ledger, publish=broken).submit(job)
+    GradcamClient(settings=Settings(), ledger=ledger, publish=doorbell).submit(job)
+    assert [rung.id for rung in doorbell.jobs] == [job.id], "submitting again publishes what was not"
+
+
+def test_urls_given_by_hand_go_before_the_environment(settings: Settings) -> None:
+    client = GradcamClient(settings.broker_url, settings=Settings(key_prefix=settings.key_prefix))
+    job_id = client.submit(**FIELDS)
+    assert GradcamClient(settings=settings).status(job_id).status == "queued"

@@ -1,0 +1,246 @@
+import base64
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import boto3
+import moto
+import pytest
+
+from worker.contract import ImageRef
+from worker.deadline import Deadline
+from worker.errors import (
+    ChecksumMismatch,
+    GradcamError,
+    ImageDecodeFailed,
+    ImageFetchFailed,
+    ImageForbidden,
+    ImageNotFound,
+    ImageTooLarge,
+    JobTimeout,
+    UriNotAllowed,
+)
+from worker.images import Images, presentable
+from worker.settings import Settings
+from worker.storage import S3
+
+DATA = b"not decoded here"
+
+
+def fetch(uri: str, seconds: float = 10, sha256: str | None = None, **settings: Any) -> bytes:
+    chosen = Settings(**settings)
+    return Images(chosen, S3(chosen)).fetch(ImageRef(uri=uri, sha256=sha256), Deadline(seconds)).data
+
+
+@pytest.fixture(autouse=True)
+def no_keys_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+
+
+class TestSchemes:
+    @pytest.mark.parametrize("uri", ["http://a/b", "https://a/b", "file:///etc/passwd", "data:,x", "ftp://a", "x", ""])
+    def test_only_s3_is_open_by_default(self, uri: str) -> None:
+        if not uri:
+            pytest.raises(ValueError, ImageRef, uri=uri)
+            return
+        with pytest.raises(UriNotAllowed, match="its scheme must be s3"):
+            fetch(uri)
+
+    def test_a_checksum_that_differs_names_both(self) -> None:
+        wanted = "0" * 64
+        with pytest.raises(ChecksumMismatch, match=f"has sha256 {hashlib.sha256(b'x').hexdigest()}.*{wanted}"):
+            fetch("data:,x", sha256=wanted, image_schemes=("data",))
+
+    def test_a_checksum_that_agrees_is_no_obstacle(self) -> None:
+        sha256 = hashlib.sha256(b"x").hexdigest()
+        assert fetch("data:,x", sha256=sha256, image_schemes=("data",)) == b"x"
+
+    @pytest.mark.parametrize(
+        ("uri", "shown"),
+        [
+            ("https://user:planted@host/a.jpg?X-Amz-Signature=planted", "https://host/a.jpg"),
+            ("data:image/png;base64,cGxhbnRlZA==", "data:image/png;base64,..."),
+            ("s3://bucket/what?is#this", "s3://bucket/what?is#this"),
+        ],
+    )
+    def test_what_is_shown_of_a_uri_holds_no_secret(self, uri: str, shown: str) -> None:
+        assert presentable(uri) == shown
+
+
+class TestData:
+    def test_base64_and_percent_encoding_are_read(self) -> None:
+        encoded = base64.b64encode(DATA).decode()
+        assert fetch(f"data:image/jpeg;base64,{encoded}", image_schemes=("data",)) == DATA
+        assert fetch("data:,a%20b", image_schemes=("data",)) == b"a b"
+
+    @pytest.mark.parametrize("uri", ["data:image/png;base64,!!!", "data:image/png", "data:;base64,abc"])
+    def test_broken_data_is_a_broken_image(self, uri: str) -> None:
+        with pytest.raises(ImageDecodeFailed):
+            fetch(uri, image_schemes=("data",))
+
+    def test_long_data_is_refused_with_the_limit(self) -> None:
+        with pytest.raises(ImageTooLarge, match="at most 100 are allowed"):
+            fetch("data:," + "x" * 200, image_schemes=("data",), max_data_uri_bytes=100)
+
+
+class TestFiles:
+    def test_a_file_below_a_root_is_read_also_with_odd_names(self, tmp_path: Path) -> None:
+        path = tmp_path / "a b%?#ü.jpg"
+        path.write_bytes(DATA)
+        assert fetch(path.as_uri(), image_schemes=("file",), image_roots=(str(tmp_path),)) == DATA
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda root: "file:///etc/passwd",
+            lambda root: f"file://{root}/../outside.jpg",
+            lambda root: f"file://{root}/%2e%2e/outside.jpg",
+            lambda root: f"file://{root}/link.jpg",
+            lambda root: f"file://elsewhere{root}/in.jpg",
+            lambda root: f"file://{root}/%00",
+            lambda root: f"file://{root}x/in.jpg",
+        ],
+    )
+    def test_nothing_leads_out_of_the_roots(self, tmp_path: Path, make: Callable[[Path], str]) -> None:
+        (tmp_path / "outside.jpg").write_bytes(DATA)
+        root = tmp_path / "root"
+        root.mkdir()
+        (root / "in.jpg").write_bytes(DATA)
+        (root / "link.jpg").symlink_to(tmp_path / "outside.jpg")
+        with pytest.raises(UriNotAllowed):
+            fetch(make(root), image_schemes=("file",), image_roots=(str(root),))
+
+    def test_a_missing_file_a_folder_and_a_pipe_are_not_found(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        for name in ("missing.jpg", "", "pipe"):
+            with pytest.raises(ImageNotFound):
+                fetch((tmp_path / name).as_uri(), image_schemes=("file",), image_roots=(str(tmp_path),))
+
+    def test_a_large_file_is_refused_with_the_limit(self, tmp_path: Path) -> None:
+        (tmp_path / "large").write_bytes(b"x" * 101)
+        with pytest.raises(ImageTooLarge, match="more than 100 bytes"):
+            fetch(
+                (tmp_path / "large").as_uri(),
+                image_schemes=("file",),
+                image_roots=(str(tmp_path),),
+                max_image_bytes=100,
+            )
+
+
+class TestHttp:
+    def get(self, server: Any, uri: str, seconds: float = 10, **more: Any) -> bytes:
+        return fetch(uri, seconds, image_schemes=("http",), image_hosts=(server.host,), **more)
+
+    def test_an_image_on_an_allowed_host_is_read(self, http_server: Any, answer: Any) -> None:
+        assert self.get(http_server, http_server.url("/a.jpg?size=1", answer(200, DATA))) == DATA
+
+    @pytest.mark.parametrize(
+        ("status", "error"),
+        [
+            (404, ImageNotFound),
+            (410, ImageNotFound),
+            (403, ImageForbidden),
+            (401, ImageForbidden),
+            (500, ImageFetchFailed),
+            (503, ImageFetchFailed),
+            (204, ImageFetchFailed),
+        ],
+    )
+    def test_an_answer_that_is_no_image_has_its_own_error(
+        self, http_server: Any, answer: Any, status: int, error: type[GradcamError]
+    ) -> None:
+        with pytest.raises(error, match=str(status)):
+            self.get(http_server, http_server.url("/x", answer(status)))
+
+    @pytest.mark.parametrize(
+        "uri",
+        [
+            "http://elsewhere.test/a.jpg",
+            "http://127.0.0.1/a.jpg",  # the port belongs to the host
+            "http://{host}@elsewhere.test/a.jpg",
+            "http://user:pass@{host}/a.jpg",
+            "http:///a.jpg",
+            "https://{host}/a.jpg",  # a scheme that is not allowed
+            "http://[broken/a.jpg",
+        ],
+    )
+    def test_another_host_is_not_asked(self, http_server: Any, uri: str) -> None:
+        with pytest.raises(UriNotAllowed):
+            self.get(http_server, uri.format(host=http_server.host))
+        assert not http_server.received
+
+    def test_a_redirect_passes_the_same_door(self, http_server: Any, answer: Any) -> None:
+        away = http_server.url("/away", answer(302, headers={"location": "http://169.254.169.254/latest"}))
+        with pytest.raises(UriNotAllowed, match="169.254.169.254"):
+            self.get(http_server, away)
+
+    def test_a_redirect_within_the_host_is_followed(self, http_server: Any, answer: Any) -> None:
+        http_server.url("/there", answer(200, DATA))
+        assert self.get(http_server, http_server.url("/here", answer(301, headers={"location": "/there"}))) == DATA
+
+    def test_redirects_in_a_circle_end(self, http_server: Any, answer: Any) -> None:
+        circle = http_server.url("/circle", answer(302, headers={"location": "/circle"}))
+        with pytest.raises(ImageFetchFailed, match="redirects more than 3 times"):
+            self.get(http_server, circle)
+
+    def test_a_large_body_is_refused_while_it_is_read(self, http_server: Any, answer: Any) -> None:
+        with pytest.raises(ImageTooLarge, match="more than 1,000 bytes"):
+            self.get(http_server, http_server.url("/big", answer(200, b"x" * 5000)), max_image_bytes=1000)
+
+    def test_a_slow_server_is_given_up(self, http_server: Any, answer: Any) -> None:
+        slow = http_server.url("/slow", answer(200, DATA, before=lambda: time.sleep(1)))
+        with pytest.raises(ImageFetchFailed, match="timed out"):
+            self.get(http_server, slow, fetch_timeout_s=0.2)
+
+    def test_a_job_out_of_time_does_not_go_on_reading(self, http_server: Any, answer: Any) -> None:
+        with pytest.raises(JobTimeout):
+            self.get(http_server, http_server.url("/a", answer(200, DATA, before=lambda: time.sleep(0.3))), 0.2)
+
+    def test_a_host_that_does_not_answer_may_answer_later(self) -> None:
+        with pytest.raises(ImageFetchFailed, match="Connection refused"):
+            fetch("http://127.0.0.1:1/a", image_schemes=("http",), image_hosts=("127.0.0.1:1",))
+
+
+class TestS3:
+    @pytest.fixture
+    def bucket(self) -> Any:
+        with moto.mock_aws():
+            client = boto3.client("s3", region_name="us-east-1")
+            client.create_bucket(Bucket="photos")
+            client.put_object(Bucket="photos", Key="a b/ü?#.jpg", Body=DATA)
+            yield client
+
+    def test_an_object_is_read_whatever_its_key(self, bucket: Any) -> None:
+        assert fetch("s3://photos/a b/ü?#.jpg") == DATA
+
+    @pytest.mark.parametrize(("uri", "what"), [("s3://photos/none.jpg", "object"), ("s3://none/a.jpg", "bucket")])
+    def test_a_missing_object_and_a_missing_bucket_are_not_found(self, bucket: Any, uri: str, what: str) -> None:
+        with pytest.raises(ImageNotFound, match=f"no such {what}: {uri}"):
+            fetch(uri)
+
+    @pytest.mark.parametrize("uri", ["s3://photos", "s3://photos/", "s3:///a.jpg", "s3:photos/a.jpg"])
+    def test_what_is_no_s3_uri_is_refused(self, bucket: Any, uri: str) -> None:
+        with pytest.raises(UriNotAllowed, match="write s3://bucket/key"):
+            fetch(uri)
+
+    def test_a_bucket_off_the_list_is_refused(self, bucket: Any) -> None:
+        with pytest.raises(UriNotAllowed, match="Bucket 'photos' is not allowed: images may come from others"):
+            fetch("s3://photos/a.jpg", image_buckets=("others",))
+
+    def test_a_large_object_is_refused_while_it_is_read(self, bucket: Any) -> None:
+        bucket.put_object(Bucket="photos", Key="big", Body=b"x" * 101)
+        with pytest.raises(ImageTooLarge, match="s3://photos/big has more than 100 bytes"):
+            fetch("s3://photos/big", max_image_bytes=100)
+
+    def test_a_server_out_of_reach_may_answer_later(self) -> None:
+        with pytest.raises(ImageFetchFailed, match="could not be read"):
+            fetch("s3://photos/a.jpg", s3_endpoint_url="http://127.0.0.1:1")
+
+    def test_a_refusal_of_the_server_is_forbidden(self, http_server: Any, answer: Any) -> None:
+        http_server.url("/photos/a.jpg", answer(403, b"<Error><Code>AccessDenied</Code></Error>"))
+        with pytest.raises(ImageForbidden, match=r"AccessDenied.*grant it s3:GetObject"):
+            fetch("s3://photos/a.jpg", s3_endpoint_url=f"http://{http_server.host}")

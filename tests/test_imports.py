@@ -1,0 +1,43 @@
+"""What importing costs, seen from a fresh interpreter."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"numpy", "cv2", "boto3", "botocore", "PIL", "httpx", "keras", "tensorflow"}
+
+
+def loaded_by(statements: str) -> set[str]:
+    program = f"import sys; {statements}; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "module", ["worker.client", "worker.contract", "worker.gradcam.catalog", "worker.cli", "worker.broker"]
+)
+def test_a_client_needs_no_array_no_picture_no_network_library(module: str) -> None:
+    assert not loaded_by(f"import {module}") & HEAVY
+
+
+def test_a_job_is_submitted_without_numpy(valkey: str) -> None:
+    statements = (
+        "from worker.client import GradcamClient; "
+        f"GradcamClient({valkey!r}).submit(image='s3://in/a.jpg', network='vgg16', target={{'top_n': 1}})"
+    )
+    assert not loaded_by(statements) & HEAVY
+
+
+def test_the_library_is_imported_without_tensorflow() -> None:
+    assert not loaded_by("import worker.gradcam; worker.gradcam.explain_image") & {"tensorflow", "keras", "celery"}
+
+
+def test_the_package_itself_costs_nothing() -> None:
+    assert not loaded_by("import worker") & {*HEAVY, "pydantic", "celery", "redis"}
+
+
+def test_opencv_gets_its_pixel_limit_whichever_module_comes_first() -> None:
+    program = "import os, worker.gradcam.picture; print(os.environ['OPENCV_IO_MAX_IMAGE_PIXELS'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 2**28

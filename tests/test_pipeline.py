@@ -1,0 +1,158 @@
+import hashlib
+import io
+import json
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from worker.contract import Job
+from worker.deadline import Deadline
+from worker.errors import GradcamError, InvalidJob, JobTimeout, UnknownClass, UnknownLayer, UnknownNetwork
+from worker.gradcam.decode import decode
+from worker.manifest import Manifest
+from worker.pipeline import Done, Journey, explain
+from worker.testing import MemoryStore, TinyNetwork, outside
+
+URI = "s3://in/flag.png"
+
+
+def flag() -> bytes:
+    """A picture of 48 x 32 pixels: red on the left, blue on the right."""
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    pixels[:, :24, 2] = 255  # OpenCV writes blue first
+    pixels[:, 24:, 0] = 255
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def job(**changes: Any) -> Job:
+    fields = {"image": URI, "network": "efficientnet_lite0", "target": {"top_n": 2}}
+    return Job.parse({**fields, **changes})
+
+
+def run(asked: Job, store: MemoryStore | None = None, **others: Any) -> tuple[Done, MemoryStore, Journey]:
+    store = store or MemoryStore()
+    journey = Journey(Deadline(asked.timeout_s), lambda _: None)
+    return explain(asked, outside({URI: flag()}, store=store, **others), journey), store, journey
+
+
+def test_a_job_leaves_overlays_arrays_and_last_of_all_its_manifest() -> None:
+    asked = job()
+    _, store, _ = run(asked)
+    assert list(store.objects) == [
+        f"{asked.id}/overlay-1-0-red.jpg",
+        f"{asked.id}/overlay-2-2-blue.jpg",
+        f"{asked.id}/heatmaps.npz",
+        f"{asked.id}/manifest.json",
+    ]
+
+
+def test_the_manifest_describes_every_object_that_is_there() -> None:
+    asked = job()
+    done, store, _ = run(asked)
+    text = store.objects[f"{asked.id}/manifest.json"]
+    assert done.result.manifest_sha256 == hashlib.sha256(text).hexdigest()
+    manifest = Manifest.model_validate_json(text)
+    for index, seen in enumerate(manifest.explanations):
+        for record in seen.artifacts:
+            data = store.objects[record.uri.removeprefix("memory://")]
+            assert (record.bytes, record.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+            if record.kind == "overlay":
+                assert decode(data).pixels.shape == (record.height, record.width, 3) == (32, 48, 3)
+            else:
+                arrays = np.load(io.BytesIO(data))
+                assert arrays["class_ids"][record.index] == seen.class_.id
+                assert arrays["heatmaps"].shape == record.shape == (2, 4, 4)
+                assert float(arrays["raw_max"][index]) == pytest.approx(seen.raw_max)
+    assert (manifest.input.width, manifest.input.height, manifest.input.media_type) == (48, 32, "image/png")
+    assert manifest.method.layer == "blocks"
+
+
+def test_the_heatmaps_light_where_the_class_is() -> None:
+    asked = job()
+    _, store, _ = run(asked)
+    red, blue = np.load(io.BytesIO(store.objects[f"{asked.id}/heatmaps.npz"]))["heatmaps"]
+    np.testing.assert_array_equal(red, np.repeat([[1, 1, 0, 0]], 4, axis=0))
+    np.testing.assert_array_equal(blue, np.repeat([[0, 0, 1, 1]], 4, axis=0))
+    overlay = decode(store.objects[f"{asked.id}/overlay-1-0-red.jpg"]).pixels.astype(int)
+    left, right = overlay[:, :16].mean((0, 1)), overlay[:, 32:].mean((0, 1))
+    assert left[0] > 150, "hot is red on red"
+    assert right[2] > 150, "cold is blue on blue"
+
+
+def test_the_peak_is_given_in_pixels_of_the_image() -> None:
+    asked = job(target={"classes": ["blue"]})
+    _, store, _ = run(asked)
+    seen = Manifest.model_validate_json(store.objects[f"{asked.id}/manifest.json"]).explanations[0]
+    assert seen.peak_xy == (30, 4), "the middle of the third cell of four, in 48 x 32"
+
+
+def test_a_rerun_writes_the_same_bytes_under_the_same_keys() -> None:
+    asked = job()
+    first, second = run(asked)[1], run(asked)[1]
+    assert first.objects == second.objects
+
+
+def test_a_class_that_nothing_speaks_for_has_an_empty_heatmap_and_a_warning() -> None:
+    asked = job(target={"classes": ["green", "red"]})
+    done, store, _ = run(asked)
+    assert [(one.code, one.class_id) for one in done.warnings] == [("zero_heatmap", 1)]
+    manifest = json.loads(store.objects[f"{asked.id}/manifest.json"])
+    assert manifest["explanations"][0]["peak_xy"] is None
+    assert b"NaN" not in store.objects[f"{asked.id}/manifest.json"]
+
+
+def test_only_the_artifacts_that_were_asked_for_are_made() -> None:
+    asked = job(artifacts=[{"kind": "heatmap"}])
+    _, store, _ = run(asked)
+    assert list(store.objects) == [f"{asked.id}/heatmaps.npz", f"{asked.id}/manifest.json"]
+
+
+def test_every_stage_is_timed() -> None:
+    _, _, journey = run(job())
+    stages = {"fetch_s", "decode_s", "load_s", "explain_s", "render_s", "upload_s", "batch_wait_s"}
+    assert journey.metrics.keys() == {*stages, "batch_size"}
+    assert all(value >= 0 for value in journey.metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "stage"),
+    [
+        ({"network": "vgg61"}, UnknownNetwork, "check"),
+        ({"target": {"top_n": 51}}, InvalidJob, "check"),
+        ({"target": {"top_n": 4}}, InvalidJob, "load"),
+        ({"target": {"classes": ["reed"]}}, UnknownClass, "load"),
+        ({"method": {"layer": "conv9"}}, UnknownLayer, "explain"),
+        ({"image": "s3://in/none.png"}, GradcamError, "fetch"),
+    ],
+)
+def test_what_cannot_be_done_says_at_which_stage_and_leaves_nothing(
+    changes: dict[str, Any], error: type[GradcamError], stage: str
+) -> None:
+    store, asked = MemoryStore(), job(**changes)
+    journey = Journey(Deadline(asked.timeout_s), lambda _: None)
+    with pytest.raises(error):
+        explain(asked, outside({URI: flag()}, store=store), journey)
+    assert journey.stage == stage
+    assert not store.objects
+
+
+def test_too_many_classes_are_refused_with_the_setting_that_says_so() -> None:
+    with pytest.raises(InvalidJob, match=r"asks for 3 classes; at most 2 are allowed \(max_classes\)"):
+        run(job(target={"classes": [0, 1, 2]}), max_classes=2)
+
+
+def test_a_job_out_of_time_stops_at_the_next_stage() -> None:
+    with pytest.raises(JobTimeout, match="timeout_s of 1e-06 s"):
+        run(job(timeout_s=1e-6))
+
+
+def test_tiny_network_computes_what_it_promises() -> None:
+    pixels = np.zeros((1, 16, 16, 3), np.uint8)
+    pixels[0, :4, :4] = (255, 0, 0)
+    computed = TinyNetwork().compute(pixels, np.array([[0, -1, 2]], np.int32))
+    assert computed.class_ids.tolist() == [[0, 0, 2]]
+    assert computed.raw[0, 0, 0, 0] == pytest.approx(2 / 16)
+    assert computed.raw[0, 2, 0, 0] == pytest.approx(-1 / 16)
+    assert np.count_nonzero(computed.raw[0, 0]) == 1
