@@ -1,5 +1,6 @@
 """What many tests need: the photos, a real Valkey, settings for it, a small HTTP server."""
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -80,12 +81,30 @@ def answer() -> type[Answer]:
 
 @pytest.fixture
 def http_server() -> Iterator[HttpServer]:
+    """A server of this test's own."""
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def public_server() -> Iterator[HttpServer]:
+    """A server that all tests share, so that long-lived workers can know its address."""
+    with serving() as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[HttpServer]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             server.received.append((self.path, body))
             answer = server.answers.get(self.path, Answer(404))
             answer.before()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client gave up
+                self.say(answer)
+
+        def say(self, answer: Answer) -> None:
             self.send_response(answer.status)
             for name, value in answer.headers.items():
                 self.send_header(name, value)

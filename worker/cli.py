@@ -13,7 +13,7 @@ import click
 from worker import __version__, terminal
 from worker.contract import Job, StatusDocument
 from worker.errors import GradcamError
-from worker.gradcam.catalog import CATALOG
+from worker.gradcam import catalog
 from worker.settings import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -98,6 +98,8 @@ def worker(*, unsupervised: bool, tethered: bool) -> int:
       GRADCAM_BROKER_URL=redis://queue:6379/0 GRADCAM_OUTPUT=s3://out/cams gradcam worker
     """
     settings = Settings.from_environment()
+    for name in settings.preload:
+        catalog.find(name)
     if unsupervised:
         from worker import tasks
 
@@ -208,7 +210,7 @@ def _shown(document: StatusDocument, *, as_json: bool) -> int:
 
 def _origin(path: Path | None) -> str:
     if path is None:
-        return "Keras's own download"
+        return "download"
     return "shipped" if path.is_relative_to(Path(__file__).parent) else str(path)
 
 
@@ -234,7 +236,7 @@ def networks(*, as_json: bool) -> int:
             "parameters": row.parameters,
             "weights": _origin(where(row, directory)),
         }
-        for row in CATALOG.values()
+        for row in catalog.CATALOG.values()
     ]
     if as_json:
         terminal.print_json(rows)
@@ -242,11 +244,12 @@ def networks(*, as_json: bool) -> int:
     table = terminal.table(
         "network", "input", "target layer", "map", "parameters", "weights", numbers=("parameters",)
     )
-    for row, line in zip(CATALOG.values(), rows, strict=True):
+    for row, line in zip(catalog.CATALOG.values(), rows, strict=True):
         sizes = ["x".join(map(str, size)) for size in (row.input_size, row.map_size)]
         millions = f"{row.parameters / 1e6:.1f} M"
         table.add_row(row.name, sizes[0], row.target_layer, sizes[1], millions, str(line["weights"]))
     terminal.out.print(table)
+    terminal.out.print("\n[dim]download: Keras fetches them when they are first asked for.[/]")
     return 0
 
 

@@ -160,7 +160,7 @@ class Job(Wire):
         try:
             return cls.model_validate(payload)
         except ValidationError as error:
-            message = f"This is not a job: {describe(error)}"
+            message = f"This is not a job: {describe(error)}."
             raise InvalidJob(message) from error
 
     def fingerprint(self) -> str:

@@ -15,6 +15,7 @@ from worker.settings import Settings
 
 log = logging.getLogger("gradcam.supervisor")
 
+WORKER = (sys.executable, "-P", "-m", "worker", "worker", "--unsupervised", "--tethered")
 HEALTHY_S = 30  # a worker that lived this long had started properly
 STARTS = 5  # in a row that may fail
 BACKOFF_S = 0.5  # before the second start; doubles
@@ -23,9 +24,10 @@ BACKOFF_S = 0.5  # before the second start; doubles
 class Supervisor:
     """One worker process after another, until asked to stop."""
 
-    def __init__(self, settings: Settings) -> None:
-        """The child gets the same settings, by its environment."""
+    def __init__(self, settings: Settings, command: tuple[str, ...] = WORKER) -> None:
+        """The child runs `command` and gets the same settings, by its environment."""
         self._settings = settings
+        self._command = command
         self._asked_to_stop = threading.Event()
         self._signals = 0
         self._child: subprocess.Popen[bytes] | None = None
@@ -52,7 +54,7 @@ class Supervisor:
     def _one_life(self) -> int | None:
         """Start a worker and wait for its end. Its standard input is its lifeline to this process."""
         self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "worker", "worker", "--unsupervised", "--tethered"],
+            self._command,
             stdin=subprocess.PIPE,
             env=self._settings.environment_for_child(),
             start_new_session=True,  # Ctrl-C reaches the supervisor, which passes it on once

@@ -1,0 +1,57 @@
+"""What the room's tests share: real networks, each built once; small pictures; a Keras network made by hand."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from worker.gradcam.catalog import SYMMETRIC, NetworkRow
+from worker.testing import TinyNetwork
+
+if TYPE_CHECKING:  # at run time only tests marked `tensorflow` load it
+    from worker.gradcam.keras_network import KerasNetwork
+
+Wrap = Callable[..., "KerasNetwork"]
+
+
+@pytest.fixture
+def tiny() -> TinyNetwork:
+    return TinyNetwork()
+
+
+@pytest.fixture(scope="session")
+def seeded() -> Callable[[str], "KerasNetwork"]:
+    """A real architecture with seeded random weights, by its name in the catalog."""
+    from worker.gradcam.keras_network import load_network
+
+    return cache(lambda name: load_network(name, random_seed=1))
+
+
+@pytest.fixture(scope="session")
+def lite0() -> "KerasNetwork":
+    """EfficientNet-Lite0 with the weights that are shipped."""
+    from worker.gradcam.keras_network import load_network
+
+    return load_network("efficientnet_lite0")
+
+
+@pytest.fixture(scope="session")
+def by_hand() -> Wrap:
+    """A Keras model with 1000 classes that a test made -> a network; inputs become `x / 127.5 - 1`."""
+    from worker.gradcam.keras_network import KerasNetwork
+
+    def wrap(model: Any, layer: str) -> KerasNetwork:
+        size, cells = model.input_shape[1:3], model.get_layer(layer).output.shape[1:3]
+        row = NetworkRow("by_hand", "", size, layer, cells, SYMMETRIC, model.count_params())
+        return KerasNetwork(row, model, weights_sha256=None)
+
+    return wrap
+
+
+@pytest.fixture(scope="session")
+def noise() -> Callable[..., NDArray[np.uint8]]:
+    """Seeded noise, (images, height, width, 3), uint8."""
+    return lambda *shape: np.random.default_rng(7).integers(0, 256, (*shape, 3), dtype=np.uint8)

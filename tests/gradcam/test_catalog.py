@@ -1,0 +1,59 @@
+import pytest
+
+from worker.errors import UnknownNetwork
+from worker.gradcam.catalog import CATALOG, find
+from worker.gradcam.classes import DATA
+from worker.gradcam.weights import digest
+
+
+@pytest.mark.parametrize(
+    ("name", "input_size", "target_layer", "map_size", "preprocessing"),
+    [
+        ("vgg16", (224, 224), "block5_conv3", (14, 14), "caffe"),
+        ("xception", (299, 299), "block14_sepconv2_act", (10, 10), "tf"),
+        ("efficientnet_lite0", (224, 224), "top_act", (7, 7), "lite"),
+    ],
+)
+def test_a_row_says_what_to_feed_and_where_to_look(
+    name: str, input_size: tuple[int, int], target_layer: str, map_size: tuple[int, int], preprocessing: str
+) -> None:
+    row = find(name)
+    assert row.name == name
+    assert (row.input_size, row.target_layer, row.map_size) == (input_size, target_layer, map_size)
+    assert row.preprocessing.name == preprocessing
+
+
+def test_every_row_is_kept_under_its_own_name() -> None:
+    assert {key: row.name for key, row in CATALOG.items()} == {key: key for key in CATALOG}
+
+
+def test_every_row_ships_its_weights_with_their_checksum_or_names_what_keras_downloads() -> None:
+    for row in CATALOG.values():
+        assert (row.shipped and row.sha256) or row.keras_files, row.name
+
+
+def test_a_shipped_file_is_the_one_its_row_pins() -> None:
+    shipped = {row.name: row for row in CATALOG.values() if row.shipped}
+    assert "efficientnet_lite0" in shipped
+    for row in shipped.values():
+        assert digest(DATA / str(row.shipped)) == row.sha256
+
+
+def test_an_unknown_network_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UnknownNetwork) as refused:
+        find("qqq")
+    assert str(refused.value) == "There is no network 'qqq'; there are efficientnet_lite0, vgg16, xception."
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("VGG16", "vgg16"),
+        ("vgg-16", "vgg16"),
+        ("Exception", "xception"),
+        ("efficientnet-lite0", "efficientnet_lite0"),
+    ],
+)
+def test_a_misspelled_network_is_refused_with_the_nearest(wrong: str, right: str) -> None:
+    with pytest.raises(UnknownNetwork, match=f"'{wrong}'.*Did you mean '{right}'"):
+        find(wrong)

@@ -1,0 +1,101 @@
+"""The whole thing: a real Valkey, a real S3 server, real worker processes."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from worker import embedded, lifeline
+from worker.client import GradcamClient
+from worker.settings import Settings
+from worker.storage import S3, Store, Stores
+
+
+@dataclass
+class Stage:
+    """Servers that run, and what is needed to talk to them."""
+
+    settings: Settings
+    s3: S3
+    logs: Path
+
+    @property
+    def client(self) -> GradcamClient:
+        return GradcamClient(settings=self.settings)
+
+    @property
+    def store(self) -> Store:
+        return Stores(self.settings, self.s3).open()
+
+    def put(self, name: str, data: bytes) -> str:
+        """Store an image; return its URI."""
+        self.s3.client.put_object(Bucket="photos", Key=name, Body=data)
+        return f"s3://photos/{name}"
+
+    @contextlib.contextmanager
+    def worker(self, name: str) -> Iterator[subprocess.Popen[bytes]]:
+        """`gradcam worker`, supervisor and all, in a process of its own."""
+        process = lifeline.start(
+            [sys.executable, "-P", "-m", "worker", "worker"],
+            log=self.logs / f"{name}.log",
+            environment=self.settings.to_environment(),
+        )
+        try:
+            yield process
+        finally:
+            lifeline.stop(process, timeout_s=60)
+
+    def log(self, name: str) -> str:
+        return (self.logs / f"{name}.log").read_text()
+
+
+@pytest.fixture(scope="session")
+def make_stage(
+    tmp_path_factory: pytest.TempPathFactory, photos: Path, public_server: Any
+) -> Iterator[Callable[..., Stage]]:
+    """Each stage has servers of its own, so that tests do not take each other's jobs."""
+    with contextlib.ExitStack() as stack:
+
+        def make(name: str, **changes: Any) -> Stage:
+            folder = tmp_path_factory.mktemp(name)
+            queue = stack.enter_context(embedded.valkey(folder))
+            store = stack.enter_context(embedded.s3(folder, ("photos", "results", "private")))
+            settings = Settings(
+                broker_url=f"redis://127.0.0.1:{queue.port}/0",
+                output="s3://results/cams",
+                s3_endpoint_url=store.url,
+                s3_access_key_id=store.access_key_id,
+                s3_secret_access_key=SecretStr(store.secret_access_key),
+                image_schemes=("s3", "http", "data"),
+                image_buckets=("photos",),
+                image_hosts=(public_server.host,),
+                webhook_hosts=(public_server.host,),
+                max_image_bytes=1_000_000,
+                visibility_timeout_s=6,
+                retry_backoff_s=0.1,
+                retry_backoff_max_s=1,
+                threads=4,
+                preload=("efficientnet_lite0",),
+                shutdown_timeout_s=30,
+                **changes,
+            )
+            stage = Stage(settings, S3(settings), folder)
+            for photo in photos.glob("*.jpg"):
+                stage.put(photo.name, photo.read_bytes())
+            return stage
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def stage(make_stage: Callable[..., Stage]) -> Iterator[Stage]:
+    """One stage with one worker, for all tests that kill nothing."""
+    stage = make_stage("stage")
+    with stage.worker("worker"):
+        yield stage

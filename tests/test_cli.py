@@ -1,0 +1,126 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from worker.cli import main
+from worker.manifest import Manifest
+from worker.settings import Settings
+
+
+@pytest.fixture
+def environment(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """The command line finds this test's own Valkey."""
+    for name, value in settings.to_environment().items():
+        monkeypatch.setenv(name, value)
+    return settings
+
+
+def test_help_shows_every_command_and_an_example_of_each(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = ["demo", "worker", "explain", "submit", "status", "networks", "doctor"]
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for command in commands:
+        assert f"\n  {command} " in listed
+        assert main([command, "--help"]) == 0
+        assert "gradcam " + command in capsys.readouterr().out.split("Example")[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["explain"],
+        ["explain", "none.jpg"],
+        ["explain", __file__, "--top-n", "3", "--classes", "1"],
+        ["explain", __file__, "--top-n", "0"],
+        ["frobnicate"],
+        ["submit"],
+    ],
+)
+def test_wrong_usage_ends_with_2_and_a_sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert "Error: " in capsys.readouterr().err
+
+
+def test_a_wrong_setting_ends_with_1_and_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GRADCAM_BROKER", "redis://x")
+    assert main(["doctor"]) == 1
+    shown = capsys.readouterr()
+    assert "Did you mean GRADCAM_BROKER_URL?" in shown.err
+    assert "Traceback" not in shown.err
+
+
+def test_networks_are_listed_for_people_and_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["networks"]) == 0
+    assert "block14_sepconv2_act" in capsys.readouterr().out
+    assert main(["networks", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == ["vgg16", "xception", "efficientnet_lite0"]
+    assert rows[2]["weights"] == "shipped"
+
+
+def test_a_job_is_submitted_and_asked_after(environment: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "s3://photos/cat.jpg", "--classes", "285,tabby", "--key", "k"]) == 0
+    job_id = capsys.readouterr().out.strip()
+    assert main(["submit", "s3://photos/cat.jpg", "--classes", "285,tabby", "--key", "k", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"id": job_id}
+    assert main(["status", job_id, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "queued"
+    assert main(["status", job_id]) == 0
+    assert job_id in capsys.readouterr().out
+
+
+def test_waiting_for_a_worker_that_is_not_there_ends(
+    environment: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", "s3://photos/cat.jpg", "--wait", "--timeout", "0.1"]) == 1
+    assert "is still queued after 0.1 s" in capsys.readouterr().err
+
+
+def test_an_unknown_job_is_an_error(environment: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "01a2062b-306e-7164-a139-13398da125f6"]) == 1
+    assert "unknown_job" in capsys.readouterr().err
+
+
+def test_a_broker_out_of_reach_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GRADCAM_BROKER_URL", "redis://:planted@127.0.0.1:1/0")
+    assert main(["submit", "s3://photos/cat.jpg"]) == 1
+    shown = capsys.readouterr().err
+    assert "cannot be reached" in shown
+    assert "planted" not in shown
+
+
+@pytest.mark.tensorflow
+class TestExplain:
+    def test_files_are_explained_into_folders(
+        self, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        images = [str(photos / "coffee.jpg"), str(photos / "camera.jpg")]
+        assert main(["explain", *images, "--top-n", "2", "-o", str(tmp_path)]) == 0
+        shown = capsys.readouterr().out
+        assert "espresso" in shown
+        assert "95.4 %" in shown
+        manifest = Manifest.model_validate_json((tmp_path / "coffee" / "manifest.json").read_bytes())
+        assert [seen.class_.id for seen in manifest.explanations] == [967, 968]
+        assert (tmp_path / "camera" / "overlay-1-872-tripod.jpg").exists()
+
+    def test_one_bad_image_spoils_no_other_but_the_exit_code(
+        self, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "bad.jpg").write_text("<html>")
+        images = [str(tmp_path / "bad.jpg"), str(photos / "coffee.jpg")]
+        assert main(["explain", *images, "--json", "-o", str(tmp_path / "out")]) == 1
+        bad, good = json.loads(capsys.readouterr().out)
+        assert bad["error"]["code"] == "unsupported_media_type"
+        assert good["manifest"]["explanations"][0]["class"]["name"] == "espresso"
+
+    def test_an_unknown_class_is_an_error_with_suggestions(
+        self, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        image = str(photos / "coffee.jpg")
+        assert main(["explain", image, "--classes", "expresso", "-o", str(tmp_path)]) == 1
+        assert "espresso" in capsys.readouterr().err
