@@ -198,12 +198,17 @@ class Problem(Wire):
         return cls(
             type=f"urn:gradcam:problem:{error.code}",
             title=(type(error).__doc__ or error.code).split("\n")[0].rstrip("."),
-            detail=str(error)[:2000],
+            detail=_sentence(str(error)[:2000]),
             code=error.code,
             retryable=error.retryable,
             stage=stage,
             attempt=attempt,
         )
+
+
+def _sentence(text: str) -> str:
+    """What libraries say often lacks its full stop."""
+    return text if text.endswith((".", "?", ")")) else f"{text}."
 
 
 class SeenClass(Wire):

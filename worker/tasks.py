@@ -122,7 +122,7 @@ class Desk:
             self._write(job, document, status="failed", error=problem, metrics=metrics)
             return "done"
         delay_s = self._backoff_s(document.attempt)
-        log.warning("job %s: %s; again in %.1f s", job.id, error, delay_s)
+        log.warning("job %s waits %.1f s for its next attempt: %s", job.id, delay_s, error)
         self._write(job, document, status="retrying", error=problem, metrics=metrics, queued_at=utc_now())
         self.publish(job, delay_s=delay_s)
         return "later"
@@ -221,7 +221,8 @@ def run(settings: Settings, *, tethered: bool = False) -> int:
     `tethered` processes end, cleanly, when whoever holds their standard input is gone.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("httpx", "celery.app.trace"):  # our own lines say it in the job's words
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     setup_logging.connect(_keep_logging)
     if tethered:
         lifeline.watch(lambda: _end(settings.shutdown_timeout_s))

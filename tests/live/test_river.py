@@ -175,7 +175,7 @@ def test_whatever_is_wrong_ends_with_its_own_code_and_a_sentence(
     wrong = {}
     for message_id, (message, code) in sent.items():
         error = documents[message_id].error
-        if error is None or error.code != code or error.detail[-1:] not in ".)":
+        if error is None or error.code != code or error.detail[-1:] not in ".?)":
             wrong[str(message)[:100]] = (code, error)
     assert not wrong
     assert submit_and_wait(stage, image="s3://photos/coffee.jpg").status == "succeeded", "the worker goes on"

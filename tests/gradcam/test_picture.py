@@ -1,0 +1,157 @@
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+
+from worker.gradcam.decode import decode
+from worker.gradcam.picture import COLORMAPS, encode_jpeg, enlarge, fit, grid, overlay
+
+Pixels = NDArray[np.uint8]
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def plain(color: tuple[int, int, int], height: int, width: int) -> Pixels:
+    return np.full((height, width, 3), color, np.uint8)
+
+
+def ramp(*values: float) -> NDArray[np.float32]:
+    """A heatmap of one row."""
+    return np.array([values], np.float32)
+
+
+class TestFit:
+    @pytest.mark.parametrize("source", [(1, 1), (3, 200), (200, 3), (16, 24), (40, 60), (7, 5)])
+    def test_any_picture_is_squashed_to_the_size_asked_for(self, source: tuple[int, int]) -> None:
+        fitted = fit(plain((10, 20, 30), *source), (16, 24))
+        assert_array_equal(fitted, plain((10, 20, 30), 16, 24))
+        assert fitted.dtype == np.uint8
+
+    def test_shrinking_takes_the_mean_of_the_area(self) -> None:
+        pixels = np.zeros((8, 8, 3), np.uint8)
+        pixels[::4, ::4] = 160  # one pixel of sixteen: taking the nearest, or four, sees 0, 40 or 160
+        assert_array_equal(fit(pixels, (2, 2)), plain((10, 10, 10), 2, 2))
+
+    def test_enlarging_is_bilinear(self) -> None:
+        pixels = np.array([[[0] * 3, [200] * 3]], np.uint8)
+        assert fit(pixels, (1, 4))[0, :, 0].tolist() == [0, 50, 150, 200]
+
+    def test_one_side_may_shrink_while_the_other_grows(self) -> None:
+        pixels = np.zeros((4, 2, 3), np.uint8)
+        pixels[:2, 1] = 200
+        assert fit(pixels, (2, 4))[..., 0].tolist() == [[0, 50, 150, 200], [0, 0, 0, 0]]
+
+    def test_the_picture_stays_as_it_was(self) -> None:
+        pixels = plain(RED, 5, 5)
+        fit(pixels, (2, 2))[:] = 0
+        fit(pixels, (5, 5))[:] = 0
+        assert_array_equal(pixels, plain(RED, 5, 5))
+
+
+class TestEnlarge:
+    def test_it_is_half_pixel_bilinear(self) -> None:
+        assert_allclose(enlarge(ramp(0, 1), (1, 4)), ramp(0, 0.25, 0.75, 1), atol=1e-6)
+
+    @pytest.mark.parametrize("peak", [1.0, 0.3])
+    @pytest.mark.parametrize("size", [(14, 14), (50, 31), (7, 7), (8, 9), (1, 1)])
+    def test_the_peak_stays_as_it_was(self, peak: float, size: tuple[int, int]) -> None:
+        heatmap = np.zeros((7, 7), np.float32)
+        heatmap[2, 4] = peak
+        large = enlarge(heatmap, size)
+        assert large.shape == size
+        assert large.max() == pytest.approx(peak, abs=1e-6)
+        assert large.min() >= 0
+
+    def test_the_peak_stays_where_it_was(self) -> None:
+        heatmap = np.zeros((7, 7), np.float32)
+        heatmap[2, 4] = 1
+        y, x = np.unravel_index(enlarge(heatmap, (70, 140)).argmax(), (70, 140))
+        assert (y // 10, x // 20) == (2, 4)
+
+    def test_a_dark_map_stays_dark(self) -> None:
+        assert_array_equal(enlarge(np.zeros((7, 7), np.float32), (30, 20)), np.zeros((30, 20)))
+
+
+class TestOverlay:
+    def test_the_hottest_is_red_and_the_coldest_blue(self) -> None:
+        cold, hot = overlay(plain(WHITE, 1, 2), ramp(0, 1), alpha=1)[0]
+        assert (cold.tolist(), hot.tolist()) == ([0, 0, 128], [128, 0, 0])
+
+    @pytest.mark.parametrize("colormap", sorted(COLORMAPS))
+    def test_every_level_has_the_color_of_its_map(self, colormap: str) -> None:
+        levels = np.arange(256, dtype=np.uint8).reshape(1, 256)
+        heatmap = levels.astype(np.float32) / 255
+        colored = overlay(plain(WHITE, 1, 256), heatmap, alpha=1, colormap=colormap)
+        bgr = cv2.applyColorMap(levels, COLORMAPS[colormap])
+        assert_array_equal(colored, cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
+
+    def test_the_numbers_are_enlarged_and_not_the_colors(self) -> None:
+        between = overlay(plain(WHITE, 1, 5), ramp(0, 1), alpha=1)[0, 2]
+        assert between[1] > 200  # halfway, jet is green; halfway between its end colours it is dark purple
+
+    def test_colors_and_picture_are_blended_by_alpha(self) -> None:
+        picture, heatmap = plain((200, 100, 50), 2, 2), np.ones((2, 2), np.float32)
+        blended = 0.4 * np.array([128, 0, 0]) + 0.6 * np.array([200, 100, 50])
+        assert_allclose(overlay(picture, heatmap), np.broadcast_to(blended, (2, 2, 3)), atol=0.51)
+        assert_array_equal(overlay(picture, heatmap, alpha=0), picture)
+        assert_array_equal(picture, plain((200, 100, 50), 2, 2))
+
+    @pytest.mark.parametrize("size", [(1, 1), (3, 50), (375, 500)])
+    def test_it_has_the_size_of_the_picture(self, size: tuple[int, int]) -> None:
+        laid = overlay(plain(WHITE, *size), np.eye(7, dtype=np.float32))
+        assert (laid.shape, laid.dtype) == ((*size, 3), np.uint8)
+
+
+class TestJpeg:
+    def test_colors_stay_in_their_order(self) -> None:
+        decoded = decode(encode_jpeg(plain((200, 100, 0), 16, 16)))
+        assert decoded.media_type == "image/jpeg"
+        assert_allclose(decoded.pixels, plain((200, 100, 0), 16, 16), atol=3)
+
+    def test_the_same_pixels_give_the_same_bytes(self, noise: Callable[..., Pixels]) -> None:
+        assert encode_jpeg(noise(8, 8)) == encode_jpeg(noise(8, 8))
+
+    def test_a_lower_quality_takes_fewer_bytes(self) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        assert len(encode_jpeg(pixels, 30)) < len(encode_jpeg(pixels)) < len(encode_jpeg(pixels, 99))
+
+
+class TestGrid:
+    def test_pictures_stand_in_rows_and_columns_on_white(self) -> None:
+        rows = [[("red", plain(RED, 9, 9)), ("green", plain(GREEN, 9, 9))], [("blue", plain(BLUE, 9, 9))]]
+        sheet = grid(rows, tile=(96, 96))
+        below, beside = sheet.shape[0] // 2, sheet.shape[1] // 2
+        quarters = [sheet[:below, :beside], sheet[:below, beside:], sheet[below:, :beside]]
+        for quarter, color in zip(quarters, (RED, GREEN, BLUE), strict=True):
+            assert (quarter == color).all(-1).sum() == 96 * 96
+        assert (sheet[below:, beside:] == 255).all()
+
+    @pytest.mark.parametrize(
+        ("source", "shown"), [((10, 40), (24, 96)), ((40, 10), (48, 12)), ((1, 999), (1, 96))]
+    )
+    def test_a_picture_keeps_its_proportions(self, source: tuple[int, int], shown: tuple[int, int]) -> None:
+        sheet = grid([[("", plain(RED, *source))]], tile=(96, 48))
+        ys, xs = np.nonzero((sheet == RED).all(-1))
+        assert (np.ptp(ys) + 1, np.ptp(xs) + 1) == shown
+
+    def test_a_title_is_written_in_black_above_its_picture(self) -> None:
+        titled, bare = (grid([[(text, plain(WHITE, 40, 96))]], tile=(96, 96)) for text in ("espresso", ""))
+        assert (bare == 255).all()
+        assert titled.min() < 100
+
+    def test_a_title_too_long_for_its_tile_ends_before_the_next(self) -> None:
+        white = plain(WHITE, 96, 96)
+        sheet = grid([[("a very long title " * 9, white), ("", white)]], tile=(96, 96))
+        assert (sheet[:, sheet.shape[1] // 2 :] == 255).all()
+        assert sheet.min() < 100
+
+    def test_a_row_is_as_high_as_its_highest_picture(self) -> None:
+        low, high = plain(RED, 10, 100), plain(RED, 100, 100)
+        flat, mixed, tall = (
+            grid([row], tile=(96, 96)).shape[0]
+            for row in ([("", low)], [("", low), ("", high)], [("", high)])
+        )
+        assert flat < mixed == tall

@@ -1,0 +1,72 @@
+"""The supervisor over small programs; over the real worker in `live/test_kill.py`."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+TIMEOUT_S = 40
+
+
+def supervise(child: str, *, started: Path | None = None, signals: int = 0) -> tuple[int, str]:
+    """Run a supervisor over a Python program in a process of its own; send it SIGTERM when it is up."""
+    program = textwrap.dedent(f"""
+        import logging, sys
+        from worker.settings import Settings
+        from worker.supervisor import Supervisor
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        sys.exit(Supervisor(Settings(shutdown_timeout_s=1), (sys.executable, "-c", {child!r})).run())
+    """)
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as supervisor:
+        for _ in range(signals):
+            end = time.monotonic() + TIMEOUT_S
+            while started and not started.exists():
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            supervisor.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        _, said = supervisor.communicate(timeout=TIMEOUT_S)
+    return supervisor.returncode, said
+
+
+def test_a_worker_that_cannot_start_is_given_up_with_a_sentence() -> None:
+    code, said = supervise("raise SystemExit(3)")
+    assert code == 1
+    assert said.count("the worker ended unasked (exit code 3)") == 4
+    assert "the worker ended 5 times in a row within 30 s: given up" in said
+
+
+def test_a_worker_is_asked_to_end_and_ends_cleanly(tmp_path: Path) -> None:
+    mark = tmp_path / "started"
+    child = f"""
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+pathlib.Path({str(mark)!r}).touch()
+time.sleep(60)
+"""
+    assert supervise(child, started=mark, signals=1)[0] == 0
+
+
+def test_a_worker_that_does_not_end_is_killed_after_the_limit(tmp_path: Path) -> None:
+    mark = tmp_path / "started"
+    child = f"""
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path({str(mark)!r}).touch()
+time.sleep(60)
+"""
+    assert supervise(child, started=mark, signals=1)[0] == 1
+
+
+def test_a_second_signal_ends_the_worker_at_once(tmp_path: Path) -> None:
+    mark = tmp_path / "started"
+    child = f"""
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path({str(mark)!r}).touch()
+time.sleep(60)
+"""
+    code, _ = supervise(child, started=mark, signals=2)
+    assert code == 1
