@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except GradcamError as error:
         terminal.err.print(f"[red]Error[/] ({error.code}): ", end="")
-        terminal.err.print(str(error), markup=False)
+        terminal.err.print(str(error), markup=False, soft_wrap=True)
     except ModuleNotFoundError as error:
         terminal.err.print(f"[red]Error[/]: {error.name} is not installed. ", end="")
         terminal.err.print("This needs a worker: pip install 'gradcam-worker[cpu]'", markup=False)

@@ -21,7 +21,7 @@ from rich.table import Table
 from worker import embedded, lifeline, terminal
 from worker.client import GradcamClient
 from worker.contract import Job, StatusDocument
-from worker.errors import StatusUnavailable
+from worker.errors import WorkerLost
 from worker.gradcam.classes import DATA
 from worker.gradcam.decode import decode
 from worker.gradcam.picture import encode_jpeg, grid
@@ -33,7 +33,7 @@ NETWORK = "efficientnet_lite0"
 BUCKETS = ("photos", "results")
 OUTPUT = "s3://results/demo"
 TIMEOUT_S = 240  # TensorFlow alone may need a minute to load on a cold disk
-TILE = (420, 420)  # pixels of a picture on the contact sheet
+TILE = (320, 320)  # pixels of a picture on the contact sheet
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _watch(
             if worker.poll() is not None or time.monotonic() > end:
                 tail = log.read_text(errors="replace")[-800:]
                 message = f"The worker ended or took over {TIMEOUT_S} s. Its last words:\n{tail}"
-                raise StatusUnavailable(message)
+                raise WorkerLost(message)
             time.sleep(0.1)
 
 

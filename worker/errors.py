@@ -28,6 +28,7 @@
     │   ├── StatusUnavailable        status_unavailable
     │   ├── WeightsUnavailable       weights_unavailable
     │   ├── DeviceOutOfMemory        device_out_of_memory
+    │   ├── WorkerLost               worker_lost
     │   └── InternalError            internal                 anything nobody foresaw
     └── LocalError               the caller's to handle: never in a status document
         ├── BrokerUnavailable        the queue cannot be reached
@@ -213,6 +214,12 @@ class DeviceOutOfMemory(RetryableError):
     """The device had no room for this many images, classes or channels at once."""
 
     code = "device_out_of_memory"
+
+
+class WorkerLost(RetryableError):
+    """The worker process ended while it was needed."""
+
+    code = "worker_lost"
 
 
 class InternalError(RetryableError):

@@ -1,4 +1,4 @@
-"""What the room's tests share: real networks, each built once; small pictures; a Keras network made by hand."""
+"""What the room's tests share: real networks, each built once, and a way to wrap one made by hand."""
 
 from collections.abc import Callable
 from functools import cache

@@ -1,0 +1,164 @@
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+
+from worker.errors import ImagePixelsExceeded, InvalidJob, UnknownClass, UnknownLayer
+from worker.gradcam.decode import Limits
+from worker.gradcam.explain import Explanation, Prediction, explain_image, explain_pixels, overlay_name
+from worker.gradcam.picture import overlay
+from worker.testing import TinyNetwork
+
+
+@pytest.fixture
+def picture() -> NDArray[np.uint8]:
+    """16 x 16: the upper left quarter pure red, half of the rest half as bright in green, no blue."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:8, :8, 0] = 255
+    pixels[8:, :, 1] = 51
+    return pixels
+
+
+def same(one: Explanation, other: Explanation) -> bool:
+    return repr(one) == repr(other) and bool((one.heatmaps == other.heatmaps).all())
+
+
+class TestKnownAnswer:
+    def test_the_heatmap_lies_where_the_color_of_the_class_is(
+        self, tiny: TinyNetwork, picture: NDArray[np.uint8]
+    ) -> None:
+        seen = explain_image(tiny, picture, classes=["red", "green"])
+        quarter, half = np.zeros((2, 4, 4), np.float32)
+        quarter[:2, :2] = half[2:] = 1
+        assert_array_equal(seen.heatmaps, [quarter, half])
+
+    def test_raw_extremes_are_those_before_the_relu(
+        self, tiny: TinyNetwork, picture: NDArray[np.uint8]
+    ) -> None:
+        seen = explain_image(tiny, picture, classes=["red", "green", "blue"])
+        assert_allclose(seen.raw_max, [2 / 16, 0.4 / 16, 0], rtol=1e-6)
+        assert_allclose(seen.raw_min, [-0.2 / 16, -1 / 16, -1 / 16], rtol=1e-6)
+
+    def test_probabilities_are_the_softmax_over_all_classes(
+        self, tiny: TinyNetwork, picture: NDArray[np.uint8]
+    ) -> None:
+        seen = explain_image(tiny, picture, top_n=3)
+        red, green = 1 / 4, 0.2 / 2  # means over the picture
+        powers = np.exp([2 * red - green, 2 * green - red, -red - green])
+        assert [one.name for one in seen.predictions] == ["red", "green", "blue"]
+        assert_allclose([one.probability for one in seen.predictions], powers / powers.sum(), rtol=1e-5)
+
+    def test_huge_scores_have_probabilities_too(self, picture: NDArray[np.uint8]) -> None:
+        class Loud(TinyNetwork):
+            KERNEL = TinyNetwork.KERNEL * 1e4
+
+        seen = explain_image(Loud(), picture, top_n=3)
+        assert [one.probability for one in seen.predictions] == [1, 0, 0]
+
+
+class TestWishes:
+    def test_classes_are_explained_in_the_order_they_were_asked_for(
+        self, tiny: TinyNetwork, picture: NDArray[np.uint8]
+    ) -> None:
+        seen = explain_image(tiny, picture, classes=["blue", 0])
+        assert [(one.rank, one.id, one.wnid, one.name) for one in seen.explained] == [
+            (3, 2, "n3", "blue"),
+            (1, 0, "n1", "red"),
+        ]
+
+    def test_the_top_n_are_both_predicted_and_explained(
+        self, tiny: TinyNetwork, picture: NDArray[np.uint8]
+    ) -> None:
+        seen = explain_image(tiny, picture, top_n=2)
+        assert seen.explained == seen.predictions
+        assert [one.rank for one in seen.explained] == [1, 2]
+        assert seen.heatmaps.shape == (2, 4, 4)
+
+    def test_predictions_stand_beside_listed_classes(
+        self, tiny: TinyNetwork, picture: NDArray[np.uint8]
+    ) -> None:
+        seen = explain_image(tiny, picture, classes=["blue"])
+        assert [one.name for one in seen.predictions] == ["red", "green", "blue"]
+
+    def test_what_cannot_be_asked_for_is_refused(self, tiny: TinyNetwork, picture: NDArray[np.uint8]) -> None:
+        with pytest.raises(UnknownClass, match="yellow"):
+            explain_image(tiny, picture, classes=["yellow"])
+        with pytest.raises(InvalidJob, match="from 1 to 3"):
+            explain_image(tiny, picture, top_n=4)
+        with pytest.raises(UnknownLayer, match="there is 'blocks'"):
+            explain_image(tiny, picture, top_n=1, layer="stones")
+
+    def test_many_images_with_wishes_of_their_own_get_what_each_gets_alone(
+        self, tiny: TinyNetwork, picture: NDArray[np.uint8]
+    ) -> None:
+        pixels = np.stack([picture, picture[::-1], 255 - picture])
+        wishes = [(-1,), (2, 0, 1), (-1, -2)]
+        together = explain_pixels(tiny, pixels, wishes)
+        alone = [explain_pixels(tiny, pixels[i : i + 1], [wish])[0] for i, wish in enumerate(wishes)]
+        assert (
+            [len(one.explained) for one in together] == [len(one.heatmaps) for one in together] == [1, 3, 2]
+        )
+        assert all(map(same, together, alone))
+
+
+class TestDarkness:
+    def test_a_class_nothing_speaks_for_is_listed_and_its_heatmap_is_zero(
+        self, tiny: TinyNetwork, picture: NDArray[np.uint8]
+    ) -> None:
+        seen = explain_image(tiny, picture, classes=["red", "blue"])
+        assert seen.zero_heatmaps == (2,)
+        assert_array_equal(seen.heatmaps[1], np.zeros((4, 4)))
+
+    def test_a_black_picture_speaks_for_nothing(self, tiny: TinyNetwork) -> None:
+        seen = explain_image(tiny, np.zeros((9, 9, 3), np.uint8), top_n=3)
+        assert seen.zero_heatmaps == (0, 1, 2)
+        assert not seen.heatmaps.any()
+        assert [round(one.probability, 5) for one in seen.explained] == [0.33333] * 3
+
+
+class TestPictures:
+    def test_a_path_bytes_and_pixels_are_explained_alike(
+        self, tiny: TinyNetwork, picture: NDArray[np.uint8], tmp_path: Path
+    ) -> None:
+        data = cv2.imencode(".png", picture[..., ::-1])[1].tobytes()
+        path = tmp_path / "picture.png"
+        path.write_bytes(data)
+        seen = [explain_image(tiny, image, top_n=3) for image in (picture, data, path, str(path))]
+        assert all(same(seen[0], other) for other in seen[1:])
+        assert all((one.picture == picture).all() for one in seen)
+
+    def test_the_limits_hold_for_encoded_images(self, tiny: TinyNetwork, picture: NDArray[np.uint8]) -> None:
+        data = cv2.imencode(".png", picture)[1].tobytes()
+        with pytest.raises(ImagePixelsExceeded, match="at most 255 pixels"):
+            explain_image(tiny, data, top_n=1, limits=Limits(max_pixels=255))
+
+    def test_the_overlay_has_the_size_of_the_picture_and_not_of_the_network(self, tiny: TinyNetwork) -> None:
+        picture = np.full((30, 50, 3), (255, 0, 0), np.uint8)
+        seen = explain_image(tiny, picture, top_n=1)
+        assert_array_equal(
+            seen.overlay(0, alpha=0.7, colormap="magma"),
+            overlay(picture, seen.heatmaps[0], alpha=0.7, colormap="magma"),
+        )
+
+    def test_saving_writes_one_jpeg_for_each_explained_class(
+        self, tiny: TinyNetwork, picture: NDArray[np.uint8], tmp_path: Path
+    ) -> None:
+        paths = explain_image(tiny, picture, classes=["blue", "red"]).save(tmp_path / "new" / "folder")
+        assert [path.name for path in paths] == ["overlay-3-2-blue.jpg", "overlay-1-0-red.jpg"]
+        assert all(cv2.imread(str(path)).shape == (16, 16, 3) for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("name", "file_name"),
+    [
+        ("go-kart", "overlay-2-573-go-kart.jpg"),
+        ("jack-o'-lantern", "overlay-2-573-jack-o_-lantern.jpg"),
+        ("../../etc/passwd", "overlay-2-573-______etc_passwd.jpg"),
+        ("x" * 300, f"overlay-2-573-{'x' * 60}.jpg"),
+    ],
+)
+def test_an_overlays_name_is_safe_for_any_file_system(name: str, file_name: str) -> None:
+    assert overlay_name(Prediction(2, 573, "n1", name, 0.5)) == file_name
