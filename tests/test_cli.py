@@ -37,7 +37,9 @@ def test_help_shows_every_command_and_an_example_of_each(capsys: pytest.CaptureF
         ["submit"],
     ],
 )
-def test_wrong_usage_ends_with_2_and_a_sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_ends_with_2_and_a_sentence(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     assert "Error: " in capsys.readouterr().err
 
@@ -61,7 +63,9 @@ def test_networks_are_listed_for_people_and_for_machines(capsys: pytest.CaptureF
     assert rows[2]["weights"] == "shipped"
 
 
-def test_a_job_is_submitted_and_asked_after(environment: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_is_submitted_and_asked_after(
+    environment: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["submit", "s3://photos/cat.jpg", "--classes", "285,tabby", "--key", "k"]) == 0
     job_id = capsys.readouterr().out.strip()
     assert main(["submit", "s3://photos/cat.jpg", "--classes", "285,tabby", "--key", "k", "--json"]) == 0

@@ -102,7 +102,7 @@ def test_a_problem_carries_code_and_sentence_but_no_traceback() -> None:
 def test_documents_are_frozen() -> None:
     job = Job.parse(LEAST)
     with pytest.raises(ValueError, match="frozen"):
-        job.network = "xception"  # type: ignore[misc]
+        job.network = "xception"
 
 
 def test_a_status_document_of_a_later_version_is_refused() -> None:

@@ -6,7 +6,9 @@ def descendants(root: type[GradcamError]) -> list[type[GradcamError]]:
     return [one for child in root.__subclasses__() for one in (child, *descendants(child))]
 
 
-LEAVES = [one for one in descendants(GradcamError) if one.__module__ == errors.__name__ and "code" in vars(one)]
+LEAVES = [
+    one for one in descendants(GradcamError) if one.__module__ == errors.__name__ and "code" in vars(one)
+]
 
 
 def test_every_error_has_a_code_of_its_own() -> None:

@@ -42,7 +42,9 @@ def no_keys_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestSchemes:
-    @pytest.mark.parametrize("uri", ["http://a/b", "https://a/b", "file:///etc/passwd", "data:,x", "ftp://a", "x", ""])
+    @pytest.mark.parametrize(
+        "uri", ["http://a/b", "https://a/b", "file:///etc/passwd", "data:,x", "ftp://a", "x", ""]
+    )
     def test_only_s3_is_open_by_default(self, uri: str) -> None:
         if not uri:
             pytest.raises(ValueError, ImageRef, uri=uri)
@@ -52,7 +54,9 @@ class TestSchemes:
 
     def test_a_checksum_that_differs_names_both(self) -> None:
         wanted = "0" * 64
-        with pytest.raises(ChecksumMismatch, match=f"has sha256 {hashlib.sha256(b'x').hexdigest()}.*{wanted}"):
+        with pytest.raises(
+            ChecksumMismatch, match=f"has sha256 {hashlib.sha256(b'x').hexdigest()}.*{wanted}"
+        ):
             fetch("data:,x", sha256=wanted, image_schemes=("data",))
 
     def test_a_checksum_that_agrees_is_no_obstacle(self) -> None:
@@ -180,7 +184,10 @@ class TestHttp:
 
     def test_a_redirect_within_the_host_is_followed(self, http_server: Any, answer: Any) -> None:
         http_server.url("/there", answer(200, DATA))
-        assert self.get(http_server, http_server.url("/here", answer(301, headers={"location": "/there"}))) == DATA
+        assert (
+            self.get(http_server, http_server.url("/here", answer(301, headers={"location": "/there"})))
+            == DATA
+        )
 
     def test_redirects_in_a_circle_end(self, http_server: Any, answer: Any) -> None:
         circle = http_server.url("/circle", answer(302, headers={"location": "/circle"}))
@@ -198,7 +205,9 @@ class TestHttp:
 
     def test_a_job_out_of_time_does_not_go_on_reading(self, http_server: Any, answer: Any) -> None:
         with pytest.raises(JobTimeout):
-            self.get(http_server, http_server.url("/a", answer(200, DATA, before=lambda: time.sleep(0.3))), 0.2)
+            self.get(
+                http_server, http_server.url("/a", answer(200, DATA, before=lambda: time.sleep(0.3))), 0.2
+            )
 
     def test_a_host_that_does_not_answer_may_answer_later(self) -> None:
         with pytest.raises(ImageFetchFailed, match="Connection refused"):
@@ -217,8 +226,12 @@ class TestS3:
     def test_an_object_is_read_whatever_its_key(self, bucket: Any) -> None:
         assert fetch("s3://photos/a b/ü?#.jpg") == DATA
 
-    @pytest.mark.parametrize(("uri", "what"), [("s3://photos/none.jpg", "object"), ("s3://none/a.jpg", "bucket")])
-    def test_a_missing_object_and_a_missing_bucket_are_not_found(self, bucket: Any, uri: str, what: str) -> None:
+    @pytest.mark.parametrize(
+        ("uri", "what"), [("s3://photos/none.jpg", "object"), ("s3://none/a.jpg", "bucket")]
+    )
+    def test_a_missing_object_and_a_missing_bucket_are_not_found(
+        self, bucket: Any, uri: str, what: str
+    ) -> None:
         with pytest.raises(ImageNotFound, match=f"no such {what}: {uri}"):
             fetch(uri)
 
@@ -228,7 +241,9 @@ class TestS3:
             fetch(uri)
 
     def test_a_bucket_off_the_list_is_refused(self, bucket: Any) -> None:
-        with pytest.raises(UriNotAllowed, match="Bucket 'photos' is not allowed: images may come from others"):
+        with pytest.raises(
+            UriNotAllowed, match="Bucket 'photos' is not allowed: images may come from others"
+        ):
             fetch("s3://photos/a.jpg", image_buckets=("others",))
 
     def test_a_large_object_is_refused_while_it_is_read(self, bucket: Any) -> None:

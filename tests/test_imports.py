@@ -30,7 +30,11 @@ def test_a_job_is_submitted_without_numpy(valkey: str) -> None:
 
 
 def test_the_library_is_imported_without_tensorflow() -> None:
-    assert not loaded_by("import worker.gradcam; worker.gradcam.explain_image") & {"tensorflow", "keras", "celery"}
+    assert not loaded_by("import worker.gradcam; worker.gradcam.explain_image") & {
+        "tensorflow",
+        "keras",
+        "celery",
+    }
 
 
 def test_the_package_itself_costs_nothing() -> None:

@@ -39,7 +39,9 @@ def test_submitting_twice_finds_the_first(ledger: Ledger, job: Job) -> None:
     assert ledger.counts() == (1, 0)
 
 
-def test_the_same_key_with_the_same_job_finds_the_first_also_when_it_is_final(ledger: Ledger, job: Job) -> None:
+def test_the_same_key_with_the_same_job_finds_the_first_also_when_it_is_final(
+    ledger: Ledger, job: Job
+) -> None:
     first = with_key(job, "k")
     claim = ledger.claim(first, WORKER)
     ledger.advance(claim.document, status="succeeded")

@@ -43,7 +43,8 @@ def test_stopping_asks_the_program_to_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGTERM"])
 def test_a_program_ends_with_a_parent_that_is_killed(tmp_path: Path, signal_name: str) -> None:
     pid_file = tmp_path / "pid"
-    program = f"import os, pathlib, time; pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    write = f"pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))"
+    program = f"import os, pathlib, time; {write}; time.sleep(60)"
     parent = textwrap.dedent(f"""
         import os, pathlib, signal, sys, time
         from worker import lifeline
@@ -53,7 +54,7 @@ def test_a_program_ends_with_a_parent_that_is_killed(tmp_path: Path, signal_name
         time.sleep(60)
     """)
     subprocess.run([sys.executable, "-c", parent], check=False, timeout=TIMEOUT_S)
-    wait_for(lambda: pid_file.read_text(), "the start")
+    wait_for(pid_file.read_text, "the start")
     wait_for(lambda: gone(int(pid_file.read_text())), "the end")
 
 

@@ -58,7 +58,8 @@ def test_a_receiver_that_does_not_answer_is_tried_again(http_server: Any, answer
 
 
 @pytest.mark.parametrize(
-    "url", ["http://elsewhere.test/hook", "ftp://{host}/hook", "http://user:planted@{host}/hook", "http://[", ""]
+    "url",
+    ["http://elsewhere.test/hook", "ftp://{host}/hook", "http://user:planted@{host}/hook", "http://[", ""],
 )
 def test_only_allowed_hosts_are_told(http_server: Any, url: str) -> None:
     with pytest.raises(UriNotAllowed) as caught:

@@ -19,7 +19,10 @@ from worker.tasks import Desk
 from worker.testing import Doorbell, MemoryLedger, MemoryMessenger, MemoryStore, outside
 
 IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
-WEBHOOK = {"url": "https://app/hook", "events": ["job.started", "job.retrying", "job.succeeded", "job.failed"]}
+WEBHOOK = {
+    "url": "https://app/hook",
+    "events": ["job.started", "job.retrying", "job.succeeded", "job.failed"],
+}
 
 
 @dataclass
@@ -93,7 +96,11 @@ def test_a_permanent_error_fails_the_job_at_once(office: Office) -> None:
     document = office.read(job)
     assert document.status == "failed"
     assert document.error is not None
-    assert (document.error.code, document.error.stage, document.error.attempt) == ("image_not_found", "fetch", 1)
+    assert (document.error.code, document.error.stage, document.error.attempt) == (
+        "image_not_found",
+        "fetch",
+        1,
+    )
     assert not office.doorbell.jobs
 
 
@@ -143,7 +150,9 @@ def test_storage_that_fails_fails_no_more_than_the_attempt(office: Office) -> No
     assert office.read(job).result is None
 
 
-@pytest.mark.parametrize("message", [None, "garbage", 7, [1], {}, {"image": "x"}, {"id": "../..", "image": 3}])
+@pytest.mark.parametrize(
+    "message", [None, "garbage", 7, [1], {}, {"image": "x"}, {"id": "../..", "image": 3}]
+)
 def test_a_message_that_is_no_job_is_written_down_under_its_own_id(office: Office, message: object) -> None:
     message_id = new_id()
     assert office.handle(message, message_id) == "done"
@@ -196,7 +205,9 @@ def test_an_overtaken_attempt_stops_without_a_word(office: Office) -> None:
     assert office.read(job).status == "running"
 
 
-def test_a_ledger_out_of_reach_hands_the_message_back(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ledger_out_of_reach_hands_the_message_back(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unreachable(*_: object) -> bool:
         message = "gone"
         raise LedgerUnavailable(message)
@@ -228,7 +239,10 @@ def test_whoever_asked_is_told_what_they_asked_for_in_order(office: Office) -> N
     job = a_job(webhooks=[WEBHOOK, {"url": "https://b/hook", "events": ["job.failed"]}])
     office.handle(payload(job))
     told = [(delivery.url, delivery.event.type) for delivery in office.deliveries]
-    assert told == [("https://app/hook", "gradcam.job.started"), ("https://app/hook", "gradcam.job.succeeded")]
+    assert told == [
+        ("https://app/hook", "gradcam.job.started"),
+        ("https://app/hook", "gradcam.job.succeeded"),
+    ]
     revisions = [delivery.event.data.revision for delivery in office.deliveries]
     assert revisions == sorted(set(revisions))
 

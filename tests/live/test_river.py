@@ -31,7 +31,9 @@ def submit_and_wait(stage: Any, **fields: Any) -> StatusDocument:
 
 
 def test_a_photo_is_explained(stage: Any) -> None:
-    document = submit_and_wait(stage, image="s3://photos/astronaut.jpg", target={"classes": [812, "football_helmet"]})
+    document = submit_and_wait(
+        stage, image="s3://photos/astronaut.jpg", target={"classes": [812, "football_helmet"]}
+    )
     assert document.status == "succeeded", document.error
     assert document.result is not None
     text = stage.store.get(f"{document.id}/manifest.json")
@@ -98,7 +100,14 @@ def png(width: int, height: int, *, claimed: int | None = None) -> bytes:
 
 def bad_images(photo: bytes) -> dict[str, tuple[bytes, str]]:
     frame = photo.index(b"\xff\xc0")  # the JPEG's start of frame holds its size
-    gif = b"GIF89a" + struct.pack("<HHBBB", 30_000, 30_000, 0x80, 0, 0) + bytes(6) + b"\x2c" + bytes(9) + b"\x02\x00\x3b"
+    gif = (
+        b"GIF89a"
+        + struct.pack("<HHBBB", 30_000, 30_000, 0x80, 0, 0)
+        + bytes(6)
+        + b"\x2c"
+        + bytes(9)
+        + b"\x02\x00\x3b"
+    )
     return {
         "empty": (b"", "unsupported_media_type"),
         "page.html": (b"<!doctype html><title>Not found</title>", "unsupported_media_type"),

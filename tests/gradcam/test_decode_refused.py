@@ -1,0 +1,214 @@
+import io
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from worker.errors import ImageDecodeFailed, ImagePixelsExceeded, UnsupportedMediaType
+from worker.gradcam.decode import Limits, decode
+
+# Decodes each file in turn and says how it ended and how far memory rose above all before. Not by
+# `ru_maxrss`: a child process inherits the peak of the process that started it.
+PROBE = """
+import re, sys
+from pathlib import Path
+from worker.errors import GradcamError
+from worker.gradcam.decode import decode
+
+def peak_mb():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+for path in sys.argv[1:]:
+    data, before = Path(path).read_bytes(), peak_mb()
+    try:
+        ending = str(decode(data).pixels.shape)
+    except GradcamError as error:
+        ending = error.code
+    print(Path(path).name, ending, round(peak_mb() - before))
+"""
+FORMATS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> mode, format, options
+    "jpeg": ("RGB", "JPEG", {}),
+    "jpeg-progressive": ("RGB", "JPEG", {"progressive": True}),
+    "jpeg-grey": ("L", "JPEG", {}),
+    "jpeg-cmyk": ("CMYK", "JPEG", {}),
+    "png": ("RGB", "PNG", {}),
+    "png-alpha": ("RGBA", "PNG", {}),
+    "png-palette": ("P", "PNG", {"transparency": 3}),
+    "png-16-bit": ("I;16", "PNG", {}),
+    "webp": ("RGB", "WEBP", {}),
+    "webp-alpha": ("RGBA", "WEBP", {"lossless": True}),
+    "gif": ("P", "GIF", {}),
+    "gif-transparent": ("P", "GIF", {"transparency": 3}),
+    "bmp": ("RGB", "BMP", {}),
+    "bmp-alpha": ("RGBA", "BMP", {}),
+}
+
+
+def sample(name: str, width: int = 24, height: int = 20) -> bytes:
+    """Noise in one of the FORMATS: nothing in it can be left out unnoticed."""
+    mode, kind, options = FORMATS[name]
+    noise = np.random.default_rng(3).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    alpha = Image.fromarray(noise)
+    picture = Image.fromarray(noise[..., 0].astype(np.uint16) * 257) if mode == "I;16" else alpha
+    file = io.BytesIO()
+    (picture if picture.mode == mode else alpha.convert("RGB").convert(mode)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def chunk(name: bytes, data: bytes, claimed: int | None = None) -> bytes:
+    """A chunk of a PNG, which may claim another length than it has."""
+    length = len(data) if claimed is None else claimed
+    return struct.pack(">I", length) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(width: int, height: int, *chunks: bytes, depth: int = 8) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0))
+    return b"".join([b"\x89PNG\r\n\x1a\n", header, *chunks, chunk(b"IEND", b"")])
+
+
+def gif(width: int, height: int) -> bytes:
+    head = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6)
+    return head + b"," + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x44\x01\x00;"
+
+
+def jpeg(width: int, height: int) -> bytes:
+    """A JPEG whose header lies about its size."""
+    data = bytearray(sample("jpeg", 160, 160))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def bombs() -> dict[str, bytes]:
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(3751)) for _ in range(30_000)) + packer.flush()
+    dot = chunk(b"IDAT", zlib.compress(b"\0\0"))
+    return {
+        "gif": gif(30_000, 30_000),
+        "png": png(30_000, 30_000, chunk(b"IDAT", rows), depth=1),
+        "jpeg": jpeg(30_000, 30_000),
+        "png-lying-before": png(1, 1, chunk(b"zTXt", b"a\0\0", 2**31 - 1), dot),
+        "png-lying": png(1, 1, chunk(b"IDAT", zlib.compress(b"\0\0"), 2**31 - 1)),
+        "png-lying-behind": png(1, 1, dot, chunk(b"tEXt", b"a", 2**31 - 1)),
+    }
+
+
+class TestNotAnImage:
+    @pytest.mark.parametrize(
+        ("data", "said"),
+        [
+            (b"", "an empty file"),
+            (b"<!doctype html><html><body>404</body></html>", "a page of HTML or XML"),
+            (b"\r\n  <html>", "a page of HTML or XML"),
+            (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "a page of HTML or XML"),
+            (b"%PDF-1.7\n", "a PDF document"),
+            (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", r"an ISO media file \(heic\)"),
+            (b"\0\0\0\x1cftypavif\0\0\0\0", r"an ISO media file \(avif\)"),
+            (b"II*\0\x08\0\0\0", "a TIFF image"),
+            (b"MM\0*\0\0\0\x08", "a TIFF image"),
+            (b"PK\x03\x04\x14\0", "a ZIP archive"),
+            (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image"),
+            (b"\xff\x0a\xfa\x1f", "a JPEG XL image"),
+            (np.random.default_rng(5).bytes(400), "400 bytes that start with"),
+        ],
+    )
+    def test_it_is_refused_with_what_it_looks_like_and_what_is_read_here(
+        self, data: bytes, said: str
+    ) -> None:
+        with pytest.raises(UnsupportedMediaType, match=f"Received {said}.*: bmp, gif, jpeg, png, webp"):
+            decode(data)
+
+    def test_a_whole_tiff_is_refused_although_it_could_be_read(self) -> None:
+        file = io.BytesIO()
+        Image.new("RGB", (4, 4)).save(file, "TIFF")
+        with pytest.raises(UnsupportedMediaType, match="TIFF"):
+            decode(file.getvalue())
+
+
+class TestCutOff:
+    @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_part_of_an_image_is_damaged(self, name: str, kept: float) -> None:
+        whole = sample(name, 64, 48)
+        decode(whole)
+        with pytest.raises(ImageDecodeFailed):
+            decode(whole[: int(len(whole) * kept)])
+
+    @pytest.mark.parametrize("name", FORMATS)
+    def test_an_image_without_its_last_two_bytes_is_damaged(self, name: str) -> None:
+        with pytest.raises(ImageDecodeFailed):
+            decode(sample(name)[:-2])
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+    def test_a_png_that_ends_between_two_chunks_is_damaged(self, mode: str) -> None:
+        noise = np.random.default_rng(3).integers(0, 256, (160, 160, 4), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noise).convert(mode).save(file, "PNG")
+        whole = file.getvalue()
+        borders = [at - 4 for at in range(len(whole)) if whole[at : at + 4] in {b"IDAT", b"IEND"}]
+        assert len(borders) >= 3
+        for border in borders:
+            with pytest.raises(ImageDecodeFailed):
+                decode(whole[:border])
+
+    @pytest.mark.parametrize("name", ["jpeg", "png", "gif", "webp"])
+    def test_what_starts_like_an_image_is_damaged_and_not_of_an_unknown_kind(self, name: str) -> None:
+        with pytest.raises(ImageDecodeFailed):
+            decode(sample(name)[:12])
+
+
+class TestTooLarge:
+    @pytest.mark.parametrize("size", [(10_000, 6_401), (12_000, 12_000), (30_000, 30_000), (40_000, 2)])
+    def test_the_header_is_enough_to_refuse_with_the_limits(self, size: tuple[int, int]) -> None:
+        for data in (png(*size, chunk(b"IDAT", b"")), gif(*size), jpeg(*size)):
+            with pytest.raises(ImagePixelsExceeded, match="64,000,000 pixels and 32,767 a side"):
+                decode(data)
+
+    @pytest.mark.parametrize(("limits", "said"), [((479, 99), "479 pixels"), ((999, 23), "23 a side")])
+    def test_the_limits_are_the_operators(self, limits: tuple[int, int], said: str) -> None:
+        with pytest.raises(ImagePixelsExceeded, match=rf"claims 24 x 20 pixels; at most .*{said}"):
+            decode(sample("png"), Limits(*limits))
+        assert decode(sample("png"), Limits(max_pixels=480, max_side=24)).pixels.shape == (20, 24, 3)
+
+    @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+    def test_bombs_are_refused_before_memory_is_taken_for_them(self, tmp_path: Path) -> None:
+        paths = [tmp_path / name for name in (made := bombs())]
+        for path in paths:
+            path.write_bytes(made[path.name])
+        command = [sys.executable, "-c", PROBE, *map(str, paths)]
+        out = subprocess.run(command, capture_output=True, check=True, text=True, timeout=60).stdout
+        said = {name: (code, int(grown)) for name, code, grown in map(str.split, out.splitlines())}
+        assert {name: code for name, (code, _) in said.items()} == {
+            "gif": "image_pixels_exceeded",
+            "png": "image_pixels_exceeded",
+            "jpeg": "image_pixels_exceeded",
+            "png-lying-before": "image_decode_failed",
+            "png-lying": "image_decode_failed",
+            "png-lying-behind": "image_decode_failed",
+        }
+        assert max(grown for _, grown in said.values()) < 100, out
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of some damage; here we want to see it go on
+@pytest.mark.parametrize("name", FORMATS)
+def test_damage_of_any_kind_ends_in_a_picture_or_a_typed_error(name: str) -> None:
+    rng = np.random.default_rng(11)
+    endings = set()
+    for _ in range(45):
+        data = bytearray(sample(name))
+        for at in rng.integers(0, len(data) - 20, rng.integers(1, 6)):
+            damage = rng.bytes(rng.integers(0, 4))  # of another length than what it replaces, or of the same
+            data[at : at + rng.integers(0, 4)] = damage
+        try:
+            pixels = decode(bytes(data)).pixels
+        except (UnsupportedMediaType, ImagePixelsExceeded, ImageDecodeFailed) as error:
+            endings.add(type(error))
+        else:
+            assert (pixels.dtype, pixels.shape[2:]) == (np.uint8, (3,))
+    assert endings
