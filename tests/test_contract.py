@@ -106,5 +106,5 @@ def test_documents_are_frozen() -> None:
 
 
 def test_a_status_document_of_a_later_version_is_refused() -> None:
-    with pytest.raises(ValueError, match="gradcam.status/v1"):
+    with pytest.raises(ValueError, match=r"gradcam\.status/v1"):
         StatusDocument.model_validate({"schema": "gradcam.status/v2"})

@@ -43,12 +43,9 @@ def no_keys_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class TestSchemes:
     @pytest.mark.parametrize(
-        "uri", ["http://a/b", "https://a/b", "file:///etc/passwd", "data:,x", "ftp://a", "x", ""]
+        "uri", ["http://a/b", "https://a/b", "file:///etc/passwd", "data:,x", "ftp://a", "x"]
     )
     def test_only_s3_is_open_by_default(self, uri: str) -> None:
-        if not uri:
-            pytest.raises(ValueError, ImageRef, uri=uri)
-            return
         with pytest.raises(UriNotAllowed, match="its scheme must be s3"):
             fetch(uri)
 
@@ -179,7 +176,7 @@ class TestHttp:
 
     def test_a_redirect_passes_the_same_door(self, http_server: Any, answer: Any) -> None:
         away = http_server.url("/away", answer(302, headers={"location": "http://169.254.169.254/latest"}))
-        with pytest.raises(UriNotAllowed, match="169.254.169.254"):
+        with pytest.raises(UriNotAllowed, match=r"169\.254\.169\.254"):
             self.get(http_server, away)
 
     def test_a_redirect_within_the_host_is_followed(self, http_server: Any, answer: Any) -> None:

@@ -178,10 +178,10 @@ class TestTooLarge:
 
     @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
     def test_bombs_are_refused_before_memory_is_taken_for_them(self, tmp_path: Path) -> None:
-        paths = [tmp_path / name for name in (made := bombs())]
-        for path in paths:
-            path.write_bytes(made[path.name])
-        command = [sys.executable, "-c", PROBE, *map(str, paths)]
+        made = bombs()
+        for name, data in made.items():
+            (tmp_path / name).write_bytes(data)
+        command = [sys.executable, "-c", PROBE, *(str(tmp_path / name) for name in made)]
         out = subprocess.run(command, capture_output=True, check=True, text=True, timeout=60).stdout
         said = {name: (code, int(grown)) for name, code, grown in map(str.split, out.splitlines())}
         assert {name: code for name, (code, _) in said.items()} == {

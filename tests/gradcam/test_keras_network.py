@@ -1,0 +1,238 @@
+"""Real architectures with seeded random weights: what a network promises, whatever its weights."""
+
+import hashlib
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+
+from worker.errors import NetworkIncompatible, UnknownLayer, WeightsUnavailable
+from worker.gradcam import cam
+from worker.gradcam.catalog import CATALOG, NetworkRow
+from worker.gradcam.explain import explain_pixels
+from worker.gradcam.network import Computed, Network
+
+pytestmark = pytest.mark.tensorflow
+
+Noise = Callable[..., NDArray[np.uint8]]
+TOP_2 = np.array([[-1, -2]], np.int32)
+both_networks = pytest.mark.parametrize("name", ["vgg16", "xception"])
+
+
+@pytest.fixture
+def compute(seeded: Callable[[str], Network], noise: Noise) -> Callable[..., Computed]:
+    """The top two classes of one noisy image."""
+
+    def compute(name: str, layer: str | None = None) -> Computed:
+        return seeded(name).compute(noise(1, *CATALOG[name].input_size), TOP_2, layer)
+
+    return compute
+
+
+def fingerprint(model: Any) -> str:
+    hasher = hashlib.sha256()
+    for weight in model.get_weights():
+        hasher.update(weight.data)
+    return hasher.hexdigest()
+
+
+def assert_maps(computed: Computed, size: tuple[int, int]) -> None:
+    """Two maps of this size, finite, and heatmaps in [0, 1] that reach 1 where anything is positive."""
+    assert computed.raw.shape == (1, 2, *size)
+    assert np.isfinite(computed.raw).all()
+    heatmaps = cam.heatmaps(computed.raw[0])
+    assert heatmaps.min() >= 0
+    assert_array_equal(heatmaps.max((1, 2)), (computed.raw[0].max((1, 2)) > 0).astype(np.float32))
+    assert np.ptp(computed.raw) > 0
+
+
+@pytest.mark.parametrize("row", CATALOG.values(), ids=CATALOG)
+def test_every_row_names_a_builder_that_exists(row: NetworkRow) -> None:
+    module, function = row.builder.split(":")
+    assert callable(getattr(import_module(module), function))
+
+
+@both_networks
+class TestRealArchitectures:
+    def test_it_is_as_large_as_its_row_says(self, name: str, seeded: Callable[[str], Any]) -> None:
+        row, model = CATALOG[name], seeded(name)._model
+        assert model.count_params() == row.parameters
+        assert model.input_shape == (None, *row.input_size, 3)
+        assert model.get_layer(row.target_layer).output.shape[1:3] == row.map_size
+
+    def test_its_maps_are_finite_and_as_large_as_its_row_says(
+        self, name: str, compute: Callable[..., Computed]
+    ) -> None:
+        computed = compute(name)
+        assert computed.layer == CATALOG[name].target_layer
+        assert_maps(computed, CATALOG[name].map_size)
+
+    def test_ranks_are_those_of_the_scores(self, name: str, compute: Callable[..., Computed]) -> None:
+        computed = compute(name)
+        assert computed.scores.shape == (1, 1000)
+        assert_array_equal(computed.class_ids, np.argsort(-computed.scores, kind="stable")[:, :2])
+
+    def test_a_batch_gives_what_single_images_give(
+        self, name: str, seeded: Callable[[str], Network], noise: Noise
+    ) -> None:
+        pixels, wanted = noise(3, *CATALOG[name].input_size), np.array([[-1, 5]] * 3, np.int32)
+        pixels[1] //= 2
+        together = seeded(name).compute(pixels, wanted)
+        for index in range(3):
+            alone = seeded(name).compute(pixels[index : index + 1], wanted[:1])
+            peak, largest = abs(alone.raw).max(), abs(alone.scores).max()
+            assert_allclose(together.raw[index], alone.raw[0], atol=5e-6 * peak, rtol=0)
+            assert_allclose(together.scores[index], alone.scores[0], atol=1e-5 * largest, rtol=0)
+
+    def test_wishes_of_different_lengths_are_filled_up_and_cut_again(
+        self, name: str, seeded: Callable[[str], Network], noise: Noise
+    ) -> None:
+        pixels = noise(3, *CATALOG[name].input_size)
+        wishes = [(-1, -2, -3), (5,), (812, 3)]
+        together = explain_pixels(seeded(name), pixels, wishes)
+        assert [len(one.heatmaps) for one in together] == [3, 1, 2]
+        assert [one.id for one in together[2].explained] == [812, 3]
+        for index, wish in enumerate(wishes):
+            alone = explain_pixels(seeded(name), pixels[index : index + 1], [wish])[0]
+            assert [one.id for one in together[index].explained] == [one.id for one in alone.explained]
+            assert_allclose(together[index].heatmaps, alone.heatmaps, atol=1e-5)
+
+    def test_the_model_is_left_as_it_was(self, name: str, seeded: Callable[[str], Any], noise: Noise) -> None:
+        import keras
+
+        from worker.gradcam.keras_network import KerasNetwork
+
+        model, pixels = seeded(name)._model, noise(1, *CATALOG[name].input_size)
+        weights, layers = fingerprint(model), [layer.name for layer in model.layers]
+        output = model(pixels / 255).numpy()
+        KerasNetwork(CATALOG[name], model, weights_sha256=None).compute(pixels, TOP_2)
+        assert model.layers[-1].activation is keras.activations.softmax
+        assert fingerprint(model) == weights
+        assert [layer.name for layer in model.layers] == layers
+        assert output.sum() == pytest.approx(1, abs=1e-5)
+        assert_allclose(model(pixels / 255).numpy(), output, rtol=1e-6)
+
+
+class TestLayers:
+    @pytest.mark.parametrize(
+        ("name", "layer", "size"),
+        [
+            ("vgg16", "block1_conv1", (224, 224)),
+            ("vgg16", "block3_pool", (28, 28)),
+            ("xception", "block1_conv1_act", (149, 149)),
+            ("xception", "block5_sepconv2_bn", (19, 19)),
+            ("xception", "block13_sepconv1", (19, 19)),
+        ],
+    )
+    def test_early_and_middle_layers_can_be_explained_also_inside_a_residual_block(
+        self, name: str, layer: str, size: tuple[int, int], compute: Callable[..., Computed]
+    ) -> None:
+        computed = compute(name, layer)
+        assert computed.layer == layer
+        assert_maps(computed, size)
+
+    @pytest.mark.parametrize(
+        ("name", "layer"), [("vgg16", "fc1"), ("vgg16", "flatten"), ("xception", "avg_pool")]
+    )
+    def test_a_layer_without_rows_and_columns_is_refused_with_layers_that_have_them(
+        self, name: str, layer: str, compute: Callable[..., Computed]
+    ) -> None:
+        default = CATALOG[name].target_layer
+        with pytest.raises(UnknownLayer, match=f"'{layer}' of {name} keeps no rows.* is {default}"):
+            compute(name, layer)
+
+    def test_an_unknown_layer_is_refused_with_layers_there_are(
+        self, compute: Callable[..., Computed]
+    ) -> None:
+        with pytest.raises(UnknownLayer) as refused:
+            compute("vgg16", "block9_conv9")
+        assert "'block9_conv9' of vgg16 does not exist" in str(refused.value)
+        assert "block5_conv1, block5_conv2, block5_conv3, block5_pool" in str(refused.value)
+        assert "The default is block5_conv3" in str(refused.value)
+
+    def test_a_stream_of_layer_names_does_not_fill_the_memory(self, by_hand: Callable[..., Any]) -> None:
+        import keras
+
+        from worker.gradcam.keras_network import MAX_TRACED_LAYERS
+
+        names = [f"layer{number}" for number in range(MAX_TRACED_LAYERS + 2)]
+        inputs = x = keras.Input((4, 4, 3))
+        for name in names:
+            x = keras.layers.Rescaling(1.5, name=name)(x)
+        x = keras.layers.GlobalAveragePooling2D()(x)
+        network = by_hand(keras.Model(inputs, keras.layers.Dense(1000)(x)), names[0])
+        pixels = np.full((1, 4, 4, 3), 200, np.uint8)
+        for name in [*names, names[0]]:
+            assert network.compute(pixels, TOP_2, name).layer == name
+        assert list(network._passes) == [*names[-MAX_TRACED_LAYERS + 1 :], names[0]]
+
+
+class TestLoading:
+    def test_the_same_seed_gives_the_same_weights_and_another_seed_others(self) -> None:
+        from worker.gradcam.keras_network import load_network
+
+        networks = [load_network("efficientnet_lite0", random_seed=seed) for seed in (3, 3, 4)]
+        one, same, other = (fingerprint(network._model) for network in networks)
+        assert one == same != other
+        assert networks[0].facts.weights_sha256 is None
+
+    def test_shipped_weights_are_named_by_their_checksum(self, lite0: Network) -> None:
+        row = CATALOG["efficientnet_lite0"]
+        facts = lite0.facts
+        assert (facts.name, facts.input_size, facts.preprocessing) == (row.name, row.input_size, "lite")
+        assert (facts.weights_sha256, facts.default_layer, facts.dtype) == (row.sha256, "top_act", "float32")
+        assert facts.backend.startswith("tensorflow ")
+
+    @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # keras, saving
+    def test_the_operators_file_is_loaded_in_place_of_the_shipped_one(self, tmp_path: Path) -> None:
+        from worker.gradcam.keras_network import load_network
+
+        own = load_network("efficientnet_lite0", random_seed=3)._model
+        own.save_weights(tmp_path / "efficientnet_lite0.weights.h5")
+        loaded = load_network("efficientnet_lite0", weights_dir=tmp_path)
+        assert fingerprint(loaded._model) == fingerprint(own)
+        assert loaded.facts.weights_sha256 not in {None, CATALOG["efficientnet_lite0"].sha256}
+
+    def test_missing_weights_are_an_error_and_never_random(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from worker.gradcam.keras_network import load_network
+
+        for home in ("HOME", "KERAS_HOME"):
+            monkeypatch.setenv(home, str(tmp_path))
+        monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there: no download
+        with pytest.raises(WeightsUnavailable, match=r"xception.*GRADCAM_WEIGHTS_DIR"):
+            load_network("xception", weights_dir=tmp_path)
+
+    def test_a_model_that_does_not_end_in_a_dense_layer_is_refused(self, by_hand: Callable[..., Any]) -> None:
+        import keras
+
+        inputs = keras.Input((4, 4, 3))
+        x = keras.layers.Conv2D(1000, 1, name="conv")(inputs)
+        x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+        with pytest.raises(NetworkIncompatible, match="ends in GlobalAveragePooling2D 'pool'"):
+            by_hand(keras.Model(inputs, x), "conv")
+
+
+@pytest.mark.parametrize("name", ["vgg16", "xception"])
+def test_preprocessing_is_what_keras_does_for_these_weights(name: str, noise: Noise) -> None:
+    import keras
+
+    from worker.gradcam.keras_network import preprocess
+
+    pixels = noise(2, 5, 4).astype(np.float32)
+    theirs = getattr(keras.applications, name).preprocess_input(pixels.copy())
+    assert_allclose(preprocess(pixels, CATALOG[name].preprocessing), theirs, atol=1e-5)
+
+
+def test_preprocessing_of_efficientnet_lite_takes_127_and_divides_by_128() -> None:
+    from worker.gradcam.keras_network import preprocess
+
+    pixels = np.array([[[[0, 127, 255]]]], np.float32)
+    how = CATALOG["efficientnet_lite0"].preprocessing
+    assert_array_equal(preprocess(pixels, how), [[[[-127 / 128, 0, 1]]]])

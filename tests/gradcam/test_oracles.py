@@ -1,0 +1,193 @@
+"""Networks whose Grad-CAM is known by another way than ours."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+
+from worker.gradcam import cam
+from worker.gradcam.catalog import CATALOG
+from worker.gradcam.explain import explain_pixels
+from worker.gradcam.network import Computed, Network
+
+pytestmark = pytest.mark.tensorflow
+
+Noise = Callable[..., NDArray[np.uint8]]
+Wrap = Callable[..., Network]
+
+SIZE, LAYER = (20, 24), "last"
+WANTED = np.array([[-1, -2, 7, 500]] * 2, np.int32)
+
+
+def small(seed: int = 1) -> Any:
+    """Three convolutions, global average pooling, one dense layer with 1000 classes."""
+    import keras
+    from keras import layers
+
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((*SIZE, 3))
+    x = layers.Conv2D(6, 3, 2, activation="relu")(inputs)
+    x = layers.Conv2D(8, 3, activation="relu", name="middle")(x)
+    x = layers.Conv2D(12, 3, activation="relu", name=LAYER)(x)
+    x = layers.GlobalAveragePooling2D()(x)
+    x = layers.Dense(1000, "softmax", bias_initializer="random_normal", name="scores")(x)
+    return keras.Model(inputs, x)
+
+
+def activations_of(model: Any, pixels: NDArray[np.uint8], layer: str = LAYER) -> NDArray[np.float64]:
+    import keras
+
+    feature_maps = keras.Model(model.input, model.get_layer(layer).output)
+    return np.asarray(feature_maps(pixels / np.float32(127.5) - 1), np.float64)
+
+
+def with_scores(model: Any, change: Callable[[Any, Any], tuple[Any, Any]]) -> Any:
+    """The model with another kernel and bias in its last layer."""
+    model.get_layer("scores").set_weights(change(*model.get_layer("scores").get_weights()))
+    return model
+
+
+@pytest.fixture
+def pixels(noise: Noise) -> NDArray[np.uint8]:
+    return noise(2, *SIZE)
+
+
+@pytest.fixture
+def compute(by_hand: Wrap, pixels: NDArray[np.uint8]) -> Callable[..., Computed]:
+    return lambda model: by_hand(model, LAYER).compute(pixels, WANTED)
+
+
+class TestPoolingAndOneDenseLayer:
+    """Here Grad-CAM is CAM (Zhou et al., arXiv 1512.04150), as section 3.1 of Grad-CAM's paper proves."""
+
+    def test_raw_maps_times_their_cells_are_cam(
+        self, compute: Callable[..., Computed], pixels: NDArray[np.uint8]
+    ) -> None:
+        computed, (kernel, _) = compute(model := small()), model.get_layer("scores").get_weights()
+        feature_maps = activations_of(model, pixels)
+        expected = np.einsum("nhwc,cnk->nkhw", feature_maps, kernel[:, computed.class_ids])
+        cells = feature_maps.shape[1] * feature_maps.shape[2]
+        assert_allclose(computed.raw * cells, expected, atol=1e-6 * abs(expected).max())
+
+    def test_a_raw_map_sums_to_the_score_without_its_bias(self, compute: Callable[..., Computed]) -> None:
+        computed, (_, bias) = compute(model := small()), model.get_layer("scores").get_weights()
+        scores = np.take_along_axis(computed.scores, computed.class_ids, axis=1)
+        assert_allclose(computed.raw.sum((2, 3)), scores - bias[computed.class_ids], rtol=1e-5, atol=1e-6)
+
+    def test_scores_are_those_before_the_softmax(
+        self, compute: Callable[..., Computed], pixels: NDArray[np.uint8]
+    ) -> None:
+        computed, (kernel, bias) = compute(model := small()), model.get_layer("scores").get_weights()
+        features = activations_of(model, pixels).mean((1, 2))
+        assert_allclose(computed.scores, features @ kernel + bias, rtol=1e-5, atol=1e-6)
+
+    def test_swapping_the_two_best_classes_swaps_their_maps(self, compute: Callable[..., Computed]) -> None:
+        before = compute(model := small())
+        first, second = before.class_ids[0, :2]
+
+        def swap(kernel: Any, bias: Any) -> tuple[Any, Any]:
+            for weights in (kernel.T, bias):
+                weights[[first, second]] = weights[[second, first]]
+            return kernel, bias
+
+        after = compute(with_scores(model, swap))
+        assert_array_equal(after.class_ids[0, :2], [second, first])
+        assert_allclose(after.raw[0, :2], before.raw[0, :2], rtol=1e-6, atol=1e-9)
+        by_id = dict(zip(before.class_ids[0], before.raw[0], strict=True))
+        assert abs(by_id[first] - by_id[second]).max() > 1e-3 * abs(before.raw).max()
+
+    def test_scaling_the_scores_changes_no_heatmap(self, compute: Callable[..., Computed]) -> None:
+        before = compute(model := small())
+        after = compute(with_scores(model, lambda kernel, bias: (7 * kernel, 7 * bias)))
+        assert_array_equal(after.class_ids, before.class_ids)
+        assert_allclose(after.raw, 7 * before.raw, rtol=1e-5, atol=1e-8)
+        for new, old in zip(after.raw, before.raw, strict=True):
+            assert_allclose(cam.heatmaps(new), cam.heatmaps(old), atol=1e-6)
+
+
+class TestNothingToSee:
+    @pytest.mark.parametrize("dead", ["scores", LAYER, "middle"])
+    def test_a_dead_network_has_heatmaps_of_exact_zeros_and_says_so(
+        self, dead: str, by_hand: Wrap, pixels: NDArray[np.uint8]
+    ) -> None:
+        model = small()
+        layer = model.get_layer(dead)
+        layer.set_weights([np.zeros_like(weights) for weights in layer.get_weights()])
+        for seen in explain_pixels(by_hand(model, LAYER), pixels, [(-1, -2, 7)] * 2):
+            assert_array_equal(seen.heatmaps, np.zeros_like(seen.heatmaps))
+            assert_array_equal([*seen.raw_min, *seen.raw_max], np.zeros(6))
+            assert seen.zero_heatmaps == tuple(one.id for one in seen.explained)
+            assert np.isfinite([one.probability for one in seen.explained]).all()
+
+    def test_a_class_that_everything_speaks_against_is_zero_beside_others_that_are_not(
+        self, by_hand: Wrap, pixels: NDArray[np.uint8]
+    ) -> None:
+        def against(kernel: Any, bias: Any) -> tuple[Any, Any]:
+            kernel[:, 7], kernel[:, 8] = -1, 1
+            return kernel, bias
+
+        network = by_hand(with_scores(small(), against), LAYER)
+        seen = explain_pixels(network, pixels[:1], [(7, 8)])[0]
+        assert seen.zero_heatmaps == (7,)
+        assert seen.raw_min[0] < 0
+        assert seen.heatmaps.max((1, 2)).tolist() == [0, 1]
+
+
+def test_maps_of_a_layer_with_more_layers_behind_it_agree_with_finite_differences(
+    by_hand: Wrap, pixels: NDArray[np.uint8]
+) -> None:
+    """The weight of a channel is the score's slope as that channel rises everywhere, over the cells."""
+    model = small()
+    computed = by_hand(model, LAYER).compute(pixels, WANTED, "middle")
+    feature_maps, step = activations_of(model, pixels, "middle"), 1e-6
+    (kernel, bias), (dense, _) = (model.get_layer(name).get_weights() for name in (LAYER, "scores"))
+
+    def scores(maps: NDArray[np.float64]) -> NDArray[np.float64]:
+        windows = np.lib.stride_tricks.sliding_window_view(maps, (3, 3), axis=(1, 2))
+        last = np.maximum(np.einsum("nhwcij,ijck->nhwk", windows, kernel.astype(np.float64)) + bias, 0)
+        return np.asarray(last.mean((1, 2)) @ dense.astype(np.float64))
+
+    bumps = step * np.eye(feature_maps.shape[3])
+    slopes = np.stack([scores(feature_maps + bump) - scores(feature_maps - bump) for bump in bumps]) / (
+        2 * step
+    )
+    weights = np.stack([slopes[:, n, ids] for n, ids in enumerate(computed.class_ids)])  # (n, channels, k)
+    cells = feature_maps.shape[1] * feature_maps.shape[2]
+    expected = np.einsum("nhwc,nck->nkhw", feature_maps, weights) / cells
+    assert_allclose(computed.raw, expected, atol=1e-5 * abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [("vgg16", None), ("xception", None), ("xception", "block5_sepconv2_bn")]
+)
+def test_all_classes_at_once_equal_one_class_at_a_time(
+    name: str, layer: str | None, seeded: Callable[[str], Any], noise: Noise
+) -> None:
+    import keras
+    import tensorflow as tf
+
+    row, model, pixels = CATALOG[name], seeded(name)._model, noise(1, *CATALOG[name].input_size)
+    computed = seeded(name).compute(pixels, WANTED[:1], layer)
+    dense = model.layers[-1]
+    both = keras.Model(model.input, [model.get_layer(layer or row.target_layer).output, dense.input])
+    inputs = getattr(keras.applications, name).preprocess_input(pixels.astype(np.float32))
+    for class_id, raw in zip(computed.class_ids[0], computed.raw[0], strict=True):
+        with tf.GradientTape() as tape:
+            activations, features = both(inputs)
+            score = (tf.matmul(features, dense.kernel) + dense.bias)[0, class_id]
+        weights = tf.reduce_mean(tape.gradient(score, activations), axis=(0, 1, 2))
+        expected = tf.reduce_sum(weights * activations[0], axis=-1).numpy()
+        assert_allclose(raw, expected, atol=1e-5 * abs(expected).max(), rtol=0)
+
+
+def test_the_formula_is_the_same_on_the_device_and_in_numpy() -> None:
+    import keras
+
+    rng = np.random.default_rng(0)
+    activations, gradients = rng.normal(size=(2, 4, 5, 6)), rng.normal(size=(3, 2, 4, 5, 6))
+    on_device = cam.gradcam(keras.ops, *map(keras.ops.convert_to_tensor, (activations, gradients)))
+    assert on_device.dtype == "float64"
+    assert_allclose(on_device.numpy(), cam.gradcam(np, activations, gradients), rtol=1e-12)

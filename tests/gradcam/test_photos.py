@@ -1,0 +1,105 @@
+"""EfficientNet-Lite0 with its shipped weights on the five shipped photos: what FACTS says it sees."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from worker.gradcam.explain import explain_image
+from worker.gradcam.network import Network
+from worker.gradcam.picture import encode_jpeg
+
+pytestmark = pytest.mark.tensorflow
+
+# Where things are in the photos: left, top, right, bottom, in parts of the width and height.
+SHUTTLE, HELMET = (0.66, 0.0, 0.95, 0.56), (0.55, 0.66, 1.0, 1.0)
+LEGS, CAMERA = (0.42, 0.6, 0.82, 1.0), (0.42, 0.24, 0.62, 0.45)
+Box = tuple[float, float, float, float]
+
+
+def peak(heatmap: np.ndarray) -> tuple[float, float]:
+    """The middle of the hottest cell, across and down, in parts of the width and height."""
+    row, column = np.unravel_index(heatmap.argmax(), heatmap.shape)
+    return (column + 0.5) / heatmap.shape[1], (row + 0.5) / heatmap.shape[0]
+
+
+def lies_in(point: tuple[float, float], box: Box) -> bool:
+    (x, y), (left, top, right, bottom) = point, box
+    return left <= x <= right and top <= y <= bottom
+
+
+@pytest.mark.parametrize(
+    ("photo", "class_id", "name", "probability"),
+    [
+        ("camera", 872, "tripod", 0.95),
+        ("coffee", 967, "espresso", 0.91),
+        ("chelsea", 285, "Egyptian_cat", 0.81),
+        ("rocket", 540, "drilling_platform", 0.54),
+    ],
+)
+def test_the_first_prediction_is_the_known_one(
+    photo: str, class_id: int, name: str, probability: float, lite0: Network, photos: Path
+) -> None:
+    first = explain_image(lite0, photos / f"{photo}.jpg", top_n=1).predictions[0]
+    assert (first.rank, first.id, first.name) == (1, class_id, name)
+    assert first.probability == pytest.approx(probability, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("photo", "class_id", "probability", "within"),
+    [
+        ("rocket", 657, 0.08, 0.01),
+        ("astronaut", 560, 0.17, 0.01),
+        ("astronaut", 652, 0.003, 0.0005),
+        ("astronaut", 812, 0.002, 0.0005),
+    ],
+)
+def test_other_classes_have_their_known_probabilities(
+    photo: str, class_id: int, probability: float, within: float, lite0: Network, photos: Path
+) -> None:
+    seen = explain_image(lite0, photos / f"{photo}.jpg", classes=[class_id])
+    assert seen.explained[0].probability == pytest.approx(probability, abs=within)
+
+
+@pytest.mark.parametrize(
+    ("photo", "classes", "boxes"),
+    [
+        ("astronaut", ["space_shuttle", "football_helmet"], [SHUTTLE, HELMET]),
+        ("camera", ["tripod", "reflex_camera"], [LEGS, CAMERA]),
+    ],
+)
+def test_each_class_lights_its_own_thing(
+    photo: str, classes: list[str], boxes: list[Box], lite0: Network, photos: Path
+) -> None:
+    seen = explain_image(lite0, photos / f"{photo}.jpg", classes=classes)
+    assert [one.name for one in seen.explained] == classes
+    peaks = [peak(heatmap) for heatmap in seen.heatmaps]
+    assert [[lies_in(point, box) for box in boxes] for point in peaks] == [[True, False], [False, True]]
+
+
+def test_the_shuttle_is_dark_for_the_helmet_and_the_helmet_for_the_shuttle(
+    lite0: Network, photos: Path
+) -> None:
+    seen = explain_image(lite0, photos / "astronaut.jpg", classes=[812, 560])
+    shuttle, helmet = seen.heatmaps
+    assert helmet[:3, 5:].max() < 0.2
+    assert shuttle[5:, 4:].max() < 0.2
+
+
+def test_every_photo_gets_maps_of_seven_by_seven_and_overlays_of_its_own_size(
+    lite0: Network, photos: Path
+) -> None:
+    paths = sorted(photos.iterdir())
+    assert [path.stem for path in paths] == ["astronaut", "camera", "chelsea", "coffee", "rocket"]
+    for path in paths:
+        seen = explain_image(lite0, path, top_n=3)
+        assert seen.heatmaps.shape == (3, 7, 7)
+        assert seen.heatmaps.max((1, 2)).tolist() == [1, 1, 1]
+        assert seen.overlay(0).shape == seen.picture.shape
+
+
+def test_the_same_photo_gives_the_same_bytes(lite0: Network, photos: Path) -> None:
+    overlays = [
+        encode_jpeg(explain_image(lite0, photos / "coffee.jpg", top_n=2).overlay(1)) for _ in range(2)
+    ]
+    assert overlays[0] == overlays[1]
