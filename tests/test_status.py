@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from worker.contract import Delivery, StatusDocument, StatusEvent, new_id, utc_now
-from worker.errors import StatusUnavailable, UriNotAllowed
+from worker.errors import DeliveryRefused, StatusUnavailable, UriNotAllowed
 from worker.settings import Settings
-from worker.status import DeliveryRefused, Webhooks
+from worker.status import Webhooks
 
 
 def event() -> StatusEvent:

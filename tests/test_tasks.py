@@ -274,3 +274,11 @@ def test_a_receiver_that_refuses_is_not_tried_again(office: Office) -> None:
 
 def test_what_is_no_delivery_is_dropped(office: Office) -> None:
     assert office.desk.deliver({"url": 3}) == "dropped"
+
+
+def test_a_strangers_second_message_with_the_same_key_runs_the_first_job(office: Office) -> None:
+    first, second = a_job(idempotency_key="k"), a_job(idempotency_key="k")
+    office.ledger.submit(first)
+    assert office.handle(payload(second)) == "done"
+    assert office.read(first).status == "succeeded"
+    assert {key.partition("/")[0] for key in office.store.objects} == {first.id}

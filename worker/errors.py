@@ -35,6 +35,7 @@
         ├── LedgerUnavailable        the ledger cannot be reached
         ├── UnknownJob               no such job in the ledger, or its time there has passed
         ├── WaitTimeout              the job is not final yet
+        ├── DeliveryRefused          a webhook's receiver said no, and will say no again
         ├── AttemptFenced            another attempt owns the job now
         └── InvalidSettings          an impossible setting or combination of settings
 
@@ -250,6 +251,12 @@ class WaitTimeout(LocalError):
     """The job did not become final within the time the caller gave."""
 
     code = "wait_timeout"
+
+
+class DeliveryRefused(LocalError):
+    """A webhook's receiver said no, and will say no again."""
+
+    code = "delivery_refused"
 
 
 class AttemptFenced(LocalError):

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes
 
-import httpx
-
 from worker.contract import ImageRef
 from worker.deadline import Deadline
 from worker.errors import (
@@ -23,6 +21,7 @@ from worker.errors import (
 )
 from worker.settings import Settings, without_secrets
 from worker.storage import S3
+from worker.web import OK, Response, Web, WebError
 
 MAX_REDIRECTS = 3
 NOT_FOUND = {404, 410}
@@ -45,8 +44,7 @@ class Images:
         """Nothing is opened until it is needed."""
         self._settings = settings
         self._s3 = s3
-        # `trust_env`: a proxy or netrc of the machine must not decide where requests go.
-        self._http = httpx.Client(follow_redirects=False, trust_env=False)
+        self._web = Web(settings.image_hosts, settings.image_schemes, "GRADCAM_IMAGE_HOSTS")
         self._readers: dict[str, Callable[[str, Deadline], bytes]] = {
             "s3": self._read_s3,
             "http": self._read_http,
@@ -94,13 +92,13 @@ class Images:
         """Follow redirects by hand, so that each hop passes the same door."""
         here = uri
         for _ in range(MAX_REDIRECTS + 1):
-            url = self._allowed_url(here)
+            url = self._web.allowed(here)
             try:
-                with self._http.stream("GET", url, timeout=self._patience_s(deadline)) as response:
+                with self._web.client.stream("GET", url, timeout=self._patience_s(deadline)) as response:
                     if not response.has_redirect_location:
                         return self._body(response, uri, deadline)
                     here = str(url.join(response.headers["location"]))
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
+            except WebError as error:
                 deadline.check(f"reading {presentable(uri)}")
                 message = f"{presentable(uri)} could not be read: {error or type(error).__name__}"
                 raise ImageFetchFailed(message) from error
@@ -110,23 +108,7 @@ class Images:
     def _patience_s(self, deadline: Deadline) -> float:
         return max(min(self._settings.fetch_timeout_s, deadline.left_s()), 0.01)
 
-    def _allowed_url(self, text: str) -> httpx.URL:
-        try:
-            url = httpx.URL(text)
-        except httpx.InvalidURL as error:
-            message = f"{presentable(text)!r} is not a URL: {error}"
-            raise UriNotAllowed(message) from error
-        host = f"{url.host}:{url.port}" if url.port else url.host
-        if url.scheme not in self._settings.image_schemes or host not in self._settings.image_hosts:
-            hosts = ", ".join(self._settings.image_hosts)
-            message = f"{url.scheme}://{host} is not allowed: images may come from {hosts}."
-            raise UriNotAllowed(message)
-        if url.userinfo:
-            message = "A URL with a user or password in it is not allowed: it would be kept in the ledger."
-            raise UriNotAllowed(message)
-        return url
-
-    def _body(self, response: httpx.Response, uri: str, deadline: Deadline) -> bytes:
+    def _body(self, response: Response, uri: str, deadline: Deadline) -> bytes:
         shown, status = presentable(uri), response.status_code
         if status in NOT_FOUND:
             message = f"There is nothing at {shown} (HTTP {status})."
@@ -134,7 +116,7 @@ class Images:
         if status in FORBIDDEN:
             message = f"{shown} may not be read (HTTP {status})."
             raise ImageForbidden(message)
-        if status != httpx.codes.OK:
+        if status != OK:
             message = f"{shown} could not be read (HTTP {status})."
             raise ImageFetchFailed(message)
         data = bytearray()

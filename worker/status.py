@@ -4,19 +4,12 @@ The ledger's document is the truth and every reader can have it there. A webhook
 sent by a task of its own, so that a slow receiver holds up no job.
 """
 
-import httpx
-
 from worker.contract import Delivery
-from worker.errors import PermanentError, StatusUnavailable, UriNotAllowed
+from worker.errors import DeliveryRefused, StatusUnavailable
 from worker.settings import Settings, without_secrets
+from worker.web import Web, WebError
 
 RETRY_LATER = {408, 425, 429}  # the only answers below 500 that are worth another try
-
-
-class DeliveryRefused(PermanentError):
-    """The receiver said no and will say no again."""
-
-    code = "status_unavailable"
 
 
 class Webhooks:
@@ -24,30 +17,20 @@ class Webhooks:
 
     def __init__(self, settings: Settings) -> None:
         """Nothing is opened until it is needed."""
-        self._hosts = settings.webhook_hosts
-        self._http = httpx.Client(follow_redirects=False, trust_env=False, timeout=settings.webhook_timeout_s)
+        self._web = Web(settings.webhook_hosts, ("http", "https"), "GRADCAM_WEBHOOK_HOSTS")
+        self._timeout_s = settings.webhook_timeout_s
 
     def check(self, url: str) -> None:
         """Raise UriNotAllowed unless events may be sent there."""
-        try:
-            parsed = httpx.URL(url)
-        except httpx.InvalidURL as error:
-            message = f"Webhook {without_secrets(url)!r} is not a URL: {error}"
-            raise UriNotAllowed(message) from error
-        host = f"{parsed.host}:{parsed.port}" if parsed.port else parsed.host
-        if parsed.scheme not in {"http", "https"} or parsed.userinfo or host not in self._hosts:
-            hosts = ", ".join(self._hosts) or "none (GRADCAM_WEBHOOK_HOSTS)"
-            message = f"Webhook {without_secrets(url)} is not allowed: allowed hosts are {hosts}."
-            raise UriNotAllowed(message)
+        self._web.allowed(url)
 
     def send(self, delivery: Delivery) -> None:
         """Post an event. Raises UriNotAllowed, DeliveryRefused, StatusUnavailable (try again)."""
-        self.check(delivery.url)
-        shown = without_secrets(delivery.url)
-        headers = {"content-type": "application/json"}
+        url, body = self._web.allowed(delivery.url), delivery.event.to_json()
+        shown, headers = without_secrets(delivery.url), {"content-type": "application/json"}
         try:
-            response = self._http.post(delivery.url, content=delivery.event.to_json(), headers=headers)
-        except httpx.HTTPError as error:
+            response = self._web.client.post(url, content=body, headers=headers, timeout=self._timeout_s)
+        except WebError as error:
             message = f"Webhook {shown} could not be reached: {error or type(error).__name__}"
             raise StatusUnavailable(message) from error
         if response.is_success:

@@ -89,6 +89,7 @@ class Desk:
         if claim.outcome == "finished":
             log.info("job %s is %s already: dropped", job.id, claim.document.status)
             return "dropped"
+        job = job.model_copy(update={"id": claim.document.id})  # the first with this idempotency key
         self._tell(job, claim.document)
         if claim.outcome == "ended":
             return "done"

@@ -203,12 +203,13 @@ def test_damage_of_any_kind_ends_in_a_picture_or_a_typed_error(name: str) -> Non
     for _ in range(45):
         data = bytearray(sample(name))
         for at in rng.integers(0, len(data) - 20, rng.integers(1, 6)):
-            damage = rng.bytes(rng.integers(0, 4))  # of another length than what it replaces, or of the same
-            data[at : at + rng.integers(0, 4)] = damage
+            new, old = rng.integers(0, 4, 2).tolist()  # bytes, as many as before or more or fewer
+            data[at : at + old] = rng.bytes(new)
         try:
             pixels = decode(bytes(data)).pixels
         except (UnsupportedMediaType, ImagePixelsExceeded, ImageDecodeFailed) as error:
             endings.add(type(error))
         else:
-            assert (pixels.dtype, pixels.shape[2:]) == (np.uint8, (3,))
+            assert pixels.dtype == np.uint8
+            assert pixels.shape[2:] == (3,)
     assert endings

@@ -7,7 +7,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
 from worker.errors import ImagePixelsExceeded, InvalidJob, UnknownClass, UnknownLayer
-from worker.gradcam.decode import Limits
+from worker.gradcam.decode import Limits, decode
 from worker.gradcam.explain import Explanation, Prediction, explain_image, explain_pixels, overlay_name
 from worker.gradcam.picture import overlay
 from worker.testing import TinyNetwork
@@ -148,7 +148,7 @@ class TestPictures:
     ) -> None:
         paths = explain_image(tiny, picture, classes=["blue", "red"]).save(tmp_path / "new" / "folder")
         assert [path.name for path in paths] == ["overlay-3-2-blue.jpg", "overlay-1-0-red.jpg"]
-        assert all(cv2.imread(str(path)).shape == (16, 16, 3) for path in paths)
+        assert all(decode(path.read_bytes()).pixels.shape == (16, 16, 3) for path in paths)
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,13 @@ SIZE, LAYER = (20, 24), "last"
 WANTED = np.array([[-1, -2, 7, 500]] * 2, np.int32)
 
 
-def small(seed: int = 1) -> Any:
+@pytest.fixture
+def model() -> Any:
     """Three convolutions, global average pooling, one dense layer with 1000 classes."""
     import keras
     from keras import layers
 
-    keras.utils.set_random_seed(seed)
+    keras.utils.set_random_seed(1)
     inputs = keras.Input((*SIZE, 3))
     x = layers.Conv2D(6, 3, 2, activation="relu")(inputs)
     x = layers.Conv2D(8, 3, activation="relu", name="middle")(x)
@@ -44,10 +45,10 @@ def activations_of(model: Any, pixels: NDArray[np.uint8], layer: str = LAYER) ->
     return np.asarray(feature_maps(pixels / np.float32(127.5) - 1), np.float64)
 
 
-def with_scores(model: Any, change: Callable[[Any, Any], tuple[Any, Any]]) -> Any:
-    """The model with another kernel and bias in its last layer."""
-    model.get_layer("scores").set_weights(change(*model.get_layer("scores").get_weights()))
-    return model
+def kernel_and_bias(model: Any) -> tuple[Any, Any]:
+    """Of the last layer: (channels, classes) and (classes,)."""
+    kernel, bias = model.get_layer("scores").get_weights()
+    return kernel, bias
 
 
 @pytest.fixture
@@ -64,44 +65,47 @@ class TestPoolingAndOneDenseLayer:
     """Here Grad-CAM is CAM (Zhou et al., arXiv 1512.04150), as section 3.1 of Grad-CAM's paper proves."""
 
     def test_raw_maps_times_their_cells_are_cam(
-        self, compute: Callable[..., Computed], pixels: NDArray[np.uint8]
+        self, model: Any, compute: Callable[..., Computed], pixels: NDArray[np.uint8]
     ) -> None:
-        computed, (kernel, _) = compute(model := small()), model.get_layer("scores").get_weights()
+        computed, (kernel, _) = compute(model), kernel_and_bias(model)
         feature_maps = activations_of(model, pixels)
         expected = np.einsum("nhwc,cnk->nkhw", feature_maps, kernel[:, computed.class_ids])
         cells = feature_maps.shape[1] * feature_maps.shape[2]
         assert_allclose(computed.raw * cells, expected, atol=1e-6 * abs(expected).max())
 
-    def test_a_raw_map_sums_to_the_score_without_its_bias(self, compute: Callable[..., Computed]) -> None:
-        computed, (_, bias) = compute(model := small()), model.get_layer("scores").get_weights()
+    def test_a_raw_map_sums_to_the_score_without_its_bias(
+        self, model: Any, compute: Callable[..., Computed]
+    ) -> None:
+        computed, (_, bias) = compute(model), kernel_and_bias(model)
         scores = np.take_along_axis(computed.scores, computed.class_ids, axis=1)
         assert_allclose(computed.raw.sum((2, 3)), scores - bias[computed.class_ids], rtol=1e-5, atol=1e-6)
 
     def test_scores_are_those_before_the_softmax(
-        self, compute: Callable[..., Computed], pixels: NDArray[np.uint8]
+        self, model: Any, compute: Callable[..., Computed], pixels: NDArray[np.uint8]
     ) -> None:
-        computed, (kernel, bias) = compute(model := small()), model.get_layer("scores").get_weights()
+        computed, (kernel, bias) = compute(model), kernel_and_bias(model)
         features = activations_of(model, pixels).mean((1, 2))
         assert_allclose(computed.scores, features @ kernel + bias, rtol=1e-5, atol=1e-6)
 
-    def test_swapping_the_two_best_classes_swaps_their_maps(self, compute: Callable[..., Computed]) -> None:
-        before = compute(model := small())
+    def test_swapping_the_two_best_classes_swaps_their_maps(
+        self, model: Any, compute: Callable[..., Computed]
+    ) -> None:
+        before, (kernel, bias) = compute(model), kernel_and_bias(model)
         first, second = before.class_ids[0, :2]
-
-        def swap(kernel: Any, bias: Any) -> tuple[Any, Any]:
-            for weights in (kernel.T, bias):
-                weights[[first, second]] = weights[[second, first]]
-            return kernel, bias
-
-        after = compute(with_scores(model, swap))
+        for weights in (kernel.T, bias):
+            weights[[first, second]] = weights[[second, first]]
+        model.get_layer("scores").set_weights([kernel, bias])
+        after = compute(model)
         assert_array_equal(after.class_ids[0, :2], [second, first])
         assert_allclose(after.raw[0, :2], before.raw[0, :2], rtol=1e-6, atol=1e-9)
-        by_id = dict(zip(before.class_ids[0], before.raw[0], strict=True))
-        assert abs(by_id[first] - by_id[second]).max() > 1e-3 * abs(before.raw).max()
+        assert abs(before.raw[0, 0] - before.raw[0, 1]).max() > 0.1 * abs(before.raw).max()
 
-    def test_scaling_the_scores_changes_no_heatmap(self, compute: Callable[..., Computed]) -> None:
-        before = compute(model := small())
-        after = compute(with_scores(model, lambda kernel, bias: (7 * kernel, 7 * bias)))
+    def test_scaling_the_scores_changes_no_heatmap(
+        self, model: Any, compute: Callable[..., Computed]
+    ) -> None:
+        before = compute(model)
+        model.get_layer("scores").set_weights([7 * weights for weights in kernel_and_bias(model)])
+        after = compute(model)
         assert_array_equal(after.class_ids, before.class_ids)
         assert_allclose(after.raw, 7 * before.raw, rtol=1e-5, atol=1e-8)
         for new, old in zip(after.raw, before.raw, strict=True):
@@ -111,9 +115,8 @@ class TestPoolingAndOneDenseLayer:
 class TestNothingToSee:
     @pytest.mark.parametrize("dead", ["scores", LAYER, "middle"])
     def test_a_dead_network_has_heatmaps_of_exact_zeros_and_says_so(
-        self, dead: str, by_hand: Wrap, pixels: NDArray[np.uint8]
+        self, dead: str, model: Any, by_hand: Wrap, pixels: NDArray[np.uint8]
     ) -> None:
-        model = small()
         layer = model.get_layer(dead)
         layer.set_weights([np.zeros_like(weights) for weights in layer.get_weights()])
         for seen in explain_pixels(by_hand(model, LAYER), pixels, [(-1, -2, 7)] * 2):
@@ -123,24 +126,21 @@ class TestNothingToSee:
             assert np.isfinite([one.probability for one in seen.explained]).all()
 
     def test_a_class_that_everything_speaks_against_is_zero_beside_others_that_are_not(
-        self, by_hand: Wrap, pixels: NDArray[np.uint8]
+        self, model: Any, by_hand: Wrap, pixels: NDArray[np.uint8]
     ) -> None:
-        def against(kernel: Any, bias: Any) -> tuple[Any, Any]:
-            kernel[:, 7], kernel[:, 8] = -1, 1
-            return kernel, bias
-
-        network = by_hand(with_scores(small(), against), LAYER)
-        seen = explain_pixels(network, pixels[:1], [(7, 8)])[0]
+        kernel, bias = kernel_and_bias(model)
+        kernel[:, 7], kernel[:, 8] = -1, 1
+        model.get_layer("scores").set_weights([kernel, bias])
+        seen = explain_pixels(by_hand(model, LAYER), pixels[:1], [(7, 8)])[0]
         assert seen.zero_heatmaps == (7,)
         assert seen.raw_min[0] < 0
         assert seen.heatmaps.max((1, 2)).tolist() == [0, 1]
 
 
 def test_maps_of_a_layer_with_more_layers_behind_it_agree_with_finite_differences(
-    by_hand: Wrap, pixels: NDArray[np.uint8]
+    model: Any, by_hand: Wrap, pixels: NDArray[np.uint8]
 ) -> None:
     """The weight of a channel is the score's slope as that channel rises everywhere, over the cells."""
-    model = small()
     computed = by_hand(model, LAYER).compute(pixels, WANTED, "middle")
     feature_maps, step = activations_of(model, pixels, "middle"), 1e-6
     (kernel, bias), (dense, _) = (model.get_layer(name).get_weights() for name in (LAYER, "scores"))

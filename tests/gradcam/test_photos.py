@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from worker.gradcam.explain import explain_image
 from worker.gradcam.network import Network
@@ -17,10 +18,11 @@ LEGS, CAMERA = (0.42, 0.6, 0.82, 1.0), (0.42, 0.24, 0.62, 0.45)
 Box = tuple[float, float, float, float]
 
 
-def peak(heatmap: np.ndarray) -> tuple[float, float]:
+def peak(heatmap: NDArray[np.float32]) -> tuple[float, float]:
     """The middle of the hottest cell, across and down, in parts of the width and height."""
-    row, column = np.unravel_index(heatmap.argmax(), heatmap.shape)
-    return (column + 0.5) / heatmap.shape[1], (row + 0.5) / heatmap.shape[0]
+    rows, columns = heatmap.shape
+    row, column = divmod(int(heatmap.argmax()), columns)
+    return (column + 0.5) / columns, (row + 0.5) / rows
 
 
 def lies_in(point: tuple[float, float], box: Box) -> bool:

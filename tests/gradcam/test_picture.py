@@ -68,7 +68,7 @@ class TestEnlarge:
     def test_the_peak_stays_where_it_was(self) -> None:
         heatmap = np.zeros((7, 7), np.float32)
         heatmap[2, 4] = 1
-        y, x = np.unravel_index(enlarge(heatmap, (70, 140)).argmax(), (70, 140))
+        y, x = divmod(int(enlarge(heatmap, (70, 140)).argmax()), 140)
         assert (y // 10, x // 20) == (2, 4)
 
     def test_a_dark_map_stays_dark(self) -> None:
@@ -83,7 +83,7 @@ class TestOverlay:
     @pytest.mark.parametrize("colormap", sorted(COLORMAPS))
     def test_every_level_has_the_color_of_its_map(self, colormap: str) -> None:
         levels = np.arange(256, dtype=np.uint8).reshape(1, 256)
-        heatmap = levels.astype(np.float32) / 255
+        heatmap = levels / np.float32(255)
         colored = overlay(plain(WHITE, 1, 256), heatmap, alpha=1, colormap=colormap)
         bgr = cv2.applyColorMap(levels, COLORMAPS[colormap])
         assert_array_equal(colored, cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
@@ -102,7 +102,8 @@ class TestOverlay:
     @pytest.mark.parametrize("size", [(1, 1), (3, 50), (375, 500)])
     def test_it_has_the_size_of_the_picture(self, size: tuple[int, int]) -> None:
         laid = overlay(plain(WHITE, *size), np.eye(7, dtype=np.float32))
-        assert (laid.shape, laid.dtype) == ((*size, 3), np.uint8)
+        assert laid.shape == (*size, 3)
+        assert laid.dtype == np.uint8
 
 
 class TestJpeg:
@@ -135,7 +136,7 @@ class TestGrid:
     def test_a_picture_keeps_its_proportions(self, source: tuple[int, int], shown: tuple[int, int]) -> None:
         sheet = grid([[("", plain(RED, *source))]], tile=(96, 48))
         ys, xs = np.nonzero((sheet == RED).all(-1))
-        assert (np.ptp(ys) + 1, np.ptp(xs) + 1) == shown
+        assert (len(set(ys)), len(set(xs))) == shown
 
     def test_a_title_is_written_in_black_above_its_picture(self) -> None:
         titled, bare = (grid([[(text, plain(WHITE, 40, 96))]], tile=(96, 96)) for text in ("espresso", ""))
