@@ -40,18 +40,14 @@ def test_every_heatmap_has_its_own_peak() -> None:
     assert_allclose(cam.heatmaps(raw), [[[1, 0.5]], [[1, 0.5]]])
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, -1e-30, np.nan, -np.inf, np.inf])
-def test_where_nothing_finite_speaks_for_a_class_its_heatmap_is_exactly_zero(value: float) -> None:
+@pytest.mark.parametrize("value", [0.0, -1.0, -1e-30])
+def test_where_nothing_speaks_for_a_class_its_heatmap_is_exactly_zero(value: float) -> None:
     assert_array_equal(cam.heatmaps(np.full((1, 2, 2), value, np.float32)), np.zeros((1, 2, 2)))
 
 
 def test_a_dark_heatmap_does_not_darken_its_neighbours() -> None:
     raw = np.array([[[-1.0, -2.0]], [[1.0, 2.0]]], np.float32)
     assert_array_equal(cam.heatmaps(raw), [[[0, 0]], [[0.5, 1]]])
-
-
-def test_one_value_that_is_no_number_leaves_the_others_as_they_are() -> None:
-    assert_array_equal(cam.heatmaps(np.array([[[np.nan, 1, 2]]], np.float32)), [[[0, 0.5, 1]]])
 
 
 @pytest.mark.parametrize("peak", [1e-37, 1e-12, 1e12, 1e38])

@@ -1,4 +1,6 @@
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -6,9 +8,16 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
-from worker.errors import ImagePixelsExceeded, InvalidJob, UnknownClass, UnknownLayer
+from worker.errors import (
+    ImagePixelsExceeded,
+    InvalidJob,
+    NetworkIncompatible,
+    UnknownClass,
+    UnknownLayer,
+)
 from worker.gradcam.decode import Limits, decode
 from worker.gradcam.explain import Explanation, Prediction, explain_image, explain_pixels, overlay_name
+from worker.gradcam.network import Computed
 from worker.gradcam.picture import overlay
 from worker.testing import TinyNetwork
 
@@ -162,3 +171,27 @@ class TestPictures:
 )
 def test_an_overlays_name_is_safe_for_any_file_system(name: str, file_name: str) -> None:
     assert overlay_name(Prediction(2, 573, "n1", name, 0.5)) == file_name
+
+
+@pytest.mark.parametrize("broken", ["scores", "raw"])
+def test_a_network_that_computes_no_numbers_is_refused(broken: str) -> None:
+    class Broken(TinyNetwork):
+        def compute(
+            self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], layer: str | None = None
+        ) -> Computed:
+            computed = super().compute(pixels, wanted, layer)
+            return replace(computed, **{broken: np.full_like(getattr(computed, broken), np.nan)})
+
+    with pytest.raises(NetworkIncompatible, match="are no numbers"):
+        explain_pixels(Broken(), np.zeros((1, 16, 16, 3), np.uint8), [(0,)])
+
+
+@pytest.mark.parametrize("wish", [np.int64(2), "2", " 2 ", "blue", "n3"])
+def test_a_class_may_be_named_in_any_of_its_ways(wish: Any) -> None:
+    assert TinyNetwork.labels.wanted(classes=[wish]) == (2,)
+
+
+@pytest.mark.parametrize("wish", [-1, 3, True, "-1", "1.0"])
+def test_what_is_no_class_is_not_taken_for_one(wish: Any) -> None:
+    with pytest.raises(UnknownClass):
+        TinyNetwork.labels.wanted(classes=[wish])

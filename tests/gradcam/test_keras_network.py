@@ -2,8 +2,6 @@
 
 import hashlib
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +9,9 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
-from worker.errors import NetworkIncompatible, UnknownLayer, WeightsUnavailable
+from worker.errors import UnknownLayer
 from worker.gradcam import cam
-from worker.gradcam.catalog import CATALOG, NetworkRow
+from worker.gradcam.catalog import CATALOG
 from worker.gradcam.explain import explain_pixels
 from worker.gradcam.network import Computed, Network
 
@@ -49,12 +47,6 @@ def assert_maps(computed: Computed, size: tuple[int, int]) -> None:
     assert heatmaps.min() >= 0
     assert_array_equal(heatmaps.max((1, 2)), (computed.raw[0].max((1, 2)) > 0).astype(np.float32))
     assert np.ptp(computed.raw) > 0
-
-
-@pytest.mark.parametrize("row", CATALOG.values(), ids=CATALOG)
-def test_every_row_names_a_builder_that_exists(row: NetworkRow) -> None:
-    module, function = row.builder.split(":")
-    assert callable(getattr(import_module(module), function))
 
 
 @both_networks
@@ -155,84 +147,20 @@ class TestLayers:
         assert "block5_conv1, block5_conv2, block5_conv3, block5_pool" in str(refused.value)
         assert "The default is block5_conv3" in str(refused.value)
 
-    def test_a_stream_of_layer_names_does_not_fill_the_memory(self, by_hand: Callable[..., Any]) -> None:
+    def test_a_stream_of_layer_names_keeps_only_the_last_that_were_asked_for(
+        self, by_hand: Callable[..., Any]
+    ) -> None:
         import keras
 
         from worker.gradcam.keras_network import MAX_TRACED_LAYERS
 
-        names = [f"layer{number}" for number in range(MAX_TRACED_LAYERS + 2)]
+        names = [f"layer{number}" for number in range(MAX_TRACED_LAYERS + 1)]
         inputs = x = keras.Input((4, 4, 3))
         for name in names:
             x = keras.layers.Rescaling(1.5, name=name)(x)
         x = keras.layers.GlobalAveragePooling2D()(x)
         network = by_hand(keras.Model(inputs, keras.layers.Dense(1000)(x)), names[0])
         pixels = np.full((1, 4, 4, 3), 200, np.uint8)
-        for name in [*names, names[0]]:
+        for name in [*names[:-1], names[0], names[-1]]:
             assert network.compute(pixels, TOP_2, name).layer == name
-        assert list(network._passes) == [*names[-MAX_TRACED_LAYERS + 1 :], names[0]]
-
-
-class TestLoading:
-    def test_the_same_seed_gives_the_same_weights_and_another_seed_others(self) -> None:
-        from worker.gradcam.keras_network import load_network
-
-        networks = [load_network("efficientnet_lite0", random_seed=seed) for seed in (3, 3, 4)]
-        one, same, other = (fingerprint(network._model) for network in networks)
-        assert one == same != other
-        assert networks[0].facts.weights_sha256 is None
-
-    def test_shipped_weights_are_named_by_their_checksum(self, lite0: Network) -> None:
-        row = CATALOG["efficientnet_lite0"]
-        facts = lite0.facts
-        assert (facts.name, facts.input_size, facts.preprocessing) == (row.name, row.input_size, "lite")
-        assert (facts.weights_sha256, facts.default_layer, facts.dtype) == (row.sha256, "top_act", "float32")
-        assert facts.backend.startswith("tensorflow ")
-
-    @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # keras, saving
-    def test_the_operators_file_is_loaded_in_place_of_the_shipped_one(self, tmp_path: Path) -> None:
-        from worker.gradcam.keras_network import load_network
-
-        own = load_network("efficientnet_lite0", random_seed=3)._model
-        own.save_weights(tmp_path / "efficientnet_lite0.weights.h5")
-        loaded = load_network("efficientnet_lite0", weights_dir=tmp_path)
-        assert fingerprint(loaded._model) == fingerprint(own)
-        assert loaded.facts.weights_sha256 not in {None, CATALOG["efficientnet_lite0"].sha256}
-
-    def test_missing_weights_are_an_error_and_never_random(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        from worker.gradcam.keras_network import load_network
-
-        for home in ("HOME", "KERAS_HOME"):
-            monkeypatch.setenv(home, str(tmp_path))
-        monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there: no download
-        with pytest.raises(WeightsUnavailable, match=r"xception.*GRADCAM_WEIGHTS_DIR"):
-            load_network("xception", weights_dir=tmp_path)
-
-    def test_a_model_that_does_not_end_in_a_dense_layer_is_refused(self, by_hand: Callable[..., Any]) -> None:
-        import keras
-
-        inputs = keras.Input((4, 4, 3))
-        x = keras.layers.Conv2D(1000, 1, name="conv")(inputs)
-        x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
-        with pytest.raises(NetworkIncompatible, match="ends in GlobalAveragePooling2D 'pool'"):
-            by_hand(keras.Model(inputs, x), "conv")
-
-
-@pytest.mark.parametrize("name", ["vgg16", "xception"])
-def test_preprocessing_is_what_keras_does_for_these_weights(name: str, noise: Noise) -> None:
-    import keras
-
-    from worker.gradcam.keras_network import preprocess
-
-    pixels = noise(2, 5, 4).astype(np.float32)
-    theirs = getattr(keras.applications, name).preprocess_input(pixels.copy())
-    assert_allclose(preprocess(pixels, CATALOG[name].preprocessing), theirs, atol=1e-5)
-
-
-def test_preprocessing_of_efficientnet_lite_takes_127_and_divides_by_128() -> None:
-    from worker.gradcam.keras_network import preprocess
-
-    pixels = np.array([[[[0, 127, 255]]]], np.float32)
-    how = CATALOG["efficientnet_lite0"].preprocessing
-    assert_array_equal(preprocess(pixels, how), [[[[-127 / 128, 0, 1]]]])
+        assert list(network._passes) == [*names[2:-1], names[0], names[-1]]

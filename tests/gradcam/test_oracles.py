@@ -97,6 +97,7 @@ class TestPoolingAndOneDenseLayer:
         model.get_layer("scores").set_weights([kernel, bias])
         after = compute(model)
         assert_array_equal(after.class_ids[0, :2], [second, first])
+        # Both are in the order of the ranks, so each class now has the map that the other one had.
         assert_allclose(after.raw[0, :2], before.raw[0, :2], rtol=1e-6, atol=1e-9)
         assert abs(before.raw[0, 0] - before.raw[0, 1]).max() > 0.1 * abs(before.raw).max()
 
@@ -151,9 +152,8 @@ def test_maps_of_a_layer_with_more_layers_behind_it_agree_with_finite_difference
         return np.asarray(last.mean((1, 2)) @ dense.astype(np.float64))
 
     bumps = step * np.eye(feature_maps.shape[3])
-    slopes = np.stack([scores(feature_maps + bump) - scores(feature_maps - bump) for bump in bumps]) / (
-        2 * step
-    )
+    rises = np.stack([scores(feature_maps + bump) - scores(feature_maps - bump) for bump in bumps])
+    slopes = rises / (2 * step)  # (channels, n, classes)
     weights = np.stack([slopes[:, n, ids] for n, ids in enumerate(computed.class_ids)])  # (n, channels, k)
     cells = feature_maps.shape[1] * feature_maps.shape[2]
     expected = np.einsum("nhwc,nck->nkhw", feature_maps, weights) / cells

@@ -83,7 +83,7 @@ class TestOverlay:
     @pytest.mark.parametrize("colormap", sorted(COLORMAPS))
     def test_every_level_has_the_color_of_its_map(self, colormap: str) -> None:
         levels = np.arange(256, dtype=np.uint8).reshape(1, 256)
-        heatmap = levels / np.float32(255)
+        heatmap = np.asarray(levels / 255, np.float32)
         colored = overlay(plain(WHITE, 1, 256), heatmap, alpha=1, colormap=colormap)
         bgr = cv2.applyColorMap(levels, COLORMAPS[colormap])
         assert_array_equal(colored, cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 # OpenCV reads this once, when it is first imported, so it has to be set before any module of this
 # room does so. It is the last line of defence: `decode` refuses such pictures by their headers.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**28))
+os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # damaged images are reported as errors, not on stderr
 
 if TYPE_CHECKING:
     from worker.gradcam.explain import Explained as Explained

@@ -27,8 +27,8 @@ def gradcam(ops: Any, activations: Any, gradients: Any) -> Any:
 def heatmaps(raw: NDArray[np.float32]) -> NDArray[np.float32]:
     """Raw maps (k, height, width) -> heatmaps (k, height, width) in [0, 1]: ReLU, then divide by the peak.
 
-    A map with no positive value, where nothing speaks for the class, becomes all zeros, never NaN.
+    A map with no positive value, where nothing speaks for the class, becomes all zeros.
     """
-    positive = np.maximum(np.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0), 0)
+    positive = np.maximum(raw, 0)
     peak = positive.max(axis=(-2, -1), keepdims=True)
     return np.asarray(np.divide(positive, peak, out=np.zeros_like(positive), where=peak > 0), np.float32)

@@ -68,8 +68,8 @@ class ClassIndex:
 
         Raises UnknownClass with the nearest names, AmbiguousClass with every class of that name.
         """
-        if isinstance(wish, int) or wish.strip().isdecimal():
-            if not 0 <= int(wish) < len(self):
+        if not isinstance(wish, str) or wish.strip().isdecimal():
+            if isinstance(wish, bool | float) or not 0 <= int(wish) < len(self):
                 message = f"There is no class {wish}: ids run from 0 to {len(self) - 1}."
                 raise UnknownClass(message)
             return self[int(wish)]

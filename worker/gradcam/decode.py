@@ -23,6 +23,7 @@ FORMATS = {
     "BMP": "image/bmp",
 }
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_STARTS = (b"\xff\xd8\xff", _PNG_SIGNATURE, b"GIF87a", b"GIF89a")  # and RIFF....WEBP
 _LOOKS_LIKE = (
     (b"%PDF", "a PDF document"),
     (b"II*\x00", "a TIFF image"),
@@ -56,10 +57,11 @@ def decode(data: bytes, limits: Limits | None = None) -> Decoded:
 
     Raises UnsupportedMediaType, ImagePixelsExceeded, ImageDecodeFailed.
     """
-    header = _open(data)
+    limits = limits or Limits()
+    header = _open(data, limits)
     with header:
         media_type = FORMATS[header.format or ""]
-        _check_size(header.width, header.height, limits or Limits())
+        _check_size(header.width, header.height, limits)
         if media_type == "image/png":
             _check_png_chunks(data)
         translucent = header.mode in {"RGBA", "LA", "PA"} or "transparency" in header.info
@@ -67,14 +69,17 @@ def decode(data: bytes, limits: Limits | None = None) -> Decoded:
     return Decoded(pixels, media_type)
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, limits: Limits) -> Image.Image:
     """Read the header only."""
     try:
         return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name != "MPO"])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        message = f"The image's header claims too many pixels: {error}"
+        message = f"The image's header claims too many pixels; {_allowed(limits)} ({error})"
         raise ImagePixelsExceeded(message) from error
     except UnidentifiedImageError as error:
+        if data.startswith(_STARTS) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+            message = f"The image's header is damaged or cut off ({len(data):,} bytes received)."
+            raise ImageDecodeFailed(message) from error
         accepted = ", ".join(sorted({kind.removeprefix("image/") for kind in FORMATS.values()}))
         message = f"Received {_describe(data)}, not an image in a format read here: {accepted}."
         raise UnsupportedMediaType(message) from error
@@ -99,11 +104,12 @@ def _describe(data: bytes) -> str:
 
 def _check_size(width: int, height: int, limits: Limits) -> None:
     if width * height > limits.max_pixels or max(width, height) > limits.max_side:
-        message = (
-            f"The image claims {width} x {height} pixels; at most {limits.max_pixels:,} pixels and "
-            f"{limits.max_side:,} a side are allowed."
-        )
+        message = f"The image claims {width} x {height} pixels; {_allowed(limits)}."
         raise ImagePixelsExceeded(message)
+
+
+def _allowed(limits: Limits) -> str:
+    return f"at most {limits.max_pixels:,} pixels and {limits.max_side:,} a side are allowed"
 
 
 def _check_png_chunks(data: bytes) -> None:
@@ -120,6 +126,8 @@ def _check_png_chunks(data: bytes) -> None:
         if kind == b"IEND":
             return
         at += 12 + length
+    message = f"The PNG is cut off: it ends without an IEND chunk ({len(data):,} bytes received)."
+    raise ImageDecodeFailed(message)
 
 
 def _opaque(data: bytes, media_type: str) -> NDArray[np.uint8]:
@@ -137,9 +145,24 @@ def _opaque(data: bytes, media_type: str) -> NDArray[np.uint8]:
 def _on_white(header: Image.Image) -> NDArray[np.uint8]:
     """OpenCV drops alpha instead of compositing it, so translucent pictures go through Pillow."""
     try:
-        upright = ImageOps.exif_transpose(header).convert("RGBA")
+        upright = ImageOps.exif_transpose(_eight_bits(header)).convert("RGBA")
         white = Image.new("RGBA", upright.size, "white")
         return np.asarray(Image.alpha_composite(white, upright).convert("RGB"), np.uint8)
     except Exception as error:  # as in `_open`: any exception here means damaged data
         message = f"The image data are damaged: {error}"
         raise ImageDecodeFailed(message) from error
+
+
+def _eight_bits(header: Image.Image) -> Image.Image:
+    """A picture with one transparent colour of 16 bits a channel: Pillow would compare only the low 8."""
+    transparent = header.info.get("transparency")
+    if header.mode.startswith("I"):
+        values = np.asarray(header, np.uint32)
+        alpha = np.where(values == transparent, 0, 255)
+        pair = np.stack([values >> 8, alpha], axis=-1).astype(np.uint8)
+        eight = Image.fromarray(pair)
+        eight.info = {key: value for key, value in header.info.items() if key != "transparency"}
+        return eight
+    if isinstance(transparent, tuple) and max(transparent) >> 8:
+        header.info["transparency"] = tuple(value >> 8 for value in transparent)
+    return header

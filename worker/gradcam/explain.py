@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from worker.errors import NetworkIncompatible
 from worker.gradcam import cam
 from worker.gradcam.classes import ClassIndex
 from worker.gradcam.decode import Limits, decode
@@ -86,7 +87,8 @@ def explain_image(
 
     Ask for the `top_n` most probable classes, or for `classes` by id, wnid or name.
 
-    Raises InvalidJob, UnknownClass, AmbiguousClass, UnknownLayer and what `decode` raises.
+    Raises InvalidJob, UnknownClass, AmbiguousClass, UnknownLayer, NetworkIncompatible (scores that are
+    no numbers) and what `decode` raises.
     """
     wanted = network.labels.wanted(top_n=top_n, classes=classes)
     if isinstance(image, np.ndarray):
@@ -120,7 +122,10 @@ def explain_pixels(
 
 def _explanation(network: Network, computed: Computed, index: int, asked: int, *, named: bool) -> Explanation:
     """Cut the answer for one image out of a pass over many."""
-    scores = computed.scores[index].astype(np.float64)
+    scores, raw = computed.scores[index].astype(np.float64), computed.raw[index, :asked]
+    if not (np.isfinite(scores).all() and np.isfinite(raw).all()):
+        message = f"{network.facts.name} computes scores or gradients for this image that are no numbers."
+        raise NetworkIncompatible(message)
     order = np.argsort(-scores, kind="stable")
     ranks = np.empty_like(order)
     ranks[order] = np.arange(1, len(order) + 1)
@@ -130,7 +135,6 @@ def _explanation(network: Network, computed: Computed, index: int, asked: int, *
     def prediction(class_id: int) -> Prediction:
         return _prediction(network.labels, class_id, int(ranks[class_id]), probabilities[class_id])
 
-    raw = computed.raw[index, :asked]
     return Explanation(
         network=network.facts,
         layer=computed.layer,

@@ -53,7 +53,7 @@ def load_network(
     Weights come from `weights_dir`, from the package where it ships them, or from Keras's own
     download. `random_seed` builds it with seeded random weights instead, for tests and benchmarks.
 
-    Raises UnknownNetwork, WeightsUnavailable, WeightsChecksumMismatch.
+    Raises UnknownNetwork, WeightsUnavailable, WeightsChecksumMismatch, NetworkIncompatible.
     """
     row = catalog.find(name)
     if keras.backend.backend() != "tensorflow":
@@ -65,10 +65,32 @@ def load_network(
         keras.utils.set_random_seed(random_seed)
         return KerasNetwork(row, build(weights=None), weights_sha256=None)
     file = weights.locate(row, Path(weights_dir) if weights_dir else None)
-    if file:
+    if file is None:
+        with _silent_progress():
+            model, file = weights.download(row, partial(build, weights="imagenet"), partial(_cached, row))
+        return KerasNetwork(row, model, weights_sha256=file.sha256)
+    try:
         return KerasNetwork(row, build(weights=str(file.path)), weights_sha256=file.sha256)
-    model, file = weights.download(row, partial(build, weights="imagenet"))
-    return KerasNetwork(row, model, weights_sha256=file.sha256 if file else None)
+    except (OSError, ValueError) as error:
+        message = f"{file.path} does not hold the weights of {name}: {error}"
+        raise NetworkIncompatible(message) from error
+
+
+def _cached(row: NetworkRow) -> Path:
+    """Where Keras keeps the row's ImageNet weights, once it has downloaded them."""
+    return Path(keras.utils.get_file(row.keras_files[0], origin="", cache_subdir="models"))
+
+
+@contextmanager
+def _silent_progress() -> Iterator[None]:
+    """Keras shows a download's progress on standard output, which belongs to our own answer."""
+    shown = keras.config.is_interactive_logging_enabled()
+    keras.config.disable_interactive_logging()
+    try:
+        yield
+    finally:
+        if shown:
+            keras.config.enable_interactive_logging()
 
 
 class KerasNetwork:

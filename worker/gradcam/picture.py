@@ -35,7 +35,9 @@ def fit(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 def enlarge(heatmap: Heatmap, size: tuple[int, int]) -> Heatmap:
     """A heatmap (rows, columns) -> (height, width): half-pixel bilinear, the peak kept as it was."""
     height, width = size
-    large = cv2.resize(heatmap, (width, height), interpolation=cv2.INTER_LINEAR)
+    least = (min(width, heatmap.shape[1]), min(height, heatmap.shape[0]))
+    shrunk = cv2.resize(heatmap, least, interpolation=cv2.INTER_AREA)  # no cell may fall between pixels
+    large = cv2.resize(shrunk, (width, height), interpolation=cv2.INTER_LINEAR)
     peak = large.max()
     return np.asarray(large * (heatmap.max() / peak) if peak > 0 else large, np.float32)
 

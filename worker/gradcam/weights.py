@@ -53,10 +53,12 @@ def locate(row: NetworkRow, directory: Path | None) -> WeightsFile | None:
     return WeightsFile(path, found)
 
 
-def download(row: NetworkRow, build: Callable[[], Any]) -> tuple[Any, WeightsFile | None]:
+def download(
+    row: NetworkRow, build: Callable[[], Any], cached: Callable[[], Path]
+) -> tuple[Any, WeightsFile]:
     """Let Keras fetch the ImageNet weights into its cache while it builds the model.
 
-    Raises WeightsUnavailable with the ways out.
+    `cached` says where Keras has put them, once they are there. Raises WeightsUnavailable with the ways out.
     """
     try:
         with _stall_limit():
@@ -68,8 +70,8 @@ def download(row: NetworkRow, build: Callable[[], Any]) -> tuple[Any, WeightsFil
             "GRADCAM_WEIGHTS_DIR names, or let this machine reach Keras's download once."
         )
         raise WeightsUnavailable(message) from error
-    cached = Path.home() / ".keras" / "models" / row.keras_files[0]
-    return model, WeightsFile(cached, digest(cached)) if cached.is_file() else None
+    path = cached()
+    return model, WeightsFile(path, digest(path))
 
 
 def digest(path: Path) -> str:
