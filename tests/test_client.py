@@ -4,10 +4,11 @@ import time
 import pytest
 
 from worker.client import GradcamClient
-from worker.contract import Job, WorkerRef, new_id
+from worker.contract import Job, WorkerRef
 from worker.errors import BrokerUnavailable, InvalidJob, UnknownJob, WaitTimeout
 from worker.settings import Settings
 from worker.testing import Doorbell, MemoryLedger
+from worker.wire import new_id
 
 FIELDS = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
 WORKER = WorkerRef(id="w", device="cpu")
@@ -52,7 +53,7 @@ def test_a_finished_job_is_not_rung_for_again(
     client: GradcamClient, ledger: MemoryLedger, doorbell: Doorbell
 ) -> None:
     job = Job.parse(FIELDS)
-    ledger.advance(ledger.claim(job, WORKER).document, status="succeeded")
+    ledger.advance(ledger.claim(job, ledger.submit(job), WORKER).document, status="succeeded")
     assert client.submit(job) == job.id
     assert not doorbell.jobs
 
@@ -68,7 +69,7 @@ def test_waiting_ends_when_the_job_does(client: GradcamClient, ledger: MemoryLed
     client.submit(job)
 
     def work() -> None:
-        document = ledger.claim(job, WORKER).document
+        document = ledger.claim(job, ledger.submit(job), WORKER).document
         time.sleep(0.1)
         ledger.advance(document, status="failed")
 

@@ -1,15 +1,19 @@
+import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
-from worker.contract import Job, StatusDocument, WorkerRef, new_id, utc_now
+from worker.contract import Job, StatusDocument, WorkerRef
 from worker.errors import AttemptFenced, IdempotencyConflict, InvalidJob, LedgerUnavailable, UnknownJob
-from worker.ledger import Ledger
+from worker.ledger import Claim, Entry, Ledger
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
 from worker.testing import MemoryLedger
+from worker.wire import new_id, utc_now
 
 WORKER = WorkerRef(id="gpu-1:7", device="cpu")
 
@@ -21,6 +25,12 @@ def ledger(request: pytest.FixtureRequest, settings: Settings) -> Iterator[Ledge
         yield MemoryLedger()
     else:
         yield RedisLedger(settings.ledger, prefix=settings.key_prefix, retention_s=60)
+
+
+def claim(ledger: Ledger, job: Job, **options: Any) -> Claim:
+    """What a worker does with a message."""
+    _, document = ledger.receive(job.id, job.model_dump(mode="json"))
+    return ledger.claim(job, document, WORKER, **options)
 
 
 def with_key(job: Job, key: str, **changes: object) -> Job:
@@ -43,8 +53,8 @@ def test_the_same_key_with_the_same_job_finds_the_first_also_when_it_is_final(
     ledger: Ledger, job: Job
 ) -> None:
     first = with_key(job, "k")
-    claim = ledger.claim(first, WORKER)
-    ledger.advance(claim.document, status="succeeded")
+    taken = claim(ledger, first)
+    ledger.advance(taken.document, status="succeeded")
     again = ledger.submit(with_key(job, "k"))
     assert (again.id, again.status) == (first.id, "succeeded")
 
@@ -69,21 +79,33 @@ def test_an_unknown_job_says_so(ledger: Ledger) -> None:
 
 def test_a_claim_starts_the_first_attempt(ledger: Ledger, job: Job) -> None:
     ledger.submit(job)
-    claim = ledger.claim(job, WORKER)
-    assert claim.outcome == "claimed"
-    assert (claim.document.status, claim.document.attempt, claim.document.worker) == ("running", 1, WORKER)
-    assert claim.document.started_at is not None
-    assert claim.document.metrics["queue_s"] >= 0
+    taken = claim(ledger, job)
+    assert taken.outcome == "claimed"
+    assert (taken.document.status, taken.document.attempt, taken.document.worker) == ("running", 1, WORKER)
+    assert taken.document.started_at is not None
+    assert taken.document.metrics["queue_s"] >= 0
     assert ledger.counts() == (0, 1)
 
 
 def test_a_claim_enters_a_job_that_a_stranger_published(ledger: Ledger, job: Job) -> None:
-    assert ledger.claim(job, WORKER).document.attempt == 1
+    assert claim(ledger, job).document.attempt == 1
 
 
-def test_a_second_claim_takes_over_and_fences_the_first(ledger: Ledger, job: Job) -> None:
-    first = ledger.claim(job, WORKER).document
-    second = ledger.claim(job, WORKER).document
+def test_a_running_job_is_held_and_a_duplicate_changes_nothing(ledger: Ledger, job: Job) -> None:
+    first = claim(ledger, job).document
+    for _ in range(5):
+        assert claim(ledger, job).outcome == "held"
+    assert ledger.read(job.id) == first
+
+
+def test_a_running_job_is_taken_over_when_its_attempt_began_too_long_ago(ledger: Ledger, job: Job) -> None:
+    claim(ledger, job)
+    assert claim(ledger, job, lost_after_s=0).document.attempt == 2
+
+
+def test_a_message_that_came_back_takes_over_and_fences_the_first(ledger: Ledger, job: Job) -> None:
+    first = claim(ledger, job).document
+    second = claim(ledger, job, redelivered=True).document
     assert second.attempt == 2
     with pytest.raises(AttemptFenced):
         ledger.advance(first, status="succeeded")
@@ -91,11 +113,11 @@ def test_a_second_claim_takes_over_and_fences_the_first(ledger: Ledger, job: Job
 
 
 def test_a_final_job_cannot_be_reopened(ledger: Ledger, job: Job) -> None:
-    document = ledger.claim(job, WORKER).document
+    document = claim(ledger, job).document
     final = ledger.advance(document, status="failed")
     assert final.completed_at is not None
     assert final.stage is None
-    assert ledger.claim(job, WORKER).outcome == "finished"
+    assert claim(ledger, job).outcome == "finished"
     with pytest.raises(AttemptFenced):
         ledger.advance(document, status="succeeded")
     assert ledger.read(job.id) == final
@@ -103,33 +125,33 @@ def test_a_final_job_cannot_be_reopened(ledger: Ledger, job: Job) -> None:
 
 
 def test_each_write_is_one_revision(ledger: Ledger, job: Job) -> None:
-    document = ledger.claim(job, WORKER).document
+    document = claim(ledger, job).document
     assert ledger.advance(document, stage="decode").revision == document.revision + 1
 
 
 def test_a_retrying_job_waits_in_the_queue_and_gets_its_next_attempt(ledger: Ledger, job: Job) -> None:
-    document = ledger.claim(job, WORKER).document
+    document = claim(ledger, job).document
     ledger.advance(document, status="retrying")
     assert ledger.counts() == (1, 0)
-    assert ledger.claim(job, WORKER).document.attempt == 2
+    assert claim(ledger, job).document.attempt == 2
 
 
 def test_a_job_that_never_ends_is_failed_after_its_attempts(ledger: Ledger, job: Job) -> None:
     for _ in range(job.max_attempts):
-        assert ledger.claim(job, WORKER).outcome == "claimed"
-    claim = ledger.claim(job, WORKER)
-    assert claim.outcome == "ended"
-    assert claim.document.status == "failed"
-    assert claim.document.error is not None
-    assert claim.document.error.code == "max_attempts_exceeded"
+        assert claim(ledger, job, redelivered=True).outcome == "claimed"
+    last = claim(ledger, job, redelivered=True)
+    assert last.outcome == "ended"
+    assert last.document.status == "failed"
+    assert last.document.error is not None
+    assert last.document.error.code == "max_attempts_exceeded"
 
 
 def test_an_expired_job_is_not_started(ledger: Ledger, job: Job) -> None:
     late = job.model_copy(update={"expires_at": utc_now() - timedelta(seconds=1)})
-    claim = ledger.claim(late, WORKER)
-    assert (claim.outcome, claim.document.status) == ("ended", "expired")
-    assert claim.document.error is not None
-    assert claim.document.error.code == "expired"
+    taken = claim(ledger, late)
+    assert (taken.outcome, taken.document.status) == ("ended", "expired")
+    assert taken.document.error is not None
+    assert taken.document.error.code == "expired"
 
 
 def test_a_refused_message_is_written_down(ledger: Ledger) -> None:
@@ -149,13 +171,14 @@ def test_many_threads_claim_a_job_and_every_attempt_has_one_owner(ledger: Ledger
     job = job.model_copy(update={"max_attempts": 20})
     claims: list[StatusDocument] = []
     threads = [
-        threading.Thread(target=lambda: claims.append(ledger.claim(job, WORKER).document)) for _ in range(8)
+        threading.Thread(target=lambda: claims.append(claim(ledger, job, redelivered=True).document))
+        for _ in range(8)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(claim.attempt for claim in claims) == list(range(1, 9))
+    assert sorted(taken.attempt for taken in claims) == list(range(1, 9))
 
 
 def test_two_racing_submissions_with_one_key_yield_one_job(ledger: Ledger, job: Job) -> None:
@@ -179,7 +202,7 @@ def test_many_are_read_at_once_and_the_unknown_left_out(ledger: Ledger, job: Job
 def test_final_jobs_leave_redis_after_their_retention(settings: Settings, job: Job) -> None:
     ledger = RedisLedger(settings.ledger, prefix=settings.key_prefix, retention_s=60)
     keyed = with_key(job, "k")
-    document = ledger.claim(keyed, WORKER).document
+    document = claim(ledger, keyed).document
     names = list(ledger._redis.scan_iter(f"{settings.key_prefix}*"))
     assert {ledger._redis.ttl(name) for name in names} == {-1}, "a job that is not final must not vanish"
     ledger.advance(document, status="succeeded")
@@ -202,3 +225,34 @@ def test_a_ledger_out_of_reach_says_where_it_was_looked_for() -> None:
     with pytest.raises(LedgerUnavailable, match=r"redis://127\.0\.0\.1:1/0") as caught:
         ledger.read(new_id())
     assert "planted" not in str(caught.value)
+
+
+def test_a_job_of_a_later_version_is_failed_and_not_left_in_the_queue(ledger: Ledger, job: Job) -> None:
+    later = Entry("f", json.dumps({"id": job.id, "field_of_tomorrow": 1}), None, ledger.submit(job))
+    other = later.document.model_copy(update={"id": new_id()})
+    ledger._create(replace(later, document=other))
+    with pytest.raises(InvalidJob, match="field_of_tomorrow: unknown field") as caught:
+        ledger.receive(other.id, job.model_dump(mode="json"))
+    assert ledger.refuse(other.id, None, caught.value).status == "failed"
+    assert ledger.counts() == (1, 0)
+
+
+def test_a_message_is_about_the_job_that_the_ledger_holds(ledger: Ledger, job: Job) -> None:
+    ledger.submit(job)
+    assert ledger.receive(job.id, {"whatever": "else"})[0] == job
+
+
+def test_the_last_word_is_worth_waiting_for(
+    ledger: Ledger, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document, swap, failures = claim(ledger, job).document, ledger._swap, [LedgerUnavailable("gone")] * 2
+
+    def shaky(before: StatusDocument, after: StatusDocument) -> bool:
+        if failures:
+            raise failures.pop()
+        return swap(before, after)
+
+    monkeypatch.setattr(ledger, "_swap", shaky)
+    with pytest.raises(LedgerUnavailable):
+        ledger.advance(document, stage="decode")
+    assert ledger.advance(document, patience_s=30, status="succeeded").final

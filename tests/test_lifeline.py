@@ -74,3 +74,14 @@ def test_a_folder_named_worker_where_the_caller_stands_changes_nothing(
     process = lifeline.start([sys.executable, "-c", "pass"])
     assert process.wait(TIMEOUT_S) == 0
     lifeline.stop(process)
+
+
+def test_a_program_that_does_not_end_is_killed(tmp_path: Path) -> None:
+    mark = tmp_path / "started"
+    code = (
+        "import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        f"pathlib.Path({str(mark)!r}).touch(); time.sleep(60)"
+    )
+    process = lifeline.start([sys.executable, "-c", code], grace_s=0.2)
+    wait_for(mark.exists, "the start")
+    assert lifeline.stop(process) == 128 + 9

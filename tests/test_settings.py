@@ -32,13 +32,20 @@ def test_variables_are_read_and_lists_are_split_at_commas() -> None:
         ({"GRADCAM_BROKER_URI": "x"}, "no setting GRADCAM_BROKER_URI. Did you mean GRADCAM_BROKER_URL?"),
         ({"GRADCAM_THREADS": "many"}, "GRADCAM_THREADS: Input should be a valid integer"),
         ({"GRADCAM_THREADS": "0"}, "GRADCAM_THREADS"),
-        ({"GRADCAM_IMAGE_SCHEMES": "s3,ftp"}, "image_schemes holds ['ftp']"),
+        ({"GRADCAM_IMAGE_SCHEMES": "s3,ftp"}, "not all of ['ftp', 's3']"),
         ({"GRADCAM_IMAGE_SCHEMES": "https"}, "image_hosts names no host"),
         ({"GRADCAM_IMAGE_SCHEMES": "file"}, "image_roots names no folder"),
         ({"GRADCAM_IMAGE_SCHEMES": "https", "GRADCAM_IMAGE_HOSTS": "*"}, "exact hosts, no wildcard"),
         ({"GRADCAM_S3_ACCESS_KEY_ID": "key"}, "must be given together"),
         ({"GRADCAM_OUTPUT": "results"}, "must look like s3://bucket/prefix"),
         ({"GRADCAM_OUTPUT": "s3://"}, "must look like s3://bucket/prefix"),
+        ({"GRADCAM_BROKER_URL": "foo"}, "broker_url '...://foo' must look like redis://host:6379/0"),
+        ({"GRADCAM_BROKER_URL": "redis://u:planted@host:port/0"}, "broker_url"),
+        ({"GRADCAM_BROKER_URL": "redis://h/notadb"}, "broker_url"),
+        ({"GRADCAM_LEDGER_URL": "redis://h/0?password=planted"}, "ledger_url"),
+        ({"GRADCAM_BROKER_URL": "sentinel://:planted@a:1;sentinel://:planted@b:2"}, "broker_url"),
+        ({"GRADCAM_VISIBILITY_TIMEOUT_S": "inf"}, "GRADCAM_VISIBILITY_TIMEOUT_S"),
+        ({"GRADCAM_RETENTION_S": "nan"}, "GRADCAM_RETENTION_S"),
         ({"GRADCAM_RETRY_BACKOFF_MAX_S": "9999"}, "below visibility_timeout_s"),
     ],
 )
@@ -46,6 +53,7 @@ def test_an_impossible_setting_is_named(variables: dict[str, str], expected: str
     with pytest.raises(InvalidSettings) as caught:
         Settings.from_environment(variables)
     assert expected in str(caught.value)
+    assert "planted" not in str(caught.value)
 
 
 def test_settings_survive_the_way_to_a_child_process() -> None:
@@ -66,3 +74,5 @@ def test_secrets_do_not_show() -> None:
     assert "planted" not in repr(settings)
     assert without_secrets("redis://user:planted@queue:6379/0?password=planted") == "redis://queue:6379/0"
     assert "planted" not in without_secrets("http://[planted")
+    assert "planted" not in without_secrets("http://user:pla/planted@host/x")
+    assert "planted" not in without_secrets("user:planted@host/x")

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from worker.contract import Delivery, StatusDocument, StatusEvent, new_id, utc_now
+from worker.contract import Delivery, StatusDocument, StatusEvent
 from worker.errors import DeliveryRefused, StatusUnavailable, UriNotAllowed
 from worker.settings import Settings
 from worker.status import Webhooks
+from worker.wire import new_id, utc_now
 
 
 def event() -> StatusEvent:

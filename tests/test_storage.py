@@ -82,6 +82,13 @@ def test_a_job_may_write_below_the_allowed_prefixes(uri: str) -> None:
         "s3://another/cams",
         "file:///etc",
         "nonsense",
+        "s3://out/cams/.\t./secrets",
+        "s3://out/cams/.\n./.\r./secrets",
+        "s3://out/cams/a\0b",
+        "s3://out/cams/a%00b",
+        "s3://out/cams/a?b",
+        "s3://out/cams/a#b",
+        "s3://out/cams/a%3fb",
     ],
 )
 def test_a_job_may_write_nowhere_else(uri: str) -> None:

@@ -35,7 +35,7 @@ def test_a_worker_that_cannot_start_is_given_up_with_a_sentence() -> None:
     code, said = supervise("raise SystemExit(3)")
     assert code == 1
     assert said.count("the worker ended unasked (exit code 3)") == 4
-    assert "the worker ended 5 times in a row within 30 s: given up" in said
+    assert "the worker could not start, 5 times in a row: given up" in said
 
 
 def test_a_worker_is_asked_to_end_and_ends_cleanly(tmp_path: Path) -> None:
@@ -70,3 +70,34 @@ time.sleep(60)
 """
     code, _ = supervise(child, started=mark, signals=2)
     assert code == 1
+
+
+def test_a_worker_that_took_jobs_is_started_again_however_often_it_dies(tmp_path: Path) -> None:
+    lives = tmp_path / "lives"
+    child = f"""
+import os, sys
+os.write(int(sys.argv[1]), b"1")
+with open({str(lives)!r}, "a") as file: file.write("x")
+os.abort()
+"""
+    program = textwrap.dedent(f"""
+        import sys
+        from worker import supervisor
+        from worker.settings import Settings
+        supervisor.BACKOFF_S = 0.01
+        sys.exit(supervisor.Supervisor(Settings(), (sys.executable, "-c", {child!r})).run())
+    """)
+    with subprocess.Popen([sys.executable, "-c", program]) as supervisor:
+        end = time.monotonic() + TIMEOUT_S
+        while not lives.exists() or len(lives.read_text()) <= 6:
+            assert supervisor.poll() is None, "given up"
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        supervisor.terminate()
+        assert supervisor.wait(TIMEOUT_S) == 0
+
+
+def test_a_worker_that_is_stopped_while_it_starts_ends_cleanly(tmp_path: Path) -> None:
+    mark = tmp_path / "started"
+    child = f"import pathlib, time; pathlib.Path({str(mark)!r}).touch(); time.sleep(60)"
+    assert supervise(child, started=mark, signals=1)[0] == 0

@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
-from worker.contract import Delivery, Job, StatusDocument, WorkerRef, new_id
+from worker.contract import Delivery, Job, StatusDocument, WorkerRef
 from worker.errors import (
     BrokerUnavailable,
     ImageFetchFailed,
@@ -17,6 +17,7 @@ from worker.errors import (
 from worker.settings import Settings
 from worker.tasks import Desk
 from worker.testing import Doorbell, MemoryLedger, MemoryMessenger, MemoryStore, outside
+from worker.wire import new_id
 
 IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
 WEBHOOK = {
@@ -35,6 +36,7 @@ class Office:
     messenger: MemoryMessenger = field(default_factory=MemoryMessenger)
     doorbell: Doorbell = field(default_factory=Doorbell)
     deliveries: list[Delivery] = field(default_factory=list)
+    one_desk: Any = None
 
     @property
     def desk(self) -> Desk:
@@ -196,7 +198,8 @@ def test_an_overtaken_attempt_stops_without_a_word(office: Office) -> None:
     class Overtaking(MemoryStore):
         def put(self, key: str, data: bytes, media_type: str) -> str:
             if office.read(job).attempt == 1:
-                office.ledger.claim(job, WorkerRef(id="other", device="cpu"))
+                other = WorkerRef(id="other", device="cpu")
+                office.ledger.claim(job, office.read(job), other, redelivered=True)
             return super().put(key, data, media_type)
 
     office.store = Overtaking()
@@ -217,6 +220,40 @@ def test_a_ledger_out_of_reach_hands_the_message_back(
     monkeypatch.setattr(office.ledger, "_swap", unreachable)
     with pytest.raises(LedgerUnavailable):
         office.handle(payload(job))
+    monkeypatch.undo()
+    assert office.handle(payload(job)) == "done", "and leaves nothing locked"
+
+
+def test_a_second_message_for_a_running_job_waits_and_changes_nothing(office: Office) -> None:
+    job = a_job(max_attempts=1)
+    ends = []
+
+    @dataclass
+    class Meanwhile(MemoryStore):
+        def put(self, key: str, data: bytes, media_type: str) -> str:
+            ends.append(office.one_desk.handle(payload(job), new_id(), redelivered=True))  # by this process
+            ends.append(office.handle(payload(job)))  # by another one
+            return super().put(key, data, media_type)
+
+    office.store = Meanwhile()
+    office.one_desk = office.desk
+    assert office.one_desk.handle(payload(job), new_id()) == "done"
+    assert set(ends) == {"later"}
+    assert (office.read(job).status, office.read(job).attempt) == ("succeeded", 1)
+    assert set(office.doorbell.delays_s) == {5}
+    assert office.handle(payload(job)) == "dropped", "when it rings again the job is final"
+
+
+@pytest.mark.parametrize(
+    "job_id", [5, "x", "01A2062B-306E-7164-A139-13398DA125F6", f"{new_id()}\n", "\ud800"]
+)
+def test_a_wrong_id_is_refused_and_not_replaced_in_silence(office: Office, job_id: object) -> None:
+    message_id = new_id()
+    assert office.handle({**payload(a_job()), "id": job_id}, message_id) == "done"
+    error = office.ledger.read(message_id).error
+    assert error is not None
+    assert error.code == "invalid_job"
+    assert "id: " in error.detail
 
 
 def test_a_broker_out_of_reach_at_a_retry_hands_the_message_back(office: Office) -> None:

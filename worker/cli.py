@@ -87,8 +87,8 @@ def demo(folder: Path) -> int:
 
 @gradcam.command()
 @click.option("--unsupervised", is_flag=True, help="Take jobs in this very process.")
-@click.option("--tethered", is_flag=True, hidden=True)
-def worker(*, unsupervised: bool, tethered: bool) -> int:
+@click.option("--ready-fd", type=int, hidden=True)
+def worker(*, unsupervised: bool, ready_fd: int | None) -> int:
     r"""Take jobs until stopped; start again whatever dies unasked.
 
     SIGTERM or Ctrl-C finishes what is running; a second one stops at once.
@@ -101,9 +101,9 @@ def worker(*, unsupervised: bool, tethered: bool) -> int:
     for name in settings.preload:
         catalog.find(name)
     if unsupervised:
-        from worker import tasks
+        from worker import process
 
-        return tasks.run(settings, tethered=tethered)
+        return process.run(settings, ready_fd=ready_fd)
     from worker.supervisor import Supervisor
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -4,25 +4,20 @@ Every model is frozen and refuses unknown fields by name. `deploy/schemas/` hold
 made from these models, and a test keeps both equal.
 """
 
-import re
-import secrets
-import time
-import uuid
-from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AwareDatetime,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
+    StrictInt,
     StringConstraints,
     ValidationError,
     model_validator,
 )
 
 from worker.errors import GradcamError, InvalidJob
+from worker.wire import Wire, describe, new_id
 
 ID_PATTERN = (
     r"^(?:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"  # a UUID
@@ -36,29 +31,8 @@ JobId = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Uri = Annotated[str, StringConstraints(min_length=1, max_length=2_000_000)]  # a data: URI is long
 ShortText = Annotated[str, StringConstraints(max_length=256)]
-ClassWish = int | Annotated[str, StringConstraints(min_length=1, max_length=128)]
-
-
-def utc_now() -> datetime:
-    """The time now, aware, in UTC."""
-    return datetime.now(UTC)
-
-
-def new_id() -> str:
-    """A UUIDv7 (RFC 9562, section 5.7): ids sort by the millisecond in which they were made."""
-    value = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
-    value = value & ~(0xF << 76) | 7 << 76  # version 7
-    return str(uuid.UUID(int=value & ~(3 << 62) | 2 << 62))  # variant of RFC 9562
-
-
-class Wire(BaseModel):
-    """What every model on the wire has in common."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
-
-    def to_json(self) -> str:
-        """The model as JSON text, always the same text for the same model."""
-        return self.model_dump_json()
+Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+ClassWish = StrictInt | Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 
 class ImageRef(Wire):
@@ -71,7 +45,7 @@ class ImageRef(Wire):
 class Target(Wire):
     """Which classes to explain: exactly one of the two."""
 
-    top_n: Annotated[int, Field(ge=1, le=1000)] | None = None
+    top_n: Annotated[int, Field(ge=1, le=1000, strict=True)] | None = None
     classes: Annotated[tuple[ClassWish, ...], Field(min_length=1, max_length=1000)] | None = None
 
     @model_validator(mode="after")
@@ -87,7 +61,7 @@ class Method(Wire):
     """How to compute the heatmaps."""
 
     name: Literal["gradcam"] = "gradcam"
-    layer: ShortText | None = None  # None: the network's own target layer
+    layer: Name | None = None  # None: the network's own target layer
     score: Literal["logit"] = "logit"
     normalize: Literal["per_class"] = "per_class"
 
@@ -130,7 +104,7 @@ class Job(Wire):
     id: JobId = Field(default_factory=new_id)
     idempotency_key: ShortText | None = None
     image: Annotated[ImageRef, BeforeValidator(_bare_uri)]
-    network: ShortText
+    network: Name
     target: Target
     method: Method = Method()
     artifacts: Annotated[tuple[ArtifactWish, ...], Field(min_length=1, max_length=8)] = (
@@ -143,7 +117,7 @@ class Job(Wire):
     timeout_s: Annotated[float, Field(gt=0, le=300)] = 60
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
     webhooks: Annotated[tuple[Webhook, ...], Field(max_length=4)] = ()
-    metadata: Annotated[dict[ShortText, ShortText], Field(max_length=16)] = {}
+    metadata: Annotated[dict[ShortText, ShortText], Field(max_length=16, default_factory=dict)]
     traceparent: Annotated[str, StringConstraints(pattern=r"^[0-9a-f-]{55}$")] | None = None
 
     @model_validator(mode="after")
@@ -165,20 +139,9 @@ class Job(Wire):
 
     def fingerprint(self) -> str:
         """What makes two jobs the same: everything but their ids, keys and trace."""
-        return self.model_dump_json(exclude={"id", "idempotency_key", "traceparent"})
-
-
-def describe(error: ValidationError) -> str:
-    """Pydantic's findings as one sentence: `target.top_n: Input should be ... (received 0)`."""
-    findings = []
-    for found in error.errors(include_url=False):
-        place = ".".join(str(step) for step in found["loc"]) or "the message"
-        what = re.sub("^Value error, ", "", found["msg"])
-        if found["type"] == "extra_forbidden":
-            what = "unknown field"
-        received = "" if isinstance(found["input"], dict | list) else f" (received {found['input']!r:.80})"
-        findings.append(f"{place}: {what}{received if found['type'] != 'missing' else ''}")
-    return "; ".join(findings[:8])
+        # Without defaults, so that a later version with one more field still knows its jobs.
+        own = {"id", "idempotency_key", "traceparent"}
+        return self.model_dump_json(exclude=own, exclude_defaults=True)
 
 
 class Problem(Wire):
@@ -269,12 +232,12 @@ class StatusDocument(Wire):
     cancel_requested_at: AwareDatetime | None = None
     network: NetworkRef | None = None
     worker: WorkerRef | None = None
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = Field(default_factory=dict)
     predictions: tuple[SeenClass, ...] = ()
     result: ManifestRef | None = None
     warnings: tuple[Warned, ...] = ()
     error: Problem | None = None
-    metadata: dict[str, str] = {}
+    metadata: dict[str, str] = Field(default_factory=dict)
 
     @property
     def final(self) -> bool:

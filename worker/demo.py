@@ -32,6 +32,7 @@ from worker.storage import S3, Store, Stores
 NETWORK = "efficientnet_lite0"
 BUCKETS = ("photos", "results")
 OUTPUT = "s3://results/demo"
+SHUTDOWN_S = 10
 TIMEOUT_S = 240  # TensorFlow alone may need a minute to load on a cold disk
 TILE = (320, 320)  # pixels of a picture on the contact sheet
 
@@ -64,6 +65,7 @@ def run(folder: Path) -> int:
             s3_secret_access_key=SecretStr(s3_server.secret_access_key),
             preload=(NETWORK,),
             threads=4,
+            shutdown_timeout_s=SHUTDOWN_S,
         )
         log = folder / "worker.log"
         log.unlink(missing_ok=True)
@@ -100,6 +102,7 @@ def _start_worker(settings: Settings, log: Path) -> subprocess.Popen[bytes]:
         [sys.executable, "-P", "-m", "worker", "worker"],
         log=log,
         environment=settings.to_environment(),
+        grace_s=SHUTDOWN_S + 2,
     )
 
 

@@ -10,22 +10,28 @@ compare-and-set on (attempt, revision), so an attempt that has been overtaken ca
 
 import hashlib
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from worker.contract import Job, Problem, StatusDocument, WorkerRef, utc_now
+from worker.contract import Job, Problem, StatusDocument, WorkerRef
+from worker.deadline import Deadline
 from worker.errors import (
     AttemptFenced,
     GradcamError,
     IdempotencyConflict,
+    InvalidJob,
     JobExpired,
+    LedgerUnavailable,
     MaxAttemptsExceeded,
     UnknownJob,
 )
+from worker.wire import utc_now
 
-Outcome = Literal["claimed", "finished", "ended"]
+ASK_AGAIN_S = 0.5  # between two tries to reach the ledger
+Outcome = Literal["claimed", "held", "finished", "ended"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,9 @@ class Entry:
 class Claim:
     """What a worker learned when it asked for a job.
 
-    `claimed`: run it. `finished`: it was final already, the message is a duplicate. `ended`: the
-    claim itself made it final, because it had expired or had used up its attempts.
+    `claimed`: run it. `held`: a worker that seems alive has it: ask again later. `finished`: it was
+    final already, the message is a duplicate. `ended`: the claim itself made it final, because it had
+    expired or had used up its attempts.
     """
 
     outcome: Outcome
@@ -56,6 +63,10 @@ class Ledger(ABC):
     @abstractmethod
     def _create(self, entry: Entry) -> Entry:
         """Atomically: the entry that has this idempotency key or id already, else this new one."""
+
+    @abstractmethod
+    def _find(self, job_id: str) -> Entry | None:
+        """The entry of a job."""
 
     @abstractmethod
     def _swap(self, before: StatusDocument, after: StatusDocument) -> bool:
@@ -84,15 +95,33 @@ class Ledger(ABC):
             raise IdempotencyConflict(message)
         return held.document
 
+    def receive(self, job_id: str, payload: object) -> tuple[Job, StatusDocument]:
+        """The job that a message is about: the ledger's own, or the message's, which is entered now.
+
+        Raises InvalidJob, IdempotencyConflict.
+        """
+        held = self._find(job_id)
+        if held:
+            return Job.parse(json.loads(held.job)), held.document
+        job = Job.parse(payload)
+        document = self.submit(job)  # perhaps the first with this idempotency key, which has its own id
+        return job.model_copy(update={"id": document.id}), document
+
     def refuse(self, job_id: str, payload: object, error: GradcamError) -> StatusDocument:
-        """Write down that a message could not become a job. A job that has this id is left alone."""
+        """Write down that a message could not become a job.
+
+        A good job that has this id is left alone; one that this version cannot read is failed.
+        """
         text = json.dumps(payload, sort_keys=True, default=repr)
         problem = Problem.of(error, stage="receive", attempt=0)
         document = _fresh(job_id).model_copy(
             update={"status": "failed", "error": problem, "completed_at": utc_now()}
         )
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        return self._create(Entry(fingerprint, "null", None, document)).document
+        held = self._create(Entry(fingerprint, "null", None, document))
+        if held.document.final or _readable(held):
+            return held.document
+        return self.advance(held.document, status="failed", error=problem)
 
     def read(self, job_id: str) -> StatusDocument:
         """The document of a job. Raises UnknownJob."""
@@ -102,16 +131,25 @@ class Ledger(ABC):
             raise UnknownJob(message)
         return documents[job_id]
 
-    def claim(self, job: Job, worker: WorkerRef) -> Claim:
-        """Take the next attempt at a job.
+    def claim(
+        self,
+        job: Job,
+        before: StatusDocument,
+        worker: WorkerRef,
+        *,
+        redelivered: bool = False,
+        lost_after_s: float = 3600,
+    ) -> Claim:
+        """Take the next attempt at a job, whose last known document is `before`.
 
-        A job that still counts as running is taken over: its message came back, so the attempt
-        before is dead, or will be fenced. Raises IdempotencyConflict as `submit` does.
+        A running job is taken over where its message was `redelivered`, which the broker does when the
+        worker that had it is gone, or where it began `lost_after_s` ago; the attempt before is fenced.
         """
         while True:
-            before = self.submit(job)  # which also enters a job that a stranger published by name
             if before.final:
                 return Claim("finished", before)
+            if before.status == "running" and not redelivered and _age_s(before) < lost_after_s:
+                return Claim("held", before)
             now = utc_now()
             ended: GradcamError | None = None
             if before.status == "queued" and job.expires_at and job.expires_at <= now:
@@ -138,16 +176,27 @@ class Ledger(ABC):
                 )
             if self._swap(before, after):
                 return Claim("ended" if ended else "claimed", after)
+            before = self.read(before.id)
 
-    def advance(self, document: StatusDocument, **changes: Any) -> StatusDocument:
+    def advance(self, document: StatusDocument, *, patience_s: float = 0, **changes: Any) -> StatusDocument:
         """Write changes to a job that this attempt holds; final with a final `status`.
 
-        Raises AttemptFenced where another attempt holds it by now.
+        A ledger out of reach is asked again for `patience_s`: writing the same twice is harmless.
+        Raises AttemptFenced where another attempt holds the job by now.
         """
         if changes.get("status") in {"succeeded", "failed"}:
             changes = {"stage": None, "completed_at": utc_now(), **changes}
-        after = _next(document, **changes)
-        if not self._swap(document, after):
+        after, patience = _next(document, **changes), Deadline(patience_s)
+        while True:
+            try:
+                swapped = self._swap(document, after)
+            except LedgerUnavailable:
+                if not patience.left_s():
+                    raise
+                time.sleep(ASK_AGAIN_S)
+            else:
+                break
+        if not swapped:
             message = f"Attempt {document.attempt} of job {document.id} was overtaken: it must stop."
             raise AttemptFenced(message)
         return after
@@ -165,6 +214,19 @@ def _fresh(job_id: str, job: Job | None = None) -> StatusDocument:
         expires_at=job.expires_at if job else None,
         metadata=job.metadata if job else {},
     )
+
+
+def _readable(entry: Entry) -> bool:
+    try:
+        Job.parse(json.loads(entry.job))
+    except InvalidJob:
+        return False
+    return True
+
+
+def _age_s(document: StatusDocument) -> float:
+    """Seconds since the running attempt began."""
+    return (utc_now() - (document.started_at or document.created_at)).total_seconds()
 
 
 def _next(before: StatusDocument, **changes: Any) -> StatusDocument:

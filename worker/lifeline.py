@@ -12,21 +12,24 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
-GRACE_S = 10  # between asking a program to end and killing it
+GRACE_S = 10.0  # between asking a program to end and killing it
 
 
 def start(
     command: Sequence[str],
     *,
-    log: Path | IO[bytes] | None = None,
+    log: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    grace_s: float = GRACE_S,
 ) -> subprocess.Popen[bytes]:
-    """Run a program that ends when it is asked to (SIGTERM) or when this process is gone."""
+    """Run a program that ends when it is asked to (SIGTERM) or when this process is gone.
+
+    It is killed where it has not ended `grace_s` seconds later.
+    """
     # -P: a folder named `worker` where the caller stands must not take this package's place.
-    keeper = [sys.executable, "-P", "-m", "worker.lifeline", *command]
-    output = log.open("ab") if isinstance(log, Path) else log
+    keeper = [sys.executable, "-P", "-m", "worker.lifeline", str(grace_s), *command]
+    output = log.open("ab") if log else None
     try:
         return subprocess.Popen(
             keeper,
@@ -37,19 +40,15 @@ def start(
             start_new_session=True,  # Ctrl-C in a terminal reaches the parent, which decides
         )
     finally:
-        if isinstance(log, Path) and output:
+        if output:
             output.close()
 
 
-def stop(process: subprocess.Popen[bytes], timeout_s: float = GRACE_S + 5) -> int:
-    """Ask a started program to end, wait, and return its exit code; kill it where it does not."""
+def stop(process: subprocess.Popen[bytes]) -> int:
+    """Ask a started program to end, wait for it, and return its exit code."""
     if process.poll() is None:
-        process.terminate()
-    try:
-        code = process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        code = process.wait()
+        process.terminate()  # the keeper kills what does not end in time, so this does end
+    code = process.wait()
     if process.stdin:
         process.stdin.close()
     return code
@@ -66,20 +65,34 @@ def watch(on_lost: Callable[[], object]) -> None:
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
 
 
-def _keep(command: Sequence[str]) -> int:
-    """Run a program, pass signals on, end it when the parent is gone; return its exit code."""
-    program = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+class _Keeper:
+    """Runs one program, passes signals on, and ends it when the parent is gone."""
 
-    def end(*_: object) -> None:
-        program.terminate()
-        threading.Timer(GRACE_S, program.kill).start()
+    def __init__(self, grace_s: float) -> None:
+        self._grace_s = grace_s
+        self._asked = False
+        self._program: subprocess.Popen[bytes] | None = None
 
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
-    watch(end)
-    code = program.wait()
-    os._exit(code if code >= 0 else 128 - code)  # without waiting for the timer
+    def run(self, command: Sequence[str]) -> int:
+        # The handlers come first: a signal that came between would leave the program alone.
+        signal.signal(signal.SIGTERM, self._end)
+        signal.signal(signal.SIGINT, self._end)
+        self._program = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        if self._asked:
+            self._end()
+        watch(self._end)
+        return self._program.wait()
+
+    def _end(self, *_: object) -> None:
+        self._asked = True
+        if self._program is None:
+            return
+        self._program.terminate()
+        timer = threading.Timer(self._grace_s, self._program.kill)
+        timer.daemon = True
+        timer.start()
 
 
 if __name__ == "__main__":
-    _keep(sys.argv[1:])
+    _code = _Keeper(float(sys.argv[1])).run(sys.argv[2:])
+    sys.exit(_code if _code >= 0 else 128 - _code)

@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from worker.contract import JobId, Method, SeenClass, Sha256, Warned, Wire
+from worker.contract import JobId, Method, SeenClass, Sha256, Warned
+from worker.wire import Wire
 
 
 class ArtifactRecord(Wire):

@@ -46,10 +46,13 @@ return 1
 
 
 class RedisLedger(Ledger):
-    """The ledger in Redis or Valkey, standalone or behind Sentinel; not on Redis Cluster."""
+    """The ledger in one Redis or Valkey server; not on a Redis Cluster."""
 
-    def __init__(self, url: str, *, prefix: str, retention_s: float) -> None:
-        """`prefix` starts every key; `retention_s` is how long a final job stays readable."""
+    def __init__(self, url: str, *, prefix: str, retention_s: float, timeout_s: float = 5) -> None:
+        """`prefix` starts every key; `retention_s` is how long a final job stays readable.
+
+        `timeout_s` is how long one answer may take; each question is asked three times at most.
+        """
         self._place = without_secrets(url)
         self._prefix = f"{prefix}job:"
         self._keys = prefix
@@ -57,11 +60,11 @@ class RedisLedger(Ledger):
         self._redis = redis.Redis.from_url(
             url,
             decode_responses=True,
-            socket_timeout=5,
-            socket_connect_timeout=3,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=min(timeout_s, 3),
             socket_keepalive=True,
             health_check_interval=15,
-            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=3),
+            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=2),
         )
         self._create_script = self._redis.register_script(_CREATE)
         self._swap_script = self._redis.register_script(_SWAP)
@@ -87,6 +90,14 @@ class RedisLedger(Ledger):
                 ],
             )
         return Entry(fingerprint, job, key, StatusDocument.model_validate_json(text))
+
+    def _find(self, job_id: str) -> Entry | None:
+        names = ("fingerprint", "job", "document")
+        with self._reaching():
+            fingerprint, job, text = self._redis.hmget(self._prefix + job_id, *names)
+        if fingerprint is None:
+            return None
+        return Entry(str(fingerprint), str(job), None, StatusDocument.model_validate_json(str(text)))
 
     def _swap(self, before: StatusDocument, after: StatusDocument) -> bool:
         with self._reaching():

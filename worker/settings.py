@@ -34,7 +34,7 @@ def _split(value: Any) -> Any:
 
 Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Folder = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -47,8 +47,12 @@ class Settings(BaseModel):
     broker_url: str = "redis://127.0.0.1:6379/0"
     ledger_url: str = ""  # empty: where the broker is
     key_prefix: str = "gradcam:"  # of every key in Redis, the broker's and the ledger's
-    visibility_timeout_s: Annotated[float, Field(ge=2)] = 900  # after which an unacknowledged message returns
-    retention_s: Annotated[float, Field(ge=60)] = 7 * 86_400  # how long a final job stays readable
+    visibility_timeout_s: Annotated[float, Field(ge=2, le=86_400)] = (
+        900  # after which an unacknowledged message returns
+    )
+    retention_s: Annotated[float, Field(ge=60, le=3650 * 86_400)] = (
+        7 * 86_400
+    )  # how long a final job stays readable
 
     # Images
     image_schemes: Listed = ("s3",)
@@ -85,28 +89,40 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        unknown = set(self.image_schemes) - set(SCHEMES)
-        if unknown:
-            message = f"image_schemes holds {sorted(unknown)}; there are {', '.join(SCHEMES)}"
-            raise ValueError(message)
-        if {"http", "https"} & set(self.image_schemes) and not self.image_hosts:
-            message = "image_schemes allows http or https, but image_hosts names no host"
-            raise ValueError(message)
-        if "file" in self.image_schemes and not self.image_roots:
-            message = "image_schemes allows file, but image_roots names no folder"
-            raise ValueError(message)
-        if any("*" in host for host in (*self.image_hosts, *self.webhook_hosts)):
-            message = "image_hosts and webhook_hosts take exact hosts, no wildcard"
-            raise ValueError(message)
-        if bool(self.s3_access_key_id) != bool(self.s3_secret_access_key.get_secret_value()):
-            message = "s3_access_key_id and s3_secret_access_key must be given together"
-            raise ValueError(message)
-        if self.retry_backoff_max_s >= self.visibility_timeout_s:
-            message = "retry_backoff_max_s must be below visibility_timeout_s, or a waiting retry runs twice"
-            raise ValueError(message)
+        schemes, secret = set(self.image_schemes), self.s3_secret_access_key.get_secret_value()
+        web = bool({"http", "https"} & schemes)
+        wildcard = any("*" in host for host in (*self.image_hosts, *self.webhook_hosts))
+        findings = [
+            (
+                schemes - set(SCHEMES),
+                f"image_schemes may hold {', '.join(SCHEMES)}; not all of {sorted(schemes)}",
+            ),
+            (
+                web and not self.image_hosts,
+                "image_schemes allows http or https, but image_hosts names no host",
+            ),
+            (
+                "file" in schemes and not self.image_roots,
+                "image_schemes allows file, but image_roots names no folder",
+            ),
+            (wildcard, "image_hosts and webhook_hosts take exact hosts, no wildcard"),
+            (
+                bool(self.s3_access_key_id) != bool(secret),
+                "s3_access_key_id and s3_secret_access_key must be given together",
+            ),
+            (
+                self.retry_backoff_max_s >= self.visibility_timeout_s,
+                "retry_backoff_max_s must be below visibility_timeout_s, or a waiting retry runs twice",
+            ),
+        ]
+        for name, url in (("broker_url", self.broker_url), ("ledger_url", self.ledger)):
+            right = "must look like redis://host:6379/0 (or rediss://)"
+            findings.append((not _is_redis(url), f"{name} {without_secrets(url)!r} {right}"))
         for uri in (self.output, *self.output_prefixes):
-            if urlsplit(uri).scheme not in {"s3", "file"} or not uri.split("://")[-1].strip("/"):
-                message = f"output {uri!r} must look like s3://bucket/prefix or file:///folder"
+            right = "must look like s3://bucket/prefix or file:///folder"
+            findings.append((not _is_place(uri), f"output {uri!r} {right}"))
+        for wrong, message in findings:
+            if wrong:
                 raise ValueError(message)
         return self
 
@@ -153,11 +169,30 @@ class Settings(BaseModel):
         return others | self.to_environment()
 
 
+def _is_place(uri: str) -> bool:
+    scheme, _, rest = uri.partition("://")
+    return scheme in {"s3", "file"} and bool(rest.strip("/")) and not {"?", "#"} & set(rest)
+
+
+def _is_redis(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        database = parts.path.strip("/")
+        fits = parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+    known = parts.scheme in {"redis", "rediss"} and bool(parts.hostname) and not parts.query
+    return known and fits and (not database or database.isdecimal())
+
+
 def without_secrets(url: str) -> str:
     """A URL that may be shown: user, password and query are gone."""
     try:
         parts = urlsplit(url)
     except ValueError:  # not a URL at all: show no more than how it starts
         return url.partition(":")[0] + ":..."
+    # The last @ of the whole text: a password may hold a slash, and then the parser ends the host there.
+    if not parts.scheme or "@" in parts.path:
+        return f"{parts.scheme or '...'}://{url.rpartition('@')[2].partition('?')[0]}"
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path, "", ""))

@@ -3,12 +3,12 @@
 import tempfile
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import boto3
 import urllib3.exceptions
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
 
 from worker.deadline import Deadline
 from worker.errors import (
@@ -18,6 +18,7 @@ from worker.errors import (
     ImageTooLarge,
     OutputNotAllowed,
     StorageUnavailable,
+    UriNotAllowed,
 )
 from worker.settings import Settings
 
@@ -79,6 +80,9 @@ class S3:
                 deadline.check(f"reading {uri}")
         except ClientError as error:
             raise _unreadable(uri, error) from error
+        except ParamValidationError as error:
+            message = f"{uri} is not the name of an object: {str(error).splitlines()[-1][:200]}"
+            raise UriNotAllowed(message) from error
         except (BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
             deadline.check(f"reading {uri}")
             message = f"{uri} could not be read: {error}"
@@ -168,15 +172,21 @@ class Stores:
     def open(self, uri: str | None = None) -> Store:
         """The store at `uri`, or the default one. Raises OutputNotAllowed."""
         wanted = (uri or self._default).rstrip("/")
-        steps = unquote(wanted.partition("://")[2]).replace("\\", "/").split("/")
+        scheme, _, rest = wanted.partition("://")
+        plain = unquote(rest)
+        steps = plain.replace("\\", "/").split("/")
         below = any(
             wanted == allowed.rstrip("/") or wanted.startswith(allowed.rstrip("/") + "/")
             for allowed in self._allowed
         )
-        if not below or {".", ".."} & set(steps) or "" in steps[1:]:
+        # Nothing that a URL parser or a file system would read in another way than it is written.
+        odd = (
+            {".", ".."} & set(steps) or "" in steps[1:] or {"?", "#"} & set(plain) or not plain.isprintable()
+        )
+        if not below or odd:
             message = f"Output {uri!r} is not allowed: it must be below {' or '.join(self._allowed)}."
             raise OutputNotAllowed(message)
-        parts = urlsplit(wanted)
-        if parts.scheme == "file":
-            return FolderStore(Path(unquote(parts.path)))
-        return S3Store(self._s3, parts.netloc, parts.path.strip("/"))
+        if scheme == "file":
+            return FolderStore(Path(plain))
+        bucket, _, prefix = rest.partition("/")
+        return S3Store(self._s3, bucket, prefix)

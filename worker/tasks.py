@@ -7,35 +7,19 @@ returned  the ledger or the broker is out of reach: the message goes back to the
 """
 
 import logging
-import os
 import random
 import re
-import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
-from celery import Celery
-from celery.exceptions import Reject
-from celery.signals import setup_logging
 from pydantic import ValidationError
 
-from worker import broker, lifeline, pipeline, wiring
-from worker.contract import (
-    ID_PATTERN,
-    Delivery,
-    Job,
-    Problem,
-    StatusDocument,
-    StatusEvent,
-    WorkerRef,
-    describe,
-    utc_now,
-)
+from worker import pipeline
+from worker.contract import ID_PATTERN, Delivery, Job, Problem, StatusDocument, StatusEvent, WorkerRef
 from worker.deadline import Deadline
 from worker.errors import (
     AttemptFenced,
@@ -51,11 +35,13 @@ from worker.ledger import Ledger
 from worker.outside import Outside
 from worker.pipeline import Journey
 from worker.settings import Settings
+from worker.wire import describe, utc_now
 
 log = logging.getLogger("gradcam")
 
 PROGRESS_EVERY_S = 0.5  # stages that pass faster are not worth a round trip
-RETURN_AFTER_S = 1  # before a message goes back, so that an outage makes no busy loop
+ASK_AGAIN_S = 5  # before a second message of a running job is looked at again
+LEDGER_PATIENCE_S = 30  # a finished job's last word is worth waiting for
 EVENTS = {  # a state of the job -> the event a webhook can ask for
     "running": "job.started",
     "retrying": "job.retrying",
@@ -75,29 +61,51 @@ class Desk:
     worker: WorkerRef
     publish: Callable[..., None]  # a Job, delay_s=: see `broker.publish`
     publish_delivery: Callable[..., None]  # a Delivery, delay_s=: see `broker.publish_delivery`
+    busy: "Busy" = field(default_factory=lambda: Busy())  # noqa: PLW0108  # defined below
 
-    def handle(self, payload: object, message_id: str) -> str:
+    def handle(self, payload: object, message_id: str, *, redelivered: bool = False) -> str:
         """Bring one message to its end; return which. Raises LedgerUnavailable, BrokerUnavailable."""
         job_id = _identify(payload, message_id)
         try:
-            job = Job.parse({**payload, "id": job_id} if isinstance(payload, dict) else payload)
-            claim = self.ledger.claim(job, self.worker)
+            job, document = self.ledger.receive(job_id, _with_id(payload, job_id))
         except (InvalidJob, IdempotencyConflict) as error:
-            self.ledger.refuse(job_id, payload, error)
-            log.warning("job %s refused: %s", job_id, error)
+            self.refuse(job_id, payload, error)
             return "done"
-        if claim.outcome == "finished":
-            log.info("job %s is %s already: dropped", job.id, claim.document.status)
-            return "dropped"
-        job = job.model_copy(update={"id": claim.document.id})  # the first with this idempotency key
-        self._tell(job, claim.document)
-        if claim.outcome == "ended":
-            return "done"
+        if not self.busy.enter(job.id):
+            return self._ask_again(job)
         try:
-            return self._run(job, claim.document)
+            return self._claim(job, document, redelivered=redelivered)
         except AttemptFenced as error:
             log.warning("%s", error)
             return "dropped"
+        finally:
+            self.busy.leave(job.id)
+
+    def refuse(self, message_id: str, payload: object, error: GradcamError) -> None:
+        """Write down a message that is no job. Raises LedgerUnavailable."""
+        document = self.ledger.refuse(_identify(payload, message_id), payload, error)
+        log.warning("job %s refused: %s", document.id, error)
+
+    def _claim(self, job: Job, document: StatusDocument, *, redelivered: bool) -> str:
+        claim = self.ledger.claim(
+            job,
+            document,
+            self.worker,
+            redelivered=redelivered,
+            lost_after_s=self.settings.visibility_timeout_s,
+        )
+        if claim.outcome == "held":
+            return self._ask_again(job)
+        if claim.outcome == "finished":
+            log.info("job %s is %s already: dropped", job.id, claim.document.status)
+            return "dropped"
+        self._tell(job, claim.document)
+        return "done" if claim.outcome == "ended" else self._run(job, claim.document)
+
+    def _ask_again(self, job: Job) -> str:
+        """A message for a job that runs just now is kept: it is needed if that attempt dies."""
+        self.publish(job, delay_s=ASK_AGAIN_S)
+        return "later"
 
     def _run(self, job: Job, document: StatusDocument) -> str:
         """Run a claimed job and write down how it went."""
@@ -129,7 +137,7 @@ class Desk:
         return "later"
 
     def _write(self, job: Job, document: StatusDocument, **changes: Any) -> None:
-        after = self.ledger.advance(document, **changes)
+        after = self.ledger.advance(document, patience_s=LEDGER_PATIENCE_S, **changes)
         code = f" ({after.error.code})" if after.error else ""
         log.info("job %s attempt %d: %s%s", job.id, after.attempt, after.status, code)
         self._tell(job, after)
@@ -178,9 +186,36 @@ def _identify(payload: object, message_id: str) -> str:
     """
     own = payload.get("id") if isinstance(payload, dict) else None
     for candidate in (own, message_id):
-        if isinstance(candidate, str) and re.match(ID_PATTERN, candidate):
+        if isinstance(candidate, str) and re.fullmatch(ID_PATTERN, candidate):
             return candidate
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"gradcam:{message_id}"))
+
+
+def _with_id(payload: object, job_id: str) -> object:
+    """A stranger may leave the id out; a wrong one is not replaced, it is refused."""
+    if isinstance(payload, dict) and payload.get("id") is None:
+        return {**payload, "id": job_id}
+    return payload
+
+
+class Busy:
+    """The jobs that this process is working on. A broker that restarts sends their messages again."""
+
+    def __init__(self) -> None:
+        self._jobs: set[str] = set()
+        self._lock = threading.Lock()
+
+    def enter(self, job_id: str) -> bool:
+        """Whether the job was free, and is now taken."""
+        with self._lock:
+            free = job_id not in self._jobs
+            self._jobs.add(job_id)
+            return free
+
+    def leave(self, job_id: str) -> None:
+        """The job is free again."""
+        with self._lock:
+            self._jobs.discard(job_id)
 
 
 class _Progress:
@@ -196,70 +231,3 @@ class _Progress:
             return
         self.document = self._ledger.advance(self.document, stage=stage)
         self._written = time.monotonic()
-
-
-def register(app: Celery, desk: Desk) -> None:
-    """Give the app its tasks."""
-
-    def task(name: str, handler: Callable[[object, str], str]) -> None:
-        def receive(self: Any, payload: object = None) -> None:
-            try:
-                handler(payload, self.request.id)
-            except (LedgerUnavailable, BrokerUnavailable) as error:
-                log.warning("message %s goes back: %s", self.request.id, error)
-                time.sleep(RETURN_AFTER_S)
-                raise Reject(str(error), requeue=True) from error
-
-        app.task(receive, name=name, bind=True)
-
-    task(broker.EXPLAIN, desk.handle)
-    task(broker.DELIVER, lambda payload, _: desk.deliver(payload))
-
-
-def run(settings: Settings, *, tethered: bool = False) -> int:
-    """Consume jobs in this process until it is asked to stop; return its exit code.
-
-    `tethered` processes end, cleanly, when whoever holds their standard input is gone.
-    """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for chatty in ("httpx", "celery.app.trace"):  # our own lines say it in the job's words
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    setup_logging.connect(_keep_logging)
-    if tethered:
-        lifeline.watch(lambda: _end(settings.shutdown_timeout_s))
-    app = broker.make_app(settings)
-    outside = wiring.outside(settings)
-    desk = Desk(
-        settings,
-        wiring.ledger(settings),
-        outside,
-        wiring.worker_ref(),
-        publish=partial(broker.publish, app),
-        publish_delivery=partial(broker.publish_delivery, app),
-    )
-    register(app, desk)
-    for name in settings.preload:
-        outside.residents.warm(name)
-        log.info("%s is loaded", name)
-    consumer = app.Worker(
-        pool="threads",
-        concurrency=settings.threads,
-        queues=list(broker.QUEUES),
-        without_gossip=True,  # with it, a restart of the broker can end the worker
-        without_mingle=True,
-        without_heartbeat=True,
-        quiet=True,
-    )
-    log.info("%s on %s takes jobs, %d threads", desk.worker.id, desk.worker.device, settings.threads)
-    consumer.start()
-    return int(consumer.exitcode or 0)
-
-
-def _keep_logging(**_: object) -> None:
-    """Being connected to Celery's signal is what keeps Celery from configuring the logs."""
-
-
-def _end(timeout_s: float) -> None:
-    log.warning("whoever started this worker is gone: ending")
-    threading.Timer(timeout_s, os._exit, [1]).start()
-    os.kill(os.getpid(), signal.SIGTERM)

@@ -47,6 +47,9 @@ class MemoryLedger(Ledger):
                     self._keys[key] = owner
             return self._entries[owner]
 
+    def _find(self, job_id: str) -> Entry | None:
+        return self._entries.get(job_id)
+
     def _swap(self, before: StatusDocument, after: StatusDocument) -> bool:
         with self._lock:
             entry = self._entries[before.id]

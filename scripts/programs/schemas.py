@@ -4,8 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from worker.contract import Delivery, Job, StatusDocument, Wire
+from worker.contract import Delivery, Job, StatusDocument
 from worker.manifest import Manifest
+from worker.wire import Wire
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "schemas"
 MODELS: dict[str, type[Wire]] = {

@@ -45,11 +45,12 @@ class Stage:
             [sys.executable, "-P", "-m", "worker", "worker"],
             log=self.logs / f"{name}.log",
             environment=self.settings.to_environment(),
+            grace_s=self.settings.shutdown_timeout_s + 5,
         )
         try:
             yield process
         finally:
-            lifeline.stop(process, timeout_s=60)
+            lifeline.stop(process)
 
     def log(self, name: str) -> str:
         return (self.logs / f"{name}.log").read_text()

@@ -13,10 +13,11 @@ import pytest
 from celery import Celery
 
 from worker import broker
-from worker.contract import StatusDocument, new_id
+from worker.contract import StatusDocument
 from worker.doctor import examine
 from worker.gradcam.decode import decode
 from worker.manifest import Manifest
+from worker.wire import new_id
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 

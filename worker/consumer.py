@@ -1,0 +1,60 @@
+"""Celery's consumer, made to survive messages that are no task messages.
+
+A queue can be written to by strangers. As it comes, Celery's consumer ends the whole worker over a
+malformed header or body (and gets the same message again when it is back), drops what it cannot
+decode without a word to whoever sent it, and logs the contents.
+"""
+
+import logging
+from typing import Any
+
+from celery.worker.consumer import Consumer
+from kombu.exceptions import DecodeError
+
+log = logging.getLogger("gradcam")
+
+
+class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
+    """Hands every message that is no task to `app.refuse_message(message id, why)`, and goes on."""
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
+        """Celery's handler of one message, in a net."""
+        handle = super().create_task_handler(*args, **kwargs)
+
+        def on_task_received(message: Any) -> None:
+            try:
+                handle(message)
+            except self.connection_errors:
+                raise  # the broker's trouble, not the message's
+            except Exception as error:  # noqa: BLE001  # whatever a malformed message leads to
+                self._refuse(message, f"its headers or body are malformed ({type(error).__name__})")
+
+        return on_task_received
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        """The body is no JSON, or no list of arguments."""
+        self._refuse(message, f"its body cannot be read as JSON ({type(exc).__name__})")
+
+    def on_invalid_task(self, body: object, message: Any, exc: Exception) -> None:  # noqa: ARG002
+        """Celery itself found it malformed, or its content type is not JSON."""
+        why = "it cannot be read as JSON" if isinstance(exc, DecodeError) else type(exc).__name__
+        self._refuse(message, f"it is malformed ({why})")
+
+    def on_unknown_message(self, body: object, message: Any) -> None:  # noqa: ARG002
+        """No task is named."""
+        self._refuse(message, "it names no task")
+
+    def on_unknown_task(self, body: object, message: Any, exc: Exception) -> None:  # noqa: ARG002
+        """A task of this name does not exist here."""
+        name = str(message.headers.get("task"))[:60]
+        known = sorted(task for task in self.app.tasks if task.startswith("gradcam."))
+        self._refuse(message, f"there is no task {name!r}; there are {', '.join(known)}")
+
+    def _refuse(self, message: Any, why: str) -> None:
+        """Write down why, under the message's own id, then take it from the queue."""
+        headers = message.headers if isinstance(message.headers, dict) else {}
+        try:
+            self.app.refuse_message(str(headers.get("id")), why)
+        except Exception:
+            log.exception("a message that is no job could not be written down")
+        message.ack_log_error(log, self.connection_errors)

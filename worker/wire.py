@@ -1,0 +1,53 @@
+"""What everything on the wire has in common: frozen models, ids, times, and findings as sentences."""
+
+import re
+import secrets
+import time
+import uuid
+from datetime import UTC, datetime
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Wire(BaseModel):
+    """What every model on the wire has in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True, allow_inf_nan=False)
+
+    def to_json(self) -> str:
+        """The model as JSON text, always the same text for the same model."""
+        return self.model_dump_json()
+
+
+def utc_now() -> datetime:
+    """The time now, aware, in UTC."""
+    return datetime.now(UTC)
+
+
+def new_id() -> str:
+    """A UUIDv7 (RFC 9562, section 5.7): ids sort by the millisecond in which they were made."""
+    value = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
+    value = value & ~(0xF << 76) | 7 << 76  # version 7
+    return str(uuid.UUID(int=value & ~(3 << 62) | 2 << 62))  # variant of RFC 9562
+
+
+def describe(error: ValidationError) -> str:
+    """Pydantic's findings as one sentence: `target.top_n: Input should be ... (received 0)`.
+
+    What was received is shown where it is short and plain: a URL may hold a secret, and so may the
+    value of a field that is not ours.
+    """
+    findings = []
+    for found in error.errors(include_url=False)[:8]:
+        place = ".".join(
+            repr(step)[1:-1][:60] if isinstance(step, str) else str(step) for step in found["loc"]
+        )
+        what = re.sub("^Value error, ", "", found["msg"])
+        received, plain = found["input"], isinstance(found["input"], str | int | float | None)
+        if found["type"] == "extra_forbidden":
+            what, plain = "unknown field", False
+        elif found["type"] == "missing" or "://" in str(received)[:2000]:
+            plain = False
+        shown = f" (received {repr(received)[:60]})" if plain else ""
+        findings.append(f"{place or 'the message'}: {what}{shown}")
+    return "; ".join(findings)[:2000]
