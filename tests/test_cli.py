@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,10 @@ def test_help_shows_every_command_and_an_example_of_each(capsys: pytest.CaptureF
     for command in commands:
         assert f"\n  {command} " in listed
         assert main([command, "--help"]) == 0
-        assert "gradcam " + command in capsys.readouterr().out.split("Example")[1]
+        examples = capsys.readouterr().out.split("Example")[1].splitlines()[1:]
+        assert re.match(rf"    (GRADCAM_\w+=\S+ )*gradcam {command}", examples[0]), (
+            "an example has its own line"
+        )
 
 
 @pytest.mark.parametrize(
@@ -121,6 +125,21 @@ class TestExplain:
         bad, good = json.loads(capsys.readouterr().out)
         assert bad["error"]["code"] == "unsupported_media_type"
         assert good["manifest"]["explanations"][0]["class"]["name"] == "espresso"
+
+    @pytest.mark.parametrize(
+        ("name", "folder"),
+        [("a[final].jpg", "a[final]"), ("[red]b.jpg", "[red]b"), ("...jpg", "image"), ("ü %?#.jpg", "ü %?#")],
+    )
+    def test_whatever_a_file_is_called_it_is_explained_below_the_output(
+        self, name: str, folder: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / name).write_bytes((photos / "coffee.jpg").read_bytes())
+        assert main(["explain", str(tmp_path / name), "--top-n", "1", "-o", str(tmp_path / "out")]) == 0
+        assert name in capsys.readouterr().out
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [folder]
+        (tmp_path / name).write_bytes(b"<html>")
+        assert main(["explain", str(tmp_path / name)]) == 1
+        assert name in capsys.readouterr().err
 
     def test_an_unknown_class_is_an_error_with_suggestions(
         self, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

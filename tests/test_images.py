@@ -1,10 +1,14 @@
 import base64
+import contextlib
+import gzip
 import hashlib
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import boto3
 import moto
@@ -256,3 +260,77 @@ class TestS3:
         http_server.url("/photos/a.jpg", answer(403, b"<Error><Code>AccessDenied</Code></Error>"))
         with pytest.raises(ImageForbidden, match=r"AccessDenied.*grant it s3:GetObject"):
             fetch("s3://photos/a.jpg", s3_endpoint_url=f"http://{http_server.host}")
+
+
+class Raw:
+    """A server that says exactly these bytes, slowly, for ever, or not at all."""
+
+    def __init__(self, first: bytes, again: bytes, pause_s: float = 0.05) -> None:
+        self._first, self._again, self._pause_s = first, again, pause_s
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(10)
+        self.host = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve)
+
+    def _serve(self) -> None:
+        connection, _ = self._listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(self._first)
+            end = time.monotonic() + 20
+            while time.monotonic() < end:
+                connection.sendall(self._again)
+                time.sleep(self._pause_s)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+        self._thread.join()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        (HEAD, b"x"),  # headers, a byte at a time
+        (b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
+        (HEAD + b"transfer-encoding: chunked\r\n\r\n1;", b"x"),  # an endless chunk extension
+        (HEAD + b"content-length: 1000000\r\n\r\n", b"x"),
+        (HEAD + b"\r\n", b"x"),  # a body that ends with the connection must not look whole when it is cut
+    ],
+)
+def test_a_server_that_drips_is_cut_off_in_time(first: bytes, again: bytes) -> None:
+    begun = time.monotonic()
+    with Raw(first, again) as server:
+        with pytest.raises(ImageFetchFailed, match=r"timed out after 0\.5 s"):
+            fetch(
+                f"http://{server.host}/",
+                image_schemes=("http",),
+                image_hosts=(server.host,),
+                fetch_timeout_s=0.5,
+            )
+        assert time.monotonic() - begun < 15, "the server would have gone on for 20 s"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "gzip, gzip", "br"])
+def test_a_compressed_body_is_not_unpacked(http_server: Any, answer: Any, encoding: str) -> None:
+    bomb = gzip.compress(gzip.compress(bytes(50_000_000)))
+    url = http_server.url("/bomb", answer(200, bomb, headers={"content-encoding": encoding}))
+    with pytest.raises(ImageFetchFailed, match="its body is encoded"):
+        fetch(url, image_schemes=("http",), image_hosts=(http_server.host,))
+
+
+@pytest.mark.parametrize("host", ["xn--a", "exa\u0000mple", "*.test"])
+def test_a_host_that_is_no_name_is_refused(host: str) -> None:
+    with pytest.raises(UriNotAllowed):
+        fetch(f"http://{host}/a.jpg", image_schemes=("http",), image_hosts=("example.test",))
+
+
+def test_an_impossible_bucket_name_is_refused_and_not_retried() -> None:
+    with pytest.raises(UriNotAllowed, match="is not the name of an object"):
+        fetch("s3://not a bucket/a.jpg")

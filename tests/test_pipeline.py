@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import time
 from typing import Any
 
 import cv2
@@ -11,6 +12,7 @@ from worker.contract import Job
 from worker.deadline import Deadline
 from worker.errors import GradcamError, InvalidJob, JobTimeout, UnknownClass, UnknownLayer, UnknownNetwork
 from worker.gradcam.decode import decode
+from worker.gradcam.residents import Residents
 from worker.manifest import Manifest
 from worker.pipeline import Done, Journey, explain
 from worker.testing import MemoryStore, TinyNetwork, outside
@@ -139,13 +141,37 @@ def test_what_cannot_be_done_says_at_which_stage_and_leaves_nothing(
 
 
 def test_too_many_classes_are_refused_with_the_setting_that_says_so() -> None:
-    with pytest.raises(InvalidJob, match=r"asks for 3 classes; at most 2 are allowed \(max_classes\)"):
+    with pytest.raises(InvalidJob, match=r"for 3 classes; at most 2 are allowed \(GRADCAM_MAX_CLASSES\)"):
         run(job(target={"classes": [0, 1, 2]}), max_classes=2)
 
 
 def test_a_job_out_of_time_stops_at_the_next_stage() -> None:
     with pytest.raises(JobTimeout, match="timeout_s of 1e-06 s"):
         run(job(timeout_s=1e-6))
+
+
+def test_rendering_and_uploading_stop_when_the_time_is_up() -> None:
+    asked, store = job(target={"top_n": 3}), MemoryStore()
+
+    class Slow(MemoryStore):
+        def put(self, key: str, data: bytes, media_type: str) -> str:
+            time.sleep(0.2)
+            return store.put(key, data, media_type)
+
+    with pytest.raises(JobTimeout, match="upload"):
+        run(asked.model_copy(update={"timeout_s": 0.3}), Slow())
+    assert 1 <= len(store.objects) < 4
+    assert f"{asked.id}/manifest.json" not in store.objects
+
+
+def test_loading_a_network_is_not_held_against_the_job() -> None:
+    def load(name: str) -> TinyNetwork:
+        time.sleep(0.5)
+        return TinyNetwork()
+
+    done, _, journey = run(job(timeout_s=0.4), residents=Residents(load))
+    assert done.predictions
+    assert journey.metrics["load_s"] >= 0.5
 
 
 def test_tiny_network_computes_what_it_promises() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from worker import __version__
 from worker.contract import HeatmapWish, Job, ManifestRef, OverlayWish, SeenClass, Warned
+from worker.deadline import Deadline
 from worker.gradcam.decode import Decoded
 from worker.gradcam.explain import Explanation, Prediction, overlay_name
 from worker.gradcam.picture import encode_jpeg, overlay
@@ -46,9 +47,14 @@ class Rendered:
     facts: dict[str, Any]  # width and height, or dtype and shape
 
 
-def render(job: Job, decoded: Decoded, seen: Explanation) -> list[Rendered]:
-    """Everything the job wants to be left behind, as bytes."""
-    return [made for wish in job.artifacts for made in _render(wish, decoded, seen)]
+def render(job: Job, decoded: Decoded, seen: Explanation, deadline: Deadline) -> list[Rendered]:
+    """Everything the job wants to be left behind, as bytes. Raises JobTimeout."""
+    rendered = []
+    for wish in job.artifacts:
+        for made in _render(wish, decoded, seen):
+            deadline.check("render")
+            rendered.append(made)
+    return rendered
 
 
 def _render(wish: OverlayWish | HeatmapWish, decoded: Decoded, seen: Explanation) -> Iterator[Rendered]:
@@ -76,10 +82,12 @@ def _npz(seen: Explanation) -> bytes:
     return file.getvalue()
 
 
-def upload(store: Store, folder: str, rendered: list[Rendered]) -> list[ArtifactRecord]:
-    """Store the artifacts; the records stand in the same order. Raises StorageUnavailable."""
-    return [
-        ArtifactRecord(
+def upload(store: Store, folder: str, rendered: list[Rendered], deadline: Deadline) -> list[ArtifactRecord]:
+    """Store the artifacts; the records stand in the same order. Raises StorageUnavailable, JobTimeout."""
+    records = []
+    for made in rendered:
+        deadline.check("upload")
+        record = ArtifactRecord(
             kind=made.kind,
             uri=store.put(f"{folder}/{made.name}", made.data, made.media_type),
             media_type=made.media_type,
@@ -87,8 +95,8 @@ def upload(store: Store, folder: str, rendered: list[Rendered]) -> list[Artifact
             sha256=hashlib.sha256(made.data).hexdigest(),
             **made.facts,
         )
-        for made in rendered
-    ]
+        records.append(record)
+    return records
 
 
 def describe(

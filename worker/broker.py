@@ -26,8 +26,11 @@ QUEUES = (INTERACTIVE, STATUS, BULK)  # in the order in which a worker looks
 ROUTES = {"high": (INTERACTIVE, 0), "normal": (INTERACTIVE, 3), "low": (INTERACTIVE, 6), "bulk": (BULK, 9)}
 
 
-def make_app(settings: Settings) -> Celery:
-    """The Celery app, configured to lose nothing it can keep (reasons beside each line)."""
+def make_app(settings: Settings, *, timeout_s: float = 10) -> Celery:
+    """The Celery app, configured to lose nothing it can keep (reasons beside each line).
+
+    `timeout_s` is how long a half-open broker is waited for.
+    """
     app = Celery("gradcam", broker=settings.broker_url, set_as_current=False)
     app.conf.update(
         task_queues=[Queue(name) for name in QUEUES],
@@ -58,8 +61,8 @@ def make_app(settings: Settings) -> Celery:
             "unacked_mutex_expire": 30,
             "queue_order_strategy": "priority",
             "priority_steps": sorted({number for _, number in ROUTES.values()}),
-            "socket_timeout": 10,  # a half-open broker must not block for ever
-            "socket_connect_timeout": 3,
+            "socket_timeout": timeout_s,  # a half-open broker must not block for ever
+            "socket_connect_timeout": min(timeout_s, 3),
             "socket_keepalive": True,
             "health_check_interval": 15,
         },
@@ -97,7 +100,9 @@ def _send(
             priority=priority,
             task_id=task_id,
             countdown=delay_s or None,
-            retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_max": 1},
+            argsrepr=f"<{task_id or task}>",  # else the headers, and logs, repeat the job with its URLs
+            kwargsrepr="",
+            retry_policy={"max_retries": 1, "interval_start": 0.1, "interval_max": 1},
         )
     except (kombu.exceptions.OperationalError, OSError) as error:
         place = without_secrets(app.conf.broker_url)

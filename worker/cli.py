@@ -72,7 +72,7 @@ def gradcam() -> None:
 @gradcam.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default="gradcam-demo")
 def demo(folder: Path) -> int:
-    r"""Explain five photos through a real queue, a real worker and a real object store.
+    """Explain five photos through a real queue, a real worker and a real object store.
 
     Everything runs on this machine and is stopped in the end. Results go to FOLDER.
 
@@ -89,7 +89,7 @@ def demo(folder: Path) -> int:
 @click.option("--unsupervised", is_flag=True, help="Take jobs in this very process.")
 @click.option("--ready-fd", type=int, hidden=True)
 def worker(*, unsupervised: bool, ready_fd: int | None) -> int:
-    r"""Take jobs until stopped; start again whatever dies unasked.
+    """Take jobs until stopped; start again whatever dies unasked.
 
     SIGTERM or Ctrl-C finishes what is running; a second one stops at once.
 
@@ -132,7 +132,7 @@ def explain(
     *,
     as_json: bool,
 ) -> int:
-    r"""Explain IMAGES here and now: no queue, no servers.
+    """Explain IMAGES here and now: no queue, no servers.
 
     \b
     Examples:
@@ -163,7 +163,7 @@ def submit(
     wait: bool,
     as_json: bool,
 ) -> int:
-    r"""Queue the image at URI for a worker.
+    """Queue the image at URI for a worker.
 
     \b
     Examples:
@@ -189,7 +189,7 @@ def submit(
 @click.argument("job_id")
 @click.option("--json", "as_json", is_flag=True, help="Print the status document as JSON.")
 def status(job_id: str, *, as_json: bool) -> int:
-    r"""Show what has become of a job. Exit code 1 where it failed.
+    """Show what has become of a job. Exit code 1 where it failed.
 
     \b
     Example:
@@ -217,7 +217,7 @@ def _origin(path: Path | None) -> str:
 @gradcam.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 def networks(*, as_json: bool) -> int:
-    r"""List the networks that a job can name, and where their weights are.
+    """List the networks that a job can name, and where their weights are.
 
     \b
     Example:
@@ -256,7 +256,7 @@ def networks(*, as_json: bool) -> int:
 @gradcam.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 def doctor(*, as_json: bool) -> int:
-    r"""Check broker, ledger, storage, weights and device, and say what to fix.
+    """Check broker, ledger, storage, weights and device, and say what to fix.
 
     \b
     Example:

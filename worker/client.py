@@ -16,6 +16,7 @@ from worker.ledger import Ledger
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
 
+TIMEOUT_S = 2  # for one answer of Redis: a web request is waiting
 POLL_FIRST_S = 0.02  # between looks at a job; grows by half each time
 POLL_LAST_S = 0.5
 
@@ -40,9 +41,12 @@ class GradcamClient:
         given = {"broker_url": broker_url, "ledger_url": status_url}
         settings = settings.model_copy(update={name: url for name, url in given.items() if url})
         self._ledger = ledger or RedisLedger(
-            settings.ledger, prefix=settings.key_prefix, retention_s=settings.retention_s
+            settings.ledger,
+            prefix=settings.key_prefix,
+            retention_s=settings.retention_s,
+            timeout_s=TIMEOUT_S,
         )
-        app = None if publish else broker.make_app(settings)
+        app = None if publish else broker.make_app(settings, timeout_s=TIMEOUT_S)
         self._publish = publish or (lambda job: broker.publish(app, job))
 
     def submit(self, job: Job | None = None, /, **fields: Any) -> str:

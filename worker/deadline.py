@@ -13,6 +13,10 @@ class Deadline:
         self._allowed_s = seconds
         self._end = time.monotonic() + seconds
 
+    def forgive(self, seconds: float) -> None:
+        """Put the moment off, by time that was not the job's to answer for."""
+        self._end += seconds
+
     def left_s(self) -> float:
         """Seconds left, never below zero."""
         return max(self._end - time.monotonic(), 0.0)

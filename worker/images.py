@@ -3,10 +3,11 @@
 import base64
 import binascii
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, unquote_to_bytes
+from urllib.parse import unquote_to_bytes
 
 from worker.contract import ImageRef
 from worker.deadline import Deadline
@@ -21,11 +22,11 @@ from worker.errors import (
 )
 from worker.settings import Settings, without_secrets
 from worker.storage import S3
-from worker.web import OK, Response, Web, WebError
+from worker.web import Web, WebFailed
 
-MAX_REDIRECTS = 3
+OK = 200
 NOT_FOUND = {404, 410}
-FORBIDDEN = {401, 403, 407, 451}
+FORBIDDEN = {400, 401, 403, 405, 406, 407, 451}  # asking again in the same way is of no use
 
 
 @dataclass(frozen=True)
@@ -89,52 +90,30 @@ class Images:
         return self._s3.read_image(bucket, key, self._settings.max_image_bytes, deadline)
 
     def _read_http(self, uri: str, deadline: Deadline) -> bytes:
-        """Follow redirects by hand, so that each hop passes the same door."""
-        here = uri
-        for _ in range(MAX_REDIRECTS + 1):
-            url = self._web.allowed(here)
-            try:
-                with self._web.client.stream("GET", url, timeout=self._patience_s(deadline)) as response:
-                    if not response.has_redirect_location:
-                        return self._body(response, uri, deadline)
-                    here = str(url.join(response.headers["location"]))
-            except WebError as error:
-                deadline.check(f"reading {presentable(uri)}")
-                message = f"{presentable(uri)} could not be read: {error or type(error).__name__}"
-                raise ImageFetchFailed(message) from error
-        message = f"{presentable(uri)} redirects more than {MAX_REDIRECTS} times."
-        raise ImageFetchFailed(message)
-
-    def _patience_s(self, deadline: Deadline) -> float:
-        return max(min(self._settings.fetch_timeout_s, deadline.left_s()), 0.01)
-
-    def _body(self, response: Response, uri: str, deadline: Deadline) -> bytes:
-        shown, status = presentable(uri), response.status_code
-        if status in NOT_FOUND:
-            message = f"There is nothing at {shown} (HTTP {status})."
-            raise ImageNotFound(message)
-        if status in FORBIDDEN:
-            message = f"{shown} may not be read (HTTP {status})."
-            raise ImageForbidden(message)
-        if status != OK:
-            message = f"{shown} could not be read (HTTP {status})."
-            raise ImageFetchFailed(message)
-        data = bytearray()
-        slowest = Deadline(self._settings.fetch_timeout_s)
-        for chunk in response.iter_bytes():
-            data += chunk
-            self._check_size(len(data), uri)
+        shown, limit = presentable(uri), self._settings.max_image_bytes
+        seconds = min(self._settings.fetch_timeout_s, deadline.left_s())
+        try:
+            answer = self._web.get(uri, max_bytes=limit, seconds=seconds)
+        except WebFailed as error:
             deadline.check(f"reading {shown}")
-            if not slowest.left_s():
-                message = f"{shown} took longer than {self._settings.fetch_timeout_s:g} s to read."
-                raise ImageFetchFailed(message)
-        return bytes(data)
+            message = f"{shown} could not be read: {error}"
+            raise ImageFetchFailed(message) from error
+        what = f"{shown} could not be read (HTTP {answer.status})."
+        if answer.status in NOT_FOUND:
+            raise ImageNotFound(what)
+        if answer.status in FORBIDDEN:
+            raise ImageForbidden(what)
+        if answer.status != OK:
+            raise ImageFetchFailed(what)
+        self._check_size(len(answer.body), uri)
+        return answer.body
 
     def _read_file(self, uri: str, deadline: Deadline) -> bytes:  # noqa: ARG002  # a local disk answers
         host, _, name = uri.partition("://")[2].partition("/")
         roots = [Path(root).resolve() for root in self._settings.image_roots]
         try:
-            path = Path("/" + unquote(name)).resolve()  # through symbolic links, so that none leads out
+            # Resolved through symbolic links, so that none leads out.
+            path = Path("/" + os.fsdecode(unquote_to_bytes(name))).resolve()
         except (OSError, ValueError) as error:  # a loop of links, a null byte
             message = f"{presentable(uri)} is not a path: {error}"
             raise UriNotAllowed(message) from error
@@ -180,4 +159,7 @@ def presentable(uri: str) -> str:
     scheme, _, rest = uri.partition(":")
     if scheme.casefold() == "data":
         return f"data:{rest.partition(',')[0][:100]},..."
-    return uri if scheme == "s3" else without_secrets(uri)
+    if scheme.casefold() == "s3":
+        bucket, slash, key = rest.removeprefix("//").partition("/")
+        return f"s3://{bucket.rpartition('@')[2]}{slash}{key}"
+    return without_secrets(uri)

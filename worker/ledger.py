@@ -10,13 +10,14 @@ compare-and-set on (attempt, revision), so an attempt that has been overtaken ca
 
 import hashlib
 import json
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from worker.contract import Job, Problem, StatusDocument, WorkerRef
+from worker.contract import ID_PATTERN, Job, Problem, StatusDocument, WorkerRef
 from worker.deadline import Deadline
 from worker.errors import (
     AttemptFenced,
@@ -125,7 +126,7 @@ class Ledger(ABC):
 
     def read(self, job_id: str) -> StatusDocument:
         """The document of a job. Raises UnknownJob."""
-        documents = self.read_many([job_id])
+        documents = self.read_many([job_id]) if re.fullmatch(ID_PATTERN, job_id) else {}
         if job_id not in documents:
             message = f"The ledger has no job {job_id}: its id is wrong, or it ended too long ago."
             raise UnknownJob(message)

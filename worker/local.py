@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.text import Text
 
 from worker import terminal, wiring
 from worker.contract import Job
@@ -33,7 +34,7 @@ def explain_files(
     job = Job.parse({"image": "file:///", "network": network, "target": target, "timeout_s": TIMEOUT_S})
     folders = _folders(images)
     made: dict[Path, Manifest | GradcamError] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=terminal.err, transient=True) as progress:
         for image in progress.track(images, description=f"explaining with {network}"):
             made[image] = _one(job, image, outside, folders[image], output)
@@ -49,10 +50,11 @@ def _folders(images: tuple[Path, ...]) -> dict[Path, str]:
     taken: set[str] = set()
     folders = {}
     for image in images:
-        name, number = image.stem, 1
+        stem = image.stem.strip(".") or "image"  # a file may be called `...jpg`
+        name, number = stem, 1
         while name in taken:
             number += 1
-            name = f"{image.stem}-{number}"
+            name = f"{stem}-{number}"
         taken.add(name)
         folders[image] = name
     return folders
@@ -76,18 +78,16 @@ def _record(image: Path, result: Manifest | GradcamError) -> dict[str, Any]:
 
 def _print(made: dict[Path, Manifest | GradcamError], folders: dict[Path, str], output: Path) -> None:
     numbers = ("rank", "id", "probability")
-    table = terminal.table("image", "rank", "id", "class", "probability", "overlay", numbers=numbers)
+    table = terminal.table("image", "rank", "id", "class", "probability", numbers=numbers)
     for image, result in made.items():
         if isinstance(result, GradcamError):
-            terminal.err.print(f"[red]{image}[/]: {result.code}: ", end="")
-            terminal.err.print(str(result), markup=False, soft_wrap=True)
+            terminal.err.print(Text(str(image), "red"), Text(f"{result.code}: {result}"), soft_wrap=True)
             continue
+        names = [Text(image.name), Text(f"-> {folders[image]}/", "dim")]
         for seen in result.explanations:
-            pictures = [record.uri for record in seen.artifacts if record.kind == "overlay"]
-            name = f"{folders[image]}/{pictures[0].rpartition('/')[2]}"
-            probability = terminal.percent(seen.probability)
-            label = seen.class_
-            table.add_row(image.name, str(seen.rank), str(label.id), label.name, probability, name)
+            label, probability = seen.class_, terminal.percent(seen.probability)
+            name = names.pop(0) if names else ""
+            table.add_row(name, str(seen.rank), str(label.id), Text(label.name), probability)
     if table.rows:
         terminal.out.print(table)
-        terminal.out.print(f"\nWritten below {output}", soft_wrap=True)
+        terminal.out.print(Text(f"\nOverlays, arrays and manifests are below {output}"), soft_wrap=True)

@@ -64,13 +64,14 @@ def explain(job: Job, outside: Outside, journey: Journey, *, folder: str | None 
     with journey.at("load"):
         network = outside.residents.get(job.network)
         wish = network.labels.wanted(top_n=job.target.top_n, classes=job.target.classes)
+    journey.deadline.forgive(journey.metrics["load_s"])  # a download of weights is nobody's fault
     with journey.at("explain"):
         fitted = fit(decoded.pixels, network.facts.input_size)
         turn = outside.residents.explain(network, fitted, wish, job.method.layer, journey.deadline)
     with journey.at("render"):
-        rendered = artifacts.render(job, decoded, turn.explanation)
+        rendered = artifacts.render(job, decoded, turn.explanation, journey.deadline)
     with journey.at("upload"):
-        records = artifacts.upload(store, place, rendered)
+        records = artifacts.upload(store, place, rendered, journey.deadline)
         image = _described(fetched, decoded)
         manifest = artifacts.describe(job, image, turn.explanation, rendered, records)
         result = artifacts.seal(store, place, manifest)
@@ -99,9 +100,8 @@ def admit(job: Job, outside: Outside) -> Store:
     catalog.find(job.network)
     asked = job.target.top_n or len(job.target.classes or ())
     if asked > outside.max_classes:
-        message = (
-            f"The job asks for {asked} classes; at most {outside.max_classes} are allowed (max_classes)."
-        )
+        most = f"at most {outside.max_classes} are allowed (GRADCAM_MAX_CLASSES)"
+        message = f"The job asks for {asked} classes; {most}."
         raise InvalidJob(message)
     for webhook in job.webhooks:
         outside.webhooks.check(webhook.url)

@@ -7,9 +7,10 @@ sent by a task of its own, so that a slow receiver holds up no job.
 from worker.contract import Delivery
 from worker.errors import DeliveryRefused, StatusUnavailable
 from worker.settings import Settings, without_secrets
-from worker.web import Web, WebError
+from worker.web import Web, WebFailed
 
-RETRY_LATER = {408, 425, 429}  # the only answers below 500 that are worth another try
+TAKEN = range(200, 300)
+RETRY_LATER = {408, 425, 429, *range(500, 600)}
 
 
 class Webhooks:
@@ -26,16 +27,15 @@ class Webhooks:
 
     def send(self, delivery: Delivery) -> None:
         """Post an event. Raises UriNotAllowed, DeliveryRefused, StatusUnavailable (try again)."""
-        url, body = self._web.allowed(delivery.url), delivery.event.to_json()
-        shown, headers = without_secrets(delivery.url), {"content-type": "application/json"}
+        shown = without_secrets(delivery.url)
         try:
-            response = self._web.client.post(url, content=body, headers=headers, timeout=self._timeout_s)
-        except WebError as error:
-            message = f"Webhook {shown} could not be reached: {error or type(error).__name__}"
+            answer = self._web.post(delivery.url, delivery.event.to_json(), seconds=self._timeout_s)
+        except WebFailed as error:
+            message = f"Webhook {shown} could not be told: {error}."
             raise StatusUnavailable(message) from error
-        if response.is_success:
+        if answer.status in TAKEN:
             return
-        message = f"Webhook {shown} answered HTTP {response.status_code}."
-        if response.is_server_error or response.status_code in RETRY_LATER:
+        message = f"Webhook {shown} answered HTTP {answer.status}."
+        if answer.status in RETRY_LATER:
             raise StatusUnavailable(message)
         raise DeliveryRefused(message)

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from worker.contract import StatusDocument
 
+LEAST_SHOWN = 0.0005  # below it a probability would read as 0.0 %
 COLORS = {
     "queued": "yellow",
     "running": "cyan",
@@ -44,7 +45,7 @@ def status_text(document: StatusDocument) -> Text:
 
 def percent(probability: float) -> str:
     """0.7708 -> `77.1 %`."""
-    return f"{probability:.1%}".replace("%", " %")
+    return f"{probability * 100:.1f} %" if probability >= LEAST_SHOWN else "<0.1 %"
 
 
 def show(document: StatusDocument) -> None:
@@ -55,12 +56,12 @@ def show(document: StatusDocument) -> None:
     facts.add_row("status", status_text(document))
     facts.add_row("attempt", f"{document.attempt} of {document.max_attempts}")
     if document.network:
-        facts.add_row("network", f"{document.network.name}, layer {document.network.layer}")
+        facts.add_row("network", Text(f"{document.network.name}, layer {document.network.layer}"))
     if document.metrics:
         spent = (f"{key.removesuffix('_s')} {value:g} s" for key, value in seconds(document).items())
         facts.add_row("time", ", ".join(spent))
     if document.result:
-        facts.add_row("manifest", document.result.manifest_uri)
+        facts.add_row("manifest", Text(document.result.manifest_uri))
     for warned in document.warnings:
         facts.add_row("warning", f"{warned.code}: nothing in the image speaks for class {warned.class_id}")
     if document.error:

@@ -213,3 +213,14 @@ def test_damage_of_any_kind_ends_in_a_picture_or_a_typed_error(name: str) -> Non
             assert pixels.dtype == np.uint8
             assert pixels.shape[2:] == (3,)
     assert endings
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded() -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (64, 64), 128).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    decode(data)
+    first = data.index(b"\xff\xda")
+    scan = data[first:-2]
+    with pytest.raises(ImageDecodeFailed, match="scans; at most 64 are read"):
+        decode(data[:first] + scan * 65 + data[-2:])

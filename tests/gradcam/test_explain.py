@@ -14,6 +14,7 @@ from worker.errors import (
     NetworkIncompatible,
     UnknownClass,
     UnknownLayer,
+    UnsupportedMediaType,
 )
 from worker.gradcam.decode import Limits, decode
 from worker.gradcam.explain import Explanation, Prediction, explain_image, explain_pixels, overlay_name
@@ -195,3 +196,17 @@ def test_a_class_may_be_named_in_any_of_its_ways(wish: Any) -> None:
 def test_what_is_no_class_is_not_taken_for_one(wish: Any) -> None:
     with pytest.raises(UnknownClass):
         TinyNetwork.labels.wanted(classes=[wish])
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        np.zeros((8, 8, 3), np.float32),
+        np.zeros((8, 8), np.uint8),
+        np.zeros((8, 8, 4), np.uint8),
+        np.zeros((0, 8, 3), np.uint8),
+    ],
+)
+def test_an_array_that_is_no_picture_is_refused_with_its_shape(picture: Any) -> None:
+    with pytest.raises(UnsupportedMediaType, match=r"must be \(height, width, 3\) uint8 RGB; this one is \("):
+        explain_image(TinyNetwork(), picture, top_n=1)

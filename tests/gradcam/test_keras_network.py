@@ -164,3 +164,16 @@ class TestLayers:
         for name in [*names[:-1], names[0], names[-1]]:
             assert network.compute(pixels, TOP_2, name).layer == name
         assert list(network._passes) == [*names[2:-1], names[0], names[-1]]
+
+
+def test_classes_that_do_not_fit_at_once_are_computed_in_turns(
+    seeded: Callable[[str], Any], noise: Callable[..., NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xception = seeded("xception")
+    pixels, wanted = noise(1, 299, 299), np.array([[-1, 7, -3, 400, -2]], np.int32)
+    whole = xception.compute(pixels, wanted)
+    monkeypatch.setattr("worker.gradcam.keras_network.MAX_GRADIENTS", 2 * 10 * 10 * 2048)
+    parts = xception.compute(pixels, wanted)
+    assert_array_equal(parts.class_ids, whole.class_ids)
+    assert_array_equal(parts.scores, whole.scores)
+    assert_allclose(parts.raw, whole.raw, atol=1e-5 * np.abs(whole.raw).max())

@@ -1,5 +1,6 @@
 """One job from queue to bucket to status, real at every step."""
 
+import base64
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import redis
 from celery import Celery
 
 from worker import broker
@@ -189,6 +191,83 @@ def test_whatever_is_wrong_ends_with_its_own_code_and_a_sentence(
             wrong[str(message)[:100]] = (code, error)
     assert not wrong
     assert submit_and_wait(stage, image="s3://photos/coffee.jpg").status == "succeeded", "the worker goes on"
+
+
+def malformed(envelope: dict[str, Any], change: str) -> str:
+    """A task message as Celery writes it, with one thing wrong."""
+    broken: dict[str, Any] = json.loads(json.dumps(envelope))
+    bodies = {"short": b"[1]", "object": b"{}", "text": b"garbage", "deep": b"[" * 5000, "bytes": b"\xff\xfe"}
+    if change in bodies:
+        broken["body"] = base64.b64encode(bodies[change]).decode()
+    elif change == "unknown task":
+        broken["headers"]["task"] = "gradcam.explain_everything"
+    elif change == "pickle":
+        broken["content-type"] = "application/x-python-serialize"
+    else:
+        broken["headers"][change] = {"timelimit": "x", "task": ["a"], "eta": "soon", "id": ["x"]}[change]
+    return json.dumps(broken)
+
+
+CHANGES = [
+    "short",
+    "object",
+    "text",
+    "deep",
+    "bytes",
+    "unknown task",
+    "pickle",
+    "timelimit",
+    "task",
+    "eta",
+    "id",
+]
+
+
+def test_a_message_that_is_no_task_message_ends_with_a_document_and_the_worker_goes_on(stage: Any) -> None:
+    queue = redis.Redis.from_url(stage.settings.broker_url)
+    sent = {}
+    for change in CHANGES:
+        app = broker.make_app(stage.settings)
+        app.conf.task_queues = None
+        message_id = new_id()
+        app.send_task(broker.EXPLAIN, args=[{}], task_id=message_id, queue="template")
+        _, text = queue.brpop([f"{stage.settings.key_prefix}template"], timeout=5)  # type: ignore[misc]
+        queue.lpush(f"{stage.settings.key_prefix}{broker.INTERACTIVE}", malformed(json.loads(text), change))
+        sent[message_id] = change
+    assert submit_and_wait(stage, image="s3://photos/coffee.jpg").status == "succeeded"
+    end = time.monotonic() + WAIT_S
+    expected = {one for one, change in sent.items() if change != "id"}  # that one has no id to be found by
+    while len(documents := stage.client.statuses(expected)) < len(expected):
+        assert time.monotonic() < end, [sent[one] for one in expected - documents.keys()]
+        time.sleep(0.1)
+    codes = {document.error.code for document in documents.values() if document.error}
+    assert codes == {"invalid_job"}
+    assert "ended unasked" not in stage.log("worker")
+
+
+def test_a_job_may_be_given_by_the_name_of_the_argument(stage: Any) -> None:
+    message_id = new_id()
+    job = {"image": "s3://photos/coffee.jpg", "network": NETWORK, "target": {"top_n": 1}}
+    app = broker.make_app(stage.settings)
+    app.send_task(broker.EXPLAIN, kwargs={"job": job}, task_id=message_id, queue=broker.INTERACTIVE)
+    end = time.monotonic() + WAIT_S
+    while not stage.client.statuses([message_id]):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert stage.client.wait(message_id, WAIT_S).status == "succeeded"
+
+
+def test_submitting_again_and_again_runs_a_job_once(
+    stage: Any, public_server: Any, answer: Any, photos: Any
+) -> None:
+    photo = (photos / "coffee.jpg").read_bytes()
+    slow = public_server.url("/slow-once", answer(200, photo, before=lambda: time.sleep(1.5)))
+    fields = {"image": slow, "idempotency_key": "again", "max_attempts": 1}
+    ids = {stage.client.submit(network=NETWORK, target={"top_n": 1}, **fields) for _ in range(4)}
+    assert len(ids) == 1
+    document = stage.client.wait(ids.pop(), WAIT_S)
+    assert (document.status, document.attempt) == ("succeeded", 1)
+    assert [path for path, _ in public_server.received].count("/slow-once") == 1
 
 
 def test_nothing_is_left_in_the_queue_or_open_in_the_ledger(stage: Any) -> None:

@@ -75,8 +75,8 @@ class ClassIndex:
             return self[int(wish)]
         found = self._by_name.get(wish) or self._by_spelling.get(fold(wish), [])
         if not found:
-            near = difflib.get_close_matches(fold(wish), self._by_spelling, n=3)
-            hint = [str(self._by_spelling[spelling][0]) for spelling in near]
+            near = difflib.get_close_matches(fold(wish), self._by_spelling, n=6)
+            hint = list(dict.fromkeys(str(self._by_spelling[spelling][0]) for spelling in near))[:3]
             message = f"There is no class {wish!r}." + (f" Near: {'; '.join(hint)}." if hint else "")
             raise UnknownClass(message)
         if len(found) > 1:

@@ -22,6 +22,7 @@ FORMATS = {
     "GIF": "image/gif",
     "BMP": "image/bmp",
 }
+MAX_JPEG_SCANS = 64  # progressive pictures have about ten; one with 302 scans takes 15 s to decode
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _STARTS = (b"\xff\xd8\xff", _PNG_SIGNATURE, b"GIF87a", b"GIF89a")  # and RIFF....WEBP
 _LOOKS_LIKE = (
@@ -64,6 +65,8 @@ def decode(data: bytes, limits: Limits | None = None) -> Decoded:
         _check_size(header.width, header.height, limits)
         if media_type == "image/png":
             _check_png_chunks(data)
+        if media_type == "image/jpeg":
+            _check_jpeg_scans(data)
         translucent = header.mode in {"RGBA", "LA", "PA"} or "transparency" in header.info
         pixels = _on_white(header) if translucent else _opaque(data, media_type)
     return Decoded(pixels, media_type)
@@ -130,6 +133,14 @@ def _check_png_chunks(data: bytes) -> None:
     raise ImageDecodeFailed(message)
 
 
+def _check_jpeg_scans(data: bytes) -> None:
+    """Refuse a JPEG of very many scans: each costs a pass over the whole picture, however few its bytes."""
+    scans = data.count(b"\xff\xda")  # these two bytes cannot stand within compressed data
+    if scans > MAX_JPEG_SCANS:
+        message = f"The JPEG has {scans} scans; at most {MAX_JPEG_SCANS} are read."
+        raise ImageDecodeFailed(message)
+
+
 def _opaque(data: bytes, media_type: str) -> NDArray[np.uint8]:
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
@@ -145,9 +156,11 @@ def _opaque(data: bytes, media_type: str) -> NDArray[np.uint8]:
 def _on_white(header: Image.Image) -> NDArray[np.uint8]:
     """OpenCV drops alpha instead of compositing it, so translucent pictures go through Pillow."""
     try:
-        upright = ImageOps.exif_transpose(_eight_bits(header)).convert("RGBA")
-        white = Image.new("RGBA", upright.size, "white")
-        return np.asarray(Image.alpha_composite(white, upright).convert("RGB"), np.uint8)
+        upright = ImageOps.exif_transpose(_eight_bits(header))
+        upright = upright if upright.mode == "RGBA" else upright.convert("RGBA")
+        white = Image.new("RGB", upright.size, "white")
+        white.paste(upright, mask=upright)
+        return np.asarray(white, np.uint8)
     except Exception as error:  # as in `_open`: any exception here means damaged data
         message = f"The image data are damaged: {error}"
         raise ImageDecodeFailed(message) from error

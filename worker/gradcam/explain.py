@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.errors import NetworkIncompatible
+from worker.errors import NetworkIncompatible, UnsupportedMediaType
 from worker.gradcam import cam
 from worker.gradcam.classes import ClassIndex
 from worker.gradcam.decode import Limits, decode
 from worker.gradcam.network import Computed, Network, NetworkFacts
 from worker.gradcam.picture import encode_jpeg, fit, overlay
 
+RGB = (3,)  # channels
 SHOWN = 5  # predictions reported beside a list of classes
 
 
@@ -93,6 +94,10 @@ def explain_image(
     wanted = network.labels.wanted(top_n=top_n, classes=classes)
     if isinstance(image, np.ndarray):
         picture = image
+        if picture.dtype != np.uint8 or picture.shape[2:] != RGB or not picture.size:
+            given = f"{picture.shape} {picture.dtype}"
+            message = f"An array must be (height, width, 3) uint8 RGB; this one is {given}."
+            raise UnsupportedMediaType(message)
     else:
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
         picture = decode(data, limits).pixels

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from worker.errors import DeviceOutOfMemory
 
+tf.get_logger().setLevel("ERROR")  # its advice on retracing is about one layer after the other
+
 Pass = Callable[[NDArray[np.uint8], NDArray[np.int32]], tuple[Any, Any, Any]]
 
 

@@ -39,6 +39,7 @@ with _silent_stderr():
     from keras import layers
 
 IMAGE_RANK = 4  # (images, rows, columns, channels)
+MAX_GRADIENTS = 2**27  # numbers held at once: 512 MB
 MAX_TRACED_LAYERS = 8  # each is a graph of its own: a stream of layer names must not fill the memory
 
 
@@ -117,9 +118,16 @@ class KerasNetwork:
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], layer: str | None = None
     ) -> Computed:
         """See `worker.gradcam.network.Network.compute`."""
-        layer = layer or self.facts.default_layer
-        scores, class_ids, raw = self._pass(layer)(pixels, wanted)
-        return Computed(layer, scores, class_ids, raw)
+        layer = self.facts.default_layer if layer is None else layer
+        _, rows, columns, channels = self._activations(layer).shape
+        # An early layer has large maps: so many classes at a time that their gradients fit.
+        at_once = max(MAX_GRADIENTS // (len(pixels) * rows * columns * channels), 1)
+        parts = [
+            self._pass(layer)(pixels, wanted[:, first : first + at_once])
+            for first in range(0, wanted.shape[1], at_once)
+        ]
+        scores, class_ids, raw = zip(*parts, strict=True)
+        return Computed(layer, scores[0], np.concatenate(class_ids, 1), np.concatenate(raw, 1))
 
     def _pass(self, layer: str) -> Any:
         """The traced function of one target layer; the least recently used makes room."""
