@@ -68,6 +68,12 @@ def test_a_wrong_field_is_named_with_what_was_received(change: dict[str, Any], e
     assert expected in str(caught.value)
 
 
+def test_one_mistake_is_one_finding() -> None:
+    with pytest.raises(InvalidJob) as caught:
+        Job.parse({**LEAST, "artifacts": [{"kind": "hologram"}]})
+    assert str(caught.value).count(";") == 0, str(caught.value)
+
+
 @pytest.mark.parametrize("payload", [None, "hello", 7, [1, 2], {}, {"image": None}])
 def test_what_is_no_job_is_refused(payload: object) -> None:
     with pytest.raises(InvalidJob, match="This is not a job"):

@@ -38,7 +38,11 @@ def describe(error: ValidationError) -> str:
     value of a field that is not ours.
     """
     findings = []
-    for found in error.errors(include_url=False)[:8]:
+    errors = error.errors(include_url=False)
+    for found in errors[:8]:
+        inner = [one["loc"] for one in errors if len(one["loc"]) > len(found["loc"])]
+        if found["loc"] in {place[: len(found["loc"])] for place in inner}:
+            continue  # it only follows from what is wrong inside it
         place = ".".join(
             repr(step)[1:-1][:60] if isinstance(step, str) else str(step) for step in found["loc"]
         )
