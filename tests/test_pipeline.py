@@ -2,15 +2,16 @@ import hashlib
 import io
 import json
 import time
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 import numpy as np
 import pytest
 
-from worker.contract import Job
+from worker.contract import Job, Method
 from worker.deadline import Deadline
 from worker.errors import GradcamError, InvalidJob, JobTimeout, UnknownClass, UnknownLayer, UnknownNetwork
+from worker.gradcam import cam
 from worker.gradcam.decode import decode
 from worker.gradcam.residents import Residents
 from worker.manifest import Manifest
@@ -103,6 +104,25 @@ def test_a_class_that_nothing_speaks_for_has_an_empty_heatmap_and_a_warning() ->
     manifest = json.loads(store.objects[f"{asked.id}/manifest.json"])
     assert manifest["explanations"][0]["peak_xy"] is None
     assert b"NaN" not in store.objects[f"{asked.id}/manifest.json"]
+
+
+@pytest.mark.parametrize("name", sorted(cam.METHODS))
+@pytest.mark.parametrize("normalize", cam.NORMALIZE)
+def test_a_job_chooses_its_method_and_the_manifest_says_which(name: str, normalize: str) -> None:
+    asked = job(method={"name": name, "normalize": normalize}, target={"classes": ["red", "blue"]})
+    _, store, _ = run(asked)
+    manifest = Manifest.model_validate_json(store.objects[f"{asked.id}/manifest.json"])
+    assert (manifest.method.name, manifest.method.normalize) == (name, normalize)
+    heatmaps = np.load(io.BytesIO(store.objects[f"{asked.id}/heatmaps.npz"]))["heatmaps"]
+    right_is_hot = heatmaps[0, 0, 3] > heatmaps[0, 0, 0]
+    assert right_is_hot == (name == "counterfactual"), "red is on the left; what speaks against it is not"
+
+
+def test_the_contract_offers_what_the_room_of_mathematics_has() -> None:
+    fields = Method.model_fields
+    assert set(get_args(fields["name"].annotation)) == set(cam.METHODS)
+    assert set(get_args(fields["score"].annotation)) == set(cam.SCORES)
+    assert set(get_args(fields["normalize"].annotation)) == set(cam.NORMALIZE)
 
 
 def test_only_the_artifacts_that_were_asked_for_are_made() -> None:

@@ -64,7 +64,7 @@ def _render(wish: OverlayWish | HeatmapWish, decoded: Decoded, seen: Explanation
         return
     height, width, _ = decoded.pixels.shape
     for index, explained in enumerate(seen.explained):
-        laid = overlay(decoded.pixels, seen.heatmaps[index], alpha=wish.alpha, colormap=wish.colormap)
+        laid = overlay(decoded.pixels, seen.shown[index], alpha=wish.alpha, colormap=wish.colormap)
         facts = {"width": width, "height": height}
         name = overlay_name(explained)
         yield Rendered(name, encode_jpeg(laid), "image/jpeg", "overlay", index, facts)

@@ -6,18 +6,19 @@ Exit codes: 0 all is well, 1 something failed (and what, on standard error), 2 w
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
 from worker import __version__, terminal
-from worker.contract import Job, StatusDocument
+from worker.contract import Job, Method, StatusDocument
 from worker.errors import GradcamError
 from worker.gradcam import catalog
 from worker.settings import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 DEFAULT_NETWORK = "efficientnet_lite0"
+METHODS = get_args(Method.model_fields["name"].annotation)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,6 +46,7 @@ def _wish(command: Command) -> Command:
         click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines."),
         click.option("--classes", metavar="A,B,...", help="Ids, wnids or names, instead of --top-n."),
         click.option("--top-n", type=click.IntRange(1, 1000), help="The n most probable classes. [3]"),
+        click.option("--method", type=click.Choice(METHODS), default=METHODS[0], show_default=True),
         click.option("--network", default=DEFAULT_NETWORK, show_default=True, help="See `gradcam networks`."),
     ):
         command = option(command)
@@ -126,6 +128,7 @@ def worker(*, unsupervised: bool, ready_fd: int | None) -> int:
 def explain(
     images: tuple[Path, ...],
     network: str,
+    method: str,
     top_n: int | None,
     classes: str | None,
     output: Path,
@@ -142,8 +145,8 @@ def explain(
     """
     from worker.local import explain_files
 
-    target = _target(top_n, classes)
-    return explain_files(images, network, target, output, Settings.from_environment(), as_json=as_json)
+    wish = {"network": network, "target": _target(top_n, classes), "method": {"name": method}}
+    return explain_files(images, wish, output, Settings.from_environment(), as_json=as_json)
 
 
 @gradcam.command()
@@ -155,6 +158,7 @@ def explain(
 def submit(
     uri: str,
     network: str,
+    method: str,
     top_n: int | None,
     classes: str | None,
     timeout_s: float,
@@ -173,7 +177,13 @@ def submit(
     from worker.client import GradcamClient
 
     target = _target(top_n, classes)
-    fields = {"image": uri, "network": network, "target": target, "idempotency_key": idempotency_key}
+    fields = {
+        "image": uri,
+        "network": network,
+        "target": target,
+        "method": {"name": method},
+        "idempotency_key": idempotency_key,
+    }
     job = Job.parse(fields)
     client = GradcamClient(settings=Settings.from_environment())
     job_id = client.submit(job)

@@ -60,10 +60,10 @@ class Target(Wire):
 class Method(Wire):
     """How to compute the heatmaps."""
 
-    name: Literal["gradcam"] = "gradcam"
+    name: Literal["gradcam", "counterfactual", "gradcam++", "hirescam", "xgradcam", "layercam"] = "gradcam"
     layer: Name | None = None  # None: the network's own target layer
-    score: Literal["logit"] = "logit"
-    normalize: Literal["per_class"] = "per_class"
+    score: Literal["logit", "probability"] = "logit"
+    normalize: Literal["per_class", "joint", "none"] = "per_class"
 
 
 class OverlayWish(Wire):

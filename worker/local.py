@@ -20,23 +20,25 @@ TIMEOUT_S = 300  # for one image; the first one may have to load VGG16
 
 def explain_files(
     images: tuple[Path, ...],
-    network: str,
-    target: dict[str, Any],
+    wish: dict[str, Any],
     output: Path,
     settings: Settings,
     *,
     as_json: bool,
 ) -> int:
-    """Explain files one after the other, each into its own folder below `output`; 1 if any failed."""
+    """Explain files one after the other, each into its own folder below `output`; 1 if any failed.
+
+    `wish` holds the fields of a job that are the same for all: network, target, method.
+    """
     output = output.absolute()
     place = {"image_schemes": ("file",), "image_roots": ("/",), "output": output.as_uri()}
     outside = wiring.outside(settings.model_copy(update=place))
-    job = Job.parse({"image": "file:///", "network": network, "target": target, "timeout_s": TIMEOUT_S})
+    job = Job.parse({"image": "file:///", "timeout_s": TIMEOUT_S, **wish})
     folders = _folders(images)
     made: dict[Path, Manifest | GradcamError] = {}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=terminal.err, transient=True) as progress:
-        for image in progress.track(images, description=f"explaining with {network}"):
+        for image in progress.track(images, description=f"explaining with {job.network}"):
             made[image] = _one(job, image, outside, folders[image], output)
     if as_json:
         terminal.print_json([_record(image, result) for image, result in made.items()])

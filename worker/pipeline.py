@@ -11,6 +11,7 @@ from worker.deadline import Deadline
 from worker.errors import InvalidJob
 from worker.gradcam import catalog
 from worker.gradcam.decode import Decoded, decode
+from worker.gradcam.network import Method
 from worker.gradcam.picture import fit
 from worker.images import Fetched
 from worker.manifest import InputRecord
@@ -67,7 +68,8 @@ def explain(job: Job, outside: Outside, journey: Journey, *, folder: str | None 
     journey.deadline.forgive(journey.metrics["load_s"])  # a download of weights is nobody's fault
     with journey.at("explain"):
         fitted = fit(decoded.pixels, network.facts.input_size)
-        turn = outside.residents.explain(network, fitted, wish, job.method.layer, journey.deadline)
+        method = Method(**job.method.model_dump())
+        turn = outside.residents.explain(network, fitted, wish, method, journey.deadline)
     with journey.at("render"):
         rendered = artifacts.render(job, decoded, turn.explanation, journey.deadline)
     with journey.at("upload"):

@@ -21,7 +21,7 @@ from worker.errors import ImageNotFound, UnknownLayer, UnknownNetwork
 from worker.gradcam import cam
 from worker.gradcam.classes import ClassIndex, Label
 from worker.gradcam.decode import Limits
-from worker.gradcam.network import Computed, Network, NetworkFacts
+from worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
 from worker.gradcam.residents import Residents
 from worker.images import Fetched
 from worker.ledger import Entry, Ledger
@@ -157,11 +157,11 @@ class TinyNetwork:
     )
 
     def compute(
-        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], layer: str | None = None
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Computed:
-        """See `worker.gradcam.network.Network.compute`."""
-        if layer not in {None, "blocks"}:
-            message = f"Layer {layer!r} does not exist; there is 'blocks'."
+        """See `worker.gradcam.network.Network.compute`; of the scores it knows the logit."""
+        if method.layer not in {None, "blocks"}:
+            message = f"Layer {method.layer!r} does not exist; there is 'blocks'."
             raise UnknownLayer(message)
         n, cells, step = len(pixels), self.CELLS, self.SIDE // self.CELLS
         blocks = pixels.reshape(n, cells, step, cells, step, 3).mean((2, 4), dtype=np.float32) / 255
@@ -171,7 +171,7 @@ class TinyNetwork:
         class_ids = np.where(wanted < 0, ranked, wanted).astype(np.int32)
         weights = self.KERNEL.T[class_ids.T] / cells**2  # (k, n, channels)
         gradients = np.broadcast_to(weights[:, :, None, None], (*weights.shape[:2], cells, cells, 3))
-        return Computed("blocks", scores, class_ids, cam.gradcam(np, blocks, gradients))
+        return Computed("blocks", scores, class_ids, cam.METHODS[method.name](np, blocks, gradients))
 
 
 def outside(

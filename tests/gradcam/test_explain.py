@@ -18,7 +18,7 @@ from worker.errors import (
 )
 from worker.gradcam.decode import Limits, decode
 from worker.gradcam.explain import Explanation, Prediction, explain_image, explain_pixels, overlay_name
-from worker.gradcam.network import Computed
+from worker.gradcam.network import GRADCAM, Computed, Method
 from worker.gradcam.picture import overlay
 from worker.testing import TinyNetwork
 
@@ -99,7 +99,7 @@ class TestWishes:
         with pytest.raises(InvalidJob, match="from 1 to 3"):
             explain_image(tiny, picture, top_n=4)
         with pytest.raises(UnknownLayer, match="there is 'blocks'"):
-            explain_image(tiny, picture, top_n=1, layer="stones")
+            explain_image(tiny, picture, top_n=1, method=Method(layer="stones"))
 
     def test_many_images_with_wishes_of_their_own_get_what_each_gets_alone(
         self, tiny: TinyNetwork, picture: NDArray[np.uint8]
@@ -178,9 +178,9 @@ def test_an_overlays_name_is_safe_for_any_file_system(name: str, file_name: str)
 def test_a_network_that_computes_no_numbers_is_refused(broken: str) -> None:
     class Broken(TinyNetwork):
         def compute(
-            self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], layer: str | None = None
+            self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
         ) -> Computed:
-            computed = super().compute(pixels, wanted, layer)
+            computed = super().compute(pixels, wanted, method)
             return replace(computed, **{broken: np.full_like(getattr(computed, broken), np.nan)})
 
     with pytest.raises(NetworkIncompatible, match="are no numbers"):

@@ -13,7 +13,7 @@ from worker.errors import UnknownLayer
 from worker.gradcam import cam
 from worker.gradcam.catalog import CATALOG
 from worker.gradcam.explain import explain_pixels
-from worker.gradcam.network import Computed, Network
+from worker.gradcam.network import Computed, Method, Network
 
 pytestmark = pytest.mark.tensorflow
 
@@ -27,7 +27,7 @@ def compute(seeded: Callable[[str], Network], noise: Noise) -> Callable[..., Com
     """The top two classes of one noisy image."""
 
     def compute(name: str, layer: str | None = None) -> Computed:
-        return seeded(name).compute(noise(1, *CATALOG[name].input_size), TOP_2, layer)
+        return seeded(name).compute(noise(1, *CATALOG[name].input_size), TOP_2, Method(layer=layer))
 
     return compute
 
@@ -152,9 +152,9 @@ class TestLayers:
     ) -> None:
         import keras
 
-        from worker.gradcam.keras_network import MAX_TRACED_LAYERS
+        from worker.gradcam.keras_network import MAX_TRACED
 
-        names = [f"layer{number}" for number in range(MAX_TRACED_LAYERS + 1)]
+        names = [f"layer{number}" for number in range(MAX_TRACED + 1)]
         inputs = x = keras.Input((4, 4, 3))
         for name in names:
             x = keras.layers.Rescaling(1.5, name=name)(x)
@@ -162,7 +162,7 @@ class TestLayers:
         network = by_hand(keras.Model(inputs, keras.layers.Dense(1000)(x)), names[0])
         pixels = np.full((1, 4, 4, 3), 200, np.uint8)
         for name in [*names[:-1], names[0], names[-1]]:
-            assert network.compute(pixels, TOP_2, name).layer == name
+            assert network.compute(pixels, TOP_2, Method(layer=name)).layer == name
         assert list(network._passes) == [*names[2:-1], names[0], names[-1]]
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from worker.gradcam import cam
 from worker.gradcam.catalog import CATALOG
 from worker.gradcam.explain import explain_pixels
-from worker.gradcam.network import Computed, Network
+from worker.gradcam.network import Computed, Method, Network
 
 pytestmark = pytest.mark.tensorflow
 
@@ -142,7 +142,7 @@ def test_maps_of_a_layer_with_more_layers_behind_it_agree_with_finite_difference
     model: Any, by_hand: Wrap, pixels: NDArray[np.uint8]
 ) -> None:
     """The weight of a channel is the score's slope as that channel rises everywhere, over the cells."""
-    computed = by_hand(model, LAYER).compute(pixels, WANTED, "middle")
+    computed = by_hand(model, LAYER).compute(pixels, WANTED, Method(layer="middle"))
     feature_maps, step = activations_of(model, pixels, "middle"), 1e-6
     (kernel, bias), (dense, _) = (model.get_layer(name).get_weights() for name in (LAYER, "scores"))
 
@@ -170,7 +170,7 @@ def test_all_classes_at_once_equal_one_class_at_a_time(
     import tensorflow as tf
 
     row, model, pixels = CATALOG[name], seeded(name)._model, noise(1, *CATALOG[name].input_size)
-    computed = seeded(name).compute(pixels, WANTED[:1], layer)
+    computed = seeded(name).compute(pixels, WANTED[:1], Method(layer=layer))
     dense = model.layers[-1]
     both = keras.Model(model.input, [model.get_layer(layer or row.target_layer).output, dense.input])
     inputs = getattr(keras.applications, name).preprocess_input(pixels.astype(np.float32))

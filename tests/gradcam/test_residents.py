@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from worker.deadline import Deadline
 from worker.errors import JobTimeout, UnknownLayer, WeightsUnavailable
-from worker.gradcam.network import Computed
+from worker.gradcam.network import GRADCAM, Computed, Method
 from worker.gradcam.residents import Residents, Turn
 from worker.testing import TinyNetwork
 
@@ -29,7 +29,7 @@ class Gated(TinyNetwork):
     calls: int = 0
 
     def compute(
-        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], layer: str | None = None
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Computed:
         self.inside += 1
         self.calls += 1
@@ -37,7 +37,7 @@ class Gated(TinyNetwork):
         self.entered.set()
         self.gate.wait(PLENTY_S)
         self.inside -= 1
-        return super().compute(pixels, wanted, layer)
+        return super().compute(pixels, wanted, method)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def explain() -> Callable[..., Turn]:
     """Explain the red picture's first class."""
 
     def explain(residents: Residents, network: TinyNetwork, seconds: float = PLENTY_S) -> Turn:
-        return residents.explain(network, PIXELS, (-1,), None, Deadline(seconds))
+        return residents.explain(network, PIXELS, (-1,), GRADCAM, Deadline(seconds))
 
     return explain
 
@@ -157,5 +157,5 @@ class TestTurns:
     ) -> None:
         residents = Residents(lambda _: tiny)
         with pytest.raises(UnknownLayer):
-            residents.explain(tiny, PIXELS, (-1,), "stones", Deadline(PLENTY_S))
+            residents.explain(tiny, PIXELS, (-1,), Method(layer="stones"), Deadline(PLENTY_S))
         assert explain(residents, tiny, 1).explanation.explained

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.errors import NetworkIncompatible, UnsupportedMediaType
+from worker.errors import InvalidJob, NetworkIncompatible, UnsupportedMediaType
 from worker.gradcam import cam
 from worker.gradcam.classes import ClassIndex
 from worker.gradcam.decode import Limits, decode
-from worker.gradcam.network import Computed, Network, NetworkFacts
+from worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
 from worker.gradcam.picture import encode_jpeg, fit, overlay
 
 RGB = (3,)  # channels
@@ -37,9 +37,14 @@ class Explanation:
     layer: str
     predictions: tuple[Prediction, ...]  # the most probable classes, first to last
     explained: tuple[Prediction, ...]  # (k,)
-    heatmaps: NDArray[np.float32]  # (k, rows, columns) in [0, 1]
+    heatmaps: NDArray[np.float32]  # (k, rows, columns) in [0, 1], or from 0 up with normalize "none"
     raw_min: NDArray[np.float32]  # (k,) before the ReLU and the division by the peak
     raw_max: NDArray[np.float32]  # (k,)
+
+    @property
+    def shown(self) -> NDArray[np.float32]:
+        """The heatmaps as they are coloured, (k, rows, columns) in [0, 1]."""
+        return cam.heatmaps(self.heatmaps, "joint")  # which changes nothing where the peak is 1
 
     @property
     def zero_heatmaps(self) -> tuple[int, ...]:
@@ -56,7 +61,7 @@ class Explained(Explanation):
 
     def overlay(self, index: int, alpha: float = 0.4, colormap: str = "jet") -> NDArray[np.uint8]:
         """The heatmap of the explained class at `index`, laid over the picture (height, width, 3)."""
-        return overlay(self.picture, self.heatmaps[index], alpha=alpha, colormap=colormap)
+        return overlay(self.picture, self.shown[index], alpha=alpha, colormap=colormap)
 
     def save(self, folder: Path | str) -> list[Path]:
         """Write one overlay JPEG for each explained class; return where they are."""
@@ -81,17 +86,20 @@ def explain_image(
     *,
     top_n: int | None = None,
     classes: Sequence[int | str] | None = None,
-    layer: str | None = None,
+    method: Method | str = GRADCAM,
     limits: Limits | None = None,
 ) -> Explained:
     """Explain one image: a path, encoded bytes, or RGB pixels (height, width, 3) uint8.
 
-    Ask for the `top_n` most probable classes, or for `classes` by id, wnid or name.
+    Ask for the `top_n` most probable classes, or for `classes` by id, wnid or name. `method` is the name of
+    a formula of `cam.METHODS`, or a `Method`, which also names the layer, the score and the normalization.
 
     Raises InvalidJob, UnknownClass, AmbiguousClass, UnknownLayer, NetworkIncompatible (scores that are
     no numbers) and what `decode` raises.
     """
     wanted = network.labels.wanted(top_n=top_n, classes=classes)
+    how = Method(method) if isinstance(method, str) else method
+    check(how)
     if isinstance(image, np.ndarray):
         picture = image
         if picture.dtype != np.uint8 or picture.shape[2:] != RGB or not picture.size:
@@ -101,15 +109,27 @@ def explain_image(
     else:
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
         picture = decode(data, limits).pixels
-    seen = explain_pixels(network, fit(picture, network.facts.input_size)[np.newaxis], [wanted], layer)[0]
+    seen = explain_pixels(network, fit(picture, network.facts.input_size)[np.newaxis], [wanted], how)[0]
     return Explained(**vars(seen), picture=picture)
+
+
+def check(method: Method) -> None:
+    """Raise InvalidJob where a formula, a score or a normalization is asked for that there is not."""
+    for given, known in (
+        (method.name, cam.METHODS),
+        (method.score, cam.SCORES),
+        (method.normalize, cam.NORMALIZE),
+    ):
+        if given not in known:
+            message = f"{given!r} is none of {', '.join(known)}."
+            raise InvalidJob(message)
 
 
 def explain_pixels(
     network: Network,
     pixels: NDArray[np.uint8],
     wishes: Sequence[tuple[int, ...]],
-    layer: str | None = None,
+    method: Method = GRADCAM,
 ) -> list[Explanation]:
     """Explain n fitted images (n, height, width, 3) at once, each with its own wish.
 
@@ -118,14 +138,16 @@ def explain_pixels(
     """
     width = max(map(len, wishes))
     wanted = np.array([wish + wish[-1:] * (width - len(wish)) for wish in wishes], np.int32)
-    computed = network.compute(pixels, wanted, layer)
+    computed = network.compute(pixels, wanted, method)
     return [
-        _explanation(network, computed, index, len(wish), named=wish[0] >= 0)
+        _explanation(network, computed, index, len(wish), method.normalize, named=wish[0] >= 0)
         for index, wish in enumerate(wishes)
     ]
 
 
-def _explanation(network: Network, computed: Computed, index: int, asked: int, *, named: bool) -> Explanation:
+def _explanation(
+    network: Network, computed: Computed, index: int, asked: int, normalize: str, *, named: bool
+) -> Explanation:
     """Cut the answer for one image out of a pass over many."""
     scores, raw = computed.scores[index].astype(np.float64), computed.raw[index, :asked]
     if not (np.isfinite(scores).all() and np.isfinite(raw).all()):
@@ -145,7 +167,7 @@ def _explanation(network: Network, computed: Computed, index: int, asked: int, *
         layer=computed.layer,
         predictions=tuple(prediction(int(one)) for one in order[: SHOWN if named else asked]),
         explained=tuple(prediction(int(one)) for one in computed.class_ids[index, :asked]),
-        heatmaps=cam.heatmaps(raw),
+        heatmaps=cam.heatmaps(raw, normalize),
         raw_min=raw.min(axis=(1, 2)),
         raw_max=raw.max(axis=(1, 2)),
     )

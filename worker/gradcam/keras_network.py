@@ -16,7 +16,7 @@ from worker.errors import InvalidSettings, NetworkIncompatible, UnknownLayer
 from worker.gradcam import cam, catalog, weights
 from worker.gradcam.catalog import NetworkRow, Preprocessing
 from worker.gradcam.classes import ClassIndex, imagenet
-from worker.gradcam.network import Computed, NetworkFacts
+from worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, when TensorFlow is imported
 
@@ -40,7 +40,7 @@ with _silent_stderr():
 
 IMAGE_RANK = 4  # (images, rows, columns, channels)
 MAX_GRADIENTS = 2**27  # numbers held at once: 512 MB
-MAX_TRACED_LAYERS = 8  # each is a graph of its own: a stream of layer names must not fill the memory
+MAX_TRACED = 8  # each is a graph of its own: a stream of layer names must not fill the memory
 
 
 def load_network(
@@ -112,39 +112,43 @@ class KerasNetwork:
         self._preprocessing = row.preprocessing
         self._model = model
         self._scores = scores_before_softmax(model)
-        self._passes: OrderedDict[str, Any] = OrderedDict()
+        self._passes: OrderedDict[tuple[str, str, str], Any] = OrderedDict()
 
     def compute(
-        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], layer: str | None = None
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Computed:
         """See `worker.gradcam.network.Network.compute`."""
-        layer = self.facts.default_layer if layer is None else layer
+        layer = self.facts.default_layer if method.layer is None else method.layer
         _, rows, columns, channels = self._activations(layer).shape
         # An early layer has large maps: so many classes at a time that their gradients fit.
         at_once = max(MAX_GRADIENTS // (len(pixels) * rows * columns * channels), 1)
+        run = self._pass(layer, method.name, method.score)
         parts = [
-            self._pass(layer)(pixels, wanted[:, first : first + at_once])
-            for first in range(0, wanted.shape[1], at_once)
+            run(pixels, wanted[:, first : first + at_once]) for first in range(0, wanted.shape[1], at_once)
         ]
         scores, class_ids, raw = zip(*parts, strict=True)
         return Computed(layer, scores[0], np.concatenate(class_ids, 1), np.concatenate(raw, 1))
 
-    def _pass(self, layer: str) -> Any:
-        """The traced function of one target layer; the least recently used makes room."""
+    def _pass(self, layer: str, method: str, score: str) -> Any:
+        """The traced function of one layer, method and score; the least recently used makes room."""
         from worker.gradcam import gradients
 
-        if layer not in self._passes:
+        key = (layer, method, score)
+        if key not in self._passes:
             both = keras.Model(self._model.inputs, [self._activations(layer), self._scores])
             preprocessing = self._preprocessing
 
             def forward(pixels: Any) -> Any:
                 return both(preprocess(pixels, preprocessing), training=False)
 
-            self._passes[layer] = gradients.one_pass(forward, partial(cam.gradcam, keras.ops))
-            if len(self._passes) > MAX_TRACED_LAYERS:
+            formula = partial(cam.METHODS[method], keras.ops)
+            # The logarithm of the probability: its map is that of the probability, and cannot underflow.
+            target = keras.ops.log_softmax if score == "probability" else keras.ops.copy
+            self._passes[key] = gradients.one_pass(forward, formula, target)
+            if len(self._passes) > MAX_TRACED:
                 self._passes.popitem(last=False)
-        self._passes.move_to_end(layer)
-        return self._passes[layer]
+        self._passes.move_to_end(key)
+        return self._passes[key]
 
     def _activations(self, layer: str) -> Any:
         """The target layer's output (None, rows, columns, channels). Raises UnknownLayer."""

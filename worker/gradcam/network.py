@@ -23,6 +23,19 @@ class NetworkFacts:
 
 
 @dataclass(frozen=True)
+class Method:
+    """How to compute heatmaps: `cam.METHODS`, `cam.SCORES` and `cam.NORMALIZE` hold the choices."""
+
+    name: str = "gradcam"
+    layer: str | None = None  # None: the network's own target layer
+    score: str = "logit"  # what is explained: the score before the softmax, or log p after it
+    normalize: str = "per_class"
+
+
+GRADCAM = Method()
+
+
+@dataclass(frozen=True)
 class Computed:
     """One pass over n images and k wanted classes of each, on the host."""
 
@@ -46,7 +59,7 @@ class Network(Protocol):
         ...
 
     def compute(
-        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], layer: str | None = None
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Computed:
         """Run the network and its gradients, once for all images and classes.
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from worker.deadline import Deadline
 from worker.gradcam.explain import Explanation, explain_pixels
-from worker.gradcam.network import Network
+from worker.gradcam.network import GRADCAM, Method, Network
 
 WARM_UP_S = 600  # the first pass of a large network on a slow machine takes minutes at most
 
@@ -49,14 +49,14 @@ class Residents:
         """Load a network and run it once, so that the first job need not wait for either."""
         network = self.get(name)
         black = np.zeros((*network.facts.input_size, 3), np.uint8)
-        self.explain(network, black, network.labels.wanted(top_n=1), None, Deadline(WARM_UP_S))
+        self.explain(network, black, network.labels.wanted(top_n=1), GRADCAM, Deadline(WARM_UP_S))
 
     def explain(
         self,
         network: Network,
         pixels: NDArray[np.uint8],
         wish: Sequence[int],
-        layer: str | None,
+        method: Method,
         deadline: Deadline,
     ) -> Turn:
         """Explain one fitted image (height, width, 3); waits for its turn until the deadline.
@@ -68,7 +68,7 @@ class Residents:
             deadline.check("waiting for the device")
         try:
             begun = time.monotonic()
-            seen = explain_pixels(network, pixels[np.newaxis], [tuple(wish)], layer)[0]
+            seen = explain_pixels(network, pixels[np.newaxis], [tuple(wish)], method)[0]
         finally:
             self._device.release()
         return Turn(seen, begun - asked, time.monotonic() - begun, batch_size=1)
