@@ -54,7 +54,10 @@ def test_the_example_of_the_contract_is_a_job() -> None:
         ({"method": {"layer": ""}}, "method.layer"),
         ({"image": ""}, "image.uri"),
         ({"priority": 3}, "'high', 'normal', 'low' or 'bulk'"),
-        ({"artifacts": [{"kind": "overlay"}, {"kind": "overlay"}]}, "artifacts holds one kind twice"),
+        (
+            {"artifacts": [{"kind": "overlay"}, {"kind": "overlay"}]},
+            "artifacts holds one kind and format twice",
+        ),
         ({"artifacts": [{"kind": "hologram"}]}, "'hologram'"),
         ({"id": "../../etc/passwd"}, "id: String should match pattern"),
         ({"expires_at": "2030-01-01T00:00:00"}, "expires_at: Input should have timezone info"),

@@ -106,6 +106,55 @@ def test_a_class_that_nothing_speaks_for_has_an_empty_heatmap_and_a_warning() ->
     assert b"NaN" not in store.objects[f"{asked.id}/manifest.json"]
 
 
+ALL_FORMATS = [
+    {"kind": "overlay", "format": "png", "max_edge": 24, "colormap": "viridis"},
+    {"kind": "overlay", "format": "webp"},
+    {"kind": "heatmap", "format": "npy"},
+    {"kind": "heatmap", "format": "png"},
+    {"kind": "grid", "format": "png"},
+]
+
+
+def test_every_format_can_be_asked_for_at_once_and_is_described() -> None:
+    asked = job(artifacts=ALL_FORMATS)
+    _, store, _ = run(asked)
+    names = [name.partition("/")[2] for name in store.objects]
+    assert names == [
+        "overlay-1-0-red.png",
+        "overlay-2-2-blue.png",
+        "overlay-1-0-red.webp",
+        "overlay-2-2-blue.webp",
+        "heatmaps.npy",
+        "heatmap-1-0-red.png",
+        "heatmap-2-2-blue.png",
+        "grid.png",
+        "manifest.json",
+    ]
+    manifest = Manifest.model_validate_json(store.objects[f"{asked.id}/manifest.json"])
+    described = [record for seen in manifest.explanations for record in seen.artifacts]
+    assert {record.uri.rpartition("/")[2] for record in (*described, *manifest.artifacts)} == {*names[:-1]}
+    for record in (*described, *manifest.artifacts):
+        data = store.objects[record.uri.removeprefix("memory://")]
+        assert record.sha256 == hashlib.sha256(data).hexdigest()
+        if record.width:
+            decoded = decode(data)
+            assert decoded.pixels.shape[:2] == (record.height, record.width)
+            assert decoded.media_type == record.media_type
+        else:
+            assert np.load(io.BytesIO(data)).shape == record.shape
+    small, large = (decode(store.objects[f"{asked.id}/overlay-1-0-red.{ext}"]) for ext in ("png", "webp"))
+    assert (small.pixels.shape, large.pixels.shape) == ((16, 24, 3), (32, 48, 3))
+
+
+def test_a_grey_heatmap_has_the_photos_size_and_is_white_where_the_class_is() -> None:
+    asked = job(artifacts=[{"kind": "heatmap", "format": "png"}], target={"classes": ["red"]})
+    _, store, _ = run(asked)
+    pixels = decode(store.objects[f"{asked.id}/heatmap-1-0-red.png"]).pixels
+    assert pixels.shape == (32, 48, 3)
+    assert (pixels[:, :16] == 255).all()
+    assert (pixels[:, 32:] == 0).all()
+
+
 @pytest.mark.parametrize("name", sorted(cam.METHODS))
 @pytest.mark.parametrize("normalize", cam.NORMALIZE)
 def test_a_job_chooses_its_method_and_the_manifest_says_which(name: str, normalize: str) -> None:

@@ -2,6 +2,8 @@
 
     <output>/<job id>/overlay-<rank>-<class id>-<name>.jpg    one for each explained class
     <output>/<job id>/heatmaps.npz                            all heatmaps on the network's own grid
+    <output>/<job id>/heatmap-<rank>-<class id>-<name>.png    one grey picture for each, where asked for
+    <output>/<job id>/grid.jpg                                the photo and its overlays on one sheet
     <output>/<job id>/manifest.json                           last: its presence means all is there
 
 The same job writes the same bytes under the same keys, whichever attempt it is.
@@ -16,11 +18,21 @@ from typing import Any
 import numpy as np
 
 from worker import __version__
-from worker.contract import HeatmapWish, Job, ManifestRef, OverlayWish, SeenClass, Warned
+from worker.contract import (
+    ArtifactWish,
+    GridWish,
+    HeatmapWish,
+    Job,
+    ManifestRef,
+    OverlayWish,
+    SeenClass,
+    Warned,
+)
 from worker.deadline import Deadline
+from worker.gradcam import picture
+from worker.gradcam.classes import caption
 from worker.gradcam.decode import Decoded
-from worker.gradcam.explain import Explanation, Prediction, overlay_name
-from worker.gradcam.picture import encode_jpeg, overlay
+from worker.gradcam.explain import Explanation, Prediction, file_name
 from worker.manifest import (
     ArtifactRecord,
     ClassRef,
@@ -32,12 +44,11 @@ from worker.manifest import (
 from worker.storage import Store
 
 MANIFEST = "manifest.json"
-HEATMAPS = "heatmaps.npz"
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """An artifact before it is stored. `index` is the explained class it belongs to, None for all."""
+    """An artifact before it is stored. `index` is the explained class it belongs to, None for all of them."""
 
     name: str
     data: bytes
@@ -57,28 +68,59 @@ def render(job: Job, decoded: Decoded, seen: Explanation, deadline: Deadline) ->
     return rendered
 
 
-def _render(wish: OverlayWish | HeatmapWish, decoded: Decoded, seen: Explanation) -> Iterator[Rendered]:
-    if isinstance(wish, HeatmapWish):
+def _render(wish: ArtifactWish, decoded: Decoded, seen: Explanation) -> Iterator[Rendered]:
+    if isinstance(wish, OverlayWish):
+        yield from _overlays(wish, decoded, seen)
+    elif isinstance(wish, GridWish):
+        yield _grid(wish, decoded, seen)
+    elif wish.format == "png":
+        size = (decoded.pixels.shape[0], decoded.pixels.shape[1])
+        for index, explained in enumerate(seen.explained):
+            grey = picture.grey(seen.shown[index], size)
+            yield _picture(file_name("heatmap", explained, "png"), grey, "png", "heatmap", index)
+    else:
         facts = {"dtype": "float32", "shape": seen.heatmaps.shape}
-        yield Rendered(HEATMAPS, _npz(seen), "application/x-npz", "heatmap", None, facts)
-        return
-    height, width, _ = decoded.pixels.shape
+        media_type = f"application/x-{wish.format}"
+        yield Rendered(f"heatmaps.{wish.format}", _arrays(wish, seen), media_type, "heatmap", None, facts)
+
+
+def _overlays(wish: OverlayWish, decoded: Decoded, seen: Explanation) -> Iterator[Rendered]:
+    photo = picture.within_edge(decoded.pixels, wish.max_edge)
     for index, explained in enumerate(seen.explained):
-        laid = overlay(decoded.pixels, seen.shown[index], alpha=wish.alpha, colormap=wish.colormap)
-        facts = {"width": width, "height": height}
-        name = overlay_name(explained)
-        yield Rendered(name, encode_jpeg(laid), "image/jpeg", "overlay", index, facts)
+        laid = picture.overlay(photo, seen.shown[index], alpha=wish.alpha, colormap=wish.colormap)
+        name = file_name("overlay", explained, picture.EXTENSIONS[wish.format])
+        yield _picture(name, laid, wish.format, "overlay", index)
 
 
-def _npz(seen: Explanation) -> bytes:
+def _grid(wish: GridWish, decoded: Decoded, seen: Explanation) -> Rendered:
+    """The figure that the notebook drew: no larger than it is shown, whatever the photo's size."""
+    photo = picture.within_edge(decoded.pixels, 2 * max(picture.TILE))
+    tiles = [("photo", photo)]
+    for index, one in enumerate(seen.explained):
+        laid = picture.overlay(photo, seen.shown[index], alpha=wish.alpha, colormap=wish.colormap)
+        tiles.append((caption(one.id, one.name, one.probability), laid))
+    sheet = picture.grid(picture.in_rows(tiles))
+    return _picture(f"grid.{picture.EXTENSIONS[wish.format]}", sheet, wish.format, "grid", None)
+
+
+def _picture(name: str, pixels: picture.Pixels, format_: str, kind: str, index: int | None) -> Rendered:
+    facts = {"width": pixels.shape[1], "height": pixels.shape[0]}
+    data = picture.encode(pixels, format_)
+    return Rendered(name, data, picture.MEDIA_TYPES[format_], kind, index, facts)
+
+
+def _arrays(wish: HeatmapWish, seen: Explanation) -> bytes:
     file = io.BytesIO()
-    np.savez(
-        file,
-        heatmaps=seen.heatmaps,
-        class_ids=np.array([one.id for one in seen.explained], np.int32),
-        raw_min=seen.raw_min,
-        raw_max=seen.raw_max,
-    )
+    if wish.format == "npy":
+        np.save(file, seen.heatmaps)
+    else:
+        np.savez(
+            file,
+            heatmaps=seen.heatmaps,
+            class_ids=np.array([one.id for one in seen.explained], np.int32),
+            raw_min=seen.raw_min,
+            raw_max=seen.raw_max,
+        )
     return file.getvalue()
 
 
@@ -108,12 +150,13 @@ def describe(
 ) -> Manifest:
     """The manifest: a function of the job, the image and the network alone, so no time, no attempt."""
     size = (image.width, image.height)
+    made = list(zip(rendered, records, strict=True))
     explanations = []
     for index, one in enumerate(seen.explained):
         own = [
-            record if made.index == index else record.model_copy(update={"index": index})
-            for made, record in zip(rendered, records, strict=True)
-            if made.index in {index, None}
+            record if each.index == index else record.model_copy(update={"index": index})
+            for each, record in made
+            if each.index == index or (each.index is None and each.kind == "heatmap")
         ]
         explanations.append(_explained(one, seen, index, size, tuple(own)))
     facts = seen.network
@@ -133,6 +176,7 @@ def describe(
         method=job.method.model_copy(update={"layer": seen.layer}),
         predictions=classes(seen.predictions),
         explanations=tuple(explanations),
+        artifacts=tuple(record for each, record in made if each.kind == "grid"),
         warnings=warnings(seen),
     )
 

@@ -66,23 +66,39 @@ class Method(Wire):
     normalize: Literal["per_class", "joint", "none"] = "per_class"
 
 
+Alpha = Annotated[float, Field(ge=0, le=1)]  # of the colour; the rest is the photo
+Colormap = Literal["jet", "turbo", "viridis", "inferno", "magma", "plasma", "cividis", "grey"]
+
+
 class OverlayWish(Wire):
     """One picture a class: the heatmap laid over the photo, at the photo's size."""
 
     kind: Literal["overlay"] = "overlay"
-    format: Literal["jpeg"] = "jpeg"
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.4
-    colormap: Literal["jet", "turbo", "viridis", "inferno", "magma"] = "jet"
+    format: Literal["jpeg", "png", "webp"] = "jpeg"
+    alpha: Alpha = 0.4
+    colormap: Colormap = "jet"
+    max_edge: Annotated[int, Field(ge=16, le=32_767, strict=True)] | None = None  # pixels; None: as the photo
 
 
 class HeatmapWish(Wire):
-    """One array file: all heatmaps on the network's own grid, float32."""
+    """The heatmaps as numbers: all on the network's own grid, float32, in one npz or npy file; or, as png,
+    one 8-bit grey picture a class, at the photo's size.
+    """
 
     kind: Literal["heatmap"] = "heatmap"
-    format: Literal["npz"] = "npz"
+    format: Literal["npz", "npy", "png"] = "npz"
 
 
-ArtifactWish = Annotated[OverlayWish | HeatmapWish, Field(discriminator="kind")]
+class GridWish(Wire):
+    """One sheet: the photo and its overlays in rows of three, each with its class and probability."""
+
+    kind: Literal["grid"] = "grid"
+    format: Literal["jpeg", "png"] = "jpeg"
+    alpha: Alpha = 0.4
+    colormap: Colormap = "jet"
+
+
+ArtifactWish = Annotated[OverlayWish | HeatmapWish | GridWish, Field(discriminator="kind")]
 
 
 class Webhook(Wire):
@@ -122,9 +138,9 @@ class Job(Wire):
 
     @model_validator(mode="after")
     def _one_of_each_kind(self) -> Self:
-        kinds = [wish.kind for wish in self.artifacts]
+        kinds = [f"{wish.kind} {wish.format}" for wish in self.artifacts]
         if len(set(kinds)) < len(kinds):
-            message = f"artifacts holds one kind twice: {', '.join(kinds)}"
+            message = f"artifacts holds one kind and format twice: {', '.join(kinds)}"
             raise ValueError(message)
         return self
 

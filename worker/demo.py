@@ -22,9 +22,9 @@ from worker import embedded, lifeline, terminal
 from worker.client import GradcamClient
 from worker.contract import Job, StatusDocument
 from worker.errors import WorkerLost
-from worker.gradcam.classes import DATA
+from worker.gradcam.classes import DATA, caption, percent
 from worker.gradcam.decode import decode
-from worker.gradcam.picture import encode_jpeg, grid
+from worker.gradcam.picture import encode, grid
 from worker.manifest import ArtifactRecord, Manifest
 from worker.settings import Settings
 from worker.storage import S3, Store, Stores
@@ -161,7 +161,7 @@ def _print_results(
         spent = sum(terminal.seconds(document).values()) - document.metrics["queue_s"]
         left, right = [one.photo.name, f"[dim]{one.wish}[/]"], [f"{spent:.2f}"]
         for seen in manifests[one.job.id].explanations:
-            label, probability = seen.class_, terminal.percent(seen.probability)
+            label, probability = seen.class_, percent(seen.probability)
             cells = (str(seen.rank), str(label.id), label.name, probability)
             table.add_row(left.pop(0) if left else "", *cells, right.pop(0) if right else "")
     terminal.out.print(table)
@@ -201,11 +201,10 @@ def _contact_sheet(asked: list[Asked], manifests: dict[str, Manifest], folder: P
         rows.append([(f"{one.photo.stem}: {one.wish}", decode(one.photo.read_bytes()).pixels)])
         for seen in manifests[one.job.id].explanations:
             overlay = next(_name(record) for record in seen.artifacts if record.kind == "overlay")
-            name, probability = seen.class_.name.replace("_", " "), terminal.percent(seen.probability)
             pixels = decode((_place(folder, one) / overlay).read_bytes()).pixels
-            rows[-1].append((f"{seen.class_.id} {name} {probability}", pixels))
+            rows[-1].append((caption(seen.class_.id, seen.class_.name, seen.probability), pixels))
     sheet = folder / "contact-sheet.jpg"
-    sheet.write_bytes(encode_jpeg(grid(rows, tile=TILE)))
+    sheet.write_bytes(encode(grid(rows, tile=TILE)))
     return sheet
 
 

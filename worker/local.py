@@ -10,6 +10,7 @@ from worker import terminal, wiring
 from worker.contract import Job
 from worker.deadline import Deadline
 from worker.errors import GradcamError
+from worker.gradcam.classes import percent
 from worker.manifest import Manifest
 from worker.outside import Outside
 from worker.pipeline import Journey, explain
@@ -87,7 +88,7 @@ def _print(made: dict[Path, Manifest | GradcamError], folders: dict[Path, str], 
             continue
         names = [Text(image.name), Text(f"-> {folders[image]}/", "dim")]
         for seen in result.explanations:
-            label, probability = seen.class_, terminal.percent(seen.probability)
+            label, probability = seen.class_, percent(seen.probability)
             name = names.pop(0) if names else ""
             table.add_row(name, str(seen.rank), str(label.id), Text(label.name), probability)
     if table.rows:

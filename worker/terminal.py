@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from worker.contract import StatusDocument
+from worker.gradcam.classes import percent
 
-LEAST_SHOWN = 0.0005  # below it a probability would read as 0.0 %
 COLORS = {
     "queued": "yellow",
     "running": "cyan",
@@ -41,11 +41,6 @@ def status_text(document: StatusDocument) -> Text:
     """The state in its colour, with its stage while it runs."""
     stage = f" · {document.stage}" if document.stage else ""
     return Text(document.status + stage, COLORS[document.status])
-
-
-def percent(probability: float) -> str:
-    """0.7708 -> `77.1 %`."""
-    return f"{probability * 100:.1f} %" if probability >= LEAST_SHOWN else "<0.1 %"
 
 
 def show(document: StatusDocument) -> None:

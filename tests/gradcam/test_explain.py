@@ -17,7 +17,7 @@ from worker.errors import (
     UnsupportedMediaType,
 )
 from worker.gradcam.decode import Limits, decode
-from worker.gradcam.explain import Explanation, Prediction, explain_image, explain_pixels, overlay_name
+from worker.gradcam.explain import Explanation, Prediction, explain_image, explain_pixels, file_name
 from worker.gradcam.network import GRADCAM, Computed, Method
 from worker.gradcam.picture import overlay
 from worker.testing import TinyNetwork
@@ -162,7 +162,7 @@ class TestPictures:
 
 
 @pytest.mark.parametrize(
-    ("name", "file_name"),
+    ("name", "expected"),
     [
         ("go-kart", "overlay-2-573-go-kart.jpg"),
         ("jack-o'-lantern", "overlay-2-573-jack-o_-lantern.jpg"),
@@ -170,8 +170,8 @@ class TestPictures:
         ("x" * 300, f"overlay-2-573-{'x' * 60}.jpg"),
     ],
 )
-def test_an_overlays_name_is_safe_for_any_file_system(name: str, file_name: str) -> None:
-    assert overlay_name(Prediction(2, 573, "n1", name, 0.5)) == file_name
+def test_an_overlays_name_is_safe_for_any_file_system(name: str, expected: str) -> None:
+    assert file_name("overlay", Prediction(2, 573, "n1", name, 0.5)) == expected
 
 
 @pytest.mark.parametrize("broken", ["scores", "raw"])

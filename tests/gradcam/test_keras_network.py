@@ -163,7 +163,7 @@ class TestLayers:
         pixels = np.full((1, 4, 4, 3), 200, np.uint8)
         for name in [*names[:-1], names[0], names[-1]]:
             assert network.compute(pixels, TOP_2, Method(layer=name)).layer == name
-        assert list(network._passes) == [*names[2:-1], names[0], names[-1]]
+        assert [layer for layer, _, _ in network._passes] == [*names[2:-1], names[0], names[-1]]
 
 
 def test_classes_that_do_not_fit_at_once_are_computed_in_turns(

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from worker.gradcam.explain import explain_image
 from worker.gradcam.network import Network
-from worker.gradcam.picture import encode_jpeg
+from worker.gradcam.picture import encode
 
 pytestmark = pytest.mark.tensorflow
 
@@ -101,7 +101,5 @@ def test_every_photo_gets_maps_of_seven_by_seven_and_overlays_of_its_own_size(
 
 
 def test_the_same_photo_gives_the_same_bytes(lite0: Network, photos: Path) -> None:
-    overlays = [
-        encode_jpeg(explain_image(lite0, photos / "coffee.jpg", top_n=2).overlay(1)) for _ in range(2)
-    ]
+    overlays = [encode(explain_image(lite0, photos / "coffee.jpg", top_n=2).overlay(1)) for _ in range(2)]
     assert overlays[0] == overlays[1]

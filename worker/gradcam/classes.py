@@ -25,6 +25,19 @@ class Label(NamedTuple):
         return f"{self.id} ({self.wnid}, {self.name})"
 
 
+LEAST_SHOWN = 0.0005  # below it a probability would read as 0.0 %
+
+
+def percent(probability: float) -> str:
+    """0.7708 -> `77.1 %`."""
+    return f"{probability * 100:.1f} %" if probability >= LEAST_SHOWN else "<0.1 %"
+
+
+def caption(class_id: int, name: str, probability: float) -> str:
+    """`718 pier 77.1 %`."""
+    return f"{class_id} {name.replace('_', ' ')} {percent(probability)}"
+
+
 def fold(name: str) -> str:
     """Spelling that does not matter: case, and a space or hyphen for an underscore."""
     return name.strip().casefold().replace(" ", "_").replace("-", "_")

@@ -12,7 +12,7 @@ from worker.gradcam import cam
 from worker.gradcam.classes import ClassIndex
 from worker.gradcam.decode import Limits, decode
 from worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
-from worker.gradcam.picture import encode_jpeg, fit, overlay
+from worker.gradcam.picture import encode, fit, overlay
 
 RGB = (3,)  # channels
 SHOWN = 5  # predictions reported beside a list of classes
@@ -69,15 +69,15 @@ class Explained(Explanation):
         target.mkdir(parents=True, exist_ok=True)
         paths = []
         for index, seen in enumerate(self.explained):
-            paths.append(target / overlay_name(seen))
-            paths[-1].write_bytes(encode_jpeg(self.overlay(index)))
+            paths.append(target / file_name("overlay", seen))
+            paths[-1].write_bytes(encode(self.overlay(index)))
         return paths
 
 
-def overlay_name(seen: Prediction) -> str:
-    """The file name of an overlay: `overlay-1-967-espresso.jpg`."""
+def file_name(kind: str, seen: Prediction, extension: str = "jpg") -> str:
+    """The file name of one class's picture: `overlay-1-967-espresso.jpg`."""
     name = "".join(letter if letter.isalnum() or letter in "_-" else "_" for letter in seen.name)
-    return f"overlay-{seen.rank}-{seen.id}-{name[:60]}.jpg"
+    return f"{kind}-{seen.rank}-{seen.id}-{name[:60]}.{extension}"
 
 
 def explain_image(

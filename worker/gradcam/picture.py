@@ -18,7 +18,20 @@ COLORMAPS = {
     "viridis": cv2.COLORMAP_VIRIDIS,
     "inferno": cv2.COLORMAP_INFERNO,
     "magma": cv2.COLORMAP_MAGMA,
+    "plasma": cv2.COLORMAP_PLASMA,
+    "cividis": cv2.COLORMAP_CIVIDIS,
+    "grey": None,  # from black to white
 }
+MEDIA_TYPES = {"jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
+EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+ENCODING = {  # measured at 500 x 375: 0.4, 5 and 17 ms; 52, 321 and 28 KB
+    "jpeg": [cv2.IMWRITE_JPEG_QUALITY, 90],
+    "png": [cv2.IMWRITE_PNG_COMPRESSION, 1],
+    "webp": [cv2.IMWRITE_WEBP_QUALITY, 80],
+}
+TILE = (480, 480)  # pixels of a picture on a grid, at most
+COLUMNS = 3  # of a grid
+COLOR_RANK = 3  # (height, width, channels)
 
 
 def fit(pixels: Pixels, size: tuple[int, int]) -> Pixels:
@@ -46,7 +59,10 @@ def enlarge(heatmap: Heatmap, size: tuple[int, int]) -> Heatmap:
 def _colors(colormap: str) -> Pixels:
     """The 256 RGB colours of a colour map, (256, 1, 3)."""
     ramp = np.arange(256, dtype=np.uint8).reshape(256, 1)
-    return np.asarray(cv2.applyColorMap(ramp, COLORMAPS[colormap])[..., ::-1], np.uint8)
+    code = COLORMAPS[colormap]
+    if code is None:
+        return np.asarray(cv2.cvtColor(ramp, cv2.COLOR_GRAY2RGB), np.uint8)
+    return np.asarray(cv2.applyColorMap(ramp, code)[..., ::-1], np.uint8)
 
 
 def overlay(pixels: Pixels, heatmap: Heatmap, *, alpha: float = 0.4, colormap: str = "jet") -> Pixels:
@@ -60,14 +76,31 @@ def overlay(pixels: Pixels, heatmap: Heatmap, *, alpha: float = 0.4, colormap: s
     return np.asarray(cv2.addWeighted(colored, alpha, pixels, 1 - alpha, 0), np.uint8)
 
 
-def encode_jpeg(pixels: Pixels, quality: int = 90) -> bytes:
-    """RGB pixels (height, width, 3) -> JPEG bytes, the same bytes for the same pixels."""
-    swapped = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    _, data = cv2.imencode(".jpg", swapped, [cv2.IMWRITE_JPEG_QUALITY, quality])
+def grey(heatmap: Heatmap, size: tuple[int, int]) -> Pixels:
+    """A heatmap (rows, columns) in [0, 1] -> (height, width) uint8: 255 is the peak."""
+    return np.rint(enlarge(heatmap, size) * 255).astype(np.uint8)
+
+
+def within_edge(pixels: Pixels, max_edge: int | None) -> Pixels:
+    """A picture whose longer side is at most `max_edge` pixels, in its own proportions; never enlarged."""
+    height, width, _ = pixels.shape
+    scale = min((max_edge or max(height, width)) / max(height, width), 1)
+    return fit(pixels, (max(round(height * scale), 1), max(round(width * scale), 1)))
+
+
+def encode(pixels: Pixels, kind: str = "jpeg") -> bytes:
+    """RGB (height, width, 3) or grey (height, width) -> bytes: JPEG, PNG or WebP, always the same bytes."""
+    swapped = pixels if pixels.ndim < COLOR_RANK else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    _, data = cv2.imencode(f".{EXTENSIONS[kind]}", swapped, ENCODING[kind])
     return data.tobytes()
 
 
-def grid(rows: Sequence[Sequence[tuple[str, Pixels]]], *, tile: tuple[int, int]) -> Pixels:
+def in_rows(tiles: Sequence[tuple[str, Pixels]]) -> list[list[tuple[str, Pixels]]]:
+    """Titled pictures, `COLUMNS` a row."""
+    return [list(tiles[first : first + COLUMNS]) for first in range(0, len(tiles), COLUMNS)]
+
+
+def grid(rows: Sequence[Sequence[tuple[str, Pixels]]], *, tile: tuple[int, int] = TILE) -> Pixels:
     """Rows of titled pictures -> one white sheet, each picture fitted into `tile` (width, height).
 
     A title is one line in a scalable font, shortened with an ellipsis where it is wider than its tile;
