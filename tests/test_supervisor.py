@@ -7,6 +7,8 @@ import textwrap
 import time
 from pathlib import Path
 
+import pytest
+
 TIMEOUT_S = 40
 
 
@@ -49,7 +51,10 @@ time.sleep(60)
     assert supervise(child, started=mark, signals=1)[0] == 0
 
 
-def test_a_worker_that_does_not_end_is_killed_after_the_limit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_worker_that_does_not_end_is_killed_after_the_limit_or_by_a_second_signal(
+    tmp_path: Path, signals: int
+) -> None:
     mark = tmp_path / "started"
     child = f"""
 import pathlib, signal, time
@@ -57,19 +62,7 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 pathlib.Path({str(mark)!r}).touch()
 time.sleep(60)
 """
-    assert supervise(child, started=mark, signals=1)[0] == 1
-
-
-def test_a_second_signal_ends_the_worker_at_once(tmp_path: Path) -> None:
-    mark = tmp_path / "started"
-    child = f"""
-import pathlib, signal, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-pathlib.Path({str(mark)!r}).touch()
-time.sleep(60)
-"""
-    code, _ = supervise(child, started=mark, signals=2)
-    assert code == 1
+    assert supervise(child, started=mark, signals=signals)[0] == 1
 
 
 def test_a_worker_that_took_jobs_is_started_again_however_often_it_dies(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from celery.exceptions import Reject
 from celery.signals import setup_logging, worker_ready
 
 from worker import broker, lifeline, wiring
-from worker.errors import BrokerUnavailable, InvalidJob, LedgerUnavailable
+from worker.errors import BrokerUnavailable, InternalError, InvalidJob, LedgerUnavailable
 from worker.settings import Settings
 from worker.tasks import Desk
 
@@ -34,16 +34,18 @@ def register(app: Celery, desk: Desk) -> None:
                 log.warning("message %s goes back: %s", self.request.id, error)
                 time.sleep(RETURN_AFTER_S)
                 raise Reject(str(error), requeue=True) from error
-            except Exception:  # a mistake of ours must lose no message: it comes back, and is seen
-                log.exception("message %s goes back", self.request.id)
+            except Exception as error:
+                # A mistake of ours. No job is lost by it; what is no job goes round once, then ends.
+                log.exception("message %s: unforeseen", self.request.id)
+                if _redelivered(self.request) and _ended(desk, self.request.id, error):
+                    return
                 time.sleep(RETURN_AFTER_S)
-                raise Reject(requeue=True)  # noqa: B904  # logged just above
+                raise Reject(str(error), requeue=True) from error
 
-        app.task(receive, name=name, bind=True)
+        app.task(receive, name=name, bind=True, shared=False)  # this app's alone
 
     def explain(payload: object, request: Any) -> str:
-        redelivered = bool((request.delivery_info or {}).get("redelivered"))
-        return desk.handle(payload, request.id, redelivered=redelivered)
+        return desk.handle(payload, request.id, redelivered=_redelivered(request))
 
     task(broker.EXPLAIN, explain)
     task(broker.DELIVER, lambda payload, _: desk.deliver(payload))
@@ -51,6 +53,17 @@ def register(app: Celery, desk: Desk) -> None:
         message_id, None, InvalidJob(f"The message is not a job: {why}.")
     )
     app.conf.worker_consumer = "worker.consumer:SturdyConsumer"
+
+
+def _redelivered(request: Any) -> bool:
+    """Whether the broker gave this message out before."""
+    return bool((request.delivery_info or {}).get("redelivered"))
+
+
+def _ended(desk: Desk, message_id: str, error: Exception) -> bool:
+    """Write down that a message cannot be handled; whether that ended it. A good job is left alone."""
+    unforeseen = InternalError(f"Unforeseen {type(error).__name__}: {error}")
+    return desk.refuse(message_id, None, unforeseen).final
 
 
 def _payload(args: tuple[object, ...], kwargs: dict[str, object]) -> object:

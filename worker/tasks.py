@@ -81,10 +81,11 @@ class Desk:
         finally:
             self.busy.leave(job.id)
 
-    def refuse(self, message_id: str, payload: object, error: GradcamError) -> None:
+    def refuse(self, message_id: str, payload: object, error: GradcamError) -> StatusDocument:
         """Write down a message that is no job. Raises LedgerUnavailable."""
         document = self.ledger.refuse(_identify(payload, message_id), payload, error)
         log.warning("job %s refused: %s", document.id, error)
+        return document
 
     def _claim(self, job: Job, document: StatusDocument, *, redelivered: bool) -> str:
         claim = self.ledger.claim(

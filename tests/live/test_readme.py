@@ -65,6 +65,12 @@ def environment(stage: Any) -> dict[str, str]:
     }
 
 
+def run(command: list[str], stage: Any, place: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=place, env=environment(stage), capture_output=True, text=True, check=False
+    )
+
+
 def test_every_block_is_run_by_some_test() -> None:
     assert {block.strip() for block in blocks("bash")} >= set(ELSEWHERE)
     assert len(COMMANDS) >= 2
@@ -73,14 +79,7 @@ def test_every_block_is_run_by_some_test() -> None:
 
 @pytest.mark.parametrize("block", COMMANDS)
 def test_a_command_works(block: str, stage: Any, place: Path, here: Callable[[str], str]) -> None:
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", here(block)],
-        cwd=place,
-        env=environment(stage),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run(["bash", "-euo", "pipefail", "-c", here(block)], stage, place)
     assert done.returncode == 0, done.stderr
     assert "Egyptian_cat" in done.stdout
     assert "Traceback" not in done.stderr
@@ -88,14 +87,8 @@ def test_a_command_works(block: str, stage: Any, place: Path, here: Callable[[st
 
 @pytest.mark.parametrize("block", blocks("python"))
 def test_a_program_works(block: str, stage: Any, place: Path, here: Callable[[str], str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", here(block)],
-        cwd=place,
-        env=environment(stage),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    strict = ["-W", "error::DeprecationWarning:__main__"]
+    done = run([sys.executable, *strict, "-c", here(block)], stage, place)
     assert done.returncode == 0, done.stderr
     if "save" in block:
         assert len(list((place / "explained").glob("overlay-*.jpg"))) == 3

@@ -1,0 +1,75 @@
+"""What the tasks do with messages, over an app that has no broker."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery.exceptions import Reject
+
+from worker import broker, process
+from worker.contract import StatusDocument
+from worker.errors import LedgerUnavailable
+from worker.ledger import Ledger
+from worker.settings import Settings
+from worker.testing import MemoryLedger
+from worker.wire import new_id
+
+
+@dataclass
+class BrokenDesk:
+    """Handles nothing, for a reason; refuses what it is told to."""
+
+    failure: Exception
+    ledger: Ledger = field(default_factory=MemoryLedger)
+
+    def handle(self, *_: object, **__: object) -> str:
+        raise self.failure
+
+    def refuse(self, message_id: str, payload: object, error: Any) -> StatusDocument:
+        return self.ledger.refuse(message_id, payload, error)
+
+
+def receive(desk: Any, message_id: str, *, redelivered: bool = False) -> None:
+    app = broker.make_app(Settings())
+    process.register(app, desk)
+    request = SimpleNamespace(id=message_id, delivery_info={"redelivered": redelivered})
+    app.tasks[broker.EXPLAIN].run.__func__(SimpleNamespace(request=request), {})
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "RETURN_AFTER_S", 0)
+
+
+@pytest.mark.parametrize("redelivered", [False, True])
+def test_a_message_goes_back_while_the_ledger_is_out_of_reach(redelivered: bool) -> None:
+    with pytest.raises(Reject) as caught:
+        receive(BrokenDesk(LedgerUnavailable("gone")), new_id(), redelivered=redelivered)
+    assert caught.value.requeue
+
+
+def test_a_mistake_of_ours_loses_no_message_and_makes_none_go_round_for_ever() -> None:
+    desk, message_id = BrokenDesk(RuntimeError("surprise")), new_id()
+    with pytest.raises(Reject) as caught:
+        receive(desk, message_id)
+    assert caught.value.requeue
+    receive(desk, message_id, redelivered=True)
+    error = desk.ledger.read(message_id).error
+    assert error is not None
+    assert (error.code, "RuntimeError: surprise" in error.detail) == ("internal", True)
+
+
+def test_a_mistake_of_ours_ends_no_good_job(job: Any) -> None:
+    desk = BrokenDesk(RuntimeError("surprise"))
+    desk.ledger.submit(job)
+    with pytest.raises(Reject):
+        receive(desk, job.id, redelivered=True)
+    assert desk.ledger.read(job.id).status == "queued"
+
+
+def test_an_argument_may_come_by_position_or_by_name() -> None:
+    assert process._payload(({"a": 1},), {}) == {"a": 1}
+    assert process._payload((), {"job": {"a": 1}}) == {"a": 1}
+    assert process._payload((1, 2), {}) == [1, 2], "which is no job, and is refused as such"
+    assert process._payload((), {}) == []
