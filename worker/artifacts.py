@@ -75,8 +75,8 @@ def _render(wish: ArtifactWish, decoded: Decoded, seen: Explanation) -> Iterator
         yield _grid(wish, decoded, seen)
     elif wish.format == "png":
         size = (decoded.pixels.shape[0], decoded.pixels.shape[1])
-        for index, explained in enumerate(seen.explained):
-            grey = picture.grey(seen.shown[index], size)
+        for index, (explained, heatmap) in enumerate(zip(seen.explained, seen.shown, strict=True)):
+            grey = picture.grey(heatmap, size)
             yield _picture(file_name("heatmap", explained, "png"), grey, "png", "heatmap", index)
     else:
         facts = {"dtype": "float32", "shape": seen.heatmaps.shape}
@@ -86,8 +86,8 @@ def _render(wish: ArtifactWish, decoded: Decoded, seen: Explanation) -> Iterator
 
 def _overlays(wish: OverlayWish, decoded: Decoded, seen: Explanation) -> Iterator[Rendered]:
     photo = picture.within_edge(decoded.pixels, wish.max_edge)
-    for index, explained in enumerate(seen.explained):
-        laid = picture.overlay(photo, seen.shown[index], alpha=wish.alpha, colormap=wish.colormap)
+    for index, (explained, heatmap) in enumerate(zip(seen.explained, seen.shown, strict=True)):
+        laid = picture.overlay(photo, heatmap, alpha=wish.alpha, colormap=wish.colormap)
         name = file_name("overlay", explained, picture.EXTENSIONS[wish.format])
         yield _picture(name, laid, wish.format, "overlay", index)
 
@@ -96,8 +96,8 @@ def _grid(wish: GridWish, decoded: Decoded, seen: Explanation) -> Rendered:
     """The figure that the notebook drew: no larger than it is shown, whatever the photo's size."""
     photo = picture.within_edge(decoded.pixels, 2 * max(picture.TILE))
     tiles = [("photo", photo)]
-    for index, one in enumerate(seen.explained):
-        laid = picture.overlay(photo, seen.shown[index], alpha=wish.alpha, colormap=wish.colormap)
+    for one, heatmap in zip(seen.explained, seen.shown, strict=True):
+        laid = picture.overlay(photo, heatmap, alpha=wish.alpha, colormap=wish.colormap)
         tiles.append((caption(one.id, one.name, one.probability), laid))
     sheet = picture.grid(picture.in_rows(tiles))
     return _picture(f"grid.{picture.EXTENSIONS[wish.format]}", sheet, wish.format, "grid", None)

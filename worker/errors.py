@@ -228,6 +228,11 @@ class InternalError(RetryableError):
 
     code = "internal"
 
+    @classmethod
+    def of(cls, error: Exception) -> "InternalError":
+        """Any other exception, named."""
+        return cls(f"Unforeseen {type(error).__name__}: {error}")
+
 
 class BrokerUnavailable(LocalError):
     """The queue cannot be reached."""

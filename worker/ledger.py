@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from worker.contract import ID_PATTERN, Job, Problem, StatusDocument, WorkerRef
+from worker.contract import FINAL, ID_PATTERN, Job, Problem, StatusDocument, WorkerRef
 from worker.deadline import Deadline
 from worker.errors import (
     AttemptFenced,
@@ -163,7 +163,7 @@ class Ledger(ABC):
             if ended:
                 problem = Problem.of(ended, stage="queue", attempt=before.attempt)
                 status = "expired" if isinstance(ended, JobExpired) else "failed"
-                after = _next(before, status=status, error=problem, completed_at=now, stage=None)
+                after = _next(before, status=status, error=problem)
             else:
                 after = _next(
                     before,
@@ -185,8 +185,6 @@ class Ledger(ABC):
         A ledger out of reach is asked again for `patience_s`: writing the same twice is harmless.
         Raises AttemptFenced where another attempt holds the job by now.
         """
-        if changes.get("status") in {"succeeded", "failed"}:
-            changes = {"stage": None, "completed_at": utc_now(), **changes}
         after, patience = _next(document, **changes), Deadline(patience_s)
         while True:
             try:
@@ -231,5 +229,8 @@ def _age_s(document: StatusDocument) -> float:
 
 
 def _next(before: StatusDocument, **changes: Any) -> StatusDocument:
-    """The next revision of a document."""
-    return before.model_copy(update={"revision": before.revision + 1, "updated_at": utc_now(), **changes})
+    """The next revision of a document. A final one is at no stage, and says when it was completed."""
+    now = utc_now()
+    if changes.get("status") in FINAL:
+        changes = {"stage": None, "completed_at": now, **changes}
+    return before.model_copy(update={"revision": before.revision + 1, "updated_at": now, **changes})

@@ -62,8 +62,7 @@ def _redelivered(request: Any) -> bool:
 
 def _ended(desk: Desk, message_id: str, error: Exception) -> bool:
     """Write down that a message cannot be handled; whether that ended it. A good job is left alone."""
-    unforeseen = InternalError(f"Unforeseen {type(error).__name__}: {error}")
-    return desk.refuse(message_id, None, unforeseen).final
+    return desk.refuse(message_id, None, InternalError.of(error)).final
 
 
 def _payload(args: tuple[object, ...], kwargs: dict[str, object]) -> object:

@@ -1,7 +1,7 @@
 """One message in, one of four ends out.
 
 done      the job is final: succeeded, failed or expired, and whoever asked is told
-later     a retryable error: the job waits and gets its next attempt
+later     a retryable error, or the job runs just now: the message is looked at again
 dropped   the job was final already, or another attempt has it: the message is a duplicate
 returned  the ledger or the broker is out of reach: the message goes back to the queue
 """
@@ -125,7 +125,7 @@ class Desk:
     def _failed(self, job: Job, document: StatusDocument, journey: Journey, error: Exception) -> str:
         if not isinstance(error, GradcamError):
             log.error("job %s: unforeseen at %s", job.id, journey.stage, exc_info=error)
-            error = InternalError(f"Unforeseen {type(error).__name__}: {error}")
+            error = InternalError.of(error)
         problem = Problem.of(error, stage=journey.stage, attempt=document.attempt)
         metrics = {**document.metrics, **journey.metrics}
         if not error.retryable or document.attempt >= job.max_attempts:

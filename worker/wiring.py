@@ -5,7 +5,6 @@ import platform
 from functools import partial
 
 from worker.contract import WorkerRef
-from worker.gradcam.catalog import find
 from worker.gradcam.decode import Limits
 from worker.gradcam.network import Network
 from worker.gradcam.residents import Residents
@@ -37,7 +36,6 @@ def ledger(settings: Settings) -> RedisLedger:
 
 def load(settings: Settings, name: str) -> Network:
     """A live network by name; TensorFlow is imported here, when the first one is needed."""
-    find(name)
     from worker.gradcam.keras_network import load_network
 
     return load_network(name, weights_dir=settings.weights_dir)

@@ -1,5 +1,6 @@
 """A row of the catalog -> a live network: the only import of keras."""
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -112,30 +113,33 @@ class KerasNetwork:
         self._preprocessing = row.preprocessing
         self._model = model
         self._scores = scores_before_softmax(model)
-        self._passes: OrderedDict[tuple[str, str, str], Any] = OrderedDict()
+        self._passes: OrderedDict[tuple[str, str, str], tuple[Any, int]] = OrderedDict()
 
     def compute(
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Computed:
         """See `worker.gradcam.network.Network.compute`."""
         layer = self.facts.default_layer if method.layer is None else method.layer
-        _, rows, columns, channels = self._activations(layer).shape
+        run, size = self._pass(layer, method.name, method.score)
         # An early layer has large maps: so many classes at a time that their gradients fit.
-        at_once = max(MAX_GRADIENTS // (len(pixels) * rows * columns * channels), 1)
-        run = self._pass(layer, method.name, method.score)
+        at_once = max(MAX_GRADIENTS // (len(pixels) * size), 1)
         parts = [
             run(pixels, wanted[:, first : first + at_once]) for first in range(0, wanted.shape[1], at_once)
         ]
         scores, class_ids, raw = zip(*parts, strict=True)
         return Computed(layer, scores[0], np.concatenate(class_ids, 1), np.concatenate(raw, 1))
 
-    def _pass(self, layer: str, method: str, score: str) -> Any:
-        """The traced function of one layer, method and score; the least recently used makes room."""
+    def _pass(self, layer: str, method: str, score: str) -> tuple[Any, int]:
+        """The traced function of one layer, method and score, and how many numbers its activations are.
+
+        The least recently used makes room.
+        """
         from worker.gradcam import gradients
 
         key = (layer, method, score)
         if key not in self._passes:
-            both = keras.Model(self._model.inputs, [self._activations(layer), self._scores])
+            activations = self._activations(layer)
+            both = keras.Model(self._model.inputs, [activations, self._scores])
             preprocessing = self._preprocessing
 
             def forward(pixels: Any) -> Any:
@@ -144,7 +148,8 @@ class KerasNetwork:
             formula = partial(cam.METHODS[method], keras.ops)
             # The logarithm of the probability: its map is that of the probability, and cannot underflow.
             target = keras.ops.log_softmax if score == "probability" else keras.ops.copy
-            self._passes[key] = gradients.one_pass(forward, formula, target)
+            run = gradients.one_pass(forward, formula, target)
+            self._passes[key] = run, math.prod(activations.shape[1:])
             if len(self._passes) > MAX_TRACED:
                 self._passes.popitem(last=False)
         self._passes.move_to_end(key)

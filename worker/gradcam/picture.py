@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import cv2
 import numpy as np
@@ -39,20 +40,22 @@ def fit(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 
     Shrinks with area interpolation (no aliasing), enlarges bilinearly.
     """
-    height, width = size
-    least = (min(width, pixels.shape[1]), min(height, pixels.shape[0]))
-    shrunk = cv2.resize(pixels, least, interpolation=cv2.INTER_AREA)
-    return np.asarray(cv2.resize(shrunk, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8)
+    return np.asarray(_resize(pixels, size), np.uint8)
 
 
 def enlarge(heatmap: Heatmap, size: tuple[int, int]) -> Heatmap:
     """A heatmap (rows, columns) -> (height, width): half-pixel bilinear, the peak kept as it was."""
-    height, width = size
-    least = (min(width, heatmap.shape[1]), min(height, heatmap.shape[0]))
-    shrunk = cv2.resize(heatmap, least, interpolation=cv2.INTER_AREA)  # no cell may fall between pixels
-    large = cv2.resize(shrunk, (width, height), interpolation=cv2.INTER_LINEAR)
+    large = _resize(heatmap, size)
     peak = large.max()
     return np.asarray(large * (heatmap.max() / peak) if peak > 0 else large, np.float32)
+
+
+def _resize(image: Any, size: tuple[int, int]) -> Any:
+    """Shrink by area, so that nothing falls between two pixels; then enlarge bilinearly."""
+    height, width = size
+    least = (min(width, image.shape[1]), min(height, image.shape[0]))
+    shrunk = cv2.resize(image, least, interpolation=cv2.INTER_AREA)
+    return cv2.resize(shrunk, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 @lru_cache
@@ -70,8 +73,7 @@ def overlay(pixels: Pixels, heatmap: Heatmap, *, alpha: float = 0.4, colormap: s
 
     The floats are enlarged first, then coloured, then blended: `alpha` of colour, the rest picture.
     """
-    large = enlarge(heatmap, (pixels.shape[0], pixels.shape[1]))
-    levels = np.rint(large * 255).astype(np.uint8)
+    levels = grey(heatmap, (pixels.shape[0], pixels.shape[1]))
     colored = cv2.applyColorMap(levels, _colors(colormap))
     return np.asarray(cv2.addWeighted(colored, alpha, pixels, 1 - alpha, 0), np.uint8)
 
