@@ -19,9 +19,11 @@ from worker.contract import Delivery, ImageRef, Job, StatusDocument
 from worker.deadline import Deadline
 from worker.errors import ImageNotFound, UnknownLayer, UnknownNetwork
 from worker.gradcam import cam
+from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.classes import ClassIndex, Label
 from worker.gradcam.decode import Limits
 from worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
+from worker.gradcam.registry import Registry
 from worker.gradcam.residents import Residents
 from worker.images import Fetched
 from worker.ledger import Entry, Ledger
@@ -154,18 +156,18 @@ class TinyNetwork:
         backend=f"numpy {np.__version__}",
         dtype="float32",
         default_layer="blocks",
+        map_size=(CELLS, CELLS),
+        parameters=9,
     )
 
     def compute(
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Computed:
         """See `worker.gradcam.network.Network.compute`; of the scores it knows the logit."""
-        if method.layer not in {None, "blocks"}:
+        if method.layer not in {None, "auto", "blocks"}:
             message = f"Layer {method.layer!r} does not exist; there is 'blocks'."
             raise UnknownLayer(message)
-        n, cells, step = len(pixels), self.CELLS, self.SIDE // self.CELLS
-        blocks = pixels.reshape(n, cells, step, cells, step, 3).mean((2, 4), dtype=np.float32) / 255
-        scores = blocks.mean((1, 2)) @ self.KERNEL
+        cells, blocks, scores = self.CELLS, self._blocks(pixels), self.scores(pixels)
         order = np.argsort(-scores, axis=1, kind="stable")
         ranked = np.take_along_axis(order, np.maximum(-wanted - 1, 0), axis=1)
         class_ids = np.where(wanted < 0, ranked, wanted).astype(np.int32)
@@ -173,20 +175,30 @@ class TinyNetwork:
         gradients = np.broadcast_to(weights[:, :, None, None], (*weights.shape[:2], cells, cells, 3))
         return Computed("blocks", scores, class_ids, cam.METHODS[method.name](np, blocks, gradients))
 
+    def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See `worker.gradcam.network.Network.scores`."""
+        return np.asarray(self._blocks(pixels).mean((1, 2)) @ self.KERNEL, np.float32)
+
+    def _blocks(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        n, cells, step = len(pixels), self.CELLS, self.SIDE // self.CELLS
+        means = pixels.reshape(n, cells, step, cells, step, 3).mean((2, 4), dtype=np.float32)
+        return np.asarray(means / 255, np.float32)
+
 
 def outside(
     images: Mapping[str, bytes | Exception], *, store: MemoryStore | None = None, **others: Any
 ) -> Outside:
-    """An Outside in memory, with TinyNetwork standing in for `efficientnet_lite0`."""
+    """An Outside in memory, with the catalog's networks, and TinyNetwork for `efficientnet_lite0`."""
 
-    def load(name: str) -> Network:
-        if name != TinyNetwork.facts.name:
-            message = f"There is no network {name!r} here."
+    def load(row: NetworkRow) -> Network:
+        if row.name != TinyNetwork.facts.name:
+            message = f"There is no network {row.name!r} here."
             raise UnknownNetwork(message)
         return TinyNetwork()
 
     defaults: dict[str, Any] = {
         "images": MemoryImages(images),
+        "networks": Registry(),
         "residents": Residents(load),
         "stores": store or MemoryStore(),
         "webhooks": MemoryMessenger(),

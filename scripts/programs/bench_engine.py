@@ -24,10 +24,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from worker.gradcam.keras_network import KerasNetwork, device_name, load_network
+from worker.gradcam.backend import device_name
+from worker.gradcam.keras_network import KerasNetwork
+from worker.gradcam.loading import load_network
 
 # isort: split
-# Only now: `keras_network` keeps TensorFlow quiet while it is loaded for the first time.
+# Only now: `backend` keeps TensorFlow quiet while it is loaded for the first time.
 import keras
 import numpy as np
 import tensorflow as tf

@@ -147,7 +147,7 @@ def write_weights(tensors: dict[str, NDArray[Any]], out: Path) -> None:
     Both frameworks list a layer's kernel and bias, or scale, shift, mean and variance, in this
     order, and the layers as they run. PyTorch's count of batches has no counterpart in Keras.
     """
-    from worker.gradcam.keras_network import efficientnet_lite0  # first: it quiets TensorFlow
+    from worker.gradcam.lite import efficientnet_lite0  # first: it quiets TensorFlow
 
     # isort: split
     import keras

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from worker.gradcam.catalog import SYMMETRIC, NetworkRow
 from worker.testing import TinyNetwork
 
 if TYPE_CHECKING:  # at run time only tests marked `tensorflow` load it
@@ -25,7 +24,7 @@ def tiny() -> TinyNetwork:
 @pytest.fixture(scope="session")
 def seeded() -> Callable[[str], "KerasNetwork"]:
     """A real architecture with seeded random weights, by its name in the catalog."""
-    from worker.gradcam.keras_network import load_network
+    from worker.gradcam.loading import load_network
 
     return cache(lambda name: load_network(name, random_seed=1))
 
@@ -33,20 +32,18 @@ def seeded() -> Callable[[str], "KerasNetwork"]:
 @pytest.fixture(scope="session")
 def lite0() -> "KerasNetwork":
     """EfficientNet-Lite0 with the weights that are shipped."""
-    from worker.gradcam.keras_network import load_network
+    from worker.gradcam.loading import load_network
 
     return load_network("efficientnet_lite0")
 
 
 @pytest.fixture(scope="session")
 def by_hand() -> Wrap:
-    """A Keras model with 1000 classes that a test made -> a network; inputs become `x / 127.5 - 1`."""
-    from worker.gradcam.keras_network import KerasNetwork
+    """A Keras model that a test made -> a network; inputs become `x / 127.5 - 1` unless it says otherwise."""
+    from worker.gradcam.loading import wrap_model
 
-    def wrap(model: Any, layer: str) -> KerasNetwork:
-        size, cells = model.input_shape[1:3], model.get_layer(layer).output.shape[1:3]
-        row = NetworkRow("by_hand", "", size, layer, cells, SYMMETRIC, model.count_params())
-        return KerasNetwork(row, model, weights_sha256=None)
+    def wrap(model: Any, layer: str | None = None, **more: Any) -> "KerasNetwork":
+        return wrap_model(model, **{"preprocessing": "tf", "target_layer": layer, "name": "by_hand", **more})
 
     return wrap
 

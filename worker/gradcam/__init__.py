@@ -9,16 +9,29 @@
 The map of this room, from plain data to live networks:
 
     catalog        the networks, one row of data each
+    registry       ... and an operator's own, from a file
     classes        a wish (top n, ids, wnids, names) -> the classes to explain
     decode         bytes -> pixels, guarded
-    picture        pixels -> network input; heatmap -> overlay, grid
+    picture        pixels -> network input; heatmap -> overlay
+    region         the hot region of a heatmap: its box, its contour, both drawn on a picture
+    sheet          pictures with titles, on one sheet or in frames
+    animation      frames -> an animated GIF or WebP
     cam            the formulas
     network        what a network must be able to do
     explain        one image, one network, one wish -> predictions, heatmaps, overlays
+    report         an explanation -> one HTML page that needs nothing else
     residents      the networks a process keeps loaded, one call at a time
     weights        where a row's weights come from
-    keras_network  a row -> a live network: the only import of keras
-    gradients      the few lines per backend that Keras does not abstract
+    loading        a row, or any Keras model -> a live network
+    keras_network  a live network: what is computed, and what is kept
+    gradients      one forward and one gradient pass, and the few lines per backend
+    target         the layer to explain, found in the graph
+    head           the scores before the last activation, found in the graph
+    dissect        a Keras model -> its graph
+    graph          a network as a flat list of steps, and its cut
+    precision      a model in another precision
+    lite           EfficientNet-Lite0, which Keras does not have
+    backend        the only import of keras
 """
 
 import os
@@ -32,14 +45,16 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # damaged images are reported 
 if TYPE_CHECKING:
     from worker.gradcam.explain import Explained as Explained
     from worker.gradcam.explain import explain_image as explain_image
-    from worker.gradcam.keras_network import load_network as load_network
+    from worker.gradcam.loading import load_network as load_network
+    from worker.gradcam.loading import wrap_model as wrap_model
 
-__all__ = ["Explained", "explain_image", "load_network"]
+__all__ = ["Explained", "explain_image", "load_network", "wrap_model"]
 
 _HOMES = {
     "Explained": "worker.gradcam.explain",
     "explain_image": "worker.gradcam.explain",
-    "load_network": "worker.gradcam.keras_network",
+    "load_network": "worker.gradcam.loading",
+    "wrap_model": "worker.gradcam.loading",
 }
 
 

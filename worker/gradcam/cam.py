@@ -66,6 +66,39 @@ def layercam(ops: Any, activations: Any, gradients: Any) -> Any:
     return ops.einsum("nhwc,knhwc->nkhw", activations, ops.maximum(gradients, 0))
 
 
+def eigencam(ops: Any, activations: Any, gradients: Any) -> Any:
+    """EigenCAM, equations 1 and 2 of Muhammad and Yeasin, arXiv 2008.00299: what the layer sees most of.
+
+    The activations, one row for each position, projected on their first right singular vector; they are not
+    centred. It asks no class and no gradient: all k maps of an image are the same.
+
+    Departures: the vector is had from the smaller of the two Gram matrices, and its sign, which a
+    decomposition leaves open, is chosen so that the map's sum is not negative.
+    """
+    _, rows, columns, channels = activations.shape
+    table = ops.reshape(activations, (-1, rows * columns, channels))  # (n, positions, channels)
+    if rows * columns <= channels:
+        _, vectors = ops.linalg.eigh(ops.einsum("npc,nqc->npq", table, table))
+        first = ops.einsum("np,npc->nc", vectors[..., -1], table)  # right singular vector, scaled
+        length = ops.sqrt(ops.sum(first**2, axis=-1, keepdims=True))
+        first = ops.where(length > TINY, first / ops.maximum(length, TINY), 0)
+    else:
+        _, vectors = ops.linalg.eigh(ops.einsum("npc,npd->ncd", table, table))
+        first = vectors[..., -1]
+    maps = ops.reshape(ops.einsum("npc,nc->np", table, first), (-1, 1, rows, columns))
+    maps = ops.where(ops.sum(maps, axis=(1, 2, 3), keepdims=True) < 0, -maps, maps)
+    return maps + ops.zeros_like(ops.einsum("knhwc->nkhw", gradients))
+
+
+def notebook(ops: Any, activations: Any, gradients: Any) -> Any:
+    """As the notebook that this project started from: Grad-CAM, but the mean over the channels, not the sum.
+
+    The rest of what it did, the gradient of the probability and an image that was not preprocessed, is
+    `keras_network`'s.
+    """
+    return gradcam(ops, activations, gradients) / activations.shape[-1]
+
+
 METHODS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "gradcam": gradcam,
     "counterfactual": counterfactual,
@@ -73,6 +106,8 @@ METHODS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "hirescam": hirescam,
     "xgradcam": xgradcam,
     "layercam": layercam,
+    "eigencam": eigencam,
+    "notebook": notebook,
 }
 SCORES = ("logit", "probability")
 NORMALIZE = ("per_class", "joint", "none")

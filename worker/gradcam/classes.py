@@ -14,7 +14,7 @@ DATA = Path(__file__).parent / "data"
 
 
 class Label(NamedTuple):
-    """One class: its place in the scores, its WordNet id, its name."""
+    """One class: its place in the scores, its WordNet id (empty where it has none), its name."""
 
     id: int
     wnid: str
@@ -22,7 +22,7 @@ class Label(NamedTuple):
 
     def __str__(self) -> str:
         """Read like `517 (n03126707, crane)`."""
-        return f"{self.id} ({self.wnid}, {self.name})"
+        return f"{self.id} ({', '.join(filter(None, (self.wnid, self.name)))})"
 
 
 LEAST_SHOWN = 0.0005  # below it a probability would read as 0.0 %
@@ -49,6 +49,16 @@ class ClassIndex:
 
     labels: tuple[Label, ...]
 
+    @classmethod
+    def of(cls, names: Sequence[str]) -> "ClassIndex":
+        """Somebody's own names, in the order of the scores."""
+        return cls(tuple(Label(index, "", name) for index, name in enumerate(names)))
+
+    @classmethod
+    def numbered(cls, count: int) -> "ClassIndex":
+        """Classes of which nothing is known but how many there are."""
+        return cls.of([f"class_{index}" for index in range(count)])
+
     def __len__(self) -> int:
         """How many classes."""
         return len(self.labels)
@@ -62,7 +72,7 @@ class ClassIndex:
         """Exact and folded wnids and names -> every label that answers to them."""
         table: dict[str, list[Label]] = {}
         for label in self.labels:
-            for spelling in {label.wnid, label.name, fold(label.wnid), fold(label.name)}:
+            for spelling in {label.wnid, label.name, fold(label.wnid), fold(label.name)} - {""}:
                 table.setdefault(spelling, []).append(label)
         return table
 

@@ -1,7 +1,7 @@
 """One image, one network, one wish -> predictions, heatmaps, overlays."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from worker.gradcam.decode import Limits, decode
 from worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
 from worker.gradcam.picture import encode, fit, overlay
 
-RGB = (3,)  # channels
+RGB = 3  # channels
 SHOWN = 5  # predictions reported beside a list of classes
 
 
@@ -40,6 +40,7 @@ class Explanation:
     heatmaps: NDArray[np.float32]  # (k, rows, columns) in [0, 1], or from 0 up with normalize "none"
     raw_min: NDArray[np.float32]  # (k,) before the ReLU and the division by the peak
     raw_max: NDArray[np.float32]  # (k,)
+    metrics: tuple[Mapping[str, float], ...] = field(default=(), kw_only=True)  # (k,), where asked for
 
     @property
     def shown(self) -> NDArray[np.float32]:
@@ -91,6 +92,8 @@ def explain_image(
 ) -> Explained:
     """Explain one image: a path, encoded bytes, or RGB pixels (height, width, 3) uint8.
 
+    For a network of other than three channels: its own pixels (height, width, channels) uint8.
+
     Ask for the `top_n` most probable classes, or for `classes` by id, wnid or name. `method` is the name of
     a formula of `cam.METHODS`, or a `Method`, which also names the layer, the score and the normalization.
 
@@ -100,17 +103,35 @@ def explain_image(
     wanted = network.labels.wanted(top_n=top_n, classes=classes)
     how = Method(method) if isinstance(method, str) else method
     check(how)
+    channels = network.facts.channels
     if isinstance(image, np.ndarray):
         picture = image
-        if picture.dtype != np.uint8 or picture.shape[2:] != RGB or not picture.size:
+        if picture.dtype != np.uint8 or picture.shape[2:] != (channels,) or not picture.size:
             given = f"{picture.shape} {picture.dtype}"
-            message = f"An array must be (height, width, 3) uint8 RGB; this one is {given}."
+            right = f"(height, width, {channels}) uint8" + (" RGB" if channels == RGB else "")
+            message = f"An array must be {right}; this one is {given}."
             raise UnsupportedMediaType(message)
     else:
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
         picture = decode(data, limits).pixels
+    check_channels(network.facts, picture)
     seen = explain_pixels(network, fit(picture, network.facts.input_size)[np.newaxis], [wanted], how)[0]
-    return Explained(**vars(seen), picture=picture)
+    return Explained(**vars(seen), picture=_visible(picture))
+
+
+def check_channels(facts: NetworkFacts, pixels: NDArray[np.uint8]) -> None:
+    """Raise NetworkIncompatible where a network does not take such pictures (height, width, channels)."""
+    if pixels.shape[2] != facts.channels:
+        message = (
+            f"{facts.name} takes pictures of {facts.channels} channels; this one has {pixels.shape[2]}. "
+            "Give it an array (height, width, channels) of its own."
+        )
+        raise NetworkIncompatible(message)
+
+
+def _visible(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """What can be shown of a picture (height, width, channels): three channels, or its first in grey."""
+    return picture[..., :RGB] if picture.shape[2] >= RGB else np.repeat(picture[..., :1], RGB, axis=2)
 
 
 def check(method: Method) -> None:
@@ -156,8 +177,7 @@ def _explanation(
     order = np.argsort(-scores, kind="stable")
     ranks = np.empty_like(order)
     ranks[order] = np.arange(1, len(order) + 1)
-    powers = np.exp(scores - scores.max())
-    probabilities = powers / powers.sum()
+    probabilities = to_probabilities(scores, network.facts.head)
 
     def prediction(class_id: int) -> Prediction:
         return _prediction(network.labels, class_id, int(ranks[class_id]), probabilities[class_id])
@@ -171,6 +191,14 @@ def _explanation(
         raw_min=raw.min(axis=(1, 2)),
         raw_max=raw.max(axis=(1, 2)),
     )
+
+
+def to_probabilities(scores: NDArray[np.float64], head: str) -> NDArray[np.float64]:
+    """Scores (..., classes) -> probabilities: a softmax's sum to 1, a sigmoid's are each class's own."""
+    if head == "sigmoid":
+        return np.asarray(np.exp(-np.logaddexp(0, -scores)))
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
 
 
 def _prediction(labels: ClassIndex, class_id: int, rank: int, probability: float) -> Prediction:

@@ -1,65 +1,188 @@
-"""The few lines per backend that Keras does not abstract. TensorFlow is the one there is so far."""
+"""One forward pass, one vectorised gradient pass; and the lines per backend that Keras does not abstract."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from numpy.typing import NDArray
 
 from worker.errors import DeviceOutOfMemory
+from worker.gradcam import backend
+from worker.gradcam.backend import keras
 
-tf.get_logger().setLevel("ERROR")  # its advice on retracing is about one layer after the other
-
+ops = keras.ops
+Compiled = Callable[..., Any]
+Pull = Callable[[Any], Any]  # cotangents (k, n, classes) -> gradients (k, n, ...)
+Signature = Sequence[tuple[tuple[int | None, ...], str]]  # shapes and types of arrays
+Formula = Callable[[Any, Any, Any], Any]  # ops, activations, gradients: see `cam`
 Pass = Callable[[NDArray[np.uint8], NDArray[np.int32]], tuple[Any, Any, Any]]
 
 
-def one_pass(
-    forward: Callable[[Any], tuple[Any, Any]],
-    formula: Callable[[Any, Any], Any],
-    target: Callable[[Any], Any] = tf.identity,
-) -> Pass:
-    """Build the whole computation as one traced function, the same for every batch size and wish.
+@dataclass(frozen=True)
+class Parts:
+    """A network cut at its target layer, as functions of batches of n images on the device.
 
-    `forward` maps pixels (n, height, width, 3) float32 to (activations (n, rows, columns, channels),
-    scores (n, classes)); `target` maps the scores to what is explained, of the same shape; `formula` maps
-    activations and gradients (k, n, rows, columns, channels) to raw maps (n, k, rows, columns). The result
-    maps pixels uint8 and wanted (n, k) to (scores, class ids (n, k), raw maps), on the host.
-
-    One forward pass, recorded once; then one backward pass from the scores to the activations for
-    all (image, class) pairs, vectorised over the k one-hot cotangents.
+    `trunk` maps pixels (n, height, width, channels) float32 to the activations and whatever else the tail
+    needs; `tail` maps those two to the scores (n, classes); `explained` maps scores to what is explained,
+    of the same shape; `grid` shows activations or gradients as (..., rows, columns, channels).
     """
 
-    @tf.function(  # type: ignore[untyped-decorator]  # TensorFlow ships no types
-        input_signature=[
-            tf.TensorSpec((None, None, None, 3), tf.uint8),
-            tf.TensorSpec((None, None), tf.int32),
-        ],
-        autograph=False,
-    )
-    def traced(pixels: Any, wanted: Any) -> tuple[Any, Any, Any]:
-        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-            floats = tf.cast(pixels, tf.float32)
-            tape.watch(floats)
-            activations, scores = forward(floats)
-            explained = target(scores)
-        ranked = tf.math.top_k(scores, k=tf.maximum(-tf.reduce_min(wanted), 1)).indices
-        named = tf.gather(ranked, tf.maximum(-wanted - 1, 0), batch_dims=1)
-        class_ids = tf.where(wanted < 0, named, wanted)
-        cotangents = tf.one_hot(tf.transpose(class_ids), tf.shape(scores)[1], dtype=scores.dtype)
-        gradients = tf.vectorized_map(
-            lambda cotangent: tape.gradient(explained, activations, output_gradients=cotangent),
-            cotangents,
-        )
-        return scores, class_ids, formula(activations, gradients)
+    trunk: Callable[[Any], tuple[Any, Any]]
+    tail: Callable[[Any, Any], Any]
+    explained: Callable[[Any], Any]
+    grid: Callable[[Any], Any]
+    pixels: tuple[int, int, int]  # (height, width, channels)
+    variables: list[Any]  # that trunk and tail read
 
-    def run(pixels: NDArray[np.uint8], wanted: NDArray[np.int32]) -> tuple[Any, Any, Any]:
+
+def one_pass(parts: Parts, formula: Formula, *, flip: bool = False) -> Pass:
+    """The whole computation as one compiled function, the same for every batch size and wish.
+
+    It maps pixels uint8 and wanted (n, k) to (scores (n, classes), class ids (n, k), raw maps (n, k, rows,
+    columns)), on the host: one forward pass; then one backward pass from the scores to the activations
+    for all (image, class) pairs, vectorised over the k one-hot cotangents. With `flip` each image's mirror
+    image goes through in the same batch, and the maps are the means of both. It raises DeviceOutOfMemory.
+    """
+
+    def whole(pixels: Any, wanted: Any) -> tuple[Any, Any, Any]:
+        images, count = ops.cast(pixels, "float32"), ops.shape(pixels)[0]
+        if flip:
+            images = ops.concatenate([images, ops.flip(images, axis=2)])
+        activations, rest = parts.trunk(images)
+
+        def tail(values: Any) -> tuple[Any, Any]:
+            scores = parts.tail(values, rest)
+            return parts.explained(scores), scores
+
+        scores, pull = linearized(tail, activations)
+        class_ids = named(scores[:count], wanted)
+        twice = ops.concatenate([class_ids, class_ids]) if flip else class_ids
+        cotangents = ops.one_hot(ops.transpose(twice), scores.shape[1], dtype="float32")
+        gradients = ops.cast(parts.grid(pull(cotangents)), "float32")
+        raw = formula(ops, ops.cast(parts.grid(activations), "float32"), gradients)
+        if flip:
+            raw = (raw[:count] + ops.flip(raw[count:], axis=-1)) / 2
+        return scores[:count], class_ids, raw
+
+    signature = [((None, *parts.pixels), "uint8"), ((None, None), "int32")]
+    return compiled(whole, signature, parts.variables)
+
+
+def linearized(function: Callable[[Any], tuple[Any, Any]], at: Any) -> tuple[Any, Pull]:
+    """A function `at` -> (explained (n, classes), scores) -> (scores there, how to pull cotangents back).
+
+    Pulled back, cotangents (k, n, classes) of what is explained are gradients (k, *the shape of `at`).
+    """
+    return _LINEARIZED[backend.name()](function, at)
+
+
+def named(scores: Any, wanted: Any) -> Any:
+    """Wanted (n, k), where -r stands for the class ranked r-th -> class ids (n, k)."""
+    ranked = ops.cast(ops.argsort(-scores, axis=1), "int32")
+    by_rank = ops.take_along_axis(ranked, ops.maximum(-wanted - 1, 0), axis=1)
+    return ops.where(wanted < 0, by_rank, wanted)
+
+
+def compiled(
+    function: Callable[..., Any],
+    signature: Signature,
+    variables: Iterable[Any],
+) -> Compiled:
+    """A function of arrays of these shapes and types, compiled; what it returns comes as numpy arrays.
+
+    It raises DeviceOutOfMemory.
+    """
+    run, out_of_memory = _COMPILED[backend.name()](function, signature, list(variables))
+
+    def guarded(*arrays: Any) -> Any:
         try:
-            scores, class_ids, raw = traced(tf.constant(pixels), tf.constant(wanted))
-        except tf.errors.ResourceExhaustedError as error:
-            pairs = wanted.size
-            message = f"No device memory for {len(pixels)} image(s) and {pairs} (image, class) pairs."
+            return keras.tree.map_structure(ops.convert_to_numpy, run(*arrays))
+        except out_of_memory as error:
+            if isinstance(error, RuntimeError) and not _says_out_of_memory(error):
+                raise
+            shapes = " and ".join(str(array.shape) for array in arrays)
+            message = f"No device memory for a pass over arrays of {shapes}."
             raise DeviceOutOfMemory(message) from error
-        return scores.numpy(), class_ids.numpy(), raw.numpy()
 
-    return run
+    return guarded
+
+
+def _says_out_of_memory(error: BaseException) -> bool:
+    text = str(error).casefold()
+    return "resource_exhausted" in text or "out of memory" in text
+
+
+def _tensorflow_linearized(function: Callable[[Any], tuple[Any, Any]], at: Any) -> tuple[Any, Pull]:
+    import tensorflow as tf
+
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+        tape.watch(at)
+        explained, scores = function(at)
+
+    def one(cotangent: Any) -> Any:
+        return tape.gradient(explained, at, cotangent, unconnected_gradients="zero")
+
+    return scores, lambda cotangents: tf.vectorized_map(one, cotangents)
+
+
+def _tensorflow_compiled(function: Callable[..., Any], signature: Any, _: Any) -> tuple[Compiled, Any]:
+    import tensorflow as tf
+
+    tf.get_logger().setLevel("ERROR")  # its advice on retracing is about one layer after the other
+    specs = [tf.TensorSpec(shape, dtype) for shape, dtype in signature]
+    traced = tf.function(function, input_signature=specs, autograph=False)
+    return lambda *arrays: traced(*map(tf.constant, arrays)), tf.errors.ResourceExhaustedError
+
+
+def _jax_linearized(function: Callable[[Any], tuple[Any, Any]], at: Any) -> tuple[Any, Pull]:
+    import jax
+
+    _, vector_jacobian, scores = jax.vjp(function, at, has_aux=True)
+    return scores, jax.vmap(lambda one: vector_jacobian(one)[0])
+
+
+def _jax_compiled(function: Callable[..., Any], _: Any, variables: list[Any]) -> tuple[Compiled, Any]:
+    import jax
+
+    def pure(values: list[Any], *arrays: Any) -> Any:  # weights as arguments: not copied into the program
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+            return function(*arrays)
+
+    jitted = jax.jit(pure)
+    return lambda *arrays: jitted([one.value for one in variables], *arrays), jax.errors.JaxRuntimeError
+
+
+def _torch_linearized(function: Callable[[Any], tuple[Any, Any]], at: Any) -> tuple[Any, Pull]:
+    import torch
+
+    with torch.enable_grad():
+        at = at.detach().requires_grad_()
+        explained, scores = function(at)
+
+    def pull(cotangents: Any) -> Any:
+        return torch.autograd.grad(explained, at, cotangents, retain_graph=True, is_grads_batched=True)[0]
+
+    return scores.detach(), pull
+
+
+def _torch_compiled(function: Callable[..., Any], _: Any, __: Any) -> tuple[Compiled, Any]:
+    import torch
+
+    def run(*arrays: Any) -> Any:
+        with torch.no_grad():
+            return function(*map(ops.convert_to_tensor, arrays))
+
+    return run, torch.OutOfMemoryError
+
+
+_LINEARIZED: dict[str, Callable[..., tuple[Any, Pull]]] = {
+    "tensorflow": _tensorflow_linearized,
+    "jax": _jax_linearized,
+    "torch": _torch_linearized,
+}
+_COMPILED: dict[str, Callable[..., tuple[Compiled, Any]]] = {
+    "tensorflow": _tensorflow_compiled,
+    "jax": _jax_compiled,
+    "torch": _torch_compiled,
+}

@@ -20,6 +20,11 @@ class NetworkFacts:
     backend: str
     dtype: str
     default_layer: str
+    map_size: tuple[int, int] = (0, 0)  # (rows, columns) of the default layer
+    channels: int = 3  # of the pixels
+    head: str = "softmax"  # or sigmoid: how scores become probabilities
+    parameters: int = 0
+    rescales: bool = False  # whether it begins with layers that do what preprocessing does
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,10 @@ class Method:
     """How to compute heatmaps: `cam.METHODS`, `cam.SCORES` and `cam.NORMALIZE` hold the choices."""
 
     name: str = "gradcam"
-    layer: str | None = None  # None: the network's own target layer
+    layer: str | None = None  # None: the network's own target layer; "auto": found in its graph
     score: str = "logit"  # what is explained: the score before the softmax, or log p after it
     normalize: str = "per_class"
+    flip: bool = False  # the mean of the image's map and of its mirror image's
 
 
 GRADCAM = Method()
@@ -63,9 +69,14 @@ class Network(Protocol):
     ) -> Computed:
         """Run the network and its gradients, once for all images and classes.
 
-        `pixels` are (n, input height, input width, 3) RGB. `wanted` is (n, k): an id of 0 or more
-        names a class, -r stands for the class ranked r-th (see `ClassIndex.wanted`).
+        `pixels` are (n, input height, input width, channels): RGB, unless the facts say otherwise.
+        `wanted` is (n, k): an id of 0 or more names a class, -r stands
+        for the class ranked r-th (see `ClassIndex.wanted`).
 
         Raises UnknownLayer.
         """
+        ...
+
+    def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The scores (n, classes) of n images, as `compute` takes them, and nothing else."""
         ...
