@@ -10,7 +10,6 @@ from pydantic import (
     AwareDatetime,
     BeforeValidator,
     Field,
-    StrictInt,
     StringConstraints,
     ValidationError,
     model_validator,
@@ -18,6 +17,50 @@ from pydantic import (
 
 from worker.errors import GradcamError, InvalidJob
 from worker.wire import Wire, describe, new_id
+from worker.wishes import (
+    AnimationWish,
+    ArtifactWish,
+    GridWish,
+    HeatmapWish,
+    Method,
+    Metric,
+    Name,
+    OverlayWish,
+    ReportWish,
+    Target,
+)
+
+__all__ = [  # what a job is made of is found here, wherever it is written down
+    "FINAL",
+    "ID_PATTERN",
+    "AnimationWish",
+    "ArtifactWish",
+    "Delivery",
+    "Event",
+    "GridWish",
+    "HeatmapWish",
+    "ImageRef",
+    "Job",
+    "JobId",
+    "ManifestRef",
+    "Method",
+    "Metric",
+    "Name",
+    "NetworkRef",
+    "OverlayWish",
+    "Priority",
+    "Problem",
+    "ReportWish",
+    "SeenClass",
+    "Sha256",
+    "Status",
+    "StatusDocument",
+    "StatusEvent",
+    "Target",
+    "Warned",
+    "Webhook",
+    "WorkerRef",
+]
 
 ID_PATTERN = (
     r"^(?:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"  # a UUID
@@ -31,8 +74,6 @@ JobId = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Uri = Annotated[str, StringConstraints(min_length=1, max_length=2_000_000)]  # a data: URI is long
 ShortText = Annotated[str, StringConstraints(max_length=256)]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-ClassWish = StrictInt | Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 
 class ImageRef(Wire):
@@ -40,65 +81,6 @@ class ImageRef(Wire):
 
     uri: Uri
     sha256: Sha256 | None = None
-
-
-class Target(Wire):
-    """Which classes to explain: exactly one of the two."""
-
-    top_n: Annotated[int, Field(ge=1, le=1000, strict=True)] | None = None
-    classes: Annotated[tuple[ClassWish, ...], Field(min_length=1, max_length=1000)] | None = None
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        if (self.top_n is None) == (self.classes is None):
-            given = "neither" if self.top_n is None else "both"
-            message = f"exactly one of top_n and classes is needed, {given} given"
-            raise ValueError(message)
-        return self
-
-
-class Method(Wire):
-    """How to compute the heatmaps."""
-
-    name: Literal["gradcam", "counterfactual", "gradcam++", "hirescam", "xgradcam", "layercam"] = "gradcam"
-    layer: Name | None = None  # None: the network's own target layer
-    score: Literal["logit", "probability"] = "logit"
-    normalize: Literal["per_class", "joint", "none"] = "per_class"
-
-
-Alpha = Annotated[float, Field(ge=0, le=1)]  # of the colour; the rest is the photo
-Colormap = Literal["jet", "turbo", "viridis", "inferno", "magma", "plasma", "cividis", "grey"]
-
-
-class OverlayWish(Wire):
-    """One picture a class: the heatmap laid over the photo, at the photo's size."""
-
-    kind: Literal["overlay"] = "overlay"
-    format: Literal["jpeg", "png", "webp"] = "jpeg"
-    alpha: Alpha = 0.4
-    colormap: Colormap = "jet"
-    max_edge: Annotated[int, Field(ge=16, le=32_767, strict=True)] | None = None  # pixels; None: as the photo
-
-
-class HeatmapWish(Wire):
-    """The heatmaps as numbers: all on the network's own grid, float32, in one npz or npy file; or, as png,
-    one 8-bit grey picture a class, at the photo's size.
-    """
-
-    kind: Literal["heatmap"] = "heatmap"
-    format: Literal["npz", "npy", "png"] = "npz"
-
-
-class GridWish(Wire):
-    """One sheet: the photo and its overlays in rows of three, each with its class and probability."""
-
-    kind: Literal["grid"] = "grid"
-    format: Literal["jpeg", "png"] = "jpeg"
-    alpha: Alpha = 0.4
-    colormap: Colormap = "jet"
-
-
-ArtifactWish = Annotated[OverlayWish | HeatmapWish | GridWish, Field(discriminator="kind")]
 
 
 class Webhook(Wire):
@@ -127,6 +109,7 @@ class Job(Wire):
         OverlayWish(),
         HeatmapWish(),
     )
+    metrics: Annotated[tuple[Metric, ...], Field(max_length=2)] = ()
     output: Annotated[str, StringConstraints(max_length=1024)] | None = None
     priority: Priority = "normal"
     expires_at: AwareDatetime | None = None

@@ -31,6 +31,13 @@ class ClassRef(Wire):
     name: str
 
 
+class HotRegion(Wire):
+    """Where the heatmap, at the image's size, is at least `threshold` of its peak, around its peak."""
+
+    threshold: float
+    box_xyxy: tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom excluded
+
+
 class ExplainedClass(Wire):
     """One explained class. `peak_xy`: the middle of the hottest cell, in pixels of the image."""
 
@@ -40,6 +47,8 @@ class ExplainedClass(Wire):
     raw_min: float
     raw_max: float
     peak_xy: tuple[int, int] | None
+    hot: HotRegion | None = None
+    metrics: dict[str, float] = Field(default_factory=dict)  # deletion and insertion, where asked for
     artifacts: tuple[ArtifactRecord, ...]
 
 
