@@ -1,0 +1,197 @@
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+
+from worker.gradcam.classes import DATA
+from worker.gradcam.explain import Explanation, Prediction, explain_image
+from worker.gradcam.picture import COLORMAPS, colors, enlarge
+from worker.gradcam.report import LIMIT, page
+from worker.testing import TinyNetwork
+
+Pixels = NDArray[np.uint8]
+Noise = Callable[..., Pixels]
+FACTS = {"Job": "job-1", "Image": "s3://photos/flag.png"}
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "<!-- <script>",
+    "&lt;b&gt; &amp; \u2028\u2029",
+]
+
+
+@pytest.fixture
+def pixels(noise: Noise) -> Pixels:
+    return noise(48, 64)
+
+
+@pytest.fixture
+def seen(tiny: TinyNetwork, pixels: Pixels) -> Explanation:
+    return explain_image(tiny, pixels, classes=["blue", "red"])
+
+
+def with_heatmaps(seen: Explanation, heatmaps: NDArray[np.float32]) -> Explanation:
+    """The same network and image, and k classes with these heatmaps (k, rows, columns)."""
+    count = len(heatmaps)
+    classes = tuple(Prediction(one + 1, one, f"n{one:08d}", f"class_{one}", 0.02) for one in range(count))
+    raw = np.linspace(-1, 1, count, dtype=np.float32)
+    return replace(
+        seen, explained=classes, predictions=classes, heatmaps=heatmaps, raw_min=raw, raw_max=raw + 1
+    )
+
+
+def data_of(made: bytes) -> dict[str, Any]:
+    blocks = re.findall(r'<script type="application/json" id="data">(.*?)</script>', made.decode(), re.DOTALL)
+    assert len(blocks) == 1
+    return dict(json.loads(blocks[0]))
+
+
+def heatmaps_of(made: bytes) -> NDArray[np.float64]:
+    data = data_of(made)
+    numbers = np.frombuffer(base64.b64decode(data["heatmaps"]), "<u2") / 65_535
+    return numbers.reshape(-1, data["rows"], data["columns"])
+
+
+def photo_of(made: bytes) -> Pixels:
+    """The photo on the page, (height, width, 3) RGB."""
+    head, _, text = data_of(made)["photo"].partition(",")
+    assert head == "data:image/jpeg;base64"
+    decoded = cv2.imdecode(np.frombuffer(base64.b64decode(text), np.uint8), cv2.IMREAD_COLOR)
+    assert decoded is not None
+    return np.asarray(decoded[..., ::-1], np.uint8)
+
+
+class TestSize:
+    @pytest.mark.parametrize("size", [(1414, 1414), (1000, 2000), (5000, 400)])
+    def test_two_megapixels_of_noise_make_a_page_below_the_limit(
+        self, seen: Explanation, noise: Noise, size: tuple[int, int]
+    ) -> None:
+        photo = noise(*size)
+        made = page(seen, photo, name="noise.png", facts=FACTS)
+        assert LIMIT / 2 < len(made) < LIMIT, "and no smaller than it has to be"
+        height, width, _ = photo_of(made).shape
+        assert height / width == pytest.approx(size[0] / size[1], rel=0.01)
+
+    def test_so_do_fifty_classes_on_large_grids_with_long_facts(
+        self, seen: Explanation, noise: Noise
+    ) -> None:
+        heatmaps = np.random.default_rng(1).random((50, 150, 150), dtype=np.float32)
+        many, facts = with_heatmaps(seen, heatmaps), {f"fact {one}": "😀" * 3000 for one in range(20)}
+        made = page(many, noise(1414, 1414), name="noise.png", facts=facts)
+        assert len(made) < LIMIT
+        shown = heatmaps_of(made)
+        assert shown.shape == (50, 48, 48)
+        assert_allclose(shown[7], enlarge(heatmaps[7], (48, 48)), atol=1 / 65_535)
+        assert ["Heatmap", "150 x 150 cells, shown as 48 x 48"] in data_of(made)["facts"]
+
+    def test_a_photo_that_fits_keeps_its_size(self, seen: Explanation) -> None:
+        photo = np.full((1200, 1600, 3), (200, 100, 50), np.uint8)
+        shown = photo_of(page(seen, photo, name="plain.png", facts=FACTS))
+        assert shown.shape == photo.shape
+        assert_allclose(shown.astype(int), photo, atol=2)
+
+    def test_facts_and_names_of_megabytes_are_cut(self, seen: Explanation, pixels: Pixels) -> None:
+        long = "x" * 2_000_000
+        data = data_of(page(seen, pixels, name=long, facts={"Image": long}))
+        assert data["facts"][0][1] == "x" * 999 + "…"
+        assert len(data["title"]) == 1000
+
+
+class TestContent:
+    def test_the_heatmaps_are_there_to_a_65535th(self, seen: Explanation, noise: Noise) -> None:
+        heatmaps = np.random.default_rng(1).random((50, 14, 14), dtype=np.float32)
+        heatmaps /= heatmaps.max(axis=(1, 2), keepdims=True)
+        made = page(with_heatmaps(seen, heatmaps), noise(100, 100), name="flag.png", facts=FACTS)
+        assert_allclose(heatmaps_of(made), heatmaps, atol=0.5 / 65_535 + 1e-7)
+
+    def test_heatmaps_above_one_are_shown_against_the_highest(
+        self, seen: Explanation, pixels: Pixels
+    ) -> None:
+        unnormalized = np.array([[[0, 8]], [[0, 2]]], np.float32)
+        made = page(with_heatmaps(seen, unnormalized), pixels, name="flag.png", facts=FACTS)
+        assert_allclose(heatmaps_of(made), unnormalized / 8, atol=1e-5)
+
+    def test_a_grid_finer_than_the_photo_is_shrunk_as_an_overlay_shrinks_it(
+        self, seen: Explanation, noise: Noise
+    ) -> None:
+        heatmaps = np.random.default_rng(1).random((1, 14, 14), dtype=np.float32)
+        heatmaps /= heatmaps.max()
+        made = page(with_heatmaps(seen, heatmaps), noise(5, 20), name="flag.png", facts=FACTS)
+        assert_allclose(heatmaps_of(made)[0], enlarge(heatmaps[0], (5, 14)), atol=1e-5)
+
+    @pytest.mark.parametrize("colormap", COLORMAPS)
+    def test_the_colour_maps_are_those_of_the_overlays(
+        self, seen: Explanation, pixels: Pixels, colormap: str
+    ) -> None:
+        table = data_of(page(seen, pixels, name="flag.png", facts=FACTS))["colors"][colormap]
+        written = np.frombuffer(base64.b64decode(table), np.uint8).reshape(256, 1, 3)
+        assert_array_equal(written, colors(colormap))
+
+    def test_classes_predictions_and_facts_are_told(self, seen: Explanation, pixels: Pixels) -> None:
+        data = data_of(page(seen, pixels, name="flag.png", facts=FACTS))
+        assert data["title"] == "efficientnet_lite0 · flag.png"
+        assert [one["name"] for one in data["explained"]] == ["blue", "red"]
+        first, told = seen.predictions[0], data["predictions"][0]
+        assert (told["rank"], told["id"], told["name"]) == (1, first.id, first.name)
+        assert told["percent"] == f"{first.probability * 100:.1f} %"
+        assert data["explained"][0]["raw"] == f"{seen.raw_min[0]:.4g} to {seen.raw_max[0]:.4g}"
+        assert data["facts"] == [*map(list, FACTS.items()), ["Heatmap", "4 x 4 cells"]]
+
+    def test_a_class_that_nothing_speaks_for_is_marked(self, tiny: TinyNetwork) -> None:
+        red = np.full((16, 16, 3), (255, 0, 0), np.uint8)
+        made = page(explain_image(tiny, red, classes=["red", "blue"]), red, name="red.png", facts={})
+        assert [one["zero"] for one in data_of(made)["explained"]] == [False, True]
+        assert not heatmaps_of(made)[1].any()
+
+    def test_the_same_explanation_makes_the_same_bytes(self, seen: Explanation, pixels: Pixels) -> None:
+        first, second = (page(seen, pixels, name="flag.png", facts=FACTS) for _ in range(2))
+        assert first == second
+
+
+class TestSafety:
+    def test_no_character_of_the_data_means_anything_to_html(self, seen: Explanation, pixels: Pixels) -> None:
+        classes = tuple(Prediction(1, one, text, text, 0.5) for one, text in enumerate(HOSTILE))
+        hostile = replace(
+            with_heatmaps(seen, np.ones((len(classes), 2, 2), np.float32)),
+            explained=classes,
+            predictions=classes,
+        )
+        made = page(hostile, pixels, name=HOSTILE[0], facts={text: text for text in HOSTILE})
+        data = data_of(made)
+        assert [one["wnid"] for one in data["explained"]] == HOSTILE
+        assert data["facts"][:-1] == [[text, text] for text in HOSTILE]
+        block = made.partition(b'id="data">')[2].partition(b"</script>")[0]
+        assert not re.search(rb"[<>&\x80-\xff]", block)
+
+    def test_all_that_is_not_data_is_the_template(self, seen: Explanation, pixels: Pixels) -> None:
+        plain, hostile = (page(seen, pixels, name=name, facts={}).decode() for name in ("a", HOSTILE[0]))
+        frame = r"(?s)(?<=id=\"data\">).*?(?=</script>)"
+        assert re.sub(frame, "", plain) == re.sub(frame, "", hostile)
+
+    def test_the_policy_admits_the_own_style_and_script_and_nothing_else(
+        self, seen: Explanation, pixels: Pixels
+    ) -> None:
+        made = page(seen, pixels, name="flag.png", facts=FACTS).decode()
+
+        def digest(tag: str) -> str:
+            (block,) = re.findall(f"<{tag}>(.*?)</{tag}>", made, re.DOTALL)
+            return base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+
+        policy = re.findall(r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', made)
+        own = f"style-src 'sha256-{digest('style')}'; script-src 'sha256-{digest('script')}'"
+        assert policy == [f"default-src 'none'; img-src data:; {own}; base-uri 'none'; form-action 'none'"]
+
+    def test_the_template_has_no_address_and_builds_no_markup(self) -> None:
+        template = (DATA / "report.html").read_text(encoding="utf-8")
+        for forbidden in ("http:", "https:", "//cdn", "innerHTML", "outerHTML", "insertAdjacent", "eval("):
+            assert forbidden not in template
+        assert not re.search(r"\son\w+=|\sstyle=|document\.write", template)

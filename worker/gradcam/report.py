@@ -1,0 +1,131 @@
+"""An explanation as one HTML page that needs nothing else, and that no text of a job can change.
+
+The page draws the heatmaps itself, from their numbers, so that opacity, threshold and colour map can be
+changed by whoever reads it. Everything that is not the template travels in one JSON block, in which no
+character means anything to HTML, and reaches the page as text.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import cv2
+import numpy as np
+
+from worker.gradcam.classes import DATA, percent
+from worker.gradcam.explain import Explanation, Prediction
+from worker.gradcam.picture import COLORMAPS, Pixels, colors, enlarge, within_edge
+
+LIMIT = 1_000_000  # bytes of a page: small enough for a mail
+CELLS = 120_000  # of all heatmaps together: 320 KB of the page; 50 classes may have 48 x 48 each
+PIXELS = (2_000_000, 1_280_000, 820_000, 520_000, 330_000, 210_000)  # of the photo: each side shrinks by 0.8
+SIDE = 8192  # pixels; browsers draw no canvas that is much longer
+QUALITIES = (90, 80, 70, 60)  # of its JPEG; below, a smaller photo looks better than a worse one
+LONGEST = 1000  # characters of a fact, or of the title
+FULL = 65_535  # how 1 is written
+
+
+def page(seen: Explanation, pixels: Pixels, *, name: str, facts: Mapping[str, str]) -> bytes:
+    """The report on a photo (height, width, 3), called `name`, in UTF-8; always the same bytes.
+
+    `facts` are shown below it, in their order. The photo is made smaller, and its JPEG worse, until the
+    page stays below `LIMIT` bytes. The heatmaps (k, rows, columns) are rounded to 1/65535 and written as
+    little-endian uint16 in base64, which is shorter than digits; only where they have more than `CELLS`
+    cells together, or more than the photo has pixels, are they made smaller first, as an overlay would.
+    """
+    data = _data(seen, pixels, name, facts)
+    rest = len(_filled({**data, "photo": ""}))
+    for photo in _photos(pixels):
+        data["photo"] = f"data:image/jpeg;base64,{_base64(photo)}"
+        if rest + len(data["photo"]) < LIMIT:
+            break
+    return _filled(data)
+
+
+def _data(seen: Explanation, pixels: Pixels, name: str, facts: Mapping[str, str]) -> dict[str, Any]:
+    grid, dark = seen.heatmaps.shape[1:], seen.zero_heatmaps
+    rows, columns = _size(seen, pixels)
+    heatmaps = np.stack([enlarge(heatmap, (rows, columns)) for heatmap in seen.shown])
+    shown = "" if (rows, columns) == grid else f", shown as {columns} x {rows}"
+    facts = {**facts, "Heatmap": f"{grid[1]} x {grid[0]} cells{shown}"}
+    return {
+        "title": _shortened(f"{seen.network.name} · {name}"),
+        "rows": rows,
+        "columns": columns,
+        "heatmaps": _base64(np.rint(heatmaps * FULL).astype("<u2").tobytes()),
+        "explained": [
+            {
+                **_class(one),
+                "raw": f"{seen.raw_min[index]:.4g} to {seen.raw_max[index]:.4g}",
+                "zero": one.id in dark,
+            }
+            for index, one in enumerate(seen.explained)
+        ],
+        "predictions": [_class(one) for one in seen.predictions],
+        "colors": {colormap: _base64(colors(colormap).tobytes()) for colormap in COLORMAPS},
+        "facts": [[str(label), _shortened(str(value))] for label, value in facts.items()],
+    }
+
+
+def _class(one: Prediction) -> dict[str, Any]:
+    return {
+        "rank": one.rank,
+        "id": one.id,
+        "wnid": one.wnid,
+        "name": one.name.replace("_", " "),
+        "probability": round(one.probability, 6),
+        "percent": percent(one.probability),
+    }
+
+
+def _size(seen: Explanation, pixels: Pixels) -> tuple[int, int]:
+    """Rows and columns of the heatmaps on the page."""
+    count, rows, columns = seen.heatmaps.shape
+    scale = min((CELLS / (count * rows * columns)) ** 0.5, 1)
+    return (
+        max(min(int(rows * scale), pixels.shape[0]), 1),
+        max(min(int(columns * scale), pixels.shape[1]), 1),
+    )
+
+
+def _photos(pixels: Pixels) -> Iterator[bytes]:
+    """The photo as ever smaller JPEGs."""
+    short, long = sorted(pixels.shape[:2])
+    for area in PIXELS:
+        edge = min(int((area * long / short) ** 0.5), SIDE)
+        swapped = cv2.cvtColor(within_edge(pixels, edge), cv2.COLOR_RGB2BGR)
+        for quality in QUALITIES:
+            yield cv2.imencode(".jpg", swapped, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _filled(data: dict[str, Any]) -> bytes:
+    """The page with its data. JSON leaves nothing but ASCII, and three characters of it mean something."""
+    before, after = _template()
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return f"{before}{text}{after}".encode()
+
+
+@lru_cache(maxsize=1)
+def _template() -> tuple[str, str]:
+    """The page before and after its data; its policy names its own style and script by their hashes."""
+    text = (DATA / "report.html").read_text(encoding="utf-8")
+    for tag, place in (("style", "@STYLE@"), ("script", "@SCRIPT@")):
+        block = re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        digest = hashlib.sha256(block[1].encode() if block else b"").digest()
+        text = text.replace(place, f"'sha256-{_base64(digest)}'", 1)
+    before, _, after = text.partition("@DATA@")
+    return before, after
