@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ import pytest
 from worker import embedded
 from worker.contract import Job
 from worker.gradcam.classes import DATA
+from worker.gradcam.weights import digest
 from worker.settings import Settings
 
 
@@ -38,6 +40,33 @@ def settings(valkey: str, request: pytest.FixtureRequest) -> Settings:
 @pytest.fixture
 def job() -> Job:
     return Job.parse({"image": "s3://in/pier.jpg", "network": "efficientnet_lite0", "target": {"top_n": 2}})
+
+
+@pytest.fixture
+def save_model() -> Callable[..., str]:
+    """Save a small network of three classes, with its convolution one level down; return its checksum."""
+
+    def save(path: Path, *, seed: int = 1, rescales: bool = False) -> str:
+        from worker.gradcam.backend import keras
+
+        layers = keras.layers
+        keras.utils.set_random_seed(seed)
+        convolution = layers.Conv2D(4, 3, name="last", activation="relu")
+        backbone = [convolution] if not rescales else [layers.Rescaling(1 / 255), convolution]
+        model = keras.Sequential(
+            [
+                keras.Input((32, 32, 3)),
+                keras.Sequential([keras.Input((32, 32, 3)), *backbone], name="backbone"),
+                layers.GlobalAveragePooling2D(),
+                layers.Dense(3, activation="softmax"),
+            ]
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # between Keras and NumPy
+            model.save(path)
+        return digest(path)
+
+    return save
 
 
 @pytest.fixture

@@ -3,8 +3,11 @@ import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from worker.cli import main
+from worker.contract import Job, Method
+from worker.gradcam.catalog import CATALOG
 from worker.manifest import Manifest
 from worker.settings import Settings
 
@@ -63,8 +66,83 @@ def test_networks_are_listed_for_people_and_for_machines(capsys: pytest.CaptureF
     assert "block14_sepconv2_act" in capsys.readouterr().out
     assert main(["networks", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in rows] == ["vgg16", "xception", "efficientnet_lite0"]
-    assert rows[2]["weights"] == "shipped"
+    assert [row["name"] for row in rows] == list(CATALOG)
+    assert {row["name"]: row["weights"] for row in rows if row["weights"] != "download"} == {
+        "efficientnet_lite0": "shipped"
+    }
+
+
+OWN = f"""
+[networks.tumours]
+model = "s3://models/tumours.keras"
+sha256 = "{"ab" * 32}"
+preprocessing = "torch"
+input_size = [384, 320]
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A registry with one network of the operator's own."""
+    path = tmp_path / "networks.toml"
+    path.write_text(OWN)
+    monkeypatch.setenv("GRADCAM_NETWORKS", str(path))
+    return path
+
+
+def test_own_networks_are_listed_with_the_others_and_every_row_fits_a_terminal(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "vgg19.weights.h5").touch()
+    monkeypatch.setenv("GRADCAM_WEIGHTS_DIR", str(tmp_path))
+    monkeypatch.setattr("worker.terminal.out", Console(width=80))
+    assert main(["networks"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1 : len(CATALOG) + 2]] == [*CATALOG, "tumours"], "one line each"
+    rows = {line.split()[0]: line.rstrip() for line in lines if line}
+    assert rows["tumours"].split() == ["tumours", "384x320", "found", "in", "its", "graph", "s3"]
+    assert rows["vgg19"].endswith(" folder")
+    assert rows["s3,"] == "s3, file: the operator's own; GRADCAM_NETWORKS says where they are."
+    assert main(["networks", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)[-1]
+    assert (row["weights"], row["sha256"]) == ("s3://models/tumours.keras", "ab" * 32)
+
+
+@pytest.mark.parametrize(
+    ("preload", "broken", "why"),
+    [
+        ("tumors", False, "There is no network 'tumors'. Did you mean 'tumours'?"),
+        ("tumours", True, "networks.toml cannot be used: networks: is missing."),
+    ],
+)
+def test_a_worker_does_not_start_without_the_networks_that_it_is_to_have(
+    preload: str,
+    broken: bool,
+    why: str,
+    own: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("GRADCAM_PRELOAD", preload)
+    if broken:
+        own.write_text("")
+    assert main(["worker"]) == 1
+    assert why in capsys.readouterr().err
+
+
+def test_the_options_of_a_method_reach_the_job(
+    environment: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submitted: list[Job] = []
+    monkeypatch.setattr("worker.client.GradcamClient.submit", lambda _, job: submitted.append(job))
+    assert main(["submit", "s3://photos/cat.jpg", "--network", "tumours"]) == 0
+    options = ["--method", "layercam", "--layer", "auto", "--score", "probability", "--normalize", "joint"]
+    assert main(["submit", "s3://photos/cat.jpg", *options, "--flip"]) == 0
+    plain, chosen = submitted
+    assert (plain.network, plain.method, plain.target.top_n) == ("tumours", Method(), 3)
+    assert chosen.method == Method(
+        name="layercam", layer="auto", score="probability", normalize="joint", flip=True
+    )
 
 
 def test_a_job_is_submitted_and_asked_after(

@@ -1,8 +1,12 @@
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from worker.doctor import Finding, examine
+from worker.gradcam.catalog import CATALOG
+from worker.gradcam.weights import digest
 from worker.settings import Settings
 
 
@@ -16,6 +20,9 @@ def test_a_worker_with_everything_is_well(settings: Settings, tmp_path: Path) ->
     assert [name for name, finding in findings.items() if not finding.well] == []
     assert findings["ledger"].detail.endswith("0 queued, 0 running")
     assert findings["weights of efficientnet_lite0"].detail.endswith(".weights.h5")
+    others = len(CATALOG) - 1
+    assert f"Keras downloads those of {others} others" in findings["weights"].detail, "in one line"
+    assert len(findings) == 6
     assert (tmp_path / "doctor" / "probe.txt").exists()
 
 
@@ -36,3 +43,79 @@ def test_everything_that_is_missing_is_named_with_what_to_do(tmp_path: Path) -> 
     assert "GRADCAM_OUTPUT" in ill["storage"]
     assert "GRADCAM_WEIGHTS_DIR" in ill["weights of vgg16"]
     assert not any("planted" in finding.detail for finding in findings.values())
+
+
+def own_network(folder: Path, settings: Settings, body: str) -> Finding:
+    """What the doctor says about one network of the operator's own."""
+    (folder / "networks.toml").write_text(f"[networks.own]\ninput_size = [32, 32]\n{body}")
+    changes = {"networks": folder / "networks.toml", "cache_dir": folder / "cache"}
+    own = settings.model_copy(update={**changes, "output": folder.as_uri()})
+    return by_name(own)["network own"]
+
+
+@pytest.mark.tensorflow
+def test_an_own_network_is_fetched_checked_and_explained_once(
+    settings: Settings, tmp_path: Path, save_model: Callable[..., str]
+) -> None:
+    checksum = save_model(tmp_path / "own.keras")
+    body = f'model = "own.keras"\nsha256 = "{checksum}"\npreprocessing = "unit"'
+    finding = own_network(tmp_path, settings, body)
+    assert finding.well
+    assert finding.detail == "layer backbone/last 30x30, 3 classes (softmax), 127 parameters"
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".keras"]
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize(("preprocessing", "warned"), [("tf", True), ("none", False)])
+def test_pixels_that_are_scaled_twice_are_pointed_out(
+    preprocessing: str, warned: bool, settings: Settings, tmp_path: Path, save_model: Callable[..., str]
+) -> None:
+    checksum = save_model(tmp_path / "own.keras", rescales=True)
+    body = f'model = "own.keras"\nsha256 = "{checksum}"\npreprocessing = "{preprocessing}"'
+    finding = own_network(tmp_path, settings, body)
+    assert finding.well, "it may have been trained that way"
+    assert ("rescale its input, on top of the preprocessing tf" in finding.detail) == warned
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (
+            'model = "own.keras"\nsha256 = "{0}"',
+            f"weights_checksum_mismatch: .* should have sha256 {'0' * 64} but",
+        ),
+        ('model = "none.keras"\nsha256 = "{1}"', "weights_unavailable: .*none.keras cannot be read"),
+        (
+            'model = "s3://models/none.keras"\nsha256 = "{1}"',
+            "weights_unavailable: s3://models/none.keras could",
+        ),
+        ('model = "own.keras"\nsha256 = "{1}"\ntarget_layer = "stones"', "unknown_layer: .*backbone/last"),
+        ('model = "own.keras"\nsha256 = "{1}"\nlabels = ["a", "b"]', "network_incompatible: .* 3 classes"),
+        ('model = "text.keras"\nsha256 = "{2}"', "network_incompatible: .* cannot be loaded as own"),
+    ],
+)
+def test_an_own_network_that_cannot_be_used_is_named_with_why(
+    body: str, why: str, settings: Settings, tmp_path: Path, save_model: Callable[..., str]
+) -> None:
+    (tmp_path / "text.keras").write_text("no network")
+    sums = ("0" * 64, save_model(tmp_path / "own.keras"), digest(tmp_path / "text.keras"))
+    nowhere = settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:1"})
+    finding = own_network(tmp_path, nowhere, body.format(*sums) + '\npreprocessing = "unit"')
+    assert not finding.well
+    assert re.search(why, finding.detail), finding.detail
+    assert finding.fix.startswith(f"Correct networks.own in {tmp_path}")
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize(
+    ("text", "why"), [("[networks", "it is not TOML"), ("[networks]", "There is no network 'vgg61'")]
+)
+def test_networks_that_no_worker_would_start_with_are_a_finding(
+    text: str, why: str, settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "networks.toml").write_text(text)
+    changes = {"networks": tmp_path / "networks.toml", "preload": ("vgg61",), "output": tmp_path.as_uri()}
+    finding = by_name(settings.model_copy(update=changes))["networks"]
+    assert not finding.well
+    assert why in finding.detail

@@ -46,6 +46,7 @@ def test_variables_are_read_and_lists_are_split_at_commas() -> None:
         ({"GRADCAM_BROKER_URL": "sentinel://:planted@a:1;sentinel://:planted@b:2"}, "broker_url"),
         ({"GRADCAM_VISIBILITY_TIMEOUT_S": "inf"}, "GRADCAM_VISIBILITY_TIMEOUT_S"),
         ({"GRADCAM_RETENTION_S": "nan"}, "GRADCAM_RETENTION_S"),
+        ({"GRADCAM_PRECISION": "float16"}, "GRADCAM_PRECISION: Input should be 'float32', 'bfloat16' or"),
         ({"GRADCAM_RETRY_BACKOFF_MAX_S": "9999"}, "below visibility_timeout_s"),
     ],
 )
@@ -62,11 +63,45 @@ def test_settings_survive_the_way_to_a_child_process() -> None:
         image_roots=("/data",),
         image_buckets=(),
         preload=("vgg16", "xception"),
+        networks=Path("networks.toml"),
+        cache_dir=Path("/cache"),
         weights_dir=Path("/weights"),
+        precision="bfloat16",
         s3_access_key_id="key",
         s3_secret_access_key="planted",  # type: ignore[arg-type]
     )
     assert Settings.from_environment(settings.to_environment()) == settings
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"HOME": "/home/a"}, "/home/a/.cache/gradcam-worker"),
+        ({"HOME": "/home/a", "XDG_CACHE_HOME": "/caches"}, "/caches/gradcam-worker"),
+        ({"HOME": "/home/a", "XDG_CACHE_HOME": "relative"}, "/home/a/.cache/gradcam-worker"),
+    ],
+)
+def test_model_files_are_kept_in_the_users_cache(
+    variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert Settings().cache == Path(expected)
+    assert Settings(cache_dir=Path("/own")).cache == Path("/own")
+
+
+def test_who_has_no_home_must_name_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless() -> Path:
+        message = "Could not determine home directory."
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert Settings().networks is None, "a client needs no cache"
+    with pytest.raises(InvalidSettings, match="GRADCAM_CACHE_DIR must name a folder"):
+        _ = Settings().cache
 
 
 def test_secrets_do_not_show() -> None:

@@ -1,3 +1,4 @@
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +7,7 @@ import boto3
 import moto
 import pytest
 
-from worker.errors import OutputNotAllowed, StorageUnavailable
+from worker.errors import OutputNotAllowed, StorageUnavailable, WeightsUnavailable
 from worker.settings import Settings
 from worker.storage import S3, Stores
 
@@ -40,6 +41,36 @@ def test_an_object_comes_back_from_a_bucket(bucket: None) -> None:
 def test_a_missing_bucket_is_storage_that_is_unavailable(bucket: None) -> None:
     with pytest.raises(StorageUnavailable, match=r"s3://none/x/j could not be written.*does not exist"):
         stores("s3://none/x").open().put("j", b"", "text/plain")
+
+
+def test_a_large_object_is_downloaded_whole(bucket: None) -> None:
+    data = bytes(range(256)) * 5000
+    boto3.client("s3", region_name="us-east-1").put_object(Bucket="results", Key="a/b.keras", Body=data)
+    taken = io.BytesIO()
+    S3(Settings()).download("s3://results/a/b.keras", taken)
+    assert taken.getvalue() == data
+
+
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("s3://results/none.keras", "There is no such object: s3://results/none.keras"),
+        ("s3://none/a.keras", "There is no such bucket: s3://none/a.keras"),
+        ("s3://N O/a.keras", "could not be read"),
+    ],
+)
+def test_an_object_that_is_not_there_is_weights_that_are_unavailable(
+    uri: str, why: str, bucket: None
+) -> None:
+    with pytest.raises(WeightsUnavailable, match=why):
+        S3(Settings()).download(uri, io.BytesIO())
+
+
+def test_a_download_from_a_server_out_of_reach_may_be_tried_again() -> None:
+    s3 = S3(Settings(s3_endpoint_url="http://127.0.0.1:1"))
+    with pytest.raises(WeightsUnavailable, match=r"s3://models/a\.keras could not be read") as refused:
+        s3.download("s3://models/a.keras", io.BytesIO())
+    assert refused.value.retryable
 
 
 def test_a_server_out_of_reach_is_storage_that_is_unavailable() -> None:

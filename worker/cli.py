@@ -3,6 +3,7 @@
 Exit codes: 0 all is well, 1 something failed (and what, on standard error), 2 wrong usage.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,14 @@ import click
 from worker import __version__, terminal
 from worker.contract import Job, Method, StatusDocument
 from worker.errors import GradcamError
-from worker.gradcam import catalog
+from worker.gradcam.registry import Registry
 from worker.settings import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 DEFAULT_NETWORK = "efficientnet_lite0"
-METHODS = get_args(Method.model_fields["name"].annotation)
+METHODS, SCORES, NORMALIZE = (
+    get_args(Method.model_fields[name].annotation) for name in ("name", "score", "normalize")
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,16 +44,41 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _wish(command: Command) -> Command:
-    """The options that say what to explain, the same for every command that takes them."""
+    """The options that say what to explain, the same for every command that takes them.
+
+    The command gets them as `wish`, the fields of a job.
+    """
+
+    @functools.wraps(command)
+    def gathered(
+        *,
+        network: str,
+        top_n: int | None,
+        classes: str | None,
+        method: str,
+        layer: str | None,
+        score: str,
+        normalize: str,
+        flip: bool,
+        **others: Any,
+    ) -> Any:
+        how = {"name": method, "layer": layer, "score": score, "normalize": normalize, "flip": flip}
+        wish = {"network": network, "target": _target(top_n, classes), "method": how}
+        return command(wish=wish, **others)
+
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines."),
         click.option("--classes", metavar="A,B,...", help="Ids, wnids or names, instead of --top-n."),
         click.option("--top-n", type=click.IntRange(1, 1000), help="The n most probable classes. [3]"),
+        click.option("--flip/--no-flip", default=False, help="Smooth: average with the mirror image's map."),
+        click.option("--normalize", type=click.Choice(NORMALIZE), default=NORMALIZE[0], show_default=True),
+        click.option("--score", type=click.Choice(SCORES), default=SCORES[0], show_default=True),
+        click.option("--layer", help="Any layer, or auto: found in the graph. [the network's own]"),
         click.option("--method", type=click.Choice(METHODS), default=METHODS[0], show_default=True),
         click.option("--network", default=DEFAULT_NETWORK, show_default=True, help="See `gradcam networks`."),
     ):
-        command = option(command)
-    return command
+        gathered = option(gathered)
+    return gathered  # type: ignore[return-value]  # it is called by click alone, by names
 
 
 def _target(top_n: int | None, classes: str | None) -> dict[str, Any]:
@@ -100,8 +128,9 @@ def worker(*, unsupervised: bool, ready_fd: int | None) -> int:
       GRADCAM_BROKER_URL=redis://queue:6379/0 GRADCAM_OUTPUT=s3://out/cams gradcam worker
     """
     settings = Settings.from_environment()
+    registry = Registry(settings.networks)
     for name in settings.preload:
-        catalog.find(name)
+        registry.find(name)
     if unsupervised:
         from worker import process
 
@@ -127,12 +156,9 @@ def worker(*, unsupervised: bool, ready_fd: int | None) -> int:
 )
 def explain(
     images: tuple[Path, ...],
-    network: str,
-    method: str,
-    top_n: int | None,
-    classes: str | None,
     output: Path,
     *,
+    wish: dict[str, Any],
     as_json: bool,
 ) -> int:
     """Explain IMAGES here and now: no queue, no servers.
@@ -145,7 +171,6 @@ def explain(
     """
     from worker.local import explain_files
 
-    wish = {"network": network, "target": _target(top_n, classes), "method": {"name": method}}
     return explain_files(images, wish, output, Settings.from_environment(), as_json=as_json)
 
 
@@ -157,13 +182,10 @@ def explain(
 @click.option("--key", "idempotency_key", help="Idempotency key: the same key never runs twice.")
 def submit(
     uri: str,
-    network: str,
-    method: str,
-    top_n: int | None,
-    classes: str | None,
     timeout_s: float,
     idempotency_key: str | None,
     *,
+    wish: dict[str, Any],
     wait: bool,
     as_json: bool,
 ) -> int:
@@ -176,15 +198,7 @@ def submit(
     """
     from worker.client import GradcamClient
 
-    target = _target(top_n, classes)
-    fields = {
-        "image": uri,
-        "network": network,
-        "target": target,
-        "method": {"name": method},
-        "idempotency_key": idempotency_key,
-    }
-    job = Job.parse(fields)
+    job = Job.parse({"image": uri, "idempotency_key": idempotency_key, **wish})
     client = GradcamClient(settings=Settings.from_environment())
     job_id = client.submit(job)
     if not wait:
@@ -218,48 +232,21 @@ def _shown(document: StatusDocument, *, as_json: bool) -> int:
     return 1 if document.final and document.status != "succeeded" else 0
 
 
-def _origin(path: Path | None) -> str:
-    if path is None:
-        return "download"
-    return "shipped" if path.is_relative_to(Path(__file__).parent) else str(path)
-
-
 @gradcam.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 def networks(*, as_json: bool) -> int:
-    """List the networks that a job can name, and where their weights are.
+    """List the networks that a job can name, the operator's own too, and where their weights are.
 
     \b
     Example:
       gradcam networks
     """
-    from worker.gradcam.weights import where
-
-    directory = Settings.from_environment().weights_dir
-    rows = [
-        {
-            "name": row.name,
-            "input_size": row.input_size,
-            "layer": row.target_layer,
-            "map_size": row.map_size,
-            "preprocessing": row.preprocessing.name,
-            "parameters": row.parameters,
-            "weights": _origin(where(row, directory)),
-        }
-        for row in catalog.CATALOG.values()
-    ]
+    settings = Settings.from_environment()
+    rows = Registry(settings.networks).rows().values()
     if as_json:
-        terminal.print_json(rows)
-        return 0
-    table = terminal.table(
-        "network", "input", "target layer", "map", "parameters", "weights", numbers=("parameters",)
-    )
-    for row, line in zip(catalog.CATALOG.values(), rows, strict=True):
-        sizes = ["x".join(map(str, size)) for size in (row.input_size, row.map_size)]
-        millions = f"{row.parameters / 1e6:.1f} M"
-        table.add_row(row.name, sizes[0], row.target_layer, sizes[1], millions, str(line["weights"]))
-    terminal.out.print(table)
-    terminal.out.print("\n[dim]download: Keras fetches them when they are first asked for.[/]")
+        terminal.print_json([terminal.facts(row, settings.weights_dir) for row in rows])
+    else:
+        terminal.show_networks(rows, settings.weights_dir)
     return 0
 
 

@@ -4,15 +4,26 @@ import importlib.util
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import kombu.exceptions
 
 from worker import broker
-from worker.errors import BrokerUnavailable, GradcamError, StorageUnavailable
+from worker.errors import (
+    BrokerUnavailable,
+    GradcamError,
+    InternalError,
+    InvalidSettings,
+    StorageUnavailable,
+    UnknownNetwork,
+)
 from worker.gradcam import weights
-from worker.gradcam.catalog import CATALOG
+from worker.gradcam.catalog import CATALOG, NetworkRow
+from worker.gradcam.registry import Registry
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings, without_secrets
+
+MILLION = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,10 @@ class Finding:
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
-    """Look at broker, ledger, storage, device and weights, in this order; each as it is found."""
+    """Look at broker, ledger, storage, device, weights and the operator's own networks, in this order.
+
+    Each is told as it is found.
+    """
     broker_fix = "Start Redis or Valkey there, or set GRADCAM_BROKER_URL."
     yield _look("broker", _broker, settings, broker_fix)
     yield _look("ledger", _ledger, settings, broker_fix.replace("BROKER", "LEDGER"))
@@ -41,15 +55,68 @@ def examine(settings: Settings) -> Iterator[Finding]:
     )
     yield _look("storage", _storage, settings, storage_fix)
     yield _look("device", _device, settings, "Check the driver and the TensorFlow installation.")
+    yield from _weights(settings)
+    try:
+        registry = Registry(settings.networks)
+        for name in settings.preload:
+            registry.find(name)
+    except (InvalidSettings, UnknownNetwork) as error:
+        fix = "Correct the file, or GRADCAM_PRELOAD."
+        yield Finding("networks", well=False, detail=str(error), fix=fix)
+        return
+    for row in registry.own():
+        yield _own(row, settings)
+
+
+def _weights(settings: Settings) -> Iterator[Finding]:
+    """The weights of what is preloaded or here, one by one; how many others there are, in one line."""
+    others = 0
     for row in CATALOG.values():
         needed = row.name in settings.preload
         path = weights.where(row, settings.weights_dir)
         if path and path.is_file():
             yield Finding(f"weights of {row.name}", well=True, detail=str(path))
-        else:
-            detail = "not here: Keras downloads them when the first job asks for them"
+        elif needed:
+            detail = "not here: Keras downloads them when the worker starts"
             fix = f"Put {row.name}.weights.h5 into the folder that GRADCAM_WEIGHTS_DIR names."
-            yield Finding(f"weights of {row.name}", well=not needed, detail=detail, fix=fix if needed else "")
+            yield Finding(f"weights of {row.name}", well=False, detail=detail, fix=fix)
+        else:
+            others += 1
+    detail = f"Keras downloads those of {others} others when a job first asks for them"
+    yield Finding("weights", well=True, detail=detail)
+
+
+def _own(row: NetworkRow, settings: Settings) -> Finding:
+    """Fetch, check, load and explain an operator's own network, as a worker would for its first job."""
+    import numpy as np
+
+    from worker import wiring
+    from worker.gradcam.explain import check_channels
+    from worker.gradcam.residents import Residents
+    from worker.storage import S3
+
+    what = f"network {row.name}"
+    residents = Residents(partial(wiring.load, settings, S3(settings)))
+    try:
+        network, turn = residents.get(row), residents.warm(row)
+        check_channels(network.facts, np.zeros((1, 1, 3), np.uint8))  # a job's picture is a photo
+    except Exception as error:  # noqa: BLE001  # a stranger's model may fail in any way; the doctor tells it
+        known = error if isinstance(error, GradcamError) else InternalError.of(error)
+        fix = f"Correct networks.{row.name} in {settings.networks}, or put right what it names."
+        return Finding(what, well=False, detail=f"{known.code}: {known}", fix=fix)
+    facts, seen = network.facts, turn.explanation
+    rows, columns = seen.heatmaps.shape[1:]
+    size = f"{facts.parameters / 1e6:.1f} M" if facts.parameters > MILLION else f"{facts.parameters:,}"
+    layer = f"layer {seen.layer} {rows}x{columns}"
+    detail = f"{layer}, {len(network.labels)} classes ({facts.head}), {size} parameters"
+    how = row.preprocessing
+    scaled = any(how.mean) or any(one != 1 for one in how.std)
+    if facts.rescales and scaled:
+        detail += (
+            f"; it begins with layers that rescale its input, on top of the preprocessing {how.name}: where "
+            'it was trained on pixels from 0 to 255, preprocessing = "none" is right'
+        )
+    return Finding(what, well=True, detail=detail)
 
 
 def _look(what: str, look: Callable[[Settings], str], settings: Settings, fix: str) -> Finding:

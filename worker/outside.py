@@ -5,6 +5,7 @@ from typing import Protocol
 
 from worker.contract import Delivery, ImageRef
 from worker.deadline import Deadline
+from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.decode import Limits
 from worker.gradcam.residents import Residents
 from worker.images import Fetched
@@ -16,6 +17,14 @@ class ImageSource(Protocol):
 
     def fetch(self, image: ImageRef, deadline: Deadline) -> Fetched:
         """URI -> bytes."""
+        ...
+
+
+class NetworkSource(Protocol):
+    """See `worker.gradcam.registry.Registry`."""
+
+    def find(self, name: str) -> NetworkRow:
+        """The row of a network, as it is described now. Raises UnknownNetwork."""
         ...
 
 
@@ -44,6 +53,7 @@ class Outside:
     """What `wiring` builds from settings, and `testing` from memory."""
 
     images: ImageSource
+    networks: NetworkSource
     residents: Residents
     stores: StoreSource
     webhooks: Messenger

@@ -96,7 +96,7 @@ def run(settings: Settings, *, ready_fd: int | None = None) -> int:
     )
     register(app, desk)
     for name in settings.preload:
-        outside.residents.warm(name)
+        outside.residents.warm(outside.networks.find(name))
         log.info("%s is loaded", name)
     consumer = app.Worker(
         pool="threads",

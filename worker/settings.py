@@ -7,7 +7,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import (
@@ -33,7 +33,7 @@ def _split(value: Any) -> Any:
 
 
 Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]
-Folder = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
+Place = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -79,8 +79,13 @@ class Settings(BaseModel):
     webhook_timeout_s: Seconds = 10
     webhook_attempts: Count = 5
 
+    # Networks
+    networks: Place = None  # a TOML file that describes the operator's own: see `worker.gradcam.registry`
+    cache_dir: Place = None  # for their files, by checksum; none: the user's own cache
+    weights_dir: Place = None  # a folder of weights for the catalog's networks
+    precision: Literal["float32", "bfloat16", "mixed_bfloat16"] = "float32"
+
     # Worker
-    weights_dir: Folder = None
     preload: Listed = ()  # networks to load before the first job
     threads: Count = 8
     retry_backoff_s: Seconds = 1  # before the second attempt; doubles, with jitter
@@ -130,6 +135,18 @@ class Settings(BaseModel):
     def ledger(self) -> str:
         """The ledger's URL."""
         return self.ledger_url or self.broker_url
+
+    @property
+    def cache(self) -> Path:
+        """The folder for operators' model files. Raises InvalidSettings where there is none to be found."""
+        if self.cache_dir:
+            return self.cache_dir
+        try:
+            base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # which counts only where it is absolute
+            return (base if base.is_absolute() else Path.home() / ".cache") / "gradcam-worker"
+        except RuntimeError as error:
+            message = "GRADCAM_CACHE_DIR must name a folder: this user has no home."
+            raise InvalidSettings(message) from error
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Settings":

@@ -19,7 +19,9 @@ from worker.errors import (
     OutputNotAllowed,
     StorageUnavailable,
     UriNotAllowed,
+    WeightsUnavailable,
 )
+from worker.gradcam.weights import Sink
 from worker.settings import Settings
 
 NOT_FOUND, FORBIDDEN = 404, {401, 403}
@@ -88,6 +90,19 @@ class S3:
             message = f"{uri} could not be read: {error}"
             raise ImageFetchFailed(message) from error
         return bytes(data)
+
+    def download(self, uri: str, sink: Sink) -> None:
+        """Write what a model's address holds into `sink`, however large. Raises WeightsUnavailable."""
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        try:
+            body = self.client.get_object(Bucket=bucket, Key=key)["Body"]
+            while chunk := body.read(CHUNK):
+                sink.write(chunk)
+        except ClientError as error:
+            raise WeightsUnavailable(str(_unreadable(uri, error))) from error
+        except (BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
+            message = f"{uri} could not be read: {error}"
+            raise WeightsUnavailable(message) from error
 
 
 def _unreadable(uri: str, error: ClientError) -> Exception:

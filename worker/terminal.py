@@ -1,7 +1,8 @@
 """What the commands show: tables, progress, JSON."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -9,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from worker.contract import StatusDocument
-from worker.gradcam.classes import percent
+from worker.gradcam.catalog import NetworkRow
+from worker.gradcam.classes import DATA, percent
+from worker.gradcam.weights import where
 
 COLORS = {
     "queued": "yellow",
@@ -68,6 +71,51 @@ def show(document: StatusDocument) -> None:
             seen.add_row(str(one.rank), str(one.id), one.name, percent(one.probability))
         out.print()
         out.print(seen)
+
+
+def facts(row: NetworkRow, weights_dir: Path | None) -> dict[str, Any]:
+    """One network, for machines."""
+    path = where(row, weights_dir)
+    kept = "download" if path is None else "shipped" if path.parent == DATA else str(path)
+    return {
+        "name": row.name,
+        "input_size": row.input_size,
+        "layer": row.target_layer,
+        "map_size": row.map_size,
+        "preprocessing": row.preprocessing.name,
+        "parameters": row.parameters,
+        "weights": row.file.uri if row.file else kept,
+        "sha256": row.file.sha256 if row.file else row.sha256,
+    }
+
+
+ORIGINS = {  # what the list says of weights, for short
+    "download": "download: Keras fetches them when they are first asked for.",
+    "s3": "s3, file: the operator's own; GRADCAM_NETWORKS says where they are.",
+    "file": "s3, file: the operator's own; GRADCAM_NETWORKS says where they are.",
+    "folder": "folder: they are in GRADCAM_WEIGHTS_DIR.",
+}
+
+
+def show_networks(rows: Iterable[NetworkRow], weights_dir: Path | None) -> None:
+    """The networks that a job can name, for a person."""
+    made = table("network", "input", "target layer", "map", "parameters", "weights", numbers=("parameters",))
+    met = set()
+    for row in rows:
+        kept = str(facts(row, weights_dir)["weights"])
+        if row.file:
+            kept = "s3" if kept.startswith("s3://") else "file"
+        elif kept not in {"download", "shipped"}:
+            kept = "folder"
+        met.add(kept)
+        sizes = ["x".join(map(str, size)) if size else "" for size in (row.input_size, row.map_size)]
+        layer = Text(row.target_layer) if row.target_layer else Text("found in its graph", "dim")
+        millions = f"{row.parameters / 1e6:.1f} M" if row.parameters else ""
+        made.add_row(row.name, sizes[0], layer, sizes[1], millions, kept)
+    out.print(made)
+    out.print()
+    for note in dict.fromkeys(note for kept, note in ORIGINS.items() if kept in met):
+        out.print(note, style="dim")
 
 
 def seconds(document: StatusDocument) -> Mapping[str, float]:

@@ -5,8 +5,11 @@ import platform
 from functools import partial
 
 from worker.contract import WorkerRef
+from worker.gradcam import weights
+from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.decode import Limits
 from worker.gradcam.network import Network
+from worker.gradcam.registry import Registry
 from worker.gradcam.residents import Residents
 from worker.images import Images
 from worker.outside import Outside
@@ -17,11 +20,12 @@ from worker.storage import S3, Stores
 
 
 def outside(settings: Settings) -> Outside:
-    """Everything a job touches, for real. Nothing is connected or loaded yet."""
+    """Everything a job touches, for real. Nothing is connected or loaded yet. Raises InvalidSettings."""
     s3 = S3(settings)
     return Outside(
         images=Images(settings, s3),
-        residents=Residents(partial(load, settings)),
+        networks=Registry(settings.networks),
+        residents=Residents(partial(load, settings, s3)),
         stores=Stores(settings, s3),
         webhooks=Webhooks(settings),
         limits=Limits(settings.max_image_pixels, settings.max_image_side),
@@ -34,15 +38,19 @@ def ledger(settings: Settings) -> RedisLedger:
     return RedisLedger(settings.ledger, prefix=settings.key_prefix, retention_s=settings.retention_s)
 
 
-def load(settings: Settings, name: str) -> Network:
-    """A live network by name; TensorFlow is imported here, when the first one is needed."""
-    from worker.gradcam.keras_network import load_network
+def load(settings: Settings, s3: S3, row: NetworkRow) -> Network:
+    """A live network of a row; TensorFlow is imported here, when the first one is needed.
 
-    return load_network(name, weights_dir=settings.weights_dir)
+    An operator's file is fetched, and its checksum found right, before anything reads it.
+    """
+    file = weights.cached(row.file, settings.cache, s3.download) if row.file else None
+    from worker.gradcam.loading import load_network
+
+    return load_network(row, weights_dir=settings.weights_dir, file=file, precision=settings.precision)
 
 
 def worker_ref() -> WorkerRef:
     """Who this process is and what it computes on."""
-    from worker.gradcam.keras_network import device_name
+    from worker.gradcam.backend import device_name
 
     return WorkerRef(id=f"{platform.node()}:{os.getpid()}", device=device_name())

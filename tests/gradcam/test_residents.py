@@ -1,7 +1,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -9,7 +9,14 @@ from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
 
 from worker.deadline import Deadline
-from worker.errors import JobTimeout, UnknownLayer, WeightsUnavailable
+from worker.errors import (
+    JobTimeout,
+    NetworkIncompatible,
+    UnknownLayer,
+    WeightsChecksumMismatch,
+    WeightsUnavailable,
+)
+from worker.gradcam.catalog import CATALOG, NetworkRow
 from worker.gradcam.network import GRADCAM, Computed, Method
 from worker.gradcam.residents import Residents, Turn
 from worker.testing import TinyNetwork
@@ -50,72 +57,124 @@ def explain() -> Callable[..., Turn]:
     return explain
 
 
+VGG16, XCEPTION = CATALOG["vgg16"], CATALOG["xception"]
+CHANGED = replace(VGG16, labels=("cat", "dog"))  # the same name, described in another way
+
+
+@dataclass
+class Loader:
+    """Loads tiny networks, each one of its own, and remembers what it was asked for."""
+
+    asked: list[NetworkRow] = field(default_factory=list)
+    failures: list[Exception | None] = field(default_factory=list)
+    slow: NetworkRow | None = None  # the row that waits for the gate
+    begun: threading.Event = field(default_factory=threading.Event)
+    gate: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, row: NetworkRow) -> TinyNetwork:
+        self.asked.append(row)
+        if row == self.slow:
+            self.begun.set()
+            self.gate.wait(PLENTY_S)
+        if self.failures and (failure := self.failures.pop(0)):
+            raise failure
+        return TinyNetwork()
+
+
 class TestLoading:
-    def test_a_network_is_loaded_when_it_is_first_asked_for_and_then_kept(self, tiny: TinyNetwork) -> None:
-        loaded: list[str] = []
-
-        def load(name: str) -> TinyNetwork:
-            loaded.append(name)
-            return tiny
-
+    def test_a_network_is_loaded_when_it_is_first_asked_for_and_then_kept(self) -> None:
+        load = Loader()
         residents = Residents(load)
-        assert loaded == []
-        assert residents.get("vgg16") is residents.get("vgg16") is tiny
-        assert residents.get("xception") is tiny
-        assert loaded == ["vgg16", "xception"]
+        assert load.asked == []
+        assert residents.get(VGG16) is residents.get(VGG16)
+        assert residents.get(XCEPTION) is not residents.get(VGG16)
+        assert load.asked == [VGG16, XCEPTION]
 
     def test_threads_that_ask_at_once_get_one_and_the_same(self) -> None:
-        gate, loaded = threading.Event(), []
-
-        def load(name: str) -> TinyNetwork:
-            loaded.append(name)
-            gate.wait(PLENTY_S)
-            return TinyNetwork()
-
+        load = Loader(slow=VGG16)
         residents = Residents(load)
         with ThreadPoolExecutor(8) as pool:
-            answers = [pool.submit(residents.get, "vgg16") for _ in range(8)]
-            gate.set()
+            answers = [pool.submit(residents.get, VGG16) for _ in range(8)]
+            load.gate.set()
             assert len({id(answer.result()) for answer in answers}) == 1
-        assert loaded == ["vgg16"]
+        assert load.asked == [VGG16]
 
-    def test_one_network_that_loads_slowly_does_not_hold_up_another(self, tiny: TinyNetwork) -> None:
-        begun, gate = threading.Event(), threading.Event()
-
-        def load(name: str) -> TinyNetwork:
-            if name == "slow":
-                begun.set()
-                gate.wait(PLENTY_S)
-            return tiny
-
+    def test_one_network_that_loads_slowly_does_not_hold_up_another(self) -> None:
+        load = Loader(slow=VGG16)
         residents = Residents(load)
         with ThreadPoolExecutor(1) as pool:
-            slow = pool.submit(residents.get, "slow")
-            assert begun.wait(PLENTY_S)
-            assert residents.get("fast") is tiny
+            slow = pool.submit(residents.get, VGG16)
+            assert load.begun.wait(PLENTY_S)
+            assert residents.get(XCEPTION)
             assert not slow.done()
-            gate.set()
+            load.gate.set()
 
-    def test_a_network_that_could_not_be_loaded_is_tried_again(self, tiny: TinyNetwork) -> None:
-        attempts = [WeightsUnavailable("no route"), None]
-
-        def load(name: str) -> TinyNetwork:
-            if failure := attempts.pop(0):
-                raise failure
-            return tiny
-
-        residents = Residents(load)
+    def test_a_network_that_could_not_be_had_is_tried_again(self) -> None:
+        residents = Residents(Loader(failures=[WeightsUnavailable("no route")]))
         with pytest.raises(WeightsUnavailable, match="no route"):
-            residents.get("vgg16")
-        assert residents.get("vgg16") is tiny
+            residents.get(VGG16)
+        assert residents.get(VGG16)
+
+    def test_a_network_that_cannot_be_loaded_is_refused_for_a_while_without_being_fetched_again(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        load = Loader(failures=[WeightsChecksumMismatch("another file")])
+        residents = Residents(load)
+        for _ in range(3):
+            with pytest.raises(WeightsChecksumMismatch, match="another file"):
+                residents.get(VGG16)
+        assert load.asked == [VGG16]
+        monkeypatch.setattr("worker.gradcam.residents.REFUSED_S", 0)
+        assert residents.get(VGG16), "in the meantime the right file may have been put there"
+
+    def test_a_network_that_is_described_anew_is_tried_at_once(self) -> None:
+        residents = Residents(Loader(failures=[NetworkIncompatible("no such layer")]))
+        with pytest.raises(NetworkIncompatible):
+            residents.get(VGG16)
+        assert residents.get(CHANGED)
 
     def test_warming_loads_a_network_and_runs_it(self) -> None:
         network = Gated()
         network.gate.set()
         residents = Residents(lambda _: network)
-        residents.warm("vgg16")
+        assert residents.warm(VGG16).explanation.layer == "blocks"
         assert network.calls == 1
-        assert residents.get("vgg16") is network
+        assert residents.get(VGG16) is network
+
+
+class TestVersions:
+    def test_a_row_that_has_changed_is_loaded_anew_and_takes_the_place_of_the_old(self) -> None:
+        load = Loader()
+        residents = Residents(load)
+        old = residents.get(VGG16)
+        new = residents.get(CHANGED)
+        assert new is not old
+        assert residents.get(replace(CHANGED)) is new, "an equal row is the same version"
+        assert load.asked == [VGG16, CHANGED]
+
+    def test_who_holds_the_old_version_runs_on_while_the_new_one_loads(
+        self, explain: Callable[..., Turn]
+    ) -> None:
+        load = Loader(slow=CHANGED)
+        residents = Residents(load)
+        old = residents.get(VGG16)
+        with ThreadPoolExecutor(2) as pool:
+            new = pool.submit(residents.get, CHANGED)
+            assert load.begun.wait(PLENTY_S)
+            assert explain(residents, old).explanation.explained
+            assert residents.get(VGG16) is old, "who asks for what is here need not wait either"
+            assert not new.done()
+            load.gate.set()
+            assert new.result() is not old
+        assert explain(residents, old).explanation.explained
+
+    def test_the_old_version_is_no_answer_where_the_new_one_cannot_be_loaded(self) -> None:
+        residents = Residents(Loader(failures=[None, NetworkIncompatible("no such layer")]))
+        old = residents.get(VGG16)
+        for _ in range(2):
+            with pytest.raises(NetworkIncompatible, match="no such layer"):
+                residents.get(CHANGED)
+        assert residents.get(VGG16) is old, "taking the change back takes no load"
 
 
 class TestTurns:

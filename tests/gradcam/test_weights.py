@@ -1,15 +1,18 @@
+import contextlib
 import hashlib
 import socket
-from contextlib import suppress
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from worker.errors import WeightsChecksumMismatch, WeightsUnavailable
-from worker.gradcam.catalog import CATALOG
+from worker.gradcam.catalog import CATALOG, ModelFile
 from worker.gradcam.classes import DATA
-from worker.gradcam.weights import WeightsFile, download, locate, where
+from worker.gradcam.weights import Sink, WeightsFile, cached, download, locate, where
 
 SHIPPED, FETCHED = CATALOG["efficientnet_lite0"], CATALOG["vgg16"]
 KERAS_FILE = FETCHED.keras_files[0]
@@ -97,7 +100,128 @@ class TestDownload:
             if failure:
                 raise failure
 
-        with suppress(WeightsUnavailable):
+        with contextlib.suppress(WeightsUnavailable):
             download(FETCHED, build, lambda: DATA / "NOTICE")
         assert limits == [30]
         assert socket.getdefaulttimeout() is None
+
+
+class Shop:
+    """Sells bytes by address, and remembers what was bought."""
+
+    def __init__(self, goods: bytes | Exception) -> None:
+        self.goods = goods
+        self.sold: list[str] = []
+
+    def __call__(self, uri: str, sink: Sink) -> None:
+        self.sold.append(uri)
+        if isinstance(self.goods, Exception):
+            raise self.goods
+        for start in range(0, len(self.goods), 4):  # in more than one piece
+            sink.write(self.goods[start : start + 4])
+
+
+BYTES = b"what a network weighs"
+CHECKSUM = hashlib.sha256(BYTES).hexdigest()
+S3_FILE = ModelFile("s3://models/birds.keras", CHECKSUM)
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+class TestCached:
+    def test_a_file_is_fetched_once_and_kept_under_its_checksum(self, tmp_path: Path) -> None:
+        shop, folder = Shop(BYTES), tmp_path / "new" / "cache"
+        first, second = cached(S3_FILE, folder, shop), cached(S3_FILE, folder, shop)
+        assert first == second == WeightsFile(folder / f"{CHECKSUM}.keras", CHECKSUM)
+        assert first.path.read_bytes() == BYTES
+        assert shop.sold == ["s3://models/birds.keras"]
+        assert contents(folder) == [f"{CHECKSUM}.keras"]
+
+    def test_the_folder_is_its_owners_alone(self, tmp_path: Path) -> None:
+        cached(S3_FILE, tmp_path / "cache", Shop(BYTES))
+        assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+
+    def test_a_file_on_this_machine_is_copied_so_that_what_was_checked_is_what_is_loaded(
+        self, tmp_path: Path
+    ) -> None:
+        (tmp_path / "birds.weights.h5").write_bytes(BYTES)
+        file = ModelFile(str(tmp_path / "birds.weights.h5"), CHECKSUM)
+        found = cached(file, tmp_path / "cache", Shop(AssertionError("nobody is to go to S3")))
+        (tmp_path / "birds.weights.h5").write_bytes(b"something else")
+        assert found.path == tmp_path / "cache" / f"{CHECKSUM}.weights.h5"
+        assert found.path.read_bytes() == BYTES
+        assert cached(file, tmp_path / "cache", Shop(b"")) == found
+
+    def test_another_file_than_the_pinned_one_is_refused_with_both_checksums_and_not_kept(
+        self, tmp_path: Path
+    ) -> None:
+        found = hashlib.sha256(b"evil").hexdigest()
+        with pytest.raises(WeightsChecksumMismatch, match=f"should have sha256 {CHECKSUM} but has {found}"):
+            cached(S3_FILE, tmp_path, Shop(b"evil"))
+        assert contents(tmp_path) == []
+
+    def test_a_copy_that_was_damaged_is_fetched_again(self, tmp_path: Path) -> None:
+        shop = Shop(BYTES)
+        place = cached(S3_FILE, tmp_path, shop).path
+        place.write_bytes(BYTES[:-1] + b"!")
+        assert cached(S3_FILE, tmp_path, shop).path.read_bytes() == BYTES
+        assert len(shop.sold) == 2
+        assert contents(tmp_path) == [place.name]
+
+    def test_a_damaged_copy_whose_source_is_wrong_too_is_not_loaded(self, tmp_path: Path) -> None:
+        cached(S3_FILE, tmp_path, Shop(BYTES)).path.write_bytes(b"damaged")
+        with pytest.raises(WeightsChecksumMismatch):
+            cached(S3_FILE, tmp_path, Shop(b"evil"))
+
+    def test_a_fetch_that_fails_leaves_nothing_behind(self, tmp_path: Path) -> None:
+        with pytest.raises(WeightsUnavailable, match="no route"):
+            cached(S3_FILE, tmp_path, Shop(WeightsUnavailable("no route")))
+        assert contents(tmp_path) == []
+
+    @pytest.mark.parametrize("name", ["none.keras", "folder.keras", "file/none.keras"])
+    def test_a_path_where_no_file_is_says_what_to_do_and_may_be_tried_again(
+        self, name: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "folder.keras").mkdir()
+        (tmp_path / "file").touch()
+        file = ModelFile(str(tmp_path / name), CHECKSUM)
+        with pytest.raises(
+            WeightsUnavailable, match=f"{name} cannot be read .*: put the network's file there"
+        ):
+            cached(file, tmp_path / "cache", Shop(b""))
+
+    def test_a_cache_that_cannot_be_written_names_the_setting(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(WeightsUnavailable, match="GRADCAM_CACHE_DIR must name a folder"):
+            cached(S3_FILE, tmp_path / "file", Shop(BYTES))
+
+    def test_processes_that_fetch_at_once_all_get_the_whole_file(self, tmp_path: Path) -> None:
+        data = bytes(range(256)) * 40_000  # 10 MB, so that they do overlap
+        (tmp_path / "large.keras").write_bytes(data)
+        checksum = hashlib.sha256(data).hexdigest()
+        program = (
+            "import sys, time; from pathlib import Path\n"
+            "from worker.gradcam.catalog import ModelFile\n"
+            "from worker.gradcam.weights import cached, digest\n"
+            "source, sha256, folder = sys.argv[1:]\n"
+            "print('ready', flush=True); sys.stdin.readline()\n"
+            "print(digest(cached(ModelFile(source, sha256), Path(folder), None).path))\n"
+        )
+        arguments = [str(tmp_path / "large.keras"), checksum, str(tmp_path / "cache")]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with contextlib.ExitStack() as stack:
+            processes: list[Any] = [
+                stack.enter_context(
+                    subprocess.Popen([sys.executable, "-P", "-c", program, *arguments], **pipes)
+                )
+                for _ in range(4)
+            ]
+            for process in processes:
+                assert process.stdout.readline() == "ready\n"
+            for process in processes:
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            assert [process.communicate(timeout=60)[0] for process in processes] == [f"{checksum}\n"] * 4
+        assert contents(tmp_path / "cache") == [f"{checksum}.keras"]

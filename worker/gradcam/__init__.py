@@ -10,6 +10,7 @@ The map of this room, from plain data to live networks:
 
     catalog        the networks, one row of data each
     registry       ... and an operator's own, from a file
+    registry_file  what may stand in that file, and what is wrong with it
     classes        a wish (top n, ids, wnids, names) -> the classes to explain
     decode         bytes -> pixels, guarded
     picture        pixels -> network input; heatmap -> overlay

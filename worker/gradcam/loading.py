@@ -90,6 +90,8 @@ def _build(row: NetworkRow, **options: Any) -> Any:
     if row.file is not None:
         shape = (*row.input_size, row.preprocessing.input_channels)
         options |= {"classes": row.classes, "input_shape": shape}
+        if row.head.kind:
+            options["classifier_activation"] = row.head.kind
     return getattr(import_module(module), function)(**options)
 
 

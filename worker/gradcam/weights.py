@@ -1,21 +1,26 @@
-"""Where a network's weights come from: shipped, the operator's folder, or Keras's own download.
+"""Where a network's weights come from: shipped, the operator's folder, Keras's own download, or, for an
+operator's own network, the file that the registry names.
 
 Never random by accident: random weights have to be asked for by name, and then say so.
 """
 
 import hashlib
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 from worker.errors import WeightsChecksumMismatch, WeightsUnavailable
-from worker.gradcam.catalog import NetworkRow
+from worker.gradcam.catalog import ModelFile, NetworkRow
 from worker.gradcam.classes import DATA
 
 DOWNLOAD_STALL_S = 30  # seconds without a byte before Keras's download counts as failed
+CHUNK = 1024 * 1024  # bytes copied at a time
+MODEL_SUFFIXES = (".keras", ".weights.h5")  # Keras goes by them
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,86 @@ def locate(row: NetworkRow, directory: Path | None) -> WeightsFile | None:
     return WeightsFile(path, found)
 
 
-def download(
-    row: NetworkRow, build: Callable[[], Any], cached: Callable[[], Path]
-) -> tuple[Any, WeightsFile]:
+class Sink(Protocol):
+    """Where the bytes of a file go."""
+
+    def write(self, data: bytes, /) -> int:
+        """Take the next bytes."""
+        ...
+
+
+def cached(file: ModelFile, folder: Path, fetch: Callable[[str, Sink], None]) -> WeightsFile:
+    """An operator's file in the cache folder, known to be the one that the registry pins.
+
+    It is named by its checksum, so it is there whole or not at all, and two processes that fetch it at
+    once write the same. A copy that has been damaged is fetched again. `fetch` writes what an `s3://`
+    address holds into a sink, and raises WeightsUnavailable where it cannot.
+
+    Raises WeightsChecksumMismatch with both checksums, WeightsUnavailable.
+    """
+    suffix = next((one for one in MODEL_SUFFIXES if file.uri.endswith(one)), "")
+    place = folder / (file.sha256 + suffix)
+    try:
+        if not place.is_file() or digest(place) != file.sha256:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _fetch(file, place, fetch if file.uri.startswith("s3://") else _copy)
+    except OSError as error:
+        message = (
+            f"{file.uri} could not be brought into the cache folder {folder}: {error}. GRADCAM_CACHE_DIR "
+            "must name a folder that the worker may write to, with room for the file."
+        )
+        raise WeightsUnavailable(message) from error
+    return WeightsFile(place, file.sha256)
+
+
+def _fetch(file: ModelFile, place: Path, fetch: Callable[[str, Sink], None]) -> None:
+    """Fetch a file beside its place; move it there in one step once its checksum is right."""
+    with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".part", delete=False) as part:
+        try:
+            sink = _Hashing(part)
+            fetch(file.uri, sink)
+            found = sink.hash.hexdigest()
+            if found != file.sha256:
+                message = (
+                    f"{file.uri} should have sha256 {file.sha256} but has {found}: it was not loaded. If it "
+                    "is the file that you mean, write its sha256 into the registry."
+                )
+                raise WeightsChecksumMismatch(message)
+            part.flush()
+            Path(part.name).replace(place)
+        finally:
+            Path(part.name).unlink(missing_ok=True)
+
+
+class _Hashing:
+    """Writes to a file what it takes, and hashes it on the way."""
+
+    def __init__(self, file: BinaryIO | Any) -> None:
+        self.hash = hashlib.sha256()
+        self._file = file
+
+    def write(self, data: bytes, /) -> int:
+        self.hash.update(data)
+        return int(self._file.write(data))
+
+
+def _copy(path: str, sink: Sink) -> None:
+    """Raises WeightsUnavailable where there is no such file, or it may not be read."""
+    try:
+        with Path(path).open("rb") as file:
+            shutil.copyfileobj(file, sink, CHUNK)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        message = (
+            f"{path} cannot be read ({error.strerror}): put the network's file there, readable for the "
+            "worker, or correct its address in the registry."
+        )
+        raise WeightsUnavailable(message) from error
+
+
+def download(row: NetworkRow, build: Callable[[], Any], kept: Callable[[], Path]) -> tuple[Any, WeightsFile]:
     """Let Keras fetch the ImageNet weights into its cache while it builds the model.
 
-    `cached` says where Keras has put them, once they are there. Raises WeightsUnavailable with the ways out.
+    `kept` says where Keras has put them, once they are there. Raises WeightsUnavailable with the ways out.
     """
     try:
         with _stall_limit():
@@ -70,7 +149,7 @@ def download(
             "GRADCAM_WEIGHTS_DIR names, or let this machine reach Keras's download once."
         )
         raise WeightsUnavailable(message) from error
-    path = cached()
+    path = kept()
     return model, WeightsFile(path, digest(path))
 
 

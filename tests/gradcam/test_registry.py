@@ -1,0 +1,279 @@
+"""An operator's own networks: what the file may hold, and what happens as it changes."""
+
+import json
+import logging
+import os
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from worker.errors import UnknownNetwork
+from worker.gradcam.catalog import CATALOG, PREPROCESSING, Head, ModelFile, NetworkRow
+from worker.gradcam.registry import Registry
+
+README = Path(__file__).parents[2] / "README.md"
+SHA256 = "ab" * 32
+MODEL = f"""
+model = "tumours.keras"
+sha256 = "{SHA256}"
+preprocessing = "torch"
+input_size = [384, 320]
+"""
+WEIGHTS = f"""
+architecture = "VGG16"
+weights = "birds.weights.h5"
+sha256 = "{SHA256}"
+classes = 200
+"""
+
+
+def write(folder: Path, body: str, name: str = "tumours") -> Path:
+    """A registry file with one network. Written beside its place and moved, as an operator should."""
+    (folder / "new").write_text(f"[networks.{name}]\n{body}")
+    return (folder / "new").replace(folder / "networks.toml")
+
+
+def read(folder: Path, body: str) -> NetworkRow:
+    return Registry(write(folder, body)).find("tumours")
+
+
+class TestRows:
+    def test_without_a_file_there_are_the_networks_of_the_catalog(self) -> None:
+        registry = Registry()
+        assert registry.rows() == CATALOG
+        assert registry.find("vgg16") is CATALOG["vgg16"]
+        assert registry.own() == ()
+
+    def test_an_own_network_stands_beside_those_of_the_catalog(self, tmp_path: Path) -> None:
+        registry = Registry(write(tmp_path, MODEL))
+        assert registry.rows().keys() == {*CATALOG, "tumours"}
+        assert registry.own() == (
+            NetworkRow(
+                name="tumours",
+                input_size=(384, 320),
+                preprocessing=PREPROCESSING["torch"],
+                file=ModelFile(str(tmp_path / "tumours.keras"), SHA256),
+                labels=(),
+            ),
+        )
+
+    def test_a_misspelled_own_network_is_refused_with_the_nearest(self, tmp_path: Path) -> None:
+        with pytest.raises(UnknownNetwork, match="Did you mean 'tumours'"):
+            Registry(write(tmp_path, MODEL)).find("tumors")
+
+    def test_an_architecture_has_its_own_size_preprocessing_and_layer(self, tmp_path: Path) -> None:
+        row, vgg16 = read(tmp_path, WEIGHTS), CATALOG["vgg16"]
+        assert (row.builder, row.classes, row.labels) == ("keras.applications:VGG16", 200, ())
+        assert (row.input_size, row.preprocessing) == (vgg16.input_size, vgg16.preprocessing)
+        assert (row.target_layer, row.map_size) == ("block5_conv3", (14, 14))
+        assert row.file == ModelFile(str(tmp_path / "birds.weights.h5"), SHA256)
+        assert not row.keras_files, "Keras has no download for it"
+
+    def test_what_is_given_goes_before_what_the_architecture_has(self, tmp_path: Path) -> None:
+        own = 'input_size = [448, 448]\npreprocessing = "unit"\ntarget_layer = "block4_conv3"\n'
+        row = read(tmp_path, WEIGHTS + own)
+        assert (row.input_size, row.preprocessing.name, row.target_layer) == (
+            (448, 448),
+            "unit",
+            "block4_conv3",
+        )
+        assert row.map_size is None, "with another input its size is another one"
+
+    def test_layer_and_head_are_taken_over(self, tmp_path: Path) -> None:
+        row = read(
+            tmp_path, MODEL + 'target_layer = "a/b"\nhead = { kind = "sigmoid", output = "diagnosis" }'
+        )
+        assert (row.target_layer, row.head) == ("a/b", Head("sigmoid", "diagnosis"))
+
+    @pytest.mark.parametrize(
+        ("written", "kept"),
+        [
+            ("s3://models/a/b.keras", "s3://models/a/b.keras"),
+            ("/models/b.keras", "/models/b.keras"),
+            ("file:///models/a%20b.keras", "/models/a b.keras"),
+            ("../b.keras", "{folder}/../b.keras"),
+        ],
+    )
+    def test_a_file_is_in_s3_or_at_a_path_from_the_registrys_folder(
+        self, written: str, kept: str, tmp_path: Path
+    ) -> None:
+        row = read(tmp_path, MODEL.replace("tumours.keras", written))
+        assert row.file == ModelFile(kept.format(folder=tmp_path), SHA256)
+
+    def test_a_checksum_may_be_written_in_capitals(self, tmp_path: Path) -> None:
+        row = read(tmp_path, MODEL.replace(SHA256, SHA256.upper()))
+        assert row.file
+        assert row.file.sha256 == SHA256
+
+
+class TestPreprocessing:
+    @pytest.mark.parametrize(
+        ("table", "channels", "pixel", "expected"),
+        [
+            ("{ scale = 0.00784313725490196, offset = -1.0 }", "rgb", (0, 127.5, 255), (-1, 0, 1)),
+            ('{ scale = 0.5, offset = [1, 2, 3], channels = "bgr" }', "bgr", (10, 20, 30), (6, 12, 18)),
+            ("{ scale = [1, 2, -1] }", "rgb", (10, 20, 30), (10, 40, -30)),
+            ('{ offset = -128, channels = "grey" }', "grey", (128,), (0,)),
+            ("{ channels = 5 }", 5, (1, 2, 3, 4, 5), (1, 2, 3, 4, 5)),
+        ],
+    )
+    def test_input_is_pixel_times_scale_plus_offset(
+        self,
+        table: str,
+        channels: str | int,
+        pixel: tuple[float, ...],
+        expected: tuple[float, ...],
+        tmp_path: Path,
+    ) -> None:
+        how = read(tmp_path, MODEL.replace('"torch"', table)).preprocessing
+        assert how.channels == channels
+        found = (np.array(pixel) - np.array(how.mean)) / np.array(how.std)
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+    def test_a_manifest_can_say_what_it_was(self, tmp_path: Path) -> None:
+        table = '{ scale = 0.5, offset = [1, 2, 3], channels = "bgr" }'
+        how = read(tmp_path, MODEL.replace('"torch"', table)).preprocessing
+        assert how.name == "scale 0.5, offset 1 2 3, bgr"
+
+
+class TestLabels:
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("l.txt", "benign\nmalignant tumour\n[other]\n"),
+            ("l.txt", "\ufeffbenign\r\nmalignant tumour\r\n[other]\r\n\r\n"),
+            ("l.json", '["benign", "malignant tumour", "[other]"]'),
+        ],
+    )
+    def test_they_are_read_from_a_file(self, name: str, text: str, tmp_path: Path) -> None:
+        (tmp_path / name).write_bytes(text.encode())
+        row = read(tmp_path, MODEL + f'labels = "{name}"')
+        assert row.labels == ("benign", "malignant tumour", "[other]")
+
+    def test_they_may_stand_in_the_registry_itself(self, tmp_path: Path) -> None:
+        assert read(tmp_path, MODEL + 'labels = ["benign", "malignant"]').labels == ("benign", "malignant")
+
+    def test_without_them_classes_have_numbers_and_imagenets_have_a_name(self, tmp_path: Path) -> None:
+        assert read(tmp_path, MODEL).labels == ()
+        assert read(tmp_path, MODEL + 'labels = "imagenet"').labels is None
+
+    def test_they_say_how_many_classes_an_architecture_has(self, tmp_path: Path) -> None:
+        weights = WEIGHTS.replace("classes = 200\n", "")
+        assert read(tmp_path, weights + 'labels = ["a", "b", "c"]').classes == 3
+        assert read(tmp_path, weights + 'labels = "imagenet"').classes == 1000
+
+
+def names(registry: Registry) -> list[str]:
+    return [row.name for row in registry.own()]
+
+
+class TestChanges:
+    def test_a_network_that_is_added_is_there_and_one_that_is_removed_is_not(self, tmp_path: Path) -> None:
+        registry = Registry(write(tmp_path, MODEL, "first"))
+        write(tmp_path, MODEL, "second")
+        assert registry.find("second")
+        with pytest.raises(UnknownNetwork, match="'first'"):
+            registry.find("first")
+
+    def test_a_network_that_is_described_anew_is_another_row(self, tmp_path: Path) -> None:
+        registry = Registry(write(tmp_path, MODEL))
+        before = registry.find("tumours")
+        write(tmp_path, MODEL.replace(SHA256, "cd" * 32))
+        after = registry.find("tumours")
+        assert after.file != before.file
+        assert registry.find("tumours") is after
+
+    def test_a_file_that_is_written_over_in_place_is_read_again(self, tmp_path: Path) -> None:
+        path = write(tmp_path, MODEL)
+        registry, before = Registry(path), path.stat()
+        path.write_text(path.read_text().replace("torch", "caffe"))  # as long as before
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+        assert registry.find("tumours").preprocessing.name == "caffe"
+
+    def test_a_link_that_points_elsewhere_is_followed(self, tmp_path: Path) -> None:
+        (tmp_path / "one").mkdir()
+        (tmp_path / "two").mkdir()
+        write(tmp_path / "one", MODEL, "first")
+        write(tmp_path / "two", MODEL, "second")
+        (tmp_path / "now").symlink_to("one")  # as Kubernetes exchanges what a ConfigMap holds
+        registry = Registry(tmp_path / "now" / "networks.toml")
+        (tmp_path / "next").symlink_to("two")
+        (tmp_path / "next").replace(tmp_path / "now")
+        assert names(registry) == ["second"]
+
+    def test_labels_that_change_make_another_row(self, tmp_path: Path) -> None:
+        (tmp_path / "l.txt").write_text("a\nb\n")
+        registry = Registry(write(tmp_path, MODEL + 'labels = "l.txt"'))
+        assert registry.find("tumours").labels == ("a", "b")
+        (tmp_path / "l.txt").write_text("a\nb\nc\n")
+        assert registry.find("tumours").labels == ("a", "b", "c")
+
+    @pytest.mark.parametrize("broken", ["", "[networks", "gone"])
+    def test_a_file_that_breaks_leaves_the_networks_as_they_were_and_says_why_once(
+        self, broken: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        registry = Registry(write(tmp_path, MODEL))
+        path = tmp_path / "networks.toml"
+        path.unlink() if broken == "gone" else path.write_text(broken)
+        with caplog.at_level(logging.INFO, "gradcam"):
+            assert [names(registry) for _ in range(3)] == [["tumours"]] * 3
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
+        assert f"the networks stay as they were: GRADCAM_NETWORKS: {path} cannot be used" in caplog.text
+        write(tmp_path, MODEL, "mended")
+        with caplog.at_level(logging.INFO, "gradcam"):
+            assert names(registry) == ["mended"]
+        assert caplog.records[-1].getMessage() == f"{path} was read again: mended"
+
+    def test_labels_that_come_late_mend_it(self, tmp_path: Path) -> None:
+        registry = Registry(write(tmp_path, MODEL))
+        write(tmp_path, MODEL + 'labels = "l.txt"')
+        assert registry.find("tumours").labels == ()
+        (tmp_path / "l.txt").write_text("a\nb\n")
+        assert registry.find("tumours").labels == ("a", "b")
+
+    def test_what_has_not_changed_is_not_read_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        registry = Registry(write(tmp_path, MODEL))
+        rows = registry.rows()
+
+        def refuse(*_: object, **__: object) -> None:
+            message = "nothing is to be opened"
+            raise AssertionError(message)
+
+        monkeypatch.setattr(Path, "open", refuse)
+        assert registry.rows() is rows
+
+    def test_threads_see_one_version_or_the_other_and_nothing_between(self, tmp_path: Path) -> None:
+        def described(number: int) -> str:
+            labels = json.dumps([f"{number}", f"{number}"])
+            return MODEL.replace(SHA256, f"{number:064}") + f"labels = {labels}"
+
+        registry, wrong, done = Registry(write(tmp_path, described(0))), [], threading.Event()
+
+        def look() -> None:
+            while not done.is_set():
+                row = registry.find("tumours")
+                if row.labels != (str(int(row.file.sha256 if row.file else -1)),) * 2:
+                    wrong.append(row)
+
+        threads = [threading.Thread(target=look) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for number in range(1, 40):
+            write(tmp_path, described(number))
+        done.set()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert registry.find("tumours").labels == ("39", "39")
+
+
+def test_the_readmes_example_is_a_registry(tmp_path: Path) -> None:
+    [example] = re.findall(r"^```toml\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "tumours.txt").write_text("benign\nmalignant\n")
+    (tmp_path / "networks.toml").write_text(example.replace('"..."', f'"{SHA256}"'))
+    assert names(Registry(tmp_path / "networks.toml")) == ["tumours", "scans", "birds"]

@@ -1,0 +1,191 @@
+"""What is wrong with an operator's own networks is refused, by its place in the file."""
+
+from pathlib import Path
+
+import pytest
+
+from worker.errors import InvalidSettings
+from worker.gradcam.registry import Registry
+
+SHA256 = "ab" * 32
+MODEL = f"""
+model = "tumours.keras"
+sha256 = "{SHA256}"
+preprocessing = "torch"
+input_size = [384, 320]
+"""
+WEIGHTS = f"""
+architecture = "VGG16"
+weights = "birds.weights.h5"
+sha256 = "{SHA256}"
+classes = 200
+"""
+
+
+def write(folder: Path, body: str, name: str = "tumours") -> Path:
+    """A registry file with one network. Written beside its place and moved, as an operator should."""
+    (folder / "new").write_text(f"[networks.{name}]\n{body}")
+    return (folder / "new").replace(folder / "networks.toml")
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(InvalidSettings) as refused:
+        Registry(path)
+    assert str(refused.value).startswith(f"GRADCAM_NETWORKS: {path} cannot be used: ")
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "text", "why"),
+    [
+        ("none.txt", "", "none.txt: No such file or directory"),
+        ("l.txt", "", "number 1 is '', which is no name"),
+        ("l.txt", "a\n\nb", "number 2 is '', which is no name"),
+        ("l.txt", "a\n" * 500_001, "has more than 1,000,000 bytes"),
+        ("l.json", '["a", 3]', "number 2 is 3, which is no name"),
+        ("l.json", '{"0": "a"}', "must hold a list of names"),
+        ("l.json", "[]", "must hold a list of names"),
+        ("l.json", "[", "Expecting value"),
+        ("l.txt", "\udcff", "it is not UTF-8 at byte 0"),
+        ("s3://models/l.txt", "", "must be a file on this machine, or the names themselves"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_refused(labels: str, text: str, why: str, tmp_path: Path) -> None:
+    if "none" not in labels and "//" not in labels:
+        (tmp_path / labels).write_bytes(text.encode(errors="surrogateescape"))
+    told = refusal(write(tmp_path, MODEL + f'labels = "{labels}"'))
+    assert "networks.tumours.labels: " in told
+    assert why in told
+
+
+def test_there_are_as_many_labels_as_classes(tmp_path: Path) -> None:
+    told = refusal(write(tmp_path, WEIGHTS + 'labels = ["a", "b"]'))
+    assert "networks.tumours.labels: there are 2, but classes is 200" in told
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (MODEL.replace("sha256", "sha265"), "networks.tumours.sha256: is missing: `sha256sum FILE`"),
+        (MODEL.replace("sha256", "sha265"), "sha265: there is no such key; did you mean 'sha256'?"),
+        (MODEL.replace(SHA256, "abc"), "networks.tumours.sha256: must be the 64 hexadecimal digits"),
+        (MODEL.replace('"torch"', '"troch"'), "there is no preprocessing 'troch'; did you mean 'torch'?"),
+        (MODEL.replace('"torch"', '"qqq"'), "there are caffe, tf, torch, lite, unit, none"),
+        (MODEL.replace('"torch"', "3"), "networks.tumours.preprocessing: must be a name or a table"),
+        (MODEL.replace('"torch"', "{ ofset = 1 }"), "preprocessing.ofset: there is no such key; did you"),
+        (MODEL.replace('"torch"', "{ scale = 0 }"), "preprocessing: scale must not be 0"),
+        (MODEL.replace('"torch"', "{ scale = nan }"), "preprocessing.scale.0: Input should be a finite"),
+        (MODEL.replace('"torch"', "{ scale = [] }"), "preprocessing.scale: "),
+        (MODEL.replace('"torch"', "{ scale = [1, 2] }"), "scale has 2 numbers for 3 channels"),
+        (MODEL.replace('"torch"', '{ channels = "gbr" }'), "channels: must be rgb, bgr, grey, or a"),
+        (MODEL.replace('"torch"', "{ channels = 0 }"), "channels: must be rgb, bgr, grey, or a"),
+        (MODEL.replace('preprocessing = "torch"', ""), "preprocessing is needed beside model"),
+        (MODEL.replace("input_size = [384, 320]", ""), "input_size = [height, width] is needed beside"),
+        (MODEL.replace("384, 320", "384"), "networks.tumours.input_size"),
+        (MODEL.replace("384, 320", "384, 0"), "networks.tumours.input_size.1: Input should be greater"),
+        (MODEL.replace("384, 320", "384, 320.5"), "input_size.1: Input should be a valid integer"),
+        (MODEL + "classes = 4", "classes belongs to architecture"),
+        (MODEL + 'head = { kind = "softmux" }', "networks.tumours.head.kind: Input should be 'softmax'"),
+        (MODEL + 'head = { outputs = "a" }', "head.outputs: there is no such key; did you mean"),
+        (MODEL + "labels = 3", "networks.tumours.labels: must be a list"),
+        (MODEL + 'labels = ["a", 3]', "networks.tumours.labels.1: Input should be a valid string"),
+        (MODEL + WEIGHTS.replace("sha256", "#"), "give either model, or architecture and weights"),
+        (f'sha256 = "{SHA256}"', "give either model, or architecture and weights"),
+        (WEIGHTS.replace("weights = ", "#"), "architecture and weights belong together"),
+        (WEIGHTS.replace("classes", "#"), "classes is needed where there are no labels"),
+        (WEIGHTS.replace("= 200", "= 1"), "networks.tumours.classes: Input should be greater than"),
+        (WEIGHTS.replace("VGG16", "vgg61"), "no architecture 'vgg61' in keras.applications; did"),
+        (WEIGHTS.replace("VGG16", "efficientnet_lite0"), "no architecture 'efficientnet_lite0' in"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_by_its_place(body: str, why: str, tmp_path: Path) -> None:
+    assert why in refusal(write(tmp_path, body))
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        (
+            "t.h5",
+            "is a whole model in HDF5, which can run code when it is loaded: save it with model.save(",
+        ),
+        ("s3://m/t.hdf5", "is a whole model in HDF5"),
+        ("t.weights.h5", "name it with weights, beside architecture"),
+        ("t.pkl", "is a pickle, which runs whatever code it holds"),
+        ("saved/", "looks like a folder, a SavedModel perhaps"),
+        ("saved_model.pb", "belongs to a SavedModel"),
+        ("s3://m/saved", "looks like a folder"),
+        ("t.onnx", "is no Keras model: save it with model.save('NAME.keras')"),
+        ("https://m/t.keras", "https:// cannot be read: use s3://bucket/key, file:///path or a path"),
+        ("s3://t.keras", "is not a whole address"),
+        ("file://host/t.keras", "is not a whole address"),
+        ("s3://m/t?v=1.keras", "is not a whole address"),
+        ("a\\u0000b.keras", "is not a whole address"),
+    ],
+)
+def test_only_a_keras_file_is_a_model(file: str, why: str, tmp_path: Path) -> None:
+    told = refusal(write(tmp_path, MODEL.replace("tumours.keras", file)))
+    assert "networks.tumours.model: " in told
+    assert why in told
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        ("b.h5", "must end in .weights.h5: save it with model.save_weights('NAME.weights.h5')"),
+        ("b.keras", "is a whole model: name it with model, without architecture"),
+        ("gs://m/b.weights.h5", "gs:// cannot be read"),
+    ],
+)
+def test_only_a_weights_file_holds_weights(file: str, why: str, tmp_path: Path) -> None:
+    told = refusal(write(tmp_path, WEIGHTS.replace("birds.weights.h5", file)))
+    assert "networks.tumours.weights: " in told
+    assert why in told
+
+
+@pytest.mark.parametrize("name", ["vgg16", "VGG16", "efficientnet_lite0"])
+def test_a_network_of_the_catalog_cannot_be_described_anew(name: str, tmp_path: Path) -> None:
+    told = refusal(write(tmp_path, MODEL, name))
+    assert f"networks.{name}: this is the name of a network of the catalog" in told
+
+
+@pytest.mark.parametrize("name", ['"a b"', '"../a"', '".a"', '""', '"ä"', f'"{"a" * 65}"'])
+def test_a_name_is_plain(name: str, tmp_path: Path) -> None:
+    assert "a network's name is made of letters, digits and _ - ." in refusal(write(tmp_path, MODEL, name))
+
+
+@pytest.mark.parametrize("name", ["a", '"v1.2"', "a_b-c", "7"])
+def test_a_plain_name_is_taken(name: str, tmp_path: Path) -> None:
+    assert Registry(write(tmp_path, MODEL, name)).find(name.strip('"'))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"", "networks: is missing"),
+        (b"[network.a]", "network: there is no such key; did you mean 'networks'?"),
+        (b"[networks", "it is not TOML: "),
+        (b"a = '\xff'", "it is not UTF-8 at byte 5"),
+        (b"networks = 3", "networks: "),
+        (b"#" * 1_000_001, "has more than 1,000,000 bytes"),
+    ],
+)
+def test_a_file_that_is_no_registry_is_refused(text: bytes, why: str, tmp_path: Path) -> None:
+    (tmp_path / "networks.toml").write_bytes(text)
+    assert why in refusal(tmp_path / "networks.toml")
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    assert "No such file or directory" in refusal(tmp_path / "networks.toml")
+
+
+def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+    body = MODEL.replace(SHA256, "abc").replace("torch", "troch")
+    told = refusal(write(tmp_path, body))
+    assert "networks.tumours.sha256: " in told
+    assert "networks.tumours.preprocessing: " in told
+
+
+def test_a_registry_without_networks_is_one(tmp_path: Path) -> None:
+    (tmp_path / "networks.toml").write_text("[networks]")
+    assert Registry(tmp_path / "networks.toml").own() == ()
