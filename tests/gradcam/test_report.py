@@ -143,8 +143,19 @@ class TestContent:
         first, told = seen.predictions[0], data["predictions"][0]
         assert (told["rank"], told["id"], told["name"]) == (1, first.id, first.name)
         assert told["percent"] == f"{first.probability * 100:.1f} %"
-        assert data["explained"][0]["raw"] == f"{seen.raw_min[0]:.4g} to {seen.raw_max[0]:.4g}"
+        raw = f"Raw map from {seen.raw_min[0]:.4g} to {seen.raw_max[0]:.4g}."
+        assert data["explained"][0]["more"] == f"Rank {seen.explained[0].rank}, n3. {raw}"
         assert data["facts"] == [*map(list, FACTS.items()), ["Heatmap", "4 x 4 cells"]]
+
+    def test_metrics_are_told_where_there_are_any_and_a_wnid_only_where_there_is_one(
+        self, seen: Explanation, pixels: Pixels
+    ) -> None:
+        nameless = tuple(replace(one, wnid="") for one in seen.explained)
+        areas = ({"deletion": 0.1234, "insertion": 0.75}, {"deletion": 0.5, "insertion": 0.5})
+        measured = replace(seen, explained=nameless, metrics=areas)
+        more = data_of(page(measured, pixels, name="flag.png", facts=FACTS))["explained"][0]["more"]
+        assert more.startswith(f"Rank {seen.explained[0].rank}. Raw map")
+        assert more.endswith(". Deletion 0.123, insertion 0.750.")
 
     def test_a_class_that_nothing_speaks_for_is_marked(self, tiny: TinyNetwork) -> None:
         red = np.full((16, 16, 3), (255, 0, 0), np.uint8)

@@ -60,7 +60,7 @@ def _data(seen: Explanation, pixels: Pixels, name: str, facts: Mapping[str, str]
         "explained": [
             {
                 **_class(one),
-                "raw": f"{seen.raw_min[index]:.4g} to {seen.raw_max[index]:.4g}",
+                "more": _more(seen, index),
                 "zero": one.id in dark,
             }
             for index, one in enumerate(seen.explained)
@@ -69,6 +69,15 @@ def _data(seen: Explanation, pixels: Pixels, name: str, facts: Mapping[str, str]
         "colors": {colormap: _base64(colors(colormap).tobytes()) for colormap in COLORMAPS},
         "facts": [[str(label), _shortened(str(value))] for label, value in facts.items()],
     }
+
+
+def _more(seen: Explanation, index: int) -> str:
+    """What else is known of one explained class, in sentences."""
+    one, metrics = seen.explained[index], seen.metrics[index] if seen.metrics else {}
+    rank = ", ".join(filter(None, (f"Rank {one.rank}", one.wnid)))
+    raw = f"Raw map from {seen.raw_min[index]:.4g} to {seen.raw_max[index]:.4g}"
+    areas = ", ".join(f"{metric} {area:.3f}" for metric, area in metrics.items())
+    return " ".join(f"{part}." for part in (rank, raw, areas.capitalize()) if part)
 
 
 def _class(one: Prediction) -> dict[str, Any]:
