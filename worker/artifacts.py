@@ -4,130 +4,43 @@
     <output>/<job id>/heatmaps.npz                            all heatmaps on the network's own grid
     <output>/<job id>/heatmap-<rank>-<class id>-<name>.png    one grey picture for each, where asked for
     <output>/<job id>/grid.jpg                                the photo and its overlays on one sheet
+    <output>/<job id>/animation.gif                           the overlays one after the other, titled
+    <output>/<job id>/report.html                             one page that shows all of it by itself
     <output>/<job id>/manifest.json                           last: its presence means all is there
 
 The same job writes the same bytes under the same keys, whichever attempt it is.
 """
 
 import hashlib
-import io
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from worker import __version__
 from worker.contract import (
-    ArtifactWish,
-    GridWish,
-    HeatmapWish,
     Job,
     ManifestRef,
-    OverlayWish,
     SeenClass,
     Warned,
 )
 from worker.deadline import Deadline
-from worker.gradcam import picture
-from worker.gradcam.classes import caption
-from worker.gradcam.decode import Decoded
-from worker.gradcam.explain import Explanation, Prediction, file_name
+from worker.gradcam.explain import Explanation, Prediction
 from worker.manifest import (
     ArtifactRecord,
     ClassRef,
     ExplainedClass,
+    HotRegion,
     InputRecord,
     Manifest,
     NetworkRecord,
 )
+from worker.render import Rendered
 from worker.storage import Store
 
 MANIFEST = "manifest.json"
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """An artifact before it is stored. `index` is the explained class it belongs to, None for all of them."""
-
-    name: str
-    data: bytes
-    media_type: str
-    kind: str
-    index: int | None
-    facts: dict[str, Any]  # width and height, or dtype and shape
-
-
-def render(job: Job, decoded: Decoded, seen: Explanation, deadline: Deadline) -> list[Rendered]:
-    """Everything the job wants to be left behind, as bytes. Raises JobTimeout."""
-    rendered = []
-    for wish in job.artifacts:
-        for made in _render(wish, decoded, seen):
-            deadline.check("render")
-            rendered.append(made)
-    return rendered
-
-
-def _render(wish: ArtifactWish, decoded: Decoded, seen: Explanation) -> Iterator[Rendered]:
-    if isinstance(wish, OverlayWish):
-        yield from _overlays(wish, decoded, seen)
-    elif isinstance(wish, GridWish):
-        yield _grid(wish, decoded, seen)
-    elif wish.format == "png":
-        size = (decoded.pixels.shape[0], decoded.pixels.shape[1])
-        for index, (explained, heatmap) in enumerate(zip(seen.explained, seen.shown, strict=True)):
-            grey = picture.grey(heatmap, size)
-            yield _picture(file_name("heatmap", explained, "png"), grey, "png", "heatmap", index)
-    else:
-        facts = {"dtype": "float32", "shape": seen.heatmaps.shape}
-        media_type = f"application/x-{wish.format}"
-        yield Rendered(f"heatmaps.{wish.format}", _arrays(wish, seen), media_type, "heatmap", None, facts)
-
-
-def _overlays(wish: OverlayWish, decoded: Decoded, seen: Explanation) -> Iterator[Rendered]:
-    photo = picture.within_edge(decoded.pixels, wish.max_edge)
-    for index, (explained, heatmap) in enumerate(zip(seen.explained, seen.shown, strict=True)):
-        laid = picture.overlay(photo, heatmap, alpha=wish.alpha, colormap=wish.colormap)
-        name = file_name("overlay", explained, picture.EXTENSIONS[wish.format])
-        yield _picture(name, laid, wish.format, "overlay", index)
-
-
-def _grid(wish: GridWish, decoded: Decoded, seen: Explanation) -> Rendered:
-    """The figure that the notebook drew: no larger than it is shown, whatever the photo's size."""
-    photo = picture.within_edge(decoded.pixels, 2 * max(picture.TILE))
-    tiles = [("photo", photo)]
-    for one, heatmap in zip(seen.explained, seen.shown, strict=True):
-        laid = picture.overlay(photo, heatmap, alpha=wish.alpha, colormap=wish.colormap)
-        tiles.append((caption(one.id, one.name, one.probability), laid))
-    sheet = picture.grid(picture.in_rows(tiles))
-    return _picture(f"grid.{picture.EXTENSIONS[wish.format]}", sheet, wish.format, "grid", None)
-
-
-def _picture(name: str, pixels: picture.Pixels, format_: str, kind: str, index: int | None) -> Rendered:
-    facts = {"width": pixels.shape[1], "height": pixels.shape[0]}
-    data = picture.encode(pixels, format_)
-    return Rendered(name, data, picture.MEDIA_TYPES[format_], kind, index, facts)
-
-
-def _arrays(wish: HeatmapWish, seen: Explanation) -> bytes:
-    file = io.BytesIO()
-    if wish.format == "npy":
-        np.save(file, seen.heatmaps)
-    else:
-        np.savez(
-            file,
-            heatmaps=seen.heatmaps,
-            class_ids=np.array([one.id for one in seen.explained], np.int32),
-            raw_min=seen.raw_min,
-            raw_max=seen.raw_max,
-        )
-    return file.getvalue()
-
-
-def upload(store: Store, folder: str, rendered: list[Rendered], deadline: Deadline) -> list[ArtifactRecord]:
+def upload(store: Store, folder: str, rendered: Rendered, deadline: Deadline) -> list[ArtifactRecord]:
     """Store the artifacts; the records stand in the same order. Raises StorageUnavailable, JobTimeout."""
     records = []
-    for made in rendered:
+    for made in rendered.pieces:
         deadline.check("upload")
         record = ArtifactRecord(
             kind=made.kind,
@@ -145,12 +58,12 @@ def describe(
     job: Job,
     image: InputRecord,
     seen: Explanation,
-    rendered: list[Rendered],
+    rendered: Rendered,
     records: list[ArtifactRecord],
 ) -> Manifest:
     """The manifest: a function of the job, the image and the network alone, so no time, no attempt."""
     size = (image.width, image.height)
-    made = list(zip(rendered, records, strict=True))
+    made = list(zip(rendered.pieces, records, strict=True))
     explanations = []
     for index, one in enumerate(seen.explained):
         own = [
@@ -158,7 +71,7 @@ def describe(
             for each, record in made
             if each.index == index or (each.index is None and each.kind == "heatmap")
         ]
-        explanations.append(_explained(one, seen, index, size, tuple(own)))
+        explanations.append(_explained(one, seen, index, size, rendered.hot[index], tuple(own)))
     facts = seen.network
     return Manifest(
         job_id=job.id,
@@ -176,7 +89,7 @@ def describe(
         method=job.method.model_copy(update={"layer": seen.layer}),
         predictions=classes(seen.predictions),
         explanations=tuple(explanations),
-        artifacts=tuple(record for each, record in made if each.kind == "grid"),
+        artifacts=tuple(record for each, record in made if each.index is None and each.kind != "heatmap"),
         warnings=warnings(seen),
     )
 
@@ -186,6 +99,7 @@ def _explained(
     seen: Explanation,
     index: int,
     size: tuple[int, int],
+    hot: HotRegion | None,
     records: tuple[ArtifactRecord, ...],
 ) -> ExplainedClass:
     heatmap = seen.heatmaps[index]
@@ -199,6 +113,8 @@ def _explained(
         raw_min=float(seen.raw_min[index]),
         raw_max=float(seen.raw_max[index]),
         peak_xy=middle if heatmap.any() else None,
+        hot=hot,
+        metrics=dict(seen.metrics[index]) if seen.metrics else {},
         artifacts=records,
     )
 

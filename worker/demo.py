@@ -24,7 +24,8 @@ from worker.contract import Job, StatusDocument
 from worker.errors import WorkerLost
 from worker.gradcam.classes import DATA, caption, percent
 from worker.gradcam.decode import decode
-from worker.gradcam.picture import encode, grid
+from worker.gradcam.picture import encode
+from worker.gradcam.sheet import as_tile, sheet
 from worker.manifest import ArtifactRecord, Manifest
 from worker.settings import Settings
 from worker.storage import S3, Store, Stores
@@ -34,7 +35,7 @@ BUCKETS = ("photos", "results")
 OUTPUT = "s3://results/demo"
 SHUTDOWN_S = 10
 TIMEOUT_S = 240  # TensorFlow alone may need a minute to load on a cold disk
-TILE = (320, 320)  # pixels of a picture on the contact sheet
+TILE = 320 * 240  # pixels of a picture on the contact sheet
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,10 @@ def run(folder: Path) -> int:
     _print_results(asked, documents, manifests)
     if len(manifests) < len(asked):
         return 1
-    sheet = _contact_sheet(asked, manifests, folder)
+    contact_sheet = _contact_sheet(asked, manifests, folder)
     terminal.out.print()
     _say(f"Overlays, heatmap arrays and manifests are in {folder}/")
-    _say(f"The contact sheet is {sheet}")
+    _say(f"The contact sheet is {contact_sheet}")
     _say(f"Everything that was started is stopped. It took {time.monotonic() - begun:.0f} s.")
     return 0
 
@@ -198,14 +199,16 @@ def _contact_sheet(asked: list[Asked], manifests: dict[str, Manifest], folder: P
     for one in asked:
         if one.job.id not in manifests:
             continue
-        rows.append([(f"{one.photo.stem}: {one.wish}", decode(one.photo.read_bytes()).pixels)])
+        photo = decode(one.photo.read_bytes()).pixels
+        rows.append([(f"{one.photo.stem}: {one.wish}", as_tile(photo, TILE))])
         for seen in manifests[one.job.id].explanations:
             overlay = next(_name(record) for record in seen.artifacts if record.kind == "overlay")
             pixels = decode((_place(folder, one) / overlay).read_bytes()).pixels
-            rows[-1].append((caption(seen.class_.id, seen.class_.name, seen.probability), pixels))
-    sheet = folder / "contact-sheet.jpg"
-    sheet.write_bytes(encode(grid(rows, tile=TILE)))
-    return sheet
+            title = caption(seen.class_.id, seen.class_.name, seen.probability)
+            rows[-1].append((title, as_tile(pixels, TILE)))
+    file = folder / "contact-sheet.jpg"
+    file.write_bytes(encode(sheet(rows)))
+    return file
 
 
 def _place(folder: Path, one: Asked) -> Path:

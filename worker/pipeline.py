@@ -9,13 +9,14 @@ from worker import artifacts
 from worker.contract import Job, ManifestRef, NetworkRef, SeenClass, Warned
 from worker.deadline import Deadline
 from worker.errors import InvalidJob
-from worker.gradcam import catalog
 from worker.gradcam.decode import Decoded, decode
+from worker.gradcam.explain import check_channels
 from worker.gradcam.network import Method
 from worker.gradcam.picture import fit
 from worker.images import Fetched
 from worker.manifest import InputRecord
 from worker.outside import Outside
+from worker.render import render
 from worker.storage import Store
 
 
@@ -63,19 +64,24 @@ def explain(job: Job, outside: Outside, journey: Journey, *, folder: str | None 
     with journey.at("decode"):
         decoded = decode(fetched.data, outside.limits)
     with journey.at("load"):
-        network = outside.residents.get(job.network)
+        network = outside.residents.get(outside.networks.find(job.network))  # as it is described now
         wish = network.labels.wanted(top_n=job.target.top_n, classes=job.target.classes)
     journey.deadline.forgive(journey.metrics["load_s"])  # a download of weights is nobody's fault
     with journey.at("explain"):
+        check_channels(network.facts, decoded.pixels)
         fitted = fit(decoded.pixels, network.facts.input_size)
         method = Method(**job.method.model_dump())
         turn = outside.residents.explain(network, fitted, wish, method, journey.deadline)
+    seen = turn.explanation
+    if job.metrics:
+        with journey.at("measure"):
+            seen = outside.residents.measure(network, fitted, seen, job.metrics, journey.deadline)
     with journey.at("render"):
-        rendered = artifacts.render(job, decoded, turn.explanation, journey.deadline)
+        image = _described(fetched, decoded)
+        rendered = render(job, image, decoded, seen, journey.deadline)
     with journey.at("upload"):
         records = artifacts.upload(store, place, rendered, journey.deadline)
-        image = _described(fetched, decoded)
-        manifest = artifacts.describe(job, image, turn.explanation, rendered, records)
+        manifest = artifacts.describe(job, image, seen, rendered, records)
         result = artifacts.seal(store, place, manifest)
     journey.metrics |= {
         "batch_wait_s": round(turn.waited_s, 4),
@@ -85,12 +91,12 @@ def explain(job: Job, outside: Outside, journey: Journey, *, folder: str | None 
     return Done(
         network=NetworkRef(
             name=job.network,
-            layer=turn.explanation.layer,
-            weights_sha256=turn.explanation.network.weights_sha256,
+            layer=seen.layer,
+            weights_sha256=seen.network.weights_sha256,
         ),
-        predictions=artifacts.classes(turn.explanation.predictions),
+        predictions=artifacts.classes(seen.predictions),
         result=result,
-        warnings=artifacts.warnings(turn.explanation),
+        warnings=artifacts.warnings(seen),
     )
 
 
@@ -99,7 +105,7 @@ def admit(job: Job, outside: Outside) -> Store:
 
     Raises InvalidJob, UnknownNetwork, UriNotAllowed (a webhook), OutputNotAllowed.
     """
-    catalog.find(job.network)
+    outside.networks.find(job.network)
     asked = job.target.top_n or len(job.target.classes or ())
     if asked > outside.max_classes:
         most = f"at most {outside.max_classes} are allowed (GRADCAM_MAX_CLASSES)"

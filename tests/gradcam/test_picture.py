@@ -9,19 +9,19 @@ from numpy.typing import NDArray
 from worker.gradcam.decode import decode
 from worker.gradcam.picture import (
     COLORMAPS,
+    LONGEST,
     MEDIA_TYPES,
     encode,
     enlarge,
     fit,
     grey,
-    grid,
     overlay,
     within_edge,
 )
 
 Pixels = NDArray[np.uint8]
 
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 
 def plain(color: tuple[int, int, int], height: int, width: int) -> Pixels:
@@ -158,39 +158,7 @@ def test_every_colormap_runs_from_its_first_color_to_its_last() -> None:
     assert (cold.tolist(), hot.tolist()) == ([0, 0, 0], [255, 255, 255])
 
 
-class TestGrid:
-    def test_pictures_stand_in_rows_and_columns_on_white(self) -> None:
-        rows = [[("red", plain(RED, 9, 9)), ("green", plain(GREEN, 9, 9))], [("blue", plain(BLUE, 9, 9))]]
-        sheet = grid(rows, tile=(96, 96))
-        below, beside = sheet.shape[0] // 2, sheet.shape[1] // 2
-        quarters = [sheet[:below, :beside], sheet[:below, beside:], sheet[below:, :beside]]
-        for quarter, color in zip(quarters, (RED, GREEN, BLUE), strict=True):
-            assert (quarter == color).all(-1).sum() == 96 * 96
-        assert (sheet[below:, beside:] == 255).all()
-
-    @pytest.mark.parametrize(
-        ("source", "shown"), [((10, 40), (24, 96)), ((40, 10), (48, 12)), ((1, 999), (1, 96))]
-    )
-    def test_a_picture_keeps_its_proportions(self, source: tuple[int, int], shown: tuple[int, int]) -> None:
-        sheet = grid([[("", plain(RED, *source))]], tile=(96, 48))
-        ys, xs = np.nonzero((sheet == RED).all(-1))
-        assert (len(set(ys)), len(set(xs))) == shown
-
-    def test_a_title_is_written_in_black_above_its_picture(self) -> None:
-        titled, bare = (grid([[(text, plain(WHITE, 40, 96))]], tile=(96, 96)) for text in ("espresso", ""))
-        assert (bare == 255).all()
-        assert titled.min() < 100
-
-    def test_a_title_too_long_for_its_tile_ends_before_the_next(self) -> None:
-        white = plain(WHITE, 96, 96)
-        sheet = grid([[("a very long title " * 9, white), ("", white)]], tile=(96, 96))
-        assert (sheet[:, sheet.shape[1] // 2 :] == 255).all()
-        assert sheet.min() < 100
-
-    def test_a_row_is_as_high_as_its_highest_picture(self) -> None:
-        low, high = plain(RED, 10, 100), plain(RED, 100, 100)
-        flat, mixed, tall = (
-            grid([row], tile=(96, 96)).shape[0]
-            for row in ([("", low)], [("", low), ("", high)], [("", high)])
-        )
-        assert flat < mixed == tall
+def test_every_format_takes_as_long_a_picture_as_it_is_said_to() -> None:
+    for kind, longest in LONGEST.items():
+        data = np.frombuffer(encode(plain(RED, 1, longest), kind), np.uint8)
+        assert np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR)).shape == (1, longest, 3)

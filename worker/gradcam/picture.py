@@ -1,17 +1,14 @@
-"""Pixels -> network input; heatmap -> overlay; pictures with titles -> one grid."""
+"""Pixels -> network input; heatmap -> overlay; a picture -> bytes."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 
 Pixels = NDArray[np.uint8]
 Heatmap = NDArray[np.float32]
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 COLORMAPS = {
     "jet": cv2.COLORMAP_JET,
@@ -30,8 +27,7 @@ ENCODING = {  # measured at 500 x 375: 0.4, 5 and 17 ms; 52, 321 and 28 KB
     "png": [cv2.IMWRITE_PNG_COMPRESSION, 1],
     "webp": [cv2.IMWRITE_WEBP_QUALITY, 80],
 }
-TILE = (480, 480)  # pixels of a picture on a grid, at most
-COLUMNS = 3  # of a grid
+LONGEST = {"jpeg": 65_500, "png": 65_500, "webp": 16_383}  # pixels of a side that can be encoded
 COLOR_RANK = 3  # (height, width, channels)
 
 
@@ -59,7 +55,7 @@ def _resize(image: Any, size: tuple[int, int]) -> Any:
 
 
 @lru_cache
-def _colors(colormap: str) -> Pixels:
+def colors(colormap: str) -> Pixels:
     """The 256 RGB colours of a colour map, (256, 1, 3)."""
     ramp = np.arange(256, dtype=np.uint8).reshape(256, 1)
     code = COLORMAPS[colormap]
@@ -74,7 +70,7 @@ def overlay(pixels: Pixels, heatmap: Heatmap, *, alpha: float = 0.4, colormap: s
     The floats are enlarged first, then coloured, then blended: `alpha` of colour, the rest picture.
     """
     levels = grey(heatmap, (pixels.shape[0], pixels.shape[1]))
-    colored = cv2.applyColorMap(levels, _colors(colormap))
+    colored = cv2.applyColorMap(levels, colors(colormap))
     return np.asarray(cv2.addWeighted(colored, alpha, pixels, 1 - alpha, 0), np.uint8)
 
 
@@ -95,49 +91,3 @@ def encode(pixels: Pixels, kind: str = "jpeg") -> bytes:
     swapped = pixels if pixels.ndim < COLOR_RANK else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     _, data = cv2.imencode(f".{EXTENSIONS[kind]}", swapped, ENCODING[kind])
     return data.tobytes()
-
-
-def in_rows(tiles: Sequence[tuple[str, Pixels]]) -> list[list[tuple[str, Pixels]]]:
-    """Titled pictures, `COLUMNS` a row."""
-    return [list(tiles[first : first + COLUMNS]) for first in range(0, len(tiles), COLUMNS)]
-
-
-def grid(rows: Sequence[Sequence[tuple[str, Pixels]]], *, tile: tuple[int, int] = TILE) -> Pixels:
-    """Rows of titled pictures -> one white sheet, each picture fitted into `tile` (width, height).
-
-    A title is one line in a scalable font, shortened with an ellipsis where it is wider than its tile;
-    a row is as high as its highest picture.
-    """
-    width, height = tile
-    gap, size = max(width // 24, 4), max(width // 18, 11)
-    font = ImageFont.load_default(size)
-    fitted = [
-        [(title, _within(Image.fromarray(pixels), width, height)) for title, pixels in row] for row in rows
-    ]
-    heights = [max(picture.height for _, picture in row) + 2 * size + gap for row in fitted]
-    sheet_width = max(map(len, fitted)) * (width + gap) + gap
-    sheet = Image.new("RGB", (sheet_width, sum(heights) + gap), "white")
-    pen = ImageDraw.Draw(sheet)
-    top = gap
-    for row, row_height in zip(fitted, heights, strict=True):
-        for column, (title, picture) in enumerate(row):
-            left = gap + column * (width + gap)
-            pen.text((left, top + size // 3), _shorten(title, pen, font, width), "black", font)
-            sheet.paste(picture, (left + (width - picture.width) // 2, top + 2 * size))
-        top += row_height
-    return np.asarray(sheet, np.uint8)
-
-
-def _within(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """As large as fits into width x height, in its own proportions."""
-    scale = min(width / picture.width, height / picture.height)
-    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
-    return picture.resize(size, Image.Resampling.LANCZOS)
-
-
-def _shorten(title: str, pen: ImageDraw.ImageDraw, font: Font, width: int) -> str:
-    if pen.textlength(title, font) <= width:
-        return title
-    while title and pen.textlength(title + "…", font) > width:
-        title = title[:-1]
-    return title.rstrip() + "…"

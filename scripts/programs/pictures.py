@@ -1,0 +1,109 @@
+"""Make the pictures in docs/ again, with the network and the photos that are shipped.
+
+    scripts/pictures [NAME ...]    all of them, unless some are named
+
+They are what a job leaves behind: the same code draws them. The contact sheet is the demo's.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from worker.gradcam import Explained, explain_image, load_network
+from worker.gradcam.animation import animate, as_frame
+from worker.gradcam.classes import DATA, caption
+from worker.gradcam.network import Network
+from worker.gradcam.picture import COLORMAPS, Pixels, encode, overlay
+from worker.gradcam.region import hot_box, with_box, with_contour
+from worker.gradcam.sheet import as_tile, framed, in_rows, sheet
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TILE = 360 * 270  # pixels of a picture on a sheet: three beside each other fill a page
+FRAME_EDGE = 360  # pixels of the animation: it stays below 400 KB
+FRAME_S = 1.2
+THRESHOLD = 0.5
+ASTRONAUT = (560, 812, 652, 450, 610)  # football helmet, space shuttle, military uniform, bobsled, jersey
+
+
+@cache
+def network() -> Network:
+    """EfficientNet-Lite0, loaded once."""
+    return load_network("efficientnet_lite0")
+
+
+def explained(photo: str, *classes: int) -> Explained:
+    """What the network saw in a shipped photo."""
+    return explain_image(network(), DATA / "photos" / f"{photo}.jpg", classes=classes)
+
+
+def titles(seen: Explained) -> list[str]:
+    """Each explained class with its probability."""
+    return [caption(one.id, one.name, one.probability) for one in seen.explained]
+
+
+def grid() -> bytes:
+    """One photo and what speaks for each of five classes."""
+    seen = explained("astronaut", *ASTRONAUT)
+    photo = as_tile(seen.picture, TILE)
+    laid = [overlay(photo, heatmap) for heatmap in seen.shown]
+    return _jpeg([("photo", photo), *zip(titles(seen), laid, strict=True)])
+
+
+def overlay_styles() -> bytes:
+    """One heatmap in all colour maps, with its contour, its box, and both."""
+    seen = explained("chelsea", 285)
+    photo, heatmap = as_tile(seen.picture, TILE), seen.shown[0]
+    tiles = [(name, overlay(photo, heatmap, colormap=name)) for name in COLORMAPS]
+    box = hot_box(heatmap, (photo.shape[0], photo.shape[1]), THRESHOLD)
+    if box is None:
+        message = "The heatmap is dark: there is nothing to frame."
+        raise ValueError(message)
+    contour = with_contour(tiles[0][1], heatmap, THRESHOLD)
+    tiles += [
+        ("jet, contour", contour),
+        ("jet, box", with_box(tiles[0][1], box)),
+        ("jet, contour, box", with_box(contour, box)),
+        ("alpha 0, contour, box", with_box(with_contour(photo, heatmap, THRESHOLD), box)),
+    ]
+    return _jpeg(tiles)
+
+
+def animation() -> bytes:
+    """Four classes in turn."""
+    seen = explained("astronaut", *ASTRONAUT[:4])
+    photo = as_frame(seen.picture, FRAME_EDGE, len(seen.explained))
+    laid = [overlay(photo, heatmap) for heatmap in seen.shown]
+    frames = [framed(title, each) for title, each in zip(titles(seen), laid, strict=True)]
+    return animate(frames, kind="gif", frame_s=FRAME_S)
+
+
+def _jpeg(tiles: list[tuple[str, Pixels]]) -> bytes:
+    return encode(sheet(in_rows(tiles)))
+
+
+MAKERS: dict[str, Callable[[], bytes]] = {
+    "grid.jpg": grid,
+    "overlay-styles.jpg": overlay_styles,
+    "animation.gif": animation,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Write the pictures that are named, or all."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MAKERS))
+    names = parser.parse_args(arguments).names or list(MAKERS)
+    for name in names:
+        if name not in MAKERS:
+            parser.error(f"{name!r} is none of {', '.join(MAKERS)}")
+    for name in names:
+        data = MAKERS[name]()
+        (DOCS / name).write_bytes(data)
+        print(f"docs/{name}: {len(data) / 1000:.0f} KB", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,152 @@
+import io
+import math
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from worker.contract import Job
+from worker.deadline import Deadline
+from worker.gradcam.decode import decode
+from worker.manifest import HotRegion, Manifest
+from worker.pipeline import Journey, explain
+from worker.testing import MemoryStore, outside
+
+URI = "s3://in/flag.png"
+FLAG = np.zeros((32, 48, 3), np.uint8)  # red on the left, blue on the right
+FLAG[:, :24, 0] = FLAG[:, 24:, 2] = 255
+
+
+def left_behind(
+    *wishes: dict[str, Any], classes: tuple[str, ...] = ("blue",), photo: NDArray[np.uint8] = FLAG
+) -> tuple[Manifest, dict[str, bytes]]:
+    """What TinyNetwork's explanation of a photo leaves behind: the manifest, and all objects by name."""
+    store = MemoryStore()
+    target = {"classes": list(classes)}
+    job = Job.parse(
+        {"image": URI, "network": "efficientnet_lite0", "target": target, "artifacts": list(wishes)}
+    )
+    data = cv2.imencode(".png", photo[..., ::-1])[1].tobytes()
+    journey = Journey(Deadline(job.timeout_s), lambda _: None)
+    explain(job, outside({URI: data}, store=store), journey)
+    objects = {key.partition("/")[2]: made for key, made in store.objects.items()}
+    return Manifest.model_validate_json(objects["manifest.json"]), objects
+
+
+def drawn_box(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> tuple[int, ...]:
+    """Where two pictures differ: left, top, right, bottom."""
+    ys, xs = np.nonzero((one != other).any(-1))
+    return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
+
+
+@pytest.mark.parametrize(
+    ("wishes", "threshold"),
+    [
+        ([{"kind": "heatmap"}], 0.5),
+        ([{"kind": "overlay", "threshold": 0.9}], 0.5),
+        ([{"kind": "overlay", "box": True}], 0.5),
+        ([{"kind": "overlay", "contour": True, "threshold": 0.3}], 0.3),
+        (
+            [
+                {"kind": "overlay", "format": "png"},
+                {"kind": "overlay", "box": True, "threshold": 0.3},
+                {"kind": "overlay", "format": "webp", "box": True, "threshold": 0.8},
+            ],
+            0.3,
+        ),
+    ],
+)
+def test_the_hot_region_of_every_class_is_in_the_manifest(
+    wishes: list[dict[str, Any]], threshold: float
+) -> None:
+    manifest, _ = left_behind(*wishes, classes=("red", "blue", "green"))
+    red, blue, green = (seen.hot for seen in manifest.explanations)
+    # Two cells of four are lit, of 12 pixels each: between their middles, at 17.5 and 29.5, it falls to 0.
+    width = math.floor(17.5 + 12 * (1 - threshold)) + 1
+    assert red == HotRegion(threshold=threshold, box_xyxy=(0, 0, width, 32))
+    assert blue == HotRegion(threshold=threshold, box_xyxy=(48 - width, 0, 48, 32))
+    assert green is None, "nothing speaks for it"
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8])
+def test_the_box_that_is_drawn_is_the_manifests(threshold: float) -> None:
+    wish = {"kind": "overlay", "format": "png", "alpha": 0, "box": True, "threshold": threshold}
+    manifest, objects = left_behind(wish)
+    hot = manifest.explanations[0].hot
+    assert hot
+    assert hot.box_xyxy == drawn_box(decode(objects["overlay-2-2-blue.png"]).pixels, FLAG)
+
+
+def test_each_overlay_has_the_box_of_its_own_threshold() -> None:
+    wish = {"kind": "overlay", "alpha": 0, "box": True}
+    first, second = {**wish, "format": "png"}, {**wish, "format": "webp", "threshold": 0.9}
+    _, objects = left_behind(first, second)
+    left, top, right, bottom = drawn_box(decode(objects["overlay-2-2-blue.png"]).pixels, FLAG)
+    assert (left, top, right, bottom) == (24, 0, 48, 32)
+    dark = decode(objects["overlay-2-2-blue.webp"]).pixels.max(-1)[12:20]
+    assert dark[:, 29].mean() < 100, "the edge of the box around 0.9 of the peak"
+    assert dark[:, 24].mean() > 150, "where that around 0.5 begins"
+
+
+def test_in_a_smaller_overlay_the_box_is_smaller_and_in_the_manifest_it_is_not() -> None:
+    wish = {"kind": "overlay", "format": "png", "alpha": 0, "max_edge": 24}
+    (framed, with_box), (plain, without) = (left_behind({**wish, "box": box}) for box in (True, False))
+    hot = framed.explanations[0].hot
+    assert hot
+    assert hot == plain.explanations[0].hot
+    left, top, right, bottom = hot.box_xyxy
+    name = "overlay-2-2-blue.png"
+    small = drawn_box(decode(with_box[name]).pixels, decode(without[name]).pixels)
+    assert small == (left // 2, top // 2, math.ceil(right / 2), math.ceil(bottom / 2))
+
+
+def test_a_contour_is_drawn_where_it_is_asked_for() -> None:
+    wish = {"kind": "overlay", "format": "png"}
+    (_, outlined), (_, plain) = (left_behind({**wish, "contour": contour}) for contour in (True, False))
+    name = "overlay-2-2-blue.png"
+    left, top, right, bottom = drawn_box(decode(outlined[name]).pixels, decode(plain[name]).pixels)
+    assert (top, bottom) == (0, 32)
+    assert 20 <= left < right <= 28, "between red and blue, and nowhere else"
+
+
+def test_a_class_without_a_heatmap_has_neither_contour_nor_box() -> None:
+    wish = {"kind": "overlay", "format": "png", "alpha": 0, "contour": True, "box": True}
+    _, objects = left_behind(wish, classes=("green",))
+    np.testing.assert_array_equal(decode(objects["overlay-3-1-green.png"]).pixels, FLAG)
+
+
+def test_an_animation_shows_the_explained_classes_in_turn() -> None:
+    wish = {"kind": "animation", "frame_s": 0.5, "max_edge": 300}
+    manifest, objects = left_behind(wish, classes=("blue", "red", "green"))
+    (record,) = manifest.artifacts
+    assert (record.kind, record.media_type, record.width) == ("animation", "image/gif", 240)
+    shown = Image.open(io.BytesIO(objects["animation.gif"]))
+    assert (getattr(shown, "n_frames", 1), shown.info["duration"], shown.info["loop"]) == (3, 500, 0)
+    sides = []
+    for number in range(3):
+        shown.seek(number)
+        pixels = np.asarray(shown.convert("RGB")).astype(int)[-100:]
+        sides.append((pixels[:, :60].mean((0, 1)), pixels[:, -60:].mean((0, 1))))
+    (cold_red, hot_blue), (hot_red, cold_blue), dark = sides
+    assert cold_red[2] > hot_red[2] + 30, "blue over what is cold"
+    assert hot_blue[0] > cold_blue[0] + 30, "red over what is hot"
+    assert np.abs(np.array(dark) - [cold_red, cold_blue]).max() < 15
+
+
+def test_a_tiny_photo_is_large_on_the_grid() -> None:
+    manifest, objects = left_behind({"kind": "grid", "format": "png"}, photo=FLAG[8:16, 16:32])
+    (record,) = manifest.artifacts
+    assert decode(objects["grid.png"]).pixels.shape == (record.height, record.width, 3)
+    assert (record.width or 0) > 1000
+
+
+def test_a_panorama_longer_than_webp_can_be_is_made_smaller() -> None:
+    wishes = [{"kind": kind, "format": "webp", "max_edge": 32_767} for kind in ("overlay", "animation")]
+    manifest, objects = left_behind(*wishes, photo=np.zeros((4, 20_000, 3), np.uint8))
+    for record in (*manifest.explanations[0].artifacts, *manifest.artifacts):
+        shown = Image.open(io.BytesIO(objects[record.uri.rpartition("/")[2]]))
+        assert shown.size == (record.width, record.height)
+        assert shown.width >= 16_000
