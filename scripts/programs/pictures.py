@@ -6,7 +6,10 @@ They are what a job leaves behind: the same code draws them. The contact sheet i
 """
 
 import argparse
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,9 +17,11 @@ from pathlib import Path
 from worker.gradcam import Explained, explain_image, load_network
 from worker.gradcam.animation import animate, as_frame
 from worker.gradcam.classes import DATA, caption
+from worker.gradcam.decode import decode
 from worker.gradcam.network import Network
 from worker.gradcam.picture import COLORMAPS, Pixels, encode, overlay
 from worker.gradcam.region import hot_box, with_box, with_contour
+from worker.gradcam.report import page
 from worker.gradcam.sheet import as_tile, framed, in_rows, sheet
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -24,6 +29,17 @@ TILE = 360 * 270  # pixels of a picture on a sheet: three beside each other fill
 FRAME_EDGE = 360  # pixels of the animation: it stays below 400 KB
 FRAME_S = 1.2
 THRESHOLD = 0.5
+CHROMIUM = (  # nothing but the page: no profile, no network, no first-run greetings
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--window-size=1280,900",
+)
 ASTRONAUT = (560, 812, 652, 450, 610)  # football helmet, space shuttle, military uniform, bobsled, jersey
 
 
@@ -79,6 +95,22 @@ def animation() -> bytes:
     return animate(frames, kind="gif", frame_s=FRAME_S)
 
 
+def report_page() -> bytes:
+    """The report in a browser, as it opens."""
+    seen = explained("astronaut", *ASTRONAUT)
+    facts = {"Network": seen.network.name, "Layer": seen.layer, "Method": "gradcam", "Score": "logit"}
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        message = "No chromium here: scripts/browser installs it on Debian."
+        raise FileNotFoundError(message)
+    with tempfile.TemporaryDirectory() as folder:
+        written, shot = Path(folder, "report.html"), Path(folder, "report.png")
+        written.write_bytes(page(seen, seen.picture, name="astronaut.jpg", facts=facts))
+        options = [*CHROMIUM, f"--user-data-dir={folder}/profile", f"--screenshot={shot}", written.as_uri()]
+        subprocess.run([chromium, *options], check=True, capture_output=True)
+        return encode(decode(shot.read_bytes()).pixels)
+
+
 def _jpeg(tiles: list[tuple[str, Pixels]]) -> bytes:
     return encode(sheet(in_rows(tiles)))
 
@@ -87,6 +119,7 @@ MAKERS: dict[str, Callable[[], bytes]] = {
     "grid.jpg": grid,
     "overlay-styles.jpg": overlay_styles,
     "animation.gif": animation,
+    "report.jpg": report_page,
 }
 
 
