@@ -1,6 +1,7 @@
 """What the room's tests share: real networks, each built once, and a way to wrap one made by hand."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,76 @@ def by_hand() -> Wrap:
         return wrap_model(model, **{"preprocessing": "tf", "target_layer": layer, "name": "by_hand", **more})
 
     return wrap
+
+
+@dataclass(frozen=True)
+class Taped:
+    """What a model does, seen from outside: nothing of ours is asked."""
+
+    scores: NDArray[np.float64]  # (n, classes)
+    activations: NDArray[np.float64]  # (n, rows, columns, channels)
+    raw: NDArray[np.float64]  # (n, classes, rows, columns): equations 1 and 2 of arXiv 1610.02391
+
+
+@pytest.fixture(scope="session")
+def taped() -> Callable[..., Taped]:
+    """A Keras model, called as it is under a gradient tape while what one of its layers makes is noted.
+
+    Its scores are its output, or, with `head`, what that layer makes without its activation, or gets where
+    it is nothing else. A layer that is called more than once is watched in its `turn`; tokens are shown as
+    a `grid` of (rows, columns), those of the patches being the last.
+    """
+    import keras
+    import tensorflow as tf
+
+    def watch(operation: Any, seen: list[Any]) -> Callable[..., Any]:
+        call = operation.call
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            seen.append((args[0], result := call(*args, **kwargs)))
+            return result
+
+        return noted
+
+    def taped(
+        model: Any, inputs: Any, layer: Any, *, head: Any = None, turn: int = 0, grid: Any = None
+    ) -> Taped:
+        heads: list[Any] = []
+        seen: list[Any] = []
+        fused = isinstance(head, keras.layers.Dense | keras.layers.Conv2D)
+        activation = head.activation if fused else None
+        layer.call = watch(layer, seen)
+        if head is not None:
+            head.call = watch(head, heads)
+        try:
+            if fused:
+                head.activation = keras.activations.linear
+            with tf.GradientTape(persistent=True) as tape:
+                image = tf.constant(inputs)
+                tape.watch(image)
+                output = model(image, training=False)
+                scores = heads[0][1 if fused else 0] if heads else output
+                scores = tf.reshape(scores, (len(inputs), -1))
+                single = [scores[:, one] for one in range(scores.shape[1])]
+        finally:
+            del layer.call
+            if head is not None:
+                del head.call
+            if fused:
+                head.activation = activation
+        made = seen[turn][1]
+        slopes = np.stack([tape.gradient(one, made).numpy() for one in single], axis=1)
+        activations = made.numpy()
+        if grid:
+            patches = grid[0] * grid[1]
+            activations, slopes = (
+                one[..., -patches:, :].reshape(*one.shape[:-2], *grid, one.shape[-1])
+                for one in (activations, slopes)
+            )
+        raw = np.einsum("nkc,nhwc->nkhw", slopes.mean((2, 3), np.float64), activations)
+        return Taped(scores.numpy(), activations, raw)
+
+    return taped
 
 
 @pytest.fixture(scope="session")

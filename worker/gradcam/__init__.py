@@ -27,6 +27,7 @@ The map of this room, from plain data to live networks:
     keras_network  a live network: what is computed, and what is kept
     gradients      one forward and one gradient pass, and the few lines per backend
     target         the layer to explain, found in the graph
+    axes           what the axes of every tensor in the graph mean
     head           the scores before the last activation, found in the graph
     dissect        a Keras model -> its graph
     graph          a network as a flat list of steps, and its cut

@@ -26,13 +26,12 @@ class Step:
     arguments: Any  # Keras's record of how it was called, with symbolic tensors as placeholders
     reads: tuple[tuple[int, int], ...]  # (id of the placeholder, slot)
     writes: tuple[int, ...]
-    shape: tuple[int, ...] = ()  # of its first output; 0: any, as the number of images is
 
     def __call__(self, values: Values, call: Callable[..., Any] | None = None) -> None:
         """Run it, as in inference, on what `values` hold; add what comes out."""
         args, kwargs = self.arguments.fill_in({mark: values[slot] for mark, slot in self.reads})
         if self._knows_training:
-            kwargs.setdefault("training", False)
+            kwargs["training"] = False  # whatever it was called with: so does a functional model
         results = keras.tree.flatten((call or self.operation)(*args, **kwargs))
         values.update(zip(self.writes, results, strict=True))
 
@@ -46,6 +45,38 @@ class Step:
         """The slots it reads."""
         return tuple(slot for _, slot in self.reads)
 
+    @property
+    def kind(self) -> str:
+        """The class of its operation, as in `Conv2D`."""
+        return type(self.operation).__name__
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is somebody's own layer, which does what cannot be seen."""
+        return is_foreign(self.operation)
+
+    @cached_property
+    def weights(self) -> list[Any]:
+        """What it has learned: its layer's weights, and those it was called with."""
+        return [*(getattr(self.operation, "weights", None) or ()), *self._given]
+
+    @cached_property
+    def variables(self) -> list[Any]:
+        """Its weights and whatever else it reads that may change, as the state of random numbers."""
+        return [*getattr(self.operation, "variables", ()), *self._given]
+
+    @property
+    def _given(self) -> list[Any]:
+        arguments = keras.tree.flatten((self.arguments.args, self.arguments.kwargs))
+        return [one for one in arguments if isinstance(one, keras.Variable)]
+
+
+def is_foreign(operation: Any) -> bool:
+    """Whether an operation is a layer that is not Keras's own, or a function wrapped as one."""
+    if isinstance(operation, keras.layers.Lambda):
+        return True
+    return isinstance(operation, keras.Layer) and not type(operation).__module__.startswith("keras.")
+
 
 @dataclass
 class Graph:
@@ -54,12 +85,13 @@ class Graph:
     entry: int  # the slot of the image
     steps: list[Step]
     outputs: dict[str, int]  # by name: the slots of the scores, or of several outputs
+    shapes: dict[int, tuple[int, ...]]  # of every slot, for one image; 0: any, as the number of images is
+    models: dict[str, int] = field(default_factory=dict)  # path of a model that was opened -> what it makes
     entry_dtype: str = "float32"
-    _makers: dict[int, Step] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Index the steps by what they write."""
-        self._makers = {slot: step for step in self.steps for slot in step.writes}
+    @cached_property
+    def _makers(self) -> dict[int, Step]:
+        return {slot: step for step in self.steps for slot in step.writes}
 
     def maker(self, slot: int) -> Step | None:
         """The step that writes a slot; None for the image."""
@@ -72,7 +104,7 @@ class Graph:
     def without(self, step: Step, instead: Callable[..., Any]) -> "Graph":
         """The same graph with another operation at one step."""
         steps = [replace(one, operation=instead) if one is step else one for one in self.steps]
-        return Graph(self.entry, steps, self.outputs, self.entry_dtype)
+        return replace(self, steps=steps)
 
     def needed(self, slots: Iterable[int], given: Iterable[int] = ()) -> list[Step]:
         """The steps that lead to `slots`, in order; what leads to `given` slots is not needed."""

@@ -77,8 +77,7 @@ def _output(graph: Graph, head: Head) -> int:
 
 def _units(graph: Graph, slot: int) -> int:
     """How many scores an image gets."""
-    step = graph.maker(slot)
-    sizes = step.shape[1:] if step else ()
+    sizes = graph.shapes[slot][1:]
     if not sizes or not sizes[-1] or math.prod(sizes[:-1]) != 1:
         shape = ", ".join(("None", *(str(size or None) for size in sizes)))
         message = f"The network's output has the shape ({shape}); a classifier's is (None, classes)."
@@ -89,17 +88,15 @@ def _units(graph: Graph, slot: int) -> int:
 def only_reshapes(step: Step) -> bool:
     """Whether a step changes nothing but the shape, in inference."""
     linear = getattr(step.operation, "activation", None) is keras.activations.linear
-    kind = type(step.operation).__name__
-    return len(step.inputs) == 1 and (kind in RESHAPED or (kind == "Activation" and linear))
+    return len(step.inputs) == 1 and (step.kind in RESHAPED or (step.kind == "Activation" and linear))
 
 
 def _final_activation(step: Step) -> tuple[str | None, Callable[..., Any]]:
     """Which of `FINAL` a step ends in, if any, and what to call instead so as to leave it out."""
-    kind = type(step.operation).__name__
-    name = OPERATIONS.get(kind) or getattr(getattr(step.operation, "activation", None), "__name__", None)
-    if name not in FINAL:
+    name = OPERATIONS.get(step.kind) or getattr(getattr(step.operation, "activation", None), "__name__", None)
+    if name not in FINAL or step.is_foreign:
         return None, _itself
-    fused = kind not in {"Activation", *OPERATIONS}
+    fused = step.kind not in {"Activation", *OPERATIONS}
     return name, _unactivated(step.operation) if fused else _itself
 
 

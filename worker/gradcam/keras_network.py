@@ -1,6 +1,8 @@
 """A Keras classifier and its row -> a network that can be explained."""
 
+import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,11 +18,12 @@ from worker.gradcam.dissect import take_apart
 from worker.gradcam.graph import run
 from worker.gradcam.head import find_scores
 from worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
-from worker.gradcam.target import Place, find_place, find_target, rescales
+from worker.gradcam.target import Place, Places, rescales
 
 MAX_GRADIENTS = 2**27  # numbers held at once: 512 MB
 MAX_TRACED = 8  # each is a graph of its own: a stream of layer names must not fill the memory
 SAME = {"float32": 1e-3, "bfloat16": 0.2}  # how far a network taken apart may be from the model, of its peak
+ONE = 1e-4  # how far from 1 probabilities may sum to
 AUTO = "auto"  # the layer that is found in the graph, whatever the row says
 ops = keras.ops
 
@@ -32,9 +35,11 @@ class KerasNetwork:
         """Take the model as it is: nothing in it is changed. Raises NetworkIncompatible, UnknownLayer."""
         shape = (*row.input_size, row.preprocessing.input_channels)
         graph = take_apart(model, shape, renumber=row.builder is not None)
+        _check_input(row, graph.entry_dtype)
         self._row, self._model = row, model
         self._pixels = (*row.input_size, row.preprocessing.pixel_channels)
         self._scores = find_scores(graph, row.head)
+        self._places = Places(self._scores)
         self._passes: OrderedDict[tuple[Place, str, str, bool], gradients.Pass] = OrderedDict()
         self._forward: gradients.Compiled | None = None
         self._check_taken_apart()
@@ -98,9 +103,9 @@ class KerasNetwork:
     def _cut(self, place: Place, explained: Any = None, *, prepare: bool = True) -> gradients.Parts:
         """The network up to a place and from there on. What else the tail needs is carried beside the cut."""
         graph = self._scores.graph
-        behind = graph.behind(place.slot)
-        tail = [one for one in graph.needed([self._scores.slot], [place.slot]) if set(one.writes) & behind]
-        beside = {slot for one in tail for slot in one.inputs} - behind
+        behind = graph.behind(place.slot) - {place.slot}
+        tail = [one for one in graph.needed([self._scores.slot], [place.slot]) if behind & set(one.writes)]
+        beside = {slot for one in tail for slot in one.inputs} - behind - {place.slot}
         trunk = graph.needed([place.slot, *beside])
 
         def up_to(pixels: Any) -> tuple[Any, Any]:
@@ -113,7 +118,7 @@ class KerasNetwork:
         return gradients.Parts(
             trunk=up_to,
             tail=from_there,
-            explained=explained or (lambda scores: scores),
+            explained=explained or _same,
             grid=partial(place.as_grid, ops=ops),
             pixels=self._pixels,
             variables=self._variables(),
@@ -123,7 +128,8 @@ class KerasNetwork:
         how = self._row.preprocessing
         floats = ops.cast(pixels, "float32")
         prepared = preprocess(floats, how if prepare else Preprocessing("none", channels=_unordered(how)))
-        return ops.cast(prepared, self._scores.graph.entry_dtype)
+        dtype = self._scores.graph.entry_dtype
+        return ops.cast(prepared if "float" in dtype else ops.round(prepared), dtype)
 
     def _scores_in(self, values: Any) -> Any:
         """Scores (n, classes) float32; one unit z speaks for class 1 and against class 0: (-z, z)."""
@@ -133,26 +139,46 @@ class KerasNetwork:
 
     def _variables(self) -> list[Any]:
         """All weights and other variables that the steps read, each once."""
-        held = [getattr(step.operation, "variables", ()) for step in self._scores.graph.steps]
+        held = [step.variables for step in self._scores.graph.steps]
         return list({id(one): one for variables in held for one in variables}.values())
 
     def _place(self, layer: str) -> Place:
         """The place of a layer; `auto` is found. Raises UnknownLayer, NetworkIncompatible."""
         if layer != AUTO:
-            return find_place(self._scores, layer, self._row.name, self._default)
+            return self._places.find(layer, self._row.name, self._default)
         if self._found is None:
-            self._found = find_target(self._scores, self._speaks_for_all)
+            self._found = self._places.target(self._speak_for_all)
         return self._found
 
-    def _speaks_for_all(self, place: Place) -> bool:
-        """Whether a change of any patch of this place would change the best score of a picture of noise."""
+    def _speak_for_all(self, places: Sequence[Place]) -> list[bool]:
+        """Whether a change of any patch of each place would change the best score of a picture of noise.
 
-        def slopes(ops: Any, _: Any, gradients: Any) -> Any:
-            return ops.transpose(ops.sum(ops.abs(gradients), axis=-1), (1, 0, 2, 3))
+        All in one pass: the slopes at nudges of nothing that are added to what is there.
+        """
+        graph, slot = self._scores.graph, self._scores.slot
+        ends = np.cumsum([0, *(math.prod(graph.shapes[place.slot][1:]) for place in places)])
+        nudged = {place.slot: slice(*ends[at : at + 2]) for at, place in enumerate(places)}
 
-        run_pass = gradients.one_pass(self._cut(place), slopes)
-        *_, found = run_pass(self._noise(), np.array([[-1]], np.int32))
-        return bool((found > 0).mean() > 0.5)  # noqa: PLR2004  # all, but for what underflows
+        def nothing(pixels: Any) -> tuple[Any, Any]:
+            return ops.zeros((1, int(ends[-1]))), pixels
+
+        def tail(nudges: Any, pixels: Any) -> Any:
+            values = {graph.entry: self._input(pixels)}
+            for step in graph.needed([slot]):
+                step(values)
+                for one in nudged.keys() & {*step.writes}:
+                    nudge = ops.reshape(nudges[:, nudged[one]], (1, *graph.shapes[one][1:]))
+                    values[one] = values[one] + ops.cast(nudge, values[one].dtype)
+            return self._scores_in(values)
+
+        parts = gradients.Parts(nothing, tail, _same, _same, self._pixels, self._variables())
+        run_pass = gradients.one_pass(parts, lambda ops, _, slopes: ops.abs(slopes))
+        *_, slopes = run_pass(self._noise(), np.array([[-1]], np.int32))
+        grids = [
+            place.as_grid(slopes[0, 0, nudged[place.slot]].reshape(graph.shapes[place.slot][1:]), np)
+            for place in places
+        ]
+        return [bool((grid.sum(-1) > 0).mean() > 0.5) for grid in grids]  # noqa: PLR2004  # all, but for what underflows
 
     def _noise(self) -> NDArray[np.uint8]:
         return np.random.default_rng(0).integers(0, 256, (1, *self._pixels), np.uint8)
@@ -160,9 +186,15 @@ class KerasNetwork:
     def _check_taken_apart(self) -> None:
         """Raise NetworkIncompatible unless the steps, one after the other, compute what the model does."""
         # Not compiled, as the model is not: the same operations in the same order, rounded alike.
-        scores, activation = self._scores_of(self._noise())[:, -self._scores.units :], self._scores.activation
+        activation = self._scores.activation
+        try:
+            scores = self._scores_of(self._noise())[:, -self._scores.units :]
+            outputs = keras.tree.flatten(self._model(self._input(self._noise()), training=False))
+        except Exception as error:  # whatever a layer that was not written for it may raise
+            reason = " ".join(str(error).split())[:500]
+            message = f"{self._row.name} cannot be run, one layer after the other: {reason}"
+            raise NetworkIncompatible(message) from error
         found = getattr(ops, activation)(scores) if activation else scores
-        outputs = keras.tree.flatten(self._model(self._input(self._noise()), training=False))
         chosen = list(self._scores.graph.outputs).index(self._row.head.output) if self._row.head.output else 0
         found, theirs = (
             ops.convert_to_numpy(ops.reshape(ops.cast(one, "float32"), (1, -1)))
@@ -177,6 +209,32 @@ class KerasNetwork:
                 "at what is around it."
             )
             raise NetworkIncompatible(message)
+        if (
+            activation is None
+            and self._scores.units > 1
+            and theirs.min() >= 0
+            and abs(theirs.sum() - 1) < ONE
+        ):
+            message = (
+                f"The outputs of {self._row.name} are probabilities, but it does not end in a softmax that "
+                "can be left out: let it end in one (the layer Softmax), or in the scores before it."
+            )
+            raise NetworkIncompatible(message)
+
+
+def _same(values: Any) -> Any:
+    return values
+
+
+def _check_input(row: NetworkRow, dtype: str) -> None:
+    """Raise NetworkIncompatible where preprocessing makes fractions for an input of whole numbers."""
+    how = row.preprocessing
+    if "float" not in dtype and ({*how.mean} != {0} or {*how.std} != {1}):
+        message = (
+            f"{row.name} takes whole numbers ({dtype}), the pixels as they are: its preprocessing must be "
+            f"none, not {how.name}."
+        )
+        raise NetworkIncompatible(message)
 
 
 def _explained(kind: str, method: Method) -> Any:

@@ -1,5 +1,7 @@
 """A row of the catalog, or any Keras model -> a live network, with its weights."""
 
+import json
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -99,9 +101,12 @@ def _own_model(row: NetworkRow, file: WeightsFile) -> Any:
     """An operator's model from its verified file. Nothing in a file is run: no lambdas, no pickles."""
     try:
         if row.builder is None:
+            _refuse_lambdas(row, file.path)
             return keras.saving.load_model(file.path, compile=False, safe_mode=True)
         model = _build(row, weights=None)
         model.load_weights(file.path)
+    except NetworkIncompatible:
+        raise
     except (
         Exception
     ) as error:  # whatever Keras, h5py and zipfile make of a file that is not what it should be
@@ -109,6 +114,28 @@ def _own_model(row: NetworkRow, file: WeightsFile) -> Any:
         message = f"{file.path} cannot be loaded as {row.name}: {reason}"
         raise NetworkIncompatible(message) from error
     return model
+
+
+def _refuse_lambdas(row: NetworkRow, path: Path) -> None:
+    """`safe_mode` refuses a Lambda of stored code; one of a name would still call what the file names."""
+    with zipfile.ZipFile(path) as archive:
+        config = json.loads(archive.read("config.json"))
+    waiting = [config]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list):
+            waiting += one
+        elif isinstance(one, dict):
+            waiting += one.values()
+            names = {str(one.get(key)).rpartition(">")[2] for key in ("class_name", "registered_name")}
+            if "Lambda" in names:
+                settings = one.get("config")
+                name = settings.get("name") if isinstance(settings, dict) else None
+                message = (
+                    f"{row.name} has a Lambda layer ({name}), which calls whatever its file names, and is "
+                    "not loaded. Replace it by layers or keras.ops, and save the model again."
+                )
+                raise NetworkIncompatible(message)
 
 
 def _with_weights(row: NetworkRow, directory: Path | None) -> tuple[Any, str]:

@@ -1,23 +1,22 @@
 """The layer to explain. Found by the graph, not by names.
 
-It is the last one that still knows where things are: going back from the scores, the first tensor with more
-than one position, pooling, dropout and padding stepped over. A vision transformer has tokens instead: there
-it is the last tensor of tokens that still speaks for every patch, seen as a grid.
+It is the last one that still knows where things are: going back from the scores, the first feature map with
+more than one position, pooling, dropout and padding stepped over. A vision transformer has tokens instead:
+there it is the last tensor of tokens that still speaks for every patch, seen as a grid.
 """
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from worker.errors import NetworkIncompatible, UnknownLayer
+from worker.gradcam.axes import TOKENS_RANK, Side, Tokens, axes_of, is_map, is_tokens
 from worker.gradcam.backend import keras
 from worker.gradcam.graph import Graph, Step
 from worker.gradcam.head import Scores, only_reshapes
 
-IMAGE_RANK, TOKEN_RANK = 4, 3  # (images, rows, columns, channels), (images, tokens, channels)
-MAX_PREFIX = 8  # tokens before those of the patches: a class token, a few registers
 LISTED = 6  # layers named in a message
 PASSED_OVER = {  # between the target layer and the scores: they move or drop positions, and learn nothing
     "MaxPooling2D",
@@ -36,9 +35,13 @@ PASSED_OVER = {  # between the target layer and the scores: they move or drop po
     "Pad",
     "Identity",
     "Cast",
+    "Flip",
+    "GetItem",
+    "Split",
 }
 PREPARES = {"Rescaling", "Normalization"}  # layers that do what `Preprocessing` does
-MIXES = {"MatMul", "Matmul", "Einsum", "Dot", "DotProductAttention"}  # and whatever is called attention
+ARITHMETIC = {"TrueDivide", "Divide", "Multiply", "Subtract", "Add"}  # ... and so do these, with a constant
+MIXES = {"MatMul", "Matmul", "Einsum", "Dot", "BatchDot"}  # and whatever is called attention
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class Place:
     columns: int
     channels: int
     prefix: int | None = None  # None: a feature map; else tokens, of which so many come before the patches
+    mirrored: tuple[
+        int, ...
+    ] = ()  # axes of the grid that run against the image's, -3 for rows, -2 for columns
 
     @property
     def size(self) -> int:
@@ -58,203 +64,204 @@ class Place:
         return self.rows * self.columns * self.channels
 
     def as_grid(self, values: Any, ops: Any) -> Any:
-        """Activations, or their gradients, as (..., rows, columns, channels)."""
-        if self.prefix is None:
-            return values
-        patches = values[..., self.prefix :, :]
-        return ops.reshape(patches, (*ops.shape(values)[:-2], self.rows, self.columns, self.channels))
+        """Activations, or their gradients, as (..., rows, columns, channels), the way the image is."""
+        if self.prefix is not None:
+            patches = values[..., self.prefix : self.prefix + self.rows * self.columns, :]
+            values = ops.reshape(patches, (*ops.shape(values)[:-2], self.rows, self.columns, self.channels))
+        return ops.flip(values, axis=self.mirrored) if self.mirrored else values
 
 
-def places(scores: Scores) -> list[Place]:
-    """Every layer that can be explained, in the order of the graph."""
-    found = [_place(scores.graph, step) for step in scores.graph.needed([scores.slot])]
-    return [place for place in found if place is not None]
+class Places:
+    """The layers between an image and its scores, and which of them can be explained."""
+
+    def __init__(self, scores: Scores) -> None:
+        self.scores, self.graph = scores, scores.graph
+        self.steps = self.graph.needed([scores.slot])
+        self._axes = axes_of(self.graph)
+        self._depth = self.graph.depths()
+        used = {scores.slot}.union(*(step.inputs for step in self.steps))
+        found = [self._place(step, slot) for step in self.steps for slot in step.writes if slot in used]
+        self.by_slot = {place.slot: place for place in found if place}
+
+    def _place(self, step: Step, slot: int) -> Place | None:
+        shape, axes = self.graph.shapes[slot], self._axes[slot]
+        path = step.path if slot == step.writes[0] else f"{step.path}:{step.writes.index(slot)}"
+        if is_map(axes) and _positions(shape) > 1:
+            rows, columns, channels = shape[1:]
+            return Place(path, slot, rows, columns, channels, mirrored=_mirrored(axes[1:3]))
+        grid = axes[1] if is_tokens(axes) else None
+        if not isinstance(grid, Tokens) or _positions(shape) <= 1:
+            return None
+        return Place(path, slot, grid.rows, grid.columns, shape[2], grid.prefix, _mirrored(grid.sides))
+
+    def find(self, layer: str, network: str, default: str | None = None) -> Place:
+        """The layer of this path, or of this name where only one path ends in it.
+
+        A model that is nested in the network stands for what it makes. Raises UnknownLayer.
+        """
+        slots = {step.path: step.writes[0] for step in self.graph.steps}
+        slots |= {place.path: place.slot for place in self.by_slot.values()} | self.graph.models
+        ends = [layer] if layer in slots else [path for path in slots if path.endswith(f"/{layer}")]
+        if len(ends) == 1 and slots[ends[0]] in self.by_slot:
+            return self.by_slot[slots[ends[0]]]
+        there = [place.path for place in self.by_slot.values()]
+        near = [repr(one) for one in difflib.get_close_matches(layer, there, n=2)]
+        hint = f" Did you mean {' or '.join(near)}?" if near and not ends else ""
+        default = f" The default is {default}." if default else ""
+        why = self._why_not({path: slots[path] for path in ends})
+        message = f"Layer {layer!r} of {network} {why}.{hint} {self.listed()}{default}"
+        raise UnknownLayer(message)
+
+    def _why_not(self, named: dict[str, int]) -> str:
+        """Why the layers of this name, by their paths, are not one that can be explained."""
+        if not named:
+            return "does not exist"
+        if len(named) > 1:
+            return f"may be any of {', '.join(named)}"
+        leads = self.graph.maker(*named.values()) in self.steps
+        return "keeps no rows and columns" if leads else "does not lead to the scores"
+
+    def listed(self) -> str:
+        """How many layers can be explained, and the last of them."""
+        paths = [place.path for place in self.by_slot.values()]
+        if not paths:
+            return "No layer of this network can be explained."
+        return f"{len(paths)} layers can be explained; the last of them: {', '.join(paths[-LISTED:])}."
+
+    def target(self, speak_for_all: Callable[[Sequence[Place]], list[bool]]) -> Place:
+        """The layer to explain where none is named. See the module.
+
+        `speak_for_all` says of places of tokens whether the scores depend on every patch: behind the last
+        attention, a network that reads only its class token forgets the others. Raises NetworkIncompatible.
+        """
+        frontier = [(slot, self.by_slot.get(slot)) for slot in self._frontier()]
+        frontier.sort(key=lambda one: (bool(one[1] and one[1].mirrored), -self._depth[one[0]]))
+        for slot, place in frontier:
+            if place is None or place.prefix is not None:
+                return self._token_target(speak_for_all)
+            if self._learned(slot) and not self._only_embeds(slot):
+                return place
+        message = (
+            "No layer between the image and the scores keeps rows and columns and has learned something: "
+            f"there is nothing that Grad-CAM could explain. {self.listed()}"
+        )
+        raise NetworkIncompatible(message)
+
+    def _frontier(self) -> list[int]:
+        """Going back from the scores: the first feature maps and tensors of tokens."""
+        found, seen = [], set()
+        waiting = [self.scores.slot]
+        while waiting:
+            slot = waiting.pop()
+            step = self.graph.maker(slot)
+            if step is None or slot in seen:
+                continue
+            seen.add(slot)
+            place = self.by_slot.get(slot)
+            is_feature_map = place and place.prefix is None and not _is_passed_over(step)
+            if (
+                is_feature_map
+                or (place and place.prefix is not None and self._mixed(slot))
+                or self._hides(step)
+            ):
+                found.append(slot)
+            else:
+                waiting += step.inputs
+        return sorted(found)
+
+    def _learned(self, slot: int) -> bool:
+        """Whether anything up to here has weights: a picture that was only rescaled is still the picture."""
+        return any(one.weights and one.kind not in PREPARES for one in self.graph.needed([slot]))
+
+    def _mixed(self, slot: int) -> bool:
+        """Whether tokens have been mixed up to here; else a sequence is a feature map written in one line."""
+        return any(self._mixes(one) or self._hides(one) for one in self.graph.needed([slot]))
+
+    def _mixes(self, step: Step) -> bool:
+        """Whether a step lets places look at each other, as attention does; convolutions do not count."""
+        if "Attention" in step.kind or (step.kind in MIXES and len(step.inputs) > 1):
+            return True
+        along = self._axes[step.inputs[0]][-1:]  # a dense layer along the tokens, as in an MLP-mixer
+        return bool(step.weights) and bool(along) and isinstance(along[0], Tokens | Side)
+
+    def _hides(self, step: Step) -> bool:
+        """Whether a step is somebody's own layer that makes tokens of tokens, and cannot be looked into."""
+        return step.is_foreign and all(
+            any(self._is_sequence(slot) for slot in slots) for slots in (step.inputs, step.writes)
+        )
+
+    def _is_sequence(self, slot: int) -> bool:
+        shape = self.graph.shapes[slot]
+        return len(shape) == TOKENS_RANK and shape[1] != 1
+
+    def _only_embeds(self, slot: int) -> bool:
+        """Whether this is but a patch embedding, whose patches are mixed later, where it cannot be seen."""
+        before = self.graph.needed([slot])
+        if any(self._mixes(one) or self._hides(one) or _looks_around(one.operation) for one in before):
+            return False
+        behind = self.graph.behind(slot)
+        return any(
+            self._mixes(one)
+            or isinstance(one.operation, keras.layers.RNN | keras.layers.Bidirectional)
+            or (one.is_foreign and (one.weights or self._hides(one)))
+            for one in self.steps
+            if behind.intersection(one.inputs)
+        )
+
+    def _token_target(self, speak_for_all: Callable[[Sequence[Place]], list[bool]]) -> Place:
+        """The last tensor of tokens, behind some attention, on all of whose patches the scores depend."""
+        attended: set[int] = set()
+        for step in self.steps:
+            if self._mixes(step):
+                attended.update(*(self.graph.behind(slot) for slot in step.writes))
+        candidates = [
+            self.by_slot[slot]
+            for step in self.steps
+            for slot in attended.intersection(self.by_slot).intersection(step.writes)
+            if self.by_slot[slot].prefix is not None and not _is_passed_over(step)
+        ]
+        candidates.sort(key=lambda one: -self._depth[one.slot])
+        for place, speaks in zip(candidates, speak_for_all(candidates) if candidates else (), strict=True):
+            if speaks:
+                return place
+        message = (
+            "The network looks at a sequence of tokens, and no layer behind an attention is seen as a grid "
+            "of patches that all speak for the scores; its patch embedding would explain nothing. Name a "
+            f"target layer. {self.listed()}"
+        )
+        raise NetworkIncompatible(message)
 
 
-def _place(graph: Graph, step: Step) -> Place | None:
-    if _is_map(step):
-        return Place(step.path, step.writes[0], *step.shape[1:])
-    grid = _token_grid(graph, step) if _is_tokens(step) else None
-    if grid is None:
-        return None
-    _, tokens, channels = step.shape
-    return Place(step.path, step.writes[0], *grid, channels, prefix=tokens - grid[0] * grid[1])
-
-
-def _token_grid(graph: Graph, step: Step) -> tuple[int, int] | None:
-    """(rows, columns) of a tensor of tokens: those of the last feature map before it with as many positions.
-
-    Where the patches were cut without one, a square grid, with or without a class token.
-    """
-    tokens = step.shape[1]
-    for before in reversed(graph.needed([step.writes[0]])):
-        if _is_map(before) and 0 <= tokens - _positions(before) <= MAX_PREFIX:
-            return before.shape[1], before.shape[2]
-    for prefix in (0, 1):
-        side = math.isqrt(tokens - prefix)
-        if side > 1 and side * side == tokens - prefix:
-            return side, side
-    return None
-
-
-def find_place(scores: Scores, layer: str, network: str, default: str | None = None) -> Place:
-    """The layer of this path, or of this name where only one path ends in it. Raises UnknownLayer."""
-    there = {place.path: place for place in places(scores)}
-    step = scores.graph.named(layer)
-    if step is None:
-        ends = [path for path in there if path.endswith(f"/{layer}")]
-        if len(ends) == 1:
-            return there[ends[0]]
-    if step is not None and step.path in there:
-        return there[step.path]
-    why = "does not exist"
-    if step is not None:
-        leads = step in scores.graph.needed([scores.slot])
-        why = "keeps no rows and columns" if leads else "does not lead to the scores"
-    near = [repr(one) for one in difflib.get_close_matches(layer, there, n=2)]
-    hint = f" Did you mean {' or '.join(near)}?" if near and step is None else ""
-    default = f" The default is {default}." if default else ""
-    message = f"Layer {layer!r} of {network} {why}.{hint} {listed(there)}{default}"
-    raise UnknownLayer(message)
-
-
-def listed(paths: Iterable[str]) -> str:
-    """How many layers can be explained, and the last of them."""
-    paths = list(paths)
-    if not paths:
-        return "No layer of this network can be explained."
-    last = ", ".join(paths[-LISTED:])
-    return f"{len(paths)} layers can be explained; the last of them: {last}."
-
-
-def find_target(scores: Scores, speaks_for_all: Callable[[Place], bool]) -> Place:
-    """The layer to explain where none is named. See the module.
-
-    `speaks_for_all` says whether the scores depend on every patch of a place of tokens: behind the last
-    attention, a network that reads only its class token forgets the others. Raises NetworkIncompatible.
-    """
-    there = {place.slot: place for place in places(scores)}
-    depth = scores.graph.depths()
-    for step in sorted(_frontier(scores), key=lambda one: -depth[one.writes[0]]):
-        if not _is_map(step):
-            return _token_target(scores, there, speaks_for_all)
-        if _learned(scores.graph, step) and not _only_embeds(scores, step):
-            return there[step.writes[0]]
-    message = (
-        "No layer between the image and the scores keeps rows and columns and has learned something: "
-        f"there is nothing that Grad-CAM could explain. {listed(one.path for one in there.values())}"
-    )
-    raise NetworkIncompatible(message)
-
-
-def _frontier(scores: Scores) -> list[Step]:
-    """Going back from the scores: the first feature maps and tensors of tokens, in the order of the graph."""
-    graph = scores.graph
-    found, seen = [], set()
-    waiting = [graph.maker(scores.slot)]
-    while waiting:
-        step = waiting.pop()
-        if step is None or step.path in seen:
-            continue
-        seen.add(step.path)
-        is_map = _is_map(step) and not _is_passed_over(step)
-        if is_map or (_is_tokens(step) and _mixed(graph, step)) or _hides(graph, step):
-            found.append(step)
-        else:
-            waiting += [graph.maker(slot) for slot in step.inputs]
-    return [step for step in graph.steps if step in found]
-
-
-def _is_map(step: Step) -> bool:
-    return len(step.shape) == IMAGE_RANK and _positions(step) > 1
-
-
-def _is_tokens(step: Step) -> bool:
-    return len(step.shape) == TOKEN_RANK and _positions(step) > 1
-
-
-def _positions(step: Step) -> int:
+def _positions(shape: tuple[int, ...]) -> int:
     """How many places a tensor has; 0 where that depends on the image."""
-    return math.prod(step.shape[1:-1])
+    return math.prod(shape[1:-1])
+
+
+def _mirrored(sides: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(at for at, side in zip((-3, -2), sides, strict=True) if side.mirrored)
 
 
 def _is_passed_over(step: Step) -> bool:
-    return type(step.operation).__name__ in PASSED_OVER or (
-        type(step.operation).__name__ == "Activation" and only_reshapes(step)
-    )
+    return step.kind in PASSED_OVER or (step.kind == "Activation" and only_reshapes(step))
 
 
-def _learned(graph: Graph, step: Step) -> bool:
-    """Whether anything up to here has weights: a picture that was only rescaled is still the picture."""
-    return any(
-        getattr(one.operation, "weights", None) and type(one.operation).__name__ not in PREPARES
-        for one in graph.needed([step.writes[0]])
-    )
-
-
-def _mixed(graph: Graph, step: Step) -> bool:
-    """Whether tokens have been mixed up to here. Else a sequence is but a feature map written in one line."""
-    return any(_mixes(one) or _hides(graph, one) for one in graph.needed([step.writes[0]]))
-
-
-def _mixes(step: Step) -> bool:
-    kind = type(step.operation).__name__
-    return "Attention" in kind or (kind in MIXES and len(step.inputs) > 1)
-
-
-def _hides(graph: Graph, step: Step) -> bool:
-    """Whether a step does with tokens what cannot be seen: somebody's own layer, or a recurrent one."""
-    operation = step.operation
-    foreign = not type(operation).__module__.startswith("keras.") and getattr(operation, "weights", None)
-    opaque = foreign or isinstance(operation, keras.layers.RNN | keras.layers.Bidirectional)
-    return bool(opaque) and any(_is_tokens(one) for slot in step.inputs if (one := graph.maker(slot)))
-
-
-def _only_embeds(scores: Scores, step: Step) -> bool:
-    """Whether this is but a patch embedding, whose patches are mixed later, where it cannot be seen."""
-    graph = scores.graph
-    learned = [
-        one.operation for one in graph.needed([step.writes[0]]) if hasattr(one.operation, "kernel_size")
-    ]
-    if len(learned) != 1 or learned[0].kernel_size != learned[0].strides or learned[0].kernel_size == (1, 1):
+def _looks_around(operation: Any) -> bool:
+    """Whether a convolution or a pooling sees more than its own patch."""
+    window = getattr(operation, "kernel_size", None) or getattr(operation, "pool_size", None)
+    strides = getattr(operation, "strides", None)
+    if not isinstance(window, tuple) or not isinstance(strides, tuple):
         return False
-    behind = graph.behind(step.writes[0])
-    later = [one for one in graph.needed([scores.slot]) if behind.intersection(one.inputs)]
-    return any(
-        _mixes(one) or (not type(one.operation).__module__.startswith("keras.") and one.operation.weights)
-        for one in later
-    )
-
-
-def _token_target(scores: Scores, there: dict[int, Place], speaks_for_all: Callable[[Place], bool]) -> Place:
-    """The last tensor of tokens, behind some attention, on all of whose patches the scores depend."""
-    graph = scores.graph
-    attended: set[int] = set()
-    for step in graph.steps:
-        if _mixes(step):
-            attended |= graph.behind(step.writes[0])
-    candidates = [
-        there[step.writes[0]]
-        for step in graph.needed([scores.slot])
-        if step.writes[0] in there and step.writes[0] in attended and _is_tokens(step)
-    ]
-    depth = graph.depths()
-    for place in sorted(candidates, key=lambda one: -depth[one.slot]):
-        if speaks_for_all(place):
-            return place
-    message = (
-        "The network looks at a sequence of tokens, and no layer behind an attention is seen as a grid of "
-        "patches that all speak for the scores; its patch embedding would explain nothing. Name a target "
-        f"layer. {listed(one.path for one in there.values())}"
-    )
-    raise NetworkIncompatible(message)
+    return any(size > step for size, step in zip(window, strides, strict=True))
 
 
 def rescales(graph: Graph) -> bool:
-    """Whether the network begins with layers that do what `Preprocessing` does."""
-    step = next((one for one in graph.steps if graph.entry in one.inputs), None)
-    while step is not None and not hasattr(step.operation, "kernel"):
-        if type(step.operation).__name__ in PREPARES:
+    """Whether the network begins with layers, or with arithmetic, that do what `Preprocessing` does."""
+    reached = {graph.entry}
+    for step in graph.steps:
+        if not reached.intersection(step.inputs):
+            continue
+        if step.kind in PREPARES or (step.kind in ARITHMETIC and len(step.inputs) == 1):
             return True
-        step = next((one for one in graph.steps if set(step.writes) & set(one.inputs)), None)
+        if not step.weights:
+            reached.update(step.writes)
     return False

@@ -1,0 +1,135 @@
+"""Models taken apart: what is nested in them is found by its path, and nothing in them is changed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from worker.errors import UnknownLayer
+from worker.gradcam.network import Method
+
+pytestmark = pytest.mark.tensorflow
+
+ROWS, COLUMNS = 12, 16
+FIRST, ALL = np.array([[0]], np.int32), np.array([[0, 1, 2]] * 2, np.int32)
+Wrap = Callable[..., Any]
+
+
+def backbone(keras: Any, name: str = "backbone", shape: tuple[Any, ...] = (ROWS, COLUMNS, 3)) -> Any:
+    """Two convolutions, (rows, columns, channels) -> (5, 7, 6)."""
+    layers = keras.layers
+    inputs = keras.Input(shape)
+    x = layers.Conv2D(4, 3, 2, activation="relu", name="stem")(inputs)
+    x = layers.Conv2D(6, 3, padding="same", name="conv")(x)
+    return keras.Model(inputs, layers.Activation("tanh", name="act")(x), name=name)
+
+
+def classified(keras: Any, x: Any) -> Any:
+    x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+    return keras.layers.Dense(3, "softmax", bias_initializer="random_normal", name="scores")(x)
+
+
+@pytest.fixture(scope="module")
+def network(by_hand: Wrap) -> Any:
+    import keras
+
+    inner, inputs = backbone(keras), keras.Input((ROWS, COLUMNS, 3))
+    layers = [keras.Input((ROWS, COLUMNS, 3)), inner, keras.layers.MaxPooling2D(name="smaller")]
+    middle = keras.Sequential(layers, name="middle")
+    return by_hand(keras.Model(inputs, classified(keras, middle(inputs))))
+
+
+class TestPaths:
+    @pytest.mark.parametrize("layer", ["middle/backbone/conv", "conv"])
+    def test_a_nested_layer_is_named_by_its_path_or_by_its_own_name(self, layer: str, network: Any) -> None:
+        computed = network.compute(np.ones((1, ROWS, COLUMNS, 3), np.uint8), FIRST, Method(layer=layer))
+        assert computed.layer == "middle/backbone/conv"
+
+    @pytest.mark.parametrize(
+        ("layer", "path"),
+        [
+            ("backbone", "middle/backbone/act"),
+            ("middle/backbone", "middle/backbone/act"),
+            ("middle", "middle/smaller"),
+        ],
+    )
+    def test_the_name_of_a_nested_model_stands_for_what_it_makes(
+        self, layer: str, path: str, network: Any
+    ) -> None:
+        computed = network.compute(np.ones((1, ROWS, COLUMNS, 3), np.uint8), FIRST, Method(layer=layer))
+        assert computed.layer == path
+
+    def test_an_unknown_path_is_refused_with_one_that_is_near(self, network: Any) -> None:
+        with pytest.raises(
+            UnknownLayer, match=r"'backbone/cnv'.*does not exist. Did you mean.*backbone/conv'"
+        ):
+            network.compute(np.ones((1, ROWS, COLUMNS, 3), np.uint8), FIRST, Method(layer="backbone/cnv"))
+
+    def test_a_name_that_several_paths_end_in_is_refused_with_these(self, by_hand: Wrap) -> None:
+        import keras
+
+        inputs = keras.Input((ROWS, COLUMNS, 3))
+        two = [backbone(keras, name)(inputs) for name in ("left", "right")]
+        network = by_hand(keras.Model(inputs, classified(keras, keras.layers.Add()(two))))
+        with pytest.raises(UnknownLayer, match="'conv' of by_hand may be any of left/conv, right/conv"):
+            network.compute(np.ones((1, ROWS, COLUMNS, 3), np.uint8), FIRST, Method(layer="conv"))
+
+
+class TestSiamese:
+    """A backbone that sees the image and its mirror image."""
+
+    @pytest.fixture
+    def model(self) -> Any:
+        import keras
+
+        inputs = keras.Input((ROWS, COLUMNS, 3))
+        shared = backbone(keras)
+        both = [
+            keras.layers.GlobalAveragePooling2D()(shared(one))
+            for one in (inputs, keras.ops.flip(inputs, axis=2))
+        ]
+        x = keras.layers.Concatenate()(both)
+        return keras.Model(inputs, keras.layers.Dense(3, "softmax", name="scores")(x))
+
+    @pytest.mark.parametrize(
+        ("layer", "path"),
+        [
+            (None, "backbone/act"),
+            ("backbone/act", "backbone/act"),
+            ("backbone#2/act", "backbone#2/act"),
+            ("backbone#2", "backbone#2/act"),
+        ],
+    )
+    def test_each_branch_can_be_explained_and_lies_on_the_image_as_it_is(
+        self, layer: str | None, path: str, model: Any, by_hand: Wrap, taped: Callable[..., Any]
+    ) -> None:
+        pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, 3), np.uint8)
+        computed = by_hand(model, layer).compute(pixels, ALL)
+        assert computed.layer == path
+        inputs = pixels / np.float32(127.5) - 1
+        inner, head = model.get_layer("backbone"), model.get_layer("scores")
+        both = [taped(model, inputs, inner.get_layer("act"), head=head, turn=turn) for turn in (0, 1)]
+        seen = inner(inputs[:, :, ::-1] if "#2" in path else inputs).numpy()
+        expected = next(one for one in both if np.allclose(one.activations, seen, atol=1e-6))
+        raw = expected.raw[..., ::-1] if "#2" in path else expected.raw
+        assert_allclose(computed.scores, expected.scores, atol=1e-5 * np.abs(expected.scores).max())
+        assert_allclose(computed.raw, raw, atol=1e-5 * np.abs(raw).max())
+
+
+class TestLeftAsItWas:
+    @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own
+    def test_it_can_still_be_saved_and_trained(self, by_hand: Wrap, tmp_path: Any) -> None:
+        import keras
+
+        inner, inputs = backbone(keras), keras.Input((ROWS, COLUMNS, 3))
+        model = keras.Model(inputs, classified(keras, inner(inputs)))
+        network = by_hand(model)
+        model.compile("sgd", "categorical_crossentropy")
+        model.train_on_batch(np.ones((2, ROWS, COLUMNS, 3)), np.eye(3)[:2])
+        model.save(tmp_path / "model.keras")
+        again = by_hand(keras.saving.load_model(tmp_path / "model.keras"))
+        pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, 3), np.uint8)
+        assert again.facts.default_layer == network.facts.default_layer
+        assert_allclose(again.compute(pixels, ALL).raw, by_hand(model).compute(pixels, ALL).raw, atol=1e-6)

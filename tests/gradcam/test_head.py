@@ -1,0 +1,296 @@
+"""Where the scores are, and what the probabilities are made of."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from numpy.typing import NDArray
+
+from worker.errors import NetworkIncompatible
+from worker.gradcam.catalog import Head
+from worker.gradcam.explain import explain_pixels
+from worker.gradcam.network import Method
+
+pytestmark = pytest.mark.tensorflow
+
+ROWS, COLUMNS, CHANNELS = 7, 9, 4
+Wrap = Callable[..., Any]
+PIXELS = np.random.default_rng(4).integers(0, 256, (2, ROWS, COLUMNS, 3), np.uint8)
+
+
+class Trunk:
+    """A convolution, 3 x 3, and what comes of it: here all that is behind it can be computed by hand."""
+
+    def __init__(self) -> None:
+        import keras
+
+        keras.utils.set_random_seed(5)
+        self.input = keras.Input((ROWS, COLUMNS, 3))
+        self.conv = keras.layers.Conv2D(CHANNELS, 3, activation="tanh", name="conv")
+        self.map = self.conv(self.input)
+        self.pooled = keras.layers.GlobalAveragePooling2D()(self.map)
+
+    def dense(self, classes: int, activation: str | None = None) -> tuple[Any, Any]:
+        """The pooled map's scores, and their layer."""
+        import keras
+
+        layer = keras.layers.Dense(classes, activation, bias_initializer="random_normal", name="scores")
+        return layer(self.pooled), layer
+
+    @property
+    def activations(self) -> NDArray[np.float64]:
+        return np.asarray(self.conv(PIXELS / np.float32(127.5) - 1), np.float64)
+
+    def scores(self, layer: Any) -> NDArray[np.float64]:
+        kernel, bias = (one.reshape(-1, one.shape[-1]) for one in layer.get_weights())
+        return np.asarray(self.activations.mean((1, 2)) @ kernel + bias)
+
+    def maps(self, layer: Any) -> NDArray[np.float64]:
+        """CAM, over its cells: what Grad-CAM is behind a pooling and a dense layer, whatever comes then."""
+        kernel = layer.get_weights()[0].reshape(CHANNELS, -1)
+        maps = np.einsum("nhwc,ck->nkhw", self.activations, kernel)
+        return np.asarray(maps / maps[0, 0].size)
+
+
+@pytest.fixture
+def trunk() -> Trunk:
+    return Trunk()
+
+
+def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    powers = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.asarray(powers / powers.sum(-1, keepdims=True))
+
+
+def everything(classes: int) -> NDArray[np.int32]:
+    return np.array([range(classes)] * len(PIXELS), np.int32)
+
+
+def ends(keras: Any) -> dict[str, Callable[[Any], Any]]:
+    """What may come behind a dense layer, and still its scores are what is to be explained."""
+    layers = keras.layers
+    return {
+        "nothing": lambda x: x,
+        "Activation softmax": layers.Activation("softmax"),
+        "Activation linear": layers.Activation("linear"),
+        "Softmax": layers.Softmax(),
+        "ops.softmax": keras.ops.softmax,
+        "activations.softmax": keras.activations.softmax,
+        "Activation log_softmax": layers.Activation("log_softmax"),
+        "ops.log_softmax": keras.ops.log_softmax,
+        "softmax, then reshaped": lambda x: layers.Reshape((1, 5))(layers.Softmax()(x)),
+        "reshaped, then softmax": lambda x: layers.Softmax()(layers.Reshape((1, 1, 5))(x)),
+        "softmax as float32": lambda x: layers.Activation("linear", dtype="float32")(layers.Softmax()(x)),
+        "softmax in a model": keras.Sequential([layers.Softmax()], name="last"),
+    }
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "nothing",
+        "Activation softmax",
+        "Activation linear",
+        "Softmax",
+        "ops.softmax",
+        "activations.softmax",
+        "Activation log_softmax",
+        "ops.log_softmax",
+        "softmax, then reshaped",
+        "reshaped, then softmax",
+        "softmax as float32",
+        "softmax in a model",
+    ],
+)
+def test_scores_are_those_before_the_softmax_wherever_it_is(end: str, trunk: Trunk, by_hand: Wrap) -> None:
+    import keras
+
+    x, layer = trunk.dense(5)
+    network = by_hand(keras.Model(trunk.input, ends(keras)[end](x)))
+    computed = network.compute(PIXELS, everything(5))
+    assert_allclose(computed.scores, trunk.scores(layer), atol=1e-5)
+    assert_allclose(computed.raw, trunk.maps(layer), atol=1e-5 * np.abs(trunk.maps(layer)).max())
+    seen = explain_pixels(network, PIXELS, [(0, 1, 2, 3, 4)] * 2)
+    found = [[one.probability for one in image.explained] for image in seen]
+    assert_allclose(found, softmax(trunk.scores(layer)), atol=1e-6)
+    assert network.facts.head == "softmax"
+
+
+@pytest.mark.parametrize("activation", ["softmax", "log_softmax", "sigmoid", "log_sigmoid", None])
+def test_an_activation_that_is_part_of_the_last_layer_is_left_out(
+    activation: str | None, trunk: Trunk, by_hand: Wrap
+) -> None:
+    import keras
+
+    x, layer = trunk.dense(5, activation)
+    network = by_hand(keras.Model(trunk.input, x))
+    computed = network.compute(PIXELS, everything(5))
+    assert_allclose(computed.scores, trunk.scores(layer), atol=1e-5)
+    assert_allclose(computed.raw, trunk.maps(layer), atol=1e-5 * np.abs(trunk.maps(layer)).max())
+    assert network.facts.head == ("sigmoid" if activation and "sigmoid" in activation else "softmax")
+    assert layer.activation is keras.activations.get(activation)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_convolution_may_give_the_scores(fused: bool, trunk: Trunk, by_hand: Wrap) -> None:
+    import keras
+
+    layer = keras.layers.Conv2D(5, 1, activation="softmax" if fused else None)
+    x = keras.layers.Flatten()(layer(keras.layers.GlobalAveragePooling2D(keepdims=True)(trunk.map)))
+    x = x if fused else keras.layers.Softmax()(x)
+    computed = by_hand(keras.Model(trunk.input, x)).compute(PIXELS, everything(5))
+    assert computed.layer == "conv"
+    assert_allclose(computed.scores, trunk.scores(layer), atol=1e-5)
+    assert_allclose(computed.raw, trunk.maps(layer), atol=1e-5 * np.abs(trunk.maps(layer)).max())
+
+
+def test_a_convolution_that_gives_a_map_of_scores_is_what_is_explained(trunk: Trunk, by_hand: Wrap) -> None:
+    import keras
+
+    scores = keras.layers.Conv2D(5, 1, name="scores")
+    x = keras.layers.Softmax()(keras.layers.GlobalAveragePooling2D()(scores(trunk.map)))
+    computed = by_hand(keras.Model(trunk.input, x)).compute(PIXELS, everything(5))
+    assert computed.layer == "scores"
+    maps = scores(trunk.activations.astype(np.float32)).numpy().transpose(0, 3, 1, 2) / (5 * 7)
+    assert_allclose(computed.raw, maps, atol=1e-5 * np.abs(maps).max())
+
+
+class TestSigmoid:
+    @pytest.mark.parametrize("end", ["fused", "Activation", "ops.sigmoid", "told"])
+    def test_labels_that_do_not_exclude_each_other_have_probabilities_of_their_own(
+        self, end: str, trunk: Trunk, by_hand: Wrap
+    ) -> None:
+        import keras
+
+        x, layer = trunk.dense(3, "sigmoid" if end == "fused" else None)
+        ending = {"Activation": keras.layers.Activation("sigmoid"), "ops.sigmoid": keras.ops.sigmoid}
+        x = ending[end](x) if end in ending else x
+        head = Head(kind="sigmoid") if end == "told" else None
+        network = by_hand(keras.Model(trunk.input, x), head=head)
+        seen = explain_pixels(network, PIXELS, [(0, 1, 2)] * 2)
+        found = [[one.probability for one in image.explained] for image in seen]
+        assert_allclose(found, 1 / (1 + np.exp(-trunk.scores(layer))), atol=1e-6)
+        assert network.facts.head == "sigmoid"
+
+    @pytest.mark.parametrize("activation", ["sigmoid", None])
+    def test_one_unit_speaks_for_class_1_and_against_class_0(
+        self, activation: str | None, trunk: Trunk, by_hand: Wrap
+    ) -> None:
+        import keras
+
+        x, layer = trunk.dense(1, activation)
+        network = by_hand(keras.Model(trunk.input, x))
+        computed = network.compute(PIXELS, everything(2))
+        scores, maps = trunk.scores(layer), trunk.maps(layer)
+        assert_allclose(computed.scores, np.concatenate([-scores, scores], 1), atol=1e-5)
+        assert_allclose(computed.raw, np.concatenate([-maps, maps], 1), atol=1e-5 * np.abs(maps).max())
+        seen = explain_pixels(network, PIXELS, [(0, 1)] * 2)
+        found = np.array([[one.probability for one in image.explained] for image in seen])
+        assert_allclose(found[:, 1], 1 / (1 + np.exp(-scores[:, 0])), atol=1e-6)
+        assert_allclose(found.sum(1), 1, atol=1e-6)
+        assert len(network.labels) == 2
+
+    def test_the_probability_of_one_unit_has_the_slope_of_the_other_side(
+        self, trunk: Trunk, by_hand: Wrap
+    ) -> None:
+        import keras
+
+        x, layer = trunk.dense(1, "sigmoid")
+        network = by_hand(keras.Model(trunk.input, x))
+        computed = network.compute(PIXELS, everything(2), Method(score="probability"))
+        scores, maps = trunk.scores(layer)[..., None, None], trunk.maps(layer)
+        expected = np.concatenate([-maps / (1 + np.exp(-scores)), maps / (1 + np.exp(scores))], 1)
+        assert_allclose(computed.raw, expected, atol=1e-5 * np.abs(maps).max())
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("activation", "kind"), [("softmax", "sigmoid"), ("sigmoid", "softmax"), ("log_softmax", "sigmoid")]
+    )
+    def test_a_head_cannot_be_what_the_network_says_it_is_not(
+        self, activation: str, kind: Any, trunk: Trunk, by_hand: Wrap
+    ) -> None:
+        import keras
+
+        model = keras.Model(trunk.input, trunk.dense(3, activation)[0])
+        own = "sigmoid" if activation == "sigmoid" else "softmax"
+        with pytest.raises(NetworkIncompatible, match=f"ends in a {own}; its head cannot be {kind}"):
+            by_hand(model, head=Head(kind=kind))
+
+    @pytest.mark.parametrize("told", [True, False])
+    def test_a_softmax_of_one_unit_is_nothing_to_explain(
+        self, told: bool, trunk: Trunk, by_hand: Wrap
+    ) -> None:
+        import keras
+
+        model = keras.Model(trunk.input, trunk.dense(1, None if told else "softmax")[0])
+        with pytest.raises(NetworkIncompatible, match="softmax of one unit, which is always 1"):
+            by_hand(model, head=Head(kind="softmax") if told else None)
+
+    @pytest.mark.parametrize("how", ["a mean of two networks", "written out", "averaged over positions"])
+    def test_probabilities_that_no_softmax_was_left_out_of_are_not_taken_for_scores(
+        self, how: str, trunk: Trunk, by_hand: Wrap
+    ) -> None:
+        import keras
+
+        layers = keras.layers
+        if how == "a mean of two networks":
+            x = layers.Average()([layers.Dense(3, "softmax")(trunk.pooled) for _ in range(2)])
+        elif how == "written out":
+            powers = keras.ops.exp(trunk.dense(3)[0])
+            x = powers / keras.ops.sum(powers, axis=1, keepdims=True)
+        else:
+            x = layers.GlobalAveragePooling2D()(layers.Conv2D(3, 1, activation="softmax")(trunk.map))
+        with pytest.raises(NetworkIncompatible, match="are probabilities, but it does not end in a softmax"):
+            by_hand(keras.Model(trunk.input, x))
+
+    def test_a_map_of_classes_is_no_list_of_scores(self, trunk: Trunk, by_hand: Wrap) -> None:
+        import keras
+
+        x = keras.layers.Conv2D(3, 1, activation="softmax")(trunk.map)
+        with pytest.raises(
+            NetworkIncompatible, match=r"shape \(None, 5, 7, 3\); a classifier's is \(None, c"
+        ):
+            by_hand(keras.Model(trunk.input, x))
+
+
+class TestSeveralOutputs:
+    @pytest.mark.parametrize("shape", ["list", "dictionary"])
+    @pytest.mark.parametrize("name", ["animal", "colour"])
+    def test_one_is_chosen_by_its_name(self, name: str, shape: str, trunk: Trunk, by_hand: Wrap) -> None:
+        import keras
+
+        dense = {
+            "colour": keras.layers.Dense(4, "softmax", name="colour"),
+            "animal": keras.layers.Dense(3, "sigmoid", name="animal"),
+        }
+        outputs: Any = {key: layer(trunk.pooled) for key, layer in dense.items()}
+        model = keras.Model(trunk.input, outputs if shape == "dictionary" else [*outputs.values()])
+        network = by_hand(model, head=Head(output=name))
+        computed = network.compute(PIXELS, everything(3))
+        assert_allclose(computed.scores, trunk.scores(dense[name]), atol=1e-5)
+        maps = trunk.maps(dense[name])[:, :3]
+        assert_allclose(computed.raw, maps, atol=1e-5 * np.abs(maps).max())
+        assert network.facts.head == ("sigmoid" if name == "animal" else "softmax")
+
+    @pytest.mark.parametrize("output", [None, "shape"])
+    def test_the_names_are_told_where_none_or_another_is_chosen(
+        self, output: str | None, trunk: Trunk, by_hand: Wrap
+    ) -> None:
+        import keras
+
+        outputs = [keras.layers.Dense(3, name=name)(trunk.pooled) for name in ("colour", "animal")]
+        said = "no output 'shape'; it has" if output else "2 outputs: choose one of"
+        with pytest.raises(NetworkIncompatible, match=f"{said} colour, animal"):
+            by_hand(keras.Model(trunk.input, outputs), head=Head(output=output))
+
+    def test_outputs_of_one_nested_model_are_told_apart_by_numbers(self, trunk: Trunk, by_hand: Wrap) -> None:
+        import keras
+
+        features = keras.Input((CHANNELS,))
+        dense = [keras.layers.Dense(classes, "softmax") for classes in (3, 4)]
+        heads = keras.Model(features, [layer(features) for layer in dense], name="heads")
+        network = by_hand(keras.Model(trunk.input, heads(trunk.pooled)), head=Head(output="heads:1"))
+        assert_allclose(network.scores(PIXELS), trunk.scores(dense[1]), atol=1e-5)

@@ -1,0 +1,147 @@
+"""What a network takes in: sizes, channels, whole numbers; and what it does with them itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from worker.errors import NetworkIncompatible
+from worker.gradcam.catalog import Preprocessing
+
+pytestmark = pytest.mark.tensorflow
+
+ROWS, COLUMNS = 12, 16
+ALL = np.array([[0, 1, 2]] * 2, np.int32)
+Wrap = Callable[..., Any]
+
+
+def backbone(keras: Any, name: str = "backbone", shape: tuple[Any, ...] = (ROWS, COLUMNS, 3)) -> Any:
+    """Two convolutions, (rows, columns, channels) -> (5, 7, 6)."""
+    layers = keras.layers
+    inputs = keras.Input(shape)
+    x = layers.Conv2D(4, 3, 2, activation="relu", name="stem")(inputs)
+    x = layers.Conv2D(6, 3, padding="same", name="conv")(x)
+    return keras.Model(inputs, layers.Activation("tanh", name="act")(x), name=name)
+
+
+def classified(keras: Any, x: Any) -> Any:
+    x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+    return keras.layers.Dense(3, "softmax", bias_initializer="random_normal", name="scores")(x)
+
+
+def of_any_size(keras: Any) -> Any:
+    inner = backbone(keras, shape=(None, None, 3))
+    return keras.Model(inner.input, classified(keras, inner.output))
+
+
+class TestInputs:
+    @pytest.mark.parametrize("channels", [1, 4, 6])
+    def test_any_number_of_channels(self, channels: int, by_hand: Wrap, taped: Callable[..., Any]) -> None:
+        import keras
+
+        inner = backbone(keras, shape=(ROWS, COLUMNS, channels))
+        model = keras.Model(inner.input, classified(keras, inner.output))
+        how = Preprocessing("own", (10.0,), (100.0,), channels=channels)
+        pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, channels), np.uint8)
+        computed = by_hand(model, preprocessing=how).compute(pixels, ALL)
+        inputs = (pixels - np.float32(10)) / 100
+        expected = taped(model, inputs, inner.get_layer("act"), head=model.get_layer("scores"))
+        assert_allclose(computed.raw, expected.raw, atol=1e-5 * np.abs(expected.raw).max())
+
+    def test_a_network_that_takes_grey_pictures_gets_the_luminance(
+        self, by_hand: Wrap, taped: Callable[..., Any]
+    ) -> None:
+        import keras
+
+        inner = backbone(keras, shape=(ROWS, COLUMNS, 1))
+        model = keras.Model(inner.input, classified(keras, inner.output))
+        pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, 3), np.uint8)
+        how = Preprocessing("own", (0.0,), (255.0,), channels="grey")
+        computed = by_hand(model, preprocessing=how).compute(pixels, ALL)
+        grey = (pixels @ np.array([[0.299], [0.587], [0.114]]) / 255).astype(np.float32)
+        expected = taped(model, grey, inner.get_layer("act"), head=model.get_layer("scores"))
+        assert_allclose(computed.raw, expected.raw, atol=1e-5 * np.abs(expected.raw).max())
+
+    def test_whole_numbers(self, by_hand: Wrap, taped: Callable[..., Any]) -> None:
+        import keras
+
+        inputs = keras.Input((ROWS, COLUMNS, 3), dtype="uint8")
+        inner = backbone(keras)
+        model = keras.Model(inputs, classified(keras, inner(keras.layers.Rescaling(1 / 255)(inputs))))
+        pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, 3), np.uint8)
+        network = by_hand(model, preprocessing="none")
+        computed = network.compute(pixels, ALL)
+        whole = keras.Model(model.layers[2].input, classified(keras, inner.output))
+        whole.layers[-1].set_weights(model.layers[-1].get_weights())
+        expected = taped(
+            whole, pixels / np.float32(255), inner.get_layer("act"), head=whole.get_layer("scores")
+        )
+        assert_allclose(computed.raw, expected.raw, atol=1e-5 * np.abs(expected.raw).max())
+        assert network.facts.rescales
+        with pytest.raises(
+            NetworkIncompatible, match=r"takes whole numbers \(uint8\).* must be none, not tf"
+        ):
+            by_hand(model)
+
+    def test_a_size_that_was_not_given_is_asked_for(self, by_hand: Wrap) -> None:
+        import keras
+
+        model = of_any_size(keras)
+        with pytest.raises(NetworkIncompatible, match="does not say how large its input is: give input_size"):
+            by_hand(model)
+
+    def test_another_size_or_number_of_channels_is_refused_with_what_would_be_right(
+        self, by_hand: Wrap
+    ) -> None:
+        import keras
+
+        model = keras.Sequential([backbone(keras), keras.layers.Flatten(), keras.layers.Dense(3)])
+        with pytest.raises(NetworkIncompatible, match="takes an input of 12 x 16 x 3, not of 20 x 20 x 3"):
+            by_hand(model, input_size=(20, 20))
+        with pytest.raises(NetworkIncompatible, match="takes an input of 12 x 16 x 3, not of 12 x 16 x 1"):
+            by_hand(model, preprocessing=Preprocessing("grey", channels="grey"))
+
+    def test_a_size_that_a_layer_cannot_take_is_refused_with_the_layer(self, by_hand: Wrap) -> None:
+        import keras
+
+        model = of_any_size(keras)
+        with pytest.raises(NetworkIncompatible, match=r"stem cannot take \(None, 2, 2, 3\)"):
+            by_hand(model, input_size=(2, 2))
+
+    def test_two_images_are_one_too_many(self, by_hand: Wrap) -> None:
+        import keras
+
+        two = [keras.Input((ROWS, COLUMNS, 3), name=name) for name in ("left", "right")]
+        model = keras.Model(two, classified(keras, keras.layers.Add()(two)))
+        with pytest.raises(NetworkIncompatible, match=r"takes 2 inputs \(left .*, right .*\); a job has one"):
+            by_hand(model, input_size=(ROWS, COLUMNS))
+
+    def test_channels_that_come_first_are_refused(self, by_hand: Wrap) -> None:
+        import keras
+
+        inputs = keras.Input((3, ROWS, 3))
+        x = keras.layers.Conv2D(4, 2, data_format="channels_first", name="first")(inputs)
+        x = keras.layers.GlobalAveragePooling2D(data_format="channels_first")(x)
+        model = keras.Model(inputs, keras.layers.Dense(3)(x))
+        with pytest.raises(
+            NetworkIncompatible, match=r"first puts the channels first; build .* channels_last"
+        ):
+            by_hand(model)
+
+    @pytest.mark.parametrize("how", ["Rescaling", "Normalization", "arithmetic", "nothing"])
+    def test_a_network_that_prepares_its_input_says_so(self, how: str, by_hand: Wrap) -> None:
+        import keras
+
+        inputs = keras.Input((ROWS, COLUMNS, 3))
+        x = keras.layers.RandomFlip()(inputs)
+        if how == "Rescaling":
+            x = keras.layers.Rescaling(1 / 255)(x)
+        elif how == "Normalization":
+            x = keras.layers.Normalization(mean=[1, 2, 3], variance=[4, 5, 6])(x)
+        elif how == "arithmetic":
+            x = x / 127.5 - 1
+        x = keras.layers.Rescaling(3.0)(backbone(keras)(x))
+        network = by_hand(keras.Model(inputs, classified(keras, x)))
+        assert network.facts.rescales == (how != "nothing")

@@ -1,0 +1,247 @@
+"""Layers and models that somebody wrote: opened as far as they can be, else taken as they are, or refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from worker.errors import NetworkIncompatible
+
+pytestmark = pytest.mark.tensorflow
+
+ROWS, COLUMNS = 12, 16
+ALL = np.array([[0, 1, 2]] * 2, np.int32)
+Wrap = Callable[..., Any]
+
+
+def backbone(keras: Any, name: str = "backbone", shape: tuple[Any, ...] = (ROWS, COLUMNS, 3)) -> Any:
+    """Two convolutions, (rows, columns, channels) -> (5, 7, 6)."""
+    layers = keras.layers
+    inputs = keras.Input(shape)
+    x = layers.Conv2D(4, 3, 2, activation="relu", name="stem")(inputs)
+    x = layers.Conv2D(6, 3, padding="same", name="conv")(x)
+    return keras.Model(inputs, layers.Activation("tanh", name="act")(x), name=name)
+
+
+def classified(keras: Any, x: Any) -> Any:
+    x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+    return keras.layers.Dense(3, "softmax", bias_initializer="random_normal", name="scores")(x)
+
+
+def own_layers() -> dict[str, Any]:  # noqa: C901  # each is simple
+    """Layers and models as somebody may write them, by their names."""
+    import keras
+    import tensorflow as tf
+    from keras import layers, ops
+
+    class Block(layers.Layer):  # type: ignore[misc]
+        """Made of layers and keras.ops."""
+
+        def __init__(self, **more: Any) -> None:
+            super().__init__(**more)
+            self.conv = layers.Conv2D(3, 3, padding="same", name="conv")
+            self.norm = layers.BatchNormalization(name="norm")
+
+        def call(self, x: Any, training: bool = False) -> Any:
+            return ops.tanh(self.norm(self.conv(x), training=training)) + x
+
+    class Scaled(layers.Layer):  # type: ignore[misc]
+        """Has weights of its own."""
+
+        def build(self, shape: Any) -> None:
+            self.scale = self.add_weight(shape=(shape[-1],), initializer="random_normal", name="scale")
+
+        def call(self, x: Any) -> Any:
+            return ops.tanh(ops.multiply(x, self.scale) * 9)
+
+    class Closed(layers.Layer):  # type: ignore[misc]
+        """Cannot be looked into."""
+
+        def build(self, shape: Any) -> None:
+            self.mix = self.add_weight(shape=(shape[-1], 4), name="mix")
+
+        def call(self, x: Any) -> Any:
+            return tf.tanh(tf.tensordot(x, tf.convert_to_tensor(self.mix), 1))
+
+    class OfOneBatch(layers.Layer):  # type: ignore[misc]
+        """Asks how many images there are, which nobody knows beforehand."""
+
+        def __init__(self, **more: Any) -> None:
+            super().__init__(**more)
+            self.conv = layers.Conv2D(4, 3, name="conv")
+
+        def call(self, x: Any) -> Any:
+            x = ops.sin(3 * self.conv(x))
+            return ops.reshape(x, (ops.shape(x)[0], ROWS - 2, COLUMNS - 2, 4))
+
+    class Classifier(keras.Model):  # type: ignore[misc]
+        """A subclassed model, which decides by `training`."""
+
+        def __init__(self, **more: Any) -> None:
+            super().__init__(**more)
+            self.block, self.pool = Block(name="block"), layers.GlobalAveragePooling2D()
+            self.drop, self.dense = layers.Dropout(0.5), layers.Dense(3, "softmax")
+
+        def call(self, x: Any, training: bool = False) -> Any:
+            x = ops.relu(self.block(x, training=training))
+            if training:
+                x = self.drop(x, training=True)
+            return self.dense(self.pool(x))
+
+    class Random(Classifier):
+        """Drops features in inference too: Monte Carlo dropout."""
+
+        def call(self, x: Any, training: bool = False) -> Any:
+            return self.dense(self.drop(self.pool(self.block(x)), training=True))
+
+    class Deciding(Classifier):
+        """Decides by what is in the image."""
+
+        def call(self, x: Any, training: bool = False) -> Any:
+            return self.dense(self.pool(self.block(x) if ops.max(x) > 0 else x))
+
+    return {one.__name__: one for one in (Block, Scaled, Closed, OfOneBatch, Classifier, Random, Deciding)}
+
+
+@pytest.fixture(scope="module")
+def own() -> dict[str, Any]:
+    return own_layers()
+
+
+def agrees(network: Any, model: Any, taped: Callable[..., Any], layer: Any, head: Any) -> None:
+    """Scores and maps are those of a tape over the model."""
+    pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, 3), np.uint8)
+    computed = network.compute(pixels, ALL)
+    expected = taped(model, pixels / np.float32(127.5) - 1, layer, head=head)
+    assert_allclose(computed.scores, expected.scores, atol=1e-5 * np.abs(expected.scores).max())
+    assert np.ptp(expected.raw, axis=(2, 3)).min() > 0
+    assert_allclose(computed.raw, expected.raw, atol=1e-5 * np.abs(expected.raw).max())
+
+
+class TestOwnLayers:
+    @pytest.mark.parametrize(
+        ("kind", "path"),
+        [("Block", "mine/add"), ("Scaled", "mine/tanh"), ("Closed", "mine"), ("OfOneBatch", "mine")],
+    )
+    def test_a_layer_is_opened_where_it_is_made_of_layers_and_operations(
+        self, kind: str, path: str, own: dict[str, Any], by_hand: Wrap, taped: Callable[..., Any]
+    ) -> None:
+        import keras
+
+        inputs, layer = keras.Input((ROWS, COLUMNS, 3)), own[kind](name="mine")
+        model = keras.Model(inputs, classified(keras, layer(inputs)))
+        network = by_hand(model)
+        assert network.facts.default_layer == path
+        agrees(network, model, taped, layer, model.get_layer("scores"))
+        agrees(by_hand(model, "mine"), model, taped, layer, model.get_layer("scores"))
+
+    def test_a_layer_in_a_layer_has_a_path(
+        self, own: dict[str, Any], by_hand: Wrap, taped: Callable[..., Any]
+    ) -> None:
+        import keras
+
+        inputs, block = keras.Input((ROWS, COLUMNS, 3)), own["Block"](name="block")
+        model = keras.Model(inputs, classified(keras, own["Scaled"]()(block(inputs))))
+        agrees(by_hand(model, "block/norm"), model, taped, block.norm, model.get_layer("scores"))
+
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_a_subclassed_model_is_opened(
+        self, nested: bool, own: dict[str, Any], by_hand: Wrap, taped: Callable[..., Any]
+    ) -> None:
+        import keras
+
+        model = inner = own["Classifier"](name="inner")
+        if nested:
+            inputs = keras.Input((ROWS, COLUMNS, 3))
+            model = keras.Model(inputs, inner(inputs))
+        network = by_hand(model, input_size=(ROWS, COLUMNS))
+        assert network.facts.default_layer == ("inner/relu" if nested else "relu")
+        conv = by_hand(model, "inner/block/conv" if nested else "block/conv", input_size=(ROWS, COLUMNS))
+        agrees(conv, model, taped, inner.block.conv, inner.dense)
+
+    def test_names_of_operations_are_the_same_whenever_a_layer_is_opened(
+        self, own: dict[str, Any], by_hand: Wrap
+    ) -> None:
+        model = own["Classifier"]()
+        found = [by_hand(model, input_size=(ROWS, COLUMNS))._places.by_slot.values() for _ in range(2)]
+        first, second = ([place.path for place in places] for places in found)
+        assert first == second == ["block/conv", "block/norm", "block/tanh", "block/add", "relu"]
+
+    def test_a_lambda_of_a_model_at_hand_is_opened(self, by_hand: Wrap, taped: Callable[..., Any]) -> None:
+        import keras
+
+        inner = backbone(keras)
+        doubled = keras.layers.Lambda(lambda x: keras.ops.square(x) * 2, name="doubled")
+        model = keras.Model(inner.input, classified(keras, doubled(inner.output)))
+        assert by_hand(model).facts.default_layer == "doubled/multiply"
+        agrees(by_hand(model), model, taped, doubled, model.get_layer("scores"))
+
+
+class TestCannotBeFollowed:
+    def test_a_model_that_decides_by_the_image_has_no_static_graph(
+        self, own: dict[str, Any], by_hand: Wrap
+    ) -> None:
+        with pytest.raises(
+            NetworkIncompatible, match=r"Deciding 'mine' has no static graph.* or of layers and"
+        ):
+            by_hand(own["Deciding"](name="mine"), input_size=(ROWS, COLUMNS))
+
+    def test_a_model_that_is_random_in_inference_is_refused(self, own: dict[str, Any], by_hand: Wrap) -> None:
+        with pytest.raises(
+            NetworkIncompatible, match=r"computes something else than as a whole .* is random"
+        ):
+            by_hand(own["Random"](), input_size=(ROWS, COLUMNS))
+
+    def test_a_model_that_breaks_is_refused_with_what_it_said(
+        self, own: dict[str, Any], by_hand: Wrap
+    ) -> None:
+        import keras
+
+        model = keras.Sequential([keras.layers.Conv2D(3, 20, name="wide"), keras.layers.Flatten()])
+        with pytest.raises(NetworkIncompatible, match="cannot be called with an image of 12 x 16 x 3"):
+            by_hand(model, input_size=(ROWS, COLUMNS))
+
+    def test_dropout_that_was_called_for_training_is_off_as_in_the_whole_model(
+        self, by_hand: Wrap, taped: Callable[..., Any]
+    ) -> None:
+        import keras
+
+        inner = backbone(keras)
+        model = keras.Model(
+            inner.input, classified(keras, keras.layers.Dropout(0.5)(inner.output, training=True))
+        )
+        agrees(by_hand(model), model, taped, inner.get_layer("act"), model.get_layer("scores"))
+
+
+class TestLeftAsItWas:
+    @pytest.mark.parametrize("kind", ["nested", "with layers of its own", "subclassed"])
+    def test_weights_names_outputs_and_calls_are_those_of_before(
+        self, kind: str, own: dict[str, Any], by_hand: Wrap
+    ) -> None:
+        import keras
+
+        inputs, inner = keras.Input((ROWS, COLUMNS, 3)), backbone(keras)
+        if kind == "nested":
+            model = keras.Model(inputs, classified(keras, inner(inputs)))
+        elif kind == "subclassed":
+            model = own["Classifier"]()
+        else:
+            model = keras.Model(inputs, classified(keras, own["Scaled"]()(inner(own["Block"]()(inputs)))))
+        pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, 3), np.uint8)
+        output = np.asarray(model(pixels / np.float32(255)))
+
+        def state() -> list[Any]:
+            layers = model._flatten_layers()
+            return [
+                (one.name, len(one._inbound_nodes), len(one._outbound_nodes), one.trainable) for one in layers
+            ]
+
+        before, weights = state(), [one.copy() for one in model.get_weights()]
+        by_hand(model, input_size=(ROWS, COLUMNS)).compute(pixels, ALL)
+        assert state() == before
+        for left, right in zip(model.get_weights(), weights, strict=True):
+            assert_array_equal(left, right)
+        assert_array_equal(np.asarray(model(pixels / np.float32(255))), output)
+        assert by_hand(model, input_size=(ROWS, COLUMNS)).facts.default_layer
