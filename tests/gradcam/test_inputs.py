@@ -118,6 +118,33 @@ class TestInputs:
         with pytest.raises(NetworkIncompatible, match=r"takes 2 inputs \(left .*, right .*\); a job has one"):
             by_hand(model, input_size=(ROWS, COLUMNS))
 
+    @pytest.mark.parametrize(
+        ("kind", "size", "options", "fits"),
+        [
+            ("CenterCrop", (ROWS, COLUMNS), {}, True),  # of all there is
+            ("CenterCrop", (ROWS - 4, COLUMNS), {}, False),
+            ("RandomCrop", (ROWS // 2, COLUMNS // 2), {}, False),
+            ("Resizing", (ROWS, ROWS), {}, True),  # stretched, as our own pictures are
+            ("Resizing", (ROWS, ROWS), {"crop_to_aspect_ratio": True}, False),
+            ("Resizing", (ROWS, ROWS), {"pad_to_aspect_ratio": True}, False),
+            ("Resizing", (ROWS * 2, COLUMNS * 2), {"crop_to_aspect_ratio": True}, True),
+        ],
+    )
+    def test_a_network_that_looks_at_a_part_of_its_input_is_refused(
+        self, kind: str, size: tuple[int, int], options: dict[str, Any], fits: bool, by_hand: Wrap
+    ) -> None:
+        import keras
+
+        inputs = keras.Input((ROWS, COLUMNS, 3))
+        x = getattr(keras.layers, kind)(*size, name="cut", **options)(inputs)
+        x = keras.layers.Conv2D(4, 3, name="conv")(x)
+        model = keras.Model(inputs, classified(keras, x))
+        if fits:
+            assert by_hand(model).facts.default_layer == "conv"
+            return
+        with pytest.raises(NetworkIncompatible, match=r"cuts a part out of its input, or pads it \(cut\)"):
+            by_hand(model)
+
     def test_channels_that_come_first_are_refused(self, by_hand: Wrap) -> None:
         import keras
 

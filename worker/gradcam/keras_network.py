@@ -15,10 +15,10 @@ from worker.gradcam.backend import keras
 from worker.gradcam.catalog import NetworkRow, Preprocessing
 from worker.gradcam.classes import ClassIndex, imagenet
 from worker.gradcam.dissect import take_apart
-from worker.gradcam.graph import run
+from worker.gradcam.graph import Graph, run
 from worker.gradcam.head import find_scores
 from worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
-from worker.gradcam.target import Place, Places, rescales
+from worker.gradcam.target import Place, Places, crops, rescales
 
 MAX_GRADIENTS = 2**27  # numbers held at once: 512 MB
 MAX_TRACED = 8  # each is a graph of its own: a stream of layer names must not fill the memory
@@ -35,7 +35,7 @@ class KerasNetwork:
         """Take the model as it is: nothing in it is changed. Raises NetworkIncompatible, UnknownLayer."""
         shape = (*row.input_size, row.preprocessing.input_channels)
         graph = take_apart(model, shape, renumber=row.builder is not None)
-        _check_input(row, graph.entry_dtype)
+        _check_input(row, graph)
         self._row, self._model = row, model
         self._pixels = (*row.input_size, row.preprocessing.pixel_channels)
         self._scores = find_scores(graph, row.head)
@@ -226,13 +226,19 @@ def _same(values: Any) -> Any:
     return values
 
 
-def _check_input(row: NetworkRow, dtype: str) -> None:
-    """Raise NetworkIncompatible where preprocessing makes fractions for an input of whole numbers."""
-    how = row.preprocessing
+def _check_input(row: NetworkRow, graph: Graph) -> None:
+    """Raise NetworkIncompatible where the network would not see all of what preprocessing makes."""
+    how, dtype = row.preprocessing, graph.entry_dtype
     if "float" not in dtype and ({*how.mean} != {0} or {*how.std} != {1}):
         message = (
             f"{row.name} takes whole numbers ({dtype}), the pixels as they are: its preprocessing must be "
             f"none, not {how.name}."
+        )
+        raise NetworkIncompatible(message)
+    if path := crops(graph):
+        message = (
+            f"{row.name} cuts a part out of its input, or pads it ({path}): its maps would not lie where "
+            "they belong. Set input_size to what is left, or to its proportions, and crop the pictures before."
         )
         raise NetworkIncompatible(message)
 

@@ -39,6 +39,7 @@ PASSED_OVER = {  # between the target layer and the scores: they move or drop po
     "GetItem",
     "Split",
 }
+CROPS = {"CenterCrop", "RandomCrop", "Resizing"}  # layers that may show but a part of the image
 PREPARES = {"Rescaling", "Normalization"}  # layers that do what `Preprocessing` does
 ARITHMETIC = {"TrueDivide", "Divide", "Multiply", "Subtract", "Add"}  # ... and so do these, with a constant
 MIXES = {"MatMul", "Matmul", "Einsum", "Dot", "BatchDot"}  # and whatever is called attention
@@ -265,3 +266,23 @@ def rescales(graph: Graph) -> bool:
         if not step.weights:
             reached.update(step.writes)
     return False
+
+
+def crops(graph: Graph) -> str | None:
+    """The path of a layer that cuts a part out of the image, or pads it: no map would lie where it belongs."""
+    for step in graph.steps:
+        if step.kind not in CROPS:
+            continue
+        (height, width), (rows, columns) = (
+            graph.shapes[slot][1:3] for slot in (step.inputs[0], step.writes[0])
+        )
+        how = step.operation
+        keeps_ratio = getattr(how, "crop_to_aspect_ratio", False) or getattr(
+            how, "pad_to_aspect_ratio", False
+        )
+        stretches = step.kind == "Resizing" and not keeps_ratio
+        if not stretches and height * columns != width * rows:
+            return step.path
+        if step.kind != "Resizing" and (height, width) != (rows, columns):
+            return step.path
+    return None
