@@ -12,6 +12,9 @@ from worker.gradcam.weights import digest
         ("vgg16", (224, 224), "block5_conv3", (14, 14), "caffe"),
         ("xception", (299, 299), "block14_sepconv2_act", (10, 10), "tf"),
         ("efficientnet_lite0", (224, 224), "top_act", (7, 7), "lite"),
+        ("convnexttiny", (224, 224), "add_17", (7, 7), "none"),
+        ("densenet121", (224, 224), "relu", (7, 7), "torch"),
+        ("efficientnetv2l", (480, 480), "top_activation", (15, 15), "none"),
     ],
 )
 def test_a_row_says_what_to_feed_and_where_to_look(
@@ -40,9 +43,10 @@ def test_a_shipped_file_is_the_one_its_row_pins() -> None:
 
 
 def test_an_unknown_network_is_refused_with_those_there_are() -> None:
+    few = {name: CATALOG[name] for name in ("xception", "vgg16")}
     with pytest.raises(UnknownNetwork) as refused:
-        find("qqq")
-    assert str(refused.value) == "There is no network 'qqq'; there are efficientnet_lite0, vgg16, xception."
+        find("qqq", few)
+    assert str(refused.value) == "There is no network 'qqq'. There are vgg16, xception."
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -7,11 +8,15 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from worker.errors import DeviceOutOfMemory
 
+if TYPE_CHECKING:
+    from worker.gradcam.gradients import Parts
+
 pytestmark = pytest.mark.tensorflow
 
 RNG = np.random.default_rng(2)
 KERNEL, DENSE = RNG.normal(size=(3, 3, 3, 4)), RNG.normal(size=(4, 6))  # of the tail
 PIXELS = RNG.integers(0, 256, (2, 5, 6, 3), dtype=np.uint8)
+WANTED = np.array([[3, 0, -1], [1, -2, -6]], np.int32)
 
 
 def tail(activations: Any) -> Any:
@@ -20,52 +25,85 @@ def tail(activations: Any) -> Any:
     return np.tanh(np.einsum("nhwcij,ijck->nhwk", windows, KERNEL)).sum((1, 2)) @ DENSE
 
 
-def forward(pixels: Any) -> tuple[Any, Any]:
-    """The same tail in TensorFlow behind activations `pixels / 255`, float64."""
+def tail_on_device(activations: Any, _: Any = None) -> Any:
+    """The same in TensorFlow, in whatever precision its activations have."""
     import tensorflow as tf
 
-    activations = tf.cast(pixels, tf.float64) / 255
-    bent = tf.tanh(tf.nn.conv2d(activations, KERNEL, 1, "VALID"))
-    return activations, tf.reduce_sum(bent, (1, 2)) @ DENSE
+    bent = tf.tanh(tf.nn.conv2d(activations, tf.cast(KERNEL, activations.dtype), 1, "VALID"))
+    return tf.reduce_sum(bent, (1, 2)) @ tf.cast(DENSE, activations.dtype)
+
+
+def slopes(activations: Any, class_ids: Any) -> Any:
+    """Finite differences of the scores of k classes, (k, n, rows, columns, channels), float64."""
+    found, step = np.zeros((class_ids.shape[1], *activations.shape)), 1e-5
+    for place in np.ndindex(activations.shape[1:]):
+        bump = np.zeros_like(activations)
+        bump[(slice(None), *place)] = step
+        slope = (tail(activations + bump) - tail(activations - bump)) / (2 * step)
+        found[(..., *place)] = np.take_along_axis(slope, class_ids, axis=1).T
+    return found
+
+
+@pytest.fixture
+def parts() -> "Parts":
+    """A trunk that divides by 255, and that tail."""
+    from worker.gradcam.gradients import Parts
+
+    return Parts(
+        trunk=lambda pixels: (pixels / 255, {}),
+        tail=tail_on_device,
+        explained=lambda scores: scores,
+        grid=lambda values: values,
+        pixels=(5, 6, 3),
+        variables=[],
+    )
+
+
+def gradients_alone(_: Any, __: Any, gradients: Any) -> Any:
+    return gradients
 
 
 def test_gradients_agree_with_finite_differences_in_float64() -> None:
-    from worker.gradcam.gradients import one_pass
+    import tensorflow as tf
 
-    wanted = np.array([[3, 0, -1], [1, -2, -6]], np.int32)
-    run = one_pass(forward, lambda _, gradients: gradients)
-    scores, class_ids, gradients = run(PIXELS, wanted)
+    from worker.gradcam.gradients import linearized
+
     activations = PIXELS / 255
+    scores, pull = linearized(lambda at: (tail_on_device(at),) * 2, tf.constant(activations))
     assert_allclose(scores, tail(activations), rtol=1e-12)
-    assert gradients.shape == (3, 2, 5, 6, 3)
-    step = 1e-5
-    for place in np.ndindex(5, 6, 3):
-        bump = np.zeros_like(activations)
-        bump[(slice(None), *place)] = step
-        slopes = (tail(activations + bump) - tail(activations - bump)) / (2 * step)
-        expected = np.take_along_axis(slopes, class_ids, axis=1).T
-        assert_allclose(gradients[(..., *place)], expected, atol=1e-8)
+    class_ids = np.array([[3, 0], [1, 5]])
+    found = pull(tf.one_hot(class_ids.T, 6, dtype=tf.float64))
+    assert_allclose(found, slopes(activations, class_ids), atol=1e-8)
 
 
-def test_ids_name_classes_and_negative_numbers_name_ranks() -> None:
+def test_the_whole_pass_gives_the_scores_and_those_gradients(parts: "Parts") -> None:
     from worker.gradcam.gradients import one_pass
 
-    wanted = np.array([[3, 0, -1], [1, -2, -6]], np.int32)
-    scores, class_ids, _ = one_pass(forward, lambda _, gradients: gradients)(PIXELS, wanted)
+    scores, class_ids, gradients = one_pass(parts, gradients_alone)(PIXELS, WANTED)
+    assert_allclose(scores, tail(PIXELS / 255), rtol=1e-5)
+    assert gradients.shape == (3, 2, 5, 6, 3)
+    expected = slopes(PIXELS / 255, class_ids)
+    assert_allclose(gradients, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_ids_name_classes_and_negative_numbers_name_ranks(parts: "Parts") -> None:
+    from worker.gradcam.gradients import one_pass
+
+    scores, class_ids, _ = one_pass(parts, gradients_alone)(PIXELS, WANTED)
     ranked = np.argsort(-scores, axis=1)
     assert_array_equal(class_ids, [[3, 0, ranked[0, 0]], [1, ranked[1, 1], ranked[1, 5]]])
 
 
-def test_every_batch_size_and_every_wish_share_one_trace() -> None:
+def test_every_batch_size_and_every_wish_share_one_trace(parts: "Parts") -> None:
     from worker.gradcam.gradients import one_pass
 
     traces = []
 
     def counted(pixels: Any) -> tuple[Any, Any]:
         traces.append(pixels.shape)
-        return forward(pixels)
+        return parts.trunk(pixels)
 
-    run = one_pass(counted, lambda _, gradients: gradients)
+    run = one_pass(replace(parts, trunk=counted), gradients_alone)
     for images, classes in [(1, 1), (2, 1), (1, 5), (7, 3)]:
         pixels = np.repeat(PIXELS[:1], images, axis=0)
         *_, gradients = run(pixels, np.full((images, classes), -1, np.int32))
@@ -73,7 +111,24 @@ def test_every_batch_size_and_every_wish_share_one_trace() -> None:
     assert len(traces) == 1
 
 
-def test_a_device_without_room_is_a_typed_error_with_the_size_of_the_call() -> None:
+def test_a_mirror_image_goes_through_in_the_same_pass_and_the_maps_are_the_means_of_both(
+    parts: "Parts",
+) -> None:
+    from worker.gradcam.gradients import one_pass
+
+    def formula(ops: Any, activations: Any, gradients: Any) -> Any:
+        return ops.transpose(ops.sum(activations * gradients, -1), (1, 0, 2, 3))
+
+    plain, flipped = (one_pass(parts, formula, flip=flip) for flip in (False, True))
+    scores, class_ids, raw = flipped(PIXELS, WANTED)
+    there_scores, there_ids, there = plain(PIXELS, WANTED)
+    *_, mirrored = plain(PIXELS[:, :, ::-1].copy(), there_ids)
+    assert_array_equal(class_ids, there_ids)
+    assert_allclose(scores, there_scores, rtol=1e-6)
+    assert_allclose(raw, (there + mirrored[..., ::-1]) / 2, atol=1e-5 * np.abs(raw).max())
+
+
+def test_a_device_without_room_is_a_typed_error_with_the_size_of_the_call(parts: "Parts") -> None:
     import tensorflow as tf
 
     from worker.gradcam.gradients import one_pass
@@ -81,9 +136,9 @@ def test_a_device_without_room_is_a_typed_error_with_the_size_of_the_call() -> N
     def no_room() -> Any:
         raise MemoryError  # TensorFlow makes of it what it makes of a full device
 
-    def too_large(pixels: Any) -> tuple[Any, Any]:
-        activations, scores = forward(pixels)
-        return activations, scores + tf.numpy_function(no_room, [], tf.float64)
+    def too_large(activations: Any, rest: Any) -> Any:
+        nothing = tf.ensure_shape(tf.numpy_function(no_room, [], tf.float32), ())
+        return tail_on_device(activations, rest) + nothing
 
-    with pytest.raises(DeviceOutOfMemory, match=r"2 image\(s\) and 6 \(image, class\) pairs"):
-        one_pass(too_large, lambda _, gradients: gradients)(PIXELS, np.full((2, 3), -1, np.int32))
+    with pytest.raises(DeviceOutOfMemory, match=r"arrays of \(2, 5, 6, 3\) and \(2, 3\)"):
+        one_pass(replace(parts, tail=too_large), gradients_alone)(PIXELS, np.full((2, 3), -1, np.int32))

@@ -57,12 +57,12 @@ class TestRealArchitectures:
         assert model.input_shape == (None, *row.input_size, 3)
         assert model.get_layer(row.target_layer).output.shape[1:3] == row.map_size
 
-    def test_its_maps_are_finite_and_as_large_as_its_row_says(
-        self, name: str, compute: Callable[..., Computed]
+    def test_its_maps_are_finite_and_as_large_as_its_facts_say(
+        self, name: str, compute: Callable[..., Computed], seeded: Callable[[str], Network]
     ) -> None:
         computed = compute(name)
         assert computed.layer == CATALOG[name].target_layer
-        assert_maps(computed, CATALOG[name].map_size)
+        assert_maps(computed, seeded(name).facts.map_size)
 
     def test_ranks_are_those_of_the_scores(self, name: str, compute: Callable[..., Computed]) -> None:
         computed = compute(name)
@@ -163,7 +163,8 @@ class TestLayers:
         pixels = np.full((1, 4, 4, 3), 200, np.uint8)
         for name in [*names[:-1], names[0], names[-1]]:
             assert network.compute(pixels, TOP_2, Method(layer=name)).layer == name
-        assert [layer for layer, _, _ in network._passes] == [*names[2:-1], names[0], names[-1]]
+        kept = [place.path for place, *_ in network._passes]
+        assert kept == [*names[2:-1], names[0], names[-1]]
 
 
 def test_classes_that_do_not_fit_at_once_are_computed_in_turns(

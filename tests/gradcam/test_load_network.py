@@ -97,8 +97,7 @@ def test_a_download_is_found_where_keras_keeps_it(tmp_path: Path) -> None:
     kept.parent.mkdir()
     kept.touch()
     program = (
-        "from worker.gradcam import catalog, loading;"
-        "print(loading._cached(catalog.find('xception')), end='')"
+        "from worker.gradcam import catalog, loading;print(loading._cached(catalog.find('xception')), end='')"
     )
     variables = {**os.environ, "KERAS_HOME": str(tmp_path)}
     done = subprocess.run(

@@ -1,5 +1,6 @@
 """Each formula against an independent one in plain loops, in float64; and on real networks."""
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -18,18 +19,23 @@ from worker.testing import TinyNetwork
 
 Floats = NDArray[np.float64]
 METHODS = sorted(cam.METHODS)
+CLASSLESS = {"eigencam"}  # asks neither class nor gradient
 SHAPE = (3, 4, 5)  # rows, columns, channels
 
 
-def by_hand(name: str, a: Floats, g: Floats) -> Floats:
+def plainly(name: str, a: Floats, g: Floats) -> Floats:
     """One map (rows, columns) of one image and class, a position and a channel at a time."""
     rows, columns, channels = a.shape
+    if name == "eigencam":
+        left, strengths, _ = np.linalg.svd(a.reshape(-1, channels))
+        projected = left[:, 0] * strengths[0]
+        return np.reshape(projected if projected.sum() >= 0 else -projected, (rows, columns))
     places = list(product(range(rows), range(columns)))
     result = np.zeros((rows, columns))
     for c in range(channels):
-        if name in {"gradcam", "counterfactual"}:
+        if name in {"gradcam", "counterfactual", "notebook"}:
             weight = sum(g[i, j, c] for i, j in places) / len(places)
-            weight = -weight if name == "counterfactual" else weight
+            weight *= {"gradcam": 1, "counterfactual": -1, "notebook": 1 / channels}[name]
         elif name == "gradcam++":
             total, weight = sum(a[i, j, c] for i, j in places), 0.0
             for i, j in places:
@@ -64,18 +70,30 @@ def test_a_formula_is_what_its_paper_says(name: str) -> None:
     raw = cam.METHODS[name](np, activations, gradients)
     assert raw.shape == (2, 3, 3, 4)
     for image, one in product(range(2), range(3)):
-        expected = by_hand(name, activations[image], gradients[one, image])
+        expected = plainly(name, activations[image], gradients[one, image])
         assert_allclose(raw[image, one], expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_where_there_is_nothing_there_is_zero_and_never_nan(name: str) -> None:
     activations, gradients = example()
-    for a, g in ((activations * 0, gradients), (activations, gradients * 0)):
-        assert_array_equal(np.abs(cam.METHODS[name](np, a, g)), 0)
+    assert_array_equal(np.abs(cam.METHODS[name](np, activations * 0, gradients)), 0)
+    if name not in CLASSLESS:
+        assert_array_equal(np.abs(cam.METHODS[name](np, activations, gradients * 0)), 0)
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"gradcam++"}))
+def test_eigencam_takes_the_smaller_gram_matrix_and_either_gives_the_same() -> None:
+    """12 positions: with 5 channels the channels' matrix is the smaller, with 40 the positions'."""
+    rng = np.random.default_rng(12)
+    for channels in (5, 11, 12, 13, 40):
+        activations = rng.normal(size=(2, 3, 4, channels))
+        raw = cam.eigencam(np, activations, np.zeros((1, *activations.shape)))
+        for image in range(2):
+            assert_allclose(raw[image, 0], plainly("eigencam", activations[image], activations[0]))
+            assert raw[image].sum() >= 0
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"gradcam++"}))  # its weights are not homogeneous
 def test_scaling_the_score_changes_no_heatmap(name: str) -> None:
     activations, gradients = example()
     once, seven = (cam.METHODS[name](np, activations, gradients * factor) for factor in (1, 7))
@@ -91,6 +109,72 @@ def test_the_device_computes_the_same_as_numpy(name: str) -> None:
     on_device = cam.METHODS[name](keras.ops, activations.astype("float32"), gradients.astype("float32"))
     expected = cam.METHODS[name](np, activations, gradients)
     assert_allclose(np.asarray(on_device), expected, atol=1e-4 * np.abs(expected).max())
+
+
+class Bent:
+    """A convolution and a hidden layer, bent by tanh, and the scores: in Keras, and in numpy."""
+
+    SIZE, CLASSES = (11, 12), 4
+
+    def __init__(self) -> None:
+        import keras
+        from keras import layers
+
+        keras.utils.set_random_seed(5)
+        inputs = keras.Input((*self.SIZE, 3))
+        x = layers.Conv2D(5, 3, 2, activation="relu", name="target")(inputs)
+        x = layers.Conv2D(6, 3, activation="tanh", name="after")(x)
+        x = layers.Flatten()(x)
+        x = layers.Dense(7, "tanh", name="hidden")(x)
+        self.model = keras.Model(inputs, layers.Dense(self.CLASSES, name="scores")(x))
+        self.weights = {
+            one.name: [np.asarray(weight, np.float64) for weight in one.get_weights()]
+            for one in self.model.layers
+        }
+
+    def activations(self, pixels: NDArray[np.uint8]) -> Floats:
+        kernel, bias = self.weights["target"]
+        windows = np.lib.stride_tricks.sliding_window_view(pixels / 127.5 - 1, (3, 3), axis=(1, 2))
+        return np.asarray(np.maximum(np.einsum("nhwcij,ijck->nhwk", windows[:, ::2, ::2], kernel) + bias, 0))
+
+    def scores(self, activations: Floats) -> Floats:
+        (kernel, bias), hidden, last = (self.weights[name] for name in ("after", "hidden", "scores"))
+        windows = np.lib.stride_tricks.sliding_window_view(activations, (3, 3), axis=(1, 2))
+        x = np.tanh(np.einsum("nhwcij,ijck->nhwk", windows, kernel) + bias).reshape(len(activations), -1)
+        return np.asarray(np.tanh(x @ hidden[0] + hidden[1]) @ last[0] + last[1])
+
+    def slopes(self, activations: Floats, explained: Callable[[Floats], Floats]) -> Floats:
+        """Finite differences (n, classes, rows, columns, channels) of what is explained."""
+        found, step = np.zeros((len(activations), self.CLASSES, *activations.shape[1:])), 1e-5
+        for place in np.ndindex(activations.shape[1:]):
+            bump = np.zeros_like(activations)
+            bump[(slice(None), *place)] = step
+            up, down = (explained(self.scores(activations + sign * bump)) for sign in (1, -1))
+            found[(..., *place)] = (up - down) / (2 * step)
+        return found
+
+
+def log_softmax(scores: Floats) -> Floats:
+    return np.asarray(scores - np.log(np.exp(scores).sum(axis=1, keepdims=True)))
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("score", cam.SCORES)
+def test_behind_a_bent_tail_every_method_agrees_with_finite_differences_and_plain_loops(
+    score: str, by_hand: Callable[..., Any], noise: Callable[..., NDArray[np.uint8]]
+) -> None:
+    bent, pixels = Bent(), noise(2, *Bent.SIZE)
+    network = by_hand(bent.model, "target")
+    activations = bent.activations(pixels)
+    slopes = bent.slopes(activations, log_softmax if score == "probability" else lambda scores: scores)
+    wanted = np.tile(np.arange(Bent.CLASSES, dtype=np.int32), (2, 1))
+    for name in set(METHODS) - {"notebook"}:  # which takes another image: see test_notebook.py
+        computed = network.compute(pixels, wanted, Method(name, score=score))
+        assert_allclose(computed.scores, bent.scores(activations), atol=1e-5)
+        for image, one in product(range(2), range(Bent.CLASSES)):
+            expected = plainly(name, activations[image], slopes[image, one])
+            difference = np.abs(computed.raw[image, one] - expected).max()
+            assert difference <= 2e-5 * np.abs(expected).max(), name
 
 
 def test_normalizing_jointly_keeps_the_classes_comparable() -> None:

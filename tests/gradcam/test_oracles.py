@@ -58,7 +58,7 @@ def pixels(noise: Noise) -> NDArray[np.uint8]:
 
 @pytest.fixture
 def compute(by_hand: Wrap, pixels: NDArray[np.uint8]) -> Callable[..., Computed]:
-    return lambda model: by_hand(model, LAYER).compute(pixels, WANTED)
+    return lambda model, name="gradcam": by_hand(model, LAYER).compute(pixels, WANTED, Method(name))
 
 
 class TestPoolingAndOneDenseLayer:
@@ -72,6 +72,36 @@ class TestPoolingAndOneDenseLayer:
         expected = np.einsum("nhwc,cnk->nkhw", feature_maps, kernel[:, computed.class_ids])
         cells = feature_maps.shape[1] * feature_maps.shape[2]
         assert_allclose(computed.raw * cells, expected, atol=1e-6 * abs(expected).max())
+
+    @pytest.mark.parametrize("name", ["hirescam", "xgradcam"])
+    def test_methods_that_average_the_same_slopes_otherwise_give_the_same(
+        self, name: str, model: Any, compute: Callable[..., Computed]
+    ) -> None:
+        """A score's slope is the same at every position: weighted or not, its mean is what it is."""
+        cam_itself = compute(model).raw
+        assert_allclose(compute(model, name).raw, cam_itself, atol=1e-6 * abs(cam_itself).max())
+
+    @pytest.mark.parametrize("name", ["layercam", "gradcam++"])
+    def test_methods_that_take_positive_slopes_alone_are_known_too(
+        self, name: str, model: Any, compute: Callable[..., Computed], pixels: NDArray[np.uint8]
+    ) -> None:
+        """A channel's slope w / Z is the same everywhere, so that eq. 19 of Grad-CAM++ can be had by hand."""
+        computed, (kernel, _) = compute(model, name), kernel_and_bias(model)
+        feature_maps = activations_of(model, pixels)
+        cells = feature_maps.shape[1] * feature_maps.shape[2]
+        slopes = (
+            np.moveaxis(kernel[:, computed.class_ids], 0, -1).astype(np.float64) / cells
+        )  # (n, k, channels)
+        weights = np.maximum(slopes, 0)
+        if name == "gradcam++":
+            weights *= cells / (2 + slopes * feature_maps.sum((1, 2))[:, np.newaxis])
+        expected = np.einsum("nhwc,nkc->nkhw", feature_maps, weights)
+        assert_allclose(computed.raw, expected, atol=2e-5 * abs(expected).max())
+
+    def test_the_counterfactual_is_cam_the_other_way_round(
+        self, model: Any, compute: Callable[..., Computed]
+    ) -> None:
+        assert_allclose(compute(model, "counterfactual").raw, -compute(model).raw, atol=1e-9)
 
     def test_a_raw_map_sums_to_the_score_without_its_bias(
         self, model: Any, compute: Callable[..., Computed]

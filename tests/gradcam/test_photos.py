@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from worker.gradcam.explain import explain_image
-from worker.gradcam.network import Network
+from worker.gradcam.network import Method, Network
 from worker.gradcam.picture import encode
 
 pytestmark = pytest.mark.tensorflow
@@ -70,13 +70,30 @@ def test_other_classes_have_their_known_probabilities(
         ("camera", ["tripod", "reflex_camera"], [LEGS, CAMERA]),
     ],
 )
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("method", ["gradcam", "hirescam", "xgradcam"])
 def test_each_class_lights_its_own_thing(
-    photo: str, classes: list[str], boxes: list[Box], lite0: Network, photos: Path
+    photo: str, classes: list[str], boxes: list[Box], method: str, *, flip: bool, lite0: Network, photos: Path
 ) -> None:
-    seen = explain_image(lite0, photos / f"{photo}.jpg", classes=classes)
+    how = Method(method, flip=flip)
+    seen = explain_image(lite0, photos / f"{photo}.jpg", classes=classes, method=how)
     assert [one.name for one in seen.explained] == classes
     peaks = [peak(heatmap) for heatmap in seen.heatmaps]
     assert [[lies_in(point, box) for box in boxes] for point in peaks] == [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize(
+    ("photo", "class_id", "box"),
+    [("astronaut", 812, SHUTTLE), ("astronaut", 560, HELMET), ("camera", 872, LEGS)],
+)
+@pytest.mark.parametrize("method", ["gradcam", "gradcam++", "hirescam", "xgradcam", "layercam"])
+def test_the_probability_lights_it_by_all_methods_that_ask_for_a_class(
+    photo: str, class_id: int, box: Box, method: str, lite0: Network, photos: Path
+) -> None:
+    """By the score alone, methods of positive gradients prefer what speaks for many classes at once."""
+    how = Method(method, score="probability")
+    seen = explain_image(lite0, photos / f"{photo}.jpg", classes=[class_id], method=how)
+    assert lies_in(peak(seen.heatmaps[0]), box)
 
 
 def test_the_shuttle_is_dark_for_the_helmet_and_the_helmet_for_the_shuttle(

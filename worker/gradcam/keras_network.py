@@ -238,7 +238,7 @@ def _check_input(row: NetworkRow, graph: Graph) -> None:
     if path := crops(graph):
         message = (
             f"{row.name} cuts a part out of its input, or pads it ({path}): its maps would not lie where "
-            "they belong. Set input_size to what is left, or to its proportions, and crop the pictures before."
+            "they belong. Set input_size to what is left, or to its proportions; crop the pictures before."
         )
         raise NetworkIncompatible(message)
 

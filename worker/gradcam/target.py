@@ -277,9 +277,7 @@ def crops(graph: Graph) -> str | None:
             graph.shapes[slot][1:3] for slot in (step.inputs[0], step.writes[0])
         )
         how = step.operation
-        keeps_ratio = getattr(how, "crop_to_aspect_ratio", False) or getattr(
-            how, "pad_to_aspect_ratio", False
-        )
+        keeps_ratio = any(getattr(how, f"{one}_to_aspect_ratio", False) for one in ("crop", "pad"))
         stretches = step.kind == "Resizing" and not keeps_ratio
         if not stretches and height * columns != width * rows:
             return step.path

@@ -1,0 +1,65 @@
+"""Explains with every method and saves the numbers: `KERAS_BACKEND=jax python every_method.py FILE.npz`.
+
+So one backend can be held against another: the same weights, the same pixels, whatever computes them.
+"""
+
+import sys
+from typing import Any
+
+from worker.gradcam.loading import load_network, wrap_model
+
+# isort: split
+# Only now: the line above keeps TensorFlow quiet while it is loaded for the first time.
+import keras
+import numpy as np
+from keras import layers
+from numpy.typing import NDArray
+
+from worker.gradcam import cam
+from worker.gradcam.classes import DATA
+from worker.gradcam.decode import decode
+from worker.gradcam.network import Method, Network
+from worker.gradcam.picture import fit
+
+PHOTO, CLASSES = "astronaut", (812, 560)
+SMALL = (20, 24)  # height, width
+FEW = [*map(Method, cam.METHODS), Method(flip=True), Method(score="probability")]
+ALL = [Method(name, flip=flip) for name in cam.METHODS for flip in (False, True)]
+ALL += [Method(name, score="probability") for name in cam.METHODS if name != "notebook"]
+
+
+def by_hand() -> Network:
+    """A small network with a skip connection around its target layer; its weights depend on no backend."""
+    x = inputs = keras.Input((*SMALL, 3))
+    x = skipped = layers.Conv2D(8, 3, 2, activation="relu")(x)
+    x = layers.Conv2D(8, 3, padding="same", activation="relu", name="target")(x)
+    x = layers.Add()([layers.MaxPooling2D()(x), layers.AveragePooling2D(2)(skipped)])
+    x = layers.Conv2D(12, 3, activation="tanh")(x)
+    x = layers.Flatten()(x)
+    model = keras.Model(inputs, layers.Dense(6, "softmax", name="scores")(x))
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.normal(size=one.shape, scale=0.2) for one in model.get_weights()])
+    return wrap_model(model, preprocessing="tf", target_layer="target")
+
+
+def computed() -> dict[str, NDArray[Any]]:
+    """Name -> logits (images, classes), or heatmaps (images, k, rows, columns)."""
+    photo = fit(decode((DATA / "photos" / f"{PHOTO}.jpg").read_bytes()).pixels, (224, 224))
+    noise = np.random.default_rng(1).integers(0, 256, (2, *SMALL, 3), np.uint8)
+    cases = {
+        "efficientnet_lite0": (load_network("efficientnet_lite0"), photo[np.newaxis], [CLASSES], FEW),
+        "by_hand": (by_hand(), noise, [(-1, -2, 3)] * 2, ALL),
+    }
+    found: dict[str, NDArray[Any]] = {}
+    for name, (network, pixels, wishes, methods) in cases.items():
+        found[f"{name} logits"] = network.scores(pixels)
+        for method in methods:
+            seen = network.compute(pixels, np.array(wishes, np.int32), method)
+            case = f"{name} {method.name}{' flip' * method.flip}{' probability' * (method.score != 'logit')}"
+            found[f"{case} ids"] = seen.class_ids
+            found[f"{case} heatmaps"] = np.stack([cam.heatmaps(raw) for raw in seen.raw])
+    return found
+
+
+if __name__ == "__main__":
+    np.savez(sys.argv[1], allow_pickle=False, **computed())

@@ -1,0 +1,76 @@
+"""Keras on JAX, and on PyTorch where that is installed, computes what it computes on TensorFlow."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+
+from worker.gradcam import cam
+
+pytestmark = pytest.mark.tensorflow
+
+PROGRAM = Path(__file__).parents[2] / "scripts" / "programs" / "every_method.py"
+REQUIRED_IN_CI = {"jax"}
+NETWORKS = ("efficientnet_lite0", "by_hand")
+Arrays = dict[str, NDArray[Any]]
+
+
+@pytest.fixture(scope="module")
+def on_tensorflow() -> Arrays:
+    from every_method import computed
+
+    return computed()
+
+
+@pytest.fixture(scope="module", params=["jax", "torch"])
+def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Arrays:
+    """The same, computed by a process of another backend."""
+    backend = request.param
+    if find_spec(backend) is None:
+        if backend in REQUIRED_IN_CI and os.environ.get("CI"):
+            pytest.fail(f"{backend} is not installed: CI has to hold the engine to a second backend.")
+        pytest.skip(f"{backend} is not installed")
+    path = tmp_path_factory.mktemp(backend) / "computed.npz"
+    command = [sys.executable, str(PROGRAM), str(path)]
+    done = subprocess.run(
+        command, env={**os.environ, "KERAS_BACKEND": backend}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    with np.load(path) as saved:
+        return dict(saved)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_logits_agree(network: str, on_tensorflow: Arrays, elsewhere: Arrays) -> None:
+    assert_allclose(elsewhere[f"{network} logits"], on_tensorflow[f"{network} logits"], atol=1e-4)
+
+
+def test_heatmaps_of_every_method_agree_also_with_the_mirror_image_and_of_the_probability(
+    on_tensorflow: Arrays, elsewhere: Arrays
+) -> None:
+    assert set(elsewhere) == set(on_tensorflow)
+    cases = [name.removesuffix(" ids") for name in on_tensorflow if name.endswith(" ids")]
+    assert len(cases) > 3 * len(cam.METHODS)
+    for case in cases:
+        assert_array_equal(elsewhere[f"{case} ids"], on_tensorflow[f"{case} ids"], case)
+        expected = on_tensorflow[f"{case} heatmaps"]
+        assert expected.max() == 1, case
+        assert_allclose(elsewhere[f"{case} heatmaps"], expected, atol=1e-3, err_msg=case)
+
+
+def test_a_pass_too_large_for_the_device_is_told_from_another_mistake() -> None:
+    """JAX has one error for both: only its words tell them apart."""
+    from worker.gradcam.gradients import _says_out_of_memory
+
+    assert _says_out_of_memory(
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 GiB")
+    )
+    assert _says_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 8 GiB"))
+    assert not _says_out_of_memory(RuntimeError("INTERNAL: no kernel image is available"))

@@ -1,0 +1,97 @@
+"""EfficientNet-Lite0 in fewer digits sees nearly the same. Measured: docs/AGREEMENT.md."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from worker.errors import InvalidSettings
+from worker.gradcam import cam
+from worker.gradcam.network import Computed, Method
+
+pytestmark = pytest.mark.tensorflow
+
+TOP_5 = np.tile(-np.arange(1, 6, dtype=np.int32), (5, 1))
+FEWER = ["mixed_bfloat16", "bfloat16"]
+fewer_digits = pytest.mark.parametrize("precision", FEWER)
+Load = Callable[[str], Any]
+Seen = Callable[[str, str], Computed]
+
+
+@pytest.fixture(scope="module")
+def load() -> Load:
+    from worker.gradcam.loading import load_network
+
+    return cache(lambda precision: load_network("efficientnet_lite0", precision=precision))
+
+
+@pytest.fixture(scope="module")
+def see(load: Load) -> Seen:
+    """The shipped photos and the classes that float32 ranks first to fifth."""
+    from randomised import photographs
+
+    pixels = photographs((224, 224))
+    class_ids = load("float32").compute(pixels, TOP_5).class_ids
+    return lambda precision, name: load(precision).compute(pixels, class_ids, Method(name))
+
+
+@fewer_digits
+def test_the_facts_say_so_and_the_last_layer_keeps_all_digits(precision: str, load: Load) -> None:
+    network = load(precision)
+    assert network.facts.dtype == precision
+    kept = "bfloat16" if precision == "bfloat16" else "float32"
+    assert network._model.get_layer("stem_conv").kernel.dtype == kept
+    assert network._model.get_layer("stem_conv").compute_dtype == "bfloat16"
+    assert network._model.get_layer("scores").dtype_policy.name == "float32"
+
+
+@fewer_digits
+def test_every_photo_keeps_its_best_class_and_scores_stay_near(precision: str, see: Seen) -> None:
+    exact, seen = see("float32", "gradcam").scores, see(precision, "gradcam").scores
+    assert_array_equal(seen.argmax(axis=1), exact.argmax(axis=1))
+    assert np.abs(seen - exact).max() < 0.06 * np.abs(exact).max()
+    assert not np.array_equal(seen, exact)
+
+
+@fewer_digits
+@pytest.mark.parametrize("name", ["gradcam", "gradcam++", "hirescam", "xgradcam", "layercam", "eigencam"])
+def test_hot_regions_stay_where_they_are(precision: str, name: str, see: Seen) -> None:
+    from randomised import overlap
+
+    exact, seen = (see(one, name).raw.reshape(-1, 7, 7) for one in ("float32", precision))
+    assert seen.dtype == np.float32
+    assert overlap(exact, seen) > 0.9
+    maps = [np.stack([cam.heatmaps(raw[np.newaxis]) for raw in one]) for one in (exact, seen)]
+    assert np.abs(maps[0] - maps[1]).max() < 0.1
+
+
+@fewer_digits
+def test_a_copy_has_other_arithmetic_and_the_model_itself_stays_as_it_is(precision: str) -> None:
+    import keras
+
+    from worker.gradcam.precision import with_precision
+
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3, name="conv")(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(2, "softmax", name="head")(x))
+    before = model.get_weights()
+    copy = with_precision(model, precision)
+    assert copy is not model
+    assert (model.get_layer("conv").compute_dtype, copy.get_layer("conv").compute_dtype) == (
+        "float32",
+        "bfloat16",
+    )
+    assert copy.get_layer("head").compute_dtype == "float32"
+    for mine, theirs in zip(before, model.get_weights(), strict=True):
+        assert_array_equal(mine, theirs)
+    assert with_precision(model, "float32") is model
+
+
+def test_a_precision_that_there_is_not_is_refused_with_those_there_are() -> None:
+    from worker.gradcam.precision import with_precision
+
+    with pytest.raises(InvalidSettings, match="'float8'; there are float32, bfloat16, mixed_bfloat16"):
+        with_precision(object(), "float8")
