@@ -269,7 +269,7 @@ def rescales(graph: Graph) -> bool:
 
 
 def crops(graph: Graph) -> str | None:
-    """The path of a layer that cuts a part out of the image, or pads it: no map would lie where it belongs."""
+    """The path of a layer that shows a part of the image, or pads it: no map would lie where it belongs."""
     for step in graph.steps:
         if step.kind not in CROPS:
             continue
