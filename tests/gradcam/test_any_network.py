@@ -6,30 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from small_networks import ALL, COLUMNS, ROWS, Wrap, backbone, classified
 
 from worker.errors import NetworkIncompatible, UnknownLayer
 from worker.gradcam.catalog import Head
 
 pytestmark = pytest.mark.tensorflow
-
-ROWS, COLUMNS, CLASSES = 12, 16, 3
-ALL = np.array([[0, 1, 2]] * 2, np.int32)
-Wrap = Callable[..., Any]
-
-
-def backbone(keras: Any, name: str = "backbone", shape: tuple[Any, ...] = (ROWS, COLUMNS, 3)) -> Any:
-    """Two convolutions with a skip connection, (rows, columns, channels) -> (5, 7, 6)."""
-    layers = keras.layers
-    inputs = keras.Input(shape)
-    x = layers.Conv2D(4, 3, 2, activation="relu", name="stem")(inputs)
-    x = layers.Conv2D(6, 3, padding="same", name="conv")(x)
-    x = layers.Activation("tanh", name="act")(x)
-    return keras.Model(inputs, x, name=name)
-
-
-def classified(keras: Any, x: Any, classes: int = CLASSES) -> Any:
-    x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
-    return keras.layers.Dense(classes, "softmax", bias_initializer="random_normal", name="scores")(x)
 
 
 def nested_in_sequential(keras: Any, layers: Any) -> Any:

@@ -6,29 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from small_networks import ALL, COLUMNS, ROWS, Wrap, backbone, classified
 
 from worker.errors import NetworkIncompatible
 from worker.gradcam.catalog import Preprocessing
 
 pytestmark = pytest.mark.tensorflow
-
-ROWS, COLUMNS = 12, 16
-ALL = np.array([[0, 1, 2]] * 2, np.int32)
-Wrap = Callable[..., Any]
-
-
-def backbone(keras: Any, name: str = "backbone", shape: tuple[Any, ...] = (ROWS, COLUMNS, 3)) -> Any:
-    """Two convolutions, (rows, columns, channels) -> (5, 7, 6)."""
-    layers = keras.layers
-    inputs = keras.Input(shape)
-    x = layers.Conv2D(4, 3, 2, activation="relu", name="stem")(inputs)
-    x = layers.Conv2D(6, 3, padding="same", name="conv")(x)
-    return keras.Model(inputs, layers.Activation("tanh", name="act")(x), name=name)
-
-
-def classified(keras: Any, x: Any) -> Any:
-    x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
-    return keras.layers.Dense(3, "softmax", bias_initializer="random_normal", name="scores")(x)
 
 
 def of_any_size(keras: Any) -> Any:

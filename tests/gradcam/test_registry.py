@@ -9,31 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from registry_text import MODEL, SHA256, WEIGHTS, write
 
 from worker.errors import UnknownNetwork
 from worker.gradcam.catalog import CATALOG, PREPROCESSING, Head, ModelFile, NetworkRow
 from worker.gradcam.registry import Registry
 
 README = Path(__file__).parents[2] / "README.md"
-SHA256 = "ab" * 32
-MODEL = f"""
-model = "tumours.keras"
-sha256 = "{SHA256}"
-preprocessing = "torch"
-input_size = [384, 320]
-"""
-WEIGHTS = f"""
-architecture = "VGG16"
-weights = "birds.weights.h5"
-sha256 = "{SHA256}"
-classes = 200
-"""
-
-
-def write(folder: Path, body: str, name: str = "tumours") -> Path:
-    """A registry file with one network. Written beside its place and moved, as an operator should."""
-    (folder / "new").write_text(f"[networks.{name}]\n{body}")
-    return (folder / "new").replace(folder / "networks.toml")
 
 
 def read(folder: Path, body: str) -> NetworkRow:

@@ -3,29 +3,10 @@
 from pathlib import Path
 
 import pytest
+from registry_text import MODEL, SHA256, WEIGHTS, write
 
 from worker.errors import InvalidSettings
 from worker.gradcam.registry import Registry
-
-SHA256 = "ab" * 32
-MODEL = f"""
-model = "tumours.keras"
-sha256 = "{SHA256}"
-preprocessing = "torch"
-input_size = [384, 320]
-"""
-WEIGHTS = f"""
-architecture = "VGG16"
-weights = "birds.weights.h5"
-sha256 = "{SHA256}"
-classes = 200
-"""
-
-
-def write(folder: Path, body: str, name: str = "tumours") -> Path:
-    """A registry file with one network. Written beside its place and moved, as an operator should."""
-    (folder / "new").write_text(f"[networks.{name}]\n{body}")
-    return (folder / "new").replace(folder / "networks.toml")
 
 
 def refusal(path: Path) -> str:

@@ -1,0 +1,25 @@
+"""Small networks that several tests are about, with three classes, and the wish for all of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+ROWS, COLUMNS, CLASSES = 12, 16, 3
+ALL = np.array([[0, 1, 2]] * 2, np.int32)
+Wrap = Callable[..., Any]  # the fixture `by_hand`
+
+
+def backbone(keras: Any, name: str = "backbone", shape: tuple[Any, ...] = (ROWS, COLUMNS, 3)) -> Any:
+    """Two convolutions, (rows, columns, channels) -> (5, 7, 6)."""
+    layers = keras.layers
+    inputs = keras.Input(shape)
+    x = layers.Conv2D(4, 3, 2, activation="relu", name="stem")(inputs)
+    x = layers.Conv2D(6, 3, padding="same", name="conv")(x)
+    return keras.Model(inputs, layers.Activation("tanh", name="act")(x), name=name)
+
+
+def classified(keras: Any, x: Any, classes: int = CLASSES) -> Any:
+    """A feature map -> its pooled scores, after a softmax."""
+    x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+    return keras.layers.Dense(classes, "softmax", bias_initializer="random_normal", name="scores")(x)
