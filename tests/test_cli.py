@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from worker import terminal
 from worker.cli import main
-from worker.contract import Job, Method
+from worker.client import GradcamClient
+from worker.contract import Job, Method, SeenClass
 from worker.gradcam.catalog import CATALOG
 from worker.manifest import Manifest
 from worker.settings import Settings
+from worker.testing import Doorbell, MemoryLedger
 
 
 @pytest.fixture
@@ -194,6 +197,16 @@ class TestExplain:
         assert [seen.class_.id for seen in manifest.explanations] == [967, 968]
         assert (tmp_path / "camera" / "overlay-1-872-tripod.jpg").exists()
 
+    def test_any_artifact_and_metric_can_be_asked_for(self, photos: Path, tmp_path: Path) -> None:
+        wish = ["--artifact", "report", "--artifact", "overlay:png", "--metric", "deletion"]
+        how = ["--method", "eigencam", "--layer", "auto", "--flip", "--top-n", "1"]
+        assert main(["explain", str(photos / "coffee.jpg"), *wish, *how, "-o", str(tmp_path)]) == 0
+        names = sorted(path.name for path in (tmp_path / "coffee").iterdir())
+        assert names == ["manifest.json", "overlay-1-967-espresso.png", "report.html"]
+        manifest = Manifest.model_validate_json((tmp_path / "coffee" / "manifest.json").read_bytes())
+        assert manifest.explanations[0].metrics.keys() == {"deletion"}
+        assert (manifest.method.name, manifest.method.flip) == ("eigencam", True)
+
     def test_one_bad_image_spoils_no_other_but_the_exit_code(
         self, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -225,3 +238,20 @@ class TestExplain:
         image = str(photos / "coffee.jpg")
         assert main(["explain", image, "--classes", "expresso", "-o", str(tmp_path)]) == 1
         assert "espresso" in capsys.readouterr().err
+
+
+def test_an_artifact_that_there_is_not_is_refused_with_those_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jpg").touch()
+    assert main(["explain", str(tmp_path / "a.jpg"), "--artifact", "poster"]) == 1
+    assert "'poster'" in (said := capsys.readouterr().err)
+    assert "'animation'" in said
+
+
+def test_a_class_may_be_called_whatever_it_is(capsys: pytest.CaptureFixture[str], job: Job) -> None:
+    seen = SeenClass(rank=1, id=0, wnid="", name="benign [/b] [red]", probability=0.5)
+    ledger = MemoryLedger()
+    job_id = GradcamClient(ledger=ledger, publish=Doorbell()).submit(job)
+    terminal.show(ledger.read(job_id).model_copy(update={"predictions": (seen,)}))
+    assert "benign [/b] [red]" in capsys.readouterr().out

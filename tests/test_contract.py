@@ -137,3 +137,19 @@ def test_documents_are_frozen() -> None:
 def test_a_status_document_of_a_later_version_is_refused() -> None:
     with pytest.raises(ValueError, match=r"gradcam\.status/v1"):
         StatusDocument.model_validate({"schema": "gradcam.status/v2"})
+
+
+def test_jobs_that_wish_for_other_artifacts_are_other_jobs() -> None:
+    fields = {"image": "s3://in/a.jpg", "network": "vgg16", "target": {"top_n": 1}}
+    wishes = [{"kind": kind} for kind in ("overlay", "heatmap", "grid", "animation", "report")]
+    made = {Job.parse({**fields, "artifacts": [wish]}).fingerprint() for wish in wishes}
+    assert len(made) == 5
+    again = [Job.parse({**fields, "artifacts": [{"kind": "grid"}]}).fingerprint() for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_metrics_of_an_image_that_was_not_preprocessed_are_refused() -> None:
+    fields = {"image": "s3://in/a.jpg", "network": "vgg16", "target": {"top_n": 1}, "metrics": ["deletion"]}
+    assert Job.parse(fields).metrics == ("deletion",)
+    with pytest.raises(InvalidJob, match="metrics cannot be had of the method notebook"):
+        Job.parse({**fields, "method": {"name": "notebook"}})

@@ -85,6 +85,7 @@ def describe(
             weights_sha256=facts.weights_sha256,
             backend=facts.backend,
             dtype=facts.dtype,
+            head=facts.head,
         ),
         method=job.method.model_copy(update={"layer": seen.layer}),
         predictions=classes(seen.predictions),

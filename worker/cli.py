@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from worker import __version__, terminal
-from worker.contract import Job, Method, StatusDocument
+from worker.contract import Job, Method, Metric, StatusDocument
 from worker.errors import GradcamError
 from worker.gradcam.registry import Registry
 from worker.settings import Settings
@@ -60,14 +60,31 @@ def _wish(command: Command) -> Command:
         score: str,
         normalize: str,
         flip: bool,
+        artifacts: tuple[str, ...],
+        metrics: tuple[str, ...],
         **others: Any,
     ) -> Any:
         how = {"name": method, "layer": layer, "score": score, "normalize": normalize, "flip": flip}
-        wish = {"network": network, "target": _target(top_n, classes), "method": how}
+        wish: dict[str, Any] = {
+            "network": network,
+            "target": _target(top_n, classes),
+            "method": how,
+            "metrics": metrics,
+        }
+        if artifacts:
+            wish["artifacts"] = [_artifact(one) for one in artifacts]
         return command(wish=wish, **others)
 
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines."),
+        click.option("--metric", "metrics", type=click.Choice(get_args(Metric)), multiple=True),
+        click.option(
+            "--artifact",
+            "artifacts",
+            metavar="KIND[:FORMAT]",
+            multiple=True,
+            help="overlay, heatmap, grid, animation or report; as often as wanted. [overlay heatmap]",
+        ),
         click.option("--classes", metavar="A,B,...", help="Ids, wnids or names, instead of --top-n."),
         click.option("--top-n", type=click.IntRange(1, 1000), help="The n most probable classes. [3]"),
         click.option("--flip/--no-flip", default=False, help="Smooth: average with the mirror image's map."),
@@ -79,6 +96,12 @@ def _wish(command: Command) -> Command:
     ):
         gathered = option(gathered)
     return gathered  # type: ignore[return-value]  # it is called by click alone, by names
+
+
+def _artifact(text: str) -> dict[str, str]:
+    """`overlay:png` -> a wish; whether there is such a kind and format is for the contract to say."""
+    kind, _, form = text.partition(":")
+    return {"kind": kind, "format": form} if form else {"kind": kind}
 
 
 def _target(top_n: int | None, classes: str | None) -> dict[str, Any]:
@@ -168,6 +191,7 @@ def explain(
       gradcam explain cat.jpg
       gradcam explain *.jpg --network vgg16 --top-n 5 -o out
       gradcam explain pier.jpg --classes pier,dock,460
+      gradcam explain cat.jpg --artifact report --artifact overlay:png --metric deletion
     """
     from worker.local import explain_files
 

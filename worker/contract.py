@@ -127,6 +127,13 @@ class Job(Wire):
             raise ValueError(message)
         return self
 
+    @model_validator(mode="after")
+    def _measurable(self) -> Self:
+        if self.metrics and self.method.name == "notebook":
+            message = "metrics cannot be had of the method notebook, whose image is not preprocessed"
+            raise ValueError(message)
+        return self
+
     @classmethod
     def parse(cls, payload: object) -> "Job":
         """JSON data -> a job. Raises InvalidJob with every field that is wrong and why."""
@@ -140,7 +147,8 @@ class Job(Wire):
         """What makes two jobs the same: everything but their ids, keys and trace."""
         # Without defaults, so that a later version with one more field still knows its jobs.
         own = {"id", "idempotency_key", "traceparent"}
-        return self.model_dump_json(exclude=own, exclude_defaults=True)
+        kinds = [wish.kind for wish in self.artifacts]  # a default in each of them, and so not in the rest
+        return f"{kinds} {self.model_dump_json(exclude=own, exclude_defaults=True)}"
 
 
 class Problem(Wire):

@@ -44,7 +44,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     broker_fix = "Start Redis or Valkey there, or set GRADCAM_BROKER_URL."
     yield _look("broker", _broker, settings, broker_fix)
     yield _look("ledger", _ledger, settings, broker_fix.replace("BROKER", "LEDGER"))
-    if importlib.util.find_spec("tensorflow") is None:
+    if importlib.util.find_spec("keras") is None:
         detail = "not installed: from here jobs can be submitted, not run"
         fix = "For a worker: pip install 'gradcam-worker[cpu]' (or [gpu])."
         yield Finding("worker", well=False, detail=detail, fix=fix)

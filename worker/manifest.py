@@ -73,6 +73,7 @@ class NetworkRecord(Wire):
     weights_sha256: Sha256 | None
     backend: str
     dtype: str
+    head: Literal["softmax", "sigmoid"] = "softmax"  # behind a sigmoid, probabilities do not sum to 1
 
 
 class Manifest(Wire):

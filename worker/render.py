@@ -14,6 +14,7 @@ from worker.contract import (
     GridWish,
     HeatmapWish,
     Job,
+    Method,
     OverlayWish,
     ReportWish,
 )
@@ -50,7 +51,8 @@ class Rendered:
 def render(job: Job, image: InputRecord, decoded: Decoded, seen: Explanation, deadline: Deadline) -> Rendered:
     """Everything the job wants to be left behind, as bytes. Raises JobTimeout."""
     overlays = [wish for wish in job.artifacts if isinstance(wish, OverlayWish)]
-    shown = next((wish for wish in overlays if wish.box or wish.contour), OverlayWish())
+    framed = sorted((wish for wish in overlays if wish.box or wish.contour), key=lambda wish: not wish.box)
+    shown = framed[0] if framed else OverlayWish()
     boxes: Boxes = {wish.threshold: [] for wish in (shown, *overlays) if wish.box or wish is shown}
     for threshold, found in boxes.items():
         for heatmap in seen.shown:
@@ -136,18 +138,24 @@ def _report(job: Job, image: InputRecord, decoded: Decoded, seen: Explanation) -
         "Image SHA-256": image.sha256,
         "Image size": size,
         "Network": network.name,
-        "Weights SHA-256": network.weights_sha256 or "none: random weights",
+        "Weights SHA-256": network.weights_sha256 or "not known",
         "Network input": f"{network.input_size[1]} x {network.input_size[0]} pixels",
         "Preprocessing": network.preprocessing,
         "Layer": seen.layer,
-        "Method": f"{method.name} of the {method.score}" + (", with the mirror image" if method.flip else ""),
+        "Method": _described(method),
         "Normalization": method.normalize,
         "Computed with": f"{network.backend}, {network.dtype}",
         "Made by": f"gradcam-worker {__version__}",
     }
     name = "" if image.uri.startswith("data:") else image.uri.rpartition("/")[2]
-    data = report.page(seen, decoded.pixels, name=name or "image", facts=facts)
+    data = report.page(seen, decoded.pixels, name=name or "image", facts=facts, method=method.name)
     return Piece("report.html", data, "text/html; charset=utf-8", "report", None, {})
+
+
+def _described(method: Method) -> str:
+    """A method in words, with what it really explains."""
+    of = {"eigencam": "", "notebook": " of the probability"}.get(method.name, f" of the {method.score}")
+    return f"{method.name}{of}" + (", with the mirror image" if method.flip else "")
 
 
 def _picture(name: str, pixels: picture.Pixels, format_: str, kind: str, index: int | None) -> Piece:

@@ -68,7 +68,7 @@ def show(document: StatusDocument) -> None:
     if document.predictions:
         seen = table("rank", "id", "class", "probability", numbers=("rank", "id", "probability"))
         for one in document.predictions:
-            seen.add_row(str(one.rank), str(one.id), one.name, percent(one.probability))
+            seen.add_row(str(one.rank), str(one.id), Text(one.name), percent(one.probability))
         out.print()
         out.print(seen)
 

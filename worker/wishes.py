@@ -30,7 +30,10 @@ class Target(Wire):
 
 
 class Method(Wire):
-    """How to compute the heatmaps."""
+    """How to compute the heatmaps.
+
+    `notebook` gives the network an image that was not preprocessed, so its predictions differ too.
+    """
 
     name: Literal[
         "gradcam",

@@ -58,3 +58,14 @@ def test_the_peak_is_one_however_small_or_large_it_was(peak: float) -> None:
 
 def test_heatmaps_are_float32() -> None:
     assert cam.heatmaps(np.ones((1, 2, 2), np.float32)).dtype == np.float32
+
+
+def test_gradcam_plus_plus_does_not_lose_small_gradients() -> None:
+    """Their squares would underflow in float32; the formula needs none."""
+    rng = np.random.default_rng(5)
+    activations = np.abs(rng.normal(size=(1, 4, 4, 3)))
+    gradients = rng.normal(size=(1, 1, 4, 4, 3)) * 1e-25
+    raw = cam.gradcam_plus_plus(np, activations.astype(np.float32), gradients.astype(np.float32))
+    weights = (np.maximum(gradients, 0) / 2).sum((2, 3))  # the cubes are nothing beside the squares
+    expected = np.einsum("nhwc,knc->nkhw", activations, weights)
+    assert_allclose(raw, expected, rtol=1e-5)

@@ -3,7 +3,7 @@ import hashlib
 import pytest
 
 from worker.errors import AmbiguousClass, InvalidJob, UnknownClass
-from worker.gradcam.classes import DATA, imagenet
+from worker.gradcam.classes import DATA, ClassIndex, imagenet
 
 SHARED_NAMES = {"crane", "maillot"}
 
@@ -115,3 +115,15 @@ def test_both_or_neither_of_top_n_and_classes_are_refused() -> None:
     for top_n, classes in [(3, [1]), (3, []), (None, None)]:
         with pytest.raises(InvalidJob, match="exactly one of top_n and classes"):
             imagenet().wanted(top_n=top_n, classes=classes)
+
+
+def test_a_class_whose_name_is_a_number_is_found_by_its_name_and_others_by_their_ids() -> None:
+    digits = ClassIndex.of(["1", "2", "3", "zero"])
+    assert [digits.find(wish).id for wish in ("3", "2", 3, "zero", "0")] == [2, 1, 3, 3, 0]
+
+
+def test_names_without_wnids_are_shown_without_them() -> None:
+    index = ClassIndex.of(["benign", "benign"])
+    with pytest.raises(AmbiguousClass, match=r"ask for 0 \(benign\) or 1 \(benign\)"):
+        index.find("benign")
+    assert ClassIndex.numbered(2)[1] == (1, "", "class_1")

@@ -19,7 +19,7 @@ from worker.errors import (
 from worker.gradcam.decode import Limits, decode
 from worker.gradcam.explain import Explanation, Prediction, explain_image, explain_pixels, file_name
 from worker.gradcam.network import GRADCAM, Computed, Method
-from worker.gradcam.picture import overlay
+from worker.gradcam.picture import fit, overlay
 from worker.testing import TinyNetwork
 
 
@@ -210,3 +210,21 @@ def test_what_is_no_class_is_not_taken_for_one(wish: Any) -> None:
 def test_an_array_that_is_no_picture_is_refused_with_its_shape(picture: Any) -> None:
     with pytest.raises(UnsupportedMediaType, match=r"must be \(height, width, 3\) uint8 RGB; this one is \("):
         explain_image(TinyNetwork(), picture, top_n=1)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "\U00020000" * 300, "ü" * 61, "a/b\\c"])
+def test_a_file_name_fits_every_file_system(name: str, tmp_path: Path) -> None:
+    written = file_name("overlay", Prediction(1000, 999, "", name, 0.5), "webp")
+    assert len(written.encode()) <= 255
+    (tmp_path / written).touch()
+    assert [path.name for path in tmp_path.iterdir()] == [written]
+
+
+def test_a_picture_of_many_channels_is_fitted_to_its_network() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 9), np.uint8)
+    fitted = fit(pixels, (16, 16))
+    assert fitted.shape == (16, 16, 9)
+    for channel in range(9):
+        assert_array_equal(
+            fitted[..., channel : channel + 1], fit(pixels[..., channel : channel + 1], (16, 16))
+        )

@@ -128,6 +128,23 @@ class TestInputs:
         with pytest.raises(NetworkIncompatible, match=r"cuts a part out of its input, or pads it \(cut\)"):
             by_hand(model)
 
+    @pytest.mark.parametrize("how", ["Cropping2D", "slice"])
+    def test_a_network_that_cuts_its_image_by_other_means_is_refused_too(
+        self, how: str, by_hand: Wrap
+    ) -> None:
+        import keras
+
+        inputs = keras.Input((ROWS, COLUMNS, 3))
+        scaled = keras.layers.Rescaling(0.5)(inputs)
+        x = scaled[:, 4:] if how == "slice" else keras.layers.Cropping2D(((4, 0), (0, 0)))(scaled)
+        x = keras.layers.Conv2D(4, 3, name="conv")(x)
+        with pytest.raises(NetworkIncompatible, match="cuts a part out of its input"):
+            by_hand(keras.Model(inputs, classified(keras, x)))
+
+    def test_a_preprocessing_that_there_is_not_is_refused_with_those_there_are(self, by_hand: Wrap) -> None:
+        with pytest.raises(NetworkIncompatible, match="no preprocessing 'imagenet'; there are caffe, tf"):
+            by_hand(None, preprocessing="imagenet")
+
     def test_channels_that_come_first_are_refused(self, by_hand: Wrap) -> None:
         import keras
 

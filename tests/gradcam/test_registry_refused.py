@@ -1,5 +1,6 @@
 """What is wrong with an operator's own networks is refused, by its place in the file."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,19 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
 def test_a_registry_without_networks_is_one(tmp_path: Path) -> None:
     (tmp_path / "networks.toml").write_text("[networks]")
     assert Registry(tmp_path / "networks.toml").own() == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("x" * 300, "number 1 is 'xxx.*a name is printable, of at most 256 letters"),
+        ('["fine", "\\ud800"]', "number 2 is .*a name is printable"),
+        ("[" * 90_000, "nested too deeply"),
+    ],
+)
+def test_labels_that_would_break_what_is_made_of_them_are_refused(
+    text: str, why: str, tmp_path: Path
+) -> None:
+    name = "labels.json" if text.startswith("[") else "labels.txt"
+    (tmp_path / name).write_text(text)
+    assert re.search(why, refusal(write(tmp_path, f'{MODEL}labels = "{name}"')))

@@ -206,3 +206,19 @@ class TestSafety:
         for forbidden in ("http:", "https:", "//cdn", "innerHTML", "outerHTML", "insertAdjacent", "eval("):
             assert forbidden not in template
         assert not re.search(r"\son\w+=|\sstyle=|document\.write", template)
+
+
+@pytest.mark.parametrize(
+    ("method", "counts", "nothing"),
+    [
+        ("gradcam", "counts for the class", "speaks for this class"),
+        ("counterfactual", "counts against the class", "speaks against this class"),
+        ("eigencam", "whichever class is chosen", "stands out"),
+    ],
+)
+def test_what_the_colours_mean_is_told_for_each_method(
+    method: str, counts: str, nothing: str, seen: Explanation, pixels: Pixels
+) -> None:
+    data = data_of(page(seen, pixels, name="flag.png", facts=FACTS, method=method))
+    assert counts in data["about"]
+    assert data["nothing"] == f"Nothing in the image {nothing}."

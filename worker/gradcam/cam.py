@@ -35,11 +35,10 @@ def gradcam_plus_plus(ops: Any, activations: Any, gradients: Any) -> Any:
     Departure: the factor exp(score), the same for the whole map, is left out of the weights; it could
     overflow, and goes with the division by the peak.
     """
-    square, cube = gradients**2, gradients**3
     sums = ops.sum(activations, axis=(1, 2), keepdims=True)  # (n, 1, 1, channels)
-    below = 2 * square + sums * cube
-    there = ops.abs(below) > TINY
-    alphas = ops.where(there, square / ops.where(there, below, 1), 0)  # eq. 19
+    below = 2 + sums * gradients  # eq. 19, of which the square of the gradient is cancelled: it may underflow
+    there = (gradients != 0) & (ops.abs(below) > TINY)
+    alphas = ops.where(there, 1 / ops.where(there, below, 1), 0)
     weights = ops.sum(alphas * ops.maximum(gradients, 0), axis=(2, 3))  # eq. 10
     return ops.einsum("nhwc,knc->nkhw", activations, weights)
 

@@ -91,11 +91,13 @@ class ClassIndex:
 
         Raises UnknownClass with the nearest names, AmbiguousClass with every class of that name.
         """
-        if not isinstance(wish, str) or wish.strip().isdecimal():
+        spelled = isinstance(wish, str) and wish in self._by_name
+        if not spelled and (not isinstance(wish, str) or wish.strip().isdecimal()):
             if isinstance(wish, bool | float) or not 0 <= int(wish) < len(self):
                 message = f"There is no class {wish}: ids run from 0 to {len(self) - 1}."
                 raise UnknownClass(message)
             return self[int(wish)]
+        wish = str(wish)
         found = self._by_name.get(wish) or self._by_spelling.get(fold(wish), [])
         if not found:
             near = difflib.get_close_matches(fold(wish), self._by_spelling, n=6)

@@ -15,6 +15,7 @@ from worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFa
 from worker.gradcam.picture import encode, fit, overlay
 
 RGB = 3  # channels
+MAX_NAME_BYTES = 60  # of a class in a file name
 SHOWN = 5  # predictions reported beside a list of classes
 
 
@@ -76,9 +77,10 @@ class Explained(Explanation):
 
 
 def file_name(kind: str, seen: Prediction, extension: str = "jpg") -> str:
-    """The file name of one class's picture: `overlay-1-967-espresso.jpg`."""
+    """The file name of one class's picture: `overlay-1-967-espresso.jpg`. At most 255 bytes."""
     name = "".join(letter if letter.isalnum() or letter in "_-" else "_" for letter in seen.name)
-    return f"{kind}-{seen.rank}-{seen.id}-{name[:60]}.{extension}"
+    short = name.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
+    return f"{kind}-{seen.rank}-{seen.id}-{short}.{extension}"
 
 
 def explain_image(

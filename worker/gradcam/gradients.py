@@ -24,13 +24,14 @@ class Parts:
     """A network cut at its target layer, as functions of batches of n images on the device.
 
     `trunk` maps pixels (n, height, width, channels) float32 to the activations and whatever else the tail
-    needs; `tail` maps those two to the scores (n, classes); `explained` maps scores to what is explained,
-    of the same shape; `grid` shows activations or gradients as (..., rows, columns, channels).
+    needs; `tail` maps those two to the scores (n, classes); `slopes` maps the scores, and k classes of each
+    image one-hot (k, n, classes), to how fast what is explained rises with each score; `grid` shows
+    activations or gradients as (..., rows, columns, channels).
     """
 
     trunk: Callable[[Any], tuple[Any, Any]]
     tail: Callable[[Any, Any], Any]
-    explained: Callable[[Any], Any]
+    slopes: Callable[[Any, Any], Any]
     grid: Callable[[Any], Any]
     pixels: tuple[int, int, int]  # (height, width, channels)
     variables: list[Any]  # that trunk and tail read
@@ -41,7 +42,7 @@ def one_pass(parts: Parts, formula: Formula, *, flip: bool = False) -> Pass:
 
     It maps pixels uint8 and wanted (n, k) to (scores (n, classes), class ids (n, k), raw maps (n, k, rows,
     columns)), on the host: one forward pass; then one backward pass from the scores to the activations
-    for all (image, class) pairs, vectorised over the k one-hot cotangents. With `flip` each image's mirror
+    for all (image, class) pairs, vectorised over the k cotangents. With `flip` each image's mirror
     image goes through in the same batch, and the maps are the means of both. It raises DeviceOutOfMemory.
     """
 
@@ -51,15 +52,11 @@ def one_pass(parts: Parts, formula: Formula, *, flip: bool = False) -> Pass:
             images = ops.concatenate([images, ops.flip(images, axis=2)])
         activations, rest = parts.trunk(images)
 
-        def tail(values: Any) -> tuple[Any, Any]:
-            scores = parts.tail(values, rest)
-            return parts.explained(scores), scores
-
-        scores, pull = linearized(tail, activations)
+        scores, pull = linearized(lambda values: parts.tail(values, rest), activations)
         class_ids = named(scores[:count], wanted)
         twice = ops.concatenate([class_ids, class_ids]) if flip else class_ids
-        cotangents = ops.one_hot(ops.transpose(twice), scores.shape[1], dtype="float32")
-        gradients = ops.cast(parts.grid(pull(cotangents)), "float32")
+        classes = ops.one_hot(ops.transpose(twice), scores.shape[1], dtype="float32")
+        gradients = ops.cast(parts.grid(pull(parts.slopes(scores, classes))), "float32")
         raw = formula(ops, ops.cast(parts.grid(activations), "float32"), gradients)
         if flip:
             raw = (raw[:count] + ops.flip(raw[count:], axis=-1)) / 2
@@ -69,10 +66,10 @@ def one_pass(parts: Parts, formula: Formula, *, flip: bool = False) -> Pass:
     return compiled(whole, signature, parts.variables)
 
 
-def linearized(function: Callable[[Any], tuple[Any, Any]], at: Any) -> tuple[Any, Pull]:
-    """A function `at` -> (explained (n, classes), scores) -> (scores there, how to pull cotangents back).
+def linearized(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
+    """A function `at` -> scores (n, classes) -> (scores there, how to pull cotangents back).
 
-    Pulled back, cotangents (k, n, classes) of what is explained are gradients (k, *the shape of `at`).
+    Pulled back, cotangents (k, n, classes) of the scores are gradients (k, *the shape of `at`).
     """
     return _LINEARIZED[backend.name()](function, at)
 
@@ -113,15 +110,15 @@ def _says_out_of_memory(error: BaseException) -> bool:
     return "resource_exhausted" in text or "out of memory" in text
 
 
-def _tensorflow_linearized(function: Callable[[Any], tuple[Any, Any]], at: Any) -> tuple[Any, Pull]:
+def _tensorflow_linearized(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
     import tensorflow as tf
 
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
         tape.watch(at)
-        explained, scores = function(at)
+        scores = function(at)
 
     def one(cotangent: Any) -> Any:
-        return tape.gradient(explained, at, cotangent, unconnected_gradients="zero")
+        return tape.gradient(scores, at, cotangent, unconnected_gradients="zero")
 
     return scores, lambda cotangents: tf.vectorized_map(one, cotangents)
 
@@ -135,10 +132,10 @@ def _tensorflow_compiled(function: Callable[..., Any], signature: Any, _: Any) -
     return lambda *arrays: traced(*map(tf.constant, arrays)), tf.errors.ResourceExhaustedError
 
 
-def _jax_linearized(function: Callable[[Any], tuple[Any, Any]], at: Any) -> tuple[Any, Pull]:
+def _jax_linearized(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
     import jax
 
-    _, vector_jacobian, scores = jax.vjp(function, at, has_aux=True)
+    scores, vector_jacobian = jax.vjp(function, at)
     return scores, jax.vmap(lambda one: vector_jacobian(one)[0])
 
 
@@ -153,15 +150,15 @@ def _jax_compiled(function: Callable[..., Any], _: Any, variables: list[Any]) ->
     return lambda *arrays: jitted([one.value for one in variables], *arrays), jax.errors.JaxRuntimeError
 
 
-def _torch_linearized(function: Callable[[Any], tuple[Any, Any]], at: Any) -> tuple[Any, Pull]:
+def _torch_linearized(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
     import torch
 
     with torch.enable_grad():
         at = at.detach().requires_grad_()
-        explained, scores = function(at)
+        scores = function(at)
 
     def pull(cotangents: Any) -> Any:
-        return torch.autograd.grad(explained, at, cotangents, retain_graph=True, is_grads_batched=True)[0]
+        return torch.autograd.grad(scores, at, cotangents, retain_graph=True, is_grads_batched=True)[0]
 
     return scores.detach(), pull
 

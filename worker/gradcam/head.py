@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from worker.errors import NetworkIncompatible
 from worker.gradcam.backend import keras
@@ -11,7 +11,13 @@ from worker.gradcam.catalog import Head
 from worker.gradcam.graph import Graph, Step
 
 RESHAPED = {"Flatten", "Reshape", "Squeeze", "Identity", "Dropout", "Cast"}  # scores stay scores
-FINAL = {"softmax": "softmax", "log_softmax": "softmax", "sigmoid": "sigmoid", "log_sigmoid": "sigmoid"}
+FINAL: dict[str, "Kind"] = {
+    "softmax": "softmax",
+    "log_softmax": "softmax",
+    "sigmoid": "sigmoid",
+    "log_sigmoid": "sigmoid",
+}
+Kind = Literal["softmax", "sigmoid"]
 OPERATIONS = {
     "Softmax": "softmax",
     "LogSoftmax": "log_softmax",
@@ -26,7 +32,7 @@ class Scores:
 
     graph: Graph
     slot: int
-    kind: str  # softmax or sigmoid: how scores become probabilities
+    kind: Kind  # how scores become probabilities
     activation: str | None  # what the network itself does to them in the end: one of `FINAL`
     units: int  # (images, units); one unit is a score for class 1 against class 0
 
@@ -55,7 +61,7 @@ def find_scores(graph: Graph, head: Head) -> Scores:
     if own and head.kind not in {None, own}:
         message = f"The network ends in a {own}; its head cannot be {head.kind}."
         raise NetworkIncompatible(message)
-    kind = own or head.kind or ("sigmoid" if units == 1 else "softmax")
+    kind: Kind = own or head.kind or ("sigmoid" if units == 1 else "softmax")
     if kind == "softmax" and units == 1:
         message = "The network ends in a softmax of one unit, which is always 1: there is nothing to explain."
         raise NetworkIncompatible(message)
@@ -93,7 +99,10 @@ def only_reshapes(step: Step) -> bool:
 
 def _final_activation(step: Step) -> tuple[str | None, Callable[..., Any]]:
     """Which of `FINAL` a step ends in, if any, and what to call instead so as to leave it out."""
-    name = OPERATIONS.get(step.kind) or getattr(getattr(step.operation, "activation", None), "__name__", None)
+    function = getattr(step.operation, "activation", None)
+    if isinstance(function, keras.layers.Activation):  # a layer given as another one's activation
+        function = function.activation
+    name = OPERATIONS.get(step.kind) or getattr(function, "__name__", None)
     if name not in FINAL or step.is_foreign:
         return None, _itself
     fused = step.kind not in {"Activation", *OPERATIONS}

@@ -18,6 +18,7 @@ from worker.gradcam.dissect import take_apart
 from worker.gradcam.graph import Graph, run
 from worker.gradcam.head import find_scores
 from worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
+from worker.gradcam.slopes import Slopes, logit, slopes_of
 from worker.gradcam.target import Place, Places, crops, rescales
 
 MAX_GRADIENTS = 2**27  # numbers held at once: 512 MB
@@ -93,14 +94,14 @@ class KerasNetwork:
         """The compiled function of one place and method. The least recently used makes room."""
         key = (place, method.name, method.score, method.flip)
         if key not in self._passes:
-            parts = self._cut(place, _explained(self._scores.kind, method), prepare=method.name != "notebook")
+            parts = self._cut(place, slopes_of(self._scores.kind, method), prepare=method.name != "notebook")
             self._passes[key] = gradients.one_pass(parts, cam.METHODS[method.name], flip=method.flip)
             if len(self._passes) > MAX_TRACED:
                 self._passes.popitem(last=False)
         self._passes.move_to_end(key)
         return self._passes[key]
 
-    def _cut(self, place: Place, explained: Any = None, *, prepare: bool = True) -> gradients.Parts:
+    def _cut(self, place: Place, slopes: Slopes = logit, *, prepare: bool = True) -> gradients.Parts:
         """The network up to a place and from there on. What else the tail needs is carried beside the cut."""
         graph = self._scores.graph
         behind = graph.behind(place.slot) - {place.slot}
@@ -118,7 +119,7 @@ class KerasNetwork:
         return gradients.Parts(
             trunk=up_to,
             tail=from_there,
-            explained=explained or _same,
+            slopes=slopes,
             grid=partial(place.as_grid, ops=ops),
             pixels=self._pixels,
             variables=self._variables(),
@@ -171,7 +172,7 @@ class KerasNetwork:
                     values[one] = values[one] + ops.cast(nudge, values[one].dtype)
             return self._scores_in(values)
 
-        parts = gradients.Parts(nothing, tail, _same, _same, self._pixels, self._variables())
+        parts = gradients.Parts(nothing, tail, logit, _same, self._pixels, self._variables())
         run_pass = gradients.one_pass(parts, lambda ops, _, slopes: ops.abs(slopes))
         *_, slopes = run_pass(self._noise(), np.array([[-1]], np.int32))
         grids = [
@@ -241,19 +242,6 @@ def _check_input(row: NetworkRow, graph: Graph) -> None:
             "they belong. Set input_size to what is left, or to its proportions; crop the pictures before."
         )
         raise NetworkIncompatible(message)
-
-
-def _explained(kind: str, method: Method) -> Any:
-    """What a method takes the gradient of, as a function of the scores.
-
-    The probability is explained through its logarithm: its map is that of the probability, up to a factor,
-    and cannot underflow. The notebook takes the probability itself.
-    """
-    if method.name == "notebook":
-        return ops.softmax if kind == "softmax" else ops.sigmoid
-    if method.score == "logit":
-        return None
-    return ops.log_softmax if kind == "softmax" else ops.log_sigmoid
 
 
 def _labels(row: NetworkRow, classes: int) -> ClassIndex:

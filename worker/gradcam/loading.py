@@ -1,6 +1,7 @@
 """A row of the catalog, or any Keras model -> a live network, with its weights."""
 
 import json
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +66,9 @@ def wrap_model(
 
     Raises NetworkIncompatible, UnknownLayer.
     """
+    if isinstance(preprocessing, str) and preprocessing not in PREPROCESSING:
+        message = f"There is no preprocessing {preprocessing!r}; there are {', '.join(PREPROCESSING)}."
+        raise NetworkIncompatible(message)
     how = PREPROCESSING[preprocessing] if isinstance(preprocessing, str) else preprocessing
     if input_size is None:
         shapes = [one.shape[1:3] for one in keras.tree.flatten(getattr(model, "inputs", None) or [])]
@@ -127,8 +131,8 @@ def _refuse_lambdas(row: NetworkRow, path: Path) -> None:
             waiting += one
         elif isinstance(one, dict):
             waiting += one.values()
-            names = {str(one.get(key)).rpartition(">")[2] for key in ("class_name", "registered_name")}
-            if "Lambda" in names:
+            names = [str(one.get(key)) for key in ("class_name", "registered_name")]
+            if any(re.split(r"[.>]", name)[-1] == "Lambda" for name in names):
                 settings = one.get("config")
                 name = settings.get("name") if isinstance(settings, dict) else None
                 message = (

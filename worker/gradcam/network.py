@@ -1,7 +1,7 @@
 """What a network must be able to do, said once for Keras, for tests and for whoever comes next."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +16,13 @@ class NetworkFacts:
     name: str
     input_size: tuple[int, int]  # (height, width) in pixels
     preprocessing: str
-    weights_sha256: str | None  # None: seeded random weights, for tests and benchmarks
+    weights_sha256: str | None  # None: of seeded random weights, or of a model that came from no file
     backend: str
     dtype: str
     default_layer: str
     map_size: tuple[int, int] = (0, 0)  # (rows, columns) of the default layer
     channels: int = 3  # of the pixels
-    head: str = "softmax"  # or sigmoid: how scores become probabilities
+    head: Literal["softmax", "sigmoid"] = "softmax"  # or sigmoid: how scores become probabilities
     parameters: int = 0
     rescales: bool = False  # whether it begins with layers that do what preprocessing does
 

@@ -43,6 +43,7 @@ from worker.gradcam.registry_file import (
 
 log = logging.getLogger("gradcam")
 
+MAX_NAME = 256  # letters of a class
 MAX_TEXT_BYTES = 1_000_000  # of the registry and of each file of labels
 
 Stamp = tuple[int, int, int]  # a file's time of change in ns, size, inode
@@ -97,6 +98,8 @@ class Registry:
             described = RegistryFile.model_validate(parse_toml(files.text(path)))
         except ValidationError as error:
             raise _invalid(path, findings(error)) from error
+        except RecursionError as error:
+            raise _invalid(path, ["it is nested too deeply"]) from error
         except (OSError, ValueError) as error:
             raise _invalid(path, [_reason(error)]) from error
         rows, wrong = {}, []
@@ -202,6 +205,11 @@ def _labels(given: str | tuple[str, ...], folder: Path, files: _Files) -> tuple[
         if not isinstance(name, str) or not name.strip():
             message = f"number {number} is {name!r}, which is no name"
             raise ValueError(message)
+        if len(name.strip()) > MAX_NAME or not name.strip().isprintable():
+            message = (
+                f"number {number} is {name[:40]!r}...: a name is printable, of at most {MAX_NAME} letters"
+            )
+            raise ValueError(message)
     return tuple(name.strip() for name in names)
 
 
@@ -214,7 +222,11 @@ def _names(address: str, folder: Path, files: _Files) -> Sequence[Any]:
     text = files.text(path)
     if path.suffix != ".json":
         return text.rstrip().split("\n")
-    names = json.loads(text)
+    try:
+        names = json.loads(text)
+    except RecursionError as error:
+        message = f"{path} is nested too deeply"
+        raise ValueError(message) from error
     if not isinstance(names, list) or not names:
         message = f"{path} must hold a list of names"
         raise ValueError(message)

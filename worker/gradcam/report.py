@@ -29,15 +29,18 @@ LONGEST = 1000  # characters of a fact, or of the title
 FULL = 65_535  # how 1 is written
 
 
-def page(seen: Explanation, pixels: Pixels, *, name: str, facts: Mapping[str, str]) -> bytes:
+def page(
+    seen: Explanation, pixels: Pixels, *, name: str, facts: Mapping[str, str], method: str = "gradcam"
+) -> bytes:
     """The report on a photo (height, width, 3), called `name`, in UTF-8; always the same bytes.
 
-    `facts` are shown below it, in their order. The photo is made smaller, and its JPEG worse, until the
+    `facts` are shown below it, in their order; what the colours mean depends on the `method`. The photo is
+    made smaller, and its JPEG worse, until the
     page stays below `LIMIT` bytes. The heatmaps (k, rows, columns) are rounded to 1/65535 and written as
     little-endian uint16 in base64, which is shorter than digits; only where they have more than `CELLS`
     cells together, or more than the photo has pixels, are they made smaller first, as an overlay would.
     """
-    data = _data(seen, pixels, name, facts)
+    data = _data(seen, pixels, name, facts) | _meaning(method)
     rest = len(_filled({**data, "photo": ""}))
     for photo in _photos(pixels):
         data["photo"] = f"data:image/jpeg;base64,{_base64(photo)}"
@@ -68,6 +71,19 @@ def _data(seen: Explanation, pixels: Pixels, name: str, facts: Mapping[str, str]
         "predictions": [_class(one) for one in seen.predictions],
         "colors": {colormap: _base64(colors(colormap).tobytes()) for colormap in COLORMAPS},
         "facts": [[str(label), _shortened(str(value))] for label, value in facts.items()],
+    }
+
+
+def _meaning(method: str) -> dict[str, str]:
+    """What the colours tell, and what it means where there are none."""
+    counts, nothing = {
+        "counterfactual": ("counts against the class that is chosen", "speaks against this class"),
+        "eigencam": ("stands out to the layer, whichever class is chosen", "stands out"),
+    }.get(method, ("counts for the class that is chosen", "speaks for this class"))
+    return {
+        "about": f"The colours show how much each region of the photo {counts}, from 0 to the strongest "
+        "region. They tell where the network looked, not whether it is right.",
+        "nothing": f"Nothing in the image {nothing}.",
     }
 
 

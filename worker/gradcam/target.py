@@ -39,6 +39,7 @@ PASSED_OVER = {  # between the target layer and the scores: they move or drop po
     "GetItem",
     "Split",
 }
+CUTS = {"Cropping2D", "GetItem"}  # the same of an image; of feature maps they may trim what was padded
 CROPS = {"CenterCrop", "RandomCrop", "Resizing"}  # layers that may show but a part of the image
 PREPARES = {"Rescaling", "Normalization"}  # layers that do what `Preprocessing` does
 ARITHMETIC = {"TrueDivide", "Divide", "Multiply", "Subtract", "Add"}  # ... and so do these, with a constant
@@ -270,7 +271,13 @@ def rescales(graph: Graph) -> bool:
 
 def crops(graph: Graph) -> str | None:
     """The path of a layer that shows a part of the image, or pads it: no map would lie where it belongs."""
+    picture = {graph.entry}  # the image, and what is still but an image
     for step in graph.steps:
+        if picture.intersection(step.inputs) and not step.weights:
+            picture.update(step.writes)
+            before, after = (graph.shapes[slot][1:3] for slot in (step.inputs[0], step.writes[0]))
+            if step.kind in CUTS and before != after:
+                return step.path
         if step.kind not in CROPS:
             continue
         (height, width), (rows, columns) = (
