@@ -111,9 +111,7 @@ def _own_model(row: NetworkRow, file: WeightsFile) -> Any:
         model.load_weights(file.path)
     except NetworkIncompatible:
         raise
-    except (
-        Exception
-    ) as error:  # whatever Keras, h5py and zipfile make of a file that is not what it should be
+    except Exception as error:  # whatever Keras, h5py and zipfile make of a file that is something else
         reason = " ".join(str(error).split())[:500]
         message = f"{file.path} cannot be loaded as {row.name}: {reason}"
         raise NetworkIncompatible(message) from error

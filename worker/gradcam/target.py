@@ -7,7 +7,7 @@ there it is the last tensor of tokens that still speaks for every patch, seen as
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +56,7 @@ class Place:
     columns: int
     channels: int
     prefix: int | None = None  # None: a feature map; else tokens, of which so many come before the patches
-    mirrored: tuple[
-        int, ...
-    ] = ()  # axes of the grid that run against the image's, -3 for rows, -2 for columns
+    mirrored: tuple[int, ...] = ()  # axes that run against the image's: -3 the rows, -2 the columns
 
     @property
     def size(self) -> int:
@@ -256,38 +254,34 @@ def _looks_around(operation: Any) -> bool:
     return any(size > step for size, step in zip(window, strides, strict=True))
 
 
+def _before_learning(graph: Graph) -> Iterator[Step]:
+    """The steps that see the image itself, or what was made of it without any weights."""
+    picture = {graph.entry}
+    for step in graph.steps:
+        if picture.intersection(step.inputs):
+            yield step
+            if not step.weights:
+                picture.update(step.writes)
+
+
 def rescales(graph: Graph) -> bool:
     """Whether the network begins with layers, or with arithmetic, that do what `Preprocessing` does."""
-    reached = {graph.entry}
-    for step in graph.steps:
-        if not reached.intersection(step.inputs):
-            continue
-        if step.kind in PREPARES or (step.kind in ARITHMETIC and len(step.inputs) == 1):
-            return True
-        if not step.weights:
-            reached.update(step.writes)
-    return False
+    return any(
+        step.kind in PREPARES or (step.kind in ARITHMETIC and len(step.inputs) == 1)
+        for step in _before_learning(graph)
+    )
 
 
 def crops(graph: Graph) -> str | None:
     """The path of a layer that shows a part of the image, or pads it: no map would lie where it belongs."""
-    picture = {graph.entry}  # the image, and what is still but an image
-    for step in graph.steps:
-        if picture.intersection(step.inputs) and not step.weights:
-            picture.update(step.writes)
-            before, after = (graph.shapes[slot][1:3] for slot in (step.inputs[0], step.writes[0]))
-            if step.kind in CUTS and before != after:
-                return step.path
-        if step.kind not in CROPS:
-            continue
-        (height, width), (rows, columns) = (
-            graph.shapes[slot][1:3] for slot in (step.inputs[0], step.writes[0])
-        )
-        how = step.operation
-        keeps_ratio = any(getattr(how, f"{one}_to_aspect_ratio", False) for one in ("crop", "pad"))
-        stretches = step.kind == "Resizing" and not keeps_ratio
-        if not stretches and height * columns != width * rows:
-            return step.path
-        if step.kind != "Resizing" and (height, width) != (rows, columns):
+    cuts = [step for step in _before_learning(graph) if step.kind in CUTS]
+    shown = [step for step in graph.steps if step.kind in CROPS]
+    for step in (*cuts, *shown):
+        before, after = (graph.shapes[slot][1:3] for slot in (step.inputs[0], step.writes[0]))
+        whole = before == after
+        if step.kind == "Resizing":
+            keeps = any(getattr(step.operation, f"{one}_to_aspect_ratio", False) for one in ("crop", "pad"))
+            whole = not keeps or before[0] * after[1] == before[1] * after[0]
+        if not whole:
             return step.path
     return None
