@@ -36,6 +36,7 @@ Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Place = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
 Count = Annotated[int, Field(ge=1)]
+OrNone = Annotated[int, Field(ge=0, le=4096)]  # 0: found out
 
 
 class Settings(BaseModel):
@@ -83,11 +84,21 @@ class Settings(BaseModel):
     networks: Place = None  # a TOML file that describes the operator's own: see `worker.gradcam.registry`
     cache_dir: Place = None  # for their files, by checksum; none: the user's own cache
     weights_dir: Place = None  # a folder of weights for the catalog's networks
-    precision: Literal["float32", "bfloat16", "mixed_bfloat16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16", "mixed_bfloat16"] = "float32"
+    exact_backward: bool = False  # the whole way back, where a shorter one gives the same
+    resident_bytes: Count = 8 * 1024**3  # of all networks in memory: the least recently used makes room
+
+    # The device
+    devices: str = "auto"  # every GPU there is, a process for each; or their numbers; or cpu
+    max_batch: OrNone = 0  # images in one pass; 0: as many as prove worth it when a network is warmed
+    batch_wait_s: Annotated[float, Field(ge=0, le=1)] = (
+        0.01  # that a batch waits for jobs on their way, at most
+    )
+    intra_op_threads: OrNone = 0  # of one operation on the CPU; 0: one for each core
 
     # Worker
     preload: Listed = ()  # networks to load before the first job
-    threads: Count = 8
+    threads: Count = 8  # jobs in hand at once
     retry_backoff_s: Seconds = 1  # before the second attempt; doubles, with jitter
     retry_backoff_max_s: Seconds = 60
     shutdown_timeout_s: Seconds = 90  # after which a worker that was asked to stop is killed
@@ -176,7 +187,7 @@ class Settings(BaseModel):
             value = getattr(self, name)
             if isinstance(value, SecretStr):
                 value = value.get_secret_value()
-            text = ",".join(value) if isinstance(value, tuple) else str(value or "")
+            text = ",".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
             plain[PREFIX + name.upper()] = text
         return plain
 

@@ -8,7 +8,7 @@
 
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -174,6 +174,13 @@ class TinyNetwork:
         weights = self.KERNEL.T[class_ids.T] / cells**2  # (k, n, channels)
         gradients = np.broadcast_to(weights[:, :, None, None], (*weights.shape[:2], cells, cells, 3))
         return Computed("blocks", scores, class_ids, cam.METHODS[method.name](np, blocks, gradients))
+
+    def begin(
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+    ) -> Callable[[], Computed]:
+        """See `worker.gradcam.network.Network.begin`: there is no device but the CPU."""
+        computed = self.compute(pixels, wanted, method)
+        return lambda: computed
 
     def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `worker.gradcam.network.Network.scores`."""

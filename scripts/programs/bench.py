@@ -1,14 +1,22 @@
-"""Benchmarks: `scripts/bench [engine] [--quick] [--json]`. Exit code 1: a floor is missed."""
+"""Benchmarks: `scripts/bench NAME [--quick] [--json]`. Exit code 1: what is required is missed."""
 
 import argparse
 import sys
 from importlib import import_module
 
-BENCHES = ("engine",)  # each a module `bench_<name>` beside this one, with `main(*, quick, as_json)`
+BENCHES = (
+    "engine",
+    "peers",
+    "host",
+    "service",
+    "latency",
+    "memory",
+    "gpu",
+)  # each a module `bench_<name>` beside this one, with `main(*, quick, as_json)`
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("bench", nargs="?", choices=BENCHES, default=BENCHES[0])
-parser.add_argument("--quick", action="store_true", help="fewer repeats, batch 1 only")
+parser.add_argument("bench", choices=BENCHES)
+parser.add_argument("--quick", action="store_true", help="a first look: fewer repeats, fewer cases")
 parser.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
 asked = parser.parse_args()
 sys.exit(import_module(f"bench_{asked.bench}").main(quick=asked.quick, as_json=asked.json))

@@ -13,16 +13,14 @@ logits in place of probabilities has to give our heatmaps: what is compared comp
 
 import gc
 import json
-import os
-import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from statistics import median
 from typing import Any
+
+from timing import Cost, Way, machine, take_turns, versions
 
 from worker.gradcam.backend import device_name
 from worker.gradcam.keras_network import KerasNetwork
@@ -41,37 +39,11 @@ NETWORKS = ("vgg16", "xception")
 CLASSES = 8  # the top 8, as in the notebook
 LARGE_BATCH = 8  # images
 SEED = 0
+PACKAGES = ("tensorflow", "keras", "numpy")
 FLOOR = 10.0  # times faster than the notebook's way, batch 1, wall time: required of every network
 TOLERANCE = 1e-4  # between heatmaps in [0, 1]; float32, summed in another order, differs by 1e-6
 
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to compute, as often as it is measured."""
-
-    name: str
-    batch: int  # images a call
-    repeats: int
-    run: Callable[[], object]  # returns when the result is on the host
-    warm: bool = False  # has run before, and need not once more before it is measured
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The medians of one way's calls."""
-
-    way: str
-    batch: int
-    repeats: int
-    wall: float  # seconds a call
-    cpu: float  # seconds a call, of all threads of this process
-
-    @property
-    def images_per_second(self) -> float:
-        """Images per second of wall time."""
-        return self.batch / self.wall
 
 
 @dataclass(frozen=True)
@@ -238,61 +210,6 @@ def _pair(
     ]
 
 
-def take_turns(ways: list[Way]) -> tuple[Cost, ...]:
-    """Measure all ways in rounds, the rarer ones spread evenly, every other round backwards."""
-    for way in ways:
-        if not way.warm:
-            way.run()  # traces, and fills the caches
-    rounds = max(way.repeats for way in ways)
-    measured: dict[int, list[tuple[float, float]]] = {index: [] for index in range(len(ways))}
-    for turn in range(rounds):
-        order = list(enumerate(ways))
-        for index, way in order if turn % 2 == 0 else reversed(order):
-            if len(measured[index]) * rounds <= turn * way.repeats:
-                measured[index].append(_clock(way.run))
-    return tuple(_cost(way, measured[index]) for index, way in enumerate(ways))
-
-
-def _clock(run: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds of one call."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def _cost(way: Way, measured: list[tuple[float, float]]) -> Cost:
-    wall, cpu = (median(column) for column in zip(*measured, strict=True))
-    return Cost(way.name, way.batch, len(measured), wall, cpu)
-
-
-def machine() -> dict[str, Any]:
-    """What it ran on, and how busy that was beforehand."""
-    return {
-        "cpu_count": os.cpu_count(),
-        "cpu_model": _cpu_model(),
-        "device": device_name(),
-        "load_before": round(os.getloadavg()[0], 2),  # processes that want to run, last minute
-    }
-
-
-def _cpu_model() -> str:
-    """The processor as the kernel names it."""
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """The versions that the figures hang on."""
-    return {
-        "python": platform.python_version(),
-        "tensorflow": tf.__version__,
-        "keras": keras.__version__,
-        "numpy": np.__version__,
-    }
-
-
 def table(result: Result) -> Iterator[str]:
     """One network's figures, line by line."""
     yield f"{result.network}, top {CLASSES} classes, medians"
@@ -348,15 +265,15 @@ def document(results: list[Result], about: Mapping[str, Any], took_s: float) -> 
         "passed": all(result.passed for result in results),
         "took_s": took_s,
         "machine": about,
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
     }
 
 
 def main(*, quick: bool, as_json: bool) -> int:
     """Measure one network after the other; 0, or 1 where the floor or the agreement is missed."""
-    begun, about, results = time.perf_counter(), machine(), []
+    begun, about, results = time.perf_counter(), machine(device_name()), []
     say = (lambda _: None) if as_json else print
-    say(", ".join(f"{name} {version}" for name, version in versions().items()))
+    say(", ".join(f"{name} {version}" for name, version in versions(*PACKAGES).items()))
     say(", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in about.items()))
     if about["device"] != "cpu":
         say("The device is not the CPU: CPU seconds, and so the share of forward, say little here.")

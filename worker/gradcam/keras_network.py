@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,6 +68,12 @@ class KerasNetwork:
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Computed:
         """See `worker.gradcam.network.Network.compute`."""
+        return self.begin(pixels, wanted, method)()
+
+    def begin(
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+    ) -> Callable[[], Computed]:
+        """See `worker.gradcam.network.Network.begin`."""
         place = self._place(method.layer or self.facts.default_layer)
         run_pass = self._pass(place, method)
         # An early layer has large maps: so many classes at a time that their gradients fit.
@@ -77,7 +83,8 @@ class KerasNetwork:
             for first in range(0, wanted.shape[1], at_once)
         ]
         scores, class_ids, raw = zip(*parts, strict=True)
-        return Computed(place.path, scores[0], np.concatenate(class_ids, 1), np.concatenate(raw, 1))
+        computed = Computed(place.path, scores[0], np.concatenate(class_ids, 1), np.concatenate(raw, 1))
+        return lambda: computed
 
     def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `worker.gradcam.network.Network.scores`."""

@@ -1,5 +1,6 @@
 """What a network must be able to do, said once for Keras, for tests and for whoever comes next."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -73,7 +74,16 @@ class Network(Protocol):
         `wanted` is (n, k): an id of 0 or more names a class, -r stands
         for the class ranked r-th (see `ClassIndex.wanted`).
 
-        Raises UnknownLayer.
+        Raises UnknownLayer, DeviceOutOfMemory.
+        """
+        ...
+
+    def begin(
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+    ) -> Callable[[], Computed]:
+        """Hand the device what `compute` does; what is returned waits for its answer.
+
+        A device that is not the CPU computes on its own: the next pass can be handed over meanwhile.
         """
         ...
 
