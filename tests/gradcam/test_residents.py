@@ -1,4 +1,5 @@
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -10,14 +11,14 @@ from numpy.typing import NDArray
 
 from worker.deadline import Deadline
 from worker.errors import (
+    DeviceOutOfMemory,
     JobTimeout,
     NetworkIncompatible,
-    UnknownLayer,
     WeightsChecksumMismatch,
     WeightsUnavailable,
 )
 from worker.gradcam.catalog import CATALOG, NetworkRow
-from worker.gradcam.network import GRADCAM, Computed, Method
+from worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
 from worker.gradcam.residents import Residents, Turn
 from worker.testing import TinyNetwork
 
@@ -52,7 +53,8 @@ def explain() -> Callable[..., Turn]:
     """Explain the red picture's first class."""
 
     def explain(residents: Residents, network: TinyNetwork, seconds: float = PLENTY_S) -> Turn:
-        return residents.explain(network, PIXELS, (-1,), GRADCAM, Deadline(seconds))
+        with residents.ticket() as ticket:
+            return ticket.explain(network, PIXELS, (-1,), GRADCAM, Deadline(seconds))
 
     return explain
 
@@ -186,35 +188,129 @@ class TestTurns:
         assert turn.waited_s >= 0
         assert turn.computed_s >= 0
 
-    def test_only_one_thread_computes_at_a_time(self, explain: Callable[..., Turn]) -> None:
+    def test_jobs_at_the_same_time_share_a_pass_and_each_has_its_own_wish_answered(self) -> None:
         network = Gated()
-        residents = Residents(lambda _: network)
-        with ThreadPoolExecutor(8) as pool:
-            turns = [pool.submit(explain, residents, network) for _ in range(8)]
-            network.gate.set()
-            assert {turn.result().explanation.explained[0].name for turn in turns} == {"red"}
-        assert (network.calls, network.most) == (8, 1)
+        residents = Residents(lambda _: network, max_batch=8, wait_s=PLENTY_S)
+        residents.get(VGG16)
 
-    def test_who_waits_past_the_deadline_is_told_so_and_the_others_go_on(
-        self, explain: Callable[..., Turn]
-    ) -> None:
-        network = Gated()
-        residents = Residents(lambda _: network)
-        with ThreadPoolExecutor(1) as pool:
-            first = pool.submit(explain, residents, network)
-            assert network.entered.wait(PLENTY_S)
-            with pytest.raises(JobTimeout, match=r"timeout_s of 0\.01 s \(at: waiting for the device\)"):
-                explain(residents, network, 0.01)
-            assert not first.done()
-            network.gate.set()
-            assert first.result().explanation.explained
-        assert explain(residents, network).explanation.explained
-        assert network.calls == 2
+        def job(wish: tuple[int, ...]) -> Turn:
+            with residents.ticket() as ticket:
+                everyone.wait()
+                return ticket.explain(network, PIXELS, wish, GRADCAM, Deadline(PLENTY_S))
 
-    def test_a_call_that_fails_frees_the_device(
-        self, tiny: TinyNetwork, explain: Callable[..., Turn]
-    ) -> None:
+        everyone = threading.Barrier(3)
+        network.gate.set()
+        with ThreadPoolExecutor(3) as pool:
+            turns = [*pool.map(job, [(2, 1), (-1, -2), (0, 0)])]
+        assert [turn.batch_size for turn in turns] == [3, 3, 3]
+        assert [[one.name for one in turn.explanation.explained] for turn in turns] == [
+            ["blue", "green"],
+            ["red", "green"],
+            ["red", "red"],
+        ]
+
+    def test_a_measurement_has_the_device_to_itself(self, tiny: TinyNetwork) -> None:
         residents = Residents(lambda _: tiny)
-        with pytest.raises(UnknownLayer):
-            residents.explain(tiny, PIXELS, (-1,), Method(layer="stones"), Deadline(PLENTY_S))
-        assert explain(residents, tiny, 1).explanation.explained
+        with residents.ticket() as ticket:
+            seen = ticket.explain(tiny, PIXELS, (0,), GRADCAM, Deadline(PLENTY_S)).explanation
+        measured = residents.measure(tiny, PIXELS, seen, ["deletion"], Deadline(PLENTY_S))
+        assert 0 <= measured.metrics[0]["deletion"] <= 1
+        with pytest.raises(JobTimeout):
+            residents.measure(tiny, PIXELS, seen, ["deletion"], Deadline(0))
+
+
+@dataclass
+class Sized(TinyNetwork):
+    """A tiny network on a device with room for so many images, that takes so long for each pass and image."""
+
+    room: int = 1000
+    pass_s: float = 0.0
+    image_s: float = 0.0
+    tried: list[int] = field(default_factory=list)
+    now_s: float = 0.0
+
+    def clock(self) -> float:
+        """A clock that goes on only while this network computes."""
+        return self.now_s
+
+    def compute(
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+    ) -> Computed:
+        self.tried.append(len(pixels))
+        if len(pixels) > self.room:
+            message = f"No device memory for {len(pixels)} images."
+            raise DeviceOutOfMemory(message)
+        self.now_s += self.pass_s + self.image_s * len(pixels)
+        return super().compute(pixels, wanted, method)
+
+
+class TestTheBestBatch:
+    @staticmethod
+    def largest(network: Sized, max_batch: int) -> int:
+        """How many images share a pass once the network is warm."""
+        residents = Residents(lambda _: network, wait_s=PLENTY_S, clock=network.clock, max_batch=max_batch)
+        residents.get(VGG16)
+        everyone = threading.Barrier(80)
+
+        def job(_: int) -> int:
+            with residents.ticket() as ticket:
+                everyone.wait()
+                return ticket.explain(network, PIXELS, (0,), GRADCAM, Deadline(PLENTY_S)).batch_size
+
+        with ThreadPoolExecutor(80) as pool:
+            return max(pool.map(job, range(80)))
+
+    def test_a_device_that_gains_by_every_image_gets_as_many_as_are_ever_worth_it(self) -> None:
+        assert self.largest(Sized(pass_s=0.05), 0) == 64
+
+    def test_it_is_not_larger_than_the_memory_allows(self) -> None:
+        network = Sized(room=10, pass_s=0.05)
+        assert self.largest(network, 0) == 8
+        assert max(network.tried) == 16, "it was found out before the first job"
+
+    def test_where_a_larger_batch_brings_nothing_it_stays_small(self) -> None:
+        assert self.largest(Sized(image_s=0.03), 0) == 1
+
+    def test_a_pass_is_not_made_so_long_that_whoever_is_urgent_waits_for_seconds(self) -> None:
+        assert self.largest(Sized(pass_s=0.6, image_s=0.1), 0) == 4
+
+    def test_it_is_what_the_operator_says(self) -> None:
+        network = Sized()
+        assert self.largest(network, 5) == 5
+        assert 1 not in network.tried, "nothing had to be found out"
+
+
+class TestMemory:
+    @dataclass
+    class Heavy(TinyNetwork):
+        """A tiny network that says that it has so many parameters."""
+
+        facts: NetworkFacts
+
+    def load(self, row: NetworkRow) -> TinyNetwork:
+        return self.Heavy(replace(TinyNetwork.facts, parameters=100))
+
+    def test_the_least_recently_used_network_makes_room_for_a_new_one(self) -> None:
+        residents = Residents(self.load, max_bytes=2 * 400)
+        first, second = residents.get(VGG16), residents.get(XCEPTION)
+        assert residents.get(VGG16) is first
+        residents.get(CATALOG["resnet50"])
+        assert residents.get(VGG16) is first, "it had been used since"
+        assert residents.get(XCEPTION) is not second
+
+    def test_what_made_room_is_gone_from_memory_once_nobody_computes_with_it(self) -> None:
+        residents = Residents(self.load, max_bytes=400)
+        gone = weakref.ref(residents.get(VGG16))
+        assert gone() is not None
+        residents.get(XCEPTION)
+        assert gone() is None
+
+    def test_the_newest_stays_however_large_it_is(self) -> None:
+        residents = Residents(self.load, max_bytes=1)
+        assert residents.get(VGG16) is residents.get(VGG16)
+
+    def test_who_computes_with_a_network_that_makes_room_goes_on(self, explain: Callable[..., Turn]) -> None:
+        residents = Residents(self.load, max_bytes=1)
+        held = residents.get(VGG16)
+        residents.get(XCEPTION)
+        assert explain(residents, held).explanation.explained

@@ -159,19 +159,23 @@ def explain_pixels(
     A wish is what `ClassIndex.wanted` returns. Shorter wishes are padded for the pass and cut again.
     Raises UnknownLayer.
     """
-    width = max(map(len, wishes))
-    wanted = np.array([wish + wish[-1:] * (width - len(wish)) for wish in wishes], np.int32)
-    computed = network.compute(pixels, wanted, method)
+    computed = network.compute(pixels, padded(wishes), method)
     return [
-        _explanation(network, computed, index, len(wish), method.normalize, named=wish[0] >= 0)
-        for index, wish in enumerate(wishes)
+        explanation_of(network, computed, index, wish, method.normalize) for index, wish in enumerate(wishes)
     ]
 
 
-def _explanation(
-    network: Network, computed: Computed, index: int, asked: int, normalize: str, *, named: bool
+def padded(wishes: Sequence[tuple[int, ...]]) -> NDArray[np.int32]:
+    """The wishes of n images as one array (n, k): shorter ones repeat their last class."""
+    width = max(map(len, wishes))
+    return np.array([wish + wish[-1:] * (width - len(wish)) for wish in wishes], np.int32)
+
+
+def explanation_of(
+    network: Network, computed: Computed, index: int, wish: tuple[int, ...], normalize: str
 ) -> Explanation:
-    """Cut the answer for one image out of a pass over many."""
+    """Cut the answer for one image and its wish out of a pass over many. Raises NetworkIncompatible."""
+    asked, named = len(wish), wish[0] >= 0
     scores, raw = computed.scores[index].astype(np.float64), computed.raw[index, :asked]
     if not (np.isfinite(scores).all() and np.isfinite(raw).all()):
         message = f"{network.facts.name} computes scores or gradients for this image that are no numbers."

@@ -27,6 +27,11 @@ class NetworkFacts:
     parameters: int = 0
     rescales: bool = False  # whether it begins with layers that do what preprocessing does
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights in memory."""
+        return self.parameters * (2 if self.dtype == "bfloat16" else 4)
+
 
 @dataclass(frozen=True)
 class Method:

@@ -1,7 +1,10 @@
-"""The networks a process keeps loaded. One call at a time: a Keras network is not thread-safe."""
+"""The networks a process keeps loaded: each as large as memory allows, the least recently used makes room."""
 
+import gc
+import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,15 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker.deadline import Deadline
-from worker.errors import PermanentError
+from worker.errors import DeviceOutOfMemory, PermanentError
+from worker.gradcam.batcher import Batcher
 from worker.gradcam.catalog import NetworkRow
-from worker.gradcam.explain import Explanation, explain_pixels
+from worker.gradcam.explain import Explanation, explanation_of
 from worker.gradcam.faithfulness import measure
 from worker.gradcam.network import GRADCAM, Method, Network
 
-WARM_UP_S = 600  # the first pass of a large network on a slow machine takes minutes at most
+log = logging.getLogger("gradcam")
+
+WARM_UP_S = 600  # the first passes of a large network on a slow machine take minutes at most
 REFUSED_S = 30  # before a network that cannot be loaded as it is described is tried again
 GREY = 128  # a picture of nothing
+MOST = 64  # images in a batch: more have not been seen to be faster
+WORTH = 1.1  # times more images a second that a batch of twice the size has to bring
+LONG_S = 1.0  # a pass is not made longer: whoever is urgent waits for the one that runs
 
 
 @dataclass(frozen=True)
@@ -40,20 +49,63 @@ class _Refused:
     at_s: float
 
 
+class Ticket:
+    """A job's right to hand in one image. As long as it has not, batches wait for it a little."""
+
+    def __init__(self, batcher: Batcher, arrive: Callable[[], None]) -> None:
+        self._batcher, self._arrive = batcher, arrive
+
+    def explain(
+        self,
+        network: Network,
+        pixels: NDArray[np.uint8],
+        wish: Sequence[int],
+        method: Method,
+        deadline: Deadline,
+        *,
+        bulk: bool = False,
+    ) -> Turn:
+        """Explain one fitted image (height, width, channels), in one pass with others; waits for its turn.
+
+        Raises UnknownLayer, NetworkIncompatible, DeviceOutOfMemory, JobTimeout.
+        """
+        answer = self._batcher.compute(
+            network, pixels, wish, method, deadline, bulk=bulk, arrive=self._arrive
+        )
+        seen = explanation_of(network, answer.computed, answer.index, tuple(wish), method.normalize)
+        return Turn(seen, answer.waited_s, answer.computed_s, answer.batch_size)
+
+
 class Residents:
-    """Loads each network once, when it is first asked for, and lets one thread at a time use the device.
+    """Loads each network once, when it is first asked for, finds its best batch, and gives out its turns.
 
     A name whose row has changed is loaded anew. Who holds the network of before keeps it.
     """
 
-    def __init__(self, load: Callable[[NetworkRow], Network]) -> None:
-        """`load` turns a row into a live network."""
+    def __init__(
+        self,
+        load: Callable[[NetworkRow], Network],
+        *,
+        max_batch: int = 1,
+        max_bytes: int = 8 * 1024**3,
+        wait_s: float = 0.01,
+        peak_bytes: Callable[[], int | None] = lambda: None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`load` turns a row into a live network.
+
+        `max_batch` images at most share a pass; 0: as many as prove worth it. `max_bytes` may all weights
+        have together, but for the newest network, which stays however large it is. `peak_bytes` says how
+        much of the device's memory was in use at most since it was last asked, where that can be known.
+        """
         self._load = load
-        self._networks: dict[str, tuple[NetworkRow, Network]] = {}
+        self._max_batch, self._max_bytes = max_batch, max_bytes
+        self._peak_bytes, self._clock = peak_bytes, clock
+        self._batcher = Batcher(wait_s=wait_s)
+        self._networks: OrderedDict[str, tuple[NetworkRow, Network]] = OrderedDict()  # last used last
         self._refused: dict[str, _Refused] = {}
         self._loading: dict[str, threading.Lock] = {}
         self._door = threading.Lock()
-        self._device = threading.Lock()
 
     def get(self, row: NetworkRow) -> Network:
         """The live network of this row, and of no other version of it. Raises what `load` raises.
@@ -76,36 +128,82 @@ class Residents:
             except PermanentError as error:
                 self._refused[row.name] = _Refused(row, error, time.monotonic())
                 raise
-            self._networks[row.name] = row, network
+            self._batcher.limit(network, self._max_batch or self._largest_worth_it(network))
+            self._keep(row, network)
             return network
 
     def _held(self, row: NetworkRow) -> Network | None:
-        held, network = self._networks.get(row.name, (None, None))
-        return network if held == row else None
+        with self._door:
+            held, network = self._networks.get(row.name, (None, None))
+            if held != row:
+                return None
+            self._networks.move_to_end(row.name)
+            return network
+
+    def _keep(self, row: NetworkRow, network: Network) -> None:
+        """Keep a network; let those go that have been used least recently, until all fit."""
+        with self._door:
+            left = [self._networks.pop(row.name)] if row.name in self._networks else []
+            self._networks[row.name] = row, network
+            while len(self._networks) > 1 and self._bytes() > self._max_bytes:
+                left.append(self._networks.popitem(last=False)[1])
+                log.info("%s makes room for %s", left[-1][0].name, row.name)
+        for _, one in left:
+            self._batcher.forget(one)
+        if left:
+            del left, one
+            gc.collect()  # a network is a circle of references
+
+    def _bytes(self) -> int:
+        return sum(network.facts.weight_bytes for _, network in self._networks.values())
+
+    def _largest_worth_it(self, network: Network) -> int:
+        """How many images to compute at once: the fewest that bring about the most images a second.
+
+        Every size that a batch may have is tried, from one image on, so its memory is known to be there.
+        """
+        largest, best = 1, 0.0
+        count = 1
+        self._peak_bytes()
+        while count <= MOST:
+            try:
+                took_s = min(self._try(network, count), self._try(network, count))  # the first one traces
+            except DeviceOutOfMemory:
+                break
+            speed = count / max(took_s, 1e-6)  # images a second
+            if speed < best * WORTH or took_s > LONG_S:
+                break
+            largest, best = count, speed
+            count *= 2
+        peak = self._peak_bytes()
+        held = f", {peak / 1e9:.1f} GB of the device's memory at most" if peak else ""
+        log.info("%s: %.3g images a second in batches of %d%s", network.facts.name, best, largest, held)
+        return largest
+
+    def _try(self, network: Network, count: int) -> float:
+        """Seconds that a pass over so many grey pictures takes."""
+        grey = np.full((count, *network.facts.input_size, network.facts.channels), GREY, np.uint8)
+        best = np.full((count, 1), -1, np.int32)
+
+        def run() -> float:
+            begun_s = self._clock()
+            network.compute(grey, best)
+            return self._clock() - begun_s
+
+        return self._batcher.alone(run, Deadline(WARM_UP_S))
 
     def warm(self, row: NetworkRow) -> Turn:
         """Load a network and run it once on a grey picture, so that the first job waits for neither."""
         network = self.get(row)
         grey = np.full((*network.facts.input_size, network.facts.channels), GREY, np.uint8)
-        return self.explain(network, grey, network.labels.wanted(top_n=1), GRADCAM, Deadline(WARM_UP_S))
+        with self.ticket() as ticket:
+            return ticket.explain(network, grey, network.labels.wanted(top_n=1), GRADCAM, Deadline(WARM_UP_S))
 
-    def explain(
-        self,
-        network: Network,
-        pixels: NDArray[np.uint8],
-        wish: Sequence[int],
-        method: Method,
-        deadline: Deadline,
-    ) -> Turn:
-        """Explain one fitted image (height, width, 3); waits for its turn until the deadline.
-
-        Raises UnknownLayer, DeviceOutOfMemory, JobTimeout.
-        """
-        asked = time.monotonic()
-        with self._turn(deadline):
-            begun = time.monotonic()
-            seen = explain_pixels(network, pixels[np.newaxis], [tuple(wish)], method)[0]
-        return Turn(seen, begun - asked, time.monotonic() - begun, batch_size=1)
+    @contextmanager
+    def ticket(self) -> Iterator[Ticket]:
+        """Say that a job is on its way, so that a batch may wait for it."""
+        with self._batcher.coming() as arrive:
+            yield Ticket(self._batcher, arrive)
 
     def measure(
         self,
@@ -118,19 +216,6 @@ class Residents:
         """An explanation with its metrics. Others get their turns between its batches. Raises JobTimeout."""
 
         def score(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-            with self._turn(deadline):
-                return network.scores(pictures)
+            return self._batcher.alone(lambda: network.scores(pictures), deadline)
 
         return replace(seen, metrics=tuple(measure(score, pixels, seen, metrics)))
-
-    @contextmanager
-    def _turn(self, deadline: Deadline) -> Iterator[None]:
-        """Have the device to oneself. Raises JobTimeout."""
-        waiting = "waiting for the device"
-        deadline.check(waiting)
-        if not self._device.acquire(timeout=deadline.left_s()):
-            deadline.check(waiting)
-        try:
-            yield
-        finally:
-            self._device.release()

@@ -1,0 +1,421 @@
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from worker.deadline import Deadline
+from worker.errors import DeviceOutOfMemory, InternalError, JobExpired, JobTimeout, UnknownLayer
+from worker.gradcam.batcher import Answer, Batcher
+from worker.gradcam.network import GRADCAM, Computed, Method
+from worker.testing import TinyNetwork
+
+PLENTY_S = 60.0
+RED, GREEN, BLUE = (np.full((16, 16, 3), color, np.uint8) for color in np.eye(3, dtype=np.uint8) * 255)
+BLACK = np.zeros((16, 16, 3), np.uint8)
+
+
+@dataclass(eq=False)
+class Device(TinyNetwork):
+    """A tiny network on a device that can be held up, has little memory, and cannot stand black."""
+
+    room: int = 1000  # images that fit
+    batches: list[int] = field(default_factory=list)  # sizes, as they were begun
+    colors: list[str] = field(default_factory=list)  # of the images, in the order they were computed
+    begun: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    may_begin: threading.Event = field(default_factory=threading.Event)
+    may_finish: threading.Event = field(default_factory=threading.Event)
+    failure: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.may_begin.set()
+        self.may_finish.set()
+
+    def begin(
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+    ) -> Callable[[], Computed]:
+        self.batches.append(len(pixels))
+        self.colors += ["rgb"[image[0, 0].argmax()] for image in pixels]
+        self.begun.release()
+        assert self.may_begin.wait(PLENTY_S)
+        if self.failure:
+            raise self.failure
+        if len(pixels) > self.room:
+            message = f"No device memory for {len(pixels)} images."
+            raise DeviceOutOfMemory(message)
+        if not pixels.any(axis=(1, 2, 3)).all():
+            message = "black"
+            raise ValueError(message)
+        computed = self.compute(pixels, wanted, method)
+
+        def finish() -> Computed:
+            assert self.may_finish.wait(PLENTY_S)
+            return computed
+
+        return finish
+
+
+@dataclass
+class Jobs:
+    """Job threads that hand in images, in an order that is kept."""
+
+    pool: ThreadPoolExecutor
+    batcher: Batcher
+
+    def ask(
+        self,
+        network: TinyNetwork,
+        pixels: NDArray[np.uint8] = RED,
+        wish: tuple[int, ...] = (-1,),
+        method: Method = GRADCAM,
+        *,
+        bulk: bool = False,
+        deadline: Deadline | None = None,
+    ) -> Future[Answer]:
+        """Start a job thread; return when its request is waiting, or has been taken."""
+        handed_in = threading.Event()
+        limit = deadline or Deadline(PLENTY_S)
+        future = self.pool.submit(
+            self.batcher.compute,
+            network,
+            pixels,
+            wish,
+            method,
+            limit,
+            bulk=bulk,
+            arrive=handed_in.set,
+        )
+        future.add_done_callback(lambda _: handed_in.set())
+        assert handed_in.wait(PLENTY_S)
+        with self.batcher._changed:  # held from before `arrive` until the request waits
+            return future
+
+
+@pytest.fixture
+def device() -> Device:
+    return Device()
+
+
+@pytest.fixture
+def jobs() -> Iterator[Jobs]:
+    with ThreadPoolExecutor(32) as pool:
+        yield Jobs(pool, Batcher(wait_s=PLENTY_S))
+
+
+@contextmanager
+def busy(jobs: Jobs, device: Device) -> Iterator[None]:
+    """The device computes something else meanwhile."""
+    device.may_begin.clear()
+    while device.begun.acquire(blocking=False):
+        pass  # what was begun before
+    first = jobs.ask(device, BLUE)
+    assert device.begun.acquire(timeout=PLENTY_S)
+    device.batches.clear()
+    device.colors.clear()
+    try:
+        yield
+    finally:
+        device.may_begin.set()
+    assert seen(first) == "b"
+
+
+def seen(job: Future[Answer]) -> str:
+    """The color that the network saw in a job's own image."""
+    answer = job.result(PLENTY_S)
+    return "rgb"[answer.computed.class_ids[answer.index, 0]]
+
+
+class TestWhenABatchCloses:
+    def test_a_lone_job_waits_for_nobody(self, jobs: Jobs, device: Device) -> None:
+        assert seen(jobs.ask(device)) == "r"
+        assert device.batches == [1]
+
+    def test_a_batch_waits_for_a_job_that_is_on_its_way(self, jobs: Jobs, device: Device) -> None:
+        with jobs.batcher.coming() as arrive:
+            first = jobs.ask(device, RED)
+            answer = jobs.batcher.compute(device, GREEN, (-1,), GRADCAM, Deadline(PLENTY_S), arrive=arrive)
+        assert (seen(first), answer.batch_size, device.batches) == ("r", 2, [2])
+
+    def test_a_job_that_never_hands_in_is_not_waited_for_once_it_has_ended(
+        self, jobs: Jobs, device: Device
+    ) -> None:
+        with jobs.batcher.coming():
+            first = jobs.ask(device)
+            assert not device.batches
+        assert seen(first) == "r"
+
+    def test_it_waits_no_longer_than_it_may(self, device: Device) -> None:
+        batcher = Batcher(wait_s=0.001)
+        with batcher.coming():
+            answer = batcher.compute(device, RED, (-1,), GRADCAM, Deadline(PLENTY_S))
+        assert answer.batch_size == 1
+        assert answer.waited_s >= 0.001
+
+    def test_it_waits_no_longer_than_a_pass_takes(self, jobs: Jobs, device: Device) -> None:
+        seen(jobs.ask(device))
+        with jobs.batcher.coming():  # for a minute, if nothing were known of how long a pass takes
+            assert seen(jobs.ask(device)) == "r"
+
+    def test_it_waits_for_nobody_once_it_is_full(self, jobs: Jobs, device: Device) -> None:
+        jobs.batcher.limit(device, 3)
+        with jobs.batcher.coming():
+            assert [seen(job) for job in [jobs.ask(device) for _ in range(3)]] == ["r"] * 3
+        assert device.batches == [3]
+
+    def test_what_comes_while_the_device_computes_shares_the_next_batch(
+        self, jobs: Jobs, device: Device
+    ) -> None:
+        with busy(jobs, device):
+            others = [jobs.ask(device, image) for image in (RED, GREEN, BLUE, GREEN)]
+        assert [seen(job) for job in others] == ["r", "g", "b", "g"], "each has the answer to its own image"
+        assert device.batches == [4]
+
+    def test_no_batch_is_larger_than_it_may_be(self, jobs: Jobs, device: Device) -> None:
+        jobs.batcher.limit(device, 2)
+        with busy(jobs, device):
+            others = [jobs.ask(device) for _ in range(5)]
+        assert {seen(job) for job in others} == {"r"}
+        assert device.batches == [2, 2, 1]
+
+
+class TestWhatSharesABatch:
+    def test_another_network_has_a_batch_of_its_own(self, jobs: Jobs, device: Device) -> None:
+        other = Device()
+        with busy(jobs, device):
+            asked = [jobs.ask(which) for which in (device, other, device, other)]
+        assert [seen(job) for job in asked] == ["r"] * 4
+        assert (device.batches, other.batches) == ([2], [2])
+
+    @pytest.mark.parametrize(
+        "other", [Method("layercam"), Method(layer="blocks"), Method(normalize="joint"), Method(flip=True)]
+    )
+    def test_another_method_has_a_batch_of_its_own(self, jobs: Jobs, device: Device, other: Method) -> None:
+        with busy(jobs, device):
+            asked = [jobs.ask(device, method=method) for method in (GRADCAM, other, GRADCAM)]
+        assert [seen(job) for job in asked] == ["r"] * 3
+        assert sorted(device.batches) == [1, 2]
+
+    def test_wishes_of_unlike_length_do_not_make_each_other_dear(self, jobs: Jobs, device: Device) -> None:
+        with busy(jobs, device):
+            asked = [jobs.ask(device, wish=wish) for wish in ((0,), (0, 1, 2), (-1, -2, -3, -3), (2,))]
+        widths = [job.result(PLENTY_S).computed.class_ids.shape[1] for job in asked]
+        assert widths == [1, 4, 4, 1]
+        assert device.batches == [2, 2]
+
+
+class TestWhoComesFirst:
+    def test_who_is_urgent_goes_before_bulk_and_bulk_fills_what_is_left(
+        self, jobs: Jobs, device: Device
+    ) -> None:
+        jobs.batcher.limit(device, 2)
+        with busy(jobs, device):
+            bulk = [jobs.ask(device, RED, bulk=True) for _ in range(3)]
+            urgent = jobs.ask(device, GREEN)
+        assert seen(urgent) == "g"
+        assert [seen(job) for job in bulk] == ["r"] * 3
+        assert device.colors == ["g", "r", "r", "r"]
+
+    def test_a_group_with_urgent_jobs_goes_before_a_group_of_bulk(self, jobs: Jobs, device: Device) -> None:
+        with busy(jobs, device):
+            bulk = jobs.ask(device, RED, method=Method("layercam"), bulk=True)
+            urgent = jobs.ask(device, GREEN, method=Method("hirescam"))
+        assert (seen(bulk), seen(urgent), device.colors) == ("r", "g", ["g", "r"])
+
+    def test_bulk_that_has_waited_long_waits_no_longer_behind_others(
+        self, jobs: Jobs, device: Device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("worker.gradcam.batcher.AGED_S", 0)
+        jobs.batcher.limit(device, 1)
+        with busy(jobs, device):
+            bulk, urgent = jobs.ask(device, RED, bulk=True), jobs.ask(device, GREEN)
+        assert (seen(bulk), seen(urgent), device.colors) == ("r", "g", ["r", "g"])
+
+    def test_networks_take_turns_however_many_wait_for_one_of_them(self, jobs: Jobs, device: Device) -> None:
+        jobs.batcher.limit(device, 1)
+        with busy(jobs, device):
+            many = [jobs.ask(device, RED) for _ in range(4)]
+            one = jobs.ask(device, GREEN, method=Method("layercam"))
+        assert seen(one) == "g"
+        assert [seen(job) for job in many] == ["r"] * 4
+        assert device.colors.index("g") <= 1
+
+
+class TestFailures:
+    def test_a_batch_that_runs_out_of_memory_is_halved_until_it_fits_and_nobody_fails(
+        self, jobs: Jobs, device: Device
+    ) -> None:
+        device.room = 2
+        with busy(jobs, device):
+            asked = [jobs.ask(device, image) for image in (RED, GREEN, BLUE, RED, GREEN)]
+        assert [seen(job) for job in asked] == ["r", "g", "b", "r", "g"]
+        assert device.batches[0] == 5
+        with busy(jobs, device):
+            asked = [jobs.ask(device) for _ in range(4)]
+        assert [seen(job) for job in asked] == ["r"] * 4
+        assert device.batches == [2, 2], "what fits has been learned"
+
+    def test_one_image_that_does_not_fit_fails_with_the_devices_own_error(
+        self, jobs: Jobs, device: Device
+    ) -> None:
+        device.room = 0
+        with pytest.raises(DeviceOutOfMemory, match="No device memory for 1 images"):
+            jobs.ask(device).result(PLENTY_S)
+
+    def test_a_bad_image_fails_alone(self, jobs: Jobs, device: Device) -> None:
+        with busy(jobs, device):
+            good = [jobs.ask(device, image) for image in (RED, GREEN)]
+            bad = jobs.ask(device, BLACK)
+            good += [jobs.ask(device, image) for image in (BLUE, RED)]
+        with pytest.raises(ValueError, match="black"):
+            bad.result(PLENTY_S)
+        assert [seen(job) for job in good] == ["r", "g", "b", "r"]
+        assert seen(jobs.ask(device)) == "r"
+
+    def test_an_unknown_layer_is_each_jobs_own_error(self, jobs: Jobs, device: Device) -> None:
+        with busy(jobs, device):
+            bad = [jobs.ask(device, method=Method(layer="stones")) for _ in range(3)]
+        for job in bad:
+            with pytest.raises(UnknownLayer, match="stones"):
+                job.result(PLENTY_S)
+
+    def test_even_an_exit_in_the_devices_thread_does_not_end_it(self, jobs: Jobs, device: Device) -> None:
+        device.failure = SystemExit("somebody's layer")
+        with pytest.raises(InternalError, match="SystemExit: somebody's layer"):
+            jobs.ask(device).result(PLENTY_S)
+        device.failure = None
+        assert seen(jobs.ask(device)) == "r"
+
+    def test_a_device_that_never_answers_holds_nobody_beyond_the_deadline(
+        self, jobs: Jobs, device: Device
+    ) -> None:
+        device.may_finish.clear()
+        asked = [jobs.ask(device, deadline=Deadline(0.05)) for _ in range(3)]
+        for job in asked:
+            with pytest.raises(JobTimeout, match="waiting for the device"):
+                job.result(PLENTY_S)
+        device.may_finish.set()
+        assert seen(jobs.ask(device)) == "r"
+
+    def test_when_the_devices_thread_itself_ends_all_who_wait_and_all_who_come_are_told(
+        self, jobs: Jobs, device: Device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with busy(jobs, device):
+            waiting = [jobs.ask(device) for _ in range(3)]
+            monkeypatch.setattr(jobs.batcher, "_choose", lambda: 1 / 0)
+        for job in waiting:
+            with pytest.raises(InternalError, match="thread of the device ended: ZeroDivisionError"):
+                job.result(PLENTY_S)
+        with pytest.raises(InternalError, match="thread of the device ended"):
+            jobs.ask(device).result(PLENTY_S)
+
+
+class TestLeavingTheQueue:
+    def test_who_is_late_leaves_before_it_costs_anything(self, jobs: Jobs, device: Device) -> None:
+        with busy(jobs, device):
+            late, other = jobs.ask(device, GREEN, deadline=Deadline(0.01)), jobs.ask(device)
+            with pytest.raises(JobTimeout, match=r"timeout_s of 0\.01 s \(at: waiting for the device\)"):
+                late.result(PLENTY_S)
+        assert (seen(other), device.colors) == ("r", ["r"])
+
+    def test_who_is_cancelled_leaves_before_it_costs_anything(self, jobs: Jobs, device: Device) -> None:
+        deadline = Deadline(PLENTY_S)
+        with busy(jobs, device):
+            unwanted, other = jobs.ask(device, GREEN, deadline=deadline), jobs.ask(device)
+            deadline.cancel(JobExpired("Nobody wants it any more."))
+        with pytest.raises(JobExpired, match="Nobody wants it"):
+            unwanted.result(PLENTY_S)
+        assert (seen(other), device.colors) == ("r", ["r"])
+
+    def test_a_deadline_that_is_put_off_is_waited_for(self, jobs: Jobs, device: Device) -> None:
+        deadline = Deadline(0.2)
+        with busy(jobs, device):
+            patient = jobs.ask(device, deadline=deadline)
+            deadline.forgive(PLENTY_S)
+            time.sleep(0.3)
+        assert seen(patient) == "r"
+
+
+class TestAhead:
+    """A device that computes on its own: `begin` returns at once."""
+
+    def test_the_next_full_batch_is_handed_over_while_this_one_computes(
+        self, jobs: Jobs, device: Device
+    ) -> None:
+        jobs.batcher.limit(device, 2)
+        device.may_finish.clear()
+        asked = [jobs.ask(device, RED)]
+        assert device.begun.acquire(timeout=PLENTY_S)
+        asked += [jobs.ask(device, GREEN) for _ in range(5)]
+        assert device.begun.acquire(timeout=PLENTY_S)
+        assert device.batches == [1, 2], "one computes, one is there already, the others wait"
+        device.may_finish.set()
+        assert [seen(job) for job in asked] == ["r"] + ["g"] * 5
+
+    def test_a_batch_that_is_not_full_goes_on_filling_up(self, jobs: Jobs, device: Device) -> None:
+        device.may_finish.clear()
+        asked = [jobs.ask(device, RED)]
+        assert device.begun.acquire(timeout=PLENTY_S)
+        asked += [jobs.ask(device, GREEN) for _ in range(3)]
+        assert device.batches == [1]
+        device.may_finish.set()
+        assert [seen(job) for job in asked] == ["r", "g", "g", "g"]
+        assert device.batches == [1, 3]
+
+    def test_what_runs_alone_waits_until_the_device_is_free(self, jobs: Jobs, device: Device) -> None:
+        device.may_finish.clear()
+        first = jobs.ask(device)
+        assert device.begun.acquire(timeout=PLENTY_S)
+        ran: list[bool] = []
+        alone = jobs.pool.submit(
+            jobs.batcher.alone, lambda: ran.append(device.may_finish.is_set()), Deadline(PLENTY_S)
+        )
+        device.may_finish.set()
+        alone.result(PLENTY_S)
+        assert (seen(first), ran) == ("r", [True])
+
+    def test_what_runs_alone_returns_or_raises_what_it_does(self, jobs: Jobs) -> None:
+        assert jobs.batcher.alone(lambda: 7, Deadline(1)) == 7
+        with pytest.raises(ZeroDivisionError):
+            jobs.batcher.alone(lambda: 1 / 0, Deadline(1))
+
+
+def test_in_a_crowd_everyone_gets_their_own_answer_or_their_own_error() -> None:
+    """32 threads, three networks of little memory, bad images, late jobs, jobs that never hand in."""
+    batcher, devices = Batcher(wait_s=0.002), [Device(room=room) for room in (3, 5, 1000)]
+    images = {"r": RED, "g": GREEN, "b": BLUE, "black": BLACK}
+
+    def job(number: int) -> bool:
+        chance = random.Random(number)  # noqa: S311  # the same chances in every run
+        color, device = chance.choice([*images]), chance.choice(devices)
+        method = Method(chance.choice(["gradcam", "layercam"]))
+        late = chance.random() < 0.1
+        try:
+            with batcher.coming() as arrive:
+                if chance.random() < 0.05:
+                    return True
+                answer = batcher.compute(
+                    device,
+                    images[color],
+                    (-1,) * chance.choice([1, 2, 3]),
+                    method,
+                    Deadline(1e-4 if late else PLENTY_S),
+                    bulk=chance.random() < 0.5,
+                    arrive=arrive,
+                )
+        except JobTimeout:
+            return late
+        except ValueError as error:
+            return color == "black" and str(error) == "black"
+        return "rgb"[answer.computed.class_ids[answer.index, 0]] == color
+
+    with ThreadPoolExecutor(32) as pool:
+        assert all(pool.map(job, range(600)))
+    assert max(size for device in devices for size in device.batches) > 1
+    assert (batcher._coming, batcher._at_device, batcher._again) == (0, 0, [])
+    assert not [group for group in batcher._groups.values() if group.waiting]
