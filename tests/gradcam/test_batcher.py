@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from worker.deadline import Deadline
 from worker.errors import DeviceOutOfMemory, InternalError, JobExpired, JobTimeout, UnknownLayer
-from worker.gradcam.batcher import Answer, Batcher
+from worker.gradcam.batch import Answer
+from worker.gradcam.batcher import Batcher
 from worker.gradcam.network import GRADCAM, Computed, Method
 from worker.testing import TinyNetwork
 
@@ -230,7 +231,7 @@ class TestWhoComesFirst:
     def test_bulk_that_has_waited_long_waits_no_longer_behind_others(
         self, jobs: Jobs, device: Device, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("worker.gradcam.batcher.AGED_S", 0)
+        monkeypatch.setattr("worker.gradcam.batch.AGED_S", 0)
         jobs.batcher.limit(device, 1)
         with busy(jobs, device):
             bulk, urgent = jobs.ask(device, RED, bulk=True), jobs.ask(device, GREEN)
@@ -367,17 +368,17 @@ class TestAhead:
         assert [seen(job) for job in asked] == ["r", "g", "g", "g"]
         assert device.batches == [1, 3]
 
-    def test_what_runs_alone_waits_until_the_device_is_free(self, jobs: Jobs, device: Device) -> None:
-        device.may_finish.clear()
-        first = jobs.ask(device)
-        assert device.begun.acquire(timeout=PLENTY_S)
-        ran: list[bool] = []
-        alone = jobs.pool.submit(
-            jobs.batcher.alone, lambda: ran.append(device.may_finish.is_set()), Deadline(PLENTY_S)
-        )
-        device.may_finish.set()
-        alone.result(PLENTY_S)
-        assert (seen(first), ran) == ("r", [True])
+    def test_what_runs_alone_has_its_turn_however_busy_the_device_is(
+        self, jobs: Jobs, device: Device
+    ) -> None:
+        jobs.batcher.limit(device, 1)
+        with busy(jobs, device):
+            many = [jobs.ask(device) for _ in range(6)]
+            alone = jobs.pool.submit(jobs.batcher.alone, lambda: len(device.batches), Deadline(PLENTY_S))
+            while len(jobs.batcher._groups) < 2:
+                time.sleep(0.001)
+        assert alone.result(PLENTY_S) <= 1, "batches that had been begun before it"
+        assert {seen(job) for job in many} == {"r"}
 
     def test_what_runs_alone_returns_or_raises_what_it_does(self, jobs: Jobs) -> None:
         assert jobs.batcher.alone(lambda: 7, Deadline(1)) == 7

@@ -21,7 +21,9 @@ The map of this room, from plain data to live networks:
     network        what a network must be able to do
     explain        one image, one network, one wish -> predictions, heatmaps, overlays
     report         an explanation -> one HTML page that needs nothing else
-    residents      the networks a process keeps loaded, one call at a time
+    residents      the networks a process keeps loaded, and how many images each takes at once
+    batcher        many job threads, one device: their images merged into batches
+    batch          what waits for the device, and what comes back from it
     weights        where a row's weights come from
     loading        a row, or any Keras model -> a live network
     keras_network  a live network: what is computed, and what is kept

@@ -13,9 +13,8 @@ fits, and one bad image fails alone. No thread waits beyond its deadline, whatev
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -24,69 +23,19 @@ from numpy.typing import NDArray
 
 from worker.deadline import Deadline
 from worker.errors import DeviceOutOfMemory, GradcamError, InternalError
+from worker.gradcam.batch import Answer, Finish, Group, Key, Request, is_patient
 from worker.gradcam.explain import padded
-from worker.gradcam.network import Computed, Method, Network
+from worker.gradcam.network import Method, Network
 
 UNKNOWN = 8  # images in a batch, where nobody has found out how many are worth it
 AHEAD = 2  # batches at the device: one that it computes, one that is there already
-AGED_S = 5.0  # bulk that waited so long goes with the others: it holds threads that they may need
 NEWEST = 0.2  # weight of the last pass in the mean of how long one takes
 NEVER_S = 1e9  # from now: no reason to look before something changes
+ALONE = (0, None, 0)  # the key of all that shares a batch with nothing
+WAITING = "waiting for the device"
 MAX_GROUPS = 64  # remembered: names of layers are a stranger's input
 
 T = TypeVar("T")
-Finish = Callable[[], Any]  # waits for the device
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One image's place in a pass over many, and what it took to get it."""
-
-    computed: Computed
-    index: int
-    waited_s: float  # for the device
-    computed_s: float
-    batch_size: int
-
-
-@dataclass(eq=False)
-class _Request:
-    """What a thread wants to be done, and waits for."""
-
-    key: Hashable  # what may share a batch with it has the same
-    begin: Callable[["list[_Request]"], Finish]  # a batch of such requests
-    deadline: Deadline
-    bulk: bool = False
-    pixels: NDArray[np.uint8] | None = None
-    wish: tuple[int, ...] = ()
-    asked_s: float = field(default_factory=time.monotonic)
-    done: threading.Event = field(default_factory=threading.Event)
-    answer: Any = None
-    error: BaseException | None = None
-
-    def end(self, answer: Any = None, error: BaseException | None = None) -> None:
-        self.answer, self.error = answer, error
-        self.done.set()
-
-
-@dataclass(eq=False)
-class _Group:
-    """Requests that may share a batch."""
-
-    largest: int  # images in a batch
-    waiting: list[_Request] = field(default_factory=list)
-    served: int = 0  # the number of its last batch among all batches
-    pass_s: float | None = None  # how long one takes, about
-
-    def take(self) -> list[_Request]:
-        """The next batch: who waits longest, but bulk last."""
-        self.waiting.sort(key=_is_patient)
-        batch, self.waiting = self.waiting[: self.largest], self.waiting[self.largest :]
-        return batch
-
-
-def _is_patient(request: _Request) -> bool:
-    return request.bulk and time.monotonic() - request.asked_s < AGED_S
 
 
 class Batcher:
@@ -95,16 +44,16 @@ class Batcher:
     def __init__(self, *, wait_s: float = 0.01) -> None:
         """`wait_s`: how long a batch waits for jobs that are on their way, at most."""
         self._wait_s = wait_s
-        self._groups: dict[Hashable, _Group] = {}
-        self._again: list[list[_Request]] = []  # halves of batches that failed
+        self._groups: dict[Key, Group] = {}
+        self._again: list[list[Request]] = []  # halves of batches that failed
         self._largest: dict[int, int] = {}  # images in a batch, by the network's id
         self._coming = 0  # jobs on their way
         self._at_device = 0  # batches
         self._batches = 0  # so far
         self._changed = threading.Condition()
-        self._begun: SimpleQueue[tuple[list[_Request], Finish, float]] = SimpleQueue()
+        self._begun: SimpleQueue[tuple[list[Request], Finish, float]] = SimpleQueue()
         self._broken: GradcamError | None = None
-        self._started = False
+        self._threads: list[threading.Thread] = []
 
     @contextmanager
     def coming(self) -> Iterator[Callable[[], None]]:
@@ -136,8 +85,8 @@ class Batcher:
         """Keep nothing about a network that has been left."""
         with self._changed:
             self._largest.pop(id(network), None)
-            for key in [one for one in self._groups if isinstance(one, tuple) and one[0] == id(network)]:
-                if not self._groups[key].waiting:
+            for key, group in [*self._groups.items()]:
+                if key[0] == id(network) and not group.waiting:
                     del self._groups[key]
 
     def compute(
@@ -156,70 +105,64 @@ class Batcher:
         Raises JobTimeout, DeviceOutOfMemory (for this image alone), and what the network raises for it.
         """
 
-        def begin(batch: list[_Request]) -> Finish:
+        def begin(batch: list[Request]) -> Finish:
             images = np.stack([one.pixels for one in batch if one.pixels is not None])
             return network.begin(images, padded([one.wish for one in batch]), method)
 
         # Wishes of about the same length go together: all of a batch are computed as long as the longest.
         key = (id(network), method, (len(wish) - 1).bit_length())
-        request = _Request(key, begin, deadline, bulk, pixels, tuple(wish))
+        request = Request(key, begin, deadline, bulk, pixels, tuple(wish))
         answer: Answer = self._ask(request, self._largest.get(id(network), UNKNOWN), arrive)
         return answer
 
     def alone(self, run: Callable[[], T], deadline: Deadline) -> T:
-        """Have the device to oneself while `run` runs. Raises JobTimeout, and what `run` raises."""
+        """Run something in the device's thread, between batches. Raises JobTimeout, and what `run` raises."""
 
-        def begin(_: list[_Request]) -> Finish:
+        def begin(_: list[Request]) -> Finish:
             result = run()
             return lambda: result
 
-        result: T = self._ask(_Request(object(), begin, deadline), 1, lambda: None).computed
+        result: T = self._ask(Request(ALONE, begin, deadline), 1, lambda: None).computed
         return result
 
-    def _ask(self, request: _Request, largest: int, arrive: Callable[[], None]) -> Any:
+    def _ask(self, request: Request, largest: int, arrive: Callable[[], None]) -> Any:
         """Hand in a request, wait for its end."""
-        request.deadline.check("waiting for the device")
+        request.deadline.check(WAITING)
         with self._changed:
             if self._broken:
                 raise self._broken
-            self._start()
+            if not self._threads:
+                serving = (self._hand_over, self._hand_back)
+                self._threads = [
+                    threading.Thread(target=self._guarded, args=[one], daemon=True) for one in serving
+                ]
+                for thread in self._threads:
+                    thread.start()
             arrive()
-            self._groups.setdefault(request.key, _Group(largest)).waiting.append(request)
+            fresh = Group(largest, served=self._batches)
+            self._groups.setdefault(request.key, fresh).waiting.append(request)
             self._changed.notify_all()
         while not request.done.wait(request.deadline.left_s()) and request.deadline.left_s():
             pass  # the deadline was put off
+        with self._changed:
+            self._drop_expired()
         if not request.done.is_set():
-            self._withdraw(request)
-            request.deadline.check("waiting for the device")
+            request.deadline.check(WAITING)  # it is at the device, and its answer will be nobody's
         if request.error is not None:
             raise request.error
         return request.answer
-
-    def _withdraw(self, request: _Request) -> None:
-        """Whoever asked is gone. In a batch at the device it stays, and its answer is nobody's."""
-        with self._changed:
-            group = self._groups.get(request.key)
-            if group and request in group.waiting:
-                group.waiting.remove(request)
-
-    def _start(self) -> None:
-        if not self._started:
-            self._started = True
-            for serve in (self._hand_over, self._hand_back):
-                threading.Thread(target=self._guarded, args=[serve], name=serve.__name__, daemon=True).start()
 
     def _guarded(self, serve: Callable[[], None]) -> None:
         """Whatever ends one of the two threads is told to all who wait, and to all who come."""
         try:
             serve()
         except BaseException as error:  # noqa: BLE001  # nobody may be left waiting
+            broken = InternalError(f"The thread of the device ended: {type(error).__name__}: {error}")
             with self._changed:
-                self._broken = InternalError(
-                    f"The thread of the device ended: {type(error).__name__}: {error}"
-                )
-                left = [one for group in self._groups.values() for one in group.waiting]
-                for request in [*left, *(one for half in self._again for one in half)]:
-                    request.end(error=self._broken)
+                self._broken = broken
+                for some in [*self._again, *(group.waiting for group in self._groups.values())]:
+                    for request in some:
+                        request.end(error=broken)
 
     def _hand_over(self) -> None:
         """The device's thread: one batch after the other."""
@@ -244,19 +187,19 @@ class Batcher:
                 continue
             took_s = time.monotonic() - begun_s
             with self._changed:
-                self._leave(batch)
+                self._leave()
                 if group := self._groups.get(batch[0].key):
                     group.pass_s = took_s + (1 - NEWEST) * ((group.pass_s or took_s) - took_s)
             for index, one in enumerate(batch):
                 one.end(Answer(computed, index, begun_s - one.asked_s, took_s, len(batch)))
 
-    def _leave(self, batch: list[_Request]) -> None:
+    def _leave(self) -> None:
         self._at_device -= 1
-        if len(self._groups) > MAX_GROUPS or batch[0].pixels is None:
+        if len(self._groups) > MAX_GROUPS:
             self._groups = {key: group for key, group in self._groups.items() if group.waiting}
         self._changed.notify_all()
 
-    def _fail(self, batch: list[_Request], error: BaseException) -> None:
+    def _fail(self, batch: list[Request], error: BaseException) -> None:
         """Try both halves again, each by itself; a single request has its error."""
         half = len(batch) // 2
         with self._changed:
@@ -265,21 +208,34 @@ class Batcher:
                 group.largest = min(group.largest, (len(batch) + 1) // 2)
             if half:
                 self._again += [batch[:half], batch[half:]]
-            self._leave(batch)
+            self._leave()
         if not half:
             known = isinstance(error, Exception)
             batch[0].end(error=error if known else InternalError(f"{type(error).__name__}: {error}"))
 
-    def _next(self) -> list[_Request]:
-        """Wait for a batch that is to be handed over now."""
+    def _next(self) -> list[Request]:
+        """Wait for a batch that is to be handed over now: the urgent before bulk, and groups in turn."""
         with self._changed:
-            while True:
-                self._drop_expired()
-                if batch := self._choose():
-                    self._at_device += 1
-                    self._batches += 1
-                    return batch
-                self._changed.wait(self._soonest_s())
+            while not (batch := self._choose()):
+                pass
+            self._at_device += 1
+            self._batches += 1
+            return batch
+
+    def _choose(self) -> list[Request]:
+        """The next batch; none where one had to be waited for, and all has to be looked at anew."""
+        self._drop_expired()
+        if self._again and not self._at_device:
+            return self._again.pop(0)
+        waiting = [] if self._again else [group for group in self._groups.values() if group.waiting]
+        patience_s = {group: self._patience_s(group) for group in waiting}
+        ready = [group for group, left_s in patience_s.items() if left_s <= 0]
+        if not ready:
+            self._changed.wait(min(patience_s.values(), default=None))
+            return []
+        chosen = min(ready, key=lambda group: (all(map(is_patient, group.waiting)), group.served))
+        chosen.served = self._batches + 1
+        return chosen.take()
 
     def _drop_expired(self) -> None:
         """Who is late or no longer wanted leaves before it costs anything."""
@@ -287,32 +243,15 @@ class Batcher:
             for request in [one for one in group.waiting if not one.deadline.left_s()]:
                 group.waiting.remove(request)
                 try:
-                    request.deadline.check("waiting for the device")
+                    request.deadline.check(WAITING)
                 except GradcamError as error:
                     request.end(error=error)
 
-    def _choose(self) -> list[_Request]:
-        """The next batch, if there is one: the urgent before bulk, and groups in turn."""
-        if self._again and not self._at_device:
-            return self._again.pop(0)
-        ready = [group for group in self._groups.values() if group.waiting and self._patience_s(group) <= 0]
-        if not ready:
-            return []
-        chosen = min(ready, key=lambda group: (all(map(_is_patient, group.waiting)), group.served))
-        chosen.served = self._batches + 1
-        return chosen.take()
-
-    def _soonest_s(self) -> float | None:
-        """When to look again, though nothing has changed."""
-        patience = [self._patience_s(group) for group in self._groups.values() if group.waiting]
-        return min((one for one in patience if one < NEVER_S), default=None)
-
-    def _patience_s(self, group: _Group) -> float:
+    def _patience_s(self, group: Group) -> float:
         """How long a group's batch waits from now on for others to join it."""
         full = len(group.waiting) >= group.largest
         if self._at_device:  # something else is computed: there is time to fill up
-            alone = group.waiting[0].pixels is None
-            return 0 if full and not alone and self._at_device < AHEAD else NEVER_S
+            return 0 if full and self._at_device < AHEAD else NEVER_S
         if full or not self._coming:
             return 0
         worth_s = self._wait_s if group.pass_s is None else min(self._wait_s, group.pass_s)
