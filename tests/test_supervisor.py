@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,25 +13,43 @@ import pytest
 TIMEOUT_S = 40
 
 
-def supervise(child: str, *, started: Path | None = None, signals: int = 0) -> tuple[int, str]:
-    """Run a supervisor over a Python program in a process of its own; send it SIGTERM when it is up."""
-    program = textwrap.dedent(f"""
-        import logging, sys
-        from worker.settings import Settings
-        from worker.supervisor import Supervisor
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        sys.exit(Supervisor(Settings(shutdown_timeout_s=1), (sys.executable, "-c", {child!r})).run())
-    """)
-    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as supervisor:
+def program(child: str, *, gpus: int = 0) -> list[str]:
+    """A supervisor over a Python program, on a host of so many GPUs."""
+    return [
+        sys.executable,
+        "-c",
+        textwrap.dedent(f"""
+            import logging, sys
+            from worker import devices, supervisor
+            from worker.settings import Settings
+            logging.basicConfig(level=logging.INFO, format="%(message)s")
+            devices._gpus_here = lambda *_: [str(number) for number in range({gpus})]
+            supervisor.BACKOFF_S = 0.01
+            settings = Settings(shutdown_timeout_s=1)
+            sys.exit(supervisor.Supervisor(settings, (sys.executable, "-c", {child!r})).run())
+        """),
+    ]
+
+
+def supervise(
+    child: str, *, started: tuple[Path, ...] = (), signals: int = 0, gpus: int = 0
+) -> tuple[int, str]:
+    """Run a supervisor in a process of its own; send it SIGTERM when all its workers are up."""
+    command = program(child, gpus=gpus)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as supervisor:
         for _ in range(signals):
-            end = time.monotonic() + TIMEOUT_S
-            while started and not started.exists():
-                assert time.monotonic() < end
-                time.sleep(0.02)
+            wait_for(lambda: all(mark.exists() for mark in started))
             supervisor.send_signal(signal.SIGTERM)
             time.sleep(0.2)
         _, said = supervisor.communicate(timeout=TIMEOUT_S)
     return supervisor.returncode, said
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_a_worker_that_cannot_start_is_given_up_with_a_sentence() -> None:
@@ -48,7 +67,7 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 pathlib.Path({str(mark)!r}).touch()
 time.sleep(60)
 """
-    assert supervise(child, started=mark, signals=1)[0] == 0
+    assert supervise(child, started=(mark,), signals=1)[0] == 0
 
 
 @pytest.mark.parametrize("signals", [1, 2])
@@ -62,7 +81,7 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 pathlib.Path({str(mark)!r}).touch()
 time.sleep(60)
 """
-    assert supervise(child, started=mark, signals=signals)[0] == 1
+    assert supervise(child, started=(mark,), signals=signals)[0] == 1
 
 
 def test_a_worker_that_took_jobs_is_started_again_however_often_it_dies(tmp_path: Path) -> None:
@@ -73,19 +92,9 @@ os.write(int(sys.argv[1]), b"1")
 with open({str(lives)!r}, "a") as file: file.write("x")
 os.abort()
 """
-    program = textwrap.dedent(f"""
-        import sys
-        from worker import supervisor
-        from worker.settings import Settings
-        supervisor.BACKOFF_S = 0.01
-        sys.exit(supervisor.Supervisor(Settings(), (sys.executable, "-c", {child!r})).run())
-    """)
-    with subprocess.Popen([sys.executable, "-c", program]) as supervisor:
-        end = time.monotonic() + TIMEOUT_S
-        while not lives.exists() or len(lives.read_text()) <= 6:
-            assert supervisor.poll() is None, "given up"
-            assert time.monotonic() < end
-            time.sleep(0.05)
+    with subprocess.Popen(program(child), stderr=subprocess.DEVNULL) as supervisor:
+        wait_for(lambda: supervisor.poll() is not None or (lives.exists() and len(lives.read_text()) > 6))
+        assert supervisor.poll() is None, "given up"
         supervisor.terminate()
         assert supervisor.wait(TIMEOUT_S) in {0, 1}, "1 where the signal met a worker that was just dying"
 
@@ -93,4 +102,82 @@ os.abort()
 def test_a_worker_that_is_stopped_while_it_starts_ends_cleanly(tmp_path: Path) -> None:
     mark = tmp_path / "started"
     child = f"import pathlib, time; pathlib.Path({str(mark)!r}).touch(); time.sleep(60)"
-    assert supervise(child, started=mark, signals=1)[0] == 0
+    assert supervise(child, started=(mark,), signals=1)[0] == 0
+
+
+PER_GPU = """
+import os, pathlib, signal, sys, time
+folder, gpu = pathlib.Path({folder!r}), os.environ["CUDA_VISIBLE_DEVICES"]
+def live(name="started"):
+    os.write(int(sys.argv[1]), b"1")
+    folder.joinpath(name + gpu).write_text(os.environ["GRADCAM_THREADS"])
+    time.sleep(60)
+"""
+
+
+def test_each_gpu_has_a_worker_of_its_own_and_one_signal_ends_them_all(tmp_path: Path) -> None:
+    child = PER_GPU.format(folder=str(tmp_path)) + "signal.signal(15, lambda *_: sys.exit(0))\nlive()"
+    marks = tuple(tmp_path / f"started{gpu}" for gpu in range(3))
+    code, said = supervise(child, started=marks, signals=1, gpus=3)
+    assert code == 0
+    assert [mark.read_text() for mark in marks] == ["64"] * 3
+    for gpu in range(3):
+        assert said.count(f"GPU {gpu}: worker process") == 1
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_one_worker_of_several_that_does_not_end_is_killed(tmp_path: Path, signals: int) -> None:
+    stubborn = "signal.signal(15, signal.SIG_IGN if gpu == '1' else lambda *_: sys.exit(0))\nlive()"
+    marks = tuple(tmp_path / f"started{gpu}" for gpu in range(2))
+    child = PER_GPU.format(folder=str(tmp_path)) + stubborn
+    assert supervise(child, started=marks, signals=signals, gpus=2)[0] == 1
+
+
+def test_one_gpus_worker_is_started_again_and_the_others_work_on(tmp_path: Path) -> None:
+    dies_once = """
+if gpu == "1" and not folder.joinpath("died").exists():
+    os.write(int(sys.argv[1]), b"1")
+    folder.joinpath("died").touch()
+    os.abort()
+live()
+"""
+    marks = tuple(tmp_path / f"started{gpu}" for gpu in range(2))
+    child = PER_GPU.format(folder=str(tmp_path)) + dies_once
+    code, said = supervise(child, started=marks, signals=1, gpus=2)
+    assert code == 0
+    assert said.count("GPU 0: worker process") == 1
+    assert said.count("GPU 1: worker process") == 2
+    assert "GPU 1: the worker ended unasked (exit code -6)" in said
+
+
+def test_a_gpu_that_never_works_is_tried_again_as_long_as_another_one_does(tmp_path: Path) -> None:
+    broken = """
+if gpu == "1":
+    with folder.joinpath("starts").open("a") as file: file.write("x")
+    if folder.joinpath("starts").stat().st_size > 7: folder.joinpath("mark1").touch()
+    sys.exit(3)
+live("mark")
+"""
+    marks = (tmp_path / "mark0", tmp_path / "mark1")
+    child = PER_GPU.format(folder=str(tmp_path)) + broken
+    code, said = supervise(child, started=marks, signals=1, gpus=2)
+    assert "given up" not in said
+    assert said.count("GPU 0: worker process") == 1
+    assert code in {0, 1}, "1 where the signal met a worker that was just failing"
+
+
+def test_where_no_gpu_works_all_is_given_up() -> None:
+    code, said = supervise("raise SystemExit(3)", gpus=2)
+    assert code == 1
+    assert said.count("could not start, 5 times in a row: given up") == 1
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    command = [sys.executable, "-m", "worker", "worker", "--devices", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "asks for GPU 3; there are: none." in done.stderr
+    command[-1] = "gpu"
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "GRADCAM_DEVICES: String should match pattern" in done.stderr

@@ -139,9 +139,12 @@ def demo(folder: Path) -> int:
 
 
 @gradcam.command()
+@click.option(
+    "--devices", metavar="auto|cpu|0,1,...", help="A process for each GPU, for these, or none. [auto]"
+)
 @click.option("--unsupervised", is_flag=True, help="Take jobs in this very process.")
 @click.option("--ready-fd", type=int, hidden=True)
-def worker(*, unsupervised: bool, ready_fd: int | None) -> int:
+def worker(*, devices: str | None, unsupervised: bool, ready_fd: int | None) -> int:
     """Take jobs until stopped; start again whatever dies unasked.
 
     SIGTERM or Ctrl-C finishes what is running; a second one stops at once.
@@ -150,14 +153,15 @@ def worker(*, unsupervised: bool, ready_fd: int | None) -> int:
     Example:
       GRADCAM_BROKER_URL=redis://queue:6379/0 GRADCAM_OUTPUT=s3://out/cams gradcam worker
     """
-    settings = Settings.from_environment()
+    settings = Settings.from_environment(devices=devices)
     registry = Registry(settings.networks)
     for name in settings.preload:
         registry.find(name)
     if unsupervised:
         from worker import process
+        from worker.devices import enter
 
-        return process.run(settings, ready_fd=ready_fd)
+        return process.run(enter(settings) if ready_fd is None else settings, ready_fd=ready_fd)
     from worker.supervisor import Supervisor
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -177,13 +181,7 @@ def worker(*, unsupervised: bool, ready_fd: int | None) -> int:
     show_default=True,
     help="Where results go, a folder for each image.",
 )
-def explain(
-    images: tuple[Path, ...],
-    output: Path,
-    *,
-    wish: dict[str, Any],
-    as_json: bool,
-) -> int:
+def explain(images: tuple[Path, ...], output: Path, *, wish: dict[str, Any], as_json: bool) -> int:
     """Explain IMAGES here and now: no queue, no servers.
 
     \b

@@ -89,7 +89,9 @@ class Settings(BaseModel):
     resident_bytes: Count = 8 * 1024**3  # of all networks in memory: the least recently used makes room
 
     # The device
-    devices: str = "auto"  # every GPU there is, a process for each; or their numbers; or cpu
+    devices: Annotated[str, Field(pattern=r"^(auto|cpu|[0-9]{1,3}(,[0-9]{1,3})*)$")] = (
+        "auto"  # every GPU there is, a process for each; or their numbers, 0,1; or cpu
+    )
     max_batch: OrNone = 0  # images in one pass; 0: as many as prove worth it when a network is warmed
     batch_wait_s: Annotated[float, Field(ge=0, le=1)] = (
         0.01  # that a batch waits for jobs on their way, at most
@@ -98,7 +100,7 @@ class Settings(BaseModel):
 
     # Worker
     preload: Listed = ()  # networks to load before the first job
-    threads: Count = 8  # jobs in hand at once
+    threads: Count = 16  # jobs in hand at once, twice a CPU's batch; where it is not set, a GPU gets 64
     retry_backoff_s: Seconds = 1  # before the second attempt; doubles, with jitter
     retry_backoff_max_s: Seconds = 60
     shutdown_timeout_s: Seconds = 90  # after which a worker that was asked to stop is killed
@@ -160,8 +162,11 @@ class Settings(BaseModel):
             raise InvalidSettings(message) from error
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Settings":
-        """Read `GRADCAM_*`. Raises InvalidSettings, naming the variable and what would be right."""
+    def from_environment(cls, environment: Mapping[str, str] | None = None, **options: str | None) -> Self:
+        """Read `GRADCAM_*`; what a command line says, as `options`, comes first, unless it is None.
+
+        Raises InvalidSettings, naming the variable and what would be right.
+        """
         variables = os.environ if environment is None else environment
         given = {
             name.removeprefix(PREFIX).lower(): value
@@ -174,7 +179,8 @@ class Settings(BaseModel):
             message = f"There is no setting {PREFIX}{name.upper()}.{hint}"
             raise InvalidSettings(message)
         try:
-            return cls.model_validate(given)
+            said = {name: value for name, value in options.items() if value is not None}
+            return cls.model_validate(given | said)
         except ValidationError as error:
             found = error.errors(include_url=False, include_input=False)[0]
             place = PREFIX + str(found["loc"][0]).upper() + ": " if found["loc"] else ""

@@ -12,6 +12,7 @@ BENCHES = (
     "latency",
     "memory",
     "gpu",
+    "threads",
 )  # each a module `bench_<name>` beside this one, with `main(*, quick, as_json)`
 
 parser = argparse.ArgumentParser(description=__doc__)
