@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from worker import embedded
 from worker.contract import Job
@@ -29,6 +31,23 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a real Valkey."""
     with embedded.valkey(tmp_path_factory.mktemp("valkey")) as server:
         yield f"redis://127.0.0.1:{server.port}/0"
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded.S3Server]:
+    """A real S3 server, with the buckets `photos` and `results`."""
+    with embedded.s3(tmp_path_factory.mktemp("s3"), ("photos", "results")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_settings(s3_server: embedded.S3Server) -> dict[str, Any]:
+    """What settings for the real S3 server have to say."""
+    return {
+        "s3_endpoint_url": s3_server.url,
+        "s3_access_key_id": s3_server.access_key_id,
+        "s3_secret_access_key": SecretStr(s3_server.secret_access_key),
+    }
 
 
 @pytest.fixture
@@ -141,7 +160,7 @@ def serving() -> Iterator[HttpServer]:
             self.end_headers()
             self.wfile.write(answer.body)
 
-        do_POST = do_GET  # noqa: N815  # the names are the library's
+        do_POST = do_PUT = do_GET  # noqa: N815  # the names are the library's
 
         def log_message(self, *args: object) -> None:
             """Say nothing."""

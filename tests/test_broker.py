@@ -1,4 +1,5 @@
 import json
+import ssl
 
 import pytest
 import redis
@@ -17,6 +18,38 @@ def test_the_app_keeps_what_it_can_keep(settings: Settings) -> None:
     assert conf.task_ignore_result
     assert conf.broker_transport_options["socket_timeout"] == 10
     assert "retry_on_timeout" not in conf.broker_transport_options
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss"])
+def test_an_encrypted_broker_is_verified_and_a_plain_one_is_plain(
+    scheme: str, valkey: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis.Redis, "ping", lambda _: True)  # nobody there speaks TLS
+    url = valkey.replace("redis:", f"{scheme}:")
+    with broker.make_app(Settings(broker_url=url)).connection_for_write() as connection:
+        for pool in (connection.default_channel.pool, connection.default_channel.async_pool):
+            made = pool.make_connection()
+            assert isinstance(made, redis.SSLConnection) == (scheme == "rediss")
+            assert getattr(made, "cert_reqs", ssl.CERT_REQUIRED) == ssl.CERT_REQUIRED
+
+
+def test_a_channel_keeps_its_client_until_its_connections_are_gone(settings: Settings) -> None:
+    with broker.make_app(settings).connection_for_write() as connection:
+        channel = connection.default_channel
+        with channel.conn_or_acquire() as first, channel.conn_or_acquire() as second:
+            assert first is second
+        channel._disconnect_pools()
+        with channel.conn_or_acquire() as after:
+            assert after is not first
+            assert after.ping()
+
+
+def test_a_channel_of_a_closed_connection_fails_as_connections_do(settings: Settings) -> None:
+    connection = broker.make_app(settings).connection_for_write()
+    channel, errors = connection.default_channel, connection.connection_errors
+    connection.release()
+    with pytest.raises(errors, match="The channel is closed"), channel.conn_or_acquire():
+        pass
 
 
 @pytest.mark.parametrize("priority", ["high", "normal", "low", "bulk"])

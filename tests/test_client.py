@@ -1,8 +1,12 @@
+import json
 import threading
 import time
+from datetime import datetime
 
 import pytest
+import redis
 
+from worker import broker
 from worker.client import GradcamClient
 from worker.contract import Job, WorkerRef
 from worker.errors import BrokerUnavailable, InvalidJob, UnknownJob, WaitTimeout
@@ -98,6 +102,15 @@ def test_a_broker_out_of_reach_tells_the_id_to_submit_again(ledger: MemoryLedger
         GradcamClient(settings=Settings(), ledger=ledger, publish=broken).submit(job)
     GradcamClient(settings=Settings(), ledger=ledger, publish=doorbell).submit(job)
     assert [rung.id for rung in doorbell.jobs] == [job.id], "submitting again publishes what was not"
+
+
+def test_the_message_says_when_its_job_was_entered(settings: Settings) -> None:
+    client = GradcamClient(settings=settings)
+    job_id = client.submit(**FIELDS)
+    queue = f"{settings.key_prefix}{broker.INTERACTIVE}\x06\x163"
+    message = json.loads(redis.Redis.from_url(settings.broker_url).lpop(queue) or "{}")  # type: ignore[arg-type]
+    moment = datetime.fromisoformat(message["headers"][broker.ENTERED_AT])
+    assert moment == client.status(job_id).created_at
 
 
 def test_urls_given_by_hand_go_before_the_environment(settings: Settings) -> None:

@@ -7,11 +7,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import boto3
-import moto
 import pytest
 
 from worker.contract import ImageRef
@@ -28,8 +27,8 @@ from worker.errors import (
     UriNotAllowed,
 )
 from worker.images import Images, presentable
+from worker.s3 import S3
 from worker.settings import Settings
-from worker.storage import S3
 
 DATA = b"not decoded here"
 
@@ -217,40 +216,56 @@ class TestHttp:
 
 class TestS3:
     @pytest.fixture
-    def bucket(self) -> Any:
-        with moto.mock_aws():
-            client = boto3.client("s3", region_name="us-east-1")
-            client.create_bucket(Bucket="photos")
-            client.put_object(Bucket="photos", Key="a b/ü?#.jpg", Body=DATA)
-            yield client
+    def get(self, s3_settings: Any) -> Any:
+        """Fetch from the real S3 server."""
+        return partial(fetch, **s3_settings)
 
-    def test_an_object_is_read_whatever_its_key(self, bucket: Any) -> None:
-        assert fetch("s3://photos/a b/ü?#.jpg") == DATA
+    @pytest.fixture
+    def put(self, s3_settings: Any) -> Any:
+        """Write to the bucket `photos`."""
+        return partial(S3(Settings(**s3_settings)).put, "photos", media_type="image/jpeg")
+
+    @pytest.mark.parametrize("key", ["a b/ü?#.jpg", "a%20b+c.jpg", "a\\b.jpg", "😀", "a&b=c;d,e'f(g)!*.jpg"])
+    def test_an_object_is_read_whatever_its_key(self, get: Any, put: Any, key: str) -> None:
+        put(key, DATA)
+        assert get(f"s3://photos/{key}") == DATA
 
     @pytest.mark.parametrize(
         ("uri", "what"), [("s3://photos/none.jpg", "object"), ("s3://none/a.jpg", "bucket")]
     )
-    def test_a_missing_object_and_a_missing_bucket_are_not_found(
-        self, bucket: Any, uri: str, what: str
-    ) -> None:
+    def test_a_missing_object_and_a_missing_bucket_are_not_found(self, get: Any, uri: str, what: str) -> None:
         with pytest.raises(ImageNotFound, match=f"no such {what}: {uri}"):
-            fetch(uri)
+            get(uri)
 
     @pytest.mark.parametrize("uri", ["s3://photos", "s3://photos/", "s3:///a.jpg", "s3:photos/a.jpg"])
-    def test_what_is_no_s3_uri_is_refused(self, bucket: Any, uri: str) -> None:
+    def test_what_is_no_s3_uri_is_refused(self, get: Any, uri: str) -> None:
         with pytest.raises(UriNotAllowed, match="write s3://bucket/key"):
-            fetch(uri)
+            get(uri)
 
-    def test_a_bucket_off_the_list_is_refused(self, bucket: Any) -> None:
+    def test_a_bucket_off_the_list_is_refused(self) -> None:
         with pytest.raises(
             UriNotAllowed, match="Bucket 'photos' is not allowed: images may come from others"
         ):
             fetch("s3://photos/a.jpg", image_buckets=("others",))
 
-    def test_a_large_object_is_refused_while_it_is_read(self, bucket: Any) -> None:
-        bucket.put_object(Bucket="photos", Key="big", Body=b"x" * 101)
+    def test_a_large_object_is_refused_before_it_is_read(self, get: Any, put: Any) -> None:
+        put("big", b"x" * 101)
         with pytest.raises(ImageTooLarge, match="s3://photos/big has more than 100 bytes"):
-            fetch("s3://photos/big", max_image_bytes=100)
+            get("s3://photos/big", max_image_bytes=100)
+
+    def test_a_large_object_of_unknown_size_is_refused_while_it_is_read(
+        self, http_server: Any, answer: Any
+    ) -> None:
+        chunked = b"".join(b"32\r\n%b\r\n" % (b"x" * 50) for _ in range(3)) + b"0\r\n\r\n"
+        http_server.url("/photos/big", answer(200, chunked, headers={"transfer-encoding": "chunked"}))
+        with pytest.raises(ImageTooLarge, match="s3://photos/big has more than 100 bytes"):
+            fetch(
+                "s3://photos/big",
+                max_image_bytes=100,
+                s3_endpoint_url=f"http://{http_server.host}",
+                s3_access_key_id="a",
+                s3_secret_access_key="b",
+            )
 
     def test_a_server_out_of_reach_may_answer_later(self) -> None:
         with pytest.raises(ImageFetchFailed, match="could not be read"):

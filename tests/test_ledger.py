@@ -87,6 +87,50 @@ def test_a_claim_starts_the_first_attempt(ledger: Ledger, job: Job) -> None:
     assert ledger.counts() == (0, 1)
 
 
+def test_an_untouched_job_is_taken_without_being_read(ledger: Ledger, job: Job) -> None:
+    entered = ledger.submit(job)
+    taken = ledger.take(job, entered.created_at, WORKER)
+    assert taken == ledger.read(job.id)
+    assert (taken.status, taken.stage, taken.attempt, taken.revision) == ("running", "fetch", 1, 2)
+    assert (taken.worker, taken.queued_at) == (WORKER, entered.queued_at)
+    assert taken.metrics["queue_s"] >= 0
+    assert ledger.counts() == (0, 1)
+    assert ledger.advance(taken, status="succeeded").final
+
+
+@pytest.mark.parametrize("what", ["unknown", "another", "another moment", "running", "retrying", "expired"])
+def test_a_job_that_is_not_as_it_was_entered_is_not_taken(ledger: Ledger, job: Job, what: str) -> None:
+    if what == "expired":
+        job = job.model_copy(update={"expires_at": utc_now() - timedelta(seconds=1)})
+    elif what == "unknown":
+        assert ledger.take(job, utc_now(), WORKER) is None
+    entered = ledger.submit(job)
+    moment = entered.created_at
+    if what in {"running", "retrying"}:
+        entered = claim(ledger, job).document
+    if what == "retrying":
+        entered = ledger.advance(entered, status="retrying")
+    if what == "another":
+        job = job.model_copy(update={"network": "vgg16"})
+    if what in {"another moment", "unknown"}:
+        moment += timedelta(microseconds=1)
+    assert ledger.take(job, moment, WORKER) is None
+    assert ledger.read(job.id) == entered
+
+
+def test_many_threads_take_a_job_and_one_has_it(ledger: Ledger, job: Job) -> None:
+    moment = ledger.submit(job).created_at
+    taken: list[StatusDocument | None] = []
+    threads = [
+        threading.Thread(target=lambda: taken.append(ledger.take(job, moment, WORKER))) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(one is not None for one in taken) == 1
+
+
 def test_a_claim_enters_a_job_that_a_stranger_published(ledger: Ledger, job: Job) -> None:
     assert claim(ledger, job).document.attempt == 1
 

@@ -33,7 +33,7 @@ class BrokenDesk:
 def receive(desk: Any, message_id: str, *, redelivered: bool = False) -> None:
     app = broker.make_app(Settings())
     process.register(app, desk)
-    request = SimpleNamespace(id=message_id, delivery_info={"redelivered": redelivered})
+    request = SimpleNamespace(headers=None, id=message_id, delivery_info={"redelivered": redelivered})
     app.tasks[broker.EXPLAIN].run.__func__(SimpleNamespace(request=request), {})
 
 

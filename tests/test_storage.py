@@ -1,76 +1,92 @@
-import io
 import os
-from collections.abc import Iterator
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import boto3
-import moto
 import pytest
 
-from worker.errors import OutputNotAllowed, StorageUnavailable, WeightsUnavailable
+from worker.deadline import Deadline
+from worker.errors import JobTimeout, OutputNotAllowed, StorageUnavailable
+from worker.s3 import S3
 from worker.settings import Settings
-from worker.storage import S3, Stores
+from worker.storage import FolderStore, Object, S3Store, Store, Stores
+from worker.testing import MemoryStore
+
+OBJECTS: list[Object] = [(f"j/{n}.jpg", bytes([n]) * 1000, "image/jpeg") for n in range(9)]
 
 
-@pytest.fixture(autouse=True)
-def keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-
-
-@pytest.fixture
-def bucket() -> Iterator[None]:
-    with moto.mock_aws():
-        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="results")
-        yield
-
-
-def stores(output: str, *prefixes: str) -> Stores:
-    settings = Settings(output=output, output_prefixes=prefixes)
+def stores(output: str, *prefixes: str, **others: Any) -> Stores:
+    settings = Settings(output=output, output_prefixes=prefixes, **others)
     return Stores(settings, S3(settings))
 
 
-def test_an_object_comes_back_from_a_bucket(bucket: None) -> None:
-    store = stores("s3://results/cams").open()
+def test_an_object_comes_back_from_a_bucket(s3_settings: Any) -> None:
+    store = stores("s3://results/cams", **s3_settings).open()
     assert store.put("j/a.jpg", b"data", "image/jpeg") == "s3://results/cams/j/a.jpg"
     assert store.get("j/a.jpg") == b"data"
-    head = boto3.client("s3", region_name="us-east-1").head_object(Bucket="results", Key="cams/j/a.jpg")
-    assert head["ContentType"] == "image/jpeg"
 
 
-def test_a_missing_bucket_is_storage_that_is_unavailable(bucket: None) -> None:
+def test_a_missing_bucket_is_storage_that_is_unavailable(s3_settings: Any) -> None:
     with pytest.raises(StorageUnavailable, match=r"s3://none/x/j could not be written.*does not exist"):
-        stores("s3://none/x").open().put("j", b"", "text/plain")
+        stores("s3://none/x", **s3_settings).open().put("j", b"", "text/plain")
 
 
-def test_a_large_object_is_downloaded_whole(bucket: None) -> None:
-    data = bytes(range(256)) * 5000
-    boto3.client("s3", region_name="us-east-1").put_object(Bucket="results", Key="a/b.keras", Body=data)
-    taken = io.BytesIO()
-    S3(Settings()).download("s3://results/a/b.keras", taken)
-    assert taken.getvalue() == data
+@pytest.fixture(params=["s3", "folder", "memory"])
+def store(request: pytest.FixtureRequest, s3_settings: Any, tmp_path: Path) -> Store:
+    """All stores keep the same promises."""
+    if request.param == "s3":
+        return stores("s3://results/many", **s3_settings).open()
+    return FolderStore(tmp_path) if request.param == "folder" else MemoryStore()
 
 
-@pytest.mark.parametrize(
-    ("uri", "why"),
-    [
-        ("s3://results/none.keras", "There is no such object: s3://results/none.keras"),
-        ("s3://none/a.keras", "There is no such bucket: s3://none/a.keras"),
-        ("s3://N O/a.keras", "could not be read"),
-    ],
-)
-def test_an_object_that_is_not_there_is_weights_that_are_unavailable(
-    uri: str, why: str, bucket: None
-) -> None:
-    with pytest.raises(WeightsUnavailable, match=why):
-        S3(Settings()).download(uri, io.BytesIO())
+def test_many_are_put_and_their_addresses_stand_in_the_order_given(store: Store) -> None:
+    uris = store.put_many(OBJECTS, Deadline(30))
+    assert [uri.rpartition("/j/")[2] for uri in uris] == [f"{n}.jpg" for n in range(9)]
+    assert [store.get(key) for key, _, _ in OBJECTS] == [data for _, data, _ in OBJECTS]
+    assert store.put_many([], Deadline(30)) == []
 
 
-def test_a_download_from_a_server_out_of_reach_may_be_tried_again() -> None:
-    s3 = S3(Settings(s3_endpoint_url="http://127.0.0.1:1"))
-    with pytest.raises(WeightsUnavailable, match=r"s3://models/a\.keras could not be read") as refused:
-        s3.download("s3://models/a.keras", io.BytesIO())
-    assert refused.value.retryable
+def test_a_job_out_of_time_puts_nothing_more(store: Store) -> None:
+    with pytest.raises(JobTimeout, match="upload"):
+        store.put_many([("late/a.jpg", b"data", "image/jpeg")], Deadline(0))
+    with pytest.raises((StorageUnavailable, KeyError)):
+        store.get("late/a.jpg")
+
+
+@dataclass
+class Slow:
+    """An S3 that puts two objects at once, slowly, and fails at those that are told to fail."""
+
+    fail: set[str] = field(default_factory=set)
+    begun: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
+
+    def put(self, bucket: str, key: str, data: bytes, media_type: str, deadline: Deadline) -> None:
+        self.begun.append(key)
+        if key in self.fail:
+            message = "the disk is full"
+            raise OSError(message)
+        time.sleep(0.2)
+        self.ended.append(key)
+
+
+def test_after_a_failure_no_other_is_begun_and_those_under_way_are_waited_for() -> None:
+    slow: Any = Slow(fail={"j/1.jpg"})
+    with pytest.raises(StorageUnavailable, match=r"s3://b/j/1\.jpg could not be written: the disk is full"):
+        S3Store(slow, "b", "").put_many(OBJECTS, Deadline(30))
+    assert sorted(slow.ended) == sorted(set(slow.begun) - slow.fail), "none is still under way"
+    assert len(slow.begun) < len(OBJECTS)
+
+
+def test_many_are_put_at_the_same_time(s3_settings: Any) -> None:
+    together = threading.Barrier(4, timeout=10)
+    slow: Any = Slow(pool=ThreadPoolExecutor(4))
+    slow.put = lambda *_: together.wait()
+    assert len(S3Store(slow, "b", "").put_many(OBJECTS[:4], Deadline(30))) == 4
 
 
 def test_a_server_out_of_reach_is_storage_that_is_unavailable() -> None:

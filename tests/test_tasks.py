@@ -4,6 +4,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import redis
 
 from worker.contract import Delivery, Job, StatusDocument, WorkerRef
 from worker.errors import (
@@ -14,6 +15,7 @@ from worker.errors import (
     StorageUnavailable,
     UriNotAllowed,
 )
+from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
 from worker.tasks import Desk
 from worker.testing import Doorbell, MemoryLedger, MemoryMessenger, MemoryStore, outside
@@ -319,3 +321,56 @@ def test_a_strangers_second_message_with_the_same_key_runs_the_first_job(office:
     assert office.handle(payload(second)) == "done"
     assert office.read(first).status == "succeeded"
     assert {key.partition("/")[0] for key in office.store.objects} == {first.id}
+
+
+@pytest.mark.parametrize(
+    ("entered_at", "questions"),
+    [
+        ("as it was", 2),
+        ("never", 3),
+        ("2020-01-01T00:00:00Z", 4),
+        ("2020-01-01T00:00:00", 3),
+        ("soon", 3),
+        ([5], 3),
+    ],
+)
+def test_a_message_that_says_when_its_job_was_entered_spares_a_question_to_the_ledger(
+    office: Office, settings: Settings, monkeypatch: pytest.MonkeyPatch, entered_at: Any, questions: int
+) -> None:
+    ledger = RedisLedger(settings.ledger, prefix=settings.key_prefix, retention_s=60)
+    office.ledger = ledger  # type: ignore[assignment]
+    job = a_job()
+    entered = ledger.submit(job)
+    moment = {"as it was": entered.created_at.isoformat(), "never": None}.get(str(entered_at), entered_at)
+    ledger.counts()  # the scripts and the connection are there
+    asked: list[object] = []
+    execute: Any = redis.Redis.execute_command
+
+    def counted(self: Any, *command: Any, **options: Any) -> Any:
+        asked.append(command)
+        return execute(self, *command, **options)
+
+    monkeypatch.setattr(redis.Redis, "execute_command", counted)
+    assert office.desk.handle(payload(job), job.id, entered_at=moment) == "done"
+    document = ledger.read(job.id)
+    assert (document.status, document.attempt, document.revision) == ("succeeded", 1, 3)
+    assert len(asked) == questions
+
+
+def test_a_message_of_a_job_that_runs_just_now_is_kept_also_if_it_says_when_it_was_entered(
+    office: Office,
+) -> None:
+    job = a_job()
+    moment = office.ledger.submit(job).created_at.isoformat()
+    desk = office.desk
+    with desk.busy.entered(job.id):
+        assert desk.handle(payload(job), job.id, entered_at=moment) == "later"
+    assert office.read(job).status == "queued"
+    assert desk.handle(payload(job), job.id, entered_at=moment) == "done"
+    assert desk.handle(payload(job), job.id, entered_at=moment) == "dropped"
+
+
+def test_what_is_no_job_is_refused_also_if_it_says_when_it_was_entered(office: Office) -> None:
+    message_id = new_id()
+    assert office.desk.handle({"image": 7}, message_id, entered_at="2026-01-01T00:00:00Z") == "done"
+    assert office.ledger.read(message_id).status == "failed"

@@ -17,7 +17,8 @@ from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
 
 TIMEOUT_S = 2  # for one answer of Redis: a web request is waiting
-POLL_FIRST_S = 0.02  # between looks at a job; grows by half each time
+POLL_FIRST_S = 0.002  # between looks at a job
+POLL_SHARE = 0.1  # of the time waited so far: by so much an answer is late, at most
 POLL_LAST_S = 0.5
 
 
@@ -47,7 +48,7 @@ class GradcamClient:
             timeout_s=TIMEOUT_S,
         )
         app = None if publish else broker.make_app(settings, timeout_s=TIMEOUT_S)
-        self._publish = publish or (lambda job: broker.publish(app, job))
+        self._app, self._publish = app, publish
 
     def submit(self, job: Job | None = None, /, **fields: Any) -> str:
         """Enter a job in the ledger, ring the queue, return the job's id.
@@ -62,11 +63,17 @@ class GradcamClient:
         entered = self._ledger.submit(job)
         if entered.status == "queued":  # also of a job that was here before: perhaps its message was not
             try:
-                self._publish(job.model_copy(update={"id": entered.id}))
+                self._ring(job.model_copy(update={"id": entered.id}), entered)
             except BrokerUnavailable as error:
                 message = f"{error} Job {entered.id} is not on its way yet: submit it again with this id."
                 raise BrokerUnavailable(message) from error
         return entered.id
+
+    def _ring(self, job: Job, entered: StatusDocument) -> None:
+        if self._publish:
+            self._publish(job)
+        else:
+            broker.publish(self._app, job, entered_at=entered.created_at)
 
     def submit_many(self, jobs: Iterable[Job]) -> list[str]:
         """Submit jobs one after the other; return their ids in the same order. Raises as `submit`."""
@@ -82,15 +89,14 @@ class GradcamClient:
 
     def wait(self, job_id: str, timeout_s: float = 120) -> StatusDocument:
         """Wait until a job is final, whichever way it ended. Raises WaitTimeout, UnknownJob."""
-        end = time.monotonic() + timeout_s
-        pause_s = POLL_FIRST_S
+        begun = time.monotonic()
         while True:
             document = self.status(job_id)
             if document.final:
                 return document
-            left_s = end - time.monotonic()
-            if left_s <= 0:
+            waited_s = time.monotonic() - begun
+            if waited_s >= timeout_s:
                 message = f"Job {job_id} is still {document.status} after {timeout_s:g} s."
                 raise WaitTimeout(message)
-            time.sleep(min(pause_s, left_s))
-            pause_s = min(pause_s * 1.5, POLL_LAST_S)
+            pause_s = min(max(POLL_SHARE * waited_s, POLL_FIRST_S), POLL_LAST_S)
+            time.sleep(min(pause_s, timeout_s - waited_s))

@@ -27,8 +27,9 @@ from worker.gradcam.decode import decode
 from worker.gradcam.picture import encode
 from worker.gradcam.sheet import as_tile, sheet
 from worker.manifest import ArtifactRecord, Manifest
+from worker.s3 import S3
 from worker.settings import Settings
-from worker.storage import S3, Store, Stores
+from worker.storage import Store, Stores
 
 NETWORK = "efficientnet_lite0"
 BUCKETS = ("photos", "results")

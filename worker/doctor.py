@@ -93,7 +93,7 @@ def _own(row: NetworkRow, settings: Settings) -> Finding:
     from worker import wiring
     from worker.gradcam.explain import check_channels
     from worker.gradcam.residents import Residents
-    from worker.storage import S3
+    from worker.s3 import S3
 
     what = f"network {row.name}"
     residents = Residents(partial(wiring.load, settings, S3(settings)))
@@ -145,7 +145,8 @@ def _ledger(settings: Settings) -> str:
 
 
 def _storage(settings: Settings) -> str:
-    from worker.storage import S3, Stores
+    from worker.s3 import S3
+    from worker.storage import Stores
 
     store = Stores(settings, S3(settings)).open()
     probe = uuid.uuid4().hex.encode()

@@ -20,8 +20,8 @@ from worker.errors import (
     ImageTooLarge,
     UriNotAllowed,
 )
+from worker.s3 import S3
 from worker.settings import Settings, without_secrets
-from worker.storage import S3
 from worker.web import Web, WebFailed
 
 OK = 200

@@ -15,6 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from worker.contract import FINAL, ID_PATTERN, Job, Problem, StatusDocument, WorkerRef
@@ -70,8 +71,11 @@ class Ledger(ABC):
         """The entry of a job."""
 
     @abstractmethod
-    def _swap(self, before: StatusDocument, after: StatusDocument) -> bool:
-        """Atomically: replace `before` by `after`, if (attempt, revision) are still those of `before`."""
+    def _swap(self, before: StatusDocument, after: StatusDocument, fingerprint: str | None = None) -> bool:
+        """Atomically: replace `before` by `after`, if (attempt, revision) are still those of `before`.
+
+        With a fingerprint, only if the job has that one, and `before` is to the letter what is held.
+        """
 
     @abstractmethod
     def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
@@ -86,7 +90,7 @@ class Ledger(ABC):
 
         Raises IdempotencyConflict where the id or the key belongs to a different job.
         """
-        fingerprint = hashlib.sha256(job.fingerprint().encode()).hexdigest()
+        fingerprint = _fingerprint(job)
         document = _fresh(job.id, job)
         held = self._create(Entry(fingerprint, job.to_json(), job.idempotency_key, document))
         if held.fingerprint != fingerprint:
@@ -132,6 +136,19 @@ class Ledger(ABC):
             raise UnknownJob(message)
         return documents[job_id]
 
+    def take(self, job: Job, entered_at: datetime, worker: WorkerRef) -> StatusDocument | None:
+        """Claim a job that nobody has touched since it was entered, without reading it first.
+
+        None where it was touched, is another one, has expired, or was entered at another moment: see
+        `receive` and `claim`, which find out.
+        """
+        now = utc_now()
+        if job.expires_at and job.expires_at <= now:
+            return None
+        before = _fresh(job.id, job, entered_at)
+        after = _begun(before, worker, now)
+        return after if self._swap(before, after, _fingerprint(job)) else None
+
     def claim(
         self,
         job: Job,
@@ -165,16 +182,7 @@ class Ledger(ABC):
                 status = "expired" if isinstance(ended, JobExpired) else "failed"
                 after = _next(before, status=status, error=problem)
             else:
-                after = _next(
-                    before,
-                    status="running",
-                    stage="fetch",
-                    attempt=before.attempt + 1,
-                    started_at=now,
-                    worker=worker,
-                    error=None,
-                    metrics={"queue_s": round((now - before.queued_at).total_seconds(), 4)},
-                )
+                after = _begun(before, worker, now)
             if self._swap(before, after):
                 return Claim("ended" if ended else "claimed", after)
             before = self.read(before.id)
@@ -201,8 +209,12 @@ class Ledger(ABC):
         return after
 
 
-def _fresh(job_id: str, job: Job | None = None) -> StatusDocument:
-    now = utc_now()
+def _fingerprint(job: Job) -> str:
+    return hashlib.sha256(job.fingerprint().encode()).hexdigest()
+
+
+def _fresh(job_id: str, job: Job | None = None, entered_at: datetime | None = None) -> StatusDocument:
+    now = entered_at or utc_now()
     return StatusDocument(
         id=job_id,
         status="queued",
@@ -226,6 +238,20 @@ def _readable(entry: Entry) -> bool:
 def _age_s(document: StatusDocument) -> float:
     """Seconds since the running attempt began."""
     return (utc_now() - (document.started_at or document.created_at)).total_seconds()
+
+
+def _begun(before: StatusDocument, worker: WorkerRef, now: datetime) -> StatusDocument:
+    """The next attempt, which begins now."""
+    return _next(
+        before,
+        status="running",
+        stage="fetch",
+        attempt=before.attempt + 1,
+        started_at=now,
+        worker=worker,
+        error=None,
+        metrics={"queue_s": round((now - before.queued_at).total_seconds(), 4)},
+    )
 
 
 def _next(before: StatusDocument, **changes: Any) -> StatusDocument:

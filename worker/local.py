@@ -32,8 +32,8 @@ def explain_files(
     `wish` holds the fields of a job that are the same for all: network, target, method.
     """
     output = output.absolute()
-    place = {"image_schemes": ("file",), "image_roots": ("/",), "output": output.as_uri()}
-    outside = wiring.outside(settings.model_copy(update=place))
+    own: dict[str, Any] = {"image_schemes": ("file",), "image_roots": ("/",), "output": output.as_uri()}
+    outside = wiring.outside(settings.model_copy(update=own | {"max_batch": 1}))  # one after the other
     job = Job.parse({"image": "file:///", "timeout_s": TIMEOUT_S, **wish})
     folders = _folders(images)
     made: dict[Path, Manifest | GradcamError] = {}

@@ -77,7 +77,11 @@ class NetworkRecord(Wire):
 
 
 class Manifest(Wire):
-    """`gradcam.manifest/v1`, written last. The same job gives the same bytes, whichever attempt wrote it."""
+    """`gradcam.manifest/v1`, written last.
+
+    It holds nothing that another attempt would change, but for the last digits of its numbers, which a pass
+    over another number of images rounds in another way.
+    """
 
     schema_: Literal["gradcam.manifest/v1"] = Field(default="gradcam.manifest/v1", alias="schema")
     job_id: JobId

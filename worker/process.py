@@ -45,7 +45,8 @@ def register(app: Celery, desk: Desk) -> None:
         app.task(receive, name=name, bind=True, shared=False)  # this app's alone
 
     def explain(payload: object, request: Any) -> str:
-        return desk.handle(payload, request.id, redelivered=_redelivered(request))
+        entered_at = (request.headers or {}).get(broker.ENTERED_AT)
+        return desk.handle(payload, request.id, redelivered=_redelivered(request), entered_at=entered_at)
 
     task(broker.EXPLAIN, explain)
     task(broker.DELIVER, lambda payload, _: desk.deliver(payload))
@@ -71,21 +72,25 @@ def _payload(args: tuple[object, ...], kwargs: dict[str, object]) -> object:
     return given[0] if len(given) == 1 else given
 
 
-def run(settings: Settings, *, ready_fd: int | None = None) -> int:
+def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | None = None) -> int:
     """Consume jobs in this process until it is asked to stop; return its exit code.
+
+    `load` turns a row into a live network, where it is not to be done as `wiring.load` does it.
 
     With `ready_fd`, a supervisor started it: it writes one byte there as soon as it takes jobs, and
     ends, cleanly, when whoever holds its standard input is gone.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for chatty in ("httpx", "celery.app.trace"):  # our own lines say it in the job's words
+    # Our own lines say it in the job's words, and each line costs.
+    for chatty in ("httpx", "celery.app.trace", "celery.worker.strategy"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     setup_logging.connect(_keep_logging)
     if ready_fd is not None:
         worker_ready.connect(lambda **_: os.write(ready_fd, b"1"), weak=False)
         lifeline.watch(lambda: _end(settings.shutdown_timeout_s))
     app = broker.make_app(settings)
-    outside = wiring.outside(settings)
+    outside = wiring.outside(settings, load)
+    wiring.prepare(settings)
     desk = Desk(
         settings,
         wiring.ledger(settings),

@@ -31,9 +31,10 @@ return {ARGV[4], ARGV[5], ARGV[6]}
 
 # The first lines let a write that is sent twice, because its reply was lost, succeed twice.
 _SWAP = """
-local held = redis.call('HMGET', KEYS[1], 'attempt', 'revision', 'document', 'idempotency')
+local held = redis.call('HMGET', KEYS[1], 'attempt', 'revision', 'document', 'idempotency', 'fingerprint')
 if held[3] == ARGV[5] then return 1 end
 if held[1] ~= ARGV[3] or held[2] ~= ARGV[4] then return 0 end
+if ARGV[10] ~= '' and (held[5] ~= ARGV[10] or held[3] ~= ARGV[11]) then return 0 end
 redis.call('HSET', KEYS[1], 'document', ARGV[5], 'attempt', ARGV[6], 'revision', ARGV[7])
 redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
@@ -99,7 +100,7 @@ class RedisLedger(Ledger):
             return None
         return Entry(str(fingerprint), str(job), None, StatusDocument.model_validate_json(str(text)))
 
-    def _swap(self, before: StatusDocument, after: StatusDocument) -> bool:
+    def _swap(self, before: StatusDocument, after: StatusDocument, fingerprint: str | None = None) -> bool:
         with self._reaching():
             return bool(
                 self._swap_script(
@@ -114,6 +115,8 @@ class RedisLedger(Ledger):
                         after.revision,
                         "final" if after.final else after.status,
                         after.updated_at.timestamp(),
+                        fingerprint or "",
+                        before.to_json() if fingerprint else "",
                     ],
                 )
             )

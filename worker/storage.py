@@ -1,31 +1,18 @@
-"""Where artifacts go: S3 and everything that speaks it (boto3), or a folder. Also reads S3 images."""
+"""Where artifacts go: a prefix of a bucket, or a folder."""
 
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import unquote
 
-import boto3
-import urllib3.exceptions
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
-
 from worker.deadline import Deadline
-from worker.errors import (
-    ImageFetchFailed,
-    ImageForbidden,
-    ImageNotFound,
-    ImageTooLarge,
-    OutputNotAllowed,
-    StorageUnavailable,
-    UriNotAllowed,
-    WeightsUnavailable,
-)
-from worker.gradcam.weights import Sink
+from worker.errors import OutputNotAllowed, StorageUnavailable
+from worker.s3 import FAILED, NEVER, S3
 from worker.settings import Settings
 
-NOT_FOUND, FORBIDDEN = 404, {401, 403}
-CHUNK = 256 * 1024  # bytes read at a time, so that limits are noticed early
+Object = tuple[str, bytes, str]  # key, data, media type
 
 
 class Store(Protocol):
@@ -35,85 +22,17 @@ class Store(Protocol):
         """Write an object, whole or not at all; return its URI. Raises StorageUnavailable."""
         ...
 
+    def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
+        """Write objects, whichever first; return their URIs in the order given.
+
+        After a failure no other is begun; it is raised when those under way have ended.
+        Raises StorageUnavailable, JobTimeout.
+        """
+        ...
+
     def get(self, key: str) -> bytes:
         """Read an object back. Raises StorageUnavailable."""
         ...
-
-
-class S3:
-    """One client for everything; boto3 clients may be shared between threads."""
-
-    def __init__(self, settings: Settings) -> None:
-        """Endpoint, region and keys as the settings say; without keys, the usual AWS places."""
-        self.client: Any = boto3.session.Session().client(
-            "s3",
-            endpoint_url=settings.s3_endpoint_url or None,
-            region_name=settings.s3_region,
-            aws_access_key_id=settings.s3_access_key_id or None,
-            aws_secret_access_key=settings.s3_secret_access_key.get_secret_value() or None,
-            config=Config(
-                signature_version="s3v4",
-                connect_timeout=3,
-                read_timeout=10,
-                retries={"mode": "standard", "total_max_attempts": 3},
-                max_pool_connections=2 * settings.threads,
-                s3={"addressing_style": "path" if settings.s3_endpoint_url else "auto"},
-                # Not every S3 server knows the newer checksums; sha256 is in the manifest.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-            ),
-        )
-
-    def read_image(self, bucket: str, key: str, max_bytes: int, deadline: Deadline) -> bytes:
-        """Read an object, giving up as soon as it proves too large or too slow.
-
-        Raises ImageNotFound, ImageForbidden, ImageTooLarge, ImageFetchFailed, JobTimeout.
-        """
-        uri = f"s3://{bucket}/{key}"
-        try:
-            body = self.client.get_object(Bucket=bucket, Key=key)["Body"]
-            data = bytearray()
-            while chunk := body.read(CHUNK):
-                data += chunk
-                if len(data) > max_bytes:
-                    body.close()
-                    message = f"{uri} has more than {max_bytes:,} bytes, the most that is allowed."
-                    raise ImageTooLarge(message)
-                deadline.check(f"reading {uri}")
-        except ClientError as error:
-            raise _unreadable(uri, error) from error
-        except ParamValidationError as error:
-            message = f"{uri} is not the name of an object: {str(error).splitlines()[-1][:200]}"
-            raise UriNotAllowed(message) from error
-        except (BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
-            deadline.check(f"reading {uri}")
-            message = f"{uri} could not be read: {error}"
-            raise ImageFetchFailed(message) from error
-        return bytes(data)
-
-    def download(self, uri: str, sink: Sink) -> None:
-        """Write what a model's address holds into `sink`, however large. Raises WeightsUnavailable."""
-        bucket, _, key = uri.removeprefix("s3://").partition("/")
-        try:
-            body = self.client.get_object(Bucket=bucket, Key=key)["Body"]
-            while chunk := body.read(CHUNK):
-                sink.write(chunk)
-        except ClientError as error:
-            raise WeightsUnavailable(str(_unreadable(uri, error))) from error
-        except (BotoCoreError, urllib3.exceptions.HTTPError, OSError) as error:
-            message = f"{uri} could not be read: {error}"
-            raise WeightsUnavailable(message) from error
-
-
-def _unreadable(uri: str, error: ClientError) -> Exception:
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    code = error.response.get("Error", {}).get("Code", "")
-    if status == NOT_FOUND:
-        what = "bucket" if code == "NoSuchBucket" else "object"
-        return ImageNotFound(f"There is no such {what}: {uri}.")
-    if status in FORBIDDEN:
-        return ImageForbidden(f"The worker may not read {uri} ({code}): grant it s3:GetObject there.")
-    return ImageFetchFailed(f"{uri} could not be read: {code or status} ({error}).")
 
 
 class S3Store:
@@ -125,24 +44,51 @@ class S3Store:
 
     def put(self, key: str, data: bytes, media_type: str) -> str:
         """See `Store.put`."""
+        return self._put((key, data, media_type), NEVER)
+
+    def _put(self, one: Object, deadline: Deadline) -> str:
+        key, data, media_type = one
         name = self._prefix + key
         uri = f"s3://{self._bucket}/{name}"
         try:
-            self._s3.client.put_object(Bucket=self._bucket, Key=name, Body=data, ContentType=media_type)
-        except (BotoCoreError, ClientError, urllib3.exceptions.HTTPError, OSError) as error:
+            self._s3.put(self._bucket, name, data, media_type, deadline)
+        except FAILED as error:
             message = f"{uri} could not be written: {error}"
             raise StorageUnavailable(message) from error
         return uri
+
+    def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
+        """See `Store.put_many`: in parallel."""
+
+        def put(one: Object) -> str:
+            deadline.check("upload")
+            return self._put(one, deadline)
+
+        begun = [self._s3.pool.submit(put, one) for one in objects]
+        wait(begun, return_when=FIRST_EXCEPTION)
+        for one in begun:
+            one.cancel()  # nothing, unless one has failed
+        wait(begun)
+        return [one.result() for one in begun if not one.cancelled()]
 
     def get(self, key: str) -> bytes:
         """See `Store.get`."""
         name = self._prefix + key
         try:
             body = self._s3.client.get_object(Bucket=self._bucket, Key=name)["Body"].read()
-        except (BotoCoreError, ClientError, urllib3.exceptions.HTTPError, OSError) as error:
+        except FAILED as error:
             message = f"s3://{self._bucket}/{name} could not be read: {error}"
             raise StorageUnavailable(message) from error
         return bytes(body)
+
+
+def put_each(store: Store, objects: Sequence[Object], deadline: Deadline) -> list[str]:
+    """Put one object after the other."""
+    uris = []
+    for one in objects:
+        deadline.check("upload")
+        uris.append(store.put(*one))
+    return uris
 
 
 class FolderStore:
@@ -165,6 +111,10 @@ class FolderStore:
             message = f"{path} could not be written: {error}"
             raise StorageUnavailable(message) from error
         return path.as_uri()
+
+    def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
+        """See `Store.put_many`: one after the other, for a disk is waited for but little."""
+        return put_each(self, objects, deadline)
 
     def get(self, key: str) -> bytes:
         """See `Store.get`."""

@@ -12,11 +12,12 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import AwareDatetime, TypeAdapter, ValidationError
 
 from worker import pipeline
 from worker.contract import ID_PATTERN, Delivery, Job, Problem, StatusDocument, StatusEvent, WorkerRef
@@ -42,6 +43,7 @@ log = logging.getLogger("gradcam")
 PROGRESS_EVERY_S = 0.5  # stages that pass faster are not worth a round trip
 ASK_AGAIN_S = 5  # before a second message of a running job is looked at again
 LEDGER_PATIENCE_S = 30  # a finished job's last word is worth waiting for
+MOMENT = TypeAdapter(AwareDatetime)
 EVENTS = {  # a state of the job -> the event a webhook can ask for
     "running": "job.started",
     "retrying": "job.retrying",
@@ -63,23 +65,41 @@ class Desk:
     publish_delivery: Callable[..., None]  # a Delivery, delay_s=: see `broker.publish_delivery`
     busy: "Busy" = field(default_factory=lambda: Busy())  # noqa: PLW0108  # defined below
 
-    def handle(self, payload: object, message_id: str, *, redelivered: bool = False) -> str:
-        """Bring one message to its end; return which. Raises LedgerUnavailable, BrokerUnavailable."""
+    def handle(
+        self, payload: object, message_id: str, *, redelivered: bool = False, entered_at: object = None
+    ) -> str:
+        """Bring one message to its end; return which. Raises LedgerUnavailable, BrokerUnavailable.
+
+        `entered_at` is when the message says that its job was entered in the ledger, if it says so.
+        """
         job_id = _identify(payload, message_id)
         try:
+            if entered_at and (end := self._at_once(payload, entered_at)):
+                return end
             job, document = self.ledger.receive(job_id, _with_id(payload, job_id))
+            with self.busy.entered(job.id) as free:
+                if not free:
+                    return self._ask_again(job)
+                return self._claim(job, document, redelivered=redelivered)
         except (InvalidJob, IdempotencyConflict) as error:
             self.refuse(job_id, payload, error)
             return "done"
-        if not self.busy.enter(job.id):
-            return self._ask_again(job)
-        try:
-            return self._claim(job, document, redelivered=redelivered)
         except AttemptFenced as error:
             log.warning("%s", error)
             return "dropped"
-        finally:
-            self.busy.leave(job.id)
+
+    def _at_once(self, payload: object, entered_at: object) -> str | None:
+        """What most messages need: one question to the ledger, then the job. None: it is not so simple."""
+        try:
+            job, moment = Job.parse(payload), MOMENT.validate_python(entered_at)
+        except (InvalidJob, ValueError):
+            return None  # the ledger may know better
+        with self.busy.entered(job.id) as free:
+            document = self.ledger.take(job, moment, self.worker) if free else None
+            if not document:
+                return None
+            self._tell(job, document)
+            return self._run(job, document)
 
     def refuse(self, message_id: str, payload: object, error: GradcamError) -> StatusDocument:
         """Write down a message that is no job. Raises LedgerUnavailable."""
@@ -206,17 +226,18 @@ class Busy:
         self._jobs: set[str] = set()
         self._lock = threading.Lock()
 
-    def enter(self, job_id: str) -> bool:
-        """Whether the job was free, and is now taken."""
+    @contextmanager
+    def entered(self, job_id: str) -> Iterator[bool]:
+        """Whether the job was free; if so, it is taken meanwhile."""
         with self._lock:
             free = job_id not in self._jobs
             self._jobs.add(job_id)
-            return free
-
-    def leave(self, job_id: str) -> None:
-        """The job is free again."""
-        with self._lock:
-            self._jobs.discard(job_id)
+        try:
+            yield free
+        finally:
+            if free:
+                with self._lock:
+                    self._jobs.discard(job_id)
 
 
 class _Progress:

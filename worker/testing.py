@@ -28,6 +28,7 @@ from worker.gradcam.residents import Residents
 from worker.images import Fetched
 from worker.ledger import Entry, Ledger
 from worker.outside import Outside
+from worker.storage import Object, put_each
 
 
 class MemoryLedger(Ledger):
@@ -52,9 +53,11 @@ class MemoryLedger(Ledger):
     def _find(self, job_id: str) -> Entry | None:
         return self._entries.get(job_id)
 
-    def _swap(self, before: StatusDocument, after: StatusDocument) -> bool:
+    def _swap(self, before: StatusDocument, after: StatusDocument, fingerprint: str | None = None) -> bool:
         with self._lock:
-            entry = self._entries[before.id]
+            entry = self._entries.get(before.id)
+            if not entry or (fingerprint and (entry.fingerprint, entry.document) != (fingerprint, before)):
+                return False
             held = entry.document
             if (held.attempt, held.revision) != (before.attempt, before.revision):
                 return False
@@ -98,6 +101,10 @@ class MemoryStore:
         """See `worker.storage.Store.put`."""
         self.objects[key] = data
         return f"memory://{key}"
+
+    def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
+        """See `worker.storage.Store.put_many`: in the order given."""
+        return put_each(self, objects, deadline)
 
     def get(self, key: str) -> bytes:
         """See `worker.storage.Store.get`."""

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Callable
 from functools import partial
 
 from worker.contract import WorkerRef
@@ -14,18 +15,30 @@ from worker.gradcam.residents import Residents
 from worker.images import Images
 from worker.outside import Outside
 from worker.redis_ledger import RedisLedger
+from worker.s3 import S3
 from worker.settings import Settings
 from worker.status import Webhooks
-from worker.storage import S3, Stores
+from worker.storage import Stores
+
+Load = Callable[[NetworkRow], Network]
 
 
-def outside(settings: Settings) -> Outside:
-    """Everything a job touches, for real. Nothing is connected or loaded yet. Raises InvalidSettings."""
+def outside(settings: Settings, load_row: Load | None = None) -> Outside:
+    """Everything a job touches, for real. Nothing is connected or loaded yet. Raises InvalidSettings.
+
+    `load_row` takes the place of `load`: a program of one's own may run other networks than Keras's.
+    """
     s3 = S3(settings)
     return Outside(
         images=Images(settings, s3),
         networks=Registry(settings.networks),
-        residents=Residents(partial(load, settings, s3)),
+        residents=Residents(
+            load_row or partial(load, settings, s3),
+            max_batch=settings.max_batch,
+            max_bytes=settings.resident_bytes,
+            wait_s=settings.batch_wait_s,
+            peak_bytes=_peak_bytes,
+        ),
         stores=Stores(settings, s3),
         webhooks=Webhooks(settings),
         limits=Limits(settings.max_image_pixels, settings.max_image_side),
@@ -46,7 +59,29 @@ def load(settings: Settings, s3: S3, row: NetworkRow) -> Network:
     file = weights.cached(row.file, settings.cache, s3.download) if row.file else None
     from worker.gradcam.loading import load_network
 
-    return load_network(row, weights_dir=settings.weights_dir, file=file, precision=settings.precision)
+    return load_network(
+        row,
+        weights_dir=settings.weights_dir,
+        file=file,
+        precision=settings.precision,
+        exact_backward=settings.exact_backward,
+    )
+
+
+def _peak_bytes() -> int | None:
+    """Of the device's memory, since the last call."""
+    from worker.gradcam import backend
+
+    peak = backend.peak_memory()
+    backend.reset_peak_memory()
+    return peak
+
+
+def prepare(settings: Settings) -> None:
+    """Tell the backend what it may use, before it computes anything."""
+    from worker.gradcam import backend
+
+    backend.set_intra_op_threads(settings.intra_op_threads)
 
 
 def worker_ref() -> WorkerRef:

@@ -13,8 +13,9 @@ from pydantic import SecretStr
 
 from worker import embedded, lifeline
 from worker.client import GradcamClient
+from worker.s3 import S3
 from worker.settings import Settings
-from worker.storage import S3, Store, Stores
+from worker.storage import Store, Stores
 
 
 @dataclass

@@ -1,0 +1,80 @@
+"""The benches that need a river: they run, and what they say hangs together. No figure is tested."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import stand_in
+from stand_in import Passes, StandIn
+
+BENCH = Path(__file__).parents[2] / "scripts" / "programs" / "bench.py"
+
+
+def figures(name: str, *, code: int = 0) -> Any:
+    """What `scripts/bench NAME --quick --json` prints."""
+    command = [sys.executable, str(BENCH), name, "--quick", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.live
+@pytest.mark.tensorflow
+def test_the_service_bench_measures_the_ceiling_of_the_machinery() -> None:
+    found = figures("service")
+    assert found["ceiling_jobs_per_s"] == found["jobs_per_s"]["no_time"] > 0
+    assert found["share_of_engine"]["no_time"] < 1, "a job is more than its pass"
+    assert 0 < found["device_idle"]["no_time"] <= 1
+    assert found["stage_seconds"]["no_time"]["upload_s"] > 0
+    assert found["cpu_ms_per_job"]["no_time"].keys() == {"worker", "s3", "valkey", "bench", "others"}
+    assert found["bottleneck"]["no_time"]
+
+
+@pytest.mark.live
+@pytest.mark.tensorflow
+def test_the_latency_bench_tells_where_a_jobs_time_goes() -> None:
+    found = figures("latency")
+    for situation in ("alone", "busy"):
+        parts = found["parts_s"][situation]
+        assert min(parts["fetch"]["50"], parts["upload"]["50"], parts["wait"]["50"]) > 0
+        assert found["overhead_s"][situation]["99"] >= found["overhead_s"][situation]["50"] > 0
+    assert found["bulk_jobs_per_s"] > 0
+
+
+@pytest.mark.live
+@pytest.mark.tensorflow
+def test_the_memory_bench_runs_every_kind_of_job_and_follows_the_resident_set() -> None:
+    found = figures("memory")
+    assert sum(found["jobs"].values()) == 300
+    assert {"broken", "large", "real", "animation"} <= found["jobs"].keys()
+    assert found["resident_peak_mb"] > 100
+    assert abs(found["growth"]) < 1
+
+
+@pytest.mark.tensorflow
+def test_without_an_accelerator_the_gpu_bench_says_so() -> None:
+    from worker.gradcam import backend
+
+    if backend.device_name() != "cpu":
+        pytest.skip("there is one here, and it takes minutes to measure")
+    assert "no accelerator" in figures("gpu", code=2)["why"]
+
+
+def test_a_stand_in_answers_like_a_network_and_says_what_its_device_did(tmp_path: Path) -> None:
+    file = tmp_path / "passes"
+    network = StandIn("gpu_time", Passes(file))
+    pixels = np.zeros((2, *network.facts.input_size, 3), np.uint8)
+    first, second = (network.begin(pixels, np.array([[-1, -2], [7, 7]], np.int32)) for _ in range(2))
+    computed = first()
+    assert computed.raw.shape == (2, 2, *network.facts.map_size)
+    assert list(computed.class_ids[0]) == list(np.argsort(-computed.scores[0])[:2])
+    assert list(computed.class_ids[1]) == [7, 7]
+    assert np.array_equal(second().raw, computed.raw)
+    one, two = Passes.read(file)
+    assert two.begun == one.ended, "the passes of one device queue"
+    assert one.images == two.images == 2
+    assert one.ended - one.begun == pytest.approx(stand_in.SECONDS["gpu_time"](2), abs=1e-5)

@@ -1,0 +1,198 @@
+"""S3 and everything that speaks it, in two libraries.
+
+What is done for every job, reading an image and writing artifacts, is tried with obstore first: a put
+costs it a sixth of boto3's CPU time, none of it under the interpreter's lock. Whatever does not go well
+there is done again by boto3, which retries, follows a bucket to its region, and says what is wrong.
+"""
+
+import contextlib
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import boto3
+import obstore.store
+import urllib3.exceptions
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
+from obstore.auth.boto3 import Boto3CredentialProvider
+
+from worker.deadline import Deadline
+from worker.errors import (
+    ImageFetchFailed,
+    ImageForbidden,
+    ImageNotFound,
+    ImageTooLarge,
+    UriNotAllowed,
+    WeightsUnavailable,
+)
+from worker.gradcam.weights import Sink
+from worker.settings import Settings
+
+log = logging.getLogger("gradcam")
+
+NOT_FOUND, FORBIDDEN = 404, {401, 403}
+CHUNK = 256 * 1024  # bytes read at a time, so that limits are noticed early
+CONNECT_S, READ_S = 3, 10
+BUCKETS = 32  # that connections are kept for
+PLAIN_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+FAILED = (BotoCoreError, ClientError, urllib3.exceptions.HTTPError, OSError)
+NOT_DIRECT = (obstore.exceptions.BaseError, OSError, ValueError)
+Chunk = bytes | obstore.Bytes
+NEVER = Deadline(math.inf)
+
+
+class S3:
+    """One client for everything, in both libraries; may be shared between threads."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Endpoint, region and keys as the settings say; without keys, the usual AWS places."""
+        at_once = 4 * settings.threads  # a job waits for its objects, and each of them for the network
+        self.pool = ThreadPoolExecutor(at_once, thread_name_prefix="upload")
+        self._session: Any = boto3.session.Session(
+            settings.s3_access_key_id or None, settings.s3_secret_access_key.get_secret_value() or None
+        )
+        self._region = settings.s3_region
+        self._bucket = lru_cache(BUCKETS)(self._open)
+        self.client: Any = self._session.client(
+            "s3",
+            endpoint_url=settings.s3_endpoint_url or None,
+            region_name=settings.s3_region,
+            config=Config(
+                signature_version="s3v4",
+                connect_timeout=CONNECT_S,
+                read_timeout=READ_S,
+                retries={"mode": "standard", "total_max_attempts": 2},  # after obstore's own
+                max_pool_connections=at_once,
+                s3={"addressing_style": "path" if settings.s3_endpoint_url else "auto"},
+                # Not every S3 server knows the newer checksums; sha256 is in the manifest.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
+
+    def _open(self, bucket: str) -> obstore.store.S3Store:
+        """A bucket where boto3 would find it, with the keys that boto3 has found."""
+        if not PLAIN_BUCKET.fullmatch(bucket):
+            message = f"Bucket {bucket!r} cannot be part of a URL as it is."
+            raise ValueError(message)
+        scheme, _, host = self.client.meta.endpoint_url.partition("://")
+        virtual = ".amazonaws.com" in host and "." not in bucket  # which no certificate would cover
+        url = f"{scheme}://{bucket}.{host}" if virtual else f"{scheme}://{host.rstrip('/')}/{bucket}"
+        own = self._session._session.get_config_variable("ca_bundle")  # noqa: SLF001  # boto3 has no other way
+        return obstore.store.S3Store(
+            bucket,
+            # Said twice: each of them could be set in the environment, and would go before the other.
+            endpoint=url,
+            aws_endpoint_url_s3=url,
+            virtual_hosted_style_request=True,  # the URL names the bucket already
+            region=self._region,
+            skip_signature=False,
+            # Asked again well before keys can run out, which boto3 renews 10 minutes early at the latest.
+            credential_provider=Boto3CredentialProvider(self._session, ttl=timedelta(minutes=5)),
+            retry_config={"max_retries": 0},
+            client_options={
+                "allow_http": scheme == "http",
+                "connect_timeout": timedelta(seconds=CONNECT_S),
+                "read_timeout": timedelta(seconds=READ_S),
+                "timeout": timedelta(minutes=1),
+                **({"root_certificate": Path(own).read_bytes()} if own else {}),
+            },
+        )
+
+    def _directly(self, bucket: str, key: str) -> obstore.store.S3Store:
+        """The bucket in obstore. Raises ValueError for keys that obstore would read in another way."""
+        if key.startswith("/") or key.endswith("/"):
+            message = f"Key {key!r} would lose a slash."
+            raise ValueError(message)
+        return self._bucket(bucket)
+
+    def put(self, bucket: str, key: str, data: bytes, media_type: str, deadline: Deadline = NEVER) -> None:
+        """Write an object, whole or not at all. Raises one of FAILED, or JobTimeout."""
+        try:
+            attributes: obstore.Attributes = {"Content-Type": media_type}
+            self._directly(bucket, key).put(key, data, attributes=attributes, use_multipart=False)
+        except NOT_DIRECT as error:
+            _give_way(f"s3://{bucket}/{key}", error)
+            deadline.check("upload")
+            self.client.put_object(Bucket=bucket, Key=key, Body=data, ContentType=media_type)
+
+    def read_image(self, bucket: str, key: str, max_bytes: int, deadline: Deadline) -> bytes:
+        """Read an object, giving up as soon as it proves too large or too slow.
+
+        Raises ImageNotFound, ImageForbidden, ImageTooLarge, ImageFetchFailed, JobTimeout.
+        """
+        uri = f"s3://{bucket}/{key}"
+
+        def check(size: int) -> None:
+            if size > max_bytes:
+                message = f"{uri} has more than {max_bytes:,} bytes, the most that is allowed."
+                raise ImageTooLarge(message)
+            deadline.check(f"reading {uri}")
+
+        try:
+            found = self._directly(bucket, key).get(key)
+            check(found.meta["size"])
+            return _joined(found.stream(CHUNK), check)
+        except NOT_DIRECT as error:
+            _give_way(uri, error)
+        check(0)
+        try:
+            body = self.client.get_object(Bucket=bucket, Key=key)["Body"]
+            with contextlib.closing(body):
+                return _joined(iter(partial(body.read, CHUNK), b""), check)
+        except ClientError as error:
+            raise _unreadable(uri, error) from error
+        except ParamValidationError as error:
+            message = f"{uri} is not the name of an object: {str(error).splitlines()[-1][:200]}"
+            raise UriNotAllowed(message) from error
+        except FAILED as error:
+            check(0)
+            message = f"{uri} could not be read: {error}"
+            raise ImageFetchFailed(message) from error
+
+    def download(self, uri: str, sink: Sink) -> None:
+        """Write what a model's address holds into `sink`, however large. Raises WeightsUnavailable."""
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        try:
+            body = self.client.get_object(Bucket=bucket, Key=key)["Body"]
+            while chunk := body.read(CHUNK):
+                sink.write(chunk)
+        except ClientError as error:
+            raise WeightsUnavailable(str(_unreadable(uri, error))) from error
+        except FAILED as error:
+            message = f"{uri} could not be read: {error}"
+            raise WeightsUnavailable(message) from error
+
+
+def _joined(chunks: Iterable[Chunk], check: Callable[[int], None]) -> bytes:
+    """Chunks as they come, the size of all so far checked after each."""
+    taken, size = [], 0
+    for chunk in chunks:
+        taken.append(chunk)
+        size += len(chunk)
+        check(size)
+    return b"".join(taken)
+
+
+def _give_way(uri: str, error: Exception) -> None:
+    """Say why boto3 takes over; a missing object is an everyday matter."""
+    if not isinstance(error, FileNotFoundError):
+        log.info("%r: boto3 tries again (%s)", uri, str(error).partition("\n")[0])
+
+
+def _unreadable(uri: str, error: ClientError) -> Exception:
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    code = error.response.get("Error", {}).get("Code", "")
+    if status == NOT_FOUND:
+        what = "bucket" if code == "NoSuchBucket" else "object"
+        return ImageNotFound(f"There is no such {what}: {uri}.")
+    if status in FORBIDDEN:
+        return ImageForbidden(f"The worker may not read {uri} ({code}): grant it s3:GetObject there.")
+    return ImageFetchFailed(f"{uri} could not be read: {code or status} ({error}).")
