@@ -16,5 +16,19 @@ def test_the_engine_bench_prints_its_figures_and_compares_like_with_like() -> No
     figures = json.loads(done.stdout)
     for network in ("vgg16", "xception"):
         assert figures["times_notebook"][network] > 0
-        assert figures["share_of_forward"][network]["1"] > 0
+        assert figures["share_of_forward"][network]["1"]["8"] > 0
         assert figures["agreement"][network]["difference"] < 1e-4
+
+
+def test_the_host_bench_says_how_far_everything_is_from_the_codecs_alone() -> None:
+    command = [str(BENCH), "host", "--quick", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    figures = json.loads(done.stdout)
+    for size in ("500x375", "4000x3000"):
+        assert set(figures["times_floor"][size]) == {"1", "3", "8"}
+        assert all(times > 1 for times in figures["times_floor"][size].values()), "the floor is part of it"
+        assert figures["stages"][size]["decode"] > 0
+    webp, jpeg = (figures["encoders"]["500x375"][f"{kind} (ours)"] for kind in ("webp", "jpeg"))
+    assert webp["kilobytes"] < jpeg["kilobytes"]
+    assert figures["passed"] == (done.returncode == 0)

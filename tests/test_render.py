@@ -10,9 +10,11 @@ from PIL import Image
 
 from worker.contract import Job
 from worker.deadline import Deadline
+from worker.gradcam import report, sheet
 from worker.gradcam.decode import decode
 from worker.manifest import HotRegion, Manifest
 from worker.pipeline import Journey, explain
+from worker.render import needed_edge
 from worker.testing import MemoryStore, outside
 
 URI = "s3://in/flag.png"
@@ -21,7 +23,10 @@ FLAG[:, :24, 0] = FLAG[:, 24:, 2] = 255
 
 
 def left_behind(
-    *wishes: dict[str, Any], classes: tuple[str, ...] = ("blue",), photo: NDArray[np.uint8] = FLAG
+    *wishes: dict[str, Any],
+    classes: tuple[str, ...] = ("blue",),
+    photo: NDArray[np.uint8] = FLAG,
+    kind: str = ".png",
 ) -> tuple[Manifest, dict[str, bytes]]:
     """What TinyNetwork's explanation of a photo leaves behind: the manifest, and all objects by name."""
     store = MemoryStore()
@@ -29,7 +34,7 @@ def left_behind(
     job = Job.parse(
         {"image": URI, "network": "efficientnet_lite0", "target": target, "artifacts": list(wishes)}
     )
-    data = cv2.imencode(".png", photo[..., ::-1])[1].tobytes()
+    data = cv2.imencode(kind, photo[..., ::-1])[1].tobytes()
     journey = Journey(Deadline(job.timeout_s), lambda _: None)
     explain(job, outside({URI: data}, store=store), journey)
     objects = {key.partition("/")[2]: made for key, made in store.objects.items()}
@@ -150,3 +155,36 @@ def test_a_panorama_longer_than_webp_can_be_is_made_smaller() -> None:
         shown = Image.open(io.BytesIO(objects[record.uri.rpartition("/")[2]]))
         assert shown.size == (record.width, record.height)
         assert shown.width >= 16_000
+
+
+@pytest.mark.parametrize(
+    ("wishes", "edge"),
+    [
+        ([{"kind": "heatmap"}, {"kind": "heatmap", "format": "png"}], 0),
+        ([{"kind": "overlay"}], None),
+        ([{"kind": "overlay", "max_edge": 300}], 300),
+        ([{"kind": "animation"}, {"kind": "overlay", "max_edge": 300}], 640),
+        ([{"kind": "grid"}], math.isqrt(sheet.AREA) + 1),
+        ([{"kind": "report"}], math.isqrt(report.PIXELS[0]) + 1),
+        ([{"kind": "report"}, {"kind": "overlay"}], None),
+    ],
+)
+def test_each_wish_says_how_large_a_photo_it_needs(
+    wishes: list[dict[str, Any]], edge: int | None, job: Job
+) -> None:
+    payload = {**job.model_dump(mode="json"), "artifacts": wishes}
+    assert needed_edge(Job.parse(payload)) == edge
+
+
+def test_a_photo_that_was_decoded_smaller_leaves_the_same_sizes_behind() -> None:
+    large = cv2.resize(FLAG, (2400, 1600), interpolation=cv2.INTER_NEAREST)
+    small: dict[str, Any] = {"kind": "overlay", "max_edge": 200, "box": True}
+    grey, whole = {"kind": "heatmap", "format": "png"}, {"kind": "overlay", "format": "png"}
+    manifest, objects = left_behind(small, grey, photo=large, kind=".jpg")
+    larger, _ = left_behind(small, grey, whole, photo=large, kind=".jpg")
+    assert (manifest.input.width, manifest.input.height) == (2400, 1600)
+    assert manifest.explanations[0].hot == larger.explanations[0].hot
+    assert manifest.explanations[0].peak_xy == larger.explanations[0].peak_xy
+    shown = {name.partition("-")[0]: decode(objects[name]).pixels for name in objects if "blue" in name}
+    assert shown["overlay"].shape == (133, 200, 3)
+    assert shown["heatmap"].shape == (1600, 2400, 3)

@@ -16,7 +16,7 @@ from worker.gradcam.picture import fit
 from worker.images import Fetched
 from worker.manifest import InputRecord
 from worker.outside import Outside
-from worker.render import render
+from worker.render import needed_edge, render
 from worker.storage import Store
 
 
@@ -59,19 +59,21 @@ def explain(job: Job, outside: Outside, journey: Journey, *, folder: str | None 
     """
     place = folder or job.id
     store = admit(job, outside)
-    with journey.at("fetch"):
-        fetched = outside.images.fetch(job.image, journey.deadline)
-    with journey.at("decode"):
-        decoded = decode(fetched.data, outside.limits)
-    with journey.at("load"):
-        network = outside.residents.get(outside.networks.find(job.network))  # as it is described now
-        wish = network.labels.wanted(top_n=job.target.top_n, classes=job.target.classes)
-    journey.deadline.forgive(journey.metrics["load_s"])  # a download of weights is nobody's fault
-    with journey.at("explain"):
-        check_channels(network.facts, decoded.pixels)
-        fitted = fit(decoded.pixels, network.facts.input_size)
-        method = Method(**job.method.model_dump())
-        turn = outside.residents.explain(network, fitted, wish, method, journey.deadline)
+    with outside.residents.ticket() as ticket:
+        with journey.at("fetch"):
+            fetched = outside.images.fetch(job.image, journey.deadline)
+        with journey.at("decode"):
+            decoded = decode(fetched.data, outside.limits, at_least=_at_least(job, outside))
+        with journey.at("load"):
+            network = outside.residents.get(outside.networks.find(job.network))  # as it is described now
+            wish = network.labels.wanted(top_n=job.target.top_n, classes=job.target.classes)
+        journey.deadline.forgive(journey.metrics["load_s"])  # a download of weights is nobody's fault
+        with journey.at("explain"):
+            check_channels(network.facts, decoded.pixels)
+            fitted = fit(decoded.pixels, network.facts.input_size)
+            method = Method(**job.method.model_dump())
+            bulk = job.priority == "bulk"
+            turn = ticket.explain(network, fitted, wish, method, journey.deadline, bulk=bulk)
     seen = turn.explanation
     if job.metrics:
         with journey.at("measure"):
@@ -116,8 +118,14 @@ def admit(job: Job, outside: Outside) -> Store:
     return outside.stores.open(job.output)
 
 
+def _at_least(job: Job, outside: Outside) -> int | None:
+    """How small a photo may be decoded: for what is shown of it, and for twice what the network sees."""
+    shown = needed_edge(job)
+    return None if shown is None else max(shown, 2 * max(outside.networks.find(job.network).input_size))
+
+
 def _described(fetched: Fetched, decoded: Decoded) -> InputRecord:
-    height, width, _ = decoded.pixels.shape
+    height, width = decoded.size
     return InputRecord(
         uri=fetched.uri,
         sha256=fetched.sha256,

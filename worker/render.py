@@ -57,7 +57,7 @@ def render(job: Job, image: InputRecord, decoded: Decoded, seen: Explanation, de
     for threshold, found in boxes.items():
         for heatmap in seen.shown:
             deadline.check("render")
-            found.append(region.hot_box(heatmap, _size(decoded), threshold))
+            found.append(region.hot_box(heatmap, decoded.size, threshold))
     pieces = []
     for wish in job.artifacts:
         for piece in _render(wish, job, image, decoded, seen, boxes):
@@ -68,8 +68,17 @@ def render(job: Job, image: InputRecord, decoded: Decoded, seen: Explanation, de
     return Rendered(pieces, tuple(hot))
 
 
-def _size(decoded: Decoded) -> tuple[int, int]:
-    return decoded.pixels.shape[0], decoded.pixels.shape[1]
+def needed_edge(job: Job) -> int | None:
+    """How long the photo's shorter side must be for all that is shown of it, in pixels; None: as it is."""
+    edges: list[int | None] = [0]
+    for wish in job.artifacts:
+        if isinstance(wish, OverlayWish | AnimationWish):
+            edges.append(wish.max_edge)
+        elif isinstance(wish, GridWish):
+            edges.append(sheet.SHORTEST)
+        elif isinstance(wish, ReportWish):
+            edges.append(report.SHORTEST)
+    return None if None in edges else max(edge for edge in edges if edge is not None)
 
 
 def _render(
@@ -85,7 +94,7 @@ def _render(
         yield _report(job, image, decoded, seen)
     elif wish.format == "png":
         for index, (explained, heatmap) in enumerate(zip(seen.explained, seen.shown, strict=True)):
-            grey = picture.grey(heatmap, _size(decoded))
+            grey = picture.grey(heatmap, decoded.size)
             yield _picture(file_name("heatmap", explained, "png"), grey, "png", "heatmap", index)
     else:
         facts = {"dtype": "float32", "shape": seen.heatmaps.shape}
@@ -96,14 +105,16 @@ def _render(
 def _overlays(wish: OverlayWish, decoded: Decoded, seen: Explanation, boxes: Boxes) -> Iterator[Piece]:
     edge = min(wish.max_edge or picture.LONGEST[wish.format], picture.LONGEST[wish.format])
     photo = picture.within_edge(decoded.pixels, edge)
+    base = picture.Base(photo, alpha=wish.alpha, colormap=wish.colormap, bgr=True)
+    whole = np.empty_like(photo)  # the same for every class: it is encoded before the next is laid
     for index, (explained, heatmap) in enumerate(zip(seen.explained, seen.shown, strict=True)):
-        laid = picture.overlay(photo, heatmap, alpha=wish.alpha, colormap=wish.colormap)
+        laid = base.lay(heatmap, into=whole)
         if wish.contour:
             laid = region.with_contour(laid, heatmap, wish.threshold)
         if wish.box and (box := boxes[wish.threshold][index]):
-            laid = region.with_box(laid, region.shrunk(box, _size(decoded), (laid.shape[0], laid.shape[1])))
+            laid = region.with_box(laid, region.shrunk(box, decoded.size, (laid.shape[0], laid.shape[1])))
         name = file_name("overlay", explained, picture.EXTENSIONS[wish.format])
-        yield _picture(name, laid, wish.format, "overlay", index)
+        yield _picture(name, laid, wish.format, "overlay", index, bgr=True)
 
 
 def _grid(wish: GridWish, decoded: Decoded, seen: Explanation) -> Piece:
@@ -124,9 +135,9 @@ def _animation(wish: AnimationWish, decoded: Decoded, seen: Explanation) -> Piec
 
 def _titled(wish: GridWish | AnimationWish, photo: picture.Pixels, seen: Explanation) -> Iterator[sheet.Tile]:
     """The overlay of each explained class, and what class that is."""
+    base = picture.Base(photo, alpha=wish.alpha, colormap=wish.colormap)
     for one, heatmap in zip(seen.explained, seen.shown, strict=True):
-        laid = picture.overlay(photo, heatmap, alpha=wish.alpha, colormap=wish.colormap)
-        yield caption(one.id, one.name, one.probability), laid
+        yield caption(one.id, one.name, one.probability), base.lay(heatmap)
 
 
 def _report(job: Job, image: InputRecord, decoded: Decoded, seen: Explanation) -> Piece:
@@ -158,9 +169,11 @@ def _described(method: Method) -> str:
     return f"{method.name}{of}" + (", with the mirror image" if method.flip else "")
 
 
-def _picture(name: str, pixels: picture.Pixels, format_: str, kind: str, index: int | None) -> Piece:
+def _picture(
+    name: str, pixels: picture.Pixels, format_: str, kind: str, index: int | None, *, bgr: bool = False
+) -> Piece:
     facts = {"width": pixels.shape[1], "height": pixels.shape[0]}
-    data = picture.encode(pixels, format_)
+    data = picture.encode(pixels, format_, bgr=bgr)
     return Piece(name, data, picture.MEDIA_TYPES[format_], kind, index, facts)
 
 

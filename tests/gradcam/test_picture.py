@@ -1,4 +1,6 @@
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,6 +13,8 @@ from worker.gradcam.picture import (
     COLORMAPS,
     LONGEST,
     MEDIA_TYPES,
+    Base,
+    colors,
     encode,
     enlarge,
     fit,
@@ -59,6 +63,21 @@ class TestFit:
         fit(pixels, (2, 2))[:] = 0
         fit(pixels, (5, 5))[:] = 0
         assert_array_equal(pixels, plain(RED, 5, 5))
+
+    @pytest.mark.parametrize("size", [(96, 128), (144, 192), (160, 221), (47, 64), (211, 290)])
+    def test_a_photo_shrinks_to_nearly_the_exact_means_of_the_areas(
+        self, size: tuple[int, int], photos: Path
+    ) -> None:
+        pixels = decode((photos / "coffee.jpg").read_bytes()).pixels
+        exact = cv2.resize(pixels.astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA)
+        differences = np.abs(fit(pixels, size) - exact)
+        assert differences.mean() < 1.2
+        assert np.percentile(differences, 99) < 10
+
+    def test_an_even_multiple_shrinks_to_the_means_exactly(self, noise: Callable[..., Pixels]) -> None:
+        pixels = noise(48, 64)
+        means = pixels.reshape(16, 3, 16, 4, 3).mean((1, 3))
+        assert_allclose(fit(pixels, (16, 16)), means, atol=0.5)
 
 
 class TestEnlarge:
@@ -114,6 +133,53 @@ class TestOverlay:
         laid = overlay(plain(WHITE, *size), np.eye(7, dtype=np.float32))
         assert laid.shape == (*size, 3)
         assert laid.dtype == np.uint8
+
+
+def by_the_formula(pixels: Pixels, heatmap: NDArray[np.float32], alpha: float, colormap: str) -> Any:
+    """An overlay in float64, each step written out, rounded once where it is coloured and never again."""
+    large = heatmap.astype(np.float64)
+    for axis, length in enumerate(pixels.shape[:2]):
+        cells = large.shape[axis]
+        places = (np.arange(length) + 0.5) * cells / length - 0.5
+        low = np.clip(np.floor(places), 0, cells - 1).astype(int)
+        share = np.clip(places - low, 0, 1).reshape((-1, 1) if axis == 0 else (1, -1))
+        after = np.minimum(low + 1, cells - 1)
+        large = large.take(low, axis) * (1 - share) + large.take(after, axis) * share
+    levels = np.rint(255 * large * heatmap.max() / large.max()).astype(int)
+    return levels, alpha * colors(colormap)[levels, 0].astype(float) + (1 - alpha) * pixels
+
+
+@pytest.mark.parametrize("alpha", [0, 0.25, 0.4, 0.77, 1])
+@pytest.mark.parametrize(("size", "colormap"), [((40, 50), "jet"), ((611, 517), "viridis"), ((7, 7), "grey")])
+def test_one_base_takes_many_heatmaps_each_within_a_level_of_the_formula(
+    alpha: float, size: tuple[int, int], colormap: str, noise: Callable[..., Pixels]
+) -> None:
+    pixels = noise(*size)
+    base, swapped = (Base(pixels, alpha=alpha, colormap=colormap, bgr=bgr) for bgr in (False, True))
+    kept, original = np.empty_like(pixels), pixels.copy()
+    for seed in range(3):
+        heatmap = np.random.default_rng(seed).random((7, 7), np.float32)
+        levels, expected = by_the_formula(pixels, heatmap, alpha, colormap)
+        drawn = grey(heatmap, size)
+        assert np.abs(drawn - levels).max() <= 1
+        same = drawn == levels  # where rounding chose the next of the 256 colours, that may be another colour
+        assert same.mean() > 0.99
+        laid = base.lay(heatmap, into=kept)
+        assert laid is kept
+        assert np.abs(laid - expected)[same].max() <= 1
+        assert_array_equal(swapped.lay(heatmap)[..., ::-1], laid)
+    assert_array_equal(pixels, original)
+
+
+def test_a_dark_heatmap_has_the_coldest_color_everywhere() -> None:
+    laid = overlay(plain(WHITE, 9, 9), np.zeros((7, 7), np.float32), alpha=1)
+    assert_array_equal(laid, plain((0, 0, 128), 9, 9))
+
+
+def test_bgr_pixels_are_encoded_as_they_are(noise: Callable[..., Pixels]) -> None:
+    pixels = noise(16, 24)
+    for kind in MEDIA_TYPES:
+        assert encode(pixels[..., ::-1].copy(), kind, bgr=True) == encode(pixels, kind)
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])

@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -61,6 +62,31 @@ class TestTheBox:
 
     def test_a_heatmap_that_is_hot_all_over_fills_the_picture(self) -> None:
         assert hot_box(np.ones((7, 7), np.float32), (30, 20), 0.5) == (0, 0, 20, 30)
+
+    @pytest.mark.parametrize("seed", range(40))
+    def test_it_is_that_of_a_fill_over_all_pixels(self, seed: int) -> None:
+        """Also where the region crosses a saddle, or ends at one: every other seed is plain noise."""
+        random = np.random.default_rng(seed)
+        for _ in range(20):
+            rows, columns, height, width = (
+                int(one) for one in random.integers((2, 2, 1, 1), (15, 15, 120, 120))
+            )
+            hot = random.random((rows, columns), np.float32)
+            hot = hot if seed % 2 else cv2.GaussianBlur(hot, (0, 0), 1)
+            threshold = float(random.choice([0.3, 0.5, 0.62, 0.8, 0.95]))
+            large = enlarge(hot, (height, width))
+            mask = (large >= threshold * large.max()).astype(np.uint8)
+            row, column = divmod(int(large.argmax()), width)
+            _, _, _, (left, top, wide, high) = cv2.floodFill(mask, None, (column, row), 2, flags=8)
+            box = hot_box(hot, (height, width), threshold)
+            assert box == (left, top, left + wide, top + high), (rows, columns, height, width, threshold)
+
+    def test_a_saddle_joins_two_peaks_only_where_it_is_high_enough(self) -> None:
+        hot = heatmap((1, 0.4), (0.4, 0.9))  # 0.675 in the middle
+        assert hot_box(hot, (200, 200), 0.6) == (0, 0, 200, 200)
+        box = hot_box(hot, (200, 200), 0.7)
+        assert box
+        assert max(box) <= 100
 
     def test_a_dark_heatmap_has_none(self) -> None:
         assert hot_box(np.zeros((7, 7), np.float32), (30, 20), 0.5) is None

@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from worker.gradcam.picture import Pixels, fit
+from worker.gradcam.picture import WEBP, Pixels, fit
 
 MEDIA_TYPES = {"gif": "image/gif", "webp": "image/webp"}
 PIXELS = 64_000_000  # of all frames together: they are in memory at once
 LONGEST = 16_000  # pixels of a side: WebP has no more than 16383, and a title takes some
 LEAST = 240  # pixels of a photo's longer side: a smaller one is enlarged, where it may be so large
 SAMPLED = 10_000  # pixels of all frames that the palette is chosen from
-WEBP_QUALITY = 80  # as a still picture's
 
 
 def as_frame(pixels: Pixels, max_edge: int, count: int) -> Pixels:
@@ -36,7 +35,7 @@ def animate(frames: Sequence[Pixels], *, kind: str, frame_s: float) -> bytes:
     with which it is made in a tenth of the time that it takes with one for each.
     """
     pictures = [Image.fromarray(frame) for frame in frames]
-    options: dict[str, Any] = {"quality": WEBP_QUALITY}
+    options: dict[str, Any] = dict(WEBP)
     if kind == "gif":
         palette = _palette(frames)
         pictures = [picture.quantize(palette=palette) for picture in pictures]  # Floyd and Steinberg's dither

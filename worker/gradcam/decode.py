@@ -22,6 +22,13 @@ FORMATS = {
     "GIF": "image/gif",
     "BMP": "image/bmp",
 }
+FULL = 0  # no flag: as large as it is
+REDUCED = {  # divisor of both sides -> OpenCV's flag, without the bit that asks for BGR
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+}
+MARKER, START_OF_SCAN = 0xFF, 0xDA  # two bytes of a JPEG
 MAX_JPEG_SCANS = 64  # progressive pictures have about ten; one with 302 scans takes 15 s to decode
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _STARTS = (b"\xff\xd8\xff", _PNG_SIGNATURE, b"GIF87a", b"GIF89a")  # and RIFF....WEBP
@@ -47,14 +54,17 @@ class Limits:
 class Decoded:
     """A picture as the eye sees it."""
 
-    pixels: NDArray[np.uint8]  # (height, width, 3) RGB, upright
+    pixels: NDArray[np.uint8]  # (height, width, 3) RGB, upright; smaller than the picture where asked for
     media_type: str
+    size: tuple[int, int]  # (height, width) of the picture itself, upright
 
 
-def decode(data: bytes, limits: Limits | None = None) -> Decoded:
+def decode(data: bytes, limits: Limits | None = None, *, at_least: int | None = None) -> Decoded:
     """Image bytes -> RGB pixels (height, width, 3): upright by EXIF, alpha laid on white, first frame.
 
-    16-bit, grey, palette and CMYK images become 8-bit RGB.
+    16-bit, grey, palette and CMYK images become 8-bit RGB. Where a shorter side of `at_least` pixels is
+    enough, a JPEG comes out at a half, a quarter or an eighth of its size, in a third of the time; no other
+    format can be decoded at less than its size.
 
     Raises UnsupportedMediaType, ImagePixelsExceeded, ImageDecodeFailed.
     """
@@ -68,8 +78,13 @@ def decode(data: bytes, limits: Limits | None = None) -> Decoded:
         if media_type == "image/jpeg":
             _check_jpeg_scans(data)
         translucent = header.mode in {"RGBA", "LA", "PA"} or "transparency" in header.info
-        pixels = _on_white(header) if translucent else _opaque(data, media_type)
-    return Decoded(pixels, media_type)
+        reduced = _reduced(header.size, at_least) if media_type == "image/jpeg" else FULL
+        pixels = _on_white(header) if translucent else _opaque(data, media_type, reduced)
+    rows, columns, _ = pixels.shape
+    if reduced:
+        shorter, longer = sorted(header.size)
+        rows, columns = (shorter, longer) if rows < columns else (longer, shorter)
+    return Decoded(pixels, media_type, (rows, columns))
 
 
 def _open(data: bytes, limits: Limits) -> Image.Image:
@@ -135,15 +150,30 @@ def _check_png_chunks(data: bytes) -> None:
 
 def _check_jpeg_scans(data: bytes) -> None:
     """Refuse a JPEG of very many scans: each costs a pass over the whole picture, however few its bytes."""
-    scans = data.count(b"\xff\xda")  # these two bytes cannot stand within compressed data
+    codes = np.frombuffer(data, np.uint8)
+    starts = (codes[:-1] == MARKER) & (codes[1:] == START_OF_SCAN)  # cannot stand within compressed data
+    scans = np.count_nonzero(starts)
     if scans > MAX_JPEG_SCANS:
         message = f"The JPEG has {scans} scans; at most {MAX_JPEG_SCANS} are read."
         raise ImageDecodeFailed(message)
 
 
-def _opaque(data: bytes, media_type: str) -> NDArray[np.uint8]:
+def _reduced(size: tuple[int, int], at_least: int | None) -> int:
+    """How OpenCV is told to decode a JPEG as small as it may be; `FULL` where that is its size.
+
+    One that is not square does not become square, so that it can be seen whether EXIF has turned it.
+    """
+    shorter, longer = sorted(size)
+    for divisor, flag in REDUCED.items():
+        short, long = -(-shorter // divisor), -(-longer // divisor)  # rounded up, as libjpeg does
+        if at_least is not None and short >= at_least and (short < long or shorter == longer):
+            return flag
+    return FULL
+
+
+def _opaque(data: bytes, media_type: str, reduced: int) -> NDArray[np.uint8]:
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | reduced)
     except cv2.error as error:
         message = f"The {media_type} data are damaged: {error.err or error}"
         raise ImageDecodeFailed(message) from error

@@ -1,5 +1,8 @@
 """The hot region of a heatmap: its box, its contour, and both drawn on a picture."""
 
+import math
+from functools import lru_cache
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +11,8 @@ from worker.gradcam.picture import Heatmap, Pixels, enlarge
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom excluded
 
+SURELY = 1 - 1e-9  # of a level: what lies on it is not left out because of rounding
+JOINED = 2  # what a fill writes over 1
 LIGHT, DARK = (255, 255, 255), (0, 0, 0)  # a light line with a dark edge is seen on any picture
 LINE = 250  # the side of a square picture for each pixel of a line's width
 SUBPIXELS = 4  # bits: OpenCV takes points in sixteenths of a pixel
@@ -21,13 +26,89 @@ def hot_box(heatmap: Heatmap, size: tuple[int, int], threshold: float) -> Box | 
     least `threshold`, in (0, 1), of the peak; of several peaks the first in reading order counts. Zhou et al.
     2016 (arXiv:1512.04150, section 3.2) take the largest region in its place. None: the heatmap is dark.
     """
-    large = enlarge(heatmap, size)
-    if not large.any():
+    smaller = min(heatmap.shape[0], size[0]), min(heatmap.shape[1], size[1])
+    cells = (heatmap if heatmap.shape == smaller else enlarge(heatmap, smaller)).astype(np.float64)
+    (down, rows), (across, columns) = _bilinear(smaller[0], size[0]), _bilinear(smaller[1], size[1])
+    values = down[rows] @ cells @ across[columns].T
+    peak = float(values.max()) * SURELY
+    if not peak:
         return None
-    row, column = divmod(int(large.argmax()), size[1])
-    hot = (large >= threshold * large.max()).astype(np.uint8)
-    _, _, _, (left, top, width, height) = cv2.floodFill(hot, None, (column, row), 2, flags=8)
-    return left, top, left + width, top + height
+    level = threshold * peak
+    hot = values >= level
+    between = _joints(hot)
+    for y, x in zip(*_saddles(hot), strict=True):
+        square = down[rows[y] : rows[y + 1] + 1] @ cells @ across[columns[x] : columns[x + 1] + 1].T >= level
+        between[2 * y + 1, 2 * x + 1] = _crossed(square if hot[y, x] else square[:, ::-1])
+    row, column = divmod(int((values >= peak).argmax()), len(columns))
+    _, _, _, (left, top, wide, high) = cv2.floodFill(between, None, (2 * column, 2 * row), JOINED, flags=8)
+    inside = between[::2, ::2] == JOINED
+    left, right = _reach(values, inside, columns, level, (left // 2, (left + wide) // 2))
+    top, bottom = _reach(values.T, inside.T, rows, level, (top // 2, (top + high) // 2))
+    return left, top, right, bottom
+
+
+@lru_cache(maxsize=16)
+def _bilinear(cells: int, pixels: int) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """What each cell weighs in each pixel along one side of a picture (pixels, cells), and the corners.
+
+    Between the middles of four cells an enlarged heatmap is bilinear. So along each row and column of such a
+    patch it rises or falls all the way, and whatever has some level there hangs together with a corner of
+    the patch that has it too: the first and last pixels of the patches, 30 x 30 for 14 x 14 cells, tell what
+    a region is, however large the picture.
+    """
+    place = (np.arange(pixels) + 0.5) * cells / pixels - 0.5
+    distance = np.abs(np.clip(place, 0, cells - 1)[:, np.newaxis] - np.arange(cells))
+    last = np.flatnonzero(np.diff(np.floor(place)))  # of each patch but the last
+    corners = np.unique(np.concatenate([[0], last, last + 1, [pixels - 1]]))
+    return np.maximum(1 - distance, 0), corners
+
+
+def _joints(hot: NDArray[np.bool_]) -> Pixels:
+    """Hot corners (rows, columns), and between them what joins two, (2 rows - 1, 2 columns - 1)."""
+    between = np.zeros((2 * hot.shape[0] - 1, 2 * hot.shape[1] - 1), np.uint8)
+    between[::2, ::2] = hot
+    between[1::2, ::2] = hot[:-1] & hot[1:]
+    between[::2, 1::2] = hot[:, :-1] & hot[:, 1:]
+    return between
+
+
+def _saddles(hot: NDArray[np.bool_]) -> tuple[NDArray[np.intp], ...]:
+    """Where only two opposite corners are hot, rows and columns: pixels alone tell what lies between them."""
+    level = hot[:, :-1] == hot[:, 1:]
+    return np.nonzero((hot[:-1, :-1] == hot[1:, 1:]) & ~(level[:-1] | level[1:]))
+
+
+def _crossed(square: NDArray[np.bool_]) -> bool:
+    """Whether one can get from its first pixel to its last over hot ones, also across corners."""
+    filled = np.array(square, np.uint8, order="C")
+    cv2.floodFill(filled, None, (0, 0), JOINED, flags=8)
+    return bool(filled[-1, -1] == JOINED)
+
+
+def _reach(
+    values: NDArray[np.float64],
+    inside: NDArray[np.bool_],
+    corners: NDArray[np.intp],
+    level: float,
+    ends: tuple[int, int],
+) -> tuple[int, int]:
+    """The first pixel of a region along the last axis, and the one behind its last.
+
+    `ends` are its first and last corners. From a corner outside to the next one inside, values rise evenly:
+    `level` is reached on the way.
+    """
+
+    def way(outside: int, ending: int) -> int:
+        """Pixels from the corner outside to the first that is hot, in whichever row that comes first."""
+        there = inside[:, ending]
+        low, high = values[there, outside], values[there, ending]
+        share = float(((level - low) / (high - low)).min())
+        return math.ceil(share * abs(int(corners[ending] - corners[outside])))
+
+    first, last = ends
+    begin = int(corners[first - 1]) + way(first - 1, first) if first else 0
+    end = int(corners[last + 1]) - way(last + 1, last) if last + 1 < len(corners) else int(corners[last])
+    return begin, end + 1
 
 
 def shrunk(box: Box, size: tuple[int, int], smaller: tuple[int, int]) -> Box:

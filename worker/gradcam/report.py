@@ -23,6 +23,7 @@ from worker.gradcam.picture import COLORMAPS, Pixels, colors, enlarge, within_ed
 LIMIT = 1_000_000  # bytes of a page: small enough for a mail
 CELLS = 120_000  # of all heatmaps together: 320 KB of the page; 50 classes may have 48 x 48 each
 PIXELS = (2_000_000, 1_280_000, 820_000, 520_000, 330_000, 210_000)  # of the photo: each side shrinks by 0.8
+SHORTEST = 1415  # pixels of the photo's shorter side, at most: the root of the first
 SIDE = 8192  # pixels; browsers draw no canvas that is much longer
 QUALITIES = (90, 80, 70, 60)  # of its JPEG; below, a smaller photo looks better than a worse one
 LONGEST = 1000  # characters of a fact, or of the title

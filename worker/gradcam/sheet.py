@@ -19,6 +19,7 @@ Tile = tuple[str, Pixels]  # a title and its picture
 COLUMNS = 3
 AREA = 480 * 360  # pixels of a picture on a sheet
 LONGEST = 720  # pixels of its longer side
+SHORTEST = 416  # pixels of its shorter side, at most: the root of its area
 NARROWEST = 240  # pixels: less leaves no room for a title
 REGULAR = 400  # weight of the letters
 KEPT = len("100.0 %")  # letters at the end of a title that are never cut
