@@ -13,7 +13,7 @@ from typing import Any
 
 import every_method
 import shapes
-from bench_engine import NotebooksWay
+from notebooks_way import NotebooksWay
 from randomised import cascade, overlap, photographs, rank_correlation
 
 from worker.gradcam import cam

@@ -36,7 +36,19 @@ def by_hand() -> Network:
     x = layers.Add()([layers.MaxPooling2D()(x), layers.AveragePooling2D(2)(skipped)])
     x = layers.Conv2D(12, 3, activation="tanh")(x)
     x = layers.Flatten()(x)
-    model = keras.Model(inputs, layers.Dense(6, "softmax", name="scores")(x))
+    return _wrapped(keras.Model(inputs, layers.Dense(6, "softmax", name="scores")(x)))
+
+
+def flattened() -> Network:
+    """A small network whose target layer is pooled, written in one line and read by a dense layer."""
+    inputs = keras.Input((*SMALL, 3))
+    x = layers.Conv2D(8, 3, 2, activation="tanh", name="target")(inputs)
+    x = layers.Flatten()(layers.MaxPooling2D(3, 2, "same")(x))
+    x = layers.Dense(12, "tanh")(x)
+    return _wrapped(keras.Model(inputs, layers.Dense(6, "softmax", name="scores")(x)))
+
+
+def _wrapped(model: Any) -> Network:
     rng = np.random.default_rng(0)
     model.set_weights([rng.normal(size=one.shape, scale=0.2) for one in model.get_weights()])
     return wrap_model(model, preprocessing="tf", target_layer="target")
@@ -49,6 +61,7 @@ def computed() -> dict[str, NDArray[Any]]:
     cases = {
         "efficientnet_lite0": (load_network("efficientnet_lite0"), photo[np.newaxis], [CLASSES], FEW),
         "by_hand": (by_hand(), noise, [(-1, -2, 3)] * 2, ALL),
+        "flattened": (flattened(), noise, [(-1, -2, 3)] * 2, FEW),
     }
     found: dict[str, NDArray[Any]] = {}
     for name, (network, pixels, wishes, methods) in cases.items():

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.tensorflow
 
 PROGRAM = Path(__file__).parents[2] / "scripts" / "programs" / "every_method.py"
 REQUIRED_IN_CI = {"jax"}
-NETWORKS = ("efficientnet_lite0", "by_hand")
+NETWORKS = ("efficientnet_lite0", "by_hand", "flattened")
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -74,3 +74,64 @@ def test_a_pass_too_large_for_the_device_is_told_from_another_mistake() -> None:
     )
     assert _says_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 8 GiB"))
     assert not _says_out_of_memory(RuntimeError("INTERNAL: no kernel image is available"))
+
+
+DEVICE = """
+from worker.gradcam import backend
+
+backend.set_intra_op_threads(0)
+backend.set_intra_op_threads(1)
+backend.reset_peak_memory()
+assert backend.peak_memory() is None
+if backend.name() == "jax":
+    import jax
+
+    def allowed():
+        return {"tensorfloat32": True, "highest": False}[jax.config.jax_default_matmul_precision]
+elif backend.name() == "torch":
+    import torch
+
+    assert torch.get_num_threads() == 1
+
+    def allowed():
+        return torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+else:
+    import tensorflow as tf
+
+    assert tf.config.threading.get_intra_op_parallelism_threads() == 1
+    allowed = tf.config.experimental.tensor_float_32_execution_enabled
+for wanted in (True, False):
+    backend.allow_tf32(wanted)
+    assert allowed() == wanted
+    assert [backend.arithmetic(dtype) for dtype in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+    product = backend.keras.ops.matmul([[1.0, 2.0]], [[3.0], [4.0]])
+    assert float(product[0, 0]) == 11
+"""
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_threads_memory_and_tf32_are_asked_for_alike(backend: str) -> None:
+    if find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    command, variables = [sys.executable, "-c", DEVICE], {**os.environ, "KERAS_BACKEND": backend}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_gpu_hands_out_its_memory_as_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow as tf
+
+    from worker.gradcam import backend
+
+    told = []
+
+    def tell(device: str, grow: bool) -> None:
+        told.append((device, grow))
+        if device == "used before":
+            message = "Physical devices cannot be modified after being initialized"
+            raise RuntimeError(message)
+
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["used before", f"another {kind}"])
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", tell)
+    backend._let_memory_grow()
+    assert told == [("used before", True), ("another GPU", True)]

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 
 from worker.gradcam.catalog import CATALOG, NetworkRow
+from worker.gradcam.network import Method
 
 ROWS = list(CATALOG.values())
 THEIRS = [row for row in ROWS if not row.shipped]  # Keras's own
@@ -58,15 +60,39 @@ def test_preprocessing_is_what_keras_does_for_its_weights(
 @pytest.mark.slow
 @pytest.mark.tensorflow
 @every_row
-def test_it_is_found_by_its_graph_as_its_row_says_and_its_map_is_finite_and_not_all_zero(
-    row: NetworkRow,
+def test_it_is_found_by_its_graph_as_its_row_says_and_its_map_is_finite_and_the_same_by_the_shorter_way_back(
+    row: NetworkRow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from networks import look
+    import networks
 
-    seen = look(row)
+    from worker.gradcam.loading import load_network
+
+    built: list[Any] = []  # once for all that is asked of it
+
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        built.append(load_network(*args, **kwargs))
+        return built[-1]
+
+    monkeypatch.setattr(networks, "load_network", remember)
+    seen = networks.look(row)
     assert seen.target_layer == row.target_layer
     assert (seen.input_size, seen.map_size) == (row.input_size, row.map_size)
     assert (seen.preprocessing, seen.parameters) == (row.preprocessing.name, row.parameters)
     assert seen.finite
     assert seen.nonzero
     assert seen.fits_its_row
+    assert_the_same_by_the_whole_way(*built)
+
+
+def assert_the_same_by_the_whole_way(network: Any) -> None:
+    pixels = np.random.default_rng(3).integers(0, 256, (1, *network.facts.input_size, 3), np.uint8)
+    wanted, found = np.array([[-1, -2, 3]], np.int32), []
+    for exact in (False, True):
+        network._exact_backward = exact
+        found.append(network.compute(pixels, wanted, Method(layer="auto")))
+        network._passes.clear()
+    assert all(network._shortcuts.values())
+    assert len(network._shortcuts) == 1
+    peak = np.abs(found[1].raw).max()
+    assert peak > 0
+    assert_allclose(found[0].raw, found[1].raw, atol=1e-5 * peak, rtol=0)

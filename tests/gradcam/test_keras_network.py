@@ -167,14 +167,35 @@ class TestLayers:
         assert kept == [*names[2:-1], names[0], names[-1]]
 
 
+@pytest.mark.parametrize(
+    ("method", "room"),
+    [
+        (Method(), 2 * 2048),  # pooled gradients
+        (Method("hirescam"), 2 * 10 * 10 * 2048),  # of every position
+        (Method("eigencam"), 2 * 1000),  # none: the scores
+    ],
+)
 def test_classes_that_do_not_fit_at_once_are_computed_in_turns(
-    seeded: Callable[[str], Any], noise: Callable[..., NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
+    method: Method,
+    room: int,
+    seeded: Callable[[str], Any],
+    noise: Callable[..., NDArray[np.uint8]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     xception = seeded("xception")
     pixels, wanted = noise(1, 299, 299), np.array([[-1, 7, -3, 400, -2]], np.int32)
-    whole = xception.compute(pixels, wanted)
-    monkeypatch.setattr("worker.gradcam.keras_network.MAX_GRADIENTS", 2 * 10 * 10 * 2048)
-    parts = xception.compute(pixels, wanted)
+    whole = xception.compute(pixels, wanted, method)
+    counts = []
+    run_pass, size = xception._pass(xception._place(whole.layer), method)
+
+    def counted(pixels: Any, wanted: Any) -> Any:
+        counts.append(wanted.shape[1])
+        return run_pass(pixels, wanted)
+
+    monkeypatch.setattr(xception, "_pass", lambda *_: (counted, size))
+    monkeypatch.setattr("worker.gradcam.keras_network.MAX_GRADIENTS", room)
+    parts = xception.compute(pixels, wanted, method)
+    assert counts == [2, 2, 1]
     assert_array_equal(parts.class_ids, whole.class_ids)
     assert_array_equal(parts.scores, whole.scores)
     assert_allclose(parts.raw, whole.raw, atol=1e-5 * np.abs(whole.raw).max())

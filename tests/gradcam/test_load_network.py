@@ -150,3 +150,16 @@ def test_preprocessing_of_efficientnet_lite_takes_127_and_divides_by_128() -> No
     pixels = np.array([[[[0, 127, 255]]]], np.float32)
     how = CATALOG["efficientnet_lite0"].preprocessing
     assert_array_equal(preprocess(pixels, how), [[[[-127 / 128, 0, 1]]]])
+
+
+def test_the_whole_way_back_can_be_asked_for(by_hand: Callable[..., Any]) -> None:
+    import keras
+
+    from worker.gradcam.loading import load_network
+
+    inputs = keras.Input((4, 4, 3))
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(6, 1)(inputs))
+    own = keras.Model(inputs, keras.layers.Dense(2)(x))
+    assert [by_hand(own, exact_backward=exact)._exact_backward for exact in (False, True)] == [False, True]
+    assert load_network("efficientnet_lite0", random_seed=3, exact_backward=True)._exact_backward
+    assert not load_network("efficientnet_lite0", random_seed=3)._exact_backward

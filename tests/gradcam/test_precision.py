@@ -88,10 +88,26 @@ def test_a_copy_has_other_arithmetic_and_the_model_itself_stays_as_it_is(precisi
     for mine, theirs in zip(before, model.get_weights(), strict=True):
         assert_array_equal(mine, theirs)
     assert with_precision(model, "float32") is model
+    assert with_precision(model, "tf32") is model
 
 
 def test_a_precision_that_there_is_not_is_refused_with_those_there_are() -> None:
     from worker.gradcam.precision import with_precision
 
-    with pytest.raises(InvalidSettings, match="'float8'; there are float32, bfloat16, mixed_bfloat16"):
+    with pytest.raises(InvalidSettings, match="'float8'; there are float32, tf32, bfloat16, mixed_bfloat16"):
         with_precision(object(), "float8")
+
+
+def test_tf32_is_allowed_to_the_process_by_its_name_alone_and_a_cpu_computes_in_float32(load: Load) -> None:
+    import tensorflow as tf
+
+    allowed = tf.config.experimental.tensor_float_32_execution_enabled
+    from worker.gradcam.loading import load_network
+
+    try:
+        for precision in ("float32", "tf32", "float32"):
+            network = load_network("efficientnet_lite0", precision=precision)
+            assert allowed() == (precision == "tf32")
+            assert network.facts.dtype == "float32"
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(False)

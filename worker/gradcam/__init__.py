@@ -28,6 +28,7 @@ The map of this room, from plain data to live networks:
     loading        a row, or any Keras model -> a live network
     keras_network  a live network: what is computed, and what is kept
     gradients      one forward and one gradient pass, and the few lines per backend
+    shortcut       where the way back may end earlier, found in the graph
     slopes         what a method takes the gradient of
     target         the layer to explain, found in the graph
     axes           what the axes of every tensor in the graph mean

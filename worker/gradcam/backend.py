@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, when TensorFlow is imported
@@ -52,3 +52,103 @@ def device_name() -> str:
     if not devices:
         return "cpu"
     return str(tf.config.experimental.get_device_details(devices[0]).get("device_name", "gpu"))
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether a GPU may round the factors of float32 products to TF32, ten bits, as is faster.
+
+    It holds for the whole process and every network in it, and does nothing on a CPU. TensorFlow allows it
+    unless it is told otherwise.
+    """
+    if name() == "jax":
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", "tensorfloat32" if allowed else "highest")
+    elif name() == "torch":
+        import torch
+
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    else:
+        import tensorflow as tf
+
+        tf.config.experimental.enable_tensor_float_32_execution(allowed)
+
+
+def arithmetic(dtype: str) -> str:
+    """What a model of this type computes in: that, or `tf32` where a GPU may take it for float32."""
+    if dtype != "float32" or device_name() == "cpu":
+        return dtype
+    if name() == "jax":
+        import jax
+
+        allowed = jax.config.jax_default_matmul_precision not in {"highest", "float32"}
+    elif name() == "torch":
+        import torch
+
+        allowed = torch.backends.cuda.matmul.allow_tf32
+    else:
+        import tensorflow as tf
+
+        allowed = tf.config.experimental.tensor_float_32_execution_enabled()
+    return "tf32" if allowed else dtype
+
+
+def peak_memory() -> int | None:
+    """Bytes on the first GPU at the worst moment since `reset_peak_memory`; None on a CPU."""
+    if device_name() == "cpu":
+        return None
+    if name() == "jax":
+        import jax
+
+        return int(jax.devices()[0].memory_stats()["peak_bytes_in_use"])
+    if name() == "torch":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    import tensorflow as tf
+
+    return int(tf.config.experimental.get_memory_info("GPU:0")["peak"])
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` begin anew. JAX cannot: there it counts since the process began."""
+    if device_name() == "cpu" or name() == "jax":
+        return
+    if name() == "torch":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        import tensorflow as tf
+
+        tf.config.experimental.reset_memory_stats("GPU:0")
+
+
+def set_intra_op_threads(count: int) -> None:
+    """How many threads one operation may use on the CPU; 0 leaves it as it is. JAX cannot be told.
+
+    Raises RuntimeError where TensorFlow has computed something already.
+    """
+    if not count:
+        return
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(count)
+    elif name() == "torch":
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def _let_memory_grow() -> None:
+    """TensorFlow takes all of a GPU's memory at once, unless it is told before it uses it first."""
+    import tensorflow as tf
+
+    for device in tf.config.list_physical_devices("GPU"):
+        with suppress(RuntimeError):  # somebody has used it already
+            tf.config.experimental.set_memory_growth(device, True)
+
+
+if name() == "tensorflow":
+    _let_memory_grow()

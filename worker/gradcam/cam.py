@@ -108,6 +108,8 @@ METHODS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "eigencam": eigencam,
     "notebook": notebook,
 }
+MEANS_DO = {"gradcam", "counterfactual", "notebook"}  # gradients may be their means, (k, n, 1, 1, channels)
+NOTHING_DOES = {"eigencam"}  # their values do not matter, only k and n: (k, n, 1, 1, 1) are enough
 SCORES = ("logit", "probability")
 NORMALIZE = ("per_class", "joint", "none")
 

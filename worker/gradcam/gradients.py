@@ -1,6 +1,7 @@
 """One forward pass, one vectorised gradient pass; and the lines per backend that Keras does not abstract."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,27 +13,31 @@ from worker.gradcam import backend
 from worker.gradcam.backend import keras
 
 ops = keras.ops
-Compiled = Callable[..., Any]
 Pull = Callable[[Any], Any]  # cotangents (k, n, classes) -> gradients (k, n, ...)
 Signature = Sequence[tuple[tuple[int | None, ...], str]]  # shapes and types of arrays
 Formula = Callable[[Any, Any, Any], Any]  # ops, activations, gradients: see `cam`
-Pass = Callable[[NDArray[np.uint8], NDArray[np.int32]], tuple[Any, Any, Any]]
+Wait = Callable[[], Any]  # for what was handed to the device: numpy arrays
+Compiled = Callable[..., Wait]
+Pass = Callable[[NDArray[np.uint8], NDArray[np.int32]], Callable[[], tuple[Any, Any, Any]]]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A network cut at its target layer, as functions of batches of n images on the device.
+    """A network in two, as functions of batches of n images on the device.
 
-    `trunk` maps pixels (n, height, width, channels) float32 to the activations and whatever else the tail
-    needs; `tail` maps those two to the scores (n, classes); `slopes` maps the scores, and k classes of each
-    image one-hot (k, n, classes), to how fast what is explained rises with each score; `grid` shows
-    activations or gradients as (..., rows, columns, channels).
+    `trunk` maps pixels (n, height, width, channels) float32 to the activations of the target layer, to the
+    values at which the way back ends, and to whatever else the tail needs; `tail` maps the latter two to the
+    scores (n, classes); `slopes` maps the scores, and k classes of each image one-hot (k, n, classes), to how
+    fast what is explained rises with each score. `grid` shows activations as (n, rows, columns, channels);
+    `back` makes of the gradients (k, n, ...) where the way back ends what the formula wants: (k, n, rows,
+    columns, channels), or less where less will do.
     """
 
-    trunk: Callable[[Any], tuple[Any, Any]]
+    trunk: Callable[[Any], tuple[Any, Any, Any]]
     tail: Callable[[Any, Any], Any]
     slopes: Callable[[Any, Any], Any]
     grid: Callable[[Any], Any]
+    back: Callable[[Any], Any]
     pixels: tuple[int, int, int]  # (height, width, channels)
     variables: list[Any]  # that trunk and tail read
 
@@ -41,8 +46,8 @@ def one_pass(parts: Parts, formula: Formula, *, flip: bool = False) -> Pass:
     """The whole computation as one compiled function, the same for every batch size and wish.
 
     It maps pixels uint8 and wanted (n, k) to (scores (n, classes), class ids (n, k), raw maps (n, k, rows,
-    columns)), on the host: one forward pass; then one backward pass from the scores to the activations
-    for all (image, class) pairs, vectorised over the k cotangents. With `flip` each image's mirror
+    columns)), once these are waited for: one forward pass; then one backward pass from the scores as far as
+    is needed, for all (image, class) pairs, vectorised over the k cotangents. With `flip` each image's mirror
     image goes through in the same batch, and the maps are the means of both. It raises DeviceOutOfMemory.
     """
 
@@ -50,13 +55,13 @@ def one_pass(parts: Parts, formula: Formula, *, flip: bool = False) -> Pass:
         images, count = ops.cast(pixels, "float32"), ops.shape(pixels)[0]
         if flip:
             images = ops.concatenate([images, ops.flip(images, axis=2)])
-        activations, rest = parts.trunk(images)
+        activations, end, rest = parts.trunk(images)
 
-        scores, pull = linearized(lambda values: parts.tail(values, rest), activations)
+        scores, pull = linearized(lambda values: parts.tail(values, rest), end)
         class_ids = named(scores[:count], wanted)
         twice = ops.concatenate([class_ids, class_ids]) if flip else class_ids
         classes = ops.one_hot(ops.transpose(twice), scores.shape[1], dtype="float32")
-        gradients = ops.cast(parts.grid(pull(parts.slopes(scores, classes))), "float32")
+        gradients = ops.cast(parts.back(pull(parts.slopes(scores, classes))), "float32")
         raw = formula(ops, ops.cast(parts.grid(activations), "float32"), gradients)
         if flip:
             raw = (raw[:count] + ops.flip(raw[count:], axis=-1)) / 2
@@ -86,23 +91,37 @@ def compiled(
     signature: Signature,
     variables: Iterable[Any],
 ) -> Compiled:
-    """A function of arrays of these shapes and types, compiled; what it returns comes as numpy arrays.
+    """A function of arrays of these shapes and types, compiled.
 
-    It raises DeviceOutOfMemory.
+    To call it is to hand its work to the device; what it returns then waits for the answer, as numpy arrays.
+    Both raise DeviceOutOfMemory.
     """
     run, out_of_memory = _COMPILED[backend.name()](function, signature, list(variables))
 
-    def guarded(*arrays: Any) -> Any:
-        try:
-            return keras.tree.map_structure(ops.convert_to_numpy, run(*arrays))
-        except out_of_memory as error:
-            if isinstance(error, RuntimeError) and not _says_out_of_memory(error):
-                raise
-            shapes = " and ".join(str(array.shape) for array in arrays)
-            message = f"No device memory for a pass over arrays of {shapes}."
-            raise DeviceOutOfMemory(message) from error
+    def hand_over(*arrays: Any) -> Wait:
+        shapes = " and ".join(str(array.shape) for array in arrays)
+        with _room_for(shapes, out_of_memory):
+            answer = run(*arrays)
 
-    return guarded
+        def wait() -> Any:
+            with _room_for(shapes, out_of_memory):
+                return keras.tree.map_structure(ops.convert_to_numpy, answer)
+
+        return wait
+
+    return hand_over
+
+
+@contextmanager
+def _room_for(shapes: str, out_of_memory: type[Exception]) -> Iterator[None]:
+    """Raise DeviceOutOfMemory where the device, whose own error is given, has no room."""
+    try:
+        yield
+    except out_of_memory as error:
+        if isinstance(error, RuntimeError) and not _says_out_of_memory(error):
+            raise
+        message = f"No device memory for a pass over arrays of {shapes}."
+        raise DeviceOutOfMemory(message) from error
 
 
 def _says_out_of_memory(error: BaseException) -> bool:
@@ -123,12 +142,14 @@ def _tensorflow_linearized(function: Callable[[Any], Any], at: Any) -> tuple[Any
     return scores, lambda cotangents: tf.vectorized_map(one, cotangents)
 
 
-def _tensorflow_compiled(function: Callable[..., Any], signature: Any, _: Any) -> tuple[Compiled, Any]:
+def _tensorflow_compiled(
+    function: Callable[..., Any], signature: Any, _: Any
+) -> tuple[Callable[..., Any], Any]:
     import tensorflow as tf
 
     tf.get_logger().setLevel("ERROR")  # its advice on retracing is about one layer after the other
     specs = [tf.TensorSpec(shape, dtype) for shape, dtype in signature]
-    traced = tf.function(function, input_signature=specs, autograph=False)
+    traced = tf.function(function, input_signature=specs, autograph=False, jit_compile=False)
     return lambda *arrays: traced(*map(tf.constant, arrays)), tf.errors.ResourceExhaustedError
 
 
@@ -139,7 +160,9 @@ def _jax_linearized(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]
     return scores, jax.vmap(lambda one: vector_jacobian(one)[0])
 
 
-def _jax_compiled(function: Callable[..., Any], _: Any, variables: list[Any]) -> tuple[Compiled, Any]:
+def _jax_compiled(
+    function: Callable[..., Any], _: Any, variables: list[Any]
+) -> tuple[Callable[..., Any], Any]:
     import jax
 
     def pure(values: list[Any], *arrays: Any) -> Any:  # weights as arguments: not copied into the program
@@ -163,7 +186,7 @@ def _torch_linearized(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pul
     return scores.detach(), pull
 
 
-def _torch_compiled(function: Callable[..., Any], _: Any, __: Any) -> tuple[Compiled, Any]:
+def _torch_compiled(function: Callable[..., Any], _: Any, __: Any) -> tuple[Callable[..., Any], Any]:
     import torch
 
     def run(*arrays: Any) -> Any:
@@ -178,7 +201,7 @@ _LINEARIZED: dict[str, Callable[..., tuple[Any, Pull]]] = {
     "jax": _jax_linearized,
     "torch": _torch_linearized,
 }
-_COMPILED: dict[str, Callable[..., tuple[Compiled, Any]]] = {
+_COMPILED: dict[str, Callable[..., tuple[Callable[..., Any], Any]]] = {
     "tensorflow": _tensorflow_compiled,
     "jax": _jax_compiled,
     "torch": _torch_compiled,

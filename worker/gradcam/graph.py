@@ -7,7 +7,7 @@ is the cut which Grad-CAM needs, through any graph, with skip connections and al
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -78,6 +78,17 @@ def is_foreign(operation: Any) -> bool:
     return isinstance(operation, keras.Layer) and not type(operation).__module__.startswith("keras.")
 
 
+@dataclass(frozen=True)
+class _Alone:
+    """How an operation is called that takes one tensor and nothing else: see `Step.arguments`."""
+
+    args: tuple[()] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def fill_in(self, given: Mapping[int, Any]) -> tuple[list[Any], dict[str, Any]]:
+        return list(given.values()), {}
+
+
 @dataclass
 class Graph:
     """The steps of a model, in an order in which they can be run."""
@@ -106,6 +117,18 @@ class Graph:
         steps = [replace(one, operation=instead) if one is step else one for one in self.steps]
         return replace(self, steps=steps)
 
+    def split(
+        self, step: Step, first: Callable[..., Any], second: Callable[[Any], Any]
+    ) -> tuple["Graph", int]:
+        """The same graph with one step done by two operations, and the slot between them."""
+        between, done = max(self.shapes) + 1, step.writes[0]
+        halves = [
+            replace(step, operation=first, writes=(between,)),
+            Step(step.path, second, _Alone(), ((between, between),), (done,)),
+        ]
+        steps = [half for one in self.steps for half in (halves if one is step else [one])]
+        return replace(self, steps=steps, shapes={**self.shapes, between: self.shapes[done]}), between
+
     def needed(self, slots: Iterable[int], given: Iterable[int] = ()) -> list[Step]:
         """The steps that lead to `slots`, in order; what leads to `given` slots is not needed."""
         wanted, known = set(slots), set(given)
@@ -115,6 +138,12 @@ class Graph:
                 steps.append(step)
                 wanted.update(step.inputs)
         return steps[::-1]
+
+    def tail(self, slot: int, end: int) -> tuple[list[Step], set[int]]:
+        """The steps between a slot and the `end`, and the slots that they read beside it."""
+        behind = self.behind(slot) - {slot}
+        steps = [one for one in self.needed([end], [slot]) if behind.intersection(one.writes)]
+        return steps, {one for step in steps for one in step.inputs} - behind - {slot}
 
     def behind(self, slot: int) -> set[int]:
         """The slots that depend on a slot, and the slot itself."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker.errors import NetworkIncompatible
-from worker.gradcam import backend, cam, catalog, gradients
+from worker.gradcam import backend, cam, catalog, gradients, shortcut
 from worker.gradcam.backend import keras
 from worker.gradcam.catalog import NetworkRow, Preprocessing
 from worker.gradcam.classes import ClassIndex, imagenet
@@ -18,7 +18,8 @@ from worker.gradcam.dissect import take_apart
 from worker.gradcam.graph import Graph, run
 from worker.gradcam.head import find_scores
 from worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
-from worker.gradcam.slopes import Slopes, logit, slopes_of
+from worker.gradcam.shortcut import Shortcut, itself
+from worker.gradcam.slopes import logit, slopes_of
 from worker.gradcam.target import Place, Places, crops, rescales
 
 MAX_GRADIENTS = 2**27  # numbers held at once: 512 MB
@@ -32,16 +33,22 @@ ops = keras.ops
 class KerasNetwork:
     """A live Keras model and what is needed to explain it. Not thread-safe."""
 
-    def __init__(self, row: NetworkRow, model: Any, *, weights_sha256: str | None) -> None:
-        """Take the model as it is: nothing in it is changed. Raises NetworkIncompatible, UnknownLayer."""
+    def __init__(
+        self, row: NetworkRow, model: Any, *, weights_sha256: str | None, exact_backward: bool = False
+    ) -> None:
+        """Take the model as it is: nothing in it is changed. Raises NetworkIncompatible, UnknownLayer.
+
+        With `exact_backward` the way back is gone to its end where a shorter one would do.
+        """
         shape = (*row.input_size, row.preprocessing.input_channels)
         graph = take_apart(model, shape, renumber=row.builder is not None)
         _check_input(row, graph)
-        self._row, self._model = row, model
+        self._row, self._model, self._exact_backward = row, model, exact_backward
         self._pixels = (*row.input_size, row.preprocessing.pixel_channels)
         self._scores = find_scores(graph, row.head)
         self._places = Places(self._scores)
-        self._passes: OrderedDict[tuple[Place, str, str, bool], gradients.Pass] = OrderedDict()
+        self._passes: OrderedDict[tuple[Place, str, str, bool], tuple[gradients.Pass, int]] = OrderedDict()
+        self._shortcuts: dict[Place, Shortcut | None] = {}
         self._forward: gradients.Compiled | None = None
         self._check_taken_apart()
         self.labels = _labels(row, self._scores.classes)
@@ -55,7 +62,7 @@ class KerasNetwork:
             preprocessing=row.preprocessing.name,
             weights_sha256=weights_sha256,
             backend=backend.version(),
-            dtype=str(model.dtype_policy.name),
+            dtype=backend.arithmetic(str(model.dtype_policy.name)),
             default_layer=place.path,
             map_size=(place.rows, place.columns),
             channels=row.preprocessing.pixel_channels,
@@ -75,59 +82,80 @@ class KerasNetwork:
     ) -> Callable[[], Computed]:
         """See `worker.gradcam.network.Network.begin`."""
         place = self._place(method.layer or self.facts.default_layer)
-        run_pass = self._pass(place, method)
+        run_pass, size = self._pass(place, method)
         # An early layer has large maps: so many classes at a time that their gradients fit.
-        at_once = max(MAX_GRADIENTS // (len(pixels) * place.size * (1 + method.flip)), 1)
-        parts = [
+        at_once = max(MAX_GRADIENTS // (len(pixels) * size * (1 + method.flip)), 1)
+        handed = [
             run_pass(pixels, wanted[:, first : first + at_once])
             for first in range(0, wanted.shape[1], at_once)
         ]
-        scores, class_ids, raw = zip(*parts, strict=True)
-        computed = Computed(place.path, scores[0], np.concatenate(class_ids, 1), np.concatenate(raw, 1))
-        return lambda: computed
+
+        def wait() -> Computed:
+            scores, class_ids, raw = zip(*(one() for one in handed), strict=True)
+            return Computed(place.path, scores[0], np.concatenate(class_ids, 1), np.concatenate(raw, 1))
+
+        return wait
 
     def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `worker.gradcam.network.Network.scores`."""
         if self._forward is None:
             signature = [((None, *self._pixels), "uint8")]
             self._forward = gradients.compiled(self._scores_of, signature, self._variables())
-        return np.asarray(self._forward(pixels), np.float32)
+        return np.asarray(self._forward(pixels)(), np.float32)
 
     def _scores_of(self, pixels: Any) -> Any:
         graph = self._scores.graph
         return self._scores_in(run(graph.needed([self._scores.slot]), {graph.entry: self._input(pixels)}))
 
-    def _pass(self, place: Place, method: Method) -> gradients.Pass:
-        """The compiled function of one place and method. The least recently used makes room."""
+    def _pass(self, place: Place, method: Method) -> tuple[gradients.Pass, int]:
+        """The compiled function of one place and method; the numbers it holds for each image and class.
+
+        The least recently used makes room.
+        """
         key = (place, method.name, method.score, method.flip)
         if key not in self._passes:
-            parts = self._cut(place, slopes_of(self._scores.kind, method), prepare=method.name != "notebook")
-            self._passes[key] = gradients.one_pass(parts, cam.METHODS[method.name], flip=method.flip)
+            way = self._shortcut(place, method)
+            run_pass = gradients.one_pass(
+                self._cut(place, way, method), cam.METHODS[method.name], flip=method.flip
+            )
+            self._passes[key] = run_pass, way.size if way else place.size
             if len(self._passes) > MAX_TRACED:
                 self._passes.popitem(last=False)
         self._passes.move_to_end(key)
         return self._passes[key]
 
-    def _cut(self, place: Place, slopes: Slopes = logit, *, prepare: bool = True) -> gradients.Parts:
-        """The network up to a place and from there on. What else the tail needs is carried beside the cut."""
-        graph = self._scores.graph
-        behind = graph.behind(place.slot) - {place.slot}
-        tail = [one for one in graph.needed([self._scores.slot], [place.slot]) if behind & set(one.writes)]
-        beside = {slot for one in tail for slot in one.inputs} - behind - {place.slot}
-        trunk = graph.needed([place.slot, *beside])
+    def _shortcut(self, place: Place, method: Method) -> Shortcut | None:
+        """How far back a method has to go from the scores; None: all the way to the place."""
+        graph, scores = self._scores.graph, self._scores.slot
+        if not self._exact_backward and method.name in cam.NOTHING_DOES:
+            return shortcut.nowhere(graph, scores, place)
+        if self._exact_backward or method.name not in cam.MEANS_DO:
+            return None
+        if place not in self._shortcuts:
+            self._shortcuts[place] = shortcut.find(graph, scores, place)
+        return self._shortcuts[place]
 
-        def up_to(pixels: Any) -> tuple[Any, Any]:
+    def _cut(self, place: Place, way: Shortcut | None, method: Method) -> gradients.Parts:
+        """The network in two, where the way back ends. What else the tail needs is carried beside the cut."""
+        graph, end = (way.graph, way.slot) if way else (self._scores.graph, place.slot)
+        tail, beside = graph.tail(end, self._scores.slot)
+        trunk = graph.needed([place.slot, end, *beside])
+        prepare = method.name != "notebook"
+
+        def up_to(pixels: Any) -> tuple[Any, Any, Any]:
             values = run(trunk, {graph.entry: self._input(pixels, prepare=prepare)})
-            return values[place.slot], {slot: values[slot] for slot in beside}
+            return values[place.slot], values[end], {slot: values[slot] for slot in beside}
 
-        def from_there(activations: Any, rest: Any) -> Any:
-            return self._scores_in(run(tail, {**rest, place.slot: activations}))
+        def from_there(values: Any, rest: Any) -> Any:
+            return self._scores_in(run(tail, {**rest, end: values}))
 
+        grid = partial(place.as_grid, ops=ops)
         return gradients.Parts(
             trunk=up_to,
             tail=from_there,
-            slopes=slopes,
-            grid=partial(place.as_grid, ops=ops),
+            slopes=slopes_of(self._scores.kind, method),
+            grid=grid,
+            back=way.back if way else grid,
             pixels=self._pixels,
             variables=self._variables(),
         )
@@ -167,8 +195,8 @@ class KerasNetwork:
         ends = np.cumsum([0, *(math.prod(graph.shapes[place.slot][1:]) for place in places)])
         nudged = {place.slot: slice(*ends[at : at + 2]) for at, place in enumerate(places)}
 
-        def nothing(pixels: Any) -> tuple[Any, Any]:
-            return ops.zeros((1, int(ends[-1]))), pixels
+        def nothing(pixels: Any) -> tuple[Any, Any, Any]:
+            return pixels, ops.zeros((1, int(ends[-1]))), pixels
 
         def tail(nudges: Any, pixels: Any) -> Any:
             values = {graph.entry: self._input(pixels)}
@@ -179,9 +207,9 @@ class KerasNetwork:
                     values[one] = values[one] + ops.cast(nudge, values[one].dtype)
             return self._scores_in(values)
 
-        parts = gradients.Parts(nothing, tail, logit, _same, self._pixels, self._variables())
+        parts = gradients.Parts(nothing, tail, logit, itself, itself, self._pixels, self._variables())
         run_pass = gradients.one_pass(parts, lambda ops, _, slopes: ops.abs(slopes))
-        *_, slopes = run_pass(self._noise(), np.array([[-1]], np.int32))
+        *_, slopes = run_pass(self._noise(), np.array([[-1]], np.int32))()
         grids = [
             place.as_grid(slopes[0, 0, nudged[place.slot]].reshape(graph.shapes[place.slot][1:]), np)
             for place in places
@@ -228,10 +256,6 @@ class KerasNetwork:
                 "can be left out: let it end in one (the layer Softmax), or in the scores before it."
             )
             raise NetworkIncompatible(message)
-
-
-def _same(values: Any) -> Any:
-    return values
 
 
 def _check_input(row: NetworkRow, graph: Graph) -> None:

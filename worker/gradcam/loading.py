@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from worker.errors import NetworkIncompatible, WeightsUnavailable
-from worker.gradcam import catalog, weights
+from worker.gradcam import backend, catalog, weights
 from worker.gradcam.backend import keras
 from worker.gradcam.catalog import PREPROCESSING, Head, NetworkRow, Preprocessing
 from worker.gradcam.keras_network import KerasNetwork
@@ -26,14 +26,18 @@ def load_network(
     random_seed: int | None = None,
     file: WeightsFile | None = None,
     precision: str = "float32",
+    exact_backward: bool = False,
 ) -> KerasNetwork:
     """Build a network of the catalog, or an operator's own, with its weights, ready to explain.
 
     Weights come from `file` where the row is an operator's; else from `weights_dir`, from the package where
     it ships them, or from Keras's own download. `random_seed` builds the network with seeded random weights
-    instead, for tests and benchmarks. `precision` is float32, bfloat16 or mixed_bfloat16.
+    instead, for tests and benchmarks. `precision` is float32, tf32, bfloat16 or mixed_bfloat16; whether a GPU
+    may take TF32 for float32 holds for the whole process from then on, and is as the last network that was
+    loaded wants it. `exact_backward` goes the whole way back also where a shorter one gives the same.
 
-    Raises UnknownNetwork, WeightsUnavailable, WeightsChecksumMismatch, NetworkIncompatible, UnknownLayer.
+    Raises InvalidSettings, UnknownNetwork, WeightsUnavailable, WeightsChecksumMismatch, NetworkIncompatible,
+    UnknownLayer.
     """
     row = catalog.find(network) if isinstance(network, str) else network
     if row.file is not None and random_seed is None:
@@ -46,7 +50,9 @@ def load_network(
         model, sha256 = _build(row, weights=None), None
     else:
         model, sha256 = _with_weights(row, Path(weights_dir) if weights_dir else None)
-    return KerasNetwork(row, with_precision(model, precision), weights_sha256=sha256)
+    model = with_precision(model, precision)
+    backend.allow_tf32(precision == "tf32")
+    return KerasNetwork(row, model, weights_sha256=sha256, exact_backward=exact_backward)
 
 
 def wrap_model(
@@ -58,11 +64,15 @@ def wrap_model(
     target_layer: str | None = None,
     head: Head | None = None,
     name: str | None = None,
+    exact_backward: bool = False,
 ) -> KerasNetwork:
     """Any Keras image classifier -> a network that `explain_image` takes. The model is left as it is.
 
     `preprocessing` says what the model was trained on: a name of `catalog.PREPROCESSING` or one's own.
     `input_size` (height, width) is needed where the model takes any. Without `labels` classes have numbers.
+    `exact_backward` goes the whole way back also where a shorter one gives the same.
+
+    Some weights are copied, or summed: a model that is trained further has to be wrapped again.
 
     Raises NetworkIncompatible, UnknownLayer.
     """
@@ -84,7 +94,7 @@ def wrap_model(
         labels=tuple(labels),
         head=head or Head(),
     )
-    return KerasNetwork(row, model, weights_sha256=None)
+    return KerasNetwork(row, model, weights_sha256=None, exact_backward=exact_backward)
 
 
 def _build(row: NetworkRow, **options: Any) -> Any:

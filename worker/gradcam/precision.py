@@ -5,19 +5,21 @@ from typing import Any
 from worker.errors import InvalidSettings
 from worker.gradcam.backend import keras
 
-PRECISIONS = ("float32", "bfloat16", "mixed_bfloat16")
+PRECISIONS = ("float32", "tf32", "bfloat16", "mixed_bfloat16")
 
 
 def with_precision(model: Any, precision: str) -> Any:
     """A copy of a model that computes in `precision`; the model itself where that is what it does.
 
     `bfloat16` also keeps the weights in it. What ends in a softmax or a sigmoid stays float32, as Keras
-    advises: three digits are too few for scores that lie close together. Raises InvalidSettings.
+    advises: three digits are too few for scores that lie close together. A model in `tf32` is one in float32:
+    only the GPU takes its products otherwise, which `backend.allow_tf32` says for the whole process.
+    Raises InvalidSettings.
     """
     if precision not in PRECISIONS:
         message = f"There is no precision {precision!r}; there are {', '.join(PRECISIONS)}."
         raise InvalidSettings(message)
-    if precision == "float32":
+    if precision in {"float32", "tf32"}:
         return model
     last = {id(one._keras_history.operation) for one in keras.tree.flatten(model.outputs)}  # noqa: SLF001
 
