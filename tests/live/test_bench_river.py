@@ -32,6 +32,7 @@ def test_the_service_bench_measures_the_ceiling_of_the_machinery() -> None:
     assert found["stage_seconds"]["no_time"]["upload_s"] > 0
     assert found["cpu_ms_per_job"]["no_time"].keys() == {"worker", "s3", "valkey", "bench", "others"}
     assert found["bottleneck"]["no_time"]
+    assert max(map(int, found["passes"]["no_time"])) > 1, "jobs at the same time share a pass"
 
 
 @pytest.mark.live
