@@ -157,9 +157,9 @@ def test_the_environment_lies_where_the_user_wants_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("GRADCAM_BENCH_PEERS", raising=False)
+    monkeypatch.delenv("BENCH_PEERS", raising=False)
     assert Environment.of_user(()).folder == tmp_path / "gradcam-worker" / "peers"
-    monkeypatch.setenv("GRADCAM_BENCH_PEERS", str(tmp_path / "mine"))
+    monkeypatch.setenv("BENCH_PEERS", str(tmp_path / "mine"))
     assert Environment.of_user(()).folder == tmp_path / "mine"
 
 

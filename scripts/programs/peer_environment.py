@@ -1,6 +1,6 @@
 """The environment that other libraries are measured in: made once, with the pip that the user has set up.
 
-Its folder is what the environment variable GRADCAM_BENCH_PEERS names, else `gradcam-worker/peers` in the
+Its folder is what the environment variable BENCH_PEERS names, else `gradcam-worker/peers` in the
 user's cache. What is installed stands in peers.txt.
 """
 
@@ -25,7 +25,7 @@ class Environment:
     @classmethod
     def of_user(cls, peers: tuple[str, ...]) -> "Environment":
         """Where the user wants it, or in the user's cache."""
-        named = os.environ.get("GRADCAM_BENCH_PEERS")
+        named = os.environ.get("BENCH_PEERS")  # no GRADCAM_: those are settings of the worker
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return cls(Path(named) if named else cache / "gradcam-worker" / "peers", peers)
 
