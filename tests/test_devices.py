@@ -57,6 +57,7 @@ def test_each_gpu_of_the_host_gets_a_process_that_sees_it_alone(host: Host) -> N
     host.lists(TWO)
     assert seen(Settings()) == {"GPU 0": A, "GPU 1": B}
     assert seen(Settings(devices="1")) == {"GPU 1": B}
+    assert seen(Settings(devices=" 1, 0 ")) == {"GPU 1": B, "GPU 0": A}
     assert seen(Settings(devices="1,0")) == {"GPU 1": B, "GPU 0": A}
 
 

@@ -122,7 +122,8 @@ def test_many_threads_take_a_job_and_one_has_it(ledger: Ledger, job: Job) -> Non
     moment = ledger.submit(job).created_at
     taken: list[StatusDocument | None] = []
     threads = [
-        threading.Thread(target=lambda: taken.append(ledger.take(job, moment, WORKER))) for _ in range(8)
+        threading.Thread(target=lambda who: taken.append(ledger.take(job, moment, who)), args=[who])
+        for who in (WORKER.model_copy(update={"id": f"worker-{number}"}) for number in range(8))
     ]
     for thread in threads:
         thread.start()

@@ -18,7 +18,7 @@ from worker.settings import Settings
 
 TIMEOUT_S = 2  # for one answer of Redis: a web request is waiting
 POLL_FIRST_S = 0.002  # between looks at a job
-POLL_SHARE = 0.1  # of the time waited so far: by so much an answer is late, at most
+POLL_SHARE = 0.1  # of the time waited so far, where that is more: by so much an answer may be late
 POLL_LAST_S = 0.5
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import kombu.exceptions
 
-from worker import broker
+from worker import broker, devices
 from worker.errors import (
     BrokerUnavailable,
     GradcamError,
@@ -157,7 +157,8 @@ def _storage(settings: Settings) -> str:
     return f"wrote and read {uri}"
 
 
-def _device(settings: Settings) -> str:  # noqa: ARG001  # one signature for all looks
+def _device(settings: Settings) -> str:
     from worker.wiring import worker_ref
 
-    return worker_ref().device
+    processes = devices.choose(settings)
+    return worker_ref().device + (f", {len(processes)} processes" if len(processes) > 1 else "")

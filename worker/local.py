@@ -33,6 +33,7 @@ def explain_files(
     """
     output = output.absolute()
     own: dict[str, Any] = {"image_schemes": ("file",), "image_roots": ("/",), "output": output.as_uri()}
+    wiring.prepare(settings)
     outside = wiring.outside(settings.model_copy(update=own | {"max_batch": 1}))  # one after the other
     job = Job.parse({"image": "file:///", "timeout_s": TIMEOUT_S, **wish})
     folders = _folders(images)

@@ -38,7 +38,7 @@ from worker.settings import Settings
 log = logging.getLogger("gradcam")
 
 NOT_FOUND, FORBIDDEN = 404, {401, 403}
-CHUNK = 256 * 1024  # bytes read at a time, so that limits are noticed early
+CHUNK = 32 * 1024  # bytes read at a time, so that limits are noticed early, of a slow server too
 CONNECT_S, READ_S = 3, 10
 BUCKETS = 32  # that connections are kept for
 PLAIN_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")

@@ -5,6 +5,7 @@ A list is written with commas: `GRADCAM_IMAGE_SCHEMES=s3,https`.
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -30,6 +31,15 @@ def _split(value: Any) -> Any:
     return (
         tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
     )
+
+
+def _devices(value: Any) -> Any:
+    """Spaces left out; auto where nothing is said."""
+    said = str(value).replace(" ", "") or "auto"
+    if not re.fullmatch(r"auto|cpu|[0-9]{1,3}(,[0-9]{1,3})*", said):
+        message = f"devices {value!r} must be auto, cpu, or the numbers of GPUs, as in 0,1"
+        raise ValueError(message)
+    return said
 
 
 Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]
@@ -89,10 +99,12 @@ class Settings(BaseModel):
     resident_bytes: Count = 8 * 1024**3  # of all networks in memory: the least recently used makes room
 
     # The device
-    devices: Annotated[str, Field(pattern=r"^(auto|cpu|[0-9]{1,3}(,[0-9]{1,3})*)$")] = (
+    devices: Annotated[str, BeforeValidator(_devices)] = (
         "auto"  # every GPU there is, a process for each; or their numbers, 0,1; or cpu
     )
-    max_batch: OrNone = 0  # images in one pass; 0: as many as prove worth it when a network is warmed
+    max_batch: Annotated[int, Field(ge=0, le=256)] = (
+        0  # images in one pass; 0: as many as prove worth it when a network is warmed
+    )
     batch_wait_s: Annotated[float, Field(ge=0, le=1)] = (
         0.01  # that a batch waits for jobs on their way, at most
     )
@@ -215,7 +227,7 @@ def _is_redis(url: str) -> bool:
         fits = parts.port is None or parts.port > 0
     except ValueError:
         return False
-    known = parts.scheme in {"redis", "rediss"} and bool(parts.hostname) and not parts.query
+    known = url.startswith(("redis://", "rediss://")) and bool(parts.hostname) and not parts.query
     return known and fits and (not database or database.isdecimal())
 
 

@@ -1,4 +1,5 @@
-"""`engine` and `service` on this machine's accelerator, with the backend that KERAS_BACKEND names.
+"""`engine` and `service` on this machine's accelerator, with the backend that KERAS_BACKEND names: `service`
+alone with JAX and PyTorch.
 
 Where there is no accelerator, or the backend does not see it, this says so. Exit code 2 then; else 1 where
 either of the two misses what is required.
@@ -13,7 +14,8 @@ from typing import Any
 
 from worker.gradcam import backend
 
-PARTS = ("engine", "service")
+PARTS = {"tensorflow": ("engine", "service")}  # the engine's bench compares with TensorFlow's own graph
+OTHERS = ("service",)
 NONE = 2  # exit code
 
 
@@ -26,7 +28,7 @@ def main(*, quick: bool, as_json: bool) -> int:
         return NONE
     found: dict[str, Any] = {"device": device, "backend": version}
     codes: list[int] = []
-    for name in PARTS:
+    for name in PARTS.get(backend.name(), OTHERS):
         if not as_json:
             print(f"\n{name} on {device}, {version}\n")
         text = io.StringIO()

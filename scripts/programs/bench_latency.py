@@ -7,7 +7,7 @@ A job's time runs from `submit` to the return of `wait`. Its overhead is that wi
     submit    the client enters it in the ledger and publishes its message
     queue     until a worker claims it
     fetch, decode, load, batch_wait, render, upload      as its status document says
-    machinery what the worker does between these: parsing, checking, its writes to the ledger
+    machinery what the worker does between these: parsing, checking, fitting, its writes to the ledger
     wait      from its completion until the client has seen it: `wait` looks at it again and again
 
 Required of a lone job: an overhead below 60 ms and a wait for its batch below 1 ms, at the median. Exit

@@ -9,7 +9,7 @@ service, service, engine) on the same machine, and the servers share its cores.
     gpu_time   a stand-in that answers when a GPU would have: how long the device is left waiting
 
 Required: 0.80 of the engine's speed with Xception and VGG16, and the device of gpu_time idle for less than
-a tenth of the time, or the reason named. Exit code 1 where that is missed.
+a tenth of the time; where it is not, the reason is named. Exit code 1 where either is missed.
 """
 
 import json

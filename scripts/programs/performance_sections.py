@@ -99,6 +99,6 @@ SECTIONS: dict[str, Section] = {
         nothing,
         worker.gpu_tables,
         {},
-        absent="It has not been run: there has been no machine with an accelerator to run it on yet.",
+        absent="It has not been run: it needs a machine with an accelerator.",
     ),
 }

@@ -11,7 +11,13 @@ import pytest
 from numpy.typing import NDArray
 
 from worker.deadline import Deadline
-from worker.errors import DeviceOutOfMemory, InternalError, JobExpired, JobTimeout, UnknownLayer
+from worker.errors import (
+    DeviceOutOfMemory,
+    InternalError,
+    JobExpired,
+    JobTimeout,
+    UnknownLayer,
+)
 from worker.gradcam.batch import Answer
 from worker.gradcam.batcher import Batcher
 from worker.gradcam.network import GRADCAM, Computed, Method
@@ -33,6 +39,7 @@ class Device(TinyNetwork):
     may_begin: threading.Event = field(default_factory=threading.Event)
     may_finish: threading.Event = field(default_factory=threading.Event)
     failure: BaseException | None = None
+    before_failing: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.may_begin.set()
@@ -48,6 +55,7 @@ class Device(TinyNetwork):
         if self.failure:
             raise self.failure
         if len(pixels) > self.room:
+            self.before_failing()
             message = f"No device memory for {len(pixels)} images."
             raise DeviceOutOfMemory(message)
         if not pixels.any(axis=(1, 2, 3)).all():
@@ -237,6 +245,28 @@ class TestWhoComesFirst:
             bulk, urgent = jobs.ask(device, RED, bulk=True), jobs.ask(device, GREEN)
         assert (seen(bulk), seen(urgent), device.colors) == ("r", "g", ["r", "g"])
 
+    def test_nobody_is_overtaken_for_ever_by_a_group_that_is_always_full(
+        self, jobs: Jobs, device: Device
+    ) -> None:
+        jobs.batcher.limit(device, 2)
+        asked, over = threading.Event(), threading.Event()
+
+        def crowd() -> None:
+            while not over.is_set():
+                jobs.batcher.compute(device, RED, (-1,), GRADCAM, Deadline(PLENTY_S), bulk=True)
+                if len(device.batches) > 5:
+                    asked.set()
+
+        crowds = [jobs.pool.submit(crowd) for _ in range(16)]
+        assert asked.wait(PLENTY_S)
+        before = len(device.batches)
+        assert seen(jobs.ask(device, GREEN, method=Method("layercam"), deadline=Deadline(20))) == "g"
+        passed = len(device.batches) - before
+        over.set()
+        for one in crowds:
+            one.result(PLENTY_S)
+        assert passed < 50
+
     def test_networks_take_turns_however_many_wait_for_one_of_them(self, jobs: Jobs, device: Device) -> None:
         jobs.batcher.limit(device, 1)
         with busy(jobs, device):
@@ -278,12 +308,16 @@ class TestFailures:
         assert [seen(job) for job in good] == ["r", "g", "b", "r"]
         assert seen(jobs.ask(device)) == "r"
 
-    def test_an_unknown_layer_is_each_jobs_own_error(self, jobs: Jobs, device: Device) -> None:
+    def test_what_can_never_succeed_is_tried_once_and_is_each_jobs_own_error(
+        self, jobs: Jobs, device: Device
+    ) -> None:
         with busy(jobs, device):
             bad = [jobs.ask(device, method=Method(layer="stones")) for _ in range(3)]
         for job in bad:
             with pytest.raises(UnknownLayer, match="stones"):
                 job.result(PLENTY_S)
+        assert len({id(job.exception()) for job in bad}) == 3
+        assert device.batches == [3]
 
     def test_even_an_exit_in_the_devices_thread_does_not_end_it(self, jobs: Jobs, device: Device) -> None:
         device.failure = SystemExit("somebody's layer")
@@ -323,6 +357,16 @@ class TestLeavingTheQueue:
             with pytest.raises(JobTimeout, match=r"timeout_s of 0\.01 s \(at: waiting for the device\)"):
                 late.result(PLENTY_S)
         assert (seen(other), device.colors) == ("r", ["r"])
+
+    def test_halves_of_a_batch_whose_jobs_are_gone_are_not_tried(self, jobs: Jobs, device: Device) -> None:
+        deadline = Deadline(PLENTY_S)
+        with busy(jobs, device):
+            asked = [jobs.ask(device, deadline=deadline) for _ in range(4)]
+            device.room = 3
+            device.before_failing = lambda: deadline.cancel(JobExpired("Nobody wants it any more."))
+        assert all(isinstance(job.exception(PLENTY_S), JobExpired) for job in asked)
+        assert seen(jobs.ask(device)) == "r"
+        assert device.batches == [4, 1], "both halves were left alone"
 
     def test_who_is_cancelled_leaves_before_it_costs_anything(self, jobs: Jobs, device: Device) -> None:
         deadline = Deadline(PLENTY_S)

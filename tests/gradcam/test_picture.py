@@ -71,8 +71,8 @@ class TestFit:
         pixels = decode((photos / "coffee.jpg").read_bytes()).pixels
         exact = cv2.resize(pixels.astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA)
         differences = np.abs(fit(pixels, size) - exact)
-        assert differences.mean() < 1.2
-        assert np.percentile(differences, 99) < 10
+        assert differences.mean() < 0.4
+        assert differences.max() < 6
 
     def test_an_even_multiple_shrinks_to_the_means_exactly(self, noise: Callable[..., Pixels]) -> None:
         pixels = noise(48, 64)

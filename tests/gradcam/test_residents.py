@@ -274,6 +274,12 @@ class TestTheBestBatch:
     def test_a_pass_is_not_made_so_long_that_whoever_is_urgent_waits_for_seconds(self) -> None:
         assert self.largest(Sized(pass_s=0.6, image_s=0.1), 0) == 4
 
+    def test_a_network_that_cannot_be_warmed_is_kept_and_each_job_has_the_error_as_its_own(self) -> None:
+        network = Sized(room=0)
+        load = Loader(failures=[None, AssertionError("it was loaded again")])
+        residents = Residents(lambda row: load(row) and network, max_batch=0)
+        assert residents.get(VGG16) is residents.get(VGG16) is network
+
     def test_it_is_what_the_operator_says(self) -> None:
         network = Sized()
         assert self.largest(network, 5) == 5
@@ -298,12 +304,29 @@ class TestMemory:
         assert residents.get(VGG16) is first, "it had been used since"
         assert residents.get(XCEPTION) is not second
 
-    def test_what_made_room_is_gone_from_memory_once_nobody_computes_with_it(self) -> None:
+    def test_what_made_room_is_gone_from_memory_once_nobody_computes_with_it(
+        self, explain: Callable[..., Turn]
+    ) -> None:
         residents = Residents(self.load, max_bytes=400)
+        explain(residents, residents.get(VGG16))
         gone = weakref.ref(residents.get(VGG16))
         assert gone() is not None
         residents.get(XCEPTION)
         assert gone() is None
+
+    def test_a_batch_of_what_made_room_is_no_larger_than_the_operator_says(self) -> None:
+        residents = Residents(self.load, max_bytes=400, max_batch=1)
+        held = residents.get(VGG16)
+        residents.get(XCEPTION)
+        everyone = threading.Barrier(8)
+
+        def job(_: int) -> int:
+            with residents.ticket() as ticket:
+                everyone.wait()
+                return ticket.explain(held, PIXELS, (0,), GRADCAM, Deadline(PLENTY_S)).batch_size
+
+        with ThreadPoolExecutor(8) as pool:
+            assert {*pool.map(job, range(8))} == {1}
 
     def test_the_newest_stays_however_large_it_is(self) -> None:
         residents = Residents(self.load, max_bytes=1)

@@ -72,6 +72,9 @@ SHORT: dict[str, Tail] = {
     "operations": lambda keras, x: pooled(keras, keras.ops.average_pool(keras.ops.max_pool(x, 2), 2)),
     "idle layers": idle,
     "class maps": lambda keras, x: keras.layers.Softmax()(keras.layers.GlobalAveragePooling2D()(x)),
+    "scores in a map": lambda keras, x: keras.layers.Conv2D(5, 1, activation="softmax")(
+        keras.layers.GlobalAveragePooling2D(keepdims=True)(x)
+    ),
     "one unit": lambda keras, x: dense(keras, keras.layers.GlobalAveragePooling2D()(x), 1, "sigmoid"),
     "in one line": in_one_line,
     "reshaped": lambda keras, x: dense(keras, keras.layers.Reshape((210,))(x)),

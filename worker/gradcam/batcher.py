@@ -7,8 +7,8 @@ when it is full, or at once where no other job is on its way, or when it has wai
 and never longer than `wait_s`. While the device computes, the next full batch is handed over, so that its
 pixels travel meanwhile; one that is not full goes on filling up.
 
-A batch that fails is halved and tried again, whatever the reason: so one that was too large for the memory
-fits, and one bad image fails alone. No thread waits beyond its deadline, whatever becomes of the device.
+A batch that fails is halved and tried again, unless it never can succeed: so one that was too large for the
+memory fits, and one bad image fails alone. No thread waits beyond its deadline, whatever the device does.
 """
 
 import threading
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker.deadline import Deadline
-from worker.errors import DeviceOutOfMemory, GradcamError, InternalError
+from worker.errors import DeviceOutOfMemory, GradcamError, InternalError, PermanentError
 from worker.gradcam.batch import Answer, Finish, Group, Key, Request, is_patient
 from worker.gradcam.explain import padded
 from worker.gradcam.network import Method, Network
@@ -30,7 +30,7 @@ from worker.gradcam.network import Method, Network
 UNKNOWN = 8  # images in a batch, where nobody has found out how many are worth it
 AHEAD = 2  # batches at the device: one that it computes, one that is there already
 NEWEST = 0.2  # weight of the last pass in the mean of how long one takes
-NEVER_S = 1e9  # from now: no reason to look before something changes
+NEVER_S = threading.TIMEOUT_MAX  # from now: no reason to look before something changes
 ALONE = (0, None, 0)  # the key of all that shares a batch with nothing
 WAITING = "waiting for the device"
 MAX_GROUPS = 64  # remembered: names of layers are a stranger's input
@@ -41,18 +41,23 @@ T = TypeVar("T")
 class Batcher:
     """Owns the device: whatever runs there is begun by its one thread."""
 
-    def __init__(self, *, wait_s: float = 0.01) -> None:
-        """`wait_s`: how long a batch waits for jobs that are on their way, at most."""
+    def __init__(self, *, wait_s: float = 0.01, largest: int = UNKNOWN) -> None:
+        """`wait_s`: how long a batch waits for jobs that are on their way, at most.
+
+        `largest`: how many images a batch has at most where `limit` says nothing else.
+        """
         self._wait_s = wait_s
         self._groups: dict[Key, Group] = {}
         self._again: list[list[Request]] = []  # halves of batches that failed
+        self._otherwise = largest
         self._largest: dict[int, int] = {}  # images in a batch, by the network's id
         self._coming = 0  # jobs on their way
         self._at_device = 0  # batches
         self._batches = 0  # so far
         self._changed = threading.Condition()
         self._begun: SimpleQueue[tuple[list[Request], Finish, float]] = SimpleQueue()
-        self._broken: GradcamError | None = None
+        self._broken: str | None = None
+        self._free_s = 0.0  # when the device had done all that it was given before
         self._threads: list[threading.Thread] = []
 
     @contextmanager
@@ -112,17 +117,17 @@ class Batcher:
         # Wishes of about the same length go together: all of a batch are computed as long as the longest.
         key = (id(network), method, (len(wish) - 1).bit_length())
         request = Request(key, begin, deadline, bulk, pixels, tuple(wish))
-        answer: Answer = self._ask(request, self._largest.get(id(network), UNKNOWN), arrive)
+        answer: Answer = self._ask(request, self._largest.get(id(network), self._otherwise), arrive)
         return answer
 
-    def alone(self, run: Callable[[], T], deadline: Deadline) -> T:
-        """Run something in the device's thread, between batches. Raises JobTimeout, and what `run` raises."""
+    def alone(self, run: Callable[[], T], deadline: Deadline, *, bulk: bool = False) -> T:
+        """Have the device to oneself while `run` runs. Raises JobTimeout, and what `run` raises."""
 
         def begin(_: list[Request]) -> Finish:
             result = run()
             return lambda: result
 
-        result: T = self._ask(Request(ALONE, begin, deadline), 1, lambda: None).computed
+        result: T = self._ask(Request(ALONE, begin, deadline, bulk), 1, lambda: None).computed
         return result
 
     def _ask(self, request: Request, largest: int, arrive: Callable[[], None]) -> Any:
@@ -130,7 +135,7 @@ class Batcher:
         request.deadline.check(WAITING)
         with self._changed:
             if self._broken:
-                raise self._broken
+                raise InternalError(self._broken)
             if not self._threads:
                 serving = (self._hand_over, self._hand_back)
                 self._threads = [
@@ -155,43 +160,44 @@ class Batcher:
     def _guarded(self, serve: Callable[[], None]) -> None:
         """Whatever ends one of the two threads is told to all who wait, and to all who come."""
         try:
-            serve()
+            while True:
+                serve()
         except BaseException as error:  # noqa: BLE001  # nobody may be left waiting
-            broken = InternalError(f"The thread of the device ended: {type(error).__name__}: {error}")
+            broken = f"The thread of the device ended: {type(error).__name__}: {error}"
             with self._changed:
                 self._broken = broken
                 for some in [*self._again, *(group.waiting for group in self._groups.values())]:
                     for request in some:
-                        request.end(error=broken)
+                        request.end(error=InternalError(broken))
 
     def _hand_over(self) -> None:
-        """The device's thread: one batch after the other."""
-        while True:
-            batch = self._next()
-            begun_s = time.monotonic()
-            try:
-                finish = batch[0].begin(batch)
-            except BaseException as error:  # noqa: BLE001  # whatever it is, it is these requests' own
-                self._fail(batch, error)
-            else:
-                self._begun.put((batch, finish, begun_s))
+        """A turn of the device's thread: one batch. It keeps nothing: an idle thread holds no network."""
+        batch = self._next()
+        begun_s = time.monotonic()
+        try:
+            finish = batch[0].begin(batch)
+        except BaseException as error:  # noqa: BLE001  # whatever it is, it is these requests' own
+            self._fail(batch, error)
+        else:
+            self._begun.put((batch, finish, begun_s))
 
     def _hand_back(self) -> None:
         """Wait for the device, so that its thread can hand over the next batch meanwhile."""
-        while True:
-            batch, finish, begun_s = self._begun.get()
-            try:
-                computed = finish()
-            except BaseException as error:  # noqa: BLE001  # as above
-                self._fail(batch, error)
-                continue
-            took_s = time.monotonic() - begun_s
-            with self._changed:
-                self._leave()
-                if group := self._groups.get(batch[0].key):
-                    group.pass_s = took_s + (1 - NEWEST) * ((group.pass_s or took_s) - took_s)
-            for index, one in enumerate(batch):
-                one.end(Answer(computed, index, begun_s - one.asked_s, took_s, len(batch)))
+        batch, finish, handed_s = self._begun.get()
+        begun_s = max(handed_s, self._free_s)  # it computes one after the other
+        try:
+            computed = finish()
+        except BaseException as error:  # noqa: BLE001  # as above
+            self._fail(batch, error)
+            return
+        self._free_s = time.monotonic()
+        took_s = self._free_s - begun_s
+        with self._changed:
+            self._leave()
+            if group := self._groups.get(batch[0].key):
+                group.pass_s = took_s + (1 - NEWEST) * ((group.pass_s or took_s) - took_s)
+        for index, one in enumerate(batch):
+            one.end(Answer(computed, index, begun_s - one.asked_s, took_s, len(batch)))
 
     def _leave(self) -> None:
         self._at_device -= 1
@@ -200,8 +206,8 @@ class Batcher:
         self._changed.notify_all()
 
     def _fail(self, batch: list[Request], error: BaseException) -> None:
-        """Try both halves again, each by itself; a single request has its error."""
-        half = len(batch) // 2
+        """Try both halves again, each by itself; a single request has its error, and what can never be."""
+        half = 0 if isinstance(error, PermanentError) else len(batch) // 2
         with self._changed:
             group = self._groups.get(batch[0].key)
             if group and half and isinstance(error, DeviceOutOfMemory):
@@ -209,9 +215,14 @@ class Batcher:
             if half:
                 self._again += [batch[:half], batch[half:]]
             self._leave()
-        if not half:
-            known = isinstance(error, Exception)
-            batch[0].end(error=error if known else InternalError(f"{type(error).__name__}: {error}"))
+        if half:
+            return
+        for one in batch:
+            if isinstance(error, PermanentError):
+                one.end(error=type(error)(str(error)))  # to each its own: whoever raises it adds to it
+            else:
+                known = isinstance(error, Exception)
+                one.end(error=error if known else InternalError(f"{type(error).__name__}: {error}"))
 
     def _next(self) -> list[Request]:
         """Wait for a batch that is to be handed over now: the urgent before bulk, and groups in turn."""
@@ -233,19 +244,25 @@ class Batcher:
         if not ready:
             self._changed.wait(min(patience_s.values(), default=None))
             return []
-        chosen = min(ready, key=lambda group: (all(map(is_patient, group.waiting)), group.served))
+        # Whoever's turn it is goes, full or not: a group that is always full must not overtake for ever.
+        in_turn = waiting if self._at_device else ready
+        chosen = min(in_turn, key=lambda group: (all(map(is_patient, group.waiting)), group.served))
+        if self._at_device and chosen is self._groups.get(ALONE):
+            self._changed.wait()
+            return []
         chosen.served = self._batches + 1
         return chosen.take()
 
     def _drop_expired(self) -> None:
         """Who is late or no longer wanted leaves before it costs anything."""
-        for group in self._groups.values():
-            for request in [one for one in group.waiting if not one.deadline.left_s()]:
-                group.waiting.remove(request)
+        for some in [*self._again, *(group.waiting for group in self._groups.values())]:
+            for request in [one for one in some if not one.deadline.left_s()]:
+                some.remove(request)
                 try:
                     request.deadline.check(WAITING)
                 except GradcamError as error:
                     request.end(error=error)
+        self._again = [half for half in self._again if half]
 
     def _patience_s(self, group: Group) -> float:
         """How long a group's batch waits from now on for others to join it."""

@@ -45,6 +45,8 @@ class Parts:
 def one_pass(parts: Parts, formula: Formula, *, flip: bool = False) -> Pass:
     """The whole computation as one compiled function, the same for every batch size and wish.
 
+    JAX alone compiles it anew for each size and number of classes that it has not seen.
+
     It maps pixels uint8 and wanted (n, k) to (scores (n, classes), class ids (n, k), raw maps (n, k, rows,
     columns)), once these are waited for: one forward pass; then one backward pass from the scores as far as
     is needed, for all (image, class) pairs, vectorised over the k cotangents. With `flip` each image's mirror

@@ -39,13 +39,13 @@ STRIP = 65_536  # pixels that are coloured at once: with all that they are made 
 def fit(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     """Squash a picture (height, width, 3) to a network's input `size` (height, width).
 
-    Shrinks with area interpolation (no aliasing), enlarges bilinearly. A picture of at least `ENOUGH` times
-    the size is first halved, which is several times as fast, and on photos half a level of 255 from the exact
-    mean of each area; a smaller one has the exact means.
+    Shrinks with area interpolation (no aliasing), enlarges bilinearly. A picture that is larger than
+    `ENOUGH` times the size when it is halved is halved first, which is twice as fast or more, and a few
+    levels of 255 from the exact mean of each area at most; any other has the exact means.
     """
     height, width, channels = pixels.shape
     halves = channels <= MAX_CHANNELS
-    while halves and min(height // size[0], width // size[1]) >= ENOUGH and height % 2 == width % 2 == 0:
+    while halves and min(height // size[0], width // size[1]) >= 2 * ENOUGH and height % 2 == width % 2 == 0:
         height, width = height // 2, width // 2
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
         pixels = pixels.reshape(height, width, channels)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from worker.deadline import Deadline
 from worker.errors import DeviceOutOfMemory, PermanentError
-from worker.gradcam.batcher import Batcher
+from worker.gradcam.batcher import UNKNOWN, Batcher
 from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.explain import Explanation, explanation_of
 from worker.gradcam.faithfulness import measure
@@ -45,7 +45,8 @@ class _Refused:
     """Why a row could not be loaded, and when that was."""
 
     row: NetworkRow
-    error: PermanentError
+    kind: type[PermanentError]
+    why: str  # no more of it: a traceback would keep the model
     at_s: float
 
 
@@ -94,14 +95,15 @@ class Residents:
     ) -> None:
         """`load` turns a row into a live network.
 
-        `max_batch` images at most share a pass; 0: as many as prove worth it. `max_bytes` may all weights
-        have together, but for the newest network, which stays however large it is. `peak_bytes` says how
-        much of the device's memory was in use at most since it was last asked, where that can be known.
+        `max_batch` images at most share a pass; 0: as many as prove worth it. `max_bytes` may the weights
+        of all that are kept have together, but for the newest, which stays however large it is.
+        `peak_bytes` says how much of the device's memory was in use at most since it was last asked, where
+        that can be known.
         """
         self._load = load
         self._max_batch, self._max_bytes = max_batch, max_bytes
         self._peak_bytes, self._clock = peak_bytes, clock
-        self._batcher = Batcher(wait_s=wait_s)
+        self._batcher = Batcher(wait_s=wait_s, largest=max_batch or UNKNOWN)
         self._networks: OrderedDict[str, tuple[NetworkRow, Network]] = OrderedDict()  # last used last
         self._refused: dict[str, _Refused] = {}
         self._loading: dict[str, threading.Lock] = {}
@@ -122,12 +124,13 @@ class Residents:
                 return network
             refused = self._refused.get(row.name)
             if refused and refused.row == row and time.monotonic() - refused.at_s < REFUSED_S:
-                raise type(refused.error)(str(refused.error)) from refused.error
+                raise refused.kind(refused.why)
             try:
                 network = self._load(row)
             except PermanentError as error:
-                self._refused[row.name] = _Refused(row, error, time.monotonic())
+                self._refused[row.name] = _Refused(row, type(error), str(error), time.monotonic())
                 raise
+            self._refused.pop(row.name, None)
             self._batcher.limit(network, self._max_batch or self._largest_worth_it(network))
             self._keep(row, network)
             return network
@@ -160,7 +163,8 @@ class Residents:
     def _largest_worth_it(self, network: Network) -> int:
         """How many images to compute at once: the fewest that bring about the most images a second.
 
-        Every size that a batch may have is tried, from one image on, so its memory is known to be there.
+        Sizes are doubled from one image on, so there is memory for as many in the usual way of explaining;
+        where another method needs more, the batcher halves the batch.
         """
         largest, best = 1, 0.0
         count = 1
@@ -169,6 +173,9 @@ class Residents:
             try:
                 took_s = min(self._try(network, count), self._try(network, count))  # the first one traces
             except DeviceOutOfMemory:
+                break
+            except Exception as error:  # noqa: BLE001  # each job that meets it has it as its own
+                log.warning("%s cannot be warmed: %s", network.facts.name, error)
                 break
             speed = count / max(took_s, 1e-6)  # images a second
             if speed < best * WORTH or took_s > LONG_S:
@@ -190,7 +197,7 @@ class Residents:
             network.compute(grey, best)
             return self._clock() - begun_s
 
-        return self._batcher.alone(run, Deadline(WARM_UP_S))
+        return self._batcher.alone(run, Deadline(WARM_UP_S), bulk=True)
 
     def warm(self, row: NetworkRow) -> Turn:
         """Load a network and run it once on a grey picture, so that the first job waits for neither."""

@@ -65,7 +65,7 @@ def find(graph: Graph, scores: int, place: Place) -> Shortcut | None:
 def nowhere(graph: Graph, scores: int, place: Place) -> Shortcut:
     """For methods that ask for no gradient: the way back ends where it begins, with nothing of any value."""
     positions = place.rows * place.columns
-    return Shortcut(graph, scores, lambda slopes: ops.zeros_like(slopes[..., :1, None, None]), positions)
+    return Shortcut(graph, scores, lambda slopes: ops.zeros((*ops.shape(slopes)[:2], 1, 1, 1)), positions)
 
 
 def _way(graph: Graph, scores: int, slot: int) -> Iterator[Step]:
