@@ -36,10 +36,10 @@ def page(
     """The report on a photo (height, width, 3), called `name`, in UTF-8; always the same bytes.
 
     `facts` are shown below it, in their order; what the colours mean depends on the `method`. The photo is
-    made smaller, and its JPEG worse, until the page stays below `LIMIT` bytes. The heatmaps (k, rows, columns)
-    are rounded to 1/65535 and written as little-endian uint16 in base64, which is shorter than digits; only
-    where they have more than `CELLS` cells together, or more than the photo has pixels, are they made smaller
-    first, as an overlay would.
+    made smaller, and its JPEG worse, until the page stays below `LIMIT` bytes. The heatmaps (k, rows,
+    columns) are rounded to 1/65535 and written as little-endian uint16 in base64, which is shorter than
+    digits; only where they have more than `CELLS` cells together, or more than the photo has pixels, are they
+    made smaller first, as an overlay would.
     """
     data = _data(seen, pixels, name, facts) | _meaning(method)
     rest = len(_filled({**data, "photo": ""}))
