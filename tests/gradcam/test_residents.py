@@ -271,6 +271,16 @@ class TestTheBestBatch:
     def test_where_a_larger_batch_brings_nothing_it_stays_small(self) -> None:
         assert self.largest(Sized(image_s=0.03), 0) == 1
 
+    def test_one_size_that_brings_nothing_is_not_taken_for_the_end(self) -> None:
+        class Stepped(Sized):
+            def compute(
+                self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+            ) -> Computed:
+                self.pass_s = {1: 0.1, 2: 0.2, 4: 0.25, 8: 0.3}.get(len(pixels), len(pixels) / 20)
+                return super().compute(pixels, wanted, method)
+
+        assert self.largest(Stepped(), 0) == 8
+
     def test_a_pass_is_not_made_so_long_that_whoever_is_urgent_waits_for_seconds(self) -> None:
         assert self.largest(Sized(pass_s=0.6, image_s=0.1), 0) == 4
 

@@ -26,7 +26,8 @@ WARM_UP_S = 600  # the first passes of a large network on a slow machine take mi
 REFUSED_S = 30  # before a network that cannot be loaded as it is described is tried again
 GREY = 128  # a picture of nothing
 MOST = 64  # images in a batch: more have not been seen to be faster
-WORTH = 1.1  # times more images a second that a batch of twice the size has to bring
+WORTH = 1.1  # times more images a second that a larger batch has to bring
+PATIENCE = 2  # sizes in a row that bring no more: one alone may be chance, or an odd step
 LONG_S = 1.0  # a pass is not made longer: whoever is urgent waits for the one that runs
 
 
@@ -166,10 +167,10 @@ class Residents:
         Sizes are doubled from one image on, so there is memory for as many in the usual way of explaining;
         where another method needs more, the batcher halves the batch.
         """
-        largest, best = 1, 0.0
-        count = 1
+        speeds: dict[int, float] = {}  # images in a batch -> images a second
+        count, since_best = 1, 0
         self._peak_bytes()
-        while count <= MOST:
+        while count <= MOST and since_best < PATIENCE:
             try:
                 took_s = min(self._try(network, count), self._try(network, count))  # the first one traces
             except DeviceOutOfMemory:
@@ -177,11 +178,14 @@ class Residents:
             except Exception as error:  # noqa: BLE001  # each job that meets it has it as its own
                 log.warning("%s cannot be warmed: %s", network.facts.name, error)
                 break
-            speed = count / max(took_s, 1e-6)  # images a second
-            if speed < best * WORTH or took_s > LONG_S:
+            if took_s > LONG_S and speeds:
                 break
-            largest, best = count, speed
-            count *= 2
+            speed, best = count / max(took_s, 1e-6), max(speeds.values(), default=0)
+            since_best = 0 if speed > best * WORTH else since_best + 1
+            speeds[count], count = speed, 2 * count
+        enough = max(speeds.values(), default=0) / WORTH
+        largest = next((count for count, speed in speeds.items() if speed >= enough), 1)
+        best = speeds.get(largest, 0)
         peak = self._peak_bytes()
         held = f", {peak / 1e9:.1f} GB of the device's memory at most" if peak else ""
         log.info("%s: %.3g images a second in batches of %d%s", network.facts.name, best, largest, held)
