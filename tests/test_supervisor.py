@@ -180,4 +180,4 @@ def test_a_gpu_that_is_not_there_is_refused_by_the_command(monkeypatch: pytest.M
     assert "asks for GPU 3; there are: none." in done.stderr
     command[-1] = "gpu"
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "GRADCAM_DEVICES: String should match pattern" in done.stderr
+    assert "GRADCAM_DEVICES: devices 'gpu' must be auto, cpu" in done.stderr
