@@ -18,7 +18,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"  # which GPUs a process sees, in order: numbers
 OPENCV_THREADS = "OPENCV_FOR_THREADS_NUM"  # of one operation; read when OpenCV is imported
 LISTED = re.compile(r"^( *)(?:GPU|MIG) .*\(UUID: ([^)]+)\)", re.MULTILINE)  # a line of `nvidia-smi -L`
 LISTING_S = 30  # the driver may have to wake several GPUs first
-BATCH = 32  # images, the largest that a GPU is given unless the settings name another
+BATCH = 32  # images in hand for a GPU at a time, where the settings name no largest batch
 
 
 @dataclass(frozen=True)

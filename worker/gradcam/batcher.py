@@ -149,8 +149,9 @@ class Batcher:
             self._changed.notify_all()
         while not request.done.wait(request.deadline.left_s()) and request.deadline.left_s():
             pass  # the deadline was put off
-        with self._changed:
-            self._drop_expired()
+        if not request.done.is_set():
+            with self._changed:
+                self._drop_expired()
         if not request.done.is_set():
             request.deadline.check(WAITING)  # it is at the device, and its answer will be nobody's
         if request.error is not None:

@@ -32,7 +32,7 @@ WEBP = {"quality": 80, "method": 2}  # OpenCV's is 4: for a twelfth less it take
 LONGEST = {"jpeg": 65_500, "png": 65_500, "webp": 16_383}  # pixels of a side that can be encoded
 COLOR_RANK = 3  # (height, width, channels)
 MAX_CHANNELS = 4  # that OpenCV shrinks by area at once
-ENOUGH = 4  # times the size asked for, on both sides: a picture is halved while it is that large
+ENOUGH = 4  # times the size asked for, on both sides: a picture is halved while its half is that large
 STRIP = 65_536  # pixels that are coloured at once: with all that they are made of, under a megabyte
 
 
