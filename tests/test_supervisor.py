@@ -115,6 +115,21 @@ def live(name="started"):
 """
 
 
+def test_a_signal_that_another_thread_receives_ends_it_too(tmp_path: Path) -> None:
+    mark = tmp_path / "started"
+    child = f"import pathlib, time; pathlib.Path({str(mark)!r}).touch(); time.sleep(60)"
+    command = program(child)
+    command[-1] = f"""
+import pathlib, signal, threading, time
+def receive():
+    while not pathlib.Path({str(mark)!r}).exists():
+        time.sleep(0.02)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+threading.Thread(target=receive, daemon=True).start()
+{command[-1]}"""
+    assert subprocess.run(command, timeout=TIMEOUT_S, check=False).returncode == 0
+
+
 def test_each_gpu_has_a_worker_of_its_own_and_one_signal_ends_them_all(tmp_path: Path) -> None:
     child = PER_GPU.format(folder=str(tmp_path)) + "signal.signal(15, lambda *_: sys.exit(0))\nlive()"
     marks = tuple(tmp_path / f"started{gpu}" for gpu in range(3))

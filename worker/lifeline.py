@@ -58,6 +58,8 @@ def watch(on_lost: Callable[[], object]) -> None:
     """Call `on_lost` from a thread when whoever started this process is gone."""
 
     def wait() -> None:
+        # Signals are for the main thread, which would not wake up from one that came here.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         while os.read(0, 1024):
             pass
         on_lost()

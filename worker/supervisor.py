@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 
 from worker import devices
 from worker.devices import Device
@@ -25,6 +26,7 @@ WORKER = (sys.executable, "-P", "-m", "worker", "worker", "--unsupervised", "--r
 STARTS = 5  # in a row that may fail, on every device, before all is given up
 BACKOFF_S = 0.5  # before the second start; doubles
 BACKOFF_MAX_S = 30
+LOOK_UP_S = 0.5
 DOUBLINGS = 10  # more than it takes to get there
 ENDED_CLEANLY = {0, -signal.SIGTERM}  # the latter before Celery has taken the signal over
 
@@ -60,13 +62,23 @@ class Supervisor:
             for one in kept:
                 one.add_done_callback(self._notes.put)
             while not all(one.done() for one in kept):
-                note = self._notes.get()
+                note = self._next_note()
                 if isinstance(note, int):
                     signals += 1
                     self._end(now=signals > 1)
-                elif note.exception():
+                elif note and note.exception():
                     self._end()
         return max(one.result() for one in kept)
+
+    def _next_note(self) -> "int | Future[int] | None":
+        """What happened next; None from time to time.
+
+        A signal may reach a thread other than this one, whose wait it then does not end: the handler
+        runs as soon as this thread looks up.
+        """
+        with suppress(Empty):
+            return self._notes.get(timeout=LOOK_UP_S)
+        return None
 
     def _keep(self, device: Device) -> int:
         """Keep one device's worker alive; return 1 where it was given up or did not end cleanly."""
