@@ -69,7 +69,16 @@ ID_PATTERN = (
 Status = Literal["queued", "running", "retrying", "succeeded", "failed", "canceled", "expired"]
 FINAL: frozenset[str] = frozenset({"succeeded", "failed", "canceled", "expired"})
 Priority = Literal["high", "normal", "low", "bulk"]
-Event = Literal["job.started", "job.retrying", "job.succeeded", "job.failed", "job.expired"]
+Event = Literal[
+    "job.queued",
+    "job.started",
+    "job.progress",
+    "job.retrying",
+    "job.succeeded",
+    "job.failed",
+    "job.canceled",
+    "job.expired",
+]
 JobId = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Uri = Annotated[str, StringConstraints(min_length=1, max_length=2_000_000)]  # a data: URI is long
@@ -84,11 +93,16 @@ class ImageRef(Wire):
 
 
 class Webhook(Wire):
-    """Somebody to tell. `secret_ref` names a signing secret; signing is not offered yet."""
+    """Somebody to tell: unless it says otherwise, how the job ended. `secret_ref` names a signing secret."""
 
     url: ShortText
-    events: Annotated[tuple[Event, ...], Field(min_length=1)] = ("job.succeeded", "job.failed")
-    secret_ref: None = None
+    events: Annotated[tuple[Event, ...], Field(min_length=1)] = (
+        "job.succeeded",
+        "job.failed",
+        "job.canceled",
+        "job.expired",
+    )
+    secret_ref: Name | None = None
 
 
 def _bare_uri(value: Any) -> Any:

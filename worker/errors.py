@@ -21,6 +21,7 @@
     │   ├── IdempotencyConflict      idempotency_conflict
     │   ├── JobTimeout               timeout
     │   ├── JobExpired               expired
+    │   ├── JobCanceled              canceled
     │   └── MaxAttemptsExceeded      max_attempts_exceeded
     ├── RetryableError           trying again may help: the job is queued again, with backoff
     │   ├── ImageFetchFailed         image_fetch_failed
@@ -179,6 +180,12 @@ class JobExpired(PermanentError):
     """The job's `expires_at` passed before it was started."""
 
     code = "expired"
+
+
+class JobCanceled(PermanentError):
+    """Somebody cancelled the job."""
+
+    code = "canceled"
 
 
 class MaxAttemptsExceeded(PermanentError):

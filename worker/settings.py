@@ -45,6 +45,7 @@ def _devices(value: Any) -> Any:
 Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Place = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
+Retention = Annotated[float, Field(ge=60, le=3650 * 86_400)]  # seconds
 Count = Annotated[int, Field(ge=1)]
 OrNone = Annotated[int, Field(ge=0, le=4096)]  # 0: found out
 
@@ -61,9 +62,15 @@ class Settings(BaseModel):
     visibility_timeout_s: Annotated[float, Field(ge=2, le=86_400)] = (
         900  # after which an unacknowledged message returns
     )
-    retention_s: Annotated[float, Field(ge=60, le=3650 * 86_400)] = (
-        7 * 86_400
-    )  # how long a final job stays readable
+    retention_s: Retention = 7 * 86_400  # how long a final job stays readable
+    idempotency_retention_s: Retention = 7 * 86_400  # ... and one with an idempotency key, at least
+    lease_s: Annotated[float, Field(ge=1, le=300)] = (
+        15  # that a running job stays its worker's unless renewed, which is done three times meanwhile
+    )
+    lost_after_s: Annotated[float, Field(ge=1, le=3600)] = (
+        20  # before a queued job whose message is not to be found is published again
+    )
+    max_message_bytes: Count = 1024 * 1024
 
     # Images
     image_schemes: Listed = ("s3",)
@@ -76,6 +83,9 @@ class Settings(BaseModel):
     max_data_uri_bytes: Count = 256 * 1024
     fetch_timeout_s: Seconds = 20  # for the whole of one image
     max_classes: Count = 50  # explained in one job
+    private_networks: Listed = ()  # as 10.0.0.0/8: where image_hosts and webhook_hosts may lead to all the same
+    max_bytes_in_flight: Count = 512 * 1024 * 1024  # of images read and not yet decoded, in one process
+    max_pixels_in_flight: Count = 256_000_000  # of decoded images, in one process
 
     # Storage
     output: str = "s3://gradcam/results"  # where artifacts go unless the job says otherwise
@@ -88,10 +98,15 @@ class Settings(BaseModel):
     # Status
     webhook_hosts: Listed = ()  # host or host:port
     webhook_timeout_s: Seconds = 10
-    webhook_attempts: Count = 5
+    webhook_give_up_s: Seconds = 3 * 86_400  # of trying, then the event is parked
+    webhook_secrets: SecretStr = SecretStr("")  # app1=whsec_new whsec_old,app2=whsec_...
+    couriers: Count = 4  # events on their way at once, from one process
+    status_sql_url: SecretStr = SecretStr("")  # a database that is told, too: sqlite:///..., postgresql+psycopg://...
+    status_sql_retention_s: Retention = 90 * 86_400
 
     # Networks
     networks: Place = None  # a TOML file that describes the operator's own: see `worker.gradcam.registry`
+    cache_bytes: Count = 32 * 1024**3  # of their files: the least recently used makes room
     cache_dir: Place = None  # for their files, by checksum; none: the user's own cache
     weights_dir: Place = None  # a folder of weights for the catalog's networks
     precision: Literal["float32", "tf32", "bfloat16", "mixed_bfloat16"] = "float32"
@@ -115,7 +130,11 @@ class Settings(BaseModel):
     threads: Count = 16  # jobs in hand at once, twice a CPU's batch; where it is not set, a GPU gets 64
     retry_backoff_s: Seconds = 1  # before the second attempt; doubles, with jitter
     retry_backoff_max_s: Seconds = 60
-    shutdown_timeout_s: Seconds = 90  # after which a worker that was asked to stop is killed
+    shutdown_timeout_s: Seconds = 90  # after which a worker that was asked to stop hands back what it has
+    stalled_after_s: Annotated[float, Field(ge=5, le=3600)] = (
+        60  # without a sign of life a worker is started again
+    )
+    memory_bytes: Annotated[int, Field(ge=0)] = 0  # that a process may use; 0: no limit of its own
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
