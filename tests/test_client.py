@@ -57,7 +57,7 @@ def test_a_finished_job_is_not_rung_for_again(
     client: GradcamClient, ledger: MemoryLedger, doorbell: Doorbell
 ) -> None:
     job = Job.parse(FIELDS)
-    ledger.advance(ledger.claim(job, ledger.submit(job), WORKER).document, status="succeeded")
+    ledger.advance(ledger.claim(ledger.submit(job), WORKER).document, status="succeeded")
     assert client.submit(job) == job.id
     assert not doorbell.jobs
 
@@ -73,7 +73,7 @@ def test_waiting_ends_when_the_job_does(client: GradcamClient, ledger: MemoryLed
     client.submit(job)
 
     def work() -> None:
-        document = ledger.claim(job, ledger.submit(job), WORKER).document
+        document = ledger.claim(ledger.submit(job), WORKER).document
         time.sleep(0.1)
         ledger.advance(document, status="failed")
 
@@ -92,16 +92,25 @@ def test_an_unknown_job_is_not_waited_for(client: GradcamClient) -> None:
         client.wait(new_id())
 
 
-def test_a_broker_out_of_reach_tells_the_id_to_submit_again(ledger: MemoryLedger, doorbell: Doorbell) -> None:
+def test_a_job_in_the_ledger_is_accepted_though_the_broker_is_out_of_reach(
+    ledger: MemoryLedger, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(_: Job) -> None:
         message = "The broker cannot be reached."
         raise BrokerUnavailable(message)
 
     job = Job.parse(FIELDS)
-    with pytest.raises(BrokerUnavailable, match=f"Job {job.id} is not on its way yet"):
-        GradcamClient(settings=Settings(), ledger=ledger, publish=broken).submit(job)
-    GradcamClient(settings=Settings(), ledger=ledger, publish=doorbell).submit(job)
-    assert [rung.id for rung in doorbell.jobs] == [job.id], "submitting again publishes what was not"
+    assert GradcamClient(settings=Settings(), ledger=ledger, publish=broken).submit(job) == job.id
+    assert ledger.silent("normal", empty=True, lost_after_s=0, limit=9) == [job.id], "the reaper finds it"
+    assert "nobody could be told at once" in caplog.text
+
+
+def test_a_job_can_be_cancelled(client: GradcamClient) -> None:
+    job_id = client.submit(**FIELDS)
+    assert client.cancel(job_id).status == "canceled"
+    assert client.wait(job_id).status == "canceled"
+    with pytest.raises(UnknownJob):
+        client.cancel(new_id())
 
 
 def test_the_message_says_when_its_job_was_entered(settings: Settings) -> None:

@@ -62,7 +62,7 @@ def test_the_example_of_the_contract_is_a_job() -> None:
         ({"id": "../../etc/passwd"}, "id: String should match pattern"),
         ({"expires_at": "2030-01-01T00:00:00"}, "expires_at: Input should have timezone info"),
         ({"timeout_s": 1e9}, "timeout_s"),
-        ({"webhooks": [{"url": "https://app", "secret_ref": "x"}]}, "secret_ref"),
+        ({"webhooks": [{"url": "https://app", "secret_ref": ""}]}, "secret_ref"),
     ],
 )
 def test_a_wrong_field_is_named_with_what_was_received(change: dict[str, Any], expected: str) -> None:

@@ -1,36 +1,57 @@
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
 
 from worker.contract import Job, StatusDocument, WorkerRef
 from worker.errors import AttemptFenced, IdempotencyConflict, InvalidJob, LedgerUnavailable, UnknownJob
-from worker.ledger import Claim, Entry, Ledger
+from worker.ledger import Claim, Entry, Ledger, Renewed
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
 from worker.testing import MemoryLedger
+from worker.transitions import suspected
 from worker.wire import new_id, utc_now
 
 WORKER = WorkerRef(id="gpu-1:7", device="cpu")
+LEASE_S = 1.0
 
 
 @pytest.fixture(params=["memory", "redis"])
 def ledger(request: pytest.FixtureRequest, settings: Settings) -> Iterator[Ledger]:
     """Both ledgers keep the same promises."""
     if request.param == "memory":
-        yield MemoryLedger()
+        yield MemoryLedger(lease_s=LEASE_S)
     else:
-        yield RedisLedger(settings.ledger, prefix=settings.key_prefix, retention_s=60)
+        yield RedisLedger(short(settings))
 
 
-def claim(ledger: Ledger, job: Job, **options: Any) -> Claim:
+def short(settings: Settings) -> Settings:
+    return settings.model_copy(update={"retention_s": 60, "idempotency_retention_s": 60, "lease_s": LEASE_S})
+
+
+def claim(ledger: Ledger, job: Job) -> Claim:
     """What a worker does with a message."""
     _, document = ledger.receive(job.id, job.model_dump(mode="json"))
-    return ledger.claim(job, document, WORKER, **options)
+    return ledger.claim(document, WORKER)
+
+
+def expired(ledger: Ledger, job: Job) -> bool:
+    """Its worker is gone: the lease runs out. Whether the job is to be published."""
+    wait_for(lambda: job.id in ledger.overdue(10)["lost"])
+    return ledger.lose(job.id)
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def with_key(job: Job, key: str, **changes: object) -> Job:
@@ -109,7 +130,7 @@ def test_a_job_that_is_not_as_it_was_entered_is_not_taken(ledger: Ledger, job: J
     if what in {"running", "retrying"}:
         entered = claim(ledger, job).document
     if what == "retrying":
-        entered = ledger.advance(entered, status="retrying")
+        entered = ledger.advance(entered, status="retrying", delay_s=60)
     if what == "another":
         job = job.model_copy(update={"network": "vgg16"})
     if what in {"another moment", "unknown"}:
@@ -143,18 +164,140 @@ def test_a_running_job_is_held_and_a_duplicate_changes_nothing(ledger: Ledger, j
     assert ledger.read(job.id) == first
 
 
-def test_a_running_job_is_taken_over_when_its_attempt_began_too_long_ago(ledger: Ledger, job: Job) -> None:
-    claim(ledger, job)
-    assert claim(ledger, job, lost_after_s=0).document.attempt == 2
-
-
-def test_a_message_that_came_back_takes_over_and_fences_the_first(ledger: Ledger, job: Job) -> None:
+def test_a_job_whose_lease_ran_out_is_queued_again_and_the_first_attempt_is_fenced(
+    ledger: Ledger, job: Job
+) -> None:
     first = claim(ledger, job).document
-    second = claim(ledger, job, redelivered=True).document
-    assert second.attempt == 2
+    assert expired(ledger, job)
+    waiting = ledger.read(job.id)
+    assert (waiting.status, waiting.attempt) == ("queued", 1)
+    assert waiting.error is not None
+    assert (waiting.error.code, "gpu-1:7" in waiting.error.detail) == ("worker_lost", True)
+    assert suspected(waiting)
+    assert not ledger.lose(job.id), "it is put right once"
+    second = claim(ledger, job).document
+    assert (second.attempt, second.error, suspected(second)) == (2, None, False)
     with pytest.raises(AttemptFenced):
         ledger.advance(first, status="succeeded")
     assert ledger.advance(second, status="succeeded").attempt == 2
+
+
+def test_a_lease_that_is_renewed_does_not_run_out(ledger: Ledger, job: Job) -> None:
+    claim(ledger, job)
+    other = job.model_copy(update={"id": new_id()})
+    claim(ledger, other)
+    end = time.monotonic() + 2 * LEASE_S
+    while time.monotonic() < end:
+        assert ledger.beat("w", "well", {job.id: 1}) == Renewed()
+        time.sleep(0.05)
+    wait_for(lambda: ledger.overdue(10)["lost"] == [other.id])
+
+
+def test_a_lease_of_an_attempt_that_was_overtaken_is_not_renewed(ledger: Ledger, job: Job) -> None:
+    document = claim(ledger, job).document
+    assert ledger.beat("w", "", {job.id: 2}).lost == {job.id}
+    ledger.advance(document, status="succeeded")
+    assert ledger.beat("w", "", {job.id: 1}).lost == {job.id}
+
+
+def test_a_worker_says_how_it_is(ledger: Ledger) -> None:
+    ledger.beat("gpu-1:7", '{"well": true}', {})
+    assert ledger.workers() == {"gpu-1:7": '{"well": true}'}
+
+
+def test_one_worker_reaps_and_another_takes_over_when_it_is_gone(ledger: Ledger) -> None:
+    assert ledger.lead("a", 0.3)
+    assert ledger.lead("a", 0.3)
+    assert not ledger.lead("b", 0.3)
+    wait_for(lambda: ledger.lead("b", 5))
+    assert not ledger.lead("a", 5)
+
+
+def test_a_waiting_job_is_cancelled_at_once_and_never_starts(ledger: Ledger, job: Job) -> None:
+    ledger.submit(job)
+    document = ledger.cancel(job.id)
+    assert (document.status, document.error and document.error.code) == ("canceled", "canceled")
+    assert document.cancel_requested_at is not None
+    assert claim(ledger, job).outcome == "finished"
+    assert ledger.take(job, document.created_at, WORKER) is None
+    assert ledger.cancel(job.id) == document
+    assert ledger.counts() == (0, 0)
+
+
+def test_a_running_job_is_asked_to_stop_and_its_worker_writes_the_end(ledger: Ledger, job: Job) -> None:
+    running = claim(ledger, job).document
+    asked = ledger.cancel(job.id)
+    assert (asked.status, asked.cancel_requested_at is not None) == ("running", True)
+    assert ledger.beat("w", "", {job.id: 1}).canceled == {job.id}
+    after = ledger.advance(running, status="canceled")
+    assert (after.status, after.cancel_requested_at) == ("canceled", asked.cancel_requested_at)
+    assert after.revision == asked.revision + 1
+    assert not ledger.beat("w", "", {}).canceled
+
+
+def test_a_job_that_is_to_stop_and_whose_worker_dies_is_cancelled(ledger: Ledger, job: Job) -> None:
+    claim(ledger, job)
+    ledger.cancel(job.id)
+    assert not expired(ledger, job)
+    assert ledger.read(job.id).status == "canceled"
+
+
+def test_a_job_that_is_handed_back_keeps_all_its_attempts(ledger: Ledger, job: Job) -> None:
+    job = job.model_copy(update={"max_attempts": 1})
+    first = claim(ledger, job).document
+    assert not ledger.hand_back(job.id, attempt=2)
+    assert ledger.hand_back(job.id, attempt=1)
+    assert not suspected(ledger.read(job.id))
+    with pytest.raises(AttemptFenced):
+        ledger.advance(first, status="succeeded")
+    second = claim(ledger, job)
+    assert (second.outcome, second.document.attempt, second.document.max_attempts) == ("claimed", 2, 2)
+
+
+def test_a_job_that_expires_in_the_queue_is_found(ledger: Ledger, job: Job) -> None:
+    soon = job.model_copy(update={"expires_at": utc_now() + timedelta(seconds=0.2)})
+    ledger.submit(soon)
+    wait_for(lambda: ledger.overdue(10)["expired"] == [job.id])
+    ledger.expire(job.id)
+    assert ledger.read(job.id).status == "expired"
+    assert ledger.overdue(10)["expired"] == []
+
+
+def test_a_job_that_has_begun_does_not_expire(ledger: Ledger, job: Job) -> None:
+    soon = job.model_copy(update={"expires_at": utc_now() + timedelta(seconds=0.2)})
+    claim(ledger, soon)
+    time.sleep(0.3)
+    assert ledger.overdue(10)["expired"] == []
+
+
+def test_a_queued_job_without_a_message_is_found_when_the_queue_is_empty(ledger: Ledger, job: Job) -> None:
+    ledger.submit(job)
+    look = partial(ledger.silent, "normal", lost_after_s=0.2, limit=10)
+    assert look(empty=False) == []
+    wait_for(lambda: look(empty=True) == [job.id])
+    assert look(empty=True) == [], "it is not named again at once"
+    wait_for(lambda: look(empty=True) == [job.id])
+    assert ledger.silent("high", empty=True, lost_after_s=0, limit=10) == []
+
+
+def test_a_queued_job_without_a_message_is_found_when_a_later_one_came_through(
+    ledger: Ledger, job: Job
+) -> None:
+    ledger.submit(job)
+    time.sleep(0.3)
+    later = job.model_copy(update={"id": new_id()})
+    claim(ledger, later)
+    assert ledger.silent("normal", empty=False, lost_after_s=60, limit=10) == []
+    assert ledger.silent("normal", empty=False, lost_after_s=0.2, limit=10) == [job.id]
+
+
+def test_failed_jobs_are_dead_letters_until_they_are_buried(ledger: Ledger, job: Job) -> None:
+    ledger.advance(claim(ledger, job).document, status="failed")
+    other = new_id()
+    ledger.refuse(other, None, InvalidJob("no"))
+    assert {job_id for job_id, _ in ledger.dead()} == {job.id, other}
+    ledger.bury(job.id)
+    assert [job_id for job_id, _ in ledger.dead()] == [other]
 
 
 def test_a_final_job_cannot_be_reopened(ledger: Ledger, job: Job) -> None:
@@ -176,19 +319,25 @@ def test_each_write_is_one_revision(ledger: Ledger, job: Job) -> None:
 
 def test_a_retrying_job_waits_in_the_queue_and_gets_its_next_attempt(ledger: Ledger, job: Job) -> None:
     document = claim(ledger, job).document
-    ledger.advance(document, status="retrying")
+    ledger.advance(document, status="retrying", delay_s=0.2)
     assert ledger.counts() == (1, 0)
+    assert claim(ledger, job).outcome == "held", "its pause is not over"
+    wait_for(lambda: ledger.overdue(10)["due"] == [job.id])
+    assert ledger.requeue(job.id)
+    assert not ledger.requeue(job.id)
     assert claim(ledger, job).document.attempt == 2
 
 
 def test_a_job_that_never_ends_is_failed_after_its_attempts(ledger: Ledger, job: Job) -> None:
-    for _ in range(job.max_attempts):
-        assert claim(ledger, job, redelivered=True).outcome == "claimed"
-    last = claim(ledger, job, redelivered=True)
-    assert last.outcome == "ended"
-    assert last.document.status == "failed"
-    assert last.document.error is not None
-    assert last.document.error.code == "max_attempts_exceeded"
+    job = job.model_copy(update={"max_attempts": 2})
+    claim(ledger, job)
+    assert expired(ledger, job)
+    claim(ledger, job)
+    assert not expired(ledger, job)
+    last = ledger.read(job.id)
+    assert (last.status, last.attempt) == ("failed", 2)
+    assert last.error is not None
+    assert last.error.code == "max_attempts_exceeded"
 
 
 def test_an_expired_job_is_not_started(ledger: Ledger, job: Job) -> None:
@@ -212,18 +361,16 @@ def test_a_refused_message_cannot_touch_a_job_that_has_its_id(ledger: Ledger, jo
     assert ledger.read(job.id).status == "queued"
 
 
-def test_many_threads_claim_a_job_and_every_attempt_has_one_owner(ledger: Ledger, job: Job) -> None:
-    job = job.model_copy(update={"max_attempts": 20})
-    claims: list[StatusDocument] = []
-    threads = [
-        threading.Thread(target=lambda: claims.append(claim(ledger, job, redelivered=True).document))
-        for _ in range(8)
-    ]
+def test_many_threads_claim_a_job_and_one_has_it(ledger: Ledger, job: Job) -> None:
+    ledger.submit(job)
+    outcomes: list[str] = []
+    threads = [threading.Thread(target=lambda: outcomes.append(claim(ledger, job).outcome)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(taken.attempt for taken in claims) == list(range(1, 9))
+    assert outcomes.count("claimed") == 1
+    assert set(outcomes) <= {"claimed", "changed", "held"}
 
 
 def test_two_racing_submissions_with_one_key_yield_one_job(ledger: Ledger, job: Job) -> None:
@@ -245,19 +392,33 @@ def test_many_are_read_at_once_and_the_unknown_left_out(ledger: Ledger, job: Job
 
 
 def test_final_jobs_leave_redis_after_their_retention(settings: Settings, job: Job) -> None:
-    ledger = RedisLedger(settings.ledger, prefix=settings.key_prefix, retention_s=60)
+    ledger = RedisLedger(short(settings))
+    server, kept = ledger.server.redis, f"{settings.key_prefix}claimed"
     keyed = with_key(job, "k")
     document = claim(ledger, keyed).document
-    names = list(ledger._redis.scan_iter(f"{settings.key_prefix}*"))
-    assert {ledger._redis.ttl(name) for name in names} == {-1}, "a job that is not final must not vanish"
+    names = list(server.scan_iter(f"{settings.key_prefix}*"))
+    assert {server.ttl(name) for name in names} == {-1}, "a job that is not final must not vanish"
     ledger.advance(document, status="succeeded")
-    names = list(ledger._redis.scan_iter(f"{settings.key_prefix}*"))
+    names = [name for name in server.scan_iter(f"{settings.key_prefix}*") if name != kept]
     assert len(names) == 2, "the job and its idempotency key"
-    assert all(0 < ledger._redis.ttl(name) <= 60 for name in names)
+    assert all(0 < server.ttl(name) <= 60 for name in names)
+
+
+def test_a_job_with_an_idempotency_key_is_remembered_as_long_as_the_operator_wants(
+    settings: Settings, job: Job
+) -> None:
+    longer = short(settings).model_copy(update={"idempotency_retention_s": 3600})
+    ledger = RedisLedger(longer)
+    keyed = with_key(job, "k")
+    for one in (job, keyed):
+        ledger.advance(claim(ledger, one).document, status="succeeded")
+    assert ledger.server.redis.ttl(f"{settings.key_prefix}job:{job.id}") <= 60
+    assert ledger.server.redis.ttl(f"{settings.key_prefix}job:{keyed.id}") > 3000
+    assert ledger.submit(with_key(job, "k")).id == keyed.id
 
 
 def test_a_write_whose_reply_was_lost_succeeds_again(settings: Settings, job: Job) -> None:
-    ledger = RedisLedger(settings.ledger, prefix=settings.key_prefix, retention_s=60)
+    ledger = RedisLedger(settings)
     before = ledger.submit(job)
     after = before.model_copy(update={"revision": 2, "stage": "fetch"})
     assert ledger._swap(before, after)
@@ -266,7 +427,7 @@ def test_a_write_whose_reply_was_lost_succeeds_again(settings: Settings, job: Jo
 
 
 def test_a_ledger_out_of_reach_says_where_it_was_looked_for() -> None:
-    ledger = RedisLedger("redis://user:planted@127.0.0.1:1/0", prefix="", retention_s=60)
+    ledger = RedisLedger(Settings(ledger_url="redis://user:planted@127.0.0.1:1/0"))
     with pytest.raises(LedgerUnavailable, match=r"redis://127\.0\.0\.1:1/0") as caught:
         ledger.read(new_id())
     assert "planted" not in str(caught.value)
@@ -292,10 +453,10 @@ def test_the_last_word_is_worth_waiting_for(
 ) -> None:
     document, swap, failures = claim(ledger, job).document, ledger._swap, [LedgerUnavailable("gone")] * 2
 
-    def shaky(before: StatusDocument, after: StatusDocument) -> bool:
+    def shaky(before: StatusDocument, after: StatusDocument, **options: Any) -> bool:
         if failures:
             raise failures.pop()
-        return swap(before, after)
+        return swap(before, after, **options)
 
     monkeypatch.setattr(ledger, "_swap", shaky)
     with pytest.raises(LedgerUnavailable):

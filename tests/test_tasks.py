@@ -1,3 +1,4 @@
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -5,27 +6,24 @@ import cv2
 import numpy as np
 import pytest
 import redis
+from worker.breaker import Breaker
 
-from worker.contract import Delivery, Job, StatusDocument, WorkerRef
+from worker.contract import Job, StatusDocument, WorkerRef
 from worker.errors import (
-    BrokerUnavailable,
     ImageFetchFailed,
     LedgerUnavailable,
-    StatusUnavailable,
     StorageUnavailable,
-    UriNotAllowed,
+    UnknownJob,
+    WorkerUnfit,
 )
+from worker.leases import Leases
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
 from worker.tasks import Desk
-from worker.testing import Doorbell, MemoryLedger, MemoryMessenger, MemoryStore, outside
+from worker.testing import MemoryLedger, MemoryStore, outside
 from worker.wire import new_id
 
 IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
-WEBHOOK = {
-    "url": "https://app/hook",
-    "events": ["job.started", "job.retrying", "job.succeeded", "job.failed"],
-}
 
 
 @dataclass
@@ -35,9 +33,7 @@ class Office:
     images: dict[str, bytes | Exception] = field(default_factory=lambda: {"s3://in/a.png": IMAGE})
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
     store: MemoryStore = field(default_factory=MemoryStore)
-    messenger: MemoryMessenger = field(default_factory=MemoryMessenger)
-    doorbell: Doorbell = field(default_factory=Doorbell)
-    deliveries: list[Delivery] = field(default_factory=list)
+    breaker: Breaker = field(default_factory=lambda: Breaker(lambda: None))
     one_desk: Any = None
 
     @property
@@ -45,10 +41,10 @@ class Office:
         return Desk(
             Settings(retry_backoff_s=1),
             self.ledger,
-            outside(self.images, store=self.store, webhooks=self.messenger),
+            outside(self.images, store=self.store),
             WorkerRef(id="w", device="cpu"),
-            publish=self.doorbell,
-            publish_delivery=lambda delivery, **_: self.deliveries.append(delivery),
+            Leases(self.ledger, "w", 15),
+            self.breaker,
         )
 
     def handle(self, payload: object, message_id: str | None = None) -> str:
@@ -56,6 +52,11 @@ class Office:
 
     def read(self, job: Job) -> StatusDocument:
         return self.ledger.read(job.id)
+
+    def again(self, job: Job) -> str:
+        """The pause is over, and the reaper has rung."""
+        assert self.ledger.requeue(job.id)
+        return self.handle(payload(job))
 
 
 @pytest.fixture
@@ -105,7 +106,6 @@ def test_a_permanent_error_fails_the_job_at_once(office: Office) -> None:
         "fetch",
         1,
     )
-    assert not office.doorbell.jobs
 
 
 def test_a_retryable_error_puts_the_job_back_with_a_growing_pause(office: Office) -> None:
@@ -114,11 +114,14 @@ def test_a_retryable_error_puts_the_job_back_with_a_growing_pause(office: Office
     assert office.handle(payload(job)) == "later"
     document = office.read(job)
     assert (document.status, document.error and document.error.code) == ("retrying", "image_fetch_failed")
-    assert office.handle(payload(job)) == "later"
-    assert office.handle(payload(job)) == "done"
+    pauses = [office.ledger._due[job.id] - time.time()]
+    assert office.handle(payload(job)) == "dropped", "its pause is not over"
+    assert office.again(job) == "later"
+    pauses.append(office.ledger._due[job.id] - time.time())
+    assert office.again(job) == "done"
     assert office.read(job).status == "failed", "the third attempt was the last"
-    first, second = office.doorbell.delays_s
-    assert 0.5 <= first <= 1 <= second <= 2
+    assert 0 < pauses[0] <= 1
+    assert 0 < pauses[1] <= 2
 
 
 def test_a_retry_that_succeeds_leaves_no_error(office: Office) -> None:
@@ -126,7 +129,7 @@ def test_a_retry_that_succeeds_leaves_no_error(office: Office) -> None:
     job = a_job()
     office.handle(payload(job))
     office.images["s3://in/a.png"] = IMAGE
-    assert office.handle(payload(job)) == "done"
+    assert office.again(job) == "done"
     document = office.read(job)
     assert (document.status, document.attempt, document.error) == ("succeeded", 2, None)
 
@@ -200,8 +203,8 @@ def test_an_overtaken_attempt_stops_without_a_word(office: Office) -> None:
     class Overtaking(MemoryStore):
         def put(self, key: str, data: bytes, media_type: str) -> str:
             if office.read(job).attempt == 1:
-                other = WorkerRef(id="other", device="cpu")
-                office.ledger.claim(job, office.read(job), other, redelivered=True)
+                office.ledger.lose(job.id)
+                office.ledger.claim(office.read(job), WorkerRef(id="other", device="cpu"))
             return super().put(key, data, media_type)
 
     office.store = Overtaking()
@@ -213,7 +216,7 @@ def test_an_overtaken_attempt_stops_without_a_word(office: Office) -> None:
 def test_a_ledger_out_of_reach_hands_the_message_back(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unreachable(*_: object) -> bool:
+    def unreachable(*_: object, **__: object) -> bool:
         message = "gone"
         raise LedgerUnavailable(message)
 
@@ -226,24 +229,105 @@ def test_a_ledger_out_of_reach_hands_the_message_back(
     assert office.handle(payload(job)) == "done", "and leaves nothing locked"
 
 
-def test_a_second_message_for_a_running_job_waits_and_changes_nothing(office: Office) -> None:
+def test_a_second_message_for_a_running_job_is_dropped_and_changes_nothing(office: Office) -> None:
     job = a_job(max_attempts=1)
     ends = []
 
     @dataclass
     class Meanwhile(MemoryStore):
         def put(self, key: str, data: bytes, media_type: str) -> str:
-            ends.append(office.one_desk.handle(payload(job), new_id(), redelivered=True))  # by this process
+            ends.append(office.one_desk.handle(payload(job), new_id()))  # by this process
             ends.append(office.handle(payload(job)))  # by another one
             return super().put(key, data, media_type)
 
     office.store = Meanwhile()
     office.one_desk = office.desk
     assert office.one_desk.handle(payload(job), new_id()) == "done"
-    assert set(ends) == {"later"}
+    assert set(ends) == {"dropped"}
     assert (office.read(job).status, office.read(job).attempt) == ("succeeded", 1)
-    assert set(office.doorbell.delays_s) == {5}
-    assert office.handle(payload(job)) == "dropped", "when it rings again the job is final"
+
+
+def test_a_job_that_is_cancelled_while_it_runs_uploads_nothing_more(office: Office) -> None:
+    job = a_job()
+
+    @dataclass
+    class Cancelling(MemoryStore):
+        def put(self, key: str, data: bytes, media_type: str) -> str:
+            office.ledger.cancel(job.id)
+            office.one_desk.leases.beat()
+            return super().put(key, data, media_type)
+
+    office.store = Cancelling()
+    office.one_desk = office.desk
+    assert office.one_desk.handle(payload(job), new_id()) == "done"
+    document = office.read(job)
+    assert (document.status, document.error and document.error.code) == ("canceled", "canceled")
+    assert document.cancel_requested_at is not None
+    assert document.result is None
+    assert len(office.store.objects) == 1, "the one that was on its way"
+
+
+def test_a_job_that_was_cancelled_in_the_queue_never_starts(office: Office) -> None:
+    job = a_job()
+    office.ledger.submit(job)
+    office.ledger.cancel(job.id)
+    assert office.handle(payload(job)) == "dropped"
+    assert (office.read(job).status, office.read(job).attempt) == ("canceled", 0)
+
+
+def test_a_rerun_that_finds_its_sealed_manifest_only_posts_it(office: Office) -> None:
+    job, lost = a_job(), WorkerRef(id="lost", device="cpu")
+    office.handle(payload(job))
+    sealed, first = dict(office.store.objects), office.read(job)
+    rerun = MemoryLedger()
+    rerun.submit(job)
+    office.ledger = rerun
+    rerun.claim(rerun.read(job.id), lost)
+    rerun.lose(job.id)  # it died between the manifest and its last word
+    office.store.objects = Untouched(sealed)
+    office.images.clear()
+    assert office.handle(payload(job)) == "done"
+    second = office.read(job)
+    assert (second.status, second.attempt) == ("succeeded", 2)
+    assert second.result == first.result
+    assert second.predictions == first.predictions
+    assert second.network == first.network
+    assert second.warnings == first.warnings
+
+
+class Untouched(dict[str, bytes]):
+    def __setitem__(self, key: str, value: bytes) -> None:
+        raise AssertionError(key)
+
+
+def test_a_worker_whose_storage_is_down_takes_no_job(office: Office) -> None:
+    job = a_job()
+    for _ in range(10):
+        office.breaker.failed(StorageUnavailable("HTTP 503"))
+    with pytest.raises(WorkerUnfit, match="503"):
+        office.handle(payload(job))
+    with pytest.raises(UnknownJob):
+        office.read(job)
+
+
+def test_what_runs_is_handed_back_when_the_worker_has_to_stop(office: Office) -> None:
+    job = a_job(max_attempts=1)
+    handed: list[str] = []
+
+    @dataclass
+    class Stopping(MemoryStore):
+        def put(self, key: str, data: bytes, media_type: str) -> str:
+            handed.extend(office.one_desk.hand_back())
+            return super().put(key, data, media_type)
+
+    office.store = Stopping()
+    office.one_desk = office.desk
+    assert office.one_desk.handle(payload(job), new_id()) == "dropped"
+    assert handed == [job.id]
+    assert office.read(job).status == "queued"
+    office.store = MemoryStore()
+    assert office.handle(payload(job)) == "done"
+    assert (office.read(job).status, office.read(job).attempt) == ("succeeded", 2)
 
 
 @pytest.mark.parametrize(
@@ -256,63 +340,6 @@ def test_a_wrong_id_is_refused_and_not_replaced_in_silence(office: Office, job_i
     assert error is not None
     assert error.code == "invalid_job"
     assert "id: " in error.detail
-
-
-def test_a_broker_out_of_reach_at_a_retry_hands_the_message_back(office: Office) -> None:
-    def broken(*_: object, **__: object) -> None:
-        message = "gone"
-        raise BrokerUnavailable(message)
-
-    office.images["s3://in/a.png"] = ImageFetchFailed("HTTP 503")
-    office.doorbell = broken  # type: ignore[assignment]
-    job = a_job()
-    with pytest.raises(BrokerUnavailable):
-        office.handle(payload(job))
-    office.images["s3://in/a.png"] = IMAGE
-    office.doorbell = Doorbell()
-    assert office.handle(payload(job)) == "done"
-    assert office.read(job).attempt == 2
-
-
-def test_whoever_asked_is_told_what_they_asked_for_in_order(office: Office) -> None:
-    job = a_job(webhooks=[WEBHOOK, {"url": "https://b/hook", "events": ["job.failed"]}])
-    office.handle(payload(job))
-    told = [(delivery.url, delivery.event.type) for delivery in office.deliveries]
-    assert told == [
-        ("https://app/hook", "gradcam.job.started"),
-        ("https://app/hook", "gradcam.job.succeeded"),
-    ]
-    revisions = [delivery.event.data.revision for delivery in office.deliveries]
-    assert revisions == sorted(set(revisions))
-
-
-def delivery() -> Delivery:
-    office = Office()
-    office.handle(payload(a_job(webhooks=[WEBHOOK])))
-    return office.deliveries[-1]
-
-
-def test_a_delivery_is_sent(office: Office) -> None:
-    one = delivery()
-    assert office.desk.deliver(one.model_dump(mode="json")) == "done"
-    assert office.messenger.sent == [one]
-
-
-def test_a_receiver_that_is_down_is_tried_again_a_few_times(office: Office) -> None:
-    office.messenger.failure = StatusUnavailable("HTTP 503")
-    ends = [office.desk.deliver(delivery().model_copy(update={"attempt": n}).model_dump()) for n in (1, 4, 5)]
-    assert ends == ["later", "later", "done"]
-    assert [one.attempt for one in office.deliveries] == [2, 5]
-
-
-def test_a_receiver_that_refuses_is_not_tried_again(office: Office) -> None:
-    office.messenger.failure = UriNotAllowed("no")
-    assert office.desk.deliver(delivery().model_dump()) == "done"
-    assert not office.deliveries
-
-
-def test_what_is_no_delivery_is_dropped(office: Office) -> None:
-    assert office.desk.deliver({"url": 3}) == "dropped"
 
 
 def test_a_strangers_second_message_with_the_same_key_runs_the_first_job(office: Office) -> None:
@@ -337,12 +364,12 @@ def test_a_strangers_second_message_with_the_same_key_runs_the_first_job(office:
 def test_a_message_that_says_when_its_job_was_entered_spares_a_question_to_the_ledger(
     office: Office, settings: Settings, monkeypatch: pytest.MonkeyPatch, entered_at: Any, questions: int
 ) -> None:
-    ledger = RedisLedger(settings.ledger, prefix=settings.key_prefix, retention_s=60)
+    ledger = RedisLedger(settings)
     office.ledger = ledger  # type: ignore[assignment]
     job = a_job()
     entered = ledger.submit(job)
     moment = {"as it was": entered.created_at.isoformat(), "never": None}.get(str(entered_at), entered_at)
-    ledger.counts()  # the scripts and the connection are there
+    office.handle(payload(a_job()))  # the scripts and the connection are there
     asked: list[object] = []
     execute: Any = redis.Redis.execute_command
 
@@ -355,19 +382,6 @@ def test_a_message_that_says_when_its_job_was_entered_spares_a_question_to_the_l
     document = ledger.read(job.id)
     assert (document.status, document.attempt, document.revision) == ("succeeded", 1, 3)
     assert len(asked) == questions
-
-
-def test_a_message_of_a_job_that_runs_just_now_is_kept_also_if_it_says_when_it_was_entered(
-    office: Office,
-) -> None:
-    job = a_job()
-    moment = office.ledger.submit(job).created_at.isoformat()
-    desk = office.desk
-    with desk.busy.entered(job.id):
-        assert desk.handle(payload(job), job.id, entered_at=moment) == "later"
-    assert office.read(job).status == "queued"
-    assert desk.handle(payload(job), job.id, entered_at=moment) == "done"
-    assert desk.handle(payload(job), job.id, entered_at=moment) == "dropped"
 
 
 def test_what_is_no_job_is_refused_also_if_it_says_when_it_was_entered(office: Office) -> None:

@@ -14,6 +14,8 @@ computed in a pass over as many images. Where not, float32 numbers differ from t
 
 import hashlib
 
+from pydantic import ValidationError
+
 from worker import __version__
 from worker.contract import (
     Job,
@@ -135,3 +137,21 @@ def seal(store: Store, folder: str, manifest: Manifest) -> ManifestRef:
     text = manifest.model_dump_json(indent=1).encode()
     uri = store.put(f"{folder}/{MANIFEST}", text, "application/json")
     return ManifestRef(manifest_uri=uri, manifest_sha256=hashlib.sha256(text).hexdigest())
+
+
+def sealed(store: Store, folder: str, job: Job) -> tuple[Manifest, ManifestRef] | None:
+    """The manifest that an earlier attempt at this job has left: all that it names is there.
+
+    Raises StorageUnavailable.
+    """
+    text = store.find(f"{folder}/{MANIFEST}")
+    if text is None:
+        return None
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError:
+        return None  # of another version, or not ours: this attempt writes its own
+    ref = ManifestRef(
+        manifest_uri=store.uri(f"{folder}/{MANIFEST}"), manifest_sha256=hashlib.sha256(text).hexdigest()
+    )
+    return (manifest, ref) if manifest.job_id == job.id else None

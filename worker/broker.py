@@ -4,60 +4,30 @@ The queue is only a doorbell. A message carries the job, but what has become of 
 in the ledger, so a message that comes twice costs nothing.
 """
 
-import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Any
 
 import kombu.exceptions
+import redis.exceptions as redis_errors
 from celery import Celery
 from kombu import Queue
-from kombu.transport import redis
 
-from worker.contract import Delivery, Job
+from worker import envelope
+from worker.channel import Transport
+from worker.contract import Job
 from worker.errors import BrokerUnavailable
 from worker.settings import Settings, without_secrets
 
 EXPLAIN = "gradcam.explain"
-DELIVER = "gradcam.deliver"
-ENTERED_AT = "gradcam_entered_at"  # a message's own header
+ENTERED_AT = envelope.ENTERED_AT
 
 INTERACTIVE = "gradcam.interactive"
 BULK = "gradcam.bulk"
-STATUS = "gradcam.status"
-QUEUES = (INTERACTIVE, STATUS, BULK)  # in the order in which a worker looks
+QUEUES = (INTERACTIVE, BULK)  # in the order in which a worker looks
 
 # Priorities are names on the wire. On Redis the smallest number is served first.
 ROUTES = {"high": (INTERACTIVE, 0), "normal": (INTERACTIVE, 3), "low": (INTERACTIVE, 6), "bulk": (BULK, 9)}
-
-
-class Channel(redis.Channel):  # type: ignore[misc]  # kombu ships no types
-    """Kombu's channel, with one Redis client for as long as its pool of connections lives.
-
-    As it comes, it makes a client anew for each message that it receives and for each that it
-    acknowledges: a sixth of the CPU time of a worker whose jobs do nothing. And when a broker that
-    restarts has closed it, it fails with an AttributeError, over which the worker ends.
-    """
-
-    _kept: Any = None
-
-    def _create_client(self, asynchronous: bool = False) -> Any:
-        if asynchronous:
-            return super()._create_client(asynchronous)
-        if self._kept is None or self._kept.connection_pool is not self.pool:
-            self._kept = super()._create_client()
-        return self._kept
-
-    def _get_pool(self, asynchronous: bool = False) -> Any:
-        if not (self.connection and self.connection.client):
-            message = "The channel is closed."
-            raise ConnectionError(message)
-        return super()._get_pool(asynchronous)
-
-
-class Transport(redis.Transport):  # type: ignore[misc]
-    """Kombu's Redis, by our channel."""
-
-    Channel = Channel
 
 
 def make_app(settings: Settings, *, timeout_s: float = 10) -> Celery:
@@ -78,14 +48,11 @@ def make_app(settings: Settings, *, timeout_s: float = 10) -> Celery:
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
         worker_send_task_events=False,
-        worker_eta_task_limit=256,  # waiting retries held in memory
         worker_cancel_long_running_tasks_on_connection_loss=False,
-        broker_transport=f"{__name__}:{Transport.__name__}",
+        broker_transport=f"{Transport.__module__}:{Transport.__name__}",
         # With a transport named, kombu no longer sees from the URL that it is to be TLS. Verified, which
         # kombu does not do by itself, but the ledger does.
-        broker_use_ssl={"ssl_cert_reqs": ssl.CERT_REQUIRED}
-        if settings.broker_url.casefold().startswith("rediss:")
-        else None,
+        broker_use_ssl=settings.redis_tls(settings.broker_url) or None,
         broker_connection_timeout=3,
         broker_connection_max_retries=None,
         broker_connection_retry_on_startup=True,
@@ -105,61 +72,55 @@ def make_app(settings: Settings, *, timeout_s: float = 10) -> Celery:
             "socket_connect_timeout": min(timeout_s, 3),
             "socket_keepalive": True,
             "health_check_interval": 15,
+            "max_message_bytes": settings.max_message_bytes,
         },
     )
     return app
 
 
-def publish(app: Celery, job: Job, *, delay_s: float = 0, entered_at: datetime | None = None) -> None:
-    """Ring the doorbell for a job, now or in `delay_s` seconds. Raises BrokerUnavailable.
+def publish(app: Celery, job: Job, *, entered_at: datetime | None = None) -> None:
+    """Ring the doorbell for a job. Raises BrokerUnavailable.
 
     `entered_at`, when the job was entered in the ledger, saves its worker a look there: see `Ledger.take`.
     """
     queue, priority = ROUTES[job.priority]
-    payload = job.model_dump(mode="json")
-    headers = {ENTERED_AT: entered_at.isoformat()} if entered_at else None
-    _send(
-        app,
-        EXPLAIN,
-        payload,
-        queue=queue,
-        priority=priority,
-        delay_s=delay_s,
-        task_id=job.id,
-        headers=headers,
-    )
-
-
-def publish_delivery(app: Celery, delivery: Delivery, *, delay_s: float = 0) -> None:
-    """Hand an event to whichever worker delivers it. Raises BrokerUnavailable."""
-    _send(app, DELIVER, delivery.model_dump(mode="json"), queue=STATUS, delay_s=delay_s)
-
-
-def _send(
-    app: Celery,
-    task: str,
-    payload: object,
-    *,
-    queue: str,
-    delay_s: float,
-    priority: int = 0,
-    task_id: str | None = None,
-    headers: dict[str, str] | None = None,
-) -> None:
-    try:
+    with _reaching(app):
         app.send_task(
-            task,
-            args=[payload],
+            EXPLAIN,
+            args=[job.model_dump(mode="json")],
             queue=queue,
             priority=priority,
-            task_id=task_id,
-            countdown=delay_s or None,
-            headers=headers,
-            argsrepr=f"<{task_id or task}>",  # else the headers, and logs, repeat the job with its URLs
+            task_id=job.id,
+            headers={ENTERED_AT: entered_at.isoformat()} if entered_at else None,
+            argsrepr=f"<{job.id}>",  # else the headers, and logs, repeat the job with its URLs
             kwargsrepr="",
             retry_policy={"max_retries": 1, "interval_start": 0.1, "interval_max": 1},
         )
-    except (kombu.exceptions.OperationalError, OSError) as error:
+
+
+def waiting(app: Celery, priority: str) -> int:
+    """How many messages wait in the queue of a priority. Raises BrokerUnavailable."""
+    queue, _ = ROUTES[priority]
+    with _reaching(app), app.connection_or_acquire() as connection:
+        return int(connection.default_channel.queue_declare(queue).message_count)
+
+
+def answers(app: Celery) -> bool:
+    """Whether the broker can be talked to at all."""
+    try:
+        with app.connection_for_write(connect_timeout=3) as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0.1, timeout=5)
+            connection.default_channel.client.ping()
+    except (kombu.exceptions.OperationalError, redis_errors.RedisError, OSError):
+        return False
+    return True
+
+
+@contextmanager
+def _reaching(app: Celery) -> Iterator[None]:
+    try:
+        yield
+    except (kombu.exceptions.OperationalError, redis_errors.RedisError, OSError) as error:
         place = without_secrets(app.conf.broker_url)
         message = f"The broker at {place} cannot be reached ({error})."
         raise BrokerUnavailable(message) from error

@@ -5,6 +5,7 @@
 >>> client.wait(job_id).result.manifest_uri
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,6 +16,8 @@ from worker.errors import BrokerUnavailable, WaitTimeout
 from worker.ledger import Ledger
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
+
+log = logging.getLogger("gradcam")
 
 TIMEOUT_S = 2  # for one answer of Redis: a web request is waiting
 POLL_FIRST_S = 0.002  # between looks at a job
@@ -41,12 +44,7 @@ class GradcamClient:
         settings = settings or Settings.from_environment()
         given = {"broker_url": broker_url, "ledger_url": status_url}
         settings = settings.model_copy(update={name: url for name, url in given.items() if url})
-        self._ledger = ledger or RedisLedger(
-            settings.ledger,
-            prefix=settings.key_prefix,
-            retention_s=settings.retention_s,
-            timeout_s=TIMEOUT_S,
-        )
+        self._ledger = ledger or RedisLedger(settings, timeout_s=TIMEOUT_S)
         app = None if publish else broker.make_app(settings, timeout_s=TIMEOUT_S)
         self._app, self._publish = app, publish
 
@@ -56,8 +54,9 @@ class GradcamClient:
         Give a `Job`, or its fields: `image`, `network` and `target` at least. Submitting the same
         job again (by id, or by `idempotency_key`) returns the first one's id and runs nothing twice.
 
-        Raises InvalidJob, IdempotencyConflict, LedgerUnavailable (nothing happened), and
-        BrokerUnavailable (the job is in the ledger, its message is not out: submit it again).
+        A job that is in the ledger is accepted: where the broker is out of reach just then, a worker finds
+        the job within a minute all the same. Raises InvalidJob, IdempotencyConflict, and LedgerUnavailable
+        (it is not known whether the job was accepted: submit it again with the same id or key).
         """
         job = job or Job.parse(fields)
         entered = self._ledger.submit(job)
@@ -65,8 +64,7 @@ class GradcamClient:
             try:
                 self._ring(job.model_copy(update={"id": entered.id}), entered)
             except BrokerUnavailable as error:
-                message = f"{error} Job {entered.id} is not on its way yet: submit it again with this id."
-                raise BrokerUnavailable(message) from error
+                log.warning("job %s is accepted, but nobody could be told at once: %s", entered.id, error)
         return entered.id
 
     def _ring(self, job: Job, entered: StatusDocument) -> None:
@@ -86,6 +84,13 @@ class GradcamClient:
     def statuses(self, job_ids: Iterable[str]) -> dict[str, StatusDocument]:
         """What is known about many jobs, in one round trip. Raises LedgerUnavailable."""
         return self._ledger.read_many(list(job_ids))
+
+    def cancel(self, job_id: str) -> StatusDocument:
+        """Stop a job: one that waits is `canceled` at once, a running one as soon as its worker sees it.
+
+        A final one stays as it is: look at the document's `status`. Raises UnknownJob, LedgerUnavailable.
+        """
+        return self._ledger.cancel(job_id)
 
     def wait(self, job_id: str, timeout_s: float = 120) -> StatusDocument:
         """Wait until a job is final, whichever way it ended. Raises WaitTimeout, UnknownJob."""

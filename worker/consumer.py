@@ -11,17 +11,31 @@ from typing import Any
 from celery.worker.consumer import Consumer
 from kombu.exceptions import DecodeError
 
+from worker import envelope
+from worker.errors import LedgerUnavailable
+
 log = logging.getLogger("gradcam")
+
+TURN_S = 1.0  # between two signs of life
 
 
 class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
     """Hands every message that is no task to `app.refuse_message(message id, why)`, and goes on."""
+
+    def on_ready(self) -> None:
+        """Whenever the loop starts: from now on, each of its rounds is a sign of life."""
+        super().on_ready()
+        self.timer.call_repeatedly(TURN_S, self.app.turned)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
         """Celery's handler of one message, in a net."""
         handle = super().create_task_handler(*args, **kwargs)
 
         def on_task_received(message: Any) -> None:
+            why = message.headers.get(envelope.REFUSED)
+            if why:  # `worker.channel` found that it is none
+                self._refuse(message, str(why))
+                return
             try:
                 handle(message)
             except self.connection_errors:
@@ -51,10 +65,17 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
         self._refuse(message, f"there is no task {name!r}; there are {', '.join(known)}")
 
     def _refuse(self, message: Any, why: str) -> None:
-        """Write down why, under the message's own id, then take it from the queue."""
+        """Write down why, under the message's own id, then take it from the queue.
+
+        Where the ledger is out of reach it goes back to the end of the queue, and comes again.
+        """
         headers = message.headers if isinstance(message.headers, dict) else {}
         try:
             self.app.refuse_message(str(headers.get("id")), why)
+        except LedgerUnavailable as error:
+            log.warning("message %r goes back: %s", headers.get("id"), error)
+            message.reject_log_error(log, self.connection_errors, requeue=True)
+            return
         except Exception:
             log.exception("a message that is no job could not be written down")
         message.ack_log_error(log, self.connection_errors)

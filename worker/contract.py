@@ -35,7 +35,6 @@ __all__ = [  # what a job is made of is found here, wherever it is written down
     "ID_PATTERN",
     "AnimationWish",
     "ArtifactWish",
-    "Delivery",
     "Event",
     "GridWish",
     "HeatmapWish",
@@ -272,11 +271,3 @@ class StatusEvent(Wire):
     type: str  # gradcam.job.succeeded and so on
     timestamp: AwareDatetime
     data: StatusDocument
-
-
-class Delivery(Wire):
-    """`gradcam.deliver`: an event on its way to one webhook."""
-
-    url: str
-    event: StatusEvent
-    attempt: int = 1

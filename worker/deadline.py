@@ -1,8 +1,11 @@
-"""How long something may still take."""
+"""How long something may still take, and whether it may go on at all."""
 
+import math
 import time
 
 from worker.errors import GradcamError, JobTimeout
+
+LOOK_S = 0.05  # between two looks whether a lease has been renewed
 
 
 class Deadline:
@@ -12,6 +15,7 @@ class Deadline:
         """The moment is `seconds` from now."""
         self._allowed_s = seconds
         self._end = time.monotonic() + seconds
+        self._held_until = math.inf
         self._cancelled: GradcamError | None = None
 
     def forgive(self, seconds: float) -> None:
@@ -20,14 +24,24 @@ class Deadline:
 
     def cancel(self, why: GradcamError) -> None:
         """It is over now: nobody waits for the job any more."""
-        self._cancelled = why
+        self._cancelled = self._cancelled or why
+
+    def hold(self, seconds: float) -> None:
+        """For so long the job is certainly this worker's own."""
+        self._held_until = time.monotonic() + seconds
 
     def left_s(self) -> float:
         """Seconds left, never below zero."""
         return 0.0 if self._cancelled else max(self._end - time.monotonic(), 0.0)
 
     def check(self, doing: str) -> None:
-        """Raise JobTimeout where no time is left, or whatever it was cancelled with."""
+        """Raise JobTimeout where no time is left, or whatever it was cancelled with.
+
+        Where nobody knows whether the job is still this worker's own, because the ledger is out of reach or
+        the process was stopped for a while, wait until that is known: another worker may have it by now.
+        """
+        while time.monotonic() > self._held_until and self.left_s():
+            time.sleep(LOOK_S)
         if self._cancelled:
             raise self._cancelled
         if not self.left_s():

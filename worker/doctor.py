@@ -1,7 +1,6 @@
 """`gradcam doctor`: is everything there that a worker needs, and what to do where it is not."""
 
 import importlib.util
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,6 @@ from worker.errors import (
     GradcamError,
     InternalError,
     InvalidSettings,
-    StorageUnavailable,
     UnknownNetwork,
 )
 from worker.gradcam import weights
@@ -139,22 +137,16 @@ def _broker(settings: Settings) -> str:
 
 
 def _ledger(settings: Settings) -> str:
-    ledger = RedisLedger(settings.ledger, prefix=settings.key_prefix, retention_s=settings.retention_s)
+    ledger = RedisLedger(settings)
     queued, running = ledger.counts()
     return f"{without_secrets(settings.ledger)}: {queued} queued, {running} running"
 
 
 def _storage(settings: Settings) -> str:
+    from worker import storage
     from worker.s3 import S3
-    from worker.storage import Stores
 
-    store = Stores(settings, S3(settings)).open()
-    probe = uuid.uuid4().hex.encode()
-    uri = store.put("doctor/probe.txt", probe, "text/plain")
-    if store.get("doctor/probe.txt") != probe:
-        message = f"{uri} was written but reads back differently."
-        raise StorageUnavailable(message)
-    return f"wrote and read {uri}"
+    return f"wrote and read {storage.probe(storage.Stores(settings, S3(settings)).open())}"
 
 
 def _device(settings: Settings) -> str:

@@ -37,7 +37,9 @@
         ├── UnknownJob               no such job in the ledger, or its time there has passed
         ├── WaitTimeout              the job is not final yet
         ├── DeliveryRefused          a webhook's receiver said no, and will say no again
+        ├── EndpointGone             a webhook's receiver wants to hear no more, of any job
         ├── AttemptFenced            another attempt owns the job now
+        ├── WorkerUnfit              this worker cannot work just now: somebody else, or later
         └── InvalidSettings          an impossible setting or combination of settings
 
 A message says what was received and what would have been right. It is a sentence for a person.
@@ -211,6 +213,11 @@ class StatusUnavailable(RetryableError):
 
     code = "status_unavailable"
 
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        """`retry_after_s`: how long its receiver asked to be left alone, if it did."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
 
 class WeightsUnavailable(RetryableError):
     """The network's weights are neither here nor to be had just now."""
@@ -271,10 +278,22 @@ class DeliveryRefused(LocalError):
     code = "delivery_refused"
 
 
+class EndpointGone(LocalError):
+    """A webhook's receiver wants to hear no more, of any job (HTTP 410)."""
+
+    code = "endpoint_gone"
+
+
 class AttemptFenced(LocalError):
     """Another attempt owns the job now: this one must stop and touch nothing more."""
 
     code = "attempt_fenced"
+
+
+class WorkerUnfit(LocalError):
+    """This worker takes no jobs just now."""
+
+    code = "worker_unfit"
 
 
 class InvalidSettings(LocalError):

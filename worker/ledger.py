@@ -2,10 +2,9 @@
 
 A job is written here before its message is published, and every later change is one atomic
 compare-and-set on (attempt, revision), so an attempt that has been overtaken can change nothing.
-`Ledger` holds the rules; a backend (`redis_ledger`) holds two atomic steps.
-
-    queued -> running -> succeeded | failed        running -> retrying -> running (next attempt)
-    queued -> expired                              running -> running (next attempt), failed
+Whoever runs a job holds a lease on it and renews it: see `worker.leases`. What nobody holds any more, what
+waits for its next attempt, and what is queued without a message, `worker.reaper` puts right.
+`Ledger` holds the rules; a backend (`redis_ledger`) holds the atomic steps.
 """
 
 import hashlib
@@ -13,27 +12,26 @@ import json
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from worker.contract import FINAL, ID_PATTERN, Job, Problem, StatusDocument, WorkerRef
+from worker import transitions
+from worker.contract import ID_PATTERN, Job, Problem, StatusDocument, Webhook, WorkerRef
 from worker.deadline import Deadline
 from worker.errors import (
     AttemptFenced,
     GradcamError,
     IdempotencyConflict,
     InvalidJob,
-    JobExpired,
     LedgerUnavailable,
-    MaxAttemptsExceeded,
     UnknownJob,
 )
 from worker.wire import utc_now
 
 ASK_AGAIN_S = 0.5  # between two tries to reach the ledger
-Outcome = Literal["claimed", "held", "finished", "ended"]
+Outcome = Literal["claimed", "held", "finished", "ended", "changed"]
 
 
 @dataclass(frozen=True)
@@ -44,19 +42,29 @@ class Entry:
     job: str  # JSON
     idempotency_key: str | None
     document: StatusDocument
+    route: str = "normal"  # its priority: jobs of one route are taken in the order in which they came
+    webhooks: tuple[Webhook, ...] = ()
 
 
 @dataclass(frozen=True)
 class Claim:
     """What a worker learned when it asked for a job.
 
-    `claimed`: run it. `held`: a worker that seems alive has it: ask again later. `finished`: it was
-    final already, the message is a duplicate. `ended`: the claim itself made it final, because it had
-    expired or had used up its attempts.
+    `claimed`: run it. `held`: another attempt has it, or its pause is not over. `finished`: it was final
+    already. In all three of the latter, the message has nothing to say. `ended`: the claim itself made it
+    final, because it had expired or had used up its attempts. `changed`: look again.
     """
 
     outcome: Outcome
     document: StatusDocument
+
+
+@dataclass(frozen=True)
+class Renewed:
+    """What a worker learned when it renewed its leases."""
+
+    lost: frozenset[str] = frozenset()  # jobs that are somebody else's by now
+    canceled: frozenset[str] = frozenset()  # jobs that somebody wants stopped
 
 
 class Ledger(ABC):
@@ -71,10 +79,19 @@ class Ledger(ABC):
         """The entry of a job."""
 
     @abstractmethod
-    def _swap(self, before: StatusDocument, after: StatusDocument, fingerprint: str | None = None) -> bool:
+    def _swap(
+        self,
+        before: StatusDocument,
+        after: StatusDocument,
+        *,
+        delay_s: float = 0,
+        fingerprint: str | None = None,
+    ) -> bool:
         """Atomically: replace `before` by `after`, if (attempt, revision) are still those of `before`.
 
-        With a fingerprint, only if the job has that one, and `before` is to the letter what is held.
+        In the same step the job gets or loses its lease, its place among those that wait (for `delay_s`,
+        where it is to be tried again), and whoever wants to hear of it is put in the outbox. With a
+        fingerprint, only if the job has that one, and `before` is to the letter what is held.
         """
 
     @abstractmethod
@@ -85,14 +102,55 @@ class Ledger(ABC):
     def counts(self) -> tuple[int, int]:
         """How many jobs are queued (waiting for a retry included), and how many are running."""
 
+    @abstractmethod
+    def beat(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
+        """Say that a worker lives, and renew its leases: job id -> attempt. One round trip."""
+
+    @abstractmethod
+    def workers(self) -> dict[str, str]:
+        """What the workers that live said last: id -> health."""
+
+    @abstractmethod
+    def lead(self, worker: str, seconds: float) -> bool:
+        """Whether this worker is the one that reaps, for so long."""
+
+    @abstractmethod
+    def overdue(self, limit: int) -> dict[str, list[str]]:
+        """Ids of jobs to be put right: `lost` leases, `due` retries, and what has `expired` in the queue."""
+
+    @abstractmethod
+    def silent(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
+        """Ids of queued jobs whose message must have been lost; they are not named again for a while.
+
+        A job of the same route that came later has been taken, or the queue is `empty`, and this one has
+        not been taken for `lost_after_s`.
+        """
+
+    @abstractmethod
+    def dead(self) -> list[tuple[str, float]]:
+        """Failed jobs that nobody has replayed: id, and when it failed (seconds since the epoch); newest
+        first.
+        """
+
+    @abstractmethod
+    def bury(self, job_id: str) -> None:
+        """It is no dead letter any more."""
+
+    @abstractmethod
+    def sweep(self) -> None:
+        """Forget dead letters and workers of long ago."""
+
     def submit(self, job: Job) -> StatusDocument:
         """Enter a job, once: the same job with the same id or idempotency key finds the first.
 
         Raises IdempotencyConflict where the id or the key belongs to a different job.
         """
         fingerprint = _fingerprint(job)
-        document = _fresh(job.id, job)
-        held = self._create(Entry(fingerprint, job.to_json(), job.idempotency_key, document))
+        document = transitions.fresh(job.id, job)
+        entry = Entry(
+            fingerprint, job.to_json(), job.idempotency_key, document, job.priority, tuple(job.webhooks)
+        )
+        held = self._create(entry)
         if held.fingerprint != fingerprint:
             theirs = held.document.id
             what = f"id {job.id}" if theirs == job.id else f"idempotency key {job.idempotency_key!r}"
@@ -112,6 +170,14 @@ class Ledger(ABC):
         document = self.submit(job)  # perhaps the first with this idempotency key, which has its own id
         return job.model_copy(update={"id": document.id}), document
 
+    def job(self, job_id: str) -> Job | None:
+        """The job itself, where the ledger has it and this version can read it."""
+        held = self._find(job_id)
+        try:
+            return Job.parse(json.loads(held.job)) if held else None
+        except InvalidJob:
+            return None
+
     def refuse(self, job_id: str, payload: object, error: GradcamError) -> StatusDocument:
         """Write down that a message could not become a job.
 
@@ -119,12 +185,12 @@ class Ledger(ABC):
         """
         text = json.dumps(payload, sort_keys=True, default=repr)
         problem = Problem.of(error, stage="receive", attempt=0)
-        document = _fresh(job_id).model_copy(
+        document = transitions.fresh(job_id).model_copy(
             update={"status": "failed", "error": problem, "completed_at": utc_now()}
         )
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
         held = self._create(Entry(fingerprint, "null", None, document))
-        if held.document.final or _readable(held):
+        if held.document.final or self.job(job_id):
             return held.document
         return self.advance(held.document, status="failed", error=problem)
 
@@ -145,118 +211,87 @@ class Ledger(ABC):
         now = utc_now()
         if job.expires_at and job.expires_at <= now:
             return None
-        before = _fresh(job.id, job, entered_at)
-        after = _begun(before, worker, now)
-        return after if self._swap(before, after, _fingerprint(job)) else None
+        before = transitions.fresh(job.id, job, entered_at)
+        after = transitions.begun(before, worker, now)
+        return after if self._swap(before, after, fingerprint=_fingerprint(job)) else None
 
-    def claim(
-        self,
-        job: Job,
-        before: StatusDocument,
-        worker: WorkerRef,
-        *,
-        redelivered: bool = False,
-        lost_after_s: float = 3600,
-    ) -> Claim:
-        """Take the next attempt at a job, whose last known document is `before`.
+    def claim(self, before: StatusDocument, worker: WorkerRef) -> Claim:
+        """Take the next attempt at a job, whose last known document is `before`."""
+        if before.final:
+            return Claim("finished", before)
+        if before.status != "queued":
+            return Claim("held", before)
+        after = transitions.claimed(before, worker)
+        if not self._swap(before, after):
+            return Claim("changed", self.read(before.id))
+        return Claim("ended" if after.final else "claimed", after)
 
-        A running job is taken over where its message was `redelivered`, which the broker does when the
-        worker that had it is gone, or where it began `lost_after_s` ago; the attempt before is fenced.
-        """
-        while True:
-            if before.final:
-                return Claim("finished", before)
-            if before.status == "running" and not redelivered and _age_s(before) < lost_after_s:
-                return Claim("held", before)
-            now = utc_now()
-            ended: GradcamError | None = None
-            if before.status == "queued" and job.expires_at and job.expires_at <= now:
-                ended = JobExpired(f"The job expired at {job.expires_at}, before it was started.")
-            elif before.attempt >= job.max_attempts:
-                ended = MaxAttemptsExceeded(
-                    f"The job was started {before.attempt} time(s), as often as max_attempts allows, "
-                    "and never came to an end: its worker was killed or lost each time."
-                )
-            if ended:
-                problem = Problem.of(ended, stage="queue", attempt=before.attempt)
-                status = "expired" if isinstance(ended, JobExpired) else "failed"
-                after = _next(before, status=status, error=problem)
-            else:
-                after = _begun(before, worker, now)
-            if self._swap(before, after):
-                return Claim("ended" if ended else "claimed", after)
-            before = self.read(before.id)
-
-    def advance(self, document: StatusDocument, *, patience_s: float = 0, **changes: Any) -> StatusDocument:
+    def advance(
+        self, document: StatusDocument, *, patience_s: float = 0, delay_s: float = 0, **changes: Any
+    ) -> StatusDocument:
         """Write changes to a job that this attempt holds; final with a final `status`.
 
-        A ledger out of reach is asked again for `patience_s`: writing the same twice is harmless.
-        Raises AttemptFenced where another attempt holds the job by now.
+        `delay_s` is the pause before its next attempt, with status `retrying`. A ledger out of reach is asked
+        again for `patience_s`: writing the same twice is harmless. Raises AttemptFenced where another attempt
+        holds the job by now.
         """
-        after, patience = _next(document, **changes), Deadline(patience_s)
+        before, after = document, transitions.following(document, **changes)
+        patience = Deadline(patience_s)
         while True:
             try:
-                swapped = self._swap(document, after)
+                if self._swap(before, after, delay_s=delay_s):
+                    return after
+                held = self._find(document.id)
             except LedgerUnavailable:
                 if not patience.left_s():
                     raise
                 time.sleep(ASK_AGAIN_S)
-            else:
-                break
-        if not swapped:
-            message = f"Attempt {document.attempt} of job {document.id} was overtaken: it must stop."
-            raise AttemptFenced(message)
-        return after
+                continue
+            now = held.document if held else None
+            if now is None or (now.attempt, now.status) != (document.attempt, document.status):
+                message = f"Attempt {document.attempt} of job {document.id} was overtaken: it must stop."
+                raise AttemptFenced(message)
+            before = now  # the same attempt: somebody has asked for it to be cancelled
+            after = transitions.following(now, **changes)
+
+    def cancel(self, job_id: str) -> StatusDocument:
+        """Stop a job: one that waits is final at once, a running one as soon as its worker sees it.
+
+        A final one is left as it is. Raises UnknownJob.
+        """
+        while True:
+            before = self.read(job_id)
+            if before.final or before.cancel_requested_at:
+                return before
+            after = transitions.canceled(before)
+            if self._swap(before, after):
+                return after
+
+    def hand_back(self, job_id: str, attempt: int) -> bool:
+        """Put a job that this attempt holds back into the queue; whether it still held it."""
+        return self._changed(job_id, "running", transitions.handed_back, attempt)
+
+    def lose(self, job_id: str) -> bool:
+        """A lease has run out: queue the job again, or end it. Whether it is to be published."""
+        return self._changed(job_id, "running", transitions.lost)
+
+    def requeue(self, job_id: str) -> bool:
+        """A pause is over. Whether the job is to be published."""
+        return self._changed(job_id, "retrying", transitions.requeued)
+
+    def expire(self, job_id: str) -> None:
+        """Its time has passed in the queue."""
+        self._changed(job_id, "queued", transitions.expired)
+        self._changed(job_id, "retrying", transitions.expired)
+
+    def _changed(self, job_id: str, status: str, change: Any, attempt: int | None = None) -> bool:
+        """Change a job that is still in this state; whether it is queued now."""
+        held = self._find(job_id)
+        if not held or held.document.status != status or attempt not in {None, held.document.attempt}:
+            return False
+        after = change(held.document)
+        return self._swap(held.document, after) and after.status == "queued"
 
 
 def _fingerprint(job: Job) -> str:
     return hashlib.sha256(job.fingerprint().encode()).hexdigest()
-
-
-def _fresh(job_id: str, job: Job | None = None, entered_at: datetime | None = None) -> StatusDocument:
-    now = entered_at or utc_now()
-    return StatusDocument(
-        id=job_id,
-        status="queued",
-        max_attempts=job.max_attempts if job else 0,
-        created_at=now,
-        queued_at=now,
-        updated_at=now,
-        expires_at=job.expires_at if job else None,
-        metadata=job.metadata if job else {},
-    )
-
-
-def _readable(entry: Entry) -> bool:
-    try:
-        Job.parse(json.loads(entry.job))
-    except InvalidJob:
-        return False
-    return True
-
-
-def _age_s(document: StatusDocument) -> float:
-    """Seconds since the running attempt began."""
-    return (utc_now() - (document.started_at or document.created_at)).total_seconds()
-
-
-def _begun(before: StatusDocument, worker: WorkerRef, now: datetime) -> StatusDocument:
-    """The next attempt, which begins now."""
-    return _next(
-        before,
-        status="running",
-        stage="fetch",
-        attempt=before.attempt + 1,
-        started_at=now,
-        worker=worker,
-        error=None,
-        metrics={"queue_s": round((now - before.queued_at).total_seconds(), 4)},
-    )
-
-
-def _next(before: StatusDocument, **changes: Any) -> StatusDocument:
-    """The next revision of a document. A final one is at no stage, and says when it was completed."""
-    now = utc_now()
-    if changes.get("status") in FINAL:
-        changes = {"stage": None, "completed_at": now, **changes}
-    return before.model_copy(update={"revision": before.revision + 1, "updated_at": now, **changes})

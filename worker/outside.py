@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from worker.contract import Delivery, ImageRef
+from worker.contract import ImageRef, StatusEvent, Webhook
 from worker.deadline import Deadline
 from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.decode import Limits
@@ -39,11 +39,11 @@ class StoreSource(Protocol):
 class Messenger(Protocol):
     """See `worker.status.Webhooks`."""
 
-    def check(self, url: str) -> None:
-        """Raise UriNotAllowed unless events may be sent there."""
+    def check(self, webhook: Webhook) -> None:
+        """Raise UriNotAllowed or InvalidJob unless events may be sent there."""
         ...
 
-    def send(self, delivery: Delivery) -> None:
+    def send(self, url: str, secret_ref: str | None, event: StatusEvent, message_id: str) -> None:
         """Post an event."""
         ...
 

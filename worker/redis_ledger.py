@@ -1,65 +1,36 @@
-"""The ledger in Redis: two scripts, each one atomic step."""
+"""The ledger in Redis: each step one script of `redis_scripts`, and so atomic."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, get_args
 
 import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
-from worker.contract import StatusDocument
+from worker import outbox, redis_scripts, transitions
+from worker.contract import Priority, StatusDocument
 from worker.errors import LedgerUnavailable
-from worker.ledger import Entry, Ledger
-from worker.settings import without_secrets
+from worker.ledger import Entry, Ledger, Renewed
+from worker.settings import Settings, without_secrets
 
-# A job is a hash. The sorted sets `queued` and `running` hold the ids of all jobs that are not final,
-# by the time they came there. KEYS: job, idempotency (or ""), queued, running.
-_CREATE = """
-local prefix, id, ttl = ARGV[1], ARGV[2], ARGV[3]
-local owner = KEYS[2] ~= '' and redis.call('GET', KEYS[2]) or id
-local held = redis.call('HMGET', prefix .. owner, 'fingerprint', 'job', 'document')
-if not held[1] then held = redis.call('HMGET', KEYS[1], 'fingerprint', 'job', 'document') end
-if held[1] then return held end
-redis.call('HSET', KEYS[1], 'fingerprint', ARGV[4], 'job', ARGV[5], 'document', ARGV[6],
-           'attempt', ARGV[7], 'revision', ARGV[8], 'idempotency', KEYS[2])
-if KEYS[2] ~= '' then redis.call('SET', KEYS[2], id) end
-if ARGV[9] == 'final' then redis.call('PEXPIRE', KEYS[1], ttl)
-else redis.call('ZADD', KEYS[3], ARGV[10], id) end
-return {ARGV[4], ARGV[5], ARGV[6]}
-"""
-
-# The first lines let a write that is sent twice, because its reply was lost, succeed twice.
-_SWAP = """
-local held = redis.call('HMGET', KEYS[1], 'attempt', 'revision', 'document', 'idempotency', 'fingerprint')
-if held[3] == ARGV[5] then return 1 end
-if held[1] ~= ARGV[3] or held[2] ~= ARGV[4] then return 0 end
-if ARGV[10] ~= '' and (held[5] ~= ARGV[10] or held[3] ~= ARGV[11]) then return 0 end
-redis.call('HSET', KEYS[1], 'document', ARGV[5], 'attempt', ARGV[6], 'revision', ARGV[7])
-redis.call('ZREM', KEYS[3], ARGV[1])
-redis.call('ZREM', KEYS[2], ARGV[1])
-if ARGV[8] == 'final' then
-  redis.call('PEXPIRE', KEYS[1], ARGV[2])
-  if held[4] and held[4] ~= '' then redis.call('PEXPIRE', held[4], ARGV[2]) end
-else redis.call('ZADD', ARGV[8] == 'running' and KEYS[3] or KEYS[2], ARGV[9], ARGV[1]) end
-return 1
-"""
+LONGEST_PAUSE_MS = 600_000  # before a message that seems lost is published yet another time
+LIVES = 3  # leases without a word: a worker that is gone, of which its health need not be told
+REMEMBERED = 10_000  # dead letters that are listed
 
 
-class RedisLedger(Ledger):
-    """The ledger in one Redis or Valkey server; not on a Redis Cluster."""
+class Server:
+    """A Redis or Valkey server, not a Redis Cluster, and the scripts that run there."""
 
-    def __init__(self, url: str, *, prefix: str, retention_s: float, timeout_s: float = 5) -> None:
-        """`prefix` starts every key; `retention_s` is how long a final job stays readable.
-
-        `timeout_s` is how long one answer may take; each question is asked three times at most.
-        """
-        self._place = without_secrets(url)
-        self._prefix = f"{prefix}job:"
-        self._keys = prefix
-        self._retention_ms = int(retention_s * 1000)
-        self._redis = redis.Redis.from_url(
-            url,
+    def __init__(self, settings: Settings, *, timeout_s: float = 5) -> None:
+        """`timeout_s` is how long one answer may take; each question is asked three times at most."""
+        self._place = without_secrets(settings.ledger)
+        self.prefix = settings.key_prefix
+        self.redis = redis.Redis.from_url(
+            settings.ledger,
+            **settings.redis_tls(settings.ledger),
             decode_responses=True,
             socket_timeout=timeout_s,
             socket_connect_timeout=min(timeout_s, 3),
@@ -67,65 +38,102 @@ class RedisLedger(Ledger):
             health_check_interval=15,
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=2),
         )
-        self._create_script = self._redis.register_script(_CREATE)
-        self._swap_script = self._redis.register_script(_SWAP)
+        self._scripts: dict[str, Any] = {}
+
+    def run(self, script: str, *arguments: str | float) -> Any:
+        """Run a script of `redis_scripts` with the prefix and these arguments. Raises LedgerUnavailable."""
+        if script not in self._scripts:
+            self._scripts[script] = self.redis.register_script(script)
+        with self.reaching():
+            return self._scripts[script](args=[self.prefix, *arguments])
+
+    @contextmanager
+    def reaching(self) -> Iterator[None]:
+        """What Redis raises is LedgerUnavailable here."""
+        try:
+            yield
+        except redis.RedisError as error:
+            message = f"The ledger at {self._place} cannot be reached ({error})."
+            raise LedgerUnavailable(message) from error
+
+
+class RedisLedger(Ledger):
+    """The ledger in one Redis or Valkey server."""
+
+    def __init__(self, settings: Settings, *, timeout_s: float = 5) -> None:
+        """Nothing is connected yet. `timeout_s` is how long one answer may take."""
+        self.server = Server(settings, timeout_s=timeout_s)
+        self._lease_ms = int(settings.lease_s * 1000)
+        retention_s = settings.retention_s
+        keyed_s = max(retention_s, settings.idempotency_retention_s)
+        self._retention_ms = (int(retention_s * 1000), int(keyed_s * 1000))
 
     def _create(self, entry: Entry) -> Entry:
         document, key = entry.document, entry.idempotency_key
         digest = hashlib.sha256((key or "").encode()).hexdigest()
-        idempotency = f"{self._keys}idempotency:{digest}" if key else ""
-        with self._reaching():
-            fingerprint, job, text = self._create_script(
-                keys=[self._prefix + document.id, idempotency, *self._open()],
-                args=[
-                    self._prefix,
-                    document.id,
-                    self._retention_ms,
-                    entry.fingerprint,
-                    entry.job,
-                    document.to_json(),
-                    document.attempt,
-                    document.revision,
-                    "final" if document.final else document.status,
-                    document.updated_at.timestamp(),
-                ],
-            )
+        hooks = [
+            {"lane": outbox.lane(hook.url), "events": hook.events, "text": hook.to_json()}
+            for hook in entry.webhooks
+        ]
+        fingerprint, job, text = self.server.run(
+            redis_scripts.CREATE,
+            document.id,
+            f"{self.server.prefix}idempotency:{digest}" if key else "",
+            entry.fingerprint,
+            entry.job,
+            document.to_json(),
+            document.attempt,
+            document.revision,
+            document.status,
+            entry.route,
+            json.dumps(hooks) if hooks else "",
+            _expires_ms(document),
+            transitions.event(None, document),
+            *self._retention_ms,
+        )
         return Entry(fingerprint, job, key, StatusDocument.model_validate_json(text))
 
     def _find(self, job_id: str) -> Entry | None:
         names = ("fingerprint", "job", "document")
-        with self._reaching():
-            fingerprint, job, text = self._redis.hmget(self._prefix + job_id, *names)
+        with self.server.reaching():
+            fingerprint, job, text = self.server.redis.hmget(self._key(job_id), *names)
         if fingerprint is None:
             return None
         return Entry(str(fingerprint), str(job), None, StatusDocument.model_validate_json(str(text)))
 
-    def _swap(self, before: StatusDocument, after: StatusDocument, fingerprint: str | None = None) -> bool:
-        with self._reaching():
-            return bool(
-                self._swap_script(
-                    keys=[self._prefix + before.id, *self._open()],
-                    args=[
-                        before.id,
-                        self._retention_ms,
-                        before.attempt,
-                        before.revision,
-                        after.to_json(),
-                        after.attempt,
-                        after.revision,
-                        "final" if after.final else after.status,
-                        after.updated_at.timestamp(),
-                        fingerprint or "",
-                        before.to_json() if fingerprint else "",
-                    ],
-                )
-            )
+    def _swap(
+        self,
+        before: StatusDocument,
+        after: StatusDocument,
+        *,
+        delay_s: float = 0,
+        fingerprint: str | None = None,
+    ) -> bool:
+        swapped = self.server.run(
+            redis_scripts.SWAP,
+            before.id,
+            before.attempt,
+            before.revision,
+            after.to_json(),
+            after.attempt,
+            after.revision,
+            after.status,
+            int(delay_s * 1000),
+            fingerprint or "",
+            before.to_json() if fingerprint else "",
+            _expires_ms(after),
+            "canceling" if after.cancel_requested_at else "",
+            transitions.event(before, after),
+            *self._retention_ms,
+            self._lease_ms,
+        )
+        return bool(swapped)
 
     def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
         """See `Ledger.read_many`: one round trip."""
-        with self._reaching(), self._redis.pipeline(transaction=False) as pipeline:
+        with self.server.reaching(), self.server.redis.pipeline(transaction=False) as pipeline:
             for job_id in ids:
-                pipeline.hget(self._prefix + job_id, "document")
+                pipeline.hget(self._key(job_id), "document")
             texts = pipeline.execute()
         return {
             job_id: StatusDocument.model_validate_json(text)
@@ -135,20 +143,63 @@ class RedisLedger(Ledger):
 
     def counts(self) -> tuple[int, int]:
         """See `Ledger.counts`."""
-        with self._reaching(), self._redis.pipeline(transaction=False) as pipeline:
-            for key in self._open():
-                pipeline.zcard(key)
-            queued, running = pipeline.execute()
-        return queued, running
+        waiting = [*(f"queued:{route}" for route in get_args(Priority)), "retrying"]
+        with self.server.reaching(), self.server.redis.pipeline(transaction=False) as pipeline:
+            for name in (*waiting, "running"):
+                pipeline.zcard(self.server.prefix + name)
+            *queued, running = pipeline.execute()
+        return sum(queued), running
 
-    def _open(self) -> tuple[str, str]:
-        """The sorted sets of jobs that are not final."""
-        return f"{self._keys}queued", f"{self._keys}running"
+    def beat(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
+        """See `Ledger.beat`."""
+        pairs = [part for job_id, attempt in held.items() for part in (job_id, attempt)]
+        lost, canceled = self.server.run(redis_scripts.BEAT, self._lease_ms, worker, health, *pairs)
+        return Renewed(frozenset(lost), frozenset(canceled))
 
-    @contextmanager
-    def _reaching(self) -> Iterator[None]:
-        try:
-            yield
-        except redis.RedisError as error:
-            message = f"The ledger at {self._place} cannot be reached ({error})."
-            raise LedgerUnavailable(message) from error
+    def workers(self) -> dict[str, str]:
+        """See `Ledger.workers`."""
+        found = self.server.run(redis_scripts.WORKERS, LIVES * self._lease_ms)
+        return dict(zip(found[::2], found[1::2], strict=True))
+
+    def lead(self, worker: str, seconds: float) -> bool:
+        """See `Ledger.lead`."""
+        return bool(self.server.run(redis_scripts.LEAD, worker, int(seconds * 1000)))
+
+    def overdue(self, limit: int) -> dict[str, list[str]]:
+        """See `Ledger.overdue`."""
+        lost, due, expired = self.server.run(redis_scripts.OVERDUE, limit)
+        return {"lost": lost, "due": due, "expired": expired}
+
+    def silent(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
+        """See `Ledger.silent`."""
+        lost_after_ms = int(lost_after_s * 1000)
+        said = "empty" if empty else ""
+        found: list[str] = self.server.run(
+            redis_scripts.SILENT, route, said, lost_after_ms, limit, max(LONGEST_PAUSE_MS, lost_after_ms)
+        )
+        return found
+
+    def dead(self) -> list[tuple[str, float]]:
+        """See `Ledger.dead`."""
+        with self.server.reaching():
+            found: Any = self.server.redis.zrange(
+                f"{self.server.prefix}dead", 0, REMEMBERED - 1, desc=True, withscores=True
+            )
+        return [(str(job_id), score / 1000) for job_id, score in found]
+
+    def bury(self, job_id: str) -> None:
+        """See `Ledger.bury`."""
+        with self.server.reaching():
+            self.server.redis.zrem(f"{self.server.prefix}dead", job_id)
+
+    def sweep(self) -> None:
+        """See `Ledger.sweep`."""
+        self.server.run(redis_scripts.SWEEP, max(self._retention_ms))
+        self.workers()
+
+    def _key(self, job_id: str) -> str:
+        return f"{self.server.prefix}job:{job_id}"
+
+
+def _expires_ms(document: StatusDocument) -> str:
+    return str(int(document.expires_at.timestamp() * 1000)) if document.expires_at else ""

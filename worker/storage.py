@@ -1,6 +1,7 @@
 """Where artifacts go: a prefix of a bucket, or a folder."""
 
 import tempfile
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
@@ -9,14 +10,19 @@ from urllib.parse import unquote
 
 from worker.deadline import Deadline
 from worker.errors import OutputNotAllowed, StorageUnavailable
-from worker.s3 import FAILED, NEVER, S3
+from worker.s3 import FAILED, NEVER, NOT_FOUND, S3
 from worker.settings import Settings
 
+PROBE = "health/probe.txt"
 Object = tuple[str, bytes, str]  # key, data, media type
 
 
 class Store(Protocol):
     """A place for artifacts, below one prefix."""
+
+    def uri(self, key: str) -> str:
+        """Where an object is, or would be."""
+        ...
 
     def put(self, key: str, data: bytes, media_type: str) -> str:
         """Write an object, whole or not at all; return its URI. Raises StorageUnavailable."""
@@ -28,6 +34,10 @@ class Store(Protocol):
         After a failure no other is begun; it is raised when those under way have ended.
         Raises StorageUnavailable, JobTimeout.
         """
+        ...
+
+    def find(self, key: str) -> bytes | None:
+        """Read an object back; none where there is no such. Raises StorageUnavailable."""
         ...
 
     def get(self, key: str) -> bytes:
@@ -42,14 +52,17 @@ class S3Store:
         """`prefix` has no slash at either end."""
         self._s3, self._bucket, self._prefix = s3, bucket, f"{prefix}/" if prefix else ""
 
+    def uri(self, key: str) -> str:
+        """See `Store.uri`."""
+        return f"s3://{self._bucket}/{self._prefix}{key}"
+
     def put(self, key: str, data: bytes, media_type: str) -> str:
         """See `Store.put`."""
         return self._put((key, data, media_type), NEVER)
 
     def _put(self, one: Object, deadline: Deadline) -> str:
         key, data, media_type = one
-        name = self._prefix + key
-        uri = f"s3://{self._bucket}/{name}"
+        name, uri = self._prefix + key, self.uri(key)
         try:
             self._s3.put(self._bucket, name, data, media_type, deadline)
         except FAILED as error:
@@ -70,6 +83,17 @@ class S3Store:
             one.cancel()  # nothing, unless one has failed
         wait(begun)
         return [one.result() for one in begun if not one.cancelled()]
+
+    def find(self, key: str) -> bytes | None:
+        """See `Store.find`."""
+        try:
+            return self.get(key)
+        except StorageUnavailable as error:
+            cause = error.__cause__
+            status = getattr(cause, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status == NOT_FOUND:
+                return None
+            raise
 
     def get(self, key: str) -> bytes:
         """See `Store.get`."""
@@ -98,6 +122,10 @@ class FolderStore:
         """Folders are made as they are needed."""
         self._root = root.absolute()
 
+    def uri(self, key: str) -> str:
+        """See `Store.uri`."""
+        return (self._root / key).as_uri()
+
     def put(self, key: str, data: bytes, media_type: str) -> str:  # noqa: ARG002  # files have no type
         """See `Store.put`: written beside its place, then moved there in one step."""
         path = self._root / key
@@ -110,11 +138,15 @@ class FolderStore:
         except OSError as error:
             message = f"{path} could not be written: {error}"
             raise StorageUnavailable(message) from error
-        return path.as_uri()
+        return self.uri(key)
 
     def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
         """See `Store.put_many`: one after the other, for a disk is waited for but little."""
         return put_each(self, objects, deadline)
+
+    def find(self, key: str) -> bytes | None:
+        """See `Store.find`."""
+        return self.get(key) if (self._root / key).exists() else None
 
     def get(self, key: str) -> bytes:
         """See `Store.get`."""
@@ -155,3 +187,13 @@ class Stores:
             return FolderStore(Path(plain))
         bucket, _, prefix = rest.partition("/")
         return S3Store(self._s3, bucket, prefix)
+
+
+def probe(store: Store) -> str:
+    """Write and read something as a job does; return where. Raises StorageUnavailable."""
+    written = uuid.uuid4().hex.encode()
+    uri = store.put(PROBE, written, "text/plain")
+    if store.get(PROBE) != written:
+        message = f"{uri} was written but reads back differently."
+        raise StorageUnavailable(message)
+    return uri

@@ -7,15 +7,14 @@
 """
 
 import hashlib
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.contract import Delivery, ImageRef, Job, StatusDocument
+from worker.contract import ImageRef, Job, StatusEvent, Webhook
 from worker.deadline import Deadline
 from worker.errors import ImageNotFound, UnknownLayer, UnknownNetwork
 from worker.gradcam import cam
@@ -26,52 +25,20 @@ from worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFa
 from worker.gradcam.registry import Registry
 from worker.gradcam.residents import Residents
 from worker.images import Fetched
-from worker.ledger import Entry, Ledger
+from worker.memory import MemoryLedger, MemoryOutbox
 from worker.outside import Outside
 from worker.storage import Object, put_each
 
-
-class MemoryLedger(Ledger):
-    """The ledger's rules over a dictionary."""
-
-    def __init__(self) -> None:
-        """Empty."""
-        self._entries: dict[str, Entry] = {}
-        self._keys: dict[str, str] = {}
-        self._lock = threading.Lock()
-
-    def _create(self, entry: Entry) -> Entry:
-        with self._lock:
-            key = entry.idempotency_key
-            owner = self._keys.get(key, entry.document.id) if key else entry.document.id
-            if owner not in self._entries:
-                self._entries[owner] = entry
-                if key:
-                    self._keys[key] = owner
-            return self._entries[owner]
-
-    def _find(self, job_id: str) -> Entry | None:
-        return self._entries.get(job_id)
-
-    def _swap(self, before: StatusDocument, after: StatusDocument, fingerprint: str | None = None) -> bool:
-        with self._lock:
-            entry = self._entries.get(before.id)
-            if not entry or (fingerprint and (entry.fingerprint, entry.document) != (fingerprint, before)):
-                return False
-            held = entry.document
-            if (held.attempt, held.revision) != (before.attempt, before.revision):
-                return False
-            self._entries[before.id] = replace(entry, document=after)
-            return True
-
-    def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
-        """See `Ledger.read_many`."""
-        return {one: self._entries[one].document for one in ids if one in self._entries}
-
-    def counts(self) -> tuple[int, int]:
-        """See `Ledger.counts`."""
-        states = [entry.document.status for entry in self._entries.values()]
-        return states.count("queued") + states.count("retrying"), states.count("running")
+__all__ = [
+    "Doorbell",
+    "MemoryImages",
+    "MemoryLedger",
+    "MemoryMessenger",
+    "MemoryOutbox",
+    "MemoryStore",
+    "TinyNetwork",
+    "outside",
+]
 
 
 @dataclass
@@ -79,12 +46,10 @@ class Doorbell:
     """Takes what would be published, and remembers it."""
 
     jobs: list[Job] = field(default_factory=list)
-    delays_s: list[float] = field(default_factory=list)
 
-    def __call__(self, job: Job, *, delay_s: float = 0) -> None:
+    def __call__(self, job: Job) -> None:
         """See `worker.broker.publish`."""
         self.jobs.append(job)
-        self.delays_s.append(delay_s)
 
 
 @dataclass
@@ -97,14 +62,22 @@ class MemoryStore:
         """See `worker.storage.Stores.open`."""
         return self
 
+    def uri(self, key: str) -> str:
+        """See `worker.storage.Store.uri`."""
+        return f"memory://{key}"
+
     def put(self, key: str, data: bytes, media_type: str) -> str:  # noqa: ARG002
         """See `worker.storage.Store.put`."""
         self.objects[key] = data
-        return f"memory://{key}"
+        return self.uri(key)
 
     def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
         """See `worker.storage.Store.put_many`: in the order given."""
         return put_each(self, objects, deadline)
+
+    def find(self, key: str) -> bytes | None:
+        """See `worker.storage.Store.find`."""
+        return self.objects.get(key)
 
     def get(self, key: str) -> bytes:
         """See `worker.storage.Store.get`."""
@@ -130,17 +103,17 @@ class MemoryImages:
 class MemoryMessenger:
     """Takes every event, or raises what it is told to."""
 
-    sent: list[Delivery] = field(default_factory=list)
+    sent: list[StatusEvent] = field(default_factory=list)
     failure: Exception | None = None
 
-    def check(self, url: str) -> None:
-        """See `worker.status.Webhooks.check`: every host is allowed."""
+    def check(self, webhook: Webhook) -> None:
+        """See `worker.status.Webhooks.check`: every host and secret is allowed."""
 
-    def send(self, delivery: Delivery) -> None:
+    def send(self, url: str, secret_ref: str | None, event: StatusEvent, message_id: str) -> None:  # noqa: ARG002
         """See `worker.status.Webhooks.send`."""
         if self.failure:
             raise self.failure
-        self.sent.append(delivery)
+        self.sent.append(event)
 
 
 class TinyNetwork:

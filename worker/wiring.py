@@ -48,7 +48,7 @@ def outside(settings: Settings, load_row: Load | None = None) -> Outside:
 
 def ledger(settings: Settings) -> RedisLedger:
     """The ledger that the settings name."""
-    return RedisLedger(settings.ledger, prefix=settings.key_prefix, retention_s=settings.retention_s)
+    return RedisLedger(settings)
 
 
 def load(settings: Settings, s3: S3, row: NetworkRow) -> Network:

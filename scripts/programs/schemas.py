@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from worker.contract import Delivery, Job, StatusDocument
+from worker.contract import Job, StatusDocument, StatusEvent
 from worker.manifest import Manifest
 from worker.wire import Wire
 
@@ -13,7 +13,7 @@ MODELS: dict[str, type[Wire]] = {
     "job.v1.json": Job,
     "status.v1.json": StatusDocument,
     "manifest.v1.json": Manifest,
-    "delivery.v1.json": Delivery,
+    "event.v1.json": StatusEvent,
 }
 
 

@@ -33,6 +33,7 @@ NEWEST = 0.2  # weight of the last pass in the mean of how long one takes
 NEVER_S = threading.TIMEOUT_MAX  # from now: no reason to look before something changes
 ALONE = (0, None, 0)  # the key of all that shares a batch with nothing
 WAITING = "waiting for the device"
+HUNG_S = 600.0  # that a pass may take: as long as a job may wait, and the first pass of a large network
 MAX_GROUPS = 64  # remembered: names of layers are a stranger's input
 
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class Batcher:
         self._begun: SimpleQueue[tuple[list[Request], Finish, float]] = SimpleQueue()
         self._broken: str | None = None
         self._free_s = 0.0  # when the device had done all that it was given before
+        self._since_s: float | None = None  # when the device was last idle, or gave an answer; none: it is idle
         self._threads: list[threading.Thread] = []
 
     @contextmanager
@@ -200,8 +202,17 @@ class Batcher:
         for index, one in enumerate(batch):
             one.end(Answer(computed, index, begun_s - one.asked_s, took_s, len(batch)))
 
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing will be computed here any more."""
+        since_s = self._since_s
+        if since_s and time.monotonic() - since_s > HUNG_S:
+            return f"the device has not answered for {HUNG_S:g} s"
+        return self._broken
+
     def _leave(self) -> None:
         self._at_device -= 1
+        self._since_s = time.monotonic() if self._at_device else None
         if len(self._groups) > MAX_GROUPS:
             self._groups = {key: group for key, group in self._groups.items() if group.waiting}
         self._changed.notify_all()
@@ -232,6 +243,7 @@ class Batcher:
                 pass
             self._at_device += 1
             self._batches += 1
+            self._since_s = self._since_s or time.monotonic()
             return batch
 
     def _choose(self) -> list[Request]:

@@ -110,6 +110,11 @@ class Residents:
         self._loading: dict[str, threading.Lock] = {}
         self._door = threading.Lock()
 
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing will be computed here any more."""
+        return self._batcher.trouble
+
     def get(self, row: NetworkRow) -> Network:
         """The live network of this row, and of no other version of it. Raises what `load` raises.
 

@@ -1,0 +1,81 @@
+"""The jobs that run in this process, and the leases that keep others from running them, too."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from worker.contract import StatusDocument
+from worker.deadline import Deadline
+from worker.errors import AttemptFenced, JobCanceled, LedgerUnavailable
+from worker.ledger import Ledger
+from worker.wire import utc_now
+
+log = logging.getLogger("gradcam")
+
+BEATS = 3  # in the time of one lease: two may fail
+LOOK_S = 1.0  # between two beats at most, so that a job is stopped soon after somebody has asked for it
+
+
+class Leases:
+    """Renews all of them together. A job whose lease is gone, or that is to stop, is told by its deadline."""
+
+    def __init__(
+        self, ledger: Ledger, worker: str, lease_s: float, health: Callable[[], str] = lambda: ""
+    ) -> None:
+        """`health` is what the worker says of itself."""
+        self._ledger, self._worker, self._health = ledger, worker, health
+        self._lease_s = lease_s
+        self._held: dict[str, tuple[int, Deadline]] = {}  # job id -> attempt
+        self._door = threading.Lock()
+
+    @contextmanager
+    def held(self, document: StatusDocument, deadline: Deadline) -> Iterator[None]:
+        """Within it, the lease of a job that has just been claimed is renewed."""
+        begun = document.started_at or document.updated_at
+        deadline.hold(self._lease_s - (utc_now() - begun).total_seconds())
+        with self._door:
+            self._held[document.id] = document.attempt, deadline
+        try:
+            yield
+        finally:
+            with self._door:
+                self._held.pop(document.id, None)
+
+    def jobs(self) -> dict[str, int]:
+        """What runs here: job id -> attempt."""
+        with self._door:
+            return {job_id: attempt for job_id, (attempt, _) in self._held.items()}
+
+    def beat(self) -> None:
+        """Renew all leases, and hear which jobs are to stop. Raises LedgerUnavailable."""
+        with self._door:
+            held = dict(self._held)
+        asked_s = time.monotonic()
+        learned = self._ledger.beat(
+            self._worker, self._health(), {job_id: attempt for job_id, (attempt, _) in held.items()}
+        )
+        for job_id, (attempt, deadline) in held.items():
+            if job_id in learned.lost:
+                deadline.cancel(AttemptFenced(f"Attempt {attempt} of job {job_id} was overtaken."))
+            elif job_id in learned.canceled:
+                deadline.cancel(JobCanceled("The job was cancelled on request."))
+            else:
+                deadline.hold(self._lease_s - (time.monotonic() - asked_s))
+
+    def let_go(self) -> dict[str, int]:
+        """Stop all that runs here; return what it was: job id -> attempt."""
+        with self._door:
+            for attempt, deadline in self._held.values():
+                deadline.cancel(AttemptFenced(f"Attempt {attempt} was handed back: its worker stops."))
+        return self.jobs()
+
+    def keep(self, stopped: threading.Event) -> None:
+        """Renew until `stopped`; a ledger out of reach is asked again."""
+        every_s = min(self._lease_s / BEATS, LOOK_S)
+        while not stopped.wait(every_s):
+            try:
+                self.beat()
+            except LedgerUnavailable as error:
+                log.warning("%s", error)

@@ -1,0 +1,67 @@
+"""Signs of life: what a worker process shows its supervisor as long as it does its work.
+
+A process can be there and do nothing: Celery's loop may hang after a restart of the broker, the device may
+never answer. It shows no sign then, and is started again.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+
+log = logging.getLogger("gradcam")
+
+EVERY_S = 1.0  # between two signs
+STILL_S = 30.0  # without a turn of the consumer's loop, which turns every second
+
+
+class Pulse:
+    """Writes a byte again and again, as long as all is well."""
+
+    def __init__(
+        self,
+        fd: int | None,
+        *,
+        reachable: Callable[[], bool],
+        ill: Callable[[], str | None],
+    ) -> None:
+        """`reachable`: whether the broker answers. `ill`: what else is wrong with the process, if
+        anything.
+        """
+        self._fd, self._reachable, self._ill = fd, reachable, ill
+        self._turned_s = time.monotonic()
+        self._ending = False
+
+    def turned(self) -> None:
+        """The consumer's loop has come round."""
+        self._turned_s = time.monotonic()
+
+    def ending(self) -> None:
+        """From now on the loop need not turn: the process ends what it has."""
+        self._ending = True
+
+    def trouble(self) -> str | None:
+        """What is wrong with this process, so that it should be started again."""
+        if self._ending:
+            return None
+        if ill := self._ill():
+            return ill
+        still_s = time.monotonic() - self._turned_s
+        if still_s > STILL_S and self._reachable():
+            return f"the broker answers, but nothing has been received for {still_s:.0f} s"
+        return None
+
+    def keep(self, stopped: threading.Event) -> None:
+        """Show signs of life until `stopped`, or until there is trouble."""
+        said = None
+        while not stopped.wait(EVERY_S):
+            trouble = self.trouble()
+            if trouble and trouble != said:
+                log.error("no sign of life any more: %s", trouble)
+            said = trouble
+            if not trouble and self._fd is not None:
+                try:
+                    os.write(self._fd, b"1")
+                except OSError:  # whoever listened is gone: the lifeline ends this process
+                    return

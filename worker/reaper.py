@@ -1,0 +1,99 @@
+"""Puts right what nobody else would: jobs whose worker died, whose pause is over, whose message was lost.
+
+One worker at a time does it, any of them; another takes over within seconds where that one is gone.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import get_args
+
+from worker.contract import Job, Priority
+from worker.errors import BrokerUnavailable, LedgerUnavailable
+from worker.ledger import Ledger
+
+log = logging.getLogger("gradcam")
+
+EVERY_S = 0.5  # a pause before a retry is as exact as this
+LEADS_S = 5.0  # that the others leave it to this worker, unless it says so again
+AT_ONCE = 200  # jobs of each kind in one round
+SILENT_EVERY_S = 2.0  # between two looks for lost messages: they cost a question to the broker
+SWEEP_EVERY_S = 600.0
+
+
+class Reaper:
+    """Looks through the ledger again and again."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        worker: str,
+        publish: Callable[[Job], None],
+        waiting: Callable[[str], int],
+        *,
+        lease_s: float,
+        lost_after_s: float,
+    ) -> None:
+        """`publish` rings the doorbell for a job; `waiting` says how many messages a priority's queue
+        holds.
+        """
+        self._ledger, self._worker = ledger, worker
+        self._publish, self._waiting = publish, waiting
+        self._lease_s, self._lost_after_s = lease_s, lost_after_s
+        self._trusted_s = 0.0  # from when on a lease that has run out means what it says
+        self._looked_s = self._swept_s = self._reached_s = 0.0
+        self._deaf = True  # the ledger was out of reach, or another worker led
+
+    def keep(self, stopped: threading.Event) -> None:
+        """Reap until `stopped`; whatever is out of reach is asked again."""
+        while not stopped.wait(EVERY_S):
+            try:
+                self.round()
+            except (LedgerUnavailable, BrokerUnavailable) as error:
+                self._deaf = True
+                log.warning("%s", error)
+            except Exception:
+                log.exception("the reaper met what nobody foresaw")
+
+    def round(self) -> None:
+        """Look once at everything that is due. Raises LedgerUnavailable, BrokerUnavailable."""
+        if not self._ledger.lead(self._worker, LEADS_S):
+            return
+        now_s = time.monotonic()
+        if self._deaf or now_s - self._reached_s > LEADS_S:
+            # Nobody could renew a lease while the ledger was away: all of them get the time to.
+            self._trusted_s, self._deaf = now_s + self._lease_s, False
+        self._reached_s = now_s
+        self._put_right(trusted=now_s >= self._trusted_s)
+        if now_s - self._looked_s > SILENT_EVERY_S:
+            self._looked_s = now_s
+            self._look_for_lost_messages()
+        if now_s - self._swept_s > SWEEP_EVERY_S:
+            self._swept_s = now_s
+            self._ledger.sweep()
+
+    def _put_right(self, *, trusted: bool) -> None:
+        overdue = self._ledger.overdue(AT_ONCE)
+        for job_id in overdue["expired"]:
+            self._ledger.expire(job_id)
+        for job_id in overdue["due"]:
+            if self._ledger.requeue(job_id):
+                self._ring(job_id, "is due again")
+        for job_id in overdue["lost"] if trusted else ():
+            if self._ledger.lose(job_id):
+                self._ring(job_id, "was lost with its worker: it runs again, alone")
+
+    def _look_for_lost_messages(self) -> None:
+        for route in get_args(Priority):
+            silent = self._ledger.silent(
+                route, empty=not self._waiting(route), lost_after_s=self._lost_after_s, limit=AT_ONCE
+            )
+            for job_id in silent:
+                self._ring(job_id, "has no message that is to be found: it is published again")
+
+    def _ring(self, job_id: str, why: str) -> None:
+        job = self._ledger.job(job_id)
+        if job:
+            log.info("job %s %s", job_id, why)
+            self._publish(job)
