@@ -1,12 +1,14 @@
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from worker.doctor import Finding, examine
+from worker.doctor import Finding, _workers, examine
 from worker.gradcam.catalog import CATALOG
 from worker.gradcam.weights import digest
+from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
 
 
@@ -22,8 +24,21 @@ def test_a_worker_with_everything_is_well(settings: Settings, tmp_path: Path) ->
     assert findings["weights of efficientnet_lite0"].detail.endswith(".weights.h5")
     others = len(CATALOG) - 1
     assert f"Keras downloads those of {others} others" in findings["weights"].detail, "in one line"
-    assert len(findings) == 6
-    assert (tmp_path / "doctor" / "probe.txt").exists()
+    assert findings["workers"].detail == "none takes jobs just now"
+    assert len(findings) == 7
+    assert (tmp_path / "health" / "probe.txt").exists()
+
+
+def test_what_the_running_workers_say_of_themselves_is_told(settings: Settings) -> None:
+    ledger = RedisLedger(settings)
+    well = {"device": "NVIDIA H100", "since": "2026-11-01T00:00:00Z", "running": 3, "trouble": None}
+    ledger.beat("gpu-1:7", json.dumps(well), {})
+    ledger.beat("gpu-2:7", json.dumps({**well, "trouble": "The storage failed 3 times."}), {})
+    findings = {finding.what: finding for finding in _workers(settings)}
+    assert findings["worker gpu-1:7"].well
+    assert findings["worker gpu-1:7"].detail.startswith("NVIDIA H100, 3 jobs at work")
+    assert not findings["worker gpu-2:7"].well
+    assert findings["worker gpu-2:7"].detail == "The storage failed 3 times."
 
 
 @pytest.mark.tensorflow

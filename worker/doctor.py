@@ -1,6 +1,7 @@
 """`gradcam doctor`: is everything there that a worker needs, and what to do where it is not."""
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from worker.errors import (
     GradcamError,
     InternalError,
     InvalidSettings,
+    LedgerUnavailable,
     UnknownNetwork,
 )
 from worker.gradcam import weights
@@ -42,6 +44,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     broker_fix = "Start Redis or Valkey there, or set GRADCAM_BROKER_URL."
     yield _look("broker", _broker, settings, broker_fix)
     yield _look("ledger", _ledger, settings, broker_fix.replace("BROKER", "LEDGER"))
+    yield from _workers(settings)
     if importlib.util.find_spec("keras") is None:
         detail = "not installed: from here jobs can be submitted, not run"
         fix = "For a worker: pip install 'gradcam-worker[cpu]' (or [gpu])."
@@ -140,6 +143,24 @@ def _ledger(settings: Settings) -> str:
     ledger = RedisLedger(settings)
     queued, running = ledger.counts()
     return f"{without_secrets(settings.ledger)}: {queued} queued, {running} running"
+
+
+def _workers(settings: Settings) -> Iterator[Finding]:
+    """What the workers say of themselves that run now, wherever they are."""
+    try:
+        found = RedisLedger(settings).workers()
+    except LedgerUnavailable:
+        return  # which has been told already
+    if not found:
+        yield Finding("workers", well=True, detail="none takes jobs just now")
+    for name, text in sorted(found.items()):
+        said = json.loads(text)
+        detail = f"{said['device']}, {said['running']} jobs at work, since {said['since']}"
+        trouble = said["trouble"]
+        fix = "It takes jobs again by itself as soon as that is over."
+        yield Finding(
+            f"worker {name}", well=not trouble, detail=trouble or detail, fix=fix if trouble else ""
+        )
 
 
 def _storage(settings: Settings) -> str:
