@@ -26,11 +26,12 @@ from worker.errors import (
     JobTimeout,
     UriNotAllowed,
 )
-from worker.images import Images, presentable
+from worker.images import Images, open_below, presentable
 from worker.s3 import S3
 from worker.settings import Settings
 
 DATA = b"not decoded here"
+LOCAL = ("127.0.0.0/8",)  # where these tests' servers are
 
 
 def fetch(uri: str, seconds: float = 10, sha256: str | None = None, **settings: Any) -> bytes:
@@ -124,6 +125,37 @@ class TestFiles:
             with pytest.raises(ImageNotFound):
                 fetch((tmp_path / name).as_uri(), image_schemes=("file",), image_roots=(str(tmp_path),))
 
+    def test_a_link_within_the_roots_is_followed_and_names_may_repeat(self, tmp_path: Path) -> None:
+        folder = tmp_path / "a" / "a"
+        folder.mkdir(parents=True)
+        (folder / "a").write_bytes(DATA)
+        (tmp_path / "link").symlink_to(folder)
+        uri = (tmp_path / "link" / "a").as_uri()
+        assert fetch(uri, image_schemes=("file",), image_roots=("/nowhere", str(tmp_path))) == DATA
+
+    def test_a_link_or_a_pipe_put_in_place_after_the_check_is_not_opened(self, tmp_path: Path) -> None:
+        root, outside = (tmp_path / "root").resolve(), tmp_path / "outside"
+        for folder in (root / "real", outside):
+            folder.mkdir(parents=True)
+            (folder / "a.jpg").write_bytes(DATA)
+        (root / "folder").symlink_to(outside)
+        (root / "file").symlink_to(outside / "a.jpg")
+        os.mkfifo(root / "pipe")
+        (root / "socket").symlink_to("/dev/zero")
+        for name in ("folder/a.jpg", "file", "pipe", "socket", "real", "", "../outside/a.jpg"):
+            with pytest.raises((OSError, ValueError)):
+                open_below(root, root / name)
+        with open_below(root, root / "real" / "a.jpg") as file:
+            assert file.read() == DATA
+
+    def test_a_socket_and_a_device_are_no_files(self, tmp_path: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(tmp_path / "s"))
+            with pytest.raises(ImageNotFound):
+                fetch((tmp_path / "s").as_uri(), image_schemes=("file",), image_roots=(str(tmp_path),))
+        with pytest.raises(ImageNotFound):
+            fetch("file:///dev/zero", image_schemes=("file",), image_roots=("/dev",))
+
     def test_a_large_file_is_refused_with_the_limit(self, tmp_path: Path) -> None:
         (tmp_path / "large").write_bytes(b"x" * 101)
         with pytest.raises(ImageTooLarge, match="more than 100 bytes"):
@@ -137,7 +169,9 @@ class TestFiles:
 
 class TestHttp:
     def get(self, server: Any, uri: str, seconds: float = 10, **more: Any) -> bytes:
-        return fetch(uri, seconds, image_schemes=("http",), image_hosts=(server.host,), **more)
+        return fetch(
+            uri, seconds, image_schemes=("http",), image_hosts=(server.host,), private_networks=LOCAL, **more
+        )
 
     def test_an_image_on_an_allowed_host_is_read(self, http_server: Any, answer: Any) -> None:
         assert self.get(http_server, http_server.url("/a.jpg?size=1", answer(200, DATA))) == DATA
@@ -211,7 +245,12 @@ class TestHttp:
 
     def test_a_host_that_does_not_answer_may_answer_later(self) -> None:
         with pytest.raises(ImageFetchFailed, match="Connection refused"):
-            fetch("http://127.0.0.1:1/a", image_schemes=("http",), image_hosts=("127.0.0.1:1",))
+            fetch(
+                "http://127.0.0.1:1/a",
+                image_schemes=("http",),
+                image_hosts=("127.0.0.1:1",),
+                private_networks=LOCAL,
+            )
 
 
 class TestS3:
@@ -327,6 +366,7 @@ def test_a_server_that_drips_is_cut_off_in_time(first: bytes, again: bytes) -> N
                 f"http://{server.host}/",
                 image_schemes=("http",),
                 image_hosts=(server.host,),
+                private_networks=LOCAL,
                 fetch_timeout_s=0.5,
             )
         assert time.monotonic() - begun < 15, "the server would have gone on for 20 s"
@@ -337,7 +377,7 @@ def test_a_compressed_body_is_not_unpacked(http_server: Any, answer: Any, encodi
     bomb = gzip.compress(gzip.compress(bytes(50_000_000)))
     url = http_server.url("/bomb", answer(200, bomb, headers={"content-encoding": encoding}))
     with pytest.raises(ImageFetchFailed, match="its body is encoded"):
-        fetch(url, image_schemes=("http",), image_hosts=(http_server.host,))
+        fetch(url, image_schemes=("http",), image_hosts=(http_server.host,), private_networks=LOCAL)
 
 
 @pytest.mark.parametrize("host", ["xn--a", "exa\u0000mple", "*.test"])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = {"numpy", "cv2", "boto3", "botocore", "obstore", "PIL", "httpx", "keras", "tensorflow"}
+HEAVY = {"numpy", "cv2", "boto3", "botocore", "obstore", "PIL", "httpcore", "httpx", "keras", "tensorflow"}
 
 
 def loaded_by(statements: str) -> set[str]:

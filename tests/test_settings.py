@@ -35,7 +35,9 @@ def test_variables_are_read_and_lists_are_split_at_commas() -> None:
         ({"GRADCAM_IMAGE_SCHEMES": "s3,ftp"}, "not all of ['ftp', 's3']"),
         ({"GRADCAM_IMAGE_SCHEMES": "https"}, "image_hosts names no host"),
         ({"GRADCAM_IMAGE_SCHEMES": "file"}, "image_roots names no folder"),
-        ({"GRADCAM_IMAGE_SCHEMES": "https", "GRADCAM_IMAGE_HOSTS": "*"}, "exact hosts, no wildcard"),
+        ({"GRADCAM_IMAGE_HOSTS": "*"}, "GRADCAM_IMAGE_HOSTS: '*' is not a host: write host, host:port"),
+        ({"GRADCAM_WEBHOOK_HOSTS": "*.com"}, "GRADCAM_WEBHOOK_HOSTS: '*.com' would let in too much"),
+        ({"GRADCAM_PRIVATE_NETWORKS": "10.0.0.1/8"}, "GRADCAM_PRIVATE_NETWORKS: '10.0.0.1/8' is not a netw"),
         ({"GRADCAM_S3_ACCESS_KEY_ID": "key"}, "must be given together"),
         ({"GRADCAM_OUTPUT": "results"}, "must look like s3://bucket/prefix"),
         ({"GRADCAM_OUTPUT": "s3://"}, "must look like s3://bucket/prefix"),
@@ -47,7 +49,6 @@ def test_variables_are_read_and_lists_are_split_at_commas() -> None:
         ({"GRADCAM_VISIBILITY_TIMEOUT_S": "inf"}, "GRADCAM_VISIBILITY_TIMEOUT_S"),
         ({"GRADCAM_RETENTION_S": "nan"}, "GRADCAM_RETENTION_S"),
         ({"GRADCAM_PRECISION": "float16"}, "GRADCAM_PRECISION: Input should be 'float32', 'tf32'"),
-        ({"GRADCAM_RETRY_BACKOFF_MAX_S": "9999"}, "below visibility_timeout_s"),
     ],
 )
 def test_an_impossible_setting_is_named(variables: dict[str, str], expected: str) -> None:

@@ -2,15 +2,19 @@
 
 import base64
 import binascii
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote_to_bytes
 
 from worker.contract import ImageRef
 from worker.deadline import Deadline
+from worker.dialler import Resolve, look_up
 from worker.errors import (
     ChecksumMismatch,
     ImageDecodeFailed,
@@ -26,6 +30,7 @@ from worker.web import Web, WebFailed
 
 OK = 200
 NOT_FOUND = {404, 410}
+SEARCH = os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)  # a folder may be passed that cannot be listed
 FORBIDDEN = {400, 401, 403, 405, 406, 407, 451}  # asking again in the same way is of no use
 
 
@@ -41,11 +46,17 @@ class Fetched:
 class Images:
     """Reads what the operator allows to be read, within its limits."""
 
-    def __init__(self, settings: Settings, s3: S3) -> None:
-        """Nothing is opened until it is needed."""
+    def __init__(self, settings: Settings, s3: S3, resolve: Resolve = look_up) -> None:
+        """Nothing is opened until it is needed; `resolve` finds the addresses of hosts."""
         self._settings = settings
         self._s3 = s3
-        self._web = Web(settings.image_hosts, settings.image_schemes, "GRADCAM_IMAGE_HOSTS")
+        self._web = Web(
+            settings.image_hosts,
+            settings.image_schemes,
+            "GRADCAM_IMAGE_HOSTS",
+            settings.private_networks,
+            resolve=resolve,
+        )
         self._readers: dict[str, Callable[[str, Deadline], bytes]] = {
             "s3": self._read_s3,
             "http": self._read_http,
@@ -117,7 +128,8 @@ class Images:
         except (OSError, ValueError) as error:  # a loop of links, a null byte
             message = f"{presentable(uri)} is not a path: {error}"
             raise UriNotAllowed(message) from error
-        if host not in {"", "localhost"} or not any(path.is_relative_to(root) for root in roots):
+        root = next((root for root in roots if path.is_relative_to(root)), None)
+        if host not in {"", "localhost"} or root is None:
             folders = ", ".join(map(str, roots))
             message = f"{presentable(uri)} is not allowed: images may come from the folders {folders}."
             raise UriNotAllowed(message)
@@ -125,8 +137,11 @@ class Images:
             if not path.is_file():
                 message = f"There is no file {path}."
                 raise ImageNotFound(message)
-            with path.open("rb") as file:
+            with open_below(root, path) as file:
                 data = file.read(self._settings.max_image_bytes + 1)
+        except (FileNotFoundError, NotADirectoryError) as error:  # since it was looked for
+            message = f"There is no file {path}."
+            raise ImageNotFound(message) from error
         except PermissionError as error:
             message = f"The worker may not read {path}."
             raise ImageForbidden(message) from error
@@ -152,6 +167,31 @@ class Images:
             message = "The data URI has no comma: write data:image/png;base64,..."
             raise ImageDecodeFailed(message)
         return unquote_to_bytes(body)
+
+
+def open_below(root: Path, path: Path) -> BinaryIO:
+    """Open a file below a folder, and nothing that came to stand in its place since both were resolved.
+
+    Folder by folder, none through a symbolic link: whoever can write below a root could put a link where
+    the path was checked a moment ago. A pipe does not hold the open up; what is no file is not read.
+    Raises OSError.
+    """
+    *folders, name = path.relative_to(root).parts or (".",)
+    if ".." in folders:
+        raise FileNotFoundError(errno.ENOENT, "Not resolved", str(path))
+    place = os.open(root, SEARCH)
+    try:
+        for folder in folders:
+            inner = os.open(folder, SEARCH | os.O_NOFOLLOW, dir_fd=place)
+            os.close(place)
+            place = inner
+        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=place)
+    finally:
+        os.close(place)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise FileNotFoundError(errno.ENOENT, "Not a file", str(path))
+    return os.fdopen(file, "rb")
 
 
 def presentable(uri: str) -> str:

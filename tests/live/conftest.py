@@ -78,6 +78,7 @@ def make_stage(
                 image_buckets=("photos",),
                 image_hosts=(public_server.host,),
                 webhook_hosts=(public_server.host,),
+                private_networks=("127.0.0.0/8",),
                 max_image_bytes=1_000_000,
                 visibility_timeout_s=6,
                 retry_backoff_s=0.1,
