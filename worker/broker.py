@@ -7,6 +7,7 @@ in the ledger, so a message that comes twice costs nothing.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from typing import Any
 
 import kombu.exceptions
 import redis.exceptions as redis_errors
@@ -83,16 +84,28 @@ def publish(app: Celery, job: Job, *, entered_at: datetime | None = None) -> Non
 
     `entered_at`, when the job was entered in the ledger, saves its worker a look there: see `Ledger.take`.
     """
-    queue, priority = ROUTES[job.priority]
+    headers = {ENTERED_AT: entered_at.isoformat()} if entered_at else None
+    _send(app, job.model_dump(mode="json"), job.id, job.priority, headers)
+
+
+def ring(app: Celery, job_id: str, priority: str) -> None:
+    """Ring again for a job that the ledger has: its id is enough. Raises BrokerUnavailable."""
+    _send(app, {"id": job_id}, job_id, priority, None)
+
+
+def _send(
+    app: Celery, payload: dict[str, Any], job_id: str, priority: str, headers: dict[str, str] | None
+) -> None:
+    queue, number = ROUTES[priority]
     with _reaching(app):
         app.send_task(
             EXPLAIN,
-            args=[job.model_dump(mode="json")],
+            args=[payload],
             queue=queue,
-            priority=priority,
-            task_id=job.id,
-            headers={ENTERED_AT: entered_at.isoformat()} if entered_at else None,
-            argsrepr=f"<{job.id}>",  # else the headers, and logs, repeat the job with its URLs
+            priority=number,
+            task_id=job_id,
+            headers=headers,
+            argsrepr=f"<{job_id}>",  # else the headers, and logs, repeat the job with its URLs
             kwargsrepr="",
             retry_policy={"max_retries": 1, "interval_start": 0.1, "interval_max": 1},
         )

@@ -47,7 +47,7 @@ def gather(settings: Settings, app: Celery, outside: Outside) -> Crew:
     reaper = Reaper(
         ledger,
         me.id,
-        partial(broker.publish, app),
+        partial(broker.ring, app),
         partial(broker.waiting, app),
         lease_s=settings.lease_s,
         lost_after_s=settings.lost_after_s,

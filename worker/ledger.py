@@ -178,6 +178,11 @@ class Ledger(ABC):
         except InvalidJob:
             return None
 
+    def route(self, job_id: str) -> str | None:
+        """By which priority a job is published, whether or not this version can read it."""
+        held = self._find(job_id)
+        return held.route if held else None
+
     def refuse(self, job_id: str, payload: object, error: GradcamError) -> StatusDocument:
         """Write down that a message could not become a job.
 

@@ -24,6 +24,11 @@ log = logging.getLogger("gradcam")
 
 RETURN_AFTER_S = 1  # before a message goes back, so that an outage makes no busy loop
 LAST_WORD_S = 5.0  # for what is under way beside the jobs when they have ended: deliveries, the last renewal
+HAND_BACK_S = 8.0  # for handing back what runs and ending: less than a supervisor grants
+SETTLE_S = 2.0  # when everything is back, until the process has to have ended by itself
+HAND_BACK_EVERY_S = 0.2  # meanwhile: one was just beginning, the ledger did not answer
+PROBE_S = 2.0  # that the broker has, to show that it answers
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)  # Celery's own ways lead astray here
 
 
 def register(app: Celery, desk: Desk) -> None:
@@ -82,7 +87,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
         logging.getLogger(chatty).setLevel(logging.WARNING)
     setup_logging.connect(_keep_logging)
     if ready_fd is not None:
-        lifeline.watch(lambda: _end(settings.shutdown_timeout_s))
+        lifeline.watch(lambda: _end(settings.shutdown_timeout_s + HAND_BACK_S))
     app = broker.make_app(settings)
     outside = wiring.outside(settings, load)
     wiring.prepare(settings)
@@ -92,7 +97,8 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
     for name in settings.preload:
         outside.residents.warm(outside.networks.find(name))
         log.info("%s is loaded", name)
-    pulse = Pulse(ready_fd, reachable=partial(broker.answers, app), ill=lambda: outside.residents.trouble)
+    probe = partial(broker.answers, broker.make_app(settings, timeout_s=PROBE_S))
+    pulse = Pulse(ready_fd, reachable=probe, ill=lambda: outside.residents.trouble)
     app.turned = pulse.turned
     stopped, signals = threading.Event(), SimpleQueue[int]()
     keepers = [
@@ -107,15 +113,23 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
         threading.Thread(target=pulse.keep, args=[stopped], name="pulse", daemon=True).start()
 
     def give_up() -> None:
-        """Hand everything back: at a second signal, or when the time is up."""
+        """When the time is up, or at a second signal: hand everything back, and see to it that this ends."""
         signals.get()
         pulse.ending()
         try:
             signals.get(timeout=settings.shutdown_timeout_s)
+            log.warning("asked to stop again: what still runs is handed back")
         except Empty:
             log.warning("%g s are over: what still runs is handed back", settings.shutdown_timeout_s)
-        _hand_back(desk, app)
-        os._exit(0)
+        # A ledger may not even refuse.
+        end = threading.Timer(HAND_BACK_S, lambda: _leave(0 if stopped.is_set() else 1))
+        end.daemon = True
+        end.start()
+        all_back = _hand_back(desk, app, stopped)
+        # It ends by itself, and then what was received and not begun goes back, too; or some thread is
+        # stuck, and it does not.
+        if not stopped.wait(SETTLE_S):
+            _leave(0 if all_back else 1)
 
     worker_ready.connect(ready, weak=False)
     threading.Thread(target=give_up, name="give up", daemon=True).start()
@@ -131,31 +145,53 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
     log.info("%s on %s takes jobs, %d threads", desk.worker.id, desk.worker.device, settings.threads)
     consumer.start()
     stopped.set()
+    end_s = time.monotonic() + LAST_WORD_S
     for one in keepers:
-        one.join(LAST_WORD_S)
+        one.join(max(end_s - time.monotonic(), 0))
     return int(consumer.exitcode or 0)
 
 
 def _listen(signals: SimpleQueue[int]) -> None:
-    """Note each SIGTERM, beside what Celery does at the first: it takes nothing new and ends what it has."""
+    """Note each signal that asks for an end, beside what Celery does at SIGTERM: it takes nothing new, and
+    ends what it has.
+
+    At SIGINT and SIGQUIT it would do what a pool of threads cannot, and at SIGHUP start this program again.
+    """
     celerys: Any = signal.getsignal(signal.SIGTERM)
 
     def note(number: int, frame: object) -> None:
         signals.put(number)
         celerys(number, frame)
 
-    signal.signal(signal.SIGTERM, note)
+    for one in STOPS:
+        signal.signal(one, note)
 
 
-def _hand_back(desk: Desk, app: Celery) -> None:
-    """What runs here, back into the queue. What cannot be is found by the reaper, when its lease runs out."""
-    try:
-        for job_id in desk.hand_back():
-            if job := desk.ledger.job(job_id):
-                broker.publish(app, job)
-                log.info("job %s is handed back", job_id)
-    except (LedgerUnavailable, BrokerUnavailable) as error:
-        log.warning("%s", error)
+def _hand_back(desk: Desk, app: Celery, stopped: threading.Event) -> bool:
+    """What runs here, back into the queue, until it has ended here, too; whether all of it is back.
+
+    What is not, the reaper finds when its lease runs out.
+    """
+    end_s = time.monotonic() + LAST_WORD_S
+    while True:
+        try:
+            for job_id in desk.hand_back():
+                if job := desk.ledger.job(job_id):
+                    broker.publish(app, job)
+                    log.info("job %s is handed back", job_id)
+            all_back = True
+        except (LedgerUnavailable, BrokerUnavailable) as error:
+            log.warning("%s", error)
+            all_back = False
+        if not desk.leases.jobs() or time.monotonic() > end_s or stopped.wait(HAND_BACK_EVERY_S):
+            return all_back
+
+
+def _leave(code: int) -> None:
+    """End here and now: Python would wait for threads that are stuck."""
+    log.warning("some jobs do not stop: the process leaves them")
+    logging.shutdown()
+    os._exit(code)
 
 
 def _keep_logging(**_: object) -> None:
@@ -164,5 +200,7 @@ def _keep_logging(**_: object) -> None:
 
 def _end(timeout_s: float) -> None:
     log.warning("whoever started this worker is gone: ending")
-    threading.Timer(timeout_s, os._exit, [1]).start()
+    timer = threading.Timer(timeout_s, os._exit, [1])
+    timer.daemon = True  # or the end would wait for it
+    timer.start()
     os.kill(os.getpid(), signal.SIGTERM)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import get_args
 
-from worker.contract import Job, Priority
+from worker.contract import Priority
 from worker.errors import BrokerUnavailable, LedgerUnavailable
 from worker.ledger import Ledger
 
@@ -29,17 +29,17 @@ class Reaper:
         self,
         ledger: Ledger,
         worker: str,
-        publish: Callable[[Job], None],
+        ring: Callable[[str, str], None],
         waiting: Callable[[str], int],
         *,
         lease_s: float,
         lost_after_s: float,
     ) -> None:
-        """`publish` rings the doorbell for a job; `waiting` says how many messages a priority's queue
-        holds.
+        """`ring` publishes a job again, by its id and priority; `waiting` says how many messages a
+        priority's queue holds.
         """
         self._ledger, self._worker = ledger, worker
-        self._publish, self._waiting = publish, waiting
+        self._ring_for, self._waiting = ring, waiting
         self._lease_s, self._lost_after_s = lease_s, lost_after_s
         self._trusted_s = 0.0  # from when on a lease that has run out means what it says
         self._looked_s = self._swept_s = self._reached_s = 0.0
@@ -47,14 +47,19 @@ class Reaper:
 
     def keep(self, stopped: threading.Event) -> None:
         """Reap until `stopped`; whatever is out of reach is asked again."""
+        reached = True
         while not stopped.wait(EVERY_S):
             try:
                 self.round()
             except (LedgerUnavailable, BrokerUnavailable) as error:
                 self._deaf = True
-                log.warning("%s", error)
+                if reached:  # said once in an outage
+                    log.warning("nothing can be put right: %s", error)
+                reached = False
             except Exception:
                 log.exception("the reaper met what nobody foresaw")
+            else:
+                reached = True
 
     def round(self) -> None:
         """Look once at everything that is due. Raises LedgerUnavailable, BrokerUnavailable."""
@@ -76,13 +81,23 @@ class Reaper:
     def _put_right(self, *, trusted: bool) -> None:
         overdue = self._ledger.overdue(AT_ONCE)
         for job_id in overdue["expired"]:
-            self._ledger.expire(job_id)
+            self._one(job_id, self._ledger.expire)
         for job_id in overdue["due"]:
-            if self._ledger.requeue(job_id):
+            if self._one(job_id, self._ledger.requeue):
                 self._ring(job_id, "is due again")
         for job_id in overdue["lost"] if trusted else ():
-            if self._ledger.lose(job_id):
+            if self._one(job_id, self._ledger.lose):
                 self._ring(job_id, "was lost with its worker: it runs again, alone")
+
+    def _one(self, job_id: str, change: Callable[[str], bool | None]) -> bool:
+        """Change one job; one whose record cannot be read must not keep the others waiting."""
+        try:
+            return bool(change(job_id))
+        except (LedgerUnavailable, BrokerUnavailable):
+            raise
+        except Exception:
+            log.exception("job %s cannot be put right", job_id)
+            return False
 
     def _look_for_lost_messages(self) -> None:
         for route in get_args(Priority):
@@ -93,7 +108,7 @@ class Reaper:
                 self._ring(job_id, "has no message that is to be found: it is published again")
 
     def _ring(self, job_id: str, why: str) -> None:
-        job = self._ledger.job(job_id)
-        if job:
+        route = self._ledger.route(job_id)
+        if route:
             log.info("job %s %s", job_id, why)
-            self._publish(job)
+            self._ring_for(job_id, route)

@@ -94,12 +94,12 @@ class RedisLedger(Ledger):
         return Entry(fingerprint, job, key, StatusDocument.model_validate_json(text))
 
     def _find(self, job_id: str) -> Entry | None:
-        names = ("fingerprint", "job", "document")
+        names = ("fingerprint", "job", "document", "route")
         with self.server.reaching():
-            fingerprint, job, text = self.server.redis.hmget(self._key(job_id), *names)
-        if fingerprint is None:
+            fingerprint, job, text, route = map(str, self.server.redis.hmget(self._key(job_id), *names))
+        if fingerprint == str(None):
             return None
-        return Entry(str(fingerprint), str(job), None, StatusDocument.model_validate_json(str(text)))
+        return Entry(fingerprint, job, None, StatusDocument.model_validate_json(text), route)
 
     def _swap(
         self,

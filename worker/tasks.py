@@ -74,6 +74,9 @@ class Desk:
             while not (end := self._received(job_id, payload)):
                 pass
         except (InvalidJob, IdempotencyConflict) as error:
+            if payload == {"id": job_id}:
+                log.warning("job %s is not in the ledger any more: its message is dropped", job_id)
+                return "dropped"
             self.refuse(job_id, payload, error)
             return "done"
         except AttemptFenced as error:
@@ -113,7 +116,11 @@ class Desk:
         return document
 
     def hand_back(self) -> list[str]:
-        """Give up all that runs here, without loss of an attempt; return what is to be published again."""
+        """Give up all that runs here, without loss of an attempt; return what is to be published again.
+
+        Nothing is begun here any more. Asked again, it finds what was just beginning then.
+        """
+        self.floor.close()
         running = self.leases.let_go()
         return [job_id for job_id, attempt in running.items() if self.ledger.hand_back(job_id, attempt)]
 

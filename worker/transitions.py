@@ -61,7 +61,8 @@ def claimed(before: StatusDocument, worker: WorkerRef) -> StatusDocument:
 
 def expired(before: StatusDocument) -> StatusDocument:
     """Its time passed while it waited."""
-    error = JobExpired(f"The job expired at {before.expires_at}, before it was started.")
+    what = "its next attempt began" if before.attempt else "it was started"
+    error = JobExpired(f"The job expired at {before.expires_at}, before {what}.")
     return _ended(before, "expired", error, "queue")
 
 
