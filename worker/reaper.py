@@ -4,6 +4,7 @@ One worker at a time does it, any of them; another takes over within seconds whe
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ log = logging.getLogger("gradcam")
 
 EVERY_S = 0.5  # a pause before a retry is as exact as this
 LEADS_S = 5.0  # that the others leave it to this worker, unless it says so again
+GRACE_S = 5.0  # for living workers to renew their leases when the ledger is back: they try every second
 AT_ONCE = 200  # jobs of each kind in one round
 SILENT_EVERY_S = 2.0  # between two looks for lost messages: they cost a question to the broker
 SWEEP_EVERY_S = 600.0
@@ -42,8 +44,9 @@ class Reaper:
         self._ring_for, self._waiting = ring, waiting
         self._lease_s, self._lost_after_s = lease_s, lost_after_s
         self._trusted_s = 0.0  # from when on a lease that has run out means what it says
-        self._looked_s = self._swept_s = self._reached_s = 0.0
-        self._deaf = True  # the ledger was out of reach, or another worker led
+        self._looked_s = self._swept_s = 0.0
+        self._reached_s = math.inf  # when the ledger answered last; not yet
+        self._deaf = False  # the ledger was out of reach
 
     def keep(self, stopped: threading.Event) -> None:
         """Reap until `stopped`; whatever is out of reach is asked again."""
@@ -63,13 +66,13 @@ class Reaper:
 
     def round(self) -> None:
         """Look once at everything that is due. Raises LedgerUnavailable, BrokerUnavailable."""
-        if not self._ledger.lead(self._worker, LEADS_S):
-            return
-        now_s = time.monotonic()
+        leads, now_s = self._ledger.lead(self._worker, LEADS_S), time.monotonic()
         if self._deaf or now_s - self._reached_s > LEADS_S:
             # Nobody could renew a lease while the ledger was away: all of them get the time to.
             self._trusted_s, self._deaf = now_s + self._lease_s, False
         self._reached_s = now_s
+        if not leads:
+            return
         self._put_right(trusted=now_s >= self._trusted_s)
         if now_s - self._looked_s > SILENT_EVERY_S:
             self._looked_s = now_s
