@@ -55,7 +55,7 @@ class Reaper:
             try:
                 self.round()
             except (LedgerUnavailable, BrokerUnavailable) as error:
-                self._deaf = True
+                self._deaf = self._deaf or isinstance(error, LedgerUnavailable)
                 if reached:  # said once in an outage
                     log.warning("nothing can be put right: %s", error)
                 reached = False
