@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import ssl
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from pydantic import SecretStr
 
 from worker import embedded
@@ -114,6 +116,7 @@ class HttpServer:
     host: str
     answers: dict[str, Answer] = field(default_factory=dict)
     received: list[tuple[str, bytes]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)  # of what it received
 
     def url(self, path: str, answer: Answer) -> str:
         """Prepare an answer; return where it is to be had."""
@@ -147,6 +150,7 @@ def serving() -> Iterator[HttpServer]:
         def do_GET(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             server.received.append((self.path, body))
+            server.headers.append({name.lower(): value for name, value in self.headers.items()})
             answer = server.answers.get(self.path, Answer(404))
             answer.before()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client gave up
@@ -170,3 +174,60 @@ def serving() -> Iterator[HttpServer]:
         threading.Thread(target=listener.serve_forever, args=[0.05], daemon=True).start()
         yield server
         listener.shutdown()
+
+
+@dataclass
+class Encrypted:
+    """TLS in front of a server that has none, with a certificate for `localhost`."""
+
+    port: int
+    ca: Path  # who vouches for it
+
+
+@pytest.fixture(scope="session")
+def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Encrypted]]:
+    """Put TLS before a port of this machine, for as long as the tests run."""
+    ca = tmp_path_factory.mktemp("tls") / "ca.pem"
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    authority.cert_pem.write_to_path(str(ca))
+    with contextlib.ExitStack() as stack:
+
+        def start(target: int) -> Encrypted:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            threading.Thread(target=_encrypt, args=[listener, context, target], daemon=True).start()
+            stack.callback(listener.shutdown, socket.SHUT_RDWR)
+            return Encrypted(listener.getsockname()[1], ca)
+
+        yield start
+
+
+def _encrypt(listener: socket.socket, context: ssl.SSLContext, target: int) -> None:
+    with contextlib.suppress(OSError):  # until it is shut down
+        while True:
+            caller, _ = listener.accept()
+            threading.Thread(target=_pass_on, args=[caller, context, target], daemon=True).start()
+
+
+def _pass_on(caller: socket.socket, context: ssl.SSLContext, target: int) -> None:
+    """Both ways, until either side has had enough."""
+    with (
+        caller,
+        contextlib.suppress(OSError),
+        context.wrap_socket(caller, server_side=True) as inside,
+        socket.create_connection(("127.0.0.1", target)) as outside,
+    ):
+        back = threading.Thread(target=_pump, args=[outside, inside], daemon=True)
+        back.start()
+        _pump(inside, outside)
+        back.join()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65_536):
+            sink.sendall(data)
+    for end in (source, sink):
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)

@@ -1,10 +1,12 @@
 """Who works in a worker process: the desk, and those who keep at something beside it."""
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from celery import Celery
 
@@ -12,8 +14,9 @@ from worker import broker, storage, wiring
 from worker.breaker import Breaker
 from worker.contract import StatusEvent
 from worker.courier import Courier, Deliver
+from worker.errors import InvalidSettings, StatusUnavailable
 from worker.leases import Leases
-from worker.outbox import Outbox, Parcel
+from worker.outbox import Parcel
 from worker.outside import Outside
 from worker.reaper import Reaper
 from worker.redis_outbox import RedisOutbox
@@ -22,7 +25,13 @@ from worker.status import message_id
 from worker.tasks import Desk
 from worker.wire import utc_now
 
+if TYPE_CHECKING:
+    from worker.sql_status import SqlStatus
+
+log = logging.getLogger("gradcam")
+
 SQL = "sql"  # the name of the sink
+PRUNE_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -59,28 +68,50 @@ def gather(settings: Settings, app: Celery, outside: Outside) -> Crew:
             hook = parcel.webhook
             outside.webhooks.send(hook.url, hook.secret_ref, event, message_id(parcel.document))
 
+    keepers = {"leases": leases.keep, "reaper": reaper.keep, "breaker": breaker.watch}
+    sinks: dict[str, Deliver] = {}
+    database = _database(settings)
+    if database:
+        sinks[SQL] = lambda parcel, _: database.write(parcel.document)
+        keepers["database"] = partial(_prune, database)
+        outbox.open_sink(SQL)
+    else:
+        outbox.close_sink(SQL)
     courier = Courier(
         outbox,
         to_webhook,
-        _sinks(settings, outbox),
+        sinks,
         threads=settings.couriers,
         give_up_s=settings.webhook_give_up_s,
     )
-    return Crew(
-        Desk(settings, ledger, outside, me, leases, breaker),
-        {"leases": leases.keep, "reaper": reaper.keep, "courier": courier.keep, "breaker": breaker.watch},
-    )
+    keepers["courier"] = courier.keep
+    return Crew(Desk(settings, ledger, outside, me, leases, breaker), keepers)
 
 
-def _sinks(settings: Settings, outbox: Outbox) -> dict[str, Deliver]:
-    """Who is told of every job: a database, where there is one."""
+def _database(settings: Settings) -> "SqlStatus | None":
+    """The database that is told of every job, where there is one. Raises InvalidSettings."""
     url = settings.status_sql_url.get_secret_value()
     if not url:
-        outbox.close_sink(SQL)
-        return {}
-    from worker.sql_status import SqlStatus
+        return None
+    try:
+        from worker.sql_status import SqlStatus
 
-    database = SqlStatus(url, settings.status_sql_retention_s, connections=settings.couriers)
-    database.upgrade()
-    outbox.open_sink(SQL)
-    return {SQL: lambda parcel, _: database.write(parcel.document)}
+        database = SqlStatus(url, settings.status_sql_retention_s, connections=settings.couriers)
+    except ImportError as error:
+        message = "GRADCAM_STATUS_SQL_URL needs the extra sql: pip install 'gradcam-worker[cpu,sql]'."
+        raise InvalidSettings(message) from error
+    try:
+        database.upgrade()
+    except StatusUnavailable as error:  # the first write does it, when the database is back
+        log.warning("%s", error)
+    return database
+
+
+def _prune(database: "SqlStatus", stopped: threading.Event) -> None:
+    """Forget what was completed long ago, a little at a time."""
+    while not stopped.wait(PRUNE_EVERY_S):
+        try:
+            database.prune()
+        except StatusUnavailable as error:
+            log.warning("%s", error)
+    database.close()

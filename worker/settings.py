@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,7 +22,9 @@ from pydantic import (
     model_validator,
 )
 
+from worker import addresses, hosts
 from worker.errors import InvalidSettings
+from worker.signing import secrets_of
 
 PREFIX = "GRADCAM_"
 SCHEMES = ("s3", "https", "http", "file", "data")
@@ -42,7 +45,24 @@ def _devices(value: Any) -> Any:
     return said
 
 
+def _signing(value: SecretStr) -> SecretStr:
+    secrets_of(value.get_secret_value())
+    return value
+
+
+def _database(value: SecretStr) -> SecretStr:
+    url = value.get_secret_value()
+    if url and not _is_database(url):
+        message = "it must look like sqlite:////folder/status.db or postgresql://user:password@host/database"
+        raise ValueError(message)
+    return value
+
+
+SigningSecrets = Annotated[SecretStr, AfterValidator(_signing)]
+Database = Annotated[SecretStr, AfterValidator(_database)]
 Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]
+HostList = Annotated[Listed, AfterValidator(hosts.listed)]
+NetworkList = Annotated[Listed, AfterValidator(addresses.listed)]
 Place = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
 Retention = Annotated[float, Field(ge=60, le=3650 * 86_400)]  # seconds
@@ -53,11 +73,13 @@ OrNone = Annotated[int, Field(ge=0, le=4096)]  # 0: found out
 class Settings(BaseModel):
     """The operator's decisions. Frozen, checked as a whole, the same for client and worker."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # What is wrong is never shown: it may be a secret, or stand beside one.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     # Queue and ledger
     broker_url: str = "redis://127.0.0.1:6379/0"
     ledger_url: str = ""  # empty: where the broker is
+    redis_ca: Place = None  # a PEM file: who may vouch for a rediss:// server; none: whom the system trusts
     key_prefix: str = "gradcam:"  # of every key in Redis, the broker's and the ledger's
     visibility_timeout_s: Annotated[float, Field(ge=2, le=86_400)] = (
         900  # after which an unacknowledged message returns
@@ -75,7 +97,7 @@ class Settings(BaseModel):
     # Images
     image_schemes: Listed = ("s3",)
     image_buckets: Listed = ("*",)  # "*": whatever the worker's credentials can read
-    image_hosts: Listed = ()  # host or host:port, for http and https
+    image_hosts: HostList = ()  # host, host:port or *.example.com, for http and https
     image_roots: Listed = ()  # folders, for file
     max_image_bytes: Count = 32 * 1024 * 1024
     max_image_pixels: Count = 64_000_000
@@ -83,7 +105,7 @@ class Settings(BaseModel):
     max_data_uri_bytes: Count = 256 * 1024
     fetch_timeout_s: Seconds = 20  # for the whole of one image
     max_classes: Count = 50  # explained in one job
-    private_networks: Listed = ()  # as 10.0.0.0/8: where image_hosts and webhook_hosts may lead to all the same
+    private_networks: NetworkList = ()  # as 10.0.0.0/8: where these hosts may lead, too
     max_bytes_in_flight: Count = 512 * 1024 * 1024  # of images read and not yet decoded, in one process
     max_pixels_in_flight: Count = 256_000_000  # of decoded images, in one process
 
@@ -96,12 +118,12 @@ class Settings(BaseModel):
     s3_secret_access_key: SecretStr = SecretStr("")
 
     # Status
-    webhook_hosts: Listed = ()  # host or host:port
+    webhook_hosts: HostList = ()  # host, host:port or *.example.com
     webhook_timeout_s: Seconds = 10
     webhook_give_up_s: Seconds = 3 * 86_400  # of trying, then the event is parked
-    webhook_secrets: SecretStr = SecretStr("")  # app1=whsec_new whsec_old,app2=whsec_...
+    webhook_secrets: SigningSecrets = SecretStr("")  # app1=whsec_new whsec_old,app2=whsec_...
     couriers: Count = 4  # events on their way at once, from one process
-    status_sql_url: SecretStr = SecretStr("")  # a database that is told, too: sqlite:///..., postgresql+psycopg://...
+    status_sql_url: Database = SecretStr("")  # of a database that is told, too: see `_database`
     status_sql_retention_s: Retention = 90 * 86_400
 
     # Networks
@@ -140,7 +162,6 @@ class Settings(BaseModel):
     def _possible(self) -> Self:
         schemes, secret = set(self.image_schemes), self.s3_secret_access_key.get_secret_value()
         web = bool({"http", "https"} & schemes)
-        wildcard = any("*" in host for host in (*self.image_hosts, *self.webhook_hosts))
         findings = [
             (
                 schemes - set(SCHEMES),
@@ -154,16 +175,13 @@ class Settings(BaseModel):
                 "file" in schemes and not self.image_roots,
                 "image_schemes allows file, but image_roots names no folder",
             ),
-            (wildcard, "image_hosts and webhook_hosts take exact hosts, no wildcard"),
             (
                 bool(self.s3_access_key_id) != bool(secret),
                 "s3_access_key_id and s3_secret_access_key must be given together",
             ),
-            (
-                self.retry_backoff_max_s >= self.visibility_timeout_s,
-                "retry_backoff_max_s must be below visibility_timeout_s, or a waiting retry runs twice",
-            ),
         ]
+        if self.redis_ca:
+            findings.append((not self.redis_ca.is_file(), f"redis_ca {str(self.redis_ca)!r} is not a file"))
         for name, url in (("broker_url", self.broker_url), ("ledger_url", self.ledger)):
             right = "must look like redis://host:6379/0 (or rediss://)"
             findings.append((not _is_redis(url), f"{name} {without_secrets(url)!r} {right}"))
@@ -179,6 +197,13 @@ class Settings(BaseModel):
     def ledger(self) -> str:
         """The ledger's URL."""
         return self.ledger_url or self.broker_url
+
+    def redis_tls(self, url: str) -> dict[str, Any]:
+        """What redis-py is told beside a rediss:// URL: to verify the server, and who vouches for it."""
+        if not url.casefold().startswith("rediss:"):
+            return {}
+        trust = {"ssl_ca_certs": str(self.redis_ca)} if self.redis_ca else {}
+        return {"ssl_cert_reqs": "required", "ssl_check_hostname": True, **trust}
 
     @property
     def cache(self) -> Path:
@@ -237,6 +262,18 @@ class Settings(BaseModel):
 def _is_place(uri: str) -> bool:
     scheme, _, rest = uri.partition("://")
     return scheme in {"s3", "file"} and bool(rest.strip("/")) and not {"?", "#"} & set(rest)
+
+
+def _is_database(url: str) -> bool:
+    scheme, _, rest = url.partition("://")
+    if scheme == "sqlite":  # in a file: what is in memory nobody else can read
+        return rest.startswith("/") and rest not in {"/", "//", "/:memory:"} and "?" not in rest
+    try:
+        parts = urlsplit(url)
+        fits = parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+    return fits and scheme in {"postgresql", "postgresql+psycopg"} and bool(parts.path.strip("/"))
 
 
 def _is_redis(url: str) -> bool:
