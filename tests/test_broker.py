@@ -1,12 +1,20 @@
 import json
 import ssl
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import redis
+import trustme
 
 from worker import broker
+from worker.client import GradcamClient
 from worker.contract import Job
-from worker.errors import BrokerUnavailable
+from worker.doctor import examine
+from worker.errors import BrokerUnavailable, InvalidSettings, LedgerUnavailable
 from worker.settings import Settings
 
 
@@ -86,3 +94,68 @@ def test_a_broker_that_accepts_but_never_answers_is_one_error_too(job: Job, sile
     app.conf.broker_transport_options["socket_timeout"] = 0.3
     with pytest.raises(BrokerUnavailable):
         broker.publish(app, job)
+
+
+@pytest.fixture
+def encrypted_settings(settings: Settings, encrypted: Callable[[int], Any]) -> Callable[[str], Settings]:
+    """Settings for the real Valkey behind TLS, by a name of its host; its port is new each time."""
+
+    def make(host: str) -> Settings:
+        server = encrypted(urlsplit(settings.broker_url).port or 0)
+        url = f"rediss://{host}:{server.port}/0"
+        return settings.model_copy(update={"broker_url": url, "redis_ca": server.ca})
+
+    return make
+
+
+def test_client_ledger_broker_and_doctor_reach_an_encrypted_server(
+    encrypted_settings: Callable[[str], Settings], job: Job
+) -> None:
+    settings = encrypted_settings("localhost")
+    client = GradcamClient(settings=settings)
+    assert client.status(client.submit(job)).status == "queued"
+    assert broker.waiting(broker.make_app(settings), "normal") == 1
+    assert [(found.what, found.well) for found in islice(examine(settings), 2)] == [
+        ("broker", True),
+        ("ledger", True),
+    ]
+
+
+def test_whom_the_system_trusts_is_trusted_where_no_authority_is_named(
+    encrypted_settings: Callable[[str], Settings], monkeypatch: pytest.MonkeyPatch, job: Job
+) -> None:
+    settings = encrypted_settings("localhost")
+    monkeypatch.setenv("SSL_CERT_FILE", str(settings.redis_ca))
+    client = GradcamClient(settings=settings.model_copy(update={"redis_ca": None}))
+    assert client.status(client.submit(job)).status == "queued"
+
+
+@pytest.mark.parametrize(
+    ("host", "trusted", "why"),
+    [
+        ("localhost", "another", "certificate verify failed"),
+        ("localhost", None, "certificate verify failed"),
+        ("127.0.0.1", "its own", "certificate is not valid for '127.0.0.1'"),
+    ],
+)
+def test_a_server_for_which_nobody_vouches_is_refused(
+    host: str,
+    trusted: str | None,
+    why: str,
+    encrypted_settings: Callable[[str], Settings],
+    tmp_path: Path,
+    job: Job,
+) -> None:
+    settings = encrypted_settings(host)
+    trustme.CA().cert_pem.write_to_path(str(tmp_path / "another.pem"))
+    authority = {"another": tmp_path / "another.pem", "its own": settings.redis_ca, None: None}[trusted]
+    settings = settings.model_copy(update={"redis_ca": authority})
+    with pytest.raises(LedgerUnavailable, match=why):
+        GradcamClient(settings=settings).submit(job)
+    with pytest.raises(BrokerUnavailable, match=why):
+        broker.publish(broker.make_app(settings), job)
+
+
+def test_an_authority_that_is_not_there_is_an_impossible_setting() -> None:
+    with pytest.raises(InvalidSettings, match=r"redis_ca '/nowhere/ca\.pem' is not a file"):
+        Settings.from_environment({"GRADCAM_REDIS_CA": "/nowhere/ca.pem"})

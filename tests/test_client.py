@@ -105,6 +105,14 @@ def test_a_job_in_the_ledger_is_accepted_though_the_broker_is_out_of_reach(
     assert "nobody could be told at once" in caplog.text
 
 
+def test_a_job_too_large_for_a_message_is_not_accepted(ledger: MemoryLedger, doorbell: Doorbell) -> None:
+    small = Settings(max_message_bytes=2000)
+    client = GradcamClient(settings=small, ledger=ledger, publish=doorbell)
+    with pytest.raises(InvalidJob, match="2,000"):
+        client.submit(**{**FIELDS, "image": f"data:image/png;base64,{'A' * 3000}"})
+    assert ledger.counts() == (0, 0)
+
+
 def test_a_job_can_be_cancelled(client: GradcamClient) -> None:
     job_id = client.submit(**FIELDS)
     assert client.cancel(job_id).status == "canceled"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from worker import broker
+from worker import broker, envelope
 from worker.contract import Job, StatusDocument
 from worker.errors import BrokerUnavailable, WaitTimeout
 from worker.ledger import Ledger
@@ -45,6 +45,7 @@ class GradcamClient:
         given = {"broker_url": broker_url, "ledger_url": status_url}
         settings = settings.model_copy(update={name: url for name, url in given.items() if url})
         self._ledger = ledger or RedisLedger(settings, timeout_s=TIMEOUT_S)
+        self._max_message_bytes = settings.max_message_bytes
         app = None if publish else broker.make_app(settings, timeout_s=TIMEOUT_S)
         self._app, self._publish = app, publish
 
@@ -59,6 +60,7 @@ class GradcamClient:
         (it is not known whether the job was accepted: submit it again with the same id or key).
         """
         job = job or Job.parse(fields)
+        envelope.check(job.model_dump(mode="json"), self._max_message_bytes)
         entered = self._ledger.submit(job)
         if entered.status == "queued":  # also of a job that was here before: perhaps its message was not
             try:

@@ -6,6 +6,7 @@ decode without a word to whoever sent it, and logs the contents.
 """
 
 import logging
+from functools import partial
 from typing import Any
 
 from celery.worker.consumer import Consumer
@@ -17,15 +18,28 @@ from worker.errors import LedgerUnavailable
 log = logging.getLogger("gradcam")
 
 TURN_S = 1.0  # between two signs of life
+CONNECT_EVERY_S = 0.5  # the pause before it is tried again; grows by as much each time
+CONNECT_MAX_S = 5.0  # its longest, of half a minute as it comes: a broker that is back is work that waits
 
 
 class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
     """Hands every message that is no task to `app.refuse_message(message id, why)`, and goes on."""
 
+    _turning: Any = None
+
     def on_ready(self) -> None:
         """Whenever the loop starts: from now on, each of its rounds is a sign of life."""
         super().on_ready()
-        self.timer.call_repeatedly(TURN_S, self.app.turned)
+        if self._turning:  # Celery keeps timers of an earlier connection that began where this one does
+            self._turning.cancel()
+        self.app.turned()
+        self._turning = self.timer.call_repeatedly(TURN_S, self.app.turned)
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """The connection, when it stands; tried again and again."""
+        pauses = {"interval_start": CONNECT_EVERY_S, "interval_step": CONNECT_EVERY_S}
+        conn.ensure_connection = partial(conn.ensure_connection, **pauses, interval_max=CONNECT_MAX_S)
+        return super().ensure_connected(conn)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
         """Celery's handler of one message, in a net."""

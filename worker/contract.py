@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from worker.errors import GradcamError, InvalidJob
+from worker.line import visible
 from worker.wire import Wire, describe, new_id
 from worker.wishes import (
     AnimationWish,
@@ -181,7 +182,7 @@ class Problem(Wire):
         return cls(
             type=f"urn:gradcam:problem:{error.code}",
             title=(type(error).__doc__ or error.code).split("\n")[0].rstrip("."),
-            detail=_sentence(str(error)[:2000]),
+            detail=_sentence(visible(str(error)[:2000])),
             code=error.code,
             retryable=error.retryable,
             stage=stage,

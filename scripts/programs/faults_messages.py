@@ -1,0 +1,247 @@
+"""Hostile messages: jobs made from the wire's own schema, whole, mutated and broken, as in a queue.
+
+Each is opened as the worker's channel opens it, and handled by a desk with doubles all around it. Whatever it
+is, it has to come to an end that has a name.
+"""
+
+import base64
+import copy
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import cv2
+import hypothesis
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from schema_strategies import allowed
+
+from worker import broker, envelope, errors
+from worker.breaker import Breaker
+from worker.contract import StatusDocument, WorkerRef
+from worker.errors import ImageFetchFailed, ImageForbidden, InvalidJob
+from worker.leases import Leases
+from worker.settings import Settings
+from worker.strict_json import Unreadable
+from worker.tasks import Desk
+from worker.testing import MemoryLedger, outside
+from worker.wire import new_id
+
+SCHEMA = Path(__file__).parents[2] / "deploy" / "schemas" / "job.v1.json"
+PHOTO = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
+IMAGES: dict[str, bytes | Exception] = {
+    "s3://in/a.png": PHOTO,
+    "s3://in/cut.png": PHOTO[:40],
+    "s3://in/slow.png": ImageFetchFailed("HTTP 503"),
+    "s3://in/shut.png": ImageForbidden("HTTP 403"),
+    "s3://in/odd.png": PHOTO[::-1],
+}
+GOOD = {"image": "s3://in/a.png", "network": "efficientnet_lite0", "target": {"top_n": 2}}
+MAX_BYTES = 100_000  # of a message
+KINDS = ("whole",) * 4 + ("mutated",) * 4 + ("body", "item")  # what is spoiled of a message
+HOSTILE: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    2**63,
+    10**39,
+    1e308,
+    -0.0,
+    "",
+    " ",
+    "\x00",
+    "a\nb\r\x1b[2J",
+    "\u202e\ufeff\u2028",
+    "../../etc/passwd",
+    "<script>alert(1)</script>",
+    "s3://in/a.png\x00.jpg",
+    "http://169.254.169.254/",
+    "data:,",
+    "\ud800",
+    "\U0001f4a9" * 300,
+    "x" * 70_000,
+    [],
+    [[]],
+    {},
+    {"": ""},
+    {"__type__": "bytes", "__value__": "x"},
+    {"__proto__": {"a": 1}},
+    json.loads("[" * 12 + "]" * 12),
+    list(range(2000)),
+)
+TEXTS = (
+    b"NaN",
+    b"-Infinity",
+    b"1e999",
+    b"9" * 5000,
+    b'{"a": 1, "a": 2}',
+    b"[" * 3000,
+    b"\xff",
+    b'"\\ud800"',
+    b'{"image": "s3://in/a.png"',
+)
+CODES = {
+    one.code
+    for one in vars(errors).values()
+    if isinstance(one, type) and issubclass(one, errors.GradcamError)
+}
+
+
+def attack(count: int, seed: int) -> dict[str, Any]:
+    """Send so many messages; the same ones for the same `seed`. What came of them, by code."""
+    found: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
+
+    def one(item: bytes) -> None:
+        what, outcome = judge(item)
+        found["jobs"] += 1
+        found[what] += 1
+        outcomes[outcome] += 1
+
+    with_messages = given(items(allowed(json.loads(SCHEMA.read_text()))))
+    log = logging.getLogger("gradcam")
+    before = log.level
+    log.setLevel(logging.CRITICAL)  # a line for each of them would say nothing
+    try:
+        hypothesis.seed(seed)(profile(count)(with_messages(one)))()
+    finally:
+        log.setLevel(before)
+    return {
+        "attack": "messages",
+        "jobs": found["jobs"],
+        "faults": found["jobs"] - outcomes["succeeded"],
+        "untyped": found["untyped"],
+        "without_final_state": found["without_final_state"],
+        "outcomes": dict(sorted(outcomes.items())),
+    }
+
+
+def profile(count: int) -> settings:
+    """So many examples, kept nowhere, however long they take."""
+    return settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def judge(item: bytes) -> tuple[str, str]:
+    """Handle an item as a worker does: whether its end is `typed`, and which it is."""
+    ledger = MemoryLedger()
+    try:
+        message_id = handle(item, ledger)
+    except Exception as error:  # noqa: BLE001  # that none comes is what is being tried
+        return "untyped", f"raised {type(error).__name__}"
+    if message_id is None:
+        return "typed", "set aside"
+    document = the_document(ledger)
+    if not document.final and document.status != "retrying":
+        return "without_final_state", document.status
+    code = document.error.code if document.error else None
+    if code == "internal" or code not in CODES | {None}:
+        return "untyped", f"{document.status}: {document.error and document.error.detail}"
+    if document.error and not document.error.detail.isprintable():
+        return "untyped", "an error that could forge a line of a log"
+    return "typed", f"{document.status}: {code}" if code else document.status
+
+
+def handle(item: bytes, ledger: MemoryLedger) -> str | None:
+    """Open an item and do with it what a worker does; return the id that it goes by, if it has one."""
+    one, queue = desk(ledger), broker.INTERACTIVE
+    try:
+        message = envelope.read(item, queue, MAX_BYTES)
+    except Unreadable as error:
+        message_id = envelope.identify(item)
+        if message_id:
+            one.refuse(message_id, None, InvalidJob(f"The message is not a job: {error}."))
+        return message_id
+    headers = message["headers"]
+    args, kwargs, _ = json.loads(base64.b64decode(message["body"]))
+    given_ = [*args, *kwargs.values()]
+    payload = given_[0] if len(given_) == 1 else given_
+    one.handle(payload, headers["id"], entered_at=headers[envelope.ENTERED_AT])
+    return str(headers["id"])
+
+
+def desk(ledger: MemoryLedger) -> Desk:
+    """A desk in memory."""
+    return Desk(
+        Settings(),
+        ledger,
+        outside(IMAGES),
+        WorkerRef(id="w", device="cpu"),
+        Leases(ledger, "w", 15),
+        Breaker(lambda: None),
+    )
+
+
+def the_document(ledger: MemoryLedger) -> StatusDocument:
+    """The only one."""
+    (entry,) = ledger._entries.values()  # noqa: SLF001  # it is looked at from outside
+    return entry.document
+
+
+@st.composite
+def items(draw: st.DrawFn, jobs: st.SearchStrategy[dict[str, Any]]) -> bytes:
+    """What may lie in a queue: good jobs, and worse and worse ones."""
+    kind = draw(st.sampled_from(KINDS))
+    fixed = draw(st.sampled_from((GOOD,) * 7 + ({},)))
+    job = {**draw(jobs), **fixed, "image": draw(st.sampled_from([*IMAGES, "s3://in/none.png"]))}
+    if kind == "mutated":
+        for _ in range(draw(st.integers(1, 3))):
+            job = draw(mutated(job))
+    body = json.dumps([[job], {}, {}]).encode()
+    if kind == "body":
+        body = draw(spoiled(body))
+    item = json.dumps(
+        {
+            "body": base64.b64encode(body).decode(),
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": {"task": broker.EXPLAIN, "id": new_id()},
+            "properties": {"body_encoding": "base64", "delivery_info": {}},
+        }
+    ).encode()
+    return draw(spoiled(item)) if kind == "item" else item
+
+
+@st.composite
+def mutated(draw: st.DrawFn, job: dict[str, Any]) -> dict[str, Any]:
+    """The same job with one thing in it gone, added, or something hostile."""
+    job = copy.deepcopy(job)
+    place: Any = job
+    while True:
+        inner = [
+            one for one in (place.values() if isinstance(place, dict) else place) if one and is_inner(one)
+        ]
+        if not inner or draw(st.booleans()):
+            break
+        place = draw(st.sampled_from(inner))
+    keys: list[Any] = list(place) if isinstance(place, dict) else list(range(len(place)))
+    value = copy.deepcopy(draw(st.sampled_from(HOSTILE)))
+    if isinstance(place, dict):
+        place[draw(st.sampled_from([*keys, "more", "\x00"]))] = value
+    elif keys:
+        place[draw(st.sampled_from(keys))] = value
+    if isinstance(place, dict) and keys and draw(st.integers(0, 3)) == 0:
+        del place[draw(st.sampled_from(keys))]
+    return job
+
+
+def is_inner(value: object) -> bool:
+    """Whether there is anything in it to be changed."""
+    return isinstance(value, dict | list)
+
+
+@st.composite
+def spoiled(draw: st.DrawFn, text: bytes) -> bytes:
+    """The same bytes with some of them lost, changed, or others in between."""
+    at, end = draw(st.integers(0, len(text))), draw(st.integers(0, len(text)))
+    between = draw(st.one_of(st.sampled_from(TEXTS), st.binary(max_size=8)))
+    return text[: min(at, end)] + between + text[draw(st.sampled_from([min(at, end), max(at, end)])) :]

@@ -1,0 +1,49 @@
+"""Hostile messages, short: `scripts/faults --full` sends many more of the same."""
+
+import base64
+import json
+
+import pytest
+from faults_messages import HOSTILE, SCHEMA, TEXTS, attack, judge
+
+from worker import broker
+from worker.wire import new_id
+
+GOOD = {"image": "s3://in/a.png", "network": "efficientnet_lite0", "target": {"top_n": 1}}
+FIELDS = sorted(json.loads(SCHEMA.read_text())["properties"])
+
+
+def item(body: bytes) -> bytes:
+    return json.dumps(
+        {
+            "body": base64.b64encode(body).decode(),
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": {"task": broker.EXPLAIN, "id": new_id()},
+            "properties": {"body_encoding": "base64"},
+        }
+    ).encode()
+
+
+def test_every_message_comes_to_an_end_that_has_a_name() -> None:
+    found = attack(200, 1)
+    assert found["jobs"] == 200
+    assert (found["untyped"], found["without_final_state"]) == (0, 0), found["outcomes"]
+    outcomes = found["outcomes"]
+    assert outcomes["succeeded"] > 15, "among them are good jobs"
+    assert outcomes["failed: invalid_job"] > 30, "and bad ones"
+    assert len(outcomes) > 6, "and jobs that fail later"
+
+
+def test_the_same_seed_makes_the_same_messages() -> None:
+    first, again = (attack(20, 2)["outcomes"] for _ in range(2))
+    assert first == again
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_whatever_stands_in_a_field_has_an_end_that_has_a_name(field: str) -> None:
+    bodies = [json.dumps([[{**GOOD, field: value}], {}, {}]).encode() for value in HOSTILE]
+    plain = json.dumps([[{**GOOD, field: "here"}], {}, {}]).encode()
+    bodies += [plain.replace(b'"here"', text) for text in TEXTS]
+    wrong = [ends for body in bodies if (ends := judge(item(body)))[0] != "typed"]
+    assert not wrong

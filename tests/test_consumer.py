@@ -1,0 +1,352 @@
+"""Whatever lies in the queue: a real Celery consumer over a real Valkey, and a desk that takes notes."""
+
+import base64
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import redis
+from celery.app.trace import reset_worker_optimizations, setup_worker_optimizations
+from celery.worker import state
+
+from worker import broker, strict_json
+from worker.envelope import check
+from worker.errors import InvalidJob, LedgerUnavailable
+from worker.settings import Settings
+from worker.wire import new_id
+
+WAIT_S = 30
+JOB = {"image": "s3://in/a.png", "network": "vgg16", "target": {"top_n": 1}}
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen within {WAIT_S} s"
+        time.sleep(0.01)
+
+
+@dataclass
+class Reception:
+    """A worker that is no more than its consumer: what it hands on, and what it refuses."""
+
+    settings: Settings
+    redis: redis.Redis
+    ledger_down: bool = False
+    handled: dict[str, Any] = field(default_factory=dict)  # message id -> its one argument
+    headers: dict[str, Any] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)  # message id -> why
+
+    def key(self, name: str) -> str:
+        return f"{self.settings.key_prefix}{name}"
+
+    def put(self, item: bytes, queue: str = broker.INTERACTIVE) -> None:
+        self.redis.lpush(self.key(queue), item)
+
+    def aside(self) -> list[dict[str, Any]]:
+        items: Any = self.redis.lrange(self.key("unreadable"), 0, -1)
+        return [json.loads(item) for item in items]
+
+    def goes_on(self) -> None:
+        """It handles a good message that comes after."""
+        message_id = new_id()
+        self.put(envelope(message_id))
+        wait_for(lambda: message_id in self.handled, "the next message")
+
+    def unacked(self) -> int:
+        return int(self.redis.hlen(self.key("unacked")))
+
+    def refuse(self, message_id: str, why: str) -> None:
+        if self.ledger_down:
+            message = "The ledger is out of reach."
+            raise LedgerUnavailable(message)
+        self.refused[message_id] = why
+
+
+def envelope(message_id: str, body: object = None, **changes: Any) -> bytes:
+    """A message as Celery writes it; `headers` and `properties` are changed field by field."""
+    body = json.dumps([[JOB], {}, {"chain": None}]).encode() if body is None else body
+    headers = {"lang": "py", "task": broker.EXPLAIN, "id": message_id, "root_id": message_id, "eta": None}
+    properties = {
+        "correlation_id": message_id,
+        "delivery_mode": 2,
+        "delivery_info": {"exchange": "", "routing_key": broker.INTERACTIVE},
+        "priority": 0,
+        "body_encoding": "base64",
+        "delivery_tag": new_id(),
+    }
+    message = {
+        "body": base64.b64encode(body).decode() if isinstance(body, bytes) else body,
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": headers | changes.pop("headers", {}),
+        "properties": properties | changes.pop("properties", {}),
+    }
+    return json.dumps(message | changes).encode()
+
+
+@pytest.fixture
+def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reception]:
+    settings = settings.model_copy(update={"visibility_timeout_s": 5, "max_message_bytes": 100_000})
+    app = broker.make_app(settings)
+    with redis.Redis.from_url(settings.broker_url) as connection:
+        desk = Reception(settings, connection)
+
+        def explain(self: Any, *args: object, **kwargs: object) -> None:
+            desk.headers[self.request.id] = self.request.headers
+            desk.handled[self.request.id] = [*args, *kwargs.values()]
+
+        app.task(explain, name=broker.EXPLAIN, bind=True, shared=False)
+        app.refuse_message = desk.refuse
+        app.turned = lambda: None
+        app.conf.worker_consumer = "worker.consumer:SturdyConsumer"
+        setup_worker_optimizations(app)
+        worker = app.WorkController(
+            pool="threads",
+            concurrency=2,
+            queues=list(broker.QUEUES),
+            without_gossip=True,
+            without_mingle=True,
+            without_heartbeat=True,
+        )
+        thread = threading.Thread(target=worker.start, daemon=True)
+        thread.start()
+        try:
+            desk.goes_on()
+            yield desk
+            assert thread.is_alive(), "the worker has ended"
+            wait_for(lambda: desk.unacked() == 0, "the last acknowledgement")
+        finally:
+            monkeypatch.setattr(state, "should_stop", 0)
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+            reset_worker_optimizations(app)
+
+
+SHAPES: dict[str, bytes] = {
+    "garbage": b"garbage",
+    "nothing": b"",
+    "binary": bytes(range(256)),
+    "a list": b"[1, 2]",
+    "a number": b"7",
+    "a text": b'"text"',
+    "null": b"null",
+    "an object": b"{}",
+    "deep": b"[" * 100_000,
+    "deep objects": b'{"a":' * 5_000,
+    "no end": b'{"headers": {"a": 1',
+    "utf-16": json.dumps({"headers": {}}).encode("utf-16"),
+    "no id": b'{"headers": {}, "properties": {}, "body": ""}',
+    "headers are a list": b'{"headers": [], "properties": {}, "body": ""}',
+    "50 MB": b"x" * 50_000_000,
+}
+
+
+def test_an_item_without_a_name_is_set_aside_and_the_worker_goes_on(
+    reception: Reception, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR, "gradcam"):
+        for item in SHAPES.values():
+            reception.put(item)
+        reception.put(b'{"password": "planted"}')
+        reception.goes_on()
+    kept = reception.aside()
+    assert [one["bytes"] for one in kept[:0:-1]] == [len(item) for item in SHAPES.values()]
+    assert reception.redis.get(reception.key("unreadable:count")) == str(len(SHAPES) + 1).encode()
+    assert all(one["why"] and len(one["begins"]) < 1000 for one in kept)
+    lines = [record.getMessage() for record in caplog.records]
+    assert kept[0]["sha256"] in lines[-1], "the log has what it takes to find it"
+    assert "planted" not in caplog.text, "and not what it says"
+    assert not reception.refused
+
+
+def test_of_nameless_items_only_the_last_are_kept(reception: Reception) -> None:
+    for number in range(130):
+        reception.put(b"rubbish %d" % number)
+    reception.goes_on()
+    kept = reception.aside()
+    assert (len(kept), kept[0]["begins"]) == (100, "rubbish 129")
+    assert 0 < int(reception.redis.ttl(reception.key("unreadable"))) <= 7 * 86_400
+
+
+def follow(**embed: Any) -> bytes:
+    return json.dumps([[JOB], {}, embed]).encode()
+
+
+def with_job(text: str) -> bytes:
+    """A body whose job says this."""
+    return b"[[%s], {}, {}]" % text.encode()
+
+
+# What a stranger may write under an id, and what the answer must say.
+MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "too large a body": (
+        {"body": with_job(f'"{"x" * 101_100}"')},
+        "its body has 101,114 bytes; at most 101,024",
+    ),
+    "too large an item": ({"body": b"x" * 5_000_000}, "GRADCAM_MAX_MESSAGE_BYTES"),
+    "too large headers": ({"headers": {"more": "x" * 900_000}}, "GRADCAM_MAX_MESSAGE_BYTES"),
+    "a deep body": ({"body": with_job("[" * 17 + "]" * 17)}, "deeper than 16 levels"),
+    "a very deep body": ({"body": b"[" * 90_000}, "deeper than 16 levels"),
+    "depth between strings": ({"body": with_job('"\\\\", "\\"[", ' + "[" * 15 + "]" * 15)}, "16 levels"),
+    "NaN": ({"body": with_job('{"timeout_s": NaN}')}, "holds NaN"),
+    "Infinity": ({"body": with_job('{"timeout_s": -Infinity}')}, "holds -Infinity"),
+    "an infinite float": ({"body": with_job("1e999")}, "larger than any float64"),
+    "a huge number": ({"body": with_job("9" * 50_000)}, "50,000 digits; at most 40"),
+    "a field twice": ({"body": with_job('{"image": "s3://a", "image": "s3://b"}')}, "names a field twice"),
+    "kombu's own types": ({"body": with_job('{"__type__": "decimal", "__value__": "1e9"}')}, "__type__"),
+    "not JSON": ({"body": b"garbage"}, "cannot be read as JSON"),
+    "not UTF-8": ({"body": b"\xff\xfe"}, "is not UTF-8"),
+    "not a call": ({"body": b"[1]"}, "must be a list of arguments"),
+    "an empty body": ({"body": b""}, "cannot be read as JSON"),
+    "not base64": ({"body": "?"}, "not base64"),
+    "a body that is a number": ({"body": 7}, "its body must be text"),
+    "another encoding": ({"content-encoding": "utf-7"}, "JSON in UTF-8"),
+    "pickle": ({"content-type": "application/x-python-serialize"}, "JSON in UTF-8"),
+    "compressed": ({"headers": {"compression": "bzip2"}}, "compressed"),
+    "no task": ({"headers": {"task": None}}, "names no task"),
+    "a task that is a list": ({"headers": {"task": ["a"]}}, "names no task"),
+    "another task": ({"headers": {"task": "gradcam.everything\n"}}, r"no task 'gradcam.everything\n'"),
+    "for later": ({"headers": {"eta": "2199-01-01T00:00:00Z"}}, "eta is not allowed"),
+    "for a while": ({"headers": {"expires": "2001-01-01T00:00:00Z"}}, "say expires_at in the job"),
+    "a task that follows": ({"body": follow(callbacks=[{"task": "x"}])}, "tasks that are to follow"),
+    "a chain": (
+        {"body": follow(chain=[{"task": "x", "options": {"queue": "y"}}])},
+        "tasks that are to follow",
+    ),
+    "an envelope that is too deep": ({"headers": {"x": json.loads("[" * 20 + "]" * 20)}}, "16 levels"),
+}
+
+
+def test_a_message_that_is_no_task_is_refused_under_its_id_with_the_reason(reception: Reception) -> None:
+    expected = {}
+    for what, (changes, why) in MESSAGES.items():
+        message_id = new_id()
+        expected[message_id] = (what, why)
+        reception.put(envelope(message_id, **changes))
+    reception.goes_on()
+    wrong = {
+        what: reception.refused.get(message_id)
+        for message_id, (what, why) in expected.items()
+        if why not in reception.refused.get(message_id, "")
+    }
+    assert not wrong
+    assert not expected.keys() & reception.handled.keys()
+    assert not reception.aside()
+
+
+STUMBLING_BLOCKS: tuple[dict[str, Any], ...] = (
+    {},
+    {"headers": {"timelimit": "x", "shadow": "a\nb", "retries": "x", "argsrepr": 7, "origin": {}, "lang": 5}},
+    {"properties": {"delivery_tag": ["x"], "priority": 1e300, "reply_to": {}, "correlation_id": None}},
+    {"properties": {"delivery_info": None, "priority": "x"}},
+    {"properties": {"delivery_info": {"routing_key": "job:1", "exchange": ["a"]}}},
+    {"body": with_job('"\\ud800\\u0000\\n"')},
+    {"body": b'[[], {"job": {}}, {"callbacks": null}]'},
+    {"headers": {broker.ENTERED_AT: "2026-01-01T00:00:00Z"}},
+)
+
+
+def test_what_only_kombu_and_celery_would_stumble_over_is_left_out(reception: Reception) -> None:
+    for number, changes in enumerate(STUMBLING_BLOCKS):
+        reception.put(envelope(f"message {number}", **changes))
+    reception.goes_on()
+    wait_for(lambda: not reception.unacked(), "the acknowledgements")
+    assert {f"message {number}" for number in range(len(STUMBLING_BLOCKS))} <= reception.handled.keys()
+    assert not reception.refused
+    assert not reception.aside()
+    assert reception.headers["message 7"][broker.ENTERED_AT] == "2026-01-01T00:00:00Z"
+
+
+def test_two_messages_with_one_delivery_tag_do_not_take_each_others_place(reception: Reception) -> None:
+    first, second = new_id(), new_id()
+    for message_id in (first, second):
+        reception.put(envelope(message_id, properties={"delivery_tag": "mine"}))
+    wait_for(lambda: {first, second} <= reception.handled.keys(), "both messages")
+
+
+def test_a_refusal_that_cannot_be_written_down_comes_again_with_its_reason(reception: Reception) -> None:
+    message_id = new_id()
+    reception.ledger_down = True
+    reception.put(envelope(message_id, body=b"garbage"))
+    reception.goes_on()
+    assert not reception.refused
+    reception.ledger_down = False
+    wait_for(lambda: message_id in reception.refused, "the refusal")
+    assert "its body cannot be read as JSON" in reception.refused[message_id]
+
+
+def test_rubbish_among_the_unacknowledged_keeps_no_other_message_there(reception: Reception) -> None:
+    message_id = new_id()
+    good = json.loads(envelope(message_id))
+    held = {
+        "garbage": b"garbage",
+        "deep": b"[" * 100_000,
+        "a list": b'[[1], "", "x"]',
+        "two": b'[{}, ""]',
+        "no properties": json.dumps([{"headers": {}}, "", broker.INTERACTIVE]).encode(),
+        "good": json.dumps([good, "", broker.INTERACTIVE]).encode(),
+    }
+    for number, (tag, item) in enumerate(held.items()):
+        reception.redis.hset(reception.key("unacked"), tag, item)
+        reception.redis.zadd(reception.key("unacked_index"), {tag: number})
+    wait_for(lambda: message_id in reception.handled, "the good message's return")
+    wait_for(lambda: len(reception.aside()) == len(held) - 1, "the others' removal")
+    assert {one["queue"] for one in reception.aside()} == {"unacked"}
+
+
+COMMANDS = [b"garbage", b"[" * 100_000, b"{}", b'{"headers": {}}', b"7", b"\xff"]
+
+
+def test_a_remote_command_that_is_none_is_passed_over_and_not_shown(
+    reception: Reception, caplog: pytest.LogCaptureFixture
+) -> None:
+    channel = reception.key("/0.celery.pidbox")
+    wait_for(reception.redis.pubsub_numpat, "its listening")
+    with caplog.at_level(logging.WARNING):
+        for command in COMMANDS:
+            assert reception.redis.publish(channel, command) == 1
+        wait_for(lambda: caplog.text.count("a channel of remote commands") == len(COMMANDS), "the lines")
+        reception.goes_on()
+    assert "garbage" not in caplog.text
+
+
+def test_who_submits_a_job_that_no_worker_would_read_hears_it_at_once() -> None:
+    check(JOB, 100)
+    with pytest.raises(InvalidJob, match=r"it has 11,\d+ bytes; at most 10,000 are allowed \(GRADCAM_MAX"):
+        check({**JOB, "image": "x" * 11_000}, 10_000)
+    with pytest.raises(InvalidJob, match="50 digits"):
+        check({**JOB, "target": {"classes": [10**49]}}, 10_000)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 16 + "]" * 16,
+        '["[[[[[[[[[[[[[[[[[[[[[", "\\\\", "\\"{{{{{{{{{{{{{{{{{{{{{{{"]',
+        "[{}, [], {}]" * 1,
+    ],
+)
+def test_only_brackets_that_are_open_at_once_count_as_depth(text: str) -> None:
+    assert strict_json.loads(text.encode(), "it") == json.loads(text)
+
+
+def test_a_megabyte_of_brackets_and_quotes_is_judged_in_no_time() -> None:
+    hard = [
+        b"[" * 10**6,
+        b"[]" * 500_000,
+        b'"\\"' * 350_000,
+        b'[{"a":' * 150_000,
+        b"[[]" * 300_000,
+        b"\\" * 10**6,
+    ]
+    begun = time.process_time()
+    for text in hard:
+        with pytest.raises(strict_json.Unreadable):
+            strict_json.loads(text, "it")
+    assert time.process_time() - begun < 10, "seconds of this process, where it needs a tenth of one"

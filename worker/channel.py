@@ -1,0 +1,162 @@
+"""Kombu's Redis transport, made to keep its connections and to survive what strangers put into a queue."""
+
+import hashlib
+import json
+import logging
+from typing import Any
+
+import redis.exceptions
+from kombu.exceptions import KombuError
+from kombu.transport import redis as kombu_redis
+from kombu.utils.encoding import bytes_to_str
+
+from worker import envelope, strict_json
+from worker.wire import utc_now
+
+log = logging.getLogger("gradcam")
+
+ASIDE = "unreadable"  # a list in Redis, and with `:count` how many there ever were
+ASIDE_MOST = 100  # items
+ASIDE_BYTES = 200  # of each item: enough to see what it is
+ASIDE_MS = 7 * 86_400_000  # after the last one
+EMPTY = kombu_redis.Empty
+
+
+class QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
+    """Kombu's book of unacknowledged messages, where one that is rubbish does not keep the others there."""
+
+    def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
+        """Put a message back into its queue; what cannot be put back is set aside."""
+        with self.channel.conn_or_acquire(client) as connected:
+            held = connected.hget(self.unacked_key, tag)
+            if held and not envelope.restorable(held):
+                self.channel.set_aside(held, self.unacked_key, "it cannot be put back into a queue")
+                self._remove_from_indices(tag).execute()
+                return
+            super().restore_by_tag(tag, connected, leftmost)
+
+
+class Channel(kombu_redis.Channel):  # type: ignore[misc]
+    """Kombu's channel, with one Redis client for as long as its pool of connections lives.
+
+    As it comes, it makes a client anew for each message that it receives and for each that it
+    acknowledges: a sixth of the CPU time of a worker whose jobs do nothing. And when a broker that
+    restarts has closed it, it fails with an AttributeError, over which the worker ends; as it does
+    over an item that is no JSON, or not what kombu itself would write.
+    """
+
+    QoS = QoS
+    from_transport_options = (*kombu_redis.Channel.from_transport_options, "max_message_bytes")
+    max_message_bytes = 1024 * 1024  # of a job as JSON
+
+    _kept: Any = None
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        if asynchronous:
+            return super()._create_client(asynchronous)
+        if self._kept is None or self._kept.connection_pool is not self.pool:
+            self._kept = super()._create_client()
+        return self._kept
+
+    def _get_pool(self, asynchronous: bool = False) -> Any:
+        if not (self.connection and self.connection.client):
+            message = "The channel is closed."
+            raise ConnectionError(message)
+        return super()._get_pool(asynchronous)
+
+    def _brpop_read(self, **options: Any) -> bool:
+        """Receive one item, and deliver what it is a message of. As kombu's, but for the reading."""
+        try:
+            try:
+                received = self.client.parse_response(self.client.connection, "BRPOP", **options)
+            except self.connection_errors:
+                self.client.connection.disconnect()  # the next look connects again
+                raise
+            if not received:
+                raise EMPTY
+            queue = bytes_to_str(received[0]).rsplit(self.sep, 1)[0]
+            self._queue_cycle.rotate(queue)
+            if message := self._opened(received[1], queue):
+                self.connection._deliver(message, queue)  # noqa: SLF001  # a channel is part of its transport
+            return True
+        finally:
+            self._in_poll = None
+            self._flush_brpop_reauth()
+
+    def _get(self, queue: str) -> Any:
+        """Receive one item without waiting; see `_brpop_read`."""
+        with self.conn_or_acquire() as client:
+            for step in self.priority_steps:
+                while item := client.rpop(self._q_for_pri(queue, step)):
+                    if message := self._opened(item, queue):
+                        return message
+        raise EMPTY
+
+    def _opened(self, item: bytes, queue: str) -> dict[str, Any] | None:
+        """The message that an item is; where it is none, one that says so; None where nobody can be told."""
+        try:
+            return envelope.read(item, queue, self.max_message_bytes)
+        except strict_json.Unreadable as error:
+            message_id = envelope.identify(item)
+            if message_id:
+                return envelope.stand_in(message_id, queue, str(error))
+            self.set_aside(item, queue, str(error))
+            return None
+
+    def _handle_message(self, client: Any, r: Any) -> dict[str, Any]:
+        """A remote command. Kombu logs what it cannot read, and trips over what it cannot deliver."""
+        found: dict[str, Any] = super()._handle_message(client, r)
+        data = found["data"]
+        if bytes_to_str(found["type"]).endswith("message") and data and not _is_command(data):
+            _say(data, "a channel of remote commands", "it is no command")
+            found["data"] = None  # nothing to deliver
+        return found
+
+    def set_aside(self, item: bytes, queue: str, why: str) -> None:
+        """Keep how a nameless item begins, for the operator to see. Never raises."""
+        _say(item, queue, why)
+        record = {
+            "at": utc_now().isoformat(),
+            "queue": queue,
+            "why": why,
+            "bytes": len(item),
+            "sha256": hashlib.sha256(item).hexdigest(),
+            "begins": item[:ASIDE_BYTES].decode(errors="backslashreplace"),
+        }
+        key = f"{self.global_keyprefix}{ASIDE}"
+        try:
+            plain = redis.Redis(connection_pool=self.pool)  # kombu's own prefixes some commands, and some not
+            with plain.pipeline() as pipe:
+                pipe.lpush(key, json.dumps(record))
+                pipe.ltrim(key, 0, ASIDE_MOST - 1)
+                pipe.pexpire(key, ASIDE_MS)
+                pipe.incr(f"{key}:count")
+                pipe.execute()
+        except (redis.exceptions.RedisError, KombuError, OSError) as error:
+            log.error("it could not be kept in %s: %s", key, error)  # noqa: TRY400  # the cause is named
+
+
+class Transport(kombu_redis.Transport):  # type: ignore[misc]
+    """Kombu's Redis, by our channel."""
+
+    Channel = Channel
+
+
+def _is_command(data: bytes) -> bool:
+    try:
+        found = strict_json.loads(data, "it")
+        return isinstance(found["headers"], dict) and isinstance(found["properties"]["delivery_tag"], str)
+    except (strict_json.Unreadable, TypeError, KeyError):
+        return False
+
+
+def _say(item: bytes, place: str, why: str) -> None:
+    """Its contents are nobody's to read in a log."""
+    digest = hashlib.sha256(item).hexdigest()
+    log.error(
+        "an item in %s is no message, and names no id: %s (%d bytes, sha256 %s)",
+        place,
+        why,
+        len(item),
+        digest,
+    )

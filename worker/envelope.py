@@ -1,0 +1,179 @@
+"""The envelope a message comes in: opened, and held to limits, before anything else reads it.
+
+What lies in a queue was put there by strangers, and kombu and Celery trust it: with the tag under which
+they keep it, the list to which they give it back, what is to follow the task, how it is compressed and when
+it is to run. So of an envelope only what a job needs is taken over; the rest is made here.
+"""
+
+import base64
+import binascii
+import json
+import re
+import uuid
+from typing import Any
+
+from worker.errors import InvalidJob
+from worker.strict_json import Unreadable, loads
+
+HEAD_BYTES = 64 * 1024  # that headers and properties may have; Celery's have 1,000
+AROUND_BYTES = 1024  # that a message's body may have beside its job; Celery's has 100
+MAX_ID = 256  # characters
+MAX_WHY = 500  # characters
+ENTERED_AT = "gradcam_entered_at"  # a header: when the job was entered in the ledger
+REFUSED = "gradcam_refused"  # a header: why this message is no task
+
+_ID = re.compile(rb'"id": ?"([!#-\[\]-~]{1,%d})"' % MAX_ID)  # no quote, no backslash, nothing beyond ASCII
+_CORRELATION_ID = re.compile(_ID.pattern.replace(b"id", b"correlation_id"))
+
+
+def largest_item(max_bytes: int) -> int:
+    """How many bytes an item may have whose job may have `max_bytes`: a body is written in base64."""
+    return (max_bytes + AROUND_BYTES) * 4 // 3 + HEAD_BYTES
+
+
+def read(item: bytes, queue: str, max_bytes: int) -> dict[str, Any]:
+    """An item of a queue -> a message as kombu expects it. Raises Unreadable.
+
+    `max_bytes` is how large the job in it may be, as JSON.
+    """
+    if len(item) > largest_item(max_bytes):
+        raise Unreadable(too_large(len(item), largest_item(max_bytes), "it"))
+    found = loads(item, "its envelope")
+    if not isinstance(found, dict):
+        what = "its envelope must be an object with headers, properties and body"
+        raise Unreadable(what)
+    headers, properties = found.get("headers"), found.get("properties")
+    if not isinstance(headers, dict) or not isinstance(properties, dict):
+        what = "headers and properties of its envelope must be objects"
+        raise Unreadable(what)
+    if not isinstance(headers.get("id"), str) or len(headers["id"]) > MAX_ID:
+        what = f"its header id must be a text of at most {MAX_ID} characters"
+        raise Unreadable(what)
+    if isinstance(headers.get(REFUSED), str):  # it was refused before, and could not be written down then
+        return stand_in(headers["id"], queue, headers[REFUSED])
+    _check_headers(headers)
+    _check_body(found, properties, max_bytes)
+    info = properties.get("delivery_info")
+    return {
+        "body": found["body"],
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": {
+            "lang": "py",
+            "task": headers["task"],
+            "id": headers["id"],
+            "argsrepr": "",  # logs repeat these
+            "kwargsrepr": "",
+            ENTERED_AT: headers.get(ENTERED_AT),
+        },
+        "properties": {
+            **_route(queue, redelivered=isinstance(info, dict) and bool(info.get("redelivered"))),
+            "body_encoding": properties.get("body_encoding"),
+            "priority": _priority(properties.get("priority")),
+        },
+    }
+
+
+def check(payload: object, max_bytes: int) -> None:
+    """Whether a worker will read this job, asked before it is sent. Raises InvalidJob."""
+    text = json.dumps(payload).encode()
+    if len(text) > max_bytes:
+        message = f"No worker would take this job: {too_large(len(text), max_bytes, 'it')}."
+        raise InvalidJob(message)
+    try:
+        loads(text, "it")
+    except Unreadable as error:
+        message = f"No worker would take this job: {error}."
+        raise InvalidJob(message) from error
+
+
+def stand_in(message_id: str, queue: str, why: str) -> dict[str, Any]:
+    """A message in place of one that is none: it says under which id, and why."""
+    return {
+        "body": "",
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": {"id": message_id, REFUSED: why[:MAX_WHY]},
+        "properties": _route(queue, redelivered=False),
+    }
+
+
+def identify(item: bytes) -> str | None:
+    """The id that an item goes by, if it can be told without reading it whole."""
+    for pattern in (_ID, _CORRELATION_ID):
+        for part in (item[-HEAD_BYTES:], item[:HEAD_BYTES]):
+            if found := pattern.search(part):
+                return found[1].decode()
+    return None
+
+
+def restorable(held: bytes) -> bool:
+    """Whether what kombu keeps of an unacknowledged message can be put back into its queue."""
+    try:
+        payload, exchange, queue = json.loads(held)
+        payload["headers"]["redelivered"] = True
+        payload["properties"]["delivery_info"]["redelivered"] = True
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+    return isinstance(exchange, str) and isinstance(queue, str) and bool(queue)
+
+
+def too_large(size: int, limit: int, what: str) -> str:
+    """The finding that something has too many bytes."""
+    return f"{what} has {size:,} bytes; at most {limit:,} are allowed (GRADCAM_MAX_MESSAGE_BYTES)"
+
+
+def _check_headers(headers: dict[str, Any]) -> None:
+    if not isinstance(headers.get("task"), str) or not headers["task"]:
+        message = "it names no task"
+        raise Unreadable(message)
+    if headers.get("compression"):
+        message = "it is compressed, and only plain JSON is read"
+        raise Unreadable(message)
+    for name, instead in {
+        "eta": "submit the job when it is to run",
+        "expires": "say expires_at in the job",
+    }.items():
+        if headers.get(name):
+            message = f"its header {name} is not allowed: {instead}"
+            raise Unreadable(message)
+
+
+def _check_body(found: dict[str, Any], properties: dict[str, Any], max_bytes: int) -> None:
+    body, encoding = found.get("body"), properties.get("body_encoding")
+    if found.get("content-type") != "application/json" or found.get("content-encoding") not in {
+        "utf-8",
+        "UTF-8",
+    }:
+        message = "it is not JSON in UTF-8 (content-type application/json, content-encoding utf-8)"
+        raise Unreadable(message)
+    if not isinstance(body, str) or encoding not in (None, "utf-8", "base64"):
+        message = "its body must be text, plain or in base64"
+        raise Unreadable(message)
+    try:
+        data = base64.b64decode(body, validate=True) if encoding == "base64" else body.encode()
+    except (binascii.Error, ValueError) as error:
+        message = "its body is not base64, or not text"
+        raise Unreadable(message) from error
+    if len(data) > max_bytes + AROUND_BYTES:
+        raise Unreadable(too_large(len(data), max_bytes + AROUND_BYTES, "its body"))
+    match loads(data, "its body"):
+        case [list(), dict(), dict() as follow]:
+            if any(follow.values()):
+                message = "it names tasks that are to follow, and none may"
+                raise Unreadable(message)
+        case _:
+            message = "its body must be a list of arguments, named arguments, and an object"
+            raise Unreadable(message)
+
+
+def _route(queue: str, *, redelivered: bool) -> dict[str, Any]:
+    """Where a message is kept and given back to: not as it says, or it would take another's place."""
+    return {
+        "delivery_tag": str(uuid.uuid4()),
+        "delivery_info": {"exchange": "", "routing_key": queue, "redelivered": redelivered},
+    }
+
+
+def _priority(said: object) -> int:
+    return said if isinstance(said, int) and 0 <= said <= 9 else 0  # noqa: PLR2004  # Celery's range
