@@ -1,7 +1,11 @@
+import contextlib
 import io
 import logging
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,21 @@ import moto
 import pytest
 
 from worker.deadline import Deadline
-from worker.errors import ImageFetchFailed, JobTimeout, WeightsUnavailable
-from worker.s3 import FAILED, S3
+from worker.errors import AttemptFenced, ImageFetchFailed, JobTimeout, WeightsUnavailable
+from worker.patience import Patience
+from worker.s3 import FAILED, NEVER, S3
 from worker.settings import Settings
 
 KEYS = {"s3_access_key_id": "testing", "s3_secret_access_key": "testing"}
+
+
+class Taken(io.BytesIO):
+    """A sink in memory, see `worker.gradcam.weights.Sink`."""
+
+    expected: int | None = None
+
+    def expect(self, size: int) -> None:
+        self.expected = size
 
 
 @pytest.fixture(autouse=True)
@@ -111,21 +125,6 @@ class TestBothLibraries:
         local(http_server).put("results", "a", b"data", "text/plain")
         assert http_server.received == [("/results/a", b"data")] * 2
 
-    def test_a_job_out_of_time_does_not_ask_a_second_time(self, http_server: Any, answer: Any) -> None:
-        slow = http_server.url("/results/a", answer(500, before=lambda: time.sleep(0.3)))
-        with pytest.raises(JobTimeout, match="upload"):
-            local(http_server).put("results", "a", b"data", "text/plain", Deadline(0.1))
-        assert [path for path, _ in http_server.received] == ["/results/a"], slow
-
-    def test_a_server_that_stays_broken_is_asked_three_times_in_all(
-        self, http_server: Any, answer: Any
-    ) -> None:
-        http_server.url("/results/a", answer(503))
-        s3 = local(http_server)
-        with pytest.raises(FAILED, match="503"):
-            s3.put("results", "a", b"data", "text/plain")
-        assert len(http_server.received) == 3
-
     @pytest.mark.parametrize(
         ("settings", "bucket"),
         [
@@ -150,6 +149,191 @@ class TestBothLibraries:
         assert asked == [f"{s3._bucket(bucket).config['endpoint']}/a.jpg"]
 
 
+class Raw:
+    """A server that answers whoever comes in the same way, as it is told to: not at all, slowly, by half."""
+
+    def __init__(self, say: Callable[[socket.socket], object]) -> None:
+        self._say = say
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.host = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.asked = 0
+        self.over = threading.Event()
+        self._threads = [threading.Thread(target=self._serve)]
+        self._threads[0].start()
+
+    def _serve(self) -> None:
+        while True:
+            caller, _ = self._listener.accept()
+            if self.over.is_set():
+                caller.close()
+                return
+            self.asked += 1
+            self._threads.append(threading.Thread(target=self._answer, args=[caller]))
+            self._threads[-1].start()
+
+    def _answer(self, caller: socket.socket) -> None:
+        with caller, contextlib.suppress(OSError):
+            caller.settimeout(5)
+            caller.recv(65_536)
+            self._say(caller)
+
+    def close(self) -> None:
+        self.over.set()
+        socket.create_connection(self._listener.getsockname()).close()
+        for thread in self._threads:
+            thread.join()
+        self._listener.close()
+
+
+@pytest.fixture
+def raw() -> Iterator[Callable[[Callable[[socket.socket], object]], Raw]]:
+    """Start a server that answers by a function of the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(say: Callable[[socket.socket], object]) -> Raw:
+            server = Raw(say)
+            stack.callback(server.close)
+            return server
+
+        yield start
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\nLast-Modified: Mon, 02 Jan 2006 15:04:05 GMT\r\n"
+HEAD += b'ETag: "a"\r\n\r\n'
+
+
+def patience(seconds: float, deadline: Deadline = NEVER) -> Patience:
+    return Patience(deadline, seconds)
+
+
+class TestFaults:
+    def test_a_put_is_tried_until_the_server_is_well_again(self, http_server: Any, answer: Any) -> None:
+        ill = answer(503)
+
+        def recover() -> None:
+            ill.status = 503 if len(http_server.received) < 3 else 200
+
+        ill.before = recover
+        http_server.url("/results/a", ill)
+        local(http_server).put("results", "a", b"data", "text/plain", patience(30))
+        assert http_server.received == [("/results/a", b"data")] * 3
+
+    def test_a_read_is_tried_until_the_server_is_well_again(self, http_server: Any, answer: Any) -> None:
+        ill = answer(500, b"data")
+
+        def recover() -> None:
+            ill.status = 500 if len(http_server.received) < 5 else 200
+
+        ill.before = recover
+        http_server.url("/photos/a.jpg", ill)
+        assert local(http_server).read_image("photos", "a.jpg", 10, Deadline(30)) == b"data"
+        assert len(http_server.received) == 5
+
+    def test_a_server_that_stays_broken_is_given_up_with_its_own_words(
+        self, http_server: Any, answer: Any
+    ) -> None:
+        http_server.url("/results/a", answer(503, b"<Error><Code>SlowDown</Code></Error>"))
+        s3 = local(http_server)
+        with pytest.raises(FAILED, match="SlowDown"):
+            s3.put("results", "a", b"data", "text/plain", patience(3))
+        assert 3 <= len(http_server.received) <= 9, "with pauses that grow"
+
+    def test_a_failure_just_before_the_deadline_is_the_server_s(self, http_server: Any, answer: Any) -> None:
+        http_server.url("/photos/a.jpg", answer(500, before=lambda: time.sleep(0.3)))
+        s3 = local(http_server)
+        with pytest.raises(ImageFetchFailed, match="500"):
+            s3.read_image("photos", "a.jpg", 10, Deadline(1))
+
+    @pytest.mark.parametrize("status", [400, 403, 404, 405, 501])
+    def test_what_cannot_succeed_is_asked_once_by_each_library(
+        self, http_server: Any, answer: Any, status: int
+    ) -> None:
+        http_server.url("/results/a", answer(status, b"<Error><Code>Wrong</Code></Error>"))
+        with pytest.raises(FAILED, match="Wrong"):
+            local(http_server).read("results", "a", patience(30))
+        assert len(http_server.received) == 2
+
+    def test_a_cancelled_job_asks_no_more_and_says_why(self, http_server: Any, answer: Any) -> None:
+        deadline = Deadline(30)
+        fenced = answer(500, before=lambda: deadline.cancel(AttemptFenced("overtaken")))
+        http_server.url("/results/a", fenced)
+        with pytest.raises(AttemptFenced, match="overtaken"):
+            local(http_server).put("results", "a", b"data", "text/plain", patience(30, deadline))
+        assert len(http_server.received) == 1
+
+    def test_a_server_that_is_started_again_meanwhile_is_found(self, http_server: Any) -> None:
+        with socket.socket() as place:
+            place.bind(("127.0.0.1", 0))
+            port = place.getsockname()[1]
+        s3 = S3(Settings.model_validate({"s3_endpoint_url": f"http://127.0.0.1:{port}", **KEYS}))
+        with ThreadPoolExecutor(1) as pool:
+            putting = pool.submit(s3.put, "results", "a", b"data", "text/plain", patience(30))
+            time.sleep(0.5)
+            assert not putting.done()
+            with socket.create_server(("127.0.0.1", port)) as listener:
+                caller, _ = listener.accept()
+                with caller:
+                    caller.recv(65_536)
+                    caller.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\nETag: "a"\r\n\r\n')
+                    putting.result(20)
+
+    @pytest.mark.parametrize("answers", ["silence", "a drip", "half"])
+    def test_no_server_holds_a_job_up_for_longer_than_its_deadline(self, raw: Any, answers: str) -> None:
+        over = threading.Event()
+
+        def say(caller: socket.socket) -> None:
+            if answers == "half":
+                caller.sendall(HEAD + b"x" * 500)
+            while answers != "half" and not over.wait(0.1):
+                caller.sendall(b"" if answers == "silence" else HEAD if not said else b"x")
+                said.append(1)
+
+        said: list[int] = []
+        server = raw(say)
+        s3 = local(server)
+        begun = time.monotonic()
+        with pytest.raises((JobTimeout, ImageFetchFailed)):
+            s3.read_image("photos", "a.jpg", 1_000_000, Deadline(1))
+        assert time.monotonic() - begun < 4
+        over.set()
+
+    def test_a_server_that_stalls_is_to_blame_before_the_job_is(
+        self, silent_port: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("worker.patience.STALLED_S", 0.5)
+        s3 = S3(Settings.model_validate({"s3_endpoint_url": f"http://127.0.0.1:{silent_port}", **KEYS}))
+        with pytest.raises(ImageFetchFailed, match="no answer within"):
+            s3.read_image("photos", "a.jpg", 10, Deadline(1))
+        with pytest.raises(JobTimeout, match=r"photos/a\.jpg"):
+            s3.read_image("photos", "a.jpg", 10, Deadline(0.2))
+
+    def test_an_image_has_no_more_time_than_images_have(self, silent_port: int) -> None:
+        where = {"s3_endpoint_url": f"http://127.0.0.1:{silent_port}", "fetch_timeout_s": 0.5}
+        with pytest.raises(ImageFetchFailed, match=r"no answer within 0\.\d s"):
+            S3(Settings.model_validate(where | KEYS)).read_image("photos", "a.jpg", 10, Deadline(60))
+
+    @pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"])
+    def test_the_worker_s_own_keys_are_no_fault_of_the_job(
+        self, http_server: Any, answer: Any, code: str
+    ) -> None:
+        http_server.url("/photos/a.jpg", answer(403, f"<Error><Code>{code}</Code></Error>".encode()))
+        with pytest.raises(ImageFetchFailed, match=code):
+            local(http_server).read_image("photos", "a.jpg", 10, Deadline(30))
+
+    def test_a_bucket_is_followed_to_its_region(self, http_server: Any, answer: Any) -> None:
+        elsewhere = {"x-amz-bucket-region": "eu-west-1"}
+        body = b"<Error><Code>AuthorizationHeaderMalformed</Code><Region>eu-west-1</Region></Error>"
+        away = answer(400, body, headers=elsewhere)
+
+        def region() -> None:
+            if "eu-west-1/s3" in http_server.headers[-1]["authorization"]:
+                away.status, away.body = 200, b"data"
+
+        away.before = region
+        http_server.url("/photos/a.jpg", away)
+        assert local(http_server).read_image("photos", "a.jpg", 10, Deadline(30)) == b"data"
+
+
 class TestDownloads:
     @pytest.fixture
     def bucket(self) -> Iterator[Any]:
@@ -161,9 +345,10 @@ class TestDownloads:
     def test_a_large_object_is_downloaded_whole(self, bucket: Any) -> None:
         data = bytes(range(256)) * 5000
         bucket.put_object(Bucket="results", Key="a/b.keras", Body=data)
-        taken = io.BytesIO()
+        taken = Taken()
         S3(Settings()).download("s3://results/a/b.keras", taken)
         assert taken.getvalue() == data
+        assert taken.expected == len(data)
 
     @pytest.mark.parametrize(
         ("uri", "why"),
@@ -177,10 +362,10 @@ class TestDownloads:
         self, uri: str, why: str, bucket: Any
     ) -> None:
         with pytest.raises(WeightsUnavailable, match=why):
-            S3(Settings()).download(uri, io.BytesIO())
+            S3(Settings()).download(uri, Taken())
 
     def test_a_download_from_a_server_out_of_reach_may_be_tried_again(self) -> None:
         s3 = S3(Settings.model_validate({"s3_endpoint_url": "http://127.0.0.1:1", **KEYS}))
         with pytest.raises(WeightsUnavailable, match=r"s3://models/a\.keras could not be read") as refused:
-            s3.download("s3://models/a.keras", io.BytesIO())
+            s3.download("s3://models/a.keras", Taken())
         assert refused.value.retryable

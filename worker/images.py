@@ -57,7 +57,7 @@ class Images:
             settings.private_networks,
             resolve=resolve,
         )
-        self._readers: dict[str, Callable[[str, Deadline], bytes]] = {
+        self._readers: dict[str, Callable[[str, Deadline, int], bytes]] = {
             "s3": self._read_s3,
             "http": self._read_http,
             "https": self._read_http,
@@ -65,8 +65,10 @@ class Images:
             "data": self._read_data,
         }
 
-    def fetch(self, image: ImageRef, deadline: Deadline) -> Fetched:
-        """Read an image. Raises UriNotAllowed, ImageNotFound, ImageForbidden, ImageTooLarge,
+    def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:
+        """Read an image; `at_most` so many bytes of it, where that is less than is allowed.
+
+        Raises UriNotAllowed, ImageNotFound, ImageForbidden, ImageTooLarge,
         ImageFetchFailed, ImageDecodeFailed (a broken data URI), ChecksumMismatch, JobTimeout.
         """
         scheme = image.uri.partition(":")[0].casefold()
@@ -75,20 +77,20 @@ class Images:
             shown, schemes = presentable(image.uri)[:200], " or ".join(allowed)
             message = f"{shown!r} is not allowed: its scheme must be {schemes}."
             raise UriNotAllowed(message)
-        data = self._readers[scheme](image.uri, deadline)
+        most = self._settings.max_image_bytes
+        data = self._readers[scheme](image.uri, deadline, most if at_most is None else min(at_most, most))
         sha256 = hashlib.sha256(data).hexdigest()
         if image.sha256 not in {None, sha256}:
             message = f"The image has sha256 {sha256}; the job asked for {image.sha256}."
             raise ChecksumMismatch(message)
         return Fetched(data, sha256, presentable(image.uri))
 
-    def _check_size(self, size: int, uri: str) -> None:
-        limit = self._settings.max_image_bytes
+    def _check_size(self, size: int, uri: str, limit: int) -> None:
         if size > limit:
             message = f"{presentable(uri)} has more than {limit:,} bytes, the most that is allowed."
             raise ImageTooLarge(message)
 
-    def _read_s3(self, uri: str, deadline: Deadline) -> bytes:
+    def _read_s3(self, uri: str, deadline: Deadline, limit: int) -> bytes:
         # No URL parser: an S3 key may hold ? and #, which are not special there.
         bucket, _, key = uri.partition("://")[2].partition("/")
         allowed = self._settings.image_buckets
@@ -96,15 +98,16 @@ class Images:
             message = f"{presentable(uri)!r} is not an S3 URI: write s3://bucket/key."
             raise UriNotAllowed(message)
         if "*" not in allowed and bucket not in allowed:
-            message = f"Bucket {bucket!r} is not allowed: images may come from {', '.join(allowed)}."
+            shown = bucket.rpartition("@")[2]  # no user, no password
+            message = f"Bucket {shown!r} is not allowed: images may come from {', '.join(allowed)}."
             raise UriNotAllowed(message)
-        return self._s3.read_image(bucket, key, self._settings.max_image_bytes, deadline)
+        return self._s3.read_image(bucket, key, limit, deadline)
 
-    def _read_http(self, uri: str, deadline: Deadline) -> bytes:
-        shown, limit = presentable(uri), self._settings.max_image_bytes
+    def _read_http(self, uri: str, deadline: Deadline, limit: int) -> bytes:
+        shown = presentable(uri)
         seconds = min(self._settings.fetch_timeout_s, deadline.left_s())
         try:
-            answer = self._web.get(uri, max_bytes=limit, seconds=seconds)
+            answer = self._web.get(uri, max_bytes=limit, seconds=seconds, deadline=deadline)
         except WebFailed as error:
             deadline.check(f"reading {shown}")
             message = f"{shown} could not be read: {error}"
@@ -116,10 +119,10 @@ class Images:
             raise ImageForbidden(what)
         if answer.status != OK:
             raise ImageFetchFailed(what)
-        self._check_size(len(answer.body), uri)
+        self._check_size(len(answer.body), uri, limit)
         return answer.body
 
-    def _read_file(self, uri: str, deadline: Deadline) -> bytes:  # noqa: ARG002  # a local disk answers
+    def _read_file(self, uri: str, deadline: Deadline, limit: int) -> bytes:  # noqa: ARG002  # a local disk answers
         host, _, name = uri.partition("://")[2].partition("/")
         roots = [Path(root).resolve() for root in self._settings.image_roots]
         try:
@@ -138,7 +141,7 @@ class Images:
                 message = f"There is no file {path}."
                 raise ImageNotFound(message)
             with open_below(root, path) as file:
-                data = file.read(self._settings.max_image_bytes + 1)
+                data = file.read(limit + 1)
         except (FileNotFoundError, NotADirectoryError) as error:  # since it was looked for
             message = f"There is no file {path}."
             raise ImageNotFound(message) from error
@@ -148,10 +151,10 @@ class Images:
         except OSError as error:
             message = f"{presentable(uri)} could not be read: {error}"
             raise ImageFetchFailed(message) from error
-        self._check_size(len(data), uri)
+        self._check_size(len(data), uri, limit)
         return data
 
-    def _read_data(self, uri: str, deadline: Deadline) -> bytes:  # noqa: ARG002  # already here
+    def _read_data(self, uri: str, deadline: Deadline, limit: int) -> bytes:  # noqa: ARG002  # already here
         limit = self._settings.max_data_uri_bytes
         if len(uri) > limit:
             message = f"The data URI has {len(uri):,} characters; at most {limit:,} are allowed."

@@ -9,14 +9,15 @@ from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.decode import Limits
 from worker.gradcam.residents import Residents
 from worker.images import Fetched
+from worker.room import Rooms
 from worker.storage import Store
 
 
 class ImageSource(Protocol):
     """See `worker.images.Images`."""
 
-    def fetch(self, image: ImageRef, deadline: Deadline) -> Fetched:
-        """URI -> bytes."""
+    def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:
+        """URI -> bytes: `at_most` so many, where less is wanted than is allowed."""
         ...
 
 
@@ -59,3 +60,4 @@ class Outside:
     webhooks: Messenger
     limits: Limits
     max_classes: int
+    rooms: Rooms

@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from worker import artifacts
 from worker.contract import Job, ManifestRef, NetworkRef, SeenClass, Warned
 from worker.deadline import Deadline
-from worker.errors import InvalidJob
-from worker.gradcam.decode import Decoded, decode
+from worker.errors import ImageTooLarge, InvalidJob
+from worker.gradcam.decode import Decoded, claimed, decode
 from worker.gradcam.explain import check_channels
 from worker.gradcam.network import Method
 from worker.gradcam.picture import fit
@@ -17,6 +18,7 @@ from worker.images import Fetched
 from worker.manifest import InputRecord, Manifest
 from worker.outside import Outside
 from worker.render import needed_edge, render
+from worker.room import Hold
 from worker.storage import Store
 
 
@@ -58,15 +60,25 @@ def explain(job: Job, outside: Outside, journey: Journey, *, folder: str | None 
 
     Raises the errors of `worker.errors`; `journey` says at which stage.
     """
-    place = folder or job.id
+    with ExitStack() as held:
+        return _explain(job, outside, journey, held, folder or job.id)
+
+
+def _explain(job: Job, outside: Outside, journey: Journey, held: ExitStack, place: str) -> Done:
     store = admit(job, outside)
-    if journey.attempt > 1 and (found := artifacts.sealed(store, place, job)):
+    if journey.attempt > 1 and (found := artifacts.sealed(store, place, job, journey.deadline)):
         return _posted(*found)  # the attempt before came as far as this and no further
     with outside.residents.ticket() as ticket:
         with journey.at("fetch"):
-            fetched = outside.images.fetch(job.image, journey.deadline)
+            fetched, bytes_held = _fetched(job, outside, journey.deadline, held)
         with journey.at("decode"):
-            decoded = decode(fetched.data, outside.limits, at_least=_at_least(job, outside))
+            how: dict[str, Any] = {"limits": outside.limits, "at_least": _at_least(job, outside)}
+            pixels = outside.rooms.pixels.taken(claimed(fetched.data, **how), journey.deadline)
+            pixels_held = held.enter_context(pixels)
+            decoded = decode(fetched.data, **how)
+            image = _described(fetched, decoded)
+            del fetched
+            bytes_held.keep(0)
         with journey.at("load"):
             network = outside.residents.get(outside.networks.find(job.network))  # as it is described now
             wish = network.labels.wanted(top_n=job.target.top_n, classes=job.target.classes)
@@ -82,13 +94,13 @@ def explain(job: Job, outside: Outside, journey: Journey, *, folder: str | None 
         with journey.at("measure"):
             seen = outside.residents.measure(network, fitted, seen, job.metrics, journey.deadline)
     with journey.at("render"):
-        image = _described(fetched, decoded)
         rendered = render(job, image, decoded, seen, journey.deadline)
+        del decoded
+        pixels_held.keep(0)
     with journey.at("upload"):
         records = artifacts.upload(store, place, rendered, journey.deadline)
         manifest = artifacts.describe(job, image, seen, rendered, records)
-        journey.deadline.check("upload")
-        result = artifacts.seal(store, place, manifest)
+        result = artifacts.seal(store, place, manifest, journey.deadline)
     journey.metrics |= {
         "batch_wait_s": round(turn.waited_s, 4),
         "explain_s": round(turn.computed_s, 4),
@@ -136,6 +148,27 @@ def _at_least(job: Job, outside: Outside) -> int | None:
     """How small a photo may be decoded: for what is shown of it, and for twice what the network sees."""
     shown = needed_edge(job)
     return None if shown is None else max(shown, 2 * max(outside.networks.find(job.network).input_size))
+
+
+def _fetched(job: Job, outside: Outside, deadline: Deadline, held: ExitStack) -> tuple[Fetched, Hold]:
+    """An image's bytes, and the room they take.
+
+    How many there will be is not known before. At first there is room for a thread's even share, which nobody
+    has to wait for as long as all images are of that size; for a larger one, which is given up as soon as it
+    proves to be, there has to be room for the largest that is allowed.
+    """
+    *small, large = outside.rooms.steps
+    for at_most in small:
+        with ExitStack() as first, suppress(ImageTooLarge):
+            hold = first.enter_context(outside.rooms.bytes.taken(at_most, deadline))
+            fetched = outside.images.fetch(job.image, deadline, at_most)
+            held.push(first.pop_all())
+            hold.keep(len(fetched.data))
+            return fetched, hold
+    hold = held.enter_context(outside.rooms.bytes.taken(large, deadline))
+    fetched = outside.images.fetch(job.image, deadline, large)
+    hold.keep(len(fetched.data))
+    return fetched, hold
 
 
 def _described(fetched: Fetched, decoded: Decoded) -> InputRecord:

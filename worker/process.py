@@ -10,13 +10,16 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from celery import Celery
+from celery.bootsteps import RUN
 from celery.exceptions import Reject
 from celery.signals import setup_logging, worker_ready
 
 from worker import broker, lifeline, wiring
 from worker.crew import gather
 from worker.errors import BrokerUnavailable, InternalError, InvalidJob, LedgerUnavailable, WorkerUnfit
+from worker.line import log_lines
 from worker.pulse import Pulse
+from worker.room import limit_memory
 from worker.settings import Settings
 from worker.tasks import Desk
 
@@ -25,7 +28,8 @@ log = logging.getLogger("gradcam")
 RETURN_AFTER_S = 1  # before a message goes back, so that an outage makes no busy loop
 LAST_WORD_S = 5.0  # for what is under way beside the jobs when they have ended: deliveries, the last renewal
 HAND_BACK_S = 8.0  # for handing back what runs and ending: less than a supervisor grants
-SETTLE_S = 2.0  # when everything is back, until the process has to have ended by itself
+GIVE_WAY_S = 3.0  # of it, for jobs to notice that they are to stop
+SETTLE_S = 1.0  # of it, when they have, for Celery to end
 HAND_BACK_EVERY_S = 0.2  # meanwhile: one was just beginning, the ledger did not answer
 PROBE_S = 2.0  # that the broker has, to show that it answers
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)  # Celery's own ways lead astray here
@@ -81,14 +85,16 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
     With `ready_fd`, a supervisor started it: it writes bytes there as long as it takes jobs and all is
     well, and ends, cleanly, when whoever holds its standard input is gone.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_lines()
     # Our own lines say it in the job's words, and each line costs.
-    for chatty in ("httpx", "celery.app.trace", "celery.worker.strategy"):
+    for chatty in ("httpx", "celery.worker.strategy"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("celery.app.trace").setLevel(logging.ERROR)  # a traceback for what goes back
     setup_logging.connect(_keep_logging)
     if ready_fd is not None:
         lifeline.watch(lambda: _end(settings.shutdown_timeout_s + HAND_BACK_S))
     app = broker.make_app(settings)
+    limit_memory(settings.memory_bytes)
     outside = wiring.outside(settings, load)
     wiring.prepare(settings)
     crew = gather(settings, app, outside)
@@ -110,6 +116,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
 
     def ready(**_: object) -> None:
         _listen(signals)
+        pulse.show()  # before the first job, which may be the end of this process
         threading.Thread(target=pulse.keep, args=[stopped], name="pulse", daemon=True).start()
 
     def give_up() -> None:
@@ -125,10 +132,9 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
         end = threading.Timer(HAND_BACK_S, lambda: _leave(0 if stopped.is_set() else 1))
         end.daemon = True
         end.start()
-        all_back = _hand_back(desk, app, stopped)
-        # It ends by itself, and then what was received and not begun goes back, too; or some thread is
-        # stuck, and it does not.
-        if not stopped.wait(SETTLE_S):
+        all_back = _hand_back(desk, app, consumer)
+        if not stopped.wait(SETTLE_S):  # some thread is stuck
+            _put_back(consumer)
             _leave(0 if all_back else 1)
 
     worker_ready.connect(ready, weak=False)
@@ -167,24 +173,36 @@ def _listen(signals: SimpleQueue[int]) -> None:
         signal.signal(one, note)
 
 
-def _hand_back(desk: Desk, app: Celery, stopped: threading.Event) -> bool:
+def _hand_back(desk: Desk, app: Celery, consumer: Any) -> bool:
     """What runs here, back into the queue, until it has ended here, too; whether all of it is back.
 
     What is not, the reaper finds when its lease runs out.
     """
-    end_s = time.monotonic() + LAST_WORD_S
+    end_s, back = time.monotonic() + GIVE_WAY_S, list[str]()
     while True:
+        over, failed = time.monotonic() > end_s, False
         try:
-            for job_id in desk.hand_back():
-                if job := desk.ledger.job(job_id):
-                    broker.publish(app, job)
-                    log.info("job %s is handed back", job_id)
-            all_back = True
+            back += desk.hand_back()
+            while back and (over or consumer.blueprint.state != RUN):  # else it would be taken here, again
+                if route := desk.ledger.route(back[-1]):
+                    broker.ring(app, back[-1], route)
+                    log.info("job %s is handed back", back[-1])
+                back.pop()
         except (LedgerUnavailable, BrokerUnavailable) as error:
             log.warning("%s", error)
-            all_back = False
-        if not desk.leases.jobs() or time.monotonic() > end_s or stopped.wait(HAND_BACK_EVERY_S):
-            return all_back
+            failed = True
+        if over or not (failed or back or desk.leases.jobs()):
+            return not failed
+        time.sleep(HAND_BACK_EVERY_S)
+
+
+def _put_back(consumer: Any) -> None:
+    """Messages that were received and not acknowledged, as Celery does when its threads have ended."""
+    if consumer.blueprint.state != RUN:  # its own thread does no more than wait for them
+        try:
+            consumer.consumer.shutdown()
+        except Exception:
+            log.exception("messages were not put back: they come when their visibility timeout is over")
 
 
 def _leave(code: int) -> None:

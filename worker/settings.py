@@ -60,6 +60,7 @@ def _database(value: SecretStr) -> SecretStr:
 
 SigningSecrets = Annotated[SecretStr, AfterValidator(_signing)]
 Database = Annotated[SecretStr, AfterValidator(_database)]
+Hidden = Annotated[str, Field(repr=False)]  # it may hold a password
 Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]
 HostList = Annotated[Listed, AfterValidator(hosts.listed)]
 NetworkList = Annotated[Listed, AfterValidator(addresses.listed)]
@@ -77,8 +78,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     # Queue and ledger
-    broker_url: str = "redis://127.0.0.1:6379/0"
-    ledger_url: str = ""  # empty: where the broker is
+    broker_url: Hidden = "redis://127.0.0.1:6379/0"
+    ledger_url: Hidden = ""  # empty: where the broker is
     redis_ca: Place = None  # a PEM file: who may vouch for a rediss:// server; none: whom the system trusts
     key_prefix: str = "gradcam:"  # of every key in Redis, the broker's and the ledger's
     visibility_timeout_s: Annotated[float, Field(ge=2, le=86_400)] = (
@@ -100,7 +101,7 @@ class Settings(BaseModel):
     image_hosts: HostList = ()  # host, host:port or *.example.com, for http and https
     image_roots: Listed = ()  # folders, for file
     max_image_bytes: Count = 32 * 1024 * 1024
-    max_image_pixels: Count = 64_000_000
+    max_image_pixels: Annotated[int, Field(ge=1, le=2**28)] = 64_000_000  # no decoder here takes more
     max_image_side: Count = 32_767  # pixels
     max_data_uri_bytes: Count = 256 * 1024
     fetch_timeout_s: Seconds = 20  # for the whole of one image

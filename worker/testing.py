@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from worker.contract import ImageRef, Job, StatusEvent, Webhook
 from worker.deadline import Deadline
-from worker.errors import ImageNotFound, UnknownLayer, UnknownNetwork
+from worker.errors import ImageNotFound, ImageTooLarge, UnknownLayer, UnknownNetwork
+from worker.folder import Object, put_each
 from worker.gradcam import cam
 from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.classes import ClassIndex, Label
@@ -25,9 +26,10 @@ from worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFa
 from worker.gradcam.registry import Registry
 from worker.gradcam.residents import Residents
 from worker.images import Fetched
-from worker.memory import MemoryLedger, MemoryOutbox
+from worker.memory import MemoryLedger
+from worker.memory_outbox import MemoryOutbox
 from worker.outside import Outside
-from worker.storage import Object, put_each
+from worker.room import Room, Rooms
 
 __all__ = [
     "Doorbell",
@@ -73,10 +75,11 @@ class MemoryStore:
 
     def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
         """See `worker.storage.Store.put_many`: in the order given."""
-        return put_each(self, objects, deadline)
+        return put_each(self.put, objects, deadline)
 
-    def find(self, key: str) -> bytes | None:
+    def find(self, key: str, deadline: Deadline) -> bytes | None:
         """See `worker.storage.Store.find`."""
+        deadline.check("looking for what is stored")
         return self.objects.get(key)
 
     def get(self, key: str) -> bytes:
@@ -90,12 +93,15 @@ class MemoryImages:
 
     images: Mapping[str, bytes | Exception]
 
-    def fetch(self, image: ImageRef, deadline: Deadline) -> Fetched:
+    def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:
         """See `worker.images.Images.fetch`."""
         deadline.check("fetch")
         found = self.images.get(image.uri, ImageNotFound(f"There is nothing at {image.uri}."))
         if isinstance(found, Exception):
             raise found
+        if at_most is not None and len(found) > at_most:
+            message = f"{image.uri} has more than {at_most:,} bytes."
+            raise ImageTooLarge(message)
         return Fetched(found, hashlib.sha256(found).hexdigest(), image.uri)
 
 
@@ -191,5 +197,6 @@ def outside(
         "webhooks": MemoryMessenger(),
         "limits": Limits(),
         "max_classes": 50,
+        "rooms": Rooms(Room(2**29, "bytes"), Room(2**28, "pixels"), most_bytes=2**25, threads=1),
     }
     return Outside(**{**defaults, **others})

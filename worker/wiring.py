@@ -15,6 +15,7 @@ from worker.gradcam.residents import Residents
 from worker.images import Images
 from worker.outside import Outside
 from worker.redis_ledger import RedisLedger
+from worker.room import Room, Rooms
 from worker.s3 import S3
 from worker.settings import Settings
 from worker.status import Webhooks
@@ -43,6 +44,12 @@ def outside(settings: Settings, load_row: Load | None = None) -> Outside:
         webhooks=Webhooks(settings),
         limits=Limits(settings.max_image_pixels, settings.max_image_side),
         max_classes=settings.max_classes,
+        rooms=Rooms(
+            Room(settings.max_bytes_in_flight, "bytes"),
+            Room(settings.max_pixels_in_flight, "pixels"),
+            most_bytes=settings.max_image_bytes,
+            threads=settings.threads,
+        ),
     )
 
 
@@ -56,7 +63,9 @@ def load(settings: Settings, s3: S3, row: NetworkRow) -> Network:
 
     An operator's file is fetched, and its checksum found right, before anything reads it.
     """
-    file = weights.cached(row.file, settings.cache, s3.download) if row.file else None
+    file = None
+    if row.file:
+        file = weights.cached(row.file, settings.cache, s3.download, settings.cache_bytes)
     from worker.gradcam.loading import load_network
 
     return load_network(

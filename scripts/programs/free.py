@@ -84,6 +84,6 @@ class Fetch:
 
     fetched: Fetched
 
-    def fetch(self, image: ImageRef, deadline: Deadline) -> Fetched:  # noqa: ARG002
+    def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:  # noqa: ARG002
         """See `worker.images.Images.fetch`."""
         return self.fetched

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 from PIL import Image
 
-from worker.gradcam.decode import decode
+from worker.gradcam.decode import claimed, decode
 from worker.gradcam.picture import fit
 
 if TYPE_CHECKING:
@@ -108,6 +108,11 @@ class TestFormats:
         pixels[:, :2] = 255
         assert_array_equal(decode(encode(Image.fromarray(pixels).convert(mode), "PNG")).pixels, pixels)
 
+    def test_a_gif_of_one_color_is_as_good_as_any(self) -> None:
+        picture = Image.new("P", (1000, 1000), 5)
+        picture.putpalette([9] * 15 + [*RED])
+        assert_array_equal(decode(encode(picture, "GIF")).pixels, np.full((1000, 1000, 3), RED))
+
     def test_sixteen_bits_become_eight(self) -> None:
         values = np.arange(0, 256, 15, dtype=np.uint16).reshape(3, 6, 1) * 257
         eight = (values // 257).astype(np.uint8)
@@ -139,6 +144,19 @@ class TestUpright:
         options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {"lossless": True}
         decoded = decode(encode(picture, kind, exif=exif, **options))
         assert_allclose(decoded.pixels, UPRIGHT[orientation](stored), atol=3)
+
+    def test_exif_that_stands_behind_the_pixels_counts_as_well(self, stored: Pixels) -> None:
+        exif = Image.Exif()
+        exif[ORIENTATION_TAG] = 6
+        for mode in ("RGB", "RGBA"):
+            picture = Image.fromarray(stored).convert(mode)
+            if mode == "RGBA":
+                picture.putpixel((31, 15), (0, 0, 0, 0))
+            data = encode(picture, "PNG", exif=exif)
+            at = data.index(b"eXIf") - 4
+            end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+            moved = data[:at] + data[end:-12] + data[at:end] + data[-12:]
+            assert_allclose(decode(moved).pixels, UPRIGHT[6](stored), atol=3)
 
     @pytest.mark.parametrize("orientation", [0, 9, 65535])
     def test_an_orientation_that_does_not_exist_turns_nothing(self, orientation: int, stored: Pixels) -> None:
@@ -252,6 +270,47 @@ class TestAlphaOnWhite:
         values[0, 1] = 40_000  # not twice the same byte
         pixels = decode(png16(values, color_type, struct.pack(">H", 40_000) * channels)).pixels
         assert pixels[0].tolist() == [[100, 100, 100], [*WHITE]]
+
+
+class TestClaimed:
+    """How much room a picture takes is known before it is decoded."""
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+    def test_it_is_what_comes_out(self, kind: str, stored: Pixels) -> None:
+        data = encode(Image.fromarray(stored), kind)
+        assert claimed(data) == 16 * 32 == decode(data).pixels.size / 3
+
+    @pytest.mark.parametrize("at_least", [None, 600, 299, 150, 75, 0])
+    def test_a_jpeg_that_is_decoded_smaller_claims_less(self, at_least: int | None, stored: Pixels) -> None:
+        data = encode(Image.fromarray(stored).resize((1201, 603)), "JPEG")
+        assert claimed(data, at_least=at_least) == decode(data, at_least=at_least).pixels.size / 3
+
+    def test_a_progressive_one_claims_all_for_it_is_kept_until_its_last_scan(self, stored: Pixels) -> None:
+        data = encode(Image.fromarray(stored).resize((1200, 600)), "JPEG", progressive=True)
+        assert claimed(data, at_least=75) == 1200 * 600
+
+    def test_it_is_the_same_whichever_way_is_up(self, stored: Pixels) -> None:
+        exif = Image.Exif()
+        exif[ORIENTATION_TAG] = 6
+        data = encode(Image.fromarray(stored), "JPEG", exif=exif)
+        assert claimed(data) == decode(data).pixels.size / 3
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), ("PNG", "LA"), ("WEBP", "RGBA")])
+def test_a_tall_translucent_picture_is_whole_although_it_is_laid_on_white_in_parts(
+    kind: str, mode: str, orientation: int
+) -> None:
+    noise = np.random.default_rng(2).integers(0, 256, (601, 5, 4), dtype=np.uint8)
+    picture, exif = Image.fromarray(noise).convert(mode), Image.Exif()
+    exif[ORIENTATION_TAG] = orientation
+    rgba = np.asarray(picture.convert("RGBA"), np.float64)
+    alpha = rgba[..., 3:] / 255
+    white = UPRIGHT[orientation](np.round(rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8))
+    expected = white.astype(np.int16)  # so that differences may be negative
+    decoded = decode(encode(picture, kind, exif=exif, lossless=True, exact=True))
+    assert_allclose(decoded.pixels, expected, atol=1)
+    assert decoded.pixels.flags.c_contiguous
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])

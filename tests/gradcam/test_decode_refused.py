@@ -1,4 +1,6 @@
 import io
+import os
+import re
 import struct
 import subprocess
 import sys
@@ -10,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import worker
 from worker.errors import ImageDecodeFailed, ImagePixelsExceeded, UnsupportedMediaType
-from worker.gradcam.decode import Limits, decode
+from worker.gradcam.decode import BYTES_PER_PIXEL, Limits, decode
+from worker.gradcam.structure import webp_size
 
 # Decodes each file in turn and says how it ended and how far memory rose above all before. Not by
 # `ru_maxrss`: a child process inherits the peak of the process that started it.
@@ -97,6 +101,38 @@ def bombs() -> dict[str, bytes]:
         "png-lying": png(1, 1, chunk(b"IDAT", zlib.compress(b"\0\0"), 2**31 - 1)),
         "png-lying-behind": png(1, 1, dot, chunk(b"tEXt", b"a", 2**31 - 1)),
     }
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_no_picture_takes_more_memory_than_is_counted_for_it(tmp_path: Path) -> None:
+    side, spare_mb = 1500, 4
+    allowed_mb = side * side * BYTES_PER_PIXEL / 1024**2 + spare_mb
+    for name in ("jpeg-progressive", "jpeg-cmyk", "png", "png-alpha", "webp-alpha", "gif-transparent"):
+        small, large = tmp_path / f"{name}.small", tmp_path / f"{name}.large"
+        small.write_bytes(sample(name))  # first, for what is taken only once
+        large.write_bytes(sample(name, side, side))
+        command = [sys.executable, "-c", PROBE, str(small), str(large)]
+        out = subprocess.run(command, capture_output=True, check=True, text=True, timeout=60).stdout
+        assert f"({side}, {side}, 3)" in out
+        assert int(out.split()[-1]) < allowed_mb, out
+
+
+def test_opencv_itself_refuses_what_is_far_too_large() -> None:
+    program = (
+        "import sys; import numpy as np; import worker.gradcam.picture; import cv2\n"
+        "cv2.imdecode(np.frombuffer(sys.stdin.buffer.read(), np.uint8), 1)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENCV")}
+    bomb = png(16_385, 16_384, chunk(b"IDAT", b""), depth=1)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, check=False, input=bomb, timeout=60, env=environment)
+    assert b"pixels <= CV_IO_MAX_IMAGE_PIXELS" in done.stderr
+
+
+def test_there_is_one_way_to_a_decoder() -> None:
+    decoders = re.compile(r"\b(imdecode|imdecodemulti|imread|imreadmulti|VideoCapture|Image\.open)\b")
+    modules = Path(worker.__file__).parent.rglob("*.py")
+    assert [path.name for path in modules if decoders.search(path.read_text("utf-8"))] == ["decode.py"]
 
 
 class TestNotAnImage:
@@ -224,3 +260,22 @@ def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded() -> None:
     scan = data[first:-2]
     with pytest.raises(ImageDecodeFailed, match="scans; at most 64 are read"):
         decode(data[:first] + scan * 65 + data[-2:])
+
+
+@pytest.mark.parametrize("name", ["webp", "webp-alpha"])
+@pytest.mark.parametrize("size", [(1, 1), (300, 7), (16_383, 2), (2, 16_383)])
+def test_the_size_of_a_webp_is_known_before_anything_opens_it(name: str, size: tuple[int, int]) -> None:
+    lossy, lossless, animated = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    mode = FORMATS[name][0]
+    picture = Image.new(mode, size)
+    picture.save(lossy, "WEBP")
+    picture.save(lossless, "WEBP", lossless=True)
+    picture.save(animated, "WEBP", save_all=True, append_images=[Image.new(mode, size, "red")])
+    for file in (lossy, lossless, animated):
+        assert webp_size(file.getvalue()) == size
+
+
+def test_a_webp_that_claims_too_much_is_refused_before_anything_opens_it() -> None:
+    claims = b"RIFF\0\0\0\0WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + b"\xff\x7f\0" + b"\xff\x7f\0"
+    with pytest.raises(ImagePixelsExceeded, match="32768 x 32768"):
+        decode(claims)

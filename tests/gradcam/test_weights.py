@@ -1,8 +1,11 @@
 import contextlib
 import hashlib
+import os
+import resource
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ import pytest
 from worker.errors import WeightsChecksumMismatch, WeightsUnavailable
 from worker.gradcam.catalog import CATALOG, ModelFile
 from worker.gradcam.classes import DATA
-from worker.gradcam.weights import Sink, WeightsFile, cached, download, locate, where
+from worker.gradcam.shelf import Shelf
+from worker.gradcam.weights import Sink, WeightsFile, cached, digest, download, locate, where
 
 SHIPPED, FETCHED = CATALOG["efficientnet_lite0"], CATALOG["vgg16"]
 KERAS_FILE = FETCHED.keras_files[0]
@@ -109,14 +113,16 @@ class TestDownload:
 class Shop:
     """Sells bytes by address, and remembers what was bought."""
 
-    def __init__(self, goods: bytes | Exception) -> None:
-        self.goods = goods
+    def __init__(self, goods: bytes | Exception, *, tells: bool = False) -> None:
+        self.goods, self.tells = goods, tells
         self.sold: list[str] = []
 
     def __call__(self, uri: str, sink: Sink) -> None:
         self.sold.append(uri)
         if isinstance(self.goods, Exception):
             raise self.goods
+        if self.tells:
+            sink.expect(len(self.goods))
         for start in range(0, len(self.goods), 4):  # in more than one piece
             sink.write(self.goods[start : start + 4])
 
@@ -225,3 +231,178 @@ class TestCached:
                 process.stdin.flush()
             assert [process.communicate(timeout=60)[0] for process in processes] == [f"{checksum}\n"] * 4
         assert contents(tmp_path / "cache") == [f"{checksum}.keras"]
+
+
+class TestShelf:
+    """The cache folder holds no more than its limit, and keeps what is used."""
+
+    @staticmethod
+    def put(folder: Path, data: bytes, max_bytes: int | None, age_s: float = 0) -> Path:
+        """A file of these bytes in the cache, used so many seconds ago."""
+        file = ModelFile("s3://models/one.keras", hashlib.sha256(data).hexdigest())
+        place = cached(file, folder, Shop(data), max_bytes).path
+        if age_s:
+            used = place.stat().st_mtime - age_s
+            os.utime(place, (used, used))
+        return place
+
+    def test_what_was_used_least_recently_makes_room(self, tmp_path: Path) -> None:
+        oldest = self.put(tmp_path, b"a" * 40, 100, age_s=30)
+        old = self.put(tmp_path, b"b" * 40, 100, age_s=20)
+        new = self.put(tmp_path, b"c" * 40, 100)
+        assert contents(tmp_path) == sorted([old.name, new.name])
+        assert not oldest.exists()
+
+    def test_to_ask_for_a_file_is_to_use_it(self, tmp_path: Path) -> None:
+        first = self.put(tmp_path, b"a" * 40, 100, age_s=30)
+        second = self.put(tmp_path, b"b" * 40, 100, age_s=20)
+        assert self.put(tmp_path, b"a" * 40, 100) == first
+        self.put(tmp_path, b"c" * 40, 100)
+        assert first.exists()
+        assert not second.exists()
+
+    def test_no_more_is_taken_away_than_has_to_be(self, tmp_path: Path) -> None:
+        places = [self.put(tmp_path, bytes([one]) * 20, 100, age_s=100 - one) for one in range(5)]
+        self.put(tmp_path, b"x" * 30, 100)
+        assert [place.exists() for place in places] == [False, False, True, True, True]
+
+    def test_without_a_limit_everything_stays(self, tmp_path: Path) -> None:
+        for one in range(20):
+            self.put(tmp_path, bytes([one]) * 100, None)
+        assert len(contents(tmp_path)) == 20
+
+    @pytest.mark.parametrize("where", ["s3", "here"])
+    def test_a_file_larger_than_the_limit_is_refused_with_both_and_nothing_is_taken_away_for_it(
+        self, where: str, tmp_path: Path
+    ) -> None:
+        folder, data = tmp_path / "cache", b"b" * 5001
+        kept = self.put(folder, b"a" * 40, 5000)
+        source = tmp_path / "large.keras"
+        source.write_bytes(data)
+        uri = "s3://models/large.keras" if where == "s3" else str(source)
+        file = ModelFile(uri, hashlib.sha256(data).hexdigest())
+        with pytest.raises(
+            WeightsUnavailable, match=r"large\.keras has 5,001 bytes, above the 5,000 .*GRADCAM_CACHE_BYTES"
+        ):
+            cached(file, folder, Shop(data, tells=True), 5000)
+        assert contents(folder) == [kept.name]
+
+    def test_a_file_that_does_not_say_how_large_it_is_cannot_pass_the_limit(self, tmp_path: Path) -> None:
+        with pytest.raises(WeightsUnavailable, match="above the 5,000 bytes"):
+            self.put(tmp_path, b"b" * 6000, 5000)
+        assert contents(tmp_path) == []
+
+    def test_what_somebody_else_keeps_in_the_folder_is_neither_counted_nor_touched(
+        self, tmp_path: Path
+    ) -> None:
+        (tmp_path / "notes.txt").write_bytes(bytes(500))
+        (tmp_path / "models").mkdir()
+        self.put(tmp_path, b"a" * 90, 100)
+        self.put(tmp_path, b"b" * 90, 100)
+        assert {"notes.txt", "models"} < set(contents(tmp_path))
+        assert len(contents(tmp_path)) == 3
+
+    def test_files_that_are_being_fetched_count_and_are_not_taken_away(self, tmp_path: Path) -> None:
+        shelf = Shelf(tmp_path, 100)
+        with shelf.new("one", "s3://models/one.keras") as part:
+            part.write(bytes(60))
+            with pytest.raises(WeightsUnavailable, match="other files are being fetched"):
+                self.put(tmp_path, b"b" * 60, 100)
+            self.put(tmp_path, b"c" * 40, 100)
+
+    def test_what_a_killed_process_left_is_swept_away_and_what_is_written_is_not(
+        self, tmp_path: Path
+    ) -> None:
+        program = (
+            "import sys, time; from pathlib import Path; from worker.gradcam.shelf import Shelf\n"
+            "with Shelf(Path(sys.argv[1]), None).new('one', 's3://models/one.keras') as part:\n"
+            "    part.write(bytes(60)); print('written', flush=True); time.sleep(600)\n"
+        )
+        command = [sys.executable, "-P", "-c", program, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            assert process.stdout.readline() == "written\n"
+            (part,) = tmp_path.iterdir()
+            os.utime(part, (1, 1))  # as if nothing had come for very long
+            self.put(tmp_path, b"a", None)
+            assert part.exists(), "its process is alive"
+            process.kill()
+            process.wait()
+        young = tmp_path / "young.part"
+        young.touch()  # it may not be locked yet
+        self.put(tmp_path, b"b", None)
+        assert not part.exists()
+        assert young.exists()
+
+    def test_processes_that_take_each_others_files_away_all_get_theirs(self, tmp_path: Path) -> None:
+        program = (
+            "import hashlib, sys; from pathlib import Path\n"
+            "from worker.errors import WeightsUnavailable\n"
+            "from worker.gradcam.catalog import ModelFile\n"
+            "from worker.gradcam.weights import cached\n"
+            "folder, first = Path(sys.argv[1]), int(sys.argv[2])\n"
+            "got = 0\n"
+            "for turn in range(60):\n"
+            "    data = bytes([(first + turn) % 7]) * 1000\n"
+            "    file = ModelFile('s3://models/one.keras', hashlib.sha256(data).hexdigest())\n"
+            "    try:\n"
+            "        cached(file, folder, lambda uri, sink: sink.write(data), 3000); got += 1\n"
+            "    except WeightsUnavailable as error:\n"
+            "        assert 'being fetched' in str(error), error\n"
+            "print(got)\n"
+        )
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-P", "-c", program, str(tmp_path), str(one)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for one in (0, 3)
+        ]
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0]
+        assert min(map(int, outputs)) > 30
+        left = list(tmp_path.iterdir())
+        assert 0 < sum(path.stat().st_size for path in left) <= 3000
+        assert all(digest(path) == path.stem for path in left)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 1 MB; where none can be mounted, one in which no file can grow beyond that."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    mounted = os.geteuid() == 0 and subprocess.run(mount, check=False, capture_output=True).returncode == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if not mounted:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024**2, before[1]))
+        yield folder
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+class TestFullDisk:
+    @pytest.mark.parametrize("where", ["s3", "here"])
+    def test_it_is_weights_that_are_unavailable_and_nothing_is_left(
+        self, where: str, small_disk: Path, tmp_path: Path
+    ) -> None:
+        data = bytes(4 * 1024 * 1024)
+        source = (tmp_path / "large.keras").resolve()
+        source.write_bytes(data)
+        uri = "s3://models/large.keras" if where == "s3" else str(source)
+        file = ModelFile(uri, hashlib.sha256(data).hexdigest())
+
+        def fetch(_: str, sink: Sink) -> None:
+            for at in range(0, len(data), 65_536):
+                sink.write(data[at : at + 65_536])
+
+        with pytest.raises(
+            WeightsUnavailable, match=r"could not be written to .* \(.*, after [0-9,]+ bytes\): make room"
+        ) as refused:
+            cached(file, small_disk / "cache", fetch)
+        assert refused.value.retryable
+        assert contents(small_disk / "cache") == []

@@ -13,6 +13,8 @@ The map of this room, from plain data to live networks:
     registry_file  what may stand in that file, and what is wrong with it
     classes        a wish (top n, ids, wnids, names) -> the classes to explain
     decode         bytes -> pixels, guarded
+    structure      what a file gives away before it is decoded
+    alpha          translucent pictures, laid on white
     picture        pixels -> network input; heatmap -> overlay
     region         the hot region of a heatmap: its box, its contour, both drawn on a picture
     sheet          pictures with titles, on one sheet or in frames
@@ -25,6 +27,7 @@ The map of this room, from plain data to live networks:
     batcher        many job threads, one device: their images merged into batches
     batch          what waits for the device, and what comes back from it
     weights        where a row's weights come from
+    shelf          ... and the folder where an operator's files are kept
     loading        a row, or any Keras model -> a live network
     keras_network  a live network: what is computed, and what is kept
     gradients      one forward and one gradient pass, and the few lines per backend

@@ -1,19 +1,45 @@
 """Bytes -> pixels, guarded: the only way to an image decoder.
 
 Everything that can be refused by its header is refused by its header, before a decoder allocates
-anything: a 48-byte GIF can claim 900 million pixels.
+anything: a 48-byte GIF can claim 900 million pixels. OpenCV itself refuses more than 2^28 pixels, see
+`worker.gradcam`, and for what memory is still too short there is an error of its own.
 """
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
-from worker.errors import ImageDecodeFailed, ImagePixelsExceeded, UnsupportedMediaType
+from worker.errors import (
+    GradcamError,
+    ImageDecodeFailed,
+    ImagePixelsExceeded,
+    InternalError,
+    UnsupportedMediaType,
+)
+from worker.gradcam import alpha, structure
+from worker.gradcam.structure import PNG_SIGNATURE
 
+Pixels = NDArray[np.uint8]
+
+# Pillow loads its readers when they are first needed; one that cannot be loaded then, because memory is
+# short, is missing for as long as the process lives.
+_READERS = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin)
 FORMATS = {
     "JPEG": "image/jpeg",
     "MPO": "image/jpeg",  # a JPEG with further pictures behind it, as many phones write
@@ -22,16 +48,16 @@ FORMATS = {
     "GIF": "image/gif",
     "BMP": "image/bmp",
 }
-FULL = 0  # no flag: as large as it is
+FULL = 1  # the divisor of a picture that is decoded as large as it is
 REDUCED = {  # divisor of both sides -> OpenCV's flag, without the bit that asks for BGR
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
 }
-MARKER, START_OF_SCAN = 0xFF, 0xDA  # two bytes of a JPEG
-MAX_JPEG_SCANS = 64  # progressive pictures have about ten; one with 302 scans takes 15 s to decode
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_STARTS = (b"\xff\xd8\xff", _PNG_SIGNATURE, b"GIF87a", b"GIF89a")  # and RIFF....WEBP
+BYTES_PER_PIXEL = 16  # that decoding takes at most, measured: a lossless WebP with alpha. It leaves 3
+WEBP_BYTES_PER_PIXEL = 8  # that Pillow asks for as soon as it opens one, and calls it damaged if it gets none
+SPARE_BYTES = 32 * 1024**2  # that decoders may want besides, for threads and tables
+_STARTS = (b"\xff\xd8\xff", PNG_SIGNATURE, b"GIF87a", b"GIF89a")  # and RIFF....WEBP
 _LOOKS_LIKE = (
     (b"%PDF", "a PDF document"),
     (b"II*\x00", "a TIFF image"),
@@ -66,36 +92,87 @@ def decode(data: bytes, limits: Limits | None = None, *, at_least: int | None = 
     enough, a JPEG comes out at a half, a quarter or an eighth of its size, in a third of the time; no other
     format can be decoded at less than its size.
 
-    Raises UnsupportedMediaType, ImagePixelsExceeded, ImageDecodeFailed.
+    Raises UnsupportedMediaType, ImagePixelsExceeded, ImageDecodeFailed, and InternalError where the memory
+    is too short just now.
     """
     limits = limits or Limits()
-    header = _open(data, limits)
-    with header:
+    with _memory_permitting(data, limits), _open(data, limits) as header:
         media_type = FORMATS[header.format or ""]
-        _check_size(header.width, header.height, limits)
-        if media_type == "image/png":
-            _check_png_chunks(data)
-        if media_type == "image/jpeg":
-            _check_jpeg_scans(data)
+        structure.check(media_type, data)
+        divisor = _divisor(header, at_least)
         translucent = header.mode in {"RGBA", "LA", "PA"} or "transparency" in header.info
-        reduced = _reduced(header.size, at_least) if media_type == "image/jpeg" else FULL
-        pixels = _on_white(header) if translucent else _opaque(data, media_type, reduced)
+        # OpenCV takes a GIF of large areas in one colour for damaged.
+        by_hand = translucent or media_type == "image/gif"
+        pixels = _on_white(header, data) if by_hand else _opaque(data, media_type, divisor)
+        size = header.size
     rows, columns, _ = pixels.shape
-    if reduced:
-        shorter, longer = sorted(header.size)
+    if divisor != FULL:
+        shorter, longer = sorted(size)
         rows, columns = (shorter, longer) if rows < columns else (longer, shorter)
     return Decoded(pixels, media_type, (rows, columns))
 
 
-def _open(data: bytes, limits: Limits) -> Image.Image:
-    """Read the header only."""
+def claimed(data: bytes, limits: Limits | None = None, *, at_least: int | None = None) -> int:
+    """How many pixels `decode` would hold, for the same arguments, as the header claims.
+
+    Each of them takes up to BYTES_PER_PIXEL while it is decoded and 3 bytes afterwards. A progressive JPEG
+    counts whole however small it comes out, for all of it is kept until its last scan.
+
+    Raises UnsupportedMediaType, ImagePixelsExceeded, ImageDecodeFailed, InternalError, as `decode` does.
+    """
+    limits = limits or Limits()
+    with _memory_permitting(data, limits), _open(data, limits) as header:
+        divisor = FULL if "progressive" in header.info else _divisor(header, at_least)
+        width, height = header.size
+        return -(-width // divisor) * -(-height // divisor)
+
+
+@contextmanager
+def _memory_permitting(data: bytes, limits: Limits) -> Iterator[None]:
+    """Tell damage from a want of memory, which decoders report in the same way, or as None.
+
+    Where there is no memory for the pixels that the header claims, nothing is known of the data.
+    """
     try:
-        return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name != "MPO"])
+        yield
+    except MemoryError as error:
+        raise _short_of_memory() from error
+    except ImageDecodeFailed as error:
+        try:
+            with _open(data, limits) as header:
+                np.empty(
+                    header.height * header.width * BYTES_PER_PIXEL + SPARE_BYTES, np.uint8
+                )  # not touched
+        except MemoryError:
+            raise _short_of_memory() from error
+        except GradcamError:
+            pass  # the header says enough
+        raise
+
+
+def _short_of_memory() -> InternalError:
+    return InternalError(
+        "There is not enough memory to decode the image just now: give the worker more "
+        "(GRADCAM_MEMORY_BYTES) or allow less at once (GRADCAM_MAX_PIXELS_IN_FLIGHT)."
+    )
+
+
+def _open(data: bytes, limits: Limits) -> Image.Image:
+    """Read the header only, and refuse what it claims where that is too much."""
+    if size := structure.webp_size(data):
+        _check_size(*size, limits)
+        np.empty(
+            size[0] * size[1] * WEBP_BYTES_PER_PIXEL, np.uint8
+        )  # asked for, never touched: as Pillow does
+    try:
+        header = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name != "MPO"])
+    except MemoryError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         message = f"The image's header claims too many pixels; {_allowed(limits)} ({error})"
         raise ImagePixelsExceeded(message) from error
     except UnidentifiedImageError as error:
-        if data.startswith(_STARTS) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+        if data.startswith(_STARTS) or structure.is_webp(data):
             message = f"The image's header is damaged or cut off ({len(data):,} bytes received)."
             raise ImageDecodeFailed(message) from error
         accepted = ", ".join(sorted({kind.removeprefix("image/") for kind in FORMATS.values()}))
@@ -104,6 +181,8 @@ def _open(data: bytes, limits: Limits) -> Image.Image:
     except Exception as error:  # Pillow's header readers raise whatever the damage leads them to
         message = f"The image's header is damaged: {error}"
         raise ImageDecodeFailed(message) from error
+    _check_size(header.width, header.height, limits)
+    return header
 
 
 def _describe(data: bytes) -> str:
@@ -130,50 +209,28 @@ def _allowed(limits: Limits) -> str:
     return f"at most {limits.max_pixels:,} pixels and {limits.max_side:,} a side are allowed"
 
 
-def _check_png_chunks(data: bytes) -> None:
-    """Refuse a chunk that claims to run past the end: libpng would first allocate what it claims."""
-    at = len(_PNG_SIGNATURE)
-    while at + 8 <= len(data):
-        length = int.from_bytes(data[at : at + 4], "big")
-        kind = data[at + 4 : at + 8]
-        if length > len(data) - at - 12:
-            name = kind.decode("ascii", "replace")
-            left = max(len(data) - at - 12, 0)
-            message = f"The PNG is cut off or lies: chunk {name!r} claims {length:,} of {left:,} bytes."
-            raise ImageDecodeFailed(message)
-        if kind == b"IEND":
-            return
-        at += 12 + length
-    message = f"The PNG is cut off: it ends without an IEND chunk ({len(data):,} bytes received)."
-    raise ImageDecodeFailed(message)
-
-
-def _check_jpeg_scans(data: bytes) -> None:
-    """Refuse a JPEG of very many scans: each costs a pass over the whole picture, however few its bytes."""
-    codes = np.frombuffer(data, np.uint8)
-    starts = (codes[:-1] == MARKER) & (codes[1:] == START_OF_SCAN)  # cannot stand within compressed data
-    scans = np.count_nonzero(starts)
-    if scans > MAX_JPEG_SCANS:
-        message = f"The JPEG has {scans} scans; at most {MAX_JPEG_SCANS} are read."
-        raise ImageDecodeFailed(message)
-
-
-def _reduced(size: tuple[int, int], at_least: int | None) -> int:
-    """How OpenCV is told to decode a JPEG as small as it may be; `FULL` where that is its size.
+def _divisor(header: Image.Image, at_least: int | None) -> int:
+    """By what a JPEG's sides may be divided as it is decoded; `FULL` where that is its size.
 
     One that is not square does not become square, so that it can be seen whether EXIF has turned it.
     """
-    shorter, longer = sorted(size)
-    for divisor, flag in REDUCED.items():
+    if at_least is None or FORMATS[header.format or ""] != "image/jpeg":
+        return FULL
+    shorter, longer = sorted(header.size)
+    for divisor in REDUCED:
         short, long = -(-shorter // divisor), -(-longer // divisor)  # rounded up, as libjpeg does
-        if at_least is not None and short >= at_least and (short < long or shorter == longer):
-            return flag
+        if short >= at_least and (short < long or shorter == longer):
+            return divisor
     return FULL
 
 
-def _opaque(data: bytes, media_type: str, reduced: int) -> NDArray[np.uint8]:
+def _opaque(data: bytes, media_type: str, divisor: int) -> Pixels:
+    return _by_opencv(data, media_type, cv2.IMREAD_COLOR_RGB | REDUCED.get(divisor, 0))
+
+
+def _by_opencv(data: bytes, media_type: str, flags: int) -> Pixels:
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | reduced)
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         message = f"The {media_type} data are damaged: {error.err or error}"
         raise ImageDecodeFailed(message) from error
@@ -183,29 +240,25 @@ def _opaque(data: bytes, media_type: str, reduced: int) -> NDArray[np.uint8]:
     return np.asarray(pixels, np.uint8)
 
 
-def _on_white(header: Image.Image) -> NDArray[np.uint8]:
-    """OpenCV drops alpha instead of compositing it, so translucent pictures go through Pillow."""
+def _on_white(header: Image.Image, data: bytes) -> Pixels:
+    """OpenCV would drop alpha; here it decodes WebP alone, in half the memory that Pillow takes for it."""
     try:
-        upright = ImageOps.exif_transpose(_eight_bits(header))
-        upright = upright if upright.mode == "RGBA" else upright.convert("RGBA")
-        white = Image.new("RGB", upright.size, "white")
-        white.paste(upright, mask=upright)
-        return np.asarray(white, np.uint8)
-    except Exception as error:  # as in `_open`: any exception here means damaged data
+        stored = _webp(data, header.size) if header.format == "WEBP" else header
+        if stored is header:
+            header.load()  # before it is asked for EXIF, which in a PNG may come after the pixels
+        return alpha.on_white(stored, header.getexif().get(ExifTags.Base.Orientation, 1))
+    except (ImageDecodeFailed, MemoryError):
+        raise
+    except Exception as error:  # as in `_open`: any other exception here means damaged data
         message = f"The image data are damaged: {error}"
         raise ImageDecodeFailed(message) from error
 
 
-def _eight_bits(header: Image.Image) -> Image.Image:
-    """A picture with one transparent colour of 16 bits a channel: Pillow would compare only the low 8."""
-    transparent = header.info.get("transparency")
-    if header.mode.startswith("I"):
-        values = np.asarray(header, np.uint32)
-        alpha = np.where(values == transparent, 0, 255)
-        pair = np.stack([values >> 8, alpha], axis=-1).astype(np.uint8)
-        eight = Image.fromarray(pair)
-        eight.info = {key: value for key, value in header.info.items() if key != "transparency"}
-        return eight
-    if isinstance(transparent, tuple) and max(transparent) >> 8:
-        header.info["transparency"] = tuple(value >> 8 for value in transparent)
-    return header
+def _webp(data: bytes, size: tuple[int, int]) -> Pixels:
+    """A translucent WebP as it is stored, not upright: (height, width, 4) BGRA."""
+    pixels = _by_opencv(data, "image/webp", cv2.IMREAD_UNCHANGED)
+    width, height = size
+    if pixels.shape != (height, width, 4):
+        message = f"The WebP holds {pixels.shape}; its header claims {width} x {height} and an alpha channel."
+        raise ImageDecodeFailed(message)
+    return pixels

@@ -121,6 +121,9 @@ def _own_model(row: NetworkRow, file: WeightsFile) -> Any:
         model.load_weights(file.path)
     except NetworkIncompatible:
         raise
+    except FileNotFoundError as error:  # another process has made room in the cache just now
+        message = f"{file.path} was there a moment ago and is gone: another process needed its room."
+        raise WeightsUnavailable(message) from error
     except Exception as error:  # whatever Keras, h5py and zipfile make of a file that is something else
         reason = " ".join(str(error).split())[:500]
         message = f"{file.path} cannot be loaded as {row.name}: {reason}"

@@ -7,16 +7,16 @@ Never random by accident: random weights have to be asked for by name, and then 
 import hashlib
 import shutil
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from worker.errors import WeightsChecksumMismatch, WeightsUnavailable
 from worker.gradcam.catalog import ModelFile, NetworkRow
 from worker.gradcam.classes import DATA
+from worker.gradcam.shelf import Shelf
 
 DOWNLOAD_STALL_S = 30  # seconds without a byte before Keras's download counts as failed
 CHUNK = 1024 * 1024  # bytes copied at a time
@@ -61,26 +61,33 @@ def locate(row: NetworkRow, directory: Path | None) -> WeightsFile | None:
 class Sink(Protocol):
     """Where the bytes of a file go."""
 
+    def expect(self, size: int, /) -> None:
+        """It will have so many bytes, as far as that can be told. Raises WeightsUnavailable."""
+        ...
+
     def write(self, data: bytes, /) -> int:
         """Take the next bytes."""
         ...
 
 
-def cached(file: ModelFile, folder: Path, fetch: Callable[[str, Sink], None]) -> WeightsFile:
+def cached(
+    file: ModelFile, folder: Path, fetch: Callable[[str, Sink], None], max_bytes: int | None = None
+) -> WeightsFile:
     """An operator's file in the cache folder, known to be the one that the registry pins.
 
     It is named by its checksum, so it is there whole or not at all, and two processes that fetch it at
     once write the same. A copy that has been damaged is fetched again. `fetch` writes what an `s3://`
-    address holds into a sink, and raises WeightsUnavailable where it cannot.
+    address holds into a sink, and raises WeightsUnavailable where it cannot. The folder holds no more than
+    `max_bytes`: the files that were used least recently make room before the new one is there.
 
     Raises WeightsChecksumMismatch with both checksums, WeightsUnavailable.
     """
     suffix = next((one for one in MODEL_SUFFIXES if file.uri.endswith(one)), "")
+    shelf = Shelf(folder, max_bytes)
     place = folder / (file.sha256 + suffix)
     try:
-        if not place.is_file() or digest(place) != file.sha256:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _fetch(file, place, fetch if file.uri.startswith("s3://") else _copy)
+        if not (_is_whole(place, file.sha256) and shelf.touch(place)):
+            _fetch(file, shelf, place.name, fetch if file.uri.startswith("s3://") else _copy)
     except OSError as error:
         message = (
             f"{file.uri} could not be brought into the cache folder {folder}: {error}. GRADCAM_CACHE_DIR "
@@ -90,41 +97,32 @@ def cached(file: ModelFile, folder: Path, fetch: Callable[[str, Sink], None]) ->
     return WeightsFile(place, file.sha256)
 
 
-def _fetch(file: ModelFile, place: Path, fetch: Callable[[str, Sink], None]) -> None:
+def _is_whole(place: Path, sha256: str) -> bool:
+    """Whether a file is here and undamaged; another process may be taking it away just now."""
+    try:
+        return place.is_file() and digest(place) == sha256
+    except FileNotFoundError:
+        return False
+
+
+def _fetch(file: ModelFile, shelf: Shelf, name: str, fetch: Callable[[str, Sink], None]) -> None:
     """Fetch a file beside its place; move it there in one step once its checksum is right."""
-    with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".part", delete=False) as part:
-        try:
-            sink = _Hashing(part)
-            fetch(file.uri, sink)
-            found = sink.hash.hexdigest()
-            if found != file.sha256:
-                message = (
-                    f"{file.uri} should have sha256 {file.sha256} but has {found}: it was not loaded. If it "
-                    "is the file that you mean, write its sha256 into the registry."
-                )
-                raise WeightsChecksumMismatch(message)
-            part.flush()
-            Path(part.name).replace(place)
-        finally:
-            Path(part.name).unlink(missing_ok=True)
-
-
-class _Hashing:
-    """Writes to a file what it takes, and hashes it on the way."""
-
-    def __init__(self, file: BinaryIO | Any) -> None:
-        self.hash = hashlib.sha256()
-        self._file = file
-
-    def write(self, data: bytes, /) -> int:
-        self.hash.update(data)
-        return int(self._file.write(data))
+    with shelf.new(name, file.uri) as part:
+        fetch(file.uri, part)
+        if part.sha256 != file.sha256:
+            message = (
+                f"{file.uri} should have sha256 {file.sha256} but has {part.sha256}: it was not loaded. "
+                "If it is the file that you mean, write its sha256 into the registry."
+            )
+            raise WeightsChecksumMismatch(message)
+        part.keep()
 
 
 def _copy(path: str, sink: Sink) -> None:
     """Raises WeightsUnavailable where there is no such file, or it may not be read."""
     try:
         with Path(path).open("rb") as file:
+            sink.expect(Path(path).stat().st_size)
             shutil.copyfileobj(file, sink, CHUNK)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         message = (

@@ -1,0 +1,278 @@
+"""Seeded images with something wrong in them, in every format that is read here, and some that are not.
+
+`mutations(count, seed)` yields as many, the same ones for the same seed, each with the name of what was done.
+"""
+
+import io
+import random
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SIDE = 96  # pixels of an image before it is damaged: enough for every structure that a format has
+HUGE = (0, 1, 2**15 - 1, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1)  # where counters overflow
+ORIENTATION, MAKER_NOTE = 0x112, 0x927C  # EXIF tags
+MANY_SCANS = (40, 65, 300)  # around what is read, and far above
+PNG, GIF_BLOCK = b"\x89PNG\r\n\x1a\n", b"!\xfe"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """An image that has been tampered with."""
+
+    name: str  # kind, and what was done to it
+    data: bytes
+
+
+def _noise(mode: str) -> Image.Image:
+    """Smooth colours with noise in them, so that no codec can leave anything out."""
+    rows, columns = np.mgrid[0:SIDE, 0:SIDE]
+    grain = np.random.default_rng(1).integers(0, 64, (SIDE, SIDE))
+    planes = [rows * 2, columns * 2, rows + columns, 255 - rows * 2]
+    pixels = np.stack([np.clip(plane + grain, 0, 255) for plane in planes], axis=-1).astype(np.uint8)
+    whole = Image.fromarray(pixels)
+    if mode == "I;16":
+        return Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    return whole.convert(mode) if mode in {"RGBA", "LA"} else whole.convert("RGB").convert(mode)
+
+
+def _saved(mode: str, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    _noise(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+def _exif() -> Image.Exif:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    exif[0x10F] = "A camera"
+    exif.get_ifd(0x8769)[MAKER_NOTE] = bytes(200)
+    return exif
+
+
+def chunk(name: bytes, data: bytes, claimed: int | None = None) -> bytes:
+    """A chunk of a PNG, which may claim another length than it has."""
+    length = len(data) if claimed is None else claimed
+    return struct.pack(">I", length) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def _png(depth: int, color: int, channels: int, *between: bytes) -> bytes:
+    """A PNG by hand, of a depth and colour type that Pillow does not write."""
+    row = (SIDE * channels * depth + 7) // 8
+    raw = random.Random(depth * 8 + color).randbytes((row + 1) * SIDE)  # noqa: S311  # noise, not a secret
+    rows = b"".join(b"\0" + raw[at * (row + 1) + 1 : (at + 1) * (row + 1)] for at in range(SIDE))
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, depth, color, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), *between, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    return PNG + b"".join(parts)
+
+
+@cache
+def whole() -> dict[str, bytes]:
+    """An undamaged image of every kind."""
+    palette = chunk(b"PLTE", bytes(range(48)))
+    more = {"save_all": True, "append_images": [_noise("RGB").rotate(90), _noise("RGB").rotate(180)]}
+    made = {
+        "jpeg": _saved("RGB", "JPEG", exif=_exif()),
+        "jpeg-progressive": _saved("RGB", "JPEG", progressive=True),
+        "jpeg-restarts": _saved("RGB", "JPEG", restart_marker_blocks=1),
+        "jpeg-grey": _saved("L", "JPEG"),
+        "jpeg-cmyk": _saved("CMYK", "JPEG", exif=_exif()),
+        "mpo": _saved("RGB", "MPO", **more),
+        "png": _saved("RGB", "PNG", exif=_exif()),
+        "png-alpha": _saved("RGBA", "PNG"),
+        "png-grey-alpha": _saved("LA", "PNG"),
+        "png-palette": _saved("P", "PNG", transparency=3),
+        "png-bits": _saved("1", "PNG"),
+        "png-16": _saved("I;16", "PNG"),
+        "png-16-transparent": _png(16, 0, 1, chunk(b"tRNS", b"\x12\x34")),
+        "png-16-color": _png(16, 2, 3, chunk(b"tRNS", b"\x12\x34" * 3)),
+        "png-16-alpha": _png(16, 6, 4),
+        "png-4-palette": _png(4, 3, 1, palette, chunk(b"tRNS", bytes(range(16)))),
+        "png-animated": _saved("RGB", "PNG", **more),
+        "webp": _saved("RGB", "WEBP", exif=_exif()),
+        "webp-alpha": _saved("RGBA", "WEBP", exif=_exif()),
+        "webp-lossless": _saved("RGBA", "WEBP", lossless=True),
+        "webp-animated": _saved("RGB", "WEBP", **more),
+        "gif": _saved("P", "GIF"),
+        "gif-transparent": _saved("P", "GIF", transparency=3),
+        "gif-animated": _saved("RGB", "GIF", **more),
+        "bmp": _saved("RGB", "BMP"),
+        "bmp-alpha": _saved("RGBA", "BMP"),
+        "bmp-palette": _saved("P", "BMP"),
+        "bmp-bits": _saved("1", "BMP"),
+    }
+    # Not read here: they have to be refused, however they are called and wherever they are cut.
+    refused = {"tiff": "TIFF", "jpeg-2000": "JPEG2000", "avif": "AVIF", "icns": "ICNS", "ppm": "PPM"}
+    return made | {name: _saved("RGB", kind) for name, kind in refused.items()}
+
+
+def _truncated(data: bytes, rng: random.Random) -> bytes:
+    return data[: rng.randrange(len(data))]
+
+
+def _flipped(data: bytes, rng: random.Random) -> bytes:
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 3, 10, 100))):
+        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+def _flipped_head(data: bytes, rng: random.Random) -> bytes:
+    """Where formats keep their sizes, counts and flags."""
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        changed[rng.randrange(min(len(changed), 64))] = rng.randrange(256)
+    return bytes(changed)
+
+
+def _lying(data: bytes, rng: random.Random) -> bytes:
+    """A number somewhere in the first part, which holds the lengths, says something huge."""
+    width = rng.choice((1, 2, 3, 4))
+    at = rng.randrange(max(min(len(data), 800) - width, 1))
+    value = rng.choice(HUGE).to_bytes(4, "big")[-width:]
+    return data[:at] + rng.choice((value, value[::-1])) + data[at + width :]
+
+
+def _cut_out(data: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(data))
+    return data[:at] + data[at + rng.randint(1, 200) :]
+
+
+def _doubled(data: bytes, rng: random.Random) -> bytes:
+    """A piece that comes twice, or very many times."""
+    at, size = rng.randrange(len(data)), rng.randint(1, 400)
+    return data[:at] + data[at : at + size] * rng.choice((2, 50, 500)) + data[at + size :]
+
+
+def _spliced(data: bytes, rng: random.Random) -> bytes:
+    """The beginning of one format and the end of another."""
+    other = rng.choice(list(whole().values()))
+    kept: int = rng.randrange(len(data))
+    return data[:kept] + other[rng.randrange(len(other)) :]
+
+
+def _disguised(data: bytes, rng: random.Random) -> bytes:
+    """The first bytes of another format."""
+    other = rng.choice(list(whole().values()))
+    size = rng.choice((2, 4, 8, 12, 16))
+    return other[:size] + data[size:]
+
+
+def _polyglot(data: bytes, rng: random.Random) -> bytes:
+    """Two files in one, or a file with something else before or behind it."""
+    extra = rng.choice(
+        (
+            *whole().values(),
+            b"<html><script>alert(1)</script></html>",
+            b"PK\x03\x04" + bytes(200),
+            b"%PDF-1.7\n",
+            b"#!/bin/sh\n",
+            bytes(100_000),
+        )
+    )
+    return data + extra if rng.random() < 0.7 else extra + data  # noqa: PLR2004  # mostly behind: that is read
+
+
+def _emptied(data: bytes, rng: random.Random) -> bytes:
+    """A stretch of one byte only."""
+    at, size = rng.randrange(len(data)), rng.randint(1, 2000)
+    return data[:at] + bytes([rng.choice((0, 255))]) * min(size, len(data) - at) + data[at + size :]
+
+
+def _huge(data: bytes, rng: random.Random) -> bytes:
+    """The width and height that the header claims are huge, or nothing, or allowed but not there."""
+    width, height = (rng.choice((0, 1, 3000, 7999, 32_767, 40_000, 65_535)) for _ in range(2))
+    if data.startswith(PNG):
+        header = struct.pack(">II", width, height) + data[24:29]
+        return PNG + chunk(b"IHDR", header) + data[33:]
+    if data.startswith(b"GIF8"):
+        at = rng.choice((5, max(data.find(b",") + 4, 5)))  # the screen's size, or the first frame's
+        return data[: at + 1] + struct.pack("<HH", width, height) + data[at + 5 :]
+    if data.startswith(b"BM"):
+        return data[:18] + struct.pack("<ii", width, rng.choice((height, -height))) + data[26:]
+    if data.startswith(b"\xff\xd8"):
+        at = next((data.find(mark) for mark in (b"\xff\xc0", b"\xff\xc2") if mark in data), 0)
+        return data[: at + 5] + struct.pack(">HH", height, width) + data[at + 9 :]
+    if data[8:12] == b"WEBP":
+        return data[:24] + struct.pack("<HH", width & 0x3FFF, height & 0x3FFF) + data[28:]
+    return _lying(data, rng)
+
+
+def _structured(data: bytes, rng: random.Random) -> bytes:
+    """What only this format has: scans, EXIF, chunks, blocks."""
+    if data.startswith(PNG):
+        return _chunks(data, rng)
+    if data.startswith(b"\xff\xd8"):
+        return _segments(data, rng)
+    if data.startswith(b"GIF8"):
+        at = data.find(GIF_BLOCK) if GIF_BLOCK in data else 13
+        return data[:at] + (GIF_BLOCK + b"\xff" + bytes(255)) * rng.choice((1, 500)) + b"\0" + data[at:]
+    if data[8:12] == b"WEBP":
+        size = rng.choice(HUGE) % 2**32
+        name = rng.choice((b"EXIF", b"ICCP", b"ALPH", b"ANMF", b"VP8X", b"XMP ", b"junk"))
+        return data[:12] + name + struct.pack("<I", size) + rng.randbytes(rng.randint(0, 64)) + data[12:]
+    return _lying(data, rng)
+
+
+def _chunks(data: bytes, rng: random.Random) -> bytes:
+    """A PNG with a chunk that lies, comes twice, is in the wrong place, or unpacks to very much."""
+    name = rng.choice(
+        (b"tRNS", b"PLTE", b"zTXt", b"iCCP", b"iTXt", b"eXIf", b"IDAT", b"acTL", b"fcTL", b"gAMA")
+    )
+    packed = zlib.compress(bytes(rng.choice((10, 10_000_000))))
+    body = rng.choice((b"", rng.randbytes(40), b"a\0\0" + packed, b"MM\0*\0\0\0\x08\xff\xff", packed))
+    claimed = rng.choice((None, None, *HUGE))
+    new = chunk(name, body, None if claimed is None else claimed % 2**32)
+    at = rng.choice((8, 33, max(data.find(b"IDAT") - 4, 8), len(data) - 12))
+    return data[:at] + new * rng.choice((1, 1, 2, 2000 if len(body) < SIDE else 3)) + data[at:]
+
+
+def _segments(data: bytes, rng: random.Random) -> bytes:
+    """A JPEG of many scans, or with EXIF that is damaged, endless or a circle."""
+    first = data.find(b"\xff\xda")
+    if rng.random() < 0.4 and first > 0:  # noqa: PLR2004  # the rest is EXIF and tables
+        return data[:first] + data[first:-2] * rng.choice(MANY_SCANS) + data[-2:]
+    order = rng.choice((b"MM\0*", b"II*\0"))
+    offset = struct.pack(">I" if order[:1] == b"M" else "<I", rng.choice((8, *HUGE)))
+    entries = rng.choice((b"\xff\xff", b"\0\x01", b"\x01\0", b"\0\0")) + rng.randbytes(rng.choice((12, 600)))
+    body = b"Exif\0\0" + order + offset + entries + b"\0\0\0\x08"
+    marker = rng.choice((b"\xff\xe1", b"\xff\xe1", b"\xff\xe2", b"\xff\xdb", b"\xff\xc4", b"\xff\xdd"))
+    length = rng.choice((len(body) + 2, len(body) + 2, 0, 1, 0xFFFF))
+    return data[:2] + marker + struct.pack(">H", length) + body + data[2:]
+
+
+WAYS: tuple[Callable[[bytes, random.Random], bytes], ...] = (
+    _truncated,
+    _flipped,
+    _flipped_head,
+    _lying,
+    _cut_out,
+    _doubled,
+    _spliced,
+    _disguised,
+    _polyglot,
+    _emptied,
+    _huge,
+    _structured,
+)
+
+
+def mutations(count: int, seed: int) -> Iterator[Mutant]:
+    """So many images; every kind meets every way as soon as there are enough of them."""
+    rng = random.Random(seed)  # noqa: S311  # the same ones every time: that is what it is for
+    kinds = list(whole().items())
+    pairs = [(kind, way) for way in WAYS for kind in kinds]
+    rng.shuffle(pairs)
+    for number in range(count):
+        (kind, data), way = pairs[number % len(pairs)]
+        for _ in range(1 if number < len(pairs) else rng.choice((1, 1, 1, 2, 3))):
+            data = way(data, rng) or data[:1]
+            name = f"{kind}{way.__name__}"
+            way = rng.choice(WAYS)
+        yield Mutant(name.replace("_", " "), data)

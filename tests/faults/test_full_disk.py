@@ -1,0 +1,47 @@
+"""A disk that is full, for real: a small one that is mounted for the purpose, or the kernel's own limit."""
+
+import resource
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from worker.deadline import Deadline
+from worker.errors import StorageUnavailable
+from worker.s3 import S3
+from worker.settings import Settings
+from worker.storage import Stores
+
+SIZE = 1024 * 1024  # bytes of the disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 1 MB; where none can be mounted, one in which no file can grow beyond that."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, check=False, capture_output=True).returncode == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if not mounted:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, before[1]))
+        yield folder
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_artifacts_that_find_no_room_are_a_typed_error_and_leave_nothing_behind(small_disk: Path) -> None:
+    settings = Settings(output=(small_disk / "out").as_uri())
+    store = Stores(settings, S3(settings)).open()
+    store.put("job/small.bin", b"small", "application/octet-stream")
+    with pytest.raises(StorageUnavailable, match=r"large\.bin could not be written") as refused:
+        store.put("job/large.bin", bytes(4 * SIZE), "application/octet-stream")
+    assert refused.value.retryable
+    assert [path.name for path in small_disk.rglob("*") if path.is_file()] == ["small.bin"]
+    with pytest.raises(StorageUnavailable):
+        store.put_many([("job/large.bin", bytes(4 * SIZE), "application/octet-stream")], Deadline(10))
+    store.put("job/after.bin", bytes(SIZE // 2), "application/octet-stream")  # all room is there again

@@ -1,0 +1,57 @@
+"""Translucent pictures: laid on white, as a page would show them, and turned upright."""
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Pixels = NDArray[np.uint8]
+
+ROWS = 256  # laid on white at a time: few, so that four channels of the whole are never made
+TURNS: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation -> what sets the picture upright
+    2: np.fliplr,
+    3: lambda stored: np.rot90(stored, 2),
+    4: np.flipud,
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: np.rot90(stored, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+def on_white(stored: Image.Image | Pixels, orientation: int) -> Pixels:
+    """A picture of any mode, or (height, width, 4) BGRA -> (height, width, 3) RGB on white, upright by EXIF.
+
+    Raises whatever Pillow's decoders raise, for they work no sooner than here, and MemoryError.
+    """
+    width, height = stored.size if isinstance(stored, Image.Image) else stored.shape[1::-1]
+    laid = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, ROWS):
+        bottom = min(top + ROWS, height)
+        if isinstance(stored, Image.Image):
+            rows = _eight_bits(stored.crop((0, top, width, bottom)))
+        else:
+            rows = Image.fromarray(cv2.cvtColor(stored[top:bottom], cv2.COLOR_BGRA2RGBA))
+        rows = rows if rows.mode == "RGBA" else rows.convert("RGBA")
+        white = Image.new("RGB", rows.size, "white")
+        white.paste(rows, mask=rows)
+        laid[top:bottom] = np.asarray(white)
+    turn = TURNS.get(orientation)
+    return np.ascontiguousarray(turn(laid)) if turn else laid
+
+
+def _eight_bits(rows: Image.Image) -> Image.Image:
+    """A picture with one transparent colour of 16 bits a channel: Pillow would compare only the low 8."""
+    transparent = rows.info.get("transparency")
+    if rows.mode.startswith("I"):
+        values = np.asarray(rows, np.uint32)
+        alpha = np.where(values == transparent, 0, 255)
+        pair = np.stack([values >> 8, alpha], axis=-1).astype(np.uint8)
+        eight = Image.fromarray(pair)
+        eight.info = {key: value for key, value in rows.info.items() if key != "transparency"}
+        return eight
+    if isinstance(transparent, tuple) and max(transparent) >> 8:
+        rows.info["transparency"] = tuple(value >> 8 for value in transparent)
+    return rows
