@@ -23,6 +23,7 @@ from worker.errors import (
     ImageForbidden,
     ImageNotFound,
     ImageTooLarge,
+    JobCanceled,
     JobTimeout,
     UriNotAllowed,
 )
@@ -243,6 +244,17 @@ class TestHttp:
                 http_server, http_server.url("/a", answer(200, DATA, before=lambda: time.sleep(0.3))), 0.2
             )
 
+    def test_a_cancelled_job_does_not_wait_for_its_image(self, silent_port: int) -> None:
+        deadline, host = Deadline(300), f"127.0.0.1:{silent_port}"
+        chosen = Settings(
+            image_schemes=("http",), image_hosts=(host,), private_networks=LOCAL, fetch_timeout_s=300
+        )
+        threading.Timer(0.2, deadline.cancel, [JobCanceled("Enough.")]).start()
+        begun = time.monotonic()
+        with pytest.raises(JobCanceled):
+            Images(chosen, S3(chosen)).fetch(ImageRef(uri=f"http://{host}/a.png"), deadline)
+        assert time.monotonic() - begun < 60
+
     def test_a_host_that_does_not_answer_may_answer_later(self) -> None:
         with pytest.raises(ImageFetchFailed, match="Connection refused"):
             fetch(
@@ -308,7 +320,7 @@ class TestS3:
 
     def test_a_server_out_of_reach_may_answer_later(self) -> None:
         with pytest.raises(ImageFetchFailed, match="could not be read"):
-            fetch("s3://photos/a.jpg", s3_endpoint_url="http://127.0.0.1:1")
+            fetch("s3://photos/a.jpg", seconds=2, s3_endpoint_url="http://127.0.0.1:1")
 
     def test_a_refusal_of_the_server_is_forbidden(self, http_server: Any, answer: Any) -> None:
         http_server.url("/photos/a.jpg", answer(403, b"<Error><Code>AccessDenied</Code></Error>"))

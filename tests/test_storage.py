@@ -1,18 +1,25 @@
+import errno
 import os
+import resource
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faulty_proxy import Fault, FaultyProxy
 
 from worker.deadline import Deadline
-from worker.errors import JobTimeout, OutputNotAllowed, StorageUnavailable
+from worker.errors import AttemptFenced, JobTimeout, OutputNotAllowed, StorageUnavailable
+from worker.patience import Patience
 from worker.s3 import S3
 from worker.settings import Settings
-from worker.storage import FolderStore, Object, S3Store, Store, Stores
+from worker.storage import FolderStore, Object, S3Store, Store, Stores, probe
 from worker.testing import MemoryStore
 
 OBJECTS: list[Object] = [(f"j/{n}.jpg", bytes([n]) * 1000, "image/jpeg") for n in range(9)]
@@ -65,7 +72,7 @@ class Slow:
     ended: list[str] = field(default_factory=list)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
 
-    def put(self, bucket: str, key: str, data: bytes, media_type: str, deadline: Deadline) -> None:
+    def put(self, bucket: str, key: str, data: bytes, media_type: str, patience: Patience) -> None:
         self.begun.append(key)
         if key in self.fail:
             message = "the disk is full"
@@ -89,27 +96,324 @@ def test_many_are_put_at_the_same_time(s3_settings: Any) -> None:
     assert len(S3Store(slow, "b", "").put_many(OBJECTS[:4], Deadline(30))) == 4
 
 
+def test_what_is_there_is_found_and_what_is_not_is_none(store: Store) -> None:
+    store.put("j/found.txt", b"data", "text/plain")
+    assert store.find("j/found.txt", Deadline(30)) == b"data"
+    assert store.find("j/none.txt", Deadline(30)) is None
+    assert store.find("none/none.txt", Deadline(30)) is None
+
+
+def test_a_job_out_of_time_or_overtaken_looks_for_nothing(store: Store) -> None:
+    with pytest.raises(JobTimeout):
+        store.find("j/a.jpg", Deadline(0))
+    overtaken = Deadline(30)
+    overtaken.cancel(AttemptFenced("overtaken"))
+    with pytest.raises(AttemptFenced):
+        store.find("j/a.jpg", overtaken)
+    with pytest.raises(AttemptFenced):
+        store.put_many([("overtaken/a.jpg", b"data", "image/jpeg")], overtaken)
+    assert store.find("overtaken/a.jpg", Deadline(30)) is None
+
+
+def test_an_attempt_that_is_overtaken_while_it_puts_begins_no_other(store: Store) -> None:
+    deadline, objects = Deadline(30), [(f"fenced/{n}.txt", b"data", "text/plain") for n in range(500)]
+    threading.Timer(0.02, deadline.cancel, [AttemptFenced("overtaken")]).start()
+
+    def put_for_ever() -> None:
+        while True:
+            store.put_many(objects, deadline)
+
+    with pytest.raises(AttemptFenced):
+        put_for_ever()
+    time.sleep(1)  # for those that were under way
+    store.put_many([(key, b"another", "text/plain") for key, *_ in objects], Deadline(60))
+    assert {store.get(key) for key, *_ in objects} == {b"another"}
+
+
+class TestTrouble:
+    """A server that refuses, fails or is silent."""
+
+    @pytest.fixture
+    def opened(self, http_server: Any) -> Callable[..., Store]:
+        def opened(uri: str | None = None) -> Store:
+            keys = {"s3_access_key_id": "a", "s3_secret_access_key": "b"}
+            where = {"s3_endpoint_url": f"http://{http_server.host}"}
+            return stores("s3://own/x", "s3://given/y", **where, **keys).open(uri)
+
+        return opened
+
+    @pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (404, "NoSuchBucket")])
+    def test_a_place_that_a_job_has_named_and_that_cannot_be_written_is_not_allowed(
+        self, opened: Any, http_server: Any, answer: Any, status: int, code: str
+    ) -> None:
+        body = f"<Error><Code>{code}</Code></Error>".encode()
+        for path in ("/given/y/z/a", "/own/x/a"):
+            http_server.url(path, answer(status, body))
+        with pytest.raises(OutputNotAllowed, match=rf"s3://given/y/z/a could not be written.*{code}"):
+            opened("s3://given/y/z").put_many([("a", b"data", "text/plain")], Deadline(30))
+        with pytest.raises(StorageUnavailable, match=code):
+            opened().put_many([("a", b"data", "text/plain")], Deadline(30))
+        assert len(http_server.received) == 4, "not tried again by either"
+
+    def test_the_worker_s_own_keys_are_no_fault_of_the_job(
+        self, opened: Any, http_server: Any, answer: Any
+    ) -> None:
+        http_server.url("/given/y/a", answer(403, b"<Error><Code>ExpiredToken</Code></Error>"))
+        with pytest.raises(StorageUnavailable, match="ExpiredToken"):
+            opened("s3://given/y").put_many([("a", b"data", "text/plain")], Deadline(30))
+
+    def test_what_the_worker_may_not_know_of_is_not_there(
+        self, opened: Any, http_server: Any, answer: Any
+    ) -> None:
+        http_server.url("/own/x/a", answer(403, b"<Error><Code>AccessDenied</Code></Error>"))
+        assert opened().find("a", Deadline(30)) is None
+
+    def test_nobody_knows_what_is_there_while_the_server_fails(
+        self, opened: Any, http_server: Any, answer: Any
+    ) -> None:
+        http_server.url("/own/x/a", answer(500))
+        with pytest.raises(StorageUnavailable, match=r"s3://own/x/a could not be read.*500"):
+            opened().find("a", Deadline(2))
+
+    def test_a_stalled_server_holds_nobody_up_for_longer_than_the_deadline(self, silent_port: int) -> None:
+        url = f"http://127.0.0.1:{silent_port}"
+        store = stores(
+            "s3://own/x", s3_endpoint_url=url, s3_access_key_id="a", s3_secret_access_key="b"
+        ).open()
+        begun = time.monotonic()
+        with pytest.raises(JobTimeout):
+            store.put_many(OBJECTS, Deadline(1))
+        with pytest.raises(JobTimeout):
+            store.find("a", Deadline(1))
+        assert time.monotonic() - begun < 7
+
+    def test_a_put_is_insisted_on_until_the_server_is_well(
+        self, opened: Any, http_server: Any, answer: Any
+    ) -> None:
+        ill = answer(503)
+
+        def recover() -> None:
+            ill.status = 503 if len(http_server.received) < 3 else 200
+
+        ill.before = recover
+        http_server.url("/own/x/a", ill)
+        assert opened().put_many([("a", b"data", "text/plain")], Deadline(30)) == ["s3://own/x/a"]
+
+
 def test_a_server_out_of_reach_is_storage_that_is_unavailable() -> None:
     settings = Settings(output="s3://results/x", s3_endpoint_url="http://127.0.0.1:1")
     with pytest.raises(StorageUnavailable, match="could not be written"):
         Stores(settings, S3(settings)).open().put("j", b"", "text/plain")
 
 
-def test_an_object_comes_back_from_a_folder_and_nothing_else_is_left(tmp_path: Path) -> None:
-    store = stores(tmp_path.as_uri()).open()
-    uri = store.put("j/a.jpg", b"data", "image/jpeg")
-    store.put("j/a.jpg", b"newer", "image/jpeg")
-    assert uri == (tmp_path / "j" / "a.jpg").as_uri()
-    assert store.get("j/a.jpg") == b"newer"
-    assert os.listdir(tmp_path / "j") == ["a.jpg"]  # noqa: PTH208
+BUSY = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
-def test_a_folder_that_cannot_be_written_is_storage_that_is_unavailable(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(StorageUnavailable, match="could not be written"):
-        stores((tmp_path / "file").as_uri()).open().put("j/a.jpg", b"", "image/jpeg")
-    with pytest.raises(StorageUnavailable, match="could not be read"):
-        stores(tmp_path.as_uri()).open().get("none")
+class TestFaultyLine:
+    """The real server, behind a line that misbehaves for a while."""
+
+    @pytest.fixture
+    def line(self, s3_server: Any) -> Iterator[FaultyProxy]:
+        with FaultyProxy(s3_server.port) as proxy:
+            yield proxy
+
+    @pytest.fixture
+    def faraway(self, s3_settings: Any, line: FaultyProxy) -> Any:
+        return {**s3_settings, "s3_endpoint_url": f"http://127.0.0.1:{line.port}"}
+
+    @pytest.mark.parametrize(
+        "fault",
+        [
+            Fault(answer=BUSY),
+            Fault(garbage=True),
+            Fault(reset=0.5),
+            Fault(latency_s=0.3, bytes_per_s=4000),
+        ],
+        ids=["busy", "garbage", "resets", "slow"],
+    )
+    def test_all_is_there_when_the_line_is_well_again(
+        self, faraway: Any, line: FaultyProxy, fault: Fault, request: pytest.FixtureRequest
+    ) -> None:
+        store = stores(f"s3://results/{request.node.callspec.id}", **faraway).open()
+        line.fault = fault
+        recovery = threading.Timer(1, setattr, [line, "fault", Fault()])
+        recovery.start()
+        uris = store.put_many(OBJECTS, Deadline(60))
+        recovery.join()
+        assert [uri.rpartition("/j/")[2] for uri in uris] == [f"{n}.jpg" for n in range(9)]
+        assert [store.get(key) for key, _, _ in OBJECTS] == [data for _, data, _ in OBJECTS]
+
+    @pytest.mark.parametrize("fault", [Fault(garbage=True), Fault(half_open=True)], ids=["garbage", "gone"])
+    def test_a_line_that_stays_bad_is_storage_that_is_unavailable_or_a_job_out_of_time(
+        self, faraway: Any, line: FaultyProxy, fault: Fault
+    ) -> None:
+        store = stores("s3://results/bad", **faraway).open()
+        line.fault = fault
+        begun = time.monotonic()
+        with pytest.raises(JobTimeout if fault.half_open else StorageUnavailable):
+            store.put_many(OBJECTS, Deadline(1 if fault.half_open else 3))
+        assert time.monotonic() - begun < 10
+        line.cut()
+
+    def test_a_put_that_was_given_up_arrives_later_whole_or_not_at_all(
+        self, faraway: Any, line: FaultyProxy, s3_settings: Any
+    ) -> None:
+        near = stores("s3://results/zombie", **s3_settings).open()
+        far = stores("s3://results/zombie", **faraway).open()
+        objects = [(f"{n}", bytes([n]) * 300_000, "image/jpeg") for n in range(4)]
+        line.fault = Fault(bytes_per_s=100_000)
+        with pytest.raises(JobTimeout):
+            far.put_many(objects, Deadline(1))
+        line.fault = Fault()
+        time.sleep(1)  # whatever was under way arrives
+        for key, data, _ in objects:
+            assert near.find(key, Deadline(30)) in {None, data}
+
+
+class TestFolder:
+    def test_an_object_comes_back_and_nothing_else_is_left(self, tmp_path: Path) -> None:
+        store = stores(tmp_path.as_uri()).open()
+        uri = store.put("j/a.jpg", b"data", "image/jpeg")
+        store.put("j/a.jpg", b"newer", "image/jpeg")
+        assert uri == (tmp_path / "j" / "a.jpg").as_uri()
+        assert store.get("j/a.jpg") == b"newer"
+        assert names(tmp_path / "j") == ["a.jpg"]
+        assert (tmp_path / "j" / "a.jpg").stat().st_mode & 0o777 == 0o644
+
+    def test_one_that_cannot_be_written_is_storage_that_is_unavailable(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(StorageUnavailable, match="could not be written"):
+            stores((tmp_path / "file").as_uri()).open().put("j/a.jpg", b"", "image/jpeg")
+        with pytest.raises(StorageUnavailable, match="could not be read"):
+            stores(tmp_path.as_uri()).open().get("none")
+
+    def test_one_that_a_job_has_named_and_that_cannot_be_written_is_not_allowed(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        opened = stores("s3://out/cams", tmp_path.as_uri()).open((tmp_path / "file").as_uri())
+        with pytest.raises(OutputNotAllowed, match="could not be written"):
+            opened.put("j/a.jpg", b"", "image/jpeg")
+
+    @pytest.mark.parametrize("nameless", [True, False])
+    def test_a_disk_that_fills_up_leaves_nothing_behind(
+        self, tmp_path: Path, nameless: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if not nameless:  # as where the file system knows no files without a name
+            monkeypatch.setattr("worker.folder.NAMELESS", os.O_DIRECTORY)
+        store = FolderStore(tmp_path)
+        store.put("j/a.jpg", b"whole", "image/jpeg")
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            with pytest.raises(StorageUnavailable, match="File too large"):
+                store.put("j/a.jpg", b"x" * 100_000, "image/jpeg")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert names(tmp_path / "j") == ["a.jpg"]
+        assert store.get("j/a.jpg") == b"whole"
+
+    @pytest.mark.parametrize("nameless", [True, False])
+    def test_a_disk_that_was_full_all_the_time_leaves_nothing_behind(
+        self, tmp_path: Path, nameless: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if not nameless:
+            monkeypatch.setattr("worker.folder.NAMELESS", os.O_DIRECTORY)
+
+        def full(_: int) -> None:  # a file system may find this out no earlier
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        (tmp_path / "j").mkdir()
+        monkeypatch.setattr("worker.folder.os.fsync", full)
+        with pytest.raises(StorageUnavailable, match="No space left on device"):
+            FolderStore(tmp_path).put("j/a.jpg", b"data", "image/jpeg")
+        assert names(tmp_path / "j") == []
+
+    def test_a_process_that_is_killed_leaves_whole_files_or_none(self, tmp_path: Path) -> None:
+        program = (
+            "import sys; from pathlib import Path; from worker.folder import FolderStore\n"
+            "store = FolderStore(Path(sys.argv[1]))\n"
+            "for n in range(100_000):\n"
+            "    store.put(f'j/{n % 7}.bin', b'%d' % (n % 10) * 2_000_000, 'x')\n"
+            "    print(flush=True)\n"
+        )
+        for kill_after in (1, 3, 8):
+            with subprocess.Popen(
+                [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE
+            ) as writer:
+                assert writer.stdout
+                for _ in range(kill_after):
+                    writer.stdout.readline()
+                time.sleep(0.003 * kill_after)
+                writer.kill()
+        whole = [one for one in (tmp_path / "j").iterdir() if one.suffix == ".bin"]
+        assert whole
+        for one in whole:
+            data = one.read_bytes()
+            assert len(data) == 2_000_000
+            assert len(set(data)) == 1
+
+    @pytest.mark.parametrize(
+        "key", ["../a", "j/../../a", "/etc/passwd", "j//a", "j/./a", "", "j/", "..", "j/a\0b"]
+    )
+    def test_no_key_leads_out(self, tmp_path: Path, key: str) -> None:
+        store = FolderStore(tmp_path / "out")
+        for use in (
+            lambda: store.put(key, b"data", "text/plain"),
+            lambda: store.get(key),
+            lambda: store.find(key, Deadline(30)),
+        ):
+            with pytest.raises(OutputNotAllowed, match="is no key"):
+                use()
+        assert names(tmp_path) == []
+
+    @pytest.mark.parametrize("where", ["team", "team/job", "team/job/a.jpg"])
+    def test_no_symbolic_link_leads_out(self, tmp_path: Path, where: str) -> None:
+        out, secret = tmp_path / "out", tmp_path / "secret"
+        (secret / "job").mkdir(parents=True)
+        (secret / "a.jpg").write_bytes(b"secret")
+        (secret / "job" / "a.jpg").write_bytes(b"secret")
+        link = out / where
+        link.parent.mkdir(parents=True)
+        link.symlink_to(secret / "a.jpg" if where.endswith("jpg") else secret)
+        store = stores(out.as_uri()).open(f"{out.as_uri()}/team")
+        if where.endswith("jpg"):
+            store.put("job/a.jpg", b"data", "image/jpeg")
+            assert not link.is_symlink(), "the link itself was replaced"
+            link.unlink()
+            link.symlink_to(secret / "a.jpg")
+        else:
+            with pytest.raises(StorageUnavailable, match="Not a directory"):
+                store.put("job/a.jpg", b"data", "image/jpeg")
+        with pytest.raises(StorageUnavailable):
+            store.get("job/a.jpg")
+        assert {one.read_bytes() for one in secret.rglob("*.jpg")} == {b"secret"}
+
+    def test_the_operator_s_own_folder_may_be_a_link(self, tmp_path: Path) -> None:
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "out").symlink_to(tmp_path / "disk")
+        stores((tmp_path / "out").as_uri()).open().put("j/a.jpg", b"data", "image/jpeg")
+        assert (tmp_path / "disk" / "j" / "a.jpg").read_bytes() == b"data"
+
+    def test_what_is_no_file_is_not_read(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        assert FolderStore(tmp_path).find("pipe", Deadline(30)) is None
+        with pytest.raises(StorageUnavailable):
+            FolderStore(tmp_path).get("pipe")
+
+    @pytest.mark.parametrize("name", ["ü 😀.jpg", "a" * 255, "%2e%2e", "a\\b", "a\nb"])
+    def test_a_name_is_a_name(self, tmp_path: Path, name: str) -> None:
+        FolderStore(tmp_path).put(f"j/{name}", b"data", "image/jpeg")
+        assert names(tmp_path / "j") == [name]
+
+    @pytest.mark.parametrize("key", ["a" * 256, "\ud800"])
+    def test_a_name_that_no_disk_takes_is_refused(self, tmp_path: Path, key: str) -> None:
+        with pytest.raises(OutputNotAllowed):
+            FolderStore(tmp_path, own=False).put(key, b"data", "image/jpeg")
+        assert names(tmp_path) == []
+
+
+def names(folder: Path) -> list[str]:
+    """All that is there, hidden or not."""
+    return sorted(one.name for one in folder.iterdir())
 
 
 @pytest.mark.parametrize("uri", ["s3://out/cams", "s3://out/cams/", "s3://out/cams/team/a", "s3://other/x"])
@@ -136,8 +440,44 @@ def test_a_job_may_write_below_the_allowed_prefixes(uri: str) -> None:
         "s3://out/cams/a?b",
         "s3://out/cams/a#b",
         "s3://out/cams/a%3fb",
+        "s3://out/cams/\ud800",
+        "s3://out/cams/\u202egpj.exe",
+        "s3://out/cams/" + "a" * 201,
+        "s3://out/cams/" + "ü" * 101,
+        "s3://out/cams" + "/abcdefghi" * 80,
+        "S3://out/cams/x",
+        "s3://user@out/cams/x",
+        "",
     ],
 )
 def test_a_job_may_write_nowhere_else(uri: str) -> None:
     with pytest.raises(OutputNotAllowed, match="must be below s3://out/cams"):
         stores("s3://out/cams").open(uri)
+
+
+def test_a_folder_is_written_below_the_longest_prefix_that_allows_it(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "team").symlink_to(tmp_path / "disk")
+    opened = stores((tmp_path / "out").as_uri(), (tmp_path / "out" / "team").as_uri())
+    opened.open((tmp_path / "out" / "team" / "a b%20ü").as_uri()).put("j", b"data", "text/plain")
+    assert (tmp_path / "disk" / "a b%20ü" / "j").read_bytes() == b"data"
+
+
+def test_a_folder_of_another_machine_is_none_of_ours() -> None:
+    with pytest.raises(OutputNotAllowed):
+        stores("file://server/share").open()
+
+
+def test_a_probe_writes_reads_and_says_where(s3_settings: Any) -> None:
+    opened = stores("s3://results/probed", **s3_settings).open()
+    assert probe(opened) == "s3://results/probed/health/probe.txt"
+
+
+def test_a_probe_does_not_insist(http_server: Any, answer: Any) -> None:
+    http_server.url("/results/health/probe.txt", answer(503))
+    url = f"http://{http_server.host}"
+    opened = stores("s3://results", s3_endpoint_url=url, s3_access_key_id="a", s3_secret_access_key="b")
+    with pytest.raises(StorageUnavailable, match="503"):
+        probe(opened.open())
+    assert len(http_server.received) == 2

@@ -10,9 +10,13 @@
 
 The same job writes the same artifacts under the same keys, whichever attempt it is: byte for byte where it is
 computed in a pass over as many images. Where not, float32 numbers differ from the seventh digit on.
+
+Nothing takes back a write that was under way when its attempt was given up: it may arrive after the next
+attempt has written the same key. Then a picture can differ from the sha256 in the manifest, by those digits.
 """
 
 import hashlib
+import logging
 
 from pydantic import ValidationError
 
@@ -36,6 +40,8 @@ from worker.manifest import (
 )
 from worker.render import Rendered
 from worker.storage import Store
+
+log = logging.getLogger("gradcam")
 
 MANIFEST = "manifest.json"
 
@@ -132,26 +138,31 @@ def warnings(seen: Explanation) -> tuple[Warned, ...]:
     return tuple(Warned(code="zero_heatmap", class_id=one) for one in seen.zero_heatmaps)
 
 
-def seal(store: Store, folder: str, manifest: Manifest) -> ManifestRef:
-    """Write the manifest, last. Raises StorageUnavailable."""
+def seal(store: Store, folder: str, manifest: Manifest, deadline: Deadline) -> ManifestRef:
+    """Write the manifest, last. Raises as `Store.put_many` does."""
     text = manifest.model_dump_json(indent=1).encode()
-    uri = store.put(f"{folder}/{MANIFEST}", text, "application/json")
+    (uri,) = store.put_many([(f"{folder}/{MANIFEST}", text, "application/json")], deadline)
     return ManifestRef(manifest_uri=uri, manifest_sha256=hashlib.sha256(text).hexdigest())
 
 
-def sealed(store: Store, folder: str, job: Job) -> tuple[Manifest, ManifestRef] | None:
+def sealed(store: Store, folder: str, job: Job, deadline: Deadline) -> tuple[Manifest, ManifestRef] | None:
     """The manifest that an earlier attempt at this job has left: all that it names is there.
 
-    Raises StorageUnavailable.
+    What is there and is none, of another version or of another job, counts for nothing: this attempt writes
+    its own. Raises StorageUnavailable, JobTimeout, and what the deadline was cancelled with.
     """
-    text = store.find(f"{folder}/{MANIFEST}")
+    key = f"{folder}/{MANIFEST}"
+    text = store.find(key, deadline)
     if text is None:
         return None
     try:
         manifest = Manifest.model_validate_json(text)
-    except ValidationError:
-        return None  # of another version, or not ours: this attempt writes its own
-    ref = ManifestRef(
-        manifest_uri=store.uri(f"{folder}/{MANIFEST}"), manifest_sha256=hashlib.sha256(text).hexdigest()
+    except ValidationError as error:
+        log.warning("%s is no manifest, and will be replaced: %s", store.uri(key), str(error)[:200])
+        return None
+    if manifest.job_id != job.id:
+        log.warning("%s is the manifest of job %s, and will be replaced", store.uri(key), manifest.job_id)
+        return None
+    return manifest, ManifestRef(
+        manifest_uri=store.uri(key), manifest_sha256=hashlib.sha256(text).hexdigest()
     )
-    return (manifest, ref) if manifest.job_id == job.id else None

@@ -52,7 +52,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         return
     storage_fix = (
         "Create the bucket, check GRADCAM_OUTPUT, GRADCAM_S3_ENDPOINT_URL and the keys, and grant "
-        "s3:PutObject and s3:GetObject."
+        "what deploy/s3/policy.json names."
     )
     yield _look("storage", _storage, settings, storage_fix)
     yield _look("device", _device, settings, "Check the driver and the TensorFlow installation.")

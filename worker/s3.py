@@ -2,7 +2,8 @@
 
 What is done for every job, reading an image and writing artifacts, is tried with obstore first: a put
 costs it a sixth of boto3's CPU time, none of it under the interpreter's lock. Whatever does not go well
-there is done again by boto3, which retries, follows a bucket to its region, and says what is wrong.
+there is done again by boto3, at once: it follows a bucket to its region, and says what is wrong. What may go
+well later it tries again, as long as `worker.patience` allows; neither library retries anything by itself.
 """
 
 import contextlib
@@ -14,13 +15,20 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import boto3
 import obstore.store
 import urllib3.exceptions
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+)
+from botocore.parsers import ResponseParserError
 from obstore.auth.boto3 import Boto3CredentialProvider
 
 from worker.deadline import Deadline
@@ -33,19 +41,34 @@ from worker.errors import (
     WeightsUnavailable,
 )
 from worker.gradcam.weights import Sink
+from worker.patience import PATIENCE_S, Patience
 from worker.settings import Settings
 
 log = logging.getLogger("gradcam")
 
 NOT_FOUND, FORBIDDEN = 404, {401, 403}
+BRIEF = {307, 408, 409, 423, 425, 429}  # of all that a client is to blame for, what may be gone next time
+BRIEF_CODES = {"RequestTimeout", "RequestTimeoutException", "SlowDown", "Throttling", "OperationAborted"}
+NOT_IMPLEMENTED = 501
+# What a server says of the worker's own keys or clock, which no job is to blame for.
+OWN_FAULTS = {
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
 CHUNK = 32 * 1024  # bytes read at a time, so that limits are noticed early, of a slow server too
 CONNECT_S, READ_S = 3, 10
 BUCKETS = 32  # that connections are kept for
 PLAIN_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-FAILED = (BotoCoreError, ClientError, urllib3.exceptions.HTTPError, OSError)
+FAILED = (BotoCoreError, ClientError, ResponseParserError, urllib3.exceptions.HTTPError, OSError)
 NOT_DIRECT = (obstore.exceptions.BaseError, OSError, ValueError)
+T = TypeVar("T")
 Chunk = bytes | obstore.Bytes
 NEVER = Deadline(math.inf)
+DOWNLOAD_S = 3  # that a model's file is asked for again, before a byte of it has come
 
 
 class S3:
@@ -55,6 +78,9 @@ class S3:
         """Endpoint, region and keys as the settings say; without keys, the usual AWS places."""
         at_once = 4 * settings.threads  # a job waits for its objects, and each of them for the network
         self.pool = ThreadPoolExecutor(at_once, thread_name_prefix="upload")
+        # Apart, so that no image waits for artifacts; more than jobs, should a server hold some of them.
+        self._readers = ThreadPoolExecutor(2 * settings.threads, thread_name_prefix="read")
+        self._fetch_s = settings.fetch_timeout_s
         self._session: Any = boto3.session.Session(
             settings.s3_access_key_id or None, settings.s3_secret_access_key.get_secret_value() or None
         )
@@ -68,7 +94,7 @@ class S3:
                 signature_version="s3v4",
                 connect_timeout=CONNECT_S,
                 read_timeout=READ_S,
-                retries={"mode": "standard", "total_max_attempts": 2},  # after obstore's own
+                retries={"mode": "standard", "total_max_attempts": 1},  # see worker.patience
                 max_pool_connections=at_once,
                 s3={"addressing_style": "path" if settings.s3_endpoint_url else "auto"},
                 # Not every S3 server knows the newer checksums; sha256 is in the manifest.
@@ -101,7 +127,7 @@ class S3:
                 "allow_http": scheme == "http",
                 "connect_timeout": timedelta(seconds=CONNECT_S),
                 "read_timeout": timedelta(seconds=READ_S),
-                "timeout": timedelta(minutes=1),
+                "timeout": timedelta(seconds=max(PATIENCE_S, self._fetch_s)),  # of a whole request
                 **({"root_certificate": Path(own).read_bytes()} if own else {}),
             },
         )
@@ -113,62 +139,138 @@ class S3:
             raise ValueError(message)
         return self._bucket(bucket)
 
-    def put(self, bucket: str, key: str, data: bytes, media_type: str, deadline: Deadline = NEVER) -> None:
-        """Write an object, whole or not at all. Raises one of FAILED, or JobTimeout."""
-        try:
+    def put(
+        self, bucket: str, key: str, data: bytes, media_type: str, patience: Patience | None = None
+    ) -> None:
+        """Write an object, whole or not at all. Raises one of FAILED, or what ended the job."""
+
+        def direct() -> None:
             attributes: obstore.Attributes = {"Content-Type": media_type}
             self._directly(bucket, key).put(key, data, attributes=attributes, use_multipart=False)
-        except NOT_DIRECT as error:
-            _give_way(f"s3://{bucket}/{key}", error)
-            deadline.check("upload")
+
+        def thorough() -> None:
             self.client.put_object(Bucket=bucket, Key=key, Body=data, ContentType=media_type)
 
-    def read_image(self, bucket: str, key: str, max_bytes: int, deadline: Deadline) -> bytes:
-        """Read an object, giving up as soon as it proves too large or too slow.
+        _both(f"s3://{bucket}/{key}", direct, thorough, patience or Patience(NEVER))
 
-        Raises ImageNotFound, ImageForbidden, ImageTooLarge, ImageFetchFailed, JobTimeout.
+    def read(
+        self, bucket: str, key: str, patience: Patience, most: Callable[[int], None] = lambda _: None
+    ) -> bytes:
+        """Read an object, waiting no longer than `patience` has. Raises one of FAILED, what ended the job,
+        and what `most` raises, which is told how many bytes there are, before and while they come.
         """
         uri = f"s3://{bucket}/{key}"
 
         def check(size: int) -> None:
-            if size > max_bytes:
-                message = f"{uri} has more than {max_bytes:,} bytes, the most that is allowed."
-                raise ImageTooLarge(message)
-            deadline.check(f"reading {uri}")
+            most(size)
+            patience.check(f"reading {uri}")
 
-        try:
+        def direct() -> bytes:
             found = self._directly(bucket, key).get(key)
             check(found.meta["size"])
             return _joined(found.stream(CHUNK), check)
-        except NOT_DIRECT as error:
-            _give_way(uri, error)
-        check(0)
-        try:
+
+        def thorough() -> bytes:
             body = self.client.get_object(Bucket=bucket, Key=key)["Body"]
             with contextlib.closing(body):
                 return _joined(iter(partial(body.read, CHUNK), b""), check)
+
+        reading = self._readers.submit(_both, uri, direct, thorough, patience)
+        return patience.gather([reading], f"reading {uri}")[0]
+
+    def read_image(self, bucket: str, key: str, max_bytes: int, deadline: Deadline) -> bytes:
+        """Read an object, giving up as soon as it proves too large or too slow.
+
+        Raises ImageNotFound, ImageForbidden, ImageTooLarge, ImageFetchFailed, UriNotAllowed, JobTimeout.
+        """
+        uri = f"s3://{bucket}/{key}"
+
+        def most(size: int) -> None:
+            if size > max_bytes:
+                message = f"{uri} has more than {max_bytes:,} bytes, the most that is allowed."
+                raise ImageTooLarge(message)
+
+        try:
+            return self.read(bucket, key, Patience(deadline, self._fetch_s), most)
         except ClientError as error:
             raise _unreadable(uri, error) from error
         except ParamValidationError as error:
             message = f"{uri} is not the name of an object: {str(error).splitlines()[-1][:200]}"
             raise UriNotAllowed(message) from error
         except FAILED as error:
-            check(0)
-            message = f"{uri} could not be read: {error}"
+            message = f"{uri} could not be read: {reason(error)}"
             raise ImageFetchFailed(message) from error
 
     def download(self, uri: str, sink: Sink) -> None:
         """Write what a model's address holds into `sink`, however large. Raises WeightsUnavailable."""
         bucket, _, key = uri.removeprefix("s3://").partition("/")
+        asked = partial(self.client.get_object, Bucket=bucket, Key=key)
         try:
-            body = self.client.get_object(Bucket=bucket, Key=key)["Body"]
+            found = Patience(NEVER, DOWNLOAD_S).insist(asked, FAILED, hopeless)
+            body = found["Body"]
+            sink.expect(found["ContentLength"])
             while chunk := body.read(CHUNK):
                 sink.write(chunk)
         except ClientError as error:
             raise WeightsUnavailable(str(_unreadable(uri, error))) from error
         except FAILED as error:
-            message = f"{uri} could not be read: {error}"
+            message = f"{uri} could not be read: {reason(error)}"
             raise WeightsUnavailable(message) from error
+
+
+def hopeless(error: Exception) -> bool:
+    """Whether asking again in the same way is of no use."""
+    if not isinstance(error, ClientError):
+        return isinstance(error, ParamValidationError | NoCredentialsError | PartialCredentialsError)
+    status, code = told(error)
+    final = 300 <= status < 500 or status == NOT_IMPLEMENTED  # noqa: PLR2004  # classes of HTTP
+    return final and status not in BRIEF and code not in BRIEF_CODES
+
+
+def refused(error: Exception) -> bool:
+    """Whether this place is what cannot be used: not the server just now, not the worker's own keys."""
+    return isinstance(error, ParamValidationError) or (
+        isinstance(error, ClientError) and hopeless(error) and told(error)[1] not in OWN_FAULTS
+    )
+
+
+def absent(error: BaseException | None) -> bool:
+    """Whether a server says, as far as it may, that there is no such object.
+
+    Who may read an object but not list its bucket is told that a missing one is forbidden.
+    """
+    return isinstance(error, ClientError) and (
+        told(error)[0] == NOT_FOUND or told(error) == (403, "AccessDenied")
+    )
+
+
+def told(error: ClientError) -> tuple[int, str]:
+    """The HTTP status and the code of a server's answer."""
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return int(status), str(error.response.get("Error", {}).get("Code", ""))
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in the server's own words where it has said any."""
+    if not isinstance(error, ClientError):
+        return str(error).partition("\n")[0]
+    words = error.response.get("Error", {}).get("Message", "")
+    return " ".join(dict.fromkeys(("HTTP", *map(str, told(error)), words))).strip()
+
+
+def _both(uri: str, direct: Callable[[], T], thorough: Callable[[], T], patience: Patience) -> T:
+    """Obstore once, then boto3 until there is no more patience."""
+    patience.check(f"storage, {uri}")
+    try:
+        return direct()
+    except NOT_DIRECT as error:
+        if not isinstance(error, FileNotFoundError):  # an everyday matter
+            log.info("%r: boto3 tries again (%s)", uri, str(error).partition("\n")[0])
+            if not isinstance(error, ValueError):  # it has asked nobody
+                patience.blame(error)
+    if not patience.left_s():
+        patience.give_up(f"storage, {uri}")
+    return patience.insist(thorough, FAILED, hopeless)
 
 
 def _joined(chunks: Iterable[Chunk], check: Callable[[int], None]) -> bytes:
@@ -181,18 +283,14 @@ def _joined(chunks: Iterable[Chunk], check: Callable[[int], None]) -> bytes:
     return b"".join(taken)
 
 
-def _give_way(uri: str, error: Exception) -> None:
-    """Say why boto3 takes over; a missing object is an everyday matter."""
-    if not isinstance(error, FileNotFoundError):
-        log.info("%r: boto3 tries again (%s)", uri, str(error).partition("\n")[0])
-
-
 def _unreadable(uri: str, error: ClientError) -> Exception:
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    code = error.response.get("Error", {}).get("Code", "")
+    status, code = told(error)
     if status == NOT_FOUND:
         what = "bucket" if code == "NoSuchBucket" else "object"
         return ImageNotFound(f"There is no such {what}: {uri}.")
-    if status in FORBIDDEN:
-        return ImageForbidden(f"The worker may not read {uri} ({code}): grant it s3:GetObject there.")
-    return ImageFetchFailed(f"{uri} could not be read: {code or status} ({error}).")
+    if status in FORBIDDEN and code not in OWN_FAULTS:
+        hidden = "Where it may not list the bucket, a missing object is forbidden, too."
+        return ImageForbidden(
+            f"The worker may not read {uri} ({code}): grant it s3:GetObject there. {hidden}"
+        )
+    return ImageFetchFailed(f"{uri} could not be read: {reason(error)}.")

@@ -1,56 +1,75 @@
 """Where artifacts go: a prefix of a bucket, or a folder."""
 
-import tempfile
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote
 
 from worker.deadline import Deadline
 from worker.errors import OutputNotAllowed, StorageUnavailable
-from worker.s3 import FAILED, NEVER, NOT_FOUND, S3
-from worker.settings import Settings
+from worker.folder import FolderStore, Object
+from worker.patience import Patience
+from worker.s3 import FAILED, NEVER, S3, absent, reason, refused
+from worker.settings import Settings, without_secrets
+
+__all__ = ["FolderStore", "Object", "S3Store", "Store", "Stores", "probe"]
 
 PROBE = "health/probe.txt"
-Object = tuple[str, bytes, str]  # key, data, media type
+PROBE_S = 15.0  # for one object that nobody insists on
+# Of bytes as they are written in UTF-8: S3 takes a key of 1024 in all, file systems mostly names of 255. What
+# is left is for a job's id and the name of an artifact.
+LONGEST_PLACE, LONGEST_STEP = 640, 200
 
 
 class Store(Protocol):
-    """A place for artifacts, below one prefix."""
+    """A place for artifacts, below one prefix.
+
+    Storage that fails is StorageUnavailable, which another attempt at the job may find well again. A place
+    that the job has named and that cannot be written is OutputNotAllowed. The operator's own place is the
+    worker's affair: it is StorageUnavailable too, so that jobs wait until somebody has put it right.
+    """
 
     def uri(self, key: str) -> str:
         """Where an object is, or would be."""
         ...
 
     def put(self, key: str, data: bytes, media_type: str) -> str:
-        """Write an object, whole or not at all; return its URI. Raises StorageUnavailable."""
+        """Write an object, whole or not at all, without insisting; return its URI.
+
+        Raises StorageUnavailable, OutputNotAllowed.
+        """
         ...
 
     def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
         """Write objects, whichever first; return their URIs in the order given.
 
-        After a failure no other is begun; it is raised when those under way have ended.
-        Raises StorageUnavailable, JobTimeout.
+        What fails is tried again, as `worker.patience` says. When that is over no other is begun, and it is
+        raised when those under way have ended, or when the deadline is over. None begins after that, or
+        after the deadline was cancelled; what was under way may still arrive, the same bytes under the same
+        key but for their last digits (see `worker.artifacts`).
+        Raises StorageUnavailable, OutputNotAllowed, JobTimeout, and what the deadline was cancelled with.
         """
         ...
 
-    def find(self, key: str) -> bytes | None:
-        """Read an object back; none where there is no such. Raises StorageUnavailable."""
+    def find(self, key: str, deadline: Deadline) -> bytes | None:
+        """Read an object back; none where there is no such, as far as the worker may know.
+
+        Raises StorageUnavailable, JobTimeout, and what the deadline was cancelled with.
+        """
         ...
 
     def get(self, key: str) -> bytes:
-        """Read an object back. Raises StorageUnavailable."""
+        """Read an object back, without insisting. Raises StorageUnavailable."""
         ...
 
 
 class S3Store:
     """A prefix of a bucket."""
 
-    def __init__(self, s3: S3, bucket: str, prefix: str) -> None:
-        """`prefix` has no slash at either end."""
-        self._s3, self._bucket, self._prefix = s3, bucket, f"{prefix}/" if prefix else ""
+    def __init__(self, s3: S3, bucket: str, prefix: str, *, own: bool = True) -> None:
+        """`prefix` has no slash at either end. `own`: the operator has chosen this place, not a job."""
+        self._s3, self._bucket, self._prefix, self._own = s3, bucket, f"{prefix}/" if prefix else "", own
 
     def uri(self, key: str) -> str:
         """See `Store.uri`."""
@@ -58,102 +77,54 @@ class S3Store:
 
     def put(self, key: str, data: bytes, media_type: str) -> str:
         """See `Store.put`."""
-        return self._put((key, data, media_type), NEVER)
-
-    def _put(self, one: Object, deadline: Deadline) -> str:
-        key, data, media_type = one
-        name, uri = self._prefix + key, self.uri(key)
-        try:
-            self._s3.put(self._bucket, name, data, media_type, deadline)
-        except FAILED as error:
-            message = f"{uri} could not be written: {error}"
-            raise StorageUnavailable(message) from error
-        return uri
+        return self._put_all([(key, data, media_type)], NEVER, Patience(NEVER, PROBE_S, insists=False))[0]
 
     def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
         """See `Store.put_many`: in parallel."""
+        return self._put_all(objects, deadline, Patience(deadline))
+
+    def _put_all(self, objects: Sequence[Object], deadline: Deadline, patience: Patience) -> list[str]:
 
         def put(one: Object) -> str:
             deadline.check("upload")
-            return self._put(one, deadline)
+            return self._put(one, patience)
 
         begun = [self._s3.pool.submit(put, one) for one in objects]
-        wait(begun, return_when=FIRST_EXCEPTION)
-        for one in begun:
-            one.cancel()  # nothing, unless one has failed
-        wait(begun)
-        return [one.result() for one in begun if not one.cancelled()]
+        try:
+            return patience.gather(begun, "upload")
+        except FAILED as error:
+            message = f"{self.uri('')} could not be written: {reason(error)}"
+            raise StorageUnavailable(message) from error
 
-    def find(self, key: str) -> bytes | None:
+    def _put(self, one: Object, patience: Patience) -> str:
+        key, data, media_type = one
+        uri = self.uri(key)
+        try:
+            self._s3.put(self._bucket, self._prefix + key, data, media_type, patience)
+        except FAILED as error:
+            message = f"{uri} could not be written: {reason(error)}"
+            here = refused(error) and not self._own
+            raise (OutputNotAllowed if here else StorageUnavailable)(message) from error
+        return uri
+
+    def find(self, key: str, deadline: Deadline) -> bytes | None:
         """See `Store.find`."""
         try:
-            return self.get(key)
+            return self._read(key, Patience(deadline))
         except StorageUnavailable as error:
-            cause = error.__cause__
-            status = getattr(cause, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if status == NOT_FOUND:
+            if absent(error.__cause__):
                 return None
             raise
 
     def get(self, key: str) -> bytes:
         """See `Store.get`."""
-        name = self._prefix + key
+        return self._read(key, Patience(NEVER, PROBE_S, insists=False))
+
+    def _read(self, key: str, patience: Patience) -> bytes:
         try:
-            body = self._s3.client.get_object(Bucket=self._bucket, Key=name)["Body"].read()
+            return self._s3.read(self._bucket, self._prefix + key, patience)
         except FAILED as error:
-            message = f"s3://{self._bucket}/{name} could not be read: {error}"
-            raise StorageUnavailable(message) from error
-        return bytes(body)
-
-
-def put_each(store: Store, objects: Sequence[Object], deadline: Deadline) -> list[str]:
-    """Put one object after the other."""
-    uris = []
-    for one in objects:
-        deadline.check("upload")
-        uris.append(store.put(*one))
-    return uris
-
-
-class FolderStore:
-    """A folder on this machine."""
-
-    def __init__(self, root: Path) -> None:
-        """Folders are made as they are needed."""
-        self._root = root.absolute()
-
-    def uri(self, key: str) -> str:
-        """See `Store.uri`."""
-        return (self._root / key).as_uri()
-
-    def put(self, key: str, data: bytes, media_type: str) -> str:  # noqa: ARG002  # files have no type
-        """See `Store.put`: written beside its place, then moved there in one step."""
-        path = self._root / key
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(data)
-            Path(file.name).chmod(0o644)  # a temporary file is its maker's alone
-            Path(file.name).replace(path)
-        except OSError as error:
-            message = f"{path} could not be written: {error}"
-            raise StorageUnavailable(message) from error
-        return self.uri(key)
-
-    def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
-        """See `Store.put_many`: one after the other, for a disk is waited for but little."""
-        return put_each(self, objects, deadline)
-
-    def find(self, key: str) -> bytes | None:
-        """See `Store.find`."""
-        return self.get(key) if (self._root / key).exists() else None
-
-    def get(self, key: str) -> bytes:
-        """See `Store.get`."""
-        try:
-            return (self._root / key).read_bytes()
-        except OSError as error:
-            message = f"{self._root / key} could not be read: {error}"
+            message = f"{self.uri(key)} could not be read: {reason(error)}"
             raise StorageUnavailable(message) from error
 
 
@@ -162,31 +133,44 @@ class Stores:
 
     def __init__(self, settings: Settings, s3: S3) -> None:
         """The default output and every prefix in `output_prefixes` are allowed."""
-        self._default = settings.output
-        self._allowed = (settings.output, *settings.output_prefixes)
+        self._default = settings.output.rstrip("/")
+        self._allowed = (self._default, *(one.rstrip("/") for one in settings.output_prefixes))
         self._s3 = s3
 
     def open(self, uri: str | None = None) -> Store:
         """The store at `uri`, or the default one. Raises OutputNotAllowed."""
-        wanted = (uri or self._default).rstrip("/")
-        scheme, _, rest = wanted.partition("://")
-        plain = unquote(rest)
-        steps = plain.replace("\\", "/").split("/")
-        below = any(
-            wanted == allowed.rstrip("/") or wanted.startswith(allowed.rstrip("/") + "/")
-            for allowed in self._allowed
-        )
-        # Nothing that a URL parser or a file system would read in another way than it is written.
-        odd = (
-            {".", ".."} & set(steps) or "" in steps[1:] or {"?", "#"} & set(plain) or not plain.isprintable()
-        )
-        if not below or odd:
-            message = f"Output {uri!r} is not allowed: it must be below {' or '.join(self._allowed)}."
+        wanted = self._default if uri is None else uri.rstrip("/")
+        base = max((one for one in self._allowed if _below(wanted, one)), key=len, default=None)
+        if base is None or _odd(wanted):
+            shown, places = without_secrets(wanted)[:200], " or ".join(self._allowed)
+            message = (
+                f"Output {shown!r} is not allowed: it must be below {places}, in at most {LONGEST_PLACE} "
+                f"bytes, {LONGEST_STEP} between two slashes, and without ?, #, .. or what cannot be printed."
+            )
             raise OutputNotAllowed(message)
+        own = _below(wanted, self._default)
+        scheme, _, rest = wanted.partition("://")
         if scheme == "file":
-            return FolderStore(Path(plain))
+            root = unquote(base.partition("://")[2])
+            return FolderStore(Path(root), unquote(rest)[len(root) :], own=own)
         bucket, _, prefix = rest.partition("/")
-        return S3Store(self._s3, bucket, prefix)
+        return S3Store(self._s3, bucket, prefix, own=own)
+
+
+def _below(wanted: str, allowed: str) -> bool:
+    return wanted == allowed or wanted.startswith(allowed + "/")
+
+
+def _odd(uri: str) -> bool:
+    """Whether a URL parser, a file system or a store would read it in another way than it is written."""
+    scheme, _, rest = uri.partition("://")
+    plain = unquote(rest)
+    if not plain.isprintable():
+        return True  # half a character, too, which has no bytes
+    steps = plain.replace("\\", "/").split("/")
+    long = len(plain.encode()) > LONGEST_PLACE or any(len(one.encode()) > LONGEST_STEP for one in steps)
+    elsewhere = {".", ".."} & set(steps) or "" in steps[1:] or {"?", "#"} & set(plain)
+    return long or bool(elsewhere) or (scheme == "file" and not plain.startswith("/"))
 
 
 def probe(store: Store) -> str:

@@ -59,7 +59,7 @@ class Batcher:
         self._begun: SimpleQueue[tuple[list[Request], Finish, float]] = SimpleQueue()
         self._broken: str | None = None
         self._free_s = 0.0  # when the device had done all that it was given before
-        self._since_s: float | None = None  # when the device was last idle, or gave an answer; none: it is idle
+        self._since_s: float | None = None  # when the device last answered, or got its first batch
         self._threads: list[threading.Thread] = []
 
     @contextmanager
