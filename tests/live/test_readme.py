@@ -115,7 +115,7 @@ def test_the_worker_starts_as_shown(stage: Any, place: Path, here: Callable[[str
             time.sleep(0.1)
         shell.send_signal(signal.SIGTERM)
         assert shell.wait(60) == 0
-    assert "ok   storage: wrote and read s3://results/cams/doctor/probe.txt" in log.read_text()
+    assert "ok   storage: wrote and read s3://results/cams/health/probe.txt" in log.read_text()
 
 
 def test_what_pip_is_asked_to_install_exists() -> None:
