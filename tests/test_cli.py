@@ -8,11 +8,18 @@ from rich.console import Console
 from worker import terminal
 from worker.cli import main
 from worker.client import GradcamClient
-from worker.contract import Job, Method, SeenClass
+from worker.contract import Job, Method, Problem, SeenClass, WorkerRef
+from worker.errors import GradcamError, InvalidJob, JobTimeout, StorageUnavailable
 from worker.gradcam.catalog import CATALOG
 from worker.manifest import Manifest
+from worker.redis_ledger import RedisLedger
+from worker.redis_outbox import RedisOutbox
+from worker.replay import id_of_replay
 from worker.settings import Settings
 from worker.testing import Doorbell, MemoryLedger
+from worker.wire import new_id
+
+WORKER = WorkerRef(id="gpu-1:7", device="cpu")
 
 
 @pytest.fixture
@@ -24,7 +31,8 @@ def environment(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings
 
 
 def test_help_shows_every_command_and_an_example_of_each(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = ["demo", "worker", "explain", "submit", "status", "networks", "doctor"]
+    commands = ["demo", "worker", "explain", "submit", "status", "cancel", "replay", "redeliver"]
+    commands += ["networks", "doctor"]
     assert main(["--help"]) == 0
     listed = capsys.readouterr().out
     for command in commands:
@@ -45,6 +53,11 @@ def test_help_shows_every_command_and_an_example_of_each(capsys: pytest.CaptureF
         ["explain", __file__, "--top-n", "0"],
         ["frobnicate"],
         ["submit"],
+        ["cancel"],
+        ["replay", "--since", "yesterday"],
+        ["replay", "--since", "-2h"],
+        ["replay", "--rate", "0"],
+        ["redeliver", "--limit", "0"],
     ],
 )
 def test_wrong_usage_ends_with_2_and_a_sentence(
@@ -181,6 +194,118 @@ def test_a_broker_out_of_reach_is_an_error(
     shown = capsys.readouterr().err
     assert "cannot be reached" in shown
     assert "planted" not in shown
+
+
+def test_a_waiting_job_is_cancelled_and_one_that_has_ended_is_not(
+    environment: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger, waiting, running = (
+        RedisLedger(environment),
+        *(
+            GradcamClient(settings=environment).submit(
+                image="s3://photos/cat.jpg", network="vgg16", target={"top_n": 1}
+            )
+            for _ in range(2)
+        ),
+    )
+    assert main(["cancel", waiting]) == 0
+    assert "canceled" in capsys.readouterr().out
+    assert main(["cancel", waiting, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "canceled"
+    document = ledger.claim(ledger.read(running), WORKER).document
+    assert main(["cancel", running]) == 0
+    assert "running · fetch · cancel requested" in capsys.readouterr().out
+    ledger.advance(document, status="succeeded")
+    assert main(["cancel", running]) == 1
+    assert "Too late: the job had ended, as succeeded." in capsys.readouterr().err
+
+
+def test_failed_jobs_are_listed_shown_and_replayed_but_only_when_asked_to(
+    environment: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay"]) == 0
+    assert "No dead letters" in capsys.readouterr().out
+    ledger = RedisLedger(environment)
+    down, slow = (
+        failed(ledger, StorageUnavailable("The bucket [b]in[/b] is not there.")),
+        failed(ledger, JobTimeout("It took too long.")),
+    )
+    ledger.refuse(refused := new_id(), {"image": 7}, InvalidJob("This is not a job."))
+    assert main(["replay"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert listed[0].split() == ["id", "failed", "code", "attempt"]
+    assert {line.split()[0] for line in listed[1:7:2]} == {down, slow, refused}
+    assert all(len(line.rstrip()) <= 80 for line in listed)
+    assert "The bucket [b]in[/b] is not there." in "".join(listed)
+    assert main(["replay", "--limit", "1"]) == 0
+    assert "... and 2 more" in capsys.readouterr().out
+    assert main(["replay", "--code", "storage_unavailable", "--since", "2h", "--dry-run", "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert (row["id"], row["problem"]["code"]) == (down, "storage_unavailable")
+    assert row["replay"]["id"] == id_of_replay(down)
+    assert main(["replay", down, "--dry-run"]) == 0
+    assert f"Its replay would be job {id_of_replay(down)}." in capsys.readouterr().out
+    assert len(ledger.dead()) == 3, "until now nothing was replayed"
+
+    assert main(["replay", "--code", "storage_unavailable", "--since", "2h"]) == 0
+    assert capsys.readouterr().out == f"{down} -> {id_of_replay(down)}\n"
+    assert ledger.read(id_of_replay(down)).status == "queued"
+    assert main(["replay", down]) == 1
+    assert "has been replayed already" in capsys.readouterr().err
+    assert main(["replay", "--all", "--rate", "1000", "--json"]) == 1, "one never was a job"
+    said = {row["id"]: row for row in json.loads(capsys.readouterr().out)}
+    assert (said[slow]["new_id"], said[refused]["new_id"]) == (id_of_replay(slow), None)
+    assert [job_id for job_id, _ in ledger.dead()] == [refused]
+
+
+def test_what_a_webhook_could_not_be_told_is_listed_and_told_again_but_only_when_asked_to(
+    environment: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["redeliver"]) == 0
+    assert "Nothing is parked" in capsys.readouterr().out
+    url = "https://app.example/hook?token=planted"
+    outbox = RedisOutbox(RedisLedger(environment).server, retention_s=60)
+    jobs = [
+        GradcamClient(settings=environment).submit(
+            image="s3://photos/cat.jpg",
+            network="vgg16",
+            target={"top_n": 1},
+            webhooks=[{"url": url, "events": ["job.queued"]}],
+        )
+        for _ in range(3)
+    ]
+    outbox.disable(url)
+    assert not outbox.take(9, 60, {}, 9)
+    assert main(["redeliver"]) == 0
+    listed = capsys.readouterr().out
+    assert set(jobs) <= set(listed.split())
+    assert "Gone, by its own word (410): https://app.example/hook" in listed
+    assert main(["redeliver", jobs[0], "--dry-run", "--json"]) == 0
+    shown = capsys.readouterr().out
+    [row] = json.loads(shown)
+    assert (row["job_id"], row["recipient"], row["events"]) == (jobs[0], "https://app.example/hook", 1)
+    assert "planted" not in listed + shown
+    assert len(outbox.parked()) == 3, "until now nothing was told again"
+
+    assert main(["redeliver", jobs[0]]) == 0
+    assert [one.document.id for one in outbox.take(9, 60, {}, 9)] == [jobs[0]]
+    assert main(["redeliver", jobs[0]]) == 1
+    assert f"Nothing of job {jobs[0]} is parked." in capsys.readouterr().err
+    assert main(["redeliver", "--url", "https://other.example/hook"]) == 0
+    assert len(outbox.parked()) == 2
+    assert main(["redeliver", "--url", url, "--since", "1h"]) == 0
+    assert (len(outbox.parked()), outbox.count()) == (0, 3)
+    outbox.disable(url)
+    assert main(["redeliver", "--url", url]) == 0
+    assert outbox.disabled() == [], "though nothing was parked"
+
+
+def failed(ledger: RedisLedger, error: GradcamError) -> str:
+    """The id of a job that failed so."""
+    job = Job.parse({"image": "s3://photos/cat.jpg", "network": "vgg16", "target": {"top_n": 1}})
+    document = ledger.claim(ledger.submit(job), WORKER).document
+    ledger.advance(document, status="failed", error=Problem.of(error, stage="upload", attempt=1))
+    return job.id
 
 
 @pytest.mark.tensorflow

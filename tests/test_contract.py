@@ -153,3 +153,25 @@ def test_metrics_of_an_image_that_was_not_preprocessed_are_refused() -> None:
     assert Job.parse(fields).metrics == ("deletion",)
     with pytest.raises(InvalidJob, match="metrics cannot be had of the method notebook"):
         Job.parse({**fields, "method": {"name": "notebook"}})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image": ["data:image/png;base64,planted"]},
+        {"priority": "http://user:planted@host/"},
+        {"webhooks": [{"url": "x", "secret_ref": "whsec_planted" * 30}]},
+        {"webhooks": ["http://host/?token=planted"]},
+        {"webhooks": [{"url": "http://host/?token=planted" * 20}]},
+        {"image": {"uri": "s3://in/a.png", "token": "planted"}},
+        {"api_key": "planted"},
+    ],
+)
+def test_what_is_said_of_a_wrong_job_repeats_no_secret_nor_does_its_traceback(
+    fields: dict[str, object],
+) -> None:
+    good = {"image": "s3://in/a.png", "network": "vgg16", "target": {"top_n": 1}}
+    with pytest.raises(InvalidJob) as caught:
+        Job.parse(good | fields)
+    assert "planted" not in f"{caught.value} {caught.value.__cause__}"
+    assert next(iter(fields)) in str(caught.value)

@@ -9,8 +9,15 @@ from typing import Any
 
 import pytest
 
-from worker.contract import Job, StatusDocument, WorkerRef
-from worker.errors import AttemptFenced, IdempotencyConflict, InvalidJob, LedgerUnavailable, UnknownJob
+from worker.contract import Job, Problem, StatusDocument, WorkerRef
+from worker.errors import (
+    AttemptFenced,
+    IdempotencyConflict,
+    InvalidJob,
+    LedgerUnavailable,
+    StorageUnavailable,
+    UnknownJob,
+)
 from worker.ledger import Claim, Entry, Ledger, Renewed
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
@@ -462,3 +469,51 @@ def test_the_last_word_is_worth_waiting_for(
     with pytest.raises(LedgerUnavailable):
         ledger.advance(document, stage="decode")
     assert ledger.advance(document, patience_s=30, status="succeeded").final
+
+
+@pytest.mark.parametrize("status", ["succeeded", "canceled", "expired", "failed"])
+def test_of_a_job_that_has_ended_only_what_may_be_run_again_is_kept(
+    ledger: Ledger, job: Job, status: str
+) -> None:
+    keyed = with_key(job, "k")
+    ledger.advance(claim(ledger, keyed).document, status=status)
+    assert ledger.job(keyed.id) == (keyed if status == "failed" else None)
+    assert ledger.submit(with_key(job, "k")).id == keyed.id, "it is still known by its fingerprint"
+    again, document = ledger.receive(keyed.id, keyed.model_dump(mode="json"))
+    assert (again is None, document.status) == (status != "failed", status)
+    assert ledger.claim(document, WORKER).outcome == "finished"
+
+
+def test_the_addresses_of_a_job_that_has_ended_are_not_in_redis(settings: Settings, job: Job) -> None:
+    ledger = RedisLedger(settings)
+    webhook = {"url": "http://app/hook?token=planted", "events": ["job.started"]}
+    signed = Job.parse(
+        {**job.model_dump(mode="json"), "image": "http://h/a?X-Signature=planted", "webhooks": [webhook]}
+    )
+    ledger.advance(claim(ledger, signed).document, status="succeeded")
+    held = ledger.server.redis.hgetall(f"{settings.key_prefix}job:{job.id}")
+    assert "planted" not in json.dumps(held)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_job_that_is_to_stop_gets_no_other_attempt_when_this_one_fails(
+    ledger: Ledger, job: Job, *, seen: bool
+) -> None:
+    document = claim(ledger, job).document
+    marked = ledger.cancel(job.id)
+    problem = Problem.of(StorageUnavailable("It hangs."), stage="upload", attempt=1)
+    after = ledger.advance(
+        marked if seen else document, status="retrying", delay_s=0, error=problem, metrics={"fetch_s": 1.0}
+    )
+    assert (after.status, after.metrics) == ("canceled", {"fetch_s": 1.0})
+    assert after.error is not None
+    assert (after.error.code, after.error.stage) == ("canceled", "upload")
+    assert ledger.counts() == (0, 0)
+    assert ledger.overdue(10)["due"] == []
+
+
+def test_a_job_that_is_to_stop_is_not_handed_back(ledger: Ledger, job: Job) -> None:
+    claim(ledger, job)
+    ledger.cancel(job.id)
+    assert not ledger.hand_back(job.id, 1), "nothing is to be published"
+    assert ledger.read(job.id).status == "canceled"

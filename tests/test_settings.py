@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from worker.errors import InvalidSettings
 from worker.settings import Settings, without_secrets
@@ -112,3 +113,13 @@ def test_secrets_do_not_show() -> None:
     assert "planted" not in without_secrets("http://[planted")
     assert "planted" not in without_secrets("http://user:pla/planted@host/x")
     assert "planted" not in without_secrets("user:planted@host/x")
+
+
+def test_what_is_shown_of_settings_holds_no_password() -> None:
+    url = "redis://user:planted@queue:6379/0"
+    shown = repr(
+        Settings(
+            broker_url=url, ledger_url=url, s3_access_key_id="a", s3_secret_access_key=SecretStr("planted")
+        )
+    )
+    assert "planted" not in shown

@@ -1,27 +1,17 @@
-"""`gradcam`: demo | worker | explain | submit | status | networks | doctor.
+"""`gradcam`: demo | worker | explain | submit | status | cancel | replay | redeliver | networks | doctor.
 
 Exit codes: 0 all is well, 1 something failed (and what, on standard error), 2 wrong usage.
 """
 
-import functools
-import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
 
 import click
 
-from worker import __version__, terminal
-from worker.contract import Job, Method, Metric, StatusDocument
+from worker import __version__, cli_jobs, cli_replay, terminal
 from worker.errors import GradcamError
 from worker.gradcam.registry import Registry
+from worker.line import log_lines, visible
 from worker.settings import Settings
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-DEFAULT_NETWORK = "efficientnet_lite0"
-METHODS, SCORES, NORMALIZE = (
-    get_args(Method.model_fields[name].annotation) for name in ("name", "score", "normalize")
-)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,81 +26,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except GradcamError as error:
         terminal.err.print(f"[red]Error[/] ({error.code}): ", end="")
-        terminal.err.print(str(error), markup=False, soft_wrap=True)
+        terminal.err.print(visible(str(error)), markup=False, soft_wrap=True)
     except ModuleNotFoundError as error:
         terminal.err.print(f"[red]Error[/]: {error.name} is not installed. ", end="")
         terminal.err.print("This needs a worker: pip install 'gradcam-worker[cpu]'", markup=False)
     return 1
-
-
-def _wish(command: Command) -> Command:
-    """The options that say what to explain, the same for every command that takes them.
-
-    The command gets them as `wish`, the fields of a job.
-    """
-
-    @functools.wraps(command)
-    def gathered(
-        *,
-        network: str,
-        top_n: int | None,
-        classes: str | None,
-        method: str,
-        layer: str | None,
-        score: str,
-        normalize: str,
-        flip: bool,
-        artifacts: tuple[str, ...],
-        metrics: tuple[str, ...],
-        **others: Any,
-    ) -> Any:
-        how = {"name": method, "layer": layer, "score": score, "normalize": normalize, "flip": flip}
-        wish: dict[str, Any] = {
-            "network": network,
-            "target": _target(top_n, classes),
-            "method": how,
-            "metrics": metrics,
-        }
-        if artifacts:
-            wish["artifacts"] = [_artifact(one) for one in artifacts]
-        return command(wish=wish, **others)
-
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines."),
-        click.option("--metric", "metrics", type=click.Choice(get_args(Metric)), multiple=True),
-        click.option(
-            "--artifact",
-            "artifacts",
-            metavar="KIND[:FORMAT]",
-            multiple=True,
-            help="overlay, heatmap, grid, animation or report; as often as wanted. [overlay heatmap]",
-        ),
-        click.option("--classes", metavar="A,B,...", help="Ids, wnids or names, instead of --top-n."),
-        click.option("--top-n", type=click.IntRange(1, 1000), help="The n most probable classes. [3]"),
-        click.option("--flip/--no-flip", default=False, help="Smooth: average with the mirror image's map."),
-        click.option("--normalize", type=click.Choice(NORMALIZE), default=NORMALIZE[0], show_default=True),
-        click.option("--score", type=click.Choice(SCORES), default=SCORES[0], show_default=True),
-        click.option("--layer", help="Any layer, or auto: found in the graph. [the network's own]"),
-        click.option("--method", type=click.Choice(METHODS), default=METHODS[0], show_default=True),
-        click.option("--network", default=DEFAULT_NETWORK, show_default=True, help="See `gradcam networks`."),
-    ):
-        gathered = option(gathered)
-    return gathered  # type: ignore[return-value]  # it is called by click alone, by names
-
-
-def _artifact(text: str) -> dict[str, str]:
-    """`overlay:png` -> a wish; whether there is such a kind and format is for the contract to say."""
-    kind, _, form = text.partition(":")
-    return {"kind": kind, "format": form} if form else {"kind": kind}
-
-
-def _target(top_n: int | None, classes: str | None) -> dict[str, Any]:
-    if top_n and classes:
-        message = "give --top-n or --classes, not both"
-        raise click.UsageError(message)
-    if classes is None:
-        return {"top_n": top_n or 3}
-    return {"classes": [part.strip() for part in classes.split(",") if part.strip()]}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -164,94 +84,8 @@ def worker(*, devices: str | None, unsupervised: bool, ready_fd: int | None) -> 
         return process.run(enter(settings) if ready_fd is None else settings, ready_fd=ready_fd)
     from worker.supervisor import Supervisor
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_lines()
     return Supervisor(settings).run()
-
-
-@gradcam.command()
-@click.argument(
-    "images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
-)
-@_wish
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default="explained",
-    show_default=True,
-    help="Where results go, a folder for each image.",
-)
-def explain(images: tuple[Path, ...], output: Path, *, wish: dict[str, Any], as_json: bool) -> int:
-    """Explain IMAGES here and now: no queue, no servers.
-
-    \b
-    Examples:
-      gradcam explain cat.jpg
-      gradcam explain *.jpg --network vgg16 --top-n 5 -o out
-      gradcam explain pier.jpg --classes pier,dock,460
-      gradcam explain cat.jpg --artifact report --artifact overlay:png --metric deletion
-    """
-    from worker.local import explain_files
-
-    return explain_files(images, wish, output, Settings.from_environment(), as_json=as_json)
-
-
-@gradcam.command()
-@click.argument("uri")
-@_wish
-@click.option("--wait/--no-wait", default=False, help="Wait until the job has ended, and show the result.")
-@click.option("--timeout", "timeout_s", default=120.0, show_default=True, help="Seconds to wait.")
-@click.option("--key", "idempotency_key", help="Idempotency key: the same key never runs twice.")
-def submit(
-    uri: str,
-    timeout_s: float,
-    idempotency_key: str | None,
-    *,
-    wish: dict[str, Any],
-    wait: bool,
-    as_json: bool,
-) -> int:
-    """Queue the image at URI for a worker.
-
-    \b
-    Examples:
-      gradcam submit s3://photos/cat.jpg --top-n 3 --wait
-      gradcam submit s3://photos/pier.jpg --network vgg16 --classes pier,dock
-    """
-    from worker.client import GradcamClient
-
-    job = Job.parse({"image": uri, "idempotency_key": idempotency_key, **wish})
-    client = GradcamClient(settings=Settings.from_environment())
-    job_id = client.submit(job)
-    if not wait:
-        terminal.print_json({"id": job_id}) if as_json else terminal.out.print(job_id)
-        return 0
-    with terminal.err.status(f"waiting for job {job_id}"):
-        document = client.wait(job_id, timeout_s)
-    return _shown(document, as_json=as_json)
-
-
-@gradcam.command()
-@click.argument("job_id")
-@click.option("--json", "as_json", is_flag=True, help="Print the status document as JSON.")
-def status(job_id: str, *, as_json: bool) -> int:
-    """Show what has become of a job. Exit code 1 where it failed.
-
-    \b
-    Example:
-      gradcam status 01a2062b-306e-7164-a139-13398da125f6
-    """
-    from worker.client import GradcamClient
-
-    return _shown(GradcamClient(settings=Settings.from_environment()).status(job_id), as_json=as_json)
-
-
-def _shown(document: StatusDocument, *, as_json: bool) -> int:
-    if as_json:
-        terminal.print_json(document.model_dump(mode="json"))
-    else:
-        terminal.show(document)
-    return 1 if document.final and document.status != "succeeded" else 0
 
 
 @gradcam.command()
@@ -288,10 +122,21 @@ def doctor(*, as_json: bool) -> int:
         findings.append(finding)
         if not as_json:
             mark = "[green]ok  [/]" if finding.well else "[red]FAIL[/]"
-            terminal.out.print(f"{mark} {finding.what}: ", end="")
-            terminal.out.print(finding.detail, markup=False, soft_wrap=True)
+            terminal.out.print(f"{mark} ", end="")
+            terminal.out.print(visible(f"{finding.what}: {finding.detail}"), markup=False, soft_wrap=True)
             if finding.fix and not finding.well:
                 terminal.out.print(f"     {finding.fix}", markup=False, soft_wrap=True)
     if as_json:
         terminal.print_json([vars(finding) for finding in findings])
     return 0 if all(finding.well for finding in findings) else 1
+
+
+for _command in (
+    cli_jobs.explain,
+    cli_jobs.submit,
+    cli_jobs.status,
+    cli_jobs.cancel,
+    cli_replay.replay,
+    cli_replay.redeliver,
+):
+    gradcam.add_command(_command)

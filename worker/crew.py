@@ -13,7 +13,7 @@ from celery import Celery
 from worker import broker, storage, wiring
 from worker.breaker import Breaker
 from worker.contract import StatusEvent
-from worker.courier import Courier, Deliver
+from worker.courier import KEEP_S, Courier, Deliver
 from worker.errors import InvalidSettings, StatusUnavailable
 from worker.leases import Leases
 from worker.outbox import Parcel
@@ -83,6 +83,7 @@ def gather(settings: Settings, app: Celery, outside: Outside) -> Crew:
         sinks,
         threads=settings.couriers,
         give_up_s=settings.webhook_give_up_s,
+        keep_s=settings.webhook_timeout_s + KEEP_S,
     )
     keepers["courier"] = courier.keep
     return Crew(Desk(settings, ledger, outside, me, leases, breaker), keepers)

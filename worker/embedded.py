@@ -57,8 +57,8 @@ def valkey(folder: Path, *options: str) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def s3(folder: Path, buckets: tuple[str, ...]) -> Iterator[S3Server]:
-    """An S3 server (rclone) over `folder`, with these buckets."""
+def s3(folder: Path, buckets: tuple[str, ...], keys: tuple[str, str] | None = None) -> Iterator[S3Server]:
+    """An S3 server (rclone) over `folder`, with these buckets; its keys (id, secret) are new unless given."""
     program = Path(sysconfig.get_path("scripts")) / "rclone"
     found = str(program) if program.exists() else shutil.which("rclone")
     if not found:
@@ -67,12 +67,12 @@ def s3(folder: Path, buckets: tuple[str, ...]) -> Iterator[S3Server]:
     root = folder / "buckets"
     for bucket in buckets:
         (root / bucket).mkdir(parents=True, exist_ok=True)
-    port, key, secret = _free_port(), secrets.token_hex(10), secrets.token_hex(20)
+    port, (key, secret) = _free_port(), keys or (secrets.token_hex(10), secrets.token_hex(20))
     (folder / "rclone.conf").touch()
     command = [found, "serve", "s3", "--addr", f"127.0.0.1:{port}"]
     command += ["--config", str(folder / "rclone.conf"), str(root)]
-    keys = {"RCLONE_AUTH_KEY": f'"{key},{secret}"'}  # arguments can be read by anyone
-    with _running(command, port, folder / "s3.log", keys) as process:
+    known = {"RCLONE_AUTH_KEY": f'"{key},{secret}"'}  # arguments can be read by anyone
+    with _running(command, port, folder / "s3.log", known) as process:
         yield S3Server(process, port, key, secret, root)
 
 

@@ -73,9 +73,16 @@ class Leases:
 
     def keep(self, stopped: threading.Event) -> None:
         """Renew until `stopped`; a ledger out of reach is asked again."""
-        every_s = min(self._lease_s / BEATS, LOOK_S)
+        every_s, reached = min(self._lease_s / BEATS, LOOK_S), True
         while not stopped.wait(every_s):
             try:
                 self.beat()
             except LedgerUnavailable as error:
-                log.warning("%s", error)
+                if reached:  # said once in an outage
+                    log.warning("no lease can be renewed: %s", error)
+                reached = False
+            except Exception:
+                # Whatever it is, without this thread every job here would be lost to others, for ever.
+                log.exception("leases could not be renewed")
+            else:
+                reached = True

@@ -128,9 +128,7 @@ class Ledger(ABC):
 
     @abstractmethod
     def dead(self) -> list[tuple[str, float]]:
-        """Failed jobs that nobody has replayed: id, and when it failed (seconds since the epoch); newest
-        first.
-        """
+        """Failed jobs that nobody has replayed, newest first: id, and when (seconds since the epoch)."""
 
     @abstractmethod
     def bury(self, job_id: str) -> None:
@@ -158,12 +156,14 @@ class Ledger(ABC):
             raise IdempotencyConflict(message)
         return held.document
 
-    def receive(self, job_id: str, payload: object) -> tuple[Job, StatusDocument]:
+    def receive(self, job_id: str, payload: object) -> tuple[Job | None, StatusDocument]:
         """The job that a message is about: the ledger's own, or the message's, which is entered now.
 
-        Raises InvalidJob, IdempotencyConflict.
+        None where it has ended and is forgotten. Raises InvalidJob, IdempotencyConflict.
         """
         held = self._find(job_id)
+        if held and held.document.final and held.document.status != "failed":
+            return None, held.document
         if held:
             return Job.parse(json.loads(held.job)), held.document
         job = Job.parse(payload)
@@ -171,7 +171,7 @@ class Ledger(ABC):
         return job.model_copy(update={"id": document.id}), document
 
     def job(self, job_id: str) -> Job | None:
-        """The job itself, where the ledger has it and this version can read it."""
+        """The job itself: until it has ended, or where it failed. None where another version wrote it."""
         held = self._find(job_id)
         try:
             return Job.parse(json.loads(held.job)) if held else None
@@ -240,7 +240,7 @@ class Ledger(ABC):
         again for `patience_s`: writing the same twice is harmless. Raises AttemptFenced where another attempt
         holds the job by now.
         """
-        before, after = document, transitions.following(document, **changes)
+        before, after = document, transitions.advanced(document, **changes)
         patience = Deadline(patience_s)
         while True:
             try:
@@ -257,7 +257,7 @@ class Ledger(ABC):
                 message = f"Attempt {document.attempt} of job {document.id} was overtaken: it must stop."
                 raise AttemptFenced(message)
             before = now  # the same attempt: somebody has asked for it to be cancelled
-            after = transitions.following(now, **changes)
+            after = transitions.advanced(now, **changes)
 
     def cancel(self, job_id: str) -> StatusDocument:
         """Stop a job: one that waits is final at once, a running one as soon as its worker sees it.

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
-from rich.text import Text
 
 from worker import terminal, wiring
 from worker.contract import Job
@@ -85,13 +84,17 @@ def _print(made: dict[Path, Manifest | GradcamError], folders: dict[Path, str], 
     table = terminal.table("image", "rank", "id", "class", "probability", numbers=numbers)
     for image, result in made.items():
         if isinstance(result, GradcamError):
-            terminal.err.print(Text(str(image), "red"), Text(f"{result.code}: {result}"), soft_wrap=True)
+            said = terminal.plain(f"{result.code}: {result}")
+            terminal.err.print(terminal.plain(str(image), "red"), said, soft_wrap=True)
             continue
-        names = [Text(image.name), Text(f"-> {folders[image]}/", "dim")]
+        names = [terminal.plain(image.name), terminal.plain(f"-> {folders[image]}/", "dim")]
         for seen in result.explanations:
             label, probability = seen.class_, percent(seen.probability)
             name = names.pop(0) if names else ""
-            table.add_row(name, str(seen.rank), str(label.id), Text(label.name), probability)
+            table.add_row(name, str(seen.rank), str(label.id), terminal.plain(label.name), probability)
     if table.rows:
         terminal.out.print(table)
-        terminal.out.print(Text(f"\nOverlays, arrays and manifests are below {output}"), soft_wrap=True)
+        terminal.out.print()
+        terminal.out.print(
+            terminal.plain(f"Overlays, arrays and manifests are below {output}"), soft_wrap=True
+        )

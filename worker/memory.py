@@ -1,4 +1,4 @@
-"""Ledger and outbox over dictionaries: the same rules as in Redis, for tests. See `worker.testing`."""
+"""The ledger over dictionaries: the same rules as in Redis, for tests. See `worker.testing`."""
 
 import threading
 import time
@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from worker import outbox, transitions
-from worker.contract import StatusDocument, Webhook
+from worker.contract import StatusDocument
 from worker.ledger import Entry, Ledger, Renewed
-from worker.outbox import Outbox, Parcel, Parked
+from worker.memory_outbox import MemoryOutbox
 
 
 class MemoryLedger(Ledger):
@@ -64,7 +64,8 @@ class MemoryLedger(Ledger):
 
     def _place(self, entry: Entry, before: StatusDocument | None, delay_s: float = 0) -> None:
         after, now = entry.document, self._clock()
-        self._entries[after.id] = entry
+        kept = after.status == "failed" or not after.final
+        self._entries[after.id] = entry if kept else replace(entry, job="null")
         if before is None or before.status != after.status:
             if before and before.status == "queued" and after.status == "running":
                 published = min(self._due.get(after.id, 0), now)
@@ -153,106 +154,3 @@ class MemoryLedger(Ledger):
 
     def sweep(self) -> None:
         """See `Ledger.sweep`: nothing is forgotten here."""
-
-
-class MemoryOutbox(Outbox):
-    """The outbox's rules over a dictionary. `clock` gives its seconds."""
-
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        """Empty."""
-        self.sinks: set[str] = set()
-        self.gone: set[str] = set()
-        self._clock = clock
-        self._events: dict[tuple[str, str], list[str]] = {}  # (lane, recipient) -> what it is to be told
-        self._due: dict[tuple[str, str], float] = {}
-        self._pause: dict[str, float] = {}  # lane -> until when it is left alone
-        self._tries: dict[tuple[str, str], tuple[int, float]] = {}
-        self._parked: dict[tuple[str, str], float] = {}
-        self._lock = threading.RLock()
-
-    def put(
-        self, lane: str, recipient: str, event: str, webhook: Webhook | None, document: StatusDocument
-    ) -> None:
-        """What the ledger does in the step that changes a job."""
-        with self._lock:
-            self._events.setdefault((lane, recipient), []).append(outbox.write(event, webhook, document))
-            if (lane, recipient) not in self._parked:
-                self._due.setdefault((lane, recipient), self._clock())
-
-    def open_sink(self, name: str) -> None:
-        """See `Outbox.open_sink`."""
-        self.sinks.add(name)
-
-    def close_sink(self, name: str) -> None:
-        """See `Outbox.close_sink`."""
-        self.sinks.discard(name)
-
-    def take(self, limit: int, keep_s: float) -> list[Parcel]:
-        """See `Outbox.take`."""
-        with self._lock:
-            now = self._clock()
-            parcels: list[Parcel] = []
-            for key, due in sorted(self._due.items(), key=lambda one: one[1]):
-                if due > now or self._pause.get(key[0], 0) > now or len(parcels) == limit:
-                    continue
-                self._due[key] = now + keep_s
-                tries, first = self._tries.get(key, (0, now))
-                parcels.append(outbox.read(*key, self._events[key][0], tries, now - first))
-            return parcels
-
-    def delivered(self, parcel: Parcel) -> None:
-        """See `Outbox.delivered`."""
-        with self._lock:
-            key = (parcel.lane, parcel.recipient)
-            if self._events.get(key, [""])[0] == parcel.text:
-                del self._events[key][0]
-                self._tries.pop(key, None)
-                self._due[key] = self._clock()
-            if not self._events.get(key):
-                self._events.pop(key, None)
-                self._due.pop(key, None)
-
-    def postpone(self, parcel: Parcel, delay_s: float) -> None:
-        """See `Outbox.postpone`."""
-        with self._lock:
-            key, now = (parcel.lane, parcel.recipient), self._clock()
-            self._tries[key] = parcel.tries + 1, self._tries.get(key, (0, now))[1]
-            self._due[key], self._pause[parcel.lane] = now + delay_s, now + min(delay_s, 2)
-
-    def park(self, parcel: Parcel) -> None:
-        """See `Outbox.park`."""
-        with self._lock:
-            key = (parcel.lane, parcel.recipient)
-            self._due.pop(key, None)
-            self._tries.pop(key, None)
-            self._parked[key] = self._clock()
-
-    def parked(self) -> list[Parked]:
-        """See `Outbox.parked`."""
-        newest = sorted(self._parked.items(), key=lambda one: -one[1])
-        return [Parked(*key, since, outbox.read(*key, self._events[key][0])) for key, since in newest]
-
-    def unpark(self, one: Parked) -> bool:
-        """See `Outbox.unpark`."""
-        with self._lock:
-            key = (one.lane, one.recipient)
-            if self._parked.pop(key, None) is None:
-                return False
-            self._due[key] = self._clock()
-            return True
-
-    def disable(self, url: str) -> None:
-        """See `Outbox.disable`."""
-        self.gone.add(url)
-
-    def disabled(self, url: str) -> bool:
-        """See `Outbox.disabled`."""
-        return url in self.gone
-
-    def enable(self, url: str) -> None:
-        """See `Outbox.enable`."""
-        self.gone.discard(url)
-
-    def count(self) -> int:
-        """See `Outbox.count`."""
-        return len({lane for lane, _ in self._due})

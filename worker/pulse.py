@@ -13,7 +13,7 @@ from collections.abc import Callable
 log = logging.getLogger("gradcam")
 
 EVERY_S = 1.0  # between two signs
-STILL_S = 30.0  # without a turn of the consumer's loop, which turns every second
+STILL_S = 30.0  # without a turn of the consumer's loop: it turns every second, or tries to connect again
 
 
 class Pulse:
@@ -47,9 +47,16 @@ class Pulse:
             return None
         if ill := self._ill():
             return ill
-        still_s = time.monotonic() - self._turned_s
-        if still_s > STILL_S and self._reachable():
+        turned_s = self._turned_s
+        still_s = time.monotonic() - turned_s
+        if still_s <= STILL_S:
+            return None
+        if self._reachable():
             return f"the broker answers, but nothing has been received for {still_s:.0f} s"
+        if self._turned_s == turned_s:
+            # The broker's fault. When it is back, the loop has time to find that out, as it tries ever less
+            # often.
+            self.turned()
         return None
 
     def keep(self, stopped: threading.Event) -> None:
@@ -57,11 +64,18 @@ class Pulse:
         said = None
         while not stopped.wait(EVERY_S):
             trouble = self.trouble()
-            if trouble and trouble != said:
+            if trouble and not said:
                 log.error("no sign of life any more: %s", trouble)
             said = trouble
-            if not trouble and self._fd is not None:
-                try:
-                    os.write(self._fd, b"1")
-                except OSError:  # whoever listened is gone: the lifeline ends this process
-                    return
+            if not trouble and not self.show():
+                return
+
+    def show(self) -> bool:
+        """Give one sign; whether anybody can still see it."""
+        if self._fd is None:
+            return True
+        try:
+            os.write(self._fd, b"1")
+        except OSError:  # whoever listened is gone: the lifeline ends this process
+            return False
+        return True

@@ -18,7 +18,6 @@ log = logging.getLogger("gradcam")
 
 EVERY_S = 0.5  # a pause before a retry is as exact as this
 LEADS_S = 5.0  # that the others leave it to this worker, unless it says so again
-GRACE_S = 5.0  # for living workers to renew their leases when the ledger is back: they try every second
 AT_ONCE = 200  # jobs of each kind in one round
 SILENT_EVERY_S = 2.0  # between two looks for lost messages: they cost a question to the broker
 SWEEP_EVERY_S = 600.0

@@ -1,13 +1,17 @@
-"""The outbox in Redis, beside the ledger: each step one script of `redis_scripts`."""
+"""The outbox in Redis, beside the ledger: each step one script of `outbox_scripts`."""
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
-from worker import outbox, redis_scripts
-from worker.outbox import Outbox, Parcel, Parked
+from worker import outbox, outbox_scripts
+from worker.outbox import FIRST_PAUSE_OF_A_LANE_S, LONGEST_PAUSE_OF_A_LANE_S, Outbox, Parcel, Parked
 from worker.redis_ledger import Server
 
+log = logging.getLogger("gradcam")
+
 LISTED = 10_000  # parked recipients
-PAUSE_OF_A_LANE_S, LONGEST_PAUSE_OF_A_LANE_S = 2.0, 60.0  # after a failure there; doubles
+PARKED_AT_ONCE = 1000  # recipients: a few milliseconds of the server's time
 
 
 class RedisOutbox(Outbox):
@@ -28,75 +32,96 @@ class RedisOutbox(Outbox):
         with self._server.reaching():
             self._server.redis.srem(self._key("sinks"), name)
 
-    def take(self, limit: int, keep_s: float) -> list[Parcel]:
-        """See `Outbox.take`."""
+    def take(self, limit: int, keep_s: float, room: Mapping[str, int], others: int) -> list[Parcel]:
+        """See `Outbox.take`. What another version wrote and this one cannot read is left to that one."""
+        pairs = [part for lane, most in room.items() for part in (lane, most)]
+        keep_ms = int(keep_s * 1000)
         parcels = []
-        found = self._server.run(redis_scripts.TAKE, limit, max(limit // 2, 1), int(keep_s * 1000))
-        for lane, recipient, text, tried, now in found:
-            tries, first = tried.split()
-            waited_s = (int(now) - int(first)) / 1000
-            parcels.append(outbox.read(lane, recipient, text, int(tries), waited_s))
+        for lane, recipient, text, tried, now, held in self._server.run(
+            outbox_scripts.TAKE, limit, others, keep_ms, self._retention_ms, *pairs
+        ):
+            tries, since = map(int, tried.split())
+            waited_s = (int(now) - since) / 1000
+            try:
+                parcels.append(outbox.read(lane, recipient, text, tries=tries, waited_s=waited_s, held=held))
+            except ValueError as error:
+                log.warning("%s: its next event cannot be read here: %s", recipient, error)
         return parcels
 
     def delivered(self, parcel: Parcel) -> None:
         """See `Outbox.delivered`."""
-        self._server.run(redis_scripts.DELIVERED, parcel.lane, parcel.recipient, parcel.text)
+        self._server.run(outbox_scripts.DELIVERED, parcel.lane, parcel.recipient, parcel.held)
 
-    def postpone(self, parcel: Parcel, delay_s: float) -> None:
+    def postpone(self, parcel: Parcel, delay_s: float, *, quiet_s: float = 0) -> None:
         """See `Outbox.postpone`."""
-        tries = parcel.tries + 1
         self._server.run(
-            redis_scripts.POSTPONE,
+            outbox_scripts.POSTPONE,
             parcel.lane,
             parcel.recipient,
+            parcel.held,
             int(delay_s * 1000),
-            tries,
-            int(PAUSE_OF_A_LANE_S * 1000),
+            int(FIRST_PAUSE_OF_A_LANE_S * 1000),
             int(LONGEST_PAUSE_OF_A_LANE_S * 1000),
+            parcel.webhook.url if parcel.webhook else "",
+            int(quiet_s * 1000) if parcel.webhook else 0,
         )
 
     def park(self, parcel: Parcel) -> None:
         """See `Outbox.park`."""
-        self._server.run(redis_scripts.PARK, parcel.lane, parcel.recipient, self._retention_ms)
+        self._server.run(outbox_scripts.PARK, parcel.lane, parcel.recipient, parcel.held, self._retention_ms)
+
+    def park_old(self, lane: str, waited_s: float) -> int:
+        """See `Outbox.park_old`."""
+        waited_ms = int(waited_s * 1000)
+        return int(
+            self._server.run(outbox_scripts.PARK_OLD, lane, waited_ms, self._retention_ms, PARKED_AT_ONCE)
+        )
 
     def parked(self) -> list[Parked]:
-        """See `Outbox.parked`."""
+        """See `Outbox.parked`: ten thousand at most."""
         with self._server.reaching():
             key = self._key("parked")
             found: Any = self._server.redis.zrange(key, 0, LISTED - 1, desc=True, withscores=True)
             with self._server.redis.pipeline(transaction=False) as pipeline:
                 for member, _ in found:
-                    pipeline.lindex(self._key(f"events:{str(member).partition(' ')[0]}"), 0)
-                texts = pipeline.execute()
+                    events = self._key(f"events:{str(member).partition(' ')[0]}")
+                    pipeline.llen(events)
+                    pipeline.lindex(events, 0)
+                said = pipeline.execute()
         parked = []
-        for (member, score), text in zip(found, texts, strict=True):
+        for (member, score), events, text in zip(found, said[::2], said[1::2], strict=True):
             recipient, _, lane = str(member).partition(" ")
-            first = outbox.read(lane, recipient, text) if text else None
-            parked.append(Parked(lane, recipient, score / 1000, first))
+            try:
+                first = outbox.read(lane, recipient, text) if text else None
+            except ValueError:
+                first = None
+            parked.append(Parked(lane, recipient, score / 1000, events, first))
         return parked
 
     def unpark(self, one: Parked) -> bool:
         """See `Outbox.unpark`."""
-        return bool(self._server.run(redis_scripts.UNPARK, one.lane, one.recipient))
+        return bool(self._server.run(outbox_scripts.UNPARK, one.lane, one.recipient))
 
     def disable(self, url: str) -> None:
         """See `Outbox.disable`: as long as anything is remembered."""
-        self._server.run(redis_scripts.DISABLE, url, self._retention_ms)
+        self._server.run(outbox_scripts.DISABLE, url, self._retention_ms)
 
-    def disabled(self, url: str) -> bool:
+    def disabled(self) -> list[str]:
         """See `Outbox.disabled`."""
         with self._server.reaching():
-            return self._server.redis.zscore(self._key("gone"), url) is not None
+            found: Any = self._server.redis.zrange(self._key("gone"), 0, -1)
+        return [str(url) for url in found]
 
     def enable(self, url: str) -> None:
         """See `Outbox.enable`."""
         with self._server.reaching():
-            self._server.redis.zrem(self._key("gone"), url)
+            for name in ("gone", "later"):
+                self._server.redis.zrem(self._key(name), url)
 
     def count(self) -> int:
         """See `Outbox.count`."""
         with self._server.reaching():
-            return int(self._server.redis.zcard(self._key("outbox")))
+            return int(self._server.redis.hlen(self._key("waiting")))
 
     def _key(self, name: str) -> str:
         return self._server.prefix + name

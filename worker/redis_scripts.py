@@ -1,4 +1,4 @@
-"""What happens in Redis in one step: Lua, for `redis_ledger` and `redis_outbox`.
+"""What happens in the ledger in Redis in one step: Lua, for `redis_ledger`.
 
 Every key begins with a prefix P, the first argument. Times are the server's own, in milliseconds: no two
 workers' clocks have to agree. A job is a hash `job:<id>`, whose field `place` names the sorted set that the
@@ -10,40 +10,16 @@ job stands in:
     dead             failed, by when
 
 Besides: `expiring` (waiting jobs, by when they expire), `canceling` (running jobs that are to stop),
-`claimed` (for each route, the latest message that came through), `workers`, `reaper`, and the outbox.
-There, `events:<recipient>` is a list of what a recipient is to be told, in order; `lane:<host>` holds the
-recipients at one host, by when each is to be told next, and `outbox` the lanes, by when something may be
-tried there. `down` counts the failures of a lane in a row, `tries` those of a recipient; `parked` holds who
-could not be told, `gone` the addresses that want nothing any more, and `sinks` who is told of every job.
+`claimed` (for each route, the latest message that came through), `workers`, `reaper`, and the outbox: see
+`outbox_scripts`.
 """
 
-_COMMON = """
-local P = ARGV[1]
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+from worker.outbox_scripts import NOW, TELL
 
-local function put(lane, recipient, event, hook, document)
-  redis.call('RPUSH', P .. 'events:' .. recipient, event .. '\\n' .. hook .. '\\n' .. document)
-  if not redis.call('ZSCORE', P .. 'parked', recipient .. ' ' .. lane) then
-    redis.call('ZADD', P .. 'lane:' .. lane, 'NX', now, recipient)
-    redis.call('ZADD', P .. 'outbox', 'NX', now, lane)
-  end
-end
-
-local function tell(id, hooks, event, document)
-  if event == '' then return end
-  if hooks and hooks ~= '' then
-    for index, hook in ipairs(cjson.decode(hooks)) do
-      for _, wanted in ipairs(hook.events) do
-        if wanted == event then put(hook.lane, id .. ':hook' .. index, event, hook.text, document) end
-      end
-    end
-  end
-  for _, sink in ipairs(redis.call('SMEMBERS', P .. 'sinks')) do
-    put(sink, id .. ':' .. sink, event, '', document)
-  end
-end
-
+_COMMON = (
+    NOW
+    + TELL
+    + """
 local function end_job(id, idempotency, retention, keyed_retention)
   local ttl = tonumber(retention)
   if idempotency and idempotency ~= '' then
@@ -53,6 +29,7 @@ local function end_job(id, idempotency, retention, keyed_retention)
   redis.call('PEXPIRE', P .. 'job:' .. id, ttl)
 end
 """
+)
 
 # ARGV: P, id, idempotency key or '', fingerprint, job, document, attempt, revision, status, route, webhooks
 # or '', expires at (ms) or '', event, retention (ms), retention with an idempotency key (ms).
@@ -72,7 +49,7 @@ if idempotency ~= '' then redis.call('SET', idempotency, id) end
 if place ~= '' then redis.call('ZADD', P .. place, now, id) end
 if status ~= 'queued' then end_job(id, idempotency, ARGV[14], ARGV[15])
 elseif ARGV[12] ~= '' then redis.call('ZADD', P .. 'expiring', ARGV[12], id) end
-tell(id, ARGV[11], ARGV[13], ARGV[6])
+tell(id, ARGV[11], ARGV[13], ARGV[6], ARGV[14])
 return {ARGV[4], ARGV[5], ARGV[6]}
 """
 )
@@ -80,7 +57,8 @@ return {ARGV[4], ARGV[5], ARGV[6]}
 # ARGV: P, id, attempt and revision before, document, attempt, revision and status after, delay (ms),
 # fingerprint or '', document before or '', expires at (ms) or '', 'canceling' or '', event, retention (ms),
 # retention with an idempotency key (ms), lease (ms). The first lines let a write that is sent twice,
-# because its reply was lost, succeed twice.
+# because its reply was lost, succeed twice. The last ones forget the job of a document that is all there is
+# left to say: a presigned address must not lie about. A failed one may be run again, and keeps its own.
 SWAP = (
     _COMMON
     + """
@@ -117,7 +95,8 @@ if ARGV[13] ~= '' then
   else redis.call('SREM', P .. 'canceling', id) end
 end
 if place == '' or place == 'dead' then end_job(id, held[8], ARGV[15], ARGV[16]) end
-tell(id, held[7], ARGV[14], document)
+tell(id, held[7], ARGV[14], document, ARGV[15])
+if place == '' then redis.call('HSET', key, 'job', 'null', 'webhooks', '') end
 return 1
 """
 )
@@ -204,101 +183,6 @@ SWEEP = (
 for _, name in ipairs({'dead', 'parked'}) do
   redis.call('ZREMRANGEBYSCORE', P .. name, '-inf', now - ARGV[2])
 end
-return 1
-"""
-)
-
-# ARGV: P, how many, of one lane, for how long the others keep away (ms)
-# -> lane, recipient, its first event, how often and since when (ms) it was tried, now (ms)
-TAKE = (
-    _COMMON
-    + """
-local found = {}
-for _, lane in ipairs(redis.call('ZRANGEBYSCORE', P .. 'outbox', '-inf', now, 'LIMIT', 0, ARGV[2])) do
-  local key, most = P .. 'lane:' .. lane, ARGV[3]
-  if redis.call('HEXISTS', P .. 'down', lane) == 1 then most = 1 end
-  for _, recipient in ipairs(redis.call('ZRANGEBYSCORE', key, '-inf', now, 'LIMIT', 0, most)) do
-    local first = redis.call('LINDEX', P .. 'events:' .. recipient, 0)
-    if first then
-      redis.call('ZADD', key, now + ARGV[4], recipient)
-      local tried = redis.call('HGET', P .. 'tries', recipient) or '0 ' .. string.format('%.0f', now)
-      found[#found + 1] = {lane, recipient, first, tried, string.format('%.0f', now)}
-    else redis.call('ZREM', key, recipient) end
-  end
-  local next = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
-  if next[1] then redis.call('ZADD', P .. 'outbox', math.max(tonumber(next[2]), now), lane)
-  else redis.call('ZREM', P .. 'outbox', lane) end
-end
-return found
-"""
-)
-
-# ARGV: P, lane, recipient, its first event: it is told, or it need not be
-DELIVERED = (
-    _COMMON
-    + """
-local lane, recipient, key = ARGV[2], ARGV[3], P .. 'events:' .. ARGV[3]
-if redis.call('LINDEX', key, 0) ~= ARGV[4] then return 0 end
-redis.call('LPOP', key)
-redis.call('HDEL', P .. 'tries', recipient)
-redis.call('HDEL', P .. 'down', lane)
-if redis.call('EXISTS', key) == 1 then redis.call('ZADD', P .. 'lane:' .. lane, now, recipient)
-else redis.call('ZREM', P .. 'lane:' .. lane, recipient) end
-if redis.call('EXISTS', P .. 'lane:' .. lane) == 1 then redis.call('ZADD', P .. 'outbox', now, lane)
-else redis.call('ZREM', P .. 'outbox', lane) end
-return 1
-"""
-)
-
-# ARGV: P, lane, recipient, delay (ms), how often it was tried, first pause of a lane, and its longest (ms)
-# The lane is left alone, too, twice as long after each failure in a row.
-POSTPONE = (
-    _COMMON
-    + """
-local lane, recipient = ARGV[2], ARGV[3]
-local tried = redis.call('HGET', P .. 'tries', recipient) or ''
-local first = string.match(tried, '%d+$') or string.format('%.0f', now)
-redis.call('HSET', P .. 'tries', recipient, ARGV[5] .. ' ' .. first)
-redis.call('ZADD', P .. 'lane:' .. lane, 'XX', now + ARGV[4], recipient)
-local failures = redis.call('HINCRBY', P .. 'down', lane, 1)
-local pause = math.min(ARGV[6] * 2 ^ math.min(failures - 1, 20), tonumber(ARGV[7]))
-redis.call('ZADD', P .. 'outbox', 'XX', now + pause, lane)
-return 1
-"""
-)
-
-# ARGV: P, lane, recipient, retention (ms): nobody tries any more, until it is replayed
-PARK = (
-    _COMMON
-    + """
-local lane, recipient = ARGV[2], ARGV[3]
-redis.call('ZREM', P .. 'lane:' .. lane, recipient)
-redis.call('HDEL', P .. 'tries', recipient)
-redis.call('ZADD', P .. 'parked', now, recipient .. ' ' .. lane)
-redis.call('PEXPIRE', P .. 'events:' .. recipient, ARGV[4])
-return 1
-"""
-)
-
-# ARGV: P, lane, recipient
-UNPARK = (
-    _COMMON
-    + """
-local lane, recipient = ARGV[2], ARGV[3]
-if redis.call('ZREM', P .. 'parked', recipient .. ' ' .. lane) == 0 then return 0 end
-if redis.call('PERSIST', P .. 'events:' .. recipient) == 0 then return 0 end
-redis.call('ZADD', P .. 'lane:' .. lane, now, recipient)
-redis.call('ZADD', P .. 'outbox', 'NX', now, lane)
-return 1
-"""
-)
-
-# ARGV: P, address, for how long (ms): it wants nothing any more
-DISABLE = (
-    _COMMON
-    + """
-redis.call('ZREMRANGEBYSCORE', P .. 'gone', '-inf', now)
-redis.call('ZADD', P .. 'gone', now + ARGV[3], ARGV[2])
 return 1
 """
 )

@@ -60,7 +60,6 @@ def _database(value: SecretStr) -> SecretStr:
 
 SigningSecrets = Annotated[SecretStr, AfterValidator(_signing)]
 Database = Annotated[SecretStr, AfterValidator(_database)]
-Hidden = Annotated[str, Field(repr=False)]  # it may hold a password
 Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]
 HostList = Annotated[Listed, AfterValidator(hosts.listed)]
 NetworkList = Annotated[Listed, AfterValidator(addresses.listed)]
@@ -78,8 +77,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     # Queue and ledger
-    broker_url: Hidden = "redis://127.0.0.1:6379/0"
-    ledger_url: Hidden = ""  # empty: where the broker is
+    broker_url: Annotated[str, Field(repr=False)] = "redis://127.0.0.1:6379/0"  # it may hold a password
+    ledger_url: Annotated[str, Field(repr=False)] = ""  # empty: where the broker is
     redis_ca: Place = None  # a PEM file: who may vouch for a rediss:// server; none: whom the system trusts
     key_prefix: str = "gradcam:"  # of every key in Redis, the broker's and the ledger's
     visibility_timeout_s: Annotated[float, Field(ge=2, le=86_400)] = (

@@ -74,6 +74,8 @@ class Webhooks:
 
     def _unknown(self, secret_ref: str) -> str:
         known = ", ".join(self._secrets) or "none"
+        if secret_ref.startswith(signing.PREFIX):  # it may be known elsewhere
+            return f"secret_ref must be the name of a webhook secret, and is one. There are {known}."
         return f"There is no webhook secret {secret_ref[:60]!r}: GRADCAM_WEBHOOK_SECRETS has {known}."
 
 

@@ -1,13 +1,15 @@
 """`gradcam worker`: keeps a Celery worker process alive on each device, and ends them cleanly.
 
 A worker that dies unasked (out of memory, a crash in native code, a broker restart that Celery does
-not survive) is started again, with backoff. Where none gets as far as taking jobs, all is given up.
+not survive) is started again, with backoff, and so is one that shows no sign of life any more (see
+`worker.pulse`). Where none gets as far as taking jobs, all is given up.
 As long as one does, the others are tried again: a broken GPU must not end the work of seven good ones,
 again and again, as it would if whoever runs the supervisor started everything anew.
 """
 
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -27,6 +29,8 @@ STARTS = 5  # in a row that may fail, on every device, before all is given up
 BACKOFF_S = 0.5  # before the second start; doubles
 BACKOFF_MAX_S = 30
 LOOK_UP_S = 0.5
+SIGN_S = 1.0  # between two looks whether a worker has died, of which the pipe may say nothing
+HAND_BACK_S = 10.0  # for a worker whose time is up: what it runs goes back into the queue
 DOUBLINGS = 10  # more than it takes to get there
 ENDED_CLEANLY = {0, -signal.SIGTERM}  # the latter before Celery has taken the signal over
 
@@ -37,9 +41,11 @@ class Supervisor:
     def __init__(self, settings: Settings, command: tuple[str, ...] = WORKER) -> None:
         """A child gets the same settings, by its environment. Raises InvalidSettings.
 
-        The last word of its command is the file descriptor on which it says that it takes jobs.
+        The last word of its command is the file descriptor on which it says again and again, from when it
+        takes jobs, that all is well.
         """
         self._timeout_s = settings.shutdown_timeout_s
+        self._stalled_after_s = settings.stalled_after_s
         self._command = command
         self._devices = devices.choose(settings)
         self._failed_starts = {device.name: 0 for device in self._devices}  # in a row, so far
@@ -51,7 +57,9 @@ class Supervisor:
     def run(self) -> int:
         """Supervise until SIGTERM or SIGINT; return the exit code: 0 after a clean stop.
 
-        First signal: end cleanly within the limit. Second: end now; the messages come back.
+        First signal: end cleanly within the limit, then hand back what still runs. Second: hand it back at
+        once. A worker that does neither is killed, its jobs come back when their leases run out, and the
+        code is 1.
         """
         # A handler may run between any two steps of this thread: it leaves a note, no more.
         signal.signal(signal.SIGTERM, lambda number, _: self._notes.put(number))
@@ -65,9 +73,9 @@ class Supervisor:
                 note = self._next_note()
                 if isinstance(note, int):
                     signals += 1
-                    self._end(now=signals > 1)
+                    self._end(patience_s=0 if signals > 1 else self._timeout_s)
                 elif note and note.exception():
-                    self._end()
+                    self._end(patience_s=self._timeout_s)
         return max(one.result() for one in kept)
 
     def _next_note(self) -> "int | Future[int] | None":
@@ -98,26 +106,54 @@ class Supervisor:
 
     def _one_life(self, device: Device) -> tuple[int, bool]:
         """Start a worker, wait for its end; return its exit code, and whether it ever took jobs."""
-        ready, says_ready = os.pipe()
-        with os.fdopen(ready, "rb") as said, os.fdopen(says_ready, "wb") as saying:
+        signs, shows_signs = os.pipe()
+        with os.fdopen(signs, "rb") as seen, os.fdopen(shows_signs, "wb") as showing:
             with self._door:
                 if self._stopping.is_set():
                     return 0, False
                 child = self._children[device.name] = subprocess.Popen(
-                    (*self._command, str(says_ready)),
+                    (*self._command, str(shows_signs)),
                     stdin=subprocess.PIPE,  # its lifeline to this process
-                    pass_fds=[says_ready],
+                    pass_fds=[shows_signs],
                     env=device.environment,
                     start_new_session=True,  # Ctrl-C reaches the supervisor, which passes it on once
                 )
-            saying.close()
+            showing.close()
             log.info("%s: worker process %d started", device.name, child.pid)
+            took_jobs = self._watch(device, child, seen.fileno())
             code = child.wait()
             with self._door:
                 del self._children[device.name]
             if child.stdin:
                 child.stdin.close()
-            return code, bool(said.read(1))
+            return code, took_jobs
+
+    def _watch(self, device: Device, child: "subprocess.Popen[bytes]", signs: int) -> bool:
+        """Return when a worker is dead, or has been killed because it stalled; whether it ever took jobs.
+
+        The seconds of silence are counted, not read from a clock: whoever stops the whole container for a
+        while and lets it go on must not find that everybody was silent.
+        """
+        took_jobs, silent_s, listening = False, 0.0, True
+        while True:
+            dead = child.poll() is not None  # asked before the look: its last sign is still to be seen
+            if not listening:
+                # It has closed its end, and lives: nothing will ever be heard of it.
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(SIGN_S)
+                silent_s += SIGN_S
+            elif select.select([signs], [], [], 0 if dead else SIGN_S)[0]:
+                listening = bool(os.read(signs, 4096))
+                took_jobs, silent_s = took_jobs or listening, 0.0
+            else:
+                silent_s += SIGN_S
+            if dead:
+                return took_jobs
+            if took_jobs and silent_s >= self._stalled_after_s and not self._stopping.is_set():
+                said = "%s: worker process %d has shown no sign of life for %.0f s: killed"
+                log.error(said, device.name, child.pid, silent_s)
+                child.kill()
+                return took_jobs
 
     def _given_up(self, device: Device, *, took_jobs: bool) -> bool:
         """Count the failed starts of a device; end everything where every one of them has too many."""
@@ -127,16 +163,25 @@ class Supervisor:
         if fewest < STARTS:
             return False
         log.error("%s: the worker could not start, %d times in a row: given up", device.name, fewest)
-        self._end()
+        self._end(patience_s=self._timeout_s)
         return True
 
-    def _end(self, *, now: bool = False) -> None:
-        """Ask all children to end, within the limit; or end them now."""
+    def _end(self, *, patience_s: float) -> None:
+        """Ask all children to end within so many seconds; whoever asks twice has them end at once.
+
+        Each sees to it that it does, and hands back what it cannot finish. One that does not is killed.
+        """
         with self._door:
             self._stopping.set()
             for child in self._children.values():
-                child.kill() if now else child.terminate()
-        if not now:
-            timer = threading.Timer(self._timeout_s, self._end, kwargs={"now": True})
-            timer.daemon = True
-            timer.start()
+                child.terminate()
+        timer = threading.Timer(patience_s + HAND_BACK_S, self._kill)
+        timer.daemon = True
+        timer.start()
+
+    def _kill(self) -> None:
+        with self._door:
+            for device, child in self._children.items():
+                if child.poll() is None:
+                    log.error("%s: worker process %d does not end: killed", device, child.pid)
+                    child.kill()

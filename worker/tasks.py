@@ -97,6 +97,9 @@ class Desk:
     def _received(self, job_id: str, payload: object) -> str | None:
         """Ask the ledger what the job is, then for the job. None: it has changed in between."""
         job, document = self.ledger.receive(job_id, _with_id(payload, job_id))
+        if job is None:
+            log.info("job %s is %s: nothing to do", document.id, document.status)
+            return "dropped"
         # Where a worker died under it, it has the process for itself, before the attempt begins.
         with self.floor.entered(job.id, alone=suspected(document)) as free:
             if not free:
@@ -200,7 +203,10 @@ class _Progress:
     def __call__(self, stage: str) -> None:
         if time.monotonic() - self._written < PROGRESS_EVERY_S:
             return
-        self.document = self._ledger.advance(self.document, stage=stage)
+        try:
+            self.document = self._ledger.advance(self.document, stage=stage)
+        except LedgerUnavailable:  # no reason to give up: whether the job is still ours, its deadline knows
+            return
         if self.document.cancel_requested_at:
             message = "The job was cancelled on request."
             raise JobCanceled(message)

@@ -1,7 +1,9 @@
 """What the commands show: tables, progress, JSON."""
 
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from worker.contract import StatusDocument
+from worker.contract import Job, StatusDocument
 from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.classes import DATA, percent
 from worker.gradcam.weights import where
+from worker.line import visible
+from worker.outbox import Parked
+from worker.replay import Letter, Replayed
+from worker.settings import without_secrets
 
 COLORS = {
     "queued": "yellow",
@@ -23,6 +29,7 @@ COLORS = {
     "expired": "red",
     "canceled": "red",
 }
+LETTER = "{:36}  {:9}  {:19}  {}"  # a line of 80 characters
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -40,37 +47,131 @@ def table(*columns: str, title: str | None = None, numbers: Sequence[str] = ()) 
     return made
 
 
+def plain(text: str, style: str = "") -> Text:
+    """What a job, a file or a server said: no markup, and nothing that acts on a terminal."""
+    return Text(visible(text), style)
+
+
 def status_text(document: StatusDocument) -> Text:
-    """The state in its colour, with its stage while it runs."""
+    """The state in its colour, with its stage while it runs, and whether it is to stop."""
     stage = f" · {document.stage}" if document.stage else ""
-    return Text(document.status + stage, COLORS[document.status])
+    asked = " · cancel requested" if document.cancel_requested_at and not document.final else ""
+    return Text(document.status + stage + asked, COLORS[document.status])
+
+
+def time_text(seconds: float) -> str:
+    """Seconds since the epoch -> 2031-05-06T07:08:09Z."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def age_s(seconds: float) -> float:
+    """How long ago that was."""
+    return time.time() - seconds
+
+
+def ago(seconds: float) -> str:
+    """The same, for a person: 5 s, 3 min, 2 h or 4 d ago."""
+    age = max(age_s(seconds), 0)
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if age >= size:
+            return f"{age / size:.0f} {unit} ago"
+    return f"{age:.0f} s ago"
 
 
 def show(document: StatusDocument) -> None:
     """One status document, for a person."""
+    out.print(_facts(document))
+    if document.predictions:
+        seen = table("rank", "id", "class", "probability", numbers=("rank", "id", "probability"))
+        for one in document.predictions:
+            seen.add_row(str(one.rank), str(one.id), plain(one.name), percent(one.probability))
+        out.print()
+        out.print(seen)
+
+
+def _facts(document: StatusDocument) -> Table:
+    """What is known about a job, a line each."""
     facts = table("", "")
     facts.show_header = False
     facts.add_row("job", document.id)
     facts.add_row("status", status_text(document))
     facts.add_row("attempt", f"{document.attempt} of {document.max_attempts}")
+    for name, at in (("entered", document.created_at), ("ended", document.completed_at)):
+        if at:
+            facts.add_row(name, f"{time_text(at.timestamp())}, {ago(at.timestamp())}")
+    if document.expires_at and not document.final:
+        facts.add_row("expires", time_text(document.expires_at.timestamp()))
     if document.network:
-        facts.add_row("network", Text(f"{document.network.name}, layer {document.network.layer}"))
+        facts.add_row("network", plain(f"{document.network.name}, layer {document.network.layer}"))
     if document.metrics:
         spent = (f"{key.removesuffix('_s')} {value:g} s" for key, value in seconds(document).items())
         facts.add_row("time", ", ".join(spent))
     if document.result:
-        facts.add_row("manifest", Text(document.result.manifest_uri))
+        facts.add_row("manifest", plain(document.result.manifest_uri))
     for warned in document.warnings:
         facts.add_row("warning", f"{warned.code}: nothing in the image speaks for class {warned.class_id}")
     if document.error:
-        facts.add_row("error", Text(f"{document.error.code}: {document.error.detail}", "red"))
-    out.print(facts)
-    if document.predictions:
-        seen = table("rank", "id", "class", "probability", numbers=("rank", "id", "probability"))
-        for one in document.predictions:
-            seen.add_row(str(one.rank), str(one.id), Text(one.name), percent(one.probability))
-        out.print()
-        out.print(seen)
+        facts.add_row("error", plain(f"{document.error.code}: {document.error.detail}", "red"))
+    return facts
+
+
+def show_letters(found: Sequence[tuple[Letter, Job | str]], total: int) -> None:
+    """Dead letters, each with the job that its replay would be, or why it cannot be replayed."""
+    if not found:
+        out.print("No dead letters: no job has failed that nobody has replayed.")
+        return
+    out.print(LETTER.format("id", "failed", "code", "attempt"), style="bold")
+    for letter, job in found:
+        problem = letter.document.error if letter.document else None
+        where = f"{problem.attempt}, {problem.stage}" if problem else ""
+        line = LETTER.format(letter.id, ago(letter.failed_s), letter.code, where)
+        detail = job if isinstance(job, str) else problem.detail if problem else ""
+        out.print(plain(line, "dim" if isinstance(job, str) else ""), soft_wrap=True)
+        out.print(plain("    " + short(detail, out.width - 4), "dim"), soft_wrap=True)
+    _show_rest(len(found), total)
+
+
+def show_prospect(job: Job | str) -> None:
+    """What a replay would be."""
+    said = f"Its replay would be job {job.id}." if isinstance(job, Job) else job
+    out.print(visible(said), markup=False)
+    out.print()
+
+
+def show_replayed(one: Replayed) -> None:
+    """What became of one."""
+    out.print(visible(f"{one.id} -> {one.new_id or one.why}"), markup=False, soft_wrap=True)
+
+
+def show_parked(parked: Sequence[Parked], total: int, gone: Sequence[str]) -> None:
+    """Recipients that could not be told, and the URLs (without their secrets) that answered 410."""
+    if parked:
+        made = table("job", "parked", "recipient", "events", "first", numbers=("events",))
+        made.columns[0].no_wrap = made.columns[1].no_wrap = True
+        for one in parked:
+            first = one.first.event if one.first else "forgotten"
+            made.add_row(one.job_id, ago(one.since_s), plain(recipient_text(one)), str(one.events), first)
+        out.print(made)
+        _show_rest(len(parked), total)
+    else:
+        out.print("Nothing is parked: every webhook was told, or is still being tried.")
+    for url in gone:
+        out.print(visible(f"Gone, by its own word (410): {url}"), markup=False, style="dim")
+
+
+def recipient_text(one: Parked) -> str:
+    """A webhook's URL, without what may be secret in it; else its host, or the name of a sink."""
+    return without_secrets(one.url) if one.url else one.lane.removeprefix("//")
+
+
+def short(text: str, most: int) -> str:
+    """Text, cut off where it is longer than `most` characters."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _show_rest(shown: int, total: int) -> None:
+    if total > shown:
+        out.print(f"... and {total - shown:,} more: --limit shows them.", style="dim")
 
 
 def facts(row: NetworkRow, weights_dir: Path | None) -> dict[str, Any]:
@@ -109,7 +210,7 @@ def show_networks(rows: Iterable[NetworkRow], weights_dir: Path | None) -> None:
             kept = "folder"
         met.add(kept)
         sizes = ["x".join(map(str, size)) if size else "" for size in (row.input_size, row.map_size)]
-        layer = Text(row.target_layer) if row.target_layer else Text("found in its graph", "dim")
+        layer = plain(row.target_layer) if row.target_layer else Text("found in its graph", "dim")
         millions = f"{row.parameters / 1e6:.1f} M" if row.parameters else ""
         made.add_row(row.name, sizes[0], layer, sizes[1], millions, kept)
     out.print(made)

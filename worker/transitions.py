@@ -77,8 +77,18 @@ def requeued(before: StatusDocument) -> StatusDocument:
     return following(before, status="queued", queued_at=utc_now())
 
 
+def advanced(before: StatusDocument, **changes: Any) -> StatusDocument:
+    """As `following`; but a job that is to stop gets no other attempt, whatever ended this one."""
+    if before.cancel_requested_at and changes.get("status") == "retrying":
+        kept = before.model_copy(update={"metrics": changes.get("metrics", before.metrics)})
+        return _canceled(kept, changes["error"].stage if "error" in changes else before.stage)
+    return following(before, **changes)
+
+
 def handed_back(before: StatusDocument) -> StatusDocument:
     """Its worker has to stop: this attempt does not count."""
+    if before.cancel_requested_at:
+        return _canceled(before, before.stage)
     return following(
         before,
         status="queued",

@@ -13,6 +13,7 @@ import httpcore
 import httpx
 
 from worker.addresses import networks
+from worker.deadline import Deadline
 from worker.dialler import Dialler, Resolve, look_up
 from worker.errors import UriNotAllowed
 from worker.hosts import Hosts
@@ -22,6 +23,7 @@ MAX_REDIRECTS = 3
 REDIRECTS = {301, 302, 303, 307, 308}
 USUAL_PORTS = {"http": 80, "https": 443}
 SHORTEST_S = 0.01  # a socket takes 0 for "do not wait at all"
+LOOK_S = 0.5  # between two looks whether an answer is still wanted
 FAILURES = (
     httpcore.ConnectionNotAvailable,
     httpcore.NetworkError,
@@ -93,12 +95,13 @@ class Web:
             raise UriNotAllowed(message)
         return url
 
-    def get(self, text: str, *, max_bytes: int, seconds: float) -> Answer:
+    def get(self, text: str, *, max_bytes: int, seconds: float, deadline: Deadline | None = None) -> Answer:
         """Fetch a URL within `seconds`, redirects and all; each hop passes the same door.
 
+        It ends early where the `deadline` is over, because somebody has cancelled the job, say.
         Raises UriNotAllowed, WebFailed.
         """
-        with _Clock(seconds) as clock:
+        with _Clock(seconds, deadline) as clock:
             for _ in range(MAX_REDIRECTS + 1):
                 url = self.allowed(text)
                 with self._answered(clock, "GET", url) as response:
@@ -190,20 +193,26 @@ def _body(response: httpcore.Response, headers: httpx.Headers, max_bytes: int) -
 class _Clock:
     """Cuts the connections of a request that takes too long: a socket limits each read, not their sum."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, deadline: Deadline | None = None) -> None:
         self._seconds = max(seconds, SHORTEST_S)
         self._end = time.monotonic() + self._seconds
-        self._expired = threading.Event()
+        self._deadline = deadline
+        self._done, self._expired = threading.Event(), threading.Event()
         self._sockets: list[socket.socket] = []
-        self._timer = threading.Timer(self._seconds, self._cut)
-        self._timer.daemon = True
+        self._thread = threading.Thread(target=self._watch, name="clock", daemon=True)
 
     def __enter__(self) -> Self:
-        self._timer.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
+        self._done.set()
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(self.left_s(), LOOK_S)):
+            if time.monotonic() >= self._end or (self._deadline and not self._deadline.left_s()):
+                self._cut()
+                return
 
     def left_s(self) -> float:
         """For whatever comes next, in seconds."""

@@ -8,11 +8,16 @@ from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+SECRETIVE = re.compile(r"://|^data:|whsec_", re.IGNORECASE)  # a URL, pixels, a secret in place of its name
+
 
 class Wire(BaseModel):
     """What every model on the wire has in common."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True, allow_inf_nan=False)
+    # Pydantic's own words, which a traceback shows, repeat nothing of what was received: see `describe`.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", serialize_by_alias=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
 
     def to_json(self) -> str:
         """The model as JSON text, always the same text for the same model."""
@@ -50,7 +55,7 @@ def describe(error: ValidationError) -> str:
         received, plain = found["input"], isinstance(found["input"], str | int | float | None)
         if found["type"] == "extra_forbidden":
             what, plain = "unknown field", False
-        elif found["type"] == "missing" or "://" in str(received)[:2000]:
+        elif found["type"] == "missing" or SECRETIVE.search(str(received)[:2000]):
             plain = False
         shown = f" (received {repr(received)[:60]})" if plain else ""
         findings.append(f"{place or 'the message'}: {what}{shown}")

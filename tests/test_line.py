@@ -1,0 +1,111 @@
+import io
+import logging
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+
+from worker import terminal
+from worker.contract import NetworkRef, Problem, SeenClass, StatusDocument
+from worker.errors import ImageFetchFailed
+from worker.line import FORMAT, LineFormatter, visible
+from worker.transitions import fresh
+from worker.wire import new_id
+
+FORGED = "2026-01-01 00:00:00,000 CRITICAL gradcam: all is lost"
+HOSTILE = [
+    f"a\n{FORGED}",
+    f"a\r{FORGED}",
+    f"a\r\n{FORGED}",
+    f"a\v{FORGED}",
+    f"a\x85{FORGED}",
+    f"a\u2028{FORGED}",
+    "\x1b[2J\x1b[1;31mred\x1b]0;title\x07",
+    "\x9b31m",  # the same as ESC [ to some terminals
+    "\b\b\b\b",
+    "\0",
+    "\u202egnp.exe",
+    "\u2066isolated\u2069",
+    "a\u200bb",
+    "\ud800",
+    "[red]markup[/]",
+    "{0} %s %(message)s ${x} {{7*7}}",
+    "=cmd|' /C calc'!A1",
+]
+PRINTS = "straße 🦔 日本語 [red] %s {} \\ '\""
+
+
+@pytest.fixture
+def log() -> Iterator[tuple[logging.Logger, io.StringIO]]:
+    """A logger that writes as a worker does, and what it has written."""
+    written, logger = io.StringIO(), logging.getLogger("gradcam.line")
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(LineFormatter(FORMAT))
+    logger.addHandler(handler)
+    yield logger, written
+    logger.removeHandler(handler)
+
+
+def fail(text: str) -> None:
+    raise ValueError(text)
+
+
+def acts(text: str) -> set[str]:
+    """What of a text would do something on a terminal, or cannot be seen."""
+    return {sign for sign in text if not sign.isprintable()}
+
+
+def test_what_prints_is_left_as_it_is() -> None:
+    assert visible(PRINTS) == PRINTS
+
+
+def test_what_does_not_print_is_seen_as_its_escape() -> None:
+    assert visible("a\nb\x1b[0m\u202e\0\ud800") == r"a\nb\x1b[0m\u202e\x00\ud800"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_message_is_one_line_whatever_a_job_says(
+    log: tuple[logging.Logger, io.StringIO], text: str
+) -> None:
+    logger, written = log
+    logger.warning("job %s waits: %s", "1", text)
+    (line,) = written.getvalue().split("\n")[:-1]
+    assert not acts(line)
+    assert not written.getvalue().count(f"\n{FORGED}")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_line_of_a_traceback_looks_like_a_line_of_its_own(
+    log: tuple[logging.Logger, io.StringIO], text: str
+) -> None:
+    logger, written = log
+    try:
+        fail(text)
+    except ValueError:
+        logger.exception("unforeseen", stack_info=True)
+    first, *below = written.getvalue().split("\n")[:-1]
+    assert first.endswith("ERROR gradcam.line: unforeseen")
+    assert all(line.startswith("    ") for line in below)
+    assert not acts("".join(below))
+    assert "ValueError: " in written.getvalue()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_document_shown_on_a_terminal_acts_on_nothing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(terminal, "out", Console(file=written, width=200, color_system=None))
+    problem = Problem.of(ImageFetchFailed(text), stage="fetch", attempt=1)
+    seen = SeenClass(rank=1, id=1, wnid=text, name=text, probability=0.5)
+    network = NetworkRef(name=text, layer=text, weights_sha256=None)
+    changes = {"error": problem, "predictions": (seen,), "network": network, "metadata": {text: text}}
+    document: StatusDocument = fresh(new_id()).model_copy(update=changes)
+    terminal.show(document)
+    lines = written.getvalue().split("\n")
+    assert not acts("".join(lines))
+    assert not [line for line in lines if line.startswith(FORGED[:10])]
+    assert visible(text)[:10] in written.getvalue(), "and it can be read"
+
+
+def test_json_for_machines_is_ascii(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.print_json(HOSTILE)
+    assert capsys.readouterr().out.isascii()

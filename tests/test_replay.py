@@ -1,0 +1,213 @@
+import json
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from worker.client import GradcamClient
+from worker.contract import Job, StatusDocument, WorkerRef
+from worker.errors import InvalidJob, LedgerUnavailable, UnknownJob
+from worker.ledger import Ledger
+from worker.redis_ledger import RedisLedger
+from worker.replay import DeadLetters, Letter, id_of_replay, once_more
+from worker.settings import Settings
+from worker.testing import Doorbell, MemoryLedger
+from worker.wire import new_id, utc_now
+
+WORKER = WorkerRef(id="gpu-1:7", device="cpu")
+FAST = 1000.0  # jobs a second
+
+
+class Office:
+    """A ledger in which jobs fail, and its dead letters."""
+
+    def __init__(self, ledger: Ledger, job: Job) -> None:
+        self.ledger, self.job, self.bell = ledger, job, Doorbell()
+        self.client = GradcamClient(ledger=ledger, publish=self.bell)
+        self.dead = DeadLetters(ledger, self.client.submit)
+
+    def failed(self, code: str = "storage_unavailable", **changes: Any) -> str:
+        """The id of a job that failed."""
+        given = {**self.job.model_dump(mode="json"), "id": new_id(), **changes}
+        job = Job.parse(given)
+        self.ledger.submit(job)
+        return fail(self.ledger, job.id, code)
+
+    def replay(self, *ids: str, rate: float = FAST) -> dict[str, str | None]:
+        return {one.id: one.new_id for one in self.dead.replay(self.dead.find(ids), rate)}
+
+
+def fail(ledger: Ledger, job_id: str, code: str = "storage_unavailable") -> str:
+    document = ledger.claim(ledger.read(job_id), WORKER).document
+    problem = {
+        "type": f"urn:gradcam:problem:{code}",
+        "title": "It failed",
+        "detail": "The bucket is not there.",
+        "code": code,
+        "retryable": False,
+        "attempt": document.attempt,
+    }
+    whole = StatusDocument.model_validate({**document.model_dump(mode="json"), "error": problem})
+    ledger.advance(document, status="failed", error=whole.error)
+    return job_id
+
+
+@pytest.fixture(params=["memory", "redis"])
+def office(request: pytest.FixtureRequest, settings: Settings, job: Job) -> Office:
+    return Office(MemoryLedger() if request.param == "memory" else RedisLedger(settings), job)
+
+
+def test_dead_letters_are_found_newest_first_by_code_by_age_and_by_id(office: Office) -> None:
+    first, second, third = (office.failed(code) for code in ("timeout", "internal", "timeout"))
+    office.ledger.submit(office.job)
+    assert sorted(one.id for one in office.dead.find()) == sorted([first, second, third])
+    times = [one.failed_s for one in office.dead.find()]
+    assert times == sorted(times, reverse=True)
+    assert {one.id for one in office.dead.find(code="timeout")} == {first, third}
+    assert [one.id for one in office.dead.find([second])] == [second]
+    assert len(office.dead.find(since_s=60)) == 3
+    assert office.dead.find(since_s=-1) == []
+    assert len(office.dead.find(code="timeout", limit=1)) == 1
+    [letter] = office.dead.find([second])
+    assert letter.document
+    assert letter.document.error
+    assert (letter.code, letter.document.error.detail) == ("internal", "The bucket is not there.")
+
+
+def test_a_replay_is_a_new_job_with_the_same_content_and_the_old_one_stays_as_it_was(office: Office) -> None:
+    old = office.failed(idempotency_key="crm-42", metadata={"patient": "7"}, priority="low")
+    before = office.ledger.read(old)
+    new = office.replay(old)[old]
+    assert new == id_of_replay(old) != old
+    job = office.ledger.job(new)
+    assert job
+    assert (job.idempotency_key, job.metadata) == (None, {"patient": "7", "replay_of": old})
+    assert (job.image, job.network, job.target, job.priority) == (
+        office.job.image,
+        office.job.network,
+        office.job.target,
+        "low",
+    )
+    assert office.ledger.read(new).status == "queued"
+    assert [one.id for one in office.bell.jobs] == [new]
+    assert office.ledger.read(old) == before
+    assert office.dead.find() == []
+
+
+def test_a_replay_that_is_interrupted_and_repeated_doubles_nothing(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = office.failed(expires_at=(utc_now() + timedelta(seconds=0.5)).isoformat())
+    letters = office.dead.find()
+
+    def interrupted(job_id: str) -> None:
+        raise KeyboardInterrupt(job_id)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(office.ledger, "bury", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(office.dead.replay(letters, FAST))
+    time.sleep(0.6)  # the replay would be another job now: it would not expire
+    assert office.replay() == {old: id_of_replay(old)}
+    assert {one.id for one in office.bell.jobs} == {id_of_replay(old)}
+    assert office.ledger.counts() == (1, 0)
+    assert office.dead.find() == []
+
+
+def test_replays_that_race_yield_one_job(office: Office) -> None:
+    ids = [office.failed() for _ in range(10)]
+    letters = office.dead.find()
+    threads = [threading.Thread(target=lambda: list(office.dead.replay(letters, FAST))) for _ in range(4)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert office.ledger.counts() == (10, 0)
+    assert office.ledger.read_many([id_of_replay(one) for one in ids]).keys() == set(map(id_of_replay, ids))
+
+
+def test_a_replay_that_fails_is_a_dead_letter_of_its_own(office: Office) -> None:
+    old = office.failed()
+    new = office.replay()[old]
+    assert new
+    fail(office.ledger, new)
+    assert [one.id for one in office.dead.find()] == [new]
+    newest = office.replay()[new]
+    assert newest
+    job = office.ledger.job(newest)
+    assert job
+    assert job.metadata["replay_of"] == new
+
+
+def test_only_dead_letters_are_replayed_and_whatever_else_is_named_says_why_not(office: Office) -> None:
+    old = office.failed()
+    office.replay(old)
+    with pytest.raises(UnknownJob, match=f"has been replayed already, as {id_of_replay(old)}"):
+        office.dead.find([old])
+    office.ledger.submit(office.job)
+    with pytest.raises(UnknownJob, match="is queued: only a failed one can be replayed"):
+        office.dead.find([office.job.id])
+    with pytest.raises(UnknownJob, match="has no job"):
+        office.dead.find([new_id()])
+
+
+def test_what_never_was_a_job_is_listed_and_cannot_be_replayed(office: Office) -> None:
+    message_id, good = new_id(), office.failed()
+    office.ledger.refuse(message_id, {"image": 7}, InvalidJob("This is not a job."))
+    found = {one.id: one for one in office.dead.find()}
+    assert found[message_id].code == "invalid_job"
+    assert "can read no job in its message" in str(office.dead.look(found[message_id]))
+    assert office.replay() == {message_id: None, good: id_of_replay(good)}
+    assert [one.id for one in office.dead.find()] == [message_id], "it is not forgotten for that"
+
+
+def test_a_letter_whose_job_is_forgotten_says_so(office: Office) -> None:
+    forgotten = Letter(new_id(), time.time(), None)
+    assert forgotten.code == "forgotten"
+    [replayed] = office.dead.replay([forgotten], FAST)
+    assert (replayed.new_id, "can read no job" in replayed.why) == (None, True)
+
+
+def test_the_oldest_is_replayed_first_and_the_rate_is_kept(office: Office) -> None:
+    ids = []
+    for _ in range(6):
+        ids.append(office.failed())
+        time.sleep(0.003)  # two of one millisecond have no order
+    begun = time.monotonic()
+    assert list(office.replay(rate=10)) == ids
+    assert time.monotonic() - begun >= 5 / 10
+
+
+def test_a_ledger_out_of_reach_ends_a_replay(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    office.failed()
+    letters = office.dead.find()
+
+    def away(job: Job) -> None:
+        message = f"The ledger cannot be reached for {job.id}."
+        raise LedgerUnavailable(message)
+
+    monkeypatch.setattr(office.ledger, "submit", away)
+    with pytest.raises(LedgerUnavailable):
+        list(office.dead.replay(letters, FAST))
+    assert len(office.dead.find()) == 1
+
+
+def test_metadata_that_is_full_keeps_what_it_has(job: Job) -> None:
+    full = {f"key {number}": "value" for number in range(16)}
+    assert once_more(job.model_copy(update={"metadata": full}), job.id).metadata == full
+    full.popitem()
+    assert once_more(job.model_copy(update={"metadata": full}), job.id).metadata["replay_of"] == job.id
+
+
+def test_a_time_to_expire_is_kept_only_while_it_has_not_passed(job: Job) -> None:
+    past, future = utc_now() - timedelta(seconds=1), utc_now() + timedelta(hours=1)
+    assert once_more(job.model_copy(update={"expires_at": past}), job.id).expires_at is None
+    assert once_more(job.model_copy(update={"expires_at": future}), job.id).expires_at == future
+
+
+def test_a_replay_is_a_job_that_every_check_lets_through(job: Job) -> None:
+    ulid = job.model_copy(update={"id": "01ARZ3NDEKTSV4RRFFQ69G5FAV"})
+    again = once_more(ulid, ulid.id)
+    assert Job.parse(json.loads(again.to_json())) == again
