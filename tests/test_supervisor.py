@@ -1,5 +1,6 @@
 """The supervisor over small programs; over the real worker in `live/test_kill.py`."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,13 +8,14 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 TIMEOUT_S = 40
 
 
-def program(child: str, *, gpus: int = 0) -> list[str]:
+def program(child: str, *, gpus: int = 0, limit_s: float = 1, stalled_after_s: float = 60) -> list[str]:
     """A supervisor over a Python program, on a host of so many GPUs."""
     return [
         sys.executable,
@@ -24,18 +26,19 @@ def program(child: str, *, gpus: int = 0) -> list[str]:
             from worker.settings import Settings
             logging.basicConfig(level=logging.INFO, format="%(message)s")
             devices._gpus_here = lambda *_: [str(number) for number in range({gpus})]
-            supervisor.BACKOFF_S = 0.01
-            settings = Settings(shutdown_timeout_s=1)
+            supervisor.BACKOFF_S, supervisor.HAND_BACK_S, supervisor.SIGN_S = 0.01, 1, 0.2
+            settings = Settings(shutdown_timeout_s={limit_s})
+            settings = settings.model_copy(update={{"stalled_after_s": {stalled_after_s}}})
             sys.exit(supervisor.Supervisor(settings, (sys.executable, "-c", {child!r})).run())
         """),
     ]
 
 
 def supervise(
-    child: str, *, started: tuple[Path, ...] = (), signals: int = 0, gpus: int = 0
+    child: str, *, started: tuple[Path, ...] = (), signals: int = 0, **options: Any
 ) -> tuple[int, str]:
     """Run a supervisor in a process of its own; send it SIGTERM when all its workers are up."""
-    command = program(child, gpus=gpus)
+    command = program(child, **options)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as supervisor:
         for _ in range(signals):
             wait_for(lambda: all(mark.exists() for mark in started))
@@ -70,9 +73,9 @@ time.sleep(60)
     assert supervise(child, started=(mark,), signals=1)[0] == 0
 
 
-@pytest.mark.parametrize("signals", [1, 2])
-def test_a_worker_that_does_not_end_is_killed_after_the_limit_or_by_a_second_signal(
-    tmp_path: Path, signals: int
+@pytest.mark.parametrize(("limit_s", "signals"), [(1, 1), (3600, 2)])
+def test_a_worker_that_does_not_end_is_killed_when_it_has_had_the_time_to_hand_back(
+    tmp_path: Path, limit_s: float, signals: int
 ) -> None:
     mark = tmp_path / "started"
     child = f"""
@@ -81,7 +84,97 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 pathlib.Path({str(mark)!r}).touch()
 time.sleep(60)
 """
-    assert supervise(child, started=(mark,), signals=signals)[0] == 1
+    code, said = supervise(child, started=(mark,), signals=signals, limit_s=limit_s)
+    assert code == 1
+    assert "does not end: killed" in said
+
+
+def test_a_second_signal_is_passed_on_and_a_worker_that_hands_back_then_ended_cleanly(tmp_path: Path) -> None:
+    mark = tmp_path / "started"
+    child = f"""
+import pathlib, signal, sys, time
+signals = []
+def note(*_):
+    signals.append(1)
+    if len(signals) == 2: sys.exit(0)
+signal.signal(signal.SIGTERM, note)
+pathlib.Path({str(mark)!r}).touch()
+while True: time.sleep(60)
+"""
+    code, said = supervise(child, started=(mark,), signals=2, limit_s=3600)
+    assert code == 0
+    assert "killed" not in said
+
+
+# Each life writes down its process id; the first one behaves as the test wants it to.
+LIFE = """
+import os, pathlib, signal, subprocess, sys, time
+folder, fd = pathlib.Path({folder!r}), int(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+with folder.joinpath("lives").open("a") as file: print(os.getpid(), file=file)
+first = len(folder.joinpath("lives").read_text().split()) == 1
+def shows(times):
+    for _ in range(times):
+        os.write(fd, b"1")
+        time.sleep(0.1)
+"""
+
+
+def lives(folder: Path, child: str, until: Callable[[list[str]], object], **options: Any) -> str:
+    """Run a supervisor over lives until they are as the test expects; return what it said."""
+    child = LIFE.format(folder=str(folder)) + child
+    with subprocess.Popen(program(child, **options), stderr=subprocess.PIPE, text=True) as supervisor:
+        mark = folder / "lives"
+        wait_for(lambda: mark.exists() and until(mark.read_text().split()))
+        supervisor.terminate()
+        _, said = supervisor.communicate(timeout=TIMEOUT_S)
+    return said
+
+
+def test_a_worker_that_shows_no_sign_of_life_any_more_is_killed_and_started_again(tmp_path: Path) -> None:
+    child = "shows(3)\nif first: time.sleep(3600)\nshows(3600)"
+    said = lives(tmp_path, child, lambda pids: len(pids) == 2, stalled_after_s=2)
+    assert said.count("has shown no sign of life for 2 s: killed") == 1
+    assert "the worker ended unasked (exit code -9)" in said
+
+
+def test_a_worker_that_was_stopped_is_killed_and_started_again(tmp_path: Path) -> None:
+    child = "shows(3)\nif first: os.kill(os.getpid(), signal.SIGSTOP)\nshows(3600)"
+    said = lives(tmp_path, child, lambda pids: len(pids) == 2, stalled_after_s=2)
+    assert said.count("has shown no sign of life for 2 s: killed") == 1
+
+
+def test_a_worker_that_closes_its_end_and_lives_is_killed_and_started_again(tmp_path: Path) -> None:
+    child = "shows(3)\nif first: os.close(fd); time.sleep(3600)\nshows(3600)"
+    said = lives(tmp_path, child, lambda pids: len(pids) == 2, stalled_after_s=2)
+    assert said.count("has shown no sign of life for 2 s: killed") == 1
+
+
+def test_a_worker_that_is_slow_to_start_is_not_killed(tmp_path: Path) -> None:
+    child = """
+time.sleep(3)
+folder.joinpath("loaded").touch()
+shows(3600)
+"""
+    said = lives(tmp_path, child, lambda _: (tmp_path / "loaded").exists(), stalled_after_s=1)
+    assert "no sign of life" not in said
+
+
+def test_a_death_is_seen_though_somebody_else_holds_the_pipe(tmp_path: Path) -> None:
+    child = """
+if first:
+    shows(1)
+    sleep = [sys.executable, "-c", "import time; time.sleep(3600)"]
+    held = subprocess.Popen(sleep, pass_fds=[fd], stderr=subprocess.DEVNULL)
+    folder.joinpath("holder").write_text(str(held.pid))
+    os._exit(3)
+shows(3600)
+"""
+    try:
+        said = lives(tmp_path, child, lambda pids: len(pids) == 2, stalled_after_s=3600)
+    finally:
+        os.kill(int((tmp_path / "holder").read_text()), signal.SIGKILL)
+    assert "the worker ended unasked (exit code 3)" in said
 
 
 def test_a_worker_that_took_jobs_is_started_again_however_often_it_dies(tmp_path: Path) -> None:

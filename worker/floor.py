@@ -53,6 +53,7 @@ class Floor:
         while alone and self._jobs:
             self._wait()
         self._jobs.add(job_id)
+        self._changed.notify_all()  # whoever waits with a second message for it need not wait for its end
         return True
 
     def _wait(self) -> None:

@@ -1,0 +1,132 @@
+"""When a process shows signs of life, and when it does not."""
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from worker import pulse
+from worker.pulse import Pulse
+
+WAIT_S = 20
+
+
+@dataclass
+class World:
+    """What surrounds a pulse."""
+
+    answers: bool = True
+    ill: str | None = None
+    asked: int = 0
+
+    def reachable(self) -> bool:
+        self.asked += 1
+        return self.answers
+
+    def pulse(self, fd: int | None = None) -> Pulse:
+        return Pulse(fd, reachable=self.reachable, ill=lambda: self.ill)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    os.set_blocking(ends[0], False)
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+@pytest.fixture
+def still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any time without a turn is too long."""
+    monkeypatch.setattr(pulse, "STILL_S", -1.0)
+
+
+def test_a_loop_that_turns_is_well_and_the_broker_is_not_asked(world: World) -> None:
+    assert world.pulse().trouble() is None
+    assert not world.asked
+
+
+@pytest.mark.usefixtures("still")
+def test_a_loop_that_stands_still_while_the_broker_answers_is_trouble(world: World) -> None:
+    said = world.pulse().trouble()
+    assert said
+    assert said.startswith("the broker answers, but nothing has been received for")
+
+
+@pytest.mark.usefixtures("still")
+def test_a_broker_that_is_away_is_no_fault_of_the_process(world: World) -> None:
+    world.answers = False
+    assert world.pulse().trouble() is None
+    assert world.asked == 1
+
+
+def test_when_the_broker_is_back_the_loop_has_time_to_find_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.answers, now = False, [0.0]
+    monkeypatch.setattr("worker.pulse.time.monotonic", lambda: now[0])
+    one = world.pulse()
+    now[0] += pulse.STILL_S + 1
+    assert one.trouble() is None
+    world.answers = True
+    now[0] += pulse.STILL_S - 1
+    assert one.trouble() is None
+    now[0] += 2
+    assert one.trouble()
+    one.turned()
+    assert one.trouble() is None
+
+
+def test_a_device_that_hangs_is_trouble_whatever_else_is_well(world: World) -> None:
+    world.ill = "the device has not answered for 300 s"
+    assert world.pulse().trouble() == world.ill
+
+
+@pytest.mark.usefixtures("still")
+def test_a_process_that_is_asked_to_end_need_not_turn_any_more(world: World) -> None:
+    one = world.pulse()
+    one.ending()
+    assert one.trouble() is None
+
+
+def test_signs_are_shown_as_long_as_all_is_well_and_trouble_is_said_once(
+    world: World, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pulse, "EVERY_S", 0.01)
+    stopped, seen = threading.Event(), os.fdopen(os.dup(pipe[0]), "rb")
+    thread = threading.Thread(target=world.pulse(pipe[1]).keep, args=[stopped])
+    with seen, caplog.at_level(logging.ERROR):
+        thread.start()
+        shown = 0
+        while shown < 3:
+            shown += len(seen.read(100) or b"")
+        world.ill = "it hangs"
+        while "it hangs" not in caplog.text:
+            pass
+        seen.read(10_000)
+        assert not stopped.wait(0.3)
+        assert not seen.read(100)
+        world.ill = None
+        while not seen.read(100):
+            pass
+        stopped.set()
+        thread.join(WAIT_S)
+    assert not thread.is_alive()
+    assert caplog.text.count("no sign of life any more: it hangs") == 1
+
+
+def test_whoever_is_gone_is_shown_nothing(world: World) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert not world.pulse(writing).show()
+    os.close(writing)
+    assert world.pulse().show(), "where nobody asked for signs, none are missed"

@@ -1,0 +1,225 @@
+"""The reaper over a ledger in memory, with a clock of the test's own."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from worker import reaper, transitions
+from worker.contract import Job, StatusDocument, WorkerRef
+from worker.errors import BrokerUnavailable, LedgerUnavailable
+from worker.reaper import Reaper
+from worker.testing import MemoryLedger
+from worker.wire import new_id, utc_now
+
+LEASE_S, LOST_AFTER_S = 15.0, 20.0
+WAIT_S = 20
+WORKER = WorkerRef(id="w:1", device="cpu")
+
+
+class Ledger(MemoryLedger):
+    """A ledger that can be out of reach, and notes when it was asked who leads and when a job was lost."""
+
+    away: bool = False
+    unreadable: str = ""
+    led_s: float = 0.0
+    lost_s: float = 0.0
+
+    def lead(self, worker: str, seconds: float) -> bool:
+        if self.away:
+            message = "gone"
+            raise LedgerUnavailable(message)
+        self.led_s = self.led_s or time.monotonic()
+        return super().lead(worker, seconds)
+
+    def lose(self, job_id: str) -> bool:
+        if job_id == self.unreadable:
+            message = "this version cannot read it"
+            raise ValueError(message)
+        self.lost_s = time.monotonic()
+        return super().lose(job_id)
+
+
+@dataclass
+class Graveyard:
+    """A ledger, the seconds it has seen, a broker, and reapers."""
+
+    now: list[float] = field(default_factory=lambda: [time.time()])
+    rung: list[tuple[str, str]] = field(default_factory=list)  # job id, priority
+    messages: dict[str, int] = field(default_factory=dict)  # priority -> in the queue
+    broker_away: bool = False
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(lease_s=LEASE_S, clock=lambda: self.now[0])
+
+    def reaper(self, name: str = "reaper", *, lease_s: float = LEASE_S) -> Reaper:
+        def waiting(route: str) -> int:
+            self.check()
+            return self.messages.get(route, 0)
+
+        return Reaper(self.ledger, name, self.ring, waiting, lease_s=lease_s, lost_after_s=LOST_AFTER_S)
+
+    def check(self) -> None:
+        if self.broker_away:
+            message = "gone"
+            raise BrokerUnavailable(message)
+
+    def ring(self, job_id: str, route: str) -> None:
+        self.check()
+        self.rung.append((job_id, route))
+
+    def submit(self, **fields: Any) -> StatusDocument:
+        wish = {"image": "s3://in/a.png", "network": "vgg16", "target": {"top_n": 1}}
+        return self.ledger.submit(Job.parse({**wish, "id": new_id(), **fields}))
+
+    def claim(self, **fields: Any) -> StatusDocument:
+        return self.ledger.claim(self.submit(**fields), WORKER).document
+
+    def read(self, document: StatusDocument) -> StatusDocument:
+        return self.ledger.read(document.id)
+
+
+@pytest.fixture
+def yard() -> Graveyard:
+    return Graveyard()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_retry_is_rung_when_its_pause_is_over_and_not_before(yard: Graveyard) -> None:
+    document = yard.claim(priority="low")
+    yard.ledger.advance(document, status="retrying", delay_s=30)
+    one = yard.reaper()
+    yard.now[0] += 29
+    one.round()
+    assert (yard.rung, yard.read(document).status) == ([], "retrying")
+    yard.now[0] += 2
+    one.round()
+    assert (yard.rung, yard.read(document).status) == ([(document.id, "low")], "queued")
+    one.round()
+    assert len(yard.rung) == 1
+
+
+def test_a_job_whose_lease_ran_out_is_queued_again_under_suspicion(yard: Graveyard) -> None:
+    document = yard.claim()
+    one = yard.reaper()
+    yard.now[0] += LEASE_S - 1
+    one.round()
+    assert yard.read(document).status == "running"
+    yard.now[0] += 2
+    one.round()
+    after = yard.read(document)
+    assert yard.rung == [(document.id, "normal")]
+    assert (after.status, after.attempt, transitions.suspected(after)) == ("queued", 1, True)
+
+
+def test_a_job_that_was_lost_as_often_as_it_may_is_parked_and_rung_no_more(yard: Graveyard) -> None:
+    document = yard.claim(max_attempts=1)
+    yard.now[0] += LEASE_S + 1
+    yard.reaper().round()
+    after = yard.read(document)
+    assert after.error is not None
+    assert (after.status, after.error.code, yard.rung) == ("failed", "max_attempts_exceeded", [])
+    assert [job_id for job_id, _ in yard.ledger.dead()] == [document.id]
+
+
+def test_a_job_that_expires_in_the_queue_or_in_a_pause_ends_expired(yard: Graveyard) -> None:
+    expires_at = utc_now() + timedelta(seconds=60)
+    waits, pauses = yard.submit(expires_at=expires_at), yard.claim(expires_at=expires_at)
+    yard.ledger.advance(pauses, status="retrying", delay_s=300)
+    yard.reaper().round()
+    assert yard.read(waits).status == "queued"
+    yard.now[0] += 61
+    yard.reaper().round()
+    assert [yard.read(one).status for one in (waits, pauses)] == ["expired", "expired"]
+
+
+@pytest.mark.parametrize(("priority", "messages"), [("bulk", 0), ("high", 0), ("high", 3)])
+def test_a_job_whose_message_was_lost_is_published_again(
+    yard: Graveyard, priority: str, messages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reaper, "SILENT_EVERY_S", 0)
+    yard.messages = {priority: messages}
+    document, one = yard.submit(priority=priority), yard.reaper()
+    yard.now[0] += LOST_AFTER_S - 1
+    one.round()
+    assert yard.rung == []
+    yard.now[0] += 2
+    one.round()
+    if messages:
+        assert yard.rung == [], "it may be among those that wait"
+        yard.claim(priority=priority)
+        yard.now[0] += LOST_AFTER_S + 1
+        yard.claim(priority=priority)  # published later, and taken
+        one.round()
+    assert (document.id, priority) in yard.rung
+    assert yard.read(document).status == "queued"
+    rung = len(yard.rung)
+    one.round()
+    assert len(yard.rung) == rung, "not again before it had time to be found"
+
+
+def test_what_cannot_be_published_is_found_again(yard: Graveyard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reaper, "SILENT_EVERY_S", 0)
+    document, one = yard.claim(), yard.reaper()
+    yard.now[0] += LEASE_S + 1
+    yard.broker_away = True
+    with pytest.raises(BrokerUnavailable):
+        one.round()
+    assert yard.read(document).status == "queued"
+    yard.broker_away = False
+    one.round()
+    assert yard.rung == []
+    yard.now[0] += LOST_AFTER_S + 1
+    one.round()
+    assert yard.rung == [(document.id, "normal")]
+
+
+def test_one_worker_reaps_and_another_takes_over_when_it_is_gone(yard: Graveyard) -> None:
+    first, second = yard.reaper("first"), yard.reaper("second")
+    first.round()
+    document = yard.claim()
+    yard.ledger.advance(document, status="retrying", delay_s=0)
+    second.round()
+    assert yard.read(document).status == "retrying", "that is for the first"
+    yard.now[0] += reaper.LEADS_S + 0.1
+    second.round()
+    assert yard.read(document).status == "queued"
+
+
+def test_a_record_that_cannot_be_read_keeps_no_other_waiting(yard: Graveyard, caplog: Any) -> None:
+    bad, good = yard.claim(), yard.claim()
+    yard.ledger.unreadable = bad.id
+    yard.now[0] += LEASE_S + 1
+    yard.reaper().round()
+    assert [yard.read(one).status for one in (bad, good)] == ["running", "queued"]
+    assert f"job {bad.id} cannot be put right" in caplog.text
+
+
+def test_when_the_ledger_is_back_everybody_has_the_time_to_renew(
+    yard: Graveyard, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reaper, "EVERY_S", 0.05)
+    document = yard.claim()
+    yard.ledger.away = True
+    yard.now[0] += 3600
+    stopped = threading.Event()
+    thread = threading.Thread(target=yard.reaper(lease_s=1).keep, args=[stopped])
+    thread.start()
+    wait_for(lambda: "nothing can be put right: gone" in caplog.text)
+    assert not stopped.wait(0.3)
+    assert caplog.text.count("nothing can be put right") == 1, "an outage is said once"
+    yard.ledger.away = False
+    wait_for(lambda: yard.read(document).status == "queued")
+    stopped.set()
+    thread.join(WAIT_S)
+    assert yard.ledger.lost_s - yard.ledger.led_s >= 1
