@@ -1,0 +1,70 @@
+"""The worker of `test_worst_days.py`: the real one, with a small network, on days when something is wrong.
+
+    python odd_worker.py supervise      what `gradcam worker` does, with the settings of the environment
+    python odd_worker.py work FD        what the supervisor starts
+
+A poison picture kills the process. Where there is a file `hang` in the folder that ODD_FOLDER names, it is
+taken away, and the consumer's loop hangs for ever. As long as there is a file `stuck`, images are decoded
+for ever.
+"""
+
+import logging
+import os
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import faulty_worker
+
+from worker.settings import Settings
+
+STILL_S = 4.0  # without a turn of the loop: a test has not got half a minute
+FOLDER = Path(os.environ["ODD_FOLDER"])
+
+
+def hang() -> None:
+    """Never come back, once."""
+    mark = FOLDER / "hang"
+    if mark.exists():
+        mark.unlink()
+        time.sleep(3600)
+
+
+def work(ready_fd: int) -> int:
+    """`faulty_worker.work`, with a loop that can hang, and jobs that can be stuck."""
+    from worker import pulse
+    from worker.consumer import SturdyConsumer
+
+    pipeline: Any = import_module("worker.pipeline")
+    decode = pipeline.decode
+
+    def stuck(*args: Any, **options: Any) -> Any:
+        while FOLDER.joinpath("stuck").exists():
+            time.sleep(0.1)
+        return decode(*args, **options)
+
+    pipeline.decode = stuck
+
+    pulse.STILL_S = STILL_S
+    ready = SturdyConsumer.on_ready
+
+    def on_ready(self: SturdyConsumer) -> None:
+        ready(self)
+        self.timer.call_repeatedly(0.1, hang)
+
+    SturdyConsumer.on_ready = on_ready  # type: ignore[method-assign]
+    return faulty_worker.work(ready_fd)
+
+
+def supervise() -> int:
+    """As `faulty_worker.supervise`, over this program."""
+    from worker.supervisor import Supervisor
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return Supervisor(Settings.from_environment(), (sys.executable, "-P", __file__, "work")).run()
+
+
+if __name__ == "__main__":
+    sys.exit(supervise() if sys.argv[1] == "supervise" else work(int(sys.argv[2])))
