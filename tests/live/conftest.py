@@ -86,7 +86,7 @@ def make_stage(
                 threads=4,
                 preload=("efficientnet_lite0",),
                 shutdown_timeout_s=30,
-                **changes,
+                **{"lease_s": 3, "lost_after_s": 5, **changes},
             )
             stage = Stage(settings, S3(settings), folder)
             for photo in photos.glob("*.jpg"):
