@@ -26,6 +26,10 @@ HOSTILE = [
     '"><img src=x onerror=alert(1)>',
     "<!-- <script>",
     "&lt;b&gt; &amp; \u2028\u2029",
+    "javascript:alert(1)",
+    "{{7*7}} ${7*7} `${alert(1)}` <%= 7 %> @DATA@ @STYLE@",
+    "\u202egpj.exe\u2066\u200b \x1b[2J\x9b31m \x07\0 \ud800",
+    "=cmd|' /C calc'!A1\r\n-->]]>",
 ]
 
 
