@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 import redis
-from worker.breaker import Breaker
 
+from worker.breaker import Breaker
 from worker.contract import Job, StatusDocument, WorkerRef
 from worker.errors import (
     ImageFetchFailed,

@@ -135,7 +135,7 @@ class Case:
         def store() -> None:
             place = MemoryStore()
             records = artifacts.upload(place, "job", rendered, deadline)
-            artifacts.seal(place, "job", artifacts.describe(job, image, seen, rendered, records))
+            artifacts.seal(place, "job", artifacts.describe(job, image, seen, rendered, records), deadline)
 
         return [
             Way(name, 1, repeats, run)

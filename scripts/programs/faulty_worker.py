@@ -1,0 +1,84 @@
+"""The worker of the attacks: the real one, supervisor and all, with a small network in place of Keras's.
+
+    python faulty_worker.py supervise      what `gradcam worker` does, with the settings of the environment
+    python faulty_worker.py work FD        what the supervisor starts
+
+It starts in a second or two instead of ten, so that it can be killed hundreds of times. Everything but the
+network and what the backend says of its device is the product's own.
+
+The network kills its process when it is shown a poison picture, as a bug in native code would.
+"""
+
+import logging
+import os
+import signal
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.gradcam.catalog import NetworkRow
+from worker.gradcam.network import GRADCAM, Computed, Method, Network
+from worker.settings import Settings
+from worker.testing import TinyNetwork
+
+NETWORK = TinyNetwork.facts.name
+POISON = (255, 0, 255)  # a picture of nothing else
+NEAR = 12  # so far a compressed picture may be from its colour
+KERAS_DOOR = "worker.gradcam.backend"
+
+
+class Poisonable(TinyNetwork):
+    """Explains any picture but one."""
+
+    def compute(
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+    ) -> Computed:
+        """See `TinyNetwork.compute`; a poison picture is the end of the process."""
+        away = np.abs(pixels.astype(np.int16) - np.array(POISON, np.int16))
+        if (away.max((1, 2, 3)) < NEAR).any():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().compute(pixels, wanted, method)
+
+
+def load(row: NetworkRow) -> Network:
+    """The small network, whatever is asked for."""
+    del row
+    return Poisonable()
+
+
+def without_keras() -> ModuleType:
+    """What stands where `worker.gradcam.backend` imports Keras: it says that there is a CPU."""
+    door: Any = ModuleType(KERAS_DOOR)
+    door.name = lambda: "numpy"
+    door.version = lambda: f"numpy {np.__version__}"
+    door.device_name = lambda: "cpu"
+    door.peak_memory = lambda: None
+    door.reset_peak_memory = lambda: None
+    door.set_intra_op_threads = lambda _: None
+    return door  # type: ignore[no-any-return]
+
+
+def work(ready_fd: int) -> int:
+    """What `gradcam worker --unsupervised --ready-fd` does."""
+    import worker.gradcam
+
+    sys.modules[KERAS_DOOR] = worker.gradcam.backend = without_keras()
+    from worker import process
+
+    return process.run(Settings.from_environment(), ready_fd=ready_fd, load=load)
+
+
+def supervise() -> int:
+    """What `gradcam worker` does."""
+    from worker.supervisor import Supervisor
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    command = (sys.executable, "-P", __file__, "work")
+    return Supervisor(Settings.from_environment(), command).run()
+
+
+if __name__ == "__main__":
+    sys.exit(supervise() if sys.argv[1] == "supervise" else work(int(sys.argv[2])))

@@ -1,0 +1,17 @@
+from collections.abc import Callable
+from typing import Any
+
+import faults_poison
+import pytest
+from faults_verdict import Verdict
+
+pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
+
+
+def test_a_job_that_kills_its_process_each_time_takes_no_others_with_it(
+    kept: Callable[[dict[str, Any]], Verdict],
+) -> None:
+    verdict = kept(faults_poison.attack(faults_poison.SHORT, seed=1))
+    assert verdict.jobs == faults_poison.SHORT + 1
+    assert verdict.figures["processes_killed"] == faults_poison.ATTEMPTS
+    assert verdict.figures["healthy_attempts_max"] <= 2, "it was alone from its second attempt on"

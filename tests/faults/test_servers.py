@@ -1,0 +1,16 @@
+from collections.abc import Callable
+from typing import Any
+
+import faults_servers
+import pytest
+from faults_verdict import Verdict
+
+pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]
+
+
+def test_a_worker_gets_over_whatever_happens_to_the_servers_around_it(
+    kept: Callable[[dict[str, Any]], Verdict],
+) -> None:
+    verdict = kept(faults_servers.attack(faults_servers.SHORT, seed=1))
+    assert verdict.faults >= 10
+    assert verdict.figures["jobs_hit"], "no job ran at any of them: nothing was tested"

@@ -1,0 +1,45 @@
+from collections.abc import Callable
+from typing import Any
+
+import faults_soak
+import pytest
+from faults_soak import Usage
+from faults_verdict import Verdict
+
+
+@pytest.mark.live
+@pytest.mark.timeout(600)
+def test_a_worker_that_is_fed_everything_grows_by_nothing_and_leaves_nothing(
+    kept: Callable[[dict[str, Any]], Verdict],
+) -> None:
+    verdict = kept(faults_soak.attack(faults_soak.SHORT, seed=1))
+    assert len(verdict.figures["kinds"]) == 10, "every kind of job had its turn"
+    assert verdict.figures["temporary_files"] == 0
+
+
+def usage(resident: list[float]) -> Usage:
+    count = len(resident)
+    return Usage(1, [float(at) for at in range(count)], resident, [30.0] * count, [40.0] * count)
+
+
+def test_growth_is_seen_through_noise() -> None:
+    noise = [1.0, -1.0, 2.0, -2.0, 0.0] * 20
+    flat = usage([100 + one for one in noise])
+    leaking = usage([100 + at * 0.2 + one for at, one in enumerate(noise)])
+    assert abs(flat.growth()) < 0.01
+    assert leaking.growth() == pytest.approx(14 / 113, rel=0.1)
+
+
+def test_one_peak_is_no_growth() -> None:
+    assert usage([100.0] * 60 + [900.0] + [100.0] * 39).growth() == 0
+
+
+def test_the_warm_up_is_left_out() -> None:
+    assert usage([*map(float, range(30)), *[30.0] * 70]).growth() == 0
+
+
+def test_threads_that_stay_are_seen() -> None:
+    one = usage([100.0] * 100)
+    one.threads = [float(at) for at in range(100)]
+    assert one.more(one.threads) > 40
+    assert one.more(one.files) == 0
