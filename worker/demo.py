@@ -104,7 +104,7 @@ def _start_worker(settings: Settings, log: Path) -> subprocess.Popen[bytes]:
         [sys.executable, "-P", "-m", "worker", "worker"],
         log=log,
         environment=settings.to_environment(),
-        grace_s=SHUTDOWN_S + 2,
+        grace_s=SHUTDOWN_S + 12,
     )
 
 

@@ -71,8 +71,8 @@ class Mix:
         }
 
     def one(self) -> None:
-        """Make another one: every second a good one, the others of a kind left to chance."""
-        kind = "good" if self.made % 2 else self._random.choice(sorted(self._kinds))
+        """Make another one: every second a good one, from the first on, the others left to chance."""
+        kind = "good" if self.made % 2 == 0 else self._random.choice(sorted(self._kinds))
         self._kinds[kind](self.made)
         self.kinds[kind] += 1
         self.made += 1
@@ -234,7 +234,7 @@ def attack(count: int, seed: int) -> dict[str, Any]:
         worker = stage.work()
         mix.one()
         wait_for(lambda: witness.finals, START_S, "the first job ends")
-        usage = Usage(worker.process or 0)
+        usage = Usage(worker.process or 0)  # it is there: a good job ends nowhere else
         end = time.monotonic() + count
         with usage.read():
             while time.monotonic() < end:
@@ -270,7 +270,8 @@ def _verdict(stage: Stage, witness: Witness, mix: Mix) -> Verdict:
 
 def _look_at_usage(usage: Usage, seconds: float, verdict: Verdict, worker: Worker) -> None:
     if worker.process != usage.pid:
-        verdict.broken.append(f"The worker process has ended in between: {worker.ends()[:5]}")
+        now = f"{worker.process} below {worker.supervisor} in place of {usage.pid}"
+        verdict.broken.append(f"The worker process has ended in between, {now}: {worker.ends()[-5:]}")
         return
     growth, most = usage.growth(), FLAT if seconds >= LONG_S else ROUGHLY_FLAT
     if growth > most:

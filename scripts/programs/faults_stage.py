@@ -117,7 +117,7 @@ class Worker:
             [sys.executable, "-P", program, "supervise"],
             log=log,
             environment={**settings.to_environment(), "TMPDIR": str(temporary)},
-            grace_s=settings.shutdown_timeout_s + 5,
+            grace_s=settings.shutdown_timeout_s + 15,
         )
 
     @property
@@ -131,10 +131,10 @@ class Worker:
         return next(iter(children(self.supervisor)), None) if self.supervisor else None
 
     def ends(self) -> list[str]:
-        """What the log says of processes that ended unasked, and why."""
+        """What the log says of processes that ended unasked, and why; and its last line."""
         said = ("ended unasked", "no sign of life", "had to be ended", "Traceback")
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return [line for line in lines if any(words in line for words in said)]
+        return [line for line in lines[:-1] if any(words in line for words in said)] + lines[-1:]
 
     def stop(self) -> None:
         """Cleanly."""

@@ -46,7 +46,7 @@ class Stage:
             [sys.executable, "-P", "-m", "worker", "worker"],
             log=self.logs / f"{name}.log",
             environment=self.settings.to_environment(),
-            grace_s=self.settings.shutdown_timeout_s + 5,
+            grace_s=self.settings.shutdown_timeout_s + 15,
         )
         try:
             yield process
