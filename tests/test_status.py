@@ -152,14 +152,15 @@ def _date(seconds: float) -> str:
         (" 7 ", 7, 7),
         ("86401", 86_400, 86_400),
         ("9" * 400, 86_400, 86_400),
-        (_date(3600), 3000, 3600),
-        (_date(1e6), 86_400, 86_400),
+        (3600, 3000, 3600),  # a date so far from now
+        (1e6, 86_400, 86_400),
         ("Wednesday, 01-Jan-48 00:00:00 GMT", 86_400, 86_400),
     ],
 )
 def test_who_asks_to_be_left_alone_is_for_a_day_at_most(
-    http_server: Any, answer: Any, status: int, said: str, low: float, high: float
+    http_server: Any, answer: Any, status: int, said: str | float, low: float, high: float
 ) -> None:
+    said = said if isinstance(said, str) else _date(said)
     url = http_server.url("/hook", answer(status, headers={"Retry-After": said}))
     with pytest.raises(StatusUnavailable) as caught:
         send(http_server, url, event())
@@ -168,11 +169,12 @@ def test_who_asks_to_be_left_alone_is_for_a_day_at_most(
 
 
 @pytest.mark.parametrize(
-    "said", [None, "", "0", "-5", "soon", "1.5", "٣", "²", "Thu, 99 Foo 2030", _date(-60), "x" * 5000]
+    "said", [None, "", "0", "-5", "soon", "1.5", "٣", "²", "Thu, 99 Foo 2030", -60, "x" * 5000]
 )
 def test_a_retry_after_that_says_nothing_is_not_heeded(http_server: Any, answer: Any, said: Any) -> None:
     from worker.status import _retry_after_s
 
+    said = _date(said) if isinstance(said, int) else said
     assert _retry_after_s(said or "") is None
     if said is None or said.isascii():
         headers = {} if said is None else {"Retry-After": said}

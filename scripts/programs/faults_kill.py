@@ -1,4 +1,7 @@
-"""kill -9 of worker processes at random moments, and of their supervisors now and then, while jobs stream."""
+"""kill -9 of worker processes at random moments, and of their supervisors now and then, while jobs stream.
+
+Some are stopped instead, for longer than a lease lasts, and then go on: zombies, whose jobs others have by then.
+"""
 
 import contextlib
 import os
@@ -17,6 +20,8 @@ JOBS_A_KILL = 15  # at least: thousands in the full form
 AHEAD = 60  # jobs that wait or run at a time
 WORKERS = 2
 OF_SUPERVISORS = 0.05  # share of kills
+ZOMBIES = 0.1  # stops for each kill
+STOPPED_S = 6.0  # longer than a lease, and than it takes another worker to notice
 WHILE_IT_STARTS = 0.1  # share of kills: before the process takes jobs
 UNREADY = 2  # kills of one worker in a row before it takes jobs; its supervisor gives up after five
 LATER_S = 0.8  # at most, after a worker has begun a job
@@ -33,7 +38,8 @@ class Killer:
     random: random.Random
     kills: int = 0
     supervisors: int = 0
-    hit: int = 0  # jobs that ran on a process when it was killed
+    hit: int = 0  # jobs that ran on a process when it was killed or stopped
+    zombies: int = 0
     unready: dict[int, int] = field(default_factory=dict)  # index of a worker -> kills before it took jobs
 
     def kill(self) -> None:
@@ -50,12 +56,24 @@ class Killer:
         self.unready[index] = self.unready.get(index, 0) + 1 if early else 0
         time.sleep(self.random.uniform(0, LATER_S))
         pid = worker.process
-        if pid is None:  # it has just ended by itself: that is a finding of its own, which its log tells of
+        if pid is None:  # it has just ended by itself, as it may when its supervisor was killed
+            return
+        if not early and ((self.kills >= SHORT // 2 and not self.zombies) or self.random.random() < ZOMBIES):
+            self._stop(pid)
             return
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
             self.kills += 1
             self.hit += self.witness.hit(pid)
+
+    def _stop(self, pid: int) -> None:
+        """Nothing of it runs for a while; then it goes on with what it had in hand."""
+        os.kill(pid, signal.SIGSTOP)
+        self.zombies += 1
+        self.hit += self.witness.hit(pid)
+        time.sleep(STOPPED_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
     def _kill_supervisor(self, index: int, worker: Worker) -> None:
         """Whoever runs supervisors starts another one; the worker process ends by itself."""
@@ -92,12 +110,14 @@ def attack(count: int, seed: int) -> dict[str, Any]:
             killed_s = time.monotonic() - begun
             stream.join()
         drained_s = witness.drain(DRAINS_S)
-        verdict = witness.verdict(faults=killer.kills)
+        verdict = witness.verdict(faults=killer.kills + killer.zombies)
         compare_with_a_quiet_run(stage, verdict, range(len(stream.made)), DRAINS_S + len(stream.made) / 5)
     if verdict.recovery_s_max > RECOVERS_S:
         verdict.broken.append(f"A killed job ran again after {verdict.recovery_s_max:.0f} s only.")
     verdict.figures |= {
+        "kills": killer.kills,
         "supervisors_killed": killer.supervisors,
+        "zombies": killer.zombies,
         "jobs_hit": killer.hit,
         "killing_s": round(killed_s, 1),
         "drained_s": round(drained_s, 1),
