@@ -84,7 +84,8 @@ class Graveyard:
 
 
 @pytest.fixture
-def yard() -> Graveyard:
+def yard(monkeypatch: pytest.MonkeyPatch) -> Graveyard:
+    monkeypatch.setattr(reaper, "FIRST_LOOK_S", 0)
     return Graveyard()
 
 

@@ -113,9 +113,9 @@ def _send(
 
 def waiting(app: Celery, priority: str) -> int:
     """How many messages wait in the queue of a priority. Raises BrokerUnavailable."""
-    queue, _ = ROUTES[priority]
+    queue, number = ROUTES[priority]
     with _reaching(app), app.connection_or_acquire() as connection:
-        return int(connection.default_channel.queue_declare(queue).message_count)
+        return int(connection.default_channel.waiting(queue, number))
 
 
 def answers(app: Celery) -> bool:

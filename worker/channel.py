@@ -64,6 +64,11 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             raise ConnectionError(message)
         return super()._get_pool(asynchronous)
 
+    def waiting(self, queue: str, priority: int) -> int:
+        """How many messages of one priority a queue holds: kombu counts all of them together."""
+        with self.conn_or_acquire() as client:
+            return int(client.llen(self._q_for_pri(queue, priority)))
+
     def _brpop_read(self, **options: Any) -> bool:
         """Receive one item, and deliver what it is a message of. As kombu's, but for the reading."""
         try:
@@ -137,9 +142,13 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
 
 
 class Transport(kombu_redis.Transport):  # type: ignore[misc]
-    """Kombu's Redis, by our channel."""
+    """Kombu's Redis, by our channel; a node that takes no writes after a failover is left for a new one."""
 
     Channel = Channel
+
+    def _get_errors(self) -> Any:
+        found = super()._get_errors()
+        return found._replace(connection_errors=(*found.connection_errors, redis.exceptions.ReadOnlyError))
 
 
 def _is_command(data: bytes) -> bool:

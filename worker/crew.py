@@ -14,7 +14,7 @@ from worker import broker, storage, wiring
 from worker.breaker import Breaker
 from worker.contract import StatusEvent
 from worker.courier import KEEP_S, Courier, Deliver
-from worker.errors import InvalidSettings, StatusUnavailable
+from worker.errors import InvalidSettings, LedgerUnavailable, StatusUnavailable
 from worker.leases import Leases
 from worker.outbox import Parcel
 from worker.outside import Outside
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("gradcam")
 
 SQL = "sql"  # the name of the sink
-PRUNE_EVERY_S = 60.0
+KEEP_EVERY_S = 60.0  # between two looks at the database
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,7 @@ def gather(settings: Settings, app: Celery, outside: Outside) -> Crew:
     database = _database(settings)
     if database:
         sinks[SQL] = lambda parcel, _: database.write(parcel.document)
-        keepers["database"] = partial(_prune, database)
-        outbox.open_sink(SQL)
-    else:
-        outbox.close_sink(SQL)
+        keepers["database"] = partial(_keep, database, outbox)
     courier = Courier(
         outbox,
         to_webhook,
@@ -108,11 +105,16 @@ def _database(settings: Settings) -> "SqlStatus | None":
     return database
 
 
-def _prune(database: "SqlStatus", stopped: threading.Event) -> None:
-    """Forget what was completed long ago, a little at a time."""
-    while not stopped.wait(PRUNE_EVERY_S):
+def _keep(database: "SqlStatus", outbox: RedisOutbox, stopped: threading.Event) -> None:
+    """Have it told of every job, and have it forget what was completed long ago, a little at a time."""
+    while True:
         try:
+            outbox.open_sink(SQL)  # again and again: the ledger may have forgotten
             database.prune()
-        except StatusUnavailable as error:
+        except (LedgerUnavailable, StatusUnavailable) as error:
             log.warning("%s", error)
-    database.close()
+        except Exception:
+            log.exception("the database met what nobody foresaw")
+        if stopped.wait(KEEP_EVERY_S):
+            database.close()
+            return

@@ -85,13 +85,15 @@ class Ledger(ABC):
         after: StatusDocument,
         *,
         delay_s: float = 0,
+        due: bool = False,
         fingerprint: str | None = None,
     ) -> bool:
         """Atomically: replace `before` by `after`, if (attempt, revision) are still those of `before`.
 
         In the same step the job gets or loses its lease, its place among those that wait (for `delay_s`,
-        where it is to be tried again), and whoever wants to hear of it is put in the outbox. With a
-        fingerprint, only if the job has that one, and `before` is to the letter what is held.
+        where it is to be tried again), and whoever wants to hear of it is put in the outbox. With `due`,
+        only if its lease, or its pause, is over now. With a fingerprint, only if the job has that one, and
+        `before` is to the letter what is held.
         """
 
     @abstractmethod
@@ -253,7 +255,9 @@ class Ledger(ABC):
                 time.sleep(ASK_AGAIN_S)
                 continue
             now = held.document if held else None
-            if now is None or (now.attempt, now.status) != (document.attempt, document.status):
+            # A ledger that lost its last second may have given the same number out again.
+            ours = (document.attempt, document.status, document.started_at)
+            if now is None or (now.attempt, now.status, now.started_at) != ours:
                 message = f"Attempt {document.attempt} of job {document.id} was overtaken: it must stop."
                 raise AttemptFenced(message)
             before = now  # the same attempt: somebody has asked for it to be cancelled
@@ -278,24 +282,26 @@ class Ledger(ABC):
 
     def lose(self, job_id: str) -> bool:
         """A lease has run out: queue the job again, or end it. Whether it is to be published."""
-        return self._changed(job_id, "running", transitions.lost)
+        return self._changed(job_id, "running", transitions.lost, due=True)
 
     def requeue(self, job_id: str) -> bool:
         """A pause is over. Whether the job is to be published."""
-        return self._changed(job_id, "retrying", transitions.requeued)
+        return self._changed(job_id, "retrying", transitions.requeued, due=True)
 
     def expire(self, job_id: str) -> None:
         """Its time has passed in the queue."""
         self._changed(job_id, "queued", transitions.expired)
         self._changed(job_id, "retrying", transitions.expired)
 
-    def _changed(self, job_id: str, status: str, change: Any, attempt: int | None = None) -> bool:
+    def _changed(
+        self, job_id: str, status: str, change: Any, attempt: int | None = None, *, due: bool = False
+    ) -> bool:
         """Change a job that is still in this state; whether it is queued now."""
         held = self._find(job_id)
         if not held or held.document.status != status or attempt not in {None, held.document.attempt}:
             return False
         after = change(held.document)
-        return self._swap(held.document, after) and after.status == "queued"
+        return self._swap(held.document, after, due=due) and after.status == "queued"
 
 
 def _fingerprint(job: Job) -> str:

@@ -48,6 +48,7 @@ class MemoryLedger(Ledger):
         after: StatusDocument,
         *,
         delay_s: float = 0,
+        due: bool = False,
         fingerprint: str | None = None,
     ) -> bool:
         with self._lock:
@@ -59,6 +60,8 @@ class MemoryLedger(Ledger):
             held = entry.document
             if (held.attempt, held.revision) != (before.attempt, before.revision):
                 return False
+            if due and self._due[before.id] > self._clock():
+                return False
             self._place(replace(entry, document=after), held, delay_s)
             return True
 
@@ -67,7 +70,8 @@ class MemoryLedger(Ledger):
         kept = after.status == "failed" or not after.final
         self._entries[after.id] = entry if kept else replace(entry, job="null")
         if before is None or before.status != after.status:
-            if before and before.status == "queued" and after.status == "running":
+            first = before and before.attempt == 0 and after.id not in self._rung
+            if before and first and before.status == "queued" and after.status == "running":
                 published = min(self._due.get(after.id, 0), now)
                 self._claimed[entry.route] = max(published, self._claimed.get(entry.route, 0))
             self._due[after.id] = now + (self._lease_s if after.status == "running" else delay_s)

@@ -63,7 +63,11 @@ class Pulse:
         """Show signs of life until `stopped`, or until there is trouble."""
         said = None
         while not stopped.wait(EVERY_S):
-            trouble = self.trouble()
+            try:
+                trouble = self.trouble()
+            except Exception:  # not to be taken for a sign of death
+                log.exception("nobody foresaw this")
+                trouble = None
             if trouble and not said:
                 log.error("no sign of life any more: %s", trouble)
             said = trouble

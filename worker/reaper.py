@@ -4,7 +4,6 @@ One worker at a time does it, any of them; another takes over within seconds whe
 """
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +20,8 @@ LEADS_S = 5.0  # that the others leave it to this worker, unless it says so agai
 AT_ONCE = 200  # jobs of each kind in one round
 SILENT_EVERY_S = 2.0  # between two looks for lost messages: they cost a question to the broker
 SWEEP_EVERY_S = 600.0
+FIRST_LOOK_S = 2.0  # in which every worker that lives renews its leases
+HUNG_S = 1.0  # that an answer may take: after a longer silence of the ledger, leases are in doubt
 
 
 class Reaper:
@@ -44,8 +45,9 @@ class Reaper:
         self._lease_s, self._lost_after_s = lease_s, lost_after_s
         self._trusted_s = 0.0  # from when on a lease that has run out means what it says
         self._looked_s = self._swept_s = 0.0
-        self._reached_s = math.inf  # when the ledger answered last; not yet
+        self._reached_s: float | None = None  # when the ledger answered last
         self._deaf = False  # the ledger was out of reach
+        self._odd: set[str] = set()  # jobs whose record cannot be read
 
     def keep(self, stopped: threading.Event) -> None:
         """Reap until `stopped`; whatever is out of reach is asked again."""
@@ -66,9 +68,11 @@ class Reaper:
     def round(self) -> None:
         """Look once at everything that is due. Raises LedgerUnavailable, BrokerUnavailable."""
         leads, now_s = self._ledger.lead(self._worker, LEADS_S), time.monotonic()
-        if self._deaf or now_s - self._reached_s > LEADS_S:
+        if self._deaf or (self._reached_s is not None and now_s - self._reached_s > LEADS_S):
             # Nobody could renew a lease while the ledger was away: all of them get the time to.
             self._trusted_s, self._deaf = now_s + self._lease_s, False
+        elif self._reached_s is None:  # this worker may have come up together with the ledger
+            self._trusted_s = now_s + FIRST_LOOK_S
         self._reached_s = now_s
         if not leads:
             return
@@ -81,7 +85,9 @@ class Reaper:
             self._ledger.sweep()
 
     def _put_right(self, *, trusted: bool) -> None:
-        overdue = self._ledger.overdue(AT_ONCE)
+        asked_s = time.monotonic()
+        overdue = self._ledger.overdue(AT_ONCE + len(self._odd))
+        trusted = trusted and time.monotonic() - asked_s < HUNG_S  # else nobody could renew meanwhile
         for job_id in overdue["expired"]:
             self._one(job_id, self._ledger.expire)
         for job_id in overdue["due"]:
@@ -98,7 +104,9 @@ class Reaper:
         except (LedgerUnavailable, BrokerUnavailable):
             raise
         except Exception:
-            log.exception("job %s cannot be put right", job_id)
+            if job_id not in self._odd:
+                log.exception("job %s cannot be put right", job_id)
+            self._odd.add(job_id)  # a later version's, perhaps: others must get their turn all the same
             return False
 
     def _look_for_lost_messages(self) -> None:

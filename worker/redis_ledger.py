@@ -37,6 +37,8 @@ class Server:
             socket_keepalive=True,
             health_check_interval=15,
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=2),
+            # After a failover, the node of before takes no writes: redis-py connects anew before each retry.
+            retry_on_error=[redis.exceptions.ReadOnlyError],
         )
         self._scripts: dict[str, Any] = {}
 
@@ -52,6 +54,10 @@ class Server:
         """What Redis raises is LedgerUnavailable here."""
         try:
             yield
+        except redis.exceptions.OutOfMemoryError as error:
+            full = "is full: it takes nothing new until it has memory (maxmemory) again"
+            message = f"The ledger at {self._place} {full}."
+            raise LedgerUnavailable(message) from error
         except redis.RedisError as error:
             message = f"The ledger at {self._place} cannot be reached ({error})."
             raise LedgerUnavailable(message) from error
@@ -107,6 +113,7 @@ class RedisLedger(Ledger):
         after: StatusDocument,
         *,
         delay_s: float = 0,
+        due: bool = False,
         fingerprint: str | None = None,
     ) -> bool:
         swapped = self.server.run(
@@ -126,6 +133,7 @@ class RedisLedger(Ledger):
             transitions.event(before, after),
             *self._retention_ms,
             self._lease_ms,
+            "due" if due else "",
         )
         return bool(swapped)
 

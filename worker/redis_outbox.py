@@ -10,6 +10,7 @@ from worker.redis_ledger import Server
 
 log = logging.getLogger("gradcam")
 
+SINK_MS = 86_400_000  # without a word from whoever opened it: it is gone for good
 LISTED = 10_000  # parked recipients
 PARKED_AT_ONCE = 1000  # recipients: a few milliseconds of the server's time
 
@@ -26,6 +27,7 @@ class RedisOutbox(Outbox):
         """See `Outbox.open_sink`."""
         with self._server.reaching():
             self._server.redis.sadd(self._key("sinks"), name)
+            self._server.redis.pexpire(self._key("sinks"), SINK_MS)
 
     def close_sink(self, name: str) -> None:
         """See `Outbox.close_sink`."""

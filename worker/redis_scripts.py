@@ -56,9 +56,11 @@ return {ARGV[4], ARGV[5], ARGV[6]}
 
 # ARGV: P, id, attempt and revision before, document, attempt, revision and status after, delay (ms),
 # fingerprint or '', document before or '', expires at (ms) or '', 'canceling' or '', event, retention (ms),
-# retention with an idempotency key (ms), lease (ms). The first lines let a write that is sent twice,
-# because its reply was lost, succeed twice. The last ones forget the job of a document that is all there is
-# left to say: a presigned address must not lie about. A failed one may be run again, and keeps its own.
+# retention with an idempotency key (ms), lease (ms), and 'due' or '': only if its lease, or its pause, is
+# over now. Only a job that stands where it was published first says how far its route has come. The first
+# lines let a write that is sent twice, because its reply was lost, succeed twice. The last ones forget the
+# job of a document that is all there is left to say: a presigned address must not lie about. A failed one
+# may be run again, and keeps its own.
 SWAP = (
     _COMMON
     + """
@@ -69,6 +71,7 @@ local held = redis.call('HMGET', key, 'attempt', 'revision', 'document', 'finger
 if held[3] == document then return 1 end
 if held[1] ~= ARGV[3] or held[2] ~= ARGV[4] then return 0 end
 if ARGV[10] ~= '' and (held[4] ~= ARGV[10] or held[3] ~= ARGV[11]) then return 0 end
+if ARGV[18] ~= '' and tonumber(redis.call('ZSCORE', P .. held[5], id) or 0) > now then return 0 end
 local place, before = '', held[5]
 if status == 'queued' then place = 'queued:' .. held[6]
 elseif status == 'running' or status == 'retrying' then place = status
@@ -77,7 +80,8 @@ redis.call('HSET', key, 'document', document, 'attempt', ARGV[6], 'revision', AR
 if before ~= place then
   if status == 'running' then
     local published = math.min(tonumber(redis.call('ZSCORE', P .. before, id) or 0), now)
-    if published > tonumber(redis.call('HGET', P .. 'claimed', held[6]) or 0) then
+    local first = held[1] == '0' and redis.call('HEXISTS', key, 'rung') == 0
+    if first and published > tonumber(redis.call('HGET', P .. 'claimed', held[6]) or 0) then
       redis.call('HSET', P .. 'claimed', held[6], string.format('%.0f', published))
     end
     delay = tonumber(ARGV[17])
@@ -152,7 +156,11 @@ OVERDUE = (
     + """
 local found = {}
 for index, name in ipairs({'running', 'retrying', 'expiring'}) do
-  found[index] = redis.call('ZRANGEBYSCORE', P .. name, '-inf', now, 'LIMIT', 0, ARGV[2])
+  found[index] = {}
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. name, '-inf', now, 'LIMIT', 0, ARGV[2])) do
+    if redis.call('EXISTS', P .. 'job:' .. id) == 1 then table.insert(found[index], id)
+    else redis.call('ZREM', P .. name, id) end
+  end
 end
 return found
 """
@@ -167,12 +175,17 @@ local route, lost_after = ARGV[2], tonumber(ARGV[4])
 local newest = ARGV[3] == 'empty' and now or tonumber(redis.call('HGET', P .. 'claimed', route) or 0)
 local ids = redis.call('ZRANGEBYSCORE', P .. 'queued:' .. route, '-inf', math.min(newest, now) - lost_after,
                        'LIMIT', 0, ARGV[5])
+local named = {}
 for _, id in ipairs(ids) do
+  if redis.call('EXISTS', P .. 'job:' .. id) == 0 then redis.call('ZREM', P .. 'queued:' .. route, id)
+  else
+  table.insert(named, id)
   local rung = redis.call('HINCRBY', P .. 'job:' .. id, 'rung', 1)
   local pause = math.min(lost_after * 2 ^ (rung - 1), tonumber(ARGV[6]))
   redis.call('ZADD', P .. 'queued:' .. route, now + pause - lost_after, id)
+  end
 end
-return ids
+return named
 """
 )
 

@@ -74,13 +74,16 @@ class Desk:
             while not (end := self._received(job_id, payload)):
                 pass
         except (InvalidJob, IdempotencyConflict) as error:
-            if payload == {"id": job_id}:
+            if payload == {"id": job_id} and not self.ledger.route(job_id):
                 log.warning("job %s is not in the ledger any more: its message is dropped", job_id)
                 return "dropped"
             self.refuse(job_id, payload, error)
             return "done"
         except AttemptFenced as error:
             log.warning("%s", error)
+            if payload != {"id": job_id} and not self.ledger.route(job_id):
+                message = f"The ledger has lost job {job_id}: its message goes back, and enters it again."
+                raise LedgerUnavailable(message) from error
             return "dropped"
         return end
 
@@ -124,8 +127,14 @@ class Desk:
         Nothing is begun here any more. Asked again, it finds what was just beginning then.
         """
         self.floor.close()
-        running = self.leases.let_go()
-        return [job_id for job_id, attempt in running.items() if self.ledger.hand_back(job_id, attempt)]
+        back = []
+        for job_id, attempt in self.leases.let_go().items():
+            try:
+                if self.ledger.hand_back(job_id, attempt):
+                    back.append(job_id)
+            except LedgerUnavailable as error:  # those that are back already have to be told of
+                log.warning("job %s is not handed back: %s", job_id, error)
+        return back
 
     def _run(self, job: Job, document: StatusDocument) -> str:
         """Run a claimed job and write down how it went."""

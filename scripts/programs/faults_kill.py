@@ -1,6 +1,7 @@
 """kill -9 of worker processes at random moments, and of their supervisors now and then, while jobs stream.
 
-Some are stopped instead, for longer than a lease lasts, and then go on: zombies, whose jobs others have by then.
+Some are stopped instead, for longer than a lease lasts, and then go on: zombies, whose jobs are
+somebody else's by then.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from faults_witness import Witness, compare_with_a_quiet_run
 SHORT, FULL = 8, 200  # kills
 JOBS_A_KILL = 15  # at least: thousands in the full form
 AHEAD = 60  # jobs that wait or run at a time
+EVERY_S = 0.06  # between two submissions
 WORKERS = 2
 OF_SUPERVISORS = 0.05  # share of kills
 ZOMBIES = 0.1  # stops for each kill
@@ -99,7 +101,8 @@ def attack(count: int, seed: int) -> dict[str, Any]:
     with raised("kill", seed) as stage, Witness(stage) as witness:
         for _ in range(WORKERS):
             stage.work()
-        with Stream(stage, witness.unfinished, jobs=JOBS_A_KILL * count, ahead=AHEAD, until=enough) as stream:
+        flow: dict[str, Any] = {"jobs": JOBS_A_KILL * count, "ahead": AHEAD, "every_s": EVERY_S}
+        with Stream(stage, witness.unfinished, until=enough, **flow) as stream:
             killer = Killer(stage, witness, random.Random(seed))  # noqa: S311  # repeatable, not secret
             begun = time.monotonic()
             while killer.kills < count:

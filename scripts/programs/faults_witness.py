@@ -27,6 +27,7 @@ SLICE = 200  # final documents that are read again in each look: none may change
 FINAL = frozenset({"succeeded", "failed", "canceled", "expired"})
 UNFINISHED = ".rclone_temp_put_"  # what this S3 server leaves of an upload that it was killed in
 PATIENT = frozenset({"low", "bulk"})  # priorities that come after the others
+QUIET_WORKERS = 2
 UNFORESEEN = "internal"  # the code of what nobody foresaw: a mistake of ours
 
 
@@ -319,7 +320,8 @@ def compare_with_a_quiet_run(
     stage.s3.start()
     settings = stage.settings.model_copy(update={"key_prefix": "quiet:"})
     client = GradcamClient(settings=settings)
-    stage.work(settings)
+    for _ in range(QUIET_WORKERS):
+        stage.work(settings)
     ids = [client.submit(stage.job(number)) for number in numbers]
     end = time.monotonic() + patience_s
     for job_id in ids:
