@@ -159,3 +159,16 @@ def test_a_server_for_which_nobody_vouches_is_refused(
 def test_an_authority_that_is_not_there_is_an_impossible_setting() -> None:
     with pytest.raises(InvalidSettings, match=r"redis_ca '/nowhere/ca\.pem' is not a file"):
         Settings.from_environment({"GRADCAM_REDIS_CA": "/nowhere/ca.pem"})
+
+
+def test_messages_are_counted_by_their_priority(settings: Settings, job: Job) -> None:
+    app = broker.make_app(settings)
+    broker.publish(app, job)
+    broker.ring(app, job.id, "bulk")
+    counts = {priority: broker.waiting(app, priority) for priority in broker.ROUTES}
+    assert counts == {"high": 0, "normal": 1, "low": 0, "bulk": 1}
+
+
+def test_a_node_that_takes_no_writes_any_more_is_a_lost_connection(settings: Settings) -> None:
+    with broker.make_app(settings).connection_for_write() as connection:
+        assert redis.ReadOnlyError in connection.connection_errors

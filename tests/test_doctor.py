@@ -36,7 +36,7 @@ def test_what_the_running_workers_say_of_themselves_is_told(settings: Settings) 
     ledger.beat("gpu-2:7", json.dumps({**well, "trouble": "The storage failed 3 times."}), {})
     findings = {finding.what: finding for finding in _workers(settings)}
     assert findings["worker gpu-1:7"].well
-    assert findings["worker gpu-1:7"].detail.startswith("NVIDIA H100, 3 jobs at work")
+    assert findings["worker gpu-1:7"].detail.startswith("NVIDIA H100, 3 at work")
     assert not findings["worker gpu-2:7"].well
     assert findings["worker gpu-2:7"].detail == "The storage failed 3 times."
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 HEAVY = {"numpy", "cv2", "boto3", "botocore", "obstore", "PIL", "httpcore", "httpx", "keras", "tensorflow"}
+HEAVY |= {"sqlalchemy", "alembic", "psycopg", "standardwebhooks"}
 
 
 def loaded_by(statements: str) -> set[str]:

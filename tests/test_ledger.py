@@ -2,13 +2,18 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
+from faulty_proxy import FaultyProxy
 
+from worker import embedded
 from worker.contract import Job, Problem, StatusDocument, WorkerRef
 from worker.errors import (
     AttemptFenced,
@@ -517,3 +522,74 @@ def test_a_job_that_is_to_stop_is_not_handed_back(ledger: Ledger, job: Job) -> N
     ledger.cancel(job.id)
     assert not ledger.hand_back(job.id, 1), "nothing is to be published"
     assert ledger.read(job.id).status == "canceled"
+
+
+def test_a_reaper_with_an_old_list_takes_no_lease_that_was_renewed_and_cuts_no_pause_short(
+    ledger: Ledger, job: Job
+) -> None:
+    document = claim(ledger, job).document
+    assert not ledger.lose(job.id), "its lease has not run out"
+    assert ledger.read(job.id) == document
+    ledger.advance(document, status="retrying", delay_s=60)
+    assert not ledger.requeue(job.id)
+
+
+def test_a_message_that_comes_out_of_order_makes_no_others_seem_lost(ledger: Ledger, job: Job) -> None:
+    """A job that was lost is published last and, where its first message is found again, taken first."""
+    lost, *others = (job.model_copy(update={"id": new_id()}) for _ in range(4))
+    claim(ledger, lost)
+    for one in others:
+        ledger.submit(one)
+    time.sleep(0.2)
+    assert expired(ledger, lost)
+    claim(ledger, lost)
+    assert ledger.silent("normal", empty=False, lost_after_s=0.1, limit=10) == []
+
+
+def test_ids_without_a_job_are_forgotten(settings: Settings, job: Job) -> None:
+    ledger = RedisLedger(short(settings))
+    claim(ledger, job)
+    other = job.model_copy(update={"id": new_id()})
+    ledger.submit(other)
+    server, prefix = ledger.server.redis, settings.key_prefix
+    for one in (job, other):
+        server.delete(f"{prefix}job:{one.id}")
+    wait_for(lambda: ledger.overdue(10)["lost"] == [] and not server.zcard(f"{prefix}running"))
+    assert ledger.silent("normal", empty=True, lost_after_s=0, limit=10) == []
+    assert not server.keys(f"{prefix}job:*"), "nothing is made by looking"
+    assert ledger.counts() == (0, 0)
+
+
+def test_a_ledger_that_is_full_says_so_and_can_still_be_read(
+    settings: Settings, job: Job, tmp_path: Path
+) -> None:
+    with embedded.valkey(tmp_path) as server:
+        own = Settings(broker_url=f"redis://127.0.0.1:{server.port}/0")
+        ledger = RedisLedger(own)
+        document = ledger.submit(job)
+        ledger.server.redis.config_set("maxmemory", 1)
+        with pytest.raises(LedgerUnavailable, match="is full"):
+            ledger.submit(job.model_copy(update={"id": new_id()}))
+        assert ledger.read(job.id) == document
+        ledger.server.redis.config_set("maxmemory", 0)
+        assert claim(ledger, job).outcome == "claimed"
+
+
+def test_after_a_failover_the_node_of_before_is_left(job: Job, tmp_path: Path) -> None:
+    """Both stand behind one address, as in a managed Redis: new connections reach the new primary."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    with (
+        embedded.valkey(tmp_path / "a") as first,
+        embedded.valkey(tmp_path / "b") as second,
+        FaultyProxy(first.port) as proxy,
+        closing(redis.Redis(port=first.port)) as old,
+    ):
+        ledger = RedisLedger(Settings(broker_url=f"redis://127.0.0.1:{proxy.port}/0"))
+        ledger.submit(job)
+        old.replicaof("127.0.0.1", second.port)
+        proxy.target = second.port
+        other = job.model_copy(update={"id": new_id()})
+        assert ledger.submit(other).status == "queued"
+        with closing(redis.Redis(port=second.port)) as new:
+            assert new.exists(f"gradcam:job:{other.id}")

@@ -145,10 +145,7 @@ class Transport(kombu_redis.Transport):  # type: ignore[misc]
     """Kombu's Redis, by our channel; a node that takes no writes after a failover is left for a new one."""
 
     Channel = Channel
-
-    def _get_errors(self) -> Any:
-        found = super()._get_errors()
-        return found._replace(connection_errors=(*found.connection_errors, redis.exceptions.ReadOnlyError))
+    connection_errors = (*kombu_redis.Transport.connection_errors, redis.exceptions.ReadOnlyError)
 
 
 def _is_command(data: bytes) -> bool:

@@ -187,9 +187,14 @@ def redeliver(
 def _fits(one: Parked, job_ids: tuple[str, ...], url: str | None, since_s: float | None) -> bool:
     return (
         (not job_ids or one.job_id in job_ids)
-        and url in {None, one.url}
+        and (url is None or url in _names(one.url))
         and (since_s is None or terminal.age_s(one.since_s) <= since_s)
     )
+
+
+def _names(url: str | None) -> set[str]:
+    """How somebody may call a webhook: as it is, or as it is shown, without its query."""
+    return {url, without_secrets(url)} if url else set()
 
 
 def _unpark(outbox: Outbox, parked: list[Parked], url: str | None) -> list[Parked]:

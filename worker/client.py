@@ -56,7 +56,7 @@ class GradcamClient:
         job again (by id, or by `idempotency_key`) returns the first one's id and runs nothing twice.
 
         A job that is in the ledger is accepted: where the broker is out of reach just then, a worker finds
-        the job within a minute all the same. Raises InvalidJob, IdempotencyConflict, and LedgerUnavailable
+        the job within a minute of its turn. Raises InvalidJob, IdempotencyConflict, and LedgerUnavailable
         (it is not known whether the job was accepted: submit it again with the same id or key).
         """
         job = job or Job.parse(fields)

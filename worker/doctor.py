@@ -155,7 +155,7 @@ def _workers(settings: Settings) -> Iterator[Finding]:
         yield Finding("workers", well=True, detail="none takes jobs just now")
     for name, text in sorted(found.items()):
         said = json.loads(text)
-        detail = f"{said['device']}, {said['running']} jobs at work, since {said['since']}"
+        detail = f"{said['device']}, {said['running']} at work, since {said['since']}"
         trouble = said["trouble"]
         fix = "It takes jobs again by itself as soon as that is over."
         yield Finding(

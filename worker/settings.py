@@ -87,7 +87,7 @@ class Settings(BaseModel):
     retention_s: Retention = 7 * 86_400  # how long a final job stays readable
     idempotency_retention_s: Retention = 7 * 86_400  # ... and one with an idempotency key, at least
     lease_s: Annotated[float, Field(ge=1, le=300)] = (
-        15  # that a running job stays its worker's unless renewed, which is done three times meanwhile
+        15  # that a running job stays its worker's unless renewed, every second or oftener
     )
     lost_after_s: Annotated[float, Field(ge=1, le=3600)] = (
         20  # before a queued job whose message is not to be found is published again
