@@ -13,8 +13,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from faults_stage import START_S, Stage, Stream, Worker, raised, wait_for
-from faults_witness import Witness, compare_with_a_quiet_run
+from faults_compare import compare_with_a_quiet_run
+from faults_stage import START_S, Stage, Worker, raised, wait_for
+from faults_stream import Stream
+from faults_witness import Witness
 
 SHORT, FULL = 8, 200  # kills
 JOBS_A_KILL = 15  # at least: thousands in the full form

@@ -13,7 +13,8 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-from faults_stage import START_S, Stage, Stream, raised, wait_for
+from faults_stage import START_S, Stage, raised, wait_for
+from faults_stream import Stream
 from faults_witness import Witness
 
 from worker import broker

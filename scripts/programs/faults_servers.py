@@ -13,9 +13,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-from faults_stage import START_S, Server, Stage, Stream, raised, wait_for
+from faults_compare import compare_with_a_quiet_run
+from faults_stage import START_S, Server, Stage, raised, wait_for
+from faults_stream import Stream
 from faults_verdict import Verdict
-from faults_witness import Witness, compare_with_a_quiet_run, told
+from faults_witness import Witness, told
 from faulty_proxy import Fault
 
 from worker.contract import Job

@@ -6,21 +6,17 @@ keys, jobs of strangers that no ledger knows, and messages that are none.
 
 import contextlib
 import json
-import os
 import random
-import statistics
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from faults_stage import START_S, Stage, Worker, raised, wait_for
+from faults_usage import Usage
 from faults_verdict import Verdict
 from faults_witness import Witness, end_of, told
 
@@ -32,15 +28,12 @@ from worker.wire import utc_now
 
 SHORT, FULL = 15, 300  # seconds
 AHEAD = 40  # jobs that wait or run at a time
-LOOK_S = 0.5  # between two looks at the worker process
-WARM_UP = 0.3  # share of the time, until pools and caches are full
 FLAT = 0.05  # by so much resident memory may grow after that
 LONG_S = 120.0  # a shorter run is still warming up at its end, and is held to less
 ROUGHLY_FLAT = 0.3
 MORE = 4  # threads and files that may come and go
 RETENTION_S = 60.0  # the least there is
 DRAINS_S = 120.0
-PAGE = os.sysconf("SC_PAGE_SIZE")
 # Keys of the ledger and of kombu that are there once, whatever is done: see `worker.redis_scripts`.
 SINGLETONS = ("claimed", "workers", "reaper", "dead", "_kombu.binding", "unacked_mutex", "unreadable")
 
@@ -170,60 +163,6 @@ class Mix:
         queue = f"{self.stage.settings.key_prefix}{broker.INTERACTIVE}"
         with closing(self.stage.outside) as server:
             server.lpush(queue, self._random.choice(texts))
-
-
-@dataclass
-class Usage:
-    """What one worker process uses, read again and again."""
-
-    pid: int
-    times: list[float] = field(default_factory=list)
-    resident: list[float] = field(default_factory=list)  # bytes
-    threads: list[float] = field(default_factory=list)
-    files: list[float] = field(default_factory=list)  # sockets among them
-
-    def look(self) -> None:
-        """One reading."""
-        base = Path(f"/proc/{self.pid}")
-        self.resident.append(PAGE * float((base / "statm").read_text(encoding="ascii").split()[1]))
-        self.threads.append(len(list((base / "task").iterdir())))
-        self.files.append(len(list((base / "fd").iterdir())))
-        self.times.append(time.monotonic())
-
-    @contextlib.contextmanager
-    def read(self) -> Iterator[None]:
-        """Within the block, until the process is gone."""
-        ended = threading.Event()
-
-        def keep() -> None:
-            with contextlib.suppress(OSError):
-                while not ended.wait(LOOK_S):
-                    self.look()
-
-        thread = threading.Thread(target=keep, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
-    def warm(self, what: list[float]) -> list[float]:
-        """Readings after the warm-up."""
-        return what[int(len(what) * WARM_UP) :]
-
-    def growth(self) -> float:
-        """Of resident memory after the warm-up, as a share of it: the median of all slopes (Theil-Sen)."""
-        points = list(zip(self.warm(self.times), self.warm(self.resident), strict=True))
-        slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(points, 2)]
-        seconds = points[-1][0] - points[0][0]
-        return statistics.median(slopes) * seconds / statistics.median(size for _, size in points)
-
-    def more(self, what: list[float]) -> float:
-        """By how much the last third of the warm readings is above the first."""
-        warm = self.warm(what)
-        third = max(len(warm) // 3, 1)
-        return statistics.median(warm[-third:]) - statistics.median(warm[:third])
 
 
 def attack(count: int, seed: int) -> dict[str, Any]:

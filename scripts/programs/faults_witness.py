@@ -25,9 +25,7 @@ from worker import errors
 LOOK_S = 0.05  # between two looks at all jobs that have not ended and at all manifests
 SLICE = 200  # final documents that are read again in each look: none may change
 FINAL = frozenset({"succeeded", "failed", "canceled", "expired"})
-UNFINISHED = ".rclone_temp_put_"  # what this S3 server leaves of an upload that it was killed in
 PATIENT = frozenset({"low", "bulk"})  # priorities that come after the others
-QUIET_WORKERS = 2
 UNFORESEEN = "internal"  # the code of what nobody foresaw: a mistake of ours
 
 
@@ -284,17 +282,6 @@ def end_of(document: dict[str, Any]) -> str:
     return str((document["error"] or {}).get("code", "none"))
 
 
-def checksums(bucket: Path) -> dict[str, dict[str, str]]:
-    """Job id -> each of its objects by its key -> sha256."""
-    found: dict[str, dict[str, str]] = {}
-    for folder in (bucket / "cams").iterdir():
-        files = [path for path in folder.rglob("*") if path.is_file() and UNFINISHED not in path.name]
-        found[folder.name] = {
-            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-        }
-    return found
-
-
 def told(stage: Stage) -> dict[str, list[dict[str, Any]]]:
     """Job id -> the final documents that the receiver was told of, in the order in which they came."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -302,37 +289,3 @@ def told(stage: Stage) -> dict[str, list[dict[str, Any]]]:
         if event["data"]["status"] in FINAL:
             found.setdefault(event["data"]["id"], []).append(event["data"])
     return found
-
-
-def compare_with_a_quiet_run(
-    stage: Stage, verdict: Verdict, numbers: Iterable[int], patience_s: float
-) -> None:
-    """Run the very same jobs once more, under the same addresses, with nothing that disturbs them.
-
-    What the attacked run wrote is put aside first. Counts `wrong_bytes`.
-    """
-    from worker.client import GradcamClient
-
-    stage.stop_workers()
-    attacked = checksums(stage.bucket)
-    stage.s3.kill()
-    stage.bucket.rename(stage.folder / "attacked")
-    stage.s3.start()
-    settings = stage.settings.model_copy(update={"key_prefix": "quiet:"})
-    client = GradcamClient(settings=settings)
-    for _ in range(QUIET_WORKERS):
-        stage.work(settings)
-    ids = [client.submit(stage.job(number)) for number in numbers]
-    end = time.monotonic() + patience_s
-    for job_id in ids:
-        document = client.wait(job_id, max(end - time.monotonic(), 1))
-        if document.status != "succeeded" and job_id in attacked:
-            verdict.broken.append(f"The quiet run of {job_id} ended {document.status}.")
-    stage.stop_workers()
-    quiet = checksums(stage.bucket)
-    wrong = [job_id for job_id in ids if attacked.get(job_id) != quiet.get(job_id)]
-    verdict.wrong_bytes = len(wrong)
-    verdict.figures["objects_compared"] = sum(len(one) for one in quiet.values())
-    if wrong:
-        ours, theirs = attacked.get(wrong[0], {}), quiet.get(wrong[0], {})
-        verdict.broken.append(f"{wrong[0]}: attacked {sorted(ours)}, quiet {sorted(theirs)}")

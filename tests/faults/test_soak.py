@@ -3,7 +3,7 @@ from typing import Any
 
 import faults_soak
 import pytest
-from faults_soak import Usage
+from faults_usage import Usage
 from faults_verdict import Verdict
 
 
