@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import faults_receiver
 import faulty_worker
@@ -37,13 +37,6 @@ SIZE = (48, 64)  # of them, in pixels: small jobs, so that many are under way at
 AGAIN_S = 0.2  # before something out of reach is asked again
 # How broker and ledger are run: with these, what was answered survives the end of the server's process.
 APPEND_ONLY = ("--appendonly", "yes", "--appendfsync", "everysec")
-
-
-class Started(Protocol):
-    """A server that runs below a keeper: see `worker.lifeline`."""
-
-    process: subprocess.Popen[bytes]
-    port: int
 
 
 @dataclass
