@@ -80,7 +80,7 @@ redis.call('HSET', key, 'document', document, 'attempt', ARGV[6], 'revision', AR
 if before ~= place then
   if status == 'running' then
     local published = math.min(tonumber(redis.call('ZSCORE', P .. before, id) or 0), now)
-    local first = held[1] == '0' and redis.call('HEXISTS', key, 'rung') == 0
+    local first = held[1] == '0' and not redis.call('HGET', key, 'rung')
     if first and published > tonumber(redis.call('HGET', P .. 'claimed', held[6]) or 0) then
       redis.call('HSET', P .. 'claimed', held[6], string.format('%.0f', published))
     end
