@@ -56,7 +56,7 @@ def claim(ledger: Ledger, job: Job) -> Claim:
 def expired(ledger: Ledger, job: Job) -> bool:
     """Its worker is gone: the lease runs out. Whether the job is to be published."""
     wait_for(lambda: job.id in ledger.overdue(10)["lost"])
-    return ledger.lose(job.id)
+    return ledger.lose(job.id) is not None
 
 
 def wait_for(condition: Callable[[], object]) -> None:

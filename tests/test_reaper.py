@@ -36,7 +36,7 @@ class Ledger(MemoryLedger):
         self.led_s = self.led_s or time.monotonic()
         return super().lead(worker, seconds)
 
-    def lose(self, job_id: str) -> bool:
+    def lose(self, job_id: str) -> str | None:
         if job_id == self.unreadable:
             message = "this version cannot read it"
             raise ValueError(message)

@@ -278,14 +278,14 @@ class Ledger(ABC):
 
     def hand_back(self, job_id: str, attempt: int) -> bool:
         """Put a job that this attempt holds back into the queue; whether it still held it."""
-        return self._changed(job_id, "running", transitions.handed_back, attempt)
+        return self._changed(job_id, "running", transitions.handed_back, attempt) is not None
 
-    def lose(self, job_id: str) -> bool:
-        """A lease has run out: queue the job again, or end it. Whether it is to be published."""
+    def lose(self, job_id: str) -> str | None:
+        """A lease has run out: queue the job again, or end it. Its route, where it is to be published."""
         return self._changed(job_id, "running", transitions.lost, due=True)
 
-    def requeue(self, job_id: str) -> bool:
-        """A pause is over. Whether the job is to be published."""
+    def requeue(self, job_id: str) -> str | None:
+        """A pause is over. The job's route, where it is to be published."""
         return self._changed(job_id, "retrying", transitions.requeued, due=True)
 
     def expire(self, job_id: str) -> None:
@@ -295,13 +295,14 @@ class Ledger(ABC):
 
     def _changed(
         self, job_id: str, status: str, change: Any, attempt: int | None = None, *, due: bool = False
-    ) -> bool:
-        """Change a job that is still in this state; whether it is queued now."""
+    ) -> str | None:
+        """Change a job that is still in this state; its route, where it is queued now."""
         held = self._find(job_id)
         if not held or held.document.status != status or attempt not in {None, held.document.attempt}:
-            return False
+            return None
         after = change(held.document)
-        return self._swap(held.document, after, due=due) and after.status == "queued"
+        swapped = self._swap(held.document, after, due=due)
+        return held.route if swapped and after.status == "queued" else None
 
 
 def _fingerprint(job: Job) -> str:

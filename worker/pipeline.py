@@ -67,7 +67,7 @@ def explain(job: Job, outside: Outside, journey: Journey, *, folder: str | None 
 def _explain(job: Job, outside: Outside, journey: Journey, held: ExitStack, place: str) -> Done:
     store = admit(job, outside)
     if journey.attempt > 1 and (found := artifacts.sealed(store, place, job, journey.deadline)):
-        return _posted(*found)  # the attempt before came as far as this and no further
+        return _done(*found)  # the attempt before came as far as this and no further
     with outside.residents.ticket() as ticket:
         with journey.at("fetch"):
             fetched, bytes_held = _fetched(job, outside, journey.deadline, held)
@@ -106,19 +106,10 @@ def _explain(job: Job, outside: Outside, journey: Journey, held: ExitStack, plac
         "explain_s": round(turn.computed_s, 4),
         "batch_size": turn.batch_size,
     }
-    return Done(
-        network=NetworkRef(
-            name=job.network,
-            layer=seen.layer,
-            weights_sha256=seen.network.weights_sha256,
-        ),
-        predictions=artifacts.classes(seen.predictions),
-        result=result,
-        warnings=artifacts.warnings(seen),
-    )
+    return _done(manifest, result)
 
 
-def _posted(manifest: Manifest, result: ManifestRef) -> Done:
+def _done(manifest: Manifest, result: ManifestRef) -> Done:
     network = manifest.network
     return Done(
         network=NetworkRef(name=network.name, layer=network.layer, weights_sha256=network.weights_sha256),

@@ -91,23 +91,23 @@ class Reaper:
         for job_id in overdue["expired"]:
             self._one(job_id, self._ledger.expire)
         for job_id in overdue["due"]:
-            if self._one(job_id, self._ledger.requeue):
-                self._ring(job_id, "is due again")
+            if route := self._one(job_id, self._ledger.requeue):
+                self._ring(job_id, route, "is due again")
         for job_id in overdue["lost"] if trusted else ():
-            if self._one(job_id, self._ledger.lose):
-                self._ring(job_id, "was lost with its worker: it runs again, alone")
+            if route := self._one(job_id, self._ledger.lose):
+                self._ring(job_id, route, "was lost with its worker: it runs again, alone")
 
-    def _one(self, job_id: str, change: Callable[[str], bool | None]) -> bool:
+    def _one(self, job_id: str, change: Callable[[str], str | None]) -> str | None:
         """Change one job; one whose record cannot be read must not keep the others waiting."""
         try:
-            return bool(change(job_id))
+            return change(job_id)
         except (LedgerUnavailable, BrokerUnavailable):
             raise
         except Exception:
             if job_id not in self._odd:
                 log.exception("job %s cannot be put right", job_id)
             self._odd.add(job_id)  # a later version's, perhaps: others must get their turn all the same
-            return False
+            return None
 
     def _look_for_lost_messages(self) -> None:
         for route in get_args(Priority):
@@ -115,10 +115,8 @@ class Reaper:
                 route, empty=not self._waiting(route), lost_after_s=self._lost_after_s, limit=AT_ONCE
             )
             for job_id in silent:
-                self._ring(job_id, "has no message that is to be found: it is published again")
+                self._ring(job_id, route, "has no message that is to be found: it is published again")
 
-    def _ring(self, job_id: str, why: str) -> None:
-        route = self._ledger.route(job_id)
-        if route:
-            log.info("job %s %s", job_id, why)
-            self._ring_for(job_id, route)
+    def _ring(self, job_id: str, route: str, why: str) -> None:
+        log.info("job %s %s", job_id, why)
+        self._ring_for(job_id, route)
