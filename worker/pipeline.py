@@ -67,7 +67,7 @@ def explain(job: Job, outside: Outside, journey: Journey, *, folder: str | None 
 def _explain(job: Job, outside: Outside, journey: Journey, held: ExitStack, place: str) -> Done:
     store = admit(job, outside)
     if journey.attempt > 1 and (found := artifacts.sealed(store, place, job, journey.deadline)):
-        return _done(*found)  # the attempt before came as far as this and no further
+        return _done(job, *found)  # the attempt before came as far as this and no further
     with outside.residents.ticket() as ticket:
         with journey.at("fetch"):
             fetched, bytes_held = _fetched(job, outside, journey.deadline, held)
@@ -106,13 +106,13 @@ def _explain(job: Job, outside: Outside, journey: Journey, held: ExitStack, plac
         "explain_s": round(turn.computed_s, 4),
         "batch_size": turn.batch_size,
     }
-    return _done(manifest, result)
+    return _done(job, manifest, result)
 
 
-def _done(manifest: Manifest, result: ManifestRef) -> Done:
+def _done(job: Job, manifest: Manifest, result: ManifestRef) -> Done:
     network = manifest.network
     return Done(
-        network=NetworkRef(name=network.name, layer=network.layer, weights_sha256=network.weights_sha256),
+        network=NetworkRef(name=job.network, layer=network.layer, weights_sha256=network.weights_sha256),
         predictions=manifest.predictions,
         result=result,
         warnings=manifest.warnings,
