@@ -99,6 +99,12 @@ def silent_port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
+@pytest.fixture
+def free_port() -> int:
+    """A port where nobody listens."""
+    return embedded.free_port()
+
+
 @dataclass
 class Answer:
     """What the HTTP server says at one path."""

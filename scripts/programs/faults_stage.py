@@ -4,7 +4,6 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -276,23 +275,15 @@ def raised(
 
 @contextlib.contextmanager
 def _receiver(folder: Path) -> Iterator[Receiver]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = embedded.free_port()
     program = str(Path(faults_receiver.__file__).resolve())
     command = [sys.executable, "-P", program, str(port), str(folder / "events.jsonl")]
     process = lifeline.start(command, log=folder / "receiver.log")
     try:
-        wait_for(lambda: _accepts(port), START_S, "the receiver of webhooks listens")
+        wait_for(lambda: embedded.accepts(port), START_S, "the receiver of webhooks listens")
         yield Receiver(process, port)
     finally:
         lifeline.stop(process)
-
-
-def _accepts(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.5):
-        return True
-    return False
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -83,14 +82,6 @@ def post(settings: Settings, job: Job) -> Post:
         "webhook_secrets": SecretStr(f"app1={SECRET}"),
     }
     return Post(settings.model_copy(update=changes), job)
-
-
-@pytest.fixture
-def free_port() -> int:
-    """Where nobody listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def allow(post: Post, *ports: int) -> None:

@@ -50,14 +50,14 @@ class Broker:
     """A real Valkey that can be killed and started again; what it was told is in its append-only file."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, embedded._free_port()
+        self.folder, self.port = folder, embedded.free_port()
         self.keeper: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         files = ["--dir", str(self.folder), "--save", "", "--appendonly", "yes", "--appendfsync", "always"]
         command = [str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1", *files]
         self.keeper = lifeline.start(command, log=self.folder / "valkey.log")
-        wait_for(lambda: embedded._accepts(self.port), "the start of Valkey")
+        wait_for(lambda: embedded.accepts(self.port), "the start of Valkey")
 
     @property
     def pid(self) -> int:
