@@ -62,17 +62,22 @@ class Courier:
 
     def keep(self, stopped: threading.Event) -> None:
         """Deliver until `stopped`; then wait for what is under way, END_S at most."""
+        reached = True
         with self._hands():
             while not stopped.is_set():
                 self._freed.clear()
                 try:
                     taken = self._take()
                 except LedgerUnavailable as error:
-                    log.warning("%s", error)
+                    if reached:  # said once in an outage
+                        log.warning("nothing can be delivered: %s", error)
+                    reached = False
                     taken = stopped.wait(EVERY_S)
                 except Exception:
                     log.exception("the courier met what nobody foresaw")
                     taken = stopped.wait(EVERY_S)
+                else:
+                    reached = True
                 if not taken:
                     self._freed.wait(EVERY_S)
             self._wait(END_S)

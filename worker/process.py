@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -16,7 +15,7 @@ from celery.exceptions import Reject
 from celery.signals import setup_logging, worker_ready
 
 from worker import broker, lifeline, wiring
-from worker.crew import Crew, gather
+from worker.crew import gather
 from worker.errors import BrokerUnavailable, InternalError, InvalidJob, LedgerUnavailable, WorkerUnfit
 from worker.line import log_lines
 from worker.pulse import Pulse
@@ -98,7 +97,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
     limit_memory(settings.memory_bytes)
     outside = wiring.outside(settings, load)
     wiring.prepare(settings)
-    crew = _when_the_ledger_answers(partial(gather, settings, app, outside))
+    crew = gather(settings, app, outside)
     desk = crew.desk
     register(app, desk)
     for name in settings.preload:
@@ -156,19 +155,6 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
     for one in keepers:
         one.join(max(end_s - time.monotonic(), 0))
     return int(consumer.exitcode or 0)
-
-
-def _when_the_ledger_answers(gathered: Callable[[], Crew]) -> Crew:
-    """Wait for it: worker and broker may start together, and only what cannot work is to be given up."""
-    said = False
-    while True:
-        try:
-            return gathered()
-        except LedgerUnavailable as error:
-            if not said:
-                log.warning("nothing can begin before it is there: %s", error)
-            said = True
-            time.sleep(RETURN_AFTER_S)
 
 
 def _listen(signals: SimpleQueue[int]) -> None:

@@ -52,6 +52,15 @@ def pixels(noise: Noise) -> NDArray[np.uint8]:
     return noise(3, *SIZE)
 
 
+def between_batches(name: str) -> float:
+    """How far maps of one image may differ between batches, as a share of their peak.
+
+    The notebook's are sums over channels that nearly cancel: its image is not preprocessed, so activations
+    are two orders above what comes out. float32 leaves 3.2e-6 of the peak, over 12 draws of weights.
+    """
+    return 5e-6 if name == "notebook" else 1e-6
+
+
 def change_head(model: Any, change: Callable[[Any], Any]) -> None:
     """Change kernel and bias of the last layer, both (..., classes)."""
     head = model.get_layer("scores")
@@ -85,7 +94,7 @@ def test_a_batch_gives_what_single_images_give(
     together = network.compute(pixels, PAIR, method)
     for index in range(len(pixels)):
         alone = network.compute(pixels[[index]], PAIR[:1], method)
-        close(together.raw[[index]], alone.raw, 1e-6)
+        close(together.raw[[index]], alone.raw, between_batches(name))
         close(together.scores[[index]], alone.scores, 1e-6)
 
 
