@@ -166,7 +166,7 @@ def test_messages_are_counted_by_their_priority(settings: Settings, job: Job) ->
     broker.publish(app, job)
     broker.ring(app, job.id, "bulk")
     counts = {priority: broker.waiting(app, priority) for priority in broker.ROUTES}
-    assert counts == {"high": 0, "normal": 1, "low": 0, "bulk": 1}
+    assert counts == {"high": 0, "normal": 1, "low": 0, "bulk": 1, "shard": 0}
 
 
 def test_a_node_that_takes_no_writes_any_more_is_a_lost_connection(settings: Settings) -> None:

@@ -82,7 +82,7 @@ def test_a_replay_is_a_new_job_with_the_same_content_and_the_old_one_stays_as_it
     new = office.replay(old)[old]
     assert new == id_of_replay(old) != old
     job = office.ledger.job(new)
-    assert job
+    assert isinstance(job, Job)
     assert (job.idempotency_key, job.metadata) == (None, {"patient": "7", "replay_of": old})
     assert (job.image, job.network, job.target, job.priority) == (
         office.job.image,

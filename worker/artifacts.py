@@ -18,6 +18,8 @@ attempt has written the same key. Then a picture can differ from the sha256 in t
 import hashlib
 import logging
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from worker import __version__
@@ -111,21 +113,28 @@ def _explained(
     hot: HotRegion | None,
     records: tuple[ArtifactRecord, ...],
 ) -> ExplainedClass:
-    heatmap = seen.heatmaps[index]
-    rows, columns = heatmap.shape
-    row, column = divmod(int(heatmap.argmax()), columns)
-    middle = (int((column + 0.5) * size[0] / columns), int((row + 0.5) * size[1] / rows))
     return ExplainedClass(
         **{"class": ClassRef(id=one.id, wnid=one.wnid, name=one.name)},
         rank=one.rank,
         probability=one.probability,
         raw_min=float(seen.raw_min[index]),
         raw_max=float(seen.raw_max[index]),
-        peak_xy=middle if heatmap.any() else None,
+        peak_xy=peak_xy(seen.heatmaps[index], size),
         hot=hot,
         metrics=dict(seen.metrics[index]) if seen.metrics else {},
         artifacts=records,
     )
+
+
+def peak_xy(heatmap: NDArray[np.float32], size: tuple[int, int]) -> tuple[int, int] | None:
+    """The middle of the hottest cell of a heatmap (rows, columns), in pixels of an image (width, height).
+
+    None: the heatmap is dark.
+    """
+    rows, columns = heatmap.shape
+    row, column = divmod(int(heatmap.argmax()), columns)
+    middle = (int((column + 0.5) * size[0] / columns), int((row + 0.5) * size[1] / rows))
+    return middle if heatmap.any() else None
 
 
 def classes(predictions: tuple[Prediction, ...]) -> tuple[SeenClass, ...]:

@@ -14,21 +14,24 @@ import redis.exceptions as redis_errors
 from celery import Celery
 from kombu import Queue
 
-from worker import envelope
+from worker import envelope, shard
 from worker.channel import Transport
 from worker.contract import Job
 from worker.errors import BrokerUnavailable
 from worker.settings import Settings, without_secrets
 
 EXPLAIN = "gradcam.explain"
+EXPLAIN_SHARD = "gradcam.explain_shard"
 ENTERED_AT = envelope.ENTERED_AT
 
 INTERACTIVE = "gradcam.interactive"
 BULK = "gradcam.bulk"
-QUEUES = (INTERACTIVE, BULK)  # in the order in which a worker looks
+SHARDS = "gradcam.shards"
+QUEUES = (INTERACTIVE, BULK, SHARDS)  # in the order in which a worker looks
 
 # Priorities are names on the wire. On Redis the smallest number is served first.
 ROUTES = {"high": (INTERACTIVE, 0), "normal": (INTERACTIVE, 3), "low": (INTERACTIVE, 6), "bulk": (BULK, 9)}
+ROUTES[shard.ROUTE] = (SHARDS, 9)
 
 
 def make_app(settings: Settings, *, timeout_s: float = 10) -> Celery:
@@ -58,7 +61,7 @@ def make_app(settings: Settings, *, timeout_s: float = 10) -> Celery:
         broker_connection_max_retries=None,
         broker_connection_retry_on_startup=True,
         broker_channel_error_retry=True,  # or Redis out of memory would end the worker
-        broker_pool_limit=settings.threads + 2,
+        broker_pool_limit=settings.threads + settings.shards + 2,
         broker_pool_acquire_timeout=5,
         broker_transport_options={
             "global_keyprefix": settings.key_prefix,  # else `unacked` is shared by a whole database
@@ -74,6 +77,7 @@ def make_app(settings: Settings, *, timeout_s: float = 10) -> Celery:
             "socket_keepalive": True,
             "health_check_interval": 15,
             "max_message_bytes": settings.max_message_bytes,
+            "most_in_hand": {SHARDS: settings.shards},  # the other threads are for who comes before them
         },
     )
     return app
@@ -99,7 +103,7 @@ def _send(
     queue, number = ROUTES[priority]
     with _reaching(app):
         app.send_task(
-            EXPLAIN,
+            EXPLAIN_SHARD if priority == shard.ROUTE else EXPLAIN,
             args=[payload],
             queue=queue,
             priority=number,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import redis.exceptions
@@ -46,10 +47,18 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     """
 
     QoS = QoS
-    from_transport_options = (*kombu_redis.Channel.from_transport_options, "max_message_bytes")
+    from_transport_options = (
+        *kombu_redis.Channel.from_transport_options,
+        "max_message_bytes",
+        "most_in_hand",
+    )
     max_message_bytes = 1024 * 1024  # of a job as JSON
+    most_in_hand: Mapping[
+        str, int
+    ] = {}  # queue -> messages that are not yet acknowledged, where it is limited
 
     _kept: Any = None
+    _queue_cycle: Any
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         if asynchronous:
@@ -63,6 +72,24 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             message = "The channel is closed."
             raise ConnectionError(message)
         return super()._get_pool(asynchronous)
+
+    def has_room(self, queue: str) -> bool:
+        """Whether another message of this queue may be received now."""
+        most = self.most_in_hand.get(queue)
+        return most is None or self._in_hand(queue) < most
+
+    def _in_hand(self, queue: str) -> int:
+        held = [*self.qos._delivered.values()]  # noqa: SLF001  # kombu has no other way; threads acknowledge
+        return sum(one.delivery_info.get("routing_key") == queue for one in held)
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        """Ask for the next item of the queues that have room."""
+        every: Any = self._queue_cycle
+        self._queue_cycle = _WithRoom(every, self.has_room)
+        try:
+            super()._brpop_start(timeout)
+        finally:
+            self._queue_cycle = every
 
     def waiting(self, queue: str, priority: int) -> int:
         """How many messages of one priority a queue holds: kombu counts all of them together."""
@@ -146,6 +173,16 @@ class Transport(kombu_redis.Transport):  # type: ignore[misc]
 
     Channel = Channel
     connection_errors = (*kombu_redis.Transport.connection_errors, redis.exceptions.ReadOnlyError)
+
+
+class _WithRoom:
+    """A cycle of queues without those that have no room."""
+
+    def __init__(self, cycle: Any, has_room: Callable[[str], bool]) -> None:
+        self._cycle, self._has_room = cycle, has_room
+
+    def consume(self, count: int) -> list[str]:
+        return [queue for queue in self._cycle.consume(count) if self._has_room(queue)]
 
 
 def _is_command(data: bytes) -> bool:

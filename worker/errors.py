@@ -3,6 +3,8 @@
     GradcamError
     ├── PermanentError           trying again cannot help: the job fails at once
     │   ├── InvalidJob               invalid_job
+    │   ├── InvalidRow               invalid_row              of a backfill's input
+    │   ├── DuplicateId              duplicate_id             of a row before
     │   ├── UnknownNetwork           unknown_network
     │   ├── UnknownLayer             unknown_layer
     │   ├── UnknownClass             unknown_class
@@ -40,6 +42,9 @@
         ├── EndpointGone             a webhook's receiver wants to hear no more, of any job
         ├── AttemptFenced            another attempt owns the job now
         ├── WorkerUnfit              this worker cannot work just now: somebody else, or later
+        ├── InvalidInput             a backfill's input cannot be read, or not as what it is said to be
+        ├── BackfillConflict         the output holds another backfill, or somebody else runs this one
+        ├── BackfillStopped          too many rows failed: it was stopped
         └── InvalidSettings          an impossible setting or combination of settings
 
 A message says what was received and what would have been right. It is a sentence for a person.
@@ -74,6 +79,18 @@ class InvalidJob(PermanentError):
     """The message is not a job, or asks for something no job may ask for."""
 
     code = "invalid_job"
+
+
+class InvalidRow(PermanentError):
+    """This row of the input names no image."""
+
+    code = "invalid_row"
+
+
+class DuplicateId(PermanentError):
+    """A row before has the same id."""
+
+    code = "duplicate_id"
 
 
 class UnknownNetwork(PermanentError):
@@ -294,6 +311,24 @@ class WorkerUnfit(LocalError):
     """This worker takes no jobs just now."""
 
     code = "worker_unfit"
+
+
+class InvalidInput(LocalError):
+    """A backfill's input cannot be read as what it is said to be."""
+
+    code = "invalid_input"
+
+
+class BackfillConflict(LocalError):
+    """The output holds another backfill, or somebody else runs this one."""
+
+    code = "backfill_conflict"
+
+
+class BackfillStopped(LocalError):
+    """Too many of the rows failed for the others to be tried."""
+
+    code = "backfill_stopped"
 
 
 class InvalidSettings(LocalError):

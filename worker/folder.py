@@ -84,6 +84,30 @@ class FolderStore:
         except OSError as error:
             raise self._unreadable(key, error) from error
 
+    def names(self, folder: str) -> Iterator[str]:
+        """See `Store.names`: those that are whole."""
+        try:
+            with _entered(self._root, self._steps(folder)) as place:
+                walked = [(where, files) for where, _, files, _ in os.fwalk(".", dir_fd=place)]
+        except OSError as error:
+            if error.errno in MISSING:
+                return
+            raise self._unreadable(folder, error) from error
+        found = [f"{where}/{name}" for where, files in walked for name in files if not name.endswith(".part")]
+        yield from sorted(folder + one.removeprefix(".") for one in found)
+
+    def remove(self, key: str) -> None:
+        """See `Store.remove`."""
+        *folders, name = self._steps(key)
+        try:
+            with _entered(self._root, folders) as folder:
+                os.unlink(name, dir_fd=folder)
+                os.fsync(folder)
+        except OSError as error:
+            if error.errno not in MISSING:
+                message = f"{self._path(key)} could not be removed: {error}"
+                raise StorageUnavailable(message) from error
+
     def _read(self, key: str) -> bytes:
         *folders, name = self._steps(key)
         with _entered(self._root, folders) as folder:

@@ -18,7 +18,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from worker import transitions
-from worker.contract import ID_PATTERN, Job, Problem, StatusDocument, Webhook, WorkerRef
+from worker.contract import ID_PATTERN, Problem, StatusDocument, Webhook, WorkerRef
 from worker.deadline import Deadline
 from worker.errors import (
     AttemptFenced,
@@ -28,6 +28,7 @@ from worker.errors import (
     LedgerUnavailable,
     UnknownJob,
 )
+from worker.shard import Work, parse
 from worker.wire import utc_now
 
 ASK_AGAIN_S = 0.5  # between two tries to reach the ledger
@@ -140,7 +141,7 @@ class Ledger(ABC):
     def sweep(self) -> None:
         """Forget dead letters and workers of long ago."""
 
-    def submit(self, job: Job) -> StatusDocument:
+    def submit(self, job: Work) -> StatusDocument:
         """Enter a job, once: the same job with the same id or idempotency key finds the first.
 
         Raises IdempotencyConflict where the id or the key belongs to a different job.
@@ -158,7 +159,7 @@ class Ledger(ABC):
             raise IdempotencyConflict(message)
         return held.document
 
-    def receive(self, job_id: str, payload: object) -> tuple[Job | None, StatusDocument]:
+    def receive(self, job_id: str, payload: object) -> tuple[Work | None, StatusDocument]:
         """The job that a message is about: the ledger's own, or the message's, which is entered now.
 
         None where it has ended and is forgotten. Raises InvalidJob, IdempotencyConflict.
@@ -167,16 +168,16 @@ class Ledger(ABC):
         if held and held.document.final and held.document.status != "failed":
             return None, held.document
         if held:
-            return Job.parse(json.loads(held.job)), held.document
-        job = Job.parse(payload)
+            return parse(json.loads(held.job)), held.document
+        job = parse(payload)
         document = self.submit(job)  # perhaps the first with this idempotency key, which has its own id
         return job.model_copy(update={"id": document.id}), document
 
-    def job(self, job_id: str) -> Job | None:
+    def job(self, job_id: str) -> Work | None:
         """The job itself: until it has ended, or where it failed. None where another version wrote it."""
         held = self._find(job_id)
         try:
-            return Job.parse(json.loads(held.job)) if held else None
+            return parse(json.loads(held.job)) if held else None
         except InvalidJob:
             return None
 
@@ -209,7 +210,7 @@ class Ledger(ABC):
             raise UnknownJob(message)
         return documents[job_id]
 
-    def take(self, job: Job, entered_at: datetime, worker: WorkerRef) -> StatusDocument | None:
+    def take(self, job: Work, entered_at: datetime, worker: WorkerRef) -> StatusDocument | None:
         """Claim a job that nobody has touched since it was entered, without reading it first.
 
         None where it was touched, is another one, has expired, or was entered at another moment: see
@@ -305,5 +306,5 @@ class Ledger(ABC):
         return held.route if swapped and after.status == "queued" else None
 
 
-def _fingerprint(job: Job) -> str:
+def _fingerprint(job: Work) -> str:
     return hashlib.sha256(job.fingerprint().encode()).hexdigest()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from worker import artifacts
-from worker.contract import Job, ManifestRef, NetworkRef, SeenClass, Warned
+from worker.contract import ImageRef, Job, ManifestRef, NetworkRef, SeenClass, Warned
 from worker.deadline import Deadline
 from worker.errors import ImageTooLarge, InvalidJob
 from worker.gradcam.decode import Decoded, claimed, decode
@@ -19,6 +19,7 @@ from worker.manifest import InputRecord, Manifest
 from worker.outside import Outside
 from worker.render import needed_edge, render
 from worker.room import Hold
+from worker.shard import Work
 from worker.storage import Store
 
 
@@ -30,6 +31,7 @@ class Done:
     predictions: tuple[SeenClass, ...]
     result: ManifestRef
     warnings: tuple[Warned, ...]
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -41,6 +43,8 @@ class Journey:
     attempt: int = 1
     stage: str = "check"
     metrics: dict[str, float] = field(default_factory=dict)
+    insist: Callable[[str], None] = lambda _: None  # reports what must be known if this process dies
+    suspect: str | None = None  # a worker died under it: the stage that was reported last
 
     @contextmanager
     def at(self, stage: str) -> Iterator[None]:
@@ -70,14 +74,14 @@ def _explain(job: Job, outside: Outside, journey: Journey, held: ExitStack, plac
         return _done(job, *found)  # the attempt before came as far as this and no further
     with outside.residents.ticket() as ticket:
         with journey.at("fetch"):
-            fetched, bytes_held = _fetched(job, outside, journey.deadline, held)
+            image_bytes, bytes_held = fetched(job.image, outside, journey.deadline, held)
         with journey.at("decode"):
             how: dict[str, Any] = {"limits": outside.limits, "at_least": _at_least(job, outside)}
-            pixels = outside.rooms.pixels.taken(claimed(fetched.data, **how), journey.deadline)
+            pixels = outside.rooms.pixels.taken(claimed(image_bytes.data, **how), journey.deadline)
             pixels_held = held.enter_context(pixels)
-            decoded = decode(fetched.data, **how)
-            image = _described(fetched, decoded)
-            del fetched
+            decoded = decode(image_bytes.data, **how)
+            image = described(image_bytes, decoded)
+            del image_bytes
             bytes_held.keep(0)
         with journey.at("load"):
             network = outside.residents.get(outside.networks.find(job.network))  # as it is described now
@@ -119,7 +123,7 @@ def _done(job: Job, manifest: Manifest, result: ManifestRef) -> Done:
     )
 
 
-def admit(job: Job, outside: Outside) -> Store:
+def admit(job: Work, outside: Outside) -> Store:
     """Refuse what the operator does not allow, before anything is fetched; open where to write.
 
     Raises InvalidJob, UnknownNetwork, UriNotAllowed (a webhook), OutputNotAllowed.
@@ -141,8 +145,8 @@ def _at_least(job: Job, outside: Outside) -> int | None:
     return None if shown is None else max(shown, 2 * max(outside.networks.find(job.network).input_size))
 
 
-def _fetched(job: Job, outside: Outside, deadline: Deadline, held: ExitStack) -> tuple[Fetched, Hold]:
-    """An image's bytes, and the room they take.
+def fetched(image: ImageRef, outside: Outside, deadline: Deadline, held: ExitStack) -> tuple[Fetched, Hold]:
+    """An image's bytes, and the room that `held` keeps for them.
 
     How many there will be is not known before. At first there is room for a thread's even share, which nobody
     has to wait for as long as all images are of that size; for a larger one, which is given up as soon as it
@@ -152,22 +156,23 @@ def _fetched(job: Job, outside: Outside, deadline: Deadline, held: ExitStack) ->
     for at_most in small:
         with ExitStack() as first, suppress(ImageTooLarge):
             hold = first.enter_context(outside.rooms.bytes.taken(at_most, deadline))
-            fetched = outside.images.fetch(job.image, deadline, at_most)
+            found = outside.images.fetch(image, deadline, at_most)
             held.push(first.pop_all())
-            hold.keep(len(fetched.data))
-            return fetched, hold
+            hold.keep(len(found.data))
+            return found, hold
     hold = held.enter_context(outside.rooms.bytes.taken(large, deadline))
-    fetched = outside.images.fetch(job.image, deadline, large)
-    hold.keep(len(fetched.data))
-    return fetched, hold
+    found = outside.images.fetch(image, deadline, large)
+    hold.keep(len(found.data))
+    return found, hold
 
 
-def _described(fetched: Fetched, decoded: Decoded) -> InputRecord:
+def described(found: Fetched, decoded: Decoded) -> InputRecord:
+    """What is written down about an image."""
     height, width = decoded.size
     return InputRecord(
-        uri=fetched.uri,
-        sha256=fetched.sha256,
-        bytes=len(fetched.data),
+        uri=found.uri,
+        sha256=found.sha256,
+        bytes=len(found.data),
         media_type=decoded.media_type,
         width=width,
         height=height,

@@ -15,7 +15,7 @@ from celery.exceptions import Reject
 from celery.signals import setup_logging, worker_ready
 
 from worker import broker, lifeline, wiring
-from worker.crew import gather
+from worker.crew import Crew, gather
 from worker.errors import BrokerUnavailable, InternalError, InvalidJob, LedgerUnavailable, WorkerUnfit
 from worker.line import log_lines
 from worker.pulse import Pulse
@@ -54,7 +54,8 @@ def register(app: Celery, desk: Desk) -> None:
             time.sleep(RETURN_AFTER_S)
             raise Reject(str(error), requeue=True) from error
 
-    app.task(explain, name=broker.EXPLAIN, bind=True, shared=False)  # this app's alone
+    for name in (broker.EXPLAIN, broker.EXPLAIN_SHARD):
+        app.task(explain, name=name, bind=True, shared=False)  # this app's alone
     app.refuse_message = lambda message_id, why: desk.refuse(
         message_id, None, InvalidJob(f"The message is not a job: {why}.")
     )
@@ -107,12 +108,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
     pulse = Pulse(ready_fd, reachable=probe, ill=lambda: outside.residents.trouble)
     app.turned = pulse.turned
     stopped, signals = threading.Event(), SimpleQueue[int]()
-    keepers = [
-        threading.Thread(target=keep, args=[stopped], name=name, daemon=True)
-        for name, keep in crew.keepers.items()
-    ]
-    for one in keepers:
-        one.start()
+    keepers = _started(crew, stopped)
 
     def ready(**_: object) -> None:
         _listen(signals)
@@ -141,20 +137,31 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
     threading.Thread(target=give_up, name="give up", daemon=True).start()
     consumer = app.Worker(
         pool="threads",
-        concurrency=settings.threads,
+        concurrency=settings.threads + settings.shards,
         queues=list(broker.QUEUES),
         without_gossip=True,  # with it, a restart of the broker can end the worker
         without_mingle=True,
         without_heartbeat=True,
         quiet=True,
     )
-    log.info("%s on %s takes jobs, %d threads", desk.worker.id, desk.worker.device, settings.threads)
+    hands = f"{settings.threads} threads, {settings.shards} shards"
+    log.info("%s on %s takes jobs, %s", desk.worker.id, desk.worker.device, hands)
     consumer.start()
     stopped.set()
     end_s = time.monotonic() + LAST_WORD_S
     for one in keepers:
         one.join(max(end_s - time.monotonic(), 0))
     return int(consumer.exitcode or 0)
+
+
+def _started(crew: Crew, stopped: threading.Event) -> list[threading.Thread]:
+    threads = [
+        threading.Thread(target=keep, args=[stopped], name=name, daemon=True)
+        for name, keep in crew.keepers.items()
+    ]
+    for one in threads:
+        one.start()
+    return threads
 
 
 def _listen(signals: SimpleQueue[int]) -> None:

@@ -7,11 +7,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import get_args
 
-from worker.contract import Priority
 from worker.errors import BrokerUnavailable, LedgerUnavailable
 from worker.ledger import Ledger
+from worker.shard import ROUTES
 
 log = logging.getLogger("gradcam")
 
@@ -110,7 +109,7 @@ class Reaper:
             return None
 
     def _look_for_lost_messages(self) -> None:
-        for route in get_args(Priority):
+        for route in ROUTES:
             silent = self._ledger.silent(
                 route, empty=not self._waiting(route), lost_after_s=self._lost_after_s, limit=AT_ONCE
             )

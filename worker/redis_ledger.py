@@ -4,17 +4,18 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any
 
 import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from worker import outbox, redis_scripts, transitions
-from worker.contract import Priority, StatusDocument
+from worker.contract import StatusDocument
 from worker.errors import LedgerUnavailable
 from worker.ledger import Entry, Ledger, Renewed
 from worker.settings import Settings, without_secrets
+from worker.shard import ROUTES
 
 LONGEST_PAUSE_MS = 600_000  # before a message that seems lost is published yet another time
 LIVES = 3  # leases without a word: a worker that is gone, of which its health need not be told
@@ -151,7 +152,7 @@ class RedisLedger(Ledger):
 
     def counts(self) -> tuple[int, int]:
         """See `Ledger.counts`."""
-        waiting = [*(f"queued:{route}" for route in get_args(Priority)), "retrying"]
+        waiting = [*(f"queued:{route}" for route in ROUTES), "retrying"]
         with self.server.reaching(), self.server.redis.pipeline(transaction=False) as pipeline:
             for name in (*waiting, "running"):
                 pipeline.zcard(self.server.prefix + name)

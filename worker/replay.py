@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from worker.contract import Job, StatusDocument
 from worker.errors import GradcamError, LedgerUnavailable, UnknownJob
 from worker.ledger import Ledger
+from worker.shard import Shard
 from worker.wire import utc_now
 
 REPLAY_OF = "replay_of"  # in a job's metadata: the id of the one that failed
@@ -94,6 +95,8 @@ class DeadLetters:
     def look(self, letter: Letter) -> Job | str:
         """The job that a replay of this letter would be; else why it cannot be replayed."""
         job = self._ledger.job(letter.id)
+        if isinstance(job, Shard):
+            return f"It is a shard of backfill {job.backfill}: `gradcam backfill --resume` runs it again."
         if job is None:
             return "Cannot be replayed: this version can read no job in its message."
         return once_more(job, letter.id)
@@ -101,7 +104,8 @@ class DeadLetters:
     def _again(self, job: Job, old_id: str) -> Replayed:
         try:
             if self._ledger.read_many([job.id]):  # an earlier replay was interrupted, or is still going on
-                job = self._ledger.job(job.id) or job
+                held = self._ledger.job(job.id)
+                job = held if isinstance(held, Job) else job
             self._submit(job)
         except LedgerUnavailable:
             raise

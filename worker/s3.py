@@ -10,8 +10,9 @@ import contextlib
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -68,7 +69,17 @@ NOT_DIRECT = (obstore.exceptions.BaseError, OSError, ValueError)
 T = TypeVar("T")
 Chunk = bytes | obstore.Bytes
 NEVER = Deadline(math.inf)
+ASKED_S = 15  # that a page of a listing, or a deletion, is asked for
 DOWNLOAD_S = 3  # that a model's file is asked for again, before a byte of it has come
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An object of a bucket, as a listing names it."""
+
+    key: str
+    size: int  # bytes
+    etag: str  # changes with its contents
 
 
 class S3:
@@ -177,6 +188,23 @@ class S3:
 
         reading = self._readers.submit(_both, uri, direct, thorough, patience)
         return patience.gather([reading], f"reading {uri}")[0]
+
+    def listed(self, bucket: str, prefix: str) -> Iterator[Listed]:
+        """All objects whose keys begin with `prefix`, in order, page by page. Raises one of FAILED."""
+        token: dict[str, str] = {}
+        while True:
+            ask = partial(self.client.list_objects_v2, Bucket=bucket, Prefix=prefix, **token)
+            page = Patience(NEVER, ASKED_S).insist(ask, FAILED, hopeless)
+            for one in page.get("Contents", ()):
+                yield Listed(one["Key"], one["Size"], one.get("ETag", "").strip('"'))
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def remove(self, bucket: str, key: str) -> None:
+        """Delete an object, if there is one. Raises one of FAILED."""
+        ask = partial(self.client.delete_object, Bucket=bucket, Key=key)
+        Patience(NEVER, ASKED_S).insist(ask, FAILED, hopeless)
 
     def read_image(self, bucket: str, key: str, max_bytes: int, deadline: Deadline) -> bytes:
         """Read an object, giving up as soon as it proves too large or too slow.

@@ -150,6 +150,9 @@ class Settings(BaseModel):
     # Worker
     preload: Listed = ()  # networks to load before the first job
     threads: Count = 16  # jobs in hand at once, twice a CPU's batch; where it is not set, a GPU gets 64
+    shards: Count = (
+        2  # of backfills, in hand at once beside those jobs: one is read while another is computed
+    )
     retry_backoff_s: Seconds = 1  # before the second attempt; doubles, with jitter
     retry_backoff_max_s: Seconds = 60
     shutdown_timeout_s: Seconds = 90  # after which a worker that was asked to stop hands back what it has

@@ -1,7 +1,7 @@
 """Where artifacts go: a prefix of a bucket, or a folder."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote
@@ -63,6 +63,14 @@ class Store(Protocol):
         """Read an object back, without insisting. Raises StorageUnavailable."""
         ...
 
+    def names(self, folder: str) -> Iterator[str]:
+        """The keys of all objects below a folder, in order. Raises StorageUnavailable."""
+        ...
+
+    def remove(self, key: str) -> None:
+        """Have an object no more, if there is one. Raises StorageUnavailable."""
+        ...
+
 
 class S3Store:
     """A prefix of a bucket."""
@@ -119,6 +127,23 @@ class S3Store:
     def get(self, key: str) -> bytes:
         """See `Store.get`."""
         return self._read(key, Patience(NEVER, PROBE_S, insists=False))
+
+    def names(self, folder: str) -> Iterator[str]:
+        """See `Store.names`."""
+        try:
+            for found in self._s3.listed(self._bucket, f"{self._prefix}{folder}/"):
+                yield found.key.removeprefix(self._prefix)
+        except FAILED as error:
+            message = f"{self.uri(folder)} could not be listed: {reason(error)}"
+            raise StorageUnavailable(message) from error
+
+    def remove(self, key: str) -> None:
+        """See `Store.remove`."""
+        try:
+            self._s3.remove(self._bucket, self._prefix + key)
+        except FAILED as error:
+            message = f"{self.uri(key)} could not be removed: {reason(error)}"
+            raise StorageUnavailable(message) from error
 
     def _read(self, key: str, patience: Patience) -> bytes:
         try:

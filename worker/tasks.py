@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import AwareDatetime, TypeAdapter
 
-from worker import pipeline
+from worker import bulk, pipeline
 from worker.breaker import Breaker
 from worker.contract import ID_PATTERN, Job, Problem, StatusDocument, WorkerRef
 from worker.deadline import Deadline
@@ -37,6 +37,7 @@ from worker.ledger import Ledger
 from worker.outside import Outside
 from worker.pipeline import Journey
 from worker.settings import Settings
+from worker.shard import Shard, Work
 from worker.transitions import suspected
 from worker.wire import utc_now
 
@@ -109,7 +110,8 @@ class Desk:
                 return "dropped"
             claim = self.ledger.claim(document, self.worker)
             if claim.outcome == "claimed":
-                return self._run(job, claim.document)
+                last = document.error.stage if document.error and suspected(document) else None
+                return self._run(job, claim.document, suspect=last)
         if claim.outcome == "changed":
             return None
         log.info("job %s is %s: nothing to do", job.id, claim.document.status)
@@ -136,23 +138,32 @@ class Desk:
                 log.warning("job %s is not handed back: %s", job_id, error)
         return back
 
-    def _run(self, job: Job, document: StatusDocument) -> str:
+    def _run(self, job: Work, document: StatusDocument, *, suspect: str | None = None) -> str:
         """Run a claimed job and write down how it went."""
         progress = _Progress(self.ledger, document)
-        journey = Journey(Deadline(job.timeout_s), progress, attempt=document.attempt)
+        journey = Journey(
+            Deadline(job.timeout_s),
+            progress,
+            attempt=document.attempt,
+            insist=progress.insist,
+            suspect=suspect,
+        )
         with self.leases.held(document, journey.deadline):
             try:
-                done = pipeline.explain(job, self.outside, journey)
+                if isinstance(job, Shard):
+                    done = bulk.explain(job, self.outside, journey)
+                else:
+                    done = pipeline.explain(job, self.outside, journey)
             except (AttemptFenced, LedgerUnavailable):
                 raise
             except Exception as error:  # noqa: BLE001  # the one place where anything at all becomes a Problem
                 return self._failed(job, progress.document, journey, error)
             self.breaker.succeeded()
-            metrics = {**progress.document.metrics, **journey.metrics}
-            self._write(progress.document, status="succeeded", metrics=metrics, **vars(done))
+            metrics = {**progress.document.metrics, **journey.metrics, **done.metrics}
+            self._write(progress.document, status="succeeded", **{**vars(done), "metrics": metrics})
         return "done"
 
-    def _failed(self, job: Job, document: StatusDocument, journey: Journey, error: Exception) -> str:
+    def _failed(self, job: Work, document: StatusDocument, journey: Journey, error: Exception) -> str:
         if not isinstance(error, GradcamError):
             log.error("job %s: unforeseen at %s", job.id, journey.stage, exc_info=error)
             error = InternalError.of(error)
@@ -208,6 +219,10 @@ class _Progress:
         self.document = document
         self._ledger = ledger
         self._written = time.monotonic()
+
+    def insist(self, stage: str) -> None:
+        """Write a stage now. Raises LedgerUnavailable."""
+        self.document = self._ledger.advance(self.document, patience_s=LEDGER_PATIENCE_S, stage=stage)
 
     def __call__(self, stage: str) -> None:
         if time.monotonic() - self._written < PROGRESS_EVERY_S:

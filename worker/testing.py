@@ -7,7 +7,7 @@
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,14 @@ class MemoryStore:
     def get(self, key: str) -> bytes:
         """See `worker.storage.Store.get`."""
         return self.objects[key]
+
+    def names(self, folder: str) -> Iterator[str]:
+        """See `worker.storage.Store.names`."""
+        return iter(sorted(key for key in self.objects if key.startswith(f"{folder}/")))
+
+    def remove(self, key: str) -> None:
+        """See `worker.storage.Store.remove`."""
+        self.objects.pop(key, None)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ The states on the right of the first line, and expired, are final and absorb.
 from datetime import datetime
 from typing import Any
 
-from worker.contract import FINAL, Job, Problem, StatusDocument, WorkerRef
+from worker.contract import FINAL, Problem, StatusDocument, WorkerRef
 from worker.errors import GradcamError, JobCanceled, JobExpired, MaxAttemptsExceeded, WorkerLost
+from worker.shard import Work
 from worker.wire import utc_now
 
 
-def fresh(job_id: str, job: Job | None = None, entered_at: datetime | None = None) -> StatusDocument:
+def fresh(job_id: str, job: Work | None = None, entered_at: datetime | None = None) -> StatusDocument:
     """A job as it is entered; without a job, what a message left that is none."""
     now = entered_at or utc_now()
     return StatusDocument(

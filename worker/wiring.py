@@ -39,6 +39,7 @@ def outside(settings: Settings, load_row: Load | None = None) -> Outside:
             max_bytes=settings.resident_bytes,
             wait_s=settings.batch_wait_s,
             peak_bytes=_peak_bytes,
+            on_gpu=_on_gpu,
         ),
         stores=Stores(settings, s3),
         webhooks=Webhooks(settings),
@@ -84,6 +85,12 @@ def _peak_bytes() -> int | None:
     peak = backend.peak_memory()
     backend.reset_peak_memory()
     return peak
+
+
+def _on_gpu() -> bool:
+    from worker.gradcam import backend
+
+    return backend.device_name() != "cpu"
 
 
 def prepare(settings: Settings) -> None:

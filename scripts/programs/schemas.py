@@ -6,6 +6,7 @@ from pathlib import Path
 
 from worker.contract import Job, StatusDocument, StatusEvent
 from worker.manifest import Manifest
+from worker.shard import Shard
 from worker.wire import Wire
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "schemas"
@@ -14,6 +15,7 @@ MODELS: dict[str, type[Wire]] = {
     "status.v1.json": StatusDocument,
     "manifest.v1.json": Manifest,
     "event.v1.json": StatusEvent,
+    "shard.v1.json": Shard,
 }
 
 

@@ -31,6 +31,7 @@ UNKNOWN = 8  # images in a batch, where nobody has found out how many are worth 
 AHEAD = 2  # batches at the device: one that it computes, one that is there already
 NEWEST = 0.2  # weight of the last pass in the mean of how long one takes
 NEVER_S = threading.TIMEOUT_MAX  # from now: no reason to look before something changes
+TOGETHER = -1  # in the place of how many classes: a pass that nothing joins
 ALONE = (0, None, 0)  # the key of all that shares a batch with nothing
 WAITING = "waiting for the device"
 HUNG_S = 600.0  # that a pass may take: as long as a job may wait, and the first pass of a large network
@@ -120,6 +121,27 @@ class Batcher:
         key = (id(network), method, (len(wish) - 1).bit_length())
         request = Request(key, begin, deadline, bulk, pixels, tuple(wish))
         answer: Answer = self._ask(request, self._largest.get(id(network), self._otherwise), arrive)
+        return answer
+
+    def compute_many(
+        self,
+        network: Network,
+        pixels: NDArray[np.uint8],
+        wish: Sequence[int],
+        method: Method,
+        deadline: Deadline,
+    ) -> Answer:
+        """Fitted images (n, height, width, channels) in a pass of their own, behind whoever is urgent.
+
+        Who is with whom does not depend on what else is asked for, so neither do the last digits of what
+        comes out. Raises JobTimeout, DeviceOutOfMemory, and what the network raises.
+        """
+
+        def begin(_: list[Request]) -> Finish:
+            return network.begin(pixels, padded([tuple(wish)] * len(pixels)), method)
+
+        key = (id(network), method, TOGETHER)
+        answer: Answer = self._ask(Request(key, begin, deadline, bulk=True), 1, lambda: None)
         return answer
 
     def alone(self, run: Callable[[], T], deadline: Deadline, *, bulk: bool = False) -> T:

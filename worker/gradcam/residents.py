@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker.deadline import Deadline
-from worker.errors import DeviceOutOfMemory, PermanentError
+from worker.errors import DeviceOutOfMemory, GradcamError, NetworkIncompatible, PermanentError
 from worker.gradcam.batcher import UNKNOWN, Batcher
 from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.explain import Explanation, explanation_of
@@ -28,6 +29,8 @@ GREY = 128  # a picture of nothing
 MOST = 64  # images in a batch: more have not been seen to be faster
 WORTH = 1.1  # times more images a second that a larger batch has to bring
 PATIENCE = 2  # sizes in a row that bring no more: one alone may be chance, or an odd step
+VALUES = 2_200_000  # height x width x 3 of all images in a pass: about a second on two cores, or less
+VALUES_ON_GPU = 4 * VALUES
 LONG_S = 1.0  # a pass is not made longer: whoever is urgent waits for the one that runs
 
 
@@ -92,6 +95,7 @@ class Residents:
         max_bytes: int = 8 * 1024**3,
         wait_s: float = 0.01,
         peak_bytes: Callable[[], int | None] = lambda: None,
+        on_gpu: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`load` turns a row into a live network.
@@ -103,7 +107,7 @@ class Residents:
         """
         self._load = load
         self._max_batch, self._max_bytes = max_batch, max_bytes
-        self._peak_bytes, self._clock = peak_bytes, clock
+        self._peak_bytes, self._clock, self._on_gpu = peak_bytes, clock, on_gpu
         self._batcher = Batcher(wait_s=wait_s, largest=max_batch or UNKNOWN)
         self._networks: OrderedDict[str, tuple[NetworkRow, Network]] = OrderedDict()  # last used last
         self._refused: dict[str, _Refused] = {}
@@ -220,6 +224,39 @@ class Residents:
         """Say that a job is on its way, so that a batch may wait for it."""
         with self._batcher.coming() as arrive:
             yield Ticket(self._batcher, arrive)
+
+    def group(self, network: Network) -> int:
+        """How many images `explain_many` is best given at once.
+
+        The same on every machine with such a device: in a pass of another size the last digits differ.
+        """
+        if self._max_batch:
+            return self._max_batch
+        height, width = network.facts.input_size
+        many = VALUES_ON_GPU if self._on_gpu() else VALUES
+        return int(min(max(2 ** math.floor(math.log2(many / (3 * height * width))), 1), MOST))
+
+    def explain_many(
+        self,
+        network: Network,
+        pixels: NDArray[np.uint8],
+        wish: Sequence[int],
+        method: Method,
+        deadline: Deadline,
+    ) -> list[Explanation | GradcamError]:
+        """Explain n fitted images (n, height, width, channels) in one pass of their own, behind the urgent.
+
+        In place of an explanation stands why there is none. Raises UnknownLayer, DeviceOutOfMemory,
+        JobTimeout.
+        """
+        answer = self._batcher.compute_many(network, pixels, wish, method, deadline)
+        found: list[Explanation | GradcamError] = []
+        for index in range(len(pixels)):
+            try:
+                found.append(explanation_of(network, answer.computed, index, tuple(wish), method.normalize))
+            except NetworkIncompatible as error:  # scores that are no numbers, of this image
+                found.append(error)
+        return found
 
     def measure(
         self,

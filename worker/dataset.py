@@ -1,0 +1,211 @@
+"""What a backfill leaves: one Parquet file a shard, with a row for each image and class.
+
+    <output>/backfill.json             what was asked for: see `worker.backfill`
+    <output>/data/<key>.parquet        one shard: its presence means that it is done
+    <output>/failed/<key>.jsonl        its rows that failed, if any, each with its Problem
+    <output>/overlays/<row id>/...     where asked for, under the keys that a job's have
+    <output>/failed.jsonl              all of these, when the backfill has ended
+    <output>/dataset.json              last: its presence means that every row of the input is there
+
+An image that failed has one row, with `error` and `error_detail`, and no class. Every file has the same
+schema, so that any reader takes the folder for one table: see docs/DATASET.md. This module is the one door
+to Arrow.
+"""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from worker import __version__
+from worker.artifacts import peak_xy
+from worker.contract import NetworkRef, Problem
+from worker.errors import StorageUnavailable
+from worker.gradcam.explain import Explanation
+from worker.gradcam.region import Box
+from worker.images import presentable
+from worker.manifest import InputRecord
+from worker.shard import Row, Shard
+
+SCHEMA = "gradcam.dataset/v1"
+MEDIA_TYPE = "application/vnd.apache.parquet"
+FACTS = b"gradcam"  # the key of the facts about a whole file, as JSON, in its metadata
+BOX_THRESHOLD = 0.5  # of the heatmap's peak, as in a manifest
+
+Grid = tuple[int, int]  # rows, columns of every heatmap
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A row of the input that was explained."""
+
+    image: InputRecord
+    explanation: Explanation
+    boxes: Sequence[Box | None]  # of each explained class, in pixels of the image
+    overlays: Sequence[str | None]  # URIs, of each explained class
+
+
+Outcome = Seen | Problem
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a file says of itself."""
+
+    rows: int  # of the input
+    failed: int  # of them
+    codes: Mapping[str, int]  # why: code -> rows
+    network: NetworkRef
+
+
+def data_key(key: str) -> str:
+    """Where a shard's file is."""
+    return f"data/{key}.parquet"
+
+
+def failed_key(key: str) -> str:
+    """Where a shard's failed rows are."""
+    return f"failed/{key}.jsonl"
+
+
+def schema(grid: Grid) -> pa.Schema:
+    """The columns of every file whose heatmaps have so many rows and columns."""
+    rows, columns = grid
+    return pa.schema(
+        [
+            pa.field("row", pa.int64(), nullable=False),  # number in the input, from 0
+            ("id", pa.string()),  # the reader's own
+            ("uri", pa.string()),
+            ("sha256", pa.string()),  # of the bytes that were explained
+            ("width", pa.int32()),  # of the image, in pixels, upright
+            ("height", pa.int32()),
+            ("index", pa.int32()),  # of the class among those explained, from 0
+            ("class_id", pa.int32()),
+            ("wnid", pa.string()),
+            ("class_name", pa.string()),
+            ("rank", pa.int32()),  # among all classes, by score, from 1
+            ("probability", pa.float32()),
+            ("heatmap", pa.list_(pa.float16(), rows * columns)),  # row by row, in [0, 1]
+            ("raw_min", pa.float32()),  # before the ReLU and the division by the peak
+            ("raw_max", pa.float32()),
+            ("peak_xy", pa.list_(pa.int32(), 2)),  # in pixels of the image
+            ("box_xyxy", pa.list_(pa.int32(), 4)),  # left, top, right, bottom around the peak
+            ("deletion", pa.float32()),
+            ("insertion", pa.float32()),
+            ("overlay", pa.string()),  # its URI
+            ("error", pa.string()),  # a code of worker.errors
+            ("error_detail", pa.string()),
+        ]
+    )
+
+
+def to_bytes(
+    shard: Shard,
+    network: NetworkRef,
+    grid: Grid,
+    outcomes: Sequence[Outcome | None],
+    kept: pa.Table | None = None,
+) -> tuple[bytes, Summary]:
+    """A shard's file, and what it says of itself: the same bytes for the same outcomes.
+
+    An outcome of None is a row that `kept`, a table of the file before, has already.
+    """
+    records = [
+        record
+        for place, (row, outcome) in enumerate(zip(shard.rows, outcomes, strict=True))
+        if outcome is not None
+        for record in _records(shard.first + place, row, outcome)
+    ]
+    table = pa.Table.from_pylist(records, schema=schema(grid))
+    if kept is not None:
+        order: Any = [("row", "ascending"), ("index", "ascending")]
+        table = pa.concat_tables([kept, table]).sort_by(order)
+    codes = Counter(table["error"].drop_null().to_pylist())
+    summary = Summary(len(shard.rows), codes.total(), dict(sorted(codes.items())), network)
+    facts = {
+        "schema": SCHEMA,
+        "backfill": shard.backfill,
+        "shard": shard.index,
+        "first": shard.first,
+        "rows": summary.rows,
+        "failed": summary.failed,
+        "codes": summary.codes,
+        "grid": grid,
+        "network": network.model_dump(mode="json"),
+        "method": shard.method.model_dump(mode="json"),
+        "generator": f"gradcam-worker {__version__}",
+    }
+    file = io.BytesIO()
+    named = table.replace_schema_metadata({FACTS: json.dumps(facts, sort_keys=True).encode()})
+    pq.write_table(named, file, compression="zstd", row_group_size=len(table) or 1)
+    return file.getvalue(), summary
+
+
+def _records(number: int, row: Row, outcome: Outcome) -> list[dict[str, Any]]:
+    own = {"row": number, "id": row.id, "uri": presentable(row.uri)}
+    if isinstance(outcome, Problem):
+        return [{**own, "error": outcome.code, "error_detail": outcome.detail}]
+    seen, image = outcome.explanation, outcome.image
+    own |= {"uri": image.uri, "sha256": image.sha256, "width": image.width, "height": image.height}
+    return [
+        {
+            **own,
+            "index": index,
+            "class_id": one.id,
+            "wnid": one.wnid,
+            "class_name": one.name,
+            "rank": one.rank,
+            "probability": one.probability,
+            "heatmap": seen.heatmaps[index].astype(np.float16).ravel(),
+            "raw_min": float(seen.raw_min[index]),
+            "raw_max": float(seen.raw_max[index]),
+            "peak_xy": peak_xy(seen.heatmaps[index], (image.width, image.height)),
+            "box_xyxy": outcome.boxes[index],
+            "overlay": outcome.overlays[index],
+            **(seen.metrics[index] if seen.metrics else {}),
+        }
+        for index, one in enumerate(seen.explained)
+    ]
+
+
+def failed_lines(shard: Shard, outcomes: Sequence[Outcome | None]) -> bytes:
+    """The rows that failed, a JSON object a line: itself an input for another backfill."""
+    lines = []
+    for place, (row, outcome) in enumerate(zip(shard.rows, outcomes, strict=True)):
+        if isinstance(outcome, Problem):
+            own = row.model_dump(mode="json", exclude_none=True, exclude={"uri", "problem", "version"})
+            said = {"image": row.uri, **own, "row": shard.first + place}
+            lines.append(json.dumps({**said, "error": outcome.model_dump(mode="json")}) + "\n")
+    return "".join(lines).encode()
+
+
+def summary_of(data: bytes) -> Summary:
+    """What a file says of itself. Raises StorageUnavailable where it is no such file."""
+    facts = _facts(pq.read_schema, data)
+    network = NetworkRef.model_validate(facts["network"])
+    return Summary(int(facts["rows"]), int(facts["failed"]), dict(facts["codes"]), network)
+
+
+def good_rows(data: bytes) -> tuple[pa.Table, frozenset[int], Grid]:
+    """What a file holds of rows that succeeded, their numbers, and its grid. Raises StorageUnavailable."""
+    rows, columns = _facts(pq.read_schema, data)["grid"]
+    table = pq.read_table(io.BytesIO(data))
+    good = table.filter(pc.is_null(table["error"])).replace_schema_metadata(None)
+    return good, frozenset(good["row"].to_pylist()), (rows, columns)
+
+
+def _facts(read: Any, data: bytes) -> dict[str, Any]:
+    try:
+        facts = json.loads((read(io.BytesIO(data)).metadata or {})[FACTS])
+        found = {SCHEMA: facts}[facts["schema"]]
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        message = f"A shard's file is there, and cannot be read as one: {error}"
+        raise StorageUnavailable(message) from error
+    return dict(found)
