@@ -136,12 +136,32 @@ def threads() -> dict[str, Any]:
     }
 
 
+def backfill() -> dict[str, Any]:
+    ran = {"rows": 10, "seconds": 1.0, "submitter_mb": 90.0, "redis_mb": 1.5, "rows_per_s": 9000.0}
+    return {
+        "network": "xception",
+        "batch": 8,
+        "share_of_engine": 0.95,
+        "share_of_engine_cpu": 0.96,
+        **{f"{name}_images_per_s": 15.0 for name in ("engine", "shard", "job")},
+        "linear": 0.97,
+        "tracking": {"10000": ran, "1000000": ran},
+        "rows_lost": 0,
+        "rows_doubled": 0,
+        "kills": {"rows": 20_000, "kills": 10},
+        **{f"interactive_p{percent}_ms": {"idle": 60.0, "loaded": 300.0} for percent in (50, 95)},
+        "required_share": 0.9,
+        "required_linear": 0.8,
+        **RAN,
+    }
+
+
 def gpu() -> dict[str, Any]:
     return {"device": "an accelerator", "backend": "keras 3", "engine": engine(), "service": service()}
 
 
 MADE: dict[str, Callable[[], dict[str, Any]]] = {
-    one.__name__: one for one in (engine, peers, host, service, latency, memory, threads, gpu)
+    one.__name__: one for one in (engine, peers, host, service, latency, memory, threads, backfill, gpu)
 }
 
 
@@ -226,6 +246,7 @@ def test_a_bench_without_a_document_is_said_not_to_have_been_run(docs: Path) -> 
         ("latency", ("parts_s", "busy", "submit", "99")),
         ("memory", ("resident_mb", 1, "mb")),
         ("threads", ("best",)),
+        ("backfill", ("tracking", "1000000", "redis_mb")),
         ("gpu", ("service", "jobs_per_s")),
     ],
 )

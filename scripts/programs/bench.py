@@ -13,6 +13,7 @@ BENCHES = (
     "memory",
     "gpu",
     "threads",
+    "backfill",
 )  # each a module `bench_<name>` beside this one, with `main(*, quick, as_json)`
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -158,8 +158,8 @@ class Result:
 
 def measure(case: Case, photos: Sequence[bytes]) -> Result:
     """Start a river for one network; let engine and service take turns."""
-    engine = stand_in.load(Settings(), None, _row(case.network))
-    images = _fitted(engine, photos)
+    engine = stand_in.load(Settings(), None, row(case.network))
+    images = fitted(engine, photos)
     with river.flowing((case.network,), photos, **case.settings) as flow:
         warm = serve(flow, case.network, case.jobs // 2)  # also says what batches there will be
         sizes = [size for size, passes in warm.batches.items() for _ in range(size * passes)]
@@ -171,11 +171,12 @@ def measure(case: Case, photos: Sequence[bytes]) -> Result:
     return Result(case.network, flow.device, batch, done / wall, cpu / wall, turns)
 
 
-def _row(name: str) -> NetworkRow:
+def row(name: str) -> NetworkRow:
+    """How a network is described, of the catalog or a stand-in."""
     return CATALOG.get(name) or NetworkRow(name, (224, 224), Preprocessing("none"))
 
 
-def _fitted(network: Network, photos: Sequence[bytes]) -> NDArray[np.uint8]:
+def fitted(network: Network, photos: Sequence[bytes]) -> NDArray[np.uint8]:
     """The photos as the network takes them, (n, height, width, 3)."""
     return np.stack([fit(decode(photo).pixels, network.facts.input_size) for photo in photos])
 

@@ -148,6 +148,55 @@ def threads_tables(found: Figures) -> Lines:
     yield ""
 
 
+def backfill_targets(found: Figures) -> Iterator[Target]:
+    """A shard costs little beside its passes, and no row is lost."""
+    network, least = found.at("network"), found.number("required_share")
+    yield at_least(f"{network}: shards, as a share of the engine", least, found.number("share_of_engine"))
+    yield at_least(
+        "rows/s of the longest input, as a share of the shortest's",
+        found.number("required_linear"),
+        found.number("linear"),
+    )
+    for what in ("lost", "doubled"):
+        number = found.number(f"rows_{what}")
+        yield Target(f"everybody killed at random: rows {what}", "0", f"{number:.0f}", not number)
+
+
+def backfill_tables(found: Figures) -> Lines:
+    """Speed, tracking, and who waits beside it."""
+    ways = {"the engine alone": "engine", "a backfill, in shards": "shard", "jobs of one image each": "job"}
+    yield f"Images a second, {found.at('network')}, {found.number('batch'):.0f} images a pass:"
+    yield ""
+    yield from table(
+        ("", "images/s"),
+        [(way, f"{found.number(f'{name}_images_per_s'):.1f}") for way, name in ways.items()],
+    )
+    yield f"In CPU time, worker and servers together, the share is {found.number('share_of_engine_cpu'):.2f}."
+    yield ""
+    rows = [
+        (
+            f"{int(count):,}",
+            f"{found.number('tracking', count, 'rows_per_s'):.0f}",
+            f"{found.number('tracking', count, 'submitter_mb'):.0f}",
+            f"{found.number('tracking', count, 'redis_mb'):.1f}",
+        )
+        for count in found.at("tracking")
+    ]
+    yield from table(("rows", "rows/s", "submitter, MiB", "Redis, MiB more"), rows)
+    kills = found.at("kills")
+    yield f"{kills['rows']:,} rows, submitter and workers killed {kills['kills']} times: see above."
+    yield ""
+    yield "A single job, from submit to the return of wait, milliseconds:"
+    yield ""
+    yield from table(
+        ("worker", "median", "95 %"),
+        [
+            (name, *(f"{found.number(f'interactive_p{percent}_ms', name):.0f}" for percent in (50, 95)))
+            for name in found.at("interactive_p50_ms")
+        ],
+    )
+
+
 def gpu_tables(found: Figures) -> Lines:
     """The engine's and the service's figures there."""
     yield f"On {found.at('device')}, {found.at('backend')}."

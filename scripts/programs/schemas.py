@@ -6,6 +6,7 @@ from pathlib import Path
 
 from worker.contract import Job, StatusDocument, StatusEvent
 from worker.manifest import Manifest
+from worker.plan import Plan
 from worker.shard import Shard
 from worker.wire import Wire
 
@@ -16,6 +17,7 @@ MODELS: dict[str, type[Wire]] = {
     "manifest.v1.json": Manifest,
     "event.v1.json": StatusEvent,
     "shard.v1.json": Shard,
+    "backfill.v1.json": Plan,
 }
 
 

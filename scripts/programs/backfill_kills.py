@@ -1,0 +1,113 @@
+"""A backfill whose submitter and whose two workers are killed at random, again and again."""
+
+import contextlib
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import Popen
+
+import backfill_runs as runs
+import river
+import stand_in
+from pydantic import SecretStr
+
+from worker import embedded, lifeline
+from worker.s3 import S3
+from worker.settings import Settings
+
+NETWORK = "no_time"
+WORKERS = 2
+PHOTOS, SIZE = 64, (48, 64)  # small ones: what is attacked is the way that rows take
+SHORTEST_S, LONGEST_S = 0.5, 3.0  # between two kills
+PATIENCE_S = 900
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Survived:
+    """What became of the rows."""
+
+    rows: int
+    kills: int  # of the submitter and of workers, each time all of those that are drawn
+    lost: int
+    doubled: int
+    seconds: float
+
+
+@contextlib.contextmanager
+def place(folder: Path) -> Iterator[Settings]:
+    """Servers that outlive everybody, with photos."""
+    with embedded.valkey(folder) as valkey, embedded.s3(folder, ("photos", "results")) as s3_server:
+        (folder / "networks.toml").write_text(stand_in.REGISTRY, encoding="utf-8")
+        settings = Settings(
+            broker_url=f"redis://127.0.0.1:{valkey.port}/0",
+            output="s3://results/bench",
+            s3_endpoint_url=s3_server.url,
+            s3_access_key_id=s3_server.access_key_id,
+            s3_secret_access_key=SecretStr(s3_server.secret_access_key),
+            networks=folder / "networks.toml",
+            lease_s=2,
+            lost_after_s=3,
+            retry_backoff_s=0.2,
+        )
+        s3 = S3(settings)
+        for number, photo in enumerate(river.photographs(PHOTOS, SIZE)):
+            s3.put("photos", f"{number:05}.jpg", photo, "image/jpeg")
+        yield settings
+
+
+def survive(rows: int, kills: int) -> Survived:
+    """Run one to its end while it is attacked, and count its rows."""
+    draw, begun = random.Random(SEED), time.monotonic()  # noqa: S311  # repeatable, not secret
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradcam-kills-")))
+        settings = stack.enter_context(place(folder))
+        uris = (f"s3://photos/{number % PHOTOS:05}.jpg" for number in range(rows))
+        source = runs.write_input(folder / "input.jsonl", uris)
+        output = f"{settings.output}/kills"
+        words = runs.command(source, output, NETWORK, "--shard-rows", "128")
+        workers = [_worker(settings, folder) for _ in range(WORKERS)]
+        submitter = _submitter(settings, words, folder)
+        try:
+            for done in range(kills):
+                time.sleep(draw.uniform(SHORTEST_S, LONGEST_S))
+                if submitter.poll() is not None:
+                    message = f"The backfill ended before kill {done + 1} of {kills}: give it more rows."
+                    raise RuntimeError(message)
+                for one in (submitter, *workers):
+                    one.kill()
+                    one.wait()
+                workers = [_worker(settings, folder) for _ in range(WORKERS)]
+                submitter = _submitter(settings, [*words, "--resume"], folder)
+            code = submitter.wait(PATIENCE_S)
+        finally:
+            for one in (submitter, *workers):
+                if one.poll() is None:
+                    one.kill()
+                    one.wait()
+        if code:
+            said = (folder / "submitter.log").read_text(errors="replace")[-2000:]
+            message = f"The backfill ended with {code}: {said}"
+            raise RuntimeError(message)
+        found = runs.counted(settings, output, rows)
+    return Survived(rows, kills, found.lost, found.doubled, time.monotonic() - begun)
+
+
+def _worker(settings: Settings, folder: Path) -> "Popen[bytes]":
+    program = str(Path(stand_in.__file__).resolve())
+    return lifeline.start(
+        [sys.executable, "-P", program, str(folder / "passes")],
+        log=folder / "worker.log",
+        environment=settings.to_environment(),
+        grace_s=5,
+    )
+
+
+def _submitter(settings: Settings, words: list[str], folder: Path) -> "Popen[bytes]":
+    with (folder / "submitter.log").open("ab") as log:
+        return Popen(words, env=settings.environment_for_child(), stdout=log, stderr=log)
