@@ -15,7 +15,7 @@ to Arrow.
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from worker import __version__
 from worker.artifacts import peak_xy
@@ -209,3 +210,37 @@ def _facts(read: Any, data: bytes) -> dict[str, Any]:
         message = f"A shard's file is there, and cannot be read as one: {error}"
         raise StorageUnavailable(message) from error
     return dict(found)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of a file, n of them, all of images that were explained."""
+
+    method: Mapping[str, Any]  # how its heatmaps came to be: see `worker.wishes.Method`
+    class_ids: NDArray[np.int32]  # (n,)
+    ranks: NDArray[np.int32]  # (n,)
+    probabilities: NDArray[np.float32]  # (n,)
+    heatmaps: NDArray[np.float16]  # (n, rows, columns)
+    others: pa.RecordBatch  # every column but the heatmaps
+
+    def record(self, place: int) -> dict[str, Any]:
+        """One row, without its heatmap."""
+        return dict(self.others.slice(place, 1).to_pylist()[0])
+
+
+def batches(data: bytes, rows: int = 4096) -> Iterator[Batch]:
+    """The rows of a file that were explained, so many at a time. Raises StorageUnavailable."""
+    facts = _facts(pq.read_schema, data)
+    try:
+        for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(batch_size=rows):
+            good = batch.filter(pc.is_null(batch["error"]))
+            flat = good["heatmap"].flatten().to_numpy(zero_copy_only=False)
+            yield Batch(
+                facts["method"],
+                *(good[name].to_numpy(zero_copy_only=False) for name in ("class_id", "rank", "probability")),
+                flat.reshape(len(good), *facts["grid"]),
+                good.drop_columns(["heatmap"]),
+            )
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        message = f"A shard's file is there, and cannot be read as one: {error}"
+        raise StorageUnavailable(message) from error

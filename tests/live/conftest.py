@@ -1,6 +1,8 @@
 """The whole thing: a real Valkey, a real S3 server, real worker processes."""
 
 import contextlib
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,12 +12,25 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
+from selenium import webdriver
 
 from worker import embedded, lifeline
 from worker.client import GradcamClient
 from worker.s3 import S3
 from worker.settings import Settings
 from worker.storage import Store, Stores
+
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",  # in which root may not start it
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--force-color-profile=srgb",
+)
 
 
 @dataclass
@@ -102,3 +117,22 @@ def stage(make_stage: Callable[..., Stage]) -> Iterator[Stage]:
     stage = make_stage("stage")
     with stage.worker("worker"):
         yield stage
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """A real browser, which all tests of pages share."""
+    binary, program = shutil.which("chromium"), shutil.which("chromedriver")
+    if not binary or not program:
+        missing = "chromium and chromedriver are not installed: scripts/browser installs them where it can"
+        if os.environ.get("CI"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(program))
+    yield driver
+    driver.quit()

@@ -2,9 +2,7 @@
 
 import base64
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,17 +29,6 @@ pytestmark = pytest.mark.live
 
 Pixels = NDArray[np.uint8]
 FACTS = {"Job": "job-1", "Image": "s3://photos/astronaut.jpg", "Image SHA-256": "0123456789abcdef" * 4}
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",  # in which root may not start it
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--force-color-profile=srgb",
-)
 DESKTOP, PHONE = (1280, 900), (375, 812)
 ROUNDING = 4  # levels of 255: the browser decodes the JPEG and blends in ways of its own
 HOSTILE = [
@@ -103,24 +90,6 @@ class Reader:
         """What is drawn, (height, width, 3) RGB."""
         url = self.run("document.getElementById('picture').toDataURL()")
         return decode(base64.b64decode(url.partition(",")[2])).pixels.astype(int)
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    binary, program = shutil.which("chromium"), shutil.which("chromedriver")
-    if not binary or not program:
-        missing = "chromium and chromedriver are not installed: scripts/browser installs them where it can"
-        if os.environ.get("CI"):
-            pytest.fail(missing)
-        pytest.skip(missing)
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(program))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture
