@@ -317,11 +317,11 @@ def test_a_remote_command_that_is_none_is_passed_over_and_not_shown(
 
 
 def test_who_submits_a_job_that_no_worker_would_read_hears_it_at_once() -> None:
-    check(JOB, 100)
+    check(json.dumps(JOB).encode(), 200)
     with pytest.raises(InvalidJob, match=r"it has 11,\d+ bytes; at most 10,000 are allowed \(GRADCAM_MAX"):
-        check({**JOB, "image": "x" * 11_000}, 10_000)
+        check(json.dumps({**JOB, "image": "x" * 11_000}).encode(), 10_000)
     with pytest.raises(InvalidJob, match="50 digits"):
-        check({**JOB, "target": {"classes": [10**49]}}, 10_000)
+        check(json.dumps({**JOB, "target": {"classes": [10**49]}}).encode(), 10_000)
 
 
 @pytest.mark.parametrize(

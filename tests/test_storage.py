@@ -103,6 +103,66 @@ def test_what_is_there_is_found_and_what_is_not_is_none(store: Store) -> None:
     assert store.find("none/none.txt", Deadline(30)) is None
 
 
+def test_all_objects_below_a_folder_are_named_in_order_and_no_others(store: Store) -> None:
+    names = ["data/b.parquet", "data/a.parquet", "data/deep/c", "data/\N{SNOWMAN} +%.parquet"]
+    for key in [*names, "database/x", "data2", "failed/a"]:
+        store.put(f"set/{key}", b"data", "text/plain")
+    assert [*store.names("set/data")] == sorted(f"set/{one}" for one in names)
+    assert [*store.names("set/none")] == []
+    assert [*store.names("set/data/deep")] == ["set/data/deep/c"]
+
+
+def test_what_is_removed_is_there_no_more_and_what_is_not_there_may_be_removed(store: Store) -> None:
+    store.put("rm/a.txt", b"data", "text/plain")
+    store.put("rm/b.txt", b"data", "text/plain")
+    store.remove("rm/a.txt")
+    store.remove("rm/a.txt")
+    store.remove("nowhere/at/all")
+    assert [*store.names("rm")] == ["rm/b.txt"]
+    assert store.find("rm/a.txt", Deadline(30)) is None
+
+
+def test_a_listing_of_many_pages_misses_nothing(s3_settings: Any) -> None:
+    s3 = S3(Settings(**s3_settings))
+    names = {f"pages/{number:04d}" for number in range(1203)}  # a page has 1000
+    with ThreadPoolExecutor(8) as pool:
+        [*pool.map(lambda key: s3.put("results", key, b"x", "text/plain"), names)]
+    found = [*s3.listed("results", "pages/")]
+    assert [one.key for one in found] == sorted(names)
+    assert {one.size for one in found} == {1}
+    assert all(one.etag for one in found)
+    assert not any('"' in one.etag for one in found)
+
+
+def test_a_bucket_that_cannot_be_listed_is_storage_that_is_unavailable(s3_settings: Any) -> None:
+    none = stores("s3://none/x", **s3_settings).open()
+    with pytest.raises(StorageUnavailable, match=r"s3://none/x/data could not be listed.*does not exist"):
+        [*none.names("data")]
+    with pytest.raises(StorageUnavailable, match=r"s3://none/x/a could not be removed"):
+        none.remove("a")
+
+
+def test_names_lead_out_of_no_folder(tmp_path: Path) -> None:
+    elsewhere, own = tmp_path / "elsewhere", tmp_path / "set"
+    for folder in (elsewhere, own):
+        folder.mkdir()
+    elsewhere.joinpath("secret").write_bytes(b"data")
+    own.joinpath("data").symlink_to(elsewhere)
+    own.joinpath("more").mkdir()
+    own.joinpath("more", "deep").symlink_to(elsewhere)
+    store = FolderStore(tmp_path, "set")
+    assert [*store.names("data")] == [*store.names("more")] == []
+    with pytest.raises(OutputNotAllowed):
+        [*store.names("../elsewhere")]
+
+
+def test_a_file_that_is_not_whole_yet_is_not_named(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path, "set")
+    store.put("data/a", b"data", "text/plain")
+    tmp_path.joinpath("set", "data", ".0123.part").write_bytes(b"da")
+    assert [*store.names("data")] == ["data/a"]
+
+
 def test_a_job_out_of_time_or_overtaken_looks_for_nothing(store: Store) -> None:
     with pytest.raises(JobTimeout):
         store.find("j/a.jpg", Deadline(0))

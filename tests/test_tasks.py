@@ -1,4 +1,5 @@
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from worker.breaker import Breaker
 from worker.contract import Job, StatusDocument, WorkerRef
 from worker.errors import (
     ImageFetchFailed,
+    ImageNotFound,
     LedgerUnavailable,
     StorageUnavailable,
     UnknownJob,
@@ -19,6 +21,7 @@ from worker.errors import (
 from worker.leases import Leases
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
+from worker.shard import Shard
 from worker.tasks import Desk
 from worker.testing import MemoryLedger, MemoryStore, outside
 from worker.wire import new_id
@@ -392,3 +395,124 @@ def test_what_is_no_job_is_refused_also_if_it_says_when_it_was_entered(office: O
     message_id = new_id()
     assert office.desk.handle({"image": 7}, message_id, entered_at="2026-01-01T00:00:00Z") == "done"
     assert office.ledger.read(message_id).status == "failed"
+
+
+def a_shard(count: int = 6, **changes: Any) -> Shard:
+    fields = {
+        "backfill": new_id(),
+        "index": 0,
+        "key": "00000000-0123456789abcdef",
+        "first": 0,
+        "rows": [{"uri": f"s3://in/{place}.png"} for place in range(count)],
+        "network": "efficientnet_lite0",
+        "target": {"top_n": 1},
+        "output": "s3://out",
+    }
+    return Shard.model_validate({**fields, **changes})
+
+
+class Images(dict[str, bytes | Exception]):
+    """The same picture everywhere, but for what happens at some addresses."""
+
+    def __init__(self, **happens: Callable[[], object]) -> None:
+        super().__init__()
+        self.happens = happens
+
+    def get(self, key: str, default: Any = None) -> Any:
+        found = self.happens.get(key.removeprefix("s3://in/").removesuffix(".png"), lambda: None)()
+        return found or IMAGE
+
+
+class Died(BaseException):
+    """The end of a process."""
+
+
+class TestShards:
+    def hand_in(self, office: Office, shard: Shard) -> str:
+        """As whoever runs a backfill does."""
+        office.ledger.submit(shard)
+        return office.handle({"id": shard.id})
+
+    def test_a_shard_succeeds_and_its_document_counts_its_rows(self, office: Office) -> None:
+        office.images = Images(**{"2": lambda: ImageNotFound("There is nothing.")})
+        shard = a_shard()
+        assert self.hand_in(office, shard) == "done"
+        document = office.ledger.read(shard.id)
+        assert (document.status, document.error, document.predictions) == ("succeeded", None, ())
+        counts = {name: document.metrics[name] for name in ("rows", "failed", "failed_image_not_found")}
+        assert counts == {"rows": 6, "failed": 1, "failed_image_not_found": 1}
+        assert document.metrics["images_per_s"] > 0
+        assert document.result
+        assert document.result.manifest_uri == f"memory://data/{shard.key}.parquet"
+        assert document.network
+        assert (document.network.name, document.network.layer) == ("efficientnet_lite0", "blocks")
+        assert document.metadata == {"backfill": shard.backfill, "shard": "0"}
+        assert office.handle({"id": shard.id}) == "dropped"
+
+    def test_a_shard_under_which_processes_die_is_done_without_the_row_that_kills_them(
+        self, office: Office
+    ) -> None:
+        def die() -> None:
+            raise Died
+
+        office.images, shard = Images(**{"4": die}), a_shard()
+        office.ledger.submit(shard)
+        stages = []
+        for _ in range(3):
+            with pytest.raises(Died):
+                office.handle({"id": shard.id})
+            stages.append(office.ledger.read(shard.id).stage)
+            office.ledger._due[shard.id] = 0
+            assert office.ledger.lose(shard.id) == "shard"
+        assert stages == ["fetch", "rows 4 to 4", "row 4"]
+        assert office.handle({"id": shard.id}) == "done"
+        document = office.ledger.read(shard.id)
+        assert (document.status, document.attempt) == ("succeeded", 4)
+        assert document.metrics["failed_worker_lost"] == document.metrics["failed"] == 1
+        assert b'"row": 4' in office.store.objects[f"failed/{shard.key}.jsonl"]
+
+    def test_a_shard_that_is_handed_back_runs_again_and_leaves_the_same(self, office: Office) -> None:
+        office.images, shard = Images(**{"3": lambda: office.one_desk.hand_back() and None}), a_shard()
+        office.ledger.submit(shard)
+        for attempt in (1, 2):
+            office.one_desk = office.desk
+            assert office.one_desk.handle({"id": shard.id}, new_id()) == "dropped"
+            document = office.ledger.read(shard.id)
+            assert (document.status, document.attempt, document.error) == ("queued", attempt, None)
+            assert not office.store.objects
+        office.images = Images()
+        assert office.handle({"id": shard.id}) == "done"
+        left = dict(office.store.objects)
+        other = Office(Images())
+        self.hand_in(other, shard.model_copy(update={"id": new_id()}))
+        assert other.store.objects == left
+
+    def test_a_shard_whose_images_cannot_be_had_waits_and_on_its_last_attempt_says_which(
+        self, office: Office, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("worker.bulk.AGAIN_S", 0)
+        down = {str(place): lambda: ImageFetchFailed("HTTP 503") for place in range(4)}
+        office.images, shard = Images(**down), a_shard(max_attempts=2)
+        assert self.hand_in(office, shard) == "later"
+        document = office.ledger.read(shard.id)
+        assert (document.status, document.error and document.error.code) == ("retrying", "image_fetch_failed")
+        office.ledger._due[shard.id] = 0
+        assert office.ledger.requeue(shard.id) == "shard"
+        assert office.handle({"id": shard.id}) == "done"
+        document = office.ledger.read(shard.id)
+        assert (document.status, document.metrics["failed_image_fetch_failed"]) == ("succeeded", 4)
+
+    def test_a_shard_that_is_cancelled_while_it_runs_leaves_nothing(self, office: Office) -> None:
+        shard = a_shard()
+
+        def cancel() -> None:
+            office.ledger.cancel(shard.id)
+            office.one_desk.leases.beat()
+
+        office.images = Images(**{"1": cancel})
+        office.one_desk = office.desk
+        office.ledger.submit(shard)
+        assert office.one_desk.handle({"id": shard.id}, new_id()) == "done"
+        document = office.ledger.read(shard.id)
+        assert (document.status, document.error and document.error.code) == ("canceled", "canceled")
+        assert not office.store.objects

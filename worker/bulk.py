@@ -2,100 +2,81 @@
 
     rows --readers--> groups of fitted pictures --one pass each--> explanations --> one file, written last
 
-While the device computes one group, the next ones are read. The groups are cut by the rows' places, and
-nothing else joins their passes, so a shard that is run again leaves the same bytes.
+While the device computes one group, the next ones are read. Every pass is over as many pictures, each in the
+place that its row's number gives it, and grey ones where there is none to compute: so a shard that is run
+again leaves the same bytes, whichever rows were computed together. (Only where the device's memory is too
+short for that are passes smaller, and differ in the last digits.)
 """
 
 import hashlib
 import re
 import time
-import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from worker import artifacts, dataset, pipeline
-from worker.contract import ImageRef, Job, ManifestRef, NetworkRef, Problem
-from worker.dataset import Outcome, Seen, Summary
+from worker import dataset, pipeline
+from worker.contract import ManifestRef, NetworkRef, Problem
+from worker.dataset import Outcome, Summary
 from worker.errors import (
-    AttemptFenced,
+    DeviceOutOfMemory,
     GradcamError,
     ImageFetchFailed,
     InternalError,
-    JobCanceled,
-    JobTimeout,
-    OutputNotAllowed,
-    StorageUnavailable,
-    UnknownLayer,
     WeightsChecksumMismatch,
     WorkerLost,
 )
-from worker.gradcam.decode import Decoded, claimed, decode
-from worker.gradcam.explain import Explanation, check_channels
+from worker.gradcam.explain import Explanation
 from worker.gradcam.network import Method, Network
-from worker.gradcam.picture import fit
-from worker.gradcam.region import hot_box
-from worker.manifest import InputRecord
+from worker.gradcam.residents import GREY
 from worker.outside import Outside
 from worker.pipeline import Done, Journey
-from worker.render import render
-from worker.shard import Row, Shard
+from worker.shard import READERS, Shard
+from worker.shard_row import ENDS, Picture, Rows
 from worker.storage import Store
 
-READERS = 8  # images of one shard that are fetched and decoded at once
-AHEAD = 3  # groups that are read or computed at once
+AHEAD = 3  # groups that are read or computed while one is waited for
 COMPUTING = 2  # of them that may be with the device: one is computed, one is there
 AGAIN_S = 2.0  # before rows that failed for a moment are tried a second time
-T = TypeVar("T")
 
-SUSPECT = re.compile(r"row (\d+)(?: but (.*))?")  # the stage of a shard that runs row by row
+# The stage of a shard under which a worker died: rows 16 to 23; or row 17, but not 3 and 4.
+SUSPECT = re.compile(r"rows \d+ to \d+|row (\d+)(?: but (.*))?")
 
-# What ends the whole shard, whichever row meets it.
-ENDS = (AttemptFenced, JobCanceled, JobTimeout, OutputNotAllowed, StorageUnavailable, UnknownLayer)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A row's image, read: as the network takes it, and as it is drawn on, if it is."""
-
-    image: InputRecord
-    fitted: NDArray[np.uint8]
-    decoded: Decoded | None
+Pixels = NDArray[np.uint8]
+Under = deque[tuple[list[int], "Future[list[Outcome]]"]]
 
 
 def explain(shard: Shard, outside: Outside, journey: Journey) -> Done:
     """Run one shard. Raises the errors of `worker.errors` that are not a single row's."""
     store = pipeline.admit(shard, outside)
-    place = dataset.data_key(shard.key)
+    place, failed = dataset.data_key(shard.key), dataset.failed_key(shard.key)
     there = store.find(place, journey.deadline)
     if there is not None and not shard.keep:
         return _done(store.uri(place), there, dataset.summary_of(there))
-    kept, good, grid = dataset.good_rows(there) if there is not None else (None, frozenset(), None)
+    kept, good = dataset.good_rows(there) if there is not None else (None, frozenset())
+    places = [row for row in range(len(shard.rows)) if shard.first + row not in good]
     with journey.at("load"):
         run = _Run(shard, outside, journey, store)
     with journey.at("explain"):
-        outcomes = run.outcomes([row for row in range(len(shard.rows)) if shard.first + row not in good])
-        reference = NetworkRef(
-            name=shard.network, layer=run.layer(), weights_sha256=run.network.facts.weights_sha256
-        )
-        grid = run.grid or grid or run.learned()
+        outcomes = run.outcomes(places)
+        grid, layer = run.grid_and_layer()
+        sha256 = run.network.facts.weights_sha256
+        reference = NetworkRef(name=shard.network, layer=layer, weights_sha256=sha256)
     with journey.at("render"):
         data, summary = dataset.to_bytes(shard, reference, grid, outcomes, kept)
     with journey.at("upload"):
-        failed = dataset.failed_key(shard.key)
         if summary.failed:
             lines = dataset.failed_lines(shard, outcomes)
             store.put_many([(failed, lines, "application/x-ndjson")], journey.deadline)
-        elif shard.keep:
+        elif store.find(failed, journey.deadline) is not None:  # of an attempt, or a run, before
             store.remove(failed)
         store.put_many([(place, data, dataset.MEDIA_TYPE)], journey.deadline)
-    journey.metrics["images_per_s"] = round(len(shard.rows) / max(journey.metrics["explain_s"], 1e-3), 3)
+    journey.metrics["images_per_s"] = round(len(places) / max(journey.metrics["explain_s"], 1e-3), 3)
     return _done(store.uri(place), data, summary)
 
 
@@ -110,8 +91,8 @@ class _Run:
     """A shard while it is computed."""
 
     def __init__(self, shard: Shard, outside: Outside, journey: Journey, store: Store) -> None:
-        self.shard, self.outside, self.journey, self.store = shard, outside, journey, store
-        self.grid: dataset.Grid | None = None
+        self.shard, self.residents, self.journey = shard, outside.residents, journey
+        self._grid: dataset.Grid | None = None
         self._layer = ""
         begun = time.monotonic()
         self.network: Network = outside.residents.get(outside.networks.find(shard.network))
@@ -123,193 +104,160 @@ class _Run:
                 f"{shard.weights_sha256}; this worker has {has or 'some of which it knows no sha256'}."
             )
             raise WeightsChecksumMismatch(message)
+        self.rows = Rows(shard, outside, journey, store, self.network)
+        self.size = outside.residents.group(self.network)
         self.wish = self.network.labels.wanted(top_n=shard.target.top_n, classes=shard.target.classes)
         self.method = Method(**shard.method.model_dump())
 
-    def layer(self) -> str:
-        """The layer that was explained."""
-        return self._layer or self.shard.method.layer or self.network.facts.default_layer
-
-    def learned(self) -> dataset.Grid:
-        """The grid, where no row was explained: of a grey picture."""
-        grey = np.full((1, *self.network.facts.input_size, self.network.facts.channels), 128, np.uint8)
-        self._explained(grey)
-        return self.grid or self.network.facts.map_size
+    def grid_and_layer(self) -> tuple[dataset.Grid, str]:
+        """Of the heatmaps; where no row was explained, of a grey picture's."""
+        facts = self.network.facts
+        if not self._grid:
+            self._explained({0: np.full((*facts.input_size, facts.channels), GREY, np.uint8)}, self.size)
+        layer = self._layer or self.shard.method.layer or facts.default_layer
+        return self._grid or facts.map_size, layer
 
     def outcomes(self, places: Sequence[int]) -> list[Outcome | None]:
-        """What became of the rows at these places; None of the others."""
+        """What became of the rows at these places; None of the others.
+
+        What failed for a moment is tried a second time. Where that is most of the rows, a store is down,
+        which is no fault of its images: the whole shard is tried again, unless this attempt is the last.
+        """
         found: list[Outcome | None] = [None] * len(self.shard.rows)
-        if self.journey.suspect is not None:
-            self._one_by_one(places, self.journey.suspect, found)
-            return found
-        self._in_groups(places, found)
-        brief = [place for place in places if _brief(found[place])]
+        compute = self._in_turn if self.journey.suspect is None else self._alone
+        compute(places, found)
+        brief = {place: one for place in places if (one := found[place]) and self._is_brief(place, one)}
+        if 2 * len(brief) > len(places) and not self.journey.last:
+            first: Any = next(iter(brief.values()))
+            message = f"{len(brief)} of {len(places)} images cannot be had just now, as: {first.detail}"
+            raise (ImageFetchFailed if first.code == ImageFetchFailed.code else InternalError)(message)
         if brief:
             time.sleep(min(AGAIN_S, self.journey.deadline.left_s()))
-            self._in_groups(brief, found)
-            self._give_up_where_most_failed(len(places), [found[place] for place in brief])
+            compute([*brief], found)
         return found
 
-    def _give_up_where_most_failed(self, asked: int, brief: Sequence[Outcome | None]) -> None:
-        """A store that is down is no fault of its images: the whole shard is tried again, later."""
-        still = [one for one in brief if isinstance(one, Problem) and _brief(one)]
-        if 2 * len(still) > asked and self.journey.attempt < self.shard.max_attempts:
-            message = f"{len(still)} of {asked} images cannot be had just now, as: {still[0].detail}"
-            raise (
-                ImageFetchFailed(message)
-                if still[0].code == ImageFetchFailed.code
-                else InternalError(message)
-            )
+    def _is_brief(self, place: int, outcome: Outcome) -> bool:
+        if not isinstance(outcome, Problem) or self.shard.rows[place].problem:
+            return False
+        return outcome.retryable and outcome.code != WorkerLost.code
 
-    def _in_groups(self, places: Sequence[int], found: list[Outcome | None]) -> None:
-        size = self.outside.residents.group(self.network)
-        groups: dict[int, list[int]] = {}
+    def _in_turn(self, places: Sequence[int], found: list[Outcome | None]) -> None:
+        def report(_: list[int], done: int) -> None:
+            self.journey.report(f"explain {done} of {len(places)}")
+
+        self._in_groups(places, found, self.size, AHEAD, report)
+
+    def _alone(self, places: Sequence[int], found: list[Outcome | None]) -> None:
+        """A worker died under this shard: one group at a time, and say before each that it is its turn.
+
+        Where it dies under such a group, the next attempt does so with each row; and the one after leaves
+        out the row whose turn it was.
+        """
+        said = SUSPECT.fullmatch(self.journey.suspect or "")
+        deadly = [one for one in (said[1], *(said[2] or "").split(",")) if one] if said else []
+        but = f" but {','.join(deadly)}" if deadly else ""
+
+        def insist(group: list[int], _: int) -> None:
+            self.journey.insist(f"row {group[0]}{but}" if said else f"rows {group[0]} to {group[-1]}")
+
         for place in places:
-            groups.setdefault(place // size, []).append(place)
+            if str(place) in deadly:
+                lost = WorkerLost("The worker ended without a word when this image's turn came.")
+                found[place] = Problem.of(lost, stage="explain", attempt=self.journey.attempt)
+        left = [place for place in places if str(place) not in deadly]
+        self._in_groups(left, found, 1 if said else self.size, 0, insist)
+
+    def _in_groups(
+        self,
+        places: Sequence[int],
+        found: list[Outcome | None],
+        step: int,
+        ahead: int,
+        say: Callable[[list[int], int], None],
+    ) -> None:
+        """Groups of `step` places, `ahead` of them begun while one is waited for; `say` is told before each
+        which it is and how many rows are done.
+        """
+        done = 0
+        under_way: Under = deque()
         with (
             ThreadPoolExecutor(READERS, thread_name_prefix="shard-read") as readers,
             ThreadPoolExecutor(COMPUTING, thread_name_prefix="shard-compute") as computing,
         ):
-            under_way: deque[tuple[list[int], Future[list[Outcome]]]] = deque()
             try:
-                for done, group in enumerate([*groups.values(), *[[]] * AHEAD]):
-                    if group:
-                        self.journey.deadline.check("explain")
-                        read = [readers.submit(self._read, self.shard.rows[place]) for place in group]
-                        under_way.append((group, computing.submit(self._computed, group, read)))
-                    if len(under_way) > AHEAD or not group:
-                        self._collect(under_way, found)
-                    self.journey.report(f"explain {min(done * size, len(places))} of {len(places)}")
+                for group in _cut(places, step):
+                    self.journey.deadline.check("explain")
+                    say(group, done)
+                    read = [readers.submit(self.rows.read, place) for place in group]
+                    under_way.append((group, computing.submit(self._computed, group, read, readers)))
+                    while len(under_way) > ahead:
+                        done += _collect(under_way, found)
+                while under_way:
+                    done += _collect(under_way, found)
             except BaseException:
                 readers.shutdown(wait=False, cancel_futures=True)
                 computing.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _collect(
-        self, under_way: "deque[tuple[list[int], Future[list[Outcome]]]]", found: list[Outcome | None]
-    ) -> None:
-        if under_way:
-            group, computed = under_way.popleft()
-            for place, outcome in zip(group, computed.result(), strict=True):
-                found[place] = outcome
-
-    def _one_by_one(self, places: Sequence[int], suspect: str, found: list[Outcome | None]) -> None:
-        """A worker died under this shard: say before each row that it is its turn, and leave out those
-        whose turn it was when it happened.
-        """
-        said = SUSPECT.fullmatch(suspect)
-        deadly = [said[1], *filter(None, (said[2] or "").split(","))] if said else []
-        but = f" but {','.join(deadly)}" if deadly else ""
-        for place in places:
-            if str(place) in deadly:
-                lost = WorkerLost("A worker ended without a word each time that this image's turn came.")
-                found[place] = Problem.of(lost, stage="explain", attempt=self.journey.attempt)
-                continue
-            self.journey.insist(f"row {place}{but}")
-            self.journey.deadline.check("explain")
-            read: Future[Picture | Problem] = Future()
-            read.set_result(self._read(self.shard.rows[place]))
-            (found[place],) = self._computed([place], [read])
-
-    def _read(self, row: Row) -> Picture | Problem:
-        """A row's picture, or why there is none."""
-        if row.problem:
-            return row.problem
-        return self._tried("fetch", lambda: self._picture(row))
-
-    def _picture(self, row: Row) -> Picture:
-        deadline, outside = self.journey.deadline, self.outside
-        size = self.network.facts.input_size
-        drawn = bool(self.shard.artifacts)
-        how: dict[str, Any] = {"limits": outside.limits, "at_least": None if drawn else 2 * max(size)}
-        with ExitStack() as held:
-            found, bytes_held = pipeline.fetched(
-                ImageRef(uri=row.uri, sha256=row.sha256), outside, deadline, held
-            )
-            held.enter_context(outside.rooms.pixels.taken(claimed(found.data, **how), deadline))
-            decoded = decode(found.data, **how)
-            image = pipeline.described(found, decoded)
-            del found
-            bytes_held.keep(0)
-            check_channels(self.network.facts, decoded.pixels)
-            return Picture(image, fit(decoded.pixels, size), decoded if drawn else None)
-
-    def _computed(self, group: Sequence[int], read: Sequence["Future[Picture | Problem]"]) -> list[Outcome]:
+    def _computed(
+        self, group: Sequence[int], read: Sequence["Future[Picture | Problem]"], pool: ThreadPoolExecutor
+    ) -> list[Outcome]:
         """The outcomes of a group, in its order."""
-        pictures = [one.result() for one in read]
-        good = [one for one in pictures if isinstance(one, Picture)]
-        seen = iter(self._explained(np.stack([one.fitted for one in good])) if good else ())
-        return [
-            picture if isinstance(picture, Problem) else self._outcome(place, picture, next(seen))
-            for place, picture in zip(group, pictures, strict=True)
-        ]
+        pictures = {place: one.result() for place, one in zip(group, read, strict=True)}
+        seen = self._explained(
+            {place: one.fitted for place, one in pictures.items() if isinstance(one, Picture)}, self.size
+        )
 
-    def _explained(self, pixels: NDArray[np.uint8]) -> Sequence[Explanation | GradcamError]:
-        """One pass; where it fails, two halves, and so on: what one image does fails that image alone."""
-        residents, half = self.outside.residents, len(pixels) // 2
+        def outcome(place: int) -> Outcome:
+            picture = pictures[place]
+            return picture if isinstance(picture, Problem) else self.rows.outcome(place, picture, seen[place])
+
+        return [*(pool.map if self.shard.artifacts else map)(outcome, group)]  # what is drawn is read again
+
+    def _explained(self, pictures: Mapping[int, Pixels], size: int) -> dict[int, Explanation | GradcamError]:
+        """One pass over `size` pictures, those of these places and grey ones. Where it fails they are parted
+        between two, and so on: what one image does fails that image alone.
+        """
+        if not pictures:
+            return {}
+        pixels = np.full((size, *next(iter(pictures.values())).shape), GREY, np.uint8)
+        for place, one in pictures.items():
+            pixels[place % size] = one
         try:
-            found = residents.explain_many(
+            found = self.residents.explain_many(
                 self.network, pixels, self.wish, self.method, self.journey.deadline
             )
         except ENDS:
             raise
         except Exception as error:  # noqa: BLE001  # whatever a network may raise
-            if not half:
-                return [error if isinstance(error, GradcamError) else InternalError.of(error)]
-            return [*self._explained(pixels[:half]), *self._explained(pixels[half:])]
-        for one in found:
-            if isinstance(one, Explanation):
-                self.grid, self._layer = (one.heatmaps.shape[1], one.heatmaps.shape[2]), one.layer
-        return found
-
-    def _outcome(self, place: int, picture: Picture, seen: Explanation | GradcamError) -> Outcome:
-        if not isinstance(seen, Explanation):
-            return Problem.of(seen, stage="explain", attempt=self.journey.attempt)
-        return self._tried("render", lambda: self._seen(place, picture, seen))
-
-    def _seen(self, place: int, picture: Picture, seen: Explanation) -> Seen:
-        deadline, image = self.journey.deadline, picture.image
-        if self.shard.metrics:
-            seen = self.outside.residents.measure(
-                self.network, picture.fitted, seen, self.shard.metrics, deadline
-            )
-        size = image.height, image.width
-        boxes = [hot_box(one, size, dataset.BOX_THRESHOLD) for one in seen.shown]
-        overlays: list[str | None] = [None] * len(boxes)
-        if picture.decoded:
-            job = self._job(place)
-            rendered = render(job, image, picture.decoded, seen, deadline)
-            records = artifacts.upload(self.store, f"overlays/{job.id}", rendered, deadline)
-            for piece, record in zip(rendered.pieces, records, strict=True):
-                if piece.index is not None:
-                    overlays[piece.index] = overlays[piece.index] or record.uri
-        return Seen(image, seen, boxes, overlays)
-
-    def _job(self, place: int) -> Job:
-        """What a row would be as a job: it says how overlays are drawn, and under which id they are kept."""
-        shard, row = self.shard, self.shard.rows[place]
-        return Job(
-            id=str(uuid.uuid5(uuid.UUID(shard.backfill), str(shard.first + place))),
-            image=ImageRef(uri=row.uri),
-            network=shard.network,
-            target=shard.target,
-            method=shard.method,
-            artifacts=shard.artifacts,
-            metadata={},
-        )
-
-    def _tried(self, stage: str, step: Callable[[], T]) -> T | Problem:
-        """What a step gives, or the problem of its row; what ends the shard is raised."""
-        try:
-            return step()
-        except ENDS:
-            raise
-        except GradcamError as error:
-            self.journey.deadline.check(stage)
-            return Problem.of(error, stage=stage, attempt=self.journey.attempt)
-        except Exception as error:  # noqa: BLE001  # one image must not end the others
-            return Problem.of(InternalError.of(error), stage=stage, attempt=self.journey.attempt)
+            short = isinstance(error, DeviceOutOfMemory) and size > 1
+            if short:
+                size //= 2
+                parts = _cut(pictures, size)
+            elif len(pictures) > 1:
+                places, half = [*pictures], len(pictures) // 2
+                parts = [places[:half], places[half:]]
+            else:
+                return dict.fromkeys(
+                    pictures, error if isinstance(error, GradcamError) else InternalError.of(error)
+                )
+            halves = [self._explained({place: pictures[place] for place in part}, size) for part in parts]
+            return {place: one for half in halves for place, one in half.items()}
+        seen = {place: found[place % size] for place in pictures}
+        for each in seen.values():
+            if isinstance(each, Explanation):
+                self._grid, self._layer = each.heatmaps.shape[1:], each.layer
+        return seen
 
 
-def _brief(outcome: Outcome | None) -> bool:
-    return isinstance(outcome, Problem) and outcome.retryable
+def _cut(places: Iterable[int], step: int) -> list[list[int]]:
+    """Groups by place: where one is missing its group is smaller, and no other moves up."""
+    return [[*some] for _, some in groupby(places, lambda place: place // step)]
+
+
+def _collect(under_way: Under, found: list[Outcome | None]) -> int:
+    """Wait for the group that was begun first; return how many rows it has."""
+    group, computed = under_way.popleft()
+    for place, outcome in zip(group, computed.result(), strict=True):
+        found[place] = outcome
+    return len(group)

@@ -20,6 +20,7 @@ ASIDE = "unreadable"  # a list in Redis, and with `:count` how many there ever w
 ASIDE_MOST = 100  # items
 ASIDE_BYTES = 200  # of each item: enough to see what it is
 ASIDE_MS = 7 * 86_400_000  # after the last one
+LOOK_S = 0.05  # that the other queues are waited for, while one has no room: it may have some any moment
 EMPTY = kombu_redis.Empty
 
 
@@ -79,22 +80,20 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         return most is None or self._in_hand(queue) < most
 
     def _in_hand(self, queue: str) -> int:
-        held = [*self.qos._delivered.values()]  # noqa: SLF001  # kombu has no other way; threads acknowledge
+        # Kombu has no other way. What is acknowledged it strikes out when the next message comes, which for
+        # want of room would be never.
+        book = self.qos
+        held = [one for tag, one in [*book._delivered.items()] if tag not in book._dirty]  # noqa: SLF001
         return sum(one.delivery_info.get("routing_key") == queue for one in held)
 
     def _brpop_start(self, timeout: float | None = None) -> None:
-        """Ask for the next item of the queues that have room."""
+        """Ask for the next item of the queues that have room; soon again, where one has none just now."""
         every: Any = self._queue_cycle
         self._queue_cycle = _WithRoom(every, self.has_room)
         try:
-            super()._brpop_start(timeout)
+            super()._brpop_start(timeout if all(map(self.has_room, self.most_in_hand)) else LOOK_S)
         finally:
             self._queue_cycle = every
-
-    def waiting(self, queue: str, priority: int) -> int:
-        """How many messages of one priority a queue holds: kombu counts all of them together."""
-        with self.conn_or_acquire() as client:
-            return int(client.llen(self._q_for_pri(queue, priority)))
 
     def _brpop_read(self, **options: Any) -> bool:
         """Receive one item, and deliver what it is a message of. As kombu's, but for the reading."""

@@ -16,6 +16,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ from worker.gradcam.region import Box
 from worker.images import presentable
 from worker.manifest import InputRecord
 from worker.shard import Row, Shard
+from worker.wishes import Method
 
 SCHEMA = "gradcam.dataset/v1"
 MEDIA_TYPE = "application/vnd.apache.parquet"
@@ -116,7 +118,8 @@ def to_bytes(
 ) -> tuple[bytes, Summary]:
     """A shard's file, and what it says of itself: the same bytes for the same outcomes.
 
-    An outcome of None is a row that `kept`, a table of the file before, has already.
+    An outcome of None is a row that `kept`, a table of the file before, has already. Raises
+    StorageUnavailable where that has other columns.
     """
     records = [
         record
@@ -126,8 +129,9 @@ def to_bytes(
     ]
     table = pa.Table.from_pylist(records, schema=schema(grid))
     if kept is not None:
-        order: Any = [("row", "ascending"), ("index", "ascending")]
-        table = pa.concat_tables([kept, table]).sort_by(order)
+        with _reading():  # its columns may be another version's
+            order: Any = [("row", "ascending"), ("index", "ascending")]
+            table = pa.concat_tables([table, kept]).sort_by(order)
     codes = Counter(table["error"].drop_null().to_pylist())
     summary = Summary(len(shard.rows), codes.total(), dict(sorted(codes.items())), network)
     facts = {
@@ -154,6 +158,7 @@ def _records(number: int, row: Row, outcome: Outcome) -> list[dict[str, Any]]:
     if isinstance(outcome, Problem):
         return [{**own, "error": outcome.code, "error_detail": outcome.detail}]
     seen, image = outcome.explanation, outcome.image
+    shown = seen.shown  # in [0, 1], where they are not normalized, too
     own |= {"uri": image.uri, "sha256": image.sha256, "width": image.width, "height": image.height}
     return [
         {
@@ -164,7 +169,7 @@ def _records(number: int, row: Row, outcome: Outcome) -> list[dict[str, Any]]:
             "class_name": one.name,
             "rank": one.rank,
             "probability": one.probability,
-            "heatmap": seen.heatmaps[index].astype(np.float16).ravel(),
+            "heatmap": shown[index].astype(np.float16).ravel(),
             "raw_min": float(seen.raw_min[index]),
             "raw_max": float(seen.raw_max[index]),
             "peak_xy": peak_xy(seen.heatmaps[index], (image.width, image.height)),
@@ -189,34 +194,43 @@ def failed_lines(shard: Shard, outcomes: Sequence[Outcome | None]) -> bytes:
 
 def summary_of(data: bytes) -> Summary:
     """What a file says of itself. Raises StorageUnavailable where it is no such file."""
-    facts = _facts(pq.read_schema, data)
-    network = NetworkRef.model_validate(facts["network"])
-    return Summary(int(facts["rows"]), int(facts["failed"]), dict(facts["codes"]), network)
+    with _reading():
+        facts = _facts(data)
+        network = NetworkRef.model_validate(facts["network"])
+        return Summary(int(facts["rows"]), int(facts["failed"]), dict(facts["codes"]), network)
 
 
-def good_rows(data: bytes) -> tuple[pa.Table, frozenset[int], Grid]:
-    """What a file holds of rows that succeeded, their numbers, and its grid. Raises StorageUnavailable."""
-    rows, columns = _facts(pq.read_schema, data)["grid"]
-    table = pq.read_table(io.BytesIO(data))
-    good = table.filter(pc.is_null(table["error"])).replace_schema_metadata(None)
-    return good, frozenset(good["row"].to_pylist()), (rows, columns)
+def good_rows(data: bytes) -> tuple[pa.Table, frozenset[int]]:
+    """What a file holds of rows that succeeded, and their numbers. Raises StorageUnavailable."""
+    with _reading():
+        _facts(data)
+        table = pq.read_table(io.BytesIO(data))
+        good = table.filter(pc.is_null(table["error"])).replace_schema_metadata(None)
+        return good, frozenset(good["row"].to_pylist())
 
 
-def _facts(read: Any, data: bytes) -> dict[str, Any]:
+@contextmanager
+def _reading() -> Iterator[None]:
     try:
-        facts = json.loads((read(io.BytesIO(data)).metadata or {})[FACTS])
-        found = {SCHEMA: facts}[facts["schema"]]
-    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        yield
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         message = f"A shard's file is there, and cannot be read as one: {error}"
         raise StorageUnavailable(message) from error
-    return dict(found)
+
+
+def _facts(data: bytes) -> dict[str, Any]:
+    facts = json.loads((pq.read_schema(io.BytesIO(data)).metadata or {})[FACTS])
+    if facts["schema"] != SCHEMA:
+        message = f"its schema is {facts['schema']!r}, and {SCHEMA!r} would be right"
+        raise ValueError(message)
+    return dict(facts)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Some rows of a file, n of them, all of images that were explained."""
 
-    method: Mapping[str, Any]  # how its heatmaps came to be: see `worker.wishes.Method`
+    method: Method  # how its heatmaps came to be
     class_ids: NDArray[np.int32]  # (n,)
     ranks: NDArray[np.int32]  # (n,)
     probabilities: NDArray[np.float32]  # (n,)
@@ -230,17 +244,16 @@ class Batch:
 
 def batches(data: bytes, rows: int = 4096) -> Iterator[Batch]:
     """The rows of a file that were explained, so many at a time. Raises StorageUnavailable."""
-    facts = _facts(pq.read_schema, data)
-    try:
+    with _reading():
+        facts = _facts(data)
         for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(batch_size=rows):
             good = batch.filter(pc.is_null(batch["error"]))
             flat = good["heatmap"].flatten().to_numpy(zero_copy_only=False)
             yield Batch(
-                facts["method"],
-                *(good[name].to_numpy(zero_copy_only=False) for name in ("class_id", "rank", "probability")),
+                Method.model_validate(facts["method"]),
+                good["class_id"].to_numpy(zero_copy_only=False),
+                good["rank"].to_numpy(zero_copy_only=False),
+                good["probability"].to_numpy(zero_copy_only=False),
                 flat.reshape(len(good), *facts["grid"]),
                 good.drop_columns(["heatmap"]),
             )
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        message = f"A shard's file is there, and cannot be read as one: {error}"
-        raise StorageUnavailable(message) from error

@@ -74,9 +74,8 @@ def read(item: bytes, queue: str, max_bytes: int) -> dict[str, Any]:
     }
 
 
-def check(payload: object, max_bytes: int) -> None:
-    """Whether a worker will read this job, asked before it is sent. Raises InvalidJob."""
-    text = json.dumps(payload).encode()
+def check(text: bytes, max_bytes: int) -> None:
+    """Whether a worker will read this job, as JSON, asked before it is sent. Raises InvalidJob."""
     if len(text) > max_bytes:
         message = f"No worker would take this job: {too_large(len(text), max_bytes, 'it')}."
         raise InvalidJob(message)

@@ -38,6 +38,7 @@
         ├── LedgerUnavailable        the ledger cannot be reached
         ├── UnknownJob               no such job in the ledger, or its time there has passed
         ├── WaitTimeout              the job is not final yet
+        ├── NoResult                 the job has left no manifest
         ├── DeliveryRefused          a webhook's receiver said no, and will say no again
         ├── EndpointGone             a webhook's receiver wants to hear no more, of any job
         ├── AttemptFenced            another attempt owns the job now
@@ -59,6 +60,9 @@ class GradcamError(Exception):
 
     code: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
+    # Ids of jobs, in order: see `worker.client.GradcamClient.submit_many`.
+    accepted: tuple[str, ...] = ()
+    in_doubt: tuple[str, ...] = ()
 
 
 class PermanentError(GradcamError):
@@ -287,6 +291,12 @@ class WaitTimeout(LocalError):
     """The job did not become final within the time the caller gave."""
 
     code = "wait_timeout"
+
+
+class NoResult(LocalError):
+    """This job has left no manifest that could be read."""
+
+    code = "no_result"
 
 
 class DeliveryRefused(LocalError):

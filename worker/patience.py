@@ -33,12 +33,20 @@ LOOK_S = 0.25  # between two looks whether a job that waits has been cancelled
 class Patience:
     """How much time one piece of work with a store gets, of what its job has left."""
 
-    def __init__(self, deadline: Deadline, seconds: float = PATIENCE_S, *, insists: bool = True) -> None:
+    def __init__(
+        self,
+        deadline: Deadline,
+        seconds: float = PATIENCE_S,
+        *,
+        insists: bool = True,
+        longest_pause_s: float = LONGEST_PAUSE_S,
+    ) -> None:
         """It begins now. Without insisting, one failure is enough."""
         self._deadline = deadline
         self._begun = time.monotonic()
         self._end = self._begun + seconds
         self._weary = not insists
+        self._longest_pause_s = longest_pause_s
         self._failure = ""  # the last one so far
 
     def left_s(self) -> float:
@@ -74,7 +82,7 @@ class Patience:
                 self.blame(error)
                 log.info("tried again in %.2f s: %s", jittered_s, error)
                 time.sleep(jittered_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                pause_s = min(2 * pause_s, self._longest_pause_s)
 
     def gather(self, begun: Sequence["Future[T]"], doing: str) -> list[T]:
         """What they return, in the order given.

@@ -45,6 +45,7 @@ class Journey:
     metrics: dict[str, float] = field(default_factory=dict)
     insist: Callable[[str], None] = lambda _: None  # reports what must be known if this process dies
     suspect: str | None = None  # a worker died under it: the stage that was reported last
+    last: bool = False  # there will be no other attempt
 
     @contextmanager
     def at(self, stage: str) -> Iterator[None]:
@@ -72,6 +73,7 @@ def _explain(job: Job, outside: Outside, journey: Journey, held: ExitStack, plac
     store = admit(job, outside)
     if journey.attempt > 1 and (found := artifacts.sealed(store, place, job, journey.deadline)):
         return _done(job, *found)  # the attempt before came as far as this and no further
+    bulk = job.priority == "bulk"
     with outside.residents.ticket() as ticket:
         with journey.at("fetch"):
             image_bytes, bytes_held = fetched(job.image, outside, journey.deadline, held)
@@ -91,12 +93,11 @@ def _explain(job: Job, outside: Outside, journey: Journey, held: ExitStack, plac
             check_channels(network.facts, decoded.pixels)
             fitted = fit(decoded.pixels, network.facts.input_size)
             method = Method(**job.method.model_dump())
-            bulk = job.priority == "bulk"
             turn = ticket.explain(network, fitted, wish, method, journey.deadline, bulk=bulk)
     seen = turn.explanation
     if job.metrics:
         with journey.at("measure"):
-            seen = outside.residents.measure(network, fitted, seen, job.metrics, journey.deadline)
+            seen = outside.residents.measure(network, fitted, seen, job.metrics, journey.deadline, bulk=bulk)
     with journey.at("render"):
         rendered = render(job, image, decoded, seen, journey.deadline)
         del decoded

@@ -44,6 +44,7 @@ from worker.errors import (
 from worker.gradcam.weights import Sink
 from worker.patience import PATIENCE_S, Patience
 from worker.settings import Settings
+from worker.shard import READERS
 
 log = logging.getLogger("gradcam")
 
@@ -90,24 +91,33 @@ class S3:
         at_once = 4 * settings.threads  # a job waits for its objects, and each of them for the network
         self.pool = ThreadPoolExecutor(at_once, thread_name_prefix="upload")
         # Apart, so that no image waits for artifacts; more than jobs, should a server hold some of them.
-        self._readers = ThreadPoolExecutor(2 * settings.threads, thread_name_prefix="read")
+        at_most = 2 * (settings.threads + READERS * settings.shards)
+        self._readers = ThreadPoolExecutor(at_most, thread_name_prefix="read")
         self._fetch_s = settings.fetch_timeout_s
         self._session: Any = boto3.session.Session(
             settings.s3_access_key_id or None, settings.s3_secret_access_key.get_secret_value() or None
         )
         self._region = settings.s3_region
         self._bucket = lru_cache(BUCKETS)(self._open)
-        self.client: Any = self._session.client(
+        self._at_once = at_once
+        self.client = self._asking(settings.s3_endpoint_url)
+        # Whom browsers ask is not always whom we ask: a signature holds the host's name.
+        public = settings.s3_public_url
+        self._signing = self._asking(public) if public else self.client
+
+    def _asking(self, endpoint: str) -> Any:
+        """Boto3's client of a server; Amazon's, where none is named."""
+        return self._session.client(
             "s3",
-            endpoint_url=settings.s3_endpoint_url or None,
-            region_name=settings.s3_region,
+            endpoint_url=endpoint or None,
+            region_name=self._region,
             config=Config(
                 signature_version="s3v4",
                 connect_timeout=CONNECT_S,
                 read_timeout=READ_S,
                 retries={"mode": "standard", "total_max_attempts": 1},  # see worker.patience
-                max_pool_connections=at_once,
-                s3={"addressing_style": "path" if settings.s3_endpoint_url else "auto"},
+                max_pool_connections=self._at_once,
+                s3={"addressing_style": "path" if endpoint else "auto"},
                 # Not every S3 server knows the newer checksums; sha256 is in the manifest.
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
@@ -188,6 +198,11 @@ class S3:
 
         reading = self._readers.submit(_both, uri, direct, thorough, patience)
         return patience.gather([reading], f"reading {uri}")[0]
+
+    def presigned(self, bucket: str, key: str, expires_s: int) -> str:
+        """A URL with which anybody may read an object, for so many seconds. Raises one of FAILED."""
+        what = {"Bucket": bucket, "Key": key}
+        return str(self._signing.generate_presigned_url("get_object", Params=what, ExpiresIn=expires_s))
 
     def listed(self, bucket: str, prefix: str) -> Iterator[Listed]:
         """All objects whose keys begin with `prefix`, in order, page by page. Raises one of FAILED."""

@@ -13,6 +13,7 @@ from worker.wishes import Method, Metric, Name, OverlayWish, Target
 ROUTE = "shard"  # shards wait in a queue of their own, behind everybody
 ROUTES = (*get_args(Priority), ROUTE)
 MAX_ROWS = 4096
+READERS = 8  # images of one shard that are fetched at once
 
 
 class Row(Wire):

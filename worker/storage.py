@@ -145,6 +145,14 @@ class S3Store:
             message = f"{self.uri(key)} could not be removed: {reason(error)}"
             raise StorageUnavailable(message) from error
 
+    def presigned(self, key: str, expires_s: int) -> str:
+        """Where a browser can read an object, for so many seconds. Raises StorageUnavailable."""
+        try:
+            return self._s3.presigned(self._bucket, self._prefix + key, expires_s)
+        except FAILED as error:
+            message = f"{self.uri(key)} cannot be given a URL: {reason(error)}"
+            raise StorageUnavailable(message) from error
+
     def _read(self, key: str, patience: Patience) -> bytes:
         try:
             return self._s3.read(self._bucket, self._prefix + key, patience)

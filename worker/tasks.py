@@ -147,6 +147,7 @@ class Desk:
             attempt=document.attempt,
             insist=progress.insist,
             suspect=suspect,
+            last=document.attempt >= document.max_attempts,
         )
         with self.leases.held(document, journey.deadline):
             try:

@@ -18,6 +18,7 @@ from worker.redis_ledger import RedisLedger
 from worker.room import Room, Rooms
 from worker.s3 import S3
 from worker.settings import Settings
+from worker.shard import READERS
 from worker.status import Webhooks
 from worker.storage import Stores
 
@@ -49,7 +50,7 @@ def outside(settings: Settings, load_row: Load | None = None) -> Outside:
             Room(settings.max_bytes_in_flight, "bytes"),
             Room(settings.max_pixels_in_flight, "pixels"),
             most_bytes=settings.max_image_bytes,
-            threads=settings.threads,
+            threads=settings.threads + READERS * settings.shards,
         ),
     )
 

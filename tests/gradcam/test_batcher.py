@@ -105,6 +105,22 @@ class Jobs:
         with self.batcher._changed:  # held from before `arrive` until the request waits
             return future
 
+    def ask_many(
+        self, network: TinyNetwork, pixels: NDArray[np.uint8], method: Method = GRADCAM
+    ) -> Future[Answer]:
+        """Start a shard's pass while the device is busy; return when it waits."""
+        before = self.waiting()
+        future = self.pool.submit(
+            self.batcher.compute_many, network, pixels, (-1,), method, Deadline(PLENTY_S)
+        )
+        while self.waiting() == before:
+            time.sleep(0.001)
+        return future
+
+    def waiting(self) -> int:
+        with self.batcher._changed:
+            return sum(len(group.waiting) for group in self.batcher._groups.values())
+
 
 @pytest.fixture
 def device() -> Device:
@@ -235,6 +251,46 @@ class TestWhoComesFirst:
             bulk = jobs.ask(device, RED, method=Method("layercam"), bulk=True)
             urgent = jobs.ask(device, GREEN, method=Method("hirescam"))
         assert (seen(bulk), seen(urgent), device.colors) == ("r", "g", ["g", "r"])
+
+    def test_a_pass_of_many_is_joined_by_nothing_and_joins_nothing(self, jobs: Jobs, device: Device) -> None:
+        with busy(jobs, device):
+            many = [jobs.ask_many(device, np.stack([RED, GREEN, BLUE])) for _ in range(2)]
+            bulk = jobs.ask(device, GREEN, bulk=True)
+        found = [one.result(PLENTY_S) for one in many]
+        assert (seen(bulk), sorted(device.batches)) == ("g", [1, 3, 3])
+        assert [one.computed.class_ids.ravel().tolist() for one in found] == [[0, 1, 2]] * 2
+
+    def test_whoever_is_urgent_gets_the_next_pass_though_shards_saturate_the_device(
+        self, jobs: Jobs, device: Device
+    ) -> None:
+        other = Device()
+        other.colors, other.begun = device.colors, device.begun
+        with busy(jobs, device):
+            many = [jobs.ask_many(one, np.stack([RED] * 2)) for one in (device, other) * 2]
+            urgent = jobs.ask(device, GREEN)
+        assert (seen(urgent), device.colors[0]) == ("g", "g")
+        assert all(one.result(PLENTY_S) for one in many)
+
+    def test_shards_that_have_waited_long_get_turns_but_never_two_before_somebody_urgent(
+        self, jobs: Jobs, device: Device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("worker.gradcam.batch.AGED_S", 0)
+        jobs.batcher.limit(device, 1)
+        ways = [Method(name) for name in ("gradcam", "layercam", "hirescam")]
+        with busy(jobs, device):
+            many = [jobs.ask_many(device, RED[None], way) for way in ways for _ in range(2)]
+            urgent = [jobs.ask(device, GREEN) for _ in range(4)]
+        assert [seen(one) for one in urgent] == ["g"] * 4
+        assert all(one.result(PLENTY_S) for one in many)
+        order = "".join(device.colors)
+        assert "rr" not in order[: order.rindex("g")]
+        assert "r" in order[: order.rindex("g")], "who has waited long has turns"
+
+    def test_a_pass_of_many_that_fails_is_not_taken_apart(self, jobs: Jobs, device: Device) -> None:
+        device.room = 2
+        with pytest.raises(DeviceOutOfMemory):
+            jobs.batcher.compute_many(device, np.stack([RED] * 3), (-1,), GRADCAM, Deadline(PLENTY_S))
+        assert device.batches == [3], "whoever asked for it knows how"
 
     def test_bulk_that_has_waited_long_waits_no_longer_behind_others(
         self, jobs: Jobs, device: Device, monkeypatch: pytest.MonkeyPatch

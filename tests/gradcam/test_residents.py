@@ -18,6 +18,7 @@ from worker.errors import (
     WeightsUnavailable,
 )
 from worker.gradcam.catalog import CATALOG, NetworkRow
+from worker.gradcam.explain import Explanation
 from worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
 from worker.gradcam.residents import Residents, Turn
 from worker.testing import TinyNetwork
@@ -347,3 +348,57 @@ class TestMemory:
         held = residents.get(VGG16)
         residents.get(XCEPTION)
         assert explain(residents, held).explanation.explained
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "on_gpu", "side", "group"),
+    [
+        (0, False, 224, 8),
+        (0, True, 224, 32),
+        (0, False, 299, 8),
+        (0, True, 32, 64),
+        (0, False, 2000, 1),
+        (6, True, 224, 6),
+    ],
+    ids=["cpu", "gpu", "larger", "small", "huge", "as_set"],
+)
+def test_a_shards_groups_depend_on_the_device_and_the_network_alone(
+    max_batch: int, on_gpu: bool, side: int, group: int
+) -> None:
+    network = TinyNetwork()
+    network.facts = replace(network.facts, input_size=(side, side))
+    residents = Residents(lambda _: network, max_batch=max_batch, on_gpu=lambda: on_gpu)
+    assert residents.group(network) == group
+
+
+class TestExplainMany:
+    def test_scores_that_are_no_numbers_are_an_error_of_their_image_alone(self) -> None:
+        class Dazzled(TinyNetwork):
+            def compute(
+                self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+            ) -> Computed:
+                found = super().compute(pixels, wanted, method)
+                found.scores[1] = np.nan
+                return found
+
+        network = Dazzled()
+        pictures = np.stack([PIXELS] * 3)
+        found = Residents(lambda _: network).explain_many(
+            network, pictures, (0, 1), GRADCAM, Deadline(PLENTY_S)
+        )
+        assert isinstance(found[1], NetworkIncompatible)
+        for one in (found[0], found[2]):
+            assert isinstance(one, Explanation)
+            assert [seen.id for seen in one.explained] == [0, 1]
+
+    def test_what_the_device_cannot_do_is_raised(self) -> None:
+        class Small(TinyNetwork):
+            def compute(
+                self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+            ) -> Computed:
+                raise DeviceOutOfMemory(str(len(pixels)))
+
+        with pytest.raises(DeviceOutOfMemory, match="3"):
+            Residents(lambda _: Small()).explain_many(
+                Small(), np.stack([PIXELS] * 3), (-1,), GRADCAM, Deadline(PLENTY_S)
+            )

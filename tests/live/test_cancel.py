@@ -27,7 +27,7 @@ FIELDS: dict[str, Any] = {"network": "efficientnet_lite0", "target": {"top_n": 1
 WAIT_S = 120  # for what happens at once, but for a busy machine
 FETCH_S = 300  # that an image may take here: so long nobody waits by mistake
 SOON_S = 60  # what is promised within a few seconds; far less than FETCH_S
-THREADS = 4  # of a worker of `make_stage`
+THREADS = 4 + 2  # of a worker of `make_stage`: its own and those of shards
 
 
 @dataclass

@@ -56,6 +56,7 @@ class Batcher:
         self._coming = 0  # jobs on their way
         self._at_device = 0  # batches
         self._batches = 0  # so far
+        self._bulk_last = False  # whether the last of them was of bulk alone
         self._changed = threading.Condition()
         self._begun: SimpleQueue[tuple[list[Request], Finish, float]] = SimpleQueue()
         self._broken: str | None = None
@@ -279,14 +280,22 @@ class Batcher:
         if not ready:
             self._changed.wait(min(patience_s.values(), default=None))
             return []
-        # Whoever's turn it is goes, full or not: a group that is always full must not overtake for ever.
+        # Whoever's turn it is goes, full or not: a group that is always full must not overtake for ever. Nor
+        # do several groups of bulk, however long they have waited: of two passes one is left to the urgent.
         in_turn = waiting if self._at_device else ready
-        chosen = min(in_turn, key=lambda group: (all(map(is_patient, group.waiting)), group.served))
+
+        def turn(group: Group) -> tuple[bool, bool, int]:
+            bulk = all(one.bulk for one in group.waiting)
+            return all(map(is_patient, group.waiting)), bulk and self._bulk_last, group.served
+
+        chosen = min(in_turn, key=turn)
         if self._at_device and chosen is self._groups.get(ALONE):
             self._changed.wait()
             return []
         chosen.served = self._batches + 1
-        return chosen.take()
+        batch = chosen.take()
+        self._bulk_last = all(one.bulk for one in batch)
+        return batch
 
     def _drop_expired(self) -> None:
         """Who is late or no longer wanted leaves before it costs anything."""

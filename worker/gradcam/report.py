@@ -1,23 +1,18 @@
 """An explanation as one HTML page that needs nothing else, and that no text of a job can change.
 
 The page draws the heatmaps itself, from their numbers, so that opacity, threshold and colour map can be
-changed by whoever reads it. Everything that is not the template travels in one JSON block, in which no
-character means anything to HTML, and reaches the page as text.
+changed by whoever reads it. See `worker.gradcam.page` for how it gets them.
 """
 
-import base64
-import hashlib
-import json
-import re
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import Any
 
 import cv2
 import numpy as np
 
-from worker.gradcam.classes import DATA, percent
+from worker.gradcam.classes import percent
 from worker.gradcam.explain import Explanation, Prediction
+from worker.gradcam.page import filled, in_base64
 from worker.gradcam.picture import COLORMAPS, Pixels, colors, enlarge, within_edge
 
 LIMIT = 1_000_000  # bytes of a page: small enough for a mail
@@ -42,12 +37,12 @@ def page(
     made smaller first, as an overlay would.
     """
     data = _data(seen, pixels, name, facts) | _meaning(method)
-    rest = len(_filled({**data, "photo": ""}))
+    rest = len(filled("report.html", {**data, "photo": ""}))
     for photo in _photos(pixels):
-        data["photo"] = f"data:image/jpeg;base64,{_base64(photo)}"
+        data["photo"] = f"data:image/jpeg;base64,{in_base64(photo)}"
         if rest + len(data["photo"]) < LIMIT:
             break
-    return _filled(data)
+    return filled("report.html", data)
 
 
 def _data(seen: Explanation, pixels: Pixels, name: str, facts: Mapping[str, str]) -> dict[str, Any]:
@@ -60,7 +55,7 @@ def _data(seen: Explanation, pixels: Pixels, name: str, facts: Mapping[str, str]
         "title": _shortened(f"{seen.network.name} · {name}"),
         "rows": rows,
         "columns": columns,
-        "heatmaps": _base64(np.rint(heatmaps * FULL).astype("<u2").tobytes()),
+        "heatmaps": in_base64(np.rint(heatmaps * FULL).astype("<u2").tobytes()),
         "explained": [
             {
                 **_class(one),
@@ -70,7 +65,7 @@ def _data(seen: Explanation, pixels: Pixels, name: str, facts: Mapping[str, str]
             for index, one in enumerate(seen.explained)
         ],
         "predictions": [_class(one) for one in seen.predictions],
-        "colors": {colormap: _base64(colors(colormap).tobytes()) for colormap in COLORMAPS},
+        "colors": {colormap: in_base64(colors(colormap).tobytes()) for colormap in COLORMAPS},
         "facts": [[str(label), _shortened(str(value))] for label, value in facts.items()],
     }
 
@@ -130,28 +125,3 @@ def _photos(pixels: Pixels) -> Iterator[bytes]:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def _filled(data: dict[str, Any]) -> bytes:
-    """The page with its data. JSON leaves nothing but ASCII, and three characters of it mean something."""
-    before, after = _template()
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    for sign in "<>&":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return f"{before}{text}{after}".encode()
-
-
-@lru_cache(maxsize=1)
-def _template() -> tuple[str, str]:
-    """The page before and after its data; its policy names its own style and script by their hashes."""
-    text = (DATA / "report.html").read_text(encoding="utf-8")
-    for tag, place in (("style", "@STYLE@"), ("script", "@SCRIPT@")):
-        block = re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-        digest = hashlib.sha256(block[1].encode() if block else b"").digest()
-        text = text.replace(place, f"'sha256-{_base64(digest)}'", 1)
-    before, _, after = text.partition("@DATA@")
-    return before, after

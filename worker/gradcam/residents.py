@@ -265,10 +265,12 @@ class Residents:
         seen: Explanation,
         metrics: Sequence[str],
         deadline: Deadline,
+        *,
+        bulk: bool = False,
     ) -> Explanation:
         """An explanation with its metrics. Others get their turns between its batches. Raises JobTimeout."""
 
         def score(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-            return self._batcher.alone(lambda: network.scores(pictures), deadline)
+            return self._batcher.alone(lambda: network.scores(pictures), deadline, bulk=bulk)
 
         return replace(seen, metrics=tuple(measure(score, pixels, seen, metrics)))

@@ -1,0 +1,202 @@
+"""Shards in real worker processes, over a network that costs nothing: who waits for them, what kills them."""
+
+import base64
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import faulty_worker
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import redis
+
+from worker import broker, dataset, embedded, lifeline
+from worker.client import GradcamClient
+from worker.contract import StatusDocument
+from worker.redis_ledger import RedisLedger
+from worker.settings import Settings
+from worker.shard import Shard
+from worker.wire import new_id
+
+pytestmark = [pytest.mark.live]
+
+WAIT_S = 100
+SHARDS, IN_HAND, THREADS = 20, 2, 3
+WORKER = (sys.executable, "-P", faulty_worker.__file__, "supervise")
+
+
+def picture(color: tuple[int, int, int]) -> str:
+    """A data URI of nothing but one colour (RGB)."""
+    data = cv2.imencode(".png", np.full((32, 32, 3), color[::-1], np.uint8))[1].tobytes()
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+HEALTHY = [picture((20 * number, 250 - 20 * number, 90)) for number in range(8)]
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen within {WAIT_S} s"
+        time.sleep(0.05)
+
+
+@dataclass
+class Yard:
+    """A broker, a folder for what shards leave, and workers; it watches how many shards one has in hand."""
+
+    settings: Settings
+    folder: Path
+    most: int = 0  # shards that were unacknowledged at once
+    ids: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.ledger, self.app = RedisLedger(self.settings), broker.make_app(self.settings)
+        self.client = GradcamClient(settings=self.settings)
+        self.backfill = new_id()
+
+    def submit(self, rows: list[str]) -> Shard:
+        number = len(self.ids)
+        shard = Shard(
+            backfill=self.backfill,
+            index=number,
+            key=f"{number:08d}-0123456789abcdef",
+            first=100 * number,
+            rows=[{"uri": one} for one in rows],  # type: ignore[arg-type]
+            network=faulty_worker.NETWORK,
+            target={"top_n": 1},  # type: ignore[arg-type]
+            output=self.settings.output,
+        )
+        self.ids.append(shard.id)
+        self.ledger.submit(shard)
+        broker.ring(self.app, shard.id, "shard")
+        return shard
+
+    def documents(self) -> list[StatusDocument]:
+        found = self.ledger.read_many(self.ids)
+        return [found[one] for one in self.ids]
+
+    def running(self) -> list[StatusDocument]:
+        return [one for one in self.documents() if one.status == "running"]
+
+    def in_hand(self) -> int:
+        """Messages of shards that workers hold."""
+        with redis.Redis.from_url(self.settings.broker_url) as server:
+            held: Any = server.hvals(f"{self.settings.key_prefix}unacked")
+        return sum(json.loads(one)[2] == broker.SHARDS for one in held)
+
+    def table(self, shard: Shard) -> list[dict[str, Any]]:
+        path = self.folder / "results" / dataset.data_key(shard.key)
+        found: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+        return found
+
+    @contextlib.contextmanager
+    def worker(self, name: str) -> Iterator[subprocess.Popen[bytes]]:
+        process = lifeline.start(
+            WORKER,
+            log=self.folder / f"{name}.log",
+            environment=self.settings.to_environment(),
+            grace_s=self.settings.shutdown_timeout_s + 15,
+        )
+        try:
+            yield process
+        finally:
+            lifeline.stop(process)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(0.01):
+                self.most = max(self.most, self.in_hand())
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+@pytest.fixture
+def yard(tmp_path: Path, public_server: Any) -> Iterator[Yard]:
+    with embedded.valkey(tmp_path) as server:
+        settings = Settings(
+            broker_url=f"redis://127.0.0.1:{server.port}/0",
+            output=f"file://{tmp_path}/results",
+            image_schemes=("data", "http"),
+            image_hosts=(public_server.host,),
+            private_networks=("127.0.0.0/8",),
+            lease_s=1,
+            lost_after_s=3,
+            retry_backoff_s=0.1,
+            fetch_timeout_s=300,
+            threads=THREADS,
+            shards=IN_HAND,
+            max_batch=4,
+            shutdown_timeout_s=1,
+        )
+        yield Yard(settings, tmp_path)
+
+
+def test_shards_leave_room_for_who_is_urgent_survive_their_workers_and_leave_out_what_kills_them(
+    yard: Yard, public_server: Any, answer: Any
+) -> None:
+    asked, opened = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        asked.set()
+        opened.wait(WAIT_S)
+
+    data = cv2.imencode(".png", np.full((32, 32, 3), 90, np.uint8))[1].tobytes()
+    slow = public_server.url("/shards/slow", answer(200, data, before=hold))
+    rows = [*HEALTHY[:5], slow, *HEALTHY[5:]]
+    shards = [yard.submit(rows) for _ in range(SHARDS)]
+    with yard.watched():
+        with yard.worker("first") as supervisor:
+            wait_for(lambda: len(yard.running()) == IN_HAND, "the shards' start")
+            assert asked.wait(WAIT_S)
+            for _ in range(THREADS):
+                job = yard.client.submit(image=HEALTHY[0], network=faulty_worker.NETWORK, target={"top_n": 1})
+                assert yard.client.wait(job, WAIT_S).status == "succeeded"
+            assert len(yard.running()) == IN_HAND, "nobody waited for a shard"
+            time.sleep(2)  # leases
+            assert [one.attempt for one in yard.running()] == [1] * IN_HAND
+            supervisor.terminate()
+            assert supervisor.wait(WAIT_S) == 0
+            handed_back = [one for one in yard.documents() if one.attempt]
+            assert [(one.status, one.error) for one in handed_back] == [("queued", None)] * IN_HAND
+            assert yard.in_hand() == 0
+        opened.set()
+        with yard.worker("second"):
+            wait_for(lambda: all(one.final for one in yard.documents()), "the shards' end")
+            assert yard.most == IN_HAND
+            poisoned = yard.submit([*HEALTHY[:6], picture(faulty_worker.POISON), *HEALTHY[6:]])
+            shards += [yard.submit(rows) for _ in range(3)]
+            wait_for(lambda: all(one.final for one in yard.documents()), "the end of the poisoned one")
+    documents = {one.metadata["shard"]: one for one in yard.documents()}
+    assert {one.status for one in documents.values()} == {"succeeded"}
+    for shard in shards:
+        records = yard.table(shard)
+        assert [one["row"] - shard.first for one in records] == [*range(len(rows))]
+        assert not any(one["error"] for one in records)
+        assert [one | {"row": 0} for one in records] == [one | {"row": 0} for one in yard.table(shards[0])]
+    found = yard.table(poisoned)
+    assert [one["error"] for one in found] == [None] * 6 + ["worker_lost"] + [None] * 2
+    document = documents.pop(str(poisoned.index))
+    assert document.attempt == 4, "all together; in groups; row by row; without it"
+    assert document.metrics["failed"] == document.metrics["failed_worker_lost"] == 1
+    log = (yard.folder / "second.log").read_text()
+    assert log.count("the worker ended unasked (exit code -9)") == 3
+    assert max(one.attempt for one in documents.values()) == 2, "its neighbours died with it once"

@@ -1,0 +1,151 @@
+"""How many messages of one queue a process has in hand, beside those of the others."""
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from worker import broker, shard
+from worker.broker import INTERACTIVE, SHARDS
+from worker.settings import Settings
+from worker.wire import new_id
+
+THREADS, IN_HAND = 3, 2
+
+
+class Consumer:
+    """What a worker process does with its queues, turn by turn; it acknowledges what it is told to."""
+
+    def __init__(self, app: Any, queues: tuple[str, ...] = broker.QUEUES) -> None:
+        self.connection = app.connection_for_read()
+        self.channel = self.connection.default_channel
+        self.channel.brpop_timeout = 0.1
+        self.held: list[Any] = []
+        self.most = 0  # shards at once
+        self._consumer = self.connection.Consumer(
+            [app.amqp.queues[name] for name in queues],
+            channel=self.channel,
+            on_message=self._take,
+            accept=["json"],
+        )
+        self._consumer.qos(prefetch_count=THREADS + IN_HAND)
+        self._consumer.consume()
+
+    def _take(self, message: Any) -> None:
+        self.held.append(message)
+        self.most = max(self.most, len(self.shards))
+
+    def turns(self, seconds: float = 0.4) -> list[str]:
+        """Receive until nothing comes for so long: longer than a look at the queues takes."""
+        with contextlib.suppress(socket.timeout):
+            while True:
+                self.connection.drain_events(timeout=seconds)
+        return [self.id(one) for one in self.held]
+
+    @staticmethod
+    def id(message: Any) -> str:
+        return str(message.headers["id"])
+
+    @property
+    def shards(self) -> list[Any]:
+        return [one for one in self.held if one.delivery_info["routing_key"] == SHARDS]
+
+    def acknowledge(self, *messages: Any) -> None:
+        for one in messages:
+            one.ack()
+            self.held.remove(one)
+
+
+@pytest.fixture
+def app(settings: Settings) -> Any:
+    return broker.make_app(settings.model_copy(update={"threads": THREADS, "shards": IN_HAND}))
+
+
+@pytest.fixture
+def consumer(app: Any) -> Iterator[Consumer]:
+    one = Consumer(app)
+    yield one
+    one.connection.release()
+
+
+def ring(app: Any, priority: str, count: int) -> list[str]:
+    ids = [new_id() for _ in range(count)]
+    for one in ids:
+        broker.ring(app, one, priority)
+    return ids
+
+
+def test_a_process_has_so_many_shards_in_hand_and_takes_whatever_else_comes(
+    app: Any, consumer: Consumer
+) -> None:
+    shards = ring(app, shard.ROUTE, 7)
+    assert consumer.turns() == shards[:2]
+    urgent = ring(app, "normal", 1)
+    assert consumer.turns() == [*shards[:2], *urgent]
+    consumer.acknowledge(
+        *consumer.shards
+    )  # and nothing else comes, which alone would bring kombu's book up to date
+    assert consumer.turns() == [*urgent, *shards[2:4]]
+    consumer.acknowledge(consumer.shards[0])
+    assert consumer.turns() == [*urgent, shards[3], shards[4]]
+    assert broker.waiting(app, shard.ROUTE) == 2
+    assert consumer.most == IN_HAND
+
+
+def test_whoever_is_urgent_may_have_every_place_and_shards_wait_until_one_is_free(
+    app: Any, consumer: Consumer
+) -> None:
+    shards, urgent = ring(app, shard.ROUTE, 3), ring(app, "normal", THREADS + IN_HAND + 1)
+    assert consumer.turns() == urgent[:-1]
+    consumer.acknowledge(*consumer.held[:2])
+    assert consumer.turns() == [*urgent[2:], shards[0]]
+    consumer.acknowledge(*consumer.held[:3])
+    assert consumer.turns() == [urgent[-1], shards[0], shards[1]]
+    assert consumer.most == IN_HAND
+
+
+def test_bulk_goes_before_shards_and_is_not_held_up_by_them(app: Any, consumer: Consumer) -> None:
+    shards, bulk = ring(app, shard.ROUTE, 3), ring(app, "bulk", 2)
+    assert consumer.turns() == [*bulk, *shards[:2]]
+
+
+def test_a_shard_that_is_put_back_leaves_its_place(app: Any, consumer: Consumer) -> None:
+    shards = ring(app, shard.ROUTE, 3)
+    assert consumer.turns() == shards[:2]
+    back = consumer.shards[0]
+    back.reject(requeue=True)
+    consumer.held.remove(back)
+    assert len(consumer.turns()) == IN_HAND
+    assert consumer.most == IN_HAND
+
+
+def test_a_lost_connection_gives_all_places_back(app: Any, settings: Settings) -> None:
+    shards = ring(app, shard.ROUTE, 5)
+    first = Consumer(app)
+    assert first.turns() == shards[:2]
+    with redis.Redis.from_url(settings.broker_url) as server:
+        for client in server.client_list(_type="normal"):
+            if int(client["id"]) != server.client_id():
+                server.client_kill_filter(_id=client["id"])
+    with contextlib.suppress(*first.connection.connection_errors):
+        first.turns()
+    first.channel.qos.restore_unacked_once()  # as it does when a process ends
+    first.connection.release()
+    again = Consumer(app)
+    assert len(again.turns()) == IN_HAND
+    assert again.most == IN_HAND
+    again.acknowledge(*again.shards)
+    assert len(again.turns()) == IN_HAND
+    again.connection.release()
+
+
+def test_without_a_limit_there_is_none(settings: Settings) -> None:
+    app = broker.make_app(settings.model_copy(update={"threads": THREADS, "shards": IN_HAND}))
+    app.conf.broker_transport_options["most_in_hand"] = {}
+    shards = ring(app, shard.ROUTE, 4)
+    one = Consumer(app, (INTERACTIVE, SHARDS))
+    assert one.turns() == shards
+    one.connection.release()

@@ -1,0 +1,110 @@
+import json
+from typing import Any
+
+import pytest
+
+from worker.contract import Job, Problem
+from worker.errors import InvalidJob, InvalidRow
+from worker.shard import MAX_ROWS, ROUTE, Row, Shard, parse
+from worker.wire import new_id
+
+FIELDS: dict[str, Any] = {
+    "schema": "gradcam.shard/v1",
+    "backfill": new_id(),
+    "index": 7,
+    "key": "00000007-0123456789abcdef",
+    "first": 1792,
+    "rows": [{"uri": "s3://in/a.png", "id": "a"}, {"uri": "s3://in/b.png"}],
+    "network": "efficientnet_lite0",
+    "target": {"top_n": 3},
+    "output": "s3://out/set",
+}
+
+
+def test_a_shard_comes_back_from_its_json_as_it_was() -> None:
+    bad = Problem.of(InvalidRow("It names no image."), stage="plan", attempt=0)
+    rows = [*FIELDS["rows"], {"uri": "\N{SNOWMAN}", "problem": bad.model_dump(mode="json")}]
+    wish = {"metrics": ["deletion"], "artifacts": [{"kind": "overlay", "box": True}], "keep": True}
+    shard = parse({**FIELDS, "rows": rows, **wish})
+    assert isinstance(shard, Shard)
+    assert parse(json.loads(shard.to_json())) == shard
+    assert shard.rows[2].problem == bad
+
+
+def test_what_has_its_default_is_not_said_of_each_row() -> None:
+    said = json.loads(Shard.model_validate(FIELDS).to_json())
+    assert said["rows"] == FIELDS["rows"]
+    assert "timeout_s" not in said
+
+
+def test_what_is_no_shard_is_parsed_as_a_job() -> None:
+    job = {"image": "s3://in/a.png", "network": "efficientnet_lite0", "target": {"top_n": 1}}
+    assert isinstance(parse(job), Job)
+    others: list[object] = [
+        None,
+        [],
+        {"schema": "gradcam.shard/v2"},
+        FIELDS | {"schema": ["gradcam.shard/v1"]},
+    ]
+    for odd in others:
+        with pytest.raises(InvalidJob):
+            parse(odd)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"rows": []}, "rows: "),
+        ({"rows": [{"uri": "s3://in/a"}] * (MAX_ROWS + 1)}, "rows: "),
+        ({"rows": [{"image": "s3://in/a"}]}, r"rows\.0\.uri: "),
+        ({"rows": [{"uri": "s3://in/\ud800"}]}, r"rows\.0\.uri: "),
+        ({"rows": [{"uri": "s3://in/a", "sha256": "abc"}]}, r"rows\.0\.sha256: "),
+        ({"key": "../../etc/passwd"}, "key: "),
+        ({"key": "00000007-0123456789abcdef\n"}, "key: "),
+        ({"target": {}}, "target"),
+        ({"artifacts": [{"kind": "report"}]}, "artifacts"),
+        ({"first": -1}, "first: "),
+        ({"webhooks": []}, "webhooks: unknown field"),
+    ],
+    ids=[
+        "none",
+        "many",
+        "field",
+        "half_a_character",
+        "sha",
+        "path",
+        "line",
+        "target",
+        "kind",
+        "minus",
+        "more",
+    ],
+)
+def test_a_shard_that_is_none_is_refused_in_a_sentence(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(InvalidJob, match=f"This is not a shard: .*{match}"):
+        parse({**FIELDS, **changes})
+
+
+def test_a_shard_waits_behind_everybody_and_tells_nobody() -> None:
+    shard = Shard.model_validate(FIELDS)
+    assert (shard.priority, shard.webhooks, shard.idempotency_key, shard.expires_at) == (
+        ROUTE,
+        (),
+        None,
+        None,
+    )
+    assert shard.metadata == {"backfill": FIELDS["backfill"], "shard": "7"}
+    assert shard.max_attempts == 8
+
+
+def test_a_shard_is_another_where_its_rows_are_and_where_it_keeps() -> None:
+    shard = Shard.model_validate(FIELDS)
+    same = shard.model_copy(update={"id": new_id(), "output": "s3://elsewhere"})
+    assert same.fingerprint() == shard.fingerprint()
+    for update in ({"keep": True}, {"key": "00000007-fedcba9876543210"}, {"backfill": new_id()}):
+        assert shard.model_copy(update=update).fingerprint() != shard.fingerprint()
+
+
+def test_a_row_may_have_any_text_where_its_address_should_be() -> None:
+    assert Row(uri="").uri == ""
+    assert Row(uri="x" * 2_000_000)
