@@ -1,0 +1,266 @@
+"""INPUT of a backfill -> rows, one at a time: a list of images, a folder, an S3 prefix, standard input.
+
+What is wrong with one row is that row's problem, see `worker.intake`; what makes the whole unreadable is
+InvalidInput, when it is opened or, where it only shows further on, in the middle of the rows.
+"""
+
+import gzip
+import io
+import os
+import shutil
+import stat
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from worker.errors import InvalidInput, WeightsUnavailable
+from worker.intake import Intake
+from worker.line import visible
+from worker.listing import columns, inventory_rows, json_rows, table_rows, text_rows
+from worker.settings import Settings, without_secrets
+from worker.shard import Row
+
+FORMS = ("auto", "jsonl", "csv", "tsv", "text", "inventory", "parquet", "folder")
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+    ".parquet": "parquet",
+}
+STDIN = "-"
+BATCH = 8192  # rows of a Parquet file that are read at once
+BUFFER = 1024 * 1024  # bytes of each of its columns in memory: a column may hold ten million values
+_GZIP = b"\x1f\x8b"
+
+
+class Input:
+    """An input that is open: `shown` is what it is called, fit to be shown."""
+
+    def __init__(
+        self,
+        shown: str,
+        unit: str,
+        read: Callable[[Intake], Iterator[Row]],
+        share: Callable[[int], float | None] = lambda _: None,
+    ) -> None:
+        """`read` gives its rows, from the first one on; `unit` is what they are counted in.
+
+        `share` tells how much of it that is, of a number of rows that were given just now.
+        """
+        self.shown = shown
+        self._unit = unit
+        self._read = read
+        self._share = share
+        self._given = 0
+
+    def share(self) -> float | None:
+        """How much of it has been read, from 0 to 1; None where its end is not known."""
+        return self._share(self._given)
+
+    def rows(self) -> Iterator[Row]:
+        """Its rows in order, from the first one; from a pipe they can be had once.
+
+        Raises InvalidInput where nothing more can be read, and where there is no row at all.
+        """
+        self._given = 0
+        try:
+            for row in self._read(Intake(self._unit)):
+                self._given += 1
+                yield row
+        except InvalidInput as error:
+            message = f"{self.shown} {error}"
+            raise InvalidInput(message) from error
+        except (EOFError, OSError, zlib.error) as error:
+            count = f"{self._given:,}"
+            message = f"{self.shown} is damaged, or cannot be read further, after {count} rows: {error}"
+            raise InvalidInput(message) from error
+        if not self._given:
+            message = f"{self.shown} is empty: there is no image in it."
+            raise InvalidInput(message)
+
+
+@contextmanager
+def open_input(
+    where: str, settings: Settings, *, form: str = "auto", column: str | None = None
+) -> Iterator[Input]:
+    """Open an input: a path, `s3://bucket/prefix`, `s3://bucket/list.jsonl`, or `-`, for standard input.
+
+    `form` is one of FORMS; auto goes by the ending of the name. `column` names the column, or the field,
+    with the URIs. What is compressed with gzip is read as well, whatever its name. Raises InvalidInput.
+    """
+    form = _form(where, form)
+    with ExitStack() as held:
+        if form == "folder":
+            from worker import tree
+
+            read = partial(tree.objects, where, settings) if _on_s3(where) else partial(tree.files, where)
+            yield Input(_shown(where), "Row", read)
+            return
+        file = _opened(where, settings, held)
+        if form == "parquet":
+            yield _parquet(file, _shown(where), column, held)
+            return
+        start = file.tell() if file.seekable() else None
+        size = os.fstat(file.fileno()).st_size
+        kinds: dict[str, Callable[[BinaryIO, Intake], Iterator[Row]]] = {
+            "jsonl": partial(json_rows, column=column),
+            "csv": partial(table_rows, delimiter=",", column=column),
+            "tsv": partial(table_rows, delimiter="\t", column=column),
+            "text": text_rows,
+            "inventory": inventory_rows,
+        }
+
+        def read_text(intake: Intake) -> Iterator[Row]:
+            if start is not None:
+                file.seek(start)
+            return kinds[form](_unpacked(file), intake)
+
+        def share(_: int) -> float | None:
+            return None if start is None or file.closed else file.tell() / max(size, file.tell(), 1)
+
+        yield Input(_shown(where), "Line", read_text, share)
+
+
+def _form(where: str, form: str) -> str:
+    """What an input is. Raises InvalidInput where that cannot be told."""
+    if form not in FORMS:
+        message = f"There is no form {form!r}: it is one of {', '.join(FORMS)}."
+        raise InvalidInput(message)
+    remote = _on_s3(where)
+    folder = not remote and where != STDIN and _is_folder(where)
+    if form == "folder" and not (folder or remote):
+        message = f"{_shown(where)} is no folder."
+        raise InvalidInput(message)
+    if folder and form not in {"auto", "folder"}:
+        message = f"{_shown(where)} is a folder: it cannot be read as {form}."
+        raise InvalidInput(message)
+    if form != "auto" or where == STDIN:
+        return "jsonl" if form == "auto" else form
+    ending = Path(where.casefold().removesuffix(".gz")).suffix
+    found = "folder" if folder else SUFFIXES.get(ending, "folder" if remote else None)
+    if found is None:
+        message = (
+            f"{_shown(where)} does not end in {', '.join(SUFFIXES)}, or one of these and .gz: say with "
+            f"--format what it is, one of {', '.join(FORMS[1:-1])}."
+        )
+        raise InvalidInput(message)
+    return found
+
+
+def _is_folder(where: str) -> bool:
+    if "://" in where:
+        message = f"{_shown(where)} cannot be read: name a path, s3://bucket/..., or - for standard input."
+        raise InvalidInput(message)
+    try:
+        return stat.S_ISDIR(Path(where).stat().st_mode)
+    except (OSError, ValueError) as error:
+        message = f"{_shown(where)} cannot be read: {getattr(error, 'strerror', error)}."
+        raise InvalidInput(message) from error
+
+
+def _on_s3(where: str) -> bool:
+    return where[:5].casefold() == "s3://"
+
+
+def _shown(where: str) -> str:
+    if where == STDIN:
+        return "Standard input"
+    return visible(without_secrets(where) if "://" in where and not _on_s3(where) else where)[:4096]
+
+
+def _opened(where: str, settings: Settings, held: ExitStack) -> io.BufferedReader:
+    """A file to be read. Raises InvalidInput."""
+    try:
+        if where == STDIN:
+            return cast("io.BufferedReader", sys.stdin.buffer)
+        if not _on_s3(where):
+            return held.enter_context(Path(where).open("rb"))
+        from worker.s3 import S3
+
+        copy = held.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # held
+        S3(settings).download("s3://" + where[5:], _Copy(copy))
+        copy.seek(0)
+        return cast("io.BufferedReader", copy)
+    except WeightsUnavailable as error:
+        raise InvalidInput(str(error)) from error
+    except OSError as error:
+        message = f"{_shown(where)} cannot be read: {error.strerror or error}."
+        raise InvalidInput(message) from error
+
+
+class _Copy:
+    """See `worker.gradcam.weights.Sink`."""
+
+    def __init__(self, file: Any) -> None:
+        self.write = file.write
+
+    def expect(self, size: int) -> None:
+        """As much as the disk holds."""
+
+
+def _unpacked(file: io.BufferedReader) -> BinaryIO:
+    if file.peek(2)[:2] != _GZIP:
+        return file
+    return io.BufferedReader(cast("Any", gzip.GzipFile(fileobj=file)))
+
+
+def _parquet(file: io.BufferedReader, shown: str, column: str | None, held: ExitStack) -> Input:
+    """The rows of a Parquet file, a few thousand at a time, and no other columns. Raises InvalidInput."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    whole: Any = file
+    if not file.seekable():
+        whole = held.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # held
+        shutil.copyfileobj(file, whole)
+    try:
+        table = held.enter_context(
+            pq.ParquetFile(whole, pre_buffer=False, buffer_size=BUFFER, page_checksum_verification=True)
+        )
+        names = table.schema_arrow.names
+        try:
+            at = columns(names, column)
+        except InvalidInput as error:
+            message = f"{shown} {error}"
+            raise InvalidInput(message) from error
+        kind = table.schema_arrow.field(at.image).type
+    except (pa.ArrowException, OSError) as error:
+        message = f"{shown} cannot be read as Parquet: {error}"
+        raise InvalidInput(message) from error
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_dictionary)
+    if not any(fits(kind) for fits in texts):
+        message = f"{shown} has a column {names[at.image]!r} of {kind}: it must hold URIs, as strings."
+        raise InvalidInput(message)
+    wanted = [names[place] for place in at if place is not None]
+
+    def read(intake: Intake) -> Iterator[Row]:
+        number = 0
+        try:
+            for batch in table.iter_batches(BATCH, columns=wanted, use_threads=False):
+                cells = {name: _cells(batch.column(name), pa) for name in wanted}
+                given = [cells[names[place]] if place is not None else [None] * len(batch) for place in at]
+                for uri, own, sha256 in zip(*given, strict=True):
+                    yield intake.good(number, uri, own, sha256)
+                    number += 1
+        except pa.ArrowException as error:
+            message = f"is damaged after {number:,} rows, or soon after: {error}"
+            raise InvalidInput(message) from error
+
+    return Input(shown, "Row", read, lambda given: given / max(table.metadata.num_rows, 1))
+
+
+def _cells(cells: Any, pa: Any) -> list[Any]:
+    """A column's values, with halves of characters in what is not UTF-8: it is told by them."""
+    try:
+        return list(cells.to_pylist())
+    except UnicodeDecodeError:
+        plain = cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
+        raw = plain.cast(pa.large_binary() if pa.types.is_large_string(plain.type) else pa.binary())
+        return [None if one is None else one.decode(errors="surrogateescape") for one in raw.to_pylist()]

@@ -1,0 +1,69 @@
+"""Every file below a folder, every object below an S3 prefix: rows with what tells one content from the next.
+
+Nothing is looked into: what is no image is told by the worker that reads it.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote_from_bytes
+
+from worker.errors import InvalidInput
+from worker.intake import Intake
+from worker.s3 import FAILED, S3, reason
+from worker.settings import Settings
+from worker.shard import Row
+
+VERSION = 256  # characters: see `worker.shard.Row`
+
+
+def files(where: str, intake: Intake) -> Iterator[Row]:
+    """Every file, in the order of names, folder by folder; none that is hidden, and of folders none either.
+
+    A link to a folder is not followed: it could lead back. It becomes a bad row, as does what is no file.
+    """
+    walked = [_entries(os.path.abspath(where))]  # noqa: PTH100  # it leaves no link out, either
+    number = 0
+    while walked:
+        path = next(walked[-1], None)
+        if path is None:
+            walked.pop()
+            continue
+        uri = "file://" + quote_from_bytes(os.fsencode(path))
+        try:
+            if stat.S_ISDIR(path.lstat().st_mode):
+                walked.append(_entries(path))
+                continue
+            found = path.stat()
+            problem = (
+                None
+                if stat.S_ISREG(found.st_mode)
+                else "it is no file, and a link to a folder is not followed"
+            )
+        except OSError as error:
+            problem = f"it cannot be read: {error.strerror}"
+        if problem:
+            yield intake.bad(number, uri, problem)
+        else:
+            yield intake.listed(uri, f"{found.st_size}-{found.st_mtime_ns}")
+        number += 1
+
+
+def _entries(folder: str | Path) -> Iterator[Path]:
+    return (Path(folder, name) for name in sorted(os.listdir(folder)) if not name.startswith("."))  # noqa: PTH208  # names alone: there may be millions
+
+
+def objects(where: str, settings: Settings, intake: Intake) -> Iterator[Row]:
+    """Every object below an S3 prefix, but those that only stand for folders. Raises InvalidInput."""
+    bucket, _, prefix = where[5:].partition("/")
+    if not bucket:
+        message = "names no bucket: write s3://bucket/prefix."
+        raise InvalidInput(message)
+    try:
+        for one in S3(settings).listed(bucket, prefix):
+            if one.size or not one.key.endswith("/"):
+                yield intake.listed(f"s3://{bucket}/{one.key}", one.etag[:VERSION] or None)
+    except FAILED as error:
+        message = f"cannot be listed: {reason(error)}"
+        raise InvalidInput(message) from error
