@@ -1,4 +1,4 @@
-"""`gradcam`: demo | worker | explain | submit | status | cancel | replay | redeliver | networks | doctor.
+"""`gradcam`: demo | worker | explain | submit | status | cancel | backfill | replay | redeliver | doctor ...
 
 Exit codes: 0 all is well, 1 something failed (and what, on standard error), 2 wrong usage.
 """
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from worker import __version__, cli_jobs, cli_replay, terminal
+from worker import __version__, cli_backfill, cli_gallery, cli_jobs, cli_replay, terminal
 from worker.errors import GradcamError
 from worker.gradcam.registry import Registry
 from worker.line import log_lines, visible
@@ -132,11 +132,13 @@ def doctor(*, as_json: bool) -> int:
 
 
 for _command in (
+    cli_gallery.gallery,
     cli_jobs.explain,
     cli_jobs.submit,
     cli_jobs.status,
     cli_jobs.cancel,
     cli_replay.replay,
     cli_replay.redeliver,
+    cli_backfill.backfill,
 ):
     gradcam.add_command(_command)

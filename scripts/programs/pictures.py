@@ -14,15 +14,25 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
+from worker import bulk, testing
+from worker.deadline import Deadline
+from worker.gallery import Wish, gallery
 from worker.gradcam import Explained, explain_image, load_network
 from worker.gradcam.animation import animate, as_frame
 from worker.gradcam.classes import DATA, caption
-from worker.gradcam.decode import decode
+from worker.gradcam.decode import Limits, decode
 from worker.gradcam.network import Network
 from worker.gradcam.picture import COLORMAPS, Pixels, encode, overlay
 from worker.gradcam.region import hot_box, with_box, with_contour
 from worker.gradcam.report import page
+from worker.gradcam.residents import Residents
 from worker.gradcam.sheet import as_tile, framed, in_rows, sheet
+from worker.pipeline import Journey
+from worker.shard import Row, Shard
+from worker.wire import new_id
+from worker.wishes import Target
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TILE = 360 * 270  # pixels of a picture on a sheet: three beside each other fill a page
@@ -99,14 +109,54 @@ def report_page() -> bytes:
     """The report in a browser, as it opens."""
     seen = explained("astronaut", *ASTRONAUT)
     facts = {"Network": seen.network.name, "Layer": seen.layer, "Method": "gradcam", "Score": "logit"}
+    return _shot(page(seen, seen.picture, name="astronaut.jpg", facts=facts))
+
+
+def gallery_page() -> bytes:
+    """The gallery of a small backfill, over parts of the shipped photos, in a browser."""
+    images = _parts()
+    store, load = testing.MemoryStore(), lambda _: network()
+    outside = testing.outside(images, store=store, residents=Residents(load, max_batch=8))
+    shard = Shard(
+        backfill=new_id(),
+        index=0,
+        key=f"{0:08d}-{0:016x}",
+        first=0,
+        rows=tuple(Row(uri=uri) for uri in images),
+        network=network().facts.name,
+        target=Target(top_n=3),
+        output="s3://results/cams",
+    )
+    bulk.explain(shard, outside, Journey(Deadline(600), lambda _: None))
+    store.put("dataset.json", b"{}", "application/json")
+    return _shot(gallery(store, testing.MemoryImages(images), Limits(), Wish()).page)
+
+
+def _parts() -> dict[str, bytes]:
+    """Eight parts of each shipped photo, each where an image of its own could be."""
+    rng, images = np.random.default_rng(1), {}
+    for file in sorted((DATA / "photos").glob("*.jpg")):
+        photo = decode(file.read_bytes()).pixels
+        for number in range(8):
+            size = [int(side * rng.uniform(0.5, 1)) for side in photo.shape[:2]]
+            top, left = (
+                int(rng.integers(0, whole - part + 1)) for whole, part in zip(photo.shape, size, strict=False)
+            )
+            part = photo[top : top + size[0], left : left + size[1]]
+            images[f"s3://photos/{file.stem}/{number}.jpg"] = encode(np.ascontiguousarray(part))
+    return images
+
+
+def _shot(written: bytes) -> bytes:
+    """A page as it opens in a browser."""
     chromium = shutil.which("chromium")
     if chromium is None:
         message = "No chromium here: scripts/browser installs it on Debian."
         raise FileNotFoundError(message)
     with tempfile.TemporaryDirectory() as folder:
-        written, shot = Path(folder, "report.html"), Path(folder, "report.png")
-        written.write_bytes(page(seen, seen.picture, name="astronaut.jpg", facts=facts))
-        options = [*CHROMIUM, f"--user-data-dir={folder}/profile", f"--screenshot={shot}", written.as_uri()]
+        html, shot = Path(folder, "page.html"), Path(folder, "page.png")
+        html.write_bytes(written)
+        options = [*CHROMIUM, f"--user-data-dir={folder}/profile", f"--screenshot={shot}", html.as_uri()]
         subprocess.run([chromium, *options], check=True, capture_output=True)
         return encode(decode(shot.read_bytes()).pixels)
 
@@ -120,6 +170,7 @@ MAKERS: dict[str, Callable[[], bytes]] = {
     "overlay-styles.jpg": overlay_styles,
     "animation.gif": animation,
     "report.jpg": report_page,
+    "gallery.jpg": gallery_page,
 }
 
 
