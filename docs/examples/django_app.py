@@ -1,18 +1,15 @@
-"""Photos that are explained: asked for on commit, heard of by signed webhooks, shown in Django's admin.
+"""Photos, explained: asked for on commit, heard of by signed webhook, shown in Django's admin. Copy it.
 
     pip install 'gradcam-worker[s3]' django standardwebhooks
-    export GRADCAM_BROKER_URL=redis://127.0.0.1:6379/0         # and GRADCAM_S3_..., as the worker has them
-    export DJANGO_SECRET_KEY=$(openssl rand -hex 32) WEBHOOK_SECRET=whsec_$(openssl rand -base64 32)
-    export WEBHOOK_URL=http://127.0.0.1:8000/gradcam/          # where the worker reaches this program
-    python django_app.py migrate --run-syncdb
-    python django_app.py createsuperuser
-    python django_app.py runserver                             # http://127.0.0.1:8000/
+    export SECRET_KEY=$(openssl rand -hex 32) WEBHOOK_SECRET=whsec_$(openssl rand -base64 32)
+    export WEBHOOK_URL=http://127.0.0.1:8000/gradcam/  # and GRADCAM_BROKER_URL, GRADCAM_S3_... of the worker
+    python django_app.py migrate --run-syncdb && python django_app.py createsuperuser
+    python django_app.py runserver
 
-The worker is told GRADCAM_WEBHOOK_SECRETS=photos=$WEBHOOK_SECRET, GRADCAM_WEBHOOK_HOSTS=127.0.0.1:8000 and,
-as that is no public address, GRADCAM_PRIVATE_NETWORKS=127.0.0.0/8.
+The worker has GRADCAM_WEBHOOK_SECRETS=photos=$WEBHOOK_SECRET, GRADCAM_WEBHOOK_HOSTS=127.0.0.1:8000 and, as
+that is no public address, GRADCAM_PRIVATE_NETWORKS=127.0.0.0/8.
 """
 
-import os
 import sys
 import uuid
 
@@ -20,160 +17,133 @@ import django
 from django.apps import AppConfig
 from django.conf import settings
 from django.contrib import admin
-from django.core.exceptions import ImproperlyConfigured
+from django.contrib.auth.decorators import permission_required
 from django.core.management import execute_from_command_line
 from django.db import models, transaction
 from django.http import HttpResponse
 from django.shortcuts import get_object_or_404, redirect
 from django.urls import path, reverse
-from django.utils.html import format_html, format_html_join
-from django.views.decorators.csrf import csrf_exempt
-from django.views.decorators.http import require_POST
+from django.utils.html import format_html
+from django.views.decorators import csrf, http
+from django_settings import APPS, OURS, WISH
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from worker.client import GradcamClient
 from worker.contract import FINAL, StatusEvent
-from worker.errors import GradcamError, UnknownJob
+from worker.errors import GradcamError
 
+PICTURE = '<img src="{}" alt="{}" style="max-width: 100%; max-height: {}" loading="lazy">'
 
-def needed(name):
-    """What is secret, or differs from place to place, stands in the environment."""
-    if not os.environ.get(name):
-        raise ImproperlyConfigured(f"{name} is not set: {__file__} says in its first lines what belongs there.")
-    return os.environ[name]
-
-
-# settings.py ---------------------------------------------------------------------------------------------
-APPS = ("admin", "auth", "contenttypes", "sessions", "messages", "staticfiles")
-PROCESSORS = ("template.context_processors.request", "contrib.auth.context_processors.auth", "contrib.messages.context_processors.messages")
-settings.configure(
-    SECRET_KEY=needed("DJANGO_SECRET_KEY"),
-    WEBHOOK_SECRET=needed("WEBHOOK_SECRET"),
-    WEBHOOK_URL=needed("WEBHOOK_URL"),
-    DEBUG=True,  # on your own machine only
-    ROOT_URLCONF=__name__,
-    INSTALLED_APPS=[*(f"django.contrib.{app}" for app in APPS), AppConfig("photos", sys.modules[__name__])],
-    MIGRATION_MODULES={"photos": None},  # one file has no place for them
-    MIDDLEWARE=[
-        "django.middleware.security.SecurityMiddleware",
-        "django.contrib.sessions.middleware.SessionMiddleware",
-        "django.middleware.common.CommonMiddleware",
-        "django.middleware.csrf.CsrfViewMiddleware",
-        "django.contrib.auth.middleware.AuthenticationMiddleware",
-        "django.contrib.messages.middleware.MessageMiddleware",
-    ],
-    TEMPLATES=[
-        {
-            "BACKEND": "django.template.backends.django.DjangoTemplates",
-            "APP_DIRS": True,
-            "OPTIONS": {"context_processors": [f"django.{name}" for name in PROCESSORS]},
-        }
-    ],
-    DATABASES={
-        "default": {
-            "ENGINE": "django.db.backends.sqlite3",
-            "NAME": "photos.sqlite3",
-            "OPTIONS": {"transaction_mode": "IMMEDIATE"},
-        }
-    },
-    STATIC_URL="static/",
-    USE_TZ=True,
-)
+photos = AppConfig(__name__, sys.modules[__name__])  # this file is an app by itself
+photos.label, photos.verbose_name, photos.models_module = "photos", "Photos", photos.module
+settings.configure(**OURS, ROOT_URLCONF=__name__, INSTALLED_APPS=[*APPS, photos])
 django.setup()
 client = GradcamClient()
 
 
-# models.py -----------------------------------------------------------------------------------------------
+# models.py
 class Photo(models.Model):
-    """An image, and what is known of the job about it."""
-
-    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)  # unlike 42 in one database alone
-    image = models.CharField(max_length=1000, help_text="s3://bucket/key, which the worker may read")
-    added = models.DateTimeField(auto_now_add=True)
-    version = models.PositiveIntegerField(default=1, editable=False)  # of the question: another is another job
-    job = models.CharField(max_length=36, editable=False)
-    revision = models.PositiveIntegerField(default=0, editable=False)  # of the answer: a later one wins
-    status = models.CharField(max_length=20, default="new", editable=False)
-    classes = models.JSONField(default=list, editable=False)
-    error = models.TextField(editable=False)
-    manifest = models.TextField(editable=False)
-
-    class Meta:
-        ordering = ("-added",)
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    image = models.CharField(max_length=1000, help_text="s3://bucket/key, where the worker may read it")
+    version = models.PositiveIntegerField(default=1)  # of the question: each is one job
+    job = models.CharField(max_length=36)
+    revision = models.PositiveIntegerField(default=0)  # of the answer: the latest counts
+    status = models.CharField(max_length=20, default="new")
+    classes = models.JSONField(default=list)
+    error = models.TextField()
+    manifest = models.TextField()
 
     def __str__(self):
-        return self.image.rpartition("/")[2]
+        return self.image
 
     def save(self, *args, **kwargs):
-        """Ask once the row is there for all to see: a webhook may come before this request has ended."""
         super().save(*args, **kwargs)
-        transaction.on_commit(self.ask)
-
-    def explain(self):
-        """Ask anew."""
-        self.version += 1
-        self.job, self.revision, self.status, self.classes, self.error, self.manifest = "", 0, "new", [], "", ""
-        self.save()
+        if self.status not in FINAL:
+            transaction.on_commit(self.ask)  # no sooner: the answer may come before this request has ended
 
     def ask(self):
-        """How is the job? Submits it where nobody knows it yet; harmless, however often it is called."""
+        """How is the job? Where there is none yet, submit it. Harmless, however often it is called."""
         try:
-            try:
-                document = client.status(self.job)
-            except UnknownJob:
-                job = client.submit(
+            if self.job not in client.statuses([self.job]):
+                self.job = client.submit(
+                    **WISH,
                     image=self.image,
-                    network="efficientnet_lite0",
-                    target={"top_n": 3},
-                    artifacts=[{"kind": "overlay", "max_edge": 800}],
-                    idempotency_key=f"photo-{self.pk}-{self.version}",
+                    idempotency_key=f"photo-{self.pk}-{self.version}",  # submitted twice, it runs once
                     metadata={"photo": str(self.pk), "version": str(self.version)},
                     webhooks=[{"url": settings.WEBHOOK_URL, "secret_ref": "photos"}],
                 )
-                document = client.status(job)
+            self.hear(client.status(self.job))
         except GradcamError as error:
             Photo.objects.filter(pk=self.pk, version=self.version).update(error=str(error))
-        else:
-            hear(document)
+
+    @staticmethod
+    def hear(document):
+        """Take in what is told of a job, twice or late as it may be: one UPDATE; the last revision wins."""
+        about = document.metadata
+        photo = Photo.objects.filter(pk=about.get("photo"), version=about.get("version"))
+        photo.filter(revision__lte=document.revision).update(
+            job=document.id,
+            revision=document.revision,
+            status=document.status,
+            classes=[[one.name.replace("_", " "), one.probability] for one in document.predictions[:5]],
+            error=document.error.detail if document.error else "",
+            manifest=document.result.manifest_uri if document.result else "",
+        )
 
 
-def hear(document):
-    """Take in what a job's document says, unless a later one has been: one UPDATE, in whatever order they come."""
-    known = document.metadata
-    Photo.objects.filter(
-        pk=known.get("photo"), version=known.get("version"), revision__lte=document.revision
-    ).update(
-        job=document.id,
-        revision=document.revision,
-        status=document.status,
-        classes=[{"name": one.name.replace("_", " "), "probability": one.probability} for one in document.predictions],
-        error=document.error.detail if document.error else "",
-        manifest=document.result.manifest_uri if document.result else "",
-    )
-
-
-# views.py ------------------------------------------------------------------------------------------------
-@csrf_exempt  # the signature vouches for who it comes from, and is no older than five minutes
-@require_POST
-def gradcam(request):
-    """Hear of a job. Unless the answer is 2xx the worker says it again later, for three days."""
+# views.py
+@csrf.csrf_exempt  # it is signed, and not five minutes ago
+@http.require_POST
+def webhook(request):
+    """The worker tells how a job ended; unless the answer is 2xx it tells again, for three days."""
     try:
-        event = StatusEvent.model_validate(Webhook(settings.WEBHOOK_SECRET).verify(request.body, request.headers))
-    except WebhookVerificationError as error:
-        return HttpResponse(f"{error}.", status=401, content_type="text/plain")
-    except ValueError:
-        return HttpResponse("That is no event of gradcam-worker.", status=400, content_type="text/plain")
-    hear(event.data)
+        told = Webhook(settings.WEBHOOK_SECRET).verify(request.body, request.headers)
+        Photo.hear(StatusEvent.model_validate(told).data)
+    except (WebhookVerificationError, ValueError):
+        return HttpResponse("This is no event, not signed by our worker, or old.", status=401)
     return HttpResponse(status=204)
 
 
-# admin.py ------------------------------------------------------------------------------------------------
+@permission_required("photos.view_photo", raise_exception=True)
+def picture(request, pk, large):
+    """Lead to a picture, at an address in the bucket that is good for an hour."""
+    try:
+        result = client.result(get_object_or_404(Photo, pk=pk).job)
+    except GradcamError as error:
+        return HttpResponse(str(error), status=502, content_type="text/plain")
+    made = result.manifest.artifacts if large else result.manifest.explanations[0].artifacts
+    return redirect(result.urls[made[0].uri])
+
+
+# admin.py and urls.py
 @admin.register(Photo)
 class PhotoAdmin(admin.ModelAdmin):
-    list_display = ("thumbnail", "image", "status", "outcome")
-    ...
+    list_display = list_display_links = ("thumbnail", "image", "status", "outcome")
+    fields, readonly_fields = ("image", "status", "outcome", "pictures"), ("status", "outcome", "pictures")
+    ordering, actions = ("-job",), ("explain_again",)  # a job's id begins with the time
+
+    def has_change_permission(self, request, photo=None):
+        return False  # another image is another photo
+
+    @admin.action(description="Explain again; ask how it is where it is not done", permissions=["add"])
+    def explain_again(self, request, photos):
+        new = {"version": models.F("version") + 1, "revision": 0, "job": "", "status": "new"}
+        photos.filter(status__in=FINAL).update(**new)
+        for photo in photos:
+            photo.ask()
+
+    def outcome(self, photo):
+        return photo.error or "".join("{}, {:.0%}".format(*best) for best in photo.classes[:1])
+
+    def thumbnail(self, photo, height="60px", large=0):
+        url = reverse("picture", args=(photo.pk, large))
+        return format_html(PICTURE, url, self.outcome(photo), height) if photo.manifest else ""
+
+    def pictures(self, photo):
+        return self.thumbnail(photo, "75vh", large=1)
 
 
-urlpatterns = [path("gradcam/", gradcam), path("", admin.site.urls)]
+pictures = path("picture/<uuid:pk>/<int:large>/", picture, name="picture")
+urlpatterns = [path("gradcam/", webhook), pictures, path("", admin.site.urls)]
 if __name__ == "__main__":
     execute_from_command_line(sys.argv)
