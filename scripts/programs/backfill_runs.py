@@ -7,7 +7,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,10 @@ from worker.settings import Settings
 from worker.storage import Stores
 
 LOOK_S = 0.1  # between two looks at memory
-PATIENCE_S = 3600  # for the longest run
+PATIENCE_S = 60  # for one file of a dataset
 MIB = 2**20
+
+Process = subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def command(source: Path, output: str, network: str, *options: str) -> list[str]
 
 
 @contextmanager
-def started(settings: Settings, words: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(settings: Settings, words: list[str], log: Path) -> Iterator[Process]:
     """The command, running; killed where it still does when the block is left."""
     with log.open("ab") as file:
         process = subprocess.Popen(
@@ -72,8 +74,10 @@ def started(settings: Settings, words: list[str], log: Path) -> Iterator[subproc
         process.wait()
 
 
-def run(settings: Settings, source: Path, output: str, network: str, rows: int, *options: str) -> Ran:
-    """Run a backfill to its end. Raises RuntimeError where it fails."""
+def run(
+    settings: Settings, source: Path, output: str, network: str, rows: int, *options: str, worker: Process
+) -> Ran:
+    """Run a backfill to its end. Raises RuntimeError where it fails, or where its worker ends before."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with redis.Redis.from_url(settings.broker_url) as client:
@@ -81,12 +85,24 @@ def run(settings: Settings, source: Path, output: str, network: str, rows: int, 
             begun = time.monotonic()
             with started(settings, command(source, output, network, *options), log) as process:
                 with watched(process.pid, client) as peaks:
-                    code = process.wait(PATIENCE_S)
+                    while (code := process.poll()) is None and worker.poll() is None:
+                        time.sleep(LOOK_S)
                 seconds = time.monotonic() - begun
-        if code:
-            message = f"The backfill ended with {code}: {log.read_text(errors='replace')[-2000:]}"
+        if code != 0:
+            said = log.read_text(errors="replace")[-2000:]
+            message = f"The backfill ended with {code}, its worker with {worker.poll()}: {said}"
             raise RuntimeError(message)
     return Ran(rows, seconds, peaks["submitter"] / MIB, (peaks["redis"] - before) / MIB)
+
+
+def until(condition: Callable[[], object], worker: Process) -> None:
+    """Wait for what a worker has to do. Raises RuntimeError where that takes too long, or it has ended."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > end or worker.poll() is not None:
+            message = f"Nothing happened within {PATIENCE_S} s, or the worker has ended ({worker.poll()})."
+            raise RuntimeError(message)
+        time.sleep(LOOK_S / 2)
 
 
 @contextmanager
@@ -144,12 +160,12 @@ def counted(settings: Settings, output: str, rows: int) -> Counted:
 
 
 @contextmanager
-def worker(settings: Settings, program: Path, log: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+def working(settings: Settings, program: Path, log: Path) -> Iterator[Process]:
     """A worker process of another program than the bench's usual one."""
     process = lifeline.start(
-        [sys.executable, "-P", str(program), *words],
+        [sys.executable, "-P", str(program)],
         log=log,
-        environment=settings.to_environment(),
+        environment={**settings.to_environment(), "PYTHONPATH": str(Path(__file__).parent)},
         grace_s=10,
     )
     try:

@@ -14,6 +14,7 @@ BENCHES = (
     "gpu",
     "threads",
     "backfill",
+    "submit",
 )  # each a module `bench_<name>` beside this one, with `main(*, quick, as_json)`
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -16,7 +16,6 @@ import itertools
 import json
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ import stand_in
 from river import River
 from timing import machine, versions
 
+from worker import wiring
 from worker.gradcam.residents import Residents
 from worker.settings import Settings
 
@@ -95,7 +95,8 @@ def _shards(flow: River, source: Path, images: int, name: str) -> tuple[float, f
     output = f"{flow.settings.output}/{name}"
     with river.Meter(flow.processes).running() as meter:
         begun = time.time()
-        runs.run(flow.settings, source, output, SHARE_OF, images, "--shard-rows", "64")
+        rows = ("--shard-rows", "64")
+        runs.run(flow.settings, source, output, SHARE_OF, images, *rows, worker=flow.worker)
         ended = time.time()
     passes = [one for one in stand_in.Passes.read(flow.passes) if begun < one.begun < ended]
     first, last = passes[0].begun, passes[-1].ended
@@ -113,9 +114,11 @@ def tracking(sizes: tuple[int, ...]) -> dict[int, runs.Ran]:
             with backfill_kills.place(folder) as settings:
                 uris = (f"s3://photos/{number % backfill_kills.PHOTOS:05}.jpg" for number in range(rows))
                 source = runs.write_input(folder / "input.jsonl", uris)
-                with runs.worker(settings, program, folder / "worker.log"):
+                with runs.working(settings, program, folder / "worker.log") as worker:
+                    runs.until(lambda: wiring.ledger(settings).workers(), worker)  # at once
                     output = f"{settings.output}/tracking"
-                    found[rows] = runs.run(settings, source, output, backfill_kills.NETWORK, rows)
+                    network = backfill_kills.NETWORK
+                    found[rows] = runs.run(settings, source, output, network, rows, worker=worker)
                 count = runs.counted(settings, output, rows)
                 if count != runs.Counted(0, 0):
                     message = f"Of {rows} rows {count.lost} are lost and {count.doubled} are there twice."
@@ -144,13 +147,8 @@ def interactive(jobs: int) -> dict[str, list[float]]:
 
 def _until_busy(flow: River) -> None:
     """Return when the worker has as many shards in hand as it takes."""
-    end = time.monotonic() + WAIT_S
-    while flow.ledger.counts()[1] < flow.settings.shards:
-        if time.monotonic() > end:
-            message = f"No backfill was under way within {WAIT_S} s."
-            raise RuntimeError(message)
-        time.sleep(0.05)
-    threading.Event().wait(1)  # the first groups are read
+    runs.until(lambda: flow.ledger.counts()[1] >= flow.settings.shards, flow.worker)
+    time.sleep(1)  # the first groups are read
 
 
 def _one(flow: River) -> float:

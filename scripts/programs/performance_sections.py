@@ -96,10 +96,10 @@ SECTIONS: dict[str, Section] = {
     "backfill": Section(
         "Backfill",
         "`gradcam backfill` through real servers and a real worker. Speed: the same photos by the engine "
-        "alone, in shards, and as single jobs. Rows: with a worker whose shards are done at once, what it costs to "
-        "plan, hand out and follow so many. Kills: submitter and both workers, at random moments, and the "
-        "backfill resumed each time. Waiting: a single job on an idle worker, and on one that a backfill "
-        "saturates; a pass that has begun is not interrupted.",
+        "alone, in shards, and as single jobs. Rows: with a worker whose shards are done at once, what it "
+        "costs to plan, hand out and follow so many. Kills: submitter and both workers, at random "
+        "moments, and the backfill resumed each time. Waiting: a single job on an idle worker, and on one "
+        "that a backfill saturates; a pass that has begun is not interrupted.",
         worker.backfill_targets,
         worker.backfill_tables,
         {},

@@ -33,7 +33,7 @@ def at_once(shard: Shard, outside: Outside, journey: Journey) -> Done:
     data, key = table(shard), dataset.data_key(shard.key)
     (uri,) = store.put_many([(key, data, dataset.MEDIA_TYPE)], journey.deadline)
     return Done(
-        network=NetworkRef(name=shard.network, layer="none", weights_sha256=None),
+        network=NetworkRef(name=shard.network, layer="none", weights_sha256=shard.weights_sha256),
         predictions=(),
         result=ManifestRef(manifest_uri=uri, manifest_sha256=hashlib.sha256(data).hexdigest()),
         warnings=(),
@@ -56,7 +56,7 @@ def table(shard: Shard) -> bytes:
         "failed": 0,
         "codes": {},
         "grid": GRID,
-        "network": {"name": shard.network, "layer": "none", "weights_sha256": None},
+        "network": {"name": shard.network, "layer": "none", "weights_sha256": shard.weights_sha256},
     }
     file = io.BytesIO()
     named = columns.with_metadata({dataset.FACTS: json.dumps(facts).encode()})
