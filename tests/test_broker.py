@@ -90,8 +90,7 @@ def test_a_broker_out_of_reach_is_one_error_without_its_password(job: Job) -> No
 
 
 def test_a_broker_that_accepts_but_never_answers_is_one_error_too(job: Job, silent_port: int) -> None:
-    app = broker.make_app(Settings(broker_url=f"redis://127.0.0.1:{silent_port}/0"))
-    app.conf.broker_transport_options["socket_timeout"] = 0.3
+    app = broker.make_app(Settings(broker_url=f"redis://127.0.0.1:{silent_port}/0"), timeout_s=0.3)
     with pytest.raises(BrokerUnavailable):
         broker.publish(app, job)
 

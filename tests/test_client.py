@@ -1,15 +1,33 @@
+import asyncio
 import json
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from typing import Any
 
 import pytest
 import redis
 
-from worker import broker
+from worker import broker, envelope
+from worker import client as client_module
 from worker.client import GradcamClient
-from worker.contract import Job, WorkerRef
-from worker.errors import BrokerUnavailable, InvalidJob, UnknownJob, WaitTimeout
+from worker.contract import Job, StatusDocument, WorkerRef
+from worker.errors import (
+    BrokerUnavailable,
+    GradcamError,
+    IdempotencyConflict,
+    InvalidJob,
+    LedgerUnavailable,
+    UnknownJob,
+    WaitTimeout,
+)
+from worker.ledger import Ledger
+from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
 from worker.testing import Doorbell, MemoryLedger
 from worker.wire import new_id
@@ -92,6 +110,14 @@ def test_an_unknown_job_is_not_waited_for(client: GradcamClient) -> None:
         client.wait(new_id())
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that loses its patience soon."""
+    monkeypatch.setattr(client_module, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(client_module, "PATIENCE_S", 0.5)
+
+
+@pytest.mark.usefixtures("hasty")
 def test_a_job_in_the_ledger_is_accepted_though_the_broker_is_out_of_reach(
     ledger: MemoryLedger, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -134,3 +160,322 @@ def test_urls_given_by_hand_go_before_the_environment(settings: Settings) -> Non
     client = GradcamClient(settings.broker_url, settings=Settings(key_prefix=settings.key_prefix))
     job_id = client.submit(**FIELDS)
     assert GradcamClient(settings=settings).status(job_id).status == "queued"
+
+
+def waiting(settings: Settings, route: str = "normal") -> list[dict[str, Any]]:
+    """What lies in a queue, the next one first, as a worker reads it."""
+    queue, number = broker.ROUTES[route]
+    key = f"{settings.key_prefix}{queue}\x06\x16{number}"
+    items: Any = redis.Redis.from_url(settings.broker_url).lrange(key, 0, -1)
+    return [envelope.read(item, queue, settings.max_message_bytes) for item in reversed(items)]
+
+
+def test_many_are_entered_and_rung_for_in_order_in_a_few_round_trips(settings: Settings) -> None:
+    client = GradcamClient(settings=settings)
+    server = redis.Redis.from_url(settings.broker_url)
+    server.script_flush()  # a server that was started anew knows no scripts
+    before: Any = server.info("stats")["total_commands_processed"]
+    ids = client.submit_many({**FIELDS, "metadata": {"n": str(n)}} for n in range(1200))
+    after: Any = server.info("stats")["total_commands_processed"]
+    messages = waiting(settings)
+    assert [one["headers"]["id"] for one in messages] == ids
+    documents = client.statuses(ids)
+    assert [documents[one].metadata["n"] for one in ids] == [str(n) for n in range(1200)]
+    assert {one["headers"][broker.ENTERED_AT] for one in messages} == {
+        one.created_at.isoformat() for one in documents.values()
+    }
+    assert after - before < 1200 * 6, "about five commands of a script for each job, but no more"
+
+
+def test_a_generator_is_read_as_its_jobs_are_taken(
+    client: GradcamClient, ledger: MemoryLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "CHUNK", 10)
+    ahead = []
+
+    def jobs() -> Iterator[Job]:
+        for number in range(95):
+            ahead.append(number - ledger.counts()[0])
+            yield Job.parse(FIELDS)
+
+    assert len(client.submit_many(jobs())) == 95
+    assert max(ahead) == 9, "no more than one step of them is ever in memory"
+
+
+def test_large_jobs_go_in_smaller_steps(
+    client: GradcamClient, ledger: MemoryLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "CHUNK_BYTES", 30_000)
+    steps: list[int] = []
+
+    def enter(jobs: Sequence[Any]) -> Any:
+        steps.append(len(jobs))
+        return MemoryLedger.submit_many(ledger, jobs)
+
+    monkeypatch.setattr(ledger, "submit_many", enter)
+    client.submit_many({**FIELDS, "image": f"data:image/png;base64,{'A' * 20_000}"} for _ in range(5))
+    assert steps == [2, 2, 1]
+
+
+@pytest.fixture(params=["memory", "redis"])
+def any_ledger(request: pytest.FixtureRequest, settings: Settings) -> Ledger:
+    return MemoryLedger() if request.param == "memory" else RedisLedger(settings)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "match"),
+    [
+        ({"top_m": 3}, InvalidJob, "Job number 8 of those given: .*top_m: unknown field"),
+        ({"image": "x" * 5000}, InvalidJob, "Job number 8 .*2,000"),
+        ({"idempotency_key": "taken"}, IdempotencyConflict, "Job number 8 .*'taken' belongs to"),
+    ],
+    ids=["invalid", "too large", "conflict"],
+)
+def test_what_comes_before_a_wrong_job_is_accepted_and_what_comes_after_is_not(
+    any_ledger: Ledger,
+    doorbell: Doorbell,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: dict[str, Any],
+    error: type[GradcamError],
+    match: str,
+) -> None:
+    monkeypatch.setattr(client_module, "CHUNK", 5)
+    client = GradcamClient(settings=Settings(max_message_bytes=2000), ledger=any_ledger, publish=doorbell)
+    client.submit(**{**FIELDS, "image": "s3://in/other.jpg"}, idempotency_key="taken")
+    good = [{**FIELDS, "id": new_id()} for _ in range(9)]
+    with pytest.raises(error, match=match) as caught:
+        client.submit_many([*good[:7], {**FIELDS, **wrong}, *good[7:]])
+    assert caught.value.accepted == tuple(one["id"] for one in good[:7])
+    assert [job.id for job in doorbell.jobs[1:]] == list(caught.value.accepted)
+    assert client.statuses(str(one["id"]) for one in good).keys() == set(caught.value.accepted)
+
+
+def test_an_error_of_the_callers_own_comes_through_when_what_came_before_is_accepted(
+    client: GradcamClient, doorbell: Doorbell, caplog: pytest.LogCaptureFixture
+) -> None:
+    def jobs() -> Iterator[dict[str, Any]]:
+        yield FIELDS
+        yield FIELDS
+        raise OSError("the disk is gone")  # noqa: EM101, TRY003
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        client.submit_many(jobs())
+    assert len(doorbell.jobs) == 2
+    assert "2 jobs are accepted; the next one could not be had" in caplog.text
+
+
+def test_no_job_at_all_is_no_error(client: GradcamClient) -> None:
+    assert client.submit_many([]) == []
+
+
+def test_submitting_many_again_with_their_keys_finds_the_first_ones(client: GradcamClient) -> None:
+    jobs = [{**FIELDS, "idempotency_key": f"k{n % 3}"} for n in range(6)]
+    ids = client.submit_many(jobs)
+    assert len(set(ids)) == 3
+    assert client.submit_many(jobs) == ids
+
+
+@pytest.mark.usefixtures("hasty")
+def test_many_are_accepted_though_the_broker_is_out_of_reach_and_it_is_waited_for_once(
+    ledger: MemoryLedger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(client_module, "CHUNK", 4)
+    asked = []
+
+    def broken(job: Job) -> None:
+        asked.append(job.id)
+        message = "The broker cannot be reached."
+        raise BrokerUnavailable(message)
+
+    client = GradcamClient(settings=Settings(), ledger=ledger, publish=broken)
+    ids = client.submit_many(FIELDS for _ in range(12))
+    assert ledger.silent("normal", empty=True, lost_after_s=0, limit=99) == ids, "the reaper finds them"
+    assert caplog.text.count("4 jobs are accepted, but nobody could be told at once") == 3
+    tries = Counter(asked)
+    assert tries[ids[0]] > 1
+    assert (tries[ids[4]], tries[ids[8]]) == (1, 1)
+
+
+class Blinking(MemoryLedger):
+    """Out of reach for some of the times that it is asked; the answer to the first one is lost."""
+
+    def __init__(self, failures: float) -> None:
+        super().__init__()
+        self.failures = failures
+
+    def _blink(self) -> None:
+        self.failures -= 1
+        if self.failures >= 0:
+            message = "The ledger cannot be reached."
+            raise LedgerUnavailable(message)
+
+    def submit_many(self, jobs: Sequence[Any]) -> Any:
+        entered = super().submit_many(jobs)
+        self._blink()
+        return entered
+
+    def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
+        self._blink()
+        return super().read_many(ids)
+
+
+def test_a_ledger_that_blinks_is_asked_again_and_nothing_is_entered_twice(doorbell: Doorbell) -> None:
+    ledger = Blinking(0)
+    client = GradcamClient(settings=Settings(), ledger=ledger, publish=doorbell)
+    ledger.failures = 2
+    job_id = client.submit(**FIELDS)
+    ledger.failures = 1
+    ids = client.submit_many([FIELDS, FIELDS])
+    ledger.failures = 1
+    assert client.status(job_id).status == "queued"
+    ledger.failures = 1
+    assert client.statuses(ids).keys() == set(ids)
+    ledger.failures = 1
+    assert client.cancel(job_id).status == "canceled"
+    assert [job.id for job in doorbell.jobs] == [job_id, *ids]
+    assert ledger.counts() == (2, 0)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_ledger_that_stays_away_is_an_error_that_says_what_is_known(
+    doorbell: Doorbell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "CHUNK", 2)
+    ledger = Blinking(0)
+    client = GradcamClient(settings=Settings(), ledger=ledger, publish=doorbell)
+    jobs = [Job.parse(FIELDS) for _ in range(4)]
+
+    def given() -> Iterator[Job]:
+        yield from jobs[:2]
+        ledger.failures = float("inf")
+        yield from jobs[2:]
+
+    with pytest.raises(LedgerUnavailable, match=r"Whether 2 jobs were accepted is not known: submit") as many:
+        client.submit_many(given())
+    assert many.value.accepted == (jobs[0].id, jobs[1].id)
+    assert many.value.in_doubt == (jobs[2].id, jobs[3].id)
+    with pytest.raises(LedgerUnavailable, match=f"Whether job {jobs[3].id} was accepted is not known"):
+        client.submit(jobs[3])
+    with pytest.raises(LedgerUnavailable, match="was cancelled is not known: ask again"):
+        client.cancel(jobs[0].id)
+    ledger.failures = 0
+    assert client.submit_many(jobs[2:]) == [jobs[2].id, jobs[3].id], "as the error says: with the same ids"
+    assert ledger.counts() == (4, 0)
+
+
+def test_a_server_that_does_not_answer_for_a_while_loses_nothing_and_doubles_nothing(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "TIMEOUT_S", 0.2)
+    client, server = GradcamClient(settings=settings), redis.Redis.from_url(settings.broker_url)
+    client.submit(**FIELDS)
+    server.client_pause(600)  # ms: longer than an answer may take, shorter than patience
+    job_id = client.submit(**FIELDS)
+    server.client_pause(600)
+    ids = client.submit_many([FIELDS, FIELDS])
+    server.client_kill_filter(_type="normal", skipme=True)
+    ids.append(client.submit(**FIELDS))
+    assert client.statuses([job_id, *ids]).keys() == {job_id, *ids}
+    assert {one["headers"]["id"] for one in waiting(settings)} >= {job_id, *ids}
+    assert RedisLedger(settings).counts() == (5, 0)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_server_that_accepts_and_never_answers_is_given_up_in_time(
+    settings: Settings, silent_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    silent = f"redis://127.0.0.1:{silent_port}/0"
+    begun = time.monotonic()
+    with pytest.raises(LedgerUnavailable, match=r"Timeout .* was accepted is not known"):
+        GradcamClient(silent, settings=settings).submit(**FIELDS)
+    job_id = GradcamClient(silent, settings.broker_url, settings=settings).submit(**FIELDS)
+    assert f"job {job_id} is accepted, but nobody could be told at once" in caplog.text
+    assert time.monotonic() - begun < 10, "patience is half a second here, and redis-py has none of its own"
+
+
+def test_many_threads_share_one_client(settings: Settings) -> None:
+    client = GradcamClient(settings=settings)
+
+    def work(_: int) -> list[str]:
+        ids = []
+        for _ in range(50):
+            ids.append(client.submit(**FIELDS))
+            assert client.status(ids[-1]).id == ids[-1]
+        return ids
+
+    with ThreadPoolExecutor(32) as pool:
+        ids = [one for found in pool.map(work, range(32)) for one in found]
+    assert len(set(ids)) == 32 * 50
+    assert sorted(one["headers"]["id"] for one in waiting(settings)) == sorted(ids)
+
+
+FORKING = """
+import os, signal, sys, threading
+from worker.client import GradcamClient
+from worker.settings import Settings
+
+FIELDS = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
+client = GradcamClient(settings=Settings(broker_url=sys.argv[1], key_prefix=sys.argv[2]))
+told = open(sys.argv[3], "a", buffering=1)
+
+def work(count):
+    for _ in range(count):
+        for job_id in (client.submit(**FIELDS), *client.submit_many([FIELDS, FIELDS])):
+            assert client.status(job_id).id == job_id
+            os.write(told.fileno(), f"{job_id}\\n".encode())
+
+work(1)  # made and used before the fork, and in use by a thread while it happens
+held, forked = threading.Event(), threading.Event()
+
+def hold():
+    ours = client._ledger.server.redis.connection_pool, client._bell._clients.mine().connection_pool
+    with ours[0]._lock, ours[1]._lock:
+        held.set()
+        forked.wait()
+
+threading.Thread(target=hold).start()
+held.wait()
+children = []
+for _ in range(8):
+    child = os.fork()
+    if not child:
+        signal.alarm(20)  # seconds, where it hangs
+        try:
+            work(5)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    children.append(child)
+forked.set()
+work(60)
+sys.exit(max(os.waitpid(child, 0)[1] for child in children))
+"""
+
+
+def test_a_client_that_was_used_before_a_fork_is_everybodys_own_after_it(
+    settings: Settings, tmp_path: Any
+) -> None:
+    told = tmp_path / "ids.txt"
+    command = [sys.executable, "-c", FORKING, settings.broker_url, settings.key_prefix, str(told)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    ids = told.read_text().split()
+    assert len(set(ids)) == len(ids) == 3 * (1 + 60 + 8 * 5)
+    assert sorted(one["headers"]["id"] for one in waiting(settings)) == sorted(ids)
+
+
+def test_it_works_where_an_event_loop_runs(settings: Settings) -> None:
+    async def view() -> StatusDocument:
+        with GradcamClient(settings=settings) as client:
+            return client.status(client.submit(**FIELDS))
+
+    assert asyncio.run(view()).status == "queued"
+
+
+def test_ids_are_rung_for_many_at_a_time(settings: Settings) -> None:
+    app, ids = broker.make_app(settings), [new_id() for _ in range(1001)]
+    broker.ring_many(app, ids, "shard")
+    messages = waiting(settings, "shard")
+    assert [one["headers"]["id"] for one in messages] == ids
+    assert {one["headers"]["task"] for one in messages} == {broker.EXPLAIN_SHARD}
+    assert broker.waiting(app, "shard") == 1001

@@ -28,6 +28,7 @@ from worker.testing import Doorbell, outside
 IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
 FIELDS: dict[str, Any] = {"image": "s3://in/a.png", "network": "efficientnet_lite0", "target": {"top_n": 1}}
 PROCESSES, KEYS = 4, 30
+FOR_EVER = 1_000_000  # replies
 PATIENCE_S = 60  # for processes to start on a busy machine
 
 # Submits one job for each key, in an order of its own, as soon as everybody is ready.
@@ -234,18 +235,22 @@ def test_a_submission_whose_reply_is_lost_is_sent_again_and_is_one_job(
     assert ledger.read(job_id).attempt == 1
 
 
-@pytest.mark.parametrize("forgetful", [3], indirect=True)
+@pytest.mark.parametrize("forgetful", [FOR_EVER], indirect=True)
 def test_whoever_never_hears_submits_again_and_gets_the_job_that_was_made(
-    forgetful: Forgetful, settings: Settings, ledger: RedisLedger
+    forgetful: Forgetful, settings: Settings, ledger: RedisLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("worker.client.PATIENCE_S", 0.3)
     client, job = through(forgetful, settings), Job.parse(FIELDS)
-    with pytest.raises(LedgerUnavailable):
+    with pytest.raises(LedgerUnavailable, match="was accepted is not known"):
         client.submit(idempotency_key="k", **FIELDS)
+    forgetful.losses = 0
     (made,) = jobs_in(ledger)
     assert client.submit(idempotency_key="k", **FIELDS) == made
-    forgetful.losses = 6
-    with pytest.raises(LedgerUnavailable):
+    forgetful.losses = FOR_EVER
+    with pytest.raises(LedgerUnavailable) as caught:
         client.submit(job)
+    assert caught.value.in_doubt == (job.id,)
+    forgetful.losses = 0
     assert client.submit(job) == job.id, "by its id, too"
     assert jobs_in(ledger) == {made, job.id}
     assert ledger.counts() == (2, 0)

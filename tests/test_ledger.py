@@ -448,7 +448,7 @@ def test_a_ledger_out_of_reach_says_where_it_was_looked_for() -> None:
 def test_a_job_of_a_later_version_is_failed_and_not_left_in_the_queue(ledger: Ledger, job: Job) -> None:
     later = Entry("f", json.dumps({"id": job.id, "field_of_tomorrow": 1}), None, ledger.submit(job))
     other = later.document.model_copy(update={"id": new_id()})
-    ledger._create(replace(later, document=other))
+    ledger._create_many([replace(later, document=other)])
     with pytest.raises(InvalidJob, match="field_of_tomorrow: unknown field") as caught:
         ledger.receive(other.id, job.model_dump(mode="json"))
     assert ledger.refuse(other.id, None, caught.value).status == "failed"

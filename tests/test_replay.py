@@ -1,6 +1,7 @@
 import json
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -184,11 +185,12 @@ def test_a_ledger_out_of_reach_ends_a_replay(office: Office, monkeypatch: pytest
     office.failed()
     letters = office.dead.find()
 
-    def away(job: Job) -> None:
-        message = f"The ledger cannot be reached for {job.id}."
+    def away(jobs: Sequence[Job]) -> None:
+        message = f"The ledger cannot be reached for {jobs[0].id}."
         raise LedgerUnavailable(message)
 
-    monkeypatch.setattr(office.ledger, "submit", away)
+    monkeypatch.setattr(office.ledger, "submit_many", away)
+    monkeypatch.setattr("worker.client.PATIENCE_S", 0.1)
     with pytest.raises(LedgerUnavailable):
         list(office.dead.replay(letters, FAST))
     assert len(office.dead.find()) == 1

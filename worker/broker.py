@@ -1,24 +1,28 @@
-"""What submitters and workers must agree on: task names, queues, priorities, the Celery app.
+"""What submitters and workers must agree on: task names, queues, priorities, messages, the Celery app.
 
 The queue is only a doorbell. A message carries the job, but what has become of the job is written
 in the ledger, so a message that comes twice costs nothing.
 """
 
-from collections.abc import Iterator
+import base64
+import json
+import uuid
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-import kombu.exceptions
-import redis.exceptions as redis_errors
-from celery import Celery
-from kombu import Queue
+import redis
 
 from worker import envelope, shard
-from worker.channel import Transport
-from worker.contract import Job
 from worker.errors import BrokerUnavailable
+from worker.redis_ledger import Clients
 from worker.settings import Settings, without_secrets
+from worker.shard import Work
+
+if TYPE_CHECKING:  # a client rings without them: half of the time that its import takes
+    from celery import Celery
 
 EXPLAIN = "gradcam.explain"
 EXPLAIN_SHARD = "gradcam.explain_shard"
@@ -34,11 +38,117 @@ ROUTES = {"high": (INTERACTIVE, 0), "normal": (INTERACTIVE, 3), "low": (INTERACT
 ROUTES[shard.ROUTE] = (SHARDS, 9)
 
 
-def make_app(settings: Settings, *, timeout_s: float = 10) -> Celery:
+SEPARATOR = "\x06\x16"  # kombu's, between a queue's name and a priority
+BATCH = 500  # messages in one round trip
+
+
+class Bell:
+    """Puts messages into the queues, written as Celery writes them (protocol 2).
+
+    Not by Celery: kombu's pools belong to the whole process, to an app's own Celery too, and outlive a fork.
+    """
+
+    def __init__(self, settings: Settings, *, timeout_s: float = 10) -> None:
+        """Nothing is connected yet. `timeout_s` is how long one answer may take; nothing is tried again."""
+        self._place = without_secrets(settings.broker_url)
+        self._prefix = settings.key_prefix
+        self._clients = Clients(settings, settings.broker_url, timeout_s=timeout_s, retries=0)
+
+    def publish(self, jobs: Iterable[tuple[Work, datetime | None]]) -> None:
+        """Ring for jobs, in order, each with the moment at which it was entered in the ledger.
+
+        That moment, where it is known, saves its worker a look there: see `Ledger.take`.
+        Raises BrokerUnavailable: some of the messages may have come through.
+        """
+        self._push((job.priority, _message(job.id, job.priority, job.to_json(), at)) for job, at in jobs)
+
+    def ring(self, job_ids: Iterable[str], priority: str) -> None:
+        """Ring for jobs that the ledger has: their ids are enough. Raises BrokerUnavailable."""
+        self._push(
+            (priority, _message(one, priority, json.dumps({"id": one}), entered_at=None)) for one in job_ids
+        )
+
+    def _push(self, messages: Iterable[tuple[str, str]]) -> None:
+        left = iter(messages)
+        while batch := list(islice(left, BATCH)):
+            queued: dict[str, list[str]] = {}
+            for priority, text in batch:
+                queued.setdefault(priority, []).append(text)
+            self._send(queued)
+
+    def _send(self, queued: dict[str, list[str]]) -> None:
+        with self._reaching(), self._clients.mine().pipeline(transaction=False) as pipeline:
+            for priority, texts in queued.items():
+                pipeline.lpush(self._key(priority), *texts)
+            pipeline.execute()
+
+    def waiting(self, priority: str) -> int:
+        """How many messages wait in the queue of a priority. Raises BrokerUnavailable."""
+        with self._reaching():
+            found: Any = self._clients.mine().llen(self._key(priority))
+        return int(found)
+
+    def close(self) -> None:
+        """Close its connections; rung again, it connects again."""
+        self._clients.mine().close()
+
+    def _key(self, priority: str) -> str:
+        queue, number = ROUTES[priority]
+        return f"{self._prefix}{queue}{SEPARATOR}{number}" if number else f"{self._prefix}{queue}"
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except redis.RedisError as error:
+            message = f"The broker at {self._place} cannot be reached ({error})."
+            raise BrokerUnavailable(message) from error
+
+
+def _message(job_id: str, priority: str, payload: str, entered_at: datetime | None) -> str:
+    """A message of Celery's protocol 2 in kombu's envelope, as it lies in Redis. `payload` is JSON."""
+    queue, number = ROUTES[priority]
+    follow = '{"callbacks": null, "errbacks": null, "chain": null, "chord": null}'
+    body = base64.b64encode(f"[[{payload}], {{}}, {follow}]".encode()).decode()
+    headers = {
+        "lang": "py",
+        "task": EXPLAIN_SHARD if priority == shard.ROUTE else EXPLAIN,
+        "id": job_id,
+        "root_id": job_id,
+        "parent_id": None,
+        "group": None,
+        "argsrepr": f"<{job_id}>",  # else logs would repeat the job with its URLs
+        "kwargsrepr": "",
+    }
+    if entered_at:
+        headers[ENTERED_AT] = entered_at.isoformat()
+    envelope_ = {
+        "body": body,
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": headers,
+        "properties": {
+            "correlation_id": job_id,
+            "delivery_mode": 2,
+            "delivery_info": {"exchange": "", "routing_key": queue},
+            "priority": number,
+            "body_encoding": "base64",
+            "delivery_tag": str(uuid.uuid4()),
+        },
+    }
+    return json.dumps(envelope_)
+
+
+def make_app(settings: Settings, *, timeout_s: float = 10) -> "Celery":
     """The Celery app, configured to lose nothing it can keep (reasons beside each line).
 
     `timeout_s` is how long a half-open broker is waited for.
     """
+    from celery import Celery
+    from kombu import Queue
+
+    from worker.channel import Transport
+
     app = Celery("gradcam", broker=settings.broker_url, set_as_current=False)
     app.conf.update(
         task_queues=[Queue(name) for name in QUEUES],
@@ -80,64 +190,38 @@ def make_app(settings: Settings, *, timeout_s: float = 10) -> Celery:
             "most_in_hand": {SHARDS: settings.shards},  # the other threads are for who comes before them
         },
     )
+    app.bell = Bell(settings, timeout_s=timeout_s)
     return app
 
 
-def publish(app: Celery, job: Job, *, entered_at: datetime | None = None) -> None:
-    """Ring the doorbell for a job. Raises BrokerUnavailable.
-
-    `entered_at`, when the job was entered in the ledger, saves its worker a look there: see `Ledger.take`.
-    """
-    headers = {ENTERED_AT: entered_at.isoformat()} if entered_at else None
-    _send(app, job.model_dump(mode="json"), job.id, job.priority, headers)
+def publish(app: "Celery", job: Work, *, entered_at: datetime | None = None) -> None:
+    """Ring for one job: see `Bell.publish`. Raises BrokerUnavailable."""
+    app.bell.publish([(job, entered_at)])
 
 
-def ring(app: Celery, job_id: str, priority: str) -> None:
-    """Ring again for a job that the ledger has: its id is enough. Raises BrokerUnavailable."""
-    _send(app, {"id": job_id}, job_id, priority, None)
+def ring(app: "Celery", job_id: str, priority: str) -> None:
+    """Ring for a job that the ledger has: its id is enough. Raises BrokerUnavailable."""
+    app.bell.ring([job_id], priority)
 
 
-def _send(
-    app: Celery, payload: dict[str, Any], job_id: str, priority: str, headers: dict[str, str] | None
-) -> None:
-    queue, number = ROUTES[priority]
-    with _reaching(app):
-        app.send_task(
-            EXPLAIN_SHARD if priority == shard.ROUTE else EXPLAIN,
-            args=[payload],
-            queue=queue,
-            priority=number,
-            task_id=job_id,
-            headers=headers,
-            argsrepr=f"<{job_id}>",  # else the headers, and logs, repeat the job with its URLs
-            kwargsrepr="",
-            retry_policy={"max_retries": 1, "interval_start": 0.1, "interval_max": 1},
-        )
+def ring_many(app: "Celery", job_ids: Iterable[str], priority: str) -> None:
+    """Ring for jobs that the ledger has, hundreds in a round trip. Raises BrokerUnavailable."""
+    app.bell.ring(job_ids, priority)
 
 
-def waiting(app: Celery, priority: str) -> int:
+def waiting(app: "Celery", priority: str) -> int:
     """How many messages wait in the queue of a priority. Raises BrokerUnavailable."""
-    queue, number = ROUTES[priority]
-    with _reaching(app), app.connection_or_acquire() as connection:
-        return int(connection.default_channel.waiting(queue, number))
+    return int(app.bell.waiting(priority))
 
 
-def answers(app: Celery) -> bool:
+def answers(app: "Celery") -> bool:
     """Whether the broker can be talked to at all."""
+    from kombu.exceptions import OperationalError
+
     try:
         with app.connection_for_write(connect_timeout=3) as connection:
             connection.ensure_connection(max_retries=1, interval_start=0.1, timeout=5)
             connection.default_channel.client.ping()
-    except (kombu.exceptions.OperationalError, redis_errors.RedisError, OSError):
+    except (OperationalError, redis.RedisError, OSError):
         return False
     return True
-
-
-@contextmanager
-def _reaching(app: Celery) -> Iterator[None]:
-    try:
-        yield
-    except (kombu.exceptions.OperationalError, redis_errors.RedisError, OSError) as error:
-        place = without_secrets(app.conf.broker_url)
-        message = f"The broker at {place} cannot be reached ({error})."
-        raise BrokerUnavailable(message) from error

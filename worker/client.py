@@ -2,31 +2,42 @@
 
 >>> client = GradcamClient("redis://127.0.0.1:6379/0")
 >>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 5})
->>> client.wait(job_id).result.manifest_uri
+>>> client.wait(job_id).status
+>>> client.result(job_id).urls  # of each overlay and array, for a browser
 """
 
 import logging
-import time
-from collections.abc import Callable, Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
-from worker import broker, envelope
+from worker import broker, envelope, results
 from worker.contract import Job, StatusDocument
-from worker.errors import BrokerUnavailable, WaitTimeout
+from worker.deadline import Deadline
+from worker.errors import BrokerUnavailable, GradcamError, IdempotencyConflict, LedgerUnavailable
 from worker.ledger import Ledger
+from worker.patience import Patience
 from worker.redis_ledger import RedisLedger
+from worker.results import Objects, Result
 from worker.settings import Settings
+from worker.watch import Watcher
 
 log = logging.getLogger("gradcam")
 
 TIMEOUT_S = 2  # for one answer of Redis: a web request is waiting
-POLL_FIRST_S = 0.002  # between looks at a job
-POLL_SHARE = 0.1  # of the time waited so far, where that is more: by so much an answer may be late
-POLL_LAST_S = 0.5
+PATIENCE_S = 5.0  # for which Redis is asked again where it is out of reach; one more answer may follow
+PAUSE_S = 0.5  # between two tries at most
+CHUNK, CHUNK_BYTES = 500, 4 * 1024**2  # jobs, and bytes of them as JSON, in one step of `submit_many`
+T = TypeVar("T")
 
 
 class GradcamClient:
-    """Submits jobs and reads what became of them. May be shared between threads."""
+    """Submits jobs and reads what became of them.
+
+    May be shared between threads, used where an event loop runs, and made before a process is forked. A
+    Redis that is out of reach is asked again for `PATIENCE_S`; then LedgerUnavailable says what is known.
+    """
 
     def __init__(
         self,
@@ -36,18 +47,20 @@ class GradcamClient:
         settings: Settings | None = None,
         ledger: Ledger | None = None,
         publish: Callable[[Job], None] | None = None,
+        objects: Objects | None = None,
     ) -> None:
         """Without URLs, `GRADCAM_BROKER_URL` and `GRADCAM_LEDGER_URL` are used.
 
-        `ledger` and `publish` stand in for Redis in unit tests: see `worker.testing`.
+        `ledger`, `publish` and `objects` stand in for Redis and S3 in unit tests: see `worker.testing`.
         """
         settings = settings or Settings.from_environment()
         given = {"broker_url": broker_url, "ledger_url": status_url}
         settings = settings.model_copy(update={name: url for name, url in given.items() if url})
-        self._ledger = ledger or RedisLedger(settings, timeout_s=TIMEOUT_S)
-        self._max_message_bytes = settings.max_message_bytes
-        app = None if publish else broker.make_app(settings, timeout_s=TIMEOUT_S)
-        self._app, self._publish = app, publish
+        self._settings = settings
+        self._ledger = ledger or RedisLedger(settings, timeout_s=TIMEOUT_S, retries=0)
+        self.watcher = Watcher(self._ledger)
+        self._bell, self._publish = broker.Bell(settings, timeout_s=TIMEOUT_S), publish
+        self._objects = objects or results.Places(settings)
 
     def submit(self, job: Job | None = None, /, **fields: Any) -> str:
         """Enter a job in the ledger, ring the queue, return the job's id.
@@ -60,50 +73,189 @@ class GradcamClient:
         (it is not known whether the job was accepted: submit it again with the same id or key).
         """
         job = job or Job.parse(fields)
-        envelope.check(job.model_dump(mode="json"), self._max_message_bytes)
-        entered = self._ledger.submit(job)
-        if entered.status == "queued":  # also of a job that was here before: perhaps its message was not
-            try:
-                self._ring(job.model_copy(update={"id": entered.id}), entered)
-            except BrokerUnavailable as error:
-                log.warning("job %s is accepted, but nobody could be told at once: %s", entered.id, error)
+        self._check(job)
+        patience = _patience()
+        (entered,) = self._enter([job], patience)
+        if isinstance(entered, IdempotencyConflict):
+            raise entered
+        self._ring([(job, entered)], patience)
         return entered.id
 
-    def _ring(self, job: Job, entered: StatusDocument) -> None:
-        if self._publish:
-            self._publish(job)
-        else:
-            broker.publish(self._app, job, entered_at=entered.created_at)
+    def submit_many(self, jobs: Iterable[Job | Mapping[str, Any]]) -> list[str]:
+        """Submit jobs, or the fields of jobs, hundreds in a round trip; return their ids in the same order.
 
-    def submit_many(self, jobs: Iterable[Job]) -> list[str]:
-        """Submit jobs one after the other; return their ids in the same order. Raises as `submit`."""
-        return [self.submit(job) for job in jobs]
+        They are taken from `jobs` as they are needed: a generator of a million is not held in memory.
+        Raises as `submit` does, when all jobs before the one that is wrong are accepted: the error has
+        their ids in `accepted`, and says the number of the job. What follows it is not accepted. With
+        LedgerUnavailable, of those in `in_doubt` it is not known.
+        """
+        ids: list[str] = []
+        insists, left = True, iter(jobs)
+        while True:
+            chunk, problem = self._taken(left)
+            if not chunk and not problem:
+                return ids
+            try:
+                entered = self._enter(chunk, _patience()) if chunk else []
+            except LedgerUnavailable as error:
+                error.accepted = tuple(ids)
+                raise
+            accepted = []
+            for job, held in zip(chunk, entered, strict=False):
+                if isinstance(held, IdempotencyConflict):
+                    problem = held
+                else:
+                    accepted.append((job, held))
+            ids += [held.id for _, held in accepted]
+            # A broker that has been out of reach for so long is not waited for with every chunk again.
+            insists = self._ring(accepted, _patience(insists=insists))
+            if problem:
+                raise _numbered(problem, ids) from problem
+
+    def _taken(self, left: Iterator[Job | Mapping[str, Any]]) -> tuple[list[Job], Exception | None]:
+        """The next jobs, checked, and what is wrong with the one after them; none where there are no more."""
+        chunk: list[Job] = []
+        size = 0
+        try:
+            for one in left:
+                job = one if isinstance(one, Job) else Job.parse(one)
+                size += self._check(job)
+                chunk.append(job)
+                if len(chunk) >= CHUNK or size >= CHUNK_BYTES:
+                    break
+        except Exception as error:  # noqa: BLE001  # the caller's own, too: raised when these are accepted
+            return chunk, error
+        return chunk, None
+
+    def _check(self, job: Job) -> int:
+        """How many bytes a job has. Raises InvalidJob where no worker would read it."""
+        text = job.to_json().encode()
+        envelope.check(text, self._settings.max_message_bytes)
+        return len(text)
+
+    def _enter(self, jobs: Sequence[Job], patience: Patience) -> list[StatusDocument | IdempotencyConflict]:
+        """Enter jobs in the ledger: see `Ledger.submit_many`. Doing it twice is harmless."""
+        try:
+            return patience.insist(lambda: self._ledger.submit_many(jobs), (LedgerUnavailable,), _never)
+        except LedgerUnavailable as error:
+            which = f"job {jobs[0].id} was" if len(jobs) == 1 else f"{len(jobs)} jobs were"
+            again = "submit again with the same id, or idempotency key, and nothing runs twice"
+            doubt = LedgerUnavailable(f"{error} Whether {which} accepted is not known: {again}.")
+            doubt.in_doubt = tuple(job.id for job in jobs)
+            raise doubt from error
+
+    def _ring(self, entered: Sequence[tuple[Job, StatusDocument]], patience: Patience) -> bool:
+        """Ring for jobs that are in the ledger and wait; whether the broker could be reached.
+
+        Also for one that was there before: perhaps its message was not.
+        """
+        waiting = [
+            (job.model_copy(update={"id": held.id}), held) for job, held in entered if held.status == "queued"
+        ]
+
+        def ring() -> None:
+            if self._publish:
+                for job, _ in waiting:
+                    self._publish(job)
+            else:
+                self._bell.publish((job, held.created_at) for job, held in waiting)
+
+        try:
+            patience.insist(ring, (BrokerUnavailable,), _never)
+        except BrokerUnavailable as error:
+            which = f"job {waiting[0][0].id} is" if len(waiting) == 1 else f"{len(waiting)} jobs are"
+            log.warning("%s accepted, but nobody could be told at once: %s", which, error)
+            return False
+        return True
 
     def status(self, job_id: str) -> StatusDocument:
         """What is known about a job. Raises UnknownJob, LedgerUnavailable."""
-        return self._ledger.read(job_id)
+        return self._insist(lambda: self._ledger.read(job_id))
 
     def statuses(self, job_ids: Iterable[str]) -> dict[str, StatusDocument]:
         """What is known about many jobs, in one round trip. Raises LedgerUnavailable."""
-        return self._ledger.read_many(list(job_ids))
+        ids = list(job_ids)
+        return self._insist(lambda: self._ledger.read_many(ids))
 
     def cancel(self, job_id: str) -> StatusDocument:
         """Stop a job: one that waits is `canceled` at once, a running one as soon as its worker sees it.
 
         A final one stays as it is: look at the document's `status`. Raises UnknownJob, LedgerUnavailable.
         """
-        return self._ledger.cancel(job_id)
+        try:
+            return self._insist(lambda: self._ledger.cancel(job_id))
+        except LedgerUnavailable as error:
+            message = f"{error} Whether job {job_id} was cancelled is not known: ask again."
+            raise LedgerUnavailable(message) from error
+
+    def _insist(self, ask: Callable[[], T]) -> T:
+        return _patience().insist(ask, (LedgerUnavailable,), _never)
+
+    def result(self, job_id: str, *, expires_s: int = 3600) -> Result:
+        """What a job that succeeded has left: its manifest, and a URL for each artifact, good for so long.
+
+        Whoever has such a URL can read that one object: it is what a page may hold. The manifest is read
+        with the settings `GRADCAM_S3_*`. Raises NoResult where the job has not succeeded, UnknownJob,
+        StorageUnavailable, LedgerUnavailable.
+        """
+        return results.read(self.status(job_id), self._objects, expires_s)
+
+    def upload_and_submit(self, /, image: Path | str | bytes, *, to: str | None = None, **fields: Any) -> str:
+        """Put a file of this machine, or bytes, into storage, and submit a job for it; return the job's id.
+
+        It goes below `to`, or `GRADCAM_UPLOADS`, under its own sha256: the same bytes are kept once.
+        `fields` are those of `submit`, without the image. Raises as `submit` does, and ImageTooLarge,
+        ImageNotFound, StorageUnavailable, InvalidSettings; nothing is uploaded for a job that is wrong.
+        """
+        upload = results.upload_of(image, to or self._settings.uploads, self._settings.max_image_bytes)
+        job = Job.parse({**fields, "image": {"uri": upload.uri, "sha256": upload.sha256}})
+        self._check(job)
+        self._objects.put(upload.uri, upload.data, upload.media_type)
+        return self.submit(job)
 
     def wait(self, job_id: str, timeout_s: float = 120) -> StatusDocument:
-        """Wait until a job is final, whichever way it ended. Raises WaitTimeout, UnknownJob."""
-        begun = time.monotonic()
-        while True:
-            document = self.status(job_id)
-            if document.final:
-                return document
-            waited_s = time.monotonic() - begun
-            if waited_s >= timeout_s:
-                message = f"Job {job_id} is still {document.status} after {timeout_s:g} s."
-                raise WaitTimeout(message)
-            pause_s = min(max(POLL_SHARE * waited_s, POLL_FIRST_S), POLL_LAST_S)
-            time.sleep(min(pause_s, timeout_s - waited_s))
+        """Wait until a job is final, whichever way it ended. The last of `stream`; raises as it does."""
+        *_, document = self.stream(job_id, timeout_s)
+        return document
+
+    def stream(self, job_id: str, timeout_s: float | None = None) -> Iterator[StatusDocument]:
+        """The document of a job as it is, then each later one as it is written; the final one is the last.
+
+        Where several are written while the caller is busy with one, he gets the latest of them. A ledger out
+        of reach is waited for, for a minute and not beyond `timeout_s`. Raises WaitTimeout, UnknownJob, and
+        LedgerUnavailable where it stayed out of reach, or the client was closed.
+        """
+        return self.watcher.stream(job_id, timeout_s)
+
+    def close(self) -> None:
+        """Close every connection: who still waits gets LedgerUnavailable. Used again, it connects again."""
+        self.watcher.close()
+        self._ledger.close()
+        self._bell.close()
+
+    def __enter__(self) -> Self:
+        """Nothing is connected yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """See `close`."""
+        self.close()
+
+
+def _patience(*, insists: bool = True) -> Patience:
+    return Patience(Deadline(math.inf), PATIENCE_S, insists=insists, longest_pause_s=PAUSE_S)
+
+
+def _never(_: Exception) -> bool:
+    """Whether to ask again is of no use: nobody can tell."""
+    return False
+
+
+def _numbered(problem: Exception, accepted: Sequence[str]) -> Exception:
+    """The same error, with the number of its job and those that are accepted."""
+    if not isinstance(problem, GradcamError):
+        log.warning("%d jobs are accepted; the next one could not be had: %r", len(accepted), problem)
+        return problem
+    named = type(problem)(f"Job number {len(accepted) + 1} of those given: {problem}")
+    named.accepted = tuple(accepted)
+    return named

@@ -18,6 +18,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from worker import transitions
+from worker.changes import RedisChanges
 from worker.contract import ID_PATTERN, Problem, StatusDocument, Webhook, WorkerRef
 from worker.deadline import Deadline
 from worker.errors import (
@@ -72,8 +73,11 @@ class Ledger(ABC):
     """The rules of a job's life. Raises LedgerUnavailable wherever it cannot be reached."""
 
     @abstractmethod
-    def _create(self, entry: Entry) -> Entry:
-        """Atomically: the entry that has this idempotency key or id already, else this new one."""
+    def _create_many(self, entries: Sequence[Entry]) -> list[Entry]:
+        """For each, atomically: the entry that has its idempotency key or id already, else this new one.
+
+        Ends with the first that is there already with another fingerprint: what follows is not entered.
+        """
 
     @abstractmethod
     def _find(self, job_id: str) -> Entry | None:
@@ -100,6 +104,13 @@ class Ledger(ABC):
     @abstractmethod
     def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
         """The documents of those of these jobs that the ledger knows."""
+
+    def changes(self) -> RedisChanges | None:
+        """What tells at once that a job has changed; None where one has to look again and again."""
+        return None
+
+    def close(self) -> None:  # noqa: B027  # not every ledger has connections
+        """Close what is connected; used again, it connects again."""
 
     @abstractmethod
     def counts(self) -> tuple[int, int]:
@@ -146,18 +157,19 @@ class Ledger(ABC):
 
         Raises IdempotencyConflict where the id or the key belongs to a different job.
         """
-        fingerprint = _fingerprint(job)
-        document = transitions.fresh(job.id, job)
-        entry = Entry(
-            fingerprint, job.to_json(), job.idempotency_key, document, job.priority, tuple(job.webhooks)
-        )
-        held = self._create(entry)
-        if held.fingerprint != fingerprint:
-            theirs = held.document.id
-            what = f"id {job.id}" if theirs == job.id else f"idempotency key {job.idempotency_key!r}"
-            message = f"The {what} belongs to a different job, {theirs}: use a new one."
-            raise IdempotencyConflict(message)
-        return held.document
+        (entered,) = self.submit_many([job])
+        if isinstance(entered, IdempotencyConflict):
+            raise entered
+        return entered
+
+    def submit_many(self, jobs: Sequence[Work]) -> list[StatusDocument | IdempotencyConflict]:
+        """Enter jobs in order, in one step: see `submit`. Ends with a conflict: none after it is entered."""
+        entries = [_entry(job) for job in jobs]
+        found: list[StatusDocument | IdempotencyConflict] = []
+        for job, entry, held in zip(jobs, entries, self._create_many(entries), strict=False):
+            same = held.fingerprint == entry.fingerprint
+            found.append(held.document if same else _conflict(job, held.document.id))
+        return found
 
     def receive(self, job_id: str, payload: object) -> tuple[Work | None, StatusDocument]:
         """The job that a message is about: the ledger's own, or the message's, which is entered now.
@@ -197,7 +209,7 @@ class Ledger(ABC):
             update={"status": "failed", "error": problem, "completed_at": utc_now()}
         )
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        held = self._create(Entry(fingerprint, "null", None, document))
+        (held,) = self._create_many([Entry(fingerprint, "null", None, document)])
         if held.document.final or self.job(job_id):
             return held.document
         return self.advance(held.document, status="failed", error=problem)
@@ -304,6 +316,18 @@ class Ledger(ABC):
         after = change(held.document)
         swapped = self._swap(held.document, after, due=due)
         return held.route if swapped and after.status == "queued" else None
+
+
+def _entry(job: Work) -> Entry:
+    document = transitions.fresh(job.id, job)
+    return Entry(
+        _fingerprint(job), job.to_json(), job.idempotency_key, document, job.priority, tuple(job.webhooks)
+    )
+
+
+def _conflict(job: Work, theirs: str) -> IdempotencyConflict:
+    what = f"id {job.id}" if theirs == job.id else f"idempotency key {job.idempotency_key!r}"
+    return IdempotencyConflict(f"The {what} belongs to a different job, {theirs}: use a new one.")
 
 
 def _fingerprint(job: Work) -> str:

@@ -28,7 +28,15 @@ class MemoryLedger(Ledger):
         self._leader: tuple[str, float] = ("", 0)
         self._lock = threading.RLock()
 
-    def _create(self, entry: Entry) -> Entry:
+    def _create_many(self, entries: Sequence[Entry]) -> list[Entry]:
+        found: list[Entry] = []
+        for entry in entries:
+            found.append(self._create_one(entry))
+            if found[-1].fingerprint != entry.fingerprint:
+                break
+        return found
+
+    def _create_one(self, entry: Entry) -> Entry:
         with self._lock:
             key = entry.idempotency_key
             owner = self._keys.get(key, entry.document.id) if key else entry.document.id

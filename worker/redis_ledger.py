@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from worker import outbox, redis_scripts, transitions
+from worker.changes import RedisChanges
 from worker.contract import StatusDocument
 from worker.errors import LedgerUnavailable
 from worker.ledger import Entry, Ledger, Renewed
@@ -22,33 +24,63 @@ LIVES = 3  # leases without a word: a worker that is gone, of which its health n
 REMEMBERED = 10_000  # dead letters that are listed
 
 
+class Clients:
+    """The client of a server, one for each process that was forked since.
+
+    Redis-py means to survive a fork, but waits for ever for a lock that another thread held just then.
+    """
+
+    def __init__(self, settings: Settings, url: str, *, timeout_s: float, retries: int) -> None:
+        """Nothing is connected yet. `timeout_s` is how long one answer may take.
+
+        A server that accepts connections and says nothing is waited for (`retries` + 1) squared times as
+        long: redis-py connects so often for each time that it asks.
+        """
+        self._url = url
+        self._options: dict[str, Any] = {
+            **settings.redis_tls(url),
+            "decode_responses": True,
+            "socket_timeout": timeout_s,
+            "socket_connect_timeout": min(timeout_s, 3),
+            "socket_keepalive": True,
+            "health_check_interval": 15,
+            "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=retries),
+            # After a failover, the node of before takes no writes: redis-py connects anew before each retry.
+            "retry_on_error": [redis.exceptions.ReadOnlyError],
+        }
+        self._clients: dict[int, redis.Redis] = {}  # by process; threads share one
+
+    def mine(self) -> redis.Redis:
+        """This process's own."""
+        process = os.getpid()
+        if process not in self._clients:
+            for inherited in [*self._clients.values()]:
+                inherited.auto_close_connection_pool = False  # whose lock it would wait for in the end
+            self._clients.setdefault(process, redis.Redis.from_url(self._url, **self._options))
+        return self._clients[process]
+
+
 class Server:
     """A Redis or Valkey server, not a Redis Cluster, and the scripts that run there."""
 
-    def __init__(self, settings: Settings, *, timeout_s: float = 5) -> None:
-        """`timeout_s` is how long one answer may take; each question is asked three times at most."""
+    def __init__(self, settings: Settings, *, timeout_s: float = 5, retries: int = 2) -> None:
+        """`timeout_s` is how long one answer may take; what fails is asked again, `retries` times."""
         self._place = without_secrets(settings.ledger)
         self.prefix = settings.key_prefix
-        self.redis = redis.Redis.from_url(
-            settings.ledger,
-            **settings.redis_tls(settings.ledger),
-            decode_responses=True,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=min(timeout_s, 3),
-            socket_keepalive=True,
-            health_check_interval=15,
-            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=2),
-            # After a failover, the node of before takes no writes: redis-py connects anew before each retry.
-            retry_on_error=[redis.exceptions.ReadOnlyError],
-        )
+        self._clients = Clients(settings, settings.ledger, timeout_s=timeout_s, retries=retries)
         self._scripts: dict[str, Any] = {}
+
+    @property
+    def redis(self) -> redis.Redis:
+        """The client of this process."""
+        return self._clients.mine()
 
     def run(self, script: str, *arguments: str | float) -> Any:
         """Run a script of `redis_scripts` with the prefix and these arguments. Raises LedgerUnavailable."""
         if script not in self._scripts:
             self._scripts[script] = self.redis.register_script(script)
         with self.reaching():
-            return self._scripts[script](args=[self.prefix, *arguments])
+            return self._scripts[script](args=[self.prefix, *arguments], client=self.redis)
 
     @contextmanager
     def reaching(self) -> Iterator[None]:
@@ -67,38 +99,39 @@ class Server:
 class RedisLedger(Ledger):
     """The ledger in one Redis or Valkey server."""
 
-    def __init__(self, settings: Settings, *, timeout_s: float = 5) -> None:
-        """Nothing is connected yet. `timeout_s` is how long one answer may take."""
-        self.server = Server(settings, timeout_s=timeout_s)
+    def __init__(self, settings: Settings, *, timeout_s: float = 5, retries: int = 2) -> None:
+        """Nothing is connected yet. `timeout_s` is how long one answer may take: see `Server`."""
+        self.server = Server(settings, timeout_s=timeout_s, retries=retries)
         self._lease_ms = int(settings.lease_s * 1000)
         retention_s = settings.retention_s
         keyed_s = max(retention_s, settings.idempotency_retention_s)
         self._retention_ms = (int(retention_s * 1000), int(keyed_s * 1000))
 
-    def _create(self, entry: Entry) -> Entry:
-        document, key = entry.document, entry.idempotency_key
-        digest = hashlib.sha256((key or "").encode()).hexdigest()
-        hooks = [
-            {"lane": outbox.lane(hook.url), "events": hook.events, "text": hook.to_json()}
-            for hook in entry.webhooks
-        ]
-        fingerprint, job, text = self.server.run(
-            redis_scripts.CREATE,
-            document.id,
-            f"{self.server.prefix}idempotency:{digest}" if key else "",
-            entry.fingerprint,
-            entry.job,
-            document.to_json(),
-            document.attempt,
-            document.revision,
-            document.status,
-            entry.route,
-            json.dumps(hooks) if hooks else "",
-            _expires_ms(document),
-            transitions.event(None, document),
-            *self._retention_ms,
-        )
-        return Entry(fingerprint, job, key, StatusDocument.model_validate_json(text))
+    def _create_many(self, entries: Sequence[Entry]) -> list[Entry]:
+        asked: list[str | float] = [*self._retention_ms]
+        for entry in entries:
+            document, key = entry.document, entry.idempotency_key
+            digest = hashlib.sha256((key or "").encode()).hexdigest()
+            hooks = [
+                {"lane": outbox.lane(hook.url), "events": hook.events, "text": hook.to_json()}
+                for hook in entry.webhooks
+            ]
+            asked += [
+                document.id,
+                f"{self.server.prefix}idempotency:{digest}" if key else "",
+                entry.fingerprint,
+                entry.job,
+                document.to_json(),
+                document.attempt,
+                document.revision,
+                document.status,
+                entry.route,
+                json.dumps(hooks) if hooks else "",
+                _expires_ms(document),
+                transitions.event(None, document),
+            ]
+        found: list[list[str]] = self.server.run(redis_scripts.CREATE, *asked)
+        return [_held(entry, *one) for entry, one in zip(entries, found, strict=False)]
 
     def _find(self, job_id: str) -> Entry | None:
         names = ("fingerprint", "job", "document", "route")
@@ -149,6 +182,14 @@ class RedisLedger(Ledger):
             for job_id, text in zip(ids, texts, strict=True)
             if text
         }
+
+    def changes(self) -> RedisChanges:
+        """See `Ledger.changes`."""
+        return RedisChanges(self.server.redis, self.server.prefix)
+
+    def close(self) -> None:
+        """See `Ledger.close`."""
+        self.server.redis.close()
 
     def counts(self) -> tuple[int, int]:
         """See `Ledger.counts`."""
@@ -208,6 +249,14 @@ class RedisLedger(Ledger):
 
     def _key(self, job_id: str) -> str:
         return f"{self.server.prefix}job:{job_id}"
+
+
+def _held(entry: Entry, *found: str) -> Entry:
+    """The entry that was there before, where one was."""
+    if not found:
+        return entry
+    fingerprint, job, text = found
+    return Entry(fingerprint, job, entry.idempotency_key, StatusDocument.model_validate_json(text))
 
 
 def _expires_ms(document: StatusDocument) -> str:

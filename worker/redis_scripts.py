@@ -11,7 +11,7 @@ job stands in:
 
 Besides: `expiring` (waiting jobs, by when they expire), `canceling` (running jobs that are to stop),
 `claimed` (for each route, the latest message that came through), `workers`, `reaper`, and the outbox: see
-`outbox_scripts`.
+`outbox_scripts`. On the channel `changed:<id>` it is told that a job's document has a new revision.
 """
 
 from worker.outbox_scripts import NOW, TELL
@@ -31,26 +31,38 @@ end
 """
 )
 
-# ARGV: P, id, idempotency key or '', fingerprint, job, document, attempt, revision, status, route, webhooks
-# or '', expires at (ms) or '', event, retention (ms), retention with an idempotency key (ms).
+# ARGV: P, retention (ms), retention with an idempotency key (ms), and of each job: id, idempotency key or '',
+# fingerprint, job, document, attempt, revision, status, route, webhooks or '', expires at (ms) or '', event.
+# -> of each what was there before, or {}. Ends with the first that is another's: what follows is not entered.
 CREATE = (
     _COMMON
     + """
-local id, idempotency, status, route = ARGV[2], ARGV[3], ARGV[9], ARGV[10]
-local owner = idempotency ~= '' and redis.call('GET', idempotency) or id
-local held = redis.call('HMGET', P .. 'job:' .. owner, 'fingerprint', 'job', 'document')
-if not held[1] then held = redis.call('HMGET', P .. 'job:' .. id, 'fingerprint', 'job', 'document') end
-if held[1] then return held end
-local place = status == 'queued' and 'queued:' .. route or status == 'failed' and 'dead' or ''
-redis.call('HSET', P .. 'job:' .. id, 'fingerprint', ARGV[4], 'job', ARGV[5], 'document', ARGV[6],
-           'attempt', ARGV[7], 'revision', ARGV[8], 'idempotency', idempotency, 'route', route,
-           'webhooks', ARGV[11], 'place', place)
-if idempotency ~= '' then redis.call('SET', idempotency, id) end
-if place ~= '' then redis.call('ZADD', P .. place, now, id) end
-if status ~= 'queued' then end_job(id, idempotency, ARGV[14], ARGV[15])
-elseif ARGV[12] ~= '' then redis.call('ZADD', P .. 'expiring', ARGV[12], id) end
-tell(id, ARGV[11], ARGV[13], ARGV[6], ARGV[14])
-return {ARGV[4], ARGV[5], ARGV[6]}
+local retention, keyed_retention, found = ARGV[2], ARGV[3], {}
+for at = 4, #ARGV, 12 do
+  local id, idempotency, fingerprint, job, document, attempt, revision, status, route, webhooks, expires,
+        event = unpack(ARGV, at, at + 11)
+  local owner = idempotency ~= '' and redis.call('GET', idempotency) or id
+  local held = redis.call('HMGET', P .. 'job:' .. owner, 'fingerprint', 'job', 'document')
+  if not held[1] and owner ~= id then
+    held = redis.call('HMGET', P .. 'job:' .. id, 'fingerprint', 'job', 'document')
+  end
+  if held[1] then
+    found[#found + 1] = held
+    if held[1] ~= fingerprint then break end
+  else
+    found[#found + 1] = {}
+    local place = status == 'queued' and 'queued:' .. route or status == 'failed' and 'dead' or ''
+    redis.call('HSET', P .. 'job:' .. id, 'fingerprint', fingerprint, 'job', job, 'document', document,
+               'attempt', attempt, 'revision', revision, 'idempotency', idempotency, 'route', route,
+               'webhooks', webhooks, 'place', place)
+    if idempotency ~= '' then redis.call('SET', idempotency, id) end
+    if place ~= '' then redis.call('ZADD', P .. place, now, id) end
+    if status ~= 'queued' then end_job(id, idempotency, retention, keyed_retention)
+    elseif expires ~= '' then redis.call('ZADD', P .. 'expiring', expires, id) end
+    tell(id, webhooks, event, document, retention)
+  end
+end
+return found
 """
 )
 
@@ -60,7 +72,8 @@ return {ARGV[4], ARGV[5], ARGV[6]}
 # over now. Only a job that stands where it was published first says how far its route has come. The first
 # lines let a write that is sent twice, because its reply was lost, succeed twice. The last ones forget the
 # job of a document that is all there is left to say: a presigned address must not lie about. A failed one
-# may be run again, and keeps its own.
+# may be run again, and keeps its own. Who waits for it is told that it has changed: as a courtesy (pcall),
+# since it is no reason to change nothing where this may not be told.
 SWAP = (
     _COMMON
     + """
@@ -101,6 +114,7 @@ end
 if place == '' or place == 'dead' then end_job(id, held[8], ARGV[15], ARGV[16]) end
 tell(id, held[7], ARGV[14], document, ARGV[15])
 if place == '' then redis.call('HSET', key, 'job', 'null', 'webhooks', '') end
+redis.pcall('PUBLISH', P .. 'changed:' .. id, ARGV[7])
 return 1
 """
 )
@@ -133,7 +147,7 @@ for index = 1, #all, 2 do
   if at > now - ARGV[2] then
     found[#found + 1] = all[index]
     found[#found + 1] = string.match(all[index + 1], '^%d+ (.*)$')
-  else redis.call('HDEL', P .. 'workers', all[index]) end
+  else redis.pcall('HDEL', P .. 'workers', all[index]) end  -- not every asker may
 end
 return found
 """

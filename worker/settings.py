@@ -27,6 +27,7 @@ from worker.errors import InvalidSettings
 from worker.signing import secrets_of
 
 PREFIX = "GRADCAM_"
+PLACE_LOOKS = "must look like s3://bucket/prefix or file:///folder"
 SCHEMES = ("s3", "https", "http", "file", "data")
 
 
@@ -112,7 +113,9 @@ class Settings(BaseModel):
     # Storage
     output: str = "s3://gradcam/results"  # where artifacts go unless the job says otherwise
     output_prefixes: Listed = ()  # where else a job may send them
+    uploads: str = ""  # where `GradcamClient.upload_and_submit` puts images; empty: it has to be told
     s3_endpoint_url: str = ""  # empty: Amazon
+    s3_public_url: str = ""  # the same server as browsers reach it, for presigned URLs; empty: the endpoint
     s3_region: str = "us-east-1"
     s3_access_key_id: str = ""  # empty: the usual AWS places
     s3_secret_access_key: SecretStr = SecretStr("")
@@ -183,14 +186,17 @@ class Settings(BaseModel):
                 "s3_access_key_id and s3_secret_access_key must be given together",
             ),
         ]
+        if self.s3_public_url:
+            fits = self.s3_public_url.startswith(("http://", "https://"))
+            findings.append((not fits, "s3_public_url must look like https://files.example.com"))
         if self.redis_ca:
             findings.append((not self.redis_ca.is_file(), f"redis_ca {str(self.redis_ca)!r} is not a file"))
         for name, url in (("broker_url", self.broker_url), ("ledger_url", self.ledger)):
             right = "must look like redis://host:6379/0 (or rediss://)"
             findings.append((not _is_redis(url), f"{name} {without_secrets(url)!r} {right}"))
-        for uri in (self.output, *self.output_prefixes):
-            right = "must look like s3://bucket/prefix or file:///folder"
-            findings.append((not _is_place(uri), f"output {uri!r} {right}"))
+        places = [("output", uri) for uri in (self.output, *self.output_prefixes)]
+        for name, uri in [*places, ("uploads", self.uploads or self.output)]:
+            findings.append((not is_place(uri), f"{name} {uri!r} {PLACE_LOOKS}"))
         for wrong, message in findings:
             if wrong:
                 raise ValueError(message)
@@ -262,7 +268,8 @@ class Settings(BaseModel):
         return others | self.to_environment()
 
 
-def _is_place(uri: str) -> bool:
+def is_place(uri: str) -> bool:
+    """Whether objects can be put below this URI."""
     scheme, _, rest = uri.partition("://")
     return scheme in {"s3", "file"} and bool(rest.strip("/")) and not {"?", "#"} & set(rest)
 

@@ -4,9 +4,13 @@
 >>> client = GradcamClient(ledger=ledger, publish=doorbell)
 >>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 1})
 >>> [job.id for job in doorbell.jobs] == [job_id]
+
+`eager_client` is for unit tests of a web app: no servers, no TensorFlow.
 """
 
+import base64
 import hashlib
+import mimetypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.contract import ImageRef, Job, StatusEvent, Webhook
+from worker.breaker import Breaker
+from worker.client import GradcamClient
+from worker.contract import ImageRef, Job, StatusEvent, Webhook, WorkerRef
 from worker.deadline import Deadline
-from worker.errors import ImageNotFound, ImageTooLarge, UnknownLayer, UnknownNetwork
+from worker.errors import (
+    ImageNotFound,
+    ImageTooLarge,
+    StorageUnavailable,
+    UnknownLayer,
+    UnknownNetwork,
+)
 from worker.folder import Object, put_each
 from worker.gradcam import cam
 from worker.gradcam.catalog import NetworkRow
@@ -26,19 +38,24 @@ from worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFa
 from worker.gradcam.registry import Registry
 from worker.gradcam.residents import Residents
 from worker.images import Fetched
+from worker.leases import Leases
 from worker.memory import MemoryLedger
 from worker.memory_outbox import MemoryOutbox
 from worker.outside import Outside
 from worker.room import Room, Rooms
+from worker.settings import Settings
+from worker.tasks import Desk
 
 __all__ = [
     "Doorbell",
     "MemoryImages",
     "MemoryLedger",
     "MemoryMessenger",
+    "MemoryObjects",
     "MemoryOutbox",
     "MemoryStore",
     "TinyNetwork",
+    "eager_client",
     "outside",
 ]
 
@@ -208,3 +225,73 @@ def outside(
         "rooms": Rooms(Room(2**29, "bytes"), Room(2**28, "pixels"), most_bytes=2**25, threads=1),
     }
     return Outside(**{**defaults, **others})
+
+
+@dataclass
+class MemoryObjects:
+    """What a client reads and uploads, in two dictionaries: see `worker.results.Objects`."""
+
+    store: MemoryStore
+    images: dict[str, bytes | Exception]
+
+    def read(self, uri: str) -> bytes:
+        """See `worker.results.Objects.read`."""
+        found = self.store.objects.get(uri.removeprefix("memory://"))
+        if found is None:
+            message = f"There is nothing at {uri}."
+            raise StorageUnavailable(message)
+        return found
+
+    def put(self, uri: str, data: bytes, media_type: str) -> None:  # noqa: ARG002
+        """See `worker.results.Objects.put`."""
+        self.images[uri] = data
+
+    def url(self, uri: str, expires_s: int) -> str:  # noqa: ARG002
+        """See `worker.results.Objects.url`: the object itself, as a data: URL."""
+        media_type = mimetypes.guess_type(uri)[0] or "application/octet-stream"
+        return f"data:{media_type};base64,{base64.b64encode(self.read(uri)).decode()}"
+
+
+def eager_client(
+    images: Mapping[str, bytes | Exception] | None = None,
+    *,
+    network: Network | None = None,
+    settings: Settings | None = None,
+    **others: Any,
+) -> GradcamClient:
+    """A client whose `submit` runs the job at once, in memory, for unit tests of what uses a client.
+
+    `images`: what lies where; an exception in place of bytes is raised. Whatever network of the catalog a
+    job names, `network` computes it, or TinyNetwork: its classes are red, green and blue. `others` are parts
+    of `worker.outside.Outside`. What can be tried again is, at once. Nobody calls webhooks.
+
+    >>> import cv2
+    >>> red = cv2.imencode(".png", np.full((32, 32, 3), (0, 0, 255), np.uint8))[1].tobytes()
+    >>> client = eager_client({"s3://in/red.png": red})
+    >>> job_id = client.submit(image="s3://in/red.png", network="vgg16", target={"top_n": 1})
+    >>> client.wait(job_id).predictions[0].name
+    'red'
+    >>> result = client.result(job_id)
+    >>> overlay = result.manifest.explanations[0].artifacts[0]
+    >>> (overlay.kind, result.urls[overlay.uri][:22])
+    ('overlay', 'data:image/jpeg;base64')
+    >>> lost = client.submit(image="s3://in/lost.png", network="vgg16", target={"top_n": 1})
+    >>> client.status(lost).error.code
+    'image_not_found'
+    """
+    given = settings or Settings()
+    uploads = given.uploads or "s3://uploads"
+    settings = given.model_copy(update={"retry_backoff_s": 1e-6, "uploads": uploads})
+    there, store, ledger = dict(images or {}), MemoryStore(), MemoryLedger()
+    residents = Residents(lambda _: network or TinyNetwork())
+    surroundings = outside(there, store=store, **{"residents": residents, **others})
+    me = WorkerRef(id="eager", device="cpu")
+
+    def run(job: Job) -> None:
+        leases = Leases(ledger, me.id, settings.lease_s)
+        desk = Desk(settings, ledger, surroundings, me, leases, Breaker(lambda: None))
+        while not ledger.read(job.id).final:
+            ledger.requeue(job.id)  # where it waits for another attempt
+            desk.handle({"id": job.id}, job.id)
+
+    return GradcamClient(settings=settings, ledger=ledger, publish=run, objects=MemoryObjects(store, there))

@@ -73,7 +73,7 @@ def share(images: int) -> Share:
     photos = river.photographs(PHOTOS)
     engine = stand_in.load(Settings(), None, bench_service.row(SHARE_OF))
     fitted = bench_service.fitted(engine, photos)
-    batch = Residents(lambda _: engine).group(engine)
+    batch = Residents(lambda _: engine, max_batch=0).group(engine)
     alone: list[tuple[float, float, int]] = []
     ran: list[tuple[float, float]] = []
     with river.flowing((SHARE_OF,), photos) as flow, tempfile.TemporaryDirectory() as folder:

@@ -18,6 +18,8 @@ from worker import broker, embedded
 from worker.client import GradcamClient
 from worker.doctor import examine
 from worker.errors import LedgerUnavailable
+from worker.fleet import RedisFleet
+from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
 from worker.wire import new_id
 
@@ -163,10 +165,10 @@ def test_whoever_works_may_do_all_that_the_ledger_does() -> None:
     needed: set[str] = set()
     for path in Path(worker.__file__).parent.glob("*.py"):
         text = path.read_text()
-        needed |= {name.lower() for name in re.findall(r"redis\.call\('([A-Z]+)'", text)}
+        needed |= {name.lower() for name in re.findall(r"redis\.p?call\('([A-Z]+)'", text)}
         if path.name.startswith("redis_"):
             needed |= set(re.findall(r"(?:redis|pipeline)\.([a-z]+)\(", text))
-    needed -= {"call", "execute", "pipeline"}  # not Redis's
+    needed -= {"call", "close", "execute", "pcall", "pipeline"}  # not Redis's
     users = (DEPLOY / "users.acl").read_text().splitlines()
     allowed = set(re.findall(r"\+([a-z|]+)", next(line for line in users if "gradcam-worker" in line)))
     assert len(needed) > 20
@@ -191,9 +193,16 @@ def test_whoever_may_only_submit_may_do_all_that_a_client_does(port: int, admin:
             job_id = ids.pop()
             assert not ids
             admin.zadd("gradcam:parked", {f"{job_id}:sql sql": 1})  # who could not be told of this job before
+            stream = client.stream(job_id, WAIT_S)
+            assert next(stream).status == "queued"
             assert client.cancel(job_id).status == "canceled"
-            assert client.wait(job_id, 1).status == "canceled"
+            assert [document.status for document in stream] == ["canceled"]
             assert client.statuses([job_id])[job_id].status == "canceled"
+        settings = Settings(broker_url=url(port, "submitter"), key_prefix="gradcam:")
+        fleet, place = RedisFleet(RedisLedger(settings).server), "s3://results/cams"
+        assert fleet.beat(place, "me", {}, [], enter=True).owner
+        assert fleet.find(place, cancel=True)
+        fleet.leave(place, "me", {}, [])
         findings = islice(examine(Settings(broker_url=url(port, "submitter"))), 2)
         assert [found.well for found in findings] == [True, True], "the doctor finds broker and ledger well"
         assert not admin.acl_log(), "nothing was denied"

@@ -1,0 +1,222 @@
+"""Backfills as a user runs them: the command, a real queue, a real object store, real worker processes."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import faulty_worker
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from worker import lifeline
+from worker.fleet import RedisFleet
+from worker.output import Output
+from worker.redis_ledger import RedisLedger
+from worker.storage import Stores
+
+pytestmark = [pytest.mark.live]
+
+WAIT_S = 100
+ROWS, SHARD = 600, 20
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen within {WAIT_S} s"
+        time.sleep(0.05)
+
+
+@dataclass
+class Yard:
+    """A stage with a worker whose network costs nothing, and a list of images."""
+
+    stage: Any
+    listed: Path
+
+    @contextlib.contextmanager
+    def worker(self) -> Iterator[None]:
+        programs = Path(faulty_worker.__file__)
+        process = lifeline.start(
+            [sys.executable, "-P", str(programs), "supervise"],
+            log=self.stage.logs / "worker.log",
+            environment=self.stage.settings.to_environment() | {"PYTHONPATH": str(programs.parent)},
+            grace_s=45,
+        )
+        try:
+            yield
+        finally:
+            lifeline.stop(process)
+
+    def start(self, name: str, *more: str) -> "subprocess.Popen[str]":
+        """`gradcam backfill`, with an output of this name."""
+        given = [str(self.listed), "--top-n", "2", "--shard-rows", str(SHARD)]
+        where = ["--output", self.uri(name)]
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "worker", "backfill", *given, *where, *more],
+            env=os.environ | self.stage.settings.to_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-P", "-m", "worker", "backfill", *arguments],
+            env=os.environ | self.stage.settings.to_environment(),
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
+
+    def uri(self, name: str) -> str:
+        return f"{self.stage.settings.output}/{name}"
+
+    def output(self, name: str) -> Output:
+        return Output(Stores(self.stage.settings, self.stage.s3).open(self.uri(name)))
+
+    def shards(self, name: str) -> int:
+        return len(self.output(name).done())
+
+    def rows(self, name: str) -> "Counter[int]":
+        """How often each row is in the dataset, by its first class or its error."""
+        store = Stores(self.stage.settings, self.stage.s3).open(self.uri(name))
+        found: Counter[int] = Counter()
+        for key in store.names("data"):
+            table = pq.read_table(io.BytesIO(store.get(key)), columns=["row", "index"])
+            found.update(row for row, index in zip(*table.to_pydict().values(), strict=True) if not index)
+        return found
+
+
+@pytest.fixture(scope="module")
+def yard(make_stage: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Yard:
+    stage = make_stage("backfill")
+    rng = np.random.default_rng(7)
+    uris = [
+        stage.put(
+            f"{number}.png", cv2.imencode(".png", rng.integers(0, 255, (32, 32, 3), np.uint8))[1].tobytes()
+        )
+        for number in range(7)
+    ]
+    uris.append("s3://photos/none.png")
+    listed = tmp_path_factory.mktemp("lists") / "photos.csv"
+    listed.write_text("id,image\n" + "".join(f"{row},{uris[row % 8]}\n" for row in range(ROWS)))
+    return Yard(stage, listed)
+
+
+@pytest.fixture
+def at_work(yard: Any) -> Iterator[Yard]:
+    with yard.worker():
+        yield yard
+
+
+def test_a_backfill_is_stopped_killed_and_resumed_and_has_each_row_once(at_work: Any) -> None:
+    yard = at_work
+    first = yard.start("stopped", "--rate", "100")
+    wait_for(lambda: yard.shards("stopped") >= 2, "the first shards")
+    second = yard.run(
+        str(yard.listed),
+        "--top-n",
+        "2",
+        "--shard-rows",
+        str(SHARD),
+        "--output",
+        yard.uri("stopped"),
+        "--resume",
+    )
+    assert second.returncode == 1
+    assert f"is run by process {first.pid} on" in second.stderr
+    first.send_signal(signal.SIGINT)
+    _, err = first.communicate(timeout=WAIT_S)
+    assert first.returncode == 130
+    assert "come to their end by themselves; --resume goes on" in err
+
+    killed = yard.start("stopped", "--rate", "100", "--resume")
+    had = yard.shards("stopped")
+    wait_for(lambda: yard.shards("stopped") > had + 4, "more shards")
+    killed.kill()
+    killed.communicate(timeout=WAIT_S)
+    assert yard.output("stopped").sealed() is None
+    fleet = RedisFleet(RedisLedger(yard.stage.settings).server)
+    wait_for(lambda: (left := fleet.find(yard.uri("stopped"))) and not left.lives, "that it counts as dead")
+
+    last = yard.start("stopped", "--resume", "--json")
+    out, err = last.communicate(timeout=WAIT_S)
+    assert last.returncode == 0, err
+    seal = json.loads(out.splitlines()[-1])
+    assert seal.items() >= {"event": "complete", "rows": ROWS, "failed": 75, "shards": 30}.items()
+    assert seal["codes"] == {"image_not_found": 75}
+    assert yard.rows("stopped") == dict.fromkeys(range(ROWS), 1)
+    lines = (
+        Stores(yard.stage.settings, yard.stage.s3).open(yard.uri("stopped")).get("failed.jsonl").splitlines()
+    )
+    assert [json.loads(line)["row"] for line in lines] == list(range(7, ROWS, 8))
+
+
+def test_two_at_once_get_turns_and_one_is_cancelled_and_gone_on_with(yard: Any) -> None:
+    one, other = yard.start("one"), yard.start("other", "--rate", "60")
+    ledger = RedisLedger(yard.stage.settings)
+    fleet = RedisFleet(ledger.server)
+
+    def facts(name: str) -> dict[str, Any]:
+        record = fleet.find(yard.uri(name))
+        return record.facts if record and record.lives else {"in_flight": 0, "done": 0}
+
+    wait_for(lambda: facts("one")["in_flight"] and facts("other")["in_flight"], "that both wait for a worker")
+    with yard.worker():
+        wait_for(lambda: facts("one")["done"] and facts("other")["done"], "that both get somewhere")
+        canceled = yard.run("cancel", yard.uri("other"))
+        assert canceled.returncode == 0, canceled.stderr
+        assert "It was run, and is stopped." in canceled.stdout
+        _, err = other.communicate(timeout=WAIT_S)
+        assert other.returncode == 1
+        assert "cancelled on request" in err
+        stopped = yard.run("status", yard.uri("other"), "--json")
+        assert json.loads(stopped.stdout)["state"] == "stopped"
+        again = yard.start("other", "--resume")
+        for process, name in ((one, "one"), (again, "other")):
+            out, err = process.communicate(timeout=WAIT_S)
+            assert process.returncode == 0, err
+            assert out.startswith("Complete: 525 of 600 rows are explained.")
+            assert yard.rows(name) == dict.fromkeys(range(ROWS), 1)
+    names = ledger.server.redis.scan_iter(f"{yard.stage.settings.key_prefix}job:*")
+    documents = ledger.read_many([str(name).rpartition(":")[2] for name in names]).values()
+    begun = sorted((each.started_at, each.metadata["backfill"]) for each in documents if each.started_at)
+    ours = {yard.output(name).held().id: name for name in ("one", "other")}
+    turns = [ours[backfill] for _, backfill in begun if backfill in ours]
+    assert turns[:10].count("other") >= 2, turns
+
+
+def test_a_stream_that_says_no_more_keeps_nobody_from_stopping(yard: Any) -> None:
+    given = ["-", "--format", "text", "--top-n", "1", "--output", yard.uri("stream")]
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "worker", "backfill", *given],
+        env=os.environ | yard.stage.settings.to_environment(),
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    fleet = RedisFleet(RedisLedger(yard.stage.settings).server)
+    wait_for(lambda: fleet.find(yard.uri("stream")), "its start")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(WAIT_S) == 130
+    assert process.stderr is not None
+    assert process.stdin is not None
+    said = process.stderr.read()
+    assert "Stopped. 0 shards are in flight" in said
+    assert "Fatal" not in said
+    process.stderr.close()
+    process.stdin.close()

@@ -1,0 +1,627 @@
+"""A backfill over doubles, with a worker that is a thread of the test's own."""
+
+import io
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from queue import Queue
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from worker import flights, output, terminal
+from worker.ahead import Ahead
+from worker.backfill import Backfill
+from worker.breaker import Breaker
+from worker.contract import NetworkRef, Problem, StatusDocument, WorkerRef
+from worker.errors import (
+    BackfillConflict,
+    BackfillStopped,
+    BrokerUnavailable,
+    GradcamError,
+    ImageNotFound,
+    InvalidInput,
+    LedgerUnavailable,
+    StorageUnavailable,
+)
+from worker.fleet import Heard, Record
+from worker.leases import Leases
+from worker.output import Output
+from worker.plan import Plan, shards
+from worker.progress import Progress
+from worker.settings import Settings
+from worker.shard import Row, Shard
+from worker.standing import Pace, Standing
+from worker.tasks import Desk
+from worker.testing import MemoryLedger, MemoryStore, outside
+from worker.wishes import Target
+
+PLACE = "s3://results/photos"
+IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
+
+
+class MemoryFleet:
+    """The fleet in a dictionary: see `worker.fleet.Fleet`."""
+
+    def __init__(self) -> None:
+        self.heard = Heard(owner=True)
+        self.record: Record | None = None
+        self.most = 0  # shards in flight that it was told of at once
+
+    def beat(
+        self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str], *, enter: bool = False
+    ) -> Heard:
+        del output, owner
+        before, self.record = self.record, Record(facts, tuple(shards), lives=True)
+        self.most = max(self.most, len(shards))
+        return replace(self.heard, before=before) if enter else self.heard
+
+    def leave(self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str]) -> None:
+        del output, owner
+        self.record = Record(facts, tuple(shards), lives=False)
+
+    def find(self, output: str, *, cancel: bool = False) -> Record | None:
+        del output
+        if cancel:
+            self.heard = replace(self.heard, cancel=True)
+        return self.record
+
+
+class Ledger(MemoryLedger):
+    """One that can be away: as many questions as `away` says are not answered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.away = 0
+
+    def _reach(self) -> None:
+        if self.away:
+            self.away -= 1
+            message = "The ledger cannot be reached."
+            raise LedgerUnavailable(message)
+
+    def submit(self, job: Any) -> StatusDocument:
+        self._reach()
+        return super().submit(job)
+
+    def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
+        self._reach()
+        return super().read_many(ids)
+
+
+@dataclass
+class House:
+    """An output, a ledger, a fleet, and a worker that may be asked to misbehave."""
+
+    images: dict[str, bytes | Exception]
+    store: MemoryStore = field(default_factory=MemoryStore)
+    ledger: Ledger = field(default_factory=Ledger)
+    fleet: MemoryFleet = field(default_factory=MemoryFleet)
+    rung: "Queue[str | None]" = field(default_factory=Queue)
+    fails: dict[str, list[GradcamError]] = field(default_factory=dict)  # by shard key: of its next tries
+    done: list[Shard] = field(default_factory=list)  # by the worker, in this order
+    said: list[str] = field(default_factory=list)
+    shown: list[Standing] = field(default_factory=list)
+    show: Callable[[Standing], object] = lambda _: None
+    ring: Callable[[str], None] | None = None
+
+    def work(self) -> None:
+        """What a worker does, until it is told None."""
+        worker = WorkerRef(id="w", device="cpu")
+        leases = Leases(self.ledger, "w", 15)
+        breaker = Breaker(lambda: None)
+        desk = Desk(Settings(), self.ledger, outside(self.images, store=self.store), worker, leases, breaker)
+        while (job_id := self.rung.get()) is not None:
+            shard = self.ledger.job(job_id)
+            if not isinstance(shard, Shard):
+                continue  # it was cancelled before its turn
+            self.done.append(shard)
+            if wrong := self.fails.get(shard.key):
+                claim = self.ledger.claim(self.ledger.read(job_id), worker)
+                problem = Problem.of(wrong.pop(0), stage="load", attempt=1)
+                self.ledger.advance(claim.document, status="failed", error=problem)
+            else:
+                desk.handle({"id": job_id}, job_id)
+
+    def run(self, plan: Plan, rows: Sequence[Row], **pace: Any) -> dict[str, Any] | None:
+        """One run, as `gradcam backfill` begins it."""
+        place = Output(self.store)
+        resume = pace.pop("resume", False) or bool({"changed", "only_failed"} & pace.keys())
+        plan = place.agreed(plan, resume=resume, changed=pace.get("changed", False))
+
+        def show(standing: Standing) -> None:
+            self.shown.append(standing)
+            self.show(standing)
+
+        one = Backfill(
+            plan,
+            place,
+            self.ledger,
+            self.ring or self.rung.put,
+            self.fleet,
+            pace=Pace(**pace),
+            show=show,
+            say=self.said.append,
+        )
+        with one.seat() as seat:
+            place.begin(plan)
+            return one.run(seat, shards(rows, plan))
+
+    @property
+    def seal(self) -> dict[str, Any] | None:
+        return Output(self.store).sealed()
+
+    def rows(self) -> Counter[int]:
+        """How often each row of the input is in the dataset."""
+        files = [data for name, data in self.store.objects.items() if name.startswith("data/")]
+        return Counter(
+            number for one in files for number in pq.read_table(io.BytesIO(one))["row"].to_pylist()
+        )
+
+    def failed(self) -> list[dict[str, Any]]:
+        """What `failed.jsonl` says."""
+        return [json.loads(line) for line in self.store.objects["failed.jsonl"].splitlines()]
+
+
+@pytest.fixture
+def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    for name in ("backfill.FIRST_LOOK_S", "backfill.LAST_LOOK_S", "outage.AGAIN_S"):
+        monkeypatch.setattr(f"worker.{name}", 0.002)
+    one = House({f"s3://in/{number}.png": IMAGE for number in range(100)})
+    worker = threading.Thread(target=one.work)
+    worker.start()
+    yield one
+    one.rung.put(None)
+    worker.join()
+
+
+def images(count: int) -> list[Row]:
+    return [Row(uri=f"s3://in/{number}.png", id=f"photo-{number}") for number in range(count)]
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return Plan(
+        input="photos.csv", output=PLACE, network="efficientnet_lite0", target=Target(top_n=1), shard_rows=4
+    )
+
+
+def test_a_backfill_leaves_a_sealed_dataset_with_each_row_exactly_once(house: House, plan: Plan) -> None:
+    problem = Problem.of(ImageNotFound("No URI in line 3."), stage="plan", attempt=0)
+    rows = [*images(9), Row(uri="s3://in/none.png", id="lost"), Row(uri="", problem=problem)]
+    seal = house.run(plan, rows)
+    assert seal == house.seal
+    assert house.rows() == dict.fromkeys(range(11), 1)
+    assert seal is not None
+    assert seal.items() >= {"schema": "gradcam.dataset/v1", "backfill": plan.id, "rows": 11}.items()
+    assert seal.items() >= {"failed": 2, "codes": {"image_not_found": 2}, "shards": 3}.items()
+    assert seal["network"] == {"name": "efficientnet_lite0", "layer": "blocks", "weights_sha256": None}
+    assert [one["row"] for one in house.failed()] == [9, 10]
+    last = house.shown[-1]
+    assert (last.planned, last.done, last.failed, last.whole, last.in_flight) == (11, 11, 2, True, 0)
+    assert next(reversed(house.store.objects)) == "dataset.json", "it is written last"
+
+
+def test_an_interrupted_backfill_goes_on_where_it_was(house: House, plan: Plan) -> None:
+    def interrupt(standing: Standing) -> None:
+        if standing.done >= 8:
+            raise KeyboardInterrupt
+
+    house.show = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        house.run(plan, images(40))
+    assert house.seal is None
+    house.show = lambda _: None
+    with pytest.raises(
+        BackfillConflict, match=r"this very backfill, and \d+ shards of it are done: use --res"
+    ):
+        house.run(plan, images(40))
+    seal = house.run(plan, images(40), resume=True)
+    assert seal is not None
+    assert house.rows() == dict.fromkeys(range(40), 1)
+    assert Counter(one.key for one in house.done).most_common(1)[0][1] == 1, "no shard was run twice"
+    assert house.shown[-1].before >= 8
+    count = len(house.done)
+    assert house.run(plan, images(40), resume=True) == seal, "there is nothing left to do"
+    assert len(house.done) == count
+
+
+def test_never_more_than_the_window_is_in_flight_and_others_get_their_share(house: House, plan: Plan) -> None:
+    house.run(plan, images(40), window=3)
+    assert house.fleet.most == 3
+    house.fleet.most, house.fleet.heard = 0, Heard(owner=True, running=3)
+    house.store.objects.clear()
+    house.run(plan.model_copy(update={"id": "01a216d4-0523-773f-a799-60224947ae4d"}), images(40), window=3)
+    assert house.fleet.most == 1
+
+
+def test_without_a_window_there_are_as_many_as_keep_the_workers_busy(house: House, plan: Plan) -> None:
+    house.ledger.health = {f"worker-{number}": "" for number in range(3)}
+    kept: list[str] = []
+    house.ring = kept.append
+
+    def interrupt(standing: Standing) -> None:
+        if standing.in_flight == 12:  # 3 workers, 2 in hand, 2 for each of them
+            raise KeyboardInterrupt
+
+    house.show = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        house.run(plan, images(100))
+    assert len(kept) == 12
+
+
+def test_no_more_is_handed_out_than_the_rate_allows(house: House, plan: Plan) -> None:
+    def interrupt(standing: Standing) -> None:
+        if standing.done and len(house.shown) > 20:
+            raise KeyboardInterrupt
+
+    house.show = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        house.run(plan, images(40), rate=0.001)
+    assert len(house.done) == 1
+
+
+def test_it_stops_early_where_too_many_rows_fail(house: House, plan: Plan) -> None:
+    house.images.clear()
+    with pytest.raises(BackfillStopped, match=r"rows have failed, more than 50%: image_not_found \d+\."):
+        house.run(plan, images(100), window=2)
+    assert len(house.done) < 10
+    assert house.seal is None
+    assert house.ledger.counts() == (0, 0), "nothing is left in flight"
+    seal = house.run(plan, images(100), resume=True, max_failed=1)
+    assert seal is not None
+    assert seal["failed"] == 100
+
+
+def test_where_all_have_been_tried_there_is_nothing_to_stop(house: House, plan: Plan) -> None:
+    house.images.clear()
+    seal = house.run(plan, images(16), window=4)
+    assert seal is not None
+    assert seal["codes"] == {"image_not_found": 16}
+
+
+def test_what_no_worker_can_do_ends_it_at_once(house: House, plan: Plan) -> None:
+    nobody = plan.model_copy(update={"target": Target(classes=("purple",))})
+    with pytest.raises(BackfillStopped, match="because of unknown_class: There is no class 'purple'"):
+        house.run(nobody, images(100), window=2)
+    assert len(house.done) <= 3
+    assert house.run(plan, images(8)), "of that one nothing was done: the output is free"
+    assert house.rows() == dict.fromkeys(range(8), 1)
+
+
+def test_a_shard_that_fails_as_a_whole_is_tried_again(house: House, plan: Plan) -> None:
+    keys = [one.key for one in shards(images(12), plan)]
+    house.fails = {keys[1]: [StorageUnavailable("The store is down.")] * 2}
+    assert house.run(plan, images(12))
+    assert [one.key for one in house.done].count(keys[1]) == 3
+    assert len({one.id for one in house.done}) == 5
+
+
+def test_without_that_shard_there_is_no_dataset_until_it_is_resumed(house: House, plan: Plan) -> None:
+    keys = [one.key for one in shards(images(12), plan)]
+    house.fails = {keys[1]: [StorageUnavailable("The store is down.")] * 3}
+    assert house.run(plan, images(12)) is None
+    assert house.seal is None
+    assert house.said == [
+        "Shard 1, rows 4 to 7, failed 3 times, at last with storage_unavailable: The store is down."
+    ]
+    assert (house.shown[-1].lost, house.shown[-1].codes) == (1, {"storage_unavailable": 4})
+    assert house.run(plan, images(12), resume=True)
+    assert house.rows() == dict.fromkeys(range(12), 1)
+
+
+def test_a_changed_input_is_refused_or_what_has_changed_is_run_again(house: House, plan: Plan) -> None:
+    house.run(plan, images(16))
+    before = dict(house.store.objects)
+    rows = images(12)
+    rows[5] = Row(uri="s3://in/99.png")
+    with pytest.raises(BackfillConflict, match=r"shard 1, from row 4 on, is 00000001-.*--changed"):
+        house.run(plan, rows, resume=True)
+    with pytest.raises(BackfillConflict, match=r"no part of the input.*--changed removes them"):
+        house.run(plan, images(12), resume=True)
+    assert house.store.objects == before, "nothing was touched"
+    house.done.clear()
+    seal = house.run(plan, rows, changed=True)
+    assert [one.index for one in house.done] == [1]
+    assert house.rows() == dict.fromkeys(range(12), 1)
+    assert seal is not None
+    assert (seal["rows"], seal["shards"]) == (12, 3)
+
+
+def test_the_seal_is_broken_before_anything_changes(house: House, plan: Plan) -> None:
+    house.run(plan, images(8))
+    rows = [Row(uri="s3://in/99.png"), *images(8)[1:]]
+    sealed: list[bool] = []
+
+    def ring(job_id: str) -> None:
+        sealed.append(house.seal is not None)
+        house.rung.put(job_id)
+
+    house.ring = ring
+    house.run(plan, rows, changed=True)
+    assert sealed == [False]
+
+
+def test_only_shards_with_failed_rows_run_again_and_what_was_good_is_kept(house: House, plan: Plan) -> None:
+    del house.images["s3://in/5.png"], house.images["s3://in/6.png"]
+    assert house.run(plan, images(16))
+    for mended, left in ((5, 1), (6, 0)):
+        house.images[f"s3://in/{mended}.png"] = IMAGE
+        house.done.clear()
+        seal = house.run(plan, images(16), only_failed=True)
+        assert [(one.index, one.keep) for one in house.done] == [(1, True)]
+        assert seal is not None
+        assert seal["failed"] == left
+        assert house.rows() == dict.fromkeys(range(16), 1)
+    assert "failed.jsonl" not in house.store.objects
+    house.done.clear()
+    assert house.run(plan, images(16), only_failed=True) == house.seal
+    assert not house.done
+
+
+def test_a_ledger_that_is_away_is_waited_for_and_that_is_said_once(house: House, plan: Plan) -> None:
+    house.ledger.away = 5
+    assert house.run(plan, images(40))
+    assert house.rows() == dict.fromkeys(range(40), 1)
+    assert house.said == [
+        "The ledger cannot be reached. The backfill keeps trying.",
+        "The ledger answers again.",
+    ]
+
+
+def test_a_broker_that_is_away_is_left_to_the_reaper(house: House, plan: Plan) -> None:
+    quiet = [True]
+
+    def ring(job_id: str) -> None:
+        if quiet[0]:
+            message = "The broker cannot be reached."
+            raise BrokerUnavailable(message)
+        house.rung.put(job_id)
+
+    def reap(standing: Standing) -> None:
+        if quiet[0] and standing.in_flight == 4:
+            quiet[0] = False
+            for job_id in house.ledger._entries:
+                house.rung.put(job_id)
+
+    house.ring, house.show = ring, reap
+    assert house.run(plan, images(40), window=4)
+    assert house.rows() == dict.fromkeys(range(40), 1)
+    assert house.said == [
+        "The broker cannot be reached. The backfill keeps trying.",
+        "The broker answers again.",
+    ]
+
+
+def test_what_the_ledger_has_forgotten_is_submitted_again(house: House, plan: Plan) -> None:
+    forgotten: list[str] = []
+
+    def ring(job_id: str) -> None:
+        if forgotten:
+            house.rung.put(job_id)
+        else:
+            forgotten.append(job_id)
+            house.ledger._entries.clear()
+
+    house.ring = ring
+    assert house.run(plan, images(4))
+    assert [one.id for one in house.done] == forgotten
+
+
+def test_whoever_cancels_it_stops_what_is_in_flight(house: House, plan: Plan) -> None:
+    house.ring = lambda _: None  # nobody works
+
+    def cancel(standing: Standing) -> None:
+        if standing.in_flight:
+            house.fleet.find(PLACE, cancel=True)
+
+    house.show = cancel
+    with pytest.raises(BackfillStopped, match=r"cancelled on request.*--resume"):
+        house.run(plan, images(40), window=3)
+    states = Counter(entry.document.status for entry in house.ledger._entries.values())
+    assert states == {"canceled": 3}
+    assert house.fleet.record is not None
+    assert house.fleet.record.shards == ()
+    house.fleet.heard, house.show, house.ring = Heard(owner=True), lambda _: None, None
+    assert house.run(plan, images(40), resume=True)
+    assert house.rows() == dict.fromkeys(range(40), 1)
+
+
+def test_it_ends_where_somebody_else_has_taken_the_output(house: House, plan: Plan) -> None:
+    def take(_: Standing) -> None:
+        house.fleet.heard = Heard(
+            owner=False, before=Record({"pid": 7, "host": "gpu-2"}, shards=(), lives=True)
+        )
+
+    house.show = take
+    with pytest.raises(BackfillConflict, match="run by process 7 on gpu-2"):
+        house.run(plan, images(40))
+
+
+def test_shards_with_other_weights_are_no_part_of_it(house: House, plan: Plan) -> None:
+    other = NetworkRef(name="efficientnet_lite0", layer="blocks", weights_sha256="a" * 64)
+    house.store.put("network.json", other.to_json().encode(), "application/json")
+    with pytest.raises(BackfillStopped, match=r"do not agree: shard \d was explained with weights None"):
+        house.run(plan, images(40))
+    assert house.seal is None
+
+
+def test_what_an_earlier_run_left_in_flight_ends_before_the_seal(house: House, plan: Plan) -> None:
+    stray = next(shards(images(4), plan)).model_copy(update={"id": "01a216d4-0523-773f-a799-60224947ae4d"})
+    house.ledger.submit(stray)
+    house.fleet.record = Record({"backfill": plan.id}, (stray.id,), lives=False)
+    assert house.run(plan, images(8))
+    assert house.ledger.read(stray.id).status == "canceled"
+
+
+def test_what_succeeded_and_lies_there_is_not_run_again_and_what_does_not_lie_there_is(
+    house: House, plan: Plan
+) -> None:
+    assert house.run(plan, images(8))
+    first = next(name for name in house.store.objects if name.startswith("data/"))
+    house.done.clear()
+    del house.store.objects[first]
+    assert house.run(plan, images(8), resume=True)
+    assert [one.index for one in house.done] == [0]
+    assert house.rows() == dict.fromkeys(range(8), 1)
+
+
+def test_an_input_without_rows_and_one_that_breaks_off_are_told(house: House, plan: Plan) -> None:
+    with pytest.raises(InvalidInput, match=r"photos\.csv holds no rows"):
+        house.run(plan, [])
+
+    def broken() -> Iterator[Row]:
+        yield from images(6)
+        message = "Line 7 is not UTF-8."
+        raise InvalidInput(message)
+
+    with pytest.raises(InvalidInput, match="Line 7"):
+        house.run(plan, broken())  # type: ignore[arg-type]
+    assert house.seal is None
+
+
+def test_an_output_that_is_somebody_elses_is_refused(house: House, plan: Plan) -> None:
+    house.run(plan, images(4))
+    place = Output(house.store)
+    own = {"id": "01a216d4-0523-773f-a799-60224947ae4d"}
+    wider = plan.model_copy(update={**own, "target": Target(top_n=2)})
+    with pytest.raises(BackfillConflict, match=r"holds another backfill\. Its target is .*\. Or choose"):
+        place.agreed(wider, resume=True, changed=True)
+    heavier = plan.model_copy(update={**own, "weights_sha256": "a" * 64})
+    with pytest.raises(BackfillConflict, match=r"Its weights_sha256 is any.*--changed"):
+        place.agreed(heavier, resume=True, changed=False)
+    assert place.agreed(heavier, resume=True, changed=True).id == plan.id
+    moved = plan.model_copy(update={**own, "input": "elsewhere.csv"})
+    with pytest.raises(BackfillConflict, match="Its input is"):
+        place.agreed(moved, resume=False, changed=False)
+    assert place.agreed(moved, resume=True, changed=False).id == plan.id
+    with pytest.raises(BackfillConflict, match="begun just now"):
+        place.begin(moved)
+    house.store.objects["backfill.json"] = b"{}"
+    with pytest.raises(BackfillConflict, match="no plan that this version can read"):
+        place.agreed(plan, resume=True, changed=False)
+    del house.store.objects["backfill.json"]
+    with pytest.raises(BackfillConflict, match=r"holds a dataset, and no backfill\.json"):
+        place.agreed(plan, resume=True, changed=False)
+
+
+def test_other_weights_run_everything_again(house: House, plan: Plan) -> None:
+    house.run(plan, images(8))
+    place = Output(house.store)
+    place.begin(place.agreed(plan, resume=True, changed=False))
+    assert place.network() is not None
+    heavier = place.agreed(plan.model_copy(update={"weights_sha256": "a" * 64}), resume=True, changed=True)
+    place.begin(heavier)
+    assert place.network() is None
+    assert place.held() == heavier
+    assert not {one.key for one in shards(images(8), heavier)} & {
+        key for keys in place.done().values() for key in keys
+    }
+
+
+def test_many_failed_rows_are_written_in_parts(
+    house: House, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "PART_BYTES", 1500)
+    for number in range(12):
+        del house.images[f"s3://in/{number}.png"]
+    seal = house.run(plan, images(16), max_failed=1)
+    assert seal is not None
+    assert seal["failed_files"] == ["failed.jsonl", "failed-2.jsonl", "failed-3.jsonl"]
+    lines = b"".join(house.store.objects[name] for name in seal["failed_files"]).splitlines()
+    assert [json.loads(line)["row"] for line in lines] == list(range(12))
+    for number in range(8):
+        house.images[f"s3://in/{number}.png"] = IMAGE
+    seal = house.run(plan, images(16), only_failed=True)
+    assert seal is not None
+    assert seal["failed_files"] == ["failed.jsonl"]
+    assert not {"failed-2.jsonl", "failed-3.jsonl"} & house.store.objects.keys()
+
+
+def test_a_file_that_has_gone_is_missed_before_the_seal(house: House, plan: Plan) -> None:
+    def lose(standing: Standing) -> None:
+        if standing.whole and not standing.in_flight:
+            first = next(name for name in house.store.objects if name.startswith("data/"))
+            del house.store.objects[first]
+            house.show = lambda _: None
+
+    house.show = lose
+    with pytest.raises(BackfillConflict, match=r"1 shards are done and not there: 0000000.*--resume"):
+        house.run(plan, images(8))
+    assert house.seal is None
+
+
+def test_shown_is_what_is_known() -> None:
+    begun = Standing(planned=1024, done=512, partly=16, before=256, in_flight=2, workers=0, rows_per_s=98.0)
+    unknown = Progress("lines")
+    assert unknown.text(begun) == (
+        "784 of at least 1,024 rows · 98 rows/s · 2 shards in flight"
+        " · no worker lives: start one with `gradcam worker`"
+    )
+    about = Progress("lines", lambda: 9996)
+    failing = replace(begun, failed=7, workers=1)
+    assert about.text(failing) == (
+        "784 of about 9,996 rows · 7 failed · 98 rows/s · 0:01:34 left · 2 shards in flight"
+    )
+    assert about.facts(begun).items() >= {"total": 9996, "left_s": 94, "rows_per_s": 98.0}.items()
+    assert about.text(replace(begun, whole=True, workers=None)).startswith("784 of 1,024 rows · ")
+
+
+@pytest.mark.parametrize("form", ["terminal", "lines", "json"])
+def test_how_far_it_is_is_shown_whoever_looks(
+    form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form == "terminal":
+        monkeypatch.setattr(
+            terminal, "err", Console(stderr=True, force_terminal=True, width=100, highlight=False)
+        )
+    with Progress(form) as progress:
+        progress.show(Standing(planned=1024, done=512))
+        progress.show(Standing(planned=2048, done=999))
+        progress.say("something \x1b[31m")
+    out, err = capsys.readouterr()
+    said = out if form == "json" else err
+    assert ('"done": 512' if form == "json" else "512 of at least 1,024 rows") in said
+    assert "something \\x1b[31m" in err
+    if form == "json":
+        assert [json.loads(line)["event"] for line in out.splitlines()] == ["progress"], "not too often"
+
+
+def test_reading_ahead_waits_for_whoever_takes_and_passes_errors_on() -> None:
+    given: list[int] = []
+
+    def source() -> Iterator[int]:
+        for number in range(9):
+            given.append(number)
+            yield number
+        message = "broken"
+        raise OSError(message)
+
+    with Ahead(source(), most=2) as ahead:
+        assert ahead.take(9) == 0
+        assert max(given) <= 3
+        assert [ahead.take(9) for _ in range(8)] == list(range(1, 9))
+        with pytest.raises(OSError, match="broken"):
+            ahead.take(9)
+    gate = threading.Event()
+    with Ahead(number for number in range(1) if gate.wait(9)) as slow:
+        assert slow.take(0.001) is None
+        assert not slow.ended
+        gate.set()
+        assert slow.take(9) == 0
+        assert slow.take(9) is None
+        assert slow.ended
+
+
+def test_the_names_of_what_stops_everything_are_codes_of_errors() -> None:
+    assert {one.code for one in descendants(GradcamError)} >= flights.HOPELESS
+
+
+def descendants(kind: type[GradcamError]) -> set[type[GradcamError]]:
+    return {kind, *(one for below in kind.__subclasses__() for one in descendants(below))}

@@ -1,0 +1,259 @@
+"""`gradcam backfill`, with a worker that is a thread of the test's own."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self, cast
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from worker.breaker import Breaker
+from worker.cli import main
+from worker.contract import WorkerRef
+from worker.leases import Leases
+from worker.redis_ledger import RedisLedger
+from worker.s3 import S3
+from worker.settings import Settings
+from worker.storage import Stores
+from worker.tasks import Desk
+from worker.testing import outside
+
+IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
+
+
+class Hands:
+    """A worker: looks into the ledger for shards that wait, and does them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.ledger = settings, RedisLedger(settings)
+        self.idle = threading.Event()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._keep)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        images: dict[str, bytes | Exception] = {f"s3://in/{number}.png": IMAGE for number in range(40)}
+        real = Stores(self.settings, cast("S3", None))  # a folder needs none
+        around = outside(images, stores=real)
+        worker = WorkerRef(id="w", device="cpu")
+        leases = Leases(self.ledger, "w", 15)
+        desk = Desk(self.settings, self.ledger, around, worker, leases, Breaker(lambda: None))
+        while not self._stopped.wait(0.01):
+            self.ledger.beat("w", "well", {})
+            waiting: Any = self.ledger.server.redis.zrange(f"{self.settings.key_prefix}queued:shard", 0, -1)
+            for job_id in () if self.idle.is_set() else waiting:
+                desk.handle({"id": job_id}, job_id)
+
+
+@pytest.fixture
+def hands(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hands]:
+    """The command line finds this test's own Valkey, and a folder for results."""
+    own = settings.model_copy(update={"output": f"file://{tmp_path}/results"})
+    for name, value in own.to_environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("worker.backfill.LAST_LOOK_S", 0.05)
+    with Hands(own) as one:
+        yield one
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """Twenty rows: nineteen images, and one that is not there."""
+    path = tmp_path / "photos.csv"
+    rows = [f"s3://in/{number}.png" for number in range(19)] + ["s3://in/none.png"]
+    path.write_text("\n".join(["image", *rows]) + "\n")
+    return path
+
+
+def arguments(listed: Path, hands: Hands, *more: str) -> list[str]:
+    output = f"{hands.settings.output}/photos"
+    return ["backfill", str(listed), "--top-n", "1", "--shard-rows", "4", "--output", output, *more]
+
+
+def output_of(hands: Hands) -> Path:
+    return Path(hands.settings.output.removeprefix("file://")) / "photos"
+
+
+def test_a_list_becomes_a_dataset_and_status_says_so(
+    hands: Hands, listed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(listed, hands)) == 0
+    out, err = capsys.readouterr()
+    folder = output_of(hands)
+    assert out.splitlines() == [
+        "Complete: 19 of 20 rows are explained.",
+        "          1  image_not_found",
+        f"Why each of them failed: file://{folder}/failed.jsonl",
+        f"Dataset: file://{folder}",
+        f'Open it, in Python: polars.read_parquet("{folder}/data/*.parquet")',
+    ]
+    assert re.search(r"^\d+ of (about )?\d+ rows · ", err)
+    files = sorted(folder.joinpath("data").iterdir())
+    assert [number for one in files for number in pq.read_table(one)["row"].to_pylist()] == list(range(20))
+    assert main(["backfill", "status", f"file://{folder}"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"state +complete", shown)
+    assert re.search(r"rows +20, 1 of them failed", shown)
+    assert re.search(r"shards +5 done *\n", shown)
+    assert main(["backfill", "cancel", f"file://{folder}"]) == 0
+    assert capsys.readouterr().out == "Nobody runs it. 0 shards were left in flight, and are cancelled.\n"
+
+
+def test_for_machines_each_line_is_json(
+    hands: Hands, listed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(listed, hands, "--json", "--overlays")) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["event"] for line in lines[:-1]} == {"progress"}
+    last = lines[-1]
+    assert last.items() >= {"event": "complete", "rows": 20, "codes": {"image_not_found": 1}}.items()
+    assert last["output"] == f"file://{output_of(hands)}"
+    assert len([*output_of(hands).joinpath("overlays").rglob("*.jpg")]) == 19
+    assert main(["backfill", "status", last["output"], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.items() >= {"state": "complete", "shards_done": 5}.items()
+    assert found["dataset"]["rows"] == 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_it_stops_at_any_moment_says_what_is_in_flight_and_goes_on(
+    hands: Hands, listed: Path, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    hands.idle.set()
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop() -> None:
+        while hands.ledger.counts()[0] != 4:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop).start()
+    assert main(arguments(listed, hands)) == 130
+    said = "Stopped. 4 shards are in flight, and come to their end by themselves; --resume goes on.\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert main(["backfill", "status", f"file://{output_of(hands)}"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"state +stopped", shown)
+    assert re.search(r"rows +0 of at least 16, 0 of them failed", shown)
+    assert re.search(r"shards +0 done, 4 in flight", shown)
+    hands.idle.clear()
+    assert main(arguments(listed, hands, "--resume")) == 0
+    assert main(arguments(listed, hands)) == 1
+    assert "holds this very backfill, and it is complete: use --resume" in capsys.readouterr().err
+
+
+def test_it_is_cancelled_from_elsewhere_while_it_runs_and_when_nobody_runs_it(
+    hands: Hands, listed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hands.idle.set()
+    place = f"file://{output_of(hands)}"
+    codes: list[int] = []
+
+    def cancel() -> None:
+        while hands.ledger.counts()[0] != 4:
+            time.sleep(0.01)
+        codes.append(main(["backfill", "status", place]))
+        codes.append(main(["backfill", "cancel", place]))
+
+    elsewhere = threading.Thread(target=cancel)
+    elsewhere.start()
+    assert main(arguments(listed, hands)) == 1
+    elsewhere.join()
+    out, err = capsys.readouterr()
+    assert codes == [0, 0]
+    assert re.search(rf"state +running, by process {os.getpid()} on ", out)
+    assert "It was run, and is stopped. 0 shards were left in flight" in out
+    assert "cancelled on request" in err
+    assert hands.ledger.counts() == (0, 0)
+
+    def interrupt() -> None:
+        while hands.ledger.counts()[0] != 4:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    assert main(arguments(listed, hands)) == 130
+    assert main(["backfill", "cancel", place, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == {"output": place, "ran": False, "ended": True, "shards_canceled": 4}
+    assert hands.ledger.counts() == (0, 0)
+
+
+def test_what_stands_in_the_way_is_a_sentence(
+    hands: Hands, listed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*given: str) -> str:
+        assert main(["backfill", *given]) == 1
+        return capsys.readouterr().err
+
+    place = f"file://{output_of(hands)}"
+    there = [str(listed), "--output", place]
+    assert "is not allowed: it must be below" in said(str(listed), "--output", "s3://elsewhere/x")
+    assert "holds no backfill: there is no backfill.json" in said("status", place)
+    assert "holds no backfill: there is no backfill.json" in said("cancel", place)
+    assert "none.csv" in said("none.csv", "--output", place)
+    assert "There is no class 'purple'" in said(*there, "--classes", "purple")
+    assert not output_of(hands).joinpath("dataset.json").exists()
+    assert main([*arguments(listed, hands), "--max-failed", "0"]) == 1, "one row has failed"
+    assert "Its target is" in said(*there, "--top-n", "2", "--shard-rows", "4")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["list.csv"],
+        ["list.csv", "--output", "s3://a/b", "--max-failed", "101%"],
+        ["list.csv", "--output", "s3://a/b", "--max-failed", "some"],
+        ["list.csv", "--output", "s3://a/b", "--max-failed", "50%%"],
+        ["list.csv", "--output", "s3://a/b", "--rate", "0"],
+        ["list.csv", "--output", "s3://a/b", "--window", "0"],
+        ["list.csv", "--output", "s3://a/b", "--shard-rows", "5000"],
+        ["list.csv", "--output", "s3://a/b", "--top-n", "3", "--classes", "tabby"],
+        ["list.csv", "--output", "s3://a/b", "--artifact", "grid"],
+        ["status"],
+        ["cancel"],
+    ],
+)
+def test_wrong_usage_is_said_without_a_traceback(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["backfill", *given]) == 2
+    err = capsys.readouterr().err
+    assert "Error: " in err
+    assert re.search(r"^Usage: \w+ backfill( status| cancel)? \[OPTIONS\] (IN|OUT)PUT$", err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("given", [["--help"], ["status", "--help"], ["cancel", "-h"]])
+def test_help_has_examples(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["backfill", *given]) == 0
+    assert re.search(r"Examples?:\n    gradcam backfill \S+", capsys.readouterr().out)
+
+
+def test_nobody_is_asked_where_redis_is_not_there(
+    listed: Path,
+    hands: Hands,
+    free_port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("GRADCAM_BROKER_URL", f"redis://127.0.0.1:{free_port}/0")
+    assert main(arguments(listed, hands)) == 1
+    assert "cannot be reached" in capsys.readouterr().err
+    assert not output_of(hands).exists()

@@ -1,0 +1,154 @@
+"""Which backfills run: in a real Valkey."""
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from worker import embedded, fleet
+from worker.errors import BackfillConflict
+from worker.fleet import RedisFleet, Seat
+from worker.redis_ledger import RedisLedger
+from worker.settings import Settings
+from worker.shard import Row, Shard
+from worker.wishes import Target
+
+PLACE = "s3://results/photos"
+USERS = Path(__file__).parents[1] / "deploy" / "redis" / "users.acl"
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def ships(settings: Settings) -> RedisFleet:
+    return RedisFleet(RedisLedger(settings).server)
+
+
+def seat(ships: RedisFleet, place: str = PLACE, **facts: Any) -> Seat:
+    return Seat(ships, place, lambda: {"backfill": "b", **facts}, lambda: ("shard-1", "shard-2"))
+
+
+def test_an_output_is_one_backfills_at_a_time(ships: RedisFleet) -> None:
+    with (
+        seat(ships),
+        pytest.raises(BackfillConflict, match=r"run by process \d+ on .+: wait for it"),
+        seat(ships),
+    ):
+        pass
+    with seat(ships) as later:
+        assert later.before is not None
+        assert (later.before.facts["backfill"], later.before.shards) == ("b", ("shard-1", "shard-2"))
+
+
+def test_one_that_was_killed_is_followed_and_finds_out(
+    ships: RedisFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "EVERY_S", 3600)  # it says no more
+    with seat(ships) as silent:
+        monkeypatch.setattr(fleet, "FRESH_S", 0.001)
+        time.sleep(0.01)
+        with seat(ships) as later:
+            later.check()
+            silent.beat()
+            with pytest.raises(BackfillConflict, match="run by process"):
+                silent.check()
+        silent.beat()
+        assert not silent.heard.owner, "not even when the other has left"
+
+
+def test_all_that_run_are_counted(ships: RedisFleet) -> None:
+    with seat(ships) as first, seat(ships, "s3://results/others"):
+        assert first.beat().running == 2
+    with seat(ships) as alone:
+        assert alone.beat().running == 1
+
+
+def test_whoever_wants_it_to_end_is_heard_once(ships: RedisFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "EVERY_S", 0.01)
+    assert ships.find(PLACE, cancel=True) is None
+    with seat(ships, done=7) as running:
+        assert not running.heard.cancel
+        found = ships.find(PLACE + "/", cancel=True)
+        assert found is not None
+        assert found.lives
+        assert found.facts.items() >= {"done": 7}.items()
+        wait_for(lambda: running.heard.cancel)
+    left = ships.find(PLACE, cancel=True)
+    assert left is not None
+    assert not left.lives
+    with seat(ships) as again:
+        assert not again.beat().cancel
+
+
+def test_a_seat_says_from_a_thread_of_its_own_how_far_it_is(
+    ships: RedisFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "EVERY_S", 0.01)
+    counted = iter(range(10**9))
+    with Seat(ships, PLACE, lambda: {"done": next(counted)}, tuple) as one:
+        threads = [thread.name for thread in threading.enumerate()]
+        wait_for(lambda: (found := ships.find(PLACE)) is not None and found.facts["done"] > 3)
+        assert one.heard.owner
+        assert "fleet" in threads
+    assert "fleet" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_fleet_out_of_reach_ends_no_backfill_that_runs(
+    settings: Settings, ships: RedisFleet, free_port: int
+) -> None:
+    away = RedisFleet(
+        RedisLedger(settings.model_copy(update={"ledger_url": f"redis://127.0.0.1:{free_port}"})).server
+    )
+    with seat(ships) as one:
+        one.fleet = away
+    assert one.heard.owner
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[tuple[RedisLedger, redis.Redis]]:
+    """The ledger of whoever may only submit, as `deploy/redis` has it, and a connection that may do all."""
+    text = USERS.read_text()
+    for name in ("SUBMITTER", "WORKER"):
+        text = text.replace(f"SHA256-OF-THE-{name}S-PASSWORD", hashlib.sha256(b"secret").hexdigest())
+    (tmp_path / "users.acl").write_text(f"{text}user admin on >secret ~* &* +@all\n")
+    with embedded.valkey(tmp_path, "--aclfile", str(tmp_path / "users.acl")) as server:
+        url = f"redis://gradcam-submitter:secret@127.0.0.1:{server.port}/0"
+        with redis.Redis(port=server.port, username="admin", password="secret") as admin:
+            yield RedisLedger(Settings(broker_url=url)), admin
+
+
+def test_whoever_may_only_submit_may_do_all_that_a_backfill_does(
+    guarded: tuple[RedisLedger, redis.Redis],
+) -> None:
+    submitter, admin = guarded
+    shard = Shard(
+        backfill="01a216d4-0523-773f-a799-60224947ae4d",
+        index=0,
+        key="00000000-0123456789abcdef",
+        first=0,
+        rows=(Row(uri="s3://in/a.png"),),
+        network="vgg16",
+        target=Target(top_n=1),
+        output=PLACE,
+    )
+    admin.hset("gradcam:workers", "gpu-1:7", f"{time.time() * 1000:.0f} well")
+    with seat(RedisFleet(submitter.server)) as one:
+        assert submitter.submit(shard).status == "queued"
+        assert submitter.read_many([shard.id])[shard.id].status == "queued"
+        assert submitter.cancel(shard.id).status == "canceled"
+        assert submitter.workers() == {"gpu-1:7": "well"}
+        assert RedisFleet(submitter.server).find(PLACE, cancel=True)
+        assert one.beat().cancel
+    assert not admin.acl_log(), "nothing was denied"
+    admin.hset("gradcam:workers", "gpu-2:8", "1 of long ago, which it may not forget")
+    assert submitter.workers() == {"gpu-1:7": "well"}

@@ -1,0 +1,119 @@
+"""The commands about a backfill that somebody runs, or has run: backfill status | backfill cancel."""
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from worker import terminal
+from worker.settings import Settings
+
+if TYPE_CHECKING:  # it is heavy
+    from worker.output import Output
+
+STATES = {"running": "cyan", "complete": "green", "stopped": "yellow"}
+LOOK_S = 0.2  # between two looks whether it has ended
+CANCEL_S = 15.0  # for whoever runs a backfill to end it
+
+
+@click.command()
+@click.argument("output")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+def status(output: str, *, as_json: bool) -> int:
+    """Show how far the backfill of OUTPUT is, and who runs it.
+
+    \b
+    Example:
+      gradcam backfill status s3://results/photos
+    """
+    from worker.fleet import RedisFleet
+    from worker.redis_ledger import RedisLedger
+
+    settings = Settings.from_environment()
+    place = opened(output, settings)
+    plan, seal = place.held(), place.sealed()
+    record = RedisFleet(RedisLedger(settings).server).find(place.uri)
+    lives = record is not None and record.lives
+    found = {
+        "backfill": plan.id,
+        "output": place.uri,
+        "input": plan.input,
+        "network": plan.network,
+        "state": "running" if lives else "complete" if seal else "stopped",
+        "shards_done": sum(map(len, place.done().values())),
+        "dataset": seal,
+        "last": record.facts if record else None,
+    }
+    terminal.print_json(found) if as_json else _show(found)
+    return 0
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    """What is known about a backfill, a line each."""
+    facts = terminal.table("", "")
+    facts.show_header = False
+    for name in ("backfill", "input", "output", "network"):
+        facts.add_row(name, terminal.plain(found[name]))
+    last, seal, state = found["last"] or {}, found["dataset"], found["state"]
+    by = f", by process {last['pid']} on {last['host']}" if state == "running" else ""
+    facts.add_row("state", terminal.plain(state + by, STATES[state]))
+    if seal:
+        facts.add_row("rows", f"{seal['rows']:,}, {seal['failed']:,} of them failed")
+    elif last:
+        most = "" if last["whole"] else "at least "
+        done = last["before"] + last["done"]
+        facts.add_row("rows", f"{done:,} of {most}{last['planned']:,}, {last['failed']:,} of them failed")
+    flying = f", {last['in_flight']} in flight" if last and state != "complete" else ""
+    facts.add_row("shards", f"{found['shards_done']:,} done{flying}")
+    if state == "running":
+        facts.add_row("rate", f"{last['rows_per_s']:,.0f} rows/s")
+    for code, count in sorted((seal or last).get("codes", {}).items()):
+        facts.add_row("", terminal.plain(f"{count:,} {code}", "red"))
+    if state == "stopped":
+        facts.add_row("", "--resume goes on with it")
+    terminal.out.print(facts)
+
+
+@click.command()
+@click.argument("output")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+def cancel(output: str, *, as_json: bool) -> int:
+    """Stop the backfill of OUTPUT, wherever it runs, and what it has in flight. What is done stays.
+
+    \b
+    Example:
+      gradcam backfill cancel s3://results/photos
+    """
+    from worker.fleet import RedisFleet
+    from worker.flights import cancel as cancel_shards
+    from worker.redis_ledger import RedisLedger
+
+    settings = Settings.from_environment()
+    place, ledger = opened(output, settings), RedisLedger(settings)
+    place.held()
+    fleet = RedisFleet(ledger.server)
+    record, end = fleet.find(place.uri, cancel=True), time.monotonic() + CANCEL_S
+    ran = record is not None and record.lives
+    while record and record.lives and time.monotonic() < end:
+        time.sleep(LOOK_S)
+        record = fleet.find(place.uri)
+    left = cancel_shards(ledger, record.shards) if record and not record.lives else 0
+    ended = record is None or not record.lives
+    if as_json:
+        terminal.print_json({"output": place.uri, "ran": ran, "ended": ended, "shards_canceled": left})
+    elif not ended:
+        terminal.err.print("Whoever runs it has been told, and does not answer yet.")
+    else:
+        who = "It was run, and is stopped." if ran else "Nobody runs it."
+        terminal.out.print(f"{who} {left} shards were left in flight, and are cancelled.")
+    return 0 if ended else 1
+
+
+def opened(output: str, settings: Settings) -> "Output":
+    """What lies at an output. Raises OutputNotAllowed."""
+    from worker.output import Output
+    from worker.s3 import S3
+    from worker.storage import Stores
+
+    return Output(Stores(settings, S3(settings)).open(output))

@@ -1,0 +1,244 @@
+"""What lies in a backfill's output beside what its shards leave there: its plan, and its seal.
+
+    backfill.json    the plan, written first: whose output this is
+    network.json     which weights and which layer the first shard was explained with
+    failed.jsonl     all rows that failed; where they are many, failed-2.jsonl and so on too
+    dataset.json     written last, and removed before anything changes: with it, every row is there
+
+For the rest see `worker.dataset`. What is done is what is listed, and nothing else.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from worker.contract import NetworkRef
+from worker.deadline import Deadline
+from worker.errors import BackfillConflict
+from worker.plan import Plan
+from worker.storage import Store
+from worker.wire import utc_now
+
+PLAN, NETWORK, SEAL = "backfill.json", "network.json", "dataset.json"
+SCHEMA = "gradcam.dataset/v1"
+JSON, LINES = "application/json", "application/x-ndjson"
+PATIENCE_S = 120.0  # with a store that does not answer
+PART_BYTES = 32 * 1024 * 1024  # of one file of failed rows
+NAMED = 3  # of many, in a sentence
+
+
+class Output:
+    """A backfill's output. Raises StorageUnavailable, OutputNotAllowed where it cannot be used."""
+
+    def __init__(self, store: Store) -> None:
+        """`store` is opened at the output itself."""
+        self._store = store
+        self.uri = store.uri(PLAN).removesuffix(f"/{PLAN}")
+
+    def plan(self) -> Plan | None:
+        """Whose output this is. Raises BackfillConflict where nobody can tell."""
+        text = self._find(PLAN)
+        try:
+            return Plan.model_validate_json(text) if text is not None else None
+        except ValidationError as error:
+            message = f"{self._store.uri(PLAN)} is there, and is no plan that this version can read."
+            raise BackfillConflict(message) from error
+
+    def held(self) -> Plan:
+        """Whose output this is. Raises BackfillConflict where it is nobody's."""
+        plan = self.plan()
+        if plan is None:
+            message = f"{self.uri} holds no backfill: there is no {PLAN}."
+            raise BackfillConflict(message)
+        return plan
+
+    def agreed(self, asked: Plan, *, resume: bool, changed: bool) -> Plan:
+        """The plan to be run: what is asked for, as the backfill that is here already, if one is.
+
+        With `changed` its weights may be others. One of which nothing is done has no claim to the output.
+        Raises BackfillConflict where another backfill is here, or, unless it is to `resume`, this one.
+        """
+        held, done = self.plan(), self.done()
+        if held is None:
+            if done:
+                message = (
+                    f"{self.uri} holds a dataset, and no {PLAN} that says of what: choose another output."
+                )
+                raise BackfillConflict(message)
+            return asked
+        # A list may have moved: whether its rows are the same, the keys of its shards tell.
+        moved = asked.model_copy(update={"input": held.input}) if resume else asked
+        meant = moved.model_copy(update={"weights_sha256": held.weights_sha256})
+        differs = (meant if changed else moved).same_as(held)
+        if differs and not done:
+            return asked
+        if differs:
+            hint = "" if meant.same_as(held) else " To run again what that changes: --changed."
+            message = f"{self.uri} holds another backfill. {differs}{hint} Or choose another output."
+            raise BackfillConflict(message)
+        if done and not resume:
+            far = "it is complete" if self.sealed() else f"{len(done):,} shards of it are done"
+            message = f"{self.uri} holds this very backfill, and {far}: use --resume to go on with it."
+            raise BackfillConflict(message)
+        return asked.model_copy(update={"id": held.id, "created_at": held.created_at})
+
+    def begin(self, plan: Plan) -> None:
+        """Make it this backfill's. Raises BackfillConflict where another has been quicker."""
+        held = self.plan()
+        if held is not None and held.id != plan.id and self.done():
+            message = f"{self.uri} holds another backfill, begun just now: choose another output."
+            raise BackfillConflict(message)
+        if held == plan:
+            return
+        if held is not None and (held.id, held.weights_sha256) != (plan.id, plan.weights_sha256):
+            self._store.remove(NETWORK)
+        self._put(PLAN, plan.to_json().encode(), JSON)
+
+    def network(self) -> NetworkRef | None:
+        """What the shards so far were explained with."""
+        text = self._find(NETWORK)
+        return NetworkRef.model_validate_json(text) if text is not None else None
+
+    def write_network(self, network: NetworkRef) -> None:
+        """See `network`."""
+        self._put(NETWORK, network.to_json().encode(), JSON)
+
+    def done(self) -> dict[int, tuple[str, ...]]:
+        """Keys of the shards that are done, by index: more than one where an input has changed meanwhile."""
+        found: dict[int, tuple[str, ...]] = {}
+        for key in self._keys("data"):
+            index = int(key.partition("-")[0])
+            found[index] = (*found.get(index, ()), key)
+        return found
+
+    def has(self, key: str) -> bool:
+        """Whether a shard is done."""
+        return self._find(_data(key)) is not None
+
+    def failed(self) -> frozenset[str]:
+        """Keys of the shards of which rows failed."""
+        return frozenset(self._keys("failed"))
+
+    def drop(self, key: str) -> None:
+        """Remove what a shard has left: it is no part of the input any more."""
+        self._store.remove(_data(key))
+        self._store.remove(_failed(key))
+
+    def sealed(self) -> dict[str, Any] | None:
+        """What the seal says, where all is there."""
+        text = self._find(SEAL)
+        return dict(json.loads(text)) if text is not None else None
+
+    def unseal(self) -> None:
+        """Something is about to change."""
+        self._store.remove(SEAL)
+
+    def seal(
+        self, plan: Plan, keys: Sequence[str], rows: int, network: NetworkRef | None, *, changed: bool
+    ) -> dict[str, Any]:
+        """Gather the failed rows, check that all is there and nothing else, and say so; return the seal.
+
+        `keys` are all shards of the input, in its order. With `changed`, what is no part of the input any
+        more is removed. Raises BackfillConflict where something is missing, or is there and should not be.
+        """
+        expected = frozenset(keys)
+        there = {key for some in self.done().values() for key in some}
+        if missing := sorted(expected - there):
+            message = f"{len(missing)} shards are done and not there: {_named(missing)}. Use --resume."
+            raise BackfillConflict(message)
+        extra = sorted(there - expected)
+        if extra and not changed:
+            message = (
+                f"{self._store.uri('data')} holds {_named(extra)}, no part of the input: if that has become "
+                "shorter, --changed removes them."
+            )
+            raise BackfillConflict(message)
+        for key in sorted({*extra, *(self.failed() - expected)}):
+            self.drop(key)
+        codes: Counter[str] = Counter()
+        files = self._gather(expected, codes)
+        said = {
+            "schema": SCHEMA,
+            "backfill": plan.id,
+            "rows": rows,
+            "failed": codes.total(),
+            "codes": dict(sorted(codes.items())),
+            "failed_files": files,
+            "shards": len(keys),
+            "network": network.model_dump(mode="json") if network else {"name": plan.network},
+            "completed_at": utc_now().isoformat(),
+        }
+        self._put(SEAL, json.dumps(said, indent=2).encode(), JSON)
+        return said
+
+    def _gather(self, keys: Iterable[str], codes: Counter[str]) -> list[str]:
+        """Write the failed rows of all shards, in parts that fit into memory; return the parts' names."""
+        expected, files = frozenset(keys), []
+        for number, part in enumerate(_parts(self._lines(expected, codes)), 1):
+            files.append(_part(number))
+            self._put(files[-1], part, LINES)
+        number = len(files) + 1
+        while self._find(_part(number)) is not None:  # of an earlier run, when more had failed
+            self._store.remove(_part(number))
+            number += 1
+        return files
+
+    def _lines(self, expected: frozenset[str], codes: Counter[str]) -> Iterator[bytes]:
+        for key in self._keys("failed"):
+            text = self._find(_failed(key)) if key in expected else None
+            if text is None:
+                continue
+            codes.update(_code(json.loads(line)) for line in text.splitlines())
+            yield text
+
+    def _keys(self, folder: str) -> Iterator[str]:
+        """The keys of what lies in a folder; what is not named as a shard is nobody's."""
+        for name in self._store.names(folder):
+            key = name.removeprefix(f"{folder}/").partition(".")[0]
+            index, _, digest = key.partition("-")
+            if index.isdecimal() and digest:
+                yield key
+
+    def _find(self, key: str) -> bytes | None:
+        return self._store.find(key, Deadline(PATIENCE_S))
+
+    def _put(self, key: str, data: bytes, media_type: str) -> None:
+        self._store.put_many([(key, data, media_type)], Deadline(PATIENCE_S))
+
+
+def _parts(texts: Iterable[bytes]) -> Iterator[bytes]:
+    """Texts joined, as many as fit into one part."""
+    held: list[bytes] = []
+    size = 0
+    for text in texts:
+        if held and size + len(text) > PART_BYTES:
+            yield b"".join(held)
+            held, size = [], 0
+        held.append(text)
+        size += len(text)
+    if held:
+        yield b"".join(held)
+
+
+def _code(line: Mapping[str, Any]) -> str:
+    return str(line["error"]["code"])
+
+
+def _named(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - NAMED:,} more" if len(keys) > NAMED else ""
+    return ", ".join(keys[:NAMED]) + more
+
+
+def _part(number: int) -> str:
+    return "failed.jsonl" if number == 1 else f"failed-{number}.jsonl"
+
+
+def _data(key: str) -> str:
+    return f"data/{key}.parquet"
+
+
+def _failed(key: str) -> str:
+    return f"failed/{key}.jsonl"
