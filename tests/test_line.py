@@ -63,7 +63,7 @@ def test_what_does_not_print_is_seen_as_its_escape() -> None:
     assert visible("a\nb\x1b[0m\u202e\0\ud800") == r"a\nb\x1b[0m\u202e\x00\ud800"
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_a_message_is_one_line_whatever_a_job_says(
     log: tuple[logging.Logger, io.StringIO], text: str
 ) -> None:
@@ -74,7 +74,7 @@ def test_a_message_is_one_line_whatever_a_job_says(
     assert not written.getvalue().count(f"\n{FORGED}")
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_no_line_of_a_traceback_looks_like_a_line_of_its_own(
     log: tuple[logging.Logger, io.StringIO], text: str
 ) -> None:
@@ -90,7 +90,7 @@ def test_no_line_of_a_traceback_looks_like_a_line_of_its_own(
     assert "ValueError: " in written.getvalue()
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_a_document_shown_on_a_terminal_acts_on_nothing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.StringIO()
     monkeypatch.setattr(terminal, "out", Console(file=written, width=200, color_system=None))
