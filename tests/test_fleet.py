@@ -1,6 +1,8 @@
 """Which backfills run: in a real Valkey."""
 
 import hashlib
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +50,20 @@ def test_an_output_is_one_backfills_at_a_time(ships: RedisFleet) -> None:
     with seat(ships) as later:
         assert later.before is not None
         assert (later.before.facts["backfill"], later.before.shards) == ("b", ("shard-1", "shard-2"))
+
+
+def test_one_that_was_killed_on_this_machine_is_waited_for(
+    ships: RedisFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "FRESH_S", 0.5)
+    monkeypatch.setattr(fleet, "EVERY_S", 0.1)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    with monkeypatch.context() as patched:
+        patched.setattr(fleet.os, "getpid", lambda: gone.pid)
+        assert seat(ships).beat(enter=True).owner
+    with seat(ships) as later:
+        assert later.heard.owner
 
 
 def test_one_that_was_killed_is_followed_and_finds_out(

@@ -42,8 +42,10 @@ def log() -> Iterator[tuple[logging.Logger, io.StringIO]]:
     handler = logging.StreamHandler(written)
     handler.setFormatter(LineFormatter(FORMAT))
     logger.addHandler(handler)
+    logger.propagate = False  # pytest would keep, and pass on, what cannot be written in UTF-8
     yield logger, written
     logger.removeHandler(handler)
+    logger.propagate = True
 
 
 def fail(text: str) -> None:

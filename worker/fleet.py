@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -169,7 +170,10 @@ class Seat:
 
     def __enter__(self) -> Self:
         """Raises BackfillConflict where somebody else runs it, LedgerUnavailable."""
-        heard = self.beat(enter=True)
+        heard, end = self.beat(enter=True), time.monotonic() + FRESH_S + EVERY_S
+        while not heard.owner and _was_killed(heard.before) and time.monotonic() < end:
+            time.sleep(EVERY_S / 2)
+            heard = self.beat(enter=True)
         if not heard.owner:
             raise BackfillConflict(_taken(self.output, heard.before))
         self.before = heard.before
@@ -207,6 +211,20 @@ class Seat:
                 self.beat()
             except LedgerUnavailable as error:  # the backfill itself says so, once
                 log.debug("the fleet cannot be told: %s", error)
+
+
+def _was_killed(record: Record | None) -> bool:
+    """Whether who said that it runs it was a process of this machine, and is none any more."""
+    facts = record.facts if record else {}
+    if facts.get("host") != platform.node() or not isinstance(facts.get("pid"), int):
+        return False
+    try:
+        os.kill(facts["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is somebody else's
+        return False
+    return False
 
 
 def _taken(output: str, record: Record | None) -> str:

@@ -70,32 +70,38 @@ def survive(rows: int, kills: int) -> Survived:
         uris = (f"s3://photos/{number % PHOTOS:05}.jpg" for number in range(rows))
         source = runs.write_input(folder / "input.jsonl", uris)
         output = f"{settings.output}/kills"
-        words = runs.command(source, output, NETWORK, "--shard-rows", "128")
+        # So slowly that no run is over before the last kill.
+        rate = f"{rows / (kills * LONGEST_S):.0f}"
+        words = runs.command(source, output, NETWORK, "--shard-rows", "64", "--rate", rate)
         workers = [_worker(settings, folder) for _ in range(WORKERS)]
         submitter = _submitter(settings, words, folder)
         try:
             for done in range(kills):
                 time.sleep(draw.uniform(SHORTEST_S, LONGEST_S))
-                if submitter.poll() is not None:
-                    message = f"The backfill ended before kill {done + 1} of {kills}: give it more rows."
+                if (code := submitter.poll()) is not None:
+                    said = (folder / "submitter.log").read_text(errors="replace")[-2000:]
+                    message = f"The backfill ended with {code} before kill {done + 1} of {kills}: {said}"
                     raise RuntimeError(message)
-                for one in (submitter, *workers):
-                    one.kill()
-                    one.wait()
+                _kill(submitter, *workers)
                 workers = [_worker(settings, folder) for _ in range(WORKERS)]
                 submitter = _submitter(settings, [*words, "--resume"], folder)
             code = submitter.wait(PATIENCE_S)
         finally:
-            for one in (submitter, *workers):
-                if one.poll() is None:
-                    one.kill()
-                    one.wait()
+            _kill(submitter, *workers)
         if code:
             said = (folder / "submitter.log").read_text(errors="replace")[-2000:]
             message = f"The backfill ended with {code}: {said}"
             raise RuntimeError(message)
         found = runs.counted(settings, output, rows)
     return Survived(rows, kills, found.lost, found.doubled, time.monotonic() - begun)
+
+
+def _kill(*processes: "Popen[bytes]") -> None:
+    for one in processes:
+        one.kill()
+        one.wait()
+        if one.stdin:
+            one.stdin.close()
 
 
 def _worker(settings: Settings, folder: Path) -> "Popen[bytes]":
