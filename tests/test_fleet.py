@@ -1,6 +1,7 @@
 """Which backfills run: in a real Valkey."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import threading
@@ -60,7 +61,7 @@ def test_one_that_was_killed_on_this_machine_is_waited_for(
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     with monkeypatch.context() as patched:
-        patched.setattr(fleet.os, "getpid", lambda: gone.pid)
+        patched.setattr(os, "getpid", lambda: gone.pid)
         assert seat(ships).beat(enter=True).owner
     with seat(ships) as later:
         assert later.heard.owner
