@@ -32,7 +32,7 @@ def environment(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings
 
 def test_help_shows_every_command_and_an_example_of_each(capsys: pytest.CaptureFixture[str]) -> None:
     commands = ["demo", "worker", "explain", "submit", "status", "cancel", "replay", "redeliver"]
-    commands += ["networks", "doctor"]
+    commands += ["networks", "doctor", "top"]
     assert main(["--help"]) == 0
     listed = capsys.readouterr().out
     for command in commands:

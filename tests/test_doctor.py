@@ -2,6 +2,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,3 +135,15 @@ def test_networks_that_no_worker_would_start_with_are_a_finding(
     finding = by_name(settings.model_copy(update=changes))["networks"]
     assert not finding.well
     assert why in finding.detail
+
+
+@pytest.mark.tensorflow
+def test_what_would_stop_a_worker_is_a_finding_with_the_settings_name(
+    settings: Settings, s3_settings: dict[str, Any]
+) -> None:
+    changes = {**s3_settings, "output": "s3://nowhere/cams", "broker_url": f"{settings.broker_url}7777"}
+    findings = by_name(settings.model_copy(update={**changes, "ledger_url": settings.broker_url}))
+    ill = {name: finding.detail for name, finding in findings.items() if not finding.well}
+    assert ill.keys() == {"broker", "storage"}
+    assert ill["broker"].startswith("GRADCAM_BROKER_URL: ")
+    assert re.match("GRADCAM_OUTPUT: .*NoSuchBucket", ill["storage"])

@@ -19,6 +19,7 @@ from worker.fleet import RedisFleet, Seat
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
 from worker.shard import Row, Shard
+from worker.top import Watch
 from worker.wishes import Target
 
 PLACE = "s3://results/photos"
@@ -166,6 +167,9 @@ def test_whoever_may_only_submit_may_do_all_that_a_backfill_does(
         assert submitter.workers() == {"gpu-1:7": "well"}
         assert RedisFleet(submitter.server).find(PLACE, cancel=True)
         assert one.beat().cancel
+    port = admin.get_connection_kwargs()["port"]
+    looks_on = Watch(Settings(broker_url=f"redis://gradcam-worker:secret@127.0.0.1:{port}/0"))
+    assert looks_on.look().shards_ended["canceled"] == 1
     assert not admin.acl_log(), "nothing was denied"
     admin.hset("gradcam:workers", "gpu-2:8", "1 of long ago, which it may not forget")
     assert submitter.workers() == {"gpu-1:7": "well"}

@@ -49,6 +49,8 @@ def test_variables_are_read_and_lists_are_split_at_commas() -> None:
         ({"GRADCAM_BROKER_URL": "sentinel://:planted@a:1;sentinel://:planted@b:2"}, "broker_url"),
         ({"GRADCAM_VISIBILITY_TIMEOUT_S": "inf"}, "GRADCAM_VISIBILITY_TIMEOUT_S"),
         ({"GRADCAM_RETENTION_S": "nan"}, "GRADCAM_RETENTION_S"),
+        ({"GRADCAM_METRICS_PORT": "70000"}, "GRADCAM_METRICS_PORT"),
+        ({"GRADCAM_LOG_FORMAT": "xml"}, "GRADCAM_LOG_FORMAT: Input should be 'text' or 'json'"),
         ({"GRADCAM_PRECISION": "float16"}, "GRADCAM_PRECISION: Input should be 'float32', 'tf32'"),
     ],
 )

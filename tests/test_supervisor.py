@@ -12,7 +12,13 @@ from typing import Any
 
 import pytest
 
+from worker import devices
+from worker.errors import InvalidSettings
+from worker.settings import Settings
+from worker.supervisor import Supervisor
+
 TIMEOUT_S = 40
+OWN = ("GRADCAM_METRICS_PORT", "GRADCAM_STARTS")
 
 
 def program(child: str, *, gpus: int = 0, limit_s: float = 1, stalled_after_s: float = 60) -> list[str]:
@@ -59,6 +65,28 @@ def test_a_worker_that_cannot_start_is_given_up_with_a_sentence() -> None:
     code, said = supervise("raise SystemExit(3)")
     assert code == 1
     assert said.count("the worker ended unasked (exit code 3)") == 4
+    assert "the worker could not start, 5 times in a row: given up" in said
+
+
+def test_wrong_settings_end_everything_at_once_and_are_not_tried_again() -> None:
+    code, said = supervise("import os; os._exit(os.EX_CONFIG)", gpus=2)
+    assert code == 1
+    assert "ended unasked" not in said
+    assert "given up" not in said
+
+
+def test_settings_with_which_a_worker_has_taken_jobs_are_tried_again(tmp_path: Path) -> None:
+    mark = tmp_path / "taken"
+    child = f"""
+import os, pathlib, sys
+if not pathlib.Path({str(mark)!r}).exists():
+    pathlib.Path({str(mark)!r}).touch()
+    os.write(int(sys.argv[1]), b"1")
+os._exit(os.EX_CONFIG)
+"""
+    code, said = supervise(child)
+    assert code == 1
+    assert said.count("the worker ended unasked (exit code 78)") == 5
     assert "the worker could not start, 5 times in a row: given up" in said
 
 
@@ -289,3 +317,21 @@ def test_a_gpu_that_is_not_there_is_refused_by_the_command(monkeypatch: pytest.M
     command[-1] = "gpu"
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "GRADCAM_DEVICES: devices 'gpu' must be auto, cpu" in done.stderr
+
+
+def test_each_process_has_a_port_of_its_own_for_its_metrics_and_hears_how_often_it_was_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(devices, "_gpus_here", lambda *_: ["0", "1"])
+    said = tmp_path / "said"
+    child = f"import os; print(*map(os.environ.get, {OWN!r}), file=open({str(said)!r}, 'a'))"
+    supervisor = Supervisor(Settings(metrics_port=9464), (sys.executable, "-c", child))
+    for device in (*supervisor._devices, supervisor._devices[0]):
+        supervisor._one_life(device)
+    assert said.read_text().splitlines() == ["9464 1", "9465 1", "9464 2"]
+    said.unlink()
+    supervisor = Supervisor(Settings(), (sys.executable, "-c", child))
+    supervisor._one_life(supervisor._devices[1])
+    assert said.read_text() == "0 1\n", "nowhere is not the port beside nowhere"
+    with pytest.raises(InvalidSettings, match="the last of 2 processes would be at 65536"):
+        Supervisor(Settings(metrics_port=65_535))

@@ -13,7 +13,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import groupby
 from typing import Any
 
@@ -34,6 +34,7 @@ from worker.errors import (
 from worker.gradcam.explain import Explanation
 from worker.gradcam.network import Method, Network
 from worker.gradcam.residents import GREY
+from worker.logs import Pool
 from worker.outside import Outside
 from worker.pipeline import Done, Journey
 from worker.shard import READERS, Shard
@@ -181,8 +182,8 @@ class _Run:
         done = 0
         under_way: Under = deque()
         with (
-            ThreadPoolExecutor(READERS, thread_name_prefix="shard-read") as readers,
-            ThreadPoolExecutor(COMPUTING, thread_name_prefix="shard-compute") as computing,
+            Pool(READERS, thread_name_prefix="shard-read") as readers,
+            Pool(COMPUTING, thread_name_prefix="shard-compute") as computing,
         ):
             try:
                 for group in _cut(places, step):
@@ -200,7 +201,7 @@ class _Run:
                 raise
 
     def _computed(
-        self, group: Sequence[int], read: Sequence["Future[Picture | Problem]"], pool: ThreadPoolExecutor
+        self, group: Sequence[int], read: Sequence["Future[Picture | Problem]"], pool: Pool
     ) -> list[Outcome]:
         """The outcomes of a group, in its order."""
         pictures = {place: one.result() for place, one in zip(group, read, strict=True)}

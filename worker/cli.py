@@ -1,4 +1,4 @@
-"""`gradcam`: demo | worker | explain | submit | status | cancel | backfill | replay | redeliver | doctor ...
+"""`gradcam`: demo | worker | deliver | explain | submit | status | cancel | backfill | replay ...
 
 Exit codes: 0 all is well, 1 something failed (and what, on standard error), 2 wrong usage.
 """
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from worker import __version__, cli_backfill, cli_gallery, cli_jobs, cli_replay, terminal
+from worker import __version__, cli_backfill, cli_gallery, cli_jobs, cli_operate, cli_replay, terminal
 from worker.errors import GradcamError
-from worker.gradcam.registry import Registry
-from worker.line import log_lines, visible
+from worker.line import visible
+from worker.logs import log_lines
 from worker.settings import Settings
 
 
@@ -44,7 +44,8 @@ def gradcam() -> None:
 
 @gradcam.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default="gradcam-demo")
-def demo(folder: Path) -> int:
+@click.option("--against-running", is_flag=True, help="Start nothing: use what GRADCAM_* name.")
+def demo(folder: Path, *, against_running: bool) -> int:
     """Explain five photos through a real queue, a real worker and a real object store.
 
     Everything runs on this machine and is stopped in the end. Results go to FOLDER.
@@ -52,10 +53,11 @@ def demo(folder: Path) -> int:
     \b
     Example:
       gradcam demo
+      GRADCAM_UPLOADS=s3://photos/demo gradcam demo --against-running
     """
-    from worker.demo import run
+    from worker import demo as photos
 
-    return run(folder)
+    return photos.against_running(folder) if against_running else photos.run(folder)
 
 
 @gradcam.command()
@@ -74,36 +76,43 @@ def worker(*, devices: str | None, unsupervised: bool, ready_fd: int | None) -> 
       GRADCAM_BROKER_URL=redis://queue:6379/0 GRADCAM_OUTPUT=s3://out/cams gradcam worker
     """
     settings = Settings.from_environment(devices=devices)
-    registry = Registry(settings.networks)
-    for name in settings.preload:
-        registry.find(name)
+    log_lines(settings.log_format, settings.log_level)
+    if ready_fd is not None:
+        from worker import process
+
+        return process.run_supervised(settings, ready_fd)
+    from worker import fitness
+
     if unsupervised:
         from worker import process
         from worker.devices import enter
 
-        return process.run(enter(settings) if ready_fd is None else settings, ready_fd=ready_fd)
+        settings = enter(settings)
+        fitness.check(settings)
+        return process.run(settings)
     from worker.supervisor import Supervisor
 
-    log_lines()
-    return Supervisor(settings).run()
+    supervisor = Supervisor(settings)
+    fitness.check(settings)
+    return supervisor.run()
 
 
 @gradcam.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
-def networks(*, as_json: bool) -> int:
-    """List the networks that a job can name, the operator's own too, and where their weights are.
+def deliver() -> int:
+    """Tell webhooks and the database, and put jobs right, where no worker may be running.
+
+    It needs no device. SIGTERM or Ctrl-C ends it.
 
     \b
     Example:
-      gradcam networks
+      GRADCAM_BROKER_URL=redis://queue:6379/0 GRADCAM_WEBHOOK_HOSTS=app.example.com gradcam deliver
     """
+    from worker import deliver, fitness
+
     settings = Settings.from_environment()
-    rows = Registry(settings.networks).rows().values()
-    if as_json:
-        terminal.print_json([terminal.facts(row, settings.weights_dir) for row in rows])
-    else:
-        terminal.show_networks(rows, settings.weights_dir)
-    return 0
+    log_lines(settings.log_format, settings.log_level)
+    fitness.check(settings, stores=False)
+    return deliver.run(settings)
 
 
 @gradcam.command()
@@ -140,5 +149,7 @@ for _command in (
     cli_replay.replay,
     cli_replay.redeliver,
     cli_backfill.backfill,
+    cli_operate.networks,
+    cli_operate.top,
 ):
     gradcam.add_command(_command)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from worker import broker, envelope, results
+from worker import broker, envelope, results, traces
 from worker.contract import Job, StatusDocument
 from worker.deadline import Deadline
 from worker.errors import BrokerUnavailable, GradcamError, IdempotencyConflict, LedgerUnavailable
@@ -57,6 +57,7 @@ class GradcamClient:
         given = {"broker_url": broker_url, "ledger_url": status_url}
         settings = settings.model_copy(update={name: url for name, url in given.items() if url})
         self._settings = settings
+        self._traces = traces.to(settings.traces, "gradcam-client")
         self._ledger = ledger or RedisLedger(settings, timeout_s=TIMEOUT_S, retries=0)
         self.watcher = Watcher(self._ledger)
         self._bell, self._publish = broker.Bell(settings, timeout_s=TIMEOUT_S), publish
@@ -73,6 +74,10 @@ class GradcamClient:
         (it is not known whether the job was accepted: submit it again with the same id or key).
         """
         job = job or Job.parse(fields)
+        with self._traces.joined("submit", job.traceparent, kind="PRODUCER", job_id=job.id):
+            return self._submit(_traced(job))
+
+    def _submit(self, job: Job) -> str:
         self._check(job)
         patience = _patience()
         (entered,) = self._enter([job], patience)
@@ -118,7 +123,7 @@ class GradcamClient:
         size = 0
         try:
             for one in left:
-                job = one if isinstance(one, Job) else Job.parse(one)
+                job = _traced(one if isinstance(one, Job) else Job.parse(one))
                 size += self._check(job)
                 chunk.append(job)
                 if len(chunk) >= CHUNK or size >= CHUNK_BYTES:
@@ -240,6 +245,12 @@ class GradcamClient:
     def __exit__(self, *_: object) -> None:
         """See `close`."""
         self.close()
+
+
+def _traced(job: Job) -> Job:
+    """The job, in the trace of the span that is current where it is submitted, unless it names its own."""
+    traceparent = job.traceparent or traces.here()
+    return job if traceparent == job.traceparent else job.model_copy(update={"traceparent": traceparent})
 
 
 def _patience(*, insists: bool = True) -> Patience:

@@ -259,6 +259,7 @@ class StatusDocument(Wire):
     warnings: tuple[Warned, ...] = ()
     error: Problem | None = None
     metadata: dict[str, str] = Field(default_factory=dict)
+    traceparent: str | None = None  # W3C: in which trace it is to be found, where there is one
 
     @property
     def final(self) -> bool:

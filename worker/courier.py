@@ -13,7 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from queue import SimpleQueue
+from typing import Any
 
+from worker import logs
 from worker.contract import StatusEvent
 from worker.errors import (
     DeliveryRefused,
@@ -23,7 +25,9 @@ from worker.errors import (
     StatusUnavailable,
     UriNotAllowed,
 )
+from worker.observer import SILENT, Observer
 from worker.outbox import Outbox, Parcel
+from worker.traces import OFF, Traces, trace_id
 from worker.wire import utc_now
 
 log = logging.getLogger("gradcam")
@@ -49,12 +53,15 @@ class Courier:
         threads: int,
         give_up_s: float,
         keep_s: float = KEEP_S,
+        observer: Observer = SILENT,
+        traces: Traces = OFF,
     ) -> None:
         """What is delivered raises StatusUnavailable (again later), EndpointGone, DeliveryRefused,
         UriNotAllowed; within `keep_s`.
         """
         self._outbox, self._to_webhook, self._sinks = outbox, to_webhook, sinks
         self._threads, self._give_up_s, self._keep_s = threads, give_up_s, keep_s
+        self._observer, self._traces = observer, traces
         self._parcels = SimpleQueue[Parcel | None]()
         self._lock, self._freed = threading.Lock(), threading.Event()
         self._out: Counter[str] = Counter()  # lane -> parcels that are under way there
@@ -149,6 +156,12 @@ class Courier:
 
     def _bring(self, parcel: Parcel) -> bool:
         """Deliver a parcel and write down what became of it; whether its lane answered."""
+        document = parcel.document
+        trace = trace_id(document.traceparent)
+        with logs.about(job_id=document.id, attempt=document.attempt, trace_id=trace):
+            return self._brought(parcel)
+
+    def _brought(self, parcel: Parcel) -> bool:
         try:
             self._deliver(parcel)
         except StatusUnavailable as error:
@@ -163,19 +176,25 @@ class Courier:
                 self._park(parcel, error)
             else:
                 log.warning("%s: %s is dropped: %s", parcel.recipient, parcel.event, error)
+                self._observer.delivered("failed")
                 self._outbox.delivered(parcel)  # whoever does not want to hear this may want to hear the end
         except Exception as error:
             log.exception("%s: %s was not delivered", parcel.recipient, parcel.event)
             self._again(parcel, error, 0)
             return False
         else:
+            self._observer.delivered("delivered")
             self._outbox.delivered(parcel)
         return True
 
     def _deliver(self, parcel: Parcel) -> None:
         event = StatusEvent(type=f"gradcam.{parcel.event}", timestamp=utc_now(), data=parcel.document)
         if parcel.webhook:
-            self._to_webhook(parcel, event)
+            traceparent = parcel.document.traceparent
+            known = self._traces if traceparent else OFF  # alone, a delivery is no trace worth looking at
+            facts: dict[str, Any] = {"job_id": parcel.document.id, "event": parcel.event}
+            with known.joined("webhook", traceparent, kind="CLIENT", tries=parcel.tries, **facts):
+                self._to_webhook(parcel, event)
         elif parcel.lane in self._sinks:
             self._sinks[parcel.lane](parcel, event)
         else:
@@ -189,6 +208,7 @@ class Courier:
         if parcel.waited_s < self._give_up_s:
             doubled = min(FIRST_PAUSE_S * 2.0 ** min(parcel.tries, 20), LONGEST_PAUSE_S)
             pause_s = max(retry_after_s, doubled * random.uniform(0.8, 1.2))  # noqa: S311  # jitter, not a secret
+            self._observer.delivered("failed")
             self._outbox.postpone(parcel, pause_s, quiet_s=retry_after_s)
             return
         self._park(parcel, error)
@@ -196,9 +216,11 @@ class Courier:
         while more := self._outbox.park_old(parcel.lane, self._give_up_s):
             others += more
         if others:
+            self._observer.delivered("parked", others)
             log.error("%s: %d more recipients there are parked, who waited as long", parcel.lane, others)
 
     def _park(self, parcel: Parcel, error: Exception) -> None:
         why = str(error) if isinstance(error, GradcamError) else type(error).__name__
         log.error("%s: %s is parked: %s", parcel.recipient, parcel.event, why)
+        self._observer.delivered("parked")
         self._outbox.park(parcel)

@@ -1,7 +1,8 @@
 """`gradcam demo`: five photos through the real thing, on this machine only.
 
 An embedded Valkey, an embedded S3 server and a worker, each a process of its own, doing what they do
-in production. Everything ends with this process, however it ends.
+in production. Everything ends with this process, however it ends. `against_running` sends the same photos
+through whatever runs already: the smoke test of a deployment.
 """
 
 import signal
@@ -21,15 +22,14 @@ from rich.table import Table
 from worker import embedded, lifeline, terminal
 from worker.client import GradcamClient
 from worker.contract import Job, StatusDocument
-from worker.errors import WorkerLost
+from worker.errors import InvalidSettings, WorkerLost
 from worker.gradcam.classes import DATA, caption, percent
 from worker.gradcam.decode import decode
 from worker.gradcam.picture import encode
 from worker.gradcam.sheet import as_tile, sheet
 from worker.manifest import ArtifactRecord, Manifest
-from worker.s3 import S3
+from worker.results import Places
 from worker.settings import Settings
-from worker.storage import Store, Stores
 
 NETWORK = "efficientnet_lite0"
 BUCKETS = ("photos", "results")
@@ -62,6 +62,7 @@ def run(folder: Path) -> int:
         settings = Settings(
             broker_url=f"redis://127.0.0.1:{valkey.port}/0",
             output=OUTPUT,
+            uploads="s3://photos",
             s3_endpoint_url=s3_server.url,
             s3_access_key_id=s3_server.access_key_id,
             s3_secret_access_key=SecretStr(s3_server.secret_access_key),
@@ -74,20 +75,43 @@ def run(folder: Path) -> int:
         worker = _start_worker(settings, log)
         stack.callback(lifeline.stop, worker)
         _say(f"A worker is starting (process {worker.pid}, its log is {log})")
-        s3 = S3(settings)
-        client = GradcamClient(settings=settings)
-        asked = _submit(s3, client)
+        all_well = _explain(settings, folder, worker, log)
+    if all_well:
+        _say(f"Everything that was started is stopped. It took {time.monotonic() - begun:.0f} s.")
+    return 0 if all_well else 1
+
+
+def against_running(folder: Path) -> int:
+    """Send the photos through the queue, the workers and the storage that `GRADCAM_*` name.
+
+    They are put below GRADCAM_UPLOADS; results go to `folder` too. Returns 0 where all jobs succeeded;
+    raises InvalidSettings, WorkerLost where no worker takes them, and what the client raises.
+    """
+    settings = Settings.from_environment()
+    if not settings.uploads:
+        message = "GRADCAM_UPLOADS must say where the photos may go, as in s3://photos/demo."
+        raise InvalidSettings(message)
+    folder.mkdir(parents=True, exist_ok=True)
+    return 0 if _explain(settings, folder) else 1
+
+
+def _explain(
+    settings: Settings, folder: Path, worker: subprocess.Popen[bytes] | None = None, log: Path | None = None
+) -> bool:
+    """Submit, watch, download, and print what came of it; whether all jobs succeeded."""
+    places = Places(settings)
+    with GradcamClient(settings=settings) as client:
+        asked = _submit(places, client, settings.uploads.rstrip("/"))
         documents = _watch(client, asked, worker, log)
-        manifests = _download(Stores(settings, s3).open(), asked, documents, folder)
+    manifests = _download(places, asked, documents, folder)
     _print_results(asked, documents, manifests)
     if len(manifests) < len(asked):
-        return 1
+        return False
     contact_sheet = _contact_sheet(asked, manifests, folder)
     terminal.out.print()
     _say(f"Overlays, heatmap arrays and manifests are in {folder}/")
     _say(f"The contact sheet is {contact_sheet}")
-    _say(f"Everything that was started is stopped. It took {time.monotonic() - begun:.0f} s.")
-    return 0
+    return True
 
 
 def _say(text: str) -> None:
@@ -108,24 +132,24 @@ def _start_worker(settings: Settings, log: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def _submit(s3: S3, client: GradcamClient) -> list[Asked]:
-    """Put the photos into the bucket, then submit five jobs for the top 3 and one for a list of classes."""
+def _submit(places: Places, client: GradcamClient, uploads: str) -> list[Asked]:
+    """Put the photos below `uploads`, then submit five jobs for the top 3 and one for a list of classes."""
     photos = sorted((DATA / "photos").glob("*.jpg"))
     wishes: list[tuple[Path, str, dict[str, Any]]] = [(photo, "top 3", {"top_n": 3}) for photo in photos]
     wishes.append((photos[0], "812, football_helmet", {"classes": [812, "football_helmet"]}))
     for photo in photos:
-        s3.client.put_object(Bucket="photos", Key=photo.name, Body=photo.read_bytes())
+        places.put(f"{uploads}/{photo.name}", photo.read_bytes(), "image/jpeg")
     asked = []
     for photo, wish, target in wishes:
-        fields = {"image": f"s3://photos/{photo.name}", "network": NETWORK, "target": target}
+        fields = {"image": f"{uploads}/{photo.name}", "network": NETWORK, "target": target}
         asked.append(Asked(photo, wish, Job.parse(fields)))
     client.submit_many(one.job for one in asked)
-    _say(f"{len(photos)} photos are in s3://photos, {len(asked)} jobs are in the queue\n")
+    _say(f"{len(photos)} photos are in {uploads}, {len(asked)} jobs are in the queue\n")
     return asked
 
 
 def _watch(
-    client: GradcamClient, asked: list[Asked], worker: subprocess.Popen[bytes], log: Path
+    client: GradcamClient, asked: list[Asked], worker: subprocess.Popen[bytes] | None, log: Path | None
 ) -> dict[str, StatusDocument]:
     """Show the jobs as they move, until all are final."""
     end = time.monotonic() + TIMEOUT_S
@@ -135,9 +159,9 @@ def _watch(
             live.update(_progress(asked, documents))
             if all(document.final for document in documents.values()):
                 return documents
-            if worker.poll() is not None or time.monotonic() > end:
-                tail = log.read_text(errors="replace")[-800:]
-                message = f"The worker ended or took over {TIMEOUT_S} s. Its last words:\n{tail}"
+            if (worker and worker.poll() is not None) or time.monotonic() > end:
+                tail = f" Its last words:\n{log.read_text(errors='replace')[-800:]}" if log else ""
+                message = f"The worker ended or took over {TIMEOUT_S} s.{tail}"
                 raise WorkerLost(message)
             time.sleep(0.1)
 
@@ -177,20 +201,21 @@ def _print_results(
 
 
 def _download(
-    store: Store, asked: list[Asked], documents: dict[str, StatusDocument], folder: Path
+    places: Places, asked: list[Asked], documents: dict[str, StatusDocument], folder: Path
 ) -> dict[str, Manifest]:
     """Fetch what the jobs that succeeded left behind, a folder for each; return their manifests."""
     manifests = {}
     for one in asked:
-        if documents[one.job.id].status != "succeeded":
+        result = documents[one.job.id].result
+        if not result:
             continue
         place = _place(folder, one)
         place.mkdir(exist_ok=True)
-        data = store.get(f"{one.job.id}/manifest.json")
+        data = places.read(result.manifest_uri)
         (place / "manifest.json").write_bytes(data)
         manifest = manifests[one.job.id] = Manifest.model_validate_json(data)
-        for name in {_name(record) for seen in manifest.explanations for record in seen.artifacts}:
-            (place / name).write_bytes(store.get(f"{one.job.id}/{name}"))
+        for uri in {record.uri for seen in manifest.explanations for record in seen.artifacts}:
+            (place / uri.rpartition("/")[2]).write_bytes(places.read(uri))
     return manifests
 
 

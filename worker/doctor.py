@@ -6,22 +6,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import kombu.exceptions
-
-from worker import broker, devices
+from worker import devices, fitness
 from worker.errors import (
-    BrokerUnavailable,
     GradcamError,
     InternalError,
     InvalidSettings,
     LedgerUnavailable,
-    UnknownNetwork,
 )
 from worker.gradcam import weights
 from worker.gradcam.catalog import CATALOG, NetworkRow
-from worker.gradcam.registry import Registry
 from worker.redis_ledger import RedisLedger
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
 
 MILLION = 1_000_000
 
@@ -42,8 +37,8 @@ def examine(settings: Settings) -> Iterator[Finding]:
     Each is told as it is found.
     """
     broker_fix = "Start Redis or Valkey there, or set GRADCAM_BROKER_URL."
-    yield _look("broker", _broker, settings, broker_fix)
-    yield _look("ledger", _ledger, settings, broker_fix.replace("BROKER", "LEDGER"))
+    yield _look("broker", fitness.broker_answers, settings, broker_fix)
+    yield _look("ledger", fitness.ledger_answers, settings, broker_fix.replace("BROKER", "LEDGER"))
     yield from _workers(settings)
     if importlib.util.find_spec("keras") is None:
         detail = "not installed: from here jobs can be submitted, not run"
@@ -55,14 +50,18 @@ def examine(settings: Settings) -> Iterator[Finding]:
         "what deploy/s3/policy.json names."
     )
     yield _look("storage", _storage, settings, storage_fix)
-    yield _look("device", _device, settings, "Check the driver and the TensorFlow installation.")
+    yield _look(
+        "device",
+        _device,
+        settings,
+        "Check the driver and the TensorFlow installation, or set GRADCAM_DEVICES.",
+    )
     yield from _weights(settings)
     try:
-        registry = Registry(settings.networks)
-        for name in settings.preload:
-            registry.find(name)
-    except (InvalidSettings, UnknownNetwork) as error:
-        fix = "Correct the file, or GRADCAM_PRELOAD."
+        registry = fitness.networks(settings)
+        fitness.cache_holds(settings, registry)
+    except InvalidSettings as error:
+        fix = "Correct what it names."
         yield Finding("networks", well=False, detail=str(error), fix=fix)
         return
     for row in registry.own():
@@ -127,24 +126,6 @@ def _look(what: str, look: Callable[[Settings], str], settings: Settings, fix: s
         return Finding(what, well=False, detail=str(error), fix=fix)
 
 
-def _broker(settings: Settings) -> str:
-    app = broker.make_app(settings)
-    place = without_secrets(settings.broker_url)
-    try:
-        with app.connection_for_write() as connection:
-            connection.ensure_connection(max_retries=1, interval_start=0.1, timeout=5)
-    except (kombu.exceptions.OperationalError, OSError) as error:
-        message = f"{place} does not answer: {error}"
-        raise BrokerUnavailable(message) from error
-    return place
-
-
-def _ledger(settings: Settings) -> str:
-    ledger = RedisLedger(settings)
-    queued, running = ledger.counts()
-    return f"{without_secrets(settings.ledger)}: {queued} queued, {running} running"
-
-
 def _workers(settings: Settings) -> Iterator[Finding]:
     """What the workers say of themselves that run now, wherever they are."""
     try:
@@ -164,14 +145,9 @@ def _workers(settings: Settings) -> Iterator[Finding]:
 
 
 def _storage(settings: Settings) -> str:
-    from worker import storage
-    from worker.s3 import S3
-
-    return f"wrote and read {storage.probe(storage.Stores(settings, S3(settings)).open())}"
+    return f"wrote and read {fitness.storage_takes(settings)}"
 
 
 def _device(settings: Settings) -> str:
-    from worker.wiring import worker_ref
-
     processes = devices.choose(settings)
-    return worker_ref().device + (f", {len(processes)} processes" if len(processes) > 1 else "")
+    return fitness.device(settings) + (f", {len(processes)} processes" if len(processes) > 1 else "")

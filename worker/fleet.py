@@ -149,6 +149,16 @@ class RedisFleet:
         found = self._server.run(FIND, _place(output), int(FRESH_S * 1000), "cancel" if cancel else "")
         return Record(json.loads(found[0]), tuple(json.loads(found[1])), bool(found[2])) if found else None
 
+    def running(self) -> list[dict[str, Any]]:
+        """The facts of all that are run, as `Seat` was given them. Raises LedgerUnavailable."""
+        with self._server.reaching():
+            seconds, micros = self._server.redis.time()
+            fresh_ms = (seconds + micros / 1e6 - FRESH_S) * 1000
+            prefix = self._server.prefix
+            places: Any = self._server.redis.zrangebyscore(f"{prefix}backfills", fresh_ms, "+inf")
+            found = [self._server.redis.hget(f"{prefix}backfill:{place}", "facts") for place in places]
+        return [json.loads(str(facts)) for facts in found if facts]
+
 
 def _place(output: str) -> str:
     """An output as part of a key: it may hold what is no part of one."""

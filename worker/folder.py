@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from worker.deadline import Deadline
 from worker.errors import OutputNotAllowed, StorageUnavailable
+from worker.observer import SILENT, Observer
 
 Object = tuple[str, bytes, str]  # key, data, media type
 
@@ -39,12 +40,13 @@ FILE_MODE = 0o644  # whoever may enter the folder may read
 class FolderStore:
     """A folder on this machine: see `worker.storage.Store`."""
 
-    def __init__(self, root: Path, below: str = "", *, own: bool = True) -> None:
+    def __init__(self, root: Path, below: str = "", *, own: bool = True, observer: Observer = SILENT) -> None:
         """`below` the root, which alone may be a link, folders are made as they are needed.
 
         `own`: the operator has chosen this place, not a job.
         """
         self._root, self._below, self._own = root.absolute(), tuple(filter(None, below.split("/"))), own
+        self._observer = observer
 
     def uri(self, key: str) -> str:
         """See `Store.uri`."""
@@ -61,6 +63,7 @@ class FolderStore:
             message = f"{self._path(key)} could not be written: {error}"
             refused = error.errno in REFUSED and not self._own
             raise (OutputNotAllowed if refused else StorageUnavailable)(message) from error
+        self._observer.artifact_written(len(data))
         return self.uri(key)
 
     def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:

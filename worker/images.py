@@ -24,6 +24,7 @@ from worker.errors import (
     ImageTooLarge,
     UriNotAllowed,
 )
+from worker.observer import SILENT, Observer
 from worker.s3 import S3
 from worker.settings import Settings, without_secrets
 from worker.web import Web, WebFailed
@@ -46,10 +47,12 @@ class Fetched:
 class Images:
     """Reads what the operator allows to be read, within its limits."""
 
-    def __init__(self, settings: Settings, s3: S3, resolve: Resolve = look_up) -> None:
+    def __init__(
+        self, settings: Settings, s3: S3, resolve: Resolve = look_up, observer: Observer = SILENT
+    ) -> None:
         """Nothing is opened until it is needed; `resolve` finds the addresses of hosts."""
         self._settings = settings
-        self._s3 = s3
+        self._s3, self._observer = s3, observer
         self._web = Web(
             settings.image_hosts,
             settings.image_schemes,
@@ -79,6 +82,7 @@ class Images:
             raise UriNotAllowed(message)
         most = self._settings.max_image_bytes
         data = self._readers[scheme](image.uri, deadline, most if at_most is None else min(at_most, most))
+        self._observer.image_read(len(data))
         sha256 = hashlib.sha256(data).hexdigest()
         if image.sha256 not in {None, sha256}:
             message = f"The image has sha256 {sha256}; the job asked for {image.sha256}."

@@ -10,6 +10,7 @@ from worker.contract import StatusDocument
 from worker.deadline import Deadline
 from worker.errors import AttemptFenced, JobCanceled, LedgerUnavailable
 from worker.ledger import Ledger
+from worker.observer import SILENT, Observer
 from worker.wire import utc_now
 
 log = logging.getLogger("gradcam")
@@ -22,11 +23,17 @@ class Leases:
     """Renews all of them together. A job whose lease is gone, or that is to stop, is told by its deadline."""
 
     def __init__(
-        self, ledger: Ledger, worker: str, lease_s: float, health: Callable[[], str] = lambda: ""
+        self,
+        ledger: Ledger,
+        worker: str,
+        lease_s: float,
+        health: Callable[[], str] = lambda: "",
+        observer: Observer = SILENT,
     ) -> None:
         """`health` is what the worker says of itself."""
         self._ledger, self._worker, self._health = ledger, worker, health
-        self._lease_s = lease_s
+        self._lease_s, self._observer = lease_s, observer
+        self._letting_go = False
         self._held: dict[str, tuple[int, Deadline]] = {}  # job id -> attempt
         self._door = threading.Lock()
 
@@ -39,6 +46,10 @@ class Leases:
             self._held[document.id] = document.attempt, deadline
         try:
             yield
+        except AttemptFenced:
+            if not self._letting_go:
+                self._observer.lease_lost()
+            raise
         finally:
             with self._door:
                 self._held.pop(document.id, None)
@@ -56,6 +67,7 @@ class Leases:
         learned = self._ledger.beat(
             self._worker, self._health(), {job_id: attempt for job_id, (attempt, _) in held.items()}
         )
+        self._observer.leases_renewed(len(held.keys() - learned.lost))
         for job_id, (attempt, deadline) in held.items():
             if job_id in learned.lost:
                 deadline.cancel(AttemptFenced(f"Attempt {attempt} of job {job_id} was overtaken."))
@@ -66,6 +78,7 @@ class Leases:
 
     def let_go(self) -> dict[str, int]:
         """Stop all that runs here; return what it was: job id -> attempt."""
+        self._letting_go = True
         with self._door:
             for attempt, deadline in self._held.values():
                 deadline.cancel(AttemptFenced(f"Attempt {attempt} was handed back: its worker stops."))

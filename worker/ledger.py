@@ -29,6 +29,7 @@ from worker.errors import (
     LedgerUnavailable,
     UnknownJob,
 )
+from worker.observer import SILENT, Observer
 from worker.shard import Work, parse
 from worker.wire import utc_now
 
@@ -71,6 +72,8 @@ class Renewed:
 
 class Ledger(ABC):
     """The rules of a job's life. Raises LedgerUnavailable wherever it cannot be reached."""
+
+    observer: Observer = SILENT  # is told of each job that this process has made final
 
     @abstractmethod
     def _create_many(self, entries: Sequence[Entry]) -> list[Entry]:
@@ -210,6 +213,8 @@ class Ledger(ABC):
         )
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
         (held,) = self._create_many([Entry(fingerprint, "null", None, document)])
+        if held.document is document:
+            self._tell(document)
         if held.document.final or self.job(job_id):
             return held.document
         return self.advance(held.document, status="failed", error=problem)
@@ -244,6 +249,7 @@ class Ledger(ABC):
         after = transitions.claimed(before, worker)
         if not self._swap(before, after):
             return Claim("changed", self.read(before.id))
+        self._tell(after)
         return Claim("ended" if after.final else "claimed", after)
 
     def advance(
@@ -260,6 +266,7 @@ class Ledger(ABC):
         while True:
             try:
                 if self._swap(before, after, delay_s=delay_s):
+                    self._tell(after)
                     return after
                 held = self._find(document.id)
             except LedgerUnavailable:
@@ -295,27 +302,42 @@ class Ledger(ABC):
 
     def lose(self, job_id: str) -> str | None:
         """A lease has run out: queue the job again, or end it. Its route, where it is to be published."""
-        return self._changed(job_id, "running", transitions.lost, due=True)
+        return self._changed(job_id, "running", transitions.lost, due=True, reason="lost")
 
     def requeue(self, job_id: str) -> str | None:
         """A pause is over. The job's route, where it is to be published."""
-        return self._changed(job_id, "retrying", transitions.requeued, due=True)
+        return self._changed(job_id, "retrying", transitions.requeued, due=True, reason="due")
 
     def expire(self, job_id: str) -> None:
         """Its time has passed in the queue."""
-        self._changed(job_id, "queued", transitions.expired)
-        self._changed(job_id, "retrying", transitions.expired)
+        self._changed(job_id, "queued", transitions.expired, reason="expired")
+        self._changed(job_id, "retrying", transitions.expired, reason="expired")
 
     def _changed(
-        self, job_id: str, status: str, change: Any, attempt: int | None = None, *, due: bool = False
+        self,
+        job_id: str,
+        status: str,
+        change: Any,
+        attempt: int | None = None,
+        *,
+        due: bool = False,
+        reason: str = "",
     ) -> str | None:
         """Change a job that is still in this state; its route, where it is queued now."""
         held = self._find(job_id)
         if not held or held.document.status != status or attempt not in {None, held.document.attempt}:
             return None
         after = change(held.document)
-        swapped = self._swap(held.document, after, due=due)
-        return held.route if swapped and after.status == "queued" else None
+        if not self._swap(held.document, after, due=due):
+            return None
+        if reason:
+            self.observer.reaped(reason)
+        self._tell(after)
+        return held.route if after.status == "queued" else None
+
+    def _tell(self, document: StatusDocument) -> None:
+        if document.final:
+            self.observer.job_ended(document.status, document.error.code if document.error else "")
 
 
 def _entry(job: Work) -> Entry:

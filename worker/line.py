@@ -34,12 +34,5 @@ class LineFormatter(logging.Formatter):
         return _set_in(super().formatStack(stack_info))
 
 
-def log_lines() -> None:
-    """Log to standard error from here on, in lines that cannot be forged."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LineFormatter(FORMAT))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-
-
 def _set_in(text: str) -> str:
     return "\n".join(BELOW + visible(one) for one in text.splitlines())

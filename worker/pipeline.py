@@ -1,12 +1,13 @@
 """The river: one job from its image's address to its sealed manifest, top to bottom."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from worker import artifacts
+from worker import artifacts, traces
 from worker.contract import ImageRef, Job, ManifestRef, NetworkRef, SeenClass, Warned
 from worker.deadline import Deadline
 from worker.errors import ImageTooLarge, InvalidJob
@@ -21,6 +22,8 @@ from worker.render import needed_edge, render
 from worker.room import Hold
 from worker.shard import Work
 from worker.storage import Store
+
+log = logging.getLogger("gradcam")
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,11 @@ class Journey:
         self.report(stage)
         begun = time.monotonic()
         try:
-            yield
+            with traces.span(stage):
+                yield
         finally:
-            self.metrics[f"{stage}_s"] = round(time.monotonic() - begun, 4)
+            self.metrics[f"{stage}_s"] = took_s = round(time.monotonic() - begun, 4)
+            log.debug("%s took %.4f s", stage, took_s)
 
 
 def explain(job: Job, outside: Outside, journey: Journey, *, folder: str | None = None) -> Done:
@@ -83,6 +88,7 @@ def _explain(job: Job, outside: Outside, journey: Journey, held: ExitStack, plac
             pixels_held = held.enter_context(pixels)
             decoded = decode(image_bytes.data, **how)
             image = described(image_bytes, decoded)
+            traces.note(media_type=image.media_type, width=image.width, height=image.height)
             del image_bytes
             bytes_held.keep(0)
         with journey.at("load"):
@@ -94,6 +100,7 @@ def _explain(job: Job, outside: Outside, journey: Journey, held: ExitStack, plac
             fitted = fit(decoded.pixels, network.facts.input_size)
             method = Method(**job.method.model_dump())
             turn = ticket.explain(network, fitted, wish, method, journey.deadline, bulk=bulk)
+            traces.note(batch_size=turn.batch_size, batch_wait_s=turn.waited_s, computed_s=turn.computed_s)
     seen = turn.explanation
     if job.metrics:
         with journey.at("measure"):

@@ -9,24 +9,35 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import celery.apps.worker
 from celery import Celery
 from celery.bootsteps import RUN
 from celery.exceptions import Reject
 from celery.signals import setup_logging, worker_ready
 
-from worker import broker, lifeline, wiring
-from worker.crew import Crew, gather
-from worker.errors import BrokerUnavailable, InternalError, InvalidJob, LedgerUnavailable, WorkerUnfit
-from worker.line import log_lines
+from worker import broker, fitness, keepers, lifeline, wiring
+from worker.crew import gather
+from worker.errors import (
+    BrokerUnavailable,
+    InternalError,
+    InvalidJob,
+    InvalidSettings,
+    LedgerUnavailable,
+    PermanentError,
+    WorkerUnfit,
+)
+from worker.health import Health
+from worker.logs import log_lines
+from worker.outside import Outside
 from worker.pulse import Pulse
 from worker.room import limit_memory
 from worker.settings import Settings
 from worker.tasks import Desk
+from worker.telemetry import Telemetry
 
 log = logging.getLogger("gradcam")
 
 RETURN_AFTER_S = 1  # before a message goes back, so that an outage makes no busy loop
-LAST_WORD_S = 5.0  # for what is under way beside the jobs when they have ended: deliveries, the last renewal
 HAND_BACK_S = 8.0  # for handing back what runs and ending: less than a supervisor grants
 GIVE_WAY_S = 3.0  # of it, for jobs to notice that they are to stop
 SETTLE_S = 1.0  # of it, when they have, for Celery to end
@@ -86,44 +97,41 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
     With `ready_fd`, a supervisor started it: it writes bytes there as long as it takes jobs and all is
     well, and ends, cleanly, when whoever holds its standard input is gone.
     """
-    log_lines()
-    # Our own lines say it in the job's words, and each line costs.
-    for chatty in ("httpx", "celery.worker.strategy"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("celery.app.trace").setLevel(logging.ERROR)  # a traceback for what goes back
-    setup_logging.connect(_keep_logging)
+    log_lines(settings.log_format, settings.log_level)
+    _hush()
     if ready_fd is not None:
         lifeline.watch(lambda: _end(settings.shutdown_timeout_s + HAND_BACK_S))
     app = broker.make_app(settings)
     limit_memory(settings.memory_bytes)
-    outside = wiring.outside(settings, load)
+    telemetry = Telemetry(settings)
+    outside = wiring.outside(settings, load, telemetry.observer)
     wiring.prepare(settings)
-    crew = gather(settings, app, outside)
+    fitness.device(settings)
+    crew = gather(settings, app, outside, telemetry.observer)
     desk = crew.desk
     register(app, desk)
-    for name in settings.preload:
-        outside.residents.warm(outside.networks.find(name))
-        log.info("%s is loaded", name)
+    telemetry.ask_worker(lambda: outside.residents.count, desk.breaker)
+    _preload(settings, outside, telemetry.health)
     probe = partial(broker.answers, broker.make_app(settings, timeout_s=PROBE_S))
     pulse = Pulse(ready_fd, reachable=probe, ill=lambda: outside.residents.trouble)
     app.turned = pulse.turned
+    telemetry.health.live["loop"] = lambda: pulse.said
     stopped, signals = threading.Event(), SimpleQueue[int]()
-    keepers = _started(crew, stopped)
+    kept = keepers.start({**crew.keepers, **telemetry.keepers}, stopped)
+    telemetry.watch(kept)
 
     def ready(**_: object) -> None:
         _listen(signals)
         pulse.show()  # before the first job, which may be the end of this process
+        telemetry.begun()
         threading.Thread(target=pulse.keep, args=[stopped], name="pulse", daemon=True).start()
 
     def give_up() -> None:
         """When the time is up, or at a second signal: hand everything back, and see to it that this ends."""
         signals.get()
+        telemetry.ending()
         pulse.ending()
-        try:
-            signals.get(timeout=settings.shutdown_timeout_s)
-            log.warning("asked to stop again: what still runs is handed back")
-        except Empty:
-            log.warning("%g s are over: what still runs is handed back", settings.shutdown_timeout_s)
+        _wait_for_second(signals, settings.shutdown_timeout_s)
         # A ledger may not even refuse.
         end = threading.Timer(HAND_BACK_S, lambda: _leave(0 if stopped.is_set() else 1))
         end.daemon = True
@@ -148,20 +156,41 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
     log.info("%s on %s takes jobs, %s", desk.worker.id, desk.worker.device, hands)
     consumer.start()
     stopped.set()
-    end_s = time.monotonic() + LAST_WORD_S
-    for one in keepers:
-        one.join(max(end_s - time.monotonic(), 0))
+    keepers.join(kept)
     return int(consumer.exitcode or 0)
 
 
-def _started(crew: Crew, stopped: threading.Event) -> list[threading.Thread]:
-    threads = [
-        threading.Thread(target=keep, args=[stopped], name=name, daemon=True)
-        for name, keep in crew.keepers.items()
-    ]
-    for one in threads:
-        one.start()
-    return threads
+def _wait_for_second(signals: "SimpleQueue[int]", timeout_s: float) -> None:
+    """Wait until the process is asked again to stop, or its time is up."""
+    log.info("asked to stop: what runs has %g s to end", timeout_s)
+    try:
+        signals.get(timeout=timeout_s)
+        log.warning("asked to stop again: what still runs is handed back")
+    except Empty:
+        log.warning("%g s are over: what still runs is handed back", timeout_s)
+
+
+def _preload(settings: Settings, outside: Outside, health: Health) -> None:
+    """Raises InvalidSettings, and WeightsUnavailable where trying again may help."""
+    left = [*settings.preload]
+    health.ready["networks"] = lambda: f"not loaded yet: {', '.join(left)}" if left else None
+    for name in settings.preload:
+        try:
+            outside.residents.warm(outside.networks.find(name))
+        except PermanentError as error:
+            message = f"GRADCAM_PRELOAD: {error}"
+            raise InvalidSettings(message) from error
+        left.remove(name)
+        log.info("%s is loaded", name)
+
+
+def run_supervised(settings: Settings, ready_fd: int) -> int:
+    """As `run`, for a supervisor, which does not try again what can only fail again: EX_CONFIG."""
+    try:
+        return run(settings, ready_fd=ready_fd)
+    except InvalidSettings as error:
+        log.error("%s", error)  # noqa: TRY400  # a sentence is enough
+        return os.EX_CONFIG
 
 
 def _listen(signals: SimpleQueue[int]) -> None:
@@ -217,6 +246,16 @@ def _leave(code: int) -> None:
     log.warning("some jobs do not stop: the process leaves them")
     logging.shutdown()
     os._exit(code)
+
+
+def _hush() -> None:
+    """Our own lines say it in the job's words, and each line costs."""
+    for chatty in ("httpx", "celery.worker.strategy"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("celery.app.trace").setLevel(logging.ERROR)  # a traceback for what goes back
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # that nothing gets through is said once
+    setup_logging.connect(_keep_logging)
+    celery.apps.worker.safe_say = lambda *_: None  # prints, past the log, what `_wait_for_second` says
 
 
 def _keep_logging(**_: object) -> None:

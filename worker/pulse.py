@@ -32,6 +32,7 @@ class Pulse:
         self._fd, self._reachable, self._ill = fd, reachable, ill
         self._turned_s = time.monotonic()
         self._ending = False
+        self.said: str | None = None  # what was wrong at the last look
 
     def turned(self) -> None:
         """The consumer's loop has come round."""
@@ -61,16 +62,15 @@ class Pulse:
 
     def keep(self, stopped: threading.Event) -> None:
         """Show signs of life until `stopped`, or until there is trouble."""
-        said = None
         while not stopped.wait(EVERY_S):
             try:
                 trouble = self.trouble()
             except Exception:  # not to be taken for a sign of death
                 log.exception("nobody foresaw this")
                 trouble = None
-            if trouble and not said:
+            if trouble and not self.said:
                 log.error("no sign of life any more: %s", trouble)
-            said = trouble
+            self.said = trouble
             if not trouble and not self.show():
                 return
 

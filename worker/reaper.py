@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from worker.errors import BrokerUnavailable, LedgerUnavailable
 from worker.ledger import Ledger
+from worker.observer import SILENT, Observer
 from worker.shard import ROUTES
 
 log = logging.getLogger("gradcam")
@@ -35,6 +36,7 @@ class Reaper:
         *,
         lease_s: float,
         lost_after_s: float,
+        observer: Observer = SILENT,
     ) -> None:
         """`ring` publishes a job again, by its id and priority; `waiting` says how many messages a
         priority's queue holds.
@@ -42,6 +44,7 @@ class Reaper:
         self._ledger, self._worker = ledger, worker
         self._ring_for, self._waiting = ring, waiting
         self._lease_s, self._lost_after_s = lease_s, lost_after_s
+        self._observer = observer
         self._trusted_s = 0.0  # from when on a lease that has run out means what it says
         self._looked_s = self._swept_s = 0.0
         self._reached_s: float | None = None  # when the ledger answered last
@@ -114,6 +117,7 @@ class Reaper:
                 route, empty=not self._waiting(route), lost_after_s=self._lost_after_s, limit=AT_ONCE
             )
             for job_id in silent:
+                self._observer.republished()
                 self._ring(job_id, route, "has no message that is to be found: it is published again")
 
     def _ring(self, job_id: str, route: str, why: str) -> None:

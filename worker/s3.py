@@ -11,7 +11,6 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -42,6 +41,7 @@ from worker.errors import (
     WeightsUnavailable,
 )
 from worker.gradcam.weights import Sink
+from worker.logs import Pool
 from worker.patience import PATIENCE_S, Patience
 from worker.settings import Settings
 from worker.shard import READERS
@@ -89,10 +89,10 @@ class S3:
     def __init__(self, settings: Settings) -> None:
         """Endpoint, region and keys as the settings say; without keys, the usual AWS places."""
         at_once = 4 * settings.threads  # a job waits for its objects, and each of them for the network
-        self.pool = ThreadPoolExecutor(at_once, thread_name_prefix="upload")
+        self.pool = Pool(at_once, thread_name_prefix="upload")
         # Apart, so that no image waits for artifacts; more than jobs, should a server hold some of them.
         at_most = 2 * (settings.threads + READERS * settings.shards)
-        self._readers = ThreadPoolExecutor(at_most, thread_name_prefix="read")
+        self._readers = Pool(at_most, thread_name_prefix="read")
         self._fetch_s = settings.fetch_timeout_s
         self._session: Any = boto3.session.Session(
             settings.s3_access_key_id or None, settings.s3_secret_access_key.get_secret_value() or None

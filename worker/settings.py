@@ -25,6 +25,7 @@ from pydantic import (
 from worker import addresses, hosts
 from worker.errors import InvalidSettings
 from worker.signing import secrets_of
+from worker.traces import checked
 
 PREFIX = "GRADCAM_"
 PLACE_LOOKS = "must look like s3://bucket/prefix or file:///folder"
@@ -65,6 +66,7 @@ Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]
 HostList = Annotated[Listed, AfterValidator(hosts.listed)]
 NetworkList = Annotated[Listed, AfterValidator(addresses.listed)]
 Place = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
+Endpoint = Annotated[str, AfterValidator(checked), Field(repr=False)]  # it may hold a password
 Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
 Retention = Annotated[float, Field(ge=60, le=3650 * 86_400)]  # seconds
 Count = Annotated[int, Field(ge=1)]
@@ -163,6 +165,16 @@ class Settings(BaseModel):
         60  # without a sign of life a worker is started again
     )
     memory_bytes: Annotated[int, Field(ge=0)] = 0  # that a process may use; 0: no limit of its own
+    starts: Count = 1  # of the worker on this device, this one too: its supervisor counts them
+
+    # What an operator sees
+    metrics_port: Annotated[int, Field(ge=0, le=65_535)] = (
+        0  # of /metrics, /live, /ready and /startup; worker process N of a machine has port + N; 0: none
+    )
+    metrics_host: str = "127.0.0.1"  # the address they are served at; 0.0.0.0: every one
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    traces: Endpoint = ""  # where spans go, by OTLP/HTTP, as http://collector:4318; empty: nowhere
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -224,6 +236,15 @@ class Settings(BaseModel):
             return (base if base.is_absolute() else Path.home() / ".cache") / "gradcam-worker"
         except RuntimeError as error:
             message = "GRADCAM_CACHE_DIR must name a folder: this user has no home."
+            raise InvalidSettings(message) from error
+
+    @property
+    def keras_home(self) -> Path:
+        """Where Keras keeps what it downloads, in `models`. Raises InvalidSettings where that is nowhere."""
+        try:
+            return Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
+        except RuntimeError as error:
+            message = "KERAS_HOME must name a folder: this user has no home."
             raise InvalidSettings(message) from error
 
     @classmethod

@@ -65,6 +65,10 @@ class Shard(Wire):
         """It waits for as long as it takes."""
 
     @property
+    def traceparent(self) -> None:
+        """Each begins a trace of its own, where there are traces."""
+
+    @property
     def webhooks(self) -> tuple[Webhook, ...]:
         """Nobody is told of a shard but whoever submitted it."""
         return ()

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 
-from worker import signing
+from worker import signing, traces
 from worker.contract import StatusDocument, StatusEvent, Webhook
 from worker.errors import DeliveryRefused, EndpointGone, InvalidJob, StatusUnavailable
 from worker.settings import Settings, without_secrets
@@ -55,7 +55,7 @@ class Webhooks:
             raise StatusUnavailable(message)
         secrets = self._secrets[secret_ref] if secret_ref is not None else ()
         body, shortened = body_of(event)
-        headers = signing.headers(secrets, message_id, utc_now(), body)
+        headers = signing.headers(secrets, message_id, utc_now(), body) | traces.headers()
         if shortened:
             headers["gradcam-shortened"] = ", ".join(shortened)
         try:

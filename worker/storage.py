@@ -9,6 +9,7 @@ from urllib.parse import unquote
 from worker.deadline import Deadline
 from worker.errors import OutputNotAllowed, StorageUnavailable
 from worker.folder import FolderStore, Object
+from worker.observer import SILENT, Observer
 from worker.patience import Patience
 from worker.s3 import FAILED, NEVER, S3, absent, reason, refused
 from worker.settings import Settings, without_secrets
@@ -75,9 +76,12 @@ class Store(Protocol):
 class S3Store:
     """A prefix of a bucket."""
 
-    def __init__(self, s3: S3, bucket: str, prefix: str, *, own: bool = True) -> None:
+    def __init__(
+        self, s3: S3, bucket: str, prefix: str, *, own: bool = True, observer: Observer = SILENT
+    ) -> None:
         """`prefix` has no slash at either end. `own`: the operator has chosen this place, not a job."""
         self._s3, self._bucket, self._prefix, self._own = s3, bucket, f"{prefix}/" if prefix else "", own
+        self._observer = observer
 
     def uri(self, key: str) -> str:
         """See `Store.uri`."""
@@ -113,6 +117,7 @@ class S3Store:
             message = f"{uri} could not be written: {reason(error)}"
             here = refused(error) and not self._own
             raise (OutputNotAllowed if here else StorageUnavailable)(message) from error
+        self._observer.artifact_written(len(data))
         return uri
 
     def find(self, key: str, deadline: Deadline) -> bytes | None:
@@ -164,11 +169,11 @@ class S3Store:
 class Stores:
     """Opens the places that the operator allows, and no others."""
 
-    def __init__(self, settings: Settings, s3: S3) -> None:
+    def __init__(self, settings: Settings, s3: S3, observer: Observer = SILENT) -> None:
         """The default output and every prefix in `output_prefixes` are allowed."""
         self._default = settings.output.rstrip("/")
         self._allowed = (self._default, *(one.rstrip("/") for one in settings.output_prefixes))
-        self._s3 = s3
+        self._s3, self._observer = s3, observer
 
     def open(self, uri: str | None = None) -> Store:
         """The store at `uri`, or the default one. Raises OutputNotAllowed."""
@@ -185,9 +190,9 @@ class Stores:
         scheme, _, rest = wanted.partition("://")
         if scheme == "file":
             root = unquote(base.partition("://")[2])
-            return FolderStore(Path(root), unquote(rest)[len(root) :], own=own)
+            return FolderStore(Path(root), unquote(rest)[len(root) :], own=own, observer=self._observer)
         bucket, _, prefix = rest.partition("/")
-        return S3Store(self._s3, bucket, prefix, own=own)
+        return S3Store(self._s3, bucket, prefix, own=own, observer=self._observer)
 
 
 def _below(wanted: str, allowed: str) -> bool:

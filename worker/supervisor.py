@@ -2,7 +2,8 @@
 
 A worker that dies unasked (out of memory, a crash in native code, a broker restart that Celery does
 not survive) is started again, with backoff, and so is one that shows no sign of life any more (see
-`worker.pulse`). Where none gets as far as taking jobs, all is given up.
+`worker.pulse`). Where none gets as far as taking jobs, all is given up: at once where it says that its
+settings are wrong.
 As long as one does, the others are tried again: a broken GPU must not end the work of seven good ones,
 again and again, as it would if whoever runs the supervisor started everything anew.
 """
@@ -20,6 +21,7 @@ from queue import Empty, SimpleQueue
 
 from worker import devices
 from worker.devices import Device
+from worker.errors import InvalidSettings
 from worker.settings import Settings
 
 log = logging.getLogger("gradcam.supervisor")
@@ -29,6 +31,7 @@ STARTS = 5  # in a row that may fail, on every device, before all is given up
 BACKOFF_S = 0.5  # before the second start; doubles
 BACKOFF_MAX_S = 30
 LOOK_UP_S = 0.5
+LAST_PORT = 65_535
 SIGN_S = 1.0  # between two looks whether a worker has died, of which the pipe may say nothing
 HAND_BACK_S = 10.0  # for a worker whose time is up: what it runs goes back into the queue
 DOUBLINGS = 10  # more than it takes to get there
@@ -48,8 +51,18 @@ class Supervisor:
         self._stalled_after_s = settings.stalled_after_s
         self._command = command
         self._devices = devices.choose(settings)
+        last = settings.metrics_port + len(self._devices) - 1
+        if settings.metrics_port and last > LAST_PORT:
+            message = f"GRADCAM_METRICS_PORT: the last of {len(self._devices)} processes would be at {last}."
+            raise InvalidSettings(message)
+        self._metrics_ports = {
+            device.name: settings.metrics_port and settings.metrics_port + number
+            for number, device in enumerate(self._devices)
+        }
+        self._starts = {device.name: 0 for device in self._devices}
         self._failed_starts = {device.name: 0 for device in self._devices}  # in a row, so far
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._proven = False  # whether any of them ever took jobs: its settings cannot be hopeless
         self._stopping = threading.Event()
         self._door = threading.Lock()  # of the three above: once it stops, no child is started
         self._notes: SimpleQueue[int | Future[int]] = SimpleQueue()
@@ -95,6 +108,10 @@ class Supervisor:
             code, took_jobs = self._one_life(device)
             if self._stopping.is_set():
                 return 0 if code in ENDED_CLEANLY else 1
+            self._proven |= took_jobs
+            if code == os.EX_CONFIG and not self._proven:
+                self._end(patience_s=self._timeout_s)
+                return 1
             deaths = 1 if took_jobs else deaths + 1
             if self._given_up(device, took_jobs=took_jobs):
                 return 1
@@ -106,6 +123,11 @@ class Supervisor:
 
     def _one_life(self, device: Device) -> tuple[int, bool]:
         """Start a worker, wait for its end; return its exit code, and whether it ever took jobs."""
+        self._starts[device.name] += 1
+        own = {
+            "GRADCAM_METRICS_PORT": str(self._metrics_ports[device.name]),
+            "GRADCAM_STARTS": str(self._starts[device.name]),
+        }
         signs, shows_signs = os.pipe()
         with os.fdopen(signs, "rb") as seen, os.fdopen(shows_signs, "wb") as showing:
             with self._door:
@@ -115,7 +137,7 @@ class Supervisor:
                     (*self._command, str(shows_signs)),
                     stdin=subprocess.PIPE,  # its lifeline to this process
                     pass_fds=[shows_signs],
-                    env=device.environment,
+                    env={**device.environment, **own},
                     start_new_session=True,  # Ctrl-C reaches the supervisor, which passes it on once
                 )
             showing.close()

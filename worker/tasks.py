@@ -11,12 +11,15 @@ import random
 import re
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from pydantic import AwareDatetime, TypeAdapter
 
-from worker import bulk, pipeline
+from worker import bulk, logs, pipeline, traces
 from worker.breaker import Breaker
 from worker.contract import ID_PATTERN, Job, Problem, StatusDocument, WorkerRef
 from worker.deadline import Deadline
@@ -34,10 +37,12 @@ from worker.errors import (
 from worker.floor import Floor
 from worker.leases import Leases
 from worker.ledger import Ledger
+from worker.observer import SILENT, Observer
 from worker.outside import Outside
 from worker.pipeline import Journey
 from worker.settings import Settings
 from worker.shard import Shard, Work
+from worker.traces import OFF, Traces
 from worker.transitions import suspected
 from worker.wire import utc_now
 
@@ -59,6 +64,8 @@ class Desk:
     leases: Leases
     breaker: Breaker
     floor: Floor = field(default_factory=Floor)
+    observer: Observer = SILENT
+    traces: Traces = OFF
 
     def handle(self, payload: object, message_id: str, *, entered_at: object = None) -> str:
         """Bring one message to its end; return which.
@@ -66,6 +73,15 @@ class Desk:
         `entered_at` is when the message says that its job was entered in the ledger, if it says so.
         Raises LedgerUnavailable, WorkerUnfit: the message has to go back.
         """
+        end = "returned"
+        try:
+            with logs.about(job_id=_identify(payload, message_id)):
+                end = self._brought_to_its_end(payload, message_id, entered_at)
+        finally:
+            self.observer.attempt_ended(end)
+        return end
+
+    def _brought_to_its_end(self, payload: object, message_id: str, entered_at: object) -> str:
         if self.breaker.open:
             raise WorkerUnfit(self.breaker.open)
         job_id = _identify(payload, message_id)
@@ -95,8 +111,9 @@ class Desk:
         except (InvalidJob, ValueError):
             return None  # the ledger may know better
         with self.floor.entered(job.id) as free:
+            asked_at = utc_now()
             document = self.ledger.take(job, moment, self.worker) if free else None
-            return self._run(job, document) if document else None
+            return self._run(job, document, asked_at) if document else None
 
     def _received(self, job_id: str, payload: object) -> str | None:
         """Ask the ledger what the job is, then for the job. None: it has changed in between."""
@@ -108,10 +125,11 @@ class Desk:
         with self.floor.entered(job.id, alone=suspected(document)) as free:
             if not free:
                 return "dropped"
+            asked_at = utc_now()
             claim = self.ledger.claim(document, self.worker)
             if claim.outcome == "claimed":
                 last = document.error.stage if document.error and suspected(document) else None
-                return self._run(job, claim.document, suspect=last)
+                return self._run(job, claim.document, asked_at, suspect=last)
         if claim.outcome == "changed":
             return None
         log.info("job %s is %s: nothing to do", job.id, claim.document.status)
@@ -138,8 +156,27 @@ class Desk:
                 log.warning("job %s is not handed back: %s", job_id, error)
         return back
 
-    def _run(self, job: Work, document: StatusDocument, *, suspect: str | None = None) -> str:
-        """Run a claimed job and write down how it went."""
+    def _run(
+        self, job: Work, document: StatusDocument, asked_at: datetime, *, suspect: str | None = None
+    ) -> str:
+        """Run a job that was asked for, and claimed; write down how it went."""
+        with self._told(job, document, asked_at) as traced:
+            return self._brought_through(job, traced, suspect)
+
+    @contextmanager
+    def _told(self, job: Work, document: StatusDocument, asked_at: datetime) -> Iterator[StatusDocument]:
+        """Within it, lines and spans are this attempt's; yields its document, which says in which trace."""
+        above = job.traceparent or document.traceparent
+        facts: dict[str, Any] = {"job_id": job.id, "attempt": document.attempt}
+        more: dict[str, Any] = {"network": job.network, "worker": self.worker.id}
+        with self.traces.joined("job", above, kind="CONSUMER", since=asked_at, **facts, **more):
+            traces.past("queue", document.queued_at, asked_at, above)
+            traces.past("claim", asked_at, document.started_at or asked_at)
+            traceparent = traces.here() or above
+            with logs.about(**facts, trace_id=traces.trace_id(traceparent)):
+                yield document.model_copy(update={"traceparent": traceparent})
+
+    def _brought_through(self, job: Work, document: StatusDocument, suspect: str | None) -> str:
         progress = _Progress(self.ledger, document)
         journey = Journey(
             Deadline(job.timeout_s),
@@ -149,7 +186,8 @@ class Desk:
             suspect=suspect,
             last=document.attempt >= document.max_attempts,
         )
-        with self.leases.held(document, journey.deadline):
+        shard = isinstance(job, Shard)
+        with self._counted(document, journey, shard=shard), self.leases.held(document, journey.deadline):
             try:
                 if isinstance(job, Shard):
                     done = bulk.explain(job, self.outside, journey)
@@ -162,7 +200,21 @@ class Desk:
             self.breaker.succeeded()
             metrics = {**progress.document.metrics, **journey.metrics, **done.metrics}
             self._write(progress.document, status="succeeded", **{**vars(done), "metrics": metrics})
+            if shard:
+                failed = int(done.metrics["failed"])
+                self.observer.rows_ended(int(done.metrics["rows"]) - failed, failed)
         return "done"
+
+    @contextmanager
+    def _counted(self, document: StatusDocument, journey: Journey, *, shard: bool) -> Iterator[None]:
+        """Within it, a job is run; the observer hears when and how long, stage by stage."""
+        self.observer.in_flight(1, shard=shard)
+        try:
+            yield
+        finally:
+            self.observer.in_flight(-1, shard=shard)
+            if not shard:
+                self.observer.staged({**document.metrics, **journey.metrics})
 
     def _failed(self, job: Work, document: StatusDocument, journey: Journey, error: Exception) -> str:
         if not isinstance(error, GradcamError):
@@ -170,6 +222,7 @@ class Desk:
             error = InternalError.of(error)
         if isinstance(error, StorageUnavailable):
             self.breaker.failed(error)
+        traces.note(error)
         problem = Problem.of(error, stage=journey.stage, attempt=document.attempt)
         changes: dict[str, Any] = {"error": problem, "metrics": {**document.metrics, **journey.metrics}}
         if isinstance(error, JobCanceled):
@@ -184,7 +237,9 @@ class Desk:
         return "later"
 
     def _write(self, document: StatusDocument, *, delay_s: float = 0, **changes: Any) -> None:
-        after = self.ledger.advance(document, patience_s=LEDGER_PATIENCE_S, delay_s=delay_s, **changes)
+        with traces.span("write"):
+            after = self.ledger.advance(document, patience_s=LEDGER_PATIENCE_S, delay_s=delay_s, **changes)
+        traces.note(status=after.status)
         code = f" ({after.error.code})" if after.error else ""
         log.info("job %s attempt %d: %s%s", after.id, after.attempt, after.status, code)
 

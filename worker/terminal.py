@@ -14,11 +14,11 @@ from rich.text import Text
 from worker.contract import Job, StatusDocument
 from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.classes import DATA, percent
-from worker.gradcam.weights import where
+from worker.gradcam.weights import cached_at, where
 from worker.line import visible
 from worker.outbox import Parked
 from worker.replay import Letter, Replayed
-from worker.settings import without_secrets
+from worker.settings import Settings, without_secrets
 
 COLORS = {
     "queued": "yellow",
@@ -69,13 +69,17 @@ def age_s(seconds: float) -> float:
     return time.time() - seconds
 
 
-def ago(seconds: float) -> str:
-    """The same, for a person: 5 s, 3 min, 2 h or 4 d ago."""
-    age = max(age_s(seconds), 0)
+def span(seconds: float) -> str:
+    """So long, for a person: 5 s, 3 min, 2 h or 4 d."""
     for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
-        if age >= size:
-            return f"{age / size:.0f} {unit} ago"
-    return f"{age:.0f} s ago"
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def ago(seconds: float) -> str:
+    """How long ago that was, for a person."""
+    return span(age_s(seconds)) + " ago"
 
 
 def show(document: StatusDocument) -> None:
@@ -174,9 +178,9 @@ def _show_rest(shown: int, total: int) -> None:
         out.print(f"... and {total - shown:,} more: --limit shows them.", style="dim")
 
 
-def facts(row: NetworkRow, weights_dir: Path | None) -> dict[str, Any]:
-    """One network, for machines."""
-    path = where(row, weights_dir)
+def facts(row: NetworkRow, settings: Settings) -> dict[str, Any]:
+    """One network, for machines. `here`: where its weights are on this machine, if they are."""
+    path = where(row, settings.weights_dir)
     kept = "download" if path is None else "shipped" if path.parent == DATA else str(path)
     return {
         "name": row.name,
@@ -187,26 +191,41 @@ def facts(row: NetworkRow, weights_dir: Path | None) -> dict[str, Any]:
         "parameters": row.parameters,
         "weights": row.file.uri if row.file else kept,
         "sha256": row.file.sha256 if row.file else row.sha256,
+        "here": str(place) if (place := here(row, settings)) else None,
     }
+
+
+def here(row: NetworkRow, settings: Settings) -> Path | None:
+    """Where a network's weights are on this machine; not yet checked."""
+    if row.file:
+        path = cached_at(row.file, settings.cache)
+    else:
+        path = where(row, settings.weights_dir) or settings.keras_home / "models" / row.keras_files[0]
+    return path if path.is_file() else None
 
 
 ORIGINS = {  # what the list says of weights, for short
     "download": "download: Keras fetches them when they are first asked for.",
+    "keras": "keras: Keras has fetched them, to KERAS_HOME.",
     "s3": "s3, file: the operator's own; GRADCAM_NETWORKS says where they are.",
     "file": "s3, file: the operator's own; GRADCAM_NETWORKS says where they are.",
+    "cached": "cached: the operator's own, in GRADCAM_CACHE_DIR.",
     "folder": "folder: they are in GRADCAM_WEIGHTS_DIR.",
 }
 
 
-def show_networks(rows: Iterable[NetworkRow], weights_dir: Path | None) -> None:
+def show_networks(rows: Iterable[NetworkRow], settings: Settings) -> None:
     """The networks that a job can name, for a person."""
     made = table("network", "input", "target layer", "map", "parameters", "weights", numbers=("parameters",))
     met = set()
     for row in rows:
-        kept = str(facts(row, weights_dir)["weights"])
+        found = facts(row, settings)
+        kept = str(found["weights"])
         if row.file:
-            kept = "s3" if kept.startswith("s3://") else "file"
-        elif kept not in {"download", "shipped"}:
+            kept = "cached" if found["here"] else "s3" if kept.startswith("s3://") else "file"
+        elif kept == "download":
+            kept = "keras" if found["here"] else kept
+        elif kept != "shipped":
             kept = "folder"
         met.add(kept)
         sizes = ["x".join(map(str, size)) if size else "" for size in (row.input_size, row.map_size)]

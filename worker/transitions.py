@@ -27,6 +27,7 @@ def fresh(job_id: str, job: Work | None = None, entered_at: datetime | None = No
         updated_at=now,
         expires_at=job.expires_at if job else None,
         metadata=job.metadata if job else {},
+        traceparent=job.traceparent if job else None,
     )
 
 

@@ -1,5 +1,7 @@
 """What everything on the wire has in common: frozen models, ids, times, and findings as sentences."""
 
+import os
+import platform
 import re
 import secrets
 import time
@@ -34,6 +36,11 @@ def new_id() -> str:
     value = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
     value = value & ~(0xF << 76) | 7 << 76  # version 7
     return str(uuid.UUID(int=value & ~(3 << 62) | 2 << 62))  # variant of RFC 9562
+
+
+def process_name() -> str:
+    """What others call this process by: its host and its number."""
+    return f"{platform.node()}:{os.getpid()}"
 
 
 def describe(error: ValidationError) -> str:

@@ -1,7 +1,5 @@
 """Settings -> Outside: the only module that knows every other."""
 
-import os
-import platform
 from collections.abc import Callable
 from functools import partial
 
@@ -13,6 +11,7 @@ from worker.gradcam.network import Network
 from worker.gradcam.registry import Registry
 from worker.gradcam.residents import Residents
 from worker.images import Images
+from worker.observer import SILENT, Observer
 from worker.outside import Outside
 from worker.redis_ledger import RedisLedger
 from worker.room import Room, Rooms
@@ -21,18 +20,19 @@ from worker.settings import Settings
 from worker.shard import READERS
 from worker.status import Webhooks
 from worker.storage import Stores
+from worker.wire import process_name
 
 Load = Callable[[NetworkRow], Network]
 
 
-def outside(settings: Settings, load_row: Load | None = None) -> Outside:
+def outside(settings: Settings, load_row: Load | None = None, observer: Observer = SILENT) -> Outside:
     """Everything a job touches, for real. Nothing is connected or loaded yet. Raises InvalidSettings.
 
     `load_row` takes the place of `load`: a program of one's own may run other networks than Keras's.
     """
     s3 = S3(settings)
     return Outside(
-        images=Images(settings, s3),
+        images=Images(settings, s3, observer=observer),
         networks=Registry(settings.networks),
         residents=Residents(
             load_row or partial(load, settings, s3),
@@ -41,8 +41,9 @@ def outside(settings: Settings, load_row: Load | None = None) -> Outside:
             wait_s=settings.batch_wait_s,
             peak_bytes=_peak_bytes,
             on_gpu=_on_gpu,
+            observer=observer,
         ),
-        stores=Stores(settings, s3),
+        stores=Stores(settings, s3, observer),
         webhooks=Webhooks(settings),
         limits=Limits(settings.max_image_pixels, settings.max_image_side),
         max_classes=settings.max_classes,
@@ -105,4 +106,4 @@ def worker_ref() -> WorkerRef:
     """Who this process is and what it computes on."""
     from worker.gradcam.backend import device_name
 
-    return WorkerRef(id=f"{platform.node()}:{os.getpid()}", device=device_name())
+    return WorkerRef(id=process_name(), device=device_name())

@@ -15,6 +15,8 @@ BENCHES = (
     "threads",
     "backfill",
     "submit",
+    "telemetry",
+    "scale",
 )  # each a module `bench_<name>` beside this one, with `main(*, quick, as_json)`
 
 parser = argparse.ArgumentParser(description=__doc__)

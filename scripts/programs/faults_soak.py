@@ -35,7 +35,16 @@ MORE = 4  # threads and files that may come and go
 RETENTION_S = 60.0  # the least there is
 DRAINS_S = 120.0
 # Keys of the ledger and of kombu that are there once, whatever is done: see `worker.redis_scripts`.
-SINGLETONS = ("claimed", "workers", "reaper", "dead", "_kombu.binding", "unacked_mutex", "unreadable")
+SINGLETONS = (
+    "claimed",
+    "ended:",
+    "workers",
+    "reaper",
+    "dead",
+    "_kombu.binding",
+    "unacked_mutex",
+    "unreadable",
+)
 
 
 @dataclass

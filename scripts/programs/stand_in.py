@@ -2,11 +2,12 @@
 
     no_time    answers at once: what is left is the machinery
     gpu_time   answers when a GPU would have, 5 ms a pass and 20 ms for 32 images, and uses no core for it
+    slow_time  needs 400 ms for each image, so that few cores can run many workers of it
 
     python stand_in.py PASSES
 
 runs the worker of `gradcam worker --unsupervised` in this process, with the settings that the environment
-holds. Stand-ins answer for the two names above; the catalog's networks get their shipped weights, else
+holds. Stand-ins answer for the names above; the catalog's networks get their shipped weights, else
 seeded random ones: speed does not depend on what they are. What the device did is written to the file
 PASSES, a line a pass.
 """
@@ -35,6 +36,7 @@ LARGEST = 32  # images in one pass of gpu_time
 SECONDS: dict[str, Callable[[int], float]] = {  # that a pass over n images takes
     "no_time": lambda _: 0.0,
     "gpu_time": lambda images: 0.005 * -(-images // LARGEST) + 0.020 * images / LARGEST,
+    "slow_time": lambda images: 0.400 * images,
 }
 # How an operator would register them; what their files hold is never asked for.
 REGISTRY = "".join(

@@ -21,6 +21,7 @@ import faulty_worker
 from worker.settings import Settings
 
 STILL_S = 4.0  # without a turn of the loop: a test has not got half a minute
+ANSWERED_S = 1.5  # ago: whoever has not answered since is away
 FOLDER = Path(os.environ["ODD_FOLDER"])
 
 
@@ -34,7 +35,7 @@ def hang() -> None:
 
 def work(ready_fd: int) -> int:
     """`faulty_worker.work`, with a loop that can hang, and jobs that can be stuck."""
-    from worker import pulse
+    from worker import health, pulse
     from worker.consumer import SturdyConsumer
 
     pipeline: Any = import_module("worker.pipeline")
@@ -48,6 +49,7 @@ def work(ready_fd: int) -> int:
     pipeline.decode = stuck
 
     pulse.STILL_S = STILL_S
+    health.ASK_EVERY_S, health.ANSWERED_S = 0.2, ANSWERED_S
     ready = SturdyConsumer.on_ready
 
     def on_ready(self: SturdyConsumer) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from worker import traces
 from worker.deadline import Deadline
 from worker.gradcam.network import Computed, Method
 
@@ -37,9 +38,11 @@ class Request:
     begin: Callable[["list[Request]"], Finish]  # a batch of such requests
     deadline: Deadline
     bulk: bool = False
+    images: int = 1  # in a pass of its own; 0: what runs there explains none
     pixels: NDArray[np.uint8] | None = None
     wish: tuple[int, ...] = ()
     asked_s: float = field(default_factory=time.monotonic)
+    asker: traces.Asker | None = field(default_factory=traces.asker)
     done: threading.Event = field(default_factory=threading.Event)
     answer: Any = None
     error: BaseException | None = None

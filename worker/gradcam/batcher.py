@@ -21,11 +21,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from worker import traces
 from worker.deadline import Deadline
 from worker.errors import DeviceOutOfMemory, GradcamError, InternalError, PermanentError
 from worker.gradcam.batch import Answer, Finish, Group, Key, Request, is_patient
 from worker.gradcam.explain import padded
 from worker.gradcam.network import Method, Network
+from worker.observer import SILENT, Observer
 
 UNKNOWN = 8  # images in a batch, where nobody has found out how many are worth it
 AHEAD = 2  # batches at the device: one that it computes, one that is there already
@@ -43,12 +45,12 @@ T = TypeVar("T")
 class Batcher:
     """Owns the device: whatever runs there is begun by its one thread."""
 
-    def __init__(self, *, wait_s: float = 0.01, largest: int = UNKNOWN) -> None:
+    def __init__(self, *, wait_s: float = 0.01, largest: int = UNKNOWN, observer: Observer = SILENT) -> None:
         """`wait_s`: how long a batch waits for jobs that are on their way, at most.
 
         `largest`: how many images a batch has at most where `limit` says nothing else.
         """
-        self._wait_s = wait_s
+        self._wait_s, self._observer = wait_s, observer
         self._groups: dict[Key, Group] = {}
         self._again: list[list[Request]] = []  # halves of batches that failed
         self._otherwise = largest
@@ -60,6 +62,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._begun: SimpleQueue[tuple[list[Request], Finish, float]] = SimpleQueue()
         self._broken: str | None = None
+        self.usual_images = 0.0  # in a pass, lately; 0 before the first
         self._free_s = 0.0  # when the device had done all that it was given before
         self._since_s: float | None = None  # when the device last answered, or got its first batch
         self._threads: list[threading.Thread] = []
@@ -120,7 +123,7 @@ class Batcher:
 
         # Wishes of about the same length go together: all of a batch are computed as long as the longest.
         key = (id(network), method, (len(wish) - 1).bit_length())
-        request = Request(key, begin, deadline, bulk, pixels, tuple(wish))
+        request = Request(key, begin, deadline, bulk, pixels=pixels, wish=tuple(wish))
         answer: Answer = self._ask(request, self._largest.get(id(network), self._otherwise), arrive)
         return answer
 
@@ -142,7 +145,8 @@ class Batcher:
             return network.begin(pixels, padded([tuple(wish)] * len(pixels)), method)
 
         key = (id(network), method, TOGETHER)
-        answer: Answer = self._ask(Request(key, begin, deadline, bulk=True), 1, lambda: None)
+        request = Request(key, begin, deadline, bulk=True, images=len(pixels))
+        answer: Answer = self._ask(request, 1, lambda: None)
         return answer
 
     def alone(self, run: Callable[[], T], deadline: Deadline, *, bulk: bool = False) -> T:
@@ -152,7 +156,8 @@ class Batcher:
             result = run()
             return lambda: result
 
-        result: T = self._ask(Request(ALONE, begin, deadline, bulk), 1, lambda: None).computed
+        request = Request(ALONE, begin, deadline, bulk, images=0)
+        result: T = self._ask(request, 1, lambda: None).computed
         return result
 
     def _ask(self, request: Request, largest: int, arrive: Callable[[], None]) -> Any:
@@ -224,6 +229,10 @@ class Batcher:
                 group.pass_s = took_s + (1 - NEWEST) * ((group.pass_s or took_s) - took_s)
         for index, one in enumerate(batch):
             one.end(Answer(computed, index, begun_s - one.asked_s, took_s, len(batch)))
+        traces.batch([one.asker for one in batch if one.images], begun_s, took_s)
+        if images := sum(one.images for one in batch):
+            self.usual_images += (images - self.usual_images) * (NEWEST if self.usual_images else 1)
+            self._observer.computed(images, took_s)
 
     @property
     def trouble(self) -> str | None:

@@ -20,6 +20,7 @@ from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.explain import Explanation, explanation_of
 from worker.gradcam.faithfulness import measure
 from worker.gradcam.network import GRADCAM, Method, Network
+from worker.observer import SILENT, Observer
 
 log = logging.getLogger("gradcam")
 
@@ -97,6 +98,7 @@ class Residents:
         peak_bytes: Callable[[], int | None] = lambda: None,
         on_gpu: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.perf_counter,
+        observer: Observer = SILENT,
     ) -> None:
         """`load` turns a row into a live network.
 
@@ -108,7 +110,8 @@ class Residents:
         self._load = load
         self._max_batch, self._max_bytes = max_batch, max_bytes
         self._peak_bytes, self._clock, self._on_gpu = peak_bytes, clock, on_gpu
-        self._batcher = Batcher(wait_s=wait_s, largest=max_batch or UNKNOWN)
+        self._observer = observer
+        self._batcher = Batcher(wait_s=wait_s, largest=max_batch or UNKNOWN, observer=observer)
         self._networks: OrderedDict[str, tuple[NetworkRow, Network]] = OrderedDict()  # last used last
         self._refused: dict[str, _Refused] = {}
         self._loading: dict[str, threading.Lock] = {}
@@ -118,6 +121,16 @@ class Residents:
     def trouble(self) -> str | None:
         """Why nothing will be computed here any more."""
         return self._batcher.trouble
+
+    @property
+    def count(self) -> int:
+        """How many networks are loaded."""
+        return len(self._networks)
+
+    @property
+    def usual_images(self) -> float:
+        """How many images have shared a pass lately; 0 before the first."""
+        return self._batcher.usual_images
 
     def get(self, row: NetworkRow) -> Network:
         """The live network of this row, and of no other version of it. Raises what `load` raises.
@@ -135,15 +148,25 @@ class Residents:
             refused = self._refused.get(row.name)
             if refused and refused.row == row and time.monotonic() - refused.at_s < REFUSED_S:
                 raise refused.kind(refused.why)
+            begun_s, well = self._clock(), False
             try:
-                network = self._load(row)
-            except PermanentError as error:
-                self._refused[row.name] = _Refused(row, type(error), str(error), time.monotonic())
-                raise
-            self._refused.pop(row.name, None)
-            self._batcher.limit(network, self._max_batch or self._largest_worth_it(network))
+                network = self._loaded(row)
+                well = True
+            finally:
+                self._observer.loaded(self._clock() - begun_s, well=well)
             self._keep(row, network)
             return network
+
+    def _loaded(self, row: NetworkRow) -> Network:
+        """Load a network, and find out how many images are worth a batch."""
+        try:
+            network = self._load(row)
+        except PermanentError as error:
+            self._refused[row.name] = _Refused(row, type(error), str(error), time.monotonic())
+            raise
+        self._refused.pop(row.name, None)
+        self._batcher.limit(network, self._max_batch or self._largest_worth_it(network))
+        return network
 
     def _held(self, row: NetworkRow) -> Network | None:
         with self._door:

@@ -70,6 +70,12 @@ class Sink(Protocol):
         ...
 
 
+def cached_at(file: ModelFile, folder: Path) -> Path:
+    """Where an operator's file is in the cache folder, once it has been fetched."""
+    suffix = next((one for one in MODEL_SUFFIXES if file.uri.endswith(one)), "")
+    return folder / (file.sha256 + suffix)
+
+
 def cached(
     file: ModelFile, folder: Path, fetch: Callable[[str, Sink], None], max_bytes: int | None = None
 ) -> WeightsFile:
@@ -82,9 +88,8 @@ def cached(
 
     Raises WeightsChecksumMismatch with both checksums, WeightsUnavailable.
     """
-    suffix = next((one for one in MODEL_SUFFIXES if file.uri.endswith(one)), "")
     shelf = Shelf(folder, max_bytes)
-    place = folder / (file.sha256 + suffix)
+    place = cached_at(file, folder)
     try:
         if not (_is_whole(place, file.sha256) and shelf.touch(place)):
             _fetch(file, shelf, place.name, fetch if file.uri.startswith("s3://") else _copy)

@@ -1,0 +1,291 @@
+"""The Helm chart, held to all that can be told of it without a cluster.
+
+For each file of values in deploy/helm/gradcam/ci: `helm lint --strict`, `helm template`, Kubernetes' own
+schemas, those of KEDA and the Prometheus operator (deploy/helm/schemas), and what no schema says: who runs
+as whom, which settings there are, that a pod has longer to end than its worker, that the scaler's formula
+is `scaling.Scaler.formula`. Then values that must be refused.
+
+    python check_helm.py            what is wrong, a line each; exit code 1 where anything is
+    python check_helm.py --write    write the settings' part of values.schema.json
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import deploy_tools
+import yaml  # type: ignore[import-untyped]
+from scaling import Scaler
+
+from worker import supervisor
+from worker.settings import Settings
+from worker.shard import ROUTE, ROUTES
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "deploy" / "helm" / "gradcam"
+TOOLS = deploy_tools.FOLDER / "bin"
+SCHEMAS = {
+    "ScaledObject": "keda-scaledobject.json",
+    "PodMonitor": "podmonitor.json",
+    "PrometheusRule": "prometheusrule.json",
+}
+ALERTS = ROOT / "deploy" / "alerts" / "gradcam.rules.yaml"
+PORT = 9464
+USER = 10001  # of the images, docker/Dockerfile
+# They come from the Secret: no ConfigMap may hold them ...
+SECRET = {"broker_url", "ledger_url", "s3_access_key_id", "s3_secret_access_key"}
+SECRET |= {"status_sql_url", "webhook_secrets"}
+# ... and these from the chart, or from a supervisor.
+OWN = {"cache_dir", "devices", "metrics_host", "metrics_port", "networks", "redis_ca", "starts"}
+# Values that must be refused, as `--set` takes them -> what has to be in the message.
+REFUSED = {
+    "settings.treads=4": "treads",
+    "settings.threads=0": "threads",
+    "settings.lease_s=0.5": "lease_s",
+    "settings.precision=float16": "precision",
+    "settings.image_schemes=s3": "image_schemes",
+    "settings.broker_url=redis://a": "broker_url",
+    "secret.existingSecret=": "GRADCAM_BROKER_URL",
+    "worker.device=tpu": "device",
+    "worker.replicas=-1": "replicas",
+    "worker.gpus=2": "gpus",
+    "redis.enabled=true": "users.acl",
+    "redis.image=valkey": "image",
+    "s3.enabled=true": "RCLONE_AUTH_KEY",
+    "networkPolicy.egress=null": "networkPolicy.egress",
+    "keda.enabled=true,keda.minReplicas=9": "keda.maxReplicas",
+    "keda.drainSeconds=0": "drainSeconds",
+    "monitoring.prometheusRule.enabled=true": "--set-file",
+    "nonsense=1": "nonsense",
+}
+LINT = "{extends: default, rules: {line-length: {max: 220}, document-start: disable}}"
+Document = dict[str, Any]
+
+
+class Tools:
+    """Programs that others wrote: helm, kubernetes-validate, check-jsonschema, yamllint."""
+
+    def __init__(self, folder: Path = TOOLS) -> None:
+        """They are looked for in `folder`, and where the shell would find them."""
+        self._path = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
+
+    def has(self, name: str) -> bool:
+        """Whether a program is there."""
+        return bool(shutil.which(name, path=self._path))
+
+    def run(self, name: str, *words: str | Path) -> tuple[int, str, str]:
+        """Exit code, output and errors of a program. Raises FileNotFoundError, naming it."""
+        found = shutil.which(name, path=self._path)
+        if not found:
+            message = f"{name} is not installed: scripts/check-deploy brings it."
+            raise FileNotFoundError(message)
+        with tempfile.TemporaryDirectory() as home:  # helm keeps what it likes to keep
+            kept = {f"HELM_{kind}_HOME": home for kind in ("CACHE", "CONFIG", "DATA")}
+            done = subprocess.run(
+                [found, *map(str, words)],
+                capture_output=True,
+                text=True,
+                check=False,
+                env={**os.environ, **kept},
+            )
+        return done.returncode, done.stdout, done.stderr
+
+
+def main(tools: Path = TOOLS) -> list[str]:
+    """What is wrong with the chart; `tools` is where the programs are. Raises FileNotFoundError."""
+    at_hand = Tools(tools)
+    found = list(stale())
+    for values in sorted((CHART / "ci").glob("*.yaml")):
+        code, said, errors = at_hand.run("helm", "lint", "--strict", CHART, "-f", values)
+        if code or "WARNING" in said + errors:
+            found.append(f"{values.name}: helm lint: {said} {errors}")
+        code, text, errors = template(at_hand, values)
+        if code or errors:
+            found.append(f"{values.name}: helm template: {errors}")
+            continue
+        documents = parsed(text)
+        found += [f"{values.name}: {one}" for one in (*checked(at_hand, documents), *findings(documents))]
+    found += refused(at_hand)
+    yaml_files = [CHART / "Chart.yaml", CHART / "values.yaml", *sorted((CHART / "ci").glob("*.yaml")), ALERTS]
+    code, said, errors = at_hand.run("yamllint", "--strict", "-d", LINT, *yaml_files)
+    return [*found, *([f"yamllint: {said} {errors}"] if code else [])]
+
+
+def template(tools: Tools, values: Path, *sets: str) -> tuple[int, str, str]:
+    """What `helm template` says, with the alerts given as an operator would give them."""
+    words: list[str | Path] = ["template", "rehearsal", CHART, "--namespace", "vision", "-f", values]
+    if not sets:
+        words += ["--set-file", f"monitoring.prometheusRule.rules={ALERTS}"]
+    for one in sets:
+        words += ["--set", one]
+    return tools.run("helm", *words)
+
+
+def parsed(text: str) -> list[Document]:
+    """The objects that a template made."""
+    return [one for one in yaml.safe_load_all(text) if one]
+
+
+def checked(tools: Tools, documents: list[Document]) -> Iterator[str]:
+    """What the schemas do not allow: Kubernetes' strictly, and ours for objects of others."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = [one for one in documents if one["kind"] not in SCHEMAS]
+        file = Path(folder) / "plain.yaml"
+        file.write_text(yaml.safe_dump_all(plain), encoding="utf-8")
+        code, said, errors = tools.run("kubernetes-validate", "--strict", "--quiet", file)
+        if code or (said + errors).strip():
+            yield f"kubernetes-validate: {said} {errors}"
+        for kind, schema in SCHEMAS.items():
+            for one in documents:
+                if one["kind"] == kind:
+                    file = Path(folder) / f"{kind}.yaml"
+                    file.write_text(yaml.safe_dump(one), encoding="utf-8")
+                    where = CHART.parent / "schemas" / schema
+                    code, said, errors = tools.run("check-jsonschema", "--schemafile", where, file)
+                    if code:
+                        yield f"{kind}: {said} {errors}"
+
+
+def refused(tools: Tools) -> Iterator[str]:
+    """Values that ought to be refused and are not, or not in words that name them."""
+    for one, word in REFUSED.items():
+        code, _, errors = template(tools, CHART / "ci" / "cpu.yaml", *one.split(","))
+        if not code:
+            yield f"--set {one} is not refused."
+        elif word not in errors:
+            yield f"--set {one} is refused without {word!r}: {errors}"
+
+
+def findings(documents: list[Document]) -> Iterator[str]:
+    """What no schema says."""
+    for one in documents:
+        if one["kind"] in {"Deployment", "StatefulSet"}:
+            yield from _pod(one)
+        elif one["kind"] == "ScaledObject":
+            yield from _scaler(one, documents)
+    by_name = {(one["kind"], one["metadata"]["name"]): one for one in documents}
+    settings = by_name["ConfigMap", "rehearsal-gradcam"]["data"]
+    given = {name: str(value) for name, value in settings.items() if name.startswith("GRADCAM_")}
+    # The file's folder is there in a pod, and not here.
+    told = {**given, "GRADCAM_BROKER_URL": "redis://somewhere:6379/0", "GRADCAM_REDIS_CA": ""}
+    read = Settings.from_environment(told)  # raises InvalidSettings where the worker would
+    grace = _spec(by_name["Deployment", "rehearsal-gradcam-worker"])["terminationGracePeriodSeconds"]
+    if grace < read.shutdown_timeout_s + supervisor.HAND_BACK_S:
+        yield f"a worker that needs {read.shutdown_timeout_s:g} s to end is killed after {grace} s"
+    denying = by_name.get(("NetworkPolicy", "rehearsal-gradcam"), {}).get("spec", {})
+    if set(denying) != {"podSelector", "policyTypes"} or len(denying["policyTypes"]) != len(("in", "out")):
+        yield "no NetworkPolicy denies what the others do not allow"
+
+
+def _spec(document: Document) -> Document:
+    spec: Document = document["spec"]["template"]["spec"]
+    return spec
+
+
+def _pod(document: Document) -> Iterator[str]:
+    name, spec = document["metadata"]["name"], _spec(document)
+    user = spec["securityContext"]
+    if not user["runAsNonRoot"] or user["seccompProfile"] != {"type": "RuntimeDefault"}:
+        yield f"{name} may run as root, or without seccomp"
+    ours = name.endswith(("-worker", "-deliver"))
+    if ours and user["runAsUser"] != USER:
+        yield f"{name} runs as {user['runAsUser']}, and the image's user is {USER}"
+    if spec["automountServiceAccountToken"]:
+        yield f"{name} has a token for the cluster"
+    for one in [*spec["containers"], *spec.get("initContainers", [])]:
+        rights = one["securityContext"]
+        if rights != {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }:
+            yield f"{name}/{one['name']} has rights that it needs not: {rights}"
+        if ":" not in one["image"] or one["image"].endswith(":latest"):
+            yield f"{name}/{one['name']}: {one['image']} says no version"
+    for one in spec["containers"]:
+        missing = {"livenessProbe", "readinessProbe", "resources"} - one.keys()
+        if missing or "memory" not in one["resources"]["limits"]:
+            yield f"{name}/{one['name']} lacks {missing or 'a limit of memory'}"
+        if ours:
+            yield from _our_container(name, one)
+
+
+def _our_container(name: str, container: Document) -> Iterator[str]:
+    asked = {
+        kind: container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "liveness", "readiness")
+    }
+    if asked != {"startup": "/startup", "liveness": "/live", "readiness": "/ready"}:
+        yield f"{name} is asked at {asked}"
+    if container["ports"] != [{"name": "metrics", "containerPort": PORT}]:
+        yield f"{name} does not serve metrics at {PORT}: {container['ports']}"
+
+
+def _scaler(scaled: Document, documents: list[Document]) -> Iterator[str]:
+    spec = scaled["spec"]
+    targets = {one["metadata"]["name"]: one for one in documents if one["kind"] == "Deployment"}
+    target = targets.get(spec["scaleTargetRef"]["name"])
+    if not target or "replicas" in target["spec"]:
+        yield "the ScaledObject's target is not there, or says itself how many replicas it has"
+    asked = {one["name"]: one["metadata"]["valueLocation"] for one in spec["triggers"]}
+    right = {route: f'gradcam_queue_jobs{{priority="{route}"}}' for route in ROUTES}
+    right |= {name: f"gradcam_{name}_jobs" for name in ("retrying", "running")}
+    if asked != right:
+        yield f"the triggers are {asked}, not {right}"
+    formula = spec["advanced"]["scalingModifiers"]["formula"]
+    if formula != scaler(formula, spec["maxReplicaCount"]).formula:
+        yield f"the formula is {formula}, and scaling.py says {scaler(formula, 1).formula}"
+
+
+def scaler(formula: str, most: int) -> Scaler:
+    """The scaler whose numbers stand in a formula."""
+    names = "|".join([*ROUTES, "retrying", "running"])
+    job_s, shard_s, drain_s, slots = re.findall(r"[0-9.]+", re.sub(names, "", formula))
+    return Scaler(float(job_s), float(shard_s), float(drain_s), int(slots), most)
+
+
+def settings_schema() -> dict[str, Any]:
+    """The settings that values.yaml may hold, as worker/settings.py has them."""
+    found: dict[str, Any] = {}
+    for name, said in sorted(Settings.model_json_schema()["properties"].items()):
+        if name in SECRET | OWN:
+            continue
+        kept = {key: value for key, value in said.items() if key not in {"default", "title", "writeOnly"}}
+        if "anyOf" in kept:  # a path, or nothing
+            kept = {"type": "string"}
+        if kept["type"] == "array":  # an environment variable has commas between them
+            kept["items"] = {"type": "string", "pattern": "^[^,]+$"}
+        found[name] = kept
+    return {"type": "object", "additionalProperties": False, "properties": found}
+
+
+def stale() -> Iterator[str]:
+    """What the chart says that is written elsewhere, and differs there."""
+    schema: Mapping[str, Any] = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    if schema["properties"]["settings"] != settings_schema():
+        yield "values.schema.json: settings are not those of worker/settings.py: check_helm.py --write"
+    if {*ROUTES} != {"high", "normal", "low", "bulk", ROUTE}:
+        yield f"the chart's formula does not know all of {ROUTES}"
+
+
+def write() -> None:
+    """Put the settings into values.schema.json."""
+    file = CHART / "values.schema.json"
+    schema = json.loads(file.read_text(encoding="utf-8"))
+    schema["properties"]["settings"] = settings_schema()
+    file.write_text(json.dumps(schema, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv[1:]:
+        write()
+        sys.exit(0)
+    wrong = main()
+    print("\n".join(wrong) or "The chart is as it should be.")
+    sys.exit(1 if wrong else 0)

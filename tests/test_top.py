@@ -1,0 +1,175 @@
+"""`gradcam top`: what it sees in a real ledger, and how it is shown."""
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from worker import terminal, top
+from worker.cli import main
+from worker.client import GradcamClient
+from worker.contract import Problem, WorkerRef
+from worker.depths import Depths
+from worker.errors import ImageNotFound, StorageUnavailable
+from worker.fleet import RedisFleet
+from worker.redis_ledger import RedisLedger
+from worker.settings import Settings
+from worker.shard import ROUTES
+
+HEALTH = {"device": "NVIDIA H100 80GB HBM3", "since": "2026-11-01T00:00:00+00:00", "running": 3}
+WELL = {**HEALTH, "batch": 12.5, "trouble": None}
+ILL = {**WELL, "trouble": "The storage failed 3 times: s3://results/cams/health/probe.txt: HTTP 503."}
+FACTS = {
+    "backfill": "b",
+    "output": "s3://results/cats",
+    "before": 0,
+    "done": 12_000,
+    "partly": 12,
+    "planned": 30_000,
+    "whole": False,
+    "rows_per_s": 412.3,
+    "in_flight": 4,
+    "failed": 3,
+}
+ME = WorkerRef(id="gpu-1:7", device="cpu")
+WIDTH, HEIGHT, TIMEOUT_S = 80, 40, 30
+EMPTY = top.Look(
+    at="2026-11-01T10:11:12+00:00",
+    place="redis://queue/0",
+    depths=Depths(dict.fromkeys(ROUTES, 0), dict.fromkeys(ROUTES, 0.0), 0, 0, 0, 0, 0.0, 0),
+)
+
+
+def submitted(settings: Settings, *priorities: str) -> list[str]:
+    client = GradcamClient(settings=settings)
+    return [
+        client.submit(image="s3://in/a.jpg", network="vgg16", target={"top_n": 1}, priority=one)
+        for one in priorities
+    ]
+
+
+def run(ledger: RedisLedger, job_id: str, error: ImageNotFound | StorageUnavailable | None = None) -> None:
+    """Bring a job to its end."""
+    claimed = ledger.claim(ledger.read(job_id), ME).document
+    if error:
+        ledger.advance(claimed, status="failed", error=Problem.of(error, stage="fetch", attempt=1))
+    else:
+        ledger.advance(claimed, status="succeeded")
+
+
+def drawn(look: top.Look, monkeypatch: pytest.MonkeyPatch, height: int | None = None) -> list[str]:
+    """The lines that a terminal of 80 columns shows."""
+    console = Console(width=WIDTH, height=HEIGHT)
+    monkeypatch.setattr(terminal, "out", console)
+    with console.capture() as shown:
+        console.print(top.picture(look, height=height))
+    return shown.get().splitlines()
+
+
+def test_queues_workers_throughput_errors_and_backfills_are_seen(settings: Settings) -> None:
+    ledger = RedisLedger(settings)
+    high, first, second, canceled, *_ = submitted(settings, "high", "normal", "normal", "bulk", "low", "low")
+    run(ledger, high)
+    run(ledger, first, ImageNotFound("It is not there."))
+    run(ledger, second, StorageUnavailable("Not just now."))
+    GradcamClient(settings=settings).cancel(canceled)
+    ledger.beat("gpu-1:7", json.dumps(WELL), {})
+    ledger.beat("gpu-2:8", "of a version to come", {})
+    RedisFleet(ledger.server).beat("s3://results/cats", "me", FACTS, [], enter=True)
+    watch = top.Watch(settings)
+    for look in (watch.look(), watch.look()):  # the second one knows the codes
+        assert look.depths.queued == {"high": 0, "normal": 0, "low": 2, "bulk": 0, "shard": 0}
+        assert look.ended == {"succeeded": 1, "failed": 2, "canceled": 1, "expired": 0}
+        assert (look.depths.dead, look.errors_of) == (2, 2)
+        assert look.errors == {"image_not_found": 1, "storage_unavailable": 1}
+        assert look.workers[0] == {"id": "gpu-1:7", **WELL}
+        assert "cannot read" in look.workers[1]["trouble"]
+        top.picture(look)
+        assert [one["output"] for one in look.backfills] == ["s3://results/cats"]
+    kept = ledger.server.redis.keys(f"{settings.key_prefix}ended:*")
+    assert {0 < ledger.server.redis.pttl(key) <= 900_000 for key in kept} == {True}, "not for ever"
+
+
+def test_of_the_minute_before_as_much_counts_as_lies_within_60_seconds() -> None:
+    before, now = {"high succeeded": "60", "shard failed": "4"}, {"normal succeeded": "5"}
+    jobs, shards = top._last_minute(before, now, share=0.25)
+    assert (jobs["succeeded"], shards["failed"]) == (45 + 5, 3)
+
+
+def test_fifty_workers_fit_a_terminal_and_those_in_trouble_come_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "gradcam-worker-6d5f8c9b7d-x{:02}ab:1"
+    workers = tuple({"id": name.format(one), **(ILL if one == 30 else WELL)} for one in range(50))
+    errors = {f"code_{one}": 9 for one in range(20)}
+    backfills = tuple({**FACTS, "output": "s3://results/" + "x" * 200} for _ in range(9))
+    full = replace(EMPTY, workers=workers, errors=errors, errors_of=180, backfills=backfills)
+    lines = drawn(full, monkeypatch, HEIGHT)
+    assert len(lines) <= HEIGHT - 1
+    assert max(map(len, lines)) <= WIDTH
+    table = next(at for at, line in enumerate(lines) if line.startswith("worker "))
+    assert lines[table + 1].split()[0] == name.format(30)
+    assert any("and 4" in line and "more." in line for line in lines)
+    assert "HTTP 503" in " ".join(lines)
+    whole = drawn(full, monkeypatch)
+    assert sum(line.startswith("gradcam-worker-") for line in whole) == 51, "each, and what is wrong with one"
+    roomy = drawn(replace(EMPTY, workers=workers[:3]), monkeypatch, HEIGHT)
+    assert not any("more." in line for line in roomy)
+
+
+def test_names_from_elsewhere_do_nothing_to_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    hostile = {**WELL, "id": "\x1b[2Jgpu[red]", "device": "\x1b]0;x\x07", "trouble": "bad\x1b[31m"}
+    look = replace(EMPTY, workers=(hostile,), errors={"\x1b[5m": 1}, errors_of=1)
+    shown = "\n".join(drawn(look, monkeypatch))
+    assert "\x1b" not in shown
+    assert "gpu[red]" in shown
+    assert "No worker lives" in "\n".join(drawn(EMPTY, monkeypatch))
+
+
+def test_machines_get_json_and_a_ledger_that_is_away_is_a_sentence(
+    settings: Settings, free_port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submitted(settings, "high")
+    for name, value in settings.to_environment().items():
+        monkeypatch.setenv(name, value)
+    assert main(["top", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["depths"]["queued"]["high"] == 1
+    assert main(["top", "--once"]) == 0
+    assert capsys.readouterr().out.startswith("gradcam top")
+    monkeypatch.setenv("GRADCAM_BROKER_URL", f"redis://127.0.0.1:{free_port}/0")
+    assert main(["top", "--once"]) == 1
+    assert "cannot be reached" in capsys.readouterr().err
+
+
+def test_on_a_terminal_it_is_shown_again_and_again_until_q(settings: Settings) -> None:
+    keyboard, screen = pty.openpty()
+    environment = {**os.environ, **settings.to_environment(), "TERM": "xterm", "COLUMNS": "80", "LINES": "30"}
+    command = [sys.executable, "-P", "-m", "worker", "top"]
+    with subprocess.Popen(
+        command, stdin=screen, stdout=screen, stderr=screen, env=environment, start_new_session=True
+    ) as program:
+        os.close(screen)
+        shown, end_s = read(keyboard, b"waiting"), time.monotonic() + TIMEOUT_S
+        submitted(settings, "high")
+        while b"high          1" not in shown:
+            shown += read(keyboard, b"high")
+            assert time.monotonic() < end_s, shown
+        os.write(keyboard, b"q")
+        assert program.wait(TIMEOUT_S) == 0
+    os.close(keyboard)
+
+
+def read(terminal_: int, until: bytes) -> bytes:
+    """What a program has written, from now on until it has written this."""
+    shown, end_s = b"", time.monotonic() + TIMEOUT_S
+    while until not in shown:
+        assert select.select([terminal_], [], [], max(end_s - time.monotonic(), 0))[0], shown
+        shown += os.read(terminal_, 65_536)
+    return shown

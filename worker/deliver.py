@@ -1,0 +1,44 @@
+"""`gradcam deliver`: tells webhooks and the database, and puts jobs right, where no worker may be running.
+
+Every worker does all of this, too. Where workers are scaled to zero somebody has to: this process needs no
+device, and loads no array, picture or network library.
+"""
+
+import logging
+import signal
+import threading
+from queue import SimpleQueue
+
+from worker import keepers, traces
+from worker.broker import Bell
+from worker.redis_ledger import RedisLedger
+from worker.settings import Settings
+from worker.status import Webhooks
+from worker.telemetry import Telemetry
+from worker.wire import process_name
+
+log = logging.getLogger("gradcam")
+
+
+def run(settings: Settings) -> int:
+    """Deliver until SIGTERM or SIGINT; return the exit code. Raises InvalidSettings."""
+    signals = SimpleQueue[int]()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda one, _: signals.put(one))
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    telemetry, me = Telemetry(settings), process_name()
+    ledger, bell = RedisLedger(settings), Bell(settings)
+    ledger.observer = telemetry.observer
+    spans = traces.to(settings.traces, "gradcam-deliver", me)
+    send = Webhooks(settings).send
+    kept = keepers.gather(settings, bell, ledger, send, me, telemetry.observer, spans)
+    stopped = threading.Event()
+    threads = keepers.start({**kept, **telemetry.keepers}, stopped)
+    telemetry.watch(threads)
+    telemetry.begun()
+    log.info("%s delivers: %s", me, ", ".join(kept))
+    signals.get()
+    telemetry.ending()
+    stopped.set()
+    keepers.join(threads)
+    return 0
