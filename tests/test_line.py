@@ -37,7 +37,7 @@ PRINTS = "straße 🦔 日本語 [red] %s {} \\ '\""
 @pytest.fixture
 def log() -> tuple[logging.Logger, io.StringIO]:
     """A logger that writes as a worker does, and what it has written."""
-    written, logger = io.StringIO(), logging.Logger("gradcam.line")  # below no other: pytest keeps none of it
+    written, logger = io.StringIO(), logging.Logger("gradcam.line")  # noqa: LOG001  # pytest keeps none of it
     handler = logging.StreamHandler(written)
     handler.setFormatter(LineFormatter(FORMAT))
     logger.addHandler(handler)
