@@ -152,12 +152,11 @@ def run(
         )
         try:
             with _stoppable(), runs.seat() as seat, progress:
-                place.begin(plan)
                 cut = shards(counted.rows(), plan, max_bytes=settings.max_message_bytes // 2)
                 seal = runs.run(seat, cut)
         except KeyboardInterrupt:
-            left = f"{len(runs.flights)} shards are in flight, and come to their end by themselves"
-            terminal.err.print(f"Stopped. {left}; --resume goes on.", soft_wrap=True)
+            left = f"{len(runs.flights)} shards are in flight, and come to their end by themselves; "
+            terminal.err.print(f"Stopped. {left if runs.flights else ''}--resume goes on.", soft_wrap=True)
             return 130
     if as_json:
         said = seal or runs.standing.facts()
@@ -167,7 +166,11 @@ def run(
     if not seal:
         lost = runs.standing.lost
         terminal.err.print(f"[red]Incomplete[/]: {lost} shards failed as a whole; --resume tries them again.")
-    return 0 if seal and seal["failed"] <= pace["max_failed"] * seal["rows"] else 1
+        return 1
+    if seal["failed"] > pace["max_failed"] * seal["rows"]:
+        terminal.err.print(f"[red]More than {pace['max_failed']:.0%} of the rows have failed.[/]")
+        return 1
+    return 0
 
 
 def _plan(wish: dict[str, Any], settings: Settings) -> "Plan":
