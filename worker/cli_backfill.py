@@ -190,10 +190,10 @@ def _plan(wish: dict[str, Any], settings: Settings) -> "Plan":
 
 
 def _ring(settings: Settings) -> Callable[[str], None]:
-    from worker import broker
+    from worker.broker import Bell
 
-    app = broker.make_app(settings)
-    return lambda job_id: broker.ring(app, job_id, ROUTE)
+    bell = Bell(settings)
+    return lambda job_id: bell.ring([job_id], ROUTE)
 
 
 @contextmanager
