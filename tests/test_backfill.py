@@ -40,6 +40,7 @@ from worker.shard import Row, Shard
 from worker.standing import Pace, Standing
 from worker.tasks import Desk
 from worker.testing import MemoryLedger, MemoryStore, outside
+from worker.wire import utc_now
 from worker.wishes import Target
 
 PLACE = "s3://results/photos"
@@ -150,7 +151,6 @@ class House:
             say=self.said.append,
         )
         with one.seat() as seat:
-            place.begin(plan)
             return one.run(seat, shards(rows, plan))
 
     @property
@@ -159,7 +159,7 @@ class House:
 
     def rows(self) -> Counter[int]:
         """How often each row of the input is in the dataset."""
-        files = [data for name, data in self.store.objects.items() if name.startswith("data/")]
+        files = [data for name, data in self.store.objects.items() if name.endswith(".parquet")]
         return Counter(
             number for one in files for number in pq.read_table(io.BytesIO(one))["row"].to_pylist()
         )
@@ -171,7 +171,7 @@ class House:
 
 @pytest.fixture
 def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
-    for name in ("backfill.FIRST_LOOK_S", "backfill.LAST_LOOK_S", "outage.AGAIN_S"):
+    for name in ("backfill.FIRST_LOOK_S", "backfill.LAST_LOOK_S", "standing.AGAIN_S"):
         monkeypatch.setattr(f"worker.{name}", 0.002)
     one = House({f"s3://in/{number}.png": IMAGE for number in range(100)})
     worker = threading.Thread(target=one.work)
@@ -444,11 +444,140 @@ def test_it_ends_where_somebody_else_has_taken_the_output(house: House, plan: Pl
         house.run(plan, images(40))
 
 
-def test_shards_with_other_weights_are_no_part_of_it(house: House, plan: Plan) -> None:
-    other = NetworkRef(name="efficientnet_lite0", layer="blocks", weights_sha256="a" * 64)
+def test_shards_at_another_layer_are_no_dataset_and_nobody_goes_on_with_them(
+    house: House, plan: Plan
+) -> None:
+    other = NetworkRef(name="efficientnet_lite0", layer="other", weights_sha256=None)
     house.store.put("network.json", other.to_json().encode(), "application/json")
     with pytest.raises(BackfillStopped, match=r"do not agree: shard \d was explained with weights None"):
         house.run(plan, images(40))
+    assert house.seal is None
+    with pytest.raises(BackfillConflict, match=r"holds a dataset, and no backfill\.json"):
+        house.run(plan, images(40), resume=True)
+
+
+def test_once_its_weights_are_known_no_worker_writes_with_others(house: House, plan: Plan) -> None:
+    other = NetworkRef(name="efficientnet_lite0", layer="blocks", weights_sha256="a" * 64)
+    house.store.put("network.json", other.to_json().encode(), "application/json")
+    with pytest.raises(BackfillStopped, match="because of weights_checksum_mismatch"):
+        house.run(plan, images(40))
+    assert not [name for name in house.store.objects if name.startswith("data/")]
+
+
+def test_weights_of_shards_that_ended_while_nobody_looked_are_asked_of_the_ledger(
+    house: House, plan: Plan
+) -> None:
+    seal = house.run(plan, images(8))
+    assert seal is not None
+    del house.store.objects["network.json"], house.store.objects["dataset.json"]
+    again = house.run(plan, images(8), resume=True)
+    assert again is not None
+    assert again["network"] == seal["network"]
+    assert "network.json" in house.store.objects
+
+
+def test_whoever_has_lost_the_output_submits_nothing_more(house: House, plan: Plan) -> None:
+    def lose(_: str) -> None:
+        house.fleet.heard = Heard(owner=False, before=Record({"pid": 7, "host": "gpu-2"}, (), lives=True))
+
+    house.ring = lose
+    with pytest.raises(BackfillConflict, match="run by process 7 on gpu-2"):
+        house.run(plan, images(40), window=4)
+    assert len(house.ledger._entries) == 1
+
+
+def test_what_another_backfill_finishes_at_the_last_moment_is_its_own(house: House, plan: Plan) -> None:
+    theirs = plan.model_copy(update={"id": "01a216d4-0523-773f-a799-60224947ae4d", "target": Target(top_n=2)})
+    stray = next(shards(images(4), theirs))
+    house.store.put("backfill.json", theirs.to_json().encode(), "application/json")
+    house.ledger.submit(stray)
+    house.fleet.record = Record({"backfill": theirs.id}, (stray.id,), lives=False)
+    cancel = house.ledger.cancel
+
+    def late(job_id: str) -> StatusDocument:
+        house.store.put(f"data/{stray.key}.parquet", b"theirs", "")
+        return cancel(job_id)
+
+    house.ledger.cancel = late  # type: ignore[method-assign]
+    with pytest.raises(BackfillConflict, match="holds another backfill, of which a shard was done just now"):
+        house.run(plan, images(8))
+    assert Output(house.store).held() == theirs
+    assert not house.done
+
+
+def test_what_is_waited_for_before_it_begins_is_shown_and_can_be_cancelled(house: House, plan: Plan) -> None:
+    other = "01a216d4-0523-773f-a799-60224947ae4d"
+    stray = next(shards(images(4), plan.model_copy(update={"id": other})))
+    house.ledger.claim(house.ledger.submit(stray), WorkerRef(id="w", device="cpu"))
+    house.fleet.record = Record({"backfill": other}, (stray.id,), lives=False)
+    house.show = lambda _: house.fleet.find(PLACE, cancel=True) and None
+    with pytest.raises(BackfillStopped, match="cancelled on request"):
+        house.run(plan, images(8))
+    assert house.ledger.read(stray.id).cancel_requested_at
+
+
+def test_what_is_cancelled_and_still_runs_is_remembered_as_in_flight(house: House, plan: Plan) -> None:
+    def claim(job_id: str) -> None:
+        if not house.shown:
+            house.ledger.claim(house.ledger.read(job_id), WorkerRef(id="w", device="cpu"))
+
+    def cancel(_: Standing) -> None:
+        house.fleet.find(PLACE, cancel=True)
+
+    house.ring, house.show = claim, cancel
+    with pytest.raises(BackfillStopped):
+        house.run(plan, images(8), window=1)
+    (running,) = house.ledger._entries
+    assert house.fleet.record is not None
+    assert house.fleet.record.shards == (running,)
+
+
+def test_a_shard_that_succeeds_at_last_is_no_dead_letter(house: House, plan: Plan) -> None:
+    keys = [one.key for one in shards(images(12), plan)]
+    house.fails = {keys[1]: [StorageUnavailable("The store is down.")] * 4}
+    assert house.run(plan, images(12)) is None
+    assert len(house.ledger.dead()) == 3
+    assert house.run(plan, images(12), resume=True)
+    assert not house.ledger.dead()
+
+
+def test_why_a_shard_is_tried_again_is_said_once(house: House, plan: Plan) -> None:
+    worker, problem = (
+        WorkerRef(id="w", device="cpu"),
+        Problem.of(StorageUnavailable("Down."), stage="upload", attempt=1),
+    )
+
+    def put_off(job_id: str) -> None:
+        claim = house.ledger.claim(house.ledger.read(job_id), worker)
+        house.ledger.advance(claim.document, status="retrying", error=problem, queued_at=utc_now())
+
+    def interrupt(_: Standing) -> None:
+        if len(house.shown) > 5:
+            raise KeyboardInterrupt
+
+    house.ring, house.show = put_off, interrupt
+    with pytest.raises(KeyboardInterrupt):
+        house.run(plan, images(12))
+    assert house.said == ["A shard waits for its next attempt, because of storage_unavailable: Down."]
+
+
+def test_what_is_not_named_as_a_shard_is_none(house: House, plan: Plan) -> None:
+    first, *_ = shards(images(8), plan)
+    for name in (f"data/{first.key}.parquet.crc", "data/2031-report.csv", "data/_SUCCESS"):
+        house.store.put(name, b"", "")
+    assert house.run(plan, images(8))
+    assert house.rows() == dict.fromkeys(range(8), 1)
+
+
+def test_a_table_that_is_no_shards_would_be_read_with_them_and_is_refused(house: House, plan: Plan) -> None:
+    house.store.put("data/mine.parquet", b"", "")
+    with pytest.raises(BackfillConflict, match=r"holds mine\.parquet, which no backfill"):
+        house.run(plan, images(8))
+    assert not house.done
+    del house.store.objects["data/mine.parquet"]
+    house.show = lambda _: house.store.put("data/mine.parquet", b"", "") and None
+    with pytest.raises(BackfillConflict, match=r"holds mine\.parquet, which no backfill"):
+        house.run(plan, images(8))
     assert house.seal is None
 
 
@@ -501,7 +630,7 @@ def test_an_output_that_is_somebody_elses_is_refused(house: House, plan: Plan) -
     with pytest.raises(BackfillConflict, match="Its input is"):
         place.agreed(moved, resume=False, changed=False)
     assert place.agreed(moved, resume=True, changed=False).id == plan.id
-    with pytest.raises(BackfillConflict, match="begun just now"):
+    with pytest.raises(BackfillConflict, match="of which a shard was done just now"):
         place.begin(moved)
     house.store.objects["backfill.json"] = b"{}"
     with pytest.raises(BackfillConflict, match="no plan that this version can read"):
@@ -571,6 +700,7 @@ def test_shown_is_what_is_known() -> None:
     )
     assert about.facts(begun).items() >= {"total": 9996, "left_s": 94, "rows_per_s": 98.0}.items()
     assert about.text(replace(begun, whole=True, workers=None)).startswith("784 of 1,024 rows · ")
+    assert unknown.text(Standing(workers=0)).startswith("No rows yet · no worker lives")
 
 
 @pytest.mark.parametrize("form", ["terminal", "lines", "json"])

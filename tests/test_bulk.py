@@ -439,6 +439,33 @@ def test_the_file_is_written_last_and_a_shard_whose_file_is_there_is_done() -> N
     assert again.result.manifest_sha256 == hashlib.sha256(store.objects[DATA]).hexdigest()
 
 
+@pytest.mark.parametrize("mended", [1, 2], ids=["one of two", "both"])
+def test_whoever_dies_between_two_files_of_a_shard_that_is_mended_hides_no_failure(mended: int) -> None:
+    def bench(missing: int) -> Bench:
+        return Bench({uri(place): PICTURES[uri(place)] for place in range(missing, 6)}, store=store)
+
+    store = Watched()
+    shard = shard_of({uri(place): b"" for place in range(6)})
+    bench(2).run(shard)
+    before = store.objects[FAILED]
+    assert len(before.splitlines()) == 2
+    store.broken = "data"
+    with pytest.raises(StorageUnavailable):
+        bench(2 - mended).run(shard.model_copy(update={"keep": True}))
+    assert store.objects[FAILED] == before, "what it says of the file that is there is true"
+
+
+def test_a_shard_that_was_overtaken_while_it_computed_writes_nothing() -> None:
+    def insist(stage: str) -> None:
+        message = f"overtaken at {stage}"
+        raise AttemptFenced(message)
+
+    bench = Bench()
+    with pytest.raises(AttemptFenced, match="at upload"):
+        bulk.explain(shard_of(PICTURES), bench.outside, Journey(Deadline(60), lambda _: None, insist=insist))
+    assert not bench.store.objects
+
+
 def test_failed_rows_of_an_attempt_before_are_forgotten_when_none_fails_any_more() -> None:
     store = Watched(broken="data")
     flaky = Flaky(PICTURES, Counter({uri(2): 2}))

@@ -111,7 +111,12 @@ def test_a_list_becomes_a_dataset_and_status_says_so(
     assert re.search(r"rows +20, 1 of them failed", shown)
     assert re.search(r"shards +5 done *\n", shown)
     assert main(["backfill", "cancel", f"file://{folder}"]) == 0
-    assert capsys.readouterr().out == "Nobody runs it. 0 shards were left in flight, and are cancelled.\n"
+    assert capsys.readouterr().out == "Nobody runs it. Nothing is in flight.\n"
+    files[0].unlink()
+    assert main(["backfill", "status", f"file://{folder}"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"state +damaged", shown)
+    assert "4 of the 5 shards are there that its seal speaks of" in shown
 
 
 def test_for_machines_each_line_is_json(
@@ -178,7 +183,7 @@ def test_it_is_cancelled_from_elsewhere_while_it_runs_and_when_nobody_runs_it(
     out, err = capsys.readouterr()
     assert codes == [0, 0]
     assert re.search(rf"state +running, by process {os.getpid()} on ", out)
-    assert "It was run, and is stopped. 0 shards were left in flight" in out
+    assert "It was run, and is stopped. Nothing is in flight." in out
     assert "cancelled on request" in err
     assert hands.ledger.counts() == (0, 0)
 
@@ -210,7 +215,8 @@ def test_what_stands_in_the_way_is_a_sentence(
     assert "none.csv" in said("none.csv", "--output", place)
     assert "There is no class 'purple'" in said(*there, "--classes", "purple")
     assert not output_of(hands).joinpath("dataset.json").exists()
-    assert main([*arguments(listed, hands), "--max-failed", "0"]) == 1, "one row has failed"
+    assert main([*arguments(listed, hands), "--max-failed", "0"]) == 1
+    assert capsys.readouterr().err.endswith("More than 0% of the rows have failed.\n")
     assert "Its target is" in said(*there, "--top-n", "2", "--shard-rows", "4")
 
 

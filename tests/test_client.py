@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 import pytest
 import redis
@@ -22,11 +23,13 @@ from worker.errors import (
     GradcamError,
     IdempotencyConflict,
     InvalidJob,
+    InvalidSettings,
     LedgerUnavailable,
     UnknownJob,
     WaitTimeout,
 )
 from worker.ledger import Ledger
+from worker.patience import Patience
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
 from worker.testing import Doorbell, MemoryLedger
@@ -473,9 +476,98 @@ def test_it_works_where_an_event_loop_runs(settings: Settings) -> None:
 
 
 def test_ids_are_rung_for_many_at_a_time(settings: Settings) -> None:
-    app, ids = broker.make_app(settings), [new_id() for _ in range(1001)]
-    broker.ring_many(app, ids, "shard")
+    bell, ids = broker.Bell(settings), [new_id() for _ in range(1001)]
+    bell.ring(ids, "shard")
     messages = waiting(settings, "shard")
     assert [one["headers"]["id"] for one in messages] == ids
     assert {one["headers"]["task"] for one in messages} == {broker.EXPLAIN_SHARD}
-    assert broker.waiting(app, "shard") == 1001
+    assert bell.waiting("shard") == 1001
+
+
+def test_more_threads_than_connections_wait_for_their_turn(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "PATIENCE_S", 0)
+    client, server = GradcamClient(settings=settings), redis.Redis.from_url(settings.broker_url)
+    job_id = client.submit(**FIELDS)
+    server.client_pause(300)  # ms, so that all of them ask at once
+    with ThreadPoolExecutor(150) as pool:
+        assert {one.id for one in pool.map(client.status, [job_id] * 150)} == {job_id}
+
+
+@pytest.mark.parametrize(
+    ("url", "match"),
+    [
+        ("redis://me:wrong@{}/0", "refuses us .*password.*: look at the user, the password and the database"),
+        ("redis://{}/99", "refuses us .*out of range"),
+        ("redis://nobody:secret@{}/0", "refuses us .*permissions"),
+    ],
+    ids=["password", "database", "permission"],
+)
+def test_what_is_refused_is_not_asked_for_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, url: str, match: str
+) -> None:
+    def again(_: Any, error: Exception) -> None:
+        pytest.fail(f"asked again after: {error}")
+
+    monkeypatch.setattr(Patience, "blame", again)
+    admin = redis.Redis.from_url(settings.broker_url)
+    admin.acl_setuser("nobody", enabled=True, passwords=["+secret"], commands=["+ping", "+select"])
+    place = settings.broker_url.removeprefix("redis://").removesuffix("/0")
+    client, known = GradcamClient(url.format(place), settings=settings), new_id()
+    for ask in (client.status, client.wait, client.cancel, lambda _: client.submit(**FIELDS)):
+        with pytest.raises(LedgerUnavailable, match=match):
+            ask(known)
+    bell = GradcamClient(url.format(place), settings.broker_url, settings=settings)
+    assert bell.status(bell.submit(**FIELDS)).status == "queued", "the ledger has it: a reaper will ring"
+    admin.acl_deluser("nobody")
+
+
+@pytest.mark.parametrize("url", ["", "nonsense", "amqp://host", "redis://host:99999/0", "redis://h/0?a=b"])
+def test_urls_given_by_hand_are_checked_as_those_of_the_environment_are(url: str) -> None:
+    with pytest.raises(InvalidSettings, match=r"broker_url .*must look like redis://host:6379/0"):
+        GradcamClient(url)
+    if url:
+        with pytest.raises(InvalidSettings, match=r"ledger_url .*must look like .* without \?options"):
+            GradcamClient(None, url, settings=Settings())
+
+
+def test_a_job_may_be_given_as_its_fields_in_a_dictionary(client: GradcamClient) -> None:
+    assert client.status(client.submit(FIELDS)).status == "queued"
+    with pytest.raises(InvalidJob, match="Give a job or its fields, not both: priority"):
+        client.submit(FIELDS, priority="high")
+    with pytest.raises(InvalidJob, match="This is not a job"):
+        client.submit(5)  # type: ignore[arg-type]
+
+
+def test_an_id_may_be_a_uuid_as_web_frameworks_have_them(settings: Settings) -> None:
+    with GradcamClient(settings=settings) as client:
+        text = client.submit(**FIELDS)
+        job_id: Any = UUID(text)
+        assert client.status(job_id).id == text
+        assert client.statuses([job_id]).keys() == {text}
+        stream = client.stream(job_id, 30)
+        assert next(stream).status == "queued"
+        assert client.cancel(job_id).status == "canceled"
+        assert next(stream).status == "canceled"
+        nobody: Any = None
+        for ask in (client.status, client.cancel, client.wait):
+            with pytest.raises(UnknownJob, match="no job None"):
+                ask(nobody)
+
+
+def test_a_client_that_is_closed_while_others_use_it_breaks_nobodys_call(settings: Settings) -> None:
+    client, closing = GradcamClient(settings=settings), threading.Event()
+
+    def use(_: int) -> None:
+        while not closing.is_set():
+            client.status(client.submit(**FIELDS))
+
+    with ThreadPoolExecutor(4) as pool:
+        users = [pool.submit(use, n) for n in range(4)]
+        for _ in range(200):
+            client.close()
+            time.sleep(0.002)
+        closing.set()
+    for user in users:
+        user.result()

@@ -165,6 +165,7 @@ def test_whoever_may_only_submit_may_do_all_that_a_backfill_does(
         assert submitter.read_many([shard.id])[shard.id].status == "queued"
         assert submitter.cancel(shard.id).status == "canceled"
         assert submitter.workers() == {"gpu-1:7": "well"}
+        submitter.bury(shard.id)
         assert RedisFleet(submitter.server).find(PLACE, cancel=True)
         assert one.beat().cancel
     port = admin.get_connection_kwargs()["port"]

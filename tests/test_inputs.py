@@ -79,7 +79,7 @@ class TestJsonLines:
             f'"{A}"',
             json.dumps({"image": A, "id": "one", "sha256": SHA, "taken": [1, {"by": "me"}]}),
             json.dumps({"image": {"uri": B, "sha256": SHA.upper()}, "id": 7}),
-            json.dumps({"uri": C, "id": None}),
+            json.dumps({"uri": C, "custom_id": "c-7"}),
             json.dumps({"url": "data:image/png;base64,AA=="}),
             json.dumps({"image": None, "path": "S3://photos/\u00fc?#.jpg", "id": ""}),
         ]
@@ -87,7 +87,7 @@ class TestJsonLines:
             Row(uri=A),
             Row(uri=A, id="one", sha256=SHA),
             Row(uri=B, id="7", sha256=SHA),
-            Row(uri=C),
+            Row(uri=C, id="c-7"),
             Row(uri="data:image/png;base64,AA=="),
             Row(uri="S3://photos/\u00fc?#.jpg"),
         ]

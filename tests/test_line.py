@@ -1,6 +1,5 @@
 import io
 import logging
-from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
@@ -36,16 +35,13 @@ PRINTS = "straße 🦔 日本語 [red] %s {} \\ '\""
 
 
 @pytest.fixture
-def log() -> Iterator[tuple[logging.Logger, io.StringIO]]:
+def log() -> tuple[logging.Logger, io.StringIO]:
     """A logger that writes as a worker does, and what it has written."""
-    written, logger = io.StringIO(), logging.getLogger("gradcam.line")
+    written, logger = io.StringIO(), logging.Logger("gradcam.line")  # noqa: LOG001  # pytest keeps none of it
     handler = logging.StreamHandler(written)
     handler.setFormatter(LineFormatter(FORMAT))
     logger.addHandler(handler)
-    logger.propagate = False  # pytest would keep, and pass on, what cannot be written in UTF-8
-    yield logger, written
-    logger.removeHandler(handler)
-    logger.propagate = True
+    return logger, written
 
 
 def fail(text: str) -> None:

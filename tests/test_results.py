@@ -82,9 +82,8 @@ def test_each_artifact_has_a_url_with_which_a_browser_reads_it_without_keys(
         s3, photo, artifacts=[{"kind": "overlay"}, {"kind": "heatmap"}, {"kind": "grid"}]
     )
     result = client.result(job_id, expires_s=60)
-    assert result.document.status == "succeeded"
     assert [one.class_.name for one in result.manifest.explanations] == [
-        one.name for one in result.document.predictions[:2]
+        one.name for one in client.status(job_id).predictions[:2]
     ]
     records = {one.uri: one for seen in result.manifest.explanations for one in seen.artifacts}
     records |= {one.uri: one for one in result.manifest.artifacts}
@@ -169,6 +168,23 @@ def test_a_manifest_that_is_gone_or_is_none_or_is_anothers_is_no_result(tmp_path
     replaced(ledger, job_id, **reference("https://example.com/manifest.json"))
     with pytest.raises(StorageUnavailable, match="neither in S3 nor on this machine"):
         client.result(job_id)
+
+
+def test_a_job_that_the_ledger_has_forgotten_has_a_result_for_who_kept_its_place(
+    tmp_path: Path, photo: bytes
+) -> None:
+    client, job_id, ledger = done(Settings(output=tmp_path.as_uri()), photo)
+    known, kept = client.result(job_id), client.status(job_id).result
+    assert kept
+    assert isinstance(ledger, MemoryLedger)
+    del ledger._entries[job_id]
+    with pytest.raises(UnknownJob):
+        client.result(job_id)
+    assert client.result(job_id, manifest_uri=kept.manifest_uri) == known
+    with pytest.raises(NoResult, match="is another's"):
+        client.result(new_id(), manifest_uri=kept.manifest_uri)
+    with pytest.raises(StorageUnavailable, match="neither in S3 nor on this machine"):
+        client.result(job_id, manifest_uri="nowhere")
 
 
 def test_a_url_is_good_for_a_second_to_a_week(tmp_path: Path, photo: bytes) -> None:

@@ -142,17 +142,17 @@ def test_a_connection_that_is_cut_is_made_anew(
 
 
 def test_a_server_that_has_gone_silent_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(changes, "CHECK_S", 0.05)
     with embedded.valkey(tmp_path) as server, redis.Redis(port=server.port, decode_responses=True) as admin:
         told = RedisChanges(admin, "p:")
         told.subscribe({"a"}, set())
-        started: set[str] = set()
-        end = time.monotonic() + 0.3  # six times: it is asked, and answers
-        while time.monotonic() < end:
-            started |= told.heard()[0]
-            time.sleep(0.01)
-        assert started == {"a"}
+        waits_until(lambda: told.heard()[0] == {"a"}, "the subscription")
+        told._check_at = 0
+        told.heard()
+        assert told._asked
+        waits_until(lambda: told.heard() and not told._asked, "the answer")
         assert told.fileno() is not None
+        monkeypatch.setattr(changes, "CHECK_S", 0.05)
+        told._check_at = 0
         admin.client_pause(60_000)
 
         def silent() -> bool:
@@ -396,6 +396,35 @@ def test_one_that_does_not_come_back_is_given_up(monkeypatch: pytest.MonkeyPatch
         ledger.out = True
         with pytest.raises(LedgerUnavailable, match=r"in vain.* The ledger cannot be reached"):
             next(stream)
+
+
+def test_a_ledger_that_comes_back_without_the_job_says_so(
+    beside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookout, "POLL_LAST_S", 0.02)
+    ledger = Shaky()
+    with GradcamClient(settings=Settings(), ledger=ledger, publish=Doorbell()) as client:
+        job_id = client.submit(**FIELDS)
+        ledger.out = True
+        waiter = waiting(beside, client, job_id)
+        with pytest.raises(LedgerUnavailable):
+            client.wait(job_id, 0.1)
+        monkeypatch.setattr(ledger, "read_many", lambda _: {})
+        with pytest.raises(UnknownJob, match=job_id):
+            waiter.result(WAIT_S)
+
+
+def test_who_is_refused_from_the_start_is_told_at_once_and_who_was_let_in_waits(job: Job) -> None:
+    refused = LedgerUnavailable("Wrong password.")
+    refused.hopeless = True
+    listener = Listener(job.id, lambda: None)
+    listener.tell(refused)
+    with pytest.raises(LedgerUnavailable, match="Wrong password"):
+        listener.take()
+    listener.tell(MemoryLedger().submit(job))
+    assert listener.take()
+    listener.tell(refused)
+    assert not listener.take(), "a password may be about to change"
 
 
 def test_a_final_document_is_news_though_a_restored_ledger_counts_from_before(job: Job) -> None:

@@ -71,7 +71,7 @@ class AsyncGradcamClient:
         loop, woken, watcher = asyncio.get_running_loop(), asyncio.Event(), self.client.watcher
         wake = functools.partial(loop.call_soon_threadsafe, woken.set)
         listener = Listener(job_id, wake, timeout_s)
-        listener.tell(await asyncio.to_thread(watcher.look, job_id))
+        listener.tell(await asyncio.to_thread(watcher.look, listener.job_id))
         with closing(watcher.follow(listener)) as steps:
             for step in steps:
                 if isinstance(step, StatusDocument):

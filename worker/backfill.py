@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from worker.ahead import Ahead
-from worker.contract import NetworkRef, StatusDocument
+from worker.contract import StatusDocument
 from worker.errors import (
     BackfillConflict,
     BackfillStopped,
@@ -24,18 +24,14 @@ from worker.errors import (
 from worker.fleet import Fleet, Seat
 from worker.flights import HOPELESS, Flight, Flights, renamed
 from worker.ledger import Ledger
-from worker.outage import Outages
-from worker.output import Output
+from worker.output import Output, Weights
 from worker.plan import Plan
 from worker.shard import Shard
-from worker.standing import Pace, Speed, Standing
+from worker.standing import Outages, Pace, Speed, Standing
 
 log = logging.getLogger("gradcam")
 
-LEAST_WINDOW = 4
-PER_WORKER = 2  # shards in flight for each that a worker may have in hand
 TRIES = 3  # of a shard that fails as a whole
-ENOUGH_ROWS, ENOUGH_SHARDS = 1000, 4  # finished, before a share of failures means anything
 FIRST_LOOK_S, LAST_LOOK_S = 0.05, 1.0  # between two looks at what is in flight: longer while nothing changes
 TURN_S = 0.2  # of handing out shards
 AT_EASE = Pace()
@@ -66,39 +62,40 @@ class Backfill:
         self._output, self._ledger, self._ring, self._fleet = output, ledger, ring, fleet
         self._pace, self._each, self._show, self._say = pace, each, show, say
         self._outages = Outages(say)
-        self.flights = Flights(ledger, output.has, self._announce)
-        self._in_flight: tuple[str, ...] = ()  # ids, as the fleet is told them
+        self.flights = Flights(ledger, output.has, self._announce, say)
         self._waiting: deque[Flight] = deque()  # to be submitted before any other
         self._keys: list[str] = []  # of all shards of the input so far
         self._codes: Counter[str] = Counter()
+        self._unknown: list[str] = []  # ids of shards that nobody knows with which weights they were done
         self._ended = 0  # shards, in this run
         self._free_s = self._asked_s = 0.0  # when the next shard may go; when workers were counted last
         self._unsealed = False
 
     def seat(self) -> Seat:
         """This backfill's place in the fleet: enter it, then `run`."""
-        return Seat(self._fleet, self.plan.output, self._facts, lambda: self._in_flight)
+        return Seat(self._fleet, self.plan.output, self._facts, lambda: self.flights.ids)
 
     def run(self, seat: Seat, shards: Iterable[Shard]) -> dict[str, Any] | None:
-        """Run it; return the seal of the dataset, or None where shards are missing from it.
+        """Make the output its own and run it; return the seal, or None where shards are missing.
 
         Ledger and broker, when they are away, are tried again for ever. Raises BackfillConflict,
         BackfillStopped, StorageUnavailable, and what reading `shards` does. However it ends, it can go on.
         """
-        self._seat, self._network, self._held = seat, self._output.network(), self._output.done()
-        self._with_failed = self._output.failed() if self._pace.only_failed else frozenset()
+        self._seat = seat
         if seat.before and seat.before.facts["backfill"] != self.plan.id:
             self._settle()
+        self._output.begin(self.plan)
+        self._weights, self._held = Weights(self._output), self._output.done()
+        self._with_failed = self._output.failed() if self._pace.only_failed else frozenset()
         with Ahead(shards) as ahead:
             pause_s = FIRST_LOOK_S
             while not self._over():
-                seat.check()
-                if seat.heard.cancel:
-                    self._stop("The backfill was cancelled on request.")
+                self._heed()
                 seen = len(self._keys), self._ended
                 self._outages.asking(lambda: self._turn(ahead))
                 self._show_now()
-                self._stop_where_hopeless()
+                if not self._over() and (why := self._pace.hopeless(self.standing, self._ended)):
+                    self._stop(f"{why} A greater --max-failed lets more.")
                 moved = seen != (len(self._keys), self._ended)
                 pause_s = FIRST_LOOK_S if moved else min(pause_s * 1.5, LAST_LOOK_S)
                 if self._full() or not moved:
@@ -111,17 +108,32 @@ class Backfill:
     def _settle(self) -> None:
         """What an earlier run has left in flight must not write any more."""
         before = self._seat.before.shards if self._seat.before else ()
-        while before and not self._outages.asking(lambda: self.flights.settled(before)):
-            self._seat.check()
+
+        def settled() -> bool:
+            self._count_workers()
+            return self.flights.settled(before)
+
+        while before and not self._outages.asking(settled):
+            self._heed()
+            self._show_now()
             time.sleep(FIRST_LOOK_S)
+
+    def _heed(self) -> None:
+        """Whether it is to go on. Raises BackfillConflict, BackfillStopped where it is not."""
+        self._seat.check()
+        if self._seat.heard.cancel:
+            self._stop("The backfill was cancelled on request.")
 
     def _turn(self, ahead: Ahead[Shard]) -> None:
         """Raises LedgerUnavailable: the next one does what is left."""
+        self._count_workers()
+        self._hand_out(ahead)
+        self._look()
+
+    def _count_workers(self) -> None:
         if self._outages.away or time.monotonic() - self._asked_s >= WORKERS_EVERY_S:
             self.standing = replace(self.standing, workers=len(self._ledger.workers()))
             self._asked_s = time.monotonic()
-        self._hand_out(ahead)
-        self._look()
 
     def _over(self) -> bool:
         return self.standing.whole and not self.flights and not self._waiting
@@ -146,8 +158,8 @@ class Backfill:
 
     def _window(self) -> int:
         """How many shards may be in flight: a fair share, where other backfills run."""
-        busy = max((self.standing.workers or 0) * self._each * PER_WORKER, LEAST_WINDOW)
-        return max((self._pace.window or busy) // max(self._seat.heard.running, 1), 1)
+        most = self._pace.most(self.standing.workers, self._each)
+        return max(most // max(self._seat.heard.running, 1), 1)
 
     def _plan(self, shard: Shard) -> None:
         """Take down a shard of the input, and see what is to be done for it."""
@@ -163,6 +175,8 @@ class Backfill:
             self._waiting.append(Flight(renamed(shard, "failed").model_copy(update={"keep": True})))
         else:
             self.standing = replace(self.standing, before=self.standing.before + rows)
+            if not self._weights.network:
+                self._unknown.append(shard.id)
 
     def _drop(self, key: str, shard: Shard) -> None:
         if not self._pace.changed:
@@ -182,7 +196,7 @@ class Backfill:
 
     def _submit(self, flight: Flight) -> None:
         self._unseal()
-        flight, document = self.flights.submit(flight)
+        flight, document = self.flights.submit(replace(flight, shard=self._weights.pinned(flight.shard)))
         if document.final:
             self._succeeded(flight, document)
             return
@@ -190,9 +204,9 @@ class Backfill:
             self._free_s = max(self._free_s, time.monotonic()) + len(flight.shard.rows) / self._pace.rate
         self._outages.ringing(lambda: self._ring(flight.shard.id))
 
-    def _announce(self, ids: tuple[str, ...]) -> None:
-        self._in_flight = ids
+    def _announce(self) -> None:
         self._seat.beat()
+        self._seat.check()
 
     def _look(self) -> None:
         """See which shards in flight have come to their end, and how."""
@@ -204,12 +218,15 @@ class Backfill:
             else:
                 self._went_wrong(flight, document)
         self.standing = replace(self.standing, partly=self.flights.partly)
+        if self._unknown:
+            for one in self._ledger.read_many(self._unknown).values():
+                self._compare(one)
+            self._unknown.clear()
 
     def _succeeded(self, flight: Flight, document: StatusDocument) -> None:
         found = {name.partition("failed_")[2]: int(count) for name, count in document.metrics.items()}
         self._count(flight.shard, {code: count for code, count in found.items() if code})
-        if document.network:
-            self._compare(document.network, flight.shard)
+        self._compare(document)
 
     def _count(self, shard: Shard, codes: Mapping[str, int]) -> None:
         self._ended += 1
@@ -221,19 +238,14 @@ class Backfill:
             codes=dict(sorted(self._codes.items())),
         )
 
-    def _compare(self, network: NetworkRef, shard: Shard) -> None:
+    def _compare(self, document: StatusDocument) -> None:
         """All shards must have been explained with the same weights, at the same layer."""
-        if self._network is None:
-            self._output.write_network(network)
-            self._network = network
-        ours, theirs = (
-            f"weights {one.weights_sha256}, layer {one.layer}" for one in (network, self._network)
-        )
-        if ours != theirs:
+        if differs := self._weights.differ(document):
+            self._output.disown()
             self._stop(
-                f"The workers do not agree: shard {shard.index} was explained with {ours}, those before with "
-                f"{theirs}. What lies in {self._output.uri} is no dataset: give all workers the same "
-                "weights, and begin again in another output.",
+                f"The workers do not agree: shard {document.metadata['shard']} was explained with {differs}. "
+                f"What lies in {self._output.uri} is no dataset: give all workers the same weights, and "
+                "begin again in another output.",
                 resume=False,
             )
 
@@ -254,21 +266,10 @@ class Backfill:
         self._count(shard, {code: len(shard.rows)})
         self.standing = replace(self.standing, lost=self.standing.lost + 1)
 
-    def _stop_where_hopeless(self) -> None:
-        done, failed = self.standing.done, self.standing.failed
-        enough = done >= ENOUGH_ROWS or self._ended >= ENOUGH_SHARDS
-        if enough and not self._over() and failed > self._pace.max_failed * done:
-            why = ", ".join(f"{code} {count:,}" for code, count in self._codes.most_common())
-            share = f"more than {self._pace.max_failed:.0%}"
-            self._stop(
-                f"{failed:,} of {done:,} rows have failed, {share}: {why}. A greater --max-failed lets more."
-            )
-
     def _stop(self, why: str, *, resume: bool = True) -> None:
         """Cancel what is in flight. Raises BackfillStopped."""
         try:
             self.flights.cancel()
-            self._in_flight = ()
         except LedgerUnavailable as error:
             self._say(f"What is in flight cannot be cancelled, and comes to its end by itself: {error}")
         self._show_now()
@@ -282,7 +283,7 @@ class Backfill:
         if said is None and self._pace.changed:
             self._unseal()  # what is no part of the input any more is removed now
         return said or self._output.seal(
-            self.plan, self._keys, self.standing.planned, self._network, changed=self._pace.changed
+            self.plan, self._keys, self.standing.planned, self._weights.network, changed=self._pace.changed
         )
 
     def _show_now(self) -> None:
@@ -293,5 +294,5 @@ class Backfill:
 
     def _facts(self) -> dict[str, Any]:
         own = {"backfill": self.plan.id, "input": self.plan.input, "output": self.plan.output}
-        now = replace(self.standing, in_flight=len(self._in_flight))
+        now = replace(self.standing, in_flight=len(self.flights.ids))
         return {**own, "network": self.plan.network, **now.facts()}

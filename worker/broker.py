@@ -7,8 +7,7 @@ in the ledger, so a message that comes twice costs nothing.
 import base64
 import json
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import redis
 from worker import envelope, shard
 from worker.errors import BrokerUnavailable
 from worker.redis_ledger import Clients
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
 from worker.shard import Work
 
 if TYPE_CHECKING:  # a client rings without them: half of the time that its import takes
@@ -37,7 +36,6 @@ QUEUES = (INTERACTIVE, BULK, SHARDS)  # in the order in which a worker looks
 ROUTES = {"high": (INTERACTIVE, 0), "normal": (INTERACTIVE, 3), "low": (INTERACTIVE, 6), "bulk": (BULK, 9)}
 ROUTES[shard.ROUTE] = (SHARDS, 9)
 
-
 SEPARATOR = "\x06\x16"  # kombu's, between a queue's name and a priority
 BATCH = 500  # messages in one round trip
 
@@ -50,9 +48,11 @@ class Bell:
 
     def __init__(self, settings: Settings, *, timeout_s: float = 10) -> None:
         """Nothing is connected yet. `timeout_s` is how long one answer may take; nothing is tried again."""
-        self._place = without_secrets(settings.broker_url)
         self._prefix = settings.key_prefix
-        self._clients = Clients(settings, settings.broker_url, timeout_s=timeout_s, retries=0)
+        self._clients = Clients(
+            settings, settings.broker_url, BrokerUnavailable, timeout_s=timeout_s, retries=0
+        )
+        self.close = self._clients.close
 
     def publish(self, jobs: Iterable[tuple[Work, datetime | None]]) -> None:
         """Ring for jobs, in order, each with the moment at which it was entered in the ledger.
@@ -77,32 +77,20 @@ class Bell:
             self._send(queued)
 
     def _send(self, queued: dict[str, list[str]]) -> None:
-        with self._reaching(), self._clients.mine().pipeline(transaction=False) as pipeline:
+        with self._clients.reaching(), self._clients.mine().pipeline(transaction=False) as pipeline:
             for priority, texts in queued.items():
                 pipeline.lpush(self._key(priority), *texts)
             pipeline.execute()
 
     def waiting(self, priority: str) -> int:
         """How many messages wait in the queue of a priority. Raises BrokerUnavailable."""
-        with self._reaching():
+        with self._clients.reaching():
             found: Any = self._clients.mine().llen(self._key(priority))
         return int(found)
-
-    def close(self) -> None:
-        """Close its connections; rung again, it connects again."""
-        self._clients.mine().close()
 
     def _key(self, priority: str) -> str:
         queue, number = ROUTES[priority]
         return f"{self._prefix}{queue}{SEPARATOR}{number}" if number else f"{self._prefix}{queue}"
-
-    @contextmanager
-    def _reaching(self) -> Iterator[None]:
-        try:
-            yield
-        except redis.RedisError as error:
-            message = f"The broker at {self._place} cannot be reached ({error})."
-            raise BrokerUnavailable(message) from error
 
 
 def _message(job_id: str, priority: str, payload: str, entered_at: datetime | None) -> str:
@@ -194,19 +182,9 @@ def make_app(settings: Settings, *, timeout_s: float = 10) -> "Celery":
     return app
 
 
-def publish(app: "Celery", job: Work, *, entered_at: datetime | None = None) -> None:
-    """Ring for one job: see `Bell.publish`. Raises BrokerUnavailable."""
-    app.bell.publish([(job, entered_at)])
-
-
 def ring(app: "Celery", job_id: str, priority: str) -> None:
     """Ring for a job that the ledger has: its id is enough. Raises BrokerUnavailable."""
     app.bell.ring([job_id], priority)
-
-
-def ring_many(app: "Celery", job_ids: Iterable[str], priority: str) -> None:
-    """Ring for jobs that the ledger has, hundreds in a round trip. Raises BrokerUnavailable."""
-    app.bell.ring(job_ids, priority)
 
 
 def waiting(app: "Celery", priority: str) -> int:

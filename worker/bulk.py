@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from worker import dataset, pipeline
 from worker.contract import ManifestRef, NetworkRef, Problem
 from worker.dataset import Outcome, Summary
+from worker.deadline import Deadline
 from worker.errors import (
     DeviceOutOfMemory,
     GradcamError,
@@ -37,9 +38,9 @@ from worker.gradcam.residents import GREY
 from worker.logs import Pool
 from worker.outside import Outside
 from worker.pipeline import Done, Journey
-from worker.shard import READERS, Shard
+from worker.shard import READERS, Shard, data_key, failed_key
 from worker.shard_row import ENDS, Picture, Rows
-from worker.storage import Store
+from worker.storage import Object, Store
 
 AHEAD = 3  # groups that are read or computed while one is waited for
 COMPUTING = 2  # of them that may be with the device: one is computed, one is there
@@ -55,7 +56,7 @@ Under = deque[tuple[list[int], "Future[list[Outcome]]"]]
 def explain(shard: Shard, outside: Outside, journey: Journey) -> Done:
     """Run one shard. Raises the errors of `worker.errors` that are not a single row's."""
     store = pipeline.admit(shard, outside)
-    place, failed = dataset.data_key(shard.key), dataset.failed_key(shard.key)
+    place = data_key(shard.key)
     there = store.find(place, journey.deadline)
     if there is not None and not shard.keep:
         return _done(store.uri(place), there, dataset.summary_of(there))
@@ -70,15 +71,27 @@ def explain(shard: Shard, outside: Outside, journey: Journey) -> Done:
         reference = NetworkRef(name=shard.network, layer=layer, weights_sha256=sha256)
     with journey.at("render"):
         data, summary = dataset.to_bytes(shard, reference, grid, outcomes, kept)
+    lines = dataset.failed_lines(shard, outcomes)
     with journey.at("upload"):
-        if summary.failed:
-            lines = dataset.failed_lines(shard, outcomes)
-            store.put_many([(failed, lines, "application/x-ndjson")], journey.deadline)
-        elif store.find(failed, journey.deadline) is not None:  # of an attempt, or a run, before
-            store.remove(failed)
-        store.put_many([(place, data, dataset.MEDIA_TYPE)], journey.deadline)
+        if journey.suspect is None:  # else it has just insisted on what the next attempt has to know
+            journey.insist("upload")  # who was overtaken, and has not heard of it, writes nothing
+        # Whoever dies between the two leaves no failed row that is not written down.
+        files = [
+            (failed_key(shard.key), lines, "application/x-ndjson"),
+            (place, data, dataset.MEDIA_TYPE),
+        ]
+        for one in files if kept is None else reversed(files):
+            _put(store, one, journey.deadline)
     journey.metrics["images_per_s"] = round(len(places) / max(journey.metrics["explain_s"], 1e-3), 3)
     return _done(store.uri(place), data, summary)
+
+
+def _put(store: Store, one: Object, deadline: Deadline) -> None:
+    """Write a file, and have none where it would be empty."""
+    if one[1]:
+        store.put_many([one], deadline)
+    elif store.find(one[0], deadline) is not None:  # of an attempt, or a run, before
+        store.remove(one[0])
 
 
 def _done(uri: str, data: bytes, summary: Summary) -> Done:

@@ -152,12 +152,11 @@ def run(
         )
         try:
             with _stoppable(), runs.seat() as seat, progress:
-                place.begin(plan)
                 cut = shards(counted.rows(), plan, max_bytes=settings.max_message_bytes // 2)
                 seal = runs.run(seat, cut)
         except KeyboardInterrupt:
-            left = f"{len(runs.flights)} shards are in flight, and come to their end by themselves"
-            terminal.err.print(f"Stopped. {left}; --resume goes on.", soft_wrap=True)
+            left = f"{len(runs.flights)} shards are in flight, and come to their end by themselves; "
+            terminal.err.print(f"Stopped. {left if runs.flights else ''}--resume goes on.", soft_wrap=True)
             return 130
     if as_json:
         said = seal or runs.standing.facts()
@@ -167,7 +166,11 @@ def run(
     if not seal:
         lost = runs.standing.lost
         terminal.err.print(f"[red]Incomplete[/]: {lost} shards failed as a whole; --resume tries them again.")
-    return 0 if seal and seal["failed"] <= pace["max_failed"] * seal["rows"] else 1
+        return 1
+    if seal["failed"] > pace["max_failed"] * seal["rows"]:
+        terminal.err.print(f"[red]More than {pace['max_failed']:.0%} of the rows have failed.[/]")
+        return 1
+    return 0
 
 
 def _plan(wish: dict[str, Any], settings: Settings) -> "Plan":
@@ -187,10 +190,10 @@ def _plan(wish: dict[str, Any], settings: Settings) -> "Plan":
 
 
 def _ring(settings: Settings) -> Callable[[str], None]:
-    from worker import broker
+    from worker.broker import Bell
 
-    app = broker.make_app(settings)
-    return lambda job_id: broker.ring(app, job_id, ROUTE)
+    bell = Bell(settings)
+    return lambda job_id: bell.ring([job_id], ROUTE)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from worker.settings import Settings
 if TYPE_CHECKING:  # it is heavy
     from worker.output import Output
 
-STATES = {"running": "cyan", "complete": "green", "stopped": "yellow"}
+STATES = {"running": "cyan", "complete": "green", "stopped": "yellow", "damaged": "red"}
 LOOK_S = 0.2  # between two looks whether it has ended
 CANCEL_S = 15.0  # for whoever runs a backfill to end it
 
@@ -34,14 +34,15 @@ def status(output: str, *, as_json: bool) -> int:
     place = opened(output, settings)
     plan, seal = place.held(), place.sealed()
     record = RedisFleet(RedisLedger(settings).server).find(place.uri)
-    lives = record is not None and record.lives
+    lives, done = record is not None and record.lives, sum(map(len, place.done().values()))
+    ended = "stopped" if not seal else "complete" if seal["shards"] == done else "damaged"
     found = {
         "backfill": plan.id,
         "output": place.uri,
         "input": plan.input,
         "network": plan.network,
-        "state": "running" if lives else "complete" if seal else "stopped",
-        "shards_done": sum(map(len, place.done().values())),
+        "state": "running" if lives else ended,
+        "shards_done": done,
         "dataset": seal,
         "last": record.facts if record else None,
     }
@@ -64,12 +65,15 @@ def _show(found: Mapping[str, Any]) -> None:
         most = "" if last["whole"] else "at least "
         done = last["before"] + last["done"]
         facts.add_row("rows", f"{done:,} of {most}{last['planned']:,}, {last['failed']:,} of them failed")
-    flying = f", {last['in_flight']} in flight" if last and state != "complete" else ""
+    flying = f", {last['in_flight']} in flight" if last and state in {"running", "stopped"} else ""
     facts.add_row("shards", f"{found['shards_done']:,} done{flying}")
     if state == "running":
         facts.add_row("rate", f"{last['rows_per_s']:,.0f} rows/s")
     for code, count in sorted((seal or last).get("codes", {}).items()):
         facts.add_row("", terminal.plain(f"{count:,} {code}", "red"))
+    if seal and state == "damaged":
+        there = f"{found['shards_done']:,} of the {seal['shards']:,} shards are there that its seal speaks of"
+        facts.add_row("", f"{there}: --resume, or --changed, puts that right")
     if state == "stopped":
         facts.add_row("", "--resume goes on with it")
     terminal.out.print(facts)
@@ -98,7 +102,7 @@ def cancel(output: str, *, as_json: bool) -> int:
     while record and record.lives and time.monotonic() < end:
         time.sleep(LOOK_S)
         record = fleet.find(place.uri)
-    left = cancel_shards(ledger, record.shards) if record and not record.lives else 0
+    left = len(cancel_shards(ledger, record.shards)) if record and not record.lives else 0
     ended = record is None or not record.lives
     if as_json:
         terminal.print_json({"output": place.uri, "ran": ran, "ended": ended, "shards_canceled": left})
@@ -106,7 +110,10 @@ def cancel(output: str, *, as_json: bool) -> int:
         terminal.err.print("Whoever runs it has been told, and does not answer yet.")
     else:
         who = "It was run, and is stopped." if ran else "Nobody runs it."
-        terminal.out.print(f"{who} {left} shards were left in flight, and are cancelled.")
+        shards = (
+            f"{left:,} shards were left in flight, and are cancelled." if left else "Nothing is in flight."
+        )
+        terminal.out.print(f"{who} {shards}")
     return 0 if ended else 1
 
 

@@ -15,7 +15,14 @@ from typing import Any, Self, TypeVar
 from worker import broker, envelope, results, traces
 from worker.contract import Job, StatusDocument
 from worker.deadline import Deadline
-from worker.errors import BrokerUnavailable, GradcamError, IdempotencyConflict, LedgerUnavailable
+from worker.errors import (
+    BrokerUnavailable,
+    GradcamError,
+    IdempotencyConflict,
+    InvalidJob,
+    LedgerUnavailable,
+    LocalError,
+)
 from worker.ledger import Ledger
 from worker.patience import Patience
 from worker.redis_ledger import RedisLedger
@@ -36,7 +43,8 @@ class GradcamClient:
     """Submits jobs and reads what became of them.
 
     May be shared between threads, used where an event loop runs, and made before a process is forked. A
-    Redis that is out of reach is asked again for `PATIENCE_S`; then LedgerUnavailable says what is known.
+    Redis that is out of reach is asked again for `PATIENCE_S`; then LedgerUnavailable says what is known. One
+    that refuses the password, the user or the database is not.
     """
 
     def __init__(
@@ -49,21 +57,19 @@ class GradcamClient:
         publish: Callable[[Job], None] | None = None,
         objects: Objects | None = None,
     ) -> None:
-        """Without URLs, `GRADCAM_BROKER_URL` and `GRADCAM_LEDGER_URL` are used.
+        """Without URLs, `GRADCAM_BROKER_URL` and `GRADCAM_LEDGER_URL` are used. Raises InvalidSettings.
 
         `ledger`, `publish` and `objects` stand in for Redis and S3 in unit tests: see `worker.testing`.
         """
-        settings = settings or Settings.from_environment()
-        given = {"broker_url": broker_url, "ledger_url": status_url}
-        settings = settings.model_copy(update={name: url for name, url in given.items() if url})
-        self._settings = settings
+        change = settings.changed if settings else Settings.from_environment
+        self._settings = settings = change(broker_url=broker_url, ledger_url=status_url)
         self._traces = traces.to(settings.traces, "gradcam-client")
         self._ledger = ledger or RedisLedger(settings, timeout_s=TIMEOUT_S, retries=0)
         self.watcher = Watcher(self._ledger)
         self._bell, self._publish = broker.Bell(settings, timeout_s=TIMEOUT_S), publish
         self._objects = objects or results.Places(settings)
 
-    def submit(self, job: Job | None = None, /, **fields: Any) -> str:
+    def submit(self, job: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> str:
         """Enter a job in the ledger, ring the queue, return the job's id.
 
         Give a `Job`, or its fields: `image`, `network` and `target` at least. Submitting the same
@@ -73,7 +79,10 @@ class GradcamClient:
         the job within a minute of its turn. Raises InvalidJob, IdempotencyConflict, and LedgerUnavailable
         (it is not known whether the job was accepted: submit it again with the same id or key).
         """
-        job = job or Job.parse(fields)
+        if job is not None and fields:
+            message = f"Give a job or its fields, not both: {', '.join(fields)} came with a job."
+            raise InvalidJob(message)
+        job = _job(fields if job is None else job)
         with self._traces.joined("submit", job.traceparent, kind="PRODUCER", job_id=job.id):
             return self._submit(_traced(job))
 
@@ -123,7 +132,7 @@ class GradcamClient:
         size = 0
         try:
             for one in left:
-                job = _traced(one if isinstance(one, Job) else Job.parse(one))
+                job = _traced(_job(one))
                 size += self._check(job)
                 chunk.append(job)
                 if len(chunk) >= CHUNK or size >= CHUNK_BYTES:
@@ -141,7 +150,7 @@ class GradcamClient:
     def _enter(self, jobs: Sequence[Job], patience: Patience) -> list[StatusDocument | IdempotencyConflict]:
         """Enter jobs in the ledger: see `Ledger.submit_many`. Doing it twice is harmless."""
         try:
-            return patience.insist(lambda: self._ledger.submit_many(jobs), (LedgerUnavailable,), _never)
+            return patience.insist(lambda: self._ledger.submit_many(jobs), (LedgerUnavailable,), _hopeless)
         except LedgerUnavailable as error:
             which = f"job {jobs[0].id} was" if len(jobs) == 1 else f"{len(jobs)} jobs were"
             again = "submit again with the same id, or idempotency key, and nothing runs twice"
@@ -166,7 +175,7 @@ class GradcamClient:
                 self._bell.publish((job, held.created_at) for job, held in waiting)
 
         try:
-            patience.insist(ring, (BrokerUnavailable,), _never)
+            patience.insist(ring, (BrokerUnavailable,), _hopeless)
         except BrokerUnavailable as error:
             which = f"job {waiting[0][0].id} is" if len(waiting) == 1 else f"{len(waiting)} jobs are"
             log.warning("%s accepted, but nobody could be told at once: %s", which, error)
@@ -179,7 +188,7 @@ class GradcamClient:
 
     def statuses(self, job_ids: Iterable[str]) -> dict[str, StatusDocument]:
         """What is known about many jobs, in one round trip. Raises LedgerUnavailable."""
-        ids = list(job_ids)
+        ids = [str(job_id) for job_id in job_ids]
         return self._insist(lambda: self._ledger.read_many(ids))
 
     def cancel(self, job_id: str) -> StatusDocument:
@@ -194,16 +203,18 @@ class GradcamClient:
             raise LedgerUnavailable(message) from error
 
     def _insist(self, ask: Callable[[], T]) -> T:
-        return _patience().insist(ask, (LedgerUnavailable,), _never)
+        return _patience().insist(ask, (LedgerUnavailable,), _hopeless)
 
-    def result(self, job_id: str, *, expires_s: int = 3600) -> Result:
+    def result(self, job_id: str, *, manifest_uri: str | None = None, expires_s: int = 3600) -> Result:
         """What a job that succeeded has left: its manifest, and a URL for each artifact, good for so long.
 
         Whoever has such a URL can read that one object: it is what a page may hold. The manifest is read
-        with the settings `GRADCAM_S3_*`. Raises NoResult where the job has not succeeded, UnknownJob,
-        StorageUnavailable, LedgerUnavailable.
+        with the settings `GRADCAM_S3_*`. The ledger knows where it is, and forgets a job after a week: then
+        say the `manifest_uri` that you have kept (never one that a stranger sent). Raises NoResult where the
+        job has not succeeded, UnknownJob, StorageUnavailable, InvalidSettings, LedgerUnavailable.
         """
-        return results.read(self.status(job_id), self._objects, expires_s)
+        where = manifest_uri or results.manifest_uri(self.status(job_id))
+        return results.read(str(job_id), where, self._objects, expires_s)
 
     def upload_and_submit(self, /, image: Path | str | bytes, *, to: str | None = None, **fields: Any) -> str:
         """Put a file of this machine, or bytes, into storage, and submit a job for it; return the job's id.
@@ -257,9 +268,12 @@ def _patience(*, insists: bool = True) -> Patience:
     return Patience(Deadline(math.inf), PATIENCE_S, insists=insists, longest_pause_s=PAUSE_S)
 
 
-def _never(_: Exception) -> bool:
-    """Whether to ask again is of no use: nobody can tell."""
-    return False
+def _hopeless(error: Exception) -> bool:
+    return isinstance(error, LocalError) and error.hopeless
+
+
+def _job(given: Job | Mapping[str, Any]) -> Job:
+    return given if isinstance(given, Job) else Job.parse(given)
 
 
 def _numbered(problem: Exception, accepted: Sequence[str]) -> Exception:

@@ -1,6 +1,6 @@
 """What a backfill leaves: one Parquet file a shard, with a row for each image and class.
 
-    <output>/backfill.json             what was asked for: see `worker.backfill`
+    <output>/backfill.json             what was asked for: see `worker.plan`
     <output>/data/<key>.parquet        one shard: its presence means that it is done
     <output>/failed/<key>.jsonl        its rows that failed, if any, each with its Problem
     <output>/overlays/<row id>/...     where asked for, under the keys that a job's have
@@ -34,10 +34,9 @@ from worker.gradcam.explain import Explanation
 from worker.gradcam.region import Box
 from worker.images import presentable
 from worker.manifest import InputRecord
-from worker.shard import Row, Shard
+from worker.shard import DATASET, Row, Shard
 from worker.wishes import Method
 
-SCHEMA = "gradcam.dataset/v1"
 MEDIA_TYPE = "application/vnd.apache.parquet"
 FACTS = b"gradcam"  # the key of the facts about a whole file, as JSON, in its metadata
 BOX_THRESHOLD = 0.5  # of the heatmap's peak, as in a manifest
@@ -66,16 +65,6 @@ class Summary:
     failed: int  # of them
     codes: Mapping[str, int]  # why: code -> rows
     network: NetworkRef
-
-
-def data_key(key: str) -> str:
-    """Where a shard's file is."""
-    return f"data/{key}.parquet"
-
-
-def failed_key(key: str) -> str:
-    """Where a shard's failed rows are."""
-    return f"failed/{key}.jsonl"
 
 
 def schema(grid: Grid) -> pa.Schema:
@@ -135,7 +124,7 @@ def to_bytes(
     codes = Counter(table["error"].drop_null().to_pylist())
     summary = Summary(len(shard.rows), codes.total(), dict(sorted(codes.items())), network)
     facts = {
-        "schema": SCHEMA,
+        "schema": DATASET,
         "backfill": shard.backfill,
         "shard": shard.index,
         "first": shard.first,
@@ -220,8 +209,8 @@ def _reading() -> Iterator[None]:
 
 def _facts(data: bytes) -> dict[str, Any]:
     facts = json.loads((pq.read_schema(io.BytesIO(data)).metadata or {})[FACTS])
-    if facts["schema"] != SCHEMA:
-        message = f"its schema is {facts['schema']!r}, and {SCHEMA!r} would be right"
+    if facts["schema"] != DATASET:
+        message = f"its schema is {facts['schema']!r}, and {DATASET!r} would be right"
         raise ValueError(message)
     return dict(facts)
 

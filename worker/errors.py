@@ -78,6 +78,8 @@ class RetryableError(GradcamError):
 class LocalError(GradcamError):
     """Raised to the caller; never written to a status document."""
 
+    hopeless: bool = False  # asking again cannot help: a wrong password, say
+
 
 class InvalidJob(PermanentError):
     """The message is not a job, or asks for something no job may ask for."""

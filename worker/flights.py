@@ -4,15 +4,19 @@ Ids follow from what a shard is to hold, and the ledger takes an id once: so who
 in flight already follows that one. One that has ended badly goes on under the id that follows from its own.
 """
 
+import contextlib
+import logging
 import re
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from worker.contract import StatusDocument
-from worker.errors import UnknownJob
+from worker.errors import LedgerUnavailable, UnknownJob
 from worker.ledger import Ledger
 from worker.shard import Shard
+
+log = logging.getLogger("gradcam")
 
 STAGE = re.compile(r"explain (\d+) of \d+")
 # What is wrong with the wish, the output or the workers, and so with every shard.
@@ -33,10 +37,11 @@ class Flight:
 
     shard: Shard
     tries: int = 1
+    before: tuple[str, ...] = ()  # ids under which it has ended, and not well
 
     def again(self) -> "Flight":
         """The same shard, once more."""
-        return Flight(renamed(self.shard, "again"), self.tries + 1)
+        return Flight(renamed(self.shard, "again"), self.tries + 1, (*self.before, self.shard.id))
 
 
 def renamed(shard: Shard, name: str) -> Shard:
@@ -48,16 +53,22 @@ class Flights:
     """Those of one backfill. Raises LedgerUnavailable wherever the ledger cannot be reached."""
 
     def __init__(
-        self, ledger: Ledger, done: Callable[[str], bool], announce: Callable[[tuple[str, ...]], object]
+        self,
+        ledger: Ledger,
+        done: Callable[[str], bool],
+        announce: Callable[[], object],
+        say: Callable[[str], object],
     ) -> None:
         """`done` says whether the shard with a key lies in the output.
 
-        `announce` is told the ids of all shards that may be in flight, before they are.
+        `announce` is called when `ids` have become more, before they are in flight. `say` is told, once, why
+        some wait for their next attempt.
         """
-        self._ledger, self._done, self._announce = ledger, done, announce
+        self._ledger, self._done, self._announce, self._say = ledger, done, announce, say
+        self.ids: tuple[str, ...] = ()  # of all that may be in flight
         self.held: dict[str, Flight] = {}
         self.partly = 0  # rows of them that are explained
-        self._ids: set[str] = set()
+        self._said: set[str] = set()  # codes
 
     def __len__(self) -> int:
         return len(self.held)
@@ -66,14 +77,15 @@ class Flights:
         """Submit a shard; return it as it was, and its document: final where it was done already."""
         while True:
             shard = flight.shard
-            self._ids.add(shard.id)
-            self._announce(tuple(sorted(self._ids)))
+            self.ids = (*self.ids, shard.id)
+            self._announce()
             document = self._ledger.submit(shard)
             if not document.final:
                 self.held[shard.id] = flight
                 return flight, document
-            self._ids.discard(shard.id)
+            self._leave(shard.id)
             if document.status == "succeeded" and not shard.keep and self._done(shard.key):
+                self._bury(flight)
                 return flight, document
             flight = replace(flight.again(), tries=flight.tries)  # that was in an earlier run
 
@@ -87,30 +99,47 @@ class Flights:
             if document and not document.final:
                 said = STAGE.fullmatch(document.stage or "")
                 self.partly += min(int(said[1]), len(flight.shard.rows)) if said else 0
+                self._say_why(document)
                 continue
             del self.held[job_id]
-            self._ids.discard(job_id)
+            self._leave(job_id)
+            if document and document.status == "succeeded":
+                self._bury(flight)
             ended.append((flight, document))
         return ended
 
+    def _leave(self, job_id: str) -> None:
+        self.ids = tuple(one for one in self.ids if one != job_id)
+
+    def _say_why(self, document: StatusDocument) -> None:
+        why = document.error
+        if document.status == "retrying" and why and why.code not in self._said:
+            self._said.add(why.code)
+            self._say(f"A shard waits for its next attempt, because of {why.code}: {why.detail}")
+
+    def _bury(self, flight: Flight) -> None:
+        """A shard that has succeeded is no dead letter, whatever became of it before."""
+        try:
+            for one in flight.before:
+                self._ledger.bury(one)
+        except LedgerUnavailable as error:  # its permissions may be of an earlier version
+            log.debug("shard %s stays among the dead letters: %s", flight.shard.key, error)
+
     def cancel(self) -> None:
-        """Stop them all."""
-        cancel(self._ledger, self._ids)
-        self._ids.clear()
+        """Stop them all; `ids` are those that a worker still runs."""
+        self.ids = tuple(one.id for one in cancel(self._ledger, self.ids) if not one.final)
         self.held.clear()
 
     def settled(self, ids: Iterable[str]) -> bool:
         """Whether nothing of these is in flight any more; they are cancelled."""
-        cancel(self._ledger, ids)
-        return all(one.final for one in self._ledger.read_many(sorted(ids)).values())
+        return all(one.final for one in cancel(self._ledger, ids))
 
 
-def cancel(ledger: Ledger, ids: Iterable[str]) -> int:
-    """Cancel shards; return how many had not ended. Raises LedgerUnavailable."""
-    stopped = 0
-    for one in sorted(ids):
-        try:
-            stopped += ledger.cancel(one).cancel_requested_at is not None
-        except UnknownJob:
-            continue
+def cancel(ledger: Ledger, ids: Iterable[str]) -> list[StatusDocument]:
+    """Cancel shards; return what those are now that had not ended. Raises LedgerUnavailable."""
+    stopped = []
+    for one in ledger.read_many(sorted(ids)).values():
+        with contextlib.suppress(UnknownJob):  # it was forgotten just now
+            if not one.final:
+                stopped.append(ledger.cancel(one.id))
     return stopped

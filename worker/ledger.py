@@ -221,6 +221,7 @@ class Ledger(ABC):
 
     def read(self, job_id: str) -> StatusDocument:
         """The document of a job. Raises UnknownJob."""
+        job_id = str(job_id)  # web frameworks have them as UUIDs
         documents = self.read_many([job_id]) if re.fullmatch(ID_PATTERN, job_id) else {}
         if job_id not in documents:
             message = f"The ledger has no job {job_id}: its id is wrong, or it ended too long ago."

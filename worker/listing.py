@@ -91,7 +91,7 @@ def _from_object(intake: Intake, number: int, said: dict[str, Any], known: Seque
         if None not in (inner, sha256) and inner != sha256:
             return intake.bad(number, image.get("uri"), "it names two checksums of one image")
         image, sha256 = image.get("uri"), sha256 if inner is None else inner
-    return intake.good(number, image, said.get("id"), sha256)
+    return intake.good(number, image, said.get("id", said.get("custom_id")), sha256)
 
 
 def text_rows(file: BinaryIO, intake: Intake) -> Iterator[Row]:

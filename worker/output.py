@@ -15,15 +15,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from worker.contract import NetworkRef
+from worker.contract import NetworkRef, StatusDocument
 from worker.deadline import Deadline
 from worker.errors import BackfillConflict
 from worker.plan import Plan
+from worker.shard import DATASET, Shard, data_key, failed_key, key_of
 from worker.storage import Store
 from worker.wire import utc_now
 
 PLAN, NETWORK, SEAL = "backfill.json", "network.json", "dataset.json"
-SCHEMA = "gradcam.dataset/v1"
 JSON, LINES = "application/json", "application/x-ndjson"
 PATIENCE_S = 120.0  # with a store that does not answer
 PART_BYTES = 32 * 1024 * 1024  # of one file of failed rows
@@ -86,16 +86,23 @@ class Output:
         return asked.model_copy(update={"id": held.id, "created_at": held.created_at})
 
     def begin(self, plan: Plan) -> None:
-        """Make it this backfill's. Raises BackfillConflict where another has been quicker."""
+        """Make it this backfill's. Raises BackfillConflict where it has become another's meanwhile."""
         held = self.plan()
         if held is not None and held.id != plan.id and self.done():
-            message = f"{self.uri} holds another backfill, begun just now: choose another output."
+            message = (
+                f"{self.uri} holds another backfill, of which a shard was done just now: "
+                "choose another output."
+            )
             raise BackfillConflict(message)
         if held == plan:
             return
         if held is not None and (held.id, held.weights_sha256) != (plan.id, plan.weights_sha256):
             self._store.remove(NETWORK)
         self._put(PLAN, plan.to_json().encode(), JSON)
+
+    def disown(self) -> None:
+        """What lies here is no dataset, and nobody is to go on with it."""
+        self._store.remove(PLAN)
 
     def network(self) -> NetworkRef | None:
         """What the shards so far were explained with."""
@@ -107,25 +114,38 @@ class Output:
         self._put(NETWORK, network.to_json().encode(), JSON)
 
     def done(self) -> dict[int, tuple[str, ...]]:
-        """Keys of the shards that are done, by index: more than one where an input has changed meanwhile."""
+        """Keys of the shards that are done, by index: more than one where an input has changed meanwhile.
+
+        Raises BackfillConflict where there is a table of somebody else's, too.
+        """
         found: dict[int, tuple[str, ...]] = {}
-        for key in self._keys("data"):
-            index = int(key.partition("-")[0])
-            found[index] = (*found.get(index, ()), key)
+        strange = []
+        for name in self._store.names("data"):
+            if key := key_of(name):
+                index = int(key.partition("-")[0])
+                found[index] = (*found.get(index, ()), key)
+            elif name.endswith(".parquet") and name.count("/") == 1:
+                strange.append(name.removeprefix("data/"))
+        if strange:
+            message = (
+                f"{self._store.uri('data')} holds {_named(strange)}, which no backfill has written: whoever "
+                "reads data/*.parquet would read that, too. Move it elsewhere."
+            )
+            raise BackfillConflict(message)
         return found
 
     def has(self, key: str) -> bool:
         """Whether a shard is done."""
-        return self._find(_data(key)) is not None
+        return self._find(data_key(key)) is not None
 
     def failed(self) -> frozenset[str]:
         """Keys of the shards of which rows failed."""
-        return frozenset(self._keys("failed"))
+        return frozenset(filter(None, map(key_of, self._store.names("failed"))))
 
     def drop(self, key: str) -> None:
         """Remove what a shard has left: it is no part of the input any more."""
-        self._store.remove(_data(key))
-        self._store.remove(_failed(key))
+        self._store.remove(data_key(key))
+        self._store.remove(failed_key(key))
 
     def sealed(self) -> dict[str, Any] | None:
         """What the seal says, where all is there."""
@@ -161,7 +181,7 @@ class Output:
         codes: Counter[str] = Counter()
         files = self._gather(expected, codes)
         said = {
-            "schema": SCHEMA,
+            "schema": DATASET,
             "backfill": plan.id,
             "rows": rows,
             "failed": codes.total(),
@@ -187,26 +207,40 @@ class Output:
         return files
 
     def _lines(self, expected: frozenset[str], codes: Counter[str]) -> Iterator[bytes]:
-        for key in self._keys("failed"):
-            text = self._find(_failed(key)) if key in expected else None
+        for key in sorted(self.failed() & expected):
+            text = self._find(failed_key(key))
             if text is None:
                 continue
             codes.update(_code(json.loads(line)) for line in text.splitlines())
             yield text
-
-    def _keys(self, folder: str) -> Iterator[str]:
-        """The keys of what lies in a folder; what is not named as a shard is nobody's."""
-        for name in self._store.names(folder):
-            key = name.removeprefix(f"{folder}/").partition(".")[0]
-            index, _, digest = key.partition("-")
-            if index.isdecimal() and digest:
-                yield key
 
     def _find(self, key: str) -> bytes | None:
         return self._store.find(key, Deadline(PATIENCE_S))
 
     def _put(self, key: str, data: bytes, media_type: str) -> None:
         self._store.put_many([(key, data, media_type)], Deadline(PATIENCE_S))
+
+
+class Weights:
+    """With which weights, and at which layer, all shards of an output have to be explained."""
+
+    def __init__(self, output: Output) -> None:
+        """What the first shard was explained with, if that is known yet."""
+        self._output, self.network = output, output.network()
+
+    def pinned(self, shard: Shard) -> Shard:
+        """The same shard, with which a worker that has other weights writes nothing."""
+        known = self.network and self.network.weights_sha256
+        return shard.model_copy(update={"weights_sha256": known}) if known else shard
+
+    def differ(self, document: StatusDocument) -> str | None:
+        """Take down what the first shard says that ended; what tells another one from it."""
+        if document.network and not self.network:
+            self._output.write_network(document.network)
+            self.network = document.network
+        both = document.network or self.network, self.network
+        one, first = (found and f"weights {found.weights_sha256}, layer {found.layer}" for found in both)
+        return None if one == first else f"{one}, those before with {first}"
 
 
 def _parts(texts: Iterable[bytes]) -> Iterator[bytes]:
@@ -234,11 +268,3 @@ def _named(keys: Sequence[str]) -> str:
 
 def _part(number: int) -> str:
     return "failed.jsonl" if number == 1 else f"failed-{number}.jsonl"
-
-
-def _data(key: str) -> str:
-    return f"data/{key}.parquet"
-
-
-def _failed(key: str) -> str:
-    return f"failed/{key}.jsonl"

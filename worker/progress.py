@@ -106,6 +106,9 @@ class Progress:
 
     def text(self, standing: Standing) -> str:
         """One line, for a person."""
+        nobody = ["no worker lives: start one with `gradcam worker`"] if standing.workers == 0 else []
+        if not standing.planned:
+            return " · ".join(["No rows yet", *nobody])
         total, left_s = self.total(standing), self.left_s(standing)
         how = "" if standing.whole else "at least " if total is None else "about "
         said = [f"{standing.reached:,} of {how}{total or standing.planned:,} rows"]
@@ -115,18 +118,12 @@ class Progress:
         if left_s is not None:
             said.append(f"{timedelta(seconds=round(left_s))} left")
         said.append(f"{standing.in_flight} shards in flight")
-        if standing.workers == 0:
-            said.append("no worker lives: start one with `gradcam worker`")
-        return " · ".join(said)
+        return " · ".join([*said, *nobody])
 
     def _picture(self, standing: Standing) -> RenderableType:
         total = self.total(standing)
         bar = ProgressBar(total=total, completed=standing.reached, width=min(terminal.err.width, 60))
         return Group(terminal.plain(self.text(standing)), bar)
-
-
-def _had(standing: Standing) -> int:
-    return standing.before + standing.done + standing.partly
 
 
 def print_line(event: str, facts: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from redis.retry import Retry
 from worker import outbox, redis_scripts, transitions
 from worker.changes import RedisChanges
 from worker.contract import StatusDocument
-from worker.errors import LedgerUnavailable
+from worker.errors import BrokerUnavailable, LedgerUnavailable
 from worker.ledger import Entry, Ledger, Renewed
 from worker.settings import Settings, without_secrets
 from worker.shard import ROUTES
@@ -22,6 +22,15 @@ from worker.shard import ROUTES
 LONGEST_PAUSE_MS = 600_000  # before a message that seems lost is published yet another time
 LIVES = 3  # leases without a word: a worker that is gone, of which its health need not be told
 REMEMBERED = 10_000  # dead letters that are listed
+CONNECTIONS = 256  # at most, of a process: one for each thread that asks at the same moment
+# What a server says to somebody whom it will never serve: asking again is of no use.
+REFUSED = (
+    redis.exceptions.AuthenticationError,
+    redis.exceptions.AuthenticationWrongNumberOfArgsError,
+    redis.exceptions.AuthorizationError,
+    redis.exceptions.NoPermissionError,
+)
+NO_DATABASE = "DB index"  # which is the only one without a class of its own
 
 
 class Clients:
@@ -30,16 +39,27 @@ class Clients:
     Redis-py means to survive a fork, but waits for ever for a lock that another thread held just then.
     """
 
-    def __init__(self, settings: Settings, url: str, *, timeout_s: float, retries: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        url: str,
+        unavailable: type[BrokerUnavailable | LedgerUnavailable],
+        *,
+        timeout_s: float,
+        retries: int,
+    ) -> None:
         """Nothing is connected yet. `timeout_s` is how long one answer may take.
 
         A server that accepts connections and says nothing is waited for (`retries` + 1) squared times as
         long: redis-py connects so often for each time that it asks.
         """
-        self._url = url
+        self._url, self._unavailable = url, unavailable
+        name = "ledger" if unavailable is LedgerUnavailable else "broker"
+        self._who = f"The {name} at {without_secrets(url)}"
         self._options: dict[str, Any] = {
             **settings.redis_tls(url),
             "decode_responses": True,
+            "max_connections": CONNECTIONS,
             "socket_timeout": timeout_s,
             "socket_connect_timeout": min(timeout_s, 3),
             "socket_keepalive": True,
@@ -59,15 +79,37 @@ class Clients:
             self._clients.setdefault(process, redis.Redis.from_url(self._url, **self._options))
         return self._clients[process]
 
+    def close(self) -> None:
+        """Close all connections but those on which somebody waits for an answer."""
+        self.mine().connection_pool.disconnect(inuse_connections=False)
+
+    @contextmanager
+    def reaching(self) -> Iterator[None]:
+        """What Redis raises is BrokerUnavailable or LedgerUnavailable here."""
+        try:
+            yield
+        except redis.RedisError as error:
+            hopeless = isinstance(error, REFUSED) or str(error).startswith(NO_DATABASE)
+            what = f"cannot be reached ({error})"
+            if isinstance(error, redis.exceptions.OutOfMemoryError):
+                what = "is full: it takes nothing new until it has memory (maxmemory) again"
+            elif hopeless:
+                what = f"refuses us ({error}): look at the user, the password and the database of its URL"
+            unavailable = self._unavailable(f"{self._who} {what}.")
+            unavailable.hopeless = hopeless
+            raise unavailable from error
+
 
 class Server:
     """A Redis or Valkey server, not a Redis Cluster, and the scripts that run there."""
 
     def __init__(self, settings: Settings, *, timeout_s: float = 5, retries: int = 2) -> None:
         """`timeout_s` is how long one answer may take; what fails is asked again, `retries` times."""
-        self._place = without_secrets(settings.ledger)
         self.prefix = settings.key_prefix
-        self._clients = Clients(settings, settings.ledger, timeout_s=timeout_s, retries=retries)
+        self._clients = Clients(
+            settings, settings.ledger, LedgerUnavailable, timeout_s=timeout_s, retries=retries
+        )
+        self.reaching, self.close = self._clients.reaching, self._clients.close
         self._scripts: dict[str, Any] = {}
 
     @property
@@ -81,19 +123,6 @@ class Server:
             self._scripts[script] = self.redis.register_script(script)
         with self.reaching():
             return self._scripts[script](args=[self.prefix, *arguments], client=self.redis)
-
-    @contextmanager
-    def reaching(self) -> Iterator[None]:
-        """What Redis raises is LedgerUnavailable here."""
-        try:
-            yield
-        except redis.exceptions.OutOfMemoryError as error:
-            full = "is full: it takes nothing new until it has memory (maxmemory) again"
-            message = f"The ledger at {self._place} {full}."
-            raise LedgerUnavailable(message) from error
-        except redis.RedisError as error:
-            message = f"The ledger at {self._place} cannot be reached ({error})."
-            raise LedgerUnavailable(message) from error
 
 
 class RedisLedger(Ledger):
@@ -189,7 +218,7 @@ class RedisLedger(Ledger):
 
     def close(self) -> None:
         """See `Ledger.close`."""
-        self.server.redis.close()
+        self.server.close()
 
     def counts(self) -> tuple[int, int]:
         """See `Ledger.counts`."""

@@ -60,7 +60,6 @@ class Objects(Protocol):
 class Result:
     """What a job that succeeded has left. `urls`: of each artifact's URI, where a browser finds it."""
 
-    document: StatusDocument
     manifest: Manifest
     urls: dict[str, str]
 
@@ -75,28 +74,32 @@ class Upload:
     media_type: str
 
 
-def read(document: StatusDocument, objects: Objects, expires_s: int) -> Result:
-    """The result of a job. Raises NoResult, StorageUnavailable, InvalidSettings."""
-    if not 1 <= expires_s <= LONGEST_S:
-        message = f"expires_s {expires_s} must be from 1 to {LONGEST_S:,} seconds."
-        raise InvalidSettings(message)
-    where = document.result.manifest_uri if document.result else ""
-    if document.status != "succeeded" or not where:
+def manifest_uri(document: StatusDocument) -> str:
+    """Where the manifest of a job is. Raises NoResult."""
+    if document.status != "succeeded" or not document.result:
         why = f" ({document.error.code}: {document.error.detail})" if document.error else ""
         message = f"Job {document.id} is {document.status}{why}: only a job that succeeded has a result."
         raise NoResult(message)
+    return document.result.manifest_uri
+
+
+def read(job_id: str, where: str, objects: Objects, expires_s: int) -> Result:
+    """What the manifest at `where` says of a job. Raises NoResult, StorageUnavailable, InvalidSettings."""
+    if not 1 <= expires_s <= LONGEST_S:
+        message = f"expires_s {expires_s} must be from 1 to {LONGEST_S:,} seconds."
+        raise InvalidSettings(message)
     try:
         manifest = Manifest.model_validate_json(objects.read(where))
     except ValidationError as error:
-        message = f"Job {document.id} has left {where}, which is no manifest of one image."
+        message = f"Job {job_id} has left {where}, which is no manifest of one image."
         raise NoResult(message) from error
     every = [*manifest.artifacts, *(one for seen in manifest.explanations for one in seen.artifacts)]
     folder = where.rpartition("/")[0] + "/"
     # A URL lets everybody in: for what lies beside the manifest, and for nothing else of the same server.
-    if manifest.job_id != document.id or not all(_below(one.uri, folder) for one in every):
-        message = f"The manifest at {where} is another's than job {document.id}'s."
+    if manifest.job_id != job_id or not all(_below(one.uri, folder) for one in every):
+        message = f"The manifest at {where} is another's than job {job_id}'s."
         raise NoResult(message)
-    return Result(document, manifest, {one.uri: objects.url(one.uri, expires_s) for one in every})
+    return Result(manifest, {one.uri: objects.url(one.uri, expires_s) for one in every})
 
 
 def _below(uri: str, folder: str) -> bool:

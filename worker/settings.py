@@ -204,7 +204,7 @@ class Settings(BaseModel):
         if self.redis_ca:
             findings.append((not self.redis_ca.is_file(), f"redis_ca {str(self.redis_ca)!r} is not a file"))
         for name, url in (("broker_url", self.broker_url), ("ledger_url", self.ledger)):
-            right = "must look like redis://host:6379/0 (or rediss://)"
+            right = "must look like redis://host:6379/0 (or rediss://), without ?options"
             findings.append((not _is_redis(url), f"{name} {without_secrets(url)!r} {right}"))
         places = [("output", uri) for uri in (self.output, *self.output_prefixes)]
         for name, uri in [*places, ("uploads", self.uploads or self.output)]:
@@ -264,9 +264,17 @@ class Settings(BaseModel):
             hint = f" Did you mean {PREFIX}{near[0].upper()}?" if near else ""
             message = f"There is no setting {PREFIX}{name.upper()}.{hint}"
             raise InvalidSettings(message)
+        return cls._of(given, options)
+
+    def changed(self, **options: str | None) -> Self:
+        """These settings, and what `options` say, unless it is None. Raises InvalidSettings."""
+        return self._of(dict(self), options)
+
+    @classmethod
+    def _of(cls, given: Mapping[str, Any], options: Mapping[str, str | None]) -> Self:
+        said = {name: value for name, value in options.items() if value is not None}
         try:
-            said = {name: value for name, value in options.items() if value is not None}
-            return cls.model_validate(given | said)
+            return cls.model_validate({**given, **said})
         except ValidationError as error:
             found = error.errors(include_url=False, include_input=False)[0]
             place = PREFIX + str(found["loc"][0]).upper() + ": " if found["loc"] else ""

@@ -1,6 +1,7 @@
 """The wire: a shard of a backfill, `gradcam.shard/v1`: many images, one message, one file."""
 
 import json
+import re
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, StringConstraints, ValidationError
@@ -14,6 +15,8 @@ ROUTE = "shard"  # shards wait in a queue of their own, behind everybody
 ROUTES = (*get_args(Priority), ROUTE)
 MAX_ROWS = 4096
 READERS = 8  # images of one shard that are fetched at once
+DATASET = "gradcam.dataset/v1"  # what all its files are together
+KEY = r"[0-9]{8}-[0-9a-f]{16}"  # of a shard: its index and a digest, see `worker.plan`
 
 
 class Row(Wire):
@@ -36,7 +39,7 @@ class Shard(Wire):
     id: JobId = Field(default_factory=new_id)
     backfill: JobId
     index: Annotated[int, Field(ge=0)]  # of the shard, from 0
-    key: Annotated[str, StringConstraints(pattern=r"^[0-9]{8}-[0-9a-f]{16}$")]  # index, digest: see `plan`
+    key: Annotated[str, StringConstraints(pattern=f"^{KEY}$")]
     first: Annotated[int, Field(ge=0)]  # number of its first row in the input, from 0
     rows: Annotated[tuple[Row, ...], Field(min_length=1, max_length=MAX_ROWS)]
     network: Name
@@ -89,6 +92,22 @@ class Shard(Wire):
 
 
 Work = Job | Shard
+
+
+def data_key(key: str) -> str:
+    """Where a shard's file is."""
+    return f"data/{key}.parquet"
+
+
+def failed_key(key: str) -> str:
+    """Where a shard's failed rows are."""
+    return f"failed/{key}.jsonl"
+
+
+def key_of(name: str) -> str | None:
+    """The key of the shard that has left an object of this name; None where none has."""
+    key = name.partition("/")[2].partition(".")[0]
+    return key if re.fullmatch(KEY, key) and name in {data_key(key), failed_key(key)} else None
 
 
 def parse(payload: object) -> Work:

@@ -1,12 +1,19 @@
-"""How a backfill is run, how far it is, and how fast it goes."""
+"""How a backfill is run, how far it is, how fast it goes, and what keeps it waiting."""
 
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from worker.errors import BrokerUnavailable, GradcamError, LedgerUnavailable
+
+AGAIN_S = 1.0  # between two tries of what is away
+LEAST_WINDOW = 4
+PER_WORKER = 2  # shards in flight for each that a worker may have in hand
+ENOUGH_ROWS, ENOUGH_SHARDS = 1000, 4  # finished, before a share of failures means anything
 OVER_S = 30.0  # the last so many seconds say how fast it goes
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,18 @@ class Pace:
     max_failed: float = 0.5  # of the rows: where more fail, it is stopped
     only_failed: bool = False  # run again the shards of which rows failed
     changed: bool = False  # run again the shards whose rows or weights have changed
+
+    def most(self, workers: int | None, each: int) -> int:
+        """How many shards may be in flight, where workers have `each` in hand."""
+        return self.window or max((workers or 0) * each * PER_WORKER, LEAST_WINDOW)
+
+    def hopeless(self, now: "Standing", shards: int) -> str | None:
+        """Why there is no use in going on after so many shards, where there is none."""
+        enough = now.done >= ENOUGH_ROWS or shards >= ENOUGH_SHARDS
+        if not enough or now.failed <= self.max_failed * now.done:
+            return None
+        why = ", ".join(f"{code} {count:,}" for code, count in Counter(now.codes).most_common())
+        return f"{now.failed:,} of {now.done:,} rows have failed, more than {self.max_failed:.0%}: {why}."
 
 
 @dataclass(frozen=True)
@@ -61,3 +80,42 @@ class Speed:
             self._past.popleft()
         then_s, then = self._past[0]
         return round(max(number - then, 0) / (now_s - then_s), 1) if now_s > then_s else 0.0
+
+
+class Outages:
+    """Of the ledger and of the broker, each told apart: they are tried again for ever, and said once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        """`say` is told when one begins and when it is over."""
+        self._say = say
+        self.away: set[str] = set()  # codes of what is
+
+    def asking(self, step: Callable[[], T]) -> T | None:
+        """What a step gives that asks the ledger; None where it is away, after a little while."""
+        try:
+            found = step()
+        except LedgerUnavailable as error:
+            self._began(error)
+            time.sleep(AGAIN_S)
+            return None
+        self._ended(LedgerUnavailable, "The ledger")
+        return found
+
+    def ringing(self, step: Callable[[], object]) -> None:
+        """Take a step that the workers' reaper takes too, where the broker is away."""
+        try:
+            step()
+        except BrokerUnavailable as error:
+            self._began(error)
+        else:
+            self._ended(BrokerUnavailable, "The broker")
+
+    def _began(self, error: GradcamError) -> None:
+        if error.code not in self.away:
+            self._say(f"{error} The backfill keeps trying.")
+        self.away.add(error.code)
+
+    def _ended(self, kind: type[GradcamError], what: str) -> None:
+        if kind.code in self.away:
+            self.away.discard(kind.code)
+            self._say(f"{what} answers again.")

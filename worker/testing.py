@@ -67,7 +67,7 @@ class Doorbell:
     jobs: list[Job] = field(default_factory=list)
 
     def __call__(self, job: Job) -> None:
-        """See `worker.broker.publish`."""
+        """See `worker.broker.Bell.publish`."""
         self.jobs.append(job)
 
 

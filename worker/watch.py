@@ -29,7 +29,7 @@ class Listener:
 
     def __init__(self, job_id: str, wake: Callable[[], object], timeout_s: float | None = None) -> None:
         """`wake` is called, in any thread, when there is something to `take`. The clock runs from now."""
-        self.job_id = job_id
+        self.job_id = str(job_id)
         self._wake, self._timeout_s, self._begun = wake, timeout_s, time.monotonic()
         self._news: deque[News] = deque(maxlen=1)  # what was not taken in time gives way to what is newer
         self._revision = -1
@@ -38,12 +38,15 @@ class Listener:
     def tell(self, news: News) -> None:
         """Keep it if it is new, a final document in any case: a restored ledger may count from before."""
         if isinstance(news, LedgerUnavailable):
-            since = self._outage[0] if self._outage else time.monotonic()
+            now = time.monotonic()
+            since = self._outage[0] if self._outage else now
             self._outage = since, news
-            if time.monotonic() - since < OUTAGE_S:
+            refused = news.hopeless and self._revision < 0  # who was let in before may be again
+            if now - since < OUTAGE_S and not refused:
                 return
-        elif isinstance(news, StatusDocument):
+        else:
             self._outage = None
+        if isinstance(news, StatusDocument):
             if news.revision <= self._revision and not news.final:
                 return
             self._revision = news.revision
@@ -99,7 +102,7 @@ class Watcher:
         """See `worker.client.GradcamClient.stream`."""
         woken = threading.Event()
         listener = Listener(job_id, woken.set, timeout_s)
-        listener.tell(self.look(job_id))
+        listener.tell(self.look(listener.job_id))
         with closing(self.follow(listener)) as steps:
             for step in steps:
                 if isinstance(step, StatusDocument):

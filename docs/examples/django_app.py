@@ -32,8 +32,6 @@ from worker.client import GradcamClient
 from worker.contract import FINAL, StatusEvent
 from worker.errors import GradcamError
 
-PICTURE = '<img src="{}" alt="{}" style="max-width: 100%; max-height: {}" loading="lazy">'
-
 photos = AppConfig(__name__, sys.modules[__name__])  # this file is an app by itself
 photos.label, photos.verbose_name, photos.models_module = "photos", "Photos", photos.module
 settings.configure(**OURS, ROOT_URLCONF=__name__, INSTALLED_APPS=[*APPS, photos])
@@ -107,8 +105,9 @@ def webhook(request):
 @permission_required("photos.view_photo", raise_exception=True)
 def picture(request, pk, large):
     """Lead to a picture, at an address in the bucket that is good for an hour."""
+    photo = get_object_or_404(Photo, pk=pk)
     try:
-        result = client.result(get_object_or_404(Photo, pk=pk).job)
+        result = client.result(photo.job, manifest_uri=photo.manifest)
     except GradcamError as error:
         return HttpResponse(str(error), status=502, content_type="text/plain")
     made = result.manifest.artifacts if large else result.manifest.explanations[0].artifacts
@@ -136,8 +135,9 @@ class PhotoAdmin(admin.ModelAdmin):
         return photo.error or "".join("{}, {:.0%}".format(*best) for best in photo.classes[:1])
 
     def thumbnail(self, photo, height="60px", large=0):
+        html = '<img src="{}" alt="{}" style="max-width: 100%; max-height: {}" loading="lazy">'
         url = reverse("picture", args=(photo.pk, large))
-        return format_html(PICTURE, url, self.outcome(photo), height) if photo.manifest else ""
+        return format_html(html, url, self.outcome(photo), height) if photo.manifest else ""
 
     def pictures(self, photo):
         return self.thumbnail(photo, "75vh", large=1)

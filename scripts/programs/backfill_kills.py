@@ -1,7 +1,9 @@
 """A backfill whose submitter and whose two workers are killed at random, again and again."""
 
 import contextlib
+import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -98,7 +100,9 @@ def survive(rows: int, kills: int) -> Survived:
 
 def _kill(*processes: "Popen[bytes]") -> None:
     for one in processes:
-        one.kill()
+        for pid in reversed(river.below(one.pid)):  # the program itself before its keeper
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         one.wait()
         if one.stdin:
             one.stdin.close()

@@ -21,7 +21,7 @@ from worker.contract import ManifestRef, NetworkRef
 from worker.outside import Outside
 from worker.pipeline import Done, Journey
 from worker.settings import Settings
-from worker.shard import Shard
+from worker.shard import DATASET, Shard, data_key
 
 GRID = (7, 7)
 
@@ -30,7 +30,7 @@ def at_once(shard: Shard, outside: Outside, journey: Journey) -> Done:
     """In place of `worker.bulk.explain`."""
     store = pipeline.admit(shard, outside)
     journey.deadline.check("explain")
-    data, key = table(shard), dataset.data_key(shard.key)
+    data, key = table(shard), data_key(shard.key)
     (uri,) = store.put_many([(key, data, dataset.MEDIA_TYPE)], journey.deadline)
     return Done(
         network=NetworkRef(name=shard.network, layer="none", weights_sha256=shard.weights_sha256),
@@ -51,7 +51,7 @@ def table(shard: Shard) -> bytes:
         for field in columns
     ]
     facts = {
-        "schema": dataset.SCHEMA,
+        "schema": DATASET,
         "rows": count,
         "failed": 0,
         "codes": {},

@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 import redis
 
-from worker import broker, dataset, embedded, lifeline
+from worker import broker, embedded, lifeline
 from worker.client import GradcamClient
 from worker.contract import StatusDocument
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
-from worker.shard import Shard
+from worker.shard import Shard, data_key
 from worker.wire import new_id
 
 pytestmark = [pytest.mark.live]
@@ -95,7 +95,7 @@ class Yard:
         return sum(json.loads(one)[2] == broker.SHARDS for one in held)
 
     def table(self, shard: Shard) -> list[dict[str, Any]]:
-        path = self.folder / "results" / dataset.data_key(shard.key)
+        path = self.folder / "results" / data_key(shard.key)
         found: list[dict[str, Any]] = pq.read_table(path).to_pylist()
         return found
 
