@@ -1,4 +1,4 @@
-"""The chart, its scaler and its schemas. What needs helm is skipped until scripts/check-deploy has run."""
+"""The chart, its scaler and its schemas."""
 
 import copy
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import bench_scale
 import check_helm
+import deploy_tools
 import pytest
 import redis
 import scaling
@@ -23,7 +24,12 @@ from worker.shard import ROUTES
 CHART = check_helm.CHART
 TOOLS = check_helm.Tools()
 SCALER = Scaler(job_s=0.05, shard_s=5, drain_s=60, slots=18, most=8)
-needs_helm = pytest.mark.skipif(not TOOLS.has("helm"), reason="helm is not installed: scripts/check-deploy")
+
+
+@pytest.fixture(scope="module")
+def tools() -> Path:
+    """Helm, and what else looks at the chart."""
+    return deploy_tools.make()
 
 
 def rendered(name: str) -> list[dict[str, Any]]:
@@ -167,7 +173,7 @@ def test_every_level_of_the_values_refuses_what_it_does_not_know() -> None:
     assert open_ones(schema, "values") == []
 
 
-@needs_helm
+@pytest.mark.usefixtures("tools")
 class TestRendered:
     def test_every_file_of_values_makes_what_is_right(self) -> None:
         files = sorted(CHART.glob("ci/*.yaml"))
