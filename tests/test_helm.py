@@ -26,7 +26,7 @@ TOOLS = check_helm.Tools()
 SCALER = Scaler(job_s=0.05, shard_s=5, drain_s=60, slots=18, most=8)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def tools() -> Path:
     """Helm, and what else looks at the chart."""
     return deploy_tools.make()
@@ -173,7 +173,6 @@ def test_every_level_of_the_values_refuses_what_it_does_not_know() -> None:
     assert open_ones(schema, "values") == []
 
 
-@pytest.mark.usefixtures("tools")
 class TestRendered:
     def test_every_file_of_values_makes_what_is_right(self) -> None:
         files = sorted(CHART.glob("ci/*.yaml"))
