@@ -41,7 +41,7 @@ PORT = 9464
 USER = 10001  # of the images, docker/Dockerfile
 # They come from the Secret: no ConfigMap may hold them ...
 SECRET = {"broker_url", "ledger_url", "s3_access_key_id", "s3_secret_access_key"}
-SECRET |= {"status_sql_url", "webhook_secrets"}
+SECRET |= {"status_sql_url", "traces", "webhook_secrets"}
 # ... and these from the chart, or from a supervisor.
 OWN = {"cache_dir", "devices", "metrics_host", "metrics_port", "networks", "redis_ca", "starts"}
 # Values that must be refused, as `--set` takes them -> what has to be in the message.
