@@ -22,6 +22,13 @@ from worker.gradcam.weights import digest
 from worker.settings import Settings
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side run one file and another, but not two that time real processes."""
+    for item in items:
+        timed = item.path.parent.name in {"live", "faults"} and item.path.name != "test_rehearsal.py"
+        item.add_marker(pytest.mark.xdist_group("processes" if timed else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def photos() -> Path:
     """The folder of the five shipped photos."""

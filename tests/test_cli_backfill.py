@@ -243,7 +243,7 @@ def test_wrong_usage_is_said_without_a_traceback(
     assert main(["backfill", *given]) == 2
     err = capsys.readouterr().err
     assert "Error: " in err
-    assert re.search(r"^Usage: \w+ backfill( status| cancel)? \[OPTIONS\] (IN|OUT)PUT$", err, re.MULTILINE)
+    assert re.search(r"^Usage: \S+ backfill( status| cancel)? \[OPTIONS\] (IN|OUT)PUT$", err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("given", [["--help"], ["status", "--help"], ["cancel", "-h"]])

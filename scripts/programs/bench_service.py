@@ -163,7 +163,7 @@ def measure(case: Case, photos: Sequence[bytes]) -> Result:
     with river.flowing((case.network,), photos, **case.settings) as flow:
         warm = serve(flow, case.network, case.jobs // 2)  # also says what batches there will be
         sizes = [size for size, passes in warm.batches.items() for _ in range(size * passes)]
-        batch = int(median(sizes))
+        batch = int(median(sizes or [1]))  # none ended where the worker had the machine to share
         first = alone(engine, images, batch, case.jobs)
         turns = serve(flow, case.network, case.jobs), serve(flow, case.network, case.jobs)
         second = alone(engine, images, batch, case.jobs)

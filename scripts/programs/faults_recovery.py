@@ -23,7 +23,7 @@ from worker.settings import Settings
 
 SHORT, FULL = 1, 4  # kills
 LOST = 5  # messages that vanish from the queue at each of them
-AHEAD = 60  # jobs that wait when it happens
+AHEAD = 120  # jobs that wait when it happens
 LATER_S = 0.3  # at most, after a worker has begun a job
 RUNS_AGAIN_S, PUBLISHED_AGAIN_S = 30.0, 60.0  # what is promised
 DRAINS_S = 180.0

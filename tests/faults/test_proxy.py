@@ -170,9 +170,9 @@ def test_the_server_behind_it_may_be_another_one(proxy: FaultyProxy, echo: int) 
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         proxy.target = closed.getsockname()[1]
-        with (
-            socket.create_connection(("127.0.0.1", proxy.port), WAIT_S) as client,
+        with (  # as early as while it is connected
             pytest.raises(ConnectionResetError),
+            socket.create_connection(("127.0.0.1", proxy.port), WAIT_S) as client,
         ):
             client.recv(1)
     proxy.target = echo

@@ -142,7 +142,8 @@ def test_a_backfill_is_stopped_killed_and_resumed_and_has_each_row_once(at_work:
     first.send_signal(signal.SIGINT)
     _, err = first.communicate(timeout=WAIT_S)
     assert first.returncode == 130
-    assert "come to their end by themselves; --resume goes on" in err
+    assert "Stopped." in err
+    assert "--resume goes on" in err
 
     killed = yard.start("stopped", "--rate", "100", "--resume")
     had = yard.shards("stopped")
