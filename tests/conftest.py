@@ -1,6 +1,7 @@
 """What many tests need: the photos, a real Valkey, settings for it, a small HTTP server."""
 
 import contextlib
+import random
 import socket
 import ssl
 import threading
@@ -108,8 +109,13 @@ def silent_port() -> Iterator[int]:
 
 @pytest.fixture
 def free_port() -> int:
-    """A port where nobody listens."""
-    return embedded.free_port()
+    """A port where nobody listens, and that the system gives to no connection before somebody does."""
+    while True:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", random.randrange(20_000, 32_000))) as free,  # noqa: S311  # no secret
+        ):
+            return int(free.getsockname()[1])
 
 
 @dataclass

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from worker import artifacts
-from worker.contract import Job, Method
+from worker.contract import Job
 from worker.deadline import Deadline
 from worker.errors import AttemptFenced, JobTimeout, StorageUnavailable
-from worker.manifest import InputRecord, Manifest, NetworkRecord
+from worker.manifest import InputRecord, Manifest, MethodRecord, NetworkRecord
 from worker.storage import FolderStore
 from worker.testing import MemoryStore
 
@@ -31,7 +31,7 @@ def manifest(job_id: str) -> Manifest:
             backend="numpy",
             dtype="float32",
         ),
-        method=Method(),
+        method=MethodRecord(),
         predictions=(),
         explanations=(),
     )

@@ -2,9 +2,11 @@ import uuid
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from worker.contract import Job, Problem, StatusDocument
+from worker.contract import Job, Method, Problem, StatusDocument, StatusEvent
 from worker.errors import ImageNotFound, InvalidJob
+from worker.manifest import Manifest
 from worker.wire import new_id
 
 LEAST: dict[str, Any] = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 5}}
@@ -175,3 +177,69 @@ def test_what_is_said_of_a_wrong_job_repeats_no_secret_nor_does_its_traceback(
         Job.parse(good | fields)
     assert "planted" not in f"{caught.value} {caught.value.__cause__}"
     assert next(iter(fields)) in str(caught.value)
+
+
+def _with_more(value: Any) -> Any:
+    """The same, with something of tomorrow in each object that is no table of names."""
+    if isinstance(value, list):
+        return [_with_more(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    free = {"metrics", "metadata", "generator"}
+    return {"tomorrow": {"more": 1}} | {
+        name: one if name in free else _with_more(one) for name, one in value.items()
+    }
+
+
+def test_what_a_later_version_adds_to_what_it_tells_is_passed_over() -> None:
+    seen = {"rank": 1, "id": 7, "wnid": "n7", "name": "a", "probability": 0.5}
+    problem = Problem.of(ImageNotFound("It is gone."), stage="fetch", attempt=1)
+    now, digest = "2026-01-01T00:00:00Z", "0" * 64
+    document = {
+        "id": new_id(),
+        "status": "failed",
+        "max_attempts": 1,
+        "predictions": [seen],
+        **dict.fromkeys(("created_at", "queued_at", "updated_at"), now),
+        "network": {"name": "vgg16", "layer": "l", "weights_sha256": digest},
+        "worker": {"id": "me", "device": "cpu"},
+        "result": {"manifest_uri": "s3://a/b", "manifest_sha256": digest},
+        "warnings": [{"code": "zero_heatmap", "class_id": 7}],
+        "error": problem.model_dump(),
+    }
+    event = {"type": "gradcam.job.failed", "timestamp": now, "data": document}
+    record = {"kind": "overlay", "uri": "s3://a/c", "media_type": "image/png", "bytes": 1, "sha256": digest}
+    explained = {
+        "class": {"id": 7, "wnid": "n7", "name": "a"},
+        "hot": {"threshold": 0.5, "box_xyxy": [0, 0, 1, 1]},
+        "rank": 1,
+        "probability": 0.5,
+        "raw_min": 0,
+        "raw_max": 1,
+        "peak_xy": [0, 0],
+        "artifacts": [record],
+    }
+    manifest = {
+        "job_id": document["id"],
+        "generator": {"name": "gradcam-worker"},
+        "input": {"uri": "s3://a/d", "sha256": digest, "bytes": 1, "media_type": "image/png"}
+        | {"width": 1, "height": 1},
+        "network": {"name": "vgg16", "layer": "l", "input_size": [1, 1], "preprocessing": "none"}
+        | {"weights_sha256": None, "backend": "numpy", "dtype": "float32"},
+        "method": {"name": "gradcam", "layer": "l"},
+        "predictions": [seen],
+        "explanations": [explained],
+        "artifacts": [record],
+        "warnings": document["warnings"],
+    }
+    for model, told in ((StatusDocument, document), (StatusEvent, event), (Manifest, manifest)):
+        more = _with_more(told)
+        assert more != told
+        assert model.model_validate(more) == model.model_validate(told)
+        assert "tomorrow" not in model.model_validate(more).to_json()
+    warned = {**document, "warnings": [{"code": "code_of_tomorrow", "class_id": 7}]}
+    assert StatusDocument.model_validate(warned).warnings[0].code == "code_of_tomorrow"
+    with pytest.raises(InvalidJob, match="tomorrow: unknown field"):
+        Job.parse({**LEAST, "tomorrow": 1})
+    with pytest.raises(ValidationError, match="tomorrow"):
+        Method.model_validate({"tomorrow": 1})

@@ -23,7 +23,7 @@ ALERTS = yaml.safe_load((DEPLOY / "alerts" / "gradcam.rules.yaml").read_text())[
 DASHBOARD = json.loads((DEPLOY / "grafana" / "gradcam.json").read_text())
 PANELS = [one for one in DASHBOARD["panels"] if one["type"] != "row"]
 OF_PROMETHEUS = {"instance"}  # labels that a scrape adds
-SELECTOR = re.compile(r"\b(gradcam_[a-z_]+)\b(?:\{([^}]*)\})?")
+SELECTOR = re.compile(r"\b((?:gradcam|process)_[a-z_]+)\b(?:\{([^}]*)\})?")
 MATCHER = re.compile(r'([a-z_]+)(=~|!~|!=|=)"([^"]*)"')
 GROUPING = re.compile(r"\b(?:by|without) \(([^)]*)\)")
 

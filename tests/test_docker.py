@@ -27,6 +27,12 @@ def test_docker_and_deploy_are_well() -> None:
     assert check_deploy.findings(deploy_tools.make()) == []
 
 
+def test_a_worker_has_room_for_the_networks_that_it_may_keep() -> None:
+    worker = compose_file.loaded(COMPOSE, compose_file.variables())["services"]["worker"]
+    memory = int(worker["mem_limit"].removesuffix("g")) * 2**30
+    assert int(worker["environment"]["GRADCAM_RESIDENT_BYTES"]) <= memory / 2
+
+
 def test_a_program_that_cannot_be_had_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pins = tmp_path / "pins.txt"
     pins.write_text(f"yamllint==0.0.0 --hash=sha256:{'0' * 64}\n")
@@ -48,6 +54,9 @@ def test_a_program_that_cannot_be_had_is_a_failure(tmp_path: Path, monkeypatch: 
         ("[demo, --against-running,", "[demo, --against-runing,", "No such option"),
         ("GRADCAM_PRELOAD", "GRADCAM_PRELAOD", "Did you mean GRADCAM_PRELOAD?"),
         ("target: gpu", "target: gpus", "no target gpus"),
+        ("stop_grace_period: 120s", "stop_grace_period: 90s", "killed after 90 s"),
+        ("gradcam-submitter:", "gradcam-submiter:", "no user gradcam-submiter"),
+        ("cache:/cache", "cache:/cash", "writes to /cache"),
         ("http://s3:8333", "http://minio:8333", "minio, which is no service"),
         ("./prometheus.yml:", "./prometheus.yaml:", "not there"),
         (
@@ -97,13 +106,13 @@ def test_a_name_that_the_code_does_not_have_is_found(tmp_path: Path, monkeypatch
 def test_prometheus_asks_where_the_images_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [*check_deploy.prometheus()] == []
     file = tmp_path / "prometheus.yml"
-    file.write_text(
-        check_deploy.PROMETHEUS.read_text().replace("[metrics]", "[workers]").replace("9464", "9100")
-    )
+    text = check_deploy.PROMETHEUS.read_text().replace("[metrics]", "[workers]").replace("9464", "9100")
+    file.write_text(text.replace("/rules/", "/rule/"))
     monkeypatch.setattr(check_deploy, "PROMETHEUS", file)
-    port, name = check_deploy.prometheus()
+    port, name, rules = check_deploy.prometheus()
     assert "asks at port 9100, the images answer at 9464" in port
     assert "asks workers: no network alias" in name
+    assert "reads /etc/prometheus/rule/*.yaml, where nothing is mounted" in rules
 
 
 def test_every_shell_script_is_among_those_that_shellcheck_sees() -> None:

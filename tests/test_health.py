@@ -63,17 +63,21 @@ def served() -> Served:
 
 
 def test_each_path_says_whether_all_is_well_and_why_not(served: Served) -> None:
-    trouble: dict[str, str | None] = {"loop": None, "broker": "has not answered yet"}
+    trouble: dict[str, str | None] = {"loop": None, "broker": "has not answered yet", "networks": "none"}
     served.health.live["loop"] = lambda: trouble["loop"]
     served.health.ready["broker"] = lambda: trouble["broker"]
+    served.health.startup["networks"] = lambda: trouble["networks"]
     assert served.said("/live") == (200, {"status": "ok"})
     no = (503, {"status": "unavailable", "why": {"broker": "has not answered yet"}})
-    assert served.said("/ready") == served.said("/startup") == no
+    assert served.said("/ready") == no
+    assert served.said("/startup") == (503, {"status": "unavailable", "why": {"networks": "none"}})
+    trouble["networks"] = None
+    assert served.said("/startup") == (200, {"status": "ok"}), "who waits for a broker has started"
     trouble["broker"] = None
     assert served.said("/ready?verbose=1") == (200, {"status": "ok"})
     trouble |= {"broker": "has not answered for 12 s", "loop": "it stands still"}
     assert served.said("/ready")[0] == 503
-    assert served.said("/startup") == (200, {"status": "ok"}), "it was ready once"
+    assert served.said("/startup") == (200, {"status": "ok"})
     assert served.said("/live") == (503, {"status": "unavailable", "why": {"loop": "it stands still"}})
     assert served.ask("/metrics") == (200, "up 1\n")
     assert served.ask("/metrics", "HEAD") == (200, "")
@@ -191,3 +195,18 @@ def test_a_thread_that_ended_is_the_end_of_the_process(settings: Settings) -> No
     for one in threads:
         one.join()
     assert telemetry.health.found("/live") == {"threads": "ended: leases, reaper"}
+
+
+def test_a_process_has_started_before_it_is_let_in_and_has_when_it_ends(settings: Settings) -> None:
+    telemetry = Telemetry(settings)
+
+    def unwell() -> list[bool]:
+        return [bool(telemetry.health.found(path)) for path in ("/live", "/startup", "/ready")]
+
+    assert unwell() == [False, True, True]
+    telemetry.started()
+    assert unwell() == [False, False, True], "a broker that is away is no reason to begin again"
+    telemetry.begun()
+    assert unwell() == [False, False, False]
+    telemetry.ending()
+    assert unwell() == [False, False, True]

@@ -2,12 +2,14 @@
 
 import copy
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
 
 import bench_scale
 import check_helm
+import check_wiring
 import deploy_tools
 import pytest
 import redis
@@ -23,6 +25,10 @@ from worker.shard import ROUTES
 
 CHART = check_helm.CHART
 TOOLS = check_helm.Tools()
+COMPONENT = "app.kubernetes.io/component"
+CONTAINER = ("spec", "template", "spec", "containers", 0)
+FILES_ALONE = [{"name": "files", "mountPath": "/etc/gradcam"}]
+MAP = "rehearsal-gradcam"
 SCALER = Scaler(job_s=0.05, shard_s=5, drain_s=60, slots=18, most=8)
 
 
@@ -32,8 +38,8 @@ def tools() -> Path:
     return deploy_tools.make()
 
 
-def rendered(name: str) -> list[dict[str, Any]]:
-    code, text, errors = check_helm.template(TOOLS, CHART / "ci" / f"{name}.yaml")
+def rendered(name: str, *sets: str) -> list[dict[str, Any]]:
+    code, text, errors = check_helm.template(TOOLS, CHART / "ci" / f"{name}.yaml", *sets)
     assert code == 0, errors
     return check_helm.parsed(text)
 
@@ -47,6 +53,12 @@ def one(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]
 
 def work(running: int = 0, retrying: int = 0, **queued: int) -> Work:
     return Work(dict.fromkeys(ROUTES, 0) | queued, retrying, running)
+
+
+def as_keda(names: dict[str, int]) -> float:
+    """What the formula makes of numbers of jobs."""
+    said: float = eval(SCALER.formula, {"ceil": math.ceil, "max": max}, names)  # noqa: S307  # our own text
+    return said
 
 
 class TestFormula:
@@ -83,8 +95,13 @@ class TestFormula:
                 draw.randrange(99), draw.randrange(9), **{name: draw.randrange(99) for name in ROUTES}
             )
             names = {**some.queued, "retrying": some.retrying, "running": some.running}
-            said = eval(SCALER.formula, {"max": max}, names)  # noqa: S307  # our own text
-            assert said == pytest.approx(SCALER.load(some))
+            assert as_keda(names) == math.ceil(SCALER.load(some))
+
+    def test_one_job_is_enough_for_keda_which_cuts_to_thousandths(self) -> None:
+        none = dict.fromkeys([*ROUTES, "retrying", "running"], 0)
+        assert as_keda(none) == 0
+        for name in none:
+            assert int(as_keda({**none, name: 1}) * 1000) > 0, name
 
 
 class TestReplay:
@@ -195,6 +212,43 @@ class TestRendered:
         assert "nvidia.com/gpu" not in limits["deliver"]["resources"]["limits"]
         assert limits["deliver"]["image"].endswith("-cpu")
 
+    def test_a_tag_is_a_version_and_each_has_the_image_of_its_device(self) -> None:
+        documents = rendered("everything")
+        images = [
+            one(documents, "Deployment", f"gradcam-{name}")["spec"]["template"]["spec"]["containers"][0][
+                "image"
+            ]
+            for name in ("worker", "deliver")
+        ]
+        assert images == [f"registry.example/gradcam-worker:1.2.3-{device}" for device in ("gpu", "cpu")]
+
+    def test_who_brings_no_account_and_makes_none_has_the_default_one(self) -> None:
+        for sets, account in (
+            ("serviceAccount.create=true", "rehearsal-gradcam"),
+            ("serviceAccount.create=false", "default"),
+            ("serviceAccount.create=false,serviceAccount.name=vision", "vision"),
+        ):
+            worker = one(rendered("cpu", *sets.split(",")), "Deployment", "gradcam-worker")
+            assert worker["spec"]["template"]["spec"]["serviceAccountName"] == account
+
+    def test_it_may_be_part_of_another_chart(self) -> None:
+        assert rendered("cpu", "global.of=another")
+
+    def test_variables_of_others_reach_the_pods(self) -> None:
+        said = one(rendered("everything"), "ConfigMap", "gradcam")["data"]
+        assert said["HTTPS_PROXY"] == "http://proxy.example:3128"
+
+    def test_a_worker_has_room_for_what_it_may_keep(self) -> None:
+        documents = rendered("cpu")
+        settings = one(documents, "ConfigMap", "gradcam")["data"]
+        read = Settings.from_environment({name: settings[name] for name in settings if "GRADCAM_" in name})
+        pod = one(documents, "Deployment", "gradcam-worker")["spec"]["template"]["spec"]
+        (cache,) = [each["emptyDir"] for each in pod["volumes"] if each["name"] == "cache"]
+        assert int(cache["sizeLimit"].removesuffix("Gi")) * 2**30 > read.cache_bytes
+        memory = int(pod["containers"][0]["resources"]["limits"]["memory"].removesuffix("Gi")) * 2**30
+        in_flight = read.max_bytes_in_flight + 3 * read.max_pixels_in_flight
+        assert read.resident_bytes + in_flight + 2**30 < memory
+
     def test_large_numbers_are_written_out_and_lists_with_commas(self) -> None:
         said = one(rendered("gpu-keda"), "ConfigMap", "gradcam")["data"]
         assert said["GRADCAM_MAX_BYTES_IN_FLIGHT"] == "1073741824"
@@ -235,6 +289,48 @@ class TestRendered:
             place = place[step]
         place[path[-1]] = value
         assert any(said in each for each in check_helm.findings(documents))
+
+    @pytest.mark.parametrize(
+        ("kind", "name", "path", "value", "said"),
+        [
+            ("Service", "deliver", ("spec", "selector", COMPONENT), "delivery", "leads to"),
+            ("Service", "deliver", ("spec", "ports", 0, "port"), 9465, "do not listen"),
+            ("Service", "redis", ("spec", "ports", 0, "port"), 6380, "do not listen"),
+            (
+                "ScaledObject",
+                "worker",
+                ("spec", "triggers", 0, "metadata", "url"),
+                "http://a:9464",
+                "no Service",
+            ),
+            ("ConfigMap", "", ("data", "GRADCAM_S3_ENDPOINT_URL"), "http://b:8333", "no Service"),
+            ("ConfigMap", "", ("data", "GRADCAM_NETWORKS"), "/etc/gradcam/nets.toml", "holds"),
+            ("NetworkPolicy", "worker", ("spec", "egress", 0, "ports", 0, "port"), 54, "out to the DNS"),
+            ("NetworkPolicy", "worker", ("spec", "egress", 1, "ports", 0, "port"), 6380, "out to redis"),
+            ("NetworkPolicy", "worker", ("spec", "ingress", 0, "ports", 0, "port"), "metric", "not listen"),
+            ("NetworkPolicy", "s3", ("spec", "podSelector", "matchLabels", COMPONENT), "s4", "for no pod"),
+            ("PodMonitor", "", ("spec", "podMetricsEndpoints", 0, "port"), "metric", "PodMonitor asks"),
+            ("PodDisruptionBudget", "worker", ("spec",), {"minAvailable": 1}, "drained"),
+            ("Deployment", "worker", (*CONTAINER, "volumeMounts"), FILES_ALONE, "/cache cannot be written"),
+            (
+                "Deployment",
+                "deliver",
+                (*CONTAINER, "envFrom", 1),
+                {"configMapRef": {"name": MAP}},
+                "no Secret",
+            ),
+        ],
+        ids=lambda value: value.replace(" ", "-") if isinstance(value, str) and " " in value else "",
+    )
+    def test_what_does_not_find_each_other_is_found(
+        self, kind: str, name: str, path: tuple[Any, ...], value: Any, said: str
+    ) -> None:
+        documents = copy.deepcopy(rendered("everything"))
+        place: Any = one(documents, kind, "-".join(filter(None, ("gradcam", name))))
+        for step in path[:-1]:
+            place = place[step]
+        place[path[-1]] = value
+        assert any(said in each for each in check_wiring.findings(documents))
 
     def test_a_formula_of_another_shape_is_found(self) -> None:
         documents = rendered("gpu-keda")

@@ -159,11 +159,17 @@ warnings.warn("old")
 thread = threading.Thread(target=lambda: 1 / 0)
 thread.start()
 thread.join()
+class Odd:
+    def __del__(self): 1 / 0
+Odd()
+logging.getLogger("library").info("%d of %d", 1)
 raise SystemError("the end")
 """
-    warned, died, ended = [json.loads(line) for line in spoken("json", "info", program)]
+    warned, died, odd, wrong, ended = [json.loads(line) for line in spoken("json", "info", program)]
     assert (warned["logger"], "UserWarning: old" in warned["message"]) == ("py.warnings", True)
     assert (died["level"], died["exception"]["type"]) == ("critical", "ZeroDivisionError")
+    assert odd["exception"]["type"] == "ZeroDivisionError"
+    assert wrong["message"] == "%d of %d (1,)"
     assert (ended["exception"]["type"], ended["exception"]["message"]) == ("SystemError", "the end")
 
 

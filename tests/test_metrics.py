@@ -1,6 +1,7 @@
 """What is counted, under which names, and that every part of a worker tells it."""
 
 import re
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -349,6 +350,28 @@ def test_the_ledger_is_asked_once_in_a_while_and_its_gauges_are_absent_while_it_
     monkeypatch.setattr(metrics, "FRESH_S", -1)
     counted.scrape()
     assert len(asked) == 2
+
+
+def test_one_scrape_at_most_waits_for_whoever_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, over, counted = threading.Event(), threading.Event(), Metrics()
+
+    def ask() -> Any:
+        asked.set()
+        over.wait(30)
+        raise LedgerUnavailable
+
+    counted.ask_ledger(ask)
+    counted.ask_device(lambda: DeviceUse(memory_bytes=7))
+    monkeypatch.setattr(metrics, "PATIENCE_S", 0.05)
+    hangs = threading.Thread(target=counted.scrape, daemon=True)
+    hangs.start()
+    assert asked.wait(30)
+    said = counted.scrape()
+    assert hangs.is_alive(), "this one has not waited for it"
+    assert b"gradcam_queue_jobs" not in said
+    assert b"gradcam_device_memory_bytes 7.0" in said
+    over.set()
+    hangs.join()
 
 
 class Driver(SimpleNamespace):

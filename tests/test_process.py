@@ -1,5 +1,6 @@
 """What the tasks do with messages, over an app that has no broker."""
 
+import os
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,17 @@ from celery.exceptions import Reject
 
 from worker import broker, process
 from worker.contract import StatusDocument
-from worker.errors import LedgerUnavailable
+from worker.errors import InvalidSettings, LedgerUnavailable, NetworkIncompatible, WeightsUnavailable
+from worker.health import Health
 from worker.ledger import Ledger
 from worker.settings import Settings
 from worker.testing import MemoryLedger
 from worker.wire import new_id
+
+
+def because(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
 
 
 @dataclass
@@ -73,3 +80,54 @@ def test_an_argument_may_come_by_position_or_by_name() -> None:
     assert process._payload((), {"job": {"a": 1}}) == {"a": 1}
     assert process._payload((1, 2), {}) == [1, 2], "which is no job, and is refused as such"
     assert process._payload((), {}) == []
+
+
+@pytest.mark.parametrize(
+    ("failures", "stopped"),
+    [
+        ([WeightsUnavailable("no route"), WeightsUnavailable("no route")], False),
+        (
+            [WeightsUnavailable("no route"), because(WeightsUnavailable("none"), FileNotFoundError(2, "x"))],
+            True,
+        ),
+        ([NetworkIncompatible("no network")], True),
+    ],
+    ids=["away", "no file", "no network"],
+)
+def test_weights_that_are_only_away_are_waited_for(
+    failures: list[Exception], stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "PRELOAD_EVERY_S", 0)
+    health, seen = Health(), list[object]()
+
+    def warm(name: str) -> None:
+        seen.append(health.found("/startup"))
+        if failures:
+            raise failures.pop(0)
+
+    outside: Any = SimpleNamespace(
+        residents=SimpleNamespace(warm=warm), networks=SimpleNamespace(find=lambda name: name)
+    )
+    settings = Settings(preload=("vgg16", "resnet50"))
+    if stopped:
+        with pytest.raises(InvalidSettings, match="GRADCAM_PRELOAD: no"):
+            process._preload(settings, outside, health)
+        return
+    process._preload(settings, outside, health)
+    both, last = ({"networks": f"not loaded yet: {names}"} for names in ("vgg16, resnet50", "resnet50"))
+    assert seen == [both, both, both, last]
+    assert health.found("/startup") == health.found("/ready") == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(InvalidSettings("wrong"), os.EX_CONFIG), (LedgerUnavailable("away"), 1)]
+)
+def test_whatever_ends_a_supervised_worker_is_a_line_of_its_log(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object, **__: object) -> int:
+        raise error
+
+    monkeypatch.setattr(process, "run", fails)
+    assert process.run_supervised(Settings(), 1) == code
+    assert caplog.messages == [str(error)]

@@ -69,10 +69,12 @@ def test_a_worker_that_cannot_start_is_given_up_with_a_sentence() -> None:
 
 
 def test_wrong_settings_end_everything_at_once_and_are_not_tried_again() -> None:
-    code, said = supervise("import os; os._exit(os.EX_CONFIG)", gpus=2)
+    code, said = supervise("import os; os._exit(os.EX_CONFIG)")
     assert code == 1
     assert "ended unasked" not in said
-    assert "given up" not in said
+    code, more = supervise("import os; os._exit(os.EX_CONFIG)", gpus=2)
+    assert code == 1
+    assert "given up" not in said + more
 
 
 def test_settings_with_which_a_worker_has_taken_jobs_are_tried_again(tmp_path: Path) -> None:
@@ -286,12 +288,14 @@ live()
     assert "GPU 1: the worker ended unasked (exit code -6)" in said
 
 
-def test_a_gpu_that_never_works_is_tried_again_as_long_as_another_one_does(tmp_path: Path) -> None:
-    broken = """
+@pytest.mark.parametrize("code", [3, os.EX_CONFIG])
+def test_a_gpu_that_never_works_is_tried_again_as_long_as_another_one_does(code: int, tmp_path: Path) -> None:
+    broken = f"""
 if gpu == "1":
     with folder.joinpath("starts").open("a") as file: file.write("x")
     if folder.joinpath("starts").stat().st_size > 7: folder.joinpath("mark1").touch()
-    sys.exit(3)
+    sys.exit({code})
+time.sleep(0.3)  # the other one says first that it cannot
 live("mark")
 """
     marks = (tmp_path / "mark0", tmp_path / "mark1")
@@ -300,6 +304,28 @@ live("mark")
     assert "given up" not in said
     assert said.count("GPU 0: worker process") == 1
     assert code in {0, 1}, "1 where the signal met a worker that was just failing"
+
+
+def test_starts_that_failed_before_a_worker_took_jobs_are_forgotten(tmp_path: Path) -> None:
+    """GPU 0 fails, then works for good; GPU 1 works, then fails."""
+    child = (
+        PER_GPU.format(folder=str(tmp_path))
+        + """
+with folder.joinpath("starts" + gpu).open("a") as file: file.write("x")
+starts = folder.joinpath("starts" + gpu).stat().st_size
+if gpu == "0":
+    if starts > 6: live()
+    sys.exit(3)
+while not folder.joinpath("started0").exists(): time.sleep(0.02)
+if starts > 7: live()
+if starts == 1: os.write(int(sys.argv[1]), b"1")
+sys.exit(3)
+"""
+    )
+    marks = (tmp_path / "started0", tmp_path / "started1")
+    code, said = supervise(child, started=marks, signals=1, gpus=2)
+    assert "given up" not in said
+    assert code == 0
 
 
 def test_where_no_gpu_works_all_is_given_up() -> None:

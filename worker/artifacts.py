@@ -38,6 +38,7 @@ from worker.manifest import (
     HotRegion,
     InputRecord,
     Manifest,
+    MethodRecord,
     NetworkRecord,
 )
 from worker.render import Rendered
@@ -97,7 +98,7 @@ def describe(
             dtype=facts.dtype,
             head=facts.head,
         ),
-        method=job.method.model_copy(update={"layer": seen.layer}),
+        method=MethodRecord(**{**dict(job.method), "layer": seen.layer}),
         predictions=classes(seen.predictions),
         explanations=tuple(explanations),
         artifacts=tuple(record for each, record in made if each.index is None and each.kind != "heatmap"),

@@ -17,7 +17,7 @@ from pydantic import (
 
 from worker.errors import GradcamError, InvalidJob
 from worker.line import visible
-from worker.wire import Wire, describe, new_id
+from worker.wire import Told, Wire, describe, new_id
 from worker.wishes import (
     AnimationWish,
     ArtifactWish,
@@ -165,7 +165,7 @@ class Job(Wire):
         return f"{kinds} {self.model_dump_json(exclude=own, exclude_defaults=True)}"
 
 
-class Problem(Wire):
+class Problem(Told):
     """Why a job failed: RFC 9457 problem details, with a code that is a promise."""
 
     type: str
@@ -195,7 +195,7 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "?", ")")) else f"{text}."
 
 
-class SeenClass(Wire):
+class SeenClass(Told):
     """A class, its place among all classes by score, and its probability."""
 
     rank: int
@@ -205,7 +205,7 @@ class SeenClass(Wire):
     probability: float
 
 
-class NetworkRef(Wire):
+class NetworkRef(Told):
     """The network that looked."""
 
     name: str
@@ -213,28 +213,28 @@ class NetworkRef(Wire):
     weights_sha256: Sha256 | None
 
 
-class WorkerRef(Wire):
+class WorkerRef(Told):
     """The worker that did it."""
 
     id: str
     device: str
 
 
-class Warned(Wire):
+class Warned(Told):
     """Something the reader of a result should know."""
 
-    code: Literal["zero_heatmap"]
+    code: str  # zero_heatmap; a later version may know of more
     class_id: int
 
 
-class ManifestRef(Wire):
+class ManifestRef(Told):
     """Where the manifest is: its presence means that everything it names is there."""
 
     manifest_uri: str
     manifest_sha256: Sha256
 
 
-class StatusDocument(Wire):
+class StatusDocument(Told):
     """`gradcam.status/v1`: the whole truth about a job, the same in every backend."""
 
     schema_: Literal["gradcam.status/v1"] = Field(default="gradcam.status/v1", alias="schema")
@@ -267,7 +267,7 @@ class StatusDocument(Wire):
         return self.status in FINAL
 
 
-class StatusEvent(Wire):
+class StatusEvent(Told):
     """What a webhook receives."""
 
     type: str  # gradcam.job.succeeded and so on

@@ -2,7 +2,7 @@
 
     /live      200 as long as its threads live and its loop turns, however long a batch or a broker takes
     /ready     200 while it can do its work: networks loaded, broker and ledger there, storage well
-    /startup   200 from when it has been ready once
+    /startup   200 from when it has begun, with all its networks loaded, whether or not anybody answers it
     /metrics   what Prometheus reads
 
 503 where not, with what is wrong as JSON. A few threads answer, apart from the work: a slow, hostile or very
@@ -76,22 +76,15 @@ class Health:
     """What has to be well for a process to be alive, and to be ready."""
 
     def __init__(self) -> None:
-        """Nothing has, so far: see `live` and `ready`, whose values say what is wrong."""
+        """Nothing has, so far: see `live`, `ready` and `startup`, whose values say what is wrong."""
         self.live: dict[str, Check] = {}
         self.ready: dict[str, Check] = {}
-        self._was_ready = False
+        self.startup: dict[str, Check] = {}  # nothing of others: whoever asks ends what does not start
 
     def found(self, path: str) -> dict[str, str] | None:
         """What is wrong, by what is looked at; None for a path that is none of /live, /ready, /startup."""
-        if path == "/live":
-            return _wrong(self.live)
-        if path == "/startup" and self._was_ready:
-            return {}
-        if path in {"/ready", "/startup"}:
-            wrong = _wrong(self.ready)
-            self._was_ready = self._was_ready or not wrong
-            return wrong
-        return None
+        checks = {"/live": self.live, "/ready": self.ready, "/startup": self.startup}.get(path)
+        return None if checks is None else _wrong(checks)
 
 
 def _wrong(checks: Mapping[str, Check]) -> dict[str, str]:

@@ -67,7 +67,7 @@ class JsonFormatter(logging.Formatter):
             "time": _rfc3339(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _said(record),
             **_bound.get(),
             "worker": self._worker,
         }
@@ -78,6 +78,13 @@ class JsonFormatter(logging.Formatter):
         if record.stack_info:
             said["stack"] = record.stack_info
         return json.dumps(_whole(said), default=str)
+
+
+def _said(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except Exception:  # noqa: BLE001  # a library's own mistake: logging would print it, in many lines
+        return f"{record.msg} {record.args}"
 
 
 def _rfc3339(seconds: float) -> str:
@@ -102,6 +109,7 @@ def log_lines(form: str, level: str) -> None:
         handler.setFormatter(JsonFormatter(f"{platform.node()}:{os.getpid()}"))
         logging.captureWarnings(capture=True)
         sys.excepthook = _died
+        sys.unraisablehook = lambda it: _died(it.exc_type, it.exc_value, it.exc_traceback)
         threading.excepthook = lambda died: _died(died.exc_type, died.exc_value, died.exc_traceback)
     else:
         handler.setFormatter(LineFormatter(FORMAT))
@@ -112,4 +120,4 @@ def log_lines(form: str, level: str) -> None:
 def _died(kind: type[BaseException], error: BaseException | None, trace: Any) -> None:
     """What nobody caught, as a line like all others."""
     if not issubclass(kind, KeyboardInterrupt | SystemExit):
-        log.critical("a thread ended: nobody caught what it raised", exc_info=(kind, error or kind(), trace))
+        log.critical("nobody caught what was raised", exc_info=(kind, error or kind(), trace))

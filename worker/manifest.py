@@ -5,10 +5,10 @@ from typing import Literal
 from pydantic import Field
 
 from worker.contract import JobId, Method, SeenClass, Sha256, Warned
-from worker.wire import Wire
+from worker.wire import Told
 
 
-class ArtifactRecord(Wire):
+class ArtifactRecord(Told):
     """One stored object. `index`: which slice of an array file belongs to this class."""
 
     kind: str
@@ -23,7 +23,7 @@ class ArtifactRecord(Wire):
     index: int | None = None
 
 
-class ClassRef(Wire):
+class ClassRef(Told):
     """A class of the network."""
 
     id: int
@@ -31,14 +31,14 @@ class ClassRef(Wire):
     name: str
 
 
-class HotRegion(Wire):
+class HotRegion(Told):
     """Where the heatmap, at the image's size, is at least `threshold` of its peak, around its peak."""
 
     threshold: float
     box_xyxy: tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom excluded
 
 
-class ExplainedClass(Wire):
+class ExplainedClass(Told):
     """One explained class. `peak_xy`: the middle of the hottest cell, in pixels of the image."""
 
     class_: ClassRef = Field(alias="class")
@@ -52,7 +52,7 @@ class ExplainedClass(Wire):
     artifacts: tuple[ArtifactRecord, ...]
 
 
-class InputRecord(Wire):
+class InputRecord(Told):
     """The image that was explained."""
 
     uri: str
@@ -63,7 +63,7 @@ class InputRecord(Wire):
     height: int
 
 
-class NetworkRecord(Wire):
+class NetworkRecord(Told):
     """The network, in full."""
 
     name: str
@@ -76,7 +76,11 @@ class NetworkRecord(Wire):
     head: Literal["softmax", "sigmoid"] = "softmax"  # behind a sigmoid, probabilities do not sum to 1
 
 
-class Manifest(Wire):
+class MethodRecord(Method, Told):
+    """How the heatmaps were computed, and at which layer."""
+
+
+class Manifest(Told):
     """`gradcam.manifest/v1`, written last.
 
     It holds nothing that another attempt would change, but for the last digits of its numbers, which a pass
@@ -88,7 +92,7 @@ class Manifest(Wire):
     generator: dict[str, str]
     input: InputRecord
     network: NetworkRecord
-    method: Method
+    method: MethodRecord
     predictions: tuple[SeenClass, ...]
     explanations: tuple[ExplainedClass, ...]
     artifacts: tuple[ArtifactRecord, ...] = ()  # of the whole, not of one class

@@ -25,6 +25,7 @@ from worker.observer import Observer
 log = logging.getLogger("gradcam")
 
 FRESH_S = 5.0  # that the ledger's answer is good for, whoever asks, however often
+PATIENCE_S = 1.0  # that a scrape waits for another one's question, which may hang: threads are few
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 KINDS: Mapping[str, Callable[..., Any]] = {"counter": Counter, "histogram": Histogram, "gauge": Gauge}
 
@@ -70,11 +71,19 @@ class Metrics(Observer):
 
     def ask_ledger(self, ask: Callable[[], Depths]) -> None:
         """The ledger's gauges are what `ask` says, which may raise LedgerUnavailable."""
-        self._registry.register(_LedgerGauges(ask))
+
+        def look() -> list[Metric]:
+            try:
+                return _of_ledger(ask())
+            except LedgerUnavailable as error:
+                log.debug("metrics of the ledger: %s", error)  # the leases' thread has said it aloud
+                return []
+
+        self._registry.register(_Gauges(look, lambda: FRESH_S))
 
     def ask_device(self, ask: Callable[[], DeviceUse]) -> None:
         """The device's gauges are what `ask` says."""
-        self._registry.register(_DeviceGauges(ask))
+        self._registry.register(_Gauges(lambda: _of_device(ask()), lambda: 0))
 
     def job_ended(self, status: str, code: str) -> None:
         """See `Observer.job_ended`."""
@@ -141,26 +150,30 @@ class Metrics(Observer):
         self._at("artifact_bytes_total").inc(size)
 
 
-class _LedgerGauges(Collector):
-    """Asks at most every FRESH_S; absent where there is no answer."""
+class _Gauges(Collector):
+    """Asks somebody who may not answer, one question at a time; absent where there is no answer.
 
-    def __init__(self, ask: Callable[[], Depths]) -> None:
-        self._ask, self._door = ask, threading.Lock()
-        self._asked_s, self._known = -FRESH_S, list[Metric]()
+    What is known stays good for `fresh_s`. Whoever comes while another one asks waits for that answer, but
+    not for long: one scrape at most hangs where a server, a resolver or a driver does.
+    """
+
+    def __init__(self, look: Callable[[], list[Metric]], fresh_s: Callable[[], float]) -> None:
+        self._look, self._fresh_s, self._door = look, fresh_s, threading.Lock()
+        self._asked_s, self._known = float("-inf"), list[Metric]()
 
     def describe(self) -> Iterable[Metric]:
         return ()  # or it would be asked when it is registered
 
     def collect(self) -> Iterable[Metric]:
-        with self._door:  # two scrapes at once: one question
-            if time.monotonic() - self._asked_s >= FRESH_S:
-                try:
-                    self._known = _of_ledger(self._ask())
-                except LedgerUnavailable as error:
-                    log.debug("metrics of the ledger: %s", error)  # the leases' thread has said it aloud
-                    self._known = []
+        if not self._door.acquire(timeout=PATIENCE_S):
+            return []
+        try:
+            if time.monotonic() - self._asked_s >= self._fresh_s():
+                self._known = self._look()
                 self._asked_s = time.monotonic()
             return self._known
+        finally:
+            self._door.release()
 
 
 def _of_ledger(found: Depths) -> list[Metric]:
@@ -176,19 +189,9 @@ def _of_ledger(found: Depths) -> list[Metric]:
     ]
 
 
-class _DeviceGauges(Collector):
-    """Asks the driver whenever it is read: that costs it a few microseconds."""
-
-    def __init__(self, ask: Callable[[], DeviceUse]) -> None:
-        self._ask = ask
-
-    def describe(self) -> Iterable[Metric]:
-        return ()
-
-    def collect(self) -> Iterable[Metric]:
-        found = self._ask()
-        said = {"device_memory_bytes": found.memory_bytes, "device_utilization_ratio": found.utilization}
-        return [_gauge(name, value) for name, value in said.items() if value is not None]
+def _of_device(found: DeviceUse) -> list[Metric]:
+    said = {"device_memory_bytes": found.memory_bytes, "device_utilization_ratio": found.utilization}
+    return [_gauge(name, value) for name, value in said.items() if value is not None]
 
 
 def _gauge(name: str, value: float) -> Metric:

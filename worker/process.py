@@ -1,5 +1,6 @@
 """The worker process: Celery's app, its task, the threads beside it, and its end."""
 
+import errno
 import logging
 import os
 import signal
@@ -19,11 +20,13 @@ from worker import broker, fitness, keepers, lifeline, wiring
 from worker.crew import gather
 from worker.errors import (
     BrokerUnavailable,
+    GradcamError,
     InternalError,
     InvalidJob,
     InvalidSettings,
     LedgerUnavailable,
     PermanentError,
+    WeightsUnavailable,
     WorkerUnfit,
 )
 from worker.health import Health
@@ -42,6 +45,8 @@ HAND_BACK_S = 8.0  # for handing back what runs and ending: less than a supervis
 GIVE_WAY_S = 3.0  # of it, for jobs to notice that they are to stop
 SETTLE_S = 1.0  # of it, when they have, for Celery to end
 HAND_BACK_EVERY_S = 0.2  # meanwhile: one was just beginning, the ledger did not answer
+PRELOAD_EVERY_S = 10.0  # between two tries to have the weights of a network
+NO_FILE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES}  # which somebody has to put there
 PROBE_S = 2.0  # that the broker has, to show that it answers
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)  # Celery's own ways lead astray here
 
@@ -154,6 +159,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
     )
     hands = f"{settings.threads} threads, {settings.shards} shards"
     log.info("%s on %s takes jobs, %s", desk.worker.id, desk.worker.device, hands)
+    telemetry.started()
     consumer.start()
     stopped.set()
     keepers.join(kept)
@@ -171,26 +177,35 @@ def _wait_for_second(signals: "SimpleQueue[int]", timeout_s: float) -> None:
 
 
 def _preload(settings: Settings, outside: Outside, health: Health) -> None:
-    """Raises InvalidSettings, and WeightsUnavailable where trying again may help."""
+    """Weights that cannot be had just now are waited for. Raises InvalidSettings."""
     left = [*settings.preload]
-    health.ready["networks"] = lambda: f"not loaded yet: {', '.join(left)}" if left else None
-    for name in settings.preload:
+
+    def missing() -> str | None:
+        return f"not loaded yet: {', '.join(left)}" if left else None
+
+    health.ready["networks"] = health.startup["networks"] = missing
+    while left:
         try:
-            outside.residents.warm(outside.networks.find(name))
-        except PermanentError as error:
-            message = f"GRADCAM_PRELOAD: {error}"
-            raise InvalidSettings(message) from error
-        left.remove(name)
-        log.info("%s is loaded", name)
+            outside.residents.warm(outside.networks.find(left[0]))
+        except (PermanentError, WeightsUnavailable) as error:
+            cause = error.__cause__
+            no_file = isinstance(cause, OSError) and cause.errno in NO_FILE
+            if isinstance(error, PermanentError) or no_file:
+                message = f"GRADCAM_PRELOAD: {error}"
+                raise InvalidSettings(message) from error
+            log.warning("%s It is tried again in %g s.", error, PRELOAD_EVERY_S)
+            time.sleep(PRELOAD_EVERY_S)
+            continue
+        log.info("%s is loaded", left.pop(0))
 
 
 def run_supervised(settings: Settings, ready_fd: int) -> int:
     """As `run`, for a supervisor, which does not try again what can only fail again: EX_CONFIG."""
     try:
         return run(settings, ready_fd=ready_fd)
-    except InvalidSettings as error:
+    except GradcamError as error:
         log.error("%s", error)  # noqa: TRY400  # a sentence is enough
-        return os.EX_CONFIG
+        return os.EX_CONFIG if isinstance(error, InvalidSettings) else 1
 
 
 def _listen(signals: SimpleQueue[int]) -> None:

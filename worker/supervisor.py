@@ -2,7 +2,7 @@
 
 A worker that dies unasked (out of memory, a crash in native code, a broker restart that Celery does
 not survive) is started again, with backoff, and so is one that shows no sign of life any more (see
-`worker.pulse`). Where none gets as far as taking jobs, all is given up: at once where it says that its
+`worker.pulse`). Where none gets as far as taking jobs, all is given up: at once where each says that its
 settings are wrong.
 As long as one does, the others are tried again: a broken GPU must not end the work of seven good ones,
 again and again, as it would if whoever runs the supervisor started everything anew.
@@ -108,12 +108,8 @@ class Supervisor:
             code, took_jobs = self._one_life(device)
             if self._stopping.is_set():
                 return 0 if code in ENDED_CLEANLY else 1
-            self._proven |= took_jobs
-            if code == os.EX_CONFIG and not self._proven:
-                self._end(patience_s=self._timeout_s)
-                return 1
             deaths = 1 if took_jobs else deaths + 1
-            if self._given_up(device, took_jobs=took_jobs):
+            if self._given_up(device, hopeless=code == os.EX_CONFIG):
                 return 1
             delay_s = min(BACKOFF_S * 2 ** min(deaths - 1, DOUBLINGS), BACKOFF_MAX_S)
             said = "%s: the worker ended unasked (exit code %s): again in %.1f s"
@@ -156,7 +152,7 @@ class Supervisor:
         The seconds of silence are counted, not read from a clock: whoever stops the whole container for a
         while and lets it go on must not find that everybody was silent.
         """
-        took_jobs, silent_s, listening = False, 0.0, True
+        took_jobs, proven, silent_s, listening = False, False, 0.0, True
         while True:
             dead = child.poll() is not None  # asked before the look: its last sign is still to be seen
             if not listening:
@@ -169,6 +165,10 @@ class Supervisor:
                 took_jobs, silent_s = took_jobs or listening, 0.0
             else:
                 silent_s += SIGN_S
+            if took_jobs and not proven:  # at once: it may be years until it dies
+                proven = True
+                with self._door:
+                    self._proven, self._failed_starts[device.name] = True, -1  # its death makes it 0
             if dead:
                 return took_jobs
             if took_jobs and silent_s >= self._stalled_after_s and not self._stopping.is_set():
@@ -177,14 +177,20 @@ class Supervisor:
                 child.kill()
                 return took_jobs
 
-    def _given_up(self, device: Device, *, took_jobs: bool) -> bool:
-        """Count the failed starts of a device; end everything where every one of them has too many."""
+    def _given_up(self, device: Device, *, hopeless: bool) -> bool:
+        """Count the failed starts of a device; end everything where every one of them has too many.
+
+        One is too many where it is `hopeless`, as what is wrong stands in the settings. It may be the one GPU
+        that is broken all the same: whether the others say so, too, is waited for.
+        """
         with self._door:
-            self._failed_starts[device.name] = 0 if took_jobs else self._failed_starts[device.name] + 1
+            hopeless = hopeless and not self._proven
+            self._failed_starts[device.name] += STARTS if hopeless else 1
             fewest = min(self._failed_starts.values())
         if fewest < STARTS:
             return False
-        log.error("%s: the worker could not start, %d times in a row: given up", device.name, fewest)
+        if not hopeless:
+            log.error("%s: the worker could not start, %d times in a row: given up", device.name, fewest)
         self._end(patience_s=self._timeout_s)
         return True
 

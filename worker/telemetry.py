@@ -22,7 +22,9 @@ class Telemetry:
         """Whoever asks is answered from now on. Raises InvalidSettings."""
         self._settings, self.health = settings, Health()
         self._not_yet: str | None = "has not begun yet"
+        self._not_started: str | None = self._not_yet
         self.health.ready["process"] = lambda: self._not_yet
+        self.health.startup["process"] = lambda: self._not_started
         self.keepers: dict[str, Keep] = {}
         self.observer: Observer = SILENT
         self._metrics = None
@@ -53,9 +55,13 @@ class Telemetry:
         if gpus and (use := nvml.watch(gpus[0])):
             self._metrics.ask_device(use)
 
+    def started(self) -> None:
+        """The process has all that it brings itself: from now on it waits for nobody but others."""
+        self._not_started = None
+
     def begun(self) -> None:
         """The process does what it is for."""
-        self._not_yet = None
+        self._not_started = self._not_yet = None
 
     def ending(self) -> None:
         """It takes nothing new any more."""

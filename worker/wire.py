@@ -26,6 +26,15 @@ class Wire(BaseModel):
         return self.model_dump_json()
 
 
+class Told(Wire):
+    """What workers tell: a later version may say more, and whoever reads it passes over that.
+
+    What workers are asked for, a slip of the pen in it too, is refused: that is `Wire`.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+
 def utc_now() -> datetime:
     """The time now, aware, in UTC."""
     return datetime.now(UTC)

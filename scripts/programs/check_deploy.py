@@ -92,14 +92,18 @@ def prometheus() -> Iterator[str]:
         for network in service["networks"].values()
         for alias in (network or {}).get("aliases", [])
     }
-    for scrape in yaml.safe_load(PROMETHEUS.read_text())["scrape_configs"]:
+    told = yaml.safe_load(PROMETHEUS.read_text())
+    for scrape in told["scrape_configs"]:
         for found in scrape["dns_sd_configs"]:
             if found["port"] != port:
                 yield f"prometheus.yml asks at port {found['port']}, the images answer at {port}"
             if strangers := set(found["names"]) - aliases:
                 yield f"prometheus.yml asks {', '.join(strangers)}: no network alias of compose.yaml"
-    if not [*(ROOT / "deploy" / "alerts").glob("*.yaml")]:
-        yield "deploy/alerts, which Prometheus reads, holds no rules"
+    mounted = [one.split(":")[:2] for one in services["prometheus"]["volumes"]]
+    for rules in map(Path, told["rule_files"]):
+        folders = [COMPOSE.parent / here for here, there in mounted if there == str(rules.parent)]
+        if not [file for folder in folders for file in folder.glob(rules.name)]:
+            yield f"prometheus.yml reads {rules}, where nothing is mounted"
 
 
 def findings(folder: Path) -> list[str]:

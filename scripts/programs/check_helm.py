@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import check_wiring
 import deploy_tools
 import yaml  # type: ignore[import-untyped]
 from scaling import Scaler
@@ -56,6 +57,7 @@ REFUSED = {
     "worker.device=tpu": "device",
     "worker.replicas=-1": "replicas",
     "worker.gpus=2": "gpus",
+    "env.GRADCAM_THREADS=4": "GRADCAM_THREADS",
     "redis.enabled=true": "users.acl",
     "redis.image=valkey": "image",
     "s3.enabled=true": "RCLONE_AUTH_KEY",
@@ -165,6 +167,7 @@ def refused(tools: Tools) -> Iterator[str]:
 
 def findings(documents: list[Document]) -> Iterator[str]:
     """What no schema says."""
+    yield from check_wiring.findings(documents)
     for one in documents:
         if one["kind"] in {"Deployment", "StatefulSet"}:
             yield from _pod(one)

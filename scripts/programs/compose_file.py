@@ -14,9 +14,11 @@ from worker import __version__
 from worker.cli import gradcam
 from worker.errors import InvalidSettings
 from worker.settings import Settings
+from worker.supervisor import HAND_BACK_S
 
 FOLDER = ROOT / "docker"
 OURS = "gradcam-worker"
+USERS = ROOT / "deploy" / "redis" / "users.acl"
 _VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?:(?::-(?P<default>[^}]*))|(?::\?[^}]*))?\}")
 _TAG = re.compile(r":v?[0-9]+\.[0-9]+")  # a version, not `latest`
 
@@ -91,11 +93,26 @@ def _ours(service: Mapping[str, Any]) -> Iterator[str]:
         return
     environment = {name: str(value) for name, value in service.get("environment", {}).items()}
     try:
-        Settings.from_environment({**image_environment(service["image"].rpartition("-")[2]), **environment})
+        settings = Settings.from_environment(
+            {**image_environment(service["image"].rpartition("-")[2]), **environment}
+        )
     except InvalidSettings as error:
         yield str(error)
-    if not service["image"].endswith("-web"):
-        yield from command_findings(service.get("command", ["worker"]))
+        return
+    user = urlsplit(settings.broker_url).username
+    if f"user {user} " not in USERS.read_text() + (FOLDER / "valkey").read_text():
+        yield f"there is no user {user} in deploy/redis/users.acl or docker/valkey"
+    if service["image"].endswith("-web"):
+        return
+    command = service.get("command", ["worker"])
+    yield from command_findings(command)
+    grace = float(service.get("stop_grace_period", "10s").removesuffix("s"))
+    if command == ["worker"] and grace < settings.shutdown_timeout_s + HAND_BACK_S:
+        yield f"a worker that needs {settings.shutdown_timeout_s:g} s to end is killed after {grace:g} s"
+    places = [one.split(":")[0] for one in service.get("tmpfs", [])]
+    places += [one.split(":")[1] for one in service.get("volumes", [])]
+    if command[0] in {"worker", "deliver"} and not {"/cache", "/tmp"} <= {*places}:  # noqa: S108  # in a container
+        yield f"it writes to /cache and /tmp, and has {places}"
 
 
 def _wired(service: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[str]:

@@ -62,10 +62,13 @@ class Scaler:
 
     @property
     def formula(self) -> str:
-        """The load, as KEDA computes it: its variables are the names of the triggers."""
+        """The load rounded up, as KEDA computes it: its variables are the names of the triggers.
+
+        KEDA cuts what it computes to thousandths: one job would else be 0, and no worker would start for it.
+        """
         jobs = " + ".join([route for route in ROUTES if route != SHARD] + ["retrying", "running"])
         seconds = f"(({jobs}) * {self.job_s:g} + {SHARD} * {self.shard_s:g})"
-        return f"max({seconds} / {self.drain_s:g}, running / {self.slots})"
+        return f"ceil(max({seconds} / {self.drain_s:g}, running / {self.slots}))"
 
     def replay(self, trace: Iterable[tuple[float, Work]]) -> list[int]:
         """Workers after each look at a trace of (seconds, work), if none had been there before.

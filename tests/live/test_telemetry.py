@@ -155,8 +155,8 @@ def test_a_worker_shows_every_metric_and_whether_it_is_well(
 ) -> None:
     told = http_server.url("/told", answer(204))
     with plant.running("worker", str(ODD), "supervise"):
-        wait_for(lambda: plant.ask("/startup")[0] == 200, "the start")
-        assert [plant.ask(path)[0] for path in ("/live", "/ready")] == [200, 200]
+        wait_for(lambda: plant.ask("/ready")[0] == 200, "readiness")
+        assert [plant.ask(path)[0] for path in ("/live", "/startup")] == [200, 200]
         hooks = [{"url": told, "events": ["job.succeeded"]}]
         ids = [plant.submit((20 * number, 80, 90), webhooks=hooks) for number in range(5)]
         ids += [plant.submit((9, 9, 9), target={"classes": ["no such class"]}), shard(plant)]
@@ -230,7 +230,9 @@ def test_without_a_worker_events_are_delivered_and_lost_jobs_queued_again(
         wait_for(lambda: broker.Bell(plant.settings).waiting("normal"), "its message")
         wait_for(lambda: plant.metrics()["jobs_reaped_total{reason=lost}"] == 1, "that it is counted")
         wait_for(lambda: plant.metrics().get("queue_jobs{priority=normal}") == 1, "the queue's metrics")
-        assert plant.metrics()["events_delivered_total{outcome=delivered}"] == 1
+        wait_for(  # it was queued twice
+            lambda: plant.metrics()["events_delivered_total{outcome=delivered}"] == 2, "that both are told"
+        )
         assert plant.ask("/live")[0] == plant.ask("/startup")[0] == 200
         files = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in river.below(process.pid))
         assert not [name for name in ("numpy", "tensorflow", "cv2", "obstore") if f"/{name}/" in files]

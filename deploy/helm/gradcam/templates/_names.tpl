@@ -15,11 +15,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 
 {{- define "gradcam.image" -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag | default (printf "%s-%s" .Chart.AppVersion .device) }}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}-{{ .device }}
 {{- end }}
 
 {{- define "gradcam.serviceAccount" -}}
-{{ .Values.serviceAccount.name | default (include "gradcam.name" .) }}
+{{ .Values.serviceAccount.name | default (ternary (include "gradcam.name" .) "default" .Values.serviceAccount.create) }}
 {{- end }}
 
 {{- /* A setting as its environment variable has it. Numbers come as floats, which would be written as 1e+09. */ -}}
