@@ -42,8 +42,9 @@ class Deadline:
         """
         while time.monotonic() > self._held_until and self.left_s():
             time.sleep(LOOK_S)
-        if self._cancelled:
+        if self.left_s():
+            return
+        if self._cancelled:  # asked last: it may have been just now
             raise self._cancelled
-        if not self.left_s():
-            message = f"The job ran longer than its timeout_s of {self._allowed_s:g} s (at: {doing})."
-            raise JobTimeout(message)
+        message = f"The job ran longer than its timeout_s of {self._allowed_s:g} s (at: {doing})."
+        raise JobTimeout(message)

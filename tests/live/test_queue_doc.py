@@ -89,6 +89,7 @@ def test_nothing_but_redis_and_json_is_needed(stranger: Callable[..., str], tmp_
 
 def test_a_strangers_celery_sends_by_name(stranger: Callable[..., str], stage: Any, tmp_path: Path) -> None:
     job_id = run(CELERY, stranger(*grouped(CELERYS_RIGHTS)), tmp_path).strip()
+    until(lambda: stage.client.statuses([job_id]))  # a worker enters it
     document = stage.client.wait(job_id)
     assert document.status == "succeeded", document.error
 
