@@ -36,9 +36,11 @@ def log() -> Iterator[tuple[logging.Logger, io.StringIO]]:
     handler.setFormatter(JsonFormatter("host:1"))
     logger.addHandler(handler)
     logger.propagate = False
+    logger.setLevel(logging.WARNING)  # whatever a test before has set for all
     yield logger, written
     logger.removeHandler(handler)
     logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 def lines(written: io.StringIO) -> list[dict[str, Any]]:

@@ -80,7 +80,8 @@ def keys(post: Post) -> set[str]:
     """What is in Redis, without what belongs to the job itself."""
     server: Any = post.outbox._server  # type: ignore[attr-defined]
     found = {key.removeprefix(server.prefix) for key in server.redis.scan_iter(f"{server.prefix}*")}
-    return {key for key in found if not key.startswith(("job:", "queued:", "running", "dead", "claimed"))}
+    own = ("job:", "queued:", "running", "dead", "claimed", "ended:")
+    return {key for key in found if not key.startswith(own)}
 
 
 def wait_for(condition: Callable[[], list[Parcel]]) -> list[Parcel]:

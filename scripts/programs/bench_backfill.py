@@ -38,7 +38,7 @@ from worker.settings import Settings
 
 SHARE_OF = "xception"
 PHOTOS = 64
-SHARED, SHARED_QUICK = 768, 192  # images
+SHARED, SHARED_QUICK = 384, 192  # images
 TURNS = 2
 REQUIRED_SHARE = 0.9
 TRACKED, TRACKED_QUICK = (10_000, 100_000, 1_000_000), (2_000, 20_000)  # rows
