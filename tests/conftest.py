@@ -1,6 +1,7 @@
 """What many tests need: the photos, a real Valkey, settings for it, a small HTTP server."""
 
 import contextlib
+import logging
 import random
 import socket
 import ssl
@@ -38,6 +39,15 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
     ]
     return report
+
+
+@pytest.fixture(autouse=True)
+def _level() -> Iterator[None]:
+    """A test that starts a command in this process leaves no level of logging to the next one."""
+    ours = logging.getLogger("gradcam")
+    before = ours.level
+    yield
+    ours.setLevel(before)
 
 
 @pytest.fixture(scope="session")
