@@ -16,7 +16,6 @@ from subprocess import Popen
 import backfill_runs as runs
 import river
 import stand_in
-from pydantic import SecretStr
 
 from worker import embedded, lifeline
 from worker.s3 import S3
@@ -45,18 +44,8 @@ class Survived:
 def place(folder: Path) -> Iterator[Settings]:
     """Servers that outlive everybody, with photos."""
     with embedded.valkey(folder) as valkey, embedded.s3(folder, ("photos", "results")) as s3_server:
-        (folder / "networks.toml").write_text(stand_in.REGISTRY, encoding="utf-8")
-        settings = Settings(
-            broker_url=f"redis://127.0.0.1:{valkey.port}/0",
-            output="s3://results/bench",
-            s3_endpoint_url=s3_server.url,
-            s3_access_key_id=s3_server.access_key_id,
-            s3_secret_access_key=SecretStr(s3_server.secret_access_key),
-            networks=folder / "networks.toml",
-            lease_s=2,
-            lost_after_s=3,
-            retry_backoff_s=0.2,
-        )
+        short = {"lease_s": 2, "lost_after_s": 3, "retry_backoff_s": 0.2}
+        settings = river.settings_of(folder, valkey, s3_server, **short)
         s3 = S3(settings)
         for number, photo in enumerate(river.photographs(PHOTOS, SIZE)):
             s3.put("photos", f"{number:05}.jpg", photo, "image/jpeg")

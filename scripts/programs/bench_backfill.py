@@ -13,8 +13,6 @@ thousand.
 """
 
 import itertools
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -30,7 +28,7 @@ import river
 import shards_at_once
 import stand_in
 from river import River
-from timing import machine, versions
+from timing import machine, told, versions
 
 from worker import wiring
 from worker.gradcam.residents import Residents
@@ -238,11 +236,4 @@ def main(*, quick: bool, as_json: bool) -> int:
     survived = backfill_kills.survive(*(KILLED_QUICK if quick else KILLED))
     found = document(share(SHARED_QUICK if quick else SHARED), tracked, survived, waited)
     took_s = time.perf_counter() - begun
-    say("\n" + "\n".join(lines(found)))
-    say("\n" + ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in about.items()))
-    say("\n" + "\n".join(missed(found) or ["All that is required is reached."]) + f"\nTook {took_s:.0f} s.")
-    if as_json:
-        found |= {"missed": missed(found), "passed": not missed(found), "took_s": took_s}
-        json.dump({**found, "machine": dict(about), "versions": versions(*PACKAGES)}, sys.stdout, indent=2)
-        sys.stdout.write("\n")
-    return 1 if missed(found) else 0
+    return told(found, lines(found), missed(found), about, PACKAGES, took_s, as_json=as_json)

@@ -13,9 +13,7 @@ is missed.
 """
 
 import contextlib
-import json
 import statistics
-import sys
 import threading
 import time
 import urllib.request
@@ -26,7 +24,7 @@ from typing import Any
 import bench_service
 import river
 from river import River
-from timing import machine, versions
+from timing import machine, told, versions
 
 from worker import embedded
 from worker.broker import Bell
@@ -211,11 +209,4 @@ def main(*, quick: bool, as_json: bool) -> int:
     say(", ".join(f"{name} {version}" for name, version in versions(*PACKAGES).items()))
     found = document(*measure(*((PAIRS_QUICK, JOBS_QUICK) if quick else (PAIRS, JOBS))))
     took_s = time.perf_counter() - begun
-    say("\n" + "\n".join(lines(found)))
-    say("\n" + ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in about.items()))
-    say("\n" + "\n".join(missed(found) or ["All that is required is reached."]) + f"\nTook {took_s:.0f} s.")
-    if as_json:
-        found |= {"missed": missed(found), "passed": not missed(found), "took_s": took_s}
-        json.dump({**found, "machine": dict(about), "versions": versions(*PACKAGES)}, sys.stdout, indent=2)
-        sys.stdout.write("\n")
-    return 1 if missed(found) else 0
+    return told(found, lines(found), missed(found), about, PACKAGES, took_s, as_json=as_json)

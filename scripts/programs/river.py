@@ -102,6 +102,23 @@ def completed(document: StatusDocument) -> float:
     return document.completed_at.timestamp() if document.completed_at else 0.0
 
 
+def settings_of(
+    folder: Path, valkey: embedded.Server, s3_server: embedded.S3Server, **changes: Any
+) -> Settings:
+    """Settings for these servers and the stand-ins, whose description is written into `folder`."""
+    registry = folder / "networks.toml"
+    registry.write_text(stand_in.REGISTRY, encoding="utf-8")
+    return Settings(
+        broker_url=f"redis://127.0.0.1:{valkey.port}/0",
+        output="s3://results/bench",
+        s3_endpoint_url=s3_server.url,
+        s3_access_key_id=s3_server.access_key_id,
+        s3_secret_access_key=SecretStr(s3_server.secret_access_key),
+        networks=registry,
+        **changes,
+    )
+
+
 @contextmanager
 def flowing(networks: tuple[str, ...], photos: Sequence[bytes], **changes: Any) -> Iterator[River]:
     """Start the servers and a worker with these networks loaded and warm; stop all of it in the end.
@@ -112,17 +129,8 @@ def flowing(networks: tuple[str, ...], photos: Sequence[bytes], **changes: Any) 
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradcam-bench-")))
         valkey = stack.enter_context(embedded.valkey(folder))
         s3_server = stack.enter_context(embedded.s3(folder, ("photos", "results")))
-        (folder / "networks.toml").write_text(stand_in.REGISTRY, encoding="utf-8")
-        settings = Settings(
-            broker_url=f"redis://127.0.0.1:{valkey.port}/0",
-            output="s3://results/bench",
-            s3_endpoint_url=s3_server.url,
-            s3_access_key_id=s3_server.access_key_id,
-            s3_secret_access_key=SecretStr(s3_server.secret_access_key),
-            networks=folder / "networks.toml",
-            preload=networks,
-            shutdown_timeout_s=SHUTDOWN_S,
-            **changes,
+        settings = settings_of(
+            folder, valkey, s3_server, preload=networks, shutdown_timeout_s=SHUTDOWN_S, **changes
         )
         log, passes = folder / "worker.log", folder / "passes"
         program = str(Path(stand_in.__file__).resolve())

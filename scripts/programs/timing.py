@@ -1,9 +1,11 @@
 """What every bench shares: ways that take turns, their medians, and what they ran on."""
 
+import json
 import os
 import platform
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -86,3 +88,27 @@ def _cpu_model() -> str:
 def versions(*packages: str) -> dict[str, str]:
     """The versions that the figures hang on."""
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def told(
+    found: Mapping[str, Any],
+    lines: Iterable[str],
+    missed: Sequence[str],
+    about: Mapping[str, Any],
+    packages: Sequence[str],
+    took_s: float,
+    *,
+    as_json: bool,
+) -> int:
+    """Print what was found, for people or as one JSON document; return 1 where something is missed, else 0."""
+    if as_json:
+        own = {"missed": missed, "passed": not missed, "took_s": took_s}
+        whole = {**found, **own, "machine": dict(about), "versions": versions(*packages)}
+        json.dump(whole, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    else:
+        print("\n" + "\n".join(lines))
+        print("\n" + ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in about.items()))
+        said = "\n".join(missed) or "All that is required is reached."
+        print(f"\n{said}\nTook {took_s:.0f} s.")
+    return 1 if missed else 0
