@@ -100,7 +100,7 @@ def told(
     *,
     as_json: bool,
 ) -> int:
-    """Print what was found, for people or as one JSON document; return 1 where something is missed, else 0."""
+    """Print what was found, as text or as one JSON document; return 1 where something is missed, else 0."""
     if as_json:
         own = {"missed": missed, "passed": not missed, "took_s": took_s}
         whole = {**found, **own, "machine": dict(about), "versions": versions(*packages)}
