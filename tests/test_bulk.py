@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import logging
 import threading
 import time
 from collections import Counter
@@ -45,7 +46,7 @@ from worker.pipeline import Done, Journey
 from worker.room import Room, Rooms
 from worker.s3 import S3
 from worker.settings import Settings
-from worker.shard import READERS, Row, Shard, parse
+from worker.shard import READERS, Row, Shard, data_key, parse
 from worker.testing import MemoryImages, MemoryStore, TinyNetwork, outside
 
 GROUP = 4
@@ -437,6 +438,35 @@ def test_the_file_is_written_last_and_a_shard_whose_file_is_there_is_done() -> N
     assert (again.result, again.network) == (first.result, first.network)
     assert {**again.metrics} == {**first.metrics}
     assert again.result.manifest_sha256 == hashlib.sha256(store.objects[DATA]).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"backfill": "01234567-89ab-7def-8123-000000000000"}, f"backfill {BACKFILL}"),
+        ({"weights_sha256": "0" * 64}, "weights None"),
+        ({"key": "00000003-fedcba9876543210"}, f"the rows and the wish of {KEY}"),
+    ],
+    ids=["another backfill", "other weights", "other rows"],
+)
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_file_that_was_made_for_another_shard_is_never_taken_for_this_ones(
+    change: dict[str, Any], said: str, keep: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="gradcam")
+    bench = Bench()
+    bench.run()
+    stale = bench.store.objects[DATA]
+    asked = shard_of({**PICTURES, uri(0): PICTURES[uri(1)]}, **change, keep=keep)
+    bench.store.objects[data_key(asked.key)] = stale
+    network = TinyNetwork()
+    network.facts = replace(network.facts, weights_sha256=asked.weights_sha256)
+    again = Bench(network=network, store=bench.store)
+    done = again.run(asked)
+    assert f"was made for {said}, and will be replaced" in caplog.text
+    written = again.store.objects[data_key(asked.key)]
+    assert written != stale
+    assert done.result.manifest_sha256 == hashlib.sha256(written).hexdigest()
 
 
 @pytest.mark.parametrize("mended", [1, 2], ids=["one of two", "both"])

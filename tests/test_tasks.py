@@ -291,7 +291,6 @@ def test_a_rerun_that_finds_its_sealed_manifest_only_posts_it(office: Office) ->
     rerun._due[job.id] = 0
     rerun.lose(job.id)  # it died between the manifest and its last word
     office.store.objects = Untouched(sealed)
-    office.images.clear()
     assert office.handle(payload(job)) == "done"
     second = office.read(job)
     assert (second.status, second.attempt) == ("succeeded", 2)
@@ -299,6 +298,28 @@ def test_a_rerun_that_finds_its_sealed_manifest_only_posts_it(office: Office) ->
     assert second.predictions == first.predictions
     assert second.network == first.network
     assert second.warnings == first.warnings
+
+
+@pytest.mark.parametrize("same_uri", [True, False], ids=["other bytes", "another image"])
+def test_a_manifest_of_before_is_never_posted_as_the_result_of_another_job_of_its_id(
+    office: Office, same_uri: bool
+) -> None:
+    first = a_job()
+    office.handle(payload(first))
+    stale = office.read(first)
+    office.ledger = MemoryLedger()  # it has forgotten the job: its time there has passed, or it was flushed
+    uri = first.image.uri if same_uri else "s3://in/other.png"
+    office.images[uri] = cv2.imencode(".png", np.full((32, 32, 3), (255, 0, 0), np.uint8))[1].tobytes()
+    second = Job.parse({**payload(first), "image": uri})
+    office.ledger.submit(second)
+    office.ledger.claim(office.ledger.read(second.id), WorkerRef(id="lost", device="cpu"))
+    office.ledger._due[second.id] = 0
+    office.ledger.lose(second.id)
+    assert office.handle(payload(second)) == "done"
+    found = office.read(second)
+    assert (found.status, found.attempt) == ("succeeded", 2)
+    assert found.result != stale.result
+    assert found.predictions[0].name == "blue" != stale.predictions[0].name
 
 
 class Untouched(dict[str, bytes]):

@@ -30,6 +30,7 @@ from worker.contract import (
     Warned,
 )
 from worker.deadline import Deadline
+from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.explain import Explanation, Prediction
 from worker.manifest import (
     ArtifactRecord,
@@ -86,6 +87,7 @@ def describe(
     facts = seen.network
     return Manifest(
         job_id=job.id,
+        job_fingerprint=fingerprint(job),
         generator={"name": "gradcam-worker", "version": __version__},
         input=image,
         network=NetworkRecord(
@@ -155,11 +157,23 @@ def seal(store: Store, folder: str, manifest: Manifest, deadline: Deadline) -> M
     return ManifestRef(manifest_uri=uri, manifest_sha256=hashlib.sha256(text).hexdigest())
 
 
-def sealed(store: Store, folder: str, job: Job, deadline: Deadline) -> tuple[Manifest, ManifestRef] | None:
+def fingerprint(job: Job) -> str:
+    """Of what a job's artifacts depend on, and of nothing else: not of its id, its webhooks, its metadata."""
+    asked = {"image", "network", "target", "method", "metrics", "artifacts"}
+    kinds = [wish.kind for wish in job.artifacts]  # a default in each of them, and so not in the rest
+    text = f"{kinds} {job.model_dump_json(include=asked, exclude_defaults=True)}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sealed(
+    store: Store, folder: str, job: Job, image_sha256: str, row: NetworkRow, deadline: Deadline
+) -> tuple[Manifest, ManifestRef] | None:
     """The manifest that an earlier attempt at this job has left: all that it names is there.
 
-    What is there and is none, of another version or of another job, counts for nothing: this attempt writes
-    its own. Raises StorageUnavailable, JobTimeout, and what the deadline was cancelled with.
+    It counts only where it was made of the same wish, the same bytes of the image, and the network as `row`
+    describes it now. What is there and is none, is of an earlier version that did not say, or of anything
+    else, counts for nothing: this attempt writes its own. Raises StorageUnavailable, JobTimeout, and what
+    the deadline was cancelled with.
     """
     key = f"{folder}/{MANIFEST}"
     text = store.find(key, deadline)
@@ -170,9 +184,23 @@ def sealed(store: Store, folder: str, job: Job, deadline: Deadline) -> tuple[Man
     except ValidationError as error:
         log.warning("%s is no manifest, and will be replaced: %s", store.uri(key), str(error)[:200])
         return None
-    if manifest.job_id != job.id:
-        log.warning("%s is the manifest of job %s, and will be replaced", store.uri(key), manifest.job_id)
+    if other := _made_for_another(manifest, job, image_sha256, row):
+        log.warning("%s is the manifest of %s, and will be replaced", store.uri(key), other)
         return None
     return manifest, ManifestRef(
         manifest_uri=store.uri(key), manifest_sha256=hashlib.sha256(text).hexdigest()
     )
+
+
+def _made_for_another(manifest: Manifest, job: Job, image_sha256: str, row: NetworkRow) -> str | None:
+    """What tells a manifest from the one that this job would leave."""
+    if manifest.job_id != job.id:
+        return f"job {manifest.job_id}"
+    if manifest.job_fingerprint != fingerprint(job):
+        return "another job of this id"
+    if manifest.input.sha256 != image_sha256:
+        return f"other bytes of its image, with sha256 {manifest.input.sha256}"
+    of_file = manifest.network.weights_sha256, manifest.network.preprocessing
+    if row.file and of_file != (row.file.sha256, row.preprocessing.name):
+        return f"another {row.name}, with weights {of_file[0]} and preprocessing {of_file[1]}"
+    return None

@@ -9,6 +9,7 @@ short for that are passes smaller, and differ in the last digits.)
 """
 
 import hashlib
+import logging
 import re
 import time
 from collections import deque
@@ -42,6 +43,8 @@ from worker.shard import READERS, Shard, data_key, failed_key
 from worker.shard_row import ENDS, Picture, Rows
 from worker.storage import Object, Store
 
+log = logging.getLogger("gradcam")
+
 AHEAD = 3  # groups that are read or computed while one is waited for
 COMPUTING = 2  # of them that may be with the device: one is computed, one is there
 AGAIN_S = 2.0  # before rows that failed for a moment are tried a second time
@@ -57,7 +60,7 @@ def explain(shard: Shard, outside: Outside, journey: Journey) -> Done:
     """Run one shard. Raises the errors of `worker.errors` that are not a single row's."""
     store = pipeline.admit(shard, outside)
     place = data_key(shard.key)
-    there = store.find(place, journey.deadline)
+    there = _made_for(shard, store, place, journey.deadline)
     if there is not None and not shard.keep:
         return _done(store.uri(place), there, dataset.summary_of(there))
     kept, good = dataset.good_rows(there) if there is not None else (None, frozenset())
@@ -84,6 +87,19 @@ def explain(shard: Shard, outside: Outside, journey: Journey) -> Done:
             _put(store, one, journey.deadline)
     journey.metrics["images_per_s"] = round(len(places) / max(journey.metrics["explain_s"], 1e-3), 3)
     return _done(store.uri(place), data, summary)
+
+
+def _made_for(shard: Shard, store: Store, place: str, deadline: Deadline) -> bytes | None:
+    """The file that an earlier attempt at this shard, or an earlier run of its backfill, has left.
+
+    A file of another backfill, of other rows, or with other weights than are asked for counts for nothing.
+    Raises StorageUnavailable where it is no shard's file.
+    """
+    there = store.find(place, deadline)
+    if there is not None and (other := dataset.made_for_another(there, shard)):
+        log.warning("%s was made for %s, and will be replaced", store.uri(place), other)
+        return None
+    return there
 
 
 def _put(store: Store, one: Object, deadline: Deadline) -> None:

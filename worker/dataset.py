@@ -127,6 +127,7 @@ def to_bytes(
         "schema": DATASET,
         "backfill": shard.backfill,
         "shard": shard.index,
+        "key": shard.key,
         "first": shard.first,
         "rows": summary.rows,
         "failed": summary.failed,
@@ -187,6 +188,21 @@ def summary_of(data: bytes) -> Summary:
         facts = _facts(data)
         network = NetworkRef.model_validate(facts["network"])
         return Summary(int(facts["rows"]), int(facts["failed"]), dict(facts["codes"]), network)
+
+
+def made_for_another(data: bytes, shard: Shard) -> str | None:
+    """What tells a file from the one that a shard would leave. Raises StorageUnavailable: it is none."""
+    with _reading():
+        facts = _facts(data)
+        weights = NetworkRef.model_validate(facts["network"]).weights_sha256
+        key = facts.get("key", shard.key)  # which files of earlier versions do not say but by their names
+    if facts["backfill"] != shard.backfill:
+        return f"backfill {facts['backfill']}"
+    if key != shard.key:
+        return f"the rows and the wish of {key}"
+    if shard.weights_sha256 not in {None, weights}:
+        return f"weights {weights}"
+    return None
 
 
 def good_rows(data: bytes) -> tuple[pa.Table, frozenset[int]]:

@@ -89,6 +89,7 @@ class Manifest(Told):
 
     schema_: Literal["gradcam.manifest/v1"] = Field(default="gradcam.manifest/v1", alias="schema")
     job_id: JobId
+    job_fingerprint: Sha256 | None = None  # of all that the job asked for; None: of an earlier version
     generator: dict[str, str]
     input: InputRecord
     network: NetworkRecord

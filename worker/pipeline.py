@@ -76,12 +76,14 @@ def explain(job: Job, outside: Outside, journey: Journey, *, folder: str | None 
 
 def _explain(job: Job, outside: Outside, journey: Journey, held: ExitStack, place: str) -> Done:
     store = admit(job, outside)
-    if journey.attempt > 1 and (found := artifacts.sealed(store, place, job, journey.deadline)):
-        return _done(job, *found)  # the attempt before came as far as this and no further
     bulk = job.priority == "bulk"
     with outside.residents.ticket() as ticket:
         with journey.at("fetch"):
             image_bytes, bytes_held = fetched(job.image, outside, journey.deadline, held)
+            if journey.attempt > 1:
+                row = outside.networks.find(job.network)
+                if found := artifacts.sealed(store, place, job, image_bytes.sha256, row, journey.deadline):
+                    return _done(job, *found)  # the attempt before came as far as this and no further
         with journey.at("decode"):
             how: dict[str, Any] = {"limits": outside.limits, "at_least": _at_least(job, outside)}
             pixels = outside.rooms.pixels.taken(claimed(image_bytes.data, **how), journey.deadline)
