@@ -39,6 +39,7 @@ ATTACKS = {
     "addresses": Attack("faults_addresses", 1, 3, "times each trick"),
     "messages": Attack("faults_messages", 200, 2000, "messages"),
     "status": Attack("faults_status", 100, 1000, "jobs"),
+    "stale": Attack("faults_stale", 8, 200, "jobs of ids that were used before"),
     "soak": Attack("faults_soak", 15, 300, "seconds"),
 }
 WIDTH = 130  # characters that the table needs; what is no terminal has as many
