@@ -56,7 +56,7 @@ def test_everything_that_is_missing_is_named_with_what_to_do(tmp_path: Path) -> 
     ill = {name: finding.fix for name, finding in findings.items() if not finding.well}
     assert ill.keys() == {"broker", "ledger", "storage", "weights of vgg16"}
     assert "GRADCAM_BROKER_URL" in ill["broker"]
-    assert "GRADCAM_OUTPUT" in ill["storage"]
+    assert "a folder that the worker may write to" in ill["storage"]
     assert "GRADCAM_WEIGHTS_DIR" in ill["weights of vgg16"]
     assert not any("planted" in finding.detail for finding in findings.values())
 

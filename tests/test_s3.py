@@ -1,4 +1,6 @@
+import base64
 import contextlib
+import hashlib
 import io
 import logging
 import socket
@@ -7,17 +9,30 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import boto3
 import moto
 import pytest
 
 from worker.deadline import Deadline
-from worker.errors import AttemptFenced, ImageFetchFailed, JobTimeout, WeightsUnavailable
+from worker.errors import (
+    AttemptFenced,
+    GradcamError,
+    ImageFetchFailed,
+    ImageForbidden,
+    ImageNotFound,
+    JobTimeout,
+    OutputNotAllowed,
+    StorageUnavailable,
+    UriNotAllowed,
+    WeightsUnavailable,
+)
 from worker.patience import Patience
-from worker.s3 import FAILED, NEVER, S3
+from worker.s3 import NEVER, S3
+from worker.s3_errors import FAILED, InvalidBucket, InvalidListing
 from worker.settings import Settings
+from worker.storage import S3Store, Stores
 
 KEYS = {"s3_access_key_id": "testing", "s3_secret_access_key": "testing"}
 
@@ -84,7 +99,7 @@ class TestBothLibraries:
         assert handed_over() == []
 
     def test_no_keys_anywhere_are_named_as_the_reason(self) -> None:
-        with pytest.raises(ImageFetchFailed, match="Unable to locate credentials"):
+        with pytest.raises(StorageUnavailable, match="Unable to locate credentials"):
             S3(Settings()).read_image("photos", "a.jpg", 10, Deadline(10))
 
     def test_what_the_environment_tells_obstore_alone_leads_nowhere_else(
@@ -317,7 +332,7 @@ class TestFaults:
         self, http_server: Any, answer: Any, code: str
     ) -> None:
         http_server.url("/photos/a.jpg", answer(403, f"<Error><Code>{code}</Code></Error>".encode()))
-        with pytest.raises(ImageFetchFailed, match=code):
+        with pytest.raises(StorageUnavailable, match=code):
             local(http_server).read_image("photos", "a.jpg", 10, Deadline(30))
 
     def test_a_bucket_is_followed_to_its_region(self, http_server: Any, answer: Any) -> None:
@@ -332,6 +347,344 @@ class TestFaults:
         away.before = region
         http_server.url("/photos/a.jpg", away)
         assert local(http_server).read_image("photos", "a.jpg", 10, Deadline(30)) == b"data"
+
+
+def page(code: str, message: str = "No.") -> bytes:
+    """What an S3 server, or STS, says where it refuses."""
+    return f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+
+
+PROXY = b"<html><head><title>403 Forbidden</title></head><body><h1>Forbidden</h1></body></html>"
+STS_REFUSES = b"""<ErrorResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><Error><Type>Sender</Type>
+<Code>%s</Code><Message>Not this time</Message></Error><RequestId>1</RequestId></ErrorResponse>"""
+STS_GIVES = b"""<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">
+<AssumeRoleWithWebIdentityResult><Credentials><SessionToken>t</SessionToken><SecretAccessKey>s</SecretAccessKey>
+<Expiration>2999-01-01T00:00:00Z</Expiration><AccessKeyId>AKIDFROMSTS</AccessKeyId></Credentials>
+</AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"""
+
+
+class TestIdentity:
+    """The worker's own keys, which no job is to blame for."""
+
+    @pytest.fixture
+    def token(self, http_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+        """A worker that gets its keys for a token, from an STS at the test's own server."""
+        token = tmp_path / "token"
+        token.write_text("planted-token")
+        monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
+        monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/gradcam")
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://{http_server.host}")
+        return token
+
+    @pytest.fixture
+    def s3(self, http_server: Any, token: Path) -> S3:
+        return S3(Settings(s3_endpoint_url=f"http://{http_server.host}", output="s3://own/x"))
+
+    def test_keys_that_sts_gives_are_used_by_both_libraries(
+        self, http_server: Any, answer: Any, s3: S3, handed_over: Any
+    ) -> None:
+        http_server.url("/", answer(200, STS_GIVES))
+        http_server.url(
+            "/photos/a.jpg", answer(200, b"data", {"last-modified": "Mon, 02 Jan 2006 15:04:05 GMT"})
+        )
+        assert s3.read_image("photos", "a.jpg", 10, Deadline(10)) == b"data"
+        assert all("AKIDFROMSTS" in one["authorization"] for one in http_server.headers[1:])
+
+    def test_an_sts_that_gives_none_is_storage_that_is_unavailable_and_is_asked_again_later(
+        self, http_server: Any, answer: Any, s3: S3, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("worker.identity.AGAIN_S", 0)
+        stores = Stores(Settings(output="s3://own/x", output_prefixes=("s3://given",)), s3)
+        refusals = ["AccessDenied", "ExpiredTokenException", "InvalidIdentityToken", "Throttling"]
+        for code, status in zip(refusals, (403, 400, 400, 503), strict=True):
+            http_server.url("/", answer(status, STS_REFUSES % code.encode()))
+            why = rf"identity.*AssumeRoleWithWebIdentity: HTTP {status} {code} Not this time"
+            with pytest.raises(StorageUnavailable, match=why):
+                s3.read_image("photos", "a.jpg", 10, Deadline(10))
+            for output in (None, "s3://given/y"):
+                with pytest.raises(StorageUnavailable, match=why):
+                    stores.open(output).put_many([("a", b"data", "text/plain")], Deadline(10))
+            with pytest.raises(StorageUnavailable, match=why):
+                stores.check_identity()
+        assert {path for path, _ in http_server.received} == {"/"}, "S3 is not asked without keys"
+        http_server.url("/", answer(200, STS_GIVES))
+        http_server.url("/photos/a.jpg", answer(200, b"data"))
+        assert s3.read_image("photos", "a.jpg", 10, Deadline(10)) == b"data"
+        stores.check_identity()
+
+    def test_whoever_gives_no_keys_is_not_asked_by_each_job(
+        self, http_server: Any, answer: Any, s3: S3, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("worker.identity.AGAIN_S", 3600)
+        http_server.url("/", answer(403, STS_REFUSES % b"AccessDenied"))
+        for _ in range(3):
+            with pytest.raises(StorageUnavailable, match="AccessDenied"):
+                s3.read_image("photos", "a.jpg", 10, Deadline(10))
+        assert len(http_server.received) == 1
+
+    @pytest.mark.parametrize("held", ["", None, "planted\ntoken"], ids=["empty", "no file", "refused"])
+    def test_a_token_that_is_none_is_the_workers_own_affair_and_is_never_shown(
+        self, http_server: Any, answer: Any, s3: S3, token: Path, held: str | None
+    ) -> None:
+        token.unlink()
+        if held is not None:
+            token.write_text(held)
+        http_server.url("/", answer(400, STS_REFUSES % b"InvalidIdentityToken"))
+        with pytest.raises(StorageUnavailable, match="the worker's own identity cannot be had") as caught:
+            s3.read_image("photos", "a.jpg", 10, Deadline(1))
+        assert "planted" not in str(caught.value)
+        store = Stores(Settings(output="s3://own/x", output_prefixes=("s3://given",)), s3).open(
+            "s3://given/y"
+        )
+        with pytest.raises(StorageUnavailable):
+            store.put_many([("a", b"data", "text/plain")], Deadline(1))
+
+    def test_keys_that_come_later_are_found(self, s3_settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("worker.identity.AGAIN_S", 0)
+        key = s3_settings.pop("s3_access_key_id")
+        secret = s3_settings.pop("s3_secret_access_key").get_secret_value()
+        s3 = S3(Settings(**s3_settings))
+        with pytest.raises(StorageUnavailable, match="Unable to locate credentials"):
+            s3.read_image("photos", "later", 10, Deadline(5))
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+        s3.put("photos", "later", b"data", "text/plain")
+        assert s3.read_image("photos", "later", 10, Deadline(5)) == b"data"
+
+    def test_a_page_that_is_not_the_servers_own_says_nothing_of_an_object(
+        self, http_server: Any, answer: Any
+    ) -> None:
+        s3 = local(http_server)
+        store = Stores(Settings(output="s3://own/x", output_prefixes=("s3://given",)), s3).open(
+            "s3://given/y"
+        )
+        pages = [
+            (403, PROXY),
+            (403, b"blocked"),
+            (403, b""),
+            (404, PROXY),
+            (407, PROXY),
+            (400, PROXY),
+            (302, b""),
+        ]
+        for status, body in pages:
+            for path in ("/photos/a.jpg", "/given/y/a"):
+                http_server.url(path, answer(status, body))
+            why = f"HTTP {status} from something that does not answer as S3 does"
+            with pytest.raises(StorageUnavailable, match=why):
+                s3.read_image("photos", "a.jpg", 10, Deadline(5))
+            with pytest.raises(StorageUnavailable, match=why):
+                store.put_many([("a", b"data", "text/plain")], Deadline(5))
+            with pytest.raises(StorageUnavailable, match=why):
+                store.find("a", Deadline(5))
+
+    def test_a_refusal_without_a_body_but_with_the_marks_of_s3_is_one(
+        self, http_server: Any, answer: Any
+    ) -> None:
+        http_server.url("/photos/a.jpg", answer(403, b"", {"x-amz-request-id": "1"}))
+        with pytest.raises(ImageForbidden, match="403"):
+            local(http_server).read_image("photos", "a.jpg", 10, Deadline(5))
+
+
+class TestRefusals:
+    """What an S3 server refuses for good."""
+
+    KINDS: ClassVar[dict[tuple[int, str], type[GradcamError]]] = {
+        (400, "XMinioInvalidObjectName"): UriNotAllowed,
+        (400, "KeyTooLongError"): UriNotAllowed,
+        (400, "InvalidURI"): UriNotAllowed,
+        (400, "InvalidRequest"): ImageForbidden,  # an object that is encrypted with its owner's own key, too
+        (400, "KMS.DisabledException"): ImageForbidden,
+        (400, "InvalidArgument"): ImageForbidden,
+        (403, "InvalidObjectState"): ImageForbidden,
+        (403, "AllAccessDisabled"): ImageForbidden,
+        (405, "MethodNotAllowed"): ImageForbidden,
+        (403, "AccessDenied"): ImageForbidden,
+        (404, "NoSuchKey"): ImageNotFound,
+        (410, "Gone"): ImageNotFound,
+        (503, "SlowDown"): ImageFetchFailed,
+        (400, "KMS.ThrottlingException"): ImageFetchFailed,
+    }
+
+    def test_each_is_an_error_of_its_kind_and_what_is_permanent_is_so_with_the_servers_sentence(
+        self, http_server: Any, answer: Any
+    ) -> None:
+        s3 = local(http_server, fetch_timeout_s=0.6)
+        for (status, code), kind in self.KINDS.items():
+            http_server.url("/photos/a.jpg", answer(status, page(code, "As I say")))
+            with pytest.raises(kind) as caught:
+                s3.read_image("photos", "a.jpg", 10, Deadline(10))
+            said = "There is no such object" if kind is ImageNotFound else f"{code} As I say"
+            assert said in str(caught.value)
+            assert caught.value.retryable is (kind is ImageFetchFailed)
+
+    def test_what_a_server_says_is_made_fit_to_be_shown(self, http_server: Any, answer: Any) -> None:
+        http_server.url("/photos/a.jpg", answer(403, page("AccessDenied", "a&#10;b \u202e" + "x" * 5000)))
+        with pytest.raises(ImageForbidden) as caught:
+            local(http_server).read_image("photos", "a.jpg", 10, Deadline(1))
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 1000
+
+
+LISTING = "<ListBucketResult>{}</ListBucketResult>"
+OBJECT = "<Contents><Key>{}</Key><Size>1</Size><ETag>&quot;a&quot;</ETag></Contents>"
+TOKEN = "<NextContinuationToken>{}</NextContinuationToken>"
+MORE = "<IsTruncated>true</IsTruncated>"
+
+
+class TestListings:
+    DEVIANT: ClassVar[dict[str, str]] = {
+        MORE + OBJECT.format("p/a"): "NextContinuationToken",
+        "<Contents><Key>p/a</Key></Contents>": "Size",
+        "<Contents><Key>p/a</Key><Size>many</Size></Contents>": "cannot be read",
+        "<Contents><Size>1</Size></Contents>": "Key",
+        OBJECT.format("q/a"): "does not begin with 'p/'",
+        MORE + OBJECT.format("p/a") + TOKEN.format("t"): "again and again",
+    }
+
+    def test_one_that_cannot_be_gone_through_is_told(self, http_server: Any, answer: Any) -> None:
+        s3 = local(http_server)
+        path = "/photos?list-type=2&prefix=p%2F{}&encoding-type=url"
+        for said, why in self.DEVIANT.items():
+            for token in ("", "&continuation-token=t"):
+                http_server.url(path.format(token), answer(200, LISTING.format(said).encode()))
+            with pytest.raises(InvalidListing, match=why):
+                list(s3.listed("photos", "p/"))
+        assert len(http_server.received) == len(self.DEVIANT) + 1
+
+    @pytest.mark.parametrize("keys", ["the same", "none"])
+    def test_one_that_never_ends_though_each_token_is_another_is_given_up(self, raw: Any, keys: str) -> None:
+        def say(caller: socket.socket) -> None:
+            body = LISTING.format(
+                MORE + TOKEN.format(server.asked) + (OBJECT.format("p/a") if keys == "the same" else "")
+            ).encode()
+            caller.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + body)
+
+        server = raw(say)
+        with pytest.raises(InvalidListing, match="again and again"):
+            list(local(server).listed("photos", "p/"))
+        assert server.asked < 120
+
+
+class TestChecksums:
+    """Buckets with Object Lock take no object without a checksum."""
+
+    @pytest.fixture
+    def locked(self, http_server: Any, answer: Any) -> Callable[[bytes], None]:
+        def lock(refusal: bytes) -> None:
+            guarded = answer(400, refusal)
+
+            def look() -> None:
+                sent = http_server.headers[-1]
+                good = {"content-md5", "x-amz-checksum-sha256"} & sent.keys()
+                guarded.status, guarded.body = (200, b"") if good else (400, refusal)
+                guarded.headers = {"etag": '"a"'}
+
+            guarded.before = look
+            for number in range(3):
+                http_server.url(f"/own/x/{number}", guarded)
+
+        return lock
+
+    @pytest.mark.parametrize(
+        "refusal",
+        [
+            page(
+                "InvalidRequest",
+                "Content-MD5 OR x-amz-checksum- HTTP header is required for Put Object requests with Object "
+                "Lock parameters",
+            ),
+            page("MissingContentMD5", "Missing required header for this request: Content-Md5."),
+        ],
+        ids=["Amazon", "MinIO"],
+    )
+    def test_a_bucket_that_wants_a_checksum_gets_one_from_then_on(
+        self, http_server: Any, locked: Any, refusal: bytes
+    ) -> None:
+        locked(refusal)
+        s3 = local(http_server)
+        for number in range(3):
+            s3.put("own", f"x/{number}", b"data", "text/plain")
+        assert len(http_server.received) == 5, "it is learned once, and then obstore sends it at once"
+        assert "content-md5" in http_server.headers[2]
+        digest = base64.b64encode(hashlib.sha256(b"data").digest()).decode()
+        assert [one["x-amz-checksum-sha256"] for one in http_server.headers[3:]] == [digest] * 2
+
+    def test_any_other_bad_request_is_not_tried_again_with_one(self, http_server: Any, answer: Any) -> None:
+        http_server.url("/own/x/0", answer(400, page("InvalidRequest", "You may not.")))
+        with pytest.raises(FAILED, match="You may not"):
+            local(http_server).put("own", "x/0", b"data", "text/plain", patience(5))
+        assert len(http_server.received) == 2
+
+
+ARN = "arn:aws:s3:us-west-2:123456789012:accesspoint:mine"
+OUTPOST = "test-accessp-o0b1d075431d83bebde8xz5w8ijx1qzlbp3i3kuse10--op-s3"
+
+
+class TestBuckets:
+    REFUSED: ClassVar[dict[str, str]] = {
+        ARN: "is an ARN, which names a host of Amazon's",
+        "arn:aws:s3::123456789012:accesspoint:mfzwi23gnjvgw.mrap": "is an ARN",
+        "arn:aws:s3-outposts:us-west-2:123456789012:outpost:op-01:accesspoint:mine": "is an ARN",
+        OUTPOST: "is the alias of an outpost",
+        "..": "is no name of a bucket",
+        "a..b": "is no name of a bucket",
+        "a b": "is no name of a bucket",
+        "a%2fb": "is no name of a bucket",
+        "evil.test#": "is no name of a bucket",
+        "b" * 256: "is no name of a bucket",
+        "": "is no name of a bucket",
+    }
+
+    def test_what_leads_to_another_server_than_the_one_that_is_configured_is_refused(
+        self, http_server: Any
+    ) -> None:
+        s3 = local(http_server)
+        for bucket, why in self.REFUSED.items():
+            with pytest.raises(UriNotAllowed, match=why):
+                s3.read_image(bucket, "a.jpg", 10, Deadline(5))
+            with pytest.raises(OutputNotAllowed, match=why):
+                S3Store(s3, bucket, "x", own=False).put_many([("a", b"data", "text/plain")], Deadline(5))
+            with pytest.raises(FAILED, match=why):
+                list(s3.listed(bucket, ""))
+            with pytest.raises(WeightsUnavailable, match=why):
+                s3.download(f"s3://{bucket}/a", Taken())
+        assert http_server.received == []
+
+    def test_no_request_of_boto3_leaves_for_another_host(self, http_server: Any) -> None:
+        s3 = local(http_server)
+        with pytest.raises(InvalidBucket, match="which is not the server that is configured"):
+            s3.client.get_object(Bucket=ARN, Key="a")
+
+    def test_an_access_point_is_a_bucket_where_amazon_is_asked(self) -> None:
+        s3 = S3(Settings.model_validate(KEYS))
+        assert f"://{ARN.rpartition(':')[2]}-123456789012.s3-accesspoint." in s3.presigned(ARN, "a.jpg", 60)
+        with pytest.raises(InvalidBucket, match="is no ARN of an access point"):
+            s3.presigned("arn:aws:sns:us-west-2:123456789012:topic", "a.jpg", 60)
+
+
+class TestRegion:
+    @pytest.mark.parametrize(
+        ("environment", "own", "region"),
+        [
+            ({}, "", "us-east-1"),
+            ({"AWS_REGION": "eu-west-1"}, "", "eu-west-1"),
+            ({"AWS_DEFAULT_REGION": "eu-west-2"}, "", "eu-west-2"),
+            ({"AWS_REGION": "eu-west-1", "AWS_DEFAULT_REGION": "eu-west-2"}, "", "eu-west-1"),
+            ({"AWS_REGION": "eu-west-1"}, "eu-west-3", "eu-west-3"),
+        ],
+    )
+    def test_the_setting_goes_before_the_environment_for_both_libraries(
+        self, environment: dict[str, str], own: str, region: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        s3 = S3(Settings.model_validate({"s3_region": own, **KEYS}))
+        assert s3.client.meta.region_name == region
+        assert s3._bucket("photos").config["region"] == region
+        assert f"/{region}/s3/" in s3.presigned("photos", "a", 60).replace("%2F", "/")
 
 
 class TestDownloads:
@@ -355,7 +708,7 @@ class TestDownloads:
         [
             ("s3://results/none.keras", "There is no such object: s3://results/none.keras"),
             ("s3://none/a.keras", "There is no such bucket: s3://none/a.keras"),
-            ("s3://N O/a.keras", "could not be read"),
+            ("s3://N O/a.keras", "'N O' is no name of a bucket"),
         ],
     )
     def test_an_object_that_is_not_there_is_weights_that_are_unavailable(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from celery import Celery
 
@@ -11,7 +12,7 @@ from worker.breaker import Breaker
 from worker.keepers import Keep
 from worker.leases import Leases
 from worker.observer import SILENT, Observer
-from worker.outside import Outside
+from worker.outside import Outside, StoreSource
 from worker.settings import Settings
 from worker.tasks import Desk
 from worker.wire import utc_now
@@ -29,7 +30,7 @@ def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer
     """Everybody a worker process needs. Raises InvalidSettings."""
     ledger, me, began_at = wiring.ledger(settings), wiring.worker_ref(), utc_now()
     ledger.observer = observer
-    breaker = Breaker(lambda: storage.probe(outside.stores.open()))
+    breaker = Breaker(partial(_use_storage, outside.stores))
 
     def health() -> str:
         """What other people can read about this worker: see `Ledger.workers`."""
@@ -42,3 +43,10 @@ def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer
     others = keepers.gather(settings, app.bell, ledger, outside.webhooks.send, me.id, observer, spans)
     desk = Desk(settings, ledger, outside, me, leases, breaker, observer=observer, traces=spans)
     return Crew(desk, {"leases": leases.keep, "breaker": breaker.watch, **others})
+
+
+def _use_storage(stores: StoreSource) -> None:
+    """As a job does: whatever it raises, jobs would meet it too."""
+    storage.probe(stores.open())
+    if isinstance(stores, storage.Stores):  # artifacts may go to a folder, and images come from S3
+        stores.check_identity()

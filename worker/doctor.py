@@ -12,6 +12,7 @@ from worker.errors import (
     InternalError,
     InvalidSettings,
     LedgerUnavailable,
+    StorageUnavailable,
 )
 from worker.gradcam import weights
 from worker.gradcam.catalog import CATALOG, NetworkRow
@@ -45,11 +46,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         fix = "For a worker: pip install 'gradcam-worker[cpu]' (or [gpu])."
         yield Finding("worker", well=False, detail=detail, fix=fix)
         return
-    storage_fix = (
-        "Create the bucket, check GRADCAM_OUTPUT, GRADCAM_S3_ENDPOINT_URL and the keys, and grant "
-        "what deploy/s3/policy.json names."
-    )
-    yield _look("storage", _storage, settings, storage_fix)
+    yield _storage(settings)
     yield _look(
         "device",
         _device,
@@ -144,8 +141,15 @@ def _workers(settings: Settings) -> Iterator[Finding]:
         )
 
 
-def _storage(settings: Settings) -> str:
-    return f"wrote and read {fitness.storage_takes(settings)}"
+def _storage(settings: Settings) -> Finding:
+    try:
+        detail = f"wrote and read {fitness.probe_storage(settings)}"
+    except InvalidSettings as error:
+        return Finding("storage", well=False, detail=str(error), fix="Correct what it names.")
+    except StorageUnavailable as error:
+        hint = fitness.storage_hint(error)
+        return Finding("storage", well=False, detail=f"{hint.setting}: {error}", fix=hint.fix)
+    return Finding("storage", well=True, detail=detail)
 
 
 def _device(settings: Settings) -> str:

@@ -226,7 +226,7 @@ class ImageFetchFailed(RetryableError):
 
 
 class StorageUnavailable(RetryableError):
-    """Artifacts could not be written just now."""
+    """The storage could not be used just now."""
 
     code = "storage_unavailable"
 

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import redis
@@ -42,6 +43,7 @@ HOPELESS = (
 )
 HOPELESS_WORDS = ("CERTIFICATE", "WRONG_VERSION_NUMBER", "Invalid Database", "DB index")
 CREDENTIALS = "Correct address, user, password and database, and grant what deploy/redis/users.acl names."
+NOT_FOUND = 404
 NO_FOLDER = REFUSED | {errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENOTDIR}
 
 
@@ -87,28 +89,74 @@ def ledger_answers(settings: Settings) -> str:
 
 def storage_takes(settings: Settings) -> str:
     """Write and read as a job does; where. Raises StorageUnavailable, InvalidSettings."""
-    from worker import s3, storage  # which a client may lack
+    try:
+        return probe_storage(settings)
+    except StorageUnavailable as error:
+        hint = storage_hint(error)
+        if not hint.lasting:
+            raise
+        message = f"{hint.setting}: {_sentence(error)} {hint.fix}"
+        raise InvalidSettings(message) from error
+
+
+def probe_storage(settings: Settings) -> str:
+    """As `storage_takes`: all that goes wrong once it is asked is StorageUnavailable, see `storage_hint`."""
+    from worker import s3, s3_errors, storage  # which a client may lack
 
     try:
         door = s3.S3(settings)
-    except (*s3.FAILED, ValueError) as error:  # a profile or a region of the environment that there is not
+    except (*s3_errors.FAILED, ValueError) as error:  # a profile or a region of the environment there is not
         message = f"GRADCAM_S3_ENDPOINT_URL, or what the environment says of S3, cannot be used: {error}."
         raise InvalidSettings(message) from error
-    try:
-        return storage.probe(storage.Stores(settings, door).open())
-    except StorageUnavailable as error:
-        cause = error.__cause__
-        if isinstance(cause, s3.FAILED) and s3.refused(cause):
-            fix = "Create the bucket, or correct GRADCAM_OUTPUT and GRADCAM_S3_ENDPOINT_URL, or grant what "
-            fix += "deploy/s3/policy.json names."
-            message = f"GRADCAM_OUTPUT: {_sentence(error)} {fix}"
-        elif isinstance(cause, s3.FAILED) and s3.hopeless(cause):
-            message = f"GRADCAM_S3_ACCESS_KEY_ID and GRADCAM_S3_SECRET_ACCESS_KEY: {_sentence(error)}"
-        elif isinstance(cause, OSError) and cause.errno in NO_FOLDER:
-            message = f"GRADCAM_OUTPUT: {_sentence(error)} Name a folder that the worker may write to."
-        else:
-            raise
-        raise InvalidSettings(message) from error
+    return storage.probe(storage.Stores(settings, door).open())
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What to do about storage that cannot be used."""
+
+    setting: str  # that is to be looked at first
+    fix: str
+    lasting: bool = True  # until somebody puts it right
+
+
+def storage_hint(error: StorageUnavailable) -> Hint:
+    """What to do about what `probe_storage` raised."""
+    from worker import s3_errors
+
+    cause = error.__cause__
+    if isinstance(cause, OSError):
+        fix = "Name a folder that the worker may write to."
+        return Hint("GRADCAM_OUTPUT", fix, lasting=cause.errno in NO_FOLDER)
+    if isinstance(cause, s3_errors.IdentityFailed):
+        fix = (
+            "Correct what the environment says of the worker's identity (AWS_ROLE_ARN and its trust policy, "
+            "the token in AWS_WEB_IDENTITY_TOKEN_FILE, AWS_PROFILE, or the role of the machine), or set "
+            " GRADCAM_S3_ACCESS_KEY_ID and GRADCAM_S3_SECRET_ACCESS_KEY."
+        )
+        return Hint("GRADCAM_S3_ACCESS_KEY_ID is empty", fix, lasting=not s3_errors.away(cause))
+    if s3_errors.own_fault(cause):
+        fix = "Correct them, GRADCAM_S3_REGION, or this machine's clock, whichever the server names."
+        return Hint("GRADCAM_S3_ACCESS_KEY_ID and GRADCAM_S3_SECRET_ACCESS_KEY", fix)
+    if s3_errors.foreign(cause):
+        fix = "Correct it, or what proxies there are on the way (HTTPS_PROXY, NO_PROXY)."
+        return Hint("GRADCAM_S3_ENDPOINT_URL", fix, lasting=False)
+    if s3_errors.refused(cause):
+        return Hint("GRADCAM_OUTPUT", _place_fix(s3_errors.answered(cause)))
+    fix = "Start the server there, or correct GRADCAM_S3_ENDPOINT_URL and GRADCAM_OUTPUT."
+    return Hint("GRADCAM_OUTPUT", fix, lasting=False)
+
+
+def _place_fix(answer: tuple[int, str] | None) -> str:
+    """What to do where a server has refused to write, or to read what was written."""
+    status, code = answer or (0, "")
+    if status == NOT_FOUND:
+        return "Create the bucket, or correct GRADCAM_OUTPUT and GRADCAM_S3_ENDPOINT_URL."
+    if code == "AccessDenied":
+        return "Grant what deploy/s3/policy.json names, or correct GRADCAM_OUTPUT."
+    if code.startswith("KMS"):
+        return "Put right the key that encrypts the bucket, and grant what deploy/s3/README.md names."
+    return "Put right what the server names, or name another bucket."
 
 
 def networks(settings: Settings) -> Registry:

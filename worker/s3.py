@@ -6,7 +6,9 @@ there is done again by boto3, at once: it follows a bucket to its region, and sa
 well later it tries again, as long as `worker.patience` allows; neither library retries anything by itself.
 """
 
+import base64
 import contextlib
+import hashlib
 import logging
 import math
 import re
@@ -16,60 +18,36 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import boto3
 import obstore.store
-import urllib3.exceptions
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-)
-from botocore.parsers import ResponseParserError
+from botocore.exceptions import ClientError
 from obstore.auth.boto3 import Boto3CredentialProvider
 
+from worker import buckets, identity
+from worker.buckets import LONGEST
 from worker.deadline import Deadline
-from worker.errors import (
-    ImageFetchFailed,
-    ImageForbidden,
-    ImageNotFound,
-    ImageTooLarge,
-    UriNotAllowed,
-    WeightsUnavailable,
-)
+from worker.errors import ImageTooLarge, WeightsUnavailable
 from worker.gradcam.weights import Sink
 from worker.logs import Pool
 from worker.patience import PATIENCE_S, Patience
+from worker.s3_errors import FAILED, InvalidBucket, InvalidListing, hopeless, unreadable, wants_checksum
 from worker.settings import Settings
 from worker.shard import READERS
 
 log = logging.getLogger("gradcam")
 
-NOT_FOUND, FORBIDDEN = 404, {401, 403}
-BRIEF = {307, 408, 409, 423, 425, 429}  # of all that a client is to blame for, what may be gone next time
-BRIEF_CODES = {"RequestTimeout", "RequestTimeoutException", "SlowDown", "Throttling", "OperationAborted"}
-NOT_IMPLEMENTED = 501
-# What a server says of the worker's own keys or clock, which no job is to blame for.
-OWN_FAULTS = {
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "RequestTimeTooSkewed",
-    "SignatureDoesNotMatch",
-    "TokenRefreshRequired",
-}
 CHUNK = 32 * 1024  # bytes read at a time, so that limits are noticed early, of a slow server too
 CONNECT_S, READ_S = 3, 10
 BUCKETS = 32  # that connections are kept for
 PLAIN_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-FAILED = (BotoCoreError, ClientError, ResponseParserError, urllib3.exceptions.HTTPError, OSError)
 NOT_DIRECT = (obstore.exceptions.BaseError, OSError, ValueError)
 T = TypeVar("T")
 Chunk = bytes | obstore.Bytes
 NEVER = Deadline(math.inf)
+EMPTY_PAGES = 100  # of a listing, one after the other, that a server may need to pass over what is deleted
 ASKED_S = 15  # that a page of a listing, or a deletion, is asked for
 DOWNLOAD_S = 3  # that a model's file is asked for again, before a byte of it has come
 
@@ -94,20 +72,23 @@ class S3:
         at_most = 2 * (settings.threads + READERS * settings.shards)
         self._readers = Pool(at_most, thread_name_prefix="read")
         self._fetch_s = settings.fetch_timeout_s
-        self._session: Any = boto3.session.Session(
-            settings.s3_access_key_id or None, settings.s3_secret_access_key.get_secret_value() or None
-        )
-        self._region = settings.s3_region
+        key, secret = settings.s3_access_key_id, settings.s3_secret_access_key.get_secret_value()
+        core = identity.session(settings.region)
+        self._session: Any = boto3.session.Session(key or None, secret or None, botocore_session=core)
+        self._region = settings.region
+        endpoint = settings.s3_endpoint_url or identity.endpoint(core)
+        self._own_server = bool(endpoint)
+        self._checksummed: set[str] = set()  # buckets that want a checksum of each object
         self._bucket = lru_cache(BUCKETS)(self._open)
         self._at_once = at_once
-        self.client = self._asking(settings.s3_endpoint_url)
+        self.client = self._asking(endpoint)
         # Whom browsers ask is not always whom we ask: a signature holds the host's name.
         public = settings.s3_public_url
         self._signing = self._asking(public) if public else self.client
 
     def _asking(self, endpoint: str) -> Any:
         """Boto3's client of a server; Amazon's, where none is named."""
-        return self._session.client(
+        made = self._session.client(
             "s3",
             endpoint_url=endpoint or None,
             region_name=self._region,
@@ -123,8 +104,11 @@ class S3:
                 response_checksum_validation="when_required",
             ),
         )
+        if endpoint:
+            made.meta.events.register("before-send.s3", partial(_check_host, endpoint))
+        return made
 
-    def _open(self, bucket: str) -> obstore.store.S3Store:
+    def _open(self, bucket: str, checksummed: bool = False) -> obstore.store.S3Store:
         """A bucket where boto3 would find it, with the keys that boto3 has found."""
         if not PLAIN_BUCKET.fullmatch(bucket):
             message = f"Bucket {bucket!r} cannot be part of a URL as it is."
@@ -141,6 +125,7 @@ class S3:
             virtual_hosted_style_request=True,  # the URL names the bucket already
             region=self._region,
             skip_signature=False,
+            config={"checksum_algorithm": "SHA256"} if checksummed else {},
             # Asked again well before keys can run out, which boto3 renews 10 minutes early at the latest.
             credential_provider=Boto3CredentialProvider(self._session, ttl=timedelta(minutes=5)),
             retry_config={"max_retries": 0},
@@ -158,19 +143,43 @@ class S3:
         if key.startswith("/") or key.endswith("/"):
             message = f"Key {key!r} would lose a slash."
             raise ValueError(message)
-        return self._bucket(bucket)
+        return self._bucket(bucket, bucket in self._checksummed)
+
+    def _check(self, bucket: str) -> None:
+        """Raises InvalidBucket."""
+        if why := buckets.objection(bucket, own_server=self._own_server):
+            message = f"{bucket[:LONGEST]!r} {why}"
+            raise InvalidBucket(message)
+
+    def check_identity(self) -> None:
+        """Raises IdentityFailed where there are no keys just now."""
+        self._session.get_credentials().get_frozen_credentials()
 
     def put(
         self, bucket: str, key: str, data: bytes, media_type: str, patience: Patience | None = None
     ) -> None:
-        """Write an object, whole or not at all. Raises one of FAILED, or what ended the job."""
+        """Write an object, whole or not at all. Raises one of FAILED, or what ended the job.
+
+        A bucket that wants a checksum with each object, as with Object Lock, says so once.
+        """
+        self._check(bucket)
 
         def direct() -> None:
             attributes: obstore.Attributes = {"Content-Type": media_type}
             self._directly(bucket, key).put(key, data, attributes=attributes, use_multipart=False)
 
         def thorough() -> None:
-            self.client.put_object(Bucket=bucket, Key=key, Body=data, ContentType=media_type)
+            what = {"Bucket": bucket, "Key": key, "Body": data, "ContentType": media_type}
+            if bucket not in self._checksummed:
+                try:
+                    self.client.put_object(**what)
+                except ClientError as error:
+                    if not wants_checksum(error):
+                        raise
+                    self._checksummed.add(bucket)
+                else:
+                    return
+            self.client.put_object(**what, ContentMD5=_md5(data))
 
         _both(f"s3://{bucket}/{key}", direct, thorough, patience or Patience(NEVER))
 
@@ -181,6 +190,7 @@ class S3:
         and what `most` raises, which is told how many bytes there are, before and while they come.
         """
         uri = f"s3://{bucket}/{key}"
+        self._check(bucket)
 
         def check(size: int) -> None:
             most(size)
@@ -201,30 +211,43 @@ class S3:
 
     def presigned(self, bucket: str, key: str, expires_s: int) -> str:
         """A URL with which anybody may read an object, for so many seconds. Raises one of FAILED."""
+        self._check(bucket)
         what = {"Bucket": bucket, "Key": key}
         return str(self._signing.generate_presigned_url("get_object", Params=what, ExpiresIn=expires_s))
 
     def listed(self, bucket: str, prefix: str) -> Iterator[Listed]:
         """All objects whose keys begin with `prefix`, in order, page by page. Raises one of FAILED."""
+        self._check(bucket)
         token: dict[str, str] = {}
+        seen: set[int] = set()  # tokens and first keys of pages: a server may go round in circles
+        empty = 0
         while True:
             ask = partial(self.client.list_objects_v2, Bucket=bucket, Prefix=prefix, **token)
-            page = Patience(NEVER, ASKED_S).insist(ask, FAILED, hopeless)
-            for one in page.get("Contents", ()):
-                yield Listed(one["Key"], one["Size"], one.get("ETag", "").strip('"'))
-            if not page.get("IsTruncated"):
+            page = Patience(NEVER, ASKED_S).insist(partial(_page, ask, prefix), FAILED, hopeless)
+            yield from page.objects
+            if not page.more:
                 return
-            token = {"ContinuationToken": page["NextContinuationToken"]}
+            marks = {hash(("token", page.more)), *(hash(("key", one.key)) for one in page.objects[:1])}
+            empty = 0 if page.objects else empty + 1
+            if marks & seen or empty > EMPTY_PAGES:
+                message = (
+                    "the server's listing does not come to an end: it gives the same pages again and again"
+                )
+                raise InvalidListing(message)
+            seen |= marks
+            token = {"ContinuationToken": page.more}
 
     def remove(self, bucket: str, key: str) -> None:
         """Delete an object, if there is one. Raises one of FAILED."""
+        self._check(bucket)
         ask = partial(self.client.delete_object, Bucket=bucket, Key=key)
         Patience(NEVER, ASKED_S).insist(ask, FAILED, hopeless)
 
     def read_image(self, bucket: str, key: str, max_bytes: int, deadline: Deadline) -> bytes:
         """Read an object, giving up as soon as it proves too large or too slow.
 
-        Raises ImageNotFound, ImageForbidden, ImageTooLarge, ImageFetchFailed, UriNotAllowed, JobTimeout.
+        Raises ImageNotFound, ImageForbidden, ImageTooLarge, ImageFetchFailed, UriNotAllowed, JobTimeout, and
+        StorageUnavailable where the worker itself is not let in, whatever it asks for.
         """
         uri = f"s3://{bucket}/{key}"
 
@@ -235,70 +258,22 @@ class S3:
 
         try:
             return self.read(bucket, key, Patience(deadline, self._fetch_s), most)
-        except ClientError as error:
-            raise _unreadable(uri, error) from error
-        except ParamValidationError as error:
-            message = f"{uri} is not the name of an object: {str(error).splitlines()[-1][:200]}"
-            raise UriNotAllowed(message) from error
         except FAILED as error:
-            message = f"{uri} could not be read: {reason(error)}"
-            raise ImageFetchFailed(message) from error
+            raise unreadable(uri, error) from error
 
     def download(self, uri: str, sink: Sink) -> None:
         """Write what a model's address holds into `sink`, however large. Raises WeightsUnavailable."""
         bucket, _, key = uri.removeprefix("s3://").partition("/")
         asked = partial(self.client.get_object, Bucket=bucket, Key=key)
         try:
+            self._check(bucket)
             found = Patience(NEVER, DOWNLOAD_S).insist(asked, FAILED, hopeless)
             body = found["Body"]
             sink.expect(found["ContentLength"])
             while chunk := body.read(CHUNK):
                 sink.write(chunk)
-        except ClientError as error:
-            raise WeightsUnavailable(str(_unreadable(uri, error))) from error
         except FAILED as error:
-            message = f"{uri} could not be read: {reason(error)}"
-            raise WeightsUnavailable(message) from error
-
-
-def hopeless(error: Exception) -> bool:
-    """Whether asking again in the same way is of no use."""
-    if not isinstance(error, ClientError):
-        return isinstance(error, ParamValidationError | NoCredentialsError | PartialCredentialsError)
-    status, code = told(error)
-    final = 300 <= status < 500 or status == NOT_IMPLEMENTED  # noqa: PLR2004  # classes of HTTP
-    return final and status not in BRIEF and code not in BRIEF_CODES
-
-
-def refused(error: Exception) -> bool:
-    """Whether this place is what cannot be used: not the server just now, not the worker's own keys."""
-    return isinstance(error, ParamValidationError) or (
-        isinstance(error, ClientError) and hopeless(error) and told(error)[1] not in OWN_FAULTS
-    )
-
-
-def absent(error: BaseException | None) -> bool:
-    """Whether a server says, as far as it may, that there is no such object.
-
-    Who may read an object but not list its bucket is told that a missing one is forbidden.
-    """
-    return isinstance(error, ClientError) and (
-        told(error)[0] == NOT_FOUND or told(error) == (403, "AccessDenied")
-    )
-
-
-def told(error: ClientError) -> tuple[int, str]:
-    """The HTTP status and the code of a server's answer."""
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return int(status), str(error.response.get("Error", {}).get("Code", ""))
-
-
-def reason(error: Exception) -> str:
-    """What went wrong, in the server's own words where it has said any."""
-    if not isinstance(error, ClientError):
-        return str(error).partition("\n")[0]
-    words = error.response.get("Error", {}).get("Message", "")
-    return " ".join(dict.fromkeys(("HTTP", *map(str, told(error)), words))).strip()
+            raise WeightsUnavailable(str(unreadable(uri, error))) from error
 
 
 def _both(uri: str, direct: Callable[[], T], thorough: Callable[[], T], patience: Patience) -> T:
@@ -326,14 +301,44 @@ def _joined(chunks: Iterable[Chunk], check: Callable[[int], None]) -> bytes:
     return b"".join(taken)
 
 
-def _unreadable(uri: str, error: ClientError) -> Exception:
-    status, code = told(error)
-    if status == NOT_FOUND:
-        what = "bucket" if code == "NoSuchBucket" else "object"
-        return ImageNotFound(f"There is no such {what}: {uri}.")
-    if status in FORBIDDEN and code not in OWN_FAULTS:
-        hidden = "Where it may not list the bucket, a missing object is forbidden, too."
-        return ImageForbidden(
-            f"The worker may not read {uri} ({code}): grant it s3:GetObject there. {hidden}"
-        )
-    return ImageFetchFailed(f"{uri} could not be read: {reason(error)}.")
+def _md5(data: bytes) -> str:
+    """As every server knows it, where it wants a checksum: against damage on the way, no guard of ours."""
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+def _check_host(endpoint: str, request: Any, **_: Any) -> None:
+    """Before boto3 sends a request: whatever it made of a name, it goes to the server that is configured."""
+    if _host(request.url) != _host(endpoint):
+        message = f"it leads to {urlsplit(request.url).hostname}, which is not the server that is configured"
+        raise InvalidBucket(message)
+
+
+def _host(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port
+
+
+@dataclass(frozen=True)
+class _Page:
+    objects: list[Listed]
+    more: str | None  # the token of the next page
+
+
+def _page(ask: Callable[[], dict[str, Any]], prefix: str) -> _Page:
+    """Read a page of a listing. Raises InvalidListing where it is none, and one of FAILED."""
+    try:
+        said = ask()
+        found = [
+            Listed(one["Key"], one["Size"], one.get("ETag", "").strip('"'))
+            for one in said.get("Contents", ())
+        ]
+        page = _Page(found, said["NextContinuationToken"] if said.get("IsTruncated") else None)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, FAILED):
+            raise
+        message = f"the server's listing cannot be read: {type(error).__name__} {error}"
+        raise InvalidListing(message) from error
+    if strange := next((one.key for one in found if not one.key.startswith(prefix)), None):
+        message = f"the server's listing names {strange[:LONGEST]!r}, which does not begin with {prefix!r}"
+        raise InvalidListing(message)
+    return page

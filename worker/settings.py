@@ -118,7 +118,7 @@ class Settings(BaseModel):
     uploads: str = ""  # where `GradcamClient.upload_and_submit` puts images; empty: it has to be told
     s3_endpoint_url: str = ""  # empty: Amazon
     s3_public_url: str = ""  # the same server as browsers reach it, for presigned URLs; empty: the endpoint
-    s3_region: str = "us-east-1"
+    s3_region: str = ""  # empty: AWS_REGION, AWS_DEFAULT_REGION, us-east-1
     s3_access_key_id: str = ""  # empty: the usual AWS places
     s3_secret_access_key: SecretStr = SecretStr("")
 
@@ -225,6 +225,12 @@ class Settings(BaseModel):
             return {}
         trust = {"ssl_ca_certs": str(self.redis_ca)} if self.redis_ca else {}
         return {"ssl_cert_reqs": "required", "ssl_check_hostname": True, **trust}
+
+    @property
+    def region(self) -> str:
+        """Of S3, and of the STS that gives its keys."""
+        found = (self.s3_region, *map(os.environ.get, ("AWS_REGION", "AWS_DEFAULT_REGION")))
+        return next(filter(None, found), "us-east-1")
 
     @property
     def cache(self) -> Path:

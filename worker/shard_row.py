@@ -15,6 +15,7 @@ from worker.dataset import Outcome, Seen
 from worker.errors import (
     AttemptFenced,
     GradcamError,
+    ImageFetchFailed,
     InternalError,
     InvalidRow,
     JobCanceled,
@@ -32,6 +33,7 @@ from worker.manifest import InputRecord
 from worker.outside import Outside
 from worker.pipeline import Journey
 from worker.render import needed_edge, render
+from worker.s3_errors import foreign
 from worker.shard import Shard
 from worker.storage import Store
 
@@ -133,8 +135,12 @@ class Rows:
         """What a step gives, or the problem of its row; what ends the shard is raised."""
         try:
             return step()
-        except ENDS:
-            raise
+        except ENDS as error:
+            # A proxy that refuses one address is no reason to give up the others.
+            if stage != "fetch" or not foreign(error.__cause__):
+                raise
+            problem = ImageFetchFailed(str(error))
+            return Problem.of(problem, stage=stage, attempt=self._journey.attempt)
         except GradcamError as error:
             self._journey.deadline.check(stage)
             return Problem.of(error, stage=stage, attempt=self._journey.attempt)

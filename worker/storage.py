@@ -11,7 +11,8 @@ from worker.errors import OutputNotAllowed, StorageUnavailable
 from worker.folder import FolderStore, Object
 from worker.observer import SILENT, Observer
 from worker.patience import Patience
-from worker.s3 import FAILED, NEVER, S3, absent, reason, refused
+from worker.s3 import NEVER, S3
+from worker.s3_errors import FAILED, absent, reason, refused
 from worker.settings import Settings, without_secrets
 
 __all__ = ["FolderStore", "Object", "S3Store", "Store", "Stores", "probe"]
@@ -174,6 +175,7 @@ class Stores:
         self._default = settings.output.rstrip("/")
         self._allowed = (self._default, *(one.rstrip("/") for one in settings.output_prefixes))
         self._s3, self._observer = s3, observer
+        self._reads_s3 = "s3" in settings.image_schemes
 
     def open(self, uri: str | None = None) -> Store:
         """The store at `uri`, or the default one. Raises OutputNotAllowed."""
@@ -193,6 +195,15 @@ class Stores:
             return FolderStore(Path(root), unquote(rest)[len(root) :], own=own, observer=self._observer)
         bucket, _, prefix = rest.partition("/")
         return S3Store(self._s3, bucket, prefix, own=own, observer=self._observer)
+
+    def check_identity(self) -> None:
+        """Raise StorageUnavailable where images are read from S3 and the worker has no keys for it."""
+        try:
+            if self._reads_s3:
+                self._s3.check_identity()
+        except FAILED as error:
+            message = f"Images cannot be read from S3: {reason(error)}"
+            raise StorageUnavailable(message) from error
 
 
 def _below(wanted: str, allowed: str) -> bool:

@@ -11,7 +11,8 @@ from urllib.parse import quote_from_bytes
 
 from worker.errors import InvalidInput
 from worker.intake import Intake
-from worker.s3 import FAILED, S3, reason
+from worker.s3 import S3
+from worker.s3_errors import FAILED, reason
 from worker.settings import Settings
 from worker.shard import Row
 
