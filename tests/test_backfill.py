@@ -681,7 +681,7 @@ def test_a_file_that_has_gone_is_missed_before_the_seal(house: House, plan: Plan
             house.show = lambda _: None
 
     house.show = lose
-    with pytest.raises(BackfillConflict, match=r"1 shards are done and not there: 0000000.*--resume"):
+    with pytest.raises(BackfillConflict, match=r"1 shard is done and not there: 0000000.*--resume"):
         house.run(plan, images(8))
     assert house.seal is None
 

@@ -34,6 +34,7 @@ class Hands:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.ledger = settings, RedisLedger(settings)
+        self.images: dict[str, bytes | Exception] = {f"s3://in/{number}.png": IMAGE for number in range(40)}
         self.idle = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._keep)
@@ -47,9 +48,8 @@ class Hands:
         self._thread.join()
 
     def _keep(self) -> None:
-        images: dict[str, bytes | Exception] = {f"s3://in/{number}.png": IMAGE for number in range(40)}
         real = Stores(self.settings, cast("S3", None))  # a folder needs none
-        around = outside(images, stores=real)
+        around = outside(self.images, stores=real)
         worker = WorkerRef(id="w", device="cpu")
         leases = Leases(self.ledger, "w", 15)
         desk = Desk(self.settings, self.ledger, around, worker, leases, Breaker(lambda: None))
@@ -198,6 +198,45 @@ def test_it_is_cancelled_from_elsewhere_while_it_runs_and_when_nobody_runs_it(
     said = json.loads(capsys.readouterr().out)
     assert said == {"output": place, "ran": False, "ended": True, "shards_canceled": 4}
     assert hands.ledger.counts() == (0, 0)
+    assert main(["backfill", "status", place]) == 0
+    assert "0 done, 0 in flight" in capsys.readouterr().out, "though whoever ran it left four behind"
+
+
+@pytest.mark.parametrize("output", ["photos/2031/out", "photos", ".", "photos/2031"])
+def test_what_backfills_leave_is_no_part_of_a_folder_that_it_lies_in(
+    hands: Hands, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str
+) -> None:
+    base = tmp_path / "results"
+    photos = [base / "photos" / name for name in ("0.png", "2031/1.png", "2031/data/2.png", "overlays/3.png")]
+    for path in photos:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(IMAGE)
+        hands.images[path.as_uri()] = IMAGE
+
+    def run(place: str, *more: str) -> list[str]:
+        wish = ["--top-n", "1", "--shard-rows", "1", "--overlays", "--output", (base / place).as_uri()]
+        assert main(["backfill", str(base / "photos"), *wish, *more]) == 0
+        assert "Complete: 4 of 4 rows are explained." in capsys.readouterr().out
+        files = sorted((base / place).joinpath("data").glob("*.parquet"))
+        return [uri for one in files for uri in pq.read_table(one)["uri"].to_pylist()]
+
+    expected = [path.as_uri() for path in photos]
+    assert run(output) == expected
+    written = sorted(path for path in (base / output).rglob("*.jpg"))
+    assert len(written) == 4
+    for more in ("--resume", "--changed"):
+        assert run(output, more) == expected
+    assert run("photos/another") == expected, "nor of another one's input"
+    assert run(output, "--changed") == expected
+    assert sorted(path for path in (base / output).rglob("*.jpg") if "another" not in path.parts) == written
+
+
+def test_where_no_row_is_explained_there_is_no_success_whatever_may_fail(
+    hands: Hands, listed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hands.images.clear()
+    assert main([*arguments(listed, hands), "--max-failed", "100%"]) == 1
+    assert "Nothing is explained: 0 of 20 rows are explained." in capsys.readouterr().out
 
 
 def test_what_stands_in_the_way_is_a_sentence(

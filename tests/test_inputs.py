@@ -550,6 +550,105 @@ class TestS3:
         assert message in refused(where, bucket)
 
 
+class TestListsThatLookLikePrefixes:
+    """What lies on S3 under a name that says nothing is an object, or the beginning of many names."""
+
+    @pytest.fixture
+    def odd(self, bucket: Settings) -> Iterator[Settings]:
+        s3, names = (
+            S3(bucket),
+            ("a.json", "b.csv.bz2", "c.orc", "manifest.json", "none", "d.jpg", "part/1", "e"),
+        )
+        for name in names:
+            s3.put("photos", f"odd/{name}", f'"{A}"\n'.encode(), "text/plain")
+        yield bucket
+        for name in names:
+            s3.remove("photos", f"odd/{name}")
+
+    def test_an_object_whose_name_does_not_say_what_it_is_is_refused_with_what_to_say(
+        self, odd: Settings
+    ) -> None:
+        for name, hint in {
+            "a.json": "JSON is read a line at a time",
+            "b.csv.bz2": "it looks packed: unpack it, or pack it with gzip",
+            "c.orc": "ORC is not read: write it as Parquet, or as CSV",
+            "manifest.json": "of an S3 inventory the files that its manifest.json names",
+            "none": "say with --format what it is",
+        }.items():
+            said = refused(f"s3://photos/odd/{name}", odd)
+            assert f"s3://photos/odd/{name} is an object, and its name does not say" in said
+            assert hint in said
+        assert uris("s3://photos/odd/none", odd, form="jsonl") == [A]
+        assert uris("s3://photos/odd/none", odd, form="folder") == ["s3://photos/odd/none"]
+
+    def test_an_image_and_the_beginning_of_names_are_prefixes(self, odd: Settings) -> None:
+        assert uris("s3://photos/odd/d.jpg", odd) == ["s3://photos/odd/d.jpg"]
+        assert uris("s3://photos/odd/pa", odd) == ["s3://photos/odd/part/1"]
+
+    def test_it_is_refused_before_anything_is_read_or_written(self, odd: Settings) -> None:
+        for where in ("s3://photos/odd/none", "s3://photos/odd/nothing-begins-so", "s3://no-such-bucket/"):
+            with pytest.raises(InvalidInput), open_input(where, odd):
+                pass
+
+
+OWN = (
+    "backfill.json",
+    "dataset.json",
+    "network.json",
+    "failed.jsonl",
+    "failed-2.jsonl",
+    "data/00000000-0123456789abcdef.parquet",
+    "failed/00000000-0123456789abcdef.jsonl",
+    "overlays/01234567-89ab-5def-8123-456789abcdef/overlay-1-282-tabby.jpg",
+)
+OTHERS = ("a.jpg", "data/b.parquet", "failed.jpg", "overlays/c.jpg", "z.json")
+
+
+class TestOutputsBelow:
+    @pytest.fixture
+    def written(self, bucket: Settings) -> Iterator[Settings]:
+        s3 = S3(bucket)
+        keys = [f"mixed/{folder}{name}" for name in (*OWN, *OTHERS) for folder in ("", "out/", "another/")]
+        for key in keys:
+            s3.put("photos", key, b"1", "text/plain")
+        yield bucket
+        for key in keys:
+            s3.remove("photos", key)
+
+    @pytest.mark.parametrize(
+        ("where", "output"),
+        [
+            ("mixed/", "mixed/out"),
+            ("mixed", "mixed/out"),
+            ("mix", "mixed/out"),
+            ("mixed/", "mixed"),
+            ("mixed/out/", "mixed/out"),
+            ("mixed/out/", "mixed"),
+            ("mixed/", "elsewhere"),
+        ],
+    )
+    def test_nothing_that_a_backfill_has_left_is_a_row_and_everything_else_is(
+        self, written: Settings, where: str, output: str
+    ) -> None:
+        with open_input(f"s3://photos/{where}", written, output=f"s3://photos/{output}") as opened:
+            found = {row.uri.removeprefix("s3://photos/mixed/") for row in opened.rows()}
+        folders = ("out/",) if where == "mixed/out/" else ("", "out/", "another/")
+        assert found == {f"{folder}{name}" for name in OTHERS for folder in folders}
+        assert opened.left_out() == len(OWN) * len(folders)
+
+    def test_without_a_plan_nobody_knows_that_it_is_an_output_but_whoever_writes_there(
+        self, bucket: Settings
+    ) -> None:
+        s3, key = S3(bucket), f"bare/out/{OWN[-1]}"
+        s3.put("photos", key, b"1", "text/plain")
+        s3.put("photos", "bare/z.jpg", b"1", "text/plain")
+        with open_input("s3://photos/bare/", bucket, output="s3://photos/bare/out") as opened:
+            assert [row.uri for row in opened.rows()] == ["s3://photos/bare/z.jpg"]
+        assert len(uris("s3://photos/bare/", bucket)) == 2
+        for one in (key, "bare/z.jpg"):
+            s3.remove("photos", one)
+
+
 class TestOpening:
     @pytest.fixture
     def stdin(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], None]]:

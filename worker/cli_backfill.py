@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from worker import cli_standing, terminal
 from worker.cli_jobs import _wish
 from worker.errors import InvalidJob, UnknownNetwork
+from worker.line import counted
 from worker.settings import Settings
 from worker.shard import MAX_ROWS, ROUTE
 from worker.wire import describe
@@ -132,13 +133,13 @@ def run(
     resume = resume or pace["only_failed"] or pace["changed"]
     settings = Settings.from_environment()
     place, ledger = cli_standing.opened(output, settings), RedisLedger(settings)
-    with open_input(input_, settings, form=form, column=column) as rows:
+    with open_input(input_, settings, form=form, column=column, output=place.uri) as rows:
         own = {"input": rows.shown, "output": place.uri, "shard_rows": shard_rows}
         asked = _plan(wish | own, settings)
         plan = place.agreed(asked, resume=resume, changed=pace["changed"])
-        counted = Counted(rows)
+        watched = Counted(rows)
         form = "json" if as_json else "terminal" if terminal.err.is_terminal else "lines"
-        progress = Progress(form, counted.total)
+        progress = Progress(form, watched.total)
         runs = Backfill(
             plan,
             place,
@@ -152,12 +153,19 @@ def run(
         )
         try:
             with _stoppable(), runs.seat() as seat, progress:
-                cut = shards(counted.rows(), plan, max_bytes=settings.max_message_bytes // 2)
+                cut = shards(watched.rows(), plan, max_bytes=settings.max_message_bytes // 2)
                 seal = runs.run(seat, cut)
         except KeyboardInterrupt:
-            left = f"{len(runs.flights)} shards are in flight, and come to their end by themselves; "
+            one, more = (
+                "shard is in flight, and comes to its end by itself",
+                "shards are in flight, and come to ",
+            )
+            left = f"{counted(len(runs.flights), one, more + 'their end by themselves')}; "
             terminal.err.print(f"Stopped. {left if runs.flights else ''}--resume goes on.", soft_wrap=True)
             return 130
+        if skipped := rows.left_out():
+            what = counted(skipped, "file there is", "files there are")
+            progress.say(f"{what} a backfill's own, and no part of the input.")
     if as_json:
         said = seal or runs.standing.facts()
         print_line("complete" if seal else "incomplete", {"output": plan.output, **said})
@@ -165,8 +173,11 @@ def run(
         summary(seal, plan.output)
     if not seal:
         lost = runs.standing.lost
-        terminal.err.print(f"[red]Incomplete[/]: {lost} shards failed as a whole; --resume tries them again.")
+        many = counted(lost, "shard")
+        terminal.err.print(f"[red]Incomplete[/]: {many} failed as a whole; --resume tries again.")
         return 1
+    if seal["failed"] == seal["rows"]:
+        return 1  # which the summary has said
     if seal["failed"] > pace["max_failed"] * seal["rows"]:
         terminal.err.print(f"[red]More than {pace['max_failed']:.0%} of the rows have failed.[/]")
         return 1

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from worker import terminal
+from worker.line import counted
 from worker.settings import Settings
 
 
@@ -47,7 +48,8 @@ def gallery(dataset: str, output: Path, classes: str | None, per_class: int, max
     if made.missing:
         why = ", ".join(f"{code} {count:,}" for code, count in sorted(made.missing.items()))
         terminal.err.print(f"Images that cannot be had any more, shown as heatmaps alone: {why}.")
-    size = f"{made.classes:,} classes, {made.pictures:,} pictures, {len(made.page) / 1e6:.1f} MB"
+    size = f"{counted(made.classes, 'class', 'classes')}, {counted(made.pictures, 'picture')}"
+    size += f", {len(made.page) / 1e6:.1f} MB"
     terminal.out.print(terminal.plain(f"{output}: {size}"), soft_wrap=True)
     return 0
 

@@ -9,7 +9,7 @@ from worker.errors import GradcamError, InvalidSettings, WeightsUnavailable
 from worker.gradcam import weights
 from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.registry import Registry
-from worker.line import visible
+from worker.line import counted, visible
 from worker.settings import Settings
 
 MEGABYTE = 1e6
@@ -93,7 +93,8 @@ def fetch(*, names: tuple[str, ...], all_mine: bool, as_json: bool) -> int:
         terminal.print_json(found)
     else:
         size = sum(one.get("bytes", 0) for one in found) / MEGABYTE
-        terminal.out.print(f"{len(found) - failed} of {len(found)} networks are here, {size:.1f} MB.")
+        of = counted(len(found), "network is", "networks are")
+        terminal.out.print(f"{len(found) - failed} of {of} here, {size:.1f} MB.")
     return 1 if failed else 0
 
 

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from worker import terminal
+from worker.line import counted
 from worker.settings import Settings
 
 if TYPE_CHECKING:  # it is heavy
+    from worker.fleet import Record
+    from worker.ledger import Ledger
     from worker.output import Output
 
 STATES = {"running": "cyan", "complete": "green", "stopped": "yellow", "damaged": "red"}
@@ -33,7 +36,8 @@ def status(output: str, *, as_json: bool) -> int:
     settings = Settings.from_environment()
     place = opened(output, settings)
     plan, seal = place.held(), place.sealed()
-    record = RedisFleet(RedisLedger(settings).server).find(place.uri)
+    ledger = RedisLedger(settings)
+    record = RedisFleet(ledger.server).find(place.uri)
     lives, done = record is not None and record.lives, sum(map(len, place.done().values()))
     ended = "stopped" if not seal else "complete" if seal["shards"] == done else "damaged"
     found = {
@@ -44,10 +48,18 @@ def status(output: str, *, as_json: bool) -> int:
         "state": "running" if lives else ended,
         "shards_done": done,
         "dataset": seal,
-        "last": record.facts if record else None,
+        "last": _last(record, ledger) if record else None,
     }
     terminal.print_json(found) if as_json else _show(found)
     return 0
+
+
+def _last(record: "Record", ledger: "Ledger") -> dict[str, Any]:
+    """What is remembered of whoever ran it last; of one that nobody runs, what of it still is in flight."""
+    if record.lives:
+        return record.facts
+    flying = [one for one in ledger.read_many(sorted(record.shards)).values() if not one.final]
+    return {**record.facts, "in_flight": len(flying)}
 
 
 def _show(found: Mapping[str, Any]) -> None:
@@ -72,7 +84,8 @@ def _show(found: Mapping[str, Any]) -> None:
     for code, count in sorted((seal or last).get("codes", {}).items()):
         facts.add_row("", terminal.plain(f"{count:,} {code}", "red"))
     if seal and state == "damaged":
-        there = f"{found['shards_done']:,} of the {seal['shards']:,} shards are there that its seal speaks of"
+        of = counted(seal["shards"], "shard is", "shards are")
+        there = f"{found['shards_done']:,} of the {of} there that its seal speaks of"
         facts.add_row("", f"{there}: --resume, or --changed, puts that right")
     if state == "stopped":
         facts.add_row("", "--resume goes on with it")
@@ -102,17 +115,20 @@ def cancel(output: str, *, as_json: bool) -> int:
     while record and record.lives and time.monotonic() < end:
         time.sleep(LOOK_S)
         record = fleet.find(place.uri)
-    left = len(cancel_shards(ledger, record.shards)) if record and not record.lives else 0
     ended = record is None or not record.lives
+    left = cancel_shards(ledger, record.shards) if record and ended else []
+    ends = {one.id for one in left if not one.final}  # a worker still has them in hand
+    while ends and time.monotonic() < end:
+        time.sleep(LOOK_S)
+        ends = {one.id for one in ledger.read_many(sorted(ends)).values() if not one.final}
     if as_json:
-        terminal.print_json({"output": place.uri, "ran": ran, "ended": ended, "shards_canceled": left})
+        terminal.print_json({"output": place.uri, "ran": ran, "ended": ended, "shards_canceled": len(left)})
     elif not ended:
         terminal.err.print("Whoever runs it has been told, and does not answer yet.")
     else:
         who = "It was run, and is stopped." if ran else "Nobody runs it."
-        shards = (
-            f"{left:,} shards were left in flight, and are cancelled." if left else "Nothing is in flight."
-        )
+        many = f"{counted(len(left), 'shard was', 'shards were')} left in flight, and cancelled"
+        shards = f"{many}{', and not stopped yet' if ends else ''}." if left else "Nothing is in flight."
         terminal.out.print(f"{who} {shards}")
     return 0 if ended else 1
 

@@ -17,11 +17,13 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from urllib.parse import unquote
 
 from worker.errors import InvalidInput, WeightsUnavailable
 from worker.intake import Intake
-from worker.line import visible
+from worker.line import counted, visible
 from worker.listing import columns, inventory_rows, json_rows, table_rows, text_rows
+from worker.output import LeftOut
 from worker.settings import Settings, without_secrets
 from worker.shard import Row
 
@@ -33,6 +35,14 @@ SUFFIXES = {
     ".tsv": "tsv",
     ".txt": "text",
     ".parquet": "parquet",
+}
+IMAGES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+PACKED = "it looks packed: unpack it, or pack it with gzip; or "
+HINTS = {  # by the ending of what is read in no form, or in none that could be guessed
+    ".json": "JSON is read a line at a time, and of an S3 inventory the files that its manifest.json names; ",
+    ".orc": "ORC is not read: write it as Parquet, or as CSV; or ",
+    ".avro": "Avro is not read: write it as Parquet, or as JSON Lines; or ",
+    **dict.fromkeys((".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz"), PACKED),
 }
 STDIN = "-"
 BATCH = 8192  # rows of a Parquet file that are read at once
@@ -49,11 +59,14 @@ class Input:
         unit: str,
         read: Callable[[Intake], Iterator[Row]],
         share: Callable[[int], float | None] = lambda _: None,
+        left_out: Callable[[], int] = lambda: 0,
     ) -> None:
         """`read` gives its rows, from the first one on; `unit` is what they are counted in.
 
-        `share` tells how much of it that is, of a number of rows that were given just now.
+        `share` tells how much of it that is, of a number of rows that were given just now; `left_out` how
+        many names were left out because backfills have written them.
         """
+        self.left_out = left_out
         self.shown = shown
         self._unit = unit
         self._read = read
@@ -78,8 +91,8 @@ class Input:
             message = f"{self.shown} {error}"
             raise InvalidInput(message) from error
         except (EOFError, OSError, zlib.error) as error:
-            count = f"{self._given:,}"
-            message = f"{self.shown} is damaged, or cannot be read further, after {count} rows: {error}"
+            so_far = counted(self._given, "row")
+            message = f"{self.shown} is damaged, or cannot be read further, after {so_far}: {error}"
             raise InvalidInput(message) from error
         if not self._given:
             message = f"{self.shown} is empty: there is no image in it."
@@ -88,20 +101,23 @@ class Input:
 
 @contextmanager
 def open_input(
-    where: str, settings: Settings, *, form: str = "auto", column: str | None = None
+    where: str,
+    settings: Settings,
+    *,
+    form: str = "auto",
+    column: str | None = None,
+    output: str | None = None,
 ) -> Iterator[Input]:
     """Open an input: a path, `s3://bucket/prefix`, `s3://bucket/list.jsonl`, or `-`, for standard input.
 
     `form` is one of FORMS; auto goes by the ending of the name. `column` names the column, or the field,
-    with the URIs. What is compressed with gzip is read as well, whatever its name. Raises InvalidInput.
+    with the URIs. What is compressed with gzip is read as well, whatever its name. Of a folder, and of a
+    prefix, what backfills have written is left out, in `output` and in theirs. Raises InvalidInput.
     """
-    form = _form(where, form)
+    asked, form = form, _form(where, form)
     with ExitStack() as held:
         if form == "folder":
-            from worker import tree
-
-            read = partial(tree.objects, where, settings) if _on_s3(where) else partial(tree.files, where)
-            yield Input(_shown(where), "Row", read)
+            yield _folder(where, settings, output, sure=asked == "folder")
             return
         file = _opened(where, settings, held)
         if form == "parquet":
@@ -128,6 +144,51 @@ def open_input(
         yield Input(_shown(where), "Line", read_text, share)
 
 
+def _folder(where: str, settings: Settings, output: str | None, *, sure: bool) -> Input:
+    """The files below a folder, or the objects below a prefix. Raises InvalidInput where there is none.
+
+    `sure`: somebody has said that it is no list.
+    """
+    from worker import tree
+
+    left_out = [_left_out(where, output)]
+
+    def read(intake: Intake) -> Iterator[Row]:
+        left_out[0] = _left_out(where, output)  # it may have been read once before
+        if not _on_s3(where):
+            return tree.files(where, intake, left_out[0])
+        return tree.objects(where, settings, intake, left_out[0], (lambda _: None) if sure else _no_prefix)
+
+    found = Input(_shown(where), "Row", read, left_out=lambda: left_out[0].count)
+    next(found.rows(), None)  # whatever is wrong with it is told before anything is written
+    return found
+
+
+def _left_out(where: str, output: str | None) -> LeftOut:
+    """What is no part of a folder, or of a prefix, because it is a backfill's."""
+    if output is None or _on_s3(where) != _on_s3(output):
+        return LeftOut()
+    if not _on_s3(where):
+        return LeftOut(os.path.realpath(unquote(output.partition("://")[2])).rstrip("/") + "/")
+    bucket, _, key = output[5:].rstrip("/").partition("/")
+    return LeftOut(f"{key}/" if key else "") if bucket == where[5:].partition("/")[0] else LeftOut()
+
+
+def _no_prefix(key: str) -> str | None:
+    """What an object is that was taken for a prefix, unless it is an image."""
+    ending = Path(key.casefold()).suffix
+    if ending in IMAGES:
+        return None
+    return f"is an object, and its name does not say what is in it: {_say_what(key)}"
+
+
+def _say_what(name: str) -> str:
+    ending = Path(name.casefold()).suffix
+    hint = HINTS.get(ending, "")
+    forms = ", ".join(FORMS[1:-1])
+    return f"{hint}say with --format what it is, one of {forms}; or folder, for all whose names begin so."
+
+
 def _form(where: str, form: str) -> str:
     """What an input is. Raises InvalidInput where that cannot be told."""
     if form not in FORMS:
@@ -147,8 +208,8 @@ def _form(where: str, form: str) -> str:
     found = "folder" if folder else SUFFIXES.get(ending, "folder" if remote else None)
     if found is None:
         message = (
-            f"{_shown(where)} does not end in {', '.join(SUFFIXES)}, or one of these and .gz: say with "
-            f"--format what it is, one of {', '.join(FORMS[1:-1])}."
+            f"{_shown(where)} does not end in {', '.join(SUFFIXES)}, or one of these and .gz: "
+            f"{HINTS.get(ending, '')}say with --format what it is, one of {', '.join(FORMS[1:-1])}."
         )
         raise InvalidInput(message)
     return found
@@ -250,7 +311,7 @@ def _parquet(file: io.BufferedReader, shown: str, column: str | None, held: Exit
                     yield intake.good(number, uri, own, sha256)
                     number += 1
         except pa.ArrowException as error:
-            message = f"is damaged after {number:,} rows, or soon after: {error}"
+            message = f"is damaged after {counted(number, 'row')}, or soon after: {error}"
             raise InvalidInput(message) from error
 
     return Input(shown, "Row", read, lambda given: given / max(table.metadata.num_rows, 1))

@@ -18,6 +18,11 @@ def visible(text: str) -> str:
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
+def counted(number: int, one: str, more: str | None = None) -> str:
+    """So many of something, for a person: 1 shard, 2 shards; 1 shard is, 2 shards are."""
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
+
+
 class LineFormatter(logging.Formatter):
     """One line for each message, and tracebacks below it, set in."""
 

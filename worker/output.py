@@ -9,6 +9,7 @@ For the rest see `worker.dataset`. What is done is what is listed, and nothing e
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 from worker.contract import NetworkRef, StatusDocument
 from worker.deadline import Deadline
 from worker.errors import BackfillConflict
+from worker.line import counted
 from worker.plan import Plan
 from worker.shard import DATASET, Shard, data_key, failed_key, key_of
 from worker.storage import Store
@@ -27,7 +29,40 @@ PLAN, NETWORK, SEAL = "backfill.json", "network.json", "dataset.json"
 JSON, LINES = "application/json", "application/x-ndjson"
 PATIENCE_S = 120.0  # with a store that does not answer
 PART_BYTES = 32 * 1024 * 1024  # of one file of failed rows
+LEFT = re.compile(r"failed(?:-[0-9]+)?\.jsonl\Z|overlays/[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}/")
 NAMED = 3  # of many, in a sentence
+
+
+class LeftOut:
+    """What is no part of an input because a backfill has written it: ask of each name, in order.
+
+    Names are keys of a bucket, or paths. Left out is what lies in an output under a name that a backfill
+    gives, and nothing else that lies there: in the backfill's own, and in others, whose plans are met first.
+    """
+
+    def __init__(self, place: str | None = None) -> None:
+        """`place`: of the output, with a slash at its end unless it is a whole bucket; None: elsewhere."""
+        self._place = place
+        self._others: list[str] = []  # each inside the one before
+        self.count = 0  # of names so far
+
+    def __call__(self, name: str) -> bool:
+        """Whether this name is left out."""
+        while self._others and not name.startswith(self._others[-1]):
+            self._others.pop()
+        if name.rpartition("/")[2] == PLAN:
+            self._others.append(name.removesuffix(PLAN))
+        if self._place is None and not self._others:
+            return False
+        places = [one for one in (self._place, *self._others) if one is not None and name.startswith(one)]
+        left = any(_is_left(name.removeprefix(one)) for one in places)
+        self.count += left
+        return left
+
+
+def _is_left(name: str) -> bool:
+    """Whether an object in an output is one that a backfill leaves there."""
+    return name in {PLAN, NETWORK, SEAL} or key_of(name) is not None or LEFT.match(name) is not None
 
 
 class Output:
@@ -80,7 +115,8 @@ class Output:
             message = f"{self.uri} holds another backfill. {differs}{hint} Or choose another output."
             raise BackfillConflict(message)
         if done and not resume:
-            far = "it is complete" if self.sealed() else f"{len(done):,} shards of it are done"
+            some = counted(len(done), "shard of it is", "shards of it are")
+            far = "it is complete" if self.sealed() else f"{some} done"
             message = f"{self.uri} holds this very backfill, and {far}: use --resume to go on with it."
             raise BackfillConflict(message)
         return asked.model_copy(update={"id": held.id, "created_at": held.created_at})
@@ -167,7 +203,8 @@ class Output:
         expected = frozenset(keys)
         there = {key for some in self.done().values() for key in some}
         if missing := sorted(expected - there):
-            message = f"{len(missing)} shards are done and not there: {_named(missing)}. Use --resume."
+            many = counted(len(missing), "shard is", "shards are")
+            message = f"{many} done and not there: {_named(missing)}. Use --resume."
             raise BackfillConflict(message)
         extra = sorted(there - expected)
         if extra and not changed:

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 
 from worker import terminal
-from worker.line import visible
+from worker.line import counted, visible
 from worker.shard import Row
 from worker.standing import Standing
 
@@ -111,13 +111,13 @@ class Progress:
             return " · ".join(["No rows yet", *nobody])
         total, left_s = self.total(standing), self.left_s(standing)
         how = "" if standing.whole else "at least " if total is None else "about "
-        said = [f"{standing.reached:,} of {how}{total or standing.planned:,} rows"]
+        said = [f"{standing.reached:,} of {how}{counted(total or standing.planned, 'row')}"]
         if standing.failed:
             said.append(f"{standing.failed:,} failed")
         said.append(f"{standing.rows_per_s:,.0f} rows/s")
         if left_s is not None:
             said.append(f"{timedelta(seconds=round(left_s))} left")
-        said.append(f"{standing.in_flight} shards in flight")
+        said.append(f"{counted(standing.in_flight, 'shard')} in flight")
         return " · ".join([*said, *nobody])
 
     def _picture(self, standing: Standing) -> RenderableType:
@@ -134,7 +134,9 @@ def print_line(event: str, facts: Mapping[str, Any]) -> None:
 def summary(seal: Mapping[str, Any], output: str) -> None:
     """What has become of it all, for a person."""
     failed, rows = int(seal["failed"]), int(seal["rows"])
-    terminal.out.print(f"[green]Complete[/]: {rows - failed:,} of {rows:,} rows are explained.")
+    title = "[green]Complete[/]" if rows > failed else "[red]Nothing is explained[/]"
+    of = counted(rows, "row is", "rows are")
+    terminal.out.print(f"{title}: {rows - failed:,} of {of} explained.")
     for code, count in sorted(seal["codes"].items(), key=lambda one: -one[1]):
         terminal.out.print(f"  {count:>9,}  {code}", style="red")
     if failed:

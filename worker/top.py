@@ -24,6 +24,7 @@ from worker.contract import StatusDocument
 from worker.depths import Depths
 from worker.errors import LedgerUnavailable
 from worker.fleet import RedisFleet
+from worker.line import counted
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings, without_secrets
 from worker.shard import ROUTE, ROUTES
@@ -235,8 +236,8 @@ def _errors(look: Look) -> RenderableType:
 def _backfill(facts: Mapping[str, Any]) -> RenderableType:
     done = facts["before"] + facts["done"] + facts["partly"]
     most = "" if facts["whole"] else "at least "
-    line = f"{done:,} of {most}{facts['planned']:,} rows · {facts['rows_per_s']:,.0f} rows/s"
-    line += f" · {facts['in_flight']} shards in flight · {facts['failed']:,} failed"
+    line = f"{done:,} of {most}{counted(facts['planned'], 'row')} · {facts['rows_per_s']:,.0f} rows/s"
+    line += f" · {counted(facts['in_flight'], 'shard')} in flight · {facts['failed']:,} failed"
     place = terminal.plain(f"backfill {facts['output']}", "bold")
     place.truncate(terminal.out.width, overflow="ellipsis")
     return Group(place, terminal.plain("    " + line))
@@ -247,7 +248,7 @@ def _workers(workers: Sequence[Mapping[str, Any]], room: int | None) -> Renderab
     if not workers:
         return Text("No worker lives: start one with `gradcam worker`.", "yellow")
     running = sum(one["running"] for one in workers)
-    title = f"{len(workers)} workers, {running:,} jobs in hand"
+    title = f"{counted(len(workers), 'worker')}, {counted(running, 'job')} in hand"
     made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None)
     made.pad_edge = False
     made.add_column("worker", no_wrap=True, overflow="ellipsis", min_width=20)
