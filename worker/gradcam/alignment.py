@@ -8,7 +8,6 @@ the spot must be where the spot is, as far as the layer's cells and its convolut
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ GREY, CONTRAST = 128, 20  # of the picture around the spots: mean and standard d
 DARK = 1e-9  # of the strongest spot's effect: less is none
 MARGIN = 0.2  # of a side, and half a cell: a deep layer's view of an edge is drawn inwards by its padding
 FINE_MARGIN = 0.05  # of a side, and a cell: of the first layer that has learned something
+TINY = 1e-30  # instead of a division by nothing
 WEAK = 0.5  # of a spot's largest share in what a cell sees: so much where it belongs, and it is not elsewhere
 
 Changes = NDArray[np.float64]  # (spots, rows, columns): how much each spot changes each cell
@@ -57,23 +57,17 @@ def trial(size: tuple[int, int, int], *, grid: tuple[int, int] = (PARTS, PARTS),
     return Trial(pixels, spots)
 
 
-def changes(ops: Any, activations: Any) -> Any:
-    """How much each spot changes each cell (spots, rows, columns), of activations (spots, ..., channels).
+def changes(activations: NDArray[np.float32]) -> Changes:
+    """How much each spot changes each cell, of activations (spots, rows, columns, channels).
 
     What two pictures have in common is not the third one's spot.
     """
-    values = ops.cast(activations, "float32")
-    values = values / ops.maximum(ops.max(ops.abs(values)), 1e-30)
+    values = activations / max(float(np.abs(activations).max()), TINY)
     between = {
-        frozenset(pair): ops.sum((values[pair[0]] - values[pair[1]]) ** 2, axis=-1)
-        for pair in ((0, 1), (0, 2), (1, 2))
+        pair: ((values[pair[0]] - values[pair[1]]) ** 2).sum(axis=-1) for pair in ((0, 1), (0, 2), (1, 2))
     }
-    return ops.stack(
-        [
-            ops.minimum(*(one for pair, one in between.items() if index in pair))
-            for index in range(len(between))
-        ]
-    )
+    of_each = [[one for pair, one in between.items() if index in pair] for index in range(len(between))]
+    return np.stack([np.minimum(*pair) for pair in of_each]).astype(np.float64)
 
 
 def misplaced(seen: Changes, about: Trial, *, fine: bool = False) -> str | None:
@@ -137,7 +131,7 @@ def _is_elsewhere(
     margin: NDArray[np.float64],
 ) -> bool:
     """Whether a spot acts where it does not belong, and not everywhere alike, as behind an attention."""
-    share = np.where(change >= change.max() / 10, change / np.maximum(by_all, 1e-300), 0)
+    share = np.where(change >= change.max() / 10, change / np.maximum(by_all, TINY), 0)
     places = (np.indices(change.shape) + 0.5) / np.array(change.shape)[:, None, None]
     near = (np.abs(places - centre[:, None, None]) <= margin[:, None, None]).all(axis=0)
     return bool(share[near].max(initial=0) < WEAK * share.max())
@@ -145,4 +139,4 @@ def _is_elsewhere(
 
 def together(seen: Sequence[Changes]) -> Changes:
     """The changes of several trials with the same spots, each as much as the others."""
-    return np.asarray(sum(one / max(one.max(), 1e-300) for one in seen), np.float64)
+    return np.asarray(sum(one / max(one.max(), TINY) for one in seen), np.float64)

@@ -1,7 +1,7 @@
 """Between which numbers a tensor lies, whatever the image is: interval arithmetic, back from the tensor.
 
-What lies between 0 and 1 for certain is a probability, or an average, a maximum, a complement of such. Nothing
-is known behind weights, or behind somebody's own layer: there the way back ends, or at the last activation.
+What lies between 0 and 1 for certain is a probability, or an average, a maximum, a complement of such.
+Nothing is known of what weights make, or somebody's own layer: there the way back ends.
 """
 
 import math

@@ -224,8 +224,8 @@ def _check_told(
     apart = float(np.abs(probabilities[-len(told) :] - told).max())
     if not apart <= limit:
         message = (
-            f"The probabilities that the scores of {facts.name} give for this image are not what it says itself "
-            f"(by {apart:.2g})."
+            f"The probabilities that the scores of {facts.name} give for this image are not what it says "
+            f"itself (by {apart:.2g})."
         )
         raise NetworkIncompatible(message)
 

@@ -40,7 +40,7 @@ class Parts:
     back: Callable[[Any], Any]
     pixels: tuple[int, int, int]  # (height, width, channels)
     variables: list[Any]  # that trunk and tail read
-    told: Callable[[Any], Any] | None = None  # scores (n, classes) -> what the network itself makes of them
+    told: Callable[[Any], Any] | None = None  # scores (n, classes) -> what the network makes of them
     scaled: bool = False  # whether small slopes would vanish on the way back, as in float16
 
 
@@ -50,8 +50,8 @@ def one_pass(parts: Parts, formula: Formula, *, flip: bool = False) -> Pass:
     JAX alone compiles it anew for each size and number of classes that it has not seen.
 
     It maps pixels uint8 and wanted (n, k) to (scores (n, classes), class ids (n, k), raw maps (n, k, rows,
-    columns)), and to what the network itself says where that is `told`, once these are waited for: one forward
-    pass; then one backward pass from the scores as far as
+    columns)), and to what the network itself says where that is `told`, once these are waited for: one
+    forward pass; then one backward pass from the scores as far as
     is needed, for all (image, class) pairs, vectorised over the k cotangents. With `flip` each image's mirror
     image goes through in the same batch, and the maps are the means of both. It raises DeviceOutOfMemory.
     """

@@ -5,7 +5,7 @@ of several networks. That is told by its graph, as far as this is certain, and b
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,8 +34,8 @@ ROUNDED = {
     "bfloat16": 3e-2,
 }  # how far probabilities of such digits may be off
 DECLARE = (
-    'declare what it is: head = {kind = "sigmoid"} or {kind = "softmax"} for scores, {kind = "probabilities"} '
-    'for probabilities (in Python: Head(kind="sigmoid"))'
+    'declare what it is: head = {kind = "sigmoid"} or {kind = "softmax"} for scores, '
+    '{kind = "probabilities"} for probabilities (in Python: Head(kind="sigmoid"))'
 )
 
 
@@ -64,7 +64,8 @@ def find_scores(graph: Graph, head: Head) -> Scores:
     Raises NetworkIncompatible where the output is no list of scores, or one of several and none is chosen.
     """
     slot = _output(graph, head)
-    step, activation, told = graph.maker(slot), None, _itself
+    step, activation = graph.maker(slot), None
+    told: Callable[[Any], Any] = _itself
     while step is not None:
         activation, instead = _final_activation(step)
         if activation:
@@ -78,7 +79,7 @@ def find_scores(graph: Graph, head: Head) -> Scores:
     if kind and head.kind not in {None, kind, "probabilities"}:
         message = f"The network ends in a {kind}; its head cannot be {head.kind}."
         raise NetworkIncompatible(message)
-    if kind == "softmax" and units == 1:
+    if (kind or head.kind) == "softmax" and units == 1:
         message = "The network ends in a softmax of one unit, which is always 1: there is nothing to explain."
         raise NetworkIncompatible(message)
     found = Scores(graph, slot, kind, activation, units, told)
@@ -96,36 +97,35 @@ def read_as(scores: Scores, head: Head, seen: NDArray[np.float64], dtype: str) -
     """
     if scores.kind:
         return scores
-    about = ROUNDED.get(dtype, ROUNDED["float32"])
+    about, kind = ROUNDED.get(dtype, ROUNDED["float32"]), head.kind
     is_unit = bool(seen.min() >= -about and seen.max() <= 1 + about)
-    sums = np.abs(seen.sum(axis=1) - 1).max() <= about
-    kind = head.kind
+    sums = bool(np.abs(seen.sum(axis=1) - 1).max() <= about)
     if kind == "probabilities" and not is_unit:
         message = (
-            f"The head is declared as probabilities, but the network says {_farthest(seen):.4g}: probabilities "
-            f"lie between 0 and 1. Let it end in a sigmoid or a softmax, or {DECLARE}."
+            f"The head is declared as probabilities, but the network says {_farthest(seen):.4g}: these lie "
+            f"between 0 and 1. Let it end in a sigmoid or a softmax, or {DECLARE}."
         )
         raise NetworkIncompatible(message)
     if is_unit and (scores.is_unit or (scores.units > 1 and sums)):
         if kind not in {None, "probabilities"}:
             message = (
-                f"The outputs of the network are probabilities already; its head cannot be {kind}, which would "
-                "take them for scores: leave it out."
+                f"The outputs of the network are probabilities already; its head cannot be {kind}, which "
+                "would take them for scores: leave it out."
             )
             raise NetworkIncompatible(message)
         kind = "probabilities"
     if kind is None and scores.units == 1 and not is_unit:
         message = (
-            f"The network ends in one unit without a sigmoid, which says {_farthest(seen):.4g}: that may be the "
-            "score of class 1, or a quantity, which is no class and cannot be explained. If it is a score, "
-            'declare head = {kind = "sigmoid"} (in Python: Head(kind="sigmoid")).'
+            f"The network ends in one unit without a sigmoid, which says {_farthest(seen):.4g}: that may be "
+            "the score of class 1, or a quantity, which is no class and cannot be explained. If it is a "
+            'score, declare head = {kind = "sigmoid"} (in Python: Head(kind="sigmoid")).'
         )
         raise NetworkIncompatible(message)
     if kind is None and (scores.units == 1 or (is_unit and not scores.is_linear)):
         message = (
-            f"The network's outputs lie between 0 and 1 ({seen.min():.3g} to {seen.max():.3g}) for all pictures "
-            "that it was tried with, but it ends in no sigmoid or softmax: they may be probabilities, or scores "
-            f"that are small. Please {DECLARE}."
+            f"The network's outputs lie between 0 and 1 ({seen.min():.3g} to {seen.max():.3g}) for all "
+            "pictures that it was tried with, but it ends in no sigmoid or softmax: they may be "
+            f"probabilities, or scores that are small. Please {DECLARE}."
         )
         raise NetworkIncompatible(message)
     if kind == "probabilities":
@@ -161,17 +161,13 @@ def _of_one(function: Callable[[Any], Any]) -> Callable[..., Any]:
 
 def _alone(step: Step) -> Callable[[Any], Any]:
     """The activation that a step ends in, on its own."""
-    return step.operation if step.kind in ALONE else step.operation.activation
+    function: Callable[[Any], Any] = step.operation if step.kind in ALONE else step.operation.activation
+    return function
 
 
 def _is_linear(step: Step) -> bool:
     function = getattr(step.operation, "activation", None)
     return function in {None, keras.activations.linear}
-
-
-def makers(graph: Graph, head: Head) -> Sequence[Step]:
-    """The steps that make the output: back to the last that have weights."""
-    return ending(graph, _output(graph, head))
 
 
 def _output(graph: Graph, head: Head) -> int:

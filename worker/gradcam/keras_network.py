@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.errors import NetworkIncompatible
+from worker.errors import GradcamError, NetworkIncompatible
 from worker.gradcam import backend, cam, catalog, gradients, load_checks, shortcut
 from worker.gradcam.backend import keras
 from worker.gradcam.catalog import HeadKind, NetworkRow, Preprocessing
@@ -46,20 +46,26 @@ class KerasNetwork:
         self._row, self._model, self._exact_backward = row, model, exact_backward
         self._entry_dtype = graph.entry_dtype
         self._pixels = (*row.input_size, row.preprocessing.pixel_channels)
-        scores = find_scores(graph, row.head)
-        self._places = Places(scores)
-        output = list(graph.outputs).index(row.head.output) if row.head.output else 0
-        pictures = load_checks.Pictures(self._input, self._pixels)
-        self._observed = load_checks.observe(row.name, model, scores, self._places, pictures, output)
-        self._scores = read_as(scores, row.head, self._observed.outputs, self._observed.dtype)
+        self._scores = find_scores(graph, row.head)
+        self._places = Places(self._scores)
         self._aligned: set[Place] = set()
         self._passes: OrderedDict[tuple[Place, str, str, bool], tuple[gradients.Pass, int]] = OrderedDict()
         self._shortcuts: dict[Place, Shortcut | None] = {}
         self._forward: gradients.Compiled | None = None
-        self.labels = _labels(row, self._scores.classes)
         self._found: Place | None = None
         self._default: str | None = None
-        place = self._aligned_place(row.target_layer or AUTO)
+        place = self._first_place(row.target_layer or AUTO)
+        self._observed = load_checks.observe(
+            row,
+            model,
+            self._scores,
+            load_checks.Pictures(self._input, self._pixels),
+            self._places.looked_at(place),
+        )
+        self._scores = read_as(self._scores, row.head, self._observed.outputs, self._observed.dtype)
+        load_checks.check_place(row.name, self._places, place, self._observed)
+        self._aligned.add(place)
+        self.labels = _labels(row, self._scores.classes)
         self._default = place.path
         self.facts = NetworkFacts(
             name=row.name,
@@ -71,7 +77,7 @@ class KerasNetwork:
             default_layer=place.path,
             map_size=(place.rows, place.columns),
             channels=row.preprocessing.pixel_channels,
-            head=self._scores.kind,
+            head=self._kind,
             parameters=model.count_params(),
             rescales=rescales(graph),
         )
@@ -114,7 +120,8 @@ class KerasNetwork:
             one = self.compute(image, wanted[index : index + 1], plain)
             if method.flip:
                 mirrored = self.compute(image[:, :, ::-1], one.class_ids, plain)
-                one = replace(one, raw=(one.raw + mirrored.raw[..., ::-1]) / 2)
+                mean = (one.raw + mirrored.raw[..., ::-1]) / np.float32(2)
+                one = replace(one, raw=np.asarray(mean, np.float32))
             found.append(one)
         told = [one.outputs for one in found if one.outputs is not None]
         return Computed(
@@ -228,6 +235,15 @@ class KerasNetwork:
         """All weights and other variables that the steps read, each once."""
         held = [step.variables for step in self._scores.graph.steps]
         return list({id(one): one for variables in held for one in variables}.values())
+
+    def _first_place(self, layer: str) -> Place:
+        """As `_place`, of a network that has not been run yet."""
+        try:
+            return self._place(layer)
+        except GradcamError:
+            raise
+        except Exception as error:  # whatever a layer that was not written for it may raise
+            raise load_checks.cannot_run(self._row.name, error) from error
 
     def _aligned_place(self, layer: str) -> Place:
         """As `_place`; its grid lies on the image. Raises UnknownLayer, NetworkIncompatible."""

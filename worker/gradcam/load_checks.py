@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,8 +48,7 @@ class Pictures:
 
     def changes(self, graph: Graph, place: Place, trial: Trial) -> Changes:
         """How much each spot of a trial changes each cell of a place."""
-        values = place.as_grid(self.run(graph, place.slot, trial.pixels, _ignore), ops)
-        return np.asarray(ops.convert_to_numpy(alignment.changes(ops, values)), np.float64)
+        return _changes(place, self.run(graph, place.slot, trial.pixels, _ignore))
 
 
 def _run(graph: Graph, slot: int, inputs: Any, look: Look) -> Any:
@@ -66,6 +65,11 @@ def _run(graph: Graph, slot: int, inputs: Any, look: Look) -> Any:
     return values[slot]
 
 
+def _changes(place: Place, values: Any) -> Changes:
+    values = ops.convert_to_numpy(ops.cast(values, "float32"))
+    return alignment.changes(np.asarray(place.as_grid(values, np)))
+
+
 def _ignore(_: Step, __: Values) -> None:
     """Look at nothing."""
 
@@ -78,28 +82,29 @@ class Observed:
     outputs: NDArray[np.float64]  # (images, units), as they are before the last activation
     dtype: str  # of what the network says
     trial: Trial
-    changes: dict[int, Changes] = field(default_factory=dict)  # slot of a place -> see `alignment`
+    changes: dict[int, Changes]  # slot of a place -> see `alignment`
 
 
 def observe(
-    name: str, model: Any, scores: Scores, places: Places, pictures: Pictures, output: int
+    row: NetworkRow, model: Any, scores: Scores, pictures: Pictures, places: Sequence[Place]
 ) -> Observed:
-    """Run a network on a trial, and on more where its kind of head is yet to be told.
+    """Run a network on a trial, with a look at these places; on more pictures where its head is to be told.
 
     Raises NetworkIncompatible unless the steps, one after the other, compute what the model does.
     """
-    graph, trial = scores.graph, alignment.trial(pictures.size)
-    changes: dict[int, Any] = {}
+    graph, trial, name = scores.graph, alignment.trial(pictures.size), row.name
+    output = list(graph.outputs).index(row.head.output) if row.head.output else 0
+    changes: dict[int, Changes] = {}
 
     def look(step: Step, values: Values) -> None:
-        for slot in step.writes:
-            if place := places.by_slot.get(slot):
-                changes[slot] = alignment.changes(ops, place.as_grid(values[slot], ops))
+        for place in places:
+            if place.slot in step.writes:
+                changes[place.slot] = _changes(place, values[place.slot])
 
     try:
         theirs = _flat(keras.tree.flatten(model(pictures.prepared(trial.pixels[:1]), training=False))[output])
     except Exception as error:  # whatever a layer that was not written for it may raise
-        raise _cannot_run(name, error) from error
+        raise cannot_run(name, error) from error
     chosen, found = _as_the_model(name, scores, pictures, trial.pixels, theirs, look)
     more = [] if scores.kind else [_flat(chosen.run(graph, scores.slot, _varied(pictures.size), _ignore))]
     dtype = str(keras.backend.standardize_dtype(scores.told(found).dtype))
@@ -108,7 +113,7 @@ def observe(
         outputs=np.concatenate([_flat(found), *more]).astype(np.float64),
         dtype=dtype,
         trial=trial,
-        changes={} if chosen.alone else {slot: np.asarray(one, np.float64) for slot, one in changes.items()},
+        changes={} if chosen.alone else changes,
     )
 
 
@@ -135,15 +140,16 @@ def _as_the_model(
             return (pictures, together[1]) if batched else (how, found)
         failed, together = None, together if how.alone else (difference, found)
     if failed:
-        raise _cannot_run(name, failed) from failed
+        raise cannot_run(name, failed) from failed
     message = (
-        f"{name}, run one layer after the other, computes something else than as a whole (by {difference:.2g} "
-        "of its largest output): it has a layer that is random, or that looks at what is around it."
+        f"{name}, run one layer after the other, computes something else than as a whole (by "
+        f"{difference:.2g} of its largest output): it has a layer that is random, or that looks at what is around it."
     )
     raise NetworkIncompatible(message)
 
 
-def _cannot_run(name: str, error: Exception) -> NetworkIncompatible:
+def cannot_run(name: str, error: Exception) -> NetworkIncompatible:
+    """The error of a network of which a step fails."""
     reason = " ".join(str(error).split())[:500]
     return NetworkIncompatible(f"{name} cannot be run, one layer after the other: {reason}")
 
@@ -194,15 +200,12 @@ def check_input(row: NetworkRow, graph: Graph) -> None:
 
 def check_place(name: str, places: Places, place: Place, observed: Observed) -> None:
     """Raise NetworkIncompatible unless the grid of a place lies on the image as it is drawn."""
-    first = places.first_learned(place)
-    looked = [(place, first is not None and first.slot == place.slot)]
-    looked += [(first, True)] if first and first.slot != place.slot else []
-    for one, fine in looked:
-        if told := _misplaced(places.graph, one, observed, fine=fine):
+    for one in places.looked_at(place):
+        if told := _misplaced(places.graph, one, observed, fine=one is not place):
             message = (
                 f"{name} crops, pads, shifts or turns its input: as seen by the layer {one.path}, {told}. "
-                "Its maps would not lie where they belong. Do that to the pictures before, and let the network begin "
-                "behind it; set input_size to what is left."
+                "Its maps would not lie where they belong. Do that to the pictures before, and let the network "
+                "begin behind it; set input_size to what is left."
             )
             raise NetworkIncompatible(message)
 

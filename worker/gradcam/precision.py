@@ -15,8 +15,8 @@ PRECISIONS = ("float32", "tf32", "bfloat16", "mixed_bfloat16")
 def with_precision(model: Any, precision: str) -> Any:
     """A copy of a model that computes in `precision`; the model itself where that is what it does.
 
-    `bfloat16` also keeps the weights in it. What makes the scores, and all that comes behind, stays float32, as
-    Keras advises: three digits are too few for scores that lie close together. A model in `tf32` is one in
+    `bfloat16` also keeps the weights in it. What makes the scores, and all that comes behind, stays float32,
+    as Keras advises: three digits are too few for scores that lie close together. A model in `tf32` is one in
     float32: only the GPU takes its products otherwise, which `backend.allow_tf32` says for the whole process.
     Raises InvalidSettings, NetworkIncompatible.
     """

@@ -8,7 +8,7 @@ there it is the last tensor of tokens that still speaks for every patch, seen as
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from worker.errors import NetworkIncompatible, UnknownLayer
@@ -93,12 +93,14 @@ class Places:
             return None
         return Place(path, slot, grid.rows, grid.columns, shape[2], grid.prefix, _mirrored(grid.sides))
 
-    def first_learned(self, place: Place) -> Place | None:
-        """The first layer on the way to a place that has learned something, if it has rows and columns."""
-        for step in self.graph.needed([place.slot]):
-            if step.weights and step.kind not in PREPARES:
-                return None if step.is_foreign else self.by_slot.get(step.writes[0])
-        return None
+    def looked_at(self, place: Place) -> tuple[Place, ...]:
+        """A place, and before it the first on the way there that has learned something, seen more finely."""
+        learned = (
+            step for step in self.graph.needed([place.slot]) if step.weights and step.kind not in PREPARES
+        )
+        step = next(learned, None)
+        first = self.by_slot.get(step.writes[0]) if step and not step.is_foreign else None
+        return (place,) if first is None else (replace(first), place)
 
     def find(self, layer: str, network: str, default: str | None = None) -> Place:
         """The layer of this path, or of this name where only one path ends in it.
