@@ -73,7 +73,7 @@ class NetworkRecord(Told):
     weights_sha256: Sha256 | None
     backend: str
     dtype: str
-    head: Literal["softmax", "sigmoid"] = "softmax"  # behind a sigmoid, probabilities do not sum to 1
+    head: Literal["softmax", "sigmoid", "probabilities"] = "softmax"  # but for softmax, they may not sum to 1
 
 
 class MethodRecord(Method, Told):

@@ -47,11 +47,14 @@ PREPROCESSING = {  # by the names that Keras uses, where it has one
 }
 
 
+HeadKind = Literal["softmax", "sigmoid", "probabilities"]  # the last: its output is what is to be told
+
+
 @dataclass(frozen=True)
 class Head:
     """How a network's output is to be read, where its graph does not say."""
 
-    kind: Literal["softmax", "sigmoid"] | None = None  # None: as its last activation says, else softmax
+    kind: HeadKind | None = None  # None: as its last activation says; else as it is seen to behave
     output: str | None = None  # which of several outputs, by name
 
 

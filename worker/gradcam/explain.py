@@ -16,6 +16,8 @@ from worker.gradcam.picture import encode, fit, overlay
 
 RGB = 3  # channels
 MAX_NAME_BYTES = 60  # of a class in a file name
+MOST_APART = 1e-3  # a probability that is told, from what the network itself says: float32 rounds far less
+MOST_APART_IN_16_BITS = 0.03  # bfloat16 has three digits
 SHOWN = 5  # predictions reported beside a list of classes
 
 
@@ -184,6 +186,7 @@ def explanation_of(
     ranks = np.empty_like(order)
     ranks[order] = np.arange(1, len(order) + 1)
     probabilities = to_probabilities(scores, network.facts.head)
+    _check_told(network.facts, scores, probabilities, computed, index)
 
     def prediction(class_id: int) -> Prediction:
         return _prediction(network.labels, class_id, int(ranks[class_id]), probabilities[class_id])
@@ -199,8 +202,41 @@ def explanation_of(
     )
 
 
+def _check_told(
+    facts: NetworkFacts,
+    scores: NDArray[np.float64],
+    probabilities: NDArray[np.float64],
+    computed: Computed,
+    index: int,
+) -> None:
+    """Raise NetworkIncompatible where the probabilities are not what the network itself says of the image."""
+    limit = MOST_APART if "16" not in facts.dtype else MOST_APART_IN_16_BITS
+    if facts.head == "probabilities" and np.abs(scores - probabilities).max() > limit:
+        worst = scores[np.abs(scores - probabilities).argmax()]
+        message = (
+            f"{facts.name} says {worst:.4g} of this image, which is no probability: its head is none of "
+            "probabilities."
+        )
+        raise NetworkIncompatible(message)
+    if computed.outputs is None:
+        return
+    told = computed.outputs[index]
+    apart = float(np.abs(probabilities[-len(told) :] - told).max())
+    if not apart <= limit:
+        message = (
+            f"The probabilities that the scores of {facts.name} give for this image are not what it says "
+            f"itself (by {apart:.2g})."
+        )
+        raise NetworkIncompatible(message)
+
+
 def to_probabilities(scores: NDArray[np.float64], head: str) -> NDArray[np.float64]:
-    """Scores (..., classes) -> probabilities: a softmax's sum to 1, a sigmoid's are each class's own."""
+    """Scores (..., classes) -> probabilities: a softmax's sum to 1, a sigmoid's are each class's own.
+
+    Where the head is `probabilities`, they are what the network says.
+    """
+    if head == "probabilities":
+        return np.clip(scores, 0, 1)  # but for the last digit
     if head == "sigmoid":
         return np.asarray(np.exp(-np.logaddexp(0, -scores)))
     powers = np.exp(scores - scores.max(axis=-1, keepdims=True))

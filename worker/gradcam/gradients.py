@@ -18,7 +18,7 @@ Signature = Sequence[tuple[tuple[int | None, ...], str]]  # shapes and types of 
 Formula = Callable[[Any, Any, Any], Any]  # ops, activations, gradients: see `cam`
 Wait = Callable[[], Any]  # for what was handed to the device: numpy arrays
 Compiled = Callable[..., Wait]
-Pass = Callable[[NDArray[np.uint8], NDArray[np.int32]], Callable[[], tuple[Any, Any, Any]]]
+Pass = Callable[[NDArray[np.uint8], NDArray[np.int32]], Callable[[], tuple[Any, ...]]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Parts:
     back: Callable[[Any], Any]
     pixels: tuple[int, int, int]  # (height, width, channels)
     variables: list[Any]  # that trunk and tail read
+    told: Callable[[Any], Any] | None = None  # scores (n, classes) -> what the network makes of them
+    scaled: bool = False  # whether small slopes would vanish on the way back, as in float16
 
 
 def one_pass(parts: Parts, formula: Formula, *, flip: bool = False) -> Pass:
@@ -48,12 +50,13 @@ def one_pass(parts: Parts, formula: Formula, *, flip: bool = False) -> Pass:
     JAX alone compiles it anew for each size and number of classes that it has not seen.
 
     It maps pixels uint8 and wanted (n, k) to (scores (n, classes), class ids (n, k), raw maps (n, k, rows,
-    columns)), once these are waited for: one forward pass; then one backward pass from the scores as far as
+    columns)), and to what the network itself says where that is `told`, once these are waited for: one
+    forward pass; then one backward pass from the scores as far as
     is needed, for all (image, class) pairs, vectorised over the k cotangents. With `flip` each image's mirror
     image goes through in the same batch, and the maps are the means of both. It raises DeviceOutOfMemory.
     """
 
-    def whole(pixels: Any, wanted: Any) -> tuple[Any, Any, Any]:
+    def whole(pixels: Any, wanted: Any) -> tuple[Any, ...]:
         images, count = ops.cast(pixels, "float32"), ops.shape(pixels)[0]
         if flip:
             images = ops.concatenate([images, ops.flip(images, axis=2)])
@@ -63,14 +66,25 @@ def one_pass(parts: Parts, formula: Formula, *, flip: bool = False) -> Pass:
         class_ids = named(scores[:count], wanted)
         twice = ops.concatenate([class_ids, class_ids]) if flip else class_ids
         classes = ops.one_hot(ops.transpose(twice), scores.shape[1], dtype="float32")
-        gradients = ops.cast(parts.back(pull(parts.slopes(scores, classes))), "float32")
+        slopes = parts.slopes(scores, classes)
+        scale = _scale(slopes) if parts.scaled else 1.0
+        gradients = ops.cast(parts.back(pull(slopes / scale)), "float32")
+        if parts.scaled:
+            gradients = gradients * ops.reshape(scale, (*ops.shape(scale)[:2], 1, 1, 1))
         raw = formula(ops, ops.cast(parts.grid(activations), "float32"), gradients)
         if flip:
             raw = (raw[:count] + ops.flip(raw[count:], axis=-1)) / 2
-        return scores[:count], class_ids, raw
+        told = (parts.told(scores[:count]),) if parts.told else ()
+        return scores[:count], class_ids, raw, *told
 
     signature = [((None, *parts.pixels), "uint8"), ((None, None), "int32")]
     return compiled(whole, signature, parts.variables)
+
+
+def _scale(slopes: Any) -> Any:
+    """The largest slope of each class and image, (k, n, 1)."""
+    largest = ops.max(ops.abs(slopes), axis=-1, keepdims=True)
+    return ops.where(largest > 0, largest, 1.0)
 
 
 def linearized(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:

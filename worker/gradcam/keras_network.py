@@ -3,29 +3,29 @@
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.errors import NetworkIncompatible
-from worker.gradcam import backend, cam, catalog, gradients, shortcut
+from worker.errors import GradcamError, NetworkIncompatible
+from worker.gradcam import backend, cam, catalog, gradients, load_checks, shortcut
 from worker.gradcam.backend import keras
-from worker.gradcam.catalog import NetworkRow, Preprocessing
+from worker.gradcam.catalog import HeadKind, NetworkRow, Preprocessing
 from worker.gradcam.classes import ClassIndex, imagenet
 from worker.gradcam.dissect import take_apart
-from worker.gradcam.graph import Graph, run
-from worker.gradcam.head import find_scores
+from worker.gradcam.graph import run
+from worker.gradcam.head import find_scores, read_as
 from worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
+from worker.gradcam.precision import policy_of
 from worker.gradcam.shortcut import Shortcut, itself
 from worker.gradcam.slopes import logit, slopes_of
-from worker.gradcam.target import Place, Places, crops, rescales
+from worker.gradcam.target import Place, Places, rescales
 
 MAX_GRADIENTS = 2**27  # numbers held at once: 512 MB
 MAX_TRACED = 8  # each is a graph of its own: a stream of layer names must not fill the memory
-SAME = {"float32": 1e-3, "bfloat16": 0.2}  # how far a network taken apart may be from the model, of its peak
-ONE = 1e-4  # how far from 1 probabilities may sum to
 AUTO = "auto"  # the layer that is found in the graph, whatever the row says
 ops = keras.ops
 
@@ -42,19 +42,30 @@ class KerasNetwork:
         """
         shape = (*row.input_size, row.preprocessing.input_channels)
         graph = take_apart(model, shape, renumber=row.builder is not None)
-        _check_input(row, graph)
+        load_checks.check_input(row, graph)
         self._row, self._model, self._exact_backward = row, model, exact_backward
+        self._entry_dtype = graph.entry_dtype
         self._pixels = (*row.input_size, row.preprocessing.pixel_channels)
         self._scores = find_scores(graph, row.head)
         self._places = Places(self._scores)
+        self._aligned: set[Place] = set()
         self._passes: OrderedDict[tuple[Place, str, str, bool], tuple[gradients.Pass, int]] = OrderedDict()
         self._shortcuts: dict[Place, Shortcut | None] = {}
         self._forward: gradients.Compiled | None = None
-        self._check_taken_apart()
-        self.labels = _labels(row, self._scores.classes)
         self._found: Place | None = None
         self._default: str | None = None
-        place = self._place(row.target_layer or AUTO)
+        place = self._first_place(row.target_layer or AUTO)
+        self._observed = load_checks.observe(
+            row,
+            model,
+            self._scores,
+            load_checks.Pictures(self._input, self._pixels),
+            self._places.looked_at(place),
+        )
+        self._scores = read_as(self._scores, row.head, self._observed.outputs, self._observed.dtype)
+        load_checks.check_place(row.name, self._places, place, self._observed)
+        self._aligned.add(place)
+        self.labels = _labels(row, self._scores.classes)
         self._default = place.path
         self.facts = NetworkFacts(
             name=row.name,
@@ -62,11 +73,11 @@ class KerasNetwork:
             preprocessing=row.preprocessing.name,
             weights_sha256=weights_sha256,
             backend=backend.version(),
-            dtype=backend.arithmetic(str(model.dtype_policy.name)),
+            dtype=backend.arithmetic(policy_of(graph.needed([place.slot]), model)),
             default_layer=place.path,
             map_size=(place.rows, place.columns),
             channels=row.preprocessing.pixel_channels,
-            head=self._scores.kind,
+            head=self._kind,
             parameters=model.count_params(),
             rescales=rescales(graph),
         )
@@ -81,7 +92,9 @@ class KerasNetwork:
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Callable[[], Computed]:
         """See `worker.gradcam.network.Network.begin`."""
-        place = self._place(method.layer or self.facts.default_layer)
+        place = self._aligned_place(method.layer or self.facts.default_layer)
+        if self._observed.pictures.alone and (len(pixels) > 1 or method.flip):
+            return partial(self._one_by_one, pixels, wanted, method)
         run_pass, size = self._pass(place, method)
         # An early layer has large maps: so many classes at a time that their gradients fit.
         at_once = max(MAX_GRADIENTS // (len(pixels) * size * (1 + method.flip)), 1)
@@ -91,17 +104,42 @@ class KerasNetwork:
         ]
 
         def wait() -> Computed:
-            scores, class_ids, raw = zip(*(one() for one in handed), strict=True)
-            return Computed(place.path, scores[0], np.concatenate(class_ids, 1), np.concatenate(raw, 1))
+            scores, class_ids, raw, *told = zip(*(one() for one in handed), strict=True)
+            outputs = np.asarray(told[0][0], np.float32) if told else None
+            return Computed(
+                place.path, scores[0], np.concatenate(class_ids, 1), np.concatenate(raw, 1), outputs
+            )
 
         return wait
+
+    def _one_by_one(self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method) -> Computed:
+        """What `compute` does, of a network that takes one image at a time."""
+        plain, found = replace(method, flip=False), []
+        for index in range(len(pixels)):
+            image = pixels[index : index + 1]
+            one = self.compute(image, wanted[index : index + 1], plain)
+            if method.flip:
+                mirrored = self.compute(image[:, :, ::-1], one.class_ids, plain)
+                mean = (one.raw + mirrored.raw[..., ::-1]) / np.float32(2)
+                one = replace(one, raw=np.asarray(mean, np.float32))
+            found.append(one)
+        told = [one.outputs for one in found if one.outputs is not None]
+        return Computed(
+            layer=found[0].layer,
+            scores=np.concatenate([one.scores for one in found]),
+            class_ids=np.concatenate([one.class_ids for one in found]),
+            raw=np.concatenate([one.raw for one in found]),
+            outputs=np.concatenate(told) if told else None,
+        )
 
     def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `worker.gradcam.network.Network.scores`."""
         if self._forward is None:
             signature = [((None, *self._pixels), "uint8")]
             self._forward = gradients.compiled(self._scores_of, signature, self._variables())
-        return np.asarray(self._forward(pixels)(), np.float32)
+        step = 1 if self._observed.pictures.alone else max(len(pixels), 1)
+        groups = [pixels[first : first + step] for first in range(0, len(pixels), step)]
+        return np.concatenate([np.asarray(self._forward(one)(), np.float32) for one in groups])
 
     def _scores_of(self, pixels: Any) -> Any:
         graph = self._scores.graph
@@ -153,30 +191,67 @@ class KerasNetwork:
         return gradients.Parts(
             trunk=up_to,
             tail=from_there,
-            slopes=slopes_of(self._scores.kind, method),
+            slopes=slopes_of(self._kind, method),
             grid=grid,
             back=way.back if way else grid,
             pixels=self._pixels,
             variables=self._variables(),
+            told=self._told if self._scores.activation else None,
+            scaled=any(
+                getattr(step.operation, "compute_dtype", None) == "float16" for step in (*trunk, *tail)
+            ),
         )
+
+    @property
+    def _kind(self) -> HeadKind:
+        return self._scores.kind or "softmax"
+
+    def _told(self, scores: Any) -> Any:
+        """What the network itself makes of scores (n, classes), as probabilities (n, units)."""
+        units, shape = self._scores.units, self._scores.graph.shapes[self._scores.slot][1:]
+        told = self._scores.told(ops.reshape(scores[:, -units:], (-1, *shape)))
+        told = ops.reshape(ops.cast(told, "float32"), (-1, units))
+        return ops.exp(told) if (self._scores.activation or "").startswith("log_") else told
 
     def _input(self, pixels: Any, *, prepare: bool = True) -> Any:
         how = self._row.preprocessing
         floats = ops.cast(pixels, "float32")
         prepared = preprocess(floats, how if prepare else Preprocessing("none", channels=_unordered(how)))
-        dtype = self._scores.graph.entry_dtype
+        dtype = self._entry_dtype
         return ops.cast(prepared if "float" in dtype else ops.round(prepared), dtype)
 
     def _scores_in(self, values: Any) -> Any:
-        """Scores (n, classes) float32; one unit z speaks for class 1 and against class 0: (-z, z)."""
+        """Scores (n, classes) float32; one unit z speaks for class 1 and against class 0: (-z, z).
+
+        One probability p is that of class 1: (1 - p, p).
+        """
         raw = ops.cast(values[self._scores.slot], "float32")
         flat = ops.reshape(raw, (-1, self._scores.units))
-        return ops.concatenate([-flat, flat], axis=1) if self._scores.units == 1 else flat
+        if self._scores.units > 1:
+            return flat
+        return ops.concatenate([1 - flat if self._kind == "probabilities" else -flat, flat], axis=1)
 
     def _variables(self) -> list[Any]:
         """All weights and other variables that the steps read, each once."""
         held = [step.variables for step in self._scores.graph.steps]
         return list({id(one): one for variables in held for one in variables}.values())
+
+    def _first_place(self, layer: str) -> Place:
+        """As `_place`, of a network that has not been run yet."""
+        try:
+            return self._place(layer)
+        except GradcamError:
+            raise
+        except Exception as error:  # whatever a layer that was not written for it may raise
+            raise load_checks.cannot_run(self._row.name, error) from error
+
+    def _aligned_place(self, layer: str) -> Place:
+        """As `_place`; its grid lies on the image. Raises UnknownLayer, NetworkIncompatible."""
+        place = self._place(layer)
+        if place not in self._aligned:
+            load_checks.check_place(self._row.name, self._places, place, self._observed)
+            self._aligned.add(place)
+        return place
 
     def _place(self, layer: str) -> Place:
         """The place of a layer; `auto` is found. Raises UnknownLayer, NetworkIncompatible."""
@@ -218,61 +293,6 @@ class KerasNetwork:
 
     def _noise(self) -> NDArray[np.uint8]:
         return np.random.default_rng(0).integers(0, 256, (1, *self._pixels), np.uint8)
-
-    def _check_taken_apart(self) -> None:
-        """Raise NetworkIncompatible unless the steps, one after the other, compute what the model does."""
-        # Not compiled, as the model is not: the same operations in the same order, rounded alike.
-        activation = self._scores.activation
-        try:
-            scores = self._scores_of(self._noise())[:, -self._scores.units :]
-            outputs = keras.tree.flatten(self._model(self._input(self._noise()), training=False))
-        except Exception as error:  # whatever a layer that was not written for it may raise
-            reason = " ".join(str(error).split())[:500]
-            message = f"{self._row.name} cannot be run, one layer after the other: {reason}"
-            raise NetworkIncompatible(message) from error
-        found = getattr(ops, activation)(scores) if activation else scores
-        chosen = list(self._scores.graph.outputs).index(self._row.head.output) if self._row.head.output else 0
-        found, theirs = (
-            ops.convert_to_numpy(ops.reshape(ops.cast(one, "float32"), (1, -1)))
-            for one in (found, outputs[chosen])
-        )
-        limit = SAME["bfloat16" if "bfloat16" in self._model.dtype_policy.name else "float32"]
-        difference = np.abs(found - theirs).max() / max(float(np.abs(theirs).max()), 1e-6)
-        if not difference <= limit:  # also where it is no number
-            message = (
-                f"{self._row.name}, run one layer after the other, computes something else than as a whole "
-                f"(by {difference:.2g} of its largest output): it has a layer that is random, or that looks "
-                "at what is around it."
-            )
-            raise NetworkIncompatible(message)
-        if (
-            activation is None
-            and self._scores.units > 1
-            and theirs.min() >= 0
-            and abs(theirs.sum() - 1) < ONE
-        ):
-            message = (
-                f"The outputs of {self._row.name} are probabilities, but it does not end in a softmax that "
-                "can be left out: let it end in one (the layer Softmax), or in the scores before it."
-            )
-            raise NetworkIncompatible(message)
-
-
-def _check_input(row: NetworkRow, graph: Graph) -> None:
-    """Raise NetworkIncompatible where the network would not see all of what preprocessing makes."""
-    how, dtype = row.preprocessing, graph.entry_dtype
-    if "float" not in dtype and ({*how.mean} != {0} or {*how.std} != {1}):
-        message = (
-            f"{row.name} takes whole numbers ({dtype}), the pixels as they are: its preprocessing must be "
-            f"none, not {how.name}."
-        )
-        raise NetworkIncompatible(message)
-    if path := crops(graph):
-        message = (
-            f"{row.name} cuts a part out of its input, or pads it ({path}): its maps would not lie where "
-            "they belong. Set input_size to what is left, or to its proportions; crop the pictures before."
-        )
-        raise NetworkIncompatible(message)
 
 
 def _labels(row: NetworkRow, classes: int) -> ClassIndex:

@@ -106,7 +106,7 @@ def _build(row: NetworkRow, **options: Any) -> Any:
     if row.file is not None:
         shape = (*row.input_size, row.preprocessing.input_channels)
         options |= {"classes": row.classes, "input_shape": shape}
-        if row.head.kind:
+        if row.head.kind:  # softmax or sigmoid: see `registry_file`
             options["classifier_activation"] = row.head.kind
     return getattr(import_module(module), function)(**options)
 

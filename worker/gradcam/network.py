@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from worker.gradcam.catalog import HeadKind
 from worker.gradcam.classes import ClassIndex
 
 
@@ -23,14 +24,14 @@ class NetworkFacts:
     default_layer: str
     map_size: tuple[int, int] = (0, 0)  # (rows, columns) of the default layer
     channels: int = 3  # of the pixels
-    head: Literal["softmax", "sigmoid"] = "softmax"  # or sigmoid: how scores become probabilities
+    head: HeadKind = "softmax"  # how scores become probabilities; or they are such already
     parameters: int = 0
     rescales: bool = False  # whether it begins with layers that do what preprocessing does
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of its weights in memory."""
-        return self.parameters * (2 if self.dtype == "bfloat16" else 4)
+        return self.parameters * (2 if self.dtype in {"bfloat16", "float16"} else 4)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Computed:
     scores: NDArray[np.float32]  # (n, classes), before the softmax
     class_ids: NDArray[np.int32]  # (n, k)
     raw: NDArray[np.float32]  # (n, k, map height, map width), before the ReLU
+    outputs: NDArray[np.float32] | None = None  # (n, units): what the network itself says; None: its scores
 
 
 class Network(Protocol):

@@ -4,7 +4,7 @@ import difflib
 import re
 import tomllib
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from worker.gradcam.catalog import CATALOG, PREPROCESSING, Channels, Head, NetworkRow, Preprocessing
+from worker.gradcam.catalog import CATALOG, PREPROCESSING, Channels, Head, HeadKind, NetworkRow, Preprocessing
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 IMAGENET, IMAGENET_CLASSES = "imagenet", 1000
@@ -189,7 +189,7 @@ def _checksum(value: str) -> str:
 class HeadTable(Table):
     """How a network's output is to be read, where its graph does not say."""
 
-    kind: Literal["softmax", "sigmoid"] | None = None
+    kind: HeadKind | None = None
     output: str | None = None
 
 
@@ -227,6 +227,10 @@ class OwnNetwork(Table):
             (built != bool(self.weights), "architecture and weights belong together"),
             (not built and not self.input_size, "input_size = [height, width] is needed beside model"),
             (not built and not self.preprocessing, "preprocessing is needed beside model"),
+            (
+                built and self.head.kind == "probabilities",
+                "head.kind probabilities belongs to model: an architecture ends in a softmax or a sigmoid",
+            ),
             (not built and self.classes, "classes belongs to architecture: a model knows its own"),
             (built and not self.classes and not self.labels, "classes is needed where there are no labels"),
         ):

@@ -9,20 +9,22 @@ from typing import Any
 
 from worker.gradcam.backend import keras
 from worker.gradcam.network import Method
+from worker.gradcam.saturation import NEVER
 
-LEAST = 1e-30  # of a factor that all slopes of a class have in common: a heatmap is the same without it
-NEVER = -1e30  # the score of a class that is left out
+LEAST = 1e-30  # of what all slopes of a class are multiplied or divided by: a heatmap is the same without it
 
 Slopes = Callable[[Any, Any], Any]  # scores (n, classes), one-hot classes (k, n, classes) -> the like
 ops = keras.ops
 
 
 def slopes_of(kind: str, method: Method) -> Slopes:
-    """The slopes of what `method` explains, behind a softmax or a sigmoid.
+    """The slopes of what `method` explains, behind a softmax or a sigmoid, or where scores are probabilities.
 
     `logit`: the score itself. `probability`: the logarithm of the probability, whose normalised map is
     that of the probability, and which cannot underflow. The notebook takes the probability itself, and can.
     """
+    if kind == "probabilities":
+        return logit if method.name == "notebook" or method.score == "logit" else _log
     if method.name == "notebook":
         return _softmax if kind == "softmax" else _sigmoid
     if method.score == "logit":
@@ -33,6 +35,10 @@ def slopes_of(kind: str, method: Method) -> Slopes:
 def logit(_: Any, classes: Any) -> Any:
     """Of the score itself: 1 for the class, 0 for the others."""
     return classes
+
+
+def _log(scores: Any, classes: Any) -> Any:
+    return classes / ops.maximum(scores, LEAST)
 
 
 def _log_softmax(scores: Any, classes: Any) -> Any:

@@ -8,7 +8,7 @@ there it is the last tensor of tokens that still speaks for every patch, seen as
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from worker.errors import NetworkIncompatible, UnknownLayer
@@ -39,7 +39,6 @@ PASSED_OVER = {  # between the target layer and the scores: they move or drop po
     "GetItem",
     "Split",
 }
-CUTS = {"Cropping2D", "GetItem"}  # the same of an image; of feature maps they may trim what was padded
 CROPS = {"CenterCrop", "RandomCrop", "Resizing"}  # layers that may show but a part of the image
 PREPARES = {"Rescaling", "Normalization"}  # layers that do what `Preprocessing` does
 ARITHMETIC = {"TrueDivide", "Divide", "Multiply", "Subtract", "Add"}  # ... and so do these, with a constant
@@ -93,6 +92,15 @@ class Places:
         if not isinstance(grid, Tokens) or _positions(shape) <= 1:
             return None
         return Place(path, slot, grid.rows, grid.columns, shape[2], grid.prefix, _mirrored(grid.sides))
+
+    def looked_at(self, place: Place) -> tuple[Place, ...]:
+        """A place, and before it the first on the way there that has learned something, seen more finely."""
+        learned = (
+            step for step in self.graph.needed([place.slot]) if step.weights and step.kind not in PREPARES
+        )
+        step = next(learned, None)
+        first = self.by_slot.get(step.writes[0]) if step and not step.is_foreign else None
+        return (place,) if first is None else (replace(first), place)
 
     def find(self, layer: str, network: str, default: str | None = None) -> Place:
         """The layer of this path, or of this name where only one path ends in it.
@@ -273,10 +281,11 @@ def rescales(graph: Graph) -> bool:
 
 
 def crops(graph: Graph) -> str | None:
-    """The path of a layer that shows a part of the image, or pads it: no map would lie where it belongs."""
-    cuts = [step for step in _before_learning(graph) if step.kind in CUTS]
-    shown = [step for step in graph.steps if step.kind in CROPS]
-    for step in (*cuts, *shown):
+    """The path of a layer that shows a part of the image, or pads it: no map would lie where it belongs.
+
+    What is known without a look; `alignment` measures it, be it done by whatever means.
+    """
+    for step in (one for one in graph.steps if one.kind in CROPS):
         before, after = (graph.shapes[slot][1:3] for slot in (step.inputs[0], step.writes[0]))
         whole = before == after
         if step.kind == "Resizing":
