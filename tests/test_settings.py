@@ -61,6 +61,62 @@ def test_an_impossible_setting_is_named(variables: dict[str, str], expected: str
     assert "planted" not in str(caught.value)
 
 
+def injected(service: str, port: int, address: str = "10.96.0.7") -> dict[str, str]:
+    """What Kubernetes sets in each pod of a namespace for a Service there."""
+    name = service.upper().replace("-", "_")
+    link = f"{name}_PORT_{port}_TCP"
+    url = f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+    return {
+        f"{name}_SERVICE_HOST": address,
+        f"{name}_SERVICE_PORT": str(port),
+        f"{name}_SERVICE_PORT_METRICS": str(port),
+        f"{name}_PORT": url,
+        link: url,
+        f"{link}_PROTO": "tcp",
+        f"{link}_PORT": str(port),
+        f"{link}_ADDR": address,
+    }
+
+
+@pytest.mark.parametrize(
+    "service", ["gradcam", "gradcam-deliver", "gradcam-prod-redis", "gradcam-metrics", "gradcam-broker-url"]
+)
+@pytest.mark.parametrize("address", ["10.96.0.7", "fd00::7"])
+def test_what_kubernetes_says_of_services_that_begin_as_settings_do_is_passed_over(
+    service: str, address: str
+) -> None:
+    read = Settings.from_environment({**injected(service, 9464, address), "GRADCAM_THREADS": "3"})
+    assert read == Settings(threads=3)
+
+
+def test_what_docker_says_of_linked_containers_is_passed_over() -> None:
+    links = {
+        "GRADCAM_REDIS_NAME": "/web/gradcam-redis",
+        "GRADCAM_REDIS_PORT": "tcp://172.17.0.5:6379",
+        "GRADCAM_REDIS_PORT_6379_TCP": "tcp://172.17.0.5:6379",
+        "GRADCAM_REDIS_PORT_6379_TCP_ADDR": "172.17.0.5",
+        "GRADCAM_REDIS_PORT_6379_TCP_PORT": "6379",
+        "GRADCAM_REDIS_PORT_6379_TCP_PROTO": "tcp",
+        "GRADCAM_REDIS_ENV_REDIS_VERSION": "7.2",
+        "GRADCAM_REDIS_ENV_NOTES": "two\nlines",
+    }
+    assert Settings.from_environment(links) == Settings()
+
+
+def test_a_setting_that_ends_as_a_service_does_is_read_and_one_that_is_misspelt_refused() -> None:
+    assert Settings.from_environment({"GRADCAM_METRICS_PORT": "9464"}).metrics_port == 9464
+    for name, value in {
+        "GRADCAM_METRIC_PORT": "9464",
+        "GRADCAM_PORT": "9464",
+        "GRADCAM_METRICS_NAME": "here",
+        "GRADCAM_SERVICE_HOSTS": "10.0.0.1",
+        "GRADCAM_BROKER_SERVICE_PORTS": "1",
+        "GRADCAM_METRICS_PORT_TCP": "tcp://10.0.0.1:9464",
+    }.items():
+        with pytest.raises(InvalidSettings, match=f"no setting {name}"):
+            Settings.from_environment({name: value})
+
+
 def test_settings_survive_the_way_to_a_child_process() -> None:
     settings = Settings(
         image_schemes=("s3", "file"),

@@ -30,6 +30,18 @@ from worker.traces import checked
 PREFIX = "GRADCAM_"
 PLACE_LOOKS = "must look like s3://bucket/prefix or file:///folder"
 SCHEMES = ("s3", "https", "http", "file", "data")
+# What Kubernetes sets in each pod for each Service of its namespace (enableServiceLinks), and Docker for each
+# linked container: for one called gradcam-x, names that begin as ours do. None of ours has such a value.
+SERVICE_LINKS = (
+    (r"_SERVICE_HOST", r"[0-9a-fA-F.:]+"),
+    (r"_SERVICE_PORT(_[A-Z0-9_]+)?", r"[0-9]+"),
+    (r"_PORT(_[0-9]+_(TCP|UDP|SCTP))?", r"(tcp|udp|sctp)://\S+:[0-9]+"),
+    (r"_PORT_[0-9]+_(TCP|UDP|SCTP)_PROTO", r"tcp|udp|sctp"),
+    (r"_PORT_[0-9]+_(TCP|UDP|SCTP)_PORT", r"[0-9]+"),
+    (r"_PORT_[0-9]+_(TCP|UDP|SCTP)_ADDR", r"[0-9a-fA-F.:]+"),
+    (r"_NAME", r"/[^/]+/[^/]+"),
+    (r"_ENV_\w+", r".*"),
+)
 
 
 def _split(value: Any) -> Any:
@@ -257,7 +269,7 @@ class Settings(BaseModel):
         given = {
             name.removeprefix(PREFIX).lower(): value
             for name, value in variables.items()
-            if name.startswith(PREFIX)
+            if name.startswith(PREFIX) and not _is_service_link(name, value)
         }
         for name in given.keys() - cls.model_fields.keys():
             near = difflib.get_close_matches(name, cls.model_fields, n=1)
@@ -295,6 +307,14 @@ class Settings(BaseModel):
         """This process's environment with these settings in it, whole."""
         others = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         return others | self.to_environment()
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes or Docker has set a variable, for a Service or a container called `gradcam...`."""
+    return any(
+        re.fullmatch(rf"GRADCAM(_\w+?)?{ends}", name) and re.fullmatch(said, value, re.DOTALL)
+        for ends, said in SERVICE_LINKS
+    )
 
 
 def is_place(uri: str) -> bool:
