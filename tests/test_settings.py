@@ -4,7 +4,8 @@ import pytest
 from pydantic import SecretStr
 
 from worker.errors import InvalidSettings
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
+from worker.url import without_secrets
 
 
 def test_without_variables_everything_has_a_default() -> None:
@@ -42,11 +43,23 @@ def test_variables_are_read_and_lists_are_split_at_commas() -> None:
         ({"GRADCAM_S3_ACCESS_KEY_ID": "key"}, "must be given together"),
         ({"GRADCAM_OUTPUT": "results"}, "must look like s3://bucket/prefix"),
         ({"GRADCAM_OUTPUT": "s3://"}, "must look like s3://bucket/prefix"),
-        ({"GRADCAM_BROKER_URL": "foo"}, "broker_url '...://foo' must look like redis://host:6379/0"),
+        ({"GRADCAM_BROKER_URL": "foo"}, "broker_url '...' must look like redis://host:6379/0"),
         ({"GRADCAM_BROKER_URL": "redis://u:planted@host:port/0"}, "broker_url"),
         ({"GRADCAM_BROKER_URL": "redis://h/notadb"}, "broker_url"),
         ({"GRADCAM_LEDGER_URL": "redis://h/0?password=planted"}, "ledger_url"),
-        ({"GRADCAM_BROKER_URL": "sentinel://:planted@a:1;sentinel://:planted@b:2"}, "broker_url"),
+        ({"GRADCAM_BROKER_URL": "sentinel://:planted@a:1;sentinel://:planted@b:2"}, "of a Redis Sentinel"),
+        (
+            {"GRADCAM_BROKER_URL": "redis+sentinel://a:26379/0"},
+            "Redis Sentinel, which is not supported: name",
+        ),
+        ({"GRADCAM_BROKER_URL": "redis+cluster://a/0"}, "is that of a Redis Cluster, which is not supported"),
+        (
+            {"GRADCAM_LEDGER_URL": "rediss+cluster://:planted@a/0"},
+            "ledger_url 'rediss+cluster://a/0' is that",
+        ),
+        ({"GRADCAM_BROKER_URL": "redis-cluster://a:7000,b:7001"}, "is that of a Redis Cluster"),
+        ({"GRADCAM_BROKER_URL": "redis://a:6379,b:6379/0"}, "names several servers: name one server, or one"),
+        ({"GRADCAM_BROKER_URL": "redis://:planted@a/0;redis://:planted@b/0"}, "names several servers"),
         ({"GRADCAM_VISIBILITY_TIMEOUT_S": "inf"}, "GRADCAM_VISIBILITY_TIMEOUT_S"),
         ({"GRADCAM_RETENTION_S": "nan"}, "GRADCAM_RETENTION_S"),
         ({"GRADCAM_METRICS_PORT": "70000"}, "GRADCAM_METRICS_PORT"),

@@ -22,8 +22,9 @@ from worker.errors import InvalidInput, WeightsUnavailable
 from worker.intake import Intake
 from worker.line import visible
 from worker.listing import columns, inventory_rows, json_rows, table_rows, text_rows
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
 from worker.shard import Row
+from worker.url import without_user
 
 FORMS = ("auto", "jsonl", "csv", "tsv", "text", "inventory", "parquet", "folder")
 SUFFIXES = {
@@ -172,7 +173,7 @@ def _on_s3(where: str) -> bool:
 def _shown(where: str) -> str:
     if where == STDIN:
         return "Standard input"
-    return visible(without_secrets(where) if "://" in where and not _on_s3(where) else where)[:4096]
+    return visible(without_user(where) if "://" in where else where)[:4096]
 
 
 def _opened(where: str, settings: Settings, held: ExitStack) -> io.BufferedReader:

@@ -24,6 +24,7 @@ from worker.errors import (
 from worker.folder import FolderStore
 from worker.manifest import Manifest
 from worker.settings import PLACE_LOOKS, Settings, is_place
+from worker.url import without_secrets
 
 if TYPE_CHECKING:
     from worker.s3 import S3
@@ -115,7 +116,7 @@ def upload_of(image: Path | str | bytes, place: str, max_bytes: int) -> Upload:
         message = "GRADCAM_UPLOADS says where images go, as in s3://photos/uploads: set it, or say `to`."
         raise InvalidSettings(message)
     if not is_place(place):
-        message = f"`to` {place!r} {PLACE_LOOKS}."
+        message = f"`to` {without_secrets(place)!r} {PLACE_LOOKS}."
         raise InvalidSettings(message)
     data = image if isinstance(image, bytes) else _file(image, max_bytes)
     if len(data) > max_bytes:
@@ -182,7 +183,7 @@ class Places:
             path = Path(unquote(rest))
             return FolderStore(path.parent), path.name
         if scheme != "s3":
-            message = f"{uri[:200]!r} is neither in S3 nor on this machine."
+            message = f"{without_secrets(uri)[:200]!r} is neither in S3 nor on this machine."
             raise StorageUnavailable(message)
         try:
             from worker.s3 import S3

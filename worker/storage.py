@@ -12,7 +12,8 @@ from worker.folder import FolderStore, Object
 from worker.observer import SILENT, Observer
 from worker.patience import Patience
 from worker.s3 import FAILED, NEVER, S3, absent, reason, refused
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
+from worker.url import without_secrets
 
 __all__ = ["FolderStore", "Object", "S3Store", "Store", "Stores", "probe"]
 
