@@ -59,6 +59,10 @@ class AsyncGradcamClient:
     upload_and_submit = _awaitable(GradcamClient.upload_and_submit)
     close = _awaitable(GradcamClient.close)
 
+    def is_upload(self, uri: str, *others: str) -> bool:
+        """See `GradcamClient.is_upload`. It asks nobody."""
+        return self.client.is_upload(uri, *others)
+
     async def wait(self, job_id: str, timeout_s: float = 120) -> StatusDocument:
         """See `GradcamClient.wait`."""
         async with aclosing(self.stream(job_id, timeout_s)) as documents:

@@ -229,6 +229,14 @@ class GradcamClient:
         self._objects.put(upload.uri, upload.data, upload.media_type)
         return self.submit(job)
 
+    def is_upload(self, uri: str, *others: str) -> bool:
+        """Whether a URI lies below `GRADCAM_UPLOADS`, or below one of `others`, as `s3://photos/public`.
+
+        For apps that take URIs from strangers: workers can read more than these may see.
+        """
+        places = [one for one in (self._settings.uploads, *others) if one]
+        return any(results.is_below(uri, one) for one in places)
+
     def wait(self, job_id: str, timeout_s: float = 120) -> StatusDocument:
         """Wait until a job is final, whichever way it ended. The last of `stream`; raises as it does."""
         *_, document = self.stream(job_id, timeout_s)

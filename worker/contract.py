@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from worker.errors import GradcamError, InvalidJob
+from worker.errors import GradcamError, InvalidJob, public_message
 from worker.line import visible
 from worker.signing import PREFIX as SECRET
 from worker.url import has_credentials, redacted, without_secrets
@@ -193,11 +193,20 @@ class Problem(Told):
 
     type: str
     title: str
-    detail: str
+    detail: str  # for operators: it may name settings, hosts, buckets and paths
+    public_message: str = ""  # for end users: it names none, and is the same for every problem of this code
     code: str
     retryable: bool
     stage: str | None = None
     attempt: int
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before(cls, given: Any) -> Any:
+        """What an earlier version wrote lacks its public message."""
+        if isinstance(given, dict) and "public_message" not in given:
+            return {**given, "public_message": public_message(str(given.get("code")))}
+        return given
 
     @classmethod
     def of(cls, error: GradcamError, *, stage: str | None, attempt: int) -> "Problem":
@@ -206,6 +215,7 @@ class Problem(Told):
             type=f"urn:gradcam:problem:{error.code}",
             title=(type(error).__doc__ or error.code).split("\n")[0].rstrip("."),
             detail=_sentence(visible(redacted(str(error)[:2000]))),
+            public_message=error.public_message,
             code=error.code,
             retryable=error.retryable,
             stage=stage,

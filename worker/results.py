@@ -97,14 +97,17 @@ def read(job_id: str, where: str, objects: Objects, expires_s: int) -> Result:
     every = [*manifest.artifacts, *(one for seen in manifest.explanations for one in seen.artifacts)]
     folder = where.rpartition("/")[0] + "/"
     # A URL lets everybody in: for what lies beside the manifest, and for nothing else of the same server.
-    if manifest.job_id != job_id or not all(_below(one.uri, folder) for one in every):
+    if manifest.job_id != job_id or not all(is_below(one.uri, folder) for one in every):
         message = f"The manifest at {where} is another's than job {job_id}'s."
         raise NoResult(message)
     return Result(manifest, {one.uri: objects.url(one.uri, expires_s) for one in every})
 
 
-def _below(uri: str, folder: str) -> bool:
-    return uri.startswith(folder) and not {".", ".."} & set(unquote(uri.removeprefix(folder)).split("/"))
+def is_below(uri: str, place: str) -> bool:
+    """Whether a URI leads to something below a place, however whoever reads it may shorten its path."""
+    folder = place.rstrip("/") + "/"
+    steps = unquote(uri.removeprefix(folder)).replace("\\", "/").split("/")
+    return "://" in folder and uri.startswith(folder) and not {"", ".", ".."} & set(steps)
 
 
 def upload_of(image: Path | str | bytes, place: str, max_bytes: int) -> Upload:

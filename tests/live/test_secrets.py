@@ -16,7 +16,7 @@ import redis
 from worker import broker
 from worker.cli import main
 from worker.contract import FINAL, Job
-from worker.errors import GradcamError
+from worker.errors import GradcamError, public_message
 from worker.settings import Settings
 from worker.wire import new_id
 
@@ -440,3 +440,15 @@ def test_no_name_in_the_bucket_came_from_a_stranger_and_no_page_has_markup_of_th
     block = page.partition('id="data">')[2].partition("</script>")[0]
     assert not re.search(r"[<>&\u0080-\uffff]", block)
     assert "onerror" not in page.replace(block, "")
+
+
+def test_what_end_users_are_told_names_nothing_of_the_service(planted: Planted) -> None:
+    settings = planted.stage.settings
+    names = ["GRADCAM", "photos", "results", "secret", "127.0.0.1", "169.254", "s3://", "http", "zz"]
+    names += [*planted.secrets.values(), settings.s3_access_key_id]
+    documents = planted.stage.client.statuses([*planted.ids.values(), *planted.hostile.values()])
+    problems = [one.error for one in documents.values() if one.error]
+    assert len({one.code for one in problems}) > 10
+    for problem in problems:
+        assert problem.public_message == public_message(problem.code)
+        assert not [name for name in names if name in problem.public_message]
