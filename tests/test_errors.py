@@ -35,7 +35,8 @@ TELLING = r"gradcam|setting|bucket|host|server|redis|s3\b|queue|ledger|broker|wo
 
 
 def test_every_error_has_a_sentence_for_end_users_of_its_own() -> None:
-    for one in [GradcamError, *descendants(GradcamError)]:
+    every: list[type[GradcamError]] = [GradcamError, *descendants(GradcamError)]
+    for one in every:
         if one.__module__ == errors.__name__:
             assert "public_message" in vars(one), one
             assert re.fullmatch(r"[A-Z][A-Za-z ,]+\.( [A-Z][A-Za-z ,]+\.)?", one.public_message), one

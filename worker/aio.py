@@ -55,6 +55,7 @@ class AsyncGradcamClient:
     status = _awaitable(GradcamClient.status)
     statuses = _awaitable(GradcamClient.statuses)
     cancel = _awaitable(GradcamClient.cancel)
+    retry = _awaitable(GradcamClient.retry)
     result = _awaitable(GradcamClient.result)
     upload_and_submit = _awaitable(GradcamClient.upload_and_submit)
     close = _awaitable(GradcamClient.close)

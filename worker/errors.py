@@ -37,6 +37,7 @@
         ├── BrokerUnavailable        the queue cannot be reached
         ├── LedgerUnavailable        the ledger cannot be reached
         ├── UnknownJob               no such job in the ledger, or its time there has passed
+        ├── JobNotFailed             only a job that failed can be tried again
         ├── WaitTimeout              the job is not final yet
         ├── NoResult                 the job has left no manifest
         ├── DeliveryRefused          a webhook's receiver said no, and will say no again
@@ -327,6 +328,13 @@ class UnknownJob(LocalError):
 
     code = "unknown_job"
     public_message = "There is no such request, or it was made too long ago."
+
+
+class JobNotFailed(LocalError):
+    """Only a job that failed can be tried again: this one has ended otherwise."""
+
+    code = "job_not_failed"
+    public_message = "Only a request that failed can be tried again. Please start a new one."
 
 
 class WaitTimeout(LocalError):

@@ -80,6 +80,8 @@ def manifest_uri(document: StatusDocument) -> str:
     if document.status != "succeeded" or not document.result:
         why = f" ({document.error.code}: {document.error.detail})" if document.error else ""
         message = f"Job {document.id} is {document.status}{why}: only a job that succeeded has a result."
+        if document.status == "failed":
+            message += " It is tried again, under its id and idempotency key, by retry."
         raise NoResult(message)
     return document.result.manifest_uri
 

@@ -33,7 +33,7 @@ STAGES = {"fetch", "decode", "load", "explain", "render", "upload"}
 DESKTOP, PHONE = (1280, 1060), (375, 812)
 WAIT_S = 120  # for a worker that is only just starting
 HOSTILE = "s3://photos/uploads/<img src=x onerror=document.title=1>.jpg"
-JOB = {"network": "efficientnet_lite0", "target": {"top_n": 1}}
+JOB: dict[str, Any] = {"network": "efficientnet_lite0", "target": {"top_n": 1}}
 
 
 @pytest.fixture(scope="module")
