@@ -242,7 +242,7 @@ def test_an_upload_that_came_late_is_explained_under_the_key_that_had_failed(
     caplog.set_level("INFO", "gradcam")
     assert client.upload_and_submit(b"photo", **wish) == job_id
     assert client.status(job_id).status == "failed"
-    assert "retry_failed=True tries it again" in caplog.text
+    assert "retry_failed=True, tries it again" in caplog.text
     assert client.upload_and_submit(b"photo", retry_failed=True, **wish) == job_id
     assert client.status(job_id).status == "queued"
     fail(ledger, job_id)
@@ -465,7 +465,7 @@ import os, signal, sys, threading
 from worker.client import GradcamClient
 from worker.settings import Settings
 
-FIELDS: dict[str, Any] = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
+FIELDS = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
 client = GradcamClient(settings=Settings(broker_url=sys.argv[1], key_prefix=sys.argv[2]))
 told = open(sys.argv[3], "a", buffering=1)
 
