@@ -18,7 +18,7 @@ from worker.settings import Settings
 from worker.testing import Doorbell, MemoryLedger
 from worker.wire import new_id
 
-FIELDS = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
+FIELDS: dict[str, Any] = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
 WAIT_S = 30.0
 WORKER = WorkerRef(id="w", device="cpu")
 

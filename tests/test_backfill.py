@@ -87,9 +87,9 @@ class Ledger(MemoryLedger):
             message = "The ledger cannot be reached."
             raise LedgerUnavailable(message)
 
-    def submit(self, job: Any) -> StatusDocument:
+    def submit(self, job: Any, **options: Any) -> StatusDocument:
         self._reach()
-        return super().submit(job)
+        return super().submit(job, **options)
 
     def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
         self._reach()

@@ -150,7 +150,7 @@ def test_the_options_of_a_method_reach_the_job(
     environment: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submitted: list[Job] = []
-    monkeypatch.setattr("worker.client.GradcamClient.submit", lambda _, job: submitted.append(job))
+    monkeypatch.setattr("worker.client.GradcamClient.submit", lambda _, job, **__: submitted.append(job))
     assert main(["submit", "s3://photos/cat.jpg", "--network", "tumours"]) == 0
     options = ["--method", "layercam", "--layer", "auto", "--score", "probability", "--normalize", "joint"]
     assert main(["submit", "s3://photos/cat.jpg", *options, "--flip"]) == 0
@@ -172,6 +172,24 @@ def test_a_job_is_submitted_and_asked_after(
     assert json.loads(capsys.readouterr().out)["status"] == "queued"
     assert main(["status", job_id]) == 0
     assert job_id in capsys.readouterr().out
+
+
+def test_a_key_whose_job_has_failed_is_told_and_tried_again_where_that_is_said(
+    environment: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["submit", "s3://photos/cat.jpg", "--key", "order-42"]
+    assert main(command) == 0
+    job_id = capsys.readouterr().out.strip()
+    ledger = RedisLedger(environment)
+    ledger.advance(ledger.claim(ledger.read(job_id), WORKER).document, status="failed")
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert shown.out.strip() == job_id
+    assert "has failed: --retry-failed tries it again" in shown.err
+    assert ledger.read(job_id).status == "failed"
+    assert main([*command, "--retry-failed"]) == 0
+    assert capsys.readouterr().out.strip() == job_id
+    assert ledger.read(job_id).status == "queued"
 
 
 def test_waiting_for_a_worker_that_is_not_there_ends(

@@ -24,6 +24,7 @@ from worker.errors import (
     IdempotencyConflict,
     InvalidJob,
     InvalidSettings,
+    JobNotFailed,
     LedgerUnavailable,
     UnknownJob,
     WaitTimeout,
@@ -32,10 +33,10 @@ from worker.ledger import Ledger
 from worker.patience import Patience
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
-from worker.testing import Doorbell, MemoryLedger
+from worker.testing import Doorbell, MemoryLedger, MemoryObjects, MemoryStore
 from worker.wire import new_id
 
-FIELDS = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
+FIELDS: dict[str, Any] = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
 WORKER = WorkerRef(id="w", device="cpu")
 
 
@@ -205,15 +206,62 @@ def test_a_generator_is_read_as_its_jobs_are_taken(
     assert max(ahead) == 9, "no more than one step of them is ever in memory"
 
 
+def fail(ledger: Ledger, job_id: str) -> StatusDocument:
+    return ledger.advance(ledger.claim(ledger.read(job_id), WORKER).document, status="failed")
+
+
+def test_a_failed_job_is_tried_again_and_the_queue_is_told(
+    client: GradcamClient, ledger: MemoryLedger, doorbell: Doorbell
+) -> None:
+    job_id = client.submit(**FIELDS)
+    fail(ledger, job_id)
+    assert client.retry(job_id).status == "queued"
+    assert client.retry(job_id).status == "queued", "asked twice, it is told twice, which costs nothing"
+    assert [job.id for job in doorbell.jobs] == [job_id] * 3
+    assert ledger.claim(client.status(job_id), WORKER).outcome == "claimed"
+    assert client.retry(job_id).status == "running"
+    assert len(doorbell.jobs) == 3
+    client.cancel(job_id)
+    ledger.advance(client.status(job_id), status="canceled")
+    with pytest.raises(JobNotFailed):
+        client.retry(job_id)
+
+
+def test_an_upload_that_came_late_is_explained_under_the_key_that_had_failed(
+    ledger: MemoryLedger, doorbell: Doorbell, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = GradcamClient(
+        settings=Settings(uploads="s3://in/up"),
+        ledger=ledger,
+        publish=doorbell,
+        objects=MemoryObjects(MemoryStore(), {}),
+    )
+    wish: dict[str, Any] = {"network": "vgg16", "target": {"top_n": 2}, "idempotency_key": "order"}
+    job_id = client.upload_and_submit(b"photo", **wish)
+    fail(ledger, job_id)
+    caplog.set_level("INFO", "gradcam")
+    assert client.upload_and_submit(b"photo", **wish) == job_id
+    assert client.status(job_id).status == "failed"
+    assert "retry_failed=True, tries it again" in caplog.text
+    assert client.upload_and_submit(b"photo", retry_failed=True, **wish) == job_id
+    assert client.status(job_id).status == "queued"
+    fail(ledger, job_id)
+    job = ledger.job(job_id)
+    assert isinstance(job, Job)
+    assert client.submit_many([job, {**FIELDS, "metadata": {"n": "1"}}], retry_failed=True)[0] == job_id
+    assert client.status(job_id).status == "queued"
+    assert [one.id for one in doorbell.jobs].count(job_id) == 3
+
+
 def test_large_jobs_go_in_smaller_steps(
     client: GradcamClient, ledger: MemoryLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_module, "CHUNK_BYTES", 30_000)
     steps: list[int] = []
 
-    def enter(jobs: Sequence[Any]) -> Any:
+    def enter(jobs: Sequence[Any], **options: Any) -> Any:
         steps.append(len(jobs))
-        return MemoryLedger.submit_many(ledger, jobs)
+        return MemoryLedger.submit_many(ledger, jobs, **options)
 
     monkeypatch.setattr(ledger, "submit_many", enter)
     client.submit_many({**FIELDS, "image": f"data:image/png;base64,{'A' * 20_000}"} for _ in range(5))
@@ -312,8 +360,8 @@ class Blinking(MemoryLedger):
             message = "The ledger cannot be reached."
             raise LedgerUnavailable(message)
 
-    def submit_many(self, jobs: Sequence[Any]) -> Any:
-        entered = super().submit_many(jobs)
+    def submit_many(self, jobs: Sequence[Any], **options: Any) -> Any:
+        entered = super().submit_many(jobs, **options)
         self._blink()
         return entered
 

@@ -123,11 +123,17 @@ def test_a_problem_carries_code_and_sentence_but_no_traceback() -> None:
         "type": "urn:gradcam:problem:image_not_found",
         "title": "Nothing is stored at this URI",
         "detail": "There is no such object: s3://in/a.jpg.",
+        "public_message": "The image is not there, or may not be read. Please upload it, and try again.",
         "code": "image_not_found",
         "retryable": False,
         "stage": "fetch",
         "attempt": 2,
     }
+
+
+def test_a_problem_that_an_earlier_version_wrote_has_a_public_message_when_it_is_read() -> None:
+    problem = Problem.of(ImageNotFound("There is no such object: s3://in/a.jpg."), stage="fetch", attempt=2)
+    assert Problem.model_validate(problem.model_dump(exclude={"public_message"})) == problem
 
 
 def test_documents_are_frozen() -> None:

@@ -197,6 +197,21 @@ class TestRendered:
         for file in files:
             assert list(check_helm.findings(rendered(file.stem))) == []
 
+    def test_under_each_name_of_a_release_settings_pass_over_what_kubernetes_says_of_its_services(
+        self,
+    ) -> None:
+        for release in check_helm.RELEASES:
+            assert list(check_helm.released(TOOLS, release)) == []
+
+    def test_a_service_that_reads_as_a_setting_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        documents = rendered("everything")
+        named: Any = one(documents, "Service", "gradcam-deliver")
+        named["metadata"]["name"] = "gradcam-deliver"
+        assert list(check_helm.injected(documents)) == []
+        monkeypatch.setattr("worker.settings.SERVICE_LINKS", ())
+        (found,) = check_helm.injected(documents)
+        assert "Service gradcam-deliver: There is no setting GRADCAM_DELIVER_" in found
+
     def test_wrong_values_are_refused_by_name(self) -> None:
         assert list(check_helm.refused(TOOLS)) == []
 
@@ -274,13 +289,14 @@ class TestRendered:
             (("securityContext", "runAsUser"), 1000, "runs as 1000"),
             (("securityContext", "runAsNonRoot"), False, "as root"),
             (("automountServiceAccountToken",), True, "token"),
+            (("enableServiceLinks",), True, "as variables"),
             (("terminationGracePeriodSeconds",), 60, "killed after 60 s"),
             (("containers", 0, "image"), "gradcam-worker:latest", "says no version"),
             (("containers", 0, "securityContext", "readOnlyRootFilesystem"), False, "rights"),
             (("containers", 0, "livenessProbe", "httpGet", "path"), "/ready", "is asked at"),
             (("containers", 0, "ports"), [], "does not serve metrics"),
         ],
-        ids=["user", "root", "token", "grace", "version", "rights", "probe", "port"],
+        ids=["user", "root", "token", "links", "grace", "version", "rights", "probe", "port"],
     )
     def test_what_is_wrong_is_found(self, path: tuple[Any, ...], value: Any, said: str) -> None:
         documents = copy.deepcopy(rendered("cpu"))

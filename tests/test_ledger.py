@@ -19,6 +19,7 @@ from worker.errors import (
     AttemptFenced,
     IdempotencyConflict,
     InvalidJob,
+    JobNotFailed,
     LedgerUnavailable,
     StorageUnavailable,
     UnknownJob,
@@ -594,3 +595,116 @@ def test_after_a_failover_the_node_of_before_is_left(job: Job, tmp_path: Path) -
         assert ledger.submit(other).status == "queued"
         with closing(redis.Redis(port=second.port)) as new:
             assert new.exists(f"gradcam:job:{other.id}")
+
+
+def failed(ledger: Ledger, job: Job) -> StatusDocument:
+    """A job that has failed at its first attempt."""
+    running = claim(ledger, job).document
+    problem = Problem.of(StorageUnavailable("The bucket is away"), stage="fetch", attempt=running.attempt)
+    return ledger.advance(running, status="failed", error=problem)
+
+
+def test_a_failed_job_is_tried_again_as_the_same_one_with_all_its_attempts(ledger: Ledger, job: Job) -> None:
+    job = with_key(job, "order", max_attempts=2)
+    ledger.submit(job)
+    ended = failed(ledger, job)
+    again = ledger.retry(job.id)
+    assert (again.id, again.status, again.error, again.completed_at) == (job.id, "queued", None, None)
+    assert again.revision == ended.revision + 1
+    assert (again.attempt, again.max_attempts) == (1, 3), "none of before can change it"
+    assert ledger.read(job.id) == again
+    assert ledger.dead() == []
+    assert ledger.counts() == (1, 0)
+    assert ledger.job(job.id) == job
+    with pytest.raises(AttemptFenced):
+        ledger.advance(ended, status="succeeded")
+    for attempt in (2, 3):
+        running = claim(ledger, job).document
+        assert (running.status, running.attempt) == ("running", attempt)
+        if attempt == 2:
+            ledger.requeue(ledger.advance(running, status="retrying").id)
+    assert ledger.advance(running, status="succeeded").status == "succeeded"
+
+
+def test_trying_again_twice_is_trying_again_once(ledger: Ledger, job: Job) -> None:
+    ledger.submit(job)
+    failed(ledger, job)
+    again = ledger.retry(job.id)
+    assert ledger.retry(job.id) == again
+    running = claim(ledger, job).document
+    assert ledger.retry(job.id) == running
+
+
+def test_only_what_has_failed_is_tried_again(ledger: Ledger, job: Job) -> None:
+    with pytest.raises(UnknownJob):
+        ledger.retry(job.id)
+    ledger.submit(job)
+    ledger.cancel(job.id)
+    with pytest.raises(JobNotFailed, match=r"is canceled: only a failed one.*another id and idempotency key"):
+        ledger.retry(job.id)
+    other = job.model_copy(update={"id": new_id()})
+    ledger.submit(other)
+    ledger.advance(claim(ledger, other).document, status="succeeded")
+    with pytest.raises(JobNotFailed, match="is succeeded"):
+        ledger.retry(other.id)
+    ledger.refuse(nothing := new_id(), {"no": "job"}, InvalidJob("This is not a job."))
+    with pytest.raises(JobNotFailed, match="can read no job in its message"):
+        ledger.retry(nothing)
+
+
+def test_a_key_finds_the_failure_unless_it_is_to_be_tried_again(ledger: Ledger, job: Job) -> None:
+    first = with_key(job, "order")
+    ledger.submit(first)
+    ended = failed(ledger, first)
+    assert ledger.submit(with_key(job, "order")) == ended
+    again = ledger.submit(with_key(job, "order"), retry_failed=True)
+    assert (again.id, again.status) == (first.id, "queued")
+    assert ledger.submit(with_key(job, "order"), retry_failed=True) == again, "it is no failure any more"
+    other = with_key(job, "order", image=job.image.model_copy(update={"uri": "s3://in/other.jpg"}))
+    with pytest.raises(IdempotencyConflict, match="Where that one has failed, retry"):
+        ledger.submit(other, retry_failed=True)
+
+
+def test_a_time_to_expire_that_has_passed_does_not_end_what_is_tried_again(ledger: Ledger, job: Job) -> None:
+    soon = job.model_copy(update={"expires_at": utc_now() + timedelta(seconds=0.2)})
+    ledger.submit(soon)
+    failed(ledger, soon)
+    wait_for(lambda: soon.expires_at and soon.expires_at <= utc_now())
+    assert ledger.retry(soon.id).expires_at is None
+    later = job.model_copy(update={"id": new_id(), "expires_at": utc_now() + timedelta(hours=1)})
+    ledger.submit(later)
+    failed(ledger, later)
+    assert ledger.retry(later.id).expires_at == later.expires_at
+    assert claim(ledger, soon).outcome == "claimed"
+
+
+def test_of_a_job_that_is_tried_again_nothing_lapses(settings: Settings, job: Job) -> None:
+    ledger = RedisLedger(short(settings))
+    job = with_key(job, "order")
+    server = redis.Redis.from_url(settings.ledger)
+    ledger.submit(job)
+    failed(ledger, job)
+    names = [
+        name for kind in ("job", "idempotency") for name in server.keys(f"{settings.key_prefix}{kind}:*")
+    ]
+    assert [server.pttl(name) > 0 for name in names] == [True, True]
+    ledger.retry(job.id)
+    assert [server.pttl(name) for name in names] == [-1, -1]
+    server.delete(*(name for name in names if b"idempotency" in name))
+    failed(ledger, job)
+    ledger.retry(job.id)
+    assert ledger.submit(with_key(job, "order")).id == job.id, "a key that was lost is found again"
+
+
+def test_one_of_many_who_try_again_at_once_does(settings: Settings, job: Job) -> None:
+    ledger = RedisLedger(settings)
+    ledger.submit(job)
+    ended = failed(ledger, job)
+    found: list[StatusDocument] = []
+    threads = [threading.Thread(target=lambda: found.append(ledger.retry(job.id))) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {(one.revision, one.attempt) for one in found} == {(ended.revision + 1, 1)}
+    assert len(found) == 16

@@ -107,8 +107,22 @@ def test_each_change_of_a_job_leaves_what_its_webhooks_asked_for_and_no_more(pos
     assert seen == {f"{job.id}:hook1": told, f"{job.id}:hook2": told}
 
 
+def test_webhooks_are_told_again_how_a_job_ends_that_is_tried_again(post: Post) -> None:
+    job = post.submit("https://a.example/x", events=("job.queued", "job.failed", "job.succeeded"))
+    post.ledger.advance(post.start(job), status="failed")
+    post.ledger.retry(job.id)
+    post.ledger.advance(post.start(job), status="succeeded")
+    told = []
+    while parcels := post.take():
+        for one in parcels:
+            told.append((one.event, one.document.revision))
+            post.outbox.delivered(one)
+    assert [event for event, _ in told] == ["job.queued", "job.failed", "job.queued", "job.succeeded"]
+    assert [revision for _, revision in told] == [1, 3, 4, 6]
+
+
 def test_a_parcel_carries_all_that_it_takes_to_deliver_it(post: Post) -> None:
-    job = post.submit("https://user:pw@A.example:8443/x?y=1", events=("job.started",))
+    job = post.submit("https://A.example:8443/x?y=1", events=("job.started",))
     running = post.start(job)
     [parcel] = post.take()
     assert (parcel.lane, parcel.event) == ("//a.example:8443", "job.started")

@@ -185,7 +185,7 @@ def test_a_ledger_out_of_reach_ends_a_replay(office: Office, monkeypatch: pytest
     office.failed()
     letters = office.dead.find()
 
-    def away(jobs: Sequence[Job]) -> None:
+    def away(jobs: Sequence[Job], **_: Any) -> None:
         message = f"The ledger cannot be reached for {jobs[0].id}."
         raise LedgerUnavailable(message)
 

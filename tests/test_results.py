@@ -307,7 +307,7 @@ def test_without_a_place_for_uploads_the_setting_is_named(photo: bytes) -> None:
     ("name", "value", "match"),
     [
         ("GRADCAM_UPLOADS", "photos", "uploads 'photos' must look like s3://bucket/prefix or file:///folder"),
-        ("GRADCAM_S3_PUBLIC_URL", "files.example.com", "must look like https://files.example.com"),
+        ("GRADCAM_S3_PUBLIC_URL", "files.example.com", "must look like https://s3.example.com:9000"),
     ],
 )
 def test_a_place_that_is_none_is_an_impossible_setting(name: str, value: str, match: str) -> None:

@@ -4,7 +4,8 @@ import pytest
 from pydantic import SecretStr
 
 from worker.errors import InvalidSettings
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
+from worker.url import without_secrets
 
 
 def test_without_variables_everything_has_a_default() -> None:
@@ -42,11 +43,23 @@ def test_variables_are_read_and_lists_are_split_at_commas() -> None:
         ({"GRADCAM_S3_ACCESS_KEY_ID": "key"}, "must be given together"),
         ({"GRADCAM_OUTPUT": "results"}, "must look like s3://bucket/prefix"),
         ({"GRADCAM_OUTPUT": "s3://"}, "must look like s3://bucket/prefix"),
-        ({"GRADCAM_BROKER_URL": "foo"}, "broker_url '...://foo' must look like redis://host:6379/0"),
+        ({"GRADCAM_BROKER_URL": "foo"}, "broker_url '...' must look like redis://host:6379/0"),
         ({"GRADCAM_BROKER_URL": "redis://u:planted@host:port/0"}, "broker_url"),
         ({"GRADCAM_BROKER_URL": "redis://h/notadb"}, "broker_url"),
         ({"GRADCAM_LEDGER_URL": "redis://h/0?password=planted"}, "ledger_url"),
-        ({"GRADCAM_BROKER_URL": "sentinel://:planted@a:1;sentinel://:planted@b:2"}, "broker_url"),
+        ({"GRADCAM_BROKER_URL": "sentinel://:planted@a:1;sentinel://:planted@b:2"}, "of a Redis Sentinel"),
+        (
+            {"GRADCAM_BROKER_URL": "redis+sentinel://a:26379/0"},
+            "Redis Sentinel, which is not supported: name",
+        ),
+        ({"GRADCAM_BROKER_URL": "redis+cluster://a/0"}, "is that of a Redis Cluster, which is not supported"),
+        (
+            {"GRADCAM_LEDGER_URL": "rediss+cluster://:planted@a/0"},
+            "ledger_url 'rediss+cluster://a/0' is that",
+        ),
+        ({"GRADCAM_BROKER_URL": "redis-cluster://a:7000,b:7001"}, "is that of a Redis Cluster"),
+        ({"GRADCAM_BROKER_URL": "redis://a:6379,b:6379/0"}, "names several servers: name one server, or one"),
+        ({"GRADCAM_BROKER_URL": "redis://:planted@a/0;redis://:planted@b/0"}, "names several servers"),
         ({"GRADCAM_VISIBILITY_TIMEOUT_S": "inf"}, "GRADCAM_VISIBILITY_TIMEOUT_S"),
         ({"GRADCAM_RETENTION_S": "nan"}, "GRADCAM_RETENTION_S"),
         ({"GRADCAM_METRICS_PORT": "70000"}, "GRADCAM_METRICS_PORT"),
@@ -59,6 +72,62 @@ def test_an_impossible_setting_is_named(variables: dict[str, str], expected: str
         Settings.from_environment(variables)
     assert expected in str(caught.value)
     assert "planted" not in str(caught.value)
+
+
+def injected(service: str, port: int, address: str = "10.96.0.7") -> dict[str, str]:
+    """What Kubernetes sets in each pod of a namespace for a Service there."""
+    name = service.upper().replace("-", "_")
+    link = f"{name}_PORT_{port}_TCP"
+    url = f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+    return {
+        f"{name}_SERVICE_HOST": address,
+        f"{name}_SERVICE_PORT": str(port),
+        f"{name}_SERVICE_PORT_METRICS": str(port),
+        f"{name}_PORT": url,
+        link: url,
+        f"{link}_PROTO": "tcp",
+        f"{link}_PORT": str(port),
+        f"{link}_ADDR": address,
+    }
+
+
+@pytest.mark.parametrize(
+    "service", ["gradcam", "gradcam-deliver", "gradcam-prod-redis", "gradcam-metrics", "gradcam-broker-url"]
+)
+@pytest.mark.parametrize("address", ["10.96.0.7", "fd00::7"])
+def test_what_kubernetes_says_of_services_that_begin_as_settings_do_is_passed_over(
+    service: str, address: str
+) -> None:
+    read = Settings.from_environment({**injected(service, 9464, address), "GRADCAM_THREADS": "3"})
+    assert read == Settings(threads=3)
+
+
+def test_what_docker_says_of_linked_containers_is_passed_over() -> None:
+    links = {
+        "GRADCAM_REDIS_NAME": "/web/gradcam-redis",
+        "GRADCAM_REDIS_PORT": "tcp://172.17.0.5:6379",
+        "GRADCAM_REDIS_PORT_6379_TCP": "tcp://172.17.0.5:6379",
+        "GRADCAM_REDIS_PORT_6379_TCP_ADDR": "172.17.0.5",
+        "GRADCAM_REDIS_PORT_6379_TCP_PORT": "6379",
+        "GRADCAM_REDIS_PORT_6379_TCP_PROTO": "tcp",
+        "GRADCAM_REDIS_ENV_REDIS_VERSION": "7.2",
+        "GRADCAM_REDIS_ENV_NOTES": "two\nlines",
+    }
+    assert Settings.from_environment(links) == Settings()
+
+
+def test_a_setting_that_ends_as_a_service_does_is_read_and_one_that_is_misspelt_refused() -> None:
+    assert Settings.from_environment({"GRADCAM_METRICS_PORT": "9464"}).metrics_port == 9464
+    for name, value in {
+        "GRADCAM_METRIC_PORT": "9464",
+        "GRADCAM_PORT": "9464",
+        "GRADCAM_METRICS_NAME": "here",
+        "GRADCAM_SERVICE_HOSTS": "10.0.0.1",
+        "GRADCAM_BROKER_SERVICE_PORTS": "1",
+        "GRADCAM_METRICS_PORT_TCP": "tcp://10.0.0.1:9464",
+    }.items():
+        with pytest.raises(InvalidSettings, match=f"no setting {name}"):
+            Settings.from_environment({name: value})
 
 
 def test_settings_survive_the_way_to_a_child_process() -> None:

@@ -23,7 +23,7 @@ from worker.testing import Doorbell, MemoryLedger
 from worker.watch import Listener
 from worker.wire import new_id
 
-FIELDS = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
+FIELDS: dict[str, Any] = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
 WORKER = WorkerRef(id="w", device="cpu")
 NEVER_S = 3600.0  # longer than any test may take
 WAIT_S = 30.0

@@ -55,9 +55,14 @@ class AsyncGradcamClient:
     status = _awaitable(GradcamClient.status)
     statuses = _awaitable(GradcamClient.statuses)
     cancel = _awaitable(GradcamClient.cancel)
+    retry = _awaitable(GradcamClient.retry)
     result = _awaitable(GradcamClient.result)
     upload_and_submit = _awaitable(GradcamClient.upload_and_submit)
     close = _awaitable(GradcamClient.close)
+
+    def is_upload(self, uri: str, *others: str) -> bool:
+        """See `GradcamClient.is_upload`. It asks nobody."""
+        return self.client.is_upload(uri, *others)
 
     async def wait(self, job_id: str, timeout_s: float = 120) -> StatusDocument:
         """See `GradcamClient.wait`."""

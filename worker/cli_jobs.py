@@ -122,11 +122,15 @@ def explain(images: tuple[Path, ...], output: Path, *, wish: dict[str, Any], as_
 @click.option("--wait/--no-wait", default=False, help="Wait until the job has ended, and show the result.")
 @click.option("--timeout", "timeout_s", default=120.0, show_default=True, help="Seconds to wait.")
 @click.option("--key", "idempotency_key", help="Idempotency key: the same key never runs twice.")
+@click.option(
+    "--retry-failed", is_flag=True, help="Where the job of this key has failed, try it again. [leave it]"
+)
 def submit(
     uri: str,
     timeout_s: float,
     idempotency_key: str | None,
     *,
+    retry_failed: bool,
     wish: dict[str, Any],
     wait: bool,
     as_json: bool,
@@ -137,12 +141,16 @@ def submit(
     Examples:
       gradcam submit s3://photos/cat.jpg --top-n 3 --wait
       gradcam submit s3://photos/pier.jpg --network vgg16 --classes pier,dock
+      gradcam submit s3://photos/cat.jpg --key order-42 --retry-failed
     """
     from worker.client import GradcamClient
 
     job = Job.parse({"image": uri, "idempotency_key": idempotency_key, **wish})
     client = GradcamClient(settings=Settings.from_environment())
-    job_id = client.submit(job)
+    job_id = client.submit(job, retry_failed=retry_failed)
+    if idempotency_key and not retry_failed and client.status(job_id).status == "failed":
+        said = f"Job {job_id} has this key, and has failed: --retry-failed tries it again."
+        terminal.err.print(said, markup=False, soft_wrap=True)
     if not wait:
         terminal.print_json({"id": job_id}) if as_json else terminal.out.print(job_id)
         return 0

@@ -14,7 +14,8 @@ from worker.outbox import Outbox, Parked
 from worker.redis_ledger import RedisLedger
 from worker.redis_outbox import RedisOutbox
 from worker.replay import DeadLetters, Letter
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
+from worker.url import without_secrets
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}

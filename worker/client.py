@@ -69,11 +69,14 @@ class GradcamClient:
         self._bell, self._publish = broker.Bell(settings, timeout_s=TIMEOUT_S), publish
         self._objects = objects or results.Places(settings)
 
-    def submit(self, job: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> str:
+    def submit(
+        self, job: Job | Mapping[str, Any] | None = None, /, *, retry_failed: bool = False, **fields: Any
+    ) -> str:
         """Enter a job in the ledger, ring the queue, return the job's id.
 
         Give a `Job`, or its fields: `image`, `network` and `target` at least. Submitting the same
-        job again (by id, or by `idempotency_key`) returns the first one's id and runs nothing twice.
+        job again (by id, or by `idempotency_key`) returns the first one's id and runs nothing twice. Where
+        that one has failed, `retry_failed` has it tried again; without it the failure stays what it is.
 
         A job that is in the ledger is accepted: where the broker is out of reach just then, a worker finds
         the job within a minute of its turn. Raises InvalidJob, IdempotencyConflict, and LedgerUnavailable
@@ -84,18 +87,22 @@ class GradcamClient:
             raise InvalidJob(message)
         job = _job(fields if job is None else job)
         with self._traces.joined("submit", job.traceparent, kind="PRODUCER", job_id=job.id):
-            return self._submit(_traced(job))
+            return self._submit(_traced(job), retry_failed=retry_failed)
 
-    def _submit(self, job: Job) -> str:
+    def _submit(self, job: Job, *, retry_failed: bool) -> str:
         self._check(job)
         patience = _patience()
-        (entered,) = self._enter([job], patience)
+        (entered,) = self._enter([job], patience, retry_failed=retry_failed)
         if isinstance(entered, IdempotencyConflict):
             raise entered
+        if entered.status == "failed":
+            log.info("job %s has failed before: retry, or retry_failed=True, tries it again", entered.id)
         self._ring([(job, entered)], patience)
         return entered.id
 
-    def submit_many(self, jobs: Iterable[Job | Mapping[str, Any]]) -> list[str]:
+    def submit_many(
+        self, jobs: Iterable[Job | Mapping[str, Any]], *, retry_failed: bool = False
+    ) -> list[str]:
         """Submit jobs, or the fields of jobs, hundreds in a round trip; return their ids in the same order.
 
         They are taken from `jobs` as they are needed: a generator of a million is not held in memory.
@@ -110,7 +117,7 @@ class GradcamClient:
             if not chunk and not problem:
                 return ids
             try:
-                entered = self._enter(chunk, _patience()) if chunk else []
+                entered = self._enter(chunk, _patience(), retry_failed=retry_failed) if chunk else []
             except LedgerUnavailable as error:
                 error.accepted = tuple(ids)
                 raise
@@ -147,10 +154,16 @@ class GradcamClient:
         envelope.check(text, self._settings.max_message_bytes)
         return len(text)
 
-    def _enter(self, jobs: Sequence[Job], patience: Patience) -> list[StatusDocument | IdempotencyConflict]:
+    def _enter(
+        self, jobs: Sequence[Job], patience: Patience, *, retry_failed: bool
+    ) -> list[StatusDocument | IdempotencyConflict]:
         """Enter jobs in the ledger: see `Ledger.submit_many`. Doing it twice is harmless."""
+
+        def enter() -> list[StatusDocument | IdempotencyConflict]:
+            return self._ledger.submit_many(jobs, retry_failed=retry_failed)
+
         try:
-            return patience.insist(lambda: self._ledger.submit_many(jobs), (LedgerUnavailable,), _hopeless)
+            return patience.insist(enter, (LedgerUnavailable,), _hopeless)
         except LedgerUnavailable as error:
             which = f"job {jobs[0].id} was" if len(jobs) == 1 else f"{len(jobs)} jobs were"
             again = "submit again with the same id, or idempotency key, and nothing runs twice"
@@ -202,6 +215,23 @@ class GradcamClient:
             message = f"{error} Whether job {job_id} was cancelled is not known: ask again."
             raise LedgerUnavailable(message) from error
 
+    def retry(self, job_id: str) -> StatusDocument:
+        """Try a failed job again, as the same one: its id, its idempotency key and its webhooks stay.
+
+        It is queued again with all its attempts; webhooks are told how it ends this time, too. One that waits
+        or runs is left as it is. Raises JobNotFailed (a job that succeeded, was canceled or expired is
+        submitted as a new one), UnknownJob, LedgerUnavailable.
+        """
+        try:
+            document = self._insist(lambda: self._ledger.retry(job_id))
+            job = self._insist(lambda: self._ledger.job(document.id))
+        except LedgerUnavailable as error:
+            message = f"{error} Whether job {job_id} is tried again is not known: ask again."
+            raise LedgerUnavailable(message) from error
+        if isinstance(job, Job):
+            self._ring([(job, document)], _patience())
+        return document
+
     def _insist(self, ask: Callable[[], T]) -> T:
         return _patience().insist(ask, (LedgerUnavailable,), _hopeless)
 
@@ -216,7 +246,15 @@ class GradcamClient:
         where = manifest_uri or results.manifest_uri(self.status(job_id))
         return results.read(str(job_id), where, self._objects, expires_s)
 
-    def upload_and_submit(self, /, image: Path | str | bytes, *, to: str | None = None, **fields: Any) -> str:
+    def upload_and_submit(
+        self,
+        /,
+        image: Path | str | bytes,
+        *,
+        to: str | None = None,
+        retry_failed: bool = False,
+        **fields: Any,
+    ) -> str:
         """Put a file of this machine, or bytes, into storage, and submit a job for it; return the job's id.
 
         It goes below `to`, or `GRADCAM_UPLOADS`, under its own sha256: the same bytes are kept once.
@@ -227,7 +265,15 @@ class GradcamClient:
         job = Job.parse({**fields, "image": {"uri": upload.uri, "sha256": upload.sha256}})
         self._check(job)
         self._objects.put(upload.uri, upload.data, upload.media_type)
-        return self.submit(job)
+        return self.submit(job, retry_failed=retry_failed)
+
+    def is_upload(self, uri: str, *others: str) -> bool:
+        """Whether a URI lies below `GRADCAM_UPLOADS`, or below one of `others`, as `s3://photos/public`.
+
+        For apps that take URIs from strangers: workers can read more than these may see.
+        """
+        places = [one for one in (self._settings.uploads, *others) if one]
+        return any(results.is_below(uri, one) for one in places)
 
     def wait(self, job_id: str, timeout_s: float = 120) -> StatusDocument:
         """Wait until a job is final, whichever way it ended. The last of `stream`; raises as it does."""

@@ -15,8 +15,10 @@ from pydantic import (
     model_validator,
 )
 
-from worker.errors import GradcamError, InvalidJob
+from worker.errors import GradcamError, InvalidJob, public_message
 from worker.line import visible
+from worker.signing import PREFIX as SECRET
+from worker.url import has_credentials, redacted, without_secrets
 from worker.wire import Told, Wire, describe, new_id
 from worker.wishes import (
     AnimationWish,
@@ -68,6 +70,9 @@ ID_PATTERN = (
 )
 Status = Literal["queued", "running", "retrying", "succeeded", "failed", "canceled", "expired"]
 FINAL: frozenset[str] = frozenset({"succeeded", "failed", "canceled", "expired"})
+HOW_ELSE = {
+    "image.uri": "The worker reads s3:// with its own credentials, and https:// with a presigned URL."
+}
 Priority = Literal["high", "normal", "low", "bulk"]
 Event = Literal[
     "job.queued",
@@ -142,6 +147,24 @@ class Job(Wire):
         return self
 
     @model_validator(mode="after")
+    def _without_credentials(self) -> Self:
+        """What is refused anyway is refused before it is kept: the ledger holds a failed job as it came."""
+        places = [("image.uri", self.image.uri), ("output", self.output or "")]
+        places += [(f"webhooks.{index}.url", hook.url) for index, hook in enumerate(self.webhooks)]
+        for name, uri in places:
+            if has_credentials(uri):
+                message = (
+                    f"{name} holds a user or a password ({without_secrets(uri)[:200]}), which would be kept: "
+                    f"give a URL without. {HOW_ELSE.get(name, '')}"
+                )
+                raise ValueError(message.rstrip(". "))
+        for index, hook in enumerate(self.webhooks):
+            if (hook.secret_ref or "").startswith(SECRET):
+                message = f"webhooks.{index}.secret_ref must be the name of a webhook secret, and is one"
+                raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
     def _measurable(self) -> Self:
         if self.metrics and self.method.name == "notebook":
             message = "metrics cannot be had of the method notebook, whose image is not preprocessed"
@@ -170,11 +193,20 @@ class Problem(Told):
 
     type: str
     title: str
-    detail: str
+    detail: str  # for operators: it may name settings, hosts, buckets and paths
+    public_message: str = ""  # for end users: it names none, and is the same for every problem of this code
     code: str
     retryable: bool
     stage: str | None = None
     attempt: int
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before(cls, given: Any) -> Any:
+        """What an earlier version wrote lacks its public message."""
+        if isinstance(given, dict) and "public_message" not in given:
+            return {**given, "public_message": public_message(str(given.get("code")))}
+        return given
 
     @classmethod
     def of(cls, error: GradcamError, *, stage: str | None, attempt: int) -> "Problem":
@@ -182,7 +214,8 @@ class Problem(Told):
         return cls(
             type=f"urn:gradcam:problem:{error.code}",
             title=(type(error).__doc__ or error.code).split("\n")[0].rstrip("."),
-            detail=_sentence(visible(str(error)[:2000])),
+            detail=_sentence(visible(redacted(str(error)[:2000]))),
+            public_message=error.public_message,
             code=error.code,
             retryable=error.retryable,
             stage=stage,

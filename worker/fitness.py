@@ -28,7 +28,8 @@ from worker.folder import REFUSED
 from worker.gradcam import weights
 from worker.gradcam.registry import Registry
 from worker.redis_ledger import RedisLedger
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
+from worker.url import without_secrets
 
 log = logging.getLogger("gradcam")
 

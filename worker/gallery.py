@@ -27,9 +27,10 @@ from worker.gradcam.picture import COLORMAPS, colors, enlarge, within_edge
 from worker.images import Images
 from worker.outside import ImageSource
 from worker.s3 import S3
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
 from worker.storage import FolderStore, S3Store, Store
 from worker.survey import READ_S, Class, Kept, Report, Survey, survey
+from worker.url import without_secrets
 
 LIMIT = 20_000_000  # bytes of a page: what a browser opens at once
 MOST_PICTURES = 1000  # on one page

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
+from worker.url import without_secrets
+
 MAX_PORT = 65_535
 _LABEL = r"[a-z0-9_-]{1,63}"
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
@@ -72,8 +74,8 @@ def _parsed(entry: str) -> _Entry:
             raise ValueError(message) from error
     elif not _NAME.fullmatch(host):
         message = (
-            f"{entry!r} is not a host: write host, host:port, [IPv6 address]:port or *.example.com, "
-            "in ASCII (xn--...), without scheme, user or path"
+            f"{without_secrets(entry)!r} is not a host: write host, host:port, [IPv6 address]:port or "
+            "*.example.com, in ASCII (xn--...), without scheme, user or path"
         )
         raise ValueError(message)
     if port is not None and not 1 <= int(port) <= MAX_PORT:

@@ -26,7 +26,8 @@ from worker.errors import (
 )
 from worker.observer import SILENT, Observer
 from worker.s3 import S3
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
+from worker.url import has_credentials, without_secrets, without_user
 from worker.web import Web, WebFailed
 
 OK = 200
@@ -98,12 +99,16 @@ class Images:
         # No URL parser: an S3 key may hold ? and #, which are not special there.
         bucket, _, key = uri.partition("://")[2].partition("/")
         allowed = self._settings.image_buckets
+        if has_credentials(uri):
+            message = (
+                f"A user or password in a URI ({presentable(uri)}) is not allowed: write s3://bucket/key."
+            )
+            raise UriNotAllowed(message)
         if not bucket or not key:
             message = f"{presentable(uri)!r} is not an S3 URI: write s3://bucket/key."
             raise UriNotAllowed(message)
         if "*" not in allowed and bucket not in allowed:
-            shown = bucket.rpartition("@")[2]  # no user, no password
-            message = f"Bucket {shown!r} is not allowed: images may come from {', '.join(allowed)}."
+            message = f"Bucket {bucket!r} is not allowed: images may come from {', '.join(allowed)}."
             raise UriNotAllowed(message)
         return self._s3.read_image(bucket, key, limit, deadline)
 
@@ -206,7 +211,4 @@ def presentable(uri: str) -> str:
     scheme, _, rest = uri.partition(":")
     if scheme.casefold() == "data":
         return f"data:{rest.partition(',')[0][:100]},..."
-    if scheme.casefold() == "s3":
-        bucket, slash, key = rest.removeprefix("//").partition("/")
-        return f"s3://{bucket.rpartition('@')[2]}{slash}{key}"
-    return without_secrets(uri)
+    return without_user(uri) if scheme.casefold() == "s3" else without_secrets(uri)

@@ -24,8 +24,9 @@ from worker.intake import Intake
 from worker.line import counted, visible
 from worker.listing import columns, inventory_rows, json_rows, table_rows, text_rows
 from worker.output import LeftOut
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
 from worker.shard import Row
+from worker.url import without_user
 
 FORMS = ("auto", "jsonl", "csv", "tsv", "text", "inventory", "parquet", "folder")
 SUFFIXES = {
@@ -233,7 +234,7 @@ def _on_s3(where: str) -> bool:
 def _shown(where: str) -> str:
     if where == STDIN:
         return "Standard input"
-    return visible(without_secrets(where) if "://" in where and not _on_s3(where) else where)[:4096]
+    return visible(without_user(where) if "://" in where else where)[:4096]
 
 
 def _opened(where: str, settings: Settings, held: ExitStack) -> io.BufferedReader:

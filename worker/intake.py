@@ -13,6 +13,7 @@ from worker.contract import Problem
 from worker.errors import DuplicateId, InvalidRow, PermanentError
 from worker.line import visible
 from worker.shard import Row
+from worker.url import has_credentials, hides_password, redacted, without_user
 
 SHOWN = 1000  # characters of what was received that are kept, where it is no URI
 MAX_URI = 2_000_000  # characters: see `worker.shard.Row`
@@ -57,7 +58,7 @@ class Intake:
 
     def good(self, place: int, uri: object, own: object = None, sha256: object = None) -> Row:
         """A row of what was said, whatever its type: good where it can be."""
-        if type(uri) is not str or len(uri) > MAX_URI or not _FIT.fullmatch(uri):
+        if type(uri) is not str or len(uri) > MAX_URI or not _FIT.fullmatch(uri) or has_credentials(uri):
             return self._row(place, uri, own, sha256, InvalidRow(_why(uri)))
         if own is None and sha256 is None:
             self._made += 1
@@ -122,7 +123,9 @@ def shown(received: object) -> str:
     if isinstance(received, bytes):
         received = received[:SHOWN].strip().decode(errors="backslashreplace")
     text = received if isinstance(received, str) else json.dumps(received, default=str)
-    return visible(text[:SHOWN])[:SHOWN]
+    text = text[:SHOWN]
+    hidden = has_credentials(text) or hides_password(text)
+    return visible(without_user(text) if hidden else redacted(text))[:SHOWN]
 
 
 def _why(uri: object) -> str:
@@ -136,6 +139,8 @@ def _why(uri: object) -> str:
     if sign := _UNFIT_SIGN.search(uri):
         half = "\ud800" <= sign[0] <= "\udfff"
         return "its URI is not UTF-8" if half else f"its URI holds the control character {sign[0]!r}"
+    if _FIT.fullmatch(uri):
+        return f"its URI {without_user(uri)[:100]!r} holds a user or a password, which would be kept"
     return _unlike(uri)
 
 

@@ -19,18 +19,19 @@ from typing import Any, Literal
 
 from worker import transitions
 from worker.changes import RedisChanges
-from worker.contract import ID_PATTERN, Problem, StatusDocument, Webhook, WorkerRef
+from worker.contract import ID_PATTERN, Job, Problem, StatusDocument, Webhook, WorkerRef
 from worker.deadline import Deadline
 from worker.errors import (
     AttemptFenced,
     GradcamError,
     IdempotencyConflict,
     InvalidJob,
+    JobNotFailed,
     LedgerUnavailable,
     UnknownJob,
 )
 from worker.observer import SILENT, Observer
-from worker.shard import Work, parse
+from worker.shard import Shard, Work, parse
 from worker.wire import utc_now
 
 ASK_AGAIN_S = 0.5  # between two tries to reach the ledger
@@ -155,24 +156,48 @@ class Ledger(ABC):
     def sweep(self) -> None:
         """Forget dead letters and workers of long ago."""
 
-    def submit(self, job: Work) -> StatusDocument:
+    def submit(self, job: Work, *, retry_failed: bool = False) -> StatusDocument:
         """Enter a job, once: the same job with the same id or idempotency key finds the first.
 
-        Raises IdempotencyConflict where the id or the key belongs to a different job.
+        With `retry_failed`, one that has failed is tried again: see `retry`. Raises IdempotencyConflict where
+        the id or the key belongs to a different job.
         """
-        (entered,) = self.submit_many([job])
+        (entered,) = self.submit_many([job], retry_failed=retry_failed)
         if isinstance(entered, IdempotencyConflict):
             raise entered
         return entered
 
-    def submit_many(self, jobs: Sequence[Work]) -> list[StatusDocument | IdempotencyConflict]:
+    def submit_many(
+        self, jobs: Sequence[Work], *, retry_failed: bool = False
+    ) -> list[StatusDocument | IdempotencyConflict]:
         """Enter jobs in order, in one step: see `submit`. Ends with a conflict: none after it is entered."""
         entries = [_entry(job) for job in jobs]
         found: list[StatusDocument | IdempotencyConflict] = []
         for job, entry, held in zip(jobs, entries, self._create_many(entries), strict=False):
-            same = held.fingerprint == entry.fingerprint
-            found.append(held.document if same else _conflict(job, held.document.id))
+            if held.fingerprint != entry.fingerprint:
+                found.append(_conflict(job, held.document.id))
+            elif retry_failed and held.document.status == "failed":
+                found.append(self.retry(held.document.id))
+            else:
+                found.append(held.document)
         return found
+
+    def retry(self, job_id: str) -> StatusDocument:
+        """Try a failed job again, as the same one, with its id, key and webhooks, and all its attempts.
+
+        One that is not final is left as it is. Raises UnknownJob, and JobNotFailed where there is nothing to
+        be tried again.
+        """
+        while True:
+            before = self.read(job_id)
+            if not before.final:
+                return before
+            job = self.job(job_id) if before.status == "failed" else None
+            if not isinstance(job, Job):
+                raise JobNotFailed(_not_failed(before, job))
+            after = transitions.tried_again(before, job.max_attempts)
+            if self._swap(before, after):
+                return after
 
     def receive(self, job_id: str, payload: object) -> tuple[Work | None, StatusDocument]:
         """The job that a message is about: the ledger's own, or the message's, which is entered now.
@@ -350,7 +375,19 @@ def _entry(job: Work) -> Entry:
 
 def _conflict(job: Work, theirs: str) -> IdempotencyConflict:
     what = f"id {job.id}" if theirs == job.id else f"idempotency key {job.idempotency_key!r}"
-    return IdempotencyConflict(f"The {what} belongs to a different job, {theirs}: use a new one.")
+    again = f"Where that one has failed, retry({theirs!r}) tries it again, under its id and key."
+    return IdempotencyConflict(f"The {what} belongs to a different job, {theirs}: use a new one. {again}")
+
+
+def _not_failed(document: StatusDocument, job: Work | None) -> str:
+    if isinstance(job, Shard):
+        return f"It is a shard of backfill {job.backfill}: `gradcam backfill --resume` runs it again."
+    if document.status == "failed":
+        return f"Job {document.id} cannot be tried again: this version can read no job in its message."
+    return (
+        f"Job {document.id} is {document.status}: only a failed one can be tried again. "
+        "Submit the image as a new job, with another id and idempotency key."
+    )
 
 
 def _fingerprint(job: Work) -> str:

@@ -7,6 +7,8 @@ reach a terminal, and signs that turn the direction of writing must not make one
 import logging
 from typing import Any
 
+from worker.url import redacted
+
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 BELOW = "    "  # before each line that belongs to the one above it: no line of its own begins so
 
@@ -28,7 +30,7 @@ class LineFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the name is the library's
         """The line itself."""
-        return visible(super().formatMessage(record))
+        return visible(redacted(super().formatMessage(record)))
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         """A traceback, whose last lines hold what the error said."""
@@ -40,4 +42,4 @@ class LineFormatter(logging.Formatter):
 
 
 def _set_in(text: str) -> str:
-    return "\n".join(BELOW + visible(one) for one in text.splitlines())
+    return "\n".join(BELOW + visible(redacted(one)) for one in text.splitlines())

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from worker.line import FORMAT, LineFormatter
+from worker.url import redacted
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,8 +74,8 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info and record.exc_info[0]:
             kind, error, _ = record.exc_info
-            stack = super().formatException(record.exc_info)
-            said["exception"] = {"type": kind.__name__, "message": str(error), "stack": stack}
+            stack = redacted(super().formatException(record.exc_info))
+            said["exception"] = {"type": kind.__name__, "message": redacted(str(error)), "stack": stack}
         if record.stack_info:
             said["stack"] = record.stack_info
         return json.dumps(_whole(said), default=str)
@@ -82,7 +83,7 @@ class JsonFormatter(logging.Formatter):
 
 def _said(record: logging.LogRecord) -> str:
     try:
-        return record.getMessage()
+        return redacted(record.getMessage())
     except Exception:  # noqa: BLE001  # a library's own mistake: logging would print it, in many lines
         return f"{record.msg} {record.args}"
 

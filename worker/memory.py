@@ -86,6 +86,8 @@ class MemoryLedger(Ledger):
             self._rung.pop(after.id, None)
         if after.status == "failed":
             self._dead.setdefault(after.id, now)
+        elif before and before.status == "failed":
+            self._dead.pop(after.id, None)
         event = transitions.event(before, after)
         for index, hook in enumerate(entry.webhooks):
             if event in hook.events:

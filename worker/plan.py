@@ -119,11 +119,11 @@ def shards(
         )
 
     for given in rows:
-        row, text = given, given.model_dump_json(exclude_none=True)
+        row, text = given, _text(given)
         needed = _sent(text)
         if needed > max_bytes:
             row = _too_long(given, needed, max_bytes)
-            text = row.model_dump_json(exclude_none=True)
+            text = _text(row)
             needed = _sent(text)
         if held and (len(held) == plan.shard_rows or size + needed > max_bytes):
             yield cut()
@@ -135,6 +135,11 @@ def shards(
         size += needed
     if held:
         yield cut()
+
+
+def _text(row: Row) -> str:
+    """A row, as its shard's key is made from it: as earlier versions wrote it."""
+    return row.model_dump_json(exclude_none=True, exclude={"problem": {"public_message"}})
 
 
 def _sent(text: str) -> int:

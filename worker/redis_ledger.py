@@ -16,8 +16,9 @@ from worker.changes import RedisChanges
 from worker.contract import StatusDocument
 from worker.errors import BrokerUnavailable, LedgerUnavailable
 from worker.ledger import Entry, Ledger, Renewed
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
 from worker.shard import ROUTES
+from worker.url import without_secrets
 
 LONGEST_PAUSE_MS = 600_000  # before a message that seems lost is published yet another time
 LIVES = 3  # leases without a word: a worker that is gone, of which its health need not be told

@@ -32,6 +32,14 @@ local function end_job(id, idempotency, retention, keyed_retention, route, statu
   end
   redis.call('PEXPIRE', P .. 'job:' .. id, ttl)
 end
+
+local function revive(id, idempotency)
+  redis.call('PERSIST', P .. 'job:' .. id)
+  if not idempotency or idempotency == '' then return end
+  local owner = redis.call('GET', idempotency)
+  if owner == id then redis.call('PERSIST', idempotency)
+  elseif not owner then redis.call('SET', idempotency, id) end
+end
 """
 )
 
@@ -76,8 +84,9 @@ return found
 # over now. Only a job that stands where it was published first says how far its route has come. The first
 # lines let a write that is sent twice, because its reply was lost, succeed twice. The last ones forget the
 # job of a document that is all there is left to say: a presigned address must not lie about. A failed one
-# may be run again, and keeps its own. Who waits for it is told that it has changed: as a courtesy (pcall),
-# since it is no reason to change nothing where this may not be told.
+# may be run again, and keeps its own; once it is, nothing of it lapses any more. Who waits for it is told
+# that it has changed: as a courtesy (pcall), since it is no reason to change nothing where this may not be
+# told.
 SWAP = (
     _COMMON
     + """
@@ -93,6 +102,7 @@ local place, before = '', held[5]
 if status == 'queued' then place = 'queued:' .. held[6]
 elseif status == 'running' or status == 'retrying' then place = status
 elseif status == 'failed' then place = 'dead' end
+if before == 'dead' and place ~= 'dead' then revive(id, held[8]) end
 redis.call('HSET', key, 'document', document, 'attempt', ARGV[6], 'revision', ARGV[7], 'place', place)
 if before ~= place then
   if status == 'running' then

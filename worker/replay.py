@@ -2,7 +2,8 @@
 
 Final states absorb, so a replay is a job of its own, with the same content. Its id follows from the old
 one's: a replay that is interrupted and repeated doubles nothing. It has no idempotency key: that one
-belongs to the job that failed, and would find it.
+belongs to the job that failed, and would find it. Who wants the job itself to be tried again, under its id
+and key, asks for that: `worker.client.GradcamClient.retry`.
 """
 
 import time

@@ -24,6 +24,7 @@ from worker.errors import (
 from worker.folder import FolderStore
 from worker.manifest import Manifest
 from worker.settings import PLACE_LOOKS, Settings, is_place
+from worker.url import without_secrets
 
 if TYPE_CHECKING:
     from worker.s3 import S3
@@ -79,6 +80,8 @@ def manifest_uri(document: StatusDocument) -> str:
     if document.status != "succeeded" or not document.result:
         why = f" ({document.error.code}: {document.error.detail})" if document.error else ""
         message = f"Job {document.id} is {document.status}{why}: only a job that succeeded has a result."
+        if document.status == "failed":
+            message += " It is tried again, under its id and idempotency key, by retry."
         raise NoResult(message)
     return document.result.manifest_uri
 
@@ -96,14 +99,17 @@ def read(job_id: str, where: str, objects: Objects, expires_s: int) -> Result:
     every = [*manifest.artifacts, *(one for seen in manifest.explanations for one in seen.artifacts)]
     folder = where.rpartition("/")[0] + "/"
     # A URL lets everybody in: for what lies beside the manifest, and for nothing else of the same server.
-    if manifest.job_id != job_id or not all(_below(one.uri, folder) for one in every):
+    if manifest.job_id != job_id or not all(is_below(one.uri, folder) for one in every):
         message = f"The manifest at {where} is another's than job {job_id}'s."
         raise NoResult(message)
     return Result(manifest, {one.uri: objects.url(one.uri, expires_s) for one in every})
 
 
-def _below(uri: str, folder: str) -> bool:
-    return uri.startswith(folder) and not {".", ".."} & set(unquote(uri.removeprefix(folder)).split("/"))
+def is_below(uri: str, place: str) -> bool:
+    """Whether a URI leads to something below a place, however whoever reads it may shorten its path."""
+    folder = place.rstrip("/") + "/"
+    steps = unquote(uri.removeprefix(folder)).replace("\\", "/").split("/")
+    return "://" in folder and uri.startswith(folder) and not {"", ".", ".."} & set(steps)
 
 
 def upload_of(image: Path | str | bytes, place: str, max_bytes: int) -> Upload:
@@ -115,7 +121,7 @@ def upload_of(image: Path | str | bytes, place: str, max_bytes: int) -> Upload:
         message = "GRADCAM_UPLOADS says where images go, as in s3://photos/uploads: set it, or say `to`."
         raise InvalidSettings(message)
     if not is_place(place):
-        message = f"`to` {place!r} {PLACE_LOOKS}."
+        message = f"`to` {without_secrets(place)!r} {PLACE_LOOKS}."
         raise InvalidSettings(message)
     data = image if isinstance(image, bytes) else _file(image, max_bytes)
     if len(data) > max_bytes:
@@ -182,7 +188,7 @@ class Places:
             path = Path(unquote(rest))
             return FolderStore(path.parent), path.name
         if scheme != "s3":
-            message = f"{uri[:200]!r} is neither in S3 nor on this machine."
+            message = f"{without_secrets(uri)[:200]!r} is neither in S3 nor on this machine."
             raise StorageUnavailable(message)
         try:
             from worker.s3 import S3

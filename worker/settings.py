@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import (
     AfterValidator,
@@ -22,14 +21,28 @@ from pydantic import (
     model_validator,
 )
 
-from worker import addresses, hosts
+from worker import addresses, hosts, url
 from worker.errors import InvalidSettings
 from worker.signing import secrets_of
 from worker.traces import checked
+from worker.url import without_secrets
 
 PREFIX = "GRADCAM_"
 PLACE_LOOKS = "must look like s3://bucket/prefix or file:///folder"
+ONE_SERVER = "name one server, or one address that leads to the master, as redis://host:6379/0"
 SCHEMES = ("s3", "https", "http", "file", "data")
+# What Kubernetes sets in each pod for each Service of its namespace (enableServiceLinks), and Docker for each
+# linked container: for one called gradcam-x, names that begin as ours do. None of ours has such a value.
+SERVICE_LINKS = (
+    (r"_SERVICE_HOST", r"[0-9a-fA-F.:]+"),
+    (r"_SERVICE_PORT(_[A-Z0-9_]+)?", r"[0-9]+"),
+    (r"_PORT(_[0-9]+_(TCP|UDP|SCTP))?", r"(tcp|udp|sctp)://\S+:[0-9]+"),
+    (r"_PORT_[0-9]+_(TCP|UDP|SCTP)_PROTO", r"tcp|udp|sctp"),
+    (r"_PORT_[0-9]+_(TCP|UDP|SCTP)_PORT", r"[0-9]+"),
+    (r"_PORT_[0-9]+_(TCP|UDP|SCTP)_ADDR", r"[0-9a-fA-F.:]+"),
+    (r"_NAME", r"/[^/]+/[^/]+"),
+    (r"_ENV_\w+", r".*"),
+)
 
 
 def _split(value: Any) -> Any:
@@ -53,11 +66,35 @@ def _signing(value: SecretStr) -> SecretStr:
 
 
 def _database(value: SecretStr) -> SecretStr:
-    url = value.get_secret_value()
-    if url and not _is_database(url):
-        message = "it must look like sqlite:////folder/status.db or postgresql://user:password@host/database"
+    text = value.get_secret_value()
+    if text and not _is_database(text):
+        looks = "it must look like sqlite:////folder/status.db or postgresql://user:password@host/database"
+        message = f"{looks}: {url.ENCODE}"
         raise ValueError(message)
     return value
+
+
+def _s3_server(text: str) -> str:
+    """The address of an S3 server, or empty: S3 takes no user in it, and presigned URLs would show it."""
+    found = url.parse(text) if text else None
+    if text and (not found or found.scheme not in {"http", "https"} or not found.host):
+        message = f"{without_secrets(text)!r} must look like https://s3.example.com:9000"
+        raise ValueError(message)
+    if found and (found.has_user or found.query or found.fragment):
+        message = (
+            f"{without_secrets(text)!r} must be scheme, host and port alone: user and password are "
+            "s3_access_key_id and s3_secret_access_key"
+        )
+        raise ValueError(message)
+    return text
+
+
+def _bucket_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if {"/", "@"} & set(name):
+            message = f"{without_secrets(name)!r} must be the name of a bucket, as photos, or *"
+            raise ValueError(message)
+    return names
 
 
 SigningSecrets = Annotated[SecretStr, AfterValidator(_signing)]
@@ -67,6 +104,8 @@ HostList = Annotated[Listed, AfterValidator(hosts.listed)]
 NetworkList = Annotated[Listed, AfterValidator(addresses.listed)]
 Place = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
 Endpoint = Annotated[str, AfterValidator(checked), Field(repr=False)]  # it may hold a password
+S3Server = Annotated[str, AfterValidator(_s3_server)]
+BucketList = Annotated[Listed, AfterValidator(_bucket_names)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
 Retention = Annotated[float, Field(ge=60, le=3650 * 86_400)]  # seconds
 Count = Annotated[int, Field(ge=1)]
@@ -99,7 +138,7 @@ class Settings(BaseModel):
 
     # Images
     image_schemes: Listed = ("s3",)
-    image_buckets: Listed = ("*",)  # "*": whatever the worker's credentials can read
+    image_buckets: BucketList = ("*",)  # "*": whatever the worker's credentials can read
     image_hosts: HostList = ()  # host, host:port or *.example.com, for http and https
     image_roots: Listed = ()  # folders, for file
     max_image_bytes: Count = 32 * 1024 * 1024
@@ -116,8 +155,8 @@ class Settings(BaseModel):
     output: str = "s3://gradcam/results"  # where artifacts go unless the job says otherwise
     output_prefixes: Listed = ()  # where else a job may send them
     uploads: str = ""  # where `GradcamClient.upload_and_submit` puts images; empty: it has to be told
-    s3_endpoint_url: str = ""  # empty: Amazon
-    s3_public_url: str = ""  # the same server as browsers reach it, for presigned URLs; empty: the endpoint
+    s3_endpoint_url: S3Server = ""  # empty: Amazon
+    s3_public_url: S3Server = ""  # the same server as browsers reach it, for presigned URLs; empty: the endpoint
     s3_region: str = ""  # empty: AWS_REGION, AWS_DEFAULT_REGION, us-east-1
     s3_access_key_id: str = ""  # empty: the usual AWS places
     s3_secret_access_key: SecretStr = SecretStr("")
@@ -198,19 +237,16 @@ class Settings(BaseModel):
                 "s3_access_key_id and s3_secret_access_key must be given together",
             ),
         ]
-        if self.s3_public_url:
-            fits = self.s3_public_url.startswith(("http://", "https://"))
-            findings.append((not fits, "s3_public_url must look like https://files.example.com"))
         if self.redis_ca:
             findings.append((not self.redis_ca.is_file(), f"redis_ca {str(self.redis_ca)!r} is not a file"))
-        for name, url in (("broker_url", self.broker_url), ("ledger_url", self.ledger)):
-            right = "must look like redis://host:6379/0 (or rediss://), without ?options"
-            findings.append((not _is_redis(url), f"{name} {without_secrets(url)!r} {right}"))
+        for name, text in (("broker_url", self.broker_url), ("ledger_url", self.ledger)):
+            wrong = _no_redis(text)
+            findings.append((bool(wrong), f"{name} {wrong}"))
         places = [("output", uri) for uri in (self.output, *self.output_prefixes)]
         for name, uri in [*places, ("uploads", self.uploads or self.output)]:
-            findings.append((not is_place(uri), f"{name} {uri!r} {PLACE_LOOKS}"))
-        for wrong, message in findings:
-            if wrong:
+            findings.append((not is_place(uri), f"{name} {without_secrets(uri)!r} {PLACE_LOOKS}"))
+        for holds, message in findings:
+            if holds:
                 raise ValueError(message)
         return self
 
@@ -219,9 +255,9 @@ class Settings(BaseModel):
         """The ledger's URL."""
         return self.ledger_url or self.broker_url
 
-    def redis_tls(self, url: str) -> dict[str, Any]:
+    def redis_tls(self, text: str) -> dict[str, Any]:
         """What redis-py is told beside a rediss:// URL: to verify the server, and who vouches for it."""
-        if not url.casefold().startswith("rediss:"):
+        if not text.casefold().startswith("rediss:"):
             return {}
         trust = {"ssl_ca_certs": str(self.redis_ca)} if self.redis_ca else {}
         return {"ssl_cert_reqs": "required", "ssl_check_hostname": True, **trust}
@@ -263,7 +299,7 @@ class Settings(BaseModel):
         given = {
             name.removeprefix(PREFIX).lower(): value
             for name, value in variables.items()
-            if name.startswith(PREFIX)
+            if name.startswith(PREFIX) and not _is_service_link(name, value)
         }
         for name in given.keys() - cls.model_fields.keys():
             near = difflib.get_close_matches(name, cls.model_fields, n=1)
@@ -303,43 +339,52 @@ class Settings(BaseModel):
         return others | self.to_environment()
 
 
+def _is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes or Docker has set a variable, for a Service or a container called `gradcam...`."""
+    return any(
+        re.fullmatch(rf"GRADCAM(_\w+?)?{ends}", name) and re.fullmatch(said, value, re.DOTALL)
+        for ends, said in SERVICE_LINKS
+    )
+
+
 def is_place(uri: str) -> bool:
     """Whether objects can be put below this URI."""
     scheme, _, rest = uri.partition("://")
-    return scheme in {"s3", "file"} and bool(rest.strip("/")) and not {"?", "#"} & set(rest)
+    whole = bool(rest.strip("/")) and not {"?", "#"} & set(rest)
+    return scheme in {"s3", "file"} and whole and not url.has_credentials(uri)
 
 
-def _is_database(url: str) -> bool:
-    scheme, _, rest = url.partition("://")
+def _is_database(text: str) -> bool:
+    scheme, _, rest = text.partition("://")
     if scheme == "sqlite":  # in a file: what is in memory nobody else can read
         return rest.startswith("/") and rest not in {"/", "//", "/:memory:"} and "?" not in rest
-    try:
-        parts = urlsplit(url)
-        fits = parts.port is None or parts.port > 0
-    except ValueError:
+    found = url.parse(text)
+    if not found or found.port == 0 or found.fragment is not None:
         return False
-    return fits and scheme in {"postgresql", "postgresql+psycopg"} and bool(parts.path.strip("/"))
+    return scheme in {"postgresql", "postgresql+psycopg"} and bool(found.path.strip("/"))
 
 
-def _is_redis(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        database = parts.path.strip("/")
-        fits = parts.port is None or parts.port > 0
-    except ValueError:
-        return False
-    known = url.startswith(("redis://", "rediss://")) and bool(parts.hostname) and not parts.query
-    return known and fits and (not database or database.isdecimal())
-
-
-def without_secrets(url: str) -> str:
-    """A URL that may be shown: user, password and query are gone."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # not a URL at all: show no more than how it starts
-        return url.partition(":")[0] + ":..."
-    # The last @ of the whole text: a password may hold a slash, and then the parser ends the host there.
-    if not parts.scheme or "@" in parts.path:
-        return f"{parts.scheme or '...'}://{url.rpartition('@')[2].partition('?')[0]}"
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+def _no_redis(text: str) -> str:
+    """Why this is no URL of one Redis server, without what may be secret in it; empty where it is one."""
+    scheme, slashes, rest = text.partition("://")
+    shown = without_secrets(text) if slashes else "..."  # what is no URL may be a password
+    place = re.split("[/?#]", rest)[0].rpartition("@")[2]
+    for word in ("cluster", "sentinel"):
+        if word in scheme.lower():
+            return f"{shown!r} is that of a Redis {word.title()}, which is not supported: {ONE_SERVER}"
+    if re.search("[,;]", place) or re.search(r"[,;]\s*\w+://", text):
+        return f"{shown!r} names several servers: {ONE_SERVER}"
+    found = url.parse(text)
+    database = found.path.strip("/") if found else ""
+    if (
+        found
+        and found.scheme in {"redis", "rediss"}
+        and found.host
+        and found.port != 0
+        and not found.query
+        and found.fragment is None
+        and (not database or database.isdecimal())
+    ):
+        return ""
+    hidden = f"; {url.ENCODE}" if "@" in text else ""
+    return f"{shown!r} must look like redis://host:6379/0 (or rediss://), without ?options{hidden}"

@@ -15,7 +15,8 @@ from http import HTTPStatus
 from worker import signing, traces
 from worker.contract import StatusDocument, StatusEvent, Webhook
 from worker.errors import DeliveryRefused, EndpointGone, InvalidJob, StatusUnavailable
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
+from worker.url import without_secrets
 from worker.web import Web, WebFailed
 from worker.wire import utc_now
 

@@ -13,7 +13,8 @@ from worker.observer import SILENT, Observer
 from worker.patience import Patience
 from worker.s3 import NEVER, S3
 from worker.s3_errors import FAILED, absent, reason, refused
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
+from worker.url import without_secrets
 
 __all__ = ["FolderStore", "Object", "S3Store", "Store", "Stores", "probe"]
 

@@ -18,7 +18,8 @@ from worker.gradcam.weights import cached_at, where
 from worker.line import visible
 from worker.outbox import Parked
 from worker.replay import Letter, Replayed
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
+from worker.url import without_secrets
 
 COLORS = {
     "queued": "yellow",

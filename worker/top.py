@@ -26,8 +26,9 @@ from worker.errors import LedgerUnavailable
 from worker.fleet import RedisFleet
 from worker.line import counted
 from worker.redis_ledger import RedisLedger
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
 from worker.shard import ROUTE, ROUTES
+from worker.url import without_secrets
 
 EVERY_S = 1.0  # between two looks
 MINUTE_MS, HOUR_MS = 60_000, 3_600_000

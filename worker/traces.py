@@ -21,9 +21,8 @@ from contextvars import ContextVar
 from datetime import datetime
 from functools import cache
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
-from worker import __version__
+from worker import __version__, url
 from worker.errors import GradcamError, InvalidSettings
 
 log = logging.getLogger("gradcam")
@@ -85,7 +84,7 @@ def to(endpoint: str, service: str, instance: str = "") -> Traces:
     """
     if not endpoint:
         return OFF
-    url, shown = _address(checked(endpoint))
+    where, shown = _address(checked(endpoint))
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
@@ -96,7 +95,7 @@ def to(endpoint: str, service: str, instance: str = "") -> Traces:
         raise InvalidSettings(message) from error
     names = {"service.name": service, "service.version": __version__}
     names |= {"service.instance.id": instance} if instance else {}
-    exporter: Any = _Quiet(OTLPSpanExporter(endpoint=url, timeout=EXPORT_S), shown)
+    exporter: Any = _Quiet(OTLPSpanExporter(endpoint=where, timeout=EXPORT_S), shown)
     provider = TracerProvider(resource=Resource.create(names), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exporter, WAITING, schedule_delay_millis=1000))
 
@@ -110,22 +109,20 @@ def to(endpoint: str, service: str, instance: str = "") -> Traces:
 
 def checked(endpoint: str) -> str:
     """The endpoint as it is, or empty. Raises ValueError where it is no address of OTLP/HTTP."""
-    try:
-        parts = urlsplit(endpoint)
-        fits = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        fits = False
-    if endpoint and not fits:
-        message = "it must be the address of an OTLP/HTTP collector, as http://collector:4318"
+    found = url.parse(endpoint)
+    fits = found and found.scheme in {"http", "https"} and found.host and found.port != 0
+    if endpoint and not (fits and found and found.fragment is None):
+        message = f"it must be the address of an OTLP/HTTP collector, as http://collector:4318: {url.ENCODE}"
         raise ValueError(message)
     return endpoint
 
 
 def _address(endpoint: str) -> tuple[str, str]:
     """Where to post, and how that is shown: without user and password."""
-    parts = urlsplit(endpoint)
-    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-    return (endpoint if parts.path.strip("/") else endpoint.rstrip("/") + PATH), shown
+    found = url.parse(endpoint)
+    path = found.path if found else ""
+    shown = f"{found.scheme}://{found.place}" if found else "..."
+    return (endpoint if path.strip("/") else endpoint.rstrip("/") + PATH), shown
 
 
 def span(name: str, **facts: Fact | None) -> AbstractContextManager[None]:

@@ -2,8 +2,9 @@
 
     queued -> running -> succeeded | failed | canceled        running -> retrying -> queued
     queued, retrying -> canceled | expired                    lease lost: running -> queued, or failed
+    failed -> queued, where somebody asks for it
 
-The states on the right of the first line, and expired, are final and absorb.
+The states on the right of the first line, and expired, are final and absorb otherwise.
 """
 
 from datetime import datetime
@@ -77,6 +78,26 @@ def canceled(before: StatusDocument) -> StatusDocument:
 def requeued(before: StatusDocument) -> StatusDocument:
     """The pause before its next attempt is over."""
     return following(before, status="queued", queued_at=utc_now())
+
+
+def tried_again(before: StatusDocument, attempts: int) -> StatusDocument:
+    """A failed job that somebody wants to be tried again: it has all its attempts once more.
+
+    They count on, so that none of before can change anything. A time to expire that has passed is left out.
+    """
+    now = utc_now()
+    first = fresh(before.id).model_copy(
+        update={
+            "revision": before.revision,
+            "attempt": before.attempt,
+            "max_attempts": before.attempt + attempts,
+            "created_at": before.created_at,
+            "expires_at": before.expires_at if before.expires_at and before.expires_at > now else None,
+            "metadata": before.metadata,
+            "traceparent": before.traceparent,
+        }
+    )
+    return following(first, queued_at=now)
 
 
 def advanced(before: StatusDocument, **changes: Any) -> StatusDocument:

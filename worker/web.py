@@ -17,7 +17,7 @@ from worker.deadline import Deadline
 from worker.dialler import Dialler, Resolve, look_up
 from worker.errors import UriNotAllowed
 from worker.hosts import Hosts
-from worker.settings import without_secrets
+from worker.url import hides_password, without_secrets
 
 MAX_REDIRECTS = 3
 REDIRECTS = {301, 302, 303, 307, 308}
@@ -87,7 +87,7 @@ class Web:
         port = usual if url.port is None else url.port
         if url.scheme not in self._schemes or not self._hosts.admit(host, port, usual):
             hosts = ", ".join(self._entries) or "none"
-            place = url.netloc.decode("ascii")  # without user and password
+            place = "..." if hides_password(text) else url.netloc.decode("ascii")  # without user and password
             message = f"{url.scheme}://{place} is not allowed: {self._setting} allows {hosts}."
             raise UriNotAllowed(message)
         if url.userinfo:

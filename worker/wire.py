@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-SECRETIVE = re.compile(r"://|^data:|whsec_", re.IGNORECASE)  # a URL, pixels, a secret in place of its name
+# A URL, pixels, a secret in place of its name, a user with a password
+SECRETIVE = re.compile(r"://|^data:|whsec_|:[^\s@]*@", re.IGNORECASE)
 
 
 class Wire(BaseModel):
@@ -64,9 +65,7 @@ def describe(error: ValidationError) -> str:
         inner = [one["loc"] for one in errors if len(one["loc"]) > len(found["loc"])]
         if found["loc"] in {place[: len(found["loc"])] for place in inner}:
             continue  # it only follows from what is wrong inside it
-        place = ".".join(
-            repr(step)[1:-1][:60] if isinstance(step, str) else str(step) for step in found["loc"]
-        )
+        place = ".".join(_shown(step) if isinstance(step, str) else str(step) for step in found["loc"])
         what = re.sub("^Value error, ", "", found["msg"])
         received, plain = found["input"], isinstance(found["input"], str | int | float | None)
         if found["type"] == "extra_forbidden":
@@ -76,3 +75,8 @@ def describe(error: ValidationError) -> str:
         shown = f" (received {repr(received)[:60]})" if plain else ""
         findings.append(f"{place or 'the message'}: {what}{shown}")
     return "; ".join(findings)[:2000]
+
+
+def _shown(name: str) -> str:
+    """The name of a field, which may be a stranger's."""
+    return "..." if SECRETIVE.search(name[:2000]) else repr(name)[1:-1][:60]

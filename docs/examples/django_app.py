@@ -3,6 +3,7 @@
     pip install 'gradcam-worker[s3]' django standardwebhooks
     export SECRET_KEY=$(openssl rand -hex 32) WEBHOOK_SECRET=whsec_$(openssl rand -base64 32)
     export WEBHOOK_URL=http://127.0.0.1:8000/gradcam/  # and GRADCAM_BROKER_URL, GRADCAM_S3_... of the worker
+    export PHOTO_PLACES=s3://photos/in,...  # where photos may lie, other than below GRADCAM_UPLOADS
     python django_app.py migrate --run-syncdb && python django_app.py createsuperuser
     python django_app.py runserver
 
@@ -18,6 +19,7 @@ from django.apps import AppConfig
 from django.conf import settings
 from django.contrib import admin
 from django.contrib.auth.decorators import permission_required
+from django.core.exceptions import ValidationError
 from django.core.management import execute_from_command_line
 from django.db import models, transaction
 from django.http import HttpResponse
@@ -25,12 +27,12 @@ from django.shortcuts import get_object_or_404, redirect
 from django.urls import path, reverse
 from django.utils.html import format_html
 from django.views.decorators import csrf, http
-from django_settings import APPS, OURS, WISH
+from django_settings import APPS, OURS, WISH, log
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from worker.client import GradcamClient
 from worker.contract import FINAL, StatusEvent
-from worker.errors import GradcamError
+from worker.errors import GradcamError, UriNotAllowed
 
 photos = AppConfig(__name__, sys.modules[__name__])  # this file is an app by itself
 photos.label, photos.verbose_name, photos.models_module = "photos", "Photos", photos.module
@@ -42,7 +44,7 @@ client = GradcamClient()
 # models.py
 class Photo(models.Model):
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
-    image = models.CharField(max_length=1000, help_text="s3://bucket/key, where the worker may read it")
+    image = models.CharField(max_length=1000, help_text="s3://bucket/key")
     version = models.PositiveIntegerField(default=1)  # of the question: each is one job
     job = models.CharField(max_length=36)
     revision = models.PositiveIntegerField(default=0)  # of the answer: the latest counts
@@ -59,6 +61,10 @@ class Photo(models.Model):
         if self.status not in FINAL:
             transaction.on_commit(self.ask)  # no sooner: the answer may come before this request has ended
 
+    def clean(self):  # the worker can read more than whoever adds a photo may see
+        if not client.is_upload(self.image, *settings.PHOTO_PLACES):
+            raise ValidationError({"image": UriNotAllowed.public_message})
+
     def ask(self):
         """How is the job? Where there is none yet, submit it. Harmless, however often it is called."""
         try:
@@ -72,7 +78,8 @@ class Photo(models.Model):
                 )
             self.hear(client.status(self.job))
         except GradcamError as error:
-            Photo.objects.filter(pk=self.pk, version=self.version).update(error=str(error))
+            log.warning("photo %s: %s", self.pk, error)
+            Photo.objects.filter(pk=self.pk, version=self.version).update(error=error.public_message)
 
     @staticmethod
     def hear(document):
@@ -84,7 +91,7 @@ class Photo(models.Model):
             revision=document.revision,
             status=document.status,
             classes=[[one.name.replace("_", " "), one.probability] for one in document.predictions[:5]],
-            error=document.error.detail if document.error else "",
+            error=document.error.public_message if document.error else "",
             manifest=document.result.manifest_uri if document.result else "",
         )
 
@@ -109,7 +116,7 @@ def picture(request, pk, large):
     try:
         result = client.result(photo.job, manifest_uri=photo.manifest)
     except GradcamError as error:
-        return HttpResponse(str(error), status=502, content_type="text/plain")
+        return HttpResponse(error.public_message, status=502, content_type="text/plain")
     made = result.manifest.artifacts if large else result.manifest.explanations[0].artifacts
     return redirect(result.urls[made[0].uri])
 

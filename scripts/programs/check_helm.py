@@ -3,7 +3,8 @@
 For each file of values in deploy/helm/gradcam/ci: `helm lint --strict`, `helm template`, Kubernetes' own
 schemas, those of KEDA and the Prometheus operator (deploy/helm/schemas), and what no schema says: who runs
 as whom, which settings there are, that a pod has longer to end than its worker, that the scaler's formula
-is `scaling.Scaler.formula`. Then values that must be refused.
+is `scaling.Scaler.formula`. Then values that must be refused, and what Kubernetes says of each release's
+Services in the environment of whatever else runs in its namespace: settings must pass over it.
 
     python check_helm.py            what is wrong, a line each; exit code 1 where anything is
     python check_helm.py --write    write the settings' part of values.schema.json
@@ -26,6 +27,7 @@ import yaml  # type: ignore[import-untyped]
 from scaling import Scaler
 
 from worker import supervisor
+from worker.errors import InvalidSettings
 from worker.settings import Settings
 from worker.shard import ROUTE, ROUTES
 
@@ -67,6 +69,7 @@ REFUSED = {
     "monitoring.prometheusRule.enabled=true": "--set-file",
     "nonsense=1": "nonsense",
 }
+RELEASES = ("gradcam", "gradcam-prod", "x")  # as people call them: the first two begin as settings do
 LINT = "{extends: default, rules: {line-length: {max: 220}, document-start: disable}}"
 Document = dict[str, Any]
 
@@ -114,15 +117,16 @@ def main(tools: Path = TOOLS) -> list[str]:
             continue
         documents = parsed(text)
         found += [f"{values.name}: {one}" for one in (*checked(at_hand, documents), *findings(documents))]
+    found += [one for release in RELEASES for one in released(at_hand, release)]
     found += refused(at_hand)
     yaml_files = [CHART / "Chart.yaml", CHART / "values.yaml", *sorted((CHART / "ci").glob("*.yaml")), ALERTS]
     code, said, errors = at_hand.run("yamllint", "--strict", "-d", LINT, *yaml_files)
     return [*found, *([f"yamllint: {said} {errors}"] if code else [])]
 
 
-def template(tools: Tools, values: Path, *sets: str) -> tuple[int, str, str]:
+def template(tools: Tools, values: Path, *sets: str, release: str = "rehearsal") -> tuple[int, str, str]:
     """What `helm template` says, with the alerts given as an operator would give them."""
-    words: list[str | Path] = ["template", "rehearsal", CHART, "--namespace", "vision", "-f", values]
+    words: list[str | Path] = ["template", release, CHART, "--namespace", "vision", "-f", values]
     if not sets:
         words += ["--set-file", f"monitoring.prometheusRule.rules={ALERTS}"]
     for one in sets:
@@ -165,6 +169,52 @@ def refused(tools: Tools) -> Iterator[str]:
             yield f"--set {one} is refused without {word!r}: {errors}"
 
 
+def released(tools: Tools, release: str) -> Iterator[str]:
+    """What is wrong with the chart under the name of a release, with all that it can bring."""
+    code, text, errors = template(tools, CHART / "ci" / "everything.yaml", release=release)
+    if code or errors:
+        yield f"release {release}: helm template: {errors}"
+        return
+    documents = parsed(text)
+    yield from (f"release {release}: {one}" for one in (*findings(documents), *injected(documents)))
+
+
+def injected(documents: list[Document]) -> Iterator[str]:
+    """What settings make of the Services of a namespace, as its other pods see them in their environment."""
+    for service in (one for one in documents if one["kind"] == "Service"):
+        links = service_links(service["metadata"]["name"], service["spec"]["ports"])
+        try:
+            read = Settings.from_environment(links)
+        except InvalidSettings as error:
+            yield f"Service {service['metadata']['name']}: {error}"
+            continue
+        if read != Settings():
+            yield f"Service {service['metadata']['name']} changes settings"
+
+
+def service_links(service: str, ports: list[Document]) -> dict[str, str]:
+    """What Kubernetes sets for a Service in the pods of its namespace (`enableServiceLinks`)."""
+    name, address = service.upper().replace("-", "_"), "10.96.0.7"
+    first = ports[0]
+    found = {
+        f"{name}_SERVICE_HOST": address,
+        f"{name}_SERVICE_PORT": str(first["port"]),
+        f"{name}_PORT": f"tcp://{address}:{first['port']}",
+    }
+    for port in ports:
+        protocol = port.get("protocol", "TCP")
+        link = f"{name}_PORT_{port['port']}_{protocol}"
+        found[link] = f"{protocol.lower()}://{address}:{port['port']}"
+        found |= {
+            f"{link}_PROTO": protocol.lower(),
+            f"{link}_PORT": str(port["port"]),
+            f"{link}_ADDR": address,
+        }
+        if "name" in port:
+            found[f"{name}_SERVICE_PORT_{port['name'].upper().replace('-', '_')}"] = str(port["port"])
+    return found
+
+
 def findings(documents: list[Document]) -> Iterator[str]:
     """What no schema says."""
     yield from check_wiring.findings(documents)
@@ -174,15 +224,17 @@ def findings(documents: list[Document]) -> Iterator[str]:
         elif one["kind"] == "ScaledObject":
             yield from _scaler(one, documents)
     by_name = {(one["kind"], one["metadata"]["name"]): one for one in documents}
-    settings = by_name["ConfigMap", "rehearsal-gradcam"]["data"]
+    (worker,) = [name for kind, name in by_name if kind == "Deployment" and name.endswith("-worker")]
+    release = worker.removesuffix("-worker")
+    settings = by_name["ConfigMap", release]["data"]
     given = {name: str(value) for name, value in settings.items() if name.startswith("GRADCAM_")}
     # The file's folder is there in a pod, and not here.
     told = {**given, "GRADCAM_BROKER_URL": "redis://somewhere:6379/0", "GRADCAM_REDIS_CA": ""}
     read = Settings.from_environment(told)  # raises InvalidSettings where the worker would
-    grace = _spec(by_name["Deployment", "rehearsal-gradcam-worker"])["terminationGracePeriodSeconds"]
+    grace = _spec(by_name["Deployment", worker])["terminationGracePeriodSeconds"]
     if grace < read.shutdown_timeout_s + supervisor.HAND_BACK_S:
         yield f"a worker that needs {read.shutdown_timeout_s:g} s to end is killed after {grace} s"
-    denying = by_name.get(("NetworkPolicy", "rehearsal-gradcam"), {}).get("spec", {})
+    denying = by_name.get(("NetworkPolicy", release), {}).get("spec", {})
     if set(denying) != {"podSelector", "policyTypes"} or len(denying["policyTypes"]) != len(("in", "out")):
         yield "no NetworkPolicy denies what the others do not allow"
 
@@ -195,13 +247,21 @@ def _spec(document: Document) -> Document:
 def _pod(document: Document) -> Iterator[str]:
     name, spec = document["metadata"]["name"], _spec(document)
     user = spec["securityContext"]
-    if not user["runAsNonRoot"] or user["seccompProfile"] != {"type": "RuntimeDefault"}:
-        yield f"{name} may run as root, or without seccomp"
+    wrongs = [
+        (
+            not user["runAsNonRoot"] or user["seccompProfile"] != {"type": "RuntimeDefault"},
+            "may run as root, or without seccomp",
+        ),
+        (spec["automountServiceAccountToken"], "has a token for the cluster"),
+        (
+            spec.get("enableServiceLinks", True),
+            "gets the Services of its namespace as variables (enableServiceLinks)",
+        ),
+    ]
+    yield from (f"{name} {said}" for wrong, said in wrongs if wrong)
     ours = name.endswith(("-worker", "-deliver"))
     if ours and user["runAsUser"] != USER:
         yield f"{name} runs as {user['runAsUser']}, and the image's user is {USER}"
-    if spec["automountServiceAccountToken"]:
-        yield f"{name} has a token for the cluster"
     for one in [*spec["containers"], *spec.get("initContainers", [])]:
         rights = one["securityContext"]
         if rights != {

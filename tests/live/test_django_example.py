@@ -21,6 +21,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from worker import embedded, lifeline, signing
 from worker.contract import StatusDocument, StatusEvent
+from worker.errors import ImageNotFound, UriNotAllowed
 from worker.s3 import S3
 from worker.wire import utc_now
 
@@ -98,6 +99,8 @@ def site(make_stage: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
         "SECRET_KEY": "the-key-that-signs-sessions",
         "WEBHOOK_SECRET": SECRET,
         "WEBHOOK_URL": f"{url}/gradcam/",
+        "GRADCAM_UPLOADS": "s3://photos/uploads",
+        "PHOTO_PLACES": "s3://photos",
         "DJANGO_SUPERUSER_PASSWORD": "open-sesame",
     }
     site = Site(stage, folder, url, environment)
@@ -171,9 +174,13 @@ def test_photos_are_explained_and_seen_in_the_admin(site: Site, visitor: Any) ->
         WebDriverWait(visitor, TIMEOUT_S).until(lambda _: visitor.find_elements(By.CLASS_NAME, "success"))
     # The list asks nobody: what it knows comes by webhook.
     wait_for(lambda: "Egyptian cat, " in row_text(visitor, site, "chelsea.jpg"))
-    wait_for(
-        lambda: "There is no such object: s3://photos/nothing.jpg." in row_text(visitor, site, "nothing")
-    )
+    wait_for(lambda: ImageNotFound.public_message in row_text(visitor, site, "nothing"))
+    visitor.get(f"{site.url}/photos/photo/add/")
+    visitor.find_element(By.NAME, "image").send_keys("s3://private/cat.jpg\n")
+    WebDriverWait(visitor, TIMEOUT_S).until(lambda _: visitor.find_elements(By.CLASS_NAME, "errorlist"))
+    assert UriNotAllowed.public_message in visitor.find_element(By.CLASS_NAME, "errorlist").text
+    visitor.save_screenshot(str(site.folder / "refused.png"))
+    visitor.get(f"{site.url}/photos/photo/")
     server = site.stage.client._ledger.server
     server.redis.delete(*server.redis.keys(f"{server.prefix}job:*"))  # as after a week
     assert min(sizes(visitor)) > 0, "the thumbnail"

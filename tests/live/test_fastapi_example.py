@@ -22,6 +22,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from worker import embedded, lifeline
 from worker.client import GradcamClient
+from worker.errors import ImageNotFound, InvalidJob, UnknownJob, UnsupportedMediaType, UriNotAllowed
 from worker.gradcam.decode import decode
 from worker.gradcam.picture import fit
 
@@ -29,10 +30,10 @@ pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "fastapi_app.py"
 STAGES = {"fetch", "decode", "load", "explain", "render", "upload"}
-DESKTOP, PHONE = (760, 1060), (375, 812)
+DESKTOP, PHONE = (1280, 1060), (375, 812)
 WAIT_S = 120  # for a worker that is only just starting
-HOSTILE = "s3://photos/<img src=x onerror=document.title=1>.jpg"
-JOB = {"network": "efficientnet_lite0", "target": {"top_n": 1}}
+HOSTILE = "s3://photos/uploads/<img src=x onerror=document.title=1>.jpg"
+JOB: dict[str, Any] = {"network": "efficientnet_lite0", "target": {"top_n": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -207,22 +208,25 @@ def problems_are_shown_as_sentences(visitor: Visitor, folder: Path) -> None:
     address, file = visitor.find("uri"), visitor.find("photo")
     visitor.find("go").click()
     assert visitor.problem() == "Choose a photo, or paste the address of one."
-    for wrong, sentence in (
-        ("s3://photos/nothing.jpg", "s3://photos/nothing.jpg"),
-        ("s3://private/cat.jpg", "private"),
-        ("cat.jpg", "cat.jpg"),
-        (HOSTILE, HOSTILE),
+    for wrong, kind in (
+        ("s3://photos/uploads/nothing.jpg", ImageNotFound),
+        ("s3://photos/chelsea.jpg", UriNotAllowed),
+        (HOSTILE, ImageNotFound),
+        ("cat.jpg", UriNotAllowed),
     ):
         address.clear()
         address.send_keys(wrong, Keys.ENTER)
-        visitor.until(lambda: sentence in visitor.find("problem").text)  # noqa: B023  # asked at once
-        assert visitor.problem().endswith((".", ")"))
+        visitor.until(lambda: visitor.find("problem").text == kind.public_message)  # noqa: B023  # asked at once
+        assert visitor.problem()
+    for size in (DESKTOP, PHONE):
+        visitor.size(size)
+        (folder / f"problem-{size[0]}.png").write_bytes(visitor.driver.get_screenshot_as_png())
     assert visitor.run("return [document.images.length, document.title]") == [2, "Where did it look?"]
     (folder / "broken.jpg").write_bytes(b"no photo")
     file.send_keys(str(folder / "broken.jpg"))
     assert address.get_attribute("value") == "", "one of the two"
     visitor.find("go").click()
-    visitor.until(lambda: "image" in visitor.find("problem").text)
+    visitor.until(lambda: visitor.find("problem").text == UnsupportedMediaType.public_message)
     with (folder / "large.jpg").open("wb") as large:
         large.truncate(16_000_001)
     file.send_keys(str(folder / "large.jpg"))
@@ -237,18 +241,48 @@ def test_what_no_browser_sends_gets_a_sentence_too(site: str) -> None:
     for content in (b"x" * 16_000_001, chunks()):
         answer = httpx.put(f"{site}jobs/some-key", content=content)
         assert (answer.status_code, answer.json()["detail"][-18:]) == (413, "this one has more.")
-    answer = httpx.put(f"{site}jobs/{'k' * 300}?uri=s3://photos/cat.jpg")
-    assert answer.status_code == 422
-    assert "idempotency_key" in answer.json()["detail"]
+    answer = httpx.put(f"{site}jobs/{'k' * 300}?uri=s3://photos/uploads/cat.jpg")
+    assert (answer.status_code, answer.json()) == (422, {"detail": InvalidJob.public_message})
     told = httpx.get(f"{site}jobs/nobody").text
     assert told.startswith("event: problem")
-    assert "The ledger has no job nobody" in told
+    assert UnknownJob.public_message in told
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://photos/chelsea.jpg",
+        "s3://private/cat.jpg",
+        "s3://photos/uploads",
+        "s3://photos/uploads/",
+        "s3://photos/uploads-of-others/cat.jpg",
+        "s3://photos/uploads/../chelsea.jpg",
+        "s3://photos/uploads/%2e%2e/chelsea.jpg",
+        "s3://photos/uploads/./../chelsea.jpg",
+        "s3://photos/uploads//chelsea.jpg",
+        "s3://photos/uploads/..\\chelsea.jpg",
+        "S3://photos/uploads/cat.jpg",
+        " s3://photos/uploads/cat.jpg",
+        "file:///etc/passwd",
+        "https://169.254.169.254/latest",
+        "data:image/png;base64,AAAA",
+    ],
+)
+def test_a_visitor_can_have_nothing_read_that_lies_elsewhere(
+    site: str, place: Any, keys: redis.Redis, uri: str
+) -> None:
+    before = set(keys.keys("gradcam:job:*"))
+    answer = httpx.put(f"{site}jobs/elsewhere", params={"uri": uri})
+    assert (answer.status_code, answer.json()) == (422, {"detail": UriNotAllowed.public_message})
+    assert set(keys.keys("gradcam:job:*")) == before
+    assert repr(UriNotAllowed(uri)) in place.log("site"), "the operator is told"
 
 
 def test_where_the_broker_is_away_a_visitor_is_asked_to_come_again(
     free_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("GRADCAM_BROKER_URL", f"redis://127.0.0.1:{free_port}/0")
+    monkeypatch.setenv("PAGE_IMAGES", "s3://other/place,s3://photos")
     spec = importlib.util.spec_from_file_location("fastapi_app", EXAMPLE)
     assert spec
     assert spec.loader

@@ -16,6 +16,7 @@ import redis.exceptions
 import worker
 from worker import broker, embedded
 from worker.client import GradcamClient
+from worker.contract import WorkerRef
 from worker.doctor import examine
 from worker.errors import LedgerUnavailable
 from worker.fleet import RedisFleet
@@ -30,6 +31,7 @@ PASSWORDS = {
     "worker": "planted-of-the-worker",
 }
 NETWORK = "efficientnet_lite0"
+WORKER = WorkerRef(id="w", device="cpu")
 WAIT_S = 180
 FORBIDDEN = [  # to whoever may only submit
     "FLUSHALL",
@@ -178,7 +180,7 @@ def test_whoever_works_may_do_all_that_the_ledger_does() -> None:
 def test_whoever_may_only_submit_may_do_all_that_a_client_does(port: int, admin: redis.Redis) -> None:
     client = GradcamClient(settings=Settings(broker_url=url(port, "submitter"), key_prefix="gradcam:"))
     events = ["job.queued", "job.canceled"]
-    fields = {
+    fields: dict[str, Any] = {
         "image": "s3://photos/coffee.jpg",
         "network": NETWORK,
         "target": {"top_n": 1},
@@ -199,6 +201,11 @@ def test_whoever_may_only_submit_may_do_all_that_a_client_does(port: int, admin:
             assert [document.status for document in stream] == ["canceled"]
             assert client.statuses([job_id])[job_id].status == "canceled"
         settings = Settings(broker_url=url(port, "submitter"), key_prefix="gradcam:")
+        worker = RedisLedger(settings.model_copy(update={"broker_url": url(port, "worker")}))
+        retried = client.submit(**fields, idempotency_key=new_id())
+        worker.advance(worker.claim(worker.read(retried), WORKER).document, status="failed")
+        assert client.retry(retried).status == "queued"
+        assert client.cancel(retried).status == "canceled"
         fleet, place = RedisFleet(RedisLedger(settings).server), "s3://results/cams"
         assert fleet.beat(place, "me", {}, [], enter=True).owner
         assert fleet.find(place, cancel=True)
@@ -233,7 +240,12 @@ def test_a_job_is_submitted_worked_and_cancelled_by_two_users(
     client: GradcamClient, guarded: Any, public_server: Any, answer: Any, admin: redis.Redis
 ) -> None:
     hook = {"url": public_server.url("/guarded", answer(204)), "events": ["job.started", "job.succeeded"]}
-    job = {"image": "s3://photos/coffee.jpg", "network": NETWORK, "target": {"top_n": 1}, "webhooks": [hook]}
+    job: dict[str, Any] = {
+        "image": "s3://photos/coffee.jpg",
+        "network": NETWORK,
+        "target": {"top_n": 1},
+        "webhooks": [hook],
+    }
     ids = [client.submit(**job, priority=name) for name in ("high", "normal", "low", "bulk")]
     assert [client.wait(one, WAIT_S).status for one in ids] == ["succeeded"] * 4
     key = new_id()

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from worker.gradcam.catalog import CATALOG, PREPROCESSING, Channels, Head, HeadKind, NetworkRow, Preprocessing
+from worker.url import has_credentials, without_user
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 IMAGENET, IMAGENET_CLASSES = "imagenet", 1000
@@ -146,6 +147,15 @@ def _name(name: str) -> str:
     return name
 
 
+def _without_user(uri: str) -> str:
+    if has_credentials(uri):
+        message = (
+            f"{without_user(uri)!r} must hold no user and no password: GRADCAM_S3_... name the credentials"
+        )
+        raise ValueError(message)
+    return uri
+
+
 def _address(uri: str) -> str:
     scheme, slashes, rest = uri.partition("://")
     if slashes and scheme not in {"s3", "file"}:
@@ -208,9 +218,9 @@ Labels = Annotated[
 class OwnNetwork(Table):
     """`[networks.NAME]`: a whole model in a file, or an architecture and its weights."""
 
-    model: Annotated[Text, AfterValidator(_model)] | None = None
+    model: Annotated[Text, AfterValidator(_without_user), AfterValidator(_model)] | None = None
     architecture: Annotated[Text, AfterValidator(_architecture)] | None = None
-    weights: Annotated[Text, AfterValidator(_weights)] | None = None
+    weights: Annotated[Text, AfterValidator(_without_user), AfterValidator(_weights)] | None = None
     sha256: Annotated[str, AfterValidator(_checksum)]
     labels: Labels = ()
     classes: Annotated[StrictInt, Field(ge=2, le=100_000)] | None = None
