@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import redis
 from celery.app.trace import reset_worker_optimizations, setup_worker_optimizations
 from celery.worker import state
 
-from worker import broker, strict_json
+from worker import broker, process, strict_json
 from worker.envelope import check
 from worker.errors import InvalidJob, LedgerUnavailable
 from worker.settings import Settings
@@ -97,9 +98,9 @@ def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
     with redis.Redis.from_url(settings.broker_url) as connection:
         desk = Reception(settings, connection)
 
-        def explain(self: Any, *args: object, **kwargs: object) -> None:
+        def explain(self: Any, *args: object) -> None:
             desk.headers[self.request.id] = self.request.headers
-            desk.handled[self.request.id] = [*args, *kwargs.values()]
+            desk.handled[self.request.id] = [*args]
 
         app.task(explain, name=broker.EXPLAIN, bind=True, shared=False)
         app.refuse_message = desk.refuse
@@ -174,6 +175,9 @@ def test_of_nameless_items_only_the_last_are_kept(reception: Reception) -> None:
     assert 0 < int(reception.redis.ttl(reception.key("unreadable"))) <= 7 * 86_400
 
 
+HALVES = ("\ud800", "a\udfffb", '\\"\udc00 x')
+
+
 def follow(**embed: Any) -> bytes:
     return json.dumps([[JOB], {}, embed]).encode()
 
@@ -219,6 +223,15 @@ MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
         {"body": follow(chain=[{"task": "x", "options": {"queue": "y"}}])},
         "tasks that are to follow",
     ),
+    "a shard's task among jobs": (
+        {"headers": {"task": broker.EXPLAIN_SHARD}},
+        "no task 'gradcam.explain_shard' in the queue gradcam.interactive, only gradcam.explain",
+    ),
+    "half a pair in the job": ({"body": with_job('"\\ud800x"')}, r"half of a surrogate pair ('\ud800')"),
+    "half a pair in a name": ({"body": with_job('{"\\udfff": 1}')}, "half of a surrogate pair"),
+    "half a pair in a header": ({"headers": {"origin": "\ud800"}}, "half of a surrogate pair"),
+    "half a pair in the task": ({"headers": {"task": "\udc00"}}, "half of a surrogate pair"),
+    "half a pair in a property": ({"properties": {"reply_to": "\udc00"}}, "half of a surrogate pair"),
     "an envelope that is too deep": ({"headers": {"x": json.loads("[" * 20 + "]" * 20)}}, "16 levels"),
 }
 
@@ -240,15 +253,64 @@ def test_a_message_that_is_no_task_is_refused_under_its_id_with_the_reason(recep
     assert not reception.aside()
 
 
+def test_a_task_of_celerys_own_is_refused_before_celery_sees_it(reception: Reception) -> None:
+    """Each would publish, or run, what its arguments say, with the worker's rights."""
+    item = {"task": broker.EXPLAIN, "args": [JOB], "options": {"queue": "events:1:hook1", "task_id": "x"}}
+    bodies: dict[str, tuple[list[Any], dict[str, Any]]] = {
+        "celery.group": ([[item], None, None], {}),
+        "celery.map": ([item, [[JOB]]], {}),
+        "celery.starmap": ([item, [[JOB]]], {}),
+        "celery.chunks": ([item, [[JOB]], 1], {}),
+        "celery.chain": ([item], {}),
+        "celery.chord": ([[item], item], {}),
+        "celery.chord_unlock": (["g", item], {"result": []}),
+        "celery.accumulate": ([1], {}),
+        "celery.backend_cleanup": ([], {}),
+        "celery.ping": ([], {}),
+    }
+    ids = {}
+    for queue in broker.QUEUES:
+        for name, (args, kwargs) in bodies.items():
+            message_id = ids[queue, name] = new_id()
+            body = json.dumps([args, kwargs, {}]).encode()
+            reception.put(envelope(message_id, body, headers={"task": name}), queue)
+    ids[broker.SHARDS, broker.EXPLAIN] = message_id = new_id()
+    reception.put(envelope(message_id), broker.SHARDS)
+    reception.goes_on()
+    wait_for(lambda: {*ids.values()} <= reception.refused.keys(), "the refusals")
+    for (queue, name), message_id in ids.items():
+        assert f"no task {name!r} in the queue {queue}, only" in reception.refused[message_id]
+    assert not reception.aside()
+    left: Any = reception.redis.keys(reception.key("*events*"))
+    assert not left, "nothing was published"
+
+
+def test_only_the_two_tasks_are_there(settings: Settings) -> None:
+    app = broker.make_app(settings)
+    process.register(app, Mock())
+    assert {*app.tasks} == {"gradcam.explain", "gradcam.explain_shard"}
+
+
+def test_a_message_whose_id_is_no_utf_8_is_refused_under_what_it_says(reception: Reception) -> None:
+    for half in HALVES:
+        reception.put(envelope(half))
+    reception.goes_on()
+    assert {*reception.refused} == {half.encode(errors="backslashreplace").decode() for half in HALVES}
+    assert all("half of a surrogate pair" in why for why in reception.refused.values())
+    assert not reception.aside()
+
+
 STUMBLING_BLOCKS: tuple[dict[str, Any], ...] = (
     {},
     {"headers": {"timelimit": "x", "shadow": "a\nb", "retries": "x", "argsrepr": 7, "origin": {}, "lang": 5}},
     {"properties": {"delivery_tag": ["x"], "priority": 1e300, "reply_to": {}, "correlation_id": None}},
     {"properties": {"delivery_info": None, "priority": "x"}},
     {"properties": {"delivery_info": {"routing_key": "job:1", "exchange": ["a"]}}},
-    {"body": with_job('"\\ud800\\u0000\\n"')},
-    {"body": b'[[], {"job": {}}, {"callbacks": null}]'},
+    {"body": with_job('"\\ud83d\\ude00\\u0000\\n"')},
+    {"body": b'[[], {"self": {}}, {"callbacks": null}]'},
     {"headers": {broker.ENTERED_AT: "2026-01-01T00:00:00Z"}},
+    {"body": json.dumps([[], {"self": JOB, "task_id": 1, "\ud83d\ude00": 2}, {}]).encode()},
+    {"properties": {"body_encoding": "utf-8"}, "body": with_job('"plain"').decode()},
 )
 
 
@@ -260,6 +322,7 @@ def test_what_only_kombu_and_celery_would_stumble_over_is_left_out(reception: Re
     assert {f"message {number}" for number in range(len(STUMBLING_BLOCKS))} <= reception.handled.keys()
     assert not reception.refused
     assert not reception.aside()
+    assert reception.handled["message 8"] == [JOB, 1, 2]
     assert reception.headers["message 7"][broker.ENTERED_AT] == "2026-01-01T00:00:00Z"
 
 

@@ -1,3 +1,4 @@
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Office:
     store: MemoryStore = field(default_factory=MemoryStore)
     breaker: Breaker = field(default_factory=lambda: Breaker(lambda: None))
     one_desk: Any = None
+    known: str = ""  # the token of the one backfill that there is; '': all are known
 
     @property
     def desk(self) -> Desk:
@@ -48,10 +50,11 @@ class Office:
             WorkerRef(id="w", device="cpu"),
             Leases(self.ledger, "w", 15),
             self.breaker,
+            admits=lambda shard: self.known in {"", shard.token},
         )
 
-    def handle(self, payload: object, message_id: str | None = None) -> str:
-        return self.desk.handle(payload, message_id or new_id())
+    def handle(self, payload: object, message_id: str | None = None, kind: Any = Job) -> str:
+        return self.desk.handle(payload, message_id or new_id(), kind=kind)
 
     def read(self, job: Job) -> StatusDocument:
         return self.ledger.read(job.id)
@@ -431,7 +434,7 @@ class TestShards:
     def hand_in(self, office: Office, shard: Shard) -> str:
         """As whoever runs a backfill does."""
         office.ledger.submit(shard)
-        return office.handle({"id": shard.id})
+        return office.handle({"id": shard.id}, kind=Shard)
 
     def test_a_shard_succeeds_and_its_document_counts_its_rows(self, office: Office) -> None:
         office.images = Images(**{"2": lambda: ImageNotFound("There is nothing.")})
@@ -447,7 +450,7 @@ class TestShards:
         assert document.network
         assert (document.network.name, document.network.layer) == ("efficientnet_lite0", "blocks")
         assert document.metadata == {"backfill": shard.backfill, "shard": "0"}
-        assert office.handle({"id": shard.id}) == "dropped"
+        assert office.handle({"id": shard.id}, kind=Shard) == "dropped"
 
     def test_a_shard_under_which_processes_die_is_done_without_the_row_that_kills_them(
         self, office: Office
@@ -460,12 +463,12 @@ class TestShards:
         stages = []
         for _ in range(3):
             with pytest.raises(Died):
-                office.handle({"id": shard.id})
+                office.handle({"id": shard.id}, kind=Shard)
             stages.append(office.ledger.read(shard.id).stage)
             office.ledger._due[shard.id] = 0
             assert office.ledger.lose(shard.id) == "shard"
         assert stages == ["fetch", "rows 4 to 4", "row 4"]
-        assert office.handle({"id": shard.id}) == "done"
+        assert office.handle({"id": shard.id}, kind=Shard) == "done"
         document = office.ledger.read(shard.id)
         assert (document.status, document.attempt) == ("succeeded", 4)
         assert document.metrics["failed_worker_lost"] == document.metrics["failed"] == 1
@@ -476,12 +479,12 @@ class TestShards:
         office.ledger.submit(shard)
         for attempt in (1, 2):
             office.one_desk = office.desk
-            assert office.one_desk.handle({"id": shard.id}, new_id()) == "dropped"
+            assert office.one_desk.handle({"id": shard.id}, new_id(), kind=Shard) == "dropped"
             document = office.ledger.read(shard.id)
             assert (document.status, document.attempt, document.error) == ("queued", attempt, None)
             assert not office.store.objects
         office.images = Images()
-        assert office.handle({"id": shard.id}) == "done"
+        assert office.handle({"id": shard.id}, kind=Shard) == "done"
         left = dict(office.store.objects)
         other = Office(Images())
         self.hand_in(other, shard.model_copy(update={"id": new_id()}))
@@ -498,7 +501,7 @@ class TestShards:
         assert (document.status, document.error and document.error.code) == ("retrying", "image_fetch_failed")
         office.ledger._due[shard.id] = 0
         assert office.ledger.requeue(shard.id) == "shard"
-        assert office.handle({"id": shard.id}) == "done"
+        assert office.handle({"id": shard.id}, kind=Shard) == "done"
         document = office.ledger.read(shard.id)
         assert (document.status, document.metrics["failed_image_fetch_failed"]) == ("succeeded", 4)
 
@@ -512,7 +515,75 @@ class TestShards:
         office.images = Images(**{"1": cancel})
         office.one_desk = office.desk
         office.ledger.submit(shard)
-        assert office.one_desk.handle({"id": shard.id}, new_id()) == "done"
+        assert office.one_desk.handle({"id": shard.id}, new_id(), kind=Shard) == "done"
         document = office.ledger.read(shard.id)
         assert (document.status, document.error and document.error.code) == ("canceled", "canceled")
         assert not office.store.objects
+
+    def test_a_shard_among_jobs_is_refused_and_runs_nothing(self, office: Office) -> None:
+        shard, office.known = a_shard(token="t"), "t"
+        assert office.handle(json.loads(shard.to_json()), shard.id) == "done"
+        problem = office.ledger.read(shard.id).error
+        assert problem is not None
+        assert (problem.code, problem.detail) == (
+            "invalid_job",
+            "This is a shard, and among jobs none is taken: only `gradcam backfill` submits shards.",
+        )
+        assert not office.store.objects
+
+    def test_a_job_among_shards_is_refused(self, office: Office) -> None:
+        job = a_job()
+        assert office.handle(payload(job), kind=Shard) == "done"
+        problem = office.read(job).error
+        assert problem is not None
+        assert problem.code == "invalid_job"
+        assert "send jobs to gradcam.interactive" in problem.detail
+
+    def test_a_message_that_names_what_the_other_queue_is_for_is_dropped_and_harms_nothing(
+        self, office: Office
+    ) -> None:
+        job, shard, office.known = a_job(), a_shard(token="t"), "t"
+        office.ledger.submit(job)
+        office.ledger.submit(shard)
+        assert office.handle({"id": shard.id}) == "dropped"
+        assert office.handle({"id": job.id}, kind=Shard) == "dropped"
+        for one in (job, shard):
+            assert office.handle({"id": one.id}, kind=type(one)) == "done"
+            assert office.ledger.read(one.id).status == "succeeded"
+
+    @pytest.mark.parametrize("token", ["", "guessed", "T"])
+    def test_a_forged_shard_is_refused_whether_or_not_it_got_into_the_ledger(
+        self, office: Office, token: str
+    ) -> None:
+        office.known = "t"
+        sent, entered = a_shard(token=token, keep=True), a_shard(token=token, keep=True)
+        office.ledger.submit(entered)
+        assert office.handle(json.loads(sent.to_json()), sent.id, kind=Shard) == "done"
+        assert office.handle({"id": entered.id}, kind=Shard) == "done"
+        for one in (sent, entered):
+            document = office.ledger.read(one.id)
+            assert (document.status, document.error and document.error.code) == ("failed", "unknown_backfill")
+            assert document.error
+            assert not token or token not in document.error.detail.split()
+        assert not office.store.objects
+
+    def test_a_shard_in_a_message_has_to_show_a_token_also_where_the_backfill_has_none(
+        self, office: Office
+    ) -> None:
+        """As those have none that an older version submits: into the ledger, where no stranger may write."""
+        sent = a_shard()
+        assert office.handle(json.loads(sent.to_json()), sent.id, kind=Shard) == "done"
+        assert office.ledger.read(sent.id).status == "failed"
+
+    def test_a_shard_that_is_run_already_is_not_ended_by_a_backfill_that_is_forgotten(
+        self, office: Office
+    ) -> None:
+        shard = a_shard(token="t")
+
+        def forget() -> None:
+            office.known = "another"
+            assert office.handle({"id": shard.id}, kind=Shard) == "dropped"
+
+        office.images = Images(**{"1": forget})
+        assert self.hand_in(office, shard) == "done"
+        assert office.ledger.read(shard.id).status == "succeeded"

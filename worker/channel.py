@@ -52,11 +52,14 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         *kombu_redis.Channel.from_transport_options,
         "max_message_bytes",
         "most_in_hand",
+        "tasks",
     )
     max_message_bytes = 1024 * 1024  # of a job as JSON
     most_in_hand: Mapping[
         str, int
     ] = {}  # queue -> messages that are not yet acknowledged, where it is limited
+
+    tasks: Mapping[str, str] = {}  # queue -> the one task that it is for
 
     _kept: Any = None
     _queue_cycle: Any
@@ -126,7 +129,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     def _opened(self, item: bytes, queue: str) -> dict[str, Any] | None:
         """The message that an item is; where it is none, one that says so; None where nobody can be told."""
         try:
-            return envelope.read(item, queue, self.max_message_bytes)
+            return envelope.read(item, queue, self.max_message_bytes, self.tasks.get(queue, ""))
         except strict_json.Unreadable as error:
             message_id = envelope.identify(item)
             if message_id:

@@ -8,6 +8,7 @@ from celery import Celery
 
 from worker import keepers, storage, traces, wiring
 from worker.breaker import Breaker
+from worker.fleet import RedisFleet
 from worker.keepers import Keep
 from worker.leases import Leases
 from worker.observer import SILENT, Observer
@@ -40,5 +41,15 @@ def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer
     leases = Leases(ledger, me.id, settings.lease_s, health, observer)
     spans = traces.to(settings.traces, "gradcam-worker", me.id)
     others = keepers.gather(settings, app.bell, ledger, outside.webhooks.send, me.id, observer, spans)
-    desk = Desk(settings, ledger, outside, me, leases, breaker, observer=observer, traces=spans)
+    desk = Desk(
+        settings,
+        ledger,
+        outside,
+        me,
+        leases,
+        breaker,
+        observer=observer,
+        traces=spans,
+        admits=RedisFleet(ledger.server).admits,
+    )
     return Crew(desk, {"leases": leases.keep, "breaker": breaker.watch, **others})

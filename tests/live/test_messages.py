@@ -200,7 +200,7 @@ def test_whoever_may_only_submit_may_do_all_that_a_client_does(port: int, admin:
             assert client.statuses([job_id])[job_id].status == "canceled"
         settings = Settings(broker_url=url(port, "submitter"), key_prefix="gradcam:")
         fleet, place = RedisFleet(RedisLedger(settings).server), "s3://results/cams"
-        assert fleet.beat(place, "me", {}, [], enter=True).owner
+        assert fleet.beat(place, "me", {}, [], "token", enter=True).owner
         assert fleet.find(place, cancel=True)
         fleet.leave(place, "me", {}, [])
         findings = islice(examine(Settings(broker_url=url(port, "submitter"))), 2)
