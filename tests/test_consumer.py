@@ -14,9 +14,11 @@ import pytest
 import redis
 from celery.app.trace import reset_worker_optimizations, setup_worker_optimizations
 from celery.worker import state
+from celery.worker.control import Panel
 
 from worker import broker, process, strict_json
-from worker.envelope import check
+from worker.channel import Seldom
+from worker.envelope import QUESTIONS, check
 from worker.errors import InvalidJob, LedgerUnavailable
 from worker.settings import Settings
 from worker.wire import new_id
@@ -42,6 +44,7 @@ class Reception:
     handled: dict[str, Any] = field(default_factory=dict)  # message id -> its one argument
     headers: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)  # message id -> why
+    hold: threading.Event = field(default_factory=threading.Event)  # as long as it is not set, tasks wait
 
     def key(self, name: str) -> str:
         return f"{self.settings.key_prefix}{name}"
@@ -97,12 +100,14 @@ def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
     app = broker.make_app(settings)
     with redis.Redis.from_url(settings.broker_url) as connection:
         desk = Reception(settings, connection)
+        desk.hold.set()
 
         def explain(self: Any, *args: object) -> None:
+            desk.hold.wait(WAIT_S)
             desk.headers[self.request.id] = self.request.headers
             desk.handled[self.request.id] = [*args]
 
-        app.task(explain, name=broker.EXPLAIN, bind=True, shared=False)
+        app.task(explain, name=broker.EXPLAIN, bind=True, shared=False, Request=process.REQUEST)
         app.refuse_message = desk.refuse
         app.turned = lambda: None
         app.conf.worker_consumer = "worker.consumer:SturdyConsumer"
@@ -363,20 +368,116 @@ def test_rubbish_among_the_unacknowledged_keeps_no_other_message_there(reception
     assert {one["queue"] for one in reception.aside()} == {"unacked"}
 
 
-COMMANDS = [b"garbage", b"[" * 100_000, b"{}", b'{"headers": {}}', b"7", b"\xff"]
+def asking(settings: Settings) -> Any:
+    """An app as Flower has it: see docker/flower_app.py."""
+    app = broker.make_app(settings)
+    app.conf.broker_transport = None
+    return app
 
 
-def test_a_remote_command_that_is_none_is_passed_over_and_not_shown(
-    reception: Reception, caplog: pytest.LogCaptureFixture
+def command(method: object, **more: Any) -> bytes:
+    """A remote command as Celery writes it."""
+    reply_to = {"exchange": "reply.celery.pidbox", "routing_key": new_id()}
+    asked = {"method": method, "arguments": {}, "destination": None, "reply_to": reply_to, "ticket": new_id()}
+    return envelope(new_id(), json.dumps(asked | more).encode())
+
+
+COMMANDS = (
+    b"garbage",
+    b"[" * 100_000,
+    b"{}",
+    b'{"headers": {}}',
+    b"7",
+    b"\xff",
+    command("ping", pattern="(a+)+$", matcher="pcre"),
+    command("ping", reply_to={"exchange": "gradcam.bulk", "routing_key": "gradcam.bulk"}),
+    command("ping", reply_to=None),
+    command("ping", ticket={}),
+    command("ping", destination=7),
+    command(["ping"]),
+    command("hello", arguments={"from_node": "x", "revoked": ["me"]}),
+    *map(command, Panel.data.keys() - QUESTIONS),
+)
+
+
+def test_a_remote_command_that_does_more_than_ask_is_ignored_with_a_line(
+    reception: Reception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    channel = reception.key("/0.celery.pidbox")
+    lines: list[int] = []
+    seldom = Seldom(3600)
+
+    def ignored() -> int:
+        lines.append(seldom())
+        return lines[-1]
+
+    monkeypatch.setattr("worker.channel.ignored", ignored)
     wait_for(reception.redis.pubsub_numpat, "its listening")
+    channel, control = reception.key("/0.celery.pidbox"), asking(reception.settings).control
     with caplog.at_level(logging.WARNING):
-        for command in COMMANDS:
-            assert reception.redis.publish(channel, command) == 1
-        wait_for(lambda: caplog.text.count("a channel of remote commands") == len(COMMANDS), "the lines")
+        for one in COMMANDS:
+            assert reception.redis.publish(channel, one) == 1
+        control.revoke("revoked", terminate=True)
+        control.rate_limit(broker.EXPLAIN, "1/h")
+        control.time_limit(broker.EXPLAIN, soft=1, hard=1)
+        control.cancel_consumer(broker.INTERACTIVE)
+        control.add_consumer("stolen")
+        control.pool_shrink(2)
+        control.pool_restart(reload=True)
+        control.enable_events()
+        control.shutdown()
+        wait_for(lambda: len(lines) == len(COMMANDS) + 9, "the commands' arrival")
+        reception.put(envelope("revoked"))
         reception.goes_on()
-    assert "garbage" not in caplog.text
+        reception.goes_on()
+    assert "revoked" in reception.handled
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1, "the others are counted"
+    assert said[0].startswith("remote command ignored: its envelope cannot be read as JSON")
+    assert not {key for key in reception.redis.keys(reception.key("*")) if b"stolen" in key}
+
+
+def test_ping_and_inspection_are_answered_and_show_no_job_and_no_password(reception: Reception) -> None:
+    app = asking(reception.settings)
+    wait_for(reception.redis.pubsub_numpat, "its listening")
+    secret = {**JOB, "image": "https://host/a.png?X-Amz-Signature=planted"}
+    reception.hold.clear()
+    try:
+        for _ in range(3):  # one more than there are threads
+            reception.put(envelope(new_id(), json.dumps([[secret], {}, {}]).encode()))
+        wait_for(lambda: reception.unacked() >= 2, "their arrival")
+        inspect = app.control.inspect(timeout=WAIT_S, limit=1)
+        found = {name: getattr(inspect, name)() for name in QUESTIONS}
+    finally:
+        reception.hold.set()
+    for name, answer in found.items():
+        assert answer, name
+        assert len(answer) == 1
+        assert "error" not in next(iter(answer.values())), name
+    assert "planted" not in json.dumps(found)
+    answers = {name: next(iter(answer.values())) for name, answer in found.items()}
+    assert answers["ping"] == {"ok": "pong"}
+    assert [one["name"] for one in answers["active"]] == [broker.EXPLAIN] * 2
+    assert [one["name"] for one in answers["active_queues"]] == [*broker.QUEUES]
+
+
+def test_an_answer_goes_to_nobody_else_whatever_is_bound(reception: Reception) -> None:
+    wait_for(reception.redis.pubsub_numpat, "its listening")
+    mine = {"exchange": "reply.celery.pidbox", "routing_key": "mine"}
+    bound = reception.key("_kombu.binding.reply.celery.pidbox")
+    for queue in ("events:1:hook1", "mine.reply.celery.pidbox"):
+        reception.redis.sadd(bound, f"mine\x06\x16\x06\x16{queue}")
+    reception.redis.publish(reception.key("/0.celery.pidbox"), command("ping", reply_to=mine))
+    wait_for(lambda: reception.redis.llen(reception.key("mine.reply.celery.pidbox")), "the answer")
+    assert not reception.redis.exists(reception.key("events:1:hook1"))
+
+
+def test_what_is_said_seldom_says_how_often_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("worker.channel.time.monotonic", lambda: now[0])
+    seldom = Seldom(10)
+    assert [seldom(), seldom(), seldom()] == [1, 0, 0]
+    now[0] += 10
+    assert [seldom(), seldom()] == [3, 0]
 
 
 def test_who_submits_a_job_that_no_worker_would_read_hears_it_at_once() -> None:

@@ -19,6 +19,23 @@ HEAD_BYTES = 64 * 1024  # that headers and properties may have; Celery's have 1,
 AROUND_BYTES = 1024  # that a message's body may have beside its job; Celery's has 100
 MAX_ID = 256  # characters
 MAX_WHY = 500  # characters
+# The remote commands that only ask. Others that Celery calls `inspect` change something, or take their time.
+QUESTIONS = frozenset(
+    {
+        "active",
+        "active_queues",
+        "clock",
+        "conf",
+        "ping",
+        "registered",
+        "report",
+        "reserved",
+        "revoked",
+        "scheduled",
+        "stats",
+    }
+)
+REPLIES = "reply.celery.pidbox"  # the exchange by which whoever asks hears
 MAX_SHOWN = 60  # characters of a name that is not ours
 ENTERED_AT = "gradcam_entered_at"  # a header: when the job was entered in the ledger
 REFUSED = "gradcam_refused"  # a header: why this message is no task
@@ -75,6 +92,55 @@ def read(item: bytes, queue: str, max_bytes: int, task: str) -> dict[str, Any]:
             "priority": _priority(properties.get("priority")),
         },
     }
+
+
+def question(item: bytes) -> bytes:
+    """A remote command that does no more than ask -> the same, as kombu expects it. Raises Unreadable.
+
+    Of the others each could stop this worker, or its work, without a trace. A question has no arguments and
+    no pattern of workers, and its answer goes to whoever asks.
+    """
+    if len(item) > HEAD_BYTES:
+        message = f"it has {len(item):,} bytes; at most {HEAD_BYTES:,} are allowed"
+        raise Unreadable(message)
+    found = loads(item, "its envelope")
+    properties = found.get("properties") if isinstance(found, dict) else None
+    if not isinstance(properties, dict):
+        message = "its envelope must be an object with properties and a body"
+        raise Unreadable(message)
+    asked = loads(_content(found, properties), "its body")
+    method = asked.get("method") if isinstance(asked, dict) else None
+    if not isinstance(method, str) or method not in QUESTIONS:
+        message = (
+            f"{str(method)[:MAX_SHOWN]!r} is none of those that are answered: {', '.join(sorted(QUESTIONS))}"
+        )
+        raise Unreadable(message)
+    match asked:
+        case {
+            "destination": list() | None as destination,
+            "reply_to": {"exchange": exchange, "routing_key": str() as key},
+            "ticket": str() as ticket,
+        }:
+            if exchange == REPLIES and not asked.get("pattern"):
+                body = {
+                    "method": method,
+                    "destination": destination,
+                    "reply_to": {"exchange": REPLIES, "routing_key": key},
+                    "ticket": ticket,
+                }
+                return json.dumps(
+                    {
+                        "body": json.dumps(body),
+                        "content-encoding": "utf-8",
+                        "content-type": "application/json",
+                        "headers": {},
+                        "properties": {"delivery_tag": str(uuid.uuid4())},
+                    }
+                ).encode()
+    message = (
+        f"{method} must have a ticket, a reply_to of {REPLIES}, a list of workers or none, and no pattern"
+    )
+    raise Unreadable(message)
 
 
 def check(text: bytes, max_bytes: int) -> None:
@@ -155,6 +221,23 @@ def _check_headers(headers: dict[str, Any], queue: str, task: str) -> None:
 
 def _body(found: dict[str, Any], properties: dict[str, Any], max_bytes: int) -> tuple[str, str | None]:
     """The body, and its encoding. Its arguments have no names, which could be names that Celery uses."""
+    data = _content(found, properties)
+    if len(data) > max_bytes + AROUND_BYTES:
+        raise Unreadable(too_large(len(data), max_bytes + AROUND_BYTES, "its body"))
+    match loads(data, "its body"):
+        case [list() as args, dict() as kwargs, dict() as follow]:
+            if any(follow.values()):
+                message = "it names tasks that are to follow, and none may"
+                raise Unreadable(message)
+            if kwargs:
+                return json.dumps([[*args, *kwargs.values()], {}, {}]), None
+            return found["body"], properties.get("body_encoding")
+    message = "its body must be a list of arguments, named arguments, and an object"
+    raise Unreadable(message)
+
+
+def _content(found: dict[str, Any], properties: dict[str, Any]) -> bytes:
+    """What the body says, still as JSON."""
     body, encoding = found.get("body"), properties.get("body_encoding")
     if found.get("content-type") != "application/json" or found.get("content-encoding") not in {
         "utf-8",
@@ -166,22 +249,10 @@ def _body(found: dict[str, Any], properties: dict[str, Any], max_bytes: int) -> 
         message = "its body must be text, plain or in base64"
         raise Unreadable(message)
     try:
-        data = base64.b64decode(body, validate=True) if encoding == "base64" else body.encode()
+        return base64.b64decode(body, validate=True) if encoding == "base64" else body.encode()
     except (binascii.Error, ValueError) as error:
         message = "its body is not base64, or not text"
         raise Unreadable(message) from error
-    if len(data) > max_bytes + AROUND_BYTES:
-        raise Unreadable(too_large(len(data), max_bytes + AROUND_BYTES, "its body"))
-    match loads(data, "its body"):
-        case [list() as args, dict() as kwargs, dict() as follow]:
-            if any(follow.values()):
-                message = "it names tasks that are to follow, and none may"
-                raise Unreadable(message)
-            if kwargs:
-                return json.dumps([[*args, *kwargs.values()], {}, {}]), None
-            return body, encoding
-    message = "its body must be a list of arguments, named arguments, and an object"
-    raise Unreadable(message)
 
 
 def _route(queue: str, *, redelivered: bool) -> dict[str, Any]:

@@ -50,6 +50,7 @@ HAND_BACK_EVERY_S = 0.2  # meanwhile: one was just beginning, the ledger did not
 PRELOAD_EVERY_S = 10.0  # between two tries to have the weights of a network
 NO_FILE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES}  # which somebody has to put there
 PROBE_S = 2.0  # that the broker has, to show that it answers
+CONSUMER, REQUEST = "worker.consumer:SturdyConsumer", "worker.consumer:Request"
 KINDS: dict[str, type[Job] | type[Shard]] = {broker.EXPLAIN: Job, broker.EXPLAIN_SHARD: Shard}
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)  # Celery's own ways lead astray here
 
@@ -78,11 +79,11 @@ def register(app: Celery, desk: Desk) -> None:
     for name in [*app.tasks]:  # Celery's own, which publish whatever they are told to
         app.tasks.unregister(name)
     for name in KINDS:
-        app.task(explain, name=name, bind=True, shared=False)  # this app's alone
+        app.task(explain, name=name, bind=True, shared=False, Request=REQUEST)  # this app's alone
     app.refuse_message = lambda message_id, why: desk.refuse(
         message_id, None, InvalidJob(f"The message is not a job: {why}.")
     )
-    app.conf.worker_consumer = "worker.consumer:SturdyConsumer"
+    app.conf.worker_consumer = CONSUMER
 
 
 def _redelivered(request: Any) -> bool:
