@@ -1,4 +1,5 @@
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from worker.leases import Leases
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
 from worker.shard import Shard
-from worker.tasks import Desk
+from worker.tasks import Desk, _Progress
 from worker.testing import MemoryLedger, MemoryStore, outside
 from worker.wire import new_id
 
@@ -398,6 +399,100 @@ def test_what_is_no_job_is_refused_also_if_it_says_when_it_was_entered(office: O
     message_id = new_id()
     assert office.desk.handle({"image": 7}, message_id, entered_at="2026-01-01T00:00:00Z") == "done"
     assert office.ledger.read(message_id).status == "failed"
+
+
+def test_a_stage_that_begins_right_after_another_is_told_while_it_lasts(office: Office) -> None:
+    job, stopped = a_job(), threading.Event()
+    seen: list[str | None] = []
+
+    @dataclass
+    class Waiting(MemoryStore):
+        def put(self, key: str, data: bytes, media_type: str) -> str:
+            end = time.monotonic() + 30
+            while office.read(job).stage != "upload" and time.monotonic() < end:
+                time.sleep(0.01)
+            seen.append(office.read(job).stage)
+            return super().put(key, data, media_type)
+
+    office.store = Waiting()
+    desk = office.desk
+    thread = threading.Thread(target=desk.leases.keep, args=[stopped])
+    thread.start()
+    try:
+        assert desk.handle(payload(job), job.id) == "done"
+    finally:
+        stopped.set()
+        thread.join()
+    assert {*seen} == {"upload"}
+    assert office.read(job).status == "succeeded"
+
+
+class TestProgress:
+    @pytest.fixture
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+        now = [100.0]
+        monkeypatch.setattr("worker.tasks.time.monotonic", lambda: now[0])
+        return now
+
+    @pytest.fixture
+    def progress(self, office: Office, clock: list[float]) -> _Progress:
+        del clock
+        claim = office.ledger.claim(office.ledger.submit(a_job()), WorkerRef(id="w", device="cpu"))
+        return _Progress(office.ledger, claim.document)
+
+    def stage(self, office: Office, progress: _Progress) -> tuple[str | None, int]:
+        document = office.ledger.read(progress._document.id)
+        return document.stage, document.revision
+
+    def test_the_last_of_many_stages_is_written_once_when_its_half_second_is_over(
+        self, office: Office, progress: _Progress, clock: list[float]
+    ) -> None:
+        before = self.stage(office, progress)
+        for stage in ("fetch", "decode", "load"):
+            clock[0] += 0.1
+            progress(stage)
+            progress.catch_up()
+        assert self.stage(office, progress) == before, "what passes fast costs no round trip"
+        clock[0] += 0.25
+        for _ in range(3):
+            progress.catch_up()
+        assert self.stage(office, progress) == ("load", before[1] + 1)
+        clock[0] += 0.1
+        progress("explain")
+        clock[0] += 0.5
+        progress("render")
+        assert self.stage(office, progress) == ("render", before[1] + 2)
+
+    def test_what_was_insisted_on_is_not_written_over_by_what_began_before(
+        self, office: Office, progress: _Progress, clock: list[float]
+    ) -> None:
+        progress("explain")
+        progress.insist("row 4")
+        clock[0] += 1
+        progress.catch_up()
+        assert self.stage(office, progress)[0] == "row 4"
+
+    def test_nothing_is_written_after_the_end_or_while_the_job_writes(
+        self, office: Office, progress: _Progress, clock: list[float]
+    ) -> None:
+        before = self.stage(office, progress)
+        progress("fetch")
+        clock[0] += 1
+        with progress._turn:
+            progress.catch_up()
+        progress.end()
+        progress.catch_up()
+        progress("decode")
+        assert self.stage(office, progress) == before
+
+    def test_an_attempt_that_was_overtaken_hears_it_by_its_lease(
+        self, office: Office, progress: _Progress, clock: list[float]
+    ) -> None:
+        office.ledger.hand_back(progress._document.id, 1)
+        progress("fetch")
+        clock[0] += 1
+        progress.catch_up()
+        assert self.stage(office, progress)[0] is None
 
 
 def a_shard(count: int = 6, **changes: Any) -> Shard:

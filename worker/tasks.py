@@ -6,9 +6,12 @@ dropped   the job was final already, or another attempt has it: the message has 
 returned  the ledger or the broker is out of reach, or this worker cannot work: the message goes back
 """
 
+import contextlib
 import logging
+import math
 import random
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -230,7 +233,10 @@ class Desk:
             last=document.attempt >= document.max_attempts,
         )
         shard = isinstance(job, Shard)
-        with self._counted(document, journey, shard=shard), self.leases.held(document, journey.deadline):
+        with (
+            self._counted(document, journey, shard=shard),
+            self.leases.held(document, journey.deadline, progress.catch_up),
+        ):
             try:
                 if isinstance(job, Shard):
                     done = bulk.explain(job, self.outside, journey)
@@ -239,10 +245,11 @@ class Desk:
             except (AttemptFenced, LedgerUnavailable):
                 raise
             except Exception as error:  # noqa: BLE001  # the one place where anything at all becomes a Problem
-                return self._failed(job, progress.document, journey, error)
+                return self._failed(job, progress.end(), journey, error)
             self.breaker.succeeded()
-            metrics = {**progress.document.metrics, **journey.metrics, **done.metrics}
-            self._write(progress.document, status="succeeded", **{**vars(done), "metrics": metrics})
+            last = progress.end()
+            metrics = {**last.metrics, **journey.metrics, **done.metrics}
+            self._write(last, status="succeeded", **{**vars(done), "metrics": metrics})
             if shard:
                 failed = int(done.metrics["failed"])
                 self.observer.rows_ended(int(done.metrics["rows"]) - failed, failed)
@@ -319,25 +326,51 @@ def _with_id(payload: object, job_id: str) -> object:
 
 
 class _Progress:
-    """Writes the stage of a running job, at most every half second."""
+    """Writes the stage of a running job, at most every half second, and the last one in any case.
+
+    What was begun sooner after the last write is written by the thread that renews leases: see `catch_up`.
+    """
 
     def __init__(self, ledger: Ledger, document: StatusDocument) -> None:
-        self.document = document
-        self._ledger = ledger
-        self._written = time.monotonic()
+        self._document, self._ledger = document, ledger
+        self._written_s = time.monotonic()
+        self._begun: str | None = None  # a stage that is not written yet
+        self._turn = threading.Lock()
+
+    def end(self) -> StatusDocument:
+        """The job's document as it stands; no stage is written any more."""
+        with self._turn:
+            self._begun, self._written_s = None, math.inf
+            return self._document
 
     def insist(self, stage: str) -> None:
         """Write a stage now. Raises LedgerUnavailable."""
-        self.document = self._ledger.advance(self.document, patience_s=LEDGER_PATIENCE_S, stage=stage)
+        with self._turn:
+            self._begun = None  # or it would be written over this one
+            self._document = self._ledger.advance(self._document, patience_s=LEDGER_PATIENCE_S, stage=stage)
 
-    def __call__(self, stage: str) -> None:
-        if time.monotonic() - self._written < PROGRESS_EVERY_S:
+    def catch_up(self) -> None:
+        """Write the stage that is not written yet, if its half second is over. Raises LedgerUnavailable."""
+        if not self._turn.acquire(blocking=False):  # the job's own thread is writing
             return
         try:
-            self.document = self._ledger.advance(self.document, stage=stage)
-        except LedgerUnavailable:  # no reason to give up: whether the job is still ours, its deadline knows
-            return
-        if self.document.cancel_requested_at:
+            self._write()
+        except AttemptFenced:  # which the job hears by its lease
+            self._begun = None
+        finally:
+            self._turn.release()
+
+    def __call__(self, stage: str) -> None:
+        with self._turn, contextlib.suppress(LedgerUnavailable):
+            # No reason to give up: whether the job is still ours, its deadline knows.
+            self._begun = stage
+            self._write()
+        if self._document.cancel_requested_at:
             message = "The job was cancelled on request."
             raise JobCanceled(message)
-        self._written = time.monotonic()
+
+    def _write(self) -> None:
+        if self._begun is None or time.monotonic() - self._written_s < PROGRESS_EVERY_S:
+            return
+        self._document = self._ledger.advance(self._document, stage=self._begun)
+        self._begun, self._written_s = None, time.monotonic()
