@@ -8,6 +8,7 @@ from celery import Celery
 
 from worker import keepers, storage, traces, wiring
 from worker.breaker import Breaker
+from worker.eviction import Eviction
 from worker.fleet import RedisFleet
 from worker.keepers import Keep
 from worker.leases import Leases
@@ -24,6 +25,7 @@ class Crew:
 
     desk: Desk
     keepers: Mapping[str, Keep]
+    eviction: Eviction
 
 
 def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer = SILENT) -> Crew:
@@ -52,4 +54,6 @@ def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer
         traces=spans,
         admits=RedisFleet(ledger.server).admits,
     )
-    return Crew(desk, {"leases": leases.keep, "breaker": breaker.watch, **others})
+    eviction = Eviction(settings)
+    own = {"leases": leases.keep, "breaker": breaker.watch, "eviction": eviction.keep}
+    return Crew(desk, {**own, **others}, eviction)

@@ -122,7 +122,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
     crew = gather(settings, app, outside, telemetry.observer)
     desk = crew.desk
     register(app, desk)
-    telemetry.ask_worker(lambda: outside.residents.count, desk.breaker)
+    telemetry.ask_worker(lambda: outside.residents.count, desk.breaker, crew.eviction.trouble)
     _preload(settings, outside, telemetry.health)
     probe = partial(broker.answers, broker.make_app(settings, timeout_s=PROBE_S))
     pulse = Pulse(ready_fd, reachable=probe, ill=lambda: outside.residents.trouble)
