@@ -53,15 +53,30 @@ class MemoryFleet:
     def __init__(self) -> None:
         self.heard = Heard(owner=True)
         self.record: Record | None = None
+        self.token = ""
         self.most = 0  # shards in flight that it was told of at once
 
     def beat(
-        self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str], *, enter: bool = False
+        self,
+        output: str,
+        owner: str,
+        facts: dict[str, Any],
+        shards: Sequence[str],
+        token: str,
+        *,
+        enter: bool = False,
     ) -> Heard:
         del output, owner
         before, self.record = self.record, Record(facts, tuple(shards), lives=True)
         self.most = max(self.most, len(shards))
-        return replace(self.heard, before=before) if enter else self.heard
+        if not enter:
+            return self.heard
+        goes_on = self.token and before is not None and before.facts["backfill"] == facts["backfill"]
+        self.token = self.token if goes_on else token
+        return replace(self.heard, before=before, token=self.token)
+
+    def admits(self, shard: Shard) -> bool:
+        return bool(self.token) and shard.token == self.token
 
     def leave(self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str]) -> None:
         del output, owner
@@ -117,7 +132,16 @@ class House:
         worker = WorkerRef(id="w", device="cpu")
         leases = Leases(self.ledger, "w", 15)
         breaker = Breaker(lambda: None)
-        desk = Desk(Settings(), self.ledger, outside(self.images, store=self.store), worker, leases, breaker)
+        around = outside(self.images, store=self.store)
+        desk = Desk(
+            Settings(),
+            self.ledger,
+            around,
+            worker,
+            leases,
+            breaker,
+            admits=self.fleet.admits,
+        )
         while (job_id := self.rung.get()) is not None:
             shard = self.ledger.job(job_id)
             if not isinstance(shard, Shard):
@@ -128,7 +152,7 @@ class House:
                 problem = Problem.of(wrong.pop(0), stage="load", attempt=1)
                 self.ledger.advance(claim.document, status="failed", error=problem)
             else:
-                desk.handle({"id": job_id}, job_id)
+                desk.handle({"id": job_id}, job_id, kind=Shard)
 
     def run(self, plan: Plan, rows: Sequence[Row], **pace: Any) -> dict[str, Any] | None:
         """One run, as `gradcam backfill` begins it."""
@@ -579,6 +603,20 @@ def test_a_table_that_is_no_shards_would_be_read_with_them_and_is_refused(house:
     with pytest.raises(BackfillConflict, match=r"holds mine\.parquet, which no backfill"):
         house.run(plan, images(8))
     assert house.seal is None
+
+
+def test_a_shard_that_an_older_version_left_in_flight_is_refused_and_submitted_again(
+    house: House, plan: Plan
+) -> None:
+    plan = Output(house.store).agreed(plan, resume=False, changed=False)
+    Output(house.store).begin(plan)
+    first, _ = shards(images(8), plan)
+    house.ledger.submit(first)
+    house.fleet.record = Record({"backfill": plan.id}, (first.id,), lives=False)
+    assert house.run(plan, images(8), resume=True)
+    refused = house.ledger.read(first.id)
+    assert (refused.status, refused.error and refused.error.code) == ("failed", "unknown_backfill")
+    assert not house.ledger.dead(), "it has succeeded since"
 
 
 def test_what_an_earlier_run_left_in_flight_ends_before_the_seal(house: House, plan: Plan) -> None:

@@ -18,10 +18,12 @@ import pytest
 from worker.breaker import Breaker
 from worker.cli import main
 from worker.contract import WorkerRef
+from worker.fleet import RedisFleet
 from worker.leases import Leases
 from worker.redis_ledger import RedisLedger
 from worker.s3 import S3
 from worker.settings import Settings
+from worker.shard import Shard
 from worker.storage import Stores
 from worker.tasks import Desk
 from worker.testing import outside
@@ -52,12 +54,20 @@ class Hands:
         around = outside(self.images, stores=real)
         worker = WorkerRef(id="w", device="cpu")
         leases = Leases(self.ledger, "w", 15)
-        desk = Desk(self.settings, self.ledger, around, worker, leases, Breaker(lambda: None))
+        desk = Desk(
+            self.settings,
+            self.ledger,
+            around,
+            worker,
+            leases,
+            Breaker(lambda: None),
+            admits=RedisFleet(self.ledger.server).admits,
+        )
         while not self._stopped.wait(0.01):
             self.ledger.beat("w", "well", {})
             waiting: Any = self.ledger.server.redis.zrange(f"{self.settings.key_prefix}queued:shard", 0, -1)
             for job_id in () if self.idle.is_set() else waiting:
-                desk.handle({"id": job_id}, job_id)
+                desk.handle({"id": job_id}, job_id, kind=Shard)
 
 
 @pytest.fixture

@@ -171,7 +171,10 @@ def waiting(settings: Settings, route: str = "normal") -> list[dict[str, Any]]:
     queue, number = broker.ROUTES[route]
     key = f"{settings.key_prefix}{queue}\x06\x16{number}"
     items: Any = redis.Redis.from_url(settings.broker_url).lrange(key, 0, -1)
-    return [envelope.read(item, queue, settings.max_message_bytes) for item in reversed(items)]
+    return [
+        envelope.read(item, queue, settings.max_message_bytes, broker.TASKS[queue])
+        for item in reversed(items)
+    ]
 
 
 def test_many_are_entered_and_rung_for_in_order_in_a_few_round_trips(settings: Settings) -> None:

@@ -8,14 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import redis
 from celery.app.trace import reset_worker_optimizations, setup_worker_optimizations
 from celery.worker import state
+from celery.worker.control import Panel
 
-from worker import broker, strict_json
-from worker.envelope import check
+from worker import broker, process, strict_json
+from worker.channel import Seldom
+from worker.envelope import QUESTIONS, check
 from worker.errors import InvalidJob, LedgerUnavailable
 from worker.settings import Settings
 from worker.wire import new_id
@@ -41,6 +44,7 @@ class Reception:
     handled: dict[str, Any] = field(default_factory=dict)  # message id -> its one argument
     headers: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)  # message id -> why
+    hold: threading.Event = field(default_factory=threading.Event)  # as long as it is not set, tasks wait
 
     def key(self, name: str) -> str:
         return f"{self.settings.key_prefix}{name}"
@@ -96,12 +100,14 @@ def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
     app = broker.make_app(settings)
     with redis.Redis.from_url(settings.broker_url) as connection:
         desk = Reception(settings, connection)
+        desk.hold.set()
 
-        def explain(self: Any, *args: object, **kwargs: object) -> None:
+        def explain(self: Any, *args: object) -> None:
+            desk.hold.wait(WAIT_S)
             desk.headers[self.request.id] = self.request.headers
-            desk.handled[self.request.id] = [*args, *kwargs.values()]
+            desk.handled[self.request.id] = [*args]
 
-        app.task(explain, name=broker.EXPLAIN, bind=True, shared=False)
+        app.task(explain, name=broker.EXPLAIN, bind=True, shared=False, Request=process.REQUEST)
         app.refuse_message = desk.refuse
         app.turned = lambda: None
         app.conf.worker_consumer = "worker.consumer:SturdyConsumer"
@@ -174,6 +180,9 @@ def test_of_nameless_items_only_the_last_are_kept(reception: Reception) -> None:
     assert 0 < int(reception.redis.ttl(reception.key("unreadable"))) <= 7 * 86_400
 
 
+HALVES = ("\ud800", "a\udfffb", '\\"\udc00 x')
+
+
 def follow(**embed: Any) -> bytes:
     return json.dumps([[JOB], {}, embed]).encode()
 
@@ -219,6 +228,15 @@ MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
         {"body": follow(chain=[{"task": "x", "options": {"queue": "y"}}])},
         "tasks that are to follow",
     ),
+    "a shard's task among jobs": (
+        {"headers": {"task": broker.EXPLAIN_SHARD}},
+        "no task 'gradcam.explain_shard' in the queue gradcam.interactive, only gradcam.explain",
+    ),
+    "half a pair in the job": ({"body": with_job('"\\ud800x"')}, r"half of a surrogate pair ('\ud800')"),
+    "half a pair in a name": ({"body": with_job('{"\\udfff": 1}')}, "half of a surrogate pair"),
+    "half a pair in a header": ({"headers": {"origin": "\ud800"}}, "half of a surrogate pair"),
+    "half a pair in the task": ({"headers": {"task": "\udc00"}}, "half of a surrogate pair"),
+    "half a pair in a property": ({"properties": {"reply_to": "\udc00"}}, "half of a surrogate pair"),
     "an envelope that is too deep": ({"headers": {"x": json.loads("[" * 20 + "]" * 20)}}, "16 levels"),
 }
 
@@ -240,15 +258,64 @@ def test_a_message_that_is_no_task_is_refused_under_its_id_with_the_reason(recep
     assert not reception.aside()
 
 
+def test_a_task_of_celerys_own_is_refused_before_celery_sees_it(reception: Reception) -> None:
+    """Each would publish, or run, what its arguments say, with the worker's rights."""
+    item = {"task": broker.EXPLAIN, "args": [JOB], "options": {"queue": "events:1:hook1", "task_id": "x"}}
+    bodies: dict[str, tuple[list[Any], dict[str, Any]]] = {
+        "celery.group": ([[item], None, None], {}),
+        "celery.map": ([item, [[JOB]]], {}),
+        "celery.starmap": ([item, [[JOB]]], {}),
+        "celery.chunks": ([item, [[JOB]], 1], {}),
+        "celery.chain": ([item], {}),
+        "celery.chord": ([[item], item], {}),
+        "celery.chord_unlock": (["g", item], {"result": []}),
+        "celery.accumulate": ([1], {}),
+        "celery.backend_cleanup": ([], {}),
+        "celery.ping": ([], {}),
+    }
+    ids = {}
+    for queue in broker.QUEUES:
+        for name, (args, kwargs) in bodies.items():
+            message_id = ids[queue, name] = new_id()
+            body = json.dumps([args, kwargs, {}]).encode()
+            reception.put(envelope(message_id, body, headers={"task": name}), queue)
+    ids[broker.SHARDS, broker.EXPLAIN] = message_id = new_id()
+    reception.put(envelope(message_id), broker.SHARDS)
+    reception.goes_on()
+    wait_for(lambda: {*ids.values()} <= reception.refused.keys(), "the refusals")
+    for (queue, name), message_id in ids.items():
+        assert f"no task {name!r} in the queue {queue}, only" in reception.refused[message_id]
+    assert not reception.aside()
+    left: Any = reception.redis.keys(reception.key("*events*"))
+    assert not left, "nothing was published"
+
+
+def test_only_the_two_tasks_are_there(settings: Settings) -> None:
+    app = broker.make_app(settings)
+    process.register(app, Mock())
+    assert {*app.tasks} == {"gradcam.explain", "gradcam.explain_shard"}
+
+
+def test_a_message_whose_id_is_no_utf_8_is_refused_under_what_it_says(reception: Reception) -> None:
+    for half in HALVES:
+        reception.put(envelope(half))
+    reception.goes_on()
+    assert {*reception.refused} == {half.encode(errors="backslashreplace").decode() for half in HALVES}
+    assert all("half of a surrogate pair" in why for why in reception.refused.values())
+    assert not reception.aside()
+
+
 STUMBLING_BLOCKS: tuple[dict[str, Any], ...] = (
     {},
     {"headers": {"timelimit": "x", "shadow": "a\nb", "retries": "x", "argsrepr": 7, "origin": {}, "lang": 5}},
     {"properties": {"delivery_tag": ["x"], "priority": 1e300, "reply_to": {}, "correlation_id": None}},
     {"properties": {"delivery_info": None, "priority": "x"}},
     {"properties": {"delivery_info": {"routing_key": "job:1", "exchange": ["a"]}}},
-    {"body": with_job('"\\ud800\\u0000\\n"')},
-    {"body": b'[[], {"job": {}}, {"callbacks": null}]'},
+    {"body": with_job('"\\ud83d\\ude00\\u0000\\n"')},
+    {"body": b'[[], {"self": {}}, {"callbacks": null}]'},
     {"headers": {broker.ENTERED_AT: "2026-01-01T00:00:00Z"}},
+    {"body": json.dumps([[], {"self": JOB, "task_id": 1, "\ud83d\ude00": 2}, {}]).encode()},
+    {"properties": {"body_encoding": "utf-8"}, "body": with_job('"plain"').decode()},
 )
 
 
@@ -260,6 +327,7 @@ def test_what_only_kombu_and_celery_would_stumble_over_is_left_out(reception: Re
     assert {f"message {number}" for number in range(len(STUMBLING_BLOCKS))} <= reception.handled.keys()
     assert not reception.refused
     assert not reception.aside()
+    assert reception.handled["message 8"] == [JOB, 1, 2]
     assert reception.headers["message 7"][broker.ENTERED_AT] == "2026-01-01T00:00:00Z"
 
 
@@ -300,20 +368,116 @@ def test_rubbish_among_the_unacknowledged_keeps_no_other_message_there(reception
     assert {one["queue"] for one in reception.aside()} == {"unacked"}
 
 
-COMMANDS = [b"garbage", b"[" * 100_000, b"{}", b'{"headers": {}}', b"7", b"\xff"]
+def asking(settings: Settings) -> Any:
+    """An app as Flower has it: see docker/flower_app.py."""
+    app = broker.make_app(settings)
+    app.conf.broker_transport = None
+    return app
 
 
-def test_a_remote_command_that_is_none_is_passed_over_and_not_shown(
-    reception: Reception, caplog: pytest.LogCaptureFixture
+def command(method: object, **more: Any) -> bytes:
+    """A remote command as Celery writes it."""
+    reply_to = {"exchange": "reply.celery.pidbox", "routing_key": new_id()}
+    asked = {"method": method, "arguments": {}, "destination": None, "reply_to": reply_to, "ticket": new_id()}
+    return envelope(new_id(), json.dumps(asked | more).encode())
+
+
+COMMANDS = (
+    b"garbage",
+    b"[" * 100_000,
+    b"{}",
+    b'{"headers": {}}',
+    b"7",
+    b"\xff",
+    command("ping", pattern="(a+)+$", matcher="pcre"),
+    command("ping", reply_to={"exchange": "gradcam.bulk", "routing_key": "gradcam.bulk"}),
+    command("ping", reply_to=None),
+    command("ping", ticket={}),
+    command("ping", destination=7),
+    command(["ping"]),
+    command("hello", arguments={"from_node": "x", "revoked": ["me"]}),
+    *map(command, Panel.data.keys() - QUESTIONS),
+)
+
+
+def test_a_remote_command_that_does_more_than_ask_is_ignored_with_a_line(
+    reception: Reception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    channel = reception.key("/0.celery.pidbox")
+    lines: list[int] = []
+    seldom = Seldom(3600)
+
+    def ignored() -> int:
+        lines.append(seldom())
+        return lines[-1]
+
+    monkeypatch.setattr("worker.channel.ignored", ignored)
     wait_for(reception.redis.pubsub_numpat, "its listening")
+    channel, control = reception.key("/0.celery.pidbox"), asking(reception.settings).control
     with caplog.at_level(logging.WARNING):
-        for command in COMMANDS:
-            assert reception.redis.publish(channel, command) == 1
-        wait_for(lambda: caplog.text.count("a channel of remote commands") == len(COMMANDS), "the lines")
+        for one in COMMANDS:
+            assert reception.redis.publish(channel, one) == 1
+        control.revoke("revoked", terminate=True)
+        control.rate_limit(broker.EXPLAIN, "1/h")
+        control.time_limit(broker.EXPLAIN, soft=1, hard=1)
+        control.cancel_consumer(broker.INTERACTIVE)
+        control.add_consumer("stolen")
+        control.pool_shrink(2)
+        control.pool_restart(reload=True)
+        control.enable_events()
+        control.shutdown()
+        wait_for(lambda: len(lines) == len(COMMANDS) + 9, "the commands' arrival")
+        reception.put(envelope("revoked"))
         reception.goes_on()
-    assert "garbage" not in caplog.text
+        reception.goes_on()
+    assert "revoked" in reception.handled
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1, "the others are counted"
+    assert said[0].startswith("remote command ignored: its envelope cannot be read as JSON")
+    assert not {key for key in reception.redis.keys(reception.key("*")) if b"stolen" in key}
+
+
+def test_ping_and_inspection_are_answered_and_show_no_job_and_no_password(reception: Reception) -> None:
+    app = asking(reception.settings)
+    wait_for(reception.redis.pubsub_numpat, "its listening")
+    secret = {**JOB, "image": "https://host/a.png?X-Amz-Signature=planted"}
+    reception.hold.clear()
+    try:
+        for _ in range(3):  # one more than there are threads
+            reception.put(envelope(new_id(), json.dumps([[secret], {}, {}]).encode()))
+        wait_for(lambda: reception.unacked() >= 2, "their arrival")
+        inspect = app.control.inspect(timeout=WAIT_S, limit=1)
+        found = {name: getattr(inspect, name)() for name in QUESTIONS}
+    finally:
+        reception.hold.set()
+    for name, answer in found.items():
+        assert answer, name
+        assert len(answer) == 1
+        assert "error" not in next(iter(answer.values())), name
+    assert "planted" not in json.dumps(found)
+    answers = {name: next(iter(answer.values())) for name, answer in found.items()}
+    assert answers["ping"] == {"ok": "pong"}
+    assert [one["name"] for one in answers["active"]] == [broker.EXPLAIN] * 2
+    assert [one["name"] for one in answers["active_queues"]] == [*broker.QUEUES]
+
+
+def test_an_answer_goes_to_nobody_else_whatever_is_bound(reception: Reception) -> None:
+    wait_for(reception.redis.pubsub_numpat, "its listening")
+    mine = {"exchange": "reply.celery.pidbox", "routing_key": "mine"}
+    bound = reception.key("_kombu.binding.reply.celery.pidbox")
+    for queue in ("events:1:hook1", "mine.reply.celery.pidbox"):
+        reception.redis.sadd(bound, f"mine\x06\x16\x06\x16{queue}")
+    reception.redis.publish(reception.key("/0.celery.pidbox"), command("ping", reply_to=mine))
+    wait_for(lambda: reception.redis.llen(reception.key("mine.reply.celery.pidbox")), "the answer")
+    assert not reception.redis.exists(reception.key("events:1:hook1"))
+
+
+def test_what_is_said_seldom_says_how_often_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("worker.channel.time.monotonic", lambda: now[0])
+    seldom = Seldom(10)
+    assert [seldom(), seldom(), seldom()] == [1, 0, 0]
+    now[0] += 10
+    assert [seldom(), seldom()] == [3, 0]
 
 
 def test_who_submits_a_job_that_no_worker_would_read_hears_it_at_once() -> None:

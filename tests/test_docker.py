@@ -176,6 +176,10 @@ def test_the_valkey_of_compose_lets_in_its_users_and_nobody_else(
                     flower.hgetall("gradcam:job:1")
                 with pytest.raises(redis.exceptions.NoPermissionError):
                     flower.lpush("gradcam:gradcam.interactive", "a job")
+                with pytest.raises(redis.exceptions.NoPermissionError):
+                    flower.sadd("gradcam:_kombu.binding.gradcam.interactive", "elsewhere")
+                with pytest.raises(redis.exceptions.NoPermissionError):
+                    flower.publish("gradcam:changed:1", "2")
             monkeypatch.setenv("GRADCAM_BROKER_URL", f"redis://gradcam-flower:flowers@{url}")
             app = runpy.run_path(str(FOLDER / "flower_app.py"))["app"]
             assert app.control.ping(timeout=0.2) == []  # what it asks and hears is let through

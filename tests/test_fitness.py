@@ -1,6 +1,7 @@
 """What stops a worker before it starts, and what it waits for."""
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from importlib.util import spec_from_loader
 from pathlib import Path
@@ -8,11 +9,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import redis
 from pydantic import SecretStr
 
-from worker import embedded, fitness, wiring
+from worker import doctor, embedded, fitness, wiring
 from worker.contract import WorkerRef
 from worker.errors import BrokerUnavailable, InvalidSettings, LedgerUnavailable, StorageUnavailable
+from worker.eviction import Eviction
 from worker.settings import Settings
 
 PASSWORD = "planted-password"  # of a server that lives for a test
@@ -69,6 +72,97 @@ def test_a_ledger_of_its_own_is_called_by_its_own_name_and_a_false_authority_too
         fitness.check(
             Settings(broker_url=f"rediss://localhost:{guarded}/0", redis_ca=tmp_path / "ca.pem"), stores=False
         )
+
+
+@pytest.fixture(scope="module")
+def evicting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
+    """A Valkey of its own, whose policy a test may set."""
+    with (
+        embedded.valkey(tmp_path_factory.mktemp("evicting")) as server,
+        redis.Redis(port=server.port) as connection,
+    ):
+        yield connection
+
+
+def evicts(server: redis.Redis, policy: str, maxmemory: str) -> Settings:
+    server.config_set("maxmemory", maxmemory)
+    server.config_set("maxmemory-policy", policy)
+    return Settings(broker_url=f"redis://127.0.0.1:{server.get_connection_kwargs()['port']}/0")
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-lfu", "allkeys-random"])
+def test_a_redis_that_forgets_accepted_jobs_stops_a_worker_and_says_what_to_set(
+    policy: str, evicting: redis.Redis
+) -> None:
+    settings = evicts(evicting, policy, "100mb")
+    why = rf"{policy} and maxmemory 104,857,600.*accepted jobs\. Set maxmemory-policy noeviction"
+    with pytest.raises(InvalidSettings, match=f"^GRADCAM_BROKER_URL: .*{why}"):
+        fitness.check(settings, stores=False)
+    apart = Settings(broker_url="redis://127.0.0.1:1/0", ledger_url=settings.broker_url)
+    with pytest.raises(InvalidSettings, match=f"^GRADCAM_LEDGER_URL: .*{why}"):
+        fitness.check(apart, stores=False)
+
+
+@pytest.mark.parametrize(
+    ("policy", "maxmemory", "well", "why"),
+    [
+        ("noeviction", "100mb", True, ""),
+        ("noeviction", "0", True, ""),
+        ("allkeys-lru", "0", True, "no harm only as long as maxmemory is 0"),
+        ("volatile-lru", "0", True, "no harm only as long as maxmemory is 0"),
+        ("volatile-lru", "100mb", False, "ended jobs and idempotency keys before their time"),
+        ("volatile-ttl", "100mb", False, "ended jobs and idempotency keys before their time"),
+    ],
+)
+def test_a_redis_that_forgets_less_is_warned_of(
+    policy: str,
+    maxmemory: str,
+    well: bool,
+    why: str,
+    evicting: redis.Redis,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = evicts(evicting, policy, maxmemory)
+    fitness.check(settings, stores=False)
+    assert [why in line and "noeviction" in line for line in caplog.messages] == ([True] if why else [])
+    (finding,) = doctor._eviction(settings)
+    assert (finding.well, bool(finding.fix)) == (well, bool(why))
+    assert why in finding.detail
+
+
+def test_a_policy_that_is_changed_while_a_worker_runs_is_found_every_minute(
+    evicting: redis.Redis, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Eviction(evicts(evicting, "noeviction", "100mb"))
+    watch.round()
+    assert (watch.trouble(), caplog.messages) == (None, [])
+    evicts(evicting, "allkeys-lru", "100mb")
+    monkeypatch.setattr("worker.eviction.EVERY_S", 0.01)
+    stopped = threading.Event()
+    thread = threading.Thread(target=watch.keep, args=[stopped])
+    thread.start()
+    try:
+        while not watch.trouble():
+            assert thread.is_alive()
+        evicts(evicting, "volatile-lru", "100mb")
+        while watch.trouble():
+            assert thread.is_alive()
+    finally:
+        stopped.set()
+        thread.join()
+    assert {record.levelname for record in caplog.records} == {"ERROR", "WARNING"}
+    assert all("Set maxmemory-policy noeviction" in line for line in caplog.messages)
+
+
+def test_whoever_may_not_ask_is_told_so_and_starts(guarded: int, caplog: pytest.LogCaptureFixture) -> None:
+    settings = Settings(broker_url=f"redis://few:{PASSWORD}@127.0.0.1:{guarded}/0")
+    assert "does not say what it forgets when it is full: its user needs +info" in fitness.redis_keeps(
+        settings
+    )
+    assert len(caplog.messages) == 1
+    (finding,) = doctor._eviction(settings)
+    assert finding.well
+    assert PASSWORD not in caplog.text + finding.detail
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ from worker.errors import BackfillConflict
 from worker.fleet import RedisFleet, Seat
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
-from worker.shard import Row, Shard
+from worker.shard import Shard
 from worker.top import Watch
-from worker.wishes import Target
 
 PLACE = "s3://results/photos"
+NUMBER, OTHER = "01a216d4-0523-773f-a799-60224947ae4d", "01a216d4-0523-773f-a799-60224947ae4e"
 USERS = Path(__file__).parents[1] / "deploy" / "redis" / "users.acl"
 
 
@@ -39,7 +39,7 @@ def ships(settings: Settings) -> RedisFleet:
 
 
 def seat(ships: RedisFleet, place: str = PLACE, **facts: Any) -> Seat:
-    return Seat(ships, place, lambda: {"backfill": "b", **facts}, lambda: ("shard-1", "shard-2"))
+    return Seat(ships, place, lambda: {"backfill": "b"} | facts, lambda: ("shard-1", "shard-2"))
 
 
 def test_an_output_is_one_backfills_at_a_time(ships: RedisFleet) -> None:
@@ -132,6 +132,65 @@ def test_a_fleet_out_of_reach_ends_no_backfill_that_runs(
     assert one.heard.owner
 
 
+def shard_of(one: Seat, **changes: Any) -> Shard:
+    fields = {
+        "backfill": NUMBER,
+        "index": 0,
+        "key": "00000000-0123456789abcdef",
+        "first": 0,
+        "rows": [{"uri": "s3://in/a.png"}],
+        "network": "vgg16",
+        "target": {"top_n": 1},
+        "output": PLACE,
+        "token": one.token,
+    }
+    return Shard.model_validate({**fields, **changes})
+
+
+def test_only_a_shard_that_shows_its_backfills_token_is_admitted(ships: RedisFleet) -> None:
+    with seat(ships, backfill=NUMBER) as one:
+        good = shard_of(one)
+        assert ships.admits(good)
+        assert ships.admits(shard_of(one, output=f"{PLACE}/"))
+        for changes in ({"token": ""}, {"token": "x"}, {"backfill": OTHER}, {"output": "s3://results/other"}):
+            assert not ships.admits(shard_of(one, **changes)), changes
+        assert one.token not in f"{good!r} {one!r} {one.facts()}"
+    assert ships.admits(good), "nobody runs it, and what is in flight comes to its end"
+
+
+def test_a_token_is_its_backfills_whoever_goes_on_with_it_and_no_other_ones(
+    settings: Settings, ships: RedisFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "EVERY_S", 3600)
+    with seat(ships, backfill=NUMBER) as first:
+        in_flight = shard_of(first)
+        with redis.Redis.from_url(settings.broker_url) as server:
+            names: Any = server.keys(f"{settings.key_prefix}backfill*")
+            server.delete(*names)  # a server that was started anew
+            assert not ships.admits(in_flight)
+            first.beat()
+            assert ships.admits(in_flight)
+    with seat(ships, backfill=NUMBER) as again:
+        assert again.token == first.token
+    with seat(ships, backfill=OTHER) as other:
+        assert other.token != first.token
+        assert not ships.admits(in_flight)
+
+
+def test_one_that_an_older_version_runs_has_no_token_and_gets_one_from_who_goes_on(
+    settings: Settings, ships: RedisFleet
+) -> None:
+    with seat(ships, backfill=NUMBER) as old:
+        with redis.Redis.from_url(settings.broker_url) as server:
+            names: Any = server.keys(f"{settings.key_prefix}backfill:*")
+            server.hdel(names[0], "token")
+        assert ships.admits(shard_of(old, token=""))
+        assert not ships.admits(shard_of(old))
+    with seat(ships, backfill=NUMBER) as new:
+        assert ships.admits(shard_of(new))
+        assert not ships.admits(shard_of(new, token=""))
+
+
 @pytest.fixture
 def guarded(tmp_path: Path) -> Iterator[tuple[RedisLedger, redis.Redis]]:
     """The ledger of whoever may only submit, as `deploy/redis` has it, and a connection that may do all."""
@@ -149,18 +208,9 @@ def test_whoever_may_only_submit_may_do_all_that_a_backfill_does(
     guarded: tuple[RedisLedger, redis.Redis],
 ) -> None:
     submitter, admin = guarded
-    shard = Shard(
-        backfill="01a216d4-0523-773f-a799-60224947ae4d",
-        index=0,
-        key="00000000-0123456789abcdef",
-        first=0,
-        rows=(Row(uri="s3://in/a.png"),),
-        network="vgg16",
-        target=Target(top_n=1),
-        output=PLACE,
-    )
     admin.hset("gradcam:workers", "gpu-1:7", f"{time.time() * 1000:.0f} well")
     with seat(RedisFleet(submitter.server)) as one:
+        shard = shard_of(one)
         assert submitter.submit(shard).status == "queued"
         assert submitter.read_many([shard.id])[shard.id].status == "queued"
         assert submitter.cancel(shard.id).status == "canceled"

@@ -69,6 +69,29 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
+def test_what_a_job_has_to_tell_is_written_only_while_the_ledger_answers(office: Office, job: Job) -> None:
+    asked, stopped = [0], threading.Event()
+
+    def catch_up() -> None:
+        asked[0] += 1
+
+    office.ledger.failure = LedgerUnavailable("gone")
+    office.leases = Leases(office.ledger, ME.id, 0.03)
+    with office.leases.held(office.claim(job), Deadline(60), catch_up):
+        thread = threading.Thread(target=office.leases.keep, args=[stopped])
+        thread.start()
+        try:
+            wait_for(lambda: office.ledger.asked > 3)
+            assert asked[0] <= 1
+            office.ledger.failure = None
+            wait_for(lambda: asked[0] > 3)
+        finally:
+            stopped.set()
+            thread.join()
+    office.leases.catch_up()
+    assert not office.leases._behind
+
+
 def test_a_job_is_renewed_as_long_as_it_is_held_and_no_longer(office: Office, job: Job) -> None:
     document = office.claim(job)
     with office.leases.held(document, Deadline(60)):

@@ -41,7 +41,7 @@ def receive(desk: Any, message_id: str, *, redelivered: bool = False) -> None:
     app = broker.make_app(Settings())
     process.register(app, desk)
     request = SimpleNamespace(headers=None, id=message_id, delivery_info={"redelivered": redelivered})
-    app.tasks[broker.EXPLAIN].run.__func__(SimpleNamespace(request=request), {})
+    app.tasks[broker.EXPLAIN].run.__func__(SimpleNamespace(request=request, name=broker.EXPLAIN), {})
 
 
 @pytest.fixture(autouse=True)
@@ -75,11 +75,10 @@ def test_a_mistake_of_ours_ends_no_good_job(job: Any) -> None:
     assert desk.ledger.read(job.id).status == "queued"
 
 
-def test_an_argument_may_come_by_position_or_by_name() -> None:
-    assert process._payload(({"a": 1},), {}) == {"a": 1}
-    assert process._payload((), {"job": {"a": 1}}) == {"a": 1}
-    assert process._payload((1, 2), {}) == [1, 2], "which is no job, and is refused as such"
-    assert process._payload((), {}) == []
+def test_a_job_is_the_one_argument_of_its_task() -> None:
+    assert process._payload(({"a": 1},)) == {"a": 1}
+    assert process._payload((1, 2)) == [1, 2], "which is no job, and is refused as such"
+    assert process._payload(()) == []
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from worker.leases import Leases
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
 from worker.shard import Shard
-from worker.tasks import Desk
+from worker.tasks import Desk, _Progress
 from worker.testing import MemoryLedger, MemoryStore, outside
 from worker.wire import new_id
 
@@ -38,6 +40,7 @@ class Office:
     store: MemoryStore = field(default_factory=MemoryStore)
     breaker: Breaker = field(default_factory=lambda: Breaker(lambda: None))
     one_desk: Any = None
+    known: str = ""  # the token of the one backfill that there is; '': all are known
 
     @property
     def desk(self) -> Desk:
@@ -48,10 +51,11 @@ class Office:
             WorkerRef(id="w", device="cpu"),
             Leases(self.ledger, "w", 15),
             self.breaker,
+            admits=lambda shard: self.known in {"", shard.token},
         )
 
-    def handle(self, payload: object, message_id: str | None = None) -> str:
-        return self.desk.handle(payload, message_id or new_id())
+    def handle(self, payload: object, message_id: str | None = None, kind: Any = Job) -> str:
+        return self.desk.handle(payload, message_id or new_id(), kind=kind)
 
     def read(self, job: Job) -> StatusDocument:
         return self.ledger.read(job.id)
@@ -418,6 +422,100 @@ def test_what_is_no_job_is_refused_also_if_it_says_when_it_was_entered(office: O
     assert office.ledger.read(message_id).status == "failed"
 
 
+def test_a_stage_that_begins_right_after_another_is_told_while_it_lasts(office: Office) -> None:
+    job, stopped = a_job(), threading.Event()
+    seen: list[str | None] = []
+
+    @dataclass
+    class Waiting(MemoryStore):
+        def put(self, key: str, data: bytes, media_type: str) -> str:
+            end = time.monotonic() + 30
+            while office.read(job).stage != "upload" and time.monotonic() < end:
+                time.sleep(0.01)
+            seen.append(office.read(job).stage)
+            return super().put(key, data, media_type)
+
+    office.store = Waiting()
+    desk = office.desk
+    thread = threading.Thread(target=desk.leases.keep, args=[stopped])
+    thread.start()
+    try:
+        assert desk.handle(payload(job), job.id) == "done"
+    finally:
+        stopped.set()
+        thread.join()
+    assert {*seen} == {"upload"}
+    assert office.read(job).status == "succeeded"
+
+
+class TestProgress:
+    @pytest.fixture
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+        now = [100.0]
+        monkeypatch.setattr("worker.tasks.time.monotonic", lambda: now[0])
+        return now
+
+    @pytest.fixture
+    def progress(self, office: Office, clock: list[float]) -> _Progress:
+        del clock
+        claim = office.ledger.claim(office.ledger.submit(a_job()), WorkerRef(id="w", device="cpu"))
+        return _Progress(office.ledger, claim.document)
+
+    def stage(self, office: Office, progress: _Progress) -> tuple[str | None, int]:
+        document = office.ledger.read(progress._document.id)
+        return document.stage, document.revision
+
+    def test_the_last_of_many_stages_is_written_once_when_its_half_second_is_over(
+        self, office: Office, progress: _Progress, clock: list[float]
+    ) -> None:
+        before = self.stage(office, progress)
+        for stage in ("fetch", "decode", "load"):
+            clock[0] += 0.1
+            progress(stage)
+            progress.catch_up()
+        assert self.stage(office, progress) == before, "what passes fast costs no round trip"
+        clock[0] += 0.25
+        for _ in range(3):
+            progress.catch_up()
+        assert self.stage(office, progress) == ("load", before[1] + 1)
+        clock[0] += 0.1
+        progress("explain")
+        clock[0] += 0.5
+        progress("render")
+        assert self.stage(office, progress) == ("render", before[1] + 2)
+
+    def test_what_was_insisted_on_is_not_written_over_by_what_began_before(
+        self, office: Office, progress: _Progress, clock: list[float]
+    ) -> None:
+        progress("explain")
+        progress.insist("row 4")
+        clock[0] += 1
+        progress.catch_up()
+        assert self.stage(office, progress)[0] == "row 4"
+
+    def test_nothing_is_written_after_the_end_or_while_the_job_writes(
+        self, office: Office, progress: _Progress, clock: list[float]
+    ) -> None:
+        before = self.stage(office, progress)
+        progress("fetch")
+        clock[0] += 1
+        with progress._turn:
+            progress.catch_up()
+        progress.end()
+        progress.catch_up()
+        progress("decode")
+        assert self.stage(office, progress) == before
+
+    def test_an_attempt_that_was_overtaken_hears_it_by_its_lease(
+        self, office: Office, progress: _Progress, clock: list[float]
+    ) -> None:
+        office.ledger.hand_back(progress._document.id, 1)
+        progress("fetch")
+        clock[0] += 1
+        progress.catch_up()
+        assert self.stage(office, progress)[0] is None
+
+
 def a_shard(count: int = 6, **changes: Any) -> Shard:
     fields = {
         "backfill": new_id(),
@@ -452,7 +550,7 @@ class TestShards:
     def hand_in(self, office: Office, shard: Shard) -> str:
         """As whoever runs a backfill does."""
         office.ledger.submit(shard)
-        return office.handle({"id": shard.id})
+        return office.handle({"id": shard.id}, kind=Shard)
 
     def test_a_shard_succeeds_and_its_document_counts_its_rows(self, office: Office) -> None:
         office.images = Images(**{"2": lambda: ImageNotFound("There is nothing.")})
@@ -468,7 +566,7 @@ class TestShards:
         assert document.network
         assert (document.network.name, document.network.layer) == ("efficientnet_lite0", "blocks")
         assert document.metadata == {"backfill": shard.backfill, "shard": "0"}
-        assert office.handle({"id": shard.id}) == "dropped"
+        assert office.handle({"id": shard.id}, kind=Shard) == "dropped"
 
     def test_a_shard_under_which_processes_die_is_done_without_the_row_that_kills_them(
         self, office: Office
@@ -481,12 +579,12 @@ class TestShards:
         stages = []
         for _ in range(3):
             with pytest.raises(Died):
-                office.handle({"id": shard.id})
+                office.handle({"id": shard.id}, kind=Shard)
             stages.append(office.ledger.read(shard.id).stage)
             office.ledger._due[shard.id] = 0
             assert office.ledger.lose(shard.id) == "shard"
         assert stages == ["fetch", "rows 4 to 4", "row 4"]
-        assert office.handle({"id": shard.id}) == "done"
+        assert office.handle({"id": shard.id}, kind=Shard) == "done"
         document = office.ledger.read(shard.id)
         assert (document.status, document.attempt) == ("succeeded", 4)
         assert document.metrics["failed_worker_lost"] == document.metrics["failed"] == 1
@@ -497,12 +595,12 @@ class TestShards:
         office.ledger.submit(shard)
         for attempt in (1, 2):
             office.one_desk = office.desk
-            assert office.one_desk.handle({"id": shard.id}, new_id()) == "dropped"
+            assert office.one_desk.handle({"id": shard.id}, new_id(), kind=Shard) == "dropped"
             document = office.ledger.read(shard.id)
             assert (document.status, document.attempt, document.error) == ("queued", attempt, None)
             assert not office.store.objects
         office.images = Images()
-        assert office.handle({"id": shard.id}) == "done"
+        assert office.handle({"id": shard.id}, kind=Shard) == "done"
         left = dict(office.store.objects)
         other = Office(Images())
         self.hand_in(other, shard.model_copy(update={"id": new_id()}))
@@ -519,7 +617,7 @@ class TestShards:
         assert (document.status, document.error and document.error.code) == ("retrying", "image_fetch_failed")
         office.ledger._due[shard.id] = 0
         assert office.ledger.requeue(shard.id) == "shard"
-        assert office.handle({"id": shard.id}) == "done"
+        assert office.handle({"id": shard.id}, kind=Shard) == "done"
         document = office.ledger.read(shard.id)
         assert (document.status, document.metrics["failed_image_fetch_failed"]) == ("succeeded", 4)
 
@@ -533,7 +631,75 @@ class TestShards:
         office.images = Images(**{"1": cancel})
         office.one_desk = office.desk
         office.ledger.submit(shard)
-        assert office.one_desk.handle({"id": shard.id}, new_id()) == "done"
+        assert office.one_desk.handle({"id": shard.id}, new_id(), kind=Shard) == "done"
         document = office.ledger.read(shard.id)
         assert (document.status, document.error and document.error.code) == ("canceled", "canceled")
         assert not office.store.objects
+
+    def test_a_shard_among_jobs_is_refused_and_runs_nothing(self, office: Office) -> None:
+        shard, office.known = a_shard(token="t"), "t"
+        assert office.handle(json.loads(shard.to_json()), shard.id) == "done"
+        problem = office.ledger.read(shard.id).error
+        assert problem is not None
+        assert (problem.code, problem.detail) == (
+            "invalid_job",
+            "This is a shard, and among jobs none is taken: only `gradcam backfill` submits shards.",
+        )
+        assert not office.store.objects
+
+    def test_a_job_among_shards_is_refused(self, office: Office) -> None:
+        job = a_job()
+        assert office.handle(payload(job), kind=Shard) == "done"
+        problem = office.read(job).error
+        assert problem is not None
+        assert problem.code == "invalid_job"
+        assert "send jobs to gradcam.interactive" in problem.detail
+
+    def test_a_message_that_names_what_the_other_queue_is_for_is_dropped_and_harms_nothing(
+        self, office: Office
+    ) -> None:
+        job, shard, office.known = a_job(), a_shard(token="t"), "t"
+        office.ledger.submit(job)
+        office.ledger.submit(shard)
+        assert office.handle({"id": shard.id}) == "dropped"
+        assert office.handle({"id": job.id}, kind=Shard) == "dropped"
+        for one in (job, shard):
+            assert office.handle({"id": one.id}, kind=type(one)) == "done"
+            assert office.ledger.read(one.id).status == "succeeded"
+
+    @pytest.mark.parametrize("token", ["", "guessed", "T"])
+    def test_a_forged_shard_is_refused_whether_or_not_it_got_into_the_ledger(
+        self, office: Office, token: str
+    ) -> None:
+        office.known = "t"
+        sent, entered = a_shard(token=token, keep=True), a_shard(token=token, keep=True)
+        office.ledger.submit(entered)
+        assert office.handle(json.loads(sent.to_json()), sent.id, kind=Shard) == "done"
+        assert office.handle({"id": entered.id}, kind=Shard) == "done"
+        for one in (sent, entered):
+            document = office.ledger.read(one.id)
+            assert (document.status, document.error and document.error.code) == ("failed", "unknown_backfill")
+            assert document.error
+            assert not token or token not in document.error.detail.split()
+        assert not office.store.objects
+
+    def test_a_shard_in_a_message_has_to_show_a_token_also_where_the_backfill_has_none(
+        self, office: Office
+    ) -> None:
+        """As those have none that an older version submits: into the ledger, where no stranger may write."""
+        sent = a_shard()
+        assert office.handle(json.loads(sent.to_json()), sent.id, kind=Shard) == "done"
+        assert office.ledger.read(sent.id).status == "failed"
+
+    def test_a_shard_that_is_run_already_is_not_ended_by_a_backfill_that_is_forgotten(
+        self, office: Office
+    ) -> None:
+        shard = a_shard(token="t")
+
+        def forget() -> None:
+            office.known = "another"
+            assert office.handle({"id": shard.id}, kind=Shard) == "dropped"
+
+        office.images = Images(**{"1": forget})
+        assert self.hand_in(office, shard) == "done"
+        assert office.ledger.read(shard.id).status == "succeeded"

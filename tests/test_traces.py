@@ -56,12 +56,14 @@ class Office:
         self.client = GradcamClient(settings=Settings(), ledger=self.ledger, publish=self.doorbell)
         self.client._traces = self.traces = Traces(self.tracer)
 
-    def handle(self, payload: Any) -> StatusDocument:
+    def handle(self, payload: Any, kind: Any = Job) -> StatusDocument:
         me = WorkerRef(id="w", device="cpu")
         around, leases = outside(self.images), Leases(self.ledger, "w", 15)
         breaker = Breaker(lambda: None)
-        desk = Desk(Settings(), self.ledger, around, me, leases, breaker, traces=self.traces)
-        desk.handle(payload, payload["id"])
+        desk = Desk(
+            Settings(), self.ledger, around, me, leases, breaker, traces=self.traces, admits=lambda _: True
+        )
+        desk.handle(payload, payload["id"], kind=kind)
         return self.ledger.read(payload["id"])
 
     def run(self, **changes: Any) -> StatusDocument:
@@ -214,7 +216,7 @@ def test_the_rows_of_a_shard_are_read_and_computed_in_its_own_trace(office: Offi
         output="s3://out/b",
     )
     assert office.ledger.submit(shard).traceparent is None
-    document = office.handle({"id": shard.id})
+    document = office.handle({"id": shard.id}, Shard)
     assert document.status == "succeeded", document.error
     assert office.spans["batch"].links[0].context == office.spans["explain"].context, "from a pool's thread"
     assert trace_of(office.spans["explain"]) == traces.trace_id(document.traceparent)

@@ -196,7 +196,8 @@ class Backfill:
 
     def _submit(self, flight: Flight) -> None:
         self._unseal()
-        flight, document = self.flights.submit(replace(flight, shard=self._weights.pinned(flight.shard)))
+        shard = self._weights.pinned(flight.shard).model_copy(update={"token": self._seat.token})
+        flight, document = self.flights.submit(replace(flight, shard=shard))
         if document.final:
             self._succeeded(flight, document)
             return

@@ -30,7 +30,8 @@ ENTERED_AT = envelope.ENTERED_AT
 INTERACTIVE = "gradcam.interactive"
 BULK = "gradcam.bulk"
 SHARDS = "gradcam.shards"
-QUEUES = (INTERACTIVE, BULK, SHARDS)  # in the order in which a worker looks
+TASKS = {INTERACTIVE: EXPLAIN, BULK: EXPLAIN, SHARDS: EXPLAIN_SHARD}  # of each queue, and no other
+QUEUES = (*TASKS,)  # in the order in which a worker looks
 
 # Priorities are names on the wire. On Redis the smallest number is served first.
 ROUTES = {"high": (INTERACTIVE, 0), "normal": (INTERACTIVE, 3), "low": (INTERACTIVE, 6), "bulk": (BULK, 9)}
@@ -100,7 +101,7 @@ def _message(job_id: str, priority: str, payload: str, entered_at: datetime | No
     body = base64.b64encode(f"[[{payload}], {{}}, {follow}]".encode()).decode()
     headers = {
         "lang": "py",
-        "task": EXPLAIN_SHARD if priority == shard.ROUTE else EXPLAIN,
+        "task": TASKS[queue],
         "id": job_id,
         "root_id": job_id,
         "parent_id": None,
@@ -175,6 +176,7 @@ def make_app(settings: Settings, *, timeout_s: float = 10) -> "Celery":
             "socket_keepalive": True,
             "health_check_interval": 15,
             "max_message_bytes": settings.max_message_bytes,
+            "tasks": TASKS,
             "most_in_hand": {SHARDS: settings.shards},  # the other threads are for who comes before them
         },
     )

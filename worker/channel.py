@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +22,7 @@ ASIDE = "unreadable"  # a list in Redis, and with `:count` how many there ever w
 ASIDE_MOST = 100  # items
 ASIDE_BYTES = 200  # of each item: enough to see what it is
 ASIDE_MS = 7 * 86_400_000  # after the last one
+IGNORED_EVERY_S = 10.0  # between two lines about remote commands
 LOOK_S = 0.05  # that the other queues are waited for, while one has no room: it may have some any moment
 EMPTY = kombu_redis.Empty
 
@@ -52,11 +55,14 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         *kombu_redis.Channel.from_transport_options,
         "max_message_bytes",
         "most_in_hand",
+        "tasks",
     )
     max_message_bytes = 1024 * 1024  # of a job as JSON
     most_in_hand: Mapping[
         str, int
     ] = {}  # queue -> messages that are not yet acknowledged, where it is limited
+
+    tasks: Mapping[str, str] = {}  # queue -> the one task that it is for
 
     _kept: Any = None
     _queue_cycle: Any
@@ -126,7 +132,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     def _opened(self, item: bytes, queue: str) -> dict[str, Any] | None:
         """The message that an item is; where it is none, one that says so; None where nobody can be told."""
         try:
-            return envelope.read(item, queue, self.max_message_bytes)
+            return envelope.read(item, queue, self.max_message_bytes, self.tasks.get(queue, ""))
         except strict_json.Unreadable as error:
             message_id = envelope.identify(item)
             if message_id:
@@ -135,13 +141,23 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             return None
 
     def _handle_message(self, client: Any, r: Any) -> dict[str, Any]:
-        """A remote command. Kombu logs what it cannot read, and trips over what it cannot deliver."""
+        """A remote command: only what asks, and changes nothing, gets through to Celery."""
         found: dict[str, Any] = super()._handle_message(client, r)
-        data = found["data"]
-        if bytes_to_str(found["type"]).endswith("message") and data and not _is_command(data):
-            _say(data, "a channel of remote commands", "it is no command")
-            found["data"] = None  # nothing to deliver
+        if bytes_to_str(found["type"]).endswith("message") and found["data"]:
+            try:
+                found["data"] = envelope.question(found["data"])
+            except strict_json.Unreadable as error:
+                found["data"] = None  # nothing to deliver
+                if count := ignored():
+                    log.warning("remote command ignored: %s (%d since the last such line)", error, count)
         return found
+
+    def _lookup(self, exchange: str, routing_key: str, default: Any = None) -> list[str]:
+        """Where something goes. Answers go to whoever asked, whatever is said to be bound there."""
+        queues: list[str] = super()._lookup(exchange, routing_key, default)
+        if exchange == envelope.REPLIES:
+            return [queue for queue in queues if queue.endswith(f".{exchange}")]
+        return queues
 
     def set_aside(self, item: bytes, queue: str, why: str) -> None:
         """Keep how a nameless item begins, for the operator to see. Never raises."""
@@ -184,12 +200,24 @@ class _WithRoom:
         return [queue for queue in self._cycle.consume(count) if self._has_room(queue)]
 
 
-def _is_command(data: bytes) -> bool:
-    try:
-        found = strict_json.loads(data, "it")
-        return isinstance(found["headers"], dict) and isinstance(found["properties"]["delivery_tag"], str)
-    except (strict_json.Unreadable, TypeError, KeyError):
-        return False
+class Seldom:
+    """Counts what would be said, so that it is said at most once in a while."""
+
+    def __init__(self, every_s: float) -> None:
+        """Nothing was said yet."""
+        self.every_s, self._count, self._said_s = every_s, 0, -math.inf
+
+    def __call__(self) -> int:
+        """Once more. How often it has been since it was said; 0: it is not to be said now."""
+        self._count += 1
+        now_s = time.monotonic()
+        if now_s - self._said_s < self.every_s:
+            return 0
+        count, self._count, self._said_s = self._count, 0, now_s
+        return count
+
+
+ignored = Seldom(IGNORED_EVERY_S)  # remote commands, of all connections
 
 
 def _say(item: bytes, place: str, why: str) -> None:

@@ -9,6 +9,8 @@ from celery import Celery
 
 from worker import keepers, storage, traces, wiring
 from worker.breaker import Breaker
+from worker.eviction import Eviction
+from worker.fleet import RedisFleet
 from worker.keepers import Keep
 from worker.leases import Leases
 from worker.observer import SILENT, Observer
@@ -24,6 +26,7 @@ class Crew:
 
     desk: Desk
     keepers: Mapping[str, Keep]
+    eviction: Eviction
 
 
 def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer = SILENT) -> Crew:
@@ -41,8 +44,20 @@ def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer
     leases = Leases(ledger, me.id, settings.lease_s, health, observer)
     spans = traces.to(settings.traces, "gradcam-worker", me.id)
     others = keepers.gather(settings, app.bell, ledger, outside.webhooks.send, me.id, observer, spans)
-    desk = Desk(settings, ledger, outside, me, leases, breaker, observer=observer, traces=spans)
-    return Crew(desk, {"leases": leases.keep, "breaker": breaker.watch, **others})
+    desk = Desk(
+        settings,
+        ledger,
+        outside,
+        me,
+        leases,
+        breaker,
+        observer=observer,
+        traces=spans,
+        admits=RedisFleet(ledger.server).admits,
+    )
+    eviction = Eviction(settings)
+    own = {"leases": leases.keep, "breaker": breaker.watch, "eviction": eviction.keep}
+    return Crew(desk, {**own, **others}, eviction)
 
 
 def _use_storage(stores: StoreSource) -> None:

@@ -14,6 +14,7 @@ from worker.errors import (
     LedgerUnavailable,
     StorageUnavailable,
 )
+from worker.eviction import FIX, Eviction
 from worker.gradcam import weights
 from worker.gradcam.catalog import CATALOG, NetworkRow
 from worker.redis_ledger import RedisLedger
@@ -40,6 +41,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     broker_fix = "Start Redis or Valkey there, or set GRADCAM_BROKER_URL."
     yield _look("broker", fitness.broker_answers, settings, broker_fix)
     yield _look("ledger", fitness.ledger_answers, settings, broker_fix.replace("BROKER", "LEDGER"))
+    yield from _eviction(settings)
     yield from _workers(settings)
     if importlib.util.find_spec("keras") is None:
         detail = "not installed: from here jobs can be submitted, not run"
@@ -63,6 +65,12 @@ def examine(settings: Settings) -> Iterator[Finding]:
         return
     for row in registry.own():
         yield _own(row, settings)
+
+
+def _eviction(settings: Settings) -> Iterator[Finding]:
+    """What broker and ledger forget when their memory is full."""
+    for one in Eviction(settings).look():
+        yield Finding("eviction", one.well, str(one), FIX if one.evicts else "")
 
 
 def _weights(settings: Settings) -> Iterator[Finding]:

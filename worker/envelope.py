@@ -19,10 +19,30 @@ HEAD_BYTES = 64 * 1024  # that headers and properties may have; Celery's have 1,
 AROUND_BYTES = 1024  # that a message's body may have beside its job; Celery's has 100
 MAX_ID = 256  # characters
 MAX_WHY = 500  # characters
+# The remote commands that only ask. Others that Celery calls `inspect` change something, or take their time.
+QUESTIONS = frozenset(
+    {
+        "active",
+        "active_queues",
+        "clock",
+        "conf",
+        "ping",
+        "registered",
+        "report",
+        "reserved",
+        "revoked",
+        "scheduled",
+        "stats",
+    }
+)
+REPLIES = "reply.celery.pidbox"  # the exchange by which whoever asks hears
+MAX_SHOWN = 60  # characters of a name that is not ours
 ENTERED_AT = "gradcam_entered_at"  # a header: when the job was entered in the ledger
 REFUSED = "gradcam_refused"  # a header: why this message is no task
 
-_ID = re.compile(rb'"id": ?"([!#-\[\]-~]{1,%d})"' % MAX_ID)  # no quote, no backslash, nothing beyond ASCII
+_ID = re.compile(
+    rb'"id": ?"((?:[ !#-\[\]-~]|\\[^u]|\\u[0-9a-fA-F]{4}){1,%d})"' % MAX_ID
+)  # of ASCII, as JSON has it
 _CORRELATION_ID = re.compile(_ID.pattern.replace(b"id", b"correlation_id"))
 
 
@@ -31,10 +51,10 @@ def largest_item(max_bytes: int) -> int:
     return (max_bytes + AROUND_BYTES) * 4 // 3 + HEAD_BYTES
 
 
-def read(item: bytes, queue: str, max_bytes: int) -> dict[str, Any]:
+def read(item: bytes, queue: str, max_bytes: int, task: str) -> dict[str, Any]:
     """An item of a queue -> a message as kombu expects it. Raises Unreadable.
 
-    `max_bytes` is how large the job in it may be, as JSON.
+    `max_bytes` is how large the job in it may be, as JSON; `task` is the only task that this queue is for.
     """
     if len(item) > largest_item(max_bytes):
         raise Unreadable(too_large(len(item), largest_item(max_bytes), "it"))
@@ -51,16 +71,16 @@ def read(item: bytes, queue: str, max_bytes: int) -> dict[str, Any]:
         raise Unreadable(what)
     if isinstance(headers.get(REFUSED), str):  # it was refused before, and could not be written down then
         return stand_in(headers["id"], queue, headers[REFUSED])
-    _check_headers(headers)
-    _check_body(found, properties, max_bytes)
+    _check_headers(headers, queue, task)
+    body, encoding = _body(found, properties, max_bytes)
     info = properties.get("delivery_info")
     return {
-        "body": found["body"],
+        "body": body,
         "content-encoding": "utf-8",
         "content-type": "application/json",
         "headers": {
             "lang": "py",
-            "task": headers["task"],
+            "task": task,
             "id": headers["id"],
             "argsrepr": "",  # logs repeat these
             "kwargsrepr": "",
@@ -68,10 +88,59 @@ def read(item: bytes, queue: str, max_bytes: int) -> dict[str, Any]:
         },
         "properties": {
             **_route(queue, redelivered=isinstance(info, dict) and bool(info.get("redelivered"))),
-            "body_encoding": properties.get("body_encoding"),
+            "body_encoding": encoding,
             "priority": _priority(properties.get("priority")),
         },
     }
+
+
+def question(item: bytes) -> bytes:
+    """A remote command that does no more than ask -> the same, as kombu expects it. Raises Unreadable.
+
+    Of the others each could stop this worker, or its work, without a trace. A question has no arguments and
+    no pattern of workers, and its answer goes to whoever asks.
+    """
+    if len(item) > HEAD_BYTES:
+        message = f"it has {len(item):,} bytes; at most {HEAD_BYTES:,} are allowed"
+        raise Unreadable(message)
+    found = loads(item, "its envelope")
+    properties = found.get("properties") if isinstance(found, dict) else None
+    if not isinstance(properties, dict):
+        message = "its envelope must be an object with properties and a body"
+        raise Unreadable(message)
+    asked = loads(_content(found, properties), "its body")
+    method = asked.get("method") if isinstance(asked, dict) else None
+    if not isinstance(method, str) or method not in QUESTIONS:
+        message = (
+            f"{str(method)[:MAX_SHOWN]!r} is none of those that are answered: {', '.join(sorted(QUESTIONS))}"
+        )
+        raise Unreadable(message)
+    match asked:
+        case {
+            "destination": list() | None as destination,
+            "reply_to": {"exchange": exchange, "routing_key": str() as key},
+            "ticket": str() as ticket,
+        }:
+            if exchange == REPLIES and not asked.get("pattern"):
+                body = {
+                    "method": method,
+                    "destination": destination,
+                    "reply_to": {"exchange": REPLIES, "routing_key": key},
+                    "ticket": ticket,
+                }
+                return json.dumps(
+                    {
+                        "body": json.dumps(body),
+                        "content-encoding": "utf-8",
+                        "content-type": "application/json",
+                        "headers": {},
+                        "properties": {"delivery_tag": str(uuid.uuid4())},
+                    }
+                ).encode()
+    message = (
+        f"{method} must have a ticket, a reply_to of {REPLIES}, a list of workers or none, and no pattern"
+    )
+    raise Unreadable(message)
 
 
 def check(text: bytes, max_bytes: int) -> None:
@@ -101,9 +170,17 @@ def identify(item: bytes) -> str | None:
     """The id that an item goes by, if it can be told without reading it whole."""
     for pattern in (_ID, _CORRELATION_ID):
         for part in (item[-HEAD_BYTES:], item[:HEAD_BYTES]):
-            if found := pattern.search(part):
-                return found[1].decode()
+            if (found := pattern.search(part)) and (name := _text(found[1])):
+                return name
     return None
+
+
+def _text(quoted: bytes) -> str | None:
+    """What stands between the quotes of a JSON text; half a character in it is spelt out."""
+    try:
+        return str(json.loads(b'"%s"' % quoted)).encode(errors="backslashreplace").decode()
+    except ValueError:
+        return None
 
 
 def restorable(held: bytes) -> bool:
@@ -122,9 +199,13 @@ def too_large(size: int, limit: int, what: str) -> str:
     return f"{what} has {size:,} bytes; at most {limit:,} are allowed (GRADCAM_MAX_MESSAGE_BYTES)"
 
 
-def _check_headers(headers: dict[str, Any]) -> None:
-    if not isinstance(headers.get("task"), str) or not headers["task"]:
-        message = "it names no task"
+def _check_headers(headers: dict[str, Any], queue: str, task: str) -> None:
+    named = headers.get("task")
+    if not isinstance(named, str) or not named:
+        message = f"it names no task: in the queue {queue}, headers.task must be {task}"
+        raise Unreadable(message)
+    if named != task:  # Celery has tasks of its own, which publish what they are told to
+        message = f"there is no task {named[:MAX_SHOWN]!r} in the queue {queue}, only {task}"
         raise Unreadable(message)
     if headers.get("compression"):
         message = "it is compressed, and only plain JSON is read"
@@ -138,7 +219,25 @@ def _check_headers(headers: dict[str, Any]) -> None:
             raise Unreadable(message)
 
 
-def _check_body(found: dict[str, Any], properties: dict[str, Any], max_bytes: int) -> None:
+def _body(found: dict[str, Any], properties: dict[str, Any], max_bytes: int) -> tuple[str, str | None]:
+    """The body, and its encoding. Its arguments have no names, which could be names that Celery uses."""
+    data = _content(found, properties)
+    if len(data) > max_bytes + AROUND_BYTES:
+        raise Unreadable(too_large(len(data), max_bytes + AROUND_BYTES, "its body"))
+    match loads(data, "its body"):
+        case [list() as args, dict() as kwargs, dict() as follow]:
+            if any(follow.values()):
+                message = "it names tasks that are to follow, and none may"
+                raise Unreadable(message)
+            if kwargs:
+                return json.dumps([[*args, *kwargs.values()], {}, {}]), None
+            return found["body"], properties.get("body_encoding")
+    message = "its body must be a list of arguments, named arguments, and an object"
+    raise Unreadable(message)
+
+
+def _content(found: dict[str, Any], properties: dict[str, Any]) -> bytes:
+    """What the body says, still as JSON."""
     body, encoding = found.get("body"), properties.get("body_encoding")
     if found.get("content-type") != "application/json" or found.get("content-encoding") not in {
         "utf-8",
@@ -150,20 +249,10 @@ def _check_body(found: dict[str, Any], properties: dict[str, Any], max_bytes: in
         message = "its body must be text, plain or in base64"
         raise Unreadable(message)
     try:
-        data = base64.b64decode(body, validate=True) if encoding == "base64" else body.encode()
+        return base64.b64decode(body, validate=True) if encoding == "base64" else body.encode()
     except (binascii.Error, ValueError) as error:
         message = "its body is not base64, or not text"
         raise Unreadable(message) from error
-    if len(data) > max_bytes + AROUND_BYTES:
-        raise Unreadable(too_large(len(data), max_bytes + AROUND_BYTES, "its body"))
-    match loads(data, "its body"):
-        case [list(), dict(), dict() as follow]:
-            if any(follow.values()):
-                message = "it names tasks that are to follow, and none may"
-                raise Unreadable(message)
-        case _:
-            message = "its body must be a list of arguments, named arguments, and an object"
-            raise Unreadable(message)
 
 
 def _route(queue: str, *, redelivered: bool) -> dict[str, Any]:

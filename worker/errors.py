@@ -19,6 +19,7 @@
     │   ├── ChecksumMismatch         checksum_mismatch
     │   ├── WeightsChecksumMismatch  weights_checksum_mismatch
     │   ├── NetworkIncompatible      network_incompatible
+    │   ├── UnknownBackfill          unknown_backfill         of a shard
     │   ├── OutputNotAllowed         output_not_allowed
     │   ├── IdempotencyConflict      idempotency_conflict
     │   ├── JobTimeout               timeout
@@ -206,6 +207,12 @@ class NetworkIncompatible(PermanentError):
 
     code = "network_incompatible"
     public_message = "The model cannot explain this image. Trying again does not help."
+
+
+class UnknownBackfill(PermanentError):
+    """The ledger knows no backfill that this shard is of."""
+
+    code = "unknown_backfill"
 
 
 class OutputNotAllowed(PermanentError):

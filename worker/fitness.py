@@ -24,6 +24,7 @@ from worker.errors import (
     StorageUnavailable,
     UnknownNetwork,
 )
+from worker.eviction import FIX, Eviction
 from worker.folder import REFUSED
 from worker.gradcam import weights
 from worker.gradcam.registry import Registry
@@ -54,7 +55,7 @@ def check(settings: Settings, *, stores: bool = True) -> None:
     `stores`: the process writes to storage, and explains. It takes no longer than the slowest answer, 15 s
     where storage does not say a word.
     """
-    looks = [broker_answers, ledger_answers]
+    looks = [broker_answers, ledger_answers, redis_keeps]
     if stores:
         cache_holds(settings, networks(settings))
         looks.append(storage_takes)
@@ -86,6 +87,19 @@ def ledger_answers(settings: Settings) -> str:
         _judge(error, "GRADCAM_LEDGER_URL" if settings.ledger_url else "GRADCAM_BROKER_URL")
         raise
     return f"{without_secrets(settings.ledger)}: {queued} queued, {running} running"
+
+
+def redis_keeps(settings: Settings) -> str:
+    """What Redis forgets when its memory is full. Raises InvalidSettings where that is accepted jobs."""
+    said = []
+    for one in Eviction(settings, timeout_s=ANSWER_S).look():
+        if one.loses_jobs:
+            message = f"{one.setting}: {one} {FIX}"
+            raise InvalidSettings(message)
+        if one.evicts or one.name is None:
+            log.warning("%s: %s%s", one.setting, one, f" {FIX}" if one.evicts else "")
+        said.append(str(one))
+    return "; ".join(said)
 
 
 def storage_takes(settings: Settings) -> str:

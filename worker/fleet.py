@@ -4,26 +4,33 @@ Whoever runs a backfill says so every second, in Redis, under the name of its ou
 
     backfills              a sorted set of the outputs, by when somebody was heard of last
     backfill:<output>      a hash: `owner` (whose it is), `beat` (when, in ms), `facts` (JSON, how far it
-                           is), `shards` (JSON, ids in flight), `cancel` (somebody wants it to end)
+                           is), `shards` (JSON, ids in flight), `cancel` (somebody wants it to end),
+                           `token` (what its shards have to show)
 
-What is done is not written here: that is what lies in the output.
+What is done is not written here: that is what lies in the output. The token is random, and stays
+the same for as long as the backfill is remembered: one that goes on, in another process too, has the
+shards of before in flight.
 """
 
 import hashlib
+import hmac
 import json
 import logging
 import os
 import platform
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from worker.errors import BackfillConflict, LedgerUnavailable
 from worker.outbox_scripts import NOW
 from worker.redis_ledger import Server
+from worker.shard import Shard
 from worker.wire import new_id
 
 log = logging.getLogger("gradcam")
@@ -32,24 +39,28 @@ EVERY_S = 1.0  # between two signs of life
 FRESH_S = 5.0  # after the last of which an output is its owner's
 REMEMBERED_S = 7 * 86_400  # that a backfill can be asked about after its last sign
 
-# ARGV: P, output, owner, facts, shards, fresh (ms), remembered (ms), 'enter' or ''. Returns whether it is the
-# owner's, how many backfills run, whether it is to end, and the facts and shards that were held before.
+# ARGV: P, output, owner, facts, shards, fresh (ms), remembered (ms), 'enter' or '', token. Returns whether it
+# is the owner's, how many backfills run, whether it is to end, the facts and shards that were held before,
+# and the token that holds from now on: the same backfill's of before, where there is one.
 BEAT = (
     NOW
     + """
 local key, fresh = P .. 'backfill:' .. ARGV[2], tonumber(ARGV[6])
-local held = redis.call('HMGET', key, 'owner', 'beat', 'facts', 'shards', 'cancel')
+local held = redis.call('HMGET', key, 'owner', 'beat', 'facts', 'shards', 'cancel', 'token')
+local token = ARGV[9]
 local theirs, lives = held[1] and held[1] ~= ARGV[3], held[2] and now - tonumber(held[2]) < fresh
-if theirs and (lives or ARGV[8] == '') then return {0, 0, 0, held[3], held[4]} end
+if theirs and (lives or ARGV[8] == '') then return {0, 0, 0, held[3], held[4], ''} end
 if ARGV[8] ~= '' then
+  if held[6] and cjson.decode(held[3]).backfill == cjson.decode(ARGV[4]).backfill then token = held[6] end
   redis.call('HDEL', key, 'cancel')
   held[5] = false
 end
-redis.call('HSET', key, 'owner', ARGV[3], 'beat', ms(now), 'facts', ARGV[4], 'shards', ARGV[5])
+redis.call('HSET', key, 'owner', ARGV[3], 'beat', ms(now), 'facts', ARGV[4], 'shards', ARGV[5],
+           'token', token)
 redis.call('PEXPIRE', key, ARGV[7])
 redis.call('ZADD', P .. 'backfills', ms(now), ARGV[2])
 redis.call('ZREMRANGEBYSCORE', P .. 'backfills', '-inf', ms(now - fresh))
-return {1, redis.call('ZCARD', P .. 'backfills'), held[5] and 1 or 0, held[3] or '', held[4] or ''}
+return {1, redis.call('ZCARD', P .. 'backfills'), held[5] and 1 or 0, held[3] or '', held[4] or '', token}
 """
 )
 
@@ -96,15 +107,23 @@ class Heard:
     running: int = 1  # backfills, this one included
     cancel: bool = False  # it is to end
     before: Record | None = None  # what was held until now
+    token: str = field(default="", repr=False)  # what its shards have to show
 
 
 class Fleet(Protocol):
     """All backfills. Raises LedgerUnavailable wherever it cannot be reached."""
 
     def beat(
-        self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str], *, enter: bool = False
+        self,
+        output: str,
+        owner: str,
+        facts: dict[str, Any],
+        shards: Sequence[str],
+        token: str,
+        *,
+        enter: bool = False,
     ) -> Heard:
-        """Say that a backfill is run. `enter`: as the first thing of all."""
+        """Say that a backfill is run. `enter`: as the first thing of all, with a token of its own choice."""
         ...
 
     def leave(self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str]) -> None:
@@ -124,10 +143,17 @@ class RedisFleet:
         self._server = server
 
     def beat(
-        self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str], *, enter: bool = False
+        self,
+        output: str,
+        owner: str,
+        facts: dict[str, Any],
+        shards: Sequence[str],
+        token: str,
+        *,
+        enter: bool = False,
     ) -> Heard:
         """See `Fleet.beat`."""
-        own, running, cancel, before, theirs = self._server.run(
+        own, running, cancel, before, theirs, token = self._server.run(
             BEAT,
             _place(output),
             owner,
@@ -136,9 +162,10 @@ class RedisFleet:
             int(FRESH_S * 1000),
             REMEMBERED_S * 1000,
             "enter" if enter else "",
+            token,
         )
         record = Record(json.loads(before), tuple(json.loads(theirs)), not own) if before else None
-        return Heard(bool(own), int(running), bool(cancel), record)
+        return Heard(bool(own), int(running), bool(cancel), record, token)
 
     def leave(self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str]) -> None:
         """See `Fleet.leave`."""
@@ -148,6 +175,16 @@ class RedisFleet:
         """See `Fleet.find`."""
         found = self._server.run(FIND, _place(output), int(FRESH_S * 1000), "cancel" if cancel else "")
         return Record(json.loads(found[0]), tuple(json.loads(found[1])), bool(found[2])) if found else None
+
+    def admits(self, shard: Shard) -> bool:
+        """Whether a shard shows the token of a backfill that is remembered. Raises LedgerUnavailable."""
+        key = f"{self._server.prefix}backfill:{_place(shard.output)}"
+        with self._server.reaching():
+            facts, token = self._server.redis.hmget(key, "facts", "token")
+        if not facts or json.loads(str(facts)).get("backfill") != shard.backfill:
+            return False
+        # One that an older version runs has none, and neither have its shards, which the ledger has already.
+        return hmac.compare_digest(str(token or "").encode(), shard.token.encode())
 
     def running(self) -> list[dict[str, Any]]:
         """The facts of all that are run, as `Seat` was given them. Raises LedgerUnavailable."""
@@ -175,6 +212,7 @@ class Seat:
     shards: Callable[[], Sequence[str]]
     heard: Heard = field(default=Heard(owner=True), init=False)
     before: Record | None = field(default=None, init=False)  # what was remembered of it when it began
+    token: str = field(default_factory=partial(secrets.token_urlsafe, 32), init=False, repr=False)
     _owner: str = field(default_factory=new_id, init=False)
     _stopped: threading.Event = field(default_factory=threading.Event, init=False)
 
@@ -186,7 +224,7 @@ class Seat:
             heard = self.beat(enter=True)
         if not heard.owner:
             raise BackfillConflict(_taken(self.output, heard.before))
-        self.before = heard.before
+        self.before, self.token = heard.before, heard.token
         self._thread = threading.Thread(target=self._keep, name="fleet", daemon=True)
         self._thread.start()
         return self
@@ -204,7 +242,9 @@ class Seat:
 
     def beat(self, *, enter: bool = False) -> Heard:
         """Say now that it is run, and which shards are in flight. Raises LedgerUnavailable."""
-        self.heard = self.fleet.beat(self.output, self._owner, self._said(), self.shards(), enter=enter)
+        self.heard = self.fleet.beat(
+            self.output, self._owner, self._said(), self.shards(), self.token, enter=enter
+        )
         return self.heard
 
     def check(self) -> None:

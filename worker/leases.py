@@ -16,6 +16,7 @@ from worker.wire import utc_now
 log = logging.getLogger("gradcam")
 
 BEATS = 3  # in the time of one lease: two may fail
+CATCH_UP_S = 0.25  # between two looks which jobs have begun a stage that is not written yet
 LOOK_S = 1.0  # between two beats at most, so that a job is stopped soon after somebody has asked for it
 
 
@@ -35,15 +36,22 @@ class Leases:
         self._lease_s, self._observer = lease_s, observer
         self._letting_go = False
         self._held: dict[str, tuple[int, Deadline]] = {}  # job id -> attempt
+        self._behind: dict[str, Callable[[], None]] = {}  # job id -> what writes how far it is
         self._door = threading.Lock()
 
     @contextmanager
-    def held(self, document: StatusDocument, deadline: Deadline) -> Iterator[None]:
-        """Within it, the lease of a job that has just been claimed is renewed."""
+    def held(
+        self, document: StatusDocument, deadline: Deadline, catch_up: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
+        """Within it, the lease of a job that has just been claimed is renewed.
+
+        `catch_up` is called again and again: it writes how far the job is, where that is not written yet.
+        """
         begun = document.started_at or document.updated_at
         deadline.hold(self._lease_s - (utc_now() - begun).total_seconds())
         with self._door:
             self._held[document.id] = document.attempt, deadline
+            self._behind[document.id] = catch_up
         try:
             yield
         except AttemptFenced:
@@ -53,6 +61,7 @@ class Leases:
         finally:
             with self._door:
                 self._held.pop(document.id, None)
+                self._behind.pop(document.id, None)
 
     def jobs(self) -> dict[str, int]:
         """What runs here: job id -> attempt."""
@@ -76,6 +85,13 @@ class Leases:
             else:
                 deadline.hold(self._lease_s - (time.monotonic() - asked_s))
 
+    def catch_up(self) -> None:
+        """Have written how far each job is. Raises LedgerUnavailable."""
+        with self._door:
+            behind = [*self._behind.values()]
+        for write in behind:
+            write()
+
     def let_go(self) -> dict[str, int]:
         """Stop all that runs here; return what it was: job id -> attempt."""
         self._letting_go = True
@@ -87,9 +103,15 @@ class Leases:
     def keep(self, stopped: threading.Event) -> None:
         """Renew until `stopped`; a ledger out of reach is asked again."""
         every_s, reached = min(self._lease_s / BEATS, LOOK_S), True
-        while not stopped.wait(every_s):
+        due_s = time.monotonic() + every_s
+        while not stopped.wait(min(max(due_s - time.monotonic(), 0), CATCH_UP_S)):
             try:
-                self.beat()
+                if time.monotonic() >= due_s:
+                    due_s = time.monotonic() + every_s
+                    self.beat()
+                    reached = True
+                if reached:
+                    self.catch_up()
             except LedgerUnavailable as error:
                 if reached:  # said once in an outage
                     log.warning("no lease can be renewed: %s", error)
@@ -97,5 +119,3 @@ class Leases:
             except Exception:
                 # Whatever it is, without this thread every job here would be lost to others, for ever.
                 log.exception("leases could not be renewed")
-            else:
-                reached = True

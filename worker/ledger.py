@@ -12,7 +12,7 @@ import json
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -199,17 +199,20 @@ class Ledger(ABC):
             if self._swap(before, after):
                 return after
 
-    def receive(self, job_id: str, payload: object) -> tuple[Work | None, StatusDocument]:
+    def receive(
+        self, job_id: str, payload: object, read: Callable[[object], Work] = parse
+    ) -> tuple[Work | None, StatusDocument]:
         """The job that a message is about: the ledger's own, or the message's, which is entered now.
 
-        None where it has ended and is forgotten. Raises InvalidJob, IdempotencyConflict.
+        None where it has ended and is forgotten. `read` is what makes a job of a message. Raises InvalidJob,
+        IdempotencyConflict, and what `read` does.
         """
         held = self._find(job_id)
         if held and held.document.final and held.document.status != "failed":
             return None, held.document
         if held:
             return parse(json.loads(held.job)), held.document
-        job = parse(payload)
+        job = read(payload)
         document = self.submit(job)  # perhaps the first with this idempotency key, which has its own id
         return job.model_copy(update={"id": document.id}), document
 

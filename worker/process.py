@@ -17,6 +17,7 @@ from celery.exceptions import Reject
 from celery.signals import setup_logging, worker_ready
 
 from worker import broker, fitness, keepers, lifeline, wiring
+from worker.contract import Job
 from worker.crew import gather
 from worker.errors import (
     BrokerUnavailable,
@@ -35,6 +36,7 @@ from worker.outside import Outside
 from worker.pulse import Pulse
 from worker.room import limit_memory
 from worker.settings import Settings
+from worker.shard import Shard
 from worker.tasks import Desk
 from worker.telemetry import Telemetry
 
@@ -48,16 +50,19 @@ HAND_BACK_EVERY_S = 0.2  # meanwhile: one was just beginning, the ledger did not
 PRELOAD_EVERY_S = 10.0  # between two tries to have the weights of a network
 NO_FILE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES}  # which somebody has to put there
 PROBE_S = 2.0  # that the broker has, to show that it answers
+CONSUMER, REQUEST = "worker.consumer:SturdyConsumer", "worker.consumer:Request"
+KINDS: dict[str, type[Job] | type[Shard]] = {broker.EXPLAIN: Job, broker.EXPLAIN_SHARD: Shard}
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)  # Celery's own ways lead astray here
 
 
 def register(app: Celery, desk: Desk) -> None:
-    """Give the app its task, and say what becomes of messages that are none."""
+    """Give the app its tasks and no other, and say what becomes of messages that are none."""
 
-    def explain(self: Any, *args: object, **kwargs: object) -> None:
+    def explain(self: Any, *args: object) -> None:
         try:
             entered_at = (self.request.headers or {}).get(broker.ENTERED_AT)
-            desk.handle(_payload(args, kwargs), self.request.id, entered_at=entered_at)
+            payload, kind = _payload(args), KINDS[self.name]
+            desk.handle(payload, self.request.id, entered_at=entered_at, kind=kind)
         except (LedgerUnavailable, WorkerUnfit) as error:
             log.warning("message %s goes back: %s", self.request.id, error)
             time.sleep(RETURN_AFTER_S)
@@ -70,12 +75,15 @@ def register(app: Celery, desk: Desk) -> None:
             time.sleep(RETURN_AFTER_S)
             raise Reject(str(error), requeue=True) from error
 
-    for name in (broker.EXPLAIN, broker.EXPLAIN_SHARD):
-        app.task(explain, name=name, bind=True, shared=False)  # this app's alone
+    app.finalize()
+    for name in [*app.tasks]:  # Celery's own, which publish whatever they are told to
+        app.tasks.unregister(name)
+    for name in KINDS:
+        app.task(explain, name=name, bind=True, shared=False, Request=REQUEST)  # this app's alone
     app.refuse_message = lambda message_id, why: desk.refuse(
         message_id, None, InvalidJob(f"The message is not a job: {why}.")
     )
-    app.conf.worker_consumer = "worker.consumer:SturdyConsumer"
+    app.conf.worker_consumer = CONSUMER
 
 
 def _redelivered(request: Any) -> bool:
@@ -88,10 +96,9 @@ def _ended(desk: Desk, message_id: str, error: Exception) -> bool:
     return desk.refuse(message_id, None, InternalError.of(error)).final
 
 
-def _payload(args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-    """The one argument of a task, by position or by any name; anything else is no job."""
-    given = [*args, *kwargs.values()]
-    return given[0] if len(given) == 1 else given
+def _payload(args: tuple[object, ...]) -> object:
+    """The one argument of a task; anything else is no job."""
+    return args[0] if len(args) == 1 else [*args]
 
 
 def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | None = None) -> int:
@@ -115,7 +122,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
     crew = gather(settings, app, outside, telemetry.observer)
     desk = crew.desk
     register(app, desk)
-    telemetry.ask_worker(lambda: outside.residents.count, desk.breaker)
+    telemetry.ask_worker(lambda: outside.residents.count, desk.breaker, crew.eviction.trouble)
     _preload(settings, outside, telemetry.health)
     probe = partial(broker.answers, broker.make_app(settings, timeout_s=PROBE_S))
     pulse = Pulse(ready_fd, reachable=probe, ill=lambda: outside.residents.trouble)

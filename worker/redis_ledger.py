@@ -84,6 +84,15 @@ class Clients:
         """Close all connections but those on which somebody waits for an answer."""
         self.mine().connection_pool.disconnect(inuse_connections=False)
 
+    def memory(self) -> Mapping[str, Any]:
+        """What the server says of its memory; nothing where the user may not ask. As `reaching` raises."""
+        with self.reaching():
+            try:
+                found: Any = self.mine().info("memory")
+            except redis.exceptions.NoPermissionError:
+                return {}
+        return found  # type: ignore[no-any-return]  # redis-py's types do not say
+
     @contextmanager
     def reaching(self) -> Iterator[None]:
         """What Redis raises is BrokerUnavailable or LedgerUnavailable here."""

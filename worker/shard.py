@@ -49,6 +49,8 @@ class Shard(Wire):
     metrics: Annotated[tuple[Metric, ...], Field(max_length=2)] = ()
     artifacts: Annotated[tuple[OverlayWish, ...], Field(max_length=3)] = ()
     output: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+    # What its submitter got from the ledger: see `worker.fleet`. '': an older version submitted it.
+    token: Annotated[str, StringConstraints(max_length=64)] = Field(default="", repr=False)
     keep: bool = False  # rows that succeeded in the file that is there are taken over
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 7200
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 8

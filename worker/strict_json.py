@@ -5,11 +5,13 @@ Python's own reader takes NaN, takes the last of two fields of one name, and rai
 
 import json
 import math
+import re
 from typing import Any
 
 MAX_DEPTH = 16  # levels of lists and objects, one in another; a job in its message has 7
 MAX_DIGITS = 40  # of one number; a float64 is never written with more than 25
 
+_MAYBE_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 _TO_SQUARE = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
@@ -22,13 +24,19 @@ def loads(text: bytes, what: str) -> Any:
     """Read JSON. Raises Unreadable, whose sentence begins with `what`, and no other error.
 
     Refused are NaN and the infinities, a field that is named twice, more than `MAX_DEPTH` levels, more than
-    `MAX_DIGITS` digits, and the objects that kombu turns into other things than JSON has.
+    `MAX_DIGITS` digits, half of a surrogate pair, which no UTF-8 has, and the objects that kombu turns into
+    other things than JSON has.
     """
     if _too_deep(text):
         message = f"{what} is nested deeper than {MAX_DEPTH} levels, or its brackets do not match"
         raise Unreadable(message)
     try:
-        return _DECODER.decode(text.decode())
+        return _encodable(_DECODER.decode(text.decode()), text)
+    except UnicodeEncodeError as error:
+        message = (
+            f"{what} holds half of a surrogate pair ({error.object[error.start]!a}), which is no character"
+        )
+        raise Unreadable(message) from None
     except Unreadable as error:
         message = f"{what} {error}"
         raise Unreadable(message) from None
@@ -38,6 +46,13 @@ def loads(text: bytes, what: str) -> Any:
     except (ValueError, RecursionError) as error:
         message = f"{what} cannot be read as JSON ({type(error).__name__})"
         raise Unreadable(message) from error
+
+
+def _encodable(found: Any, text: bytes) -> Any:
+    """What was found, where it can be written again. Raises UnicodeEncodeError."""
+    if _MAYBE_HALF.search(text):
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
 
 
 def _fields(found: list[tuple[str, Any]]) -> dict[str, Any]:

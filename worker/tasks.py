@@ -6,15 +6,19 @@ dropped   the job was final already, or another attempt has it: the message has 
 returned  the ledger or the broker is out of reach, or this worker cannot work: the message goes back
 """
 
+import contextlib
 import logging
+import math
 import random
 import re
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from pydantic import AwareDatetime, TypeAdapter
@@ -32,6 +36,7 @@ from worker.errors import (
     JobCanceled,
     LedgerUnavailable,
     StorageUnavailable,
+    UnknownBackfill,
     WorkerUnfit,
 )
 from worker.floor import Floor
@@ -41,7 +46,7 @@ from worker.observer import SILENT, Observer
 from worker.outside import Outside
 from worker.pipeline import Journey
 from worker.settings import Settings
-from worker.shard import Shard, Work
+from worker.shard import Shard, Work, parse
 from worker.traces import OFF, Traces
 from worker.transitions import suspected
 from worker.wire import utc_now
@@ -51,6 +56,12 @@ log = logging.getLogger("gradcam")
 PROGRESS_EVERY_S = 0.5  # stages that pass faster are not worth a round trip
 LEDGER_PATIENCE_S = 30  # a finished job's last word is worth waiting for
 MOMENT = TypeAdapter(AwareDatetime)
+Kind = type[Job] | type[Shard]
+MISPLACED: dict[Kind, str] = {  # why it is refused where a queue is for something else
+    Job: "This is a shard, and among jobs none is taken: only `gradcam backfill` submits shards.",
+    Shard: "This is no shard, and its queue is for nothing else: send jobs to gradcam.interactive or "
+    "gradcam.bulk.",
+}
 
 
 @dataclass(frozen=True)
@@ -66,31 +77,42 @@ class Desk:
     floor: Floor = field(default_factory=Floor)
     observer: Observer = SILENT
     traces: Traces = OFF
+    admits: Callable[[Shard], bool] = lambda _: (
+        False
+    )  # whether a shard is of a backfill that the ledger knows
 
-    def handle(self, payload: object, message_id: str, *, entered_at: object = None) -> str:
+    def handle(
+        self,
+        payload: object,
+        message_id: str,
+        *,
+        entered_at: object = None,
+        kind: Kind = Job,
+    ) -> str:
         """Bring one message to its end; return which.
 
-        `entered_at` is when the message says that its job was entered in the ledger, if it says so.
+        `entered_at` is when the message says that its job was entered in the ledger, if it says so. `kind` is
+        what the queue that it comes from is for.
         Raises LedgerUnavailable, WorkerUnfit: the message has to go back.
         """
         end = "returned"
         try:
             with logs.about(job_id=_identify(payload, message_id)):
-                end = self._brought_to_its_end(payload, message_id, entered_at)
+                end = self._brought_to_its_end(payload, message_id, entered_at, kind)
         finally:
             self.observer.attempt_ended(end)
         return end
 
-    def _brought_to_its_end(self, payload: object, message_id: str, entered_at: object) -> str:
+    def _brought_to_its_end(self, payload: object, message_id: str, entered_at: object, kind: Kind) -> str:
         if self.breaker.open:
             raise WorkerUnfit(self.breaker.open)
         job_id = _identify(payload, message_id)
         try:
-            if entered_at and (end := self._at_once(payload, entered_at)):
+            if entered_at and kind is Job and (end := self._at_once(payload, entered_at)):
                 return end
-            while not (end := self._received(job_id, payload)):
+            while not (end := self._received(job_id, payload, kind)):
                 pass
-        except (InvalidJob, IdempotencyConflict) as error:
+        except (InvalidJob, IdempotencyConflict, UnknownBackfill) as error:
             if payload == {"id": job_id} and not self.ledger.route(job_id):
                 log.warning("job %s is not in the ledger any more: its message is dropped", job_id)
                 return "dropped"
@@ -115,12 +137,14 @@ class Desk:
             document = self.ledger.take(job, moment, self.worker) if free else None
             return self._run(job, document, asked_at) if document else None
 
-    def _received(self, job_id: str, payload: object) -> str | None:
+    def _received(self, job_id: str, payload: object, kind: Kind) -> str | None:
         """Ask the ledger what the job is, then for the job. None: it has changed in between."""
-        job, document = self.ledger.receive(job_id, _with_id(payload, job_id))
+        job, document = self.ledger.receive(job_id, _with_id(payload, job_id), partial(self._read, kind))
         if job is None:
             log.info("job %s is %s: nothing to do", document.id, document.status)
             return "dropped"
+        if end := self._turned_away(job, document, kind):
+            return end
         # Where a worker died under it, it has the process for itself, before the attempt begins.
         with self.floor.entered(job.id, alone=suspected(document)) as free:
             if not free:
@@ -134,6 +158,28 @@ class Desk:
             return None
         log.info("job %s is %s: nothing to do", job.id, claim.document.status)
         return "done" if claim.outcome == "ended" else "dropped"
+
+    def _read(self, kind: Kind, payload: object) -> Work:
+        """What a message holds itself. Whoever runs a backfill enters its shards, and sends ids."""
+        work = parse(payload)
+        if not isinstance(work, kind):
+            raise InvalidJob(MISPLACED[kind])
+        if isinstance(work, Shard) and not (work.token and self.admits(work)):
+            raise _unknown(work)
+        return work
+
+    def _turned_away(self, job: Work, document: StatusDocument, kind: Kind) -> str | None:
+        """How a message ends that may not have what the ledger holds under its id; None: it may."""
+        if not isinstance(job, kind):  # it has a message of its own, in the queue that is for it
+            log.warning("the message of %s came by a queue that is not for it: dropped", job.id)
+            return "dropped"
+        if not isinstance(job, Shard) or document.status != "queued" or self.admits(job):
+            return None
+        error = _unknown(job)
+        problem = Problem.of(error, stage="receive", attempt=document.attempt)
+        self.ledger.advance(document, status="failed", error=problem)
+        log.warning("shard %s refused: %s", job.id, error)
+        return "done"
 
     def refuse(self, message_id: str, payload: object, error: GradcamError) -> StatusDocument:
         """Write down a message that is no job. Raises LedgerUnavailable."""
@@ -187,7 +233,10 @@ class Desk:
             last=document.attempt >= document.max_attempts,
         )
         shard = isinstance(job, Shard)
-        with self._counted(document, journey, shard=shard), self.leases.held(document, journey.deadline):
+        with (
+            self._counted(document, journey, shard=shard),
+            self.leases.held(document, journey.deadline, progress.catch_up),
+        ):
             try:
                 if isinstance(job, Shard):
                     done = bulk.explain(job, self.outside, journey)
@@ -196,10 +245,11 @@ class Desk:
             except (AttemptFenced, LedgerUnavailable):
                 raise
             except Exception as error:  # noqa: BLE001  # the one place where anything at all becomes a Problem
-                return self._failed(job, progress.document, journey, error)
+                return self._failed(job, progress.end(), journey, error)
             self.breaker.succeeded()
-            metrics = {**progress.document.metrics, **journey.metrics, **done.metrics}
-            self._write(progress.document, status="succeeded", **{**vars(done), "metrics": metrics})
+            last = progress.end()
+            metrics = {**last.metrics, **journey.metrics, **done.metrics}
+            self._write(last, status="succeeded", **{**vars(done), "metrics": metrics})
             if shard:
                 failed = int(done.metrics["failed"])
                 self.observer.rows_ended(int(done.metrics["rows"]) - failed, failed)
@@ -249,6 +299,13 @@ class Desk:
         return min(doubled, self.settings.retry_backoff_max_s) * random.uniform(0.5, 1)  # noqa: S311  # jitter, not a secret
 
 
+def _unknown(shard: Shard) -> UnknownBackfill:
+    return UnknownBackfill(
+        f"The ledger knows no backfill {shard.backfill} into {shard.output} that has submitted this shard: "
+        "only `gradcam backfill` submits shards, and with --resume it submits them again."
+    )
+
+
 def _identify(payload: object, message_id: str) -> str:
     """The id under which a message is written down: the job's own, else its message's, else made of it.
 
@@ -269,25 +326,51 @@ def _with_id(payload: object, job_id: str) -> object:
 
 
 class _Progress:
-    """Writes the stage of a running job, at most every half second."""
+    """Writes the stage of a running job, at most every half second, and the last one in any case.
+
+    What was begun sooner after the last write is written by the thread that renews leases: see `catch_up`.
+    """
 
     def __init__(self, ledger: Ledger, document: StatusDocument) -> None:
-        self.document = document
-        self._ledger = ledger
-        self._written = time.monotonic()
+        self._document, self._ledger = document, ledger
+        self._written_s = time.monotonic()
+        self._begun: str | None = None  # a stage that is not written yet
+        self._turn = threading.Lock()
+
+    def end(self) -> StatusDocument:
+        """The job's document as it stands; no stage is written any more."""
+        with self._turn:
+            self._begun, self._written_s = None, math.inf
+            return self._document
 
     def insist(self, stage: str) -> None:
         """Write a stage now. Raises LedgerUnavailable."""
-        self.document = self._ledger.advance(self.document, patience_s=LEDGER_PATIENCE_S, stage=stage)
+        with self._turn:
+            self._begun = None  # or it would be written over this one
+            self._document = self._ledger.advance(self._document, patience_s=LEDGER_PATIENCE_S, stage=stage)
 
-    def __call__(self, stage: str) -> None:
-        if time.monotonic() - self._written < PROGRESS_EVERY_S:
+    def catch_up(self) -> None:
+        """Write the stage that is not written yet, if its half second is over. Raises LedgerUnavailable."""
+        if not self._turn.acquire(blocking=False):  # the job's own thread is writing
             return
         try:
-            self.document = self._ledger.advance(self.document, stage=stage)
-        except LedgerUnavailable:  # no reason to give up: whether the job is still ours, its deadline knows
-            return
-        if self.document.cancel_requested_at:
+            self._write()
+        except AttemptFenced:  # which the job hears by its lease
+            self._begun = None
+        finally:
+            self._turn.release()
+
+    def __call__(self, stage: str) -> None:
+        with self._turn, contextlib.suppress(LedgerUnavailable):
+            # No reason to give up: whether the job is still ours, its deadline knows.
+            self._begun = stage
+            self._write()
+        if self._document.cancel_requested_at:
             message = "The job was cancelled on request."
             raise JobCanceled(message)
-        self._written = time.monotonic()
+
+    def _write(self) -> None:
+        if self._begun is None or time.monotonic() - self._written_s < PROGRESS_EVERY_S:
+            return
+        self._document = self._ledger.advance(self._document, stage=self._begun)
+        self._begun, self._written_s = None, time.monotonic()

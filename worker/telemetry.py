@@ -44,9 +44,10 @@ class Telemetry:
         place = settings.metrics_host, settings.metrics_port
         health.serve(*place, self.health, self._metrics.scrape, CONTENT_TYPE)
 
-    def ask_worker(self, resident: Callable[[], int], breaker: Breaker) -> None:
-        """Show how many networks are loaded, whether storage is well, and what the GPU does, if any."""
+    def ask_worker(self, resident: Callable[[], int], breaker: Breaker, eviction: health.Check) -> None:
+        """Show the networks that are loaded, whether storage and Redis are well, and what the GPU does."""
         self.health.ready["storage"] = lambda: breaker.open
+        self.health.ready["eviction"] = eviction
         if not self._metrics:
             return
         self._metrics.look_up("networks_resident", resident)

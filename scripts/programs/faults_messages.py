@@ -155,7 +155,7 @@ def handle(item: bytes, ledger: MemoryLedger) -> str | None:
     """Open an item and do with it what a worker does; return the id that it goes by, if it has one."""
     one, queue = desk(ledger), broker.INTERACTIVE
     try:
-        message = envelope.read(item, queue, MAX_BYTES)
+        message = envelope.read(item, queue, MAX_BYTES, broker.TASKS[queue])
     except Unreadable as error:
         message_id = envelope.identify(item)
         if message_id:

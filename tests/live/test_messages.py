@@ -105,6 +105,10 @@ def url(port: int, name: str) -> str:
     return f"redis://gradcam-{name}:{PASSWORDS[name]}@127.0.0.1:{port}/0"
 
 
+def admins_url(port: int) -> str:
+    return f"redis://admin:{PASSWORDS['admin']}@127.0.0.1:{port}/0"
+
+
 @pytest.fixture
 def admin(port: int) -> Iterator[redis.Redis]:
     """Whoever may do everything, to look from outside; what was denied before is forgotten."""
@@ -207,7 +211,7 @@ def test_whoever_may_only_submit_may_do_all_that_a_client_does(port: int, admin:
         assert client.retry(retried).status == "queued"
         assert client.cancel(retried).status == "canceled"
         fleet, place = RedisFleet(RedisLedger(settings).server), "s3://results/cams"
-        assert fleet.beat(place, "me", {}, [], enter=True).owner
+        assert fleet.beat(place, "me", {}, [], "token", enter=True).owner
         assert fleet.find(place, cancel=True)
         fleet.leave(place, "me", {}, [])
         findings = islice(examine(Settings(broker_url=url(port, "submitter"))), 2)
@@ -302,6 +306,14 @@ def test_a_worker_survives_what_a_stranger_may_send_and_answers_where_it_can(
         stranger.lpush(queue, b"x" * 50_000_000)  # `proto-max-bulk-len`
     job_id = client.submit(image="s3://photos/coffee.jpg", network=NETWORK, target={"top_n": 1})
     assert client.wait(job_id, WAIT_S).status == "succeeded"
+    flower = broker.make_app(guarded.settings.model_copy(update={"broker_url": admins_url(port)}))
+    flower.conf.broker_transport = None
+    flower.control.cancel_consumer(broker.INTERACTIVE)
+    flower.control.shutdown()
+    (answer,) = flower.control.ping(timeout=WAIT_S, limit=1)
+    assert [*answer.values()] == [{"ok": "pong"}]
+    job_id = client.submit(image="s3://photos/coffee.jpg", network=NETWORK, target={"top_n": 1})
+    assert client.wait(job_id, WAIT_S).status == "succeeded"
     for message_id, why in ((named, "headers and properties"), (oversized, "GRADCAM_MAX_MESSAGE_BYTES")):
         error = client.wait(message_id, WAIT_S).error
         assert error is not None
@@ -310,5 +322,6 @@ def test_a_worker_survives_what_a_stranger_may_send_and_answers_where_it_can(
     items: Any = admin.lrange("gradcam:unreadable", 0, -1)
     assert [json.loads(item)["bytes"] for item in reversed(items)] == [len(item) for item in nameless]
     log = guarded.log("worker")
+    assert log.count("remote command ignored: 'cancel_consumer' is none of those") == 1
     assert "ended unasked" not in log
     assert "planted" not in log

@@ -194,7 +194,7 @@ def test_other_languages_are_understood_and_what_is_refused_is_told(admin: Any, 
 
     refused: dict[str, tuple[dict[str, Any], str]] = {
         "protocol 1": (as_protocol_1_has_it(new_id(), good), "headers"),
-        "unknown task": (as_go_writes_it(new_id(), good), "gradcam.explain_shard"),
+        "unknown task": (as_go_writes_it(new_id(), good), "only gradcam.explain"),
         "a field": (as_go_writes_it(new_id(), {**good, "clases": ["tabby"]}), "clases"),
         "eta": (as_go_writes_it(new_id(), good), "eta"),
         "forbidden": (as_go_writes_it(new_id(), {**good, "image": "s3://private/x.jpg"}), "private"),

@@ -22,6 +22,7 @@ import redis
 from worker import broker, embedded, lifeline
 from worker.client import GradcamClient
 from worker.contract import StatusDocument
+from worker.fleet import RedisFleet
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
 from worker.shard import Shard, data_key
@@ -63,6 +64,9 @@ class Yard:
         self.ledger, self.app = RedisLedger(self.settings), broker.make_app(self.settings)
         self.client = GradcamClient(settings=self.settings)
         self.backfill = new_id()
+        facts = {"backfill": self.backfill}
+        fleet = RedisFleet(self.ledger.server)
+        self.token = fleet.beat(self.settings.output, "me", facts, [], "a token", enter=True).token
 
     def submit(self, rows: list[str]) -> Shard:
         number = len(self.ids)
@@ -75,6 +79,7 @@ class Yard:
             network=faulty_worker.NETWORK,
             target={"top_n": 1},  # type: ignore[arg-type]
             output=self.settings.output,
+            token=self.token,
         )
         self.ids.append(shard.id)
         self.ledger.submit(shard)

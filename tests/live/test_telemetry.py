@@ -24,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from worker import __version__, broker, embedded, lifeline
 from worker.client import GradcamClient
 from worker.contract import Job, WorkerRef
+from worker.fleet import RedisFleet
 from worker.metric_table import METRICS, SECONDS
 from worker.redis_ledger import RedisLedger
 from worker.settings import Settings
@@ -135,15 +136,18 @@ def plant(tmp_path: Path, free_port: int, http_server: Any) -> Iterator[Plant]:
 
 
 def shard(plant: Plant) -> str:
+    backfill, output = new_id(), plant.settings.output
+    fleet = RedisFleet(plant.ledger.server)
     made = Shard(
-        backfill=new_id(),
+        backfill=backfill,
+        token=fleet.beat(output, "me", {"backfill": backfill}, [], "a token", enter=True).token,
         index=0,
         key="00000000-0123456789abcdef",
         first=0,
         rows=[{"uri": picture((9, 200, 9))}, {"uri": "data:image/png;base64,!"}],  # type: ignore[arg-type]
         network=faulty_worker.NETWORK,
         target={"top_n": 1},  # type: ignore[arg-type]
-        output=plant.settings.output,
+        output=output,
     )
     plant.ledger.submit(made)
     broker.ring(broker.make_app(plant.settings), made.id, "shard")
