@@ -21,6 +21,7 @@ from worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
 from worker.gradcam.shortcut import Shortcut, itself
 from worker.gradcam.slopes import logit, slopes_of
 from worker.gradcam.target import Place, Places, crops, rescales
+from worker.line import abridged
 
 MAX_GRADIENTS = 2**27  # numbers held at once: 512 MB
 MAX_TRACED = 8  # each is a graph of its own: a stream of layer names must not fill the memory
@@ -227,8 +228,7 @@ class KerasNetwork:
             scores = self._scores_of(self._noise())[:, -self._scores.units :]
             outputs = keras.tree.flatten(self._model(self._input(self._noise()), training=False))
         except Exception as error:  # whatever a layer that was not written for it may raise
-            reason = " ".join(str(error).split())[:500]
-            message = f"{self._row.name} cannot be run, one layer after the other: {reason}"
+            message = f"{self._row.name} cannot be run, one layer after the other: {abridged(str(error))}"
             raise NetworkIncompatible(message) from error
         found = getattr(ops, activation)(scores) if activation else scores
         chosen = list(self._scores.graph.outputs).index(self._row.head.output) if self._row.head.output else 0
