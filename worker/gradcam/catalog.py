@@ -1,13 +1,14 @@
 """The networks, one row of data each: how to build them, what to feed them, where to look."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from worker.errors import UnknownNetwork
+from worker.similar import nearest
 
+FILES = (".keras", ".h5", ".hdf5", ".onnx", ".pb", ".pt", ".pth", ".safetensors", ".tflite")  # no networks
 Channels = Literal["rgb", "bgr", "grey"] | int
 
 
@@ -222,10 +223,18 @@ CATALOG: dict[str, NetworkRow] = {
 
 
 def find(name: str, rows: Mapping[str, NetworkRow] = CATALOG) -> NetworkRow:
-    """The row of a network. Raises UnknownNetwork with the names that are near, or else with all."""
+    """The row of a network. Raises UnknownNetwork with the names that are near, or else with all.
+
+    What is here, shipped or an operator's own, goes before what would have to be downloaded.
+    """
     if name in rows:
         return rows[name]
-    near = [repr(one) for one in difflib.get_close_matches(name.casefold(), rows, n=3)]
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(sorted(rows))}."
+    near = nearest(name, rows, preferred=lambda one: bool(rows[one].shipped or rows[one].file))
+    if "/" in name or name.endswith(FILES):
+        hint = "A file is named in the registry, GRADCAM_NETWORKS, and a job says the name that it has there."
+    elif near:
+        hint = f"Did you mean {' or '.join(map(repr, near))}?"
+    else:
+        hint = f"There are {', '.join(sorted(rows))}."
     message = f"There is no network {name!r}. {hint}"
     raise UnknownNetwork(message)

@@ -52,20 +52,21 @@ def load_network(
     UnknownLayer.
     """
     row = catalog.find(network) if isinstance(network, str) else network
-    if row.file is not None and random_seed is None:
-        if file is None:
-            message = f"The file of {row.name} ({row.file.uri}) has not been fetched."
-            raise WeightsUnavailable(message)
-        model, sha256 = _own_model(row, file), file.sha256
-    elif random_seed is not None:
-        keras.utils.set_random_seed(random_seed)
-        pretrained = row.file is None or bool(row.pretrained)
-        model, sha256 = _build(row, pretrained=pretrained, weights=None), None
-    else:
-        model, sha256 = _with_weights(row, Path(weights_dir) if weights_dir else None)
-    model = with_precision(model, precision)
-    backend.allow_tf32(precision == "tf32")
-    return KerasNetwork(row, model, weights_sha256=sha256, exact_backward=exact_backward)
+    with backend.configured():
+        if row.file is not None and random_seed is None:
+            if file is None:
+                message = f"The file of {row.name} ({row.file.uri}) has not been fetched."
+                raise WeightsUnavailable(message)
+            model, sha256 = _own_model(row, file), file.sha256
+        elif random_seed is not None:
+            keras.utils.set_random_seed(random_seed)
+            pretrained = row.file is None or bool(row.pretrained)
+            model, sha256 = _build(row, pretrained=pretrained, weights=None), None
+        else:
+            model, sha256 = _with_weights(row, Path(weights_dir) if weights_dir else None)
+        model = with_precision(model, precision)
+        backend.allow_tf32(precision == "tf32")
+        return KerasNetwork(row, model, weights_sha256=sha256, exact_backward=exact_backward)
 
 
 def wrap_model(

@@ -1,6 +1,5 @@
 """What may stand in the registry's TOML file, and what is wrong with it, said so that it can be put right."""
 
-import difflib
 import re
 import tomllib
 from typing import Annotated, Any, Literal, Self
@@ -22,6 +21,7 @@ from pydantic import (
 
 from worker.gradcam import model_file
 from worker.gradcam.catalog import CATALOG, PREPROCESSING, Channels, Head, NetworkRow, Preprocessing
+from worker.similar import nearest
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 IMAGENET, IMAGENET_CLASSES = "imagenet", 1000
@@ -119,7 +119,7 @@ def _architecture(name: str) -> str:
 
 
 def _hint(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name.casefold(), known, n=3)
+    near = nearest(name, known)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}"
 
 
