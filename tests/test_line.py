@@ -7,7 +7,7 @@ from rich.console import Console
 from worker import terminal
 from worker.contract import NetworkRef, Problem, SeenClass, StatusDocument
 from worker.errors import ImageFetchFailed
-from worker.line import FORMAT, LineFormatter, visible
+from worker.line import FORMAT, LineFormatter, abridged, visible
 from worker.transitions import fresh
 from worker.wire import new_id
 
@@ -107,3 +107,14 @@ def test_a_document_shown_on_a_terminal_acts_on_nothing(text: str, monkeypatch: 
 def test_json_for_machines_is_ascii(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.print_json(HOSTILE)
     assert capsys.readouterr().out.isascii()
+
+
+def test_a_long_text_keeps_its_beginning_and_its_end_on_one_line() -> None:
+    text = "\x1b[1mbegins\x1b[0m\n" + "middle " * 1000 + "\nends"
+    told = abridged(text, 100)
+    assert told.startswith("begins middle ")
+    assert " [...] " in told
+    assert told.endswith("middle ends")
+    assert len(told) == 100
+    assert abridged("a  short\n one", 100) == "a short one"
+    assert abridged("x" * 100, 100) == "x" * 100

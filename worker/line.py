@@ -5,11 +5,14 @@ reach a terminal, and signs that turn the direction of writing must not make one
 """
 
 import logging
+import re
 from typing import Any
 
 from worker.url import redacted
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal, in which libraries dress what they say
+LEFT_OUT = " [...] "
 BELOW = "    "  # before each line that belongs to the one above it: no line of its own begins so
 
 
@@ -23,6 +26,15 @@ def visible(text: str) -> str:
 def counted(number: int, one: str, more: str | None = None) -> str:
     """So many of something, for a person: 1 shard, 2 shards; 1 shard is, 2 shards are."""
     return f"{number:,} {one if number == 1 else more or one + 's'}"
+
+
+def abridged(text: str, most: int = 600) -> str:
+    """Text on one line; where it is longer, its beginning and its end, which is where a cause is told."""
+    text = " ".join(COLOURS.sub("", text).split())
+    if len(text) <= most:
+        return text
+    head = (most - len(LEFT_OUT)) // 2
+    return text[:head] + LEFT_OUT + text[len(text) - (most - head - len(LEFT_OUT)) :]
 
 
 class LineFormatter(logging.Formatter):

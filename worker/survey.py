@@ -4,7 +4,6 @@ The dataset is read once, file by file. Of each class there are kept a sum of it
 which it was most and least confident, so that memory does not grow with the number of images.
 """
 
-import difflib
 import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from worker.dataset import Batch, batches, summary_of
 from worker.deadline import Deadline
 from worker.errors import InvalidInput, StorageUnavailable
 from worker.gradcam.classes import fold
+from worker.similar import nearest
 from worker.storage import Store
 from worker.wishes import Method
 
@@ -135,7 +135,7 @@ class Survey:
         found: dict[int, Class] = {}
         for name in names:
             if fold(name) not in spelled:
-                near = difflib.get_close_matches(fold(name), spelled, n=3)
+                near = nearest(fold(name), spelled)
                 hint = f" Near: {', '.join(near)}." if near else ""
                 message = f"No image was explained for a class {name!r}.{hint}"
                 raise InvalidInput(message)

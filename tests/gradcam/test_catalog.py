@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from worker.errors import UnknownNetwork
-from worker.gradcam.catalog import CATALOG, find
+from worker.gradcam.catalog import CATALOG, ModelFile, find
 from worker.gradcam.classes import DATA
 from worker.gradcam.weights import digest
 
@@ -56,8 +58,25 @@ def test_an_unknown_network_is_refused_with_those_there_are() -> None:
         ("vgg-16", "vgg16"),
         ("Exception", "xception"),
         ("efficientnet-lite0", "efficientnet_lite0"),
+        ("efficientnet", "efficientnet_lite0"),
+        ("EfficientNet_", "efficientnet_lite0"),
+        ("efficientnet-b3", "efficientnetb3"),
+        ("mobilenet_v2", "mobilenetv2"),
+        ("resnet", "resnet50"),
     ],
 )
 def test_a_misspelled_network_is_refused_with_the_nearest(wrong: str, right: str) -> None:
     with pytest.raises(UnknownNetwork, match=f"'{wrong}'.*Did you mean '{right}'"):
         find(wrong)
+
+
+@pytest.mark.parametrize("name", ["own.keras", "models/own", "resnet50.h5"])
+def test_a_file_in_place_of_a_name_is_pointed_to_the_registry(name: str) -> None:
+    with pytest.raises(UnknownNetwork, match=r"A file is named in the registry, GRADCAM_NETWORKS"):
+        find(name)
+
+
+def test_an_own_network_is_suggested_before_one_that_would_be_downloaded() -> None:
+    own = replace(CATALOG["vgg16"], name="vgg17", file=ModelFile("vgg17.keras", "0" * 64))
+    with pytest.raises(UnknownNetwork, match="Did you mean 'vgg17' or 'vgg16'"):
+        find("vgg", {**CATALOG, "vgg17": own})

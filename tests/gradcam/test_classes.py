@@ -76,6 +76,28 @@ def test_a_misspelled_name_is_refused_with_the_nearest() -> None:
         imagenet().find("Expresso")
 
 
+@pytest.mark.parametrize(
+    ("wish", "near"),
+    [
+        ("catt", ["tiger_cat", "Persian_cat", "Siamese_cat"]),
+        ("golden retreiver", ["golden_retriever"]),
+        ("labrador", ["Labrador_retriever"]),
+        ("tabby cat", ["tabby"]),
+        ("n0209960", ["n02099601"]),
+        ("Egyptain_cat", ["Egyptian_cat"]),
+    ],
+)
+def test_what_is_suggested_is_like_what_was_said_as_a_whole_or_in_one_of_its_words(
+    wish: str, near: list[str]
+) -> None:
+    with pytest.raises(UnknownClass) as refused:
+        imagenet().find(wish)
+    told = str(refused.value).partition("Near: ")[2]
+    assert [told.index(one) for one in near] == sorted(told.index(one) for one in near)
+    assert told.index(near[0]) < 20, "it comes first"
+    assert "crate" not in told
+
+
 @pytest.mark.parametrize("wish", ["", "   ", "qqqqqqqq", "-3", "1.5"])
 def test_a_name_like_no_other_is_refused_without_a_guess(wish: str) -> None:
     with pytest.raises(UnknownClass, match=rf"There is no class '{wish}'\.$"):

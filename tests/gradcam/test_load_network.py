@@ -1,6 +1,7 @@
 """From a row of the catalog to a live network: weights and preprocessing."""
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_every_network_of_keras_applications_has_a_row_and_every_row_but_the_shi
 def test_an_unknown_network_is_refused_with_those_there_are() -> None:
     from worker.gradcam.loading import load_network
 
-    with pytest.raises(UnknownNetwork, match="Did you mean 'vgg19' or 'vgg16'"):
+    with pytest.raises(UnknownNetwork, match="Did you mean 'vgg16' or 'vgg19'"):
         load_network("vgg61")
 
 
@@ -163,3 +164,73 @@ def test_the_whole_way_back_can_be_asked_for(by_hand: Callable[..., Any]) -> Non
     assert [by_hand(own, exact_backward=exact)._exact_backward for exact in (False, True)] == [False, True]
     assert load_network("efficientnet_lite0", random_seed=3, exact_backward=True)._exact_backward
     assert not load_network("efficientnet_lite0", random_seed=3)._exact_backward
+
+
+ELSE = {"floatx": "float16", "epsilon": 0.01, "image_data_format": "channels_first", "backend": "jax"}
+
+
+def in_a_process_of_its_own(program: str, folder: Path, config: str) -> subprocess.CompletedProcess[str]:
+    (folder / "keras.json").write_text(config)
+    variables = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    return subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        env={**variables, "KERAS_HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_keras_json_in_somebodys_home_changes_nothing(tmp_path: Path, lite0: Any) -> None:
+    program = (
+        "import numpy as np; from worker.gradcam import backend, loading; config = backend.keras.config\n"
+        "network = loading.load_network('efficientnet_lite0')\n"
+        "scores = network.scores(np.zeros((1, 224, 224, 3), np.uint8))\n"
+        "print(backend.name(), config.floatx(), config.epsilon(), config.dtype_policy().name, "
+        "config.image_data_format(), network.facts.dtype, *scores[0, :3])"
+    )
+    done = in_a_process_of_its_own(program, tmp_path, json.dumps(ELSE))
+    *told, one, two, three = done.stdout.split()
+    assert told == ["tensorflow", "float32", "1e-07", "float32", "channels_last", "float32"]
+    expected = lite0.scores(np.zeros((1, 224, 224, 3), np.uint8))[0, :3]
+    assert_allclose([float(one), float(two), float(three)], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", ['{"floatx": "bfloat16"}', '{"epsilon": 1}', "[]"])
+def test_a_keras_json_that_keras_refuses_is_named(config: str, tmp_path: Path) -> None:
+    program = (
+        "from worker.errors import InvalidSettings\n"
+        "try: import worker.gradcam.backend\n"
+        "except InvalidSettings as error: print(error)"
+    )
+    done = in_a_process_of_its_own(program, tmp_path, config)
+    assert "Correct or remove keras.json in the folder KERAS_HOME" in done.stdout, done.stderr
+
+
+def test_what_a_program_has_set_for_its_own_networks_is_neither_heeded_nor_changed(lite0: Any) -> None:
+    import keras
+
+    from worker.gradcam.loading import load_network
+
+    config = keras.config
+    before = config.floatx(), config.epsilon(), config.image_data_format(), config.dtype_policy()
+    try:
+        config.set_floatx("float16")
+        config.set_epsilon(0.01)
+        config.set_image_data_format("channels_first")
+        config.set_dtype_policy("mixed_float16")
+        network = load_network("efficientnet_lite0")
+        assert (config.floatx(), config.epsilon(), config.image_data_format()) == (
+            "float16",
+            0.01,
+            "channels_first",
+        )
+        assert config.dtype_policy().name == "mixed_float16"
+    finally:
+        config.set_floatx(before[0])
+        config.set_epsilon(before[1])
+        config.set_image_data_format(before[2])
+        config.set_dtype_policy(before[3])
+    assert network.facts == lite0.facts
+    pixels = np.full((1, 224, 224, 3), 90, np.uint8)
+    assert_array_equal(network.scores(pixels), lite0.scores(pixels))

@@ -1,6 +1,7 @@
 """Models from files: of older versions of Keras 3, and those with layers that could call anything."""
 
 import hashlib
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,5 +89,39 @@ def test_a_lambda_in_a_file_is_refused_whatever_it_calls(function: str, depth: i
 def test_a_file_that_is_no_model_is_refused_with_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "model.keras"
     path.write_bytes(b"not a model")
-    with pytest.raises(NetworkIncompatible, match="cannot be loaded as old: File is not a zip file"):
+    with pytest.raises(
+        NetworkIncompatible, match="cannot be loaded as old: it is no Keras model, it begins with"
+    ):
         loaded(path)
+
+
+def test_a_file_of_keras_2_names_its_version_and_the_line_that_converts_it_and_the_cause(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "old.keras"
+    path.write_bytes((FOLDER / "functional-2.15.0.keras").read_bytes())
+    with pytest.raises(NetworkIncompatible) as refused:
+        loaded(path)
+    told = str(refused.value)
+    assert "cannot be loaded as old: saved by Keras 2.15.0: convert it with pip install tf_keras; " in told
+    assert "tf_keras.models.load_model('old.keras', compile=False).save('NAME.h5'); " in told
+    assert "(Keras 3 says: Could not deserialize class 'Functional' because its parent module" in told
+
+
+def test_the_cause_at_the_end_of_a_long_message_of_keras_is_shown(tmp_path: Path) -> None:
+    with (
+        zipfile.ZipFile(FOLDER / "functional-3.6.0.keras") as old,
+        zipfile.ZipFile(tmp_path / "model.keras", "w") as new,
+    ):
+        for name in old.namelist():
+            text = old.read(name)
+            new.writestr(name, text.replace(b'"units": ', b'"of_a_later_version": 1, "units": '))
+    with pytest.raises(NetworkIncompatible) as refused:
+        loaded(tmp_path / "model.keras")
+    told = str(refused.value)
+    assert "cannot be loaded as old: <class 'keras." in told
+    assert "could not be deserialized properly" in told
+    assert " [...] " in told
+    assert told.endswith("Unrecognized keyword arguments passed to Dense: {'of_a_later_version': 1}")
+    assert told.isprintable()
+    assert len(told) < 1000

@@ -64,6 +64,16 @@ class TestRows:
         )
         assert row.map_size is None, "with another input its size is another one"
 
+    @pytest.mark.parametrize(
+        ("said", "kept"), [("", None), ("pretrained = true", True), ("pretrained = false", False)]
+    )
+    def test_how_an_architecture_was_built_is_said_or_left_to_its_file(
+        self, said: str, kept: bool | None, tmp_path: Path
+    ) -> None:
+        row = read(tmp_path, WEIGHTS.replace("VGG16", "EfficientNetB3") + said)
+        assert row.pretrained is kept
+        assert row.imagenet_scale == CATALOG["efficientnetb3"].imagenet_scale != ()
+
     def test_layer_and_head_are_taken_over(self, tmp_path: Path) -> None:
         row = read(
             tmp_path, MODEL + 'target_layer = "a/b"\nhead = { kind = "sigmoid", output = "diagnosis" }'

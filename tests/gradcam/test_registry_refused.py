@@ -66,6 +66,8 @@ def test_there_are_as_many_labels_as_classes(tmp_path: Path) -> None:
         (MODEL.replace("384, 320", "384"), "networks.tumours.input_size"),
         (MODEL.replace("384, 320", "384, 0"), "networks.tumours.input_size.1: Input should be greater"),
         (MODEL.replace("384, 320", "384, 320.5"), "input_size.1: Input should be a valid integer"),
+        (MODEL + "pretrained = true", "pretrained belongs to architecture: a model is built as its file"),
+        (WEIGHTS + 'pretrained = "yes"', "networks.tumours.pretrained: Input should be a valid boolean"),
         (MODEL + "classes = 4", "classes belongs to architecture"),
         (MODEL + 'head = { kind = "softmux" }', "networks.tumours.head.kind: Input should be 'softmax'"),
         (MODEL + 'head = { outputs = "a" }', "head.outputs: there is no such key; did you mean"),
@@ -89,7 +91,7 @@ def test_what_is_wrong_is_named_by_its_place(body: str, why: str, tmp_path: Path
     [
         (
             "t.h5",
-            "is a whole model in HDF5, which can run code when it is loaded: save it with model.save(",
+            "is a whole model in HDF5, which can run code when it is loaded: convert it where you trust it",
         ),
         ("s3://m/t.hdf5", "is a whole model in HDF5"),
         ("t.weights.h5", "name it with weights, beside architecture"),
@@ -97,7 +99,8 @@ def test_what_is_wrong_is_named_by_its_place(body: str, why: str, tmp_path: Path
         ("saved/", "looks like a folder, a SavedModel perhaps"),
         ("saved_model.pb", "belongs to a SavedModel"),
         ("s3://m/saved", "looks like a folder"),
-        ("t.onnx", "is no Keras model: save it with model.save('NAME.keras')"),
+        ("t.onnx", "is of ONNX, which has no layers of Keras: take the model it was exported from"),
+        ("t.txt", "is no Keras model: save it with model.save('NAME.keras')"),
         ("https://m/t.keras", "https:// cannot be read: use s3://bucket/key, file:///path or a path"),
         ("s3://t.keras", "is not a whole address"),
         ("file://host/t.keras", "is not a whole address"),

@@ -1,10 +1,21 @@
-"""Keras and the backend under it, imported once and quietly: every other module takes `keras` from here."""
+"""Keras and the backend under it, imported once and quietly: every other module takes `keras` from here.
+
+`keras.json`, in the folder KERAS_HOME or ~/.keras, says nothing here: what is computed must not depend on a
+file in somebody's home. The backend is what KERAS_BACKEND says, else TensorFlow. A program that has imported
+Keras before keeps what it has set, and its backend.
+"""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 
+from worker.errors import InvalidSettings
+
+_is_first = "keras" not in sys.modules
+if _is_first and not os.environ.get("KERAS_BACKEND"):
+    os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, when TensorFlow is imported
 
 
@@ -22,11 +33,42 @@ def _silent_stderr() -> Iterator[None]:
 
 
 with _silent_stderr():
-    import keras as keras  # noqa: PLC0414  # handed on
+    try:
+        import keras as keras  # noqa: PLC0414  # handed on
+    except (AttributeError, TypeError, ValueError) as error:  # keras.json, or KERAS_BACKEND
+        _message = (
+            f"Keras cannot be imported: {error} Correct or remove keras.json in the folder KERAS_HOME or "
+            "~/.keras; KERAS_BACKEND must be tensorflow, jax or torch."
+        )
+        raise InvalidSettings(_message) from error
+
+
+def _configure(floatx: str, epsilon: float, image_data_format: str, dtype_policy: object) -> None:
+    keras.config.set_floatx(floatx)
+    keras.config.set_epsilon(epsilon)
+    keras.config.set_image_data_format(image_data_format)
+    keras.config.set_dtype_policy(dtype_policy)
+
+
+CONFIGURATION = ("float32", 1e-7, "channels_last", "float32")  # Keras's own defaults
+if _is_first:
+    _configure(*CONFIGURATION)
+
+
+@contextmanager
+def configured() -> Iterator[None]:
+    """Keras as our own networks are built, whatever a program that uses this library has set for its own."""
+    config = keras.config
+    before = config.floatx(), config.epsilon(), config.image_data_format(), config.dtype_policy()
+    try:
+        _configure(*CONFIGURATION)
+        yield
+    finally:
+        _configure(*before)
 
 
 def name() -> str:
-    """`tensorflow`, `jax` or `torch`: what KERAS_BACKEND or Keras's own configuration file says."""
+    """`tensorflow`, `jax` or `torch`: what KERAS_BACKEND says, or what Keras was imported with before."""
     return str(keras.backend.backend())
 
 

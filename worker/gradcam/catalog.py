@@ -1,12 +1,14 @@
 """The networks, one row of data each: how to build them, what to feed them, where to look."""
 
-import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from worker.errors import UnknownNetwork
+from worker.similar import nearest
 
+FILES = (".keras", ".h5", ".hdf5", ".onnx", ".pb", ".pt", ".pth", ".safetensors", ".tflite")  # no networks
 Channels = Literal["rgb", "bgr", "grey"] | int
 
 
@@ -80,12 +82,15 @@ class NetworkRow:
     )
     parameters: int | None = None
     keras_files: tuple[str, ...] = ()  # what Keras calls its own ImageNet download
+    # What Keras multiplies the normalised channels with, in a step that only weights="imagenet" brings
+    imagenet_scale: tuple[float, ...] = ()
     shipped: str | None = None  # the weights file in `data/`, where the project ships one
     sha256: str | None = None  # of the shipped file
     # An operator's own: see `registry`
     file: ModelFile | None = None  # `.keras`, or with a builder `.weights.h5`
     labels: tuple[str, ...] | None = None  # None: ImageNet's; empty: classes have numbers, no names
     classes: int | None = None  # with a builder: how many its head has; None: as Keras's own
+    pretrained: bool | None = None  # whether it was built with weights="imagenet"; None: as its file says
     head: Head = Head()
 
 
@@ -97,6 +102,7 @@ def _keras(
     cells: int,
     parameters: int,
     file: str | None = None,
+    imagenet_scale: tuple[float, ...] = (),
 ) -> NetworkRow:
     """A row of `keras.applications`: square pictures, ImageNet's classes."""
     name = function.casefold()
@@ -109,6 +115,15 @@ def _keras(
         map_size=(cells, cells),
         parameters=parameters,
         keras_files=((file or f"{name}_weights_tf_dim_ordering_tf_kernels") + ".h5",),
+        imagenet_scale=imagenet_scale,
+    )
+
+
+def _efficientnet(function: str, side: int, cells: int, parameters: int) -> NetworkRow:
+    """A row of B0 to B7, whose ImageNet weights want channels divided by the root of their deviation, too."""
+    scale = tuple(1 / math.sqrt(one) for one in (0.229, 0.224, 0.225))
+    return _keras(
+        function, side, "none", "top_activation", cells, parameters, function.casefold(), imagenet_scale=scale
     )
 
 
@@ -134,14 +149,14 @@ CATALOG: dict[str, NetworkRow] = {
         _keras("DenseNet121", 224, "torch", "relu", 7, 8_062_504),
         _keras("DenseNet169", 224, "torch", "relu", 7, 14_307_880),
         _keras("DenseNet201", 224, "torch", "relu", 7, 20_242_984),
-        _keras("EfficientNetB0", 224, "none", "top_activation", 7, 5_330_571, "efficientnetb0"),
-        _keras("EfficientNetB1", 240, "none", "top_activation", 8, 7_856_239, "efficientnetb1"),
-        _keras("EfficientNetB2", 260, "none", "top_activation", 9, 9_177_569, "efficientnetb2"),
-        _keras("EfficientNetB3", 300, "none", "top_activation", 10, 12_320_535, "efficientnetb3"),
-        _keras("EfficientNetB4", 380, "none", "top_activation", 12, 19_466_823, "efficientnetb4"),
-        _keras("EfficientNetB5", 456, "none", "top_activation", 15, 30_562_527, "efficientnetb5"),
-        _keras("EfficientNetB6", 528, "none", "top_activation", 17, 43_265_143, "efficientnetb6"),
-        _keras("EfficientNetB7", 600, "none", "top_activation", 19, 66_658_687, "efficientnetb7"),
+        _efficientnet("EfficientNetB0", 224, 7, 5_330_571),
+        _efficientnet("EfficientNetB1", 240, 8, 7_856_239),
+        _efficientnet("EfficientNetB2", 260, 9, 9_177_569),
+        _efficientnet("EfficientNetB3", 300, 10, 12_320_535),
+        _efficientnet("EfficientNetB4", 380, 12, 19_466_823),
+        _efficientnet("EfficientNetB5", 456, 15, 30_562_527),
+        _efficientnet("EfficientNetB6", 528, 17, 43_265_143),
+        _efficientnet("EfficientNetB7", 600, 19, 66_658_687),
         _keras("EfficientNetV2B0", 224, "none", "top_activation", 7, 7_200_312, "efficientnetv2-b0"),
         _keras("EfficientNetV2B1", 240, "none", "top_activation", 8, 8_212_124, "efficientnetv2-b1"),
         _keras("EfficientNetV2B2", 260, "none", "top_activation", 9, 10_178_374, "efficientnetv2-b2"),
@@ -211,10 +226,18 @@ CATALOG: dict[str, NetworkRow] = {
 
 
 def find(name: str, rows: Mapping[str, NetworkRow] = CATALOG) -> NetworkRow:
-    """The row of a network. Raises UnknownNetwork with the names that are near, or else with all."""
+    """The row of a network. Raises UnknownNetwork with the names that are near, or else with all.
+
+    What is here, shipped or an operator's own, goes before what would have to be downloaded.
+    """
     if name in rows:
         return rows[name]
-    near = [repr(one) for one in difflib.get_close_matches(name.casefold(), rows, n=3)]
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(sorted(rows))}."
+    near = nearest(name, rows, preferred=lambda one: bool(rows[one].shipped or rows[one].file))
+    if "/" in name or name.endswith(FILES):
+        hint = "A file is named in the registry, GRADCAM_NETWORKS, and a job says the name that it has there."
+    elif near:
+        hint = f"Did you mean {' or '.join(map(repr, near))}?"
+    else:
+        hint = f"There are {', '.join(sorted(rows))}."
     message = f"There is no network {name!r}. {hint}"
     raise UnknownNetwork(message)

@@ -1,7 +1,7 @@
 """A wish (the top n, or a list of ids, wnids and names) -> the classes to explain."""
 
-import difflib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from worker.errors import AmbiguousClass, InvalidJob, UnknownClass
+from worker.similar import nearest
 
 DATA = Path(__file__).parent / "data"
 
@@ -25,6 +26,7 @@ class Label(NamedTuple):
         return f"{self.id} ({', '.join(filter(None, (self.wnid, self.name)))})"
 
 
+WNID = re.compile(r"n[0-9]{4,}")  # what looks like one
 LEAST_SHOWN = 0.0005  # below it a probability would read as 0.0 %
 
 
@@ -83,6 +85,11 @@ class ClassIndex:
             table.setdefault(label.name, []).append(label)
         return table
 
+    def _spellings(self, wish: str) -> list[str]:
+        """Those that a misspelt wish may have meant: of names, or of wnids where it looks like one."""
+        like_wnid = bool(WNID.fullmatch(fold(wish)))
+        return [fold(label.wnid if like_wnid else label.name) for label in self.labels]
+
     def find(self, wish: int | str) -> Label:
         """One id, wnid or name -> its label.
 
@@ -100,7 +107,7 @@ class ClassIndex:
         wish = str(wish)
         found = self._by_name.get(wish) or self._by_spelling.get(fold(wish), [])
         if not found:
-            near = difflib.get_close_matches(fold(wish), self._by_spelling, n=6)
+            near = nearest(fold(wish), self._spellings(wish), 6)
             hint = list(dict.fromkeys(str(self._by_spelling[spelling][0]) for spelling in near))[:3]
             message = f"There is no class {wish!r}." + (f" Near: {'; '.join(hint)}." if hint else "")
             raise UnknownClass(message)

@@ -20,6 +20,7 @@ from worker.gradcam.graph import Graph, Step, Values
 from worker.gradcam.head import Scores
 from worker.gradcam.picture import fit
 from worker.gradcam.target import Place, Places, crops
+from worker.line import abridged
 
 SAME = {
     "float32": 1e-3,
@@ -150,7 +151,7 @@ def _as_the_model(
 
 def cannot_run(name: str, error: Exception) -> NetworkIncompatible:
     """The error of a network of which a step fails."""
-    reason = " ".join(str(error).split())[:500]
+    reason = abridged(str(error))
     return NetworkIncompatible(f"{name} cannot be run, one layer after the other: {reason}")
 
 

@@ -1,22 +1,34 @@
 """A row of the catalog, or any Keras model -> a live network, with its weights."""
 
-import json
 import re
-import zipfile
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from worker.errors import NetworkIncompatible, WeightsUnavailable
-from worker.gradcam import backend, catalog, weights
+from worker.gradcam import backend, catalog, model_file, weights
 from worker.gradcam.backend import keras
 from worker.gradcam.catalog import PREPROCESSING, Head, NetworkRow, Preprocessing
 from worker.gradcam.keras_network import KerasNetwork
 from worker.gradcam.precision import with_precision
 from worker.gradcam.weights import WeightsFile
+from worker.line import abridged
+
+IMAGENET = "imagenet"  # the weights that Keras downloads
+SAVED_MODEL_LAYER = (
+    "({0}), a whole SavedModel, which Keras cannot take apart. Build it of the layers of Keras, of "
+    "keras.applications perhaps, and save the model again."
+)
+REFUSED_LAYERS = {
+    "Lambda": "a Lambda layer ({0}), which calls whatever its file names, and is not loaded. Replace it by "
+    "layers or keras.ops, and save the model again.",
+    "KerasLayer": f"a layer of TensorFlow Hub {SAVED_MODEL_LAYER}",
+    "TFSMLayer": f"a TFSMLayer {SAVED_MODEL_LAYER}",
+}
 
 
 def load_network(
@@ -40,19 +52,21 @@ def load_network(
     UnknownLayer.
     """
     row = catalog.find(network) if isinstance(network, str) else network
-    if row.file is not None and random_seed is None:
-        if file is None:
-            message = f"The file of {row.name} ({row.file.uri}) has not been fetched."
-            raise WeightsUnavailable(message)
-        model, sha256 = _own_model(row, file), file.sha256
-    elif random_seed is not None:
-        keras.utils.set_random_seed(random_seed)
-        model, sha256 = _build(row, weights=None), None
-    else:
-        model, sha256 = _with_weights(row, Path(weights_dir) if weights_dir else None)
-    model = with_precision(model, precision)
-    backend.allow_tf32(precision == "tf32")
-    return KerasNetwork(row, model, weights_sha256=sha256, exact_backward=exact_backward)
+    with backend.configured():
+        if row.file is not None and random_seed is None:
+            if file is None:
+                message = f"The file of {row.name} ({row.file.uri}) has not been fetched."
+                raise WeightsUnavailable(message)
+            model, sha256 = _own_model(row, file), file.sha256
+        elif random_seed is not None:
+            keras.utils.set_random_seed(random_seed)
+            pretrained = row.file is None or bool(row.pretrained)
+            model, sha256 = _build(row, pretrained=pretrained, weights=None), None
+        else:
+            model, sha256 = _with_weights(row, Path(weights_dir) if weights_dir else None)
+        model = with_precision(model, precision)
+        backend.allow_tf32(precision == "tf32")
+        return KerasNetwork(row, model, weights_sha256=sha256, exact_backward=exact_backward)
 
 
 def wrap_model(
@@ -97,8 +111,12 @@ def wrap_model(
     return KerasNetwork(row, model, weights_sha256=None, exact_backward=exact_backward)
 
 
-def _build(row: NetworkRow, **options: Any) -> Any:
-    """The row's architecture, of its own size and number of classes where they are an operator's."""
+def _build(row: NetworkRow, *, pretrained: bool = True, **options: Any) -> Any:
+    """The row's architecture, of its own size and number of classes where they are an operator's.
+
+    `pretrained`: as Keras builds it with `weights="imagenet"`, whatever `weights` are. Raises
+    NetworkIncompatible.
+    """
     if row.builder is None:
         message = f"{row.name} is a whole model in a file; it has no architecture to build without it."
         raise NetworkIncompatible(message)
@@ -108,48 +126,113 @@ def _build(row: NetworkRow, **options: Any) -> Any:
         options |= {"classes": row.classes, "input_shape": shape}
         if row.head.kind:  # softmax or sigmoid: see `registry_file`
             options["classifier_activation"] = row.head.kind
-    return getattr(import_module(module), function)(**options)
+    model = getattr(import_module(module), function)(**options)
+    if pretrained and row.imagenet_scale and options.get("weights") != IMAGENET:
+        return _with_imagenet_step(model, row)
+    return model
+
+
+def _with_imagenet_step(model: Any, row: NetworkRow) -> Any:
+    """The model with the step that Keras adds behind its normalisation for ImageNet's weights alone."""
+    if row.preprocessing.input_channels != len(row.imagenet_scale):
+        message = f"{row.name} has pretrained = true, which three channels of colour belong to."
+        raise NetworkIncompatible(message)
+
+    def called(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        made = layer(*args, **kwargs)
+        is_last = isinstance(layer, keras.layers.Normalization)
+        return keras.layers.Rescaling(list(row.imagenet_scale))(made) if is_last else made
+
+    def copied(layer: Any) -> Any:
+        return type(layer).from_config(layer.get_config())
+
+    return keras.models.clone_model(model, clone_function=copied, call_function=called)
 
 
 def _own_model(row: NetworkRow, file: WeightsFile) -> Any:
     """An operator's model from its verified file. Nothing in a file is run: no lambdas, no pickles."""
+    name = PurePath(row.file.uri).name if row.file else file.path.name
     try:
-        if row.builder is None:
-            _refuse_lambdas(row, file.path)
-            return keras.saving.load_model(file.path, compile=False, safe_mode=True)
-        model = _build(row, weights=None)
-        model.load_weights(file.path)
+        if row.builder is not None:
+            return _weighted(row, file.path, name)
+        _refuse_layers(row, model_file.read_config(file.path, name))
+        return keras.saving.load_model(file.path, compile=False, safe_mode=True)
     except NetworkIncompatible:
         raise
     except FileNotFoundError as error:  # another process has made room in the cache just now
         message = f"{file.path} was there a moment ago and is gone: another process needed its room."
         raise WeightsUnavailable(message) from error
     except Exception as error:  # whatever Keras, h5py and zipfile make of a file that is something else
-        reason = " ".join(str(error).split())[:500]
-        message = f"{file.path} cannot be loaded as {row.name}: {reason}"
+        message = f"{file.path} cannot be loaded as {row.name}: {_reason(error, file.path, name)}"
         raise NetworkIncompatible(message) from error
+
+
+def _reason(error: Exception, path: Path, name: str) -> str:
+    """Why a file was not loaded; of one that an older Keras saved, what to do about it."""
+    if isinstance(error, model_file.Refused):
+        return f"it {error}"
+    version = model_file.keras_version(path)
+    if re.match("[012][.]", version):
+        line = model_file.FROM_KERAS_2.format(name)
+        return f"saved by Keras {version}: convert it with {line} (Keras 3 says: {abridged(str(error), 300)})"
+    return abridged(str(error)) or type(error).__name__
+
+
+def _weighted(row: NetworkRow, path: Path, name: str) -> Any:
+    """The row's architecture as it was when these weights were trained, with them. Raises ValueError."""
+    layout = model_file.check_weights(path, name)
+    model = _build(row, pretrained=_is_pretrained(row, path), weights=None)
+    with tempfile.TemporaryDirectory() as folder:  # Keras goes by the ending, whatever is in the file
+        link = Path(folder) / ("a.weights.h5" if layout == "keras3" else "a.h5")
+        link.symlink_to(path.absolute())
+        model.load_weights(link)
     return model
 
 
-def _refuse_lambdas(row: NetworkRow, path: Path) -> None:
-    """`safe_mode` refuses a Lambda of stored code; one of a name would still call what the file names."""
-    with zipfile.ZipFile(path) as archive:
-        config = json.loads(archive.read("config.json"))
-    waiting = [config]
+def _is_pretrained(row: NetworkRow, path: Path) -> bool:
+    """Whether weights belong to the graph that Keras builds with `weights="imagenet"`.
+
+    Both graphs take the weights of either without a word. Raises ValueError where neither the registry nor
+    the file tells, or where they disagree.
+    """
+    if not row.imagenet_scale:
+        return True  # there is one graph only
+    count = model_file.rescalings(path)
+    if row.file is None:  # those of the catalog are ImageNet's; only Keras 3 lists all layers of a file
+        return count != 1 or model_file.layout(path) != "keras3"
+    seen = None if count is None else count > 1
+    if seen is None and row.pretrained is None:
+        message = (
+            'it does not tell whether the network was built with weights="imagenet", which adds a layer: '
+            "write pretrained = true or false into its table"
+        )
+        raise ValueError(message)
+    if seen is not None and row.pretrained not in {None, seen}:
+        built = 'weights="imagenet"' if seen else "weights=None, or with a path"
+        message = (
+            f"its layers are those of a network built with {built}: pretrained must be {str(seen).lower()}"
+        )
+        raise ValueError(message)
+    return bool(seen if row.pretrained is None else row.pretrained)
+
+
+def _refuse_layers(row: NetworkRow, config: dict[str, Any]) -> None:
+    """`safe_mode` refuses a Lambda of stored code; one of a name would still call what the file names.
+
+    Raises NetworkIncompatible.
+    """
+    waiting: list[Any] = [config]
     while waiting:
         one = waiting.pop()
         if isinstance(one, list):
             waiting += one
         elif isinstance(one, dict):
             waiting += one.values()
-            names = [str(one.get(key)) for key in ("class_name", "registered_name")]
-            if any(re.split(r"[.>]", name)[-1] == "Lambda" for name in names):
+            kinds = {re.split(r"[.>]", str(one.get(key)))[-1] for key in ("class_name", "registered_name")}
+            for kind in sorted(kinds & REFUSED_LAYERS.keys()):
                 settings = one.get("config")
                 name = settings.get("name") if isinstance(settings, dict) else None
-                message = (
-                    f"{row.name} has a Lambda layer ({name}), which calls whatever its file names, and is "
-                    "not loaded. Replace it by layers or keras.ops, and save the model again."
-                )
+                message = f"{row.name} has {REFUSED_LAYERS[kind].format(name)}"
                 raise NetworkIncompatible(message)
 
 
@@ -157,13 +240,14 @@ def _with_weights(row: NetworkRow, directory: Path | None) -> tuple[Any, str]:
     file = weights.locate(row, directory)
     if file is None:
         with _silent_progress():
-            build = partial(_build, row, weights="imagenet")
+            build = partial(_build, row, weights=IMAGENET)
             model, file = weights.download(row, build, partial(_cached, row))
         return model, file.sha256
     try:
-        return _build(row, weights=str(file.path)), file.sha256
-    except (OSError, ValueError) as error:
-        message = f"{file.path} does not hold the weights of {row.name}: {error}"
+        return _weighted(row, file.path, file.path.name), file.sha256
+    except Exception as error:  # whatever Keras and h5py make of a file that is something else
+        reason = _reason(error, file.path, file.path.name)
+        message = f"{file.path} does not hold the weights of {row.name}: {reason}"
         raise NetworkIncompatible(message) from error
 
 

@@ -12,6 +12,7 @@
     weights = "birds.weights.h5"
     sha256 = "..."
     classes = 200                           # where there are no labels
+    pretrained = true                       # built with weights="imagenet"; left out: as the file says
 
 The file is read again when it has changed. Nothing in it is trusted to be right, and nothing that it names
 is opened here but the labels.
@@ -172,6 +173,7 @@ def _row(name: str, table: OwnNetwork, folder: Path, files: _Files) -> NetworkRo
             parameters=None,  # its head is another one
             keras_files=(),
             classes=table.classes or count,
+            pretrained=table.pretrained,
         )
     elif size and how:
         row = NetworkRow(name, size, how)

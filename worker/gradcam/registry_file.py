@@ -1,9 +1,7 @@
 """What may stand in the registry's TOML file, and what is wrong with it, said so that it can be put right."""
 
-import difflib
 import re
 import tomllib
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -13,6 +11,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    StrictBool,
     StrictInt,
     StringConstraints,
     Tag,
@@ -20,7 +19,9 @@ from pydantic import (
     model_validator,
 )
 
+from worker.gradcam import model_file
 from worker.gradcam.catalog import CATALOG, PREPROCESSING, Channels, Head, HeadKind, NetworkRow, Preprocessing
+from worker.similar import nearest
 from worker.url import has_credentials, without_user
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -29,17 +30,6 @@ ARCHITECTURES = {
     name: row for name, row in CATALOG.items() if (row.builder or "").startswith("keras.applications:")
 }
 ORDERS, MAX_CHANNELS = ("rgb", "bgr", "grey"), 4096
-SAVE = "save it with model.save('NAME.keras')"
-OTHER_FORMATS = {  # what a model file is not, and why
-    ".weights.h5": "holds weights without their network: name it with weights, beside architecture",
-    ".h5": f"is a whole model in HDF5, which can run code when it is loaded: {SAVE}",
-    ".hdf5": f"is a whole model in HDF5, which can run code when it is loaded: {SAVE}",
-    ".pkl": f"is a pickle, which runs whatever code it holds: {SAVE}",
-    ".pickle": f"is a pickle, which runs whatever code it holds: {SAVE}",
-    ".joblib": f"is a pickle, which runs whatever code it holds: {SAVE}",
-    ".pb": f"belongs to a SavedModel, which Keras cannot take apart: {SAVE}",
-    "": f"looks like a folder, a SavedModel perhaps, which Keras cannot take apart: {SAVE}",
-}
 BY_NAME, BY_NUMBERS = "<name>", "<numbers>"  # marks of ours that are taken out of what is shown
 
 
@@ -130,7 +120,7 @@ def _architecture(name: str) -> str:
 
 
 def _hint(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name.casefold(), known, n=3)
+    near = nearest(name, known)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}"
 
 
@@ -169,12 +159,8 @@ def _address(uri: str) -> str:
 
 
 def _model(uri: str) -> str:
-    name = PurePosixPath(uri).name if not uri.endswith("/") else ""
-    if not name.endswith(".keras"):
-        suffix = next(
-            (one for one in OTHER_FORMATS if one and name.endswith(one)), PurePosixPath(name).suffix
-        )
-        message = f"{uri!r} {OTHER_FORMATS.get(suffix, f'is no Keras model: {SAVE}')}"
+    if not uri.endswith(".keras"):
+        message = f"{uri!r} {model_file.by_ending(uri)}"
         raise ValueError(message)
     return _address(uri)
 
@@ -224,6 +210,7 @@ class OwnNetwork(Table):
     sha256: Annotated[str, AfterValidator(_checksum)]
     labels: Labels = ()
     classes: Annotated[StrictInt, Field(ge=2, le=100_000)] | None = None
+    pretrained: StrictBool | None = None  # whether the architecture was built with weights="imagenet"
     preprocessing: Given | None = None
     input_size: tuple[Side, Side] | None = None
     target_layer: Text | None = None
@@ -242,6 +229,10 @@ class OwnNetwork(Table):
                 "head.kind probabilities belongs to model: an architecture ends in a softmax or a sigmoid",
             ),
             (not built and self.classes, "classes belongs to architecture: a model knows its own"),
+            (
+                not built and self.pretrained is not None,
+                "pretrained belongs to architecture: a model is built as its file says",
+            ),
             (built and not self.classes and not self.labels, "classes is needed where there are no labels"),
         ):
             if wrong:

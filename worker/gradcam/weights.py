@@ -4,6 +4,7 @@ operator's own network, the file that the registry names.
 Never random by accident: random weights have to be asked for by name, and then say so.
 """
 
+import errno
 import hashlib
 import shutil
 import socket
@@ -14,11 +15,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from worker.errors import WeightsChecksumMismatch, WeightsUnavailable
+from worker.gradcam import model_file
 from worker.gradcam.catalog import ModelFile, NetworkRow
 from worker.gradcam.classes import DATA
 from worker.gradcam.shelf import Shelf
+from worker.line import abridged
 
 DOWNLOAD_STALL_S = 30  # seconds without a byte before Keras's download counts as failed
+# No file is to be read at a path: none is there, a folder is, a file is where a folder should be; no right to
+# it; links in a loop; a name that is too long.
+NOT_THERE = {
+    errno.ENOENT,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
 CHUNK = 1024 * 1024  # bytes copied at a time
 MODEL_SUFFIXES = (".keras", ".weights.h5")  # Keras goes by them
 
@@ -129,11 +143,16 @@ def _copy(path: str, sink: Sink) -> None:
         with Path(path).open("rb") as file:
             sink.expect(Path(path).stat().st_size)
             shutil.copyfileobj(file, sink, CHUNK)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        message = (
-            f"{path} cannot be read ({error.strerror}): put the network's file there, readable for the "
-            "worker, or correct its address in the registry."
-        )
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise
+        if isinstance(error, IsADirectoryError) and (told := model_file.of_folder(Path(path))):
+            message = f"{path} {told}."
+        else:
+            message = (
+                f"{path} cannot be read ({error.strerror}): put the network's file there, readable for the "
+                "worker, or correct its address in the registry."
+            )
         raise WeightsUnavailable(message) from error
 
 
@@ -147,7 +166,7 @@ def download(row: NetworkRow, build: Callable[[], Any], kept: Callable[[], Path]
             model = build()
     except Exception as error:  # Keras raises plain Exception for a failed download
         message = (
-            f"The weights of {row.name} are not here and could not be downloaded ({error}). "
+            f"The weights of {row.name} are not here and could not be downloaded ({abridged(str(error))}). "
             f"Put {row.name}.weights.h5 or {row.keras_files[0]} into the folder that "
             "GRADCAM_WEIGHTS_DIR names, or let this machine reach Keras's download once."
         )

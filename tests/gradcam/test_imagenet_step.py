@@ -1,0 +1,262 @@
+"""EfficientNet B0 to B7 have one step more where Keras builds them with `weights="imagenet"`."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from numpy.typing import NDArray
+
+from worker.errors import NetworkIncompatible
+from worker.gradcam.catalog import CATALOG, ModelFile, NetworkRow
+from worker.gradcam.weights import WeightsFile
+
+pytestmark = [
+    pytest.mark.tensorflow,
+    pytest.mark.filterwarnings(
+        "ignore:__array__ implementation:DeprecationWarning"
+    ),  # Keras's own, as it saves
+    pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file"),
+    pytest.mark.filterwarnings("ignore:`input_shape` is undefined or non-square"),  # MobileNetV3, of itself
+]
+
+ROW = CATALOG["efficientnetb0"]
+SMALL = replace(ROW, name="birds", input_size=(64, 64), map_size=None, keras_files=(), classes=5, labels=())
+STEPPED = [row for row in CATALOG.values() if row.imagenet_scale]
+KERAS_ROWS = [row for row in CATALOG.values() if not row.shipped]
+SCALE = [2.0896, 2.1129, 2.1082]  # one by the roots of .229, .224, .225
+Theirs = Callable[..., Any]
+
+
+@pytest.fixture
+def theirs(monkeypatch: pytest.MonkeyPatch) -> Theirs:
+    """The model that Keras itself builds with `weights="imagenet"`, from a file in place of its download.
+
+    Without one its weights are those it began with. What it would have downloaded is in its `asked`.
+    """
+    import keras
+    from keras.src.utils import file_utils
+
+    def build(row: NetworkRow, file: Path | None = None) -> Any:
+        asked: list[str] = []
+
+        def get_file(name: str, *_: Any, **__: Any) -> str:
+            asked.append(name)
+            return str(file)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(file_utils, "get_file", get_file)
+            if file is None:
+                patch.setattr(keras.Model, "load_weights", lambda *_: None)
+            model = getattr(keras.applications, str(row.builder).split(":")[1])(weights="imagenet")
+        model.asked = asked
+        return model
+
+    return build
+
+
+def graph(model: Any) -> str:
+    """All that a model is but for the name of its input, which a copy has another one of."""
+    (name,) = (one["name"] for one in model.get_config()["layers"] if one["class_name"] == "InputLayer")
+    return json.dumps(model.get_config()).replace(f'"{name}"', '"input"')
+
+
+def plain(row: NetworkRow, seed: int = 3, **options: Any) -> Any:
+    """The model that Keras builds with `weights=None`, with seeded weights."""
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    model = getattr(keras.applications, str(row.builder).split(":")[1])(weights=None, **options)
+    enliven(model)
+    return model
+
+
+def enliven(model: Any) -> None:
+    """Let a network of random weights tell one picture from another: else all its classes are alike."""
+    import keras
+
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.0  # the averages become those of the one pass below
+    pixels = np.random.default_rng(1).integers(0, 256, (2, *model.input_shape[1:]))
+    model(pixels.astype(np.float32), training=True)
+    kernel = model.layers[-1].kernel
+    spread = np.log(model(pixels.astype(np.float32)).numpy() + 1e-30).std()
+    kernel.assign(kernel / spread)
+
+
+def softmax(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    powers = np.exp(scores - scores.max(1, keepdims=True))
+    return np.asarray(powers / powers.sum(1, keepdims=True))
+
+
+def test_b0_to_b7_are_the_networks_that_have_it() -> None:
+    assert [row.name for row in STEPPED] == [f"efficientnetb{number}" for number in range(8)]
+
+
+def test_a_file_in_the_operators_folder_gives_the_logits_that_keras_gives_with_it(
+    theirs: Theirs, tmp_path: Path, noise: Callable[..., NDArray[np.uint8]]
+) -> None:
+    from worker.gradcam.loading import load_network
+
+    straight = plain(ROW)
+    straight.save(tmp_path / "efficientnetb0.h5")  # laid out as Keras's own downloads are
+    pixels = noise(1, 224, 224)
+    expected = theirs(ROW, tmp_path / "efficientnetb0.h5")(pixels.astype(np.float32)).numpy()
+    found = softmax(load_network("efficientnetb0", weights_dir=tmp_path).scores(pixels))
+    assert_allclose(found, expected, rtol=1e-3, atol=1e-7)
+    assert np.abs(straight(pixels.astype(np.float32)).numpy() - expected).max() > 1e-3, "another network"
+
+
+@pytest.mark.parametrize("row", [ROW])
+def test_the_graph_is_the_one_that_keras_builds_for_imagenets_weights(
+    row: NetworkRow, theirs: Theirs
+) -> None:
+    assert_one_graph(row, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", KERAS_ROWS, ids=[row.name for row in KERAS_ROWS])
+def test_every_row_is_one_graph_whichever_way_its_weights_come(row: NetworkRow, theirs: Theirs) -> None:
+    assert_one_graph(row, theirs)
+
+
+def assert_one_graph(row: NetworkRow, theirs: Theirs) -> None:
+    import keras
+
+    from worker.gradcam.loading import _build
+
+    def ours(row: NetworkRow) -> Any:
+        return _build(row, weights=None)
+
+    graphs = []
+    for build in (theirs, ours):
+        keras.backend.clear_session()  # layers are numbered from the beginning
+        graphs.append(graph(model := build(row)))
+        if build is theirs:
+            assert model.asked == list(row.keras_files), "and its download is called so"
+        del model
+    assert graphs[0] == graphs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", STEPPED, ids=[row.name for row in STEPPED])
+def test_every_network_that_has_it_gives_the_logits_that_keras_gives(
+    row: NetworkRow, theirs: Theirs, tmp_path: Path, noise: Callable[..., NDArray[np.uint8]]
+) -> None:
+    from worker.gradcam.loading import _weighted
+
+    plain(row).save(tmp_path / "own.h5")
+    pixels = noise(1, *row.input_size).astype(np.float32)
+    expected = theirs(row, tmp_path / "own.h5")(pixels).numpy()
+    assert_allclose(
+        _weighted(row, tmp_path / "own.h5", "own.h5")(pixels).numpy(), expected, rtol=1e-3, atol=1e-7
+    )
+
+
+def described(
+    path: Path, pretrained: bool | None = None, row: NetworkRow = SMALL
+) -> tuple[NetworkRow, WeightsFile]:
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return replace(row, file=ModelFile(str(path), sha256), pretrained=pretrained), WeightsFile(path, sha256)
+
+
+def own(path: Path, pretrained: bool | None = None, row: NetworkRow = SMALL) -> Any:
+    from worker.gradcam.loading import _own_model
+
+    return _own_model(*described(path, pretrained, row))
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Path, Any]]:
+    """Two owners' files, of networks built with `weights="imagenet"` and without it, and the models."""
+    import keras
+
+    folder = tmp_path_factory.mktemp("own")
+    straight = plain(SMALL, classes=5, input_shape=(64, 64, 3))
+
+    def called(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        made = layer(*args, **kwargs)
+        return keras.layers.Rescaling(SCALE)(made) if isinstance(layer, keras.layers.Normalization) else made
+
+    stepped = keras.models.clone_model(
+        straight, clone_function=lambda one: type(one).from_config(one.get_config()), call_function=called
+    )
+    stepped.set_weights(straight.get_weights())
+    made = {}
+    for pretrained, model in ((False, straight), (True, stepped)):
+        model.save_weights(folder / f"{pretrained}.weights.h5")
+        made[pretrained] = folder / f"{pretrained}.weights.h5", model
+    return made
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_an_owners_file_tells_by_itself_which_network_it_is_of(
+    pretrained: bool, fine_tuned: Any, noise: Callable[..., NDArray[np.uint8]]
+) -> None:
+    from worker.gradcam.loading import load_network
+
+    path, model = fine_tuned[pretrained]
+    row, file = described(path)
+    pixels = noise(2, 64, 64)
+    expected = model(pixels.astype(np.float32)).numpy()
+    found = softmax(load_network(row, file=file).scores(pixels))
+    assert_allclose(found, expected, rtol=1e-2, atol=1e-6)
+    assert np.abs(fine_tuned[not pretrained][1](pixels.astype(np.float32)).numpy() - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_what_stands_in_the_operators_folder_is_of_imagenet_unless_it_lists_other_layers(
+    pretrained: bool, fine_tuned: Any, tmp_path: Path
+) -> None:
+    import h5py
+
+    from worker.gradcam.loading import _is_pretrained
+
+    path = tmp_path / "efficientnetb0.weights.h5"
+    path.write_bytes(fine_tuned[pretrained][0].read_bytes())
+    assert _is_pretrained(ROW, path) == pretrained
+    with h5py.File(path, "a") as file:
+        for name in [one for one in file["layers"] if one.startswith("rescaling")]:
+            del file["layers"][name]
+    assert _is_pretrained(ROW, path), "where it lists none"
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_registry_that_says_what_the_file_does_not_is_refused(pretrained: bool, fine_tuned: Any) -> None:
+    right = f"pretrained must be {str(pretrained).lower()}"
+    with pytest.raises(NetworkIncompatible, match=right):
+        own(fine_tuned[pretrained][0], not pretrained)
+
+
+@pytest.mark.parametrize("pretrained", [None, True, False])
+def test_a_file_that_does_not_list_its_layers_is_loaded_as_the_registry_says_or_refused(
+    pretrained: bool | None, fine_tuned: Any, tmp_path: Path
+) -> None:
+    import h5py
+
+    path = tmp_path / "mute.weights.h5"
+    path.write_bytes(fine_tuned[False][0].read_bytes())
+    with h5py.File(path, "a") as file:
+        del file["layers/rescaling"]
+    if pretrained is None:  # both graphs would take them
+        with pytest.raises(
+            NetworkIncompatible, match=r'weights="imagenet".* write pretrained = true or false'
+        ):
+            own(path)
+    else:
+        names = [type(layer).__name__ for layer in own(path, pretrained).layers]
+        assert names.count("Rescaling") == 1 + pretrained
+
+
+def test_a_network_of_grey_pictures_cannot_be_pretrained(fine_tuned: Any) -> None:
+    from worker.gradcam.catalog import Preprocessing
+
+    grey = replace(SMALL, preprocessing=Preprocessing("grey", channels="grey"))
+    with pytest.raises(NetworkIncompatible, match="three channels of colour"):
+        own(fine_tuned[True][0], row=grey)

@@ -1,0 +1,294 @@
+"""What a file that is named as a model is instead, and what is inside, seen before Keras opens it."""
+
+import json
+import re
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from worker.gradcam import model_file
+from worker.gradcam.model_file import Refused, by_ending, check_weights, of_folder, read_config
+
+CONFIG = json.dumps({"class_name": "Functional", "config": {}})
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("a.h5", "keras.saving.load_model('a.h5', compile=False).save('NAME.keras')"),
+        ("a.HDF5", "keras.saving.load_model('a.HDF5', compile=False).save('NAME.keras')"),
+        (
+            "s3://m/a.weights.h5",
+            "model.load_weights('a.weights.h5'), and save it with model.save('NAME.keras')",
+        ),
+        ("a.tflite", "take the model it was made of, and save it with model.save('NAME.keras')"),
+        ("a.onnx", "take the model it was exported from, and save it with model.save('NAME.keras')"),
+        ("a.pt", "is of PyTorch, which has no layers of Keras: build the same layers in Keras"),
+        ("a.pth", "layer.set_weights(...)"),
+        ("a.safetensors", "layer.set_weights(...)"),
+        ("a.pkl", "is a pickle, which runs whatever code it holds"),
+        ("a/saved_model.pb", "tf_keras.models.load_model('FOLDER', compile=False).save('NAME.h5')"),
+        ("s3://m/saved", "tf_keras.models.load_model('saved', compile=False).save('NAME.h5')"),
+        ("saved/", "tf_keras.models.load_model('saved/', compile=False).save('NAME.h5')"),
+        ("a.json", "keras.models.model_from_json(open('a.json').read())"),
+        ("a.keras.zip", "is an archive: unpack it"),
+        ("a.tar.gz", "is compressed: unpack it"),
+        ("a.{}.txt", "is no Keras model: save it with model.save('NAME.keras')"),
+        ("{0}.h5", "keras.saving.load_model('{0}.h5', compile=False)"),
+    ],
+)
+def test_another_ending_is_told_the_line_that_works(name: str, line: str) -> None:
+    assert line in by_ending(name)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "is empty (0 bytes): copy it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "`git lfs pull`"),
+        (b"\n<!DOCTYPE html><title>Sign in</title>", "is a web page, an error or a login perhaps"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "is a web page, an error"),
+        (b'\xef\xbb\xbf{"class_name": "Functional"}', "holds an architecture without weights"),
+        (b"\x1c\0\0\0TFL3\0", "is compiled for TensorFlow Lite"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "is a pickle"),
+        (struct.pack("<Q", 300) + b'{"__metadata__":{}', "holds arrays without their network"),
+        (b"\x08\x07\x12\x07pytorch", "is of ONNX"),
+        (b"\x1f\x8b\x08", "is compressed"),
+        (b"not a model", "is no Keras model, it begins with b'not a mo': save it with"),
+        (b"PK\x03\x04" + bytes(500), "is cut off after 504 bytes"),
+    ],
+)
+def test_a_file_is_told_by_what_is_in_it_whatever_its_name(data: bytes, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.keras"
+    path.write_bytes(data)
+    with pytest.raises(Refused, match=re.escape(why)):
+        read_config(path, "model.keras")
+
+
+@pytest.mark.parametrize(
+    ("members", "why"),
+    [
+        (["saved/saved_model.pb", "saved/variables/variables.index"], "is an archive of a SavedModel"),
+        (["own/metadata.json", "own/config.json"], "is an archive of the folder 'own': pack what is in it"),
+        (["archive/data.pkl", "archive/data/0"], "is of PyTorch"),
+        (["a/own.keras"], "is an archive: unpack it, and name 'a/own.keras', which is in it"),
+        (["kernel.npy", "bias.npy"], "holds arrays without their network"),
+        ([], "is an archive without the config.json of a Keras model"),
+    ],
+)
+def test_an_archive_is_told_by_its_members(members: list[str], why: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=re.escape(why)):
+        read_config(packed(tmp_path, dict.fromkeys(members, "")), "model.keras")
+
+
+def packed(folder: Path, members: dict[str, bytes | str], method: int = zipfile.ZIP_STORED) -> Path:
+    """An archive of these members. Zeros are packed well."""
+    path = folder / "model.keras"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+def zeros(name: str, size: int) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        path = folder / "model.keras"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("config.json", CONFIG)
+            with archive.open(name, "w", force_zip64=True) as file:
+                for _ in range(size // 2**20):
+                    file.write(bytes(2**20))
+        return path
+
+    return write
+
+
+class TestBounds:
+    @pytest.mark.parametrize("name", ["model.weights.h5", "assets/layers/a/vocabulary.txt"])
+    def test_a_small_file_that_unpacks_to_a_large_one_is_refused_unread(
+        self, name: str, tmp_path: Path
+    ) -> None:
+        path = zeros(name, 80 * 2**20)(tmp_path)
+        assert path.stat().st_size < 2**20
+        with pytest.raises(Refused, match=r"unpacks to 83,886,\d{3} bytes, and has .*: at most 67,108,864"):
+            read_config(path, "model.keras")
+
+    @pytest.mark.parametrize(
+        ("name", "limit"), [("config.json", "33,554,432"), ("metadata.json", "1,048,576")]
+    )
+    @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+    def test_texts_have_a_limit_of_their_own(
+        self, name: str, limit: str, method: int, tmp_path: Path
+    ) -> None:
+        path = packed(tmp_path, {"config.json": CONFIG} | {name: b" " * 40_000_000}, method)
+        with pytest.raises(Refused, match=f"holds a {name} of 40,000,000 bytes, above the {limit} of any"):
+            read_config(path, "model.keras")
+
+    def test_a_member_that_is_longer_than_it_declares_is_refused(self, tmp_path: Path) -> None:
+        path = packed(tmp_path, {"config.json": CONFIG + " " * 100_000}, zipfile.ZIP_DEFLATED)
+        data = path.read_bytes()
+        size = (len(CONFIG) + 100_000).to_bytes(4, "little")
+        path.write_bytes(data.replace(size, (50).to_bytes(4, "little")))  # in both of its headers
+        with pytest.raises(Refused, match=r"is a damaged \.keras file"):
+            read_config(path, "model.keras")
+
+    def test_members_that_lie_over_one_another_do_not_pass_for_more_than_the_file(
+        self, tmp_path: Path
+    ) -> None:
+        path = packed(tmp_path, {"config.json": CONFIG, "model.weights.h5": bytes(7 * 2**20)})
+        data = path.read_bytes()
+        at, end = data.index(b"PK\x01\x02"), data.rindex(b"PK\x05\x06")
+        entry = data[data.index(b"PK\x01\x02", at + 4) : end]
+        more = b"".join(entry.replace(b"model", f"mod{one:02}".encode()) for one in range(30))
+        size, offset = struct.unpack_from("<2L", data, end + 12)
+        tail = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 32, 32, size + len(more), offset, 0)
+        path.write_bytes(data[:end] + more + tail)
+        with pytest.raises(Refused, match="unpacks to 227,5"):
+            read_config(path, "model.keras")
+
+    def test_no_more_members_are_taken_than_a_model_has(self, tmp_path: Path) -> None:
+        path = packed(tmp_path, {"config.json": CONFIG, **{f"assets/{one}": "" for one in range(10_000)}})
+        with pytest.raises(Refused, match="is an archive of 10,001 members, above the 10,000 of any"):
+            read_config(path, "model.keras")
+
+    def test_a_list_of_members_without_end_is_not_even_read(self, tmp_path: Path) -> None:
+        path = packed(tmp_path, {"config.json": CONFIG})
+        data = bytearray(path.read_bytes())
+        struct.pack_into("<L", data, data.rindex(b"PK\x05\x06") + 12, 2**31)
+        path.write_bytes(data)
+        with pytest.raises(Refused, match="whose list of members has 2,147,483,648 bytes"):
+            read_config(path, "model.keras")
+
+    @pytest.mark.parametrize(
+        "name", ["../up.json", "/etc/passwd", "assets/../../up", "C:/up", "..\\up", "a//b"]
+    )
+    def test_a_member_that_leads_out_is_refused(self, name: str, tmp_path: Path) -> None:
+        with pytest.raises(Refused, match="holds a member that leads out of it"):
+            read_config(packed(tmp_path, {"config.json": CONFIG, name: ""}), "model.keras")
+
+    @pytest.mark.filterwarnings("ignore:Duplicate name")
+    def test_two_members_of_one_name_are_refused(self, tmp_path: Path) -> None:
+        path = packed(tmp_path, {"config.json": CONFIG})
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("config.json", "{}")
+        with pytest.raises(Refused, match=r"holds 2 members of one name, 'config\.json'"):
+            read_config(path, "model.keras")
+
+    @pytest.mark.parametrize(
+        ("config", "why"),
+        [
+            (b"[" * 100_000, "nested too deeply"),
+            (b"\xff", "is no JSON: 'utf-8' codec can't decode"),
+            (b"[]", "describes no model"),
+            (b"{", "is no JSON: Expecting property name"),
+        ],
+    )
+    def test_a_configuration_that_is_none_is_refused(self, config: bytes, why: str, tmp_path: Path) -> None:
+        with pytest.raises(Refused, match=why):
+            read_config(packed(tmp_path, {"config.json": config}), "model.keras")
+
+    @pytest.mark.parametrize(
+        "look",
+        [
+            lambda folder: check_weights(folder / "a.weights.h5", ""),
+            lambda folder: read_config(
+                packed(
+                    folder,
+                    {"config.json": CONFIG, "model.weights.h5": (folder / "a.weights.h5").read_bytes()},
+                ),
+                "",
+            ),
+        ],
+    )
+    def test_arrays_that_are_declared_far_larger_than_they_are_are_refused(
+        self, look: Callable[[Path], object], tmp_path: Path
+    ) -> None:
+        import h5py
+
+        with h5py.File(tmp_path / "a.weights.h5", "w") as file:
+            file.create_dataset("layers/dense/vars/0", (40_000_000,), "f4", compression="gzip")
+        with pytest.raises(
+            Refused, match=r"declares arrays of 160,000,000 bytes, and has \d,\d{3}: at most 67,108,864"
+        ):
+            look(tmp_path)
+
+    def test_an_honest_file_is_read(self, tmp_path: Path) -> None:
+        path = packed(tmp_path, {"metadata.json": "{}", "config.json": CONFIG, "assets/": ""})
+        assert read_config(path, "model.keras") == json.loads(CONFIG)
+
+
+class TestWeights:
+    @pytest.mark.parametrize(
+        ("data", "why"),
+        [
+            (b"", "is empty"),
+            (b"PK\x03\x04", "is a whole model: name it with model, without architecture"),
+            (
+                b"not weights",
+                "holds no weights, it begins with b'not weig': save them with model.save_weights(",
+            ),
+            (b"\x89HDF\r\n\x1a\n" + bytes(100), "holds damaged weights"),
+        ],
+    )
+    def test_what_holds_no_weights_is_told(self, data: bytes, why: str, tmp_path: Path) -> None:
+        (tmp_path / "a.weights.h5").write_bytes(data)
+        with pytest.raises(Refused, match=re.escape(why)):
+            check_weights(tmp_path / "a.weights.h5", "a.weights.h5")
+
+    @pytest.mark.parametrize(
+        ("attributes", "layout"),
+        [
+            ({}, "keras3"),
+            ({"layer_names": []}, "legacy"),
+            ({"layer_names0": []}, "legacy"),
+            ({"model_config": ""}, "model"),
+        ],
+    )
+    def test_the_layout_is_seen_whatever_the_ending(
+        self, attributes: dict[str, list[str] | str], layout: str, tmp_path: Path
+    ) -> None:
+        import h5py
+
+        with h5py.File(tmp_path / "a", "w") as file:
+            file["layers/dense/vars/0"] = np.zeros(3)
+            file.attrs.update(attributes)
+        assert check_weights(tmp_path / "a", "a") == layout
+
+    def test_weights_in_place_of_a_model_are_told(self, tmp_path: Path) -> None:
+        import h5py
+
+        with h5py.File(tmp_path / "a.keras", "w") as file:
+            file["layers/dense/vars/0"] = np.zeros(3)
+        with pytest.raises(Refused, match="holds weights without their network: name it with weights"):
+            read_config(tmp_path / "a.keras", "a.keras")
+
+
+def test_a_folder_is_told_by_what_is_in_it(tmp_path: Path) -> None:
+    assert of_folder(tmp_path) is None
+    (tmp_path / "config.json").touch()
+    (tmp_path / "model.weights.h5").touch()
+    assert "zip -0 -r ../NAME.keras ." in str(of_folder(tmp_path))
+    (tmp_path / "saved_model.pb").touch()
+    assert f"tf_keras.models.load_model({tmp_path.name!r}, compile=False)" in str(of_folder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "version"),
+    [
+        ('{"keras_version": "2.15.0"}', "2.15.0"),
+        ('{"keras_version": 3}', ""),
+        ('{"keras_version": "2\\n2026 ERROR"}', ""),
+        ("[]", ""),
+        ("{", ""),
+        ("[" * 90_000, ""),
+    ],
+)
+def test_the_version_that_saved_it_is_read_where_it_is_one(
+    metadata: str, version: str, tmp_path: Path
+) -> None:
+    assert model_file.keras_version(packed(tmp_path, {"metadata.json": metadata})) == version
+    assert model_file.keras_version(packed(tmp_path, {"config.json": ""})) == ""

@@ -1,0 +1,345 @@
+"""What a model file is, seen before Keras opens it: its format, its size unpacked, how it was built.
+
+Each refusal is the rest of a sentence that begins with the file, and ends with the line that makes one of it
+that can be loaded.
+"""
+
+import io
+import json
+import math
+import re
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+MAX_MEMBERS = 10_000  # of an archive: Keras writes three, and one for each asset
+MAX_DIRECTORY_BYTES = 4 * 1024**2  # of the list of members, which is read whole before they can be counted
+MAX_CONFIG_BYTES = 32 * 1024**2  # the largest of keras.applications has 1 MB
+MAX_METADATA_BYTES = 1024**2
+FREE_BYTES = 64 * 1024**2  # unpacked, whatever the file's own size
+MAX_EXPANSION = 20  # times its own size: Keras does not compress, and trained weights hardly can be
+MAX_LOOKED_INTO = 256 * 1024**2  # bytes of weights inside an archive that are taken apart beforehand
+
+SAVE = "save it with model.save('NAME.keras')"
+FROM_KERAS_2 = (
+    'pip install tf_keras; python -c "import keras, tf_keras; '
+    "tf_keras.models.load_model({0!r}, compile=False).save('NAME.h5'); "
+    "keras.saving.load_model('NAME.h5', compile=False).save('NAME.keras')\""
+)
+FROM_HDF5 = (
+    "python -c \"import keras; keras.saving.load_model({0!r}, compile=False).save('NAME.keras')\", "
+    "or, where Keras 2 saved it and that fails, " + FROM_KERAS_2
+)
+REBUILD = "build the same layers in Keras, hand their arrays to layer.set_weights(...), and " + SAVE
+SAVED_MODEL = (
+    "which Keras 3 cannot take apart: where Keras 2 saved it, convert it with "
+    + FROM_KERAS_2
+    + f"; else, in the program that built it, {SAVE}"
+)
+WEIGHTS_ONLY = (
+    "holds weights without their network: name it with weights, beside architecture; or build the network, "
+    "model.load_weights({0!r}), and " + SAVE
+)
+HDF5 = "is a whole model in HDF5, which can run code when it is loaded: convert it where you trust it, with "
+PICKLE = f"is a pickle, which runs whatever code it holds: load it where you trust it, and {SAVE}"
+TORCH = f"is of PyTorch, which has no layers of Keras: {REBUILD}"
+BY_ENDING = {  # what a model file is not, and the line that makes one of it; {0!r}: its name
+    ".weights.h5": WEIGHTS_ONLY,
+    ".h5": HDF5 + FROM_HDF5,
+    ".hdf5": HDF5 + FROM_HDF5,
+    ".pkl": PICKLE,
+    ".pickle": PICKLE,
+    ".joblib": PICKLE,
+    ".pb": "belongs to a SavedModel, " + SAVED_MODEL.format("FOLDER"),
+    ".tflite": "is compiled for TensorFlow Lite and has no gradients: take the model it was made of, and "
+    + SAVE,
+    ".onnx": "is of ONNX, which has no layers of Keras: take the model it was exported from, and "
+    f"{SAVE}; where that is of PyTorch, {REBUILD}",
+    ".pt": TORCH,
+    ".pth": TORCH,
+    ".ckpt": f"is a checkpoint, weights without their network: build it, load them, and {SAVE}",
+    ".safetensors": f"holds arrays without their network: {REBUILD}",
+    ".npz": f"holds arrays without their network: {REBUILD}",
+    ".json": "holds an architecture without weights: "
+    f"model = keras.models.model_from_json(open({{0!r}}).read()), model.load_weights(...), and {SAVE}",
+    ".zip": "is an archive: unpack it, and name the .keras file that is in it",
+    ".tar": "is an archive: unpack it, and name the .keras file that is in it",
+    ".gz": "is compressed: unpack it, and name the .keras file that is in it",
+    "": "looks like a folder, a SavedModel perhaps, " + SAVED_MODEL,
+}
+HDF5_BEGINS = b"\x89HDF\r\n\x1a\n"
+PAGE_BEGINS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")
+GIT_LFS_BEGINS = b"version https://git-lfs.github.com/spec/"
+END_OF_ZIP = struct.Struct("<4s4H2LH")
+END_OF_ZIP_BEGINS, LONGEST_COMMENT = b"PK\x05\x06", 65_535  # bytes
+
+# What an archive raises that is damaged, cut off, packed by a method that there is not, or encrypted.
+UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+
+
+class Refused(ValueError):
+    """Why a file is not loaded: the rest of a sentence that begins with it."""
+
+
+Layout = Literal["keras3", "legacy", "model"]  # of an HDF5 file
+
+
+def by_ending(address: str) -> str:
+    """Why a file that is called so is no `.keras` model, and what makes one of it."""
+    name = PurePosixPath(address).name if not address.endswith("/") else ""
+    ending = next(
+        (one for one in BY_ENDING if one and name.lower().endswith(one)), PurePosixPath(name).suffix
+    )
+    return BY_ENDING.get(ending, f"is no Keras model: {SAVE}").format(name or address)
+
+
+def by_content(path: Path, name: str) -> str | None:
+    """What else a file is than it should be, by its first bytes; None where they do not say.
+
+    `name`: what its owner calls it. Raises OSError.
+    """
+    with path.open("rb") as file:
+        head = file.read(512)
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        return "is empty (0 bytes): copy it again"
+    if head.startswith(GIT_LFS_BEGINS):
+        return "is a pointer of git-lfs, not the file itself: fetch that with `git lfs pull`"
+    if text.startswith(PAGE_BEGINS):
+        return "is a web page, an error or a login perhaps, not a model: download the file itself"
+    for ending, begins in (
+        (".json", text.startswith(b"{")),
+        (".tflite", head[4:8] == b"TFL3"),
+        (".pkl", head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"),
+        (".safetensors", head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < MAX_CONFIG_BYTES),
+        (".gz", head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))),
+        (".tar", head[257:262] == b"ustar"),
+        (".onnx", head[:1] == b"\x08" and head[2:3] == b"\x12"),
+    ):
+        if begins:
+            return BY_ENDING[ending].format(name)
+    return None
+
+
+def of_folder(path: Path) -> str | None:
+    """What a folder is that was named in place of a file; None where it is no model of any kind."""
+    if (path / "saved_model.pb").is_file():
+        return "is a folder, a SavedModel, " + SAVED_MODEL.format(path.name)
+    if (path / "config.json").is_file() and (path / "model.weights.h5").is_file():
+        return (
+            "is a folder, a .keras file unpacked: pack what is in it, as in "
+            f"`cd {path.name} && zip -0 -r ../NAME.keras .`"
+        )
+    return None
+
+
+def read_config(path: Path, name: str) -> dict[str, Any]:
+    """The configuration of a `.keras` model, whose members are all found to be of a fair size.
+
+    Raises Refused where it is something else, or unpacks to far more than it is. Raises OSError.
+    """
+    if (found := by_content(path, name)) is not None:
+        raise Refused(found)
+    with path.open("rb") as file:
+        begins = file.read(len(HDF5_BEGINS))
+    if begins == HDF5_BEGINS:
+        ending = ".h5" if layout(path) == "model" else ".weights.h5"
+        raise Refused(BY_ENDING[ending].format(name))
+    if not begins.startswith(b"PK"):
+        message = f"is no Keras model, it begins with {begins!r}: {SAVE}"
+        raise Refused(message)
+    with _archive(path) as archive:
+        members = _members(archive, path.stat().st_size)
+        if "config.json" not in members:
+            raise Refused(_other_archive([*members], name))
+        try:
+            config = json.loads(archive.read("config.json"))
+        except RecursionError as error:
+            message = "has a config.json that is nested too deeply"
+            raise Refused(message) from error
+        except ValueError as error:
+            message = f"has a config.json that is no JSON: {error}"
+            raise Refused(message) from error
+        if not isinstance(config, dict):
+            message = "has a config.json that describes no model"
+            raise Refused(message)  # of the file, not of a program
+        _check_arrays(archive, members)
+    return config
+
+
+def keras_version(path: Path) -> str:
+    """Which Keras saved a `.keras` model; empty where it does not say."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("metadata.json") as file:
+            said = json.loads(file.read(MAX_METADATA_BYTES))
+    except (OSError, KeyError, ValueError, RecursionError, zipfile.BadZipFile):
+        return ""
+    version = said.get("keras_version") if isinstance(said, dict) else None
+    return version if isinstance(version, str) and re.fullmatch(r"[0-9][0-9A-Za-z.+-]{0,31}", version) else ""
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """An archive with a fair number of members. Raises Refused."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(size - END_OF_ZIP.size - LONGEST_COMMENT, 0))
+        tail = file.read()
+    at = tail.rfind(END_OF_ZIP_BEGINS)
+    if at < 0 or len(tail) - at < END_OF_ZIP.size:
+        message = f"is cut off after {size:,} bytes, the end of a .keras file is missing: copy it again"
+        raise Refused(message)
+    directory = END_OF_ZIP.unpack_from(tail, at)[5]
+    if directory > MAX_DIRECTORY_BYTES:
+        message = (
+            f"is an archive whose list of members has {directory:,} bytes, above the "
+            f"{MAX_DIRECTORY_BYTES:,} of any model"
+        )
+        raise Refused(message)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except UNREADABLE as error:
+        message = f"is a damaged .keras file ({error}): copy it again, or {SAVE}"
+        raise Refused(message) from error
+
+
+def _members(archive: zipfile.ZipFile, size: int) -> dict[str, int]:
+    """The sizes of members, unpacked. What a member declares is the most that is read of it.
+
+    Raises Refused.
+    """
+    found = archive.infolist()
+    if len(found) > MAX_MEMBERS:
+        message = f"is an archive of {len(found):,} members, above the {MAX_MEMBERS:,} of any model"
+        raise Refused(message)
+    for name, count in Counter(one.filename for one in found).items():
+        if {"", ".."} & set(re.split(r"[/\\]", name.rstrip("/"))) or ":" in name:
+            message = f"holds a member that leads out of it, {name[:100]!r}"
+            raise Refused(message)
+        if count > 1:
+            message = f"holds {count} members of one name, {name[:100]!r}"
+            raise Refused(message)
+    members = {one.filename: one.file_size for one in found}
+    for name, limit in (("config.json", MAX_CONFIG_BYTES), ("metadata.json", MAX_METADATA_BYTES)):
+        if members.get(name, 0) > limit:
+            message = f"holds a {name} of {members[name]:,} bytes, above the {limit:,} of any model"
+            raise Refused(message)
+    _check_expansion("unpacks to", sum(members.values()), size)
+    return members
+
+
+def _check_expansion(what: str, unpacked: int, size: int) -> None:
+    most = max(FREE_BYTES, MAX_EXPANSION * size)
+    if unpacked > most:
+        message = f"{what} {unpacked:,} bytes, and has {size:,}: at most {most:,} are allowed of these"
+        raise Refused(message)
+
+
+def _other_archive(names: list[str], name: str) -> str:
+    """What an archive is that holds no `config.json`."""
+    last = {PurePosixPath(one).name: one for one in names}
+    if "saved_model.pb" in last:
+        return "is an archive of a SavedModel, " + SAVED_MODEL.format(name)
+    if "config.json" in last:
+        folder = last["config.json"].rpartition("/")[0]
+        return f"is an archive of the folder {folder[:100]!r}: pack what is in it, not the folder"
+    if "data.pkl" in last:
+        return TORCH
+    if inner := next((one for one in names if one.endswith(".keras")), None):
+        return f"is an archive: unpack it, and name {inner[:100]!r}, which is in it"
+    if names and all(one.endswith(".npy") for one in names):
+        return BY_ENDING[".npz"].format(name)
+    return f"is an archive without the config.json of a Keras model: {SAVE}"
+
+
+def _check_arrays(archive: zipfile.ZipFile, members: dict[str, int]) -> None:
+    """Raise Refused where weights declare arrays that are far larger than they are."""
+    for name, size in members.items():
+        if name.endswith(".h5") and size <= MAX_LOOKED_INTO:
+            _check_hdf5(io.BytesIO(archive.read(name)), size)
+
+
+def _check_hdf5(file: Any, size: int) -> None:
+    import h5py
+
+    declared = 0
+
+    def add(_: str, one: Any) -> None:
+        nonlocal declared
+        if isinstance(one, h5py.Dataset):
+            declared += math.prod(one.shape or ()) * one.dtype.itemsize
+
+    try:
+        with h5py.File(file, "r") as opened:
+            opened.visititems(add)
+    except (OSError, RuntimeError, KeyError) as error:  # whatever HDF5 makes of damaged bytes
+        message = f"holds damaged weights ({error}): copy it again, or {SAVE}"
+        raise Refused(message) from error
+    _check_expansion("declares arrays of", declared, size)
+
+
+def check_weights(path: Path, name: str) -> Layout:
+    """How the HDF5 file of an architecture's weights is laid out: as Keras 3 does, or as versions before.
+
+    Raises Refused where it is something else. Raises OSError.
+    """
+    if (found := by_content(path, name)) is not None:
+        raise Refused(found)
+    with path.open("rb") as file:
+        begins = file.read(len(HDF5_BEGINS))
+    if begins.startswith(b"PK"):
+        message = "is a whole model: name it with model, without architecture"
+        raise Refused(message)
+    if begins != HDF5_BEGINS:
+        save = "save them with model.save_weights('NAME.weights.h5')"
+        message = f"holds no weights, it begins with {begins!r}: {save}"
+        raise Refused(message)
+    _check_hdf5(path, path.stat().st_size)
+    return layout(path)
+
+
+def layout(path: Path) -> Layout:
+    """How an HDF5 file is laid out. Raises Refused."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            if "model_config" in file.attrs:
+                return "model"
+            # A list that is too long for one attribute goes on in layer_names0, layer_names1 and so on.
+            legacy = any(one.startswith("layer_names") for one in file.attrs)
+            return "legacy" if legacy else "keras3"
+    except (OSError, RuntimeError, KeyError) as error:
+        message = f"holds damaged weights ({error}): copy it again"
+        raise Refused(message) from error
+
+
+def rescalings(path: Path) -> int | None:
+    """How many layers `Rescaling` the network had whose weights these are; None where it is not told.
+
+    They have no weights: only the list of layers tells. Raises Refused.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            group = file.get("model_weights", file)
+            if "layer_names" in group.attrs:
+                listed = [
+                    one.decode() if isinstance(one, bytes) else one for one in group.attrs["layer_names"]
+                ]
+            else:
+                place = next(
+                    (one for one in ("layers", "_layer_checkpoint_dependencies") if one in file), None
+                )
+                listed = [*file[place]] if place else []
+    except (OSError, RuntimeError, KeyError, UnicodeDecodeError) as error:
+        message = f"holds damaged weights ({error}): copy it again"
+        raise Refused(message) from error
+    return sum(bool(re.fullmatch(r"rescaling(_[0-9]+)?", one)) for one in listed) or None
