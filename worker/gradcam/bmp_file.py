@@ -28,7 +28,9 @@ def read(data: bytes) -> Stored:
     if len(data) < FILE_HEAD + (CORE_HEAD if core else INFO_HEAD) or _number(data, 14) not in range(12, 125):
         message = f"The BMP's header is damaged or cut off ({len(data):,} bytes received)."
         raise ImageDecodeFailed(message)
-    width, height = (_number(data, 18, 2), _number(data, 20, 2)) if core else (_side(data, 18), _side(data, 22))
+    width, height = _side(data, 18), _side(data, 22)
+    if core:
+        width, height = _number(data, 18, 2), _number(data, 20, 2)
     bits = _number(data, 24 if core else 28, 2)
     packing = PLAIN if core else _number(data, 30)
     if bits not in BITS or (packing and packing not in MASKED and PACKED.get(packing) != bits):
@@ -62,7 +64,7 @@ def has_masks(stored: Stored) -> bool:
 
 
 def by_masks(stored: Stored) -> Pixels:
-    """The pixels of a BMP with masks: (height, width, 3) RGB, or (height, width, 4) BGRA where it has alpha."""
+    """The pixels of a BMP with masks: (height, width, 3) RGB; with alpha (height, width, 4) BGRA."""
     data, (width, height), bits = stored.data, stored.size, _number(stored.data, 28, 2)
     stride = _stride(bits, width)
     if bits not in {16, 32} or len(data) < _number(data, 10) + stride * height:

@@ -138,15 +138,18 @@ def _short_of_memory() -> InternalError:
 
 def _read(data: bytes, limits: Limits) -> Stored:
     """Read the file's structure only, and refuse what it claims where that is too much."""
-    read = webp_file.read if webp_file.is_webp(data) else None
-    for starts, reader in _FORMATS:
-        read = reader if data.startswith(starts) else read
-    if read is None:
+    readers = [reader for starts, reader in _FORMATS if data.startswith(starts)]
+    if webp_file.is_webp(data):
+        readers.append(webp_file.read)
+    if not readers:
         kinds = ", ".join(sorted(kind.removeprefix("image/") for kind in (JPEG, PNG, WEBP, GIF, BMP)))
         message = f"Received {_describe(data)}, not an image in a format read here: {kinds}."
         raise UnsupportedMediaType(message)
-    stored = read(data)
+    stored = readers[0](data)
     for width, height in (stored.size, stored.frame or stored.size):
+        if not width * height:
+            message = f"The {stored.media_type} data are damaged: they claim {width} x {height} pixels."
+            raise ImageDecodeFailed(message)
         _check_size(width, height, limits)
     return stored
 
@@ -178,8 +181,8 @@ def _allowed(limits: Limits) -> str:
 def _check_damage(stored: Stored, damage: Damage | None, limits: Limits) -> None:
     if damage and damage.share >= limits.max_damage:
         message = (
-            f"The {stored.media_type} data are damaged: {damage.what}. About {damage.share:.1%} of the picture "
-            f"is missing; less than {limits.max_damage:.1%} may be (GRADCAM_MAX_IMAGE_DAMAGE)."
+            f"The {stored.media_type} data are damaged: {damage.what}. About {damage.share:.1%} of the "
+            f"picture is missing; less than {limits.max_damage:.1%} may be (GRADCAM_MAX_IMAGE_DAMAGE)."
         )
         raise ImageDecodeFailed(message)
 
@@ -201,36 +204,40 @@ def _decoded(stored: Stored, limits: Limits) -> tuple[Pixels, Damage | None]:
 
 
 def _jpeg(stored: Stored) -> tuple[Pixels, Damage | None]:
-    """libjpeg says of one picture at a time whether its data are whole: as an error where that is wanted."""
-    data, damage = stored.data, stored.damage
-    colors = "CMYK" if stored.components == CMYK else "RGB"
+    """What libjpeg says of the data is an error where that is wanted: so it is known of which picture."""
+    damage = stored.damage
     try:
         try:
-            pixels = _by_libjpeg(data, colors, strict=True)
+            pixels = _by_libjpeg(stored, stored.data)
         except ValueError as error:
             said = str(error)
-            pixels = _by_libjpeg(data, colors, strict=False)
+            pixels = _by_libjpeg(stored, stored.data, blank=True)
             if not said.startswith(jpeg_file.HARMLESS):
-                damage = jpeg_file.damage(data, said, pixels, _with_junk(data, colors))
+                with_junk = _by_libjpeg(stored, jpeg_file.with_junk(stored.data), blank=True)
+                damage = jpeg_file.damage(stored.data, said, pixels, with_junk)
     except ValueError as error:
         if "subsampling" in str(error):  # of which libjpeg's simple interface knows the usual ones
-            return _by_opencv(stored, cv2.IMREAD_COLOR_RGB), damage
+            return _by_opencv(stored), damage
         message = f"The image/jpeg data are damaged: {error}"
         raise ImageDecodeFailed(message) from error
     return _from_cmyk(pixels) if stored.components == CMYK else pixels, damage
 
 
-def _by_libjpeg(data: bytes, colors: str, *, strict: bool) -> Pixels:
-    """Raises ValueError: where it is `strict`, for all that libjpeg says, and else where it gives up."""
-    pixels = simplejpeg.decode_jpeg(data, colors, fastdct=False, fastupsample=False, strict=strict)
+def _by_libjpeg(stored: Stored, data: bytes, *, blank: bool = False) -> Pixels:
+    """Raises ValueError for all that libjpeg says of the data.
+
+    With `blank` it goes on, and leaves grey what it has no data for. It does not say where it has to give
+    up, and would then leave in the picture what was in memory before.
+    """
+    (width, height), colors = stored.size, "CMYK" if stored.components == CMYK else "RGB"
+    into = np.full((height, width, len(colors)), jpeg_file.GREY, np.uint8) if blank else None
+    pixels = simplejpeg.decode_jpeg(
+        data, colors, fastdct=False, fastupsample=False, buffer=into, strict=not blank
+    )
+    if pixels.shape != (height, width, len(colors)):
+        message = f"its header claims {width} x {height} pixels, and it holds {pixels.shape}"
+        raise ValueError(message)
     return np.asarray(pixels, np.uint8)
-
-
-def _with_junk(data: bytes, colors: str) -> Pixels | None:
-    try:
-        return _by_libjpeg(jpeg_file.with_junk(data), colors, strict=False)
-    except ValueError:
-        return None
 
 
 def _from_cmyk(stored: Pixels) -> Pixels:
@@ -271,7 +278,7 @@ def _by_opencv(stored: Stored, flags: int = cv2.IMREAD_COLOR_RGB) -> Pixels:
     except cv2.error as error:
         message = f"The {kind} data are damaged: {error.err or error}"
         raise ImageDecodeFailed(message) from error
-    width, height = stored.frame if any(stored.frame) else stored.size
+    width, height = stored.frame or stored.size
     channels = 4 if flags == cv2.IMREAD_UNCHANGED else 3
     if pixels is None or pixels.shape != (height, width, channels):
         message = f"The {kind} data are damaged ({len(stored.data):,} bytes received)."
@@ -301,7 +308,7 @@ def _by_pillow(stored: Stored) -> Pixels:
 
 def _on_canvas(frame: Pixels, stored: Stored) -> Pixels:
     """What the first frame leaves out is transparent, so white."""
-    if not stored.partial:
+    if stored.frame in {None, stored.size}:
         return frame
     (left, top), (width, height) = stored.place, stored.size
     whole = np.full((height, width, 3), 255, np.uint8)

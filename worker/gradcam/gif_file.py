@@ -27,7 +27,10 @@ def read(data: bytes) -> Stored:
                 int.from_bytes(data[begun + side : begun + side + 2], "little") for side in (1, 3, 5, 7)
             )
             screen = (int.from_bytes(head[side : side + 2], "little") for side in (6, 8))
-            size = max(next(screen), left + width), max(next(screen), top + height)  # it grows, as in browsers
+            size = (
+                max(next(screen), left + width),
+                max(next(screen), top + height),
+            )  # it grows, as in browsers
             head[6:10] = data[begun + 5 : begun + 9]
             frame = data[begun : begun + 1] + bytes(4) + data[begun + 5 : at]
             alone = bytes(head) + control + frame + b";"

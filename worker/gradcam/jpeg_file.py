@@ -35,6 +35,7 @@ COEFFICIENTS = 64
 BLOCK = 8  # pixels of a side
 GREY = 128  # what decoders put where they have no data
 JUNK = np.random.default_rng(0).integers(0, 255, 4096, np.uint8).tobytes()  # without a marker: no 0xFF
+LENGTH_BYTES = 2  # which a segment's length counts, too
 RESTART_INTERVAL = 0xDD
 RESTART_JUNK = 64  # bytes: enough for some blocks
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
@@ -102,7 +103,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
             continue
         length = int.from_bytes(data[at : at + 2], "big")
         body = data[at + 2 : at + length]
-        if length < 2 or len(body) < length - 2:  # it lies, or is cut off
+        if len(body) != length - LENGTH_BYTES:  # it lies, or is cut off
             if code in NEEDED:
                 yield LYING, b"", b""
             continue
@@ -153,12 +154,14 @@ def with_junk(data: bytes) -> bytes:
         parts += (len(body) + 2).to_bytes(2, "big"), body
         if code == START_OF_SCAN:
             pieces = re.split(rb"(\xff[\xd0-\xd7])", compressed)
-            parts += [part for piece in pieces for part in (piece, JUNK[:RESTART_JUNK] * (piece[:1] != b"\xff"))]
+            parts += [
+                part for piece in pieces for part in (piece, JUNK[:RESTART_JUNK] * (piece[:1] != b"\xff"))
+            ]
             parts.append(JUNK * (len(data) // len(JUNK) + 1))
     return b"".join(parts)
 
 
-def damage(data: bytes, said: str, shown: Pixels, with_junk: Pixels | None) -> Damage:
+def damage(data: bytes, said: str, shown: Pixels, with_junk: Pixels) -> Damage:
     """What the picture of a `Stored` lacks, of which a decoder `said` that it is damaged.
 
     `shown` is what it made of it, (height, width, channels), and `with_junk` the same with junk behind its
@@ -169,7 +172,7 @@ def damage(data: bytes, said: str, shown: Pixels, with_junk: Pixels | None) -> D
     if sent_as_text(scans):
         return Damage(1, "it was transferred as text, in which each line feed has become two bytes")
     missing = (shown == GREY).all(axis=2)
-    changed = (shown != with_junk).any(axis=2) if with_junk is not None else ~missing
+    changed = (shown != with_junk).any(axis=2)
     share = float(changed.mean())
     height, width = (side // BLOCK * BLOCK for side in missing.shape)
     if height and width:
@@ -205,7 +208,8 @@ def _missing_intervals(data: bytes) -> float:
         if code in FRAMES and len(body) >= 6:  # noqa: PLR2004  # bytes before its components
             height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
             sampling = {
-                one: (sides >> 4 or 1, sides & 0xF or 1) for one, sides in zip(body[6::3], body[7::3], strict=False)
+                one: (sides >> 4 or 1, sides & 0xF or 1)
+                for one, sides in zip(body[6::3], body[7::3], strict=False)
             }
         elif code == RESTART_INTERVAL:
             every = int.from_bytes(body[:2], "big")

@@ -51,47 +51,57 @@ def read(data: bytes) -> Stored:
 
     Raises ImageDecodeFailed.
     """
-    header: _Chunk | None = None
+    chunks = _chunks(data)
+    header = next(chunks, None)
     kept: dict[bytes, list[_Chunk]] = {}
     what, turn = "it ends too early", 0
-    for one in _chunks(data):
-        if header is None:
-            if one.name != b"IHDR" or len(one.body) != HEADER_BYTES or not one.good:
-                break
-            header = one
-        elif one.name == b"IEND":
+    color = header.body[COLOR] if header and _is_header(header) else None
+    for one in chunks if color is not None else ():
+        if one.name == b"IEND":
             what = what if one.cut else ""
             break
-        elif one.name == b"IDAT" or (one.name not in kept and _counts(one, header, kept)):
+        if one.name == b"IDAT" or (one.name not in kept and _counts(one, color, kept)):
             kept.setdefault(one.name, []).append(one)
         elif one.name == b"eXIf" and not turn and one.good:
             turn = exif.orientation(bytes(one.body))
-    if header is None or b"IDAT" not in kept or header.body[COLOR] not in CHANNELS:
+    if header is None or b"IDAT" not in kept:
         message = f"The PNG's header is damaged or cut off ({len(data):,} bytes received)."
         raise ImageDecodeFailed(message)
-    for name, said in ((b"PLTE", "its palette is damaged"), (b"tRNS", "its transparency is damaged")):
-        if name in kept and not kept[name][0].good:
-            del kept[name]  # as libpng does
-            what = said
+    if b"tRNS" in kept and not kept[b"tRNS"][0].good:
+        del kept[b"tRNS"]  # as libpng does
+        what = "its transparency is damaged"
     size = int.from_bytes(header.body[:4], "big"), int.from_bytes(header.body[4:8], "big")
-    translucent = header.body[COLOR] in ALPHA or b"tRNS" in kept
-    parts = [SIGNATURE, header.written]
-    for name in (b"PLTE", b"tRNS", b"IDAT"):
-        parts += (chunk(name, one.body) if one.cut else one.written for one in kept.get(name, ()))
+    translucent = color in ALPHA or b"tRNS" in kept
     damage = Damage(0, what) if what else None
-    return Stored(PNG, size, b"".join([*parts, END]), turn or exif.UPRIGHT, translucent, damage=damage)
+    whole = _written(header, *(one for name in (b"PLTE", b"tRNS", b"IDAT") for one in kept.get(name, ())))
+    return Stored(PNG, size, whole, turn or exif.UPRIGHT, translucent, damage=damage)
 
 
-def _counts(one: _Chunk, header: _Chunk, before: Mapping[bytes, object]) -> bool:
-    """Whether a chunk decides the pixels: a palette, or what of it is transparent, where it may stand."""
-    color = header.body[COLOR]
-    if b"IDAT" in before:
+def _is_header(one: _Chunk) -> bool:
+    right = one.name == b"IHDR" and len(one.body) == HEADER_BYTES and one.good
+    return right and one.body[COLOR] in CHANNELS
+
+
+def _written(*chunks: _Chunk, pixels: bytes = b"") -> bytes:
+    """A file of these chunks, and perhaps one of packed pixels."""
+    parts: list[bytes | memoryview] = [SIGNATURE]
+    parts += (chunk(one.name, one.body) if one.cut else one.written for one in chunks)
+    return b"".join([*parts, chunk(b"IDAT", pixels) if pixels else b"", END])
+
+
+def _counts(one: _Chunk, color: int | None, before: Mapping[bytes, object]) -> bool:
+    """Whether a chunk decides the pixels: a palette, or what of it is transparent, where it may stand.
+
+    Raises ImageDecodeFailed for a palette that is damaged.
+    """
+    if one.name not in {b"PLTE", b"tRNS"} or b"IDAT" in before:
         return False
-    if one.name == b"PLTE":
-        return color == PALETTE
-    return one.name == b"tRNS" and (
-        b"PLTE" in before if color == PALETTE else len(one.body) == TRANSPARENT_BYTES.get(color)
-    )
+    if one.name == b"tRNS":
+        return b"PLTE" in before if color == PALETTE else len(one.body) == TRANSPARENT_BYTES.get(color or 0)
+    if color == PALETTE and not one.good:
+        message = "The PNG's palette is damaged."
+        raise ImageDecodeFailed(message)
+    return color == PALETTE
 
 
 def chunk(name: bytes, body: bytes | memoryview) -> bytes:
@@ -126,16 +136,16 @@ def mended(stored: Stored) -> Stored:
     stands before the first chunk that is not as it was written is right, and so is what is there of a last
     one that is cut off.
     """
-    parts = [one for one in _chunks(stored.data) if one.name != b"IDAT"]
+    others = [one for one in _chunks(stored.data) if one.name not in {b"IDAT", b"IEND"}]
     bodies = [one for one in _chunks(stored.data) if one.name == b"IDAT"]
-    expected = _unpacked_bytes(parts[0].body)
+    expected = _unpacked_bytes(others[0].body)
     packed, there = _packed_again(b"".join(one.body for one in bodies), expected, whole_only=True)
     if there < expected:
         good = b"".join(one.body for one in takewhile(lambda one: one.good, bodies))
         packed, there = _packed_again(good, expected)
     what = stored.damage.what if stored.damage else "its pixel data are damaged"
-    whole = [SIGNATURE, *(one.written for one in parts[:-1]), chunk(b"IDAT", packed), END]
-    return replace(stored, data=b"".join(whole), damage=Damage(1 - there / max(expected, 1), what))
+    damage = Damage(1 - there / max(expected, 1), what)
+    return replace(stored, data=_written(*others, pixels=packed), damage=damage)
 
 
 def _packed_again(packed: bytes, expected: int, *, whole_only: bool = False) -> tuple[bytes, int]:

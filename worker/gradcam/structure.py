@@ -6,7 +6,7 @@ EXIF. So no decoder ever meets what a stranger wrote there: it cannot refuse the
 way of its own, unpack it, or repeat it on standard error.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 JPEG, PNG, WEBP, GIF, BMP = "image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp"
 MAX_PARTS = 250_000  # segments or chunks of a file: more are no picture, and would take seconds to walk over
@@ -35,12 +35,7 @@ class Stored:
     components: int = 3  # of a JPEG
     damage: Damage | None = None  # as far as the file's structure shows it
     place: tuple[int, int] = (0, 0)  # (left, top) of the first frame, in the whole
-    frame: tuple[int, int] = field(default=(0, 0))  # (width, height) of the first frame; of nothing: the whole
-
-    @property
-    def partial(self) -> bool:
-        """Whether the first frame leaves some of the picture out, which is transparent then."""
-        return self.frame != (0, 0) and (self.place, self.frame) != ((0, 0), self.size)
+    frame: tuple[int, int] | None = None  # (width, height) of the first frame; None: it is the whole
 
 
 def sent_as_text(packed: bytes) -> bool:

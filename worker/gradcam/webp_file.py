@@ -42,7 +42,9 @@ def read(data: bytes) -> Stored:
     if place is not None:
         return replace(still, size=canvas, place=place, frame=still.size)
     if canvas not in {(0, 0), still.size}:
-        message = f"The WebP claims {canvas[0]} x {canvas[1]} pixels and holds {still.size[0]} x {still.size[1]}."
+        message = (
+            f"The WebP claims {canvas[0]} x {canvas[1]} pixels and holds {still.size[0]} x {still.size[1]}."
+        )
         raise ImageDecodeFailed(message)
     return still
 
