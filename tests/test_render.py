@@ -10,11 +10,9 @@ from PIL import Image
 
 from worker.contract import Job
 from worker.deadline import Deadline
-from worker.gradcam import report, sheet
 from worker.gradcam.decode import decode
 from worker.manifest import HotRegion, Manifest
 from worker.pipeline import Journey, explain
-from worker.render import needed_edge
 from worker.testing import MemoryStore, outside
 
 URI = "s3://in/flag.png"
@@ -155,25 +153,6 @@ def test_a_panorama_longer_than_webp_can_be_is_made_smaller() -> None:
         shown = Image.open(io.BytesIO(objects[record.uri.rpartition("/")[2]]))
         assert shown.size == (record.width, record.height)
         assert shown.width >= 16_000
-
-
-@pytest.mark.parametrize(
-    ("wishes", "edge"),
-    [
-        ([{"kind": "heatmap"}, {"kind": "heatmap", "format": "png"}], 0),
-        ([{"kind": "overlay"}], None),
-        ([{"kind": "overlay", "max_edge": 300}], 300),
-        ([{"kind": "animation"}, {"kind": "overlay", "max_edge": 300}], 640),
-        ([{"kind": "grid"}], math.isqrt(sheet.AREA) + 1),
-        ([{"kind": "report"}], math.isqrt(report.PIXELS[0]) + 1),
-        ([{"kind": "report"}, {"kind": "overlay"}], None),
-    ],
-)
-def test_each_wish_says_how_large_a_photo_it_needs(
-    wishes: list[dict[str, Any]], edge: int | None, job: Job
-) -> None:
-    payload = {**job.model_dump(mode="json"), "artifacts": wishes}
-    assert needed_edge(Job.parse(payload)) == edge
 
 
 def test_a_photo_that_was_decoded_smaller_leaves_the_same_sizes_behind() -> None:

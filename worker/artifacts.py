@@ -104,7 +104,7 @@ def describe(
         predictions=classes(seen.predictions),
         explanations=tuple(explanations),
         artifacts=tuple(record for each, record in made if each.index is None and each.kind != "heatmap"),
-        warnings=warnings(seen),
+        warnings=warnings(image, seen),
     )
 
 
@@ -145,9 +145,12 @@ def classes(predictions: tuple[Prediction, ...]) -> tuple[SeenClass, ...]:
     return tuple(SeenClass(**vars(one)) for one in predictions)
 
 
-def warnings(seen: Explanation) -> tuple[Warned, ...]:
+def warnings(image: InputRecord, seen: Explanation) -> tuple[Warned, ...]:
     """What the reader of this explanation should know."""
-    return tuple(Warned(code="zero_heatmap", class_id=one) for one in seen.zero_heatmaps)
+    found = [Warned(code="zero_heatmap", class_id=one) for one in seen.zero_heatmaps]
+    if image.damage:
+        found.insert(0, Warned(code="image_damaged", **dict(image.damage)))
+    return tuple(found)
 
 
 def seal(store: Store, folder: str, manifest: Manifest, deadline: Deadline) -> ManifestRef:

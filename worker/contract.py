@@ -256,8 +256,10 @@ class WorkerRef(Told):
 class Warned(Told):
     """Something the reader of a result should know."""
 
-    code: str  # zero_heatmap; a later version may know of more
-    class_id: int
+    code: str  # zero_heatmap, image_damaged; a later version may know of more
+    class_id: int = -1  # of zero_heatmap; -1: it is about the whole image
+    missing: float | None = None  # of image_damaged: the share of the image that is not there, from 0 to 1
+    detail: str | None = None  # in words
 
 
 class ManifestRef(Told):

@@ -39,6 +39,7 @@ from worker.wishes import Method
 
 MEDIA_TYPE = "application/vnd.apache.parquet"
 FACTS = b"gradcam"  # the key of the facts about a whole file, as JSON, in its metadata
+MISSING = "missing"  # the last column, which older files lack
 BOX_THRESHOLD = 0.5  # of the heatmap's peak, as in a manifest
 
 Grid = tuple[int, int]  # rows, columns of every heatmap
@@ -94,6 +95,7 @@ def schema(grid: Grid) -> pa.Schema:
             ("overlay", pa.string()),  # its URI
             ("error", pa.string()),  # a code of worker.errors
             ("error_detail", pa.string()),
+            (MISSING, pa.float32()),  # share of a damaged image that is not there; null: it is whole
         ]
     )
 
@@ -165,6 +167,7 @@ def _records(number: int, row: Row, outcome: Outcome) -> list[dict[str, Any]]:
             "peak_xy": peak_xy(seen.heatmaps[index], (image.width, image.height)),
             "box_xyxy": outcome.boxes[index],
             "overlay": outcome.overlays[index],
+            MISSING: image.damage.missing if image.damage else None,
             **(seen.metrics[index] if seen.metrics else {}),
         }
         for index, one in enumerate(seen.explained)
@@ -211,6 +214,8 @@ def good_rows(data: bytes) -> tuple[pa.Table, frozenset[int]]:
         _facts(data)
         table = pq.read_table(io.BytesIO(data))
         good = table.filter(pc.is_null(table["error"])).replace_schema_metadata(None)
+        if MISSING not in good.column_names:  # the file of a version that did not know
+            good = good.append_column(MISSING, pa.nulls(len(good), pa.float32()))
         return good, frozenset(good["row"].to_pylist())
 
 

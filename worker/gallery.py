@@ -148,7 +148,7 @@ def _photo(
         raise InvalidRow(message) from error
     data = images.fetch(asked, Deadline(IMAGE_S)).data
     with decoding:
-        pixels = decode(data, limits, at_least=EDGES[0]).pixels
+        pixels = decode(data, limits).pixels
         for edge in EDGES:
             small = within_edge(pixels, edge)
             swapped = cv2.cvtColor(small, cv2.COLOR_RGB2BGR)

@@ -52,6 +52,13 @@ class ExplainedClass(Told):
     artifacts: tuple[ArtifactRecord, ...]
 
 
+class DamageRecord(Told):
+    """What the image lacks."""
+
+    missing: float  # share of the image, from 0 to 1, as far as that can be told
+    detail: str
+
+
 class InputRecord(Told):
     """The image that was explained."""
 
@@ -61,6 +68,7 @@ class InputRecord(Told):
     media_type: str
     width: int
     height: int
+    damage: DamageRecord | None = None  # None: it is whole
 
 
 class NetworkRecord(Told):

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from worker import artifacts, traces
 from worker.contract import ImageRef, Job, ManifestRef, NetworkRef, SeenClass, Warned
@@ -16,9 +15,9 @@ from worker.gradcam.explain import check_channels
 from worker.gradcam.network import Method
 from worker.gradcam.picture import fit
 from worker.images import Fetched
-from worker.manifest import InputRecord, Manifest
+from worker.manifest import DamageRecord, InputRecord, Manifest
 from worker.outside import Outside
-from worker.render import needed_edge, render
+from worker.render import render
 from worker.room import Hold
 from worker.shard import Work
 from worker.storage import Store
@@ -85,10 +84,9 @@ def _explain(job: Job, outside: Outside, journey: Journey, held: ExitStack, plac
                 if found := artifacts.sealed(store, place, job, image_bytes.sha256, row, journey.deadline):
                     return _done(job, *found)  # the attempt before came as far as this and no further
         with journey.at("decode"):
-            how: dict[str, Any] = {"limits": outside.limits, "at_least": _at_least(job, outside)}
-            pixels = outside.rooms.pixels.taken(claimed(image_bytes.data, **how), journey.deadline)
-            pixels_held = held.enter_context(pixels)
-            decoded = decode(image_bytes.data, **how)
+            room = claimed(image_bytes.data, outside.limits)
+            pixels_held = held.enter_context(outside.rooms.pixels.taken(room, journey.deadline))
+            decoded = decode(image_bytes.data, outside.limits)
             image = described(image_bytes, decoded)
             traces.note(media_type=image.media_type, width=image.width, height=image.height)
             del image_bytes
@@ -149,12 +147,6 @@ def admit(job: Work, outside: Outside) -> Store:
     return outside.stores.open(job.output)
 
 
-def _at_least(job: Job, outside: Outside) -> int | None:
-    """How small a photo may be decoded: for what is shown of it, and for twice what the network sees."""
-    shown = needed_edge(job)
-    return None if shown is None else max(shown, 2 * max(outside.networks.find(job.network).input_size))
-
-
 def fetched(image: ImageRef, outside: Outside, deadline: Deadline, held: ExitStack) -> tuple[Fetched, Hold]:
     """An image's bytes, and the room that `held` keeps for them.
 
@@ -179,6 +171,7 @@ def fetched(image: ImageRef, outside: Outside, deadline: Deadline, held: ExitSta
 def described(found: Fetched, decoded: Decoded) -> InputRecord:
     """What is written down about an image."""
     height, width = decoded.size
+    damage = decoded.damage
     return InputRecord(
         uri=found.uri,
         sha256=found.sha256,
@@ -186,4 +179,5 @@ def described(found: Fetched, decoded: Decoded) -> InputRecord:
         media_type=decoded.media_type,
         width=width,
         height=height,
+        damage=DamageRecord(missing=round(damage.share, 4), detail=damage.what) if damage else None,
     )

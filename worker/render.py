@@ -68,19 +68,6 @@ def render(job: Job, image: InputRecord, decoded: Decoded, seen: Explanation, de
     return Rendered(pieces, tuple(hot))
 
 
-def needed_edge(job: Job) -> int | None:
-    """How long the photo's shorter side must be for all that is shown of it, in pixels; None: as it is."""
-    edges: list[int | None] = [0]
-    for wish in job.artifacts:
-        if isinstance(wish, OverlayWish | AnimationWish):
-            edges.append(wish.max_edge)
-        elif isinstance(wish, GridWish):
-            edges.append(sheet.SHORTEST)
-        elif isinstance(wish, ReportWish):
-            edges.append(report.SHORTEST)
-    return None if None in edges else max(edge for edge in edges if edge is not None)
-
-
 def _render(
     wish: ArtifactWish, job: Job, image: InputRecord, decoded: Decoded, seen: Explanation, boxes: Boxes
 ) -> Iterator[Piece]:

@@ -144,6 +144,10 @@ class Settings(BaseModel):
     max_image_bytes: Count = 32 * 1024 * 1024
     max_image_pixels: Annotated[int, Field(ge=1, le=2**28)] = 64_000_000  # no decoder here takes more
     max_image_side: Count = 32_767  # pixels
+    max_image_damage: Annotated[float, Field(ge=0, le=1)] = (
+        0.05  # share of an image that is missing, at which it is refused; with less it is explained, with the
+        # warning image_damaged. 0: whatever is missing, 1: only where nothing is left
+    )
     max_data_uri_bytes: Count = 256 * 1024
     fetch_timeout_s: Seconds = 20  # for the whole of one image
     max_classes: Count = 50  # explained in one job

@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +32,8 @@ from worker.gradcam.region import hot_box
 from worker.manifest import InputRecord
 from worker.outside import Outside
 from worker.pipeline import Journey
-from worker.render import needed_edge, render
 from worker.s3_errors import foreign
+from worker.render import render
 from worker.shard import Shard
 from worker.storage import Store
 
@@ -73,19 +73,18 @@ class Rows:
             message = "This row names no image."
             raise InvalidRow(message)
         size = self._network.facts.input_size
-        with self._opened(ImageRef(uri=row.uri, sha256=row.sha256), 2 * max(size)) as (image, decoded):
+        with self._opened(ImageRef(uri=row.uri, sha256=row.sha256)) as (image, decoded):
             check_channels(self._network.facts, decoded.pixels)
             return Picture(image, fit(decoded.pixels, size))
 
     @contextmanager
-    def _opened(self, image: ImageRef, at_least: int | None) -> Iterator[tuple[InputRecord, Decoded]]:
+    def _opened(self, image: ImageRef) -> Iterator[tuple[InputRecord, Decoded]]:
         """An image, for as long as there is room in memory held for it."""
         deadline, outside = self._journey.deadline, self._outside
-        how: dict[str, Any] = {"limits": outside.limits, "at_least": at_least}
         with ExitStack() as held:
             found, bytes_held = pipeline.fetched(image, outside, deadline, held)
-            held.enter_context(outside.rooms.pixels.taken(claimed(found.data, **how), deadline))
-            decoded = decode(found.data, **how)
+            held.enter_context(outside.rooms.pixels.taken(claimed(found.data, outside.limits), deadline))
+            decoded = decode(found.data, outside.limits)
             described = pipeline.described(found, decoded)
             del found
             bytes_held.keep(0)
@@ -108,9 +107,7 @@ class Rows:
         overlays: list[str | None] = [None] * len(boxes)
         if self._shard.artifacts:  # read again: all of a group's photos at full size might not fit
             job = self._job(place)
-            edge = needed_edge(job)
-            shown = None if edge is None else max(edge, 2 * max(self._network.facts.input_size))
-            with self._opened(ImageRef(uri=job.image.uri, sha256=image.sha256), shown) as (_, decoded):
+            with self._opened(ImageRef(uri=job.image.uri, sha256=image.sha256)) as (_, decoded):
                 rendered = render(job, image, decoded, seen, deadline)
             records = artifacts.upload(self._store, f"overlays/{job.id}", rendered, deadline)
             for piece, record in zip(rendered.pieces, records, strict=True):

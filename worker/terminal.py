@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from worker.contract import Job, StatusDocument
+from worker.contract import Job, StatusDocument, Warned
 from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.classes import DATA, percent
 from worker.gradcam.weights import cached_at, where
@@ -114,10 +114,19 @@ def _facts(document: StatusDocument) -> Table:
     if document.result:
         facts.add_row("manifest", plain(document.result.manifest_uri))
     for warned in document.warnings:
-        facts.add_row("warning", f"{warned.code}: nothing in the image speaks for class {warned.class_id}")
+        facts.add_row("warning", plain(warning_text(warned)))
     if document.error:
         facts.add_row("error", plain(f"{document.error.code}: {document.error.detail}", "red"))
     return facts
+
+
+def warning_text(warned: Warned) -> str:
+    """A warning, for a person."""
+    if warned.code == "zero_heatmap":
+        return f"{warned.code}: nothing in the image speaks for class {warned.class_id}"
+    if warned.missing is not None:
+        return f"{warned.code}: {warned.missing:.1%} of the image is missing: {warned.detail}"
+    return f"{warned.code}: {warned.detail}" if warned.detail else warned.code
 
 
 def show_letters(found: Sequence[tuple[Letter, Job | str]], total: int) -> None:

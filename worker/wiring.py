@@ -45,7 +45,7 @@ def outside(settings: Settings, load_row: Load | None = None, observer: Observer
         ),
         stores=Stores(settings, s3, observer),
         webhooks=Webhooks(settings),
-        limits=Limits(settings.max_image_pixels, settings.max_image_side),
+        limits=Limits(settings.max_image_pixels, settings.max_image_side, settings.max_image_damage),
         max_classes=settings.max_classes,
         rooms=Rooms(
             Room(settings.max_bytes_in_flight, "bytes"),

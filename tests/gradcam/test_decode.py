@@ -3,9 +3,8 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -13,10 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from worker.gradcam.decode import claimed, decode
-from worker.gradcam.picture import fit
-
-if TYPE_CHECKING:
-    from worker.gradcam.keras_network import KerasNetwork
 
 Pixels = NDArray[np.uint8]
 
@@ -165,62 +160,6 @@ class TestUpright:
         assert_array_equal(decode(encode(Image.fromarray(stored), "PNG", exif=exif)).pixels, stored)
 
 
-class TestDecodedSmaller:
-    @pytest.mark.parametrize(
-        ("at_least", "divisor"),
-        [(None, 1), (600, 1), (300, 2), (299, 2), (151, 2), (150, 4), (75, 8), (0, 8)],
-    )
-    def test_a_jpeg_is_as_small_as_it_may_be_and_keeps_its_size_in_words(
-        self, at_least: int | None, divisor: int, stored: Pixels
-    ) -> None:
-        data = encode(Image.fromarray(stored).resize((1200, 600)), "JPEG", quality=95)
-        decoded = decode(data, at_least=at_least)
-        assert decoded.pixels.shape == (600 // divisor, 1200 // divisor, 3)
-        assert decoded.size == (600, 1200)
-        height, width, _ = decoded.pixels.shape
-        quarters = decoded.pixels[height // 4 :: height // 2, width // 4 :: width // 2]
-        assert_allclose(quarters, stored[4::8, 8::16], atol=4)
-
-    @pytest.mark.parametrize("orientation", UPRIGHT)
-    @pytest.mark.parametrize("size", [(1200, 600), (403, 401), (800, 799), (600, 600), (1001, 301)])
-    def test_it_is_upright_and_so_is_its_size(
-        self, orientation: int, size: tuple[int, int], stored: Pixels
-    ) -> None:
-        exif = Image.Exif()
-        exif[ORIENTATION_TAG] = orientation
-        data = encode(Image.fromarray(stored).resize(size), "JPEG", quality=95, exif=exif)
-        whole, small = decode(data), decode(data, at_least=100)
-        assert small.size == whole.size == whole.pixels.shape[:2]
-        height, width, _ = small.pixels.shape
-        assert min(height, width) >= 100
-        assert (min(height, width) < min(size)) == (size != (800, 799)), "it would look square"
-        assert width / height == pytest.approx(whole.size[1] / whole.size[0], rel=0.02)
-        shrunk = cv2.resize(whole.pixels, (width, height), interpolation=cv2.INTER_AREA)
-        assert abs(small.pixels - shrunk.astype(np.int16)).mean() < 2
-
-    @pytest.mark.parametrize("mode", ["L", "CMYK"])
-    def test_grey_and_cmyk_are_no_different(self, mode: str, stored: Pixels) -> None:
-        data = encode(Image.fromarray(stored).resize((320, 160)).convert(mode), "JPEG", quality=95)
-        shrunk = cv2.resize(decode(data).pixels, (160, 80), interpolation=cv2.INTER_AREA)
-        assert abs(decode(data, at_least=80).pixels - shrunk.astype(np.int16)).mean() < 2
-
-    @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP"])
-    def test_other_formats_come_as_they_are(self, kind: str, stored: Pixels) -> None:
-        decoded = decode(encode(Image.fromarray(stored), kind), at_least=1)
-        assert decoded.pixels.shape[:2] == decoded.size == (16, 32)
-
-    @pytest.mark.tensorflow
-    @pytest.mark.parametrize("name", ["astronaut", "camera", "chelsea", "coffee", "rocket"])
-    def test_the_network_sees_the_same_in_it(self, name: str, photos: Path, lite0: "KerasNetwork") -> None:
-        with Image.open(photos / f"{name}.jpg") as photo:
-            data = encode(photo.resize((photo.width * 5, photo.height * 5)), "JPEG", quality=90)
-        size = lite0.facts.input_size
-        whole, small = decode(data), decode(data, at_least=2 * max(size))
-        assert small.pixels.size < whole.pixels.size / 3
-        scores = lite0.scores(np.stack([fit(one.pixels, size) for one in (whole, small)]))
-        assert scores[0].argmax() == scores[1].argmax()
-
-
 class TestAlphaOnWhite:
     @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
     def test_half_of_a_color_is_mixed_with_white(self, kind: str) -> None:
@@ -279,15 +218,6 @@ class TestClaimed:
     def test_it_is_what_comes_out(self, kind: str, stored: Pixels) -> None:
         data = encode(Image.fromarray(stored), kind)
         assert claimed(data) == 16 * 32 == decode(data).pixels.size / 3
-
-    @pytest.mark.parametrize("at_least", [None, 600, 299, 150, 75, 0])
-    def test_a_jpeg_that_is_decoded_smaller_claims_less(self, at_least: int | None, stored: Pixels) -> None:
-        data = encode(Image.fromarray(stored).resize((1201, 603)), "JPEG")
-        assert claimed(data, at_least=at_least) == decode(data, at_least=at_least).pixels.size / 3
-
-    def test_a_progressive_one_claims_all_for_it_is_kept_until_its_last_scan(self, stored: Pixels) -> None:
-        data = encode(Image.fromarray(stored).resize((1200, 600)), "JPEG", progressive=True)
-        assert claimed(data, at_least=75) == 1200 * 600
 
     def test_it_is_the_same_whichever_way_is_up(self, stored: Pixels) -> None:
         exif = Image.Exif()

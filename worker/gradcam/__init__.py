@@ -13,7 +13,10 @@ The map of this room, from plain data to live networks:
     registry_file  what may stand in that file, and what is wrong with it
     classes        a wish (top n, ids, wnids, names) -> the classes to explain
     decode         bytes -> pixels, guarded
-    structure      what a file gives away before it is decoded
+    jpeg_file      what a file of each format holds, read before it is decoded: also
+                   png_file, webp_file, gif_file, bmp_file
+    structure      ... and what they have in common
+    exif           how a picture is to be turned
     alpha          translucent pictures, laid on white
     picture        pixels -> network input; heatmap -> overlay
     region         the hot region of a heatmap: its box, its contour, both drawn on a picture

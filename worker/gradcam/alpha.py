@@ -1,6 +1,4 @@
-"""Translucent pictures: laid on white, as a page would show them, and turned upright."""
-
-from collections.abc import Callable
+"""Translucent pictures, laid on white, as a page would show them."""
 
 import cv2
 import numpy as np
@@ -10,19 +8,10 @@ from PIL import Image
 Pixels = NDArray[np.uint8]
 
 ROWS = 256  # laid on white at a time: few, so that four channels of the whole are never made
-TURNS: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation -> what sets the picture upright
-    2: np.fliplr,
-    3: lambda stored: np.rot90(stored, 2),
-    4: np.flipud,
-    5: lambda stored: stored.swapaxes(0, 1),
-    6: lambda stored: np.rot90(stored, -1),
-    7: lambda stored: np.rot90(stored, 2).swapaxes(0, 1),
-    8: np.rot90,
-}
 
 
-def on_white(stored: Image.Image | Pixels, orientation: int) -> Pixels:
-    """A picture of any mode, or (height, width, 4) BGRA -> (height, width, 3) RGB on white, upright by EXIF.
+def on_white(stored: Image.Image | Pixels) -> Pixels:
+    """A picture of any mode, or (height, width, 4) BGRA -> (height, width, 3) RGB on white.
 
     Raises whatever Pillow's decoders raise, for they work no sooner than here, and MemoryError.
     """
@@ -38,8 +27,7 @@ def on_white(stored: Image.Image | Pixels, orientation: int) -> Pixels:
         white = Image.new("RGB", rows.size, "white")
         white.paste(rows, mask=rows)
         laid[top:bottom] = np.asarray(white)
-    turn = TURNS.get(orientation)
-    return np.ascontiguousarray(turn(laid)) if turn else laid
+    return laid
 
 
 def _eight_bits(rows: Image.Image) -> Image.Image:

@@ -6,24 +6,15 @@ anything: a 48-byte GIF can claim 900 million pixels. OpenCV itself refuses more
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
-from PIL import (
-    BmpImagePlugin,
-    ExifTags,
-    GifImagePlugin,
-    Image,
-    JpegImagePlugin,
-    MpoImagePlugin,
-    PngImagePlugin,
-    UnidentifiedImageError,
-    WebPImagePlugin,
-)
+from PIL import GifImagePlugin, Image, PngImagePlugin, WebPImagePlugin
 
 from worker.errors import (
     GradcamError,
@@ -32,33 +23,28 @@ from worker.errors import (
     InternalError,
     UnsupportedMediaType,
 )
-from worker.gradcam import alpha, structure
-from worker.gradcam.structure import PNG_SIGNATURE
+from worker.gradcam import alpha, bmp_file, gif_file, jpeg_file, png_file, webp_file
+from worker.gradcam.exif import upright
+from worker.gradcam.structure import BMP, GIF, JPEG, PNG, WEBP, Damage, Stored
 
 Pixels = NDArray[np.uint8]
 
 # Pillow loads its readers when they are first needed; one that cannot be loaded then, because memory is
 # short, is missing for as long as the process lives.
-_READERS = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin)
-FORMATS = {
-    "JPEG": "image/jpeg",
-    "MPO": "image/jpeg",  # a JPEG with further pictures behind it, as many phones write
-    "PNG": "image/png",
-    "WEBP": "image/webp",
-    "GIF": "image/gif",
-    "BMP": "image/bmp",
-}
-FULL = 1  # the divisor of a picture that is decoded as large as it is
-REDUCED = {  # divisor of both sides -> OpenCV's flag, without the bit that asks for BGR
-    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
-}
+_READERS = (GifImagePlugin, PngImagePlugin, WebPImagePlugin)
+_FORMATS: tuple[tuple[tuple[bytes, ...], Callable[[bytes], Stored]], ...] = (  # first bytes, reader
+    ((jpeg_file.SIGNATURE,), jpeg_file.read),
+    ((png_file.SIGNATURE,), png_file.read),
+    (gif_file.SIGNATURES, gif_file.read),
+    ((bmp_file.SIGNATURE,), bmp_file.read),
+)
+_PILLOWS = {GIF: "GIF", PNG: "PNG"}
+CMYK = 4  # components of a JPEG
 BYTES_PER_PIXEL = 16  # that decoding takes at most, measured: a lossless WebP with alpha. It leaves 3
-WEBP_BYTES_PER_PIXEL = 8  # that Pillow asks for as soon as it opens one, and calls it damaged if it gets none
 SPARE_BYTES = 32 * 1024**2  # that decoders may want besides, for threads and tables
-_STARTS = (b"\xff\xd8\xff", PNG_SIGNATURE, b"GIF87a", b"GIF89a")  # and RIFF....WEBP
+CMYK_ROWS = 256  # that become RGB at once
 _LOOKS_LIKE = (
+    (b"\x89PNG", "a PNG that was transferred as text, which changed its bytes"),
     (b"%PDF", "a PDF document"),
     (b"II*\x00", "a TIFF image"),
     (b"MM\x00*", "a TIFF image"),
@@ -70,61 +56,56 @@ _LOOKS_LIKE = (
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a picture may be before it is decoded."""
+    """How large a picture may be before it is decoded, and how much of it may be missing."""
 
     max_pixels: int = 64_000_000  # width x height: 192 MB as RGB
     max_side: int = 32_767  # pixels; OpenCV and most formats end at 2^15 or 2^16
+    max_damage: float = 0.05  # the share of a picture that is missing, at which it is refused
 
 
 @dataclass(frozen=True)
 class Decoded:
     """A picture as the eye sees it."""
 
-    pixels: NDArray[np.uint8]  # (height, width, 3) RGB, upright; smaller than the picture where asked for
+    pixels: NDArray[np.uint8]  # (height, width, 3) RGB, upright
     media_type: str
-    size: tuple[int, int]  # (height, width) of the picture itself, upright
+    damage: Damage | None = None  # less of it is missing than the limits allow
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width), upright."""
+        height, width, _ = self.pixels.shape
+        return height, width
 
 
-def decode(data: bytes, limits: Limits | None = None, *, at_least: int | None = None) -> Decoded:
+def decode(data: bytes, limits: Limits | None = None) -> Decoded:
     """Image bytes -> RGB pixels (height, width, 3): upright by EXIF, alpha laid on white, first frame.
 
-    16-bit, grey, palette and CMYK images become 8-bit RGB. Where a shorter side of `at_least` pixels is
-    enough, a JPEG comes out at a half, a quarter or an eighth of its size, in a third of the time; no other
-    format can be decoded at less than its size.
+    16-bit, grey, palette and CMYK images become 8-bit RGB. The same bytes give the same pixels, whatever
+    they are wanted for: a JPEG is never decoded at a part of its size.
 
     Raises UnsupportedMediaType, ImagePixelsExceeded, ImageDecodeFailed, and InternalError where the memory
     is too short just now.
     """
     limits = limits or Limits()
-    with _memory_permitting(data, limits), _open(data, limits) as header:
-        media_type = FORMATS[header.format or ""]
-        structure.check(media_type, data)
-        divisor = _divisor(header, at_least)
-        translucent = header.mode in {"RGBA", "LA", "PA"} or "transparency" in header.info
-        # OpenCV takes a GIF of large areas in one colour for damaged.
-        by_hand = translucent or media_type == "image/gif"
-        pixels = _on_white(header, data) if by_hand else _opaque(data, media_type, divisor)
-        size = header.size
-    rows, columns, _ = pixels.shape
-    if divisor != FULL:
-        shorter, longer = sorted(size)
-        rows, columns = (shorter, longer) if rows < columns else (longer, shorter)
-    return Decoded(pixels, media_type, (rows, columns))
+    with _memory_permitting(data, limits):
+        stored = _read(data, limits)
+        pixels, damage = _decoded(stored, limits)
+        _check_damage(stored, damage, limits)
+        return Decoded(upright(_on_canvas(pixels, stored), stored.orientation), stored.media_type, damage)
 
 
-def claimed(data: bytes, limits: Limits | None = None, *, at_least: int | None = None) -> int:
-    """How many pixels `decode` would hold, for the same arguments, as the header claims.
+def claimed(data: bytes, limits: Limits | None = None) -> int:
+    """How many pixels `decode` would hold, as the header claims.
 
-    Each of them takes up to BYTES_PER_PIXEL while it is decoded and 3 bytes afterwards. A progressive JPEG
-    counts whole however small it comes out, for all of it is kept until its last scan.
+    Each of them takes up to BYTES_PER_PIXEL while it is decoded and 3 bytes afterwards.
 
     Raises UnsupportedMediaType, ImagePixelsExceeded, ImageDecodeFailed, InternalError, as `decode` does.
     """
     limits = limits or Limits()
-    with _memory_permitting(data, limits), _open(data, limits) as header:
-        divisor = FULL if "progressive" in header.info else _divisor(header, at_least)
-        width, height = header.size
-        return -(-width // divisor) * -(-height // divisor)
+    with _memory_permitting(data, limits):
+        width, height = _read(data, limits).size
+        return width * height
 
 
 @contextmanager
@@ -139,10 +120,8 @@ def _memory_permitting(data: bytes, limits: Limits) -> Iterator[None]:
         raise _short_of_memory() from error
     except ImageDecodeFailed as error:
         try:
-            with _open(data, limits) as header:
-                np.empty(
-                    header.height * header.width * BYTES_PER_PIXEL + SPARE_BYTES, np.uint8
-                )  # not touched
+            width, height = _read(data, limits).size
+            np.empty(width * height * BYTES_PER_PIXEL + SPARE_BYTES, np.uint8)  # not touched
         except MemoryError:
             raise _short_of_memory() from error
         except GradcamError:
@@ -157,32 +136,22 @@ def _short_of_memory() -> InternalError:
     )
 
 
-def _open(data: bytes, limits: Limits) -> Image.Image:
-    """Read the header only, and refuse what it claims where that is too much."""
-    if size := structure.webp_size(data):
-        _check_size(*size, limits)
-        np.empty(
-            size[0] * size[1] * WEBP_BYTES_PER_PIXEL, np.uint8
-        )  # asked for, never touched: as Pillow does
-    try:
-        header = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name != "MPO"])
-    except MemoryError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        message = f"The image's header claims too many pixels; {_allowed(limits)} ({error})"
-        raise ImagePixelsExceeded(message) from error
-    except UnidentifiedImageError as error:
-        if data.startswith(_STARTS) or structure.is_webp(data):
-            message = f"The image's header is damaged or cut off ({len(data):,} bytes received)."
-            raise ImageDecodeFailed(message) from error
-        accepted = ", ".join(sorted({kind.removeprefix("image/") for kind in FORMATS.values()}))
-        message = f"Received {_describe(data)}, not an image in a format read here: {accepted}."
-        raise UnsupportedMediaType(message) from error
-    except Exception as error:  # Pillow's header readers raise whatever the damage leads them to
-        message = f"The image's header is damaged: {error}"
-        raise ImageDecodeFailed(message) from error
-    _check_size(header.width, header.height, limits)
-    return header
+def _read(data: bytes, limits: Limits) -> Stored:
+    """Read the file's structure only, and refuse what it claims where that is too much."""
+    readers = [reader for starts, reader in _FORMATS if data.startswith(starts)]
+    if webp_file.is_webp(data):
+        readers.append(webp_file.read)
+    if not readers:
+        kinds = ", ".join(sorted(kind.removeprefix("image/") for kind in (JPEG, PNG, WEBP, GIF, BMP)))
+        message = f"Received {_describe(data)}, not an image in a format read here: {kinds}."
+        raise UnsupportedMediaType(message)
+    stored = readers[0](data)
+    for width, height in (stored.size, stored.frame or stored.size):
+        if not width * height:
+            message = f"The {stored.media_type} data are damaged: they claim {width} x {height} pixels."
+            raise ImageDecodeFailed(message)
+        _check_size(width, height, limits)
+    return stored
 
 
 def _describe(data: bytes) -> str:
@@ -209,56 +178,140 @@ def _allowed(limits: Limits) -> str:
     return f"at most {limits.max_pixels:,} pixels and {limits.max_side:,} a side are allowed"
 
 
-def _divisor(header: Image.Image, at_least: int | None) -> int:
-    """By what a JPEG's sides may be divided as it is decoded; `FULL` where that is its size.
-
-    One that is not square does not become square, so that it can be seen whether EXIF has turned it.
-    """
-    if at_least is None or FORMATS[header.format or ""] != "image/jpeg":
-        return FULL
-    shorter, longer = sorted(header.size)
-    for divisor in REDUCED:
-        short, long = -(-shorter // divisor), -(-longer // divisor)  # rounded up, as libjpeg does
-        if short >= at_least and (short < long or shorter == longer):
-            return divisor
-    return FULL
+def _check_damage(stored: Stored, damage: Damage | None, limits: Limits) -> None:
+    if damage and damage.share >= limits.max_damage:
+        message = (
+            f"The {stored.media_type} data are damaged: {damage.what}. About {damage.share:.1%} of the "
+            f"picture is missing; less than {limits.max_damage:.1%} may be (GRADCAM_MAX_IMAGE_DAMAGE)."
+        )
+        raise ImageDecodeFailed(message)
 
 
-def _opaque(data: bytes, media_type: str, divisor: int) -> Pixels:
-    return _by_opencv(data, media_type, cv2.IMREAD_COLOR_RGB | REDUCED.get(divisor, 0))
+def _decoded(stored: Stored, limits: Limits) -> tuple[Pixels, Damage | None]:
+    """The first frame (height, width, 3), on white, as it is stored, and what it lacks."""
+    kind = stored.media_type
+    if kind == JPEG:
+        return _jpeg(stored)
+    if kind == WEBP:
+        flags = cv2.IMREAD_UNCHANGED if stored.translucent else cv2.IMREAD_COLOR_RGB
+        pixels = _by_opencv(stored, flags)
+        return alpha.on_white(pixels) if stored.translucent else pixels, stored.damage
+    if kind == PNG:
+        return _png(stored)
+    if kind == BMP:
+        return _bmp(stored, limits), stored.damage
+    return _by_pillow(stored), stored.damage
 
 
-def _by_opencv(data: bytes, media_type: str, flags: int) -> Pixels:
+def _jpeg(stored: Stored) -> tuple[Pixels, Damage | None]:
+    """What libjpeg says of the data is an error where that is wanted: so it is known of which picture."""
+    damage = stored.damage
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error as error:
-        message = f"The {media_type} data are damaged: {error.err or error}"
+        try:
+            pixels = _by_libjpeg(stored, stored.data)
+        except ValueError as error:
+            said = str(error)
+            pixels = _by_libjpeg(stored, stored.data, blank=True)
+            if not said.startswith(jpeg_file.HARMLESS):
+                with_junk = _by_libjpeg(stored, jpeg_file.with_junk(stored.data), blank=True)
+                damage = jpeg_file.damage(stored.data, said, pixels, with_junk)
+    except ValueError as error:
+        if "subsampling" in str(error):  # of which libjpeg's simple interface knows the usual ones
+            return _by_opencv(stored), damage
+        message = f"The image/jpeg data are damaged: {error}"
         raise ImageDecodeFailed(message) from error
-    if pixels is None:
-        message = f"The {media_type} data are damaged or cut off ({len(data):,} bytes received)."
+    return _from_cmyk(pixels) if stored.components == CMYK else pixels, damage
+
+
+def _by_libjpeg(stored: Stored, data: bytes, *, blank: bool = False) -> Pixels:
+    """Raises ValueError for all that libjpeg says of the data.
+
+    With `blank` it goes on, and leaves grey what it has no data for. It does not say where it has to give
+    up, and would then leave in the picture what was in memory before.
+    """
+    (width, height), colors = stored.size, "CMYK" if stored.components == CMYK else "RGB"
+    into = np.full((height, width, len(colors)), jpeg_file.GREY, np.uint8) if blank else None
+    pixels = simplejpeg.decode_jpeg(
+        data, colors, fastdct=False, fastupsample=False, buffer=into, strict=not blank
+    )
+    if pixels.shape != (height, width, len(colors)):
+        message = f"its header claims {width} x {height} pixels, and it holds {pixels.shape}"
+        raise ValueError(message)
+    return np.asarray(pixels, np.uint8)
+
+
+def _from_cmyk(stored: Pixels) -> Pixels:
+    """(height, width, 4), each inverted, as Adobe stores it and everybody else -> RGB."""
+    pixels = np.empty((*stored.shape[:2], 3), np.uint8)
+    for top in range(0, len(stored), CMYK_ROWS):
+        rows = stored[top : top + CMYK_ROWS].astype(np.int32)
+        black = rows[..., 3:]
+        pixels[top : top + CMYK_ROWS] = black - ((255 - rows[..., :3]) * black >> 8)
+    return pixels
+
+
+def _png(stored: Stored) -> tuple[Pixels, Damage | None]:
+    by = _by_pillow if stored.translucent else _by_opencv
+    if stored.damage is None and png_file.whole(stored):
+        try:
+            return by(stored), stored.damage
+        except ImageDecodeFailed:  # the chunks are as they were written, and what they hold is not
+            pass
+    stored = png_file.mended(stored)
+    return by(stored), stored.damage
+
+
+def _bmp(stored: Stored, limits: Limits) -> Pixels:
+    if stored.damage:
+        _check_damage(stored, stored.damage, limits)  # before memory is taken for what is not there
+        stored = bmp_file.mended(stored)
+    if not bmp_file.has_masks(stored):
+        return _by_opencv(stored)
+    pixels = bmp_file.by_masks(stored)
+    return alpha.on_white(pixels) if stored.translucent else pixels
+
+
+def _by_opencv(stored: Stored, flags: int = cv2.IMREAD_COLOR_RGB) -> Pixels:
+    kind = stored.media_type
+    try:
+        pixels = cv2.imdecode(np.frombuffer(stored.data, np.uint8), flags)
+    except cv2.error as error:
+        message = f"The {kind} data are damaged: {error.err or error}"
+        raise ImageDecodeFailed(message) from error
+    width, height = stored.frame or stored.size
+    channels = 4 if flags == cv2.IMREAD_UNCHANGED else 3
+    if pixels is None or pixels.shape != (height, width, channels):
+        message = f"The {kind} data are damaged ({len(stored.data):,} bytes received)."
         raise ImageDecodeFailed(message)
     return np.asarray(pixels, np.uint8)
 
 
-def _on_white(header: Image.Image, data: bytes) -> Pixels:
-    """OpenCV would drop alpha; here it decodes WebP alone, in half the memory that Pillow takes for it."""
+def _by_pillow(stored: Stored) -> Pixels:
+    """On white where it is translucent: OpenCV would drop alpha.
+
+    OpenCV also takes a GIF of large areas in one colour for damaged.
+    """
+    kind = stored.media_type
     try:
-        stored = _webp(data, header.size) if header.format == "WEBP" else header
-        if stored is header:
-            header.load()  # before it is asked for EXIF, which in a PNG may come after the pixels
-        return alpha.on_white(stored, header.getexif().get(ExifTags.Base.Orientation, 1))
-    except (ImageDecodeFailed, MemoryError):
+        picture = Image.open(io.BytesIO(stored.data), formats=[_PILLOWS[kind]])
+        picture.load()
+        return alpha.on_white(picture)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        message = f"The image's header claims too many pixels ({error})"
+        raise ImagePixelsExceeded(message) from error
+    except MemoryError:
         raise
-    except Exception as error:  # as in `_open`: any other exception here means damaged data
-        message = f"The image data are damaged: {error}"
+    except Exception as error:  # Pillow's readers raise whatever the damage leads them to
+        message = f"The {kind} data are damaged: {error}"
         raise ImageDecodeFailed(message) from error
 
 
-def _webp(data: bytes, size: tuple[int, int]) -> Pixels:
-    """A translucent WebP as it is stored, not upright: (height, width, 4) BGRA."""
-    pixels = _by_opencv(data, "image/webp", cv2.IMREAD_UNCHANGED)
-    width, height = size
-    if pixels.shape != (height, width, 4):
-        message = f"The WebP holds {pixels.shape}; its header claims {width} x {height} and an alpha channel."
-        raise ImageDecodeFailed(message)
-    return pixels
+def _on_canvas(frame: Pixels, stored: Stored) -> Pixels:
+    """What the first frame leaves out is transparent, so white."""
+    if stored.frame in {None, stored.size}:
+        return frame
+    (left, top), (width, height) = stored.place, stored.size
+    whole = np.full((height, width, 3), 255, np.uint8)
+    part = whole[top : top + len(frame), left : left + frame.shape[1]]
+    part[:] = frame[: len(part), : part.shape[1]]
+    return whole

@@ -13,6 +13,7 @@ from worker.gradcam.classes import ClassIndex
 from worker.gradcam.decode import Limits, decode
 from worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
 from worker.gradcam.picture import encode, fit, overlay
+from worker.gradcam.structure import Damage
 
 RGB = 3  # channels
 MAX_NAME_BYTES = 60  # of a class in a file name
@@ -62,6 +63,7 @@ class Explained(Explanation):
     """An explanation together with its picture."""
 
     picture: NDArray[np.uint8]  # (height, width, 3) RGB
+    damage: Damage | None = field(default=None, kw_only=True)  # what the image lacks
 
     def overlay(self, index: int, alpha: float = 0.4, colormap: str = "jet") -> NDArray[np.uint8]:
         """The heatmap of the explained class at `index`, laid over the picture (height, width, 3)."""
@@ -101,6 +103,8 @@ def explain_image(
     Ask for the `top_n` most probable classes, or for `classes` by id, wnid or name. `method` is the name of
     a formula of `cam.METHODS`, or a `Method`, which also names the layer, the score and the normalization.
 
+    An image that lacks less than `limits` allow is explained, and `damage` says what it lacks.
+
     Raises InvalidJob, UnknownClass, AmbiguousClass, UnknownLayer, NetworkIncompatible (scores that are
     no numbers) and what `decode` raises.
     """
@@ -108,6 +112,7 @@ def explain_image(
     how = Method(method) if isinstance(method, str) else method
     check(how)
     channels = network.facts.channels
+    damage = None
     if isinstance(image, np.ndarray):
         picture = image
         if picture.dtype != np.uint8 or picture.shape[2:] != (channels,) or not picture.size:
@@ -117,10 +122,11 @@ def explain_image(
             raise UnsupportedMediaType(message)
     else:
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
-        picture = decode(data, limits).pixels
+        decoded = decode(data, limits)
+        picture, damage = decoded.pixels, decoded.damage
     check_channels(network.facts, picture)
     seen = explain_pixels(network, fit(picture, network.facts.input_size)[np.newaxis], [wanted], how)[0]
-    return Explained(**vars(seen), picture=_visible(picture))
+    return Explained(**vars(seen), picture=_visible(picture), damage=damage)
 
 
 def check_channels(facts: NetworkFacts, pixels: NDArray[np.uint8]) -> None:
