@@ -4,11 +4,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import redis.exceptions
 from kombu.exceptions import KombuError
 from kombu.transport import redis as kombu_redis
+from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str
 
 from worker import envelope, strict_json
@@ -38,6 +40,24 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
             super().restore_by_tag(tag, connected, leftmost)
 
 
+class Message(virtual.Message):  # type: ignore[misc]
+    """Kombu's message, which tells its channel where it could not be acknowledged: kombu only logs that."""
+
+    def ack_log_error(self, logger: Any, errors: Any, multiple: bool = False) -> None:  # noqa: ARG002
+        """Acknowledge it; see `Channel.unsettled`."""
+        self._settle(partial(self.ack, multiple=multiple), errors)
+
+    def reject_log_error(self, logger: Any, errors: Any, requeue: bool = False) -> None:  # noqa: ARG002
+        """Give it back, or drop it; see `Channel.unsettled`."""
+        self._settle(partial(self.reject, requeue=requeue), errors)
+
+    def _settle(self, how: Callable[[], None], errors: Any) -> None:
+        try:
+            how()
+        except (*errors, redis.exceptions.RedisError) as error:
+            self.channel.unsettled(self.headers.get("id"), error)
+
+
 class Channel(kombu_redis.Channel):  # type: ignore[misc]
     """Kombu's channel, with one Redis client for as long as its pool of connections lives.
 
@@ -48,12 +68,14 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     """
 
     QoS = QoS
+    Message = Message
     from_transport_options = (
         *kombu_redis.Channel.from_transport_options,
         "max_message_bytes",
         "most_in_hand",
     )
     max_message_bytes = 1024 * 1024  # of a job as JSON
+    on_unsettled: Callable[[Exception], None] = staticmethod(lambda _: None)
     most_in_hand: Mapping[
         str, int
     ] = {}  # queue -> messages that are not yet acknowledged, where it is limited
@@ -82,9 +104,21 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     def _in_hand(self, queue: str) -> int:
         # Kombu has no other way. What is acknowledged it strikes out when the next message comes, which for
         # want of room would be never.
-        book = self.qos
-        held = [one for tag, one in [*book._delivered.items()] if tag not in book._dirty]  # noqa: SLF001
+        held = self.unacknowledged().values()
         return sum(one.delivery_info.get("routing_key") == queue for one in held)
+
+    def unacknowledged(self) -> dict[str, Any]:
+        """The messages that were received here and are not acknowledged yet, by delivery tag."""
+        book = self.qos
+        return {tag: one for tag, one in [*book._delivered.items()] if tag not in book._dirty}  # noqa: SLF001
+
+    def unsettled(self, message_id: object, error: Exception) -> None:
+        """A message could not be acknowledged. It comes again, here or elsewhere, and then costs nothing."""
+        if self.closed:  # its connection was given up meanwhile, and all that it held
+            log.debug("message %s was received by a connection that is closed: %s", message_id, error)
+            return
+        log.warning("message %s could not be acknowledged: %s", message_id, error)
+        self.on_unsettled(error)
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         """Ask for the next item of the queues that have room; soon again, where one has none just now."""

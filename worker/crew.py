@@ -13,6 +13,7 @@ from worker.leases import Leases
 from worker.observer import SILENT, Observer
 from worker.outside import Outside
 from worker.settings import Settings
+from worker.stall import Stall
 from worker.tasks import Desk
 from worker.wire import utc_now
 
@@ -40,5 +41,7 @@ def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer
     leases = Leases(ledger, me.id, settings.lease_s, health, observer)
     spans = traces.to(settings.traces, "gradcam-worker", me.id)
     others = keepers.gather(settings, app.bell, ledger, outside.webhooks.send, me.id, observer, spans)
-    desk = Desk(settings, ledger, outside, me, leases, breaker, observer=observer, traces=spans)
-    return Crew(desk, {"leases": leases.keep, "breaker": breaker.watch, **others})
+    stall = Stall(app.bell.any_waiting, settings.hung_after_s)
+    desk = Desk(settings, ledger, outside, me, leases, breaker, observer=observer, traces=spans, stall=stall)
+    own = {"leases": leases.keep, "breaker": breaker.watch, "stall": stall.keep}
+    return Crew(desk, {**own, **others})

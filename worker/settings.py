@@ -164,6 +164,9 @@ class Settings(BaseModel):
     stalled_after_s: Annotated[float, Field(ge=5, le=3600)] = (
         60  # without a sign of life a worker is started again
     )
+    hung_after_s: Annotated[float, Field(ge=60, le=7 * 86_400)] = (
+        3600  # that no job in hand gets on, while others wait, before the worker is started again
+    )
     memory_bytes: Annotated[int, Field(ge=0)] = 0  # that a process may use; 0: no limit of its own
     starts: Count = 1  # of the worker on this device, this one too: its supervisor counts them
 

@@ -34,6 +34,7 @@ from worker.pipeline import Journey
 from worker.render import needed_edge, render
 from worker.shard import Shard
 from worker.storage import Store
+from worker.wire import too_long
 
 T = TypeVar("T")
 
@@ -69,6 +70,9 @@ class Rows:
         row = self._shard.rows[place]
         if not row.uri:
             message = "This row names no image."
+            raise InvalidRow(message)
+        if why := too_long(row.uri):
+            message = f"{why[0].upper()}{why[1:]}."
             raise InvalidRow(message)
         size = self._network.facts.input_size
         with self._opened(ImageRef(uri=row.uri, sha256=row.sha256), 2 * max(size)) as (image, decoded):
@@ -138,5 +142,5 @@ class Rows:
         except GradcamError as error:
             self._journey.deadline.check(stage)
             return Problem.of(error, stage=stage, attempt=self._journey.attempt)
-        except Exception as error:  # noqa: BLE001  # one image must not end the others
+        except BaseException as error:  # noqa: BLE001  # one image must not end the others
             return Problem.of(InternalError.of(error), stage=stage, attempt=self._journey.attempt)

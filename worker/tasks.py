@@ -7,11 +7,12 @@ returned  the ledger or the broker is out of reach, or this worker cannot work: 
 """
 
 import logging
+import math
 import random
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -42,6 +43,7 @@ from worker.outside import Outside
 from worker.pipeline import Journey
 from worker.settings import Settings
 from worker.shard import Shard, Work
+from worker.stall import Stall
 from worker.traces import OFF, Traces
 from worker.transitions import suspected
 from worker.wire import utc_now
@@ -66,6 +68,7 @@ class Desk:
     floor: Floor = field(default_factory=Floor)
     observer: Observer = SILENT
     traces: Traces = OFF
+    stall: Stall = field(default_factory=lambda: Stall(lambda: False, math.inf))
 
     def handle(self, payload: object, message_id: str, *, entered_at: object = None) -> str:
         """Bring one message to its end; return which.
@@ -75,7 +78,7 @@ class Desk:
         """
         end = "returned"
         try:
-            with logs.about(job_id=_identify(payload, message_id)):
+            with self.stall.in_hand(), logs.about(job_id=_identify(payload, message_id)):
                 end = self._brought_to_its_end(payload, message_id, entered_at)
         finally:
             self.observer.attempt_ended(end)
@@ -177,7 +180,7 @@ class Desk:
                 yield document.model_copy(update={"traceparent": traceparent})
 
     def _brought_through(self, job: Work, document: StatusDocument, suspect: str | None) -> str:
-        progress = _Progress(self.ledger, document)
+        progress = _Progress(self.ledger, document, self.stall.moved)
         journey = Journey(
             Deadline(job.timeout_s),
             progress,
@@ -195,7 +198,7 @@ class Desk:
                     done = pipeline.explain(job, self.outside, journey)
             except (AttemptFenced, LedgerUnavailable):
                 raise
-            except Exception as error:  # noqa: BLE001  # the one place where anything at all becomes a Problem
+            except BaseException as error:  # noqa: BLE001  # the one place where anything at all becomes a Problem
                 return self._failed(job, progress.document, journey, error)
             self.breaker.succeeded()
             metrics = {**progress.document.metrics, **journey.metrics, **done.metrics}
@@ -216,7 +219,7 @@ class Desk:
             if not shard:
                 self.observer.staged({**document.metrics, **journey.metrics})
 
-    def _failed(self, job: Work, document: StatusDocument, journey: Journey, error: Exception) -> str:
+    def _failed(self, job: Work, document: StatusDocument, journey: Journey, error: BaseException) -> str:
         if not isinstance(error, GradcamError):
             log.error("job %s: unforeseen at %s", job.id, journey.stage, exc_info=error)
             error = InternalError.of(error)
@@ -271,16 +274,18 @@ def _with_id(payload: object, job_id: str) -> object:
 class _Progress:
     """Writes the stage of a running job, at most every half second."""
 
-    def __init__(self, ledger: Ledger, document: StatusDocument) -> None:
+    def __init__(self, ledger: Ledger, document: StatusDocument, moved: Callable[[], None]) -> None:
         self.document = document
-        self._ledger = ledger
+        self._ledger, self._moved = ledger, moved
         self._written = time.monotonic()
 
     def insist(self, stage: str) -> None:
         """Write a stage now. Raises LedgerUnavailable."""
+        self._moved()
         self.document = self._ledger.advance(self.document, patience_s=LEDGER_PATIENCE_S, stage=stage)
 
     def __call__(self, stage: str) -> None:
+        self._moved()
         if time.monotonic() - self._written < PROGRESS_EVERY_S:
             return
         try:
