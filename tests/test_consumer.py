@@ -15,6 +15,7 @@ from celery.app.trace import reset_worker_optimizations, setup_worker_optimizati
 from celery.worker import state
 
 from worker import broker, strict_json
+from worker.consumer import ThreadPool
 from worker.envelope import check
 from worker.errors import InvalidJob, LedgerUnavailable
 from worker.settings import Settings
@@ -41,6 +42,8 @@ class Reception:
     handled: dict[str, Any] = field(default_factory=dict)  # message id -> its one argument
     headers: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)  # message id -> why
+    raises: dict[str, BaseException] = field(default_factory=dict)  # message id -> once, in its thread
+    unheld: list[int] = field(default_factory=list)
 
     def key(self, name: str) -> str:
         return f"{self.settings.key_prefix}{name}"
@@ -98,16 +101,18 @@ def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
         desk = Reception(settings, connection)
 
         def explain(self: Any, *args: object, **kwargs: object) -> None:
+            if error := desk.raises.pop(self.request.id, None):
+                raise error
             desk.headers[self.request.id] = self.request.headers
             desk.handled[self.request.id] = [*args, *kwargs.values()]
 
         app.task(explain, name=broker.EXPLAIN, bind=True, shared=False)
         app.refuse_message = desk.refuse
-        app.turned = lambda: None
+        app.turned, app.unheld = lambda: None, desk.unheld.append
         app.conf.worker_consumer = "worker.consumer:SturdyConsumer"
         setup_worker_optimizations(app)
         worker = app.WorkController(
-            pool="threads",
+            pool="worker.consumer:ThreadPool",
             concurrency=2,
             queues=list(broker.QUEUES),
             without_gossip=True,
@@ -298,6 +303,48 @@ def test_rubbish_among_the_unacknowledged_keeps_no_other_message_there(reception
     wait_for(lambda: message_id in reception.handled, "the good message's return")
     wait_for(lambda: len(reception.aside()) == len(held) - 1, "the others' removal")
     assert {one["queue"] for one in reception.aside()} == {"unacked"}
+
+
+class Panic(BaseException):
+    """As a library in Rust panics: no Exception."""
+
+
+def test_whatever_a_thread_raises_its_message_comes_again_and_its_place_is_free(
+    reception: Reception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.consumer.RETURN_AFTER_S", 0)
+    errors = [Panic("too long"), SystemExit(1), KeyboardInterrupt(), GeneratorExit(), MemoryError()]
+    reception.raises = {f"message {number}": error for number, error in enumerate(errors)}
+    for message_id in [*reception.raises]:
+        reception.put(envelope(message_id))
+    wait_for(lambda: len(reception.handled) > len(errors), "their return")
+    wait_for(lambda: reception.unacked() == 0, "the acknowledgements")
+    assert not reception.raises
+
+
+def test_a_message_that_nobody_is_at_work_on_goes_back(
+    reception: Reception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What should never be: as many as there are places, and nothing would be received any more."""
+    monkeypatch.setattr("worker.consumer.TURN_S", 0.05)
+    monkeypatch.setattr("worker.consumer.HELD_S", 0.2)
+    lost: list[Any] = []
+    submit = ThreadPool.on_apply
+
+    def forget(self: ThreadPool, *args: Any, **options: Any) -> Any:
+        if len(lost) < 2:
+            lost.append(args)
+            return None
+        return submit(self, *args, **options)
+
+    monkeypatch.setattr(ThreadPool, "on_apply", forget)
+    ids = [new_id() for _ in range(3)]
+    for message_id in ids:
+        reception.put(envelope(message_id))
+    wait_for(lambda: reception.handled.keys() >= {*ids}, "all of them")
+    assert len(lost) == 2
+    assert caplog.text.count("nobody is at work on it: it goes back") == 2
+    assert 2 in reception.unheld
 
 
 COMMANDS = [b"garbage", b"[" * 100_000, b"{}", b'{"headers": {}}', b"7", b"\xff"]

@@ -122,7 +122,7 @@ class TestBothLibraries:
         key = "x" * 65_510  # a line that an HTTP server reads, and an address at which obstore panics
         http_server.url(f"/photos/{key}", answer(200, b"data"))
         assert local(http_server).read_image("photos", key, 10, Deadline(10)) == b"data"
-        assert "obstore panicked: request must be valid" in handed_over()[0]
+        assert "obstore panicked: request" in handed_over()[0]
 
     def test_only_a_panic_is_taken_for_one(self) -> None:
         with pytest.raises(SystemExit):

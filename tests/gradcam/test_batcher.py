@@ -406,7 +406,9 @@ class TestFailures:
             waiting = [jobs.ask(device) for _ in range(3)]
             monkeypatch.setattr(jobs.batcher, "_choose", lambda: 1 / 0)
         for job in waiting:
-            with pytest.raises(InternalError, match="thread of the device ended: ZeroDivisionError"):
+            with pytest.raises(
+                InternalError, match="thread of the device ended: Unforeseen ZeroDivisionError"
+            ):
                 job.result(PLENTY_S)
         with pytest.raises(InternalError, match="thread of the device ended"):
             jobs.ask(device).result(PLENTY_S)
