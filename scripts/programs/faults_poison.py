@@ -63,7 +63,7 @@ def attack(count: int, seed: int) -> dict[str, Any]:
         verdict.untyped -= len(panics)  # `internal` is what they have to end with
         _look_at_the_long(stage, long, verdict)
         _look_at_the_poison(stage, poison.id, verdict)
-        verdict.figures |= {"drained_s": round(drained_s, 1), **_collateral(witness, poison.id)}
+        verdict.figures |= {"drained_s": round(drained_s, 1), **_collateral(witness)}
     return verdict.to_dict()
 
 
@@ -116,7 +116,7 @@ def _look_at_the_poison(stage: Stage, poison: str, verdict: Verdict) -> None:
         verdict.broken.append(f"{len(dead)} dead letters, not {1 + 2 * WEDGES}: healthy jobs are among them.")
 
 
-def _collateral(witness: Witness, poison: str) -> dict[str, int]:
+def _collateral(witness: Witness) -> dict[str, int]:
     """How often healthy jobs were killed with the poison."""
     found = witness.documents()
     again = [one for one in found.values() if one and one["status"] == "succeeded" and one["attempt"] > 1]
