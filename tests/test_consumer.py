@@ -1,6 +1,7 @@
 """Whatever lies in the queue: a real Celery consumer over a real Valkey, and a desk that takes notes."""
 
 import base64
+import contextlib
 import json
 import logging
 import threading
@@ -15,7 +16,7 @@ from celery.app.trace import reset_worker_optimizations, setup_worker_optimizati
 from celery.worker import state
 
 from worker import broker, strict_json
-from worker.consumer import ThreadPool
+from worker.consumer import SturdyConsumer, ThreadPool
 from worker.envelope import check
 from worker.errors import InvalidJob, LedgerUnavailable
 from worker.settings import Settings
@@ -43,6 +44,7 @@ class Reception:
     headers: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)  # message id -> why
     raises: dict[str, BaseException] = field(default_factory=dict)  # message id -> once, in its thread
+    holds: dict[str, threading.Event] = field(default_factory=dict)  # message id -> what its thread waits for
     unheld: list[int] = field(default_factory=list)
 
     def key(self, name: str) -> str:
@@ -103,6 +105,8 @@ def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
         def explain(self: Any, *args: object, **kwargs: object) -> None:
             if error := desk.raises.pop(self.request.id, None):
                 raise error
+            if opened := desk.holds.pop(self.request.id, None):
+                opened.wait(WAIT_S)
             desk.headers[self.request.id] = self.request.headers
             desk.handled[self.request.id] = [*args, *kwargs.values()]
 
@@ -345,6 +349,51 @@ def test_a_message_that_nobody_is_at_work_on_goes_back(
     assert len(lost) == 2
     assert caplog.text.count("nobody is at work on it: it goes back") == 2
     assert 2 in reception.unheld
+
+
+@contextlib.contextmanager
+def refusing_writes(server: redis.Redis, how: str) -> Iterator[None]:
+    """A server that answers, and takes no writes: it has lost its replicas, or is one itself by now."""
+    if how == "NOREPLICAS":
+        server.config_set("min-replicas-to-write", 1)
+    else:
+        server.replicaof("127.0.0.1", 1)
+    try:
+        yield
+    finally:
+        server.config_set("min-replicas-to-write", 0)
+        server.replicaof("NO", "ONE")
+
+
+@pytest.mark.filterwarnings("ignore::celery.exceptions.CPendingDeprecationWarning")  # as `worker.process` does
+@pytest.mark.parametrize("how", ["NOREPLICAS", "READONLY"])
+def test_a_failed_acknowledgement_renews_the_connection_and_leaves_none_behind(
+    reception: Reception, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr("worker.consumer.CONNECT_EVERY_S", 0.02)
+    connects = 0
+    connect = SturdyConsumer.connect
+
+    def counted(self: SturdyConsumer) -> Any:
+        nonlocal connects
+        connects += 1
+        return connect(self)
+
+    monkeypatch.setattr(SturdyConsumer, "connect", counted)
+    ids, opened = [new_id(), new_id()], threading.Event()  # as many as there are places
+    reception.holds = dict.fromkeys(ids, opened)
+    for message_id in ids:
+        reception.put(envelope(message_id))
+    wait_for(lambda: not reception.holds, "their start")
+    before = len(reception.redis.client_list())
+    with refusing_writes(reception.redis, how):
+        opened.set()
+        wait_for(lambda: connects > 10, "attempts to connect")
+        during = len(reception.redis.client_list())
+    reception.goes_on()
+    wait_for(lambda: len(reception.redis.client_list()) <= before + 4, "the end of other connections")
+    assert during <= before + 4
+    assert {*ids} <= reception.handled.keys()
 
 
 COMMANDS = [b"garbage", b"[" * 100_000, b"{}", b'{"headers": {}}', b"7", b"\xff"]

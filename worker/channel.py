@@ -96,6 +96,21 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             raise ConnectionError(message)
         return super()._get_pool(asynchronous)
 
+    def close(self) -> None:
+        """As kombu's, which puts back what is not acknowledged when its connections are closed already.
+
+        For that it opens others, which nobody would close. That it cannot be put back now is no reason to
+        leave anything open: it comes again when its visibility timeout is over.
+        """
+        try:
+            super().close()
+        except (redis.exceptions.RedisError, KombuError, OSError) as error:
+            log.debug("messages were not put back: %s", error)
+        finally:
+            self.closed = True
+            self._kept = None
+            self._disconnect_pools()
+
     def has_room(self, queue: str) -> bool:
         """Whether another message of this queue may be received now."""
         most = self.most_in_hand.get(queue)

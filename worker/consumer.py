@@ -16,6 +16,7 @@ from celery.concurrency.base import apply_target
 from celery.concurrency.thread import ApplyResult, TaskPool
 from celery.worker.consumer import Consumer
 from celery.worker.state import task_ready
+from kombu.common import ignore_errors
 from kombu.exceptions import DecodeError
 
 from worker import envelope
@@ -112,6 +113,21 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
                 raise error
 
             self.hub.call_soon(fail)
+
+    def connect(self) -> Any:
+        """A connection that the loop listens to; one that it cannot listen to is closed, not left behind."""
+        connection = self.connection_for_read(heartbeat=self.amqheartbeat)
+        try:
+            connection.transport.register_with_event_loop(connection.connection, self.hub)
+        except BaseException:
+            ignore_errors(connection, connection.close)
+            raise
+        return connection
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        """The server answers, and refuses what a consumer needs."""
+        super().on_connection_error_before_connected(exc)
+        time.sleep(CONNECT_EVERY_S)
 
     def ensure_connected(self, conn: Any) -> Any:
         """The connection, when it stands; tried again and again."""

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import celery.apps.worker
 from celery import Celery
 from celery.bootsteps import RUN
-from celery.exceptions import Reject
+from celery.exceptions import CPendingDeprecationWarning, Reject
 from celery.signals import setup_logging, worker_ready
 
 from worker import broker, fitness, keepers, lifeline, wiring
@@ -271,6 +272,7 @@ def _hush() -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("celery.app.trace").setLevel(logging.ERROR)  # a traceback for what goes back
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # that nothing gets through is said once
+    warnings.simplefilter("ignore", CPendingDeprecationWarning)  # said at each lost connection
     setup_logging.connect(_keep_logging)
     celery.apps.worker.safe_say = lambda *_: None  # prints, past the log, what `_wait_for_second` says
 
