@@ -67,7 +67,7 @@ def uri(place: int) -> str:
     return f"s3://in/{place}.png"
 
 
-PICTURES: dict[str, bytes | Exception] = {
+PICTURES: dict[str, bytes | BaseException] = {
     uri(place): png((25 * place, 255 - 20 * place, 13 * place % 256)) for place in range(11)
 }
 
@@ -93,7 +93,7 @@ def shard_of(images: Mapping[str, Any], **changes: Any) -> Shard:
 class Bench:
     """Everything that a shard touches, in memory."""
 
-    images: dict[str, bytes | Exception] = field(default_factory=lambda: dict(PICTURES))
+    images: dict[str, bytes | BaseException] = field(default_factory=lambda: dict(PICTURES))
     network: Network = field(default_factory=TinyNetwork)
     source: Any = None
     store: MemoryStore = field(default_factory=MemoryStore)
@@ -140,7 +140,7 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 class Flaky:
     """Images of which some fail for a moment so many times before they come."""
 
-    images: Mapping[str, bytes | Exception]
+    images: Mapping[str, bytes | BaseException]
     failures: Counter[str]
     asked: Counter[str] = field(default_factory=Counter)
 
@@ -178,7 +178,7 @@ def others_at_work(bench: Bench) -> Iterator[None]:
         one.result()
 
 
-def check_same_bytes(images: dict[str, bytes | Exception], network: Network, group: int) -> None:
+def check_same_bytes(images: dict[str, bytes | BaseException], network: Network, group: int) -> None:
     """However a shard is run, and whatever runs beside it, its file is the same."""
 
     def bench(**fields: Any) -> Bench:
@@ -221,7 +221,7 @@ def test_a_shard_of_a_real_network_leaves_the_same_bytes_and_says_what_a_manifes
 
     network = load_network("efficientnet_lite0")
     files = sorted(photos.glob("*.jpg"))
-    images: dict[str, bytes | Exception] = {
+    images: dict[str, bytes | BaseException] = {
         f"s3://in/{one.name}?{turn}": one.read_bytes() for turn in range(2) for one in files
     }
     check_same_bytes(images, network, 4)
@@ -284,7 +284,7 @@ def problem(code: type[GradcamError] = InvalidRow) -> dict[str, Any]:
 
 def test_each_row_that_fails_says_why_and_disturbs_no_other() -> None:
     whole = png((9, 99, 199))
-    images: dict[str, bytes | Exception] = {
+    images: dict[str, bytes | BaseException] = {
         uri(0): PICTURES[uri(0)],
         uri(2): PICTURES[uri(2)],
         "s3://in/text.png": b"this is no picture",
@@ -327,6 +327,23 @@ def test_each_row_that_fails_says_why_and_disturbs_no_other() -> None:
             for each in (bench, healthy)
         )
         assert ours == theirs
+
+
+class Panic(BaseException):
+    """As a library in Rust panics: no Exception."""
+
+
+def test_whatever_a_row_raises_and_however_long_its_address_is_it_is_an_error_of_that_row() -> None:
+    long = f"s3://in/{'x' * 66_000}"
+    errors = (Panic("too long"), SystemExit(1), KeyboardInterrupt())
+    odd = {f"s3://in/{type(one).__name__}": one for one in errors}
+    bench = Bench({**PICTURES, **odd})
+    bench.run(shard_of({}, rows=[{"uri": one} for one in (uri(0), *odd, long, uri(2))]))
+    assert bench.errors == {1: "internal", 2: "internal", 3: "internal", 4: "invalid_row"}
+    assert bench.good == {0, 5}
+    failed = [json.loads(line) for line in bench.store.objects[FAILED].splitlines()]
+    assert failed[0]["error"]["detail"] == "Unforeseen Panic: too long."
+    assert failed[3]["error"]["detail"] == "Its URI has 66,008 bytes; at most 8,192 are allowed."
 
 
 def test_a_checksum_that_is_not_the_images_is_an_error_of_its_row(s3_settings: Any) -> None:
@@ -508,8 +525,8 @@ def test_failed_rows_of_an_attempt_before_are_forgotten_when_none_fails_any_more
     assert [*store.objects] == [DATA]
 
 
-class Died(BaseException):
-    """The end of a process."""
+class Died(AttemptFenced):
+    """The end of a process: ends a shard at once, whichever row meets it."""
 
 
 @dataclass

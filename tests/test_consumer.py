@@ -1,6 +1,7 @@
 """Whatever lies in the queue: a real Celery consumer over a real Valkey, and a desk that takes notes."""
 
 import base64
+import contextlib
 import json
 import logging
 import threading
@@ -18,6 +19,7 @@ from celery.worker.control import Panel
 
 from worker import broker, process, strict_json
 from worker.channel import Seldom
+from worker.consumer import SturdyConsumer, ThreadPool
 from worker.envelope import QUESTIONS, check
 from worker.errors import InvalidJob, LedgerUnavailable
 from worker.settings import Settings
@@ -45,6 +47,9 @@ class Reception:
     headers: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)  # message id -> why
     hold: threading.Event = field(default_factory=threading.Event)  # as long as it is not set, tasks wait
+    raises: dict[str, BaseException] = field(default_factory=dict)  # message id -> once, in its thread
+    holds: dict[str, threading.Event] = field(default_factory=dict)  # message id -> what its thread waits for
+    unheld: list[int] = field(default_factory=list)
 
     def key(self, name: str) -> str:
         return f"{self.settings.key_prefix}{name}"
@@ -104,16 +109,20 @@ def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
 
         def explain(self: Any, *args: object) -> None:
             desk.hold.wait(WAIT_S)
+            if error := desk.raises.pop(self.request.id, None):
+                raise error
+            if opened := desk.holds.pop(self.request.id, None):
+                opened.wait(WAIT_S)
             desk.headers[self.request.id] = self.request.headers
             desk.handled[self.request.id] = [*args]
 
         app.task(explain, name=broker.EXPLAIN, bind=True, shared=False, Request=process.REQUEST)
         app.refuse_message = desk.refuse
-        app.turned = lambda: None
+        app.turned, app.unheld = lambda: None, desk.unheld.append
         app.conf.worker_consumer = "worker.consumer:SturdyConsumer"
         setup_worker_optimizations(app)
         worker = app.WorkController(
-            pool="threads",
+            pool="worker.consumer:ThreadPool",
             concurrency=2,
             queues=list(broker.QUEUES),
             without_gossip=True,
@@ -373,6 +382,95 @@ def asking(settings: Settings) -> Any:
     app = broker.make_app(settings)
     app.conf.broker_transport = None
     return app
+
+
+class Panic(BaseException):
+    """As a library in Rust panics: no Exception."""
+
+
+def test_whatever_a_thread_raises_its_message_comes_again_and_its_place_is_free(
+    reception: Reception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.consumer.RETURN_AFTER_S", 0)
+    errors = [Panic("too long"), SystemExit(1), KeyboardInterrupt(), GeneratorExit(), MemoryError()]
+    reception.raises = {f"message {number}": error for number, error in enumerate(errors)}
+    for message_id in [*reception.raises]:
+        reception.put(envelope(message_id))
+    wait_for(lambda: len(reception.handled) > len(errors), "their return")
+    wait_for(lambda: reception.unacked() == 0, "the acknowledgements")
+    assert not reception.raises
+
+
+def test_a_message_that_nobody_is_at_work_on_goes_back(
+    reception: Reception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What should never be: as many as there are places, and nothing would be received any more."""
+    monkeypatch.setattr("worker.consumer.TURN_S", 0.05)
+    monkeypatch.setattr("worker.consumer.HELD_S", 0.2)
+    lost: list[Any] = []
+    submit = ThreadPool.on_apply
+
+    def forget(self: ThreadPool, *args: Any, **options: Any) -> Any:
+        if len(lost) < 2:
+            lost.append(args)
+            return None
+        return submit(self, *args, **options)
+
+    monkeypatch.setattr(ThreadPool, "on_apply", forget)
+    ids = [new_id() for _ in range(3)]
+    for message_id in ids:
+        reception.put(envelope(message_id))
+    wait_for(lambda: reception.handled.keys() >= {*ids}, "all of them")
+    assert len(lost) == 2
+    assert caplog.text.count("nobody is at work on it: it goes back") == 2
+    assert 2 in reception.unheld
+
+
+@contextlib.contextmanager
+def refusing_writes(server: redis.Redis, how: str) -> Iterator[None]:
+    """A server that answers, and takes no writes: it has lost its replicas, or is one itself by now."""
+    if how == "NOREPLICAS":
+        server.config_set("min-replicas-to-write", 1)
+    else:
+        server.replicaof("127.0.0.1", 1)
+    try:
+        yield
+    finally:
+        server.config_set("min-replicas-to-write", 0)
+        server.replicaof("NO", "ONE")
+
+
+@pytest.mark.filterwarnings(
+    "ignore::celery.exceptions.CPendingDeprecationWarning"
+)  # as `worker.process` does
+@pytest.mark.parametrize("how", ["NOREPLICAS", "READONLY"])
+def test_a_failed_acknowledgement_renews_the_connection_and_leaves_none_behind(
+    reception: Reception, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr("worker.consumer.CONNECT_EVERY_S", 0.02)
+    connects = 0
+    connect = SturdyConsumer.connect
+
+    def counted(self: SturdyConsumer) -> Any:
+        nonlocal connects
+        connects += 1
+        return connect(self)
+
+    monkeypatch.setattr(SturdyConsumer, "connect", counted)
+    ids, opened = [new_id(), new_id()], threading.Event()  # as many as there are places
+    reception.holds = dict.fromkeys(ids, opened)
+    for message_id in ids:
+        reception.put(envelope(message_id))
+    wait_for(lambda: not reception.holds, "their start")
+    before = len(reception.redis.client_list())
+    with refusing_writes(reception.redis, how):
+        opened.set()
+        wait_for(lambda: connects > 10, "attempts to connect")
+        during = len(reception.redis.client_list())
+    reception.goes_on()
+    wait_for(lambda: len(reception.redis.client_list()) <= before + 4, "the end of other connections")
+    assert during <= before + 4
+    assert {*ids} <= reception.handled.keys()
 
 
 def command(method: object, **more: Any) -> bytes:

@@ -55,6 +55,18 @@ def test_the_example_of_the_contract_is_a_job() -> None:
         ({"target": {"classes": [True]}}, "target.classes.0"),
         ({"method": {"layer": ""}}, "method.layer"),
         ({"image": ""}, "image.uri"),
+        (
+            {"image": f"s3://in/{'x' * 66_000}"},
+            "image.uri: its URI has 66,008 bytes; at most 8,192 are allowed",
+        ),
+        (
+            {"image": f"S3://in/{chr(0x2603) * 342}"},
+            "image.uri: its S3 key has 1,026 bytes; at most 1,024 are allowed",
+        ),
+        (
+            {"image": f"https://in/{'x' * 8_182}"},
+            "image.uri: its URI has 8,193 bytes; at most 8,192 are allowed",
+        ),
         ({"priority": 3}, "'high', 'normal', 'low' or 'bulk'"),
         (
             {"artifacts": [{"kind": "overlay"}, {"kind": "overlay"}]},
@@ -71,6 +83,11 @@ def test_a_wrong_field_is_named_with_what_was_received(change: dict[str, Any], e
     with pytest.raises(InvalidJob) as caught:
         Job.parse({**LEAST, **change})
     assert expected in str(caught.value)
+
+
+def test_as_long_as_anything_can_be_stored_there_an_address_may_be() -> None:
+    for longest in (f"s3://in/{'x' * 1024}", f"https://in/{'x' * 8_181}", f"data:,{'x' * 100_000}"):
+        assert Job.parse({**LEAST, "image": longest}).image.uri == longest
 
 
 def test_one_mistake_is_one_finding() -> None:

@@ -72,7 +72,7 @@ def scene(job: Job) -> Scene:
     return Scene(job)
 
 
-def raising(error: Exception) -> Callable[[], object]:
+def raising(error: BaseException) -> Callable[[], object]:
     def answer() -> None:
         raise error
 
@@ -234,9 +234,12 @@ def test_an_end_that_may_not_be_told_is_parked(scene: Scene) -> None:
     assert parked.first.event == "job.succeeded"
 
 
-def test_a_mistake_of_ours_costs_nobody_else_anything(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("mistake", [ZeroDivisionError(), SystemExit(1)])
+def test_a_mistake_of_ours_costs_nobody_else_anything(
+    scene: Scene, caplog: pytest.LogCaptureFixture, mistake: BaseException
+) -> None:
     scene.submit("https://a.example/x", "https://b.example/y")
-    scene.answers["https://a.example/x"] = raising(ZeroDivisionError())
+    scene.answers["https://a.example/x"] = raising(mistake)
     courier = scene.courier(threads=1)
     courier.round()
     assert [url for url, _, _ in scene.told] == ["https://b.example/y"]
@@ -250,7 +253,7 @@ def test_a_mistake_of_ours_costs_nobody_else_anything(scene: Scene, caplog: pyte
 def test_a_ledger_out_of_reach_is_asked_again(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    failing = iter([LedgerUnavailable("The ledger cannot be reached."), ZeroDivisionError()])
+    failing = iter([LedgerUnavailable("The ledger cannot be reached."), ZeroDivisionError(), SystemExit(1)])
     real = scene.outbox.take
 
     def take(*args: object) -> list[Parcel]:

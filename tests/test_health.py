@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -88,9 +89,10 @@ def test_each_path_says_whether_all_is_well_and_why_not(served: Served) -> None:
 def test_what_cannot_be_said_is_an_error_and_the_next_one_is_answered(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    mistakes = cycle([RuntimeError("surprise"), SystemExit("surprise")])
+
     def scrape() -> bytes:
-        message = "surprise"
-        raise RuntimeError(message)
+        raise next(mistakes)
 
     served = Served(scrape)
     with caplog.at_level(logging.ERROR):

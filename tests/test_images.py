@@ -54,6 +54,16 @@ class TestSchemes:
         with pytest.raises(UriNotAllowed, match="its scheme must be s3"):
             fetch(uri)
 
+    @pytest.mark.parametrize("scheme", ["s3", "http", "file"])
+    def test_an_address_that_is_too_long_is_refused_with_its_length_before_anything_is_asked(
+        self, scheme: str
+    ) -> None:
+        image = ImageRef.model_construct(uri=f"{scheme}://in/{'x' * 66_000}", sha256=None)
+        chosen = Settings(image_schemes=(scheme,), image_hosts=("in",), image_roots=("/in",))
+        with pytest.raises(UriNotAllowed, match=r"its URI has 66,0\d\d bytes; at most 8,192") as caught:
+            Images(chosen, S3(chosen)).fetch(image, Deadline(10))
+        assert len(str(caught.value)) < 400
+
     def test_a_checksum_that_differs_names_both(self) -> None:
         wanted = "0" * 64
         with pytest.raises(

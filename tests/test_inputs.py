@@ -140,6 +140,12 @@ class TestJsonLines:
             (json.dumps({"image": A, "id": "x" * 257}), "at most 256", A),
             (json.dumps({"image": "s3://b/" + "k" * MAX_URI}), f"at most {MAX_URI:,}", "s3://b/kkk"),
             (
+                json.dumps({"image": "s3://b/" + "k" * 1025}),
+                "its S3 key has 1,025 bytes; at most 1,024",
+                "s3://b/k",
+            ),
+            (json.dumps({"image": "https://b/" + "k" * 9000}), "its URI has 9,010 bytes", "https://b/k"),
+            (
                 json.dumps({"image": {"uri": A, "sha256": SHA}, "sha256": "cd" * 32}),
                 "names two checksums",
                 A,
@@ -161,7 +167,7 @@ class TestJsonLines:
             ),
             *("path", "absolute", "scheme", "no-key", "no-bucket", "no-host", "no-data", "nul", "newline"),
             *("half-character", "sha256", "sha256-type", "id-type", "id-bool", "id-newline", "id-long"),
-            *("long", "two-checksums"),
+            *("long", "long-key", "long-url", "two-checksums"),
         ],
     )
     def test_a_bad_line_is_a_bad_row_with_what_was_received_and_the_others_go_on(

@@ -23,7 +23,7 @@ ME = WorkerRef(id="me", device="cpu")
 class Away(MemoryLedger):
     """A ledger that can be out of reach, or answer what nobody foresaw."""
 
-    failure: Exception | None = None
+    failure: BaseException | None = None
     asked = 0
 
     def beat(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
@@ -193,9 +193,11 @@ def test_all_that_runs_can_be_let_go(office: Office, job: Job) -> None:
             deadline.check("explain")
 
 
-@pytest.mark.parametrize("failure", [LedgerUnavailable("gone"), ValueError("nonsense")])
+@pytest.mark.parametrize(
+    "failure", [LedgerUnavailable("gone"), ValueError("nonsense"), SystemExit("nonsense")]
+)
 def test_it_goes_on_renewing_whatever_happens_and_says_it_once(
-    job: Job, failure: Exception, caplog: Any
+    job: Job, failure: BaseException, caplog: Any
 ) -> None:
     office = Office(lease_s=1)
     stopped = threading.Event()

@@ -27,7 +27,7 @@ def because(error: Exception, cause: Exception) -> Exception:
 class BrokenDesk:
     """Handles nothing, for a reason; refuses what it is told to."""
 
-    failure: Exception
+    failure: BaseException
     ledger: Ledger = field(default_factory=MemoryLedger)
 
     def handle(self, *_: object, **__: object) -> str:
@@ -56,15 +56,18 @@ def test_a_message_goes_back_while_the_ledger_is_out_of_reach(redelivered: bool)
     assert caught.value.requeue
 
 
-def test_a_mistake_of_ours_loses_no_message_and_makes_none_go_round_for_ever() -> None:
-    desk, message_id = BrokenDesk(RuntimeError("surprise")), new_id()
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError])
+def test_a_mistake_of_ours_loses_no_message_and_makes_none_go_round_for_ever(
+    kind: type[BaseException],
+) -> None:
+    desk, message_id = BrokenDesk(kind("surprise")), new_id()
     with pytest.raises(Reject) as caught:
         receive(desk, message_id)
     assert caught.value.requeue
     receive(desk, message_id, redelivered=True)
     error = desk.ledger.read(message_id).error
     assert error is not None
-    assert (error.code, "RuntimeError: surprise" in error.detail) == ("internal", True)
+    assert (error.code, f"{kind.__name__}: surprise" in error.detail) == ("internal", True)
 
 
 def test_a_mistake_of_ours_ends_no_good_job(job: Any) -> None:

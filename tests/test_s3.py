@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from worker.errors import (
     WeightsUnavailable,
 )
 from worker.patience import Patience
-from worker.s3 import NEVER, S3
+from worker.s3 import NEVER, S3, _both
 from worker.s3_errors import FAILED, InvalidBucket, InvalidListing
 from worker.settings import Settings
 from worker.storage import S3Store, Stores
@@ -121,6 +122,26 @@ class TestBothLibraries:
         assert local(http_server).read_image("photos", key, 10, Deadline(10)) == b"data"
         assert [one for one, _ in http_server.received] == [path], "asked for once, under its own name"
         assert len(handed_over()) == 1
+
+    def test_a_key_that_obstore_could_not_ask_for_is_left_to_boto3_unasked(
+        self, http_server: Any, handed_over: Any
+    ) -> None:
+        with pytest.raises(ImageNotFound):
+            local(http_server).read_image("photos", "x" * 1025, 10, Deadline(10))
+        assert "has more than 1,024 bytes" in handed_over()[0]
+
+    def test_where_obstore_panics_boto3_takes_over(
+        self, http_server: Any, answer: Any, handed_over: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("worker.s3.MAX_KEY_BYTES", 100_000)
+        key = "x" * 65_510  # a line that an HTTP server reads, and an address at which obstore panics
+        http_server.url(f"/photos/{key}", answer(200, b"data"))
+        assert local(http_server).read_image("photos", key, 10, Deadline(10)) == b"data"
+        assert "obstore panicked: request" in handed_over()[0]
+
+    def test_only_a_panic_is_taken_for_one(self) -> None:
+        with pytest.raises(SystemExit):
+            _both("s3://a/b", sys.exit, lambda: None, Patience(NEVER))
 
     def test_a_bucket_of_an_unusual_name_is_left_to_boto3(
         self, http_server: Any, answer: Any, handed_over: Any

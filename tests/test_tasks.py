@@ -13,6 +13,7 @@ import redis
 from worker.breaker import Breaker
 from worker.contract import Job, StatusDocument, WorkerRef
 from worker.errors import (
+    AttemptFenced,
     ImageFetchFailed,
     ImageNotFound,
     LedgerUnavailable,
@@ -35,7 +36,7 @@ IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tob
 class Office:
     """A desk with doubles all around it."""
 
-    images: dict[str, bytes | Exception] = field(default_factory=lambda: {"s3://in/a.png": IMAGE})
+    images: dict[str, bytes | BaseException] = field(default_factory=lambda: {"s3://in/a.png": IMAGE})
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
     store: MemoryStore = field(default_factory=MemoryStore)
     breaker: Breaker = field(default_factory=lambda: Breaker(lambda: None))
@@ -114,6 +115,39 @@ def test_a_permanent_error_fails_the_job_at_once(office: Office) -> None:
         "fetch",
         1,
     )
+
+
+class Panic(BaseException):
+    """As a library in Rust panics: no Exception."""
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise Panic
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Panic("too long"), SystemExit(1), KeyboardInterrupt(), GeneratorExit(), MemoryError("no more"), Mute()],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_a_job_raises_it_ends_with_a_document_and_nothing_of_it_is_held(
+    office: Office, error: BaseException
+) -> None:
+    office.images["s3://in/a.png"] = error
+    job, desk = a_job(max_attempts=2), office.desk
+    assert desk.handle(payload(job), new_id()) == "later"
+    assert office.read(job).status == "retrying"
+    office.ledger._due[job.id] = 0
+    assert office.ledger.requeue(job.id)
+    assert desk.handle(payload(job), new_id()) == "done"
+    document = office.read(job)
+    assert document.error is not None
+    assert (document.status, document.error.code, document.error.stage) == ("failed", "internal", "fetch")
+    assert f"Unforeseen {type(error).__name__}" in document.error.detail
+    assert not desk.leases.jobs()
+    with desk.floor.entered(job.id) as free:
+        assert free
 
 
 def test_a_retryable_error_puts_the_job_back_with_a_growing_pause(office: Office) -> None:
@@ -459,7 +493,7 @@ class TestProgress:
     def progress(self, office: Office, clock: list[float]) -> _Progress:
         del clock
         claim = office.ledger.claim(office.ledger.submit(a_job()), WorkerRef(id="w", device="cpu"))
-        return _Progress(office.ledger, claim.document)
+        return _Progress(office.ledger, claim.document, lambda: None)
 
     def stage(self, office: Office, progress: _Progress) -> tuple[str | None, int]:
         document = office.ledger.read(progress._document.id)
@@ -530,7 +564,7 @@ def a_shard(count: int = 6, **changes: Any) -> Shard:
     return Shard.model_validate({**fields, **changes})
 
 
-class Images(dict[str, bytes | Exception]):
+class Images(dict[str, bytes | BaseException]):
     """The same picture everywhere, but for what happens at some addresses."""
 
     def __init__(self, **happens: Callable[[], object]) -> None:
@@ -542,8 +576,8 @@ class Images(dict[str, bytes | Exception]):
         return found or IMAGE
 
 
-class Died(BaseException):
-    """The end of a process."""
+class Died(AttemptFenced):
+    """The end of a process: ends a shard at once, whichever row meets it, and writes nothing."""
 
 
 class TestShards:
@@ -578,8 +612,7 @@ class TestShards:
         office.ledger.submit(shard)
         stages = []
         for _ in range(3):
-            with pytest.raises(Died):
-                office.handle({"id": shard.id}, kind=Shard)
+            assert office.handle({"id": shard.id}, kind=Shard) == "dropped"
             stages.append(office.ledger.read(shard.id).stage)
             office.ledger._due[shard.id] = 0
             assert office.ledger.lose(shard.id) == "shard"

@@ -19,7 +19,7 @@ class Ahead(Generic[T]):
         self._source = source
         # At its end, Python closes standard input, and dies where a thread reads it: unless that holds it.
         self._held = sys.stdin
-        self._read: queue.Queue[T | Exception | None] = queue.Queue(most)
+        self._read: queue.Queue[T | BaseException | None] = queue.Queue(most)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="ahead", daemon=True)
 
@@ -42,7 +42,7 @@ class Ahead(Generic[T]):
             found = self._read.get(timeout=patience_s)
         except queue.Empty:
             return None
-        if isinstance(found, Exception):
+        if isinstance(found, BaseException):
             raise found
         self.ended = found is None
         return found
@@ -54,10 +54,10 @@ class Ahead(Generic[T]):
                 if self._stopped.is_set():
                     return
             self._put(None)
-        except Exception as error:  # noqa: BLE001  # it is raised where somebody hears it
+        except BaseException as error:  # noqa: BLE001  # it is raised where somebody hears it
             self._put(error)
 
-    def _put(self, one: T | Exception | None) -> None:
+    def _put(self, one: T | BaseException | None) -> None:
         while not self._stopped.is_set():
             try:
                 self._read.put(one, timeout=LOOK_S)

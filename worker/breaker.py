@@ -66,7 +66,7 @@ class Breaker:
         begun_s = time.monotonic()
         try:
             self._probe()
-        except Exception as error:  # noqa: BLE001  # whatever it is, jobs would meet it too
+        except BaseException as error:  # noqa: BLE001  # whatever it is, jobs would meet it too
             log.warning("the storage is still down: %s: %s", type(error).__name__, error)
         else:
             log.info("the storage is back (%.1f s): jobs are taken again", time.monotonic() - begun_s)

@@ -89,6 +89,13 @@ class Bell:
             found: Any = self._clients.mine().llen(self._key(priority))
         return int(found)
 
+    def any_waiting(self) -> bool:
+        """Whether there is a message in any queue. Raises BrokerUnavailable."""
+        with self._clients.reaching(), self._clients.mine().pipeline(transaction=False) as pipeline:
+            for priority in ROUTES:
+                pipeline.llen(self._key(priority))
+            return any(pipeline.execute())
+
     def _key(self, priority: str) -> str:
         queue, number = ROUTES[priority]
         return f"{self._prefix}{queue}{SEPARATOR}{number}" if number else f"{self._prefix}{queue}"

@@ -259,7 +259,7 @@ class _Run:
             )
         except ENDS:
             raise
-        except Exception as error:  # noqa: BLE001  # whatever a network may raise
+        except BaseException as error:  # noqa: BLE001  # whatever a network may raise
             short = isinstance(error, DeviceOutOfMemory) and size > 1
             if short:
                 size //= 2

@@ -6,11 +6,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import redis.exceptions
 from kombu.exceptions import KombuError
 from kombu.transport import redis as kombu_redis
+from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str
 
 from worker import envelope, strict_json
@@ -41,6 +43,24 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
             super().restore_by_tag(tag, connected, leftmost)
 
 
+class Message(virtual.Message):  # type: ignore[misc]
+    """Kombu's message, which tells its channel where it could not be acknowledged: kombu only logs that."""
+
+    def ack_log_error(self, logger: Any, errors: Any, multiple: bool = False) -> None:  # noqa: ARG002
+        """Acknowledge it; see `Channel.unsettled`."""
+        self._settle(partial(self.ack, multiple=multiple), errors)
+
+    def reject_log_error(self, logger: Any, errors: Any, requeue: bool = False) -> None:  # noqa: ARG002
+        """Give it back, or drop it; see `Channel.unsettled`."""
+        self._settle(partial(self.reject, requeue=requeue), errors)
+
+    def _settle(self, how: Callable[[], None], errors: Any) -> None:
+        try:
+            how()
+        except (*errors, redis.exceptions.RedisError) as error:
+            self.channel.unsettled(self.headers.get("id"), error)
+
+
 class Channel(kombu_redis.Channel):  # type: ignore[misc]
     """Kombu's channel, with one Redis client for as long as its pool of connections lives.
 
@@ -51,6 +71,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     """
 
     QoS = QoS
+    Message = Message
     from_transport_options = (
         *kombu_redis.Channel.from_transport_options,
         "max_message_bytes",
@@ -58,6 +79,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         "tasks",
     )
     max_message_bytes = 1024 * 1024  # of a job as JSON
+    on_unsettled: Callable[[Exception], None] = staticmethod(lambda _: None)
     most_in_hand: Mapping[
         str, int
     ] = {}  # queue -> messages that are not yet acknowledged, where it is limited
@@ -80,6 +102,21 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             raise ConnectionError(message)
         return super()._get_pool(asynchronous)
 
+    def close(self) -> None:
+        """As kombu's, which puts back what is not acknowledged when its connections are closed already.
+
+        For that it opens others, which nobody would close. That it cannot be put back now is no reason to
+        leave anything open: it comes again when its visibility timeout is over.
+        """
+        try:
+            super().close()
+        except (redis.exceptions.RedisError, KombuError, OSError) as error:
+            log.debug("messages were not put back: %s", error)
+        finally:
+            self.closed = True
+            self._kept = None
+            self._disconnect_pools()
+
     def has_room(self, queue: str) -> bool:
         """Whether another message of this queue may be received now."""
         most = self.most_in_hand.get(queue)
@@ -88,9 +125,21 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     def _in_hand(self, queue: str) -> int:
         # Kombu has no other way. What is acknowledged it strikes out when the next message comes, which for
         # want of room would be never.
-        book = self.qos
-        held = [one for tag, one in [*book._delivered.items()] if tag not in book._dirty]  # noqa: SLF001
+        held = self.unacknowledged().values()
         return sum(one.delivery_info.get("routing_key") == queue for one in held)
+
+    def unacknowledged(self) -> dict[str, Any]:
+        """The messages that were received here and are not acknowledged yet, by delivery tag."""
+        book = self.qos
+        return {tag: one for tag, one in [*book._delivered.items()] if tag not in book._dirty}  # noqa: SLF001
+
+    def unsettled(self, message_id: object, error: Exception) -> None:
+        """A message could not be acknowledged. It comes again, here or elsewhere, and then costs nothing."""
+        if self.closed:  # its connection was given up meanwhile, and all that it held
+            log.debug("message %s was received by a connection that is closed: %s", message_id, error)
+            return
+        log.warning("message %s could not be acknowledged: %s", message_id, error)
+        self.on_unsettled(error)
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         """Ask for the next item of the queues that have room; soon again, where one has none just now."""

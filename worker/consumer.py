@@ -6,19 +6,28 @@ decode without a word to whoever sent it, and logs the contents.
 """
 
 import logging
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from celery.bootsteps import RUN
+from celery.concurrency.base import apply_target
+from celery.concurrency.thread import ApplyResult, TaskPool
 from celery.worker import request
 from celery.worker.consumer import Consumer
+from celery.worker.state import task_ready
+from kombu.common import ignore_errors
 from kombu.exceptions import DecodeError
 
 from worker import envelope
 from worker.errors import LedgerUnavailable
+from worker.stall import HELD_S
 
 log = logging.getLogger("gradcam")
 
 TURN_S = 1.0  # between two signs of life
+RETURN_AFTER_S = 1.0  # before a message goes back whose thread has failed
 CONNECT_EVERY_S = 0.5  # the pause before it is tried again; grows by as much each time
 CONNECT_MAX_S = 5.0  # its longest, of half a minute as it comes: a broker that is back is work that waits
 
@@ -31,18 +40,103 @@ class Request(request.Request):  # type: ignore[misc]  # celery ships no types
         return super().info(safe=True)
 
 
+class ThreadPool(TaskPool):  # type: ignore[misc]  # celery ships no types
+    """Celery's pool of threads, in which every message comes to an end, whatever its thread raises.
+
+    As it comes, a SystemExit, a KeyboardInterrupt, a panic of a library in Rust or a MemoryError at the wrong
+    moment ends in a future that nobody reads: the message is never acknowledged, and its place never free.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.running = set[str]()  # delivery tags of what is run, or is about to be
+
+    def on_apply(
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
+        callback: Any = None,
+        accept_callback: Any = None,
+        **_: Any,
+    ) -> ApplyResult:
+        """Run a request in a thread. `callback` is a method of the request."""
+        request = callback.__self__
+        tag = request.message.delivery_tag
+        self.running.add(tag)
+
+        def run() -> None:
+            try:
+                apply_target(target, args, kwargs, callback, accept_callback)
+            except BaseException as error:
+                what = type(error).__name__
+                log.exception("message %s: its thread failed (%s): it goes back", request.id, what)
+                time.sleep(RETURN_AFTER_S)
+                task_ready(request)
+                request.reject(requeue=True)
+            finally:
+                self.running.discard(tag)
+
+        return ApplyResult(self.executor.submit(run))
+
+
 class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
     """Hands every message that is no task to `app.refuse_message(message id, why)`, and goes on."""
 
     _turning: Any = None
+    _failing = False  # the connection is about to be given up
+    _unheld: Mapping[str, float] = {}  # delivery tag -> since when nobody is at work on it
 
     def on_ready(self) -> None:
         """Whenever the loop starts: from now on, each of its rounds is a sign of life."""
         super().on_ready()
         if self._turning:  # Celery keeps timers of an earlier connection that began where this one does
             self._turning.cancel()
+        self._failing, self._unheld = False, {}
+        self.task_consumer.channel.on_unsettled = self._renew
+        self._turn()
+        self._turning = self.timer.call_repeatedly(TURN_S, self._turn)
+
+    def _turn(self) -> None:
+        """A sign of life; and what nobody is at work on goes back, or its place would be taken for ever."""
         self.app.turned()
-        self._turning = self.timer.call_repeatedly(TURN_S, self.app.turned)
+        channel, now_s = self.task_consumer.channel, time.monotonic()
+        held = channel.unacknowledged().keys() - self.pool.running
+        self._unheld = {tag: self._unheld.get(tag, now_s) for tag in held}
+        late = [tag for tag, since_s in self._unheld.items() if now_s - since_s > HELD_S]
+        self.app.unheld(len(late))
+        for tag in late:
+            log.error("a message was not acknowledged, and nobody is at work on it: it goes back")
+            channel.basic_reject(tag, requeue=True)
+
+    def _renew(self, error: Exception) -> None:
+        """A message could not be acknowledged: this connection is of no use any more.
+
+        After a failover it leads to a server that takes no writes. With all places taken nothing is read
+        from it, so nobody else would notice.
+        """
+        if self.blueprint.state == RUN and not self._failing:
+            self._failing = True
+
+            def fail() -> None:
+                raise error
+
+            self.hub.call_soon(fail)
+
+    def connect(self) -> Any:
+        """A connection that the loop listens to; one that it cannot listen to is closed, not left behind."""
+        connection = self.connection_for_read(heartbeat=self.amqheartbeat)
+        try:
+            connection.transport.register_with_event_loop(connection.connection, self.hub)
+        except BaseException:
+            ignore_errors(connection, connection.close)
+            raise
+        return connection
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        """The server answers, and refuses what a consumer needs."""
+        super().on_connection_error_before_connected(exc)
+        time.sleep(CONNECT_EVERY_S)
 
     def ensure_connected(self, conn: Any) -> Any:
         """The connection, when it stands; tried again and again."""

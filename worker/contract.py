@@ -7,6 +7,7 @@ made from these models, and a test keeps both equal.
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     AwareDatetime,
     BeforeValidator,
     Field,
@@ -19,7 +20,7 @@ from worker.errors import GradcamError, InvalidJob, public_message
 from worker.line import visible
 from worker.signing import PREFIX as SECRET
 from worker.url import has_credentials, redacted, without_secrets
-from worker.wire import Told, Wire, describe, new_id
+from worker.wire import MAX_URI_BYTES, Told, Wire, describe, new_id, too_long
 from worker.wishes import (
     AnimationWish,
     ArtifactWish,
@@ -86,7 +87,20 @@ Event = Literal[
 ]
 JobId = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Uri = Annotated[str, StringConstraints(min_length=1, max_length=2_000_000)]  # a data: URI is long
+
+
+def _not_too_long(uri: str) -> str:
+    if why := too_long(uri):
+        raise ValueError(why)
+    return uri
+
+
+Uri = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=2_000_000),  # a data: URI is long
+    AfterValidator(_not_too_long),
+    Field(json_schema_extra={"anyOf": [{"pattern": "^[Dd][Aa][Tt][Aa]:"}, {"maxLength": MAX_URI_BYTES}]}),
+]
 ShortText = Annotated[str, StringConstraints(max_length=256)]
 
 

@@ -80,7 +80,7 @@ class Courier:
                         log.warning("nothing can be delivered: %s", error)
                     reached = False
                     taken = stopped.wait(EVERY_S)
-                except Exception:
+                except BaseException:
                     log.exception("the courier met what nobody foresaw")
                     taken = stopped.wait(EVERY_S)
                 else:
@@ -138,7 +138,7 @@ class Courier:
                 answered = self._bring(parcel)
             except LedgerUnavailable as error:
                 log.warning("%s", error)  # it comes again by itself, `keep_s` after it was taken
-            except Exception:
+            except BaseException:
                 log.exception("%s: %s was not delivered", parcel.recipient, parcel.event)
             self._done(parcel.lane, answered=answered)
 
@@ -178,7 +178,7 @@ class Courier:
                 log.warning("%s: %s is dropped: %s", parcel.recipient, parcel.event, error)
                 self._observer.delivered("failed")
                 self._outbox.delivered(parcel)  # whoever does not want to hear this may want to hear the end
-        except Exception as error:
+        except BaseException as error:
             log.exception("%s: %s was not delivered", parcel.recipient, parcel.event)
             self._again(parcel, error, 0)
             return False
@@ -201,7 +201,7 @@ class Courier:
             message = f"This worker does not know the status backend {parcel.lane!r}."
             raise StatusUnavailable(message)
 
-    def _again(self, parcel: Parcel, error: Exception, retry_after_s: float) -> None:
+    def _again(self, parcel: Parcel, error: BaseException, retry_after_s: float) -> None:
         """Later: as long as the receiver asks for, else twice as long as the time before; jitter keeps many
         apart. After `give_up_s`, never.
         """
@@ -219,7 +219,7 @@ class Courier:
             self._observer.delivered("parked", others)
             log.error("%s: %d more recipients there are parked, who waited as long", parcel.lane, others)
 
-    def _park(self, parcel: Parcel, error: Exception) -> None:
+    def _park(self, parcel: Parcel, error: BaseException) -> None:
         why = str(error) if isinstance(error, GradcamError) else type(error).__name__
         log.error("%s: %s is parked: %s", parcel.recipient, parcel.event, why)
         self._observer.delivered("parked")

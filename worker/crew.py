@@ -16,6 +16,7 @@ from worker.leases import Leases
 from worker.observer import SILENT, Observer
 from worker.outside import Outside, StoreSource
 from worker.settings import Settings
+from worker.stall import Stall
 from worker.tasks import Desk
 from worker.wire import utc_now
 
@@ -44,6 +45,7 @@ def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer
     leases = Leases(ledger, me.id, settings.lease_s, health, observer)
     spans = traces.to(settings.traces, "gradcam-worker", me.id)
     others = keepers.gather(settings, app.bell, ledger, outside.webhooks.send, me.id, observer, spans)
+    stall = Stall(app.bell.any_waiting, settings.hung_after_s)
     desk = Desk(
         settings,
         ledger,
@@ -54,9 +56,10 @@ def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer
         observer=observer,
         traces=spans,
         admits=RedisFleet(ledger.server).admits,
+        stall=stall,
     )
     eviction = Eviction(settings)
-    own = {"leases": leases.keep, "breaker": breaker.watch, "eviction": eviction.keep}
+    own = {"leases": leases.keep, "breaker": breaker.watch, "eviction": eviction.keep, "stall": stall.keep}
     return Crew(desk, {**own, **others}, eviction)
 
 

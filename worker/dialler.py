@@ -94,7 +94,7 @@ class Dialler(httpcore.NetworkBackend):
     def _look_up(self, host: str, port: int, found: Future[Sequence[str]]) -> None:
         try:
             found.set_result(self._resolve(host, port))
-        except Exception as error:  # noqa: BLE001  # whoever waits for it raises it
+        except BaseException as error:  # noqa: BLE001  # whoever waits for it raises it
             found.set_exception(error)
         finally:
             self._lookups.release()

@@ -311,9 +311,13 @@ class InternalError(RetryableError):
     public_message = "Something went wrong that nobody foresaw. Please try again later."
 
     @classmethod
-    def of(cls, error: Exception) -> "InternalError":
-        """Any other exception, named."""
-        return cls(f"Unforeseen {type(error).__name__}: {error}")
+    def of(cls, error: BaseException) -> "InternalError":
+        """Any other exception, named: one that cannot even be told, and one that is no Exception, too."""
+        try:
+            said = str(error)
+        except BaseException as another:  # noqa: BLE001  # a stranger's class
+            said = f"it cannot be told ({type(another).__name__})"
+        return cls(f"Unforeseen {type(error).__name__}: {said}")
 
 
 class BrokerUnavailable(LocalError):

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from worker.errors import LedgerUnavailable
 from worker.redis_ledger import Clients
-from worker.settings import Settings, without_secrets
+from worker.settings import Settings
+from worker.url import without_secrets
 
 log = logging.getLogger("gradcam")
 

@@ -261,6 +261,8 @@ class Seat:
                 self.beat()
             except LedgerUnavailable as error:  # the backfill itself says so, once
                 log.debug("the fleet cannot be told: %s", error)
+            except BaseException:  # without this thread the backfill would lose its output
+                log.exception("the fleet could not be told")
 
 
 def _was_killed(record: Record | None) -> bool:

@@ -58,7 +58,7 @@ class Contact:
                 ask()
             except GradcamError as error:
                 log.debug("%s: %s", name, error)  # whoever needs it says so aloud
-            except Exception:
+            except BaseException:
                 log.exception("%s: nobody foresaw this", name)
             else:
                 self._answered_s[name] = time.monotonic()
@@ -152,7 +152,7 @@ class _Server(socketserver.TCPServer):
             request, client_address = self._calls.get()
             try:
                 self.finish_request(request, client_address)
-            except Exception as error:  # noqa: BLE001  # whatever a caller does, the next one is answered
+            except BaseException as error:  # noqa: BLE001  # whatever a caller does, the next one is answered
                 log.debug("%s: %s: %s", client_address[0], type(error).__name__, error)
             with suppress(OSError):
                 self.shutdown_request(request)
@@ -169,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(path)
         except OSError:  # the caller has gone
             raise
-        except Exception:
+        except BaseException:
             log.exception("%s could not be answered", path)
             self._say(HTTPStatus.INTERNAL_SERVER_ERROR, b'{"status": "unknown"}\n', "application/json")
 

@@ -29,6 +29,7 @@ from worker.s3 import S3
 from worker.settings import Settings
 from worker.url import has_credentials, without_secrets, without_user
 from worker.web import Web, WebFailed
+from worker.wire import too_long
 
 OK = 200
 NOT_FOUND = {404, 410}
@@ -75,6 +76,9 @@ class Images:
         Raises UriNotAllowed, ImageNotFound, ImageForbidden, ImageTooLarge,
         ImageFetchFailed, ImageDecodeFailed (a broken data URI), ChecksumMismatch, JobTimeout.
         """
+        if why := too_long(image.uri):
+            message = f"{presentable(image.uri)[:200]!r}... is not allowed: {why}."
+            raise UriNotAllowed(message)
         scheme = image.uri.partition(":")[0].casefold()
         allowed = self._settings.image_schemes
         if scheme not in allowed or scheme not in self._readers:

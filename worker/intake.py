@@ -14,6 +14,7 @@ from worker.errors import DuplicateId, InvalidRow, PermanentError
 from worker.line import visible
 from worker.shard import Row
 from worker.url import has_credentials, hides_password, redacted, without_user
+from worker.wire import too_long
 
 SHOWN = 1000  # characters of what was received that are kept, where it is no URI
 MAX_URI = 2_000_000  # characters: see `worker.shard.Row`
@@ -58,7 +59,13 @@ class Intake:
 
     def good(self, place: int, uri: object, own: object = None, sha256: object = None) -> Row:
         """A row of what was said, whatever its type: good where it can be."""
-        if type(uri) is not str or len(uri) > MAX_URI or not _FIT.fullmatch(uri) or has_credentials(uri):
+        if (
+            type(uri) is not str
+            or len(uri) > MAX_URI
+            or not _FIT.fullmatch(uri)
+            or has_credentials(uri)
+            or too_long(uri)
+        ):
             return self._row(place, uri, own, sha256, InvalidRow(_why(uri)))
         if own is None and sha256 is None:
             self._made += 1
@@ -139,9 +146,9 @@ def _why(uri: object) -> str:
     if sign := _UNFIT_SIGN.search(uri):
         half = "\ud800" <= sign[0] <= "\udfff"
         return "its URI is not UTF-8" if half else f"its URI holds the control character {sign[0]!r}"
-    if _FIT.fullmatch(uri):
+    if _FIT.fullmatch(uri) and has_credentials(uri):
         return f"its URI {without_user(uri)[:100]!r} holds a user or a password, which would be kept"
-    return _unlike(uri)
+    return too_long(uri) or _unlike(uri)
 
 
 def _unlike(uri: str) -> str:

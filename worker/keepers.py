@@ -130,7 +130,7 @@ def _keep(database: "SqlStatus", outbox: RedisOutbox, stopped: threading.Event) 
             database.prune()
         except (LedgerUnavailable, StatusUnavailable) as error:
             log.warning("%s", error)
-        except Exception:
+        except BaseException:
             log.exception("the database met what nobody foresaw")
         if stopped.wait(KEEP_EVERY_S):
             database.close()

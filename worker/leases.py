@@ -116,6 +116,6 @@ class Leases:
                 if reached:  # said once in an outage
                     log.warning("no lease can be renewed: %s", error)
                 reached = False
-            except Exception:
+            except BaseException:
                 # Whatever it is, without this thread every job here would be lost to others, for ever.
                 log.exception("leases could not be renewed")

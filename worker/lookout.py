@@ -12,7 +12,7 @@ from socket import socket, socketpair
 from typing import Protocol
 
 from worker.contract import StatusDocument
-from worker.errors import LedgerUnavailable
+from worker.errors import InternalError, LedgerUnavailable
 from worker.ledger import Ledger
 
 log = logging.getLogger("gradcam")
@@ -151,9 +151,9 @@ class Lookout:
             while not self._over():
                 self._look(self._listen())
                 self._sleep()
-        except Exception as error:
+        except BaseException as error:
             log.exception("waiting for jobs has failed")
-            self._end(error)
+            self._end(error if isinstance(error, Exception) else InternalError.of(error))
 
     def _over(self) -> bool:
         """Whether the thread ends. In the same step it has: the next listener starts another."""

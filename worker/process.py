@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import celery.apps.worker
 from celery import Celery
 from celery.bootsteps import RUN
-from celery.exceptions import Reject
+from celery.exceptions import CPendingDeprecationWarning, Reject
 from celery.signals import setup_logging, worker_ready
 
 from worker import broker, fitness, keepers, lifeline, wiring
@@ -67,7 +68,7 @@ def register(app: Celery, desk: Desk) -> None:
             log.warning("message %s goes back: %s", self.request.id, error)
             time.sleep(RETURN_AFTER_S)
             raise Reject(str(error), requeue=True) from error
-        except Exception as error:
+        except BaseException as error:  # not only Exception: nothing else would free its place
             # A mistake of ours. No job is lost by it; what is no job goes round once, then ends.
             log.exception("message %s: unforeseen", self.request.id)
             if _redelivered(self.request) and _ended(desk, self.request.id, error):
@@ -91,7 +92,7 @@ def _redelivered(request: Any) -> bool:
     return bool((request.delivery_info or {}).get("redelivered"))
 
 
-def _ended(desk: Desk, message_id: str, error: Exception) -> bool:
+def _ended(desk: Desk, message_id: str, error: BaseException) -> bool:
     """Write down that a message cannot be handled; whether that ended it. A good job is left alone."""
     return desk.refuse(message_id, None, InternalError.of(error)).final
 
@@ -125,12 +126,14 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
     telemetry.ask_worker(lambda: outside.residents.count, desk.breaker, crew.eviction.trouble)
     _preload(settings, outside, telemetry.health)
     probe = partial(broker.answers, broker.make_app(settings, timeout_s=PROBE_S))
-    pulse = Pulse(ready_fd, reachable=probe, ill=lambda: outside.residents.trouble)
-    app.turned = pulse.turned
-    telemetry.health.live["loop"] = lambda: pulse.said
     stopped, signals = threading.Event(), SimpleQueue[int]()
     kept = keepers.start({**crew.keepers, **telemetry.keepers}, stopped)
-    telemetry.watch(kept)
+    ended = telemetry.watch(kept)
+    pulse = Pulse(
+        ready_fd, reachable=probe, ill=lambda: outside.residents.trouble or ended() or desk.stall.trouble()
+    )
+    app.turned, app.unheld = pulse.turned, desk.stall.unheld
+    telemetry.health.live["loop"], telemetry.health.ready["work"] = lambda: pulse.said, desk.stall.unready
 
     def ready(**_: object) -> None:
         _listen(signals)
@@ -156,7 +159,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
     worker_ready.connect(ready, weak=False)
     threading.Thread(target=give_up, name="give up", daemon=True).start()
     consumer = app.Worker(
-        pool="threads",
+        pool="worker.consumer:ThreadPool",
         concurrency=settings.threads + settings.shards,
         queues=list(broker.QUEUES),
         without_gossip=True,  # with it, a restart of the broker can end the worker
@@ -276,6 +279,7 @@ def _hush() -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("celery.app.trace").setLevel(logging.ERROR)  # a traceback for what goes back
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # that nothing gets through is said once
+    warnings.simplefilter("ignore", CPendingDeprecationWarning)  # said at each lost connection
     setup_logging.connect(_keep_logging)
     celery.apps.worker.safe_say = lambda *_: None  # prints, past the log, what `_wait_for_second` says
 

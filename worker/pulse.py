@@ -65,7 +65,7 @@ class Pulse:
         while not stopped.wait(EVERY_S):
             try:
                 trouble = self.trouble()
-            except Exception:  # not to be taken for a sign of death
+            except BaseException:  # not to be taken for a sign of death
                 log.exception("nobody foresaw this")
                 trouble = None
             if trouble and not self.said:

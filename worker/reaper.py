@@ -62,7 +62,7 @@ class Reaper:
                 if reached:  # said once in an outage
                     log.warning("nothing can be put right: %s", error)
                 reached = False
-            except Exception:
+            except BaseException:
                 log.exception("the reaper met what nobody foresaw")
             else:
                 reached = True
@@ -105,7 +105,7 @@ class Reaper:
             return change(job_id)
         except (LedgerUnavailable, BrokerUnavailable):
             raise
-        except Exception:
+        except BaseException:
             if job_id not in self._odd:
                 log.exception("job %s cannot be put right", job_id)
             self._odd.add(job_id)  # a later version's, perhaps: others must get their turn all the same

@@ -36,6 +36,7 @@ from worker.patience import PATIENCE_S, Patience
 from worker.s3_errors import FAILED, InvalidBucket, InvalidListing, hopeless, unreadable, wants_checksum
 from worker.settings import Settings
 from worker.shard import READERS
+from worker.wire import MAX_KEY_BYTES
 
 log = logging.getLogger("gradcam")
 
@@ -43,11 +44,18 @@ CHUNK = 32 * 1024  # bytes read at a time, so that limits are noticed early, of 
 CONNECT_S, READ_S = 3, 10
 BUCKETS = 32  # that connections are kept for
 PLAIN_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-NOT_DIRECT = (obstore.exceptions.BaseError, OSError, ValueError)
+PANICS = "pyo3_runtime"  # the module of what a library in Rust raises when it panics: a BaseException
 T = TypeVar("T")
 Chunk = bytes | obstore.Bytes
 NEVER = Deadline(math.inf)
 EMPTY_PAGES = 100  # of a listing, one after the other, that a server may need to pass over what is deleted
+
+
+class Panicked(Exception):
+    """Obstore has met what it takes for impossible. What it was doing was not done."""
+
+
+NOT_DIRECT = (obstore.exceptions.BaseError, Panicked, OSError, ValueError)
 ASKED_S = 15  # that a page of a listing, or a deletion, is asked for
 DOWNLOAD_S = 3  # that a model's file is asked for again, before a byte of it has come
 
@@ -139,9 +147,12 @@ class S3:
         )
 
     def _directly(self, bucket: str, key: str) -> obstore.store.S3Store:
-        """The bucket in obstore. Raises ValueError for keys that obstore would read in another way."""
+        """The bucket in obstore. Raises ValueError for keys that it would change, or could not ask for."""
         if key.startswith("/") or key.endswith("/"):
             message = f"Key {key!r} would lose a slash."
+            raise ValueError(message)
+        if len(key.encode(errors="surrogatepass")) > MAX_KEY_BYTES:
+            message = f"Key {key[:100]!r}... has more than {MAX_KEY_BYTES:,} bytes."
             raise ValueError(message)
         return self._bucket(bucket, bucket in self._checksummed)
 
@@ -280,7 +291,7 @@ def _both(uri: str, direct: Callable[[], T], thorough: Callable[[], T], patience
     """Obstore once, then boto3 until there is no more patience."""
     patience.check(f"storage, {uri}")
     try:
-        return direct()
+        return _without_panic(direct)
     except NOT_DIRECT as error:
         if not isinstance(error, FileNotFoundError):  # an everyday matter
             log.info("%r: boto3 tries again (%s)", uri, str(error).partition("\n")[0])
@@ -289,6 +300,17 @@ def _both(uri: str, direct: Callable[[], T], thorough: Callable[[], T], patience
     if not patience.left_s():
         patience.give_up(f"storage, {uri}")
     return patience.insist(thorough, FAILED, hopeless)
+
+
+def _without_panic(direct: Callable[[], T]) -> T:
+    """What obstore gives. Where it panics, Panicked, which `except Exception` does not pass over."""
+    try:
+        return direct()
+    except BaseException as error:
+        if type(error).__module__ != PANICS:
+            raise
+        message = f"obstore panicked: {error}"
+        raise Panicked(message) from error
 
 
 def _joined(chunks: Iterable[Chunk], check: Callable[[int], None]) -> bytes:

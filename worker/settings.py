@@ -160,7 +160,9 @@ class Settings(BaseModel):
     output_prefixes: Listed = ()  # where else a job may send them
     uploads: str = ""  # where `GradcamClient.upload_and_submit` puts images; empty: it has to be told
     s3_endpoint_url: S3Server = ""  # empty: Amazon
-    s3_public_url: S3Server = ""  # the same server as browsers reach it, for presigned URLs; empty: the endpoint
+    s3_public_url: S3Server = (
+        ""  # the same server as browsers reach it, for presigned URLs; empty: the endpoint
+    )
     s3_region: str = ""  # empty: AWS_REGION, AWS_DEFAULT_REGION, us-east-1
     s3_access_key_id: str = ""  # empty: the usual AWS places
     s3_secret_access_key: SecretStr = SecretStr("")
@@ -206,6 +208,9 @@ class Settings(BaseModel):
     shutdown_timeout_s: Seconds = 90  # after which a worker that was asked to stop hands back what it has
     stalled_after_s: Annotated[float, Field(ge=5, le=3600)] = (
         60  # without a sign of life a worker is started again
+    )
+    hung_after_s: Annotated[float, Field(ge=60, le=7 * 86_400)] = (
+        3600  # that no job in hand gets on, while others wait, before the worker is started again
     )
     memory_bytes: Annotated[int, Field(ge=0)] = 0  # that a process may use; 0: no limit of its own
     starts: Count = 1  # of the worker on this device, this one too: its supervisor counts them

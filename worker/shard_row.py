@@ -32,10 +32,11 @@ from worker.gradcam.region import hot_box
 from worker.manifest import InputRecord
 from worker.outside import Outside
 from worker.pipeline import Journey
-from worker.s3_errors import foreign
 from worker.render import render
+from worker.s3_errors import foreign
 from worker.shard import Shard
 from worker.storage import Store
+from worker.wire import too_long
 
 T = TypeVar("T")
 
@@ -71,6 +72,9 @@ class Rows:
         row = self._shard.rows[place]
         if not row.uri:
             message = "This row names no image."
+            raise InvalidRow(message)
+        if why := too_long(row.uri):
+            message = f"{why[0].upper()}{why[1:]}."
             raise InvalidRow(message)
         size = self._network.facts.input_size
         with self._opened(ImageRef(uri=row.uri, sha256=row.sha256)) as (image, decoded):
@@ -141,5 +145,5 @@ class Rows:
         except GradcamError as error:
             self._journey.deadline.check(stage)
             return Problem.of(error, stage=stage, attempt=self._journey.attempt)
-        except Exception as error:  # noqa: BLE001  # one image must not end the others
+        except BaseException as error:  # noqa: BLE001  # one image must not end the others
             return Problem.of(InternalError.of(error), stage=stage, attempt=self._journey.attempt)

@@ -47,6 +47,7 @@ from worker.outside import Outside
 from worker.pipeline import Journey
 from worker.settings import Settings
 from worker.shard import Shard, Work, parse
+from worker.stall import Stall
 from worker.traces import OFF, Traces
 from worker.transitions import suspected
 from worker.wire import utc_now
@@ -80,6 +81,7 @@ class Desk:
     admits: Callable[[Shard], bool] = lambda _: (
         False
     )  # whether a shard is of a backfill that the ledger knows
+    stall: Stall = field(default_factory=lambda: Stall(lambda: False, math.inf))
 
     def handle(
         self,
@@ -97,7 +99,7 @@ class Desk:
         """
         end = "returned"
         try:
-            with logs.about(job_id=_identify(payload, message_id)):
+            with self.stall.in_hand(), logs.about(job_id=_identify(payload, message_id)):
                 end = self._brought_to_its_end(payload, message_id, entered_at, kind)
         finally:
             self.observer.attempt_ended(end)
@@ -223,7 +225,7 @@ class Desk:
                 yield document.model_copy(update={"traceparent": traceparent})
 
     def _brought_through(self, job: Work, document: StatusDocument, suspect: str | None) -> str:
-        progress = _Progress(self.ledger, document)
+        progress = _Progress(self.ledger, document, self.stall.moved)
         journey = Journey(
             Deadline(job.timeout_s),
             progress,
@@ -244,7 +246,7 @@ class Desk:
                     done = pipeline.explain(job, self.outside, journey)
             except (AttemptFenced, LedgerUnavailable):
                 raise
-            except Exception as error:  # noqa: BLE001  # the one place where anything at all becomes a Problem
+            except BaseException as error:  # noqa: BLE001  # the one place where anything at all becomes a Problem
                 return self._failed(job, progress.end(), journey, error)
             self.breaker.succeeded()
             last = progress.end()
@@ -266,7 +268,7 @@ class Desk:
             if not shard:
                 self.observer.staged({**document.metrics, **journey.metrics})
 
-    def _failed(self, job: Work, document: StatusDocument, journey: Journey, error: Exception) -> str:
+    def _failed(self, job: Work, document: StatusDocument, journey: Journey, error: BaseException) -> str:
         if not isinstance(error, GradcamError):
             log.error("job %s: unforeseen at %s", job.id, journey.stage, exc_info=error)
             error = InternalError.of(error)
@@ -331,8 +333,8 @@ class _Progress:
     What was begun sooner after the last write is written by the thread that renews leases: see `catch_up`.
     """
 
-    def __init__(self, ledger: Ledger, document: StatusDocument) -> None:
-        self._document, self._ledger = document, ledger
+    def __init__(self, ledger: Ledger, document: StatusDocument, moved: Callable[[], None]) -> None:
+        self._document, self._ledger, self._moved = document, ledger, moved
         self._written_s = time.monotonic()
         self._begun: str | None = None  # a stage that is not written yet
         self._turn = threading.Lock()
@@ -345,6 +347,7 @@ class _Progress:
 
     def insist(self, stage: str) -> None:
         """Write a stage now. Raises LedgerUnavailable."""
+        self._moved()
         with self._turn:
             self._begun = None  # or it would be written over this one
             self._document = self._ledger.advance(self._document, patience_s=LEDGER_PATIENCE_S, stage=stage)
@@ -361,6 +364,7 @@ class _Progress:
             self._turn.release()
 
     def __call__(self, stage: str) -> None:
+        self._moved()
         with self._turn, contextlib.suppress(LedgerUnavailable):
             # No reason to give up: whether the job is still ours, its deadline knows.
             self._begun = stage

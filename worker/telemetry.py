@@ -68,11 +68,12 @@ class Telemetry:
         """It takes nothing new any more."""
         self._not_yet = "is stopping"
 
-    def watch(self, threads: list[threading.Thread]) -> None:
-        """The process lives as long as these do."""
+    def watch(self, threads: list[threading.Thread]) -> Callable[[], str | None]:
+        """The process lives as long as these do; what is returned says which have ended, if any."""
 
         def ended() -> str | None:
             gone = [one.name for one in threads if not one.is_alive()]
             return f"ended: {', '.join(gone)}" if gone else None
 
         self.health.live["threads"] = ended
+        return ended

@@ -116,13 +116,13 @@ class MemoryStore:
 class MemoryImages:
     """Images by URI. An exception in place of bytes is raised."""
 
-    images: Mapping[str, bytes | Exception]
+    images: Mapping[str, bytes | BaseException]
 
     def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:
         """See `worker.images.Images.fetch`."""
         deadline.check("fetch")
         found = self.images.get(image.uri, ImageNotFound(f"There is nothing at {image.uri}."))
-        if isinstance(found, Exception):
+        if isinstance(found, BaseException):
             raise found
         if at_most is not None and len(found) > at_most:
             message = f"{image.uri} has more than {at_most:,} bytes."
@@ -204,7 +204,7 @@ class TinyNetwork:
 
 
 def outside(
-    images: Mapping[str, bytes | Exception], *, store: MemoryStore | None = None, **others: Any
+    images: Mapping[str, bytes | BaseException], *, store: MemoryStore | None = None, **others: Any
 ) -> Outside:
     """An Outside in memory, with the catalog's networks, and TinyNetwork for `efficientnet_lite0`."""
 
@@ -232,7 +232,7 @@ class MemoryObjects:
     """What a client reads and uploads, in two dictionaries: see `worker.results.Objects`."""
 
     store: MemoryStore
-    images: dict[str, bytes | Exception]
+    images: dict[str, bytes | BaseException]
 
     def read(self, uri: str) -> bytes:
         """See `worker.results.Objects.read`."""
@@ -253,7 +253,7 @@ class MemoryObjects:
 
 
 def eager_client(
-    images: Mapping[str, bytes | Exception] | None = None,
+    images: Mapping[str, bytes | BaseException] | None = None,
     *,
     network: Network | None = None,
     settings: Settings | None = None,

@@ -18,6 +18,7 @@ from worker.dialler import Dialler, Resolve, look_up
 from worker.errors import UriNotAllowed
 from worker.hosts import Hosts
 from worker.url import hides_password, without_secrets
+from worker.wire import too_long
 
 MAX_REDIRECTS = 3
 REDIRECTS = {301, 302, 303, 307, 308}
@@ -78,6 +79,9 @@ class Web:
 
     def allowed(self, text: str) -> httpx.URL:
         """The URL to request, parsed once, so that what is checked is what is used. Raises UriNotAllowed."""
+        if why := too_long(text):
+            message = f"{without_secrets(text)[:200]!r}... is not allowed: {why}."
+            raise UriNotAllowed(message)
         try:
             url = httpx.URL(text)
             host = url.raw_host.decode("ascii")

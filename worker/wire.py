@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+MAX_KEY_BYTES = 1024  # of an S3 key: S3's own limit
+MAX_URI_BYTES = 8192  # of any other address: more than most servers read of one
 # A URL, pixels, a secret in place of its name, a user with a password
 SECRETIVE = re.compile(r"://|^data:|whsec_|:[^\s@]*@", re.IGNORECASE)
 
@@ -46,6 +48,30 @@ def new_id() -> str:
     value = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
     value = value & ~(0xF << 76) | 7 << 76  # version 7
     return str(uuid.UUID(int=value & ~(3 << 62) | 2 << 62))  # variant of RFC 9562
+
+
+def too_long(uri: str) -> str | None:
+    """Why an address is too long for anything to be stored there; None where it is not.
+
+    Counted in UTF-8. A data: URI is no address: how long it may be is a setting.
+    """
+    if len(uri) * 4 <= MAX_KEY_BYTES:  # most are: a character has four bytes at most
+        return None
+    scheme, _, rest = uri.partition(":")
+    scheme = scheme.casefold()
+    if scheme == "data":
+        return None
+    size = _bytes(uri)
+    if size > MAX_URI_BYTES:
+        return f"its URI has {size:,} bytes; at most {MAX_URI_BYTES:,} are allowed"
+    size = _bytes(rest.removeprefix("//").partition("/")[2]) if scheme == "s3" else 0
+    if size > MAX_KEY_BYTES:
+        return f"its S3 key has {size:,} bytes; at most {MAX_KEY_BYTES:,} are allowed"
+    return None
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode(errors="surrogatepass"))
 
 
 def process_name() -> str:

@@ -34,6 +34,7 @@ ATTACKS = {
     "kill": Attack("faults_kill", 8, 200, "kills"),
     "recovery": Attack("faults_recovery", 1, 4, "kills, with the settings as they come"),
     "poison": Attack("faults_poison", 30, 100, "healthy jobs"),
+    "failover": Attack("faults_failover", 2, 5, "failovers"),
     "servers": Attack("faults_servers", 1, 15, "seconds of each fault"),
     "images": Attack("faults_images", 300, 4000, "mutated images"),
     "addresses": Attack("faults_addresses", 1, 3, "times each trick"),

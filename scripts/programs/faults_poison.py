@@ -1,5 +1,10 @@
-"""A job that kills its process each time, among healthy ones that must not suffer for it."""
+"""Jobs that kill their process, or wedge its threads, among healthy ones that must not suffer for it.
 
+Of those that wedge there are more than a process has threads: addresses of 66,000 bytes, written into the
+queue as a stranger would, and pictures over which a thread panics.
+"""
+
+import base64
 import contextlib
 import json
 import time
@@ -9,12 +14,17 @@ import numpy as np
 from faults_stage import SIZE, Stage, raised
 from faults_verdict import Verdict
 from faults_witness import Witness, end_of
-from faulty_worker import POISON
+from faulty_worker import NETWORK, PANICS, POISON
 
+from worker import broker
 from worker.client import GradcamClient
+from worker.wire import new_id
 
 SHORT, FULL = 30, 100  # healthy jobs
 ATTEMPTS = 3  # that the poison has
+PANIC_ATTEMPTS = 2
+WEDGES = 12  # of each kind: more than the threads of the process
+LONG = 66_000  # bytes
 HEALTHY_ATTEMPTS = 5  # one is lost each time that the poison takes a healthy one with it
 DRAINS_S = 180.0
 
@@ -27,8 +37,16 @@ def attack(count: int, seed: int) -> dict[str, Any]:
     with raised("poison", seed, max_batch=4, threads=8) as stage, Witness(stage) as witness:
         color = np.tile(np.array(POISON, np.uint8), (*SIZE, 1))
         uri = stage.picture("poison.jpg", color)
+        panic = stage.picture("panic.jpg", np.tile(np.array(PANICS, np.uint8), (*SIZE, 1)))
         client = GradcamClient(settings=stage.settings)
         poison = stage.job(count, image=uri, max_attempts=ATTEMPTS, priority="normal")
+        long = _submit_raw(stage)
+        panics = [
+            stage.job(count + 1 + number, image=panic, max_attempts=PANIC_ATTEMPTS, priority="normal")
+            for number in range(WEDGES)
+        ]
+        for job in panics:
+            stage.submit(client, job)
         for number in range(count):
             stage.submit(client, stage.job(number, max_attempts=HEALTHY_ATTEMPTS))
             if number == count // 2:
@@ -36,14 +54,48 @@ def attack(count: int, seed: int) -> dict[str, Any]:
         begun = time.monotonic()
         stage.work()
         witness.drain(DRAINS_S)
+        ends = {poison.id: "max_attempts_exceeded", **{one.id: "internal" for one in panics}}
         drained_s = time.monotonic() - begun
         verdict = witness.verdict(
-            faults=ATTEMPTS,
-            expected=lambda job_id: {"max_attempts_exceeded" if job_id == poison.id else "succeeded"},
+            faults=ATTEMPTS + 2 * WEDGES,
+            expected=lambda job_id: {ends.get(job_id, "succeeded")},
         )
+        verdict.untyped -= len(panics)  # `internal` is what they have to end with
+        _look_at_the_long(stage, long, verdict)
         _look_at_the_poison(stage, poison.id, verdict)
-        verdict.figures |= {"drained_s": round(drained_s, 1), **_collateral(witness, poison.id)}
+        verdict.figures |= {"drained_s": round(drained_s, 1), **_collateral(witness)}
     return verdict.to_dict()
+
+
+def _submit_raw(stage: Stage) -> list[str]:
+    """Messages with addresses that are too long, past the client, which would refuse them."""
+    ids = [new_id() for _ in range(WEDGES)]
+    with contextlib.closing(stage.outside) as server:
+        for one in ids:
+            job = {
+                "id": one,
+                "image": f"s3://photos/{'x' * LONG}",
+                "network": NETWORK,
+                "target": {"top_n": 1},
+            }
+            body = base64.b64encode(json.dumps([[job], {}, {}]).encode()).decode()
+            message = {
+                "body": body,
+                "content-encoding": "utf-8",
+                "content-type": "application/json",
+                "headers": {"id": one, "task": broker.EXPLAIN},
+                "properties": {"body_encoding": "base64"},
+            }
+            server.lpush(f"{stage.settings.key_prefix}{broker.INTERACTIVE}", json.dumps(message))
+    return ids
+
+
+def _look_at_the_long(stage: Stage, ids: list[str], verdict: Verdict) -> None:
+    client = GradcamClient(settings=stage.settings)
+    for one in ids:
+        error = client.wait(one, DRAINS_S).error
+        if not error or error.code != "invalid_job" or "66,012 bytes" not in error.detail:
+            verdict.broken.append(f"An address that is too long ended as {error}.")
 
 
 def _look_at_the_poison(stage: Stage, poison: str, verdict: Verdict) -> None:
@@ -60,14 +112,14 @@ def _look_at_the_poison(stage: Stage, poison: str, verdict: Verdict) -> None:
         )
     if poison not in dead:
         verdict.broken.append("The poison is not listed among the dead letters.")
-    if len(dead) > 1:
-        verdict.broken.append(f"Healthy jobs are listed among the dead letters: {len(dead) - 1} of them.")
+    if len(dead) != 1 + 2 * WEDGES:
+        verdict.broken.append(f"{len(dead)} dead letters, not {1 + 2 * WEDGES}: healthy jobs are among them.")
 
 
-def _collateral(witness: Witness, poison: str) -> dict[str, int]:
+def _collateral(witness: Witness) -> dict[str, int]:
     """How often healthy jobs were killed with the poison."""
     found = witness.documents()
-    again = [one for job_id, one in found.items() if one and job_id != poison and one["attempt"] > 1]
+    again = [one for one in found.values() if one and one["status"] == "succeeded" and one["attempt"] > 1]
     return {
         "healthy_run_again": len(again),
         "healthy_attempts_max": max((one["attempt"] for one in again), default=1),

@@ -79,6 +79,12 @@ class Server:
         self._now = self._running.enter_context(self._start())
         self.proxy.target = self._now.port
 
+    def switch(self, other: Any) -> Any:
+        """New connections lead to `other` from now on, those that stand stay; return who led before."""
+        before, self._now = self._now, other
+        self.proxy.target = other.port
+        return before
+
     @contextlib.contextmanager
     def hung(self) -> Iterator[None]:
         """SIGSTOP within the block: it is there, and does nothing."""

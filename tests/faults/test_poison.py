@@ -12,6 +12,6 @@ def test_a_job_that_kills_its_process_each_time_takes_no_others_with_it(
     kept: Callable[[dict[str, Any]], Verdict],
 ) -> None:
     verdict = kept(faults_poison.attack(faults_poison.SHORT, seed=1))
-    assert verdict.jobs == faults_poison.SHORT + 1
+    assert verdict.jobs == faults_poison.SHORT + 1 + faults_poison.WEDGES
     assert verdict.figures["processes_killed"] == faults_poison.ATTEMPTS
     assert verdict.figures["healthy_attempts_max"] <= 2, "it was alone from its second attempt on"

@@ -376,9 +376,15 @@ class TestFailures:
         assert device.batches == [3]
 
     def test_even_an_exit_in_the_devices_thread_does_not_end_it(self, jobs: Jobs, device: Device) -> None:
-        device.failure = SystemExit("somebody's layer")
-        with pytest.raises(InternalError, match="SystemExit: somebody's layer"):
-            jobs.ask(device).result(PLENTY_S)
+        class Mute(BaseException):
+            def __str__(self) -> str:
+                raise SystemExit
+
+        failures = {"somebody's layer": SystemExit("somebody's layer"), "cannot be told": Mute()}
+        for said, failure in failures.items():
+            device.failure = failure
+            with pytest.raises(InternalError, match=f"Unforeseen {type(failure).__name__}: .*{said}"):
+                jobs.ask(device).result(PLENTY_S)
         device.failure = None
         assert seen(jobs.ask(device)) == "r"
 
@@ -400,7 +406,9 @@ class TestFailures:
             waiting = [jobs.ask(device) for _ in range(3)]
             monkeypatch.setattr(jobs.batcher, "_choose", lambda: 1 / 0)
         for job in waiting:
-            with pytest.raises(InternalError, match="thread of the device ended: ZeroDivisionError"):
+            with pytest.raises(
+                InternalError, match="thread of the device ended: Unforeseen ZeroDivisionError"
+            ):
                 job.result(PLENTY_S)
         with pytest.raises(InternalError, match="thread of the device ended"):
             jobs.ask(device).result(PLENTY_S)

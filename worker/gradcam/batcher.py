@@ -194,7 +194,7 @@ class Batcher:
             while True:
                 serve()
         except BaseException as error:  # noqa: BLE001  # nobody may be left waiting
-            broken = f"The thread of the device ended: {type(error).__name__}: {error}"
+            broken = f"The thread of the device ended: {InternalError.of(error)}"
             with self._changed:
                 self._broken = broken
                 for some in [*self._again, *(group.waiting for group in self._groups.values())]:
@@ -266,7 +266,7 @@ class Batcher:
                 one.end(error=type(error)(str(error)))  # to each its own: whoever raises it adds to it
             else:
                 known = isinstance(error, Exception)
-                one.end(error=error if known else InternalError(f"{type(error).__name__}: {error}"))
+                one.end(error=error if known else InternalError.of(error))
 
     def _next(self) -> list[Request]:
         """Wait for a batch that is to be handed over now: the urgent before bulk, and groups in turn."""

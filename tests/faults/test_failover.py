@@ -1,0 +1,15 @@
+from collections.abc import Callable
+from typing import Any
+
+import faults_failover
+import pytest
+from faults_verdict import Verdict
+
+pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]
+
+
+def test_a_busy_worker_gets_over_a_failover_behind_its_address(
+    kept: Callable[[dict[str, Any]], Verdict],
+) -> None:
+    verdict = kept(faults_failover.attack(1, seed=1))
+    assert verdict.faults == 1
