@@ -3,8 +3,8 @@
 What a policy costs follows from which keys have a time to live. Queues, unacknowledged messages and jobs
 that have not ended have none: only `allkeys-*` takes them, and an accepted job is lost then. Documents of
 ended jobs, their idempotency keys and records of backfills have one, so that `volatile-*` takes those:
-nothing accepted is lost, but a key no longer keeps a job from being run twice, and an end may be forgotten before it
-was read. (Records of running backfills are written anew each second.)
+nothing accepted is lost, but a key no longer keeps a job from being run twice, and an end may be forgotten
+before it was read. (Records of running backfills are written anew each second.)
 """
 
 import logging

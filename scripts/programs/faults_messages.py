@@ -1,7 +1,8 @@
 """Hostile messages: jobs made from the wire's own schema, whole, mutated and broken, as in a queue.
 
 Each is opened as the worker's channel opens it, and handled by a desk with doubles all around it. Whatever it
-is, it has to come to an end that has a name.
+is, it has to come to an end that has a name. Besides: tasks that are not ours and shards that nobody
+submitted, in each queue, which all have to be refused.
 """
 
 import base64
@@ -9,6 +10,7 @@ import copy
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schema_strategies import allowed
 
-from worker import broker, envelope, errors
+from worker import broker, envelope, errors, process
 from worker.breaker import Breaker
 from worker.contract import StatusDocument, WorkerRef
 from worker.errors import ImageFetchFailed, ImageForbidden, InvalidJob
@@ -84,6 +86,33 @@ TEXTS = (
     b'"\\ud800"',
     b'{"image": "s3://in/a.png"',
 )
+FOREIGN = (
+    "celery.accumulate",
+    "celery.backend_cleanup",
+    "celery.chain",
+    "celery.chord",
+    "celery.chord_unlock",
+    "celery.chunks",
+    "celery.group",
+    "celery.map",
+    "celery.starmap",
+    "gradcam.explain ",
+    "Gradcam.explain",
+)
+KNOWN = "known"  # the token of the only backfill that there is
+REFUSED = {"failed: invalid_job", "failed: unknown_backfill"}
+FORGED: dict[str, Any] = {
+    "schema": "gradcam.shard/v1",
+    "backfill": "01a216d4-0523-773f-a799-60224947ae4d",
+    "index": 0,
+    "key": "00000000-0123456789abcdef",
+    "first": 0,
+    "rows": [{"uri": "s3://in/a.png"}] * 1500,
+    "network": "efficientnet_lite0",
+    "target": {"top_n": 1},
+    "output": "s3://out",
+    "keep": True,
+}
 CODES = {
     one.code
     for one in vars(errors).values()
@@ -96,11 +125,15 @@ def attack(count: int, seed: int) -> dict[str, Any]:
     found: Counter[str] = Counter()
     outcomes: Counter[str] = Counter()
 
-    def one(item: bytes) -> None:
-        what, outcome = judge(item)
+    def counted(item: bytes, queue: str = broker.INTERACTIVE) -> str:
+        what, outcome = judge(item, queue)
         found["jobs"] += 1
         found[what] += 1
         outcomes[outcome] += 1
+        return outcome
+
+    def one(item: bytes) -> None:
+        counted(item)
 
     with_messages = given(items(allowed(json.loads(SCHEMA.read_text()))))
     log = logging.getLogger("gradcam")
@@ -108,6 +141,11 @@ def attack(count: int, seed: int) -> dict[str, Any]:
     log.setLevel(logging.CRITICAL)  # a line for each of them would say nothing
     try:
         hypothesis.seed(seed)(profile(count)(with_messages(one)))()
+        broken = [
+            f"{what} in {queue} was not refused: {outcome}"
+            for what, queue, item in strangers()
+            if (outcome := counted(item, queue)) not in REFUSED
+        ]
     finally:
         log.setLevel(before)
     return {
@@ -117,6 +155,7 @@ def attack(count: int, seed: int) -> dict[str, Any]:
         "untyped": found["untyped"],
         "without_final_state": found["without_final_state"],
         "outcomes": dict(sorted(outcomes.items())),
+        "broken": broken,
     }
 
 
@@ -131,11 +170,25 @@ def profile(count: int) -> settings:
     )
 
 
-def judge(item: bytes) -> tuple[str, str]:
+def strangers() -> Iterator[tuple[str, str, bytes]]:
+    """What nobody but us may ask for: what it is, its queue, and the item."""
+    for queue, ours in broker.TASKS.items():
+        for task in FOREIGN:
+            yield task, queue, message(json.dumps([[GOOD], {}, {}]).encode(), task)
+        for task in {*broker.TASKS.values()} - {ours}:
+            yield f"{task} with a job", queue, message(json.dumps([[GOOD], {}, {}]).encode(), task)
+        for token in ("", "guessed"):
+            body = json.dumps([[{**FORGED, "id": new_id(), "token": token}], {}, {}]).encode()
+            yield f"a shard with the token {token!r}", queue, message(body, ours)
+            yield f"a shard with the token {token!r} by its task", queue, message(body, broker.EXPLAIN_SHARD)
+    yield "a job", broker.SHARDS, message(json.dumps([[GOOD], {}, {}]).encode(), broker.EXPLAIN_SHARD)
+
+
+def judge(item: bytes, queue: str = broker.INTERACTIVE) -> tuple[str, str]:
     """Handle an item as a worker does: whether its end is `typed`, and which it is."""
     ledger = MemoryLedger()
     try:
-        message_id = handle(item, ledger)
+        message_id = handle(item, ledger, queue)
     except Exception as error:  # noqa: BLE001  # that none comes is what is being tried
         return "untyped", f"raised {type(error).__name__}"
     if message_id is None:
@@ -151,21 +204,22 @@ def judge(item: bytes) -> tuple[str, str]:
     return "typed", f"{document.status}: {code}" if code else document.status
 
 
-def handle(item: bytes, ledger: MemoryLedger) -> str | None:
+def handle(item: bytes, ledger: MemoryLedger, queue: str) -> str | None:
     """Open an item and do with it what a worker does; return the id that it goes by, if it has one."""
-    one, queue = desk(ledger), broker.INTERACTIVE
+    one = desk(ledger)
     try:
-        message = envelope.read(item, queue, MAX_BYTES, broker.TASKS[queue])
+        opened = envelope.read(item, queue, MAX_BYTES, broker.TASKS[queue])
     except Unreadable as error:
         message_id = envelope.identify(item)
         if message_id:
             one.refuse(message_id, None, InvalidJob(f"The message is not a job: {error}."))
         return message_id
-    headers = message["headers"]
-    args, kwargs, _ = json.loads(base64.b64decode(message["body"]))
-    given_ = [*args, *kwargs.values()]
-    payload = given_[0] if len(given_) == 1 else given_
-    one.handle(payload, headers["id"], entered_at=headers[envelope.ENTERED_AT])
+    headers, properties = opened["headers"], opened["properties"]
+    body = opened["body"]
+    args, _, _ = json.loads(base64.b64decode(body) if properties["body_encoding"] == "base64" else body)
+    kind = process.KINDS[headers["task"]]
+    entered_at = headers[envelope.ENTERED_AT]
+    one.handle(process._payload(tuple(args)), headers["id"], entered_at=entered_at, kind=kind)  # noqa: SLF001  # as it does
     return str(headers["id"])
 
 
@@ -178,6 +232,7 @@ def desk(ledger: MemoryLedger) -> Desk:
         WorkerRef(id="w", device="cpu"),
         Leases(ledger, "w", 15),
         Breaker(lambda: None),
+        admits=lambda shard: shard.token == KNOWN,
     )
 
 
@@ -199,16 +254,21 @@ def items(draw: st.DrawFn, jobs: st.SearchStrategy[dict[str, Any]]) -> bytes:
     body = json.dumps([[job], {}, {}]).encode()
     if kind == "body":
         body = draw(spoiled(body))
-    item = json.dumps(
+    item = message(body)
+    return draw(spoiled(item)) if kind == "item" else item
+
+
+def message(body: bytes, task: str = broker.EXPLAIN) -> bytes:
+    """An item with this body."""
+    return json.dumps(
         {
             "body": base64.b64encode(body).decode(),
             "content-encoding": "utf-8",
             "content-type": "application/json",
-            "headers": {"task": broker.EXPLAIN, "id": new_id()},
+            "headers": {"task": task, "id": new_id()},
             "properties": {"body_encoding": "base64", "delivery_info": {}},
         }
     ).encode()
-    return draw(spoiled(item)) if kind == "item" else item
 
 
 @st.composite

@@ -1,10 +1,9 @@
 """Hostile messages, short: `scripts/faults --full` sends many more of the same."""
 
-import base64
 import json
 
 import pytest
-from faults_messages import HOSTILE, SCHEMA, TEXTS, attack, judge
+from faults_messages import FORGED, HOSTILE, REFUSED, SCHEMA, TEXTS, attack, judge, message, strangers
 
 from worker import broker
 from worker.wire import new_id
@@ -13,21 +12,10 @@ GOOD = {"image": "s3://in/a.png", "network": "efficientnet_lite0", "target": {"t
 FIELDS = sorted(json.loads(SCHEMA.read_text())["properties"])
 
 
-def item(body: bytes) -> bytes:
-    return json.dumps(
-        {
-            "body": base64.b64encode(body).decode(),
-            "content-encoding": "utf-8",
-            "content-type": "application/json",
-            "headers": {"task": broker.EXPLAIN, "id": new_id()},
-            "properties": {"body_encoding": "base64"},
-        }
-    ).encode()
-
-
 def test_every_message_comes_to_an_end_that_has_a_name() -> None:
     found = attack(200, 1)
-    assert found["jobs"] == 200
+    assert found["jobs"] == 200 + len([*strangers()])
+    assert not found["broken"]
     assert (found["untyped"], found["without_final_state"]) == (0, 0), found["outcomes"]
     outcomes = found["outcomes"]
     assert outcomes["succeeded"] > 15, "among them are good jobs"
@@ -40,10 +28,19 @@ def test_the_same_seed_makes_the_same_messages() -> None:
     assert first == again
 
 
+def test_what_nobody_but_us_may_ask_for_is_refused_in_each_queue() -> None:
+    asked = [*strangers()]
+    assert {queue for _, queue, _ in asked} == {*broker.QUEUES}
+    wrong = [what for what, queue, item in asked if judge(item, queue)[1] not in REFUSED]
+    assert not wrong
+    known = json.dumps([[{**FORGED, "id": new_id(), "rows": FORGED["rows"][:2], "token": "known"}], {}, {}])
+    assert judge(message(known.encode(), broker.EXPLAIN_SHARD), broker.SHARDS) == ("typed", "succeeded")
+
+
 @pytest.mark.parametrize("field", FIELDS)
 def test_whatever_stands_in_a_field_has_an_end_that_has_a_name(field: str) -> None:
     bodies = [json.dumps([[{**GOOD, field: value}], {}, {}]).encode() for value in HOSTILE]
     plain = json.dumps([[{**GOOD, field: "here"}], {}, {}]).encode()
     bodies += [plain.replace(b'"here"', text) for text in TEXTS]
-    wrong = [ends for body in bodies if (ends := judge(item(body)))[0] != "typed"]
+    wrong = [ends for body in bodies if (ends := judge(message(body)))[0] != "typed"]
     assert not wrong
