@@ -48,7 +48,7 @@ def no_keys_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class TestSchemes:
     @pytest.mark.parametrize(
-        "uri", ["http://a/b", "https://a/b", "file:///etc/passwd", "data:,x", "ftp://a", "x"]
+        "uri", ["http://a/b", "https://a/b", "file:///etc/passwd", "data:,x", "ftp://a", "xy:z"]
     )
     def test_only_s3_is_open_by_default(self, uri: str) -> None:
         with pytest.raises(UriNotAllowed, match="its scheme must be s3"):
@@ -149,6 +149,10 @@ class TestFiles:
     def test_what_has_no_scheme_is_told_so_with_what_to_write(self, uri: str) -> None:
         with pytest.raises(UriNotAllowed, match=r"has no scheme: write s3://bucket/key, https://host/path"):
             fetch(uri)
+
+    def test_what_has_no_scheme_is_told_without_its_password(self) -> None:
+        with pytest.raises(UriNotAllowed, match=r"'//host/cat.jpg' has no scheme"):
+            fetch("//user:planted@host/cat.jpg?token=planted")
 
     def test_a_link_or_a_pipe_put_in_place_after_the_check_is_not_opened(self, tmp_path: Path) -> None:
         root, outside = (tmp_path / "root").resolve(), tmp_path / "outside"

@@ -143,11 +143,11 @@ class GradcamClient:
 
     def _check(self, job: Job) -> int:
         """How many bytes a job has. Raises InvalidJob where no worker would read it, or its image."""
+        text = job.to_json().encode()
+        envelope.check(text, self._settings.max_message_bytes)
         if why := why_no_uri(job.image.uri):
             message = f"This is not a job: image.uri: {why}."
             raise InvalidJob(message)
-        text = job.to_json().encode()
-        envelope.check(text, self._settings.max_message_bytes)
         return len(text)
 
     def _enter(self, jobs: Sequence[Job], patience: Patience) -> list[StatusDocument | IdempotencyConflict]:

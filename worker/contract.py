@@ -92,8 +92,9 @@ def why_no_uri(uri: str) -> str | None:
     """Why a text names no image that a worker could fetch, and what would; None where it has a scheme."""
     if SCHEME.match(uri):
         return None
+    shown = re.sub("[^/@]*@", "", uri.partition("?")[0])[:200]  # no user, no password, no query
     return (
-        f"{uri[:200]!r} has no scheme: write s3://bucket/key, https://host/path, or file:///folder/name of a "
+        f"{shown!r} has no scheme: write s3://bucket/key, https://host/path, or file:///folder/name of a "
         "file that workers can read; upload_and_submit takes a file of this machine"
     )
 
