@@ -1,7 +1,10 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -11,12 +14,14 @@ from worker.client import GradcamClient
 from worker.contract import Job, Method, Problem, SeenClass, WorkerRef
 from worker.errors import GradcamError, InvalidJob, JobTimeout, StorageUnavailable
 from worker.gradcam.catalog import CATALOG
+from worker.gradcam.classes import ClassIndex
 from worker.manifest import Manifest
+from worker.pipeline import explain
 from worker.redis_ledger import RedisLedger
 from worker.redis_outbox import RedisOutbox
 from worker.replay import id_of_replay
 from worker.settings import Settings
-from worker.testing import Doorbell, MemoryLedger
+from worker.testing import Doorbell, MemoryLedger, TinyNetwork
 from worker.wire import new_id
 
 WORKER = WorkerRef(id="gpu-1:7", device="cpu")
@@ -49,6 +54,10 @@ def test_help_shows_every_command_and_an_example_of_each(capsys: pytest.CaptureF
     [
         ["explain"],
         ["explain", "none.jpg"],
+        ["explain", "none.jpg", "nor-this.jpg"],
+        ["explain", __file__, "--classes", '"unclosed'],
+        ["submit", "cat.jpg"],
+        ["submit", "C:\\\\photos\\\\cat.jpg"],
         ["explain", __file__, "--top-n", "3", "--classes", "1"],
         ["explain", __file__, "--top-n", "0"],
         ["frobnicate"],
@@ -381,6 +390,182 @@ class TestExplain:
         image = str(photos / "coffee.jpg")
         assert main(["explain", image, "--classes", "expresso", "-o", str(tmp_path)]) == 1
         assert "espresso" in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> TinyNetwork:
+    """The network that is loaded, whichever is asked for."""
+    network = TinyNetwork()
+    monkeypatch.setattr("worker.wiring.load", lambda *_: network)
+    return network
+
+
+def bright(folder: Path, name: str) -> Path:
+    cv2.imwrite(str(folder / name), np.full((16, 16, 3), 200, np.uint8))
+    return folder / name
+
+
+@pytest.mark.tensorflow
+class TestManyFiles:
+    """What fails for one file does not end it for the others."""
+
+    @pytest.fixture
+    def images(self, tmp_path: Path) -> list[Path]:
+        """Eight, of which the first and the last are pictures, and nothing else is."""
+        (tmp_path / "page.jpg").write_text("<html>")
+        (tmp_path / "empty.jpg").touch()
+        (tmp_path / "folder.jpg").mkdir()
+        (tmp_path / "circle.jpg").symlink_to(tmp_path / "circle.jpg")
+        (tmp_path / "nowhere.jpg").symlink_to(tmp_path / "none")
+        bad = [tmp_path / f"{name}.jpg" for name in ("page", "empty", "folder", "circle", "nowhere", "none")]
+        return [bright(tmp_path, "a.png"), *bad, bright(tmp_path, "z.png")]
+
+    def test_the_others_are_explained_and_the_failures_are_listed_in_the_end(
+        self, tiny: TinyNetwork, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["explain", *map(str, images), "-o", str(tmp_path / "out")]) == 1
+        shown = capsys.readouterr()
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "z"]
+        assert {"a.png", "z.png"} <= set(shown.out.split())
+        lines = [line for line in shown.err.splitlines() if line.strip()]
+        assert lines[0] == "6 of 8 could not be explained:"
+        assert [line.split()[0] for line in lines[1:]] == [str(image) for image in images[1:-1]]
+        assert "is a folder: name the files in it" in lines[3]
+        assert "image_not_found: There is no file" in lines[6]
+
+    def test_machines_get_an_error_for_each(
+        self, tiny: TinyNetwork, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["explain", *map(str, images), "--json", "-o", str(tmp_path / "out")]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert [one["image"] for one in found] == list(map(str, images))
+        assert ["manifest" in one for one in found] == [True, *[False] * 6, True]
+
+    def test_what_nobody_foresaw_is_one_files_failure(
+        self,
+        tiny: TinyNetwork,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        whole, images = TinyNetwork.compute, [bright(tmp_path, name) for name in ("a.png", "b.png", "c.png")]
+        turns = iter([None, TypeError("fixed batch"), None])
+
+        def compute(self: TinyNetwork, *given: Any) -> Any:
+            if error := next(turns):
+                raise error
+            return whole(self, *given)
+
+        monkeypatch.setattr(TinyNetwork, "compute", compute)
+        assert main(["explain", *map(str, images), "-o", str(tmp_path / "out")]) == 1
+        shown = capsys.readouterr()
+        assert "1 of 3 could not be explained:" in shown.err
+        assert f"{images[1]} internal: Unforeseen TypeError: fixed batch" in shown.err
+        assert {"a.png", "c.png"} <= set(shown.out.split())
+
+    def test_one_that_is_stopped_shows_what_it_has_done_and_can_be_run_again(
+        self,
+        tiny: TinyNetwork,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        images = [bright(tmp_path, name) for name in ("a.png", "b.png")]
+        monkeypatch.setattr("worker.local.explain", interrupted := Interrupted(1))
+        command = ["explain", *map(str, images), "-o", str(tmp_path / "out")]
+        assert main(command) == 130
+        shown = capsys.readouterr()
+        assert "a.png" in shown.out
+        assert "Stopped." in shown.err
+        (tmp_path / "out" / "b").mkdir()  # as one leaves it that is killed
+        (tmp_path / "out" / "b" / "overlay-1-0-red.jpg").write_bytes(b"half")
+        interrupted.after = 9
+        assert main(command) == 0
+        assert "b.png" in capsys.readouterr().out
+
+    def test_a_folder_that_cannot_be_written_is_one_files_failure(
+        self, tiny: TinyNetwork, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        images = [bright(tmp_path, name) for name in ("a.png", "b.png")]
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "a").touch()
+        assert main(["explain", *map(str, images), "-o", str(tmp_path / "out")]) == 1
+        shown = capsys.readouterr()
+        assert "1 of 2 could not be explained:" in shown.err
+        assert f"{images[0]} storage_unavailable: " in shown.err
+        assert "b.png" in shown.out
+
+    @pytest.mark.parametrize(
+        ("wish", "why"),
+        [
+            (["--classes", "gren"], "There is no class 'gren'. Near: 1 (green)"),
+            (["--network", "efficientnet"], "Did you mean 'efficientnet_lite0'"),
+        ],
+    )
+    def test_what_stands_in_the_way_of_all_is_told_once(
+        self,
+        wish: list[str],
+        why: str,
+        tiny: TinyNetwork,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        images = [str(bright(tmp_path, name)) for name in ("a.png", "b.png")]
+        tiny.labels = ClassIndex.of(["red", "green", "blue"])
+        assert main(["explain", *images, *wish, "-o", str(tmp_path / "out")]) == 1
+        assert capsys.readouterr().err.count(why) == 1
+
+
+class Interrupted:
+    """Explains so many files, and is interrupted at the next."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        self.after -= 1
+        if self.after < 0:
+            raise KeyboardInterrupt
+        return explain(*given, **named)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["--classes", '"benign, no finding",malignant'],
+        ["--classes", '"benign, no finding"', "--classes", "malignant"],
+        ["--classes", '0, "malignant"'],
+    ],
+)
+def test_names_that_hold_commas_stand_in_quotes(
+    said: list[str], tiny: TinyNetwork, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.labels = ClassIndex.of(["benign, no finding", "malignant", "other"])
+    image = str(bright(tmp_path, "a.png"))
+    assert main(["explain", image, *said, "--json", "-o", str(tmp_path / "out")]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert [one["class"]["id"] for one in found["manifest"]["explanations"]] == [0, 1]
+    assert main(["explain", image, "--classes", "benign, no finding"]) == 1
+    assert (
+        "a name that holds a comma stands in double quotes, as in '\"crane, bird\",pier'"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_file_of_this_machine_is_uploaded_first_where_that_is_said(
+    environment: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cat.jpg").write_bytes(b"\xff\xd8\xff")
+    assert main(["submit", str(tmp_path / "cat.jpg")]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "has no scheme: write s3://bucket/key" in told
+    assert "or say --upload" in told
+    monkeypatch.setenv("GRADCAM_UPLOADS", (tmp_path / "up").as_uri())
+    assert main(["submit", str(tmp_path / "cat.jpg"), "--upload"]) == 0
+    job_id = capsys.readouterr().out.strip()
+    assert RedisLedger(environment).read(job_id).status == "queued"
+    assert [path.suffix for path in (tmp_path / "up").iterdir()] == [".jpg"]
 
 
 def test_an_artifact_that_there_is_not_is_refused_with_those_there_are(

@@ -91,3 +91,17 @@ def test_one_has_to_say_what_to_fetch(
     monkeypatch.delenv("GRADCAM_NETWORKS", raising=False)
     assert main(["networks", "fetch", "--all-mine"]) == 1
     assert "GRADCAM_NETWORKS names no networks of your own" in capsys.readouterr().err
+
+
+def test_what_nobody_foresaw_of_one_network_does_not_stop_the_others(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*_: Any) -> None:
+        message = "out of the blue"
+        raise TypeError(message)
+
+    monkeypatch.setattr("worker.wiring.load", load)
+    assert main(["networks", "fetch", "vgg16", "right"]) == 1
+    shown = capsys.readouterr()
+    assert "vgg16: Unforeseen TypeError: out of the blue" in shown.err
+    assert "1 of 2 networks are here" in shown.out

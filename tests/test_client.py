@@ -55,6 +55,19 @@ def client(ledger: MemoryLedger, doorbell: Doorbell) -> GradcamClient:
     return GradcamClient(settings=Settings(), ledger=ledger, publish=doorbell)
 
 
+@pytest.mark.parametrize("image", ["cat.jpg", "./photos/cat.jpg", "C:\\cat.jpg", {"uri": "cat.jpg"}])
+def test_a_file_in_place_of_a_uri_is_refused_before_it_is_accepted(
+    image: Any, client: GradcamClient, doorbell: Doorbell
+) -> None:
+    with pytest.raises(
+        InvalidJob, match=r"image\.uri: .*cat\.jpg' has no scheme: .* upload_and_submit takes a file"
+    ):
+        client.submit(**{**FIELDS, "image": image})
+    with pytest.raises(InvalidJob, match=r"Job number 2 of those given: .* has no scheme"):
+        client.submit_many([FIELDS, {**FIELDS, "image": image}])
+    assert len(doorbell.jobs) == 1
+
+
 def test_submitting_enters_the_job_and_rings_the_bell(client: GradcamClient, doorbell: Doorbell) -> None:
     job_id = client.submit(**FIELDS)
     assert [job.id for job in doorbell.jobs] == [job_id]

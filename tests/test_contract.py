@@ -1,4 +1,5 @@
 import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +74,13 @@ def test_the_example_of_the_contract_is_a_job() -> None:
             "artifacts holds one kind and format twice",
         ),
         ({"artifacts": [{"kind": "hologram"}]}, "'hologram'"),
+        ({"image": Path("cat.jpg")}, "is no PosixPath: client.upload_and_submit takes bytes, or the path"),
+        (
+            {"image": b"\xff\xd8"},
+            "image.uri: an image is named by its URI, as s3://bucket/key, and is no bytes",
+        ),
+        ({"image": {"uri": Path("cat.jpg")}}, "is no PosixPath: client.upload_and_submit takes bytes"),
+        ({"image": 7}, "is no int: client.upload_and_submit takes bytes"),
         ({"id": "../../etc/passwd"}, "id: String should match pattern"),
         ({"expires_at": "2030-01-01T00:00:00"}, "expires_at: Input should have timezone info"),
         ({"timeout_s": 1e9}, "timeout_s"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from worker.doctor import Finding, _workers, examine
+from worker.doctor import Finding, _look, _weights, _workers, examine
 from worker.gradcam.catalog import CATALOG
 from worker.gradcam.weights import digest
 from worker.redis_ledger import RedisLedger
@@ -43,9 +43,29 @@ def test_what_the_running_workers_say_of_themselves_is_told(settings: Settings) 
     assert findings["worker gpu-2:7"].detail == "The storage failed 3 times."
 
 
+def test_what_keras_has_downloaded_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / CATALOG["vgg16"].keras_files[0]).touch()
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    findings = {finding.what: finding for finding in _weights(Settings(preload=("vgg16",)))}
+    assert findings["weights of vgg16"].well
+    assert findings["weights of vgg16"].detail.startswith(str(tmp_path))
+
+
+def test_what_nobody_foresaw_ends_one_look_and_not_the_others(settings: Settings) -> None:
+    def look(_: Settings) -> str:
+        message = "out of the blue"
+        raise TypeError(message)
+
+    assert _look("broker", look, settings, "Fix it.").detail == "Unforeseen TypeError: out of the blue"
+
+
 @pytest.mark.tensorflow
-def test_everything_that_is_missing_is_named_with_what_to_do(tmp_path: Path) -> None:
+def test_everything_that_is_missing_is_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))  # where nothing was downloaded
     findings = by_name(
         Settings(
             broker_url="redis://:planted@127.0.0.1:1/0",
@@ -58,7 +78,11 @@ def test_everything_that_is_missing_is_named_with_what_to_do(tmp_path: Path) -> 
     assert ill.keys() == {"broker", "ledger", "storage", "weights of vgg16"}
     assert "GRADCAM_BROKER_URL" in ill["broker"]
     assert "a folder that the worker may write to" in ill["storage"]
-    assert "GRADCAM_WEIGHTS_DIR" in ill["weights of vgg16"]
+    assert ill["weights of vgg16"] == (
+        "`gradcam networks fetch vgg16` downloads them now, or put Keras's "
+        "vgg16_weights_tf_dim_ordering_tf_kernels.h5, under that name, or vgg16.weights.h5 of your own into "
+        "the folder that GRADCAM_WEIGHTS_DIR names."
+    )
     assert not any("planted" in finding.detail for finding in findings.values())
 
 

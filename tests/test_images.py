@@ -48,7 +48,7 @@ def no_keys_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class TestSchemes:
     @pytest.mark.parametrize(
-        "uri", ["http://a/b", "https://a/b", "file:///etc/passwd", "data:,x", "ftp://a", "x"]
+        "uri", ["http://a/b", "https://a/b", "file:///etc/passwd", "data:,x", "ftp://a", "xy:z"]
     )
     def test_only_s3_is_open_by_default(self, uri: str) -> None:
         with pytest.raises(UriNotAllowed, match="its scheme must be s3"):
@@ -143,6 +143,26 @@ class TestFiles:
         (tmp_path / "link").symlink_to(folder)
         uri = (tmp_path / "link" / "a").as_uri()
         assert fetch(uri, image_schemes=("file",), image_roots=("/nowhere", str(tmp_path))) == DATA
+
+    def test_links_in_a_circle_are_refused_as_a_path_and_as_a_root(self, tmp_path: Path) -> None:
+        (tmp_path / "a").symlink_to(tmp_path / "b")
+        (tmp_path / "b").symlink_to(tmp_path / "a")
+        (tmp_path / "in.jpg").write_bytes(DATA)
+        for name in ("a", "a/in.jpg"):
+            with pytest.raises((UriNotAllowed, ImageNotFound)):
+                fetch((tmp_path / name).as_uri(), image_schemes=("file",), image_roots=(str(tmp_path),))
+        uri = (tmp_path / "in.jpg").as_uri()
+        with pytest.raises(UriNotAllowed):
+            fetch(uri, image_schemes=("file",), image_roots=(str(tmp_path / "a"),))
+
+    @pytest.mark.parametrize("uri", ["cat.jpg", "/photos/cat.jpg", "C:\\cat.jpg", "//host/cat.jpg", "cat"])
+    def test_what_has_no_scheme_is_told_so_with_what_to_write(self, uri: str) -> None:
+        with pytest.raises(UriNotAllowed, match=r"has no scheme: write s3://bucket/key, https://host/path"):
+            fetch(uri)
+
+    def test_what_has_no_scheme_is_told_without_its_password(self) -> None:
+        with pytest.raises(UriNotAllowed, match=r"'//host/cat.jpg' has no scheme"):
+            fetch("//user:planted@host/cat.jpg?token=planted")
 
     def test_a_link_or_a_pipe_put_in_place_after_the_check_is_not_opened(self, tmp_path: Path) -> None:
         root, outside = (tmp_path / "root").resolve(), tmp_path / "outside"

@@ -466,10 +466,12 @@ class TestFolders:
         (tmp_path / "b").symlink_to("a")
         (tmp_path / "c").symlink_to("nowhere")
         (tmp_path / "d").symlink_to(".")
+        (tmp_path / "f").symlink_to("f")
         os.mkfifo(tmp_path / "e")
         found = read(str(tmp_path))
-        assert [row.uri[-1] for row in found] == ["a", "b", "c", "d", "e"]
-        assert [bool(row.problem) for row in found] == [False, False, True, True, True]
+        assert [row.uri[-1] for row in found] == ["a", "b", "c", "d", "e", "f"]
+        assert [bool(row.problem) for row in found] == [False, False, True, True, True, True]
+        assert "Too many levels of symbolic links" in why(found[5])
         assert why(found[2]) == "Row 2: it cannot be read: No such file or directory."
         assert "link to a folder is not followed" in why(found[3])
 

@@ -28,9 +28,16 @@ def test_variables_are_read_and_lists_are_split_at_commas() -> None:
     assert settings.weights_dir == Path("/weights")
 
 
+def test_what_holds_a_comma_stands_in_quotes_and_reaches_a_child_process_so() -> None:
+    settings = Settings.from_environment({"GRADCAM_IMAGE_ROOTS": '"/a, b",/c', "GRADCAM_PRELOAD": ""})
+    assert settings.image_roots == ("/a, b", "/c")
+    assert Settings.from_environment(settings.to_environment()) == settings
+
+
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
+        ({"GRADCAM_IMAGE_ROOTS": '"planted'}, "GRADCAM_IMAGE_ROOTS: it is no list with commas"),
         ({"GRADCAM_BROKER_URI": "x"}, "no setting GRADCAM_BROKER_URI. Did you mean GRADCAM_BROKER_URL?"),
         ({"GRADCAM_THREADS": "many"}, "GRADCAM_THREADS: Input should be a valid integer"),
         ({"GRADCAM_THREADS": "0"}, "GRADCAM_THREADS"),

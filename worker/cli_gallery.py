@@ -19,10 +19,18 @@ from worker.settings import Settings
     show_default=True,
     help="The page.",
 )
-@click.option("--classes", metavar="A,B,...", help="Ids, wnids or names. [those that came first most often]")
+@click.option(
+    "--classes",
+    metavar="A,B,...",
+    multiple=True,
+    callback=terminal.listed,
+    help="Ids, wnids or names; as often as wanted. [those that came first most often]",
+)
 @click.option("--per-class", type=click.IntRange(1, 100), default=4, show_default=True)
 @click.option("--max-classes", type=click.IntRange(1, 500), default=50, show_default=True)
-def gallery(dataset: str, output: Path, classes: str | None, per_class: int, max_classes: int) -> int:
+def gallery(
+    dataset: str, output: Path, classes: tuple[str, ...] | None, per_class: int, max_classes: int
+) -> int:
     """Make one HTML page of DATASET, a backfill's output: a folder, or s3://bucket/prefix.
 
     Of each class it shows how often it came first, its mean heatmap, and the PER_CLASS images of which the
@@ -36,7 +44,7 @@ def gallery(dataset: str, output: Path, classes: str | None, per_class: int, max
     """
     from worker.gallery import Wish, make
 
-    wish = Wish(None if classes is None else _names(classes), per_class, max_classes)
+    wish = Wish(classes, per_class, max_classes)
     with terminal.err.status("reading") as status:
 
         def report(what: str, done: int, of: int) -> None:
@@ -52,7 +60,3 @@ def gallery(dataset: str, output: Path, classes: str | None, per_class: int, max
     size += f", {len(made.page) / 1e6:.1f} MB"
     terminal.out.print(terminal.plain(f"{output}: {size}"), soft_wrap=True)
     return 0
-
-
-def _names(classes: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in classes.split(",") if part.strip())

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from worker import terminal
-from worker.contract import Job, Method, Metric, StatusDocument
+from worker.contract import Job, Method, Metric, StatusDocument, why_no_uri
 from worker.settings import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -29,7 +29,7 @@ def _wish(command: Command) -> Command:
         *,
         network: str,
         top_n: int | None,
-        classes: str | None,
+        classes: tuple[str, ...] | None,
         method: str,
         layer: str | None,
         score: str,
@@ -60,7 +60,14 @@ def _wish(command: Command) -> Command:
             multiple=True,
             help="overlay, heatmap, grid, animation or report; as often as wanted. [overlay heatmap]",
         ),
-        click.option("--classes", metavar="A,B,...", help="Ids, wnids or names, instead of --top-n."),
+        click.option(
+            "--classes",
+            metavar="A,B,...",
+            multiple=True,
+            callback=terminal.listed,
+            help="Ids, wnids or names, instead of --top-n; as often as wanted. A name with a comma stands in "
+            "quotes: '\"crane, bird\"'.",
+        ),
         click.option("--top-n", type=click.IntRange(1, 1000), help="The n most probable classes. [3]"),
         click.option("--flip/--no-flip", default=False, help="Smooth: average with the mirror image's map."),
         click.option("--normalize", type=click.Choice(NORMALIZE), default=NORMALIZE[0], show_default=True),
@@ -79,19 +86,17 @@ def _artifact(text: str) -> dict[str, str]:
     return {"kind": kind, "format": form} if form else {"kind": kind}
 
 
-def _target(top_n: int | None, classes: str | None) -> dict[str, Any]:
-    if top_n and classes:
+def _target(top_n: int | None, classes: tuple[str, ...] | None) -> dict[str, Any]:
+    if top_n and classes is not None:
         message = "give --top-n or --classes, not both"
         raise click.UsageError(message)
     if classes is None:
         return {"top_n": top_n or 3}
-    return {"classes": [part.strip() for part in classes.split(",") if part.strip()]}
+    return {"classes": list(classes)}
 
 
 @click.command()
-@click.argument(
-    "images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
-)
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @_wish
 @click.option(
     "-o",
@@ -104,13 +109,19 @@ def _target(top_n: int | None, classes: str | None) -> dict[str, Any]:
 def explain(images: tuple[Path, ...], output: Path, *, wish: dict[str, Any], as_json: bool) -> int:
     """Explain IMAGES here and now: no queue, no servers.
 
+    One that cannot be explained does not stop the others. Exit code 1 where any failed.
+
     \b
     Examples:
       gradcam explain cat.jpg
       gradcam explain *.jpg --network vgg16 --top-n 5 -o out
       gradcam explain pier.jpg --classes pier,dock,460
+      gradcam explain scan.png --network tumours --classes '"benign, no finding",malignant'
       gradcam explain cat.jpg --artifact report --artifact overlay:png --metric deletion
     """
+    if not any(image.exists() for image in images):
+        message = f"there is no file {images[0]}" + (", nor any other of these" if len(images) > 1 else "")
+        raise click.UsageError(message)
     from worker.local import explain_files
 
     return explain_files(images, wish, output, Settings.from_environment(), as_json=as_json)
@@ -119,6 +130,7 @@ def explain(images: tuple[Path, ...], output: Path, *, wish: dict[str, Any], as_
 @click.command()
 @click.argument("uri")
 @_wish
+@click.option("--upload", is_flag=True, help="URI is a file of this machine: put it below GRADCAM_UPLOADS.")
 @click.option("--wait/--no-wait", default=False, help="Wait until the job has ended, and show the result.")
 @click.option("--timeout", "timeout_s", default=120.0, show_default=True, help="Seconds to wait.")
 @click.option("--key", "idempotency_key", help="Idempotency key: the same key never runs twice.")
@@ -132,6 +144,7 @@ def submit(
     *,
     retry_failed: bool,
     wish: dict[str, Any],
+    upload: bool,
     wait: bool,
     as_json: bool,
 ) -> int:
@@ -142,12 +155,18 @@ def submit(
       gradcam submit s3://photos/cat.jpg --top-n 3 --wait
       gradcam submit s3://photos/pier.jpg --network vgg16 --classes pier,dock
       gradcam submit s3://photos/cat.jpg --key order-42 --retry-failed
+      gradcam submit pier.jpg --upload
     """
     from worker.client import GradcamClient
 
-    job = Job.parse({"image": uri, "idempotency_key": idempotency_key, **wish})
+    if not upload and (why := why_no_uri(uri)):
+        message = f"{why}, or say --upload"
+        raise click.UsageError(message)
+    fields = {"idempotency_key": idempotency_key, **wish}
+    job = None if upload else Job.parse({"image": uri, **fields})
     client = GradcamClient(settings=Settings.from_environment())
-    job_id = client.submit(job, retry_failed=retry_failed)
+    retry = {"retry_failed": retry_failed}
+    job_id = client.submit(job, **retry) if job else client.upload_and_submit(uri, **retry, **fields)
     if idempotency_key and not retry_failed and client.status(job_id).status == "failed":
         said = f"Job {job_id} has this key, and has failed: --retry-failed tries it again."
         terminal.err.print(said, markup=False, soft_wrap=True)

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from worker import terminal
-from worker.errors import GradcamError, InvalidSettings, WeightsUnavailable
+from worker.errors import GradcamError, InternalError, InvalidSettings, WeightsUnavailable
 from worker.gradcam import weights
 from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.registry import Registry
@@ -79,7 +79,8 @@ def fetch(*, names: tuple[str, ...], all_mine: bool, as_json: bool) -> int:
     for name in dict.fromkeys(asked):
         try:
             one = _fetched(registry.find(name), settings)
-        except GradcamError as error:
+        except Exception as unforeseen:  # noqa: BLE001  # what stops one does not stop the others
+            error = unforeseen if isinstance(unforeseen, GradcamError) else InternalError.of(unforeseen)
             one = {"name": name, "error": {"code": error.code, "detail": str(error)}}
             failed += 1
             if not as_json:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from worker import broker, envelope, results, traces
-from worker.contract import Job, StatusDocument
+from worker.contract import Job, StatusDocument, why_no_uri
 from worker.deadline import Deadline
 from worker.errors import (
     BrokerUnavailable,
@@ -149,9 +149,12 @@ class GradcamClient:
         return chunk, None
 
     def _check(self, job: Job) -> int:
-        """How many bytes a job has. Raises InvalidJob where no worker would read it."""
+        """How many bytes a job has. Raises InvalidJob where no worker would read it, or its image."""
         text = job.to_json().encode()
         envelope.check(text, self._settings.max_message_bytes)
+        if why := why_no_uri(job.image.uri):
+            message = f"This is not a job: image.uri: {why}."
+            raise InvalidJob(message)
         return len(text)
 
     def _enter(

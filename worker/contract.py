@@ -4,6 +4,8 @@ Every model is frozen and refuses unknown fields by name. `deploy/schemas/` hold
 made from these models, and a test keeps both equal.
 """
 
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -101,13 +103,35 @@ Uri = Annotated[
     AfterValidator(_not_too_long),
     Field(json_schema_extra={"anyOf": [{"pattern": "^[Dd][Aa][Tt][Aa]:"}, {"maxLength": MAX_URI_BYTES}]}),
 ]
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # of one letter it is a drive of Windows
 ShortText = Annotated[str, StringConstraints(max_length=256)]
+
+
+def why_no_uri(uri: str) -> str | None:
+    """Why a text names no image that a worker could fetch, and what would; None where it has a scheme."""
+    if SCHEME.match(uri):
+        return None
+    shown = re.sub("[^/@]*@", "", uri.partition("?")[0])[:200]  # no user, no password, no query
+    return (
+        f"{shown!r} has no scheme: write s3://bucket/key, https://host/path, or file:///folder/name of a "
+        "file that workers can read; upload_and_submit takes a file of this machine"
+    )
+
+
+def _no_image_itself(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    message = (
+        f"an image is named by its URI, as s3://bucket/key, and is no {type(value).__name__}: "
+        "client.upload_and_submit takes bytes, or the path of a file of this machine"
+    )
+    raise ValueError(message)
 
 
 class ImageRef(Wire):
     """Where the image is; with `sha256`, which bytes it must be."""
 
-    uri: Uri
+    uri: Annotated[Uri, BeforeValidator(_no_image_itself)]
     sha256: Sha256 | None = None
 
 
@@ -125,7 +149,7 @@ class Webhook(Wire):
 
 
 def _bare_uri(value: Any) -> Any:
-    return {"uri": value} if isinstance(value, str) else value
+    return value if isinstance(value, Mapping | ImageRef) else {"uri": value}
 
 
 class Job(Wire):

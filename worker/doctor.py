@@ -78,12 +78,12 @@ def _weights(settings: Settings) -> Iterator[Finding]:
     others = 0
     for row in CATALOG.values():
         needed = row.name in settings.preload
-        path = weights.where(row, settings.weights_dir)
-        if path and path.is_file():
+        path = weights.here(row, settings.weights_dir, settings.keras_home)
+        if path:
             yield Finding(f"weights of {row.name}", well=True, detail=str(path))
         elif needed:
             detail = "not here: Keras downloads them when the worker starts"
-            fix = f"Put {row.name}.weights.h5 into the folder that GRADCAM_WEIGHTS_DIR names."
+            fix = f"`gradcam networks fetch {row.name}` downloads them now, or {weights.put(row)}."
             yield Finding(f"weights of {row.name}", well=False, detail=detail, fix=fix)
         else:
             others += 1
@@ -129,6 +129,8 @@ def _look(what: str, look: Callable[[Settings], str], settings: Settings, fix: s
         return Finding(what, well=True, detail=look(settings))
     except GradcamError as error:
         return Finding(what, well=False, detail=str(error), fix=fix)
+    except Exception as error:  # noqa: BLE001  # what stops one look does not stop the others
+        return Finding(what, well=False, detail=str(InternalError.of(error)), fix=fix)
 
 
 def _workers(settings: Settings) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote_to_bytes
 
-from worker.contract import ImageRef
+from worker.contract import ImageRef, why_no_uri
 from worker.deadline import Deadline
 from worker.dialler import Resolve, look_up
 from worker.errors import (
@@ -81,6 +81,9 @@ class Images:
             raise UriNotAllowed(message)
         scheme = image.uri.partition(":")[0].casefold()
         allowed = self._settings.image_schemes
+        if why := why_no_uri(image.uri):
+            message = f"{why}."
+            raise UriNotAllowed(message)
         if scheme not in allowed or scheme not in self._readers:
             shown, schemes = presentable(image.uri)[:200], " or ".join(allowed)
             message = f"{shown!r} is not allowed: its scheme must be {schemes}."
@@ -137,13 +140,13 @@ class Images:
 
     def _read_file(self, uri: str, deadline: Deadline, limit: int) -> bytes:  # noqa: ARG002  # a local disk answers
         host, _, name = uri.partition("://")[2].partition("/")
-        roots = [Path(root).resolve() for root in self._settings.image_roots]
         try:
             # Resolved through symbolic links, so that none leads out.
             path = Path("/" + os.fsdecode(unquote_to_bytes(name))).resolve()
-        except (OSError, ValueError) as error:  # a loop of links, a null byte
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links; a null byte
             message = f"{presentable(uri)} is not a path: {error}"
             raise UriNotAllowed(message) from error
+        roots = self._roots()
         root = next((root for root in roots if path.is_relative_to(root)), None)
         if host not in {"", "localhost"} or root is None:
             folders = ", ".join(map(str, roots))
@@ -166,6 +169,14 @@ class Images:
             raise ImageFetchFailed(message) from error
         self._check_size(len(data), uri, limit)
         return data
+
+    def _roots(self) -> list[Path]:
+        """The folders that images may come from. Raises UriNotAllowed."""
+        try:
+            return [Path(root).resolve() for root in self._settings.image_roots]
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+            message = f"GRADCAM_IMAGE_ROOTS names a folder that cannot be reached: {error}."
+            raise UriNotAllowed(message) from error
 
     def _read_data(self, uri: str, deadline: Deadline, limit: int) -> bytes:  # noqa: ARG002  # already here
         limit = self._settings.max_data_uri_bytes

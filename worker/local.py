@@ -1,5 +1,6 @@
 """`gradcam explain`: the river without a queue, from files to a folder."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from worker import terminal, wiring
 from worker.contract import Job
 from worker.deadline import Deadline
-from worker.errors import GradcamError
+from worker.errors import GradcamError, ImageNotFound, InternalError
 from worker.gradcam.classes import percent
 from worker.manifest import Manifest
 from worker.outside import Outside
 from worker.pipeline import Journey, explain
 from worker.settings import Settings
+
+log = logging.getLogger("gradcam")
 
 TIMEOUT_S = 300  # for one image; the first one may have to load VGG16
 
@@ -28,23 +31,34 @@ def explain_files(
 ) -> int:
     """Explain files one after the other, each into its own folder below `output`; 1 if any failed.
 
-    `wish` holds the fields of a job that are the same for all: network, target, method.
+    `wish` holds the fields of a job that are the same for all: network, target, method. What fails for one
+    file does not stop the others. Raises what stands in the way of all: InvalidJob, UnknownNetwork,
+    NetworkIncompatible, WeightsUnavailable, UnknownClass; KeyboardInterrupt once what was done by then has
+    been shown.
     """
     output = output.absolute()
     own: dict[str, Any] = {"image_schemes": ("file",), "image_roots": ("/",), "output": output.as_uri()}
     wiring.prepare(settings)
     outside = wiring.outside(settings.model_copy(update=own | {"max_batch": 1}))  # one after the other
     job = Job.parse({"image": "file:///", "timeout_s": TIMEOUT_S, **wish})
+    network = outside.residents.get(outside.networks.find(job.network))
+    network.labels.wanted(top_n=job.target.top_n, classes=job.target.classes)
     folders = _folders(images)
     made: dict[Path, Manifest | GradcamError] = {}
+    stopped = False
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=terminal.err, transient=True) as progress:
-        for image in progress.track(images, description=f"explaining with {job.network}"):
-            made[image] = _one(job, image, outside, folders[image], output)
+        try:
+            for image in progress.track(images, description=f"explaining with {job.network}"):
+                made[image] = _one(job, image, outside, folders[image], output)
+        except KeyboardInterrupt:
+            stopped = True
     if as_json:
         terminal.print_json([_record(image, result) for image, result in made.items()])
     else:
         _print(made, folders, output)
+    if stopped:
+        raise KeyboardInterrupt
     return 1 if any(isinstance(result, GradcamError) for result in made.values()) else 0
 
 
@@ -66,11 +80,16 @@ def _folders(images: tuple[Path, ...]) -> dict[Path, str]:
 def _one(job: Job, image: Path, outside: Outside, folder: str, output: Path) -> Manifest | GradcamError:
     journey = Journey(Deadline(TIMEOUT_S), lambda _: None)
     own = job.model_copy(update={"image": job.image.model_copy(update={"uri": image.absolute().as_uri()})})
+    if image.is_dir():
+        return ImageNotFound(f"{image} is a folder: name the files in it, as in {image}/*.jpg.")
     try:
         explain(own, outside, journey, folder=folder)
+        return Manifest.model_validate_json((output / folder / "manifest.json").read_bytes())
     except GradcamError as error:
         return error
-    return Manifest.model_validate_json((output / folder / "manifest.json").read_bytes())
+    except Exception as error:
+        log.debug("%s cannot be explained", image, exc_info=True)
+        return InternalError.of(error)
 
 
 def _record(image: Path, result: Manifest | GradcamError) -> dict[str, Any]:
@@ -82,10 +101,9 @@ def _record(image: Path, result: Manifest | GradcamError) -> dict[str, Any]:
 def _print(made: dict[Path, Manifest | GradcamError], folders: dict[Path, str], output: Path) -> None:
     numbers = ("rank", "id", "probability")
     table = terminal.table("image", "rank", "id", "class", "probability", numbers=numbers)
+    failed = {image: result for image, result in made.items() if isinstance(result, GradcamError)}
     for image, result in made.items():
         if isinstance(result, GradcamError):
-            said = terminal.plain(f"{result.code}: {result}")
-            terminal.err.print(terminal.plain(str(image), "red"), said, soft_wrap=True)
             continue
         for warned in result.warnings:
             said = terminal.plain(f" {terminal.warning_text(warned)}")
@@ -101,3 +119,8 @@ def _print(made: dict[Path, Manifest | GradcamError], folders: dict[Path, str], 
         terminal.out.print(
             terminal.plain(f"Overlays, arrays and manifests are below {output}"), soft_wrap=True
         )
+    if failed:
+        terminal.err.print(f"{len(failed)} of {len(made)} could not be explained:")
+    for image, error in failed.items():
+        said = terminal.plain(f"{error.code}: {error}")
+        terminal.err.print(terminal.plain(str(image), "red"), said, soft_wrap=True)

@@ -1,6 +1,6 @@
 """Every knob, `GRADCAM_*`: the only reader of the environment.
 
-A list is written with commas: `GRADCAM_IMAGE_SCHEMES=s3,https`.
+A list is written with commas: `GRADCAM_IMAGE_SCHEMES=s3,https`; what holds a comma stands in double quotes.
 """
 
 import difflib
@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from worker import addresses, hosts, url
+from worker import addresses, comma_list, hosts
 from worker.errors import InvalidSettings
 from worker.signing import secrets_of
 from worker.traces import checked
@@ -46,9 +47,7 @@ SERVICE_LINKS = (
 
 
 def _split(value: Any) -> Any:
-    return (
-        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-    )
+    return comma_list.parse(value) if isinstance(value, str) else value
 
 
 def _devices(value: Any) -> Any:
@@ -338,7 +337,7 @@ class Settings(BaseModel):
             value = getattr(self, name)
             if isinstance(value, SecretStr):
                 value = value.get_secret_value()
-            text = ",".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
+            text = comma_list.join(value) if isinstance(value, tuple) else "" if value is None else str(value)
             plain[PREFIX + name.upper()] = text
         return plain
 

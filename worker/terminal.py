@@ -7,14 +7,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from worker.contract import Job, StatusDocument, Warned
+from worker import comma_list
 from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.classes import DATA, percent
 from worker.gradcam.weights import cached_at, where
+from worker.gradcam.weights import here as weights_here
 from worker.line import visible
 from worker.outbox import Parked
 from worker.replay import Letter, Replayed
@@ -38,6 +41,14 @@ err = Console(stderr=True, highlight=False)
 def print_json(value: Any) -> None:
     """For machines: one JSON document on standard output, nothing else."""
     print(json.dumps(value, indent=2))  # noqa: T201  # rich would wrap and color it
+
+
+def listed(_: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...] | None:
+    """What an option says that may be given more than once, each time a list with commas; None: nothing."""
+    try:
+        return tuple(name for text in texts for name in comma_list.parse(text)) if texts else None
+    except ValueError as error:
+        raise click.BadParameter(str(error), param=option) from error
 
 
 def table(*columns: str, title: str | None = None, numbers: Sequence[str] = ()) -> Table:
@@ -210,7 +221,7 @@ def here(row: NetworkRow, settings: Settings) -> Path | None:
     if row.file:
         path = cached_at(row.file, settings.cache)
     else:
-        path = where(row, settings.weights_dir) or settings.keras_home / "models" / row.keras_files[0]
+        return weights_here(row, settings.weights_dir, settings.keras_home)
     return path if path.is_file() else None
 
 

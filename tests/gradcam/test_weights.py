@@ -68,6 +68,14 @@ class TestLocate:
         path.write_bytes(b"finetuned")
         assert locate(SHIPPED, tmp_path) == WeightsFile(path, hashlib.sha256(b"finetuned").hexdigest())
 
+    @pytest.mark.parametrize("target", ["nowhere", "efficientnet_lite0.weights.h5"])
+    def test_a_link_that_leads_nowhere_is_not_passed_over_for_the_shipped_file(
+        self, target: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "efficientnet_lite0.weights.h5").symlink_to(tmp_path / target)
+        with pytest.raises(WeightsUnavailable, match=r"lite0\.weights\.h5 is a link that leads nowhere"):
+            locate(SHIPPED, tmp_path)
+
     def test_nothing_is_located_where_only_a_download_is_left(self, tmp_path: Path) -> None:
         assert locate(FETCHED, tmp_path) is None
 
@@ -80,6 +88,9 @@ class TestDownload:
 
         with pytest.raises(WeightsUnavailable) as refused:
             download(FETCHED, build, Path)
+        assert f"put Keras's {KERAS_FILE}, under that name, or vgg16.weights.h5 of your own" in str(
+            refused.value
+        )
         for hint in ("vgg16", "no route to host", "GRADCAM_WEIGHTS_DIR", "vgg16.weights.h5", KERAS_FILE):
             assert hint in str(refused.value)
         assert refused.value.retryable
@@ -185,6 +196,21 @@ class TestCached:
         with pytest.raises(WeightsUnavailable, match="no route"):
             cached(S3_FILE, tmp_path, Shop(WeightsUnavailable("no route")))
         assert contents(tmp_path) == []
+
+    def test_a_saved_model_in_place_of_a_file_is_told_the_line_that_converts_it(self, tmp_path: Path) -> None:
+        (tmp_path / "own.keras").mkdir()
+        (tmp_path / "own.keras" / "saved_model.pb").touch()
+        with pytest.raises(
+            WeightsUnavailable, match=r"own\.keras is a folder, a SavedModel, .*tf_keras\.models\.load"
+        ):
+            cached(ModelFile(str(tmp_path / "own.keras"), CHECKSUM), tmp_path / "cache", Shop(b""))
+
+    def test_links_in_a_circle_are_told_as_what_cannot_be_read(self, tmp_path: Path) -> None:
+        (tmp_path / "own.keras").symlink_to(tmp_path / "own.keras")
+        with pytest.raises(
+            WeightsUnavailable, match=r"own\.keras cannot be read \(Too many levels of symbolic"
+        ):
+            cached(ModelFile(str(tmp_path / "own.keras"), CHECKSUM), tmp_path / "cache", Shop(b""))
 
     @pytest.mark.parametrize("name", ["none.keras", "folder.keras", "file/none.keras"])
     def test_a_path_where_no_file_is_says_what_to_do_and_may_be_tried_again(

@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from worker.comma_list import QUOTED
 from worker.errors import AmbiguousClass, InvalidJob, UnknownClass
 from worker.similar import nearest
 
@@ -110,6 +111,8 @@ class ClassIndex:
             near = nearest(fold(wish), self._spellings(wish), 6)
             hint = list(dict.fromkeys(str(self._by_spelling[spelling][0]) for spelling in near))[:3]
             message = f"There is no class {wish!r}." + (f" Near: {'; '.join(hint)}." if hint else "")
+            if any("," in self._by_spelling[spelling][0].name for spelling in near[:3]):
+                message += f" On a command line {QUOTED}."
             raise UnknownClass(message)
         if len(found) > 1:
             choices = " or ".join(str(label) for label in found)

@@ -151,7 +151,8 @@ def _with_imagenet_step(model: Any, row: NetworkRow) -> Any:
 
 def _own_model(row: NetworkRow, file: WeightsFile) -> Any:
     """An operator's model from its verified file. Nothing in a file is run: no lambdas, no pickles."""
-    name = PurePath(row.file.uri).name if row.file else file.path.name
+    uri = row.file.uri if row.file else str(file.path)
+    name = PurePath(uri).name
     try:
         if row.builder is not None:
             return _weighted(row, file.path, name)
@@ -163,7 +164,7 @@ def _own_model(row: NetworkRow, file: WeightsFile) -> Any:
         message = f"{file.path} was there a moment ago and is gone: another process needed its room."
         raise WeightsUnavailable(message) from error
     except Exception as error:  # whatever Keras, h5py and zipfile make of a file that is something else
-        message = f"{file.path} cannot be loaded as {row.name}: {_reason(error, file.path, name)}"
+        message = f"{uri} cannot be loaded as {row.name}: {_reason(error, file.path, name)}"
         raise NetworkIncompatible(message) from error
 
 

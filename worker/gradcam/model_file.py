@@ -149,7 +149,9 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
         begins = file.read(len(HDF5_BEGINS))
     if begins == HDF5_BEGINS:
         ending = ".h5" if layout(path) == "model" else ".weights.h5"
-        raise Refused(BY_ENDING[ending].format(name))
+        right = name.removesuffix(".keras") + ending  # Keras goes by it
+        message = f"{BY_ENDING[ending].format(right)}; rename it to {right!r} for that"
+        raise Refused(message)
     if not begins.startswith(b"PK"):
         message = f"is no Keras model, it begins with {begins!r}: {SAVE}"
         raise Refused(message)
@@ -245,7 +247,7 @@ def _other_archive(names: list[str], name: str) -> str:
     """What an archive is that holds no `config.json`."""
     last = {PurePosixPath(one).name: one for one in names}
     if "saved_model.pb" in last:
-        return "is an archive of a SavedModel, " + SAVED_MODEL.format(name)
+        return "is an archive of a SavedModel, " + SAVED_MODEL.format("FOLDER")
     if "config.json" in last:
         folder = last["config.json"].rpartition("/")[0]
         return f"is an archive of the folder {folder[:100]!r}: pack what is in it, not the folder"

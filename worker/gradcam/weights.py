@@ -45,23 +45,45 @@ class WeightsFile:
     sha256: str
 
 
+def _names(row: NetworkRow, directory: Path | None) -> tuple[Path, ...]:
+    """Where a row's weights may be in the operator's folder."""
+    names = (f"{row.name}.weights.h5", f"{row.name}.h5", *row.keras_files)
+    return tuple(directory / name for name in names) if directory else ()
+
+
 def where(row: NetworkRow, directory: Path | None) -> Path | None:
     """The row's weights file, or None where only Keras's own download is left.
 
     The operator's folder goes before the shipped file, so that a team can use its own weights.
     """
-    names = (f"{row.name}.weights.h5", f"{row.name}.h5", *row.keras_files)
-    for path in (directory / name for name in names) if directory else ():
+    for path in _names(row, directory):
         if path.is_file():
             return path
     return DATA / row.shipped if row.shipped else None
 
 
+def here(row: NetworkRow, directory: Path | None, keras_home: Path) -> Path | None:
+    """The weights file of a row of the catalog on this machine, Keras's own download too; not yet checked."""
+    path = where(row, directory) or keras_home / "models" / row.keras_files[0]
+    return path if path.is_file() else None
+
+
+def put(row: NetworkRow) -> str:
+    """How to hand over a network's weights where they cannot be downloaded: the rest of a sentence."""
+    theirs = f"Keras's {row.keras_files[0]}, under that name, or " if row.keras_files else ""
+    own = f"{row.name}.weights.h5 of your own"
+    return f"put {theirs}{own} into the folder that GRADCAM_WEIGHTS_DIR names"
+
+
 def locate(row: NetworkRow, directory: Path | None) -> WeightsFile | None:
     """As `where`, read and checked: the shipped file has to be the one that was shipped.
 
-    Raises WeightsChecksumMismatch.
+    Raises WeightsChecksumMismatch; WeightsUnavailable where the operator's file is a link that leads nowhere.
     """
+    for link in _names(row, directory):
+        if link.is_symlink() and not link.exists():
+            message = f"{link} is a link that leads nowhere, or round in a circle: correct or remove it."
+            raise WeightsUnavailable(message)
     path = where(row, directory)
     if path is None:
         return None
@@ -167,8 +189,7 @@ def download(row: NetworkRow, build: Callable[[], Any], kept: Callable[[], Path]
     except Exception as error:  # Keras raises plain Exception for a failed download
         message = (
             f"The weights of {row.name} are not here and could not be downloaded ({abridged(str(error))}). "
-            f"Put {row.name}.weights.h5 or {row.keras_files[0]} into the folder that "
-            "GRADCAM_WEIGHTS_DIR names, or let this machine reach Keras's download once."
+            f"Let this machine reach Keras's download once, or {put(row)}."
         )
         raise WeightsUnavailable(message) from error
     path = kept()
