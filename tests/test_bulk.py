@@ -409,6 +409,43 @@ def test_a_file_that_is_no_shards_is_neither_taken_over_nor_written_over(data: b
     assert bench.store.objects[DATA] == data
 
 
+def test_the_file_of_a_version_that_did_not_know_of_damage_is_taken_over() -> None:
+    bench = Bench()
+    bench.run()
+    before = bench.table
+    bench.store.objects[DATA] = _written(before.drop_columns(["missing"]))
+    bench.run(shard_of(PICTURES, keep=True))
+    assert bench.table.equals(before)
+
+
+def test_a_row_tells_how_much_its_image_lacks_and_is_refused_where_that_is_too_much() -> None:
+    grain = np.random.default_rng(4).integers(0, 256, (320, 400, 3), dtype=np.uint8)
+    whole = cv2.imencode(".jpg", grain)[1].tobytes()
+    images = {"a": whole, "b": whole[:-2], "c": whole[: len(whole) * 49 // 50], "d": whole[: len(whole) // 2]}
+    bench = Bench({f"s3://in/{name}.jpg": data for name, data in images.items()})
+    bench.run(shard_of(bench.images, target={"top_n": 1}))
+    whole_one, no_end, cut, refused = bench.table["missing"].to_pylist()
+    assert (whole_one, no_end, refused) == (None, 0, None)
+    assert cut == pytest.approx(1 / 50, abs=0.02)
+    assert bench.errors == {3: "image_decode_failed"}
+
+
+def test_a_row_has_the_numbers_of_a_job_whatever_is_drawn_of_either() -> None:
+    grain = np.random.default_rng(4).choice([0, 255], (700, 900, 3)).astype(np.uint8)
+    grain[:, :450, 0] //= 2
+    data = cv2.imencode(".jpg", grain, [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
+    one = "s3://in/noise.jpg"
+    bench, drawn = Bench({one: data}), Bench({one: data})
+    bench.run()
+    drawn.run(shard_of({one: data}, artifacts=[{"kind": "overlay"}]))
+    job = Job.parse({"image": one, "network": "efficientnet_lite0", "target": {"top_n": 2}})
+    done = pipeline.explain(job, bench.outside, Journey(Deadline(60), lambda _: None))
+    for table in (bench.table, drawn.table):
+        assert table["probability"].to_pylist() == pytest.approx(
+            [one.probability for one in done.predictions], rel=1e-6
+        )
+
+
 def _written(table: pa.Table) -> bytes:
     file = io.BytesIO()
     pq.write_table(table, file)

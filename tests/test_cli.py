@@ -340,9 +340,12 @@ class TestExplain:
     def test_files_are_explained_into_folders(
         self, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        images = [str(photos / "coffee.jpg"), str(photos / "camera.jpg")]
+        (tmp_path / "cut.jpg").write_bytes((photos / "coffee.jpg").read_bytes()[:-2])
+        images = [*(str(photos / f"{name}.jpg") for name in ("coffee", "camera")), str(tmp_path / "cut.jpg")]
         assert main(["explain", *images, "--top-n", "2", "-o", str(tmp_path)]) == 0
-        shown = capsys.readouterr().out
+        shown, said = capsys.readouterr()
+        assert f"{images[2]} image_damaged: 0.0% of the image is missing: its end marker is missing" in said
+        assert said.count("image_damaged") == 1
         assert "espresso" in shown
         assert "95.4 %" in shown
         manifest = Manifest.model_validate_json((tmp_path / "coffee" / "manifest.json").read_bytes())

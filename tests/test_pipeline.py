@@ -11,15 +11,24 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from worker.contract import Job, Method, Metric
+from worker.contract import Job, Method, Metric, Warned
 from worker.deadline import Deadline
-from worker.errors import GradcamError, InvalidJob, JobTimeout, UnknownClass, UnknownLayer, UnknownNetwork
+from worker.errors import (
+    GradcamError,
+    ImageDecodeFailed,
+    InvalidJob,
+    JobTimeout,
+    UnknownClass,
+    UnknownLayer,
+    UnknownNetwork,
+)
 from worker.gradcam import cam
 from worker.gradcam.catalog import CATALOG, NetworkRow
-from worker.gradcam.decode import decode
+from worker.gradcam.decode import Limits, decode
+from worker.gradcam.explain import explain_image
 from worker.gradcam.faithfulness import METRICS
 from worker.gradcam.residents import Residents
-from worker.manifest import Manifest
+from worker.manifest import DamageRecord, Manifest
 from worker.pipeline import Done, Journey, explain
 from worker.testing import MemoryStore, TinyNetwork, outside
 
@@ -39,10 +48,13 @@ def job(**changes: Any) -> Job:
     return Job.parse({**fields, **changes})
 
 
-def run(asked: Job, store: MemoryStore | None = None, **others: Any) -> tuple[Done, MemoryStore, Journey]:
+def run(
+    asked: Job, store: MemoryStore | None = None, *, data: bytes | None = None, **others: Any
+) -> tuple[Done, MemoryStore, Journey]:
     store = store or MemoryStore()
     journey = Journey(Deadline(asked.timeout_s), lambda _: None)
-    return explain(asked, outside({URI: flag()}, store=store, **others), journey), store, journey
+    there = outside({URI: flag() if data is None else data}, store=store, **others)
+    return explain(asked, there, journey), store, journey
 
 
 def test_a_job_leaves_overlays_arrays_and_last_of_all_its_manifest() -> None:
@@ -109,6 +121,52 @@ def test_a_class_that_nothing_speaks_for_has_an_empty_heatmap_and_a_warning() ->
     manifest = json.loads(store.objects[f"{asked.id}/manifest.json"])
     assert manifest["explanations"][0]["peak_xy"] is None
     assert b"NaN" not in store.objects[f"{asked.id}/manifest.json"]
+
+
+def noisy(width: int = 900, height: int = 700) -> bytes:
+    """A JPEG that looks another when it is decoded at a part of its size."""
+    rng = np.random.default_rng(4)
+    grain = rng.choice([0, 255], (height, width, 3)).astype(np.uint8)
+    grain[:, : width // 2, 0] //= 2
+    return cv2.imencode(".jpg", grain, [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
+
+
+def test_what_the_network_sees_depends_on_the_image_alone_and_not_on_what_is_drawn() -> None:
+    data = noisy()
+    seen = explain_image(TinyNetwork(), data, top_n=3)
+    expected = [(one.id, one.probability) for one in seen.predictions]
+    for artifacts in (
+        [{"kind": "heatmap"}],
+        [{"kind": "overlay"}],
+        [{"kind": "overlay", "max_edge": 64}],
+        [{"kind": "grid"}, {"kind": "report"}, {"kind": "animation", "max_edge": 64}],
+    ):
+        asked = job(artifacts=artifacts, target={"top_n": 3}, metrics=["deletion"])
+        done, store, _ = run(asked, data=data)
+        assert [(one.id, one.probability) for one in done.predictions] == expected
+        manifest = Manifest.model_validate_json(store.objects[f"{asked.id}/manifest.json"])
+        assert [one.raw_max for one in manifest.explanations] == seen.raw_max.tolist()
+        assert (manifest.input.width, manifest.input.height) == (900, 700)
+
+
+def test_a_damaged_image_is_explained_with_a_warning_that_says_what_it_lacks() -> None:
+    data, asked = noisy(160, 120)[:-2], job()
+    done, store, _ = run(asked, data=data)
+    said = "its end marker is missing"
+    assert done.warnings == (Warned(code="image_damaged", missing=0, detail=said),)
+    manifest = Manifest.model_validate_json(store.objects[f"{asked.id}/manifest.json"])
+    assert (manifest.warnings, manifest.input.damage) == (done.warnings, DamageRecord(missing=0, detail=said))
+    assert run(job(), data=noisy(160, 120))[0].warnings == ()
+
+
+def test_how_much_may_be_missing_is_the_operators_decision() -> None:
+    whole = noisy(160, 120)
+    cut = whole[: len(whole) * 4 // 5]
+    with pytest.raises(ImageDecodeFailed, match=r"premature end of data segment.*less than 5.0% may be"):
+        run(job(), data=cut)
+    done, _, _ = run(job(), data=cut, limits=Limits(max_damage=0.5))
+    (warned,) = done.warnings
+    assert 0.15 < (warned.missing or 0) < 0.3
 
 
 def test_a_report_is_one_page_with_the_facts_of_the_manifest() -> None:

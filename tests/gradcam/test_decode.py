@@ -3,15 +3,17 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+from worker.errors import UnsupportedMediaType
 from worker.gradcam.decode import claimed, decode
+from worker.gradcam.structure import Damage
 
 Pixels = NDArray[np.uint8]
 
@@ -38,9 +40,6 @@ def encode(picture: Image.Image, kind: str, **options: Any) -> bytes:
 def png16(values: NDArray[np.uint16], color_type: int, transparent: bytes = b"") -> bytes:
     """A 16-bit PNG of (height, width, channels), written by hand: Pillow writes grey ones only."""
 
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     height, width, _ = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     return b"".join(
@@ -52,6 +51,22 @@ def png16(values: NDArray[np.uint16], color_type: int, transparent: bytes = b"")
             chunk(b"IEND", b""),
         )
     )
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def exif_of(order: str, *entries: tuple[int, int, int, int]) -> bytes:
+    """EXIF of entries (tag, type, count, value), the value as its type is stored."""
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    body = b"".join(
+        struct.pack(f"{order}HHI", *one[:3])
+        + struct.pack(order + {1: "B", 3: "H", 4: "I"}[one[1]], one[3]).ljust(4, b"\0")
+        for one in entries
+    )
+    return b"Exif\0\0" + head + struct.pack(f"{order}IH", 8, len(entries)) + body + bytes(4)
 
 
 @pytest.fixture
@@ -158,6 +173,244 @@ class TestUpright:
         exif = Image.Exif()
         exif[ORIENTATION_TAG] = orientation
         assert_array_equal(decode(encode(Image.fromarray(stored), "PNG", exif=exif)).pixels, stored)
+
+
+class TestOneReaderOfExif:
+    """Opaque or translucent, JPEG, PNG or WebP: one rule, that of browsers."""
+
+    KINDS = (
+        ("JPEG", "RGB"),
+        ("PNG", "RGB"),
+        ("PNG", "RGBA"),
+        ("PNG", "P"),
+        ("WEBP", "RGB"),
+        ("WEBP", "RGBA"),
+    )
+
+    def shape(self, kind: str, mode: str, exif: bytes, **more: Any) -> tuple[int, ...]:
+        """Of a picture of 6 x 4 pixels, when it is decoded."""
+        picture = Image.new("RGBA", (6, 4), RED)
+        picture.putpixel((0, 0), (0, 0, 0, 0))
+        return decode(encode(picture.convert(mode), kind, exif=exif, **more)).pixels.shape
+
+    @pytest.mark.parametrize(("kind", "mode"), KINDS)
+    @pytest.mark.parametrize("order", ["<", ">"])
+    def test_orientation_6_turns_every_picture(self, kind: str, mode: str, order: str) -> None:
+        assert self.shape(kind, mode, exif_of(order, (ORIENTATION_TAG, 3, 1, 6))) == (6, 4, 3)
+
+    @pytest.mark.parametrize(("kind", "mode"), KINDS)
+    @pytest.mark.parametrize(
+        "exif",
+        [
+            b"garbage!",
+            b"Exif\0\0",
+            b"Exif\0\0II*\0\xff\xff\xff\xff",
+            b"Exif\0\0II*\0\x08\0\0\0\xff\xff",
+            *(
+                exif
+                for order in "<>"
+                for exif in (
+                    exif_of(order, (ORIENTATION_TAG, 4, 1, 6)),
+                    exif_of(order, (ORIENTATION_TAG, 1, 1, 6)),
+                    exif_of(order, (ORIENTATION_TAG, 3, 2, 6)),
+                    exif_of(order, (ORIENTATION_TAG, 3, 1, 9)),
+                    exif_of(order, (ORIENTATION_TAG, 3, 1, 1), (ORIENTATION_TAG, 3, 1, 6)),
+                )
+            ),
+        ],
+    )
+    def test_anything_but_one_short_from_1_to_8_turns_none(self, kind: str, mode: str, exif: bytes) -> None:
+        assert self.shape(kind, mode, exif) == (4, 6, 3)
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+    def test_xmp_and_text_turn_nothing(self, mode: str) -> None:
+        xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><tiff:Orientation>6</tiff:Orientation></x:xmpmeta>'
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        text.add_text(
+            "Raw profile type exif", "\nexif\n 34\n" + exif_of("<", (ORIENTATION_TAG, 3, 1, 6)).hex()
+        )
+        one = exif_of("<", (ORIENTATION_TAG, 3, 1, 1))
+        assert self.shape("PNG", mode, one, pnginfo=text) == (4, 6, 3)
+        assert self.shape("WEBP", mode, one, xmp=xmp) == (4, 6, 3)
+        assert self.shape("JPEG", "RGB", one, xmp=xmp) == (4, 6, 3)
+
+
+class TestWhatIsNotPixels:
+    """It cannot refuse a picture, change it, take memory, or be repeated on standard error."""
+
+    FORGED = b'x\n{"level":"critical","message":"ledger wiped"}\n\x1b[31mRED'
+    CHUNKS: ClassVar[dict[str, bytes]] = {
+        "a profile of 20 MB": chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(20_000_000))),
+        "a profile that is no zlib": chunk(b"iCCP", b"x\0\0not zlib"),
+        "a profile of another color space": chunk(b"iCCP", FORGED + b"\0\0" + zlib.compress(bytes(200))),
+        "a text of 20 MB": chunk(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(bytes(20_000_000))),
+        "a packed text": chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(20_000_000))),
+        "a text with a wrong checksum": chunk(b"tEXt", b"a\0b")[:-1] + b"?",
+        "a short pHYs": chunk(b"pHYs", b"\0\0\1"),
+        "a short gAMA": chunk(b"gAMA", b"\0"),
+        "a short cHRM": chunk(b"cHRM", b"\0\0\0"),
+        "an empty sRGB": chunk(b"sRGB", b""),
+        "an sBIT of too many": chunk(b"sBIT", bytes(9)),
+        "a bKGD": chunk(b"bKGD", bytes(1)),
+        "a tIME": chunk(b"tIME", b"now"),
+        "EXIF that is none": chunk(b"eXIf", FORGED),
+        "a chunk that nobody knows": chunk(b"\x1b[3A", FORGED),
+        "the frames of an animation": chunk(b"acTL", b"\0") + chunk(b"fcTL", b"\0") + chunk(b"fdAT", b"\0"),
+        "a palette that is not needed": chunk(b"PLTE", bytes(7)),
+    }
+
+    @pytest.mark.parametrize("name", CHUNKS)
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+    @pytest.mark.parametrize("place", ["before", "behind"])
+    def test_a_png_is_the_same_picture_with_it(
+        self, name: str, mode: str, place: str, stored: Pixels, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        data = encode(Image.fromarray(stored).convert(mode), "PNG")
+        at = 33 if place == "before" else len(data) - 12
+        decoded = decode(data[:at] + self.CHUNKS[name] + data[at:])
+        assert_array_equal(decoded.pixels, decode(data).pixels)
+        assert decoded.damage is None
+        assert capfd.readouterr() == ("", "")
+
+    @pytest.mark.parametrize(
+        "segment",
+        [
+            b"\xff\xee\0\x09Adobe\0\x64",  # Adobe, too short
+            b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\x09",  # a transform that there is not
+            b"\xff\xe0\0\x08JFIF\0\1",
+            b"\xff\xe0\0\x10JFIF\0\x09\x09\0\0\1\0\1\0\0",  # version 9
+            b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\xff\xff",  # a thumbnail that is not there
+            b"\xff\xe1\0\x10Exif\0\0garbage!",
+            b"\xff\xe2\0\x10ICC_PROFILE\0\x09\x03",
+            b"\xff\xed\0\x10Photoshop 3.0\0",
+            b"\xff\xfe\0\x04\x1b[",
+            b"\xff\xf0\0\x02",
+            bytes(40),
+        ],
+    )
+    def test_a_jpeg_is_the_same_picture_with_it(
+        self, segment: bytes, stored: Pixels, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        data = encode(Image.fromarray(stored), "JPEG")
+        for at in (2, data.index(b"\xff\xdb"))[not any(segment) :]:  # zeros would not look like a JPEG
+            decoded = decode(data[:at] + segment + data[at:])
+            assert_array_equal(decoded.pixels, decode(data).pixels)
+            assert decoded.damage is None
+        assert capfd.readouterr() == ("", "")
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+    def test_a_webp_is_the_same_picture_with_it(self, mode: str, stored: Pixels) -> None:
+        picture = Image.fromarray(stored).convert(mode)
+        picture.putpixel((0, 0), (1, 2, 3, 0) if mode == "RGBA" else (1, 2, 3))
+        data = encode(picture, "WEBP", lossless=True, exif=b"garbage!", xmp=b"<", icc_profile=self.FORGED)
+        assert_array_equal(decode(data).pixels, decode(encode(picture, "WEBP", lossless=True)).pixels)
+
+    def test_what_is_transparent_counts_only_where_it_is_well_formed(self) -> None:
+        data = encode(Image.new("RGB", (3, 2), RED), "PNG")
+        for color, expected in ((RED, WHITE), (GREEN, RED)):
+            clear = chunk(b"tRNS", struct.pack(">HHH", *color))
+            assert decode(data[:33] + clear + data[33:]).pixels[0, 0].tolist() == [*expected]
+        for odd in (chunk(b"tRNS", b"\0\xff"), chunk(b"tRNS", bytes(300))):
+            decoded = decode(data[:33] + odd + data[33:])
+            assert (decoded.pixels[0, 0].tolist(), decoded.damage) == ([*RED], None)
+        broken = chunk(b"tRNS", struct.pack(">HHH", *RED))[:-1] + b"?"
+        assert decode(data[:33] + broken + data[33:]).damage == Damage(0, "its transparency is damaged")
+
+
+class TestUncommonBmp:
+    MASKS: ClassVar[dict[str, tuple[int, tuple[int, ...]]]] = {
+        "rgbx": (32, (0xFF, 0xFF00, 0xFF0000)),
+        "bgrx": (32, (0xFF0000, 0xFF00, 0xFF)),
+        "xrgb": (32, (0xFF00, 0xFF0000, 0xFF000000)),
+        "ten bits": (32, (0x3FF00000, 0xFFC00, 0x3FF)),
+        "565": (16, (0xF800, 0x7E0, 0x1F)),
+        "555": (16, (0x7C00, 0x3E0, 0x1F)),
+        "rgba": (32, (0xFF, 0xFF00, 0xFF0000, 0xFF000000)),
+    }
+
+    @staticmethod
+    def bmp(bits: int, masks: tuple[int, ...], values: NDArray[np.uint32]) -> bytes:
+        height, width = values.shape
+        head = 56 if len(masks) == 4 else 40
+        rows = values.astype(f"<u{bits // 8}")
+        rows = np.pad(rows, ((0, 0), (0, width % 2 if bits == 16 else 0)))[::-1]
+        info = struct.pack("<IiiHHIIiiII", head, width, height, 1, bits, 3, rows.nbytes, 0, 0, 0, 0)
+        body = info + struct.pack(f"<{len(masks)}I", *masks)
+        return b"BM" + struct.pack("<IHHI", 0, 0, 0, 14 + len(body)) + body + rows.tobytes()
+
+    @pytest.mark.parametrize("name", MASKS)
+    def test_each_channel_is_where_its_mask_says(self, name: str, stored: Pixels) -> None:
+        bits, masks = self.MASKS[name]
+        part = stored[:, :31]
+        values = np.zeros(part.shape[:2], np.uint32)
+        for channel, mask in enumerate(masks[:3]):
+            values |= np.where(part[..., channel], mask, 0).astype(np.uint32)
+        expected = part.copy()
+        if len(masks) == 4:
+            values |= np.uint32(masks[3])
+            values[0, 0] = masks[0]  # red, and transparent
+            expected[0, 0] = 255
+        assert_array_equal(decode(self.bmp(bits, masks, values)).pixels, expected)
+
+    def test_one_whose_alpha_is_nowhere_is_opaque(self) -> None:
+        values = np.full((2, 3), 0x0000FF, np.uint32)
+        assert_array_equal(
+            decode(self.bmp(32, self.MASKS["rgba"][1], values)).pixels, np.full((2, 3, 3), RED)
+        )
+
+    @pytest.mark.parametrize(("bits", "packing"), [(2, 0), (64, 0), (0, 4), (24, 5), (8, 2)])
+    def test_forms_that_nothing_here_reads_are_refused_by_their_names(self, bits: int, packing: int) -> None:
+        data = bytearray(encode(Image.new("RGB", (4, 4)), "BMP"))
+        data[28:34] = struct.pack("<HI", bits, packing)
+        with pytest.raises(UnsupportedMediaType, match=f"a BMP of {bits} bits per pixel"):
+            decode(bytes(data))
+
+
+class TestSmallFirstFrame:
+    """What the first frame of an animation leaves out is transparent, as any other place without a colour."""
+
+    def gif(self, left: int, top: int, size: tuple[int, int], screen: tuple[int, int], mode: str) -> bytes:
+        frame = Image.new("RGBA", size, RED)
+        if mode == "transparent":
+            frame.putpixel((0, 0), (0, 0, 0, 0))
+        data = bytearray(encode(frame, "GIF"))
+        data[6:10] = struct.pack("<HH", *screen)
+        at = data.index(b",", 13 + 3 * 2 ** (data[10] % 8 + 1) if data[10] >> 7 else 13)
+        data[at + 1 : at + 5] = struct.pack("<HH", left, top)
+        return bytes(data)
+
+    @pytest.mark.parametrize("mode", ["opaque", "transparent"])
+    def test_of_a_gif_the_rest_is_white(self, mode: str) -> None:
+        expected = np.full((8, 12, 3), WHITE, np.uint8)
+        expected[2:5, 4:9] = RED
+        if mode == "transparent":
+            expected[2, 4] = WHITE
+        assert_array_equal(decode(self.gif(4, 2, (5, 3), (12, 8), mode)).pixels, expected)
+
+    def test_a_gif_grows_where_its_first_frame_is_larger(self) -> None:
+        expected = np.full((4, 7, 3), WHITE, np.uint8)
+        expected[1:, 2:] = RED
+        data = self.gif(2, 1, (5, 3), (3, 3), "opaque")
+        assert_array_equal(decode(data).pixels, expected)
+        assert claimed(data) == 28
+
+    @pytest.mark.parametrize("alpha", [255, 0])
+    @pytest.mark.parametrize("lossless", [True, False])
+    def test_of_a_webp_the_rest_is_white(self, alpha: int, *, lossless: bool) -> None:
+        picture = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+        picture.paste((*RED, 255), (8, 8, 16, 16))
+        picture.putpixel((15, 15), (*RED, alpha))
+        second = Image.new("RGBA", (16, 16), BLUE)
+        more = {"save_all": True, "append_images": [second], "lossless": lossless, "quality": 100}
+        data = bytearray(encode(picture, "WEBP", **more))
+        expected = np.full((16, 16, 3), WHITE, np.uint8)
+        expected[8:, 8:] = RED
+        if not alpha:
+            expected[15, 15] = WHITE
+        assert_allclose(decode(bytes(data)).pixels, expected, atol=0 if lossless else 60)
+        at = data.index(b"ANMF")
+        assert data[at + 8 : at + 14] != bytes(6), "it has been made smaller: this is what is to be tested"
 
 
 class TestAlphaOnWhite:

@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
 from worker.errors import (
+    ImageDecodeFailed,
     ImagePixelsExceeded,
     InvalidJob,
     NetworkIncompatible,
@@ -20,6 +21,7 @@ from worker.gradcam.decode import Limits, decode
 from worker.gradcam.explain import Explanation, Prediction, explain_image, explain_pixels, file_name
 from worker.gradcam.network import GRADCAM, Computed, Method
 from worker.gradcam.picture import fit, overlay
+from worker.gradcam.structure import Damage
 from worker.testing import TinyNetwork
 
 
@@ -139,6 +141,21 @@ class TestPictures:
         seen = [explain_image(tiny, image, top_n=3) for image in (picture, data, path, str(path))]
         assert all(same(seen[0], other) for other in seen[1:])
         assert all((one.picture == picture).all() for one in seen)
+
+    def test_a_jpeg_is_explained_as_its_pixels_are_however_large_it_is(self, tiny: TinyNetwork) -> None:
+        grain = np.random.default_rng(4).choice([0, 255], (640, 480, 3)).astype(np.uint8)
+        data = cv2.imencode(".jpg", grain, [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
+        seen = explain_image(tiny, data, top_n=3)
+        assert same(seen, explain_image(tiny, decode(data).pixels, top_n=3))
+        assert seen.picture.shape == (640, 480, 3)
+
+    def test_what_a_damaged_image_lacks_is_told(self, tiny: TinyNetwork) -> None:
+        data = cv2.imencode(".jpg", np.full((64, 64, 3), 200, np.uint8))[1].tobytes()
+        assert explain_image(tiny, data, top_n=1).damage is None
+        damage = explain_image(tiny, data[:-2], top_n=1).damage
+        assert damage == Damage(0, "its end marker is missing")
+        with pytest.raises(ImageDecodeFailed):
+            explain_image(tiny, data[:-2], top_n=1, limits=Limits(max_damage=0))
 
     def test_the_limits_hold_for_encoded_images(self, tiny: TinyNetwork, picture: NDArray[np.uint8]) -> None:
         data = cv2.imencode(".png", picture)[1].tobytes()

@@ -213,8 +213,10 @@ def _jpeg(stored: Stored) -> tuple[Pixels, Damage | None]:
             said = str(error)
             pixels = _by_libjpeg(stored, stored.data, blank=True)
             if not said.startswith(jpeg_file.HARMLESS):
-                with_junk = _by_libjpeg(stored, jpeg_file.with_junk(stored.data), blank=True)
-                damage = jpeg_file.damage(stored.data, said, pixels, with_junk)
+                junk = jpeg_file.with_junk
+                damage = jpeg_file.damage(
+                    stored.data, said, pixels, lambda: _by_libjpeg(stored, junk(stored.data), blank=True)
+                )
     except ValueError as error:
         if "subsampling" in str(error):  # of which libjpeg's simple interface knows the usual ones
             return _by_opencv(stored), damage

@@ -5,7 +5,8 @@ scan" the compressed data of a scan, which hold no marker but restarts.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,7 @@ PLAIN_JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
 ADOBE_BYTES = 12  # without the two of its length
 COEFFICIENTS = 64
 BLOCK = 8  # pixels of a side
+SURE = 0.5  # share that is missing, above which it need not be known better
 GREY = 128  # what decoders put where they have no data
 JUNK = np.random.default_rng(0).integers(0, 255, 4096, np.uint8).tobytes()  # without a marker: no 0xFF
 LENGTH_BYTES = 2  # which a segment's length counts, too
@@ -147,6 +149,7 @@ def with_junk(data: bytes) -> bytes:
     differ where it had none.
     """
     parts = [data[:2]]
+    even = len(data) // max(data.count(bytes([MARKER, START_OF_SCAN])), 1)
     for code, body, compressed in _segments(data):
         parts.append(bytes([MARKER, code]))
         if code == END:
@@ -157,32 +160,38 @@ def with_junk(data: bytes) -> bytes:
             parts += [
                 part for piece in pieces for part in (piece, JUNK[:RESTART_JUNK] * (piece[:1] != b"\xff"))
             ]
-            parts.append(JUNK * (len(data) // len(JUNK) + 1))
+            parts.append(JUNK * (max(len(compressed), even) // len(JUNK) + 1))
     return b"".join(parts)
 
 
-def damage(data: bytes, said: str, shown: Pixels, with_junk: Pixels) -> Damage:
+def damage(data: bytes, said: str, shown: Pixels, with_junk: Callable[[], Pixels]) -> Damage:
     """What the picture of a `Stored` lacks, of which a decoder `said` that it is damaged.
 
-    `shown` is what it made of it, (height, width, channels), and `with_junk` the same with junk behind its
-    data. The share that is missing is the largest of: the blocks for which there were no data; the restart
-    intervals and the last bits of coefficients that are in no scan; the bytes that belong to no block.
+    `shown` is what it made of it, (height, width, channels), and `with_junk` makes the same with junk behind
+    its data. The share that is missing is the largest of: the blocks for which there were no data; the
+    restart intervals and the last bits of coefficients that are in no scan; the bytes that belong to no block.
     """
     scans = b"".join(compressed for _, _, compressed in _segments(data))
     if sent_as_text(scans):
         return Damage(1, "it was transferred as text, in which each line feed has become two bytes")
-    missing = (shown == GREY).all(axis=2)
-    changed = (shown != with_junk).any(axis=2)
-    share = float(changed.mean())
-    height, width = (side // BLOCK * BLOCK for side in missing.shape)
-    if height and width:
-        cells = (height // BLOCK, BLOCK, width // BLOCK, BLOCK)
-        grey = missing[:height, :width].reshape(cells).all(axis=(1, 3))
-        share = float((grey | changed[:height, :width].reshape(cells).any(axis=(1, 3))).mean())
     found = _EXTRANEOUS.search(said)
     extraneous = int(found[1]) / len(data) if found else 0.0
-    share = max(share, extraneous, _incomplete(data), _missing_intervals(data))
+    grey = (shown == GREY).all(axis=2)
+    missing = _blocks(grey, np.all)
+    share = max(float(missing.mean()), extraneous, _incomplete(data), _missing_intervals(data))
+    if share < SURE:
+        changed = (shown != with_junk()).any(axis=2)
+        share = max(float((missing | _blocks(changed, np.any)).mean()), share)
     return Damage(min(share, 1), said.removeprefix("Corrupt JPEG data: "))
+
+
+def _blocks(pixels: NDArray[np.bool_], kind: Callable[..., Any]) -> NDArray[np.bool_]:
+    """Whether `kind` (all, any) of the pixels of each block are so; of a smaller picture, each pixel."""
+    height, width = (side // BLOCK for side in pixels.shape)
+    if not height * width:
+        return pixels
+    cells = pixels[: height * BLOCK, : width * BLOCK].reshape(height, BLOCK, width, BLOCK)
+    return np.asarray(kind(cells, axis=(1, 3)))
 
 
 def _incomplete(data: bytes) -> float:
