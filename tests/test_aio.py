@@ -1,15 +1,17 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
 
 from worker import lookout
-from worker.aio import AsyncGradcamClient
+from worker.aio import CALLS_AT_ONCE, AsyncGradcamClient
 from worker.client import GradcamClient
 from worker.contract import Job, WorkerRef
 from worker.errors import InvalidJob, LedgerUnavailable, UnknownJob, WaitTimeout
@@ -79,7 +81,7 @@ def test_what_is_wrong_is_raised_where_it_is_awaited(client: AsyncGradcamClient)
             await client.submit(**FIELDS, top_m=3)
         with pytest.raises(UnknownJob):
             await client.wait(new_id())
-        with pytest.raises(WaitTimeout, match=r"is still queued after 0\.05 s"):
+        with pytest.raises(WaitTimeout, match=r"is still queued after 0\.05 s\. No worker lives"):
             await client.wait(await client.submit(**FIELDS), 0.05)
 
     asyncio.run(app())
@@ -97,7 +99,9 @@ def test_a_thousand_wait_over_one_connection_and_hold_no_thread(
         channels = [one["sub"] for one in ledger.server.redis.client_list(_type="pubsub")]
         assert [one for one in channels if one != "0"] == ["1000"]
         names = [thread.name for thread in threading.enumerate()]
-        assert len([name for name in names if not name.startswith("of-the-loop")]) <= others + 1
+        assert len([name for name in names if name.startswith("gradcam-client")]) <= CALLS_AT_ONCE
+        ours = ("of-the-loop", "gradcam-client")
+        assert len([name for name in names if not name.startswith(ours)]) <= others + 1
         for job_id in ids:
             ledger.cancel(job_id)
         documents = await asyncio.gather(*waiters)
@@ -105,6 +109,78 @@ def test_a_thousand_wait_over_one_connection_and_hold_no_thread(
 
     others = threading.active_count()
     asyncio.run(app())
+
+
+class Away(MemoryLedger):
+    """A ledger that answers to nobody until it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.back = threading.Event()
+
+    def submit_many(self, jobs: Sequence[Any], **options: Any) -> Any:
+        self.back.wait(WAIT_S)
+        return super().submit_many(jobs, **options)
+
+
+def test_a_ledger_that_is_away_holds_up_nobody_else_of_the_event_loop() -> None:
+    ledger = Away()
+
+    async def app() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1, "of-the-app"))
+        inner = GradcamClient(settings=Settings(), ledger=ledger, publish=Doorbell())
+        async with AsyncGradcamClient(client=inner) as client:
+            submits = [asyncio.create_task(client.submit(**FIELDS)) for _ in range(50)]
+            await asyncio.sleep(0)
+            assert await asyncio.to_thread(lambda: "unrelated") == "unrelated"
+            assert not [one for one in submits if one.done()]
+            ledger.back.set()
+            assert len(set(await asyncio.gather(*submits))) == 50
+
+    asyncio.run(app())
+
+
+def test_who_waited_for_a_thread_does_not_wait_for_the_ledger_as_long_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.aio.CALLS_AT_ONCE", 2)
+    monkeypatch.setattr("worker.client.PATIENCE_S", 0.5)
+    tries: Counter[str] = Counter()
+
+    class Gone(MemoryLedger):
+        def submit_many(self, jobs: Sequence[Any], **_: Any) -> Any:
+            tries[jobs[0].id] += 1
+            message = "The ledger cannot be reached."
+            raise LedgerUnavailable(message)
+
+    async def app() -> None:
+        inner = GradcamClient(settings=Settings(), ledger=Gone(), publish=Doorbell())
+        jobs = [Job.parse(FIELDS) for _ in range(12)]
+        async with AsyncGradcamClient(client=inner) as client:
+            ended = await asyncio.gather(*map(client.submit, jobs), return_exceptions=True)
+        assert {type(one) for one in ended} == {LedgerUnavailable}
+        assert tries[jobs[0].id] > 1
+        assert tries[jobs[-1].id] == 1
+
+    asyncio.run(app())
+
+
+def test_the_context_of_whoever_awaits_a_call_is_that_of_its_thread() -> None:
+    said: ContextVar[str] = ContextVar("said")
+    heard: list[str] = []
+    inner = GradcamClient(
+        settings=Settings(), ledger=MemoryLedger(), publish=lambda _: heard.append(said.get())
+    )
+
+    async def app() -> None:
+        said.set("this request")
+        async with AsyncGradcamClient(client=inner) as client:
+            await client.submit(**FIELDS)
+            await client.close()
+            await client.submit(**FIELDS)
+
+    asyncio.run(app())
+    assert heard == ["this request"] * 2, "closed, it is used again"
 
 
 @pytest.mark.parametrize("leave", ["cancel", "break"])

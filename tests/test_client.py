@@ -453,11 +453,116 @@ def test_a_server_that_accepts_and_never_answers_is_given_up_in_time(
 ) -> None:
     silent = f"redis://127.0.0.1:{silent_port}/0"
     begun = time.monotonic()
-    with pytest.raises(LedgerUnavailable, match=r"Timeout .* was accepted is not known"):
+    with pytest.raises(LedgerUnavailable, match=r"Timeout .* was not accepted\.$"):
         GradcamClient(silent, settings=settings).submit(**FIELDS)
     job_id = GradcamClient(silent, settings.broker_url, settings=settings).submit(**FIELDS)
     assert f"job {job_id} is accepted, but nobody could be told at once" in caplog.text
     assert time.monotonic() - begun < 10, "patience is half a second here, and redis-py has none of its own"
+
+
+def unreachable(**changes: Any) -> LedgerUnavailable:
+    error = LedgerUnavailable("The ledger cannot be reached.")
+    vars(error).update(changes)
+    return error
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(
+    ("unsent", "said"),
+    [
+        ([True], "was not accepted."),
+        ([False], "was accepted is not known: submit again"),
+        ([False, True], "was accepted is not known: submit again"),
+        ([True, False], "was accepted is not known: submit again"),
+    ],
+)
+def test_what_cannot_have_been_accepted_is_said_to_be_so(
+    doorbell: Doorbell, monkeypatch: pytest.MonkeyPatch, unsent: list[bool], said: str
+) -> None:
+    ledger = MemoryLedger()
+    failures = iter([*unsent, *[unsent[-1]] * 1000])
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise unreachable(unsent=next(failures))
+
+    for name in ("submit_many", "cancel", "retry"):
+        monkeypatch.setattr(ledger, name, away)
+    client = GradcamClient(settings=Settings(), ledger=ledger, publish=doorbell)
+    job = Job.parse(FIELDS)
+    with pytest.raises(LedgerUnavailable) as caught:
+        client.submit(job)
+    assert said in str(caught.value)
+    assert caught.value.in_doubt == (() if unsent == [True] else (job.id,))
+    assert caught.value.retryable
+    for ask, done in ((client.cancel, "was cancelled"), (client.retry, "is tried again")):
+        failures = iter([*unsent, *[unsent[-1]] * 1000])
+        with pytest.raises(LedgerUnavailable) as caught:
+            ask(job.id)
+        known = done.replace("was ", "was not ").replace("is ", "is not ")
+        assert (f"Job {job.id} {known}." in str(caught.value)) is (unsent == [True])
+        assert (f"Whether job {job.id} {done} is not known" in str(caught.value)) is (unsent != [True])
+
+
+def test_what_an_error_of_redis_means_is_told_apart(settings: Settings, free_port: int) -> None:
+    reaching = RedisLedger(settings).server.reaching
+    for error, unsent, retryable in (
+        (redis.exceptions.OutOfMemoryError("OOM"), True, True),
+        (redis.exceptions.ReadOnlyError("READONLY"), True, True),
+        (redis.exceptions.ResponseError("NOREPLICAS Not enough good replicas to write."), True, True),
+        (redis.exceptions.NoPermissionError("no permissions"), True, False),
+        (redis.exceptions.ResponseError("DB index is out of range"), True, False),
+        (redis.exceptions.TimeoutError("Timeout reading from socket"), False, True),
+        (redis.exceptions.ConnectionError("Connection closed by server."), False, True),
+        (
+            redis.exceptions.ResponseError("CROSSSLOT Keys in request don't hash to the same slot"),
+            False,
+            False,
+        ),
+    ):
+        with pytest.raises(LedgerUnavailable) as caught, reaching():
+            raise error
+        assert (caught.value.unsent, caught.value.retryable) == (unsent, retryable), error
+    nobody = RedisLedger(settings.changed(broker_url=f"redis://127.0.0.1:{free_port}/0"), retries=0)
+    with pytest.raises(LedgerUnavailable) as caught:
+        nobody.counts()
+    assert caught.value.unsent
+
+
+def test_errors_that_time_may_cure_are_retryable() -> None:
+    assert LedgerUnavailable.retryable
+    assert BrokerUnavailable.retryable
+    assert WaitTimeout.retryable
+    assert not JobNotFailed.retryable
+
+
+def test_who_finds_all_connections_in_use_waits_for_one(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.redis_ledger.CONNECTIONS", 2)
+    client = GradcamClient(settings=settings)
+    job_id = client.submit(**FIELDS)
+    with ThreadPoolExecutor(60) as pool:
+        found = list(pool.map(lambda _: client.status(job_id).id, range(600)))
+    assert set(found) == {job_id}
+    assert len(redis.Redis.from_url(settings.broker_url).client_list()) < 60
+
+
+@pytest.mark.usefixtures("hasty")
+def test_who_waits_in_vain_for_a_connection_is_told_what_for(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.redis_ledger.CONNECTIONS", 2)
+    monkeypatch.setattr(client_module, "TIMEOUT_S", 0.05)
+    ledger = RedisLedger(settings, timeout_s=0.05, retries=0)
+    client = GradcamClient(settings=settings, ledger=ledger)
+    pool = ledger.server.redis.connection_pool
+    held = [pool.get_connection() for _ in range(2)]
+    with pytest.raises(
+        LedgerUnavailable, match=r"all 2 connections of this process were in use .* was not accepted\.$"
+    ):
+        client.submit(**FIELDS)
+    pool.release(held.pop())
+    assert client.submit(**FIELDS)
 
 
 def test_many_threads_share_one_client(settings: Settings) -> None:

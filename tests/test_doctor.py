@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from worker.doctor import Finding, _look, _weights, _workers, examine
+from worker.cli import main
 from worker.gradcam.catalog import CATALOG
 from worker.gradcam.weights import digest
 from worker.redis_ledger import RedisLedger
@@ -31,12 +32,36 @@ def test_a_worker_with_everything_is_well(settings: Settings, tmp_path: Path) ->
     assert (tmp_path / "health" / "probe.txt").exists()
 
 
+@pytest.mark.parametrize(("expected", "well"), [(0, True), (1, False)])
+def test_that_no_worker_lives_is_wrong_where_one_is_expected(
+    settings: Settings, expected: int, well: bool
+) -> None:
+    (finding,) = _workers(settings, expected)
+    assert (finding.what, finding.well) == ("workers", well)
+    assert well or (finding.detail, "gradcam worker" in finding.fix) == ("none of the 1 expected", True)
+
+
+def test_fewer_workers_than_are_expected_are_told_beside_those_that_live(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    well = {"device": "cpu", "since": "2026-11-01T00:00:00Z", "running": 0, "trouble": None}
+    RedisLedger(settings).beat("gpu-1:7", json.dumps(well), {})
+    found = {finding.what: finding.well for finding in _workers(settings, 2)}
+    assert found == {"workers": False, "worker gpu-1:7": True}
+    assert all(finding.well for finding in _workers(settings, 1))
+    for name, value in settings.to_environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("worker.doctor.importlib.util.find_spec", lambda _: None)
+    assert main(["doctor", "--expect-workers", "2"]) == 1
+    assert "FAIL workers: 1 of the 2 expected" in capsys.readouterr().out
+
+
 def test_what_the_running_workers_say_of_themselves_is_told(settings: Settings) -> None:
     ledger = RedisLedger(settings)
     well = {"device": "NVIDIA H100", "since": "2026-11-01T00:00:00Z", "running": 3, "trouble": None}
     ledger.beat("gpu-1:7", json.dumps(well), {})
     ledger.beat("gpu-2:7", json.dumps({**well, "trouble": "The storage failed 3 times."}), {})
-    findings = {finding.what: finding for finding in _workers(settings)}
+    findings = {finding.what: finding for finding in _workers(settings, 0)}
     assert findings["worker gpu-1:7"].well
     assert findings["worker gpu-1:7"].detail.startswith("NVIDIA H100, 3 at work")
     assert not findings["worker gpu-2:7"].well

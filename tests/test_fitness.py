@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import spec_from_loader
 from pathlib import Path
@@ -13,6 +14,7 @@ import redis
 from pydantic import SecretStr
 
 from worker import doctor, embedded, fitness, wiring
+from worker.client import GradcamClient
 from worker.contract import WorkerRef
 from worker.errors import BrokerUnavailable, InvalidSettings, LedgerUnavailable, StorageUnavailable
 from worker.eviction import Eviction
@@ -30,6 +32,43 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     (folder / "users.acl").write_text("\n".join(users))
     with embedded.valkey(folder, "--aclfile", str(folder / "users.acl")) as server:
         yield server.port
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a cluster of one node, which answers as a single server does."""
+    folder = tmp_path_factory.mktemp("cluster")
+    with embedded.valkey(folder, "--cluster-enabled", "yes") as server:
+        with redis.Redis(port=server.port) as connection:
+            node: Any = connection
+            node.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+            end = time.monotonic() + 20
+            while node.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
+                assert time.monotonic() < end
+                time.sleep(0.02)
+        yield server.port
+
+
+@pytest.mark.parametrize("name", ["GRADCAM_BROKER_URL", "GRADCAM_LEDGER_URL"])
+def test_a_redis_cluster_is_refused_by_name(name: str, cluster: int, settings: Settings) -> None:
+    url = f"redis://127.0.0.1:{cluster}/0"
+    changed = settings.changed(**{name.removeprefix("GRADCAM_").lower(): url})
+    with pytest.raises(
+        InvalidSettings, match=rf"^{name}: the server is a Redis Cluster, which is not supported: name one"
+    ):
+        fitness.check(changed, stores=False)
+
+
+def test_a_client_of_a_node_that_has_other_keys_is_told_at_once_that_it_is_a_cluster(tmp_path: Path) -> None:
+    with (
+        embedded.valkey(tmp_path, "--cluster-enabled", "yes") as node,
+        GradcamClient(f"redis://127.0.0.1:{node.port}/0") as client,
+        pytest.raises(
+            LedgerUnavailable, match=r"is part of a Redis Cluster, which is not supported"
+        ) as caught,
+    ):
+        client.submit(image="s3://in/a.jpg", network="vgg16", target={"top_n": 1}, idempotency_key="k")
+    assert (caught.value.hopeless, caught.value.retryable) == (True, False)
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,34 @@ def test_several_may_wait_for_one_job(
     assert [waiter.result(WAIT_S).status for waiter in waiters] == ["canceled"] * 3
 
 
+def test_who_waits_in_vain_is_told_whether_a_worker_lives(
+    client: GradcamClient, ledger: RedisLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = client.submit(**FIELDS)
+
+    def told() -> str:
+        with pytest.raises(WaitTimeout) as caught:
+            client.wait(job_id, 0.01)
+        assert str(caught.value).startswith(f"Job {job_id} is still queued after 0.01 s.")
+        return str(caught.value).partition(" s. ")[2]
+
+    assert told() == "No worker lives that would take it. 1 job queued, 0 running."
+    ledger.beat("w:1", '{"trouble": "The storage failed 3 times."}', {})
+    assert told() == (
+        "1 worker alive, but taking no jobs just now: The storage failed 3 times. 1 job queued, 0 running."
+    )
+    ledger.beat("w:2", '{"trouble": null}', {})
+    ledger.beat("w:3", '{"trouble": null}', {})
+    assert told() == "2 workers alive and taking jobs. 1 job queued, 0 running."
+
+    def away(_: object) -> None:
+        message = "Its user may not look."
+        raise LedgerUnavailable(message)
+
+    monkeypatch.setattr(RedisLedger, "workers", away)
+    assert told() == "", "what is known is said, and no more"
+
+
 @pytest.mark.usefixtures("blind")
 def test_a_stream_shows_how_a_job_is_then_each_change_and_ends_with_the_last(
     client: GradcamClient, ledger: RedisLedger

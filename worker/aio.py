@@ -5,21 +5,29 @@
 ...     async for document in client.stream(job_id):
 ...         print(document.status, document.stage)
 
-A short call runs in a thread of the event loop's executor. Cancelling the task that awaits it does not take
-it back: a job whose submission was cancelled may have been accepted.
+A short call runs in a thread of the client's own, of which there are at most `CALLS_AT_ONCE`: a Redis that is
+away holds nobody up who uses the event loop's executor. The time that a call waits for a thread is taken from
+what Redis gets: see `worker.client.PATIENCE_S`. Cancelling the task that awaits a call does not take it back:
+a job whose submission was cancelled may have been accepted.
 """
 
 import asyncio
+import contextvars
 import functools
+import os
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, suppress
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from worker.client import GradcamClient
+from worker.client import GradcamClient, call_late
 from worker.contract import StatusDocument
+from worker.errors import WaitTimeout
 from worker.settings import Settings
 from worker.watch import Listener
 
+CALLS_AT_ONCE = 32
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -31,7 +39,7 @@ def _awaitable(
 
     @functools.wraps(method)
     async def call(self: "AsyncGradcamClient", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await asyncio.to_thread(method, self.client, *args, **kwargs)
+        return await self._called(functools.partial(method, self.client, *args, **kwargs))
 
     return call
 
@@ -49,6 +57,7 @@ class AsyncGradcamClient:
     ) -> None:
         """As `GradcamClient`; or a face of a `client` that is there already."""
         self.client = client or GradcamClient(broker_url, status_url, settings=settings)
+        self._threads: dict[int, ThreadPoolExecutor] = {}  # by process: they do not survive a fork
 
     submit = _awaitable(GradcamClient.submit)
     submit_many = _awaitable(GradcamClient.submit_many)
@@ -58,7 +67,12 @@ class AsyncGradcamClient:
     retry = _awaitable(GradcamClient.retry)
     result = _awaitable(GradcamClient.result)
     upload_and_submit = _awaitable(GradcamClient.upload_and_submit)
-    close = _awaitable(GradcamClient.close)
+
+    async def close(self) -> None:
+        """See `GradcamClient.close`; its threads end when they have done what they were asked for."""
+        await self._called(self.client.close)
+        if pool := self._threads.pop(os.getpid(), None):
+            pool.shutdown(wait=False)
 
     def is_upload(self, uri: str, *others: str) -> bool:
         """See `GradcamClient.is_upload`. It asks nobody."""
@@ -76,16 +90,28 @@ class AsyncGradcamClient:
         loop, woken, watcher = asyncio.get_running_loop(), asyncio.Event(), self.client.watcher
         wake = functools.partial(loop.call_soon_threadsafe, woken.set)
         listener = Listener(job_id, wake, timeout_s)
-        listener.tell(await asyncio.to_thread(watcher.look, listener.job_id))
-        with closing(watcher.follow(listener)) as steps:
-            for step in steps:
-                if isinstance(step, StatusDocument):
-                    yield step
-                else:
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(step):
-                            await woken.wait()
-                    woken.clear()
+        listener.tell(await self._called(functools.partial(watcher.look, listener.job_id)))
+        try:
+            with closing(watcher.follow(listener)) as steps:
+                for step in steps:
+                    if isinstance(step, StatusDocument):
+                        yield step
+                    else:
+                        with suppress(TimeoutError):
+                            async with asyncio.timeout(step):
+                                await woken.wait()
+                        woken.clear()
+        except WaitTimeout as late:
+            raise await self._called(functools.partial(watcher.explained, late)) from None
+
+    async def _called(self, method: Callable[[], R]) -> R:
+        """Call it in a thread, in the context of whoever awaits it."""
+        mine = os.getpid()
+        if mine not in self._threads:
+            self._threads = {mine: ThreadPoolExecutor(CALLS_AT_ONCE, "gradcam-client")}
+        in_context = contextvars.copy_context().run
+        call = functools.partial(in_context, call_late, time.monotonic(), method)
+        return await asyncio.get_running_loop().run_in_executor(self._threads[mine], call)
 
     async def __aenter__(self) -> Self:
         """Nothing is connected yet."""

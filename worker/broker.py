@@ -53,7 +53,7 @@ class Bell:
         self._clients = Clients(
             settings, settings.broker_url, BrokerUnavailable, timeout_s=timeout_s, retries=0
         )
-        self.close = self._clients.close
+        self.close, self.mode = self._clients.close, self._clients.mode
 
     def publish(self, jobs: Iterable[tuple[Work, datetime | None]]) -> None:
         """Ring for jobs, in order, each with the moment at which it was entered in the ledger.

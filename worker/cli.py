@@ -117,17 +117,25 @@ def deliver() -> int:
 
 @gradcam.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
-def doctor(*, as_json: bool) -> int:
-    """Check broker, ledger, storage, weights and device, and say what to fix.
+@click.option(
+    "--expect-workers",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Fail where fewer workers than these live.",
+)
+def doctor(*, as_json: bool, expect_workers: int) -> int:
+    """Check broker, ledger, workers, storage, weights and device, and say what to fix.
 
     \b
     Example:
       gradcam doctor
+      gradcam doctor --expect-workers 2
     """
     from worker.doctor import examine
 
     findings = []
-    for finding in examine(Settings.from_environment()):
+    for finding in examine(Settings.from_environment(), expected_workers=expect_workers):
         findings.append(finding)
         if not as_json:
             mark = "[green]ok  [/]" if finding.well else "[red]FAIL[/]"

@@ -8,9 +8,11 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from worker import broker, envelope, results, traces
 from worker.contract import Job, StatusDocument, why_no_uri
@@ -37,6 +39,7 @@ PATIENCE_S = 5.0  # for which Redis is asked again where it is out of reach; one
 PAUSE_S = 0.5  # between two tries at most
 CHUNK, CHUNK_BYTES = 500, 4 * 1024**2  # jobs, and bytes of them as JSON, in one step of `submit_many`
 T = TypeVar("T")
+_late_s: ContextVar[float] = ContextVar("gradcam_late_s", default=0)  # that a call had to wait for a thread
 
 
 class GradcamClient:
@@ -79,8 +82,9 @@ class GradcamClient:
         that one has failed, `retry_failed` has it tried again; without it the failure stays what it is.
 
         A job that is in the ledger is accepted: where the broker is out of reach just then, a worker finds
-        the job within a minute of its turn. Raises InvalidJob, IdempotencyConflict, and LedgerUnavailable
-        (it is not known whether the job was accepted: submit it again with the same id or key).
+        the job within a minute of its turn. Raises InvalidJob, IdempotencyConflict, and LedgerUnavailable,
+        which says whether the job was not accepted, or that it is not known: `in_doubt` has its id then, and
+        submitted again with the same id or key it runs once.
         """
         if job is not None and fields:
             message = f"Give a job or its fields, not both: {', '.join(fields)} came with a job."
@@ -161,16 +165,16 @@ class GradcamClient:
         self, jobs: Sequence[Job], patience: Patience, *, retry_failed: bool
     ) -> list[StatusDocument | IdempotencyConflict]:
         """Enter jobs in the ledger: see `Ledger.submit_many`. Doing it twice is harmless."""
-
-        def enter() -> list[StatusDocument | IdempotencyConflict]:
-            return self._ledger.submit_many(jobs, retry_failed=retry_failed)
-
+        asked = _Asked(lambda: self._ledger.submit_many(jobs, retry_failed=retry_failed))
         try:
-            return patience.insist(enter, (LedgerUnavailable,), _hopeless)
+            return patience.insist(asked, (LedgerUnavailable,), _hopeless)
         except LedgerUnavailable as error:
             which = f"job {jobs[0].id} was" if len(jobs) == 1 else f"{len(jobs)} jobs were"
+            if not asked.in_doubt:
+                known = f"{which[0].upper()}{which[1:]} not accepted."
+                raise error.saying(known) from error
             again = "submit again with the same id, or idempotency key, and nothing runs twice"
-            doubt = LedgerUnavailable(f"{error} Whether {which} accepted is not known: {again}.")
+            doubt = error.saying(f"Whether {which} accepted is not known: {again}.")
             doubt.in_doubt = tuple(job.id for job in jobs)
             raise doubt from error
 
@@ -212,11 +216,7 @@ class GradcamClient:
 
         A final one stays as it is: look at the document's `status`. Raises UnknownJob, LedgerUnavailable.
         """
-        try:
-            return self._insist(lambda: self._ledger.cancel(job_id))
-        except LedgerUnavailable as error:
-            message = f"{error} Whether job {job_id} was cancelled is not known: ask again."
-            raise LedgerUnavailable(message) from error
+        return self._changed(lambda: self._ledger.cancel(job_id), f"job {job_id} was", "cancelled")
 
     def retry(self, job_id: str) -> StatusDocument:
         """Try a failed job again, as the same one: its id, its idempotency key and its webhooks stay.
@@ -225,15 +225,24 @@ class GradcamClient:
         or runs is left as it is. Raises JobNotFailed (a job that succeeded, was canceled or expired is
         submitted as a new one), UnknownJob, LedgerUnavailable.
         """
+        document = self._changed(lambda: self._ledger.retry(job_id), f"job {job_id} is", "tried again")
         try:
-            document = self._insist(lambda: self._ledger.retry(job_id))
             job = self._insist(lambda: self._ledger.job(document.id))
         except LedgerUnavailable as error:
-            message = f"{error} Whether job {job_id} is tried again is not known: ask again."
-            raise LedgerUnavailable(message) from error
+            log.warning("job %s is queued again, but nobody could be told at once: %s", document.id, error)
+            return document
         if isinstance(job, Job):
             self._ring([(job, document)], _patience())
         return document
+
+    def _changed(self, ask: Callable[[], T], which: str, done: str) -> T:
+        asked = _Asked(ask)
+        try:
+            return self._insist(asked)
+        except LedgerUnavailable as error:
+            doubt = f"Whether {which} {done} is not known: ask again."
+            known = f"{which[0].upper()}{which[1:]} not {done}."
+            raise error.saying(doubt if asked.in_doubt else known) from error
 
     def _insist(self, ask: Callable[[], T]) -> T:
         return _patience().insist(ask, (LedgerUnavailable,), _hopeless)
@@ -313,8 +322,30 @@ def _traced(job: Job) -> Job:
     return job if traceparent == job.traceparent else job.model_copy(update={"traceparent": traceparent})
 
 
+class _Asked(Generic[T]):
+    """Asks the ledger to change something, perhaps more than once; `in_doubt`: it may have done so."""
+
+    def __init__(self, ask: Callable[[], T]) -> None:
+        self._ask, self.in_doubt = ask, False
+
+    def __call__(self) -> T:
+        try:
+            return self._ask()
+        except LedgerUnavailable as error:
+            self.in_doubt = self.in_doubt or not error.unsent
+            raise
+
+
+def call_late(asked_at: float, method: Callable[[], T]) -> T:
+    """Call a method of a client that was asked for at this moment (`time.monotonic`), with less patience."""
+    _late_s.set(time.monotonic() - asked_at)
+    return method()
+
+
 def _patience(*, insists: bool = True) -> Patience:
-    return Patience(Deadline(math.inf), PATIENCE_S, insists=insists, longest_pause_s=PAUSE_S)
+    left_s = max(PATIENCE_S - _late_s.get(), 0)
+    _late_s.set(0)  # what follows in the same call begins now
+    return Patience(Deadline(math.inf), left_s, insists=insists, longest_pause_s=PAUSE_S)
 
 
 def _hopeless(error: Exception) -> bool:

@@ -33,16 +33,16 @@ class Finding:
     fix: str = ""
 
 
-def examine(settings: Settings) -> Iterator[Finding]:
-    """Look at broker, ledger, storage, device, weights and the operator's own networks, in this order.
+def examine(settings: Settings, *, expected_workers: int = 0) -> Iterator[Finding]:
+    """Look at broker, ledger, workers, storage, device, weights and the operator's own networks.
 
-    Each is told as it is found.
+    In this order, and each is told as it is found. Fewer workers that live than are expected are not well.
     """
     broker_fix = "Start Redis or Valkey there, or set GRADCAM_BROKER_URL."
     yield _look("broker", fitness.broker_answers, settings, broker_fix)
     yield _look("ledger", fitness.ledger_answers, settings, broker_fix.replace("BROKER", "LEDGER"))
     yield from _eviction(settings)
-    yield from _workers(settings)
+    yield from _workers(settings, expected_workers)
     if importlib.util.find_spec("keras") is None:
         detail = "not installed: from here jobs can be submitted, not run"
         fix = "For a worker: pip install 'gradcam-worker[cpu]' (or [gpu])."
@@ -133,13 +133,17 @@ def _look(what: str, look: Callable[[Settings], str], settings: Settings, fix: s
         return Finding(what, well=False, detail=str(InternalError.of(error)), fix=fix)
 
 
-def _workers(settings: Settings) -> Iterator[Finding]:
+def _workers(settings: Settings, expected: int) -> Iterator[Finding]:
     """What the workers say of themselves that run now, wherever they are."""
     try:
         found = RedisLedger(settings).workers()
     except LedgerUnavailable:
         return  # which has been told already
-    if not found:
+    if len(found) < expected:
+        fix = "Start `gradcam worker` there, with the same GRADCAM_BROKER_URL and GRADCAM_KEY_PREFIX."
+        detail = f"{len(found) or 'none'} of the {expected} expected"
+        yield Finding("workers", well=False, detail=detail, fix=fix)
+    elif not found:
         yield Finding("workers", well=True, detail="none takes jobs just now")
     for name, text in sorted(found.items()):
         said = json.loads(text)

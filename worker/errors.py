@@ -56,7 +56,7 @@ helps, the same for every error of a class, and so without settings, hosts, buck
 The code is for machines, and is a promise (see `worker.contract.Problem`).
 """
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class GradcamError(Exception):
@@ -88,6 +88,15 @@ class LocalError(GradcamError):
 
     public_message = "This did not work. Please try again later."
     hopeless: bool = False  # asking again cannot help: a wrong password, say
+    unsent: bool = (
+        False  # nothing can have been changed: what was asked for did not reach anybody, or was refused
+    )
+
+    def saying(self, more: str) -> Self:
+        """The same error, which says more."""
+        error = type(self)(f"{self} {more}")
+        vars(error).update(vars(self))
+        return error
 
 
 class InvalidJob(PermanentError):
@@ -324,6 +333,7 @@ class BrokerUnavailable(LocalError):
     """The queue cannot be reached."""
 
     code = "broker_unavailable"
+    retryable = True
     public_message = "The service cannot be reached just now. Please try again in a minute."
 
 
@@ -331,6 +341,7 @@ class LedgerUnavailable(LocalError):
     """The ledger cannot be reached."""
 
     code = "ledger_unavailable"
+    retryable = True
     public_message = "The service cannot be reached just now. Please try again in a minute."
 
 
@@ -352,6 +363,7 @@ class WaitTimeout(LocalError):
     """The job did not become final within the time the caller gave."""
 
     code = "wait_timeout"
+    retryable = True
     public_message = "This is not finished yet. Please look again later."
 
 

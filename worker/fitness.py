@@ -28,8 +28,8 @@ from worker.eviction import FIX, Eviction
 from worker.folder import REFUSED
 from worker.gradcam import weights
 from worker.gradcam.registry import Registry
-from worker.redis_ledger import RedisLedger
-from worker.settings import Settings
+from worker.redis_ledger import NO_CLUSTER, RedisLedger
+from worker.settings import ONE_SERVER, Settings
 from worker.url import without_secrets
 
 log = logging.getLogger("gradcam")
@@ -40,7 +40,6 @@ HOPELESS = (
     redis.exceptions.AuthenticationError,
     redis.exceptions.AuthorizationError,
     redis.exceptions.InvalidResponse,  # something else listens there
-    redis.exceptions.MovedError,  # a Redis Cluster
     redis.exceptions.NoPermissionError,
 )
 HOPELESS_WORDS = ("CERTIFICATE", "WRONG_VERSION_NUMBER", "Invalid Database", "DB index")
@@ -71,8 +70,10 @@ def check(settings: Settings, *, stores: bool = True) -> None:
 
 def broker_answers(settings: Settings) -> str:
     """Where the broker is. Raises BrokerUnavailable, InvalidSettings."""
+    bell = broker.Bell(settings, timeout_s=ANSWER_S)
     try:
-        broker.Bell(settings, timeout_s=ANSWER_S).waiting("normal")
+        bell.waiting("normal")
+        _check_mode(bell.mode(), "GRADCAM_BROKER_URL")
     except BrokerUnavailable as error:
         _judge(error, "GRADCAM_BROKER_URL")
         raise
@@ -81,10 +82,13 @@ def broker_answers(settings: Settings) -> str:
 
 def ledger_answers(settings: Settings) -> str:
     """Where the ledger is, and how much it has to do. Raises LedgerUnavailable, InvalidSettings."""
+    name = "GRADCAM_LEDGER_URL" if settings.ledger_url else "GRADCAM_BROKER_URL"
+    ledger = RedisLedger(settings, timeout_s=ANSWER_S, retries=0)
     try:
-        queued, running = RedisLedger(settings, timeout_s=ANSWER_S, retries=0).counts()
+        queued, running = ledger.counts()
+        _check_mode(ledger.server.mode(), name)
     except LedgerUnavailable as error:
-        _judge(error, "GRADCAM_LEDGER_URL" if settings.ledger_url else "GRADCAM_BROKER_URL")
+        _judge(error, name)
         raise
     return f"{without_secrets(settings.ledger)}: {queued} queued, {running} running"
 
@@ -100,6 +104,13 @@ def redis_keeps(settings: Settings) -> str:
             log.warning("%s: %s%s", one.setting, one, f" {FIX}" if one.evicts else "")
         said.append(str(one))
     return "; ".join(said)
+
+
+def _check_mode(mode: str, setting: str) -> None:
+    """Raise InvalidSettings for what is no single server, though it answers as one."""
+    if mode in {"cluster", "sentinel"}:
+        message = f"{setting}: the server is a Redis {mode.title()}, which is not supported: {ONE_SERVER}."
+        raise InvalidSettings(message)
 
 
 def storage_takes(settings: Settings) -> str:
@@ -237,6 +248,9 @@ def _writable(folder: Path) -> bool:
 def _judge(error: GradcamError, setting: str) -> None:
     """Raise InvalidSettings where asking again is of no use."""
     cause = error.__cause__
+    if NO_CLUSTER in str(error):
+        message = f"{setting}: {_sentence(error)}"
+        raise InvalidSettings(message) from error
     if isinstance(cause, HOPELESS) or any(words in str(cause) for words in HOPELESS_WORDS):
         name = setting + (" or GRADCAM_REDIS_CA" if "CERTIFICATE" in str(cause) else "")
         message = f"{name}: {_sentence(error)} {CREDENTIALS}"

@@ -8,11 +8,12 @@ What it takes to follow a job is written once, without saying how to sleep: `Wat
 sleeps in a thread, `worker.aio` in an event loop.
 """
 
+import json
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 
 from worker.contract import StatusDocument
@@ -103,13 +104,23 @@ class Watcher:
         woken = threading.Event()
         listener = Listener(job_id, woken.set, timeout_s)
         listener.tell(self.look(listener.job_id))
-        with closing(self.follow(listener)) as steps:
-            for step in steps:
-                if isinstance(step, StatusDocument):
-                    yield step
-                else:
-                    woken.wait(step)
-                    woken.clear()
+        try:
+            with closing(self.follow(listener)) as steps:
+                for step in steps:
+                    if isinstance(step, StatusDocument):
+                        yield step
+                    else:
+                        woken.wait(step)
+                        woken.clear()
+        except WaitTimeout as late:
+            raise self.explained(late) from None
+
+    def explained(self, late: WaitTimeout) -> WaitTimeout:
+        """The same, with what the ledger knows of workers and queues; asked for in this thread."""
+        try:
+            return late.saying(_at_work(self._ledger.workers(), *self._ledger.counts()))
+        except LedgerUnavailable:  # its user may not look, or it is away just now
+            return late
 
     def look(self, job_id: str) -> News:
         """One look at a job, in this thread: its document, or why there is none."""
@@ -155,3 +166,20 @@ class Watcher:
                     abandoned.abandon()
             self._lookouts.setdefault(mine, Lookout(self._ledger))  # one, whichever thread comes first
         return self._lookouts[mine]
+
+
+def _at_work(workers: Mapping[str, str], queued: int, running: int) -> str:
+    """Whether anybody is there to take a job, and how much there is to do."""
+    troubles = [str(json.loads(health).get("trouble") or "") for health in workers.values()]
+    told = next((one for one in troubles if one), "")
+    if not workers:
+        who = "No worker lives that would take it"
+    elif all(troubles):
+        who = f"{_count(len(workers), 'worker')} alive, but taking no jobs just now: {told.rstrip('.')}"
+    else:
+        who = f"{_count(troubles.count(''), 'worker')} alive and taking jobs"
+    return f"{who}. {_count(queued, 'job')} queued, {running} running."
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
