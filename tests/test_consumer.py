@@ -365,7 +365,7 @@ def refusing_writes(server: redis.Redis, how: str) -> Iterator[None]:
         server.replicaof("NO", "ONE")
 
 
-@pytest.mark.filterwarnings("ignore::celery.exceptions.CPendingDeprecationWarning")  # as `worker.process` does
+@pytest.mark.filterwarnings("ignore::celery.exceptions.CPendingDeprecationWarning")
 @pytest.mark.parametrize("how", ["NOREPLICAS", "READONLY"])
 def test_a_failed_acknowledgement_renews_the_connection_and_leaves_none_behind(
     reception: Reception, monkeypatch: pytest.MonkeyPatch, how: str
