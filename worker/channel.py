@@ -157,7 +157,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         if self.closed:  # its connection was given up meanwhile, and all that it held
             log.debug("message %s was received by a connection that is closed: %s", message_id, error)
             return
-        log.warning("message %s could not be acknowledged: %s", message_id, error)
+        log.debug("message %s could not be acknowledged: %s", message_id, error)
         self.on_unsettled(error)
 
     def _brpop_start(self, timeout: float | None = None) -> None:

@@ -11,6 +11,7 @@ from worker.breaker import Breaker
 from worker.keepers import Keep
 from worker.leases import Leases
 from worker.observer import SILENT, Observer
+from worker.outage import Outages
 from worker.outside import Outside
 from worker.settings import Settings
 from worker.stall import Stall
@@ -29,7 +30,8 @@ class Crew:
 def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer = SILENT) -> Crew:
     """Everybody a worker process needs. Raises InvalidSettings."""
     ledger, me, began_at = wiring.ledger(settings), wiring.worker_ref(), utc_now()
-    ledger.observer = observer
+    ledger.observer, outages = observer, Outages()
+    app.outages = outages
     breaker = Breaker(lambda: storage.probe(outside.stores.open()))
 
     def health() -> str:
@@ -38,9 +40,10 @@ def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer
         batch = round(outside.residents.usual_images, 1)
         return json.dumps({**said, "batch": batch, "trouble": breaker.open or outside.residents.trouble})
 
-    leases = Leases(ledger, me.id, settings.lease_s, health, observer)
+    leases = Leases(ledger, me.id, settings.lease_s, health, observer, outages.ledger)
     spans = traces.to(settings.traces, "gradcam-worker", me.id)
-    others = keepers.gather(settings, app.bell, ledger, outside.webhooks.send, me.id, observer, spans)
+    send = outside.webhooks.send
+    others = keepers.gather(settings, app.bell, ledger, send, me.id, observer, spans, outages)
     stall = Stall(app.bell.any_waiting, settings.hung_after_s)
     desk = Desk(settings, ledger, outside, me, leases, breaker, observer=observer, traces=spans, stall=stall)
     own = {"leases": leases.keep, "breaker": breaker.watch, "stall": stall.keep}

@@ -11,6 +11,7 @@ from worker.deadline import Deadline
 from worker.errors import AttemptFenced, JobCanceled, LedgerUnavailable
 from worker.ledger import Ledger
 from worker.observer import SILENT, Observer
+from worker.outage import Outage
 from worker.wire import utc_now
 
 log = logging.getLogger("gradcam")
@@ -29,8 +30,10 @@ class Leases:
         lease_s: float,
         health: Callable[[], str] = lambda: "",
         observer: Observer = SILENT,
+        outage: Outage | None = None,
     ) -> None:
-        """`health` is what the worker says of itself."""
+        """`health` is what the worker says of itself, `outage` of a ledger that is away."""
+        self._outage = outage or Outage("the ledger")
         self._ledger, self._worker, self._health = ledger, worker, health
         self._lease_s, self._observer = lease_s, observer
         self._letting_go = False
@@ -86,16 +89,14 @@ class Leases:
 
     def keep(self, stopped: threading.Event) -> None:
         """Renew until `stopped`; a ledger out of reach is asked again."""
-        every_s, reached = min(self._lease_s / BEATS, LOOK_S), True
+        every_s = min(self._lease_s / BEATS, LOOK_S)
         while not stopped.wait(every_s):
             try:
                 self.beat()
             except LedgerUnavailable as error:
-                if reached:  # said once in an outage
-                    log.warning("no lease can be renewed: %s", error)
-                reached = False
+                self._outage.failed(f"no lease can be renewed: {error}")
             except BaseException:
                 # Whatever it is, without this thread every job here would be lost to others, for ever.
                 log.exception("leases could not be renewed")
             else:
-                reached = True
+                self._outage.answered()
