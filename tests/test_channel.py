@@ -1,6 +1,7 @@
 """How many messages of one queue a process has in hand, beside those of the others."""
 
 import contextlib
+import json
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from worker.broker import INTERACTIVE, SHARDS
 from worker.settings import Settings
 from worker.wire import new_id
 
+WAIT_S = 20
 THREADS, IN_HAND = 3, 2
 
 
@@ -140,6 +142,69 @@ def test_a_lost_connection_gives_all_places_back(app: Any, settings: Settings) -
     again.acknowledge(*again.shards)
     assert len(again.turns()) == IN_HAND
     again.connection.release()
+
+
+def bare(message_id: str) -> str:
+    """As little as a stranger may write."""
+    body = json.dumps([[{"id": message_id}], {}, {}])
+    headers = {"id": message_id, "task": broker.EXPLAIN}
+    kinds = {"content-type": "application/json", "content-encoding": "utf-8"}
+    return json.dumps({"body": body, "headers": headers, "properties": {}, **kinds})
+
+
+@pytest.mark.parametrize("form", ["ours", "bare", "refused"])
+def test_what_was_taken_by_somebody_who_died_before_he_read_it_comes_again(
+    app: Any, settings: Settings, form: str
+) -> None:
+    key = f"{settings.key_prefix}{INTERACTIVE}"
+    with redis.Redis.from_url(settings.broker_url) as server:
+        if form == "ours":
+            [message_id] = ring(app, "high", 1)
+        else:
+            message_id = new_id()
+            text = bare(message_id)
+            server.lpush(key, text if form == "bare" else text.replace('"headers"', '"heads"'))
+        first = Consumer(app)
+        first.connection.transport.cycle.on_poll_start()  # it asks
+        assert first.channel.client.connection.can_read(timeout=WAIT_S)
+        first.channel.client.connection.disconnect()  # and is no more
+        assert not server.exists(key)
+        [tag] = server.hkeys(f"{settings.key_prefix}unacked")
+        server.zadd(f"{settings.key_prefix}unacked_index", {tag: 1})  # long ago
+        second = Consumer(app)
+        second.channel.qos.restore_visible()
+        second.turns()
+        assert [second.id(one) for one in second.held] == [message_id]
+        second.acknowledge(*second.held)
+        assert not server.exists(f"{settings.key_prefix}unacked", key)
+    second.connection.release()
+
+
+def test_where_scripts_are_not_allowed_messages_are_received_all_the_same(
+    app: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> str:
+        message = "this user has no permissions to run the 'script|load' command"
+        raise redis.exceptions.NoPermissionError(message)
+
+    monkeypatch.setattr(redis.Redis, "script_load", refuse)
+    ids = ring(app, "normal", 3)
+    one = Consumer(app)
+    assert one.turns() == ids
+    assert caplog.text.count("received by BRPOP alone") == 1
+    one.connection.release()
+
+
+def test_a_server_that_has_forgotten_the_script_is_told_it_again(app: Any, settings: Settings) -> None:
+    one = Consumer(app)
+    first = ring(app, "normal", 1)
+    assert one.turns() == first
+    with redis.Redis.from_url(settings.broker_url) as server:
+        server.script_flush()
+    assert one.turns() == first
+    second = ring(app, "normal", 2)
+    assert one.turns() == [*first, *second]
+    one.connection.release()
 
 
 def test_without_a_limit_there_is_none(settings: Settings) -> None:

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,9 @@ from worker.channel import Seldom
 from worker.consumer import SturdyConsumer, ThreadPool
 from worker.envelope import QUESTIONS, check
 from worker.errors import InvalidJob, LedgerUnavailable
+from worker.outage import Outages
 from worker.settings import Settings
+from worker.stall import Stall
 from worker.wire import new_id
 
 WAIT_S = 30
@@ -49,7 +52,7 @@ class Reception:
     hold: threading.Event = field(default_factory=threading.Event)  # as long as it is not set, tasks wait
     raises: dict[str, BaseException] = field(default_factory=dict)  # message id -> once, in its thread
     holds: dict[str, threading.Event] = field(default_factory=dict)  # message id -> what its thread waits for
-    unheld: list[int] = field(default_factory=list)
+    stall: Stall = field(default_factory=lambda: Stall(lambda: False, math.inf))
 
     def key(self, name: str) -> str:
         return f"{self.settings.key_prefix}{name}"
@@ -118,7 +121,7 @@ def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
 
         app.task(explain, name=broker.EXPLAIN, bind=True, shared=False, Request=process.REQUEST)
         app.refuse_message = desk.refuse
-        app.turned, app.unheld = lambda: None, desk.unheld.append
+        app.turned, app.stall, app.outages = lambda: None, desk.stall, Outages()
         app.conf.worker_consumer = "worker.consumer:SturdyConsumer"
         setup_worker_optimizations(app)
         worker = app.WorkController(
@@ -416,6 +419,8 @@ def test_a_message_that_nobody_is_at_work_on_goes_back(
             return None
         return submit(self, *args, **options)
 
+    told: list[int] = []
+    monkeypatch.setattr(reception.stall, "unheld", told.append)
     monkeypatch.setattr(ThreadPool, "on_apply", forget)
     ids = [new_id() for _ in range(3)]
     for message_id in ids:
@@ -423,7 +428,7 @@ def test_a_message_that_nobody_is_at_work_on_goes_back(
     wait_for(lambda: reception.handled.keys() >= {*ids}, "all of them")
     assert len(lost) == 2
     assert caplog.text.count("nobody is at work on it: it goes back") == 2
-    assert 2 in reception.unheld
+    assert 2 in told
 
 
 @contextlib.contextmanager
@@ -440,9 +445,7 @@ def refusing_writes(server: redis.Redis, how: str) -> Iterator[None]:
         server.replicaof("NO", "ONE")
 
 
-@pytest.mark.filterwarnings(
-    "ignore::celery.exceptions.CPendingDeprecationWarning"
-)  # as `worker.process` does
+@pytest.mark.filterwarnings("ignore::celery.exceptions.CPendingDeprecationWarning")
 @pytest.mark.parametrize("how", ["NOREPLICAS", "READONLY"])
 def test_a_failed_acknowledgement_renews_the_connection_and_leaves_none_behind(
     reception: Reception, monkeypatch: pytest.MonkeyPatch, how: str

@@ -1,3 +1,4 @@
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -5,10 +6,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from worker import wire
 from worker.contract import Job, Method, Problem, StatusDocument, StatusEvent
 from worker.errors import ImageNotFound, InvalidJob
 from worker.manifest import Manifest
-from worker.wire import new_id
+from worker.wire import new_id, process_name
 
 LEAST: dict[str, Any] = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 5}}
 
@@ -124,6 +126,14 @@ def test_what_may_be_secret_or_endless_is_not_repeated(change: dict[str, Any]) -
         Job.parse({**LEAST, **change})
     assert "planted" not in str(caught.value)
     assert len(str(caught.value)) < 2100
+
+
+def test_two_containers_of_one_host_name_and_process_number_are_two_workers() -> None:
+    names = {process_name() for _ in range(3)}
+    wire._drawn.cache_clear()  # as in another process
+    names.add(process_name())
+    assert len(names) == 2
+    assert {name.rpartition(":")[2] for name in names} == {str(os.getpid())}
 
 
 def test_ids_are_uuids_of_version_7_and_sort_by_time() -> None:

@@ -97,6 +97,20 @@ def test_a_broker_that_is_away_is_no_fault_of_the_process(day: Day) -> None:
     assert day.passes(stall.UNREADY_S).said == (False, None)
 
 
+def test_a_broker_that_refuses_what_a_consumer_needs_is_not_the_fault_of_the_process_for_half_an_hour(
+    day: Day,
+) -> None:
+    day.waits = True
+    for _ in range(int(stall.AWAY_S / 10) - 1):
+        assert day.one.away()
+        assert day.passes(10).said == (False, None)
+    day.passes(stall.IDLE_S)
+    assert not day.one.away()
+    assert day.passes(stall.IDLE_S + 10).said[1]
+    day.one.back()
+    assert day.said == (False, None)
+
+
 def test_messages_that_are_held_for_nobody_are_trouble_where_no_job_is_in_hand(day: Day) -> None:
     day.one.unheld(18)
     assert day.passes(stall.UNREADY_S).said == (False, None)

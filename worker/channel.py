@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -25,8 +26,25 @@ ASIDE_MOST = 100  # items
 ASIDE_BYTES = 200  # of each item: enough to see what it is
 ASIDE_MS = 7 * 86_400_000  # after the last one
 IGNORED_EVERY_S = 10.0  # between two lines about remote commands
+NOT_ALLOWED = ""  # in the place of a script that may not be run here
 LOOK_S = 0.05  # that the other queues are waited for, while one has no room: it may have some any moment
 EMPTY = kombu_redis.Empty
+
+# KEYS: lists in the order in which they are looked at, then `unacked` and its index. ARGV: the delivery tag,
+# the time, and the queue of each list as JSON. -> which list, and the item; or nil. Written first, and popped
+# then: where there is no memory to write it down, it stays where it is.
+RECEIVE = """
+for index = 1, #KEYS - 2 do
+  local item = redis.call('LINDEX', KEYS[index], -1)
+  if item then
+    redis.call('HSET', KEYS[#KEYS - 1], ARGV[1], '[' .. item .. ', "", ' .. ARGV[index + 2] .. ']')
+    redis.call('ZADD', KEYS[#KEYS], ARGV[2], ARGV[1])
+    redis.call('RPOP', KEYS[index])
+    return {index, item}
+  end
+end
+return false
+"""
 
 
 class QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
@@ -37,9 +55,12 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
         with self.channel.conn_or_acquire(client) as connected:
             held = connected.hget(self.unacked_key, tag)
             if held and not envelope.restorable(held):
-                self.channel.set_aside(held, self.unacked_key, "it cannot be put back into a queue")
-                self._remove_from_indices(tag).execute()
-                return
+                opened = envelope.reopened(held, self.channel.max_message_bytes)
+                if opened is None:
+                    self.channel.set_aside(held, self.unacked_key, "it cannot be put back into a queue")
+                    self._remove_from_indices(tag).execute()
+                    return
+                connected.hset(self.unacked_key, tag, opened)
             super().restore_by_tag(tag, connected, leftmost)
 
 
@@ -88,6 +109,9 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
 
     _kept: Any = None
     _queue_cycle: Any
+    _empty = False  # all queues were, at the last look
+    _receive_sha: str | None = None  # of `RECEIVE`, where the server has it
+    _tag, _lists = "", tuple[str, ...]()  # of the look that is under way: the queue of each list
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         if asynchronous:
@@ -138,32 +162,75 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         if self.closed:  # its connection was given up meanwhile, and all that it held
             log.debug("message %s was received by a connection that is closed: %s", message_id, error)
             return
-        log.warning("message %s could not be acknowledged: %s", message_id, error)
+        log.debug("message %s could not be acknowledged: %s", message_id, error)
         self.on_unsettled(error)
 
     def _brpop_start(self, timeout: float | None = None) -> None:
-        """Ask for the next item of the queues that have room; soon again, where one has none just now."""
+        """Ask for the next item of the queues that have room; soon again, where one has none just now.
+
+        As long as there are any, each is written down as unacknowledged in the step that takes it: whoever
+        dies before he reads it loses nothing. Only where all queues are empty the next one is waited for with
+        BRPOP, which cannot do that.
+        """
+        if not self._empty and self._ask_for_one():
+            return
         every: Any = self._queue_cycle
-        self._queue_cycle = _WithRoom(every, self.has_room)
+        self._queue_cycle, self._tag = _WithRoom(every, self.has_room), ""
         try:
             super()._brpop_start(timeout if all(map(self.has_room, self.most_in_hand)) else LOOK_S)
         finally:
             self._queue_cycle = every
 
+    def _ask_for_one(self) -> bool:
+        """Ask by `RECEIVE`; False where that cannot be done."""
+        queues = [
+            queue for queue in self._queue_cycle.consume(len(self.active_queues)) if self.has_room(queue)
+        ]
+        if not queues or self._receive_sha == NOT_ALLOWED:
+            return False
+        if self._receive_sha is None:
+            self._receive_sha = self._load_receive()
+            if self._receive_sha == NOT_ALLOWED:
+                return False
+        self._lists = tuple(queue for _ in self.priority_steps for queue in queues)
+        lists = [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
+        keys = [f"{self.global_keyprefix}{one}" for one in (*lists, self.unacked_key, self.unacked_index_key)]
+        self._tag, connection = str(uuid.uuid4()), self.client.connection
+        self._in_poll, self._brpop_sent_at = connection, time.monotonic()
+        told = [self._tag, time.time(), *map(json.dumps, self._lists)]
+        connection.send_command("EVALSHA", self._receive_sha, len(keys), *keys, *told)
+        return True
+
+    def _load_receive(self) -> str:
+        try:
+            return str(bytes_to_str(self._create_client().script_load(RECEIVE)))
+        except redis.exceptions.NoPermissionError as error:
+            said = "messages are received by BRPOP alone, which may lose one where a process is killed: %s"
+            log.warning(said, error)
+            return NOT_ALLOWED
+
     def _brpop_read(self, **options: Any) -> bool:
         """Receive one item, and deliver what it is a message of. As kombu's, but for the reading."""
+        tag, asked = self._tag, "EVALSHA" if self._tag else "BRPOP"
         try:
             try:
-                received = self.client.parse_response(self.client.connection, "BRPOP", **options)
+                received = self.client.parse_response(self.client.connection, asked, **options)
             except self.connection_errors:
                 self.client.connection.disconnect()  # the next look connects again
                 raise
+            except redis.exceptions.NoScriptError:  # the server has been started again
+                self._receive_sha = None
+                raise EMPTY from None
+            self._empty = not received
             if not received:
                 raise EMPTY
-            queue = bytes_to_str(received[0]).rsplit(self.sep, 1)[0]
+            where, item = received
+            queue = self._lists[where - 1] if tag else bytes_to_str(where).rsplit(self.sep, 1)[0]
             self._queue_cycle.rotate(queue)
-            if message := self._opened(received[1], queue):
+            if message := self._opened(item, queue, tag):
                 self.connection._deliver(message, queue)  # noqa: SLF001  # a channel is part of its transport
+            elif tag:
+                self.qos._remove_from_indices(tag).execute()  # noqa: SLF001  # as above
             return True
         finally:
             self._in_poll = None
@@ -178,16 +245,22 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
                         return message
         raise EMPTY
 
-    def _opened(self, item: bytes, queue: str) -> dict[str, Any] | None:
-        """The message that an item is; where it is none, one that says so; None where nobody can be told."""
+    def _opened(self, item: bytes, queue: str, tag: str = "") -> dict[str, Any] | None:
+        """The message that an item is; where it is none, one that says so; None where nobody can be told.
+
+        `tag`: under which it is written down already, if it is.
+        """
         try:
-            return envelope.read(item, queue, self.max_message_bytes, self.tasks.get(queue, ""))
+            message = envelope.read(item, queue, self.max_message_bytes, self.tasks.get(queue, ""))
         except strict_json.Unreadable as error:
             message_id = envelope.identify(item)
-            if message_id:
-                return envelope.stand_in(message_id, queue, str(error))
-            self.set_aside(item, queue, str(error))
-            return None
+            if not message_id:
+                self.set_aside(item, queue, str(error))
+                return None
+            message = envelope.stand_in(message_id, queue, str(error))
+        if tag:
+            message["properties"]["delivery_tag"] = tag
+        return message
 
     def _handle_message(self, client: Any, r: Any) -> dict[str, Any]:
         """A remote command: only what asks, and changes nothing, gets through to Celery."""

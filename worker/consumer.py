@@ -92,6 +92,7 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
         super().on_ready()
         if self._turning:  # Celery keeps timers of an earlier connection that began where this one does
             self._turning.cancel()
+        self.app.stall.back()
         self._failing, self._unheld = False, {}
         self.task_consumer.channel.on_unsettled = self._renew
         self._turn()
@@ -100,11 +101,12 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
     def _turn(self) -> None:
         """A sign of life; and what nobody is at work on goes back, or its place would be taken for ever."""
         self.app.turned()
+        self.app.outages.broker.answered()
         channel, now_s = self.task_consumer.channel, time.monotonic()
         held = channel.unacknowledged().keys() - self.pool.running
         self._unheld = {tag: self._unheld.get(tag, now_s) for tag in held}
         late = [tag for tag, since_s in self._unheld.items() if now_s - since_s > HELD_S]
-        self.app.unheld(len(late))
+        self.app.stall.unheld(len(late))
         for tag in late:
             log.error("a message was not acknowledged, and nobody is at work on it: it goes back")
             channel.basic_reject(tag, requeue=True)
@@ -135,13 +137,28 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
         """The server answers, and refuses what a consumer needs."""
-        super().on_connection_error_before_connected(exc)
+        self._away(exc)
         time.sleep(CONNECT_EVERY_S)
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """The connection is lost, or of no use any more."""
+        self._away(exc)
+        super().on_connection_error_after_connected(exc)
+
+    def _away(self, error: Exception) -> None:
+        self.app.outages.broker.failed(f"nothing is received, it is tried to connect: {error}")
+        if self.app.stall.away():
+            self.app.turned()
 
     def ensure_connected(self, conn: Any) -> Any:
         """The connection, when it stands; tried again and again."""
         pauses = {"interval_start": CONNECT_EVERY_S, "interval_step": CONNECT_EVERY_S}
-        conn.ensure_connection = partial(conn.ensure_connection, **pauses, interval_max=CONNECT_MAX_S)
+        connect = partial(conn.ensure_connection, **pauses, interval_max=CONNECT_MAX_S)
+
+        def ensured(_: Any, *args: Any, **options: Any) -> Any:
+            return connect(lambda error, _: self._away(error), *args, **options)
+
+        conn.ensure_connection = ensured
         return super().ensure_connected(conn)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:

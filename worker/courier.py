@@ -26,6 +26,7 @@ from worker.errors import (
     UriNotAllowed,
 )
 from worker.observer import SILENT, Observer
+from worker.outage import Outage
 from worker.outbox import Outbox, Parcel
 from worker.traces import OFF, Traces, trace_id
 from worker.wire import utc_now
@@ -55,6 +56,7 @@ class Courier:
         keep_s: float = KEEP_S,
         observer: Observer = SILENT,
         traces: Traces = OFF,
+        outage: Outage | None = None,
     ) -> None:
         """What is delivered raises StatusUnavailable (again later), EndpointGone, DeliveryRefused,
         UriNotAllowed; within `keep_s`.
@@ -62,6 +64,7 @@ class Courier:
         self._outbox, self._to_webhook, self._sinks = outbox, to_webhook, sinks
         self._threads, self._give_up_s, self._keep_s = threads, give_up_s, keep_s
         self._observer, self._traces = observer, traces
+        self._outage = outage or Outage("the ledger")
         self._parcels = SimpleQueue[Parcel | None]()
         self._lock, self._freed = threading.Lock(), threading.Event()
         self._out: Counter[str] = Counter()  # lane -> parcels that are under way there
@@ -69,22 +72,19 @@ class Courier:
 
     def keep(self, stopped: threading.Event) -> None:
         """Deliver until `stopped`; then wait for what is under way, END_S at most."""
-        reached = True
         with self._hands():
             while not stopped.is_set():
                 self._freed.clear()
                 try:
                     taken = self._take()
                 except LedgerUnavailable as error:
-                    if reached:  # said once in an outage
-                        log.warning("nothing can be delivered: %s", error)
-                    reached = False
+                    self._outage.failed(f"nothing can be delivered: {error}")
                     taken = stopped.wait(EVERY_S)
                 except BaseException:
                     log.exception("the courier met what nobody foresaw")
                     taken = stopped.wait(EVERY_S)
                 else:
-                    reached = True
+                    self._outage.answered()
                 if not taken:
                     self._freed.wait(EVERY_S)
             self._wait(END_S)
@@ -137,7 +137,7 @@ class Courier:
             try:
                 answered = self._bring(parcel)
             except LedgerUnavailable as error:
-                log.warning("%s", error)  # it comes again by itself, `keep_s` after it was taken
+                self._outage.failed(str(error))  # it comes again by itself, `keep_s` after it was taken
             except BaseException:
                 log.exception("%s: %s was not delivered", parcel.recipient, parcel.event)
             self._done(parcel.lane, answered=answered)

@@ -15,6 +15,7 @@ from worker.keepers import Keep
 from worker.leases import Leases
 from worker.observer import SILENT, Observer
 from worker.outside import Outside, StoreSource
+from worker.outage import Outages
 from worker.settings import Settings
 from worker.stall import Stall
 from worker.tasks import Desk
@@ -33,7 +34,8 @@ class Crew:
 def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer = SILENT) -> Crew:
     """Everybody a worker process needs. Raises InvalidSettings."""
     ledger, me, began_at = wiring.ledger(settings), wiring.worker_ref(), utc_now()
-    ledger.observer = observer
+    ledger.observer, outages = observer, Outages()
+    app.outages = outages
     breaker = Breaker(partial(_use_storage, outside.stores))
 
     def health() -> str:
@@ -42,9 +44,10 @@ def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer
         batch = round(outside.residents.usual_images, 1)
         return json.dumps({**said, "batch": batch, "trouble": breaker.open or outside.residents.trouble})
 
-    leases = Leases(ledger, me.id, settings.lease_s, health, observer)
+    leases = Leases(ledger, me.id, settings.lease_s, health, observer, outages.ledger)
     spans = traces.to(settings.traces, "gradcam-worker", me.id)
-    others = keepers.gather(settings, app.bell, ledger, outside.webhooks.send, me.id, observer, spans)
+    send = outside.webhooks.send
+    others = keepers.gather(settings, app.bell, ledger, send, me.id, observer, spans, outages)
     stall = Stall(app.bell.any_waiting, settings.hung_after_s)
     desk = Desk(
         settings,

@@ -194,6 +194,24 @@ def restorable(held: bytes) -> bool:
     return isinstance(exchange, str) and isinstance(queue, str) and bool(queue)
 
 
+def reopened(held: bytes, max_bytes: int) -> bytes | None:
+    """What is kept of a message as it was taken, by somebody who died before he opened it -> as kombu keeps
+    it, so that it can be put back. None where it is no message.
+    """
+    try:
+        payload, exchange, queue = json.loads(held)
+        item = json.dumps(payload).encode()
+    except (ValueError, TypeError, RecursionError):
+        return None
+    try:
+        message = read(item, queue, max_bytes)
+    except Unreadable as error:
+        if not (message_id := identify(item)):
+            return None
+        message = stand_in(message_id, queue, str(error))
+    return json.dumps([message, exchange, queue]).encode()
+
+
 def too_large(size: int, limit: int, what: str) -> str:
     """The finding that something has too many bytes."""
     return f"{what} has {size:,} bytes; at most {limit:,} are allowed (GRADCAM_MAX_MESSAGE_BYTES)"

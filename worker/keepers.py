@@ -15,6 +15,7 @@ from worker.contract import StatusEvent
 from worker.courier import KEEP_S, Courier, Deliver
 from worker.errors import InvalidSettings, LedgerUnavailable, StatusUnavailable
 from worker.observer import SILENT, Observer
+from worker.outage import Outage, Outages
 from worker.outbox import Parcel
 from worker.reaper import Reaper
 from worker.redis_ledger import RedisLedger
@@ -44,11 +45,13 @@ def gather(
     me: str,
     observer: Observer = SILENT,
     spans: Traces = OFF,
+    outages: Outages | None = None,
 ) -> dict[str, Keep]:
     """All of them, by name, in the process `me`; `send` does what `Webhooks.send` does.
 
     Raises InvalidSettings.
     """
+    outages = outages or Outages()
     reaper = Reaper(
         ledger,
         me,
@@ -57,6 +60,7 @@ def gather(
         lease_s=settings.lease_s,
         lost_after_s=settings.lost_after_s,
         observer=observer,
+        outages=outages,
     )
     outbox = RedisOutbox(ledger.server, retention_s=settings.retention_s)
 
@@ -70,7 +74,7 @@ def gather(
     database = _database(settings)
     if database:
         sinks[SQL] = lambda parcel, _: database.write(parcel.document)
-        keepers["database"] = partial(_keep, database, outbox)
+        keepers["database"] = partial(_keep, database, outbox, outages.ledger)
     courier = Courier(
         outbox,
         to_webhook,
@@ -80,6 +84,7 @@ def gather(
         keep_s=settings.webhook_timeout_s + KEEP_S,
         observer=observer,
         traces=spans,
+        outage=outages.ledger,
     )
     keepers["courier"] = courier.keep
     return keepers
@@ -122,13 +127,15 @@ def _database(settings: Settings) -> "SqlStatus | None":
     return database
 
 
-def _keep(database: "SqlStatus", outbox: RedisOutbox, stopped: threading.Event) -> None:
+def _keep(database: "SqlStatus", outbox: RedisOutbox, outage: Outage, stopped: threading.Event) -> None:
     """Have it told of every job, and have it forget what was completed long ago, a little at a time."""
     while True:
         try:
             outbox.open_sink(SQL)  # again and again: the ledger may have forgotten
             database.prune()
-        except (LedgerUnavailable, StatusUnavailable) as error:
+        except LedgerUnavailable as error:
+            outage.failed(str(error))
+        except StatusUnavailable as error:
             log.warning("%s", error)
         except BaseException:
             log.exception("the database met what nobody foresaw")

@@ -11,6 +11,7 @@ from worker.deadline import Deadline
 from worker.errors import AttemptFenced, JobCanceled, LedgerUnavailable
 from worker.ledger import Ledger
 from worker.observer import SILENT, Observer
+from worker.outage import Outage
 from worker.wire import utc_now
 
 log = logging.getLogger("gradcam")
@@ -30,8 +31,10 @@ class Leases:
         lease_s: float,
         health: Callable[[], str] = lambda: "",
         observer: Observer = SILENT,
+        outage: Outage | None = None,
     ) -> None:
-        """`health` is what the worker says of itself."""
+        """`health` is what the worker says of itself, `outage` of a ledger that is away."""
+        self._outage = outage or Outage("the ledger")
         self._ledger, self._worker, self._health = ledger, worker, health
         self._lease_s, self._observer = lease_s, observer
         self._letting_go = False
@@ -109,13 +112,13 @@ class Leases:
                 if time.monotonic() >= due_s:
                     due_s = time.monotonic() + every_s
                     self.beat()
+                    self._outage.answered()
                     reached = True
                 if reached:
                     self.catch_up()
             except LedgerUnavailable as error:
-                if reached:  # said once in an outage
-                    log.warning("no lease can be renewed: %s", error)
                 reached = False
+                self._outage.failed(f"no lease can be renewed: {error}")
             except BaseException:
                 # Whatever it is, without this thread every job here would be lost to others, for ever.
                 log.exception("leases could not be renewed")

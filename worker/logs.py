@@ -6,8 +6,6 @@ the pools of threads that work for a job (`Pool`) take the context along.
 
 import json
 import logging
-import os
-import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from worker.line import FORMAT, LineFormatter
 from worker.url import redacted
+from worker.wire import process_name
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -107,7 +106,7 @@ def log_lines(form: str, level: str) -> None:
     handler = logging.StreamHandler()
     least = logging.getLevelNamesMapping()[level.upper()]
     if form == "json":
-        handler.setFormatter(JsonFormatter(f"{platform.node()}:{os.getpid()}"))
+        handler.setFormatter(JsonFormatter(process_name()))
         logging.captureWarnings(capture=True)
         sys.excepthook = _died
         sys.unraisablehook = lambda it: _died(it.exc_type, it.exc_value, it.exc_traceback)

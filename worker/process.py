@@ -33,6 +33,7 @@ from worker.errors import (
 )
 from worker.health import Health
 from worker.logs import log_lines
+from worker.outage import Outages
 from worker.outside import Outside
 from worker.pulse import Pulse
 from worker.room import limit_memory
@@ -58,6 +59,7 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)  # Celery
 
 def register(app: Celery, desk: Desk) -> None:
     """Give the app its tasks and no other, and say what becomes of messages that are none."""
+    outages = getattr(app, "outages", None) or Outages()
 
     def explain(self: Any, *args: object) -> None:
         try:
@@ -65,7 +67,11 @@ def register(app: Celery, desk: Desk) -> None:
             payload, kind = _payload(args), KINDS[self.name]
             desk.handle(payload, self.request.id, entered_at=entered_at, kind=kind)
         except (LedgerUnavailable, WorkerUnfit) as error:
-            log.warning("message %s goes back: %s", self.request.id, error)
+            said = f"message {self.request.id} goes back: {error}"
+            if isinstance(error, LedgerUnavailable):
+                outages.ledger.failed(said)
+            else:
+                log.warning("%s", said)
             time.sleep(RETURN_AFTER_S)
             raise Reject(str(error), requeue=True) from error
         except BaseException as error:  # not only Exception: nothing else would free its place
@@ -132,7 +138,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
     pulse = Pulse(
         ready_fd, reachable=probe, ill=lambda: outside.residents.trouble or ended() or desk.stall.trouble()
     )
-    app.turned, app.unheld = pulse.turned, desk.stall.unheld
+    app.turned, app.stall = pulse.turned, desk.stall
     telemetry.health.live["loop"], telemetry.health.ready["work"] = lambda: pulse.said, desk.stall.unready
 
     def ready(**_: object) -> None:
@@ -160,6 +166,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: wiring.Load | 
     threading.Thread(target=give_up, name="give up", daemon=True).start()
     consumer = app.Worker(
         pool="worker.consumer:ThreadPool",
+        hostname=f"celery@{desk.worker.id}",
         concurrency=settings.threads + settings.shards,
         queues=list(broker.QUEUES),
         without_gossip=True,  # with it, a restart of the broker can end the worker
@@ -275,9 +282,11 @@ def _leave(code: int) -> None:
 
 def _hush() -> None:
     """Our own lines say it in the job's words, and each line costs."""
-    for chatty in ("httpx", "celery.worker.strategy"):
+    for chatty in ("httpx", "celery.worker.strategy", "celery.worker.consumer.connection"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("celery.app.trace").setLevel(logging.ERROR)  # a traceback for what goes back
+    # A traceback for what goes back; lines of each lost connection and of what follows from it.
+    for chatty in ("celery.app.trace", "celery.worker.consumer.consumer", "kombu.transport.virtual.base"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # that nothing gets through is said once
     warnings.simplefilter("ignore", CPendingDeprecationWarning)  # said at each lost connection
     setup_logging.connect(_keep_logging)

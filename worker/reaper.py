@@ -11,6 +11,7 @@ from collections.abc import Callable
 from worker.errors import BrokerUnavailable, LedgerUnavailable
 from worker.ledger import Ledger
 from worker.observer import SILENT, Observer
+from worker.outage import Outages
 from worker.shard import ROUTES
 
 log = logging.getLogger("gradcam")
@@ -37,6 +38,7 @@ class Reaper:
         lease_s: float,
         lost_after_s: float,
         observer: Observer = SILENT,
+        outages: Outages | None = None,
     ) -> None:
         """`ring` publishes a job again, by its id and priority; `waiting` says how many messages a
         priority's queue holds.
@@ -44,6 +46,7 @@ class Reaper:
         self._ledger, self._worker = ledger, worker
         self._ring_for, self._waiting = ring, waiting
         self._lease_s, self._lost_after_s = lease_s, lost_after_s
+        self._outages = outages or Outages()
         self._observer = observer
         self._trusted_s = 0.0  # from when on a lease that has run out means what it says
         self._looked_s = self._swept_s = 0.0
@@ -53,19 +56,16 @@ class Reaper:
 
     def keep(self, stopped: threading.Event) -> None:
         """Reap until `stopped`; whatever is out of reach is asked again."""
-        reached = True
         while not stopped.wait(EVERY_S):
             try:
                 self.round()
             except (LedgerUnavailable, BrokerUnavailable) as error:
                 self._deaf = self._deaf or isinstance(error, LedgerUnavailable)
-                if reached:  # said once in an outage
-                    log.warning("nothing can be put right: %s", error)
-                reached = False
+                self._outages.of(error).failed(f"nothing can be put right: {error}")
             except BaseException:
                 log.exception("the reaper met what nobody foresaw")
             else:
-                reached = True
+                self._outages.ledger.answered()
 
     def round(self) -> None:
         """Look once at everything that is due. Raises LedgerUnavailable, BrokerUnavailable."""

@@ -13,6 +13,7 @@ log = logging.getLogger("gradcam")
 UNREADY_S = 15.0  # without anything taken, though something waits: no server is so slow for so long
 IDLE_S = 45.0  # of it: the process is started again
 ASK_EVERY_S = 5.0  # between two questions whether anything waits; who is busy asks nothing
+AWAY_S = 1800.0  # that a broker may be away, and answer others: then a new process tries it
 HELD_S = 10.0  # that a message may be unacknowledged without anybody at work on it
 
 
@@ -29,6 +30,7 @@ class Stall:
         self._in_hand = 0  # jobs
         self._moved_s = self._asked_s = time.monotonic()
         self._since_s: float | None = None  # from when on something waited at every look, and nothing moved
+        self._away_s: float | None = None  # from when on the broker could not be used
         self._unheld_s: float | None = None  # from when on a message was held by nobody
 
     @contextmanager
@@ -47,6 +49,19 @@ class Stall:
     def moved(self) -> None:
         """Something has happened."""
         self._moved_s, self._since_s = time.monotonic(), None
+
+    def away(self) -> bool:
+        """The broker is away, and is tried again: no fault of this process, for AWAY_S at most."""
+        self._away_s = self._away_s or time.monotonic()
+        fine = time.monotonic() - self._away_s < AWAY_S
+        if fine:
+            self.moved()
+        return fine
+
+    def back(self) -> None:
+        """It is there again."""
+        self._away_s = None
+        self.moved()
 
     def unheld(self, messages: int) -> None:
         """So many messages are not acknowledged, with nobody at work on them, and that for HELD_S already."""

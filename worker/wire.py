@@ -7,6 +7,7 @@ import secrets
 import time
 import uuid
 from datetime import UTC, datetime
+from functools import cache
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -75,8 +76,19 @@ def _bytes(text: str) -> int:
 
 
 def process_name() -> str:
-    """What others call this process by: its host and its number."""
-    return f"{platform.node()}:{os.getpid()}"
+    """What others call this process by: its host, what no other process has, and its number.
+
+    Containers may have one host name, and each a process of the same number.
+    """
+    number = os.getpid()
+    return f"{platform.node()}:{_drawn(number)}:{number}"
+
+
+@cache
+def _drawn(process: int) -> str:
+    """By lot, once for each process: one that was forked draws its own."""
+    del process
+    return secrets.token_hex(4)
 
 
 def describe(error: ValidationError) -> str:

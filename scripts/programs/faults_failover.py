@@ -38,7 +38,7 @@ def server(port: int) -> redis.Redis:
 def follow(port: int, leader: int) -> None:
     """Make a server the replica of another, and wait until it has all."""
     with contextlib.closing(server(port)) as one:
-        one.execute_command("REPLICAOF", "127.0.0.1", leader)
+        one.replicaof("127.0.0.1", leader)
         wait_for(
             lambda: one.info("replication")["master_link_status"] == "up", START_S, "the replica follows"
         )
@@ -47,7 +47,7 @@ def follow(port: int, leader: int) -> None:
 def fail_over(port: int, to: int) -> None:
     """As a managed Redis does it: writes wait until the replica has all, then they change places."""
     with contextlib.closing(server(port)) as old, contextlib.closing(server(to)) as new:
-        old.execute_command("FAILOVER", "TO", "127.0.0.1", to)
+        old.execute_command("FAILOVER", "TO", "127.0.0.1", to)  # type: ignore[no-untyped-call]
         wait_for(lambda: new.info("replication")["role"] == "master", START_S, "the replica is promoted")
         wait_for(lambda: old.info("replication")["master_link_status"] == "up", START_S, "the other follows")
 
