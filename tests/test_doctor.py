@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from worker.doctor import Finding, _look, _weights, _workers, examine
 from worker.cli import main
+from worker.doctor import Finding, _look, _weights, _workers, examine
 from worker.gradcam.catalog import CATALOG
 from worker.gradcam.weights import digest
 from worker.redis_ledger import RedisLedger

@@ -55,7 +55,7 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
         with self.channel.conn_or_acquire(client) as connected:
             held = connected.hget(self.unacked_key, tag)
             if held and not envelope.restorable(held):
-                opened = envelope.reopened(held, self.channel.max_message_bytes)
+                opened = envelope.reopened(held, self.channel.max_message_bytes, self.channel.tasks)
                 if opened is None:
                     self.channel.set_aside(held, self.unacked_key, "it cannot be put back into a queue")
                     self._remove_from_indices(tag).execute()

@@ -165,8 +165,10 @@ def submit(
     fields = {"idempotency_key": idempotency_key, **wish}
     job = None if upload else Job.parse({"image": uri, **fields})
     client = GradcamClient(settings=Settings.from_environment())
-    retry = {"retry_failed": retry_failed}
-    job_id = client.submit(job, **retry) if job else client.upload_and_submit(uri, **retry, **fields)
+    if job:
+        job_id = client.submit(job, retry_failed=retry_failed)
+    else:
+        job_id = client.upload_and_submit(uri, retry_failed=retry_failed, **fields)
     if idempotency_key and not retry_failed and client.status(job_id).status == "failed":
         said = f"Job {job_id} has this key, and has failed: --retry-failed tries it again."
         terminal.err.print(said, markup=False, soft_wrap=True)

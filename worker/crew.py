@@ -14,8 +14,8 @@ from worker.fleet import RedisFleet
 from worker.keepers import Keep
 from worker.leases import Leases
 from worker.observer import SILENT, Observer
-from worker.outside import Outside, StoreSource
 from worker.outage import Outages
+from worker.outside import Outside, StoreSource
 from worker.settings import Settings
 from worker.stall import Stall
 from worker.tasks import Desk

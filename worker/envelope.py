@@ -10,6 +10,7 @@ import binascii
 import json
 import re
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from worker.errors import InvalidJob
@@ -194,7 +195,7 @@ def restorable(held: bytes) -> bool:
     return isinstance(exchange, str) and isinstance(queue, str) and bool(queue)
 
 
-def reopened(held: bytes, max_bytes: int) -> bytes | None:
+def reopened(held: bytes, max_bytes: int, tasks: Mapping[str, str]) -> bytes | None:
     """What is kept of a message as it was taken, by somebody who died before he opened it -> as kombu keeps
     it, so that it can be put back. None where it is no message.
     """
@@ -204,7 +205,7 @@ def reopened(held: bytes, max_bytes: int) -> bytes | None:
     except (ValueError, TypeError, RecursionError):
         return None
     try:
-        message = read(item, queue, max_bytes)
+        message = read(item, queue, max_bytes, tasks.get(queue, ""))
     except Unreadable as error:
         if not (message_id := identify(item)):
             return None

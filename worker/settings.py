@@ -21,8 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from worker import addresses, hosts, url
-from worker import addresses, comma_list, hosts
+from worker import addresses, comma_list, hosts, url
 from worker.errors import InvalidSettings
 from worker.signing import secrets_of
 from worker.traces import checked

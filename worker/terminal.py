@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from worker.contract import Job, StatusDocument, Warned
 from worker import comma_list
+from worker.contract import Job, StatusDocument, Warned
 from worker.gradcam.catalog import NetworkRow
 from worker.gradcam.classes import DATA, percent
 from worker.gradcam.weights import cached_at, where
