@@ -106,7 +106,7 @@ def _print(made: dict[Path, Manifest | GradcamError], folders: dict[Path, str], 
         if isinstance(result, GradcamError):
             continue
         for warned in result.warnings:
-            said = terminal.plain(f" {terminal.warning_text(warned)}")
+            said = terminal.plain(terminal.warning_text(warned))
             terminal.err.print(terminal.plain(str(image), "yellow"), said, soft_wrap=True)
         names = [terminal.plain(image.name), terminal.plain(f"-> {folders[image]}/", "dim")]
         for seen in result.explanations:

@@ -129,7 +129,11 @@ class TestJpeg:
         exif = Image.Exif()
         exif[0x10F] = "A camera" * 100
         for quality in (5, 75, 100):
-            more = {"exif": exif, "icc_profile": bytes(100_000), "comment": b"\xff\xd9 and more"}
+            more: dict[str, Any] = {
+                "exif": exif,
+                "icc_profile": bytes(100_000),
+                "comment": b"\xff\xd9 and more",
+            }
             whole = saved(picture, quality=quality, **WAYS[way], **more)
             for behind in (b"", bytes(1000), b"\xff" * 9, saved(picture)):
                 decoded = decode(whole + behind)

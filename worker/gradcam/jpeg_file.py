@@ -168,8 +168,8 @@ def damage(data: bytes, said: str, shown: Pixels, with_junk: Callable[[], Pixels
     """What the picture of a `Stored` lacks, of which a decoder `said` that it is damaged.
 
     `shown` is what it made of it, (height, width, channels), and `with_junk` makes the same with junk behind
-    its data. The share that is missing is the largest of: the blocks for which there were no data; the
-    restart intervals and the last bits of coefficients that are in no scan; the bytes that belong to no block.
+    its data. The share that is missing is the largest of these: blocks for which there were no data; restart
+    intervals, and last bits of coefficients, that are in no scan; bytes that belong to no block.
     """
     scans = b"".join(compressed for _, _, compressed in _segments(data))
     if sent_as_text(scans):
