@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from worker import addresses, hosts
+from worker import addresses, buckets, hosts
 from worker.errors import InvalidSettings
 from worker.signing import secrets_of
 from worker.traces import checked
@@ -306,7 +306,8 @@ class Settings(BaseModel):
 def is_place(uri: str) -> bool:
     """Whether objects can be put below this URI."""
     scheme, _, rest = uri.partition("://")
-    return scheme in {"s3", "file"} and bool(rest.strip("/")) and not {"?", "#"} & set(rest)
+    fits = scheme == "file" or (scheme == "s3" and buckets.objection(rest.partition("/")[0]) is None)
+    return fits and bool(rest.strip("/")) and not {"?", "#"} & set(rest)
 
 
 def _is_database(url: str) -> bool:
