@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import ClientError
 from numpy.typing import NDArray
 
 from worker import bulk, pipeline, wiring
@@ -45,6 +46,7 @@ from worker.images import Fetched, Images
 from worker.pipeline import Done, Journey
 from worker.room import Room, Rooms
 from worker.s3 import S3
+from worker.s3_errors import IdentityFailed
 from worker.settings import Settings
 from worker.shard import READERS, Row, Shard, data_key, parse
 from worker.testing import MemoryImages, MemoryStore, TinyNetwork, outside
@@ -377,6 +379,21 @@ def test_where_most_rows_fail_for_a_moment_the_shard_is_tried_again_until_its_la
     bench.run(last=True, suspect=suspect)
     assert bench.errors == dict.fromkeys(range(6), "image_fetch_failed")
     assert {flaky.asked[one] for one in [*PICTURES][:6]} == {3}
+
+
+def test_a_proxy_that_refuses_one_address_fails_its_row_and_missing_keys_end_the_shard() -> None:
+    def failed(cause: Exception) -> StorageUnavailable:
+        error = StorageUnavailable(f"s3://in/2.png could not be read: {cause}")
+        error.__cause__ = cause
+        return error
+
+    page = ClientError({"ResponseMetadata": {"HTTPStatusCode": 403}, "Error": {"Code": "403"}}, "GetObject")
+    bench = Bench({**PICTURES, uri(2): failed(page)})
+    bench.run()
+    assert bench.errors == {2: "image_fetch_failed"}
+    bench = Bench({**PICTURES, uri(2): failed(IdentityFailed("no keys"))})
+    with pytest.raises(StorageUnavailable, match="no keys"):
+        bench.run()
 
 
 def test_bad_rows_of_the_plan_are_never_a_reason_to_try_again() -> None:

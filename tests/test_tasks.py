@@ -2,7 +2,9 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import redis
 
+from worker import crew, images
 from worker.breaker import Breaker
 from worker.contract import Job, StatusDocument, WorkerRef
 from worker.errors import (
@@ -23,9 +26,11 @@ from worker.errors import (
 )
 from worker.leases import Leases
 from worker.redis_ledger import RedisLedger
+from worker.s3 import S3
 from worker.settings import Settings
 from worker.shard import Shard
 from worker.tasks import Desk, _Progress
+from worker.storage import Stores
 from worker.testing import MemoryLedger, MemoryStore, outside
 from worker.wire import new_id
 
@@ -373,6 +378,53 @@ def test_a_worker_whose_storage_is_down_takes_no_job(office: Office) -> None:
         office.handle(payload(job))
     with pytest.raises(UnknownJob):
         office.read(job)
+
+
+def test_a_worker_without_keys_for_s3_charges_no_job_and_finishes_them_when_it_has_keys(
+    http_server: Any, answer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    token = tmp_path / "token"
+    token.write_text("planted")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/gradcam")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://{http_server.host}")
+    monkeypatch.setattr("worker.identity.AGAIN_S", 0)
+    settings = Settings(s3_endpoint_url=f"http://{http_server.host}", output=tmp_path.as_uri())
+    s3, office = S3(settings), Office()
+    stores = Stores(settings, s3)
+    office.breaker = breaker = Breaker(partial(crew.use_storage, stores), first_pause_s=0.01)
+    around = replace(outside({}), images=images.Images(settings, s3), stores=stores)
+    worker, leases = WorkerRef(id="w", device="cpu"), Leases(office.ledger, "w", 15)
+    desk = Desk(Settings(retry_backoff_s=1e-6), office.ledger, around, worker, leases, breaker)
+    jobs = [a_job(image="s3://photos/a.png") for _ in range(4)]
+    refusal = b"<ErrorResponse><Error><Code>AccessDenied</Code><Message>No</Message></Error></ErrorResponse>"
+    http_server.url("/", answer(403, refusal))
+    http_server.url("/photos/a.png", answer(200, IMAGE))
+    assert [desk.handle(payload(job), job.id) for job in jobs[:3]] == ["later"] * 3
+    with pytest.raises(WorkerUnfit, match=r"AssumeRoleWithWebIdentity.*AccessDenied"):
+        desk.handle(payload(jobs[3]), jobs[3].id)
+    stopped = threading.Event()
+    watching = threading.Thread(target=breaker.watch, args=[stopped])
+    watching.start()
+    time.sleep(0.2)
+    assert breaker.open, "a folder can be written, and images cannot be read"
+    http_server.url("/", answer(200, GIVEN))
+    while breaker.open:
+        time.sleep(0.01)
+    stopped.set()
+    watching.join()
+    for job in jobs:
+        office.ledger._due[job.id] = 0
+        office.ledger.requeue(job.id)
+        assert desk.handle(payload(job), job.id) == "done"
+        assert office.read(job).status == "succeeded"
+
+
+GIVEN = b"""<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials>
+<SessionToken>t</SessionToken><SecretAccessKey>s</SecretAccessKey><Expiration>2999-01-01T00:00:00Z</Expiration>
+<AccessKeyId>A</AccessKeyId></Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"""
 
 
 def test_what_runs_is_handed_back_when_the_worker_has_to_stop(office: Office) -> None:

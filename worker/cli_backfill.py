@@ -156,11 +156,9 @@ def run(
                 cut = shards(watched.rows(), plan, max_bytes=settings.max_message_bytes // 2)
                 seal = runs.run(seat, cut)
         except KeyboardInterrupt:
-            one, more = (
-                "shard is in flight, and comes to its end by itself",
-                "shards are in flight, and come to ",
-            )
-            left = f"{counted(len(runs.flights), one, more + 'their end by themselves')}; "
+            one = "shard is in flight, and comes to its end by itself; "
+            more = "shards are in flight, and come to their end by themselves; "
+            left = counted(len(runs.flights), one, more)
             terminal.err.print(f"Stopped. {left if runs.flights else ''}--resume goes on.", soft_wrap=True)
             return 130
         if skipped := rows.left_out():

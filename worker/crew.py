@@ -36,7 +36,7 @@ def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer
     ledger, me, began_at = wiring.ledger(settings), wiring.worker_ref(), utc_now()
     ledger.observer, outages = observer, Outages()
     app.outages = outages
-    breaker = Breaker(partial(_use_storage, outside.stores))
+    breaker = Breaker(partial(use_storage, outside.stores))
 
     def health() -> str:
         """What other people can read about this worker: see `Ledger.workers`."""
@@ -66,7 +66,7 @@ def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer
     return Crew(desk, {**own, **others}, eviction)
 
 
-def _use_storage(stores: StoreSource) -> None:
+def use_storage(stores: StoreSource) -> None:
     """As a job does: whatever it raises, jobs would meet it too."""
     storage.probe(stores.open())
     if isinstance(stores, storage.Stores):  # artifacts may go to a folder, and images come from S3

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from worker import addresses, comma_list, hosts, url
+from worker import addresses, buckets, comma_list, hosts, url
 from worker.errors import InvalidSettings
 from worker.signing import secrets_of
 from worker.traces import checked
@@ -357,8 +357,9 @@ def _is_service_link(name: str, value: str) -> bool:
 def is_place(uri: str) -> bool:
     """Whether objects can be put below this URI."""
     scheme, _, rest = uri.partition("://")
+    fits = scheme == "file" or (scheme == "s3" and buckets.objection(rest.partition("/")[0]) is None)
     whole = bool(rest.strip("/")) and not {"?", "#"} & set(rest)
-    return scheme in {"s3", "file"} and whole and not url.has_credentials(uri)
+    return fits and whole and not url.has_credentials(uri)
 
 
 def _is_database(text: str) -> bool:
