@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
 from worker.errors import NetworkIncompatible
@@ -181,7 +181,8 @@ class TestSigmoid:
         import keras
 
         x, layer = trunk.dense(1, activation)
-        network = by_hand(keras.Model(trunk.input, x))
+        head = None if activation else Head(kind="sigmoid")
+        network = by_hand(keras.Model(trunk.input, x), head=head)
         computed = network.compute(PIXELS, everything(2))
         scores, maps = trunk.scores(layer), trunk.maps(layer)
         assert_allclose(computed.scores, np.concatenate([-scores, scores], 1), atol=1e-5)
@@ -203,6 +204,170 @@ class TestSigmoid:
         scores, maps = trunk.scores(layer)[..., None, None], trunk.maps(layer)
         expected = np.concatenate([-maps / (1 + np.exp(-scores)), maps / (1 + np.exp(scores))], 1)
         assert_allclose(computed.raw, expected, atol=1e-5 * np.abs(maps).max())
+
+
+def mixtures(trunk: Trunk) -> dict[str, Callable[[], Any]]:
+    """Networks whose outputs are probabilities, though their last step is no softmax or sigmoid."""
+    import keras
+
+    layers, ops = keras.layers, keras.ops
+
+    def one(activation: str = "sigmoid") -> Any:
+        return layers.Dense(1, activation, bias_initializer="random_normal")(trunk.pooled)
+
+    def three(activation: str) -> Any:
+        return layers.Dense(3, activation, bias_initializer="random_normal")(trunk.pooled)
+
+    def written_out() -> Any:
+        powers = ops.exp(trunk.dense(3)[0])
+        return powers / ops.sum(powers, axis=1, keepdims=True)
+
+    return {
+        "mean of two sigmoids": lambda: layers.Average()([one(), one()]),
+        "largest of two sigmoids": lambda: layers.Maximum()([one(), one()]),
+        "mean of two softmaxes": lambda: layers.Average()([three("softmax"), three("softmax")]),
+        "mean of a stack": lambda: ops.mean(ops.stack([three("sigmoid"), three("sigmoid")]), axis=0),
+        "weighted sum": lambda: 0.25 * three("softmax") + 0.75 * three("softmax"),
+        "complement": lambda: 1 - one(),
+        "either of two": lambda: 1 - (1 - one()) * (1 - one()),
+        "both sides": lambda: layers.Concatenate()([1 - (p := one()), p]),
+        "clipped": lambda: ops.clip(three("softmax"), 1e-7, 1 - 1e-7),
+        "times one": lambda: one() * 1.0,
+        "hard sigmoid": lambda: one("hard_sigmoid"),
+        "written out": written_out,
+        "of shares": lambda: (p := three("sigmoid")) / ops.sum(p, axis=-1, keepdims=True),
+        "averaged over positions": lambda: layers.GlobalAveragePooling2D()(
+            layers.Conv2D(3, 1, activation="softmax")(trunk.map)
+        ),
+    }
+
+
+class TestProbabilitiesAlready:
+    @pytest.mark.parametrize(
+        "how",
+        [
+            "mean of two sigmoids",
+            "largest of two sigmoids",
+            "mean of two softmaxes",
+            "mean of a stack",
+            "weighted sum",
+            "complement",
+            "either of two",
+            "both sides",
+            "clipped",
+            "times one",
+            "hard sigmoid",
+            "written out",
+            "of shares",
+            "averaged over positions",
+        ],
+    )
+    def test_they_are_told_as_the_network_says_them_and_explained_from_it(
+        self, how: str, trunk: Trunk, by_hand: Wrap, taped: Callable[..., Any]
+    ) -> None:
+        import keras
+
+        model = keras.Model(trunk.input, mixtures(trunk)[how]())
+        target = "conv2d" if how == "averaged over positions" else "conv"
+        network = by_hand(model, None if target == "conv2d" else target)
+        assert network.facts.head == "probabilities"
+        layer = model.get_layer(network.facts.default_layer)
+        inputs = PIXELS / np.float32(127.5) - 1
+        expected = taped(model, inputs, layer)
+        own, raw = expected.scores, expected.raw
+        if own.shape[1] == 1:
+            own, raw = np.concatenate([1 - own, own], 1), np.concatenate([-raw, raw], 1)
+        classes = own.shape[1]
+        seen = explain_pixels(network, PIXELS, [tuple(range(classes))] * 2)
+        found = [[one.probability for one in image.explained] for image in seen]
+        assert_allclose(found, own, atol=2e-6)
+        peak = np.abs(raw).max()
+        assert_allclose(network.compute(PIXELS, everything(classes)).raw, raw, atol=1e-4 * peak)
+        log = network.compute(PIXELS, everything(classes), Method(score="probability"))
+        shares = raw / own[..., None, None]
+        assert_allclose(log.raw, shares, atol=1e-4 * np.abs(shares).max())
+
+    @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+    def test_a_class_that_all_are_sure_of_is_not_left_dark(
+        self, activation: str, trunk: Trunk, by_hand: Wrap
+    ) -> None:
+        import keras
+
+        members, dense = [], []
+        for bias in (60.0, 40.0):
+            layer = keras.layers.Dense(2, activation)
+            members.append(layer(trunk.pooled))
+            layer.set_weights([layer.get_weights()[0], np.array([bias, 0], np.float32)])
+            dense.append(layer)
+        network = by_hand(keras.Model(trunk.input, keras.layers.Average()(members)), "conv")
+        found = network.compute(PIXELS, np.zeros((2, 1), np.int32))
+        assert_array_equal(found.scores[:, 0], 1)
+        expected = np.zeros((2, 1, *found.raw.shape[2:]))
+        for layer in dense:
+            scores, maps = trunk.scores(layer), trunk.maps(layer)
+            margin = scores[:, 0] - (0 if activation == "sigmoid" else scores[:, 1])
+            other = 0 if activation == "sigmoid" else maps[:, 1]
+            expected[:, 0] += (maps[:, 0] - other) * (np.exp(-margin) / 2)[:, None, None]
+        assert_allclose(found.raw, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+
+    @pytest.mark.parametrize("units", [1, 3])
+    def test_what_may_be_probabilities_or_small_scores_is_refused_until_it_is_declared(
+        self, units: int, trunk: Trunk, by_hand: Wrap
+    ) -> None:
+        import keras
+        import tensorflow as tf
+
+        class Own(keras.layers.Layer):  # type: ignore[misc]
+            def call(self, x: Any) -> Any:
+                return tf.sigmoid(x)
+
+        model = keras.Model(trunk.input, Own()(trunk.dense(units)[0]))
+        with pytest.raises(NetworkIncompatible, match=r"between 0 and 1 .* \{kind = \"probabilities\"\}"):
+            by_hand(model)
+        network = by_hand(model, head=Head(kind="probabilities"))
+        own = np.asarray(model(PIXELS / np.float32(127.5) - 1))
+        own = np.concatenate([1 - own, own], 1) if units == 1 else own
+        assert_allclose(network.scores(PIXELS), own, atol=1e-6)
+
+    def test_a_quantity_is_no_score_of_a_class(self, trunk: Trunk, by_hand: Wrap) -> None:
+        import keras
+
+        x, layer = trunk.dense(1)
+        layer.set_weights([0 * layer.get_weights()[0], np.array([37.0])])
+        model = keras.Model(trunk.input, x)
+        with pytest.raises(
+            NetworkIncompatible, match=r"says 37.*: that may be the score.* head = \{kind = \"sigmoid\"\}"
+        ):
+            by_hand(model)
+        with pytest.raises(NetworkIncompatible, match=r"declared as probabilities, but the network says 37"):
+            by_hand(model, head=Head(kind="probabilities"))
+
+    def test_they_cannot_be_declared_to_be_scores(self, trunk: Trunk, by_hand: Wrap) -> None:
+        import keras
+
+        model = keras.Model(trunk.input, mixtures(trunk)["mean of two softmaxes"]())
+        with pytest.raises(NetworkIncompatible, match="probabilities already; its head cannot be softmax"):
+            by_hand(model, head=Head(kind="softmax"))
+
+    def test_a_softmax_that_is_declared_as_probabilities_is_explained_by_its_scores(
+        self, trunk: Trunk, by_hand: Wrap
+    ) -> None:
+        import keras
+
+        x, layer = trunk.dense(3, "softmax")
+        network = by_hand(keras.Model(trunk.input, x), head=Head(kind="probabilities"))
+        assert network.facts.head == "softmax"
+        assert_allclose(network.scores(PIXELS), trunk.scores(layer), atol=1e-5)
+
+    def test_a_softmax_over_the_images_is_refused(self, trunk: Trunk, by_hand: Wrap) -> None:
+        import keras
+
+        model = keras.Model(trunk.input, keras.layers.Softmax(axis=0)(trunk.dense(3)[0]))
+        with (
+            pytest.warns(UserWarning, match="softmax over axis 0"),
+            pytest.raises(NetworkIncompatible, match="computes something else than as a whole"),
+        ):
+            by_hand(model)
 
 
 class TestRefused:
@@ -228,23 +393,6 @@ class TestRefused:
         model = keras.Model(trunk.input, trunk.dense(1, None if told else "softmax")[0])
         with pytest.raises(NetworkIncompatible, match="softmax of one unit, which is always 1"):
             by_hand(model, head=Head(kind="softmax") if told else None)
-
-    @pytest.mark.parametrize("how", ["a mean of two networks", "written out", "averaged over positions"])
-    def test_probabilities_that_no_softmax_was_left_out_of_are_not_taken_for_scores(
-        self, how: str, trunk: Trunk, by_hand: Wrap
-    ) -> None:
-        import keras
-
-        layers = keras.layers
-        if how == "a mean of two networks":
-            x = layers.Average()([layers.Dense(3, "softmax")(trunk.pooled) for _ in range(2)])
-        elif how == "written out":
-            powers = keras.ops.exp(trunk.dense(3)[0])
-            x = powers / keras.ops.sum(powers, axis=1, keepdims=True)
-        else:
-            x = layers.GlobalAveragePooling2D()(layers.Conv2D(3, 1, activation="softmax")(trunk.map))
-        with pytest.raises(NetworkIncompatible, match="are probabilities, but it does not end in a softmax"):
-            by_hand(keras.Model(trunk.input, x))
 
     def test_a_map_of_classes_is_no_list_of_scores(self, trunk: Trunk, by_hand: Wrap) -> None:
         import keras

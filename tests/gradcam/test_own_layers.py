@@ -198,6 +198,39 @@ class TestCannotBeFollowed:
         agrees(by_hand(model), model, taped, inner.get_layer("act"), model.get_layer("scores"))
 
 
+class TestOneImageAtATime:
+    @pytest.mark.parametrize("how", ["built into a reshape", "normalised over the batch"])
+    def test_a_network_that_cannot_take_several_explains_each_alone(self, how: str, by_hand: Wrap) -> None:
+        import keras
+        from keras import layers, ops
+
+        from worker.gradcam.network import Method
+
+        keras.utils.set_random_seed(3)
+        fixed = how == "built into a reshape"
+        inputs = keras.Input((ROWS, COLUMNS, 3), batch_size=1 if fixed else None)
+        x = layers.Conv2D(4, 3, activation="tanh", name="conv")(inputs)
+        if fixed:
+            x = ops.mean(ops.reshape(x, (1, -1, 4)), axis=1)
+        else:
+            x = layers.GlobalAveragePooling2D()(x)
+            x = x + 100 * (x - ops.mean(x, axis=0, keepdims=True))
+        model = keras.Model(inputs, layers.Dense(3, "softmax", name="scores")(x))
+        network = by_hand(model)
+        pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, 3), np.uint8)
+        together, flipped = (network.compute(pixels, ALL, Method(flip=flip)) for flip in (False, True))
+        for index in range(2):
+            image = pixels[index : index + 1]
+            alone = network.compute(image, ALL[:1])
+            mirrored = network.compute(image[:, :, ::-1], ALL[:1])
+            assert_array_equal(together.raw[index], alone.raw[0])
+            assert_array_equal(together.scores[index], alone.scores[0])
+            assert_allclose(flipped.raw[index], (alone.raw[0] + mirrored.raw[0, ..., ::-1]) / 2, atol=1e-7)
+            own = np.asarray(model(image / np.float32(127.5) - 1))
+            assert_allclose(together.outputs[index], own[0], atol=1e-6)
+        assert_allclose(network.scores(pixels), together.scores, atol=1e-6)
+
+
 class TestLeftAsItWas:
     @pytest.mark.parametrize("kind", ["nested", "with layers of its own", "subclassed"])
     def test_weights_names_outputs_and_calls_are_those_of_before(

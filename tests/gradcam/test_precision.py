@@ -91,6 +91,84 @@ def test_a_copy_has_other_arithmetic_and_the_model_itself_stays_as_it_is(precisi
     assert with_precision(model, "tf32") is model
 
 
+@fewer_digits
+@pytest.mark.parametrize("end", ["a layer", "an operation", "nested", "pooled", "an average"])
+def test_all_that_makes_the_scores_keeps_its_digits_however_a_network_ends(end: str, precision: str) -> None:
+    import keras
+    from keras import layers, ops
+
+    from worker.gradcam.loading import wrap_model
+    from worker.gradcam.precision import with_precision
+
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, name="conv")(inputs)
+    pooled = layers.GlobalAveragePooling2D()(x)
+    if end == "a layer":
+        x = layers.Activation("softmax")(layers.Dense(2, name="head")(pooled))
+    elif end == "an operation":
+        x = ops.softmax(layers.Dense(2, name="head")(pooled) / 2)
+    elif end == "nested":
+        x = keras.Sequential([layers.Dense(2, name="head"), layers.Softmax()])(pooled)
+    elif end == "pooled":
+        x = layers.Softmax()(layers.GlobalAveragePooling2D()(layers.Conv2D(2, 1, name="head")(x)))
+    else:
+        x = layers.Average()([layers.Dense(2, "softmax", name=name)(pooled) for name in ("head", "other")])
+    copy = with_precision(keras.Model(inputs, x), precision)
+    found = {layer.name: layer.compute_dtype for layer in copy._flatten_layers(include_self=False)}
+    assert (found["conv"], found["head"]) == ("bfloat16", "float32")
+    assert {found.get(name, "float32") for name in ("softmax", "activation", "average", "other")} == {
+        "float32"
+    }
+    network = wrap_model(copy, preprocessing="tf")
+    assert network.facts.dtype == precision
+    assert np.isfinite(
+        network.compute(np.zeros((1, 8, 8, 3), np.uint8), np.array([[0, 1]], np.int32)).raw
+    ).all()
+
+
+def test_a_network_that_cannot_be_copied_is_refused_with_the_way_out() -> None:
+    import keras
+
+    from worker.errors import NetworkIncompatible
+    from worker.gradcam.precision import with_precision
+
+    class Own(keras.Model):  # type: ignore[misc]
+        def call(self, x: Any) -> Any:
+            return x
+
+    with pytest.raises(NetworkIncompatible, match=r"cannot be copied to compute in bfloat16: .*GRADCAM_PR"):
+        with_precision(Own(), "bfloat16")
+
+
+def test_a_model_of_mixed_float16_says_so_and_keeps_the_map_of_a_class_that_it_is_sure_of() -> None:
+    import keras
+    from keras import layers
+
+    from worker.gradcam.loading import wrap_model
+
+    def built(policy: str) -> Any:
+        keras.utils.set_random_seed(4)
+        inputs = keras.Input((8, 8, 3))
+        x = layers.Conv2D(4, 3, activation="relu", name="conv", dtype=policy)(inputs)
+        x = layers.GlobalAveragePooling2D(dtype=policy)(x)
+        head = layers.Dense(3, "softmax", dtype="float32")
+        model = keras.Model(inputs, head(x))
+        head.set_weights([head.get_weights()[0], np.array([40.0, 0, 0])])
+        return wrap_model(model, preprocessing="tf")
+
+    pixels = np.random.default_rng(3).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    half, full = built("mixed_float16"), built("float32")
+    assert (half.facts.dtype, full.facts.dtype) == ("mixed_float16", "float32")
+    for score in ("probability", "logit"):
+        maps = [
+            one.compute(pixels, np.array([[0, 1]] * 2, np.int32), Method(score=score)).raw
+            for one in (half, full)
+        ]
+        peaks = np.abs(maps[1]).max((2, 3), keepdims=True)
+        assert (peaks > 0).all()
+        assert np.abs((maps[0] - maps[1]) / peaks).max() < 0.01
+
+
 def test_a_precision_that_there_is_not_is_refused_with_those_there_are() -> None:
     from worker.gradcam.precision import with_precision
 

@@ -18,7 +18,8 @@ DARK = 1e-9  # of the strongest spot's effect: less is none
 MARGIN = 0.2  # of a side, and half a cell: a deep layer's view of an edge is drawn inwards by its padding
 FINE_MARGIN = 0.05  # of a side, and a cell: of the first layer that has learned something
 TINY = 1e-30  # instead of a division by nothing
-WEAK = 0.5  # of a spot's largest share in what a cell sees: so much where it belongs, and it is not elsewhere
+LOCAL = 0.6  # of what a cell sees of three spots, a third of which is each one's where all act alike
+PLACES = ((0.0, 0.0), (1.0, 1.0), (1 / 3, 2 / 3))  # of the spots, from first to last row and column
 
 Changes = NDArray[np.float64]  # (spots, rows, columns): how much each spot changes each cell
 
@@ -42,19 +43,23 @@ class Trial:
 
 
 def trial(size: tuple[int, int, int], *, grid: tuple[int, int] = (PARTS, PARTS), seed: int = 0) -> Trial:
-    """Pictures of (height, width, channels) for layers of so many rows and columns, or more."""
+    """Pictures of (height, width, channels) for layers of so many rows and columns, or more.
+
+    What is left over at the end, where strides do not divide a side, is less than a cell: so large is every
+    spot but that at the beginning.
+    """
     random = np.random.default_rng(seed)
-    height, width = (math.ceil(side / min(PARTS, cells)) for side, cells in zip(size[:2], grid, strict=True))
-    down, right = size[0] - height, size[1] - width
-    spots = tuple(
-        Spot(round(down * y), round(right * x), height, width) for y, x in ((0, 0), (1, 1), (1 / 3, 2 / 3))
-    )
     around = np.clip(random.normal(GREY, CONTRAST, size), 0, 255).astype(np.uint8)
-    pixels = np.stack([around] * len(spots))
-    for picture, spot in zip(pixels, spots, strict=True):
-        rows, columns = slice(spot.top, spot.top + height), slice(spot.left, spot.left + width)
-        picture[rows, columns] = 255 * random.integers(0, 2, (height, width, size[2]))
-    return Trial(pixels, spots)
+    pixels, spots = np.stack([around] * len(PLACES)), []
+    for picture, place in zip(pixels, PLACES, strict=True):
+        parts = [PARTS if place == PLACES[0] else min(PARTS, cells) for cells in grid]
+        height, width = (math.ceil(side / count) for side, count in zip(size[:2], parts, strict=True))
+        top, left = round((size[0] - height) * place[0]), round((size[1] - width) * place[1])
+        spots.append(Spot(top, left, height, width))
+        picture[top : top + height, left : left + width] = 255 * random.integers(
+            0, 2, (height, width, size[2])
+        )
+    return Trial(pixels, tuple(spots))
 
 
 def changes(activations: NDArray[np.float32]) -> Changes:
@@ -99,15 +104,17 @@ def _told(
     measured = [axis for axis in (0, 1) if change.shape[axis] > 1]
     if change.max() <= DARK * strongest:
         return f"what is {where} does not reach it" if measured else None
-    cells = np.array(change.shape)
+    share = change / np.maximum(by_all, TINY)  # of what a cell sees of any spot
+    own = change * share
+    if share[own >= own.max() / 2].max() < LOCAL:
+        return None  # it acts everywhere alike, as behind an attention
+    cells, found = np.array(change.shape), _centre(own)
     margin = FINE_MARGIN + 1 / cells if fine else MARGIN + 0.5 / cells
-    found = _centre(change)
     extent = np.array([spot.height, spot.width]) / size
-    narrow = fine and any(_extent(change, axis) < extent[axis] / 2 - 1 / cells[axis] for axis in measured)
-    apart = [axis for axis in measured if abs(found[axis] - centre[axis]) > margin[axis]]
     acts = f"what is {where} acts {found[0]:.0%} from its top and {found[1]:.0%} from its left"
-    if apart and _is_elsewhere(change, by_all, centre, margin):
+    if any(abs(found[axis] - centre[axis]) > margin[axis] for axis in measured):
         return acts
+    narrow = fine and any(_extent(own, axis) < extent[axis] / 2 - 1 / cells[axis] for axis in measured)
     return f"{acts}, on too small a part" if narrow else None
 
 
@@ -122,19 +129,6 @@ def _extent(change: NDArray[np.float64], axis: int) -> float:
     """Of a spot, as a share of a side."""
     profile = change.sum(axis=1 - axis)
     return float((profile >= profile.max() / 4).mean())
-
-
-def _is_elsewhere(
-    change: NDArray[np.float64],
-    by_all: NDArray[np.float64],
-    centre: NDArray[np.float64],
-    margin: NDArray[np.float64],
-) -> bool:
-    """Whether a spot acts where it does not belong, and not everywhere alike, as behind an attention."""
-    share = np.where(change >= change.max() / 10, change / np.maximum(by_all, TINY), 0)
-    places = (np.indices(change.shape) + 0.5) / np.array(change.shape)[:, None, None]
-    near = (np.abs(places - centre[:, None, None]) <= margin[:, None, None]).all(axis=0)
-    return bool(share[near].max(initial=0) < WEAK * share.max())
 
 
 def together(seen: Sequence[Changes]) -> Changes:

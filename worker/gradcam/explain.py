@@ -17,8 +17,6 @@ from worker.gradcam.structure import Damage
 
 RGB = 3  # channels
 MAX_NAME_BYTES = 60  # of a class in a file name
-MOST_APART = 1e-3  # a probability that is told, from what the network itself says: float32 rounds far less
-MOST_APART_IN_16_BITS = 0.03  # bfloat16 has three digits
 SHOWN = 5  # predictions reported beside a list of classes
 
 
@@ -216,8 +214,7 @@ def _check_told(
     index: int,
 ) -> None:
     """Raise NetworkIncompatible where the probabilities are not what the network itself says of the image."""
-    limit = MOST_APART if "16" not in facts.dtype else MOST_APART_IN_16_BITS
-    if facts.head == "probabilities" and np.abs(scores - probabilities).max() > limit:
+    if facts.head == "probabilities" and np.abs(scores - probabilities).max() > facts.rounding:
         worst = scores[np.abs(scores - probabilities).argmax()]
         message = (
             f"{facts.name} says {worst:.4g} of this image, which is no probability: its head is none of "
@@ -228,7 +225,7 @@ def _check_told(
         return
     told = computed.outputs[index]
     apart = float(np.abs(probabilities[-len(told) :] - told).max())
-    if not apart <= limit:
+    if not apart <= facts.rounding:
         message = (
             f"The probabilities that the scores of {facts.name} give for this image are not what it says "
             f"itself (by {apart:.2g})."

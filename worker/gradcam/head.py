@@ -28,11 +28,7 @@ FINAL: dict[str, HeadKind] = {
 }
 STABLE = {"sigmoid": saturation.sigmoid, "softmax": saturation.softmax}
 ALONE = {"Activation", "Softmax", "LogSoftmax", "Sigmoid", "LogSigmoid"}  # they are nothing but an activation
-ROUNDED = {
-    "float32": 1e-3,
-    "float16": 1e-2,
-    "bfloat16": 3e-2,
-}  # how far probabilities of such digits may be off
+ROUNDED = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}  # how far probabilities may be off
 DECLARE = (
     'declare what it is: head = {kind = "sigmoid"} or {kind = "softmax"} for scores, '
     '{kind = "probabilities"} for probabilities (in Python: Head(kind="sigmoid"))'
@@ -97,7 +93,7 @@ def read_as(scores: Scores, head: Head, seen: NDArray[np.float64], dtype: str) -
     """
     if scores.kind:
         return scores
-    about, kind = ROUNDED.get(dtype, ROUNDED["float32"]), head.kind
+    about, kind = ROUNDED[dtype], head.kind
     is_unit = bool(seen.min() >= -about and seen.max() <= 1 + about)
     sums = bool(np.abs(seen.sum(axis=1) - 1).max() <= about)
     if kind == "probabilities" and not is_unit:

@@ -17,7 +17,7 @@ from worker.gradcam.catalog import HeadKind, NetworkRow, Preprocessing
 from worker.gradcam.classes import ClassIndex, imagenet
 from worker.gradcam.dissect import take_apart
 from worker.gradcam.graph import run
-from worker.gradcam.head import find_scores, read_as
+from worker.gradcam.head import ROUNDED, find_scores, read_as
 from worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
 from worker.gradcam.precision import policy_of
 from worker.gradcam.shortcut import Shortcut, itself
@@ -78,6 +78,7 @@ class KerasNetwork:
             map_size=(place.rows, place.columns),
             channels=row.preprocessing.pixel_channels,
             head=self._kind,
+            rounding=ROUNDED[self._observed.dtype],
             parameters=model.count_params(),
             rescales=rescales(graph),
         )

@@ -27,7 +27,7 @@ SAME = {
     "float16": 0.05,
     "bfloat16": 0.2,
 }  # how far a network taken apart may be off, of its peak
-MIXED = 50  # times that: images of one batch do not only round differently, they see each other
+MIXED = 10  # times that: images of one batch do not only round differently, they see each other
 AGAIN = 3  # more trials of a layer that seems to lie elsewhere, before it is refused
 PHOTOS = ("astronaut", "chelsea", "coffee")
 ops = keras.ops
@@ -108,11 +108,10 @@ def observe(
         raise cannot_run(name, error) from error
     chosen, found = _as_the_model(name, scores, pictures, trial.pixels, theirs, look)
     more = [] if scores.kind else [_flat(chosen.run(graph, scores.slot, _varied(pictures.size), _ignore))]
-    dtype = str(keras.backend.standardize_dtype(scores.told(found).dtype))
     return Observed(
         pictures=chosen,
         outputs=np.concatenate([_flat(found), *more]).astype(np.float64),
-        dtype=dtype,
+        dtype=_digits(scores.told(found)),
         trial=trial,
         changes={} if chosen.alone else changes,
     )
@@ -125,6 +124,7 @@ def _as_the_model(
 
     Raises NetworkIncompatible where neither gives what the model gives of the first image.
     """
+    limit = SAME[_fewest_digits(scores.graph)]
     failed: Exception | None = None
     together: tuple[float, Any] = (math.inf, None)
     for how in (pictures, replace(pictures, alone=True)):
@@ -135,16 +135,17 @@ def _as_the_model(
             failed = error
             continue
         difference = _difference(_flat(told[:1]), theirs) if len(found) == len(pixels) else math.inf
-        if difference <= SAME[_digits(told)]:
+        if difference <= limit:
             # Of another batch the last digits are other ones, which a deep network magnifies.
-            batched = how.alone and together[0] <= MIXED * SAME[_digits(told)]
+            batched = how.alone and together[0] <= MIXED * limit
             return (pictures, together[1]) if batched else (how, found)
         failed, together = None, together if how.alone else (difference, found)
     if failed:
         raise cannot_run(name, failed) from failed
     message = (
         f"{name}, run one layer after the other, computes something else than as a whole (by "
-        f"{difference:.2g} of its largest output): it has a layer that is random, or that looks at what is around it."
+        f"{difference:.2g} of its largest output): it has a layer that is random, or that looks at what is "
+        "around it."
     )
     raise NetworkIncompatible(message)
 
@@ -158,6 +159,12 @@ def cannot_run(name: str, error: Exception) -> NetworkIncompatible:
 def _digits(told: Any) -> str:
     dtype = str(keras.backend.standardize_dtype(told.dtype))
     return dtype if dtype in SAME else "float32"
+
+
+def _fewest_digits(graph: Graph) -> str:
+    """What the steps compute in that round most."""
+    used = {getattr(step.operation, "compute_dtype", None) for step in graph.steps}
+    return next((dtype for dtype in ("bfloat16", "float16") if dtype in used), "float32")
 
 
 def _difference(found: Any, theirs: Any) -> float:
@@ -205,8 +212,8 @@ def check_place(name: str, places: Places, place: Place, observed: Observed) -> 
         if told := _misplaced(places.graph, one, observed, fine=one is not place):
             message = (
                 f"{name} crops, pads, shifts or turns its input: as seen by the layer {one.path}, {told}. "
-                "Its maps would not lie where they belong. Do that to the pictures before, and let the network "
-                "begin behind it; set input_size to what is left."
+                "Its maps would not lie where they belong. Do that to the pictures before, and let the "
+                "network begin behind it; set input_size to what is left."
             )
             raise NetworkIncompatible(message)
 
@@ -215,10 +222,11 @@ def _misplaced(graph: Graph, place: Place, observed: Observed, *, fine: bool) ->
     seen, trial = observed.changes.get(place.slot), observed.trial
     if seen is None:
         seen = observed.pictures.changes(graph, place, trial)
-    if not alignment.misplaced(seen, trial, fine=fine):
-        return None
-    # Chance, as in a layer of few channels that are dark there? Other pictures tell.
+    told, again = alignment.misplaced(seen, trial, fine=fine), list[Changes]()
     size, grid = observed.pictures.size, (place.rows, place.columns)
-    trials = [alignment.trial(size, grid=grid, seed=seed) for seed in range(1, AGAIN + 1)]
-    again = [observed.pictures.changes(graph, place, one) for one in trials]
-    return alignment.misplaced(alignment.together(again), trials[0], fine=fine)
+    while told and len(again) < AGAIN:
+        # Chance, as in a layer of few channels that are dark there? Other pictures tell.
+        other = alignment.trial(size, grid=grid, seed=len(again) + 1)
+        again.append(observed.pictures.changes(graph, place, other))
+        told = alignment.misplaced(alignment.together(again), other, fine=fine)
+    return told

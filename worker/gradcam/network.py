@@ -25,6 +25,7 @@ class NetworkFacts:
     map_size: tuple[int, int] = (0, 0)  # (rows, columns) of the default layer
     channels: int = 3  # of the pixels
     head: HeadKind = "softmax"  # how scores become probabilities; or they are such already
+    rounding: float = 1e-3  # how far what it says may be from the probabilities that its scores give
     parameters: int = 0
     rescales: bool = False  # whether it begins with layers that do what preprocessing does
 
