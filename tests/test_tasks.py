@@ -29,8 +29,8 @@ from worker.redis_ledger import RedisLedger
 from worker.s3 import S3
 from worker.settings import Settings
 from worker.shard import Shard
-from worker.tasks import Desk, _Progress
 from worker.storage import Stores
+from worker.tasks import Desk, _Progress
 from worker.testing import MemoryLedger, MemoryStore, outside
 from worker.wire import new_id
 
