@@ -28,7 +28,7 @@ from worker.traces import checked
 from worker.url import without_secrets
 
 PREFIX = "GRADCAM_"
-PLACE_LOOKS = "must look like s3://bucket/prefix or file:///folder"
+PLACE_LOOKS = "must look like s3://bucket/prefix or file:///folder, without a user or a password"
 ONE_SERVER = "name one server, or one address that leads to the master, as redis://host:6379/0"
 SCHEMES = ("s3", "https", "http", "file", "data")
 # What Kubernetes sets in each pod for each Service of its namespace (enableServiceLinks), and Docker for each

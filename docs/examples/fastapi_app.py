@@ -104,7 +104,7 @@ input, button { box-sizing: border-box; width: 100%; padding: .6rem .8rem; borde
 progress, input { accent-color: var(--go) } [hidden], p:empty { display: none !important }</style>
 <main><h1>Where did it look?</h1><p>What a network takes your photo for, and which parts made it think so.</p>
 <form id="form"><label>A photo <input id="photo" type="file" accept="image/*"></label>
-<label>or its address <input id="uri" placeholder="s3://photos/cat.jpg" autocomplete="off"></label>
+<label>or its address <input id="uri" placeholder="s3://photos/uploads/cat.jpg" autocomplete="off"></label>
 <button id="go">Explain</button><progress id="bar" hidden></progress><p id="told" role="status"></p>
 <p id="problem" role="alert"></p></form><figure id="view" hidden><div id="stack"><img id="seen" alt="Photo">
 <img id="heat" alt="Heatmap"></div><label>Heatmap <input id="mix" type="range" value="45"></label>

@@ -179,7 +179,6 @@ def test_photos_are_explained_and_seen_in_the_admin(site: Site, visitor: Any) ->
     visitor.find_element(By.NAME, "image").send_keys("s3://private/cat.jpg\n")
     WebDriverWait(visitor, TIMEOUT_S).until(lambda _: visitor.find_elements(By.CLASS_NAME, "errorlist"))
     assert UriNotAllowed.public_message in visitor.find_element(By.CLASS_NAME, "errorlist").text
-    visitor.save_screenshot(str(site.folder / "refused.png"))
     visitor.get(f"{site.url}/photos/photo/")
     server = site.stage.client._ledger.server
     server.redis.delete(*server.redis.keys(f"{server.prefix}job:*"))  # as after a week
