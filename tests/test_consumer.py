@@ -232,7 +232,15 @@ MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
     "compressed": ({"headers": {"compression": "bzip2"}}, "compressed"),
     "no task": ({"headers": {"task": None}}, "names no task"),
     "a task that is a list": ({"headers": {"task": ["a"]}}, "names no task"),
-    "another task": ({"headers": {"task": "gradcam.everything\n"}}, r"no task 'gradcam.everything\n'"),
+    "another task": (
+        {"headers": {"task": "gradcam.everything\n"}},
+        "no task of that name in the queue gradcam.interactive, only gradcam.explain",
+    ),
+    "the task of somebody's own": (
+        {"headers": {"task": "shop.tasks.explain"}},
+        "no task 'shop.tasks.explain'",
+    ),
+    "a task that may be a secret": ({"headers": {"task": "whsec_x"}}, "no task of that name"),
     "for later": ({"headers": {"eta": "2199-01-01T00:00:00Z"}}, "eta is not allowed"),
     "for a while": ({"headers": {"expires": "2001-01-01T00:00:00Z"}}, "say expires_at in the job"),
     "a task that follows": ({"body": follow(callbacks=[{"task": "x"}])}, "tasks that are to follow"),

@@ -37,13 +37,15 @@ QUESTIONS = frozenset(
     }
 )
 REPLIES = "reply.celery.pidbox"  # the exchange by which whoever asks hears
-MAX_SHOWN = 60  # characters of a name that is not ours
 ENTERED_AT = "gradcam_entered_at"  # a header: when the job was entered in the ledger
 REFUSED = "gradcam_refused"  # a header: why this message is no task
 
 _ID = re.compile(
     rb'"id": ?"((?:[ !#-\[\]-~]|\\[^u]|\\u[0-9a-fA-F]{4}){1,%d})"' % MAX_ID
 )  # of ASCII, as JSON has it
+# Names that are shown: a text of another kind may be a secret.
+_TASK = re.compile(r"(?=.{1,60}$)[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", re.ASCII)
+_METHOD = re.compile("[a-z_]{1,40}")
 _CORRELATION_ID = re.compile(_ID.pattern.replace(b"id", b"correlation_id"))
 
 
@@ -112,9 +114,8 @@ def question(item: bytes) -> bytes:
     asked = loads(_content(found, properties), "its body")
     method = asked.get("method") if isinstance(asked, dict) else None
     if not isinstance(method, str) or method not in QUESTIONS:
-        message = (
-            f"{str(method)[:MAX_SHOWN]!r} is none of those that are answered: {', '.join(sorted(QUESTIONS))}"
-        )
+        shown = method if isinstance(method, str) and _METHOD.fullmatch(method) else "its method"
+        message = f"{shown} is none of those that are answered: {', '.join(sorted(QUESTIONS))}"
         raise Unreadable(message)
     match asked:
         case {
@@ -224,7 +225,8 @@ def _check_headers(headers: dict[str, Any], queue: str, task: str) -> None:
         message = f"it names no task: in the queue {queue}, headers.task must be {task}"
         raise Unreadable(message)
     if named != task:  # Celery has tasks of its own, which publish what they are told to
-        message = f"there is no task {named[:MAX_SHOWN]!r} in the queue {queue}, only {task}"
+        shown = f" {named!r}" if _TASK.fullmatch(named) else " of that name"
+        message = f"there is no task{shown} in the queue {queue}, only {task}"
         raise Unreadable(message)
     if headers.get("compression"):
         message = "it is compressed, and only plain JSON is read"
