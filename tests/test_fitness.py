@@ -38,7 +38,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a cluster of one node, which answers as a single server does."""
     folder = tmp_path_factory.mktemp("cluster")
-    with embedded.valkey(folder, "--cluster-enabled", "yes") as server:
+    with embedded.valkey(
+        folder, "--cluster-enabled", "yes", "--cluster-port", str(embedded.free_port())
+    ) as server:
         with redis.Redis(port=server.port) as connection:
             node: Any = connection
             node.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
@@ -61,7 +63,9 @@ def test_a_redis_cluster_is_refused_by_name(name: str, cluster: int, settings: S
 
 def test_a_client_of_a_node_that_has_other_keys_is_told_at_once_that_it_is_a_cluster(tmp_path: Path) -> None:
     with (
-        embedded.valkey(tmp_path, "--cluster-enabled", "yes") as node,
+        embedded.valkey(
+            tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(embedded.free_port())
+        ) as node,
         GradcamClient(f"redis://127.0.0.1:{node.port}/0") as client,
         pytest.raises(
             LedgerUnavailable, match=r"is part of a Redis Cluster, which is not supported"

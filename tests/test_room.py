@@ -215,7 +215,7 @@ def test_a_picture_that_there_is_no_memory_for_fails_alone_and_may_be_tried_agai
         ("GIF", "P"),
     ):
         color = 5 if mode == "P" else (1, 2, 3, 4)[: len(mode)]
-        for side in (64, 4000):  # small ones are to come out, before and after
+        for side in (64, 4400):  # small ones are to come out, before and after
             path = folder / f"{len(paths)}"
             options = {"compress_level": 1, "method": 0}
             Image.new(mode, (side, side), color).save(path, kind, **options)
@@ -227,7 +227,7 @@ def test_a_picture_that_there_is_no_memory_for_fails_alone_and_may_be_tried_agai
         out = subprocess.run(command, capture_output=True, check=True, text=True, timeout=120).stdout
         return out.splitlines()
 
-    assert run(0) == ["64", "4000"] * 6 + ["64"]
+    assert run(0) == ["64", "4400"] * 6 + ["64"]
     found = run(TIGHT_BYTES)
     assert found[::2] == ["64"] * 7
     assert found[1::2] == ["internal True"] * 6

@@ -124,10 +124,12 @@ class TestBothLibraries:
         assert len(handed_over()) == 1
 
     def test_a_key_that_obstore_could_not_ask_for_is_left_to_boto3_unasked(
-        self, http_server: Any, handed_over: Any
+        self, http_server: Any, answer: Any, handed_over: Any
     ) -> None:
+        key = "x" * 1025
+        http_server.url(f"/photos/{key}", answer(404, b"<Error><Code>NoSuchKey</Code></Error>"))
         with pytest.raises(ImageNotFound):
-            local(http_server).read_image("photos", "x" * 1025, 10, Deadline(10))
+            local(http_server).read_image("photos", key, 10, Deadline(10))
         assert "has more than 1,024 bytes" in handed_over()[0]
 
     def test_where_obstore_panics_boto3_takes_over(

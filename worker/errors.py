@@ -222,6 +222,7 @@ class UnknownBackfill(PermanentError):
     """The ledger knows no backfill that this shard is of."""
 
     code = "unknown_backfill"
+    public_message = "This request belongs to a batch that is not known any more. Submit the batch again."
 
 
 class OutputNotAllowed(PermanentError):

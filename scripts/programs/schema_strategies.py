@@ -19,7 +19,7 @@ def allowed(schema: dict[str, Any], root: dict[str, Any] | None = None) -> st.Se
     if "$ref" in schema:
         return allowed(root["$defs"][schema["$ref"].rpartition("/")[2]], root)
     for several in ("anyOf", "oneOf"):
-        if several in schema:
+        if several in schema and "type" not in schema:  # beside a type they only narrow it
             told_by = schema.get("discriminator", {}).get(
                 "propertyName"
             )  # then none of them may leave it out
