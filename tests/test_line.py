@@ -7,7 +7,7 @@ from rich.console import Console
 from worker import terminal
 from worker.contract import NetworkRef, Problem, SeenClass, StatusDocument
 from worker.errors import ImageFetchFailed
-from worker.line import FORMAT, LineFormatter, visible
+from worker.line import FORMAT, LineFormatter, counted, visible
 from worker.transitions import fresh
 from worker.wire import new_id
 
@@ -107,3 +107,12 @@ def test_a_document_shown_on_a_terminal_acts_on_nothing(text: str, monkeypatch: 
 def test_json_for_machines_is_ascii(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.print_json(HOSTILE)
     assert capsys.readouterr().out.isascii()
+
+
+def test_one_is_not_many() -> None:
+    assert [counted(number, "worker") for number in (0, 1, 2000)] == [
+        "0 workers",
+        "1 worker",
+        "2,000 workers",
+    ]
+    assert [counted(number, "shard is", "shards are") for number in (1, 2)] == ["1 shard is", "2 shards are"]
