@@ -246,6 +246,28 @@ def test_a_bucket_that_may_not_be_written_stops_a_worker(
         fitness.storage_takes(settings.model_copy(update=changes))
 
 
+def test_each_refusal_of_storage_has_a_hint_that_fits_it(
+    settings: Settings, public_server: Any, answer: Any, s3_settings: dict[str, Any]
+) -> None:
+    here = {**s3_settings, "s3_endpoint_url": f"http://{public_server.host}", "output": "s3://results/hints"}
+    for status, code, setting, fix in (
+        (404, "NoSuchBucket", "GRADCAM_OUTPUT", "Create the bucket"),
+        (403, "AccessDenied", "GRADCAM_OUTPUT", "Grant what deploy/s3/policy.json names"),
+        (400, "InvalidRequest", "GRADCAM_OUTPUT", "Put right what the server names"),
+        (400, "KMS.DisabledException", "GRADCAM_OUTPUT", "Put right the key that encrypts the bucket"),
+        (403, "RequestTimeTooSkewed", "GRADCAM_S3_ACCESS_KEY_ID and", "this machine's clock"),
+        (403, None, "GRADCAM_S3_ENDPOINT_URL", "HTTPS_PROXY"),
+    ):
+        body = f"<Error><Code>{code}</Code><Message>As I say</Message></Error>" if code else "<html></html>"
+        public_server.url("/results/hints/health/probe.txt", answer(status, body.encode()))
+        with pytest.raises(StorageUnavailable, match="As I say" if code else "HTTP 403") as caught:
+            fitness.probe_storage(settings.model_copy(update=here))
+        hint = fitness.storage_hint(caught.value)
+        assert hint.setting.startswith(setting)
+        assert fix in hint.fix
+        assert hint.lasting is (code is not None)
+
+
 def test_what_is_only_away_is_waited_for(
     settings: Settings, free_port: int, s3_settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:

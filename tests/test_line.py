@@ -7,7 +7,7 @@ from rich.console import Console
 from worker import terminal
 from worker.contract import NetworkRef, Problem, SeenClass, StatusDocument
 from worker.errors import ImageFetchFailed
-from worker.line import FORMAT, LineFormatter, abridged, visible
+from worker.line import FORMAT, LineFormatter, abridged, counted, visible
 from worker.transitions import fresh
 from worker.wire import new_id
 
@@ -118,3 +118,12 @@ def test_a_long_text_keeps_its_beginning_and_its_end_on_one_line() -> None:
     assert len(told) == 100
     assert abridged("a  short\n one", 100) == "a short one"
     assert abridged("x" * 100, 100) == "x" * 100
+
+
+def test_one_is_not_many() -> None:
+    assert [counted(number, "worker") for number in (0, 1, 2000)] == [
+        "0 workers",
+        "1 worker",
+        "2,000 workers",
+    ]
+    assert [counted(number, "shard is", "shards are") for number in (1, 2)] == ["1 shard is", "2 shards are"]

