@@ -184,6 +184,7 @@ def make_app(settings: Settings, *, timeout_s: float = 10) -> "Celery":
             "health_check_interval": 15,
             "max_message_bytes": settings.max_message_bytes,
             "tasks": TASKS,
+            "peeked": [*dict.fromkeys(ROUTES.values())],
             "most_in_hand": {SHARDS: settings.shards},  # the other threads are for who comes before them
         },
     )

@@ -4,9 +4,10 @@ import hashlib
 import json
 import logging
 import math
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,8 @@ ASIDE_MOST = 100  # items
 ASIDE_BYTES = 200  # of each item: enough to see what it is
 ASIDE_MS = 7 * 86_400_000  # after the last one
 IGNORED_EVERY_S = 10.0  # between two lines about remote commands
+LIST_S = 1.0  # between two looks at all lists
+PEEK_S = 1  # that a thread waits at its list at a time
 NOT_ALLOWED = ""  # in the place of a script that may not be run here
 LOOK_S = 0.05  # that the other queues are waited for, while one has no room: it may have some any moment
 EMPTY = kombu_redis.Empty
@@ -98,6 +101,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         "max_message_bytes",
         "most_in_hand",
         "tasks",
+        "peeked",
     )
     max_message_bytes = 1024 * 1024  # of a job as JSON
     on_unsettled: Callable[[Exception], None] = staticmethod(lambda _: None)
@@ -107,7 +111,11 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
 
     tasks: Mapping[str, str] = {}  # queue -> the one task that it is for
 
+    peeked: Sequence[tuple[str, int]] = ()  # queue and priority: lists that are waited at
+
     _kept: Any = None
+    _peeks: "_Peeks | None" = None
+    _asked_s = 0.0  # when all lists were looked at last
     _queue_cycle: Any
     _empty = False  # all queues were, at the last look
     _receive_sha: str | None = None  # of `RECEIVE`, where the server has it
@@ -139,6 +147,8 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         finally:
             self.closed = True
             self._kept = None
+            if self._peeks:
+                self._peeks.close()
             self._disconnect_pools()
 
     def has_room(self, queue: str) -> bool:
@@ -169,10 +179,14 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         """Ask for the next item of the queues that have room; soon again, where one has none just now.
 
         As long as there are any, each is written down as unacknowledged in the step that takes it: whoever
-        dies before he reads it loses nothing. Only where all queues are empty the next one is waited for with
-        BRPOP, which cannot do that.
+        dies before he reads it loses nothing. Where all queues are empty the next one is waited for without
+        taking it (see `_Peeks`); with BRPOP, which cannot do that, only where nobody peeks.
         """
-        if not self._empty and self._ask_for_one():
+        peeks = self._peeks if self._peeks and self._peeks.can else None
+        if peeks and self._empty and time.monotonic() - self._asked_s < LIST_S:
+            peeks.begin()
+            return
+        if (peeks or not self._empty) and self._ask_for_one():
             return
         every: Any = self._queue_cycle
         self._queue_cycle, self._tag = _WithRoom(every, self.has_room), ""
@@ -196,10 +210,21 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         lists = [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
         keys = [f"{self.global_keyprefix}{one}" for one in (*lists, self.unacked_key, self.unacked_index_key)]
         self._tag, connection = str(uuid.uuid4()), self.client.connection
-        self._in_poll, self._brpop_sent_at = connection, time.monotonic()
+        self._in_poll = connection
+        self._asked_s = self._brpop_sent_at = time.monotonic()
         told = [self._tag, time.time(), *map(json.dumps, self._lists)]
         connection.send_command("EVALSHA", self._receive_sha, len(keys), *keys, *told)
         return True
+
+    def wait_by_peeking(self, wake: Callable[[], object]) -> None:
+        """From now on, take nothing while waiting; `wake`, called from any thread, has the loop go round."""
+
+        def found() -> None:
+            self._empty = False
+            wake()
+
+        if self._peeks is None and self._receive_sha != NOT_ALLOWED:
+            self._peeks = _Peeks(self, found)
 
     def _load_receive(self) -> str:
         try:
@@ -310,6 +335,66 @@ class Transport(kombu_redis.Transport):  # type: ignore[misc]
 
     Channel = Channel
     connection_errors = (*kombu_redis.Transport.connection_errors, redis.exceptions.ReadOnlyError)
+
+
+class _Peeks:
+    """Threads that wait for items without taking any, each at one list.
+
+    BLMOVE from the end of a list to its very end changes nothing, and waits until there is something to
+    move. Of several lists no command of Redis can wait for one without taking from it.
+    """
+
+    def __init__(self, channel: Channel, found: Callable[[], None]) -> None:
+        """`found` is called when there is something."""
+        self.can = True
+        self._channel, self._found = channel, found
+        self._wanted = threading.Event()
+        pool = channel._get_pool()  # noqa: SLF001  # kombu has no other way
+        self._client = redis.Redis(connection_pool=pool)
+        for queue, step in channel.peeked:
+            key = f"{channel.global_keyprefix}{channel._q_for_pri(queue, step)}"  # noqa: SLF001  # as above
+            threading.Thread(target=self._keep, args=[queue, key], name="peek", daemon=True).start()
+
+    def begin(self) -> None:
+        """Wait, until something is found."""
+        self._wanted.set()
+
+    def close(self) -> None:
+        """End the threads and their connections."""
+        self.can = False
+        self._wanted.set()
+        self._client.connection_pool.disconnect()
+
+    def _keep(self, queue: str, key: str) -> None:
+        while self.can:
+            if not self._wanted.wait(LIST_S):
+                continue
+            if not self._channel.has_room(queue):
+                time.sleep(LOOK_S)
+                continue
+            try:
+                item = self._client.blmove(key, key, PEEK_S, "RIGHT", "RIGHT")
+            except redis.exceptions.ReadOnlyError as error:  # a failover: nobody else would notice
+                self._failed(error)
+            except BaseException as error:  # noqa: BLE001  # it is the loop's connection that tells of an outage
+                if "unknown command" in str(error) or isinstance(error, redis.exceptions.NoPermissionError):
+                    self._give_up(error)
+                time.sleep(LIST_S)
+            else:
+                if item is not None:
+                    self._wanted.clear()
+                    self._found()
+
+    def _failed(self, error: Exception) -> None:
+        if self.can:
+            self._channel.on_unsettled(error)
+        time.sleep(LIST_S)
+
+    def _give_up(self, error: BaseException) -> None:
+        if self.can:
+            log.warning("a process that is killed may lose a message, as BLMOVE is not to be had: %s", error)
+        self.can = False
+        self._found()
 
 
 class _WithRoom:

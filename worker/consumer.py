@@ -95,6 +95,7 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
         self.app.stall.back()
         self._failing, self._unheld = False, {}
         self.task_consumer.channel.on_unsettled = self._renew
+        self.task_consumer.channel.wait_by_peeking(lambda: self.hub.call_soon(lambda: None))
         self._turn()
         self._turning = self.timer.call_repeatedly(TURN_S, self._turn)
 
