@@ -182,7 +182,7 @@ def test_what_storage_says_in_its_own_threads_names_the_job(
     ours.addHandler(handler)
     level = ours.level
     ours.setLevel("INFO")
-    keys = {"s3_access_key_id": "testing", "s3_secret_access_key": "testing"}
+    keys: dict[str, Any] = {"s3_access_key_id": "testing", "s3_secret_access_key": "testing"}
     away = S3(Settings(s3_endpoint_url=f"http://127.0.0.1:{free_port}", fetch_timeout_s=0.5, **keys))
     try:
         with about(job_id="a"), pytest.raises(ImageFetchFailed):
