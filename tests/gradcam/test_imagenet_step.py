@@ -113,20 +113,9 @@ def test_a_file_in_the_operators_folder_gives_the_logits_that_keras_gives_with_i
     assert np.abs(straight(pixels.astype(np.float32)).numpy() - expected).max() > 1e-3, "another network"
 
 
-@pytest.mark.parametrize("row", [ROW])
-def test_the_graph_is_the_one_that_keras_builds_for_imagenets_weights(
-    row: NetworkRow, theirs: Theirs
-) -> None:
-    assert_one_graph(row, theirs)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("row", KERAS_ROWS, ids=[row.name for row in KERAS_ROWS])
 def test_every_row_is_one_graph_whichever_way_its_weights_come(row: NetworkRow, theirs: Theirs) -> None:
-    assert_one_graph(row, theirs)
-
-
-def assert_one_graph(row: NetworkRow, theirs: Theirs) -> None:
     import keras
 
     from worker.gradcam.loading import _build
