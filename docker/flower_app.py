@@ -1,8 +1,8 @@
 """The Celery app that Flower looks at, with the workers' own settings: `celery -A flower_app flower`."""
 
 # ruff: noqa: INP001  # it stands alone
-from worker.broker import make_app
-from worker.settings import Settings
+from gradcam_worker.broker.app import make_app
+from gradcam_worker.settings import Settings
 
 app = make_app(Settings.from_environment())
 app.conf.broker_transport = None  # it takes no jobs, and knows Redis by kombu's own transport alone

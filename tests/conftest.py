@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 import trustme
+from gradcam_worker.gradcam.classes import DATA
+from gradcam_worker.gradcam.models.weights import digest
+from gradcam_worker.operations import servers
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.settings import Settings
 from pydantic import SecretStr
-
-from worker import embedded
-from worker.contract import Job
-from worker.gradcam.classes import DATA
-from worker.gradcam.weights import digest
-from worker.settings import Settings
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,19 +58,19 @@ def photos() -> Path:
 @pytest.fixture(scope="session")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a real Valkey."""
-    with embedded.valkey(tmp_path_factory.mktemp("valkey")) as server:
+    with servers.valkey(tmp_path_factory.mktemp("valkey")) as server:
         yield f"redis://127.0.0.1:{server.port}/0"
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded.S3Server]:
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3Server]:
     """A real S3 server, with the buckets `photos` and `results`."""
-    with embedded.s3(tmp_path_factory.mktemp("s3"), ("photos", "results")) as server:
+    with servers.s3(tmp_path_factory.mktemp("s3"), ("photos", "results")) as server:
         yield server
 
 
 @pytest.fixture
-def s3_settings(s3_server: embedded.S3Server) -> dict[str, Any]:
+def s3_settings(s3_server: servers.S3Server) -> dict[str, Any]:
     """What settings for the real S3 server have to say."""
     return {
         "s3_endpoint_url": s3_server.url,
@@ -96,7 +95,7 @@ def save_model() -> Callable[..., str]:
     """Save a small network of three classes, with its convolution one level down; return its checksum."""
 
     def save(path: Path, *, seed: int = 1, rescales: bool = False) -> str:
-        from worker.gradcam.backend import keras
+        from gradcam_worker.gradcam.backend import keras
 
         layers = keras.layers
         keras.utils.set_random_seed(seed)

@@ -61,9 +61,8 @@ class TestNetworks:
         assert seen["nonzero"]
 
     def test_a_network_unlike_its_row_or_dark_is_told(self) -> None:
+        from gradcam_worker.gradcam.catalog import CATALOG
         from networks import Seen
-
-        from worker.gradcam.catalog import CATALOG
 
         row = CATALOG["vgg16"]
         assert row.target_layer

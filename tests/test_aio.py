@@ -9,16 +9,15 @@ from contextvars import ContextVar
 from typing import Any
 
 import pytest
-
-from worker import lookout
-from worker.aio import CALLS_AT_ONCE, AsyncGradcamClient
-from worker.client import GradcamClient
-from worker.contract import Job, WorkerRef
-from worker.errors import InvalidJob, LedgerUnavailable, UnknownJob, WaitTimeout
-from worker.redis_ledger import RedisLedger
-from worker.settings import Settings
-from worker.testing import Doorbell, MemoryLedger
-from worker.wire import new_id
+from gradcam_worker.client import poller
+from gradcam_worker.client.async_client import CALLS_AT_ONCE, AsyncGradcamClient
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import InvalidJob, LedgerUnavailable, UnknownJob, WaitTimeout
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.schemas.job import Job, WorkerRef
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import Doorbell, MemoryLedger
 
 FIELDS: dict[str, Any] = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
 WAIT_S = 30.0
@@ -41,7 +40,7 @@ def client(settings: Settings) -> Iterator[AsyncGradcamClient]:
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody looks at a job unless told to."""
     for name in ("SAFETY_S", "POLL_FIRST_S", "POLL_LAST_S"):
-        monkeypatch.setattr(lookout, name, 3600.0)
+        monkeypatch.setattr(poller, name, 3600.0)
 
 
 def subscribed(ledger: RedisLedger, job_id: str) -> bool:
@@ -143,8 +142,8 @@ def test_a_ledger_that_is_away_holds_up_nobody_else_of_the_event_loop() -> None:
 def test_who_waited_for_a_thread_does_not_wait_for_the_ledger_as_long_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("worker.aio.CALLS_AT_ONCE", 2)
-    monkeypatch.setattr("worker.client.PATIENCE_S", 0.5)
+    monkeypatch.setattr("gradcam_worker.client.async_client.CALLS_AT_ONCE", 2)
+    monkeypatch.setattr("gradcam_worker.client.client.PATIENCE_S", 0.5)
     tries: Counter[str] = Counter()
 
     class Gone(MemoryLedger):

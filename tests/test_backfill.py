@@ -13,14 +13,13 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
-
-from worker import flights, output, terminal
-from worker.ahead import Ahead
-from worker.backfill import Backfill
-from worker.breaker import Breaker
-from worker.contract import NetworkRef, Problem, StatusDocument, WorkerRef
-from worker.errors import (
+from gradcam_worker.backfill import inflight, output
+from gradcam_worker.backfill.output import Output
+from gradcam_worker.backfill.plan import Plan, shards
+from gradcam_worker.backfill.progress import Pace, Standing
+from gradcam_worker.backfill.registry import Heard, Record
+from gradcam_worker.backfill.runner import Backfill
+from gradcam_worker.errors import (
     BackfillConflict,
     BackfillStopped,
     BrokerUnavailable,
@@ -30,25 +29,26 @@ from worker.errors import (
     LedgerUnavailable,
     StorageUnavailable,
 )
-from worker.fleet import Heard, Record
-from worker.leases import Leases
-from worker.output import Output
-from worker.plan import Plan, shards
-from worker.progress import Progress
-from worker.settings import Settings
-from worker.shard import Row, Shard
-from worker.standing import Pace, Standing
-from worker.tasks import Desk
-from worker.testing import MemoryLedger, MemoryStore, outside
-from worker.wire import utc_now
-from worker.wishes import Target
+from gradcam_worker.execution.handler import Desk
+from gradcam_worker.execution.leases import Leases
+from gradcam_worker.operations import console
+from gradcam_worker.operations.progress_bar import Progress
+from gradcam_worker.resilience.circuit_breaker import Breaker
+from gradcam_worker.resilience.prefetch import Ahead
+from gradcam_worker.schemas.job import NetworkRef, Problem, StatusDocument, WorkerRef
+from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.schemas.options import Target
+from gradcam_worker.schemas.shard import Row, Shard
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import MemoryLedger, MemoryStore, outside
+from rich.console import Console
 
 PLACE = "s3://results/photos"
 IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
 
 
 class MemoryFleet:
-    """The fleet in a dictionary: see `worker.fleet.Fleet`."""
+    """The fleet in a dictionary: see `gradcam_worker.backfill.registry.Fleet`."""
 
     def __init__(self) -> None:
         self.heard = Heard(owner=True)
@@ -747,7 +747,7 @@ def test_how_far_it_is_is_shown_whoever_looks(
 ) -> None:
     if form == "terminal":
         monkeypatch.setattr(
-            terminal, "err", Console(stderr=True, force_terminal=True, width=100, highlight=False)
+            console, "err", Console(stderr=True, force_terminal=True, width=100, highlight=False)
         )
     with Progress(form) as progress:
         progress.show(Standing(planned=1024, done=512))
@@ -788,7 +788,7 @@ def test_reading_ahead_waits_for_whoever_takes_and_passes_errors_on() -> None:
 
 
 def test_the_names_of_what_stops_everything_are_codes_of_errors() -> None:
-    assert {one.code for one in descendants(GradcamError)} >= flights.HOPELESS
+    assert {one.code for one in descendants(GradcamError)} >= inflight.HOPELESS
 
 
 def descendants(kind: type[GradcamError]) -> set[type[GradcamError]]:

@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-
-from worker.breaker import FAILURES, Breaker
-from worker.errors import StorageUnavailable
+from gradcam_worker.errors import StorageUnavailable
+from gradcam_worker.resilience.circuit_breaker import FAILURES, Breaker
 
 FAILURE = StorageUnavailable("s3://out/x could not be written: HTTP 503")
 

@@ -10,13 +10,12 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 import trustme
-
-from worker import broker
-from worker.client import GradcamClient
-from worker.contract import Job
-from worker.doctor import examine
-from worker.errors import BrokerUnavailable, InvalidSettings, LedgerUnavailable
-from worker.settings import Settings
+from gradcam_worker.broker import app as broker
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import BrokerUnavailable, InvalidSettings, LedgerUnavailable
+from gradcam_worker.operations.doctor import examine
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.settings import Settings
 
 
 def test_the_app_keeps_what_it_can_keep(settings: Settings) -> None:

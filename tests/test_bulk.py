@@ -18,12 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import ClientError
-from numpy.typing import NDArray
-
-from worker import bulk, pipeline, wiring
-from worker.contract import ImageRef, Job, Problem
-from worker.deadline import Deadline
-from worker.errors import (
+from gradcam_worker.errors import (
     AttemptFenced,
     DeviceOutOfMemory,
     GradcamError,
@@ -38,18 +33,23 @@ from worker.errors import (
     UnknownLayer,
     WeightsChecksumMismatch,
 )
-from worker.folder import Object
-from worker.gradcam.decode import Decoded, decode
-from worker.gradcam.network import GRADCAM, Computed, Method, Network
-from worker.gradcam.residents import Residents
-from worker.images import Fetched, Images
-from worker.pipeline import Done, Journey
-from worker.room import Room, Rooms
-from worker.s3 import S3
-from worker.s3_errors import IdentityFailed
-from worker.settings import Settings
-from worker.shard import READERS, Row, Shard, data_key, parse
-from worker.testing import MemoryImages, MemoryStore, TinyNetwork, outside
+from gradcam_worker.execution import pipeline, shards
+from gradcam_worker.execution.pipeline import Done, Journey
+from gradcam_worker.gradcam.decoding.decode import Decoded, decode
+from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network
+from gradcam_worker.images.fetch import Fetched, Images
+from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.resilience.budget import Room, Rooms
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.runtime import service_factory
+from gradcam_worker.schemas.job import ImageRef, Job, Problem
+from gradcam_worker.schemas.shard import READERS, Row, Shard, data_key, parse
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.filesystem import Object
+from gradcam_worker.storage.s3 import S3
+from gradcam_worker.storage.s3_errors import IdentityFailed
+from gradcam_worker.testing import MemoryImages, MemoryStore, TinyNetwork, outside
+from numpy.typing import NDArray
 
 GROUP = 4
 KEY = "00000003-0123456789abcdef"
@@ -114,7 +114,7 @@ class Bench:
 
     def run(self, shard: Shard | None = None, *, deadline: Deadline | None = None, **journey: Any) -> Done:
         way = Journey(deadline or Deadline(60), self.reported.append, insist=self.said.append, **journey)
-        return bulk.explain(shard or shard_of(self.images), self.outside, way)
+        return shards.explain(shard or shard_of(self.images), self.outside, way)
 
     @property
     def table(self) -> pa.Table:
@@ -135,7 +135,7 @@ class Bench:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk, "AGAIN_S", 0)
+    monkeypatch.setattr(shards, "AGAIN_S", 0)
 
 
 @dataclass
@@ -219,7 +219,7 @@ def test_a_shard_leaves_the_same_bytes_however_it_is_run() -> None:
 
 @pytest.mark.tensorflow
 def test_a_shard_of_a_real_network_leaves_the_same_bytes_and_says_what_a_manifest_says(photos: Path) -> None:
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     network = load_network("efficientnet_lite0")
     files = sorted(photos.glob("*.jpg"))
@@ -563,7 +563,9 @@ def test_a_shard_that_was_overtaken_while_it_computed_writes_nothing() -> None:
 
     bench = Bench()
     with pytest.raises(AttemptFenced, match="at upload"):
-        bulk.explain(shard_of(PICTURES), bench.outside, Journey(Deadline(60), lambda _: None, insist=insist))
+        shards.explain(
+            shard_of(PICTURES), bench.outside, Journey(Deadline(60), lambda _: None, insist=insist)
+        )
     assert not bench.store.objects
 
 
@@ -717,7 +719,7 @@ def test_a_shard_that_is_to_stop_stops_within_the_groups_at_hand_and_writes_noth
     bench = Bench(images, network)
     with pytest.raises(why or JobTimeout):
         bench.run(deadline=deadline, suspect=suspect)
-    assert network.passes <= 2 + bulk.COMPUTING
+    assert network.passes <= 2 + shards.COMPUTING
     assert not bench.store.objects
     bench.run(suspect=suspect)
     assert len(bench.good) == 20 * GROUP, "handed back, it runs again"
@@ -733,7 +735,7 @@ def test_a_report_that_says_stop_stops_the_shard() -> None:
 
     shard = shard_of({}, rows=[{"uri": uri(0)}] * 40)
     with pytest.raises(JobCanceled):
-        bulk.explain(shard, bench.outside, Journey(Deadline(60), report))
+        shards.explain(shard, bench.outside, Journey(Deadline(60), report))
     assert not bench.store.objects
     bench.run(shard)
     assert [one for one in bench.reported if one.startswith("explain ")][-1] == "explain 24 of 40"
@@ -764,7 +766,7 @@ def test_readers_wait_for_room_in_memory_and_leave_it(
         held.append(rooms.pixels.held)
         return decode(data, *args, **how)
 
-    monkeypatch.setattr("worker.shard_row.decode", noted)
+    monkeypatch.setattr("gradcam_worker.execution.shard_rows.decode", noted)
     source = Held(rooms)
     bench = Bench(source=source, others={"rooms": rooms})
     bench.run(shard_of({}, rows=[{"uri": uri(0)}] * 40, artifacts=artifacts))
@@ -776,7 +778,7 @@ def test_readers_wait_for_room_in_memory_and_leave_it(
 
 
 def test_readers_of_shards_have_their_share_of_room_so_that_no_job_waits_for_them() -> None:
-    rooms = wiring.outside(Settings(threads=4, shards=2)).rooms
+    rooms = service_factory.outside(Settings(threads=4, shards=2)).rooms
     assert rooms.threads == 4 + 2 * READERS
 
 

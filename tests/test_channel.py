@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import redis
-
-from worker import broker, shard
-from worker.broker import INTERACTIVE, SHARDS
-from worker.settings import Settings
-from worker.wire import new_id
+from gradcam_worker.broker import app as broker
+from gradcam_worker.broker.app import INTERACTIVE, SHARDS
+from gradcam_worker.schemas import shard
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.settings import Settings
 
 WAIT_S = 20
 THREADS, IN_HAND = 3, 2

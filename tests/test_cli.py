@@ -6,23 +6,22 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from gradcam_worker.cli.main import main
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import GradcamError, InvalidJob, JobTimeout, StorageUnavailable
+from gradcam_worker.execution.pipeline import explain
+from gradcam_worker.gradcam.catalog import CATALOG
+from gradcam_worker.gradcam.classes import ClassIndex
+from gradcam_worker.ledger.dead_letters import id_of_replay
+from gradcam_worker.ledger.redis.outbox import RedisOutbox
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.operations import console
+from gradcam_worker.schemas.job import Job, Method, Problem, SeenClass, WorkerRef
+from gradcam_worker.schemas.manifest import Manifest
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import Doorbell, MemoryLedger, TinyNetwork
 from rich.console import Console
-
-from worker import terminal
-from worker.cli import main
-from worker.client import GradcamClient
-from worker.contract import Job, Method, Problem, SeenClass, WorkerRef
-from worker.errors import GradcamError, InvalidJob, JobTimeout, StorageUnavailable
-from worker.gradcam.catalog import CATALOG
-from worker.gradcam.classes import ClassIndex
-from worker.manifest import Manifest
-from worker.pipeline import explain
-from worker.redis_ledger import RedisLedger
-from worker.redis_outbox import RedisOutbox
-from worker.replay import id_of_replay
-from worker.settings import Settings
-from worker.testing import Doorbell, MemoryLedger, TinyNetwork
-from worker.wire import new_id
 
 WORKER = WorkerRef(id="gpu-1:7", device="cpu")
 
@@ -120,7 +119,7 @@ def test_own_networks_are_listed_with_the_others_and_every_row_fits_a_terminal(
 ) -> None:
     (tmp_path / "vgg19.weights.h5").touch()
     monkeypatch.setenv("GRADCAM_WEIGHTS_DIR", str(tmp_path))
-    monkeypatch.setattr("worker.terminal.out", Console(width=80))
+    monkeypatch.setattr("gradcam_worker.operations.console.out", Console(width=80))
     assert main(["networks"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1 : len(CATALOG) + 2]] == [*CATALOG, "tumours"], "one line each"
@@ -159,7 +158,9 @@ def test_the_options_of_a_method_reach_the_job(
     environment: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submitted: list[Job] = []
-    monkeypatch.setattr("worker.client.GradcamClient.submit", lambda _, job, **__: submitted.append(job))
+    monkeypatch.setattr(
+        "gradcam_worker.client.client.GradcamClient.submit", lambda _, job, **__: submitted.append(job)
+    )
     assert main(["submit", "s3://photos/cat.jpg", "--network", "tumours"]) == 0
     options = ["--method", "layercam", "--layer", "auto", "--score", "probability", "--normalize", "joint"]
     assert main(["submit", "s3://photos/cat.jpg", *options, "--flip"]) == 0
@@ -399,7 +400,7 @@ class TestExplain:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> TinyNetwork:
     """The network that is loaded, whichever is asked for."""
     network = TinyNetwork()
-    monkeypatch.setattr("worker.wiring.load", lambda *_: network)
+    monkeypatch.setattr("gradcam_worker.runtime.service_factory.load", lambda *_: network)
     return network
 
 
@@ -474,7 +475,7 @@ class TestManyFiles:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         images = [bright(tmp_path, name) for name in ("a.png", "b.png")]
-        monkeypatch.setattr("worker.local.explain", interrupted := Interrupted(1))
+        monkeypatch.setattr("gradcam_worker.operations.explain.explain", interrupted := Interrupted(1))
         command = ["explain", *map(str, images), "-o", str(tmp_path / "out")]
         assert main(command) == 130
         shown = capsys.readouterr()
@@ -584,5 +585,5 @@ def test_a_class_may_be_called_whatever_it_is(capsys: pytest.CaptureFixture[str]
     seen = SeenClass(rank=1, id=0, wnid="", name="benign [/b] [red]", probability=0.5)
     ledger = MemoryLedger()
     job_id = GradcamClient(ledger=ledger, publish=Doorbell()).submit(job)
-    terminal.show(ledger.read(job_id).model_copy(update={"predictions": (seen,)}))
+    console.show(ledger.read(job_id).model_copy(update={"predictions": (seen,)}))
     assert "benign [/b] [red]" in capsys.readouterr().out

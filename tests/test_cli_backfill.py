@@ -14,19 +14,18 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-
-from worker.breaker import Breaker
-from worker.cli import main
-from worker.contract import WorkerRef
-from worker.fleet import RedisFleet
-from worker.leases import Leases
-from worker.redis_ledger import RedisLedger
-from worker.s3 import S3
-from worker.settings import Settings
-from worker.shard import Shard
-from worker.storage import Stores
-from worker.tasks import Desk
-from worker.testing import outside
+from gradcam_worker.backfill.registry import RedisFleet
+from gradcam_worker.cli.main import main
+from gradcam_worker.execution.handler import Desk
+from gradcam_worker.execution.leases import Leases
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.resilience.circuit_breaker import Breaker
+from gradcam_worker.schemas.job import WorkerRef
+from gradcam_worker.schemas.shard import Shard
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+from gradcam_worker.storage.stores import Stores
+from gradcam_worker.testing import outside
 
 IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
 
@@ -76,7 +75,7 @@ def hands(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     own = settings.model_copy(update={"output": f"file://{tmp_path}/results"})
     for name, value in own.to_environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("worker.backfill.LAST_LOOK_S", 0.05)
+    monkeypatch.setattr("gradcam_worker.backfill.runner.LAST_LOOK_S", 0.05)
     with Hands(own) as one:
         yield one
 

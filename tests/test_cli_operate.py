@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from worker.cli import main
-from worker.gradcam.catalog import CATALOG
-from worker.gradcam.weights import digest
+from gradcam_worker.cli.main import main
+from gradcam_worker.gradcam.catalog import CATALOG
+from gradcam_worker.gradcam.models.weights import digest
 
 KERAS_FILE = CATALOG["vgg16"].keras_files[0]
 
@@ -43,7 +42,7 @@ def downloads(into: Path) -> Callable[..., None]:
 def test_what_is_fetched_is_here_and_what_is_not_has_a_sentence(
     mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("worker.wiring.load", downloads(mine / "keras"))
+    monkeypatch.setattr("gradcam_worker.runtime.service_factory.load", downloads(mine / "keras"))
     names = ["vgg61", "vgg16", "efficientnet_lite0"]
     assert main(["networks", "fetch", *names, "--all-mine"]) == 1, "two of them failed"
     shown = capsys.readouterr()
@@ -67,7 +66,7 @@ def test_what_is_fetched_is_here_and_what_is_not_has_a_sentence(
 def test_what_is_here_is_not_fetched_again(
     mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("worker.wiring.load", downloads(mine / "keras"))
+    monkeypatch.setattr("gradcam_worker.runtime.service_factory.load", downloads(mine / "keras"))
     for _ in range(2):  # Keras's folder could not be made twice
         assert main(["networks", "fetch", "vgg16", "right", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
@@ -78,7 +77,7 @@ def test_what_is_here_is_not_fetched_again(
 def test_weights_that_keras_keeps_elsewhere_are_not_said_to_be_here(
     mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("worker.wiring.load", downloads(mine / "elsewhere"))
+    monkeypatch.setattr("gradcam_worker.runtime.service_factory.load", downloads(mine / "elsewhere"))
     assert main(["networks", "fetch", "vgg16"]) == 1
     assert "KERAS_HOME must name a folder that can be written to" in capsys.readouterr().err
 
@@ -100,7 +99,7 @@ def test_what_nobody_foresaw_of_one_network_does_not_stop_the_others(
         message = "out of the blue"
         raise TypeError(message)
 
-    monkeypatch.setattr("worker.wiring.load", load)
+    monkeypatch.setattr("gradcam_worker.runtime.service_factory.load", load)
     assert main(["networks", "fetch", "vgg16", "right"]) == 1
     shown = capsys.readouterr()
     assert "vgg16: Unforeseen TypeError: out of the blue" in shown.err

@@ -13,12 +13,11 @@ from uuid import UUID
 
 import pytest
 import redis
-
-from worker import broker, envelope
-from worker import client as client_module
-from worker.client import GradcamClient
-from worker.contract import Job, StatusDocument, WorkerRef
-from worker.errors import (
+from gradcam_worker.broker import app
+from gradcam_worker.broker import message as envelope
+from gradcam_worker.client import client as client_module
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import (
     BrokerUnavailable,
     GradcamError,
     IdempotencyConflict,
@@ -29,12 +28,13 @@ from worker.errors import (
     UnknownJob,
     WaitTimeout,
 )
-from worker.ledger import Ledger
-from worker.patience import Patience
-from worker.redis_ledger import RedisLedger
-from worker.settings import Settings
-from worker.testing import Doorbell, MemoryLedger, MemoryObjects, MemoryStore
-from worker.wire import new_id
+from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.resilience.retry import Patience
+from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import Doorbell, MemoryLedger, MemoryObjects, MemoryStore
 
 FIELDS: dict[str, Any] = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
 WORKER = WorkerRef(id="w", device="cpu")
@@ -167,9 +167,9 @@ def test_a_job_can_be_cancelled(client: GradcamClient) -> None:
 def test_the_message_says_when_its_job_was_entered(settings: Settings) -> None:
     client = GradcamClient(settings=settings)
     job_id = client.submit(**FIELDS)
-    queue = f"{settings.key_prefix}{broker.INTERACTIVE}\x06\x163"
+    queue = f"{settings.key_prefix}{app.INTERACTIVE}\x06\x163"
     message = json.loads(redis.Redis.from_url(settings.broker_url).lpop(queue) or "{}")  # type: ignore[arg-type]
-    moment = datetime.fromisoformat(message["headers"][broker.ENTERED_AT])
+    moment = datetime.fromisoformat(message["headers"][app.ENTERED_AT])
     assert moment == client.status(job_id).created_at
 
 
@@ -181,12 +181,11 @@ def test_urls_given_by_hand_go_before_the_environment(settings: Settings) -> Non
 
 def waiting(settings: Settings, route: str = "normal") -> list[dict[str, Any]]:
     """What lies in a queue, the next one first, as a worker reads it."""
-    queue, number = broker.ROUTES[route]
+    queue, number = app.ROUTES[route]
     key = f"{settings.key_prefix}{queue}\x06\x16{number}"
     items: Any = redis.Redis.from_url(settings.broker_url).lrange(key, 0, -1)
     return [
-        envelope.read(item, queue, settings.max_message_bytes, broker.TASKS[queue])
-        for item in reversed(items)
+        envelope.read(item, queue, settings.max_message_bytes, app.TASKS[queue]) for item in reversed(items)
     ]
 
 
@@ -201,7 +200,7 @@ def test_many_are_entered_and_rung_for_in_order_in_a_few_round_trips(settings: S
     assert [one["headers"]["id"] for one in messages] == ids
     documents = client.statuses(ids)
     assert [documents[one].metadata["n"] for one in ids] == [str(n) for n in range(1200)]
-    assert {one["headers"][broker.ENTERED_AT] for one in messages} == {
+    assert {one["headers"][app.ENTERED_AT] for one in messages} == {
         one.created_at.isoformat() for one in documents.values()
     }
     assert after - before < 1200 * 6, "about five commands of a script for each job, but no more"
@@ -538,7 +537,7 @@ def test_errors_that_time_may_cure_are_retryable() -> None:
 def test_who_finds_all_connections_in_use_waits_for_one(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.redis_ledger.CONNECTIONS", 2)
+    monkeypatch.setattr("gradcam_worker.ledger.redis.store.CONNECTIONS", 2)
     client = GradcamClient(settings=settings)
     job_id = client.submit(**FIELDS)
     with ThreadPoolExecutor(60) as pool:
@@ -551,7 +550,7 @@ def test_who_finds_all_connections_in_use_waits_for_one(
 def test_who_waits_in_vain_for_a_connection_is_told_what_for(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.redis_ledger.CONNECTIONS", 2)
+    monkeypatch.setattr("gradcam_worker.ledger.redis.store.CONNECTIONS", 2)
     monkeypatch.setattr(client_module, "TIMEOUT_S", 0.05)
     ledger = RedisLedger(settings, timeout_s=0.05, retries=0)
     client = GradcamClient(settings=settings, ledger=ledger)
@@ -583,8 +582,8 @@ def test_many_threads_share_one_client(settings: Settings) -> None:
 
 FORKING = """
 import os, signal, sys, threading
-from worker.client import GradcamClient
-from worker.settings import Settings
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.settings import Settings
 
 FIELDS = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
 client = GradcamClient(settings=Settings(broker_url=sys.argv[1], key_prefix=sys.argv[2]))
@@ -645,11 +644,11 @@ def test_it_works_where_an_event_loop_runs(settings: Settings) -> None:
 
 
 def test_ids_are_rung_for_many_at_a_time(settings: Settings) -> None:
-    bell, ids = broker.Bell(settings), [new_id() for _ in range(1001)]
+    bell, ids = app.Bell(settings), [new_id() for _ in range(1001)]
     bell.ring(ids, "shard")
     messages = waiting(settings, "shard")
     assert [one["headers"]["id"] for one in messages] == ids
-    assert {one["headers"]["task"] for one in messages} == {broker.EXPLAIN_SHARD}
+    assert {one["headers"]["task"] for one in messages} == {app.EXPLAIN_SHARD}
     assert bell.waiting("shard") == 1001
 
 

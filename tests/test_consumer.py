@@ -17,16 +17,17 @@ import redis
 from celery.app.trace import reset_worker_optimizations, setup_worker_optimizations
 from celery.worker import state
 from celery.worker.control import Panel
-
-from worker import broker, process, strict_json
-from worker.channel import Seldom
-from worker.consumer import SturdyConsumer, ThreadPool
-from worker.envelope import QUESTIONS, check
-from worker.errors import InvalidJob, LedgerUnavailable
-from worker.outage import Outages
-from worker.settings import Settings
-from worker.stall import Stall
-from worker.wire import new_id
+from gradcam_worker.broker import app as broker
+from gradcam_worker.broker.consumer import SturdyConsumer, ThreadPool
+from gradcam_worker.broker.message import QUESTIONS, check
+from gradcam_worker.broker.transport import Seldom
+from gradcam_worker.errors import InvalidJob, LedgerUnavailable
+from gradcam_worker.resilience.outages import Outages
+from gradcam_worker.resilience.stall import Stall
+from gradcam_worker.runtime import worker_process
+from gradcam_worker.schemas import strict_json
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.settings import Settings
 
 WAIT_S = 30
 JOB = {"image": "s3://in/a.png", "network": "vgg16", "target": {"top_n": 1}}
@@ -119,13 +120,13 @@ def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
             desk.headers[self.request.id] = self.request.headers
             desk.handled[self.request.id] = [*args]
 
-        app.task(explain, name=broker.EXPLAIN, bind=True, shared=False, Request=process.REQUEST)
+        app.task(explain, name=broker.EXPLAIN, bind=True, shared=False, Request=worker_process.REQUEST)
         app.refuse_message = desk.refuse
         app.turned, app.stall, app.outages = lambda: None, desk.stall, Outages()
-        app.conf.worker_consumer = "worker.consumer:SturdyConsumer"
+        app.conf.worker_consumer = "gradcam_worker.broker.consumer:SturdyConsumer"
         setup_worker_optimizations(app)
         worker = app.WorkController(
-            pool="worker.consumer:ThreadPool",
+            pool="gradcam_worker.broker.consumer:ThreadPool",
             concurrency=2,
             queues=list(broker.QUEUES),
             without_gossip=True,
@@ -312,7 +313,7 @@ def test_a_task_of_celerys_own_is_refused_before_celery_sees_it(reception: Recep
 
 def test_only_the_two_tasks_are_there(settings: Settings) -> None:
     app = broker.make_app(settings)
-    process.register(app, Mock())
+    worker_process.register(app, Mock())
     assert {*app.tasks} == {"gradcam.explain", "gradcam.explain_shard"}
 
 
@@ -402,7 +403,7 @@ class Panic(BaseException):
 def test_whatever_a_thread_raises_its_message_comes_again_and_its_place_is_free(
     reception: Reception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.consumer.RETURN_AFTER_S", 0)
+    monkeypatch.setattr("gradcam_worker.broker.consumer.RETURN_AFTER_S", 0)
     errors = [Panic("too long"), SystemExit(1), KeyboardInterrupt(), GeneratorExit(), MemoryError()]
     reception.raises = {f"message {number}": error for number, error in enumerate(errors)}
     for message_id in [*reception.raises]:
@@ -416,8 +417,8 @@ def test_a_message_that_nobody_is_at_work_on_goes_back(
     reception: Reception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What should never be: as many as there are places, and nothing would be received any more."""
-    monkeypatch.setattr("worker.consumer.TURN_S", 0.05)
-    monkeypatch.setattr("worker.consumer.HELD_S", 0.2)
+    monkeypatch.setattr("gradcam_worker.broker.consumer.TURN_S", 0.05)
+    monkeypatch.setattr("gradcam_worker.broker.consumer.HELD_S", 0.2)
     lost: list[Any] = []
     submit = ThreadPool.on_apply
 
@@ -458,7 +459,7 @@ def refusing_writes(server: redis.Redis, how: str) -> Iterator[None]:
 def test_a_failed_acknowledgement_renews_the_connection_and_leaves_none_behind(
     reception: Reception, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr("worker.consumer.CONNECT_EVERY_S", 0.02)
+    monkeypatch.setattr("gradcam_worker.broker.consumer.CONNECT_EVERY_S", 0.02)
     connects = 0
     connect = SturdyConsumer.connect
 
@@ -519,7 +520,7 @@ def test_a_remote_command_that_does_more_than_ask_is_ignored_with_a_line(
         lines.append(seldom())
         return lines[-1]
 
-    monkeypatch.setattr("worker.channel.ignored", ignored)
+    monkeypatch.setattr("gradcam_worker.broker.transport.ignored", ignored)
     wait_for(reception.redis.pubsub_numpat, "its listening")
     channel, control = reception.key("/0.celery.pidbox"), asking(reception.settings).control
     with caplog.at_level(logging.WARNING):
@@ -582,7 +583,7 @@ def test_an_answer_goes_to_nobody_else_whatever_is_bound(reception: Reception) -
 
 def test_what_is_said_seldom_says_how_often_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("worker.channel.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gradcam_worker.broker.transport.time.monotonic", lambda: now[0])
     seldom = Seldom(10)
     assert [seldom(), seldom(), seldom()] == [1, 0, 0]
     now[0] += 10

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gradcam_worker.errors import ImageNotFound, InvalidJob
+from gradcam_worker.schemas import model as wire
+from gradcam_worker.schemas.job import Job, Method, Problem, StatusDocument, StatusEvent
+from gradcam_worker.schemas.manifest import Manifest
+from gradcam_worker.schemas.model import new_id, process_name
 from pydantic import ValidationError
-
-from worker import wire
-from worker.contract import Job, Method, Problem, StatusDocument, StatusEvent
-from worker.errors import ImageNotFound, InvalidJob
-from worker.manifest import Manifest
-from worker.wire import new_id, process_name
 
 LEAST: dict[str, Any] = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 5}}
 

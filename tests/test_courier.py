@@ -8,20 +8,19 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
-
-from worker import courier as couriers
-from worker.contract import Job, StatusEvent, WorkerRef
-from worker.courier import LONGEST_PAUSE_S, Courier
-from worker.errors import (
+from gradcam_worker.delivery import dispatcher as couriers
+from gradcam_worker.delivery.dispatcher import LONGEST_PAUSE_S, Courier
+from gradcam_worker.errors import (
     DeliveryRefused,
     EndpointGone,
     LedgerUnavailable,
     StatusUnavailable,
     UriNotAllowed,
 )
-from worker.outbox import Parcel
-from worker.testing import MemoryLedger
-from worker.wire import new_id
+from gradcam_worker.ledger.outbox import Parcel
+from gradcam_worker.schemas.job import Job, StatusEvent, WorkerRef
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.testing import MemoryLedger
 
 GIVE_UP_S = 3 * 86_400.0
 WORKER = WorkerRef(id="gpu-1:7", device="cpu")

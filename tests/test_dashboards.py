@@ -9,14 +9,13 @@ from typing import Any
 import click
 import pytest
 import yaml  # type: ignore[import-untyped]
+from gradcam_worker.cli.main import gradcam
+from gradcam_worker.ledger.redis.stats import Depths
+from gradcam_worker.observability.gpu import DeviceUse
+from gradcam_worker.observability.prometheus import Metrics
+from gradcam_worker.schemas.shard import ROUTES
+from gradcam_worker.settings import Settings
 from prometheus_client.parser import text_string_to_metric_families
-
-from worker.cli import gradcam
-from worker.depths import Depths
-from worker.metrics import Metrics
-from worker.nvml import DeviceUse
-from worker.settings import Settings
-from worker.shard import ROUTES
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 ALERTS = yaml.safe_load((DEPLOY / "alerts" / "gradcam.rules.yaml").read_text())["groups"][0]["rules"]

@@ -6,16 +6,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-from worker import dataset
-from worker.contract import NetworkRef, Problem
-from worker.dataset import Outcome, Seen
-from worker.errors import ImageNotFound, StorageUnavailable
-from worker.gradcam.explain import explain_image
-from worker.gradcam.network import Method
-from worker.manifest import InputRecord
-from worker.shard import Row, Shard
-from worker.testing import TinyNetwork
+from gradcam_worker.artifacts import dataset
+from gradcam_worker.artifacts.dataset import Outcome, Seen
+from gradcam_worker.errors import ImageNotFound, StorageUnavailable
+from gradcam_worker.gradcam.explain import explain_image
+from gradcam_worker.gradcam.network import Method
+from gradcam_worker.schemas.job import NetworkRef, Problem
+from gradcam_worker.schemas.manifest import InputRecord
+from gradcam_worker.schemas.shard import Row, Shard
+from gradcam_worker.testing import TinyNetwork
 
 GRID = (4, 4)
 NETWORK = NetworkRef(name="efficientnet_lite0", layer="blocks", weights_sha256=None)

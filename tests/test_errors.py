@@ -1,8 +1,8 @@
 import re
 
-from worker import errors
-from worker.contract import Problem
-from worker.errors import GradcamError, InternalError, public_message
+from gradcam_worker import errors
+from gradcam_worker.errors import GradcamError, InternalError, public_message
+from gradcam_worker.schemas.job import Problem
 
 
 def descendants(root: type[GradcamError]) -> list[type[GradcamError]]:

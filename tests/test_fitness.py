@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import redis
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import BrokerUnavailable, InvalidSettings, LedgerUnavailable, StorageUnavailable
+from gradcam_worker.ledger.redis.eviction import Eviction
+from gradcam_worker.operations import doctor, servers
+from gradcam_worker.runtime import preflight, service_factory
+from gradcam_worker.schemas.job import WorkerRef
+from gradcam_worker.settings import Settings
 from pydantic import SecretStr
-
-from worker import doctor, embedded, fitness, wiring
-from worker.client import GradcamClient
-from worker.contract import WorkerRef
-from worker.errors import BrokerUnavailable, InvalidSettings, LedgerUnavailable, StorageUnavailable
-from worker.eviction import Eviction
-from worker.settings import Settings
 
 PASSWORD = "planted-password"  # of a server that lives for a test
 RIGHTS = "~gradcam:* +ping +select +hello +client|setinfo +llen"
@@ -30,7 +30,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     folder = tmp_path_factory.mktemp("guarded")
     users = [f"user all on >{PASSWORD} ~* &* +@all", f"user few on >{PASSWORD} {RIGHTS}", "user default off"]
     (folder / "users.acl").write_text("\n".join(users))
-    with embedded.valkey(folder, "--aclfile", str(folder / "users.acl")) as server:
+    with servers.valkey(folder, "--aclfile", str(folder / "users.acl")) as server:
         yield server.port
 
 
@@ -38,8 +38,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a cluster of one node, which answers as a single server does."""
     folder = tmp_path_factory.mktemp("cluster")
-    with embedded.valkey(
-        folder, "--cluster-enabled", "yes", "--cluster-port", str(embedded.free_port())
+    with servers.valkey(
+        folder, "--cluster-enabled", "yes", "--cluster-port", str(servers.free_port())
     ) as server:
         with redis.Redis(port=server.port) as connection:
             node: Any = connection
@@ -58,13 +58,13 @@ def test_a_redis_cluster_is_refused_by_name(name: str, cluster: int, settings: S
     with pytest.raises(
         InvalidSettings, match=rf"^{name}: the server is a Redis Cluster, which is not supported: name one"
     ):
-        fitness.check(changed, stores=False)
+        preflight.check(changed, stores=False)
 
 
 def test_a_client_of_a_node_that_has_other_keys_is_told_at_once_that_it_is_a_cluster(tmp_path: Path) -> None:
     with (
-        embedded.valkey(
-            tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(embedded.free_port())
+        servers.valkey(
+            tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(servers.free_port())
         ) as node,
         GradcamClient(f"redis://127.0.0.1:{node.port}/0") as client,
         pytest.raises(
@@ -95,12 +95,12 @@ def test_a_client_of_a_node_that_has_other_keys_is_told_at_once_that_it_is_a_clu
     ],
 )
 def test_a_broker_that_will_never_let_us_in_stops_a_worker(
-    url: str, name: str, why: str, guarded: int, s3_server: embedded.S3Server, encrypted: Callable[[int], Any]
+    url: str, name: str, why: str, guarded: int, s3_server: servers.S3Server, encrypted: Callable[[int], Any]
 ) -> None:
     tls = encrypted(guarded).port if "{tls}" in url else 0
     settings = Settings(broker_url=url.format(port=guarded, s3=s3_server.port, tls=tls))
     with pytest.raises(InvalidSettings, match=rf"^{name}: .*({why})") as caught:
-        fitness.check(settings, stores=False)
+        preflight.check(settings, stores=False)
     assert PASSWORD not in str(caught.value)
 
 
@@ -109,10 +109,10 @@ def test_a_ledger_of_its_own_is_called_by_its_own_name_and_a_false_authority_too
 ) -> None:
     apart = Settings(broker_url=valkey, ledger_url=f"redis://127.0.0.1:{guarded}/0")
     with pytest.raises(InvalidSettings, match=r"^GRADCAM_LEDGER_URL: The ledger"):
-        fitness.check(apart, stores=False)
+        preflight.check(apart, stores=False)
     (tmp_path / "ca.pem").write_text("no certificate")
     with pytest.raises(InvalidSettings, match=r"^GRADCAM_BROKER_URL or GRADCAM_REDIS_CA: .*NO_CERTIFICATE"):
-        fitness.check(
+        preflight.check(
             Settings(broker_url=f"rediss://localhost:{guarded}/0", redis_ca=tmp_path / "ca.pem"), stores=False
         )
 
@@ -121,7 +121,7 @@ def test_a_ledger_of_its_own_is_called_by_its_own_name_and_a_false_authority_too
 def evicting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
     """A Valkey of its own, whose policy a test may set."""
     with (
-        embedded.valkey(tmp_path_factory.mktemp("evicting")) as server,
+        servers.valkey(tmp_path_factory.mktemp("evicting")) as server,
         redis.Redis(port=server.port) as connection,
     ):
         yield connection
@@ -140,10 +140,10 @@ def test_a_redis_that_forgets_accepted_jobs_stops_a_worker_and_says_what_to_set(
     settings = evicts(evicting, policy, "100mb")
     why = rf"{policy} and maxmemory 104,857,600.*accepted jobs\. Set maxmemory-policy noeviction"
     with pytest.raises(InvalidSettings, match=f"^GRADCAM_BROKER_URL: .*{why}"):
-        fitness.check(settings, stores=False)
+        preflight.check(settings, stores=False)
     apart = Settings(broker_url="redis://127.0.0.1:1/0", ledger_url=settings.broker_url)
     with pytest.raises(InvalidSettings, match=f"^GRADCAM_LEDGER_URL: .*{why}"):
-        fitness.check(apart, stores=False)
+        preflight.check(apart, stores=False)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_redis_that_forgets_less_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     settings = evicts(evicting, policy, maxmemory)
-    fitness.check(settings, stores=False)
+    preflight.check(settings, stores=False)
     assert [why in line and "noeviction" in line for line in caplog.messages] == ([True] if why else [])
     (finding,) = doctor._eviction(settings)
     assert (finding.well, bool(finding.fix)) == (well, bool(why))
@@ -180,7 +180,7 @@ def test_a_policy_that_is_changed_while_a_worker_runs_is_found_every_minute(
     watch.round()
     assert (watch.trouble(), caplog.messages) == (None, [])
     evicts(evicting, "allkeys-lru", "100mb")
-    monkeypatch.setattr("worker.eviction.EVERY_S", 0.01)
+    monkeypatch.setattr("gradcam_worker.ledger.redis.eviction.EVERY_S", 0.01)
     stopped = threading.Event()
     thread = threading.Thread(target=watch.keep, args=[stopped])
     thread.start()
@@ -199,7 +199,7 @@ def test_a_policy_that_is_changed_while_a_worker_runs_is_found_every_minute(
 
 def test_whoever_may_not_ask_is_told_so_and_starts(guarded: int, caplog: pytest.LogCaptureFixture) -> None:
     settings = Settings(broker_url=f"redis://few:{PASSWORD}@127.0.0.1:{guarded}/0")
-    assert "does not say what it forgets when it is full: its user needs +info" in fitness.redis_keeps(
+    assert "does not say what it forgets when it is full: its user needs +info" in preflight.redis_keeps(
         settings
     )
     assert len(caplog.messages) == 1
@@ -226,9 +226,9 @@ def test_storage_that_will_never_take_anything_stops_a_worker(
     changes: dict[str, Any], name: str, why: str, settings: Settings, s3_settings: dict[str, Any]
 ) -> None:
     right = {**s3_settings, "output": "s3://results/cams"}
-    fitness.check(settings.model_copy(update=right))
+    preflight.check(settings.model_copy(update=right))
     with pytest.raises(InvalidSettings, match=rf"^{name}.*{why}") as caught:
-        fitness.check(settings.model_copy(update={**right, **changes}))
+        preflight.check(settings.model_copy(update={**right, **changes}))
     assert PASSWORD not in str(caught.value)
 
 
@@ -243,7 +243,7 @@ def test_a_bucket_that_may_not_be_written_stops_a_worker(
         "output": "s3://results/cams",
     }
     with pytest.raises(InvalidSettings, match=r"^GRADCAM_OUTPUT: .*AccessDenied.*deploy/s3/policy.json"):
-        fitness.storage_takes(settings.model_copy(update=changes))
+        preflight.storage_takes(settings.model_copy(update=changes))
 
 
 def test_each_refusal_of_storage_has_a_hint_that_fits_it(
@@ -261,8 +261,8 @@ def test_each_refusal_of_storage_has_a_hint_that_fits_it(
         body = f"<Error><Code>{code}</Code><Message>As I say</Message></Error>" if code else "<html></html>"
         public_server.url("/results/hints/health/probe.txt", answer(status, body.encode()))
         with pytest.raises(StorageUnavailable, match="As I say" if code else "HTTP 403") as caught:
-            fitness.probe_storage(settings.model_copy(update=here))
-        hint = fitness.storage_hint(caught.value)
+            preflight.probe_storage(settings.model_copy(update=here))
+        hint = preflight.storage_hint(caught.value)
         assert hint.setting.startswith(setting)
         assert fix in hint.fix
         assert hint.lasting is (code is not None)
@@ -276,23 +276,23 @@ def test_what_is_only_away_is_waited_for(
         "s3_endpoint_url": f"http://127.0.0.1:{free_port}",
     }
     away = settings.model_copy(update={**s3_settings, **nowhere, "output": "s3://results/cams"})
-    fitness.check(away)
+    preflight.check(away)
     assert [line.endswith("It is waited for.") for line in caplog.messages if "waited" in line] == [True] * 3
     with pytest.raises(BrokerUnavailable):
-        fitness.broker_answers(away)
+        preflight.broker_answers(away)
     with pytest.raises(LedgerUnavailable):
-        fitness.ledger_answers(away)
+        preflight.ledger_answers(away)
     with pytest.raises(StorageUnavailable):
-        fitness.storage_takes(away)
+        preflight.storage_takes(away)
 
 
 def test_networks_that_there_are_not_stop_a_worker_before_anything_is_asked(
     settings: Settings, tmp_path: Path
 ) -> None:
     with pytest.raises(InvalidSettings, match=r"^GRADCAM_PRELOAD: There is no network 'vgg61'.*'vgg16'"):
-        fitness.check(settings.model_copy(update={"preload": ("vgg61",)}))
+        preflight.check(settings.model_copy(update={"preload": ("vgg61",)}))
     with pytest.raises(InvalidSettings, match=r"^GRADCAM_NETWORKS: .*none.toml"):
-        fitness.check(settings.model_copy(update={"networks": tmp_path / "none.toml"}))
+        preflight.check(settings.model_copy(update={"networks": tmp_path / "none.toml"}))
 
 
 def test_a_cache_that_cannot_be_written_stops_a_worker_unless_everything_is_in_it(
@@ -306,13 +306,13 @@ def test_a_cache_that_cannot_be_written_stops_a_worker_unless_everything_is_in_i
         update={"networks": tmp_path / "networks.toml", "cache_dir": tmp_path / "file" / "c"}
     )
     with pytest.raises(InvalidSettings, match=r"^GRADCAM_CACHE_DIR: .*own is not in it"):
-        fitness.cache_holds(own, fitness.networks(own))
-    fitness.cache_holds(
-        settings.model_copy(update={"cache_dir": tmp_path / "file"}), fitness.networks(settings)
+        preflight.cache_holds(own, preflight.networks(own))
+    preflight.cache_holds(
+        settings.model_copy(update={"cache_dir": tmp_path / "file"}), preflight.networks(settings)
     )
     full = own.model_copy(update={"cache_dir": tmp_path})
     (tmp_path / f"{sha256}.keras").touch()
-    fitness.cache_holds(full, fitness.networks(full))
+    preflight.cache_holds(full, preflight.networks(full))
 
 
 @pytest.mark.parametrize(
@@ -328,19 +328,19 @@ def test_a_cache_that_cannot_be_written_stops_a_worker_unless_everything_is_in_i
 def test_a_gpu_that_was_asked_for_and_is_not_seen_stops_a_worker(
     devices: str, extra: bool, found: str, stopped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitness, "_has_gpu_extra", lambda: extra)
-    monkeypatch.setattr(wiring, "worker_ref", lambda: WorkerRef(id="here:1", device=found))
+    monkeypatch.setattr(preflight, "_has_gpu_extra", lambda: extra)
+    monkeypatch.setattr(service_factory, "worker_ref", lambda: WorkerRef(id="here:1", device=found))
     if not stopped:
-        assert fitness.device(Settings(devices=devices)) == found
+        assert preflight.device(Settings(devices=devices)) == found
         return
     with pytest.raises(InvalidSettings, match=rf"^GRADCAM_DEVICES is '{devices}'.*no GPU can be computed on"):
-        fitness.device(Settings(devices=devices))
+        preflight.device(Settings(devices=devices))
 
 
 def test_the_gpu_extra_is_known_by_the_library_that_only_it_brings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert not fitness._has_gpu_extra()
+    assert not preflight._has_gpu_extra()
     module = ModuleType("pynvml")
     module.__spec__ = spec_from_loader("pynvml", None)
     monkeypatch.setitem(sys.modules, "pynvml", module)
-    assert fitness._has_gpu_extra()
+    assert preflight._has_gpu_extra()

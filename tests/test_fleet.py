@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import redis
-
-from worker import embedded, fleet
-from worker.errors import BackfillConflict
-from worker.fleet import RedisFleet, Seat
-from worker.redis_ledger import RedisLedger
-from worker.settings import Settings
-from worker.shard import Shard
-from worker.top import Watch
+from gradcam_worker.backfill import registry
+from gradcam_worker.backfill.registry import RedisFleet, Seat
+from gradcam_worker.errors import BackfillConflict
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.operations import servers
+from gradcam_worker.operations.top import Watch
+from gradcam_worker.schemas.shard import Shard
+from gradcam_worker.settings import Settings
 
 PLACE = "s3://results/photos"
 NUMBER, OTHER = "01a216d4-0523-773f-a799-60224947ae4d", "01a216d4-0523-773f-a799-60224947ae4e"
@@ -57,8 +57,8 @@ def test_an_output_is_one_backfills_at_a_time(ships: RedisFleet) -> None:
 def test_one_that_was_killed_on_this_machine_is_waited_for(
     ships: RedisFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet, "FRESH_S", 0.5)
-    monkeypatch.setattr(fleet, "EVERY_S", 0.1)
+    monkeypatch.setattr(registry, "FRESH_S", 0.5)
+    monkeypatch.setattr(registry, "EVERY_S", 0.1)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     with monkeypatch.context() as patched:
@@ -71,9 +71,9 @@ def test_one_that_was_killed_on_this_machine_is_waited_for(
 def test_one_that_was_killed_is_followed_and_finds_out(
     ships: RedisFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet, "EVERY_S", 3600)  # it says no more
+    monkeypatch.setattr(registry, "EVERY_S", 3600)  # it says no more
     with seat(ships) as silent:
-        monkeypatch.setattr(fleet, "FRESH_S", 0.001)
+        monkeypatch.setattr(registry, "FRESH_S", 0.001)
         time.sleep(0.01)
         with seat(ships) as later:
             later.check()
@@ -92,7 +92,7 @@ def test_all_that_run_are_counted(ships: RedisFleet) -> None:
 
 
 def test_whoever_wants_it_to_end_is_heard_once(ships: RedisFleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "EVERY_S", 0.01)
+    monkeypatch.setattr(registry, "EVERY_S", 0.01)
     assert ships.find(PLACE, cancel=True) is None
     with seat(ships, done=7) as running:
         assert not running.heard.cancel
@@ -111,7 +111,7 @@ def test_whoever_wants_it_to_end_is_heard_once(ships: RedisFleet, monkeypatch: p
 def test_a_seat_says_from_a_thread_of_its_own_how_far_it_is(
     ships: RedisFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet, "EVERY_S", 0.01)
+    monkeypatch.setattr(registry, "EVERY_S", 0.01)
     counted = iter(range(10**9))
     with Seat(ships, PLACE, lambda: {"done": next(counted)}, tuple) as one:
         threads = [thread.name for thread in threading.enumerate()]
@@ -161,7 +161,7 @@ def test_only_a_shard_that_shows_its_backfills_token_is_admitted(ships: RedisFle
 def test_a_token_is_its_backfills_whoever_goes_on_with_it_and_no_other_ones(
     settings: Settings, ships: RedisFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet, "EVERY_S", 3600)
+    monkeypatch.setattr(registry, "EVERY_S", 3600)
     with seat(ships, backfill=NUMBER) as first:
         in_flight = shard_of(first)
         with redis.Redis.from_url(settings.broker_url) as server:
@@ -198,7 +198,7 @@ def guarded(tmp_path: Path) -> Iterator[tuple[RedisLedger, redis.Redis]]:
     for name in ("SUBMITTER", "WORKER"):
         text = text.replace(f"SHA256-OF-THE-{name}S-PASSWORD", hashlib.sha256(b"secret").hexdigest())
     (tmp_path / "users.acl").write_text(f"{text}user admin on >secret ~* &* +@all\n")
-    with embedded.valkey(tmp_path, "--aclfile", str(tmp_path / "users.acl")) as server:
+    with servers.valkey(tmp_path, "--aclfile", str(tmp_path / "users.acl")) as server:
         url = f"redis://gradcam-submitter:secret@127.0.0.1:{server.port}/0"
         with redis.Redis(port=server.port, username="admin", password="secret") as admin:
             yield RedisLedger(Settings(broker_url=url)), admin

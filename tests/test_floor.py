@@ -7,9 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
-
-from worker.errors import WorkerUnfit
-from worker.floor import Floor
+from gradcam_worker.errors import WorkerUnfit
+from gradcam_worker.resilience.gate import Floor
 
 WAIT_S = 20
 MOMENT_S = 0.05  # in which whoever may go in would have gone in

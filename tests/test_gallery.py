@@ -12,29 +12,28 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from gradcam_worker.artifacts.dataset import Outcome, Seen, batches, to_bytes
+from gradcam_worker.audit import gallery as module
+from gradcam_worker.audit.gallery import Gallery, Wish, gallery
+from gradcam_worker.audit.statistics import survey
+from gradcam_worker.cli.main import main
+from gradcam_worker.errors import ImageNotFound, InvalidInput
+from gradcam_worker.gradcam.classes import DATA
+from gradcam_worker.gradcam.decoding.decode import Limits, decode
+from gradcam_worker.gradcam.explain import Explanation, Prediction
+from gradcam_worker.gradcam.imaging.overlay import encode
+from gradcam_worker.images.fetch import Images
+from gradcam_worker.operations.servers import S3Server
+from gradcam_worker.schemas.job import NetworkRef, Problem
+from gradcam_worker.schemas.manifest import InputRecord
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.options import Target
+from gradcam_worker.schemas.shard import Row, Shard
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+from gradcam_worker.testing import MemoryImages, MemoryStore, TinyNetwork
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
-
-from worker import gallery as module
-from worker.cli import main
-from worker.contract import NetworkRef, Problem
-from worker.dataset import Outcome, Seen, batches, to_bytes
-from worker.embedded import S3Server
-from worker.errors import ImageNotFound, InvalidInput
-from worker.gallery import Gallery, Wish, gallery
-from worker.gradcam.classes import DATA
-from worker.gradcam.decode import Limits, decode
-from worker.gradcam.explain import Explanation, Prediction
-from worker.gradcam.picture import encode
-from worker.images import Images
-from worker.manifest import InputRecord
-from worker.s3 import S3
-from worker.settings import Settings
-from worker.shard import Row, Shard
-from worker.survey import survey
-from worker.testing import MemoryImages, MemoryStore, TinyNetwork
-from worker.wire import new_id
-from worker.wishes import Target
 
 NETWORK = NetworkRef(name="efficientnet_lite0", layer="blocks", weights_sha256=None)
 NAMES = {1: "tabby_cat", 2: "lynx", 3: "</script><script>alert('\"&')"}

@@ -13,18 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from worker import health
-from worker.deadline import Deadline
-from worker.errors import BrokerUnavailable, InvalidSettings
-from worker.gradcam.catalog import CATALOG
-from worker.gradcam.network import GRADCAM
-from worker.gradcam.residents import Residents
-from worker.health import Contact, Health
-from worker.pulse import Pulse
-from worker.settings import Settings
-from worker.telemetry import Telemetry
-from worker.testing import TinyNetwork
+from gradcam_worker.errors import BrokerUnavailable, InvalidSettings
+from gradcam_worker.gradcam.catalog import CATALOG
+from gradcam_worker.gradcam.network import GRADCAM
+from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.observability import health
+from gradcam_worker.observability.health import Contact, Health
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.runtime.liveness import Pulse
+from gradcam_worker.runtime.telemetry import Telemetry
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import TinyNetwork
 
 HOST = "127.0.0.1"
 WAIT_S = 20
@@ -134,7 +133,7 @@ def test_whoever_does_not_answer_is_away_after_a_while_and_is_asked_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, failure = [100.0], [BrokerUnavailable("gone"), None, RuntimeError("surprise"), None]
-    monkeypatch.setattr("worker.health.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gradcam_worker.observability.health.time.monotonic", lambda: now[0])
 
     def ask() -> None:
         if error := failure.pop(0):

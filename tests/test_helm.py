@@ -11,17 +11,16 @@ import bench_scale
 import check_helm
 import check_wiring
 import deploy_tools
+import gradcam_worker
 import pytest
 import redis
 import scaling
+from gradcam_worker.broker.app import make_app
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.shard import ROUTES
+from gradcam_worker.settings import Settings
 from scaling import Scaler, Work
-
-import worker
-from worker.broker import make_app
-from worker.client import GradcamClient
-from worker.contract import Job
-from worker.settings import Settings
-from worker.shard import ROUTES
 
 CHART = check_helm.CHART
 TOOLS = check_helm.Tools()
@@ -162,8 +161,8 @@ def test_no_secret_may_stand_in_the_values() -> None:
 
 def test_chart_and_package_have_one_version() -> None:
     text = (CHART / "Chart.yaml").read_text()
-    assert f"\nversion: {worker.__version__}\n" in text
-    assert f'\nappVersion: "{worker.__version__}"\n' in text
+    assert f"\nversion: {gradcam_worker.__version__}\n" in text
+    assert f'\nappVersion: "{gradcam_worker.__version__}"\n' in text
 
 
 def test_valkey_in_the_cluster_is_set_up_as_deploy_redis_says() -> None:
@@ -208,7 +207,7 @@ class TestRendered:
         named: Any = one(documents, "Service", "gradcam-deliver")
         named["metadata"]["name"] = "gradcam-deliver"
         assert list(check_helm.injected(documents)) == []
-        monkeypatch.setattr("worker.settings.SERVICE_LINKS", ())
+        monkeypatch.setattr("gradcam_worker.settings.SERVICE_LINKS", ())
         (found,) = check_helm.injected(documents)
         assert "Service gradcam-deliver: There is no setting GRADCAM_DELIVER_" in found
 

@@ -1,6 +1,5 @@
 import pytest
-
-from worker.hosts import Hosts, listed
+from gradcam_worker.net.allowlist import Hosts, listed
 
 HTTPS = 443
 

@@ -14,16 +14,15 @@ from urllib.parse import urlsplit
 import cv2
 import numpy as np
 import pytest
-
-from worker.breaker import Breaker
-from worker.client import GradcamClient
-from worker.contract import Job, WorkerRef
-from worker.errors import IdempotencyConflict, InvalidJob, LedgerUnavailable
-from worker.leases import Leases
-from worker.redis_ledger import RedisLedger
-from worker.settings import Settings
-from worker.tasks import Desk
-from worker.testing import Doorbell, outside
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import IdempotencyConflict, InvalidJob, LedgerUnavailable
+from gradcam_worker.execution.handler import Desk
+from gradcam_worker.execution.leases import Leases
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.resilience.circuit_breaker import Breaker
+from gradcam_worker.schemas.job import Job, WorkerRef
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import Doorbell, outside
 
 IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
 FIELDS: dict[str, Any] = {"image": "s3://in/a.png", "network": "efficientnet_lite0", "target": {"top_n": 1}}
@@ -34,9 +33,9 @@ PATIENCE_S = 60  # for processes to start on a busy machine
 # Submits one job for each key, in an order of its own, as soon as everybody is ready.
 RACER = """
 import json, random, sys
-from worker.client import GradcamClient
-from worker.redis_ledger import RedisLedger
-from worker.settings import Settings
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.settings import Settings
 settings, fields, keys = Settings.from_environment(), json.loads(sys.argv[1]), int(sys.argv[2])
 client = GradcamClient(settings=settings)
 redis = RedisLedger(settings, timeout_s=90).server.redis
@@ -239,7 +238,7 @@ def test_a_submission_whose_reply_is_lost_is_sent_again_and_is_one_job(
 def test_whoever_never_hears_submits_again_and_gets_the_job_that_was_made(
     forgetful: Forgetful, settings: Settings, ledger: RedisLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.client.PATIENCE_S", 0.3)
+    monkeypatch.setattr("gradcam_worker.client.client.PATIENCE_S", 0.3)
     client, job = through(forgetful, settings), Job.parse(FIELDS)
     with pytest.raises(LedgerUnavailable, match="was accepted is not known"):
         client.submit(idempotency_key="k", **FIELDS)

@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-
-from worker.contract import ImageRef
-from worker.deadline import Deadline
-from worker.errors import (
+from gradcam_worker.errors import (
     ChecksumMismatch,
     GradcamError,
     ImageDecodeFailed,
@@ -27,9 +24,11 @@ from worker.errors import (
     JobTimeout,
     UriNotAllowed,
 )
-from worker.images import Images, open_below, presentable
-from worker.s3 import S3
-from worker.settings import Settings
+from gradcam_worker.images.fetch import Images, open_below, presentable
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.job import ImageRef
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
 
 DATA = b"not decoded here"
 LOCAL = ("127.0.0.0/8",)  # where these tests' servers are

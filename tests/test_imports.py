@@ -16,7 +16,14 @@ def loaded_by(statements: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["worker.client", "worker.contract", "worker.gradcam.catalog", "worker.cli", "worker.broker"]
+    "module",
+    [
+        "gradcam_worker.client.client",
+        "gradcam_worker.schemas.job",
+        "gradcam_worker.gradcam.catalog",
+        "gradcam_worker.cli.main",
+        "gradcam_worker.broker.app",
+    ],
 )
 def test_a_client_needs_no_array_no_picture_no_network_library(module: str) -> None:
     assert not loaded_by(f"import {module}") & HEAVY
@@ -24,18 +31,20 @@ def test_a_client_needs_no_array_no_picture_no_network_library(module: str) -> N
 
 def test_a_job_is_submitted_without_numpy(valkey: str) -> None:
     statements = (
-        "from worker.client import GradcamClient; "
+        "from gradcam_worker.client.client import GradcamClient; "
         f"GradcamClient({valkey!r}).submit(image='s3://in/a.jpg', network='vgg16', target={{'top_n': 1}})"
     )
     assert not loaded_by(statements) & {*HEAVY, "celery", "kombu"}, "nor with what may be another app's own"
 
 
 def test_results_are_read_with_what_the_extra_s3_has() -> None:
-    assert not loaded_by("import worker.results, worker.storage") & (HEAVY - {"boto3", "botocore", "obstore"})
+    assert not loaded_by("import gradcam_worker.client.results, gradcam_worker.storage.stores") & (
+        HEAVY - {"boto3", "botocore", "obstore"}
+    )
 
 
 def test_the_library_is_imported_without_tensorflow() -> None:
-    assert not loaded_by("import worker.gradcam; worker.gradcam.explain_image") & {
+    assert not loaded_by("import gradcam_worker.gradcam; gradcam_worker.gradcam.explain_image") & {
         "tensorflow",
         "keras",
         "celery",
@@ -47,6 +56,8 @@ def test_the_package_itself_costs_nothing() -> None:
 
 
 def test_opencv_gets_its_pixel_limit_whichever_module_comes_first() -> None:
-    program = "import os, worker.gradcam.picture; print(os.environ['OPENCV_IO_MAX_IMAGE_PIXELS'])"
+    program = (
+        "import os, gradcam_worker.gradcam.imaging.overlay; print(os.environ['OPENCV_IO_MAX_IMAGE_PIXELS'])"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 2**28

@@ -8,17 +8,16 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-
-from worker.contract import ImageRef, Job
-from worker.deadline import Deadline
-from worker.errors import ImageTooLarge, JobTimeout
-from worker.gradcam.residents import Residents
-from worker.images import Fetched, Images
-from worker.pipeline import Journey, explain
-from worker.room import Room, Rooms
-from worker.s3 import S3
-from worker.settings import Settings
-from worker.testing import MemoryImages, MemoryStore, TinyNetwork, outside
+from gradcam_worker.errors import ImageTooLarge, JobTimeout
+from gradcam_worker.execution.pipeline import Journey, explain
+from gradcam_worker.images.fetch import Fetched, Images
+from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.resilience.budget import Room, Rooms
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.job import ImageRef, Job
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+from gradcam_worker.testing import MemoryImages, MemoryStore, TinyNetwork, outside
 
 URI = "s3://in/flag.png"
 PIXELS = 48 * 32

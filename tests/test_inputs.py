@@ -13,21 +13,20 @@ import moto
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from gradcam_worker.artifacts.dataset import failed_lines
+from gradcam_worker.backfill.inputs.open import open_input
+from gradcam_worker.backfill.inputs.rows import MAX_URI, Ids, Intake
+from gradcam_worker.backfill.inputs.tables import MAX_LINE, json_rows
+from gradcam_worker.backfill.plan import Plan, shards
+from gradcam_worker.errors import InvalidInput
+from gradcam_worker.images.fetch import Images
+from gradcam_worker.operations import servers
+from gradcam_worker.schemas.job import ImageRef
+from gradcam_worker.schemas.shard import Row, parse
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import NEVER, S3
 from hypothesis import given
 from hypothesis import strategies as st
-
-from worker import embedded
-from worker.contract import ImageRef
-from worker.dataset import failed_lines
-from worker.errors import InvalidInput
-from worker.images import Images
-from worker.inputs import open_input
-from worker.intake import MAX_URI, Ids, Intake
-from worker.listing import MAX_LINE, json_rows
-from worker.plan import Plan, shards
-from worker.s3 import NEVER, S3
-from worker.settings import Settings
-from worker.shard import Row, parse
 
 A, B, C = "s3://photos/a.jpg", "https://example.com/b.jpg?size=1", "file:///photos/c%20d.jpg"
 SHA = "ab" * 32
@@ -483,7 +482,7 @@ class TestFolders:
 
 
 @pytest.fixture(scope="module")
-def bucket(s3_server: embedded.S3Server) -> Iterator[Settings]:
+def bucket(s3_server: servers.S3Server) -> Iterator[Settings]:
     settings = Settings.model_validate(
         {
             "s3_endpoint_url": s3_server.url,

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-
-from worker.contract import Job, StatusDocument, WorkerRef
-from worker.deadline import Deadline
-from worker.errors import AttemptFenced, JobCanceled, JobTimeout, LedgerUnavailable
-from worker.leases import Leases
-from worker.ledger import Renewed
-from worker.testing import MemoryLedger
+from gradcam_worker.errors import AttemptFenced, JobCanceled, JobTimeout, LedgerUnavailable
+from gradcam_worker.execution.leases import Leases
+from gradcam_worker.ledger.ledger import Renewed
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
+from gradcam_worker.testing import MemoryLedger
 
 LEASE_S = 15.0
 WAIT_S = 20

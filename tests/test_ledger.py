@@ -12,10 +12,7 @@ from typing import Any
 import pytest
 import redis
 from faulty_proxy import FaultyProxy
-
-from worker import embedded
-from worker.contract import Job, Problem, StatusDocument, WorkerRef
-from worker.errors import (
+from gradcam_worker.errors import (
     AttemptFenced,
     IdempotencyConflict,
     InvalidJob,
@@ -24,12 +21,14 @@ from worker.errors import (
     StorageUnavailable,
     UnknownJob,
 )
-from worker.ledger import Claim, Entry, Ledger, Renewed
-from worker.redis_ledger import RedisLedger
-from worker.settings import Settings
-from worker.testing import MemoryLedger
-from worker.transitions import suspected
-from worker.wire import new_id, utc_now
+from gradcam_worker.ledger.ledger import Claim, Entry, Ledger, Renewed
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.ledger.state_machine import suspected
+from gradcam_worker.operations import servers
+from gradcam_worker.schemas.job import Job, Problem, StatusDocument, WorkerRef
+from gradcam_worker.schemas.model import new_id, utc_now
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import MemoryLedger
 
 WORKER = WorkerRef(id="gpu-1:7", device="cpu")
 LEASE_S = 1.0
@@ -565,7 +564,7 @@ def test_ids_without_a_job_are_forgotten(settings: Settings, job: Job) -> None:
 def test_a_ledger_that_is_full_says_so_and_can_still_be_read(
     settings: Settings, job: Job, tmp_path: Path
 ) -> None:
-    with embedded.valkey(tmp_path) as server:
+    with servers.valkey(tmp_path) as server:
         own = Settings(broker_url=f"redis://127.0.0.1:{server.port}/0")
         ledger = RedisLedger(own)
         document = ledger.submit(job)
@@ -582,8 +581,8 @@ def test_after_a_failover_the_node_of_before_is_left(job: Job, tmp_path: Path) -
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     with (
-        embedded.valkey(tmp_path / "a") as first,
-        embedded.valkey(tmp_path / "b") as second,
+        servers.valkey(tmp_path / "a") as first,
+        servers.valkey(tmp_path / "b") as second,
         FaultyProxy(first.port) as proxy,
         closing(redis.Redis(port=first.port)) as old,
     ):

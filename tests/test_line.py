@@ -2,14 +2,13 @@ import io
 import logging
 
 import pytest
+from gradcam_worker.errors import ImageFetchFailed
+from gradcam_worker.ledger.state_machine import fresh
+from gradcam_worker.operations import console
+from gradcam_worker.schemas.job import NetworkRef, Problem, SeenClass, StatusDocument
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.text.visible import FORMAT, LineFormatter, abridged, counted, visible
 from rich.console import Console
-
-from worker import terminal
-from worker.contract import NetworkRef, Problem, SeenClass, StatusDocument
-from worker.errors import ImageFetchFailed
-from worker.line import FORMAT, LineFormatter, abridged, counted, visible
-from worker.transitions import fresh
-from worker.wire import new_id
 
 FORGED = "2026-01-01 00:00:00,000 CRITICAL gradcam: all is lost"
 HOSTILE = [
@@ -91,13 +90,13 @@ def test_no_line_of_a_traceback_looks_like_a_line_of_its_own(
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_a_document_shown_on_a_terminal_acts_on_nothing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.StringIO()
-    monkeypatch.setattr(terminal, "out", Console(file=written, width=200, color_system=None))
+    monkeypatch.setattr(console, "out", Console(file=written, width=200, color_system=None))
     problem = Problem.of(ImageFetchFailed(text), stage="fetch", attempt=1)
     seen = SeenClass(rank=1, id=1, wnid=text, name=text, probability=0.5)
     network = NetworkRef(name=text, layer=text, weights_sha256=None)
     changes = {"error": problem, "predictions": (seen,), "network": network, "metadata": {text: text}}
     document: StatusDocument = fresh(new_id()).model_copy(update=changes)
-    terminal.show(document)
+    console.show(document)
     lines = written.getvalue().split("\n")
     assert not acts("".join(lines))
     assert not [line for line in lines if line.startswith(FORGED[:10])]
@@ -105,7 +104,7 @@ def test_a_document_shown_on_a_terminal_acts_on_nothing(text: str, monkeypatch: 
 
 
 def test_json_for_machines_is_ascii(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.print_json(HOSTILE)
+    console.print_json(HOSTILE)
     assert capsys.readouterr().out.isascii()
 
 

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
-from worker.deadline import Deadline
-from worker.errors import ImageFetchFailed
-from worker.logs import JsonFormatter, Pool, about
-from worker.s3 import S3
-from worker.settings import Settings
+from gradcam_worker.errors import ImageFetchFailed
+from gradcam_worker.observability.logs import JsonFormatter, Pool, about
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
 
 HOSTILE = [
     'a\n{"level": "critical", "message": "all is lost"}',
@@ -124,7 +123,7 @@ def spoken(form: str, level: str, statements: str) -> list[str]:
     """What a fresh process that logs so says."""
     program = f"""
 import logging, threading, warnings
-from worker.logs import log_lines
+from gradcam_worker.observability.logs import log_lines
 log_lines({form!r}, {level!r})
 {statements}
 """

@@ -12,14 +12,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
-
-from worker import depths, metrics, nvml
-from worker.breaker import Breaker
-from worker.contract import Job, WorkerRef
-from worker.courier import Courier
-from worker.deadline import Deadline
-from worker.errors import (
+from gradcam_worker.delivery.dispatcher import Courier
+from gradcam_worker.errors import (
     AttemptFenced,
     EndpointGone,
     GradcamError,
@@ -28,21 +22,27 @@ from worker.errors import (
     StorageUnavailable,
     WeightsUnavailable,
 )
-from worker.gradcam.catalog import CATALOG
-from worker.gradcam.network import GRADCAM
-from worker.gradcam.residents import Residents
-from worker.leases import Leases
-from worker.metric_table import BY_NAME, CODES, METRICS, OTHER
-from worker.metrics import Metrics
-from worker.nvml import DeviceUse
-from worker.observer import Observer
-from worker.reaper import Reaper
-from worker.redis_ledger import RedisLedger
-from worker.settings import Settings
-from worker.storage import Stores
-from worker.tasks import Desk
-from worker.testing import MemoryLedger, MemoryStore, TinyNetwork, outside
-from worker.wire import new_id
+from gradcam_worker.execution.handler import Desk
+from gradcam_worker.execution.leases import Leases
+from gradcam_worker.gradcam.catalog import CATALOG
+from gradcam_worker.gradcam.network import GRADCAM
+from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.ledger.reaper import Reaper
+from gradcam_worker.ledger.redis import stats
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.observability import gpu, prometheus
+from gradcam_worker.observability.definitions import BY_NAME, CODES, METRICS, OTHER
+from gradcam_worker.observability.events import Observer
+from gradcam_worker.observability.gpu import DeviceUse
+from gradcam_worker.observability.prometheus import Metrics
+from gradcam_worker.resilience.circuit_breaker import Breaker
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.job import Job, WorkerRef
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.stores import Stores
+from gradcam_worker.testing import MemoryLedger, MemoryStore, TinyNetwork, outside
+from prometheus_client.parser import text_string_to_metric_families
 
 UNITS = ("_seconds", "_bytes", "_ratio")
 ROW = CATALOG[TinyNetwork.facts.name]
@@ -282,7 +282,7 @@ def test_a_pass_of_a_shard_counts_its_images_and_the_warm_up_counts_nothing() ->
 
 @pytest.mark.parametrize("where", ["folder", "s3"])
 def test_bytes_are_counted_as_they_are_stored(where: str, tmp_path: Any, s3_settings: Any) -> None:
-    from worker.s3 import S3
+    from gradcam_worker.storage.s3 import S3
 
     output = f"file://{tmp_path}/out" if where == "folder" else "s3://results/counted"
     settings, counted = Settings(output=output, **s3_settings), Metrics()
@@ -307,7 +307,7 @@ def test_the_ledgers_gauges_are_what_waits_there(settings: Settings, job: Job) -
     submit(webhooks=[{"url": "http://a/x", "events": ["job.queued"]}])
     ledger.beat("me", "well", {})
     time.sleep(0.05)
-    found = depths.ask(ledger.server, settings.lease_s)
+    found = stats.ask(ledger.server, settings.lease_s)
     assert found.queued == {"high": 1, "normal": 1, "low": 0, "bulk": 2, "shard": 0}
     assert {route for route, seconds in found.oldest_s.items() if 0.05 <= seconds < 60} == {
         "high",
@@ -327,7 +327,7 @@ def test_the_ledgers_gauges_are_what_waits_there(settings: Settings, job: Job) -
 
 
 def test_an_empty_ledger_is_all_zeros(settings: Settings) -> None:
-    found = depths.ask(RedisLedger(settings).server, settings.lease_s)
+    found = stats.ask(RedisLedger(settings).server, settings.lease_s)
     assert (found.events, found.oldest_event_s, found.workers, sum(found.queued.values())) == (0, 0, 0, 0)
     assert set(found.oldest_s.values()) == {0}
 
@@ -347,7 +347,7 @@ def test_the_ledger_is_asked_once_in_a_while_and_its_gauges_are_absent_while_it_
     for _ in range(3):
         assert b"gradcam_queue_jobs" not in counted.scrape()
     assert len(asked) == 1
-    monkeypatch.setattr(metrics, "FRESH_S", -1)
+    monkeypatch.setattr(prometheus, "FRESH_S", -1)
     counted.scrape()
     assert len(asked) == 2
 
@@ -362,7 +362,7 @@ def test_one_scrape_at_most_waits_for_whoever_does_not_answer(monkeypatch: pytes
 
     counted.ask_ledger(ask)
     counted.ask_device(lambda: DeviceUse(memory_bytes=7))
-    monkeypatch.setattr(metrics, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(prometheus, "PATIENCE_S", 0.05)
     hangs = threading.Thread(target=counted.scrape, daemon=True)
     hangs.start()
     assert asked.wait(30)
@@ -405,15 +405,15 @@ class Driver(SimpleNamespace):
 
 def test_a_gpu_is_told_of_by_its_driver_and_none_is_absent() -> None:
     driver, counted = Driver(), Metrics()
-    use = nvml.watch("GPU-1234", driver)
+    use = gpu.watch("GPU-1234", driver)
     assert use
     assert (driver.asked_for, use()) == ("GPU-1234", DeviceUse(123, 0.5))
     counted.ask_device(use)
     found = read(counted)
     assert (found["device_memory_bytes"], found["device_utilization_ratio"]) == (123, 0.5)
-    part: Callable[[], DeviceUse] | None = nvml.watch("0", Driver(tells=False))
+    part: Callable[[], DeviceUse] | None = gpu.watch("0", Driver(tells=False))
     assert part
     assert part() == DeviceUse(123, None), "a part of a GPU does not say how busy it is"
-    assert nvml.watch("0", Driver(there=False)) is None
+    assert gpu.watch("0", Driver(there=False)) is None
     without = Metrics()
     assert b"gradcam_device" not in without.scrape()

@@ -3,15 +3,14 @@
 from typing import Any
 
 import pytest
-
-from worker.errors import BrokerUnavailable, LedgerUnavailable
-from worker.outage import CALM_S, SAY_EVERY_S, Outage, Outages
+from gradcam_worker.errors import BrokerUnavailable, LedgerUnavailable
+from gradcam_worker.resilience.outages import CALM_S, SAY_EVERY_S, Outage, Outages
 
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     at = [1000.0]
-    monkeypatch.setattr("worker.outage.time.monotonic", lambda: at[0])
+    monkeypatch.setattr("gradcam_worker.resilience.outages.time.monotonic", lambda: at[0])
     return at
 
 

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-
-from worker import outbox
-from worker.contract import Job, StatusDocument, WorkerRef
-from worker.ledger import Ledger
-from worker.outbox import Outbox, Parcel
-from worker.redis_ledger import RedisLedger
-from worker.redis_outbox import RedisOutbox
-from worker.settings import Settings
-from worker.testing import MemoryLedger
-from worker.wire import new_id
+from gradcam_worker.ledger import outbox
+from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.ledger.outbox import Outbox, Parcel
+from gradcam_worker.ledger.redis.outbox import RedisOutbox
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import MemoryLedger
 
 WORKER = WorkerRef(id="gpu-1:7", device="cpu")
 KEEP_S = 30.0

@@ -8,18 +8,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from gradcam_worker.errors import NetworkIncompatible, UnknownNetwork
+from gradcam_worker.execution.pipeline import Done, Journey, explain
+from gradcam_worker.execution.services import Outside
+from gradcam_worker.gradcam.catalog import NetworkRow
+from gradcam_worker.gradcam.models.registry import Registry
+from gradcam_worker.gradcam.network import GRADCAM, Computed, Method
+from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.testing import TinyNetwork, outside
 from numpy.typing import NDArray
-
-from worker.contract import Job
-from worker.deadline import Deadline
-from worker.errors import NetworkIncompatible, UnknownNetwork
-from worker.gradcam.catalog import NetworkRow
-from worker.gradcam.network import GRADCAM, Computed, Method
-from worker.gradcam.registry import Registry
-from worker.gradcam.residents import Residents
-from worker.outside import Outside
-from worker.pipeline import Done, Journey, explain
-from worker.testing import TinyNetwork, outside
 
 WAIT_S = 60
 FIRST, SECOND = "1" * 64, "2" * 64

@@ -8,12 +8,7 @@ from typing import Any, get_args
 import cv2
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from PIL import Image
-
-from worker.contract import Job, Method, Metric, Warned
-from worker.deadline import Deadline
-from worker.errors import (
+from gradcam_worker.errors import (
     GradcamError,
     ImageDecodeFailed,
     InvalidJob,
@@ -22,15 +17,19 @@ from worker.errors import (
     UnknownLayer,
     UnknownNetwork,
 )
-from worker.gradcam import cam
-from worker.gradcam.catalog import CATALOG, NetworkRow
-from worker.gradcam.decode import Limits, decode
-from worker.gradcam.explain import explain_image
-from worker.gradcam.faithfulness import METRICS
-from worker.gradcam.residents import Residents
-from worker.manifest import DamageRecord, Manifest
-from worker.pipeline import Done, Journey, explain
-from worker.testing import MemoryStore, TinyNetwork, outside
+from gradcam_worker.execution.pipeline import Done, Journey, explain
+from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
+from gradcam_worker.gradcam.decoding.decode import Limits, decode
+from gradcam_worker.gradcam.explain import explain_image
+from gradcam_worker.gradcam.faithfulness import METRICS
+from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.job import Job, Method, Metric, Warned
+from gradcam_worker.schemas.manifest import DamageRecord, Manifest
+from gradcam_worker.testing import MemoryStore, TinyNetwork, outside
+from numpy.typing import NDArray
+from PIL import Image
 
 URI = "s3://in/flag.png"
 

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from gradcam_worker.backfill.plan import MAX_BYTES, Plan, shards
+from gradcam_worker.schemas.shard import Row, Shard, parse
+from gradcam_worker.settings import Settings
 from pydantic import ValidationError
-
-from worker.plan import MAX_BYTES, Plan, shards
-from worker.settings import Settings
-from worker.shard import Row, Shard, parse
 
 SHA = "ab" * 32
 

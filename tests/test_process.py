@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 from celery.exceptions import Reject
-
-from worker import broker, process
-from worker.contract import StatusDocument
-from worker.errors import InvalidSettings, LedgerUnavailable, NetworkIncompatible, WeightsUnavailable
-from worker.health import Health
-from worker.ledger import Ledger
-from worker.settings import Settings
-from worker.testing import MemoryLedger
-from worker.wire import new_id
+from gradcam_worker.broker import app as broker
+from gradcam_worker.errors import InvalidSettings, LedgerUnavailable, NetworkIncompatible, WeightsUnavailable
+from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.observability.health import Health
+from gradcam_worker.runtime import worker_process
+from gradcam_worker.schemas.job import StatusDocument
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import MemoryLedger
 
 
 def because(error: Exception, cause: Exception) -> Exception:
@@ -39,14 +39,14 @@ class BrokenDesk:
 
 def receive(desk: Any, message_id: str, *, redelivered: bool = False) -> None:
     app = broker.make_app(Settings())
-    process.register(app, desk)
+    worker_process.register(app, desk)
     request = SimpleNamespace(headers=None, id=message_id, delivery_info={"redelivered": redelivered})
     app.tasks[broker.EXPLAIN].run.__func__(SimpleNamespace(request=request, name=broker.EXPLAIN), {})
 
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "RETURN_AFTER_S", 0)
+    monkeypatch.setattr(worker_process, "RETURN_AFTER_S", 0)
 
 
 @pytest.mark.parametrize("redelivered", [False, True])
@@ -79,9 +79,9 @@ def test_a_mistake_of_ours_ends_no_good_job(job: Any) -> None:
 
 
 def test_a_job_is_the_one_argument_of_its_task() -> None:
-    assert process._payload(({"a": 1},)) == {"a": 1}
-    assert process._payload((1, 2)) == [1, 2], "which is no job, and is refused as such"
-    assert process._payload(()) == []
+    assert worker_process._payload(({"a": 1},)) == {"a": 1}
+    assert worker_process._payload((1, 2)) == [1, 2], "which is no job, and is refused as such"
+    assert worker_process._payload(()) == []
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_job_is_the_one_argument_of_its_task() -> None:
 def test_weights_that_are_only_away_are_waited_for(
     failures: list[Exception], stopped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "PRELOAD_EVERY_S", 0)
+    monkeypatch.setattr(worker_process, "PRELOAD_EVERY_S", 0)
     health, seen = Health(), list[object]()
 
     def warm(name: str) -> None:
@@ -113,9 +113,9 @@ def test_weights_that_are_only_away_are_waited_for(
     settings = Settings(preload=("vgg16", "resnet50"))
     if stopped:
         with pytest.raises(InvalidSettings, match="GRADCAM_PRELOAD: no"):
-            process._preload(settings, outside, health)
+            worker_process._preload(settings, outside, health)
         return
-    process._preload(settings, outside, health)
+    worker_process._preload(settings, outside, health)
     both, last = ({"networks": f"not loaded yet: {names}"} for names in ("vgg16, resnet50", "resnet50"))
     assert seen == [both, both, both, last]
     assert health.found("/startup") == health.found("/ready") == {}
@@ -130,6 +130,6 @@ def test_whatever_ends_a_supervised_worker_is_a_line_of_its_log(
     def fails(*_: object, **__: object) -> int:
         raise error
 
-    monkeypatch.setattr(process, "run", fails)
-    assert process.run_supervised(Settings(), 1) == code
+    monkeypatch.setattr(worker_process, "run", fails)
+    assert worker_process.run_supervised(Settings(), 1) == code
     assert caplog.messages == [str(error)]

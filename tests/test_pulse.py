@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-
-from worker import pulse
-from worker.pulse import Pulse
+from gradcam_worker.runtime import liveness
+from gradcam_worker.runtime.liveness import Pulse
 
 WAIT_S = 20
 
@@ -47,7 +46,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 @pytest.fixture
 def still(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any time without a turn is too long."""
-    monkeypatch.setattr(pulse, "STILL_S", -1.0)
+    monkeypatch.setattr(liveness, "STILL_S", -1.0)
 
 
 def test_a_loop_that_turns_is_well_and_the_broker_is_not_asked(world: World) -> None:
@@ -73,12 +72,12 @@ def test_when_the_broker_is_back_the_loop_has_time_to_find_it(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.answers, now = False, [0.0]
-    monkeypatch.setattr("worker.pulse.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gradcam_worker.runtime.liveness.time.monotonic", lambda: now[0])
     one = world.pulse()
-    now[0] += pulse.STILL_S + 1
+    now[0] += liveness.STILL_S + 1
     assert one.trouble() is None
     world.answers = True
-    now[0] += pulse.STILL_S - 1
+    now[0] += liveness.STILL_S - 1
     assert one.trouble() is None
     now[0] += 2
     assert one.trouble()
@@ -101,7 +100,7 @@ def test_a_process_that_is_asked_to_end_need_not_turn_any_more(world: World) -> 
 def test_signs_are_shown_as_long_as_all_is_well_and_trouble_is_said_once(
     world: World, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(pulse, "EVERY_S", 0.01)
+    monkeypatch.setattr(liveness, "EVERY_S", 0.01)
     stopped, seen = threading.Event(), os.fdopen(os.dup(pipe[0]), "rb")
     thread = threading.Thread(target=world.pulse(pipe[1]).keep, args=[stopped])
     with seen, caplog.at_level(logging.ERROR):

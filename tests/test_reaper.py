@@ -8,13 +8,12 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-
-from worker import reaper, transitions
-from worker.contract import Job, StatusDocument, WorkerRef
-from worker.errors import BrokerUnavailable, LedgerUnavailable
-from worker.reaper import Reaper
-from worker.testing import MemoryLedger
-from worker.wire import new_id, utc_now
+from gradcam_worker.errors import BrokerUnavailable, LedgerUnavailable
+from gradcam_worker.ledger import reaper, state_machine
+from gradcam_worker.ledger.reaper import Reaper
+from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
+from gradcam_worker.schemas.model import new_id, utc_now
+from gradcam_worker.testing import MemoryLedger
 
 LEASE_S, LOST_AFTER_S = 15.0, 20.0
 WAIT_S = 20
@@ -120,7 +119,7 @@ def test_a_job_whose_lease_ran_out_is_queued_again_under_suspicion(yard: Graveya
     one.round()
     after = yard.read(document)
     assert yard.rung == [(document.id, "normal")]
-    assert (after.status, after.attempt, transitions.suspected(after)) == ("queued", 1, True)
+    assert (after.status, after.attempt, state_machine.suspected(after)) == ("queued", 1, True)
 
 
 def test_a_job_that_was_lost_as_often_as_it_may_is_parked_and_rung_no_more(yard: Graveyard) -> None:

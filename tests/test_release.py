@@ -4,10 +4,9 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import gradcam_worker
 import pytest
 import release
-
-import worker
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,7 +18,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> release.Built:
 
 
 def test_the_version_stands_in_one_place_and_its_changes_are_written_down() -> None:
-    version = worker.__version__
+    version = gradcam_worker.__version__
     project = (ROOT / "pyproject.toml").read_text()
     assert 'dynamic = ["version"]' in project
     assert f'"{version}"' not in project
@@ -38,8 +37,13 @@ def test_wheel_and_sdist_hold_what_they_should_and_nothing_else(built: release.B
     release.looked_at(built)
     with zipfile.ZipFile(built.wheel) as wheel:
         names = wheel.namelist()
-    assert {"worker/py.typed", "worker/gradcam/data/efficientnet_lite0.weights.h5"} <= set(names)
-    assert not [one for one in names if "test" in Path(one).name and one != "worker/testing.py"]
+    assert {
+        "worker/gradcam_worker/py.typed",
+        "worker/gradcam_worker/gradcam/data/efficientnet_lite0.weights.h5",
+    } <= set(names)
+    assert not [
+        one for one in names if "test" in Path(one).name and one != "worker/gradcam_worker/testing.py"
+    ]
 
 
 def test_a_wheel_that_lacks_a_file_or_holds_another_is_found_out(
@@ -48,12 +52,12 @@ def test_a_wheel_that_lacks_a_file_or_holds_another_is_found_out(
     broken = tmp_path / built.wheel.name
     with zipfile.ZipFile(built.wheel) as whole, zipfile.ZipFile(broken, "w") as copy:
         for name in whole.namelist():
-            if name not in {"worker/gradcam/data/NOTICE", "worker/py.typed"}:
+            if name not in {"worker/gradcam_worker/gradcam/data/NOTICE", "worker/gradcam_worker/py.typed"}:
                 copy.writestr(name, whole.read(name))
         copy.writestr("tests/conftest.py", "")
     assert release.wheel_findings(broken) == [
-        "the wheel lacks worker/gradcam/data/NOTICE",
-        "the wheel lacks worker/py.typed",
+        "the wheel lacks worker/gradcam_worker/gradcam/data/NOTICE",
+        "the wheel lacks worker/gradcam_worker/py.typed",
         "the wheel should not hold tests/conftest.py",
     ]
 
@@ -61,4 +65,4 @@ def test_a_wheel_that_lacks_a_file_or_holds_another_is_found_out(
 def test_the_same_wheel_comes_out_of_the_sdist(built: release.Built) -> None:
     release.same_from_source(built)
     with tarfile.open(built.sdist) as archive:
-        assert f"gradcam_worker-{worker.__version__}/scripts/release" in archive.getnames()
+        assert f"gradcam_worker-{gradcam_worker.__version__}/scripts/release" in archive.getnames()

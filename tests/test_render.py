@@ -5,15 +5,14 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from gradcam_worker.execution.pipeline import Journey, explain
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.manifest import HotRegion, Manifest
+from gradcam_worker.testing import MemoryStore, outside
 from numpy.typing import NDArray
 from PIL import Image
-
-from worker.contract import Job
-from worker.deadline import Deadline
-from worker.gradcam.decode import decode
-from worker.manifest import HotRegion, Manifest
-from worker.pipeline import Journey, explain
-from worker.testing import MemoryStore, outside
 
 URI = "s3://in/flag.png"
 FLAG = np.zeros((32, 48, 3), np.uint8)  # red on the left, blue on the right

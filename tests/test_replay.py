@@ -6,16 +6,15 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-
-from worker.client import GradcamClient
-from worker.contract import Job, StatusDocument, WorkerRef
-from worker.errors import InvalidJob, LedgerUnavailable, UnknownJob
-from worker.ledger import Ledger
-from worker.redis_ledger import RedisLedger
-from worker.replay import DeadLetters, Letter, id_of_replay, once_more
-from worker.settings import Settings
-from worker.testing import Doorbell, MemoryLedger
-from worker.wire import new_id, utc_now
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import InvalidJob, LedgerUnavailable, UnknownJob
+from gradcam_worker.ledger.dead_letters import DeadLetters, Letter, id_of_replay, once_more
+from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
+from gradcam_worker.schemas.model import new_id, utc_now
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import Doorbell, MemoryLedger
 
 WORKER = WorkerRef(id="gpu-1:7", device="cpu")
 FAST = 1000.0  # jobs a second
@@ -190,7 +189,7 @@ def test_a_ledger_out_of_reach_ends_a_replay(office: Office, monkeypatch: pytest
         raise LedgerUnavailable(message)
 
     monkeypatch.setattr(office.ledger, "submit_many", away)
-    monkeypatch.setattr("worker.client.PATIENCE_S", 0.1)
+    monkeypatch.setattr("gradcam_worker.client.client.PATIENCE_S", 0.1)
     with pytest.raises(LedgerUnavailable):
         list(office.dead.replay(letters, FAST))
     assert len(office.dead.find()) == 1

@@ -12,11 +12,8 @@ from urllib.parse import parse_qs, urlsplit
 import cv2
 import numpy as np
 import pytest
-
-from worker.client import GradcamClient
-from worker.contract import ImageRef, Job, ManifestRef, Problem, StatusDocument, WorkerRef
-from worker.deadline import Deadline
-from worker.errors import (
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import (
     GradcamError,
     ImageNotFound,
     ImageTooLarge,
@@ -26,16 +23,18 @@ from worker.errors import (
     StorageUnavailable,
     UnknownJob,
 )
-from worker.images import Images
-from worker.ledger import Ledger
-from worker.manifest import Manifest
-from worker.pipeline import Journey, explain
-from worker.s3 import S3
-from worker.settings import Settings
-from worker.storage import Stores
-from worker.testing import Doorbell, MemoryLedger, outside
-from worker.transitions import following
-from worker.wire import new_id
+from gradcam_worker.execution.pipeline import Journey, explain
+from gradcam_worker.images.fetch import Images
+from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.ledger.state_machine import following
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.job import ImageRef, Job, ManifestRef, Problem, StatusDocument, WorkerRef
+from gradcam_worker.schemas.manifest import Manifest
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+from gradcam_worker.storage.stores import Stores
+from gradcam_worker.testing import Doorbell, MemoryLedger, outside
 
 FIELDS: dict[str, Any] = {"network": "efficientnet_lite0", "target": {"top_n": 2}}
 PHOTO = "s3://in/photo.jpg"
@@ -208,7 +207,7 @@ def test_a_store_that_is_away_is_one_error(s3: Settings, photo: bytes, free_port
 def test_without_boto3_a_sentence_says_what_to_install(
     s3: Settings, photo: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("worker.s3", "worker.storage"):
+    for name in ("gradcam_worker.storage.s3", "gradcam_worker.storage.stores"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "boto3", None)
     client, _, _ = client_of(s3)

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
-
-from worker.deadline import Deadline
-from worker.errors import JobCanceled, JobTimeout
-from worker.room import Room
+from gradcam_worker.errors import JobCanceled, JobTimeout
+from gradcam_worker.resilience.budget import Room
+from gradcam_worker.resilience.deadline import Deadline
 
 PATIENCE_S = 30  # for what has to happen, on the slowest of machines
 
@@ -183,9 +182,9 @@ TIGHT_BYTES = 47 * 1024**2  # more than is used already: less than any of the la
 LIMITED = """
 import re, sys
 from pathlib import Path
-from worker.errors import GradcamError
-from worker.gradcam.decode import decode
-from worker.room import limit_memory
+from gradcam_worker.errors import GradcamError
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.resilience.budget import limit_memory
 
 decode(Path(sys.argv[2]).read_bytes())  # whatever is taken only once
 used = 1024 * int(re.search(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -15,9 +15,7 @@ from typing import Any, ClassVar
 import boto3
 import moto
 import pytest
-
-from worker.deadline import Deadline
-from worker.errors import (
+from gradcam_worker.errors import (
     AttemptFenced,
     GradcamError,
     ImageFetchFailed,
@@ -29,17 +27,18 @@ from worker.errors import (
     UriNotAllowed,
     WeightsUnavailable,
 )
-from worker.patience import Patience
-from worker.s3 import NEVER, S3, _both
-from worker.s3_errors import FAILED, InvalidBucket, InvalidListing
-from worker.settings import Settings
-from worker.storage import S3Store, Stores
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.resilience.retry import Patience
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import NEVER, S3, _both
+from gradcam_worker.storage.s3_errors import FAILED, InvalidBucket, InvalidListing
+from gradcam_worker.storage.stores import S3Store, Stores
 
 KEYS = {"s3_access_key_id": "testing", "s3_secret_access_key": "testing"}
 
 
 class Taken(io.BytesIO):
-    """A sink in memory, see `worker.gradcam.weights.Sink`."""
+    """A sink in memory, see `gradcam_worker.gradcam.models.weights.Sink`."""
 
     expected: int | None = None
 
@@ -135,7 +134,7 @@ class TestBothLibraries:
     def test_where_obstore_panics_boto3_takes_over(
         self, http_server: Any, answer: Any, handed_over: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("worker.s3.MAX_KEY_BYTES", 100_000)
+        monkeypatch.setattr("gradcam_worker.storage.s3.MAX_KEY_BYTES", 100_000)
         key = "x" * 65_510  # a line that an HTTP server reads, and an address at which obstore panics
         http_server.url(f"/photos/{key}", answer(200, b"data"))
         assert local(http_server).read_image("photos", key, 10, Deadline(10)) == b"data"
@@ -338,7 +337,7 @@ class TestFaults:
     def test_a_server_that_stalls_is_to_blame_before_the_job_is(
         self, silent_port: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("worker.patience.STALLED_S", 0.5)
+        monkeypatch.setattr("gradcam_worker.resilience.retry.STALLED_S", 0.5)
         s3 = S3(Settings.model_validate({"s3_endpoint_url": f"http://127.0.0.1:{silent_port}", **KEYS}))
         with pytest.raises(ImageFetchFailed, match="no answer within"):
             s3.read_image("photos", "a.jpg", 10, Deadline(1))
@@ -416,7 +415,7 @@ class TestIdentity:
     def test_an_sts_that_gives_none_is_storage_that_is_unavailable_and_is_asked_again_later(
         self, http_server: Any, answer: Any, s3: S3, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("worker.identity.AGAIN_S", 0)
+        monkeypatch.setattr("gradcam_worker.storage.credentials.AGAIN_S", 0)
         stores = Stores(Settings(output="s3://own/x", output_prefixes=("s3://given",)), s3)
         refusals = ["AccessDenied", "ExpiredTokenException", "InvalidIdentityToken", "Throttling"]
         for code, status in zip(refusals, (403, 400, 400, 503), strict=True):
@@ -438,7 +437,7 @@ class TestIdentity:
     def test_whoever_gives_no_keys_is_not_asked_by_each_job(
         self, http_server: Any, answer: Any, s3: S3, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("worker.identity.AGAIN_S", 3600)
+        monkeypatch.setattr("gradcam_worker.storage.credentials.AGAIN_S", 3600)
         http_server.url("/", answer(403, STS_REFUSES % b"AccessDenied"))
         for _ in range(3):
             with pytest.raises(StorageUnavailable, match="AccessDenied"):
@@ -463,7 +462,7 @@ class TestIdentity:
             store.put_many([("a", b"data", "text/plain")], Deadline(1))
 
     def test_keys_that_come_later_are_found(self, s3_settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("worker.identity.AGAIN_S", 0)
+        monkeypatch.setattr("gradcam_worker.storage.credentials.AGAIN_S", 0)
         key = s3_settings.pop("s3_access_key_id")
         secret = s3_settings.pop("s3_secret_access_key").get_secret_value()
         s3 = S3(Settings(**s3_settings))

@@ -17,18 +17,17 @@ from urllib.parse import unquote, urlsplit
 import cv2
 import numpy as np
 import pytest
-
-from worker import doctor
-from worker.contract import Job
-from worker.deadline import Deadline
-from worker.errors import ImageForbidden, StorageUnavailable
-from worker.images import Images
-from worker.manifest import Manifest
-from worker.pipeline import Journey, explain
-from worker.s3 import S3
-from worker.settings import Settings
-from worker.storage import Stores
-from worker.testing import outside
+from gradcam_worker.errors import ImageForbidden, StorageUnavailable
+from gradcam_worker.execution.pipeline import Journey, explain
+from gradcam_worker.images.fetch import Images
+from gradcam_worker.operations import doctor
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.manifest import Manifest
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+from gradcam_worker.storage.stores import Stores
+from gradcam_worker.testing import outside
 
 POLICY = Path(__file__).parents[1] / "deploy" / "s3" / "policy.json"
 PLACES = {
@@ -156,7 +155,7 @@ def owner(s3_settings: Any) -> S3:
 
 
 class Sink(io.BytesIO):
-    """See `worker.gradcam.weights.Sink`."""
+    """See `gradcam_worker.gradcam.models.weights.Sink`."""
 
     def expect(self, size: int | None) -> None:
         """Any size will do."""

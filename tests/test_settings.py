@@ -1,11 +1,10 @@
 from pathlib import Path
 
 import pytest
+from gradcam_worker.errors import InvalidSettings
+from gradcam_worker.settings import Settings
+from gradcam_worker.text.urls import without_secrets
 from pydantic import SecretStr
-
-from worker.errors import InvalidSettings
-from worker.settings import Settings
-from worker.url import without_secrets
 
 
 def test_without_variables_everything_has_a_default() -> None:

@@ -2,11 +2,10 @@ import json
 from typing import Any
 
 import pytest
-
-from worker.contract import Job, Problem
-from worker.errors import InvalidJob, InvalidRow
-from worker.shard import MAX_ROWS, ROUTE, Row, Shard, parse
-from worker.wire import new_id
+from gradcam_worker.errors import InvalidJob, InvalidRow
+from gradcam_worker.schemas.job import Job, Problem
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.shard import MAX_ROWS, ROUTE, Row, Shard, parse
 
 FIELDS: dict[str, Any] = {
     "schema": "gradcam.shard/v1",

@@ -24,15 +24,16 @@ import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-
-from worker import database, embedded, lifeline, sql_status
-from worker.contract import Job, NetworkRef, Problem, StatusDocument, StatusEvent
-from worker.errors import ImageDecodeFailed, InvalidSettings, StatusUnavailable, UnknownJob
-from worker.migrations import VERSION_TABLE
-from worker.settings import Settings
-from worker.sql_status import METADATA, SqlStatus
-from worker.status import body_of
-from worker.wire import new_id, utc_now
+from gradcam_worker.delivery import database, sql
+from gradcam_worker.delivery.migrations import VERSION_TABLE
+from gradcam_worker.delivery.sql import METADATA, SqlStatus
+from gradcam_worker.delivery.webhooks import body_of
+from gradcam_worker.errors import ImageDecodeFailed, InvalidSettings, StatusUnavailable, UnknownJob
+from gradcam_worker.operations import servers
+from gradcam_worker.runtime import parent_watch
+from gradcam_worker.schemas.job import Job, NetworkRef, Problem, StatusDocument, StatusEvent
+from gradcam_worker.schemas.model import new_id, utc_now
+from gradcam_worker.settings import Settings
 
 DAY_S = 86_400.0
 
@@ -86,7 +87,7 @@ def postgres() -> Iterator[Postgres]:
         make = [str(programs / "initdb"), "--pgdata", data, "--username=postgres", f"--pwfile={secret}"]
         make += ["--auth=scram-sha-256", "--encoding=utf8", "--locale=C", "--no-sync"]
         subprocess.run(make, check=True, capture_output=True, cwd=folder, **identity)
-        port = embedded.free_port()
+        port = servers.free_port()
         options = [
             "listen_addresses=127.0.0.1",
             "unix_socket_directories=",
@@ -98,7 +99,7 @@ def postgres() -> Iterator[Postgres]:
         start = [sys.executable, "-c", become, str(identity.get("user", 0)), str(identity.get("group", 0))]
         start += [str(programs / "postgres"), "-D", data, "-p", str(port)]
         start += [part for option in options for part in ("-c", option)]
-        process = lifeline.start(start, log=Path(folder) / "log")
+        process = parent_watch.start(start, log=Path(folder) / "log")
         server = Postgres(process, port, password)
         try:
             end = time.monotonic() + 60
@@ -112,7 +113,7 @@ def postgres() -> Iterator[Postgres]:
                     time.sleep(0.05)
             yield server
         finally:
-            lifeline.stop(process)
+            parent_watch.stop(process)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -211,9 +212,9 @@ def test_of_many_who_write_at_once_the_newest_revision_stays(url: str) -> None:
 def test_the_document_is_the_same_text_in_redis_in_a_webhook_and_in_the_database(
     url: str, settings: Settings, job: Job
 ) -> None:
-    from worker import wiring
+    from gradcam_worker.runtime import service_factory
 
-    ledger = wiring.ledger(settings)
+    ledger = service_factory.ledger(settings)
     job = job.model_copy(update={"metadata": {"patient": "Zoë 𝄞"}})
     ledger.submit(job)
     seen = ledger.read(job.id)
@@ -230,8 +231,8 @@ def test_the_document_is_the_same_text_in_redis_in_a_webhook_and_in_the_database
 def test_what_was_completed_long_ago_is_forgotten_and_nothing_else(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sql_status, "PRUNE_ROWS", 3)
-    monkeypatch.setattr(sql_status, "PRUNE_BATCHES", 3)
+    monkeypatch.setattr(sql, "PRUNE_ROWS", 3)
+    monkeypatch.setattr(sql, "PRUNE_BATCHES", 3)
     long_ago = utc_now() - timedelta(days=2)
     old = [
         document(status="succeeded", completed_at=long_ago - timedelta(seconds=number))
@@ -296,7 +297,7 @@ def test_whoever_asks_by_state_or_by_time_finds_an_index(url: str) -> None:
 def test_workers_that_start_at_once_make_the_table_once(url: str) -> None:
     program = (
         "import sys; from concurrent.futures import ThreadPoolExecutor as Pool\n"
-        "from worker.sql_status import SqlStatus; some = [SqlStatus(sys.argv[1], 60) for _ in range(4)]\n"
+        "from gradcam_worker.delivery.sql import SqlStatus; some = [SqlStatus(sys.argv[1], 60) for _ in range(4)]\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "list(Pool(4).map(SqlStatus.upgrade, some)); [status.close() for status in some]"
     )

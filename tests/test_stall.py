@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-
-from worker import stall
-from worker.errors import BrokerUnavailable
-from worker.stall import Stall
+from gradcam_worker.errors import BrokerUnavailable
+from gradcam_worker.resilience import stall
+from gradcam_worker.resilience.stall import Stall
 
 HUNG_S = 3600.0
 
@@ -43,7 +42,7 @@ class Day:
 @pytest.fixture
 def day(monkeypatch: pytest.MonkeyPatch) -> Day:
     made = Day()
-    monkeypatch.setattr("worker.stall.time.monotonic", lambda: made.now_s)
+    monkeypatch.setattr("gradcam_worker.resilience.stall.time.monotonic", lambda: made.now_s)
     made.one = Stall(made.waiting, HUNG_S)
     return made
 

@@ -6,11 +6,8 @@ from typing import Any
 
 import pytest
 import standardwebhooks
-from pydantic import SecretStr
-from standardwebhooks.webhooks import WebhookVerificationError
-
-from worker.contract import Problem, SeenClass, StatusDocument, StatusEvent, Warned, Webhook
-from worker.errors import (
+from gradcam_worker.delivery.webhooks import MAX_BODY_BYTES, Webhooks, body_of, message_id
+from gradcam_worker.errors import (
     DeliveryRefused,
     EndpointGone,
     ImageDecodeFailed,
@@ -19,10 +16,12 @@ from worker.errors import (
     StatusUnavailable,
     UriNotAllowed,
 )
-from worker.settings import Settings
-from worker.signing import secrets_of
-from worker.status import MAX_BODY_BYTES, Webhooks, body_of, message_id
-from worker.wire import new_id, utc_now
+from gradcam_worker.net.webhook_signing import secrets_of
+from gradcam_worker.schemas.job import Problem, SeenClass, StatusDocument, StatusEvent, Warned, Webhook
+from gradcam_worker.schemas.model import new_id, utc_now
+from gradcam_worker.settings import Settings
+from pydantic import SecretStr
+from standardwebhooks.webhooks import WebhookVerificationError
 
 NEW = "whsec_" + "bmV3" * 8  # 24 bytes, as short as the standard allows
 OLD = "whsec_" + "b2xk" * 8
@@ -105,7 +104,9 @@ def test_a_message_that_is_sent_again_keeps_its_id_and_says_when_it_was_sent_aga
 ) -> None:
     sent, url = event(), http_server.url("/hook", answer(503))
     for later in (0, 200):
-        monkeypatch.setattr("worker.status.utc_now", lambda: utc_now() + timedelta(seconds=later))  # noqa: B023
+        monkeypatch.setattr(
+            "gradcam_worker.delivery.webhooks.utc_now", lambda: utc_now() + timedelta(seconds=later)
+        )  # noqa: B023
         with pytest.raises(StatusUnavailable):
             send(http_server, url, sent, ref="app1")
     first, second = http_server.headers
@@ -172,7 +173,7 @@ def test_who_asks_to_be_left_alone_is_for_a_day_at_most(
     "said", [None, "", "0", "-5", "soon", "1.5", "٣", "²", "Thu, 99 Foo 2030", -60, "x" * 5000]
 )
 def test_a_retry_after_that_says_nothing_is_not_heeded(http_server: Any, answer: Any, said: Any) -> None:
-    from worker.status import _retry_after_s
+    from gradcam_worker.delivery.webhooks import _retry_after_s
 
     said = _date(said) if isinstance(said, int) else said
     assert _retry_after_s(said or "") is None

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 from faulty_proxy import Fault, FaultyProxy
-
-from worker.deadline import Deadline
-from worker.errors import AttemptFenced, JobTimeout, OutputNotAllowed, StorageUnavailable
-from worker.patience import Patience
-from worker.s3 import S3
-from worker.settings import Settings
-from worker.storage import FolderStore, Object, S3Store, Store, Stores, probe
-from worker.testing import MemoryStore
+from gradcam_worker.errors import AttemptFenced, JobTimeout, OutputNotAllowed, StorageUnavailable
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.resilience.retry import Patience
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+from gradcam_worker.storage.stores import FolderStore, Object, S3Store, Store, Stores, probe
+from gradcam_worker.testing import MemoryStore
 
 OBJECTS: list[Object] = [(f"j/{n}.jpg", bytes([n]) * 1000, "image/jpeg") for n in range(9)]
 
@@ -358,7 +357,7 @@ class TestFolder:
         self, tmp_path: Path, nameless: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if not nameless:  # as where the file system knows no files without a name
-            monkeypatch.setattr("worker.folder.NAMELESS", os.O_DIRECTORY)
+            monkeypatch.setattr("gradcam_worker.storage.filesystem.NAMELESS", os.O_DIRECTORY)
         store = FolderStore(tmp_path)
         store.put("j/a.jpg", b"whole", "image/jpeg")
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -376,20 +375,20 @@ class TestFolder:
         self, tmp_path: Path, nameless: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if not nameless:
-            monkeypatch.setattr("worker.folder.NAMELESS", os.O_DIRECTORY)
+            monkeypatch.setattr("gradcam_worker.storage.filesystem.NAMELESS", os.O_DIRECTORY)
 
         def full(_: int) -> None:  # a file system may find this out no earlier
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         (tmp_path / "j").mkdir()
-        monkeypatch.setattr("worker.folder.os.fsync", full)
+        monkeypatch.setattr("gradcam_worker.storage.filesystem.os.fsync", full)
         with pytest.raises(StorageUnavailable, match="No space left on device"):
             FolderStore(tmp_path).put("j/a.jpg", b"data", "image/jpeg")
         assert names(tmp_path / "j") == []
 
     def test_a_process_that_is_killed_leaves_whole_files_or_none(self, tmp_path: Path) -> None:
         program = (
-            "import sys; from pathlib import Path; from worker.folder import FolderStore\n"
+            "import sys; from pathlib import Path; from gradcam_worker.storage.filesystem import FolderStore\n"
             "store = FolderStore(Path(sys.argv[1]))\n"
             "for n in range(100_000):\n"
             "    store.put(f'j/{n % 7}.bin', b'%d' % (n % 10) * 2_000_000, 'x')\n"

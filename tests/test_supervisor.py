@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from worker import devices
-from worker.errors import InvalidSettings
-from worker.settings import Settings
-from worker.supervisor import Supervisor
+from gradcam_worker.errors import InvalidSettings
+from gradcam_worker.runtime import devices
+from gradcam_worker.runtime.supervisor import Supervisor
+from gradcam_worker.settings import Settings
 
 TIMEOUT_S = 40
 OWN = ("GRADCAM_METRICS_PORT", "GRADCAM_STARTS")
@@ -28,8 +27,8 @@ def program(child: str, *, gpus: int = 0, limit_s: float = 1, stalled_after_s: f
         "-c",
         textwrap.dedent(f"""
             import logging, sys
-            from worker import devices, supervisor
-            from worker.settings import Settings
+            from gradcam_worker.runtime import devices; from gradcam_worker.runtime import supervisor
+            from gradcam_worker.settings import Settings
             logging.basicConfig(level=logging.INFO, format="%(message)s")
             devices._gpus_here = lambda *_: [str(number) for number in range({gpus})]
             supervisor.BACKOFF_S, supervisor.HAND_BACK_S, supervisor.SIGN_S = 0.01, 1, 0.2

@@ -11,11 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import redis
-
-from worker import crew, images
-from worker.breaker import Breaker
-from worker.contract import Job, StatusDocument, WorkerRef
-from worker.errors import (
+from gradcam_worker.errors import (
     AttemptFenced,
     ImageFetchFailed,
     ImageNotFound,
@@ -24,15 +20,19 @@ from worker.errors import (
     UnknownJob,
     WorkerUnfit,
 )
-from worker.leases import Leases
-from worker.redis_ledger import RedisLedger
-from worker.s3 import S3
-from worker.settings import Settings
-from worker.shard import Shard
-from worker.storage import Stores
-from worker.tasks import Desk, _Progress
-from worker.testing import MemoryLedger, MemoryStore, outside
-from worker.wire import new_id
+from gradcam_worker.execution.handler import Desk, _Progress
+from gradcam_worker.execution.leases import Leases
+from gradcam_worker.images import fetch
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.resilience.circuit_breaker import Breaker
+from gradcam_worker.runtime import bootstrap
+from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.shard import Shard
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+from gradcam_worker.storage.stores import Stores
+from gradcam_worker.testing import MemoryLedger, MemoryStore, outside
 
 IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
 
@@ -390,12 +390,12 @@ def test_a_worker_without_keys_for_s3_charges_no_job_and_finishes_them_when_it_h
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/gradcam")
     monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://{http_server.host}")
-    monkeypatch.setattr("worker.identity.AGAIN_S", 0)
+    monkeypatch.setattr("gradcam_worker.storage.credentials.AGAIN_S", 0)
     settings = Settings(s3_endpoint_url=f"http://{http_server.host}", output=tmp_path.as_uri())
     s3, office = S3(settings), Office()
     stores = Stores(settings, s3)
-    office.breaker = breaker = Breaker(partial(crew.use_storage, stores), first_pause_s=0.01)
-    around = replace(outside({}), images=images.Images(settings, s3), stores=stores)
+    office.breaker = breaker = Breaker(partial(bootstrap.use_storage, stores), first_pause_s=0.01)
+    around = replace(outside({}), images=fetch.Images(settings, s3), stores=stores)
     worker, leases = WorkerRef(id="w", device="cpu"), Leases(office.ledger, "w", 15)
     desk = Desk(Settings(retry_backoff_s=1e-6), office.ledger, around, worker, leases, breaker)
     jobs = [a_job(image="s3://photos/a.png") for _ in range(4)]
@@ -538,7 +538,7 @@ class TestProgress:
     @pytest.fixture
     def clock(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
         now = [100.0]
-        monkeypatch.setattr("worker.tasks.time.monotonic", lambda: now[0])
+        monkeypatch.setattr("gradcam_worker.execution.handler.time.monotonic", lambda: now[0])
         return now
 
     @pytest.fixture
@@ -694,7 +694,7 @@ class TestShards:
     def test_a_shard_whose_images_cannot_be_had_waits_and_on_its_last_attempt_says_which(
         self, office: Office, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("worker.bulk.AGAIN_S", 0)
+        monkeypatch.setattr("gradcam_worker.execution.shards.AGAIN_S", 0)
         down = {str(place): lambda: ImageFetchFailed("HTTP 503") for place in range(4)}
         office.images, shard = Images(**down), a_shard(max_attempts=2)
         assert self.hand_in(office, shard) == "later"

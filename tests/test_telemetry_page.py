@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from worker.contract import Job
-from worker.metric_table import METRICS, PREFIX, Defined
-from worker.settings import Settings
+from gradcam_worker.observability.definitions import METRICS, PREFIX, Defined
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.settings import Settings
 
 PAGE = Path(__file__).parents[1] / "docs" / "TELEMETRY.md"
 MANY = 12  # values of a label that are written out

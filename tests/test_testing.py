@@ -1,4 +1,4 @@
-"""What `worker.testing` gives to our users' unit tests."""
+"""What `gradcam_worker.testing` gives to our users' unit tests."""
 
 import doctest
 import hashlib
@@ -7,12 +7,11 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-
-from worker import testing
-from worker.contract import Job
-from worker.errors import ImageFetchFailed, ImageForbidden, InvalidJob, NoResult
-from worker.settings import Settings
-from worker.testing import TinyNetwork, eager_client
+from gradcam_worker import testing
+from gradcam_worker.errors import ImageFetchFailed, ImageForbidden, InvalidJob, NoResult
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import TinyNetwork, eager_client
 
 FIELDS: dict[str, Any] = {"image": "s3://in/green.png", "network": "xception", "target": {"top_n": 3}}
 GREEN = cv2.imencode(".png", np.full((20, 30, 3), (0, 255, 0), np.uint8))[1].tobytes()

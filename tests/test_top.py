@@ -10,18 +10,18 @@ import time
 from dataclasses import replace
 
 import pytest
+from gradcam_worker.backfill.registry import RedisFleet
+from gradcam_worker.cli.main import main
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import ImageNotFound, StorageUnavailable
+from gradcam_worker.ledger.redis.stats import Depths
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.operations import console as terminal
+from gradcam_worker.operations import top
+from gradcam_worker.schemas.job import Problem, WorkerRef
+from gradcam_worker.schemas.shard import ROUTES
+from gradcam_worker.settings import Settings
 from rich.console import Console
-
-from worker import terminal, top
-from worker.cli import main
-from worker.client import GradcamClient
-from worker.contract import Problem, WorkerRef
-from worker.depths import Depths
-from worker.errors import ImageNotFound, StorageUnavailable
-from worker.fleet import RedisFleet
-from worker.redis_ledger import RedisLedger
-from worker.settings import Settings
-from worker.shard import ROUTES
 
 HEALTH = {"device": "NVIDIA H100 80GB HBM3", "since": "2026-11-01T00:00:00+00:00", "running": 3}
 WELL = {**HEALTH, "batch": 12.5, "trouble": None}

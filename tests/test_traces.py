@@ -13,25 +13,24 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.delivery.dispatcher import Courier
+from gradcam_worker.errors import ImageFetchFailed, InvalidSettings, StatusUnavailable
+from gradcam_worker.execution.handler import Desk
+from gradcam_worker.execution.leases import Leases
+from gradcam_worker.observability import logs, tracing
+from gradcam_worker.observability.tracing import Traces
+from gradcam_worker.resilience.circuit_breaker import Breaker
+from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.shard import Row, Shard
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import Doorbell, MemoryLedger, outside
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import Sampler
-
-from worker import logs, traces
-from worker.breaker import Breaker
-from worker.client import GradcamClient
-from worker.contract import Job, StatusDocument, WorkerRef
-from worker.courier import Courier
-from worker.errors import ImageFetchFailed, InvalidSettings, StatusUnavailable
-from worker.leases import Leases
-from worker.settings import Settings
-from worker.shard import Row, Shard
-from worker.tasks import Desk
-from worker.testing import Doorbell, MemoryLedger, outside
-from worker.traces import Traces
-from worker.wire import new_id
 
 IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -109,7 +108,7 @@ def test_a_job_is_one_trace_from_submit_to_its_last_word(office: Office) -> None
     stages = {"claim": "job", **dict.fromkeys(STAGES, "job")}
     assert office.parents() == {"submit": "", "queue": "submit", "job": "submit", **stages, "batch": ""}
     (of_all,) = {trace_of(one) for name, one in office.spans.items() if name != "batch"}
-    assert traces.trace_id(document.traceparent) == of_all, "where the document says it is to be found"
+    assert tracing.trace_id(document.traceparent) == of_all, "where the document says it is to be found"
     facts = office.spans["job"].attributes or {}
     assert (facts["gradcam.job_id"], facts["gradcam.attempt"]) == (document.id, 1)
     assert (facts["gradcam.status"], facts["gradcam.worker"]) == ("succeeded", "w")
@@ -145,11 +144,11 @@ def test_a_job_goes_on_in_the_trace_that_it_names(office: Office) -> None:
     document = office.run(traceparent=TRACEPARENT)
     parents = office.parents()
     assert (parents["submit"], parents["job"], parents["queue"]) == (CALLER, CALLER, CALLER)
-    assert traces.trace_id(document.traceparent) == TRACE
+    assert tracing.trace_id(document.traceparent) == TRACE
 
 
 def test_a_caller_who_has_a_span_is_followed_though_this_process_makes_none(office: Office) -> None:
-    office.client._traces = traces.OFF
+    office.client._traces = tracing.OFF
     with office.tracer.start_as_current_span("request") as request:
         office.run()
         office.client.submit_many([FIELDS])
@@ -201,7 +200,7 @@ def test_who_does_not_sample_is_heeded(office: Office) -> None:
 def test_a_traceparent_that_is_none_begins_a_trace(office: Office, said: str) -> None:
     assert office.run(traceparent=said).status == "succeeded"
     assert office.spans["job"].parent is None
-    assert traces.trace_id(said) is None
+    assert tracing.trace_id(said) is None
 
 
 def test_the_rows_of_a_shard_are_read_and_computed_in_its_own_trace(office: Office) -> None:
@@ -219,7 +218,7 @@ def test_the_rows_of_a_shard_are_read_and_computed_in_its_own_trace(office: Offi
     document = office.handle({"id": shard.id}, Shard)
     assert document.status == "succeeded", document.error
     assert office.spans["batch"].links[0].context == office.spans["explain"].context, "from a pool's thread"
-    assert trace_of(office.spans["explain"]) == traces.trace_id(document.traceparent)
+    assert trace_of(office.spans["explain"]) == tracing.trace_id(document.traceparent)
 
 
 class Failing(Sampler):
@@ -247,7 +246,7 @@ class Heard:
     bound: list[dict[str, object]] = field(default_factory=list)
 
     def __call__(self, *_: object) -> None:
-        self.headers.append(traces.headers())
+        self.headers.append(tracing.headers())
         self.bound.append({**logs._bound.get()})
         if self.failure:
             raise self.failure
@@ -282,7 +281,7 @@ def test_a_delivery_in_vain_is_seen(office: Office) -> None:
 
 
 def test_without_traces_a_receiver_gets_no_header_and_the_log_still_names_the_trace(office: Office) -> None:
-    office.traces = office.client._traces = traces.OFF
+    office.traces = office.client._traces = tracing.OFF
     heard = Heard()
     with parcels(office, heard, traceparent=TRACEPARENT) as document:
         pass
@@ -298,9 +297,10 @@ def loaded():
     return {name for name in sys.modules if name.startswith("opentelemetry")}
 import redis
 before = loaded()  # where it is installed, redis-py looks at it for metrics of its own
-import worker.process, worker.supervisor, worker.doctor
+import gradcam_worker.runtime.worker_process, gradcam_worker.runtime.supervisor,
+gradcam_worker.operations.doctor
 import cv2, numpy
-from worker.testing import eager_client
+from gradcam_worker.testing import eager_client
 image = cv2.imencode(".png", numpy.zeros((32, 32, 3), numpy.uint8))[1].tobytes()
 client = eager_client({"s3://in/a.png": image})
 print(client.wait(client.submit(image="s3://in/a.png", network="vgg16", target={"top_n": 1})).status)
@@ -317,8 +317,8 @@ def test_an_endpoint_that_is_none_is_refused_with_a_sentence(endpoint: str) -> N
 
 
 def test_an_address_without_a_path_gets_that_of_the_standard_and_no_password_is_shown() -> None:
-    assert traces._address("http://collector:4318")[0] == "http://collector:4318/v1/traces"
-    assert traces._address("https://user:word@collector/otlp/v1/traces") == (
+    assert tracing._address("http://collector:4318")[0] == "http://collector:4318/v1/traces"
+    assert tracing._address("https://user:word@collector/otlp/v1/traces") == (
         "https://user:word@collector/otlp/v1/traces",
         "https://collector",
     )
@@ -338,7 +338,7 @@ def test_a_collector_that_is_away_is_spoken_of_once_and_again_when_it_was_back(
                 raise answer
             return answer
 
-    quiet = traces._Quiet(Exporter(), "http://collector:4318")
+    quiet = tracing._Quiet(Exporter(), "http://collector:4318")
     with caplog.at_level(logging.WARNING, "gradcam"):
         results = [quiet.export([]) for _ in range(4)]
     assert [one is SpanExportResult.SUCCESS for one in results] == [False, False, True, False]
@@ -348,8 +348,8 @@ def test_a_collector_that_is_away_is_spoken_of_once_and_again_when_it_was_back(
 
 def test_a_process_whose_collector_is_away_ends_soon_and_says_why(free_port: int) -> None:
     program = f"""
-from worker import traces
-from worker.logs import log_lines
+from gradcam_worker.observability import tracing as traces
+from gradcam_worker.observability.logs import log_lines
 log_lines("text", "info")
 away = traces.to("http://127.0.0.1:{free_port}", "test")
 for _ in range(3000):  # more than may wait

@@ -5,15 +5,21 @@ import json
 import logging
 
 import pytest
+from gradcam_worker.backfill.inputs.rows import Intake
+from gradcam_worker.errors import GradcamError, InternalError, InvalidJob, InvalidSettings
+from gradcam_worker.observability.logs import JsonFormatter
+from gradcam_worker.schemas.job import ImageRef, Job, Problem, Webhook
+from gradcam_worker.settings import Settings
+from gradcam_worker.text.urls import (
+    has_credentials,
+    hides_password,
+    parse,
+    redacted,
+    without_secrets,
+    without_user,
+)
+from gradcam_worker.text.visible import FORMAT, LineFormatter
 from pydantic import ValidationError
-
-from worker.contract import ImageRef, Job, Problem, Webhook
-from worker.errors import GradcamError, InternalError, InvalidJob, InvalidSettings
-from worker.intake import Intake
-from worker.line import FORMAT, LineFormatter
-from worker.logs import JsonFormatter
-from worker.settings import Settings
-from worker.url import has_credentials, hides_password, parse, redacted, without_secrets, without_user
 
 SECRET = "S3cretHash"
 # Passwords as people set them, into URLs as people write them.

@@ -10,18 +10,20 @@ from typing import Any
 
 import pytest
 import redis
-
-from worker import changes, embedded, lookout, watch
-from worker.changes import RedisChanges
-from worker.client import GradcamClient
-from worker.contract import Job, StatusDocument, WorkerRef
-from worker.errors import LedgerUnavailable, UnknownJob, WaitTimeout
-from worker.lookout import Lookout, News
-from worker.redis_ledger import RedisLedger
-from worker.settings import Settings
-from worker.testing import Doorbell, MemoryLedger
-from worker.watch import Listener
-from worker.wire import new_id
+from gradcam_worker.client import poller
+from gradcam_worker.client import waiter as watch
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.client.poller import Lookout, News
+from gradcam_worker.client.waiter import Listener
+from gradcam_worker.errors import LedgerUnavailable, UnknownJob, WaitTimeout
+from gradcam_worker.ledger.redis import pubsub
+from gradcam_worker.ledger.redis.pubsub import RedisChanges
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.operations import servers
+from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import Doorbell, MemoryLedger
 
 FIELDS: dict[str, Any] = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
 WORKER = WorkerRef(id="w", device="cpu")
@@ -44,7 +46,7 @@ def client(settings: Settings) -> Iterator[GradcamClient]:
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody looks at a job unless told to."""
     for name in ("SAFETY_S", "POLL_FIRST_S", "POLL_LAST_S"):
-        monkeypatch.setattr(lookout, name, NEVER_S)
+        monkeypatch.setattr(poller, name, NEVER_S)
 
 
 @pytest.fixture
@@ -117,7 +119,7 @@ def test_what_happens_before_the_subscription_has_begun_is_not_missed(
 def test_a_message_that_is_lost_is_made_up_for(
     client: GradcamClient, ledger: RedisLedger, beside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lookout, "SAFETY_S", 0.05)
+    monkeypatch.setattr(poller, "SAFETY_S", 0.05)
     heard = RedisChanges.heard
     monkeypatch.setattr(RedisChanges, "heard", lambda self: (heard(self)[0], set()))
     job_id = client.submit(**FIELDS)
@@ -136,13 +138,13 @@ def test_a_connection_that_is_cut_is_made_anew(
         waits_until(lambda: subscribed(ledger, job_id), "a subscription")
         ledger.server.redis.client_kill_filter(_type="pubsub")
     waits_until(lambda: subscribed(ledger, job_id), "a subscription")
-    monkeypatch.setattr(lookout, "SAFETY_S", NEVER_S)
+    monkeypatch.setattr(poller, "SAFETY_S", NEVER_S)
     ledger.cancel(job_id)
     assert waiter.result(WAIT_S).status == "canceled"
 
 
 def test_a_server_that_has_gone_silent_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with embedded.valkey(tmp_path) as server, redis.Redis(port=server.port, decode_responses=True) as admin:
+    with servers.valkey(tmp_path) as server, redis.Redis(port=server.port, decode_responses=True) as admin:
         told = RedisChanges(admin, "p:")
         told.subscribe({"a"}, set())
         waits_until(lambda: told.heard()[0] == {"a"}, "the subscription")
@@ -151,7 +153,7 @@ def test_a_server_that_has_gone_silent_is_noticed(tmp_path: Path, monkeypatch: p
         assert told._asked
         waits_until(lambda: told.heard() and not told._asked, "the answer")
         assert told.fileno() is not None
-        monkeypatch.setattr(changes, "CHECK_S", 0.05)
+        monkeypatch.setattr(pubsub, "CHECK_S", 0.05)
         told._check_at = 0
         admin.client_pause(60_000)
 
@@ -280,7 +282,7 @@ def test_a_stream_that_is_left_is_told_nothing_more(client: GradcamClient, ledge
 def test_a_job_that_is_forgotten_while_it_is_waited_for_is_unknown(
     client: GradcamClient, ledger: RedisLedger, beside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lookout, "SAFETY_S", 0.05)
+    monkeypatch.setattr(poller, "SAFETY_S", 0.05)
     job_id = client.submit(**FIELDS)
     waiter = waiting(beside, client, job_id)
     waits_until(lambda: subscribed(ledger, job_id), "the subscription")
@@ -325,7 +327,7 @@ def test_closing_a_client_ends_all_waiting_and_it_can_be_used_again(
 def test_the_thread_ends_some_time_after_the_last_wait(
     client: GradcamClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lookout, "LINGER_S", 0)
+    monkeypatch.setattr(poller, "LINGER_S", 0)
 
     for _ in range(2):
         with pytest.raises(WaitTimeout):
@@ -335,8 +337,8 @@ def test_the_thread_ends_some_time_after_the_last_wait(
 
 FORKING = """
 import os, signal, sys, threading
-from worker.client import GradcamClient
-from worker.settings import Settings
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.settings import Settings
 
 signal.alarm(60)
 url, prefix, first, second = sys.argv[1:]
@@ -399,7 +401,7 @@ class Shaky(MemoryLedger):
 def test_a_ledger_that_comes_back_in_time_is_waited_for(
     beside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lookout, "POLL_LAST_S", 0.02)
+    monkeypatch.setattr(poller, "POLL_LAST_S", 0.02)
     ledger = Shaky()
     with GradcamClient(settings=Settings(), ledger=ledger, publish=Doorbell()) as client:
         job_id = client.submit(**FIELDS)
@@ -415,7 +417,7 @@ def test_a_ledger_that_comes_back_in_time_is_waited_for(
 
 
 def test_one_that_does_not_come_back_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookout, "POLL_LAST_S", 0.02)
+    monkeypatch.setattr(poller, "POLL_LAST_S", 0.02)
     monkeypatch.setattr(watch, "OUTAGE_S", 0.1)
     ledger = Shaky()
     with GradcamClient(settings=Settings(), ledger=ledger, publish=Doorbell()) as client:
@@ -429,7 +431,7 @@ def test_one_that_does_not_come_back_is_given_up(monkeypatch: pytest.MonkeyPatch
 def test_a_ledger_that_comes_back_without_the_job_says_so(
     beside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lookout, "POLL_LAST_S", 0.02)
+    monkeypatch.setattr(poller, "POLL_LAST_S", 0.02)
     ledger = Shaky()
     with GradcamClient(settings=Settings(), ledger=ledger, publish=Doorbell()) as client:
         job_id = client.submit(**FIELDS)

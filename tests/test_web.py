@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import trustme
 from address_tricks import HOSTS, PUBLIC_ADDRESS, PUBLIC_HOST, URLS, Names, answers, careless, tricks
-
-from worker import dialler
-from worker.errors import UriNotAllowed
-from worker.settings import Settings
-from worker.web import Answer, Web, WebFailed
+from gradcam_worker.errors import UriNotAllowed
+from gradcam_worker.net import dialer
+from gradcam_worker.net.http import Answer, Web, WebFailed
+from gradcam_worker.settings import Settings
 
 ELSEWHERE = "127.0.0.3"  # this machine too, and another address than the tricks'
 SCHEMES = ("http", "https")
@@ -234,7 +233,7 @@ class TestNames:
     def test_a_name_server_that_hangs_holds_nothing_up_and_takes_a_bounded_number_of_threads(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(dialler, "MAX_LOOKUPS", 3)
+        monkeypatch.setattr(dialer, "MAX_LOOKUPS", 3)
         end = threading.Event()
 
         def hanging(host: str, port: int) -> list[str]:

@@ -28,11 +28,10 @@ from django.urls import path, reverse
 from django.utils.html import format_html
 from django.views.decorators import csrf, http
 from django_settings import APPS, OURS, WISH, log
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import GradcamError, UriNotAllowed
+from gradcam_worker.schemas.job import FINAL, StatusEvent
 from standardwebhooks import Webhook, WebhookVerificationError
-
-from worker.client import GradcamClient
-from worker.contract import FINAL, StatusEvent
-from worker.errors import GradcamError, UriNotAllowed
 
 photos = AppConfig(__name__, sys.modules[__name__])  # this file is an app by itself
 photos.label, photos.verbose_name, photos.models_module = "photos", "Photos", photos.module

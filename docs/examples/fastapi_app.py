@@ -17,9 +17,8 @@ from secrets import token_urlsafe
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-
-from worker.aio import AsyncGradcamClient
-from worker.errors import GradcamError, PermanentError, UriNotAllowed
+from gradcam_worker.client.async_client import AsyncGradcamClient
+from gradcam_worker.errors import GradcamError, PermanentError, UriNotAllowed
 
 LARGEST = 16_000_000  # bytes of a photo; the page says so, too
 PHOTO = {"kind": "overlay", "format": "webp", "alpha": 0.0, "max_edge": 1280}  # as browsers can show it

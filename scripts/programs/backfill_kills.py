@@ -16,10 +16,10 @@ from subprocess import Popen
 import backfill_runs as runs
 import river
 import stand_in
-
-from worker import embedded, lifeline
-from worker.s3 import S3
-from worker.settings import Settings
+from gradcam_worker.operations import servers
+from gradcam_worker.runtime import parent_watch
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
 
 NETWORK = "no_time"
 WORKERS = 2
@@ -43,7 +43,7 @@ class Survived:
 @contextlib.contextmanager
 def place(folder: Path) -> Iterator[Settings]:
     """Servers that outlive everybody, with photos."""
-    with embedded.valkey(folder) as valkey, embedded.s3(folder, ("photos", "results")) as s3_server:
+    with servers.valkey(folder) as valkey, servers.s3(folder, ("photos", "results")) as s3_server:
         short = {"lease_s": 2, "lost_after_s": 3, "retry_backoff_s": 0.2}
         settings = river.settings_of(folder, valkey, s3_server, **short)
         s3 = S3(settings)
@@ -99,7 +99,7 @@ def _kill(*processes: "Popen[bytes]") -> None:
 
 def _worker(settings: Settings, folder: Path) -> "Popen[bytes]":
     program = str(Path(stand_in.__file__).resolve())
-    return lifeline.start(
+    return parent_watch.start(
         [sys.executable, "-P", program, str(folder / "passes")],
         log=folder / "worker.log",
         environment=settings.to_environment(),

@@ -16,12 +16,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import redis
 import river
-
-from worker import lifeline
-from worker.deadline import Deadline
-from worker.s3 import S3
-from worker.settings import Settings
-from worker.storage import Stores
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.runtime import parent_watch
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+from gradcam_worker.storage.stores import Stores
 
 LOOK_S = 0.1  # between two looks at memory
 PATIENCE_S = 60  # for one file of a dataset
@@ -162,7 +161,7 @@ def counted(settings: Settings, output: str, rows: int) -> Counted:
 @contextmanager
 def working(settings: Settings, program: Path, log: Path) -> Iterator[Process]:
     """A worker process of another program than the bench's usual one."""
-    process = lifeline.start(
+    process = parent_watch.start(
         [sys.executable, "-P", str(program)],
         log=log,
         environment={**settings.to_environment(), "PYTHONPATH": str(Path(__file__).parent)},
@@ -171,4 +170,4 @@ def working(settings: Settings, program: Path, log: Path) -> Iterator[Process]:
     try:
         yield process
     finally:
-        lifeline.stop(process)
+        parent_watch.stop(process)

@@ -27,12 +27,11 @@ import numpy as np
 import river
 import shards_at_once
 import stand_in
+from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.runtime import service_factory
+from gradcam_worker.settings import Settings
 from river import River
 from timing import machine, told, versions
-
-from worker import wiring
-from worker.gradcam.residents import Residents
-from worker.settings import Settings
 
 SHARE_OF = "xception"
 PHOTOS = 64
@@ -113,7 +112,7 @@ def tracking(sizes: tuple[int, ...]) -> dict[int, runs.Ran]:
                 uris = (f"s3://photos/{number % backfill_kills.PHOTOS:05}.jpg" for number in range(rows))
                 source = runs.write_input(folder / "input.jsonl", uris)
                 with runs.working(settings, program, folder / "worker.log") as worker:
-                    runs.until(lambda: wiring.ledger(settings).workers(), worker)  # at once
+                    runs.until(lambda: service_factory.ledger(settings).workers(), worker)  # at once
                     output = f"{settings.output}/tracking"
                     network = backfill_kills.NETWORK
                     found[rows] = runs.run(settings, source, output, network, rows, worker=worker)

@@ -22,14 +22,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from engine_ways import EXACT, FORWARD, NOTEBOOK, OURS, REPEATED, Ways, best, noise, prepared, titled
+from gradcam_worker.gradcam.backend import device_name
+from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.models.keras_network import KerasNetwork
+from gradcam_worker.gradcam.models.loading import load_network
 from notebooks_way import CLASSES, TOLERANCE, Agreement, NotebooksWay, check
 from randomised import photographs
 from timing import Cost, Way, machine, take_turns, versions
-
-from worker.gradcam import cam
-from worker.gradcam.backend import device_name
-from worker.gradcam.keras_network import KerasNetwork
-from worker.gradcam.loading import load_network
 
 # isort: split
 # Only now: the lines above keep TensorFlow quiet while it is loaded for the first time.

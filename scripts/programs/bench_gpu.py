@@ -12,7 +12,7 @@ from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from typing import Any
 
-from worker.gradcam import backend
+from gradcam_worker.gradcam import backend
 
 PARTS = {"tensorflow": ("engine", "service")}  # the engine's bench compares with TensorFlow's own graph
 OTHERS = ("service",)

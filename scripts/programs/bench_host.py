@@ -19,23 +19,22 @@ from typing import Any
 import numpy as np
 from encoders import Encoded, compare
 from free import NETWORK, Direct, Fetch, Free
+from gradcam_worker.artifacts import artifacts
+from gradcam_worker.artifacts.render import render
+from gradcam_worker.execution.pipeline import Journey, explain
+from gradcam_worker.execution.services import Outside
+from gradcam_worker.gradcam.catalog import CATALOG
+from gradcam_worker.gradcam.classes import DATA
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.gradcam.explain import Explanation, explain_pixels
+from gradcam_worker.gradcam.imaging.overlay import ENCODING, Base, fit
+from gradcam_worker.images.fetch import Fetched
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.manifest import InputRecord
+from gradcam_worker.testing import MemoryStore, outside
 from numpy.typing import NDArray
 from timing import Cost, Way, machine, take_turns, versions
-
-from worker import artifacts
-from worker.contract import Job
-from worker.deadline import Deadline
-from worker.gradcam.catalog import CATALOG
-from worker.gradcam.classes import DATA
-from worker.gradcam.decode import decode
-from worker.gradcam.explain import Explanation, explain_pixels
-from worker.gradcam.picture import ENCODING, Base, fit
-from worker.images import Fetched
-from worker.manifest import InputRecord
-from worker.outside import Outside
-from worker.pipeline import Journey, explain
-from worker.render import render
-from worker.testing import MemoryStore, outside
 
 # isort: split
 # Only now: the package of the worker tells OpenCV how large a picture may be before it is loaded.

@@ -23,11 +23,10 @@ from typing import Any
 
 import numpy as np
 import river
+from gradcam_worker.errors import WorkerLost
+from gradcam_worker.schemas.job import Job
 from river import River
 from timing import machine, versions
-
-from worker.contract import Job
-from worker.errors import WorkerLost
 
 NETWORK = "efficientnet_lite0"
 PHOTOS = 50

@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 import river
 import stand_in
+from gradcam_worker.errors import WorkerLost
+from gradcam_worker.schemas.job import FINAL, Job, StatusDocument
 from river import Meter, River
 from timing import machine, versions
-
-from worker.contract import FINAL, Job, StatusDocument
-from worker.errors import WorkerLost
 
 JOBS, QUICK_JOBS = 10_000, 300
 PHOTOS, LARGE_PHOTOS = 100, 3

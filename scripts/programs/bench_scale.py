@@ -29,13 +29,12 @@ import redis
 import river
 import scaling
 import stand_in
+from gradcam_worker.errors import WorkerLost
+from gradcam_worker.runtime import parent_watch
+from gradcam_worker.schemas.job import StatusDocument
 from river import River
 from scaling import Scaler, Work
 from timing import machine, versions
-
-from worker import lifeline
-from worker.contract import StatusDocument
-from worker.errors import WorkerLost
 
 NETWORK = "slow_time"
 WORKERS, WORKERS_QUICK = (1, 2, 4, 8), (1, 2)
@@ -133,7 +132,7 @@ def measure(*, quick: bool) -> Result:
         for workers in WORKERS_QUICK if quick else WORKERS:
             while len(others) + 1 < workers:
                 others.append(_one_more(flow, len(others)))
-                stack.callback(lifeline.stop, others[-1])
+                stack.callback(parent_watch.stop, others[-1])
             documents += _until_all_work(flow, workers, others)
             time.sleep(PAUSE_S)
             phase, done = _phase(flow, workers, jobs * workers)
@@ -146,7 +145,7 @@ def measure(*, quick: bool) -> Result:
 
 
 def _one_more(flow: River, number: int) -> Popen[bytes]:
-    return lifeline.start(
+    return parent_watch.start(
         [sys.executable, "-P", str(Path(stand_in.__file__).resolve()), f"{flow.passes}-{number}"],
         log=flow.log.with_name(f"worker-{number}.log"),
         environment={**river.SHARED_DEVICE, **flow.settings.to_environment()},

@@ -31,15 +31,14 @@ os.environ.update(river.SHARED_DEVICE)  # before the backend is loaded
 # isort: split
 import numpy as np
 import stand_in
+from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow, Preprocessing
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.gradcam.imaging.overlay import fit
+from gradcam_worker.gradcam.network import Network
+from gradcam_worker.schemas.job import StatusDocument
+from gradcam_worker.settings import Settings
 from numpy.typing import NDArray
 from stand_in import Passes
-
-from worker.contract import StatusDocument
-from worker.gradcam.catalog import CATALOG, NetworkRow, Preprocessing
-from worker.gradcam.decode import decode
-from worker.gradcam.network import Network
-from worker.gradcam.picture import fit
-from worker.settings import Settings
 
 PHOTOS = 200  # no two the same; jobs go round and round
 REQUIRED_SHARE = {"xception": 0.80, "vgg16": 0.80}  # service / engine

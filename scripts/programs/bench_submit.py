@@ -9,11 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.operations import servers
+from gradcam_worker.settings import Settings
 from timing import Way, machine, take_turns, versions
-
-from worker import embedded
-from worker.client import GradcamClient
-from worker.settings import Settings
 
 JOBS, TURNS = 5000, 5
 QUICK_JOBS, QUICK_TURNS = 500, 3
@@ -25,7 +24,7 @@ def main(*, quick: bool, as_json: bool) -> int:
     """Measure both ways and print jobs per second; 0."""
     begun = time.perf_counter()
     count, turns = (QUICK_JOBS, QUICK_TURNS) if quick else (JOBS, TURNS)
-    with tempfile.TemporaryDirectory() as folder, embedded.valkey(Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as folder, servers.valkey(Path(folder)) as server:
         client = GradcamClient(settings=Settings(broker_url=f"redis://127.0.0.1:{server.port}/0"))
 
         def one_by_one() -> None:

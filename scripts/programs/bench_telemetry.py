@@ -23,13 +23,12 @@ from typing import Any
 
 import bench_service
 import river
+from gradcam_worker.broker.app import Bell
+from gradcam_worker.observability.health import ASK_EVERY_S
+from gradcam_worker.observability.prometheus import Metrics
+from gradcam_worker.operations import servers
 from river import River
 from timing import machine, told, versions
-
-from worker import embedded
-from worker.broker import Bell
-from worker.health import ASK_EVERY_S
-from worker.metrics import Metrics
 
 NETWORK = "no_time"
 PHOTOS = 100
@@ -118,7 +117,7 @@ def calls_ms() -> float:
 
 
 def asking_ms(flow: River) -> float:
-    """Processor time of what `worker.health.Contact` asks, as `worker.telemetry` tells it to."""
+    """Processor time of what `gradcam_worker.observability.health.Contact` asks, as `gradcam_worker.runtime.telemetry` tells it to."""
     bell = Bell(flow.settings)
     begun = time.thread_time()
     for _ in range(READINGS):
@@ -143,7 +142,7 @@ def readings_ms(flow: River) -> float:
 def measure(pairs: int, jobs: int) -> tuple[list[Turn], list[Turn], Parts]:
     """The turns without and with metrics, pair by pair, and what metrics are made of."""
     photos, off, on = river.photographs(PHOTOS), list[Turn](), list[Turn]()
-    port = embedded.free_port()
+    port = servers.free_port()
     with (
         river.flowing((NETWORK,), photos, **bench_service.LIKE_A_GPU) as plain,
         river.flowing((NETWORK,), photos, metrics_port=port, **bench_service.LIKE_A_GPU) as counting,

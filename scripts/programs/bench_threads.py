@@ -26,13 +26,12 @@ from typing import Any
 
 import cv2
 import numpy as np
+from gradcam_worker.gradcam.classes import DATA
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.gradcam.imaging.overlay import encode, fit, overlay
+from gradcam_worker.gradcam.methods.cam import heatmaps
 from numpy.typing import NDArray
 from timing import machine, versions
-
-from worker.gradcam.cam import heatmaps
-from worker.gradcam.classes import DATA
-from worker.gradcam.decode import decode
-from worker.gradcam.picture import encode, fit, overlay
 
 NETWORKS = ("efficientnet_lite0", "xception")
 LARGE_BATCH = 8  # images
@@ -84,7 +83,7 @@ class Setting:
 
 def _serve(setting: Setting) -> None:
     """A process with one setting: measures the cells that come in, a line of JSON each."""
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     # isort: split
     # Only now: the line above keeps TensorFlow quiet while it is loaded for the first time.

@@ -21,9 +21,8 @@ import deploy_tools
 import rehearsal
 import yaml  # type: ignore[import-untyped]
 from dockerfile import DOCKERFILE, ROOT
-
-from worker.cli import gradcam
-from worker.settings import PREFIX, Settings
+from gradcam_worker.cli.main import gradcam
+from gradcam_worker.settings import PREFIX, Settings
 
 COMPOSE = ROOT / "docker" / "compose.yaml"
 PROMETHEUS = ROOT / "docker" / "prometheus.yml"

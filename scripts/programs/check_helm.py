@@ -24,12 +24,11 @@ from typing import Any
 import check_wiring
 import deploy_tools
 import yaml  # type: ignore[import-untyped]
+from gradcam_worker.errors import InvalidSettings
+from gradcam_worker.runtime import supervisor
+from gradcam_worker.schemas.shard import ROUTE, ROUTES
+from gradcam_worker.settings import Settings
 from scaling import Scaler
-
-from worker import supervisor
-from worker.errors import InvalidSettings
-from worker.settings import Settings
-from worker.shard import ROUTE, ROUTES
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy" / "helm" / "gradcam"
@@ -314,7 +313,7 @@ def scaler(formula: str, most: int) -> Scaler:
 
 
 def settings_schema() -> dict[str, Any]:
-    """The settings that values.yaml may hold, as worker/settings.py has them."""
+    """The settings that values.yaml may hold, as worker/gradcam_worker/settings.py has them."""
     found: dict[str, Any] = {}
     for name, said in sorted(Settings.model_json_schema()["properties"].items()):
         if name in SECRET | OWN:
@@ -332,7 +331,7 @@ def stale() -> Iterator[str]:
     """What the chart says that is written elsewhere, and differs there."""
     schema: Mapping[str, Any] = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
     if schema["properties"]["settings"] != settings_schema():
-        yield "values.schema.json: settings are not those of worker/settings.py: check_helm.py --write"
+        yield "values.schema.json: settings are not those of worker/gradcam_worker/settings.py: check_helm.py --write"
     if {*ROUTES} != {"high", "normal", "low", "bulk", ROUTE}:
         yield f"the chart's formula does not know all of {ROUTES}"
 

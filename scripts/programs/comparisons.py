@@ -13,12 +13,11 @@ from typing import Any
 
 import every_method
 import shapes
+from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.models.loading import load_network
+from gradcam_worker.gradcam.network import Method
 from notebooks_way import NotebooksWay
 from randomised import cascade, overlap, photographs, rank_correlation
-
-from worker.gradcam import cam
-from worker.gradcam.loading import load_network
-from worker.gradcam.network import Method
 
 # isort: split
 # Only now: the lines above keep TensorFlow quiet while it is loaded for the first time.

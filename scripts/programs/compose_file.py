@@ -9,12 +9,11 @@ from urllib.parse import urlsplit
 import click
 import yaml  # type: ignore[import-untyped]
 from dockerfile import DOCKERFILE, ROOT, instructions, stages
-
-from worker import __version__
-from worker.cli import gradcam
-from worker.errors import InvalidSettings
-from worker.settings import Settings
-from worker.supervisor import HAND_BACK_S
+from gradcam_worker import __version__
+from gradcam_worker.cli.main import gradcam
+from gradcam_worker.errors import InvalidSettings
+from gradcam_worker.runtime.supervisor import HAND_BACK_S
+from gradcam_worker.settings import Settings
 
 FOLDER = ROOT / "docker"
 OURS = "gradcam-worker"
@@ -161,7 +160,7 @@ def image_findings(text: str) -> Iterator[str]:
     found = stages(text)
     said = [one.text for one in instructions(text)]
     if f"VERSION={__version__}" not in said:
-        yield f"Dockerfile: ARG VERSION must say what worker/__init__.py does, {__version__}"
+        yield f"Dockerfile: ARG VERSION must say what worker/gradcam_worker/__init__.py does, {__version__}"
     account = next(line for line in said if line.startswith("useradd "))
     uid = re.findall(r"--uid ([0-9]+)", account)
     for target in ("cpu", "gpu", "web"):

@@ -25,10 +25,9 @@ from typing import Any
 try:
     import h5py
     import numpy as np
+    from gradcam_worker.gradcam.classes import DATA
+    from gradcam_worker.gradcam.models.weights import digest
     from numpy.typing import NDArray
-
-    from worker.gradcam.classes import DATA
-    from worker.gradcam.weights import digest
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. This script runs where gradcam-worker[cpu] or [gpu] is installed.")
 
@@ -147,7 +146,9 @@ def write_weights(tensors: dict[str, NDArray[Any]], out: Path) -> None:
     Both frameworks list a layer's kernel and bias, or scale, shift, mean and variance, in this
     order, and the layers as they run. PyTorch's count of batches has no counterpart in Keras.
     """
-    from worker.gradcam.lite import efficientnet_lite0  # first: it quiets TensorFlow
+    from gradcam_worker.gradcam.models.efficientnet_lite import (
+        efficientnet_lite0,  # first: it quiets TensorFlow
+    )
 
     # isort: split
     import keras

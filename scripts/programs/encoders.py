@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from gradcam_worker.gradcam.imaging.overlay import EXTENSIONS, encode
 from numpy.typing import NDArray
 from timing import Cost, Way, take_turns
-
-from worker.gradcam.picture import EXTENSIONS, encode
 
 # isort: split
 # Only now: the package of the worker tells OpenCV how large a picture may be before it is loaded.

@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from gradcam_worker.gradcam.methods import cam, gradients
+from gradcam_worker.gradcam.models.keras_network import KerasNetwork
+from gradcam_worker.gradcam.network import GRADCAM, Method
 from timing import Way
-
-from worker.gradcam import cam, gradients
-from worker.gradcam.keras_network import KerasNetwork
-from worker.gradcam.network import GRADCAM, Method
 
 # isort: split
 # Only now: the lines above keep TensorFlow quiet while it is loaded for the first time.

@@ -6,20 +6,19 @@ So one backend can be held against another: the same weights, the same pixels, w
 import sys
 from typing import Any
 
-from worker.gradcam.loading import load_network, wrap_model
+from gradcam_worker.gradcam.models.loading import load_network, wrap_model
 
 # isort: split
 # Only now: the line above keeps TensorFlow quiet while it is loaded for the first time.
 import keras
 import numpy as np
+from gradcam_worker.gradcam.classes import DATA
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.gradcam.imaging.overlay import fit
+from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.network import Method, Network
 from keras import layers
 from numpy.typing import NDArray
-
-from worker.gradcam import cam
-from worker.gradcam.classes import DATA
-from worker.gradcam.decode import decode
-from worker.gradcam.network import Method, Network
-from worker.gradcam.picture import fit
 
 PHOTO, CLASSES = "astronaut", (812, 560)
 SMALL = (20, 24)  # height, width

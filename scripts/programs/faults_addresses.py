@@ -15,10 +15,9 @@ from typing import Any
 from address_tricks import careless, tricks
 from faults_stage import Stage, raised, wait_for
 from faults_witness import Witness, end_of
-
-from worker.client import GradcamClient
-from worker.contract import Job
-from worker.errors import InvalidJob
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import InvalidJob
+from gradcam_worker.schemas.job import Job
 
 SHORT, FULL = 1, 3  # times that each trick is tried
 DRAINS_S = 120.0

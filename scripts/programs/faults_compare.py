@@ -7,8 +7,7 @@ from pathlib import Path
 
 from faults_stage import Stage
 from faults_verdict import Verdict
-
-from worker.client import GradcamClient
+from gradcam_worker.client.client import GradcamClient
 
 UNFINISHED = ".rclone_temp_put_"  # what this S3 server leaves of an upload that it was killed in
 QUIET_WORKERS = 2

@@ -15,9 +15,8 @@ from faults_stage import START_S, Stage, raised, wait_for
 from faults_verdict import Verdict
 from faults_witness import Witness
 from faulty_proxy import Fault
-
-from worker import embedded
-from worker.client import GradcamClient
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.operations import servers
 
 SHORT, FULL = 2, 5  # failovers
 JOBS = 150  # before each of them
@@ -67,7 +66,7 @@ def attack(count: int, seed: int) -> dict[str, Any]:
     with raised("failover", seed, threads=SLOTS) as stage, contextlib.ExitStack() as stack:
         folder = Path(stage.folder / "other")
         folder.mkdir()
-        other = stack.enter_context(embedded.valkey(folder, "--appendonly", "yes"))
+        other = stack.enter_context(servers.valkey(folder, "--appendonly", "yes"))
         follow(other.port, stage.broker.now.port)
         witness = stack.enter_context(Witness(stage))
         worker = stage.work()

@@ -1,7 +1,8 @@
 """Mutated images against the decoder: `faults_images.py [COUNT] [--seed N] [--short] [--keep FOLDER]`.
 
 Every image is decoded in a child process that may have no more than MEMORY_BYTES. It has to end in a picture
-or in an error of `worker.errors` that is foreseen for an image; whatever else it ends in, and whatever ends
+or in an error of `gradcam_worker.errors` that is foreseen for an image; whatever else it ends in, and
+whatever ends
 the child, is a broken promise. Prints one JSON document; ends with 1 where a promise broke.
 """
 
@@ -112,9 +113,9 @@ def decode_all() -> None:
     import resource
     import signal
 
-    from worker.errors import GradcamError
-    from worker.gradcam.decode import claimed, decode
-    from worker.room import limit_memory
+    from gradcam_worker.errors import GradcamError
+    from gradcam_worker.gradcam.decoding.decode import claimed, decode
+    from gradcam_worker.resilience.budget import limit_memory
 
     limit_memory(MEMORY_BYTES)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -17,20 +17,22 @@ from typing import Any
 import cv2
 import hypothesis
 import numpy as np
+from gradcam_worker import errors
+from gradcam_worker.broker import app
+from gradcam_worker.broker import message as envelope
+from gradcam_worker.errors import ImageFetchFailed, ImageForbidden, InvalidJob
+from gradcam_worker.execution.handler import Desk
+from gradcam_worker.execution.leases import Leases
+from gradcam_worker.resilience.circuit_breaker import Breaker
+from gradcam_worker.runtime import worker_process
+from gradcam_worker.schemas.job import StatusDocument, WorkerRef
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.strict_json import Unreadable
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import MemoryLedger, outside
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schema_strategies import allowed
-
-from worker import broker, envelope, errors, process
-from worker.breaker import Breaker
-from worker.contract import StatusDocument, WorkerRef
-from worker.errors import ImageFetchFailed, ImageForbidden, InvalidJob
-from worker.leases import Leases
-from worker.settings import Settings
-from worker.strict_json import Unreadable
-from worker.tasks import Desk
-from worker.testing import MemoryLedger, outside
-from worker.wire import new_id
 
 SCHEMA = Path(__file__).parents[2] / "deploy" / "schemas" / "job.v1.json"
 PHOTO = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
@@ -125,7 +127,7 @@ def attack(count: int, seed: int) -> dict[str, Any]:
     found: Counter[str] = Counter()
     outcomes: Counter[str] = Counter()
 
-    def counted(item: bytes, queue: str = broker.INTERACTIVE) -> str:
+    def counted(item: bytes, queue: str = app.INTERACTIVE) -> str:
         what, outcome = judge(item, queue)
         found["jobs"] += 1
         found[what] += 1
@@ -172,19 +174,19 @@ def profile(count: int) -> settings:
 
 def strangers() -> Iterator[tuple[str, str, bytes]]:
     """What nobody but us may ask for: what it is, its queue, and the item."""
-    for queue, ours in broker.TASKS.items():
+    for queue, ours in app.TASKS.items():
         for task in FOREIGN:
             yield task, queue, message(json.dumps([[GOOD], {}, {}]).encode(), task)
-        for task in {*broker.TASKS.values()} - {ours}:
+        for task in {*app.TASKS.values()} - {ours}:
             yield f"{task} with a job", queue, message(json.dumps([[GOOD], {}, {}]).encode(), task)
         for token in ("", "guessed"):
             body = json.dumps([[{**FORGED, "id": new_id(), "token": token}], {}, {}]).encode()
             yield f"a shard with the token {token!r}", queue, message(body, ours)
-            yield f"a shard with the token {token!r} by its task", queue, message(body, broker.EXPLAIN_SHARD)
-    yield "a job", broker.SHARDS, message(json.dumps([[GOOD], {}, {}]).encode(), broker.EXPLAIN_SHARD)
+            yield f"a shard with the token {token!r} by its task", queue, message(body, app.EXPLAIN_SHARD)
+    yield "a job", app.SHARDS, message(json.dumps([[GOOD], {}, {}]).encode(), app.EXPLAIN_SHARD)
 
 
-def judge(item: bytes, queue: str = broker.INTERACTIVE) -> tuple[str, str]:
+def judge(item: bytes, queue: str = app.INTERACTIVE) -> tuple[str, str]:
     """Handle an item as a worker does: whether its end is `typed`, and which it is."""
     ledger = MemoryLedger()
     try:
@@ -208,7 +210,7 @@ def handle(item: bytes, ledger: MemoryLedger, queue: str) -> str | None:
     """Open an item and do with it what a worker does; return the id that it goes by, if it has one."""
     one = desk(ledger)
     try:
-        opened = envelope.read(item, queue, MAX_BYTES, broker.TASKS[queue])
+        opened = envelope.read(item, queue, MAX_BYTES, app.TASKS[queue])
     except Unreadable as error:
         message_id = envelope.identify(item)
         if message_id:
@@ -217,9 +219,9 @@ def handle(item: bytes, ledger: MemoryLedger, queue: str) -> str | None:
     headers, properties = opened["headers"], opened["properties"]
     body = opened["body"]
     args, _, _ = json.loads(base64.b64decode(body) if properties["body_encoding"] == "base64" else body)
-    kind = process.KINDS[headers["task"]]
+    kind = worker_process.KINDS[headers["task"]]
     entered_at = headers[envelope.ENTERED_AT]
-    one.handle(process._payload(tuple(args)), headers["id"], entered_at=entered_at, kind=kind)  # noqa: SLF001  # as it does
+    one.handle(worker_process._payload(tuple(args)), headers["id"], entered_at=entered_at, kind=kind)  # noqa: SLF001  # as it does
     return str(headers["id"])
 
 
@@ -258,7 +260,7 @@ def items(draw: st.DrawFn, jobs: st.SearchStrategy[dict[str, Any]]) -> bytes:
     return draw(spoiled(item)) if kind == "item" else item
 
 
-def message(body: bytes, task: str = broker.EXPLAIN) -> bytes:
+def message(body: bytes, task: str = app.EXPLAIN) -> bytes:
     """An item with this body."""
     return json.dumps(
         {

@@ -15,10 +15,9 @@ from faults_stage import SIZE, Stage, raised
 from faults_verdict import Verdict
 from faults_witness import Witness, end_of
 from faulty_worker import NETWORK, PANICS, POISON
-
-from worker import broker
-from worker.client import GradcamClient
-from worker.wire import new_id
+from gradcam_worker.broker import app
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.schemas.model import new_id
 
 SHORT, FULL = 30, 100  # healthy jobs
 ATTEMPTS = 3  # that the poison has
@@ -83,10 +82,10 @@ def _submit_raw(stage: Stage) -> list[str]:
                 "body": body,
                 "content-encoding": "utf-8",
                 "content-type": "application/json",
-                "headers": {"id": one, "task": broker.EXPLAIN},
+                "headers": {"id": one, "task": app.EXPLAIN},
                 "properties": {"body_encoding": "base64"},
             }
-            server.lpush(f"{stage.settings.key_prefix}{broker.INTERACTIVE}", json.dumps(message))
+            server.lpush(f"{stage.settings.key_prefix}{app.INTERACTIVE}", json.dumps(message))
     return ids
 
 

@@ -19,8 +19,7 @@ from faults_stream import Stream
 from faults_verdict import Verdict
 from faults_witness import Witness, told
 from faulty_proxy import Fault
-
-from worker.contract import Job
+from gradcam_worker.schemas.job import Job
 
 SHORT, FULL = 1, 15  # seconds that each fault lasts; in the full form longer than any timeout of one answer
 LONG = (

@@ -19,12 +19,11 @@ from faults_stage import START_S, Stage, Worker, raised, wait_for
 from faults_usage import Usage
 from faults_verdict import Verdict
 from faults_witness import Witness, end_of, told
-
-from worker import broker
-from worker.client import GradcamClient
-from worker.contract import Job
-from worker.errors import IdempotencyConflict
-from worker.wire import utc_now
+from gradcam_worker.broker import app
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import IdempotencyConflict
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.model import utc_now
 
 SHORT, FULL = 15, 300  # seconds
 AHEAD = 40  # jobs that wait or run at a time
@@ -34,7 +33,8 @@ ROUGHLY_FLAT = 0.3
 MORE = 4  # threads and files that may come and go
 RETENTION_S = 60.0  # the least there is
 DRAINS_S = 120.0
-# Keys of the ledger and of kombu that are there once, whatever is done: see `worker.redis_scripts`.
+# Keys of the ledger and of kombu that are there once, whatever is done: see
+# `gradcam_worker.ledger.redis.scripts`.
 SINGLETONS = (
     "claimed",
     "ended:",
@@ -62,7 +62,7 @@ class Mix:
     def __post_init__(self) -> None:
         """Store the bad images, and make what sends messages past the client."""
         self._random = random.Random(self.seed)  # noqa: S311  # repeatable, not secret
-        self._app = broker.make_app(self.stage.settings)
+        self._app = app.make_app(self.stage.settings)
         photos = self.stage.folder / "buckets" / "photos"
         good = (photos / "0.jpg").read_bytes()
         (photos / "cut.jpg").write_bytes(good[: len(good) // 2])
@@ -149,9 +149,7 @@ class Mix:
         self._send(job.id, payload, "invalid_job")
 
     def _send(self, job_id: str, payload: object, *ends: str) -> None:
-        self._app.send_task(
-            broker.EXPLAIN, args=[payload], queue=broker.INTERACTIVE, task_id=job_id, priority=0
-        )
+        self._app.send_task(app.EXPLAIN, args=[payload], queue=app.INTERACTIVE, task_id=job_id, priority=0)
         self.ends[job_id] = ends
         self.stage.accepted[job_id] = time.monotonic()
 
@@ -169,7 +167,7 @@ class Mix:
             json.dumps({**envelope, "headers": None}).encode(),
             json.dumps({**envelope, "properties": {"delivery_tag": number, "delivery_info": []}}).encode(),
         ]
-        queue = f"{self.stage.settings.key_prefix}{broker.INTERACTIVE}"
+        queue = f"{self.stage.settings.key_prefix}{app.INTERACTIVE}"
         with closing(self.stage.outside) as server:
             server.lpush(queue, self._random.choice(texts))
 

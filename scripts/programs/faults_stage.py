@@ -20,14 +20,14 @@ import faulty_worker
 import numpy as np
 import redis
 from faulty_proxy import FaultyProxy
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import LedgerUnavailable
+from gradcam_worker.gradcam.imaging.overlay import encode
+from gradcam_worker.operations import servers
+from gradcam_worker.runtime import parent_watch
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.settings import Settings
 from pydantic import SecretStr
-
-from worker import embedded, lifeline
-from worker.client import GradcamClient
-from worker.contract import Job
-from worker.errors import LedgerUnavailable
-from worker.gradcam.picture import encode
-from worker.settings import Settings
 
 START_S = 60.0  # within which a worker takes jobs
 KEYS = ("attacker", "0" * 40)  # of the S3 server: they stay when it is started again
@@ -110,7 +110,7 @@ class Worker:
         temporary = log.parent / "tmp"
         temporary.mkdir(exist_ok=True)
         self.log = log
-        self.keeper = lifeline.start(
+        self.keeper = parent_watch.start(
             [sys.executable, "-P", program, "supervise"],
             log=log,
             environment={**settings.to_environment(), "TMPDIR": str(temporary)},
@@ -135,7 +135,7 @@ class Worker:
 
     def stop(self) -> None:
         """Cleanly."""
-        lifeline.stop(self.keeper)
+        parent_watch.stop(self.keeper)
 
 
 def children(pid: int) -> list[int]:
@@ -248,8 +248,8 @@ def raised(
             stack.callback(made.close)
             return made
 
-        broker = served("broker", lambda: embedded.valkey(folder, *broker_options))
-        s3 = served("s3", lambda: embedded.s3(folder, ("photos", "results"), KEYS))
+        broker = served("broker", lambda: servers.valkey(folder, *broker_options))
+        s3 = served("s3", lambda: servers.s3(folder, ("photos", "results"), KEYS))
         receiver = served("receiver", lambda: _receiver(folder))
         defaults: dict[str, Any] = {
             "broker_url": f"redis://127.0.0.1:{broker.proxy.port}/0",
@@ -281,15 +281,15 @@ def raised(
 
 @contextlib.contextmanager
 def _receiver(folder: Path) -> Iterator[Receiver]:
-    port = embedded.free_port()
+    port = servers.free_port()
     program = str(Path(faults_receiver.__file__).resolve())
     command = [sys.executable, "-P", program, str(port), str(folder / "events.jsonl")]
-    process = lifeline.start(command, log=folder / "receiver.log")
+    process = parent_watch.start(command, log=folder / "receiver.log")
     try:
-        wait_for(lambda: embedded.accepts(port), START_S, "the receiver of webhooks listens")
+        wait_for(lambda: servers.accepts(port), START_S, "the receiver of webhooks listens")
         yield Receiver(process, port)
     finally:
-        lifeline.stop(process)
+        parent_watch.stop(process)
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:

@@ -20,13 +20,12 @@ from typing import Any
 
 import faults_stage
 import standardwebhooks
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.ledger.redis.outbox import RedisOutbox
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.schemas.job import Job, StatusDocument
 from pydantic import SecretStr
 from standardwebhooks.webhooks import WebhookVerificationError
-
-from worker.client import GradcamClient
-from worker.contract import Job, StatusDocument
-from worker.redis_ledger import RedisLedger
-from worker.redis_outbox import RedisOutbox
 
 NOBODY, HEALTHY, DEAD, BLACK_HOLE, BROKEN = "nobody", "healthy", "dead", "black_hole", "broken"
 BAD = (DEAD, BLACK_HOLE, BROKEN)

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Self
 
 from faults_stage import Stage
-
-from worker.client import GradcamClient
-from worker.contract import Job
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.schemas.job import Job
 
 
 class Stream:

@@ -19,8 +19,7 @@ import faults_receiver
 import redis
 from faults_stage import Stage
 from faults_verdict import Verdict
-
-from worker import errors
+from gradcam_worker import errors
 
 LOOK_S = 0.05  # between two looks at all jobs that have not ended and at all manifests
 SLICE = 200  # final documents that are read again in each look: none may change

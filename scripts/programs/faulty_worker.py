@@ -19,19 +19,18 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from gradcam_worker.gradcam.catalog import NetworkRow
+from gradcam_worker.gradcam.decoding.decode import Decoded
+from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import TinyNetwork
 from numpy.typing import NDArray
-
-from worker.gradcam.catalog import NetworkRow
-from worker.gradcam.decode import Decoded
-from worker.gradcam.network import GRADCAM, Computed, Method, Network
-from worker.settings import Settings
-from worker.testing import TinyNetwork
 
 NETWORK = TinyNetwork.facts.name
 POISON = (255, 0, 255)  # a picture of nothing else
 PANICS = (0, 255, 255)
 NEAR = 12  # so far a compressed picture may be from its colour
-KERAS_DOOR = "worker.gradcam.backend"
+KERAS_DOOR = "gradcam_worker.gradcam.backend"
 
 
 class Poisonable(TinyNetwork):
@@ -71,7 +70,7 @@ def load(row: NetworkRow) -> Network:
 
 
 def without_keras() -> ModuleType:
-    """What stands where `worker.gradcam.backend` imports Keras: it says that there is a CPU."""
+    """What stands where `gradcam_worker.gradcam.backend` imports Keras: it says that there is a CPU."""
     door: Any = ModuleType(KERAS_DOOR)
     door.name = lambda: "numpy"
     door.version = lambda: f"numpy {np.__version__}"
@@ -84,19 +83,20 @@ def without_keras() -> ModuleType:
 
 def work(ready_fd: int) -> int:
     """What `gradcam worker --unsupervised --ready-fd` does."""
-    import worker.gradcam
+    import gradcam_worker.gradcam
 
-    sys.modules[KERAS_DOOR] = worker.gradcam.backend = without_keras()
-    from worker import pipeline, process, shard_row
+    sys.modules[KERAS_DOOR] = gradcam_worker.gradcam.backend = without_keras()
+    from gradcam_worker.execution import pipeline, shard_rows
+    from gradcam_worker.runtime import worker_process
 
-    for place in (pipeline, shard_row):
+    for place in (pipeline, shard_rows):
         place.decode = panicking(place.decode)  # type: ignore[attr-defined]
-    return process.run(Settings.from_environment(), ready_fd=ready_fd, load=load)
+    return worker_process.run(Settings.from_environment(), ready_fd=ready_fd, load=load)
 
 
 def supervise() -> int:
     """What `gradcam worker` does."""
-    from worker.supervisor import Supervisor
+    from gradcam_worker.runtime.supervisor import Supervisor
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     command = (sys.executable, "-P", __file__, "work")

@@ -7,15 +7,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-
-from worker.contract import ImageRef
-from worker.deadline import Deadline
-from worker.gradcam.catalog import CATALOG
-from worker.gradcam.classes import imagenet
-from worker.gradcam.explain import explain_pixels
-from worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
-from worker.gradcam.residents import Residents, Turn
-from worker.images import Fetched
+from gradcam_worker.gradcam.catalog import CATALOG
+from gradcam_worker.gradcam.classes import imagenet
+from gradcam_worker.gradcam.explain import explain_pixels
+from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
+from gradcam_worker.images.fetch import Fetched
+from gradcam_worker.inference.model_cache import Residents, Turn
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.job import ImageRef
 
 # isort: split
 # Only now: the package of the worker tells OpenCV how large a picture may be before it is loaded.
@@ -51,17 +50,17 @@ class Free:
         self._order = np.argsort(-self._scores)
 
     def compute(self, pixels: Any, wanted: Any, method: Method = GRADCAM) -> Computed:  # noqa: ARG002
-        """See `worker.gradcam.network.Network.compute`."""
+        """See `gradcam_worker.gradcam.network.Network.compute`."""
         asked = wanted.shape[1]
         class_ids = self._order[:, :asked].astype(np.int32)
         return Computed(self.facts.default_layer, self._scores, class_ids, self._raw[:, :asked])
 
     def begin(self, pixels: Any, wanted: Any, method: Method = GRADCAM) -> Callable[[], Computed]:
-        """See `worker.gradcam.network.Network.begin`."""
+        """See `gradcam_worker.gradcam.network.Network.begin`."""
         return partial(self.compute, pixels, wanted, method)
 
     def scores(self, pixels: Any) -> Any:  # noqa: ARG002
-        """See `worker.gradcam.network.Network.scores`."""
+        """See `gradcam_worker.gradcam.network.Network.scores`."""
         return self._scores
 
 
@@ -69,12 +68,12 @@ class Direct(Residents):
     """A device that is asked in the job's own thread: handing over to it is no part of this bench."""
 
     def explain(self, network: Any, pixels: Any, wish: Any, method: Method, *_: Any, **__: Any) -> Turn:
-        """See `worker.gradcam.residents.Ticket.explain`."""
+        """See `gradcam_worker.inference.model_cache.Ticket.explain`."""
         return Turn(explain_pixels(network, pixels[np.newaxis], [tuple(wish)], method)[0], 0, 0, 1)
 
     @contextmanager
     def ticket(self) -> Iterator[Any]:
-        """See `worker.gradcam.residents.Residents.ticket`."""
+        """See `gradcam_worker.inference.model_cache.Residents.ticket`."""
         yield self
 
 
@@ -85,5 +84,5 @@ class Fetch:
     fetched: Fetched
 
     def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:  # noqa: ARG002
-        """See `worker.images.Images.fetch`."""
+        """See `gradcam_worker.images.fetch.Images.fetch`."""
         return self.fetched

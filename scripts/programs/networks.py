@@ -13,19 +13,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from worker.gradcam.loading import load_network
+from gradcam_worker.gradcam.models.loading import load_network
 
 # isort: split
 # Only now: the line above keeps TensorFlow quiet while it is loaded for the first time.
 import keras
 import numpy as np
-
-from worker.gradcam import catalog
-from worker.gradcam.catalog import CATALOG, NetworkRow
-from worker.gradcam.classes import DATA
-from worker.gradcam.decode import decode
-from worker.gradcam.network import Method
-from worker.gradcam.picture import fit
+from gradcam_worker.gradcam import catalog
+from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
+from gradcam_worker.gradcam.classes import DATA
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.gradcam.imaging.overlay import fit
+from gradcam_worker.gradcam.network import Method
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "NETWORKS.md"
 PHOTO = DATA / "photos" / "astronaut.jpg"

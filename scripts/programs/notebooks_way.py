@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from worker.gradcam import cam
-from worker.gradcam.backend import keras
-from worker.gradcam.keras_network import KerasNetwork
+from gradcam_worker.gradcam.backend import keras
+from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 
 # isort: split
 # Only now: `backend` keeps TensorFlow quiet while it is loaded for the first time.

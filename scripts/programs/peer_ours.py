@@ -4,11 +4,10 @@ import re
 from itertools import count
 from typing import Any
 
+from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.models.keras_network import KerasNetwork
+from gradcam_worker.gradcam.models.loading import load_network
 from peer_serve import Floats, Ids, Work, serve
-
-from worker.gradcam import cam
-from worker.gradcam.keras_network import KerasNetwork
-from worker.gradcam.loading import load_network
 
 # isort: split
 # Only now: the lines above keep TensorFlow quiet while it is loaded for the first time.

@@ -15,24 +15,24 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-
-from worker import bulk, testing
-from worker.deadline import Deadline
-from worker.gallery import Wish, gallery
-from worker.gradcam import Explained, explain_image, load_network
-from worker.gradcam.animation import animate, as_frame
-from worker.gradcam.classes import DATA, caption
-from worker.gradcam.decode import Limits, decode
-from worker.gradcam.network import Network
-from worker.gradcam.picture import COLORMAPS, Pixels, encode, overlay
-from worker.gradcam.region import hot_box, with_box, with_contour
-from worker.gradcam.report import page
-from worker.gradcam.residents import Residents
-from worker.gradcam.sheet import as_tile, framed, in_rows, sheet
-from worker.pipeline import Journey
-from worker.shard import Row, Shard
-from worker.wire import new_id
-from worker.wishes import Target
+from gradcam_worker import testing
+from gradcam_worker.audit.gallery import Wish, gallery
+from gradcam_worker.execution import shards
+from gradcam_worker.execution.pipeline import Journey
+from gradcam_worker.gradcam import Explained, explain_image, load_network
+from gradcam_worker.gradcam.classes import DATA, caption
+from gradcam_worker.gradcam.decoding.decode import Limits, decode
+from gradcam_worker.gradcam.imaging.animation import animate, as_frame
+from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, Pixels, encode, overlay
+from gradcam_worker.gradcam.imaging.region import hot_box, with_box, with_contour
+from gradcam_worker.gradcam.imaging.sheet import as_tile, framed, in_rows, sheet
+from gradcam_worker.gradcam.network import Network
+from gradcam_worker.gradcam.report import page
+from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.options import Target
+from gradcam_worker.schemas.shard import Row, Shard
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TILE = 360 * 270  # pixels of a picture on a sheet: three beside each other fill a page
@@ -127,7 +127,7 @@ def gallery_page() -> bytes:
         target=Target(top_n=3),
         output="s3://results/cams",
     )
-    bulk.explain(shard, outside, Journey(Deadline(600), lambda _: None))
+    shards.explain(shard, outside, Journey(Deadline(600), lambda _: None))
     store.put("dataset.json", b"{}", "application/json")
     return _shot(gallery(store, testing.MemoryImages(images), Limits(), Wish()).page)
 

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builder import Builder, Failed, Made
-
-from worker import embedded
+from gradcam_worker.operations import servers
 
 UID = 10001
 READY_WITHIN_S = 15.0  # from its start, on a CPU, with efficientnet_lite0
@@ -71,8 +70,8 @@ def rehearse(target: str = "cpu") -> Outcome:
 def _servers() -> Iterator[dict[str, str]]:
     """A queue and a store; what a container has to be told of them."""
     with tempfile.TemporaryDirectory(prefix="gradcam-servers-") as folder, contextlib.ExitStack() as stack:
-        valkey = stack.enter_context(embedded.valkey(Path(folder)))
-        s3 = stack.enter_context(embedded.s3(Path(folder), ("photos", "results")))
+        valkey = stack.enter_context(servers.valkey(Path(folder)))
+        s3 = stack.enter_context(servers.s3(Path(folder), ("photos", "results")))
         yield {
             "GRADCAM_BROKER_URL": f"redis://127.0.0.1:{valkey.port}/0",
             "GRADCAM_OUTPUT": "s3://results/cams",
@@ -81,7 +80,7 @@ def _servers() -> Iterator[dict[str, str]]:
             "GRADCAM_S3_ACCESS_KEY_ID": s3.access_key_id,
             "GRADCAM_S3_SECRET_ACCESS_KEY": s3.secret_access_key,
             "GRADCAM_PRELOAD": "efficientnet_lite0",
-            "GRADCAM_METRICS_PORT": str(embedded.free_port()),
+            "GRADCAM_METRICS_PORT": str(servers.free_port()),
         }
 
 

@@ -20,14 +20,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from worker import __version__
+from gradcam_worker import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "gradcam_worker"
 DEMO_S = 600
 # What the client's environment must not have, and what has to work there.
 HEAVY = ("numpy", "tensorflow", "keras", "cv2", "boto3", "PIL", "httpx", "pyarrow")
-CLIENT = ("worker.client", "worker.aio", "worker.contract", "worker.errors", "worker.settings", "worker.cli")
+CLIENT = (
+    "gradcam_worker.client.client",
+    "gradcam_worker.client.async_client",
+    "gradcam_worker.schemas.job",
+    "gradcam_worker.errors",
+    "gradcam_worker.settings",
+    "gradcam_worker.cli.main",
+)
 SDIST = (  # what a source distribution has at its top, at least
     *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "PKG-INFO", "README.md", "constraints.txt"),
     *("pyproject.toml", "deploy", "docker", "docs", "scripts", "tests", "worker"),
@@ -81,7 +88,9 @@ def clean_tree() -> None:
         message = f"the tree is not clean:\n{changed}"
         raise NotReady(message)
     if _git("tag", "--list", f"v{__version__}"):
-        message = f"there is a tag v{__version__} already: raise the version in worker/__init__.py"
+        message = (
+            f"there is a tag v{__version__} already: raise the version in worker/gradcam_worker/__init__.py"
+        )
         raise NotReady(message)
 
 
@@ -126,7 +135,9 @@ def wheel_findings(wheel: Path) -> list[str]:
         information = f"{NAME}-{__version__}.dist-info"
         metadata = archive.read(f"{information}/METADATA").decode()
         entry = archive.read(f"{information}/entry_points.txt").decode()
-    licences = {f"{information}/licenses/{one}" for one in ("LICENSE", "worker/gradcam/data/NOTICE")}
+    licences = {
+        f"{information}/licenses/{one}" for one in ("LICENSE", "worker/gradcam_worker/gradcam/data/NOTICE")
+    }
     files = [one for one in (ROOT / "worker").rglob("*") if one.is_file() and one.suffix != ".pyc"]
     ours = {str(one.relative_to(ROOT)) for one in files}
     strange = [one for one in names if PurePosixPath(one).parts[0] not in {"worker", information}]
@@ -136,7 +147,7 @@ def wheel_findings(wheel: Path) -> list[str]:
     findings += [f"the wheel has no extra {one}" for one in sorted(EXTRAS - extras)]
     if f"\nVersion: {__version__}\n" not in metadata:
         findings.append(f"the wheel's version is not {__version__}")
-    if "gradcam = worker.cli:main" not in entry:
+    if "gradcam = gradcam_worker.cli.main:main" not in entry:
         findings.append("the wheel brings no command gradcam")
     return findings
 

@@ -20,18 +20,18 @@ from typing import Any
 import cv2
 import numpy as np
 import stand_in
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import WorkerLost
+from gradcam_worker.gradcam.classes import DATA
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.gradcam.imaging.overlay import Pixels, encode, fit
+from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.operations import servers as embedded
+from gradcam_worker.runtime import parent_watch, service_factory
+from gradcam_worker.schemas.job import Job, StatusDocument
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
 from pydantic import SecretStr
-
-from worker import embedded, lifeline, wiring
-from worker.client import GradcamClient
-from worker.contract import Job, StatusDocument
-from worker.errors import WorkerLost
-from worker.gradcam.classes import DATA
-from worker.gradcam.decode import decode
-from worker.gradcam.picture import Pixels, encode, fit
-from worker.ledger import Ledger
-from worker.s3 import S3
-from worker.settings import Settings
 
 START_S = 240  # TensorFlow is loaded and each network is run for the first time
 STALLED_S = 120  # without a job that ends, something hangs
@@ -134,14 +134,14 @@ def flowing(networks: tuple[str, ...], photos: Sequence[bytes], **changes: Any) 
         )
         log, passes = folder / "worker.log", folder / "passes"
         program = str(Path(stand_in.__file__).resolve())
-        worker = lifeline.start(
+        worker = parent_watch.start(
             [sys.executable, "-P", program, str(passes)],
             log=log,
             environment={**SHARED_DEVICE, **settings.to_environment()},
             grace_s=SHUTDOWN_S,
         )
-        stack.callback(lifeline.stop, worker)
-        client, ledger, s3 = GradcamClient(settings=settings), wiring.ledger(settings), S3(settings)
+        stack.callback(parent_watch.stop, worker)
+        client, ledger, s3 = GradcamClient(settings=settings), service_factory.ledger(settings), S3(settings)
         river = River(settings, client, ledger, s3, worker, log, passes, [], {})
         with ThreadPoolExecutor(settings.threads) as pool:
             names = [f"{number:05}.jpg" for number in range(len(photos))]

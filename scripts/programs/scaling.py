@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from worker.shard import ROUTE as SHARD
-from worker.shard import ROUTES
+from gradcam_worker.schemas.shard import ROUTE as SHARD
+from gradcam_worker.schemas.shard import ROUTES
 
 
 @dataclass(frozen=True)

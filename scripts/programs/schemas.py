@@ -4,11 +4,11 @@ import json
 import sys
 from pathlib import Path
 
-from worker.contract import Job, StatusDocument, StatusEvent
-from worker.manifest import Manifest
-from worker.plan import Plan
-from worker.shard import Shard
-from worker.wire import Wire
+from gradcam_worker.backfill.plan import Plan
+from gradcam_worker.schemas.job import Job, StatusDocument, StatusEvent
+from gradcam_worker.schemas.manifest import Manifest
+from gradcam_worker.schemas.model import Wire
+from gradcam_worker.schemas.shard import Shard
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "schemas"
 MODELS: dict[str, type[Wire]] = {

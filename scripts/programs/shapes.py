@@ -9,18 +9,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from worker.gradcam.loading import wrap_model
+from gradcam_worker.gradcam.models.loading import wrap_model
 
 # isort: split
 # Only now: the line above keeps TensorFlow quiet while it is loaded for the first time.
 import keras
 import numpy as np
+from gradcam_worker.gradcam.imaging.overlay import enlarge
+from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.network import Method, Network
 from keras import layers
 from numpy.typing import NDArray
-
-from worker.gradcam import cam
-from worker.gradcam.network import Method, Network
-from worker.gradcam.picture import enlarge
 
 SIDE = 48  # pixels of a picture
 SIZES = (16, 22)  # pixels of a shape's box, the second excluded

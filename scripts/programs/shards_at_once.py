@@ -15,19 +15,20 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import stand_in
-
-from worker import bulk, dataset, pipeline, process
-from worker.contract import ManifestRef, NetworkRef
-from worker.outside import Outside
-from worker.pipeline import Done, Journey
-from worker.settings import Settings
-from worker.shard import DATASET, Shard, data_key
+from gradcam_worker.artifacts import dataset
+from gradcam_worker.execution import pipeline, shards
+from gradcam_worker.execution.pipeline import Done, Journey
+from gradcam_worker.execution.services import Outside
+from gradcam_worker.runtime import worker_process
+from gradcam_worker.schemas.job import ManifestRef, NetworkRef
+from gradcam_worker.schemas.shard import DATASET, Shard, data_key
+from gradcam_worker.settings import Settings
 
 GRID = (7, 7)
 
 
 def at_once(shard: Shard, outside: Outside, journey: Journey) -> Done:
-    """In place of `worker.bulk.explain`."""
+    """In place of `gradcam_worker.execution.shards.explain`."""
     store = pipeline.admit(shard, outside)
     journey.deadline.check("explain")
     data, key = table(shard), data_key(shard.key)
@@ -65,6 +66,6 @@ def table(shard: Shard) -> bytes:
 
 
 if __name__ == "__main__":
-    bulk.explain = at_once  # where `worker.tasks` looks for it
+    shards.explain = at_once  # where `gradcam_worker.execution.handler` looks for it
     settings = Settings.from_environment()
-    sys.exit(process.run(settings, load=lambda row: stand_in.load(settings, None, row)))
+    sys.exit(worker_process.run(settings, load=lambda row: stand_in.load(settings, None, row)))

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gradcam_worker.gradcam.catalog import NetworkRow
+from gradcam_worker.gradcam.classes import imagenet
+from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
+from gradcam_worker.runtime import worker_process
+from gradcam_worker.settings import Settings
 from numpy.typing import NDArray
-
-from worker import process
-from worker.gradcam.catalog import NetworkRow
-from worker.gradcam.classes import imagenet
-from worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
-from worker.settings import Settings
 
 SEED = 0
 SHA256 = "0" * 64  # of the files that there are not
@@ -124,7 +123,7 @@ class StandIn:
     def begin(
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Callable[[], Computed]:
-        """See `worker.gradcam.network.Network.begin`. Passes queue: one begins where the last one ends."""
+        """See `gradcam_worker.gradcam.network.Network.begin`. Passes queue: one begins where the last one ends."""
         rows = np.arange(len(pixels)) % self.ANSWERS
         ended = self._occupy(len(pixels))
 
@@ -140,11 +139,11 @@ class StandIn:
     def compute(
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Computed:
-        """See `worker.gradcam.network.Network.compute`."""
+        """See `gradcam_worker.gradcam.network.Network.compute`."""
         return self.begin(pixels, wanted, method)()
 
     def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """See `worker.gradcam.network.Network.scores`."""
+        """See `gradcam_worker.gradcam.network.Network.scores`."""
         time.sleep(max(self._occupy(len(pixels)) - time.time(), 0))
         return self._scores[np.arange(len(pixels)) % self.ANSWERS]
 
@@ -161,7 +160,7 @@ class Watched:
     """A network that computes as it would, while its passes are written down."""
 
     def __init__(self, network: Any, passes: Passes) -> None:
-        """`network` is any `worker.gradcam.network.Network`; what is not here is asked of it."""
+        """`network` is any `gradcam_worker.gradcam.network.Network`; what is not here is asked of it."""
         self._network, self._passes = network, passes
 
     def __getattr__(self, name: str) -> Any:
@@ -170,10 +169,10 @@ class Watched:
     def begin(
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Callable[[], Computed]:
-        """See `worker.gradcam.network.Network.begin`."""
+        """See `gradcam_worker.gradcam.network.Network.begin`."""
         begun = time.time()
         wait = self._network.begin(pixels, wanted, method)
-        from worker.gradcam import backend
+        from gradcam_worker.gradcam import backend
 
         def watched() -> Computed:
             computed: Computed = wait()
@@ -186,7 +185,7 @@ class Watched:
     def compute(
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Computed:
-        """See `worker.gradcam.network.Network.compute`."""
+        """See `gradcam_worker.gradcam.network.Network.compute`."""
         return self.begin(pixels, wanted, method)()
 
 
@@ -194,7 +193,7 @@ def load(settings: Settings, passes: Passes | None, row: NetworkRow) -> Network:
     """A stand-in, or a network of the catalog, watched where there is a file for its passes."""
     if row.name in SECONDS:
         return StandIn(row.name, passes)
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     network = load_network(row, random_seed=None if row.shipped else SEED, precision=settings.precision)
     watched: Any = Watched(network, passes) if passes else network
@@ -203,4 +202,4 @@ def load(settings: Settings, passes: Passes | None, row: NetworkRow) -> Network:
 
 if __name__ == "__main__":
     _settings = Settings.from_environment()
-    sys.exit(process.run(_settings, load=partial(load, _settings, Passes(Path(sys.argv[1])))))
+    sys.exit(worker_process.run(_settings, load=partial(load, _settings, Passes(Path(sys.argv[1])))))

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from gradcam_worker.operations import servers
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+from gradcam_worker.storage.stores import Object, Stores
 from pydantic import SecretStr
 from timing import Cost, Way, take_turns
-
-from worker import embedded
-from worker.deadline import Deadline
-from worker.s3 import S3
-from worker.settings import Settings
-from worker.storage import Object, Stores
 
 OVERLAY, ARRAYS, PHOTO = 52_000, 7_000, 110_000  # bytes: 500 x 375 pixels, and eight maps of 14 x 14
 CLASSES, REPEATS = 8, 40
@@ -54,7 +53,7 @@ def measure(settings: Settings) -> tuple[Cost, ...]:
 
 def main() -> None:
     """Print milliseconds of wall and of CPU time a job."""
-    with tempfile.TemporaryDirectory() as folder, embedded.s3(Path(folder), ("results",)) as server:
+    with tempfile.TemporaryDirectory() as folder, servers.s3(Path(folder), ("results",)) as server:
         settings = Settings(
             output="s3://results",
             s3_endpoint_url=server.url,

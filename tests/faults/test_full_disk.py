@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from worker.deadline import Deadline
-from worker.errors import StorageUnavailable
-from worker.s3 import S3
-from worker.settings import Settings
-from worker.storage import Stores
+from gradcam_worker.errors import StorageUnavailable
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+from gradcam_worker.storage.stores import Stores
 
 SIZE = 1024 * 1024  # bytes of the disk
 

@@ -3,10 +3,9 @@ from pathlib import Path
 
 import pytest
 from faults_images import SHORT, TYPED, attack
+from gradcam_worker.errors import UnsupportedMediaType
+from gradcam_worker.gradcam.decoding.decode import decode
 from mutations import WAYS, mutations, whole
-
-from worker.errors import UnsupportedMediaType
-from worker.gradcam.decode import decode
 
 REFUSED = {"tiff", "jpeg-2000", "avif", "icns", "ppm"}
 
@@ -53,7 +52,7 @@ def test_the_attack_sees_a_decoder_that_breaks_its_promise(
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "import numpy as np\n"
-        "from worker.gradcam import decode\n"
+        "from gradcam_worker.gradcam import decode\n"
         "decode.claimed = lambda data: 5\n"
         f"def wrong(data):\n    {broken}\n"
         "decode.decode = wrong\n"

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from gradcam_worker.testing import TinyNetwork
 from numpy.typing import NDArray
 
-from worker.testing import TinyNetwork
-
 if TYPE_CHECKING:  # at run time only tests marked `tensorflow` load it
-    from worker.gradcam.keras_network import KerasNetwork
+    from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 
 Wrap = Callable[..., "KerasNetwork"]
 
@@ -25,7 +24,7 @@ def tiny() -> TinyNetwork:
 @pytest.fixture(scope="session")
 def seeded() -> Callable[[str], "KerasNetwork"]:
     """A real architecture with seeded random weights, by its name in the catalog."""
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     return cache(lambda name: load_network(name, random_seed=1))
 
@@ -33,7 +32,7 @@ def seeded() -> Callable[[str], "KerasNetwork"]:
 @pytest.fixture(scope="session")
 def lite0() -> "KerasNetwork":
     """EfficientNet-Lite0 with the weights that are shipped."""
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     return load_network("efficientnet_lite0")
 
@@ -41,7 +40,7 @@ def lite0() -> "KerasNetwork":
 @pytest.fixture(scope="session")
 def by_hand() -> Wrap:
     """A Keras model that a test made -> a network; inputs become `x / 127.5 - 1` unless it says otherwise."""
-    from worker.gradcam.loading import wrap_model
+    from gradcam_worker.gradcam.models.loading import wrap_model
 
     def wrap(model: Any, layer: str | None = None, **more: Any) -> "KerasNetwork":
         return wrap_model(model, **{"preprocessing": "tf", "target_layer": layer, "name": "by_hand", **more})

@@ -3,12 +3,11 @@ import io
 import cv2
 import numpy as np
 import pytest
+from gradcam_worker.gradcam.imaging.animation import LEAST, LONGEST, PIXELS, animate, as_frame
+from gradcam_worker.gradcam.imaging.overlay import overlay
+from gradcam_worker.gradcam.imaging.sheet import framed
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
-
-from worker.gradcam.animation import LEAST, LONGEST, PIXELS, animate, as_frame
-from worker.gradcam.picture import overlay
-from worker.gradcam.sheet import framed
 
 KINDS = ("gif", "webp")
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker.gradcam.methods import cam
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
-
-from worker.gradcam import cam
 
 pytestmark = pytest.mark.tensorflow
 
@@ -67,7 +66,7 @@ def test_heatmaps_of_every_method_agree_also_with_the_mirror_image_and_of_the_pr
 
 def test_a_pass_too_large_for_the_device_is_told_from_another_mistake() -> None:
     """JAX has one error for both: only its words tell them apart."""
-    from worker.gradcam.gradients import _says_out_of_memory
+    from gradcam_worker.gradcam.methods.gradients import _says_out_of_memory
 
     assert _says_out_of_memory(
         RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 GiB")
@@ -77,7 +76,7 @@ def test_a_pass_too_large_for_the_device_is_told_from_another_mistake() -> None:
 
 
 DEVICE = """
-from worker.gradcam import backend
+from gradcam_worker.gradcam import backend
 
 backend.set_intra_op_threads(0)
 backend.set_intra_op_threads(1)
@@ -120,8 +119,7 @@ def test_threads_memory_and_tf32_are_asked_for_alike(backend: str) -> None:
 
 def test_a_gpu_hands_out_its_memory_as_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     import tensorflow as tf
-
-    from worker.gradcam import backend
+    from gradcam_worker.gradcam import backend
 
     told = []
 

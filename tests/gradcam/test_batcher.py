@@ -8,20 +8,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from gradcam_worker.errors import DeviceOutOfMemory, InternalError, JobExpired, JobTimeout, UnknownLayer
+from gradcam_worker.gradcam.network import GRADCAM, Computed, Method
+from gradcam_worker.inference.batcher import Batcher
+from gradcam_worker.inference.request import Answer
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.testing import TinyNetwork
 from numpy.typing import NDArray
-
-from worker.deadline import Deadline
-from worker.errors import (
-    DeviceOutOfMemory,
-    InternalError,
-    JobExpired,
-    JobTimeout,
-    UnknownLayer,
-)
-from worker.gradcam.batch import Answer
-from worker.gradcam.batcher import Batcher
-from worker.gradcam.network import GRADCAM, Computed, Method
-from worker.testing import TinyNetwork
 
 PLENTY_S = 60.0
 RED, GREEN, BLUE = (np.full((16, 16, 3), color, np.uint8) for color in np.eye(3, dtype=np.uint8) * 255)
@@ -274,7 +267,7 @@ class TestWhoComesFirst:
     def test_shards_that_have_waited_long_get_turns_but_never_two_before_somebody_urgent(
         self, jobs: Jobs, device: Device, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("worker.gradcam.batch.AGED_S", 0)
+        monkeypatch.setattr("gradcam_worker.inference.request.AGED_S", 0)
         jobs.batcher.limit(device, 1)
         ways = [Method(name) for name in ("gradcam", "layercam", "hirescam")]
         with busy(jobs, device):
@@ -295,7 +288,7 @@ class TestWhoComesFirst:
     def test_bulk_that_has_waited_long_waits_no_longer_behind_others(
         self, jobs: Jobs, device: Device, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("worker.gradcam.batch.AGED_S", 0)
+        monkeypatch.setattr("gradcam_worker.inference.request.AGED_S", 0)
         jobs.batcher.limit(device, 1)
         with busy(jobs, device):
             bulk, urgent = jobs.ask(device, RED, bulk=True), jobs.ask(device, GREEN)

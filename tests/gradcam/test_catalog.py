@@ -1,11 +1,10 @@
 from dataclasses import replace
 
 import pytest
-
-from worker.errors import UnknownNetwork
-from worker.gradcam.catalog import CATALOG, ModelFile, find
-from worker.gradcam.classes import DATA
-from worker.gradcam.weights import digest
+from gradcam_worker.errors import UnknownNetwork
+from gradcam_worker.gradcam.catalog import CATALOG, ModelFile, find
+from gradcam_worker.gradcam.classes import DATA
+from gradcam_worker.gradcam.models.weights import digest
 
 
 @pytest.mark.parametrize(

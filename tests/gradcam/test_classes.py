@@ -1,9 +1,8 @@
 import hashlib
 
 import pytest
-
-from worker.errors import AmbiguousClass, InvalidJob, UnknownClass
-from worker.gradcam.classes import DATA, ClassIndex, imagenet
+from gradcam_worker.errors import AmbiguousClass, InvalidJob, UnknownClass
+from gradcam_worker.gradcam.classes import DATA, ClassIndex, imagenet
 
 SHARED_NAMES = {"crane", "maillot"}
 

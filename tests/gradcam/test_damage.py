@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker.errors import ImageDecodeFailed, UnsupportedMediaType
+from gradcam_worker.gradcam.decoding import jpeg_file
+from gradcam_worker.gradcam.decoding.decode import Decoded, Limits, decode
 from numpy.typing import NDArray
 from PIL import Image
-
-from worker.errors import ImageDecodeFailed, UnsupportedMediaType
-from worker.gradcam import jpeg_file
-from worker.gradcam.decode import Decoded, Limits, decode
 
 ANY = Limits(max_damage=1)
 WAYS: dict[str, dict[str, Any]] = {

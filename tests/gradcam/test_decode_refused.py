@@ -8,23 +8,22 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import gradcam_worker
 import numpy as np
 import pytest
+from gradcam_worker.errors import ImageDecodeFailed, ImagePixelsExceeded, UnsupportedMediaType
+from gradcam_worker.gradcam.decoding.decode import BYTES_PER_PIXEL, Limits, decode
+from gradcam_worker.gradcam.decoding.structure import Damage
+from gradcam_worker.gradcam.decoding.webp_file import read as read_webp
 from PIL import Image
-
-import worker
-from worker.errors import ImageDecodeFailed, ImagePixelsExceeded, UnsupportedMediaType
-from worker.gradcam.decode import BYTES_PER_PIXEL, Limits, decode
-from worker.gradcam.structure import Damage
-from worker.gradcam.webp_file import read as read_webp
 
 # Decodes each file in turn and says how it ended and how far memory rose above all before. Not by
 # `ru_maxrss`: a child process inherits the peak of the process that started it.
 PROBE = """
 import re, sys
 from pathlib import Path
-from worker.errors import GradcamError
-from worker.gradcam.decode import decode
+from gradcam_worker.errors import GradcamError
+from gradcam_worker.gradcam.decoding.decode import decode
 
 def peak_mb():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
@@ -120,7 +119,7 @@ def test_no_picture_takes_more_memory_than_is_counted_for_it(tmp_path: Path) -> 
 
 def test_opencv_itself_refuses_what_is_far_too_large() -> None:
     program = (
-        "import sys; import numpy as np; import worker.gradcam.picture; import cv2\n"
+        "import sys; import numpy as np; import gradcam_worker.gradcam.imaging.overlay; import cv2\n"
         "cv2.imdecode(np.frombuffer(sys.stdin.buffer.read(), np.uint8), 1)\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENCV")}
@@ -134,7 +133,7 @@ def test_there_is_one_way_to_a_decoder() -> None:
     decoders = re.compile(
         r"\b(imdecode|imdecodemulti|imread|imreadmulti|VideoCapture|decode_jpeg|Image\.open)\b"
     )
-    modules = Path(worker.__file__).parent.rglob("*.py")
+    modules = Path(gradcam_worker.__file__).parent.rglob("*.py")
     assert [path.name for path in modules if decoders.search(path.read_text("utf-8"))] == ["decode.py"]
 
 

@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker.errors import UnknownLayer
+from gradcam_worker.gradcam.network import Method
 from numpy.testing import assert_allclose
 from small_networks import ALL, COLUMNS, ROWS, Wrap, backbone, classified
-
-from worker.errors import UnknownLayer
-from worker.gradcam.network import Method
 
 pytestmark = pytest.mark.tensorflow
 

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker.gradcam.explain import explain_image, explain_pixels
+from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.network import Method, Network
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
-
-from worker.gradcam import cam
-from worker.gradcam.explain import explain_image, explain_pixels
-from worker.gradcam.network import Method, Network
 
 pytestmark = pytest.mark.tensorflow
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
+from gradcam_worker.gradcam.network import Method
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
-
-from worker.gradcam.catalog import CATALOG, NetworkRow
-from worker.gradcam.network import Method
 
 ROWS = list(CATALOG.values())
 THEIRS = [row for row in ROWS if not row.shipped]  # Keras's own
@@ -47,8 +46,7 @@ def test_preprocessing_is_what_keras_does_for_its_weights(
     row: NetworkRow, noise: Callable[..., NDArray[np.uint8]]
 ) -> None:
     import keras
-
-    from worker.gradcam.keras_network import preprocess
+    from gradcam_worker.gradcam.models.keras_network import preprocess
 
     builder = getattr(keras.applications, str(row.builder).split(":")[1])
     theirs = sys.modules[builder.__module__].preprocess_input
@@ -64,8 +62,7 @@ def test_it_is_found_by_its_graph_as_its_row_says_and_its_map_is_finite_and_the_
     row: NetworkRow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import networks
-
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     built: list[Any] = []  # once for all that is asked of it
 

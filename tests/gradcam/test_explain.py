@@ -5,10 +5,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose, assert_array_equal
-from numpy.typing import NDArray
-
-from worker.errors import (
+from gradcam_worker.errors import (
     ImageDecodeFailed,
     ImagePixelsExceeded,
     InvalidJob,
@@ -17,12 +14,14 @@ from worker.errors import (
     UnknownLayer,
     UnsupportedMediaType,
 )
-from worker.gradcam.decode import Limits, decode
-from worker.gradcam.explain import Explanation, Prediction, explain_image, explain_pixels, file_name
-from worker.gradcam.network import GRADCAM, Computed, Method
-from worker.gradcam.picture import fit, overlay
-from worker.gradcam.structure import Damage
-from worker.testing import TinyNetwork
+from gradcam_worker.gradcam.decoding.decode import Limits, decode
+from gradcam_worker.gradcam.decoding.structure import Damage
+from gradcam_worker.gradcam.explain import Explanation, Prediction, explain_image, explain_pixels, file_name
+from gradcam_worker.gradcam.imaging.overlay import fit, overlay
+from gradcam_worker.gradcam.network import GRADCAM, Computed, Method
+from gradcam_worker.testing import TinyNetwork
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
 
 
 @pytest.fixture

@@ -3,13 +3,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from gradcam_worker.errors import DeviceOutOfMemory
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.testing import assert_allclose, assert_array_equal
 
-from worker.errors import DeviceOutOfMemory
-
 if TYPE_CHECKING:
-    from worker.gradcam.gradients import Parts
+    from gradcam_worker.gradcam.methods.gradients import Parts
 
 pytestmark = pytest.mark.tensorflow
 
@@ -47,7 +46,7 @@ def slopes(activations: Any, class_ids: Any) -> Any:
 @pytest.fixture
 def parts() -> "Parts":
     """A trunk that divides by 255, and that tail."""
-    from worker.gradcam.gradients import Parts
+    from gradcam_worker.gradcam.methods.gradients import Parts
 
     return Parts(
         trunk=lambda pixels: (pixels / 255, pixels / 255, {}),
@@ -66,8 +65,7 @@ def gradients_alone(_: Any, __: Any, gradients: Any) -> Any:
 
 def test_gradients_agree_with_finite_differences_in_float64() -> None:
     import tensorflow as tf
-
-    from worker.gradcam.gradients import linearized
+    from gradcam_worker.gradcam.methods.gradients import linearized
 
     activations = PIXELS / 255
     scores, pull = linearized(tail_on_device, tf.constant(activations))
@@ -78,7 +76,7 @@ def test_gradients_agree_with_finite_differences_in_float64() -> None:
 
 
 def test_the_whole_pass_gives_the_scores_and_those_gradients(parts: "Parts") -> None:
-    from worker.gradcam.gradients import one_pass
+    from gradcam_worker.gradcam.methods.gradients import one_pass
 
     scores, class_ids, gradients = one_pass(parts, gradients_alone)(PIXELS, WANTED)()
     assert_allclose(scores, tail(PIXELS / 255), rtol=1e-5)
@@ -88,7 +86,7 @@ def test_the_whole_pass_gives_the_scores_and_those_gradients(parts: "Parts") -> 
 
 
 def test_ids_name_classes_and_negative_numbers_name_ranks(parts: "Parts") -> None:
-    from worker.gradcam.gradients import one_pass
+    from gradcam_worker.gradcam.methods.gradients import one_pass
 
     scores, class_ids, _ = one_pass(parts, gradients_alone)(PIXELS, WANTED)()
     ranked = np.argsort(-scores, axis=1)
@@ -96,7 +94,7 @@ def test_ids_name_classes_and_negative_numbers_name_ranks(parts: "Parts") -> Non
 
 
 def test_every_batch_size_and_every_wish_share_one_trace(parts: "Parts") -> None:
-    from worker.gradcam.gradients import one_pass
+    from gradcam_worker.gradcam.methods.gradients import one_pass
 
     traces = []
 
@@ -115,7 +113,7 @@ def test_every_batch_size_and_every_wish_share_one_trace(parts: "Parts") -> None
 def test_a_mirror_image_goes_through_in_the_same_pass_and_the_maps_are_the_means_of_both(
     parts: "Parts",
 ) -> None:
-    from worker.gradcam.gradients import one_pass
+    from gradcam_worker.gradcam.methods.gradients import one_pass
 
     def formula(ops: Any, activations: Any, gradients: Any) -> Any:
         return ops.transpose(ops.sum(activations * gradients, -1), (1, 0, 2, 3))
@@ -131,8 +129,7 @@ def test_a_mirror_image_goes_through_in_the_same_pass_and_the_maps_are_the_means
 
 def test_a_device_without_room_is_a_typed_error_with_the_size_of_the_call(parts: "Parts") -> None:
     import tensorflow as tf
-
-    from worker.gradcam.gradients import one_pass
+    from gradcam_worker.gradcam.methods.gradients import one_pass
 
     def no_room() -> Any:
         raise MemoryError  # TensorFlow makes of it what it makes of a full device
@@ -161,7 +158,7 @@ class Counted:
 def test_what_was_handed_to_the_device_is_fetched_when_it_is_waited_for(
     parts: "Parts", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from worker.gradcam import gradients
+    from gradcam_worker.gradcam.methods import gradients
 
     counted = Counted()
     monkeypatch.setattr(gradients.ops, "convert_to_numpy", counted)
@@ -177,8 +174,7 @@ def test_a_device_that_runs_out_of_room_while_it_is_waited_for_says_so_too(
     parts: "Parts", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import tensorflow as tf
-
-    from worker.gradcam import gradients
+    from gradcam_worker.gradcam.methods import gradients
 
     full = Counted(tf.errors.ResourceExhaustedError(None, None, "no room"))
     monkeypatch.setattr(gradients.ops, "convert_to_numpy", full)
@@ -190,8 +186,7 @@ def test_a_device_that_runs_out_of_room_while_it_is_waited_for_says_so_too(
 def test_nothing_is_compiled_by_xla_on_the_cpu(parts: "Parts", monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs Xception there at a fifth of the speed."""
     import tensorflow as tf
-
-    from worker.gradcam.gradients import one_pass
+    from gradcam_worker.gradcam.methods.gradients import one_pass
 
     traced = []
     function = tf.function

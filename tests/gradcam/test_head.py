@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker.errors import NetworkIncompatible
+from gradcam_worker.gradcam.catalog import Head
+from gradcam_worker.gradcam.explain import explain_pixels
+from gradcam_worker.gradcam.network import Method
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
-
-from worker.errors import NetworkIncompatible
-from worker.gradcam.catalog import Head
-from worker.gradcam.explain import explain_pixels
-from worker.gradcam.network import Method
 
 pytestmark = pytest.mark.tensorflow
 

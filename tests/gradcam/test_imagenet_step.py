@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker.errors import NetworkIncompatible
+from gradcam_worker.gradcam.catalog import CATALOG, ModelFile, NetworkRow
+from gradcam_worker.gradcam.models.weights import WeightsFile
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
-
-from worker.errors import NetworkIncompatible
-from worker.gradcam.catalog import CATALOG, ModelFile, NetworkRow
-from worker.gradcam.weights import WeightsFile
 
 pytestmark = [
     pytest.mark.tensorflow,
@@ -102,7 +101,7 @@ def test_b0_to_b7_are_the_networks_that_have_it() -> None:
 def test_a_file_in_the_operators_folder_gives_the_logits_that_keras_gives_with_it(
     theirs: Theirs, tmp_path: Path, noise: Callable[..., NDArray[np.uint8]]
 ) -> None:
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     straight = plain(ROW)
     straight.save(tmp_path / "efficientnetb0.h5")  # laid out as Keras's own downloads are
@@ -117,8 +116,7 @@ def test_a_file_in_the_operators_folder_gives_the_logits_that_keras_gives_with_i
 @pytest.mark.parametrize("row", KERAS_ROWS, ids=[row.name for row in KERAS_ROWS])
 def test_every_row_is_one_graph_whichever_way_its_weights_come(row: NetworkRow, theirs: Theirs) -> None:
     import keras
-
-    from worker.gradcam.loading import _build
+    from gradcam_worker.gradcam.models.loading import _build
 
     def ours(row: NetworkRow) -> Any:
         return _build(row, weights=None)
@@ -138,7 +136,7 @@ def test_every_row_is_one_graph_whichever_way_its_weights_come(row: NetworkRow, 
 def test_every_network_that_has_it_gives_the_logits_that_keras_gives(
     row: NetworkRow, theirs: Theirs, tmp_path: Path, noise: Callable[..., NDArray[np.uint8]]
 ) -> None:
-    from worker.gradcam.loading import _weighted
+    from gradcam_worker.gradcam.models.loading import _weighted
 
     plain(row).save(tmp_path / "own.h5")
     pixels = noise(1, *row.input_size).astype(np.float32)
@@ -156,7 +154,7 @@ def described(
 
 
 def own(path: Path, pretrained: bool | None = None, row: NetworkRow = SMALL) -> Any:
-    from worker.gradcam.loading import _own_model
+    from gradcam_worker.gradcam.models.loading import _own_model
 
     return _own_model(*described(path, pretrained, row))
 
@@ -188,7 +186,7 @@ def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Pat
 def test_an_owners_file_tells_by_itself_which_network_it_is_of(
     pretrained: bool, fine_tuned: Any, noise: Callable[..., NDArray[np.uint8]]
 ) -> None:
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     path, model = fine_tuned[pretrained]
     row, file = described(path)
@@ -204,8 +202,7 @@ def test_what_stands_in_the_operators_folder_is_of_imagenet_unless_it_lists_othe
     pretrained: bool, fine_tuned: Any, tmp_path: Path
 ) -> None:
     import h5py
-
-    from worker.gradcam.loading import _is_pretrained
+    from gradcam_worker.gradcam.models.loading import _is_pretrained
 
     path = tmp_path / "efficientnetb0.weights.h5"
     path.write_bytes(fine_tuned[pretrained][0].read_bytes())
@@ -244,7 +241,7 @@ def test_a_file_that_does_not_list_its_layers_is_loaded_as_the_registry_says_or_
 
 
 def test_a_network_of_grey_pictures_cannot_be_pretrained(fine_tuned: Any) -> None:
-    from worker.gradcam.catalog import Preprocessing
+    from gradcam_worker.gradcam.catalog import Preprocessing
 
     grey = replace(SMALL, preprocessing=Preprocessing("grey", channels="grey"))
     with pytest.raises(NetworkIncompatible, match="three channels of colour"):

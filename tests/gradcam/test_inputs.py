@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker.errors import NetworkIncompatible
+from gradcam_worker.gradcam.catalog import Preprocessing
 from numpy.testing import assert_allclose
 from small_networks import ALL, COLUMNS, ROWS, Wrap, backbone, classified
-
-from worker.errors import NetworkIncompatible
-from worker.gradcam.catalog import Preprocessing
 
 pytestmark = pytest.mark.tensorflow
 

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker.errors import UnknownLayer
+from gradcam_worker.gradcam.catalog import CATALOG
+from gradcam_worker.gradcam.explain import explain_pixels
+from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.network import Computed, Method, Network
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
-
-from worker.errors import UnknownLayer
-from worker.gradcam import cam
-from worker.gradcam.catalog import CATALOG
-from worker.gradcam.explain import explain_pixels
-from worker.gradcam.network import Computed, Method, Network
 
 pytestmark = pytest.mark.tensorflow
 
@@ -96,8 +95,7 @@ class TestRealArchitectures:
 
     def test_the_model_is_left_as_it_was(self, name: str, seeded: Callable[[str], Any], noise: Noise) -> None:
         import keras
-
-        from worker.gradcam.keras_network import KerasNetwork
+        from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 
         model, pixels = seeded(name)._model, noise(1, *CATALOG[name].input_size)
         weights, layers = fingerprint(model), [layer.name for layer in model.layers]
@@ -151,8 +149,7 @@ class TestLayers:
         self, by_hand: Callable[..., Any]
     ) -> None:
         import keras
-
-        from worker.gradcam.keras_network import MAX_TRACED
+        from gradcam_worker.gradcam.models.keras_network import MAX_TRACED
 
         names = [f"layer{number}" for number in range(MAX_TRACED + 1)]
         inputs = x = keras.Input((4, 4, 3))
@@ -193,7 +190,7 @@ def test_classes_that_do_not_fit_at_once_are_computed_in_turns(
         return run_pass(pixels, wanted)
 
     monkeypatch.setattr(xception, "_pass", lambda *_: (counted, size))
-    monkeypatch.setattr("worker.gradcam.keras_network.MAX_GRADIENTS", room)
+    monkeypatch.setattr("gradcam_worker.gradcam.models.keras_network.MAX_GRADIENTS", room)
     parts = xception.compute(pixels, wanted, method)
     assert counts == [2, 2, 1]
     assert_array_equal(parts.class_ids, whole.class_ids)

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker.errors import NetworkIncompatible, UnknownNetwork, WeightsUnavailable
+from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
+from gradcam_worker.gradcam.network import Network
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
-
-from worker.errors import NetworkIncompatible, UnknownNetwork, WeightsUnavailable
-from worker.gradcam.catalog import CATALOG, NetworkRow
-from worker.gradcam.network import Network
 
 pytestmark = pytest.mark.tensorflow
 
@@ -42,14 +41,14 @@ def test_every_network_of_keras_applications_has_a_row_and_every_row_but_the_shi
 
 
 def test_an_unknown_network_is_refused_with_those_there_are() -> None:
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     with pytest.raises(UnknownNetwork, match="Did you mean 'vgg16' or 'vgg19'"):
         load_network("vgg61")
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     networks = [load_network("efficientnet_lite0", random_seed=seed) for seed in (3, 3, 4)]
     one, same, other = (weights(network) for network in networks)
@@ -69,7 +68,7 @@ def test_shipped_weights_are_named_by_their_checksum(lite0: Network) -> None:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # keras, saving
 def test_the_operators_file_is_loaded_in_place_of_the_shipped_one(tmp_path: Path) -> None:
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     own = load_network("efficientnet_lite0", random_seed=3)
     own._model.save_weights(tmp_path / "efficientnet_lite0.weights.h5")
@@ -82,8 +81,7 @@ def test_missing_weights_are_an_error_and_never_random(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import keras
-
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     cached = Path(keras.src.backend.config.keras_home()) / "models" / CATALOG["xception"].keras_files[0]
     if cached.exists():
@@ -97,9 +95,7 @@ def test_a_download_is_found_where_keras_keeps_it(tmp_path: Path) -> None:
     kept = tmp_path / "models" / CATALOG["xception"].keras_files[0]
     kept.parent.mkdir()
     kept.touch()
-    program = (
-        "from worker.gradcam import catalog, loading;print(loading._cached(catalog.find('xception')), end='')"
-    )
+    program = "from gradcam_worker.gradcam import catalog, loading;print(loading._cached(catalog.find('xception')), end='')"
     variables = {**os.environ, "KERAS_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True
@@ -109,7 +105,7 @@ def test_a_download_is_found_where_keras_keeps_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"not weights"])
 def test_a_file_that_holds_no_weights_is_refused_with_its_name(tmp_path: Path, content: bytes) -> None:
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     (tmp_path / "efficientnet_lite0.weights.h5").write_bytes(content)
     with pytest.raises(NetworkIncompatible, match=r"lite0\.weights\.h5 does not hold the weights of"):
@@ -136,8 +132,7 @@ def test_preprocessing_is_what_keras_does_for_these_weights(
     name: str, noise: Callable[..., NDArray[np.uint8]]
 ) -> None:
     import keras
-
-    from worker.gradcam.keras_network import preprocess
+    from gradcam_worker.gradcam.models.keras_network import preprocess
 
     pixels = noise(2, 5, 4).astype(np.float32)
     module = {"densenet121": "densenet", "efficientnetb0": "efficientnet"}.get(name, name)
@@ -146,7 +141,7 @@ def test_preprocessing_is_what_keras_does_for_these_weights(
 
 
 def test_preprocessing_of_efficientnet_lite_takes_127_and_divides_by_128() -> None:
-    from worker.gradcam.keras_network import preprocess
+    from gradcam_worker.gradcam.models.keras_network import preprocess
 
     pixels = np.array([[[[0, 127, 255]]]], np.float32)
     how = CATALOG["efficientnet_lite0"].preprocessing
@@ -155,8 +150,7 @@ def test_preprocessing_of_efficientnet_lite_takes_127_and_divides_by_128() -> No
 
 def test_the_whole_way_back_can_be_asked_for(by_hand: Callable[..., Any]) -> None:
     import keras
-
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     inputs = keras.Input((4, 4, 3))
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(6, 1)(inputs))
@@ -183,7 +177,7 @@ def in_a_process_of_its_own(program: str, folder: Path, config: str) -> subproce
 
 def test_keras_json_in_somebodys_home_changes_nothing(tmp_path: Path, lite0: Any) -> None:
     program = (
-        "import numpy as np; from worker.gradcam import backend, loading; config = backend.keras.config\n"
+        "import numpy as np; from gradcam_worker.gradcam import backend, loading; config = backend.keras.config\n"
         "network = loading.load_network('efficientnet_lite0')\n"
         "scores = network.scores(np.zeros((1, 224, 224, 3), np.uint8))\n"
         "print(backend.name(), config.floatx(), config.epsilon(), config.dtype_policy().name, "
@@ -199,8 +193,8 @@ def test_keras_json_in_somebodys_home_changes_nothing(tmp_path: Path, lite0: Any
 @pytest.mark.parametrize("config", ['{"floatx": "bfloat16"}', '{"epsilon": 1}', "[]"])
 def test_a_keras_json_that_keras_refuses_is_named(config: str, tmp_path: Path) -> None:
     program = (
-        "from worker.errors import InvalidSettings\n"
-        "try: import worker.gradcam.backend\n"
+        "from gradcam_worker.errors import InvalidSettings\n"
+        "try: import gradcam_worker.gradcam.backend\n"
         "except InvalidSettings as error: print(error)"
     )
     done = in_a_process_of_its_own(program, tmp_path, config)
@@ -209,8 +203,7 @@ def test_a_keras_json_that_keras_refuses_is_named(config: str, tmp_path: Path) -
 
 def test_what_a_program_has_set_for_its_own_networks_is_neither_heeded_nor_changed(lite0: Any) -> None:
     import keras
-
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     config = keras.config
     before = config.floatx(), config.epsilon(), config.image_data_format(), config.dtype_policy()

@@ -6,16 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker.errors import InvalidJob
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.gradcam.explain import explain_image
+from gradcam_worker.gradcam.imaging.overlay import fit
+from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.network import Method
+from gradcam_worker.testing import TinyNetwork
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
-
-from worker.errors import InvalidJob
-from worker.gradcam import cam
-from worker.gradcam.decode import decode
-from worker.gradcam.explain import explain_image
-from worker.gradcam.network import Method
-from worker.gradcam.picture import fit
-from worker.testing import TinyNetwork
 
 Floats = NDArray[np.float64]
 METHODS = sorted(cam.METHODS)

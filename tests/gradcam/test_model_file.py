@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from worker.gradcam import model_file
-from worker.gradcam.model_file import Refused, by_ending, check_weights, of_folder, read_config
+from gradcam_worker.gradcam.models import model_file
+from gradcam_worker.gradcam.models.model_file import Refused, by_ending, check_weights, of_folder, read_config
 
 CONFIG = json.dumps({"class_name": "Functional", "config": {}})
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker.errors import NetworkIncompatible
+from gradcam_worker.gradcam.catalog import PREPROCESSING, ModelFile, NetworkRow
+from gradcam_worker.gradcam.models.weights import WeightsFile
 from numpy.testing import assert_allclose
-
-from worker.errors import NetworkIncompatible
-from worker.gradcam.catalog import PREPROCESSING, ModelFile, NetworkRow
-from worker.gradcam.weights import WeightsFile
 
 pytestmark = pytest.mark.tensorflow
 
@@ -22,7 +21,7 @@ versions = pytest.mark.parametrize("version", ["3.0.5", "3.3.3", "3.6.0"])
 
 
 def loaded(path: Path) -> Any:
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     row = NetworkRow("old", (12, 16), PREPROCESSING["tf"], labels=(), file=ModelFile(str(path), sha256))

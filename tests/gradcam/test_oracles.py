@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker.gradcam.catalog import CATALOG
+from gradcam_worker.gradcam.explain import explain_pixels
+from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.network import Computed, Method, Network
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
-
-from worker.gradcam import cam
-from worker.gradcam.catalog import CATALOG
-from worker.gradcam.explain import explain_pixels
-from worker.gradcam.network import Computed, Method, Network
 
 pytestmark = pytest.mark.tensorflow
 

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gradcam_worker.gradcam.explain import explain_image
+from gradcam_worker.gradcam.imaging.overlay import encode
+from gradcam_worker.gradcam.network import Method, Network
 from numpy.typing import NDArray
-
-from worker.gradcam.explain import explain_image
-from worker.gradcam.network import Method, Network
-from worker.gradcam.picture import encode
 
 pytestmark = pytest.mark.tensorflow
 

@@ -5,11 +5,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose, assert_array_equal
-from numpy.typing import NDArray
-
-from worker.gradcam.decode import decode
-from worker.gradcam.picture import (
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.gradcam.imaging.overlay import (
     COLORMAPS,
     LONGEST,
     MEDIA_TYPES,
@@ -22,6 +19,8 @@ from worker.gradcam.picture import (
     overlay,
     within_edge,
 )
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
 

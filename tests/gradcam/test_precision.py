@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker.errors import InvalidSettings
+from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.network import Computed, Method
 from numpy.testing import assert_array_equal
-
-from worker.errors import InvalidSettings
-from worker.gradcam import cam
-from worker.gradcam.network import Computed, Method
 
 pytestmark = pytest.mark.tensorflow
 
@@ -23,7 +22,7 @@ Seen = Callable[[str, str], Computed]
 
 @pytest.fixture(scope="module")
 def load() -> Load:
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     return cache(lambda precision: load_network("efficientnet_lite0", precision=precision))
 
@@ -71,8 +70,7 @@ def test_hot_regions_stay_where_they_are(precision: str, name: str, see: Seen) -
 @fewer_digits
 def test_a_copy_has_other_arithmetic_and_the_model_itself_stays_as_it_is(precision: str) -> None:
     import keras
-
-    from worker.gradcam.precision import with_precision
+    from gradcam_worker.gradcam.models.precision import with_precision
 
     inputs = keras.Input((8, 8, 3))
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3, name="conv")(inputs))
@@ -95,10 +93,9 @@ def test_a_copy_has_other_arithmetic_and_the_model_itself_stays_as_it_is(precisi
 @pytest.mark.parametrize("end", ["a layer", "an operation", "nested", "pooled", "an average"])
 def test_all_that_makes_the_scores_keeps_its_digits_however_a_network_ends(end: str, precision: str) -> None:
     import keras
+    from gradcam_worker.gradcam.models.loading import wrap_model
+    from gradcam_worker.gradcam.models.precision import with_precision
     from keras import layers, ops
-
-    from worker.gradcam.loading import wrap_model
-    from worker.gradcam.precision import with_precision
 
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(4, 3, name="conv")(inputs)
@@ -128,9 +125,8 @@ def test_all_that_makes_the_scores_keeps_its_digits_however_a_network_ends(end: 
 
 def test_a_network_that_cannot_be_copied_is_refused_with_the_way_out() -> None:
     import keras
-
-    from worker.errors import NetworkIncompatible
-    from worker.gradcam.precision import with_precision
+    from gradcam_worker.errors import NetworkIncompatible
+    from gradcam_worker.gradcam.models.precision import with_precision
 
     class Own(keras.Model):  # type: ignore[misc]
         def call(self, x: Any) -> Any:
@@ -142,9 +138,8 @@ def test_a_network_that_cannot_be_copied_is_refused_with_the_way_out() -> None:
 
 def test_a_model_of_mixed_float16_says_so_and_keeps_the_map_of_a_class_that_it_is_sure_of() -> None:
     import keras
+    from gradcam_worker.gradcam.models.loading import wrap_model
     from keras import layers
-
-    from worker.gradcam.loading import wrap_model
 
     def built(policy: str) -> Any:
         keras.utils.set_random_seed(4)
@@ -170,7 +165,7 @@ def test_a_model_of_mixed_float16_says_so_and_keeps_the_map_of_a_class_that_it_i
 
 
 def test_a_precision_that_there_is_not_is_refused_with_those_there_are() -> None:
-    from worker.gradcam.precision import with_precision
+    from gradcam_worker.gradcam.models.precision import with_precision
 
     with pytest.raises(InvalidSettings, match="'float8'; there are float32, tf32, bfloat16, mixed_bfloat16"):
         with_precision(object(), "float8")
@@ -180,7 +175,7 @@ def test_tf32_is_allowed_to_the_process_by_its_name_alone_and_a_cpu_computes_in_
     import tensorflow as tf
 
     allowed = tf.config.experimental.tensor_float_32_execution_enabled
-    from worker.gradcam.loading import load_network
+    from gradcam_worker.gradcam.models.loading import load_network
 
     try:
         for precision in ("float32", "tf32", "float32"):

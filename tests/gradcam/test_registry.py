@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gradcam_worker.errors import UnknownNetwork
+from gradcam_worker.gradcam.catalog import CATALOG, PREPROCESSING, Head, ModelFile, NetworkRow
+from gradcam_worker.gradcam.models.registry import Registry
 from registry_text import MODEL, SHA256, WEIGHTS, write
-
-from worker.errors import UnknownNetwork
-from worker.gradcam.catalog import CATALOG, PREPROCESSING, Head, ModelFile, NetworkRow
-from worker.gradcam.registry import Registry
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -4,10 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from gradcam_worker.errors import InvalidSettings
+from gradcam_worker.gradcam.models.registry import Registry
 from registry_text import MODEL, SHA256, WEIGHTS, write
-
-from worker.errors import InvalidSettings
-from worker.gradcam.registry import Registry
 
 
 def refusal(path: Path) -> str:

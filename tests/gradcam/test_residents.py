@@ -6,22 +6,21 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
-from numpy.typing import NDArray
-
-from worker.deadline import Deadline
-from worker.errors import (
+from gradcam_worker.errors import (
     DeviceOutOfMemory,
     JobTimeout,
     NetworkIncompatible,
     WeightsChecksumMismatch,
     WeightsUnavailable,
 )
-from worker.gradcam.catalog import CATALOG, NetworkRow
-from worker.gradcam.explain import Explanation
-from worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
-from worker.gradcam.residents import Residents, Turn
-from worker.testing import TinyNetwork
+from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
+from gradcam_worker.gradcam.explain import Explanation
+from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
+from gradcam_worker.inference.model_cache import Residents, Turn
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.testing import TinyNetwork
+from numpy.testing import assert_array_equal
+from numpy.typing import NDArray
 
 PIXELS = np.full((16, 16, 3), (255, 0, 0), np.uint8)
 PLENTY_S = 60
@@ -127,7 +126,7 @@ class TestLoading:
             with pytest.raises(WeightsChecksumMismatch, match="another file"):
                 residents.get(VGG16)
         assert load.asked == [VGG16]
-        monkeypatch.setattr("worker.gradcam.residents.REFUSED_S", 0)
+        monkeypatch.setattr("gradcam_worker.inference.model_cache.REFUSED_S", 0)
         assert residents.get(VGG16), "in the meantime the right file may have been put there"
 
     def test_a_network_that_is_described_anew_is_tried_at_once(self) -> None:

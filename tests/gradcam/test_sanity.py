@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-
-from worker.gradcam import cam
+from gradcam_worker.gradcam.methods import cam
 
 pytestmark = pytest.mark.tensorflow
 
@@ -18,9 +17,8 @@ Kept = Callable[[str, str], tuple[float, float]]
 @pytest.fixture(scope="module")
 def kept() -> Kept:
     """Of a method's maps after a stage: overlap and rank correlation with the trained network's, means."""
+    from gradcam_worker.gradcam.models.loading import load_network  # of its own: its weights are shuffled
     from randomised import cascade, overlap, rank_correlation
-
-    from worker.gradcam.loading import load_network  # of its own: its weights are shuffled
 
     (_, trained), *stages = cascade(load_network("efficientnet_lite0"))
     figures = {

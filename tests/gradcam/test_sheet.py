@@ -1,9 +1,6 @@
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
-from numpy.typing import NDArray
-
-from worker.gradcam.sheet import (
+from gradcam_worker.gradcam.imaging.sheet import (
     LONGEST,
     NARROWEST,
     as_tile,
@@ -14,6 +11,8 @@ from worker.gradcam.sheet import (
     sheet,
     shortened,
 )
+from numpy.testing import assert_array_equal
+from numpy.typing import NDArray
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

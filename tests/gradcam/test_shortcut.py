@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker.gradcam.network import Method
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 from small_networks import ALL, CLASSES, COLUMNS, ROWS, Wrap, backbone
-
-from worker.gradcam.network import Method
 
 pytestmark = pytest.mark.tensorflow
 
@@ -142,7 +141,7 @@ def wrapped(by_hand: Wrap) -> Callable[..., Any]:
 
 
 def shortcut_of(network: Any) -> Any:
-    from worker.gradcam import shortcut
+    from gradcam_worker.gradcam.graph import shortcut
 
     scores = network._scores
     return shortcut.find(scores.graph, scores.slot, network._place(network.facts.default_layer))
@@ -237,8 +236,7 @@ def test_tokens_go_the_whole_way(by_hand: Wrap) -> None:
 @pytest.mark.parametrize("precision", ["bfloat16", "mixed_bfloat16"])
 def test_in_fewer_digits_both_ways_are_near(tail: Tail, precision: str, by_hand: Wrap, noise: Noise) -> None:
     import keras
-
-    from worker.gradcam.precision import with_precision
+    from gradcam_worker.gradcam.models.precision import with_precision
 
     keras.utils.set_random_seed(4)
     inputs = keras.Input((ROWS, COLUMNS, 3))

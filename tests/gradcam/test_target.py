@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker.errors import NetworkIncompatible
 from numpy.testing import assert_allclose
-
-from worker.errors import NetworkIncompatible
 
 pytestmark = pytest.mark.tensorflow
 

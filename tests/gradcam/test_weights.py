@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from worker.errors import WeightsChecksumMismatch, WeightsUnavailable
-from worker.gradcam.catalog import CATALOG, ModelFile
-from worker.gradcam.classes import DATA
-from worker.gradcam.shelf import Shelf
-from worker.gradcam.weights import Sink, WeightsFile, cached, digest, download, locate, where
+from gradcam_worker.errors import WeightsChecksumMismatch, WeightsUnavailable
+from gradcam_worker.gradcam.catalog import CATALOG, ModelFile
+from gradcam_worker.gradcam.classes import DATA
+from gradcam_worker.gradcam.models.file_cache import Shelf
+from gradcam_worker.gradcam.models.weights import Sink, WeightsFile, cached, digest, download, locate, where
 
 SHIPPED, FETCHED = CATALOG["efficientnet_lite0"], CATALOG["vgg16"]
 KERAS_FILE = FETCHED.keras_files[0]
@@ -235,8 +234,8 @@ class TestCached:
         checksum = hashlib.sha256(data).hexdigest()
         program = (
             "import sys, time; from pathlib import Path\n"
-            "from worker.gradcam.catalog import ModelFile\n"
-            "from worker.gradcam.weights import cached, digest\n"
+            "from gradcam_worker.gradcam.catalog import ModelFile\n"
+            "from gradcam_worker.gradcam.models.weights import cached, digest\n"
             "source, sha256, folder = sys.argv[1:]\n"
             "print('ready', flush=True); sys.stdin.readline()\n"
             "print(digest(cached(ModelFile(source, sha256), Path(folder), None).path))\n"
@@ -340,7 +339,7 @@ class TestShelf:
         self, tmp_path: Path
     ) -> None:
         program = (
-            "import sys, time; from pathlib import Path; from worker.gradcam.shelf import Shelf\n"
+            "import sys, time; from pathlib import Path; from gradcam_worker.gradcam.models.file_cache import Shelf\n"
             "with Shelf(Path(sys.argv[1]), None).new('one', 's3://models/one.keras') as part:\n"
             "    part.write(bytes(60)); print('written', flush=True); time.sleep(600)\n"
         )
@@ -363,9 +362,9 @@ class TestShelf:
     def test_processes_that_take_each_others_files_away_all_get_theirs(self, tmp_path: Path) -> None:
         program = (
             "import hashlib, sys; from pathlib import Path\n"
-            "from worker.errors import WeightsUnavailable\n"
-            "from worker.gradcam.catalog import ModelFile\n"
-            "from worker.gradcam.weights import cached\n"
+            "from gradcam_worker.errors import WeightsUnavailable\n"
+            "from gradcam_worker.gradcam.catalog import ModelFile\n"
+            "from gradcam_worker.gradcam.models.weights import cached\n"
             "folder, first = Path(sys.argv[1]), int(sys.argv[2])\n"
             "got = 0\n"
             "for turn in range(60):\n"

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.operations import servers
+from gradcam_worker.runtime import parent_watch
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+from gradcam_worker.storage.stores import Store, Stores
 from pydantic import SecretStr
 from selenium import webdriver
-
-from worker import embedded, lifeline
-from worker.client import GradcamClient
-from worker.s3 import S3
-from worker.settings import Settings
-from worker.storage import Store, Stores
 
 FLAGS = (
     "--headless=new",
@@ -57,7 +57,7 @@ class Stage:
     @contextlib.contextmanager
     def worker(self, name: str) -> Iterator[subprocess.Popen[bytes]]:
         """`gradcam worker`, supervisor and all, in a process of its own."""
-        process = lifeline.start(
+        process = parent_watch.start(
             [sys.executable, "-P", "-m", "worker", "worker"],
             log=self.logs / f"{name}.log",
             environment=self.settings.to_environment(),
@@ -66,7 +66,7 @@ class Stage:
         try:
             yield process
         finally:
-            lifeline.stop(process)
+            parent_watch.stop(process)
 
     def log(self, name: str) -> str:
         return (self.logs / f"{name}.log").read_text()
@@ -81,8 +81,8 @@ def make_stage(
 
         def make(name: str, **changes: Any) -> Stage:
             folder = tmp_path_factory.mktemp(name)
-            queue = stack.enter_context(embedded.valkey(folder))
-            store = stack.enter_context(embedded.s3(folder, ("photos", "results", "private")))
+            queue = stack.enter_context(servers.valkey(folder))
+            store = stack.enter_context(servers.s3(folder, ("photos", "results", "private")))
             settings = Settings(
                 broker_url=f"redis://127.0.0.1:{queue.port}/0",
                 output="s3://results/cams",

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import faulty_worker
-
-from worker.settings import Settings
+from gradcam_worker.settings import Settings
 
 STILL_S = 4.0  # without a turn of the loop: a test has not got half a minute
 ANSWERED_S = 1.5  # ago: whoever has not answered since is away
@@ -35,10 +34,11 @@ def hang() -> None:
 
 def work(ready_fd: int) -> int:
     """`faulty_worker.work`, with a loop that can hang, and jobs that can be stuck."""
-    from worker import health, pulse
-    from worker.consumer import SturdyConsumer
+    from gradcam_worker.broker.consumer import SturdyConsumer
+    from gradcam_worker.observability import health
+    from gradcam_worker.runtime import liveness
 
-    pipeline: Any = import_module("worker.pipeline")
+    pipeline: Any = import_module("gradcam_worker.execution.pipeline")
     decode = pipeline.decode
 
     def stuck(*args: Any, **options: Any) -> Any:
@@ -48,7 +48,7 @@ def work(ready_fd: int) -> int:
 
     pipeline.decode = stuck
 
-    pulse.STILL_S = STILL_S
+    liveness.STILL_S = STILL_S
     health.ASK_EVERY_S, health.ANSWERED_S = 0.2, ANSWERED_S
     ready = SturdyConsumer.on_ready
 
@@ -62,7 +62,7 @@ def work(ready_fd: int) -> int:
 
 def supervise() -> int:
     """As `faulty_worker.supervise`, over this program."""
-    from worker.supervisor import Supervisor
+    from gradcam_worker.runtime.supervisor import Supervisor
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     return Supervisor(Settings.from_environment(), (sys.executable, "-P", __file__, "work")).run()

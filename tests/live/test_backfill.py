@@ -19,12 +19,11 @@ import faulty_worker
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-
-from worker import lifeline
-from worker.fleet import RedisFleet
-from worker.output import Output
-from worker.redis_ledger import RedisLedger
-from worker.storage import Stores
+from gradcam_worker.backfill.output import Output
+from gradcam_worker.backfill.registry import RedisFleet
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.runtime import parent_watch
+from gradcam_worker.storage.stores import Stores
 
 pytestmark = [pytest.mark.live]
 
@@ -49,7 +48,7 @@ class Yard:
     @contextlib.contextmanager
     def worker(self) -> Iterator[None]:
         programs = Path(faulty_worker.__file__)
-        process = lifeline.start(
+        process = parent_watch.start(
             [sys.executable, "-P", str(programs), "supervise"],
             log=self.stage.logs / "worker.log",
             environment=self.stage.settings.to_environment() | {"PYTHONPATH": str(programs.parent)},
@@ -58,7 +57,7 @@ class Yard:
         try:
             yield
         finally:
-            lifeline.stop(process)
+            parent_watch.stop(process)
 
     def start(self, name: str, *more: str) -> "subprocess.Popen[str]":
         """`gradcam backfill`, with an output of this name."""

@@ -58,7 +58,7 @@ def test_the_memory_bench_runs_every_kind_of_job_and_follows_the_resident_set() 
 
 @pytest.mark.tensorflow
 def test_without_an_accelerator_the_gpu_bench_says_so() -> None:
-    from worker.gradcam import backend
+    from gradcam_worker.gradcam import backend
 
     if backend.device_name() != "cpu":
         pytest.skip("there is one here, and it takes minutes to measure")

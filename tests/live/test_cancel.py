@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gradcam_worker.errors import UnknownJob
+from gradcam_worker.operations import servers
+from gradcam_worker.schemas.job import StatusDocument
+from gradcam_worker.schemas.model import new_id, utc_now
+from gradcam_worker.storage.s3 import S3
 from pydantic import SecretStr
-
-from worker import embedded
-from worker.contract import StatusDocument
-from worker.errors import UnknownJob
-from worker.s3 import S3
-from worker.wire import new_id, utc_now
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 
@@ -126,7 +125,7 @@ def place(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Place]:
     stage = make_stage("cancel", fetch_timeout_s=FETCH_S)
-    with embedded.s3(tmp_path_factory.mktemp("stopped"), ("results",)) as store:
+    with servers.s3(tmp_path_factory.mktemp("stopped"), ("results",)) as store:
         changes = {
             "image_hosts": (*stage.settings.image_hosts, *hosts),
             "s3_endpoint_url": store.url,

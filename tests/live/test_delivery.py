@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 import standardwebhooks
+from gradcam_worker.delivery.dispatcher import Courier
+from gradcam_worker.delivery.webhooks import Webhooks, message_id
+from gradcam_worker.ledger.outbox import Parcel
+from gradcam_worker.ledger.redis.outbox import RedisOutbox
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.schemas.job import Job, StatusEvent, WorkerRef
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.settings import Settings
 from pydantic import SecretStr
-
-from worker.contract import Job, StatusEvent, WorkerRef
-from worker.courier import Courier
-from worker.outbox import Parcel
-from worker.redis_ledger import RedisLedger
-from worker.redis_outbox import RedisOutbox
-from worker.settings import Settings
-from worker.status import Webhooks, message_id
-from worker.wire import new_id
 
 SECRET = "whsec_" + "bmV3" * 8
 WORKER = WorkerRef(id="gpu-1:7", device="cpu")

@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from worker.gradcam.decode import decode
+from gradcam_worker.gradcam.decoding.decode import decode
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 

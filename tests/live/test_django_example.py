@@ -15,15 +15,16 @@ from typing import Any
 
 import httpx
 import pytest
+from gradcam_worker.errors import ImageNotFound, UriNotAllowed
+from gradcam_worker.net import webhook_signing
+from gradcam_worker.operations import servers
+from gradcam_worker.runtime import parent_watch
+from gradcam_worker.schemas.job import StatusDocument, StatusEvent
+from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.storage.s3 import S3
 from pydantic import SecretStr
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
-
-from worker import embedded, lifeline, signing
-from worker.contract import StatusDocument, StatusEvent
-from worker.errors import ImageNotFound, UriNotAllowed
-from worker.s3 import S3
-from worker.wire import utc_now
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 
@@ -82,7 +83,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(make_stage: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    stage, folder, port = make_stage("django"), tmp_path_factory.mktemp("site"), embedded.free_port()
+    stage, folder, port = make_stage("django"), tmp_path_factory.mktemp("site"), servers.free_port()
     told = {"webhook_hosts": (f"127.0.0.1:{port}",), "webhook_secrets": SecretStr(f"photos={SECRET}")}
     stage.settings = stage.settings.model_copy(update=told)
     stage.s3 = S3(stage.settings)
@@ -107,7 +108,7 @@ def site(make_stage: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
     site.run("check", "--fail-level", "WARNING")
     site.run("migrate", "--run-syncdb")
     site.run("createsuperuser", "--noinput", "--username", "ann", "--email", "ann@example.com")
-    server = lifeline.start(
+    server = parent_watch.start(
         ["env", "-C", str(folder), sys.executable, str(EXAMPLE), "runserver", "--noreload", str(port)],
         log=folder / "django.log",
         environment=environment,
@@ -117,7 +118,7 @@ def site(make_stage: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
             wait_for(lambda: answers(url))
             yield site
     finally:
-        lifeline.stop(server)
+        parent_watch.stop(server)
 
 
 def answers(url: str) -> bool:
@@ -243,7 +244,7 @@ def delivery(document: StatusDocument, secret: str = SECRET, age_s: float = 0) -
     """A webhook's body and headers."""
     body = StatusEvent(type=f"gradcam.job.{document.status}", timestamp=utc_now(), data=document).to_json()
     sent_at = utc_now() - timedelta(seconds=age_s)
-    return body, signing.headers((secret,), f"msg_{document.id}_{document.revision}", sent_at, body)
+    return body, webhook_signing.headers((secret,), f"msg_{document.id}_{document.revision}", sent_at, body)
 
 
 def test_only_a_signed_fresh_and_later_webhook_changes_a_row(site: Site) -> None:
@@ -269,7 +270,7 @@ def test_only_a_signed_fresh_and_later_webhook_changes_a_row(site: Site) -> None
     ]
     assert [site.post(*one) for one in bad] == [401] * len(bad)
     body = '{"type": "gradcam.job.succeeded"}'
-    assert site.post(body, signing.headers((SECRET,), "msg_1", utc_now(), body)) == 401, (
+    assert site.post(body, webhook_signing.headers((SECRET,), "msg_1", utc_now(), body)) == 401, (
         "signed, but no event"
     )
     assert httpx.get(f"{site.url}/gradcam/").status_code == 405

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import redis
 from fastapi.testclient import TestClient
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import ImageNotFound, InvalidJob, UnknownJob, UnsupportedMediaType, UriNotAllowed
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.gradcam.imaging.overlay import fit
+from gradcam_worker.operations import servers
+from gradcam_worker.runtime import parent_watch
 from numpy.typing import NDArray
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-
-from worker import embedded, lifeline
-from worker.client import GradcamClient
-from worker.errors import ImageNotFound, InvalidJob, UnknownJob, UnsupportedMediaType, UriNotAllowed
-from worker.gradcam.decode import decode
-from worker.gradcam.picture import fit
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 
@@ -45,20 +45,20 @@ def place(make_stage: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="module")
 def site(place: Any) -> Iterator[str]:
     """The example, started as its docstring says; its address."""
-    port = embedded.free_port()
+    port = servers.free_port()
     [command] = re.findall(r"^    (uvicorn .*)$", EXAMPLE.read_text(), re.MULTILINE)
     command = command.replace("docs/examples", str(EXAMPLE.parent))
-    process = lifeline.start(
+    process = parent_watch.start(
         [sys.executable, "-W", "error", "-m", *shlex.split(command), "--port", str(port)],
         log=place.logs / "site.log",
         environment=place.settings.to_environment(),
     )
     try:
-        until(lambda: embedded.accepts(port) or process.poll() is not None, 30)
+        until(lambda: servers.accepts(port) or process.poll() is not None, 30)
         assert process.poll() is None, place.log("site")
         yield f"http://127.0.0.1:{port}/"
     finally:
-        lifeline.stop(process)
+        parent_watch.stop(process)
     assert "Traceback" not in place.log("site")
 
 

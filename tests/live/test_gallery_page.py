@@ -9,25 +9,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradcam_worker import testing
+from gradcam_worker.audit.gallery import Wish, gallery
+from gradcam_worker.audit.statistics import survey
+from gradcam_worker.execution import shards
+from gradcam_worker.execution.pipeline import Journey
+from gradcam_worker.gradcam.classes import ClassIndex, Label
+from gradcam_worker.gradcam.decoding.decode import Limits, decode
+from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, encode, overlay
+from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.options import Target
+from gradcam_worker.schemas.shard import Row, Shard
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
-
-from worker import bulk, testing
-from worker.deadline import Deadline
-from worker.gallery import Wish, gallery
-from worker.gradcam.classes import ClassIndex, Label
-from worker.gradcam.decode import Limits, decode
-from worker.gradcam.picture import COLORMAPS, encode, overlay
-from worker.gradcam.residents import Residents
-from worker.pipeline import Journey
-from worker.shard import Row, Shard
-from worker.survey import survey
-from worker.wire import new_id
-from worker.wishes import Target
 
 pytestmark = pytest.mark.live
 
@@ -75,7 +75,7 @@ def store(images: Mapping[str, bytes]) -> testing.MemoryStore:
         target=Target(top_n=2),
         output="s3://gradcam/results",
     )
-    bulk.explain(shard, outside, Journey(Deadline(60), lambda _: None))
+    shards.explain(shard, outside, Journey(Deadline(60), lambda _: None))
     return store
 
 

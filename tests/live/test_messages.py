@@ -9,20 +9,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import gradcam_worker
 import pytest
 import redis
 import redis.exceptions
-
-import worker
-from worker import broker, embedded
-from worker.client import GradcamClient
-from worker.contract import WorkerRef
-from worker.doctor import examine
-from worker.errors import LedgerUnavailable
-from worker.fleet import RedisFleet
-from worker.redis_ledger import RedisLedger
-from worker.settings import Settings
-from worker.wire import new_id
+from gradcam_worker.backfill.registry import RedisFleet
+from gradcam_worker.broker import app
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import LedgerUnavailable
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.operations import servers
+from gradcam_worker.operations.doctor import examine
+from gradcam_worker.schemas.job import WorkerRef
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "redis"
 PASSWORDS = {
@@ -97,7 +97,7 @@ def options(folder: Path) -> list[str]:
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A Valkey as `deploy/redis` says."""
     folder = tmp_path_factory.mktemp("users")
-    with embedded.valkey(folder, *options(folder)) as server:
+    with servers.valkey(folder, *options(folder)) as server:
         yield server.port
 
 
@@ -128,7 +128,7 @@ def test_nobody_comes_in_without_a_password(port: int) -> None:
 
 def test_as_it_is_shipped_the_list_of_users_lets_no_server_start(tmp_path: Path) -> None:
     shipped = ["--aclfile", str(DEPLOY / "users.acl")]
-    with pytest.raises(Exception, match=r"(?i)acl"), embedded.valkey(tmp_path, *shipped):
+    with pytest.raises(Exception, match=r"(?i)acl"), servers.valkey(tmp_path, *shipped):
         pass
 
 
@@ -169,7 +169,7 @@ def test_who_may_only_work_may_not(port: int, command: str) -> None:
 def test_whoever_works_may_do_all_that_the_ledger_does() -> None:
     """Also what no test happens to do."""
     needed: set[str] = set()
-    for path in Path(worker.__file__).parent.glob("*.py"):
+    for path in Path(gradcam_worker.__file__).parent.glob("*.py"):
         text = path.read_text()
         needed |= {name.lower() for name in re.findall(r"redis\.p?call\('([A-Z]+)'", text)}
         if path.name.startswith("redis_"):
@@ -291,7 +291,7 @@ def test_a_wrong_password_is_one_error_that_does_not_show_it(port: int) -> None:
 def test_a_worker_survives_what_a_stranger_may_send_and_answers_where_it_can(
     client: GradcamClient, guarded: Any, port: int, admin: redis.Redis
 ) -> None:
-    queue = f"gradcam:{broker.INTERACTIVE}"
+    queue = f"gradcam:{app.INTERACTIVE}"
     nameless = [b"garbage", b"[" * 100_000, b"7", b"\xff" * 3_000_000, b"{}"]
     named, oversized = new_id(), new_id()
     with redis.Redis.from_url(url(port, "submitter")) as stranger:
@@ -306,9 +306,9 @@ def test_a_worker_survives_what_a_stranger_may_send_and_answers_where_it_can(
         stranger.lpush(queue, b"x" * 50_000_000)  # `proto-max-bulk-len`
     job_id = client.submit(image="s3://photos/coffee.jpg", network=NETWORK, target={"top_n": 1})
     assert client.wait(job_id, WAIT_S).status == "succeeded"
-    flower = broker.make_app(guarded.settings.model_copy(update={"broker_url": admins_url(port)}))
+    flower = app.make_app(guarded.settings.model_copy(update={"broker_url": admins_url(port)}))
     flower.conf.broker_transport = None
-    flower.control.cancel_consumer(broker.INTERACTIVE)
+    flower.control.cancel_consumer(app.INTERACTIVE)
     flower.control.shutdown()
     (answer,) = flower.control.ping(timeout=WAIT_S, limit=1)
     assert [*answer.values()] == [{"ok": "pong"}]

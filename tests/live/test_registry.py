@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from worker.contract import StatusDocument
+from gradcam_worker.schemas.job import StatusDocument
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import redis
 from celery import Celery
-
-from worker import broker
-from worker.contract import StatusDocument
-from worker.doctor import examine
-from worker.gradcam.decode import decode
-from worker.manifest import Manifest
-from worker.wire import new_id
+from gradcam_worker.broker import app as broker
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.operations.doctor import examine
+from gradcam_worker.schemas.job import StatusDocument
+from gradcam_worker.schemas.manifest import Manifest
+from gradcam_worker.schemas.model import new_id
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 

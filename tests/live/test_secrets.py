@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import redis
-
-from worker import broker
-from worker.cli import main
-from worker.contract import FINAL, Job
-from worker.errors import GradcamError, public_message
-from worker.settings import Settings
-from worker.wire import new_id
+from gradcam_worker.broker import app as broker
+from gradcam_worker.cli.main import main
+from gradcam_worker.errors import GradcamError, public_message
+from gradcam_worker.schemas.job import FINAL, Job
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.settings import Settings
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 

@@ -18,15 +18,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import redis
-
-from worker import broker, embedded, lifeline
-from worker.client import GradcamClient
-from worker.contract import StatusDocument
-from worker.fleet import RedisFleet
-from worker.redis_ledger import RedisLedger
-from worker.settings import Settings
-from worker.shard import Shard, data_key
-from worker.wire import new_id
+from gradcam_worker.backfill.registry import RedisFleet
+from gradcam_worker.broker import app
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.operations import servers
+from gradcam_worker.runtime import parent_watch
+from gradcam_worker.schemas.job import StatusDocument
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.shard import Shard, data_key
+from gradcam_worker.settings import Settings
 
 pytestmark = [pytest.mark.live]
 
@@ -61,7 +62,7 @@ class Yard:
     ids: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.ledger, self.app = RedisLedger(self.settings), broker.make_app(self.settings)
+        self.ledger, self.app = RedisLedger(self.settings), app.make_app(self.settings)
         self.client = GradcamClient(settings=self.settings)
         self.backfill = new_id()
         facts = {"backfill": self.backfill}
@@ -83,7 +84,7 @@ class Yard:
         )
         self.ids.append(shard.id)
         self.ledger.submit(shard)
-        broker.ring(self.app, shard.id, "shard")
+        app.ring(self.app, shard.id, "shard")
         return shard
 
     def documents(self) -> list[StatusDocument]:
@@ -97,7 +98,7 @@ class Yard:
         """Messages of shards that workers hold."""
         with redis.Redis.from_url(self.settings.broker_url) as server:
             held: Any = server.hvals(f"{self.settings.key_prefix}unacked")
-        return sum(json.loads(one)[2] == broker.SHARDS for one in held)
+        return sum(json.loads(one)[2] == app.SHARDS for one in held)
 
     def table(self, shard: Shard) -> list[dict[str, Any]]:
         path = self.folder / "results" / data_key(shard.key)
@@ -106,7 +107,7 @@ class Yard:
 
     @contextlib.contextmanager
     def worker(self, name: str) -> Iterator[subprocess.Popen[bytes]]:
-        process = lifeline.start(
+        process = parent_watch.start(
             WORKER,
             log=self.folder / f"{name}.log",
             environment=self.settings.to_environment(),
@@ -115,7 +116,7 @@ class Yard:
         try:
             yield process
         finally:
-            lifeline.stop(process)
+            parent_watch.stop(process)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -136,7 +137,7 @@ class Yard:
 
 @pytest.fixture
 def yard(tmp_path: Path, public_server: Any) -> Iterator[Yard]:
-    with embedded.valkey(tmp_path) as server:
+    with servers.valkey(tmp_path) as server:
         settings = Settings(
             broker_url=f"redis://127.0.0.1:{server.port}/0",
             output=f"file://{tmp_path}/results",

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from worker.gradcam.weights import digest
-from worker.settings import Settings
+from gradcam_worker.gradcam.models.weights import digest
+from gradcam_worker.settings import Settings
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 

@@ -13,12 +13,12 @@ import faulty_worker
 import numpy as np
 import pytest
 from faulty_proxy import Fault, FaultyProxy
-
-from worker import embedded, lifeline, wiring
-from worker.client import GradcamClient
-from worker.s3 import S3
-from worker.settings import Settings
-from worker.storage import Stores
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.operations import servers
+from gradcam_worker.runtime import parent_watch, service_factory
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+from gradcam_worker.storage.stores import Stores
 
 pytestmark = [pytest.mark.live]
 
@@ -41,7 +41,7 @@ def picture() -> str:
 def test_a_worker_without_storage_says_so_takes_no_jobs_and_finishes_all_when_it_is_back(
     tmp_path: Path, s3_server: Any, s3_settings: Any
 ) -> None:
-    with embedded.valkey(tmp_path) as queue, FaultyProxy(s3_server.port) as line:
+    with servers.valkey(tmp_path) as queue, FaultyProxy(s3_server.port) as line:
         settings = Settings(
             **{**s3_settings, "s3_endpoint_url": f"http://127.0.0.1:{line.port}"},
             broker_url=f"redis://127.0.0.1:{queue.port}/0",
@@ -52,7 +52,7 @@ def test_a_worker_without_storage_says_so_takes_no_jobs_and_finishes_all_when_it
             retry_backoff_s=0.1,
             threads=4,
         )
-        client, ledger = GradcamClient(settings=settings), wiring.ledger(settings)
+        client, ledger = GradcamClient(settings=settings), service_factory.ledger(settings)
 
         def trouble() -> str | None:
             said = [json.loads(health).get("trouble") for health in ledger.workers().values()]
@@ -68,7 +68,7 @@ def test_a_worker_without_storage_says_so_takes_no_jobs_and_finishes_all_when_it
             )
             return job_id
 
-        worker = lifeline.start(
+        worker = parent_watch.start(
             [sys.executable, "-P", faulty_worker.__file__, "supervise"],
             log=tmp_path / "worker.log",
             environment=settings.to_environment(),
@@ -95,7 +95,7 @@ def test_a_worker_without_storage_says_so_takes_no_jobs_and_finishes_all_when_it
             assert [one.status for one in done] == ["succeeded"] * 12
             wait_for(lambda: not trouble(), "the end of the trouble")
         finally:
-            lifeline.stop(worker)
+            parent_watch.stop(worker)
         store = Stores(settings, S3(settings)).open()
         for one in ids:
             assert store.get(f"{one}/manifest.json")

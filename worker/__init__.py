@@ -1,7 +1,0 @@
-"""GPU-backed Celery workers that explain image classifiers with Grad-CAM.
-
-Importing this package costs nothing: it holds the version only. Web apps import `worker.client`,
-notebooks import `worker.gradcam`, and operators type `gradcam`.
-"""
-
-__version__ = "0.1.0"

@@ -1,0 +1,7 @@
+"""`python -m worker` is `gradcam`."""
+
+import sys
+
+from gradcam_worker.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,180 @@
+"""What a job wishes for -> its artifacts, as bytes, before they are stored."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gradcam_worker import __version__
+from gradcam_worker.gradcam import report
+from gradcam_worker.gradcam.classes import caption
+from gradcam_worker.gradcam.decoding.decode import Decoded
+from gradcam_worker.gradcam.explain import Explanation, file_name
+from gradcam_worker.gradcam.imaging import animation, overlay, region, sheet
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.job import (
+    AnimationWish,
+    ArtifactWish,
+    GridWish,
+    HeatmapWish,
+    Job,
+    Method,
+    OverlayWish,
+    ReportWish,
+)
+from gradcam_worker.schemas.manifest import HotRegion, InputRecord
+
+Boxes = dict[float, list[region.Box | None]]  # by threshold: of each explained class, in the photo
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An artifact before it is stored. `index` is the explained class it belongs to, None for all of them."""
+
+    name: str
+    data: bytes
+    media_type: str
+    kind: str
+    index: int | None
+    facts: dict[str, Any]  # width and height, or dtype and shape
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """All that a job leaves behind but the manifest, and what was found out on the way."""
+
+    pieces: list[Piece]
+    hot: tuple[HotRegion | None, ...]  # of each explained class; None where its heatmap is dark
+
+
+def render(job: Job, image: InputRecord, decoded: Decoded, seen: Explanation, deadline: Deadline) -> Rendered:
+    """Everything the job wants to be left behind, as bytes. Raises JobTimeout."""
+    overlays = [wish for wish in job.artifacts if isinstance(wish, OverlayWish)]
+    framed = sorted((wish for wish in overlays if wish.box or wish.contour), key=lambda wish: not wish.box)
+    shown = framed[0] if framed else OverlayWish()
+    boxes: Boxes = {wish.threshold: [] for wish in (shown, *overlays) if wish.box or wish is shown}
+    for threshold, found in boxes.items():
+        for heatmap in seen.shown:
+            deadline.check("render")
+            found.append(region.hot_box(heatmap, decoded.size, threshold))
+    pieces = []
+    for wish in job.artifacts:
+        for piece in _render(wish, job, image, decoded, seen, boxes):
+            deadline.check("render")
+            pieces.append(piece)
+    threshold = shown.threshold
+    hot = (box and HotRegion(threshold=threshold, box_xyxy=box) for box in boxes[threshold])
+    return Rendered(pieces, tuple(hot))
+
+
+def _render(
+    wish: ArtifactWish, job: Job, image: InputRecord, decoded: Decoded, seen: Explanation, boxes: Boxes
+) -> Iterator[Piece]:
+    if isinstance(wish, OverlayWish):
+        yield from _overlays(wish, decoded, seen, boxes)
+    elif isinstance(wish, GridWish):
+        yield _grid(wish, decoded, seen)
+    elif isinstance(wish, AnimationWish):
+        yield _animation(wish, decoded, seen)
+    elif isinstance(wish, ReportWish):
+        yield _report(job, image, decoded, seen)
+    elif wish.format == "png":
+        for index, (explained, heatmap) in enumerate(zip(seen.explained, seen.shown, strict=True)):
+            grey = overlay.grey(heatmap, decoded.size)
+            yield _picture(file_name("heatmap", explained, "png"), grey, "png", "heatmap", index)
+    else:
+        facts = {"dtype": "float32", "shape": seen.heatmaps.shape}
+        media_type = f"application/x-{wish.format}"
+        yield Piece(f"heatmaps.{wish.format}", _arrays(wish, seen), media_type, "heatmap", None, facts)
+
+
+def _overlays(wish: OverlayWish, decoded: Decoded, seen: Explanation, boxes: Boxes) -> Iterator[Piece]:
+    edge = min(wish.max_edge or overlay.LONGEST[wish.format], overlay.LONGEST[wish.format])
+    photo = overlay.within_edge(decoded.pixels, edge)
+    base = overlay.Base(photo, alpha=wish.alpha, colormap=wish.colormap, bgr=True)
+    whole = np.empty_like(photo)  # the same for every class: it is encoded before the next is laid
+    for index, (explained, heatmap) in enumerate(zip(seen.explained, seen.shown, strict=True)):
+        laid = base.lay(heatmap, into=whole)
+        if wish.contour:
+            laid = region.with_contour(laid, heatmap, wish.threshold)
+        if wish.box and (box := boxes[wish.threshold][index]):
+            laid = region.with_box(laid, region.shrunk(box, decoded.size, (laid.shape[0], laid.shape[1])))
+        name = file_name("overlay", explained, overlay.EXTENSIONS[wish.format])
+        yield _picture(name, laid, wish.format, "overlay", index, bgr=True)
+
+
+def _grid(wish: GridWish, decoded: Decoded, seen: Explanation) -> Piece:
+    """The figure that the notebook drew: no larger than it is shown, whatever the photo's size."""
+    photo = sheet.as_tile(decoded.pixels)
+    drawn = sheet.sheet(sheet.in_rows([("photo", photo), *_titled(wish, photo, seen)]))
+    return _picture(f"grid.{overlay.EXTENSIONS[wish.format]}", drawn, wish.format, "grid", None)
+
+
+def _animation(wish: AnimationWish, decoded: Decoded, seen: Explanation) -> Piece:
+    photo = animation.as_frame(decoded.pixels, wish.max_edge, len(seen.explained))
+    frames = [sheet.framed(title, laid) for title, laid in _titled(wish, photo, seen)]
+    data = animation.animate(frames, kind=wish.format, frame_s=wish.frame_s)
+    facts = {"width": frames[0].shape[1], "height": frames[0].shape[0]}
+    media_type = animation.MEDIA_TYPES[wish.format]
+    return Piece(f"animation.{wish.format}", data, media_type, "animation", None, facts)
+
+
+def _titled(wish: GridWish | AnimationWish, photo: overlay.Pixels, seen: Explanation) -> Iterator[sheet.Tile]:
+    """The overlay of each explained class, and what class that is."""
+    base = overlay.Base(photo, alpha=wish.alpha, colormap=wish.colormap)
+    for one, heatmap in zip(seen.explained, seen.shown, strict=True):
+        yield caption(one.id, one.name, one.probability), base.lay(heatmap)
+
+
+def _report(job: Job, image: InputRecord, decoded: Decoded, seen: Explanation) -> Piece:
+    network, method = seen.network, job.method
+    size = f"{image.width} x {image.height} pixels, {image.media_type}, {image.bytes:,} bytes"
+    facts = {
+        "Job": job.id,
+        "Image": image.uri,
+        "Image SHA-256": image.sha256,
+        "Image size": size,
+        "Network": network.name,
+        "Weights SHA-256": network.weights_sha256 or "not known",
+        "Network input": f"{network.input_size[1]} x {network.input_size[0]} pixels",
+        "Preprocessing": network.preprocessing,
+        "Layer": seen.layer,
+        "Method": _described(method),
+        "Normalization": method.normalize,
+        "Computed with": f"{network.backend}, {network.dtype}",
+        "Made by": f"gradcam-worker {__version__}",
+    }
+    name = "" if image.uri.startswith("data:") else image.uri.rpartition("/")[2]
+    data = report.page(seen, decoded.pixels, name=name or "image", facts=facts, method=method.name)
+    return Piece("report.html", data, "text/html; charset=utf-8", "report", None, {})
+
+
+def _described(method: Method) -> str:
+    """A method in words, with what it really explains."""
+    of = {"eigencam": "", "notebook": " of the probability"}.get(method.name, f" of the {method.score}")
+    return f"{method.name}{of}" + (", with the mirror image" if method.flip else "")
+
+
+def _picture(
+    name: str, pixels: overlay.Pixels, format_: str, kind: str, index: int | None, *, bgr: bool = False
+) -> Piece:
+    facts = {"width": pixels.shape[1], "height": pixels.shape[0]}
+    data = overlay.encode(pixels, format_, bgr=bgr)
+    return Piece(name, data, overlay.MEDIA_TYPES[format_], kind, index, facts)
+
+
+def _arrays(wish: HeatmapWish, seen: Explanation) -> bytes:
+    file = io.BytesIO()
+    if wish.format == "npy":
+        np.save(file, seen.heatmaps)
+    else:
+        np.savez(
+            file,
+            heatmaps=seen.heatmaps,
+            class_ids=np.array([one.id for one in seen.explained], np.int32),
+            raw_min=seen.raw_min,
+            raw_max=seen.raw_max,
+        )
+    return file.getvalue()

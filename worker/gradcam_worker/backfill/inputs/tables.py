@@ -1,0 +1,218 @@
+"""Lists of images in text: JSON Lines, CSV, an S3 inventory, a URI a line. Read line by line, and no further.
+
+A line that cannot be read becomes a row that says so, and all others go on. What leaves open where the next
+row begins ends the reading: a quote that is never closed, for one, would hide the rows after it.
+"""
+
+import codecs
+import csv
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import unquote_plus
+
+from gradcam_worker.backfill.inputs.rows import SHOWN, Intake
+from gradcam_worker.errors import InvalidInput
+from gradcam_worker.schemas.shard import Row
+from gradcam_worker.schemas.strict_json import Unreadable, loads
+
+MAX_LINE = 4 * 1024 * 1024  # bytes; a row has a few hundred, unless its image is a data URI
+IMAGE_NAMES = ("image", "uri", "url", "path")
+_MARKS = {  # how files begin that are no text, and what they are
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    b"PAR1": "Parquet",
+    b"BZh": "a bzip2 file",
+    b"PK\x03\x04": "a zip file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+}
+_LONG = f"it is longer than {MAX_LINE:,} bytes"
+_NAMED = 20  # columns that are named where none is known
+
+
+class Columns(NamedTuple):
+    """Where a table has what."""
+
+    image: int
+    id: int | None
+    sha256: int | None
+
+
+def columns(names: Sequence[str], wanted: str | None, hint: str = "") -> Columns:
+    """Find the columns, whatever their case. Raises InvalidInput naming those that are there, and `hint`."""
+    plain = [name.strip().casefold() for name in names]
+    known = IMAGE_NAMES if wanted is None else (wanted.strip().casefold(),)
+    found = [plain.index(name) for name in known if name in plain]
+    if not found:
+        there = ", ".join(repr(name[:60].partition("?")[0]) for name in names[:_NAMED])
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        message = (
+            f"has the columns {there}{more}, none of which is {' or '.join(map(repr, known))}: "
+            f"name the one with the URIs with --column{hint}."
+        )
+        raise InvalidInput(message)
+    twice = next((name for name in (plain[found[0]], "id", "sha256") if plain.count(name) > 1), None)
+    if twice:
+        message = f"has more than one column {twice!r}: it must be plain which one is meant."
+        raise InvalidInput(message)
+    others = (plain.index(name) if name in plain else None for name in ("id", "sha256"))
+    return Columns(found[0], *others)
+
+
+def json_rows(file: BinaryIO, intake: Intake, column: str | None) -> Iterator[Row]:
+    """A JSON value a line: a URI, or an object with one as `image` (`uri`, `url`, `path`) or as `column`."""
+    known = IMAGE_NAMES if column is None else (column,)
+    for number, line in _lines(file):
+        try:
+            said = loads(line, "it") if len(line) <= MAX_LINE else None
+        except Unreadable as error:
+            yield intake.bad(number, line, str(error))
+            continue
+        if isinstance(said, str):
+            yield intake.good(number, said)
+        elif isinstance(said, dict):
+            yield _from_object(intake, number, said, known)
+        elif len(line) > MAX_LINE:
+            yield intake.bad(number, line, _LONG)
+        else:
+            yield intake.bad(number, line, "it is neither an object nor a URI")
+
+
+def _from_object(intake: Intake, number: int, said: dict[str, Any], known: Sequence[str]) -> Row:
+    name = next((name for name in known if said.get(name) is not None), None)
+    if name is None:
+        there = ", ".join(map(repr, said))[:300] or "no field"
+        return intake.bad(number, said, f"it names no image: {' or '.join(map(repr, known))}; it has {there}")
+    image, sha256 = said[name], said.get("sha256")
+    if isinstance(image, dict):
+        inner = image.get("sha256")
+        if None not in (inner, sha256) and inner != sha256:
+            return intake.bad(number, image.get("uri"), "it names two checksums of one image")
+        image, sha256 = image.get("uri"), sha256 if inner is None else inner
+    return intake.good(number, image, said.get("id", said.get("custom_id")), sha256)
+
+
+def text_rows(file: BinaryIO, intake: Intake) -> Iterator[Row]:
+    """A URI a line."""
+    for number, line in _lines(file):
+        if len(line) > MAX_LINE:
+            yield intake.bad(number, line, _LONG)
+            continue
+        try:
+            yield intake.good(number, line.decode().strip())
+        except UnicodeDecodeError:
+            yield intake.bad(number, line, "it is not UTF-8")
+
+
+def table_rows(file: BinaryIO, intake: Intake, delimiter: str, column: str | None) -> Iterator[Row]:
+    """CSV with a header. Raises InvalidInput where it names no column of images."""
+    records = _records(file, intake, delimiter)
+    for first in records:
+        if isinstance(first, Row):
+            message = f"has a header that cannot be read: {first.problem.detail if first.problem else ''}"
+            raise InvalidInput(message)
+        header = first[1]
+        break
+    else:
+        return
+    at = columns(header, column, ", or say --format inventory if it has bucket and key, and no header")
+    for record in records:
+        if isinstance(record, Row):
+            yield record
+            continue
+        number, fields = record
+        if len(fields) != len(header):
+            received = fields[at.image] if at.image < len(fields) else None
+            yield intake.bad(
+                number,
+                received if len(fields) < len(header) and received else delimiter.join(fields),
+                f"it has {len(fields)} fields, and the header {len(header)}: a URI with {delimiter!r} "
+                "in it must stand in quotes",
+            )
+            continue
+        own, sha256 = (None if place is None else fields[place] or None for place in at[1:])
+        yield intake.good(number, fields[at.image], own, sha256)
+
+
+def inventory_rows(file: BinaryIO, intake: Intake) -> Iterator[Row]:
+    """Bucket, key and whatever else, without a header: keys as S3's own inventories encode them.
+
+    There a space is + or %20, and a plus %2B.
+    """
+    for record in _records(file, intake, ","):
+        if isinstance(record, Row):
+            yield record
+            continue
+        number, fields = record
+        bucket, key = (*fields, "")[:2]
+        if not bucket or not key or "/" in bucket:
+            yield intake.bad(number, ",".join(fields), "it must begin with a bucket, a comma and a key")
+        else:
+            yield intake.good(number, f"s3://{bucket}/{unquote_plus(key, errors='surrogateescape')}")
+
+
+def _records(file: BinaryIO, intake: Intake, delimiter: str) -> Iterator[tuple[int, list[str]] | Row]:
+    """Records of CSV with the lines they begin in, and rows in place of those that cannot be read."""
+    last, head, long = 0, b"", False
+
+    def texts() -> Iterator[str]:
+        nonlocal last, head, long
+        for number, line in _lines(file, blank=True):
+            last, head = number, line[:SHOWN]
+            if len(line) > MAX_LINE:
+                long = True
+                yield "too long"
+            else:
+                yield line.decode(errors="surrogateescape")
+
+    csv.field_size_limit(2 * MAX_LINE)
+    records = csv.reader(texts(), delimiter=delimiter, skipinitialspace=True, strict=True)
+    while True:
+        begun, long = last + 1, False
+        try:
+            fields = next(records, None)
+        except csv.Error as error:
+            if last > begun:
+                message = (
+                    f"cannot be told into rows from line {begun} on: a quote that is opened there is not "
+                    f"closed as it should be, by line {last} ({error})."
+                )
+                raise InvalidInput(message) from error
+            yield intake.bad(begun, head, f"it cannot be read as CSV: {error}")
+            continue
+        if fields is None:
+            return
+        if long:
+            yield intake.bad(begun, head, _LONG)
+        elif fields and (len(fields) > 1 or fields[0].strip()):
+            yield begun, fields
+
+
+def _lines(file: BinaryIO, *, blank: bool = False) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers, from 1; of one that is longer than MAX_LINE, the first MAX_LINE + 1 bytes.
+
+    Raises InvalidInput where these are no lines of UTF-8 at all.
+    """
+    for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
+        if number == 1:
+            line = _opened(line)  # noqa: PLW2901  # without its mark
+        rest = line
+        while len(line) > MAX_LINE and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE)
+            if not rest:
+                break
+        if blank or line.strip():
+            yield number, line
+
+
+def _opened(line: bytes) -> bytes:
+    """The first line without its byte-order mark. Raises InvalidInput."""
+    what = next((what for mark, what in _MARKS.items() if line.startswith(mark)), None)
+    if what is None and b"\0" in line[:4]:
+        what = "UTF-16 or no text"
+    if what:
+        message = f"is {what}, not text in UTF-8: write it as UTF-8, or say with --format what it is."
+        raise InvalidInput(message)
+    return line.removeprefix(codecs.BOM_UTF8)

@@ -1,0 +1,216 @@
+"""Celery's consumer, made to survive messages that are no task messages.
+
+A queue can be written to by strangers. As it comes, Celery's consumer ends the whole worker over a
+malformed header or body (and gets the same message again when it is back), drops what it cannot
+decode without a word to whoever sent it, and logs the contents.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from celery.bootsteps import RUN
+from celery.concurrency.base import apply_target
+from celery.concurrency.thread import ApplyResult, TaskPool
+from celery.worker import request
+from celery.worker.consumer import Consumer
+from celery.worker.state import task_ready
+from kombu.common import ignore_errors
+from kombu.exceptions import DecodeError
+
+from gradcam_worker.broker import message as envelope
+from gradcam_worker.errors import LedgerUnavailable
+from gradcam_worker.resilience.stall import HELD_S
+
+log = logging.getLogger("gradcam")
+
+TURN_S = 1.0  # between two signs of life
+RETURN_AFTER_S = 1.0  # before a message goes back whose thread has failed
+CONNECT_EVERY_S = 0.5  # the pause before it is tried again; grows by as much each time
+CONNECT_MAX_S = 5.0  # its longest, of half a minute as it comes: a broker that is back is work that waits
+
+
+class Request(request.Request):  # type: ignore[misc]  # celery ships no types
+    """A task in hand, that shows nobody who inspects this worker what its job says."""
+
+    def info(self, safe: bool = True) -> Any:  # noqa: ARG002  # as Celery asks
+        """See `celery.worker.request.Request`."""
+        return super().info(safe=True)
+
+
+class ThreadPool(TaskPool):  # type: ignore[misc]  # celery ships no types
+    """Celery's pool of threads, in which every message comes to an end, whatever its thread raises.
+
+    As it comes, a SystemExit, a KeyboardInterrupt, a panic of a library in Rust or a MemoryError at the wrong
+    moment ends in a future that nobody reads: the message is never acknowledged, and its place never free.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.running = set[str]()  # delivery tags of what is run, or is about to be
+
+    def on_apply(
+        self,
+        target: Callable[..., Any],
+        args: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
+        callback: Any = None,
+        accept_callback: Any = None,
+        **_: Any,
+    ) -> ApplyResult:
+        """Run a request in a thread. `callback` is a method of the request."""
+        request = callback.__self__
+        tag = request.message.delivery_tag
+        self.running.add(tag)
+
+        def run() -> None:
+            try:
+                apply_target(target, args, kwargs, callback, accept_callback)
+            except BaseException as error:
+                what = type(error).__name__
+                log.exception("message %s: its thread failed (%s): it goes back", request.id, what)
+                time.sleep(RETURN_AFTER_S)
+                task_ready(request)
+                request.reject(requeue=True)
+            finally:
+                self.running.discard(tag)
+
+        return ApplyResult(self.executor.submit(run))
+
+
+class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
+    """Hands every message that is no task to `app.refuse_message(message id, why)`, and goes on."""
+
+    _turning: Any = None
+    _failing = False  # the connection is about to be given up
+    _unheld: Mapping[str, float] = {}  # delivery tag -> since when nobody is at work on it
+
+    def on_ready(self) -> None:
+        """Whenever the loop starts: from now on, each of its rounds is a sign of life."""
+        super().on_ready()
+        if self._turning:  # Celery keeps timers of an earlier connection that began where this one does
+            self._turning.cancel()
+        self.app.stall.back()
+        self._failing, self._unheld = False, {}
+        self.task_consumer.channel.on_unsettled = self._renew
+        self.task_consumer.channel.wait_by_peeking(lambda: self.hub.call_soon(lambda: None))
+        self._turn()
+        self._turning = self.timer.call_repeatedly(TURN_S, self._turn)
+
+    def _turn(self) -> None:
+        """A sign of life; and what nobody is at work on goes back, or its place would be taken for ever."""
+        self.app.turned()
+        self.app.outages.broker.answered()
+        channel, now_s = self.task_consumer.channel, time.monotonic()
+        held = channel.unacknowledged().keys() - self.pool.running
+        self._unheld = {tag: self._unheld.get(tag, now_s) for tag in held}
+        late = [tag for tag, since_s in self._unheld.items() if now_s - since_s > HELD_S]
+        self.app.stall.unheld(len(late))
+        for tag in late:
+            log.error("a message was not acknowledged, and nobody is at work on it: it goes back")
+            channel.basic_reject(tag, requeue=True)
+
+    def _renew(self, error: Exception) -> None:
+        """A message could not be acknowledged: this connection is of no use any more.
+
+        After a failover it leads to a server that takes no writes. With all places taken nothing is read
+        from it, so nobody else would notice.
+        """
+        if self.blueprint.state == RUN and not self._failing:
+            self._failing = True
+
+            def fail() -> None:
+                raise error
+
+            self.hub.call_soon(fail)
+
+    def connect(self) -> Any:
+        """A connection that the loop listens to; one that it cannot listen to is closed, not left behind."""
+        connection = self.connection_for_read(heartbeat=self.amqheartbeat)
+        try:
+            connection.transport.register_with_event_loop(connection.connection, self.hub)
+        except BaseException:
+            ignore_errors(connection, connection.close)
+            raise
+        return connection
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        """The server answers, and refuses what a consumer needs."""
+        self._away(exc)
+        time.sleep(CONNECT_EVERY_S)
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        """The connection is lost, or of no use any more."""
+        self._away(exc)
+        super().on_connection_error_after_connected(exc)
+
+    def _away(self, error: Exception) -> None:
+        self.app.outages.broker.failed(f"nothing is received, it is tried to connect: {error}")
+        if self.app.stall.away():
+            self.app.turned()
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """The connection, when it stands; tried again and again."""
+        pauses = {"interval_start": CONNECT_EVERY_S, "interval_step": CONNECT_EVERY_S}
+        connect = partial(conn.ensure_connection, **pauses, interval_max=CONNECT_MAX_S)
+
+        def ensured(_: Any, *args: Any, **options: Any) -> Any:
+            return connect(lambda error, _: self._away(error), *args, **options)
+
+        conn.ensure_connection = ensured
+        return super().ensure_connected(conn)
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
+        """Celery's handler of one message, in a net."""
+        handle = super().create_task_handler(*args, **kwargs)
+
+        def on_task_received(message: Any) -> None:
+            why = message.headers.get(envelope.REFUSED)
+            if why:  # `gradcam_worker.broker.transport` found that it is none
+                self._refuse(message, str(why))
+                return
+            try:
+                handle(message)
+            except self.connection_errors:
+                raise  # the broker's trouble, not the message's
+            except Exception as error:  # noqa: BLE001  # whatever a malformed message leads to
+                self._refuse(message, f"its headers or body are malformed ({type(error).__name__})")
+
+        return on_task_received
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        """The body is no JSON, or no list of arguments."""
+        self._refuse(message, f"its body cannot be read as JSON ({type(exc).__name__})")
+
+    def on_invalid_task(self, body: object, message: Any, exc: Exception) -> None:  # noqa: ARG002
+        """Celery itself found it malformed, or its content type is not JSON."""
+        why = "it cannot be read as JSON" if isinstance(exc, DecodeError) else type(exc).__name__
+        self._refuse(message, f"it is malformed ({why})")
+
+    def on_unknown_message(self, body: object, message: Any) -> None:  # noqa: ARG002
+        """No task is named."""
+        self._refuse(message, "it names no task")
+
+    def on_unknown_task(self, body: object, message: Any, exc: Exception) -> None:  # noqa: ARG002
+        """A task of this name does not exist here."""
+        name = str(message.headers.get("task"))[:60]
+        known = sorted(task for task in self.app.tasks if task.startswith("gradcam."))
+        self._refuse(message, f"there is no task {name!r}; there are {', '.join(known)}")
+
+    def _refuse(self, message: Any, why: str) -> None:
+        """Write down why, under the message's own id, then take it from the queue.
+
+        Where the ledger is out of reach it goes back to the end of the queue, and comes again.
+        """
+        headers = message.headers if isinstance(message.headers, dict) else {}
+        try:
+            self.app.refuse_message(str(headers.get("id")), why)
+        except LedgerUnavailable as error:
+            log.warning("message %r goes back: %s", headers.get("id"), error)
+            message.reject_log_error(log, self.connection_errors, requeue=True)
+            return
+        except Exception:
+            log.exception("a message that is no job could not be written down")
+        message.ack_log_error(log, self.connection_errors)

@@ -1,0 +1,440 @@
+"""Kombu's Redis transport, made to keep its connections and to survive what strangers put into a queue."""
+
+import hashlib
+import json
+import logging
+import math
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import redis.exceptions
+from kombu.exceptions import KombuError
+from kombu.transport import redis as kombu_redis
+from kombu.transport import virtual
+from kombu.utils.encoding import bytes_to_str
+
+from gradcam_worker.broker import message as envelope
+from gradcam_worker.schemas import strict_json
+from gradcam_worker.schemas.model import utc_now
+
+log = logging.getLogger("gradcam")
+
+ASIDE = "unreadable"  # a list in Redis, and with `:count` how many there ever were
+ASIDE_MOST = 100  # items
+ASIDE_BYTES = 200  # of each item: enough to see what it is
+ASIDE_MS = 7 * 86_400_000  # after the last one
+IGNORED_EVERY_S = 10.0  # between two lines about remote commands
+LIST_S = 1.0  # between two looks at all lists
+PEEK_S = 1  # that a thread waits at its list at a time
+NOT_ALLOWED = ""  # in the place of a script that may not be run here
+LOOK_S = 0.05  # that the other queues are waited for, while one has no room: it may have some any moment
+EMPTY = kombu_redis.Empty
+
+# KEYS: lists in the order in which they are looked at, then `unacked` and its index. ARGV: the delivery tag,
+# the time, and the queue of each list as JSON. -> which list, and the item; or nil. Written first, and popped
+# then: where there is no memory to write it down, it stays where it is.
+RECEIVE = """
+for index = 1, #KEYS - 2 do
+  local item = redis.call('LINDEX', KEYS[index], -1)
+  if item then
+    redis.call('HSET', KEYS[#KEYS - 1], ARGV[1], '[' .. item .. ', "", ' .. ARGV[index + 2] .. ']')
+    redis.call('ZADD', KEYS[#KEYS], ARGV[2], ARGV[1])
+    redis.call('RPOP', KEYS[index])
+    return {index, item}
+  end
+end
+return false
+"""
+
+
+class QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
+    """Kombu's book of unacknowledged messages, where one that is rubbish does not keep the others there."""
+
+    def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
+        """Put a message back into its queue; what cannot be put back is set aside."""
+        with self.channel.conn_or_acquire(client) as connected:
+            held = connected.hget(self.unacked_key, tag)
+            if held and not envelope.restorable(held):
+                opened = envelope.reopened(held, self.channel.max_message_bytes, self.channel.tasks)
+                if opened is None:
+                    self.channel.set_aside(held, self.unacked_key, "it cannot be put back into a queue")
+                    self._remove_from_indices(tag).execute()
+                    return
+                connected.hset(self.unacked_key, tag, opened)
+            super().restore_by_tag(tag, connected, leftmost)
+
+
+class Message(virtual.Message):  # type: ignore[misc]
+    """Kombu's message, which tells its channel where it could not be acknowledged: kombu only logs that."""
+
+    def ack_log_error(self, logger: Any, errors: Any, multiple: bool = False) -> None:  # noqa: ARG002
+        """Acknowledge it; see `Channel.unsettled`."""
+        self._settle(partial(self.ack, multiple=multiple), errors)
+
+    def reject_log_error(self, logger: Any, errors: Any, requeue: bool = False) -> None:  # noqa: ARG002
+        """Give it back, or drop it; see `Channel.unsettled`."""
+        self._settle(partial(self.reject, requeue=requeue), errors)
+
+    def _settle(self, how: Callable[[], None], errors: Any) -> None:
+        try:
+            how()
+        except (*errors, redis.exceptions.RedisError) as error:
+            self.channel.unsettled(self.headers.get("id"), error)
+
+
+class Channel(kombu_redis.Channel):  # type: ignore[misc]
+    """Kombu's channel, with one Redis client for as long as its pool of connections lives.
+
+    As it comes, it makes a client anew for each message that it receives and for each that it
+    acknowledges: a sixth of the CPU time of a worker whose jobs do nothing. And when a broker that
+    restarts has closed it, it fails with an AttributeError, over which the worker ends; as it does
+    over an item that is no JSON, or not what kombu itself would write.
+    """
+
+    QoS = QoS
+    Message = Message
+    from_transport_options = (
+        *kombu_redis.Channel.from_transport_options,
+        "max_message_bytes",
+        "most_in_hand",
+        "tasks",
+        "peeked",
+    )
+    max_message_bytes = 1024 * 1024  # of a job as JSON
+    on_unsettled: Callable[[Exception], None] = staticmethod(lambda _: None)
+    most_in_hand: Mapping[
+        str, int
+    ] = {}  # queue -> messages that are not yet acknowledged, where it is limited
+
+    tasks: Mapping[str, str] = {}  # queue -> the one task that it is for
+
+    peeked: Sequence[tuple[str, int]] = ()  # queue and priority: lists that are waited at
+
+    _kept: Any = None
+    _peeks: "_Peeks | None" = None
+    _asked_s = 0.0  # when all lists were looked at last
+    _queue_cycle: Any
+    _empty = False  # all queues were, at the last look
+    _receive_sha: str | None = None  # of `RECEIVE`, where the server has it
+    _tag, _lists = "", tuple[str, ...]()  # of the look that is under way: the queue of each list
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        if asynchronous:
+            return super()._create_client(asynchronous)
+        if self._kept is None or self._kept.connection_pool is not self.pool:
+            self._kept = super()._create_client()
+        return self._kept
+
+    def _get_pool(self, asynchronous: bool = False) -> Any:
+        if not (self.connection and self.connection.client):
+            message = "The channel is closed."
+            raise ConnectionError(message)
+        return super()._get_pool(asynchronous)
+
+    def close(self) -> None:
+        """As kombu's, which puts back what is not acknowledged when its connections are closed already.
+
+        For that it opens others, which nobody would close. That it cannot be put back now is no reason to
+        leave anything open: it comes again when its visibility timeout is over.
+        """
+        try:
+            super().close()
+        except (redis.exceptions.RedisError, KombuError, OSError) as error:
+            log.debug("messages were not put back: %s", error)
+        finally:
+            self.closed = True
+            self._kept = None
+            if self._peeks:
+                self._peeks.close()
+            self._disconnect_pools()
+
+    def has_room(self, queue: str) -> bool:
+        """Whether another message of this queue may be received now."""
+        most = self.most_in_hand.get(queue)
+        return most is None or self._in_hand(queue) < most
+
+    def _in_hand(self, queue: str) -> int:
+        # Kombu has no other way. What is acknowledged it strikes out when the next message comes, which for
+        # want of room would be never.
+        held = self.unacknowledged().values()
+        return sum(one.delivery_info.get("routing_key") == queue for one in held)
+
+    def unacknowledged(self) -> dict[str, Any]:
+        """The messages that were received here and are not acknowledged yet, by delivery tag."""
+        book = self.qos
+        return {tag: one for tag, one in [*book._delivered.items()] if tag not in book._dirty}  # noqa: SLF001
+
+    def unsettled(self, message_id: object, error: Exception) -> None:
+        """A message could not be acknowledged. It comes again, here or elsewhere, and then costs nothing."""
+        if self.closed:  # its connection was given up meanwhile, and all that it held
+            log.debug("message %s was received by a connection that is closed: %s", message_id, error)
+            return
+        log.debug("message %s could not be acknowledged: %s", message_id, error)
+        self.on_unsettled(error)
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        """Ask for the next item of the queues that have room; soon again, where one has none just now.
+
+        As long as there are any, each is written down as unacknowledged in the step that takes it: whoever
+        dies before he reads it loses nothing. Where all queues are empty the next one is waited for without
+        taking it (see `_Peeks`); with BRPOP, which cannot do that, only where nobody peeks.
+        """
+        peeks = self._peeks if self._peeks and self._peeks.can else None
+        if peeks and self._empty and time.monotonic() - self._asked_s < LIST_S:
+            peeks.begin()
+            return
+        if (peeks or not self._empty) and self._ask_for_one():
+            return
+        every: Any = self._queue_cycle
+        self._queue_cycle, self._tag = _WithRoom(every, self.has_room), ""
+        try:
+            super()._brpop_start(timeout if all(map(self.has_room, self.most_in_hand)) else LOOK_S)
+        finally:
+            self._queue_cycle = every
+
+    def _ask_for_one(self) -> bool:
+        """Ask by `RECEIVE`; False where that cannot be done."""
+        queues = [
+            queue for queue in self._queue_cycle.consume(len(self.active_queues)) if self.has_room(queue)
+        ]
+        if not queues or self._receive_sha == NOT_ALLOWED:
+            return False
+        if self._receive_sha is None:
+            self._receive_sha = self._load_receive()
+            if self._receive_sha == NOT_ALLOWED:
+                return False
+        self._lists = tuple(queue for _ in self.priority_steps for queue in queues)
+        lists = [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
+        keys = [f"{self.global_keyprefix}{one}" for one in (*lists, self.unacked_key, self.unacked_index_key)]
+        self._tag, connection = str(uuid.uuid4()), self.client.connection
+        self._in_poll = connection
+        self._asked_s = self._brpop_sent_at = time.monotonic()
+        told = [self._tag, time.time(), *map(json.dumps, self._lists)]
+        connection.send_command("EVALSHA", self._receive_sha, len(keys), *keys, *told)
+        return True
+
+    def wait_by_peeking(self, wake: Callable[[], object]) -> None:
+        """From now on, take nothing while waiting; `wake`, called from any thread, has the loop go round."""
+
+        def found() -> None:
+            self._empty = False
+            wake()
+
+        if self._peeks is None and self._receive_sha != NOT_ALLOWED:
+            self._peeks = _Peeks(self, found)
+
+    def _load_receive(self) -> str:
+        try:
+            return str(bytes_to_str(self._create_client().script_load(RECEIVE)))
+        except redis.exceptions.NoPermissionError as error:
+            said = "messages are received by BRPOP alone, which may lose one where a process is killed: %s"
+            log.warning(said, error)
+            return NOT_ALLOWED
+
+    def _brpop_read(self, **options: Any) -> bool:
+        """Receive one item, and deliver what it is a message of. As kombu's, but for the reading."""
+        tag, asked = self._tag, "EVALSHA" if self._tag else "BRPOP"
+        try:
+            try:
+                received = self.client.parse_response(self.client.connection, asked, **options)
+            except self.connection_errors:
+                self.client.connection.disconnect()  # the next look connects again
+                raise
+            except redis.exceptions.NoScriptError:  # the server has been started again
+                self._receive_sha = None
+                raise EMPTY from None
+            self._empty = not received
+            if not received:
+                raise EMPTY
+            where, item = received
+            queue = self._lists[where - 1] if tag else bytes_to_str(where).rsplit(self.sep, 1)[0]
+            self._queue_cycle.rotate(queue)
+            if message := self._opened(item, queue, tag):
+                self.connection._deliver(message, queue)  # noqa: SLF001  # a channel is part of its transport
+            elif tag:
+                self.qos._remove_from_indices(tag).execute()  # noqa: SLF001  # as above
+            return True
+        finally:
+            self._in_poll = None
+            self._flush_brpop_reauth()
+
+    def _get(self, queue: str) -> Any:
+        """Receive one item without waiting; see `_brpop_read`."""
+        with self.conn_or_acquire() as client:
+            for step in self.priority_steps:
+                while item := client.rpop(self._q_for_pri(queue, step)):
+                    if message := self._opened(item, queue):
+                        return message
+        raise EMPTY
+
+    def _opened(self, item: bytes, queue: str, tag: str = "") -> dict[str, Any] | None:
+        """The message that an item is; where it is none, one that says so; None where nobody can be told.
+
+        `tag`: under which it is written down already, if it is.
+        """
+        try:
+            message = envelope.read(item, queue, self.max_message_bytes, self.tasks.get(queue, ""))
+        except strict_json.Unreadable as error:
+            message_id = envelope.identify(item)
+            if not message_id:
+                self.set_aside(item, queue, str(error))
+                return None
+            message = envelope.stand_in(message_id, queue, str(error))
+        if tag:
+            message["properties"]["delivery_tag"] = tag
+        return message
+
+    def _handle_message(self, client: Any, r: Any) -> dict[str, Any]:
+        """A remote command: only what asks, and changes nothing, gets through to Celery."""
+        found: dict[str, Any] = super()._handle_message(client, r)
+        if bytes_to_str(found["type"]).endswith("message") and found["data"]:
+            try:
+                found["data"] = envelope.question(found["data"])
+            except strict_json.Unreadable as error:
+                found["data"] = None  # nothing to deliver
+                if count := ignored():
+                    log.warning("remote command ignored: %s (%d since the last such line)", error, count)
+        return found
+
+    def _lookup(self, exchange: str, routing_key: str, default: Any = None) -> list[str]:
+        """Where something goes. Answers go to whoever asked, whatever is said to be bound there."""
+        queues: list[str] = super()._lookup(exchange, routing_key, default)
+        if exchange == envelope.REPLIES:
+            return [queue for queue in queues if queue.endswith(f".{exchange}")]
+        return queues
+
+    def set_aside(self, item: bytes, queue: str, why: str) -> None:
+        """Keep how a nameless item begins, for the operator to see. Never raises."""
+        _say(item, queue, why)
+        record = {
+            "at": utc_now().isoformat(),
+            "queue": queue,
+            "why": why,
+            "bytes": len(item),
+            "sha256": hashlib.sha256(item).hexdigest(),
+            "begins": item[:ASIDE_BYTES].decode(errors="backslashreplace"),
+        }
+        key = f"{self.global_keyprefix}{ASIDE}"
+        try:
+            plain = redis.Redis(connection_pool=self.pool)  # kombu's own prefixes some commands, and some not
+            with plain.pipeline() as pipe:
+                pipe.lpush(key, json.dumps(record))
+                pipe.ltrim(key, 0, ASIDE_MOST - 1)
+                pipe.pexpire(key, ASIDE_MS)
+                pipe.incr(f"{key}:count")
+                pipe.execute()
+        except (redis.exceptions.RedisError, KombuError, OSError) as error:
+            log.error("it could not be kept in %s: %s", key, error)  # noqa: TRY400  # the cause is named
+
+
+class Transport(kombu_redis.Transport):  # type: ignore[misc]
+    """Kombu's Redis, by our channel; a node that takes no writes after a failover is left for a new one."""
+
+    Channel = Channel
+    connection_errors = (*kombu_redis.Transport.connection_errors, redis.exceptions.ReadOnlyError)
+
+
+class _Peeks:
+    """Threads that wait for items without taking any, each at one list.
+
+    BLMOVE from the end of a list to its very end changes nothing, and waits until there is something to
+    move. Of several lists no command of Redis can wait for one without taking from it.
+    """
+
+    def __init__(self, channel: Channel, found: Callable[[], None]) -> None:
+        """`found` is called when there is something."""
+        self.can = True
+        self._channel, self._found = channel, found
+        self._wanted = threading.Event()
+        pool = channel._get_pool()  # noqa: SLF001  # kombu has no other way
+        self._client = redis.Redis(connection_pool=pool)
+        for queue, step in channel.peeked:
+            key = f"{channel.global_keyprefix}{channel._q_for_pri(queue, step)}"  # noqa: SLF001  # as above
+            threading.Thread(target=self._keep, args=[queue, key], name="peek", daemon=True).start()
+
+    def begin(self) -> None:
+        """Wait, until something is found."""
+        self._wanted.set()
+
+    def close(self) -> None:
+        """End the threads and their connections."""
+        self.can = False
+        self._wanted.set()
+        self._client.connection_pool.disconnect()
+
+    def _keep(self, queue: str, key: str) -> None:
+        while self.can:
+            if not self._wanted.wait(LIST_S):
+                continue
+            if not self._channel.has_room(queue):
+                time.sleep(LOOK_S)
+                continue
+            try:
+                item = self._client.blmove(key, key, PEEK_S, "RIGHT", "RIGHT")
+            except redis.exceptions.ReadOnlyError as error:  # a failover: nobody else would notice
+                self._failed(error)
+            except BaseException as error:  # noqa: BLE001  # it is the loop's connection that tells of an outage
+                if "unknown command" in str(error) or isinstance(error, redis.exceptions.NoPermissionError):
+                    self._give_up(error)
+                time.sleep(LIST_S)
+            else:
+                if item is not None:
+                    self._wanted.clear()
+                    self._found()
+
+    def _failed(self, error: Exception) -> None:
+        if self.can:
+            self._channel.on_unsettled(error)
+        time.sleep(LIST_S)
+
+    def _give_up(self, error: BaseException) -> None:
+        if self.can:
+            log.warning("a process that is killed may lose a message, as BLMOVE is not to be had: %s", error)
+        self.can = False
+        self._found()
+
+
+class _WithRoom:
+    """A cycle of queues without those that have no room."""
+
+    def __init__(self, cycle: Any, has_room: Callable[[str], bool]) -> None:
+        self._cycle, self._has_room = cycle, has_room
+
+    def consume(self, count: int) -> list[str]:
+        return [queue for queue in self._cycle.consume(count) if self._has_room(queue)]
+
+
+class Seldom:
+    """Counts what would be said, so that it is said at most once in a while."""
+
+    def __init__(self, every_s: float) -> None:
+        """Nothing was said yet."""
+        self.every_s, self._count, self._said_s = every_s, 0, -math.inf
+
+    def __call__(self) -> int:
+        """Once more. How often it has been since it was said; 0: it is not to be said now."""
+        self._count += 1
+        now_s = time.monotonic()
+        if now_s - self._said_s < self.every_s:
+            return 0
+        count, self._count, self._said_s = self._count, 0, now_s
+        return count
+
+
+ignored = Seldom(IGNORED_EVERY_S)  # remote commands, of all connections
+
+
+def _say(item: bytes, place: str, why: str) -> None:
+    """Its contents are nobody's to read in a log."""
+    digest = hashlib.sha256(item).hexdigest()
+    log.error(
+        "an item in %s is no message, and names no id: %s (%d bytes, sha256 %s)",
+        place,
+        why,
+        len(item),
+        digest,
+    )

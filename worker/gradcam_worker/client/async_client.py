@@ -1,0 +1,122 @@
+"""The client for asyncio: the same names, awaitable. Waiting for a job holds no thread.
+
+>>> async with AsyncGradcamClient("redis://127.0.0.1:6379/0") as client:
+...     job_id = await client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 5})
+...     async for document in client.stream(job_id):
+...         print(document.status, document.stage)
+
+A short call runs in a thread of the client's own, of which there are at most `CALLS_AT_ONCE`: a Redis that is
+away holds nobody up who uses the event loop's executor. The time that a call waits for a thread is taken from
+what Redis gets: see `gradcam_worker.client.client.PATIENCE_S`. Cancelling the task that awaits a call does not take it back:
+a job whose submission was cancelled may have been accepted.
+"""
+
+import asyncio
+import contextvars
+import functools
+import os
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, closing, suppress
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+from gradcam_worker.client.client import GradcamClient, call_late
+from gradcam_worker.client.waiter import Listener
+from gradcam_worker.errors import WaitTimeout
+from gradcam_worker.schemas.job import StatusDocument
+from gradcam_worker.settings import Settings
+
+CALLS_AT_ONCE = 32
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _awaitable(
+    method: Callable[Concatenate[GradcamClient, P], R],
+) -> Callable[Concatenate["AsyncGradcamClient", P], Coroutine[Any, Any, R]]:
+    """A method of the client, called in a thread."""
+
+    @functools.wraps(method)
+    async def call(self: "AsyncGradcamClient", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await self._called(functools.partial(method, self.client, *args, **kwargs))
+
+    return call
+
+
+class AsyncGradcamClient:
+    """A `GradcamClient` for event loops: one may serve several, and threads beside them."""
+
+    def __init__(
+        self,
+        broker_url: str | None = None,
+        status_url: str | None = None,
+        *,
+        settings: Settings | None = None,
+        client: GradcamClient | None = None,
+    ) -> None:
+        """As `GradcamClient`; or a face of a `client` that is there already."""
+        self.client = client or GradcamClient(broker_url, status_url, settings=settings)
+        self._threads: dict[int, ThreadPoolExecutor] = {}  # by process: they do not survive a fork
+
+    submit = _awaitable(GradcamClient.submit)
+    submit_many = _awaitable(GradcamClient.submit_many)
+    status = _awaitable(GradcamClient.status)
+    statuses = _awaitable(GradcamClient.statuses)
+    cancel = _awaitable(GradcamClient.cancel)
+    retry = _awaitable(GradcamClient.retry)
+    result = _awaitable(GradcamClient.result)
+    upload_and_submit = _awaitable(GradcamClient.upload_and_submit)
+
+    async def close(self) -> None:
+        """See `GradcamClient.close`; its threads end when they have done what they were asked for."""
+        await self._called(self.client.close)
+        if pool := self._threads.pop(os.getpid(), None):
+            pool.shutdown(wait=False)
+
+    def is_upload(self, uri: str, *others: str) -> bool:
+        """See `GradcamClient.is_upload`. It asks nobody."""
+        return self.client.is_upload(uri, *others)
+
+    async def wait(self, job_id: str, timeout_s: float = 120) -> StatusDocument:
+        """See `GradcamClient.wait`."""
+        async with aclosing(self.stream(job_id, timeout_s)) as documents:
+            return [document async for document in documents][-1]
+
+    async def stream(
+        self, job_id: str, timeout_s: float | None = None
+    ) -> AsyncGenerator[StatusDocument, None]:
+        """See `GradcamClient.stream`. Whoever may leave it early closes it: `contextlib.aclosing`."""
+        loop, woken, watcher = asyncio.get_running_loop(), asyncio.Event(), self.client.watcher
+        wake = functools.partial(loop.call_soon_threadsafe, woken.set)
+        listener = Listener(job_id, wake, timeout_s)
+        listener.tell(await self._called(functools.partial(watcher.look, listener.job_id)))
+        try:
+            with closing(watcher.follow(listener)) as steps:
+                for step in steps:
+                    if isinstance(step, StatusDocument):
+                        yield step
+                    else:
+                        with suppress(TimeoutError):
+                            async with asyncio.timeout(step):
+                                await woken.wait()
+                        woken.clear()
+        except WaitTimeout as late:
+            raise await self._called(functools.partial(watcher.explained, late)) from None
+
+    async def _called(self, method: Callable[[], R]) -> R:
+        """Call it in a thread, in the context of whoever awaits it."""
+        mine = os.getpid()
+        if mine not in self._threads:
+            self._threads = {mine: ThreadPoolExecutor(CALLS_AT_ONCE, "gradcam-client")}
+        in_context = contextvars.copy_context().run
+        call = functools.partial(in_context, call_late, time.monotonic(), method)
+        return await asyncio.get_running_loop().run_in_executor(self._threads[mine], call)
+
+    async def __aenter__(self) -> Self:
+        """Nothing is connected yet."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """See `close`."""
+        await self.close()

@@ -1,0 +1,370 @@
+"""For web apps and scripts: submit a job, ask how it is, wait for it. No numpy, no TensorFlow.
+
+>>> client = GradcamClient("redis://127.0.0.1:6379/0")
+>>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 5})
+>>> client.wait(job_id).status
+>>> client.result(job_id).urls  # of each overlay and array, for a browser
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, Generic, Self, TypeVar
+
+from gradcam_worker.broker import app
+from gradcam_worker.broker import message as envelope
+from gradcam_worker.client import results
+from gradcam_worker.client.results import Objects, Result
+from gradcam_worker.client.waiter import Watcher
+from gradcam_worker.errors import (
+    BrokerUnavailable,
+    GradcamError,
+    IdempotencyConflict,
+    InvalidJob,
+    LedgerUnavailable,
+    LocalError,
+)
+from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.observability import tracing
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.resilience.retry import Patience
+from gradcam_worker.schemas.job import Job, StatusDocument, why_no_uri
+from gradcam_worker.settings import Settings
+
+log = logging.getLogger("gradcam")
+
+TIMEOUT_S = 2  # for one answer of Redis: a web request is waiting
+PATIENCE_S = 5.0  # for which Redis is asked again where it is out of reach; one more answer may follow
+PAUSE_S = 0.5  # between two tries at most
+CHUNK, CHUNK_BYTES = 500, 4 * 1024**2  # jobs, and bytes of them as JSON, in one step of `submit_many`
+T = TypeVar("T")
+_late_s: ContextVar[float] = ContextVar("gradcam_late_s", default=0)  # that a call had to wait for a thread
+
+
+class GradcamClient:
+    """Submits jobs and reads what became of them.
+
+    May be shared between threads, used where an event loop runs, and made before a process is forked. A
+    Redis that is out of reach is asked again for `PATIENCE_S`; then LedgerUnavailable says what is known. One
+    that refuses the password, the user or the database is not.
+    """
+
+    def __init__(
+        self,
+        broker_url: str | None = None,
+        status_url: str | None = None,
+        *,
+        settings: Settings | None = None,
+        ledger: Ledger | None = None,
+        publish: Callable[[Job], None] | None = None,
+        objects: Objects | None = None,
+    ) -> None:
+        """Without URLs, `GRADCAM_BROKER_URL` and `GRADCAM_LEDGER_URL` are used. Raises InvalidSettings.
+
+        `ledger`, `publish` and `objects` stand in for Redis and S3 in unit tests: see
+        `gradcam_worker.testing`.
+        """
+        change = settings.changed if settings else Settings.from_environment
+        self._settings = settings = change(broker_url=broker_url, ledger_url=status_url)
+        self._traces = tracing.to(settings.traces, "gradcam-client")
+        self._ledger = ledger or RedisLedger(settings, timeout_s=TIMEOUT_S, retries=0)
+        self.watcher = Watcher(self._ledger)
+        self._bell, self._publish = app.Bell(settings, timeout_s=TIMEOUT_S), publish
+        self._objects = objects or results.Places(settings)
+
+    def submit(
+        self, job: Job | Mapping[str, Any] | None = None, /, *, retry_failed: bool = False, **fields: Any
+    ) -> str:
+        """Enter a job in the ledger, ring the queue, return the job's id.
+
+        Give a `Job`, or its fields: `image`, `network` and `target` at least. Submitting the same
+        job again (by id, or by `idempotency_key`) returns the first one's id and runs nothing twice. Where
+        that one has failed, `retry_failed` has it tried again; without it the failure stays what it is.
+
+        A job that is in the ledger is accepted: where the broker is out of reach just then, a worker finds
+        the job within a minute of its turn. Raises InvalidJob, IdempotencyConflict, and LedgerUnavailable,
+        which says whether the job was not accepted, or that it is not known: `in_doubt` has its id then, and
+        submitted again with the same id or key it runs once.
+        """
+        if job is not None and fields:
+            message = f"Give a job or its fields, not both: {', '.join(fields)} came with a job."
+            raise InvalidJob(message)
+        job = _job(fields if job is None else job)
+        with self._traces.joined("submit", job.traceparent, kind="PRODUCER", job_id=job.id):
+            return self._submit(_traced(job), retry_failed=retry_failed)
+
+    def _submit(self, job: Job, *, retry_failed: bool) -> str:
+        self._check(job)
+        patience = _patience()
+        (entered,) = self._enter([job], patience, retry_failed=retry_failed)
+        if isinstance(entered, IdempotencyConflict):
+            raise entered
+        if entered.status == "failed":
+            log.info("job %s has failed before: retry, or retry_failed=True, tries it again", entered.id)
+        self._ring([(job, entered)], patience)
+        return entered.id
+
+    def submit_many(
+        self, jobs: Iterable[Job | Mapping[str, Any]], *, retry_failed: bool = False
+    ) -> list[str]:
+        """Submit jobs, or the fields of jobs, hundreds in a round trip; return their ids in the same order.
+
+        They are taken from `jobs` as they are needed: a generator of a million is not held in memory.
+        Raises as `submit` does, when all jobs before the one that is wrong are accepted: the error has
+        their ids in `accepted`, and says the number of the job. What follows it is not accepted. With
+        LedgerUnavailable, of those in `in_doubt` it is not known.
+        """
+        ids: list[str] = []
+        insists, left = True, iter(jobs)
+        while True:
+            chunk, problem = self._taken(left)
+            if not chunk and not problem:
+                return ids
+            try:
+                entered = self._enter(chunk, _patience(), retry_failed=retry_failed) if chunk else []
+            except LedgerUnavailable as error:
+                error.accepted = tuple(ids)
+                raise
+            accepted = []
+            for job, held in zip(chunk, entered, strict=False):
+                if isinstance(held, IdempotencyConflict):
+                    problem = held
+                else:
+                    accepted.append((job, held))
+            ids += [held.id for _, held in accepted]
+            # A broker that has been out of reach for so long is not waited for with every chunk again.
+            insists = self._ring(accepted, _patience(insists=insists))
+            if problem:
+                raise _numbered(problem, ids) from problem
+
+    def _taken(self, left: Iterator[Job | Mapping[str, Any]]) -> tuple[list[Job], Exception | None]:
+        """The next jobs, checked, and what is wrong with the one after them; none where there are no more."""
+        chunk: list[Job] = []
+        size = 0
+        try:
+            for one in left:
+                job = _traced(_job(one))
+                size += self._check(job)
+                chunk.append(job)
+                if len(chunk) >= CHUNK or size >= CHUNK_BYTES:
+                    break
+        except Exception as error:  # noqa: BLE001  # the caller's own, too: raised when these are accepted
+            return chunk, error
+        return chunk, None
+
+    def _check(self, job: Job) -> int:
+        """How many bytes a job has. Raises InvalidJob where no worker would read it, or its image."""
+        text = job.to_json().encode()
+        envelope.check(text, self._settings.max_message_bytes)
+        if why := why_no_uri(job.image.uri):
+            message = f"This is not a job: image.uri: {why}."
+            raise InvalidJob(message)
+        return len(text)
+
+    def _enter(
+        self, jobs: Sequence[Job], patience: Patience, *, retry_failed: bool
+    ) -> list[StatusDocument | IdempotencyConflict]:
+        """Enter jobs in the ledger: see `Ledger.submit_many`. Doing it twice is harmless."""
+        asked = _Asked(lambda: self._ledger.submit_many(jobs, retry_failed=retry_failed))
+        try:
+            return patience.insist(asked, (LedgerUnavailable,), _hopeless)
+        except LedgerUnavailable as error:
+            which = f"job {jobs[0].id} was" if len(jobs) == 1 else f"{len(jobs)} jobs were"
+            if not asked.in_doubt:
+                known = f"{which[0].upper()}{which[1:]} not accepted."
+                raise error.saying(known) from error
+            again = "submit again with the same id, or idempotency key, and nothing runs twice"
+            doubt = error.saying(f"Whether {which} accepted is not known: {again}.")
+            doubt.in_doubt = tuple(job.id for job in jobs)
+            raise doubt from error
+
+    def _ring(self, entered: Sequence[tuple[Job, StatusDocument]], patience: Patience) -> bool:
+        """Ring for jobs that are in the ledger and wait; whether the broker could be reached.
+
+        Also for one that was there before: perhaps its message was not.
+        """
+        waiting = [
+            (job.model_copy(update={"id": held.id}), held) for job, held in entered if held.status == "queued"
+        ]
+
+        def ring() -> None:
+            if self._publish:
+                for job, _ in waiting:
+                    self._publish(job)
+            else:
+                self._bell.publish((job, held.created_at) for job, held in waiting)
+
+        try:
+            patience.insist(ring, (BrokerUnavailable,), _hopeless)
+        except BrokerUnavailable as error:
+            which = f"job {waiting[0][0].id} is" if len(waiting) == 1 else f"{len(waiting)} jobs are"
+            log.warning("%s accepted, but nobody could be told at once: %s", which, error)
+            return False
+        return True
+
+    def status(self, job_id: str) -> StatusDocument:
+        """What is known about a job. Raises UnknownJob, LedgerUnavailable."""
+        return self._insist(lambda: self._ledger.read(job_id))
+
+    def statuses(self, job_ids: Iterable[str]) -> dict[str, StatusDocument]:
+        """What is known about many jobs, in one round trip. Raises LedgerUnavailable."""
+        ids = [str(job_id) for job_id in job_ids]
+        return self._insist(lambda: self._ledger.read_many(ids))
+
+    def cancel(self, job_id: str) -> StatusDocument:
+        """Stop a job: one that waits is `canceled` at once, a running one as soon as its worker sees it.
+
+        A final one stays as it is: look at the document's `status`. Raises UnknownJob, LedgerUnavailable.
+        """
+        return self._changed(lambda: self._ledger.cancel(job_id), f"job {job_id} was", "cancelled")
+
+    def retry(self, job_id: str) -> StatusDocument:
+        """Try a failed job again, as the same one: its id, its idempotency key and its webhooks stay.
+
+        It is queued again with all its attempts; webhooks are told how it ends this time, too. One that waits
+        or runs is left as it is. Raises JobNotFailed (a job that succeeded, was canceled or expired is
+        submitted as a new one), UnknownJob, LedgerUnavailable.
+        """
+        document = self._changed(lambda: self._ledger.retry(job_id), f"job {job_id} is", "tried again")
+        try:
+            job = self._insist(lambda: self._ledger.job(document.id))
+        except LedgerUnavailable as error:
+            log.warning("job %s is queued again, but nobody could be told at once: %s", document.id, error)
+            return document
+        if isinstance(job, Job):
+            self._ring([(job, document)], _patience())
+        return document
+
+    def _changed(self, ask: Callable[[], T], which: str, done: str) -> T:
+        asked = _Asked(ask)
+        try:
+            return self._insist(asked)
+        except LedgerUnavailable as error:
+            doubt = f"Whether {which} {done} is not known: ask again."
+            known = f"{which[0].upper()}{which[1:]} not {done}."
+            raise error.saying(doubt if asked.in_doubt else known) from error
+
+    def _insist(self, ask: Callable[[], T]) -> T:
+        return _patience().insist(ask, (LedgerUnavailable,), _hopeless)
+
+    def result(self, job_id: str, *, manifest_uri: str | None = None, expires_s: int = 3600) -> Result:
+        """What a job that succeeded has left: its manifest, and a URL for each artifact, good for so long.
+
+        Whoever has such a URL can read that one object: it is what a page may hold. The manifest is read
+        with the settings `GRADCAM_S3_*`. The ledger knows where it is, and forgets a job after a week: then
+        say the `manifest_uri` that you have kept (never one that a stranger sent). Raises NoResult where the
+        job has not succeeded, UnknownJob, StorageUnavailable, InvalidSettings, LedgerUnavailable.
+        """
+        where = manifest_uri or results.manifest_uri(self.status(job_id))
+        return results.read(str(job_id), where, self._objects, expires_s)
+
+    def upload_and_submit(
+        self,
+        /,
+        image: Path | str | bytes,
+        *,
+        to: str | None = None,
+        retry_failed: bool = False,
+        **fields: Any,
+    ) -> str:
+        """Put a file of this machine, or bytes, into storage, and submit a job for it; return the job's id.
+
+        It goes below `to`, or `GRADCAM_UPLOADS`, under its own sha256: the same bytes are kept once.
+        `fields` are those of `submit`, without the image. Raises as `submit` does, and ImageTooLarge,
+        ImageNotFound, StorageUnavailable, InvalidSettings; nothing is uploaded for a job that is wrong.
+        """
+        upload = results.upload_of(image, to or self._settings.uploads, self._settings.max_image_bytes)
+        job = Job.parse({**fields, "image": {"uri": upload.uri, "sha256": upload.sha256}})
+        self._check(job)
+        self._objects.put(upload.uri, upload.data, upload.media_type)
+        return self.submit(job, retry_failed=retry_failed)
+
+    def is_upload(self, uri: str, *others: str) -> bool:
+        """Whether a URI lies below `GRADCAM_UPLOADS`, or below one of `others`, as `s3://photos/public`.
+
+        For apps that take URIs from strangers: workers can read more than these may see.
+        """
+        places = [one for one in (self._settings.uploads, *others) if one]
+        return any(results.is_below(uri, one) for one in places)
+
+    def wait(self, job_id: str, timeout_s: float = 120) -> StatusDocument:
+        """Wait until a job is final, whichever way it ended. The last of `stream`; raises as it does."""
+        *_, document = self.stream(job_id, timeout_s)
+        return document
+
+    def stream(self, job_id: str, timeout_s: float | None = None) -> Iterator[StatusDocument]:
+        """The document of a job as it is, then each later one as it is written; the final one is the last.
+
+        Where several are written while the caller is busy with one, he gets the latest of them. A ledger out
+        of reach is waited for, for a minute and not beyond `timeout_s`. Raises WaitTimeout, UnknownJob, and
+        LedgerUnavailable where it stayed out of reach, or the client was closed.
+        """
+        return self.watcher.stream(job_id, timeout_s)
+
+    def close(self) -> None:
+        """Close every connection: who still waits gets LedgerUnavailable. Used again, it connects again."""
+        self.watcher.close()
+        self._ledger.close()
+        self._bell.close()
+
+    def __enter__(self) -> Self:
+        """Nothing is connected yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """See `close`."""
+        self.close()
+
+
+def _traced(job: Job) -> Job:
+    """The job, in the trace of the span that is current where it is submitted, unless it names its own."""
+    traceparent = job.traceparent or tracing.here()
+    return job if traceparent == job.traceparent else job.model_copy(update={"traceparent": traceparent})
+
+
+class _Asked(Generic[T]):
+    """Asks the ledger to change something, perhaps more than once; `in_doubt`: it may have done so."""
+
+    def __init__(self, ask: Callable[[], T]) -> None:
+        self._ask, self.in_doubt = ask, False
+
+    def __call__(self) -> T:
+        try:
+            return self._ask()
+        except LedgerUnavailable as error:
+            self.in_doubt = self.in_doubt or not error.unsent
+            raise
+
+
+def call_late(asked_at: float, method: Callable[[], T]) -> T:
+    """Call a method of a client that was asked for at this moment (`time.monotonic`), with less patience."""
+    _late_s.set(time.monotonic() - asked_at)
+    return method()
+
+
+def _patience(*, insists: bool = True) -> Patience:
+    left_s = max(PATIENCE_S - _late_s.get(), 0)
+    _late_s.set(0)  # what follows in the same call begins now
+    return Patience(Deadline(math.inf), left_s, insists=insists, longest_pause_s=PAUSE_S)
+
+
+def _hopeless(error: Exception) -> bool:
+    return isinstance(error, LocalError) and error.hopeless
+
+
+def _job(given: Job | Mapping[str, Any]) -> Job:
+    return given if isinstance(given, Job) else Job.parse(given)
+
+
+def _numbered(problem: Exception, accepted: Sequence[str]) -> Exception:
+    """The same error, with the number of its job and those that are accepted."""
+    if not isinstance(problem, GradcamError):
+        log.warning("%d jobs are accepted; the next one could not be had: %r", len(accepted), problem)
+        return problem
+    named = type(problem)(f"Job number {len(accepted) + 1} of those given: {problem}")
+    named.accepted = tuple(accepted)
+    return named

@@ -1,0 +1,226 @@
+"""Brings parcels from the outbox to their recipients, in threads of its own: no job waits for a receiver.
+
+A recipient that does not answer is asked again, with growing pauses, for days; then its parcels are parked,
+and can be replayed. Whoever answers slowly, or never, keeps few of the threads: hosts that have not answered
+the last time, or not yet, may have half of them together and one each.
+"""
+
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any
+
+from gradcam_worker.errors import (
+    DeliveryRefused,
+    EndpointGone,
+    GradcamError,
+    LedgerUnavailable,
+    StatusUnavailable,
+    UriNotAllowed,
+)
+from gradcam_worker.ledger.outbox import Outbox, Parcel
+from gradcam_worker.observability import logs
+from gradcam_worker.observability.events import SILENT, Observer
+from gradcam_worker.observability.tracing import OFF, Traces, trace_id
+from gradcam_worker.resilience.outages import Outage
+from gradcam_worker.schemas.job import StatusEvent
+from gradcam_worker.schemas.model import utc_now
+
+log = logging.getLogger("gradcam")
+
+EVERY_S = 0.2  # between two looks into an empty outbox
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 3 * 3600.0  # after a failed try; doubles
+KEEP_S = 60.0  # more than a delivery takes: another courier gets the recipient if this process dies meanwhile
+TRUSTED = 100  # lanes that are remembered because they answered: beyond that, they begin anew
+END_S = 4.0  # for what is under way when the courier is to stop; it is due again, KEEP_S after it was taken
+
+Deliver = Callable[[Parcel, StatusEvent], None]
+
+
+class Courier:
+    """Takes parcels that are due and delivers them, a few at a time."""
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        to_webhook: Deliver,
+        sinks: Mapping[str, Deliver],
+        *,
+        threads: int,
+        give_up_s: float,
+        keep_s: float = KEEP_S,
+        observer: Observer = SILENT,
+        traces: Traces = OFF,
+        outage: Outage | None = None,
+    ) -> None:
+        """What is delivered raises StatusUnavailable (again later), EndpointGone, DeliveryRefused,
+        UriNotAllowed; within `keep_s`.
+        """
+        self._outbox, self._to_webhook, self._sinks = outbox, to_webhook, sinks
+        self._threads, self._give_up_s, self._keep_s = threads, give_up_s, keep_s
+        self._observer, self._traces = observer, traces
+        self._outage = outage or Outage("the ledger")
+        self._parcels = SimpleQueue[Parcel | None]()
+        self._lock, self._freed = threading.Lock(), threading.Event()
+        self._out: Counter[str] = Counter()  # lane -> parcels that are under way there
+        self._trusted: dict[str, None] = {}  # lanes that answered the last time; the latest is the last
+
+    def keep(self, stopped: threading.Event) -> None:
+        """Deliver until `stopped`; then wait for what is under way, END_S at most."""
+        with self._hands():
+            while not stopped.is_set():
+                self._freed.clear()
+                try:
+                    taken = self._take()
+                except LedgerUnavailable as error:
+                    self._outage.failed(f"nothing can be delivered: {error}")
+                    taken = stopped.wait(EVERY_S)
+                except BaseException:
+                    log.exception("the courier met what nobody foresaw")
+                    taken = stopped.wait(EVERY_S)
+                else:
+                    self._outage.answered()
+                if not taken:
+                    self._freed.wait(EVERY_S)
+            self._wait(END_S)
+
+    def round(self) -> None:
+        """Deliver all that is due, and wait for it. Raises LedgerUnavailable."""
+        with self._hands():
+            while self._take() or self._out.total():
+                self._wait(self._keep_s)
+
+    @contextmanager
+    def _hands(self) -> Iterator[None]:
+        """The threads. Nobody waits for them in the end: a process has to be able to end."""
+        for _ in range(self._threads):
+            threading.Thread(target=self._work, name="courier", daemon=True).start()
+        try:
+            yield
+        finally:
+            for _ in range(self._threads):
+                self._parcels.put(None)
+
+    def _wait(self, seconds: float) -> None:
+        """Until nothing is under way, or for so long."""
+        end = time.monotonic() + seconds
+        while self._out.total() and time.monotonic() < end:
+            self._freed.wait(EVERY_S / 4)
+            self._freed.clear()
+
+    def _take(self) -> bool:
+        """Hand what is due to the threads that are free; whether there was anything."""
+        with self._lock:
+            free = self._threads - self._out.total()
+            most = max(self._threads - 1, 1)  # one lane never has them all
+            room = {lane: max(most - self._out[lane], 0) for lane in self._trusted}
+            doubtful = [lane for lane in (*self._sinks, *self._out) if lane not in room]
+            room |= {lane: 0 if self._out[lane] else 1 for lane in doubtful}
+            others = max(self._threads // 2, 1) - sum(self._out[lane] for lane in dict.fromkeys(doubtful))
+        if not free:
+            return False
+        parcels = self._outbox.take(free, self._keep_s, room, max(others, 0))
+        with self._lock:
+            self._out.update(parcel.lane for parcel in parcels)
+        for parcel in parcels:
+            self._parcels.put(parcel)
+        return bool(parcels)
+
+    def _work(self) -> None:
+        while (parcel := self._parcels.get()) is not None:
+            answered = False
+            try:
+                answered = self._bring(parcel)
+            except LedgerUnavailable as error:
+                self._outage.failed(str(error))  # it comes again by itself, `keep_s` after it was taken
+            except BaseException:
+                log.exception("%s: %s was not delivered", parcel.recipient, parcel.event)
+            self._done(parcel.lane, answered=answered)
+
+    def _done(self, lane: str, *, answered: bool) -> None:
+        with self._lock:
+            self._out[lane] -= 1
+            if not self._out[lane]:
+                del self._out[lane]
+            self._trusted.pop(lane, None)
+            if answered:
+                self._trusted[lane] = None
+                if len(self._trusted) > TRUSTED:
+                    del self._trusted[next(iter(self._trusted))]
+        self._freed.set()
+
+    def _bring(self, parcel: Parcel) -> bool:
+        """Deliver a parcel and write down what became of it; whether its lane answered."""
+        document = parcel.document
+        trace = trace_id(document.traceparent)
+        with logs.about(job_id=document.id, attempt=document.attempt, trace_id=trace):
+            return self._brought(parcel)
+
+    def _brought(self, parcel: Parcel) -> bool:
+        try:
+            self._deliver(parcel)
+        except StatusUnavailable as error:
+            self._again(parcel, error, error.retry_after_s or 0)
+            return False
+        except EndpointGone as error:
+            if parcel.webhook:
+                self._outbox.disable(parcel.webhook.url)
+            self._park(parcel, error)
+        except (DeliveryRefused, UriNotAllowed) as error:
+            if parcel.document.final:
+                self._park(parcel, error)
+            else:
+                log.warning("%s: %s is dropped: %s", parcel.recipient, parcel.event, error)
+                self._observer.delivered("failed")
+                self._outbox.delivered(parcel)  # whoever does not want to hear this may want to hear the end
+        except BaseException as error:
+            log.exception("%s: %s was not delivered", parcel.recipient, parcel.event)
+            self._again(parcel, error, 0)
+            return False
+        else:
+            self._observer.delivered("delivered")
+            self._outbox.delivered(parcel)
+        return True
+
+    def _deliver(self, parcel: Parcel) -> None:
+        event = StatusEvent(type=f"gradcam.{parcel.event}", timestamp=utc_now(), data=parcel.document)
+        if parcel.webhook:
+            traceparent = parcel.document.traceparent
+            known = self._traces if traceparent else OFF  # alone, a delivery is no trace worth looking at
+            facts: dict[str, Any] = {"job_id": parcel.document.id, "event": parcel.event}
+            with known.joined("webhook", traceparent, kind="CLIENT", tries=parcel.tries, **facts):
+                self._to_webhook(parcel, event)
+        elif parcel.lane in self._sinks:
+            self._sinks[parcel.lane](parcel, event)
+        else:
+            message = f"This worker does not know the status backend {parcel.lane!r}."
+            raise StatusUnavailable(message)
+
+    def _again(self, parcel: Parcel, error: BaseException, retry_after_s: float) -> None:
+        """Later: as long as the receiver asks for, else twice as long as the time before; jitter keeps many
+        apart. After `give_up_s`, never.
+        """
+        if parcel.waited_s < self._give_up_s:
+            doubled = min(FIRST_PAUSE_S * 2.0 ** min(parcel.tries, 20), LONGEST_PAUSE_S)
+            pause_s = max(retry_after_s, doubled * random.uniform(0.8, 1.2))  # noqa: S311  # jitter, not a secret
+            self._observer.delivered("failed")
+            self._outbox.postpone(parcel, pause_s, quiet_s=retry_after_s)
+            return
+        self._park(parcel, error)
+        others = 0
+        while more := self._outbox.park_old(parcel.lane, self._give_up_s):
+            others += more
+        if others:
+            self._observer.delivered("parked", others)
+            log.error("%s: %d more recipients there are parked, who waited as long", parcel.lane, others)
+
+    def _park(self, parcel: Parcel, error: BaseException) -> None:
+        why = str(error) if isinstance(error, GradcamError) else type(error).__name__
+        log.error("%s: %s is parked: %s", parcel.recipient, parcel.event, why)
+        self._observer.delivered("parked")
+        self._outbox.park(parcel)

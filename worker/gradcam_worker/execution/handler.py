@@ -1,0 +1,381 @@
+"""One message in, one of four ends out.
+
+done      the job is final: succeeded, failed, canceled or expired, and whoever asked is told
+later     a retryable error: the ledger knows when it is tried again, and the reaper rings then
+dropped   the job was final already, or another attempt has it: the message has nothing to say
+returned  the ledger or the broker is out of reach, or this worker cannot work: the message goes back
+"""
+
+import contextlib
+import logging
+import math
+import random
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from pydantic import AwareDatetime, TypeAdapter
+
+from gradcam_worker.errors import (
+    AttemptFenced,
+    GradcamError,
+    IdempotencyConflict,
+    InternalError,
+    InvalidJob,
+    JobCanceled,
+    LedgerUnavailable,
+    StorageUnavailable,
+    UnknownBackfill,
+    WorkerUnfit,
+)
+from gradcam_worker.execution import pipeline, shards
+from gradcam_worker.execution.leases import Leases
+from gradcam_worker.execution.pipeline import Journey
+from gradcam_worker.execution.services import Outside
+from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.ledger.state_machine import suspected
+from gradcam_worker.observability import logs, tracing
+from gradcam_worker.observability.events import SILENT, Observer
+from gradcam_worker.observability.tracing import OFF, Traces
+from gradcam_worker.resilience.circuit_breaker import Breaker
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.resilience.gate import Floor
+from gradcam_worker.resilience.stall import Stall
+from gradcam_worker.schemas.job import ID_PATTERN, Job, Problem, StatusDocument, WorkerRef
+from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.schemas.shard import Shard, Work, parse
+from gradcam_worker.settings import Settings
+
+log = logging.getLogger("gradcam")
+
+PROGRESS_EVERY_S = 0.5  # stages that pass faster are not worth a round trip
+LEDGER_PATIENCE_S = 30  # a finished job's last word is worth waiting for
+MOMENT = TypeAdapter(AwareDatetime)
+Kind = type[Job] | type[Shard]
+MISPLACED: dict[Kind, str] = {  # why it is refused where a queue is for something else
+    Job: "This is a shard, and among jobs none is taken: only `gradcam backfill` submits shards.",
+    Shard: "This is no shard, and its queue is for nothing else: send jobs to gradcam.interactive or "
+    "gradcam.bulk.",
+}
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where messages are handled."""
+
+    settings: Settings
+    ledger: Ledger
+    outside: Outside
+    worker: WorkerRef
+    leases: Leases
+    breaker: Breaker
+    floor: Floor = field(default_factory=Floor)
+    observer: Observer = SILENT
+    traces: Traces = OFF
+    admits: Callable[[Shard], bool] = lambda _: (
+        False
+    )  # whether a shard is of a backfill that the ledger knows
+    stall: Stall = field(default_factory=lambda: Stall(lambda: False, math.inf))
+
+    def handle(
+        self,
+        payload: object,
+        message_id: str,
+        *,
+        entered_at: object = None,
+        kind: Kind = Job,
+    ) -> str:
+        """Bring one message to its end; return which.
+
+        `entered_at` is when the message says that its job was entered in the ledger, if it says so. `kind` is
+        what the queue that it comes from is for.
+        Raises LedgerUnavailable, WorkerUnfit: the message has to go back.
+        """
+        end = "returned"
+        try:
+            with self.stall.in_hand(), logs.about(job_id=_identify(payload, message_id)):
+                end = self._brought_to_its_end(payload, message_id, entered_at, kind)
+        finally:
+            self.observer.attempt_ended(end)
+        return end
+
+    def _brought_to_its_end(self, payload: object, message_id: str, entered_at: object, kind: Kind) -> str:
+        if self.breaker.open:
+            raise WorkerUnfit(self.breaker.open)
+        job_id = _identify(payload, message_id)
+        try:
+            if entered_at and kind is Job and (end := self._at_once(payload, entered_at)):
+                return end
+            while not (end := self._received(job_id, payload, kind)):
+                pass
+        except (InvalidJob, IdempotencyConflict, UnknownBackfill) as error:
+            if payload == {"id": job_id} and not self.ledger.route(job_id):
+                log.warning("job %s is not in the ledger any more: its message is dropped", job_id)
+                return "dropped"
+            self.refuse(job_id, payload, error)
+            return "done"
+        except AttemptFenced as error:
+            log.warning("%s", error)
+            if payload != {"id": job_id} and not self.ledger.route(job_id):
+                message = f"The ledger has lost job {job_id}: its message goes back, and enters it again."
+                raise LedgerUnavailable(message) from error
+            return "dropped"
+        return end
+
+    def _at_once(self, payload: object, entered_at: object) -> str | None:
+        """What most messages need: one question to the ledger, then the job. None: it is not so simple."""
+        try:
+            job, moment = Job.parse(payload), MOMENT.validate_python(entered_at)
+        except (InvalidJob, ValueError):
+            return None  # the ledger may know better
+        with self.floor.entered(job.id) as free:
+            asked_at = utc_now()
+            document = self.ledger.take(job, moment, self.worker) if free else None
+            return self._run(job, document, asked_at) if document else None
+
+    def _received(self, job_id: str, payload: object, kind: Kind) -> str | None:
+        """Ask the ledger what the job is, then for the job. None: it has changed in between."""
+        job, document = self.ledger.receive(job_id, _with_id(payload, job_id), partial(self._read, kind))
+        if job is None:
+            log.info("job %s is %s: nothing to do", document.id, document.status)
+            return "dropped"
+        if end := self._turned_away(job, document, kind):
+            return end
+        # Where a worker died under it, it has the process for itself, before the attempt begins.
+        with self.floor.entered(job.id, alone=suspected(document)) as free:
+            if not free:
+                return "dropped"
+            asked_at = utc_now()
+            claim = self.ledger.claim(document, self.worker)
+            if claim.outcome == "claimed":
+                last = document.error.stage if document.error and suspected(document) else None
+                return self._run(job, claim.document, asked_at, suspect=last)
+        if claim.outcome == "changed":
+            return None
+        log.info("job %s is %s: nothing to do", job.id, claim.document.status)
+        return "done" if claim.outcome == "ended" else "dropped"
+
+    def _read(self, kind: Kind, payload: object) -> Work:
+        """What a message holds itself. Whoever runs a backfill enters its shards, and sends ids."""
+        work = parse(payload)
+        if not isinstance(work, kind):
+            raise InvalidJob(MISPLACED[kind])
+        if isinstance(work, Shard) and not (work.token and self.admits(work)):
+            raise _unknown(work)
+        return work
+
+    def _turned_away(self, job: Work, document: StatusDocument, kind: Kind) -> str | None:
+        """How a message ends that may not have what the ledger holds under its id; None: it may."""
+        if not isinstance(job, kind):  # it has a message of its own, in the queue that is for it
+            log.warning("the message of %s came by a queue that is not for it: dropped", job.id)
+            return "dropped"
+        if not isinstance(job, Shard) or document.status != "queued" or self.admits(job):
+            return None
+        error = _unknown(job)
+        problem = Problem.of(error, stage="receive", attempt=document.attempt)
+        self.ledger.advance(document, status="failed", error=problem)
+        log.warning("shard %s refused: %s", job.id, error)
+        return "done"
+
+    def refuse(self, message_id: str, payload: object, error: GradcamError) -> StatusDocument:
+        """Write down a message that is no job. Raises LedgerUnavailable."""
+        document = self.ledger.refuse(_identify(payload, message_id), payload, error)
+        log.warning("job %s refused: %s", document.id, error)
+        return document
+
+    def hand_back(self) -> list[str]:
+        """Give up all that runs here, without loss of an attempt; return what is to be published again.
+
+        Nothing is begun here any more. Asked again, it finds what was just beginning then.
+        """
+        self.floor.close()
+        back = []
+        for job_id, attempt in self.leases.let_go().items():
+            try:
+                if self.ledger.hand_back(job_id, attempt):
+                    back.append(job_id)
+            except LedgerUnavailable as error:  # those that are back already have to be told of
+                log.warning("job %s is not handed back: %s", job_id, error)
+        return back
+
+    def _run(
+        self, job: Work, document: StatusDocument, asked_at: datetime, *, suspect: str | None = None
+    ) -> str:
+        """Run a job that was asked for, and claimed; write down how it went."""
+        with self._told(job, document, asked_at) as traced:
+            return self._brought_through(job, traced, suspect)
+
+    @contextmanager
+    def _told(self, job: Work, document: StatusDocument, asked_at: datetime) -> Iterator[StatusDocument]:
+        """Within it, lines and spans are this attempt's; yields its document, which says in which trace."""
+        above = job.traceparent or document.traceparent
+        facts: dict[str, Any] = {"job_id": job.id, "attempt": document.attempt}
+        more: dict[str, Any] = {"network": job.network, "worker": self.worker.id}
+        with self.traces.joined("job", above, kind="CONSUMER", since=asked_at, **facts, **more):
+            tracing.past("queue", document.queued_at, asked_at, above)
+            tracing.past("claim", asked_at, document.started_at or asked_at)
+            traceparent = tracing.here() or above
+            with logs.about(**facts, trace_id=tracing.trace_id(traceparent)):
+                yield document.model_copy(update={"traceparent": traceparent})
+
+    def _brought_through(self, job: Work, document: StatusDocument, suspect: str | None) -> str:
+        progress = _Progress(self.ledger, document, self.stall.moved)
+        journey = Journey(
+            Deadline(job.timeout_s),
+            progress,
+            attempt=document.attempt,
+            insist=progress.insist,
+            suspect=suspect,
+            last=document.attempt >= document.max_attempts,
+        )
+        shard = isinstance(job, Shard)
+        with (
+            self._counted(document, journey, shard=shard),
+            self.leases.held(document, journey.deadline, progress.catch_up),
+        ):
+            try:
+                if isinstance(job, Shard):
+                    done = shards.explain(job, self.outside, journey)
+                else:
+                    done = pipeline.explain(job, self.outside, journey)
+            except (AttemptFenced, LedgerUnavailable):
+                raise
+            except BaseException as error:  # noqa: BLE001  # the one place where anything at all becomes a Problem
+                return self._failed(job, progress.end(), journey, error)
+            self.breaker.succeeded()
+            last = progress.end()
+            metrics = {**last.metrics, **journey.metrics, **done.metrics}
+            self._write(last, status="succeeded", **{**vars(done), "metrics": metrics})
+            if shard:
+                failed = int(done.metrics["failed"])
+                self.observer.rows_ended(int(done.metrics["rows"]) - failed, failed)
+        return "done"
+
+    @contextmanager
+    def _counted(self, document: StatusDocument, journey: Journey, *, shard: bool) -> Iterator[None]:
+        """Within it, a job is run; the observer hears when and how long, stage by stage."""
+        self.observer.in_flight(1, shard=shard)
+        try:
+            yield
+        finally:
+            self.observer.in_flight(-1, shard=shard)
+            if not shard:
+                self.observer.staged({**document.metrics, **journey.metrics})
+
+    def _failed(self, job: Work, document: StatusDocument, journey: Journey, error: BaseException) -> str:
+        if not isinstance(error, GradcamError):
+            log.error("job %s: unforeseen at %s", job.id, journey.stage, exc_info=error)
+            error = InternalError.of(error)
+        if isinstance(error, StorageUnavailable):
+            self.breaker.failed(error)
+        tracing.note(error)
+        problem = Problem.of(error, stage=journey.stage, attempt=document.attempt)
+        changes: dict[str, Any] = {"error": problem, "metrics": {**document.metrics, **journey.metrics}}
+        if isinstance(error, JobCanceled):
+            self._write(document, status="canceled", **changes)
+            return "done"
+        if not error.retryable or document.attempt >= document.max_attempts:
+            self._write(document, status="failed", **changes)
+            return "done"
+        delay_s = self._backoff_s(document.attempt)
+        log.warning("job %s waits %.1f s for its next attempt: %s", job.id, delay_s, error)
+        self._write(document, status="retrying", delay_s=delay_s, queued_at=utc_now(), **changes)
+        return "later"
+
+    def _write(self, document: StatusDocument, *, delay_s: float = 0, **changes: Any) -> None:
+        with tracing.span("write"):
+            after = self.ledger.advance(document, patience_s=LEDGER_PATIENCE_S, delay_s=delay_s, **changes)
+        tracing.note(status=after.status)
+        code = f" ({after.error.code})" if after.error else ""
+        log.info("job %s attempt %d: %s%s", after.id, after.attempt, after.status, code)
+
+    def _backoff_s(self, attempt: int) -> float:
+        """Doubles with every attempt; jitter keeps jobs that failed together from coming together."""
+        doubled = self.settings.retry_backoff_s * 2.0 ** (attempt - 1)
+        return min(doubled, self.settings.retry_backoff_max_s) * random.uniform(0.5, 1)  # noqa: S311  # jitter, not a secret
+
+
+def _unknown(shard: Shard) -> UnknownBackfill:
+    return UnknownBackfill(
+        f"The ledger knows no backfill {shard.backfill} into {shard.output} that has submitted this shard: "
+        "only `gradcam backfill` submits shards, and with --resume it submits them again."
+    )
+
+
+def _identify(payload: object, message_id: str) -> str:
+    """The id under which a message is written down: the job's own, else its message's, else made of it.
+
+    A message that comes again gets the same id again.
+    """
+    own = payload.get("id") if isinstance(payload, dict) else None
+    for candidate in (own, message_id):
+        if isinstance(candidate, str) and re.fullmatch(ID_PATTERN, candidate):
+            return candidate
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"gradcam:{message_id}"))
+
+
+def _with_id(payload: object, job_id: str) -> object:
+    """A stranger may leave the id out; a wrong one is not replaced, it is refused."""
+    if isinstance(payload, dict) and payload.get("id") is None:
+        return {**payload, "id": job_id}
+    return payload
+
+
+class _Progress:
+    """Writes the stage of a running job, at most every half second, and the last one in any case.
+
+    What was begun sooner after the last write is written by the thread that renews leases: see `catch_up`.
+    """
+
+    def __init__(self, ledger: Ledger, document: StatusDocument, moved: Callable[[], None]) -> None:
+        self._document, self._ledger, self._moved = document, ledger, moved
+        self._written_s = time.monotonic()
+        self._begun: str | None = None  # a stage that is not written yet
+        self._turn = threading.Lock()
+
+    def end(self) -> StatusDocument:
+        """The job's document as it stands; no stage is written any more."""
+        with self._turn:
+            self._begun, self._written_s = None, math.inf
+            return self._document
+
+    def insist(self, stage: str) -> None:
+        """Write a stage now. Raises LedgerUnavailable."""
+        self._moved()
+        with self._turn:
+            self._begun = None  # or it would be written over this one
+            self._document = self._ledger.advance(self._document, patience_s=LEDGER_PATIENCE_S, stage=stage)
+
+    def catch_up(self) -> None:
+        """Write the stage that is not written yet, if its half second is over. Raises LedgerUnavailable."""
+        if not self._turn.acquire(blocking=False):  # the job's own thread is writing
+            return
+        try:
+            self._write()
+        except AttemptFenced:  # which the job hears by its lease
+            self._begun = None
+        finally:
+            self._turn.release()
+
+    def __call__(self, stage: str) -> None:
+        self._moved()
+        with self._turn, contextlib.suppress(LedgerUnavailable):
+            # No reason to give up: whether the job is still ours, its deadline knows.
+            self._begun = stage
+            self._write()
+        if self._document.cancel_requested_at:
+            message = "The job was cancelled on request."
+            raise JobCanceled(message)
+
+    def _write(self) -> None:
+        if self._begun is None or time.monotonic() - self._written_s < PROGRESS_EVERY_S:
+            return
+        self._document = self._ledger.advance(self._document, stage=self._begun)
+        self._begun, self._written_s = None, time.monotonic()

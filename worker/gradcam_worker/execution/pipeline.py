@@ -1,0 +1,184 @@
+"""The river: one job from its image's address to its sealed manifest, top to bottom."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+
+from gradcam_worker.artifacts import artifacts
+from gradcam_worker.artifacts.render import render
+from gradcam_worker.errors import ImageTooLarge, InvalidJob
+from gradcam_worker.execution.services import Outside
+from gradcam_worker.gradcam.decoding.decode import Decoded, claimed, decode
+from gradcam_worker.gradcam.explain import check_channels
+from gradcam_worker.gradcam.imaging.overlay import fit
+from gradcam_worker.gradcam.network import Method
+from gradcam_worker.images.fetch import Fetched
+from gradcam_worker.observability import tracing
+from gradcam_worker.resilience.budget import Hold
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.job import ImageRef, Job, ManifestRef, NetworkRef, SeenClass, Warned
+from gradcam_worker.schemas.manifest import DamageRecord, InputRecord, Manifest
+from gradcam_worker.schemas.shard import Work
+from gradcam_worker.storage.stores import Store
+
+log = logging.getLogger("gradcam")
+
+
+@dataclass(frozen=True)
+class Done:
+    """What goes into the status document of a job that succeeded."""
+
+    network: NetworkRef
+    predictions: tuple[SeenClass, ...]
+    result: ManifestRef
+    warnings: tuple[Warned, ...]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Journey:
+    """Where a job is and how long each stage took, in seconds."""
+
+    deadline: Deadline
+    report: Callable[[str], None]  # called as a stage begins
+    attempt: int = 1
+    stage: str = "check"
+    metrics: dict[str, float] = field(default_factory=dict)
+    insist: Callable[[str], None] = lambda _: None  # reports what must be known if this process dies
+    suspect: str | None = None  # a worker died under it: the stage that was reported last
+    last: bool = False  # there will be no other attempt
+
+    @contextmanager
+    def at(self, stage: str) -> Iterator[None]:
+        """Be at a stage. Raises JobTimeout where no time is left for it."""
+        self.stage = stage
+        self.deadline.check(stage)
+        self.report(stage)
+        begun = time.monotonic()
+        try:
+            with tracing.span(stage):
+                yield
+        finally:
+            self.metrics[f"{stage}_s"] = took_s = round(time.monotonic() - begun, 4)
+            log.debug("%s took %.4f s", stage, took_s)
+
+
+def explain(job: Job, outside: Outside, journey: Journey, *, folder: str | None = None) -> Done:
+    """Run one job. Artifacts go below `folder`, which is the job's id unless it is given.
+
+    Raises the errors of `gradcam_worker.errors`; `journey` says at which stage.
+    """
+    with ExitStack() as held:
+        return _explain(job, outside, journey, held, folder or job.id)
+
+
+def _explain(job: Job, outside: Outside, journey: Journey, held: ExitStack, place: str) -> Done:
+    store = admit(job, outside)
+    bulk = job.priority == "bulk"
+    with outside.residents.ticket() as ticket:
+        with journey.at("fetch"):
+            image_bytes, bytes_held = fetched(job.image, outside, journey.deadline, held)
+            if journey.attempt > 1:
+                row = outside.networks.find(job.network)
+                if found := artifacts.sealed(store, place, job, image_bytes.sha256, row, journey.deadline):
+                    return _done(job, *found)  # the attempt before came as far as this and no further
+        with journey.at("decode"):
+            room = claimed(image_bytes.data, outside.limits)
+            pixels_held = held.enter_context(outside.rooms.pixels.taken(room, journey.deadline))
+            decoded = decode(image_bytes.data, outside.limits)
+            image = described(image_bytes, decoded)
+            tracing.note(media_type=image.media_type, width=image.width, height=image.height)
+            del image_bytes
+            bytes_held.keep(0)
+        with journey.at("load"):
+            network = outside.residents.get(outside.networks.find(job.network))  # as it is described now
+            wish = network.labels.wanted(top_n=job.target.top_n, classes=job.target.classes)
+        journey.deadline.forgive(journey.metrics["load_s"])  # a download of weights is nobody's fault
+        with journey.at("explain"):
+            check_channels(network.facts, decoded.pixels)
+            fitted = fit(decoded.pixels, network.facts.input_size)
+            method = Method(**job.method.model_dump())
+            turn = ticket.explain(network, fitted, wish, method, journey.deadline, bulk=bulk)
+            tracing.note(batch_size=turn.batch_size, batch_wait_s=turn.waited_s, computed_s=turn.computed_s)
+    seen = turn.explanation
+    if job.metrics:
+        with journey.at("measure"):
+            seen = outside.residents.measure(network, fitted, seen, job.metrics, journey.deadline, bulk=bulk)
+    with journey.at("render"):
+        rendered = render(job, image, decoded, seen, journey.deadline)
+        del decoded
+        pixels_held.keep(0)
+    with journey.at("upload"):
+        records = artifacts.upload(store, place, rendered, journey.deadline)
+        manifest = artifacts.describe(job, image, seen, rendered, records)
+        result = artifacts.seal(store, place, manifest, journey.deadline)
+    journey.metrics |= {
+        "batch_wait_s": round(turn.waited_s, 4),
+        "explain_s": round(turn.computed_s, 4),
+        "batch_size": turn.batch_size,
+    }
+    return _done(job, manifest, result)
+
+
+def _done(job: Job, manifest: Manifest, result: ManifestRef) -> Done:
+    network = manifest.network
+    return Done(
+        network=NetworkRef(name=job.network, layer=network.layer, weights_sha256=network.weights_sha256),
+        predictions=manifest.predictions,
+        result=result,
+        warnings=manifest.warnings,
+    )
+
+
+def admit(job: Work, outside: Outside) -> Store:
+    """Refuse what the operator does not allow, before anything is fetched; open where to write.
+
+    Raises InvalidJob, UnknownNetwork, UriNotAllowed (a webhook), OutputNotAllowed.
+    """
+    outside.networks.find(job.network)
+    asked = job.target.top_n or len(job.target.classes or ())
+    if asked > outside.max_classes:
+        most = f"at most {outside.max_classes} are allowed (GRADCAM_MAX_CLASSES)"
+        message = f"The job asks for {asked} classes; {most}."
+        raise InvalidJob(message)
+    for webhook in job.webhooks:
+        outside.webhooks.check(webhook)
+    return outside.stores.open(job.output)
+
+
+def fetched(image: ImageRef, outside: Outside, deadline: Deadline, held: ExitStack) -> tuple[Fetched, Hold]:
+    """An image's bytes, and the room that `held` keeps for them.
+
+    How many there will be is not known before. At first there is room for a thread's even share, which nobody
+    has to wait for as long as all images are of that size; for a larger one, which is given up as soon as it
+    proves to be, there has to be room for the largest that is allowed.
+    """
+    *small, large = outside.rooms.steps
+    for at_most in small:
+        with ExitStack() as first, suppress(ImageTooLarge):
+            hold = first.enter_context(outside.rooms.bytes.taken(at_most, deadline))
+            found = outside.images.fetch(image, deadline, at_most)
+            held.push(first.pop_all())
+            hold.keep(len(found.data))
+            return found, hold
+    hold = held.enter_context(outside.rooms.bytes.taken(large, deadline))
+    found = outside.images.fetch(image, deadline, large)
+    hold.keep(len(found.data))
+    return found, hold
+
+
+def described(found: Fetched, decoded: Decoded) -> InputRecord:
+    """What is written down about an image."""
+    height, width = decoded.size
+    damage = decoded.damage
+    return InputRecord(
+        uri=found.uri,
+        sha256=found.sha256,
+        bytes=len(found.data),
+        media_type=decoded.media_type,
+        width=width,
+        height=height,
+        damage=DamageRecord(missing=round(damage.share, 4), detail=damage.what) if damage else None,
+    )

@@ -1,0 +1,63 @@
+"""Everything a job touches that is not the job, by what is asked of it: real, or a double."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from gradcam_worker.gradcam.catalog import NetworkRow
+from gradcam_worker.gradcam.decoding.decode import Limits
+from gradcam_worker.images.fetch import Fetched
+from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.resilience.budget import Rooms
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.job import ImageRef, StatusEvent, Webhook
+from gradcam_worker.storage.stores import Store
+
+
+class ImageSource(Protocol):
+    """See `gradcam_worker.images.fetch.Images`."""
+
+    def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:
+        """URI -> bytes: `at_most` so many, where less is wanted than is allowed."""
+        ...
+
+
+class NetworkSource(Protocol):
+    """See `gradcam_worker.gradcam.models.registry.Registry`."""
+
+    def find(self, name: str) -> NetworkRow:
+        """The row of a network, as it is described now. Raises UnknownNetwork."""
+        ...
+
+
+class StoreSource(Protocol):
+    """See `gradcam_worker.storage.stores.Stores`."""
+
+    def open(self, uri: str | None = None) -> Store:
+        """Where artifacts go."""
+        ...
+
+
+class Messenger(Protocol):
+    """See `gradcam_worker.delivery.webhooks.Webhooks`."""
+
+    def check(self, webhook: Webhook) -> None:
+        """Raise UriNotAllowed or InvalidJob unless events may be sent there."""
+        ...
+
+    def send(self, url: str, secret_ref: str | None, event: StatusEvent, message_id: str) -> None:
+        """Post an event."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What `wiring` builds from settings, and `testing` from memory."""
+
+    images: ImageSource
+    networks: NetworkSource
+    residents: Residents
+    stores: StoreSource
+    webhooks: Messenger
+    limits: Limits
+    max_classes: int
+    rooms: Rooms

@@ -1,0 +1,243 @@
+"""The networks, one row of data each: how to build them, what to feed them, where to look."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from gradcam_worker.errors import UnknownNetwork
+from gradcam_worker.text.similar_names import nearest
+
+FILES = (".keras", ".h5", ".hdf5", ".onnx", ".pb", ".pt", ".pth", ".safetensors", ".tflite")  # no networks
+Channels = Literal["rgb", "bgr", "grey"] | int
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """uint8 pixels -> what the network was trained on: `(channels - mean) / std`.
+
+    `channels` is the order that the network wants the colours in, or their luminance, or, for pictures that
+    are no photos, just how many there are.
+    """
+
+    name: str
+    mean: tuple[float, ...] = (0.0,)  # for each channel in the network's own order, or for all: 0..255
+    std: tuple[float, ...] = (1.0,)  # as `mean`
+    channels: Channels = "rgb"
+
+    @property
+    def pixel_channels(self) -> int:
+        """How many channels the pixels have that this is for."""
+        return self.channels if isinstance(self.channels, int) else 3
+
+    @property
+    def input_channels(self) -> int:
+        """How many channels the network's input has."""
+        return 1 if self.channels == "grey" else self.pixel_channels
+
+
+PREPROCESSING = {  # by the names that Keras uses, where it has one
+    how.name: how
+    for how in (
+        Preprocessing("caffe", (103.939, 116.779, 123.68), channels="bgr"),
+        Preprocessing("tf", (127.5,), (127.5,)),
+        Preprocessing("torch", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+        Preprocessing("lite", (127.0,), (128.0,)),
+        Preprocessing("unit", (0.0,), (255.0,)),  # to [0, 1]
+        Preprocessing("none"),  # 0..255: the network does it itself
+    )
+}
+
+
+HeadKind = Literal["softmax", "sigmoid", "probabilities"]  # the last: its output is what is to be told
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a network's output is to be read, where its graph does not say."""
+
+    kind: HeadKind | None = None  # None: as its last activation says; else as it is seen to behave
+    output: str | None = None  # which of several outputs, by name
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A file that an operator names: nothing of it is read before its checksum is known to be right."""
+
+    uri: str  # a path, file:// or s3://
+    sha256: str
+
+
+@dataclass(frozen=True)
+class NetworkRow:
+    """One network. Either `builder` makes its model, or `file` is a whole `.keras` model."""
+
+    name: str
+    input_size: tuple[int, int]  # (height, width) in pixels
+    preprocessing: Preprocessing
+    builder: str | None = None  # "module:function", called with `weights` as Keras's own are
+    target_layer: str | None = None  # None: found in the graph
+    map_size: tuple[int, int] | None = (
+        None  # (rows, columns) of the target layer; None: seen when it is built
+    )
+    parameters: int | None = None
+    keras_files: tuple[str, ...] = ()  # what Keras calls its own ImageNet download
+    # What Keras multiplies the normalised channels with, in a step that only weights="imagenet" brings
+    imagenet_scale: tuple[float, ...] = ()
+    shipped: str | None = None  # the weights file in `data/`, where the project ships one
+    sha256: str | None = None  # of the shipped file
+    # An operator's own: see `registry`
+    file: ModelFile | None = None  # `.keras`, or with a builder `.weights.h5`
+    labels: tuple[str, ...] | None = None  # None: ImageNet's; empty: classes have numbers, no names
+    classes: int | None = None  # with a builder: how many its head has; None: as Keras's own
+    pretrained: bool | None = None  # whether it was built with weights="imagenet"; None: as its file says
+    head: Head = Head()
+
+
+def _keras(
+    function: str,
+    side: int,
+    preprocessing: str,
+    target_layer: str,
+    cells: int,
+    parameters: int,
+    file: str | None = None,
+    imagenet_scale: tuple[float, ...] = (),
+) -> NetworkRow:
+    """A row of `keras.applications`: square pictures, ImageNet's classes."""
+    name = function.casefold()
+    return NetworkRow(
+        name=name,
+        input_size=(side, side),
+        preprocessing=PREPROCESSING[preprocessing],
+        builder=f"keras.applications:{function}",
+        target_layer=target_layer,
+        map_size=(cells, cells),
+        parameters=parameters,
+        keras_files=((file or f"{name}_weights_tf_dim_ordering_tf_kernels") + ".h5",),
+        imagenet_scale=imagenet_scale,
+    )
+
+
+def _efficientnet(function: str, side: int, cells: int, parameters: int) -> NetworkRow:
+    """A row of B0 to B7, whose ImageNet weights want channels divided by the root of their deviation, too."""
+    scale = tuple(1 / math.sqrt(one) for one in (0.229, 0.224, 0.225))
+    return _keras(
+        function, side, "none", "top_activation", cells, parameters, function.casefold(), imagenet_scale=scale
+    )
+
+
+CATALOG: dict[str, NetworkRow] = {
+    row.name: row
+    for row in (
+        NetworkRow(
+            name="efficientnet_lite0",
+            input_size=(224, 224),
+            preprocessing=PREPROCESSING["lite"],
+            builder="gradcam_worker.gradcam.models.efficientnet_lite:efficientnet_lite0",
+            target_layer="top_act",
+            map_size=(7, 7),
+            parameters=4_694_024,
+            shipped="efficientnet_lite0.weights.h5",
+            sha256="ae323d591005dc2798c373c62c2beee9c9b40a1390ff2d73d1c74517f2483d4e",
+        ),
+        _keras("ConvNeXtBase", 224, "none", "add_35", 7, 88_591_464, "convnext_base"),
+        _keras("ConvNeXtLarge", 224, "none", "add_35", 7, 197_767_336, "convnext_large"),
+        _keras("ConvNeXtSmall", 224, "none", "add_35", 7, 50_223_688, "convnext_small"),
+        _keras("ConvNeXtTiny", 224, "none", "add_17", 7, 28_589_128, "convnext_tiny"),
+        _keras("ConvNeXtXLarge", 224, "none", "add_35", 7, 350_196_968, "convnext_xlarge"),
+        _keras("DenseNet121", 224, "torch", "relu", 7, 8_062_504),
+        _keras("DenseNet169", 224, "torch", "relu", 7, 14_307_880),
+        _keras("DenseNet201", 224, "torch", "relu", 7, 20_242_984),
+        _efficientnet("EfficientNetB0", 224, 7, 5_330_571),
+        _efficientnet("EfficientNetB1", 240, 8, 7_856_239),
+        _efficientnet("EfficientNetB2", 260, 9, 9_177_569),
+        _efficientnet("EfficientNetB3", 300, 10, 12_320_535),
+        _efficientnet("EfficientNetB4", 380, 12, 19_466_823),
+        _efficientnet("EfficientNetB5", 456, 15, 30_562_527),
+        _efficientnet("EfficientNetB6", 528, 17, 43_265_143),
+        _efficientnet("EfficientNetB7", 600, 19, 66_658_687),
+        _keras("EfficientNetV2B0", 224, "none", "top_activation", 7, 7_200_312, "efficientnetv2-b0"),
+        _keras("EfficientNetV2B1", 240, "none", "top_activation", 8, 8_212_124, "efficientnetv2-b1"),
+        _keras("EfficientNetV2B2", 260, "none", "top_activation", 9, 10_178_374, "efficientnetv2-b2"),
+        _keras("EfficientNetV2B3", 300, "none", "top_activation", 10, 14_467_622, "efficientnetv2-b3"),
+        _keras("EfficientNetV2S", 384, "none", "top_activation", 12, 21_612_360, "efficientnetv2-s"),
+        _keras("EfficientNetV2M", 480, "none", "top_activation", 15, 54_431_388, "efficientnetv2-m"),
+        _keras("EfficientNetV2L", 480, "none", "top_activation", 15, 119_027_848, "efficientnetv2-l"),
+        _keras(
+            "InceptionResNetV2",
+            299,
+            "tf",
+            "conv_7b_ac",
+            8,
+            55_873_736,
+            "inception_resnet_v2_weights_tf_dim_ordering_tf_kernels",
+        ),
+        _keras(
+            "InceptionV3",
+            299,
+            "tf",
+            "mixed10",
+            8,
+            23_851_784,
+            "inception_v3_weights_tf_dim_ordering_tf_kernels",
+        ),
+        _keras("MobileNet", 224, "tf", "conv_pw_13_relu", 7, 4_253_864, "mobilenet_1_0_224_tf"),
+        _keras(
+            "MobileNetV2",
+            224,
+            "tf",
+            "out_relu",
+            7,
+            3_538_984,
+            "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224",
+        ),
+        _keras(
+            "MobileNetV3Large",
+            224,
+            "none",
+            "activation_19",
+            7,
+            5_507_432,
+            "weights_mobilenet_v3_large_224_1.0_float",
+        ),
+        _keras(
+            "MobileNetV3Small",
+            224,
+            "none",
+            "activation_17",
+            7,
+            2_554_968,
+            "weights_mobilenet_v3_small_224_1.0_float",
+        ),
+        _keras("NASNetLarge", 331, "tf", "activation_259", 11, 88_949_818, "nasnet_large"),
+        _keras("NASNetMobile", 224, "tf", "activation_187", 7, 5_326_716, "nasnet_mobile"),
+        _keras("ResNet50", 224, "caffe", "conv5_block3_out", 7, 25_636_712),
+        _keras("ResNet50V2", 224, "tf", "post_relu", 7, 25_613_800),
+        _keras("ResNet101", 224, "caffe", "conv5_block3_out", 7, 44_707_176),
+        _keras("ResNet101V2", 224, "tf", "post_relu", 7, 44_675_560),
+        _keras("ResNet152", 224, "caffe", "conv5_block3_out", 7, 60_419_944),
+        _keras("ResNet152V2", 224, "tf", "post_relu", 7, 60_380_648),
+        _keras("VGG16", 224, "caffe", "block5_conv3", 14, 138_357_544),
+        _keras("VGG19", 224, "caffe", "block5_conv4", 14, 143_667_240),
+        _keras("Xception", 299, "tf", "block14_sepconv2_act", 10, 22_910_480),
+    )
+}
+
+
+def find(name: str, rows: Mapping[str, NetworkRow] = CATALOG) -> NetworkRow:
+    """The row of a network. Raises UnknownNetwork with the names that are near, or else with all.
+
+    What is here, shipped or an operator's own, goes before what would have to be downloaded.
+    """
+    if name in rows:
+        return rows[name]
+    near = nearest(name, rows, preferred=lambda one: bool(rows[one].shipped or rows[one].file))
+    if "/" in name or name.endswith(FILES):
+        hint = "A file is named in the registry, GRADCAM_NETWORKS, and a job says the name that it has there."
+    elif near:
+        hint = f"Did you mean {' or '.join(map(repr, near))}?"
+    else:
+        hint = f"There are {', '.join(sorted(rows))}."
+    message = f"There is no network {name!r}. {hint}"
+    raise UnknownNetwork(message)

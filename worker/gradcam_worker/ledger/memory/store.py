@@ -1,0 +1,170 @@
+"""The ledger over dictionaries: the same rules as in Redis, for tests. See `gradcam_worker.testing`."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from gradcam_worker.ledger import outbox, state_machine
+from gradcam_worker.ledger.ledger import Entry, Ledger, Renewed
+from gradcam_worker.ledger.memory.outbox import MemoryOutbox
+from gradcam_worker.schemas.job import StatusDocument
+
+
+class MemoryLedger(Ledger):
+    """The ledger's rules over a dictionary. `clock` gives its seconds."""
+
+    def __init__(self, *, lease_s: float = 15, clock: Callable[[], float] = time.time) -> None:
+        """Empty."""
+        self.outbox = MemoryOutbox(clock)
+        self.health: dict[str, str] = {}
+        self._lease_s, self._clock = lease_s, clock
+        self._entries: dict[str, Entry] = {}
+        self._keys: dict[str, str] = {}
+        self._due: dict[str, float] = {}  # job id -> when its lease, its pause or its patience ends
+        self._rung: dict[str, int] = {}
+        self._claimed: dict[str, float] = {}  # route -> the latest message that came through
+        self._dead: dict[str, float] = {}
+        self._leader: tuple[str, float] = ("", 0)
+        self._lock = threading.RLock()
+
+    def _create_many(self, entries: Sequence[Entry]) -> list[Entry]:
+        found: list[Entry] = []
+        for entry in entries:
+            found.append(self._create_one(entry))
+            if found[-1].fingerprint != entry.fingerprint:
+                break
+        return found
+
+    def _create_one(self, entry: Entry) -> Entry:
+        with self._lock:
+            key = entry.idempotency_key
+            owner = self._keys.get(key, entry.document.id) if key else entry.document.id
+            owner = owner if owner in self._entries else entry.document.id
+            if owner not in self._entries:
+                self._place(entry, None)
+                if key:
+                    self._keys[key] = owner
+            return self._entries[owner]
+
+    def _find(self, job_id: str) -> Entry | None:
+        return self._entries.get(job_id)
+
+    def _swap(
+        self,
+        before: StatusDocument,
+        after: StatusDocument,
+        *,
+        delay_s: float = 0,
+        due: bool = False,
+        fingerprint: str | None = None,
+    ) -> bool:
+        with self._lock:
+            entry = self._entries.get(before.id)
+            if entry and entry.document == after:
+                return True
+            if not entry or (fingerprint and (entry.fingerprint, entry.document) != (fingerprint, before)):
+                return False
+            held = entry.document
+            if (held.attempt, held.revision) != (before.attempt, before.revision):
+                return False
+            if due and self._due[before.id] > self._clock():
+                return False
+            self._place(replace(entry, document=after), held, delay_s)
+            return True
+
+    def _place(self, entry: Entry, before: StatusDocument | None, delay_s: float = 0) -> None:
+        after, now = entry.document, self._clock()
+        kept = after.status == "failed" or not after.final
+        self._entries[after.id] = entry if kept else replace(entry, job="null")
+        if before is None or before.status != after.status:
+            first = before and before.attempt == 0 and after.id not in self._rung
+            if before and first and before.status == "queued" and after.status == "running":
+                published = min(self._due.get(after.id, 0), now)
+                self._claimed[entry.route] = max(published, self._claimed.get(entry.route, 0))
+            self._due[after.id] = now + (self._lease_s if after.status == "running" else delay_s)
+            self._rung.pop(after.id, None)
+        if after.status == "failed":
+            self._dead.setdefault(after.id, now)
+        elif before and before.status == "failed":
+            self._dead.pop(after.id, None)
+        event = state_machine.event(before, after)
+        for index, hook in enumerate(entry.webhooks):
+            if event in hook.events:
+                self.outbox.put(outbox.lane(hook.url), f"{after.id}:hook{index + 1}", event, hook, after)
+        for sink in self.outbox.sinks if event else ():
+            self.outbox.put(sink, f"{after.id}:{sink}", event, None, after)
+
+    def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
+        """See `Ledger.read_many`."""
+        return {one: self._entries[one].document for one in ids if one in self._entries}
+
+    def counts(self) -> tuple[int, int]:
+        """See `Ledger.counts`."""
+        states = [entry.document.status for entry in self._entries.values()]
+        return states.count("queued") + states.count("retrying"), states.count("running")
+
+    def beat(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
+        """See `Ledger.beat`."""
+        with self._lock:
+            self.health[worker] = health
+            lost = set()
+            for job_id, attempt in held.items():
+                document = self._entries[job_id].document
+                if (document.attempt, document.status) == (attempt, "running"):
+                    self._due[job_id] = self._clock() + self._lease_s
+                else:
+                    lost.add(job_id)
+            running = [one.document for one in self._entries.values() if one.document.status == "running"]
+            return Renewed(frozenset(lost), frozenset(one.id for one in running if one.cancel_requested_at))
+
+    def workers(self) -> dict[str, str]:
+        """See `Ledger.workers`."""
+        return dict(self.health)
+
+    def lead(self, worker: str, seconds: float) -> bool:
+        """See `Ledger.lead`."""
+        leader, until = self._leader
+        if leader not in {"", worker} and until > self._clock():
+            return False
+        self._leader = worker, self._clock() + seconds
+        return True
+
+    def overdue(self, limit: int) -> dict[str, list[str]]:
+        """See `Ledger.overdue`."""
+        now, found = self._clock(), {"lost": "running", "due": "retrying"}
+        documents = [entry.document for entry in self._entries.values()]
+        late = {
+            name: [one.id for one in documents if one.status == status and self._due[one.id] <= now][:limit]
+            for name, status in found.items()
+        }
+        waiting = [one for one in documents if one.status in {"queued", "retrying"} and one.expires_at]
+        expired = [one.id for one in waiting if one.expires_at and one.expires_at.timestamp() <= now]
+        return {**late, "expired": expired[:limit]}
+
+    def silent(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
+        """See `Ledger.silent`."""
+        with self._lock:
+            now = self._clock()
+            newest = now if empty else min(self._claimed.get(route, 0), now)
+            found = [
+                job_id
+                for job_id, entry in self._entries.items()
+                if (entry.route, entry.document.status) == (route, "queued")
+                and self._due[job_id] <= newest - lost_after_s
+            ][:limit]
+            for job_id in found:
+                self._rung[job_id] = self._rung.get(job_id, 0) + 1
+                self._due[job_id] = now + lost_after_s * (2.0 ** (self._rung[job_id] - 1) - 1)
+            return found
+
+    def dead(self) -> list[tuple[str, float]]:
+        """See `Ledger.dead`."""
+        return sorted(self._dead.items(), key=lambda one: -one[1])
+
+    def bury(self, job_id: str) -> None:
+        """See `Ledger.bury`."""
+        self._dead.pop(job_id, None)
+
+    def sweep(self) -> None:
+        """See `Ledger.sweep`: nothing is forgotten here."""

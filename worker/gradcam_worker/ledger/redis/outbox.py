@@ -1,0 +1,136 @@
+"""The outbox in Redis, beside the ledger: each step one script of `outbox_scripts`."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from gradcam_worker.ledger import outbox
+from gradcam_worker.ledger.outbox import (
+    FIRST_PAUSE_OF_A_LANE_S,
+    LONGEST_PAUSE_OF_A_LANE_S,
+    Outbox,
+    Parcel,
+    Parked,
+)
+from gradcam_worker.ledger.redis import outbox_scripts
+from gradcam_worker.ledger.redis.store import Server
+
+log = logging.getLogger("gradcam")
+
+SINK_MS = 86_400_000  # without a word from whoever opened it: it is gone for good
+LISTED = 10_000  # parked recipients
+PARKED_AT_ONCE = 1000  # recipients: a few milliseconds of the server's time
+
+
+class RedisOutbox(Outbox):
+    """The outbox of the ledger on this server."""
+
+    def __init__(self, server: Server, *, retention_s: float) -> None:
+        """`retention_s` is how long what is parked can be replayed."""
+        self._server = server
+        self._retention_ms = int(retention_s * 1000)
+
+    def open_sink(self, name: str) -> None:
+        """See `Outbox.open_sink`."""
+        with self._server.reaching():
+            self._server.redis.sadd(self._key("sinks"), name)
+            self._server.redis.pexpire(self._key("sinks"), SINK_MS)
+
+    def close_sink(self, name: str) -> None:
+        """See `Outbox.close_sink`."""
+        with self._server.reaching():
+            self._server.redis.srem(self._key("sinks"), name)
+
+    def take(self, limit: int, keep_s: float, room: Mapping[str, int], others: int) -> list[Parcel]:
+        """See `Outbox.take`. What another version wrote and this one cannot read is left to that one."""
+        pairs = [part for lane, most in room.items() for part in (lane, most)]
+        keep_ms = int(keep_s * 1000)
+        parcels = []
+        for lane, recipient, text, tried, now, held in self._server.run(
+            outbox_scripts.TAKE, limit, others, keep_ms, self._retention_ms, *pairs
+        ):
+            tries, since = map(int, tried.split())
+            waited_s = (int(now) - since) / 1000
+            try:
+                parcels.append(outbox.read(lane, recipient, text, tries=tries, waited_s=waited_s, held=held))
+            except ValueError as error:
+                log.warning("%s: its next event cannot be read here: %s", recipient, error)
+        return parcels
+
+    def delivered(self, parcel: Parcel) -> None:
+        """See `Outbox.delivered`."""
+        self._server.run(outbox_scripts.DELIVERED, parcel.lane, parcel.recipient, parcel.held)
+
+    def postpone(self, parcel: Parcel, delay_s: float, *, quiet_s: float = 0) -> None:
+        """See `Outbox.postpone`."""
+        self._server.run(
+            outbox_scripts.POSTPONE,
+            parcel.lane,
+            parcel.recipient,
+            parcel.held,
+            int(delay_s * 1000),
+            int(FIRST_PAUSE_OF_A_LANE_S * 1000),
+            int(LONGEST_PAUSE_OF_A_LANE_S * 1000),
+            parcel.webhook.url if parcel.webhook else "",
+            int(quiet_s * 1000) if parcel.webhook else 0,
+        )
+
+    def park(self, parcel: Parcel) -> None:
+        """See `Outbox.park`."""
+        self._server.run(outbox_scripts.PARK, parcel.lane, parcel.recipient, parcel.held, self._retention_ms)
+
+    def park_old(self, lane: str, waited_s: float) -> int:
+        """See `Outbox.park_old`."""
+        waited_ms = int(waited_s * 1000)
+        return int(
+            self._server.run(outbox_scripts.PARK_OLD, lane, waited_ms, self._retention_ms, PARKED_AT_ONCE)
+        )
+
+    def parked(self) -> list[Parked]:
+        """See `Outbox.parked`: ten thousand at most."""
+        with self._server.reaching():
+            key = self._key("parked")
+            found: Any = self._server.redis.zrange(key, 0, LISTED - 1, desc=True, withscores=True)
+            with self._server.redis.pipeline(transaction=False) as pipeline:
+                for member, _ in found:
+                    events = self._key(f"events:{str(member).partition(' ')[0]}")
+                    pipeline.llen(events)
+                    pipeline.lindex(events, 0)
+                said = pipeline.execute()
+        parked = []
+        for (member, score), events, text in zip(found, said[::2], said[1::2], strict=True):
+            recipient, _, lane = str(member).partition(" ")
+            try:
+                first = outbox.read(lane, recipient, text) if text else None
+            except ValueError:
+                first = None
+            parked.append(Parked(lane, recipient, score / 1000, events, first))
+        return parked
+
+    def unpark(self, one: Parked) -> bool:
+        """See `Outbox.unpark`."""
+        return bool(self._server.run(outbox_scripts.UNPARK, one.lane, one.recipient))
+
+    def disable(self, url: str) -> None:
+        """See `Outbox.disable`: as long as anything is remembered."""
+        self._server.run(outbox_scripts.DISABLE, url, self._retention_ms)
+
+    def disabled(self) -> list[str]:
+        """See `Outbox.disabled`."""
+        with self._server.reaching():
+            found: Any = self._server.redis.zrange(self._key("gone"), 0, -1)
+        return [str(url) for url in found]
+
+    def enable(self, url: str) -> None:
+        """See `Outbox.enable`."""
+        with self._server.reaching():
+            for name in ("gone", "later"):
+                self._server.redis.zrem(self._key(name), url)
+
+    def count(self) -> int:
+        """See `Outbox.count`."""
+        with self._server.reaching():
+            return int(self._server.redis.hlen(self._key("waiting")))
+
+    def _key(self, name: str) -> str:
+        return self._server.prefix + name

@@ -1,0 +1,109 @@
+"""Settings -> Outside: the only module that knows every other."""
+
+from collections.abc import Callable
+from functools import partial
+
+from gradcam_worker.delivery.webhooks import Webhooks
+from gradcam_worker.execution.services import Outside
+from gradcam_worker.gradcam.catalog import NetworkRow
+from gradcam_worker.gradcam.decoding.decode import Limits
+from gradcam_worker.gradcam.models import weights
+from gradcam_worker.gradcam.models.registry import Registry
+from gradcam_worker.gradcam.network import Network
+from gradcam_worker.images.fetch import Images
+from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.observability.events import SILENT, Observer
+from gradcam_worker.resilience.budget import Room, Rooms
+from gradcam_worker.schemas.job import WorkerRef
+from gradcam_worker.schemas.model import process_name
+from gradcam_worker.schemas.shard import READERS
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+from gradcam_worker.storage.stores import Stores
+
+Load = Callable[[NetworkRow], Network]
+
+
+def outside(settings: Settings, load_row: Load | None = None, observer: Observer = SILENT) -> Outside:
+    """Everything a job touches, for real. Nothing is connected or loaded yet. Raises InvalidSettings.
+
+    `load_row` takes the place of `load`: a program of one's own may run other networks than Keras's.
+    """
+    s3 = S3(settings)
+    return Outside(
+        images=Images(settings, s3, observer=observer),
+        networks=Registry(settings.networks),
+        residents=Residents(
+            load_row or partial(load, settings, s3),
+            max_batch=settings.max_batch,
+            max_bytes=settings.resident_bytes,
+            wait_s=settings.batch_wait_s,
+            peak_bytes=_peak_bytes,
+            on_gpu=_on_gpu,
+            observer=observer,
+        ),
+        stores=Stores(settings, s3, observer),
+        webhooks=Webhooks(settings),
+        limits=Limits(settings.max_image_pixels, settings.max_image_side, settings.max_image_damage),
+        max_classes=settings.max_classes,
+        rooms=Rooms(
+            Room(settings.max_bytes_in_flight, "bytes"),
+            Room(settings.max_pixels_in_flight, "pixels"),
+            most_bytes=settings.max_image_bytes,
+            threads=settings.threads + READERS * settings.shards,
+        ),
+    )
+
+
+def ledger(settings: Settings) -> RedisLedger:
+    """The ledger that the settings name."""
+    return RedisLedger(settings)
+
+
+def load(settings: Settings, s3: S3, row: NetworkRow) -> Network:
+    """A live network of a row; TensorFlow is imported here, when the first one is needed.
+
+    An operator's file is fetched, and its checksum found right, before anything reads it.
+    """
+    file = None
+    if row.file:
+        file = weights.cached(row.file, settings.cache, s3.download, settings.cache_bytes)
+    from gradcam_worker.gradcam.models.loading import load_network
+
+    return load_network(
+        row,
+        weights_dir=settings.weights_dir,
+        file=file,
+        precision=settings.precision,
+        exact_backward=settings.exact_backward,
+    )
+
+
+def _peak_bytes() -> int | None:
+    """Of the device's memory, since the last call."""
+    from gradcam_worker.gradcam import backend
+
+    peak = backend.peak_memory()
+    backend.reset_peak_memory()
+    return peak
+
+
+def _on_gpu() -> bool:
+    from gradcam_worker.gradcam import backend
+
+    return backend.device_name() != "cpu"
+
+
+def prepare(settings: Settings) -> None:
+    """Tell the backend what it may use, before it computes anything."""
+    from gradcam_worker.gradcam import backend
+
+    backend.set_intra_op_threads(settings.intra_op_threads)
+
+
+def worker_ref() -> WorkerRef:
+    """Who this process is and what it computes on."""
+    from gradcam_worker.gradcam.backend import device_name
+
+    return WorkerRef(id=process_name(), device=device_name())

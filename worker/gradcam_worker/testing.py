@@ -1,0 +1,298 @@
+"""In-memory doubles of every seam, and a tiny network with a known answer: for our tests and yours.
+
+>>> ledger, doorbell = MemoryLedger(), Doorbell()
+>>> client = GradcamClient(ledger=ledger, publish=doorbell)
+>>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 1})
+>>> [job.id for job in doorbell.jobs] == [job_id]
+
+`eager_client` is for unit tests of a web app: no servers, no TensorFlow.
+"""
+
+import base64
+import hashlib
+import mimetypes
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import (
+    ImageNotFound,
+    ImageTooLarge,
+    StorageUnavailable,
+    UnknownLayer,
+    UnknownNetwork,
+)
+from gradcam_worker.execution.handler import Desk
+from gradcam_worker.execution.leases import Leases
+from gradcam_worker.execution.services import Outside
+from gradcam_worker.gradcam.catalog import NetworkRow
+from gradcam_worker.gradcam.classes import ClassIndex, Label
+from gradcam_worker.gradcam.decoding.decode import Limits
+from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.models.registry import Registry
+from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
+from gradcam_worker.images.fetch import Fetched
+from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.ledger.memory.outbox import MemoryOutbox
+from gradcam_worker.ledger.memory.store import MemoryLedger
+from gradcam_worker.resilience.budget import Room, Rooms
+from gradcam_worker.resilience.circuit_breaker import Breaker
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.job import ImageRef, Job, StatusEvent, Webhook, WorkerRef
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.filesystem import Object, put_each
+
+__all__ = [
+    "Doorbell",
+    "MemoryImages",
+    "MemoryLedger",
+    "MemoryMessenger",
+    "MemoryObjects",
+    "MemoryOutbox",
+    "MemoryStore",
+    "TinyNetwork",
+    "eager_client",
+    "outside",
+]
+
+
+@dataclass
+class Doorbell:
+    """Takes what would be published, and remembers it."""
+
+    jobs: list[Job] = field(default_factory=list)
+
+    def __call__(self, job: Job) -> None:
+        """See `gradcam_worker.broker.app.Bell.publish`."""
+        self.jobs.append(job)
+
+
+@dataclass
+class MemoryStore:
+    """A bucket in a dictionary: also a StoreSource that opens itself, wherever the job points."""
+
+    objects: dict[str, bytes] = field(default_factory=dict)  # in the order they were written
+
+    def open(self, uri: str | None = None) -> "MemoryStore":  # noqa: ARG002
+        """See `gradcam_worker.storage.stores.Stores.open`."""
+        return self
+
+    def uri(self, key: str) -> str:
+        """See `gradcam_worker.storage.stores.Store.uri`."""
+        return f"memory://{key}"
+
+    def put(self, key: str, data: bytes, media_type: str) -> str:  # noqa: ARG002
+        """See `gradcam_worker.storage.stores.Store.put`."""
+        self.objects[key] = data
+        return self.uri(key)
+
+    def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
+        """See `gradcam_worker.storage.stores.Store.put_many`: in the order given."""
+        return put_each(self.put, objects, deadline)
+
+    def find(self, key: str, deadline: Deadline) -> bytes | None:
+        """See `gradcam_worker.storage.stores.Store.find`."""
+        deadline.check("looking for what is stored")
+        return self.objects.get(key)
+
+    def get(self, key: str) -> bytes:
+        """See `gradcam_worker.storage.stores.Store.get`."""
+        return self.objects[key]
+
+    def names(self, folder: str) -> Iterator[str]:
+        """See `gradcam_worker.storage.stores.Store.names`."""
+        return iter(sorted(key for key in self.objects if key.startswith(f"{folder}/")))
+
+    def remove(self, key: str) -> None:
+        """See `gradcam_worker.storage.stores.Store.remove`."""
+        self.objects.pop(key, None)
+
+
+@dataclass(frozen=True)
+class MemoryImages:
+    """Images by URI. An exception in place of bytes is raised."""
+
+    images: Mapping[str, bytes | BaseException]
+
+    def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:
+        """See `gradcam_worker.images.fetch.Images.fetch`."""
+        deadline.check("fetch")
+        found = self.images.get(image.uri, ImageNotFound(f"There is nothing at {image.uri}."))
+        if isinstance(found, BaseException):
+            raise found
+        if at_most is not None and len(found) > at_most:
+            message = f"{image.uri} has more than {at_most:,} bytes."
+            raise ImageTooLarge(message)
+        return Fetched(found, hashlib.sha256(found).hexdigest(), image.uri)
+
+
+@dataclass
+class MemoryMessenger:
+    """Takes every event, or raises what it is told to."""
+
+    sent: list[StatusEvent] = field(default_factory=list)
+    failure: Exception | None = None
+
+    def check(self, webhook: Webhook) -> None:
+        """See `gradcam_worker.delivery.webhooks.Webhooks.check`: every host and secret is allowed."""
+
+    def send(self, url: str, secret_ref: str | None, event: StatusEvent, message_id: str) -> None:  # noqa: ARG002
+        """See `gradcam_worker.delivery.webhooks.Webhooks.send`."""
+        if self.failure:
+            raise self.failure
+        self.sent.append(event)
+
+
+class TinyNetwork:
+    """Sees red, green and blue. Input (16, 16), map (4, 4), global average pooling and one dense layer.
+
+    Its activations are the means of 4 x 4 blocks of pixels, scaled to [0, 1]; each class looks at one
+    colour and away from the two others. So Grad-CAM is known: the block means weighted by
+    (2, -1, -1) / 16, in the order of the class's own colour first.
+    """
+
+    SIDE, CELLS = 16, 4
+    KERNEL = np.array([[2, -1, -1], [-1, 2, -1], [-1, -1, 2]], np.float32)  # (channels, classes)
+
+    labels = ClassIndex((Label(0, "n1", "red"), Label(1, "n2", "green"), Label(2, "n3", "blue")))
+    facts = NetworkFacts(
+        name="efficientnet_lite0",  # it stands in for a network of the catalog
+        input_size=(SIDE, SIDE),
+        preprocessing="none",
+        weights_sha256=None,
+        backend=f"numpy {np.__version__}",
+        dtype="float32",
+        default_layer="blocks",
+        map_size=(CELLS, CELLS),
+        parameters=9,
+    )
+
+    def compute(
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+    ) -> Computed:
+        """See `gradcam_worker.gradcam.network.Network.compute`; of the scores it knows the logit."""
+        if method.layer not in {None, "auto", "blocks"}:
+            message = f"Layer {method.layer!r} does not exist; there is 'blocks'."
+            raise UnknownLayer(message)
+        cells, blocks, scores = self.CELLS, self._blocks(pixels), self.scores(pixels)
+        order = np.argsort(-scores, axis=1, kind="stable")
+        ranked = np.take_along_axis(order, np.maximum(-wanted - 1, 0), axis=1)
+        class_ids = np.where(wanted < 0, ranked, wanted).astype(np.int32)
+        weights = self.KERNEL.T[class_ids.T] / cells**2  # (k, n, channels)
+        gradients = np.broadcast_to(weights[:, :, None, None], (*weights.shape[:2], cells, cells, 3))
+        return Computed("blocks", scores, class_ids, cam.METHODS[method.name](np, blocks, gradients))
+
+    def begin(
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+    ) -> Callable[[], Computed]:
+        """See `gradcam_worker.gradcam.network.Network.begin`: there is no device but the CPU."""
+        computed = self.compute(pixels, wanted, method)
+        return lambda: computed
+
+    def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See `gradcam_worker.gradcam.network.Network.scores`."""
+        return np.asarray(self._blocks(pixels).mean((1, 2)) @ self.KERNEL, np.float32)
+
+    def _blocks(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        n, cells, step = len(pixels), self.CELLS, self.SIDE // self.CELLS
+        means = pixels.reshape(n, cells, step, cells, step, 3).mean((2, 4), dtype=np.float32)
+        return np.asarray(means / 255, np.float32)
+
+
+def outside(
+    images: Mapping[str, bytes | BaseException], *, store: MemoryStore | None = None, **others: Any
+) -> Outside:
+    """An Outside in memory, with the catalog's networks, and TinyNetwork for `efficientnet_lite0`."""
+
+    def load(row: NetworkRow) -> Network:
+        if row.name != TinyNetwork.facts.name:
+            message = f"There is no network {row.name!r} here."
+            raise UnknownNetwork(message)
+        return TinyNetwork()
+
+    defaults: dict[str, Any] = {
+        "images": MemoryImages(images),
+        "networks": Registry(),
+        "residents": Residents(load),
+        "stores": store or MemoryStore(),
+        "webhooks": MemoryMessenger(),
+        "limits": Limits(),
+        "max_classes": 50,
+        "rooms": Rooms(Room(2**29, "bytes"), Room(2**28, "pixels"), most_bytes=2**25, threads=1),
+    }
+    return Outside(**{**defaults, **others})
+
+
+@dataclass
+class MemoryObjects:
+    """What a client reads and uploads, in two dictionaries: see `gradcam_worker.client.results.Objects`."""
+
+    store: MemoryStore
+    images: dict[str, bytes | BaseException]
+
+    def read(self, uri: str) -> bytes:
+        """See `gradcam_worker.client.results.Objects.read`."""
+        found = self.store.objects.get(uri.removeprefix("memory://"))
+        if found is None:
+            message = f"There is nothing at {uri}."
+            raise StorageUnavailable(message)
+        return found
+
+    def put(self, uri: str, data: bytes, media_type: str) -> None:  # noqa: ARG002
+        """See `gradcam_worker.client.results.Objects.put`."""
+        self.images[uri] = data
+
+    def url(self, uri: str, expires_s: int) -> str:  # noqa: ARG002
+        """See `gradcam_worker.client.results.Objects.url`: the object itself, as a data: URL."""
+        media_type = mimetypes.guess_type(uri)[0] or "application/octet-stream"
+        return f"data:{media_type};base64,{base64.b64encode(self.read(uri)).decode()}"
+
+
+def eager_client(
+    images: Mapping[str, bytes | BaseException] | None = None,
+    *,
+    network: Network | None = None,
+    settings: Settings | None = None,
+    **others: Any,
+) -> GradcamClient:
+    """A client whose `submit` runs the job at once, in memory, for unit tests of what uses a client.
+
+    `images`: what lies where; an exception in place of bytes is raised. Whatever network of the catalog a
+    job names, `network` computes it, or TinyNetwork: its classes are red, green and blue. `others` are parts
+    of `gradcam_worker.execution.services.Outside`. What can be tried again is, at once. Nobody calls
+    webhooks.
+
+    >>> import cv2
+    >>> red = cv2.imencode(".png", np.full((32, 32, 3), (0, 0, 255), np.uint8))[1].tobytes()
+    >>> client = eager_client({"s3://in/red.png": red})
+    >>> job_id = client.submit(image="s3://in/red.png", network="vgg16", target={"top_n": 1})
+    >>> client.wait(job_id).predictions[0].name
+    'red'
+    >>> result = client.result(job_id)
+    >>> overlay = result.manifest.explanations[0].artifacts[0]
+    >>> (overlay.kind, result.urls[overlay.uri][:22])
+    ('overlay', 'data:image/jpeg;base64')
+    >>> lost = client.submit(image="s3://in/lost.png", network="vgg16", target={"top_n": 1})
+    >>> client.status(lost).error.code
+    'image_not_found'
+    """
+    given = settings or Settings()
+    uploads = given.uploads or "s3://uploads"
+    settings = given.model_copy(update={"retry_backoff_s": 1e-6, "uploads": uploads})
+    there, store, ledger = dict(images or {}), MemoryStore(), MemoryLedger()
+    residents = Residents(lambda _: network or TinyNetwork())
+    surroundings = outside(there, store=store, **{"residents": residents, **others})
+    me = WorkerRef(id="eager", device="cpu")
+
+    def run(job: Job) -> None:
+        leases = Leases(ledger, me.id, settings.lease_s)
+        desk = Desk(settings, ledger, surroundings, me, leases, Breaker(lambda: None))
+        while not ledger.read(job.id).final:
+            ledger.requeue(job.id)  # where it waits for another attempt
+            desk.handle({"id": job.id}, job.id)
+
+    return GradcamClient(settings=settings, ledger=ledger, publish=run, objects=MemoryObjects(store, there))
