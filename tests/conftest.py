@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import trustme
+from pydantic import SecretStr
+
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.models.weights import digest
 from gradcam_worker.operations import servers
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.settings import Settings
-from pydantic import SecretStr
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

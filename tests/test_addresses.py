@@ -1,10 +1,11 @@
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
-from address_tricks import answers
-from gradcam_worker.net.ip_policy import GLOBAL_UNICAST, networks, objection
 from hypothesis import given
 from hypothesis import strategies as st
+
+from address_tricks import answers
+from gradcam_worker.net.ip_policy import GLOBAL_UNICAST, networks, objection
 
 
 @pytest.mark.parametrize(

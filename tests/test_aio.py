@@ -9,15 +9,17 @@ from contextvars import ContextVar
 from typing import Any
 
 import pytest
+
 from gradcam_worker.client import poller
 from gradcam_worker.client.async_client import CALLS_AT_ONCE, AsyncGradcamClient
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable, UnknownJob, WaitTimeout
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.schemas.job import Job, WorkerRef
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.settings import Settings
-from gradcam_worker.testing import Doorbell, MemoryLedger
+from gradcam_worker.testing import MemoryLedger, RecordingPublisher
 
 FIELDS: dict[str, Any] = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
 WAIT_S = 30.0
@@ -32,7 +34,7 @@ def ledger(settings: Settings) -> RedisLedger:
 @pytest.fixture
 def client(settings: Settings) -> Iterator[AsyncGradcamClient]:
     """A face of one client: each event loop may use it."""
-    with GradcamClient(settings=settings, publish=Doorbell()) as client:
+    with GradcamClient(settings=settings, publish=RecordingPublisher()) as client:
         yield AsyncGradcamClient(client=client)
 
 
@@ -127,7 +129,7 @@ def test_a_ledger_that_is_away_holds_up_nobody_else_of_the_event_loop() -> None:
 
     async def app() -> None:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1, "of-the-app"))
-        inner = GradcamClient(settings=Settings(), ledger=ledger, publish=Doorbell())
+        inner = GradcamClient(settings=Settings(), ledger=ledger, publish=RecordingPublisher())
         async with AsyncGradcamClient(client=inner) as client:
             submits = [asyncio.create_task(client.submit(**FIELDS)) for _ in range(50)]
             await asyncio.sleep(0)
@@ -153,7 +155,7 @@ def test_who_waited_for_a_thread_does_not_wait_for_the_ledger_as_long_again(
             raise LedgerUnavailable(message)
 
     async def app() -> None:
-        inner = GradcamClient(settings=Settings(), ledger=Gone(), publish=Doorbell())
+        inner = GradcamClient(settings=Settings(), ledger=Gone(), publish=RecordingPublisher())
         jobs = [Job.parse(FIELDS) for _ in range(12)]
         async with AsyncGradcamClient(client=inner) as client:
             ended = await asyncio.gather(*map(client.submit, jobs), return_exceptions=True)
@@ -245,7 +247,7 @@ def test_it_is_closed_when_it_is_left(settings: Settings, ledger: RedisLedger) -
 
 def test_a_ledger_that_cannot_push_is_looked_at() -> None:
     async def app() -> None:
-        sync = GradcamClient(settings=Settings(), ledger=MemoryLedger(), publish=Doorbell())
+        sync = GradcamClient(settings=Settings(), ledger=MemoryLedger(), publish=RecordingPublisher())
         async with AsyncGradcamClient(client=sync) as client:
             job_id = await client.submit(**FIELDS)
             waiter = asyncio.create_task(client.wait(job_id, WAIT_S))

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from gradcam_worker.artifacts import artifacts
 from gradcam_worker.errors import AttemptFenced, JobTimeout, StorageUnavailable
 from gradcam_worker.gradcam.catalog import CATALOG, ModelFile, NetworkRow
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import Job, ManifestRef
+from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import InputRecord, Manifest, MethodRecord, NetworkRecord
+from gradcam_worker.schemas.status import ManifestRef
 from gradcam_worker.storage.stores import FolderStore, Store
 from gradcam_worker.testing import MemoryStore
 

@@ -13,12 +13,14 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
+
 from gradcam_worker.backfill import inflight, output
-from gradcam_worker.backfill.output import Output
+from gradcam_worker.backfill.output import DatasetDir
 from gradcam_worker.backfill.plan import Plan, shards
-from gradcam_worker.backfill.progress import Pace, Standing
-from gradcam_worker.backfill.registry import Heard, Record
-from gradcam_worker.backfill.runner import Backfill
+from gradcam_worker.backfill.progress import Progress, RunOptions
+from gradcam_worker.backfill.registry import BackfillRecord, LeaseStatus
+from gradcam_worker.backfill.runner import BackfillRunner
 from gradcam_worker.errors import (
     BackfillConflict,
     BackfillStopped,
@@ -29,30 +31,29 @@ from gradcam_worker.errors import (
     LedgerUnavailable,
     StorageUnavailable,
 )
-from gradcam_worker.execution.handler import Desk
-from gradcam_worker.execution.leases import Leases
+from gradcam_worker.execution.handler import JobHandler
+from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.operations import console
-from gradcam_worker.operations.progress_bar import Progress
-from gradcam_worker.resilience.circuit_breaker import Breaker
-from gradcam_worker.resilience.prefetch import Ahead
-from gradcam_worker.schemas.job import NetworkRef, Problem, StatusDocument, WorkerRef
-from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.operations.progress_bar import BackfillProgressBar
+from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
+from gradcam_worker.resilience.prefetch import Prefetcher
+from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.options import Target
 from gradcam_worker.schemas.shard import Row, Shard
+from gradcam_worker.schemas.status import NetworkRef, Problem, StatusDocument, WorkerRef
 from gradcam_worker.settings import Settings
-from gradcam_worker.testing import MemoryLedger, MemoryStore, outside
-from rich.console import Console
+from gradcam_worker.testing import MemoryLedger, MemoryStore, fake_services
 
 PLACE = "s3://results/photos"
 IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
 
 
 class MemoryFleet:
-    """The fleet in a dictionary: see `gradcam_worker.backfill.registry.Fleet`."""
+    """The fleet in a dictionary: see `gradcam_worker.backfill.registry.BackfillRegistry`."""
 
     def __init__(self) -> None:
-        self.heard = Heard(owner=True)
-        self.record: Record | None = None
+        self.heard = LeaseStatus(owner=True)
+        self.record: BackfillRecord | None = None
         self.token = ""
         self.most = 0  # shards in flight that it was told of at once
 
@@ -65,9 +66,9 @@ class MemoryFleet:
         token: str,
         *,
         enter: bool = False,
-    ) -> Heard:
+    ) -> LeaseStatus:
         del output, owner
-        before, self.record = self.record, Record(facts, tuple(shards), lives=True)
+        before, self.record = self.record, BackfillRecord(facts, tuple(shards), lives=True)
         self.most = max(self.most, len(shards))
         if not enter:
             return self.heard
@@ -80,9 +81,9 @@ class MemoryFleet:
 
     def leave(self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str]) -> None:
         del output, owner
-        self.record = Record(facts, tuple(shards), lives=False)
+        self.record = BackfillRecord(facts, tuple(shards), lives=False)
 
-    def find(self, output: str, *, cancel: bool = False) -> Record | None:
+    def find(self, output: str, *, cancel: bool = False) -> BackfillRecord | None:
         del output
         if cancel:
             self.heard = replace(self.heard, cancel=True)
@@ -123,17 +124,17 @@ class House:
     fails: dict[str, list[GradcamError]] = field(default_factory=dict)  # by shard key: of its next tries
     done: list[Shard] = field(default_factory=list)  # by the worker, in this order
     said: list[str] = field(default_factory=list)
-    shown: list[Standing] = field(default_factory=list)
-    show: Callable[[Standing], object] = lambda _: None
+    shown: list[Progress] = field(default_factory=list)
+    show: Callable[[Progress], object] = lambda _: None
     ring: Callable[[str], None] | None = None
 
     def work(self) -> None:
         """What a worker does, until it is told None."""
         worker = WorkerRef(id="w", device="cpu")
-        leases = Leases(self.ledger, "w", 15)
-        breaker = Breaker(lambda: None)
-        around = outside(self.images, store=self.store)
-        desk = Desk(
+        leases = LeaseManager(self.ledger, "w", 15)
+        breaker = CircuitBreaker(lambda: None)
+        around = fake_services(self.images, store=self.store)
+        desk = JobHandler(
             Settings(),
             self.ledger,
             around,
@@ -156,21 +157,21 @@ class House:
 
     def run(self, plan: Plan, rows: Sequence[Row], **pace: Any) -> dict[str, Any] | None:
         """One run, as `gradcam backfill` begins it."""
-        place = Output(self.store)
+        place = DatasetDir(self.store)
         resume = pace.pop("resume", False) or bool({"changed", "only_failed"} & pace.keys())
         plan = place.agreed(plan, resume=resume, changed=pace.get("changed", False))
 
-        def show(standing: Standing) -> None:
+        def show(standing: Progress) -> None:
             self.shown.append(standing)
             self.show(standing)
 
-        one = Backfill(
+        one = BackfillRunner(
             plan,
             place,
             self.ledger,
             self.ring or self.rung.put,
             self.fleet,
-            pace=Pace(**pace),
+            pace=RunOptions(**pace),
             show=show,
             say=self.said.append,
         )
@@ -179,7 +180,7 @@ class House:
 
     @property
     def seal(self) -> dict[str, Any] | None:
-        return Output(self.store).sealed()
+        return DatasetDir(self.store).sealed()
 
     def rows(self) -> Counter[int]:
         """How often each row of the input is in the dataset."""
@@ -233,7 +234,7 @@ def test_a_backfill_leaves_a_sealed_dataset_with_each_row_exactly_once(house: Ho
 
 
 def test_an_interrupted_backfill_goes_on_where_it_was(house: House, plan: Plan) -> None:
-    def interrupt(standing: Standing) -> None:
+    def interrupt(standing: Progress) -> None:
         if standing.done >= 8:
             raise KeyboardInterrupt
 
@@ -259,7 +260,7 @@ def test_an_interrupted_backfill_goes_on_where_it_was(house: House, plan: Plan) 
 def test_never_more_than_the_window_is_in_flight_and_others_get_their_share(house: House, plan: Plan) -> None:
     house.run(plan, images(40), window=3)
     assert house.fleet.most == 3
-    house.fleet.most, house.fleet.heard = 0, Heard(owner=True, running=3)
+    house.fleet.most, house.fleet.heard = 0, LeaseStatus(owner=True, running=3)
     house.store.objects.clear()
     house.run(plan.model_copy(update={"id": "01a216d4-0523-773f-a799-60224947ae4d"}), images(40), window=3)
     assert house.fleet.most == 1
@@ -270,7 +271,7 @@ def test_without_a_window_there_are_as_many_as_keep_the_workers_busy(house: Hous
     kept: list[str] = []
     house.ring = kept.append
 
-    def interrupt(standing: Standing) -> None:
+    def interrupt(standing: Progress) -> None:
         if standing.in_flight == 12:  # 3 workers, 2 in hand, 2 for each of them
             raise KeyboardInterrupt
 
@@ -281,7 +282,7 @@ def test_without_a_window_there_are_as_many_as_keep_the_workers_busy(house: Hous
 
 
 def test_no_more_is_handed_out_than_the_rate_allows(house: House, plan: Plan) -> None:
-    def interrupt(standing: Standing) -> None:
+    def interrupt(standing: Progress) -> None:
         if standing.done and len(house.shown) > 20:
             raise KeyboardInterrupt
 
@@ -408,7 +409,7 @@ def test_a_broker_that_is_away_is_left_to_the_reaper(house: House, plan: Plan) -
             raise BrokerUnavailable(message)
         house.rung.put(job_id)
 
-    def reap(standing: Standing) -> None:
+    def reap(standing: Progress) -> None:
         if quiet[0] and standing.in_flight == 4:
             quiet[0] = False
             for job_id in house.ledger._entries:
@@ -441,7 +442,7 @@ def test_what_the_ledger_has_forgotten_is_submitted_again(house: House, plan: Pl
 def test_whoever_cancels_it_stops_what_is_in_flight(house: House, plan: Plan) -> None:
     house.ring = lambda _: None  # nobody works
 
-    def cancel(standing: Standing) -> None:
+    def cancel(standing: Progress) -> None:
         if standing.in_flight:
             house.fleet.find(PLACE, cancel=True)
 
@@ -452,15 +453,15 @@ def test_whoever_cancels_it_stops_what_is_in_flight(house: House, plan: Plan) ->
     assert states == {"canceled": 3}
     assert house.fleet.record is not None
     assert house.fleet.record.shards == ()
-    house.fleet.heard, house.show, house.ring = Heard(owner=True), lambda _: None, None
+    house.fleet.heard, house.show, house.ring = LeaseStatus(owner=True), lambda _: None, None
     assert house.run(plan, images(40), resume=True)
     assert house.rows() == dict.fromkeys(range(40), 1)
 
 
 def test_it_ends_where_somebody_else_has_taken_the_output(house: House, plan: Plan) -> None:
-    def take(_: Standing) -> None:
-        house.fleet.heard = Heard(
-            owner=False, before=Record({"pid": 7, "host": "gpu-2"}, shards=(), lives=True)
+    def take(_: Progress) -> None:
+        house.fleet.heard = LeaseStatus(
+            owner=False, before=BackfillRecord({"pid": 7, "host": "gpu-2"}, shards=(), lives=True)
         )
 
     house.show = take
@@ -502,7 +503,9 @@ def test_weights_of_shards_that_ended_while_nobody_looked_are_asked_of_the_ledge
 
 def test_whoever_has_lost_the_output_submits_nothing_more(house: House, plan: Plan) -> None:
     def lose(_: str) -> None:
-        house.fleet.heard = Heard(owner=False, before=Record({"pid": 7, "host": "gpu-2"}, (), lives=True))
+        house.fleet.heard = LeaseStatus(
+            owner=False, before=BackfillRecord({"pid": 7, "host": "gpu-2"}, (), lives=True)
+        )
 
     house.ring = lose
     with pytest.raises(BackfillConflict, match="run by process 7 on gpu-2"):
@@ -515,7 +518,7 @@ def test_what_another_backfill_finishes_at_the_last_moment_is_its_own(house: Hou
     stray = next(shards(images(4), theirs))
     house.store.put("backfill.json", theirs.to_json().encode(), "application/json")
     house.ledger.submit(stray)
-    house.fleet.record = Record({"backfill": theirs.id}, (stray.id,), lives=False)
+    house.fleet.record = BackfillRecord({"backfill": theirs.id}, (stray.id,), lives=False)
     cancel = house.ledger.cancel
 
     def late(job_id: str) -> StatusDocument:
@@ -525,7 +528,7 @@ def test_what_another_backfill_finishes_at_the_last_moment_is_its_own(house: Hou
     house.ledger.cancel = late  # type: ignore[method-assign]
     with pytest.raises(BackfillConflict, match="holds another backfill, of which a shard was done just now"):
         house.run(plan, images(8))
-    assert Output(house.store).held() == theirs
+    assert DatasetDir(house.store).held() == theirs
     assert not house.done
 
 
@@ -533,7 +536,7 @@ def test_what_is_waited_for_before_it_begins_is_shown_and_can_be_cancelled(house
     other = "01a216d4-0523-773f-a799-60224947ae4d"
     stray = next(shards(images(4), plan.model_copy(update={"id": other})))
     house.ledger.claim(house.ledger.submit(stray), WorkerRef(id="w", device="cpu"))
-    house.fleet.record = Record({"backfill": other}, (stray.id,), lives=False)
+    house.fleet.record = BackfillRecord({"backfill": other}, (stray.id,), lives=False)
     house.show = lambda _: house.fleet.find(PLACE, cancel=True) and None
     with pytest.raises(BackfillStopped, match="cancelled on request"):
         house.run(plan, images(8))
@@ -545,7 +548,7 @@ def test_what_is_cancelled_and_still_runs_is_remembered_as_in_flight(house: Hous
         if not house.shown:
             house.ledger.claim(house.ledger.read(job_id), WorkerRef(id="w", device="cpu"))
 
-    def cancel(_: Standing) -> None:
+    def cancel(_: Progress) -> None:
         house.fleet.find(PLACE, cancel=True)
 
     house.ring, house.show = claim, cancel
@@ -575,7 +578,7 @@ def test_why_a_shard_is_tried_again_is_said_once(house: House, plan: Plan) -> No
         claim = house.ledger.claim(house.ledger.read(job_id), worker)
         house.ledger.advance(claim.document, status="retrying", error=problem, queued_at=utc_now())
 
-    def interrupt(_: Standing) -> None:
+    def interrupt(_: Progress) -> None:
         if len(house.shown) > 5:
             raise KeyboardInterrupt
 
@@ -608,11 +611,11 @@ def test_a_table_that_is_no_shards_would_be_read_with_them_and_is_refused(house:
 def test_a_shard_that_an_older_version_left_in_flight_is_refused_and_submitted_again(
     house: House, plan: Plan
 ) -> None:
-    plan = Output(house.store).agreed(plan, resume=False, changed=False)
-    Output(house.store).begin(plan)
+    plan = DatasetDir(house.store).agreed(plan, resume=False, changed=False)
+    DatasetDir(house.store).begin(plan)
     first, _ = shards(images(8), plan)
     house.ledger.submit(first)
-    house.fleet.record = Record({"backfill": plan.id}, (first.id,), lives=False)
+    house.fleet.record = BackfillRecord({"backfill": plan.id}, (first.id,), lives=False)
     assert house.run(plan, images(8), resume=True)
     refused = house.ledger.read(first.id)
     assert (refused.status, refused.error and refused.error.code) == ("failed", "unknown_backfill")
@@ -622,7 +625,7 @@ def test_a_shard_that_an_older_version_left_in_flight_is_refused_and_submitted_a
 def test_what_an_earlier_run_left_in_flight_ends_before_the_seal(house: House, plan: Plan) -> None:
     stray = next(shards(images(4), plan)).model_copy(update={"id": "01a216d4-0523-773f-a799-60224947ae4d"})
     house.ledger.submit(stray)
-    house.fleet.record = Record({"backfill": plan.id}, (stray.id,), lives=False)
+    house.fleet.record = BackfillRecord({"backfill": plan.id}, (stray.id,), lives=False)
     assert house.run(plan, images(8))
     assert house.ledger.read(stray.id).status == "canceled"
 
@@ -655,7 +658,7 @@ def test_an_input_without_rows_and_one_that_breaks_off_are_told(house: House, pl
 
 def test_an_output_that_is_somebody_elses_is_refused(house: House, plan: Plan) -> None:
     house.run(plan, images(4))
-    place = Output(house.store)
+    place = DatasetDir(house.store)
     own = {"id": "01a216d4-0523-773f-a799-60224947ae4d"}
     wider = plan.model_copy(update={**own, "target": Target(top_n=2)})
     with pytest.raises(BackfillConflict, match=r"holds another backfill\. Its target is .*\. Or choose"):
@@ -680,7 +683,7 @@ def test_an_output_that_is_somebody_elses_is_refused(house: House, plan: Plan) -
 
 def test_other_weights_run_everything_again(house: House, plan: Plan) -> None:
     house.run(plan, images(8))
-    place = Output(house.store)
+    place = DatasetDir(house.store)
     place.begin(place.agreed(plan, resume=True, changed=False))
     assert place.network() is not None
     heavier = place.agreed(plan.model_copy(update={"weights_sha256": "a" * 64}), resume=True, changed=True)
@@ -712,7 +715,7 @@ def test_many_failed_rows_are_written_in_parts(
 
 
 def test_a_file_that_has_gone_is_missed_before_the_seal(house: House, plan: Plan) -> None:
-    def lose(standing: Standing) -> None:
+    def lose(standing: Progress) -> None:
         if standing.whole and not standing.in_flight:
             first = next(name for name in house.store.objects if name.startswith("data/"))
             del house.store.objects[first]
@@ -725,20 +728,20 @@ def test_a_file_that_has_gone_is_missed_before_the_seal(house: House, plan: Plan
 
 
 def test_shown_is_what_is_known() -> None:
-    begun = Standing(planned=1024, done=512, partly=16, before=256, in_flight=2, workers=0, rows_per_s=98.0)
-    unknown = Progress("lines")
+    begun = Progress(planned=1024, done=512, partly=16, before=256, in_flight=2, workers=0, rows_per_s=98.0)
+    unknown = BackfillProgressBar("lines")
     assert unknown.text(begun) == (
         "784 of at least 1,024 rows · 98 rows/s · 2 shards in flight"
         " · no worker lives: start one with `gradcam worker`"
     )
-    about = Progress("lines", lambda: 9996)
+    about = BackfillProgressBar("lines", lambda: 9996)
     failing = replace(begun, failed=7, workers=1)
     assert about.text(failing) == (
         "784 of about 9,996 rows · 7 failed · 98 rows/s · 0:01:34 left · 2 shards in flight"
     )
     assert about.facts(begun).items() >= {"total": 9996, "left_s": 94, "rows_per_s": 98.0}.items()
     assert about.text(replace(begun, whole=True, workers=None)).startswith("784 of 1,024 rows · ")
-    assert unknown.text(Standing(workers=0)).startswith("No rows yet · no worker lives")
+    assert unknown.text(Progress(workers=0)).startswith("No rows yet · no worker lives")
 
 
 @pytest.mark.parametrize("form", ["terminal", "lines", "json"])
@@ -749,9 +752,9 @@ def test_how_far_it_is_is_shown_whoever_looks(
         monkeypatch.setattr(
             console, "err", Console(stderr=True, force_terminal=True, width=100, highlight=False)
         )
-    with Progress(form) as progress:
-        progress.show(Standing(planned=1024, done=512))
-        progress.show(Standing(planned=2048, done=999))
+    with BackfillProgressBar(form) as progress:
+        progress.show(Progress(planned=1024, done=512))
+        progress.show(Progress(planned=2048, done=999))
         progress.say("something \x1b[31m")
     out, err = capsys.readouterr()
     said = out if form == "json" else err
@@ -771,14 +774,14 @@ def test_reading_ahead_waits_for_whoever_takes_and_passes_errors_on() -> None:
         message = "broken"
         raise OSError(message)
 
-    with Ahead(source(), most=2) as ahead:
+    with Prefetcher(source(), most=2) as ahead:
         assert ahead.take(9) == 0
         assert max(given) <= 3
         assert [ahead.take(9) for _ in range(8)] == list(range(1, 9))
         with pytest.raises(OSError, match="broken"):
             ahead.take(9)
     gate = threading.Event()
-    with Ahead(number for number in range(1) if gate.wait(9)) as slow:
+    with Prefetcher(number for number in range(1) if gate.wait(9)) as slow:
         assert slow.take(0.001) is None
         assert not slow.ended
         gate.set()

@@ -3,10 +3,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import bench_peers
 import numpy as np
-import peer_environment
 import pytest
+
+import bench_peers
+import peer_environment
 from bench_peers import OURS, Result, document, measure, table, verdict
 from peer_environment import PINS, Environment
 from peer_process import Failed

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
 from gradcam_worker.errors import StorageUnavailable
-from gradcam_worker.resilience.circuit_breaker import FAILURES, Breaker
+from gradcam_worker.resilience.circuit_breaker import FAILURES, CircuitBreaker
 
 FAILURE = StorageUnavailable("s3://out/x could not be written: HTTP 503")
 
@@ -32,11 +33,11 @@ class Storage:
 
 
 @pytest.fixture
-def watched() -> Iterator[Callable[[Breaker], threading.Thread]]:
+def watched() -> Iterator[Callable[[CircuitBreaker], threading.Thread]]:
     """Have a breaker watched until the test is over."""
     stopped, threads = threading.Event(), []
 
-    def start(breaker: Breaker) -> threading.Thread:
+    def start(breaker: CircuitBreaker) -> threading.Thread:
         threads.append(threading.Thread(target=breaker.watch, args=[stopped]))
         threads[-1].start()
         return threads[-1]
@@ -48,16 +49,16 @@ def watched() -> Iterator[Callable[[Breaker], threading.Thread]]:
         assert not thread.is_alive()
 
 
-def fail(breaker: Breaker, times: int = FAILURES) -> None:
+def fail(breaker: CircuitBreaker, times: int = FAILURES) -> None:
     for _ in range(times):
         breaker.failed(FAILURE)
 
 
-def why(breaker: Breaker) -> str | None:
+def why(breaker: CircuitBreaker) -> str | None:
     return breaker.open
 
 
-def closed(breaker: Breaker) -> bool:
+def closed(breaker: CircuitBreaker) -> bool:
     waiting = threading.Event()
     for _ in range(2000):
         if not breaker.open:
@@ -67,7 +68,7 @@ def closed(breaker: Breaker) -> bool:
 
 
 def test_it_opens_after_failures_in_a_row_and_says_why_and_since_when() -> None:
-    breaker = Breaker(Storage(None))
+    breaker = CircuitBreaker(Storage(None))
     fail(breaker, FAILURES - 1)
     assert why(breaker) is None
     fail(breaker, 1)
@@ -80,7 +81,7 @@ def test_it_opens_after_failures_in_a_row_and_says_why_and_since_when() -> None:
 
 
 def test_a_job_that_succeeds_in_between_starts_the_count_again() -> None:
-    breaker = Breaker(Storage(None))
+    breaker = CircuitBreaker(Storage(None))
     for _ in range(3):
         fail(breaker, FAILURES - 1)
         breaker.succeeded()
@@ -88,7 +89,7 @@ def test_a_job_that_succeeds_in_between_starts_the_count_again() -> None:
 
 
 def test_a_job_that_was_under_way_and_succeeds_closes_it() -> None:
-    breaker = Breaker(Storage(None))
+    breaker = CircuitBreaker(Storage(None))
     fail(breaker)
     breaker.succeeded()
     assert why(breaker) is None
@@ -98,7 +99,7 @@ def test_a_job_that_was_under_way_and_succeeds_closes_it() -> None:
 
 def test_it_probes_by_itself_and_closes_when_the_storage_is_back(watched: Any) -> None:
     storage = Storage(FAILURE, FAILURE, None)
-    breaker = Breaker(storage, first_pause_s=0.02)
+    breaker = CircuitBreaker(storage, first_pause_s=0.02)
     watched(breaker)
     fail(breaker)
     assert storage.was_asked(3)
@@ -110,7 +111,7 @@ def test_it_probes_by_itself_and_closes_when_the_storage_is_back(watched: Any) -
 
 def test_nothing_is_probed_while_it_is_closed(watched: Any) -> None:
     storage = Storage(None)
-    breaker = Breaker(storage, first_pause_s=0.001)
+    breaker = CircuitBreaker(storage, first_pause_s=0.001)
     watched(breaker)
     fail(breaker, FAILURES - 1)
     threading.Event().wait(1)
@@ -122,7 +123,7 @@ def test_a_probe_that_breaks_in_an_unforeseen_way_does_not_end_the_watch(
 ) -> None:
     caplog.set_level(logging.INFO, logger="gradcam")
     storage = Storage(KeyError("surprise"), None)
-    breaker = Breaker(storage, first_pause_s=0.02)
+    breaker = CircuitBreaker(storage, first_pause_s=0.02)
     watched(breaker)
     fail(breaker)
     assert closed(breaker)
@@ -132,13 +133,13 @@ def test_a_probe_that_breaks_in_an_unforeseen_way_does_not_end_the_watch(
 
 
 def test_a_watch_that_is_stopped_while_it_is_open_ends_at_once(watched: Any) -> None:
-    breaker = Breaker(Storage(FAILURE), first_pause_s=600)
+    breaker = CircuitBreaker(Storage(FAILURE), first_pause_s=600)
     watched(breaker)
     fail(breaker)  # the fixture stops the watch and waits for its end
 
 
 def test_many_threads_may_tell_it_at_once() -> None:
-    breaker = Breaker(Storage(None))
+    breaker = CircuitBreaker(Storage(None))
     start = threading.Barrier(8)
 
     def tell() -> None:

@@ -10,10 +10,12 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 import trustme
+
 from gradcam_worker.broker import app as broker
+from gradcam_worker.broker import publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import BrokerUnavailable, InvalidSettings, LedgerUnavailable
-from gradcam_worker.operations.doctor import examine
+from gradcam_worker.operations.doctor import run_checks
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.settings import Settings
 
@@ -65,7 +67,7 @@ def test_a_published_job_lies_where_celery_would_have_put_it_and_as_it_would_hav
     priority: str, settings: Settings, job: Job
 ) -> None:
     job = job.model_copy(update={"priority": priority})
-    app, (queue, number) = broker.make_app(settings), broker.ROUTES[priority]
+    app, (queue, number) = broker.make_app(settings), publisher.ROUTES[priority]
     app.bell.publish([(job, None)])
     named: dict[str, Any] = {"task_id": job.id, "argsrepr": f"<{job.id}>", "kwargsrepr": ""}
     sent = [job.model_dump(mode="json")]
@@ -82,9 +84,9 @@ def test_a_published_job_lies_where_celery_would_have_put_it_and_as_it_would_hav
 
 
 def test_interactive_jobs_are_served_before_bulk(settings: Settings) -> None:
-    numbers = [broker.ROUTES[priority][1] for priority in ("high", "normal", "low", "bulk")]
+    numbers = [publisher.ROUTES[priority][1] for priority in ("high", "normal", "low", "bulk")]
     assert numbers == sorted(numbers), "on Redis the smallest is served first"
-    assert broker.QUEUES.index(broker.INTERACTIVE) < broker.QUEUES.index(broker.BULK)
+    assert publisher.QUEUES.index(publisher.INTERACTIVE) < publisher.QUEUES.index(publisher.BULK)
     assert broker.make_app(settings).conf.broker_transport_options["queue_order_strategy"] == "priority"
 
 
@@ -120,7 +122,7 @@ def test_client_ledger_broker_and_doctor_reach_an_encrypted_server(
     client = GradcamClient(settings=settings)
     assert client.status(client.submit(job)).status == "queued"
     assert broker.waiting(broker.make_app(settings), "normal") == 1
-    assert [(found.what, found.well) for found in islice(examine(settings), 2)] == [
+    assert [(found.what, found.well) for found in islice(run_checks(settings), 2)] == [
         ("broker", True),
         ("ledger", True),
     ]
@@ -170,7 +172,7 @@ def test_messages_are_counted_by_their_priority(settings: Settings, job: Job) ->
     app = broker.make_app(settings)
     app.bell.publish([(job, None)])
     broker.ring(app, job.id, "bulk")
-    counts = {priority: broker.waiting(app, priority) for priority in broker.ROUTES}
+    counts = {priority: broker.waiting(app, priority) for priority in publisher.ROUTES}
     assert counts == {"high": 0, "normal": 1, "low": 0, "bulk": 1, "shard": 0}
 
 

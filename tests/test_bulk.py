@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import ClientError
+from numpy.typing import NDArray
+
 from gradcam_worker.errors import (
     AttemptFenced,
     DeviceOutOfMemory,
@@ -34,22 +36,22 @@ from gradcam_worker.errors import (
     WeightsChecksumMismatch,
 )
 from gradcam_worker.execution import pipeline, shards
-from gradcam_worker.execution.pipeline import Done, Journey
+from gradcam_worker.execution.pipeline import JobContext, JobResult
 from gradcam_worker.gradcam.decoding.decode import Decoded, decode
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network
-from gradcam_worker.images.fetch import Fetched, Images
-from gradcam_worker.inference.model_cache import Residents
-from gradcam_worker.resilience.budget import Room, Rooms
+from gradcam_worker.images.fetch import Fetched, UriFetcher
+from gradcam_worker.inference.model_cache import ModelCache
+from gradcam_worker.resilience.budget import Budgets, ResourceBudget
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.runtime import service_factory
-from gradcam_worker.schemas.job import ImageRef, Job, Problem
+from gradcam_worker.schemas.job import ImageRef, Job
 from gradcam_worker.schemas.shard import READERS, Row, Shard, data_key, parse
+from gradcam_worker.schemas.status import Problem
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.filesystem import Object
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.s3_errors import IdentityFailed
-from gradcam_worker.testing import MemoryImages, MemoryStore, TinyNetwork, outside
-from numpy.typing import NDArray
+from gradcam_worker.testing import MemoryImageFetcher, MemoryStore, TinyNetwork, fake_services
 
 GROUP = 4
 KEY = "00000003-0123456789abcdef"
@@ -105,16 +107,18 @@ class Bench:
     others: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.residents = Residents(lambda _: self.network, max_batch=self.group)
-        self.outside = outside(
+        self.residents = ModelCache(lambda _: self.network, max_batch=self.group)
+        self.outside = fake_services(
             self.images, **{"store": self.store, "residents": self.residents, **self.others}
         )
         if self.source:
             self.outside = replace(self.outside, images=self.source)
 
-    def run(self, shard: Shard | None = None, *, deadline: Deadline | None = None, **journey: Any) -> Done:
-        way = Journey(deadline or Deadline(60), self.reported.append, insist=self.said.append, **journey)
-        return shards.explain(shard or shard_of(self.images), self.outside, way)
+    def run(
+        self, shard: Shard | None = None, *, deadline: Deadline | None = None, **journey: Any
+    ) -> JobResult:
+        way = JobContext(deadline or Deadline(60), self.reported.append, insist=self.said.append, **journey)
+        return shards.run_shard(shard or shard_of(self.images), self.outside, way)
 
     @property
     def table(self) -> pa.Table:
@@ -152,7 +156,7 @@ class Flaky:
             self.failures[image.uri] -= 1
             message = f"{image.uri} could not be read (HTTP 503)."
             raise ImageFetchFailed(message)
-        return MemoryImages(self.images).fetch(image, deadline, at_most)
+        return MemoryImageFetcher(self.images).fetch(image, deadline, at_most)
 
 
 @contextmanager
@@ -238,7 +242,7 @@ def check_against_manifests(bench: Bench) -> None:
     records = bench.table.to_pylist()
     for place, image in enumerate(bench.images):
         job = Job.parse({"image": image, "network": shard.network, "target": {"top_n": 2}, "artifacts": wish})
-        pipeline.explain(job, bench.outside, Journey(Deadline(60), lambda _: None))
+        pipeline.run_job(job, bench.outside, JobContext(Deadline(60), lambda _: None))
         manifest = json.loads(bench.store.objects[f"{job.id}/manifest.json"])
         heatmaps = np.load(io.BytesIO(bench.store.objects[f"{job.id}/heatmaps.npy"]))
         own = [one for one in records if one["row"] == FIRST + place]
@@ -293,7 +297,7 @@ def test_each_row_that_fails_says_why_and_disturbs_no_other() -> None:
         "s3://in/half.png": whole[:-30],
         "s3://in/large.png": np.random.default_rng(0).bytes(5000),
     }
-    few = Rooms(Room(2**20, "bytes"), Room(2**20, "pixels"), most_bytes=4000, threads=1)
+    few = Budgets(ResourceBudget(2**20, "bytes"), ResourceBudget(2**20, "pixels"), most_bytes=4000, threads=1)
     bench = Bench(images, others={"rooms": few})
     rows: list[dict[str, Any]] = [
         {"uri": uri(0), "id": "first"},
@@ -353,7 +357,7 @@ def test_a_checksum_that_is_not_the_images_is_an_error_of_its_row(s3_settings: A
     s3 = S3(settings)
     s3.client.put_object(Bucket="photos", Key="a.png", Body=PICTURES[uri(0)])
     rows = [{"uri": "s3://photos/a.png", "sha256": "0" * 64}, {"uri": "s3://photos/a.png"}]
-    bench = Bench(source=Images(settings, s3))
+    bench = Bench(source=UriFetcher(settings, s3))
     bench.run(shard_of({}, rows=rows))
     assert bench.errors == {0: "checksum_mismatch"}
 
@@ -456,7 +460,7 @@ def test_a_row_has_the_numbers_of_a_job_whatever_is_drawn_of_either() -> None:
     bench.run()
     drawn.run(shard_of({one: data}, artifacts=[{"kind": "overlay"}]))
     job = Job.parse({"image": one, "network": "efficientnet_lite0", "target": {"top_n": 2}})
-    done = pipeline.explain(job, bench.outside, Journey(Deadline(60), lambda _: None))
+    done = pipeline.run_job(job, bench.outside, JobContext(Deadline(60), lambda _: None))
     for table in (bench.table, drawn.table):
         assert table["probability"].to_pylist() == pytest.approx(
             [one.probability for one in done.predictions], rel=1e-6
@@ -503,7 +507,7 @@ def test_the_file_is_written_last_and_a_shard_whose_file_is_there_is_done() -> N
         raise AssertionError(message)
 
     store.order = []
-    idle = Bench({}, store=store, others={"residents": Residents(never)})
+    idle = Bench({}, store=store, others={"residents": ModelCache(never)})
     again = idle.run(shard)
     assert not store.order
     assert (again.result, again.network) == (first.result, first.network)
@@ -563,8 +567,8 @@ def test_a_shard_that_was_overtaken_while_it_computed_writes_nothing() -> None:
 
     bench = Bench()
     with pytest.raises(AttemptFenced, match="at upload"):
-        shards.explain(
-            shard_of(PICTURES), bench.outside, Journey(Deadline(60), lambda _: None, insist=insist)
+        shards.run_shard(
+            shard_of(PICTURES), bench.outside, JobContext(Deadline(60), lambda _: None, insist=insist)
         )
     assert not bench.store.objects
 
@@ -594,7 +598,7 @@ class Poisoned:
     def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:
         if image.uri in self.poison:
             raise Died
-        return MemoryImages(PICTURES).fetch(image, deadline, at_most)
+        return MemoryImageFetcher(PICTURES).fetch(image, deadline, at_most)
 
 
 def attempts(bench: Bench) -> list[str | None]:
@@ -735,7 +739,7 @@ def test_a_report_that_says_stop_stops_the_shard() -> None:
 
     shard = shard_of({}, rows=[{"uri": uri(0)}] * 40)
     with pytest.raises(JobCanceled):
-        shards.explain(shard, bench.outside, Journey(Deadline(60), report))
+        shards.run_shard(shard, bench.outside, JobContext(Deadline(60), report))
     assert not bench.store.objects
     bench.run(shard)
     assert [one for one in bench.reported if one.startswith("explain ")][-1] == "explain 24 of 40"
@@ -745,13 +749,13 @@ def test_a_report_that_says_stop_stops_the_shard() -> None:
 class Held:
     """Images that note what is held of the rooms as they are fetched."""
 
-    rooms: Rooms
+    rooms: Budgets
     bytes: list[int] = field(default_factory=list)
 
     def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:
         self.bytes.append(self.rooms.bytes.held)
         time.sleep(0.002)  # so that readers meet
-        return MemoryImages(PICTURES).fetch(image, deadline, at_most)
+        return MemoryImageFetcher(PICTURES).fetch(image, deadline, at_most)
 
 
 @pytest.mark.parametrize("artifacts", [(), ({"kind": "overlay"},)], ids=["plain", "overlays"])
@@ -759,7 +763,9 @@ def test_readers_wait_for_room_in_memory_and_leave_it(
     artifacts: tuple[dict[str, Any], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels = 20 * 24
-    rooms = Rooms(Room(3000, "bytes"), Room(2 * pixels, "pixels"), most_bytes=1000, threads=1)
+    rooms = Budgets(
+        ResourceBudget(3000, "bytes"), ResourceBudget(2 * pixels, "pixels"), most_bytes=1000, threads=1
+    )
     held: list[int] = []
 
     def noted(data: bytes, *args: Any, **how: Any) -> Decoded:
@@ -778,12 +784,14 @@ def test_readers_wait_for_room_in_memory_and_leave_it(
 
 
 def test_readers_of_shards_have_their_share_of_room_so_that_no_job_waits_for_them() -> None:
-    rooms = service_factory.outside(Settings(threads=4, shards=2)).rooms
+    rooms = service_factory.build_services(Settings(threads=4, shards=2)).rooms
     assert rooms.threads == 4 + 2 * READERS
 
 
 def test_rooms_are_left_by_rows_that_fail_and_shards_that_stop() -> None:
-    rooms = Rooms(Room(3000, "bytes"), Room(10_000, "pixels"), most_bytes=1000, threads=1)
+    rooms = Budgets(
+        ResourceBudget(3000, "bytes"), ResourceBudget(10_000, "pixels"), most_bytes=1000, threads=1
+    )
     deadline = Deadline(60)
     network = Odd(before=lambda _: deadline.cancel(JobCanceled("to stop")))
     bench = Bench({**PICTURES, uri(3): b"text"}, network, others={"rooms": rooms})

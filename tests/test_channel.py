@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import redis
+
 from gradcam_worker.broker import app as broker
-from gradcam_worker.broker.app import INTERACTIVE, SHARDS
+from gradcam_worker.broker import publisher
+from gradcam_worker.broker.publisher import INTERACTIVE, SHARDS
 from gradcam_worker.schemas import shard
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.settings import Settings
 
 WAIT_S = 20
@@ -21,7 +23,7 @@ THREADS, IN_HAND = 3, 2
 class Consumer:
     """What a worker process does with its queues, turn by turn; it acknowledges what it is told to."""
 
-    def __init__(self, app: Any, queues: tuple[str, ...] = broker.QUEUES) -> None:
+    def __init__(self, app: Any, queues: tuple[str, ...] = publisher.QUEUES) -> None:
         self.connection = app.connection_for_read()
         self.channel = self.connection.default_channel
         self.channel.brpop_timeout = 0.1
@@ -147,7 +149,7 @@ def test_a_lost_connection_gives_all_places_back(app: Any, settings: Settings) -
 def bare(message_id: str) -> str:
     """As little as a stranger may write."""
     body = json.dumps([[{"id": message_id}], {}, {}])
-    headers = {"id": message_id, "task": broker.EXPLAIN}
+    headers = {"id": message_id, "task": publisher.EXPLAIN}
     kinds = {"content-type": "application/json", "content-encoding": "utf-8"}
     return json.dumps({"body": body, "headers": headers, "properties": {}, **kinds})
 

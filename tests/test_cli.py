@@ -6,22 +6,25 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from rich.console import Console
+
 from gradcam_worker.cli.main import main
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import GradcamError, InvalidJob, JobTimeout, StorageUnavailable
-from gradcam_worker.execution.pipeline import explain
+from gradcam_worker.execution.pipeline import run_job
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.classes import ClassIndex
 from gradcam_worker.ledger.dead_letters import id_of_replay
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import console
-from gradcam_worker.schemas.job import Job, Method, Problem, SeenClass, WorkerRef
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import Manifest
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.options import MethodSpec
+from gradcam_worker.schemas.status import ClassScore, Problem, WorkerRef
 from gradcam_worker.settings import Settings
-from gradcam_worker.testing import Doorbell, MemoryLedger, TinyNetwork
-from rich.console import Console
+from gradcam_worker.testing import MemoryLedger, RecordingPublisher, TinyNetwork
 
 WORKER = WorkerRef(id="gpu-1:7", device="cpu")
 
@@ -165,8 +168,8 @@ def test_the_options_of_a_method_reach_the_job(
     options = ["--method", "layercam", "--layer", "auto", "--score", "probability", "--normalize", "joint"]
     assert main(["submit", "s3://photos/cat.jpg", *options, "--flip"]) == 0
     plain, chosen = submitted
-    assert (plain.network, plain.method, plain.target.top_n) == ("tumours", Method(), 3)
-    assert chosen.method == Method(
+    assert (plain.network, plain.method, plain.target.top_n) == ("tumours", MethodSpec(), 3)
+    assert chosen.method == MethodSpec(
         name="layercam", layer="auto", score="probability", normalize="joint", flip=True
     )
 
@@ -530,7 +533,7 @@ class Interrupted:
         self.after -= 1
         if self.after < 0:
             raise KeyboardInterrupt
-        return explain(*given, **named)
+        return run_job(*given, **named)
 
 
 @pytest.mark.tensorflow
@@ -582,8 +585,8 @@ def test_an_artifact_that_there_is_not_is_refused_with_those_there_are(
 
 
 def test_a_class_may_be_called_whatever_it_is(capsys: pytest.CaptureFixture[str], job: Job) -> None:
-    seen = SeenClass(rank=1, id=0, wnid="", name="benign [/b] [red]", probability=0.5)
+    seen = ClassScore(rank=1, id=0, wnid="", name="benign [/b] [red]", probability=0.5)
     ledger = MemoryLedger()
-    job_id = GradcamClient(ledger=ledger, publish=Doorbell()).submit(job)
+    job_id = GradcamClient(ledger=ledger, publish=RecordingPublisher()).submit(job)
     console.show(ledger.read(job_id).model_copy(update={"predictions": (seen,)}))
     assert "benign [/b] [red]" in capsys.readouterr().out

@@ -14,18 +14,19 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from gradcam_worker.backfill.registry import RedisFleet
+
+from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.cli.main import main
-from gradcam_worker.execution.handler import Desk
-from gradcam_worker.execution.leases import Leases
+from gradcam_worker.execution.handler import JobHandler
+from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.resilience.circuit_breaker import Breaker
-from gradcam_worker.schemas.job import WorkerRef
+from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.schemas.shard import Shard
+from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import Stores
-from gradcam_worker.testing import outside
+from gradcam_worker.testing import fake_services
 
 IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
 
@@ -50,17 +51,17 @@ class Hands:
 
     def _keep(self) -> None:
         real = Stores(self.settings, cast("S3", None))  # a folder needs none
-        around = outside(self.images, stores=real)
+        around = fake_services(self.images, stores=real)
         worker = WorkerRef(id="w", device="cpu")
-        leases = Leases(self.ledger, "w", 15)
-        desk = Desk(
+        leases = LeaseManager(self.ledger, "w", 15)
+        desk = JobHandler(
             self.settings,
             self.ledger,
             around,
             worker,
             leases,
-            Breaker(lambda: None),
-            admits=RedisFleet(self.ledger.server).admits,
+            CircuitBreaker(lambda: None),
+            admits=RedisBackfillRegistry(self.ledger.server).admits,
         )
         while not self._stopped.wait(0.01):
             self.ledger.beat("w", "well", {})

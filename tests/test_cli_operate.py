@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from gradcam_worker.cli.main import main
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.models.weights import digest

@@ -13,8 +13,9 @@ from uuid import UUID
 
 import pytest
 import redis
-from gradcam_worker.broker import app
+
 from gradcam_worker.broker import message as envelope
+from gradcam_worker.broker import publisher
 from gradcam_worker.client import client as client_module
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import (
@@ -30,11 +31,12 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.resilience.retry import Patience
-from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.resilience.retry import RetryPolicy
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import StatusDocument, WorkerRef
 from gradcam_worker.settings import Settings
-from gradcam_worker.testing import Doorbell, MemoryLedger, MemoryObjects, MemoryStore
+from gradcam_worker.testing import MemoryLedger, MemoryObjects, MemoryStore, RecordingPublisher
 
 FIELDS: dict[str, Any] = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
 WORKER = WorkerRef(id="w", device="cpu")
@@ -46,18 +48,18 @@ def ledger() -> MemoryLedger:
 
 
 @pytest.fixture
-def doorbell() -> Doorbell:
-    return Doorbell()
+def doorbell() -> RecordingPublisher:
+    return RecordingPublisher()
 
 
 @pytest.fixture
-def client(ledger: MemoryLedger, doorbell: Doorbell) -> GradcamClient:
+def client(ledger: MemoryLedger, doorbell: RecordingPublisher) -> GradcamClient:
     return GradcamClient(settings=Settings(), ledger=ledger, publish=doorbell)
 
 
 @pytest.mark.parametrize("image", ["cat.jpg", "./photos/cat.jpg", "C:\\cat.jpg", {"uri": "cat.jpg"}])
 def test_a_file_in_place_of_a_uri_is_refused_before_it_is_accepted(
-    image: Any, client: GradcamClient, doorbell: Doorbell
+    image: Any, client: GradcamClient, doorbell: RecordingPublisher
 ) -> None:
     with pytest.raises(
         InvalidJob, match=r"image\.uri: .*cat\.jpg' has no scheme: .* upload_and_submit takes a file"
@@ -68,20 +70,24 @@ def test_a_file_in_place_of_a_uri_is_refused_before_it_is_accepted(
     assert len(doorbell.jobs) == 1
 
 
-def test_submitting_enters_the_job_and_rings_the_bell(client: GradcamClient, doorbell: Doorbell) -> None:
+def test_submitting_enters_the_job_and_rings_the_bell(
+    client: GradcamClient, doorbell: RecordingPublisher
+) -> None:
     job_id = client.submit(**FIELDS)
     assert [job.id for job in doorbell.jobs] == [job_id]
     assert client.status(job_id).status == "queued"
 
 
-def test_a_wrong_job_is_refused_before_anything_happens(client: GradcamClient, doorbell: Doorbell) -> None:
+def test_a_wrong_job_is_refused_before_anything_happens(
+    client: GradcamClient, doorbell: RecordingPublisher
+) -> None:
     with pytest.raises(InvalidJob, match="top_m: unknown field"):
         client.submit(**FIELDS, top_m=3)
     assert not doorbell.jobs
 
 
 def test_the_same_key_returns_the_first_id_and_rings_for_the_first_job(
-    client: GradcamClient, doorbell: Doorbell
+    client: GradcamClient, doorbell: RecordingPublisher
 ) -> None:
     first = client.submit(**FIELDS, idempotency_key="k")
     assert client.submit(**FIELDS, idempotency_key="k") == first
@@ -89,7 +95,7 @@ def test_the_same_key_returns_the_first_id_and_rings_for_the_first_job(
 
 
 def test_a_finished_job_is_not_rung_for_again(
-    client: GradcamClient, ledger: MemoryLedger, doorbell: Doorbell
+    client: GradcamClient, ledger: MemoryLedger, doorbell: RecordingPublisher
 ) -> None:
     job = Job.parse(FIELDS)
     ledger.advance(ledger.claim(ledger.submit(job), WORKER).document, status="succeeded")
@@ -148,7 +154,9 @@ def test_a_job_in_the_ledger_is_accepted_though_the_broker_is_out_of_reach(
     assert "nobody could be told at once" in caplog.text
 
 
-def test_a_job_too_large_for_a_message_is_not_accepted(ledger: MemoryLedger, doorbell: Doorbell) -> None:
+def test_a_job_too_large_for_a_message_is_not_accepted(
+    ledger: MemoryLedger, doorbell: RecordingPublisher
+) -> None:
     small = Settings(max_message_bytes=2000)
     client = GradcamClient(settings=small, ledger=ledger, publish=doorbell)
     with pytest.raises(InvalidJob, match="2,000"):
@@ -167,9 +175,9 @@ def test_a_job_can_be_cancelled(client: GradcamClient) -> None:
 def test_the_message_says_when_its_job_was_entered(settings: Settings) -> None:
     client = GradcamClient(settings=settings)
     job_id = client.submit(**FIELDS)
-    queue = f"{settings.key_prefix}{app.INTERACTIVE}\x06\x163"
+    queue = f"{settings.key_prefix}{publisher.INTERACTIVE}\x06\x163"
     message = json.loads(redis.Redis.from_url(settings.broker_url).lpop(queue) or "{}")  # type: ignore[arg-type]
-    moment = datetime.fromisoformat(message["headers"][app.ENTERED_AT])
+    moment = datetime.fromisoformat(message["headers"][publisher.ENTERED_AT])
     assert moment == client.status(job_id).created_at
 
 
@@ -181,11 +189,12 @@ def test_urls_given_by_hand_go_before_the_environment(settings: Settings) -> Non
 
 def waiting(settings: Settings, route: str = "normal") -> list[dict[str, Any]]:
     """What lies in a queue, the next one first, as a worker reads it."""
-    queue, number = app.ROUTES[route]
+    queue, number = publisher.ROUTES[route]
     key = f"{settings.key_prefix}{queue}\x06\x16{number}"
     items: Any = redis.Redis.from_url(settings.broker_url).lrange(key, 0, -1)
     return [
-        envelope.read(item, queue, settings.max_message_bytes, app.TASKS[queue]) for item in reversed(items)
+        envelope.read(item, queue, settings.max_message_bytes, publisher.TASKS[queue])
+        for item in reversed(items)
     ]
 
 
@@ -200,7 +209,7 @@ def test_many_are_entered_and_rung_for_in_order_in_a_few_round_trips(settings: S
     assert [one["headers"]["id"] for one in messages] == ids
     documents = client.statuses(ids)
     assert [documents[one].metadata["n"] for one in ids] == [str(n) for n in range(1200)]
-    assert {one["headers"][app.ENTERED_AT] for one in messages} == {
+    assert {one["headers"][publisher.ENTERED_AT] for one in messages} == {
         one.created_at.isoformat() for one in documents.values()
     }
     assert after - before < 1200 * 6, "about five commands of a script for each job, but no more"
@@ -226,7 +235,7 @@ def fail(ledger: Ledger, job_id: str) -> StatusDocument:
 
 
 def test_a_failed_job_is_tried_again_and_the_queue_is_told(
-    client: GradcamClient, ledger: MemoryLedger, doorbell: Doorbell
+    client: GradcamClient, ledger: MemoryLedger, doorbell: RecordingPublisher
 ) -> None:
     job_id = client.submit(**FIELDS)
     fail(ledger, job_id)
@@ -243,7 +252,7 @@ def test_a_failed_job_is_tried_again_and_the_queue_is_told(
 
 
 def test_an_upload_that_came_late_is_explained_under_the_key_that_had_failed(
-    ledger: MemoryLedger, doorbell: Doorbell, caplog: pytest.LogCaptureFixture
+    ledger: MemoryLedger, doorbell: RecordingPublisher, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = GradcamClient(
         settings=Settings(uploads="s3://in/up"),
@@ -299,7 +308,7 @@ def any_ledger(request: pytest.FixtureRequest, settings: Settings) -> Ledger:
 )
 def test_what_comes_before_a_wrong_job_is_accepted_and_what_comes_after_is_not(
     any_ledger: Ledger,
-    doorbell: Doorbell,
+    doorbell: RecordingPublisher,
     monkeypatch: pytest.MonkeyPatch,
     wrong: dict[str, Any],
     error: type[GradcamError],
@@ -317,7 +326,7 @@ def test_what_comes_before_a_wrong_job_is_accepted_and_what_comes_after_is_not(
 
 
 def test_an_error_of_the_callers_own_comes_through_when_what_came_before_is_accepted(
-    client: GradcamClient, doorbell: Doorbell, caplog: pytest.LogCaptureFixture
+    client: GradcamClient, doorbell: RecordingPublisher, caplog: pytest.LogCaptureFixture
 ) -> None:
     def jobs() -> Iterator[dict[str, Any]]:
         yield FIELDS
@@ -385,7 +394,9 @@ class Blinking(MemoryLedger):
         return super().read_many(ids)
 
 
-def test_a_ledger_that_blinks_is_asked_again_and_nothing_is_entered_twice(doorbell: Doorbell) -> None:
+def test_a_ledger_that_blinks_is_asked_again_and_nothing_is_entered_twice(
+    doorbell: RecordingPublisher,
+) -> None:
     ledger = Blinking(0)
     client = GradcamClient(settings=Settings(), ledger=ledger, publish=doorbell)
     ledger.failures = 2
@@ -404,7 +415,7 @@ def test_a_ledger_that_blinks_is_asked_again_and_nothing_is_entered_twice(doorbe
 
 @pytest.mark.usefixtures("hasty")
 def test_a_ledger_that_stays_away_is_an_error_that_says_what_is_known(
-    doorbell: Doorbell, monkeypatch: pytest.MonkeyPatch
+    doorbell: RecordingPublisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_module, "CHUNK", 2)
     ledger = Blinking(0)
@@ -476,7 +487,7 @@ def unreachable(**changes: Any) -> LedgerUnavailable:
     ],
 )
 def test_what_cannot_have_been_accepted_is_said_to_be_so(
-    doorbell: Doorbell, monkeypatch: pytest.MonkeyPatch, unsent: list[bool], said: str
+    doorbell: RecordingPublisher, monkeypatch: pytest.MonkeyPatch, unsent: list[bool], said: str
 ) -> None:
     ledger = MemoryLedger()
     failures = iter([*unsent, *[unsent[-1]] * 1000])
@@ -537,7 +548,7 @@ def test_errors_that_time_may_cure_are_retryable() -> None:
 def test_who_finds_all_connections_in_use_waits_for_one(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradcam_worker.ledger.redis.store.CONNECTIONS", 2)
+    monkeypatch.setattr("gradcam_worker.ledger.redis.client.CONNECTIONS", 2)
     client = GradcamClient(settings=settings)
     job_id = client.submit(**FIELDS)
     with ThreadPoolExecutor(60) as pool:
@@ -550,7 +561,7 @@ def test_who_finds_all_connections_in_use_waits_for_one(
 def test_who_waits_in_vain_for_a_connection_is_told_what_for(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradcam_worker.ledger.redis.store.CONNECTIONS", 2)
+    monkeypatch.setattr("gradcam_worker.ledger.redis.client.CONNECTIONS", 2)
     monkeypatch.setattr(client_module, "TIMEOUT_S", 0.05)
     ledger = RedisLedger(settings, timeout_s=0.05, retries=0)
     client = GradcamClient(settings=settings, ledger=ledger)
@@ -644,11 +655,11 @@ def test_it_works_where_an_event_loop_runs(settings: Settings) -> None:
 
 
 def test_ids_are_rung_for_many_at_a_time(settings: Settings) -> None:
-    bell, ids = app.Bell(settings), [new_id() for _ in range(1001)]
+    bell, ids = publisher.Publisher(settings), [new_id() for _ in range(1001)]
     bell.ring(ids, "shard")
     messages = waiting(settings, "shard")
     assert [one["headers"]["id"] for one in messages] == ids
-    assert {one["headers"]["task"] for one in messages} == {app.EXPLAIN_SHARD}
+    assert {one["headers"]["task"] for one in messages} == {publisher.EXPLAIN_SHARD}
     assert bell.waiting("shard") == 1001
 
 
@@ -678,7 +689,7 @@ def test_what_is_refused_is_not_asked_for_again(
     def again(_: Any, error: Exception) -> None:
         pytest.fail(f"asked again after: {error}")
 
-    monkeypatch.setattr(Patience, "blame", again)
+    monkeypatch.setattr(RetryPolicy, "blame", again)
     admin = redis.Redis.from_url(settings.broker_url)
     admin.acl_setuser("nobody", enabled=True, passwords=["+secret"], commands=["+ping", "+select"])
     place = settings.broker_url.removeprefix("redis://").removesuffix("/0")

@@ -17,7 +17,9 @@ import redis
 from celery.app.trace import reset_worker_optimizations, setup_worker_optimizations
 from celery.worker import state
 from celery.worker.control import Panel
+
 from gradcam_worker.broker import app as broker
+from gradcam_worker.broker import publisher
 from gradcam_worker.broker.consumer import SturdyConsumer, ThreadPool
 from gradcam_worker.broker.message import QUESTIONS, check
 from gradcam_worker.broker.transport import Seldom
@@ -26,7 +28,7 @@ from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.resilience.stall import Stall
 from gradcam_worker.runtime import worker_process
 from gradcam_worker.schemas import strict_json
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.settings import Settings
 
 WAIT_S = 30
@@ -58,7 +60,7 @@ class Reception:
     def key(self, name: str) -> str:
         return f"{self.settings.key_prefix}{name}"
 
-    def put(self, item: bytes, queue: str = broker.INTERACTIVE) -> None:
+    def put(self, item: bytes, queue: str = publisher.INTERACTIVE) -> None:
         self.redis.lpush(self.key(queue), item)
 
     def aside(self) -> list[dict[str, Any]]:
@@ -84,11 +86,11 @@ class Reception:
 def envelope(message_id: str, body: object = None, **changes: Any) -> bytes:
     """A message as Celery writes it; `headers` and `properties` are changed field by field."""
     body = json.dumps([[JOB], {}, {"chain": None}]).encode() if body is None else body
-    headers = {"lang": "py", "task": broker.EXPLAIN, "id": message_id, "root_id": message_id, "eta": None}
+    headers = {"lang": "py", "task": publisher.EXPLAIN, "id": message_id, "root_id": message_id, "eta": None}
     properties = {
         "correlation_id": message_id,
         "delivery_mode": 2,
-        "delivery_info": {"exchange": "", "routing_key": broker.INTERACTIVE},
+        "delivery_info": {"exchange": "", "routing_key": publisher.INTERACTIVE},
         "priority": 0,
         "body_encoding": "base64",
         "delivery_tag": new_id(),
@@ -120,7 +122,7 @@ def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
             desk.headers[self.request.id] = self.request.headers
             desk.handled[self.request.id] = [*args]
 
-        app.task(explain, name=broker.EXPLAIN, bind=True, shared=False, Request=worker_process.REQUEST)
+        app.task(explain, name=publisher.EXPLAIN, bind=True, shared=False, Request=worker_process.REQUEST)
         app.refuse_message = desk.refuse
         app.turned, app.stall, app.outages = lambda: None, desk.stall, Outages()
         app.conf.worker_consumer = "gradcam_worker.broker.consumer:SturdyConsumer"
@@ -128,7 +130,7 @@ def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
         worker = app.WorkController(
             pool="gradcam_worker.broker.consumer:ThreadPool",
             concurrency=2,
-            queues=list(broker.QUEUES),
+            queues=list(publisher.QUEUES),
             without_gossip=True,
             without_mingle=True,
             without_heartbeat=True,
@@ -250,7 +252,7 @@ MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
         "tasks that are to follow",
     ),
     "a shard's task among jobs": (
-        {"headers": {"task": broker.EXPLAIN_SHARD}},
+        {"headers": {"task": publisher.EXPLAIN_SHARD}},
         "no task 'gradcam.explain_shard' in the queue gradcam.interactive, only gradcam.explain",
     ),
     "half a pair in the job": ({"body": with_job('"\\ud800x"')}, r"half of a surrogate pair ('\ud800')"),
@@ -281,7 +283,7 @@ def test_a_message_that_is_no_task_is_refused_under_its_id_with_the_reason(recep
 
 def test_a_task_of_celerys_own_is_refused_before_celery_sees_it(reception: Reception) -> None:
     """Each would publish, or run, what its arguments say, with the worker's rights."""
-    item = {"task": broker.EXPLAIN, "args": [JOB], "options": {"queue": "events:1:hook1", "task_id": "x"}}
+    item = {"task": publisher.EXPLAIN, "args": [JOB], "options": {"queue": "events:1:hook1", "task_id": "x"}}
     bodies: dict[str, tuple[list[Any], dict[str, Any]]] = {
         "celery.group": ([[item], None, None], {}),
         "celery.map": ([item, [[JOB]]], {}),
@@ -295,13 +297,13 @@ def test_a_task_of_celerys_own_is_refused_before_celery_sees_it(reception: Recep
         "celery.ping": ([], {}),
     }
     ids = {}
-    for queue in broker.QUEUES:
+    for queue in publisher.QUEUES:
         for name, (args, kwargs) in bodies.items():
             message_id = ids[queue, name] = new_id()
             body = json.dumps([args, kwargs, {}]).encode()
             reception.put(envelope(message_id, body, headers={"task": name}), queue)
-    ids[broker.SHARDS, broker.EXPLAIN] = message_id = new_id()
-    reception.put(envelope(message_id), broker.SHARDS)
+    ids[publisher.SHARDS, publisher.EXPLAIN] = message_id = new_id()
+    reception.put(envelope(message_id), publisher.SHARDS)
     reception.goes_on()
     wait_for(lambda: {*ids.values()} <= reception.refused.keys(), "the refusals")
     for (queue, name), message_id in ids.items():
@@ -334,7 +336,7 @@ STUMBLING_BLOCKS: tuple[dict[str, Any], ...] = (
     {"properties": {"delivery_info": {"routing_key": "job:1", "exchange": ["a"]}}},
     {"body": with_job('"\\ud83d\\ude00\\u0000\\n"')},
     {"body": b'[[], {"self": {}}, {"callbacks": null}]'},
-    {"headers": {broker.ENTERED_AT: "2026-01-01T00:00:00Z"}},
+    {"headers": {publisher.ENTERED_AT: "2026-01-01T00:00:00Z"}},
     {"body": json.dumps([[], {"self": JOB, "task_id": 1, "\ud83d\ude00": 2}, {}]).encode()},
     {"properties": {"body_encoding": "utf-8"}, "body": with_job('"plain"').decode()},
 )
@@ -349,7 +351,7 @@ def test_what_only_kombu_and_celery_would_stumble_over_is_left_out(reception: Re
     assert not reception.refused
     assert not reception.aside()
     assert reception.handled["message 8"] == [JOB, 1, 2]
-    assert reception.headers["message 7"][broker.ENTERED_AT] == "2026-01-01T00:00:00Z"
+    assert reception.headers["message 7"][publisher.ENTERED_AT] == "2026-01-01T00:00:00Z"
 
 
 def test_two_messages_with_one_delivery_tag_do_not_take_each_others_place(reception: Reception) -> None:
@@ -378,8 +380,8 @@ def test_rubbish_among_the_unacknowledged_keeps_no_other_message_there(reception
         "deep": b"[" * 100_000,
         "a list": b'[[1], "", "x"]',
         "two": b'[{}, ""]',
-        "no properties": json.dumps([{"headers": {}}, "", broker.INTERACTIVE]).encode(),
-        "good": json.dumps([good, "", broker.INTERACTIVE]).encode(),
+        "no properties": json.dumps([{"headers": {}}, "", publisher.INTERACTIVE]).encode(),
+        "good": json.dumps([good, "", publisher.INTERACTIVE]).encode(),
     }
     for number, (tag, item) in enumerate(held.items()):
         reception.redis.hset(reception.key("unacked"), tag, item)
@@ -527,9 +529,9 @@ def test_a_remote_command_that_does_more_than_ask_is_ignored_with_a_line(
         for one in COMMANDS:
             assert reception.redis.publish(channel, one) == 1
         control.revoke("revoked", terminate=True)
-        control.rate_limit(broker.EXPLAIN, "1/h")
-        control.time_limit(broker.EXPLAIN, soft=1, hard=1)
-        control.cancel_consumer(broker.INTERACTIVE)
+        control.rate_limit(publisher.EXPLAIN, "1/h")
+        control.time_limit(publisher.EXPLAIN, soft=1, hard=1)
+        control.cancel_consumer(publisher.INTERACTIVE)
         control.add_consumer("stolen")
         control.pool_shrink(2)
         control.pool_restart(reload=True)
@@ -566,8 +568,8 @@ def test_ping_and_inspection_are_answered_and_show_no_job_and_no_password(recept
     assert "planted" not in json.dumps(found)
     answers = {name: next(iter(answer.values())) for name, answer in found.items()}
     assert answers["ping"] == {"ok": "pong"}
-    assert [one["name"] for one in answers["active"]] == [broker.EXPLAIN] * 2
-    assert [one["name"] for one in answers["active_queues"]] == [*broker.QUEUES]
+    assert [one["name"] for one in answers["active"]] == [publisher.EXPLAIN] * 2
+    assert [one["name"] for one in answers["active_queues"]] == [*publisher.QUEUES]
 
 
 def test_an_answer_goes_to_nobody_else_whatever_is_bound(reception: Reception) -> None:

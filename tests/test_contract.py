@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gradcam_worker.errors import ImageNotFound, InvalidJob
-from gradcam_worker.schemas import model as wire
-from gradcam_worker.schemas.job import Job, Method, Problem, StatusDocument, StatusEvent
-from gradcam_worker.schemas.manifest import Manifest
-from gradcam_worker.schemas.model import new_id, process_name
 from pydantic import ValidationError
+
+from gradcam_worker.errors import ImageNotFound, InvalidJob
+from gradcam_worker.schemas import ids
+from gradcam_worker.schemas.ids import new_id, process_name
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.manifest import Manifest
+from gradcam_worker.schemas.options import MethodSpec
+from gradcam_worker.schemas.status import Problem, StatusDocument, StatusEvent
 
 LEAST: dict[str, Any] = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 5}}
 
@@ -129,7 +132,7 @@ def test_what_may_be_secret_or_endless_is_not_repeated(change: dict[str, Any]) -
 
 def test_two_containers_of_one_host_name_and_process_number_are_two_workers() -> None:
     names = {process_name() for _ in range(3)}
-    wire._drawn.cache_clear()  # as in another process
+    ids._drawn.cache_clear()  # as in another process
     names.add(process_name())
     assert len(names) == 2
     assert {name.rpartition(":")[2] for name in names} == {str(os.getpid())}
@@ -282,4 +285,4 @@ def test_what_a_later_version_adds_to_what_it_tells_is_passed_over() -> None:
     with pytest.raises(InvalidJob, match="tomorrow: unknown field"):
         Job.parse({**LEAST, "tomorrow": 1})
     with pytest.raises(ValidationError, match="tomorrow"):
-        Method.model_validate({"tomorrow": 1})
+        MethodSpec.model_validate({"tomorrow": 1})

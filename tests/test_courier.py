@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
+
 from gradcam_worker.delivery import dispatcher as couriers
-from gradcam_worker.delivery.dispatcher import LONGEST_PAUSE_S, Courier
+from gradcam_worker.delivery.dispatcher import LONGEST_PAUSE_S, OutboxDispatcher
 from gradcam_worker.errors import (
     DeliveryRefused,
     EndpointGone,
@@ -17,9 +18,10 @@ from gradcam_worker.errors import (
     StatusUnavailable,
     UriNotAllowed,
 )
-from gradcam_worker.ledger.outbox import Parcel
-from gradcam_worker.schemas.job import Job, StatusEvent, WorkerRef
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.ledger.outbox import Delivery
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import StatusEvent, WorkerRef
 from gradcam_worker.testing import MemoryLedger
 
 GIVE_UP_S = 3 * 86_400.0
@@ -41,8 +43,8 @@ class Scene:
         self.ledger = MemoryLedger(clock=lambda: self.now_s)
         self.outbox = self.ledger.outbox
 
-    def courier(self, threads: int = 4, *, sinks: tuple[str, ...] = ()) -> Courier:
-        return Courier(
+    def courier(self, threads: int = 4, *, sinks: tuple[str, ...] = ()) -> OutboxDispatcher:
+        return OutboxDispatcher(
             self.outbox,
             self.receive,
             dict.fromkeys(sinks, self.receive),
@@ -59,7 +61,7 @@ class Scene:
     def end(self, job: Job) -> None:
         self.ledger.advance(self.ledger.claim(self.ledger.read(job.id), WORKER).document, status="succeeded")
 
-    def receive(self, parcel: Parcel, event: StatusEvent) -> None:
+    def receive(self, parcel: Delivery, event: StatusEvent) -> None:
         url = parcel.webhook.url if parcel.webhook else parcel.lane
         assert event.type == f"gradcam.{parcel.event}"
         self.answers.get(url, lambda: None)()
@@ -79,7 +81,7 @@ def raising(error: BaseException) -> Callable[[], object]:
 
 
 @contextmanager
-def working(courier: Courier) -> Iterator[threading.Event]:
+def working(courier: OutboxDispatcher) -> Iterator[threading.Event]:
     """A courier that keeps at it while the block runs."""
     stopped = threading.Event()
     thread = threading.Thread(target=courier.keep, args=[stopped])
@@ -255,7 +257,7 @@ def test_a_ledger_out_of_reach_is_asked_again(
     failing = iter([LedgerUnavailable("The ledger cannot be reached."), ZeroDivisionError(), SystemExit(1)])
     real = scene.outbox.take
 
-    def take(*args: object) -> list[Parcel]:
+    def take(*args: object) -> list[Delivery]:
         for error in failing:
             raise error
         return real(*args)  # type: ignore[arg-type]

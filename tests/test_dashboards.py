@@ -9,13 +9,14 @@ from typing import Any
 import click
 import pytest
 import yaml  # type: ignore[import-untyped]
+from prometheus_client.parser import text_string_to_metric_families
+
 from gradcam_worker.cli.main import gradcam
-from gradcam_worker.ledger.redis.stats import Depths
 from gradcam_worker.observability.gpu import DeviceUse
 from gradcam_worker.observability.prometheus import Metrics
+from gradcam_worker.observability.queue_depths import QueueDepths
 from gradcam_worker.schemas.shard import ROUTES
 from gradcam_worker.settings import Settings
-from prometheus_client.parser import text_string_to_metric_families
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 ALERTS = yaml.safe_load((DEPLOY / "alerts" / "gradcam.rules.yaml").read_text())["groups"][0]["rules"]
@@ -31,7 +32,7 @@ def scrape() -> dict[str, dict[str, set[str]]]:
     """What a worker with a GPU and a ledger shows: name of a sample -> label -> its values."""
     metrics = Metrics()
     each = dict.fromkeys(ROUTES, 1)
-    metrics.ask_ledger(lambda: Depths(each, dict.fromkeys(each, 1.0), 1, 1, 1, 1, 1.0, 1))
+    metrics.ask_ledger(lambda: QueueDepths(each, dict.fromkeys(each, 1.0), 1, 1, 1, 1, 1.0, 1))
     metrics.ask_device(lambda: DeviceUse(memory_bytes=1, utilization=0.5))
     metrics.job_ended("failed", "a code of a later version")
     found: dict[str, dict[str, set[str]]] = {}

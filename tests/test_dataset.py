@@ -6,14 +6,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from gradcam_worker.artifacts import dataset
 from gradcam_worker.artifacts.dataset import Outcome, Seen
 from gradcam_worker.errors import ImageNotFound, StorageUnavailable
 from gradcam_worker.gradcam.explain import explain_image
 from gradcam_worker.gradcam.network import Method
-from gradcam_worker.schemas.job import NetworkRef, Problem
 from gradcam_worker.schemas.manifest import InputRecord
 from gradcam_worker.schemas.shard import Row, Shard
+from gradcam_worker.schemas.status import NetworkRef, Problem
 from gradcam_worker.testing import TinyNetwork
 
 GRID = (4, 4)

@@ -15,16 +15,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numpy.testing import assert_allclose
+
 from gradcam_worker import testing
 from gradcam_worker.artifacts.dataset import schema
 from gradcam_worker.execution import shards
-from gradcam_worker.execution.pipeline import Journey
+from gradcam_worker.execution.pipeline import JobContext
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.options import Target
 from gradcam_worker.schemas.shard import Row, Shard
-from numpy.testing import assert_allclose
 
 DOCS = Path(__file__).parents[1] / "docs" / "DATASET.md"
 TEXT = DOCS.read_text(encoding="utf-8")
@@ -88,7 +89,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Place:
             metrics=("deletion", "insertion"),
             output="s3://gradcam/results",
         )
-        shards.explain(shard, testing.outside(images, store=store), Journey(Deadline(60), lambda _: None))
+        shards.run_shard(
+            shard, testing.fake_services(images, store=store), JobContext(Deadline(60), lambda _: None)
+        )
     for name, data in store.objects.items():
         (folder / "cams" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "cams" / name).write_bytes(data)

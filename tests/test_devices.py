@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.runtime import devices
 from gradcam_worker.settings import Settings

@@ -7,11 +7,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+import redis
+
 import check_deploy
 import compose_file
 import deploy_tools
-import pytest
-import redis
 from builder import Builder, Failed, NotUnderstood
 from dockerfile import DOCKERFILE, ROOT, Instruction, allowed, instructions, stages
 from gradcam_worker.cli.main import main

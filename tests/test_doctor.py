@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from gradcam_worker.cli.main import main
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.models.weights import digest
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.operations.doctor import Finding, _look, _weights, _workers, examine
+from gradcam_worker.operations.doctor import Finding, _look, _weights, _workers, run_checks
 from gradcam_worker.settings import Settings
 
 
 def by_name(settings: Settings) -> dict[str, Finding]:
-    return {finding.what: finding for finding in examine(settings)}
+    return {finding.what: finding for finding in run_checks(settings)}
 
 
 @pytest.mark.tensorflow

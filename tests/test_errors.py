@@ -2,7 +2,7 @@ import re
 
 from gradcam_worker import errors
 from gradcam_worker.errors import GradcamError, InternalError, public_message
-from gradcam_worker.schemas.job import Problem
+from gradcam_worker.schemas.status import Problem
 
 
 def descendants(root: type[GradcamError]) -> list[type[GradcamError]]:

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import redis
+from pydantic import SecretStr
+
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import BrokerUnavailable, InvalidSettings, LedgerUnavailable, StorageUnavailable
 from gradcam_worker.ledger.redis.eviction import Eviction
 from gradcam_worker.operations import doctor, servers
 from gradcam_worker.runtime import preflight, service_factory
-from gradcam_worker.schemas.job import WorkerRef
+from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.settings import Settings
-from pydantic import SecretStr
 
 PASSWORD = "planted-password"  # of a server that lives for a test
 RIGHTS = "~gradcam:* +ping +select +hello +client|setinfo +llen"

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import redis
+
 from gradcam_worker.backfill import registry
-from gradcam_worker.backfill.registry import RedisFleet, Seat
+from gradcam_worker.backfill.registry import BackfillLease, RedisBackfillRegistry
 from gradcam_worker.errors import BackfillConflict
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import servers
-from gradcam_worker.operations.top import Watch
+from gradcam_worker.operations.top import Dashboard
 from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.settings import Settings
 
@@ -34,15 +35,15 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def ships(settings: Settings) -> RedisFleet:
-    return RedisFleet(RedisLedger(settings).server)
+def ships(settings: Settings) -> RedisBackfillRegistry:
+    return RedisBackfillRegistry(RedisLedger(settings).server)
 
 
-def seat(ships: RedisFleet, place: str = PLACE, **facts: Any) -> Seat:
-    return Seat(ships, place, lambda: {"backfill": "b"} | facts, lambda: ("shard-1", "shard-2"))
+def seat(ships: RedisBackfillRegistry, place: str = PLACE, **facts: Any) -> BackfillLease:
+    return BackfillLease(ships, place, lambda: {"backfill": "b"} | facts, lambda: ("shard-1", "shard-2"))
 
 
-def test_an_output_is_one_backfills_at_a_time(ships: RedisFleet) -> None:
+def test_an_output_is_one_backfills_at_a_time(ships: RedisBackfillRegistry) -> None:
     with (
         seat(ships),
         pytest.raises(BackfillConflict, match=r"run by process \d+ on .+: wait for it"),
@@ -55,7 +56,7 @@ def test_an_output_is_one_backfills_at_a_time(ships: RedisFleet) -> None:
 
 
 def test_one_that_was_killed_on_this_machine_is_waited_for(
-    ships: RedisFleet, monkeypatch: pytest.MonkeyPatch
+    ships: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "FRESH_S", 0.5)
     monkeypatch.setattr(registry, "EVERY_S", 0.1)
@@ -69,7 +70,7 @@ def test_one_that_was_killed_on_this_machine_is_waited_for(
 
 
 def test_one_that_was_killed_is_followed_and_finds_out(
-    ships: RedisFleet, monkeypatch: pytest.MonkeyPatch
+    ships: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "EVERY_S", 3600)  # it says no more
     with seat(ships) as silent:
@@ -84,14 +85,16 @@ def test_one_that_was_killed_is_followed_and_finds_out(
         assert not silent.heard.owner, "not even when the other has left"
 
 
-def test_all_that_run_are_counted(ships: RedisFleet) -> None:
+def test_all_that_run_are_counted(ships: RedisBackfillRegistry) -> None:
     with seat(ships) as first, seat(ships, "s3://results/others"):
         assert first.beat().running == 2
     with seat(ships) as alone:
         assert alone.beat().running == 1
 
 
-def test_whoever_wants_it_to_end_is_heard_once(ships: RedisFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_wants_it_to_end_is_heard_once(
+    ships: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(registry, "EVERY_S", 0.01)
     assert ships.find(PLACE, cancel=True) is None
     with seat(ships, done=7) as running:
@@ -109,11 +112,11 @@ def test_whoever_wants_it_to_end_is_heard_once(ships: RedisFleet, monkeypatch: p
 
 
 def test_a_seat_says_from_a_thread_of_its_own_how_far_it_is(
-    ships: RedisFleet, monkeypatch: pytest.MonkeyPatch
+    ships: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "EVERY_S", 0.01)
     counted = iter(range(10**9))
-    with Seat(ships, PLACE, lambda: {"done": next(counted)}, tuple) as one:
+    with BackfillLease(ships, PLACE, lambda: {"done": next(counted)}, tuple) as one:
         threads = [thread.name for thread in threading.enumerate()]
         wait_for(lambda: (found := ships.find(PLACE)) is not None and found.facts["done"] > 3)
         assert one.heard.owner
@@ -122,9 +125,9 @@ def test_a_seat_says_from_a_thread_of_its_own_how_far_it_is(
 
 
 def test_a_fleet_out_of_reach_ends_no_backfill_that_runs(
-    settings: Settings, ships: RedisFleet, free_port: int
+    settings: Settings, ships: RedisBackfillRegistry, free_port: int
 ) -> None:
-    away = RedisFleet(
+    away = RedisBackfillRegistry(
         RedisLedger(settings.model_copy(update={"ledger_url": f"redis://127.0.0.1:{free_port}"})).server
     )
     with seat(ships) as one:
@@ -132,7 +135,7 @@ def test_a_fleet_out_of_reach_ends_no_backfill_that_runs(
     assert one.heard.owner
 
 
-def shard_of(one: Seat, **changes: Any) -> Shard:
+def shard_of(one: BackfillLease, **changes: Any) -> Shard:
     fields = {
         "backfill": NUMBER,
         "index": 0,
@@ -147,7 +150,7 @@ def shard_of(one: Seat, **changes: Any) -> Shard:
     return Shard.model_validate({**fields, **changes})
 
 
-def test_only_a_shard_that_shows_its_backfills_token_is_admitted(ships: RedisFleet) -> None:
+def test_only_a_shard_that_shows_its_backfills_token_is_admitted(ships: RedisBackfillRegistry) -> None:
     with seat(ships, backfill=NUMBER) as one:
         good = shard_of(one)
         assert ships.admits(good)
@@ -159,7 +162,7 @@ def test_only_a_shard_that_shows_its_backfills_token_is_admitted(ships: RedisFle
 
 
 def test_a_token_is_its_backfills_whoever_goes_on_with_it_and_no_other_ones(
-    settings: Settings, ships: RedisFleet, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, ships: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "EVERY_S", 3600)
     with seat(ships, backfill=NUMBER) as first:
@@ -178,7 +181,7 @@ def test_a_token_is_its_backfills_whoever_goes_on_with_it_and_no_other_ones(
 
 
 def test_one_that_an_older_version_runs_has_no_token_and_gets_one_from_who_goes_on(
-    settings: Settings, ships: RedisFleet
+    settings: Settings, ships: RedisBackfillRegistry
 ) -> None:
     with seat(ships, backfill=NUMBER) as old:
         with redis.Redis.from_url(settings.broker_url) as server:
@@ -209,17 +212,17 @@ def test_whoever_may_only_submit_may_do_all_that_a_backfill_does(
 ) -> None:
     submitter, admin = guarded
     admin.hset("gradcam:workers", "gpu-1:7", f"{time.time() * 1000:.0f} well")
-    with seat(RedisFleet(submitter.server)) as one:
+    with seat(RedisBackfillRegistry(submitter.server)) as one:
         shard = shard_of(one)
         assert submitter.submit(shard).status == "queued"
         assert submitter.read_many([shard.id])[shard.id].status == "queued"
         assert submitter.cancel(shard.id).status == "canceled"
         assert submitter.workers() == {"gpu-1:7": "well"}
         submitter.bury(shard.id)
-        assert RedisFleet(submitter.server).find(PLACE, cancel=True)
+        assert RedisBackfillRegistry(submitter.server).find(PLACE, cancel=True)
         assert one.beat().cancel
     port = admin.get_connection_kwargs()["port"]
-    looks_on = Watch(Settings(broker_url=f"redis://gradcam-worker:secret@127.0.0.1:{port}/0"))
+    looks_on = Dashboard(Settings(broker_url=f"redis://gradcam-worker:secret@127.0.0.1:{port}/0"))
     assert looks_on.look().shards_ended["canceled"] == 1
     assert not admin.acl_log(), "nothing was denied"
     admin.hset("gradcam:workers", "gpu-2:8", "1 of long ago, which it may not forget")

@@ -7,8 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
+
 from gradcam_worker.errors import WorkerUnfit
-from gradcam_worker.resilience.gate import Floor
+from gradcam_worker.resilience.gate import ExclusiveGate
 
 WAIT_S = 20
 MOMENT_S = 0.05  # in which whoever may go in would have gone in
@@ -18,7 +19,7 @@ class Crowd:
     """Jobs that go in, each in a thread of its own, and leave when they are told."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self.floor, self._pool = Floor(), pool
+        self.floor, self._pool = ExclusiveGate(), pool
         self.inside: list[str] = []
         self._leave: dict[str, threading.Event] = {}
 

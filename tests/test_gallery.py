@@ -12,28 +12,29 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from numpy.testing import assert_allclose
+from numpy.typing import NDArray
+
 from gradcam_worker.artifacts.dataset import Outcome, Seen, batches, to_bytes
 from gradcam_worker.audit import gallery as module
-from gradcam_worker.audit.gallery import Gallery, Wish, gallery
-from gradcam_worker.audit.statistics import survey
+from gradcam_worker.audit.gallery import Gallery, GalleryOptions, gallery
+from gradcam_worker.audit.statistics import read_statistics
 from gradcam_worker.cli.main import main
 from gradcam_worker.errors import ImageNotFound, InvalidInput
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.explain import Explanation, Prediction
 from gradcam_worker.gradcam.imaging.overlay import encode
-from gradcam_worker.images.fetch import Images
+from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.operations.servers import S3Server
-from gradcam_worker.schemas.job import NetworkRef, Problem
+from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.manifest import InputRecord
-from gradcam_worker.schemas.model import new_id
 from gradcam_worker.schemas.options import Target
 from gradcam_worker.schemas.shard import Row, Shard
+from gradcam_worker.schemas.status import NetworkRef, Problem
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
-from gradcam_worker.testing import MemoryImages, MemoryStore, TinyNetwork
-from numpy.testing import assert_allclose
-from numpy.typing import NDArray
+from gradcam_worker.testing import MemoryImageFetcher, MemoryStore, TinyNetwork
 
 NETWORK = NetworkRef(name="efficientnet_lite0", layer="blocks", weights_sha256=None)
 NAMES = {1: "tabby_cat", 2: "lynx", 3: "</script><script>alert('\"&')"}
@@ -114,7 +115,7 @@ def store(outcomes: list[tuple[str, Outcome]]) -> MemoryStore:
 
 
 def made(store: MemoryStore, images: Any = PHOTOS, **wish: Any) -> Gallery:
-    return gallery(store, MemoryImages(images), Limits(), Wish(**wish))
+    return gallery(store, MemoryImageFetcher(images), Limits(), GalleryOptions(**wish))
 
 
 def data_of(page: bytes) -> dict[str, Any]:
@@ -206,7 +207,7 @@ class TestPictures:
             s3.client.put_object(Bucket="photos", Key=uri.rpartition("/")[2], Body=data)
         s3.client.delete_object(Bucket="photos", Key="0.jpg")
         s3.client.put_object(Bucket="photos", Key="1.jpg", Body=photo(99))
-        shown = gallery(store, Images(real, s3), Limits(), Wish())
+        shown = gallery(store, UriFetcher(real, s3), Limits(), GalleryOptions())
         told = data_of(shown.page)
         one, two = told["classes"][0]["groups"][0]["rows"][:2]
         assert told["photos"][one["photo"]]["code"] == "image_not_found"
@@ -224,7 +225,7 @@ class TestPictures:
         assert made(whole).page == made(MemoryStore(split)).page
 
     def test_heatmaps_of_the_chosen_rows_alone_are_kept(self, store: MemoryStore) -> None:
-        found = survey(store, 2)
+        found = read_statistics(store, 2)
         for one in found.classes.values():
             assert (len(one.most), len(one.least)) == (2, 4)
             assert all(kept.heatmap.base is None for kept in one.most), "not a view of its whole batch"

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from gradcam_worker.errors import BrokerUnavailable, InvalidSettings
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.network import GRADCAM
-from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.observability import health
 from gradcam_worker.observability.health import Contact, Health
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.runtime.liveness import Pulse
+from gradcam_worker.runtime.liveness import LivenessReporter
 from gradcam_worker.runtime.telemetry import Telemetry
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import TinyNetwork
@@ -169,9 +170,9 @@ def test_a_long_pass_leaves_the_process_alive_and_ready() -> None:
             over.wait(WAIT_S)
             return super().begin(*args, **others)
 
-    residents = Residents(lambda _: Long(), max_batch=1)
+    residents = ModelCache(lambda _: Long(), max_batch=1)
     network = residents.get(CATALOG[TinyNetwork.facts.name])
-    pulse = Pulse(None, reachable=lambda: True, ill=lambda: residents.trouble)
+    pulse = LivenessReporter(None, reachable=lambda: True, ill=lambda: residents.trouble)
     stopped = threading.Event()
     threading.Thread(target=pulse.keep, args=[stopped], daemon=True).start()
     served = Served()

@@ -7,13 +7,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
+import redis
+
 import bench_scale
 import check_helm
 import check_wiring
 import deploy_tools
 import gradcam_worker
-import pytest
-import redis
 import scaling
 from gradcam_worker.broker.app import make_app
 from gradcam_worker.client.client import GradcamClient

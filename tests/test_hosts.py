@@ -1,4 +1,5 @@
 import pytest
+
 from gradcam_worker.net.allowlist import Hosts, listed
 
 HTTPS = 443

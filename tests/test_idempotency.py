@@ -14,15 +14,17 @@ from urllib.parse import urlsplit
 import cv2
 import numpy as np
 import pytest
+
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import IdempotencyConflict, InvalidJob, LedgerUnavailable
-from gradcam_worker.execution.handler import Desk
-from gradcam_worker.execution.leases import Leases
+from gradcam_worker.execution.handler import JobHandler
+from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.resilience.circuit_breaker import Breaker
-from gradcam_worker.schemas.job import Job, WorkerRef
+from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.settings import Settings
-from gradcam_worker.testing import Doorbell, outside
+from gradcam_worker.testing import RecordingPublisher, fake_services
 
 IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
 FIELDS: dict[str, Any] = {"image": "s3://in/a.png", "network": "efficientnet_lite0", "target": {"top_n": 1}}
@@ -54,15 +56,15 @@ def ledger(settings: Settings) -> RedisLedger:
 
 @pytest.fixture
 def client(settings: Settings) -> GradcamClient:
-    return GradcamClient(settings=settings, publish=Doorbell())
+    return GradcamClient(settings=settings, publish=RecordingPublisher())
 
 
 @pytest.fixture
-def desk(settings: Settings, ledger: RedisLedger) -> Desk:
+def desk(settings: Settings, ledger: RedisLedger) -> JobHandler:
     """A worker's desk with the real ledger; images and network are doubles."""
     worker = WorkerRef(id="w", device="cpu")
-    leases, breaker = Leases(ledger, "w", 15), Breaker(lambda: None)
-    return Desk(settings, ledger, outside({"s3://in/a.png": IMAGE}), worker, leases, breaker)
+    leases, breaker = LeaseManager(ledger, "w", 15), CircuitBreaker(lambda: None)
+    return JobHandler(settings, ledger, fake_services({"s3://in/a.png": IMAGE}), worker, leases, breaker)
 
 
 def jobs_in(ledger: RedisLedger) -> set[str]:
@@ -73,7 +75,7 @@ def jobs_in(ledger: RedisLedger) -> set[str]:
 
 
 def test_processes_that_race_with_one_key_get_one_job_and_it_runs_once(
-    settings: Settings, ledger: RedisLedger, desk: Desk
+    settings: Settings, ledger: RedisLedger, desk: JobHandler
 ) -> None:
     redis, arguments = ledger.server.redis, [json.dumps(FIELDS), str(KEYS)]
     racers = [
@@ -103,7 +105,7 @@ def test_processes_that_race_with_one_key_get_one_job_and_it_runs_once(
 
 
 def test_a_key_is_good_as_long_as_its_job_is_known_and_for_no_other_job(
-    ledger: RedisLedger, client: GradcamClient, desk: Desk
+    ledger: RedisLedger, client: GradcamClient, desk: JobHandler
 ) -> None:
     job_id = client.submit(idempotency_key="k", **FIELDS)
     desk.handle({"id": job_id}, job_id)
@@ -114,7 +116,7 @@ def test_a_key_is_good_as_long_as_its_job_is_known_and_for_no_other_job(
 
 
 def test_the_key_of_a_job_that_failed_leads_to_it_and_nothing_runs_again(
-    client: GradcamClient, desk: Desk
+    client: GradcamClient, desk: JobHandler
 ) -> None:
     missing = FIELDS | {"image": "s3://in/none.png"}
     job_id = client.submit(idempotency_key="k", **missing)
@@ -136,7 +138,7 @@ def test_a_key_that_outlives_its_job_leads_to_a_new_one(ledger: RedisLedger, cli
 
 @pytest.mark.parametrize("submitted_by", ["client", "message"])
 def test_any_text_of_256_characters_is_a_key_and_no_two_are_the_same(
-    submitted_by: str, ledger: RedisLedger, client: GradcamClient, desk: Desk
+    submitted_by: str, ledger: RedisLedger, client: GradcamClient, desk: JobHandler
 ) -> None:
     keys = ["k" * 256, "k" * 255, "k", "K", "k ", "k\0", "k\0\0", "k\n", "k:", "{k}", "*", "😀" * 256]
     keys += ["\u00e9", "e\u0301", "\u202ek", "null", "'", '"', "\\", "%00", "../k", "job:k"]
@@ -169,7 +171,7 @@ def test_an_empty_key_is_no_key(client: GradcamClient) -> None:
 
 def test_one_key_below_two_prefixes_is_two_jobs(settings: Settings) -> None:
     others = settings.model_copy(update={"key_prefix": f"other {settings.key_prefix}"})
-    both = [GradcamClient(settings=one, publish=Doorbell()) for one in (settings, others)]
+    both = [GradcamClient(settings=one, publish=RecordingPublisher()) for one in (settings, others)]
     ids = [client.submit(idempotency_key="k", **FIELDS) for client in both]
     assert len(set(ids)) == 2
     assert [client.submit(idempotency_key="k", **FIELDS) for client in both] == ids
@@ -219,13 +221,15 @@ def forgetful(valkey: str, request: pytest.FixtureRequest) -> Iterator[Forgetful
 def through(proxy: Forgetful, settings: Settings) -> GradcamClient:
     """A client that knows the ledger by this proxy alone."""
     url = f"redis://127.0.0.1:{proxy.port}/0"
-    return GradcamClient(settings=settings.model_copy(update={"ledger_url": url}), publish=Doorbell())
+    return GradcamClient(
+        settings=settings.model_copy(update={"ledger_url": url}), publish=RecordingPublisher()
+    )
 
 
 @pytest.mark.parametrize("forgetful", [1, 2], indirect=True)
 @pytest.mark.parametrize("key", ["k", None])
 def test_a_submission_whose_reply_is_lost_is_sent_again_and_is_one_job(
-    forgetful: Forgetful, settings: Settings, ledger: RedisLedger, desk: Desk, key: str | None
+    forgetful: Forgetful, settings: Settings, ledger: RedisLedger, desk: JobHandler, key: str | None
 ) -> None:
     job_id = through(forgetful, settings).submit(idempotency_key=key, **FIELDS)
     assert forgetful.lost == forgetful.losses

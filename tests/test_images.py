@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+
 from gradcam_worker.errors import (
     ChecksumMismatch,
     GradcamError,
@@ -24,7 +25,7 @@ from gradcam_worker.errors import (
     JobTimeout,
     UriNotAllowed,
 )
-from gradcam_worker.images.fetch import Images, open_below, presentable
+from gradcam_worker.images.fetch import UriFetcher, open_below, presentable
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef
 from gradcam_worker.settings import Settings
@@ -36,7 +37,7 @@ LOCAL = ("127.0.0.0/8",)  # where these tests' servers are
 
 def fetch(uri: str, seconds: float = 10, sha256: str | None = None, **settings: Any) -> bytes:
     chosen = Settings(**settings)
-    return Images(chosen, S3(chosen)).fetch(ImageRef(uri=uri, sha256=sha256), Deadline(seconds)).data
+    return UriFetcher(chosen, S3(chosen)).fetch(ImageRef(uri=uri, sha256=sha256), Deadline(seconds)).data
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ class TestSchemes:
         image = ImageRef.model_construct(uri=f"{scheme}://in/{'x' * 66_000}", sha256=None)
         chosen = Settings(image_schemes=(scheme,), image_hosts=("in",), image_roots=("/in",))
         with pytest.raises(UriNotAllowed, match=r"its URI has 66,0\d\d bytes; at most 8,192") as caught:
-            Images(chosen, S3(chosen)).fetch(image, Deadline(10))
+            UriFetcher(chosen, S3(chosen)).fetch(image, Deadline(10))
         assert len(str(caught.value)) < 400
 
     def test_a_checksum_that_differs_names_both(self) -> None:
@@ -281,7 +282,7 @@ class TestHttp:
         threading.Timer(0.2, deadline.cancel, [JobCanceled("Enough.")]).start()
         begun = time.monotonic()
         with pytest.raises(JobCanceled):
-            Images(chosen, S3(chosen)).fetch(ImageRef(uri=f"http://{host}/a.png"), deadline)
+            UriFetcher(chosen, S3(chosen)).fetch(ImageRef(uri=f"http://{host}/a.png"), deadline)
         assert time.monotonic() - begun < 60
 
     def test_a_host_that_does_not_answer_may_answer_later(self) -> None:

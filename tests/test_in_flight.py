@@ -8,16 +8,17 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+
 from gradcam_worker.errors import ImageTooLarge, JobTimeout
-from gradcam_worker.execution.pipeline import Journey, explain
-from gradcam_worker.images.fetch import Fetched, Images
-from gradcam_worker.inference.model_cache import Residents
-from gradcam_worker.resilience.budget import Room, Rooms
+from gradcam_worker.execution.pipeline import JobContext, run_job
+from gradcam_worker.images.fetch import Fetched, UriFetcher
+from gradcam_worker.inference.model_cache import ModelCache
+from gradcam_worker.resilience.budget import Budgets, ResourceBudget
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef, Job
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
-from gradcam_worker.testing import MemoryImages, MemoryStore, TinyNetwork, outside
+from gradcam_worker.testing import MemoryImageFetcher, MemoryStore, TinyNetwork, fake_services
 
 URI = "s3://in/flag.png"
 PIXELS = 48 * 32
@@ -32,29 +33,31 @@ FLAG = flag()
 
 def rooms(
     max_bytes: int = 10_000, max_pixels: int = 10_000, most_bytes: int = 1000, threads: int = 1
-) -> Rooms:
-    return Rooms(Room(max_bytes, "bytes"), Room(max_pixels, "pixels"), most_bytes, threads)
+) -> Budgets:
+    return Budgets(
+        ResourceBudget(max_bytes, "bytes"), ResourceBudget(max_pixels, "pixels"), most_bytes, threads
+    )
 
 
-def run(has: Rooms, images: Any = None, **others: Any) -> None:
+def run(has: Budgets, images: Any = None, **others: Any) -> None:
     job = Job.parse(
         {"image": URI, "network": "efficientnet_lite0", "target": {"top_n": 1}, **others.pop("job", {})}
     )
-    given = outside({URI: FLAG}, rooms=has, **others)
+    given = fake_services({URI: FLAG}, rooms=has, **others)
     given = replace(given, images=images) if images else given
-    explain(job, given, Journey(Deadline(job.timeout_s), lambda _: None))
+    run_job(job, given, JobContext(Deadline(job.timeout_s), lambda _: None))
 
 
 @dataclass
 class Watched:
     """Images that note how many bytes were asked for, and what was held of the rooms meanwhile."""
 
-    rooms: Rooms
+    rooms: Budgets
     asked: list[tuple[int | None, int]] = field(default_factory=list)
 
     def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:
         self.asked.append((at_most, self.rooms.bytes.held))
-        return MemoryImages({URI: FLAG}).fetch(image, deadline, at_most)
+        return MemoryImageFetcher({URI: FLAG}).fetch(image, deadline, at_most)
 
 
 def test_an_image_of_usual_size_is_fetched_once_within_its_threads_share() -> None:
@@ -96,7 +99,7 @@ def test_bytes_are_held_until_they_are_decoded_and_pixels_until_they_are_drawn()
             seen.append(("uploads", has.bytes.held, has.pixels.held))
             return super().put_many(*args)
 
-    run(has, residents=Residents(lambda _: Looking()), stores=Store())
+    run(has, residents=ModelCache(lambda _: Looking()), stores=Store())
     assert ("computes", 0, PIXELS) in seen
     assert seen[-1] == ("uploads", 0, 0)
     assert has.bytes.held == has.pixels.held == 0
@@ -106,7 +109,7 @@ def test_bytes_are_held_until_they_are_decoded_and_pixels_until_they_are_drawn()
 def test_a_job_that_fails_gives_back_what_it_held(data: bytes) -> None:
     has = rooms()
     with pytest.raises(Exception, match=r"damaged|cut off|not an image"):
-        run(has, MemoryImages({URI: data}))
+        run(has, MemoryImageFetcher({URI: data}))
     assert has.bytes.held == has.pixels.held == 0
 
 
@@ -128,7 +131,7 @@ def test_however_many_jobs_there_are_no_more_pixels_are_in_flight_than_are_allow
             most[0] = max(most[0], has.pixels.held)
             return super().compute(*args)
 
-    residents = Residents(lambda _: Looking())
+    residents = ModelCache(lambda _: Looking())
 
     def one() -> None:
         try:
@@ -150,7 +153,7 @@ def test_the_real_images_are_read_as_far_as_they_are_wanted(tmp_path: Path) -> N
     path = tmp_path / "flag.png"
     path.write_bytes(FLAG)
     settings = Settings(image_schemes=("file",), image_roots=(str(tmp_path),))
-    images, image = Images(settings, S3(settings)), ImageRef(uri=path.as_uri())
+    images, image = UriFetcher(settings, S3(settings)), ImageRef(uri=path.as_uri())
     assert images.fetch(image, Deadline(5), len(FLAG)).data == FLAG
     with pytest.raises(ImageTooLarge):
         images.fetch(image, Deadline(5), len(FLAG) - 1)

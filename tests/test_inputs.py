@@ -13,20 +13,21 @@ import moto
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from gradcam_worker.artifacts.dataset import failed_lines
 from gradcam_worker.backfill.inputs.open import open_input
-from gradcam_worker.backfill.inputs.rows import MAX_URI, Ids, Intake
+from gradcam_worker.backfill.inputs.rows import MAX_URI, Ids, RowParser
 from gradcam_worker.backfill.inputs.tables import MAX_LINE, json_rows
 from gradcam_worker.backfill.plan import Plan, shards
 from gradcam_worker.errors import InvalidInput
-from gradcam_worker.images.fetch import Images
+from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.operations import servers
 from gradcam_worker.schemas.job import ImageRef
 from gradcam_worker.schemas.shard import Row, parse
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import NEVER, S3
-from hypothesis import given
-from hypothesis import strategies as st
 
 A, B, C = "s3://photos/a.jpg", "https://example.com/b.jpg?size=1", "file:///photos/c%20d.jpg"
 SHA = "ab" * 32
@@ -194,7 +195,7 @@ class TestJsonLines:
 
         long = b'{"image": "' + b"x" * (3 * MAX_LINE)
         text = b'"%b"\n%b\n"%b"\n%b' % (A.encode(), long, B.encode(), long)
-        first, bad, other, last = json_rows(Watched(text), Intake(), None)
+        first, bad, other, last = json_rows(Watched(text), RowParser(), None)
         assert (first.uri, other.uri) == (A, B)
         assert why(bad) == f"Line 2: it is longer than {MAX_LINE:,} bytes."
         assert why(last).startswith("Line 4: ")
@@ -448,7 +449,7 @@ class TestFolders:
         for name in (b"\xff.jpg", b"new\nline"):
             Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"seen")
         settings = Settings(image_schemes=("file",), image_roots=(str(tmp_path),))
-        images = Images(settings, S3(settings))
+        images = UriFetcher(settings, S3(settings))
         found = uris(str(tmp_path))
         assert len(found) == 2
         assert [images.fetch(ImageRef(uri=uri), NEVER).data for uri in found] == [b"seen"] * 2
@@ -515,7 +516,7 @@ class TestS3:
             "s3://photos/plan/in/b.jpg",
         ]
         assert len({row.version for row in found} - {None}) == 2
-        images = Images(bucket, S3(bucket))
+        images = UriFetcher(bucket, S3(bucket))
         assert [images.fetch(ImageRef(uri=row.uri), NEVER).data for row in found] == [b"a", b"b"]
 
     def test_what_only_stands_for_a_folder_is_no_row_and_a_key_may_hold_anything(

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+
 from gradcam_worker.errors import AttemptFenced, JobCanceled, JobTimeout, LedgerUnavailable
-from gradcam_worker.execution.leases import Leases
+from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.ledger.ledger import Renewed
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import StatusDocument, WorkerRef
 from gradcam_worker.testing import MemoryLedger
 
 LEASE_S = 15.0
@@ -41,7 +43,7 @@ class Office:
 
     def __post_init__(self) -> None:
         self.ledger = Away(lease_s=self.lease_s, clock=lambda: self.now[0])
-        self.leases = Leases(self.ledger, ME.id, self.lease_s, lambda: "well")
+        self.leases = LeaseManager(self.ledger, ME.id, self.lease_s, lambda: "well")
 
     def claim(self, job: Job) -> StatusDocument:
         document = self.ledger.submit(job)
@@ -75,7 +77,7 @@ def test_what_a_job_has_to_tell_is_written_only_while_the_ledger_answers(office:
         asked[0] += 1
 
     office.ledger.failure = LedgerUnavailable("gone")
-    office.leases = Leases(office.ledger, ME.id, 0.03)
+    office.leases = LeaseManager(office.ledger, ME.id, 0.03)
     with office.leases.held(office.claim(job), Deadline(60), catch_up):
         thread = threading.Thread(target=office.leases.keep, args=[stopped])
         thread.start()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import redis
+
 from faulty_proxy import FaultyProxy
 from gradcam_worker.errors import (
     AttemptFenced,
@@ -25,8 +26,9 @@ from gradcam_worker.ledger.ledger import Claim, Entry, Ledger, Renewed
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.ledger.state_machine import suspected
 from gradcam_worker.operations import servers
-from gradcam_worker.schemas.job import Job, Problem, StatusDocument, WorkerRef
-from gradcam_worker.schemas.model import new_id, utc_now
+from gradcam_worker.schemas.ids import new_id, utc_now
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import Problem, StatusDocument, WorkerRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import MemoryLedger
 

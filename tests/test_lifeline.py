@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from gradcam_worker.runtime import parent_watch
 
 TIMEOUT_S = 20

@@ -2,13 +2,15 @@ import io
 import logging
 
 import pytest
+from rich.console import Console
+
 from gradcam_worker.errors import ImageFetchFailed
 from gradcam_worker.ledger.state_machine import fresh
+from gradcam_worker.observability.logs import FORMAT, LineFormatter
 from gradcam_worker.operations import console
-from gradcam_worker.schemas.job import NetworkRef, Problem, SeenClass, StatusDocument
-from gradcam_worker.schemas.model import new_id
-from gradcam_worker.text.visible import FORMAT, LineFormatter, abridged, counted, visible
-from rich.console import Console
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.status import ClassScore, NetworkRef, Problem, StatusDocument
+from gradcam_worker.text.visible import abridged, counted, visible
 
 FORGED = "2026-01-01 00:00:00,000 CRITICAL gradcam: all is lost"
 HOSTILE = [
@@ -92,7 +94,7 @@ def test_a_document_shown_on_a_terminal_acts_on_nothing(text: str, monkeypatch: 
     written = io.StringIO()
     monkeypatch.setattr(console, "out", Console(file=written, width=200, color_system=None))
     problem = Problem.of(ImageFetchFailed(text), stage="fetch", attempt=1)
-    seen = SeenClass(rank=1, id=1, wnid=text, name=text, probability=0.5)
+    seen = ClassScore(rank=1, id=1, wnid=text, name=text, probability=0.5)
     network = NetworkRef(name=text, layer=text, weights_sha256=None)
     changes = {"error": problem, "predictions": (seen,), "network": network, "metadata": {text: text}}
     document: StatusDocument = fresh(new_id()).model_copy(update=changes)

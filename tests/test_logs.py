@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from gradcam_worker.errors import ImageFetchFailed
 from gradcam_worker.observability.logs import JsonFormatter, Pool, about
 from gradcam_worker.resilience.deadline import Deadline

@@ -12,7 +12,9 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from gradcam_worker.delivery.dispatcher import Courier
+from prometheus_client.parser import text_string_to_metric_families
+
+from gradcam_worker.delivery.dispatcher import OutboxDispatcher
 from gradcam_worker.errors import (
     AttemptFenced,
     EndpointGone,
@@ -22,11 +24,11 @@ from gradcam_worker.errors import (
     StorageUnavailable,
     WeightsUnavailable,
 )
-from gradcam_worker.execution.handler import Desk
-from gradcam_worker.execution.leases import Leases
+from gradcam_worker.execution.handler import JobHandler
+from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.network import GRADCAM
-from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.ledger.reaper import Reaper
 from gradcam_worker.ledger.redis import stats
 from gradcam_worker.ledger.redis.store import RedisLedger
@@ -35,14 +37,14 @@ from gradcam_worker.observability.definitions import BY_NAME, CODES, METRICS, OT
 from gradcam_worker.observability.events import Observer
 from gradcam_worker.observability.gpu import DeviceUse
 from gradcam_worker.observability.prometheus import Metrics
-from gradcam_worker.resilience.circuit_breaker import Breaker
+from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import Job, WorkerRef
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.stores import Stores
-from gradcam_worker.testing import MemoryLedger, MemoryStore, TinyNetwork, outside
-from prometheus_client.parser import text_string_to_metric_families
+from gradcam_worker.testing import MemoryLedger, MemoryStore, TinyNetwork, fake_services
 
 UNITS = ("_seconds", "_bytes", "_ratio")
 ROW = CATALOG[TinyNetwork.facts.name]
@@ -120,11 +122,11 @@ class Shop:
         self.counted, self.store, self.now = Metrics(), MemoryStore(), [time.time()]
         self.ledger = MemoryLedger(clock=lambda: self.now[0])
         self.ledger.observer = self.counted
-        self.leases = Leases(self.ledger, ME.id, 15, observer=self.counted)
-        self.residents = Residents(lambda _: TinyNetwork(), observer=self.counted)
-        self.breaker = Breaker(lambda: None)
-        around = outside(self.images, store=self.store, residents=self.residents)
-        self.desk = Desk(
+        self.leases = LeaseManager(self.ledger, ME.id, 15, observer=self.counted)
+        self.residents = ModelCache(lambda _: TinyNetwork(), observer=self.counted)
+        self.breaker = CircuitBreaker(lambda: None)
+        around = fake_services(self.images, store=self.store, residents=self.residents)
+        self.desk = JobHandler(
             Settings(), self.ledger, around, ME, self.leases, self.breaker, observer=self.counted
         )
 
@@ -256,7 +258,7 @@ def test_deliveries_are_counted_by_how_they_end(shop: Shop) -> None:
         if error := answers[parcel.webhook.url]:
             raise error
 
-    courier = Courier(shop.ledger.outbox, send, {}, threads=1, give_up_s=99, observer=shop.counted)
+    courier = OutboxDispatcher(shop.ledger.outbox, send, {}, threads=1, give_up_s=99, observer=shop.counted)
     for url in answers:
         shop.ledger.submit(shop.job(webhooks=[{"url": url, "events": ["job.queued"]}]))
     courier.round()
@@ -269,7 +271,7 @@ def test_deliveries_are_counted_by_how_they_end(shop: Shop) -> None:
 
 def test_a_pass_of_a_shard_counts_its_images_and_the_warm_up_counts_nothing() -> None:
     counted = Metrics()
-    residents = Residents(lambda _: TinyNetwork(), max_batch=0, observer=counted)
+    residents = ModelCache(lambda _: TinyNetwork(), max_batch=0, observer=counted)
     network = residents.get(ROW)
     assert "batch_images_count" not in read(counted)
     residents.explain_many(network, np.zeros((6, 16, 16, 3), np.uint8), (-1,), GRADCAM, Deadline(60))
@@ -307,7 +309,7 @@ def test_the_ledgers_gauges_are_what_waits_there(settings: Settings, job: Job) -
     submit(webhooks=[{"url": "http://a/x", "events": ["job.queued"]}])
     ledger.beat("me", "well", {})
     time.sleep(0.05)
-    found = stats.ask(ledger.server, settings.lease_s)
+    found = stats.read_depths(ledger.server, settings.lease_s)
     assert found.queued == {"high": 1, "normal": 1, "low": 0, "bulk": 2, "shard": 0}
     assert {route for route, seconds in found.oldest_s.items() if 0.05 <= seconds < 60} == {
         "high",
@@ -327,7 +329,7 @@ def test_the_ledgers_gauges_are_what_waits_there(settings: Settings, job: Job) -
 
 
 def test_an_empty_ledger_is_all_zeros(settings: Settings) -> None:
-    found = stats.ask(RedisLedger(settings).server, settings.lease_s)
+    found = stats.read_depths(RedisLedger(settings).server, settings.lease_s)
     assert (found.events, found.oldest_event_s, found.workers, sum(found.queued.values())) == (0, 0, 0, 0)
     assert set(found.oldest_s.values()) == {0}
 

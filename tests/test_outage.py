@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from gradcam_worker.errors import BrokerUnavailable, LedgerUnavailable
 from gradcam_worker.resilience.outages import CALM_S, SAY_EVERY_S, Outage, Outages
 

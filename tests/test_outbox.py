@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+
 from gradcam_worker.ledger import outbox
 from gradcam_worker.ledger.ledger import Ledger
-from gradcam_worker.ledger.outbox import Outbox, Parcel
+from gradcam_worker.ledger.outbox import Delivery, Outbox
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import StatusDocument, WorkerRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import MemoryLedger
 
@@ -42,12 +44,14 @@ class Post:
     def start(self, job: Job) -> StatusDocument:
         return self.ledger.claim(self.ledger.read(job.id), WORKER).document
 
-    def take(self, limit: int = 100, keep_s: float = KEEP_S, others: int = 100, **room: int) -> list[Parcel]:
+    def take(
+        self, limit: int = 100, keep_s: float = KEEP_S, others: int = 100, **room: int
+    ) -> list[Delivery]:
         """From host a and host b, as much as there is."""
         named = {f"//{name}.example": most for name, most in {"a": 100, "b": 100, **room}.items()}
         return self.outbox.take(limit, keep_s, named, others)
 
-    def fail(self, parcel: Parcel, delay_s: float = 0.0, **more: float) -> None:
+    def fail(self, parcel: Delivery, delay_s: float = 0.0, **more: float) -> None:
         self.outbox.postpone(parcel, delay_s, **more)
 
 
@@ -83,7 +87,7 @@ def keys(post: Post) -> set[str]:
     return {key for key in found if not key.startswith(own)}
 
 
-def wait_for(condition: Callable[[], list[Parcel]]) -> list[Parcel]:
+def wait_for(condition: Callable[[], list[Delivery]]) -> list[Delivery]:
     end = time.monotonic() + 20
     while not (found := condition()):
         assert time.monotonic() < end
@@ -141,7 +145,7 @@ def test_a_parcel_carries_all_that_it_takes_to_deliver_it(post: Post) -> None:
     ],
 )
 def test_hosts_have_a_lane_each_which_no_sink_can_have(url: str, lane: str) -> None:
-    assert outbox.lane(url) == lane
+    assert outbox.destination(url) == lane
 
 
 def test_a_change_that_is_written_twice_is_told_once(post: Post) -> None:

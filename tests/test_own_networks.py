@@ -8,17 +8,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from gradcam_worker.errors import NetworkIncompatible, UnknownNetwork
-from gradcam_worker.execution.pipeline import Done, Journey, explain
-from gradcam_worker.execution.services import Outside
+from gradcam_worker.execution.pipeline import JobContext, JobResult, run_job
+from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.models.registry import Registry
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method
-from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import Job
-from gradcam_worker.testing import TinyNetwork, outside
-from numpy.typing import NDArray
+from gradcam_worker.testing import TinyNetwork, fake_services
 
 WAIT_S = 60
 FIRST, SECOND = "1" * 64, "2" * 64
@@ -67,15 +68,15 @@ class House:
         self.arrived.release()
         return network
 
-    def outside(self) -> Outside:
+    def outside(self) -> Services:
         picture = cv2.imencode(".png", np.full((16, 16, 3), (0, 0, 255), np.uint8))[1].tobytes()
         networks = Registry(self.registry)
-        return outside({"s3://in/a.png": picture}, networks=networks, residents=Residents(self.load))
+        return fake_services({"s3://in/a.png": picture}, networks=networks, residents=ModelCache(self.load))
 
 
-def run(where: Outside) -> Done:
+def run(where: Services) -> JobResult:
     job = Job.parse({"image": "s3://in/a.png", "network": "own", "target": {"top_n": 1}})
-    return explain(job, where, Journey(Deadline(WAIT_S), lambda _: None))
+    return run_job(job, where, JobContext(Deadline(WAIT_S), lambda _: None))
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import performance
 import pytest
+
+import performance
 from performance_figures import Hole, plain, table
 
 DOCS = Path(__file__).parents[1] / "docs"

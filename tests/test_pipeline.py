@@ -8,6 +8,9 @@ from typing import Any, get_args
 import cv2
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
 from gradcam_worker.errors import (
     GradcamError,
     ImageDecodeFailed,
@@ -17,19 +20,19 @@ from gradcam_worker.errors import (
     UnknownLayer,
     UnknownNetwork,
 )
-from gradcam_worker.execution.pipeline import Done, Journey, explain
+from gradcam_worker.execution.pipeline import JobContext, JobResult, run_job
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.explain import explain_image
 from gradcam_worker.gradcam.faithfulness import METRICS
 from gradcam_worker.gradcam.methods import cam
-from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import Job, Method, Metric, Warned
+from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import DamageRecord, Manifest
-from gradcam_worker.testing import MemoryStore, TinyNetwork, outside
-from numpy.typing import NDArray
-from PIL import Image
+from gradcam_worker.schemas.options import MethodSpec, Metric
+from gradcam_worker.schemas.status import ResultWarning
+from gradcam_worker.testing import MemoryStore, TinyNetwork, fake_services
 
 URI = "s3://in/flag.png"
 
@@ -49,11 +52,11 @@ def job(**changes: Any) -> Job:
 
 def run(
     asked: Job, store: MemoryStore | None = None, *, data: bytes | None = None, **others: Any
-) -> tuple[Done, MemoryStore, Journey]:
+) -> tuple[JobResult, MemoryStore, JobContext]:
     store = store or MemoryStore()
-    journey = Journey(Deadline(asked.timeout_s), lambda _: None)
-    there = outside({URI: flag() if data is None else data}, store=store, **others)
-    return explain(asked, there, journey), store, journey
+    journey = JobContext(Deadline(asked.timeout_s), lambda _: None)
+    there = fake_services({URI: flag() if data is None else data}, store=store, **others)
+    return run_job(asked, there, journey), store, journey
 
 
 def test_a_job_leaves_overlays_arrays_and_last_of_all_its_manifest() -> None:
@@ -152,7 +155,7 @@ def test_a_damaged_image_is_explained_with_a_warning_that_says_what_it_lacks() -
     data, asked = noisy(160, 120)[:-2], job()
     done, store, _ = run(asked, data=data)
     said = "its end marker is missing"
-    assert done.warnings == (Warned(code="image_damaged", missing=0, detail=said),)
+    assert done.warnings == (ResultWarning(code="image_damaged", missing=0, detail=said),)
     manifest = Manifest.model_validate_json(store.objects[f"{asked.id}/manifest.json"])
     assert (manifest.warnings, manifest.input.damage) == (done.warnings, DamageRecord(missing=0, detail=said))
     assert run(job(), data=noisy(160, 120))[0].warnings == ()
@@ -277,11 +280,11 @@ def test_measuring_stops_when_the_time_is_up() -> None:
 
     asked = job(metrics=["deletion"], timeout_s=0.35, target={"top_n": 3})
     with pytest.raises(JobTimeout, match="waiting for the device"):
-        run(asked, residents=Residents(lambda _: Slow()))
+        run(asked, residents=ModelCache(lambda _: Slow()))
 
 
 def test_the_contract_offers_what_the_room_of_mathematics_has() -> None:
-    fields = Method.model_fields
+    fields = MethodSpec.model_fields
     assert set(get_args(fields["name"].annotation)) == set(cam.METHODS)
     assert set(get_args(fields["score"].annotation)) == set(cam.SCORES)
     assert set(get_args(fields["normalize"].annotation)) == set(cam.NORMALIZE)
@@ -316,9 +319,9 @@ def test_what_cannot_be_done_says_at_which_stage_and_leaves_nothing(
     changes: dict[str, Any], error: type[GradcamError], stage: str
 ) -> None:
     store, asked = MemoryStore(), job(**changes)
-    journey = Journey(Deadline(asked.timeout_s), lambda _: None)
+    journey = JobContext(Deadline(asked.timeout_s), lambda _: None)
     with pytest.raises(error):
-        explain(asked, outside({URI: flag()}, store=store), journey)
+        run_job(asked, fake_services({URI: flag()}, store=store), journey)
     assert journey.stage == stage
     assert not store.objects
 
@@ -365,7 +368,7 @@ def test_a_job_may_name_an_own_network_and_gets_it_as_it_is_described_when_it_is
         loaded.append(row)
         return TinyNetwork()
 
-    done, _, _ = run(job(network="tumours"), networks=networks, residents=Residents(load))
+    done, _, _ = run(job(network="tumours"), networks=networks, residents=ModelCache(load))
     assert done.network.name == "tumours"
     assert loaded == [networks.told[-1]]
 
@@ -375,7 +378,7 @@ def test_loading_a_network_is_not_held_against_the_job() -> None:
         time.sleep(0.5)
         return TinyNetwork()
 
-    done, _, journey = run(job(timeout_s=0.4), residents=Residents(load))
+    done, _, journey = run(job(timeout_s=0.4), residents=ModelCache(load))
     assert done.predictions
     assert journey.metrics["load_s"] >= 0.5
 

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
+
 from gradcam_worker.backfill.plan import MAX_BYTES, Plan, shards
 from gradcam_worker.schemas.shard import Row, Shard, parse
 from gradcam_worker.settings import Settings
-from pydantic import ValidationError
 
 SHA = "ab" * 32
 

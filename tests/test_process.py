@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 from celery.exceptions import Reject
+
 from gradcam_worker.broker import app as broker
+from gradcam_worker.broker import publisher
 from gradcam_worker.errors import InvalidSettings, LedgerUnavailable, NetworkIncompatible, WeightsUnavailable
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.observability.health import Health
 from gradcam_worker.runtime import worker_process
-from gradcam_worker.schemas.job import StatusDocument
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import MemoryLedger
 
@@ -41,7 +43,7 @@ def receive(desk: Any, message_id: str, *, redelivered: bool = False) -> None:
     app = broker.make_app(Settings())
     worker_process.register(app, desk)
     request = SimpleNamespace(headers=None, id=message_id, delivery_info={"redelivered": redelivered})
-    app.tasks[broker.EXPLAIN].run.__func__(SimpleNamespace(request=request, name=broker.EXPLAIN), {})
+    app.tasks[publisher.EXPLAIN].run.__func__(SimpleNamespace(request=request, name=publisher.EXPLAIN), {})
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+
 from gradcam_worker.runtime import liveness
-from gradcam_worker.runtime.liveness import Pulse
+from gradcam_worker.runtime.liveness import LivenessReporter
 
 WAIT_S = 20
 
@@ -25,8 +26,8 @@ class World:
         self.asked += 1
         return self.answers
 
-    def pulse(self, fd: int | None = None) -> Pulse:
-        return Pulse(fd, reachable=self.reachable, ill=lambda: self.ill)
+    def pulse(self, fd: int | None = None) -> LivenessReporter:
+        return LivenessReporter(fd, reachable=self.reachable, ill=lambda: self.ill)
 
 
 @pytest.fixture

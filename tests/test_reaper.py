@@ -8,11 +8,13 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+
 from gradcam_worker.errors import BrokerUnavailable, LedgerUnavailable
 from gradcam_worker.ledger import reaper, state_machine
 from gradcam_worker.ledger.reaper import Reaper
-from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
-from gradcam_worker.schemas.model import new_id, utc_now
+from gradcam_worker.schemas.ids import new_id, utc_now
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import StatusDocument, WorkerRef
 from gradcam_worker.testing import MemoryLedger
 
 LEASE_S, LOST_AFTER_S = 15.0, 20.0

@@ -4,8 +4,9 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import gradcam_worker
 import pytest
+
+import gradcam_worker
 import release
 
 ROOT = Path(__file__).parents[1]

@@ -5,14 +5,15 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from gradcam_worker.execution.pipeline import Journey, explain
+from numpy.typing import NDArray
+from PIL import Image
+
+from gradcam_worker.execution.pipeline import JobContext, run_job
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import Job
-from gradcam_worker.schemas.manifest import HotRegion, Manifest
-from gradcam_worker.testing import MemoryStore, outside
-from numpy.typing import NDArray
-from PIL import Image
+from gradcam_worker.schemas.manifest import Manifest, SalientRegion
+from gradcam_worker.testing import MemoryStore, fake_services
 
 URI = "s3://in/flag.png"
 FLAG = np.zeros((32, 48, 3), np.uint8)  # red on the left, blue on the right
@@ -32,8 +33,8 @@ def left_behind(
         {"image": URI, "network": "efficientnet_lite0", "target": target, "artifacts": list(wishes)}
     )
     data = cv2.imencode(kind, photo[..., ::-1])[1].tobytes()
-    journey = Journey(Deadline(job.timeout_s), lambda _: None)
-    explain(job, outside({URI: data}, store=store), journey)
+    journey = JobContext(Deadline(job.timeout_s), lambda _: None)
+    run_job(job, fake_services({URI: data}, store=store), journey)
     objects = {key.partition("/")[2]: made for key, made in store.objects.items()}
     return Manifest.model_validate_json(objects["manifest.json"]), objects
 
@@ -68,8 +69,8 @@ def test_the_hot_region_of_every_class_is_in_the_manifest(
     red, blue, green = (seen.hot for seen in manifest.explanations)
     # Two cells of four are lit, of 12 pixels each: between their middles, at 17.5 and 29.5, it falls to 0.
     width = math.floor(17.5 + 12 * (1 - threshold)) + 1
-    assert red == HotRegion(threshold=threshold, box_xyxy=(0, 0, width, 32))
-    assert blue == HotRegion(threshold=threshold, box_xyxy=(48 - width, 0, 48, 32))
+    assert red == SalientRegion(threshold=threshold, box_xyxy=(0, 0, width, 32))
+    assert blue == SalientRegion(threshold=threshold, box_xyxy=(48 - width, 0, 48, 32))
     assert green is None, "nothing speaks for it"
 
 

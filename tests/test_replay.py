@@ -6,15 +6,17 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable, UnknownJob
-from gradcam_worker.ledger.dead_letters import DeadLetters, Letter, id_of_replay, once_more
+from gradcam_worker.ledger.dead_letters import DeadLetter, DeadLetters, id_of_replay, once_more
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
-from gradcam_worker.schemas.model import new_id, utc_now
+from gradcam_worker.schemas.ids import new_id, utc_now
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import StatusDocument, WorkerRef
 from gradcam_worker.settings import Settings
-from gradcam_worker.testing import Doorbell, MemoryLedger
+from gradcam_worker.testing import MemoryLedger, RecordingPublisher
 
 WORKER = WorkerRef(id="gpu-1:7", device="cpu")
 FAST = 1000.0  # jobs a second
@@ -24,7 +26,7 @@ class Office:
     """A ledger in which jobs fail, and its dead letters."""
 
     def __init__(self, ledger: Ledger, job: Job) -> None:
-        self.ledger, self.job, self.bell = ledger, job, Doorbell()
+        self.ledger, self.job, self.bell = ledger, job, RecordingPublisher()
         self.client = GradcamClient(ledger=ledger, publish=self.bell)
         self.dead = DeadLetters(ledger, self.client.submit)
 
@@ -164,7 +166,7 @@ def test_what_never_was_a_job_is_listed_and_cannot_be_replayed(office: Office) -
 
 
 def test_a_letter_whose_job_is_forgotten_says_so(office: Office) -> None:
-    forgotten = Letter(new_id(), time.time(), None)
+    forgotten = DeadLetter(new_id(), time.time(), None)
     assert forgotten.code == "forgotten"
     [replayed] = office.dead.replay([forgotten], FAST)
     assert (replayed.new_id, "can read no job" in replayed.why) == (None, True)

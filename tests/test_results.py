@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 import cv2
 import numpy as np
 import pytest
+
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import (
     GradcamError,
@@ -23,18 +24,19 @@ from gradcam_worker.errors import (
     StorageUnavailable,
     UnknownJob,
 )
-from gradcam_worker.execution.pipeline import Journey, explain
-from gradcam_worker.images.fetch import Images
+from gradcam_worker.execution.pipeline import JobContext, run_job
+from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.ledger.state_machine import following
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import ImageRef, Job, ManifestRef, Problem, StatusDocument, WorkerRef
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import ImageRef, Job
 from gradcam_worker.schemas.manifest import Manifest
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.status import ManifestRef, Problem, StatusDocument, WorkerRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import Stores
-from gradcam_worker.testing import Doorbell, MemoryLedger, outside
+from gradcam_worker.testing import MemoryLedger, RecordingPublisher, fake_services
 
 FIELDS: dict[str, Any] = {"network": "efficientnet_lite0", "target": {"top_n": 2}}
 PHOTO = "s3://in/photo.jpg"
@@ -52,8 +54,10 @@ def photo() -> bytes:
     return bytes(cv2.imencode(".jpg", np.full((48, 64, 3), (9, 200, 9), np.uint8))[1].tobytes())
 
 
-def client_of(settings: Settings, ledger: Ledger | None = None) -> tuple[GradcamClient, Ledger, Doorbell]:
-    ledger, doorbell = ledger or MemoryLedger(), Doorbell()
+def client_of(
+    settings: Settings, ledger: Ledger | None = None
+) -> tuple[GradcamClient, Ledger, RecordingPublisher]:
+    ledger, doorbell = ledger or MemoryLedger(), RecordingPublisher()
     return GradcamClient(settings=settings, ledger=ledger, publish=doorbell), ledger, doorbell
 
 
@@ -63,8 +67,8 @@ def done(settings: Settings, photo: bytes, **wishes: Any) -> tuple[GradcamClient
     job = Job.parse({**FIELDS, "image": PHOTO, **wishes})
     client.submit(job)
     document = ledger.claim(ledger.read(job.id), WORKER).document
-    there = outside({PHOTO: photo}, stores=Stores(settings, S3(settings)))
-    left = explain(job, there, Journey(Deadline(60), lambda _: None))
+    there = fake_services({PHOTO: photo}, stores=Stores(settings, S3(settings)))
+    left = run_job(job, there, JobContext(Deadline(60), lambda _: None))
     ledger.advance(document, status="succeeded", **vars(left))
     return client, job.id, ledger
 
@@ -226,7 +230,7 @@ def test_an_image_is_uploaded_under_its_checksum_and_the_job_is_for_those_bytes(
     digest = hashlib.sha256(photo).hexdigest()
     (image,) = {job.image for job in doorbell.jobs}
     assert image == ImageRef(uri=f"s3://photos/uploads/{digest}.jpg", sha256=digest)
-    assert Images(s3, S3(s3)).fetch(image, Deadline(5)).data == photo
+    assert UriFetcher(s3, S3(s3)).fetch(image, Deadline(5)).data == photo
     client.upload_and_submit(photo, to="s3://results/other/", priority="high", **FIELDS)
     assert doorbell.jobs[-1].image.uri == f"s3://results/other/{digest}.jpg"
     assert doorbell.jobs[-1].priority == "high"

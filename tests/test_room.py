@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
+
 from gradcam_worker.errors import JobCanceled, JobTimeout
-from gradcam_worker.resilience.budget import Room
+from gradcam_worker.resilience.budget import ResourceBudget
 from gradcam_worker.resilience.deadline import Deadline
 
 PATIENCE_S = 30  # for what has to happen, on the slowest of machines
@@ -23,7 +24,7 @@ def until(happened: Callable[[], object]) -> None:
 class Guests:
     """Threads that come into a room, each with its name and amount, and stay until they are sent away."""
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: ResourceBudget) -> None:
         self.room = room
         self.inside: list[str] = []
         self.failed: dict[str, Exception] = {}
@@ -60,7 +61,7 @@ class Guests:
 
 
 @contextmanager
-def guests(room: Room) -> Iterator[Guests]:
+def guests(room: ResourceBudget) -> Iterator[Guests]:
     some = Guests(room)
     try:
         yield some
@@ -69,7 +70,7 @@ def guests(room: Room) -> Iterator[Guests]:
 
 
 def test_amounts_count_and_not_heads() -> None:
-    room, deadline = Room(10, "pixels"), Deadline(0.05)
+    room, deadline = ResourceBudget(10, "pixels"), Deadline(0.05)
     with ExitStack() as stack:
         for _ in range(10):
             stack.enter_context(room.taken(1, deadline))
@@ -82,7 +83,7 @@ def test_amounts_count_and_not_heads() -> None:
 
 
 def test_room_that_is_given_back_is_taken_by_who_waits() -> None:
-    with guests(Room(10, "bytes")) as some:
+    with guests(ResourceBudget(10, "bytes")) as some:
         some.comes("first", 6)
         some.comes("second", 5)
         assert some.inside == ["first"]
@@ -91,7 +92,7 @@ def test_room_that_is_given_back_is_taken_by_who_waits() -> None:
 
 
 def test_a_large_one_is_not_starved_by_small_ones_that_come_later() -> None:
-    with guests(Room(10, "pixels")) as some:
+    with guests(ResourceBudget(10, "pixels")) as some:
         some.comes("small", 3)
         some.comes("large", 9)
         some.comes("later", 1)  # would fit, but is not served first
@@ -102,7 +103,7 @@ def test_a_large_one_is_not_starved_by_small_ones_that_come_later() -> None:
 
 
 def test_what_is_larger_than_the_room_is_let_in_alone() -> None:
-    with guests(Room(10, "pixels")) as some:
+    with guests(ResourceBudget(10, "pixels")) as some:
         some.comes("small", 1)
         some.comes("giant", 25)
         some.comes("later", 1)
@@ -116,7 +117,7 @@ def test_what_is_larger_than_the_room_is_let_in_alone() -> None:
 
 def test_a_job_that_is_cancelled_while_it_waits_stops_waiting_and_bars_nobody() -> None:
     deadline = Deadline(10 * PATIENCE_S)
-    with guests(Room(10, "pixels")) as some:
+    with guests(ResourceBudget(10, "pixels")) as some:
         some.comes("first", 6)
         some.comes("waits", 9, deadline)
         some.comes("behind", 4)
@@ -127,7 +128,7 @@ def test_a_job_that_is_cancelled_while_it_waits_stops_waiting_and_bars_nobody() 
 
 
 def test_a_job_waits_no_longer_than_its_deadline() -> None:
-    with guests(Room(10, "pixels")) as some:
+    with guests(ResourceBudget(10, "pixels")) as some:
         some.comes("first", 6)
         some.comes("late", 9, Deadline(0.1))
         until(lambda: "late" in some.failed)
@@ -136,7 +137,7 @@ def test_a_job_waits_no_longer_than_its_deadline() -> None:
 
 
 def test_part_of_what_is_held_can_be_given_back_early_but_never_more_be_taken() -> None:
-    room = Room(10, "bytes")
+    room = ResourceBudget(10, "bytes")
     with room.taken(8, Deadline(1)) as hold:
         hold.keep(3)
         assert room.held == 3
@@ -150,14 +151,14 @@ def test_part_of_what_is_held_can_be_given_back_early_but_never_more_be_taken() 
 
 
 def test_room_is_given_back_whatever_happens() -> None:
-    room = Room(10, "bytes")
+    room = ResourceBudget(10, "bytes")
     with pytest.raises(ZeroDivisionError), room.taken(8, Deadline(1)):
         _ = 1 / 0
     assert room.held == 0
 
 
 def test_under_a_crowd_the_room_is_never_overfull_and_empty_in_the_end() -> None:
-    room, most, wrong = Room(100, "pixels"), [0], []
+    room, most, wrong = ResourceBudget(100, "pixels"), [0], []
 
     def come(seed: int) -> None:
         for turn in range(25):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import boto3
 import moto
 import pytest
+
 from gradcam_worker.errors import (
     AttemptFenced,
     GradcamError,
@@ -28,7 +29,7 @@ from gradcam_worker.errors import (
     WeightsUnavailable,
 )
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.resilience.retry import Patience
+from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import NEVER, S3, _both
 from gradcam_worker.storage.s3_errors import FAILED, InvalidBucket, InvalidListing
@@ -142,7 +143,7 @@ class TestBothLibraries:
 
     def test_only_a_panic_is_taken_for_one(self) -> None:
         with pytest.raises(SystemExit):
-            _both("s3://a/b", sys.exit, lambda: None, Patience(NEVER))
+            _both("s3://a/b", sys.exit, lambda: None, RetryPolicy(NEVER))
 
     def test_a_bucket_of_an_unusual_name_is_left_to_boto3(
         self, http_server: Any, answer: Any, handed_over: Any
@@ -239,8 +240,8 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\nLast-Modified: Mon, 02 Jan
 HEAD += b'ETag: "a"\r\n\r\n'
 
 
-def patience(seconds: float, deadline: Deadline = NEVER) -> Patience:
-    return Patience(deadline, seconds)
+def patience(seconds: float, deadline: Deadline = NEVER) -> RetryPolicy:
+    return RetryPolicy(deadline, seconds)
 
 
 class TestFaults:

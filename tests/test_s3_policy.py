@@ -17,9 +17,10 @@ from urllib.parse import unquote, urlsplit
 import cv2
 import numpy as np
 import pytest
+
 from gradcam_worker.errors import ImageForbidden, StorageUnavailable
-from gradcam_worker.execution.pipeline import Journey, explain
-from gradcam_worker.images.fetch import Images
+from gradcam_worker.execution.pipeline import JobContext, run_job
+from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.operations import doctor
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import Job
@@ -27,7 +28,7 @@ from gradcam_worker.schemas.manifest import Manifest
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import Stores
-from gradcam_worker.testing import outside
+from gradcam_worker.testing import fake_services
 
 POLICY = Path(__file__).parents[1] / "deploy" / "s3" / "policy.json"
 PLACES = {
@@ -165,7 +166,7 @@ def test_a_full_run_needs_all_that_the_policy_allows_and_nothing_else(
     settings: Settings, guard: Guard, owner: S3
 ) -> None:
     s3 = S3(settings)
-    everything = replace(outside({}), images=Images(settings, s3), stores=Stores(settings, s3))
+    everything = replace(fake_services({}), images=UriFetcher(settings, s3), stores=Stores(settings, s3))
     asked = {
         "image": "s3://photos/a b/ü.png",
         "network": "efficientnet_lite0",
@@ -176,7 +177,7 @@ def test_a_full_run_needs_all_that_the_policy_allows_and_nothing_else(
         job = Job.parse({**asked, "output": output})
         # As by an attempt after one that came to nothing; then as by one after it was sealed.
         done = [
-            explain(job, everything, Journey(Deadline(60), lambda _: None, attempt=attempt))
+            run_job(job, everything, JobContext(Deadline(60), lambda _: None, attempt=attempt))
             for attempt in (2, 3)
         ]
         assert done[0] == done[1], "found again, not made again"
@@ -187,7 +188,7 @@ def test_a_full_run_needs_all_that_the_policy_allows_and_nothing_else(
     taken = Sink()
     s3.download("s3://networks/own/v1.keras", taken)
     assert taken.getvalue() == b"a network"
-    storage = next(one for one in doctor.examine(settings) if one.what == "storage")
+    storage = next(one for one in doctor.run_checks(settings) if one.what == "storage")
     assert storage.well, storage.detail
     assert guard.refused == [], "the run was refused something"
     assert guard.used == guard.rights, "the policy allows more than a run needs"

@@ -1,10 +1,11 @@
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
+
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets
-from pydantic import SecretStr
 
 
 def test_without_variables_everything_has_a_default() -> None:

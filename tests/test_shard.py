@@ -2,10 +2,12 @@ import json
 from typing import Any
 
 import pytest
+
 from gradcam_worker.errors import InvalidJob, InvalidRow
-from gradcam_worker.schemas.job import Job, Problem
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.shard import MAX_ROWS, ROUTE, Row, Shard, parse
+from gradcam_worker.schemas.status import Problem
 
 FIELDS: dict[str, Any] = {
     "schema": "gradcam.shard/v1",

@@ -24,6 +24,7 @@ import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+
 from gradcam_worker.delivery import database, sql
 from gradcam_worker.delivery.migrations import VERSION_TABLE
 from gradcam_worker.delivery.sql import METADATA, SqlStatus
@@ -31,8 +32,9 @@ from gradcam_worker.delivery.webhooks import body_of
 from gradcam_worker.errors import ImageDecodeFailed, InvalidSettings, StatusUnavailable, UnknownJob
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
-from gradcam_worker.schemas.job import Job, NetworkRef, Problem, StatusDocument, StatusEvent
-from gradcam_worker.schemas.model import new_id, utc_now
+from gradcam_worker.schemas.ids import new_id, utc_now
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import NetworkRef, Problem, StatusDocument, StatusEvent
 from gradcam_worker.settings import Settings
 
 DAY_S = 86_400.0
@@ -214,7 +216,7 @@ def test_the_document_is_the_same_text_in_redis_in_a_webhook_and_in_the_database
 ) -> None:
     from gradcam_worker.runtime import service_factory
 
-    ledger = service_factory.ledger(settings)
+    ledger = service_factory.build_ledger(settings)
     job = job.model_copy(update={"metadata": {"patient": "Zoë 𝄞"}})
     ledger.submit(job)
     seen = ledger.read(job.id)

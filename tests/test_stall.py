@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+
 from gradcam_worker.errors import BrokerUnavailable
 from gradcam_worker.resilience import stall
 from gradcam_worker.resilience.stall import Stall

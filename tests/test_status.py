@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import standardwebhooks
+from pydantic import SecretStr
+from standardwebhooks.webhooks import WebhookVerificationError
+
 from gradcam_worker.delivery.webhooks import MAX_BODY_BYTES, Webhooks, body_of, message_id
 from gradcam_worker.errors import (
     DeliveryRefused,
@@ -17,11 +20,10 @@ from gradcam_worker.errors import (
     UriNotAllowed,
 )
 from gradcam_worker.net.webhook_signing import secrets_of
-from gradcam_worker.schemas.job import Problem, SeenClass, StatusDocument, StatusEvent, Warned, Webhook
-from gradcam_worker.schemas.model import new_id, utc_now
+from gradcam_worker.schemas.ids import new_id, utc_now
+from gradcam_worker.schemas.job import Webhook
+from gradcam_worker.schemas.status import ClassScore, Problem, ResultWarning, StatusDocument, StatusEvent
 from gradcam_worker.settings import Settings
-from pydantic import SecretStr
-from standardwebhooks.webhooks import WebhookVerificationError
 
 NEW = "whsec_" + "bmV3" * 8  # 24 bytes, as short as the standard allows
 OLD = "whsec_" + "b2xk" * 8
@@ -221,9 +223,9 @@ def test_nothing_is_sent_unsigned_where_a_signature_was_asked_for(http_server: A
     assert not http_server.received
 
 
-def seen(count: int, name: str = "n" * 40) -> list[SeenClass]:
+def seen(count: int, name: str = "n" * 40) -> list[ClassScore]:
     return [
-        SeenClass(rank=rank, id=rank, wnid="n03933933", name=name, probability=0.1)
+        ClassScore(rank=rank, id=rank, wnid="n03933933", name=name, probability=0.1)
         for rank in range(1, count + 1)
     ]
 
@@ -232,7 +234,9 @@ def test_an_event_that_is_too_large_loses_first_what_the_manifest_has_too(
     http_server: Any, answer: Any
 ) -> None:
     sent = event(
-        predictions=seen(1000), metadata={"batch": "7"}, warnings=[Warned(code="zero_heatmap", class_id=1)]
+        predictions=seen(1000),
+        metadata={"batch": "7"},
+        warnings=[ResultWarning(code="zero_heatmap", class_id=1)],
     )
     send(http_server, http_server.url("/hook", answer()), sent, ref="app1")
     [(_, body)], [headers] = http_server.received, http_server.headers
@@ -249,7 +253,7 @@ def test_no_event_is_larger_than_20_kb() -> None:
     worst = event(
         "failed",
         predictions=seen(1000),
-        warnings=[Warned(code="zero_heatmap", class_id=one) for one in range(1000)],
+        warnings=[ResultWarning(code="zero_heatmap", class_id=one) for one in range(1000)],
         error=Problem.of(error, stage="decode", attempt=1),
         network={"name": character * 256, "layer": character * 256, "weights_sha256": "0" * 64},
         result={"manifest_uri": "s3://b/" + character * 1024, "manifest_sha256": "0" * 64},

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.runtime import devices
 from gradcam_worker.runtime.supervisor import Supervisor
@@ -335,7 +336,7 @@ def test_where_no_gpu_works_all_is_given_up() -> None:
 
 def test_a_gpu_that_is_not_there_is_refused_by_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    command = [sys.executable, "-m", "worker", "worker", "--devices", "3"]
+    command = [sys.executable, "-m", "gradcam_worker", "worker", "--devices", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "asks for GPU 3; there are: none." in done.stderr

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import redis
+
 from gradcam_worker.errors import (
     AttemptFenced,
     ImageFetchFailed,
@@ -20,19 +21,20 @@ from gradcam_worker.errors import (
     UnknownJob,
     WorkerUnfit,
 )
-from gradcam_worker.execution.handler import Desk, _Progress
-from gradcam_worker.execution.leases import Leases
+from gradcam_worker.execution.handler import JobHandler, _StageReporter
+from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.images import fetch
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.resilience.circuit_breaker import Breaker
+from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.runtime import bootstrap
-from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.shard import Shard
+from gradcam_worker.schemas.status import StatusDocument, WorkerRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import Stores
-from gradcam_worker.testing import MemoryLedger, MemoryStore, outside
+from gradcam_worker.testing import MemoryLedger, MemoryStore, fake_services
 
 IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
 
@@ -44,18 +46,18 @@ class Office:
     images: dict[str, bytes | BaseException] = field(default_factory=lambda: {"s3://in/a.png": IMAGE})
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
     store: MemoryStore = field(default_factory=MemoryStore)
-    breaker: Breaker = field(default_factory=lambda: Breaker(lambda: None))
+    breaker: CircuitBreaker = field(default_factory=lambda: CircuitBreaker(lambda: None))
     one_desk: Any = None
     known: str = ""  # the token of the one backfill that there is; '': all are known
 
     @property
-    def desk(self) -> Desk:
-        return Desk(
+    def desk(self) -> JobHandler:
+        return JobHandler(
             Settings(retry_backoff_s=1),
             self.ledger,
-            outside(self.images, store=self.store),
+            fake_services(self.images, store=self.store),
             WorkerRef(id="w", device="cpu"),
-            Leases(self.ledger, "w", 15),
+            LeaseManager(self.ledger, "w", 15),
             self.breaker,
             admits=lambda shard: self.known in {"", shard.token},
         )
@@ -394,10 +396,10 @@ def test_a_worker_without_keys_for_s3_charges_no_job_and_finishes_them_when_it_h
     settings = Settings(s3_endpoint_url=f"http://{http_server.host}", output=tmp_path.as_uri())
     s3, office = S3(settings), Office()
     stores = Stores(settings, s3)
-    office.breaker = breaker = Breaker(partial(bootstrap.use_storage, stores), first_pause_s=0.01)
-    around = replace(outside({}), images=fetch.Images(settings, s3), stores=stores)
-    worker, leases = WorkerRef(id="w", device="cpu"), Leases(office.ledger, "w", 15)
-    desk = Desk(Settings(retry_backoff_s=1e-6), office.ledger, around, worker, leases, breaker)
+    office.breaker = breaker = CircuitBreaker(partial(bootstrap.use_storage, stores), first_pause_s=0.01)
+    around = replace(fake_services({}), images=fetch.UriFetcher(settings, s3), stores=stores)
+    worker, leases = WorkerRef(id="w", device="cpu"), LeaseManager(office.ledger, "w", 15)
+    desk = JobHandler(Settings(retry_backoff_s=1e-6), office.ledger, around, worker, leases, breaker)
     jobs = [a_job(image="s3://photos/a.png") for _ in range(4)]
     refusal = b"<ErrorResponse><Error><Code>AccessDenied</Code><Message>No</Message></Error></ErrorResponse>"
     http_server.url("/", answer(403, refusal))
@@ -542,17 +544,17 @@ class TestProgress:
         return now
 
     @pytest.fixture
-    def progress(self, office: Office, clock: list[float]) -> _Progress:
+    def progress(self, office: Office, clock: list[float]) -> _StageReporter:
         del clock
         claim = office.ledger.claim(office.ledger.submit(a_job()), WorkerRef(id="w", device="cpu"))
-        return _Progress(office.ledger, claim.document, lambda: None)
+        return _StageReporter(office.ledger, claim.document, lambda: None)
 
-    def stage(self, office: Office, progress: _Progress) -> tuple[str | None, int]:
+    def stage(self, office: Office, progress: _StageReporter) -> tuple[str | None, int]:
         document = office.ledger.read(progress._document.id)
         return document.stage, document.revision
 
     def test_the_last_of_many_stages_is_written_once_when_its_half_second_is_over(
-        self, office: Office, progress: _Progress, clock: list[float]
+        self, office: Office, progress: _StageReporter, clock: list[float]
     ) -> None:
         before = self.stage(office, progress)
         for stage in ("fetch", "decode", "load"):
@@ -571,7 +573,7 @@ class TestProgress:
         assert self.stage(office, progress) == ("render", before[1] + 2)
 
     def test_what_was_insisted_on_is_not_written_over_by_what_began_before(
-        self, office: Office, progress: _Progress, clock: list[float]
+        self, office: Office, progress: _StageReporter, clock: list[float]
     ) -> None:
         progress("explain")
         progress.insist("row 4")
@@ -580,7 +582,7 @@ class TestProgress:
         assert self.stage(office, progress)[0] == "row 4"
 
     def test_nothing_is_written_after_the_end_or_while_the_job_writes(
-        self, office: Office, progress: _Progress, clock: list[float]
+        self, office: Office, progress: _StageReporter, clock: list[float]
     ) -> None:
         before = self.stage(office, progress)
         progress("fetch")
@@ -593,7 +595,7 @@ class TestProgress:
         assert self.stage(office, progress) == before
 
     def test_an_attempt_that_was_overtaken_hears_it_by_its_lease(
-        self, office: Office, progress: _Progress, clock: list[float]
+        self, office: Office, progress: _StageReporter, clock: list[float]
     ) -> None:
         office.ledger.hand_back(progress._document.id, 1)
         progress("fetch")

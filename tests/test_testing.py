@@ -7,6 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+
 from gradcam_worker import testing
 from gradcam_worker.errors import ImageFetchFailed, ImageForbidden, InvalidJob, NoResult
 from gradcam_worker.schemas.job import Job

@@ -10,18 +10,19 @@ import time
 from dataclasses import replace
 
 import pytest
-from gradcam_worker.backfill.registry import RedisFleet
+from rich.console import Console
+
+from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.cli.main import main
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import ImageNotFound, StorageUnavailable
-from gradcam_worker.ledger.redis.stats import Depths
 from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.observability.queue_depths import QueueDepths
 from gradcam_worker.operations import console as terminal
 from gradcam_worker.operations import top
-from gradcam_worker.schemas.job import Problem, WorkerRef
 from gradcam_worker.schemas.shard import ROUTES
+from gradcam_worker.schemas.status import Problem, WorkerRef
 from gradcam_worker.settings import Settings
-from rich.console import Console
 
 HEALTH = {"device": "NVIDIA H100 80GB HBM3", "since": "2026-11-01T00:00:00+00:00", "running": 3}
 WELL = {**HEALTH, "batch": 12.5, "trouble": None}
@@ -40,10 +41,10 @@ FACTS = {
 }
 ME = WorkerRef(id="gpu-1:7", device="cpu")
 WIDTH, HEIGHT, TIMEOUT_S = 80, 40, 30
-EMPTY = top.Look(
+EMPTY = top.Snapshot(
     at="2026-11-01T10:11:12+00:00",
     place="redis://queue/0",
-    depths=Depths(dict.fromkeys(ROUTES, 0), dict.fromkeys(ROUTES, 0.0), 0, 0, 0, 0, 0.0, 0),
+    depths=QueueDepths(dict.fromkeys(ROUTES, 0), dict.fromkeys(ROUTES, 0.0), 0, 0, 0, 0, 0.0, 0),
 )
 
 
@@ -64,7 +65,7 @@ def run(ledger: RedisLedger, job_id: str, error: ImageNotFound | StorageUnavaila
         ledger.advance(claimed, status="succeeded")
 
 
-def drawn(look: top.Look, monkeypatch: pytest.MonkeyPatch, height: int | None = None) -> list[str]:
+def drawn(look: top.Snapshot, monkeypatch: pytest.MonkeyPatch, height: int | None = None) -> list[str]:
     """The lines that a terminal of 80 columns shows."""
     console = Console(width=WIDTH, height=HEIGHT)
     monkeypatch.setattr(terminal, "out", console)
@@ -82,8 +83,8 @@ def test_queues_workers_throughput_errors_and_backfills_are_seen(settings: Setti
     GradcamClient(settings=settings).cancel(canceled)
     ledger.beat("gpu-1:7", json.dumps(WELL), {})
     ledger.beat("gpu-2:8", "of a version to come", {})
-    RedisFleet(ledger.server).beat("s3://results/cats", "me", FACTS, [], "token", enter=True)
-    watch = top.Watch(settings)
+    RedisBackfillRegistry(ledger.server).beat("s3://results/cats", "me", FACTS, [], "token", enter=True)
+    watch = top.Dashboard(settings)
     for look in (watch.look(), watch.look()):  # the second one knows the codes
         assert look.depths.queued == {"high": 0, "normal": 0, "low": 2, "bulk": 0, "shard": 0}
         assert look.ended == {"succeeded": 1, "failed": 2, "canceled": 1, "expired": 0}
@@ -151,7 +152,7 @@ def test_machines_get_json_and_a_ledger_that_is_away_is_a_sentence(
 def test_on_a_terminal_it_is_shown_again_and_again_until_q(settings: Settings) -> None:
     keyboard, screen = pty.openpty()
     environment = {**os.environ, **settings.to_environment(), "TERM": "xterm", "COLUMNS": "80", "LINES": "30"}
-    command = [sys.executable, "-P", "-m", "worker", "top"]
+    command = [sys.executable, "-P", "-m", "gradcam_worker", "top"]
     with subprocess.Popen(
         command, stdin=screen, stdout=screen, stderr=screen, env=environment, start_new_session=True
     ) as program:

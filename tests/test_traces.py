@@ -13,24 +13,26 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from gradcam_worker.client.client import GradcamClient
-from gradcam_worker.delivery.dispatcher import Courier
-from gradcam_worker.errors import ImageFetchFailed, InvalidSettings, StatusUnavailable
-from gradcam_worker.execution.handler import Desk
-from gradcam_worker.execution.leases import Leases
-from gradcam_worker.observability import logs, tracing
-from gradcam_worker.observability.tracing import Traces
-from gradcam_worker.resilience.circuit_breaker import Breaker
-from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
-from gradcam_worker.schemas.model import new_id
-from gradcam_worker.schemas.shard import Row, Shard
-from gradcam_worker.settings import Settings
-from gradcam_worker.testing import Doorbell, MemoryLedger, outside
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import Sampler
+
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.delivery.dispatcher import OutboxDispatcher
+from gradcam_worker.errors import ImageFetchFailed, InvalidSettings, StatusUnavailable
+from gradcam_worker.execution.handler import JobHandler
+from gradcam_worker.execution.leases import LeaseManager
+from gradcam_worker.observability import logs, tracing
+from gradcam_worker.observability.tracing import Traces
+from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.shard import Row, Shard
+from gradcam_worker.schemas.status import StatusDocument, WorkerRef
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import MemoryLedger, RecordingPublisher, fake_services
 
 IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -45,7 +47,7 @@ class Office:
     exporter: InMemorySpanExporter = field(default_factory=InMemorySpanExporter)
     sampler: Sampler | None = None
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
-    doorbell: Doorbell = field(default_factory=Doorbell)
+    doorbell: RecordingPublisher = field(default_factory=RecordingPublisher)
     images: dict[str, bytes | Exception] = field(default_factory=lambda: {"s3://in/a.png": IMAGE})
 
     def __post_init__(self) -> None:
@@ -57,9 +59,9 @@ class Office:
 
     def handle(self, payload: Any, kind: Any = Job) -> StatusDocument:
         me = WorkerRef(id="w", device="cpu")
-        around, leases = outside(self.images), Leases(self.ledger, "w", 15)
-        breaker = Breaker(lambda: None)
-        desk = Desk(
+        around, leases = fake_services(self.images), LeaseManager(self.ledger, "w", 15)
+        breaker = CircuitBreaker(lambda: None)
+        desk = JobHandler(
             Settings(), self.ledger, around, me, leases, breaker, traces=self.traces, admits=lambda _: True
         )
         desk.handle(payload, payload["id"], kind=kind)
@@ -258,7 +260,7 @@ def parcels(office: Office, heard: Heard, **job: Any) -> Iterator[StatusDocument
     hook = {"url": "http://hook.test/"}
     document = office.run(webhooks=[hook], **job)
     yield document
-    Courier(office.ledger.outbox, heard, {}, threads=1, give_up_s=60, traces=office.traces).round()
+    OutboxDispatcher(office.ledger.outbox, heard, {}, threads=1, give_up_s=60, traces=office.traces).round()
 
 
 def test_the_webhook_is_told_below_its_job_and_hears_of_its_span(office: Office) -> None:

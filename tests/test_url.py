@@ -5,10 +5,13 @@ import json
 import logging
 
 import pytest
-from gradcam_worker.backfill.inputs.rows import Intake
+from pydantic import ValidationError
+
+from gradcam_worker.backfill.inputs.rows import RowParser
 from gradcam_worker.errors import GradcamError, InternalError, InvalidJob, InvalidSettings
-from gradcam_worker.observability.logs import JsonFormatter
-from gradcam_worker.schemas.job import ImageRef, Job, Problem, Webhook
+from gradcam_worker.observability.logs import FORMAT, JsonFormatter, LineFormatter
+from gradcam_worker.schemas.job import ImageRef, Job, Webhook
+from gradcam_worker.schemas.status import Problem
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import (
     has_credentials,
@@ -18,8 +21,6 @@ from gradcam_worker.text.urls import (
     without_secrets,
     without_user,
 )
-from gradcam_worker.text.visible import FORMAT, LineFormatter
-from pydantic import ValidationError
 
 SECRET = "S3cretHash"
 # Passwords as people set them, into URLs as people write them.
@@ -188,7 +189,7 @@ def test_a_webhook_secret_in_place_of_its_name_is_refused_before_it_is_kept() ->
 
 
 def test_a_row_with_a_password_is_a_bad_row_that_shows_nothing_of_it() -> None:
-    intake = Intake()
+    intake = RowParser()
     for text in (f"https://u:{SECRET}@host/a.jpg", f"s3://u:{SECRET}@bucket/a", f"u:{SECRET}#x@h"):
         row = intake.good(1, text)
         assert row.problem

@@ -10,20 +10,22 @@ from typing import Any
 
 import pytest
 import redis
+
 from gradcam_worker.client import poller
 from gradcam_worker.client import waiter as watch
 from gradcam_worker.client.client import GradcamClient
-from gradcam_worker.client.poller import Lookout, News
-from gradcam_worker.client.waiter import Listener
+from gradcam_worker.client.poller import StatusPoller, StatusUpdate
+from gradcam_worker.client.waiter import Subscription
 from gradcam_worker.errors import LedgerUnavailable, UnknownJob, WaitTimeout
 from gradcam_worker.ledger.redis import pubsub
-from gradcam_worker.ledger.redis.pubsub import RedisChanges
+from gradcam_worker.ledger.redis.pubsub import RedisJobUpdates
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import servers
-from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import StatusDocument, WorkerRef
 from gradcam_worker.settings import Settings
-from gradcam_worker.testing import Doorbell, MemoryLedger
+from gradcam_worker.testing import MemoryLedger, RecordingPublisher
 
 FIELDS: dict[str, Any] = {"image": "s3://in/pier.jpg", "network": "vgg16", "target": {"top_n": 2}}
 WORKER = WorkerRef(id="w", device="cpu")
@@ -38,7 +40,7 @@ def ledger(settings: Settings) -> RedisLedger:
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[GradcamClient]:
-    with GradcamClient(settings=settings, publish=Doorbell()) as client:
+    with GradcamClient(settings=settings, publish=RecordingPublisher()) as client:
         yield client
 
 
@@ -106,13 +108,13 @@ def test_what_happens_before_the_subscription_has_begun_is_not_missed(
     client: GradcamClient, ledger: RedisLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = client.submit(**FIELDS)
-    subscribe = RedisChanges.subscribe
+    subscribe = RedisJobUpdates.subscribe
 
-    def too_late(self: RedisChanges, begun: set[str], ended: set[str]) -> None:
+    def too_late(self: RedisJobUpdates, begun: set[str], ended: set[str]) -> None:
         ledger.cancel(job_id)
         subscribe(self, begun, ended)
 
-    monkeypatch.setattr(RedisChanges, "subscribe", too_late)
+    monkeypatch.setattr(RedisJobUpdates, "subscribe", too_late)
     assert client.wait(job_id, WAIT_S).status == "canceled"
 
 
@@ -120,8 +122,8 @@ def test_a_message_that_is_lost_is_made_up_for(
     client: GradcamClient, ledger: RedisLedger, beside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(poller, "SAFETY_S", 0.05)
-    heard = RedisChanges.heard
-    monkeypatch.setattr(RedisChanges, "heard", lambda self: (heard(self)[0], set()))
+    heard = RedisJobUpdates.heard
+    monkeypatch.setattr(RedisJobUpdates, "heard", lambda self: (heard(self)[0], set()))
     job_id = client.submit(**FIELDS)
     waiter = waiting(beside, client, job_id)
     waits_until(lambda: subscribed(ledger, job_id), "the subscription")
@@ -145,7 +147,7 @@ def test_a_connection_that_is_cut_is_made_anew(
 
 def test_a_server_that_has_gone_silent_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with servers.valkey(tmp_path) as server, redis.Redis(port=server.port, decode_responses=True) as admin:
-        told = RedisChanges(admin, "p:")
+        told = RedisJobUpdates(admin, "p:")
         told.subscribe({"a"}, set())
         waits_until(lambda: told.heard()[0] == {"a"}, "the subscription")
         told._check_at = 0
@@ -176,7 +178,7 @@ def test_where_it_may_not_be_told_it_is_looked_at(
         "deaf", enabled=True, nopass=True, keys=["*"], commands=["+@all"], reset_channels=True
     )
     url = settings.broker_url.replace("//", "//deaf:x@")
-    with GradcamClient(url, settings=settings, publish=Doorbell()) as client:
+    with GradcamClient(url, settings=settings, publish=RecordingPublisher()) as client:
         job_id = client.submit(**FIELDS)
         waiter = waiting(beside, client, job_id)
         assert client.cancel(job_id).status == "canceled", "nor is telling it a reason to fail"
@@ -403,7 +405,7 @@ def test_a_ledger_that_comes_back_in_time_is_waited_for(
 ) -> None:
     monkeypatch.setattr(poller, "POLL_LAST_S", 0.02)
     ledger = Shaky()
-    with GradcamClient(settings=Settings(), ledger=ledger, publish=Doorbell()) as client:
+    with GradcamClient(settings=Settings(), ledger=ledger, publish=RecordingPublisher()) as client:
         job_id = client.submit(**FIELDS)
         ledger.out = True  # already at the first look
         waiter = waiting(beside, client, job_id)
@@ -420,7 +422,7 @@ def test_one_that_does_not_come_back_is_given_up(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(poller, "POLL_LAST_S", 0.02)
     monkeypatch.setattr(watch, "OUTAGE_S", 0.1)
     ledger = Shaky()
-    with GradcamClient(settings=Settings(), ledger=ledger, publish=Doorbell()) as client:
+    with GradcamClient(settings=Settings(), ledger=ledger, publish=RecordingPublisher()) as client:
         stream = client.stream(client.submit(**FIELDS))  # it has no end of its own
         assert next(stream).status == "queued"
         ledger.out = True
@@ -433,7 +435,7 @@ def test_a_ledger_that_comes_back_without_the_job_says_so(
 ) -> None:
     monkeypatch.setattr(poller, "POLL_LAST_S", 0.02)
     ledger = Shaky()
-    with GradcamClient(settings=Settings(), ledger=ledger, publish=Doorbell()) as client:
+    with GradcamClient(settings=Settings(), ledger=ledger, publish=RecordingPublisher()) as client:
         job_id = client.submit(**FIELDS)
         ledger.out = True
         waiter = waiting(beside, client, job_id)
@@ -447,7 +449,7 @@ def test_a_ledger_that_comes_back_without_the_job_says_so(
 def test_who_is_refused_from_the_start_is_told_at_once_and_who_was_let_in_waits(job: Job) -> None:
     refused = LedgerUnavailable("Wrong password.")
     refused.hopeless = True
-    listener = Listener(job.id, lambda: None)
+    listener = Subscription(job.id, lambda: None)
     listener.tell(refused)
     with pytest.raises(LedgerUnavailable, match="Wrong password"):
         listener.take()
@@ -459,7 +461,7 @@ def test_who_is_refused_from_the_start_is_told_at_once_and_who_was_let_in_waits(
 
 def test_a_final_document_is_news_though_a_restored_ledger_counts_from_before(job: Job) -> None:
     before = MemoryLedger().submit(job)
-    listener = Listener(job.id, lambda: None)
+    listener = Subscription(job.id, lambda: None)
     listener.tell(before.model_copy(update={"revision": 7}))
     assert listener.take()
     listener.tell(before.model_copy(update={"revision": 3}))
@@ -475,7 +477,7 @@ class Gone:
     def __init__(self, job_id: str) -> None:
         self.job_id, self.told = job_id, 0
 
-    def tell(self, _: News) -> None:
+    def tell(self, _: StatusUpdate) -> None:
         self.told += 1
         message = "Event loop is closed"
         raise RuntimeError(message)
@@ -486,7 +488,7 @@ class Gone:
 def test_who_is_gone_is_told_once_and_keeps_nothing_from_the_others(job: Job) -> None:
     ledger, woken = MemoryLedger(), threading.Event()
     ledger.submit(job)
-    watching, gone, listener = Lookout(ledger), Gone(job.id), Listener(job.id, woken.set)
+    watching, gone, listener = StatusPoller(ledger), Gone(job.id), Subscription(job.id, woken.set)
     watching.add(gone)
     waits_until(lambda: gone.told, "the first look")
     watching.add(listener)

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import trustme
+
 from address_tricks import HOSTS, PUBLIC_ADDRESS, PUBLIC_HOST, URLS, Names, answers, careless, tricks
 from gradcam_worker.errors import UriNotAllowed
 from gradcam_worker.net import dialer
-from gradcam_worker.net.http import Answer, Web, WebFailed
+from gradcam_worker.net.http import HttpClient, HttpFailed, HttpResponse
 from gradcam_worker.settings import Settings
 
 ELSEWHERE = "127.0.0.3"  # this machine too, and another address than the tricks'
@@ -85,22 +86,22 @@ def reached(listeners: list[socket.socket]) -> int:
 
 
 @pytest.fixture(scope="module")
-def strict() -> Web:
+def strict() -> HttpClient:
     """What an operator would allow."""
-    return Web((PUBLIC_HOST,), SCHEMES, "GRADCAM_IMAGE_HOSTS")
+    return HttpClient((PUBLIC_HOST,), SCHEMES, "GRADCAM_IMAGE_HOSTS")
 
 
 @pytest.fixture(scope="module")
-def open_door(port: int) -> Web:
+def open_door(port: int) -> HttpClient:
     """Every name that can be written down is allowed, and only the addresses are left to be judged."""
-    return Web(Settings(image_hosts=careless(port)).image_hosts, SCHEMES, "GRADCAM_IMAGE_HOSTS")
+    return HttpClient(Settings(image_hosts=careless(port)).image_hosts, SCHEMES, "GRADCAM_IMAGE_HOSTS")
 
 
-def get(web: Web, url: str, seconds: float = 10) -> Answer:
+def get(web: HttpClient, url: str, seconds: float = 10) -> HttpResponse:
     return web.get(url, max_bytes=1000, seconds=seconds)
 
 
-def refusal(web: Web, url: str) -> str:
+def refusal(web: HttpClient, url: str) -> str:
     """What is said when a URL is refused, for good."""
     with pytest.raises(UriNotAllowed) as caught:
         get(web, url)
@@ -116,14 +117,14 @@ class TestTricks:
         self, port: int, listeners: list[socket.socket], dialled: list[str]
     ) -> None:
         """Or the tests below would prove nothing."""
-        web = Web((f"127.0.0.1:{port}",), SCHEMES, "X", ("127.0.0.0/8",))
-        with pytest.raises(WebFailed, match="timed out"):
+        web = HttpClient((f"127.0.0.1:{port}",), SCHEMES, "X", ("127.0.0.0/8",))
+        with pytest.raises(HttpFailed, match="timed out"):
             get(web, f"http://127.0.0.1:{port}/", 0.2)
         assert reached(listeners) == 1
         assert dialled == ["127.0.0.1"]
 
     def test_none_passes_the_list_of_hosts(
-        self, strict: Web, port: int, listeners: list[socket.socket], dialled: list[str]
+        self, strict: HttpClient, port: int, listeners: list[socket.socket], dialled: list[str]
     ) -> None:
         for url, why in tricks(port):
             said = refusal(strict, url)
@@ -132,7 +133,7 @@ class TestTricks:
         assert not reached(listeners)
 
     def test_none_is_dialled_though_its_host_is_on_the_list(
-        self, open_door: Web, port: int, listeners: list[socket.socket], dialled: list[str]
+        self, open_door: HttpClient, port: int, listeners: list[socket.socket], dialled: list[str]
     ) -> None:
         for host, why in HOSTS:
             said = refusal(open_door, f"http://{host}:{port}/a.jpg")
@@ -142,7 +143,7 @@ class TestTricks:
         assert not reached(listeners)
 
     def test_a_careless_list_of_hosts_helps_none(
-        self, open_door: Web, port: int, listeners: list[socket.socket], dialled: list[str]
+        self, open_door: HttpClient, port: int, listeners: list[socket.socket], dialled: list[str]
     ) -> None:
         for url, _ in tricks(port):
             assert refusal(open_door, url)
@@ -150,7 +151,7 @@ class TestTricks:
         assert not reached(listeners)
 
     def test_a_webhook_is_refused_in_the_same_way(
-        self, open_door: Web, port: int, dialled: list[str]
+        self, open_door: HttpClient, port: int, dialled: list[str]
     ) -> None:
         with pytest.raises(UriNotAllowed, match=r"127\.0\.0\.1 is loopback"):
             open_door.post(f"http://0x7f.1:{port}/hook", "{}", seconds=10)
@@ -158,9 +159,9 @@ class TestTricks:
 
 
 class TestNames:
-    def web(self, *found: tuple[str, ...], private: tuple[str, ...] = ()) -> tuple[Web, Names]:
+    def web(self, *found: tuple[str, ...], private: tuple[str, ...] = ()) -> tuple[HttpClient, Names]:
         names = Names(found)
-        return Web((PUBLIC_HOST,), SCHEMES, "GRADCAM_IMAGE_HOSTS", private, resolve=names), names
+        return HttpClient((PUBLIC_HOST,), SCHEMES, "GRADCAM_IMAGE_HOSTS", private, resolve=names), names
 
     def test_a_name_that_leads_inside_is_refused_whatever_else_it_leads_to(self, dialled: list[str]) -> None:
         found = list(answers())
@@ -174,7 +175,7 @@ class TestNames:
         self, dialled: list[str]
     ) -> None:
         web, names = self.web((PUBLIC_ADDRESS,), ("127.0.0.1",))
-        with pytest.raises(WebFailed):
+        with pytest.raises(HttpFailed):
             get(web, f"http://{PUBLIC_HOST}/a.jpg")
         assert dialled == [PUBLIC_ADDRESS]
         assert names.asked == [PUBLIC_HOST]
@@ -188,7 +189,7 @@ class TestNames:
         http_server.url("/a", answer(302, headers={"location": "/b"}))
         names = Names([("127.0.0.1",), ("127.0.0.2",)])
         host = http_server.host.replace("127.0.0.1", PUBLIC_HOST)
-        web = Web((host,), SCHEMES, "X", ("127.0.0.1/32",), resolve=names)
+        web = HttpClient((host,), SCHEMES, "X", ("127.0.0.1/32",), resolve=names)
         with pytest.raises(UriNotAllowed, match=r"127\.0\.0\.2 is loopback"):
             get(web, f"http://{host}/a")
         assert [path for path, _ in http_server.received] == ["/a"]
@@ -200,7 +201,7 @@ class TestNames:
         http_server.url("/a", answer(200, b"x"))
         host = http_server.host.replace("127.0.0.1", PUBLIC_HOST)
         names = Names([(PUBLIC_ADDRESS, "127.0.0.1", "8.8.4.4")])
-        web = Web((host,), SCHEMES, "X", ("127.0.0.1",), resolve=names)
+        web = HttpClient((host,), SCHEMES, "X", ("127.0.0.1",), resolve=names)
         assert get(web, f"http://{host}/a").body == b"x"
         assert dialled == [PUBLIC_ADDRESS, "127.0.0.1"]
 
@@ -209,19 +210,19 @@ class TestNames:
         self, found: tuple[str, ...], dialled: list[str]
     ) -> None:
         web, _ = self.web(found)
-        with pytest.raises(WebFailed):
+        with pytest.raises(HttpFailed):
             get(web, f"http://{PUBLIC_HOST}/a")
 
     def test_a_name_that_nobody_knows_may_be_known_later(self, dialled: list[str]) -> None:
         def unknown(host: str, port: int) -> list[str]:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-        web = Web((PUBLIC_HOST,), SCHEMES, "X", resolve=unknown)
-        with pytest.raises(WebFailed, match=f"{PUBLIC_HOST} could not be looked up: .*not known"):
+        web = HttpClient((PUBLIC_HOST,), SCHEMES, "X", resolve=unknown)
+        with pytest.raises(HttpFailed, match=f"{PUBLIC_HOST} could not be looked up: .*not known"):
             get(web, f"http://{PUBLIC_HOST}/a")
 
     def test_names_below_a_domain_are_judged_like_any(self, dialled: list[str]) -> None:
-        web = Web(("*.example.com",), SCHEMES, "X", resolve=Names([("10.0.0.1",)]))
+        web = HttpClient(("*.example.com",), SCHEMES, "X", resolve=Names([("10.0.0.1",)]))
         for host in ("a.example.com", "10.0.0.1.example.com", "B.A.Example.Com"):
             with pytest.raises(UriNotAllowed, match=r"10\.0\.0\.1 is private"):
                 get(web, f"http://{host}/a")
@@ -240,11 +241,11 @@ class TestNames:
             end.wait(60)
             return []
 
-        web = Web((PUBLIC_HOST,), SCHEMES, "X", resolve=hanging)
+        web = HttpClient((PUBLIC_HOST,), SCHEMES, "X", resolve=hanging)
         before = threading.active_count()
         try:
             for _ in range(6):
-                with pytest.raises(WebFailed, match=r"timed out after 0\.05 s"):
+                with pytest.raises(HttpFailed, match=r"timed out after 0\.05 s"):
                     get(web, f"http://{PUBLIC_HOST}/a", 0.05)
             lookups = [thread for thread in threading.enumerate() if thread.name == "lookup"]
             assert len(lookups) == 3
@@ -253,7 +254,7 @@ class TestNames:
         for thread in lookups:
             thread.join(30)
         assert threading.active_count() <= before + 1, "one timer may be ending"
-        with pytest.raises(WebFailed, match="has no address"):
+        with pytest.raises(HttpFailed, match="has no address"):
             get(web, f"http://{PUBLIC_HOST}/a")
 
 
@@ -283,12 +284,12 @@ class TestRedirects:
         return f"{ELSEWHERE}:{redirecting.server_port}"
 
     @pytest.fixture
-    def web(self, host: str, port: int) -> Web:
-        return Web((host, *careless(port)), SCHEMES, "X", (f"{ELSEWHERE}/32",))
+    def web(self, host: str, port: int) -> HttpClient:
+        return HttpClient((host, *careless(port)), SCHEMES, "X", (f"{ELSEWHERE}/32",))
 
     def test_a_redirect_into_a_trick_is_not_followed(
         self,
-        web: Web,
+        web: HttpClient,
         host: str,
         port: int,
         redirecting: Any,
@@ -300,7 +301,7 @@ class TestRedirects:
                 continue
             redirecting.away = url.encode()
             # A URL that is none is read as a path of the same server, which leads in circles.
-            with pytest.raises((UriNotAllowed, WebFailed)) as caught:
+            with pytest.raises((UriNotAllowed, HttpFailed)) as caught:
                 get(web, f"http://{host}/302")
             assert re.search(
                 "not dialled|not allowed|not a URL|redirects more than 3 times", str(caught.value)
@@ -310,7 +311,7 @@ class TestRedirects:
 
     @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
     def test_every_kind_of_redirect_passes_the_same_door(
-        self, status: int, web: Web, host: str, port: int, redirecting: Any, dialled: list[str]
+        self, status: int, web: HttpClient, host: str, port: int, redirecting: Any, dialled: list[str]
     ) -> None:
         redirecting.away = f"http://127.0.0.1:{port}/".encode()
         with pytest.raises(UriNotAllowed, match=r"127\.0\.0\.1 is loopback"):
@@ -353,19 +354,21 @@ def speaking_tls(authority: trustme.CA, name: str, says: bytes) -> Iterator[tupl
 
 class TestTls:
     @pytest.fixture
-    def secure(self, authority: trustme.CA) -> Callable[[int], Web]:
+    def secure(self, authority: trustme.CA) -> Callable[[int], HttpClient]:
         """A client of PUBLIC_HOST, which is this machine, and which must say so in its certificate."""
         trusted = ssl.create_default_context()
         authority.configure_trust(trusted)
 
-        def make(port: int) -> Web:
+        def make(port: int) -> HttpClient:
             hosts = (f"{PUBLIC_HOST}:{port}",)
-            return Web(hosts, ("https",), "X", ("127.0.0.1",), resolve=Names([("127.0.0.1",)]), tls=trusted)
+            return HttpClient(
+                hosts, ("https",), "X", ("127.0.0.1",), resolve=Names([("127.0.0.1",)]), tls=trusted
+            )
 
         return make
 
     def test_the_certificate_is_held_to_the_name_and_not_to_the_address(
-        self, authority: trustme.CA, secure: Callable[[int], Web]
+        self, authority: trustme.CA, secure: Callable[[int], HttpClient]
     ) -> None:
         with speaking_tls(authority, PUBLIC_HOST, b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\nx") as (
             port,
@@ -376,23 +379,23 @@ class TestTls:
 
     @pytest.mark.parametrize("name", ["other.example.com", "127.0.0.1"])
     def test_a_certificate_for_another_name_is_not_taken(
-        self, authority: trustme.CA, secure: Callable[[int], Web], name: str
+        self, authority: trustme.CA, secure: Callable[[int], HttpClient], name: str
     ) -> None:
         with (
             speaking_tls(authority, name, b"HTTP/1.1 200 OK\r\n\r\n") as (port, _),
-            pytest.raises(WebFailed, match="certificate"),
+            pytest.raises(HttpFailed, match="certificate"),
         ):
             get(secure(port), f"https://{PUBLIC_HOST}:{port}/")
 
     def test_a_certificate_that_nobody_vouches_for_is_not_taken(self, authority: trustme.CA) -> None:
         with speaking_tls(authority, PUBLIC_HOST, b"HTTP/1.1 200 OK\r\n\r\n") as (port, _):
             hosts = (f"{PUBLIC_HOST}:{port}",)
-            web = Web(hosts, ("https",), "X", ("127.0.0.1",), resolve=Names([("127.0.0.1",)]))
-            with pytest.raises(WebFailed, match="certificate"):
+            web = HttpClient(hosts, ("https",), "X", ("127.0.0.1",), resolve=Names([("127.0.0.1",)]))
+            with pytest.raises(HttpFailed, match="certificate"):
                 get(web, f"https://{PUBLIC_HOST}:{port}/")
 
     def test_a_redirect_does_not_lead_from_https_to_http(
-        self, authority: trustme.CA, secure: Callable[[int], Web]
+        self, authority: trustme.CA, secure: Callable[[int], HttpClient]
     ) -> None:
         says = b"HTTP/1.1 302 Found\r\nlocation: http://%b:%d/\r\ncontent-length: 0\r\n\r\n"
         with socket.create_server(("127.0.0.1", 0)) as plain:
@@ -404,7 +407,7 @@ class TestTls:
             plain.setblocking(False)
             assert not reached([plain])
 
-    def test_tls_that_drips_is_cut_off_in_time(self, secure: Callable[[int], Web]) -> None:
+    def test_tls_that_drips_is_cut_off_in_time(self, secure: Callable[[int], HttpClient]) -> None:
         end = threading.Event()
         hello = b"\x16\x03\x03\x40\x00" + bytes(0x4000)  # a record that is as long as one may be
 
@@ -422,7 +425,7 @@ class TestTls:
             begun = time.monotonic()
             port = listener.getsockname()[1]
             try:
-                with pytest.raises(WebFailed, match=r"timed out after 0\.5 s"):
+                with pytest.raises(HttpFailed, match=r"timed out after 0\.5 s"):
                     get(secure(port), f"https://{PUBLIC_HOST}:{port}/", 0.5)
                 assert time.monotonic() - begun < 60, "it would have gone on for 800 s"
             finally:
@@ -442,13 +445,13 @@ class TestTls:
         "http://user:planted\n@images.example.com",
     ],
 )
-def test_what_is_said_of_a_refused_url_holds_no_secret(strict: Web, url: str) -> None:
+def test_what_is_said_of_a_refused_url_holds_no_secret(strict: HttpClient, url: str) -> None:
     assert "planted" not in refusal(strict, url)
 
 
 def test_headers_that_matter_go_both_ways(http_server: Any, answer: Any) -> None:
     url = http_server.url("/hook", answer(503, headers={"Retry-After": "7"}))
-    web = Web((http_server.host,), SCHEMES, "X", ("127.0.0.1",))
+    web = HttpClient((http_server.host,), SCHEMES, "X", ("127.0.0.1",))
     said = web.post(url, '{"a": "\u00fc"}', seconds=10, headers={"webhook-id": "1"})
     assert said.status == 503
     assert said.headers["retry-after"] == "7"

@@ -28,10 +28,11 @@ from django.urls import path, reverse
 from django.utils.html import format_html
 from django.views.decorators import csrf, http
 from django_settings import APPS, OURS, WISH, log
+from standardwebhooks import Webhook, WebhookVerificationError
+
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import GradcamError, UriNotAllowed
-from gradcam_worker.schemas.job import FINAL, StatusEvent
-from standardwebhooks import Webhook, WebhookVerificationError
+from gradcam_worker.schemas.status import FINAL, StatusEvent
 
 photos = AppConfig(__name__, sys.modules[__name__])  # this file is an app by itself
 photos.label, photos.verbose_name, photos.models_module = "photos", "Photos", photos.module

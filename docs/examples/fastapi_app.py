@@ -17,6 +17,7 @@ from secrets import token_urlsafe
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+
 from gradcam_worker.client.async_client import AsyncGradcamClient
 from gradcam_worker.errors import GradcamError, PermanentError, UriNotAllowed
 

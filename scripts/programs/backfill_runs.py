@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import redis
+
 import river
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.runtime import parent_watch
@@ -55,7 +56,7 @@ def write_input(path: Path, uris: Iterable[str]) -> Path:
 def command(source: Path, output: str, network: str, *options: str) -> list[str]:
     """What is typed."""
     asked = ["backfill", str(source), "--network", network, "--top-n", "3", "--output", output, "--json"]
-    return [sys.executable, "-P", "-m", "worker", *asked, *options]
+    return [sys.executable, "-P", "-m", "gradcam_worker", *asked, *options]
 
 
 @contextmanager

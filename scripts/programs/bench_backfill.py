@@ -20,14 +20,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import backfill_kills
 import backfill_runs as runs
 import bench_service
-import numpy as np
 import river
 import shards_at_once
 import stand_in
-from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.runtime import service_factory
 from gradcam_worker.settings import Settings
 from river import River
@@ -70,7 +71,7 @@ def share(images: int) -> Share:
     photos = river.photographs(PHOTOS)
     engine = stand_in.load(Settings(), None, bench_service.row(SHARE_OF))
     fitted = bench_service.fitted(engine, photos)
-    batch = Residents(lambda _: engine, max_batch=0).group(engine)
+    batch = ModelCache(lambda _: engine, max_batch=0).group(engine)
     alone: list[tuple[float, float, int]] = []
     ran: list[tuple[float, float]] = []
     with river.flowing((SHARE_OF,), photos) as flow, tempfile.TemporaryDirectory() as folder:
@@ -112,7 +113,7 @@ def tracking(sizes: tuple[int, ...]) -> dict[int, runs.Ran]:
                 uris = (f"s3://photos/{number % backfill_kills.PHOTOS:05}.jpg" for number in range(rows))
                 source = runs.write_input(folder / "input.jsonl", uris)
                 with runs.working(settings, program, folder / "worker.log") as worker:
-                    runs.until(lambda: service_factory.ledger(settings).workers(), worker)  # at once
+                    runs.until(lambda: service_factory.build_ledger(settings).workers(), worker)  # at once
                     output = f"{settings.output}/tracking"
                     network = backfill_kills.NETWORK
                     found[rows] = runs.run(settings, source, output, network, rows, worker=worker)

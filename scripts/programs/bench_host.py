@@ -17,12 +17,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from encoders import Encoded, compare
 from free import NETWORK, Direct, Fetch, Free
 from gradcam_worker.artifacts import artifacts
 from gradcam_worker.artifacts.render import render
-from gradcam_worker.execution.pipeline import Journey, explain
-from gradcam_worker.execution.services import Outside
+from gradcam_worker.execution.pipeline import JobContext, run_job
+from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import decode
@@ -32,8 +34,7 @@ from gradcam_worker.images.fetch import Fetched
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import InputRecord
-from gradcam_worker.testing import MemoryStore, outside
-from numpy.typing import NDArray
+from gradcam_worker.testing import MemoryStore, fake_services
 from timing import Cost, Way, machine, take_turns, versions
 
 # isort: split
@@ -82,11 +83,11 @@ class Case:
         """The photo, as an image source hands it over."""
         return Fetched(self.data, "0" * 64, "s3://in/rocket.jpg")
 
-    def outside(self) -> Outside:
+    def outside(self) -> Services:
         """Everything that costs nothing."""
         residents = Direct(lambda _: self.network)
         residents.get(CATALOG[NETWORK])
-        return replace(outside({}, residents=residents), images=Fetch(self.fetched()))
+        return replace(fake_services({}, residents=residents), images=Fetch(self.fetched()))
 
     def ways(self, repeats: int) -> list[Way]:
         """The floor, and ours."""
@@ -99,7 +100,7 @@ class Case:
                 cv2.imencode(".jpg", overlay, ENCODING["jpeg"])
 
         def ours() -> None:
-            explain(job, place, Journey(Deadline(job.timeout_s), lambda _: None))
+            run_job(job, place, JobContext(Deadline(job.timeout_s), lambda _: None))
 
         return [Way("floor", 1, repeats, floor), Way("ours", 1, repeats, ours)]
 

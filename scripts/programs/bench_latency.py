@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 import river
 from gradcam_worker.errors import WorkerLost
 from gradcam_worker.schemas.job import Job

@@ -17,10 +17,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+
 import river
 import stand_in
 from gradcam_worker.errors import WorkerLost
-from gradcam_worker.schemas.job import FINAL, Job, StatusDocument
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import FINAL, StatusDocument
 from river import Meter, River
 from timing import machine, versions
 

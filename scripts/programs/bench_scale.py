@@ -26,12 +26,13 @@ from typing import Any
 
 import numpy as np
 import redis
+
 import river
 import scaling
 import stand_in
 from gradcam_worker.errors import WorkerLost
 from gradcam_worker.runtime import parent_watch
-from gradcam_worker.schemas.job import StatusDocument
+from gradcam_worker.schemas.status import StatusDocument
 from river import River
 from scaling import Scaler, Work
 from timing import machine, versions

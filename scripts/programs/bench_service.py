@@ -30,14 +30,15 @@ os.environ.update(river.SHARED_DEVICE)  # before the backend is loaded
 
 # isort: split
 import numpy as np
+from numpy.typing import NDArray
+
 import stand_in
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow, Preprocessing
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.overlay import fit
 from gradcam_worker.gradcam.network import Network
-from gradcam_worker.schemas.job import StatusDocument
+from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
-from numpy.typing import NDArray
 from stand_in import Passes
 
 PHOTOS = 200  # no two the same; jobs go round and round

@@ -23,7 +23,7 @@ from typing import Any
 
 import bench_service
 import river
-from gradcam_worker.broker.app import Bell
+from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.observability.health import ASK_EVERY_S
 from gradcam_worker.observability.prometheus import Metrics
 from gradcam_worker.operations import servers
@@ -118,7 +118,7 @@ def calls_ms() -> float:
 
 def asking_ms(flow: River) -> float:
     """Processor time of what `gradcam_worker.observability.health.Contact` asks, as `gradcam_worker.runtime.telemetry` tells it to."""
-    bell = Bell(flow.settings)
+    bell = Publisher(flow.settings)
     begun = time.thread_time()
     for _ in range(READINGS):
         bell.waiting("normal")

@@ -26,11 +26,12 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
+
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.overlay import encode, fit, overlay
 from gradcam_worker.gradcam.methods.cam import heatmaps
-from numpy.typing import NDArray
 from timing import machine, versions
 
 NETWORKS = ("efficientnet_lite0", "xception")

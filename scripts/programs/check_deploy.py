@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
+import yaml  # type: ignore[import-untyped]
+
 import check_helm
 import compose_file
 import deploy_tools
 import rehearsal
-import yaml  # type: ignore[import-untyped]
 from dockerfile import DOCKERFILE, ROOT
 from gradcam_worker.cli.main import gradcam
 from gradcam_worker.settings import PREFIX, Settings

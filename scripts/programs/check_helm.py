@@ -21,9 +21,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+
 import check_wiring
 import deploy_tools
-import yaml  # type: ignore[import-untyped]
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.runtime import supervisor
 from gradcam_worker.schemas.shard import ROUTE, ROUTES

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import click
 import yaml  # type: ignore[import-untyped]
+
 from dockerfile import DOCKERFILE, ROOT, instructions, stages
 from gradcam_worker import __version__
 from gradcam_worker.cli.main import gradcam

@@ -25,9 +25,10 @@ from typing import Any
 try:
     import h5py
     import numpy as np
+    from numpy.typing import NDArray
+
     from gradcam_worker.gradcam.classes import DATA
     from gradcam_worker.gradcam.models.weights import digest
-    from numpy.typing import NDArray
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. This script runs where gradcam-worker[cpu] or [gpu] is installed.")
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from gradcam_worker.gradcam.imaging.overlay import EXTENSIONS, encode
 from numpy.typing import NDArray
+
+from gradcam_worker.gradcam.imaging.overlay import EXTENSIONS, encode
 from timing import Cost, Way, take_turns
 
 # isort: split

@@ -12,13 +12,14 @@ from gradcam_worker.gradcam.models.loading import load_network, wrap_model
 # Only now: the line above keeps TensorFlow quiet while it is loaded for the first time.
 import keras
 import numpy as np
+from keras import layers
+from numpy.typing import NDArray
+
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.overlay import fit
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.network import Method, Network
-from keras import layers
-from numpy.typing import NDArray
 
 PHOTO, CLASSES = "astronaut", (812, 560)
 SMALL = (20, 24)  # height, width

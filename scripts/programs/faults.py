@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from faults_verdict import PROMISES, Verdict
 from rich.console import Console
 from rich.table import Table
+
+from faults_verdict import PROMISES, Verdict
 
 
 @dataclass(frozen=True)

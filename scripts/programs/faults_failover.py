@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import redis
+
 from faults_compare import compare_with_a_quiet_run
 from faults_stage import START_S, Stage, raised, wait_for
 from faults_verdict import Verdict

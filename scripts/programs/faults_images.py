@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+
 from mutations import Mutant, mutations
 
 FULL, SHORT = 2000, 400  # images

@@ -17,21 +17,22 @@ from typing import Any
 import cv2
 import hypothesis
 import numpy as np
-from gradcam_worker import errors
-from gradcam_worker.broker import app
-from gradcam_worker.broker import message as envelope
-from gradcam_worker.errors import ImageFetchFailed, ImageForbidden, InvalidJob
-from gradcam_worker.execution.handler import Desk
-from gradcam_worker.execution.leases import Leases
-from gradcam_worker.resilience.circuit_breaker import Breaker
-from gradcam_worker.runtime import worker_process
-from gradcam_worker.schemas.job import StatusDocument, WorkerRef
-from gradcam_worker.schemas.model import new_id
-from gradcam_worker.schemas.strict_json import Unreadable
-from gradcam_worker.settings import Settings
-from gradcam_worker.testing import MemoryLedger, outside
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
+from gradcam_worker import errors
+from gradcam_worker.broker import message as envelope
+from gradcam_worker.broker import publisher
+from gradcam_worker.errors import ImageFetchFailed, ImageForbidden, InvalidJob
+from gradcam_worker.execution.handler import JobHandler
+from gradcam_worker.execution.leases import LeaseManager
+from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
+from gradcam_worker.runtime import worker_process
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.status import StatusDocument, WorkerRef
+from gradcam_worker.schemas.strict_json import Unreadable
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import MemoryLedger, fake_services
 from schema_strategies import allowed
 
 SCHEMA = Path(__file__).parents[2] / "deploy" / "schemas" / "job.v1.json"
@@ -127,7 +128,7 @@ def attack(count: int, seed: int) -> dict[str, Any]:
     found: Counter[str] = Counter()
     outcomes: Counter[str] = Counter()
 
-    def counted(item: bytes, queue: str = app.INTERACTIVE) -> str:
+    def counted(item: bytes, queue: str = publisher.INTERACTIVE) -> str:
         what, outcome = judge(item, queue)
         found["jobs"] += 1
         found[what] += 1
@@ -174,19 +175,23 @@ def profile(count: int) -> settings:
 
 def strangers() -> Iterator[tuple[str, str, bytes]]:
     """What nobody but us may ask for: what it is, its queue, and the item."""
-    for queue, ours in app.TASKS.items():
+    for queue, ours in publisher.TASKS.items():
         for task in FOREIGN:
             yield task, queue, message(json.dumps([[GOOD], {}, {}]).encode(), task)
-        for task in {*app.TASKS.values()} - {ours}:
+        for task in {*publisher.TASKS.values()} - {ours}:
             yield f"{task} with a job", queue, message(json.dumps([[GOOD], {}, {}]).encode(), task)
         for token in ("", "guessed"):
             body = json.dumps([[{**FORGED, "id": new_id(), "token": token}], {}, {}]).encode()
             yield f"a shard with the token {token!r}", queue, message(body, ours)
-            yield f"a shard with the token {token!r} by its task", queue, message(body, app.EXPLAIN_SHARD)
-    yield "a job", app.SHARDS, message(json.dumps([[GOOD], {}, {}]).encode(), app.EXPLAIN_SHARD)
+            yield (
+                f"a shard with the token {token!r} by its task",
+                queue,
+                message(body, publisher.EXPLAIN_SHARD),
+            )
+    yield "a job", publisher.SHARDS, message(json.dumps([[GOOD], {}, {}]).encode(), publisher.EXPLAIN_SHARD)
 
 
-def judge(item: bytes, queue: str = app.INTERACTIVE) -> tuple[str, str]:
+def judge(item: bytes, queue: str = publisher.INTERACTIVE) -> tuple[str, str]:
     """Handle an item as a worker does: whether its end is `typed`, and which it is."""
     ledger = MemoryLedger()
     try:
@@ -210,7 +215,7 @@ def handle(item: bytes, ledger: MemoryLedger, queue: str) -> str | None:
     """Open an item and do with it what a worker does; return the id that it goes by, if it has one."""
     one = desk(ledger)
     try:
-        opened = envelope.read(item, queue, MAX_BYTES, app.TASKS[queue])
+        opened = envelope.read(item, queue, MAX_BYTES, publisher.TASKS[queue])
     except Unreadable as error:
         message_id = envelope.identify(item)
         if message_id:
@@ -225,15 +230,15 @@ def handle(item: bytes, ledger: MemoryLedger, queue: str) -> str | None:
     return str(headers["id"])
 
 
-def desk(ledger: MemoryLedger) -> Desk:
+def desk(ledger: MemoryLedger) -> JobHandler:
     """A desk in memory."""
-    return Desk(
+    return JobHandler(
         Settings(),
         ledger,
-        outside(IMAGES),
+        fake_services(IMAGES),
         WorkerRef(id="w", device="cpu"),
-        Leases(ledger, "w", 15),
-        Breaker(lambda: None),
+        LeaseManager(ledger, "w", 15),
+        CircuitBreaker(lambda: None),
         admits=lambda shard: shard.token == KNOWN,
     )
 
@@ -260,7 +265,7 @@ def items(draw: st.DrawFn, jobs: st.SearchStrategy[dict[str, Any]]) -> bytes:
     return draw(spoiled(item)) if kind == "item" else item
 
 
-def message(body: bytes, task: str = app.EXPLAIN) -> bytes:
+def message(body: bytes, task: str = publisher.EXPLAIN) -> bytes:
     """An item with this body."""
     return json.dumps(
         {

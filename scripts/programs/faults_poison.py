@@ -11,13 +11,14 @@ import time
 from typing import Any
 
 import numpy as np
+
 from faults_stage import SIZE, Stage, raised
 from faults_verdict import Verdict
 from faults_witness import Witness, end_of
 from faulty_worker import NETWORK, PANICS, POISON
-from gradcam_worker.broker import app
+from gradcam_worker.broker import publisher
 from gradcam_worker.client.client import GradcamClient
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
 
 SHORT, FULL = 30, 100  # healthy jobs
 ATTEMPTS = 3  # that the poison has
@@ -82,10 +83,10 @@ def _submit_raw(stage: Stage) -> list[str]:
                 "body": body,
                 "content-encoding": "utf-8",
                 "content-type": "application/json",
-                "headers": {"id": one, "task": app.EXPLAIN},
+                "headers": {"id": one, "task": publisher.EXPLAIN},
                 "properties": {"body_encoding": "base64"},
             }
-            server.lpush(f"{stage.settings.key_prefix}{app.INTERACTIVE}", json.dumps(message))
+            server.lpush(f"{stage.settings.key_prefix}{publisher.INTERACTIVE}", json.dumps(message))
     return ids
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from faults_stage import START_S, Stage, raised, wait_for
 from faults_stream import Stream
 from faults_witness import Witness
-from gradcam_worker.broker import app
+from gradcam_worker.broker import publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.settings import Settings
 
@@ -65,7 +65,7 @@ def _lose(stage: Stage, first: int) -> set[str]:
     """Submit jobs whose messages vanish; their ids. It is the queue of bulk jobs, which are taken last."""
     client = GradcamClient(settings=stage.settings)
     jobs = [stage.job(first + number, priority="bulk") for number in range(LOST)]
-    pattern = f"{stage.settings.key_prefix}{app.BULK}*"
+    pattern = f"{stage.settings.key_prefix}{publisher.BULK}*"
     for job in jobs:
         stage.submit(client, job)
     with closing(stage.outside) as server:

@@ -19,11 +19,11 @@ from faults_stage import START_S, Stage, Worker, raised, wait_for
 from faults_usage import Usage
 from faults_verdict import Verdict
 from faults_witness import Witness, end_of, told
-from gradcam_worker.broker import app
+from gradcam_worker.broker import app, publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import IdempotencyConflict
+from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import Job
-from gradcam_worker.schemas.model import utc_now
 
 SHORT, FULL = 15, 300  # seconds
 AHEAD = 40  # jobs that wait or run at a time
@@ -149,7 +149,9 @@ class Mix:
         self._send(job.id, payload, "invalid_job")
 
     def _send(self, job_id: str, payload: object, *ends: str) -> None:
-        self._app.send_task(app.EXPLAIN, args=[payload], queue=app.INTERACTIVE, task_id=job_id, priority=0)
+        self._app.send_task(
+            publisher.EXPLAIN, args=[payload], queue=publisher.INTERACTIVE, task_id=job_id, priority=0
+        )
         self.ends[job_id] = ends
         self.stage.accepted[job_id] = time.monotonic()
 
@@ -167,7 +169,7 @@ class Mix:
             json.dumps({**envelope, "headers": None}).encode(),
             json.dumps({**envelope, "properties": {"delivery_tag": number, "delivery_info": []}}).encode(),
         ]
-        queue = f"{self.stage.settings.key_prefix}{app.INTERACTIVE}"
+        queue = f"{self.stage.settings.key_prefix}{publisher.INTERACTIVE}"
         with closing(self.stage.outside) as server:
             server.lpush(queue, self._random.choice(texts))
 

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import faults_receiver
-import faulty_worker
 import numpy as np
 import redis
+from pydantic import SecretStr
+
+import faults_receiver
+import faulty_worker
 from faulty_proxy import FaultyProxy
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import LedgerUnavailable
@@ -27,7 +29,6 @@ from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.settings import Settings
-from pydantic import SecretStr
 
 START_S = 60.0  # within which a worker takes jobs
 KEYS = ("attacker", "0" * 40)  # of the S3 server: they stay when it is started again

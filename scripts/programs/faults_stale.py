@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from faults_stage import SIZE, Stage, raised, wait_for
 from faults_verdict import Verdict
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.schemas.job import Job, StatusDocument, WorkerRef
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import StatusDocument, WorkerRef
 
 SHORT, FULL = 8, 200  # jobs
 DRAINS_S = 120.0

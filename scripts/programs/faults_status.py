@@ -18,14 +18,16 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import faults_stage
 import standardwebhooks
+from pydantic import SecretStr
+from standardwebhooks.webhooks import WebhookVerificationError
+
+import faults_stage
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.schemas.job import Job, StatusDocument
-from pydantic import SecretStr
-from standardwebhooks.webhooks import WebhookVerificationError
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import StatusDocument
 
 NOBODY, HEALTHY, DEAD, BLACK_HOLE, BROKEN = "nobody", "healthy", "dead", "black_hole", "broken"
 BAD = (DEAD, BLACK_HOLE, BROKEN)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import faults_receiver
 import redis
+
+import faults_receiver
 from faults_stage import Stage
 from faults_verdict import Verdict
 from gradcam_worker import errors

@@ -19,12 +19,13 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.decoding.decode import Decoded
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import TinyNetwork
-from numpy.typing import NDArray
 
 NETWORK = TinyNetwork.facts.name
 POISON = (255, 0, 255)  # a picture of nothing else

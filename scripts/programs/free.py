@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.classes import imagenet
 from gradcam_worker.gradcam.explain import explain_pixels
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
 from gradcam_worker.images.fetch import Fetched
-from gradcam_worker.inference.model_cache import Residents, Turn
+from gradcam_worker.inference.model_cache import InferenceResult, ModelCache
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef
 
@@ -64,16 +65,18 @@ class Free:
         return self._scores
 
 
-class Direct(Residents):
+class Direct(ModelCache):
     """A device that is asked in the job's own thread: handing over to it is no part of this bench."""
 
-    def explain(self, network: Any, pixels: Any, wish: Any, method: Method, *_: Any, **__: Any) -> Turn:
-        """See `gradcam_worker.inference.model_cache.Ticket.explain`."""
-        return Turn(explain_pixels(network, pixels[np.newaxis], [tuple(wish)], method)[0], 0, 0, 1)
+    def explain(
+        self, network: Any, pixels: Any, wish: Any, method: Method, *_: Any, **__: Any
+    ) -> InferenceResult:
+        """See `gradcam_worker.inference.model_cache.BatchSlot.explain`."""
+        return InferenceResult(explain_pixels(network, pixels[np.newaxis], [tuple(wish)], method)[0], 0, 0, 1)
 
     @contextmanager
     def ticket(self) -> Iterator[Any]:
-        """See `gradcam_worker.inference.model_cache.Residents.ticket`."""
+        """See `gradcam_worker.inference.model_cache.ModelCache.ticket`."""
         yield self
 
 
@@ -84,5 +87,5 @@ class Fetch:
     fetched: Fetched
 
     def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:  # noqa: ARG002
-        """See `gradcam_worker.images.fetch.Images.fetch`."""
+        """See `gradcam_worker.images.fetch.UriFetcher.fetch`."""
         return self.fetched

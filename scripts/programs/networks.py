@@ -19,6 +19,7 @@ from gradcam_worker.gradcam.models.loading import load_network
 # Only now: the line above keeps TensorFlow quiet while it is loaded for the first time.
 import keras
 import numpy as np
+
 from gradcam_worker.gradcam import catalog
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
 from gradcam_worker.gradcam.classes import DATA

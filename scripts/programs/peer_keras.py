@@ -8,6 +8,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorFlow is loade
 import keras
 import numpy as np
 import tensorflow as tf
+
 from peer_serve import Floats, Ids, Work, in_pairs, serve
 
 BUILDERS = {"vgg16": ("VGG16", "block5_conv3"), "xception": ("Xception", "block14_sepconv2_act")}

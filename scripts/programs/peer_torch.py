@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from peer_networks import build
 from peer_serve import Floats, Ids, Work, in_pairs, serve
 

@@ -12,6 +12,7 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
+
 from performance_figures import Figures, plain
 
 WIDTH = 8.6  # inches; 830 px, as wide as a README

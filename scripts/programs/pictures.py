@@ -15,10 +15,11 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+
 from gradcam_worker import testing
-from gradcam_worker.audit.gallery import Wish, gallery
+from gradcam_worker.audit.gallery import GalleryOptions, gallery
 from gradcam_worker.execution import shards
-from gradcam_worker.execution.pipeline import Journey
+from gradcam_worker.execution.pipeline import JobContext
 from gradcam_worker.gradcam import Explained, explain_image, load_network
 from gradcam_worker.gradcam.classes import DATA, caption
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
@@ -28,9 +29,9 @@ from gradcam_worker.gradcam.imaging.region import hot_box, with_box, with_contou
 from gradcam_worker.gradcam.imaging.sheet import as_tile, framed, in_rows, sheet
 from gradcam_worker.gradcam.network import Network
 from gradcam_worker.gradcam.report import page
-from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.options import Target
 from gradcam_worker.schemas.shard import Row, Shard
 
@@ -116,7 +117,7 @@ def gallery_page() -> bytes:
     """The gallery of a small backfill, over parts of the shipped photos, in a browser."""
     images = _parts()
     store, load = testing.MemoryStore(), lambda _: network()
-    outside = testing.outside(images, store=store, residents=Residents(load, max_batch=8))
+    outside = testing.fake_services(images, store=store, residents=ModelCache(load, max_batch=8))
     shard = Shard(
         backfill=new_id(),
         index=0,
@@ -127,9 +128,9 @@ def gallery_page() -> bytes:
         target=Target(top_n=3),
         output="s3://results/cams",
     )
-    shards.explain(shard, outside, Journey(Deadline(600), lambda _: None))
+    shards.run_shard(shard, outside, JobContext(Deadline(600), lambda _: None))
     store.put("dataset.json", b"{}", "application/json")
-    return _shot(gallery(store, testing.MemoryImages(images), Limits(), Wish()).page)
+    return _shot(gallery(store, testing.MemoryImageFetcher(images), Limits(), GalleryOptions()).page)
 
 
 def _parts() -> dict[str, bytes]:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.overlay import fit
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.network import Method
-from numpy.typing import NDArray
 
 TOP = 3  # classes a photo
 HOT = 0.5  # of the peak

@@ -19,6 +19,8 @@ from typing import Any
 
 import cv2
 import numpy as np
+from pydantic import SecretStr
+
 import stand_in
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import WorkerLost
@@ -28,10 +30,10 @@ from gradcam_worker.gradcam.imaging.overlay import Pixels, encode, fit
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.operations import servers as embedded
 from gradcam_worker.runtime import parent_watch, service_factory
-from gradcam_worker.schemas.job import Job, StatusDocument
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
-from pydantic import SecretStr
 
 START_S = 240  # TensorFlow is loaded and each network is run for the first time
 STALLED_S = 120  # without a job that ends, something hangs
@@ -141,7 +143,11 @@ def flowing(networks: tuple[str, ...], photos: Sequence[bytes], **changes: Any) 
             grace_s=SHUTDOWN_S,
         )
         stack.callback(parent_watch.stop, worker)
-        client, ledger, s3 = GradcamClient(settings=settings), service_factory.ledger(settings), S3(settings)
+        client, ledger, s3 = (
+            GradcamClient(settings=settings),
+            service_factory.build_ledger(settings),
+            S3(settings),
+        )
         river = River(settings, client, ledger, s3, worker, log, passes, [], {})
         with ThreadPoolExecutor(settings.threads) as pool:
             names = [f"{number:05}.jpg" for number in range(len(photos))]

@@ -5,13 +5,14 @@ import sys
 from pathlib import Path
 
 from gradcam_worker.backfill.plan import Plan
-from gradcam_worker.schemas.job import Job, StatusDocument, StatusEvent
+from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import Manifest
-from gradcam_worker.schemas.model import Wire
+from gradcam_worker.schemas.model import RequestModel
 from gradcam_worker.schemas.shard import Shard
+from gradcam_worker.schemas.status import StatusDocument, StatusEvent
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "schemas"
-MODELS: dict[str, type[Wire]] = {
+MODELS: dict[str, type[RequestModel]] = {
     "job.v1.json": Job,
     "status.v1.json": StatusDocument,
     "manifest.v1.json": Manifest,

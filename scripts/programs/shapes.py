@@ -15,11 +15,12 @@ from gradcam_worker.gradcam.models.loading import wrap_model
 # Only now: the line above keeps TensorFlow quiet while it is loaded for the first time.
 import keras
 import numpy as np
+from keras import layers
+from numpy.typing import NDArray
+
 from gradcam_worker.gradcam.imaging.overlay import enlarge
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.network import Method, Network
-from keras import layers
-from numpy.typing import NDArray
 
 SIDE = 48  # pixels of a picture
 SIZES = (16, 22)  # pixels of a shape's box, the second excluded

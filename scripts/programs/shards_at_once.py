@@ -14,26 +14,27 @@ import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 import stand_in
 from gradcam_worker.artifacts import dataset
 from gradcam_worker.execution import pipeline, shards
-from gradcam_worker.execution.pipeline import Done, Journey
-from gradcam_worker.execution.services import Outside
+from gradcam_worker.execution.pipeline import JobContext, JobResult
+from gradcam_worker.execution.services import Services
 from gradcam_worker.runtime import worker_process
-from gradcam_worker.schemas.job import ManifestRef, NetworkRef
 from gradcam_worker.schemas.shard import DATASET, Shard, data_key
+from gradcam_worker.schemas.status import ManifestRef, NetworkRef
 from gradcam_worker.settings import Settings
 
 GRID = (7, 7)
 
 
-def at_once(shard: Shard, outside: Outside, journey: Journey) -> Done:
-    """In place of `gradcam_worker.execution.shards.explain`."""
+def at_once(shard: Shard, outside: Services, journey: JobContext) -> JobResult:
+    """In place of `gradcam_worker.execution.shards.run_shard`."""
     store = pipeline.admit(shard, outside)
     journey.deadline.check("explain")
     data, key = table(shard), data_key(shard.key)
     (uri,) = store.put_many([(key, data, dataset.MEDIA_TYPE)], journey.deadline)
-    return Done(
+    return JobResult(
         network=NetworkRef(name=shard.network, layer="none", weights_sha256=shard.weights_sha256),
         predictions=(),
         result=ManifestRef(manifest_uri=uri, manifest_sha256=hashlib.sha256(data).hexdigest()),
@@ -66,6 +67,6 @@ def table(shard: Shard) -> bytes:
 
 
 if __name__ == "__main__":
-    shards.explain = at_once  # where `gradcam_worker.execution.handler` looks for it
+    shards.run_shard = at_once  # where `gradcam_worker.execution.handler` looks for it
     settings = Settings.from_environment()
     sys.exit(worker_process.run(settings, load=lambda row: stand_in.load(settings, None, row)))

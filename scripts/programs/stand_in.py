@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import imagenet
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
 from gradcam_worker.runtime import worker_process
 from gradcam_worker.settings import Settings
-from numpy.typing import NDArray
 
 SEED = 0
 SHA256 = "0" * 64  # of the files that there are not

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from pydantic import SecretStr
+
 from gradcam_worker.operations import servers
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import Object, Stores
-from pydantic import SecretStr
 from timing import Cost, Way, take_turns
 
 OVERLAY, ARRAYS, PHOTO = 52_000, 7_000, 110_000  # bytes: 500 x 375 pixels, and eight maps of 14 x 14

@@ -1,7 +1,8 @@
 """A backfill whose submitter and whose workers are killed at random moments."""
 
-import backfill_kills
 import pytest
+
+import backfill_kills
 
 pytestmark = [pytest.mark.live]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from gradcam_worker.errors import StorageUnavailable
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.settings import Settings

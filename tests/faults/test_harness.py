@@ -8,9 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import faults
 import pytest
 import redis
+
+import faults
 from faults_verdict import PROMISES, Verdict
 from faults_witness import Witness
 

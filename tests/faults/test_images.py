@@ -2,6 +2,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from faults_images import SHORT, TYPED, attack
 from gradcam_worker.errors import UnsupportedMediaType
 from gradcam_worker.gradcam.decoding.decode import decode

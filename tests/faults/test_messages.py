@@ -3,9 +3,10 @@
 import json
 
 import pytest
+
 from faults_messages import FORGED, HOSTILE, REFUSED, SCHEMA, TEXTS, attack, judge, message, strangers
-from gradcam_worker.broker import app
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.broker import publisher
+from gradcam_worker.schemas.ids import new_id
 
 GOOD = {"image": "s3://in/a.png", "network": "efficientnet_lite0", "target": {"top_n": 1}}
 FIELDS = sorted(json.loads(SCHEMA.read_text())["properties"])
@@ -29,11 +30,11 @@ def test_the_same_seed_makes_the_same_messages() -> None:
 
 def test_what_nobody_but_us_may_ask_for_is_refused_in_each_queue() -> None:
     asked = [*strangers()]
-    assert {queue for _, queue, _ in asked} == {*app.QUEUES}
+    assert {queue for _, queue, _ in asked} == {*publisher.QUEUES}
     wrong = [what for what, queue, item in asked if judge(item, queue)[1] not in REFUSED]
     assert not wrong
     known = json.dumps([[{**FORGED, "id": new_id(), "rows": FORGED["rows"][:2], "token": "known"}], {}, {}])
-    assert judge(message(known.encode(), app.EXPLAIN_SHARD), app.SHARDS) == ("typed", "succeeded")
+    assert judge(message(known.encode(), publisher.EXPLAIN_SHARD), publisher.SHARDS) == ("typed", "succeeded")
 
 
 @pytest.mark.parametrize("field", FIELDS)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+
 from faulty_proxy import Fault, FaultyProxy
 
 WAIT_S = 10

@@ -1,8 +1,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import faults_soak
 import pytest
+
+import faults_soak
 from faults_usage import Usage
 from faults_verdict import Verdict
 

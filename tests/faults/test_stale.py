@@ -1,8 +1,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import faults_stale
 import pytest
+
+import faults_stale
 from faults_verdict import Verdict
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(240)]

@@ -1,9 +1,10 @@
 import json
 
 import pytest
-from faults_status import BAD, HEALTHY, KINDS, Receivers, _heard, attack, receiving
-from gradcam_worker.schemas.model import utc_now
 from standardwebhooks import Webhook
+
+from faults_status import BAD, HEALTHY, KINDS, Receivers, _heard, attack, receiving
+from gradcam_worker.schemas.ids import utc_now
 
 SHORT = 25  # jobs of each kind
 

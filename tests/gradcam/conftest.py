@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from gradcam_worker.testing import TinyNetwork
 from numpy.typing import NDArray
+
+from gradcam_worker.testing import TinyNetwork
 
 if TYPE_CHECKING:  # at run time only tests marked `tensorflow` load it
     from gradcam_worker.gradcam.models.keras_network import KerasNetwork

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.graph import alignment
 from small_networks import Wrap, classified
@@ -175,6 +176,7 @@ class TestNetworks:
     def test_a_layer_of_a_job_is_measured_when_it_is_first_asked_for(self, by_hand: Wrap) -> None:
         """The last layer is turned back: it alone lies where the image does."""
         import keras
+
         from gradcam_worker.gradcam.network import Method
 
         ops = keras.ops

@@ -3,11 +3,12 @@ import io
 import cv2
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageSequence
+
 from gradcam_worker.gradcam.imaging.animation import LEAST, LONGEST, PIXELS, animate, as_frame
 from gradcam_worker.gradcam.imaging.overlay import overlay
 from gradcam_worker.gradcam.imaging.sheet import framed
-from numpy.typing import NDArray
-from PIL import Image, ImageSequence
 
 KINDS = ("gif", "webp")
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradcam_worker.gradcam.methods import cam
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
+
+from gradcam_worker.gradcam.methods import cam
 
 pytestmark = pytest.mark.tensorflow
 
@@ -119,6 +120,7 @@ def test_threads_memory_and_tf32_are_asked_for_alike(backend: str) -> None:
 
 def test_a_gpu_hands_out_its_memory_as_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     import tensorflow as tf
+
     from gradcam_worker.gradcam import backend
 
     told = []

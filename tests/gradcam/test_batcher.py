@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from gradcam_worker.errors import DeviceOutOfMemory, InternalError, JobExpired, JobTimeout, UnknownLayer
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method
 from gradcam_worker.inference.batcher import Batcher
-from gradcam_worker.inference.request import Answer
+from gradcam_worker.inference.request import InferenceResponse
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.testing import TinyNetwork
-from numpy.typing import NDArray
 
 PLENTY_S = 60.0
 RED, GREEN, BLUE = (np.full((16, 16, 3), color, np.uint8) for color in np.eye(3, dtype=np.uint8) * 255)
@@ -79,7 +80,7 @@ class Jobs:
         *,
         bulk: bool = False,
         deadline: Deadline | None = None,
-    ) -> Future[Answer]:
+    ) -> Future[InferenceResponse]:
         """Start a job thread; return when its request is waiting, or has been taken."""
         handed_in = threading.Event()
         limit = deadline or Deadline(PLENTY_S)
@@ -100,7 +101,7 @@ class Jobs:
 
     def ask_many(
         self, network: TinyNetwork, pixels: NDArray[np.uint8], method: Method = GRADCAM
-    ) -> Future[Answer]:
+    ) -> Future[InferenceResponse]:
         """Start a shard's pass while the device is busy; return when it waits."""
         before = self.waiting()
         future = self.pool.submit(
@@ -143,7 +144,7 @@ def busy(jobs: Jobs, device: Device) -> Iterator[None]:
     assert seen(first) == "b"
 
 
-def seen(job: Future[Answer]) -> str:
+def seen(job: Future[InferenceResponse]) -> str:
     """The color that the network saw in a job's own image."""
     answer = job.result(PLENTY_S)
     return "rgb"[answer.computed.class_ids[answer.index, 0]]

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
-from gradcam_worker.gradcam.methods import cam
 from numpy.testing import assert_allclose, assert_array_equal
+
+from gradcam_worker.gradcam.methods import cam
 
 
 def test_gradcam_weights_each_channel_by_the_mean_of_its_gradient() -> None:

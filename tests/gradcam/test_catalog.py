@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import pytest
+
 from gradcam_worker.errors import UnknownNetwork
 from gradcam_worker.gradcam.catalog import CATALOG, ModelFile, find
 from gradcam_worker.gradcam.classes import DATA

@@ -1,6 +1,7 @@
 import hashlib
 
 import pytest
+
 from gradcam_worker.errors import AmbiguousClass, InvalidJob, UnknownClass
 from gradcam_worker.gradcam.classes import DATA, ClassIndex, imagenet
 

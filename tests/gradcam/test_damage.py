@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
 from gradcam_worker.errors import ImageDecodeFailed, UnsupportedMediaType
 from gradcam_worker.gradcam.decoding import jpeg_file
 from gradcam_worker.gradcam.decoding.decode import Decoded, Limits, decode
-from numpy.typing import NDArray
-from PIL import Image
 
 ANY = Limits(max_damage=1)
 WAYS: dict[str, dict[str, Any]] = {

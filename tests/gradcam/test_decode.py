@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from gradcam_worker.errors import UnsupportedMediaType
-from gradcam_worker.gradcam.decoding.decode import claimed, decode
-from gradcam_worker.gradcam.decoding.structure import Damage
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
+
+from gradcam_worker.errors import UnsupportedMediaType
+from gradcam_worker.gradcam.decoding.decode import claimed, decode
+from gradcam_worker.gradcam.decoding.structure import Damage
 
 Pixels = NDArray[np.uint8]
 

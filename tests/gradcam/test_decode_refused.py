@@ -8,14 +8,15 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import gradcam_worker
 import numpy as np
 import pytest
+from PIL import Image
+
+import gradcam_worker
 from gradcam_worker.errors import ImageDecodeFailed, ImagePixelsExceeded, UnsupportedMediaType
 from gradcam_worker.gradcam.decoding.decode import BYTES_PER_PIXEL, Limits, decode
 from gradcam_worker.gradcam.decoding.structure import Damage
 from gradcam_worker.gradcam.decoding.webp_file import read as read_webp
-from PIL import Image
 
 # Decodes each file in turn and says how it ended and how far memory rose above all before. Not by
 # `ru_maxrss`: a child process inherits the peak of the process that started it.

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+
 from gradcam_worker.gradcam.explain import explain_image, explain_pixels
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.network import Method, Network
-from numpy.testing import assert_allclose, assert_array_equal
-from numpy.typing import NDArray
 
 pytestmark = pytest.mark.tensorflow
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
-from gradcam_worker.gradcam.network import Method
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
+
+from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
+from gradcam_worker.gradcam.network import Method
 
 ROWS = list(CATALOG.values())
 THEIRS = [row for row in ROWS if not row.shipped]  # Keras's own
@@ -46,6 +47,7 @@ def test_preprocessing_is_what_keras_does_for_its_weights(
     row: NetworkRow, noise: Callable[..., NDArray[np.uint8]]
 ) -> None:
     import keras
+
     from gradcam_worker.gradcam.models.keras_network import preprocess
 
     builder = getattr(keras.applications, str(row.builder).split(":")[1])

@@ -5,6 +5,9 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+
 from gradcam_worker.errors import (
     ImageDecodeFailed,
     ImagePixelsExceeded,
@@ -20,8 +23,6 @@ from gradcam_worker.gradcam.explain import Explanation, Prediction, explain_imag
 from gradcam_worker.gradcam.imaging.overlay import fit, overlay
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method
 from gradcam_worker.testing import TinyNetwork
-from numpy.testing import assert_allclose, assert_array_equal
-from numpy.typing import NDArray
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.explain import Explanation, explain_image, explain_pixels
 from gradcam_worker.gradcam.faithfulness import BATCH, METRICS, STEPS, measure
 from gradcam_worker.gradcam.imaging.overlay import fit
 from gradcam_worker.testing import TinyNetwork
-from numpy.typing import NDArray
 
 SIDE = TinyNetwork.SIDE
 

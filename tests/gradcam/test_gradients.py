@@ -3,9 +3,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from gradcam_worker.errors import DeviceOutOfMemory
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.testing import assert_allclose, assert_array_equal
+
+from gradcam_worker.errors import DeviceOutOfMemory
 
 if TYPE_CHECKING:
     from gradcam_worker.gradcam.methods.gradients import Parts
@@ -65,6 +66,7 @@ def gradients_alone(_: Any, __: Any, gradients: Any) -> Any:
 
 def test_gradients_agree_with_finite_differences_in_float64() -> None:
     import tensorflow as tf
+
     from gradcam_worker.gradcam.methods.gradients import linearized
 
     activations = PIXELS / 255
@@ -129,6 +131,7 @@ def test_a_mirror_image_goes_through_in_the_same_pass_and_the_maps_are_the_means
 
 def test_a_device_without_room_is_a_typed_error_with_the_size_of_the_call(parts: "Parts") -> None:
     import tensorflow as tf
+
     from gradcam_worker.gradcam.methods.gradients import one_pass
 
     def no_room() -> Any:
@@ -174,6 +177,7 @@ def test_a_device_that_runs_out_of_room_while_it_is_waited_for_says_so_too(
     parts: "Parts", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import tensorflow as tf
+
     from gradcam_worker.gradcam.methods import gradients
 
     full = Counted(tf.errors.ResourceExhaustedError(None, None, "no room"))
@@ -186,6 +190,7 @@ def test_a_device_that_runs_out_of_room_while_it_is_waited_for_says_so_too(
 def test_nothing_is_compiled_by_xla_on_the_cpu(parts: "Parts", monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs Xception there at a fifth of the speed."""
     import tensorflow as tf
+
     from gradcam_worker.gradcam.methods.gradients import one_pass
 
     traced = []

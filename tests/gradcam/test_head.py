@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.catalog import Head
 from gradcam_worker.gradcam.explain import explain_pixels
 from gradcam_worker.gradcam.network import Method
-from numpy.testing import assert_allclose, assert_array_equal
-from numpy.typing import NDArray
 
 pytestmark = pytest.mark.tensorflow
 

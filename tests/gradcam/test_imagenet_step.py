@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
+from numpy.typing import NDArray
+
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.catalog import CATALOG, ModelFile, NetworkRow
 from gradcam_worker.gradcam.models.weights import WeightsFile
-from numpy.testing import assert_allclose
-from numpy.typing import NDArray
 
 pytestmark = [
     pytest.mark.tensorflow,
@@ -116,6 +117,7 @@ def test_a_file_in_the_operators_folder_gives_the_logits_that_keras_gives_with_i
 @pytest.mark.parametrize("row", KERAS_ROWS, ids=[row.name for row in KERAS_ROWS])
 def test_every_row_is_one_graph_whichever_way_its_weights_come(row: NetworkRow, theirs: Theirs) -> None:
     import keras
+
     from gradcam_worker.gradcam.models.loading import _build
 
     def ours(row: NetworkRow) -> Any:
@@ -202,6 +204,7 @@ def test_what_stands_in_the_operators_folder_is_of_imagenet_unless_it_lists_othe
     pretrained: bool, fine_tuned: Any, tmp_path: Path
 ) -> None:
     import h5py
+
     from gradcam_worker.gradcam.models.loading import _is_pretrained
 
     path = tmp_path / "efficientnetb0.weights.h5"

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
+
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.catalog import Preprocessing
-from numpy.testing import assert_allclose
 from small_networks import ALL, COLUMNS, ROWS, Wrap, backbone, classified
 
 pytestmark = pytest.mark.tensorflow

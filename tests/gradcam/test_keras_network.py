@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+
 from gradcam_worker.errors import UnknownLayer
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.explain import explain_pixels
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.network import Computed, Method, Network
-from numpy.testing import assert_allclose, assert_array_equal
-from numpy.typing import NDArray
 
 pytestmark = pytest.mark.tensorflow
 
@@ -95,6 +96,7 @@ class TestRealArchitectures:
 
     def test_the_model_is_left_as_it_was(self, name: str, seeded: Callable[[str], Any], noise: Noise) -> None:
         import keras
+
         from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 
         model, pixels = seeded(name)._model, noise(1, *CATALOG[name].input_size)
@@ -149,6 +151,7 @@ class TestLayers:
         self, by_hand: Callable[..., Any]
     ) -> None:
         import keras
+
         from gradcam_worker.gradcam.models.keras_network import MAX_TRACED
 
         names = [f"layer{number}" for number in range(MAX_TRACED + 1)]

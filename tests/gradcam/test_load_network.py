@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+
 from gradcam_worker.errors import NetworkIncompatible, UnknownNetwork, WeightsUnavailable
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
 from gradcam_worker.gradcam.network import Network
-from numpy.testing import assert_allclose, assert_array_equal
-from numpy.typing import NDArray
 
 pytestmark = pytest.mark.tensorflow
 
@@ -81,6 +82,7 @@ def test_missing_weights_are_an_error_and_never_random(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import keras
+
     from gradcam_worker.gradcam.models.loading import load_network
 
     cached = Path(keras.src.backend.config.keras_home()) / "models" / CATALOG["xception"].keras_files[0]
@@ -132,6 +134,7 @@ def test_preprocessing_is_what_keras_does_for_these_weights(
     name: str, noise: Callable[..., NDArray[np.uint8]]
 ) -> None:
     import keras
+
     from gradcam_worker.gradcam.models.keras_network import preprocess
 
     pixels = noise(2, 5, 4).astype(np.float32)
@@ -150,6 +153,7 @@ def test_preprocessing_of_efficientnet_lite_takes_127_and_divides_by_128() -> No
 
 def test_the_whole_way_back_can_be_asked_for(by_hand: Callable[..., Any]) -> None:
     import keras
+
     from gradcam_worker.gradcam.models.loading import load_network
 
     inputs = keras.Input((4, 4, 3))
@@ -203,6 +207,7 @@ def test_a_keras_json_that_keras_refuses_is_named(config: str, tmp_path: Path) -
 
 def test_what_a_program_has_set_for_its_own_networks_is_neither_heeded_nor_changed(lite0: Any) -> None:
     import keras
+
     from gradcam_worker.gradcam.models.loading import load_network
 
     config = keras.config

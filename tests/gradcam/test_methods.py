@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+
 from gradcam_worker.errors import InvalidJob
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.explain import explain_image
@@ -13,8 +16,6 @@ from gradcam_worker.gradcam.imaging.overlay import fit
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.network import Method
 from gradcam_worker.testing import TinyNetwork
-from numpy.testing import assert_allclose, assert_array_equal
-from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 METHODS = sorted(cam.METHODS)

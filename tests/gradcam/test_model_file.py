@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from gradcam_worker.gradcam.models import model_file
 from gradcam_worker.gradcam.models.model_file import Refused, by_ending, check_weights, of_folder, read_config
 

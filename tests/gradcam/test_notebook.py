@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.explain import explain_image
 from gradcam_worker.gradcam.imaging.overlay import fit
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.network import Method, Network
-from numpy.testing import assert_allclose, assert_array_equal
-from numpy.typing import NDArray
 
 pytestmark = pytest.mark.tensorflow
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
+
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.catalog import PREPROCESSING, ModelFile, NetworkRow
 from gradcam_worker.gradcam.models.weights import WeightsFile
-from numpy.testing import assert_allclose
 
 pytestmark = pytest.mark.tensorflow
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradcam_worker.errors import NetworkIncompatible
 from numpy.testing import assert_allclose, assert_array_equal
+
+from gradcam_worker.errors import NetworkIncompatible
 from small_networks import ALL, COLUMNS, ROWS, Wrap, backbone, classified
 
 pytestmark = pytest.mark.tensorflow
@@ -201,8 +202,9 @@ class TestOneImageAtATime:
     @pytest.mark.parametrize("how", ["built into a reshape", "normalised over the batch"])
     def test_a_network_that_cannot_take_several_explains_each_alone(self, how: str, by_hand: Wrap) -> None:
         import keras
-        from gradcam_worker.gradcam.network import Method
         from keras import layers, ops
+
+        from gradcam_worker.gradcam.network import Method
 
         keras.utils.set_random_seed(3)
         fixed = how == "built into a reshape"

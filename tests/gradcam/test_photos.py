@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from gradcam_worker.gradcam.explain import explain_image
 from gradcam_worker.gradcam.imaging.overlay import encode
 from gradcam_worker.gradcam.network import Method, Network
-from numpy.typing import NDArray
 
 pytestmark = pytest.mark.tensorflow
 

@@ -5,6 +5,9 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.overlay import (
     COLORMAPS,
@@ -19,8 +22,6 @@ from gradcam_worker.gradcam.imaging.overlay import (
     overlay,
     within_edge,
 )
-from numpy.testing import assert_allclose, assert_array_equal
-from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
 

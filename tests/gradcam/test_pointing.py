@@ -5,6 +5,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+
 from gradcam_worker.gradcam.methods import cam
 
 pytestmark = pytest.mark.tensorflow

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
+
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.network import Computed, Method
-from numpy.testing import assert_array_equal
 
 pytestmark = pytest.mark.tensorflow
 
@@ -70,6 +71,7 @@ def test_hot_regions_stay_where_they_are(precision: str, name: str, see: Seen) -
 @fewer_digits
 def test_a_copy_has_other_arithmetic_and_the_model_itself_stays_as_it_is(precision: str) -> None:
     import keras
+
     from gradcam_worker.gradcam.models.precision import with_precision
 
     inputs = keras.Input((8, 8, 3))
@@ -93,9 +95,10 @@ def test_a_copy_has_other_arithmetic_and_the_model_itself_stays_as_it_is(precisi
 @pytest.mark.parametrize("end", ["a layer", "an operation", "nested", "pooled", "an average"])
 def test_all_that_makes_the_scores_keeps_its_digits_however_a_network_ends(end: str, precision: str) -> None:
     import keras
+    from keras import layers, ops
+
     from gradcam_worker.gradcam.models.loading import wrap_model
     from gradcam_worker.gradcam.models.precision import with_precision
-    from keras import layers, ops
 
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(4, 3, name="conv")(inputs)
@@ -125,6 +128,7 @@ def test_all_that_makes_the_scores_keeps_its_digits_however_a_network_ends(end: 
 
 def test_a_network_that_cannot_be_copied_is_refused_with_the_way_out() -> None:
     import keras
+
     from gradcam_worker.errors import NetworkIncompatible
     from gradcam_worker.gradcam.models.precision import with_precision
 
@@ -138,8 +142,9 @@ def test_a_network_that_cannot_be_copied_is_refused_with_the_way_out() -> None:
 
 def test_a_model_of_mixed_float16_says_so_and_keeps_the_map_of_a_class_that_it_is_sure_of() -> None:
     import keras
-    from gradcam_worker.gradcam.models.loading import wrap_model
     from keras import layers
+
+    from gradcam_worker.gradcam.models.loading import wrap_model
 
     def built(policy: str) -> Any:
         keras.utils.set_random_seed(4)

@@ -1,10 +1,11 @@
 import cv2
 import numpy as np
 import pytest
-from gradcam_worker.gradcam.imaging.overlay import enlarge
-from gradcam_worker.gradcam.imaging.region import contours, hot_box, shrunk, with_box, with_contour
 from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
+
+from gradcam_worker.gradcam.imaging.overlay import enlarge
+from gradcam_worker.gradcam.imaging.region import contours, hot_box, shrunk, with_box, with_contour
 
 GREY, WHITE, BLACK = 120, 255, 0
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.gradcam.models.registry import Registry
 from registry_text import MODEL, SHA256, WEIGHTS, write

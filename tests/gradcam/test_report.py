@@ -9,13 +9,14 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.explain import Explanation, Prediction, explain_image
 from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, enlarge
 from gradcam_worker.gradcam.report import LIMIT, page
 from gradcam_worker.testing import TinyNetwork
-from numpy.testing import assert_allclose, assert_array_equal
-from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
 Noise = Callable[..., Pixels]

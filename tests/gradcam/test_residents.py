@@ -6,6 +6,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
+from numpy.typing import NDArray
+
 from gradcam_worker.errors import (
     DeviceOutOfMemory,
     JobTimeout,
@@ -16,11 +19,9 @@ from gradcam_worker.errors import (
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
 from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
-from gradcam_worker.inference.model_cache import Residents, Turn
+from gradcam_worker.inference.model_cache import InferenceResult, ModelCache
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.testing import TinyNetwork
-from numpy.testing import assert_array_equal
-from numpy.typing import NDArray
 
 PIXELS = np.full((16, 16, 3), (255, 0, 0), np.uint8)
 PLENTY_S = 60
@@ -49,10 +50,10 @@ class Gated(TinyNetwork):
 
 
 @pytest.fixture
-def explain() -> Callable[..., Turn]:
+def explain() -> Callable[..., InferenceResult]:
     """Explain the red picture's first class."""
 
-    def explain(residents: Residents, network: TinyNetwork, seconds: float = PLENTY_S) -> Turn:
+    def explain(residents: ModelCache, network: TinyNetwork, seconds: float = PLENTY_S) -> InferenceResult:
         with residents.ticket() as ticket:
             return ticket.explain(network, PIXELS, (-1,), GRADCAM, Deadline(seconds))
 
@@ -86,7 +87,7 @@ class Loader:
 class TestLoading:
     def test_a_network_is_loaded_when_it_is_first_asked_for_and_then_kept(self) -> None:
         load = Loader()
-        residents = Residents(load)
+        residents = ModelCache(load)
         assert load.asked == []
         assert residents.get(VGG16) is residents.get(VGG16)
         assert residents.get(XCEPTION) is not residents.get(VGG16)
@@ -94,7 +95,7 @@ class TestLoading:
 
     def test_threads_that_ask_at_once_get_one_and_the_same(self) -> None:
         load = Loader(slow=VGG16)
-        residents = Residents(load)
+        residents = ModelCache(load)
         with ThreadPoolExecutor(8) as pool:
             answers = [pool.submit(residents.get, VGG16) for _ in range(8)]
             load.gate.set()
@@ -103,7 +104,7 @@ class TestLoading:
 
     def test_one_network_that_loads_slowly_does_not_hold_up_another(self) -> None:
         load = Loader(slow=VGG16)
-        residents = Residents(load)
+        residents = ModelCache(load)
         with ThreadPoolExecutor(1) as pool:
             slow = pool.submit(residents.get, VGG16)
             assert load.begun.wait(PLENTY_S)
@@ -112,7 +113,7 @@ class TestLoading:
             load.gate.set()
 
     def test_a_network_that_could_not_be_had_is_tried_again(self) -> None:
-        residents = Residents(Loader(failures=[WeightsUnavailable("no route")]))
+        residents = ModelCache(Loader(failures=[WeightsUnavailable("no route")]))
         with pytest.raises(WeightsUnavailable, match="no route"):
             residents.get(VGG16)
         assert residents.get(VGG16)
@@ -121,7 +122,7 @@ class TestLoading:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         load = Loader(failures=[WeightsChecksumMismatch("another file")])
-        residents = Residents(load)
+        residents = ModelCache(load)
         for _ in range(3):
             with pytest.raises(WeightsChecksumMismatch, match="another file"):
                 residents.get(VGG16)
@@ -130,7 +131,7 @@ class TestLoading:
         assert residents.get(VGG16), "in the meantime the right file may have been put there"
 
     def test_a_network_that_is_described_anew_is_tried_at_once(self) -> None:
-        residents = Residents(Loader(failures=[NetworkIncompatible("no such layer")]))
+        residents = ModelCache(Loader(failures=[NetworkIncompatible("no such layer")]))
         with pytest.raises(NetworkIncompatible):
             residents.get(VGG16)
         assert residents.get(CHANGED)
@@ -138,7 +139,7 @@ class TestLoading:
     def test_warming_loads_a_network_and_runs_it(self) -> None:
         network = Gated()
         network.gate.set()
-        residents = Residents(lambda _: network)
+        residents = ModelCache(lambda _: network)
         assert residents.warm(VGG16).explanation.layer == "blocks"
         assert network.calls == 1
         assert residents.get(VGG16) is network
@@ -147,7 +148,7 @@ class TestLoading:
 class TestVersions:
     def test_a_row_that_has_changed_is_loaded_anew_and_takes_the_place_of_the_old(self) -> None:
         load = Loader()
-        residents = Residents(load)
+        residents = ModelCache(load)
         old = residents.get(VGG16)
         new = residents.get(CHANGED)
         assert new is not old
@@ -155,10 +156,10 @@ class TestVersions:
         assert load.asked == [VGG16, CHANGED]
 
     def test_who_holds_the_old_version_runs_on_while_the_new_one_loads(
-        self, explain: Callable[..., Turn]
+        self, explain: Callable[..., InferenceResult]
     ) -> None:
         load = Loader(slow=CHANGED)
-        residents = Residents(load)
+        residents = ModelCache(load)
         old = residents.get(VGG16)
         with ThreadPoolExecutor(2) as pool:
             new = pool.submit(residents.get, CHANGED)
@@ -171,7 +172,7 @@ class TestVersions:
         assert explain(residents, old).explanation.explained
 
     def test_the_old_version_is_no_answer_where_the_new_one_cannot_be_loaded(self) -> None:
-        residents = Residents(Loader(failures=[None, NetworkIncompatible("no such layer")]))
+        residents = ModelCache(Loader(failures=[None, NetworkIncompatible("no such layer")]))
         old = residents.get(VGG16)
         for _ in range(2):
             with pytest.raises(NetworkIncompatible, match="no such layer"):
@@ -180,8 +181,10 @@ class TestVersions:
 
 
 class TestTurns:
-    def test_a_turn_holds_the_explanation(self, tiny: TinyNetwork, explain: Callable[..., Turn]) -> None:
-        turn = explain(Residents(lambda _: tiny), tiny)
+    def test_a_turn_holds_the_explanation(
+        self, tiny: TinyNetwork, explain: Callable[..., InferenceResult]
+    ) -> None:
+        turn = explain(ModelCache(lambda _: tiny), tiny)
         assert [one.name for one in turn.explanation.explained] == ["red"]
         assert_array_equal(turn.explanation.heatmaps, np.ones((1, 4, 4)))
         assert turn.batch_size == 1
@@ -190,10 +193,10 @@ class TestTurns:
 
     def test_jobs_at_the_same_time_share_a_pass_and_each_has_its_own_wish_answered(self) -> None:
         network = Gated()
-        residents = Residents(lambda _: network, max_batch=8, wait_s=PLENTY_S)
+        residents = ModelCache(lambda _: network, max_batch=8, wait_s=PLENTY_S)
         residents.get(VGG16)
 
-        def job(wish: tuple[int, ...]) -> Turn:
+        def job(wish: tuple[int, ...]) -> InferenceResult:
             with residents.ticket() as ticket:
                 everyone.wait()
                 return ticket.explain(network, PIXELS, wish, GRADCAM, Deadline(PLENTY_S))
@@ -210,7 +213,7 @@ class TestTurns:
         ]
 
     def test_a_measurement_has_the_device_to_itself(self, tiny: TinyNetwork) -> None:
-        residents = Residents(lambda _: tiny)
+        residents = ModelCache(lambda _: tiny)
         with residents.ticket() as ticket:
             seen = ticket.explain(tiny, PIXELS, (0,), GRADCAM, Deadline(PLENTY_S)).explanation
         measured = residents.measure(tiny, PIXELS, seen, ["deletion"], Deadline(PLENTY_S))
@@ -248,7 +251,7 @@ class TestTheBestBatch:
     @staticmethod
     def largest(network: Sized, max_batch: int) -> int:
         """How many images share a pass once the network is warm."""
-        residents = Residents(lambda _: network, wait_s=PLENTY_S, clock=network.clock, max_batch=max_batch)
+        residents = ModelCache(lambda _: network, wait_s=PLENTY_S, clock=network.clock, max_batch=max_batch)
         residents.get(VGG16)
         everyone = threading.Barrier(80)
 
@@ -287,7 +290,7 @@ class TestTheBestBatch:
     def test_a_network_that_cannot_be_warmed_is_kept_and_each_job_has_the_error_as_its_own(self) -> None:
         network = Sized(room=0)
         load = Loader(failures=[None, AssertionError("it was loaded again")])
-        residents = Residents(lambda row: load(row) and network, max_batch=0)
+        residents = ModelCache(lambda row: load(row) and network, max_batch=0)
         assert residents.get(VGG16) is residents.get(VGG16) is network
 
     def test_it_is_what_the_operator_says(self) -> None:
@@ -307,7 +310,7 @@ class TestMemory:
         return self.Heavy(replace(TinyNetwork.facts, parameters=100))
 
     def test_the_least_recently_used_network_makes_room_for_a_new_one(self) -> None:
-        residents = Residents(self.load, max_bytes=2 * 400)
+        residents = ModelCache(self.load, max_bytes=2 * 400)
         first, second = residents.get(VGG16), residents.get(XCEPTION)
         assert residents.get(VGG16) is first
         residents.get(CATALOG["resnet50"])
@@ -315,9 +318,9 @@ class TestMemory:
         assert residents.get(XCEPTION) is not second
 
     def test_what_made_room_is_gone_from_memory_once_nobody_computes_with_it(
-        self, explain: Callable[..., Turn]
+        self, explain: Callable[..., InferenceResult]
     ) -> None:
-        residents = Residents(self.load, max_bytes=400)
+        residents = ModelCache(self.load, max_bytes=400)
         explain(residents, residents.get(VGG16))
         gone = weakref.ref(residents.get(VGG16))
         assert gone() is not None
@@ -325,7 +328,7 @@ class TestMemory:
         assert gone() is None
 
     def test_a_batch_of_what_made_room_is_no_larger_than_the_operator_says(self) -> None:
-        residents = Residents(self.load, max_bytes=400, max_batch=1)
+        residents = ModelCache(self.load, max_bytes=400, max_batch=1)
         held = residents.get(VGG16)
         residents.get(XCEPTION)
         everyone = threading.Barrier(8)
@@ -339,11 +342,13 @@ class TestMemory:
             assert {*pool.map(job, range(8))} == {1}
 
     def test_the_newest_stays_however_large_it_is(self) -> None:
-        residents = Residents(self.load, max_bytes=1)
+        residents = ModelCache(self.load, max_bytes=1)
         assert residents.get(VGG16) is residents.get(VGG16)
 
-    def test_who_computes_with_a_network_that_makes_room_goes_on(self, explain: Callable[..., Turn]) -> None:
-        residents = Residents(self.load, max_bytes=1)
+    def test_who_computes_with_a_network_that_makes_room_goes_on(
+        self, explain: Callable[..., InferenceResult]
+    ) -> None:
+        residents = ModelCache(self.load, max_bytes=1)
         held = residents.get(VGG16)
         residents.get(XCEPTION)
         assert explain(residents, held).explanation.explained
@@ -366,7 +371,7 @@ def test_a_shards_groups_depend_on_the_device_and_the_network_alone(
 ) -> None:
     network = TinyNetwork()
     network.facts = replace(network.facts, input_size=(side, side))
-    residents = Residents(lambda _: network, max_batch=max_batch, on_gpu=lambda: on_gpu)
+    residents = ModelCache(lambda _: network, max_batch=max_batch, on_gpu=lambda: on_gpu)
     assert residents.group(network) == group
 
 
@@ -382,7 +387,7 @@ class TestExplainMany:
 
         network = Dazzled()
         pictures = np.stack([PIXELS] * 3)
-        found = Residents(lambda _: network).explain_many(
+        found = ModelCache(lambda _: network).explain_many(
             network, pictures, (0, 1), GRADCAM, Deadline(PLENTY_S)
         )
         assert isinstance(found[1], NetworkIncompatible)
@@ -398,6 +403,6 @@ class TestExplainMany:
                 raise DeviceOutOfMemory(str(len(pixels)))
 
         with pytest.raises(DeviceOutOfMemory, match="3"):
-            Residents(lambda _: Small()).explain_many(
+            ModelCache(lambda _: Small()).explain_many(
                 Small(), np.stack([PIXELS] * 3), (-1,), GRADCAM, Deadline(PLENTY_S)
             )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+
 from gradcam_worker.gradcam.methods import cam
 
 pytestmark = pytest.mark.tensorflow

@@ -1,5 +1,8 @@
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
+from numpy.typing import NDArray
+
 from gradcam_worker.gradcam.imaging.sheet import (
     LONGEST,
     NARROWEST,
@@ -11,8 +14,6 @@ from gradcam_worker.gradcam.imaging.sheet import (
     sheet,
     shortened,
 )
-from numpy.testing import assert_array_equal
-from numpy.typing import NDArray
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradcam_worker.gradcam.network import Method
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
+
+from gradcam_worker.gradcam.network import Method
 from small_networks import ALL, CLASSES, COLUMNS, ROWS, Wrap, backbone
 
 pytestmark = pytest.mark.tensorflow
@@ -144,7 +145,7 @@ def shortcut_of(network: Any) -> Any:
     from gradcam_worker.gradcam.graph import shortcut
 
     scores = network._scores
-    return shortcut.find(scores.graph, scores.slot, network._place(network.facts.default_layer))
+    return shortcut.find_shortcut(scores.graph, scores.slot, network._place(network.facts.default_layer))
 
 
 def assert_same(network: Any, exact: Any, pixels: NDArray[np.uint8]) -> None:
@@ -236,6 +237,7 @@ def test_tokens_go_the_whole_way(by_hand: Wrap) -> None:
 @pytest.mark.parametrize("precision", ["bfloat16", "mixed_bfloat16"])
 def test_in_fewer_digits_both_ways_are_near(tail: Tail, precision: str, by_hand: Wrap, noise: Noise) -> None:
     import keras
+
     from gradcam_worker.gradcam.models.precision import with_precision
 
     keras.utils.set_random_seed(4)

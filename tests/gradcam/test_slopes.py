@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradcam_worker.gradcam.methods import cam
-from gradcam_worker.gradcam.network import Method
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
+
+from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.network import Method
 
 pytestmark = pytest.mark.tensorflow
 
@@ -18,9 +19,11 @@ LOG_PROBABILITY = Method(score="probability")
 
 def slopes(kind: str, method: Method, scores: NDArray[np.float32]) -> NDArray[np.float64]:
     from gradcam_worker.gradcam.backend import keras
-    from gradcam_worker.gradcam.methods.score_gradients import slopes_of
+    from gradcam_worker.gradcam.methods.score_gradients import score_gradient
 
-    found = slopes_of(kind, method)(keras.ops.convert_to_tensor(scores), keras.ops.convert_to_tensor(CLASSES))
+    found = score_gradient(kind, method)(
+        keras.ops.convert_to_tensor(scores), keras.ops.convert_to_tensor(CLASSES)
+    )
     return np.asarray(found, np.float64)[:, 0]
 
 

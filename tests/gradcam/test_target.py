@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradcam_worker.errors import NetworkIncompatible
 from numpy.testing import assert_allclose
+
+from gradcam_worker.errors import NetworkIncompatible
 
 pytestmark = pytest.mark.tensorflow
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from gradcam_worker.errors import WeightsChecksumMismatch, WeightsUnavailable
 from gradcam_worker.gradcam.catalog import CATALOG, ModelFile
 from gradcam_worker.gradcam.classes import DATA
-from gradcam_worker.gradcam.models.file_cache import Shelf
+from gradcam_worker.gradcam.models.file_cache import FileCache
 from gradcam_worker.gradcam.models.weights import Sink, WeightsFile, cached, digest, download, locate, where
 
 SHIPPED, FETCHED = CATALOG["efficientnet_lite0"], CATALOG["vgg16"]
@@ -328,7 +329,7 @@ class TestShelf:
         assert len(contents(tmp_path)) == 3
 
     def test_files_that_are_being_fetched_count_and_are_not_taken_away(self, tmp_path: Path) -> None:
-        shelf = Shelf(tmp_path, 100)
+        shelf = FileCache(tmp_path, 100)
         with shelf.new("one", "s3://models/one.keras") as part:
             part.write(bytes(60))
             with pytest.raises(WeightsUnavailable, match="other files are being fetched"):

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
+from selenium import webdriver
+
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import Store, Stores
-from pydantic import SecretStr
-from selenium import webdriver
 
 FLAGS = (
     "--headless=new",
@@ -58,7 +59,7 @@ class Stage:
     def worker(self, name: str) -> Iterator[subprocess.Popen[bytes]]:
         """`gradcam worker`, supervisor and all, in a process of its own."""
         process = parent_watch.start(
-            [sys.executable, "-P", "-m", "worker", "worker"],
+            [sys.executable, "-P", "-m", "gradcam_worker", "worker"],
             log=self.logs / f"{name}.log",
             environment=self.settings.to_environment(),
             grace_s=self.settings.shutdown_timeout_s + 15,

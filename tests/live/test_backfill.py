@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import faulty_worker
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from gradcam_worker.backfill.output import Output
-from gradcam_worker.backfill.registry import RedisFleet
+
+import faulty_worker
+from gradcam_worker.backfill.output import DatasetDir
+from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.runtime import parent_watch
 from gradcam_worker.storage.stores import Stores
@@ -64,7 +65,7 @@ class Yard:
         given = [str(self.listed), "--top-n", "2", "--shard-rows", str(SHARD)]
         where = ["--output", self.uri(name)]
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "worker", "backfill", *given, *where, *more],
+            [sys.executable, "-P", "-m", "gradcam_worker", "backfill", *given, *where, *more],
             env=os.environ | self.stage.settings.to_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -73,7 +74,7 @@ class Yard:
 
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            [sys.executable, "-P", "-m", "worker", "backfill", *arguments],
+            [sys.executable, "-P", "-m", "gradcam_worker", "backfill", *arguments],
             env=os.environ | self.stage.settings.to_environment(),
             capture_output=True,
             text=True,
@@ -84,8 +85,8 @@ class Yard:
     def uri(self, name: str) -> str:
         return f"{self.stage.settings.output}/{name}"
 
-    def output(self, name: str) -> Output:
-        return Output(Stores(self.stage.settings, self.stage.s3).open(self.uri(name)))
+    def output(self, name: str) -> DatasetDir:
+        return DatasetDir(Stores(self.stage.settings, self.stage.s3).open(self.uri(name)))
 
     def shards(self, name: str) -> int:
         return len(self.output(name).done())
@@ -150,7 +151,7 @@ def test_a_backfill_is_stopped_killed_and_resumed_and_has_each_row_once(at_work:
     killed.kill()
     killed.communicate(timeout=WAIT_S)
     assert yard.output("stopped").sealed() is None
-    fleet = RedisFleet(RedisLedger(yard.stage.settings).server)
+    fleet = RedisBackfillRegistry(RedisLedger(yard.stage.settings).server)
     wait_for(lambda: (left := fleet.find(yard.uri("stopped"))) and not left.lives, "that it counts as dead")
 
     last = yard.start("stopped", "--resume", "--json")
@@ -169,7 +170,7 @@ def test_a_backfill_is_stopped_killed_and_resumed_and_has_each_row_once(at_work:
 def test_two_at_once_get_turns_and_one_is_cancelled_and_gone_on_with(yard: Any) -> None:
     one, other = yard.start("one"), yard.start("other", "--rate", "60")
     ledger = RedisLedger(yard.stage.settings)
-    fleet = RedisFleet(ledger.server)
+    fleet = RedisBackfillRegistry(ledger.server)
 
     def facts(name: str) -> dict[str, Any]:
         record = fleet.find(yard.uri(name))
@@ -203,13 +204,13 @@ def test_two_at_once_get_turns_and_one_is_cancelled_and_gone_on_with(yard: Any) 
 def test_a_stream_that_says_no_more_keeps_nobody_from_stopping(yard: Any) -> None:
     given = ["-", "--format", "text", "--top-n", "1", "--output", yard.uri("stream")]
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "worker", "backfill", *given],
+        [sys.executable, "-P", "-m", "gradcam_worker", "backfill", *given],
         env=os.environ | yard.stage.settings.to_environment(),
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    fleet = RedisFleet(RedisLedger(yard.stage.settings).server)
+    fleet = RedisBackfillRegistry(RedisLedger(yard.stage.settings).server)
     wait_for(lambda: fleet.find(yard.uri("stream")), "its start")
     process.send_signal(signal.SIGTERM)
     assert process.wait(WAIT_S) == 130

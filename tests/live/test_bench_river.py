@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import stand_in
 from stand_in import Passes, StandIn
 

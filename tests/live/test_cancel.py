@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
+
 from gradcam_worker.errors import UnknownJob
 from gradcam_worker.operations import servers
-from gradcam_worker.schemas.job import StatusDocument
-from gradcam_worker.schemas.model import new_id, utc_now
+from gradcam_worker.schemas.ids import new_id, utc_now
+from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.storage.s3 import S3
-from pydantic import SecretStr
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import standardwebhooks
-from gradcam_worker.delivery.dispatcher import Courier
+from pydantic import SecretStr
+
+from gradcam_worker.delivery.dispatcher import OutboxDispatcher
 from gradcam_worker.delivery.webhooks import Webhooks, message_id
-from gradcam_worker.ledger.outbox import Parcel
+from gradcam_worker.ledger.outbox import Delivery
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.schemas.job import Job, StatusEvent, WorkerRef
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import StatusEvent, WorkerRef
 from gradcam_worker.settings import Settings
-from pydantic import SecretStr
 
 SECRET = "whsec_" + "bmV3" * 8
 WORKER = WorkerRef(id="gpu-1:7", device="cpu")
@@ -49,7 +51,7 @@ class Post:
         document = self.ledger.claim(self.ledger.read(job.id), WORKER).document
         self.ledger.advance(document, status="succeeded")
 
-    def send(self, parcel: Parcel, event: StatusEvent) -> None:
+    def send(self, parcel: Delivery, event: StatusEvent) -> None:
         assert parcel.webhook
         hook = parcel.webhook
         self.webhooks.send(hook.url, hook.secret_ref, event, message_id(parcel.document))
@@ -59,7 +61,7 @@ class Post:
         """As many workers' couriers."""
         stopped = threading.Event()
         made = [
-            Courier(self.outbox, self.send, {}, threads=4, give_up_s=self.settings.webhook_give_up_s)
+            OutboxDispatcher(self.outbox, self.send, {}, threads=4, give_up_s=self.settings.webhook_give_up_s)
             for _ in range(count)
         ]
         threads = [threading.Thread(target=one.keep, args=[stopped]) for one in made]

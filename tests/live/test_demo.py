@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from gradcam_worker.gradcam.decoding.decode import decode
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]

@@ -15,16 +15,17 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import SecretStr
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
 from gradcam_worker.errors import ImageNotFound, UriNotAllowed
 from gradcam_worker.net import webhook_signing
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
-from gradcam_worker.schemas.job import StatusDocument, StatusEvent
-from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.schemas.ids import utc_now
+from gradcam_worker.schemas.status import StatusDocument, StatusEvent
 from gradcam_worker.storage.s3 import S3
-from pydantic import SecretStr
-from selenium.webdriver.common.by import By
-from selenium.webdriver.support.ui import Select, WebDriverWait
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 

@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 import redis
 from fastapi.testclient import TestClient
+from numpy.typing import NDArray
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import ImageNotFound, InvalidJob, UnknownJob, UnsupportedMediaType, UriNotAllowed
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.overlay import fit
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
-from numpy.typing import NDArray
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 

@@ -9,25 +9,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradcam_worker import testing
-from gradcam_worker.audit.gallery import Wish, gallery
-from gradcam_worker.audit.statistics import survey
-from gradcam_worker.execution import shards
-from gradcam_worker.execution.pipeline import Journey
-from gradcam_worker.gradcam.classes import ClassIndex, Label
-from gradcam_worker.gradcam.decoding.decode import Limits, decode
-from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, encode, overlay
-from gradcam_worker.inference.model_cache import Residents
-from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.model import new_id
-from gradcam_worker.schemas.options import Target
-from gradcam_worker.schemas.shard import Row, Shard
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
+
+from gradcam_worker import testing
+from gradcam_worker.audit.gallery import GalleryOptions, gallery
+from gradcam_worker.audit.statistics import read_statistics
+from gradcam_worker.execution import shards
+from gradcam_worker.execution.pipeline import JobContext
+from gradcam_worker.gradcam.classes import ClassIndex, Label
+from gradcam_worker.gradcam.decoding.decode import Limits, decode
+from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, encode, overlay
+from gradcam_worker.inference.model_cache import ModelCache
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.options import Target
+from gradcam_worker.schemas.shard import Row, Shard
 
 pytestmark = pytest.mark.live
 
@@ -64,7 +65,7 @@ def images() -> Mapping[str, bytes]:
 def store(images: Mapping[str, bytes]) -> testing.MemoryStore:
     """The dataset, made as a worker makes it."""
     store = testing.MemoryStore()
-    outside = testing.outside(images, store=store, residents=Residents(lambda _: Hostile()))
+    outside = testing.fake_services(images, store=store, residents=ModelCache(lambda _: Hostile()))
     shard = Shard(
         backfill=new_id(),
         index=0,
@@ -75,7 +76,7 @@ def store(images: Mapping[str, bytes]) -> testing.MemoryStore:
         target=Target(top_n=2),
         output="s3://gradcam/results",
     )
-    shards.explain(shard, outside, Journey(Deadline(60), lambda _: None))
+    shards.run_shard(shard, outside, JobContext(Deadline(60), lambda _: None))
     return store
 
 
@@ -83,7 +84,7 @@ def store(images: Mapping[str, bytes]) -> testing.MemoryStore:
 def page(store: testing.MemoryStore, images: Mapping[str, bytes]) -> bytes:
     """The gallery; the image of row 0 is gone."""
     there = {uri: data for uri, data in images.items() if uri != "s3://photos/0.jpg"}
-    return gallery(store, testing.MemoryImages(there), Limits(), Wish(per_class=3)).page
+    return gallery(store, testing.MemoryImageFetcher(there), Limits(), GalleryOptions(per_class=3)).page
 
 
 class Reader:
@@ -141,7 +142,7 @@ def test_a_picture_is_the_photo_below_the_colours_of_its_own_heatmap(
     reader: Reader, page: bytes, store: testing.MemoryStore, images: Mapping[str, bytes]
 ) -> None:
     reader.open(page)
-    (first, *_) = survey(store, 3).chosen(None, 1)
+    (first, *_) = read_statistics(store, 3).chosen(None, 1)
     for place, kept in enumerate(first.pictures()[0], 1):
         selector = f".class:first-child .groups > div:first-child figure:nth-child({place})"
         assert f"row {kept.record['row']}, {ODD_ID}" in reader.text(f"{selector} figcaption")[0]

@@ -9,19 +9,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import gradcam_worker
 import pytest
 import redis
 import redis.exceptions
-from gradcam_worker.backfill.registry import RedisFleet
-from gradcam_worker.broker import app
+
+import gradcam_worker
+from gradcam_worker.backfill.registry import RedisBackfillRegistry
+from gradcam_worker.broker import app, publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import LedgerUnavailable
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import servers
-from gradcam_worker.operations.doctor import examine
-from gradcam_worker.schemas.job import WorkerRef
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.operations.doctor import run_checks
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "redis"
@@ -210,11 +211,11 @@ def test_whoever_may_only_submit_may_do_all_that_a_client_does(port: int, admin:
         worker.advance(worker.claim(worker.read(retried), WORKER).document, status="failed")
         assert client.retry(retried).status == "queued"
         assert client.cancel(retried).status == "canceled"
-        fleet, place = RedisFleet(RedisLedger(settings).server), "s3://results/cams"
+        fleet, place = RedisBackfillRegistry(RedisLedger(settings).server), "s3://results/cams"
         assert fleet.beat(place, "me", {}, [], "token", enter=True).owner
         assert fleet.find(place, cancel=True)
         fleet.leave(place, "me", {}, [])
-        findings = islice(examine(Settings(broker_url=url(port, "submitter"))), 2)
+        findings = islice(run_checks(Settings(broker_url=url(port, "submitter"))), 2)
         assert [found.well for found in findings] == [True, True], "the doctor finds broker and ledger well"
         assert not admin.acl_log(), "nothing was denied"
     finally:
@@ -291,7 +292,7 @@ def test_a_wrong_password_is_one_error_that_does_not_show_it(port: int) -> None:
 def test_a_worker_survives_what_a_stranger_may_send_and_answers_where_it_can(
     client: GradcamClient, guarded: Any, port: int, admin: redis.Redis
 ) -> None:
-    queue = f"gradcam:{app.INTERACTIVE}"
+    queue = f"gradcam:{publisher.INTERACTIVE}"
     nameless = [b"garbage", b"[" * 100_000, b"7", b"\xff" * 3_000_000, b"{}"]
     named, oversized = new_id(), new_id()
     with redis.Redis.from_url(url(port, "submitter")) as stranger:
@@ -308,7 +309,7 @@ def test_a_worker_survives_what_a_stranger_may_send_and_answers_where_it_can(
     assert client.wait(job_id, WAIT_S).status == "succeeded"
     flower = app.make_app(guarded.settings.model_copy(update={"broker_url": admins_url(port)}))
     flower.conf.broker_transport = None
-    flower.control.cancel_consumer(app.INTERACTIVE)
+    flower.control.cancel_consumer(publisher.INTERACTIVE)
     flower.control.shutdown()
     (answer,) = flower.control.ping(timeout=WAIT_S, limit=1)
     assert [*answer.values()] == [{"ok": "pong"}]

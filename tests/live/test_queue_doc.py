@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import redis
 import redis.exceptions
-from gradcam_worker.broker import app
+
+from gradcam_worker.broker import publisher
 from gradcam_worker.schemas import shard, strict_json
-from gradcam_worker.schemas.job import StatusDocument
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
@@ -118,7 +119,7 @@ def as_node_writes_it(message_id: str, job: dict[str, Any]) -> dict[str, Any]:
         "body": body(job),
         "content-type": "application/json",
         "content-encoding": "utf-8",
-        "headers": {"lang": "js", "task": app.EXPLAIN, "id": message_id},
+        "headers": {"lang": "js", "task": publisher.EXPLAIN, "id": message_id},
         "properties": {
             "body_encoding": "base64",
             "delivery_info": {"exchange": "", "routing_key": "gradcam:gradcam.interactive\x06\x163"},
@@ -141,7 +142,7 @@ def as_go_writes_it(message_id: str, job: dict[str, Any]) -> dict[str, Any]:
             "lang": "go",
             "id": message_id,
             "root_id": message_id,
-            "task": app.EXPLAIN,
+            "task": publisher.EXPLAIN,
             "origin": "1@host",
             "expires": None,
             "retries": 0,
@@ -160,7 +161,14 @@ def as_go_writes_it(message_id: str, job: dict[str, Any]) -> dict[str, Any]:
 
 def as_protocol_1_has_it(message_id: str, job: dict[str, Any]) -> dict[str, Any]:
     """gocelery."""
-    said = {"id": message_id, "task": app.EXPLAIN, "args": [job], "kwargs": {}, "retries": 0, "eta": None}
+    said = {
+        "id": message_id,
+        "task": publisher.EXPLAIN,
+        "args": [job],
+        "kwargs": {},
+        "retries": 0,
+        "eta": None,
+    }
     return {
         "body": base64.b64encode(json.dumps(said).encode()).decode(),
         "content-type": "application/json",
@@ -222,10 +230,10 @@ def test_the_lists_are_those_that_workers_look_into() -> None:
     [lists] = [one for one in ast.parse(PLAIN).body if ast.unparse(one).startswith("LISTS")]
     assert isinstance(lists, ast.Assign)
     found = ast.literal_eval(lists.value)
-    routes = {name: route for name, route in app.ROUTES.items() if name != shard.ROUTE}
+    routes = {name: route for name, route in publisher.ROUTES.items() if name != shard.ROUTE}
     assert list(found) == PRIORITIES == list(routes)
     for name, (queue, number) in routes.items():
-        assert found[name] == (f"{queue}{app.SEPARATOR}{number}" if number else queue, number)
+        assert found[name] == (f"{queue}{publisher.SEPARATOR}{number}" if number else queue, number)
         assert re.search(rf"^\| `{name}`.*`gradcam:{queue}`.*\| {number} \|$", PAGE, re.MULTILINE)
 
 

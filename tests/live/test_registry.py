@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gradcam_worker.schemas.job import StatusDocument
+
+from gradcam_worker.schemas.status import StatusDocument
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 

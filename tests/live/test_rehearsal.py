@@ -1,6 +1,7 @@
 """The image of target cpu, without Docker: made as its Dockerfile says, started, used and stopped."""
 
 import pytest
+
 import rehearsal
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]

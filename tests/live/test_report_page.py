@@ -10,11 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradcam_worker.gradcam.decoding.decode import decode
-from gradcam_worker.gradcam.explain import Explanation, Prediction, explain_image
-from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, fit, grey, overlay
-from gradcam_worker.gradcam.report import page
-from gradcam_worker.testing import TinyNetwork
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 from selenium import webdriver
@@ -23,6 +18,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
+
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.gradcam.explain import Explanation, Prediction, explain_image
+from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, fit, grey, overlay
+from gradcam_worker.gradcam.report import page
+from gradcam_worker.testing import TinyNetwork
 
 pytestmark = pytest.mark.live
 

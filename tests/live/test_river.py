@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import redis
 from celery import Celery
+
 from gradcam_worker.broker import app as broker
+from gradcam_worker.broker import publisher
 from gradcam_worker.gradcam.decoding.decode import decode
-from gradcam_worker.operations.doctor import examine
-from gradcam_worker.schemas.job import StatusDocument
+from gradcam_worker.operations.doctor import run_checks
+from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.manifest import Manifest
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.status import StatusDocument
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 
@@ -175,7 +177,7 @@ def test_whatever_is_wrong_ends_with_its_own_code_and_a_sentence(
     app = broker.make_app(stage.settings)
     sent = {new_id(): (message, code) for message, code in messages}
     for message_id, (message, _) in sent.items():
-        app.send_task(broker.EXPLAIN, args=[message], task_id=message_id, queue=broker.INTERACTIVE)
+        app.send_task(publisher.EXPLAIN, args=[message], task_id=message_id, queue=publisher.INTERACTIVE)
     end = time.monotonic() + WAIT_S
     while True:
         documents = stage.client.statuses(sent)
@@ -229,9 +231,11 @@ def test_a_message_that_is_no_task_message_ends_with_a_document_and_the_worker_g
         app = broker.make_app(stage.settings)
         app.conf.task_queues = None
         message_id = new_id()
-        app.send_task(broker.EXPLAIN, args=[{}], task_id=message_id, queue="template")
+        app.send_task(publisher.EXPLAIN, args=[{}], task_id=message_id, queue="template")
         _, text = queue.brpop([f"{stage.settings.key_prefix}template"], timeout=5)  # type: ignore[misc]
-        queue.lpush(f"{stage.settings.key_prefix}{broker.INTERACTIVE}", malformed(json.loads(text), change))
+        queue.lpush(
+            f"{stage.settings.key_prefix}{publisher.INTERACTIVE}", malformed(json.loads(text), change)
+        )
         sent[message_id] = change
     assert submit_and_wait(stage, image="s3://photos/coffee.jpg").status == "succeeded"
     end = time.monotonic() + WAIT_S
@@ -248,7 +252,7 @@ def test_a_job_may_be_given_by_the_name_of_the_argument(stage: Any) -> None:
     message_id = new_id()
     job = {"image": "s3://photos/coffee.jpg", "network": NETWORK, "target": {"top_n": 1}}
     app = broker.make_app(stage.settings)
-    app.send_task(broker.EXPLAIN, kwargs={"job": job}, task_id=message_id, queue=broker.INTERACTIVE)
+    app.send_task(publisher.EXPLAIN, kwargs={"job": job}, task_id=message_id, queue=publisher.INTERACTIVE)
     end = time.monotonic() + WAIT_S
     while not stage.client.statuses([message_id]):
         assert time.monotonic() < end
@@ -271,6 +275,6 @@ def test_submitting_again_and_again_runs_a_job_once(
 
 def test_nothing_is_left_in_the_queue_or_open_in_the_ledger(stage: Any) -> None:
     submit_and_wait(stage, image="s3://photos/rocket.jpg")
-    findings = {finding.what: finding for finding in examine(stage.settings)}
+    findings = {finding.what: finding for finding in run_checks(stage.settings)}
     assert findings["ledger"].detail.endswith("0 queued, 0 running")
     assert all(finding.well for finding in findings.values())

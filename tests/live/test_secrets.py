@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import redis
+
 from gradcam_worker.broker import app as broker
+from gradcam_worker.broker import publisher
 from gradcam_worker.cli.main import main
 from gradcam_worker.errors import GradcamError, public_message
-from gradcam_worker.schemas.job import FINAL, Job
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import FINAL
 from gradcam_worker.settings import Settings
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
@@ -245,10 +248,10 @@ def planted(
                     Job.parse(job)
                 except GradcamError as error:
                     told += [repr(error), str(error), str(error.__cause__)]
-                app.send_task(broker.EXPLAIN, args=[job], task_id=kind[what], queue=broker.INTERACTIVE)
+                app.send_task(publisher.EXPLAIN, args=[job], task_id=kind[what], queue=publisher.INTERACTIVE)
         queue = connect(stage.settings)
         for item in garbage():
-            queue.lpush(f"{stage.settings.key_prefix}{broker.INTERACTIVE}", item)
+            queue.lpush(f"{stage.settings.key_prefix}{publisher.INTERACTIVE}", item)
         signed = jobs(stage, public_server, Answer, photo)["404"]
         for path in ("a", "b"):  # the second has the key of another job
             try:

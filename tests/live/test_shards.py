@@ -13,20 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import faulty_worker
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import redis
-from gradcam_worker.backfill.registry import RedisFleet
-from gradcam_worker.broker import app
+
+import faulty_worker
+from gradcam_worker.backfill.registry import RedisBackfillRegistry
+from gradcam_worker.broker import app, publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
-from gradcam_worker.schemas.job import StatusDocument
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.shard import Shard, data_key
+from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 
 pytestmark = [pytest.mark.live]
@@ -66,7 +67,7 @@ class Yard:
         self.client = GradcamClient(settings=self.settings)
         self.backfill = new_id()
         facts = {"backfill": self.backfill}
-        fleet = RedisFleet(self.ledger.server)
+        fleet = RedisBackfillRegistry(self.ledger.server)
         self.token = fleet.beat(self.settings.output, "me", facts, [], "a token", enter=True).token
 
     def submit(self, rows: list[str]) -> Shard:
@@ -98,7 +99,7 @@ class Yard:
         """Messages of shards that workers hold."""
         with redis.Redis.from_url(self.settings.broker_url) as server:
             held: Any = server.hvals(f"{self.settings.key_prefix}unacked")
-        return sum(json.loads(one)[2] == app.SHARDS for one in held)
+        return sum(json.loads(one)[2] == publisher.SHARDS for one in held)
 
     def table(self, shard: Shard) -> list[dict[str, Any]]:
         path = self.folder / "results" / data_key(shard.key)

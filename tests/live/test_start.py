@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from gradcam_worker.gradcam.models.weights import digest
 from gradcam_worker.settings import Settings
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 
-COMMAND = [sys.executable, "-P", "-m", "worker"]
+COMMAND = [sys.executable, "-P", "-m", "gradcam_worker"]
 WAIT_S = 120
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import faulty_worker
 import numpy as np
 import pytest
+
+import faulty_worker
 from faulty_proxy import Fault, FaultyProxy
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.operations import servers
@@ -52,7 +53,7 @@ def test_a_worker_without_storage_says_so_takes_no_jobs_and_finishes_all_when_it
             retry_backoff_s=0.1,
             threads=4,
         )
-        client, ledger = GradcamClient(settings=settings), service_factory.ledger(settings)
+        client, ledger = GradcamClient(settings=settings), service_factory.build_ledger(settings)
 
         def trouble() -> str | None:
             said = [json.loads(health).get("trouble") for health in ledger.workers().values()]

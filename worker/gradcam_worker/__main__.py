@@ -1,4 +1,4 @@
-"""`python -m worker` is `gradcam`."""
+"""`python -m gradcam_worker` is `gradcam`."""
 
 import sys
 

@@ -53,7 +53,7 @@
 A message says what was received and what would have been right: a sentence for whoever runs the service, or
 asks it. `public_message` is for end users: what is wrong with their image or request and whether trying again
 helps, the same for every error of a class, and so without settings, hosts, buckets, paths or bytes.
-The code is for machines, and is a promise (see `gradcam_worker.schemas.job.Problem`).
+The code is for machines, and is a promise (see `gradcam_worker.schemas.status.Problem`).
 """
 
 from typing import ClassVar, Self

@@ -26,9 +26,9 @@ from gradcam_worker.errors import (
     UnknownLayer,
     UnknownNetwork,
 )
-from gradcam_worker.execution.handler import Desk
-from gradcam_worker.execution.leases import Leases
-from gradcam_worker.execution.services import Outside
+from gradcam_worker.execution.handler import JobHandler
+from gradcam_worker.execution.leases import LeaseManager
+from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import ClassIndex, Label
 from gradcam_worker.gradcam.decoding.decode import Limits
@@ -36,38 +36,39 @@ from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.models.registry import Registry
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
 from gradcam_worker.images.fetch import Fetched
-from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.ledger.memory.outbox import MemoryOutbox
 from gradcam_worker.ledger.memory.store import MemoryLedger
-from gradcam_worker.resilience.budget import Room, Rooms
-from gradcam_worker.resilience.circuit_breaker import Breaker
+from gradcam_worker.resilience.budget import Budgets, ResourceBudget
+from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import ImageRef, Job, StatusEvent, Webhook, WorkerRef
+from gradcam_worker.schemas.job import ImageRef, Job, Webhook
+from gradcam_worker.schemas.status import StatusEvent, WorkerRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.filesystem import Object, put_each
 
 __all__ = [
-    "Doorbell",
-    "MemoryImages",
+    "MemoryImageFetcher",
     "MemoryLedger",
-    "MemoryMessenger",
     "MemoryObjects",
     "MemoryOutbox",
     "MemoryStore",
+    "RecordingPublisher",
+    "RecordingWebhookSender",
     "TinyNetwork",
     "eager_client",
-    "outside",
+    "fake_services",
 ]
 
 
 @dataclass
-class Doorbell:
+class RecordingPublisher:
     """Takes what would be published, and remembers it."""
 
     jobs: list[Job] = field(default_factory=list)
 
     def __call__(self, job: Job) -> None:
-        """See `gradcam_worker.broker.app.Bell.publish`."""
+        """See `gradcam_worker.broker.publisher.Publisher.publish`."""
         self.jobs.append(job)
 
 
@@ -113,13 +114,13 @@ class MemoryStore:
 
 
 @dataclass(frozen=True)
-class MemoryImages:
+class MemoryImageFetcher:
     """Images by URI. An exception in place of bytes is raised."""
 
     images: Mapping[str, bytes | BaseException]
 
     def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:
-        """See `gradcam_worker.images.fetch.Images.fetch`."""
+        """See `gradcam_worker.images.fetch.UriFetcher.fetch`."""
         deadline.check("fetch")
         found = self.images.get(image.uri, ImageNotFound(f"There is nothing at {image.uri}."))
         if isinstance(found, BaseException):
@@ -131,7 +132,7 @@ class MemoryImages:
 
 
 @dataclass
-class MemoryMessenger:
+class RecordingWebhookSender:
     """Takes every event, or raises what it is told to."""
 
     sent: list[StatusEvent] = field(default_factory=list)
@@ -203,9 +204,9 @@ class TinyNetwork:
         return np.asarray(means / 255, np.float32)
 
 
-def outside(
+def fake_services(
     images: Mapping[str, bytes | BaseException], *, store: MemoryStore | None = None, **others: Any
-) -> Outside:
+) -> Services:
     """An Outside in memory, with the catalog's networks, and TinyNetwork for `efficientnet_lite0`."""
 
     def load(row: NetworkRow) -> Network:
@@ -215,16 +216,18 @@ def outside(
         return TinyNetwork()
 
     defaults: dict[str, Any] = {
-        "images": MemoryImages(images),
+        "images": MemoryImageFetcher(images),
         "networks": Registry(),
-        "residents": Residents(load),
+        "residents": ModelCache(load),
         "stores": store or MemoryStore(),
-        "webhooks": MemoryMessenger(),
+        "webhooks": RecordingWebhookSender(),
         "limits": Limits(),
         "max_classes": 50,
-        "rooms": Rooms(Room(2**29, "bytes"), Room(2**28, "pixels"), most_bytes=2**25, threads=1),
+        "rooms": Budgets(
+            ResourceBudget(2**29, "bytes"), ResourceBudget(2**28, "pixels"), most_bytes=2**25, threads=1
+        ),
     }
-    return Outside(**{**defaults, **others})
+    return Services(**{**defaults, **others})
 
 
 @dataclass
@@ -263,7 +266,7 @@ def eager_client(
 
     `images`: what lies where; an exception in place of bytes is raised. Whatever network of the catalog a
     job names, `network` computes it, or TinyNetwork: its classes are red, green and blue. `others` are parts
-    of `gradcam_worker.execution.services.Outside`. What can be tried again is, at once. Nobody calls
+    of `gradcam_worker.execution.services.Services`. What can be tried again is, at once. Nobody calls
     webhooks.
 
     >>> import cv2
@@ -284,13 +287,13 @@ def eager_client(
     uploads = given.uploads or "s3://uploads"
     settings = given.model_copy(update={"retry_backoff_s": 1e-6, "uploads": uploads})
     there, store, ledger = dict(images or {}), MemoryStore(), MemoryLedger()
-    residents = Residents(lambda _: network or TinyNetwork())
-    surroundings = outside(there, store=store, **{"residents": residents, **others})
+    residents = ModelCache(lambda _: network or TinyNetwork())
+    surroundings = fake_services(there, store=store, **{"residents": residents, **others})
     me = WorkerRef(id="eager", device="cpu")
 
     def run(job: Job) -> None:
-        leases = Leases(ledger, me.id, settings.lease_s)
-        desk = Desk(settings, ledger, surroundings, me, leases, Breaker(lambda: None))
+        leases = LeaseManager(ledger, me.id, settings.lease_s)
+        desk = JobHandler(settings, ledger, surroundings, me, leases, CircuitBreaker(lambda: None))
         while not ledger.read(job.id).final:
             ledger.requeue(job.id)  # where it waits for another attempt
             desk.handle({"id": job.id}, job.id)

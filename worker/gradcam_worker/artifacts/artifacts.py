@@ -27,17 +27,18 @@ from gradcam_worker.artifacts.render import Rendered
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.explain import Explanation, Prediction
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import Job, ManifestRef, SeenClass, Warned
+from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import (
     ArtifactRecord,
     ClassRef,
     ExplainedClass,
-    HotRegion,
     InputRecord,
     Manifest,
     MethodRecord,
     NetworkRecord,
+    SalientRegion,
 )
+from gradcam_worker.schemas.status import ClassScore, ManifestRef, ResultWarning
 from gradcam_worker.storage.stores import Store
 
 log = logging.getLogger("gradcam")
@@ -108,7 +109,7 @@ def _explained(
     seen: Explanation,
     index: int,
     size: tuple[int, int],
-    hot: HotRegion | None,
+    hot: SalientRegion | None,
     records: tuple[ArtifactRecord, ...],
 ) -> ExplainedClass:
     return ExplainedClass(
@@ -135,16 +136,16 @@ def peak_xy(heatmap: NDArray[np.float32], size: tuple[int, int]) -> tuple[int, i
     return middle if heatmap.any() else None
 
 
-def classes(predictions: tuple[Prediction, ...]) -> tuple[SeenClass, ...]:
+def classes(predictions: tuple[Prediction, ...]) -> tuple[ClassScore, ...]:
     """Predictions -> how they are written on the wire."""
-    return tuple(SeenClass(**vars(one)) for one in predictions)
+    return tuple(ClassScore(**vars(one)) for one in predictions)
 
 
-def warnings(image: InputRecord, seen: Explanation) -> tuple[Warned, ...]:
+def warnings(image: InputRecord, seen: Explanation) -> tuple[ResultWarning, ...]:
     """What the reader of this explanation should know."""
-    found = [Warned(code="zero_heatmap", class_id=one) for one in seen.zero_heatmaps]
+    found = [ResultWarning(code="zero_heatmap", class_id=one) for one in seen.zero_heatmaps]
     if image.damage:
-        found.insert(0, Warned(code="image_damaged", **dict(image.damage)))
+        found.insert(0, ResultWarning(code="image_damaged", **dict(image.damage)))
     return tuple(found)
 
 

@@ -32,10 +32,10 @@ from gradcam_worker.errors import StorageUnavailable
 from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.imaging.region import Box
 from gradcam_worker.images.fetch import presentable
-from gradcam_worker.schemas.job import NetworkRef, Problem
 from gradcam_worker.schemas.manifest import InputRecord
-from gradcam_worker.schemas.options import Method
+from gradcam_worker.schemas.options import MethodSpec
 from gradcam_worker.schemas.shard import DATASET, Row, Shard
+from gradcam_worker.schemas.status import NetworkRef, Problem
 
 MEDIA_TYPE = "application/vnd.apache.parquet"
 FACTS = b"gradcam"  # the key of the facts about a whole file, as JSON, in its metadata
@@ -240,7 +240,7 @@ def _facts(data: bytes) -> dict[str, Any]:
 class Batch:
     """Some rows of a file, n of them, all of images that were explained."""
 
-    method: Method  # how its heatmaps came to be
+    method: MethodSpec  # how its heatmaps came to be
     class_ids: NDArray[np.int32]  # (n,)
     ranks: NDArray[np.int32]  # (n,)
     probabilities: NDArray[np.float32]  # (n,)
@@ -260,7 +260,7 @@ def batches(data: bytes, rows: int = 4096) -> Iterator[Batch]:
             good = batch.filter(pc.is_null(batch["error"]))
             flat = good["heatmap"].flatten().to_numpy(zero_copy_only=False)
             yield Batch(
-                Method.model_validate(facts["method"]),
+                MethodSpec.model_validate(facts["method"]),
                 good["class_id"].to_numpy(zero_copy_only=False),
                 good["rank"].to_numpy(zero_copy_only=False),
                 good["probability"].to_numpy(zero_copy_only=False),

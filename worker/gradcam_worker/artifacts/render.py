@@ -14,17 +14,17 @@ from gradcam_worker.gradcam.decoding.decode import Decoded
 from gradcam_worker.gradcam.explain import Explanation, file_name
 from gradcam_worker.gradcam.imaging import animation, overlay, region, sheet
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import (
-    AnimationWish,
-    ArtifactWish,
-    GridWish,
-    HeatmapWish,
-    Job,
-    Method,
-    OverlayWish,
-    ReportWish,
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.manifest import InputRecord, SalientRegion
+from gradcam_worker.schemas.options import (
+    AnimationSpec,
+    ArtifactSpec,
+    GridSpec,
+    HeatmapSpec,
+    MethodSpec,
+    OverlaySpec,
+    ReportSpec,
 )
-from gradcam_worker.schemas.manifest import HotRegion, InputRecord
 
 Boxes = dict[float, list[region.Box | None]]  # by threshold: of each explained class, in the photo
 
@@ -46,14 +46,14 @@ class Rendered:
     """All that a job leaves behind but the manifest, and what was found out on the way."""
 
     pieces: list[Piece]
-    hot: tuple[HotRegion | None, ...]  # of each explained class; None where its heatmap is dark
+    hot: tuple[SalientRegion | None, ...]  # of each explained class; None where its heatmap is dark
 
 
 def render(job: Job, image: InputRecord, decoded: Decoded, seen: Explanation, deadline: Deadline) -> Rendered:
     """Everything the job wants to be left behind, as bytes. Raises JobTimeout."""
-    overlays = [wish for wish in job.artifacts if isinstance(wish, OverlayWish)]
+    overlays = [wish for wish in job.artifacts if isinstance(wish, OverlaySpec)]
     framed = sorted((wish for wish in overlays if wish.box or wish.contour), key=lambda wish: not wish.box)
-    shown = framed[0] if framed else OverlayWish()
+    shown = framed[0] if framed else OverlaySpec()
     boxes: Boxes = {wish.threshold: [] for wish in (shown, *overlays) if wish.box or wish is shown}
     for threshold, found in boxes.items():
         for heatmap in seen.shown:
@@ -65,20 +65,20 @@ def render(job: Job, image: InputRecord, decoded: Decoded, seen: Explanation, de
             deadline.check("render")
             pieces.append(piece)
     threshold = shown.threshold
-    hot = (box and HotRegion(threshold=threshold, box_xyxy=box) for box in boxes[threshold])
+    hot = (box and SalientRegion(threshold=threshold, box_xyxy=box) for box in boxes[threshold])
     return Rendered(pieces, tuple(hot))
 
 
 def _render(
-    wish: ArtifactWish, job: Job, image: InputRecord, decoded: Decoded, seen: Explanation, boxes: Boxes
+    wish: ArtifactSpec, job: Job, image: InputRecord, decoded: Decoded, seen: Explanation, boxes: Boxes
 ) -> Iterator[Piece]:
-    if isinstance(wish, OverlayWish):
+    if isinstance(wish, OverlaySpec):
         yield from _overlays(wish, decoded, seen, boxes)
-    elif isinstance(wish, GridWish):
+    elif isinstance(wish, GridSpec):
         yield _grid(wish, decoded, seen)
-    elif isinstance(wish, AnimationWish):
+    elif isinstance(wish, AnimationSpec):
         yield _animation(wish, decoded, seen)
-    elif isinstance(wish, ReportWish):
+    elif isinstance(wish, ReportSpec):
         yield _report(job, image, decoded, seen)
     elif wish.format == "png":
         for index, (explained, heatmap) in enumerate(zip(seen.explained, seen.shown, strict=True)):
@@ -90,7 +90,7 @@ def _render(
         yield Piece(f"heatmaps.{wish.format}", _arrays(wish, seen), media_type, "heatmap", None, facts)
 
 
-def _overlays(wish: OverlayWish, decoded: Decoded, seen: Explanation, boxes: Boxes) -> Iterator[Piece]:
+def _overlays(wish: OverlaySpec, decoded: Decoded, seen: Explanation, boxes: Boxes) -> Iterator[Piece]:
     edge = min(wish.max_edge or overlay.LONGEST[wish.format], overlay.LONGEST[wish.format])
     photo = overlay.within_edge(decoded.pixels, edge)
     base = overlay.Base(photo, alpha=wish.alpha, colormap=wish.colormap, bgr=True)
@@ -105,14 +105,14 @@ def _overlays(wish: OverlayWish, decoded: Decoded, seen: Explanation, boxes: Box
         yield _picture(name, laid, wish.format, "overlay", index, bgr=True)
 
 
-def _grid(wish: GridWish, decoded: Decoded, seen: Explanation) -> Piece:
+def _grid(wish: GridSpec, decoded: Decoded, seen: Explanation) -> Piece:
     """The figure that the notebook drew: no larger than it is shown, whatever the photo's size."""
     photo = sheet.as_tile(decoded.pixels)
     drawn = sheet.sheet(sheet.in_rows([("photo", photo), *_titled(wish, photo, seen)]))
     return _picture(f"grid.{overlay.EXTENSIONS[wish.format]}", drawn, wish.format, "grid", None)
 
 
-def _animation(wish: AnimationWish, decoded: Decoded, seen: Explanation) -> Piece:
+def _animation(wish: AnimationSpec, decoded: Decoded, seen: Explanation) -> Piece:
     photo = animation.as_frame(decoded.pixels, wish.max_edge, len(seen.explained))
     frames = [sheet.framed(title, laid) for title, laid in _titled(wish, photo, seen)]
     data = animation.animate(frames, kind=wish.format, frame_s=wish.frame_s)
@@ -121,7 +121,7 @@ def _animation(wish: AnimationWish, decoded: Decoded, seen: Explanation) -> Piec
     return Piece(f"animation.{wish.format}", data, media_type, "animation", None, facts)
 
 
-def _titled(wish: GridWish | AnimationWish, photo: overlay.Pixels, seen: Explanation) -> Iterator[sheet.Tile]:
+def _titled(wish: GridSpec | AnimationSpec, photo: overlay.Pixels, seen: Explanation) -> Iterator[sheet.Tile]:
     """The overlay of each explained class, and what class that is."""
     base = overlay.Base(photo, alpha=wish.alpha, colormap=wish.colormap)
     for one, heatmap in zip(seen.explained, seen.shown, strict=True):
@@ -151,7 +151,7 @@ def _report(job: Job, image: InputRecord, decoded: Decoded, seen: Explanation) -
     return Piece("report.html", data, "text/html; charset=utf-8", "report", None, {})
 
 
-def _described(method: Method) -> str:
+def _described(method: MethodSpec) -> str:
     """A method in words, with what it really explains."""
     of = {"eigencam": "", "notebook": " of the probability"}.get(method.name, f" of the {method.score}")
     return f"{method.name}{of}" + (", with the mirror image" if method.flip else "")
@@ -165,7 +165,7 @@ def _picture(
     return Piece(name, data, overlay.MEDIA_TYPES[format_], kind, index, facts)
 
 
-def _arrays(wish: HeatmapWish, seen: Explanation) -> bytes:
+def _arrays(wish: HeatmapSpec, seen: Explanation) -> bytes:
     file = io.BytesIO()
     if wish.format == "npy":
         np.save(file, seen.heatmaps)

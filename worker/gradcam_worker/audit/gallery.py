@@ -17,14 +17,21 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.audit.statistics import READ_S, Class, Kept, Report, Survey, survey
+from gradcam_worker.audit.statistics import (
+    READ_S,
+    ClassStatistics,
+    ClassSummary,
+    Report,
+    TopRow,
+    read_statistics,
+)
 from gradcam_worker.errors import GradcamError, InvalidInput, InvalidRow
-from gradcam_worker.execution.services import ImageSource
+from gradcam_worker.execution.services import ImageFetcher
 from gradcam_worker.gradcam.classes import percent
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.imaging.html import filled, in_base64
 from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, enlarge, within_edge
-from gradcam_worker.images.fetch import Images
+from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef
 from gradcam_worker.settings import Settings
@@ -48,7 +55,7 @@ IMAGE_S = 60.0  # that one image is
 
 
 @dataclass(frozen=True)
-class Wish:
+class GalleryOptions:
     """What to show."""
 
     classes: tuple[str, ...] | None = None  # ids, wnids or names; None: those that came first most often
@@ -68,7 +75,7 @@ class Gallery:
 
 
 def make(
-    dataset: str, output: Path, wish: Wish, settings: Settings, report: Report = lambda *_: None
+    dataset: str, output: Path, wish: GalleryOptions, settings: Settings, report: Report = lambda *_: None
 ) -> Gallery:
     """Write the page of a dataset, a folder or s3://bucket/prefix, to the file `output`, in one step.
 
@@ -76,7 +83,7 @@ def make(
     """
     s3 = S3(settings)
     limits = Limits(settings.max_image_pixels, settings.max_image_side)
-    made = gallery(_opened(dataset, s3), Images(settings, s3), limits, wish, report)
+    made = gallery(_opened(dataset, s3), UriFetcher(settings, s3), limits, wish, report)
     FolderStore(output.parent).put(output.name, made.page, "text/html")
     return made
 
@@ -93,13 +100,13 @@ def _opened(dataset: str, s3: S3) -> Store:
 
 
 def gallery(
-    store: Store, images: ImageSource, limits: Limits, wish: Wish, report: Report = lambda *_: None
+    store: Store, images: ImageFetcher, limits: Limits, wish: GalleryOptions, report: Report = lambda *_: None
 ) -> Gallery:
     """The page of the dataset in `store`: at most `LIMIT` bytes, always the same for the same images.
 
     Raises InvalidInput where there is no dataset, or nothing in it to show; StorageUnavailable.
     """
-    found = survey(store, wish.per_class, report)
+    found = read_statistics(store, wish.per_class, report)
     complete = store.find("dataset.json", Deadline(READ_S)) is not None
     chosen = found.chosen(wish.classes, wish.max_classes)
     pictures = [kept.record for one in chosen for group in one.pictures() for kept in group]
@@ -122,7 +129,7 @@ def gallery(
 
 
 def _photos(
-    records: Sequence[Mapping[str, Any]], images: ImageSource, limits: Limits, most: int
+    records: Sequence[Mapping[str, Any]], images: ImageFetcher, limits: Limits, most: int
 ) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
     """Each row's image as the page gets it, in order; why there is none, where there is none."""
     decoding = threading.Lock()  # one at a time: each may take a gigabyte
@@ -138,7 +145,7 @@ def _photos(
 
 
 def _photo(
-    record: Mapping[str, Any], images: ImageSource, limits: Limits, most: int, decoding: threading.Lock
+    record: Mapping[str, Any], images: ImageFetcher, limits: Limits, most: int, decoding: threading.Lock
 ) -> dict[str, Any]:
     """An image that is certainly the one that was explained, made small."""
     try:
@@ -159,7 +166,7 @@ def _photo(
     return {"code": "too_many_pictures", "detail": "On this page there is no room for it."}
 
 
-def _data(found: Survey, chosen: Sequence[Class], *, complete: bool) -> dict[str, Any]:
+def _data(found: ClassStatistics, chosen: Sequence[ClassSummary], *, complete: bool) -> dict[str, Any]:
     """All that the page is told, but for the photos."""
     rows, columns = (min(side, SIDE) for side in chosen[0].total.shape)
     method = found.method.name
@@ -182,7 +189,7 @@ def _data(found: Survey, chosen: Sequence[Class], *, complete: bool) -> dict[str
         cells = enlarge(np.clip(finite, 0, 1), (rows, columns))
         return in_base64(np.rint(cells * FULL).astype("<u2").tobytes())
 
-    def row(kept: Kept) -> dict[str, Any]:
+    def row(kept: TopRow) -> dict[str, Any]:
         record, longer = kept.record, max(kept.record["width"], kept.record["height"])
         return {
             "row": record["row"],

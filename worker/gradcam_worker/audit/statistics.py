@@ -18,7 +18,7 @@ from gradcam_worker.artifacts.dataset import Batch, batches, summary_of
 from gradcam_worker.errors import InvalidInput, StorageUnavailable
 from gradcam_worker.gradcam.classes import fold
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.options import Method
+from gradcam_worker.schemas.options import MethodSpec
 from gradcam_worker.storage.stores import Store
 from gradcam_worker.text.similar_names import nearest
 
@@ -31,7 +31,7 @@ Report = Callable[[str, int, int], None]  # what is done, how many of them, of h
 
 
 @dataclass(frozen=True, order=True)
-class Kept:
+class TopRow:
     """A row of which the page may show a picture; the greater, the sooner."""
 
     key: tuple[bool, float, int, int]  # first class of its image, confidence, earlier row, earlier class
@@ -40,7 +40,7 @@ class Kept:
 
 
 @dataclass
-class Class:
+class ClassSummary:
     """What is known of a class so far."""
 
     id: int
@@ -50,10 +50,10 @@ class Class:
     count: int = 0  # heatmaps
     first: int = 0  # images in which it had the highest score
     probability: float = 0  # sum
-    most: list[Kept] = field(default_factory=list)  # heaps, the least of each at its beginning
-    least: list[Kept] = field(default_factory=list)  # twice as many: some may be among the most confident
+    most: list[TopRow] = field(default_factory=list)  # heaps, the least of each at its beginning
+    least: list[TopRow] = field(default_factory=list)  # twice as many: some may be among the most confident
 
-    def pictures(self) -> tuple[list[Kept], list[Kept]]:
+    def pictures(self) -> tuple[list[TopRow], list[TopRow]]:
         """The most confident, and as many least confident of the rest, in order."""
         most = sorted(self.most, reverse=True)
         shown = {(one.record["row"], one.record["index"]) for one in most}
@@ -63,13 +63,13 @@ class Class:
 
 
 @dataclass
-class Survey:
+class ClassStatistics:
     """What a dataset holds, as far as it has been read."""
 
     per_class: int
-    classes: dict[int, Class] = field(default_factory=dict)
+    classes: dict[int, ClassSummary] = field(default_factory=dict)
     networks: dict[str, None] = field(default_factory=dict)
-    method: Method = field(default_factory=Method)
+    method: MethodSpec = field(default_factory=MethodSpec)
     rows: int = 0
     codes: Counter[str] = field(default_factory=Counter)
 
@@ -93,27 +93,29 @@ class Survey:
             self._offer(seen.most, self.per_class, (first, probability), batch, place)
             self._offer(seen.least, 2 * self.per_class, (first, -probability), batch, place)
 
-    def _class(self, batch: Batch, place: int, grid: tuple[int, ...]) -> Class:
+    def _class(self, batch: Batch, place: int, grid: tuple[int, ...]) -> ClassSummary:
         class_id = int(batch.class_ids[place])
         if class_id not in self.classes:
             one = batch.record(place)
             names = str(one["wnid"] or ""), str(one["class_name"] or "")
-            self.classes[class_id] = Class(class_id, *names, np.zeros(grid))
+            self.classes[class_id] = ClassSummary(class_id, *names, np.zeros(grid))
         found = self.classes[class_id]
         if found.total.shape != grid:
             message = f"Its heatmaps have {found.total.shape} cells in one file and {grid} in another."
             raise InvalidInput(message)
         return found
 
-    def _offer(self, heap: list[Kept], most: int, key: tuple[bool, float], batch: Batch, place: int) -> None:
+    def _offer(
+        self, heap: list[TopRow], most: int, key: tuple[bool, float], batch: Batch, place: int
+    ) -> None:
         """Keep a row, if it is among the `most` greatest; of equals, those that came before."""
         if len(heap) == most and key <= heap[0].key[:2]:
             return
         one = batch.record(place)
-        kept = Kept((*key, -one["row"], -one["index"]), one, batch.heatmaps[place].copy())
+        kept = TopRow((*key, -one["row"], -one["index"]), one, batch.heatmaps[place].copy())
         (heapq.heappush if len(heap) < most else heapq.heapreplace)(heap, kept)
 
-    def chosen(self, names: Sequence[str] | None, most: int) -> list[Class]:
+    def chosen(self, names: Sequence[str] | None, most: int) -> list[ClassSummary]:
         """The `names`d classes (by id, wnid or name), or so many: those that came first most often, first.
 
         Raises InvalidInput.
@@ -128,11 +130,11 @@ class Survey:
         if not names:
             message = "The list of classes is empty: name ids, wnids or names, or leave it out."
             raise InvalidInput(message)
-        spelled: dict[str, dict[int, Class]] = {}
+        spelled: dict[str, dict[int, ClassSummary]] = {}
         for one in known:
             for spelling in {str(one.id), fold(one.wnid), fold(one.name)} - {""}:
                 spelled.setdefault(spelling, {})[one.id] = one
-        found: dict[int, Class] = {}
+        found: dict[int, ClassSummary] = {}
         for name in names:
             if fold(name) not in spelled:
                 near = nearest(fold(name), spelled)
@@ -143,13 +145,13 @@ class Survey:
         return [one for one in known if one.id in found]
 
 
-def survey(store: Store, per_class: int, report: Report = lambda *_: None) -> Survey:
+def read_statistics(store: Store, per_class: int, report: Report = lambda *_: None) -> ClassStatistics:
     """Read the dataset in `store`, a few files ahead. Raises InvalidInput, StorageUnavailable."""
     names = [name for name in store.names("data") if name.endswith(".parquet")]
     if not names:
         message = f"There is no dataset at {store.uri('data')}. {FORMAT}"
         raise InvalidInput(message)
-    found = Survey(per_class)
+    found = ClassStatistics(per_class)
     for done, (name, data) in enumerate(_files(store, names)):
         try:
             said = summary_of(data)

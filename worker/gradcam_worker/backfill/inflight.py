@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from gradcam_worker.errors import LedgerUnavailable, UnknownJob
 from gradcam_worker.ledger.ledger import Ledger
-from gradcam_worker.schemas.job import StatusDocument
 from gradcam_worker.schemas.shard import Shard
+from gradcam_worker.schemas.status import StatusDocument
 
 log = logging.getLogger("gradcam")
 
@@ -32,16 +32,16 @@ HOPELESS = {
 
 
 @dataclass(frozen=True)
-class Flight:
+class InFlightShard:
     """A shard on its way."""
 
     shard: Shard
     tries: int = 1
     before: tuple[str, ...] = ()  # ids under which it has ended, and not well
 
-    def again(self) -> "Flight":
+    def again(self) -> "InFlightShard":
         """The same shard, once more."""
-        return Flight(renamed(self.shard, "again"), self.tries + 1, (*self.before, self.shard.id))
+        return InFlightShard(renamed(self.shard, "again"), self.tries + 1, (*self.before, self.shard.id))
 
 
 def renamed(shard: Shard, name: str) -> Shard:
@@ -49,7 +49,7 @@ def renamed(shard: Shard, name: str) -> Shard:
     return shard.model_copy(update={"id": str(uuid.uuid5(uuid.UUID(shard.id), name))})
 
 
-class Flights:
+class InFlight:
     """Those of one backfill. Raises LedgerUnavailable wherever the ledger cannot be reached."""
 
     def __init__(
@@ -66,14 +66,14 @@ class Flights:
         """
         self._ledger, self._done, self._announce, self._say = ledger, done, announce, say
         self.ids: tuple[str, ...] = ()  # of all that may be in flight
-        self.held: dict[str, Flight] = {}
+        self.held: dict[str, InFlightShard] = {}
         self.partly = 0  # rows of them that are explained
         self._said: set[str] = set()  # codes
 
     def __len__(self) -> int:
         return len(self.held)
 
-    def submit(self, flight: Flight) -> tuple[Flight, StatusDocument]:
+    def submit(self, flight: InFlightShard) -> tuple[InFlightShard, StatusDocument]:
         """Submit a shard; return it as it was, and its document: final where it was done already."""
         while True:
             shard = flight.shard
@@ -89,10 +89,10 @@ class Flights:
                 return flight, document
             flight = replace(flight.again(), tries=flight.tries)  # that was in an earlier run
 
-    def look(self) -> list[tuple[Flight, StatusDocument | None]]:
+    def look(self) -> list[tuple[InFlightShard, StatusDocument | None]]:
         """Those that have ended since; without a document where the ledger has forgotten them."""
         documents = self._ledger.read_many(list(self.held)) if self.held else {}
-        ended: list[tuple[Flight, StatusDocument | None]] = []
+        ended: list[tuple[InFlightShard, StatusDocument | None]] = []
         self.partly = 0
         for job_id, flight in list(self.held.items()):
             document = documents.get(job_id)
@@ -117,7 +117,7 @@ class Flights:
             self._said.add(why.code)
             self._say(f"A shard waits for its next attempt, because of {why.code}: {why.detail}")
 
-    def _bury(self, flight: Flight) -> None:
+    def _bury(self, flight: InFlightShard) -> None:
         """A shard that has succeeded is no dead letter, whatever became of it before."""
         try:
             for one in flight.before:

@@ -19,9 +19,9 @@ from pydantic import ValidationError
 from gradcam_worker.backfill.plan import Plan
 from gradcam_worker.errors import BackfillConflict
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import NetworkRef, StatusDocument
-from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.shard import DATASET, Shard, data_key, failed_key, key_of
+from gradcam_worker.schemas.status import NetworkRef, StatusDocument
 from gradcam_worker.storage.stores import Store
 from gradcam_worker.text.visible import counted
 
@@ -65,7 +65,7 @@ def _is_left(name: str) -> bool:
     return name in {PLAN, NETWORK, SEAL} or key_of(name) is not None or LEFT.match(name) is not None
 
 
-class Output:
+class DatasetDir:
     """A backfill's output. Raises StorageUnavailable, OutputNotAllowed where it cannot be used."""
 
     def __init__(self, store: Store) -> None:
@@ -261,7 +261,7 @@ class Output:
 class Weights:
     """With which weights, and at which layer, all shards of an output have to be explained."""
 
-    def __init__(self, output: Output) -> None:
+    def __init__(self, output: DatasetDir) -> None:
         """What the first shard was explained with, if that is known yet."""
         self._output, self.network = output, output.network()
 

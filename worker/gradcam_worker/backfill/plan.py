@@ -14,10 +14,12 @@ from typing import Annotated, Literal, Self
 from pydantic import AwareDatetime, Field, StringConstraints, ValidationError, model_validator
 
 from gradcam_worker.errors import InvalidRow
-from gradcam_worker.schemas.job import Job, Problem, Sha256
-from gradcam_worker.schemas.model import Wire, describe, new_id, utc_now
-from gradcam_worker.schemas.options import Method, Metric, Name, OverlayWish, Target
+from gradcam_worker.schemas.ids import new_id, utc_now
+from gradcam_worker.schemas.job import Job, Sha256
+from gradcam_worker.schemas.model import RequestModel, describe
+from gradcam_worker.schemas.options import MethodSpec, Metric, Name, OverlaySpec, Target
 from gradcam_worker.schemas.shard import MAX_ROWS, Row, Shard
+from gradcam_worker.schemas.status import Problem
 from gradcam_worker.text.visible import visible
 
 MAX_BYTES = (
@@ -29,7 +31,7 @@ SHOWN = 1000  # characters of a URI that is only shown
 WISH = ("network", "weights_sha256", "target", "method", "metrics", "artifacts")
 
 
-class Plan(Wire):
+class Plan(RequestModel):
     """`gradcam.backfill/v1`: what was asked for, of every row of the input; kept beside what came of it."""
 
     schema_: Literal["gradcam.backfill/v1"] = Field(default="gradcam.backfill/v1", alias="schema")
@@ -40,9 +42,9 @@ class Plan(Wire):
     network: Name
     weights_sha256: Sha256 | None = None  # which weights it must be; None: whichever the workers have
     target: Target
-    method: Method = Method()
+    method: MethodSpec = MethodSpec()
     metrics: Annotated[tuple[Metric, ...], Field(max_length=2)] = ()
-    artifacts: Annotated[tuple[OverlayWish, ...], Field(max_length=3)] = ()
+    artifacts: Annotated[tuple[OverlaySpec, ...], Field(max_length=3)] = ()
     shard_rows: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 256
     created_at: AwareDatetime = Field(default_factory=utc_now)
 
@@ -156,6 +158,6 @@ def _too_long(row: Row, size: int, limit: int) -> Row:
 def _said(value: object) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_said, value))}]"
-    if isinstance(value, Wire):
+    if isinstance(value, RequestModel):
         return json.dumps(value.model_dump(mode="json", exclude_none=True))
     return json.dumps(value) if value is not None else "any"

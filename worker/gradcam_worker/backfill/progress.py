@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Pace:
+class RunOptions:
     """How a backfill is run."""
 
     window: int | None = None  # shards in flight; None: as many as keep the workers busy
@@ -30,7 +30,7 @@ class Pace:
         """How many shards may be in flight, where workers have `each` in hand."""
         return self.window or max((workers or 0) * each * PER_WORKER, LEAST_WINDOW)
 
-    def hopeless(self, now: "Standing", shards: int) -> str | None:
+    def hopeless(self, now: "Progress", shards: int) -> str | None:
         """Why there is no use in going on after so many shards, where there is none."""
         enough = now.done >= ENOUGH_ROWS or shards >= ENOUGH_SHARDS
         if not enough or now.failed <= self.max_failed * now.done:
@@ -40,7 +40,7 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Standing:
+class Progress:
     """How far a backfill is, in rows of its input where nothing else is said."""
 
     planned: int = 0  # rows read so far
@@ -65,7 +65,7 @@ class Standing:
         return {**vars(self), "codes": dict(self.codes)}
 
 
-class Speed:
+class RateMeter:
     """How fast a number has grown lately."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Speed:
         return round(max(number - then, 0) / (now_s - then_s), 1) if now_s > then_s else 0.0
 
 
-class Outages:
+class OutageLog:
     """Of the ledger and of the broker, each told apart: they are tried again for ever, and said once."""
 
     def __init__(self, say: Callable[[str], None]) -> None:

@@ -28,9 +28,9 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from gradcam_worker.errors import BackfillConflict, LedgerUnavailable
+from gradcam_worker.ledger.redis.client import RedisServer
 from gradcam_worker.ledger.redis.outbox_scripts import NOW
-from gradcam_worker.ledger.redis.store import Server
-from gradcam_worker.schemas.model import new_id
+from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.shard import Shard
 
 log = logging.getLogger("gradcam")
@@ -91,26 +91,26 @@ return {held[1], held[2], lives and 1 or 0}
 
 
 @dataclass(frozen=True)
-class Record:
+class BackfillRecord:
     """What is remembered of a backfill."""
 
-    facts: dict[str, Any]  # as `Seat` was given them, and `host` and `pid`
+    facts: dict[str, Any]  # as `BackfillLease` was given them, and `host` and `pid`
     shards: tuple[str, ...]  # ids of those in flight
     lives: bool  # somebody runs it
 
 
 @dataclass(frozen=True)
-class Heard:
+class LeaseStatus:
     """What whoever runs a backfill learned when it said so."""
 
     owner: bool  # the output is its own
     running: int = 1  # backfills, this one included
     cancel: bool = False  # it is to end
-    before: Record | None = None  # what was held until now
+    before: BackfillRecord | None = None  # what was held until now
     token: str = field(default="", repr=False)  # what its shards have to show
 
 
-class Fleet(Protocol):
+class BackfillRegistry(Protocol):
     """All backfills. Raises LedgerUnavailable wherever it cannot be reached."""
 
     def beat(
@@ -122,7 +122,7 @@ class Fleet(Protocol):
         token: str,
         *,
         enter: bool = False,
-    ) -> Heard:
+    ) -> LeaseStatus:
         """Say that a backfill is run. `enter`: as the first thing of all, with a token of its own choice."""
         ...
 
@@ -130,15 +130,15 @@ class Fleet(Protocol):
         """Say that nobody runs it any more."""
         ...
 
-    def find(self, output: str, *, cancel: bool = False) -> Record | None:
+    def find(self, output: str, *, cancel: bool = False) -> BackfillRecord | None:
         """What is remembered of the backfill of an output; with `cancel`, whoever runs it shall end it."""
         ...
 
 
-class RedisFleet:
-    """The fleet in one Redis or Valkey server: see `Fleet`."""
+class RedisBackfillRegistry:
+    """The fleet in one Redis or Valkey server: see `BackfillRegistry`."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: RedisServer) -> None:
         """The ledger's server."""
         self._server = server
 
@@ -151,8 +151,8 @@ class RedisFleet:
         token: str,
         *,
         enter: bool = False,
-    ) -> Heard:
-        """See `Fleet.beat`."""
+    ) -> LeaseStatus:
+        """See `BackfillRegistry.beat`."""
         own, running, cancel, before, theirs, token = self._server.run(
             BEAT,
             _place(output),
@@ -164,17 +164,21 @@ class RedisFleet:
             "enter" if enter else "",
             token,
         )
-        record = Record(json.loads(before), tuple(json.loads(theirs)), not own) if before else None
-        return Heard(bool(own), int(running), bool(cancel), record, token)
+        record = BackfillRecord(json.loads(before), tuple(json.loads(theirs)), not own) if before else None
+        return LeaseStatus(bool(own), int(running), bool(cancel), record, token)
 
     def leave(self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str]) -> None:
-        """See `Fleet.leave`."""
+        """See `BackfillRegistry.leave`."""
         self._server.run(LEAVE, _place(output), owner, json.dumps(facts), json.dumps(shards))
 
-    def find(self, output: str, *, cancel: bool = False) -> Record | None:
-        """See `Fleet.find`."""
+    def find(self, output: str, *, cancel: bool = False) -> BackfillRecord | None:
+        """See `BackfillRegistry.find`."""
         found = self._server.run(FIND, _place(output), int(FRESH_S * 1000), "cancel" if cancel else "")
-        return Record(json.loads(found[0]), tuple(json.loads(found[1])), bool(found[2])) if found else None
+        return (
+            BackfillRecord(json.loads(found[0]), tuple(json.loads(found[1])), bool(found[2]))
+            if found
+            else None
+        )
 
     def admits(self, shard: Shard) -> bool:
         """Whether a shard shows the token of a backfill that is remembered. Raises LedgerUnavailable."""
@@ -187,7 +191,7 @@ class RedisFleet:
         return hmac.compare_digest(str(token or "").encode(), shard.token.encode())
 
     def running(self) -> list[dict[str, Any]]:
-        """The facts of all that are run, as `Seat` was given them. Raises LedgerUnavailable."""
+        """The facts of all that are run, as `BackfillLease` was given them. Raises LedgerUnavailable."""
         with self._server.reaching():
             seconds, micros = self._server.redis.time()
             fresh_ms = (seconds + micros / 1e6 - FRESH_S) * 1000
@@ -203,15 +207,15 @@ def _place(output: str) -> str:
 
 
 @dataclass
-class Seat:
+class BackfillLease:
     """A backfill's place in the fleet, for as long as it is run: says so from a thread of its own."""
 
-    fleet: Fleet
+    fleet: BackfillRegistry
     output: str
     facts: Callable[[], dict[str, Any]]
     shards: Callable[[], Sequence[str]]
-    heard: Heard = field(default=Heard(owner=True), init=False)
-    before: Record | None = field(default=None, init=False)  # what was remembered of it when it began
+    heard: LeaseStatus = field(default=LeaseStatus(owner=True), init=False)
+    before: BackfillRecord | None = field(default=None, init=False)  # what was remembered of it when it began
     token: str = field(default_factory=partial(secrets.token_urlsafe, 32), init=False, repr=False)
     _owner: str = field(default_factory=new_id, init=False)
     _stopped: threading.Event = field(default_factory=threading.Event, init=False)
@@ -240,7 +244,7 @@ class Seat:
         except LedgerUnavailable as unavailable:  # it is forgotten soon enough
             log.debug("the fleet is not told of the end: %s", unavailable)
 
-    def beat(self, *, enter: bool = False) -> Heard:
+    def beat(self, *, enter: bool = False) -> LeaseStatus:
         """Say now that it is run, and which shards are in flight. Raises LedgerUnavailable."""
         self.heard = self.fleet.beat(
             self.output, self._owner, self._said(), self.shards(), self.token, enter=enter
@@ -265,7 +269,7 @@ class Seat:
                 log.exception("the fleet could not be told")
 
 
-def _was_killed(record: Record | None) -> bool:
+def _was_killed(record: BackfillRecord | None) -> bool:
     """Whether who said that it runs it was a process of this machine, and is none any more."""
     facts = record.facts if record else {}
     if facts.get("host") != platform.node() or not isinstance(facts.get("pid"), int):
@@ -279,7 +283,7 @@ def _was_killed(record: Record | None) -> bool:
     return False
 
 
-def _taken(output: str, record: Record | None) -> str:
+def _taken(output: str, record: BackfillRecord | None) -> str:
     facts = record.facts if record else {}
     return (
         f"The backfill of {output} is run by process {facts.get('pid')} on {facts.get('host')}: wait for it, "

@@ -14,52 +14,52 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from gradcam_worker.backfill.inflight import HOPELESS, Flight, Flights, renamed
-from gradcam_worker.backfill.output import Output, Weights
+from gradcam_worker.backfill.inflight import HOPELESS, InFlight, InFlightShard, renamed
+from gradcam_worker.backfill.output import DatasetDir, Weights
 from gradcam_worker.backfill.plan import Plan
-from gradcam_worker.backfill.progress import Outages, Pace, Speed, Standing
-from gradcam_worker.backfill.registry import Fleet, Seat
+from gradcam_worker.backfill.progress import OutageLog, Progress, RateMeter, RunOptions
+from gradcam_worker.backfill.registry import BackfillLease, BackfillRegistry
 from gradcam_worker.errors import BackfillConflict, BackfillStopped, InvalidInput, LedgerUnavailable
 from gradcam_worker.ledger.ledger import Ledger
-from gradcam_worker.resilience.prefetch import Ahead
-from gradcam_worker.schemas.job import StatusDocument
+from gradcam_worker.resilience.prefetch import Prefetcher
 from gradcam_worker.schemas.shard import Shard
+from gradcam_worker.schemas.status import StatusDocument
 
 log = logging.getLogger("gradcam")
 
 TRIES = 3  # of a shard that fails as a whole
 FIRST_LOOK_S, LAST_LOOK_S = 0.05, 1.0  # between two looks at what is in flight: longer while nothing changes
 TURN_S = 0.2  # of handing out shards
-AT_EASE = Pace()
+AT_EASE = RunOptions()
 WORKERS_EVERY_S = 2.0  # between two questions who works
 
 
-class Backfill:
+class BackfillRunner:
     """Runs a plan: from its input to the seal of its dataset."""
 
     def __init__(
         self,
         plan: Plan,
-        output: Output,
+        output: DatasetDir,
         ledger: Ledger,
         ring: Callable[[str], None],
-        fleet: Fleet,
+        fleet: BackfillRegistry,
         *,
-        pace: Pace = AT_EASE,
+        pace: RunOptions = AT_EASE,
         each: int = 2,
-        show: Callable[[Standing], None] = lambda _: None,
+        show: Callable[[Progress], None] = lambda _: None,
         say: Callable[[str], None] = log.warning,
     ) -> None:
         """`ring` publishes a shard by its id. A worker has `each` shards in hand at most.
 
         `show` is called again and again with how far it is, `say` with what somebody should know.
         """
-        self.plan, self.standing, self._speed = plan, Standing(), Speed()
+        self.plan, self.standing, self._speed = plan, Progress(), RateMeter()
         self._output, self._ledger, self._ring, self._fleet = output, ledger, ring, fleet
         self._pace, self._each, self._show, self._say = pace, each, show, say
-        self._outages = Outages(say)
-        self.flights = Flights(ledger, output.has, self._announce, say)
-        self._waiting: deque[Flight] = deque()  # to be submitted before any other
+        self._outages = OutageLog(say)
+        self.flights = InFlight(ledger, output.has, self._announce, say)
+        self._waiting: deque[InFlightShard] = deque()  # to be submitted before any other
         self._keys: list[str] = []  # of all shards of the input so far
         self._codes: Counter[str] = Counter()
         self._unknown: list[str] = []  # ids of shards that nobody knows with which weights they were done
@@ -67,11 +67,11 @@ class Backfill:
         self._free_s = self._asked_s = 0.0  # when the next shard may go; when workers were counted last
         self._unsealed = False
 
-    def seat(self) -> Seat:
+    def seat(self) -> BackfillLease:
         """This backfill's place in the fleet: enter it, then `run`."""
-        return Seat(self._fleet, self.plan.output, self._facts, lambda: self.flights.ids)
+        return BackfillLease(self._fleet, self.plan.output, self._facts, lambda: self.flights.ids)
 
-    def run(self, seat: Seat, shards: Iterable[Shard]) -> dict[str, Any] | None:
+    def run(self, seat: BackfillLease, shards: Iterable[Shard]) -> dict[str, Any] | None:
         """Make the output its own and run it; return the seal, or None where shards are missing.
 
         Ledger and broker, when they are away, are tried again for ever. Raises BackfillConflict,
@@ -83,7 +83,7 @@ class Backfill:
         self._output.begin(self.plan)
         self._weights, self._held = Weights(self._output), self._output.done()
         self._with_failed = self._output.failed() if self._pace.only_failed else frozenset()
-        with Ahead(shards) as ahead:
+        with Prefetcher(shards) as ahead:
             pause_s = FIRST_LOOK_S
             while not self._over():
                 self._heed()
@@ -120,7 +120,7 @@ class Backfill:
         if self._seat.heard.cancel:
             self._stop("The backfill was cancelled on request.")
 
-    def _turn(self, ahead: Ahead[Shard]) -> None:
+    def _turn(self, ahead: Prefetcher[Shard]) -> None:
         """Raises LedgerUnavailable: the next one does what is left."""
         self._count_workers()
         self._hand_out(ahead)
@@ -138,7 +138,7 @@ class Backfill:
         """Whether the window or the rate allow no other shard just now."""
         return len(self.flights) >= self._window() or time.monotonic() < self._free_s
 
-    def _hand_out(self, ahead: Ahead[Shard]) -> None:
+    def _hand_out(self, ahead: Prefetcher[Shard]) -> None:
         """Submit what may be, for a little while: there are other things to do."""
         end = time.monotonic() + TURN_S
         while not self._full() and time.monotonic() < end and not self._over():
@@ -166,9 +166,9 @@ class Backfill:
             if key != shard.key:
                 self._drop(key, shard)
         if shard.key not in there:
-            self._waiting.append(Flight(shard))
+            self._waiting.append(InFlightShard(shard))
         elif shard.key in self._with_failed:
-            self._waiting.append(Flight(renamed(shard, "failed").model_copy(update={"keep": True})))
+            self._waiting.append(InFlightShard(renamed(shard, "failed").model_copy(update={"keep": True})))
         else:
             self.standing = replace(self.standing, before=self.standing.before + rows)
             if not self._weights.network:
@@ -190,7 +190,7 @@ class Backfill:
             self._output.unseal()
             self._unsealed = True
 
-    def _submit(self, flight: Flight) -> None:
+    def _submit(self, flight: InFlightShard) -> None:
         self._unseal()
         shard = self._weights.pinned(flight.shard).model_copy(update={"token": self._seat.token})
         flight, document = self.flights.submit(replace(flight, shard=shard))
@@ -220,7 +220,7 @@ class Backfill:
                 self._compare(one)
             self._unknown.clear()
 
-    def _succeeded(self, flight: Flight, document: StatusDocument) -> None:
+    def _succeeded(self, flight: InFlightShard, document: StatusDocument) -> None:
         found = {name.partition("failed_")[2]: int(count) for name, count in document.metrics.items()}
         self._count(flight.shard, {code: count for code, count in found.items() if code})
         self._compare(document)
@@ -246,7 +246,7 @@ class Backfill:
                 resume=False,
             )
 
-    def _went_wrong(self, flight: Flight, document: StatusDocument) -> None:
+    def _went_wrong(self, flight: InFlightShard, document: StatusDocument) -> None:
         """A shard has failed as a whole."""
         code = document.error.code if document.error else document.status
         why = f"{code}: {document.error.detail if document.error else 'nobody knows why'}"

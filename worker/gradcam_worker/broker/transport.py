@@ -19,7 +19,7 @@ from kombu.utils.encoding import bytes_to_str
 
 from gradcam_worker.broker import message as envelope
 from gradcam_worker.schemas import strict_json
-from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.schemas.ids import utc_now
 
 log = logging.getLogger("gradcam")
 

@@ -125,11 +125,11 @@ def run(
     """
     from gradcam_worker.backfill.inputs.open import open_input
     from gradcam_worker.backfill.plan import shards
-    from gradcam_worker.backfill.progress import Pace
-    from gradcam_worker.backfill.registry import RedisFleet
-    from gradcam_worker.backfill.runner import Backfill
+    from gradcam_worker.backfill.progress import RunOptions
+    from gradcam_worker.backfill.registry import RedisBackfillRegistry
+    from gradcam_worker.backfill.runner import BackfillRunner
     from gradcam_worker.ledger.redis.store import RedisLedger
-    from gradcam_worker.operations.progress_bar import Counted, Progress, print_line, summary
+    from gradcam_worker.operations.progress_bar import BackfillProgressBar, Counted, print_line, summary
 
     resume = resume or pace["only_failed"] or pace["changed"]
     settings = Settings.from_environment()
@@ -140,14 +140,14 @@ def run(
         plan = place.agreed(asked, resume=resume, changed=pace["changed"])
         watched = Counted(rows)
         form = "json" if as_json else "terminal" if console.err.is_terminal else "lines"
-        progress = Progress(form, watched.total)
-        runs = Backfill(
+        progress = BackfillProgressBar(form, watched.total)
+        runs = BackfillRunner(
             plan,
             place,
             ledger,
             _ring(settings),
-            RedisFleet(ledger.server),
-            pace=Pace(**pace),
+            RedisBackfillRegistry(ledger.server),
+            pace=RunOptions(**pace),
             each=settings.shards,
             show=progress.show,
             say=progress.say,
@@ -200,9 +200,9 @@ def _plan(wish: dict[str, Any], settings: Settings) -> "Plan":
 
 
 def _ring(settings: Settings) -> Callable[[str], None]:
-    from gradcam_worker.broker.app import Bell
+    from gradcam_worker.broker.publisher import Publisher
 
-    bell = Bell(settings)
+    bell = Publisher(settings)
     return lambda job_id: bell.ring([job_id], ROUTE)
 
 

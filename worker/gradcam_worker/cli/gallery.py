@@ -42,9 +42,9 @@ def gallery(
       gradcam gallery s3://results/cams
       gradcam gallery cams --classes Egyptian_cat,tabby --per-class 12 -o cats.html
     """
-    from gradcam_worker.audit.gallery import Wish, make
+    from gradcam_worker.audit.gallery import GalleryOptions, make
 
-    wish = Wish(classes, per_class, max_classes)
+    wish = GalleryOptions(classes, per_class, max_classes)
     with console.err.status("reading") as status:
 
         def report(what: str, done: int, of: int) -> None:

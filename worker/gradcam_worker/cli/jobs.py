@@ -8,13 +8,15 @@ from typing import Any, TypeVar, get_args
 import click
 
 from gradcam_worker.operations import console
-from gradcam_worker.schemas.job import Job, Method, Metric, StatusDocument, why_no_uri
+from gradcam_worker.schemas.job import Job, why_no_uri
+from gradcam_worker.schemas.options import MethodSpec, Metric
+from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 DEFAULT_NETWORK = "efficientnet_lite0"
 METHODS, SCORES, NORMALIZE = (
-    get_args(Method.model_fields[name].annotation) for name in ("name", "score", "normalize")
+    get_args(MethodSpec.model_fields[name].annotation) for name in ("name", "score", "normalize")
 )
 
 

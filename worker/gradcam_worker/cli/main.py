@@ -134,10 +134,10 @@ def doctor(*, as_json: bool, expect_workers: int) -> int:
       gradcam doctor
       gradcam doctor --expect-workers 2
     """
-    from gradcam_worker.operations.doctor import examine
+    from gradcam_worker.operations.doctor import run_checks
 
     findings = []
-    for finding in examine(Settings.from_environment(), expected_workers=expect_workers):
+    for finding in run_checks(Settings.from_environment(), expected_workers=expect_workers):
         findings.append(finding)
         if not as_json:
             mark = "[green]ok  [/]" if finding.well else "[red]FAIL[/]"

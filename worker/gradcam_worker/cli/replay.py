@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from gradcam_worker.ledger.dead_letters import DeadLetters, Letter
-from gradcam_worker.ledger.outbox import Outbox, Parked
+from gradcam_worker.ledger.dead_letters import DeadLetter, DeadLetters
+from gradcam_worker.ledger.outbox import DeadDelivery, Outbox
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import console
@@ -113,7 +113,7 @@ def replay(
 
 
 def _list_letters(
-    dead: DeadLetters, letters: list[Letter], total: int, *, as_json: bool, details: bool
+    dead: DeadLetters, letters: list[DeadLetter], total: int, *, as_json: bool, details: bool
 ) -> int:
     """Show them; return how many can be replayed."""
     found = [(letter, dead.look(letter)) for letter in letters]
@@ -129,7 +129,7 @@ def _list_letters(
     return sum(isinstance(job, Job) for _, job in found)
 
 
-def _letter_facts(letter: Letter, job: Job | str) -> dict[str, Any]:
+def _letter_facts(letter: DeadLetter, job: Job | str) -> dict[str, Any]:
     problem = letter.document.error if letter.document else None
     return {
         "id": letter.id,
@@ -185,7 +185,7 @@ def redeliver(
     return 1 if missing else 0
 
 
-def _fits(one: Parked, job_ids: tuple[str, ...], url: str | None, since_s: float | None) -> bool:
+def _fits(one: DeadDelivery, job_ids: tuple[str, ...], url: str | None, since_s: float | None) -> bool:
     return (
         (not job_ids or one.job_id in job_ids)
         and (url is None or url in _names(one.url))
@@ -198,7 +198,7 @@ def _names(url: str | None) -> set[str]:
     return {url, without_secrets(url)} if url else set()
 
 
-def _unpark(outbox: Outbox, parked: list[Parked], url: str | None) -> list[Parked]:
+def _unpark(outbox: Outbox, parked: list[DeadDelivery], url: str | None) -> list[DeadDelivery]:
     """Those of whom something was left to tell, the oldest first. A URL that is named is asked again."""
     for one in {url, *(one.url for one in parked)}:
         if one:
@@ -206,7 +206,7 @@ def _unpark(outbox: Outbox, parked: list[Parked], url: str | None) -> list[Parke
     return [one for one in reversed(parked) if outbox.unpark(one)]
 
 
-def _parked_facts(one: Parked) -> dict[str, Any]:
+def _parked_facts(one: DeadDelivery) -> dict[str, Any]:
     return {
         "job_id": one.job_id,
         "recipient": console.recipient_text(one),

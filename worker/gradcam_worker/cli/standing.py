@@ -11,8 +11,8 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted
 
 if TYPE_CHECKING:  # it is heavy
-    from gradcam_worker.backfill.output import Output
-    from gradcam_worker.backfill.registry import Record
+    from gradcam_worker.backfill.output import DatasetDir
+    from gradcam_worker.backfill.registry import BackfillRecord
     from gradcam_worker.ledger.ledger import Ledger
 
 STATES = {"running": "cyan", "complete": "green", "stopped": "yellow", "damaged": "red"}
@@ -30,14 +30,14 @@ def status(output: str, *, as_json: bool) -> int:
     Example:
       gradcam backfill status s3://results/photos
     """
-    from gradcam_worker.backfill.registry import RedisFleet
+    from gradcam_worker.backfill.registry import RedisBackfillRegistry
     from gradcam_worker.ledger.redis.store import RedisLedger
 
     settings = Settings.from_environment()
     place = opened(output, settings)
     plan, seal = place.held(), place.sealed()
     ledger = RedisLedger(settings)
-    record = RedisFleet(ledger.server).find(place.uri)
+    record = RedisBackfillRegistry(ledger.server).find(place.uri)
     lives, done = record is not None and record.lives, sum(map(len, place.done().values()))
     ended = "stopped" if not seal else "complete" if seal["shards"] == done else "damaged"
     found = {
@@ -54,7 +54,7 @@ def status(output: str, *, as_json: bool) -> int:
     return 0
 
 
-def _last(record: "Record", ledger: "Ledger") -> dict[str, Any]:
+def _last(record: "BackfillRecord", ledger: "Ledger") -> dict[str, Any]:
     """What is remembered of whoever ran it last; of one that nobody runs, what of it still is in flight."""
     if record.lives:
         return record.facts
@@ -103,13 +103,13 @@ def cancel(output: str, *, as_json: bool) -> int:
       gradcam backfill cancel s3://results/photos
     """
     from gradcam_worker.backfill.inflight import cancel as cancel_shards
-    from gradcam_worker.backfill.registry import RedisFleet
+    from gradcam_worker.backfill.registry import RedisBackfillRegistry
     from gradcam_worker.ledger.redis.store import RedisLedger
 
     settings = Settings.from_environment()
     place, ledger = opened(output, settings), RedisLedger(settings)
     place.held()
-    fleet = RedisFleet(ledger.server)
+    fleet = RedisBackfillRegistry(ledger.server)
     record, end = fleet.find(place.uri, cancel=True), time.monotonic() + CANCEL_S
     ran = record is not None and record.lives
     while record and record.lives and time.monotonic() < end:
@@ -133,10 +133,10 @@ def cancel(output: str, *, as_json: bool) -> int:
     return 0 if ended else 1
 
 
-def opened(output: str, settings: Settings) -> "Output":
+def opened(output: str, settings: Settings) -> "DatasetDir":
     """What lies at an output. Raises OutputNotAllowed."""
-    from gradcam_worker.backfill.output import Output
+    from gradcam_worker.backfill.output import DatasetDir
     from gradcam_worker.storage.s3 import S3
     from gradcam_worker.storage.stores import Stores
 
-    return Output(Stores(settings, S3(settings)).open(output))
+    return DatasetDir(Stores(settings, S3(settings)).open(output))

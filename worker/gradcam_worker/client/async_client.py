@@ -22,9 +22,9 @@ from contextlib import aclosing, closing, suppress
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from gradcam_worker.client.client import GradcamClient, call_late
-from gradcam_worker.client.waiter import Listener
+from gradcam_worker.client.waiter import Subscription
 from gradcam_worker.errors import WaitTimeout
-from gradcam_worker.schemas.job import StatusDocument
+from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 
 CALLS_AT_ONCE = 32
@@ -89,7 +89,7 @@ class AsyncGradcamClient:
         """See `GradcamClient.stream`. Whoever may leave it early closes it: `contextlib.aclosing`."""
         loop, woken, watcher = asyncio.get_running_loop(), asyncio.Event(), self.client.watcher
         wake = functools.partial(loop.call_soon_threadsafe, woken.set)
-        listener = Listener(job_id, wake, timeout_s)
+        listener = Subscription(job_id, wake, timeout_s)
         listener.tell(await self._called(functools.partial(watcher.look, listener.job_id)))
         try:
             with closing(watcher.follow(listener)) as steps:

@@ -14,11 +14,11 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
-from gradcam_worker.broker import app
 from gradcam_worker.broker import message as envelope
+from gradcam_worker.broker import publisher
 from gradcam_worker.client import results
 from gradcam_worker.client.results import Objects, Result
-from gradcam_worker.client.waiter import Watcher
+from gradcam_worker.client.waiter import JobWaiter
 from gradcam_worker.errors import (
     BrokerUnavailable,
     GradcamError,
@@ -31,8 +31,9 @@ from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability import tracing
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.resilience.retry import Patience
-from gradcam_worker.schemas.job import Job, StatusDocument, why_no_uri
+from gradcam_worker.resilience.retry import RetryPolicy
+from gradcam_worker.schemas.job import Job, why_no_uri
+from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 
 log = logging.getLogger("gradcam")
@@ -72,8 +73,8 @@ class GradcamClient:
         self._settings = settings = change(broker_url=broker_url, ledger_url=status_url)
         self._traces = tracing.to(settings.traces, "gradcam-client")
         self._ledger = ledger or RedisLedger(settings, timeout_s=TIMEOUT_S, retries=0)
-        self.watcher = Watcher(self._ledger)
-        self._bell, self._publish = app.Bell(settings, timeout_s=TIMEOUT_S), publish
+        self.watcher = JobWaiter(self._ledger)
+        self._bell, self._publish = publisher.Publisher(settings, timeout_s=TIMEOUT_S), publish
         self._objects = objects or results.Places(settings)
 
     def submit(
@@ -166,7 +167,7 @@ class GradcamClient:
         return len(text)
 
     def _enter(
-        self, jobs: Sequence[Job], patience: Patience, *, retry_failed: bool
+        self, jobs: Sequence[Job], patience: RetryPolicy, *, retry_failed: bool
     ) -> list[StatusDocument | IdempotencyConflict]:
         """Enter jobs in the ledger: see `Ledger.submit_many`. Doing it twice is harmless."""
         asked = _Asked(lambda: self._ledger.submit_many(jobs, retry_failed=retry_failed))
@@ -182,7 +183,7 @@ class GradcamClient:
             doubt.in_doubt = tuple(job.id for job in jobs)
             raise doubt from error
 
-    def _ring(self, entered: Sequence[tuple[Job, StatusDocument]], patience: Patience) -> bool:
+    def _ring(self, entered: Sequence[tuple[Job, StatusDocument]], patience: RetryPolicy) -> bool:
         """Ring for jobs that are in the ledger and wait; whether the broker could be reached.
 
         Also for one that was there before: perhaps its message was not.
@@ -346,10 +347,10 @@ def call_late(asked_at: float, method: Callable[[], T]) -> T:
     return method()
 
 
-def _patience(*, insists: bool = True) -> Patience:
+def _patience(*, insists: bool = True) -> RetryPolicy:
     left_s = max(PATIENCE_S - _late_s.get(), 0)
     _late_s.set(0)  # what follows in the same call begins now
-    return Patience(Deadline(math.inf), left_s, insists=insists, longest_pause_s=PAUSE_S)
+    return RetryPolicy(Deadline(math.inf), left_s, insists=insists, longest_pause_s=PAUSE_S)
 
 
 def _hopeless(error: Exception) -> bool:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from gradcam_worker.errors import InternalError, LedgerUnavailable
 from gradcam_worker.ledger.ledger import Ledger
-from gradcam_worker.schemas.job import StatusDocument
+from gradcam_worker.schemas.status import StatusDocument
 
 log = logging.getLogger("gradcam")
 
@@ -26,29 +26,29 @@ LINGER_S = 30.0  # without anybody who waits, before the thread ends
 MOST = 500  # jobs looked at in one round trip
 JOIN_S = 1.0  # it may be waiting for an answer just then
 
-News = StatusDocument | Exception  # how a job is, or why that is not known
+StatusUpdate = StatusDocument | Exception  # how a job is, or why that is not known
 
 
-class Told(Protocol):
-    """Who waits for a job: a `gradcam_worker.client.waiter.Listener`."""
+class Subscriber(Protocol):
+    """Who waits for a job: a `gradcam_worker.client.waiter.Subscription`."""
 
     job_id: str
 
-    def tell(self, news: News) -> None:
+    def tell(self, news: StatusUpdate) -> None:
         """Hear what was seen. Raises RuntimeError where nobody is there to hear it any more."""
 
-    def end(self, news: News) -> None:
+    def end(self, news: StatusUpdate) -> None:
         """Hear why nothing more will come."""
 
 
 @dataclass
-class Watched:
+class WatchedJob:
     """A job that somebody waits for."""
 
     since: float  # the last one came
     due: float  # the next look
     pushed: bool = False  # whether we are told of its changes
-    listeners: set[Told] = field(default_factory=set)
+    listeners: set[Subscriber] = field(default_factory=set)
 
     def pause_s(self, now: float) -> float:
         """How long until the next look, unless something is heard."""
@@ -57,14 +57,14 @@ class Watched:
         )
 
 
-class Lookout:
+class StatusPoller:
     """A thread that begins with the first listener, and ends some time after the last."""
 
     def __init__(self, ledger: Ledger) -> None:
         """Nothing is started yet."""
         self._ledger, self._changes = ledger, ledger.changes()
         self._lock = threading.RLock()  # for all that follows
-        self._watched: dict[str, Watched] = {}
+        self._watched: dict[str, WatchedJob] = {}
         self._begun: set[str] = set()  # to be subscribed to
         self._ended: set[str] = set()  # no more
         self._earliest = math.inf  # no look is due before
@@ -74,20 +74,20 @@ class Lookout:
         self._closing = False
         self._failures, self._deaf_until = 0, 0.0  # of the subscription: the thread's own
 
-    def look(self, job_id: str) -> News:
+    def look(self, job_id: str) -> StatusUpdate:
         """How a job is, or why that is not known."""
         try:
             return self._ledger.read(job_id)
         except Exception as error:  # noqa: BLE001  # it is raised where the job is waited for
             return error
 
-    def add(self, listener: Told) -> None:
+    def add(self, listener: Subscriber) -> None:
         """Tell somebody what becomes of a job from now on, and what happened just before."""
         with self._lock:
             now = time.monotonic()
             watched = self._watched.get(listener.job_id)
             if not watched:
-                watched = self._watched[listener.job_id] = Watched(now, now)
+                watched = self._watched[listener.job_id] = WatchedJob(now, now)
                 self._begun.add(listener.job_id)
                 self._ended.discard(listener.job_id)
             watched.since = now
@@ -98,7 +98,7 @@ class Lookout:
                 self._start()
             self._ring()
 
-    def remove(self, listener: Told) -> None:
+    def remove(self, listener: Subscriber) -> None:
         """Tell somebody nothing more."""
         with self._lock:
             watched = self._watched.get(listener.job_id)
@@ -218,7 +218,7 @@ class Lookout:
             for job_id in ids[MOST:]:  # in the next round
                 self._watched[job_id].due = self._earliest = now
         seen = self._read(ids[:MOST])
-        told: list[tuple[Told, News]] = []
+        told: list[tuple[Subscriber, StatusUpdate]] = []
         with self._lock:
             now = time.monotonic()
             for job_id, news in seen.items():
@@ -232,7 +232,7 @@ class Lookout:
         for listener, news in told:
             self._say(listener, listener.tell, news)
 
-    def _read(self, ids: list[str]) -> dict[str, News]:
+    def _read(self, ids: list[str]) -> dict[str, StatusUpdate]:
         try:
             found = self._ledger.read_many(ids) if ids else {}
         except LedgerUnavailable as error:
@@ -241,7 +241,7 @@ class Lookout:
             found = {}
         return {job_id: found.get(job_id) or self.look(job_id) for job_id in ids}
 
-    def _say(self, listener: Told, how: Callable[[News], None], news: News) -> None:
+    def _say(self, listener: Subscriber, how: Callable[[StatusUpdate], None], news: StatusUpdate) -> None:
         try:
             how(news)
         except RuntimeError:  # his event loop is closed

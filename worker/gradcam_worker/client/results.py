@@ -20,8 +20,8 @@ from gradcam_worker.errors import (
     NoResult,
     StorageUnavailable,
 )
-from gradcam_worker.schemas.job import StatusDocument
 from gradcam_worker.schemas.manifest import Manifest
+from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import PLACE_LOOKS, Settings, is_place
 from gradcam_worker.storage.filesystem import FolderStore
 from gradcam_worker.text.urls import without_secrets

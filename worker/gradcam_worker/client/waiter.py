@@ -4,7 +4,8 @@ A ledger that can push (`Ledger.changes`) is subscribed to first; when that has 
 and then again whenever it is said to have changed. Nothing hangs on that: a job whose subscription has not
 begun, was cut, or may not be had is looked at every now and then, and any other every SAFETY_S.
 
-What it takes to follow a job is written once, without saying how to sleep: `Watcher.follow`. `Watcher.stream`
+What it takes to follow a job is written once, without saying how to sleep: `JobWaiter.follow`.
+`JobWaiter.stream`
 sleeps in a thread, `gradcam_worker.client.async_client` in an event loop.
 """
 
@@ -16,27 +17,29 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 
-from gradcam_worker.client.poller import Lookout, News
+from gradcam_worker.client.poller import StatusPoller, StatusUpdate
 from gradcam_worker.errors import LedgerUnavailable, WaitTimeout
 from gradcam_worker.ledger.ledger import Ledger
-from gradcam_worker.schemas.job import StatusDocument
+from gradcam_worker.schemas.status import StatusDocument
 
 OUTAGE_S = 60.0  # in a row, that a ledger out of reach is waited for: a failover takes less
 LONGEST_SLEEP_S = 3600.0  # at once: no clock takes infinity
 
 
-class Listener:
-    """Somebody who waits for a job: told in the thread of a `Lookout`, he takes it in his own."""
+class Subscription:
+    """Somebody who waits for a job: told in the thread of a `StatusPoller`, he takes it in his own."""
 
     def __init__(self, job_id: str, wake: Callable[[], object], timeout_s: float | None = None) -> None:
         """`wake` is called, in any thread, when there is something to `take`. The clock runs from now."""
         self.job_id = str(job_id)
         self._wake, self._timeout_s, self._begun = wake, timeout_s, time.monotonic()
-        self._news: deque[News] = deque(maxlen=1)  # what was not taken in time gives way to what is newer
+        self._news: deque[StatusUpdate] = deque(
+            maxlen=1
+        )  # what was not taken in time gives way to what is newer
         self._revision = -1
         self._outage: tuple[float, LedgerUnavailable] | None = None  # since when, and why
 
-    def tell(self, news: News) -> None:
+    def tell(self, news: StatusUpdate) -> None:
         """Keep it if it is new, a final document in any case: a restored ledger may count from before."""
         if isinstance(news, LedgerUnavailable):
             now = time.monotonic()
@@ -53,7 +56,7 @@ class Listener:
             self._revision = news.revision
         self.end(news)
 
-    def end(self, news: News) -> None:
+    def end(self, news: StatusUpdate) -> None:
         """Keep it, whatever it is, and wake who waits for it."""
         self._news.append(news)
         self._wake()
@@ -91,18 +94,20 @@ class Listener:
         return LedgerUnavailable(f"{what} {why}")
 
 
-class Watcher:
+class JobWaiter:
     """All waiting of one client. May be shared between threads; a forked process begins anew."""
 
     def __init__(self, ledger: Ledger) -> None:
         """Nothing is started before the first wait that has to wait."""
         self._ledger = ledger
-        self._lookouts: dict[int, Lookout] = {}  # by process: threads do not survive a fork, nor may sockets
+        self._lookouts: dict[
+            int, StatusPoller
+        ] = {}  # by process: threads do not survive a fork, nor may sockets
 
     def stream(self, job_id: str, timeout_s: float | None = None) -> Iterator[StatusDocument]:
         """See `gradcam_worker.client.client.GradcamClient.stream`."""
         woken = threading.Event()
-        listener = Listener(job_id, woken.set, timeout_s)
+        listener = Subscription(job_id, woken.set, timeout_s)
         listener.tell(self.look(listener.job_id))
         try:
             with closing(self.follow(listener)) as steps:
@@ -122,11 +127,11 @@ class Watcher:
         except LedgerUnavailable:  # its user may not look, or it is away just now
             return late
 
-    def look(self, job_id: str) -> News:
+    def look(self, job_id: str) -> StatusUpdate:
         """One look at a job, in this thread: its document, or why there is none."""
         return self._lookout.look(job_id)
 
-    def follow(self, listener: Listener) -> Generator[StatusDocument | float, None, None]:
+    def follow(self, listener: Subscription) -> Generator[StatusDocument | float, None, None]:
         """Each new document, the final one last; and in between, for how many seconds to sleep unless woken.
 
         Somebody has to have told the listener how the job is now. Raises WaitTimeout, UnknownJob,
@@ -157,14 +162,14 @@ class Watcher:
         self._lookout.close()
 
     @property
-    def _lookout(self) -> Lookout:
+    def _lookout(self) -> StatusPoller:
         mine = os.getpid()
         if mine not in self._lookouts:
             for process in [*self._lookouts]:
                 abandoned = self._lookouts.pop(process, None)
                 if abandoned:
                     abandoned.abandon()
-            self._lookouts.setdefault(mine, Lookout(self._ledger))  # one, whichever thread comes first
+            self._lookouts.setdefault(mine, StatusPoller(self._ledger))  # one, whichever thread comes first
         return self._lookouts[mine]
 
 

@@ -23,13 +23,13 @@ from gradcam_worker.errors import (
     StatusUnavailable,
     UriNotAllowed,
 )
-from gradcam_worker.ledger.outbox import Outbox, Parcel
+from gradcam_worker.ledger.outbox import Delivery, Outbox
 from gradcam_worker.observability import logs
 from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.observability.tracing import OFF, Traces, trace_id
 from gradcam_worker.resilience.outages import Outage
-from gradcam_worker.schemas.job import StatusEvent
-from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.schemas.ids import utc_now
+from gradcam_worker.schemas.status import StatusEvent
 
 log = logging.getLogger("gradcam")
 
@@ -39,10 +39,10 @@ KEEP_S = 60.0  # more than a delivery takes: another courier gets the recipient 
 TRUSTED = 100  # lanes that are remembered because they answered: beyond that, they begin anew
 END_S = 4.0  # for what is under way when the courier is to stop; it is due again, KEEP_S after it was taken
 
-Deliver = Callable[[Parcel, StatusEvent], None]
+Deliver = Callable[[Delivery, StatusEvent], None]
 
 
-class Courier:
+class OutboxDispatcher:
     """Takes parcels that are due and delivers them, a few at a time."""
 
     def __init__(
@@ -65,7 +65,7 @@ class Courier:
         self._threads, self._give_up_s, self._keep_s = threads, give_up_s, keep_s
         self._observer, self._traces = observer, traces
         self._outage = outage or Outage("the ledger")
-        self._parcels = SimpleQueue[Parcel | None]()
+        self._parcels = SimpleQueue[Delivery | None]()
         self._lock, self._freed = threading.Lock(), threading.Event()
         self._out: Counter[str] = Counter()  # lane -> parcels that are under way there
         self._trusted: dict[str, None] = {}  # lanes that answered the last time; the latest is the last
@@ -154,14 +154,14 @@ class Courier:
                     del self._trusted[next(iter(self._trusted))]
         self._freed.set()
 
-    def _bring(self, parcel: Parcel) -> bool:
+    def _bring(self, parcel: Delivery) -> bool:
         """Deliver a parcel and write down what became of it; whether its lane answered."""
         document = parcel.document
         trace = trace_id(document.traceparent)
         with logs.about(job_id=document.id, attempt=document.attempt, trace_id=trace):
             return self._brought(parcel)
 
-    def _brought(self, parcel: Parcel) -> bool:
+    def _brought(self, parcel: Delivery) -> bool:
         try:
             self._deliver(parcel)
         except StatusUnavailable as error:
@@ -187,7 +187,7 @@ class Courier:
             self._outbox.delivered(parcel)
         return True
 
-    def _deliver(self, parcel: Parcel) -> None:
+    def _deliver(self, parcel: Delivery) -> None:
         event = StatusEvent(type=f"gradcam.{parcel.event}", timestamp=utc_now(), data=parcel.document)
         if parcel.webhook:
             traceparent = parcel.document.traceparent
@@ -201,7 +201,7 @@ class Courier:
             message = f"This worker does not know the status backend {parcel.lane!r}."
             raise StatusUnavailable(message)
 
-    def _again(self, parcel: Parcel, error: BaseException, retry_after_s: float) -> None:
+    def _again(self, parcel: Delivery, error: BaseException, retry_after_s: float) -> None:
         """Later: as long as the receiver asks for, else twice as long as the time before; jitter keeps many
         apart. After `give_up_s`, never.
         """
@@ -219,7 +219,7 @@ class Courier:
             self._observer.delivered("parked", others)
             log.error("%s: %d more recipients there are parked, who waited as long", parcel.lane, others)
 
-    def _park(self, parcel: Parcel, error: BaseException) -> None:
+    def _park(self, parcel: Delivery, error: BaseException) -> None:
         why = str(error) if isinstance(error, GradcamError) else type(error).__name__
         log.error("%s: %s is parked: %s", parcel.recipient, parcel.event, why)
         self._observer.delivered("parked")

@@ -29,8 +29,8 @@ from sqlalchemy import (
 from gradcam_worker.delivery.database import Database
 from gradcam_worker.delivery.migrations import FOLDER, VERSION_TABLE
 from gradcam_worker.errors import StatusUnavailable, UnknownJob
-from gradcam_worker.schemas.job import StatusDocument
-from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.schemas.ids import utc_now
+from gradcam_worker.schemas.status import StatusDocument
 
 MIGRATION_TIMEOUT_S = 600.0  # for a change of the schema, or the wait for another worker's
 PRUNE_ROWS, PRUNE_BATCHES = 1000, 10  # deleted in one statement, and such statements in one call

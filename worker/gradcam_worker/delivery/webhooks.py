@@ -14,10 +14,12 @@ from http import HTTPStatus
 
 from gradcam_worker.errors import DeliveryRefused, EndpointGone, InvalidJob, StatusUnavailable
 from gradcam_worker.net import webhook_signing
-from gradcam_worker.net.http import Web, WebFailed
+from gradcam_worker.net.http import HttpClient, HttpFailed
 from gradcam_worker.observability import tracing
-from gradcam_worker.schemas.job import StatusDocument, StatusEvent, Webhook
-from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.schemas import model
+from gradcam_worker.schemas.ids import utc_now
+from gradcam_worker.schemas.job import Webhook
+from gradcam_worker.schemas.status import StatusDocument, StatusEvent
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets
 
@@ -35,7 +37,7 @@ class Webhooks:
     def __init__(self, settings: Settings) -> None:
         """Nothing is opened until it is needed."""
         allowed = settings.webhook_hosts, ("http", "https"), "GRADCAM_WEBHOOK_HOSTS"
-        self._web = Web(*allowed, settings.private_networks)
+        self._web = HttpClient(*allowed, settings.private_networks)
         self._timeout_s = settings.webhook_timeout_s
         self._secrets = webhook_signing.secrets_of(settings.webhook_secrets.get_secret_value())
 
@@ -62,7 +64,7 @@ class Webhooks:
             headers["gradcam-shortened"] = ", ".join(shortened)
         try:
             answer = self._web.post(url, body, seconds=self._timeout_s, headers=headers)
-        except WebFailed as error:
+        except HttpFailed as error:
             message = f"Webhook {shown} could not be told: {error}."
             raise StatusUnavailable(message) from error
         if HTTPStatus.OK <= answer.status < HTTPStatus.MULTIPLE_CHOICES:
@@ -76,7 +78,7 @@ class Webhooks:
 
     def _unknown(self, secret_ref: str) -> str:
         known = ", ".join(self._secrets) or "none"
-        if secret_ref.startswith(webhook_signing.PREFIX):  # it may be known elsewhere
+        if secret_ref.startswith(model.WEBHOOK_SECRET_PREFIX):  # it may be known elsewhere
             return f"secret_ref must be the name of a webhook secret, and is one. There are {known}."
         return f"There is no webhook secret {secret_ref[:60]!r}: GRADCAM_WEBHOOK_SECRETS has {known}."
 

@@ -36,21 +36,22 @@ from gradcam_worker.errors import (
     WorkerUnfit,
 )
 from gradcam_worker.execution import pipeline, shards
-from gradcam_worker.execution.leases import Leases
-from gradcam_worker.execution.pipeline import Journey
-from gradcam_worker.execution.services import Outside
+from gradcam_worker.execution.leases import LeaseManager
+from gradcam_worker.execution.pipeline import JobContext
+from gradcam_worker.execution.services import Services
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.ledger.state_machine import suspected
 from gradcam_worker.observability import logs, tracing
 from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.observability.tracing import OFF, Traces
-from gradcam_worker.resilience.circuit_breaker import Breaker
+from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.resilience.gate import Floor
+from gradcam_worker.resilience.gate import ExclusiveGate
 from gradcam_worker.resilience.stall import Stall
-from gradcam_worker.schemas.job import ID_PATTERN, Job, Problem, StatusDocument, WorkerRef
-from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.schemas.ids import utc_now
+from gradcam_worker.schemas.job import ID_PATTERN, Job
 from gradcam_worker.schemas.shard import Shard, Work, parse
+from gradcam_worker.schemas.status import Problem, StatusDocument, WorkerRef
 from gradcam_worker.settings import Settings
 
 log = logging.getLogger("gradcam")
@@ -67,16 +68,16 @@ MISPLACED: dict[Kind, str] = {  # why it is refused where a queue is for somethi
 
 
 @dataclass(frozen=True)
-class Desk:
+class JobHandler:
     """Where messages are handled."""
 
     settings: Settings
     ledger: Ledger
-    outside: Outside
+    outside: Services
     worker: WorkerRef
-    leases: Leases
-    breaker: Breaker
-    floor: Floor = field(default_factory=Floor)
+    leases: LeaseManager
+    breaker: CircuitBreaker
+    floor: ExclusiveGate = field(default_factory=ExclusiveGate)
     observer: Observer = SILENT
     traces: Traces = OFF
     admits: Callable[[Shard], bool] = lambda _: (
@@ -226,8 +227,8 @@ class Desk:
                 yield document.model_copy(update={"traceparent": traceparent})
 
     def _brought_through(self, job: Work, document: StatusDocument, suspect: str | None) -> str:
-        progress = _Progress(self.ledger, document, self.stall.moved)
-        journey = Journey(
+        progress = _StageReporter(self.ledger, document, self.stall.moved)
+        journey = JobContext(
             Deadline(job.timeout_s),
             progress,
             attempt=document.attempt,
@@ -242,9 +243,9 @@ class Desk:
         ):
             try:
                 if isinstance(job, Shard):
-                    done = shards.explain(job, self.outside, journey)
+                    done = shards.run_shard(job, self.outside, journey)
                 else:
-                    done = pipeline.explain(job, self.outside, journey)
+                    done = pipeline.run_job(job, self.outside, journey)
             except (AttemptFenced, LedgerUnavailable):
                 raise
             except BaseException as error:  # noqa: BLE001  # the one place where anything at all becomes a Problem
@@ -259,7 +260,7 @@ class Desk:
         return "done"
 
     @contextmanager
-    def _counted(self, document: StatusDocument, journey: Journey, *, shard: bool) -> Iterator[None]:
+    def _counted(self, document: StatusDocument, journey: JobContext, *, shard: bool) -> Iterator[None]:
         """Within it, a job is run; the observer hears when and how long, stage by stage."""
         self.observer.in_flight(1, shard=shard)
         try:
@@ -269,7 +270,7 @@ class Desk:
             if not shard:
                 self.observer.staged({**document.metrics, **journey.metrics})
 
-    def _failed(self, job: Work, document: StatusDocument, journey: Journey, error: BaseException) -> str:
+    def _failed(self, job: Work, document: StatusDocument, journey: JobContext, error: BaseException) -> str:
         if not isinstance(error, GradcamError):
             log.error("job %s: unforeseen at %s", job.id, journey.stage, exc_info=error)
             error = InternalError.of(error)
@@ -328,7 +329,7 @@ def _with_id(payload: object, job_id: str) -> object:
     return payload
 
 
-class _Progress:
+class _StageReporter:
     """Writes the stage of a running job, at most every half second, and the last one in any case.
 
     What was begun sooner after the last write is written by the thread that renews leases: see `catch_up`.

@@ -11,8 +11,8 @@ from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.outages import Outage
-from gradcam_worker.schemas.job import StatusDocument
-from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.schemas.ids import utc_now
+from gradcam_worker.schemas.status import StatusDocument
 
 log = logging.getLogger("gradcam")
 
@@ -21,7 +21,7 @@ CATCH_UP_S = 0.25  # between two looks which jobs have begun a stage that is not
 LOOK_S = 1.0  # between two beats at most, so that a job is stopped soon after somebody has asked for it
 
 
-class Leases:
+class LeaseManager:
     """Renews all of them together. A job whose lease is gone, or that is to stop, is told by its deadline."""
 
     def __init__(

@@ -9,36 +9,37 @@ from dataclasses import dataclass, field
 from gradcam_worker.artifacts import artifacts
 from gradcam_worker.artifacts.render import render
 from gradcam_worker.errors import ImageTooLarge, InvalidJob
-from gradcam_worker.execution.services import Outside
+from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.decoding.decode import Decoded, claimed, decode
 from gradcam_worker.gradcam.explain import check_channels
 from gradcam_worker.gradcam.imaging.overlay import fit
 from gradcam_worker.gradcam.network import Method
 from gradcam_worker.images.fetch import Fetched
 from gradcam_worker.observability import tracing
-from gradcam_worker.resilience.budget import Hold
+from gradcam_worker.resilience.budget import Reservation
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import ImageRef, Job, ManifestRef, NetworkRef, SeenClass, Warned
+from gradcam_worker.schemas.job import ImageRef, Job
 from gradcam_worker.schemas.manifest import DamageRecord, InputRecord, Manifest
 from gradcam_worker.schemas.shard import Work
+from gradcam_worker.schemas.status import ClassScore, ManifestRef, NetworkRef, ResultWarning
 from gradcam_worker.storage.stores import Store
 
 log = logging.getLogger("gradcam")
 
 
 @dataclass(frozen=True)
-class Done:
+class JobResult:
     """What goes into the status document of a job that succeeded."""
 
     network: NetworkRef
-    predictions: tuple[SeenClass, ...]
+    predictions: tuple[ClassScore, ...]
     result: ManifestRef
-    warnings: tuple[Warned, ...]
+    warnings: tuple[ResultWarning, ...]
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
-class Journey:
+class JobContext:
     """Where a job is and how long each stage took, in seconds."""
 
     deadline: Deadline
@@ -65,7 +66,7 @@ class Journey:
             log.debug("%s took %.4f s", stage, took_s)
 
 
-def explain(job: Job, outside: Outside, journey: Journey, *, folder: str | None = None) -> Done:
+def run_job(job: Job, outside: Services, journey: JobContext, *, folder: str | None = None) -> JobResult:
     """Run one job. Artifacts go below `folder`, which is the job's id unless it is given.
 
     Raises the errors of `gradcam_worker.errors`; `journey` says at which stage.
@@ -74,7 +75,7 @@ def explain(job: Job, outside: Outside, journey: Journey, *, folder: str | None 
         return _explain(job, outside, journey, held, folder or job.id)
 
 
-def _explain(job: Job, outside: Outside, journey: Journey, held: ExitStack, place: str) -> Done:
+def _explain(job: Job, outside: Services, journey: JobContext, held: ExitStack, place: str) -> JobResult:
     store = admit(job, outside)
     bulk = job.priority == "bulk"
     with outside.residents.ticket() as ticket:
@@ -122,9 +123,9 @@ def _explain(job: Job, outside: Outside, journey: Journey, held: ExitStack, plac
     return _done(job, manifest, result)
 
 
-def _done(job: Job, manifest: Manifest, result: ManifestRef) -> Done:
+def _done(job: Job, manifest: Manifest, result: ManifestRef) -> JobResult:
     network = manifest.network
-    return Done(
+    return JobResult(
         network=NetworkRef(name=job.network, layer=network.layer, weights_sha256=network.weights_sha256),
         predictions=manifest.predictions,
         result=result,
@@ -132,7 +133,7 @@ def _done(job: Job, manifest: Manifest, result: ManifestRef) -> Done:
     )
 
 
-def admit(job: Work, outside: Outside) -> Store:
+def admit(job: Work, outside: Services) -> Store:
     """Refuse what the operator does not allow, before anything is fetched; open where to write.
 
     Raises InvalidJob, UnknownNetwork, UriNotAllowed (a webhook), OutputNotAllowed.
@@ -148,7 +149,9 @@ def admit(job: Work, outside: Outside) -> Store:
     return outside.stores.open(job.output)
 
 
-def fetched(image: ImageRef, outside: Outside, deadline: Deadline, held: ExitStack) -> tuple[Fetched, Hold]:
+def fetched(
+    image: ImageRef, outside: Services, deadline: Deadline, held: ExitStack
+) -> tuple[Fetched, Reservation]:
     """An image's bytes, and the room that `held` keeps for them.
 
     How many there will be is not known before. At first there is room for a thread's even share, which nobody

@@ -6,22 +6,23 @@ from typing import Protocol
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.decoding.decode import Limits
 from gradcam_worker.images.fetch import Fetched
-from gradcam_worker.inference.model_cache import Residents
-from gradcam_worker.resilience.budget import Rooms
+from gradcam_worker.inference.model_cache import ModelCache
+from gradcam_worker.resilience.budget import Budgets
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import ImageRef, StatusEvent, Webhook
+from gradcam_worker.schemas.job import ImageRef, Webhook
+from gradcam_worker.schemas.status import StatusEvent
 from gradcam_worker.storage.stores import Store
 
 
-class ImageSource(Protocol):
-    """See `gradcam_worker.images.fetch.Images`."""
+class ImageFetcher(Protocol):
+    """See `gradcam_worker.images.fetch.UriFetcher`."""
 
     def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:
         """URI -> bytes: `at_most` so many, where less is wanted than is allowed."""
         ...
 
 
-class NetworkSource(Protocol):
+class ModelRegistry(Protocol):
     """See `gradcam_worker.gradcam.models.registry.Registry`."""
 
     def find(self, name: str) -> NetworkRow:
@@ -29,7 +30,7 @@ class NetworkSource(Protocol):
         ...
 
 
-class StoreSource(Protocol):
+class StorageProvider(Protocol):
     """See `gradcam_worker.storage.stores.Stores`."""
 
     def open(self, uri: str | None = None) -> Store:
@@ -37,7 +38,7 @@ class StoreSource(Protocol):
         ...
 
 
-class Messenger(Protocol):
+class WebhookSender(Protocol):
     """See `gradcam_worker.delivery.webhooks.Webhooks`."""
 
     def check(self, webhook: Webhook) -> None:
@@ -50,14 +51,14 @@ class Messenger(Protocol):
 
 
 @dataclass(frozen=True)
-class Outside:
+class Services:
     """What `wiring` builds from settings, and `testing` from memory."""
 
-    images: ImageSource
-    networks: NetworkSource
-    residents: Residents
-    stores: StoreSource
-    webhooks: Messenger
+    images: ImageFetcher
+    networks: ModelRegistry
+    residents: ModelCache
+    stores: StorageProvider
+    webhooks: WebhookSender
     limits: Limits
     max_classes: int
-    rooms: Rooms
+    rooms: Budgets

@@ -25,17 +25,18 @@ from gradcam_worker.errors import (
     UnknownLayer,
 )
 from gradcam_worker.execution import pipeline
-from gradcam_worker.execution.pipeline import Journey
-from gradcam_worker.execution.services import Outside
+from gradcam_worker.execution.pipeline import JobContext
+from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.decoding.decode import Decoded, claimed, decode
 from gradcam_worker.gradcam.explain import Explanation, check_channels
 from gradcam_worker.gradcam.imaging.overlay import fit
 from gradcam_worker.gradcam.imaging.region import hot_box
 from gradcam_worker.gradcam.network import Network
-from gradcam_worker.schemas.job import ImageRef, Job, Problem
+from gradcam_worker.schemas.job import ImageRef, Job
 from gradcam_worker.schemas.manifest import InputRecord
 from gradcam_worker.schemas.model import too_long
 from gradcam_worker.schemas.shard import Shard
+from gradcam_worker.schemas.status import Problem
 from gradcam_worker.storage.s3_errors import foreign
 from gradcam_worker.storage.stores import Store
 
@@ -46,30 +47,30 @@ ENDS = (AttemptFenced, JobCanceled, JobTimeout, OutputNotAllowed, StorageUnavail
 
 
 @dataclass(frozen=True)
-class Picture:
+class LoadedImage:
     """A row's image, read, and fitted to the network."""
 
     image: InputRecord
     fitted: NDArray[np.uint8]  # (height, width, channels) of the network
 
 
-class Rows:
+class ShardRows:
     """The rows of one shard, by their places in it. Raises only what ends the whole shard: see `ENDS`."""
 
     def __init__(
-        self, shard: Shard, outside: Outside, journey: Journey, store: Store, network: Network
+        self, shard: Shard, outside: Services, journey: JobContext, store: Store, network: Network
     ) -> None:
         """Several threads may read, and write down, at once."""
         self._shard, self._outside, self._journey = shard, outside, journey
         self._store, self._network = store, network
 
-    def read(self, place: int) -> Picture | Problem:
+    def read(self, place: int) -> LoadedImage | Problem:
         """A row's picture, or why there is none."""
         if problem := self._shard.rows[place].problem:
             return problem
         return self._tried("fetch", lambda: self._picture(place))
 
-    def _picture(self, place: int) -> Picture:
+    def _picture(self, place: int) -> LoadedImage:
         row = self._shard.rows[place]
         if not row.uri:
             message = "This row names no image."
@@ -80,7 +81,7 @@ class Rows:
         size = self._network.facts.input_size
         with self._opened(ImageRef(uri=row.uri, sha256=row.sha256)) as (image, decoded):
             check_channels(self._network.facts, decoded.pixels)
-            return Picture(image, fit(decoded.pixels, size))
+            return LoadedImage(image, fit(decoded.pixels, size))
 
     @contextmanager
     def _opened(self, image: ImageRef) -> Iterator[tuple[InputRecord, Decoded]]:
@@ -95,13 +96,13 @@ class Rows:
             bytes_held.keep(0)
             yield described, decoded
 
-    def outcome(self, place: int, picture: Picture, seen: Explanation | GradcamError) -> Outcome:
+    def outcome(self, place: int, picture: LoadedImage, seen: Explanation | GradcamError) -> Outcome:
         """What is written down of a row that was computed."""
         if not isinstance(seen, Explanation):
             return Problem.of(seen, stage="explain", attempt=self._journey.attempt)
         return self._tried("render", lambda: self._seen(place, picture, seen))
 
-    def _seen(self, place: int, picture: Picture, seen: Explanation) -> Seen:
+    def _seen(self, place: int, picture: LoadedImage, seen: Explanation) -> Seen:
         deadline, image = self._journey.deadline, picture.image
         if self._shard.metrics:
             seen = self._outside.residents.measure(

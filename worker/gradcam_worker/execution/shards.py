@@ -32,16 +32,16 @@ from gradcam_worker.errors import (
     WorkerLost,
 )
 from gradcam_worker.execution import pipeline
-from gradcam_worker.execution.pipeline import Done, Journey
-from gradcam_worker.execution.services import Outside
-from gradcam_worker.execution.shard_rows import ENDS, Picture, Rows
+from gradcam_worker.execution.pipeline import JobContext, JobResult
+from gradcam_worker.execution.services import Services
+from gradcam_worker.execution.shard_rows import ENDS, LoadedImage, ShardRows
 from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.network import Method, Network
 from gradcam_worker.inference.model_cache import GREY
 from gradcam_worker.observability.logs import Pool
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import ManifestRef, NetworkRef, Problem
 from gradcam_worker.schemas.shard import READERS, Shard, data_key, failed_key
+from gradcam_worker.schemas.status import ManifestRef, NetworkRef, Problem
 from gradcam_worker.storage.stores import Object, Store
 
 log = logging.getLogger("gradcam")
@@ -57,7 +57,7 @@ Pixels = NDArray[np.uint8]
 Under = deque[tuple[list[int], "Future[list[Outcome]]"]]
 
 
-def explain(shard: Shard, outside: Outside, journey: Journey) -> Done:
+def run_shard(shard: Shard, outside: Services, journey: JobContext) -> JobResult:
     """Run one shard. Raises the errors of `gradcam_worker.errors` that are not a single row's."""
     store = pipeline.admit(shard, outside)
     place = data_key(shard.key)
@@ -67,7 +67,7 @@ def explain(shard: Shard, outside: Outside, journey: Journey) -> Done:
     kept, good = dataset.good_rows(there) if there is not None else (None, frozenset())
     places = [row for row in range(len(shard.rows)) if shard.first + row not in good]
     with journey.at("load"):
-        run = _Run(shard, outside, journey, store)
+        run = _ShardRun(shard, outside, journey, store)
     with journey.at("explain"):
         outcomes = run.outcomes(places)
         grid, layer = run.grid_and_layer()
@@ -111,17 +111,17 @@ def _put(store: Store, one: Object, deadline: Deadline) -> None:
         store.remove(one[0])
 
 
-def _done(uri: str, data: bytes, summary: Summary) -> Done:
+def _done(uri: str, data: bytes, summary: Summary) -> JobResult:
     counts = {"rows": float(summary.rows), "failed": float(summary.failed)}
     counts |= {f"failed_{code}": float(count) for code, count in summary.codes.items()}
     result = ManifestRef(manifest_uri=uri, manifest_sha256=hashlib.sha256(data).hexdigest())
-    return Done(network=summary.network, predictions=(), result=result, warnings=(), metrics=counts)
+    return JobResult(network=summary.network, predictions=(), result=result, warnings=(), metrics=counts)
 
 
-class _Run:
+class _ShardRun:
     """A shard while it is computed."""
 
-    def __init__(self, shard: Shard, outside: Outside, journey: Journey, store: Store) -> None:
+    def __init__(self, shard: Shard, outside: Services, journey: JobContext, store: Store) -> None:
         self.shard, self.residents, self.journey = shard, outside.residents, journey
         self._grid: dataset.Grid | None = None
         self._layer = ""
@@ -135,7 +135,7 @@ class _Run:
                 f"{shard.weights_sha256}; this worker has {has or 'some of which it knows no sha256'}."
             )
             raise WeightsChecksumMismatch(message)
-        self.rows = Rows(shard, outside, journey, store, self.network)
+        self.rows = ShardRows(shard, outside, journey, store, self.network)
         self.size = outside.residents.group(self.network)
         self.wish = self.network.labels.wanted(top_n=shard.target.top_n, classes=shard.target.classes)
         self.method = Method(**shard.method.model_dump())
@@ -231,12 +231,12 @@ class _Run:
                 raise
 
     def _computed(
-        self, group: Sequence[int], read: Sequence["Future[Picture | Problem]"], pool: Pool
+        self, group: Sequence[int], read: Sequence["Future[LoadedImage | Problem]"], pool: Pool
     ) -> list[Outcome]:
         """The outcomes of a group, in its order."""
         pictures = {place: one.result() for place, one in zip(group, read, strict=True)}
         seen = self._explained(
-            {place: one.fitted for place, one in pictures.items() if isinstance(one, Picture)}, self.size
+            {place: one.fitted for place, one in pictures.items() if isinstance(one, LoadedImage)}, self.size
         )
 
         def outcome(place: int) -> Outcome:

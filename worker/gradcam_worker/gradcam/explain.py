@@ -99,7 +99,8 @@ def explain_image(
     For a network of other than three channels: its own pixels (height, width, channels) uint8.
 
     Ask for the `top_n` most probable classes, or for `classes` by id, wnid or name. `method` is the name of
-    a formula of `cam.METHODS`, or a `Method`, which also names the layer, the score and the normalization.
+    a formula of `cam.METHODS`, or a `MethodSpec`, which also names the layer, the score and the
+    normalization.
 
     An image that lacks less than `limits` allow is explained, and `damage` says what it lacks.
 

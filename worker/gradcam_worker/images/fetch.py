@@ -22,7 +22,7 @@ from gradcam_worker.errors import (
     UriNotAllowed,
 )
 from gradcam_worker.net.dialer import Resolve, look_up
-from gradcam_worker.net.http import Web, WebFailed
+from gradcam_worker.net.http import HttpClient, HttpFailed
 from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef, why_no_uri
@@ -46,7 +46,7 @@ class Fetched:
     uri: str  # fit to be shown: no user, no password, no query, no long data
 
 
-class Images:
+class UriFetcher:
     """Reads what the operator allows to be read, within its limits."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Images:
         """Nothing is opened until it is needed; `resolve` finds the addresses of hosts."""
         self._settings = settings
         self._s3, self._observer = s3, observer
-        self._web = Web(
+        self._web = HttpClient(
             settings.image_hosts,
             settings.image_schemes,
             "GRADCAM_IMAGE_HOSTS",
@@ -124,7 +124,7 @@ class Images:
         seconds = min(self._settings.fetch_timeout_s, deadline.left_s())
         try:
             answer = self._web.get(uri, max_bytes=limit, seconds=seconds, deadline=deadline)
-        except WebFailed as error:
+        except HttpFailed as error:
             deadline.check(f"reading {shown}")
             message = f"{shown} could not be read: {error}"
             raise ImageFetchFailed(message) from error

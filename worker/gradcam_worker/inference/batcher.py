@@ -24,7 +24,14 @@ from numpy.typing import NDArray
 from gradcam_worker.errors import DeviceOutOfMemory, GradcamError, InternalError, PermanentError
 from gradcam_worker.gradcam.explain import padded
 from gradcam_worker.gradcam.network import Method, Network
-from gradcam_worker.inference.request import Answer, Finish, Group, Key, Request, is_patient
+from gradcam_worker.inference.request import (
+    BatchQueue,
+    Finish,
+    InferenceRequest,
+    InferenceResponse,
+    Key,
+    is_patient,
+)
 from gradcam_worker.observability import tracing
 from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.resilience.deadline import Deadline
@@ -51,8 +58,8 @@ class Batcher:
         `largest`: how many images a batch has at most where `limit` says nothing else.
         """
         self._wait_s, self._observer = wait_s, observer
-        self._groups: dict[Key, Group] = {}
-        self._again: list[list[Request]] = []  # halves of batches that failed
+        self._groups: dict[Key, BatchQueue] = {}
+        self._again: list[list[InferenceRequest]] = []  # halves of batches that failed
         self._otherwise = largest
         self._largest: dict[int, int] = {}  # images in a batch, by the network's id
         self._coming = 0  # jobs on their way
@@ -60,7 +67,7 @@ class Batcher:
         self._batches = 0  # so far
         self._bulk_last = False  # whether the last of them was of bulk alone
         self._changed = threading.Condition()
-        self._begun: SimpleQueue[tuple[list[Request], Finish, float]] = SimpleQueue()
+        self._begun: SimpleQueue[tuple[list[InferenceRequest], Finish, float]] = SimpleQueue()
         self._broken: str | None = None
         self.usual_images = 0.0  # in a pass, lately; 0 before the first
         self._free_s = 0.0  # when the device had done all that it was given before
@@ -111,20 +118,22 @@ class Batcher:
         *,
         bulk: bool = False,
         arrive: Callable[[], None] = lambda: None,
-    ) -> Answer:
+    ) -> InferenceResponse:
         """One fitted image (height, width, channels), together with others; waits until the deadline.
 
         Raises JobTimeout, DeviceOutOfMemory (for this image alone), and what the network raises for it.
         """
 
-        def begin(batch: list[Request]) -> Finish:
+        def begin(batch: list[InferenceRequest]) -> Finish:
             images = np.stack([one.pixels for one in batch if one.pixels is not None])
             return network.begin(images, padded([one.wish for one in batch]), method)
 
         # Wishes of about the same length go together: all of a batch are computed as long as the longest.
         key = (id(network), method, (len(wish) - 1).bit_length())
-        request = Request(key, begin, deadline, bulk, pixels=pixels, wish=tuple(wish))
-        answer: Answer = self._ask(request, self._largest.get(id(network), self._otherwise), arrive)
+        request = InferenceRequest(key, begin, deadline, bulk, pixels=pixels, wish=tuple(wish))
+        answer: InferenceResponse = self._ask(
+            request, self._largest.get(id(network), self._otherwise), arrive
+        )
         return answer
 
     def compute_many(
@@ -134,33 +143,33 @@ class Batcher:
         wish: Sequence[int],
         method: Method,
         deadline: Deadline,
-    ) -> Answer:
+    ) -> InferenceResponse:
         """Fitted images (n, height, width, channels) in a pass of their own, behind whoever is urgent.
 
         Who is with whom does not depend on what else is asked for, so neither do the last digits of what
         comes out. Raises JobTimeout, DeviceOutOfMemory, and what the network raises.
         """
 
-        def begin(_: list[Request]) -> Finish:
+        def begin(_: list[InferenceRequest]) -> Finish:
             return network.begin(pixels, padded([tuple(wish)] * len(pixels)), method)
 
         key = (id(network), method, TOGETHER)
-        request = Request(key, begin, deadline, bulk=True, images=len(pixels))
-        answer: Answer = self._ask(request, 1, lambda: None)
+        request = InferenceRequest(key, begin, deadline, bulk=True, images=len(pixels))
+        answer: InferenceResponse = self._ask(request, 1, lambda: None)
         return answer
 
     def alone(self, run: Callable[[], T], deadline: Deadline, *, bulk: bool = False) -> T:
         """Have the device to oneself while `run` runs. Raises JobTimeout, and what `run` raises."""
 
-        def begin(_: list[Request]) -> Finish:
+        def begin(_: list[InferenceRequest]) -> Finish:
             result = run()
             return lambda: result
 
-        request = Request(ALONE, begin, deadline, bulk, images=0)
+        request = InferenceRequest(ALONE, begin, deadline, bulk, images=0)
         result: T = self._ask(request, 1, lambda: None).computed
         return result
 
-    def _ask(self, request: Request, largest: int, arrive: Callable[[], None]) -> Any:
+    def _ask(self, request: InferenceRequest, largest: int, arrive: Callable[[], None]) -> Any:
         """Hand in a request, wait for its end."""
         request.deadline.check(WAITING)
         with self._changed:
@@ -174,7 +183,7 @@ class Batcher:
                 for thread in self._threads:
                     thread.start()
             arrive()
-            fresh = Group(largest, served=self._batches)
+            fresh = BatchQueue(largest, served=self._batches)
             self._groups.setdefault(request.key, fresh).waiting.append(request)
             self._changed.notify_all()
         while not request.done.wait(request.deadline.left_s()) and request.deadline.left_s():
@@ -228,7 +237,7 @@ class Batcher:
             if group := self._groups.get(batch[0].key):
                 group.pass_s = took_s + (1 - NEWEST) * ((group.pass_s or took_s) - took_s)
         for index, one in enumerate(batch):
-            one.end(Answer(computed, index, begun_s - one.asked_s, took_s, len(batch)))
+            one.end(InferenceResponse(computed, index, begun_s - one.asked_s, took_s, len(batch)))
         tracing.batch([one.asker for one in batch if one.images], begun_s, took_s)
         if images := sum(one.images for one in batch):
             self.usual_images += (images - self.usual_images) * (NEWEST if self.usual_images else 1)
@@ -249,7 +258,7 @@ class Batcher:
             self._groups = {key: group for key, group in self._groups.items() if group.waiting}
         self._changed.notify_all()
 
-    def _fail(self, batch: list[Request], error: BaseException) -> None:
+    def _fail(self, batch: list[InferenceRequest], error: BaseException) -> None:
         """Try both halves again, each by itself; a single request has its error, and what can never be."""
         half = 0 if isinstance(error, PermanentError) else len(batch) // 2
         with self._changed:
@@ -268,7 +277,7 @@ class Batcher:
                 known = isinstance(error, Exception)
                 one.end(error=error if known else InternalError.of(error))
 
-    def _next(self) -> list[Request]:
+    def _next(self) -> list[InferenceRequest]:
         """Wait for a batch that is to be handed over now: the urgent before bulk, and groups in turn."""
         with self._changed:
             while not (batch := self._choose()):
@@ -278,7 +287,7 @@ class Batcher:
             self._since_s = self._since_s or time.monotonic()
             return batch
 
-    def _choose(self) -> list[Request]:
+    def _choose(self) -> list[InferenceRequest]:
         """The next batch; none where one had to be waited for, and all has to be looked at anew."""
         self._drop_expired()
         if self._again and not self._at_device:
@@ -293,7 +302,7 @@ class Batcher:
         # do several groups of bulk, however long they have waited: of two passes one is left to the urgent.
         in_turn = waiting if self._at_device else ready
 
-        def turn(group: Group) -> tuple[bool, bool, int]:
+        def turn(group: BatchQueue) -> tuple[bool, bool, int]:
             bulk = all(one.bulk for one in group.waiting)
             return all(map(is_patient, group.waiting)), bulk and self._bulk_last, group.served
 
@@ -317,7 +326,7 @@ class Batcher:
                     request.end(error=error)
         self._again = [half for half in self._again if half]
 
-    def _patience_s(self, group: Group) -> float:
+    def _patience_s(self, group: BatchQueue) -> float:
         """How long a group's batch waits from now on for others to join it."""
         full = len(group.waiting) >= group.largest
         if self._at_device:  # something else is computed: there is time to fill up

@@ -36,7 +36,7 @@ LONG_S = 1.0  # a pass is not made longer: whoever is urgent waits for the one t
 
 
 @dataclass(frozen=True)
-class Turn:
+class InferenceResult:
     """An answer and what it took to get it."""
 
     explanation: Explanation
@@ -55,7 +55,7 @@ class _Refused:
     at_s: float
 
 
-class Ticket:
+class BatchSlot:
     """A job's right to hand in one image. As long as it has not, batches wait for it a little."""
 
     def __init__(self, batcher: Batcher, arrive: Callable[[], None]) -> None:
@@ -70,7 +70,7 @@ class Ticket:
         deadline: Deadline,
         *,
         bulk: bool = False,
-    ) -> Turn:
+    ) -> InferenceResult:
         """Explain one fitted image (height, width, channels), in one pass with others; waits for its turn.
 
         Raises UnknownLayer, NetworkIncompatible, DeviceOutOfMemory, JobTimeout.
@@ -79,10 +79,10 @@ class Ticket:
             network, pixels, wish, method, deadline, bulk=bulk, arrive=self._arrive
         )
         seen = explanation_of(network, answer.computed, answer.index, tuple(wish), method.normalize)
-        return Turn(seen, answer.waited_s, answer.computed_s, answer.batch_size)
+        return InferenceResult(seen, answer.waited_s, answer.computed_s, answer.batch_size)
 
 
-class Residents:
+class ModelCache:
     """Loads each network once, when it is first asked for, finds its best batch, and gives out its turns.
 
     A name whose row has changed is loaded anew. Who holds the network of before keeps it.
@@ -235,7 +235,7 @@ class Residents:
 
         return self._batcher.alone(run, Deadline(WARM_UP_S), bulk=True)
 
-    def warm(self, row: NetworkRow) -> Turn:
+    def warm(self, row: NetworkRow) -> InferenceResult:
         """Load a network and run it once on a grey picture, so that the first job waits for neither."""
         network = self.get(row)
         grey = np.full((*network.facts.input_size, network.facts.channels), GREY, np.uint8)
@@ -243,10 +243,10 @@ class Residents:
             return ticket.explain(network, grey, network.labels.wanted(top_n=1), GRADCAM, Deadline(WARM_UP_S))
 
     @contextmanager
-    def ticket(self) -> Iterator[Ticket]:
+    def ticket(self) -> Iterator[BatchSlot]:
         """Say that a job is on its way, so that a batch may wait for it."""
         with self._batcher.coming() as arrive:
-            yield Ticket(self._batcher, arrive)
+            yield BatchSlot(self._batcher, arrive)
 
     def group(self, network: Network) -> int:
         """How many images `explain_many` is best given at once.

@@ -20,7 +20,7 @@ Finish = Callable[[], Any]  # waits for the device
 
 
 @dataclass(frozen=True)
-class Answer:
+class InferenceResponse:
     """One image's place in a pass over many, and what it took to get it."""
 
     computed: Computed
@@ -31,11 +31,11 @@ class Answer:
 
 
 @dataclass(eq=False)
-class Request:
+class InferenceRequest:
     """What a thread wants to be done, and waits for."""
 
     key: Key  # what may share a batch with it has the same
-    begin: Callable[["list[Request]"], Finish]  # a batch of such requests
+    begin: Callable[["list[InferenceRequest]"], Finish]  # a batch of such requests
     deadline: Deadline
     bulk: bool = False
     images: int = 1  # in a pass of its own; 0: what runs there explains none
@@ -54,21 +54,21 @@ class Request:
 
 
 @dataclass(eq=False)
-class Group:
+class BatchQueue:
     """Requests that may share a batch."""
 
     largest: int  # images in a batch
     served: int  # the number of its last batch among all batches
-    waiting: list[Request] = field(default_factory=list)
+    waiting: list[InferenceRequest] = field(default_factory=list)
     pass_s: float | None = None  # how long one takes, about
 
-    def take(self) -> list[Request]:
+    def take(self) -> list[InferenceRequest]:
         """The next batch: who waits longest, but bulk last."""
         self.waiting.sort(key=is_patient)
         batch, self.waiting = self.waiting[: self.largest], self.waiting[self.largest :]
         return batch
 
 
-def is_patient(request: Request) -> bool:
+def is_patient(request: InferenceRequest) -> bool:
     """Whether it may wait behind others."""
     return request.bulk and time.monotonic() - request.asked_s < AGED_S

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from gradcam_worker.errors import GradcamError, LedgerUnavailable, UnknownJob
 from gradcam_worker.ledger.ledger import Ledger
-from gradcam_worker.schemas.job import Job, StatusDocument
-from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.schemas.ids import utc_now
+from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.shard import Shard
+from gradcam_worker.schemas.status import StatusDocument
 
 REPLAY_OF = "replay_of"  # in a job's metadata: the id of the one that failed
 METADATA_ENTRIES = 16  # that a job may have: see `gradcam_worker.schemas.job.Job`
@@ -23,7 +24,7 @@ AT_ONCE = 500  # documents that are read in one round trip
 
 
 @dataclass(frozen=True)
-class Letter:
+class DeadLetter:
     """A job that failed, and that nobody has replayed."""
 
     id: str
@@ -59,7 +60,7 @@ class DeadLetters:
         code: str | None = None,
         since_s: float | None = None,
         limit: int | None = None,
-    ) -> list[Letter]:
+    ) -> list[DeadLetter]:
         """Those that fit, newest first: with these ids or all, of this code, failed in the last `since_s`.
 
         Raises UnknownJob where one of `ids` is none.
@@ -70,17 +71,17 @@ class DeadLetters:
                 raise UnknownJob(self._why_not(job_id))
         earliest = 0 if since_s is None else time.time() - since_s
         chosen = [one for one, at in dead.items() if at >= earliest and (not ids or one in ids)]
-        found: list[Letter] = []
+        found: list[DeadLetter] = []
         for begin in range(0, len(chosen), AT_ONCE):
             some = chosen[begin : begin + AT_ONCE]
             documents = self._ledger.read_many(some)
-            letters = (Letter(one, dead[one], documents.get(one)) for one in some)
+            letters = (DeadLetter(one, dead[one], documents.get(one)) for one in some)
             found += [one for one in letters if code in {None, one.code}]
             if limit is not None and len(found) >= limit:
                 break
         return found[:limit]
 
-    def replay(self, letters: Sequence[Letter], rate: float) -> Iterator[Replayed]:
+    def replay(self, letters: Sequence[DeadLetter], rate: float) -> Iterator[Replayed]:
         """Replay letters, the oldest first, at most `rate` a second; say of each what became of it."""
         begun = time.monotonic()
         sent = 0
@@ -93,7 +94,7 @@ class DeadLetters:
             sent += 1
             yield self._again(found, letter.id)
 
-    def look(self, letter: Letter) -> Job | str:
+    def look(self, letter: DeadLetter) -> Job | str:
         """The job that a replay of this letter would be; else why it cannot be replayed."""
         job = self._ledger.job(letter.id)
         if isinstance(job, Shard):

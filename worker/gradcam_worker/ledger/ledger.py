@@ -28,12 +28,13 @@ from gradcam_worker.errors import (
     UnknownJob,
 )
 from gradcam_worker.ledger import state_machine
-from gradcam_worker.ledger.redis.pubsub import RedisChanges
+from gradcam_worker.ledger.redis.pubsub import RedisJobUpdates
 from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import ID_PATTERN, Job, Problem, StatusDocument, Webhook, WorkerRef
-from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.schemas.ids import utc_now
+from gradcam_worker.schemas.job import ID_PATTERN, Job, Webhook
 from gradcam_worker.schemas.shard import Shard, Work, parse
+from gradcam_worker.schemas.status import Problem, StatusDocument, WorkerRef
 
 ASK_AGAIN_S = 0.5  # between two tries to reach the ledger
 Outcome = Literal["claimed", "held", "finished", "ended", "changed"]
@@ -110,7 +111,7 @@ class Ledger(ABC):
     def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
         """The documents of those of these jobs that the ledger knows."""
 
-    def changes(self) -> RedisChanges | None:
+    def changes(self) -> RedisJobUpdates | None:
         """What tells at once that a job has changed; None where one has to look again and again."""
         return None
 

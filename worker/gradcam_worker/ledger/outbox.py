@@ -11,13 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gradcam_worker.schemas.job import StatusDocument, Webhook
+from gradcam_worker.schemas.job import Webhook
+from gradcam_worker.schemas.status import StatusDocument
 
 FIRST_PAUSE_OF_A_LANE_S, LONGEST_PAUSE_OF_A_LANE_S = 2.0, 60.0  # from the second failure on; doubles
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Delivery:
     """One event on its way to one recipient."""
 
     lane: str  # see `lane`
@@ -31,14 +32,14 @@ class Parcel:
 
 
 @dataclass(frozen=True)
-class Parked:
+class DeadDelivery:
     """A recipient that could not be told."""
 
     lane: str
     recipient: str
     since_s: float  # seconds since the epoch
     events: int  # it is to be told, in order
-    first: Parcel | None  # of them; none where it is forgotten by now or cannot be read
+    first: Delivery | None  # of them; none where it is forgotten by now or cannot be read
 
     @property
     def job_id(self) -> str:
@@ -63,7 +64,7 @@ class Outbox(ABC):
         """It is told of no other job; what lies there for it stays."""
 
     @abstractmethod
-    def take(self, limit: int, keep_s: float, room: Mapping[str, int], others: int) -> list[Parcel]:
+    def take(self, limit: int, keep_s: float, room: Mapping[str, int], others: int) -> list[Delivery]:
         """Parcels that are due, `limit` at most; for `keep_s` nobody else gets one of the same recipients.
 
         Of a lane that is named in `room`, so many at most; of any other host one, and of these `others`
@@ -72,18 +73,18 @@ class Outbox(ABC):
         """
 
     @abstractmethod
-    def delivered(self, parcel: Parcel) -> None:
+    def delivered(self, parcel: Delivery) -> None:
         """It has arrived, or never can: the recipient's next one is due."""
 
     @abstractmethod
-    def postpone(self, parcel: Parcel, delay_s: float, *, quiet_s: float = 0) -> None:
+    def postpone(self, parcel: Delivery, delay_s: float, *, quiet_s: float = 0) -> None:
         """It was tried in vain and is due again in `delay_s`; its lane may be left alone for a while.
 
         For `quiet_s` its URL is told nothing else either, of any job.
         """
 
     @abstractmethod
-    def park(self, parcel: Parcel) -> None:
+    def park(self, parcel: Delivery) -> None:
         """Nobody tries any more, this one and those behind it, until they are replayed."""
 
     @abstractmethod
@@ -91,11 +92,11 @@ class Outbox(ABC):
         """Park those whose turn at this lane has not come for so long; how many, a thousand at most."""
 
     @abstractmethod
-    def parked(self) -> list[Parked]:
+    def parked(self) -> list[DeadDelivery]:
         """Whoever could not be told; newest first."""
 
     @abstractmethod
-    def unpark(self, one: Parked) -> bool:
+    def unpark(self, one: DeadDelivery) -> bool:
         """Try again; whether there was something to try."""
 
     @abstractmethod
@@ -117,10 +118,10 @@ class Outbox(ABC):
 
 def read(
     lane: str, recipient: str, text: str, *, tries: int = 0, waited_s: float = 0, held: str = ""
-) -> Parcel:
+) -> Delivery:
     """A parcel as it lies in an outbox: event, webhook and document, a line each. Raises ValueError."""
     event, hook, document = text.split("\n", 2)
-    return Parcel(
+    return Delivery(
         lane,
         recipient,
         event,
@@ -137,7 +138,7 @@ def write(event: str, webhook: Webhook | None, document: StatusDocument) -> str:
     return f"{event}\n{webhook.to_json() if webhook else ''}\n{document.to_json()}"
 
 
-def lane(url: str) -> str:
+def destination(url: str) -> str:
     """`//host` of a webhook's URL, as far as it can be read: it is judged when it is dialled.
 
     A sink's lane is its name, which has no slashes.

@@ -11,9 +11,9 @@ from datetime import datetime
 from typing import Any
 
 from gradcam_worker.errors import GradcamError, JobCanceled, JobExpired, MaxAttemptsExceeded, WorkerLost
-from gradcam_worker.schemas.job import FINAL, Problem, StatusDocument, WorkerRef
-from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.shard import Work
+from gradcam_worker.schemas.status import FINAL, Problem, StatusDocument, WorkerRef
 
 
 def fresh(job_id: str, job: Work | None = None, entered_at: datetime | None = None) -> StatusDocument:

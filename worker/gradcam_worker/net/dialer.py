@@ -29,7 +29,7 @@ def look_up(host: str, port: int) -> list[str]:
     return [str(sockaddr[0]) for *_, sockaddr in found]
 
 
-class Dialler(httpcore.NetworkBackend):
+class Dialer(httpcore.NetworkBackend):
     """Dials public addresses, and those in the networks that are admitted; any thread may use it."""
 
     def __init__(self, admitted: Sequence[Network], resolve: Resolve = look_up) -> None:

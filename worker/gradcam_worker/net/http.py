@@ -14,7 +14,7 @@ import httpx
 
 from gradcam_worker.errors import UriNotAllowed
 from gradcam_worker.net.allowlist import Hosts
-from gradcam_worker.net.dialer import Dialler, Resolve, look_up
+from gradcam_worker.net.dialer import Dialer, Resolve, look_up
 from gradcam_worker.net.ip_policy import networks
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.model import too_long
@@ -35,12 +35,12 @@ FAILURES = (
 )
 
 
-class WebFailed(Exception):
+class HttpFailed(Exception):
     """No answer, half an answer, or one that cannot be used. Says what happened, without the URL."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class HttpResponse:
     """What a server said; of its body never more than one byte above the limit."""
 
     status: int
@@ -48,7 +48,7 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)  # found by their name in any case
 
 
-class Web:
+class HttpClient:
     """A client behind a list of hosts. Nothing is connected before the first request."""
 
     def __init__(
@@ -74,7 +74,7 @@ class Web:
             tls or httpx.create_ssl_context(trust_env=False),
             max_connections=None,
             max_keepalive_connections=0,
-            network_backend=Dialler(networks(private_networks), resolve),
+            network_backend=Dialer(networks(private_networks), resolve),
         )
 
     def allowed(self, text: str) -> httpx.URL:
@@ -99,7 +99,9 @@ class Web:
             raise UriNotAllowed(message)
         return url
 
-    def get(self, text: str, *, max_bytes: int, seconds: float, deadline: Deadline | None = None) -> Answer:
+    def get(
+        self, text: str, *, max_bytes: int, seconds: float, deadline: Deadline | None = None
+    ) -> HttpResponse:
         """Fetch a URL within `seconds`, redirects and all; each hop passes the same door.
 
         It ends early where the `deadline` is over, because somebody has cancelled the job, say.
@@ -112,14 +114,14 @@ class Web:
                     headers = httpx.Headers(response.headers)
                     location = headers.get("location")
                     if response.status not in REDIRECTS or location is None:
-                        return Answer(response.status, _body(response, headers, max_bytes), headers)
+                        return HttpResponse(response.status, _body(response, headers, max_bytes), headers)
                     text = _joined(url, location)
         message = f"it redirects more than {MAX_REDIRECTS} times"
-        raise WebFailed(message)
+        raise HttpFailed(message)
 
     def post(
         self, text: str, body: str, *, seconds: float, headers: Mapping[str, str] | None = None
-    ) -> Answer:
+    ) -> HttpResponse:
         """Post JSON within `seconds`; the answer's body is not read, and no redirect followed.
 
         Raises UriNotAllowed, WebFailed.
@@ -130,7 +132,7 @@ class Web:
             _Clock(seconds) as clock,
             self._answered(clock, "POST", url, body.encode(), more) as response,
         ):
-            return Answer(response.status, headers=httpx.Headers(response.headers))
+            return HttpResponse(response.status, headers=httpx.Headers(response.headers))
 
     @contextlib.contextmanager
     def _answered(
@@ -162,9 +164,9 @@ class Web:
             ) as response:
                 yield response
         except FAILURES as error:
-            raise WebFailed(clock.verdict(error) or str(error) or type(error).__name__) from error
+            raise HttpFailed(clock.verdict(error) or str(error) or type(error).__name__) from error
         if late := clock.verdict():  # a connection that is cut can look like the end of a body
-            raise WebFailed(late)
+            raise HttpFailed(late)
 
 
 def _joined(url: httpx.URL, location: str) -> str:
@@ -185,7 +187,7 @@ def _body(response: httpcore.Response, headers: httpx.Headers, max_bytes: int) -
     encoding = headers.get("content-encoding", "identity")
     if encoding != "identity":
         message = f"its body is encoded ({encoding[:40]}), which was not asked for"
-        raise WebFailed(message)
+        raise HttpFailed(message)
     body = bytearray()
     for chunk in response.iter_stream():
         body += chunk

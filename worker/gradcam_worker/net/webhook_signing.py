@@ -8,7 +8,8 @@ import base64
 import binascii
 from datetime import UTC, datetime
 
-PREFIX = "whsec_"
+from gradcam_worker.schemas.model import WEBHOOK_SECRET_PREFIX
+
 MIN_BYTES, MAX_BYTES = 24, 64  # of a secret, as the standard has it
 
 
@@ -20,7 +21,7 @@ def secrets_of(text: str) -> dict[str, tuple[str, ...]]:
     known: dict[str, tuple[str, ...]] = {}
     for number, entry in enumerate(filter(None, map(str.strip, text.split(","))), 1):
         name, equals, rest = (part.strip() for part in entry.partition("="))
-        if not equals or not name or name.startswith(PREFIX):
+        if not equals or not name or name.startswith(WEBHOOK_SECRET_PREFIX):
             message = f"entry {number} must look like name=whsec_..., or name=whsec_new whsec_old"
             raise ValueError(message)
         if name in known:
@@ -30,19 +31,21 @@ def secrets_of(text: str) -> dict[str, tuple[str, ...]]:
         wrong = [str(place) for place, secret in enumerate(known[name], 1) if not _fits(secret)]
         if wrong or not known[name]:
             which = f"secret {', '.join(wrong)} of {name!r}" if wrong else f"{name!r} has no secret: one"
-            right = f"must be {PREFIX} and the base64 of {MIN_BYTES} to {MAX_BYTES} random bytes"
+            right = (
+                f"must be {WEBHOOK_SECRET_PREFIX} and the base64 of {MIN_BYTES} to {MAX_BYTES} random bytes"
+            )
             message = f"{which} {right}"
             raise ValueError(message)
     return known
 
 
 def _fits(secret: str) -> bool:
-    encoded = secret.removeprefix(PREFIX)
+    encoded = secret.removeprefix(WEBHOOK_SECRET_PREFIX)
     try:
         key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
     except (binascii.Error, ValueError):  # the library would leave out what is no base64, and go on
         return False
-    return secret.startswith(PREFIX) and MIN_BYTES <= len(key) <= MAX_BYTES
+    return secret.startswith(WEBHOOK_SECRET_PREFIX) and MIN_BYTES <= len(key) <= MAX_BYTES
 
 
 def headers(secrets: tuple[str, ...], message_id: str, sent_at: datetime, body: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """How a process says what it does: a line for a person, or a JSON object for whoever collects logs.
 
 What is said while a job runs carries the job's id, whoever says it: the fields are bound to the context, and
-the pools of threads that work for a job (`Pool`) take the context along.
+the pools of threads that work for a job (`WaitingPool`) take the context along.
 """
 
 import json
@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
-from gradcam_worker.schemas.model import process_name
+from gradcam_worker.schemas.ids import process_name
 from gradcam_worker.text.urls import redacted
-from gradcam_worker.text.visible import FORMAT, LineFormatter
+from gradcam_worker.text.visible import visible
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -121,3 +121,29 @@ def _died(kind: type[BaseException], error: BaseException | None, trace: Any) ->
     """What nobody caught, as a line like all others."""
     if not issubclass(kind, KeyboardInterrupt | SystemExit):
         log.critical("nobody caught what was raised", exc_info=(kind, error or kind(), trace))
+
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+BELOW = "    "  # before each line that belongs to the one above it: no line of its own begins so
+
+
+class LineFormatter(logging.Formatter):
+    """One line for each message, and tracebacks below it, set in."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the name is the library's
+        """The line itself."""
+        return visible(redacted(super().formatMessage(record)))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """A traceback, whose last lines hold what the error said."""
+        return _set_in(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:  # noqa: N802
+        """A stack, where one was asked for."""
+        return _set_in(super().formatStack(stack_info))
+
+
+def _set_in(text: str) -> str:
+    return "\n".join(BELOW + visible(redacted(one)) for one in text.splitlines())

@@ -17,7 +17,6 @@ from prometheus_client.registry import Collector
 
 from gradcam_worker import __version__
 from gradcam_worker.errors import LedgerUnavailable
-from gradcam_worker.ledger.redis.stats import Depths
 from gradcam_worker.observability.definitions import (
     BY_NAME,
     CODES,
@@ -30,6 +29,7 @@ from gradcam_worker.observability.definitions import (
 )
 from gradcam_worker.observability.events import Observer
 from gradcam_worker.observability.gpu import DeviceUse
+from gradcam_worker.observability.queue_depths import QueueDepths
 
 log = logging.getLogger("gradcam")
 
@@ -78,7 +78,7 @@ class Metrics(Observer):
         """A gauge is what `look` says when it is read."""
         self._made[name].set_function(look)
 
-    def ask_ledger(self, ask: Callable[[], Depths]) -> None:
+    def ask_ledger(self, ask: Callable[[], QueueDepths]) -> None:
         """The ledger's gauges are what `ask` says, which may raise LedgerUnavailable."""
 
         def look() -> list[Metric]:
@@ -185,7 +185,7 @@ class _Gauges(Collector):
             self._door.release()
 
 
-def _of_ledger(found: Depths) -> list[Metric]:
+def _of_ledger(found: QueueDepths) -> list[Metric]:
     return [
         _by_priority("queue_jobs", found.queued),
         _by_priority("queue_oldest_seconds", found.oldest_s),

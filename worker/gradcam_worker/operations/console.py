@@ -16,9 +16,10 @@ from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import DATA, percent
 from gradcam_worker.gradcam.models.weights import cached_at, where
 from gradcam_worker.gradcam.models.weights import here as weights_here
-from gradcam_worker.ledger.dead_letters import Letter, Replayed
-from gradcam_worker.ledger.outbox import Parked
-from gradcam_worker.schemas.job import Job, StatusDocument, Warned
+from gradcam_worker.ledger.dead_letters import DeadLetter, Replayed
+from gradcam_worker.ledger.outbox import DeadDelivery
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import ResultWarning, StatusDocument
 from gradcam_worker.settings import Settings
 from gradcam_worker.text import comma_lists
 from gradcam_worker.text.urls import without_secrets
@@ -131,7 +132,7 @@ def _facts(document: StatusDocument) -> Table:
     return facts
 
 
-def warning_text(warned: Warned) -> str:
+def warning_text(warned: ResultWarning) -> str:
     """A warning, for a person."""
     if warned.code == "zero_heatmap":
         return f"{warned.code}: nothing in the image speaks for class {warned.class_id}"
@@ -140,7 +141,7 @@ def warning_text(warned: Warned) -> str:
     return f"{warned.code}: {warned.detail}" if warned.detail else warned.code
 
 
-def show_letters(found: Sequence[tuple[Letter, Job | str]], total: int) -> None:
+def show_letters(found: Sequence[tuple[DeadLetter, Job | str]], total: int) -> None:
     """Dead letters, each with the job that its replay would be, or why it cannot be replayed."""
     if not found:
         out.print("No dead letters: no job has failed that nobody has replayed.")
@@ -168,7 +169,7 @@ def show_replayed(one: Replayed) -> None:
     out.print(visible(f"{one.id} -> {one.new_id or one.why}"), markup=False, soft_wrap=True)
 
 
-def show_parked(parked: Sequence[Parked], total: int, gone: Sequence[str]) -> None:
+def show_parked(parked: Sequence[DeadDelivery], total: int, gone: Sequence[str]) -> None:
     """Recipients that could not be told, and the URLs (without their secrets) that answered 410."""
     if parked:
         made = table("job", "parked", "recipient", "events", "first", numbers=("events",))
@@ -184,7 +185,7 @@ def show_parked(parked: Sequence[Parked], total: int, gone: Sequence[str]) -> No
         out.print(visible(f"Gone, by its own word (410): {url}"), markup=False, style="dim")
 
 
-def recipient_text(one: Parked) -> str:
+def recipient_text(one: DeadDelivery) -> str:
     """A webhook's URL, without what may be secret in it; else its host, or the name of a sink."""
     return without_secrets(one.url) if one.url else one.lane.removeprefix("//")
 

@@ -28,8 +28,9 @@ from gradcam_worker.gradcam.imaging.overlay import encode
 from gradcam_worker.gradcam.imaging.sheet import as_tile, sheet
 from gradcam_worker.operations import console, servers
 from gradcam_worker.runtime import parent_watch
-from gradcam_worker.schemas.job import Job, StatusDocument
+from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import ArtifactRecord, Manifest
+from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 
 NETWORK = "efficientnet_lite0"
@@ -126,7 +127,7 @@ def _terminated(*_: object) -> NoReturn:
 def _start_worker(settings: Settings, log: Path) -> subprocess.Popen[bytes]:
     """The same command that an operator types, in a process of its own."""
     return parent_watch.start(
-        [sys.executable, "-P", "-m", "worker", "worker"],
+        [sys.executable, "-P", "-m", "gradcam_worker", "worker"],
         log=log,
         environment=settings.to_environment(),
         grace_s=SHUTDOWN_S + 12,

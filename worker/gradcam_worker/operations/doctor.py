@@ -33,7 +33,7 @@ class Finding:
     fix: str = ""
 
 
-def examine(settings: Settings, *, expected_workers: int = 0) -> Iterator[Finding]:
+def run_checks(settings: Settings, *, expected_workers: int = 0) -> Iterator[Finding]:
     """Look at broker, ledger, workers, storage, device, weights and the operator's own networks.
 
     In this order, and each is told as it is found. Fewer workers that live than are expected are not well.
@@ -96,12 +96,12 @@ def _own(row: NetworkRow, settings: Settings) -> Finding:
     import numpy as np
 
     from gradcam_worker.gradcam.explain import check_channels
-    from gradcam_worker.inference.model_cache import Residents
+    from gradcam_worker.inference.model_cache import ModelCache
     from gradcam_worker.runtime import service_factory
     from gradcam_worker.storage.s3 import S3
 
     what = f"network {row.name}"
-    residents = Residents(partial(service_factory.load, settings, S3(settings)))
+    residents = ModelCache(partial(service_factory.load, settings, S3(settings)))
     try:
         network, turn = residents.get(row), residents.warm(row)
         check_channels(network.facts, np.zeros((1, 1, 3), np.uint8))  # a job's picture is a photo

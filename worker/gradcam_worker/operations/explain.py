@@ -7,8 +7,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from gradcam_worker.errors import GradcamError, ImageNotFound, InternalError
-from gradcam_worker.execution.pipeline import Journey, explain
-from gradcam_worker.execution.services import Outside
+from gradcam_worker.execution.pipeline import JobContext, run_job
+from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.classes import percent
 from gradcam_worker.operations import console
 from gradcam_worker.resilience.deadline import Deadline
@@ -40,7 +40,7 @@ def explain_files(
     output = output.absolute()
     own: dict[str, Any] = {"image_schemes": ("file",), "image_roots": ("/",), "output": output.as_uri()}
     service_factory.prepare(settings)
-    outside = service_factory.outside(
+    outside = service_factory.build_services(
         settings.model_copy(update=own | {"max_batch": 1})
     )  # one after the other
     job = Job.parse({"image": "file:///", "timeout_s": TIMEOUT_S, **wish})
@@ -80,13 +80,13 @@ def _folders(images: tuple[Path, ...]) -> dict[Path, str]:
     return folders
 
 
-def _one(job: Job, image: Path, outside: Outside, folder: str, output: Path) -> Manifest | GradcamError:
-    journey = Journey(Deadline(TIMEOUT_S), lambda _: None)
+def _one(job: Job, image: Path, outside: Services, folder: str, output: Path) -> Manifest | GradcamError:
+    journey = JobContext(Deadline(TIMEOUT_S), lambda _: None)
     own = job.model_copy(update={"image": job.image.model_copy(update={"uri": image.absolute().as_uri()})})
     if image.is_dir():
         return ImageNotFound(f"{image} is a folder: name the files in it, as in {image}/*.jpg.")
     try:
-        explain(own, outside, journey, folder=folder)
+        run_job(own, outside, journey, folder=folder)
         return Manifest.model_validate_json((output / folder / "manifest.json").read_bytes())
     except GradcamError as error:
         return error

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 
-from gradcam_worker.backfill.progress import Standing
+from gradcam_worker.backfill.progress import Progress
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.shard import Row
 from gradcam_worker.text.visible import counted, visible
@@ -49,8 +49,8 @@ class Counted:
         return round(self._given / share) if share and self._given else None
 
 
-class Progress:
-    """Shows a `Standing`, as often as is right for who looks."""
+class BackfillProgressBar:
+    """Shows a `BackfillProgressBar`, as often as is right for who looks."""
 
     def __init__(self, form: str, total: Callable[[], int | None] = lambda: None) -> None:
         """`form` is terminal, lines or json; `total` says about how many rows there are, if it can."""
@@ -68,7 +68,7 @@ class Progress:
     ) -> None:
         self._live.stop()
 
-    def show(self, standing: Standing) -> None:
+    def show(self, standing: Progress) -> None:
         """Show it, where it is time to."""
         now_s = time.monotonic()
         if now_s - self._shown_s < EVERY_S[self._form]:
@@ -85,17 +85,17 @@ class Progress:
         """What somebody should know."""
         console.err.print(visible(text), markup=False, soft_wrap=True)
 
-    def total(self, standing: Standing) -> int | None:
+    def total(self, standing: Progress) -> int | None:
         """About how many rows there are, if that can be told."""
         about = None if standing.whole else self._total()
         return standing.planned if standing.whole else about and max(about, standing.planned)
 
-    def left_s(self, standing: Standing) -> float | None:
+    def left_s(self, standing: Progress) -> float | None:
         """For how long it goes on, as it looks."""
         total, rate = self.total(standing), standing.rows_per_s
         return max(total - standing.reached, 0) / rate if total is not None and rate else None
 
-    def facts(self, standing: Standing) -> dict[str, Any]:
+    def facts(self, standing: Progress) -> dict[str, Any]:
         """For machines."""
         left_s = self.left_s(standing)
         return {
@@ -104,7 +104,7 @@ class Progress:
             "left_s": None if left_s is None else round(left_s),
         }
 
-    def text(self, standing: Standing) -> str:
+    def text(self, standing: Progress) -> str:
         """One line, for a person."""
         nobody = ["no worker lives: start one with `gradcam worker`"] if standing.workers == 0 else []
         if not standing.planned:
@@ -120,7 +120,7 @@ class Progress:
         said.append(f"{counted(standing.in_flight, 'shard')} in flight")
         return " · ".join([*said, *nobody])
 
-    def _picture(self, standing: Standing) -> RenderableType:
+    def _picture(self, standing: Progress) -> RenderableType:
         total = self.total(standing)
         bar = ProgressBar(total=total, completed=standing.reached, width=min(console.err.width, 60))
         return Group(console.plain(self.text(standing)), bar)

@@ -19,14 +19,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from gradcam_worker.backfill.registry import RedisFleet
+from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.errors import LedgerUnavailable
 from gradcam_worker.ledger.redis import stats
-from gradcam_worker.ledger.redis.stats import Depths
 from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.observability.queue_depths import QueueDepths
 from gradcam_worker.operations import console
-from gradcam_worker.schemas.job import StatusDocument
 from gradcam_worker.schemas.shard import ROUTE, ROUTES
+from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets
 from gradcam_worker.text.visible import counted
@@ -43,12 +43,12 @@ LEFT = 4  # lines below the workers that always stay free: what is left out, the
 
 
 @dataclass(frozen=True)
-class Look:
+class Snapshot:
     """What was seen at one moment. A job of a backfill is a shard, not an image."""
 
     at: str
     place: str
-    depths: Depths
+    depths: QueueDepths
     parked: int = 0  # recipients that could not be told
     ended: Mapping[str, int] = field(default_factory=dict)  # jobs of about the last 60 s, by state
     shards_ended: Mapping[str, int] = field(default_factory=dict)
@@ -58,17 +58,17 @@ class Look:
     backfills: tuple[Mapping[str, Any], ...] = ()
 
 
-class Watch:
+class Dashboard:
     """Looks again and again, and reads nothing twice that cannot have changed."""
 
     def __init__(self, settings: Settings) -> None:
         """Nothing is connected yet."""
         self._ledger = RedisLedger(settings, timeout_s=3, retries=1)
-        self._fleet = RedisFleet(self._ledger.server)
+        self._fleet = RedisBackfillRegistry(self._ledger.server)
         self._place, self._lease_s = without_secrets(settings.ledger), settings.lease_s
         self._codes: dict[str, str] = {}  # of dead letters, by job
 
-    def look(self) -> Look:
+    def look(self) -> Snapshot:
         """What there is to be seen now. Raises LedgerUnavailable."""
         server, p = self._ledger.server, self._ledger.server.prefix
         with server.reaching():
@@ -85,10 +85,10 @@ class Watch:
                 )
                 before, now, parked, recent, letters = pipe.execute()
         jobs, shards = _last_minute(before, now, (now_ms % MINUTE_MS) / MINUTE_MS)
-        return Look(
+        return Snapshot(
             at=datetime.fromtimestamp(now_ms / 1000, UTC).isoformat(timespec="seconds"),
             place=self._place,
-            depths=stats.ask(server, self._lease_s),
+            depths=stats.read_depths(server, self._lease_s),
             parked=parked,
             ended=jobs,
             shards_ended=shards,
@@ -139,7 +139,7 @@ def _last_minute(
 
 def run(settings: Settings, *, once: bool, as_json: bool) -> int:
     """Show it until `q` or Ctrl-C, or just once. Raises LedgerUnavailable, where it is shown once."""
-    watch = Watch(settings)
+    watch = Dashboard(settings)
     if as_json:
         console.print_json(asdict(watch.look()))
     elif once or not console.out.is_terminal:
@@ -149,7 +149,7 @@ def run(settings: Settings, *, once: bool, as_json: bool) -> int:
     return 0
 
 
-def _follow(watch: Watch) -> None:
+def _follow(watch: Dashboard) -> None:
     shown: RenderableType = Text("")
     with _keys() as pressed, Live(console=console.out, screen=True, auto_refresh=False) as live:
         while True:
@@ -187,7 +187,7 @@ def _keys() -> Iterator[Callable[[float], str]]:
         termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
 
 
-def picture(look: Look, *, height: int | None = None) -> RenderableType:
+def picture(look: Snapshot, *, height: int | None = None) -> RenderableType:
     """All of it, 80 columns wide; no higher than `height` lines, workers in trouble first."""
     head = Text.assemble(("gradcam top", "bold"), f" · {look.place} · {look.at[11:19]} UTC")
     parts: list[RenderableType] = [head, "", _counts(look), ""]
@@ -203,7 +203,7 @@ def picture(look: Look, *, height: int | None = None) -> RenderableType:
     return Group(*parts)
 
 
-def _counts(look: Look) -> Table:
+def _counts(look: Snapshot) -> Table:
     """The queues on the left; what runs, what ended and how on the right."""
     there = look.depths
     left = console.table("queue", "waiting", "oldest", numbers=("waiting", "oldest"))
@@ -227,7 +227,7 @@ def _counts(look: Look) -> Table:
     return both
 
 
-def _errors(look: Look) -> RenderableType:
+def _errors(look: Snapshot) -> RenderableType:
     read = sum(look.errors.values())
     of = f", of the last {read:,}" if read < look.errors_of else ""
     shown = [*look.errors.items()][:MOST_CODES]

@@ -15,10 +15,10 @@ from gradcam_worker.resilience.deadline import Deadline
 LOOK_S = 0.5  # between two looks, while waiting, whether the job has been cancelled
 
 
-class Hold:
+class Reservation:
     """What one job holds of a room."""
 
-    def __init__(self, room: "Room", amount: int) -> None:
+    def __init__(self, room: "ResourceBudget", amount: int) -> None:
         """`amount` has been taken already."""
         self._room, self._amount = room, amount
 
@@ -29,7 +29,7 @@ class Hold:
         self._room._give_back(more)  # noqa: SLF001  # two halves of one thing
 
 
-class Room:
+class ResourceBudget:
     """So much and no more at once. Who comes first is let in first: small ones do not starve a large one."""
 
     def __init__(self, capacity: int, unit: str) -> None:
@@ -50,7 +50,7 @@ class Room:
         return len(self._queue)
 
     @contextmanager
-    def taken(self, amount: int, deadline: Deadline) -> Iterator[Hold]:
+    def taken(self, amount: int, deadline: Deadline) -> Iterator[Reservation]:
         """Hold `amount` within the block, once there is room for it.
 
         What is larger than the room is let in when the room is empty, and alone: it has been allowed by a
@@ -59,7 +59,7 @@ class Room:
         """
         while not self._let_in(amount, deadline):
             deadline.check(f"waiting for {amount:,} of {self.capacity:,} {self._unit} in flight")
-        hold = Hold(self, amount)
+        hold = Reservation(self, amount)
         try:
             yield hold
         finally:
@@ -89,11 +89,11 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Rooms:
+class Budgets:
     """What may be in flight in one process."""
 
-    bytes: Room  # of images, from before they are fetched until they are decoded
-    pixels: Room  # of images, from before they are decoded until all is drawn
+    bytes: ResourceBudget  # of images, from before they are fetched until they are decoded
+    pixels: ResourceBudget  # of images, from before they are decoded until all is drawn
     most_bytes: int  # that one image may have
     threads: int  # that fetch at once
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from gradcam_worker.errors import GradcamError
-from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.schemas.ids import utc_now
 
 log = logging.getLogger("gradcam")
 
@@ -16,7 +16,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 30.0  # before the storage is probed again
 LOOK_S = 0.5  # between two looks whether there is anything to probe
 
 
-class Breaker:
+class CircuitBreaker:
     """Opens after some failures in a row, and closes as soon as a probe, or a job, goes well."""
 
     def __init__(self, probe: Callable[[], object], first_pause_s: float = FIRST_PAUSE_S) -> None:

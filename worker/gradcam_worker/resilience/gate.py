@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from gradcam_worker.errors import WorkerUnfit
 
 
-class Floor:
+class ExclusiveGate:
     """A job under which a worker died gets the process to itself, so that it takes no others with it.
 
     Who waits to be alone is let in before those who come later, or it would wait for ever.

@@ -10,7 +10,7 @@ LOOK_S = 0.05  # between two looks whether anybody still wants it
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Reads while it is entered; never more than `most` that nobody has taken."""
 
     def __init__(self, source: Iterable[T], most: int = 4) -> None:

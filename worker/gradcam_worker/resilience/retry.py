@@ -30,7 +30,7 @@ STALLED_S = 5.0  # who waits so long for one object waits for the store: its fau
 LOOK_S = 0.25  # between two looks whether a job that waits has been cancelled
 
 
-class Patience:
+class RetryPolicy:
     """How much time one piece of work with a store gets, of what its job has left."""
 
     def __init__(

@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gradcam_worker.broker.app import Bell
-from gradcam_worker.delivery.dispatcher import KEEP_S, Courier, Deliver
+from gradcam_worker.broker.publisher import Publisher
+from gradcam_worker.delivery.dispatcher import KEEP_S, Deliver, OutboxDispatcher
 from gradcam_worker.delivery.webhooks import message_id
 from gradcam_worker.errors import InvalidSettings, LedgerUnavailable, StatusUnavailable
-from gradcam_worker.ledger.outbox import Parcel
+from gradcam_worker.ledger.outbox import Delivery
 from gradcam_worker.ledger.reaper import Reaper
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.observability.tracing import OFF, Traces
 from gradcam_worker.resilience.outages import Outage, Outages
-from gradcam_worker.schemas.job import StatusEvent
+from gradcam_worker.schemas.status import StatusEvent
 from gradcam_worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,20 +33,20 @@ SQL = "sql"  # the name of the sink
 KEEP_EVERY_S = 60.0  # between two looks at the database
 LAST_WORD_S = 5.0  # for deliveries that are under way, the last renewal
 
-Keep = Callable[[threading.Event], None]
+BackgroundLoop = Callable[[threading.Event], None]
 Send = Callable[[str, str | None, StatusEvent, str], None]
 
 
-def gather(
+def build(
     settings: Settings,
-    bell: Bell,
+    bell: Publisher,
     ledger: RedisLedger,
     send: Send,
     me: str,
     observer: Observer = SILENT,
     spans: Traces = OFF,
     outages: Outages | None = None,
-) -> dict[str, Keep]:
+) -> dict[str, BackgroundLoop]:
     """All of them, by name, in the process `me`; `send` does what `Webhooks.send` does.
 
     Raises InvalidSettings.
@@ -64,18 +64,18 @@ def gather(
     )
     outbox = RedisOutbox(ledger.server, retention_s=settings.retention_s)
 
-    def to_webhook(parcel: Parcel, event: StatusEvent) -> None:
+    def to_webhook(parcel: Delivery, event: StatusEvent) -> None:
         if parcel.webhook:
             hook = parcel.webhook
             send(hook.url, hook.secret_ref, event, message_id(parcel.document))
 
-    keepers: dict[str, Keep] = {"reaper": reaper.keep}
+    keepers: dict[str, BackgroundLoop] = {"reaper": reaper.keep}
     sinks: dict[str, Deliver] = {}
     database = _database(settings)
     if database:
         sinks[SQL] = lambda parcel, _: database.write(parcel.document)
         keepers["database"] = partial(_keep, database, outbox, outages.ledger)
-    courier = Courier(
+    courier = OutboxDispatcher(
         outbox,
         to_webhook,
         sinks,
@@ -90,7 +90,7 @@ def gather(
     return keepers
 
 
-def start(keepers: Mapping[str, Keep], stopped: threading.Event) -> list[threading.Thread]:
+def start(keepers: Mapping[str, BackgroundLoop], stopped: threading.Event) -> list[threading.Thread]:
     """Let each of them keep at it, until `stopped`."""
     threads = [
         threading.Thread(target=keep, args=[stopped], name=name, daemon=True)

@@ -7,38 +7,40 @@ from functools import partial
 
 from celery import Celery
 
-from gradcam_worker.backfill.registry import RedisFleet
-from gradcam_worker.execution.handler import Desk
-from gradcam_worker.execution.leases import Leases
-from gradcam_worker.execution.services import Outside, StoreSource
+from gradcam_worker.backfill.registry import RedisBackfillRegistry
+from gradcam_worker.execution.handler import JobHandler
+from gradcam_worker.execution.leases import LeaseManager
+from gradcam_worker.execution.services import Services, StorageProvider
 from gradcam_worker.ledger.redis.eviction import Eviction
 from gradcam_worker.observability import tracing
 from gradcam_worker.observability.events import SILENT, Observer
-from gradcam_worker.resilience.circuit_breaker import Breaker
+from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.resilience.stall import Stall
 from gradcam_worker.runtime import background, service_factory
-from gradcam_worker.runtime.background import Keep
-from gradcam_worker.schemas.model import utc_now
+from gradcam_worker.runtime.background import BackgroundLoop
+from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage import stores as storage
 
 
 @dataclass(frozen=True)
-class Crew:
+class WorkerComponents:
     """The desk, and what has a thread of its own until it is told to stop."""
 
-    desk: Desk
-    keepers: Mapping[str, Keep]
+    desk: JobHandler
+    keepers: Mapping[str, BackgroundLoop]
     eviction: Eviction
 
 
-def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer = SILENT) -> Crew:
+def build_worker(
+    settings: Settings, app: Celery, outside: Services, observer: Observer = SILENT
+) -> WorkerComponents:
     """Everybody a worker process needs. Raises InvalidSettings."""
-    ledger, me, began_at = service_factory.ledger(settings), service_factory.worker_ref(), utc_now()
+    ledger, me, began_at = service_factory.build_ledger(settings), service_factory.worker_ref(), utc_now()
     ledger.observer, outages = observer, Outages()
     app.outages = outages
-    breaker = Breaker(partial(use_storage, outside.stores))
+    breaker = CircuitBreaker(partial(use_storage, outside.stores))
 
     def health() -> str:
         """What other people can read about this worker: see `Ledger.workers`."""
@@ -46,12 +48,12 @@ def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer
         batch = round(outside.residents.usual_images, 1)
         return json.dumps({**said, "batch": batch, "trouble": breaker.open or outside.residents.trouble})
 
-    leases = Leases(ledger, me.id, settings.lease_s, health, observer, outages.ledger)
+    leases = LeaseManager(ledger, me.id, settings.lease_s, health, observer, outages.ledger)
     spans = tracing.to(settings.traces, "gradcam-worker", me.id)
     send = outside.webhooks.send
-    others = background.gather(settings, app.bell, ledger, send, me.id, observer, spans, outages)
+    others = background.build(settings, app.bell, ledger, send, me.id, observer, spans, outages)
     stall = Stall(app.bell.any_waiting, settings.hung_after_s)
-    desk = Desk(
+    desk = JobHandler(
         settings,
         ledger,
         outside,
@@ -60,15 +62,15 @@ def gather(settings: Settings, app: Celery, outside: Outside, observer: Observer
         breaker,
         observer=observer,
         traces=spans,
-        admits=RedisFleet(ledger.server).admits,
+        admits=RedisBackfillRegistry(ledger.server).admits,
         stall=stall,
     )
     eviction = Eviction(settings)
     own = {"leases": leases.keep, "breaker": breaker.watch, "eviction": eviction.keep, "stall": stall.keep}
-    return Crew(desk, {**own, **others}, eviction)
+    return WorkerComponents(desk, {**own, **others}, eviction)
 
 
-def use_storage(stores: StoreSource) -> None:
+def use_storage(stores: StorageProvider) -> None:
     """As a job does: whatever it raises, jobs would meet it too."""
     storage.probe(stores.open())
     if isinstance(stores, storage.Stores):  # artifacts may go to a folder, and images come from S3

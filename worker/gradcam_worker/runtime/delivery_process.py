@@ -9,13 +9,13 @@ import signal
 import threading
 from queue import SimpleQueue
 
-from gradcam_worker.broker.app import Bell
+from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.delivery.webhooks import Webhooks
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability import tracing
 from gradcam_worker.runtime import background
 from gradcam_worker.runtime.telemetry import Telemetry
-from gradcam_worker.schemas.model import process_name
+from gradcam_worker.schemas.ids import process_name
 from gradcam_worker.settings import Settings
 
 log = logging.getLogger("gradcam")
@@ -28,11 +28,11 @@ def run(settings: Settings) -> int:
         signal.signal(number, lambda one, _: signals.put(one))
     logging.getLogger("httpx").setLevel(logging.WARNING)
     telemetry, me = Telemetry(settings), process_name()
-    ledger, bell = RedisLedger(settings), Bell(settings)
+    ledger, bell = RedisLedger(settings), Publisher(settings)
     ledger.observer = telemetry.observer
     spans = tracing.to(settings.traces, "gradcam-deliver", me)
     send = Webhooks(settings).send
-    kept = background.gather(settings, bell, ledger, send, me, telemetry.observer, spans)
+    kept = background.build(settings, bell, ledger, send, me, telemetry.observer, spans)
     stopped = threading.Event()
     threads = background.start({**kept, **telemetry.keepers}, stopped)
     telemetry.watch(threads)

@@ -16,7 +16,7 @@ EVERY_S = 1.0  # between two signs
 STILL_S = 30.0  # without a turn of the consumer's loop: it turns every second, or tries to connect again
 
 
-class Pulse:
+class LivenessReporter:
     """Writes a byte again and again, as long as all is well."""
 
     def __init__(

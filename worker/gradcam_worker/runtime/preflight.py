@@ -15,7 +15,7 @@ from pathlib import Path
 
 import redis
 
-from gradcam_worker.broker import app
+from gradcam_worker.broker import publisher
 from gradcam_worker.errors import (
     BrokerUnavailable,
     GradcamError,
@@ -26,8 +26,9 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.gradcam.models import weights
 from gradcam_worker.gradcam.models.registry import Registry
+from gradcam_worker.ledger.redis.client import NO_CLUSTER
 from gradcam_worker.ledger.redis.eviction import FIX, Eviction
-from gradcam_worker.ledger.redis.store import NO_CLUSTER, RedisLedger
+from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.runtime import devices
 from gradcam_worker.settings import ONE_SERVER, Settings
 from gradcam_worker.storage.filesystem import REFUSED
@@ -71,7 +72,7 @@ def check(settings: Settings, *, stores: bool = True) -> None:
 
 def broker_answers(settings: Settings) -> str:
     """Where the broker is. Raises BrokerUnavailable, InvalidSettings."""
-    bell = app.Bell(settings, timeout_s=ANSWER_S)
+    bell = publisher.Publisher(settings, timeout_s=ANSWER_S)
     try:
         bell.waiting("normal")
         _check_mode(bell.mode(), "GRADCAM_BROKER_URL")

@@ -4,20 +4,20 @@ from collections.abc import Callable
 from functools import partial
 
 from gradcam_worker.delivery.webhooks import Webhooks
-from gradcam_worker.execution.services import Outside
+from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.decoding.decode import Limits
 from gradcam_worker.gradcam.models import weights
 from gradcam_worker.gradcam.models.registry import Registry
 from gradcam_worker.gradcam.network import Network
-from gradcam_worker.images.fetch import Images
-from gradcam_worker.inference.model_cache import Residents
+from gradcam_worker.images.fetch import UriFetcher
+from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability.events import SILENT, Observer
-from gradcam_worker.resilience.budget import Room, Rooms
-from gradcam_worker.schemas.job import WorkerRef
-from gradcam_worker.schemas.model import process_name
+from gradcam_worker.resilience.budget import Budgets, ResourceBudget
+from gradcam_worker.schemas.ids import process_name
 from gradcam_worker.schemas.shard import READERS
+from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import Stores
@@ -25,16 +25,16 @@ from gradcam_worker.storage.stores import Stores
 Load = Callable[[NetworkRow], Network]
 
 
-def outside(settings: Settings, load_row: Load | None = None, observer: Observer = SILENT) -> Outside:
+def build_services(settings: Settings, load_row: Load | None = None, observer: Observer = SILENT) -> Services:
     """Everything a job touches, for real. Nothing is connected or loaded yet. Raises InvalidSettings.
 
     `load_row` takes the place of `load`: a program of one's own may run other networks than Keras's.
     """
     s3 = S3(settings)
-    return Outside(
-        images=Images(settings, s3, observer=observer),
+    return Services(
+        images=UriFetcher(settings, s3, observer=observer),
         networks=Registry(settings.networks),
-        residents=Residents(
+        residents=ModelCache(
             load_row or partial(load, settings, s3),
             max_batch=settings.max_batch,
             max_bytes=settings.resident_bytes,
@@ -47,16 +47,16 @@ def outside(settings: Settings, load_row: Load | None = None, observer: Observer
         webhooks=Webhooks(settings),
         limits=Limits(settings.max_image_pixels, settings.max_image_side, settings.max_image_damage),
         max_classes=settings.max_classes,
-        rooms=Rooms(
-            Room(settings.max_bytes_in_flight, "bytes"),
-            Room(settings.max_pixels_in_flight, "pixels"),
+        rooms=Budgets(
+            ResourceBudget(settings.max_bytes_in_flight, "bytes"),
+            ResourceBudget(settings.max_pixels_in_flight, "pixels"),
             most_bytes=settings.max_image_bytes,
             threads=settings.threads + READERS * settings.shards,
         ),
     )
 
 
-def ledger(settings: Settings) -> RedisLedger:
+def build_ledger(settings: Settings) -> RedisLedger:
     """The ledger that the settings name."""
     return RedisLedger(settings)
 

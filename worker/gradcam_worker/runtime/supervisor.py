@@ -27,7 +27,7 @@ from gradcam_worker.settings import Settings
 
 log = logging.getLogger("gradcam.supervisor")
 
-WORKER = (sys.executable, "-P", "-m", "worker", "worker", "--unsupervised", "--ready-fd")
+WORKER = (sys.executable, "-P", "-m", "gradcam_worker", "worker", "--unsupervised", "--ready-fd")
 STARTS = 5  # in a row that may fail, on every device, before all is given up
 BACKOFF_S = 0.5  # before the second start; doubles
 BACKOFF_MAX_S = 30

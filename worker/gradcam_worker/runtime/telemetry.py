@@ -4,15 +4,15 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
-from gradcam_worker.broker import app
+from gradcam_worker.broker import publisher
 from gradcam_worker.ledger.redis import stats
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability import gpu, health
 from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.observability.health import Contact, Health
-from gradcam_worker.resilience.circuit_breaker import Breaker
+from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.runtime import devices
-from gradcam_worker.runtime.background import Keep
+from gradcam_worker.runtime.background import BackgroundLoop
 from gradcam_worker.settings import Settings
 
 ANSWER_S = 2.0  # that broker and ledger have, to show that they are there
@@ -28,7 +28,7 @@ class Telemetry:
         self._not_started: str | None = self._not_yet
         self.health.ready["process"] = lambda: self._not_yet
         self.health.startup["process"] = lambda: self._not_started
-        self.keepers: dict[str, Keep] = {}
+        self.keepers: dict[str, BackgroundLoop] = {}
         self.observer: Observer = SILENT
         self._metrics = None
         if not settings.metrics_port:
@@ -37,17 +37,19 @@ class Telemetry:
 
         self.observer = self._metrics = Metrics(settings.starts)
         ledger = RedisLedger(settings, timeout_s=ANSWER_S, retries=0)
-        bell = app.Bell(settings, timeout_s=ANSWER_S)
+        bell = publisher.Publisher(settings, timeout_s=ANSWER_S)
         contact = Contact({"broker": partial(bell.waiting, "normal"), "ledger": ledger.counts})
         self.keepers["contact"] = contact.keep
         for name in ("broker", "ledger"):
             self.health.ready[name] = partial(contact.check, name)
-        self._metrics.ask_ledger(partial(stats.ask, ledger.server, settings.lease_s))
+        self._metrics.ask_ledger(partial(stats.read_depths, ledger.server, settings.lease_s))
         self._metrics.look_up("ready", lambda: not self.health.found("/ready"))
         place = settings.metrics_host, settings.metrics_port
         health.serve(*place, self.health, self._metrics.scrape, CONTENT_TYPE)
 
-    def ask_worker(self, resident: Callable[[], int], breaker: Breaker, eviction: health.Check) -> None:
+    def ask_worker(
+        self, resident: Callable[[], int], breaker: CircuitBreaker, eviction: health.Check
+    ) -> None:
         """Show the networks that are loaded, whether storage and Redis are well, and what the GPU does."""
         self.health.ready["storage"] = lambda: breaker.open
         self.health.ready["eviction"] = eviction

@@ -18,6 +18,7 @@ from celery.exceptions import CPendingDeprecationWarning, Reject
 from celery.signals import setup_logging, worker_ready
 
 from gradcam_worker.broker import app as broker
+from gradcam_worker.broker import publisher
 from gradcam_worker.errors import (
     BrokerUnavailable,
     GradcamError,
@@ -29,15 +30,15 @@ from gradcam_worker.errors import (
     WeightsUnavailable,
     WorkerUnfit,
 )
-from gradcam_worker.execution.handler import Desk
-from gradcam_worker.execution.services import Outside
+from gradcam_worker.execution.handler import JobHandler
+from gradcam_worker.execution.services import Services
 from gradcam_worker.observability.health import Health
 from gradcam_worker.observability.logs import log_lines
 from gradcam_worker.resilience.budget import limit_memory
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.runtime import background, parent_watch, preflight, service_factory
-from gradcam_worker.runtime.bootstrap import gather
-from gradcam_worker.runtime.liveness import Pulse
+from gradcam_worker.runtime.bootstrap import build_worker
+from gradcam_worker.runtime.liveness import LivenessReporter
 from gradcam_worker.runtime.telemetry import Telemetry
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.shard import Shard
@@ -54,17 +55,17 @@ PRELOAD_EVERY_S = 10.0  # between two tries to have the weights of a network
 NO_FILE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES}  # which somebody has to put there
 PROBE_S = 2.0  # that the broker has, to show that it answers
 CONSUMER, REQUEST = "gradcam_worker.broker.consumer:SturdyConsumer", "gradcam_worker.broker.consumer:Request"
-KINDS: dict[str, type[Job] | type[Shard]] = {broker.EXPLAIN: Job, broker.EXPLAIN_SHARD: Shard}
+KINDS: dict[str, type[Job] | type[Shard]] = {publisher.EXPLAIN: Job, publisher.EXPLAIN_SHARD: Shard}
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)  # Celery's own ways lead astray here
 
 
-def register(app: Celery, desk: Desk) -> None:
+def register(app: Celery, desk: JobHandler) -> None:
     """Give the app its tasks and no other, and say what becomes of messages that are none."""
     outages = getattr(app, "outages", None) or Outages()
 
     def explain(self: Any, *args: object) -> None:
         try:
-            entered_at = (self.request.headers or {}).get(broker.ENTERED_AT)
+            entered_at = (self.request.headers or {}).get(publisher.ENTERED_AT)
             payload, kind = _payload(args), KINDS[self.name]
             desk.handle(payload, self.request.id, entered_at=entered_at, kind=kind)
         except (LedgerUnavailable, WorkerUnfit) as error:
@@ -99,7 +100,7 @@ def _redelivered(request: Any) -> bool:
     return bool((request.delivery_info or {}).get("redelivered"))
 
 
-def _ended(desk: Desk, message_id: str, error: BaseException) -> bool:
+def _ended(desk: JobHandler, message_id: str, error: BaseException) -> bool:
     """Write down that a message cannot be handled; whether that ended it. A good job is left alone."""
     return desk.refuse(message_id, None, InternalError.of(error)).final
 
@@ -124,10 +125,10 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     app = broker.make_app(settings)
     limit_memory(settings.memory_bytes)
     telemetry = Telemetry(settings)
-    outside = service_factory.outside(settings, load, telemetry.observer)
+    outside = service_factory.build_services(settings, load, telemetry.observer)
     service_factory.prepare(settings)
     preflight.device(settings)
-    crew = gather(settings, app, outside, telemetry.observer)
+    crew = build_worker(settings, app, outside, telemetry.observer)
     desk = crew.desk
     register(app, desk)
     telemetry.ask_worker(lambda: outside.residents.count, desk.breaker, crew.eviction.trouble)
@@ -136,7 +137,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     stopped, signals = threading.Event(), SimpleQueue[int]()
     kept = background.start({**crew.keepers, **telemetry.keepers}, stopped)
     ended = telemetry.watch(kept)
-    pulse = Pulse(
+    pulse = LivenessReporter(
         ready_fd, reachable=probe, ill=lambda: outside.residents.trouble or ended() or desk.stall.trouble()
     )
     app.turned, app.stall = pulse.turned, desk.stall
@@ -169,7 +170,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
         pool="gradcam_worker.broker.consumer:ThreadPool",
         hostname=f"celery@{desk.worker.id}",
         concurrency=settings.threads + settings.shards,
-        queues=list(broker.QUEUES),
+        queues=list(publisher.QUEUES),
         without_gossip=True,  # with it, a restart of the broker can end the worker
         without_mingle=True,
         without_heartbeat=True,
@@ -194,7 +195,7 @@ def _wait_for_second(signals: "SimpleQueue[int]", timeout_s: float) -> None:
         log.warning("%g s are over: what still runs is handed back", timeout_s)
 
 
-def _preload(settings: Settings, outside: Outside, health: Health) -> None:
+def _preload(settings: Settings, outside: Services, health: Health) -> None:
     """Weights that cannot be had just now are waited for. Raises InvalidSettings."""
     left = [*settings.preload]
 
@@ -242,7 +243,7 @@ def _listen(signals: SimpleQueue[int]) -> None:
         signal.signal(one, note)
 
 
-def _hand_back(desk: Desk, app: Celery, consumer: Any) -> bool:
+def _hand_back(desk: JobHandler, app: Celery, consumer: Any) -> bool:
     """What runs here, back into the queue, until it has ended here, too; whether all of it is back.
 
     What is not, the reaper finds when its lease runs out.

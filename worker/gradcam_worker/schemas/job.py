@@ -18,61 +18,49 @@ from pydantic import (
     model_validator,
 )
 
-from gradcam_worker.errors import GradcamError, InvalidJob, public_message
-from gradcam_worker.net.webhook_signing import PREFIX as SECRET
-from gradcam_worker.schemas.model import MAX_URI_BYTES, Told, Wire, describe, new_id, too_long
+from gradcam_worker.errors import InvalidJob
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.model import MAX_URI_BYTES, RequestModel, describe, too_long
+from gradcam_worker.schemas.model import WEBHOOK_SECRET_PREFIX as SECRET
 from gradcam_worker.schemas.options import (
-    AnimationWish,
-    ArtifactWish,
-    GridWish,
-    HeatmapWish,
-    Method,
+    AnimationSpec,
+    ArtifactSpec,
+    GridSpec,
+    HeatmapSpec,
+    MethodSpec,
     Metric,
     Name,
-    OverlayWish,
-    ReportWish,
+    OverlaySpec,
+    ReportSpec,
     Target,
 )
-from gradcam_worker.text.urls import has_credentials, redacted, without_secrets
-from gradcam_worker.text.visible import visible
+from gradcam_worker.text.urls import has_credentials, without_secrets
 
-__all__ = [  # what a job is made of is found here, wherever it is written down
-    "FINAL",
+__all__ = [
     "ID_PATTERN",
-    "AnimationWish",
-    "ArtifactWish",
+    "AnimationSpec",
+    "ArtifactSpec",
     "Event",
-    "GridWish",
-    "HeatmapWish",
+    "GridSpec",
+    "HeatmapSpec",
     "ImageRef",
     "Job",
     "JobId",
-    "ManifestRef",
-    "Method",
+    "MethodSpec",
     "Metric",
     "Name",
-    "NetworkRef",
-    "OverlayWish",
+    "OverlaySpec",
     "Priority",
-    "Problem",
-    "ReportWish",
-    "SeenClass",
+    "ReportSpec",
     "Sha256",
-    "Status",
-    "StatusDocument",
-    "StatusEvent",
     "Target",
-    "Warned",
     "Webhook",
-    "WorkerRef",
 ]
 
 ID_PATTERN = (
     r"^(?:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"  # a UUID
     r"|[0-7][0-9A-HJKMNP-TV-Z]{25})$"  # or a ULID
 )
-Status = Literal["queued", "running", "retrying", "succeeded", "failed", "canceled", "expired"]
-FINAL: frozenset[str] = frozenset({"succeeded", "failed", "canceled", "expired"})
 HOW_ELSE = {
     "image.uri": "The worker reads s3:// with its own credentials, and https:// with a presigned URL."
 }
@@ -128,14 +116,14 @@ def _no_image_itself(value: Any) -> Any:
     raise ValueError(message)
 
 
-class ImageRef(Wire):
+class ImageRef(RequestModel):
     """Where the image is; with `sha256`, which bytes it must be."""
 
     uri: Annotated[Uri, BeforeValidator(_no_image_itself)]
     sha256: Sha256 | None = None
 
 
-class Webhook(Wire):
+class Webhook(RequestModel):
     """Somebody to tell: unless it says otherwise, how the job ended. `secret_ref` names a signing secret."""
 
     url: ShortText
@@ -152,7 +140,7 @@ def _bare_uri(value: Any) -> Any:
     return value if isinstance(value, Mapping | ImageRef) else {"uri": value}
 
 
-class Job(Wire):
+class Job(RequestModel):
     """`gradcam.job/v1`: one image to explain. Only image, network and target are required."""
 
     schema_: Literal["gradcam.job/v1"] = Field(default="gradcam.job/v1", alias="schema")
@@ -161,10 +149,10 @@ class Job(Wire):
     image: Annotated[ImageRef, BeforeValidator(_bare_uri)]
     network: Name
     target: Target
-    method: Method = Method()
-    artifacts: Annotated[tuple[ArtifactWish, ...], Field(min_length=1, max_length=8)] = (
-        OverlayWish(),
-        HeatmapWish(),
+    method: MethodSpec = MethodSpec()
+    artifacts: Annotated[tuple[ArtifactSpec, ...], Field(min_length=1, max_length=8)] = (
+        OverlaySpec(),
+        HeatmapSpec(),
     )
     metrics: Annotated[tuple[Metric, ...], Field(max_length=2)] = ()
     output: Annotated[str, StringConstraints(max_length=1024)] | None = None
@@ -224,125 +212,3 @@ class Job(Wire):
         own = {"id", "idempotency_key", "traceparent"}
         kinds = [wish.kind for wish in self.artifacts]  # a default in each of them, and so not in the rest
         return f"{kinds} {self.model_dump_json(exclude=own, exclude_defaults=True)}"
-
-
-class Problem(Told):
-    """Why a job failed: RFC 9457 problem details, with a code that is a promise."""
-
-    type: str
-    title: str
-    detail: str  # for operators: it may name settings, hosts, buckets and paths
-    public_message: str = ""  # for end users: it names none, and is the same for every problem of this code
-    code: str
-    retryable: bool
-    stage: str | None = None
-    attempt: int
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_before(cls, given: Any) -> Any:
-        """What an earlier version wrote lacks its public message."""
-        if isinstance(given, dict) and "public_message" not in given:
-            return {**given, "public_message": public_message(str(given.get("code")))}
-        return given
-
-    @classmethod
-    def of(cls, error: GradcamError, *, stage: str | None, attempt: int) -> "Problem":
-        """An error of the tree -> what goes over the wire. No traceback, no secret."""
-        return cls(
-            type=f"urn:gradcam:problem:{error.code}",
-            title=(type(error).__doc__ or error.code).split("\n")[0].rstrip("."),
-            detail=_sentence(visible(redacted(str(error)[:2000]))),
-            public_message=error.public_message,
-            code=error.code,
-            retryable=error.retryable,
-            stage=stage,
-            attempt=attempt,
-        )
-
-
-def _sentence(text: str) -> str:
-    """What libraries say often lacks its full stop."""
-    return text if text.endswith((".", "?", ")")) else f"{text}."
-
-
-class SeenClass(Told):
-    """A class, its place among all classes by score, and its probability."""
-
-    rank: int
-    id: int
-    wnid: str
-    name: str
-    probability: float
-
-
-class NetworkRef(Told):
-    """The network that looked."""
-
-    name: str
-    layer: str
-    weights_sha256: Sha256 | None
-
-
-class WorkerRef(Told):
-    """The worker that did it."""
-
-    id: str
-    device: str
-
-
-class Warned(Told):
-    """Something the reader of a result should know."""
-
-    code: str  # zero_heatmap, image_damaged; a later version may know of more
-    class_id: int = -1  # of zero_heatmap; -1: it is about the whole image
-    missing: float | None = None  # of image_damaged: the share of the image that is not there, from 0 to 1
-    detail: str | None = None  # in words
-
-
-class ManifestRef(Told):
-    """Where the manifest is: its presence means that everything it names is there."""
-
-    manifest_uri: str
-    manifest_sha256: Sha256
-
-
-class StatusDocument(Told):
-    """`gradcam.status/v1`: the whole truth about a job, the same in every backend."""
-
-    schema_: Literal["gradcam.status/v1"] = Field(default="gradcam.status/v1", alias="schema")
-    id: JobId
-    status: Status
-    stage: str | None = None
-    revision: int = 1
-    attempt: int = 0
-    max_attempts: int
-    created_at: AwareDatetime
-    queued_at: AwareDatetime
-    started_at: AwareDatetime | None = None
-    updated_at: AwareDatetime
-    completed_at: AwareDatetime | None = None
-    expires_at: AwareDatetime | None = None
-    cancel_requested_at: AwareDatetime | None = None
-    network: NetworkRef | None = None
-    worker: WorkerRef | None = None
-    metrics: dict[str, float] = Field(default_factory=dict)
-    predictions: tuple[SeenClass, ...] = ()
-    result: ManifestRef | None = None
-    warnings: tuple[Warned, ...] = ()
-    error: Problem | None = None
-    metadata: dict[str, str] = Field(default_factory=dict)
-    traceparent: str | None = None  # W3C: in which trace it is to be found, where there is one
-
-    @property
-    def final(self) -> bool:
-        """Whether nothing more will happen to this job."""
-        return self.status in FINAL
-
-
-class StatusEvent(Told):
-    """What a webhook receives."""
-
-    type: str  # gradcam.job.succeeded and so on
-    timestamp: AwareDatetime
-    data: StatusDocument

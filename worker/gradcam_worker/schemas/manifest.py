@@ -4,11 +4,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from gradcam_worker.schemas.job import JobId, Method, SeenClass, Sha256, Warned
-from gradcam_worker.schemas.model import Told
+from gradcam_worker.schemas.job import JobId, Sha256
+from gradcam_worker.schemas.model import ResponseModel
+from gradcam_worker.schemas.options import MethodSpec
+from gradcam_worker.schemas.status import ClassScore, ResultWarning
 
 
-class ArtifactRecord(Told):
+class ArtifactRecord(ResponseModel):
     """One stored object. `index`: which slice of an array file belongs to this class."""
 
     kind: str
@@ -23,7 +25,7 @@ class ArtifactRecord(Told):
     index: int | None = None
 
 
-class ClassRef(Told):
+class ClassRef(ResponseModel):
     """A class of the network."""
 
     id: int
@@ -31,14 +33,14 @@ class ClassRef(Told):
     name: str
 
 
-class HotRegion(Told):
+class SalientRegion(ResponseModel):
     """Where the heatmap, at the image's size, is at least `threshold` of its peak, around its peak."""
 
     threshold: float
     box_xyxy: tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom excluded
 
 
-class ExplainedClass(Told):
+class ExplainedClass(ResponseModel):
     """One explained class. `peak_xy`: the middle of the hottest cell, in pixels of the image."""
 
     class_: ClassRef = Field(alias="class")
@@ -47,19 +49,19 @@ class ExplainedClass(Told):
     raw_min: float
     raw_max: float
     peak_xy: tuple[int, int] | None
-    hot: HotRegion | None = None
+    hot: SalientRegion | None = None
     metrics: dict[str, float] = Field(default_factory=dict)  # deletion and insertion, where asked for
     artifacts: tuple[ArtifactRecord, ...]
 
 
-class DamageRecord(Told):
+class DamageRecord(ResponseModel):
     """What the image lacks."""
 
     missing: float  # share of the image, from 0 to 1, as far as that can be told
     detail: str
 
 
-class InputRecord(Told):
+class InputRecord(ResponseModel):
     """The image that was explained."""
 
     uri: str
@@ -71,7 +73,7 @@ class InputRecord(Told):
     damage: DamageRecord | None = None  # None: it is whole
 
 
-class NetworkRecord(Told):
+class NetworkRecord(ResponseModel):
     """The network, in full."""
 
     name: str
@@ -84,11 +86,11 @@ class NetworkRecord(Told):
     head: Literal["softmax", "sigmoid", "probabilities"] = "softmax"  # but for softmax, they may not sum to 1
 
 
-class MethodRecord(Method, Told):
+class MethodRecord(MethodSpec, ResponseModel):
     """How the heatmaps were computed, and at which layer."""
 
 
-class Manifest(Told):
+class Manifest(ResponseModel):
     """`gradcam.manifest/v1`, written last.
 
     It holds nothing that another attempt would change, but for the last digits of its numbers, which a pass
@@ -102,7 +104,7 @@ class Manifest(Told):
     input: InputRecord
     network: NetworkRecord
     method: MethodRecord
-    predictions: tuple[SeenClass, ...]
+    predictions: tuple[ClassScore, ...]
     explanations: tuple[ExplainedClass, ...]
     artifacts: tuple[ArtifactRecord, ...] = ()  # of the whole, not of one class
-    warnings: tuple[Warned, ...] = ()
+    warnings: tuple[ResultWarning, ...] = ()

@@ -1,13 +1,6 @@
 """What everything on the wire has in common: frozen models, ids, times, and findings as sentences."""
 
-import os
-import platform
 import re
-import secrets
-import time
-import uuid
-from datetime import UTC, datetime
-from functools import cache
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,7 +10,7 @@ MAX_URI_BYTES = 8192  # of any other address: more than most servers read of one
 SECRETIVE = re.compile(r"://|^data:|whsec_|:[^\s@]*@", re.IGNORECASE)
 
 
-class Wire(BaseModel):
+class RequestModel(BaseModel):
     """What every model on the wire has in common."""
 
     # Pydantic's own words, which a traceback shows, repeat nothing of what was received: see `describe`.
@@ -30,25 +23,13 @@ class Wire(BaseModel):
         return self.model_dump_json()
 
 
-class Told(Wire):
+class ResponseModel(RequestModel):
     """What workers tell: a later version may say more, and whoever reads it passes over that.
 
-    What workers are asked for, a slip of the pen in it too, is refused: that is `Wire`.
+    What workers are asked for, a slip of the pen in it too, is refused: that is `RequestModel`.
     """
 
     model_config = ConfigDict(extra="ignore")
-
-
-def utc_now() -> datetime:
-    """The time now, aware, in UTC."""
-    return datetime.now(UTC)
-
-
-def new_id() -> str:
-    """A UUIDv7 (RFC 9562, section 5.7): ids sort by the millisecond in which they were made."""
-    value = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
-    value = value & ~(0xF << 76) | 7 << 76  # version 7
-    return str(uuid.UUID(int=value & ~(3 << 62) | 2 << 62))  # variant of RFC 9562
 
 
 def too_long(uri: str) -> str | None:
@@ -73,22 +54,6 @@ def too_long(uri: str) -> str | None:
 
 def _bytes(text: str) -> int:
     return len(text.encode(errors="surrogatepass"))
-
-
-def process_name() -> str:
-    """What others call this process by: its host, what no other process has, and its number.
-
-    Containers may have one host name, and each a process of the same number.
-    """
-    number = os.getpid()
-    return f"{platform.node()}:{_drawn(number)}:{number}"
-
-
-@cache
-def _drawn(process: int) -> str:
-    """By lot, once for each process: one that was forked draws its own."""
-    del process
-    return secrets.token_hex(4)
 
 
 def describe(error: ValidationError) -> str:
@@ -118,3 +83,6 @@ def describe(error: ValidationError) -> str:
 def _shown(name: str) -> str:
     """The name of a field, which may be a stranger's."""
     return "..." if SECRETIVE.search(name[:2000]) else repr(name)[1:-1][:60]
+
+
+WEBHOOK_SECRET_PREFIX = "whsec_"  # noqa: S105  # how one begins

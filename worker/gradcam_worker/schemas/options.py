@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, StrictInt, StringConstraints, model_validator
 
-from gradcam_worker.schemas.model import Wire
+from gradcam_worker.schemas.model import RequestModel
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 ClassWish = StrictInt | Annotated[str, StringConstraints(min_length=1, max_length=128)]
@@ -14,7 +14,7 @@ Colormap = Literal["jet", "turbo", "viridis", "inferno", "magma", "plasma", "civ
 Metric = Literal["deletion", "insertion"]
 
 
-class Target(Wire):
+class Target(RequestModel):
     """Which classes to explain: exactly one of the two."""
 
     top_n: Annotated[int, Field(ge=1, le=1000, strict=True)] | None = None
@@ -29,7 +29,7 @@ class Target(Wire):
         return self
 
 
-class Method(Wire):
+class MethodSpec(RequestModel):
     """How to compute the heatmaps.
 
     `notebook` gives the network an image that was not preprocessed, so its predictions differ too.
@@ -51,7 +51,7 @@ class Method(Wire):
     flip: bool = False  # the mean of the image's map and of its mirror image's
 
 
-class OverlayWish(Wire):
+class OverlaySpec(RequestModel):
     """One picture a class: the heatmap laid over the photo, at the photo's size.
 
     `contour` outlines where the heatmap is above `threshold`, `box` frames the part of it around the peak.
@@ -67,7 +67,7 @@ class OverlayWish(Wire):
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the heatmap's peak
 
 
-class HeatmapWish(Wire):
+class HeatmapSpec(RequestModel):
     """The heatmaps as numbers: all on the network's own grid, float32, in one npz or npy file; or, as png,
     one 8-bit grey picture a class, at the photo's size.
     """
@@ -76,7 +76,7 @@ class HeatmapWish(Wire):
     format: Literal["npz", "npy", "png"] = "npz"
 
 
-class GridWish(Wire):
+class GridSpec(RequestModel):
     """One sheet: the photo and its overlays in rows of three, each with its class and probability."""
 
     kind: Literal["grid"] = "grid"
@@ -85,7 +85,7 @@ class GridWish(Wire):
     colormap: Colormap = "jet"
 
 
-class AnimationWish(Wire):
+class AnimationSpec(RequestModel):
     """The overlays one after the other, each titled with its class and probability, for ever."""
 
     kind: Literal["animation"] = "animation"
@@ -96,13 +96,13 @@ class AnimationWish(Wire):
     frame_s: Annotated[float, Field(ge=0.1, le=10)] = 1.0  # how long a class is shown
 
 
-class ReportWish(Wire):
+class ReportSpec(RequestModel):
     """One HTML page that needs nothing else: photo, heatmaps, predictions, facts."""
 
     kind: Literal["report"] = "report"
     format: Literal["html"] = "html"
 
 
-ArtifactWish = Annotated[
-    OverlayWish | HeatmapWish | GridWish | AnimationWish | ReportWish, Field(discriminator="kind")
+ArtifactSpec = Annotated[
+    OverlaySpec | HeatmapSpec | GridSpec | AnimationSpec | ReportSpec, Field(discriminator="kind")
 ]

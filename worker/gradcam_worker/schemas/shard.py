@@ -7,9 +7,11 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, StringConstraints, ValidationError
 
 from gradcam_worker.errors import InvalidJob
-from gradcam_worker.schemas.job import Job, JobId, Priority, Problem, Sha256, ShortText, Webhook
-from gradcam_worker.schemas.model import Wire, describe, new_id
-from gradcam_worker.schemas.options import Method, Metric, Name, OverlayWish, Target
+from gradcam_worker.schemas.ids import new_id
+from gradcam_worker.schemas.job import Job, JobId, Priority, Sha256, ShortText, Webhook
+from gradcam_worker.schemas.model import RequestModel, describe
+from gradcam_worker.schemas.options import MethodSpec, Metric, Name, OverlaySpec, Target
+from gradcam_worker.schemas.status import Problem
 
 ROUTE = "shard"  # shards wait in a queue of their own, behind everybody
 ROUTES = (*get_args(Priority), ROUTE)
@@ -19,7 +21,7 @@ DATASET = "gradcam.dataset/v1"  # what all its files are together
 KEY = r"[0-9]{8}-[0-9a-f]{16}"  # of a shard: its index and a digest, see `gradcam_worker.backfill.plan`
 
 
-class Row(Wire):
+class Row(RequestModel):
     """One line of the input. With a `problem` its `uri` is what was received, as far as that can be shown."""
 
     uri: Annotated[str, StringConstraints(max_length=2_000_000)]
@@ -29,7 +31,7 @@ class Row(Wire):
     problem: Problem | None = None
 
 
-class Shard(Wire):
+class Shard(RequestModel):
     """`gradcam.shard/v1`: rows `first`, `first` + 1, ... of a backfill's input, and what it wants of each.
 
     It leaves one Parquet file below `output`: `data/<key>.parquet` (see
@@ -46,9 +48,9 @@ class Shard(Wire):
     network: Name
     weights_sha256: Sha256 | None = None  # which weights it must be; None: whichever the worker has
     target: Target
-    method: Method = Method()
+    method: MethodSpec = MethodSpec()
     metrics: Annotated[tuple[Metric, ...], Field(max_length=2)] = ()
-    artifacts: Annotated[tuple[OverlayWish, ...], Field(max_length=3)] = ()
+    artifacts: Annotated[tuple[OverlaySpec, ...], Field(max_length=3)] = ()
     output: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
     # What its submitter got from the ledger: see `gradcam_worker.backfill.registry`. '': an older
     # version submitted it.

@@ -31,7 +31,7 @@ from gradcam_worker.errors import ImageTooLarge, WeightsUnavailable
 from gradcam_worker.gradcam.models.weights import Sink
 from gradcam_worker.observability.logs import Pool
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.resilience.retry import PATIENCE_S, Patience
+from gradcam_worker.resilience.retry import PATIENCE_S, RetryPolicy
 from gradcam_worker.schemas import bucket_names
 from gradcam_worker.schemas.bucket_names import LONGEST
 from gradcam_worker.schemas.model import MAX_KEY_BYTES
@@ -176,7 +176,7 @@ class S3:
         self._session.get_credentials().get_frozen_credentials()
 
     def put(
-        self, bucket: str, key: str, data: bytes, media_type: str, patience: Patience | None = None
+        self, bucket: str, key: str, data: bytes, media_type: str, patience: RetryPolicy | None = None
     ) -> None:
         """Write an object, whole or not at all. Raises one of FAILED, or what ended the job.
 
@@ -201,10 +201,10 @@ class S3:
                     return
             self.client.put_object(**what, ContentMD5=_md5(data))
 
-        _both(f"s3://{bucket}/{key}", direct, thorough, patience or Patience(NEVER))
+        _both(f"s3://{bucket}/{key}", direct, thorough, patience or RetryPolicy(NEVER))
 
     def read(
-        self, bucket: str, key: str, patience: Patience, most: Callable[[int], None] = lambda _: None
+        self, bucket: str, key: str, patience: RetryPolicy, most: Callable[[int], None] = lambda _: None
     ) -> bytes:
         """Read an object, waiting no longer than `patience` has. Raises one of FAILED, what ended the job,
         and what `most` raises, which is told how many bytes there are, before and while they come.
@@ -243,7 +243,7 @@ class S3:
         empty = 0
         while True:
             ask = partial(self.client.list_objects_v2, Bucket=bucket, Prefix=prefix, **token)
-            page = Patience(NEVER, ASKED_S).insist(partial(_page, ask, prefix), FAILED, hopeless)
+            page = RetryPolicy(NEVER, ASKED_S).insist(partial(_page, ask, prefix), FAILED, hopeless)
             yield from page.objects
             if not page.more:
                 return
@@ -261,7 +261,7 @@ class S3:
         """Delete an object, if there is one. Raises one of FAILED."""
         self._check(bucket)
         ask = partial(self.client.delete_object, Bucket=bucket, Key=key)
-        Patience(NEVER, ASKED_S).insist(ask, FAILED, hopeless)
+        RetryPolicy(NEVER, ASKED_S).insist(ask, FAILED, hopeless)
 
     def read_image(self, bucket: str, key: str, max_bytes: int, deadline: Deadline) -> bytes:
         """Read an object, giving up as soon as it proves too large or too slow.
@@ -277,7 +277,7 @@ class S3:
                 raise ImageTooLarge(message)
 
         try:
-            return self.read(bucket, key, Patience(deadline, self._fetch_s), most)
+            return self.read(bucket, key, RetryPolicy(deadline, self._fetch_s), most)
         except FAILED as error:
             raise unreadable(uri, error) from error
 
@@ -287,7 +287,7 @@ class S3:
         asked = partial(self.client.get_object, Bucket=bucket, Key=key)
         try:
             self._check(bucket)
-            found = Patience(NEVER, DOWNLOAD_S).insist(asked, FAILED, hopeless)
+            found = RetryPolicy(NEVER, DOWNLOAD_S).insist(asked, FAILED, hopeless)
             body = found["Body"]
             sink.expect(found["ContentLength"])
             while chunk := body.read(CHUNK):
@@ -296,7 +296,7 @@ class S3:
             raise WeightsUnavailable(str(unreadable(uri, error))) from error
 
 
-def _both(uri: str, direct: Callable[[], T], thorough: Callable[[], T], patience: Patience) -> T:
+def _both(uri: str, direct: Callable[[], T], thorough: Callable[[], T], patience: RetryPolicy) -> T:
     """Obstore once, then boto3 until there is no more patience."""
     patience.check(f"storage, {uri}")
     try:

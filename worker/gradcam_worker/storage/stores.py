@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from gradcam_worker.errors import OutputNotAllowed, StorageUnavailable
 from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.resilience.retry import Patience
+from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.filesystem import FolderStore, Object
 from gradcam_worker.storage.s3 import NEVER, S3
@@ -92,13 +92,13 @@ class S3Store:
 
     def put(self, key: str, data: bytes, media_type: str) -> str:
         """See `Store.put`."""
-        return self._put_all([(key, data, media_type)], NEVER, Patience(NEVER, PROBE_S, insists=False))[0]
+        return self._put_all([(key, data, media_type)], NEVER, RetryPolicy(NEVER, PROBE_S, insists=False))[0]
 
     def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
         """See `Store.put_many`: in parallel."""
-        return self._put_all(objects, deadline, Patience(deadline))
+        return self._put_all(objects, deadline, RetryPolicy(deadline))
 
-    def _put_all(self, objects: Sequence[Object], deadline: Deadline, patience: Patience) -> list[str]:
+    def _put_all(self, objects: Sequence[Object], deadline: Deadline, patience: RetryPolicy) -> list[str]:
 
         def put(one: Object) -> str:
             deadline.check("upload")
@@ -111,7 +111,7 @@ class S3Store:
             message = f"{self.uri('')} could not be written: {reason(error)}"
             raise StorageUnavailable(message) from error
 
-    def _put(self, one: Object, patience: Patience) -> str:
+    def _put(self, one: Object, patience: RetryPolicy) -> str:
         key, data, media_type = one
         uri = self.uri(key)
         try:
@@ -126,7 +126,7 @@ class S3Store:
     def find(self, key: str, deadline: Deadline) -> bytes | None:
         """See `Store.find`."""
         try:
-            return self._read(key, Patience(deadline))
+            return self._read(key, RetryPolicy(deadline))
         except StorageUnavailable as error:
             if absent(error.__cause__):
                 return None
@@ -134,7 +134,7 @@ class S3Store:
 
     def get(self, key: str) -> bytes:
         """See `Store.get`."""
-        return self._read(key, Patience(NEVER, PROBE_S, insists=False))
+        return self._read(key, RetryPolicy(NEVER, PROBE_S, insists=False))
 
     def names(self, folder: str) -> Iterator[str]:
         """See `Store.names`."""
@@ -161,7 +161,7 @@ class S3Store:
             message = f"{self.uri(key)} cannot be given a URL: {reason(error)}"
             raise StorageUnavailable(message) from error
 
-    def _read(self, key: str, patience: Patience) -> bytes:
+    def _read(self, key: str, patience: RetryPolicy) -> bytes:
         try:
             return self._s3.read(self._bucket, self._prefix + key, patience)
         except FAILED as error:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
-from gradcam_worker.backfill.inputs.rows import Intake
+from gradcam_worker.backfill.inputs.rows import RowParser
 from gradcam_worker.backfill.inputs.tables import columns, inventory_rows, json_rows, table_rows, text_rows
 from gradcam_worker.backfill.output import LeftOut
 from gradcam_worker.errors import InvalidInput, WeightsUnavailable
@@ -59,7 +59,7 @@ class Input:
         self,
         shown: str,
         unit: str,
-        read: Callable[[Intake], Iterator[Row]],
+        read: Callable[[RowParser], Iterator[Row]],
         share: Callable[[int], float | None] = lambda _: None,
         left_out: Callable[[], int] = lambda: 0,
     ) -> None:
@@ -86,7 +86,7 @@ class Input:
         """
         self._given = 0
         try:
-            for row in self._read(Intake(self._unit)):
+            for row in self._read(RowParser(self._unit)):
                 self._given += 1
                 yield row
         except InvalidInput as error:
@@ -127,7 +127,7 @@ def open_input(
             return
         start = file.tell() if file.seekable() else None
         size = os.fstat(file.fileno()).st_size
-        kinds: dict[str, Callable[[BinaryIO, Intake], Iterator[Row]]] = {
+        kinds: dict[str, Callable[[BinaryIO, RowParser], Iterator[Row]]] = {
             "jsonl": partial(json_rows, column=column),
             "csv": partial(table_rows, delimiter=",", column=column),
             "tsv": partial(table_rows, delimiter="\t", column=column),
@@ -135,7 +135,7 @@ def open_input(
             "inventory": inventory_rows,
         }
 
-        def read_text(intake: Intake) -> Iterator[Row]:
+        def read_text(intake: RowParser) -> Iterator[Row]:
             if start is not None:
                 file.seek(start)
             return kinds[form](_unpacked(file), intake)
@@ -155,7 +155,7 @@ def _folder(where: str, settings: Settings, output: str | None, *, sure: bool) -
 
     left_out = [_left_out(where, output)]
 
-    def read(intake: Intake) -> Iterator[Row]:
+    def read(intake: RowParser) -> Iterator[Row]:
         left_out[0] = _left_out(where, output)  # it may have been read once before
         if not _on_s3(where):
             return scan.files(where, intake, left_out[0])
@@ -303,7 +303,7 @@ def _parquet(file: io.BufferedReader, shown: str, column: str | None, held: Exit
         raise InvalidInput(message)
     wanted = [names[place] for place in at if place is not None]
 
-    def read(intake: Intake) -> Iterator[Row]:
+    def read(intake: RowParser) -> Iterator[Row]:
         number = 0
         try:
             for batch in table.iter_batches(BATCH, columns=wanted, use_threads=False):

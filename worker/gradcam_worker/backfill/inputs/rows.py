@@ -10,9 +10,9 @@ from bisect import bisect_left
 from collections.abc import Mapping
 
 from gradcam_worker.errors import DuplicateId, InvalidRow, PermanentError
-from gradcam_worker.schemas.job import Problem
 from gradcam_worker.schemas.model import too_long
 from gradcam_worker.schemas.shard import Row
+from gradcam_worker.schemas.status import Problem
 from gradcam_worker.text.urls import has_credentials, hides_password, redacted, without_user
 from gradcam_worker.text.visible import visible
 
@@ -43,7 +43,7 @@ _KINDS: Mapping[type, str] = {
 }
 
 
-class Intake:
+class RowParser:
     """Makes the rows of one input, in its order, and remembers their ids."""
 
     def __init__(self, unit: str = "Line") -> None:

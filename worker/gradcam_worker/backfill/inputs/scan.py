@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote_from_bytes
 
-from gradcam_worker.backfill.inputs.rows import Intake
+from gradcam_worker.backfill.inputs.rows import RowParser
 from gradcam_worker.errors import InvalidInput
 from gradcam_worker.schemas.shard import Row
 from gradcam_worker.settings import Settings
@@ -19,7 +19,7 @@ from gradcam_worker.storage.s3_errors import FAILED, reason
 VERSION = 256  # characters: see `gradcam_worker.schemas.shard.Row`
 
 
-def files(where: str, intake: Intake, left_out: Callable[[str], bool] = lambda _: False) -> Iterator[Row]:
+def files(where: str, intake: RowParser, left_out: Callable[[str], bool] = lambda _: False) -> Iterator[Row]:
     """Every file, in the order of names, folder by folder; none that is hidden, and of folders none either.
 
     `left_out` is asked of each file's path, as it is without links.
@@ -64,7 +64,7 @@ def _entries(folder: str | Path) -> Iterator[Path]:
 def objects(
     where: str,
     settings: Settings,
-    intake: Intake,
+    intake: RowParser,
     left_out: Callable[[str], bool] = lambda _: False,
     alone: Callable[[str], str | None] = lambda _: None,
 ) -> Iterator[Row]:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import unquote_plus
 
-from gradcam_worker.backfill.inputs.rows import SHOWN, Intake
+from gradcam_worker.backfill.inputs.rows import SHOWN, RowParser
 from gradcam_worker.errors import InvalidInput
 from gradcam_worker.schemas.shard import Row
 from gradcam_worker.schemas.strict_json import Unreadable, loads
@@ -61,7 +61,7 @@ def columns(names: Sequence[str], wanted: str | None, hint: str = "") -> Columns
     return Columns(found[0], *others)
 
 
-def json_rows(file: BinaryIO, intake: Intake, column: str | None) -> Iterator[Row]:
+def json_rows(file: BinaryIO, intake: RowParser, column: str | None) -> Iterator[Row]:
     """A JSON value a line: a URI, or an object with one as `image` (`uri`, `url`, `path`) or as `column`."""
     known = IMAGE_NAMES if column is None else (column,)
     for number, line in _lines(file):
@@ -80,7 +80,7 @@ def json_rows(file: BinaryIO, intake: Intake, column: str | None) -> Iterator[Ro
             yield intake.bad(number, line, "it is neither an object nor a URI")
 
 
-def _from_object(intake: Intake, number: int, said: dict[str, Any], known: Sequence[str]) -> Row:
+def _from_object(intake: RowParser, number: int, said: dict[str, Any], known: Sequence[str]) -> Row:
     name = next((name for name in known if said.get(name) is not None), None)
     if name is None:
         there = ", ".join(map(repr, said))[:300] or "no field"
@@ -94,7 +94,7 @@ def _from_object(intake: Intake, number: int, said: dict[str, Any], known: Seque
     return intake.good(number, image, said.get("id", said.get("custom_id")), sha256)
 
 
-def text_rows(file: BinaryIO, intake: Intake) -> Iterator[Row]:
+def text_rows(file: BinaryIO, intake: RowParser) -> Iterator[Row]:
     """A URI a line."""
     for number, line in _lines(file):
         if len(line) > MAX_LINE:
@@ -106,7 +106,7 @@ def text_rows(file: BinaryIO, intake: Intake) -> Iterator[Row]:
             yield intake.bad(number, line, "it is not UTF-8")
 
 
-def table_rows(file: BinaryIO, intake: Intake, delimiter: str, column: str | None) -> Iterator[Row]:
+def table_rows(file: BinaryIO, intake: RowParser, delimiter: str, column: str | None) -> Iterator[Row]:
     """CSV with a header. Raises InvalidInput where it names no column of images."""
     records = _records(file, intake, delimiter)
     for first in records:
@@ -136,7 +136,7 @@ def table_rows(file: BinaryIO, intake: Intake, delimiter: str, column: str | Non
         yield intake.good(number, fields[at.image], own, sha256)
 
 
-def inventory_rows(file: BinaryIO, intake: Intake) -> Iterator[Row]:
+def inventory_rows(file: BinaryIO, intake: RowParser) -> Iterator[Row]:
     """Bucket, key and whatever else, without a header: keys as S3's own inventories encode them.
 
     There a space is + or %20, and a plus %2B.
@@ -153,7 +153,7 @@ def inventory_rows(file: BinaryIO, intake: Intake) -> Iterator[Row]:
             yield intake.good(number, f"s3://{bucket}/{unquote_plus(key, errors='surrogateescape')}")
 
 
-def _records(file: BinaryIO, intake: Intake, delimiter: str) -> Iterator[tuple[int, list[str]] | Row]:
+def _records(file: BinaryIO, intake: RowParser, delimiter: str) -> Iterator[tuple[int, list[str]] | Row]:
     """Records of CSV with the lines they begin in, and rows in place of those that cannot be read."""
     last, head, long = 0, b"", False
 

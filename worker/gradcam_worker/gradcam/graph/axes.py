@@ -59,7 +59,7 @@ def _name(axis: Axis) -> str | None:
     return axis if isinstance(axis, str) else axis.name if isinstance(axis, Side) else None
 
 
-def axes_of(graph: Graph) -> dict[int, Axes]:
+def infer_axes(graph: Graph) -> dict[int, Axes]:
     """Slot -> what its axes are; `OTHER` where that cannot be told."""
     found: dict[int, Axes] = {graph.entry: (IMAGES, ROWS, COLUMNS, CHANNELS)}
     for step in graph.steps:

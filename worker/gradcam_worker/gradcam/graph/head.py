@@ -54,7 +54,7 @@ class Scores:
         return max(self.units, 2)
 
 
-def find_scores(graph: Graph, head: Head) -> Scores:
+def find_logits(graph: Graph, head: Head) -> Scores:
     """The scores before the last softmax or sigmoid, fused into a layer or a layer of its own.
 
     Raises NetworkIncompatible where the output is no list of scores, or one of several and none is chosen.

@@ -17,7 +17,7 @@ from typing import Any
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.graph.graph import Graph, Step
 from gradcam_worker.gradcam.graph.head import only_reshapes
-from gradcam_worker.gradcam.graph.target_layer import Place
+from gradcam_worker.gradcam.graph.target_layer import TargetLayer
 
 LARGEST = {"MaxPooling2D", "MaxPool", "GlobalMaxPooling2D"}  # a border is never chosen
 AVERAGES = {"AveragePooling2D", "AveragePool"}  # without a border: backends differ in what they count
@@ -29,7 +29,7 @@ ops = keras.ops
 
 
 @dataclass(frozen=True)
-class Shortcut:
+class BackwardShortcut:
     """How far back to go from the scores, and what to make of the gradients there."""
 
     graph: Graph  # the network's own, or the same with one step in two
@@ -43,7 +43,7 @@ class Shortcut:
         return max(math.prod(self.graph.shapes[self.slot][1:]), self.map_size)
 
 
-def find(graph: Graph, scores: int, place: Place) -> Shortcut | None:
+def find_shortcut(graph: Graph, scores: int, place: TargetLayer) -> BackwardShortcut | None:
     """The shortcut from the slot of the scores to the mean of the gradient at a place, if there is one.
 
     The weights of a dense layer are summed now: if they change, a new one has to be found.
@@ -58,14 +58,16 @@ def find(graph: Graph, scores: int, place: Place) -> Shortcut | None:
             return _before_dense(graph, step, way, slot, positions)
         slot = step.writes[0]
         if math.prod(graph.shapes[slot][1:]) == channels:
-            return Shortcut(graph, slot, partial(_mean, positions=positions), positions)
+            return BackwardShortcut(graph, slot, partial(_mean, positions=positions), positions)
     return None
 
 
-def nowhere(graph: Graph, scores: int, place: Place) -> Shortcut:
+def nowhere(graph: Graph, scores: int, place: TargetLayer) -> BackwardShortcut:
     """For methods that ask for no gradient: the way back ends where it begins, with nothing of any value."""
     positions = place.rows * place.columns
-    return Shortcut(graph, scores, lambda slopes: ops.zeros((*ops.shape(slopes)[:2], 1, 1, 1)), positions)
+    return BackwardShortcut(
+        graph, scores, lambda slopes: ops.zeros((*ops.shape(slopes)[:2], 1, 1, 1)), positions
+    )
 
 
 def _way(graph: Graph, scores: int, slot: int) -> Iterator[Step]:
@@ -116,7 +118,7 @@ def _mean(gradients: Any, *, positions: int) -> Any:
 
 def _before_dense(
     graph: Graph, step: Step, way: Iterator[Step], slot: int, positions: int
-) -> Shortcut | None:
+) -> BackwardShortcut | None:
     """The shortcut that ends before the activation of a dense layer which reads a map in one line."""
     rows, columns, channels = graph.shapes[slot][1:]
     line = (0, rows * columns * channels)
@@ -130,7 +132,7 @@ def _before_dense(
     graph, between = graph.split(dense, partial(_product, layer), layer.activation or itself)
     kernel = ops.reshape(ops.cast(layer.kernel, "float32"), (rows * columns, channels, -1))
     table = ops.stop_gradient(ops.transpose(ops.sum(kernel, axis=0)) / positions)
-    return Shortcut(graph, between, partial(_through, table), positions)
+    return BackwardShortcut(graph, between, partial(_through, table), positions)
 
 
 def _product(layer: Any, inputs: Any, **_: Any) -> Any:

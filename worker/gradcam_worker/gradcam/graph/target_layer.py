@@ -13,7 +13,7 @@ from typing import Any
 
 from gradcam_worker.errors import NetworkIncompatible, UnknownLayer
 from gradcam_worker.gradcam.backend import keras
-from gradcam_worker.gradcam.graph.axes import TOKENS_RANK, Side, Tokens, axes_of, is_map, is_tokens
+from gradcam_worker.gradcam.graph.axes import TOKENS_RANK, Side, Tokens, infer_axes, is_map, is_tokens
 from gradcam_worker.gradcam.graph.graph import Graph, Step
 from gradcam_worker.gradcam.graph.head import Scores, only_reshapes
 
@@ -46,7 +46,7 @@ MIXES = {"MatMul", "Matmul", "Einsum", "Dot", "BatchDot"}  # and whatever is cal
 
 
 @dataclass(frozen=True)
-class Place:
+class TargetLayer:
     """A layer that can be explained."""
 
     path: str
@@ -70,30 +70,30 @@ class Place:
         return ops.flip(values, axis=self.mirrored) if self.mirrored else values
 
 
-class Places:
+class LayerIndex:
     """The layers between an image and its scores, and which of them can be explained."""
 
     def __init__(self, scores: Scores) -> None:
         self.scores, self.graph = scores, scores.graph
         self.steps = self.graph.needed([scores.slot])
-        self._axes = axes_of(self.graph)
+        self._axes = infer_axes(self.graph)
         self._depth = self.graph.depths()
         used = {scores.slot}.union(*(step.inputs for step in self.steps))
         found = [self._place(step, slot) for step in self.steps for slot in step.writes if slot in used]
         self.by_slot = {place.slot: place for place in found if place}
 
-    def _place(self, step: Step, slot: int) -> Place | None:
+    def _place(self, step: Step, slot: int) -> TargetLayer | None:
         shape, axes = self.graph.shapes[slot], self._axes[slot]
         path = step.path if slot == step.writes[0] else f"{step.path}:{step.writes.index(slot)}"
         if is_map(axes) and _positions(shape) > 1:
             rows, columns, channels = shape[1:]
-            return Place(path, slot, rows, columns, channels, mirrored=_mirrored(axes[1:3]))
+            return TargetLayer(path, slot, rows, columns, channels, mirrored=_mirrored(axes[1:3]))
         grid = axes[1] if is_tokens(axes) else None
         if not isinstance(grid, Tokens) or _positions(shape) <= 1:
             return None
-        return Place(path, slot, grid.rows, grid.columns, shape[2], grid.prefix, _mirrored(grid.sides))
+        return TargetLayer(path, slot, grid.rows, grid.columns, shape[2], grid.prefix, _mirrored(grid.sides))
 
-    def looked_at(self, place: Place) -> tuple[Place, ...]:
+    def looked_at(self, place: TargetLayer) -> tuple[TargetLayer, ...]:
         """A place, and before it the first on the way there that has learned something, seen more finely."""
         learned = (
             step for step in self.graph.needed([place.slot]) if step.weights and step.kind not in PREPARES
@@ -102,7 +102,7 @@ class Places:
         first = self.by_slot.get(step.writes[0]) if step and not step.is_foreign else None
         return (place,) if first is None else (replace(first), place)
 
-    def find(self, layer: str, network: str, default: str | None = None) -> Place:
+    def find(self, layer: str, network: str, default: str | None = None) -> TargetLayer:
         """The layer of this path, or of this name where only one path ends in it.
 
         A model that is nested in the network stands for what it makes. Raises UnknownLayer.
@@ -136,7 +136,7 @@ class Places:
             return "No layer of this network can be explained."
         return f"{len(paths)} layers can be explained; the last of them: {', '.join(paths[-LISTED:])}."
 
-    def target(self, speak_for_all: Callable[[Sequence[Place]], list[bool]]) -> Place:
+    def target(self, speak_for_all: Callable[[Sequence[TargetLayer]], list[bool]]) -> TargetLayer:
         """The layer to explain where none is named. See the module.
 
         `speak_for_all` says of places of tokens whether the scores depend on every patch: behind the last
@@ -216,7 +216,7 @@ class Places:
             if behind.intersection(one.inputs)
         )
 
-    def _token_target(self, speak_for_all: Callable[[Sequence[Place]], list[bool]]) -> Place:
+    def _token_target(self, speak_for_all: Callable[[Sequence[TargetLayer]], list[bool]]) -> TargetLayer:
         """The last tensor of tokens, behind some attention, on all of whose patches the scores depend."""
         attended: set[int] = set()
         for step in self.steps:

@@ -22,7 +22,7 @@ MAX_STEPS = 20_000  # of a graph; the largest of `keras.applications` has about 
 ROOT = ""  # the path of the model itself
 
 
-def take_apart(model: Any, input_shape: tuple[int, int, int], *, renumber: bool = False) -> Graph:
+def trace_model(model: Any, input_shape: tuple[int, int, int], *, renumber: bool = False) -> Graph:
     """A Keras model and the shape (height, width, channels) of its input -> its graph.
 
     Models and custom layers nested in it are opened, at any depth, as far as they are made of layers. With

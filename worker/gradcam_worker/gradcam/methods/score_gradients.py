@@ -17,7 +17,7 @@ Slopes = Callable[[Any, Any], Any]  # scores (n, classes), one-hot classes (k, n
 ops = keras.ops
 
 
-def slopes_of(kind: str, method: Method) -> Slopes:
+def score_gradient(kind: str, method: Method) -> Slopes:
     """The slopes of what `method` explains, behind a softmax or a sigmoid, or where scores are probabilities.
 
     `logit`: the score itself. `probability`: the logarithm of the probability, whose normalised map is

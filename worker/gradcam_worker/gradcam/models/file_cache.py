@@ -22,7 +22,7 @@ PART = ".part"  # at the end of the name of a file that is being written
 ABANDONED_AFTER_S = 60  # without a byte, if no process holds it; it is locked well before that is over
 
 
-class Shelf:
+class FileCache:
     """The folder. It is made when the first file is written."""
 
     def __init__(self, folder: Path, max_bytes: int | None) -> None:
@@ -40,7 +40,7 @@ class Shelf:
         return True
 
     @contextmanager
-    def new(self, name: str, source: str) -> Iterator["Part"]:
+    def new(self, name: str, source: str) -> Iterator["PartialFile"]:
         """A file to be written, which stands under its name once it is kept, whole. `source` is for messages.
 
         Raises OSError, WeightsUnavailable.
@@ -54,7 +54,7 @@ class Shelf:
                     OSError
                 ):  # some network file systems have no locks: time alone tells
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends
-                yield Part(self, file, path, self._folder / name, source)
+                yield PartialFile(self, file, path, self._folder / name, source)
             finally:
                 path.unlink(missing_ok=True)
 
@@ -105,10 +105,10 @@ class Shelf:
                     path.unlink()
 
 
-class Part:
+class PartialFile:
     """A file that is being written. A sink, see `gradcam_worker.gradcam.models.weights.Sink`."""
 
-    def __init__(self, shelf: Shelf, file: Any, path: Path, place: Path, source: str) -> None:
+    def __init__(self, shelf: FileCache, file: Any, path: Path, place: Path, source: str) -> None:
         self._shelf, self._file, self._path, self._place, self._source = shelf, file, path, place, source
         self._hash = hashlib.sha256()
         self._size = self._free = 0

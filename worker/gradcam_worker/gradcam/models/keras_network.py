@@ -17,12 +17,12 @@ from gradcam_worker.gradcam.catalog import HeadKind, NetworkRow, Preprocessing
 from gradcam_worker.gradcam.classes import ClassIndex, imagenet
 from gradcam_worker.gradcam.graph import shortcut
 from gradcam_worker.gradcam.graph.graph import run
-from gradcam_worker.gradcam.graph.head import ROUNDED, find_scores, read_as
-from gradcam_worker.gradcam.graph.shortcut import Shortcut, itself
-from gradcam_worker.gradcam.graph.target_layer import Place, Places, rescales
-from gradcam_worker.gradcam.graph.trace import take_apart
+from gradcam_worker.gradcam.graph.head import ROUNDED, find_logits, read_as
+from gradcam_worker.gradcam.graph.shortcut import BackwardShortcut, itself
+from gradcam_worker.gradcam.graph.target_layer import LayerIndex, TargetLayer, rescales
+from gradcam_worker.gradcam.graph.trace import trace_model
 from gradcam_worker.gradcam.methods import cam, gradients
-from gradcam_worker.gradcam.methods.score_gradients import logit, slopes_of
+from gradcam_worker.gradcam.methods.score_gradients import logit, score_gradient
 from gradcam_worker.gradcam.models import load_checks
 from gradcam_worker.gradcam.models.precision import policy_of
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
@@ -44,18 +44,20 @@ class KerasNetwork:
         With `exact_backward` the way back is gone to its end where a shorter one would do.
         """
         shape = (*row.input_size, row.preprocessing.input_channels)
-        graph = take_apart(model, shape, renumber=row.builder is not None)
+        graph = trace_model(model, shape, renumber=row.builder is not None)
         load_checks.check_input(row, graph)
         self._row, self._model, self._exact_backward = row, model, exact_backward
         self._entry_dtype = graph.entry_dtype
         self._pixels = (*row.input_size, row.preprocessing.pixel_channels)
-        self._scores = find_scores(graph, row.head)
-        self._places = Places(self._scores)
-        self._aligned: set[Place] = set()
-        self._passes: OrderedDict[tuple[Place, str, str, bool], tuple[gradients.Pass, int]] = OrderedDict()
-        self._shortcuts: dict[Place, Shortcut | None] = {}
+        self._scores = find_logits(graph, row.head)
+        self._places = LayerIndex(self._scores)
+        self._aligned: set[TargetLayer] = set()
+        self._passes: OrderedDict[tuple[TargetLayer, str, str, bool], tuple[gradients.Pass, int]] = (
+            OrderedDict()
+        )
+        self._shortcuts: dict[TargetLayer, BackwardShortcut | None] = {}
         self._forward: gradients.Compiled | None = None
-        self._found: Place | None = None
+        self._found: TargetLayer | None = None
         self._default: str | None = None
         place = self._first_place(row.target_layer or AUTO)
         self._observed = load_checks.observe(
@@ -149,7 +151,7 @@ class KerasNetwork:
         graph = self._scores.graph
         return self._scores_in(run(graph.needed([self._scores.slot]), {graph.entry: self._input(pixels)}))
 
-    def _pass(self, place: Place, method: Method) -> tuple[gradients.Pass, int]:
+    def _pass(self, place: TargetLayer, method: Method) -> tuple[gradients.Pass, int]:
         """The compiled function of one place and method; the numbers it holds for each image and class.
 
         The least recently used makes room.
@@ -166,7 +168,7 @@ class KerasNetwork:
         self._passes.move_to_end(key)
         return self._passes[key]
 
-    def _shortcut(self, place: Place, method: Method) -> Shortcut | None:
+    def _shortcut(self, place: TargetLayer, method: Method) -> BackwardShortcut | None:
         """How far back a method has to go from the scores; None: all the way to the place."""
         graph, scores = self._scores.graph, self._scores.slot
         if not self._exact_backward and method.name in cam.NOTHING_DOES:
@@ -174,10 +176,10 @@ class KerasNetwork:
         if self._exact_backward or method.name not in cam.MEANS_DO:
             return None
         if place not in self._shortcuts:
-            self._shortcuts[place] = shortcut.find(graph, scores, place)
+            self._shortcuts[place] = shortcut.find_shortcut(graph, scores, place)
         return self._shortcuts[place]
 
-    def _cut(self, place: Place, way: Shortcut | None, method: Method) -> gradients.Parts:
+    def _cut(self, place: TargetLayer, way: BackwardShortcut | None, method: Method) -> gradients.Parts:
         """The network in two, where the way back ends. What else the tail needs is carried beside the cut."""
         graph, end = (way.graph, way.slot) if way else (self._scores.graph, place.slot)
         tail, beside = graph.tail(end, self._scores.slot)
@@ -195,7 +197,7 @@ class KerasNetwork:
         return gradients.Parts(
             trunk=up_to,
             tail=from_there,
-            slopes=slopes_of(self._kind, method),
+            slopes=score_gradient(self._kind, method),
             grid=grid,
             back=way.back if way else grid,
             pixels=self._pixels,
@@ -240,7 +242,7 @@ class KerasNetwork:
         held = [step.variables for step in self._scores.graph.steps]
         return list({id(one): one for variables in held for one in variables}.values())
 
-    def _first_place(self, layer: str) -> Place:
+    def _first_place(self, layer: str) -> TargetLayer:
         """As `_place`, of a network that has not been run yet."""
         try:
             return self._place(layer)
@@ -249,7 +251,7 @@ class KerasNetwork:
         except Exception as error:  # whatever a layer that was not written for it may raise
             raise load_checks.cannot_run(self._row.name, error) from error
 
-    def _aligned_place(self, layer: str) -> Place:
+    def _aligned_place(self, layer: str) -> TargetLayer:
         """As `_place`; its grid lies on the image. Raises UnknownLayer, NetworkIncompatible."""
         place = self._place(layer)
         if place not in self._aligned:
@@ -257,7 +259,7 @@ class KerasNetwork:
             self._aligned.add(place)
         return place
 
-    def _place(self, layer: str) -> Place:
+    def _place(self, layer: str) -> TargetLayer:
         """The place of a layer; `auto` is found. Raises UnknownLayer, NetworkIncompatible."""
         if layer != AUTO:
             return self._places.find(layer, self._row.name, self._default)
@@ -265,7 +267,7 @@ class KerasNetwork:
             self._found = self._places.target(self._speak_for_all)
         return self._found
 
-    def _speak_for_all(self, places: Sequence[Place]) -> list[bool]:
+    def _speak_for_all(self, places: Sequence[TargetLayer]) -> list[bool]:
         """Whether a change of any patch of each place would change the best score of a picture of noise.
 
         All in one pass: the slopes at nudges of nothing that are added to what is there.

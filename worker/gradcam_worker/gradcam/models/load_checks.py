@@ -18,7 +18,7 @@ from gradcam_worker.gradcam.graph import alignment
 from gradcam_worker.gradcam.graph.alignment import Changes, Trial
 from gradcam_worker.gradcam.graph.graph import Graph, Step, Values
 from gradcam_worker.gradcam.graph.head import Scores
-from gradcam_worker.gradcam.graph.target_layer import Place, Places, crops
+from gradcam_worker.gradcam.graph.target_layer import LayerIndex, TargetLayer, crops
 from gradcam_worker.gradcam.imaging.overlay import fit
 from gradcam_worker.text.visible import abridged
 
@@ -47,7 +47,7 @@ class Pictures:
         groups = [pixels[index : index + 1] for index in range(len(pixels))] if self.alone else [pixels]
         return ops.concatenate([_run(graph, slot, self.prepared(group), look) for group in groups])
 
-    def changes(self, graph: Graph, place: Place, trial: Trial) -> Changes:
+    def changes(self, graph: Graph, place: TargetLayer, trial: Trial) -> Changes:
         """How much each spot of a trial changes each cell of a place."""
         return _changes(place, self.run(graph, place.slot, trial.pixels, _ignore))
 
@@ -66,7 +66,7 @@ def _run(graph: Graph, slot: int, inputs: Any, look: Look) -> Any:
     return values[slot]
 
 
-def _changes(place: Place, values: Any) -> Changes:
+def _changes(place: TargetLayer, values: Any) -> Changes:
     values = ops.convert_to_numpy(ops.cast(values, "float32"))
     return alignment.changes(np.asarray(place.as_grid(values, np)))
 
@@ -87,7 +87,7 @@ class Observed:
 
 
 def observe(
-    row: NetworkRow, model: Any, scores: Scores, pictures: Pictures, places: Sequence[Place]
+    row: NetworkRow, model: Any, scores: Scores, pictures: Pictures, places: Sequence[TargetLayer]
 ) -> Observed:
     """Run a network on a trial, with a look at these places; on more pictures where its head is to be told.
 
@@ -206,7 +206,7 @@ def check_input(row: NetworkRow, graph: Graph) -> None:
         raise NetworkIncompatible(message)
 
 
-def check_place(name: str, places: Places, place: Place, observed: Observed) -> None:
+def check_place(name: str, places: LayerIndex, place: TargetLayer, observed: Observed) -> None:
     """Raise NetworkIncompatible unless the grid of a place lies on the image as it is drawn."""
     for one in places.looked_at(place):
         if told := _misplaced(places.graph, one, observed, fine=one is not place):
@@ -218,7 +218,7 @@ def check_place(name: str, places: Places, place: Place, observed: Observed) -> 
             raise NetworkIncompatible(message)
 
 
-def _misplaced(graph: Graph, place: Place, observed: Observed, *, fine: bool) -> str | None:
+def _misplaced(graph: Graph, place: TargetLayer, observed: Observed, *, fine: bool) -> str | None:
     seen, trial = observed.changes.get(place.slot), observed.trial
     if seen is None:
         seen = observed.pictures.changes(graph, place, trial)

@@ -18,7 +18,7 @@ from gradcam_worker.errors import WeightsChecksumMismatch, WeightsUnavailable
 from gradcam_worker.gradcam.catalog import ModelFile, NetworkRow
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.models import model_file
-from gradcam_worker.gradcam.models.file_cache import Shelf
+from gradcam_worker.gradcam.models.file_cache import FileCache
 from gradcam_worker.text.visible import abridged
 
 DOWNLOAD_STALL_S = 30  # seconds without a byte before Keras's download counts as failed
@@ -124,7 +124,7 @@ def cached(
 
     Raises WeightsChecksumMismatch with both checksums, WeightsUnavailable.
     """
-    shelf = Shelf(folder, max_bytes)
+    shelf = FileCache(folder, max_bytes)
     place = cached_at(file, folder)
     try:
         if not (_is_whole(place, file.sha256) and shelf.touch(place)):
@@ -146,7 +146,7 @@ def _is_whole(place: Path, sha256: str) -> bool:
         return False
 
 
-def _fetch(file: ModelFile, shelf: Shelf, name: str, fetch: Callable[[str, Sink], None]) -> None:
+def _fetch(file: ModelFile, shelf: FileCache, name: str, fetch: Callable[[str, Sink], None]) -> None:
     """Fetch a file beside its place; move it there in one step once its checksum is right."""
     with shelf.new(name, file.uri) as part:
         fetch(file.uri, part)

@@ -9,11 +9,12 @@ from gradcam_worker.ledger import outbox
 from gradcam_worker.ledger.outbox import (
     FIRST_PAUSE_OF_A_LANE_S,
     LONGEST_PAUSE_OF_A_LANE_S,
+    DeadDelivery,
+    Delivery,
     Outbox,
-    Parcel,
-    Parked,
 )
-from gradcam_worker.schemas.job import StatusDocument, Webhook
+from gradcam_worker.schemas.job import Webhook
+from gradcam_worker.schemas.status import StatusDocument
 
 Key = tuple[str, str]  # lane, recipient
 
@@ -54,10 +55,10 @@ class MemoryOutbox(Outbox):
         """See `Outbox.close_sink`."""
         self.sinks.discard(name)
 
-    def take(self, limit: int, keep_s: float, room: Mapping[str, int], others: int) -> list[Parcel]:
+    def take(self, limit: int, keep_s: float, room: Mapping[str, int], others: int) -> list[Delivery]:
         """See `Outbox.take`."""
         with self._lock:
-            now, parcels = self._clock(), list[Parcel]()
+            now, parcels = self._clock(), list[Delivery]()
             left = dict(room)
             for key, due in sorted(self._due.items(), key=lambda one: one[1]):
                 lane = key[0]
@@ -79,7 +80,7 @@ class MemoryOutbox(Outbox):
                 parcels.append(outbox.read(*key, text, tries=tries, waited_s=now - since, held=held))
             return parcels
 
-    def delivered(self, parcel: Parcel) -> None:
+    def delivered(self, parcel: Delivery) -> None:
         """See `Outbox.delivered`."""
         with self._lock:
             key = (parcel.lane, parcel.recipient)
@@ -93,7 +94,7 @@ class MemoryOutbox(Outbox):
             else:
                 del self._events[key]
 
-    def postpone(self, parcel: Parcel, delay_s: float, *, quiet_s: float = 0) -> None:
+    def postpone(self, parcel: Delivery, delay_s: float, *, quiet_s: float = 0) -> None:
         """See `Outbox.postpone`."""
         with self._lock:
             key, lane, now = (parcel.lane, parcel.recipient), parcel.lane, self._clock()
@@ -110,7 +111,7 @@ class MemoryOutbox(Outbox):
             if quiet_s and parcel.webhook:
                 self._later[parcel.webhook.url] = now + quiet_s
 
-    def park(self, parcel: Parcel) -> None:
+    def park(self, parcel: Delivery) -> None:
         """See `Outbox.park`."""
         with self._lock:
             key, now = (parcel.lane, parcel.recipient), self._clock()
@@ -131,15 +132,15 @@ class MemoryOutbox(Outbox):
                 self._shelve(key)
             return len(old)
 
-    def parked(self) -> list[Parked]:
+    def parked(self) -> list[DeadDelivery]:
         """See `Outbox.parked`."""
         newest = sorted(self._parked.items(), key=lambda one: -one[1])
         return [
-            Parked(*key, since, len(self._events[key]), outbox.read(*key, self._events[key][0]))
+            DeadDelivery(*key, since, len(self._events[key]), outbox.read(*key, self._events[key][0]))
             for key, since in newest
         ]
 
-    def unpark(self, one: Parked) -> bool:
+    def unpark(self, one: DeadDelivery) -> bool:
         """See `Outbox.unpark`."""
         with self._lock:
             key = (one.lane, one.recipient)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from gradcam_worker.ledger import outbox, state_machine
 from gradcam_worker.ledger.ledger import Entry, Ledger, Renewed
 from gradcam_worker.ledger.memory.outbox import MemoryOutbox
-from gradcam_worker.schemas.job import StatusDocument
+from gradcam_worker.schemas.status import StatusDocument
 
 
 class MemoryLedger(Ledger):
@@ -91,7 +91,9 @@ class MemoryLedger(Ledger):
         event = state_machine.event(before, after)
         for index, hook in enumerate(entry.webhooks):
             if event in hook.events:
-                self.outbox.put(outbox.lane(hook.url), f"{after.id}:hook{index + 1}", event, hook, after)
+                self.outbox.put(
+                    outbox.destination(hook.url), f"{after.id}:hook{index + 1}", event, hook, after
+                )
         for sink in self.outbox.sinks if event else ():
             self.outbox.put(sink, f"{after.id}:{sink}", event, None, after)
 

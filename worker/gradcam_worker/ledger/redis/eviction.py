@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gradcam_worker.errors import LedgerUnavailable
-from gradcam_worker.ledger.redis.store import Clients
+from gradcam_worker.ledger.redis.client import RedisClients
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets
 
@@ -76,7 +76,7 @@ class Eviction:
             (
                 name,
                 without_secrets(url),
-                Clients(settings, url, LedgerUnavailable, timeout_s=timeout_s, retries=0),
+                RedisClients(settings, url, LedgerUnavailable, timeout_s=timeout_s, retries=0),
             )
             for url, name in urls.items()
         ]

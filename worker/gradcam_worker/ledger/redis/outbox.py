@@ -8,12 +8,12 @@ from gradcam_worker.ledger import outbox
 from gradcam_worker.ledger.outbox import (
     FIRST_PAUSE_OF_A_LANE_S,
     LONGEST_PAUSE_OF_A_LANE_S,
+    DeadDelivery,
+    Delivery,
     Outbox,
-    Parcel,
-    Parked,
 )
 from gradcam_worker.ledger.redis import outbox_scripts
-from gradcam_worker.ledger.redis.store import Server
+from gradcam_worker.ledger.redis.client import RedisServer
 
 log = logging.getLogger("gradcam")
 
@@ -25,7 +25,7 @@ PARKED_AT_ONCE = 1000  # recipients: a few milliseconds of the server's time
 class RedisOutbox(Outbox):
     """The outbox of the ledger on this server."""
 
-    def __init__(self, server: Server, *, retention_s: float) -> None:
+    def __init__(self, server: RedisServer, *, retention_s: float) -> None:
         """`retention_s` is how long what is parked can be replayed."""
         self._server = server
         self._retention_ms = int(retention_s * 1000)
@@ -41,7 +41,7 @@ class RedisOutbox(Outbox):
         with self._server.reaching():
             self._server.redis.srem(self._key("sinks"), name)
 
-    def take(self, limit: int, keep_s: float, room: Mapping[str, int], others: int) -> list[Parcel]:
+    def take(self, limit: int, keep_s: float, room: Mapping[str, int], others: int) -> list[Delivery]:
         """See `Outbox.take`. What another version wrote and this one cannot read is left to that one."""
         pairs = [part for lane, most in room.items() for part in (lane, most)]
         keep_ms = int(keep_s * 1000)
@@ -57,11 +57,11 @@ class RedisOutbox(Outbox):
                 log.warning("%s: its next event cannot be read here: %s", recipient, error)
         return parcels
 
-    def delivered(self, parcel: Parcel) -> None:
+    def delivered(self, parcel: Delivery) -> None:
         """See `Outbox.delivered`."""
         self._server.run(outbox_scripts.DELIVERED, parcel.lane, parcel.recipient, parcel.held)
 
-    def postpone(self, parcel: Parcel, delay_s: float, *, quiet_s: float = 0) -> None:
+    def postpone(self, parcel: Delivery, delay_s: float, *, quiet_s: float = 0) -> None:
         """See `Outbox.postpone`."""
         self._server.run(
             outbox_scripts.POSTPONE,
@@ -75,7 +75,7 @@ class RedisOutbox(Outbox):
             int(quiet_s * 1000) if parcel.webhook else 0,
         )
 
-    def park(self, parcel: Parcel) -> None:
+    def park(self, parcel: Delivery) -> None:
         """See `Outbox.park`."""
         self._server.run(outbox_scripts.PARK, parcel.lane, parcel.recipient, parcel.held, self._retention_ms)
 
@@ -86,7 +86,7 @@ class RedisOutbox(Outbox):
             self._server.run(outbox_scripts.PARK_OLD, lane, waited_ms, self._retention_ms, PARKED_AT_ONCE)
         )
 
-    def parked(self) -> list[Parked]:
+    def parked(self) -> list[DeadDelivery]:
         """See `Outbox.parked`: ten thousand at most."""
         with self._server.reaching():
             key = self._key("parked")
@@ -104,10 +104,10 @@ class RedisOutbox(Outbox):
                 first = outbox.read(lane, recipient, text) if text else None
             except ValueError:
                 first = None
-            parked.append(Parked(lane, recipient, score / 1000, events, first))
+            parked.append(DeadDelivery(lane, recipient, score / 1000, events, first))
         return parked
 
-    def unpark(self, one: Parked) -> bool:
+    def unpark(self, one: DeadDelivery) -> bool:
         """See `Outbox.unpark`."""
         return bool(self._server.run(outbox_scripts.UNPARK, one.lane, one.recipient))
 

@@ -15,7 +15,7 @@ from gradcam_worker.errors import LedgerUnavailable
 CHECK_S = 5.0  # between two questions whether anybody is at the other end
 
 
-class RedisChanges:
+class RedisJobUpdates:
     """The channels `<prefix>changed:<job id>` of one server. Raises LedgerUnavailable, and is closed then."""
 
     def __init__(self, server: redis.Redis, prefix: str) -> None:

@@ -1,11 +1,11 @@
 """How much waits in the ledger and in its outbox, and for how long: one question, answered by the server."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from gradcam_worker.ledger.redis.client import RedisServer
 from gradcam_worker.ledger.redis.outbox_scripts import NOW
-from gradcam_worker.ledger.redis.store import LIVES, Server
+from gradcam_worker.ledger.redis.store import LIVES
+from gradcam_worker.observability.queue_depths import QueueDepths
 from gradcam_worker.schemas.shard import ROUTES
 
 SCANNED = (
@@ -45,27 +45,11 @@ return found
 )
 
 
-@dataclass(frozen=True)
-class Depths:
-    """What waits, by the ledger's own count and clock."""
-
-    queued: Mapping[str, int]  # priority -> jobs, or shards
-    oldest_s: Mapping[
-        str, float
-    ]  # priority -> since when the first of them has waited; 0 where there is none
-    retrying: int
-    running: int
-    dead: int  # failed, and kept for replay
-    events: int  # that are next for their recipient: a job's webhook, the database
-    oldest_event_s: float
-    workers: int  # that live
-
-
-def ask(server: Server, lease_s: float) -> Depths:
+def read_depths(server: RedisServer, lease_s: float) -> QueueDepths:
     """Ask the ledger's server: one round trip. Raises LedgerUnavailable."""
     found: Any = server.run(DEPTHS, int(LIVES * lease_s * 1000), SCANNED, *ROUTES)
     retrying, running, dead, events, event_ms, workers, *routes = map(int, found)
-    return Depths(
+    return QueueDepths(
         queued=dict(zip(ROUTES, routes[::2], strict=True)),
         oldest_s={route: ms / 1000 for route, ms in zip(ROUTES, routes[1::2], strict=True)},
         retrying=retrying,
