@@ -255,11 +255,11 @@ def _pass_on(caller: socket.socket, context: ssl.SSLContext, target: int) -> Non
         caller,
         contextlib.suppress(OSError),
         context.wrap_socket(caller, server_side=True) as inside,
-        socket.create_connection(("127.0.0.1", target)) as outside,
+        socket.create_connection(("127.0.0.1", target)) as services,
     ):
-        back = threading.Thread(target=_pump, args=[outside, inside], daemon=True)
+        back = threading.Thread(target=_pump, args=[services, inside], daemon=True)
         back.start()
-        _pump(inside, outside)
+        _pump(inside, services)
         back.join()
 
 

@@ -119,7 +119,7 @@ class House:
     images: dict[str, bytes | Exception]
     store: MemoryStore = field(default_factory=MemoryStore)
     ledger: Ledger = field(default_factory=Ledger)
-    fleet: MemoryFleet = field(default_factory=MemoryFleet)
+    registry: MemoryFleet = field(default_factory=MemoryFleet)
     rung: "Queue[str | None]" = field(default_factory=Queue)
     fails: dict[str, list[GradcamError]] = field(default_factory=dict)  # by shard key: of its next tries
     done: list[Shard] = field(default_factory=list)  # by the worker, in this order
@@ -134,14 +134,14 @@ class House:
         leases = LeaseManager(self.ledger, "w", 15)
         breaker = CircuitBreaker(lambda: None)
         around = fake_services(self.images, store=self.store)
-        desk = JobHandler(
+        handler = JobHandler(
             Settings(),
             self.ledger,
             around,
             worker,
             leases,
             breaker,
-            admits=self.fleet.admits,
+            admits=self.registry.admits,
         )
         while (job_id := self.rung.get()) is not None:
             shard = self.ledger.job(job_id)
@@ -153,7 +153,7 @@ class House:
                 problem = Problem.of(wrong.pop(0), stage="load", attempt=1)
                 self.ledger.advance(claim.document, status="failed", error=problem)
             else:
-                desk.handle({"id": job_id}, job_id, kind=Shard)
+                handler.handle({"id": job_id}, job_id, kind=Shard)
 
     def run(self, plan: Plan, rows: Sequence[Row], **pace: Any) -> dict[str, Any] | None:
         """One run, as `gradcam backfill` begins it."""
@@ -170,17 +170,17 @@ class House:
             place,
             self.ledger,
             self.ring or self.rung.put,
-            self.fleet,
+            self.registry,
             pace=RunOptions(**pace),
             show=show,
             say=self.said.append,
         )
-        with one.seat() as seat:
-            return one.run(seat, shards(rows, plan))
+        with one.lease() as lease:
+            return one.run(lease, shards(rows, plan))
 
     @property
     def seal(self) -> dict[str, Any] | None:
-        return DatasetDir(self.store).sealed()
+        return DatasetDir(self.store).is_committed()
 
     def rows(self) -> Counter[int]:
         """How often each row of the input is in the dataset."""
@@ -259,11 +259,11 @@ def test_an_interrupted_backfill_goes_on_where_it_was(house: House, plan: Plan) 
 
 def test_never_more_than_the_window_is_in_flight_and_others_get_their_share(house: House, plan: Plan) -> None:
     house.run(plan, images(40), window=3)
-    assert house.fleet.most == 3
-    house.fleet.most, house.fleet.heard = 0, LeaseStatus(owner=True, running=3)
+    assert house.registry.most == 3
+    house.registry.most, house.registry.heard = 0, LeaseStatus(owner=True, running=3)
     house.store.objects.clear()
     house.run(plan.model_copy(update={"id": "01a216d4-0523-773f-a799-60224947ae4d"}), images(40), window=3)
-    assert house.fleet.most == 1
+    assert house.registry.most == 1
 
 
 def test_without_a_window_there_are_as_many_as_keep_the_workers_busy(house: House, plan: Plan) -> None:
@@ -444,23 +444,23 @@ def test_whoever_cancels_it_stops_what_is_in_flight(house: House, plan: Plan) ->
 
     def cancel(standing: Progress) -> None:
         if standing.in_flight:
-            house.fleet.find(PLACE, cancel=True)
+            house.registry.find(PLACE, cancel=True)
 
     house.show = cancel
     with pytest.raises(BackfillStopped, match=r"cancelled on request.*--resume"):
         house.run(plan, images(40), window=3)
     states = Counter(entry.document.status for entry in house.ledger._entries.values())
     assert states == {"canceled": 3}
-    assert house.fleet.record is not None
-    assert house.fleet.record.shards == ()
-    house.fleet.heard, house.show, house.ring = LeaseStatus(owner=True), lambda _: None, None
+    assert house.registry.record is not None
+    assert house.registry.record.shards == ()
+    house.registry.heard, house.show, house.ring = LeaseStatus(owner=True), lambda _: None, None
     assert house.run(plan, images(40), resume=True)
     assert house.rows() == dict.fromkeys(range(40), 1)
 
 
 def test_it_ends_where_somebody_else_has_taken_the_output(house: House, plan: Plan) -> None:
     def take(_: Progress) -> None:
-        house.fleet.heard = LeaseStatus(
+        house.registry.heard = LeaseStatus(
             owner=False, before=BackfillRecord({"pid": 7, "host": "gpu-2"}, shards=(), lives=True)
         )
 
@@ -503,7 +503,7 @@ def test_weights_of_shards_that_ended_while_nobody_looked_are_asked_of_the_ledge
 
 def test_whoever_has_lost_the_output_submits_nothing_more(house: House, plan: Plan) -> None:
     def lose(_: str) -> None:
-        house.fleet.heard = LeaseStatus(
+        house.registry.heard = LeaseStatus(
             owner=False, before=BackfillRecord({"pid": 7, "host": "gpu-2"}, (), lives=True)
         )
 
@@ -518,7 +518,7 @@ def test_what_another_backfill_finishes_at_the_last_moment_is_its_own(house: Hou
     stray = next(shards(images(4), theirs))
     house.store.put("backfill.json", theirs.to_json().encode(), "application/json")
     house.ledger.submit(stray)
-    house.fleet.record = BackfillRecord({"backfill": theirs.id}, (stray.id,), lives=False)
+    house.registry.record = BackfillRecord({"backfill": theirs.id}, (stray.id,), lives=False)
     cancel = house.ledger.cancel
 
     def late(job_id: str) -> StatusDocument:
@@ -536,8 +536,8 @@ def test_what_is_waited_for_before_it_begins_is_shown_and_can_be_cancelled(house
     other = "01a216d4-0523-773f-a799-60224947ae4d"
     stray = next(shards(images(4), plan.model_copy(update={"id": other})))
     house.ledger.claim(house.ledger.submit(stray), WorkerRef(id="w", device="cpu"))
-    house.fleet.record = BackfillRecord({"backfill": other}, (stray.id,), lives=False)
-    house.show = lambda _: house.fleet.find(PLACE, cancel=True) and None
+    house.registry.record = BackfillRecord({"backfill": other}, (stray.id,), lives=False)
+    house.show = lambda _: house.registry.find(PLACE, cancel=True) and None
     with pytest.raises(BackfillStopped, match="cancelled on request"):
         house.run(plan, images(8))
     assert house.ledger.read(stray.id).cancel_requested_at
@@ -549,14 +549,14 @@ def test_what_is_cancelled_and_still_runs_is_remembered_as_in_flight(house: Hous
             house.ledger.claim(house.ledger.read(job_id), WorkerRef(id="w", device="cpu"))
 
     def cancel(_: Progress) -> None:
-        house.fleet.find(PLACE, cancel=True)
+        house.registry.find(PLACE, cancel=True)
 
     house.ring, house.show = claim, cancel
     with pytest.raises(BackfillStopped):
         house.run(plan, images(8), window=1)
     (running,) = house.ledger._entries
-    assert house.fleet.record is not None
-    assert house.fleet.record.shards == (running,)
+    assert house.registry.record is not None
+    assert house.registry.record.shards == (running,)
 
 
 def test_a_shard_that_succeeds_at_last_is_no_dead_letter(house: House, plan: Plan) -> None:
@@ -615,7 +615,7 @@ def test_a_shard_that_an_older_version_left_in_flight_is_refused_and_submitted_a
     DatasetDir(house.store).begin(plan)
     first, _ = shards(images(8), plan)
     house.ledger.submit(first)
-    house.fleet.record = BackfillRecord({"backfill": plan.id}, (first.id,), lives=False)
+    house.registry.record = BackfillRecord({"backfill": plan.id}, (first.id,), lives=False)
     assert house.run(plan, images(8), resume=True)
     refused = house.ledger.read(first.id)
     assert (refused.status, refused.error and refused.error.code) == ("failed", "unknown_backfill")
@@ -625,7 +625,7 @@ def test_a_shard_that_an_older_version_left_in_flight_is_refused_and_submitted_a
 def test_what_an_earlier_run_left_in_flight_ends_before_the_seal(house: House, plan: Plan) -> None:
     stray = next(shards(images(4), plan)).model_copy(update={"id": "01a216d4-0523-773f-a799-60224947ae4d"})
     house.ledger.submit(stray)
-    house.fleet.record = BackfillRecord({"backfill": plan.id}, (stray.id,), lives=False)
+    house.registry.record = BackfillRecord({"backfill": plan.id}, (stray.id,), lives=False)
     assert house.run(plan, images(8))
     assert house.ledger.read(stray.id).status == "canceled"
 
@@ -775,18 +775,18 @@ def test_reading_ahead_waits_for_whoever_takes_and_passes_errors_on() -> None:
         raise OSError(message)
 
     with Prefetcher(source(), most=2) as ahead:
-        assert ahead.take(9) == 0
+        assert ahead.next(9) == 0
         assert max(given) <= 3
-        assert [ahead.take(9) for _ in range(8)] == list(range(1, 9))
+        assert [ahead.next(9) for _ in range(8)] == list(range(1, 9))
         with pytest.raises(OSError, match="broken"):
-            ahead.take(9)
+            ahead.next(9)
     gate = threading.Event()
     with Prefetcher(number for number in range(1) if gate.wait(9)) as slow:
-        assert slow.take(0.001) is None
+        assert slow.next(0.001) is None
         assert not slow.ended
         gate.set()
-        assert slow.take(9) == 0
-        assert slow.take(9) is None
+        assert slow.next(9) == 0
+        assert slow.next(9) is None
         assert slow.ended
 
 

@@ -177,19 +177,19 @@ def wheel(folder: Path, name: str, version: str) -> None:
 def test_a_library_that_cannot_be_installed_is_named_with_pips_reason_and_the_others_are(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    shelf, pins = tmp_path / "shelf", tmp_path / "peers.txt"
-    shelf.mkdir()
-    wheel(shelf, "torch", "2.13.0")
-    wheel(shelf, "captum", "0.9.0")
+    cache, pins = tmp_path / "shelf", tmp_path / "peers.txt"
+    cache.mkdir()
+    wheel(cache, "torch", "2.13.0")
+    wheel(cache, "captum", "0.9.0")
     pins.write_text("# what is measured\ncaptum==0.9.0\ntorchcam==0.5.0\n\ntorch==2.13.0\n")
     monkeypatch.setattr(peer_environment, "PINS", pins)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
     environment = Environment(tmp_path / "venv", ("captum", "torchcam"))
     found = environment.make()
     assert list(found) == ["torchcam"]
     assert "torchcam==0.5.0" in found["torchcam"]
-    wheel(shelf, "torchcam", "0.5.0")
+    wheel(cache, "torchcam", "0.5.0")
     assert environment.make() == {}
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))  # and is not asked again
     assert environment.make() == {}

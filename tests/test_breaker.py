@@ -55,13 +55,13 @@ def fail(breaker: CircuitBreaker, times: int = FAILURES) -> None:
 
 
 def why(breaker: CircuitBreaker) -> str | None:
-    return breaker.open
+    return breaker.open_reason
 
 
 def closed(breaker: CircuitBreaker) -> bool:
     waiting = threading.Event()
     for _ in range(2000):
-        if not breaker.open:
+        if not breaker.open_reason:
             return True
         waiting.wait(0.01)
     return False
@@ -72,12 +72,12 @@ def test_it_opens_after_failures_in_a_row_and_says_why_and_since_when() -> None:
     fail(breaker, FAILURES - 1)
     assert why(breaker) is None
     fail(breaker, 1)
-    said = breaker.open
+    said = breaker.open_reason
     assert said
     assert said.startswith("The storage failed 3 jobs in a row, since 20")
     assert said.endswith("Z: s3://out/x could not be written: HTTP 503")
     fail(breaker, 5)
-    assert breaker.open == said, "since the first time"
+    assert breaker.open_reason == said, "since the first time"
 
 
 def test_a_job_that_succeeds_in_between_starts_the_count_again() -> None:
@@ -155,4 +155,4 @@ def test_many_threads_may_tell_it_at_once() -> None:
         thread.join()
     assert why(breaker) is None
     fail(breaker)
-    assert breaker.open
+    assert breaker.open_reason

@@ -107,18 +107,20 @@ class Bench:
     others: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.residents = ModelCache(lambda _: self.network, max_batch=self.group)
-        self.outside = fake_services(
-            self.images, **{"store": self.store, "residents": self.residents, **self.others}
+        self.model_cache = ModelCache(lambda _: self.network, max_batch=self.group)
+        self.services = fake_services(
+            self.images, **{"store": self.store, "residents": self.model_cache, **self.others}
         )
         if self.source:
-            self.outside = replace(self.outside, images=self.source)
+            self.services = replace(self.services, images=self.source)
 
     def run(
-        self, shard: Shard | None = None, *, deadline: Deadline | None = None, **journey: Any
+        self, shard: Shard | None = None, *, deadline: Deadline | None = None, **context: Any
     ) -> JobResult:
-        way = JobContext(deadline or Deadline(60), self.reported.append, insist=self.said.append, **journey)
-        return shards.run_shard(shard or shard_of(self.images), self.outside, way)
+        way = JobContext(
+            deadline or Deadline(60), self.reported.append, checkpoint=self.said.append, **context
+        )
+        return shards.run_shard(shard or shard_of(self.images), self.services, way)
 
     @property
     def table(self) -> pa.Table:
@@ -168,8 +170,8 @@ def others_at_work(bench: Bench) -> Iterator[None]:
 
     def work(number: int) -> None:
         while not stopped.is_set():
-            with bench.residents.ticket() as ticket:
-                ticket.explain(bench.network, noise[number], (-1, -2), GRADCAM, Deadline(60))
+            with bench.model_cache.reserve() as slot:
+                slot.infer(bench.network, noise[number], (-1, -2), GRADCAM, Deadline(60))
             done.release()
 
     with ThreadPoolExecutor(3) as pool:
@@ -242,7 +244,7 @@ def check_against_manifests(bench: Bench) -> None:
     records = bench.table.to_pylist()
     for place, image in enumerate(bench.images):
         job = Job.parse({"image": image, "network": shard.network, "target": {"top_n": 2}, "artifacts": wish})
-        pipeline.run_job(job, bench.outside, JobContext(Deadline(60), lambda _: None))
+        pipeline.run_job(job, bench.services, JobContext(Deadline(60), lambda _: None))
         manifest = json.loads(bench.store.objects[f"{job.id}/manifest.json"])
         heatmaps = np.load(io.BytesIO(bench.store.objects[f"{job.id}/heatmaps.npy"]))
         own = [one for one in records if one["row"] == FIRST + place]
@@ -460,7 +462,7 @@ def test_a_row_has_the_numbers_of_a_job_whatever_is_drawn_of_either() -> None:
     bench.run()
     drawn.run(shard_of({one: data}, artifacts=[{"kind": "overlay"}]))
     job = Job.parse({"image": one, "network": "efficientnet_lite0", "target": {"top_n": 2}})
-    done = pipeline.run_job(job, bench.outside, JobContext(Deadline(60), lambda _: None))
+    done = pipeline.run_job(job, bench.services, JobContext(Deadline(60), lambda _: None))
     for table in (bench.table, drawn.table):
         assert table["probability"].to_pylist() == pytest.approx(
             [one.probability for one in done.predictions], rel=1e-6
@@ -568,7 +570,7 @@ def test_a_shard_that_was_overtaken_while_it_computed_writes_nothing() -> None:
     bench = Bench()
     with pytest.raises(AttemptFenced, match="at upload"):
         shards.run_shard(
-            shard_of(PICTURES), bench.outside, JobContext(Deadline(60), lambda _: None, insist=insist)
+            shard_of(PICTURES), bench.services, JobContext(Deadline(60), lambda _: None, checkpoint=insist)
         )
     assert not bench.store.objects
 
@@ -739,7 +741,7 @@ def test_a_report_that_says_stop_stops_the_shard() -> None:
 
     shard = shard_of({}, rows=[{"uri": uri(0)}] * 40)
     with pytest.raises(JobCanceled):
-        shards.run_shard(shard, bench.outside, JobContext(Deadline(60), report))
+        shards.run_shard(shard, bench.services, JobContext(Deadline(60), report))
     assert not bench.store.objects
     bench.run(shard)
     assert [one for one in bench.reported if one.startswith("explain ")][-1] == "explain 24 of 40"
@@ -749,11 +751,11 @@ def test_a_report_that_says_stop_stops_the_shard() -> None:
 class Held:
     """Images that note what is held of the rooms as they are fetched."""
 
-    rooms: Budgets
+    budgets: Budgets
     bytes: list[int] = field(default_factory=list)
 
     def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:
-        self.bytes.append(self.rooms.bytes.held)
+        self.bytes.append(self.budgets.bytes.held)
         time.sleep(0.002)  # so that readers meet
         return MemoryImageFetcher(PICTURES).fetch(image, deadline, at_most)
 
@@ -763,41 +765,41 @@ def test_readers_wait_for_room_in_memory_and_leave_it(
     artifacts: tuple[dict[str, Any], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels = 20 * 24
-    rooms = Budgets(
+    budgets = Budgets(
         ResourceBudget(3000, "bytes"), ResourceBudget(2 * pixels, "pixels"), most_bytes=1000, threads=1
     )
     held: list[int] = []
 
     def noted(data: bytes, *args: Any, **how: Any) -> Decoded:
-        held.append(rooms.pixels.held)
+        held.append(budgets.pixels.held)
         return decode(data, *args, **how)
 
     monkeypatch.setattr("gradcam_worker.execution.shard_rows.decode", noted)
-    source = Held(rooms)
-    bench = Bench(source=source, others={"rooms": rooms})
+    source = Held(budgets)
+    bench = Bench(source=source, others={"rooms": budgets})
     bench.run(shard_of({}, rows=[{"uri": uri(0)}] * 40, artifacts=artifacts))
     assert not bench.errors
     assert 1000 < max(source.bytes) <= 3000
     assert pixels <= min(held) <= max(held) <= 2 * pixels
-    assert (rooms.bytes.held, rooms.pixels.held) == (0, 0)
+    assert (budgets.bytes.held, budgets.pixels.held) == (0, 0)
     assert len(source.bytes) == 40 * (1 + len(artifacts))
 
 
 def test_readers_of_shards_have_their_share_of_room_so_that_no_job_waits_for_them() -> None:
-    rooms = service_factory.build_services(Settings(threads=4, shards=2)).rooms
-    assert rooms.threads == 4 + 2 * READERS
+    budgets = service_factory.build_services(Settings(threads=4, shards=2)).budgets
+    assert budgets.threads == 4 + 2 * READERS
 
 
 def test_rooms_are_left_by_rows_that_fail_and_shards_that_stop() -> None:
-    rooms = Budgets(
+    budgets = Budgets(
         ResourceBudget(3000, "bytes"), ResourceBudget(10_000, "pixels"), most_bytes=1000, threads=1
     )
     deadline = Deadline(60)
     network = Odd(before=lambda _: deadline.cancel(JobCanceled("to stop")))
-    bench = Bench({**PICTURES, uri(3): b"text"}, network, others={"rooms": rooms})
+    bench = Bench({**PICTURES, uri(3): b"text"}, network, others={"rooms": budgets})
     with pytest.raises(JobCanceled):
         bench.run(deadline=deadline)
-    assert (rooms.bytes.held, rooms.pixels.held, rooms.bytes.waiting) == (0, 0, 0)
+    assert (budgets.bytes.held, budgets.pixels.held, budgets.bytes.waiting) == (0, 0, 0)
 
 
 def test_overlays_lie_under_the_keys_of_a_job_and_change_no_number() -> None:
@@ -818,13 +820,13 @@ def test_overlays_lie_under_the_keys_of_a_job_and_change_no_number() -> None:
 
 def test_metrics_stand_beside_each_class_and_wait_behind_the_urgent(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench()
-    alone, patient = bench.residents._batcher.alone, set()
+    alone, patient = bench.model_cache._batcher.run_exclusive, set()
 
     def noted(run: Callable[[], Any], deadline: Deadline, *, bulk: bool = False) -> Any:
         patient.add(bulk)
         return alone(run, deadline, bulk=bulk)
 
-    monkeypatch.setattr(bench.residents._batcher, "alone", noted)
+    monkeypatch.setattr(bench.model_cache._batcher, "alone", noted)
     bench.run(shard_of(PICTURES, metrics=["deletion", "insertion"]))
     for name in ("deletion", "insertion"):
         assert bench.table[name].null_count == 0

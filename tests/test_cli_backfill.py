@@ -54,7 +54,7 @@ class Hands:
         around = fake_services(self.images, stores=real)
         worker = WorkerRef(id="w", device="cpu")
         leases = LeaseManager(self.ledger, "w", 15)
-        desk = JobHandler(
+        handler = JobHandler(
             self.settings,
             self.ledger,
             around,
@@ -64,10 +64,10 @@ class Hands:
             admits=RedisBackfillRegistry(self.ledger.server).admits,
         )
         while not self._stopped.wait(0.01):
-            self.ledger.beat("w", "well", {})
+            self.ledger.renew_leases("w", "well", {})
             waiting: Any = self.ledger.server.redis.zrange(f"{self.settings.key_prefix}queued:shard", 0, -1)
             for job_id in () if self.idle.is_set() else waiting:
-                desk.handle({"id": job_id}, job_id, kind=Shard)
+                handler.handle({"id": job_id}, job_id, kind=Shard)
 
 
 @pytest.fixture

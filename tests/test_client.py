@@ -150,7 +150,9 @@ def test_a_job_in_the_ledger_is_accepted_though_the_broker_is_out_of_reach(
 
     job = Job.parse(FIELDS)
     assert GradcamClient(settings=Settings(), ledger=ledger, publish=broken).submit(job) == job.id
-    assert ledger.silent("normal", empty=True, lost_after_s=0, limit=9) == [job.id], "the reaper finds it"
+    assert ledger.find_unpublished("normal", empty=True, lost_after_s=0, limit=9) == [job.id], (
+        "the reaper finds it"
+    )
     assert "nobody could be told at once" in caplog.text
 
 
@@ -364,7 +366,9 @@ def test_many_are_accepted_though_the_broker_is_out_of_reach_and_it_is_waited_fo
 
     client = GradcamClient(settings=Settings(), ledger=ledger, publish=broken)
     ids = client.submit_many(FIELDS for _ in range(12))
-    assert ledger.silent("normal", empty=True, lost_after_s=0, limit=99) == ids, "the reaper finds them"
+    assert ledger.find_unpublished("normal", empty=True, lost_after_s=0, limit=99) == ids, (
+        "the reaper finds them"
+    )
     assert caplog.text.count("4 jobs are accepted, but nobody could be told at once") == 3
     tries = Counter(asked)
     assert tries[ids[0]] > 1
@@ -656,11 +660,11 @@ def test_it_works_where_an_event_loop_runs(settings: Settings) -> None:
 
 def test_ids_are_rung_for_many_at_a_time(settings: Settings) -> None:
     bell, ids = publisher.Publisher(settings), [new_id() for _ in range(1001)]
-    bell.ring(ids, "shard")
+    bell.republish(ids, "shard")
     messages = waiting(settings, "shard")
     assert [one["headers"]["id"] for one in messages] == ids
     assert {one["headers"]["task"] for one in messages} == {publisher.EXPLAIN_SHARD}
-    assert bell.waiting("shard") == 1001
+    assert bell.queue_length("shard") == 1001
 
 
 def test_more_threads_than_connections_wait_for_their_turn(

@@ -110,21 +110,21 @@ def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
     settings = settings.model_copy(update={"visibility_timeout_s": 5, "max_message_bytes": 100_000})
     app = broker.make_app(settings)
     with redis.Redis.from_url(settings.broker_url) as connection:
-        desk = Reception(settings, connection)
-        desk.hold.set()
+        handler = Reception(settings, connection)
+        handler.hold.set()
 
         def explain(self: Any, *args: object) -> None:
-            desk.hold.wait(WAIT_S)
-            if error := desk.raises.pop(self.request.id, None):
+            handler.hold.wait(WAIT_S)
+            if error := handler.raises.pop(self.request.id, None):
                 raise error
-            if opened := desk.holds.pop(self.request.id, None):
+            if opened := handler.holds.pop(self.request.id, None):
                 opened.wait(WAIT_S)
-            desk.headers[self.request.id] = self.request.headers
-            desk.handled[self.request.id] = [*args]
+            handler.headers[self.request.id] = self.request.headers
+            handler.handled[self.request.id] = [*args]
 
         app.task(explain, name=publisher.EXPLAIN, bind=True, shared=False, Request=worker_process.REQUEST)
-        app.refuse_message = desk.refuse
-        app.turned, app.stall, app.outages = lambda: None, desk.stall, Outages()
+        app.refuse_message = handler.refuse
+        app.turned, app.stall, app.outages = lambda: None, handler.stall, Outages()
         app.conf.worker_consumer = "gradcam_worker.broker.consumer:SturdyConsumer"
         setup_worker_optimizations(app)
         worker = app.WorkController(
@@ -138,10 +138,10 @@ def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
         thread = threading.Thread(target=worker.start, daemon=True)
         thread.start()
         try:
-            desk.goes_on()
-            yield desk
+            handler.goes_on()
+            yield handler
             assert thread.is_alive(), "the worker has ended"
-            wait_for(lambda: desk.unacked() == 0, "the last acknowledgement")
+            wait_for(lambda: handler.unacked() == 0, "the last acknowledgement")
         finally:
             monkeypatch.setattr(state, "should_stop", 0)
             thread.join(WAIT_S)
@@ -504,7 +504,7 @@ COMMANDS = (
     command("ping", pattern="(a+)+$", matcher="pcre"),
     command("ping", reply_to={"exchange": "gradcam.bulk", "routing_key": "gradcam.bulk"}),
     command("ping", reply_to=None),
-    command("ping", ticket={}),
+    command("ping", slot={}),
     command("ping", destination=7),
     command(["ping"]),
     command("hello", arguments={"from_node": "x", "revoked": ["me"]}),

@@ -43,7 +43,7 @@ class Scene:
         self.ledger = MemoryLedger(clock=lambda: self.now_s)
         self.outbox = self.ledger.outbox
 
-    def courier(self, threads: int = 4, *, sinks: tuple[str, ...] = ()) -> OutboxDispatcher:
+    def dispatcher(self, threads: int = 4, *, sinks: tuple[str, ...] = ()) -> OutboxDispatcher:
         return OutboxDispatcher(
             self.outbox,
             self.receive,
@@ -61,9 +61,9 @@ class Scene:
     def end(self, job: Job) -> None:
         self.ledger.advance(self.ledger.claim(self.ledger.read(job.id), WORKER).document, status="succeeded")
 
-    def receive(self, parcel: Delivery, event: StatusEvent) -> None:
-        url = parcel.webhook.url if parcel.webhook else parcel.lane
-        assert event.type == f"gradcam.{parcel.event}"
+    def receive(self, delivery: Delivery, event: StatusEvent) -> None:
+        url = delivery.webhook.url if delivery.webhook else delivery.destination
+        assert event.type == f"gradcam.{delivery.event}"
         self.answers.get(url, lambda: None)()
         self.told.append((url, event.data.id, event.data.revision))
 
@@ -81,10 +81,10 @@ def raising(error: BaseException) -> Callable[[], object]:
 
 
 @contextmanager
-def working(courier: OutboxDispatcher) -> Iterator[threading.Event]:
+def working(dispatcher: OutboxDispatcher) -> Iterator[threading.Event]:
     """A courier that keeps at it while the block runs."""
     stopped = threading.Event()
-    thread = threading.Thread(target=courier.keep, args=[stopped])
+    thread = threading.Thread(target=dispatcher.run, args=[stopped])
     thread.start()
     try:
         yield stopped
@@ -106,7 +106,7 @@ def test_everything_is_told_to_everybody_in_order(scene: Scene) -> None:
     jobs = [scene.submit("https://a.example/x", "https://b.example/y", events=events) for _ in range(20)]
     for job in jobs:
         scene.end(job)
-    scene.courier(sinks=("sql",)).round()
+    scene.dispatcher(sinks=("sql",)).round()
     assert len(scene.told) == len(set(scene.told)) == 20 * 3 * 3
     for job in jobs:
         for url in ("https://a.example/x", "https://b.example/y", "sql"):
@@ -124,15 +124,15 @@ def test_a_receiver_that_names_a_time_is_not_asked_before(scene: Scene) -> None:
         raising(StatusUnavailable("Webhook answered HTTP 429.", retry_after_s=500))()
 
     scene.answers["https://a.example/x"] = busy
-    courier = scene.courier()
+    dispatcher = scene.dispatcher()
     while scene.now_s < 1499:
-        courier.round()
+        dispatcher.round()
         scene.now_s += 20
     assert tries == [1000], "nor about any other job"
     scene.now_s = 1501
     scene.answers.clear()
     for _ in range(2):
-        courier.round()
+        dispatcher.round()
     assert len(scene.told) == 3
 
 
@@ -145,9 +145,9 @@ def test_the_pauses_double_up_to_three_hours_and_the_jitter_is_a_fifth(scene: Sc
         raising(StatusUnavailable("Webhook answered HTTP 500."))()
 
     scene.answers["https://a.example/x"] = fails
-    courier = scene.courier()
+    dispatcher = scene.dispatcher()
     while len(tries) < 17:
-        courier.round()
+        dispatcher.round()
         scene.now_s = min(scene.outbox._due.values(), default=0) + 61  # and no lane is left alone any more
     pauses = [after - before - 61 for before, after in pairwise(tries)]
     expected = [min(2.0 * 2**number, LONGEST_PAUSE_S) for number in range(16)]
@@ -160,14 +160,14 @@ def test_after_three_days_the_event_is_parked_and_so_are_those_whose_turn_never_
 ) -> None:
     old = [scene.submit("https://a.example/x") for _ in range(5)]
     scene.answers["https://a.example/x"] = raising(StatusUnavailable("Webhook answered HTTP 500."))
-    courier = scene.courier()
-    courier.round()
+    dispatcher = scene.dispatcher()
+    dispatcher.round()
     scene.now_s += GIVE_UP_S - 1
     young = scene.submit("https://a.example/x")
-    courier.round()
+    dispatcher.round()
     assert not scene.outbox.parked()
     scene.now_s += 100
-    courier.round()
+    dispatcher.round()
     assert {one.recipient for one in scene.outbox.parked()} == {f"{job.id}:hook1" for job in old}
     assert scene.outbox.count() == 1, "the young one is tried for three days of its own"
     assert "is parked: Webhook answered HTTP 500." in caplog.text
@@ -176,20 +176,20 @@ def test_after_three_days_the_event_is_parked_and_so_are_those_whose_turn_never_
         assert scene.outbox.unpark(one)
     scene.now_s += 100
     for _ in range(2):
-        courier.round()
+        dispatcher.round()
     assert {job_id for _, job_id, _ in scene.told} == {job.id for job in (*old, young)}
 
 
 def test_what_was_replayed_is_tried_for_three_days_again(scene: Scene) -> None:
     scene.submit("https://a.example/x")
     scene.answers["https://a.example/x"] = raising(StatusUnavailable("Webhook answered HTTP 500."))
-    courier = scene.courier()
+    dispatcher = scene.dispatcher()
     for _ in range(2):
-        courier.round()
+        dispatcher.round()
         scene.now_s += GIVE_UP_S + 1
     [parked] = scene.outbox.parked()
     assert scene.outbox.unpark(parked)
-    courier.round()
+    dispatcher.round()
     assert not scene.outbox.parked()
 
 
@@ -204,10 +204,10 @@ def test_a_receiver_that_is_gone_is_told_nothing_more_of_any_job(scene: Scene) -
         raising(EndpointGone("Webhook answered HTTP 410."))()
 
     scene.answers[url] = gone
-    courier = scene.courier(threads=1)
-    courier.round()
+    dispatcher = scene.dispatcher(threads=1)
+    dispatcher.round()
     scene.submit(url)
-    courier.round()
+    dispatcher.round()
     assert len(tries) == 1
     assert scene.outbox.disabled() == [url]
     assert len(scene.outbox.parked()) == 4
@@ -221,7 +221,7 @@ def test_who_does_not_want_to_hear_of_the_way_hears_of_the_end(scene: Scene, err
     refused = raising(error)
     scene.answers["https://a.example/x"] = lambda: refused() if left.pop() else None
     left = [False, True, True]
-    scene.courier().round()
+    scene.dispatcher().round()
     assert [revision for _, _, revision in scene.told] == [3]
     assert not scene.outbox.parked()
 
@@ -229,7 +229,7 @@ def test_who_does_not_want_to_hear_of_the_way_hears_of_the_end(scene: Scene, err
 def test_an_end_that_may_not_be_told_is_parked(scene: Scene) -> None:
     scene.end(scene.submit("https://a.example/x", events=("job.succeeded",)))
     scene.answers["https://a.example/x"] = raising(UriNotAllowed("The host is not allowed."))
-    scene.courier().round()
+    scene.dispatcher().round()
     [parked] = scene.outbox.parked()
     assert parked.first
     assert parked.first.event == "job.succeeded"
@@ -241,13 +241,13 @@ def test_a_mistake_of_ours_costs_nobody_else_anything(
 ) -> None:
     scene.submit("https://a.example/x", "https://b.example/y")
     scene.answers["https://a.example/x"] = raising(mistake)
-    courier = scene.courier(threads=1)
-    courier.round()
+    dispatcher = scene.dispatcher(threads=1)
+    dispatcher.round()
     assert [url for url, _, _ in scene.told] == ["https://b.example/y"]
     assert "job.queued was not delivered" in caplog.text
     scene.now_s += 10
     scene.answers.clear()
-    courier.round()
+    dispatcher.round()
     assert [url for url, _, _ in scene.told] == ["https://b.example/y", "https://a.example/x"]
 
 
@@ -264,7 +264,7 @@ def test_a_ledger_out_of_reach_is_asked_again(
 
     monkeypatch.setattr(scene.outbox, "take", take)
     scene.submit("https://a.example/x")
-    with working(scene.courier()):
+    with working(scene.dispatcher()):
         wait_for(lambda: scene.told)
     assert "The ledger cannot be reached." in caplog.text
     assert "what nobody foresaw" in caplog.text
@@ -273,9 +273,9 @@ def test_a_ledger_out_of_reach_is_asked_again(
 def test_a_database_that_this_worker_does_not_know_is_left_to_one_that_does(scene: Scene) -> None:
     scene.outbox.open_sink("sql")
     scene.submit()
-    scene.courier().round()
+    scene.dispatcher().round()
     assert (scene.told, scene.outbox.count()) == ([], 1)
-    scene.courier(sinks=("sql",)).round()
+    scene.dispatcher(sinks=("sql",)).round()
     assert (len(scene.told), scene.outbox.count()) == (1, 0)
 
 
@@ -302,16 +302,16 @@ class Gate:
 
 def test_there_are_never_more_under_way_than_threads_and_a_lane_never_has_them_all(scene: Scene) -> None:
     gate, hosts = Gate(), [f"https://{name}.example/x" for name in "abcdefgh"]
-    courier = scene.courier()
+    dispatcher = scene.dispatcher()
     scene.submit(*hosts[:4])
     scene.submit(*hosts[4:])
-    courier.round()  # now they are known to answer
+    dispatcher.round()  # now they are known to answer
     for _ in range(20):
         scene.submit(hosts[0])
     scene.submit(*hosts[1:4])
     scene.submit(*hosts[4:])
     scene.answers = {url: gate.at(url) for url in hosts}
-    with working(courier):
+    with working(dispatcher):
         wait_for(lambda: gate.inside["all"] == 4)
         gate.opened.set()
         wait_for(lambda: scene.outbox.count() == 0)
@@ -322,13 +322,13 @@ def test_hosts_that_never_answered_have_one_thread_each_and_half_of_them_togethe
     gate, slow = Gate(), [f"https://{name}.example/x" for name in "abc"]
     scene.answers = {url: gate.at(url) for url in slow}
     healthy = "https://z.example/x"
-    courier = scene.courier()
+    dispatcher = scene.dispatcher()
     scene.submit(healthy)
-    courier.round()
+    dispatcher.round()
     for _ in range(50):
         scene.submit(*slow)
     scene.submit(healthy)
-    with working(courier):
+    with working(dispatcher):
         wait_for(lambda: len(scene.told) == 2)
         assert gate.inside["all"] == 2, "nobody has answered there yet"
         for _ in range(20):
@@ -341,18 +341,18 @@ def test_hosts_that_never_answered_have_one_thread_each_and_half_of_them_togethe
 
 def test_hosts_that_no_longer_answer_have_half_of_the_threads_again(scene: Scene) -> None:
     slow = [f"https://{name}.example/x" for name in "abc"]
-    courier = scene.courier()
+    dispatcher = scene.dispatcher()
     scene.submit(*slow)
-    courier.round()
+    dispatcher.round()
     assert len(scene.told) == 3
     scene.answers = dict.fromkeys(slow, raising(StatusUnavailable("Webhook answered HTTP 500.")))
     scene.submit(*slow)
-    courier.round()
+    dispatcher.round()
     gate = Gate()
     scene.answers = {url: gate.at(url) for url in slow}
     for _ in range(5):
         scene.submit(*slow)
-    with working(courier):
+    with working(dispatcher):
         wait_for(lambda: gate.inside["all"] == 2)
         scene.submit("https://z.example/x")
         scene.submit(slow[0])
@@ -370,7 +370,7 @@ def test_stopping_waits_for_what_is_under_way_but_not_for_ever(
     gate = Gate()
     scene.answers["https://a.example/x"] = gate.at("a")
     scene.submit("https://a.example/x")
-    with working(scene.courier()) as stopped:
+    with working(scene.dispatcher()) as stopped:
         wait_for(lambda: gate.inside["a"])
         stopped.set()
         gate.opened.set()
@@ -379,7 +379,7 @@ def test_stopping_waits_for_what_is_under_way_but_not_for_ever(
     gate.inside.clear()
     monkeypatch.setattr(couriers, "END_S", 0.2)
     scene.submit("https://a.example/x")
-    with working(scene.courier()) as stopped:
+    with working(scene.dispatcher()) as stopped:
         wait_for(lambda: gate.inside["a"])
         begun = time.monotonic()
         stopped.set()
@@ -395,5 +395,5 @@ def test_a_courier_alone_with_one_thread_does_its_work(
     caplog.set_level(logging.INFO)
     for _ in range(5):
         scene.submit("https://a.example/x", "https://b.example/y")
-    scene.courier(threads=1).round()
+    scene.dispatcher(threads=1).round()
     assert (len(scene.told), caplog.text) == (10, "")

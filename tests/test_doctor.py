@@ -45,7 +45,7 @@ def test_fewer_workers_than_are_expected_are_told_beside_those_that_live(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     well = {"device": "cpu", "since": "2026-11-01T00:00:00Z", "running": 0, "trouble": None}
-    RedisLedger(settings).beat("gpu-1:7", json.dumps(well), {})
+    RedisLedger(settings).renew_leases("gpu-1:7", json.dumps(well), {})
     found = {finding.what: finding.well for finding in _workers(settings, 2)}
     assert found == {"workers": False, "worker gpu-1:7": True}
     assert all(finding.well for finding in _workers(settings, 1))
@@ -59,8 +59,8 @@ def test_fewer_workers_than_are_expected_are_told_beside_those_that_live(
 def test_what_the_running_workers_say_of_themselves_is_told(settings: Settings) -> None:
     ledger = RedisLedger(settings)
     well = {"device": "NVIDIA H100", "since": "2026-11-01T00:00:00Z", "running": 3, "trouble": None}
-    ledger.beat("gpu-1:7", json.dumps(well), {})
-    ledger.beat("gpu-2:7", json.dumps({**well, "trouble": "The storage failed 3 times."}), {})
+    ledger.renew_leases("gpu-1:7", json.dumps(well), {})
+    ledger.renew_leases("gpu-2:7", json.dumps({**well, "trouble": "The storage failed 3 times."}), {})
     findings = {finding.what: finding for finding in _workers(settings, 0)}
     assert findings["worker gpu-1:7"].well
     assert findings["worker gpu-1:7"].detail.startswith("NVIDIA H100, 3 at work")

@@ -39,18 +39,18 @@ def ships(settings: Settings) -> RedisBackfillRegistry:
     return RedisBackfillRegistry(RedisLedger(settings).server)
 
 
-def seat(ships: RedisBackfillRegistry, place: str = PLACE, **facts: Any) -> BackfillLease:
+def lease(ships: RedisBackfillRegistry, place: str = PLACE, **facts: Any) -> BackfillLease:
     return BackfillLease(ships, place, lambda: {"backfill": "b"} | facts, lambda: ("shard-1", "shard-2"))
 
 
 def test_an_output_is_one_backfills_at_a_time(ships: RedisBackfillRegistry) -> None:
     with (
-        seat(ships),
+        lease(ships),
         pytest.raises(BackfillConflict, match=r"run by process \d+ on .+: wait for it"),
-        seat(ships),
+        lease(ships),
     ):
         pass
-    with seat(ships) as later:
+    with lease(ships) as later:
         assert later.before is not None
         assert (later.before.facts["backfill"], later.before.shards) == ("b", ("shard-1", "shard-2"))
 
@@ -64,8 +64,8 @@ def test_one_that_was_killed_on_this_machine_is_waited_for(
     gone.wait()
     with monkeypatch.context() as patched:
         patched.setattr(os, "getpid", lambda: gone.pid)
-        assert seat(ships).beat(enter=True).owner
-    with seat(ships) as later:
+        assert lease(ships).beat(enter=True).owner
+    with lease(ships) as later:
         assert later.heard.owner
 
 
@@ -73,10 +73,10 @@ def test_one_that_was_killed_is_followed_and_finds_out(
     ships: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "EVERY_S", 3600)  # it says no more
-    with seat(ships) as silent:
+    with lease(ships) as silent:
         monkeypatch.setattr(registry, "FRESH_S", 0.001)
         time.sleep(0.01)
-        with seat(ships) as later:
+        with lease(ships) as later:
             later.check()
             silent.beat()
             with pytest.raises(BackfillConflict, match="run by process"):
@@ -86,9 +86,9 @@ def test_one_that_was_killed_is_followed_and_finds_out(
 
 
 def test_all_that_run_are_counted(ships: RedisBackfillRegistry) -> None:
-    with seat(ships) as first, seat(ships, "s3://results/others"):
+    with lease(ships) as first, lease(ships, "s3://results/others"):
         assert first.beat().running == 2
-    with seat(ships) as alone:
+    with lease(ships) as alone:
         assert alone.beat().running == 1
 
 
@@ -97,7 +97,7 @@ def test_whoever_wants_it_to_end_is_heard_once(
 ) -> None:
     monkeypatch.setattr(registry, "EVERY_S", 0.01)
     assert ships.find(PLACE, cancel=True) is None
-    with seat(ships, done=7) as running:
+    with lease(ships, done=7) as running:
         assert not running.heard.cancel
         found = ships.find(PLACE + "/", cancel=True)
         assert found is not None
@@ -107,7 +107,7 @@ def test_whoever_wants_it_to_end_is_heard_once(
     left = ships.find(PLACE, cancel=True)
     assert left is not None
     assert not left.lives
-    with seat(ships) as again:
+    with lease(ships) as again:
         assert not again.beat().cancel
 
 
@@ -130,8 +130,8 @@ def test_a_fleet_out_of_reach_ends_no_backfill_that_runs(
     away = RedisBackfillRegistry(
         RedisLedger(settings.model_copy(update={"ledger_url": f"redis://127.0.0.1:{free_port}"})).server
     )
-    with seat(ships) as one:
-        one.fleet = away
+    with lease(ships) as one:
+        one.registry = away
     assert one.heard.owner
 
 
@@ -151,7 +151,7 @@ def shard_of(one: BackfillLease, **changes: Any) -> Shard:
 
 
 def test_only_a_shard_that_shows_its_backfills_token_is_admitted(ships: RedisBackfillRegistry) -> None:
-    with seat(ships, backfill=NUMBER) as one:
+    with lease(ships, backfill=NUMBER) as one:
         good = shard_of(one)
         assert ships.admits(good)
         assert ships.admits(shard_of(one, output=f"{PLACE}/"))
@@ -165,7 +165,7 @@ def test_a_token_is_its_backfills_whoever_goes_on_with_it_and_no_other_ones(
     settings: Settings, ships: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "EVERY_S", 3600)
-    with seat(ships, backfill=NUMBER) as first:
+    with lease(ships, backfill=NUMBER) as first:
         in_flight = shard_of(first)
         with redis.Redis.from_url(settings.broker_url) as server:
             names: Any = server.keys(f"{settings.key_prefix}backfill*")
@@ -173,9 +173,9 @@ def test_a_token_is_its_backfills_whoever_goes_on_with_it_and_no_other_ones(
             assert not ships.admits(in_flight)
             first.beat()
             assert ships.admits(in_flight)
-    with seat(ships, backfill=NUMBER) as again:
+    with lease(ships, backfill=NUMBER) as again:
         assert again.token == first.token
-    with seat(ships, backfill=OTHER) as other:
+    with lease(ships, backfill=OTHER) as other:
         assert other.token != first.token
         assert not ships.admits(in_flight)
 
@@ -183,13 +183,13 @@ def test_a_token_is_its_backfills_whoever_goes_on_with_it_and_no_other_ones(
 def test_one_that_an_older_version_runs_has_no_token_and_gets_one_from_who_goes_on(
     settings: Settings, ships: RedisBackfillRegistry
 ) -> None:
-    with seat(ships, backfill=NUMBER) as old:
+    with lease(ships, backfill=NUMBER) as old:
         with redis.Redis.from_url(settings.broker_url) as server:
             names: Any = server.keys(f"{settings.key_prefix}backfill:*")
             server.hdel(names[0], "token")
         assert ships.admits(shard_of(old, token=""))
         assert not ships.admits(shard_of(old))
-    with seat(ships, backfill=NUMBER) as new:
+    with lease(ships, backfill=NUMBER) as new:
         assert ships.admits(shard_of(new))
         assert not ships.admits(shard_of(new, token=""))
 
@@ -212,13 +212,13 @@ def test_whoever_may_only_submit_may_do_all_that_a_backfill_does(
 ) -> None:
     submitter, admin = guarded
     admin.hset("gradcam:workers", "gpu-1:7", f"{time.time() * 1000:.0f} well")
-    with seat(RedisBackfillRegistry(submitter.server)) as one:
+    with lease(RedisBackfillRegistry(submitter.server)) as one:
         shard = shard_of(one)
         assert submitter.submit(shard).status == "queued"
         assert submitter.read_many([shard.id])[shard.id].status == "queued"
         assert submitter.cancel(shard.id).status == "canceled"
         assert submitter.workers() == {"gpu-1:7": "well"}
-        submitter.bury(shard.id)
+        submitter.drop_dead_letter(shard.id)
         assert RedisBackfillRegistry(submitter.server).find(PLACE, cancel=True)
         assert one.beat().cancel
     port = admin.get_connection_kwargs()["port"]

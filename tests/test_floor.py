@@ -27,7 +27,7 @@ class Crowd:
         leave = self._leave[job_id] = threading.Event()
 
         def work() -> bool:
-            with self.floor.entered(job_id, alone=alone) as free:
+            with self.floor.enter(job_id, alone=alone) as free:
                 self.inside.append(job_id)
                 assert leave.wait(WAIT_S)
                 self.inside.remove(job_id)
@@ -99,14 +99,14 @@ def test_two_who_want_to_be_alone_come_one_after_the_other(crowd: Crowd) -> None
 def test_a_job_that_is_here_already_has_no_second_place(crowd: Crowd) -> None:
     crowd.send("a")
     assert crowd.shows("a")
-    with crowd.floor.entered("a") as free:
+    with crowd.floor.enter("a") as free:
         assert not free
-    with crowd.floor.entered("a", alone=True) as free:
+    with crowd.floor.enter("a", alone=True) as free:
         assert not free
     assert crowd.shows("a")
     crowd.leave("a")
     assert crowd.shows()
-    with crowd.floor.entered("a") as free:
+    with crowd.floor.enter("a") as free:
         assert free, "it left, and its second message took nothing from it"
 
 
@@ -116,14 +116,14 @@ def test_a_job_that_waits_to_be_alone_has_no_second_place_either(crowd: Crowd) -
     crowd.send("suspect", alone=True)
     assert crowd.shows("a")
     with ThreadPoolExecutor(1) as pool:
-        twin = pool.submit(lambda: crowd.floor.entered("suspect", alone=True).__enter__())
+        twin = pool.submit(lambda: crowd.floor.enter("suspect", alone=True).__enter__())
         crowd.leave("a")
         assert twin.result(WAIT_S) is False
     assert crowd.shows("suspect")
 
 
 def test_a_job_that_fails_makes_room(crowd: Crowd) -> None:
-    with pytest.raises(ZeroDivisionError), crowd.floor.entered("suspect", alone=True):
+    with pytest.raises(ZeroDivisionError), crowd.floor.enter("suspect", alone=True):
         raise ZeroDivisionError
     crowd.send("a")
     assert crowd.shows("a")
@@ -137,6 +137,6 @@ def test_nobody_is_let_in_any_more_when_it_is_closed_not_even_who_waits(crowd: C
     crowd.floor.close()
     for waited in (suspect, late):
         assert isinstance(waited.exception(WAIT_S), WorkerUnfit)
-    with pytest.raises(WorkerUnfit, match="begins nothing new"), crowd.floor.entered("new"):
+    with pytest.raises(WorkerUnfit, match="begins nothing new"), crowd.floor.enter("new"):
         pass
     assert crowd.shows("a"), "who is here may finish"

@@ -158,7 +158,7 @@ def test_without_a_port_there_is_no_server_and_nobody_is_asked(settings: Setting
     before = threading.active_count()
     telemetry = Telemetry(settings)
     assert threading.active_count() == before
-    assert not telemetry.keepers
+    assert not telemetry.loops
 
 
 def test_a_long_pass_leaves_the_process_alive_and_ready() -> None:
@@ -170,16 +170,16 @@ def test_a_long_pass_leaves_the_process_alive_and_ready() -> None:
             over.wait(WAIT_S)
             return super().begin(*args, **others)
 
-    residents = ModelCache(lambda _: Long(), max_batch=1)
-    network = residents.get(CATALOG[TinyNetwork.facts.name])
-    pulse = LivenessReporter(None, reachable=lambda: True, ill=lambda: residents.trouble)
+    model_cache = ModelCache(lambda _: Long(), max_batch=1)
+    network = model_cache.load(CATALOG[TinyNetwork.facts.name])
+    liveness = LivenessReporter(None, reachable=lambda: True, ill=lambda: model_cache.failure)
     stopped = threading.Event()
-    threading.Thread(target=pulse.keep, args=[stopped], daemon=True).start()
+    threading.Thread(target=liveness.run, args=[stopped], daemon=True).start()
     served = Served()
-    served.health.live["loop"] = lambda: pulse.said
+    served.health.live["loop"] = lambda: liveness.said
     pixels = np.zeros((4, 16, 16, 3), np.uint8)
     work = (network, pixels, (-1,), GRADCAM, Deadline(WAIT_S))
-    threading.Thread(target=residents.explain_many, args=work, daemon=True).start()
+    threading.Thread(target=model_cache.infer_many, args=work, daemon=True).start()
     assert begun.wait(WAIT_S)
     assert served.ask("/live")[0] == served.ask("/ready")[0] == 200
     over.set()

@@ -60,7 +60,7 @@ def client(settings: Settings) -> GradcamClient:
 
 
 @pytest.fixture
-def desk(settings: Settings, ledger: RedisLedger) -> JobHandler:
+def handler(settings: Settings, ledger: RedisLedger) -> JobHandler:
     """A worker's desk with the real ledger; images and network are doubles."""
     worker = WorkerRef(id="w", device="cpu")
     leases, breaker = LeaseManager(ledger, "w", 15), CircuitBreaker(lambda: None)
@@ -75,7 +75,7 @@ def jobs_in(ledger: RedisLedger) -> set[str]:
 
 
 def test_processes_that_race_with_one_key_get_one_job_and_it_runs_once(
-    settings: Settings, ledger: RedisLedger, desk: JobHandler
+    settings: Settings, ledger: RedisLedger, handler: JobHandler
 ) -> None:
     redis, arguments = ledger.server.redis, [json.dumps(FIELDS), str(KEYS)]
     racers = [
@@ -96,7 +96,7 @@ def test_processes_that_race_with_one_key_get_one_job_and_it_runs_once(
     assert set(first.values()) == jobs_in(ledger)
     assert len(set(first.values())) == KEYS
     assert ledger.counts() == (KEYS, 0)
-    ends = [desk.handle({"id": job_id}, job_id) for answer in answers for job_id in answer.values()]
+    ends = [handler.handle({"id": job_id}, job_id) for answer in answers for job_id in answer.values()]
     assert ends == ["done"] * KEYS + ["dropped"] * (len(ends) - KEYS), (
         "each message rang, and one of each ran"
     )
@@ -105,10 +105,10 @@ def test_processes_that_race_with_one_key_get_one_job_and_it_runs_once(
 
 
 def test_a_key_is_good_as_long_as_its_job_is_known_and_for_no_other_job(
-    ledger: RedisLedger, client: GradcamClient, desk: JobHandler
+    ledger: RedisLedger, client: GradcamClient, handler: JobHandler
 ) -> None:
     job_id = client.submit(idempotency_key="k", **FIELDS)
-    desk.handle({"id": job_id}, job_id)
+    handler.handle({"id": job_id}, job_id)
     assert client.submit(idempotency_key="k", **FIELDS) == job_id, "after it has ended, too"
     with pytest.raises(IdempotencyConflict, match=f"'k' belongs to a different job, {job_id}"):
         client.submit(idempotency_key="k", **FIELDS | {"target": {"top_n": 2}})
@@ -116,15 +116,15 @@ def test_a_key_is_good_as_long_as_its_job_is_known_and_for_no_other_job(
 
 
 def test_the_key_of_a_job_that_failed_leads_to_it_and_nothing_runs_again(
-    client: GradcamClient, desk: JobHandler
+    client: GradcamClient, handler: JobHandler
 ) -> None:
     missing = FIELDS | {"image": "s3://in/none.png"}
     job_id = client.submit(idempotency_key="k", **missing)
-    desk.handle({"id": job_id}, job_id)
+    handler.handle({"id": job_id}, job_id)
     failed = client.status(job_id)
     assert failed.status == "failed"
     assert client.submit(idempotency_key="k", **missing) == job_id
-    assert desk.handle({"id": job_id}, job_id) == "dropped"
+    assert handler.handle({"id": job_id}, job_id) == "dropped"
     assert client.status(job_id) == failed
 
 
@@ -138,7 +138,7 @@ def test_a_key_that_outlives_its_job_leads_to_a_new_one(ledger: RedisLedger, cli
 
 @pytest.mark.parametrize("submitted_by", ["client", "message"])
 def test_any_text_of_256_characters_is_a_key_and_no_two_are_the_same(
-    submitted_by: str, ledger: RedisLedger, client: GradcamClient, desk: JobHandler
+    submitted_by: str, ledger: RedisLedger, client: GradcamClient, handler: JobHandler
 ) -> None:
     keys = ["k" * 256, "k" * 255, "k", "K", "k ", "k\0", "k\0\0", "k\n", "k:", "{k}", "*", "😀" * 256]
     keys += ["\u00e9", "e\u0301", "\u202ek", "null", "'", '"', "\\", "%00", "../k", "job:k"]
@@ -147,7 +147,7 @@ def test_any_text_of_256_characters_is_a_key_and_no_two_are_the_same(
         if submitted_by == "client":
             return client.submit(idempotency_key=key, **FIELDS)
         job = Job.parse({"idempotency_key": key, **FIELDS})
-        desk.handle(json.loads(json.dumps(job.model_dump(mode="json"))), job.id)
+        handler.handle(json.loads(json.dumps(job.model_dump(mode="json"))), job.id)
         return ledger.submit(job).id
 
     ids = [submit(key) for key in keys]
@@ -229,12 +229,12 @@ def through(proxy: Forgetful, settings: Settings) -> GradcamClient:
 @pytest.mark.parametrize("forgetful", [1, 2], indirect=True)
 @pytest.mark.parametrize("key", ["k", None])
 def test_a_submission_whose_reply_is_lost_is_sent_again_and_is_one_job(
-    forgetful: Forgetful, settings: Settings, ledger: RedisLedger, desk: JobHandler, key: str | None
+    forgetful: Forgetful, settings: Settings, ledger: RedisLedger, handler: JobHandler, key: str | None
 ) -> None:
     job_id = through(forgetful, settings).submit(idempotency_key=key, **FIELDS)
     assert forgetful.lost == forgetful.losses
     assert jobs_in(ledger) == {job_id}
-    assert [desk.handle({"id": job_id}, job_id) for _ in range(3)] == ["done", "dropped", "dropped"]
+    assert [handler.handle({"id": job_id}, job_id) for _ in range(3)] == ["done", "dropped", "dropped"]
     assert ledger.read(job_id).attempt == 1
 
 

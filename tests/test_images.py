@@ -165,12 +165,12 @@ class TestFiles:
             fetch("//user:planted@host/cat.jpg?token=planted")
 
     def test_a_link_or_a_pipe_put_in_place_after_the_check_is_not_opened(self, tmp_path: Path) -> None:
-        root, outside = (tmp_path / "root").resolve(), tmp_path / "outside"
-        for folder in (root / "real", outside):
+        root, services = (tmp_path / "root").resolve(), tmp_path / "outside"
+        for folder in (root / "real", services):
             folder.mkdir(parents=True)
             (folder / "a.jpg").write_bytes(DATA)
-        (root / "folder").symlink_to(outside)
-        (root / "file").symlink_to(outside / "a.jpg")
+        (root / "folder").symlink_to(services)
+        (root / "file").symlink_to(services / "a.jpg")
         os.mkfifo(root / "pipe")
         (root / "socket").symlink_to("/dev/zero")
         for name in ("folder/a.jpg", "file", "pipe", "socket", "real", "", "../outside/a.jpg"):

@@ -27,11 +27,11 @@ class Away(MemoryLedger):
     failure: BaseException | None = None
     asked = 0
 
-    def beat(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
+    def renew_leases(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
         self.asked += 1
         if self.failure:
             raise self.failure
-        return super().beat(worker, health, held)
+        return super().renew_leases(worker, health, held)
 
 
 @dataclass
@@ -78,8 +78,8 @@ def test_what_a_job_has_to_tell_is_written_only_while_the_ledger_answers(office:
 
     office.ledger.failure = LedgerUnavailable("gone")
     office.leases = LeaseManager(office.ledger, ME.id, 0.03)
-    with office.leases.held(office.claim(job), Deadline(60), catch_up):
-        thread = threading.Thread(target=office.leases.keep, args=[stopped])
+    with office.leases.hold(office.claim(job), Deadline(60), catch_up):
+        thread = threading.Thread(target=office.leases.run, args=[stopped])
         thread.start()
         try:
             wait_for(lambda: office.ledger.asked > 3)
@@ -95,40 +95,40 @@ def test_what_a_job_has_to_tell_is_written_only_while_the_ledger_answers(office:
 
 def test_a_job_is_renewed_as_long_as_it_is_held_and_no_longer(office: Office, job: Job) -> None:
     document = office.claim(job)
-    with office.leases.held(document, Deadline(60)):
+    with office.leases.hold(document, Deadline(60)):
         assert office.leases.jobs() == {job.id: 1}
         for _ in range(5):
             office.passes(10)
-            office.leases.beat()
+            office.leases.renew()
         assert office.lost() == []
     assert office.leases.jobs() == {}
-    office.leases.beat()
+    office.leases.renew()
     office.passes(LEASE_S)
     assert office.lost() == [job.id]
 
 
 def test_one_beat_says_how_the_worker_is(office: Office) -> None:
-    office.leases.beat()
+    office.leases.renew()
     assert office.ledger.workers() == {"me": "well"}
 
 
 def test_a_job_that_somebody_else_has_by_now_is_stopped(office: Office, job: Job) -> None:
     deadline = Deadline(60)
-    with office.leases.held(office.claim(job), deadline):
+    with office.leases.hold(office.claim(job), deadline):
         office.passes(LEASE_S + 1)
-        assert office.ledger.lose(job.id)
+        assert office.ledger.expire_lease(job.id)
         office.ledger.claim(office.ledger.read(job.id), WorkerRef(id="other", device="cpu"))
         deadline.check("explain")  # it has not heard of it yet
-        office.leases.beat()
+        office.leases.renew()
         with pytest.raises(AttemptFenced, match=r"Attempt 1 .* was overtaken"):
             deadline.check("explain")
 
 
 def test_a_job_that_somebody_wants_stopped_is_stopped(office: Office, job: Job) -> None:
     deadline = Deadline(60)
-    with office.leases.held(office.claim(job), deadline):
+    with office.leases.hold(office.claim(job), deadline):
         office.ledger.cancel(job.id)
-        office.leases.beat()
+        office.leases.renew()
         with pytest.raises(JobCanceled):
             deadline.check("explain")
     assert not deadline.left_s(), "whatever it waits for, it waits no longer"
@@ -142,16 +142,16 @@ def test_a_job_waits_while_nobody_knows_whose_it_is_and_goes_on_when_it_is_still
         deadline.check("upload")
         passed.set()
 
-    with office.leases.held(office.claim(job), deadline):
+    with office.leases.hold(office.claim(job), deadline):
         office.ledger.failure = LedgerUnavailable("gone")
         with pytest.raises(LedgerUnavailable):
-            office.leases.beat()
+            office.leases.renew()
         time.sleep(1.1)  # its lease is over, by its own clock
         thread = threading.Thread(target=work)
         thread.start()
         assert not passed.wait(0.5)
         office.ledger.failure = None
-        office.leases.beat()
+        office.leases.renew()
         assert passed.wait(WAIT_S)
         thread.join()
 
@@ -166,13 +166,13 @@ def test_a_job_that_waited_while_another_worker_took_it_goes_no_further(job: Job
         except AttemptFenced as error:
             ended.append(error)
 
-    with office.leases.held(office.claim(job), deadline):
+    with office.leases.hold(office.claim(job), deadline):
         time.sleep(1.1)
         thread = threading.Thread(target=work)
         thread.start()
         office.passes(2)
-        assert office.ledger.lose(job.id)
-        office.leases.beat()
+        assert office.ledger.expire_lease(job.id)
+        office.leases.renew()
         thread.join(WAIT_S)
     assert len(ended) == 1
 
@@ -180,7 +180,7 @@ def test_a_job_that_waited_while_another_worker_took_it_goes_no_further(job: Job
 def test_a_job_does_not_wait_longer_than_it_may_run(job: Job) -> None:
     office = Office(lease_s=1)
     deadline = Deadline(1.3)
-    with office.leases.held(office.claim(job), deadline):
+    with office.leases.hold(office.claim(job), deadline):
         time.sleep(1.1)
         with pytest.raises(JobTimeout):
             deadline.check("upload")
@@ -188,8 +188,8 @@ def test_a_job_does_not_wait_longer_than_it_may_run(job: Job) -> None:
 
 def test_all_that_runs_can_be_let_go(office: Office, job: Job) -> None:
     deadline = Deadline(60)
-    with office.leases.held(office.claim(job), deadline):
-        assert office.leases.let_go() == {job.id: 1}
+    with office.leases.hold(office.claim(job), deadline):
+        assert office.leases.release_all() == {job.id: 1}
         with pytest.raises(AttemptFenced, match="handed back"):
             deadline.check("explain")
 
@@ -202,9 +202,9 @@ def test_it_goes_on_renewing_whatever_happens_and_says_it_once(
 ) -> None:
     office = Office(lease_s=1)
     stopped = threading.Event()
-    with office.leases.held(office.claim(job), Deadline(60)):
+    with office.leases.hold(office.claim(job), Deadline(60)):
         office.ledger.failure = failure
-        thread = threading.Thread(target=office.leases.keep, args=[stopped])
+        thread = threading.Thread(target=office.leases.run, args=[stopped])
         thread.start()
         wait_for(lambda: office.ledger.asked > 2)
         assert office.ledger.workers() == {}

@@ -51,14 +51,14 @@ def short(settings: Settings) -> Settings:
 
 def claim(ledger: Ledger, job: Job) -> Claim:
     """What a worker does with a message."""
-    _, document = ledger.receive(job.id, job.model_dump(mode="json"))
+    _, document = ledger.get_or_create(job.id, job.model_dump(mode="json"))
     return ledger.claim(document, WORKER)
 
 
 def expired(ledger: Ledger, job: Job) -> bool:
     """Its worker is gone: the lease runs out. Whether the job is to be published."""
     wait_for(lambda: job.id in ledger.overdue(10)["lost"])
-    return ledger.lose(job.id) is not None
+    return ledger.expire_lease(job.id) is not None
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -124,7 +124,7 @@ def test_a_claim_starts_the_first_attempt(ledger: Ledger, job: Job) -> None:
 
 def test_an_untouched_job_is_taken_without_being_read(ledger: Ledger, job: Job) -> None:
     entered = ledger.submit(job)
-    taken = ledger.take(job, entered.created_at, WORKER)
+    taken = ledger.claim_fresh(job, entered.created_at, WORKER)
     assert taken == ledger.read(job.id)
     assert (taken.status, taken.stage, taken.attempt, taken.revision) == ("running", "fetch", 1, 2)
     assert (taken.worker, taken.queued_at) == (WORKER, entered.queued_at)
@@ -138,7 +138,7 @@ def test_a_job_that_is_not_as_it_was_entered_is_not_taken(ledger: Ledger, job: J
     if what == "expired":
         job = job.model_copy(update={"expires_at": utc_now() - timedelta(seconds=1)})
     elif what == "unknown":
-        assert ledger.take(job, utc_now(), WORKER) is None
+        assert ledger.claim_fresh(job, utc_now(), WORKER) is None
     entered = ledger.submit(job)
     moment = entered.created_at
     if what in {"running", "retrying"}:
@@ -149,7 +149,7 @@ def test_a_job_that_is_not_as_it_was_entered_is_not_taken(ledger: Ledger, job: J
         job = job.model_copy(update={"network": "vgg16"})
     if what in {"another moment", "unknown"}:
         moment += timedelta(microseconds=1)
-    assert ledger.take(job, moment, WORKER) is None
+    assert ledger.claim_fresh(job, moment, WORKER) is None
     assert ledger.read(job.id) == entered
 
 
@@ -157,7 +157,7 @@ def test_many_threads_take_a_job_and_one_has_it(ledger: Ledger, job: Job) -> Non
     moment = ledger.submit(job).created_at
     taken: list[StatusDocument | None] = []
     threads = [
-        threading.Thread(target=lambda who: taken.append(ledger.take(job, moment, who)), args=[who])
+        threading.Thread(target=lambda who: taken.append(ledger.claim_fresh(job, moment, who)), args=[who])
         for who in (WORKER.model_copy(update={"id": f"worker-{number}"}) for number in range(8))
     ]
     for thread in threads:
@@ -188,7 +188,7 @@ def test_a_job_whose_lease_ran_out_is_queued_again_and_the_first_attempt_is_fenc
     assert waiting.error is not None
     assert (waiting.error.code, "gpu-1:7" in waiting.error.detail) == ("worker_lost", True)
     assert suspected(waiting)
-    assert not ledger.lose(job.id), "it is put right once"
+    assert not ledger.expire_lease(job.id), "it is put right once"
     second = claim(ledger, job).document
     assert (second.attempt, second.error, suspected(second)) == (2, None, False)
     with pytest.raises(AttemptFenced):
@@ -202,29 +202,29 @@ def test_a_lease_that_is_renewed_does_not_run_out(ledger: Ledger, job: Job) -> N
     claim(ledger, other)
     end = time.monotonic() + 2 * LEASE_S
     while time.monotonic() < end:
-        assert ledger.beat("w", "well", {job.id: 1}) == Renewed()
+        assert ledger.renew_leases("w", "well", {job.id: 1}) == Renewed()
         time.sleep(0.05)
     wait_for(lambda: ledger.overdue(10)["lost"] == [other.id])
 
 
 def test_a_lease_of_an_attempt_that_was_overtaken_is_not_renewed(ledger: Ledger, job: Job) -> None:
     document = claim(ledger, job).document
-    assert ledger.beat("w", "", {job.id: 2}).lost == {job.id}
+    assert ledger.renew_leases("w", "", {job.id: 2}).lost == {job.id}
     ledger.advance(document, status="succeeded")
-    assert ledger.beat("w", "", {job.id: 1}).lost == {job.id}
+    assert ledger.renew_leases("w", "", {job.id: 1}).lost == {job.id}
 
 
 def test_a_worker_says_how_it_is(ledger: Ledger) -> None:
-    ledger.beat("gpu-1:7", '{"well": true}', {})
+    ledger.renew_leases("gpu-1:7", '{"well": true}', {})
     assert ledger.workers() == {"gpu-1:7": '{"well": true}'}
 
 
 def test_one_worker_reaps_and_another_takes_over_when_it_is_gone(ledger: Ledger) -> None:
-    assert ledger.lead("a", 0.3)
-    assert ledger.lead("a", 0.3)
-    assert not ledger.lead("b", 0.3)
-    wait_for(lambda: ledger.lead("b", 5))
-    assert not ledger.lead("a", 5)
+    assert ledger.try_lead("a", 0.3)
+    assert ledger.try_lead("a", 0.3)
+    assert not ledger.try_lead("b", 0.3)
+    wait_for(lambda: ledger.try_lead("b", 5))
+    assert not ledger.try_lead("a", 5)
 
 
 def test_a_waiting_job_is_cancelled_at_once_and_never_starts(ledger: Ledger, job: Job) -> None:
@@ -233,7 +233,7 @@ def test_a_waiting_job_is_cancelled_at_once_and_never_starts(ledger: Ledger, job
     assert (document.status, document.error and document.error.code) == ("canceled", "canceled")
     assert document.cancel_requested_at is not None
     assert claim(ledger, job).outcome == "finished"
-    assert ledger.take(job, document.created_at, WORKER) is None
+    assert ledger.claim_fresh(job, document.created_at, WORKER) is None
     assert ledger.cancel(job.id) == document
     assert ledger.counts() == (0, 0)
 
@@ -242,11 +242,11 @@ def test_a_running_job_is_asked_to_stop_and_its_worker_writes_the_end(ledger: Le
     running = claim(ledger, job).document
     asked = ledger.cancel(job.id)
     assert (asked.status, asked.cancel_requested_at is not None) == ("running", True)
-    assert ledger.beat("w", "", {job.id: 1}).canceled == {job.id}
+    assert ledger.renew_leases("w", "", {job.id: 1}).canceled == {job.id}
     after = ledger.advance(running, status="canceled")
     assert (after.status, after.cancel_requested_at) == ("canceled", asked.cancel_requested_at)
     assert after.revision == asked.revision + 1
-    assert not ledger.beat("w", "", {}).canceled
+    assert not ledger.renew_leases("w", "", {}).canceled
 
 
 def test_a_job_that_is_to_stop_and_whose_worker_dies_is_cancelled(ledger: Ledger, job: Job) -> None:
@@ -259,8 +259,8 @@ def test_a_job_that_is_to_stop_and_whose_worker_dies_is_cancelled(ledger: Ledger
 def test_a_job_that_is_handed_back_keeps_all_its_attempts(ledger: Ledger, job: Job) -> None:
     job = job.model_copy(update={"max_attempts": 1})
     first = claim(ledger, job).document
-    assert not ledger.hand_back(job.id, attempt=2)
-    assert ledger.hand_back(job.id, attempt=1)
+    assert not ledger.requeue_unfinished(job.id, attempt=2)
+    assert ledger.requeue_unfinished(job.id, attempt=1)
     assert not suspected(ledger.read(job.id))
     with pytest.raises(AttemptFenced):
         ledger.advance(first, status="succeeded")
@@ -286,12 +286,12 @@ def test_a_job_that_has_begun_does_not_expire(ledger: Ledger, job: Job) -> None:
 
 def test_a_queued_job_without_a_message_is_found_when_the_queue_is_empty(ledger: Ledger, job: Job) -> None:
     ledger.submit(job)
-    look = partial(ledger.silent, "normal", lost_after_s=0.2, limit=10)
+    look = partial(ledger.find_unpublished, "normal", lost_after_s=0.2, limit=10)
     assert look(empty=False) == []
     wait_for(lambda: look(empty=True) == [job.id])
     assert look(empty=True) == [], "it is not named again at once"
     wait_for(lambda: look(empty=True) == [job.id])
-    assert ledger.silent("high", empty=True, lost_after_s=0, limit=10) == []
+    assert ledger.find_unpublished("high", empty=True, lost_after_s=0, limit=10) == []
 
 
 def test_a_queued_job_without_a_message_is_found_when_a_later_one_came_through(
@@ -301,8 +301,8 @@ def test_a_queued_job_without_a_message_is_found_when_a_later_one_came_through(
     time.sleep(0.3)
     later = job.model_copy(update={"id": new_id()})
     claim(ledger, later)
-    assert ledger.silent("normal", empty=False, lost_after_s=60, limit=10) == []
-    assert ledger.silent("normal", empty=False, lost_after_s=0.2, limit=10) == [job.id]
+    assert ledger.find_unpublished("normal", empty=False, lost_after_s=60, limit=10) == []
+    assert ledger.find_unpublished("normal", empty=False, lost_after_s=0.2, limit=10) == [job.id]
 
 
 def test_failed_jobs_are_dead_letters_until_they_are_buried(ledger: Ledger, job: Job) -> None:
@@ -310,7 +310,7 @@ def test_failed_jobs_are_dead_letters_until_they_are_buried(ledger: Ledger, job:
     other = new_id()
     ledger.refuse(other, None, InvalidJob("no"))
     assert {job_id for job_id, _ in ledger.dead()} == {job.id, other}
-    ledger.bury(job.id)
+    ledger.drop_dead_letter(job.id)
     assert [job_id for job_id, _ in ledger.dead()] == [other]
 
 
@@ -453,14 +453,14 @@ def test_a_job_of_a_later_version_is_failed_and_not_left_in_the_queue(ledger: Le
     other = later.document.model_copy(update={"id": new_id()})
     ledger._create_many([replace(later, document=other)])
     with pytest.raises(InvalidJob, match="field_of_tomorrow: unknown field") as caught:
-        ledger.receive(other.id, job.model_dump(mode="json"))
+        ledger.get_or_create(other.id, job.model_dump(mode="json"))
     assert ledger.refuse(other.id, None, caught.value).status == "failed"
     assert ledger.counts() == (1, 0)
 
 
 def test_a_message_is_about_the_job_that_the_ledger_holds(ledger: Ledger, job: Job) -> None:
     ledger.submit(job)
-    assert ledger.receive(job.id, {"whatever": "else"})[0] == job
+    assert ledger.get_or_create(job.id, {"whatever": "else"})[0] == job
 
 
 def test_the_last_word_is_worth_waiting_for(
@@ -487,7 +487,7 @@ def test_of_a_job_that_has_ended_only_what_may_be_run_again_is_kept(
     ledger.advance(claim(ledger, keyed).document, status=status)
     assert ledger.job(keyed.id) == (keyed if status == "failed" else None)
     assert ledger.submit(with_key(job, "k")).id == keyed.id, "it is still known by its fingerprint"
-    again, document = ledger.receive(keyed.id, keyed.model_dump(mode="json"))
+    again, document = ledger.get_or_create(keyed.id, keyed.model_dump(mode="json"))
     assert (again is None, document.status) == (status != "failed", status)
     assert ledger.claim(document, WORKER).outcome == "finished"
 
@@ -523,7 +523,7 @@ def test_a_job_that_is_to_stop_gets_no_other_attempt_when_this_one_fails(
 def test_a_job_that_is_to_stop_is_not_handed_back(ledger: Ledger, job: Job) -> None:
     claim(ledger, job)
     ledger.cancel(job.id)
-    assert not ledger.hand_back(job.id, 1), "nothing is to be published"
+    assert not ledger.requeue_unfinished(job.id, 1), "nothing is to be published"
     assert ledger.read(job.id).status == "canceled"
 
 
@@ -531,7 +531,7 @@ def test_a_reaper_with_an_old_list_takes_no_lease_that_was_renewed_and_cuts_no_p
     ledger: Ledger, job: Job
 ) -> None:
     document = claim(ledger, job).document
-    assert not ledger.lose(job.id), "its lease has not run out"
+    assert not ledger.expire_lease(job.id), "its lease has not run out"
     assert ledger.read(job.id) == document
     ledger.advance(document, status="retrying", delay_s=60)
     assert not ledger.requeue(job.id)
@@ -546,7 +546,7 @@ def test_a_message_that_comes_out_of_order_makes_no_others_seem_lost(ledger: Led
     time.sleep(0.2)
     assert expired(ledger, lost)
     claim(ledger, lost)
-    assert ledger.silent("normal", empty=False, lost_after_s=0.1, limit=10) == []
+    assert ledger.find_unpublished("normal", empty=False, lost_after_s=0.1, limit=10) == []
 
 
 def test_ids_without_a_job_are_forgotten(settings: Settings, job: Job) -> None:
@@ -558,7 +558,7 @@ def test_ids_without_a_job_are_forgotten(settings: Settings, job: Job) -> None:
     for one in (job, other):
         server.delete(f"{prefix}job:{one.id}")
     wait_for(lambda: ledger.overdue(10)["lost"] == [] and not server.zcard(f"{prefix}running"))
-    assert ledger.silent("normal", empty=True, lost_after_s=0, limit=10) == []
+    assert ledger.find_unpublished("normal", empty=True, lost_after_s=0, limit=10) == []
     assert not server.keys(f"{prefix}job:*"), "nothing is made by looking"
     assert ledger.counts() == (0, 0)
 

@@ -123,10 +123,10 @@ class Shop:
         self.ledger = MemoryLedger(clock=lambda: self.now[0])
         self.ledger.observer = self.counted
         self.leases = LeaseManager(self.ledger, ME.id, 15, observer=self.counted)
-        self.residents = ModelCache(lambda _: TinyNetwork(), observer=self.counted)
+        self.model_cache = ModelCache(lambda _: TinyNetwork(), observer=self.counted)
         self.breaker = CircuitBreaker(lambda: None)
-        around = fake_services(self.images, store=self.store, residents=self.residents)
-        self.desk = JobHandler(
+        around = fake_services(self.images, store=self.store, model_cache=self.model_cache)
+        self.handler = JobHandler(
             Settings(), self.ledger, around, ME, self.leases, self.breaker, observer=self.counted
         )
 
@@ -135,7 +135,7 @@ class Shop:
         return Job.parse({**fields, **changes})
 
     def handle(self, job: Job) -> str:
-        return self.desk.handle(job.model_dump(mode="json"), job.id)
+        return self.handler.handle(job.model_dump(mode="json"), job.id)
 
     def claim(self, job: Job) -> Any:
         return self.ledger.claim(self.ledger.submit(job), ME).document
@@ -152,7 +152,7 @@ def test_jobs_are_counted_by_how_they_end_and_messages_by_what_becomes_of_them(s
     shop.handle(shop.job(image="s3://in/none.png"))
     shop.images["s3://in/a.png"] = StorageUnavailable("it is down")
     assert shop.handle(shop.job(max_attempts=2)) == "later"
-    shop.desk.handle("no job", new_id())
+    shop.handler.handle("no job", new_id())
     for _ in range(3):
         shop.breaker.failed(StorageUnavailable("it is down"))
     with pytest.raises(GradcamError):
@@ -182,7 +182,7 @@ def test_a_job_is_in_flight_while_it_is_run(shop: Shop) -> None:
         message = "not to be had"
         raise WeightsUnavailable(message)
 
-    shop.residents._load = load
+    shop.model_cache._load = load
     assert shop.handle(shop.job()) == "later"
     assert seen["jobs_in_flight"] == 1
     found = read(shop.counted)
@@ -195,12 +195,12 @@ def test_leases_are_counted_where_they_are_renewed_and_where_they_are_lost(shop:
     first, second = (shop.claim(shop.job()) for _ in range(2))
 
     def overtaken() -> None:
-        with shop.leases.held(first, deadline := Deadline(60)):
-            with shop.leases.held(second, Deadline(60)):
-                shop.leases.beat()
+        with shop.leases.hold(first, deadline := Deadline(60)):
+            with shop.leases.hold(second, Deadline(60)):
+                shop.leases.renew()
             shop.now[0] += 20
-            assert shop.ledger.lose(first.id)
-            shop.leases.beat()
+            assert shop.ledger.expire_lease(first.id)
+            shop.leases.renew()
             deadline.check("explain")
 
     with pytest.raises(AttemptFenced):
@@ -211,8 +211,8 @@ def test_leases_are_counted_where_they_are_renewed_and_where_they_are_lost(shop:
     third = shop.claim(shop.job())
 
     def handed_back() -> None:
-        with shop.leases.held(third, deadline := Deadline(60)):
-            shop.leases.let_go()
+        with shop.leases.hold(third, deadline := Deadline(60)):
+            shop.leases.release_all()
             deadline.check("explain")
 
     with pytest.raises(AttemptFenced):
@@ -254,14 +254,16 @@ def test_deliveries_are_counted_by_how_they_end(shop: Shop) -> None:
         "http://a/gone": EndpointGone("gone"),
     }
 
-    def send(parcel: Any, _: object) -> None:
-        if error := answers[parcel.webhook.url]:
+    def send(delivery: Any, _: object) -> None:
+        if error := answers[delivery.webhook.url]:
             raise error
 
-    courier = OutboxDispatcher(shop.ledger.outbox, send, {}, threads=1, give_up_s=99, observer=shop.counted)
+    dispatcher = OutboxDispatcher(
+        shop.ledger.outbox, send, {}, threads=1, give_up_s=99, observer=shop.counted
+    )
     for url in answers:
         shop.ledger.submit(shop.job(webhooks=[{"url": url, "events": ["job.queued"]}]))
-    courier.round()
+    dispatcher.round()
     found = read(shop.counted)
     outcomes = {
         one: found[f"events_delivered_total{{outcome={one}}}"] for one in ("delivered", "failed", "parked")
@@ -271,15 +273,15 @@ def test_deliveries_are_counted_by_how_they_end(shop: Shop) -> None:
 
 def test_a_pass_of_a_shard_counts_its_images_and_the_warm_up_counts_nothing() -> None:
     counted = Metrics()
-    residents = ModelCache(lambda _: TinyNetwork(), max_batch=0, observer=counted)
-    network = residents.get(ROW)
+    model_cache = ModelCache(lambda _: TinyNetwork(), max_batch=0, observer=counted)
+    network = model_cache.load(ROW)
     assert "batch_images_count" not in read(counted)
-    residents.explain_many(network, np.zeros((6, 16, 16, 3), np.uint8), (-1,), GRADCAM, Deadline(60))
+    model_cache.infer_many(network, np.zeros((6, 16, 16, 3), np.uint8), (-1,), GRADCAM, Deadline(60))
     found = read(counted)
     while "batch_images_count" not in found:  # it is told when whoever waited has been let go
         found = read(counted)
     assert (found["batch_images_count"], found["batch_images_sum"]) == (1, 6)
-    assert residents.count == 1
+    assert model_cache.count == 1
 
 
 @pytest.mark.parametrize("where", ["folder", "s3"])
@@ -307,7 +309,7 @@ def test_the_ledgers_gauges_are_what_waits_there(settings: Settings, job: Job) -
     ledger.advance(retrying, status="retrying", delay_s=60)
     ledger.advance(ledger.claim(submit(), ME).document, status="failed")
     submit(webhooks=[{"url": "http://a/x", "events": ["job.queued"]}])
-    ledger.beat("me", "well", {})
+    ledger.renew_leases("me", "well", {})
     time.sleep(0.05)
     found = stats.read_depths(ledger.server, settings.lease_s)
     assert found.queued == {"high": 1, "normal": 1, "low": 0, "bulk": 2, "shard": 0}

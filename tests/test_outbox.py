@@ -51,8 +51,8 @@ class Post:
         named = {f"//{name}.example": most for name, most in {"a": 100, "b": 100, **room}.items()}
         return self.outbox.take(limit, keep_s, named, others)
 
-    def fail(self, parcel: Delivery, delay_s: float = 0.0, **more: float) -> None:
-        self.outbox.postpone(parcel, delay_s, **more)
+    def fail(self, delivery: Delivery, delay_s: float = 0.0, **more: float) -> None:
+        self.outbox.postpone(delivery, delay_s, **more)
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -102,8 +102,8 @@ def test_each_change_of_a_job_leaves_what_its_webhooks_asked_for_and_no_more(pos
     post.ledger.advance(post.ledger.advance(running, stage="explain"), status="succeeded")
     post.ledger.advance(post.start(quiet), status="succeeded")
     seen: dict[str, list[str]] = {}
-    while parcels := post.take():
-        for one in parcels:
+    while deliveries := post.take():
+        for one in deliveries:
             seen.setdefault(one.recipient, []).append(one.event)
             post.outbox.delivered(one)
     told = ["job.queued", "job.started", "job.progress", "job.succeeded"]
@@ -116,8 +116,8 @@ def test_webhooks_are_told_again_how_a_job_ends_that_is_tried_again(post: Post) 
     post.ledger.retry(job.id)
     post.ledger.advance(post.start(job), status="succeeded")
     told = []
-    while parcels := post.take():
-        for one in parcels:
+    while deliveries := post.take():
+        for one in deliveries:
             told.append((one.event, one.document.revision))
             post.outbox.delivered(one)
     assert [event for event, _ in told] == ["job.queued", "job.failed", "job.queued", "job.succeeded"]
@@ -127,10 +127,10 @@ def test_webhooks_are_told_again_how_a_job_ends_that_is_tried_again(post: Post) 
 def test_a_parcel_carries_all_that_it_takes_to_deliver_it(post: Post) -> None:
     job = post.submit("https://A.example:8443/x?y=1", events=("job.started",))
     running = post.start(job)
-    [parcel] = post.take()
-    assert (parcel.lane, parcel.event) == ("//a.example:8443", "job.started")
-    assert (parcel.webhook, parcel.document) == (job.webhooks[0], running)
-    assert (parcel.tries, parcel.waited_s < 20) == (0, True)
+    [delivery] = post.take()
+    assert (delivery.destination, delivery.event) == ("//a.example:8443", "job.started")
+    assert (delivery.webhook, delivery.document) == (job.webhooks[0], running)
+    assert (delivery.tries, delivery.waited_s < 20) == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,8 @@ def test_a_change_that_is_written_twice_is_told_once(post: Post) -> None:
     after = running.model_copy(update={"status": "succeeded", "revision": running.revision + 1})
     for _ in range(2):
         assert post.ledger._swap(running, after)
-    [parcel] = post.take()
-    post.outbox.delivered(parcel)
+    [delivery] = post.take()
+    post.outbox.delivered(delivery)
     assert not post.take()
 
 
@@ -163,8 +163,8 @@ def test_a_change_that_is_refused_is_not_told(post: Post) -> None:
     before = post.ledger.read(job.id)
     post.ledger.claim(before, WORKER)
     assert post.ledger.claim(before, WORKER).outcome == "changed"
-    [parcel] = post.take()
-    post.outbox.delivered(parcel)
+    [delivery] = post.take()
+    post.outbox.delivered(delivery)
     assert not post.take()
 
 
@@ -177,12 +177,12 @@ def test_whatever_fails_in_between_a_recipient_is_told_in_the_order_of_revisions
     told: list[int] = []
     for failures in (0, 1, 0, 2, 1, 0):
         for tries in range(failures + 1):
-            [parcel] = wait_for(post.take)
-            assert (parcel.tries, post.take()) == (tries, []), "the next one waits for this one"
+            [delivery] = wait_for(post.take)
+            assert (delivery.tries, post.take()) == (tries, []), "the next one waits for this one"
             if tries < failures:
-                post.fail(parcel)
-        post.outbox.delivered(parcel)
-        told.append(parcel.document.revision)
+                post.fail(delivery)
+        post.outbox.delivered(delivery)
+        told.append(delivery.document.revision)
     assert told == [1, 2, 3, 4, 5, 6]
     assert post.outbox.count() == 0
 
@@ -220,16 +220,16 @@ def test_couriers_that_race_never_have_a_recipient_twice_and_lose_nothing(post: 
     out, most, lock = Counter[str](), [0], threading.Lock()
 
     def deliver() -> None:
-        while parcels := post.take(limit=3):
+        while deliveries := post.take(limit=3):
             with lock:
-                out.update(one.recipient for one in parcels)
+                out.update(one.recipient for one in deliveries)
                 most[0] = max(most[0], *out.values())
             time.sleep(0.001)
             with lock:
-                for one in parcels:
+                for one in deliveries:
                     told.setdefault(one.recipient, []).append(one.document.revision)
-                out.subtract(one.recipient for one in parcels)
-            for one in parcels:
+                out.subtract(one.recipient for one in deliveries)
+            for one in deliveries:
                 post.outbox.delivered(one)
 
     for _ in range(2):  # one that found nothing for a moment has stopped
@@ -242,8 +242,8 @@ def test_couriers_that_race_never_have_a_recipient_twice_and_lose_nothing(post: 
 def test_a_lane_that_failed_twice_is_left_alone_and_then_tried_with_one_parcel(post: Post) -> None:
     for _ in range(4):
         post.submit("https://a.example/x")
-    for parcel in post.take(limit=2):
-        post.fail(parcel, 60)
+    for delivery in post.take(limit=2):
+        post.fail(delivery, 60)
     begun = time.monotonic()
     assert not post.take()
     post.submit("https://a.example/x")
@@ -270,20 +270,20 @@ def test_one_failure_alone_holds_up_no_other_job_at_the_host_for_long(post: Post
 
 def test_a_lane_is_left_alone_twice_as_long_each_time(post: Post) -> None:
     post.submit("https://a.example/x")
-    [parcel] = post.take()
-    post.fail(parcel)
+    [delivery] = post.take()
+    post.fail(delivery)
     for pause_s in (0, PAUSE_S, 2 * PAUSE_S):
         begun = time.monotonic()
-        [parcel] = wait_for(post.take)
+        [delivery] = wait_for(post.take)
         assert time.monotonic() - begun >= pause_s * 0.9
-        post.fail(parcel)
+        post.fail(delivery)
 
 
 def test_what_was_under_way_when_a_lane_failed_does_not_count_again(post: Post) -> None:
     for _ in range(12):
         post.submit("https://a.example/x")
-    for parcel in post.take():
-        post.fail(parcel)
+    for delivery in post.take():
+        post.fail(delivery)
     begun = time.monotonic()
     wait_for(post.take)
     assert time.monotonic() - begun < 2**10 * PAUSE_S / 50
@@ -292,8 +292,8 @@ def test_what_was_under_way_when_a_lane_failed_does_not_count_again(post: Post) 
 def test_a_lane_whose_probe_was_lost_with_its_courier_is_tried_again(post: Post) -> None:
     for _ in range(2):
         post.submit("https://a.example/x")
-    [parcel] = post.take(limit=1)
-    post.fail(parcel, 60)
+    [delivery] = post.take(limit=1)
+    post.fail(delivery, 60)
     [lost] = post.take(keep_s=0.8)
     assert not post.take()
     [found] = wait_for(post.take)
@@ -303,8 +303,8 @@ def test_a_lane_whose_probe_was_lost_with_its_courier_is_tried_again(post: Post)
 def test_a_lane_whose_probe_is_parked_goes_on(post: Post) -> None:
     for _ in range(3):
         post.submit("https://a.example/x")
-    [parcel] = post.take(limit=1)
-    post.fail(parcel, 60)
+    [delivery] = post.take(limit=1)
+    post.fail(delivery, 60)
     [probe] = post.take()
     post.outbox.park(probe)
     assert len(post.take()) == 1
@@ -313,15 +313,15 @@ def test_a_lane_whose_probe_is_parked_goes_on(post: Post) -> None:
 def test_other_lanes_go_on_while_one_is_down(post: Post) -> None:
     for _ in range(3):
         post.submit("https://a.example/x", "https://b.example/x")
-    for parcel in post.take(b=0):
-        post.fail(parcel, 60)
-    assert [one.lane for one in post.take()] == [B] * 3
+    for delivery in post.take(b=0):
+        post.fail(delivery, 60)
+    assert [one.destination for one in post.take()] == [B] * 3
 
 
 def test_a_courier_gets_as_much_as_it_asked_for(post: Post) -> None:
     for _ in range(5):
         post.submit(*(f"https://{name}.example/x" for name in "abcd"))
-    lanes = Counter(one.lane for one in post.take(a=2, b=0, others=1))
+    lanes = Counter(one.destination for one in post.take(a=2, b=0, others=1))
     assert lanes in ({A: 2, "//c.example": 1}, {A: 2, "//d.example": 1})
     assert len(post.take(limit=3)) == 3
     assert not post.take(a=0, b=0, others=0)
@@ -334,8 +334,8 @@ def test_however_many_hosts_wait_one_that_is_named_is_found(post: Post) -> None:
     for index in range(4, len(hosts), 4):
         post.submit(*hosts[index : index + 4])
     post.submit("https://a.example/x")
-    assert [one.lane for one in post.take(limit=4, others=0)] == [A]
-    strangers = {one.lane for one in post.take(limit=4, others=2)}
+    assert [one.destination for one in post.take(limit=4, others=0)] == [A]
+    strangers = {one.destination for one in post.take(limit=4, others=2)}
     assert len(strangers) == 2
     assert strangers < {f"//{number}.example" for number in range(4)}, "who waited longest"
 
@@ -344,16 +344,16 @@ def test_who_waited_longest_comes_first_whether_it_is_named_or_not(post: Post) -
     for url in ("https://c.example/x", "https://a.example/x", "https://d.example/x", "https://b.example/x"):
         post.submit(url)
         time.sleep(0.003)
-    assert [post.take(limit=1)[0].lane for _ in range(4)] == ["//c.example", A, "//d.example", B]
+    assert [post.take(limit=1)[0].destination for _ in range(4)] == ["//c.example", A, "//d.example", B]
 
 
 def test_sinks_are_told_of_every_job_from_when_they_are_opened_and_have_to_be_asked_for(post: Post) -> None:
     post.submit()
     post.outbox.open_sink("sql")
     job = post.submit("https://a.example/x")
-    assert [one.lane for one in post.take()] == [A]
-    [parcel] = post.outbox.take(10, KEEP_S, {"sql": 1}, 0)
-    assert (parcel.lane, parcel.recipient, parcel.webhook) == ("sql", f"{job.id}:sql", None)
+    assert [one.destination for one in post.take()] == [A]
+    [delivery] = post.outbox.take(10, KEEP_S, {"sql": 1}, 0)
+    assert (delivery.destination, delivery.recipient, delivery.webhook) == ("sql", f"{job.id}:sql", None)
     post.outbox.close_sink("sql")
     post.submit()
     assert not post.outbox.take(10, KEEP_S, {"sql": 9}, 9)
@@ -361,12 +361,12 @@ def test_sinks_are_told_of_every_job_from_when_they_are_opened_and_have_to_be_as
 
 def test_what_is_parked_is_listed_and_told_in_order_when_it_is_replayed(post: Post) -> None:
     job = post.submit("https://a.example/x", events=EVERYTHING)
-    [parcel] = post.take()
-    post.outbox.park(parcel)
+    [delivery] = post.take()
+    post.outbox.park(delivery)
     document = post.start(job)
     assert not post.take(), "what comes behind waits, too"
     [parked] = post.outbox.parked()
-    assert (parked.lane, parked.recipient, parked.events) == (A, f"{job.id}:hook1", 2)
+    assert (parked.destination, parked.recipient, parked.events) == (A, f"{job.id}:hook1", 2)
     assert parked.first
     assert (parked.first.event, parked.first.webhook) == ("job.queued", job.webhooks[0])
     assert abs(parked.since_s - time.time()) < 60
@@ -375,19 +375,19 @@ def test_what_is_parked_is_listed_and_told_in_order_when_it_is_replayed(post: Po
     assert (post.outbox.unpark(parked), post.outbox.parked()) == (False, [])
     post.ledger.advance(document, status="succeeded")
     for event in ("job.queued", "job.started", "job.succeeded"):
-        [parcel] = post.take()
-        assert (parcel.event, parcel.tries, parcel.waited_s < 20) == (event, 0, True)
-        post.outbox.delivered(parcel)
+        [delivery] = post.take()
+        assert (delivery.event, delivery.tries, delivery.waited_s < 20) == (event, 0, True)
+        post.outbox.delivered(delivery)
     assert post.outbox.count() == 0
 
 
 def test_the_newest_parked_is_listed_first(post: Post) -> None:
     for name in "ab":
         post.submit(f"https://{name}.example/x")
-        [parcel] = post.take()
-        post.outbox.park(parcel)
+        [delivery] = post.take()
+        post.outbox.park(delivery)
         time.sleep(0.01)
-    assert [one.lane for one in post.outbox.parked()] == [B, A]
+    assert [one.destination for one in post.outbox.parked()] == [B, A]
 
 
 def test_those_who_waited_too_long_at_a_dead_host_are_parked_though_their_turn_never_came(post: Post) -> None:
@@ -399,17 +399,17 @@ def test_those_who_waited_too_long_at_a_dead_host_are_parked_though_their_turn_n
     assert post.outbox.park_old(A, 1.1) == 3
     assert post.outbox.park_old(A, 1.1) == 0
     post.outbox.delivered(held)
-    left = {one.recipient for one in post.take() if one.lane == A}
+    left = {one.recipient for one in post.take() if one.destination == A}
     assert left == {f"{young.id}:hook1"}
-    assert {one.lane for one in post.outbox.parked()} == {A}
+    assert {one.destination for one in post.outbox.parked()} == {A}
 
 
 def test_a_receiver_that_names_a_time_is_told_nothing_of_any_job_until_then(post: Post) -> None:
     for _ in range(3):
         post.submit("https://a.example/x")
-    parcels = post.take(limit=2)
+    deliveries = post.take(limit=2)
     begun = time.monotonic()
-    post.fail(parcels[0], 1, quiet_s=1)
+    post.fail(deliveries[0], 1, quiet_s=1)
     post.submit("https://a.example/y")
     [other] = post.take()
     assert other.webhook
@@ -422,8 +422,8 @@ def test_a_receiver_that_names_a_time_is_told_nothing_of_any_job_until_then(post
 def test_a_replay_need_not_wait_for_the_time_that_a_receiver_named(post: Post) -> None:
     for _ in range(2):
         post.submit("https://a.example/x")
-    [parcel] = post.take(limit=1)
-    post.fail(parcel, 3600, quiet_s=3600)
+    [delivery] = post.take(limit=1)
+    post.fail(delivery, 3600, quiet_s=3600)
     post.outbox.enable("https://a.example/x")
     assert len(post.take()) == 1
 
@@ -433,9 +433,9 @@ def test_a_receiver_that_is_gone_is_told_nothing_of_any_job_until_it_is_enabled(
     for _ in range(2):
         post.submit(gone, "https://a.example/there")
     post.outbox.disable(gone)
-    parcels = post.take()
-    assert {one.webhook.url for one in parcels if one.webhook} == {"https://a.example/there"}
-    assert len(parcels) == 2
+    deliveries = post.take()
+    assert {one.webhook.url for one in deliveries if one.webhook} == {"https://a.example/there"}
+    assert len(deliveries) == 2
     parked = post.outbox.parked()
     assert len(parked) == 2
     assert post.outbox.disabled() == [gone]
@@ -453,21 +453,21 @@ def test_when_everything_has_been_told_nothing_of_the_outbox_is_left(redis_post:
     for _ in range(5):
         post.ledger.advance(post.start(post.submit(*urls, events=EVERYTHING)), status="succeeded")
     first = post.take()
-    for parcel in first[::2]:
-        post.fail(parcel, quiet_s=0.01)
-    for parcel in first[1::2]:
-        post.outbox.park(parcel)
+    for delivery in first[::2]:
+        post.fail(delivery, quiet_s=0.01)
+    for delivery in first[1::2]:
+        post.outbox.park(delivery)
     for one in post.outbox.parked():
         assert post.outbox.unpark(one)
     while post.outbox.count():
-        for parcel in post.take():
-            post.outbox.delivered(parcel)
+        for delivery in post.take():
+            post.outbox.delivered(delivery)
     time.sleep(0.05)
     assert not post.take()
     assert keys(post) <= {"later"}
     post.submit("https://a.example/x")
-    [parcel] = post.take()
-    post.outbox.delivered(parcel)
+    [delivery] = post.take()
+    post.outbox.delivered(delivery)
     assert keys(post) == set()
 
 
@@ -480,15 +480,15 @@ def test_a_parcel_outlives_its_job(redis_post: Post) -> None:
     job = redis_post.submit("https://a.example/x")
     server: Any = redis_post.outbox._server  # type: ignore[attr-defined]
     server.redis.delete(f"{server.prefix}job:{job.id}")
-    [parcel] = redis_post.take()
-    assert (parcel.document.id, parcel.webhook) == (job.id, job.webhooks[0])
+    [delivery] = redis_post.take()
+    assert (delivery.document.id, delivery.webhook) == (job.id, job.webhooks[0])
 
 
 def test_what_is_parked_is_forgotten_some_day_with_what_comes_behind_it(redis_post: Post) -> None:
     post = redis_post
     job = post.submit("https://a.example/x", events=EVERYTHING)
-    [parcel] = post.take()
-    post.outbox.park(parcel)
+    [delivery] = post.take()
+    post.outbox.park(delivery)
     server: Any = post.outbox._server  # type: ignore[attr-defined]
     key = f"{server.prefix}events:{job.id}:hook1"
     assert 0 < server.redis.pttl(key) <= 60_000
@@ -497,8 +497,8 @@ def test_what_is_parked_is_forgotten_some_day_with_what_comes_behind_it(redis_po
     [parked] = post.outbox.parked()
     assert post.outbox.unpark(parked)
     assert server.redis.pttl(key) == -1, "what is to be told again is not forgotten meanwhile"
-    [parcel] = post.take()
-    post.outbox.park(parcel)
+    [delivery] = post.take()
+    post.outbox.park(delivery)
     server.redis.delete(key)  # that day
     [forgotten] = post.outbox.parked()
     assert (forgotten.first, forgotten.events) == (None, 0)

@@ -68,10 +68,10 @@ class House:
         self.arrived.release()
         return network
 
-    def outside(self) -> Services:
+    def services(self) -> Services:
         picture = cv2.imencode(".png", np.full((16, 16, 3), (0, 0, 255), np.uint8))[1].tobytes()
         networks = Registry(self.registry)
-        return fake_services({"s3://in/a.png": picture}, networks=networks, residents=ModelCache(self.load))
+        return fake_services({"s3://in/a.png": picture}, networks=networks, model_cache=ModelCache(self.load))
 
 
 def run(where: Services) -> JobResult:
@@ -87,7 +87,7 @@ def house(tmp_path: Path) -> House:
 
 
 def test_a_job_in_flight_ends_on_the_version_it_began_with_and_the_next_one_has_the_new(house: House) -> None:
-    where = house.outside()
+    where = house.services()
     with ThreadPoolExecutor(2) as pool:
         before = pool.submit(run, where)
         assert house.arrived.acquire(timeout=WAIT_S)
@@ -103,7 +103,7 @@ def test_a_job_in_flight_ends_on_the_version_it_began_with_and_the_next_one_has_
 
 
 def test_a_job_in_flight_ends_though_its_network_is_removed(house: House) -> None:
-    where = house.outside()
+    where = house.services()
     with ThreadPoolExecutor(1) as pool:
         before = pool.submit(run, where)
         assert house.arrived.acquire(timeout=WAIT_S)
@@ -118,7 +118,7 @@ def test_a_job_in_flight_ends_though_its_network_is_removed(house: House) -> Non
 def test_a_new_version_that_cannot_be_loaded_fails_its_jobs_and_the_old_one_answers_for_none(
     house: House,
 ) -> None:
-    where = house.outside()
+    where = house.services()
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(run, where)
         assert house.arrived.acquire(timeout=WAIT_S)

@@ -54,9 +54,9 @@ def run(
     asked: Job, store: MemoryStore | None = None, *, data: bytes | None = None, **others: Any
 ) -> tuple[JobResult, MemoryStore, JobContext]:
     store = store or MemoryStore()
-    journey = JobContext(Deadline(asked.timeout_s), lambda _: None)
+    context = JobContext(Deadline(asked.timeout_s), lambda _: None)
     there = fake_services({URI: flag() if data is None else data}, store=store, **others)
-    return run_job(asked, there, journey), store, journey
+    return run_job(asked, there, context), store, context
 
 
 def test_a_job_leaves_overlays_arrays_and_last_of_all_its_manifest() -> None:
@@ -260,13 +260,13 @@ def test_eigencam_asks_no_class_so_all_its_maps_are_the_same() -> None:
 
 def test_metrics_are_in_the_manifest_where_they_were_asked_for_and_nowhere_else() -> None:
     asked, plain = job(metrics=["insertion", "deletion"]), job()
-    _, store, journey = run(asked)
+    _, store, context = run(asked)
     manifest = Manifest.model_validate_json(store.objects[f"{asked.id}/manifest.json"])
     for seen in manifest.explanations:
         assert seen.metrics.keys() == {"insertion", "deletion"}
     first = manifest.explanations[0].metrics
     assert first["deletion"] < first["insertion"]
-    assert journey.metrics["measure_s"] >= 0
+    assert context.metrics["measure_s"] >= 0
     _, store, _ = run(plain)
     bare = Manifest.model_validate_json(store.objects[f"{plain.id}/manifest.json"])
     assert [seen.metrics for seen in bare.explanations] == [{}, {}]
@@ -280,7 +280,7 @@ def test_measuring_stops_when_the_time_is_up() -> None:
 
     asked = job(metrics=["deletion"], timeout_s=0.35, target={"top_n": 3})
     with pytest.raises(JobTimeout, match="waiting for the device"):
-        run(asked, residents=ModelCache(lambda _: Slow()))
+        run(asked, model_cache=ModelCache(lambda _: Slow()))
 
 
 def test_the_contract_offers_what_the_room_of_mathematics_has() -> None:
@@ -298,10 +298,10 @@ def test_only_the_artifacts_that_were_asked_for_are_made() -> None:
 
 
 def test_every_stage_is_timed() -> None:
-    _, _, journey = run(job())
+    _, _, context = run(job())
     stages = {"fetch_s", "decode_s", "load_s", "explain_s", "render_s", "upload_s", "batch_wait_s"}
-    assert journey.metrics.keys() == {*stages, "batch_size"}
-    assert all(value >= 0 for value in journey.metrics.values())
+    assert context.metrics.keys() == {*stages, "batch_size"}
+    assert all(value >= 0 for value in context.metrics.values())
 
 
 @pytest.mark.parametrize(
@@ -319,10 +319,10 @@ def test_what_cannot_be_done_says_at_which_stage_and_leaves_nothing(
     changes: dict[str, Any], error: type[GradcamError], stage: str
 ) -> None:
     store, asked = MemoryStore(), job(**changes)
-    journey = JobContext(Deadline(asked.timeout_s), lambda _: None)
+    context = JobContext(Deadline(asked.timeout_s), lambda _: None)
     with pytest.raises(error):
-        run_job(asked, fake_services({URI: flag()}, store=store), journey)
-    assert journey.stage == stage
+        run_job(asked, fake_services({URI: flag()}, store=store), context)
+    assert context.current_stage == stage
     assert not store.objects
 
 
@@ -368,7 +368,7 @@ def test_a_job_may_name_an_own_network_and_gets_it_as_it_is_described_when_it_is
         loaded.append(row)
         return TinyNetwork()
 
-    done, _, _ = run(job(network="tumours"), networks=networks, residents=ModelCache(load))
+    done, _, _ = run(job(network="tumours"), networks=networks, model_cache=ModelCache(load))
     assert done.network.name == "tumours"
     assert loaded == [networks.told[-1]]
 
@@ -378,9 +378,9 @@ def test_loading_a_network_is_not_held_against_the_job() -> None:
         time.sleep(0.5)
         return TinyNetwork()
 
-    done, _, journey = run(job(timeout_s=0.4), residents=ModelCache(load))
+    done, _, context = run(job(timeout_s=0.4), model_cache=ModelCache(load))
     assert done.predictions
-    assert journey.metrics["load_s"] >= 0.5
+    assert context.metrics["load_s"] >= 0.5
 
 
 def test_tiny_network_computes_what_it_promises() -> None:

@@ -39,9 +39,9 @@ class BrokenDesk:
         return self.ledger.refuse(message_id, payload, error)
 
 
-def receive(desk: Any, message_id: str, *, redelivered: bool = False) -> None:
+def receive(handler: Any, message_id: str, *, redelivered: bool = False) -> None:
     app = broker.make_app(Settings())
-    worker_process.register(app, desk)
+    worker_process.register(app, handler)
     request = SimpleNamespace(headers=None, id=message_id, delivery_info={"redelivered": redelivered})
     app.tasks[publisher.EXPLAIN].run.__func__(SimpleNamespace(request=request, name=publisher.EXPLAIN), {})
 
@@ -62,22 +62,22 @@ def test_a_message_goes_back_while_the_ledger_is_out_of_reach(redelivered: bool)
 def test_a_mistake_of_ours_loses_no_message_and_makes_none_go_round_for_ever(
     kind: type[BaseException],
 ) -> None:
-    desk, message_id = BrokenDesk(kind("surprise")), new_id()
+    handler, message_id = BrokenDesk(kind("surprise")), new_id()
     with pytest.raises(Reject) as caught:
-        receive(desk, message_id)
+        receive(handler, message_id)
     assert caught.value.requeue
-    receive(desk, message_id, redelivered=True)
-    error = desk.ledger.read(message_id).error
+    receive(handler, message_id, redelivered=True)
+    error = handler.ledger.read(message_id).error
     assert error is not None
     assert (error.code, f"{kind.__name__}: surprise" in error.detail) == ("internal", True)
 
 
 def test_a_mistake_of_ours_ends_no_good_job(job: Any) -> None:
-    desk = BrokenDesk(RuntimeError("surprise"))
-    desk.ledger.submit(job)
+    handler = BrokenDesk(RuntimeError("surprise"))
+    handler.ledger.submit(job)
     with pytest.raises(Reject):
-        receive(desk, job.id, redelivered=True)
-    assert desk.ledger.read(job.id).status == "queued"
+        receive(handler, job.id, redelivered=True)
+    assert handler.ledger.read(job.id).status == "queued"
 
 
 def test_a_job_is_the_one_argument_of_its_task() -> None:
@@ -109,15 +109,15 @@ def test_weights_that_are_only_away_are_waited_for(
         if failures:
             raise failures.pop(0)
 
-    outside: Any = SimpleNamespace(
-        residents=SimpleNamespace(warm=warm), networks=SimpleNamespace(find=lambda name: name)
+    services: Any = SimpleNamespace(
+        model_cache=SimpleNamespace(warm=warm), networks=SimpleNamespace(find=lambda name: name)
     )
     settings = Settings(preload=("vgg16", "resnet50"))
     if stopped:
         with pytest.raises(InvalidSettings, match="GRADCAM_PRELOAD: no"):
-            worker_process._preload(settings, outside, health)
+            worker_process._preload(settings, services, health)
         return
-    worker_process._preload(settings, outside, health)
+    worker_process._preload(settings, services, health)
     both, last = ({"networks": f"not loaded yet: {names}"} for names in ("vgg16, resnet50", "resnet50"))
     assert seen == [both, both, both, last]
     assert health.found("/startup") == health.found("/ready") == {}

@@ -26,7 +26,7 @@ class World:
         self.asked += 1
         return self.answers
 
-    def pulse(self, fd: int | None = None) -> LivenessReporter:
+    def liveness(self, fd: int | None = None) -> LivenessReporter:
         return LivenessReporter(fd, reachable=self.reachable, ill=lambda: self.ill)
 
 
@@ -51,13 +51,13 @@ def still(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_loop_that_turns_is_well_and_the_broker_is_not_asked(world: World) -> None:
-    assert world.pulse().trouble() is None
+    assert world.liveness().unhealthy_reason() is None
     assert not world.asked
 
 
 @pytest.mark.usefixtures("still")
 def test_a_loop_that_stands_still_while_the_broker_answers_is_trouble(world: World) -> None:
-    said = world.pulse().trouble()
+    said = world.liveness().unhealthy_reason()
     assert said
     assert said.startswith("the broker answers, but nothing has been received for")
 
@@ -65,7 +65,7 @@ def test_a_loop_that_stands_still_while_the_broker_answers_is_trouble(world: Wor
 @pytest.mark.usefixtures("still")
 def test_a_broker_that_is_away_is_no_fault_of_the_process(world: World) -> None:
     world.answers = False
-    assert world.pulse().trouble() is None
+    assert world.liveness().unhealthy_reason() is None
     assert world.asked == 1
 
 
@@ -74,28 +74,28 @@ def test_when_the_broker_is_back_the_loop_has_time_to_find_it(
 ) -> None:
     world.answers, now = False, [0.0]
     monkeypatch.setattr("gradcam_worker.runtime.liveness.time.monotonic", lambda: now[0])
-    one = world.pulse()
+    one = world.liveness()
     now[0] += liveness.STILL_S + 1
-    assert one.trouble() is None
+    assert one.unhealthy_reason() is None
     world.answers = True
     now[0] += liveness.STILL_S - 1
-    assert one.trouble() is None
+    assert one.unhealthy_reason() is None
     now[0] += 2
-    assert one.trouble()
-    one.turned()
-    assert one.trouble() is None
+    assert one.unhealthy_reason()
+    one.tick()
+    assert one.unhealthy_reason() is None
 
 
 def test_a_device_that_hangs_is_trouble_whatever_else_is_well(world: World) -> None:
     world.ill = "the device has not answered for 300 s"
-    assert world.pulse().trouble() == world.ill
+    assert world.liveness().unhealthy_reason() == world.ill
 
 
 @pytest.mark.usefixtures("still")
 def test_a_process_that_is_asked_to_end_need_not_turn_any_more(world: World) -> None:
-    one = world.pulse()
+    one = world.liveness()
     one.ending()
-    assert one.trouble() is None
+    assert one.unhealthy_reason() is None
 
 
 def test_signs_are_shown_as_long_as_all_is_well_and_trouble_is_said_once(
@@ -103,7 +103,7 @@ def test_signs_are_shown_as_long_as_all_is_well_and_trouble_is_said_once(
 ) -> None:
     monkeypatch.setattr(liveness, "EVERY_S", 0.01)
     stopped, seen = threading.Event(), os.fdopen(os.dup(pipe[0]), "rb")
-    thread = threading.Thread(target=world.pulse(pipe[1]).keep, args=[stopped])
+    thread = threading.Thread(target=world.liveness(pipe[1]).run, args=[stopped])
     with seen, caplog.at_level(logging.ERROR):
         thread.start()
         shown = 0
@@ -127,6 +127,6 @@ def test_signs_are_shown_as_long_as_all_is_well_and_trouble_is_said_once(
 def test_whoever_is_gone_is_shown_nothing(world: World) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    assert not world.pulse(writing).show()
+    assert not world.liveness(writing).show()
     os.close(writing)
-    assert world.pulse().show(), "where nobody asked for signs, none are missed"
+    assert world.liveness().show(), "where nobody asked for signs, none are missed"

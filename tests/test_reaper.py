@@ -35,14 +35,14 @@ class Ledger(MemoryLedger):
             message = "gone"
             raise LedgerUnavailable(message)
         self.led_s = self.led_s or time.monotonic()
-        return super().lead(worker, seconds)
+        return super().try_lead(worker, seconds)
 
     def lose(self, job_id: str) -> str | None:
         if job_id == self.unreadable:
             message = "this version cannot read it"
             raise ValueError(message)
         self.lost_s = time.monotonic()
-        return super().lose(job_id)
+        return super().expire_lease(job_id)
 
 
 @dataclass
@@ -215,7 +215,7 @@ def test_when_the_ledger_is_back_everybody_has_the_time_to_renew(
     yard.ledger.away = True
     yard.now[0] += 3600
     stopped = threading.Event()
-    thread = threading.Thread(target=yard.reaper(lease_s=1).keep, args=[stopped])
+    thread = threading.Thread(target=yard.reaper(lease_s=1).run, args=[stopped])
     thread.start()
     wait_for(lambda: "nothing can be put right: gone" in caplog.text)
     assert not stopped.wait(0.3)

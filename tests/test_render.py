@@ -33,8 +33,8 @@ def left_behind(
         {"image": URI, "network": "efficientnet_lite0", "target": target, "artifacts": list(wishes)}
     )
     data = cv2.imencode(kind, photo[..., ::-1])[1].tobytes()
-    journey = JobContext(Deadline(job.timeout_s), lambda _: None)
-    run_job(job, fake_services({URI: data}, store=store), journey)
+    context = JobContext(Deadline(job.timeout_s), lambda _: None)
+    run_job(job, fake_services({URI: data}, store=store), context)
     objects = {key.partition("/")[2]: made for key, made in store.objects.items()}
     return Manifest.model_validate_json(objects["manifest.json"]), objects
 

@@ -42,7 +42,7 @@ class Guests:
 
     def _stay(self, name: str, amount: int, deadline: Deadline) -> None:
         try:
-            with self.room.taken(amount, deadline):
+            with self.room.reserve(amount, deadline):
                 self.inside.append(name)
                 self._leave[name].wait(PATIENCE_S)
                 self.inside.remove(name)
@@ -73,12 +73,15 @@ def test_amounts_count_and_not_heads() -> None:
     room, deadline = ResourceBudget(10, "pixels"), Deadline(0.05)
     with ExitStack() as stack:
         for _ in range(10):
-            stack.enter_context(room.taken(1, deadline))
+            stack.enter_context(room.reserve(1, deadline))
         assert room.held == 10
-        with pytest.raises(JobTimeout, match="waiting for 1 of 10 pixels in flight"), room.taken(1, deadline):
+        with (
+            pytest.raises(JobTimeout, match="waiting for 1 of 10 pixels in flight"),
+            room.reserve(1, deadline),
+        ):
             pass
     assert room.held == room.waiting == 0
-    with room.taken(10, Deadline(1)):
+    with room.reserve(10, Deadline(1)):
         assert room.held == 10
 
 
@@ -138,21 +141,21 @@ def test_a_job_waits_no_longer_than_its_deadline() -> None:
 
 def test_part_of_what_is_held_can_be_given_back_early_but_never_more_be_taken() -> None:
     room = ResourceBudget(10, "bytes")
-    with room.taken(8, Deadline(1)) as hold:
-        hold.keep(3)
+    with room.reserve(8, Deadline(1)) as hold:
+        hold.shrink_to(3)
         assert room.held == 3
-        hold.keep(9)
+        hold.shrink_to(9)
         assert room.held == 3
-        with room.taken(7, Deadline(1)):
+        with room.reserve(7, Deadline(1)):
             assert room.held == 10
-        hold.keep(0)
+        hold.shrink_to(0)
         assert room.held == 0
     assert room.held == 0
 
 
 def test_room_is_given_back_whatever_happens() -> None:
     room = ResourceBudget(10, "bytes")
-    with pytest.raises(ZeroDivisionError), room.taken(8, Deadline(1)):
+    with pytest.raises(ZeroDivisionError), room.reserve(8, Deadline(1)):
         _ = 1 / 0
     assert room.held == 0
 
@@ -163,7 +166,7 @@ def test_under_a_crowd_the_room_is_never_overfull_and_empty_in_the_end() -> None
     def come(seed: int) -> None:
         for turn in range(25):
             amount = (seed * 31 + turn * 17) % 60 + 1
-            with room.taken(amount, Deadline(PATIENCE_S)):
+            with room.reserve(amount, Deadline(PATIENCE_S)):
                 time.sleep(0.001)
                 most[0] = max(most[0], room.held)
                 if room.held > 100:

@@ -51,7 +51,7 @@ class Office:
     known: str = ""  # the token of the one backfill that there is; '': all are known
 
     @property
-    def desk(self) -> JobHandler:
+    def handler(self) -> JobHandler:
         return JobHandler(
             Settings(retry_backoff_s=1),
             self.ledger,
@@ -63,7 +63,7 @@ class Office:
         )
 
     def handle(self, payload: object, message_id: str | None = None, kind: Any = Job) -> str:
-        return self.desk.handle(payload, message_id or new_id(), kind=kind)
+        return self.handler.handle(payload, message_id or new_id(), kind=kind)
 
     def read(self, job: Job) -> StatusDocument:
         return self.ledger.read(job.id)
@@ -142,18 +142,18 @@ def test_whatever_a_job_raises_it_ends_with_a_document_and_nothing_of_it_is_held
     office: Office, error: BaseException
 ) -> None:
     office.images["s3://in/a.png"] = error
-    job, desk = a_job(max_attempts=2), office.desk
-    assert desk.handle(payload(job), new_id()) == "later"
+    job, handler = a_job(max_attempts=2), office.handler
+    assert handler.handle(payload(job), new_id()) == "later"
     assert office.read(job).status == "retrying"
     office.ledger._due[job.id] = 0
     assert office.ledger.requeue(job.id)
-    assert desk.handle(payload(job), new_id()) == "done"
+    assert handler.handle(payload(job), new_id()) == "done"
     document = office.read(job)
     assert document.error is not None
     assert (document.status, document.error.code, document.error.stage) == ("failed", "internal", "fetch")
     assert f"Unforeseen {type(error).__name__}" in document.error.detail
-    assert not desk.leases.jobs()
-    with desk.floor.entered(job.id) as free:
+    assert not handler.leases.jobs()
+    with handler.gate.enter(job.id) as free:
         assert free
 
 
@@ -253,7 +253,7 @@ def test_an_overtaken_attempt_stops_without_a_word(office: Office) -> None:
         def put(self, key: str, data: bytes, media_type: str) -> str:
             if office.read(job).attempt == 1:
                 office.ledger._due[job.id] = 0
-                office.ledger.lose(job.id)
+                office.ledger.expire_lease(job.id)
                 office.ledger.claim(office.read(job), WorkerRef(id="other", device="cpu"))
             return super().put(key, data, media_type)
 
@@ -291,7 +291,7 @@ def test_a_second_message_for_a_running_job_is_dropped_and_changes_nothing(offic
             return super().put(key, data, media_type)
 
     office.store = Meanwhile()
-    office.one_desk = office.desk
+    office.one_desk = office.handler
     assert office.one_desk.handle(payload(job), new_id()) == "done"
     assert set(ends) == {"dropped"}
     assert (office.read(job).status, office.read(job).attempt) == ("succeeded", 1)
@@ -308,7 +308,7 @@ def test_a_job_that_is_cancelled_while_it_runs_uploads_nothing_more(office: Offi
             return super().put(key, data, media_type)
 
     office.store = Cancelling()
-    office.one_desk = office.desk
+    office.one_desk = office.handler
     assert office.one_desk.handle(payload(job), new_id()) == "done"
     document = office.read(job)
     assert (document.status, document.error and document.error.code) == ("canceled", "canceled")
@@ -334,7 +334,7 @@ def test_a_rerun_that_finds_its_sealed_manifest_only_posts_it(office: Office) ->
     office.ledger = rerun
     rerun.claim(rerun.read(job.id), lost)
     rerun._due[job.id] = 0
-    rerun.lose(job.id)  # it died between the manifest and its last word
+    rerun.expire_lease(job.id)  # it died between the manifest and its last word
     office.store.objects = Untouched(sealed)
     assert office.handle(payload(job)) == "done"
     second = office.read(job)
@@ -359,7 +359,7 @@ def test_a_manifest_of_before_is_never_posted_as_the_result_of_another_job_of_it
     office.ledger.submit(second)
     office.ledger.claim(office.ledger.read(second.id), WorkerRef(id="lost", device="cpu"))
     office.ledger._due[second.id] = 0
-    office.ledger.lose(second.id)
+    office.ledger.expire_lease(second.id)
     assert office.handle(payload(second)) == "done"
     found = office.read(second)
     assert (found.status, found.attempt) == ("succeeded", 2)
@@ -399,28 +399,28 @@ def test_a_worker_without_keys_for_s3_charges_no_job_and_finishes_them_when_it_h
     office.breaker = breaker = CircuitBreaker(partial(bootstrap.use_storage, stores), first_pause_s=0.01)
     around = replace(fake_services({}), images=fetch.UriFetcher(settings, s3), stores=stores)
     worker, leases = WorkerRef(id="w", device="cpu"), LeaseManager(office.ledger, "w", 15)
-    desk = JobHandler(Settings(retry_backoff_s=1e-6), office.ledger, around, worker, leases, breaker)
+    handler = JobHandler(Settings(retry_backoff_s=1e-6), office.ledger, around, worker, leases, breaker)
     jobs = [a_job(image="s3://photos/a.png") for _ in range(4)]
     refusal = b"<ErrorResponse><Error><Code>AccessDenied</Code><Message>No</Message></Error></ErrorResponse>"
     http_server.url("/", answer(403, refusal))
     http_server.url("/photos/a.png", answer(200, IMAGE))
-    assert [desk.handle(payload(job), job.id) for job in jobs[:3]] == ["later"] * 3
+    assert [handler.handle(payload(job), job.id) for job in jobs[:3]] == ["later"] * 3
     with pytest.raises(WorkerUnfit, match=r"AssumeRoleWithWebIdentity.*AccessDenied"):
-        desk.handle(payload(jobs[3]), jobs[3].id)
+        handler.handle(payload(jobs[3]), jobs[3].id)
     stopped = threading.Event()
     watching = threading.Thread(target=breaker.watch, args=[stopped])
     watching.start()
     time.sleep(0.2)
-    assert breaker.open, "a folder can be written, and images cannot be read"
+    assert breaker.open_reason, "a folder can be written, and images cannot be read"
     http_server.url("/", answer(200, GIVEN))
-    while breaker.open:
+    while breaker.open_reason:
         time.sleep(0.01)
     stopped.set()
     watching.join()
     for job in jobs:
         office.ledger._due[job.id] = 0
         office.ledger.requeue(job.id)
-        assert desk.handle(payload(job), job.id) == "done"
+        assert handler.handle(payload(job), job.id) == "done"
         assert office.read(job).status == "succeeded"
 
 
@@ -440,7 +440,7 @@ def test_what_runs_is_handed_back_when_the_worker_has_to_stop(office: Office) ->
             return super().put(key, data, media_type)
 
     office.store = Stopping()
-    office.one_desk = office.desk
+    office.one_desk = office.handler
     assert office.one_desk.handle(payload(job), new_id()) == "dropped"
     assert handed == [job.id]
     assert office.read(job).status == "queued"
@@ -498,7 +498,7 @@ def test_a_message_that_says_when_its_job_was_entered_spares_a_question_to_the_l
         return execute(self, *command, **options)
 
     monkeypatch.setattr(redis.Redis, "execute_command", counted)
-    assert office.desk.handle(payload(job), job.id, entered_at=moment) == "done"
+    assert office.handler.handle(payload(job), job.id, entered_at=moment) == "done"
     document = ledger.read(job.id)
     assert (document.status, document.attempt, document.revision) == ("succeeded", 1, 3)
     assert len(asked) == questions
@@ -506,7 +506,7 @@ def test_a_message_that_says_when_its_job_was_entered_spares_a_question_to_the_l
 
 def test_what_is_no_job_is_refused_also_if_it_says_when_it_was_entered(office: Office) -> None:
     message_id = new_id()
-    assert office.desk.handle({"image": 7}, message_id, entered_at="2026-01-01T00:00:00Z") == "done"
+    assert office.handler.handle({"image": 7}, message_id, entered_at="2026-01-01T00:00:00Z") == "done"
     assert office.ledger.read(message_id).status == "failed"
 
 
@@ -524,11 +524,11 @@ def test_a_stage_that_begins_right_after_another_is_told_while_it_lasts(office: 
             return super().put(key, data, media_type)
 
     office.store = Waiting()
-    desk = office.desk
-    thread = threading.Thread(target=desk.leases.keep, args=[stopped])
+    handler = office.handler
+    thread = threading.Thread(target=handler.leases.run, args=[stopped])
     thread.start()
     try:
-        assert desk.handle(payload(job), job.id) == "done"
+        assert handler.handle(payload(job), job.id) == "done"
     finally:
         stopped.set()
         thread.join()
@@ -597,7 +597,7 @@ class TestProgress:
     def test_an_attempt_that_was_overtaken_hears_it_by_its_lease(
         self, office: Office, progress: _StageReporter, clock: list[float]
     ) -> None:
-        office.ledger.hand_back(progress._document.id, 1)
+        office.ledger.requeue_unfinished(progress._document.id, 1)
         progress("fetch")
         clock[0] += 1
         progress.catch_up()
@@ -669,7 +669,7 @@ class TestShards:
             assert office.handle({"id": shard.id}, kind=Shard) == "dropped"
             stages.append(office.ledger.read(shard.id).stage)
             office.ledger._due[shard.id] = 0
-            assert office.ledger.lose(shard.id) == "shard"
+            assert office.ledger.expire_lease(shard.id) == "shard"
         assert stages == ["fetch", "rows 4 to 4", "row 4"]
         assert office.handle({"id": shard.id}, kind=Shard) == "done"
         document = office.ledger.read(shard.id)
@@ -681,7 +681,7 @@ class TestShards:
         office.images, shard = Images(**{"3": lambda: office.one_desk.hand_back() and None}), a_shard()
         office.ledger.submit(shard)
         for attempt in (1, 2):
-            office.one_desk = office.desk
+            office.one_desk = office.handler
             assert office.one_desk.handle({"id": shard.id}, new_id(), kind=Shard) == "dropped"
             document = office.ledger.read(shard.id)
             assert (document.status, document.attempt, document.error) == ("queued", attempt, None)
@@ -716,7 +716,7 @@ class TestShards:
             office.one_desk.leases.beat()
 
         office.images = Images(**{"1": cancel})
-        office.one_desk = office.desk
+        office.one_desk = office.handler
         office.ledger.submit(shard)
         assert office.one_desk.handle({"id": shard.id}, new_id(), kind=Shard) == "done"
         document = office.ledger.read(shard.id)

@@ -81,8 +81,8 @@ def test_queues_workers_throughput_errors_and_backfills_are_seen(settings: Setti
     run(ledger, first, ImageNotFound("It is not there."))
     run(ledger, second, StorageUnavailable("Not just now."))
     GradcamClient(settings=settings).cancel(canceled)
-    ledger.beat("gpu-1:7", json.dumps(WELL), {})
-    ledger.beat("gpu-2:8", "of a version to come", {})
+    ledger.renew_leases("gpu-1:7", json.dumps(WELL), {})
+    ledger.renew_leases("gpu-2:8", "of a version to come", {})
     RedisBackfillRegistry(ledger.server).beat("s3://results/cats", "me", FACTS, [], "token", enter=True)
     watch = top.Dashboard(settings)
     for look in (watch.look(), watch.look()):  # the second one knows the codes

@@ -61,10 +61,10 @@ class Office:
         me = WorkerRef(id="w", device="cpu")
         around, leases = fake_services(self.images), LeaseManager(self.ledger, "w", 15)
         breaker = CircuitBreaker(lambda: None)
-        desk = JobHandler(
+        handler = JobHandler(
             Settings(), self.ledger, around, me, leases, breaker, traces=self.traces, admits=lambda _: True
         )
-        desk.handle(payload, payload["id"], kind=kind)
+        handler.handle(payload, payload["id"], kind=kind)
         return self.ledger.read(payload["id"])
 
     def run(self, **changes: Any) -> StatusDocument:
@@ -118,7 +118,7 @@ def test_a_job_is_one_trace_from_submit_to_its_last_word(office: Office) -> None
 
 
 def test_each_span_is_on_the_page_of_telemetry(office: Office) -> None:
-    with parcels(office, Heard(), metrics=["deletion"]):
+    with deliveries(office, Heard(), metrics=["deletion"]):
         pass
     page = (Path(__file__).parents[1] / "docs" / "TELEMETRY.md").read_text().partition("## Traces")[2]
     assert set(re.findall(r"`gradcam\.([a-z]+)`", page)) == office.spans.keys()
@@ -255,7 +255,7 @@ class Heard:
 
 
 @contextmanager
-def parcels(office: Office, heard: Heard, **job: Any) -> Iterator[StatusDocument]:
+def deliveries(office: Office, heard: Heard, **job: Any) -> Iterator[StatusDocument]:
     """A job with a webhook that has ended; then its parcels are brought."""
     hook = {"url": "http://hook.test/"}
     document = office.run(webhooks=[hook], **job)
@@ -265,7 +265,7 @@ def parcels(office: Office, heard: Heard, **job: Any) -> Iterator[StatusDocument
 
 def test_the_webhook_is_told_below_its_job_and_hears_of_its_span(office: Office) -> None:
     heard = Heard()
-    with parcels(office, heard) as document:
+    with deliveries(office, heard) as document:
         pass
     assert office.parents()["webhook"] == "job"
     webhook = office.spans["webhook"]
@@ -277,7 +277,7 @@ def test_the_webhook_is_told_below_its_job_and_hears_of_its_span(office: Office)
 
 
 def test_a_delivery_in_vain_is_seen(office: Office) -> None:
-    with parcels(office, Heard(StatusUnavailable("busy"))):
+    with deliveries(office, Heard(StatusUnavailable("busy"))):
         pass
     assert (office.spans["webhook"].attributes or {})["error.type"] == "status_unavailable"
 
@@ -285,7 +285,7 @@ def test_a_delivery_in_vain_is_seen(office: Office) -> None:
 def test_without_traces_a_receiver_gets_no_header_and_the_log_still_names_the_trace(office: Office) -> None:
     office.traces = office.client._traces = tracing.OFF
     heard = Heard()
-    with parcels(office, heard, traceparent=TRACEPARENT) as document:
+    with deliveries(office, heard, traceparent=TRACEPARENT) as document:
         pass
     assert (heard.headers, heard.bound[0]["trace_id"]) == ([{}], TRACE)
     assert document.traceparent == TRACEPARENT

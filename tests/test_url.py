@@ -189,12 +189,12 @@ def test_a_webhook_secret_in_place_of_its_name_is_refused_before_it_is_kept() ->
 
 
 def test_a_row_with_a_password_is_a_bad_row_that_shows_nothing_of_it() -> None:
-    intake = RowParser()
+    parser = RowParser()
     for text in (f"https://u:{SECRET}@host/a.jpg", f"s3://u:{SECRET}@bucket/a", f"u:{SECRET}#x@h"):
-        row = intake.good(1, text)
+        row = parser.good(1, text)
         assert row.problem
         assert SECRET not in row.to_json()
-    assert SECRET not in intake.bad(2, {"picture": f"https://u:{SECRET}@h/"}, "no image").to_json()
+    assert SECRET not in parser.bad(2, {"picture": f"https://u:{SECRET}@h/"}, "no image").to_json()
 
 
 def test_what_others_say_shows_no_password_in_a_document_or_a_log() -> None:

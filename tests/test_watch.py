@@ -122,7 +122,7 @@ def test_a_message_that_is_lost_is_made_up_for(
     client: GradcamClient, ledger: RedisLedger, beside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(poller, "SAFETY_S", 0.05)
-    heard = RedisJobUpdates.heard
+    heard = RedisJobUpdates.poll
     monkeypatch.setattr(RedisJobUpdates, "heard", lambda self: (heard(self)[0], set()))
     job_id = client.submit(**FIELDS)
     waiter = waiting(beside, client, job_id)
@@ -149,11 +149,11 @@ def test_a_server_that_has_gone_silent_is_noticed(tmp_path: Path, monkeypatch: p
     with servers.valkey(tmp_path) as server, redis.Redis(port=server.port, decode_responses=True) as admin:
         told = RedisJobUpdates(admin, "p:")
         told.subscribe({"a"}, set())
-        waits_until(lambda: told.heard()[0] == {"a"}, "the subscription")
+        waits_until(lambda: told.poll()[0] == {"a"}, "the subscription")
         told._check_at = 0
-        told.heard()
+        told.poll()
         assert told._asked
-        waits_until(lambda: told.heard() and not told._asked, "the answer")
+        waits_until(lambda: told.poll() and not told._asked, "the answer")
         assert told.fileno() is not None
         monkeypatch.setattr(pubsub, "CHECK_S", 0.05)
         told._check_at = 0
@@ -161,7 +161,7 @@ def test_a_server_that_has_gone_silent_is_noticed(tmp_path: Path, monkeypatch: p
 
         def silent() -> bool:
             try:
-                told.heard()
+                told.poll()
             except LedgerUnavailable:
                 return True
             return False
@@ -224,12 +224,12 @@ def test_who_waits_in_vain_is_told_whether_a_worker_lives(
         return str(caught.value).partition(" s. ")[2]
 
     assert told() == "No worker lives that would take it. 1 job queued, 0 running."
-    ledger.beat("w:1", '{"trouble": "The storage failed 3 times."}', {})
+    ledger.renew_leases("w:1", '{"trouble": "The storage failed 3 times."}', {})
     assert told() == (
         "1 worker alive, but taking no jobs just now: The storage failed 3 times. 1 job queued, 0 running."
     )
-    ledger.beat("w:2", '{"trouble": null}', {})
-    ledger.beat("w:3", '{"trouble": null}', {})
+    ledger.renew_leases("w:2", '{"trouble": null}', {})
+    ledger.renew_leases("w:3", '{"trouble": null}', {})
     assert told() == "2 workers alive and taking jobs. 1 job queued, 0 running."
 
     def away(_: object) -> None:
@@ -334,7 +334,7 @@ def test_the_thread_ends_some_time_after_the_last_wait(
     for _ in range(2):
         with pytest.raises(WaitTimeout):
             client.wait(client.submit(**FIELDS), 0.02)
-        waits_until(lambda: not client.watcher._lookout._thread, "the end of the thread")
+        waits_until(lambda: not client.waiter._lookout._thread, "the end of the thread")
 
 
 FORKING = """

@@ -71,7 +71,7 @@ def share(images: int) -> Share:
     photos = river.photographs(PHOTOS)
     engine = stand_in.load(Settings(), None, bench_service.row(SHARE_OF))
     fitted = bench_service.fitted(engine, photos)
-    batch = ModelCache(lambda _: engine, max_batch=0).group(engine)
+    batch = ModelCache(lambda _: engine, max_batch=0).shard_batch_size(engine)
     alone: list[tuple[float, float, int]] = []
     ran: list[tuple[float, float]] = []
     with river.flowing((SHARE_OF,), photos) as flow, tempfile.TemporaryDirectory() as folder:

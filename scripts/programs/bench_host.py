@@ -83,16 +83,16 @@ class Case:
         """The photo, as an image source hands it over."""
         return Fetched(self.data, "0" * 64, "s3://in/rocket.jpg")
 
-    def outside(self) -> Services:
+    def services(self) -> Services:
         """Everything that costs nothing."""
-        residents = Direct(lambda _: self.network)
-        residents.get(CATALOG[NETWORK])
-        return replace(fake_services({}, residents=residents), images=Fetch(self.fetched()))
+        model_cache = Direct(lambda _: self.network)
+        model_cache.load(CATALOG[NETWORK])
+        return replace(fake_services({}, model_cache=model_cache), images=Fetch(self.fetched()))
 
     def ways(self, repeats: int) -> list[Way]:
         """The floor, and ours."""
         laid = self.laid()
-        raw, job, place = np.frombuffer(self.data, np.uint8), self.job, self.outside()
+        raw, job, place = np.frombuffer(self.data, np.uint8), self.job, self.services()
 
         def floor() -> None:
             cv2.imdecode(raw, cv2.IMREAD_COLOR_RGB)

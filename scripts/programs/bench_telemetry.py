@@ -121,7 +121,7 @@ def asking_ms(flow: River) -> float:
     bell = Publisher(flow.settings)
     begun = time.thread_time()
     for _ in range(READINGS):
-        bell.waiting("normal")
+        bell.queue_length("normal")
         flow.ledger.counts()
     return 1e3 * (time.thread_time() - begun) / READINGS
 

@@ -66,7 +66,7 @@ class Inside:
 def _untried(stage: Stage) -> set[str]:
     """Recipients of webhooks whom no courier has tried to tell yet, or is just trying to."""
     prefix = stage.settings.key_prefix
-    with contextlib.closing(stage.outside) as server:
+    with contextlib.closing(stage.services) as server:
         known = {key.removeprefix(f"{prefix}events:") for key in server.scan_iter(f"{prefix}events:*")}
         members: Any = server.zrange(f"{prefix}parked", 0, -1)
         parked = {member.partition(" ")[0] for member in members}

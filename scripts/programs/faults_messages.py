@@ -213,7 +213,7 @@ def judge(item: bytes, queue: str = publisher.INTERACTIVE) -> tuple[str, str]:
 
 def handle(item: bytes, ledger: MemoryLedger, queue: str) -> str | None:
     """Open an item and do with it what a worker does; return the id that it goes by, if it has one."""
-    one = desk(ledger)
+    one = handler(ledger)
     try:
         opened = envelope.read(item, queue, MAX_BYTES, publisher.TASKS[queue])
     except Unreadable as error:
@@ -230,7 +230,7 @@ def handle(item: bytes, ledger: MemoryLedger, queue: str) -> str | None:
     return str(headers["id"])
 
 
-def desk(ledger: MemoryLedger) -> JobHandler:
+def handler(ledger: MemoryLedger) -> JobHandler:
     """A desk in memory."""
     return JobHandler(
         Settings(),

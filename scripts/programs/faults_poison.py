@@ -70,7 +70,7 @@ def attack(count: int, seed: int) -> dict[str, Any]:
 def _submit_raw(stage: Stage) -> list[str]:
     """Messages with addresses that are too long, past the client, which would refuse them."""
     ids = [new_id() for _ in range(WEDGES)]
-    with contextlib.closing(stage.outside) as server:
+    with contextlib.closing(stage.services) as server:
         for one in ids:
             job = {
                 "id": one,
@@ -100,7 +100,7 @@ def _look_at_the_long(stage: Stage, ids: list[str], verdict: Verdict) -> None:
 
 def _look_at_the_poison(stage: Stage, poison: str, verdict: Verdict) -> None:
     prefix = stage.settings.key_prefix
-    with contextlib.closing(stage.outside) as server:
+    with contextlib.closing(stage.services) as server:
         document = json.loads(server.hget(f"{prefix}job:{poison}", "document") or "null")
         dead = server.zrange(f"{prefix}dead", 0, -1)
     deaths = stage.workers[0].log.read_text(errors="replace").count("exit code -9")

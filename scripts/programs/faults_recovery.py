@@ -68,7 +68,7 @@ def _lose(stage: Stage, first: int) -> set[str]:
     pattern = f"{stage.settings.key_prefix}{publisher.BULK}*"
     for job in jobs:
         stage.submit(client, job)
-    with closing(stage.outside) as server:
+    with closing(stage.services) as server:
         for key in server.keys(pattern):
             server.delete(key)
     return {job.id for job in jobs}

@@ -170,7 +170,7 @@ class Mix:
             json.dumps({**envelope, "properties": {"delivery_tag": number, "delivery_info": []}}).encode(),
         ]
         queue = f"{self.stage.settings.key_prefix}{publisher.INTERACTIVE}"
-        with closing(self.stage.outside) as server:
+        with closing(self.stage.services) as server:
             server.lpush(queue, self._random.choice(texts))
 
 
@@ -238,7 +238,7 @@ def _look_at_usage(usage: Usage, seconds: float, verdict: Verdict, worker: Worke
 
 def _keys(stage: Stage) -> list[str]:
     prefix = stage.settings.key_prefix
-    with closing(stage.outside) as server:
+    with closing(stage.services) as server:
         return sorted(key.removeprefix(prefix) for key in server.scan_iter(count=1000))
 
 
@@ -259,7 +259,7 @@ def _look_at_what_is_left(stage: Stage, verdict: Verdict) -> None:
     if odd:
         verdict.broken.append(f"{len(odd)} keys are left when nothing is under way: {', '.join(odd[:5])}")
     prefix = stage.settings.key_prefix
-    with closing(stage.outside) as server:
+    with closing(stage.services) as server:
         mortal = [key for key in keys if key.startswith(("job:", "idempotency:"))]
         immortal = [key for key in mortal if server.pttl(prefix + key) < 0 and server.exists(prefix + key)]
     if immortal:

@@ -175,7 +175,7 @@ class Stage:
         return self.folder / "events.jsonl"
 
     @property
-    def outside(self) -> redis.Redis:
+    def services(self) -> redis.Redis:
         """A way to the ledger that no proxy stands in."""
         port = self.broker.now.port
         return redis.Redis(port=port, decode_responses=True, socket_timeout=5, socket_connect_timeout=2)

@@ -34,7 +34,7 @@ def attack(count: int, seed: int) -> dict[str, Any]:
         stage.work()
         before = _brought_to_their_ends(stage, first)
         stage.stop_workers()
-        stage.outside.flushdb()
+        stage.services.flushdb()
         second = []
         for number, job in enumerate(first):
             moved = number % 2 == 0

@@ -100,7 +100,7 @@ class Witness:
             for job_id, one in self.documents().items()
             if one and one["status"] == "running" and one["worker"]["id"].endswith(ending)
         ]
-        with contextlib.closing(self._stage.outside) as server, self._door:
+        with contextlib.closing(self._stage.services) as server, self._door:
             for job_id, attempt in found:
                 route = server.hget(f"{self._prefix}job:{job_id}", "route")
                 self._hit[job_id] = Hit(attempt, now, str(route))
@@ -122,7 +122,7 @@ class Witness:
 
     def documents(self) -> dict[str, dict[str, Any] | None]:
         """What the ledger holds of each accepted job just now, or held at its end where it may forget it."""
-        with contextlib.closing(self._stage.outside) as server:
+        with contextlib.closing(self._stage.services) as server:
             ids = list(self._stage.accepted)
             texts = self._read(server, ids)
         if self._forgotten:
@@ -195,7 +195,7 @@ class Witness:
 
     def _read_documents(self) -> None:
         """A loop of its own, so that a connection lasts as long as its server does."""
-        with contextlib.closing(self._stage.outside) as server:
+        with contextlib.closing(self._stage.services) as server:
             while not self._ended.wait(LOOK_S):
                 self._look(server)
 

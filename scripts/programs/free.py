@@ -71,12 +71,12 @@ class Direct(ModelCache):
     def explain(
         self, network: Any, pixels: Any, wish: Any, method: Method, *_: Any, **__: Any
     ) -> InferenceResult:
-        """See `gradcam_worker.inference.model_cache.BatchSlot.explain`."""
+        """See `gradcam_worker.inference.model_cache.BatchSlot.infer`."""
         return InferenceResult(explain_pixels(network, pixels[np.newaxis], [tuple(wish)], method)[0], 0, 0, 1)
 
     @contextmanager
-    def ticket(self) -> Iterator[Any]:
-        """See `gradcam_worker.inference.model_cache.ModelCache.ticket`."""
+    def slot(self) -> Iterator[Any]:
+        """See `gradcam_worker.inference.model_cache.ModelCache.reserve`."""
         yield self
 
 

@@ -117,7 +117,7 @@ def gallery_page() -> bytes:
     """The gallery of a small backfill, over parts of the shipped photos, in a browser."""
     images = _parts()
     store, load = testing.MemoryStore(), lambda _: network()
-    outside = testing.fake_services(images, store=store, residents=ModelCache(load, max_batch=8))
+    services = testing.fake_services(images, store=store, model_cache=ModelCache(load, max_batch=8))
     shard = Shard(
         backfill=new_id(),
         index=0,
@@ -128,7 +128,7 @@ def gallery_page() -> bytes:
         target=Target(top_n=3),
         output="s3://results/cams",
     )
-    shards.run_shard(shard, outside, JobContext(Deadline(600), lambda _: None))
+    shards.run_shard(shard, services, JobContext(Deadline(600), lambda _: None))
     store.put("dataset.json", b"{}", "application/json")
     return _shot(gallery(store, testing.MemoryImageFetcher(images), Limits(), GalleryOptions()).page)
 

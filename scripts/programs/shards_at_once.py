@@ -28,12 +28,12 @@ from gradcam_worker.settings import Settings
 GRID = (7, 7)
 
 
-def at_once(shard: Shard, outside: Services, journey: JobContext) -> JobResult:
+def at_once(shard: Shard, services: Services, context: JobContext) -> JobResult:
     """In place of `gradcam_worker.execution.shards.run_shard`."""
-    store = pipeline.admit(shard, outside)
-    journey.deadline.check("explain")
+    store = pipeline.admit(shard, services)
+    context.deadline.check("explain")
     data, key = table(shard), data_key(shard.key)
-    (uri,) = store.put_many([(key, data, dataset.MEDIA_TYPE)], journey.deadline)
+    (uri,) = store.put_many([(key, data, dataset.MEDIA_TYPE)], context.deadline)
     return JobResult(
         network=NetworkRef(name=shard.network, layer="none", weights_sha256=shard.weights_sha256),
         predictions=(),

@@ -156,7 +156,7 @@ class TestWhenABatchCloses:
         assert device.batches == [1]
 
     def test_a_batch_waits_for_a_job_that_is_on_its_way(self, jobs: Jobs, device: Device) -> None:
-        with jobs.batcher.coming() as arrive:
+        with jobs.batcher.expecting() as arrive:
             first = jobs.ask(device, RED)
             answer = jobs.batcher.compute(device, GREEN, (-1,), GRADCAM, Deadline(PLENTY_S), arrive=arrive)
         assert (seen(first), answer.batch_size, device.batches) == ("r", 2, [2])
@@ -164,26 +164,26 @@ class TestWhenABatchCloses:
     def test_a_job_that_never_hands_in_is_not_waited_for_once_it_has_ended(
         self, jobs: Jobs, device: Device
     ) -> None:
-        with jobs.batcher.coming():
+        with jobs.batcher.expecting():
             first = jobs.ask(device)
             assert not device.batches
         assert seen(first) == "r"
 
     def test_it_waits_no_longer_than_it_may(self, device: Device) -> None:
         batcher = Batcher(wait_s=0.001)
-        with batcher.coming():
+        with batcher.expecting():
             answer = batcher.compute(device, RED, (-1,), GRADCAM, Deadline(PLENTY_S))
         assert answer.batch_size == 1
         assert answer.waited_s >= 0.001
 
     def test_it_waits_no_longer_than_a_pass_takes(self, jobs: Jobs, device: Device) -> None:
         seen(jobs.ask(device))
-        with jobs.batcher.coming():  # for a minute, if nothing were known of how long a pass takes
+        with jobs.batcher.expecting():  # for a minute, if nothing were known of how long a pass takes
             assert seen(jobs.ask(device)) == "r"
 
     def test_it_waits_for_nobody_once_it_is_full(self, jobs: Jobs, device: Device) -> None:
         jobs.batcher.limit(device, 3)
-        with jobs.batcher.coming():
+        with jobs.batcher.expecting():
             assert [seen(job) for job in [jobs.ask(device) for _ in range(3)]] == ["r"] * 3
         assert device.batches == [3]
 
@@ -476,16 +476,18 @@ class TestAhead:
         jobs.batcher.limit(device, 1)
         with busy(jobs, device):
             many = [jobs.ask(device) for _ in range(6)]
-            alone = jobs.pool.submit(jobs.batcher.alone, lambda: len(device.batches), Deadline(PLENTY_S))
+            alone = jobs.pool.submit(
+                jobs.batcher.run_exclusive, lambda: len(device.batches), Deadline(PLENTY_S)
+            )
             while len(jobs.batcher._groups) < 2:
                 time.sleep(0.001)
         assert alone.result(PLENTY_S) <= 1, "batches that had been begun before it"
         assert {seen(job) for job in many} == {"r"}
 
     def test_what_runs_alone_returns_or_raises_what_it_does(self, jobs: Jobs) -> None:
-        assert jobs.batcher.alone(lambda: 7, Deadline(1)) == 7
+        assert jobs.batcher.run_exclusive(lambda: 7, Deadline(1)) == 7
         with pytest.raises(ZeroDivisionError):
-            jobs.batcher.alone(lambda: 1 / 0, Deadline(1))
+            jobs.batcher.run_exclusive(lambda: 1 / 0, Deadline(1))
 
 
 def test_in_a_crowd_everyone_gets_their_own_answer_or_their_own_error() -> None:
@@ -499,7 +501,7 @@ def test_in_a_crowd_everyone_gets_their_own_answer_or_their_own_error() -> None:
         method = Method(chance.choice(["gradcam", "layercam"]))
         late = chance.random() < 0.1
         try:
-            with batcher.coming() as arrive:
+            with batcher.expecting() as arrive:
                 if chance.random() < 0.05:
                     return True
                 answer = batcher.compute(

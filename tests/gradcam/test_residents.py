@@ -53,9 +53,9 @@ class Gated(TinyNetwork):
 def explain() -> Callable[..., InferenceResult]:
     """Explain the red picture's first class."""
 
-    def explain(residents: ModelCache, network: TinyNetwork, seconds: float = PLENTY_S) -> InferenceResult:
-        with residents.ticket() as ticket:
-            return ticket.explain(network, PIXELS, (-1,), GRADCAM, Deadline(seconds))
+    def explain(model_cache: ModelCache, network: TinyNetwork, seconds: float = PLENTY_S) -> InferenceResult:
+        with model_cache.reserve() as slot:
+            return slot.infer(network, PIXELS, (-1,), GRADCAM, Deadline(seconds))
 
     return explain
 
@@ -87,97 +87,97 @@ class Loader:
 class TestLoading:
     def test_a_network_is_loaded_when_it_is_first_asked_for_and_then_kept(self) -> None:
         load = Loader()
-        residents = ModelCache(load)
+        model_cache = ModelCache(load)
         assert load.asked == []
-        assert residents.get(VGG16) is residents.get(VGG16)
-        assert residents.get(XCEPTION) is not residents.get(VGG16)
+        assert model_cache.load(VGG16) is model_cache.load(VGG16)
+        assert model_cache.load(XCEPTION) is not model_cache.load(VGG16)
         assert load.asked == [VGG16, XCEPTION]
 
     def test_threads_that_ask_at_once_get_one_and_the_same(self) -> None:
         load = Loader(slow=VGG16)
-        residents = ModelCache(load)
+        model_cache = ModelCache(load)
         with ThreadPoolExecutor(8) as pool:
-            answers = [pool.submit(residents.get, VGG16) for _ in range(8)]
+            answers = [pool.submit(model_cache.load, VGG16) for _ in range(8)]
             load.gate.set()
             assert len({id(answer.result()) for answer in answers}) == 1
         assert load.asked == [VGG16]
 
     def test_one_network_that_loads_slowly_does_not_hold_up_another(self) -> None:
         load = Loader(slow=VGG16)
-        residents = ModelCache(load)
+        model_cache = ModelCache(load)
         with ThreadPoolExecutor(1) as pool:
-            slow = pool.submit(residents.get, VGG16)
+            slow = pool.submit(model_cache.load, VGG16)
             assert load.begun.wait(PLENTY_S)
-            assert residents.get(XCEPTION)
+            assert model_cache.load(XCEPTION)
             assert not slow.done()
             load.gate.set()
 
     def test_a_network_that_could_not_be_had_is_tried_again(self) -> None:
-        residents = ModelCache(Loader(failures=[WeightsUnavailable("no route")]))
+        model_cache = ModelCache(Loader(failures=[WeightsUnavailable("no route")]))
         with pytest.raises(WeightsUnavailable, match="no route"):
-            residents.get(VGG16)
-        assert residents.get(VGG16)
+            model_cache.load(VGG16)
+        assert model_cache.load(VGG16)
 
     def test_a_network_that_cannot_be_loaded_is_refused_for_a_while_without_being_fetched_again(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         load = Loader(failures=[WeightsChecksumMismatch("another file")])
-        residents = ModelCache(load)
+        model_cache = ModelCache(load)
         for _ in range(3):
             with pytest.raises(WeightsChecksumMismatch, match="another file"):
-                residents.get(VGG16)
+                model_cache.load(VGG16)
         assert load.asked == [VGG16]
         monkeypatch.setattr("gradcam_worker.inference.model_cache.REFUSED_S", 0)
-        assert residents.get(VGG16), "in the meantime the right file may have been put there"
+        assert model_cache.load(VGG16), "in the meantime the right file may have been put there"
 
     def test_a_network_that_is_described_anew_is_tried_at_once(self) -> None:
-        residents = ModelCache(Loader(failures=[NetworkIncompatible("no such layer")]))
+        model_cache = ModelCache(Loader(failures=[NetworkIncompatible("no such layer")]))
         with pytest.raises(NetworkIncompatible):
-            residents.get(VGG16)
-        assert residents.get(CHANGED)
+            model_cache.load(VGG16)
+        assert model_cache.load(CHANGED)
 
     def test_warming_loads_a_network_and_runs_it(self) -> None:
         network = Gated()
         network.gate.set()
-        residents = ModelCache(lambda _: network)
-        assert residents.warm(VGG16).explanation.layer == "blocks"
+        model_cache = ModelCache(lambda _: network)
+        assert model_cache.warm_up(VGG16).explanation.layer == "blocks"
         assert network.calls == 1
-        assert residents.get(VGG16) is network
+        assert model_cache.load(VGG16) is network
 
 
 class TestVersions:
     def test_a_row_that_has_changed_is_loaded_anew_and_takes_the_place_of_the_old(self) -> None:
         load = Loader()
-        residents = ModelCache(load)
-        old = residents.get(VGG16)
-        new = residents.get(CHANGED)
+        model_cache = ModelCache(load)
+        old = model_cache.load(VGG16)
+        new = model_cache.load(CHANGED)
         assert new is not old
-        assert residents.get(replace(CHANGED)) is new, "an equal row is the same version"
+        assert model_cache.load(replace(CHANGED)) is new, "an equal row is the same version"
         assert load.asked == [VGG16, CHANGED]
 
     def test_who_holds_the_old_version_runs_on_while_the_new_one_loads(
         self, explain: Callable[..., InferenceResult]
     ) -> None:
         load = Loader(slow=CHANGED)
-        residents = ModelCache(load)
-        old = residents.get(VGG16)
+        model_cache = ModelCache(load)
+        old = model_cache.load(VGG16)
         with ThreadPoolExecutor(2) as pool:
-            new = pool.submit(residents.get, CHANGED)
+            new = pool.submit(model_cache.load, CHANGED)
             assert load.begun.wait(PLENTY_S)
-            assert explain(residents, old).explanation.explained
-            assert residents.get(VGG16) is old, "who asks for what is here need not wait either"
+            assert explain(model_cache, old).explanation.explained
+            assert model_cache.load(VGG16) is old, "who asks for what is here need not wait either"
             assert not new.done()
             load.gate.set()
             assert new.result() is not old
-        assert explain(residents, old).explanation.explained
+        assert explain(model_cache, old).explanation.explained
 
     def test_the_old_version_is_no_answer_where_the_new_one_cannot_be_loaded(self) -> None:
-        residents = ModelCache(Loader(failures=[None, NetworkIncompatible("no such layer")]))
-        old = residents.get(VGG16)
+        model_cache = ModelCache(Loader(failures=[None, NetworkIncompatible("no such layer")]))
+        old = model_cache.load(VGG16)
         for _ in range(2):
             with pytest.raises(NetworkIncompatible, match="no such layer"):
-                residents.get(CHANGED)
-        assert residents.get(VGG16) is old, "taking the change back takes no load"
+                model_cache.load(CHANGED)
+        assert model_cache.load(VGG16) is old, "taking the change back takes no load"
 
 
 class TestTurns:
@@ -193,13 +193,13 @@ class TestTurns:
 
     def test_jobs_at_the_same_time_share_a_pass_and_each_has_its_own_wish_answered(self) -> None:
         network = Gated()
-        residents = ModelCache(lambda _: network, max_batch=8, wait_s=PLENTY_S)
-        residents.get(VGG16)
+        model_cache = ModelCache(lambda _: network, max_batch=8, wait_s=PLENTY_S)
+        model_cache.load(VGG16)
 
         def job(wish: tuple[int, ...]) -> InferenceResult:
-            with residents.ticket() as ticket:
+            with model_cache.reserve() as slot:
                 everyone.wait()
-                return ticket.explain(network, PIXELS, wish, GRADCAM, Deadline(PLENTY_S))
+                return slot.infer(network, PIXELS, wish, GRADCAM, Deadline(PLENTY_S))
 
         everyone = threading.Barrier(3)
         network.gate.set()
@@ -213,13 +213,13 @@ class TestTurns:
         ]
 
     def test_a_measurement_has_the_device_to_itself(self, tiny: TinyNetwork) -> None:
-        residents = ModelCache(lambda _: tiny)
-        with residents.ticket() as ticket:
-            seen = ticket.explain(tiny, PIXELS, (0,), GRADCAM, Deadline(PLENTY_S)).explanation
-        measured = residents.measure(tiny, PIXELS, seen, ["deletion"], Deadline(PLENTY_S))
+        model_cache = ModelCache(lambda _: tiny)
+        with model_cache.reserve() as slot:
+            seen = slot.infer(tiny, PIXELS, (0,), GRADCAM, Deadline(PLENTY_S)).explanation
+        measured = model_cache.measure(tiny, PIXELS, seen, ["deletion"], Deadline(PLENTY_S))
         assert 0 <= measured.metrics[0]["deletion"] <= 1
         with pytest.raises(JobTimeout):
-            residents.measure(tiny, PIXELS, seen, ["deletion"], Deadline(0))
+            model_cache.measure(tiny, PIXELS, seen, ["deletion"], Deadline(0))
 
 
 @dataclass
@@ -251,14 +251,14 @@ class TestTheBestBatch:
     @staticmethod
     def largest(network: Sized, max_batch: int) -> int:
         """How many images share a pass once the network is warm."""
-        residents = ModelCache(lambda _: network, wait_s=PLENTY_S, clock=network.clock, max_batch=max_batch)
-        residents.get(VGG16)
+        model_cache = ModelCache(lambda _: network, wait_s=PLENTY_S, clock=network.clock, max_batch=max_batch)
+        model_cache.load(VGG16)
         everyone = threading.Barrier(80)
 
         def job(_: int) -> int:
-            with residents.ticket() as ticket:
+            with model_cache.reserve() as slot:
                 everyone.wait()
-                return ticket.explain(network, PIXELS, (0,), GRADCAM, Deadline(PLENTY_S)).batch_size
+                return slot.infer(network, PIXELS, (0,), GRADCAM, Deadline(PLENTY_S)).batch_size
 
         with ThreadPoolExecutor(80) as pool:
             return max(pool.map(job, range(80)))
@@ -290,8 +290,8 @@ class TestTheBestBatch:
     def test_a_network_that_cannot_be_warmed_is_kept_and_each_job_has_the_error_as_its_own(self) -> None:
         network = Sized(room=0)
         load = Loader(failures=[None, AssertionError("it was loaded again")])
-        residents = ModelCache(lambda row: load(row) and network, max_batch=0)
-        assert residents.get(VGG16) is residents.get(VGG16) is network
+        model_cache = ModelCache(lambda row: load(row) and network, max_batch=0)
+        assert model_cache.load(VGG16) is model_cache.load(VGG16) is network
 
     def test_it_is_what_the_operator_says(self) -> None:
         network = Sized()
@@ -310,48 +310,48 @@ class TestMemory:
         return self.Heavy(replace(TinyNetwork.facts, parameters=100))
 
     def test_the_least_recently_used_network_makes_room_for_a_new_one(self) -> None:
-        residents = ModelCache(self.load, max_bytes=2 * 400)
-        first, second = residents.get(VGG16), residents.get(XCEPTION)
-        assert residents.get(VGG16) is first
-        residents.get(CATALOG["resnet50"])
-        assert residents.get(VGG16) is first, "it had been used since"
-        assert residents.get(XCEPTION) is not second
+        model_cache = ModelCache(self.load, max_bytes=2 * 400)
+        first, second = model_cache.load(VGG16), model_cache.load(XCEPTION)
+        assert model_cache.load(VGG16) is first
+        model_cache.load(CATALOG["resnet50"])
+        assert model_cache.load(VGG16) is first, "it had been used since"
+        assert model_cache.load(XCEPTION) is not second
 
     def test_what_made_room_is_gone_from_memory_once_nobody_computes_with_it(
         self, explain: Callable[..., InferenceResult]
     ) -> None:
-        residents = ModelCache(self.load, max_bytes=400)
-        explain(residents, residents.get(VGG16))
-        gone = weakref.ref(residents.get(VGG16))
+        model_cache = ModelCache(self.load, max_bytes=400)
+        explain(model_cache, model_cache.load(VGG16))
+        gone = weakref.ref(model_cache.load(VGG16))
         assert gone() is not None
-        residents.get(XCEPTION)
+        model_cache.load(XCEPTION)
         assert gone() is None
 
     def test_a_batch_of_what_made_room_is_no_larger_than_the_operator_says(self) -> None:
-        residents = ModelCache(self.load, max_bytes=400, max_batch=1)
-        held = residents.get(VGG16)
-        residents.get(XCEPTION)
+        model_cache = ModelCache(self.load, max_bytes=400, max_batch=1)
+        held = model_cache.load(VGG16)
+        model_cache.load(XCEPTION)
         everyone = threading.Barrier(8)
 
         def job(_: int) -> int:
-            with residents.ticket() as ticket:
+            with model_cache.reserve() as slot:
                 everyone.wait()
-                return ticket.explain(held, PIXELS, (0,), GRADCAM, Deadline(PLENTY_S)).batch_size
+                return slot.infer(held, PIXELS, (0,), GRADCAM, Deadline(PLENTY_S)).batch_size
 
         with ThreadPoolExecutor(8) as pool:
             assert {*pool.map(job, range(8))} == {1}
 
     def test_the_newest_stays_however_large_it_is(self) -> None:
-        residents = ModelCache(self.load, max_bytes=1)
-        assert residents.get(VGG16) is residents.get(VGG16)
+        model_cache = ModelCache(self.load, max_bytes=1)
+        assert model_cache.load(VGG16) is model_cache.load(VGG16)
 
     def test_who_computes_with_a_network_that_makes_room_goes_on(
         self, explain: Callable[..., InferenceResult]
     ) -> None:
-        residents = ModelCache(self.load, max_bytes=1)
-        held = residents.get(VGG16)
-        residents.get(XCEPTION)
-        assert explain(residents, held).explanation.explained
+        model_cache = ModelCache(self.load, max_bytes=1)
+        held = model_cache.load(VGG16)
+        model_cache.load(XCEPTION)
+        assert explain(model_cache, held).explanation.explained
 
 
 @pytest.mark.parametrize(
@@ -371,8 +371,8 @@ def test_a_shards_groups_depend_on_the_device_and_the_network_alone(
 ) -> None:
     network = TinyNetwork()
     network.facts = replace(network.facts, input_size=(side, side))
-    residents = ModelCache(lambda _: network, max_batch=max_batch, on_gpu=lambda: on_gpu)
-    assert residents.group(network) == group
+    model_cache = ModelCache(lambda _: network, max_batch=max_batch, on_gpu=lambda: on_gpu)
+    assert model_cache.shard_batch_size(network) == group
 
 
 class TestExplainMany:
@@ -387,7 +387,7 @@ class TestExplainMany:
 
         network = Dazzled()
         pictures = np.stack([PIXELS] * 3)
-        found = ModelCache(lambda _: network).explain_many(
+        found = ModelCache(lambda _: network).infer_many(
             network, pictures, (0, 1), GRADCAM, Deadline(PLENTY_S)
         )
         assert isinstance(found[1], NetworkIncompatible)
@@ -403,6 +403,6 @@ class TestExplainMany:
                 raise DeviceOutOfMemory(str(len(pixels)))
 
         with pytest.raises(DeviceOutOfMemory, match="3"):
-            ModelCache(lambda _: Small()).explain_many(
+            ModelCache(lambda _: Small()).infer_many(
                 Small(), np.stack([PIXELS] * 3), (-1,), GRADCAM, Deadline(PLENTY_S)
             )

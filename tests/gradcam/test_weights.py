@@ -329,8 +329,8 @@ class TestShelf:
         assert len(contents(tmp_path)) == 3
 
     def test_files_that_are_being_fetched_count_and_are_not_taken_away(self, tmp_path: Path) -> None:
-        shelf = FileCache(tmp_path, 100)
-        with shelf.new("one", "s3://models/one.keras") as part:
+        cache = FileCache(tmp_path, 100)
+        with cache.new("one", "s3://models/one.keras") as part:
             part.write(bytes(60))
             with pytest.raises(WeightsUnavailable, match="other files are being fetched"):
                 self.put(tmp_path, b"b" * 60, 100)

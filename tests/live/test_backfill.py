@@ -151,8 +151,10 @@ def test_a_backfill_is_stopped_killed_and_resumed_and_has_each_row_once(at_work:
     killed.kill()
     killed.communicate(timeout=WAIT_S)
     assert yard.output("stopped").sealed() is None
-    fleet = RedisBackfillRegistry(RedisLedger(yard.stage.settings).server)
-    wait_for(lambda: (left := fleet.find(yard.uri("stopped"))) and not left.lives, "that it counts as dead")
+    registry = RedisBackfillRegistry(RedisLedger(yard.stage.settings).server)
+    wait_for(
+        lambda: (left := registry.find(yard.uri("stopped"))) and not left.lives, "that it counts as dead"
+    )
 
     last = yard.start("stopped", "--resume", "--json")
     out, err = last.communicate(timeout=WAIT_S)
@@ -170,10 +172,10 @@ def test_a_backfill_is_stopped_killed_and_resumed_and_has_each_row_once(at_work:
 def test_two_at_once_get_turns_and_one_is_cancelled_and_gone_on_with(yard: Any) -> None:
     one, other = yard.start("one"), yard.start("other", "--rate", "60")
     ledger = RedisLedger(yard.stage.settings)
-    fleet = RedisBackfillRegistry(ledger.server)
+    registry = RedisBackfillRegistry(ledger.server)
 
     def facts(name: str) -> dict[str, Any]:
-        record = fleet.find(yard.uri(name))
+        record = registry.find(yard.uri(name))
         return record.facts if record and record.lives else {"in_flight": 0, "done": 0}
 
     wait_for(lambda: facts("one")["in_flight"] and facts("other")["in_flight"], "that both wait for a worker")
@@ -210,8 +212,8 @@ def test_a_stream_that_says_no_more_keeps_nobody_from_stopping(yard: Any) -> Non
         stderr=subprocess.PIPE,
         text=True,
     )
-    fleet = RedisBackfillRegistry(RedisLedger(yard.stage.settings).server)
-    wait_for(lambda: fleet.find(yard.uri("stream")), "its start")
+    registry = RedisBackfillRegistry(RedisLedger(yard.stage.settings).server)
+    wait_for(lambda: registry.find(yard.uri("stream")), "its start")
     process.send_signal(signal.SIGTERM)
     assert process.wait(WAIT_S) == 130
     assert process.stderr is not None

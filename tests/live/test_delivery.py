@@ -51,10 +51,10 @@ class Post:
         document = self.ledger.claim(self.ledger.read(job.id), WORKER).document
         self.ledger.advance(document, status="succeeded")
 
-    def send(self, parcel: Delivery, event: StatusEvent) -> None:
-        assert parcel.webhook
-        hook = parcel.webhook
-        self.webhooks.send(hook.url, hook.secret_ref, event, message_id(parcel.document))
+    def send(self, delivery: Delivery, event: StatusEvent) -> None:
+        assert delivery.webhook
+        hook = delivery.webhook
+        self.webhooks.send(hook.url, hook.secret_ref, event, message_id(delivery.document))
 
     @contextlib.contextmanager
     def couriers(self, count: int = 1) -> Iterator[None]:
@@ -64,7 +64,7 @@ class Post:
             OutboxDispatcher(self.outbox, self.send, {}, threads=4, give_up_s=self.settings.webhook_give_up_s)
             for _ in range(count)
         ]
-        threads = [threading.Thread(target=one.keep, args=[stopped]) for one in made]
+        threads = [threading.Thread(target=one.run, args=[stopped]) for one in made]
         for one in threads:
             one.start()
         try:

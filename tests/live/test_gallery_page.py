@@ -65,7 +65,7 @@ def images() -> Mapping[str, bytes]:
 def store(images: Mapping[str, bytes]) -> testing.MemoryStore:
     """The dataset, made as a worker makes it."""
     store = testing.MemoryStore()
-    outside = testing.fake_services(images, store=store, residents=ModelCache(lambda _: Hostile()))
+    services = testing.fake_services(images, store=store, model_cache=ModelCache(lambda _: Hostile()))
     shard = Shard(
         backfill=new_id(),
         index=0,
@@ -76,7 +76,7 @@ def store(images: Mapping[str, bytes]) -> testing.MemoryStore:
         target=Target(top_n=2),
         output="s3://gradcam/results",
     )
-    shards.run_shard(shard, outside, JobContext(Deadline(60), lambda _: None))
+    shards.run_shard(shard, services, JobContext(Deadline(60), lambda _: None))
     return store
 
 

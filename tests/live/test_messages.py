@@ -211,10 +211,10 @@ def test_whoever_may_only_submit_may_do_all_that_a_client_does(port: int, admin:
         worker.advance(worker.claim(worker.read(retried), WORKER).document, status="failed")
         assert client.retry(retried).status == "queued"
         assert client.cancel(retried).status == "canceled"
-        fleet, place = RedisBackfillRegistry(RedisLedger(settings).server), "s3://results/cams"
-        assert fleet.beat(place, "me", {}, [], "token", enter=True).owner
-        assert fleet.find(place, cancel=True)
-        fleet.leave(place, "me", {}, [])
+        registry, place = RedisBackfillRegistry(RedisLedger(settings).server), "s3://results/cams"
+        assert registry.beat(place, "me", {}, [], "token", enter=True).owner
+        assert registry.find(place, cancel=True)
+        registry.leave(place, "me", {}, [])
         findings = islice(run_checks(Settings(broker_url=url(port, "submitter"))), 2)
         assert [found.well for found in findings] == [True, True], "the doctor finds broker and ledger well"
         assert not admin.acl_log(), "nothing was denied"

@@ -67,8 +67,8 @@ class Yard:
         self.client = GradcamClient(settings=self.settings)
         self.backfill = new_id()
         facts = {"backfill": self.backfill}
-        fleet = RedisBackfillRegistry(self.ledger.server)
-        self.token = fleet.beat(self.settings.output, "me", facts, [], "a token", enter=True).token
+        registry = RedisBackfillRegistry(self.ledger.server)
+        self.token = registry.beat(self.settings.output, "me", facts, [], "a token", enter=True).token
 
     def submit(self, rows: list[str]) -> Shard:
         number = len(self.ids)

@@ -141,10 +141,10 @@ def plant(tmp_path: Path, free_port: int, http_server: Any) -> Iterator[Plant]:
 
 def shard(plant: Plant) -> str:
     backfill, output = new_id(), plant.settings.output
-    fleet = RedisBackfillRegistry(plant.ledger.server)
+    registry = RedisBackfillRegistry(plant.ledger.server)
     made = Shard(
         backfill=backfill,
-        token=fleet.beat(output, "me", {"backfill": backfill}, [], "a token", enter=True).token,
+        token=registry.beat(output, "me", {"backfill": backfill}, [], "a token", enter=True).token,
         index=0,
         key="00000000-0123456789abcdef",
         first=0,
@@ -235,7 +235,7 @@ def test_without_a_worker_events_are_delivered_and_lost_jobs_queued_again(
         wait_for(lambda: plant.ask("/ready")[0] == 200, "readiness")
         wait_for(lambda: http_server.received, "a delivery")
         wait_for(lambda: plant.ledger.read(job.id).status == "queued", "that the job is queued again")
-        wait_for(lambda: publisher.Publisher(plant.settings).waiting("normal"), "its message")
+        wait_for(lambda: publisher.Publisher(plant.settings).queue_length("normal"), "its message")
         wait_for(lambda: plant.metrics()["jobs_reaped_total{reason=lost}"] == 1, "that it is counted")
         wait_for(lambda: plant.metrics().get("queue_jobs{priority=normal}") == 1, "the queue's metrics")
         wait_for(  # it was queued twice

@@ -287,15 +287,15 @@ def eager_client(
     uploads = given.uploads or "s3://uploads"
     settings = given.model_copy(update={"retry_backoff_s": 1e-6, "uploads": uploads})
     there, store, ledger = dict(images or {}), MemoryStore(), MemoryLedger()
-    residents = ModelCache(lambda _: network or TinyNetwork())
-    surroundings = fake_services(there, store=store, **{"residents": residents, **others})
+    model_cache = ModelCache(lambda _: network or TinyNetwork())
+    surroundings = fake_services(there, store=store, **{"residents": model_cache, **others})
     me = WorkerRef(id="eager", device="cpu")
 
     def run(job: Job) -> None:
         leases = LeaseManager(ledger, me.id, settings.lease_s)
-        desk = JobHandler(settings, ledger, surroundings, me, leases, CircuitBreaker(lambda: None))
+        handler = JobHandler(settings, ledger, surroundings, me, leases, CircuitBreaker(lambda: None))
         while not ledger.read(job.id).final:
             ledger.requeue(job.id)  # where it waits for another attempt
-            desk.handle({"id": job.id}, job.id)
+            handler.handle({"id": job.id}, job.id)
 
     return GradcamClient(settings=settings, ledger=ledger, publish=run, objects=MemoryObjects(store, there))

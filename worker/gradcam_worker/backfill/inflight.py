@@ -121,7 +121,7 @@ class InFlight:
         """A shard that has succeeded is no dead letter, whatever became of it before."""
         try:
             for one in flight.before:
-                self._ledger.bury(one)
+                self._ledger.drop_dead_letter(one)
         except LedgerUnavailable as error:  # its permissions may be of an earlier version
             log.debug("shard %s stays among the dead letters: %s", flight.shard.key, error)
 

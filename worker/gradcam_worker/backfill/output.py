@@ -116,7 +116,7 @@ class DatasetDir:
             raise BackfillConflict(message)
         if done and not resume:
             some = counted(len(done), "shard of it is", "shards of it are")
-            far = "it is complete" if self.sealed() else f"{some} done"
+            far = "it is complete" if self.is_committed() else f"{some} done"
             message = f"{self.uri} holds this very backfill, and {far}: use --resume to go on with it."
             raise BackfillConflict(message)
         return asked.model_copy(update={"id": held.id, "created_at": held.created_at})
@@ -136,7 +136,7 @@ class DatasetDir:
             self._store.remove(NETWORK)
         self._put(PLAN, plan.to_json().encode(), JSON)
 
-    def disown(self) -> None:
+    def discard_plan(self) -> None:
         """What lies here is no dataset, and nobody is to go on with it."""
         self._store.remove(PLAN)
 
@@ -183,16 +183,16 @@ class DatasetDir:
         self._store.remove(data_key(key))
         self._store.remove(failed_key(key))
 
-    def sealed(self) -> dict[str, Any] | None:
+    def is_committed(self) -> dict[str, Any] | None:
         """What the seal says, where all is there."""
         text = self._find(SEAL)
         return dict(json.loads(text)) if text is not None else None
 
-    def unseal(self) -> None:
+    def uncommit(self) -> None:
         """Something is about to change."""
         self._store.remove(SEAL)
 
-    def seal(
+    def commit(
         self, plan: Plan, keys: Sequence[str], rows: int, network: NetworkRef | None, *, changed: bool
     ) -> dict[str, Any]:
         """Gather the failed rows, check that all is there and nothing else, and say so; return the seal.

@@ -210,7 +210,7 @@ def _place(output: str) -> str:
 class BackfillLease:
     """A backfill's place in the fleet, for as long as it is run: says so from a thread of its own."""
 
-    fleet: BackfillRegistry
+    registry: BackfillRegistry
     output: str
     facts: Callable[[], dict[str, Any]]
     shards: Callable[[], Sequence[str]]
@@ -240,13 +240,13 @@ class BackfillLease:
         self._stopped.set()
         self._thread.join()
         try:
-            self.fleet.leave(self.output, self._owner, self._said(), self.shards())
+            self.registry.leave(self.output, self._owner, self._said(), self.shards())
         except LedgerUnavailable as unavailable:  # it is forgotten soon enough
             log.debug("the fleet is not told of the end: %s", unavailable)
 
     def beat(self, *, enter: bool = False) -> LeaseStatus:
         """Say now that it is run, and which shards are in flight. Raises LedgerUnavailable."""
-        self.heard = self.fleet.beat(
+        self.heard = self.registry.beat(
             self.output, self._owner, self._said(), self.shards(), self.token, enter=enter
         )
         return self.heard

@@ -43,7 +43,7 @@ class BackfillRunner:
         output: DatasetDir,
         ledger: Ledger,
         ring: Callable[[str], None],
-        fleet: BackfillRegistry,
+        registry: BackfillRegistry,
         *,
         pace: RunOptions = AT_EASE,
         each: int = 2,
@@ -55,7 +55,7 @@ class BackfillRunner:
         `show` is called again and again with how far it is, `say` with what somebody should know.
         """
         self.plan, self.standing, self._speed = plan, Progress(), RateMeter()
-        self._output, self._ledger, self._ring, self._fleet = output, ledger, ring, fleet
+        self._output, self._ledger, self._ring, self._fleet = output, ledger, ring, registry
         self._pace, self._each, self._show, self._say = pace, each, show, say
         self._outages = OutageLog(say)
         self.flights = InFlight(ledger, output.has, self._announce, say)
@@ -67,18 +67,18 @@ class BackfillRunner:
         self._free_s = self._asked_s = 0.0  # when the next shard may go; when workers were counted last
         self._unsealed = False
 
-    def seat(self) -> BackfillLease:
+    def lease(self) -> BackfillLease:
         """This backfill's place in the fleet: enter it, then `run`."""
         return BackfillLease(self._fleet, self.plan.output, self._facts, lambda: self.flights.ids)
 
-    def run(self, seat: BackfillLease, shards: Iterable[Shard]) -> dict[str, Any] | None:
+    def run(self, lease: BackfillLease, shards: Iterable[Shard]) -> dict[str, Any] | None:
         """Make the output its own and run it; return the seal, or None where shards are missing.
 
         Ledger and broker, when they are away, are tried again for ever. Raises BackfillConflict,
         BackfillStopped, StorageUnavailable, and what reading `shards` does. However it ends, it can go on.
         """
-        self._seat = seat
-        if seat.before and seat.before.facts["backfill"] != self.plan.id:
+        self._seat = lease
+        if lease.before and lease.before.facts["backfill"] != self.plan.id:
             self._settle()
         self._output.begin(self.plan)
         self._weights, self._held = Weights(self._output), self._output.done()
@@ -86,9 +86,9 @@ class BackfillRunner:
         with Prefetcher(shards) as ahead:
             pause_s = FIRST_LOOK_S
             while not self._over():
-                self._heed()
+                self._check_cancel()
                 seen = len(self._keys), self._ended
-                self._outages.asking(lambda: self._turn(ahead))
+                self._outages.asking(lambda: self._step(ahead))
                 self._show_now()
                 if not self._over() and (why := self._pace.hopeless(self.standing, self._ended)):
                     self._stop(f"{why} A greater --max-failed lets more.")
@@ -110,17 +110,17 @@ class BackfillRunner:
             return self.flights.settled(before)
 
         while before and not self._outages.asking(settled):
-            self._heed()
+            self._check_cancel()
             self._show_now()
             time.sleep(FIRST_LOOK_S)
 
-    def _heed(self) -> None:
+    def _check_cancel(self) -> None:
         """Whether it is to go on. Raises BackfillConflict, BackfillStopped where it is not."""
         self._seat.check()
         if self._seat.heard.cancel:
             self._stop("The backfill was cancelled on request.")
 
-    def _turn(self, ahead: Prefetcher[Shard]) -> None:
+    def _step(self, ahead: Prefetcher[Shard]) -> None:
         """Raises LedgerUnavailable: the next one does what is left."""
         self._count_workers()
         self._hand_out(ahead)
@@ -146,7 +146,7 @@ class BackfillRunner:
                 self._submit(self._waiting[0])
                 self._waiting.popleft()
                 continue
-            shard = ahead.take(FIRST_LOOK_S)
+            shard = ahead.next(FIRST_LOOK_S)
             if shard is None:
                 self.standing = replace(self.standing, whole=ahead.ended)
                 return
@@ -187,7 +187,7 @@ class BackfillRunner:
     def _unseal(self) -> None:
         """Before anything changes."""
         if not self._unsealed:
-            self._output.unseal()
+            self._output.uncommit()
             self._unsealed = True
 
     def _submit(self, flight: InFlightShard) -> None:
@@ -213,7 +213,7 @@ class BackfillRunner:
             elif document.status == "succeeded":
                 self._succeeded(flight, document)
             else:
-                self._went_wrong(flight, document)
+                self._on_shard_failed(flight, document)
         self.standing = replace(self.standing, partly=self.flights.partly)
         if self._unknown:
             for one in self._ledger.read_many(self._unknown).values():
@@ -238,7 +238,7 @@ class BackfillRunner:
     def _compare(self, document: StatusDocument) -> None:
         """All shards must have been explained with the same weights, at the same layer."""
         if differs := self._weights.differ(document):
-            self._output.disown()
+            self._output.discard_plan()
             self._stop(
                 f"The workers do not agree: shard {document.metadata['shard']} was explained with {differs}. "
                 f"What lies in {self._output.uri} is no dataset: give all workers the same weights, and "
@@ -246,7 +246,7 @@ class BackfillRunner:
                 resume=False,
             )
 
-    def _went_wrong(self, flight: InFlightShard, document: StatusDocument) -> None:
+    def _on_shard_failed(self, flight: InFlightShard, document: StatusDocument) -> None:
         """A shard has failed as a whole."""
         code = document.error.code if document.error else document.status
         why = f"{code}: {document.error.detail if document.error else 'nobody knows why'}"
@@ -276,10 +276,10 @@ class BackfillRunner:
         if not self._keys:
             message = f"There is nothing to explain: {self.plan.input} holds no rows."
             raise InvalidInput(message)
-        said = None if self._unsealed or self._held else self._output.sealed()
+        said = None if self._unsealed or self._held else self._output.is_committed()
         if said is None and self._pace.changed:
             self._unseal()  # what is no part of the input any more is removed now
-        return said or self._output.seal(
+        return said or self._output.commit(
             self.plan, self._keys, self.standing.planned, self._weights.network, changed=self._pace.changed
         )
 

@@ -121,14 +121,14 @@ def question(item: bytes) -> bytes:
         case {
             "destination": list() | None as destination,
             "reply_to": {"exchange": exchange, "routing_key": str() as key},
-            "ticket": str() as ticket,
+            "ticket": str() as slot,
         }:
             if exchange == REPLIES and not asked.get("pattern"):
                 body = {
                     "method": method,
                     "destination": destination,
                     "reply_to": {"exchange": REPLIES, "routing_key": key},
-                    "ticket": ticket,
+                    "ticket": slot,
                 }
                 return json.dumps(
                     {

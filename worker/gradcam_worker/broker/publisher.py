@@ -73,12 +73,12 @@ class Publisher:
     def publish(self, jobs: Iterable[tuple[Work, datetime | None]]) -> None:
         """Ring for jobs, in order, each with the moment at which it was entered in the ledger.
 
-        That moment, where it is known, saves its worker a look there: see `Ledger.take`.
+        That moment, where it is known, saves its worker a look there: see `Ledger.claim_fresh`.
         Raises BrokerUnavailable: some of the messages may have come through.
         """
         self._push((job.priority, _message(job.id, job.priority, job.to_json(), at)) for job, at in jobs)
 
-    def ring(self, job_ids: Iterable[str], priority: str) -> None:
+    def republish(self, job_ids: Iterable[str], priority: str) -> None:
         """Ring for jobs that the ledger has: their ids are enough. Raises BrokerUnavailable."""
         self._push(
             (priority, _message(one, priority, json.dumps({"id": one}), entered_at=None)) for one in job_ids
@@ -98,7 +98,7 @@ class Publisher:
                 pipeline.lpush(self._key(priority), *texts)
             pipeline.execute()
 
-    def waiting(self, priority: str) -> int:
+    def queue_length(self, priority: str) -> int:
         """How many messages wait in the queue of a priority. Raises BrokerUnavailable."""
         with self._clients.reaching():
             found: Any = self._clients.mine().llen(self._key(priority))

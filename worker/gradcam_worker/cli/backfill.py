@@ -153,9 +153,9 @@ def run(
             say=progress.say,
         )
         try:
-            with _stoppable(), runs.seat() as seat, progress:
+            with _stoppable(), runs.lease() as lease, progress:
                 cut = shards(watched.rows(), plan, max_bytes=settings.max_message_bytes // 2)
-                seal = runs.run(seat, cut)
+                seal = runs.run(lease, cut)
         except KeyboardInterrupt:
             one = "shard is in flight, and comes to its end by itself; "
             more = "shards are in flight, and come to their end by themselves; "
@@ -203,7 +203,7 @@ def _ring(settings: Settings) -> Callable[[str], None]:
     from gradcam_worker.broker.publisher import Publisher
 
     bell = Publisher(settings)
-    return lambda job_id: bell.ring([job_id], ROUTE)
+    return lambda job_id: bell.republish([job_id], ROUTE)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def status(output: str, *, as_json: bool) -> int:
 
     settings = Settings.from_environment()
     place = opened(output, settings)
-    plan, seal = place.held(), place.sealed()
+    plan, seal = place.held(), place.is_committed()
     ledger = RedisLedger(settings)
     record = RedisBackfillRegistry(ledger.server).find(place.uri)
     lives, done = record is not None and record.lives, sum(map(len, place.done().values()))
@@ -109,12 +109,12 @@ def cancel(output: str, *, as_json: bool) -> int:
     settings = Settings.from_environment()
     place, ledger = opened(output, settings), RedisLedger(settings)
     place.held()
-    fleet = RedisBackfillRegistry(ledger.server)
-    record, end = fleet.find(place.uri, cancel=True), time.monotonic() + CANCEL_S
+    registry = RedisBackfillRegistry(ledger.server)
+    record, end = registry.find(place.uri, cancel=True), time.monotonic() + CANCEL_S
     ran = record is not None and record.lives
     while record and record.lives and time.monotonic() < end:
         time.sleep(LOOK_S)
-        record = fleet.find(place.uri)
+        record = registry.find(place.uri)
     ended = record is None or not record.lives
     left = cancel_shards(ledger, record.shards) if record and ended else []
     ends = {one.id for one in left if not one.final}  # a worker still has them in hand

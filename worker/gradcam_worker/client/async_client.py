@@ -87,12 +87,12 @@ class AsyncGradcamClient:
         self, job_id: str, timeout_s: float | None = None
     ) -> AsyncGenerator[StatusDocument, None]:
         """See `GradcamClient.stream`. Whoever may leave it early closes it: `contextlib.aclosing`."""
-        loop, woken, watcher = asyncio.get_running_loop(), asyncio.Event(), self.client.watcher
+        loop, woken, waiter = asyncio.get_running_loop(), asyncio.Event(), self.client.waiter
         wake = functools.partial(loop.call_soon_threadsafe, woken.set)
         listener = Subscription(job_id, wake, timeout_s)
-        listener.tell(await self._called(functools.partial(watcher.look, listener.job_id)))
+        listener.tell(await self._called(functools.partial(waiter.look, listener.job_id)))
         try:
-            with closing(watcher.follow(listener)) as steps:
+            with closing(waiter.follow(listener)) as steps:
                 for step in steps:
                     if isinstance(step, StatusDocument):
                         yield step
@@ -102,7 +102,7 @@ class AsyncGradcamClient:
                                 await woken.wait()
                         woken.clear()
         except WaitTimeout as late:
-            raise await self._called(functools.partial(watcher.explained, late)) from None
+            raise await self._called(functools.partial(waiter.explained, late)) from None
 
     async def _called(self, method: Callable[[], R]) -> R:
         """Call it in a thread, in the context of whoever awaits it."""

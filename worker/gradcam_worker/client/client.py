@@ -73,7 +73,7 @@ class GradcamClient:
         self._settings = settings = change(broker_url=broker_url, ledger_url=status_url)
         self._traces = tracing.to(settings.traces, "gradcam-client")
         self._ledger = ledger or RedisLedger(settings, timeout_s=TIMEOUT_S, retries=0)
-        self.watcher = JobWaiter(self._ledger)
+        self.waiter = JobWaiter(self._ledger)
         self._bell, self._publish = publisher.Publisher(settings, timeout_s=TIMEOUT_S), publish
         self._objects = objects or results.Places(settings)
 
@@ -172,7 +172,7 @@ class GradcamClient:
         """Enter jobs in the ledger: see `Ledger.submit_many`. Doing it twice is harmless."""
         asked = _Asked(lambda: self._ledger.submit_many(jobs, retry_failed=retry_failed))
         try:
-            return patience.insist(asked, (LedgerUnavailable,), _hopeless)
+            return patience.call(asked, (LedgerUnavailable,), _hopeless)
         except LedgerUnavailable as error:
             which = f"job {jobs[0].id} was" if len(jobs) == 1 else f"{len(jobs)} jobs were"
             if not asked.in_doubt:
@@ -200,7 +200,7 @@ class GradcamClient:
                 self._bell.publish((job, held.created_at) for job, held in waiting)
 
         try:
-            patience.insist(ring, (BrokerUnavailable,), _hopeless)
+            patience.call(ring, (BrokerUnavailable,), _hopeless)
         except BrokerUnavailable as error:
             which = f"job {waiting[0][0].id} is" if len(waiting) == 1 else f"{len(waiting)} jobs are"
             log.warning("%s accepted, but nobody could be told at once: %s", which, error)
@@ -250,7 +250,7 @@ class GradcamClient:
             raise error.saying(doubt if asked.in_doubt else known) from error
 
     def _insist(self, ask: Callable[[], T]) -> T:
-        return _patience().insist(ask, (LedgerUnavailable,), _hopeless)
+        return _patience().call(ask, (LedgerUnavailable,), _hopeless)
 
     def result(self, job_id: str, *, manifest_uri: str | None = None, expires_s: int = 3600) -> Result:
         """What a job that succeeded has left: its manifest, and a URL for each artifact, good for so long.
@@ -304,11 +304,11 @@ class GradcamClient:
         of reach is waited for, for a minute and not beyond `timeout_s`. Raises WaitTimeout, UnknownJob, and
         LedgerUnavailable where it stayed out of reach, or the client was closed.
         """
-        return self.watcher.stream(job_id, timeout_s)
+        return self.waiter.stream(job_id, timeout_s)
 
     def close(self) -> None:
         """Close every connection: who still waits gets LedgerUnavailable. Used again, it connects again."""
-        self.watcher.close()
+        self.waiter.close()
         self._ledger.close()
         self._bell.close()
 

@@ -182,7 +182,7 @@ class StatusPoller:
             begun, ended, self._begun, self._ended = self._begun, self._ended, set(), set()
         try:
             self._changes.subscribe(begun, ended)
-            started, changed = self._changes.heard()
+            started, changed = self._changes.poll()
         except LedgerUnavailable as error:
             self._deafen(error)
             return set()

@@ -70,7 +70,7 @@ class OutboxDispatcher:
         self._out: Counter[str] = Counter()  # lane -> parcels that are under way there
         self._trusted: dict[str, None] = {}  # lanes that answered the last time; the latest is the last
 
-    def keep(self, stopped: threading.Event) -> None:
+    def run(self, stopped: threading.Event) -> None:
         """Deliver until `stopped`; then wait for what is under way, END_S at most."""
         with self._hands():
             while not stopped.is_set():
@@ -124,23 +124,23 @@ class OutboxDispatcher:
             others = max(self._threads // 2, 1) - sum(self._out[lane] for lane in dict.fromkeys(doubtful))
         if not free:
             return False
-        parcels = self._outbox.take(free, self._keep_s, room, max(others, 0))
+        deliveries = self._outbox.take(free, self._keep_s, room, max(others, 0))
         with self._lock:
-            self._out.update(parcel.lane for parcel in parcels)
-        for parcel in parcels:
-            self._parcels.put(parcel)
-        return bool(parcels)
+            self._out.update(delivery.destination for delivery in deliveries)
+        for delivery in deliveries:
+            self._parcels.put(delivery)
+        return bool(deliveries)
 
     def _work(self) -> None:
-        while (parcel := self._parcels.get()) is not None:
+        while (delivery := self._parcels.get()) is not None:
             answered = False
             try:
-                answered = self._bring(parcel)
+                answered = self._attempt(delivery)
             except LedgerUnavailable as error:
                 self._outage.failed(str(error))  # it comes again by itself, `keep_s` after it was taken
             except BaseException:
-                log.exception("%s: %s was not delivered", parcel.recipient, parcel.event)
-            self._done(parcel.lane, answered=answered)
+                log.exception("%s: %s was not delivered", delivery.recipient, delivery.event)
+            self._done(delivery.destination, answered=answered)
 
     def _done(self, lane: str, *, answered: bool) -> None:
         with self._lock:
@@ -154,73 +154,77 @@ class OutboxDispatcher:
                     del self._trusted[next(iter(self._trusted))]
         self._freed.set()
 
-    def _bring(self, parcel: Delivery) -> bool:
+    def _attempt(self, delivery: Delivery) -> bool:
         """Deliver a parcel and write down what became of it; whether its lane answered."""
-        document = parcel.document
+        document = delivery.document
         trace = trace_id(document.traceparent)
         with logs.about(job_id=document.id, attempt=document.attempt, trace_id=trace):
-            return self._brought(parcel)
+            return self._record(delivery)
 
-    def _brought(self, parcel: Delivery) -> bool:
+    def _record(self, delivery: Delivery) -> bool:
         try:
-            self._deliver(parcel)
+            self._deliver(delivery)
         except StatusUnavailable as error:
-            self._again(parcel, error, error.retry_after_s or 0)
+            self._reschedule(delivery, error, error.retry_after_s or 0)
             return False
         except EndpointGone as error:
-            if parcel.webhook:
-                self._outbox.disable(parcel.webhook.url)
-            self._park(parcel, error)
+            if delivery.webhook:
+                self._outbox.disable(delivery.webhook.url)
+            self._park(delivery, error)
         except (DeliveryRefused, UriNotAllowed) as error:
-            if parcel.document.final:
-                self._park(parcel, error)
+            if delivery.document.final:
+                self._park(delivery, error)
             else:
-                log.warning("%s: %s is dropped: %s", parcel.recipient, parcel.event, error)
+                log.warning("%s: %s is dropped: %s", delivery.recipient, delivery.event, error)
                 self._observer.delivered("failed")
-                self._outbox.delivered(parcel)  # whoever does not want to hear this may want to hear the end
+                self._outbox.delivered(
+                    delivery
+                )  # whoever does not want to hear this may want to hear the end
         except BaseException as error:
-            log.exception("%s: %s was not delivered", parcel.recipient, parcel.event)
-            self._again(parcel, error, 0)
+            log.exception("%s: %s was not delivered", delivery.recipient, delivery.event)
+            self._reschedule(delivery, error, 0)
             return False
         else:
             self._observer.delivered("delivered")
-            self._outbox.delivered(parcel)
+            self._outbox.delivered(delivery)
         return True
 
-    def _deliver(self, parcel: Delivery) -> None:
-        event = StatusEvent(type=f"gradcam.{parcel.event}", timestamp=utc_now(), data=parcel.document)
-        if parcel.webhook:
-            traceparent = parcel.document.traceparent
+    def _deliver(self, delivery: Delivery) -> None:
+        event = StatusEvent(type=f"gradcam.{delivery.event}", timestamp=utc_now(), data=delivery.document)
+        if delivery.webhook:
+            traceparent = delivery.document.traceparent
             known = self._traces if traceparent else OFF  # alone, a delivery is no trace worth looking at
-            facts: dict[str, Any] = {"job_id": parcel.document.id, "event": parcel.event}
-            with known.joined("webhook", traceparent, kind="CLIENT", tries=parcel.tries, **facts):
-                self._to_webhook(parcel, event)
-        elif parcel.lane in self._sinks:
-            self._sinks[parcel.lane](parcel, event)
+            facts: dict[str, Any] = {"job_id": delivery.document.id, "event": delivery.event}
+            with known.joined("webhook", traceparent, kind="CLIENT", tries=delivery.tries, **facts):
+                self._to_webhook(delivery, event)
+        elif delivery.destination in self._sinks:
+            self._sinks[delivery.destination](delivery, event)
         else:
-            message = f"This worker does not know the status backend {parcel.lane!r}."
+            message = f"This worker does not know the status backend {delivery.destination!r}."
             raise StatusUnavailable(message)
 
-    def _again(self, parcel: Delivery, error: BaseException, retry_after_s: float) -> None:
+    def _reschedule(self, delivery: Delivery, error: BaseException, retry_after_s: float) -> None:
         """Later: as long as the receiver asks for, else twice as long as the time before; jitter keeps many
         apart. After `give_up_s`, never.
         """
-        if parcel.waited_s < self._give_up_s:
-            doubled = min(FIRST_PAUSE_S * 2.0 ** min(parcel.tries, 20), LONGEST_PAUSE_S)
+        if delivery.waited_s < self._give_up_s:
+            doubled = min(FIRST_PAUSE_S * 2.0 ** min(delivery.tries, 20), LONGEST_PAUSE_S)
             pause_s = max(retry_after_s, doubled * random.uniform(0.8, 1.2))  # noqa: S311  # jitter, not a secret
             self._observer.delivered("failed")
-            self._outbox.postpone(parcel, pause_s, quiet_s=retry_after_s)
+            self._outbox.postpone(delivery, pause_s, quiet_s=retry_after_s)
             return
-        self._park(parcel, error)
+        self._park(delivery, error)
         others = 0
-        while more := self._outbox.park_old(parcel.lane, self._give_up_s):
+        while more := self._outbox.park_old(delivery.destination, self._give_up_s):
             others += more
         if others:
             self._observer.delivered("parked", others)
-            log.error("%s: %d more recipients there are parked, who waited as long", parcel.lane, others)
+            log.error(
+                "%s: %d more recipients there are parked, who waited as long", delivery.destination, others
+            )
 
-    def _park(self, parcel: Delivery, error: BaseException) -> None:
+    def _park(self, delivery: Delivery, error: BaseException) -> None:
         why = str(error) if isinstance(error, GradcamError) else type(error).__name__
-        log.error("%s: %s is parked: %s", parcel.recipient, parcel.event, why)
+        log.error("%s: %s is parked: %s", delivery.recipient, delivery.event, why)
         self._observer.delivered("parked")
-        self._outbox.park(parcel)
+        self._outbox.park(delivery)

@@ -73,11 +73,11 @@ class JobHandler:
 
     settings: Settings
     ledger: Ledger
-    outside: Services
+    services: Services
     worker: WorkerRef
     leases: LeaseManager
     breaker: CircuitBreaker
-    floor: ExclusiveGate = field(default_factory=ExclusiveGate)
+    gate: ExclusiveGate = field(default_factory=ExclusiveGate)
     observer: Observer = SILENT
     traces: Traces = OFF
     admits: Callable[[Shard], bool] = lambda _: (
@@ -102,19 +102,19 @@ class JobHandler:
         end = "returned"
         try:
             with self.stall.in_hand(), logs.about(job_id=_identify(payload, message_id)):
-                end = self._brought_to_its_end(payload, message_id, entered_at, kind)
+                end = self._process(payload, message_id, entered_at, kind)
         finally:
             self.observer.attempt_ended(end)
         return end
 
-    def _brought_to_its_end(self, payload: object, message_id: str, entered_at: object, kind: Kind) -> str:
-        if self.breaker.open:
-            raise WorkerUnfit(self.breaker.open)
+    def _process(self, payload: object, message_id: str, entered_at: object, kind: Kind) -> str:
+        if self.breaker.open_reason:
+            raise WorkerUnfit(self.breaker.open_reason)
         job_id = _identify(payload, message_id)
         try:
-            if entered_at and kind is Job and (end := self._at_once(payload, entered_at)):
+            if entered_at and kind is Job and (end := self._try_fast_claim(payload, entered_at)):
                 return end
-            while not (end := self._received(job_id, payload, kind)):
+            while not (end := self._claim(job_id, payload, kind)):
                 pass
         except (InvalidJob, IdempotencyConflict, UnknownBackfill) as error:
             if payload == {"id": job_id} and not self.ledger.route(job_id):
@@ -130,27 +130,29 @@ class JobHandler:
             return "dropped"
         return end
 
-    def _at_once(self, payload: object, entered_at: object) -> str | None:
+    def _try_fast_claim(self, payload: object, entered_at: object) -> str | None:
         """What most messages need: one question to the ledger, then the job. None: it is not so simple."""
         try:
             job, moment = Job.parse(payload), MOMENT.validate_python(entered_at)
         except (InvalidJob, ValueError):
             return None  # the ledger may know better
-        with self.floor.entered(job.id) as free:
+        with self.gate.enter(job.id) as free:
             asked_at = utc_now()
-            document = self.ledger.take(job, moment, self.worker) if free else None
+            document = self.ledger.claim_fresh(job, moment, self.worker) if free else None
             return self._run(job, document, asked_at) if document else None
 
-    def _received(self, job_id: str, payload: object, kind: Kind) -> str | None:
+    def _claim(self, job_id: str, payload: object, kind: Kind) -> str | None:
         """Ask the ledger what the job is, then for the job. None: it has changed in between."""
-        job, document = self.ledger.receive(job_id, _with_id(payload, job_id), partial(self._read, kind))
+        job, document = self.ledger.get_or_create(
+            job_id, _with_id(payload, job_id), partial(self._read, kind)
+        )
         if job is None:
             log.info("job %s is %s: nothing to do", document.id, document.status)
             return "dropped"
         if end := self._turned_away(job, document, kind):
             return end
         # Where a worker died under it, it has the process for itself, before the attempt begins.
-        with self.floor.entered(job.id, alone=suspected(document)) as free:
+        with self.gate.enter(job.id, alone=suspected(document)) as free:
             if not free:
                 return "dropped"
             asked_at = utc_now()
@@ -191,16 +193,16 @@ class JobHandler:
         log.warning("job %s refused: %s", document.id, error)
         return document
 
-    def hand_back(self) -> list[str]:
+    def requeue_unfinished(self) -> list[str]:
         """Give up all that runs here, without loss of an attempt; return what is to be published again.
 
         Nothing is begun here any more. Asked again, it finds what was just beginning then.
         """
-        self.floor.close()
+        self.gate.close()
         back = []
-        for job_id, attempt in self.leases.let_go().items():
+        for job_id, attempt in self.leases.release_all().items():
             try:
-                if self.ledger.hand_back(job_id, attempt):
+                if self.ledger.requeue_unfinished(job_id, attempt):
                     back.append(job_id)
             except LedgerUnavailable as error:  # those that are back already have to be told of
                 log.warning("job %s is not handed back: %s", job_id, error)
@@ -210,11 +212,13 @@ class JobHandler:
         self, job: Work, document: StatusDocument, asked_at: datetime, *, suspect: str | None = None
     ) -> str:
         """Run a job that was asked for, and claimed; write down how it went."""
-        with self._told(job, document, asked_at) as traced:
-            return self._brought_through(job, traced, suspect)
+        with self._job_context(job, document, asked_at) as traced:
+            return self._execute(job, traced, suspect)
 
     @contextmanager
-    def _told(self, job: Work, document: StatusDocument, asked_at: datetime) -> Iterator[StatusDocument]:
+    def _job_context(
+        self, job: Work, document: StatusDocument, asked_at: datetime
+    ) -> Iterator[StatusDocument]:
         """Within it, lines and spans are this attempt's; yields its document, which says in which trace."""
         above = job.traceparent or document.traceparent
         facts: dict[str, Any] = {"job_id": job.id, "attempt": document.attempt}
@@ -226,33 +230,33 @@ class JobHandler:
             with logs.about(**facts, trace_id=tracing.trace_id(traceparent)):
                 yield document.model_copy(update={"traceparent": traceparent})
 
-    def _brought_through(self, job: Work, document: StatusDocument, suspect: str | None) -> str:
+    def _execute(self, job: Work, document: StatusDocument, suspect: str | None) -> str:
         progress = _StageReporter(self.ledger, document, self.stall.moved)
-        journey = JobContext(
+        context = JobContext(
             Deadline(job.timeout_s),
             progress,
             attempt=document.attempt,
-            insist=progress.insist,
-            suspect=suspect,
-            last=document.attempt >= document.max_attempts,
+            checkpoint=progress.insist,
+            crashed_stage=suspect,
+            is_last_attempt=document.attempt >= document.max_attempts,
         )
         shard = isinstance(job, Shard)
         with (
-            self._counted(document, journey, shard=shard),
-            self.leases.held(document, journey.deadline, progress.catch_up),
+            self._track_in_flight(document, context, shard=shard),
+            self.leases.hold(document, context.deadline, progress.catch_up),
         ):
             try:
                 if isinstance(job, Shard):
-                    done = shards.run_shard(job, self.outside, journey)
+                    done = shards.run_shard(job, self.services, context)
                 else:
-                    done = pipeline.run_job(job, self.outside, journey)
+                    done = pipeline.run_job(job, self.services, context)
             except (AttemptFenced, LedgerUnavailable):
                 raise
             except BaseException as error:  # noqa: BLE001  # the one place where anything at all becomes a Problem
-                return self._failed(job, progress.end(), journey, error)
+                return self._failed(job, progress.end(), context, error)
             self.breaker.succeeded()
             last = progress.end()
-            metrics = {**last.metrics, **journey.metrics, **done.metrics}
+            metrics = {**last.metrics, **context.metrics, **done.metrics}
             self._write(last, status="succeeded", **{**vars(done), "metrics": metrics})
             if shard:
                 failed = int(done.metrics["failed"])
@@ -260,7 +264,9 @@ class JobHandler:
         return "done"
 
     @contextmanager
-    def _counted(self, document: StatusDocument, journey: JobContext, *, shard: bool) -> Iterator[None]:
+    def _track_in_flight(
+        self, document: StatusDocument, context: JobContext, *, shard: bool
+    ) -> Iterator[None]:
         """Within it, a job is run; the observer hears when and how long, stage by stage."""
         self.observer.in_flight(1, shard=shard)
         try:
@@ -268,17 +274,17 @@ class JobHandler:
         finally:
             self.observer.in_flight(-1, shard=shard)
             if not shard:
-                self.observer.staged({**document.metrics, **journey.metrics})
+                self.observer.staged({**document.metrics, **context.metrics})
 
-    def _failed(self, job: Work, document: StatusDocument, journey: JobContext, error: BaseException) -> str:
+    def _failed(self, job: Work, document: StatusDocument, context: JobContext, error: BaseException) -> str:
         if not isinstance(error, GradcamError):
-            log.error("job %s: unforeseen at %s", job.id, journey.stage, exc_info=error)
+            log.error("job %s: unforeseen at %s", job.id, context.current_stage, exc_info=error)
             error = InternalError.of(error)
         if isinstance(error, StorageUnavailable):
             self.breaker.failed(error)
         tracing.note(error)
-        problem = Problem.of(error, stage=journey.stage, attempt=document.attempt)
-        changes: dict[str, Any] = {"error": problem, "metrics": {**document.metrics, **journey.metrics}}
+        problem = Problem.of(error, stage=context.current_stage, attempt=document.attempt)
+        changes: dict[str, Any] = {"error": problem, "metrics": {**document.metrics, **context.metrics}}
         if isinstance(error, JobCanceled):
             self._write(document, status="canceled", **changes)
             return "done"

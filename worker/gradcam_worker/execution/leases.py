@@ -43,7 +43,7 @@ class LeaseManager:
         self._door = threading.Lock()
 
     @contextmanager
-    def held(
+    def hold(
         self, document: StatusDocument, deadline: Deadline, catch_up: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
         """Within it, the lease of a job that has just been claimed is renewed.
@@ -71,12 +71,12 @@ class LeaseManager:
         with self._door:
             return {job_id: attempt for job_id, (attempt, _) in self._held.items()}
 
-    def beat(self) -> None:
+    def renew(self) -> None:
         """Renew all leases, and hear which jobs are to stop. Raises LedgerUnavailable."""
         with self._door:
             held = dict(self._held)
         asked_s = time.monotonic()
-        learned = self._ledger.beat(
+        learned = self._ledger.renew_leases(
             self._worker, self._health(), {job_id: attempt for job_id, (attempt, _) in held.items()}
         )
         self._observer.leases_renewed(len(held.keys() - learned.lost))
@@ -95,7 +95,7 @@ class LeaseManager:
         for write in behind:
             write()
 
-    def let_go(self) -> dict[str, int]:
+    def release_all(self) -> dict[str, int]:
         """Stop all that runs here; return what it was: job id -> attempt."""
         self._letting_go = True
         with self._door:
@@ -103,7 +103,7 @@ class LeaseManager:
                 deadline.cancel(AttemptFenced(f"Attempt {attempt} was handed back: its worker stops."))
         return self.jobs()
 
-    def keep(self, stopped: threading.Event) -> None:
+    def run(self, stopped: threading.Event) -> None:
         """Renew until `stopped`; a ledger out of reach is asked again."""
         every_s, reached = min(self._lease_s / BEATS, LOOK_S), True
         due_s = time.monotonic() + every_s
@@ -111,7 +111,7 @@ class LeaseManager:
             try:
                 if time.monotonic() >= due_s:
                     due_s = time.monotonic() + every_s
-                    self.beat()
+                    self.renew()
                     self._outage.answered()
                     reached = True
                 if reached:

@@ -43,20 +43,20 @@ class JobContext:
     """Where a job is and how long each stage took, in seconds."""
 
     deadline: Deadline
-    report: Callable[[str], None]  # called as a stage begins
+    report_stage: Callable[[str], None]  # called as a stage begins
     attempt: int = 1
-    stage: str = "check"
+    current_stage: str = "check"
     metrics: dict[str, float] = field(default_factory=dict)
-    insist: Callable[[str], None] = lambda _: None  # reports what must be known if this process dies
-    suspect: str | None = None  # a worker died under it: the stage that was reported last
-    last: bool = False  # there will be no other attempt
+    checkpoint: Callable[[str], None] = lambda _: None  # reports what must be known if this process dies
+    crashed_stage: str | None = None  # a worker died under it: the stage that was reported last
+    is_last_attempt: bool = False  # there will be no other attempt
 
     @contextmanager
-    def at(self, stage: str) -> Iterator[None]:
+    def stage(self, stage: str) -> Iterator[None]:
         """Be at a stage. Raises JobTimeout where no time is left for it."""
-        self.stage = stage
+        self.current_stage = stage
         self.deadline.check(stage)
-        self.report(stage)
+        self.report_stage(stage)
         begun = time.monotonic()
         try:
             with tracing.span(stage):
@@ -66,56 +66,58 @@ class JobContext:
             log.debug("%s took %.4f s", stage, took_s)
 
 
-def run_job(job: Job, outside: Services, journey: JobContext, *, folder: str | None = None) -> JobResult:
+def run_job(job: Job, services: Services, context: JobContext, *, folder: str | None = None) -> JobResult:
     """Run one job. Artifacts go below `folder`, which is the job's id unless it is given.
 
     Raises the errors of `gradcam_worker.errors`; `journey` says at which stage.
     """
     with ExitStack() as held:
-        return _explain(job, outside, journey, held, folder or job.id)
+        return _explain(job, services, context, held, folder or job.id)
 
 
-def _explain(job: Job, outside: Services, journey: JobContext, held: ExitStack, place: str) -> JobResult:
-    store = admit(job, outside)
+def _explain(job: Job, services: Services, context: JobContext, held: ExitStack, place: str) -> JobResult:
+    store = admit(job, services)
     bulk = job.priority == "bulk"
-    with outside.residents.ticket() as ticket:
-        with journey.at("fetch"):
-            image_bytes, bytes_held = fetched(job.image, outside, journey.deadline, held)
-            if journey.attempt > 1:
-                row = outside.networks.find(job.network)
-                if found := artifacts.sealed(store, place, job, image_bytes.sha256, row, journey.deadline):
+    with services.model_cache.reserve() as slot:
+        with context.stage("fetch"):
+            image_bytes, bytes_held = fetched(job.image, services, context.deadline, held)
+            if context.attempt > 1:
+                row = services.networks.find(job.network)
+                if found := artifacts.sealed(store, place, job, image_bytes.sha256, row, context.deadline):
                     return _done(job, *found)  # the attempt before came as far as this and no further
-        with journey.at("decode"):
-            room = claimed(image_bytes.data, outside.limits)
-            pixels_held = held.enter_context(outside.rooms.pixels.taken(room, journey.deadline))
-            decoded = decode(image_bytes.data, outside.limits)
+        with context.stage("decode"):
+            room = claimed(image_bytes.data, services.limits)
+            pixels_held = held.enter_context(services.budgets.pixels.reserve(room, context.deadline))
+            decoded = decode(image_bytes.data, services.limits)
             image = described(image_bytes, decoded)
             tracing.note(media_type=image.media_type, width=image.width, height=image.height)
             del image_bytes
-            bytes_held.keep(0)
-        with journey.at("load"):
-            network = outside.residents.get(outside.networks.find(job.network))  # as it is described now
+            bytes_held.shrink_to(0)
+        with context.stage("load"):
+            network = services.model_cache.load(services.networks.find(job.network))  # as it is described now
             wish = network.labels.wanted(top_n=job.target.top_n, classes=job.target.classes)
-        journey.deadline.forgive(journey.metrics["load_s"])  # a download of weights is nobody's fault
-        with journey.at("explain"):
+        context.deadline.forgive(context.metrics["load_s"])  # a download of weights is nobody's fault
+        with context.stage("explain"):
             check_channels(network.facts, decoded.pixels)
             fitted = fit(decoded.pixels, network.facts.input_size)
             method = Method(**job.method.model_dump())
-            turn = ticket.explain(network, fitted, wish, method, journey.deadline, bulk=bulk)
+            turn = slot.infer(network, fitted, wish, method, context.deadline, bulk=bulk)
             tracing.note(batch_size=turn.batch_size, batch_wait_s=turn.waited_s, computed_s=turn.computed_s)
     seen = turn.explanation
     if job.metrics:
-        with journey.at("measure"):
-            seen = outside.residents.measure(network, fitted, seen, job.metrics, journey.deadline, bulk=bulk)
-    with journey.at("render"):
-        rendered = render(job, image, decoded, seen, journey.deadline)
+        with context.stage("measure"):
+            seen = services.model_cache.measure(
+                network, fitted, seen, job.metrics, context.deadline, bulk=bulk
+            )
+    with context.stage("render"):
+        rendered = render(job, image, decoded, seen, context.deadline)
         del decoded
-        pixels_held.keep(0)
-    with journey.at("upload"):
-        records = artifacts.upload(store, place, rendered, journey.deadline)
+        pixels_held.shrink_to(0)
+    with context.stage("upload"):
+        records = artifacts.upload(store, place, rendered, context.deadline)
         manifest = artifacts.describe(job, image, seen, rendered, records)
-        result = artifacts.seal(store, place, manifest, journey.deadline)
-    journey.metrics |= {
+        result = artifacts.seal(store, place, manifest, context.deadline)
+    context.metrics |= {
         "batch_wait_s": round(turn.waited_s, 4),
         "explain_s": round(turn.computed_s, 4),
         "batch_size": turn.batch_size,
@@ -133,24 +135,24 @@ def _done(job: Job, manifest: Manifest, result: ManifestRef) -> JobResult:
     )
 
 
-def admit(job: Work, outside: Services) -> Store:
+def admit(job: Work, services: Services) -> Store:
     """Refuse what the operator does not allow, before anything is fetched; open where to write.
 
     Raises InvalidJob, UnknownNetwork, UriNotAllowed (a webhook), OutputNotAllowed.
     """
-    outside.networks.find(job.network)
+    services.networks.find(job.network)
     asked = job.target.top_n or len(job.target.classes or ())
-    if asked > outside.max_classes:
-        most = f"at most {outside.max_classes} are allowed (GRADCAM_MAX_CLASSES)"
+    if asked > services.max_classes:
+        most = f"at most {services.max_classes} are allowed (GRADCAM_MAX_CLASSES)"
         message = f"The job asks for {asked} classes; {most}."
         raise InvalidJob(message)
     for webhook in job.webhooks:
-        outside.webhooks.check(webhook)
-    return outside.stores.open(job.output)
+        services.webhooks.check(webhook)
+    return services.stores.open(job.output)
 
 
 def fetched(
-    image: ImageRef, outside: Services, deadline: Deadline, held: ExitStack
+    image: ImageRef, services: Services, deadline: Deadline, held: ExitStack
 ) -> tuple[Fetched, Reservation]:
     """An image's bytes, and the room that `held` keeps for them.
 
@@ -158,17 +160,17 @@ def fetched(
     has to wait for as long as all images are of that size; for a larger one, which is given up as soon as it
     proves to be, there has to be room for the largest that is allowed.
     """
-    *small, large = outside.rooms.steps
+    *small, large = services.budgets.steps
     for at_most in small:
         with ExitStack() as first, suppress(ImageTooLarge):
-            hold = first.enter_context(outside.rooms.bytes.taken(at_most, deadline))
-            found = outside.images.fetch(image, deadline, at_most)
+            hold = first.enter_context(services.budgets.bytes.reserve(at_most, deadline))
+            found = services.images.fetch(image, deadline, at_most)
             held.push(first.pop_all())
-            hold.keep(len(found.data))
+            hold.shrink_to(len(found.data))
             return found, hold
-    hold = held.enter_context(outside.rooms.bytes.taken(large, deadline))
-    found = outside.images.fetch(image, deadline, large)
-    hold.keep(len(found.data))
+    hold = held.enter_context(services.budgets.bytes.reserve(large, deadline))
+    found = services.images.fetch(image, deadline, large)
+    hold.shrink_to(len(found.data))
     return found, hold
 
 

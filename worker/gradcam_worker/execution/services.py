@@ -56,9 +56,9 @@ class Services:
 
     images: ImageFetcher
     networks: ModelRegistry
-    residents: ModelCache
+    model_cache: ModelCache
     stores: StorageProvider
     webhooks: WebhookSender
     limits: Limits
     max_classes: int
-    rooms: Budgets
+    budgets: Budgets

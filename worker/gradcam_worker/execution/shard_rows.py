@@ -58,10 +58,10 @@ class ShardRows:
     """The rows of one shard, by their places in it. Raises only what ends the whole shard: see `ENDS`."""
 
     def __init__(
-        self, shard: Shard, outside: Services, journey: JobContext, store: Store, network: Network
+        self, shard: Shard, services: Services, context: JobContext, store: Store, network: Network
     ) -> None:
         """Several threads may read, and write down, at once."""
-        self._shard, self._outside, self._journey = shard, outside, journey
+        self._shard, self._outside, self._journey = shard, services, context
         self._store, self._network = store, network
 
     def read(self, place: int) -> LoadedImage | Problem:
@@ -86,14 +86,16 @@ class ShardRows:
     @contextmanager
     def _opened(self, image: ImageRef) -> Iterator[tuple[InputRecord, Decoded]]:
         """An image, for as long as there is room in memory held for it."""
-        deadline, outside = self._journey.deadline, self._outside
+        deadline, services = self._journey.deadline, self._outside
         with ExitStack() as held:
-            found, bytes_held = pipeline.fetched(image, outside, deadline, held)
-            held.enter_context(outside.rooms.pixels.taken(claimed(found.data, outside.limits), deadline))
-            decoded = decode(found.data, outside.limits)
+            found, bytes_held = pipeline.fetched(image, services, deadline, held)
+            held.enter_context(
+                services.budgets.pixels.reserve(claimed(found.data, services.limits), deadline)
+            )
+            decoded = decode(found.data, services.limits)
             described = pipeline.described(found, decoded)
             del found
-            bytes_held.keep(0)
+            bytes_held.shrink_to(0)
             yield described, decoded
 
     def outcome(self, place: int, picture: LoadedImage, seen: Explanation | GradcamError) -> Outcome:
@@ -105,7 +107,7 @@ class ShardRows:
     def _seen(self, place: int, picture: LoadedImage, seen: Explanation) -> Seen:
         deadline, image = self._journey.deadline, picture.image
         if self._shard.metrics:
-            seen = self._outside.residents.measure(
+            seen = self._outside.model_cache.measure(
                 self._network, picture.fitted, seen, self._shard.metrics, deadline, bulk=True
             )
         size = image.height, image.width

@@ -57,36 +57,36 @@ Pixels = NDArray[np.uint8]
 Under = deque[tuple[list[int], "Future[list[Outcome]]"]]
 
 
-def run_shard(shard: Shard, outside: Services, journey: JobContext) -> JobResult:
+def run_shard(shard: Shard, services: Services, context: JobContext) -> JobResult:
     """Run one shard. Raises the errors of `gradcam_worker.errors` that are not a single row's."""
-    store = pipeline.admit(shard, outside)
+    store = pipeline.admit(shard, services)
     place = data_key(shard.key)
-    there = _made_for(shard, store, place, journey.deadline)
+    there = _made_for(shard, store, place, context.deadline)
     if there is not None and not shard.keep:
         return _done(store.uri(place), there, dataset.summary_of(there))
     kept, good = dataset.good_rows(there) if there is not None else (None, frozenset())
     places = [row for row in range(len(shard.rows)) if shard.first + row not in good]
-    with journey.at("load"):
-        run = _ShardRun(shard, outside, journey, store)
-    with journey.at("explain"):
+    with context.stage("load"):
+        run = _ShardRun(shard, services, context, store)
+    with context.stage("explain"):
         outcomes = run.outcomes(places)
         grid, layer = run.grid_and_layer()
         sha256 = run.network.facts.weights_sha256
         reference = NetworkRef(name=shard.network, layer=layer, weights_sha256=sha256)
-    with journey.at("render"):
+    with context.stage("render"):
         data, summary = dataset.to_bytes(shard, reference, grid, outcomes, kept)
     lines = dataset.failed_lines(shard, outcomes)
-    with journey.at("upload"):
-        if journey.suspect is None:  # else it has just insisted on what the next attempt has to know
-            journey.insist("upload")  # who was overtaken, and has not heard of it, writes nothing
+    with context.stage("upload"):
+        if context.crashed_stage is None:  # else it has just insisted on what the next attempt has to know
+            context.checkpoint("upload")  # who was overtaken, and has not heard of it, writes nothing
         # Whoever dies between the two leaves no failed row that is not written down.
         files = [
             (failed_key(shard.key), lines, "application/x-ndjson"),
             (place, data, dataset.MEDIA_TYPE),
         ]
         for one in files if kept is None else reversed(files):
-            _put(store, one, journey.deadline)
-    journey.metrics["images_per_s"] = round(len(places) / max(journey.metrics["explain_s"], 1e-3), 3)
+            _put(store, one, context.deadline)
+    context.metrics["images_per_s"] = round(len(places) / max(context.metrics["explain_s"], 1e-3), 3)
     return _done(store.uri(place), data, summary)
 
 
@@ -121,13 +121,13 @@ def _done(uri: str, data: bytes, summary: Summary) -> JobResult:
 class _ShardRun:
     """A shard while it is computed."""
 
-    def __init__(self, shard: Shard, outside: Services, journey: JobContext, store: Store) -> None:
-        self.shard, self.residents, self.journey = shard, outside.residents, journey
+    def __init__(self, shard: Shard, services: Services, context: JobContext, store: Store) -> None:
+        self.shard, self.model_cache, self.context = shard, services.model_cache, context
         self._grid: dataset.Grid | None = None
         self._layer = ""
         begun = time.monotonic()
-        self.network: Network = outside.residents.get(outside.networks.find(shard.network))
-        journey.deadline.forgive(time.monotonic() - begun)  # a download of weights is nobody's fault
+        self.network: Network = services.model_cache.load(services.networks.find(shard.network))
+        context.deadline.forgive(time.monotonic() - begun)  # a download of weights is nobody's fault
         has = self.network.facts.weights_sha256
         if shard.weights_sha256 not in {None, has}:
             message = (
@@ -135,8 +135,8 @@ class _ShardRun:
                 f"{shard.weights_sha256}; this worker has {has or 'some of which it knows no sha256'}."
             )
             raise WeightsChecksumMismatch(message)
-        self.rows = ShardRows(shard, outside, journey, store, self.network)
-        self.size = outside.residents.group(self.network)
+        self.rows = ShardRows(shard, services, context, store, self.network)
+        self.size = services.model_cache.shard_batch_size(self.network)
         self.wish = self.network.labels.wanted(top_n=shard.target.top_n, classes=shard.target.classes)
         self.method = Method(**shard.method.model_dump())
 
@@ -155,15 +155,15 @@ class _ShardRun:
         which is no fault of its images: the whole shard is tried again, unless this attempt is the last.
         """
         found: list[Outcome | None] = [None] * len(self.shard.rows)
-        compute = self._in_turn if self.journey.suspect is None else self._alone
+        compute = self._in_turn if self.context.crashed_stage is None else self._alone
         compute(places, found)
         brief = {place: one for place in places if (one := found[place]) and self._is_brief(place, one)}
-        if 2 * len(brief) > len(places) and not self.journey.last:
+        if 2 * len(brief) > len(places) and not self.context.is_last_attempt:
             first: Any = next(iter(brief.values()))
             message = f"{len(brief)} of {len(places)} images cannot be had just now, as: {first.detail}"
             raise (ImageFetchFailed if first.code == ImageFetchFailed.code else InternalError)(message)
         if brief:
-            time.sleep(min(AGAIN_S, self.journey.deadline.left_s()))
+            time.sleep(min(AGAIN_S, self.context.deadline.left_s()))
             compute([*brief], found)
         return found
 
@@ -174,7 +174,7 @@ class _ShardRun:
 
     def _in_turn(self, places: Sequence[int], found: list[Outcome | None]) -> None:
         def report(_: list[int], done: int) -> None:
-            self.journey.report(f"explain {done} of {len(places)}")
+            self.context.report_stage(f"explain {done} of {len(places)}")
 
         self._in_groups(places, found, self.size, AHEAD, report)
 
@@ -184,17 +184,17 @@ class _ShardRun:
         Where it dies under such a group, the next attempt does so with each row; and the one after leaves
         out the row whose turn it was.
         """
-        said = SUSPECT.fullmatch(self.journey.suspect or "")
+        said = SUSPECT.fullmatch(self.context.crashed_stage or "")
         deadly = [one for one in (said[1], *(said[2] or "").split(",")) if one] if said else []
         but = f" but {','.join(deadly)}" if deadly else ""
 
         def insist(group: list[int], _: int) -> None:
-            self.journey.insist(f"row {group[0]}{but}" if said else f"rows {group[0]} to {group[-1]}")
+            self.context.checkpoint(f"row {group[0]}{but}" if said else f"rows {group[0]} to {group[-1]}")
 
         for place in places:
             if str(place) in deadly:
                 lost = WorkerLost("The worker ended without a word when this image's turn came.")
-                found[place] = Problem.of(lost, stage="explain", attempt=self.journey.attempt)
+                found[place] = Problem.of(lost, stage="explain", attempt=self.context.attempt)
         left = [place for place in places if str(place) not in deadly]
         self._in_groups(left, found, 1 if said else self.size, 0, insist)
 
@@ -217,7 +217,7 @@ class _ShardRun:
         ):
             try:
                 for group in _cut(places, step):
-                    self.journey.deadline.check("explain")
+                    self.context.deadline.check("explain")
                     say(group, done)
                     read = [readers.submit(self.rows.read, place) for place in group]
                     under_way.append((group, computing.submit(self._computed, group, read, readers)))
@@ -255,8 +255,8 @@ class _ShardRun:
         for place, one in pictures.items():
             pixels[place % size] = one
         try:
-            found = self.residents.explain_many(
-                self.network, pixels, self.wish, self.method, self.journey.deadline
+            found = self.model_cache.infer_many(
+                self.network, pixels, self.wish, self.method, self.context.deadline
             )
         except ENDS:
             raise

@@ -69,13 +69,13 @@ class Batcher:
         self._changed = threading.Condition()
         self._begun: SimpleQueue[tuple[list[InferenceRequest], Finish, float]] = SimpleQueue()
         self._broken: str | None = None
-        self.usual_images = 0.0  # in a pass, lately; 0 before the first
+        self.mean_batch_size = 0.0  # in a pass, lately; 0 before the first
         self._free_s = 0.0  # when the device had done all that it was given before
         self._since_s: float | None = None  # when the device last answered, or got its first batch
         self._threads: list[threading.Thread] = []
 
     @contextmanager
-    def coming(self) -> Iterator[Callable[[], None]]:
+    def expecting(self) -> Iterator[Callable[[], None]]:
         """Within it a job is on its way, until it calls what is yielded, as it hands in its image."""
         there = False
 
@@ -158,7 +158,7 @@ class Batcher:
         answer: InferenceResponse = self._ask(request, 1, lambda: None)
         return answer
 
-    def alone(self, run: Callable[[], T], deadline: Deadline, *, bulk: bool = False) -> T:
+    def run_exclusive(self, run: Callable[[], T], deadline: Deadline, *, bulk: bool = False) -> T:
         """Have the device to oneself while `run` runs. Raises JobTimeout, and what `run` raises."""
 
         def begin(_: list[InferenceRequest]) -> Finish:
@@ -240,11 +240,11 @@ class Batcher:
             one.end(InferenceResponse(computed, index, begun_s - one.asked_s, took_s, len(batch)))
         tracing.batch([one.asker for one in batch if one.images], begun_s, took_s)
         if images := sum(one.images for one in batch):
-            self.usual_images += (images - self.usual_images) * (NEWEST if self.usual_images else 1)
+            self.mean_batch_size += (images - self.mean_batch_size) * (NEWEST if self.mean_batch_size else 1)
             self._observer.computed(images, took_s)
 
     @property
-    def trouble(self) -> str | None:
+    def failure(self) -> str | None:
         """Why nothing will be computed here any more."""
         since_s = self._since_s
         if since_s and time.monotonic() - since_s > HUNG_S:

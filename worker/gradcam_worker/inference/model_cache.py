@@ -61,7 +61,7 @@ class BatchSlot:
     def __init__(self, batcher: Batcher, arrive: Callable[[], None]) -> None:
         self._batcher, self._arrive = batcher, arrive
 
-    def explain(
+    def infer(
         self,
         network: Network,
         pixels: NDArray[np.uint8],
@@ -118,9 +118,9 @@ class ModelCache:
         self._door = threading.Lock()
 
     @property
-    def trouble(self) -> str | None:
+    def failure(self) -> str | None:
         """Why nothing will be computed here any more."""
-        return self._batcher.trouble
+        return self._batcher.failure
 
     @property
     def count(self) -> int:
@@ -128,11 +128,11 @@ class ModelCache:
         return len(self._networks)
 
     @property
-    def usual_images(self) -> float:
+    def mean_batch_size(self) -> float:
         """How many images have shared a pass lately; 0 before the first."""
-        return self._batcher.usual_images
+        return self._batcher.mean_batch_size
 
-    def get(self, row: NetworkRow) -> Network:
+    def load(self, row: NetworkRow) -> Network:
         """The live network of this row, and of no other version of it. Raises what `load` raises.
 
         One that cannot be loaded as it is, so that its file would be fetched in vain for every job, is
@@ -233,22 +233,22 @@ class ModelCache:
             network.compute(grey, best)
             return self._clock() - begun_s
 
-        return self._batcher.alone(run, Deadline(WARM_UP_S), bulk=True)
+        return self._batcher.run_exclusive(run, Deadline(WARM_UP_S), bulk=True)
 
-    def warm(self, row: NetworkRow) -> InferenceResult:
+    def warm_up(self, row: NetworkRow) -> InferenceResult:
         """Load a network and run it once on a grey picture, so that the first job waits for neither."""
-        network = self.get(row)
+        network = self.load(row)
         grey = np.full((*network.facts.input_size, network.facts.channels), GREY, np.uint8)
-        with self.ticket() as ticket:
-            return ticket.explain(network, grey, network.labels.wanted(top_n=1), GRADCAM, Deadline(WARM_UP_S))
+        with self.reserve() as slot:
+            return slot.infer(network, grey, network.labels.wanted(top_n=1), GRADCAM, Deadline(WARM_UP_S))
 
     @contextmanager
-    def ticket(self) -> Iterator[BatchSlot]:
+    def reserve(self) -> Iterator[BatchSlot]:
         """Say that a job is on its way, so that a batch may wait for it."""
-        with self._batcher.coming() as arrive:
+        with self._batcher.expecting() as arrive:
             yield BatchSlot(self._batcher, arrive)
 
-    def group(self, network: Network) -> int:
+    def shard_batch_size(self, network: Network) -> int:
         """How many images `explain_many` is best given at once.
 
         The same on every machine with such a device: in a pass of another size the last digits differ.
@@ -259,7 +259,7 @@ class ModelCache:
         many = VALUES_ON_GPU if self._on_gpu() else VALUES
         return int(min(max(2 ** math.floor(math.log2(many / (3 * height * width))), 1), MOST))
 
-    def explain_many(
+    def infer_many(
         self,
         network: Network,
         pixels: NDArray[np.uint8],
@@ -294,6 +294,6 @@ class ModelCache:
         """An explanation with its metrics. Others get their turns between its batches. Raises JobTimeout."""
 
         def score(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-            return self._batcher.alone(lambda: network.scores(pictures), deadline, bulk=bulk)
+            return self._batcher.run_exclusive(lambda: network.scores(pictures), deadline, bulk=bulk)
 
         return replace(seen, metrics=tuple(measure(score, pixels, seen, metrics)))

@@ -113,7 +113,7 @@ class DeadLetters:
             raise
         except GradcamError as error:
             return Replayed(old_id, None, str(error))
-        self._ledger.bury(old_id)
+        self._ledger.drop_dead_letter(old_id)
         return Replayed(old_id, job.id)
 
     def _why_not(self, job_id: str) -> str:

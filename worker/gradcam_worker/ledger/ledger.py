@@ -123,7 +123,7 @@ class Ledger(ABC):
         """How many jobs are queued (waiting for a retry included), and how many are running."""
 
     @abstractmethod
-    def beat(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
+    def renew_leases(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
         """Say that a worker lives, and renew its leases: job id -> attempt. One round trip."""
 
     @abstractmethod
@@ -131,7 +131,7 @@ class Ledger(ABC):
         """What the workers that live said last: id -> health."""
 
     @abstractmethod
-    def lead(self, worker: str, seconds: float) -> bool:
+    def try_lead(self, worker: str, seconds: float) -> bool:
         """Whether this worker is the one that reaps, for so long."""
 
     @abstractmethod
@@ -139,7 +139,7 @@ class Ledger(ABC):
         """Ids of jobs to be put right: `lost` leases, `due` retries, and what has `expired` in the queue."""
 
     @abstractmethod
-    def silent(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
+    def find_unpublished(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
         """Ids of queued jobs whose message must have been lost; they are not named again for a while.
 
         A job of the same route that came later has been taken, or the queue is `empty`, and this one has
@@ -151,11 +151,11 @@ class Ledger(ABC):
         """Failed jobs that nobody has replayed, newest first: id, and when (seconds since the epoch)."""
 
     @abstractmethod
-    def bury(self, job_id: str) -> None:
+    def drop_dead_letter(self, job_id: str) -> None:
         """It is no dead letter any more."""
 
     @abstractmethod
-    def sweep(self) -> None:
+    def prune(self) -> None:
         """Forget dead letters and workers of long ago."""
 
     def submit(self, job: Work, *, retry_failed: bool = False) -> StatusDocument:
@@ -201,7 +201,7 @@ class Ledger(ABC):
             if self._swap(before, after):
                 return after
 
-    def receive(
+    def get_or_create(
         self, job_id: str, payload: object, read: Callable[[object], Work] = parse
     ) -> tuple[Work | None, StatusDocument]:
         """The job that a message is about: the ledger's own, or the message's, which is entered now.
@@ -258,7 +258,7 @@ class Ledger(ABC):
             raise UnknownJob(message)
         return documents[job_id]
 
-    def take(self, job: Work, entered_at: datetime, worker: WorkerRef) -> StatusDocument | None:
+    def claim_fresh(self, job: Work, entered_at: datetime, worker: WorkerRef) -> StatusDocument | None:
         """Claim a job that nobody has touched since it was entered, without reading it first.
 
         None where it was touched, is another one, has expired, or was entered at another moment: see
@@ -327,11 +327,11 @@ class Ledger(ABC):
             if self._swap(before, after):
                 return after
 
-    def hand_back(self, job_id: str, attempt: int) -> bool:
+    def requeue_unfinished(self, job_id: str, attempt: int) -> bool:
         """Put a job that this attempt holds back into the queue; whether it still held it."""
         return self._changed(job_id, "running", state_machine.handed_back, attempt) is not None
 
-    def lose(self, job_id: str) -> str | None:
+    def expire_lease(self, job_id: str) -> str | None:
         """A lease has run out: queue the job again, or end it. Its route, where it is to be published."""
         return self._changed(job_id, "running", state_machine.lost, due=True, reason="lost")
 

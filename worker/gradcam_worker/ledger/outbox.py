@@ -21,7 +21,7 @@ FIRST_PAUSE_OF_A_LANE_S, LONGEST_PAUSE_OF_A_LANE_S = 2.0, 60.0  # from the secon
 class Delivery:
     """One event on its way to one recipient."""
 
-    lane: str  # see `lane`
+    destination: str  # see `lane`
     recipient: str  # <job id>:hook1, or <job id>:sql
     event: str  # job.succeeded and so on
     document: StatusDocument
@@ -35,7 +35,7 @@ class Delivery:
 class DeadDelivery:
     """A recipient that could not be told."""
 
-    lane: str
+    destination: str
     recipient: str
     since_s: float  # seconds since the epoch
     events: int  # it is to be told, in order
@@ -73,18 +73,18 @@ class Outbox(ABC):
         """
 
     @abstractmethod
-    def delivered(self, parcel: Delivery) -> None:
+    def delivered(self, delivery: Delivery) -> None:
         """It has arrived, or never can: the recipient's next one is due."""
 
     @abstractmethod
-    def postpone(self, parcel: Delivery, delay_s: float, *, quiet_s: float = 0) -> None:
+    def postpone(self, delivery: Delivery, delay_s: float, *, quiet_s: float = 0) -> None:
         """It was tried in vain and is due again in `delay_s`; its lane may be left alone for a while.
 
         For `quiet_s` its URL is told nothing else either, of any job.
         """
 
     @abstractmethod
-    def park(self, parcel: Delivery) -> None:
+    def park(self, delivery: Delivery) -> None:
         """Nobody tries any more, this one and those behind it, until they are replayed."""
 
     @abstractmethod

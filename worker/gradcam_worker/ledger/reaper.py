@@ -54,7 +54,7 @@ class Reaper:
         self._deaf = False  # the ledger was out of reach
         self._odd: set[str] = set()  # jobs whose record cannot be read
 
-    def keep(self, stopped: threading.Event) -> None:
+    def run(self, stopped: threading.Event) -> None:
         """Reap until `stopped`; whatever is out of reach is asked again."""
         while not stopped.wait(EVERY_S):
             try:
@@ -69,7 +69,7 @@ class Reaper:
 
     def round(self) -> None:
         """Look once at everything that is due. Raises LedgerUnavailable, BrokerUnavailable."""
-        leads, now_s = self._ledger.lead(self._worker, LEADS_S), time.monotonic()
+        leads, now_s = self._ledger.try_lead(self._worker, LEADS_S), time.monotonic()
         if self._deaf or (self._reached_s is not None and now_s - self._reached_s > LEADS_S):
             # Nobody could renew a lease while the ledger was away: all of them get the time to.
             self._trusted_s, self._deaf = now_s + self._lease_s, False
@@ -84,7 +84,7 @@ class Reaper:
             self._look_for_lost_messages()
         if now_s - self._swept_s > SWEEP_EVERY_S:
             self._swept_s = now_s
-            self._ledger.sweep()
+            self._ledger.prune()
 
     def _put_right(self, *, trusted: bool) -> None:
         asked_s = time.monotonic()
@@ -96,7 +96,7 @@ class Reaper:
             if route := self._one(job_id, self._ledger.requeue):
                 self._ring(job_id, route, "is due again")
         for job_id in overdue["lost"] if trusted else ():
-            if route := self._one(job_id, self._ledger.lose):
+            if route := self._one(job_id, self._ledger.expire_lease):
                 self._ring(job_id, route, "was lost with its worker: it runs again, alone")
 
     def _one(self, job_id: str, change: Callable[[str], str | None]) -> str | None:
@@ -113,7 +113,7 @@ class Reaper:
 
     def _look_for_lost_messages(self) -> None:
         for route in ROUTES:
-            silent = self._ledger.silent(
+            silent = self._ledger.find_unpublished(
                 route, empty=not self._waiting(route), lost_after_s=self._lost_after_s, limit=AT_ONCE
             )
             for job_id in silent:

@@ -44,7 +44,7 @@ class Contact:
         self._who = who
         self._answered_s: dict[str, float] = {}
 
-    def keep(self, stopped: threading.Event) -> None:
+    def run(self, stopped: threading.Event) -> None:
         """Ask until `stopped`."""
         while True:
             self.round()

@@ -187,7 +187,7 @@ def show_parked(parked: Sequence[DeadDelivery], total: int, gone: Sequence[str])
 
 def recipient_text(one: DeadDelivery) -> str:
     """A webhook's URL, without what may be secret in it; else its host, or the name of a sink."""
-    return without_secrets(one.url) if one.url else one.lane.removeprefix("//")
+    return without_secrets(one.url) if one.url else one.destination.removeprefix("//")
 
 
 def short(text: str, most: int) -> str:

@@ -101,9 +101,9 @@ def _own(row: NetworkRow, settings: Settings) -> Finding:
     from gradcam_worker.storage.s3 import S3
 
     what = f"network {row.name}"
-    residents = ModelCache(partial(service_factory.load, settings, S3(settings)))
+    model_cache = ModelCache(partial(service_factory.load, settings, S3(settings)))
     try:
-        network, turn = residents.get(row), residents.warm(row)
+        network, turn = model_cache.load(row), model_cache.warm_up(row)
         check_channels(network.facts, np.zeros((1, 1, 3), np.uint8))  # a job's picture is a photo
     except Exception as error:  # noqa: BLE001  # a stranger's model may fail in any way; the doctor tells it
         known = error if isinstance(error, GradcamError) else InternalError.of(error)

@@ -40,11 +40,11 @@ def explain_files(
     output = output.absolute()
     own: dict[str, Any] = {"image_schemes": ("file",), "image_roots": ("/",), "output": output.as_uri()}
     service_factory.prepare(settings)
-    outside = service_factory.build_services(
+    services = service_factory.build_services(
         settings.model_copy(update=own | {"max_batch": 1})
     )  # one after the other
     job = Job.parse({"image": "file:///", "timeout_s": TIMEOUT_S, **wish})
-    network = outside.residents.get(outside.networks.find(job.network))
+    network = services.model_cache.load(services.networks.find(job.network))
     network.labels.wanted(top_n=job.target.top_n, classes=job.target.classes)
     folders = _folders(images)
     made: dict[Path, Manifest | GradcamError] = {}
@@ -53,7 +53,7 @@ def explain_files(
     with Progress(*columns, console=console.err, transient=True) as progress:
         try:
             for image in progress.track(images, description=f"explaining with {job.network}"):
-                made[image] = _one(job, image, outside, folders[image], output)
+                made[image] = _one(job, image, services, folders[image], output)
         except KeyboardInterrupt:
             stopped = True
     if as_json:
@@ -80,13 +80,13 @@ def _folders(images: tuple[Path, ...]) -> dict[Path, str]:
     return folders
 
 
-def _one(job: Job, image: Path, outside: Services, folder: str, output: Path) -> Manifest | GradcamError:
-    journey = JobContext(Deadline(TIMEOUT_S), lambda _: None)
+def _one(job: Job, image: Path, services: Services, folder: str, output: Path) -> Manifest | GradcamError:
+    context = JobContext(Deadline(TIMEOUT_S), lambda _: None)
     own = job.model_copy(update={"image": job.image.model_copy(update={"uri": image.absolute().as_uri()})})
     if image.is_dir():
         return ImageNotFound(f"{image} is a folder: name the files in it, as in {image}/*.jpg.")
     try:
-        run_job(own, outside, journey, folder=folder)
+        run_job(own, services, context, folder=folder)
         return Manifest.model_validate_json((output / folder / "manifest.json").read_bytes())
     except GradcamError as error:
         return error

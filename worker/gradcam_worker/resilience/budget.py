@@ -22,7 +22,7 @@ class Reservation:
         """`amount` has been taken already."""
         self._room, self._amount = room, amount
 
-    def keep(self, amount: int) -> None:
+    def shrink_to(self, amount: int) -> None:
         """Give back all but `amount`. More than is held cannot be kept: that has to be waited for."""
         more = max(self._amount - amount, 0)
         self._amount -= more
@@ -50,7 +50,7 @@ class ResourceBudget:
         return len(self._queue)
 
     @contextmanager
-    def taken(self, amount: int, deadline: Deadline) -> Iterator[Reservation]:
+    def reserve(self, amount: int, deadline: Deadline) -> Iterator[Reservation]:
         """Hold `amount` within the block, once there is room for it.
 
         What is larger than the room is let in when the room is empty, and alone: it has been allowed by a
@@ -63,7 +63,7 @@ class ResourceBudget:
         try:
             yield hold
         finally:
-            hold.keep(0)
+            hold.shrink_to(0)
 
     def _let_in(self, amount: int, deadline: Deadline) -> bool:
         """Wait in the queue; False when time is up, which is for the caller to say, without the lock."""

@@ -28,7 +28,7 @@ class CircuitBreaker:
         self._door = threading.Lock()
 
     @property
-    def open(self) -> str | None:
+    def open_reason(self) -> str | None:
         """Why no jobs are taken just now, and since when; none where they are. Costs nothing to ask."""
         return self._why
 

@@ -21,7 +21,7 @@ class ExclusiveGate:
         self._changed = threading.Condition()
 
     @contextmanager
-    def entered(self, job_id: str, *, alone: bool = False) -> Iterator[bool]:
+    def enter(self, job_id: str, *, alone: bool = False) -> Iterator[bool]:
         """Wait for a place; whether the job was not here already, in which case it has none.
 
         Raises WorkerUnfit when nobody is let in any more.

@@ -31,7 +31,7 @@ class Prefetcher(Generic[T]):
         self._stopped.set()
         self._thread.join(LOOK_S * 4)  # one that waits for a stream is left to itself
 
-    def take(self, patience_s: float) -> T | None:
+    def next(self, patience_s: float) -> T | None:
         """The next; None where none is ready within so long, or, with `ended`, will ever be.
 
         Raises what reading raised.

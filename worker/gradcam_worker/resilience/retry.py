@@ -59,7 +59,7 @@ class RetryPolicy:
         if not self.left_s():
             self.give_up(doing)
 
-    def insist(
+    def call(
         self,
         once: Callable[[], T],
         failures: tuple[type[Exception], ...],
@@ -79,7 +79,7 @@ class RetryPolicy:
                 if hopeless(error) or self._weary or self.left_s() <= jittered_s:
                     self.unless_cancelled()
                     raise
-                self.blame(error)
+                self.record_failure(error)
                 log.info("tried again in %.2f s: %s", jittered_s, error)
                 time.sleep(jittered_s)
                 pause_s = min(2 * pause_s, self._longest_pause_s)
@@ -105,7 +105,7 @@ class RetryPolicy:
             self.give_up(doing)
         return [one.result() for one in begun]
 
-    def blame(self, error: Exception) -> None:
+    def record_failure(self, error: Exception) -> None:
         """The store has failed once: should time run out now, that is not the job's fault."""
         self._failure = str(error).partition("\n")[0]
 

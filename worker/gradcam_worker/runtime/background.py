@@ -55,8 +55,8 @@ def build(
     reaper = Reaper(
         ledger,
         me,
-        lambda job_id, route: bell.ring([job_id], route),
-        bell.waiting,
+        lambda job_id, route: bell.republish([job_id], route),
+        bell.queue_length,
         lease_s=settings.lease_s,
         lost_after_s=settings.lost_after_s,
         observer=observer,
@@ -64,18 +64,18 @@ def build(
     )
     outbox = RedisOutbox(ledger.server, retention_s=settings.retention_s)
 
-    def to_webhook(parcel: Delivery, event: StatusEvent) -> None:
-        if parcel.webhook:
-            hook = parcel.webhook
-            send(hook.url, hook.secret_ref, event, message_id(parcel.document))
+    def to_webhook(delivery: Delivery, event: StatusEvent) -> None:
+        if delivery.webhook:
+            hook = delivery.webhook
+            send(hook.url, hook.secret_ref, event, message_id(delivery.document))
 
-    keepers: dict[str, BackgroundLoop] = {"reaper": reaper.keep}
+    loops: dict[str, BackgroundLoop] = {"reaper": reaper.run}
     sinks: dict[str, Deliver] = {}
     database = _database(settings)
     if database:
-        sinks[SQL] = lambda parcel, _: database.write(parcel.document)
-        keepers["database"] = partial(_keep, database, outbox, outages.ledger)
-    courier = OutboxDispatcher(
+        sinks[SQL] = lambda delivery, _: database.write(delivery.document)
+        loops["database"] = partial(_keep, database, outbox, outages.ledger)
+    dispatcher = OutboxDispatcher(
         outbox,
         to_webhook,
         sinks,
@@ -86,15 +86,14 @@ def build(
         traces=spans,
         outage=outages.ledger,
     )
-    keepers["courier"] = courier.keep
-    return keepers
+    loops["courier"] = dispatcher.run
+    return loops
 
 
-def start(keepers: Mapping[str, BackgroundLoop], stopped: threading.Event) -> list[threading.Thread]:
+def start(loops: Mapping[str, BackgroundLoop], stopped: threading.Event) -> list[threading.Thread]:
     """Let each of them keep at it, until `stopped`."""
     threads = [
-        threading.Thread(target=keep, args=[stopped], name=name, daemon=True)
-        for name, keep in keepers.items()
+        threading.Thread(target=keep, args=[stopped], name=name, daemon=True) for name, keep in loops.items()
     ]
     for one in threads:
         one.start()

@@ -28,35 +28,37 @@ from gradcam_worker.storage import stores as storage
 class WorkerComponents:
     """The desk, and what has a thread of its own until it is told to stop."""
 
-    desk: JobHandler
-    keepers: Mapping[str, BackgroundLoop]
+    handler: JobHandler
+    background_loops: Mapping[str, BackgroundLoop]
     eviction: Eviction
 
 
 def build_worker(
-    settings: Settings, app: Celery, outside: Services, observer: Observer = SILENT
+    settings: Settings, app: Celery, services: Services, observer: Observer = SILENT
 ) -> WorkerComponents:
     """Everybody a worker process needs. Raises InvalidSettings."""
     ledger, me, began_at = service_factory.build_ledger(settings), service_factory.worker_ref(), utc_now()
     ledger.observer, outages = observer, Outages()
     app.outages = outages
-    breaker = CircuitBreaker(partial(use_storage, outside.stores))
+    breaker = CircuitBreaker(partial(use_storage, services.stores))
 
     def health() -> str:
         """What other people can read about this worker: see `Ledger.workers`."""
         said = {"device": me.device, "since": began_at.isoformat(), "running": len(leases.jobs())}
-        batch = round(outside.residents.usual_images, 1)
-        return json.dumps({**said, "batch": batch, "trouble": breaker.open or outside.residents.trouble})
+        batch = round(services.model_cache.mean_batch_size, 1)
+        return json.dumps(
+            {**said, "batch": batch, "trouble": breaker.open_reason or services.model_cache.failure}
+        )
 
     leases = LeaseManager(ledger, me.id, settings.lease_s, health, observer, outages.ledger)
     spans = tracing.to(settings.traces, "gradcam-worker", me.id)
-    send = outside.webhooks.send
+    send = services.webhooks.send
     others = background.build(settings, app.bell, ledger, send, me.id, observer, spans, outages)
     stall = Stall(app.bell.any_waiting, settings.hung_after_s)
-    desk = JobHandler(
+    handler = JobHandler(
         settings,
         ledger,
-        outside,
+        services,
         me,
         leases,
         breaker,
@@ -66,8 +68,8 @@ def build_worker(
         stall=stall,
     )
     eviction = Eviction(settings)
-    own = {"leases": leases.keep, "breaker": breaker.watch, "eviction": eviction.keep, "stall": stall.keep}
-    return WorkerComponents(desk, {**own, **others}, eviction)
+    own = {"leases": leases.run, "breaker": breaker.watch, "eviction": eviction.keep, "stall": stall.keep}
+    return WorkerComponents(handler, {**own, **others}, eviction)
 
 
 def use_storage(stores: StorageProvider) -> None:

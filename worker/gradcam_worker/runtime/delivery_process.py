@@ -34,7 +34,7 @@ def run(settings: Settings) -> int:
     send = Webhooks(settings).send
     kept = background.build(settings, bell, ledger, send, me, telemetry.observer, spans)
     stopped = threading.Event()
-    threads = background.start({**kept, **telemetry.keepers}, stopped)
+    threads = background.start({**kept, **telemetry.loops}, stopped)
     telemetry.watch(threads)
     telemetry.begun()
     log.info("%s delivers: %s", me, ", ".join(kept))

@@ -34,7 +34,7 @@ class LivenessReporter:
         self._ending = False
         self.said: str | None = None  # what was wrong at the last look
 
-    def turned(self) -> None:
+    def tick(self) -> None:
         """The consumer's loop has come round."""
         self._turned_s = time.monotonic()
 
@@ -42,7 +42,7 @@ class LivenessReporter:
         """From now on the loop need not turn: the process ends what it has."""
         self._ending = True
 
-    def trouble(self) -> str | None:
+    def unhealthy_reason(self) -> str | None:
         """What is wrong with this process, so that it should be started again."""
         if self._ending:
             return None
@@ -57,14 +57,14 @@ class LivenessReporter:
         if self._turned_s == turned_s:
             # The broker's fault. When it is back, the loop has time to find that out, as it tries ever less
             # often.
-            self.turned()
+            self.tick()
         return None
 
-    def keep(self, stopped: threading.Event) -> None:
+    def run(self, stopped: threading.Event) -> None:
         """Show signs of life until `stopped`, or until there is trouble."""
         while not stopped.wait(EVERY_S):
             try:
-                trouble = self.trouble()
+                trouble = self.unhealthy_reason()
             except BaseException:  # not to be taken for a sign of death
                 log.exception("nobody foresaw this")
                 trouble = None

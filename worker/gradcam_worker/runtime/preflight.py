@@ -74,7 +74,7 @@ def broker_answers(settings: Settings) -> str:
     """Where the broker is. Raises BrokerUnavailable, InvalidSettings."""
     bell = publisher.Publisher(settings, timeout_s=ANSWER_S)
     try:
-        bell.waiting("normal")
+        bell.queue_length("normal")
         _check_mode(bell.mode(), "GRADCAM_BROKER_URL")
     except BrokerUnavailable as error:
         _judge(error, "GRADCAM_BROKER_URL")

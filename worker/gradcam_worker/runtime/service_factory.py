@@ -34,7 +34,7 @@ def build_services(settings: Settings, load_row: Load | None = None, observer: O
     return Services(
         images=UriFetcher(settings, s3, observer=observer),
         networks=Registry(settings.networks),
-        residents=ModelCache(
+        model_cache=ModelCache(
             load_row or partial(load, settings, s3),
             max_batch=settings.max_batch,
             max_bytes=settings.resident_bytes,
@@ -47,7 +47,7 @@ def build_services(settings: Settings, load_row: Load | None = None, observer: O
         webhooks=Webhooks(settings),
         limits=Limits(settings.max_image_pixels, settings.max_image_side, settings.max_image_damage),
         max_classes=settings.max_classes,
-        rooms=Budgets(
+        budgets=Budgets(
             ResourceBudget(settings.max_bytes_in_flight, "bytes"),
             ResourceBudget(settings.max_pixels_in_flight, "pixels"),
             most_bytes=settings.max_image_bytes,

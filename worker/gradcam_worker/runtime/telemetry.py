@@ -28,7 +28,7 @@ class Telemetry:
         self._not_started: str | None = self._not_yet
         self.health.ready["process"] = lambda: self._not_yet
         self.health.startup["process"] = lambda: self._not_started
-        self.keepers: dict[str, BackgroundLoop] = {}
+        self.loops: dict[str, BackgroundLoop] = {}
         self.observer: Observer = SILENT
         self._metrics = None
         if not settings.metrics_port:
@@ -38,8 +38,8 @@ class Telemetry:
         self.observer = self._metrics = Metrics(settings.starts)
         ledger = RedisLedger(settings, timeout_s=ANSWER_S, retries=0)
         bell = publisher.Publisher(settings, timeout_s=ANSWER_S)
-        contact = Contact({"broker": partial(bell.waiting, "normal"), "ledger": ledger.counts})
-        self.keepers["contact"] = contact.keep
+        contact = Contact({"broker": partial(bell.queue_length, "normal"), "ledger": ledger.counts})
+        self.loops["contact"] = contact.run
         for name in ("broker", "ledger"):
             self.health.ready[name] = partial(contact.check, name)
         self._metrics.ask_ledger(partial(stats.read_depths, ledger.server, settings.lease_s))
@@ -51,12 +51,12 @@ class Telemetry:
         self, resident: Callable[[], int], breaker: CircuitBreaker, eviction: health.Check
     ) -> None:
         """Show the networks that are loaded, whether storage and Redis are well, and what the GPU does."""
-        self.health.ready["storage"] = lambda: breaker.open
+        self.health.ready["storage"] = lambda: breaker.open_reason
         self.health.ready["eviction"] = eviction
         if not self._metrics:
             return
         self._metrics.look_up("networks_resident", resident)
-        self._metrics.look_up("breaker_open", lambda: bool(breaker.open))
+        self._metrics.look_up("breaker_open", lambda: bool(breaker.open_reason))
         gpus = devices.visible_gpus(self._settings.environment_for_child())
         if gpus and (use := gpu.watch(gpus[0])):
             self._metrics.ask_device(use)

@@ -59,7 +59,7 @@ KINDS: dict[str, type[Job] | type[Shard]] = {publisher.EXPLAIN: Job, publisher.E
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)  # Celery's own ways lead astray here
 
 
-def register(app: Celery, desk: JobHandler) -> None:
+def register(app: Celery, handler: JobHandler) -> None:
     """Give the app its tasks and no other, and say what becomes of messages that are none."""
     outages = getattr(app, "outages", None) or Outages()
 
@@ -67,7 +67,7 @@ def register(app: Celery, desk: JobHandler) -> None:
         try:
             entered_at = (self.request.headers or {}).get(publisher.ENTERED_AT)
             payload, kind = _payload(args), KINDS[self.name]
-            desk.handle(payload, self.request.id, entered_at=entered_at, kind=kind)
+            handler.handle(payload, self.request.id, entered_at=entered_at, kind=kind)
         except (LedgerUnavailable, WorkerUnfit) as error:
             said = f"message {self.request.id} goes back: {error}"
             if isinstance(error, LedgerUnavailable):
@@ -79,7 +79,7 @@ def register(app: Celery, desk: JobHandler) -> None:
         except BaseException as error:  # not only Exception: nothing else would free its place
             # A mistake of ours. No job is lost by it; what is no job goes round once, then ends.
             log.exception("message %s: unforeseen", self.request.id)
-            if _redelivered(self.request) and _ended(desk, self.request.id, error):
+            if _redelivered(self.request) and _ended(handler, self.request.id, error):
                 return
             time.sleep(RETURN_AFTER_S)
             raise Reject(str(error), requeue=True) from error
@@ -89,7 +89,7 @@ def register(app: Celery, desk: JobHandler) -> None:
         app.tasks.unregister(name)
     for name in KINDS:
         app.task(explain, name=name, bind=True, shared=False, Request=REQUEST)  # this app's alone
-    app.refuse_message = lambda message_id, why: desk.refuse(
+    app.refuse_message = lambda message_id, why: handler.refuse(
         message_id, None, InvalidJob(f"The message is not a job: {why}.")
     )
     app.conf.worker_consumer = CONSUMER
@@ -100,9 +100,9 @@ def _redelivered(request: Any) -> bool:
     return bool((request.delivery_info or {}).get("redelivered"))
 
 
-def _ended(desk: JobHandler, message_id: str, error: BaseException) -> bool:
+def _ended(handler: JobHandler, message_id: str, error: BaseException) -> bool:
     """Write down that a message cannot be handled; whether that ended it. A good job is left alone."""
-    return desk.refuse(message_id, None, InternalError.of(error)).final
+    return handler.refuse(message_id, None, InternalError.of(error)).final
 
 
 def _payload(args: tuple[object, ...]) -> object:
@@ -125,41 +125,46 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     app = broker.make_app(settings)
     limit_memory(settings.memory_bytes)
     telemetry = Telemetry(settings)
-    outside = service_factory.build_services(settings, load, telemetry.observer)
+    services = service_factory.build_services(settings, load, telemetry.observer)
     service_factory.prepare(settings)
     preflight.device(settings)
-    crew = build_worker(settings, app, outside, telemetry.observer)
-    desk = crew.desk
-    register(app, desk)
-    telemetry.ask_worker(lambda: outside.residents.count, desk.breaker, crew.eviction.trouble)
-    _preload(settings, outside, telemetry.health)
+    components = build_worker(settings, app, services, telemetry.observer)
+    handler = components.handler
+    register(app, handler)
+    telemetry.ask_worker(lambda: services.model_cache.count, handler.breaker, components.eviction.trouble)
+    _preload(settings, services, telemetry.health)
     probe = partial(broker.answers, broker.make_app(settings, timeout_s=PROBE_S))
     stopped, signals = threading.Event(), SimpleQueue[int]()
-    kept = background.start({**crew.keepers, **telemetry.keepers}, stopped)
+    kept = background.start({**components.background_loops, **telemetry.loops}, stopped)
     ended = telemetry.watch(kept)
-    pulse = LivenessReporter(
-        ready_fd, reachable=probe, ill=lambda: outside.residents.trouble or ended() or desk.stall.trouble()
+    liveness = LivenessReporter(
+        ready_fd,
+        reachable=probe,
+        ill=lambda: services.model_cache.failure or ended() or handler.stall.trouble(),
     )
-    app.turned, app.stall = pulse.turned, desk.stall
-    telemetry.health.live["loop"], telemetry.health.ready["work"] = lambda: pulse.said, desk.stall.unready
+    app.turned, app.stall = liveness.tick, handler.stall
+    telemetry.health.live["loop"], telemetry.health.ready["work"] = (
+        lambda: liveness.said,
+        handler.stall.unready,
+    )
 
     def ready(**_: object) -> None:
         _listen(signals)
-        pulse.show()  # before the first job, which may be the end of this process
+        liveness.show()  # before the first job, which may be the end of this process
         telemetry.begun()
-        threading.Thread(target=pulse.keep, args=[stopped], name="pulse", daemon=True).start()
+        threading.Thread(target=liveness.run, args=[stopped], name="pulse", daemon=True).start()
 
     def give_up() -> None:
         """When the time is up, or at a second signal: hand everything back, and see to it that this ends."""
         signals.get()
         telemetry.ending()
-        pulse.ending()
+        liveness.ending()
         _wait_for_second(signals, settings.shutdown_timeout_s)
         # A ledger may not even refuse.
         end = threading.Timer(HAND_BACK_S, lambda: _leave(0 if stopped.is_set() else 1))
         end.daemon = True
         end.start()
-        all_back = _hand_back(desk, app, consumer)
+        all_back = _hand_back(handler, app, consumer)
         if not stopped.wait(SETTLE_S):  # some thread is stuck
             _put_back(consumer)
             _leave(0 if all_back else 1)
@@ -168,7 +173,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     threading.Thread(target=give_up, name="give up", daemon=True).start()
     consumer = app.Worker(
         pool="gradcam_worker.broker.consumer:ThreadPool",
-        hostname=f"celery@{desk.worker.id}",
+        hostname=f"celery@{handler.worker.id}",
         concurrency=settings.threads + settings.shards,
         queues=list(publisher.QUEUES),
         without_gossip=True,  # with it, a restart of the broker can end the worker
@@ -177,7 +182,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
         quiet=True,
     )
     hands = f"{settings.threads} threads, {settings.shards} shards"
-    log.info("%s on %s takes jobs, %s", desk.worker.id, desk.worker.device, hands)
+    log.info("%s on %s takes jobs, %s", handler.worker.id, handler.worker.device, hands)
     telemetry.started()
     consumer.start()
     stopped.set()
@@ -195,7 +200,7 @@ def _wait_for_second(signals: "SimpleQueue[int]", timeout_s: float) -> None:
         log.warning("%g s are over: what still runs is handed back", timeout_s)
 
 
-def _preload(settings: Settings, outside: Services, health: Health) -> None:
+def _preload(settings: Settings, services: Services, health: Health) -> None:
     """Weights that cannot be had just now are waited for. Raises InvalidSettings."""
     left = [*settings.preload]
 
@@ -205,7 +210,7 @@ def _preload(settings: Settings, outside: Services, health: Health) -> None:
     health.ready["networks"] = health.startup["networks"] = missing
     while left:
         try:
-            outside.residents.warm(outside.networks.find(left[0]))
+            services.model_cache.warm_up(services.networks.find(left[0]))
         except (PermanentError, WeightsUnavailable) as error:
             cause = error.__cause__
             no_file = isinstance(cause, OSError) and cause.errno in NO_FILE
@@ -243,7 +248,7 @@ def _listen(signals: SimpleQueue[int]) -> None:
         signal.signal(one, note)
 
 
-def _hand_back(desk: JobHandler, app: Celery, consumer: Any) -> bool:
+def _hand_back(handler: JobHandler, app: Celery, consumer: Any) -> bool:
     """What runs here, back into the queue, until it has ended here, too; whether all of it is back.
 
     What is not, the reaper finds when its lease runs out.
@@ -252,16 +257,16 @@ def _hand_back(desk: JobHandler, app: Celery, consumer: Any) -> bool:
     while True:
         over, failed = time.monotonic() > end_s, False
         try:
-            back += desk.hand_back()
+            back += handler.requeue_unfinished()
             while back and (over or consumer.blueprint.state != RUN):  # else it would be taken here, again
-                if route := desk.ledger.route(back[-1]):
+                if route := handler.ledger.route(back[-1]):
                     broker.ring(app, back[-1], route)
                     log.info("job %s is handed back", back[-1])
                 back.pop()
         except (LedgerUnavailable, BrokerUnavailable) as error:
             log.warning("%s", error)
             failed = True
-        if over or not (failed or back or desk.leases.jobs()):
+        if over or not (failed or back or handler.leases.jobs()):
             return not failed
         time.sleep(HAND_BACK_EVERY_S)
 

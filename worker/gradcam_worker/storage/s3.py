@@ -243,7 +243,7 @@ class S3:
         empty = 0
         while True:
             ask = partial(self.client.list_objects_v2, Bucket=bucket, Prefix=prefix, **token)
-            page = RetryPolicy(NEVER, ASKED_S).insist(partial(_page, ask, prefix), FAILED, hopeless)
+            page = RetryPolicy(NEVER, ASKED_S).call(partial(_page, ask, prefix), FAILED, hopeless)
             yield from page.objects
             if not page.more:
                 return
@@ -261,7 +261,7 @@ class S3:
         """Delete an object, if there is one. Raises one of FAILED."""
         self._check(bucket)
         ask = partial(self.client.delete_object, Bucket=bucket, Key=key)
-        RetryPolicy(NEVER, ASKED_S).insist(ask, FAILED, hopeless)
+        RetryPolicy(NEVER, ASKED_S).call(ask, FAILED, hopeless)
 
     def read_image(self, bucket: str, key: str, max_bytes: int, deadline: Deadline) -> bytes:
         """Read an object, giving up as soon as it proves too large or too slow.
@@ -287,7 +287,7 @@ class S3:
         asked = partial(self.client.get_object, Bucket=bucket, Key=key)
         try:
             self._check(bucket)
-            found = RetryPolicy(NEVER, DOWNLOAD_S).insist(asked, FAILED, hopeless)
+            found = RetryPolicy(NEVER, DOWNLOAD_S).call(asked, FAILED, hopeless)
             body = found["Body"]
             sink.expect(found["ContentLength"])
             while chunk := body.read(CHUNK):
@@ -305,10 +305,10 @@ def _both(uri: str, direct: Callable[[], T], thorough: Callable[[], T], patience
         if not isinstance(error, FileNotFoundError):  # an everyday matter
             log.info("%r: boto3 tries again (%s)", uri, str(error).partition("\n")[0])
             if not isinstance(error, ValueError):  # it has asked nobody
-                patience.blame(error)
+                patience.record_failure(error)
     if not patience.left_s():
         patience.give_up(f"storage, {uri}")
-    return patience.insist(thorough, FAILED, hopeless)
+    return patience.call(thorough, FAILED, hopeless)
 
 
 def _without_panic(direct: Callable[[], T]) -> T:

@@ -135,10 +135,10 @@ def open_input(
             "inventory": inventory_rows,
         }
 
-        def read_text(intake: RowParser) -> Iterator[Row]:
+        def read_text(parser: RowParser) -> Iterator[Row]:
             if start is not None:
                 file.seek(start)
-            return kinds[form](_unpacked(file), intake)
+            return kinds[form](_unpacked(file), parser)
 
         def share(_: int) -> float | None:
             return None if start is None or file.closed else file.tell() / max(size, file.tell(), 1)
@@ -155,11 +155,11 @@ def _folder(where: str, settings: Settings, output: str | None, *, sure: bool) -
 
     left_out = [_left_out(where, output)]
 
-    def read(intake: RowParser) -> Iterator[Row]:
+    def read(parser: RowParser) -> Iterator[Row]:
         left_out[0] = _left_out(where, output)  # it may have been read once before
         if not _on_s3(where):
-            return scan.files(where, intake, left_out[0])
-        return scan.objects(where, settings, intake, left_out[0], (lambda _: None) if sure else _no_prefix)
+            return scan.files(where, parser, left_out[0])
+        return scan.objects(where, settings, parser, left_out[0], (lambda _: None) if sure else _no_prefix)
 
     found = Input(_shown(where), "Row", read, left_out=lambda: left_out[0].count)
     next(found.rows(), None)  # whatever is wrong with it is told before anything is written
@@ -303,14 +303,14 @@ def _parquet(file: io.BufferedReader, shown: str, column: str | None, held: Exit
         raise InvalidInput(message)
     wanted = [names[place] for place in at if place is not None]
 
-    def read(intake: RowParser) -> Iterator[Row]:
+    def read(parser: RowParser) -> Iterator[Row]:
         number = 0
         try:
             for batch in table.iter_batches(BATCH, columns=wanted, use_threads=False):
                 cells = {name: _cells(batch.column(name), pa) for name in wanted}
                 given = [cells[names[place]] if place is not None else [None] * len(batch) for place in at]
                 for uri, own, sha256 in zip(*given, strict=True):
-                    yield intake.good(number, uri, own, sha256)
+                    yield parser.good(number, uri, own, sha256)
                     number += 1
         except pa.ArrowException as error:
             message = f"is damaged after {counted(number, 'row')}, or soon after: {error}"

@@ -19,7 +19,7 @@ from gradcam_worker.storage.s3_errors import FAILED, reason
 VERSION = 256  # characters: see `gradcam_worker.schemas.shard.Row`
 
 
-def files(where: str, intake: RowParser, left_out: Callable[[str], bool] = lambda _: False) -> Iterator[Row]:
+def files(where: str, parser: RowParser, left_out: Callable[[str], bool] = lambda _: False) -> Iterator[Row]:
     """Every file, in the order of names, folder by folder; none that is hidden, and of folders none either.
 
     `left_out` is asked of each file's path, as it is without links.
@@ -51,9 +51,9 @@ def files(where: str, intake: RowParser, left_out: Callable[[str], bool] = lambd
         except OSError as error:
             problem = f"it cannot be read: {error.strerror}"
         if problem:
-            yield intake.bad(number, uri, problem)
+            yield parser.bad(number, uri, problem)
         else:
-            yield intake.listed(uri, f"{found.st_size}-{found.st_mtime_ns}")
+            yield parser.listed(uri, f"{found.st_size}-{found.st_mtime_ns}")
         number += 1
 
 
@@ -64,7 +64,7 @@ def _entries(folder: str | Path) -> Iterator[Path]:
 def objects(
     where: str,
     settings: Settings,
-    intake: RowParser,
+    parser: RowParser,
     left_out: Callable[[str], bool] = lambda _: False,
     alone: Callable[[str], str | None] = lambda _: None,
 ) -> Iterator[Row]:
@@ -81,7 +81,7 @@ def objects(
             if one.key == prefix and one.size and (why := alone(prefix)):
                 raise InvalidInput(why)
             if (one.size or not one.key.endswith("/")) and not left_out(one.key):
-                yield intake.listed(f"s3://{bucket}/{one.key}", one.etag[:VERSION] or None)
+                yield parser.listed(f"s3://{bucket}/{one.key}", one.etag[:VERSION] or None)
     except FAILED as error:
         message = f"cannot be listed: {reason(error)}"
         raise InvalidInput(message) from error

@@ -61,54 +61,54 @@ def columns(names: Sequence[str], wanted: str | None, hint: str = "") -> Columns
     return Columns(found[0], *others)
 
 
-def json_rows(file: BinaryIO, intake: RowParser, column: str | None) -> Iterator[Row]:
+def json_rows(file: BinaryIO, parser: RowParser, column: str | None) -> Iterator[Row]:
     """A JSON value a line: a URI, or an object with one as `image` (`uri`, `url`, `path`) or as `column`."""
     known = IMAGE_NAMES if column is None else (column,)
     for number, line in _lines(file):
         try:
             said = loads(line, "it") if len(line) <= MAX_LINE else None
         except Unreadable as error:
-            yield intake.bad(number, line, str(error))
+            yield parser.bad(number, line, str(error))
             continue
         if isinstance(said, str):
-            yield intake.good(number, said)
+            yield parser.good(number, said)
         elif isinstance(said, dict):
-            yield _from_object(intake, number, said, known)
+            yield _from_object(parser, number, said, known)
         elif len(line) > MAX_LINE:
-            yield intake.bad(number, line, _LONG)
+            yield parser.bad(number, line, _LONG)
         else:
-            yield intake.bad(number, line, "it is neither an object nor a URI")
+            yield parser.bad(number, line, "it is neither an object nor a URI")
 
 
-def _from_object(intake: RowParser, number: int, said: dict[str, Any], known: Sequence[str]) -> Row:
+def _from_object(parser: RowParser, number: int, said: dict[str, Any], known: Sequence[str]) -> Row:
     name = next((name for name in known if said.get(name) is not None), None)
     if name is None:
         there = ", ".join(map(repr, said))[:300] or "no field"
-        return intake.bad(number, said, f"it names no image: {' or '.join(map(repr, known))}; it has {there}")
+        return parser.bad(number, said, f"it names no image: {' or '.join(map(repr, known))}; it has {there}")
     image, sha256 = said[name], said.get("sha256")
     if isinstance(image, dict):
         inner = image.get("sha256")
         if None not in (inner, sha256) and inner != sha256:
-            return intake.bad(number, image.get("uri"), "it names two checksums of one image")
+            return parser.bad(number, image.get("uri"), "it names two checksums of one image")
         image, sha256 = image.get("uri"), sha256 if inner is None else inner
-    return intake.good(number, image, said.get("id", said.get("custom_id")), sha256)
+    return parser.good(number, image, said.get("id", said.get("custom_id")), sha256)
 
 
-def text_rows(file: BinaryIO, intake: RowParser) -> Iterator[Row]:
+def text_rows(file: BinaryIO, parser: RowParser) -> Iterator[Row]:
     """A URI a line."""
     for number, line in _lines(file):
         if len(line) > MAX_LINE:
-            yield intake.bad(number, line, _LONG)
+            yield parser.bad(number, line, _LONG)
             continue
         try:
-            yield intake.good(number, line.decode().strip())
+            yield parser.good(number, line.decode().strip())
         except UnicodeDecodeError:
-            yield intake.bad(number, line, "it is not UTF-8")
+            yield parser.bad(number, line, "it is not UTF-8")
 
 
-def table_rows(file: BinaryIO, intake: RowParser, delimiter: str, column: str | None) -> Iterator[Row]:
+def table_rows(file: BinaryIO, parser: RowParser, delimiter: str, column: str | None) -> Iterator[Row]:
     """CSV with a header. Raises InvalidInput where it names no column of images."""
-    records = _records(file, intake, delimiter)
+    records = _records(file, parser, delimiter)
     for first in records:
         if isinstance(first, Row):
             message = f"has a header that cannot be read: {first.problem.detail if first.problem else ''}"
@@ -125,7 +125,7 @@ def table_rows(file: BinaryIO, intake: RowParser, delimiter: str, column: str | 
         number, fields = record
         if len(fields) != len(header):
             received = fields[at.image] if at.image < len(fields) else None
-            yield intake.bad(
+            yield parser.bad(
                 number,
                 received if len(fields) < len(header) and received else delimiter.join(fields),
                 f"it has {len(fields)} fields, and the header {len(header)}: a URI with {delimiter!r} "
@@ -133,27 +133,27 @@ def table_rows(file: BinaryIO, intake: RowParser, delimiter: str, column: str | 
             )
             continue
         own, sha256 = (None if place is None else fields[place] or None for place in at[1:])
-        yield intake.good(number, fields[at.image], own, sha256)
+        yield parser.good(number, fields[at.image], own, sha256)
 
 
-def inventory_rows(file: BinaryIO, intake: RowParser) -> Iterator[Row]:
+def inventory_rows(file: BinaryIO, parser: RowParser) -> Iterator[Row]:
     """Bucket, key and whatever else, without a header: keys as S3's own inventories encode them.
 
     There a space is + or %20, and a plus %2B.
     """
-    for record in _records(file, intake, ","):
+    for record in _records(file, parser, ","):
         if isinstance(record, Row):
             yield record
             continue
         number, fields = record
         bucket, key = (*fields, "")[:2]
         if not bucket or not key or "/" in bucket:
-            yield intake.bad(number, ",".join(fields), "it must begin with a bucket, a comma and a key")
+            yield parser.bad(number, ",".join(fields), "it must begin with a bucket, a comma and a key")
         else:
-            yield intake.good(number, f"s3://{bucket}/{unquote_plus(key, errors='surrogateescape')}")
+            yield parser.good(number, f"s3://{bucket}/{unquote_plus(key, errors='surrogateescape')}")
 
 
-def _records(file: BinaryIO, intake: RowParser, delimiter: str) -> Iterator[tuple[int, list[str]] | Row]:
+def _records(file: BinaryIO, parser: RowParser, delimiter: str) -> Iterator[tuple[int, list[str]] | Row]:
     """Records of CSV with the lines they begin in, and rows in place of those that cannot be read."""
     last, head, long = 0, b"", False
 
@@ -180,12 +180,12 @@ def _records(file: BinaryIO, intake: RowParser, delimiter: str) -> Iterator[tupl
                     f"closed as it should be, by line {last} ({error})."
                 )
                 raise InvalidInput(message) from error
-            yield intake.bad(begun, head, f"it cannot be read as CSV: {error}")
+            yield parser.bad(begun, head, f"it cannot be read as CSV: {error}")
             continue
         if fields is None:
             return
         if long:
-            yield intake.bad(begun, head, _LONG)
+            yield parser.bad(begun, head, _LONG)
         elif fields and (len(fields) > 1 or fields[0].strip()):
             yield begun, fields
 

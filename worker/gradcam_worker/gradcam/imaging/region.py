@@ -98,12 +98,12 @@ def _reach(
     `level` is reached on the way.
     """
 
-    def way(outside: int, ending: int) -> int:
+    def way(services: int, ending: int) -> int:
         """Pixels from the corner outside to the first that is hot, in whichever row that comes first."""
         there = inside[:, ending]
-        low, high = values[there, outside], values[there, ending]
+        low, high = values[there, services], values[there, ending]
         share = float(((level - low) / (high - low)).min())
-        return math.ceil(share * abs(int(corners[ending] - corners[outside])))
+        return math.ceil(share * abs(int(corners[ending] - corners[services])))
 
     first, last = ends
     begin = int(corners[first - 1]) + way(first - 1, first) if first else 0

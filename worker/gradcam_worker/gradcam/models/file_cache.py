@@ -108,8 +108,8 @@ class FileCache:
 class PartialFile:
     """A file that is being written. A sink, see `gradcam_worker.gradcam.models.weights.Sink`."""
 
-    def __init__(self, shelf: FileCache, file: Any, path: Path, place: Path, source: str) -> None:
-        self._shelf, self._file, self._path, self._place, self._source = shelf, file, path, place, source
+    def __init__(self, cache: FileCache, file: Any, path: Path, place: Path, source: str) -> None:
+        self._shelf, self._file, self._path, self._place, self._source = cache, file, path, place, source
         self._hash = hashlib.sha256()
         self._size = self._free = 0
 

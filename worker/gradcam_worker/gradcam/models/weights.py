@@ -124,11 +124,11 @@ def cached(
 
     Raises WeightsChecksumMismatch with both checksums, WeightsUnavailable.
     """
-    shelf = FileCache(folder, max_bytes)
+    cache = FileCache(folder, max_bytes)
     place = cached_at(file, folder)
     try:
-        if not (_is_whole(place, file.sha256) and shelf.touch(place)):
-            _fetch(file, shelf, place.name, fetch if file.uri.startswith("s3://") else _copy)
+        if not (_is_whole(place, file.sha256) and cache.touch(place)):
+            _fetch(file, cache, place.name, fetch if file.uri.startswith("s3://") else _copy)
     except OSError as error:
         message = (
             f"{file.uri} could not be brought into the cache folder {folder}: {error}. GRADCAM_CACHE_DIR "
@@ -146,9 +146,9 @@ def _is_whole(place: Path, sha256: str) -> bool:
         return False
 
 
-def _fetch(file: ModelFile, shelf: FileCache, name: str, fetch: Callable[[str, Sink], None]) -> None:
+def _fetch(file: ModelFile, cache: FileCache, name: str, fetch: Callable[[str, Sink], None]) -> None:
     """Fetch a file beside its place; move it there in one step once its checksum is right."""
-    with shelf.new(name, file.uri) as part:
+    with cache.new(name, file.uri) as part:
         fetch(file.uri, part)
         if part.sha256 != file.sha256:
             message = (

@@ -58,14 +58,14 @@ class MemoryOutbox(Outbox):
     def take(self, limit: int, keep_s: float, room: Mapping[str, int], others: int) -> list[Delivery]:
         """See `Outbox.take`."""
         with self._lock:
-            now, parcels = self._clock(), list[Delivery]()
+            now, deliveries = self._clock(), list[Delivery]()
             left = dict(room)
             for key, due in sorted(self._due.items(), key=lambda one: one[1]):
                 lane = key[0]
                 if lane not in left:
                     left[lane] = min(others, 1) if lane.startswith("//") else 0
                 failures, ends, _ = self._down.get(lane, (0, 0.0, ""))
-                if due > now or ends > now or not left[lane] or len(parcels) == limit:
+                if due > now or ends > now or not left[lane] or len(deliveries) == limit:
                     continue
                 if not self._wanted(key, now):
                     continue
@@ -77,49 +77,49 @@ class MemoryOutbox(Outbox):
                     self._down[lane] = failures, now + keep_s, held
                 tries, since = self._waiting[key]
                 text = self._events[key][0]
-                parcels.append(outbox.read(*key, text, tries=tries, waited_s=now - since, held=held))
-            return parcels
+                deliveries.append(outbox.read(*key, text, tries=tries, waited_s=now - since, held=held))
+            return deliveries
 
-    def delivered(self, parcel: Delivery) -> None:
+    def delivered(self, delivery: Delivery) -> None:
         """See `Outbox.delivered`."""
         with self._lock:
-            key = (parcel.lane, parcel.recipient)
-            if self._held.get(key) != parcel.held:
+            key = (delivery.destination, delivery.recipient)
+            if self._held.get(key) != delivery.held:
                 return
             self._leave(key)
-            self._down.pop(parcel.lane, None)
+            self._down.pop(delivery.destination, None)
             del self._events[key][0]
             if self._events[key]:
                 self._enter(key)
             else:
                 del self._events[key]
 
-    def postpone(self, parcel: Delivery, delay_s: float, *, quiet_s: float = 0) -> None:
+    def postpone(self, delivery: Delivery, delay_s: float, *, quiet_s: float = 0) -> None:
         """See `Outbox.postpone`."""
         with self._lock:
-            key, lane, now = (parcel.lane, parcel.recipient), parcel.lane, self._clock()
-            if self._held.get(key) != parcel.held:
+            key, lane, now = (delivery.destination, delivery.recipient), delivery.destination, self._clock()
+            if self._held.get(key) != delivery.held:
                 return
             del self._held[key]
             tries, since = self._waiting[key]
             self._waiting[key], self._due[key] = (tries + 1, since), now + delay_s
             failures, ends, tried_by = self._down.get(lane, (0, 0.0, ""))
-            if now >= ends or tried_by == parcel.held:
+            if now >= ends or tried_by == delivery.held:
                 longer = FIRST_PAUSE_OF_A_LANE_S * 2.0 ** min(failures - 1, 20)
                 pause = min(longer, LONGEST_PAUSE_OF_A_LANE_S) if failures else 0
                 self._down[lane] = failures + 1, now + pause, ""
-            if quiet_s and parcel.webhook:
-                self._later[parcel.webhook.url] = now + quiet_s
+            if quiet_s and delivery.webhook:
+                self._later[delivery.webhook.url] = now + quiet_s
 
-    def park(self, parcel: Delivery) -> None:
+    def park(self, delivery: Delivery) -> None:
         """See `Outbox.park`."""
         with self._lock:
-            key, now = (parcel.lane, parcel.recipient), self._clock()
-            if self._held.get(key) != parcel.held:
+            key, now = (delivery.destination, delivery.recipient), self._clock()
+            if self._held.get(key) != delivery.held:
                 return
-            failures, _, tried_by = self._down.get(parcel.lane, (0, 0.0, ""))
-            if tried_by == parcel.held:
-                self._down[parcel.lane] = failures, now, ""
+            failures, _, tried_by = self._down.get(delivery.destination, (0, 0.0, ""))
+            if tried_by == delivery.held:
+                self._down[delivery.destination] = failures, now, ""
             self._shelve(key)
 
     def park_old(self, lane: str, waited_s: float) -> int:
@@ -143,7 +143,7 @@ class MemoryOutbox(Outbox):
     def unpark(self, one: DeadDelivery) -> bool:
         """See `Outbox.unpark`."""
         with self._lock:
-            key = (one.lane, one.recipient)
+            key = (one.destination, one.recipient)
             if self._parked.pop(key, None) is None:
                 return False
             self._enter(key)

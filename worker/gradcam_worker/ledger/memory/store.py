@@ -106,8 +106,8 @@ class MemoryLedger(Ledger):
         states = [entry.document.status for entry in self._entries.values()]
         return states.count("queued") + states.count("retrying"), states.count("running")
 
-    def beat(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
-        """See `Ledger.beat`."""
+    def renew_leases(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
+        """See `Ledger.renew_leases`."""
         with self._lock:
             self.health[worker] = health
             lost = set()
@@ -124,8 +124,8 @@ class MemoryLedger(Ledger):
         """See `Ledger.workers`."""
         return dict(self.health)
 
-    def lead(self, worker: str, seconds: float) -> bool:
-        """See `Ledger.lead`."""
+    def try_lead(self, worker: str, seconds: float) -> bool:
+        """See `Ledger.try_lead`."""
         leader, until = self._leader
         if leader not in {"", worker} and until > self._clock():
             return False
@@ -144,8 +144,8 @@ class MemoryLedger(Ledger):
         expired = [one.id for one in waiting if one.expires_at and one.expires_at.timestamp() <= now]
         return {**late, "expired": expired[:limit]}
 
-    def silent(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
-        """See `Ledger.silent`."""
+    def find_unpublished(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
+        """See `Ledger.find_unpublished`."""
         with self._lock:
             now = self._clock()
             newest = now if empty else min(self._claimed.get(route, 0), now)
@@ -164,9 +164,9 @@ class MemoryLedger(Ledger):
         """See `Ledger.dead`."""
         return sorted(self._dead.items(), key=lambda one: -one[1])
 
-    def bury(self, job_id: str) -> None:
-        """See `Ledger.bury`."""
+    def drop_dead_letter(self, job_id: str) -> None:
+        """See `Ledger.drop_dead_letter`."""
         self._dead.pop(job_id, None)
 
-    def sweep(self) -> None:
-        """See `Ledger.sweep`: nothing is forgotten here."""
+    def prune(self) -> None:
+        """See `Ledger.prune`: nothing is forgotten here."""

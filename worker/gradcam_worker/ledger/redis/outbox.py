@@ -45,39 +45,43 @@ class RedisOutbox(Outbox):
         """See `Outbox.take`. What another version wrote and this one cannot read is left to that one."""
         pairs = [part for lane, most in room.items() for part in (lane, most)]
         keep_ms = int(keep_s * 1000)
-        parcels = []
+        deliveries = []
         for lane, recipient, text, tried, now, held in self._server.run(
             outbox_scripts.TAKE, limit, others, keep_ms, self._retention_ms, *pairs
         ):
             tries, since = map(int, tried.split())
             waited_s = (int(now) - since) / 1000
             try:
-                parcels.append(outbox.read(lane, recipient, text, tries=tries, waited_s=waited_s, held=held))
+                deliveries.append(
+                    outbox.read(lane, recipient, text, tries=tries, waited_s=waited_s, held=held)
+                )
             except ValueError as error:
                 log.warning("%s: its next event cannot be read here: %s", recipient, error)
-        return parcels
+        return deliveries
 
-    def delivered(self, parcel: Delivery) -> None:
+    def delivered(self, delivery: Delivery) -> None:
         """See `Outbox.delivered`."""
-        self._server.run(outbox_scripts.DELIVERED, parcel.lane, parcel.recipient, parcel.held)
+        self._server.run(outbox_scripts.DELIVERED, delivery.destination, delivery.recipient, delivery.held)
 
-    def postpone(self, parcel: Delivery, delay_s: float, *, quiet_s: float = 0) -> None:
+    def postpone(self, delivery: Delivery, delay_s: float, *, quiet_s: float = 0) -> None:
         """See `Outbox.postpone`."""
         self._server.run(
             outbox_scripts.POSTPONE,
-            parcel.lane,
-            parcel.recipient,
-            parcel.held,
+            delivery.destination,
+            delivery.recipient,
+            delivery.held,
             int(delay_s * 1000),
             int(FIRST_PAUSE_OF_A_LANE_S * 1000),
             int(LONGEST_PAUSE_OF_A_LANE_S * 1000),
-            parcel.webhook.url if parcel.webhook else "",
-            int(quiet_s * 1000) if parcel.webhook else 0,
+            delivery.webhook.url if delivery.webhook else "",
+            int(quiet_s * 1000) if delivery.webhook else 0,
         )
 
-    def park(self, parcel: Delivery) -> None:
+    def park(self, delivery: Delivery) -> None:
         """See `Outbox.park`."""
-        self._server.run(outbox_scripts.PARK, parcel.lane, parcel.recipient, parcel.held, self._retention_ms)
+        self._server.run(
+            outbox_scripts.PARK, delivery.destination, delivery.recipient, delivery.held, self._retention_ms
+        )
 
     def park_old(self, lane: str, waited_s: float) -> int:
         """See `Outbox.park_old`."""
@@ -109,7 +113,7 @@ class RedisOutbox(Outbox):
 
     def unpark(self, one: DeadDelivery) -> bool:
         """See `Outbox.unpark`."""
-        return bool(self._server.run(outbox_scripts.UNPARK, one.lane, one.recipient))
+        return bool(self._server.run(outbox_scripts.UNPARK, one.destination, one.recipient))
 
     def disable(self, url: str) -> None:
         """See `Outbox.disable`: as long as anything is remembered."""

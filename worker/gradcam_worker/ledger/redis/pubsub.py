@@ -33,7 +33,7 @@ class RedisJobUpdates:
                 if channels:
                     self._connected().send_command(command, *channels, check_health=False)
 
-    def heard(self) -> tuple[set[str], set[str]]:
+    def poll(self) -> tuple[set[str], set[str]]:
         """What has come in since the last time: jobs whose subscription has begun, and jobs that changed."""
         found: dict[str, set[str]] = {"subscribe": set(), "message": set()}
         with self._reaching():

@@ -123,8 +123,8 @@ class RedisLedger(Ledger):
             *queued, running = pipeline.execute()
         return sum(queued), running
 
-    def beat(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
-        """See `Ledger.beat`."""
+    def renew_leases(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
+        """See `Ledger.renew_leases`."""
         pairs = [part for job_id, attempt in held.items() for part in (job_id, attempt)]
         lost, canceled = self.server.run(scripts.BEAT, self._lease_ms, worker, health, *pairs)
         return Renewed(frozenset(lost), frozenset(canceled))
@@ -134,8 +134,8 @@ class RedisLedger(Ledger):
         found = self.server.run(scripts.WORKERS, LIVES * self._lease_ms)
         return dict(zip(found[::2], found[1::2], strict=True))
 
-    def lead(self, worker: str, seconds: float) -> bool:
-        """See `Ledger.lead`."""
+    def try_lead(self, worker: str, seconds: float) -> bool:
+        """See `Ledger.try_lead`."""
         return bool(self.server.run(scripts.LEAD, worker, int(seconds * 1000)))
 
     def overdue(self, limit: int) -> dict[str, list[str]]:
@@ -143,8 +143,8 @@ class RedisLedger(Ledger):
         lost, due, expired = self.server.run(scripts.OVERDUE, limit)
         return {"lost": lost, "due": due, "expired": expired}
 
-    def silent(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
-        """See `Ledger.silent`."""
+    def find_unpublished(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
+        """See `Ledger.find_unpublished`."""
         lost_after_ms = int(lost_after_s * 1000)
         said = "empty" if empty else ""
         found: list[str] = self.server.run(
@@ -160,13 +160,13 @@ class RedisLedger(Ledger):
             )
         return [(str(job_id), score / 1000) for job_id, score in found]
 
-    def bury(self, job_id: str) -> None:
-        """See `Ledger.bury`."""
+    def drop_dead_letter(self, job_id: str) -> None:
+        """See `Ledger.drop_dead_letter`."""
         with self.server.reaching():
             self.server.redis.zrem(f"{self.server.prefix}dead", job_id)
 
-    def sweep(self) -> None:
-        """See `Ledger.sweep`."""
+    def prune(self) -> None:
+        """See `Ledger.prune`."""
         self.server.run(scripts.SWEEP, max(self._retention_ms))
         self.workers()
 
