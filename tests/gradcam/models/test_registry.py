@@ -15,7 +15,7 @@ from gradcam_worker.gradcam.catalog import CATALOG, PREPROCESSING, Head, ModelFi
 from gradcam_worker.gradcam.models.registry import Registry
 from registry_text import MODEL, SHA256, WEIGHTS, write
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[3] / "README.md"
 
 
 def read(folder: Path, body: str) -> NetworkRow:

@@ -30,7 +30,7 @@ from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import Stores
 from gradcam_worker.testing import fake_services
 
-POLICY = Path(__file__).parents[1] / "deploy" / "s3" / "policy.json"
+POLICY = Path(__file__).parents[2] / "deploy" / "s3" / "policy.json"
 PLACES = {
     "IMAGES-BUCKET": "photos",
     "NETWORKS-BUCKET": "networks",

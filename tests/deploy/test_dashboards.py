@@ -18,7 +18,7 @@ from gradcam_worker.observability.queue_depths import QueueDepths
 from gradcam_worker.schemas.shard import ROUTES
 from gradcam_worker.settings import Settings
 
-DEPLOY = Path(__file__).parents[1] / "deploy"
+DEPLOY = Path(__file__).parents[2] / "deploy"
 ALERTS = yaml.safe_load((DEPLOY / "alerts" / "gradcam.rules.yaml").read_text())["groups"][0]["rules"]
 DASHBOARD = json.loads((DEPLOY / "grafana" / "gradcam.json").read_text())
 PANELS = [one for one in DASHBOARD["panels"] if one["type"] != "row"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[1] / "scripts" / "bench"
+BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 
 
 @pytest.mark.tensorflow

@@ -24,7 +24,7 @@ from gradcam_worker.settings import Settings
 
 PLACE = "s3://results/photos"
 NUMBER, OTHER = "01a216d4-0523-773f-a799-60224947ae4d", "01a216d4-0523-773f-a799-60224947ae4e"
-USERS = Path(__file__).parents[1] / "deploy" / "redis" / "users.acl"
+USERS = Path(__file__).parents[2] / "deploy" / "redis" / "users.acl"
 
 
 def wait_for(condition: Callable[[], object]) -> None:

@@ -27,7 +27,7 @@ from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.options import Target
 from gradcam_worker.schemas.shard import Row, Shard
 
-DOCS = Path(__file__).parents[1] / "docs" / "DATASET.md"
+DOCS = Path(__file__).parents[2] / "docs" / "DATASET.md"
 TEXT = DOCS.read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: part for part in TEXT.split("\n## ")}
 # What each reader's findings are in plain JSON: top, worst, means.

@@ -7,7 +7,7 @@ from gradcam_worker.observability.definitions import METRICS, PREFIX, Defined
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.settings import Settings
 
-PAGE = Path(__file__).parents[1] / "docs" / "TELEMETRY.md"
+PAGE = Path(__file__).parents[2] / "docs" / "TELEMETRY.md"
 MANY = 12  # values of a label that are written out
 
 

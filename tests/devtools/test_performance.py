@@ -11,7 +11,7 @@ import pytest
 import performance
 from performance_figures import Hole, plain, table
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 RAN: dict[str, Any] = {
     "machine": {"cpu_count": 2, "cpu_model": "a processor", "device": "cpu", "load_before": 0.1},
     "versions": {"python": "3.11.7", "keras": "3.15.1"},
