@@ -117,7 +117,7 @@ def calls_ms() -> float:
 
 
 def asking_ms(flow: River) -> float:
-    """Processor time of what `gradcam_worker.observability.health.Contact` asks, as `gradcam_worker.runtime.telemetry` tells it to."""
+    """Processor time of what `observability.health.Contact` asks, as `runtime.telemetry` tells it to."""
     bell = Publisher(flow.settings)
     begun = time.thread_time()
     for _ in range(READINGS):

@@ -332,7 +332,7 @@ def stale() -> Iterator[str]:
     """What the chart says that is written elsewhere, and differs there."""
     schema: Mapping[str, Any] = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
     if schema["properties"]["settings"] != settings_schema():
-        yield "values.schema.json: settings are not those of worker/gradcam_worker/settings.py: check_helm.py --write"
+        yield "values.schema.json: settings differ from gradcam_worker/settings.py: check_helm.py --write"
     if {*ROUTES} != {"high", "normal", "low", "bulk", ROUTE}:
         yield f"the chart's formula does not know all of {ROUTES}"
 

@@ -124,7 +124,7 @@ class StandIn:
     def begin(
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Callable[[], Computed]:
-        """See `gradcam_worker.gradcam.network.Network.begin`. Passes queue: one begins where the last one ends."""
+        """See `gradcam.network.Network.begin`. Passes queue: one begins where the last one ends."""
         rows = np.arange(len(pixels)) % self.ANSWERS
         ended = self._occupy(len(pixels))
 

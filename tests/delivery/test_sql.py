@@ -299,7 +299,8 @@ def test_whoever_asks_by_state_or_by_time_finds_an_index(url: str) -> None:
 def test_workers_that_start_at_once_make_the_table_once(url: str) -> None:
     program = (
         "import sys; from concurrent.futures import ThreadPoolExecutor as Pool\n"
-        "from gradcam_worker.delivery.sql import SqlStatus; some = [SqlStatus(sys.argv[1], 60) for _ in range(4)]\n"
+        "from gradcam_worker.delivery.sql import SqlStatus\n"
+        "some = [SqlStatus(sys.argv[1], 60) for _ in range(4)]\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "list(Pool(4).map(SqlStatus.upgrade, some)); [status.close() for status in some]"
     )

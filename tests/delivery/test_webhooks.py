@@ -106,9 +106,8 @@ def test_a_message_that_is_sent_again_keeps_its_id_and_says_when_it_was_sent_aga
 ) -> None:
     sent, url = event(), http_server.url("/hook", answer(503))
     for later in (0, 200):
-        monkeypatch.setattr(
-            "gradcam_worker.delivery.webhooks.utc_now", lambda: utc_now() + timedelta(seconds=later)
-        )  # noqa: B023
+        moment = utc_now() + timedelta(seconds=later)
+        monkeypatch.setattr("gradcam_worker.delivery.webhooks.utc_now", lambda moment=moment: moment)
         with pytest.raises(StatusUnavailable):
             send(http_server, url, sent, ref="app1")
     first, second = http_server.headers

@@ -389,7 +389,8 @@ class TestFolder:
 
     def test_a_process_that_is_killed_leaves_whole_files_or_none(self, tmp_path: Path) -> None:
         program = (
-            "import sys; from pathlib import Path; from gradcam_worker.storage.filesystem import FolderStore\n"
+            "import sys; from pathlib import Path\n"
+            "from gradcam_worker.storage.filesystem import FolderStore\n"
             "store = FolderStore(Path(sys.argv[1]))\n"
             "for n in range(100_000):\n"
             "    store.put(f'j/{n % 7}.bin', b'%d' % (n % 10) * 2_000_000, 'x')\n"

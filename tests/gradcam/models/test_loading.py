@@ -97,7 +97,10 @@ def test_a_download_is_found_where_keras_keeps_it(tmp_path: Path) -> None:
     kept = tmp_path / "models" / CATALOG["xception"].keras_files[0]
     kept.parent.mkdir()
     kept.touch()
-    program = "from gradcam_worker.gradcam import catalog, loading;print(loading._cached(catalog.find('xception')), end='')"
+    program = (
+        "from gradcam_worker.gradcam import catalog; from gradcam_worker.gradcam.models import loading;"
+        "print(loading._cached(catalog.find('xception')), end='')"
+    )
     variables = {**os.environ, "KERAS_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True
@@ -181,7 +184,8 @@ def in_a_process_of_its_own(program: str, folder: Path, config: str) -> subproce
 
 def test_keras_json_in_somebodys_home_changes_nothing(tmp_path: Path, lite0: Any) -> None:
     program = (
-        "import numpy as np; from gradcam_worker.gradcam import backend, loading; config = backend.keras.config\n"
+        "import numpy as np\nfrom gradcam_worker.gradcam import backend\n"
+        "from gradcam_worker.gradcam.models import loading; config = backend.keras.config\n"
         "network = loading.load_network('efficientnet_lite0')\n"
         "scores = network.scores(np.zeros((1, 224, 224, 3), np.uint8))\n"
         "print(backend.name(), config.floatx(), config.epsilon(), config.dtype_policy().name, "

@@ -340,8 +340,9 @@ class TestShelf:
         self, tmp_path: Path
     ) -> None:
         program = (
-            "import sys, time; from pathlib import Path; from gradcam_worker.gradcam.models.file_cache import Shelf\n"
-            "with Shelf(Path(sys.argv[1]), None).new('one', 's3://models/one.keras') as part:\n"
+            "import sys, time; from pathlib import Path\n"
+            "from gradcam_worker.gradcam.models.file_cache import FileCache\n"
+            "with FileCache(Path(sys.argv[1]), None).new('one', 's3://models/one.keras') as part:\n"
             "    part.write(bytes(60)); print('written', flush=True); time.sleep(600)\n"
         )
         command = [sys.executable, "-P", "-c", program, str(tmp_path)]

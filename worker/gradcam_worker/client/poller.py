@@ -1,4 +1,4 @@
-"""The one thread of a process that looks at the ledger for all who wait: see `gradcam_worker.client.waiter`."""
+"""The one thread of a process that reads the ledger for all who wait: see `client.waiter`."""
 
 import logging
 import math

@@ -61,7 +61,7 @@ class HttpClient:
         resolve: Resolve = look_up,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """`hosts` as `gradcam_worker.net.allowlist` reads them; `setting` is named when another one is refused.
+        """`hosts` as `net.allowlist` reads them; `setting` is named when another one is refused.
 
         Only public addresses are dialled, and those in `private_networks`; `resolve` finds them. `tls` says
         which certificates are taken: without it, the public ones.
