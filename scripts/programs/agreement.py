@@ -1,6 +1,7 @@
 """How far our numbers are from the same by other ways: `scripts/agreement [SECTION ...] [--json] [--write]`.
 
-Each section is a table of differences and shares, none of times. `--write` makes docs/AGREEMENT.md again, for
+Each section is a table of differences and shares, none of times. `--write` makes
+docs/explanation/agreement.md again, for
 which all are needed: some minutes. Whether they are small enough is for the tests to say, in tests/gradcam.
 """
 
@@ -20,7 +21,7 @@ from comparisons import SECTIONS, Table
 # Only now: the line above keeps TensorFlow quiet while it is loaded for the first time.
 import keras
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "AGREEMENT.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "explanation" / "agreement.md"
 WIDTH = 110  # characters of a line
 SMALL = 1e-2  # figures below are written as powers of ten
 PACKAGES = ("keras", "tensorflow", "jax", "torch", "numpy")

@@ -232,8 +232,8 @@ def randomisation() -> Table:
         "Adebayo et al., arXiv 1810.03292: the weights of EfficientNet-Lite0 are shuffled from the head "
         "down; what is left of its maps of the five photos, top 3 classes of each. Near 0 is good: a map "
         "that stays does not show what was learned. Grad-CAM++ and LayerCAM take positive gradients alone "
-        "and hear less of the head; EigenCAM does not ask it at all. A map that has become uniform still has "
-        "the hot region's share of the picture as its IoU, about .25.",
+        "and depend less on the head; EigenCAM does not depend on it. A map that has become uniform still "
+        "has the hot region's share of the picture as its IoU, about .25.",
         ("shuffled down to", "method", "IoU", "rank correlation"),
         rows,
     )

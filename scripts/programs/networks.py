@@ -1,8 +1,8 @@
 """Every network of the catalog: `scripts/networks [NAME ...] [--json] [--write]`.
 
 Each is built with seeded random weights and explains a photo. Exit code 1: a network is not what its row
-says, or its map is not finite, or dark. `--write` makes docs/NETWORKS.md again, for which all are built:
-minutes.
+says, or its map is not finite, or dark. `--write` makes docs/reference/networks.md again, for
+which all are built: minutes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.overlay import fit
 from gradcam_worker.gradcam.network import Method
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "NETWORKS.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "networks.md"
 PHOTO = DATA / "photos" / "astronaut.jpg"
 SEED = 0
 WIDTHS = (20, 10, 7, 24, 8, 12, 4, 4)  # characters of each column

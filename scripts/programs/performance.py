@@ -1,7 +1,7 @@
-"""Writes docs/PERFORMANCE.md and its plots: `scripts/performance [--measure [NAME ...]]`.
+"""Writes docs/explanation/performance.md and its plots: `scripts/performance [--measure [NAME ...]]`.
 
-What it says comes from the benches' own documents, docs/performance/NAME.json; remarks on a bench, where
-there are any, from docs/performance/NAME.md. `--measure` first runs the benches that are named, or all, one
+What it says comes from the benches' own documents, NAME.json in docs/explanation/performance; remarks on a
+bench, where there are any, from NAME.md there. `--measure` first runs the benches that are named, or all, one
 after the other, and keeps what they print: leave the machine alone meanwhile. The same documents give the
 same page and, with the same version of matplotlib, the same plots.
 """
@@ -18,8 +18,8 @@ from performance_page import page
 from performance_plots import draw
 from performance_sections import SECTIONS
 
-DOCS = Path(__file__).parents[2] / "docs"
-FOLDER = "performance"  # in docs: documents, remarks and plots
+DOCS = Path(__file__).parents[2] / "docs" / "explanation"
+FOLDER = "performance"  # in docs/explanation: documents, remarks and plots
 BENCH = Path(__file__).with_name("bench.py")
 
 
@@ -51,7 +51,7 @@ def write(docs: Path) -> None:
         draw(found, Path(drawn))
         for plot in Path(drawn).iterdir():
             (folder / plot.name).write_bytes(plot.read_bytes())
-    (docs / "PERFORMANCE.md").write_text(text, encoding="utf-8")
+    (docs / "performance.md").write_text(text, encoding="utf-8")
 
 
 def _remarks(path: Path) -> str:

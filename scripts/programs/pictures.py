@@ -1,4 +1,4 @@
-"""Make the pictures in docs/ again, with the network and the photos that are shipped.
+"""Make the pictures in docs/images/ again, with the network and the photos that are shipped.
 
     scripts/pictures [NAME ...]    all of them, unless some are named
 
@@ -35,7 +35,7 @@ from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.options import Target
 from gradcam_worker.schemas.shard import Row, Shard
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "images"
 TILE = 360 * 270  # pixels of a picture on a sheet: three beside each other fill a page
 FRAME_EDGE = 360  # pixels of the animation: it stays below 400 KB
 FRAME_S = 1.2
@@ -186,7 +186,7 @@ def main(arguments: list[str]) -> int:
     for name in names:
         data = MAKERS[name]()
         (DOCS / name).write_bytes(data)
-        print(f"docs/{name}: {len(data) / 1000:.0f} KB", flush=True)
+        print(f"docs/images/{name}: {len(data) / 1000:.0f} KB", flush=True)
     return 0
 
 

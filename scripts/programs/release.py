@@ -37,7 +37,7 @@ CLIENT = (
 )
 SDIST = (  # what a source distribution has at its top, at least
     *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "PKG-INFO", "README.md", "constraints.txt"),
-    *("pyproject.toml", "deploy", "docker", "docs", "scripts", "tests", "worker"),
+    *("pyproject.toml", "zensical.toml", "deploy", "docker", "docs", "scripts", "tests", "worker"),
 )
 EXTRAS = {"cpu", "gpu", "s3", "backfill", "sql", "demo"}
 

@@ -7,7 +7,8 @@
 The first part is time: all that is left is done within `drain_s` by so many workers. The second is room: a
 worker holds `slots` jobs at once, so what runs now is never more than what the workers left over can hold.
 It is the larger of both and not their sum: busy workers would else ask for one more each, for as long as
-anything waits. deploy/README.md explains each number; `Scaler.formula` is what deploy/helm/gradcam renders.
+anything waits. docs/how-to/deploy-kubernetes.md explains each number; `Scaler.formula` is what
+deploy/helm/gradcam renders.
 """
 
 import math

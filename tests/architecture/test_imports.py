@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+import gradcam_worker
+
 HEAVY = {"numpy", "cv2", "boto3", "botocore", "obstore", "PIL", "httpcore", "httpx", "keras", "tensorflow"}
 HEAVY |= {"sqlalchemy", "alembic", "psycopg", "standardwebhooks"}
 
@@ -52,7 +54,15 @@ def test_the_library_is_imported_without_tensorflow() -> None:
 
 
 def test_the_package_itself_costs_nothing() -> None:
-    assert not loaded_by("import worker") & {*HEAVY, "pydantic", "celery", "redis"}
+    assert not loaded_by("import gradcam_worker") & {*HEAVY, "pydantic", "celery", "redis"}
+
+
+def test_the_public_names_are_imported_on_demand() -> None:
+    names = "AsyncGradcamClient, GradcamClient, Job"
+    assert not loaded_by(f"from gradcam_worker import {names}") & {*HEAVY, "celery", "kombu"}
+    assert {*names.split(", ")} <= set(dir(gradcam_worker))
+    with pytest.raises(AttributeError, match="has no attribute 'Client'"):
+        _ = gradcam_worker.Client
 
 
 def test_opencv_gets_its_pixel_limit_whichever_module_comes_first() -> None:

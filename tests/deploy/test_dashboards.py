@@ -19,6 +19,7 @@ from gradcam_worker.schemas.shard import ROUTES
 from gradcam_worker.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
+RUNBOOK = DEPLOY.parent / "docs" / "how-to" / "runbook.md"
 ALERTS = yaml.safe_load((DEPLOY / "alerts" / "gradcam.rules.yaml").read_text())["groups"][0]["rules"]
 DASHBOARD = json.loads((DEPLOY / "grafana" / "gradcam.json").read_text())
 PANELS = [one for one in DASHBOARD["panels"] if one["type"] != "row"]
@@ -108,16 +109,16 @@ def test_expressions_are_whole() -> None:
 
 
 def test_each_alert_says_what_it_is_and_has_its_section_in_the_runbook() -> None:
-    sections = re.findall(r"^## (.+)$", (DEPLOY / "RUNBOOK.md").read_text(), re.MULTILINE)
+    sections = re.findall(r"^## (.+)$", RUNBOOK.read_text(), re.MULTILINE)
     for alert in ALERTS:
         assert alert["labels"]["severity"] in {"critical", "warning"}
         assert alert["annotations"].keys() == {"summary", "description", "runbook_url"}
-        assert alert["annotations"]["runbook_url"] == f"deploy/RUNBOOK.md#{alert['alert'].lower()}"
+        assert alert["annotations"]["runbook_url"] == f"docs/how-to/runbook.md#{alert['alert'].lower()}"
     assert sections == [alert["alert"] for alert in ALERTS]
 
 
 def test_the_commands_of_the_runbook_exist() -> None:
-    text = (DEPLOY / "RUNBOOK.md").read_text()
+    text = RUNBOOK.read_text()
     root: click.Command = gradcam
     named = re.findall(r"`gradcam ([^`]+)`", text) + re.findall(r"^gradcam ([^#\n]+)", text, re.MULTILINE)
     for line in named:
@@ -130,7 +131,7 @@ def test_the_commands_of_the_runbook_exist() -> None:
 
 
 def test_the_settings_of_the_runbook_exist() -> None:
-    named = set(re.findall(r"GRADCAM_([A-Z0-9_]+)", (DEPLOY / "RUNBOOK.md").read_text()))
+    named = set(re.findall(r"GRADCAM_([A-Z0-9_]+)", RUNBOOK.read_text()))
     assert named
     assert {name.lower() for name in named} <= Settings.model_fields.keys()
 

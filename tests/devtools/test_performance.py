@@ -11,7 +11,7 @@ import pytest
 import performance
 from performance_figures import Hole, plain, table
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "explanation"
 RAN: dict[str, Any] = {
     "machine": {"cpu_count": 2, "cpu_model": "a processor", "device": "cpu", "load_before": 0.1},
     "versions": {"python": "3.11.7", "keras": "3.15.1"},
@@ -182,15 +182,15 @@ def test_the_committed_page_is_what_the_committed_documents_say(tmp_path: Path) 
         if path.suffix in {".json", ".md"}:
             (folder / path.name).write_bytes(path.read_bytes())
     performance.write(tmp_path)
-    page = (DOCS / "PERFORMANCE.md").read_text(encoding="utf-8")
-    assert page == (tmp_path / "PERFORMANCE.md").read_text(encoding="utf-8"), "run scripts/performance"
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    assert page == (tmp_path / "performance.md").read_text(encoding="utf-8"), "run scripts/performance"
     for plot in re.findall(r"\]\((performance/[^)]+)\)", page):
         assert (DOCS / plot).is_file()
 
 
 def test_every_bench_has_its_figures_and_its_plots_on_the_page(docs: Path) -> None:
     performance.write(docs)
-    page = (docs / "PERFORMANCE.md").read_text(encoding="utf-8")
+    page = (docs / "performance.md").read_text(encoding="utf-8")
     assert "has not been run" not in page
     plots = re.findall(r"\]\((performance/[^)]+)\)", page)
     assert len(plots) == 4
@@ -205,7 +205,7 @@ def test_every_bench_has_its_figures_and_its_plots_on_the_page(docs: Path) -> No
 
 def test_what_is_missed_is_called_missed(docs: Path) -> None:
     performance.write(docs)
-    lines = (docs / "PERFORMANCE.md").read_text(encoding="utf-8").splitlines()
+    lines = (docs / "performance.md").read_text(encoding="utf-8").splitlines()
     missed = [line for line in lines if line.endswith("| **missed** |")]
     assert len(missed) == 2
     assert "vgg16: share of forward, batch 8, top 8 | at least 0.98 | 0.97" in missed[0]
@@ -224,7 +224,7 @@ def test_the_same_documents_give_the_same_bytes(docs: Path) -> None:
 def test_remarks_stand_below_the_figures_that_they_are_about(docs: Path) -> None:
     (docs / "performance" / "host.md").write_text("Most of it is the checksum.\n")
     performance.write(docs)
-    page = (docs / "PERFORMANCE.md").read_text(encoding="utf-8")
+    page = (docs / "performance.md").read_text(encoding="utf-8")
     assert page.index("## Host") < page.index("Most of it is the checksum.") < page.index("## Service")
 
 
@@ -232,7 +232,7 @@ def test_a_bench_without_a_document_is_said_not_to_have_been_run(docs: Path) -> 
     for name in MADE:
         (docs / "performance" / f"{name}.json").unlink()
     performance.write(docs)
-    page = (docs / "PERFORMANCE.md").read_text(encoding="utf-8")
+    page = (docs / "performance.md").read_text(encoding="utf-8")
     assert page.count("has not been run") == len(MADE)
     assert "needs a machine with an accelerator" in page
 
@@ -263,7 +263,7 @@ def test_a_hole_in_a_document_is_named_with_its_file_and_leaves_the_page_alone(
     path.write_text(json.dumps(document))
     with pytest.raises(Hole, match=rf"{re.escape(str(path))} has no .*{keys[-1]}"):
         performance.write(docs)
-    assert not (docs / "PERFORMANCE.md").exists()
+    assert not (docs / "performance.md").exists()
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"growth": 1'])

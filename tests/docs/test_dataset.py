@@ -1,4 +1,4 @@
-"""docs/DATASET.md: every block of it is run, over a real small dataset, and what it finds is compared."""
+"""docs/reference/dataset.md: each block is run over a small real dataset, and what it finds is compared."""
 
 import io
 import json
@@ -27,7 +27,7 @@ from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.options import Target
 from gradcam_worker.schemas.shard import Row, Shard
 
-DOCS = Path(__file__).parents[2] / "docs" / "DATASET.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "dataset.md"
 TEXT = DOCS.read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: part for part in TEXT.split("\n## ")}
 # What each reader's findings are in plain JSON: top, worst, means.

@@ -1,10 +1,10 @@
-"""docs/RELIABILITY.md names the test of every promise: each of them has to be there."""
+"""docs/explanation/guarantees.md names the test of every promise: each of them has to be there."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "explanation" / "guarantees.md").read_text(encoding="utf-8")
 NAMED = re.findall(r"`(tests/[\w/]+\.py)((?:::\w+)*)`", PAGE)
 
 
@@ -17,7 +17,7 @@ def test_every_test_that_the_page_names_is_there() -> None:
 
 
 def test_every_promise_names_a_test() -> None:
-    rows = [line for line in PAGE.splitlines() if line.startswith("| ") and "held by" not in line]
+    rows = [line for line in PAGE.splitlines() if line.startswith("| ") and "| guarantee |" not in line]
     promises = [row for row in rows if len(row.split(" | ")) == 2]
     assert len(promises) > 30
     assert [row for row in promises if "`tests/" not in row] == []

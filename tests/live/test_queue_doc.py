@@ -1,4 +1,4 @@
-"""docs/QUEUE.md, as strangers read it: its programs as they stand there, and what it says about the queue."""
+"""docs/how-to/other-languages.md: its programs run as they stand there, its messages by a real worker."""
 
 import ast
 import base64
@@ -26,7 +26,7 @@ from gradcam_worker.settings import Settings
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "QUEUE.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "other-languages.md").read_text()
 PLAIN, CELERY = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 [RIGHTS] = re.findall(r"^user stranger (.*)$", PAGE, re.MULTILINE)
 [CELERYS_RIGHTS] = re.findall(r"^(\+multi .*)$", PAGE, re.MULTILINE)

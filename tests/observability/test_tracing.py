@@ -120,7 +120,9 @@ def test_a_job_is_one_trace_from_submit_to_its_last_word(office: Office) -> None
 def test_each_span_is_on_the_page_of_telemetry(office: Office) -> None:
     with deliveries(office, Heard(), metrics=["deletion"]):
         pass
-    page = (Path(__file__).parents[2] / "docs" / "TELEMETRY.md").read_text().partition("## Traces")[2]
+    page = (
+        (Path(__file__).parents[2] / "docs" / "how-to" / "telemetry.md").read_text().partition("## Traces")[2]
+    )
     assert set(re.findall(r"`gradcam\.([a-z]+)`", page)) == office.spans.keys()
 
 

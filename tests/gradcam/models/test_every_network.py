@@ -18,7 +18,7 @@ from gradcam_worker.gradcam.network import Method
 ROWS = list(CATALOG.values())
 THEIRS = [row for row in ROWS if not row.shipped]  # Keras's own
 every_row = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
-DOCUMENT = Path(__file__).parents[3] / "docs" / "NETWORKS.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "reference" / "networks.md"
 
 
 def test_the_table_in_the_docs_is_of_these_rows() -> None:

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 in fewer digits sees nearly the same. Measured: docs/AGREEMENT.md."""
+"""EfficientNet-Lite0 in fewer digits sees nearly the same. Measured: docs/explanation/agreement.md."""
 
 from collections.abc import Callable
 from functools import cache

@@ -15,7 +15,7 @@ from gradcam_worker.gradcam.catalog import CATALOG, PREPROCESSING, Head, ModelFi
 from gradcam_worker.gradcam.models.registry import Registry
 from registry_text import MODEL, SHA256, WEIGHTS, write
 
-README = Path(__file__).parents[3] / "README.md"
+PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "own-networks.md"
 
 
 def read(folder: Path, body: str) -> NetworkRow:
@@ -264,8 +264,8 @@ class TestChanges:
         assert registry.find("tumours").labels == ("39", "39")
 
 
-def test_the_readmes_example_is_a_registry(tmp_path: Path) -> None:
-    [example] = re.findall(r"^```toml\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+def test_the_example_of_the_documentation_is_a_registry(tmp_path: Path) -> None:
+    [example] = re.findall(r"^```toml\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "tumours.txt").write_text("benign\nmalignant\n")
     (tmp_path / "networks.toml").write_text(example.replace('"..."', f'"{SHA256}"'))
     assert names(Registry(tmp_path / "networks.toml")) == ["tumours", "scans", "birds"]

@@ -8,8 +8,8 @@
     <output>/dataset.json              last: its presence means that every row of the input is there
 
 An image that failed has one row, with `error` and `error_detail`, and no class. Every file has the same
-schema, so that any reader takes the folder for one table: see docs/DATASET.md. This module is the one door
-to Arrow.
+schema, so that any reader takes the folder for one table: see docs/reference/dataset.md. This module is the
+one door to Arrow.
 """
 
 import io

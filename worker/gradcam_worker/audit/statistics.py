@@ -25,7 +25,9 @@ from gradcam_worker.text.similar_names import nearest
 FILES = 4  # read ahead
 READ_S = 120.0  # that one of them is waited for
 FINITE = 65_504.0  # the largest number of a heatmap
-FORMAT = "Its folder must hold data/*.parquet as `gradcam backfill` leaves them, see docs/DATASET.md."
+FORMAT = (
+    "Its folder must hold data/*.parquet as `gradcam backfill` leaves them, see docs/reference/dataset.md."
+)
 
 Report = Callable[[str, int, int], None]  # what is done, how many of them, of how many
 

@@ -59,7 +59,12 @@ class Objects(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """What a job that succeeded has left. `urls`: of each artifact's URI, where a browser finds it."""
+    """What a job that succeeded has left.
+
+    Attributes:
+        manifest: every fact about its artifacts.
+        urls: a presigned URL for each artifact, by the artifact's URI.
+    """
 
     manifest: Manifest
     urls: dict[str, str]

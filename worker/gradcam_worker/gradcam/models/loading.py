@@ -41,16 +41,32 @@ def load_network(
     precision: str = "float32",
     exact_backward: bool = False,
 ) -> KerasNetwork:
-    """Build a network of the catalog, or an operator's own, with its weights, ready to explain.
+    """Load a network of the catalog, or an operator's own, with its weights.
 
-    Weights come from `file` where the row is an operator's; else from `weights_dir`, from the package where
-    it ships them, or from Keras's own download. `random_seed` builds the network with seeded random weights
-    instead, for tests and benchmarks. `precision` is float32, tf32, bfloat16 or mixed_bfloat16; whether a GPU
-    may take TF32 for float32 holds for the whole process from then on, and is as the last network that was
-    loaded wants it. `exact_backward` goes the whole way back also where a shorter one gives the same.
+    Args:
+        network: its name, as in `gradcam networks`, or its row.
+        weights_dir: a folder with weights; default: those in the package, else Keras's download.
+        random_seed: build it with seeded random weights instead, for tests and benchmarks.
+        file: the verified file of an operator's row.
+        precision: `float32`, `tf32`, `bfloat16` or `mixed_bfloat16`. Whether a GPU may use TF32 holds for the
+            whole process, and is as the last loaded network asked for.
+        exact_backward: take the whole backward pass, also where a shorter one gives the same.
 
-    Raises InvalidSettings, UnknownNetwork, WeightsUnavailable, WeightsChecksumMismatch, NetworkIncompatible,
-    UnknownLayer.
+    Returns:
+        A network for `explain_image`.
+
+    Raises:
+        UnknownNetwork: the catalog has no such network.
+        WeightsUnavailable: its weights are neither here nor can they be downloaded.
+        WeightsChecksumMismatch: the file is not the expected one.
+        NetworkIncompatible: it cannot be explained.
+        UnknownLayer: its target layer does not exist.
+        InvalidSettings: there is no such precision.
+
+    Example:
+        ```python
+        network = load_network("efficientnet_lite0")
+        ```
     """
     row = catalog.find(network) if isinstance(network, str) else network
     with backend.configured():
@@ -81,15 +97,32 @@ def wrap_model(
     name: str | None = None,
     exact_backward: bool = False,
 ) -> KerasNetwork:
-    """Any Keras image classifier -> a network that `explain_image` takes. The model is left as it is.
-
-    `preprocessing` says what the model was trained on: a name of `catalog.PREPROCESSING` or one's own.
-    `input_size` (height, width) is needed where the model takes any. Without `labels` classes have numbers.
-    `exact_backward` goes the whole way back also where a shorter one gives the same.
+    """Make any Keras image classifier a network that `explain_image` takes. The model is not changed.
 
     Some weights are copied, or summed: a model that is trained further has to be wrapped again.
 
-    Raises NetworkIncompatible, UnknownLayer.
+    Args:
+        model: a Keras model with one image input.
+        preprocessing: what was done to pixels before training: `caffe`, `tf`, `torch`, `lite`, `unit`,
+            `none`, or a `Preprocessing` of your own.
+        labels: names of the classes; default: their numbers.
+        input_size: (height, width), where the model takes any size.
+        target_layer: the layer to explain; default: found in the graph.
+        head: how to read the output, where the graph does not say.
+        name: of the network; default: the model's.
+        exact_backward: take the whole backward pass, also where a shorter one gives the same.
+
+    Returns:
+        A network for `explain_image`.
+
+    Raises:
+        NetworkIncompatible: it cannot be explained; the message says why.
+        UnknownLayer: there is no such target layer.
+
+    Example:
+        ```python
+        network = wrap_model(model, preprocessing="tf", labels=["benign", "malignant"])
+        ```
     """
     if isinstance(preprocessing, str) and preprocessing not in PREPROCESSING:
         message = f"There is no preprocessing {preprocessing!r}; there are {', '.join(PREPROCESSING)}."
