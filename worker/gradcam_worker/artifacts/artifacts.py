@@ -171,9 +171,9 @@ def sealed(
 
     It counts only where it was made of the same wish, the same bytes of the image, and the network as `row`
     describes it now. `image_sha256` is None where the image is gone, and the job did not say which bytes it
-    must be: then those that the manifest names count. What is there and is none, is of an earlier version that did not say, or of anything
-    else, counts for nothing: this attempt writes its own. Raises StorageUnavailable, JobTimeout, and what
-    the deadline was cancelled with.
+    must be: then those that the manifest names count. What is there and is none, is of an earlier version
+    that did not say, or of anything else, counts for nothing: this attempt writes its own. Raises
+    StorageUnavailable, JobTimeout, and what the deadline was cancelled with.
     """
     key = f"{folder}/{MANIFEST}"
     text = store.find(key, deadline)
