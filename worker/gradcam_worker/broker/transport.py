@@ -55,17 +55,29 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
     """Kombu's book of unacknowledged messages, where one that is rubbish does not keep the others there."""
 
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
-        """Put a message back into its queue; what cannot be put back is set aside."""
+        """Put a message back into its queue; what cannot be put back is set aside.
+
+        As kombu's, which would put it back as a stranger wrote it, or lose it and log what it says.
+        """
+        rubbish: list[bytes] = []
+
+        def restore(pipe: Any) -> None:
+            rubbish.clear()
+            held = pipe.hget(self.unacked_key, tag)
+            pipe.multi()
+            self._remove_from_indices(tag, pipe)
+            if not held:
+                return
+            channel = self.channel
+            if opened := envelope.reopened(held, channel.max_message_bytes, channel.tasks):
+                channel._do_restore_message(*opened, pipe, leftmost)  # noqa: SLF001  # as kombu does
+            else:
+                rubbish.append(held)
+
         with self.channel.conn_or_acquire(client) as connected:
-            held = connected.hget(self.unacked_key, tag)
-            if held and not envelope.restorable(held):
-                opened = envelope.reopened(held, self.channel.max_message_bytes, self.channel.tasks)
-                if opened is None:
-                    self.channel.set_aside(held, self.unacked_key, "it cannot be put back into a queue")
-                    self._remove_from_indices(tag).execute()
-                    return
-                connected.hset(self.unacked_key, tag, opened)
-            super().restore_by_tag(tag, connected, leftmost)
+            connected.transaction(restore, self.unacked_key)
+        for item in rubbish:
+            self.channel.set_aside(item, self.unacked_key, "it cannot be put back into a queue")
 
 
 class Message(virtual.Message):  # type: ignore[misc]
