@@ -666,6 +666,28 @@ def test_a_key_finds_the_failure_unless_it_is_to_be_tried_again(ledger: Ledger, 
         ledger.submit(other, retry_failed=True)
 
 
+def test_what_somebody_else_tries_again_and_finishes_meanwhile_keeps_no_job_of_many_from_its_answer(
+    ledger: Ledger, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = with_key(job, "one"), with_key(job, "two")
+    ledger.submit(first)
+    failed(ledger, first)
+    retry = ledger.retry
+
+    def late(job_id: str) -> StatusDocument:
+        ledger.advance(claim(ledger, first).document, status="succeeded")
+        return retry(job_id)
+
+    retry(first.id)
+    found = ledger.read(first.id)
+    create = ledger._create_many
+    stale = replace(ledger._find(first.id), document=found.model_copy(update={"status": "failed"}))
+    monkeypatch.setattr(ledger, "_create_many", lambda entries: [stale, *create(entries)[1:]])
+    monkeypatch.setattr(ledger, "retry", late)
+    answers = ledger.submit_many([first, second], retry_failed=True)
+    assert [getattr(one, "status", one) for one in answers] == ["succeeded", "queued"]
+
+
 def test_a_time_to_expire_that_has_passed_does_not_end_what_is_tried_again(ledger: Ledger, job: Job) -> None:
     soon = job.model_copy(update={"expires_at": utc_now() + timedelta(seconds=0.2)})
     ledger.submit(soon)

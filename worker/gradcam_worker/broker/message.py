@@ -47,9 +47,7 @@ _ID = re.compile(
 _TASK = re.compile(r"(?=.{1,60}$)[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", re.ASCII)
 _METHOD = re.compile("[a-z_]{1,40}")
 # The item as it was received, its exchange and its queue.
-_KEPT = re.compile(
-    rb'\[(?P<item>.*), ?"(?:[^"\\]|\\.)*", ?(?P<queue>"(?:[^"\\]|\\.)+")\]', re.DOTALL
-)
+_KEPT = re.compile(rb'\[(?P<item>.*), ?"(?:[^"\\]|\\.)*", ?(?P<queue>"(?:[^"\\]|\\.)+")\]', re.DOTALL)
 _CORRELATION_ID = re.compile(_ID.pattern.replace(b"id", b"correlation_id"))
 
 
@@ -189,9 +187,7 @@ def _text(quoted: bytes) -> str | None:
         return None
 
 
-def reopened(
-    held: bytes, max_bytes: int, tasks: Mapping[str, str]
-) -> tuple[dict[str, Any], str, str] | None:
+def reopened(held: bytes, max_bytes: int, tasks: Mapping[str, str]) -> tuple[dict[str, Any], str, str] | None:
     """What is kept of an unacknowledged message -> the message, fit to be put back; its exchange and queue.
 
     None where it is no message. It may be as a stranger wrote it: whoever took it may have died before he
