@@ -17,15 +17,15 @@ from unittest.mock import Mock
 import pytest
 import redis
 from celery.app.trace import reset_worker_optimizations, setup_worker_optimizations
+from celery.concurrency.base import apply_target
 from celery.worker import state
 from celery.worker.control import Panel
 
 from gradcam_worker.broker import app as broker
-from gradcam_worker.broker import consumer as consumer_module
 from gradcam_worker.broker import publisher
 from gradcam_worker.broker.consumer import RETURN_AFTER_S, SturdyConsumer, ThreadPool
 from gradcam_worker.broker.message import QUESTIONS, check
-from gradcam_worker.broker.transport import Seldom
+from gradcam_worker.broker.transport import RateLimitedCount
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.resilience.stall import Stall
@@ -411,7 +411,7 @@ def test_a_job_for_which_there_is_no_thread_is_not_refused_comes_again_and_runs_
 ) -> None:
     monkeypatch.setattr("gradcam_worker.broker.consumer.RETURN_AFTER_S", 0)
     begun, failures = list[str](), list[int]()
-    apply, start = consumer_module.apply_target, ThreadPoolExecutor._adjust_thread_count
+    apply, start = apply_target, ThreadPoolExecutor._adjust_thread_count
 
     def counted(target: Any, args: Any, *others: Any) -> None:
         begun.append(args[1])
@@ -426,7 +426,7 @@ def test_a_job_for_which_there_is_no_thread_is_not_refused_comes_again_and_runs_
 
     first, second, opened = new_id(), new_id(), threading.Event()
     reception.holds = {first: opened}
-    monkeypatch.setattr(consumer_module, "apply_target", counted)
+    monkeypatch.setattr("gradcam_worker.broker.consumer.apply_target", counted)
     reception.put(envelope(first))
     wait_for(lambda: not reception.holds, "its start")
     monkeypatch.setattr(ThreadPoolExecutor, "_adjust_thread_count", limited)
@@ -498,7 +498,7 @@ def test_a_message_that_nobody_is_at_work_on_goes_back(
         return submit(self, *args, **options)
 
     told: list[int] = []
-    monkeypatch.setattr(reception.stall, "unheld", told.append)
+    monkeypatch.setattr(reception.stall, "orphaned_messages", told.append)
     monkeypatch.setattr(ThreadPool, "on_apply", forget)
     ids = [new_id() for _ in range(3)]
     for message_id in ids:
@@ -583,7 +583,7 @@ def test_a_remote_command_that_does_more_than_ask_is_ignored_with_a_line(
     reception: Reception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[int] = []
-    seldom = Seldom(3600)
+    seldom = RateLimitedCount(3600)
 
     def ignored() -> int:
         lines.append(seldom())
@@ -653,7 +653,7 @@ def test_an_answer_goes_to_nobody_else_whatever_is_bound(reception: Reception) -
 def test_what_is_said_seldom_says_how_often_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("gradcam_worker.broker.transport.time.monotonic", lambda: now[0])
-    seldom = Seldom(10)
+    seldom = RateLimitedCount(10)
     assert [seldom(), seldom(), seldom()] == [1, 0, 0]
     now[0] += 10
     assert [seldom(), seldom()] == [3, 0]

@@ -1,7 +1,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
@@ -679,10 +679,13 @@ def test_what_somebody_else_tries_again_and_finishes_meanwhile_keeps_no_job_of_m
         return retry(job_id)
 
     retry(first.id)
-    found = ledger.read(first.id)
     create = ledger._create_many
-    stale = replace(ledger._find(first.id), document=found.model_copy(update={"status": "failed"}))
-    monkeypatch.setattr(ledger, "_create_many", lambda entries: [stale, *create(entries)[1:]])
+
+    def stale(entries: Sequence[Entry]) -> list[Entry]:
+        held, *others = create(entries)
+        return [replace(held, document=held.document.model_copy(update={"status": "failed"})), *others]
+
+    monkeypatch.setattr(ledger, "_create_many", stale)
     monkeypatch.setattr(ledger, "retry", late)
     answers = ledger.submit_many([first, second], retry_failed=True)
     assert [getattr(one, "status", one) for one in answers] == ["succeeded", "queued"]

@@ -101,7 +101,7 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
 
     _turning: Any = None
     _failing = False  # the connection is about to be given up
-    _unheld: Mapping[str, float] = {}  # delivery tag -> since when nobody is at work on it
+    _orphaned: Mapping[str, float] = {}  # delivery tag -> since when nobody is at work on it
 
     def on_ready(self) -> None:
         """Whenever the loop starts: from now on, each of its rounds is a sign of life."""
@@ -109,8 +109,8 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
         if self._turning:  # Celery keeps timers of an earlier connection that began where this one does
             self._turning.cancel()
         self.app.stall.back()
-        self._failing, self._unheld = False, {}
-        self.task_consumer.channel.on_unsettled = self._renew
+        self._failing, self._orphaned = False, {}
+        self.task_consumer.channel.on_ack_failed = self._renew
         self.task_consumer.channel.wait_by_peeking(lambda: self.hub.call_soon(lambda: None))
         self._turn()
         self._turning = self.timer.call_repeatedly(TURN_S, self._turn)
@@ -121,9 +121,9 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
         self.app.outages.broker.answered()
         channel, now_s = self.task_consumer.channel, time.monotonic()
         held = channel.unacknowledged().keys() - self.pool.running
-        self._unheld = {tag: self._unheld.get(tag, now_s) for tag in held}
-        late = [tag for tag, since_s in self._unheld.items() if now_s - since_s > HELD_S]
-        self.app.stall.unheld(len(late))
+        self._orphaned = {tag: self._orphaned.get(tag, now_s) for tag in held}
+        late = [tag for tag, since_s in self._orphaned.items() if now_s - since_s > HELD_S]
+        self.app.stall.orphaned_messages(len(late))
         for tag in late:
             log.error("a message was not acknowledged, and nobody is at work on it: it goes back")
             channel.basic_reject(tag, requeue=True)
