@@ -8,21 +8,24 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import redis
 from celery.app.trace import reset_worker_optimizations, setup_worker_optimizations
+from celery.concurrency.base import apply_target
 from celery.worker import state
 from celery.worker.control import Panel
 
 from gradcam_worker.broker import app as broker
 from gradcam_worker.broker import publisher
-from gradcam_worker.broker.consumer import SturdyConsumer, ThreadPool
+from gradcam_worker.broker.consumer import RETURN_AFTER_S, SturdyConsumer, ThreadPool
 from gradcam_worker.broker.message import QUESTIONS, check
-from gradcam_worker.broker.transport import Seldom
+from gradcam_worker.broker.transport import RateLimitedCount
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.resilience.stall import Stall
@@ -361,7 +364,10 @@ def test_two_messages_with_one_delivery_tag_do_not_take_each_others_place(recept
     wait_for(lambda: {first, second} <= reception.handled.keys(), "both messages")
 
 
-def test_a_refusal_that_cannot_be_written_down_comes_again_with_its_reason(reception: Reception) -> None:
+def test_a_refusal_that_cannot_be_written_down_comes_again_with_its_reason(
+    reception: Reception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradcam_worker.broker.consumer.RETURN_AFTER_S", 0)
     message_id = new_id()
     reception.ledger_down = True
     reception.put(envelope(message_id, body=b"garbage"))
@@ -370,6 +376,67 @@ def test_a_refusal_that_cannot_be_written_down_comes_again_with_its_reason(recep
     reception.ledger_down = False
     wait_for(lambda: message_id in reception.refused, "the refusal")
     assert "its body cannot be read as JSON" in reception.refused[message_id]
+
+
+def test_a_refusal_that_cannot_be_written_down_waits_before_it_comes_again_and_is_a_move() -> None:
+    consumer, message = Mock(), Mock(delivery_tag="tag", headers={"id": "a"})
+    message.channel.closed, consumer.pool.running = False, set()
+    message.channel.unacknowledged.return_value = {"tag": message}
+    consumer.app.refuse_message.side_effect = LedgerUnavailable("gone")
+    consumer._return_later = partial(SturdyConsumer._return_later, consumer)
+    SturdyConsumer._refuse(consumer, message, "it is none")
+    assert consumer.app.stall.moved.called
+    assert not message.method_calls
+    pause_s, put_back = consumer.timer.call_after.call_args.args
+    put_back()
+    assert pause_s == RETURN_AFTER_S
+    assert message.reject_log_error.call_args.kwargs == {"requeue": True}
+    assert not message.ack_log_error.called
+
+
+def test_a_message_that_is_put_back_later_is_left_alone_when_a_thread_has_it_or_its_connection_is_gone() -> (
+    None
+):
+    consumer, message = Mock(), Mock(delivery_tag="tag", headers={})
+    for closed, running, held in (True, {}, {"tag"}), (False, {"tag"}, {"tag"}), (False, {}, {}):
+        message.channel.closed, consumer.pool.running = closed, running
+        message.channel.unacknowledged.return_value = held
+        SturdyConsumer._return_later(consumer, message, "why")
+        consumer.timer.call_after.call_args.args[1]()
+    assert not message.reject_log_error.called
+
+
+def test_a_job_for_which_there_is_no_thread_is_not_refused_comes_again_and_runs_once(
+    reception: Reception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradcam_worker.broker.consumer.RETURN_AFTER_S", 0)
+    begun, failures = list[str](), list[int]()
+    apply, start = apply_target, ThreadPoolExecutor._adjust_thread_count
+
+    def counted(target: Any, args: Any, *others: Any) -> None:
+        begun.append(args[1])
+        apply(target, args, *others)
+
+    def limited(self: ThreadPoolExecutor) -> None:
+        if len(failures) < 2:
+            failures.append(1)
+            message = "can't start new thread"
+            raise RuntimeError(message)
+        start(self)
+
+    first, second, opened = new_id(), new_id(), threading.Event()
+    reception.holds = {first: opened}
+    monkeypatch.setattr("gradcam_worker.broker.consumer.apply_target", counted)
+    reception.put(envelope(first))
+    wait_for(lambda: not reception.holds, "its start")
+    monkeypatch.setattr(ThreadPoolExecutor, "_adjust_thread_count", limited)
+    reception.put(envelope(second))
+    wait_for(lambda: second in reception.handled, "the second, while the first has the only thread")
+    opened.set()
+    reception.goes_on()
+    assert not reception.refused
+    assert len(failures) == 2
+    assert (begun.count(first), begun.count(second)) == (1, 1), "what could not be started is void"
 
 
 def test_rubbish_among_the_unacknowledged_keeps_no_other_message_there(reception: Reception) -> None:
@@ -431,7 +498,7 @@ def test_a_message_that_nobody_is_at_work_on_goes_back(
         return submit(self, *args, **options)
 
     told: list[int] = []
-    monkeypatch.setattr(reception.stall, "unheld", told.append)
+    monkeypatch.setattr(reception.stall, "orphaned_messages", told.append)
     monkeypatch.setattr(ThreadPool, "on_apply", forget)
     ids = [new_id() for _ in range(3)]
     for message_id in ids:
@@ -516,7 +583,7 @@ def test_a_remote_command_that_does_more_than_ask_is_ignored_with_a_line(
     reception: Reception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[int] = []
-    seldom = Seldom(3600)
+    seldom = RateLimitedCount(3600)
 
     def ignored() -> int:
         lines.append(seldom())
@@ -586,7 +653,7 @@ def test_an_answer_goes_to_nobody_else_whatever_is_bound(reception: Reception) -
 def test_what_is_said_seldom_says_how_often_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("gradcam_worker.broker.transport.time.monotonic", lambda: now[0])
-    seldom = Seldom(10)
+    seldom = RateLimitedCount(10)
     assert [seldom(), seldom(), seldom()] == [1, 0, 0]
     now[0] += 10
     assert [seldom(), seldom()] == [3, 0]

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -154,9 +154,28 @@ def bare(message_id: str) -> str:
     return json.dumps({"body": body, "headers": headers, "properties": {}, **kinds})
 
 
-@pytest.mark.parametrize("form", ["ours", "bare", "refused"])
+FORMS: dict[str, Callable[[str], str]] = {
+    "bare": str,
+    "refused": lambda text: text.replace('"headers"', '"heads"'),
+    "priority Infinity": lambda text: with_priority(text, "Infinity"),
+    "priority NaN": lambda text: with_priority(text, "NaN"),
+    "a huge priority": lambda text: with_priority(text, "9" * 5000),
+    "priority is a text": lambda text: with_priority(text, '"high"'),
+    "priority is a list": lambda text: with_priority(text, "[1]"),
+    "deep": lambda text: with_priority(text, "[" * 5000 + "]" * 5000),
+    "text after it": lambda text: f'{text}, "", "other"',
+}
+
+
+def with_priority(text: str, priority: str) -> str:
+    """Shaped as kombu itself would have it."""
+    given = f'"properties": {{"delivery_info": {{}}, "priority": {priority}}}'
+    return text.replace('"properties": {}', given)
+
+
+@pytest.mark.parametrize("form", ["ours", *FORMS])
 def test_what_was_taken_by_somebody_who_died_before_he_read_it_comes_again(
-    app: Any, settings: Settings, form: str
+    app: Any, settings: Settings, form: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = f"{settings.key_prefix}{INTERACTIVE}"
     with redis.Redis.from_url(settings.broker_url) as server:
@@ -165,7 +184,7 @@ def test_what_was_taken_by_somebody_who_died_before_he_read_it_comes_again(
         else:
             message_id = new_id()
             text = bare(message_id)
-            server.lpush(key, text if form == "bare" else text.replace('"headers"', '"heads"'))
+            server.lpush(key, FORMS[form](text))
         first = Consumer(app)
         first.connection.transport.cycle.on_poll_start()  # it asks
         assert first.channel.client.connection.can_read(timeout=WAIT_S)
@@ -179,6 +198,7 @@ def test_what_was_taken_by_somebody_who_died_before_he_read_it_comes_again(
         assert [second.id(one) for one in second.held] == [message_id]
         second.acknowledge(*second.held)
         assert not server.exists(f"{settings.key_prefix}unacked", key)
+        assert "Could not restore" not in caplog.text
     second.connection.release()
 
 

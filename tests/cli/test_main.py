@@ -2,6 +2,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from gradcam_worker.cli.main import main
 from gradcam_worker.client.client import GradcamClient
-from gradcam_worker.errors import GradcamError, InvalidJob, JobTimeout, StorageUnavailable
+from gradcam_worker.errors import GradcamError, InvalidJob, JobTimeout, LedgerUnavailable, StorageUnavailable
 from gradcam_worker.execution.pipeline import run_job
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.classes import ClassIndex
@@ -203,6 +204,23 @@ def test_a_key_whose_job_has_failed_is_told_and_tried_again_where_that_is_said(
     assert main([*command, "--retry-failed"]) == 0
     assert capsys.readouterr().out.strip() == job_id
     assert ledger.read(job_id).status == "queued"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_the_id_of_an_accepted_job_is_told_though_the_ledger_is_gone_a_moment_later(
+    options: list[str],
+    environment: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gone = Mock(side_effect=LedgerUnavailable("The ledger is gone."))
+    monkeypatch.setattr("gradcam_worker.client.client.GradcamClient.status", gone)
+    assert main(["submit", "s3://photos/cat.jpg", "--key", "order-42", *options]) == 0
+    shown = capsys.readouterr()
+    job_id = json.loads(shown.out)["id"] if options else shown.out.strip()
+    assert RedisLedger(environment).read(job_id).status == "queued"
+    assert gone.called
+    assert not shown.err
 
 
 def test_waiting_for_a_worker_that_is_not_there_ends(

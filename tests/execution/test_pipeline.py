@@ -14,6 +14,7 @@ from PIL import Image
 from gradcam_worker.errors import (
     GradcamError,
     ImageDecodeFailed,
+    ImageNotFound,
     InvalidJob,
     JobTimeout,
     UnknownClass,
@@ -28,7 +29,7 @@ from gradcam_worker.gradcam.faithfulness import METRICS
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.job import ImageRef, Job
 from gradcam_worker.schemas.manifest import DamageRecord, Manifest
 from gradcam_worker.schemas.options import MethodSpec, Metric
 from gradcam_worker.schemas.status import ResultWarning
@@ -391,3 +392,32 @@ def test_tiny_network_computes_what_it_promises() -> None:
     assert computed.raw[0, 0, 0, 0] == pytest.approx(2 / 16)
     assert computed.raw[0, 2, 0, 0] == pytest.approx(-1 / 16)
     assert np.count_nonzero(computed.raw[0, 0]) == 1
+
+
+def again(asked: Job, store: MemoryStore, images: dict[str, bytes], attempt: int = 2) -> JobResult:
+    """Another attempt, when there are these images."""
+    context = JobContext(Deadline(asked.timeout_s), lambda _: None, attempt=attempt)
+    return run_job(asked, fake_services(images, store=store), context)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_result_that_is_complete_is_found_again_when_its_image_is_gone(*, named: bool) -> None:
+    image = {"uri": URI} | ({"sha256": hashlib.sha256(flag()).hexdigest()} if named else {})
+    asked = job(image=image)
+    first, store, _ = run(asked)
+    before = dict(store.objects)
+    assert again(asked, store, {}).result == first.result
+    assert store.objects == before
+    with pytest.raises(ImageNotFound):
+        again(asked, store, {}, attempt=1)
+    with pytest.raises(ImageNotFound):
+        again(asked, MemoryStore(), {})
+
+
+def test_a_result_of_other_bytes_is_not_found_again_as_long_as_it_can_be_told() -> None:
+    asked = job()
+    first, store, _ = run(asked, data=noisy())
+    assert again(asked, store, {URI: flag()}).result != first.result, "the image is there, and another one"
+    named = asked.model_copy(update={"image": ImageRef(uri=URI, sha256="0" * 64)})
+    with pytest.raises(ImageNotFound):
+        again(named, store, {})

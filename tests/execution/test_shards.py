@@ -109,7 +109,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.model_cache = ModelCache(lambda _: self.network, max_batch=self.group)
         self.services = fake_services(
-            self.images, **{"store": self.store, "residents": self.model_cache, **self.others}
+            self.images, **{"store": self.store, "model_cache": self.model_cache, **self.others}
         )
         if self.source:
             self.services = replace(self.services, images=self.source)
@@ -300,7 +300,7 @@ def test_each_row_that_fails_says_why_and_disturbs_no_other() -> None:
         "s3://in/large.png": np.random.default_rng(0).bytes(5000),
     }
     few = Budgets(ResourceBudget(2**20, "bytes"), ResourceBudget(2**20, "pixels"), most_bytes=4000, threads=1)
-    bench = Bench(images, others={"rooms": few})
+    bench = Bench(images, others={"budgets": few})
     rows: list[dict[str, Any]] = [
         {"uri": uri(0), "id": "first"},
         {"uri": "s3://in/none.png", "id": "gone"},
@@ -509,7 +509,7 @@ def test_the_file_is_written_last_and_a_shard_whose_file_is_there_is_done() -> N
         raise AssertionError(message)
 
     store.order = []
-    idle = Bench({}, store=store, others={"residents": ModelCache(never)})
+    idle = Bench({}, store=store, others={"model_cache": ModelCache(never)})
     again = idle.run(shard)
     assert not store.order
     assert (again.result, again.network) == (first.result, first.network)
@@ -776,7 +776,7 @@ def test_readers_wait_for_room_in_memory_and_leave_it(
 
     monkeypatch.setattr("gradcam_worker.execution.shard_rows.decode", noted)
     source = Held(budgets)
-    bench = Bench(source=source, others={"rooms": budgets})
+    bench = Bench(source=source, others={"budgets": budgets})
     bench.run(shard_of({}, rows=[{"uri": uri(0)}] * 40, artifacts=artifacts))
     assert not bench.errors
     assert 1000 < max(source.bytes) <= 3000
@@ -796,7 +796,7 @@ def test_rooms_are_left_by_rows_that_fail_and_shards_that_stop() -> None:
     )
     deadline = Deadline(60)
     network = Odd(before=lambda _: deadline.cancel(JobCanceled("to stop")))
-    bench = Bench({**PICTURES, uri(3): b"text"}, network, others={"rooms": budgets})
+    bench = Bench({**PICTURES, uri(3): b"text"}, network, others={"budgets": budgets})
     with pytest.raises(JobCanceled):
         bench.run(deadline=deadline)
     assert (budgets.bytes.held, budgets.pixels.held, budgets.bytes.waiting) == (0, 0, 0)

@@ -1,7 +1,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
@@ -664,6 +664,31 @@ def test_a_key_finds_the_failure_unless_it_is_to_be_tried_again(ledger: Ledger, 
     other = with_key(job, "order", image=job.image.model_copy(update={"uri": "s3://in/other.jpg"}))
     with pytest.raises(IdempotencyConflict, match="Where that one has failed, retry"):
         ledger.submit(other, retry_failed=True)
+
+
+def test_what_somebody_else_tries_again_and_finishes_meanwhile_keeps_no_job_of_many_from_its_answer(
+    ledger: Ledger, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = with_key(job, "one"), with_key(job, "two")
+    ledger.submit(first)
+    failed(ledger, first)
+    retry = ledger.retry
+
+    def late(job_id: str) -> StatusDocument:
+        ledger.advance(claim(ledger, first).document, status="succeeded")
+        return retry(job_id)
+
+    retry(first.id)
+    create = ledger._create_many
+
+    def stale(entries: Sequence[Entry]) -> list[Entry]:
+        held, *others = create(entries)
+        return [replace(held, document=held.document.model_copy(update={"status": "failed"})), *others]
+
+    monkeypatch.setattr(ledger, "_create_many", stale)
+    monkeypatch.setattr(ledger, "retry", late)
+    answers = ledger.submit_many([first, second], retry_failed=True)
+    assert [getattr(one, "status", one) for one in answers] == ["succeeded", "queued"]
 
 
 def test_a_time_to_expire_that_has_passed_does_not_end_what_is_tried_again(ledger: Ledger, job: Job) -> None:

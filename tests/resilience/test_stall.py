@@ -79,7 +79,10 @@ def test_jobs_in_hand_have_an_hour_to_get_on_and_any_move_is_enough(day: Day) ->
         assert day.passes(HUNG_S).said == (False, None)
         day.one.moved()
         assert day.passes(HUNG_S).said == (False, None)
-        assert "1 jobs are in hand, others wait, and none has got on" in str(day.passes(60).said[1])
+        with day.one.in_hand():
+            assert "2 jobs are in hand" in str(day.passes(HUNG_S + 60).said[1])
+        assert day.passes(HUNG_S).said == (False, None)
+        assert "1 job is in hand, others wait, and none has got on" in str(day.passes(60).said[1])
     assert day.said == (False, None)
 
 
@@ -112,13 +115,13 @@ def test_a_broker_that_refuses_what_a_consumer_needs_is_not_the_fault_of_the_pro
 
 
 def test_messages_that_are_held_for_nobody_are_trouble_where_no_job_is_in_hand(day: Day) -> None:
-    day.one.unheld(18)
+    day.one.orphaned_messages(18)
     assert day.passes(stall.UNREADY_S).said == (False, None)
     assert day.passes(1).said == (True, None)
     assert day.passes(stall.IDLE_S).said == (True, "messages are not acknowledged, and no job is in hand")
     with day.one.in_hand():
         assert day.said == (False, None)
-    day.one.unheld(0)
+    day.one.orphaned_messages(0)
     assert day.said == (False, None)
 
 

@@ -8,6 +8,7 @@ from importlib.util import spec_from_loader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import redis
@@ -20,6 +21,7 @@ from gradcam_worker.operations import doctor, servers
 from gradcam_worker.runtime import preflight, service_factory
 from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3_errors import IdentityFailed
 
 PASSWORD = "planted-password"  # of a server that lives for a test
 RIGHTS = "~gradcam:* +ping +select +hello +client|setinfo +llen"
@@ -172,6 +174,24 @@ def test_a_redis_that_forgets_less_is_warned_of(
     (finding,) = doctor._eviction(settings)
     assert (finding.well, bool(finding.fix)) == (well, bool(why))
     assert why in finding.detail
+
+
+def test_a_look_for_what_redis_evicts_that_fails_is_not_the_last(
+    settings: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, stopped = Eviction(settings), Mock()
+    stopped.wait.side_effect = [False, False, True]
+    look = Mock(side_effect=[SystemExit("surprise"), None])
+    monkeypatch.setattr(watch, "round", look)
+    watch.keep(stopped)
+    assert look.call_count == 2
+    assert "what Redis evicts cannot be told" in caplog.text
+
+
+def test_the_hint_about_an_identity_is_one_sentence_without_gaps() -> None:
+    error = StorageUnavailable("No credentials")
+    error.__cause__ = IdentityFailed("No")
+    assert "  " not in preflight.storage_hint(error).fix
 
 
 def test_a_policy_that_is_changed_while_a_worker_runs_is_found_every_minute(

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from celery.exceptions import Reject
@@ -70,6 +71,16 @@ def test_a_mistake_of_ours_loses_no_message_and_makes_none_go_round_for_ever(
     error = handler.ledger.read(message_id).error
     assert error is not None
     assert (error.code, f"{kind.__name__}: surprise" in error.detail) == ("internal", True)
+
+
+def test_a_mistake_of_ours_that_cannot_be_written_down_loses_no_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    handler = BrokenDesk(RuntimeError("surprise"))
+    monkeypatch.setattr(handler, "refuse", Mock(side_effect=LedgerUnavailable("gone")))
+    with pytest.raises(Reject, match="surprise") as caught:
+        receive(handler, new_id(), redelivered=True)
+    assert caught.value.requeue
 
 
 def test_a_mistake_of_ours_ends_no_good_job(job: Any) -> None:

@@ -218,12 +218,12 @@ def fake_services(
     defaults: dict[str, Any] = {
         "images": MemoryImageFetcher(images),
         "networks": Registry(),
-        "residents": ModelCache(load),
+        "model_cache": ModelCache(load),
         "stores": store or MemoryStore(),
         "webhooks": RecordingWebhookSender(),
         "limits": Limits(),
         "max_classes": 50,
-        "rooms": Budgets(
+        "budgets": Budgets(
             ResourceBudget(2**29, "bytes"), ResourceBudget(2**28, "pixels"), most_bytes=2**25, threads=1
         ),
     }
@@ -288,7 +288,7 @@ def eager_client(
     settings = given.model_copy(update={"retry_backoff_s": 1e-6, "uploads": uploads})
     there, store, ledger = dict(images or {}), MemoryStore(), MemoryLedger()
     model_cache = ModelCache(lambda _: network or TinyNetwork())
-    surroundings = fake_services(there, store=store, **{"residents": model_cache, **others})
+    surroundings = fake_services(there, store=store, **{"model_cache": model_cache, **others})
     me = WorkerRef(id="eager", device="cpu")
 
     def run(job: Job) -> None:

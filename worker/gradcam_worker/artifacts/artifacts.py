@@ -165,14 +165,15 @@ def fingerprint(job: Job) -> str:
 
 
 def sealed(
-    store: Store, folder: str, job: Job, image_sha256: str, row: NetworkRow, deadline: Deadline
+    store: Store, folder: str, job: Job, image_sha256: str | None, row: NetworkRow, deadline: Deadline
 ) -> tuple[Manifest, ManifestRef] | None:
     """The manifest that an earlier attempt at this job has left: all that it names is there.
 
     It counts only where it was made of the same wish, the same bytes of the image, and the network as `row`
-    describes it now. What is there and is none, is of an earlier version that did not say, or of anything
-    else, counts for nothing: this attempt writes its own. Raises StorageUnavailable, JobTimeout, and what
-    the deadline was cancelled with.
+    describes it now. `image_sha256` is None where the image is gone, and the job did not say which bytes it
+    must be: then those that the manifest names count. What is there and is none, is of an earlier version
+    that did not say, or of anything else, counts for nothing: this attempt writes its own. Raises
+    StorageUnavailable, JobTimeout, and what the deadline was cancelled with.
     """
     key = f"{folder}/{MANIFEST}"
     text = store.find(key, deadline)
@@ -191,13 +192,13 @@ def sealed(
     )
 
 
-def _made_for_another(manifest: Manifest, job: Job, image_sha256: str, row: NetworkRow) -> str | None:
+def _made_for_another(manifest: Manifest, job: Job, image_sha256: str | None, row: NetworkRow) -> str | None:
     """What tells a manifest from the one that this job would leave."""
     if manifest.job_id != job.id:
         return f"job {manifest.job_id}"
     if manifest.job_fingerprint != fingerprint(job):
         return "another job of this id"
-    if manifest.input.sha256 != image_sha256:
+    if image_sha256 not in {None, manifest.input.sha256}:
         return f"other bytes of its image, with sha256 {manifest.input.sha256}"
     of_file = manifest.network.weights_sha256, manifest.network.preprocessing
     if row.file and of_file != (row.file.sha256, row.preprocessing.name):

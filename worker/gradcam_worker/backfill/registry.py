@@ -8,8 +8,8 @@ Whoever runs a backfill says so every second, in Redis, under the name of its ou
                            `token` (what its shards have to show)
 
 What is done is not written here: that is what lies in the output. The token is random, and stays
-the same for as long as the backfill is remembered: one that goes on, in another process too, has the
-shards of before in flight.
+the same for as long as the backfill is remembered: a resumed backfill may still have shards of the previous
+run in the queue.
 """
 
 import hashlib

@@ -6,8 +6,10 @@ decode without a word to whoever sent it, and logs the contents.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -27,7 +29,7 @@ from gradcam_worker.resilience.stall import HELD_S
 log = logging.getLogger("gradcam")
 
 TURN_S = 1.0  # between two signs of life
-RETURN_AFTER_S = 1.0  # before a message goes back whose thread has failed
+RETURN_AFTER_S = 1.0  # before a message goes back that cannot be handled now
 CONNECT_EVERY_S = 0.5  # the pause before it is tried again; grows by as much each time
 CONNECT_MAX_S = 5.0  # its longest, of half a minute as it comes: a broker that is back is work that waits
 
@@ -38,6 +40,10 @@ class Request(request.Request):  # type: ignore[misc]  # celery ships no types
     def info(self, safe: bool = True) -> Any:  # noqa: ARG002  # as Celery asks
         """See `celery.worker.request.Request`."""
         return super().info(safe=True)
+
+
+class NoThread(Exception):
+    """There is no thread for a message: a limit of processes or of memory is reached."""
 
 
 class ThreadPool(TaskPool):  # type: ignore[misc]  # celery ships no types
@@ -60,12 +66,14 @@ class ThreadPool(TaskPool):  # type: ignore[misc]  # celery ships no types
         accept_callback: Any = None,
         **_: Any,
     ) -> ApplyResult:
-        """Run a request in a thread. `callback` is a method of the request."""
+        """Run a request in a thread. `callback` is a method of the request. Raises NoThread."""
         request = callback.__self__
-        tag = request.message.delivery_tag
+        tag, begun = request.message.delivery_tag, threading.Lock()
         self.running.add(tag)
 
         def run() -> None:
+            if not begun.acquire(blocking=False):
+                return
             try:
                 apply_target(target, args, kwargs, callback, accept_callback)
             except BaseException as error:
@@ -77,7 +85,15 @@ class ThreadPool(TaskPool):  # type: ignore[misc]  # celery ships no types
             finally:
                 self.running.discard(tag)
 
-        return ApplyResult(self.executor.submit(run))
+        try:
+            return ApplyResult(self.executor.submit(run))
+        except (RuntimeError, MemoryError) as error:
+            # It is queued all the same, and a thread that becomes free may have begun it by now.
+            if not begun.acquire(blocking=False):
+                return ApplyResult(Future())
+            self.running.discard(tag)
+            task_ready(request)
+            raise NoThread(str(error)) from error
 
 
 class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
@@ -85,7 +101,7 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
 
     _turning: Any = None
     _failing = False  # the connection is about to be given up
-    _unheld: Mapping[str, float] = {}  # delivery tag -> since when nobody is at work on it
+    _orphaned: Mapping[str, float] = {}  # delivery tag -> since when nobody is at work on it
 
     def on_ready(self) -> None:
         """Whenever the loop starts: from now on, each of its rounds is a sign of life."""
@@ -93,8 +109,8 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
         if self._turning:  # Celery keeps timers of an earlier connection that began where this one does
             self._turning.cancel()
         self.app.stall.back()
-        self._failing, self._unheld = False, {}
-        self.task_consumer.channel.on_unsettled = self._renew
+        self._failing, self._orphaned = False, {}
+        self.task_consumer.channel.on_ack_failed = self._renew
         self.task_consumer.channel.wait_by_peeking(lambda: self.hub.call_soon(lambda: None))
         self._turn()
         self._turning = self.timer.call_repeatedly(TURN_S, self._turn)
@@ -105,9 +121,9 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
         self.app.outages.broker.answered()
         channel, now_s = self.task_consumer.channel, time.monotonic()
         held = channel.unacknowledged().keys() - self.pool.running
-        self._unheld = {tag: self._unheld.get(tag, now_s) for tag in held}
-        late = [tag for tag, since_s in self._unheld.items() if now_s - since_s > HELD_S]
-        self.app.stall.unheld(len(late))
+        self._orphaned = {tag: self._orphaned.get(tag, now_s) for tag in held}
+        late = [tag for tag, since_s in self._orphaned.items() if now_s - since_s > HELD_S]
+        self.app.stall.orphaned_messages(len(late))
         for tag in late:
             log.error("a message was not acknowledged, and nobody is at work on it: it goes back")
             channel.basic_reject(tag, requeue=True)
@@ -175,6 +191,8 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
                 handle(message)
             except self.connection_errors:
                 raise  # the broker's trouble, not the message's
+            except (NoThread, MemoryError) as error:  # this process's trouble
+                self._return_later(message, f"this process lacks threads or memory: {error!r}")
             except Exception as error:  # noqa: BLE001  # whatever a malformed message leads to
                 self._refuse(message, f"its headers or body are malformed ({type(error).__name__})")
 
@@ -204,13 +222,25 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
 
         Where the ledger is out of reach it goes back to the end of the queue, and comes again.
         """
+        self.app.stall.moved()
         headers = message.headers if isinstance(message.headers, dict) else {}
         try:
             self.app.refuse_message(str(headers.get("id")), why)
         except LedgerUnavailable as error:
-            log.warning("message %r goes back: %s", headers.get("id"), error)
-            message.reject_log_error(log, self.connection_errors, requeue=True)
+            self._return_later(message, str(error))
             return
         except Exception:
             log.exception("a message that is no job could not be written down")
         message.ack_log_error(log, self.connection_errors)
+
+    def _return_later(self, message: Any, why: str) -> None:
+        """Put a message back after a pause, in which the loop goes on."""
+        log.warning("message %r goes back: %s", message.headers.get("id"), why)
+        channel, tag, running = message.channel, message.delivery_tag, self.pool.running
+
+        def put_back() -> None:
+            # A connection that was lost has put it back, and a thread may have begun it all the same.
+            if not channel.closed and tag in channel.unacknowledged() and tag not in running:
+                message.reject_log_error(log, self.connection_errors, requeue=True)
+
+        self.timer.call_after(RETURN_AFTER_S, put_back)

@@ -46,6 +46,8 @@ _ID = re.compile(
 # Names that are shown: a text of another kind may be a secret.
 _TASK = re.compile(r"(?=.{1,60}$)[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", re.ASCII)
 _METHOD = re.compile("[a-z_]{1,40}")
+# The item as it was received, its exchange and its queue.
+_KEPT = re.compile(rb'\[(?P<item>.*), ?"(?:[^"\\]|\\.)*", ?(?P<queue>"(?:[^"\\]|\\.)+")\]', re.DOTALL)
 _CORRELATION_ID = re.compile(_ID.pattern.replace(b"id", b"correlation_id"))
 
 
@@ -185,33 +187,24 @@ def _text(quoted: bytes) -> str | None:
         return None
 
 
-def restorable(held: bytes) -> bool:
-    """Whether what kombu keeps of an unacknowledged message can be put back into its queue."""
-    try:
-        payload, exchange, queue = json.loads(held)
-        payload["headers"]["redelivered"] = True
-        payload["properties"]["delivery_info"]["redelivered"] = True
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return False
-    return isinstance(exchange, str) and isinstance(queue, str) and bool(queue)
+def reopened(held: bytes, max_bytes: int, tasks: Mapping[str, str]) -> tuple[dict[str, Any], str, str] | None:
+    """What is kept of an unacknowledged message -> the message, fit to be put back; its exchange and queue.
 
-
-def reopened(held: bytes, max_bytes: int, tasks: Mapping[str, str]) -> bytes | None:
-    """What is kept of a message as it was taken, by somebody who died before he opened it -> as kombu keeps
-    it, so that it can be put back. None where it is no message.
+    None where it is no message. It may be as a stranger wrote it: whoever took it may have died before he
+    opened it.
     """
-    try:
-        payload, exchange, queue = json.loads(held)
-        item = json.dumps(payload).encode()
-    except (ValueError, TypeError, RecursionError):
+    kept = _KEPT.fullmatch(held)
+    if not kept:
         return None
+    item = kept["item"]
     try:
+        queue = str(json.loads(kept["queue"]))
         message = read(item, queue, max_bytes, tasks.get(queue, ""))
-    except Unreadable as error:
-        if not (message_id := identify(item)):
+    except ValueError as error:
+        if not isinstance(error, Unreadable) or not (message_id := identify(item)):
             return None
         message = stand_in(message_id, queue, str(error))
-    return json.dumps([message, exchange, queue]).encode()
+    return message, "", queue
 
 
 def too_large(size: int, limit: int, what: str) -> str:

@@ -55,35 +55,47 @@ class QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
     """Kombu's book of unacknowledged messages, where one that is rubbish does not keep the others there."""
 
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
-        """Put a message back into its queue; what cannot be put back is set aside."""
+        """Put a message back into its queue; what cannot be put back is set aside.
+
+        As kombu's, which would put it back as a stranger wrote it, or lose it and log what it says.
+        """
+        rubbish: list[bytes] = []
+
+        def restore(pipe: Any) -> None:
+            rubbish.clear()
+            held = pipe.hget(self.unacked_key, tag)
+            pipe.multi()
+            self._remove_from_indices(tag, pipe)
+            if not held:
+                return
+            channel = self.channel
+            if opened := envelope.reopened(held, channel.max_message_bytes, channel.tasks):
+                channel._do_restore_message(*opened, pipe, leftmost)  # noqa: SLF001  # as kombu does
+            else:
+                rubbish.append(held)
+
         with self.channel.conn_or_acquire(client) as connected:
-            held = connected.hget(self.unacked_key, tag)
-            if held and not envelope.restorable(held):
-                opened = envelope.reopened(held, self.channel.max_message_bytes, self.channel.tasks)
-                if opened is None:
-                    self.channel.set_aside(held, self.unacked_key, "it cannot be put back into a queue")
-                    self._remove_from_indices(tag).execute()
-                    return
-                connected.hset(self.unacked_key, tag, opened)
-            super().restore_by_tag(tag, connected, leftmost)
+            connected.transaction(restore, self.unacked_key)
+        for item in rubbish:
+            self.channel.set_aside(item, self.unacked_key, "it cannot be put back into a queue")
 
 
 class Message(virtual.Message):  # type: ignore[misc]
     """Kombu's message, which tells its channel where it could not be acknowledged: kombu only logs that."""
 
     def ack_log_error(self, logger: Any, errors: Any, multiple: bool = False) -> None:  # noqa: ARG002
-        """Acknowledge it; see `Channel.unsettled`."""
+        """Acknowledge it; see `Channel.ack_failed`."""
         self._settle(partial(self.ack, multiple=multiple), errors)
 
     def reject_log_error(self, logger: Any, errors: Any, requeue: bool = False) -> None:  # noqa: ARG002
-        """Give it back, or drop it; see `Channel.unsettled`."""
+        """Give it back, or drop it; see `Channel.ack_failed`."""
         self._settle(partial(self.reject, requeue=requeue), errors)
 
     def _settle(self, how: Callable[[], None], errors: Any) -> None:
         try:
             how()
         except (*errors, redis.exceptions.RedisError) as error:
-            self.channel.unsettled(self.headers.get("id"), error)
+            self.channel.ack_failed(self.headers.get("id"), error)
 
 
 class Channel(kombu_redis.Channel):  # type: ignore[misc]
@@ -105,7 +117,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         "peeked",
     )
     max_message_bytes = 1024 * 1024  # of a job as JSON
-    on_unsettled: Callable[[Exception], None] = staticmethod(lambda _: None)
+    on_ack_failed: Callable[[Exception], None] = staticmethod(lambda _: None)
     most_in_hand: Mapping[
         str, int
     ] = {}  # queue -> messages that are not yet acknowledged, where it is limited
@@ -168,13 +180,13 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         book = self.qos
         return {tag: one for tag, one in [*book._delivered.items()] if tag not in book._dirty}  # noqa: SLF001
 
-    def unsettled(self, message_id: object, error: Exception) -> None:
+    def ack_failed(self, message_id: object, error: Exception) -> None:
         """A message could not be acknowledged. It comes again, here or elsewhere, and then costs nothing."""
         if self.closed:  # its connection was given up meanwhile, and all that it held
             log.debug("message %s was received by a connection that is closed: %s", message_id, error)
             return
         log.debug("message %s could not be acknowledged: %s", message_id, error)
-        self.on_unsettled(error)
+        self.on_ack_failed(error)
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         """Ask for the next item of the queues that have room; soon again, where one has none just now.
@@ -388,7 +400,7 @@ class _Peeks:
 
     def _failed(self, error: Exception) -> None:
         if self.can:
-            self._channel.on_unsettled(error)
+            self._channel.on_ack_failed(error)
         time.sleep(LIST_S)
 
     def _give_up(self, error: BaseException) -> None:
@@ -408,7 +420,7 @@ class _WithRoom:
         return [queue for queue in self._cycle.consume(count) if self._has_room(queue)]
 
 
-class Seldom:
+class RateLimitedCount:
     """Counts what would be said, so that it is said at most once in a while."""
 
     def __init__(self, every_s: float) -> None:
@@ -425,7 +437,7 @@ class Seldom:
         return count
 
 
-ignored = Seldom(IGNORED_EVERY_S)  # remote commands, of all connections
+ignored = RateLimitedCount(IGNORED_EVERY_S)  # remote commands, of all connections
 
 
 def _say(item: bytes, place: str, why: str) -> None:

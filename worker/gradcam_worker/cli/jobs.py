@@ -2,16 +2,21 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
+from gradcam_worker.errors import GradcamError
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.job import Job, why_no_uri
 from gradcam_worker.schemas.options import MethodSpec, Metric
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
+
+if TYPE_CHECKING:
+    from gradcam_worker.client.client import GradcamClient
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 DEFAULT_NETWORK = "efficientnet_lite0"
@@ -171,15 +176,23 @@ def submit(
         job_id = client.submit(job, retry_failed=retry_failed)
     else:
         job_id = client.upload_and_submit(uri, retry_failed=retry_failed, **fields)
-    if idempotency_key and not retry_failed and client.status(job_id).status == "failed":
-        said = f"Job {job_id} has this key, and has failed: --retry-failed tries it again."
-        console.err.print(said, markup=False, soft_wrap=True)
-    if not wait:
+    if not wait:  # first of all: the job is accepted, whatever comes now
         console.print_json({"id": job_id}) if as_json else console.out.print(job_id)
+    if idempotency_key and not retry_failed:
+        _hint_at_failure(client, job_id)
+    if not wait:
         return 0
     with console.err.status(f"waiting for job {job_id}"):
         document = client.wait(job_id, timeout_s)
     return _shown(document, as_json=as_json)
+
+
+def _hint_at_failure(client: "GradcamClient", job_id: str) -> None:
+    """Say where the job that has the key has failed. A courtesy: it fails no command."""
+    with suppress(GradcamError):
+        if client.status(job_id).status == "failed":
+            said = f"Job {job_id} has this key, and has failed: --retry-failed tries it again."
+            console.err.print(said, markup=False, soft_wrap=True)
 
 
 @click.command()

@@ -21,6 +21,7 @@ from gradcam_worker.client.poller import StatusPoller, StatusUpdate
 from gradcam_worker.errors import LedgerUnavailable, WaitTimeout
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.schemas.status import StatusDocument
+from gradcam_worker.text.visible import counted
 
 OUTAGE_S = 60.0  # in a row, that a ledger out of reach is waited for: a failover takes less
 LONGEST_SLEEP_S = 3600.0  # at once: no clock takes infinity
@@ -180,11 +181,7 @@ def _at_work(workers: Mapping[str, str], queued: int, running: int) -> str:
     if not workers:
         who = "No worker lives that would take it"
     elif all(troubles):
-        who = f"{_count(len(workers), 'worker')} alive, but taking no jobs just now: {told.rstrip('.')}"
+        who = f"{counted(len(workers), 'worker')} alive, but taking no jobs just now: {told.rstrip('.')}"
     else:
-        who = f"{_count(troubles.count(''), 'worker')} alive and taking jobs"
-    return f"{who}. {_count(queued, 'job')} queued, {running} running."
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+        who = f"{counted(troubles.count(''), 'worker')} alive and taking jobs"
+    return f"{who}. {counted(queued, 'job')} queued, {running:,} running."

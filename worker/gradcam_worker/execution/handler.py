@@ -149,7 +149,7 @@ class JobHandler:
         if job is None:
             log.info("job %s is %s: nothing to do", document.id, document.status)
             return "dropped"
-        if end := self._turned_away(job, document, kind):
+        if end := self._reject_wrong_queue(job, document, kind):
             return end
         # Where a worker died under it, it has the process for itself, before the attempt begins.
         with self.gate.enter(job.id, alone=suspected(document)) as free:
@@ -174,7 +174,7 @@ class JobHandler:
             raise _unknown(work)
         return work
 
-    def _turned_away(self, job: Work, document: StatusDocument, kind: Kind) -> str | None:
+    def _reject_wrong_queue(self, job: Work, document: StatusDocument, kind: Kind) -> str | None:
         """How a message ends that may not have what the ledger holds under its id; None: it may."""
         if not isinstance(job, kind):  # it has a message of its own, in the queue that is for it
             log.warning("the message of %s came by a queue that is not for it: dropped", job.id)

@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from gradcam_worker.artifacts import artifacts
 from gradcam_worker.artifacts.render import render
-from gradcam_worker.errors import ImageTooLarge, InvalidJob
+from gradcam_worker.errors import ImageForbidden, ImageNotFound, ImageTooLarge, InvalidJob
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.decoding.decode import Decoded, claimed, decode
 from gradcam_worker.gradcam.explain import check_channels
@@ -80,11 +81,18 @@ def _explain(job: Job, services: Services, context: JobContext, held: ExitStack,
     bulk = job.priority == "bulk"
     with services.model_cache.reserve() as slot:
         with context.stage("fetch"):
-            image_bytes, bytes_held = fetched(job.image, services, context.deadline, held)
-            if context.attempt > 1:
-                row = services.networks.find(job.network)
-                if found := artifacts.sealed(store, place, job, image_bytes.sha256, row, context.deadline):
-                    return _done(job, *found)  # the attempt before came as far as this and no further
+            find_sealed = partial(_find_sealed, job, services, context, store, place)
+            if job.image.sha256 and (done := find_sealed(job.image.sha256)):
+                return done  # whether or not the image is still there
+            try:
+                image_bytes, bytes_held = fetched(job.image, services, context.deadline, held)
+            except (ImageNotFound, ImageForbidden):
+                # No other bytes can be compared. The manifest says of which ones it was made.
+                if not job.image.sha256 and (done := find_sealed(None)):
+                    return done
+                raise
+            if not job.image.sha256 and (done := find_sealed(image_bytes.sha256)):
+                return done
         with context.stage("decode"):
             room = claimed(image_bytes.data, services.limits)
             pixels_held = held.enter_context(services.budgets.pixels.reserve(room, context.deadline))
@@ -123,6 +131,17 @@ def _explain(job: Job, services: Services, context: JobContext, held: ExitStack,
         "batch_size": turn.batch_size,
     }
     return _done(job, manifest, result)
+
+
+def _find_sealed(
+    job: Job, services: Services, context: JobContext, store: Store, place: str, image_sha256: str | None
+) -> JobResult | None:
+    """The result of an earlier attempt, which wrote all of it and did not come to report it."""
+    if context.attempt == 1:
+        return None
+    row = services.networks.find(job.network)
+    found = artifacts.sealed(store, place, job, image_sha256, row, context.deadline)
+    return _done(job, *found) if found else None
 
 
 def _done(job: Job, manifest: Manifest, result: ManifestRef) -> JobResult:

@@ -179,10 +179,17 @@ class Ledger(ABC):
             if held.fingerprint != entry.fingerprint:
                 found.append(_conflict(job, held.document.id))
             elif retry_failed and held.document.status == "failed":
-                found.append(self.retry(held.document.id))
+                found.append(self._retried(held.document))
             else:
                 found.append(held.document)
         return found
+
+    def _retried(self, found: StatusDocument) -> StatusDocument:
+        """Try it again. Where that cannot be done, or was done meanwhile, it is as it is: it is accepted."""
+        try:
+            return self.retry(found.id)
+        except JobNotFailed:
+            return self.read(found.id)
 
     def retry(self, job_id: str) -> StatusDocument:
         """Try a failed job again, as the same one, with its id, key and webhooks, and all its attempts.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from gradcam_worker.errors import GradcamError
+from gradcam_worker.text.visible import counted
 
 log = logging.getLogger("gradcam")
 
@@ -31,7 +32,7 @@ class Stall:
         self._moved_s = self._asked_s = time.monotonic()
         self._since_s: float | None = None  # from when on something waited at every look, and nothing moved
         self._away_s: float | None = None  # from when on the broker could not be used
-        self._unheld_s: float | None = None  # from when on a message was held by nobody
+        self._orphaned_s: float | None = None  # from when on a message was held by nobody
 
     @contextmanager
     def in_hand(self) -> Iterator[None]:
@@ -63,12 +64,12 @@ class Stall:
         self._away_s = None
         self.moved()
 
-    def unheld(self, messages: int) -> None:
+    def orphaned_messages(self, messages: int) -> None:
         """So many messages are not acknowledged, with nobody at work on them, and that for HELD_S already."""
         if not messages:
-            self._unheld_s = None
-        elif self._unheld_s is None:
-            self._unheld_s = time.monotonic()
+            self._orphaned_s = None
+        elif self._orphaned_s is None:
+            self._orphaned_s = time.monotonic()
 
     def keep(self, stopped: threading.Event) -> None:
         """Look until `stopped`."""
@@ -103,16 +104,15 @@ class Stall:
 
     def _found(self, patience_s: float) -> str | None:
         now_s = time.monotonic()
-        if self._unheld_s is not None and now_s - self._unheld_s > patience_s and not self._in_hand:
+        if self._orphaned_s is not None and now_s - self._orphaned_s > patience_s and not self._in_hand:
             return "messages are not acknowledged, and no job is in hand"
         if self._since_s is None:
             return None
         still_s = now_s - self._since_s
         if self._in_hand:
             if still_s > self._hung_after_s:
-                return (
-                    f"{self._in_hand} jobs are in hand, others wait, and none has got on for {still_s:.0f} s"
-                )
+                jobs = counted(self._in_hand, "job is", "jobs are")
+                return f"{jobs} in hand, others wait, and none has got on for {still_s:.0f} s"
         elif still_s > patience_s:
             return f"jobs have waited for {still_s:.0f} s, and none was taken"
         return None

@@ -161,7 +161,7 @@ def storage_hint(error: StorageUnavailable) -> Hint:
         fix = (
             "Correct what the environment says of the worker's identity (AWS_ROLE_ARN and its trust policy, "
             "the token in AWS_WEB_IDENTITY_TOKEN_FILE, AWS_PROFILE, or the role of the machine), or set "
-            " GRADCAM_S3_ACCESS_KEY_ID and GRADCAM_S3_SECRET_ACCESS_KEY."
+            "GRADCAM_S3_ACCESS_KEY_ID and GRADCAM_S3_SECRET_ACCESS_KEY."
         )
         return Hint("GRADCAM_S3_ACCESS_KEY_ID is empty", fix, lasting=not s3_errors.away(cause))
     if s3_errors.own_fault(cause):

@@ -102,7 +102,11 @@ def _redelivered(request: Any) -> bool:
 
 def _ended(handler: JobHandler, message_id: str, error: BaseException) -> bool:
     """Write down that a message cannot be handled; whether that ended it. A good job is left alone."""
-    return handler.refuse(message_id, None, InternalError.of(error)).final
+    try:
+        return handler.refuse(message_id, None, InternalError.of(error)).final
+    except GradcamError as failure:  # the ledger is away, and the message comes again
+        log.warning("message %s: its refusal could not be written down: %s", message_id, failure)
+        return False
 
 
 def _payload(args: tuple[object, ...]) -> object:

@@ -34,7 +34,7 @@ class Problem(ResponseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_before(cls, given: Any) -> Any:
+    def _fill_public_message(cls, given: Any) -> Any:
         """What an earlier version wrote lacks its public message."""
         if isinstance(given, dict) and "public_message" not in given:
             return {**given, "public_message": public_message(str(given.get("code")))}

@@ -113,5 +113,5 @@ class Eviction:
         while not stopped.wait(EVERY_S):
             try:
                 self.round()
-            except Exception:
+            except BaseException:
                 log.exception("what Redis evicts cannot be told")
