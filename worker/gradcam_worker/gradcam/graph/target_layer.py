@@ -8,7 +8,7 @@ there it is the last tensor of tokens that still speaks for every patch, seen as
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from gradcam_worker.errors import NetworkIncompatible, UnknownLayer
@@ -94,13 +94,13 @@ class LayerIndex:
         return TargetLayer(path, slot, grid.rows, grid.columns, shape[2], grid.prefix, _mirrored(grid.sides))
 
     def looked_at(self, place: TargetLayer) -> tuple[TargetLayer, ...]:
-        """A place, and before it the first on the way there that has learned something, seen more finely."""
+        """A place, and before it the first on the way there that has learned something: it is finer."""
         learned = (
             step for step in self.graph.needed([place.slot]) if step.weights and step.kind not in PREPARES
         )
         step = next(learned, None)
-        first = self.by_slot.get(step.writes[0]) if step and not step.is_foreign else None
-        return (place,) if first is None else (replace(first), place)
+        first = self.by_slot.get(step.writes[0]) if step else None
+        return (place,) if first in {None, place} else (first, place)
 
     def find(self, layer: str, network: str, default: str | None = None) -> TargetLayer:
         """The layer of this path, or of this name where only one path ends in it.
@@ -283,7 +283,7 @@ def rescales(graph: Graph) -> bool:
 def crops(graph: Graph) -> str | None:
     """The path of a layer that shows a part of the image, or pads it: no map would lie where it belongs.
 
-    What is known without a look; `alignment` measures it, be it done by whatever means.
+    What is known without a look; `alignment` finds it, be it done by whatever means.
     """
     for step in (one for one in graph.steps if one.kind in CROPS):
         before, after = (graph.shapes[slot][1:3] for slot in (step.inputs[0], step.writes[0]))

@@ -60,13 +60,8 @@ class KerasNetwork:
         self._found: TargetLayer | None = None
         self._default: str | None = None
         place = self._first_place(row.target_layer or AUTO)
-        self._observed = load_checks.observe(
-            row,
-            model,
-            self._scores,
-            load_checks.Pictures(self._input, self._pixels),
-            self._places.looked_at(place),
-        )
+        pictures = load_checks.Pictures(self._input, self._pixels)
+        self._observed = load_checks.observe(row, model, self._scores, pictures)
         self._scores = read_as(self._scores, row.head, self._observed.outputs, self._observed.dtype)
         load_checks.check_place(row.name, self._places, place, self._observed)
         self._aligned.add(place)

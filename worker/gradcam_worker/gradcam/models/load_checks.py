@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,7 @@ from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import decode
-from gradcam_worker.gradcam.graph import alignment
-from gradcam_worker.gradcam.graph.alignment import Changes, Trial
+from gradcam_worker.gradcam.graph.alignment import Alignment
 from gradcam_worker.gradcam.graph.graph import Graph, Step, Values
 from gradcam_worker.gradcam.graph.head import Scores
 from gradcam_worker.gradcam.graph.target_layer import LayerIndex, TargetLayer, crops
@@ -27,8 +26,8 @@ SAME = {
     "float16": 0.05,
     "bfloat16": 0.2,
 }  # how far a network taken apart may be off, of its peak
-MIXED = 10  # times that: images of one batch do not only round differently, they see each other
-AGAIN = 3  # more trials of a layer that seems to lie elsewhere, before it is refused
+MIXED = 10  # times that: batch-dependent layers change results by more than rounding
+GREY, CONTRAST = 128, 20  # of the pictures that a network is first run on: mean and standard deviation
 PHOTOS = ("astronaut", "chelsea", "coffee")
 ops = keras.ops
 Look = Callable[[Step, Values], None]
@@ -42,14 +41,23 @@ class Pictures:
     size: tuple[int, int, int]
     alone: bool = False  # whether the network takes one at a time, as with its number built into a reshape
 
-    def run(self, graph: Graph, slot: int, pixels: NDArray[np.uint8], look: Look) -> Any:
+    def run(self, graph: Graph, slot: int, pixels: NDArray[np.uint8]) -> Any:
         """What comes out at a slot. Not compiled, as a model is not that is called: they round alike."""
         groups = [pixels[index : index + 1] for index in range(len(pixels))] if self.alone else [pixels]
-        return ops.concatenate([_run(graph, slot, self.prepared(group), look) for group in groups])
+        return ops.concatenate([_run(graph, slot, self.prepared(group), _ignore) for group in groups])
 
-    def changes(self, graph: Graph, place: TargetLayer, trial: Trial) -> Changes:
-        """How much each spot of a trial changes each cell of a place."""
-        return _changes(place, self.run(graph, place.slot, trial.pixels, _ignore))
+    def values(self, graph: Graph, slots: Collection[int]) -> Values:
+        """What is at these slots, of one picture."""
+        inputs = self.prepared(_grey(self.size)[:1])
+        found = {graph.entry: inputs}
+
+        def keep(step: Step, values: Values) -> None:
+            found.update((slot, values[slot]) for slot in {*step.writes}.intersection(slots))
+
+        for slot in slots:
+            if slot not in found:
+                _run(graph, slot, inputs, keep)
+        return found
 
 
 def _run(graph: Graph, slot: int, inputs: Any, look: Look) -> Any:
@@ -66,11 +74,6 @@ def _run(graph: Graph, slot: int, inputs: Any, look: Look) -> Any:
     return values[slot]
 
 
-def _changes(place: TargetLayer, values: Any) -> Changes:
-    values = ops.convert_to_numpy(ops.cast(values, "float32"))
-    return alignment.changes(np.asarray(place.as_grid(values, np)))
-
-
 def _ignore(_: Step, __: Values) -> None:
     """Look at nothing."""
 
@@ -82,43 +85,32 @@ class Observed:
     pictures: Pictures
     outputs: NDArray[np.float64]  # (images, units), as they are before the last activation
     dtype: str  # of what the network says
-    trial: Trial
-    changes: dict[int, Changes]  # slot of a place -> see `alignment`
+    alignment: Alignment
 
 
-def observe(
-    row: NetworkRow, model: Any, scores: Scores, pictures: Pictures, places: Sequence[TargetLayer]
-) -> Observed:
-    """Run a network on a trial, with a look at these places; on more pictures where its head is to be told.
+def observe(row: NetworkRow, model: Any, scores: Scores, pictures: Pictures) -> Observed:
+    """Run a network on a few pictures; on more where its head is to be told.
 
     Raises NetworkIncompatible unless the steps, one after the other, compute what the model does.
     """
-    graph, trial, name = scores.graph, alignment.trial(pictures.size), row.name
+    graph, pixels, name = scores.graph, _grey(pictures.size), row.name
     output = list(graph.outputs).index(row.head.output) if row.head.output else 0
-    changes: dict[int, Changes] = {}
-
-    def look(step: Step, values: Values) -> None:
-        for place in places:
-            if place.slot in step.writes:
-                changes[place.slot] = _changes(place, values[place.slot])
-
     try:
-        theirs = _flat(keras.tree.flatten(model(pictures.prepared(trial.pixels[:1]), training=False))[output])
+        theirs = _flat(keras.tree.flatten(model(pictures.prepared(pixels[:1]), training=False))[output])
     except Exception as error:  # whatever a layer that was not written for it may raise
         raise cannot_run(name, error) from error
-    chosen, found = _as_the_model(name, scores, pictures, trial.pixels, theirs, look)
-    more = [] if scores.kind else [_flat(chosen.run(graph, scores.slot, _varied(pictures.size), _ignore))]
+    chosen, found = _as_the_model(name, scores, pictures, pixels, theirs)
+    more = [] if scores.kind else [_flat(chosen.run(graph, scores.slot, _varied(pictures.size)))]
     return Observed(
         pictures=chosen,
         outputs=np.concatenate([_flat(found), *more]).astype(np.float64),
         dtype=_digits(scores.told(found)),
-        trial=trial,
-        changes={} if chosen.alone else changes,
+        alignment=Alignment(graph, lambda slots: chosen.values(graph, slots)),
     )
 
 
 def _as_the_model(
-    name: str, scores: Scores, pictures: Pictures, pixels: NDArray[np.uint8], theirs: Any, look: Look
+    name: str, scores: Scores, pictures: Pictures, pixels: NDArray[np.uint8], theirs: Any
 ) -> tuple[Pictures, Any]:
     """How the steps have to be run, all images at once or each alone, and what comes out.
 
@@ -129,7 +121,7 @@ def _as_the_model(
     together: tuple[float, Any] = (math.inf, None)
     for how in (pictures, replace(pictures, alone=True)):
         try:
-            found = how.run(scores.graph, scores.slot, pixels, _ignore if how.alone else look)
+            found = how.run(scores.graph, scores.slot, pixels)
             told = scores.told(found)
         except Exception as error:  # noqa: BLE001  # as above; or the number of images is built in
             failed = error
@@ -178,6 +170,12 @@ def _flat(values: Any) -> NDArray[np.float32]:
     return np.asarray(ops.convert_to_numpy(ops.reshape(values, (values.shape[0], -1))))
 
 
+def _grey(size: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Two pictures of faint noise."""
+    noise = np.random.default_rng(0).normal(GREY, CONTRAST, (2, *size))
+    return np.clip(noise, 0, 255).astype(np.uint8)
+
+
 def _varied(size: tuple[int, int, int]) -> NDArray[np.uint8]:
     """Noise, black, white, a slope from black to white, and photos."""
     slope = np.broadcast_to(np.linspace(0, 255, size[1])[:, None], size)
@@ -209,24 +207,10 @@ def check_input(row: NetworkRow, graph: Graph) -> None:
 def check_place(name: str, places: LayerIndex, place: TargetLayer, observed: Observed) -> None:
     """Raise NetworkIncompatible unless the grid of a place lies on the image as it is drawn."""
     for one in places.looked_at(place):
-        if told := _misplaced(places.graph, one, observed, fine=one is not place):
+        if told := observed.alignment.misplaced(one):
             message = (
                 f"{name} crops, pads, shifts or turns its input: as seen by the layer {one.path}, {told}. "
                 "Its maps would not lie where they belong. Do that to the pictures before, and let the "
                 "network begin behind it; set input_size to what is left."
             )
             raise NetworkIncompatible(message)
-
-
-def _misplaced(graph: Graph, place: TargetLayer, observed: Observed, *, fine: bool) -> str | None:
-    seen, trial = observed.changes.get(place.slot), observed.trial
-    if seen is None:
-        seen = observed.pictures.changes(graph, place, trial)
-    told, again = alignment.misplaced(seen, trial, fine=fine), list[Changes]()
-    size, grid = observed.pictures.size, (place.rows, place.columns)
-    while told and len(again) < AGAIN:
-        # Chance, as in a layer of few channels that are dark there? Other pictures tell.
-        other = alignment.trial(size, grid=grid, seed=len(again) + 1)
-        again.append(observed.pictures.changes(graph, place, other))
-        told = alignment.misplaced(alignment.together(again), other, fine=fine)
-    return told
