@@ -77,12 +77,14 @@ def _database(value: SecretStr) -> SecretStr:
 def _s3_server(text: str) -> str:
     """The address of an S3 server, or empty: S3 takes no user in it, and presigned URLs would show it."""
     found = urls.parse(text) if text else None
+    in_path = bool(found and "@" in found.path)  # what stands before it may be a user and half a password
+    shown = f"{text.partition('://')[0]}://..." if in_path else without_secrets(text)
     if text and (not found or found.scheme not in {"http", "https"} or not found.host):
-        message = f"{without_secrets(text)!r} must look like https://s3.example.com:9000"
+        message = f"{shown!r} must look like https://s3.example.com:9000"
         raise ValueError(message)
-    if found and ("@" in text or found.query or found.fragment):
+    if found and (found.has_user or in_path or found.query or found.fragment):
         message = (
-            f"{f'{found.scheme}://{found.place}'!r} must be scheme, host and port alone: user and password are "
+            f"{shown!r} must be scheme, host and port alone: user and password are "
             "s3_access_key_id and s3_secret_access_key"
         )
         raise ValueError(message)
