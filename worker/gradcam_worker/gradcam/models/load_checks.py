@@ -40,11 +40,15 @@ class Pictures:
 
     prepared: Callable[[NDArray[np.uint8]], Any]
     size: tuple[int, int, int]
-    alone: bool = False  # whether the network takes one at a time, as with its number built into a reshape
+    batch_of_one: bool = (
+        False  # whether the network takes one at a time, as with its number built into a reshape
+    )
 
     def run(self, graph: Graph, slot: int, pixels: NDArray[np.uint8], look: Look) -> Any:
         """What comes out at a slot. Not compiled, as a model is not that is called: they round alike."""
-        groups = [pixels[index : index + 1] for index in range(len(pixels))] if self.alone else [pixels]
+        groups = (
+            [pixels[index : index + 1] for index in range(len(pixels))] if self.batch_of_one else [pixels]
+        )
         return ops.concatenate([_run(graph, slot, self.prepared(group), look) for group in groups])
 
     def changes(self, graph: Graph, place: TargetLayer, trial: Trial) -> Changes:
@@ -113,7 +117,7 @@ def observe(
         outputs=np.concatenate([_flat(found), *more]).astype(np.float64),
         dtype=_digits(scores.told(found)),
         trial=trial,
-        changes={} if chosen.alone else changes,
+        changes={} if chosen.batch_of_one else changes,
     )
 
 
@@ -127,9 +131,9 @@ def _as_the_model(
     limit = SAME[_fewest_digits(scores.graph)]
     failed: Exception | None = None
     together: tuple[float, Any] = (math.inf, None)
-    for how in (pictures, replace(pictures, alone=True)):
+    for how in (pictures, replace(pictures, batch_of_one=True)):
         try:
-            found = how.run(scores.graph, scores.slot, pixels, _ignore if how.alone else look)
+            found = how.run(scores.graph, scores.slot, pixels, _ignore if how.batch_of_one else look)
             told = scores.told(found)
         except Exception as error:  # noqa: BLE001  # as above; or the number of images is built in
             failed = error
@@ -137,9 +141,9 @@ def _as_the_model(
         difference = _difference(_flat(told[:1]), theirs) if len(found) == len(pixels) else math.inf
         if difference <= limit:
             # Of another batch the last digits are other ones, which a deep network magnifies.
-            batched = how.alone and together[0] <= MIXED * limit
+            batched = how.batch_of_one and together[0] <= MIXED * limit
             return (pictures, together[1]) if batched else (how, found)
-        failed, together = None, together if how.alone else (difference, found)
+        failed, together = None, together if how.batch_of_one else (difference, found)
     if failed:
         raise cannot_run(name, failed) from failed
     message = (
