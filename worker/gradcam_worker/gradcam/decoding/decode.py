@@ -265,6 +265,8 @@ def _from_cmyk(stored: Pixels) -> Pixels:
 
 def _png(stored: Stored) -> tuple[Pixels, Damage | None]:
     by = _by_pillow if stored.translucent else _by_opencv
+    if png_file.has_deep_transparent_color(stored):
+        by = _with_transparent_color
     if stored.damage is None and png_file.whole(stored):
         try:
             return by(stored), stored.damage
@@ -272,6 +274,11 @@ def _png(stored: Stored) -> tuple[Pixels, Damage | None]:
             pass
     stored = png_file.mended(stored)
     return by(stored), stored.damage
+
+
+def _with_transparent_color(stored: Stored) -> Pixels:
+    """By OpenCV, which compares all 16 bits of a channel: Pillow compares 8."""
+    return alpha.on_white(_by_opencv(stored, cv2.IMREAD_UNCHANGED))
 
 
 def _bmp(stored: Stored, limits: Limits) -> Pixels:
@@ -296,6 +303,8 @@ def _by_opencv(stored: Stored, flags: int = cv2.IMREAD_COLOR_RGB) -> Pixels:
     if pixels is None or pixels.shape != (height, width, channels):
         message = f"The {kind} data are damaged ({len(stored.data):,} bytes received)."
         raise ImageDecodeFailed(message)
+    if pixels.dtype == np.uint16:
+        pixels >>= 8  # in place, as there may be many
     return np.asarray(pixels, np.uint8)
 
 
