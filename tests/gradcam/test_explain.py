@@ -155,7 +155,7 @@ class TestPictures:
         damage = explain_image(tiny, data[:-2], top_n=1).damage
         assert damage == Damage(0, "its end marker is missing")
         with pytest.raises(ImageDecodeFailed):
-            explain_image(tiny, data[:-2], top_n=1, limits=Limits(max_damage=0))
+            explain_image(tiny, data[:-20], top_n=1, limits=Limits(max_damage=0))
 
     def test_the_limits_hold_for_encoded_images(self, tiny: TinyNetwork, picture: NDArray[np.uint8]) -> None:
         data = cv2.imencode(".png", picture)[1].tobytes()

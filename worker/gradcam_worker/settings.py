@@ -77,12 +77,14 @@ def _database(value: SecretStr) -> SecretStr:
 def _s3_server(text: str) -> str:
     """The address of an S3 server, or empty: S3 takes no user in it, and presigned URLs would show it."""
     found = urls.parse(text) if text else None
+    in_path = bool(found and "@" in found.path)  # what stands before it may be a user and half a password
+    shown = f"{text.partition('://')[0]}://..." if in_path else without_secrets(text)
     if text and (not found or found.scheme not in {"http", "https"} or not found.host):
-        message = f"{without_secrets(text)!r} must look like https://s3.example.com:9000"
+        message = f"{shown!r} must look like https://s3.example.com:9000"
         raise ValueError(message)
-    if found and (found.has_user or found.query or found.fragment):
+    if found and (found.has_user or in_path or found.query or found.fragment):
         message = (
-            f"{without_secrets(text)!r} must be scheme, host and port alone: user and password are "
+            f"{shown!r} must be scheme, host and port alone: user and password are "
             "s3_access_key_id and s3_secret_access_key"
         )
         raise ValueError(message)
@@ -146,7 +148,8 @@ class Settings(BaseModel):
     max_image_side: Count = 32_767  # pixels
     max_image_damage: Annotated[float, Field(ge=0, le=1)] = (
         0.05  # share of an image that is missing, at which it is refused; with less it is explained, with the
-        # warning image_damaged. 0: whatever is missing, 1: only where nothing is left
+        # warning image_damaged. 0 refuses any image of which something is missing, 1 only one of which
+        # nothing can be decoded
     )
     max_data_uri_bytes: Count = 256 * 1024
     fetch_timeout_s: Seconds = 20  # for the whole of one image

@@ -142,6 +142,39 @@ class TestJpeg:
                     if mode != "CMYK":
                         assert (decoded.pixels == np.asarray(other.convert("RGB"))).all()
 
+    @pytest.mark.parametrize("way", WAYS)
+    def test_padding_before_the_end_marker_is_no_damage(self, way: str, photo: Image.Image) -> None:
+        for picture in (photo, photo.resize((40, 30))):
+            whole = saved(picture, quality=85, **WAYS[way])
+            pixels = decode(whole).pixels
+            tenth = len(whole) // 10
+            for padding in (bytes(9), bytes(tenth), b"\0\xff" * tenth, bytes(tenth) + b"\xff" * tenth):
+                decoded = decode(whole[:-2] + padding + END)
+                assert decoded.damage is None
+                assert (decoded.pixels == pixels).all()
+                unended = decode(whole[:-2] + padding)
+                assert unended.damage
+                assert (unended.damage.share, unended.damage.what) == (0, "its end marker is missing")
+
+    @pytest.mark.parametrize(("seed", "last"), [(56, b"\xff\0"), (2190, b"\0")])
+    def test_last_bytes_of_data_that_look_like_padding_are_kept(self, seed: int, last: bytes) -> None:
+        noise = np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)
+        whole = saved(Image.fromarray(noise), quality=40)
+        assert whole.endswith(last + END)
+        padded = decode(whole[:-2] + bytes(500) + END)
+        assert padded.damage is None
+        assert (padded.pixels == decode(whole).pixels).all()
+
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("end", [b"", END])
+    def test_zeros_in_place_of_lost_data_are_no_padding(
+        self, way: str, end: bytes, photo: Image.Image
+    ) -> None:
+        whole = saved(photo, quality=85, **WAYS[way])
+        kept = whole[: int(len(whole) * 0.3)]
+        with pytest.raises(ImageDecodeFailed):
+            decode(kept + bytes(len(whole) - len(kept) - 2) + end)
+
     def test_the_shipped_photos_and_a_file_of_two_pictures_are_whole(
         self, photos: Path, photo: Image.Image
     ) -> None:
@@ -274,8 +307,18 @@ def test_the_limit_is_where_damage_is_refused(photo: Image.Image) -> None:
     cut = saved(photo, quality=85)[:-2]
     decoded = decode(cut, Limits(max_damage=0.001))
     assert isinstance(decoded, Decoded)
-    with pytest.raises(ImageDecodeFailed, match=r"end marker is missing. About 0.0% .*MAX_IMAGE_DAMAGE"):
-        decode(cut, Limits(max_damage=0))
+    less = saved(photo, quality=85)[:-300]
+    with pytest.raises(ImageDecodeFailed, match=r"About .*% .*; less than 0.1% may be .*MAX_IMAGE_DAMAGE"):
+        decode(less, Limits(max_damage=0.001))
+    with pytest.raises(ImageDecodeFailed, match=r"About .*% .*; nothing may be .*MAX_IMAGE_DAMAGE"):
+        decode(less, Limits(max_damage=0))
+
+
+def test_an_image_of_which_nothing_is_missing_is_read_whatever_the_limit(photo: Image.Image) -> None:
+    for cut in (saved(photo, quality=85)[:-2], saved(textured("RGB")[0], "PNG")[:-1]):
+        found = decode(cut, Limits(max_damage=0)).damage
+        assert found
+        assert found.share == 0
 
 
 def test_a_png_that_was_transferred_as_text_is_said_to_be_one() -> None:

@@ -463,6 +463,22 @@ class TestAlphaOnWhite:
         pixels = decode(png16(values, color_type, struct.pack(">H", 40_000) * channels)).pixels
         assert pixels[0].tolist() == [[100, 100, 100], [*WHITE]]
 
+    @pytest.mark.parametrize(("color_type", "channels"), [(0, 1), (2, 3)])
+    @pytest.mark.parametrize("transparent", [3, 0x1234, 0xFFFE])
+    def test_a_transparent_color_is_compared_in_all_its_sixteen_bits(
+        self, color_type: int, channels: int, transparent: int
+    ) -> None:
+        values = np.full((300, 3, channels), transparent, np.uint16)
+        values[:, 1] += 1
+        values[:, 2, -1] -= 1
+        data = png16(values, color_type, struct.pack(">H", transparent) * channels)
+        pixels = decode(data).pixels
+        assert (pixels[:, 0] == 255).all()
+        assert (pixels[:, 1:] == transparent >> 8).all()
+        broken = bytearray(data)
+        broken[-14] ^= 0xFF  # a checksum
+        assert (decode(bytes(broken)).pixels == pixels).all()
+
 
 class TestClaimed:
     """How much room a picture takes is known before it is decoded."""

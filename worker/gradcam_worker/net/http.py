@@ -18,7 +18,7 @@ from gradcam_worker.net.dialer import Dialer, Resolve, look_up
 from gradcam_worker.net.ip_policy import networks
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.model import too_long
-from gradcam_worker.text.urls import hides_password, without_secrets
+from gradcam_worker.text.urls import parse, without_secrets
 
 MAX_REDIRECTS = 3
 REDIRECTS = {301, 302, 303, 307, 308}
@@ -91,7 +91,7 @@ class HttpClient:
         port = usual if url.port is None else url.port
         if url.scheme not in self._schemes or not self._hosts.admit(host, port, usual):
             hosts = ", ".join(self._entries) or "none"
-            place = "..." if hides_password(text) else url.netloc.decode("ascii")  # without user and password
+            place = url.netloc.decode("ascii") if parse(text) else "..."  # without user and password
             message = f"{url.scheme}://{place} is not allowed: {self._setting} allows {hosts}."
             raise UriNotAllowed(message)
         if url.userinfo:

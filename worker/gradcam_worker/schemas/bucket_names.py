@@ -6,13 +6,10 @@ underscores that are found in old buckets.
 
 import re
 
+from gradcam_worker.text.urls import ACCESS_POINT
+
 LONGEST = 255  # characters: of the oldest buckets; 63 since 2018
 NAME = re.compile(rf"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.)){{0,{LONGEST - 1}}}")
-# Of access points: the key would begin behind the first slash, so it stands with colons alone.
-ARN = re.compile(
-    r"arn:aws[a-z-]*:s3[a-z-]*:[a-z0-9-]*:[0-9]{12}:"
-    r"(?:accesspoint:[A-Za-z0-9.-]+|outpost:op-[0-9a-z]+:accesspoint:[A-Za-z0-9-]+)"
-)
 OUTPOST = "--op-s3"  # at the end of an alias that stands for the host of an outpost
 RIGHT = "it must have letters, digits, hyphens, underscores and single dots, and begin with no dot or hyphen"
 
@@ -26,7 +23,7 @@ def objection(bucket: str, *, own_server: bool = False) -> str | None:
     if own_server and (arn or bucket.endswith(OUTPOST)):
         what = "an ARN" if arn else "the alias of an outpost"
         return f"is {what}, which names a host of Amazon's, and GRADCAM_S3_ENDPOINT_URL names another server"
-    if arn and not ARN.fullmatch(bucket):
+    if arn and not ACCESS_POINT.fullmatch(bucket):
         return "is no ARN of an access point as arn:aws:s3:REGION:ACCOUNT:accesspoint:NAME"
     if not arn and not NAME.fullmatch(bucket):
         return f"is no name of a bucket: {RIGHT}"

@@ -46,7 +46,7 @@ class Problem(ResponseModel):
         return cls(
             type=f"urn:gradcam:problem:{error.code}",
             title=(type(error).__doc__ or error.code).split("\n")[0].rstrip("."),
-            detail=_sentence(visible(redacted(str(error)[:2000]))),
+            detail=_sentence(visible(redacted(str(error))[:2000])),
             public_message=error.public_message,
             code=error.code,
             retryable=error.retryable,

@@ -13,7 +13,7 @@ from gradcam_worker.errors import DuplicateId, InvalidRow, PermanentError
 from gradcam_worker.schemas.model import too_long
 from gradcam_worker.schemas.shard import Row
 from gradcam_worker.schemas.status import Problem
-from gradcam_worker.text.urls import has_credentials, hides_password, redacted, without_user
+from gradcam_worker.text.urls import has_credentials, redacted, without_user
 from gradcam_worker.text.visible import visible
 
 SHOWN = 1000  # characters of what was received that are kept, where it is no URI
@@ -128,11 +128,10 @@ class Ids:
 def shown(received: object) -> str:
     """What was received, as far as it can be shown."""
     if isinstance(received, bytes):
-        received = received[:SHOWN].strip().decode(errors="backslashreplace")
+        received = received.strip().decode(errors="backslashreplace")
     text = received if isinstance(received, str) else json.dumps(received, default=str)
-    text = text[:SHOWN]
-    hidden = has_credentials(text) or hides_password(text)
-    return visible(without_user(text) if hidden else redacted(text))[:SHOWN]
+    text = without_user(text) if has_credentials(text) else redacted(text)  # before half a URL is cut off
+    return visible(text[:SHOWN])[:SHOWN]
 
 
 def _why(uri: object) -> str:

@@ -31,7 +31,7 @@ def on_white(stored: Image.Image | Pixels) -> Pixels:
 
 
 def _eight_bits(rows: Image.Image) -> Image.Image:
-    """A picture with one transparent colour of 16 bits a channel: Pillow would compare only the low 8."""
+    """A grey picture with one transparent value of 16 bits: Pillow would compare only the low 8."""
     transparent = rows.info.get("transparency")
     if rows.mode.startswith("I"):
         values = np.asarray(rows, np.uint32)
@@ -40,6 +40,4 @@ def _eight_bits(rows: Image.Image) -> Image.Image:
         eight = Image.fromarray(pair)
         eight.info = {key: value for key, value in rows.info.items() if key != "transparency"}
         return eight
-    if isinstance(transparent, tuple) and max(transparent) >> 8:
-        rows.info["transparency"] = tuple(value >> 8 for value in transparent)
     return rows

@@ -8,7 +8,7 @@ anything: a 48-byte GIF can claim 900 million pixels. OpenCV itself refuses more
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -179,10 +179,11 @@ def _allowed(limits: Limits) -> str:
 
 
 def _check_damage(stored: Stored, damage: Damage | None, limits: Limits) -> None:
-    if damage and damage.share >= limits.max_damage:
+    if damage and damage.share > 0 and damage.share >= limits.max_damage:
+        allowed = f"less than {limits.max_damage:.1%} may" if limits.max_damage else "nothing may"
         message = (
             f"The {stored.media_type} data are damaged: {damage.what}. About {damage.share:.1%} of the "
-            f"picture is missing; less than {limits.max_damage:.1%} may be (GRADCAM_MAX_IMAGE_DAMAGE)."
+            f"picture is missing; {allowed} be (GRADCAM_MAX_IMAGE_DAMAGE)."
         )
         raise ImageDecodeFailed(message)
 
@@ -210,9 +211,8 @@ def _jpeg(stored: Stored) -> tuple[Pixels, Damage | None]:
         try:
             pixels = _by_libjpeg(stored, stored.data)
         except ValueError as error:
-            said = str(error)
-            pixels = _by_libjpeg(stored, stored.data, blank=True)
-            if not said.startswith(jpeg_file.HARMLESS):
+            stored, pixels, said = _without_padding(stored, str(error))
+            if said and not said.startswith(jpeg_file.HARMLESS):
                 junk = jpeg_file.with_junk
                 damage = jpeg_file.damage(
                     stored.data, said, pixels, lambda: _by_libjpeg(stored, junk(stored.data), blank=True)
@@ -223,6 +223,17 @@ def _jpeg(stored: Stored) -> tuple[Pixels, Damage | None]:
         message = f"The image/jpeg data are damaged: {error}"
         raise ImageDecodeFailed(message) from error
     return _from_cmyk(pixels) if stored.components == CMYK else pixels, damage
+
+
+def _without_padding(stored: Stored, said: str) -> tuple[Stored, Pixels, str]:
+    """The file without what may be padding, its pixels, and what libjpeg still says of it, if anything."""
+    for data in jpeg_file.without_padding(stored.data, said):
+        stored = replace(stored, data=data)
+        try:
+            return stored, _by_libjpeg(stored, data), ""
+        except ValueError as error:
+            said = str(error)
+    return stored, _by_libjpeg(stored, stored.data, blank=True), said
 
 
 def _by_libjpeg(stored: Stored, data: bytes, *, blank: bool = False) -> Pixels:
@@ -254,6 +265,8 @@ def _from_cmyk(stored: Pixels) -> Pixels:
 
 def _png(stored: Stored) -> tuple[Pixels, Damage | None]:
     by = _by_pillow if stored.translucent else _by_opencv
+    if png_file.has_deep_transparent_color(stored):
+        by = _with_transparent_color
     if stored.damage is None and png_file.whole(stored):
         try:
             return by(stored), stored.damage
@@ -261,6 +274,11 @@ def _png(stored: Stored) -> tuple[Pixels, Damage | None]:
             pass
     stored = png_file.mended(stored)
     return by(stored), stored.damage
+
+
+def _with_transparent_color(stored: Stored) -> Pixels:
+    """By OpenCV, which compares all 16 bits of a channel: Pillow compares 8."""
+    return alpha.on_white(_by_opencv(stored, cv2.IMREAD_UNCHANGED))
 
 
 def _bmp(stored: Stored, limits: Limits) -> Pixels:
@@ -285,6 +303,8 @@ def _by_opencv(stored: Stored, flags: int = cv2.IMREAD_COLOR_RGB) -> Pixels:
     if pixels is None or pixels.shape != (height, width, channels):
         message = f"The {kind} data are damaged ({len(stored.data):,} bytes received)."
         raise ImageDecodeFailed(message)
+    if pixels.dtype == np.uint16:
+        pixels >>= 8  # in place, as there may be many
     return np.asarray(pixels, np.uint8)
 
 

@@ -27,7 +27,7 @@ TABLES = {0xC4, 0xCC, 0xDB, 0xDD}  # Huffman, arithmetic, quantization, restart 
 NEEDED = FRAMES | TABLES | {START_OF_SCAN}
 HIERARCHICAL = {0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF}
 BITS = 8  # of a sample
-LYING = -1  # in place of the code of a segment that is not as long as it says
+BAD_LENGTH = -1  # in place of the code of a segment that is not as long as it says
 HARMLESS = "Unknown Adobe color transform"  # what libjpeg says of a picture that is whole, and goes on
 MAX_SCANS = 64  # progressive pictures have about ten; one with 302 scans takes 15 s to decode
 PLAIN_JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
@@ -39,6 +39,8 @@ GREY = 128  # what decoders put where they have no data
 JUNK = np.random.default_rng(0).integers(0, 255, 4096, np.uint8).tobytes()  # without a marker: no 0xFF
 LENGTH_BYTES = 2  # which a segment's length counts, too
 RESTART_INTERVAL = 0xDD
+PADDING = b"\0\xff"
+LAST_BYTES = 2  # of a scan's data that may be its own although they look like padding: 0xFF is written FF 00
 RESTART_JUNK = 64  # bytes: enough for some blocks
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes")
@@ -54,7 +56,7 @@ def read(data: bytes) -> Stored:
     for code, body, compressed in _segments(data):
         if code == END:
             ended = True
-        elif code == LYING:
+        elif code == BAD_LENGTH:
             what = "a segment is damaged"
         elif code in FRAMES and not frame:
             frame = body
@@ -105,9 +107,9 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
             continue
         length = int.from_bytes(data[at : at + 2], "big")
         body = data[at + 2 : at + length]
-        if len(body) != length - LENGTH_BYTES:  # it lies, or is cut off
+        if len(body) != length - LENGTH_BYTES:  # its length is wrong, or it is cut off
             if code in NEEDED:
-                yield LYING, b"", b""
+                yield BAD_LENGTH, b"", b""
             continue
         at += length
         compressed = b""
@@ -162,6 +164,29 @@ def with_junk(data: bytes) -> bytes:
             ]
             parts.append(JUNK * (max(len(compressed), even) // len(JUNK) + 1))
     return b"".join(parts)
+
+
+def without_padding(data: bytes, said: str) -> Iterator[bytes]:
+    """The same picture without the zeros, and bytes of 0xFF, at the end of each scan's compressed data.
+
+    A few that may be data are left, none at first. Nothing comes where there is no padding, or no decoder
+    `said` that bytes are left over. What one would take from padding, it then has no data for: where zeros
+    stand for lost data, these count as missing.
+    """
+    if not _EXTRANEOUS.search(said):
+        return
+    for kept in range(LAST_BYTES + 1):
+        parts, dropped = [data[:2]], False
+        for code, body, compressed in _segments(data):
+            parts.append(bytes([MARKER, code]))
+            if code == END:
+                break
+            end = len(compressed.rstrip(PADDING)) + kept
+            dropped |= end < len(compressed)
+            parts += (len(body) + LENGTH_BYTES).to_bytes(2, "big"), body, compressed[:end]
+        if not dropped:
+            return
+        yield b"".join(parts)
 
 
 def damage(data: bytes, said: str, shown: Pixels, with_junk: Callable[[], Pixels]) -> Damage:

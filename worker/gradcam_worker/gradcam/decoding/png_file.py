@@ -14,7 +14,8 @@ from gradcam_worker.gradcam.decoding import exif
 from gradcam_worker.gradcam.decoding.structure import MAX_PARTS, PNG, Damage, Stored
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-HEADER_BYTES, COLOR = 13, 9  # of IHDR; where in it the colour type stands
+HEADER_BYTES, DEPTH, COLOR = 13, 8, 9  # of IHDR; where in it the bits of a channel and the colour type stand
+RGB, DEEP = 2, 16  # a colour type, without alpha of its own; bits of a channel
 FRAME = 12  # bytes of a chunk beside its body: length, name, checksum
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 PALETTE, ALPHA = 3, {4, 6}  # colour types
@@ -127,6 +128,12 @@ def _chunks(data: bytes) -> Iterator[_Chunk]:
 def whole(stored: Stored) -> bool:
     """Whether the pixel data of a `Stored` agree with their checksums."""
     return all(one.good for one in _chunks(stored.data))
+
+
+def has_deep_transparent_color(stored: Stored) -> bool:
+    """Whether one colour of 16 bits a channel is transparent."""
+    header = next(_chunks(stored.data)).body
+    return stored.translucent and (header[DEPTH], header[COLOR]) == (DEEP, RGB)
 
 
 def mended(stored: Stored) -> Stored:

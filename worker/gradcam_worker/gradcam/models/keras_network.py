@@ -94,7 +94,7 @@ class KerasNetwork:
     ) -> Callable[[], Computed]:
         """See `gradcam_worker.gradcam.network.Network.begin`."""
         place = self._aligned_place(method.layer or self.facts.default_layer)
-        if self._observed.pictures.alone and (len(pixels) > 1 or method.flip):
+        if self._observed.pictures.batch_of_one and (len(pixels) > 1 or method.flip):
             return partial(self._one_by_one, pixels, wanted, method)
         run_pass, size = self._pass(place, method)
         # An early layer has large maps: so many classes at a time that their gradients fit.
@@ -138,7 +138,7 @@ class KerasNetwork:
         if self._forward is None:
             signature = [((None, *self._pixels), "uint8")]
             self._forward = gradients.compiled(self._scores_of, signature, self._variables())
-        step = 1 if self._observed.pictures.alone else max(len(pixels), 1)
+        step = 1 if self._observed.pictures.batch_of_one else max(len(pixels), 1)
         groups = [pixels[first : first + step] for first in range(0, len(pixels), step)]
         return np.concatenate([np.asarray(self._forward(one)(), np.float32) for one in groups])
 

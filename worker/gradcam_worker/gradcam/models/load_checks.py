@@ -39,12 +39,24 @@ class Pictures:
 
     prepared: Callable[[NDArray[np.uint8]], Any]
     size: tuple[int, int, int]
-    alone: bool = False  # whether the network takes one at a time, as with its number built into a reshape
+    batch_of_one: bool = (
+        False  # whether the network takes one at a time, as with its number built into a reshape
+    )
 
     def run(self, graph: Graph, slot: int, pixels: NDArray[np.uint8]) -> Any:
         """What comes out at a slot. Not compiled, as a model is not that is called: they round alike."""
+<<<<<<< HEAD
         groups = [pixels[index : index + 1] for index in range(len(pixels))] if self.alone else [pixels]
         return ops.concatenate([_run(graph, slot, self.prepared(group), _ignore) for group in groups])
+||||||| 4f5081c
+        groups = [pixels[index : index + 1] for index in range(len(pixels))] if self.alone else [pixels]
+        return ops.concatenate([_run(graph, slot, self.prepared(group), look) for group in groups])
+=======
+        groups = (
+            [pixels[index : index + 1] for index in range(len(pixels))] if self.batch_of_one else [pixels]
+        )
+        return ops.concatenate([_run(graph, slot, self.prepared(group), look) for group in groups])
+>>>>>>> urls
 
     def values(self, graph: Graph, slots: Collection[int]) -> Values:
         """What is at these slots, of one picture."""
@@ -105,7 +117,15 @@ def observe(row: NetworkRow, model: Any, scores: Scores, pictures: Pictures) -> 
         pictures=chosen,
         outputs=np.concatenate([_flat(found), *more]).astype(np.float64),
         dtype=_digits(scores.told(found)),
+<<<<<<< HEAD
         alignment=Alignment(graph, lambda slots: chosen.values(graph, slots)),
+||||||| 4f5081c
+        trial=trial,
+        changes={} if chosen.alone else changes,
+=======
+        trial=trial,
+        changes={} if chosen.batch_of_one else changes,
+>>>>>>> urls
     )
 
 
@@ -119,9 +139,15 @@ def _as_the_model(
     limit = SAME[_fewest_digits(scores.graph)]
     failed: Exception | None = None
     together: tuple[float, Any] = (math.inf, None)
-    for how in (pictures, replace(pictures, alone=True)):
+    for how in (pictures, replace(pictures, batch_of_one=True)):
         try:
+<<<<<<< HEAD
             found = how.run(scores.graph, scores.slot, pixels)
+||||||| 4f5081c
+            found = how.run(scores.graph, scores.slot, pixels, _ignore if how.alone else look)
+=======
+            found = how.run(scores.graph, scores.slot, pixels, _ignore if how.batch_of_one else look)
+>>>>>>> urls
             told = scores.told(found)
         except Exception as error:  # noqa: BLE001  # as above; or the number of images is built in
             failed = error
@@ -129,9 +155,9 @@ def _as_the_model(
         difference = _difference(_flat(told[:1]), theirs) if len(found) == len(pixels) else math.inf
         if difference <= limit:
             # Of another batch the last digits are other ones, which a deep network magnifies.
-            batched = how.alone and together[0] <= MIXED * limit
+            batched = how.batch_of_one and together[0] <= MIXED * limit
             return (pictures, together[1]) if batched else (how, found)
-        failed, together = None, together if how.alone else (difference, found)
+        failed, together = None, together if how.batch_of_one else (difference, found)
     if failed:
         raise cannot_run(name, failed) from failed
     message = (
