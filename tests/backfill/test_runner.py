@@ -196,8 +196,8 @@ class House:
 
 @pytest.fixture
 def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
-    for name in ("backfill.FIRST_LOOK_S", "backfill.LAST_LOOK_S", "standing.AGAIN_S"):
-        monkeypatch.setattr(f"worker.{name}", 0.002)
+    for name in ("runner.FIRST_LOOK_S", "runner.LAST_LOOK_S", "progress.AGAIN_S"):
+        monkeypatch.setattr(f"gradcam_worker.backfill.{name}", 0.002)
     one = House({f"s3://in/{number}.png": IMAGE for number in range(100)})
     worker = threading.Thread(target=one.work)
     worker.start()

@@ -60,8 +60,8 @@ def post(
     request: pytest.FixtureRequest, settings: Settings, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Post]:
     """Both outboxes keep the same promises."""
-    for module in ("memory_outbox", "redis_outbox"):
-        monkeypatch.setattr(f"worker.{module}.FIRST_PAUSE_OF_A_LANE_S", PAUSE_S)
+    for module in ("memory.outbox", "redis.outbox"):
+        monkeypatch.setattr(f"gradcam_worker.ledger.{module}.FIRST_PAUSE_OF_A_LANE_S", PAUSE_S)
     if request.param == "memory":
         ledger = MemoryLedger()
         yield Post(ledger, ledger.outbox, job)

@@ -45,18 +45,10 @@ class Pictures:
 
     def run(self, graph: Graph, slot: int, pixels: NDArray[np.uint8]) -> Any:
         """What comes out at a slot. Not compiled, as a model is not that is called: they round alike."""
-<<<<<<< HEAD
-        groups = [pixels[index : index + 1] for index in range(len(pixels))] if self.alone else [pixels]
-        return ops.concatenate([_run(graph, slot, self.prepared(group), _ignore) for group in groups])
-||||||| 4f5081c
-        groups = [pixels[index : index + 1] for index in range(len(pixels))] if self.alone else [pixels]
-        return ops.concatenate([_run(graph, slot, self.prepared(group), look) for group in groups])
-=======
         groups = (
             [pixels[index : index + 1] for index in range(len(pixels))] if self.batch_of_one else [pixels]
         )
-        return ops.concatenate([_run(graph, slot, self.prepared(group), look) for group in groups])
->>>>>>> urls
+        return ops.concatenate([_run(graph, slot, self.prepared(group), _ignore) for group in groups])
 
     def values(self, graph: Graph, slots: Collection[int]) -> Values:
         """What is at these slots, of one picture."""
@@ -117,15 +109,7 @@ def observe(row: NetworkRow, model: Any, scores: Scores, pictures: Pictures) -> 
         pictures=chosen,
         outputs=np.concatenate([_flat(found), *more]).astype(np.float64),
         dtype=_digits(scores.told(found)),
-<<<<<<< HEAD
         alignment=Alignment(graph, lambda slots: chosen.values(graph, slots)),
-||||||| 4f5081c
-        trial=trial,
-        changes={} if chosen.alone else changes,
-=======
-        trial=trial,
-        changes={} if chosen.batch_of_one else changes,
->>>>>>> urls
     )
 
 
@@ -141,13 +125,7 @@ def _as_the_model(
     together: tuple[float, Any] = (math.inf, None)
     for how in (pictures, replace(pictures, batch_of_one=True)):
         try:
-<<<<<<< HEAD
             found = how.run(scores.graph, scores.slot, pixels)
-||||||| 4f5081c
-            found = how.run(scores.graph, scores.slot, pixels, _ignore if how.alone else look)
-=======
-            found = how.run(scores.graph, scores.slot, pixels, _ignore if how.batch_of_one else look)
->>>>>>> urls
             told = scores.told(found)
         except Exception as error:  # noqa: BLE001  # as above; or the number of images is built in
             failed = error
