@@ -24,11 +24,18 @@ from gradcam_worker.schemas.job import Job
 from gradcam_worker.settings import Settings
 
 
+SERVERS = {"valkey", "s3_server", "encrypted"}  # fixtures that start a program
+FOLDERS_OF_SERVERS = {"live", "faults", "devtools", "deploy"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Side by side run one file and another, but not two that time real processes."""
     for item in items:
         timed = item.path.parent.name in {"live", "faults"} and item.path.name != "test_rehearsal.py"
-        item.add_marker(pytest.mark.xdist_group("processes" if timed else item.path.name))
+        item.add_marker(pytest.mark.xdist_group("processes" if timed else str(item.path)))
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & SERVERS or item.path.parent.name in FOLDERS_OF_SERVERS:
+            item.add_marker(pytest.mark.server)
 
 
 @pytest.hookimpl(wrapper=True)
