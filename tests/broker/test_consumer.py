@@ -571,7 +571,7 @@ COMMANDS = (
     command("ping", pattern="(a+)+$", matcher="pcre"),
     command("ping", reply_to={"exchange": "gradcam.bulk", "routing_key": "gradcam.bulk"}),
     command("ping", reply_to=None),
-    command("ping", slot={}),
+    command("ping", ticket={}),
     command("ping", destination=7),
     command(["ping"]),
     command("hello", arguments={"from_node": "x", "revoked": ["me"]}),

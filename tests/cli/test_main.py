@@ -496,7 +496,7 @@ class TestManyFiles:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         images = [bright(tmp_path, name) for name in ("a.png", "b.png")]
-        monkeypatch.setattr("gradcam_worker.operations.explain.explain", interrupted := Interrupted(1))
+        monkeypatch.setattr("gradcam_worker.operations.explain.run_job", interrupted := Interrupted(1))
         command = ["explain", *map(str, images), "-o", str(tmp_path / "out")]
         assert main(command) == 130
         shown = capsys.readouterr()

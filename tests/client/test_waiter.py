@@ -123,7 +123,7 @@ def test_a_message_that_is_lost_is_made_up_for(
 ) -> None:
     monkeypatch.setattr(poller, "SAFETY_S", 0.05)
     heard = RedisJobUpdates.poll
-    monkeypatch.setattr(RedisJobUpdates, "heard", lambda self: (heard(self)[0], set()))
+    monkeypatch.setattr(RedisJobUpdates, "poll", lambda self: (heard(self)[0], set()))
     job_id = client.submit(**FIELDS)
     waiter = waiting(beside, client, job_id)
     waits_until(lambda: subscribed(ledger, job_id), "the subscription")

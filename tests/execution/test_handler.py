@@ -431,7 +431,7 @@ def test_what_runs_is_handed_back_when_the_worker_has_to_stop(office: Office) ->
     @dataclass
     class Stopping(MemoryStore):
         def put(self, key: str, data: bytes, media_type: str) -> str:
-            handed.extend(office.one_desk.hand_back())
+            handed.extend(office.one_desk.requeue_unfinished())
             return super().put(key, data, media_type)
 
     office.store = Stopping()
@@ -673,7 +673,7 @@ class TestShards:
         assert b'"row": 4' in office.store.objects[f"failed/{shard.key}.jsonl"]
 
     def test_a_shard_that_is_handed_back_runs_again_and_leaves_the_same(self, office: Office) -> None:
-        office.images, shard = Images(**{"3": lambda: office.one_desk.hand_back() and None}), a_shard()
+        office.images, shard = Images(**{"3": lambda: office.one_desk.requeue_unfinished() and None}), a_shard()
         office.ledger.submit(shard)
         for attempt in (1, 2):
             office.one_desk = office.handler

@@ -121,7 +121,7 @@ def test_weights_that_are_only_away_are_waited_for(
             raise failures.pop(0)
 
     services: Any = SimpleNamespace(
-        model_cache=SimpleNamespace(warm=warm), networks=SimpleNamespace(find=lambda name: name)
+        model_cache=SimpleNamespace(warm_up=warm), networks=SimpleNamespace(find=lambda name: name)
     )
     settings = Settings(preload=("vgg16", "resnet50"))
     if stopped:
