@@ -29,19 +29,19 @@ PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *WRITTEN]
 WORKER_PAGE = ROOT / "docs" / "how-to" / "run-a-worker.md"
 ELSEWHERE = {
     "docs/how-to/other-languages.md": "tests/live/test_queue_doc.py",
-    "docs/reference/dataset.md": "tests/test_dataset_docs.py",
+    "docs/reference/dataset.md": "tests/docs/test_dataset.py",
 }
 NOT_RUN = {  # how a command begins -> why it is not run here
-    r"docker/secrets": "tests/test_docker.py runs it",
+    r"docker/secrets": "tests/deploy/test_docker.py runs it",
     r"docker ": "needs Docker; scripts/check-deploy checks what it uses",
     r"gradcam deliver": "runs until it is stopped: tests/live/test_delivery.py",
     r"gradcam doctor": "test_the_worker_starts_as_shown runs it once",
-    r"gradcam networks fetch": "downloads weights: tests/test_cli_operate.py",
+    r"gradcam networks fetch": "downloads weights: tests/cli/test_operate.py",
     r"gradcam worker": "runs until it is stopped: test_the_worker_starts_as_shown",
     r"helm |kubectl ": "needs a cluster; scripts/check-deploy checks the chart",
     r"(python3 -m venv|venv/bin/pip|pip) ": "tests/live/test_install.py installs the wheel",
     r"pytest |scripts/(setup|test)": "what is running now",
-    r"scripts/bench ": "measures: tests/test_bench.py",
+    r"scripts/bench ": "measures: tests/devtools/test_bench.py",
     r"scripts/demo": "tests/live/test_demo.py",
     r"scripts/docs": "tests/docs/test_site.py",
     r"scripts/faults ": "attacks for minutes: tests/faults",

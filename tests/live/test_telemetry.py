@@ -175,7 +175,9 @@ def test_a_worker_shows_every_metric_and_whether_it_is_well(
         found = plant.metrics()
 
         shown = {name.partition("{")[0] for name in found}
-        for each in METRICS:  # the device's are absent without a GPU: tests/test_metrics.py has them
+        for each in (
+            METRICS
+        ):  # the device's are absent without a GPU: tests/observability/test_prometheus.py has them
             name = f"{each.name}_bucket" if each.kind == "histogram" else each.name
             assert (name in shown) == (each.of != "device"), name
         assert found["jobs_total{state=succeeded}"] == 6, "the shard, too"
