@@ -673,17 +673,8 @@ class TestShards:
         assert b'"row": 4' in office.store.objects[f"failed/{shard.key}.jsonl"]
 
     def test_a_shard_that_is_handed_back_runs_again_and_leaves_the_same(self, office: Office) -> None:
-<<<<<<< HEAD
-        office.images, shard = (
-            Images(**{"3": lambda: office.one_desk.requeue_unfinished() and None}),
-            a_shard(),
-        )
-||||||| fa3c16f
-        office.images, shard = Images(**{"3": lambda: office.one_desk.requeue_unfinished() and None}), a_shard()
-=======
         shard = a_shard()
         office.images = Images(**{"3": lambda: office.one_desk.requeue_unfinished() and None})
->>>>>>> jobs
         office.ledger.submit(shard)
         for attempt in (1, 2):
             office.one_desk = office.handler

@@ -826,7 +826,7 @@ def test_metrics_stand_beside_each_class_and_wait_behind_the_urgent(monkeypatch:
         patient.add(bulk)
         return alone(run, deadline, bulk=bulk)
 
-    monkeypatch.setattr(bench.model_cache._batcher, "alone", noted)
+    monkeypatch.setattr(bench.model_cache._batcher, "run_exclusive", noted)
     bench.run(shard_of(PICTURES, metrics=["deletion", "insertion"]))
     for name in ("deletion", "insertion"):
         assert bench.table[name].null_count == 0

@@ -108,7 +108,7 @@ def test_a_replay_that_is_interrupted_and_repeated_doubles_nothing(
         raise KeyboardInterrupt(job_id)
 
     with monkeypatch.context() as patched:
-        patched.setattr(office.ledger, "bury", interrupted)
+        patched.setattr(office.ledger, "drop_dead_letter", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(office.dead.replay(letters, FAST))
     time.sleep(0.6)  # the replay would be another job now: it would not expire
