@@ -23,7 +23,6 @@ from gradcam_worker.operations import servers
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.settings import Settings
 
-
 SERVERS = {"valkey", "s3_server", "encrypted"}  # fixtures that start a program
 FOLDERS_OF_SERVERS = {"live", "faults", "devtools", "deploy"}
 
