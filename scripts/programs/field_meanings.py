@@ -13,8 +13,8 @@ SETTINGS = {
     "idempotency_retention_s": "the same for jobs with an idempotency key, if longer",
     "lease_s": "how long a running job belongs to its worker unless the worker renews the lease",
     "lost_after_s": "how long a queued job without a message waits until it is published again",
-    "hung_after_s": "how long jobs may make no progress while others wait, until the worker process is started "
-    "again",
+    "hung_after_s": "how long jobs may make no progress while others wait; then the worker process is "
+    "started again",
     "max_message_bytes": "size of a job as JSON",
     "image_schemes": "which URIs a job's image may have: of `s3`, `https`, `http`, `file`, `data`",
     "image_buckets": "for `s3`: which buckets; `*`: whatever the credentials can read",
@@ -22,8 +22,8 @@ SETTINGS = {
     "image_roots": "for `file`: folders",
     "max_image_bytes": "size of an image's file",
     "max_image_pixels": "width times height of an image",
-    "max_image_damage": "share of a damaged image that may be missing: more is refused, less is explained with a "
-    "warning; 0 refuses any image of which something is missing, 1 only one of which nothing can be decoded",
+    "max_image_damage": "share of a damaged image that may be missing: more is refused, less is explained with "
+    "a warning; 0 refuses any image of which something is missing, 1 only one that cannot be decoded at all",
     "max_image_side": "longer side of an image, in pixels",
     "max_data_uri_bytes": "size of a `data:` URI",
     "fetch_timeout_s": "for reading one image",
