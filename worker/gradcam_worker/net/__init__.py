@@ -1,1 +1,4 @@
-"""net."""
+"""HTTP to addresses that the operator allows, and the signing of webhooks.
+
+Begin at `http.HttpClient`; `ip_policy` judges each address that is dialled.
+"""

@@ -1,1 +1,1 @@
-"""schemas."""
+"""The wire: jobs, options, status documents, shards, manifests; strict JSON. Begin at `job.Job`."""

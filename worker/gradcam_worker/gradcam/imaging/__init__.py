@@ -1,1 +1,1 @@
-"""imaging."""
+"""Heatmaps become pictures: overlays, boxes and contours, grids, animations. Begin at `overlay`."""

@@ -1,1 +1,1 @@
-"""memory."""
+"""The ledger in this process's memory, for tests and `eager_client`. Begin at `store.MemoryLedger`."""

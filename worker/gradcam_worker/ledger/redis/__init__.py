@@ -1,1 +1,1 @@
-"""redis."""
+"""The ledger in Redis: each change is one Lua script. Begin at `store.RedisLedger`."""
