@@ -1,1 +1,4 @@
-"""The commands of `gradcam`: options in, one call of `operations` or `client`, exit code out. Begin at `main`."""
+"""The commands of `gradcam`: options in, one call of `operations` or `client`, exit code out.
+
+Begin at `main`.
+"""

@@ -1,4 +1,4 @@
-"""Text from strangers made fit to show: visible text, URLs without their users, lists with commas, similar names.
+"""Text of strangers, made fit to show: visible text, URLs without their users, comma lists, similar names.
 
-It imports nothing of ours but `errors`.
+It imports nothing of ours.
 """
