@@ -22,8 +22,8 @@ SETTINGS = {
     "image_roots": "for `file`: folders",
     "max_image_bytes": "size of an image's file",
     "max_image_pixels": "width times height of an image",
-    "max_image_damage": "share of a damaged image that may be missing: more is refused, less is explained with "
-    "a warning; 0 refuses any image of which something is missing, 1 only one of which nothing is left",
+    "max_image_damage": "share of a damaged image that may be missing: more is refused, less is explained "
+    "with a warning; 0 refuses any image of which something is missing, 1 only one of which nothing is left",
     "max_image_side": "longer side of an image, in pixels",
     "max_data_uri_bytes": "size of a `data:` URI",
     "fetch_timeout_s": "for reading one image",

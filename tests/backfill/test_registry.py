@@ -120,8 +120,8 @@ def test_a_seat_says_from_a_thread_of_its_own_how_far_it_is(
         threads = [thread.name for thread in threading.enumerate()]
         wait_for(lambda: (found := ships.find(PLACE)) is not None and found.facts["done"] > 3)
         assert one.heard.owner
-        assert "fleet" in threads
-    assert "fleet" not in [thread.name for thread in threading.enumerate()]
+        assert "backfill-lease" in threads
+    assert "backfill-lease" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_fleet_out_of_reach_ends_no_backfill_that_runs(

@@ -75,7 +75,7 @@ def begin(ledger: RedisLedger, job_id: str) -> StatusDocument:
 
 
 def watching() -> int:
-    return [thread.name for thread in threading.enumerate()].count("gradcam-lookout")
+    return [thread.name for thread in threading.enumerate()].count("gradcam-poller")
 
 
 def waiting(beside: ThreadPoolExecutor, client: GradcamClient, job_id: str) -> "Future[StatusDocument]":
@@ -97,7 +97,7 @@ def test_who_waits_is_told_and_does_not_look(
     monkeypatch.setattr(RedisLedger, "read_many", look)
     job_id = client.submit(**FIELDS)
     waiter = waiting(beside, client, job_id)
-    waits_until(lambda: "gradcam-lookout" in looks, "the look that follows the subscription")
+    waits_until(lambda: "gradcam-poller" in looks, "the look that follows the subscription")
     document = ledger.advance(begin(ledger, job_id), status="failed")
     assert waiter.result(WAIT_S) == document
     waits_until(lambda: not subscribed(ledger, job_id), "the end of the subscription")

@@ -136,7 +136,7 @@ class BackfillRegistry(Protocol):
 
 
 class RedisBackfillRegistry:
-    """The fleet in one Redis or Valkey server: see `BackfillRegistry`."""
+    """The registry in one Redis or Valkey server: see `BackfillRegistry`."""
 
     def __init__(self, server: RedisServer) -> None:
         """The ledger's server."""
@@ -208,7 +208,7 @@ def _place(output: str) -> str:
 
 @dataclass
 class BackfillLease:
-    """A backfill's place in the fleet, for as long as it is run: says so from a thread of its own."""
+    """A backfill's place in the registry, for as long as it is run: says so from a thread of its own."""
 
     registry: BackfillRegistry
     output: str
@@ -229,7 +229,7 @@ class BackfillLease:
         if not heard.owner:
             raise BackfillConflict(_taken(self.output, heard.before))
         self.before, self.token = heard.before, heard.token
-        self._thread = threading.Thread(target=self._keep, name="fleet", daemon=True)
+        self._thread = threading.Thread(target=self._keep, name="backfill-lease", daemon=True)
         self._thread.start()
         return self
 
@@ -242,7 +242,7 @@ class BackfillLease:
         try:
             self.registry.leave(self.output, self._owner, self._said(), self.shards())
         except LedgerUnavailable as unavailable:  # it is forgotten soon enough
-            log.debug("the fleet is not told of the end: %s", unavailable)
+            log.debug("the registry of backfills is not told of the end: %s", unavailable)
 
     def beat(self, *, enter: bool = False) -> LeaseStatus:
         """Say now that it is run, and which shards are in flight. Raises LedgerUnavailable."""
@@ -264,9 +264,9 @@ class BackfillLease:
             try:
                 self.beat()
             except LedgerUnavailable as error:  # the backfill itself says so, once
-                log.debug("the fleet cannot be told: %s", error)
+                log.debug("the registry of backfills cannot be told: %s", error)
             except BaseException:  # without this thread the backfill would lose its output
-                log.exception("the fleet could not be told")
+                log.exception("the registry of backfills could not be told")
 
 
 def _was_killed(record: BackfillRecord | None) -> bool:

@@ -68,7 +68,7 @@ class BackfillRunner:
         self._unsealed = False
 
     def lease(self) -> BackfillLease:
-        """This backfill's place in the fleet: enter it, then `run`."""
+        """This backfill's place in the registry: enter it, then `run`."""
         return BackfillLease(self._fleet, self.plan.output, self._facts, lambda: self.flights.ids)
 
     def run(self, lease: BackfillLease, shards: Iterable[Shard]) -> dict[str, Any] | None:

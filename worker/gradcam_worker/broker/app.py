@@ -1,6 +1,6 @@
 """What submitters and workers must agree on: task names, queues, priorities, messages, the Celery app.
 
-The queue is only a doorbell. A message carries the job, but what has become of the job is written
+A queue message is only a notification. A message carries the job, but what has become of the job is written
 in the ledger, so a message that comes twice costs nothing.
 """
 

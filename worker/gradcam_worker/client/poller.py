@@ -133,7 +133,7 @@ class StatusPoller:
         self._closing, self._bell = False, socketpair()
         for end in self._bell:
             end.setblocking(False)
-        self._thread = threading.Thread(target=self._run, name="gradcam-lookout", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="gradcam-poller", daemon=True)
         self._thread.start()
 
     def _ring(self) -> None:

@@ -35,9 +35,9 @@ log = logging.getLogger("gradcam")
 
 EVERY_S = 0.2  # between two looks into an empty outbox
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 3 * 3600.0  # after a failed try; doubles
-KEEP_S = 60.0  # more than a delivery takes: another courier gets the recipient if this process dies meanwhile
+KEEP_S = 60.0  # more than a delivery takes: then another dispatcher gets the recipient of a process that died
 TRUSTED = 100  # lanes that are remembered because they answered: beyond that, they begin anew
-END_S = 4.0  # for what is under way when the courier is to stop; it is due again, KEEP_S after it was taken
+END_S = 4.0  # for what is under way when the dispatcher stops; it is due again KEEP_S after it was taken
 
 Deliver = Callable[[Delivery, StatusEvent], None]
 
@@ -81,7 +81,7 @@ class OutboxDispatcher:
                     self._outage.failed(f"nothing can be delivered: {error}")
                     taken = stopped.wait(EVERY_S)
                 except BaseException:
-                    log.exception("the courier met what nobody foresaw")
+                    log.exception("the dispatcher met what nobody foresaw")
                     taken = stopped.wait(EVERY_S)
                 else:
                     self._outage.answered()
@@ -99,7 +99,7 @@ class OutboxDispatcher:
     def _hands(self) -> Iterator[None]:
         """The threads. Nobody waits for them in the end: a process has to be able to end."""
         for _ in range(self._threads):
-            threading.Thread(target=self._work, name="courier", daemon=True).start()
+            threading.Thread(target=self._work, name="dispatcher", daemon=True).start()
         try:
             yield
         finally:

@@ -1,6 +1,6 @@
 """Status in a database of the operator's: one row a job, for his own queries.
 
-The ledger's document is the truth; a row is a copy of it, brought by a courier. Its `document` is the
+The ledger's document is the truth; a row is a copy of it, brought by a dispatcher. Its `document` is the
 very text that Redis and webhooks hold.
 """
 
@@ -143,7 +143,7 @@ class SqlStatus:
         """Upgraded: at the start or, where the database was away then, now."""
         if self._upgraded:
             return
-        if not self._upgrading.acquire(blocking=False):  # no courier has to wait behind another who waits
+        if not self._upgrading.acquire(blocking=False):  # no dispatcher has to wait behind another who waits
             message = f"{self._database} is being prepared."
             raise StatusUnavailable(message)
         try:

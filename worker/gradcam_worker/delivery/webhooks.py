@@ -1,7 +1,7 @@
 """Where status goes besides the ledger: webhooks, as Standard Webhooks 1.0 has them.
 
 The ledger's document is the truth and every reader can have it there. A webhook is a copy of it, sent
-by a courier, so that a slow receiver holds up no job. A receiver answers 2xx, or hears how a job ended
+by a dispatcher, so that a slow receiver holds up no job. A receiver answers 2xx, or hears how a job ended
 again later, as the standard asks for: 400 may come of a secret that is being replaced, 404 of a program
 that is, 302 of maintenance. What lies on the way to that end is told again only to one that is busy or
 broken: who does not want to hear of a start must not have to wait for the end.

@@ -70,7 +70,7 @@ class JobContext:
 def run_job(job: Job, services: Services, context: JobContext, *, folder: str | None = None) -> JobResult:
     """Run one job. Artifacts go below `folder`, which is the job's id unless it is given.
 
-    Raises the errors of `gradcam_worker.errors`; `journey` says at which stage.
+    Raises the errors of `gradcam_worker.errors`; `context` says at which stage.
     """
     with ExitStack() as held:
         return _explain(job, services, context, held, folder or job.id)

@@ -1,4 +1,4 @@
-"""The truth about every job: submit once, claim, advance, finish. The queue is a doorbell.
+"""The truth about every job: submit once, claim, advance, finish. A queue message is a notification.
 
 A job is written here before its message is published, and every later change is one atomic
 compare-and-set on (attempt, revision), so an attempt that has been overtaken can change nothing.

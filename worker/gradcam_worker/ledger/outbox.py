@@ -28,7 +28,7 @@ class Delivery:
     webhook: Webhook | None  # none: for the sink
     tries: int  # so far
     waited_s: float  # since it could first be taken
-    held: str = ""  # what its courier holds it by: whoever took it later holds it by another
+    held: str = ""  # what its dispatcher holds it by: whoever took it later holds it by another
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Those who keep at something beside the jobs and need no device: the reaper, the courier, the database.
+"""Those who keep at something beside the jobs and need no device: the reaper, the dispatcher, the database.
 
 Each runs in a thread of its own until it is told to stop. Many processes may have them, and share the work.
 """
@@ -86,7 +86,7 @@ def build(
         traces=spans,
         outage=outages.ledger,
     )
-    loops["courier"] = dispatcher.run
+    loops["dispatcher"] = dispatcher.run
     return loops
 
 

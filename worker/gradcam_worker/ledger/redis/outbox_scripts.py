@@ -4,7 +4,7 @@ Every key begins with a prefix P, the first argument. Times are the server's own
 
     events:<recipient>   a list of what a recipient is to be told, in order
     waiting              for each recipient, how often its first event was tried, and since when it could be
-    lane:<lane>          a sorted set of recipients, by when each is to be told next. One that a courier has
+    lane:<lane>          a sorted set of recipients, by when each is to be told next. One a dispatcher has
                          stands there by when it is due again if that courier says no more: it is what the
                          courier holds it by
     outbox               a sorted set of lanes, by when something may be tried there
