@@ -25,7 +25,7 @@ MARGIN = 0.06  # of a side, and half a cell: so far a cell may be from where it 
 MOST = 0.85  # of the cells are no farther off than that
 EVERYWHERE = 0.26  # standard deviation of places, as shares of a side: 0.29 is the whole side
 DIM = 1e-3  # of the strongest effect: less is none
-SAMPLES = 24  # random changes of each place, by as many channels, or again
+SAMPLES, LEAST = 24, 2  # of each place: as many channels, or another try; tries at least
 GREYS = 16  # the same of whole numbers
 SMALL = 0.05  # of a tensor's standard deviation: so much its numbers are changed
 FAINT = 0.05  # share of a number that comes from the image; the rest is padding
@@ -123,19 +123,25 @@ class Alignment:
     def _follow(self, step: Step, steps: list[Step]) -> None:
         given = [self._found[slot] for slot in step.inputs]
         shapes = [self._graph.shapes[slot] for slot in step.writes]
+        try:
+            found = self._behind(step, given, shapes, steps)
+        except Exception:  # noqa: BLE001  # whatever an operation raises that does not take such numbers
+            found = [*map(_nowhere, shapes)]
+        self._found.update(zip(step.writes, found, strict=True))
+
+    def _behind(
+        self, step: Step, given: list[Places], shapes: list[Shape], steps: list[Step]
+    ) -> list[Places]:
         rule = _rule(step, self._graph)
         if rule is None or not any(one.is_known for one in given):
-            found = [_nowhere(shape) for shape in shapes]
-        elif rule is _measured:
-            if self._values is None or not self._values.keys() >= {*step.inputs}:
-                wanted = {
-                    one for each in steps if _rule(each, self._graph) is _measured for one in each.inputs
-                }
-                self._values = self._values_of(wanted)
-            found = _measured(step, given, {slot: self._values[slot] for slot in step.inputs})
-        else:
-            found = rule(step, given, shapes)
-        self._found.update(zip(step.writes, found, strict=True))
+            return [*map(_nowhere, shapes)]
+        if rule is not _measured:
+            found: list[Places] = rule(step, given, shapes)
+            return found
+        if self._values is None or not self._values.keys() >= {*step.inputs}:
+            measured = (one for one in steps if _rule(one, self._graph) is _measured)
+            self._values = self._values_of({slot for one in measured for slot in one.inputs})
+        return _measured(step, given, {slot: self._values[slot] for slot in step.inputs})
 
 
 def misplaced(at: Array, blur: float = 0.0) -> str | None:
@@ -148,9 +154,8 @@ def misplaced(at: Array, blur: float = 0.0) -> str | None:
         if np.isnan(off).all() or np.nanquantile(off, MOST) <= margin:
             continue
         cell = np.unravel_index(np.nanargmax(off), shape)
-        there, here = (
-            np.where(np.isnan(one), drawn[:, *cell], one) for one in (at[:, *cell], drawn[:, *cell])
-        )
+        here = drawn[(slice(None), *cell)]
+        there = np.where(np.isnan(at[(slice(None), *cell)]), here, at[(slice(None), *cell)])
         return (
             f"what is {there[0]:.0%} from the top and {there[1]:.0%} from the left of the input acts "
             f"{here[0]:.0%} from its top and {here[1]:.0%} from its left"
@@ -234,7 +239,8 @@ def _seen_through_windows(step: Step, given: list[Places], shapes: list[Shape]) 
         if is_valid and windows and count < at.shape[axis + 2]:
             trimmed = max((windows[axis] - strides[axis]) / 2, 0.0)
             rest = at.shape[axis + 2] - ((count - 1) * strides[axis] + windows[axis])
-            empty = np.isnan(np.moveaxis(at, axis + 2, 0).reshape(at.shape[axis + 2], -1)).all(axis=1)
+            along = np.moveaxis(at, axis + 2, 0).reshape(at.shape[axis + 2], -1)
+            empty = np.asarray(np.isnan(along).all(axis=1))
             before = min(trimmed, float((~empty).argmax()))
             after = min(trimmed + rest, float((~empty[::-1]).argmax()))
         at = _resampled(at, axis + 2, count, before, after)
@@ -276,33 +282,37 @@ def _resampled(at: Array, axis: int, count: int, before: float, after: float) ->
     one, other = np.take(at, low, axis), np.take(at, high, axis)
     both = one * (1 - share) + other * share
     nearest = np.where(np.isnan(one), other, one)
-    return np.where(np.isnan(both), np.where(share > 0, nearest, one), both)
+    return np.asarray(np.where(np.isnan(both), np.where(share > 0, nearest, one), both), np.float32)
 
 
 def _moved(step: Step, given: list[Places], shapes: list[Shape]) -> list[Places]:
     """What a step does that only moves numbers, or mixes neighbours: it is run on the places themselves."""
+    blur = max(one.blur for one in given)
+    if _joins_channels(step, given, shapes[0]):
+        return [Places(np.broadcast_to(given[0].at[..., :1], (*given[0].at.shape[:-1], shapes[0][-1])), blur)]
     one_channel = step.kind in EACH_CHANNEL and not given[0].at.strides[-1]
     used = [Places(one.at[..., :1]) if one_channel else one for one in given]
     known = [one.known.astype(np.float32) for one in used]
     whole = [np.nan_to_num(one.at) for one in used]
-    try:
-        nothing, all_alike, *both = (
-            _run(step, dict(zip(step.inputs, inputs, strict=True)))
-            for inputs in (
-                [one * 0 for one in known],
-                known,
-                *([one[axis] for one in whole] for axis in (0, 1)),
-            )
-        )
-    except Exception:  # noqa: BLE001  # an operation that does not take such numbers
-        return [*map(_nowhere, shapes)]
-    blur = max(one.blur for one in given)
+    fillings = ([one * 0 for one in known], known, *([one[axis] for one in whole] for axis in (0, 1)))
+    nothing, all_alike, *both = (_run(step, dict(zip(step.inputs, one, strict=True))) for one in fillings)
     found = []
     for none, share, rows, columns, shape in zip(nothing, all_alike, *both, shapes, strict=True):
         seen = np.where(np.abs(share - none) > FAINT, share - none, np.float32(np.nan))
-        at = _packed(np.stack([rows - none, columns - none]) / seen)
+        at = _packed(np.asarray(np.stack([rows - none, columns - none]) / seen, np.float32))
         found.append(Places(np.broadcast_to(at, (*at.shape[:-1], shape[-1])) if one_channel else at, blur))
     return found
+
+
+def _joins_channels(step: Step, given: list[Places], shape: Shape) -> bool:
+    """Whether a step puts channels together that all look alike: the common case, and large."""
+    first = given[0].at
+    return (
+        step.kind == "Concatenate"
+        and step.operation.axis in {-1, len(shape) - 1}
+        and not any(one.at.strides[-1] for one in given)
+        and all(np.array_equal(one.at[..., :1], first[..., :1], equal_nan=True) for one in given[1:])
+    )
 
 
 def _packed(at: Array) -> Array:
@@ -327,8 +337,8 @@ def _measured(step: Step, given: list[Places], values: Values) -> list[Places]:
     places = dict(zip(step.inputs, given, strict=True))
     before = _run(step, values)
     sums = [np.zeros((5, *one.shape), np.float64) for one in before]
-    channels = min(one.shape[-1] for one in (*values.values(), *before))
-    for changes in _changes(places, values, math.ceil(SAMPLES / channels)):
+    times = max(LEAST, math.ceil(SAMPLES / min(one.shape[-1] for one in before)))
+    for changes in _changes(places, values, times):
         alike, *both = (
             [new - old for new, old in zip(_run(step, one), before, strict=True)] for one in changes
         )
