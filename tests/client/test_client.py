@@ -693,7 +693,7 @@ def test_what_is_refused_is_not_asked_for_again(
     def again(_: Any, error: Exception) -> None:
         pytest.fail(f"asked again after: {error}")
 
-    monkeypatch.setattr(RetryPolicy, "blame", again)
+    monkeypatch.setattr(RetryPolicy, "record_failure", again)
     admin = redis.Redis.from_url(settings.broker_url)
     admin.acl_setuser("nobody", enabled=True, passwords=["+secret"], commands=["+ping", "+select"])
     place = settings.broker_url.removeprefix("redis://").removesuffix("/0")

@@ -1,5 +1,6 @@
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,29 @@ def test_an_own_network_is_fetched_checked_and_explained_once(
     assert finding.well
     assert finding.detail == "layer backbone/last 30x30, 3 classes (softmax), 127 parameters"
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".keras"]
+
+
+@pytest.mark.tensorflow
+def test_an_own_network_of_one_unit_without_a_sigmoid_is_named_with_the_line_to_add(
+    settings: Settings, tmp_path: Path
+) -> None:
+    import keras
+
+    x = keras.layers.Conv2D(4, 3, name="last")(inputs := keras.Input((32, 32, 3)))
+    unit = keras.layers.Dense(1, bias_initializer=keras.initializers.Constant(37.0))
+    model = keras.Model(inputs, unit(keras.layers.GlobalAveragePooling2D()(x)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # between Keras and NumPy
+        model.save(tmp_path / "own.keras")
+    checksum = digest(tmp_path / "own.keras")
+    body = f'model = "own.keras"\nsha256 = "{checksum}"\npreprocessing = "unit"'
+    finding = own_network(tmp_path, settings, body)
+    assert not finding.well
+    assert finding.what == "network own"
+    line = 'head = {kind = "sigmoid"}'
+    assert f"If it is a score, add this line to its row: {line} (" in finding.detail
+    assert finding.fix.startswith(f"Correct networks.own in {tmp_path}")
+    assert own_network(tmp_path, settings, f"{body}\n{line}").well
 
 
 @pytest.mark.tensorflow

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.graph import alignment
@@ -14,43 +15,40 @@ SIDE = 32
 REFUSED = "crops, pads, shifts or turns its input"
 
 
-class TestSpots:
-    """What the measurement makes of a layer whose cells are means of pixels."""
+def cells(rows: int, columns: int) -> NDArray[np.float32]:
+    """The places of a grid that lies on the image."""
+    middles = ((np.arange(count) + 0.5) / count for count in (rows, columns))
+    return np.stack(np.meshgrid(*middles, indexing="ij")).astype(np.float32)
 
-    @staticmethod
-    def seen(move: Callable[[Any], Any], cells: int = 8, *, fine: bool = False) -> str | None:
-        about = alignment.trial((SIDE, SIDE, 3))
-        moved = move(about.pixels.astype(np.float32))
-        rows, columns = (side // cells for side in moved.shape[1:3])
-        means = moved.reshape(3, cells, rows, cells, columns, 3).mean((2, 4))
-        return alignment.misplaced(alignment.changes(means), about, fine=fine)
+
+class TestPlaces:
+    """What is made of the places of a grid's cells."""
 
     def test_what_lies_on_the_image_is_well(self) -> None:
-        assert self.seen(lambda x: x) is None
-        assert self.seen(lambda x: x, 16, fine=True) is None
+        assert alignment.misplaced(cells(8, 4)) is None
 
     def test_what_is_elsewhere_is_told_with_both_places(self) -> None:
-        told = self.seen(lambda x: np.roll(x, SIDE // 2, axis=2))
-        before = "what is 6% from the top and 6% from the left of the input"
-        assert told == f"{before} acts 6% from its top and 56% from its left"
+        told = alignment.misplaced(np.roll(cells(8, 8), 4, axis=2))
+        before = "what is 6% from the top and 56% from the left of the input"
+        assert told == f"{before} acts 6% from its top and 6% from its left"
 
-    def test_what_is_cut_off_is_told(self) -> None:
-        told = self.seen(lambda x: x[:, 8:-8, 8:-8])
-        assert told == "what is 6% from the top and 6% from the left of the input does not reach it"
+    @pytest.mark.parametrize("turned", [lambda x: x[::-1], lambda x: x[:, ::-1], lambda x: x[:, :, ::-1]])
+    def test_swapped_and_mirrored_axes_are_told(self, turned: Callable[[Any], Any]) -> None:
+        assert alignment.misplaced(turned(cells(8, 8)))
 
-    def test_a_fine_layer_shows_that_its_edges_are_cut(self) -> None:
-        edge = lambda x: np.repeat(np.repeat(x[:, 3:-3, 3:-3], 16, 1), 16, 2)  # noqa: E731
-        assert "on too small a part" in str(self.seen(edge, 104, fine=True))
+    def test_a_part_of_the_image_is_told_where_it_is_off_by_more_than_a_cell(self) -> None:
+            from_the_middle = cells(16, 16) - 0.5
+        assert alignment.misplaced(0.5 + from_the_middle * 0.6)
+        assert alignment.misplaced(0.5 + from_the_middle * 1.6)
+        assert alignment.misplaced(0.5 + from_the_middle * 0.9) is None
 
-    @pytest.mark.parametrize("value", [0.0, np.inf, np.nan])
-    def test_a_layer_that_tells_nothing_is_not_refused(self, value: float) -> None:
-        about = alignment.trial((SIDE, SIDE, 3))
-        assert alignment.misplaced(np.full((3, 4, 4), value), about) is None
+    def test_what_sees_as_far_around_as_it_is_off_is_not_told(self) -> None:
+        part = 0.5 + (cells(16, 16) - 0.5) * 0.6
+        assert alignment.misplaced(part, blur=0.2) is None
 
-    def test_a_layer_that_sees_everything_everywhere_is_not_refused(self) -> None:
-        about = alignment.trial((SIDE, SIDE, 3))
-        change = np.random.default_rng(0).uniform(0.5, 1, (3, 4, 4))
-        assert alignment.misplaced(change, about) is None
+    def test_one_cell_and_no_place_at_all_are_well(self) -> None:
+        assert alignment.misplaced(np.full((2, 1, 1), 0.1, np.float32)) is None
+        assert alignment.misplaced(np.full((2, 4, 4), np.nan, np.float32)) is None
 
 
 def in_a_layer(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -173,6 +171,17 @@ class TestNetworks:
     def test_one_that_only_scales_or_mirrors_it_is_not(self, how: str, by_hand: Wrap) -> None:
         assert by_hand(network_behind(scalings()[how], 1)).facts.map_size[0] > 4
 
+    @pytest.mark.parametrize("how", ["Cropping2D", "ZeroPadding2D", "slice", "rot90", "roll", "tf.reverse"])
+    def test_one_that_moves_a_feature_map_is_refused(self, how: str, by_hand: Wrap) -> None:
+        import keras
+
+        inputs = keras.Input((SIDE, SIDE, 3))
+        x = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(inputs)
+        x = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(moves()[how](x))
+        x = keras.layers.Conv2D(4, 3, 2, padding="same", activation="relu", name="last")(x)
+        with pytest.raises(NetworkIncompatible, match=f"{REFUSED}: as seen by the layer last"):
+            by_hand(keras.Model(inputs, classified(keras, x)))
+
     def test_a_layer_of_a_job_is_measured_when_it_is_first_asked_for(self, by_hand: Wrap) -> None:
         """The last layer is turned back: it alone lies where the image does."""
         import keras
@@ -192,3 +201,150 @@ class TestNetworks:
         for _ in range(2):
             with pytest.raises(NetworkIncompatible, match=rf"{REFUSED}: as seen by the layer turned"):
                 network.compute(pixels, wanted, Method(layer="turned"))
+
+
+def known_networks() -> dict[str, Callable[[], Any]]:
+    """Of Keras's own layers, with large windows, few filters or great depth: weights may hide any place."""
+    import keras
+
+    layers = keras.layers
+
+    def convolutions(side: int, *of_each: dict[str, Any], front: Any = None) -> Callable[[], Any]:
+        def build() -> Any:
+            inputs = keras.Input((side, side, 3))
+            x = front(inputs) if front else inputs
+            for each in of_each:
+                options = {"filters": 8, "kernel_size": 3, "padding": "same", "activation": "relu", **each}
+                x = layers.Conv2D(**options)(x)
+            return keras.Model(inputs, classified(keras, x))
+
+        return build
+
+    def large_depthwise() -> Any:
+        inputs = keras.Input((24, 24, 3))
+        x = layers.Conv2D(8, 3, padding="same", activation="relu")(inputs)
+        x = layers.DepthwiseConv2D(31, padding="same", activation="relu")(x)
+        return keras.Model(inputs, classified(keras, x))
+
+    def squeezed() -> Any:
+        inputs = keras.Input((16, 16, 3))
+        x = layers.Conv2D(8, 3, padding="same")(inputs)
+        gate = layers.Dense(8, "sigmoid")(layers.GlobalAveragePooling2D(keepdims=True)(x))
+        return keras.Model(inputs, classified(keras, layers.Multiply()([x, gate])))
+
+    return {
+        "deep": convolutions(32, *[{"strides": 2}] * 2, *[{}] * 8),
+        "five of 7x7": convolutions(16, *[{"kernel_size": 7}] * 5),
+        "three of 9x9": convolutions(16, *[{"kernel_size": 9}] * 3),
+        "dilated": convolutions(24, *({"dilation_rate": by} for by in (2, 4, 8))),
+        "one filter": convolutions(16, *[{"filters": 1}] * 3),
+        "two filters": convolutions(16, *[{"filters": 2}] * 3),
+        "without padding": convolutions(32, *[{"padding": "valid"}] * 10),
+        "padded before": convolutions(
+            32, {"kernel_size": 17, "padding": "valid"}, front=layers.ZeroPadding2D(8)
+        ),
+        "depthwise": large_depthwise,
+        "squeeze and excite": squeezed,
+    }
+
+
+def own_convolution(filters: int, size: int) -> Any:
+    """A layer that cannot be looked into."""
+    import keras
+    import tensorflow as tf
+
+    class Own(keras.layers.Layer):  # type: ignore[misc]
+        def build(self, shape: Any) -> None:
+            self.kernel = self.add_weight(
+                shape=(size, size, shape[-1], filters), initializer="he_normal", name="kernel"
+            )
+
+        def call(self, x: Any) -> Any:
+            return tf.nn.relu(tf.nn.conv2d(x, tf.identity(self.kernel), 1, "SAME"))
+
+        def compute_output_shape(self, shape: Any) -> Any:
+            return (*shape[:-1], filters)
+
+    return Own()
+
+
+def found_in(model: Any, side: int) -> tuple[str | None, bool]:
+    """What is told of its last feature map; whether that was measured."""
+    from gradcam_worker.gradcam.catalog import Head
+    from gradcam_worker.gradcam.graph.graph import run
+    from gradcam_worker.gradcam.graph.head import find_logits
+    from gradcam_worker.gradcam.graph.target_layer import LayerIndex
+    from gradcam_worker.gradcam.graph.trace import trace_model
+
+    index = LayerIndex(find_logits(trace_model(model, (side, side, 3)), Head()))
+    graph, asked = index.graph, []
+
+    def values_of(slots: Any) -> Any:
+        asked.append(slots)
+        noise = np.random.default_rng(0).normal(0, 1, (1, side, side, 3)).astype(np.float32)
+        return run(graph.needed(slots), {graph.entry: noise})
+
+    about = alignment.Alignment(graph, values_of)
+    *_, last = index.by_slot.values()
+    return about.misplaced(last), bool(asked)
+
+
+@pytest.mark.tensorflow
+class TestWeights:
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "deep",
+            "five of 7x7",
+            "three of 9x9",
+            "dilated",
+            "one filter",
+            "two filters",
+            "without padding",
+            "padded before",
+            "depthwise",
+            "squeeze and excite",
+        ],
+    )
+    def test_a_network_of_known_layers_is_well_whatever_its_weights_are(
+        self, name: str, by_hand: Wrap
+    ) -> None:
+        model = known_networks()[name]()
+        assert found_in(model, model.input_shape[1]) == (None, False)
+        by_hand(model)
+
+    @pytest.mark.parametrize(("filters", "size", "depth"), [(1, 5, 2), (8, 9, 3), (32, 31, 1)])
+    def test_own_convolutions_are_well_with_any_weights(self, filters: int, size: int, depth: int) -> None:
+        import keras
+
+        for seed in range(20):
+            keras.utils.set_random_seed(seed)
+            x = inputs = keras.Input((16, 16, 3))
+            for _ in range(depth):
+                x = own_convolution(filters, size)(x)
+            assert found_in(keras.Model(inputs, classified(keras, x)), 16) == (None, True)
+
+    @pytest.mark.parametrize("how", ["crop", "reverse", "transpose", "roll"])
+    def test_an_own_layer_that_moves_its_input_is_refused_with_any_weights_and_at_any_depth(
+        self, how: str
+    ) -> None:
+        import keras
+        import tensorflow as tf
+
+        moves_own: dict[str, Callable[[Any], Any]] = {
+            "crop": lambda x: x[:, 4:-4, 4:-4],
+            "reverse": lambda x: tf.reverse(x, [1]),
+            "transpose": lambda x: tf.transpose(x, (0, 2, 1, 3)),
+            "roll": lambda x: tf.roll(x, 6, 2),
+        }
+        move = moves_own[how]
+        for seed in range(10):
+            keras.utils.set_random_seed(seed)
+            inputs = keras.Input((16, 16, 3))
+            x = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(inputs)
+            x = in_a_layer(lambda x: move(tf.identity(x)))(x)
+            for _ in range(6):
+                x = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(x)
+            told, measured = found_in(keras.Model(inputs, classified(keras, x)), 16)
+            assert told
+            assert measured

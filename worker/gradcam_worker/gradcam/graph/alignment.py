@@ -6,9 +6,11 @@ are run on the places themselves. Any other step, such as somebody's own layer, 
 input is changed, everywhere alike and in proportion to the places, and the two effects are compared.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,12 @@ from gradcam_worker.gradcam.graph.graph import Graph, Step, Values
 from gradcam_worker.gradcam.graph.target_layer import TargetLayer
 
 MARGIN = 0.06  # of a side, and half a cell: so far a cell may be from where it is drawn
-MOST = 0.9  # of the cells are no farther off than that
+MOST = 0.85  # of the cells are no farther off than that
 EVERYWHERE = 0.26  # standard deviation of places, as shares of a side: 0.29 is the whole side
-DIM = 1e-4  # of the strongest effect: less is none
-TRIES = 3  # random changes of a step's input
+DIM = 1e-3  # of the strongest effect: less is none
+SAMPLES, LEAST = 24, 2  # of each place: as many channels, or another try; tries at least
+GREYS = 16  # the same of whole numbers
+SMALL = 0.05  # of a tensor's standard deviation: so much its numbers are changed
 FAINT = 0.05  # share of a number that comes from the image; the rest is padding
 ATTENDS = {
     "Attention",
@@ -35,13 +39,14 @@ ATTENDS = {
 MIXES = {"Matmul", "Einsum", "Dot", "Tensordot"}  # where they are given two tensors: as an attention does
 WINDOWED = {"Conv", "DepthwiseConv", "SeparableConv", "ConvTranspose", "MaxPool", "AveragePool"}
 WINDOWED |= {"AdaptiveAveragePool", "AdaptiveMaxPool"}
-MOVES = {
+EACH_CHANNEL = {"ZeroPadding2D", "Cropping2D", "UpSampling2D"}  # they do to all of them the same
+MOVES = EACH_CHANNEL | {
     *("Reshape", "Flatten", "Ravel", "Squeeze", "ExpandDims", "Transpose", "Permute", "Swapaxes", "Moveaxis"),
     *("GetItem", "Slice", "Split", "ArraySplit", "Hsplit", "Vsplit", "Unstack", "Take", "Repeat", "Tile"),
     *("Concatenate", "Stack", "Hstack", "Vstack", "Dstack", "BroadcastTo", "RepeatVector", "Pad", "Roll"),
     *("Flip", "Fliplr", "Flipud", "Rot90", "SpaceToDepth", "DepthToSpace", "ExtractPatches", "CropImages"),
     *("PadImages", "Resize", "Resizing", "CenterCrop", "AffineTransform", "PerspectiveTransform"),
-    *("ZeroPadding1D", "ZeroPadding2D", "Cropping1D", "Cropping2D", "UpSampling1D", "UpSampling2D"),
+    *("ZeroPadding1D", "Cropping1D", "UpSampling1D"),
 }
 STAYS = {  # what comes out lies where what went in does, if it has as many places
     *("Dense", "Identity", "Activation", "Masking", "Rescaling", "Normalization", "Cast", "SaturateCast"),
@@ -63,7 +68,7 @@ STAYS = {  # what comes out lies where what went in does, if it has as many plac
     *("Normalize", "Celu", "Elu", "Gelu", "HardShrink", "HardSigmoid", "HardSilu", "HardTanh", "LeakyRelu"),
     *("LogSigmoid", "LogSoftmax", "Relu", "Relu6", "Selu", "Sigmoid", "Silu", "SoftShrink", "Softmax"),
     *("Softplus", "Softsign", "SparsePlus", "SparseSigmoid", "Sparsemax", "Squareplus", "TanhShrink"),
-    "Threshold",
+    *("Threshold", "LayerScale"),
 }
 STAYING = {"activations", "regularization", "normalization", "merging"}  # packages of layers of that kind
 WINDOWS = {"convolutional", "pooling"}
@@ -80,7 +85,13 @@ class Places:
     @property
     def known(self) -> NDArray[np.bool_]:
         """Of which numbers it is known, (*shape)."""
-        return ~np.isnan(self.at).any(axis=0)
+        first = self.at if self.at.strides[-1] else self.at[..., :1]  # of one channel where all are alike
+        return np.broadcast_to(~np.isnan(first).any(axis=0), self.at.shape[1:])
+
+    @cached_property
+    def is_known(self) -> bool:
+        """Whether it is known of any."""
+        return bool(self.known[..., 0].any() or (self.at.strides[-1] and self.known.any()))
 
 
 class Alignment:
@@ -112,19 +123,25 @@ class Alignment:
     def _follow(self, step: Step, steps: list[Step]) -> None:
         given = [self._found[slot] for slot in step.inputs]
         shapes = [self._graph.shapes[slot] for slot in step.writes]
-        rule = _rule(step, self._graph)
-        if rule is None or not any(one.known.any() for one in given):
-            found = [_nowhere(shape) for shape in shapes]
-        elif rule is _measured:
-            if self._values is None or not self._values.keys() >= {*step.inputs}:
-                wanted = {
-                    one for each in steps if _rule(each, self._graph) is _measured for one in each.inputs
-                }
-                self._values = self._values_of(wanted)
-            found = _measured(step, given, {slot: self._values[slot] for slot in step.inputs})
-        else:
-            found = rule(step, given, shapes)
+        try:
+            found = self._behind(step, given, shapes, steps)
+        except Exception:  # noqa: BLE001  # whatever an operation raises that does not take such numbers
+            found = [*map(_nowhere, shapes)]
         self._found.update(zip(step.writes, found, strict=True))
+
+    def _behind(
+        self, step: Step, given: list[Places], shapes: list[Shape], steps: list[Step]
+    ) -> list[Places]:
+        rule = _rule(step, self._graph)
+        if rule is None or not any(one.is_known for one in given):
+            return [*map(_nowhere, shapes)]
+        if rule is not _measured:
+            found: list[Places] = rule(step, given, shapes)
+            return found
+        if self._values is None or not self._values.keys() >= {*step.inputs}:
+            measured = (one for one in steps if _rule(one, self._graph) is _measured)
+            self._values = self._values_of({slot for one in measured for slot in one.inputs})
+        return _measured(step, given, {slot: self._values[slot] for slot in step.inputs})
 
 
 def misplaced(at: Array, blur: float = 0.0) -> str | None:
@@ -137,9 +154,8 @@ def misplaced(at: Array, blur: float = 0.0) -> str | None:
         if np.isnan(off).all() or np.nanquantile(off, MOST) <= margin:
             continue
         cell = np.unravel_index(np.nanargmax(off), shape)
-        there, here = (
-            np.where(np.isnan(one), drawn[:, *cell], one) for one in (at[:, *cell], drawn[:, *cell])
-        )
+        here = drawn[(slice(None), *cell)]
+        there = np.where(np.isnan(at[(slice(None), *cell)]), here, at[(slice(None), *cell)])
         return (
             f"what is {there[0]:.0%} from the top and {there[1]:.0%} from the left of the input acts "
             f"{here[0]:.0%} from its top and {here[1]:.0%} from its left"
@@ -166,7 +182,7 @@ Rule = Callable[[Step, list[Places], list[Shape]], list[Places]]
 
 def _rule(step: Step, graph: Graph) -> Any:
     """How the places behind a step are found; None: there are none."""
-    kind, package = step.kind, type(step.operation).__module__.split(".")[-2]
+    kind, package = step.kind, type(step.operation).__module__.rpartition(".")[0].rpartition(".")[2]
     given, made = ([graph.shapes[slot] for slot in slots] for slots in (step.inputs, step.writes))
     if step.is_foreign:
         return _measured
@@ -188,7 +204,7 @@ def _stays(step: Step, given: list[Places], shapes: list[Shape]) -> list[Places]
     found = []
     for shape in shapes:
         full = [one for one in given if one.at.shape[2:-1] == shape[1:-1] and one.at.ndim == len(shape) + 1]
-        known = [one for one in full if one.known.any()]
+        known = [one for one in full if one.is_known]
         if not known or len({one.at.shape[1] for one in known}) > 1:
             found.append(_nowhere(shape))
             continue
@@ -223,7 +239,8 @@ def _seen_through_windows(step: Step, given: list[Places], shapes: list[Shape]) 
         if is_valid and windows and count < at.shape[axis + 2]:
             trimmed = max((windows[axis] - strides[axis]) / 2, 0.0)
             rest = at.shape[axis + 2] - ((count - 1) * strides[axis] + windows[axis])
-            empty = np.isnan(np.moveaxis(at, axis + 2, 0).reshape(at.shape[axis + 2], -1)).all(axis=1)
+            along = np.moveaxis(at, axis + 2, 0).reshape(at.shape[axis + 2], -1)
+            empty = np.asarray(np.isnan(along).all(axis=1))
             before = min(trimmed, float((~empty).argmax()))
             after = min(trimmed + rest, float((~empty[::-1]).argmax()))
         at = _resampled(at, axis + 2, count, before, after)
@@ -265,30 +282,37 @@ def _resampled(at: Array, axis: int, count: int, before: float, after: float) ->
     one, other = np.take(at, low, axis), np.take(at, high, axis)
     both = one * (1 - share) + other * share
     nearest = np.where(np.isnan(one), other, one)
-    return np.where(np.isnan(both), np.where(share > 0, nearest, one), both)
+    return np.asarray(np.where(np.isnan(both), np.where(share > 0, nearest, one), both), np.float32)
 
 
 def _moved(step: Step, given: list[Places], shapes: list[Shape]) -> list[Places]:
     """What a step does that only moves numbers, or mixes neighbours: it is run on the places themselves."""
-    known = [np.where(np.isnan(one.at).any(axis=0), np.float32(0), np.float32(1)) for one in given]
-    whole = [np.nan_to_num(one.at) for one in given]
-    try:
-        nothing, all_alike, *both = (
-            _run(step, dict(zip(step.inputs, inputs, strict=True)))
-            for inputs in (
-                [one * 0 for one in known],
-                known,
-                *([one[axis] for one in whole] for axis in (0, 1)),
-            )
-        )
-    except Exception:  # noqa: BLE001  # an operation that does not take such numbers
-        return [*map(_nowhere, shapes)]
     blur = max(one.blur for one in given)
+    if _joins_channels(step, given, shapes[0]):
+        return [Places(np.broadcast_to(given[0].at[..., :1], (*given[0].at.shape[:-1], shapes[0][-1])), blur)]
+    one_channel = step.kind in EACH_CHANNEL and not given[0].at.strides[-1]
+    used = [Places(one.at[..., :1]) if one_channel else one for one in given]
+    known = [one.known.astype(np.float32) for one in used]
+    whole = [np.nan_to_num(one.at) for one in used]
+    fillings = ([one * 0 for one in known], known, *([one[axis] for one in whole] for axis in (0, 1)))
+    nothing, all_alike, *both = (_run(step, dict(zip(step.inputs, one, strict=True))) for one in fillings)
     found = []
-    for none, share, rows, columns in zip(nothing, all_alike, *both, strict=True):
+    for none, share, rows, columns, shape in zip(nothing, all_alike, *both, shapes, strict=True):
         seen = np.where(np.abs(share - none) > FAINT, share - none, np.float32(np.nan))
-        found.append(Places(_packed(np.stack([rows - none, columns - none]) / seen), blur))
+        at = _packed(np.asarray(np.stack([rows - none, columns - none]) / seen, np.float32))
+        found.append(Places(np.broadcast_to(at, (*at.shape[:-1], shape[-1])) if one_channel else at, blur))
     return found
+
+
+def _joins_channels(step: Step, given: list[Places], shape: Shape) -> bool:
+    """Whether a step puts channels together that all look alike: the common case, and large."""
+    first = given[0].at
+    return (
+        step.kind == "Concatenate"
+        and step.operation.axis in {-1, len(shape) - 1}
+        and not any(one.at.strides[-1] for one in given)
+        and all(np.array_equal(one.at[..., :1], first[..., :1], equal_nan=True) for one in given[1:])
+    )
 
 
 def _packed(at: Array) -> Array:
@@ -313,7 +337,8 @@ def _measured(step: Step, given: list[Places], values: Values) -> list[Places]:
     places = dict(zip(step.inputs, given, strict=True))
     before = _run(step, values)
     sums = [np.zeros((5, *one.shape), np.float64) for one in before]
-    for changes in _changes(places, values):
+    times = max(LEAST, math.ceil(SAMPLES / min(one.shape[-1] for one in before)))
+    for changes in _changes(places, values, times):
         alike, *both = (
             [new - old for new, old in zip(_run(step, one), before, strict=True)] for one in changes
         )
@@ -323,16 +348,16 @@ def _measured(step: Step, given: list[Places], values: Values) -> list[Places]:
     return [_centred(total, blur) for total in sums]
 
 
-def _changes(places: dict[int, Places], values: Values) -> Iterator[list[Values]]:
+def _changes(places: dict[int, Places], values: Values, times: int) -> Iterator[list[Values]]:
     """Inputs that are changed at random: everywhere alike, by the rows, by the columns."""
     random = np.random.default_rng(0)
-    for _ in range(TRIES):
+    for _ in range(times):
         changed: list[Values] = [{}, {}, {}]
         for slot, value in values.items():
             dtype = keras.backend.standardize_dtype(value.dtype)
             old = np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(value, "float32")))
-            size = np.float32(old.std() or 1) / 2
-            by = random.choice(np.array([-size, size], np.float32), old.shape)
+            size = np.float32(SMALL * (old.std() or 1)) if "float" in dtype else np.float32(GREYS)
+            by = size * (2 * random.integers(0, 2, old.shape, np.int8) - 1)
             known = places[slot].known
             for one, share in zip(changed, (known, *np.nan_to_num(places[slot].at)), strict=True):
                 new = old + by * share
@@ -352,4 +377,5 @@ def _centred(total: NDArray[np.float64], blur: float) -> Places:
     around = float(np.sqrt(np.nanmean(np.maximum(squares - at**2, 0), axis=(*range(1, at.ndim),)).max()))
     if blur + around > EVERYWHERE:
         return _nowhere(shape)
-    return Places(np.broadcast_to(at.astype(np.float32), (2, *shape)), blur + around)
+    at = np.clip(at, 0, 1).astype(np.float32)  # samples are few: chance may lead beyond
+    return Places(np.broadcast_to(at, (2, *shape)), blur + around)

@@ -114,7 +114,7 @@ def read_as(scores: Scores, head: Head, seen: NDArray[np.float64], dtype: str) -
         message = (
             f"The network ends in one unit without a sigmoid, which says {_farthest(seen):.4g}: that may be "
             "the score of class 1, or a quantity, which is no class and cannot be explained. If it is a "
-            'score, declare head = {kind = "sigmoid"} (in Python: Head(kind="sigmoid")).'
+            'score, add this line to its row: head = {kind = "sigmoid"} (in Python: Head(kind="sigmoid")).'
         )
         raise NetworkIncompatible(message)
     if kind is None and (scores.units == 1 or (is_unit and not scores.is_linear)):

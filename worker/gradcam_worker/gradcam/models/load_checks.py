@@ -15,7 +15,7 @@ from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.graph.alignment import Alignment
-from gradcam_worker.gradcam.graph.graph import Graph, Step, Values
+from gradcam_worker.gradcam.graph.graph import Graph, Values
 from gradcam_worker.gradcam.graph.head import Scores
 from gradcam_worker.gradcam.graph.target_layer import LayerIndex, TargetLayer, crops
 from gradcam_worker.gradcam.imaging.overlay import fit
@@ -30,7 +30,6 @@ MIXED = 10  # times that: batch-dependent layers change results by more than rou
 GREY, CONTRAST = 128, 20  # of the pictures that a network is first run on: mean and standard deviation
 PHOTOS = ("astronaut", "chelsea", "coffee")
 ops = keras.ops
-Look = Callable[[Step, Values], None]
 
 
 @dataclass(frozen=True)
@@ -48,38 +47,24 @@ class Pictures:
         groups = (
             [pixels[index : index + 1] for index in range(len(pixels))] if self.batch_of_one else [pixels]
         )
-        return ops.concatenate([_run(graph, slot, self.prepared(group), _ignore) for group in groups])
+        return ops.concatenate([_run(graph, [slot], self.prepared(group))[slot] for group in groups])
 
     def values(self, graph: Graph, slots: Collection[int]) -> Values:
         """What is at these slots, of one picture."""
-        inputs = self.prepared(_grey(self.size)[:1])
-        found = {graph.entry: inputs}
-
-        def keep(step: Step, values: Values) -> None:
-            found.update((slot, values[slot]) for slot in {*step.writes}.intersection(slots))
-
-        for slot in slots:
-            if slot not in found:
-                _run(graph, slot, inputs, keep)
-        return found
+        return _run(graph, slots, self.prepared(_grey(self.size)[:1]))
 
 
-def _run(graph: Graph, slot: int, inputs: Any, look: Look) -> Any:
-    """As `graph.run`, but what is not needed any more is let go: the images of a trial are several."""
-    values, steps = {graph.entry: inputs}, graph.needed([slot])
+def _run(graph: Graph, slots: Collection[int], inputs: Any) -> Values:
+    """As `graph.run`, but what is not asked for and not needed any more is let go: the images are several."""
+    values, steps = {graph.entry: inputs}, graph.needed(slots)
     left = Counter(one for step in steps for one in {*step.inputs})
     for step in steps:
         step(values)
-        look(step, values)
         left.subtract({*step.inputs})
-        for one in {*step.inputs} - {slot}:
+        for one in {*step.inputs}.difference(slots):
             if not left[one]:
                 del values[one]
-    return values[slot]
-
-
-def _ignore(_: Step, __: Values) -> None:
-    """Look at nothing."""
+    return values
 
 
 @dataclass
