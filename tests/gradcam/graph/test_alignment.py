@@ -37,7 +37,7 @@ class TestPlaces:
         assert alignment.misplaced(turned(cells(8, 8)))
 
     def test_a_part_of_the_image_is_told_where_it_is_off_by_more_than_a_cell(self) -> None:
-            from_the_middle = cells(16, 16) - 0.5
+        from_the_middle = cells(16, 16) - 0.5
         assert alignment.misplaced(0.5 + from_the_middle * 0.6)
         assert alignment.misplaced(0.5 + from_the_middle * 1.6)
         assert alignment.misplaced(0.5 + from_the_middle * 0.9) is None

@@ -68,7 +68,7 @@ STAYS = {  # what comes out lies where what went in does, if it has as many plac
     *("Normalize", "Celu", "Elu", "Gelu", "HardShrink", "HardSigmoid", "HardSilu", "HardTanh", "LeakyRelu"),
     *("LogSigmoid", "LogSoftmax", "Relu", "Relu6", "Selu", "Sigmoid", "Silu", "SoftShrink", "Softmax"),
     *("Softplus", "Softsign", "SparsePlus", "SparseSigmoid", "Sparsemax", "Squareplus", "TanhShrink"),
-    *("Threshold", "LayerScale"),
+    *("Threshold", "LayerScale", "StochasticDepth", "CustomScaleLayer"),
 }
 STAYING = {"activations", "regularization", "normalization", "merging"}  # packages of layers of that kind
 WINDOWS = {"convolutional", "pooling"}
@@ -104,7 +104,7 @@ class Alignment:
         at = np.stack(np.meshgrid(_middles(rows), _middles(columns), indexing="ij"))
         entry = np.broadcast_to(at[:, None, :, :, None], (2, 1, rows, columns, channels))
         self._found = {graph.entry: Places(entry.astype(np.float32))}
-        self._values: Values | None = None
+        self._values: Values | None = None  # what the steps are given that are measured, meanwhile
 
     def places(self, slot: int) -> Places:
         """Where the numbers at a slot look."""
@@ -113,6 +113,7 @@ class Alignment:
             for step in steps:
                 if step.writes[0] not in self._found:
                     self._follow(step, steps)
+            self._values = None  # they are large
         return self._found[slot]
 
     def misplaced(self, layer: TargetLayer) -> str | None:
@@ -135,13 +136,15 @@ class Alignment:
         rule = _rule(step, self._graph)
         if rule is None or not any(one.is_known for one in given):
             return [*map(_nowhere, shapes)]
-        if rule is not _measured:
-            found: list[Places] = rule(step, given, shapes)
-            return found
-        if self._values is None or not self._values.keys() >= {*step.inputs}:
-            measured = (one for one in steps if _rule(one, self._graph) is _measured)
-            self._values = self._values_of({slot for one in measured for slot in one.inputs})
-        return _measured(step, given, {slot: self._values[slot] for slot in step.inputs})
+        if rule is _measured:
+            if self._values is None:
+                measured = (one for one in steps if _rule(one, self._graph) is _measured)
+                self._values = self._values_of({slot for one in measured for slot in one.inputs})
+            values = {slot: self._values[slot] for slot in step.inputs}
+            found: list[Places] = _measured(step, given, values)
+        else:
+            found = rule(step, given, shapes)
+        return found
 
 
 def misplaced(at: Array, blur: float = 0.0) -> str | None:
@@ -153,9 +156,9 @@ def misplaced(at: Array, blur: float = 0.0) -> str | None:
         margin = MARGIN + 0.5 / shape[axis] + blur
         if np.isnan(off).all() or np.nanquantile(off, MOST) <= margin:
             continue
-        cell = np.unravel_index(np.nanargmax(off), shape)
-        here = drawn[(slice(None), *cell)]
-        there = np.where(np.isnan(at[(slice(None), *cell)]), here, at[(slice(None), *cell)])
+        cell = np.nanargmax(off)
+        there, here = at.reshape(2, -1)[:, cell], drawn.reshape(2, -1)[:, cell]
+        there = np.where(np.isnan(there), here, there)
         return (
             f"what is {there[0]:.0%} from the top and {there[1]:.0%} from the left of the input acts "
             f"{here[0]:.0%} from its top and {here[1]:.0%} from its left"
