@@ -143,7 +143,7 @@ def wheel_findings(wheel: Path) -> list[str]:
         for one in (ROOT / "worker" / "gradcam_worker").rglob("*")
         if one.is_file() and one.suffix != ".pyc"
     ]
-    ours = {str(one.relative_to(ROOT)) for one in files}
+    ours = {str(one.relative_to(ROOT / "worker")) for one in files}
     strange = [one for one in names if PurePosixPath(one).parts[0] not in {"gradcam_worker", information}]
     findings = [f"the wheel lacks {one}" for one in sorted((ours | licences) - names)]
     findings += [f"the wheel should not hold {one}" for one in sorted(strange)]

@@ -39,12 +39,10 @@ def test_wheel_and_sdist_hold_what_they_should_and_nothing_else(built: release.B
     with zipfile.ZipFile(built.wheel) as wheel:
         names = wheel.namelist()
     assert {
-        "worker/gradcam_worker/py.typed",
-        "worker/gradcam_worker/gradcam/data/efficientnet_lite0.weights.h5",
+        "gradcam_worker/py.typed",
+        "gradcam_worker/gradcam/data/efficientnet_lite0.weights.h5",
     } <= set(names)
-    assert not [
-        one for one in names if "test" in Path(one).name and one != "worker/gradcam_worker/testing.py"
-    ]
+    assert not [one for one in names if "test" in Path(one).name and one != "gradcam_worker/testing.py"]
 
 
 def test_a_wheel_that_lacks_a_file_or_holds_another_is_found_out(
@@ -53,12 +51,12 @@ def test_a_wheel_that_lacks_a_file_or_holds_another_is_found_out(
     broken = tmp_path / built.wheel.name
     with zipfile.ZipFile(built.wheel) as whole, zipfile.ZipFile(broken, "w") as copy:
         for name in whole.namelist():
-            if name not in {"worker/gradcam_worker/gradcam/data/NOTICE", "worker/gradcam_worker/py.typed"}:
+            if name not in {"gradcam_worker/gradcam/data/NOTICE", "gradcam_worker/py.typed"}:
                 copy.writestr(name, whole.read(name))
         copy.writestr("tests/conftest.py", "")
     assert release.wheel_findings(broken) == [
-        "the wheel lacks worker/gradcam_worker/gradcam/data/NOTICE",
-        "the wheel lacks worker/gradcam_worker/py.typed",
+        "the wheel lacks gradcam_worker/gradcam/data/NOTICE",
+        "the wheel lacks gradcam_worker/py.typed",
         "the wheel should not hold tests/conftest.py",
     ]
 
