@@ -204,7 +204,7 @@ def check_same_bytes(images: dict[str, bytes | BaseException], network: Network,
 
     for suspect in ("fetch", "rows 0 to 3", "row 99"):  # group by group, then row by row
         alone = bench()
-        alone.run(suspect=suspect)
+        alone.run(crashed_stage=suspect)
         assert alone.store.objects[DATA] == expected, f"alone after {suspect}"
 
     uris = [*images]
@@ -380,9 +380,9 @@ def test_where_most_rows_fail_for_a_moment_the_shard_is_tried_again_until_its_la
     flaky = Flaky(PICTURES, Counter(dict.fromkeys([*PICTURES][:6], 3)))
     bench = Bench(source=flaky)
     with pytest.raises(ImageFetchFailed, match=r"6 of 11 images cannot be had just now.*HTTP 503"):
-        bench.run(suspect=suspect)
+        bench.run(crashed_stage=suspect)
     assert not bench.store.objects
-    bench.run(last=True, suspect=suspect)
+    bench.run(is_last_attempt=True, crashed_stage=suspect)
     assert bench.errors == dict.fromkeys(range(6), "image_fetch_failed")
     assert {flaky.asked[one] for one in [*PICTURES][:6]} == {3}
 
@@ -612,7 +612,7 @@ def attempts(bench: Bench) -> list[str | None]:
         bench.said.clear()
         bench.reported.clear()
         try:
-            bench.run(suspect=suspect)
+            bench.run(crashed_stage=suspect)
         except Died:
             suspect = (bench.said or bench.reported)[-1]
         else:
@@ -724,10 +724,10 @@ def test_a_shard_that_is_to_stop_stops_within_the_groups_at_hand_and_writes_noth
     images = {f"s3://in/{place}": PICTURES[uri(0)] for place in range(20 * GROUP)}
     bench = Bench(images, network)
     with pytest.raises(why or JobTimeout):
-        bench.run(deadline=deadline, suspect=suspect)
+        bench.run(deadline=deadline, crashed_stage=suspect)
     assert network.passes <= 2 + shards.COMPUTING
     assert not bench.store.objects
-    bench.run(suspect=suspect)
+    bench.run(crashed_stage=suspect)
     assert len(bench.good) == 20 * GROUP, "handed back, it runs again"
 
 
