@@ -53,7 +53,7 @@ def test_the_attack_sees_a_decoder_that_breaks_its_promise(
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "import numpy as np\n"
-        "from gradcam_worker.gradcam import decode\n"
+        "from gradcam_worker.gradcam.decoding import decode\n"
         "decode.claimed = lambda data: 5\n"
         f"def wrong(data):\n    {broken}\n"
         "decode.decode = wrong\n"
