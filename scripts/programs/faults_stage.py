@@ -23,7 +23,7 @@ import faults_receiver
 import faulty_worker
 from faulty_proxy import FaultyProxy
 from gradcam_worker.client.client import GradcamClient
-from gradcam_worker.errors import LedgerUnavailable
+from gradcam_worker.errors import InvalidJob, LedgerUnavailable
 from gradcam_worker.gradcam.imaging.overlay import encode
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
@@ -214,6 +214,8 @@ class Stage:
                 break
             except LedgerUnavailable:
                 self.refused += 1
+            except InvalidJob:  # trying again does not help: its sender is told
+                raise
             except Exception as error:  # noqa: BLE001  # a finding: it goes into the verdict
                 self.surprises.append(f"{type(error).__name__}: {error}")
             if time.monotonic() > end:
