@@ -215,7 +215,11 @@ def _stays(step: Step, given: list[Places], shapes: list[Shape]) -> list[Places]
         ats = [
             one.at if one.at.shape[-1] == channels else _of_all_channels(one.at, channels) for one in known
         ]
-        at = ats[0] if all(one is ats[0] for one in ats) else _mean(np.stack(ats), 0)
+        if len(ats) > 1:  # of one channel where all are alike
+            narrow = ats if any(one.strides[-1] for one in ats) else [one[..., :1] for one in ats]
+            at = np.broadcast_to(_mean(np.stack(narrow), 0), ats[0].shape)
+        else:
+            at = ats[0]
         found.append(Places(at, max(one.blur for one in known)))
     return found
 
