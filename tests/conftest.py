@@ -22,6 +22,7 @@ from gradcam_worker.gradcam.models.weights import digest
 from gradcam_worker.operations import servers
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.settings import Settings
+from gradcam_worker.testing import TinyNetwork
 
 SERVERS = {"valkey", "s3_server", "encrypted"}  # fixtures that start a program
 FOLDERS_OF_SERVERS = {"live", "faults", "devtools", "deploy"}
@@ -90,6 +91,12 @@ def s3_settings(s3_server: servers.S3Server) -> dict[str, Any]:
 def settings(valkey: str, request: pytest.FixtureRequest) -> Settings:
     """Settings for the real Valkey, with keys of this test's own."""
     return Settings(broker_url=valkey, key_prefix=f"{request.node.name}:")
+
+
+@pytest.fixture
+def tiny() -> TinyNetwork:
+    """A network whose heatmaps are known."""
+    return TinyNetwork()
 
 
 @pytest.fixture

@@ -9,17 +9,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gradcam_worker.testing import TinyNetwork
-
 if TYPE_CHECKING:  # at run time only tests marked `tensorflow` load it
     from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 
 Wrap = Callable[..., "KerasNetwork"]
-
-
-@pytest.fixture
-def tiny() -> TinyNetwork:
-    return TinyNetwork()
 
 
 @pytest.fixture(scope="session")

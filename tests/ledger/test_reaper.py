@@ -30,14 +30,14 @@ class Ledger(MemoryLedger):
     led_s: float = 0.0
     lost_s: float = 0.0
 
-    def lead(self, worker: str, seconds: float) -> bool:
+    def try_lead(self, worker: str, seconds: float) -> bool:
         if self.away:
             message = "gone"
             raise LedgerUnavailable(message)
         self.led_s = self.led_s or time.monotonic()
         return super().try_lead(worker, seconds)
 
-    def lose(self, job_id: str) -> str | None:
+    def expire_lease(self, job_id: str) -> str | None:
         if job_id == self.unreadable:
             message = "this version cannot read it"
             raise ValueError(message)

@@ -214,7 +214,7 @@ def test_what_the_policy_does_not_allow_is_refused_with_a_reason(
 
 
 def test_every_placeholder_is_explained() -> None:
-    said = (Path(__file__).parents[1] / "docs" / "how-to" / "s3-permissions.md").read_text()
+    said = (Path(__file__).parents[2] / "docs" / "how-to" / "s3-permissions.md").read_text()
     for placeholder in PLACES:
         assert placeholder in POLICY.read_text()
         assert f"`{placeholder}`" in said
