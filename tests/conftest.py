@@ -28,6 +28,7 @@ SERVERS = {"valkey", "s3_server", "encrypted"}  # fixtures that start a program
 FOLDERS_OF_SERVERS = {"live", "faults", "devtools", "deploy"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks: it would see none
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Side by side run one file and another, but not two that time real processes."""
     for item in items:
