@@ -28,15 +28,29 @@ SERVERS = {"valkey", "s3_server", "encrypted"}  # fixtures that start a program
 FOLDERS_OF_SERVERS = {"live", "faults", "devtools", "deploy"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks: it would see none
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side run one file and another, but not two that time real processes."""
+    """Mark what needs a server: `scripts/test --fast` leaves it out."""
     for item in items:
-        timed = item.path.parent.name in {"live", "faults"} and item.path.name != "test_rehearsal.py"
-        item.add_marker(pytest.mark.xdist_group("processes" if timed else str(item.path)))
         fixtures = set(getattr(item, "fixturenames", ()))
         if fixtures & SERVERS or item.path.parent.name in FOLDERS_OF_SERVERS:
             item.add_marker(pytest.mark.server)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Side by side run one file and another, but not two that time real processes.
+
+    Not by the mark `xdist_group`: xdist 3.8 writes it into `_nodeid`, which pytest 9 does not read any more.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # xdist ships no types
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            timed = path.split("/")[-2] in {"live", "faults"} and not path.endswith("test_rehearsal.py")
+            return "processes" if timed else path
+
+    return ByFile(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

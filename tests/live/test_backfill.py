@@ -150,7 +150,7 @@ def test_a_backfill_is_stopped_killed_and_resumed_and_has_each_row_once(at_work:
     wait_for(lambda: yard.shards("stopped") > had + 4, "more shards")
     killed.kill()
     killed.communicate(timeout=WAIT_S)
-    assert yard.output("stopped").sealed() is None
+    assert yard.output("stopped").is_committed() is None
     registry = RedisBackfillRegistry(RedisLedger(yard.stage.settings).server)
     wait_for(
         lambda: (left := registry.find(yard.uri("stopped"))) and not left.lives, "that it counts as dead"
