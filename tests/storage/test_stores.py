@@ -535,6 +535,23 @@ def test_a_probe_writes_reads_and_says_where(s3_settings: Any) -> None:
     assert probe(opened) == "s3://results/probed/health/probe.txt"
 
 
+@dataclass
+class Shared(MemoryStore):
+    """A store in which somebody else has written meanwhile."""
+
+    others: bytes = b""
+
+    def get(self, key: str) -> bytes:
+        del key
+        return self.others
+
+
+def test_a_probe_is_not_disturbed_by_another_workers_and_sees_what_is_none() -> None:
+    probe(Shared(others=b"0123456789abcdef" * 2))
+    with pytest.raises(StorageUnavailable, match="reads back differently"):
+        probe(Shared(others=b"<html>"))
+
+
 def test_a_probe_does_not_insist(http_server: Any, answer: Any) -> None:
     http_server.url("/results/health/probe.txt", answer(503))
     url = f"http://{http_server.host}"
