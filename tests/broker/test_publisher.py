@@ -121,7 +121,7 @@ def test_client_ledger_broker_and_doctor_reach_an_encrypted_server(
     settings = encrypted_settings("localhost")
     client = GradcamClient(settings=settings)
     assert client.status(client.submit(job)).status == "queued"
-    assert broker.waiting(broker.make_app(settings), "normal") == 1
+    assert broker.make_app(settings).bell.queue_length("normal") == 1
     assert [(found.what, found.well) for found in islice(run_checks(settings), 2)] == [
         ("broker", True),
         ("ledger", True),
@@ -171,8 +171,8 @@ def test_an_authority_that_is_not_there_is_an_impossible_setting() -> None:
 def test_messages_are_counted_by_their_priority(settings: Settings, job: Job) -> None:
     app = broker.make_app(settings)
     app.bell.publish([(job, None)])
-    broker.ring(app, job.id, "bulk")
-    counts = {priority: broker.waiting(app, priority) for priority in publisher.ROUTES}
+    app.bell.republish([job.id], "bulk")
+    counts = {priority: app.bell.queue_length(priority) for priority in publisher.ROUTES}
     assert counts == {"high": 0, "normal": 1, "low": 0, "bulk": 1, "shard": 0}
 
 

@@ -78,7 +78,7 @@ def consumer(app: Any) -> Iterator[Consumer]:
 def ring(app: Any, priority: str, count: int) -> list[str]:
     ids = [new_id() for _ in range(count)]
     for one in ids:
-        broker.ring(app, one, priority)
+        app.bell.republish([one], priority)
     return ids
 
 
@@ -95,7 +95,7 @@ def test_a_process_has_so_many_shards_in_hand_and_takes_whatever_else_comes(
     assert consumer.turns() == [*urgent, *shards[2:4]]
     consumer.acknowledge(consumer.shards[0])
     assert consumer.turns() == [*urgent, shards[3], shards[4]]
-    assert broker.waiting(app, shard.ROUTE) == 2
+    assert app.bell.queue_length(shard.ROUTE) == 2
     assert consumer.most == IN_HAND
 
 

@@ -85,7 +85,7 @@ class Yard:
         )
         self.ids.append(shard.id)
         self.ledger.submit(shard)
-        app.ring(self.app, shard.id, "shard")
+        self.app.bell.republish([shard.id], "shard")
         return shard
 
     def documents(self) -> list[StatusDocument]:

@@ -154,7 +154,7 @@ def shard(plant: Plant) -> str:
         output=output,
     )
     plant.ledger.submit(made)
-    app.ring(app.make_app(plant.settings), made.id, "shard")
+    app.make_app(plant.settings).bell.republish([made.id], "shard")
     return made.id
 
 

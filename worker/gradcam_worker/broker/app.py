@@ -73,16 +73,6 @@ def make_app(settings: Settings, *, timeout_s: float = 10) -> "Celery":
     return app
 
 
-def ring(app: "Celery", job_id: str, priority: str) -> None:
-    """Ring for a job that the ledger has: its id is enough. Raises BrokerUnavailable."""
-    app.bell.republish([job_id], priority)
-
-
-def waiting(app: "Celery", priority: str) -> int:
-    """How many messages wait in the queue of a priority. Raises BrokerUnavailable."""
-    return int(app.bell.queue_length(priority))
-
-
 def answers(app: "Celery") -> bool:
     """Whether the broker can be talked to at all."""
     from kombu.exceptions import OperationalError

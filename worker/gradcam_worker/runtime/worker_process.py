@@ -264,7 +264,7 @@ def _hand_back(handler: JobHandler, app: Celery, consumer: Any) -> bool:
             back += handler.requeue_unfinished()
             while back and (over or consumer.blueprint.state != RUN):  # else it would be taken here, again
                 if route := handler.ledger.route(back[-1]):
-                    broker.ring(app, back[-1], route)
+                    app.bell.republish([back[-1]], route)
                     log.info("job %s is handed back", back[-1])
                 back.pop()
         except (LedgerUnavailable, BrokerUnavailable) as error:
