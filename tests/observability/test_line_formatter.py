@@ -6,10 +6,11 @@ from rich.console import Console
 
 from gradcam_worker.errors import ImageFetchFailed
 from gradcam_worker.ledger.state_machine import fresh
-from gradcam_worker.observability.logs import FORMAT, LineFormatter
+from gradcam_worker.observability.logs import FORMAT, LineFormatter, about
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.status import ClassScore, NetworkRef, Problem, StatusDocument
+from gradcam_worker.text.log_events import EventMessage
 from gradcam_worker.text.visible import abridged, counted, visible
 
 FORGED = "2026-01-01 00:00:00,000 CRITICAL gradcam: all is lost"
@@ -128,3 +129,16 @@ def test_one_is_not_many() -> None:
         "2,000 workers",
     ]
     assert [counted(number, "shard is", "shards are") for number in (1, 2)] == ["1 shard is", "2 shards are"]
+
+
+def test_an_event_is_followed_by_its_fields_and_by_whose_job_it_is_of(
+    log: tuple[logging.Logger, io.StringIO],
+) -> None:
+    logger, written = log
+    with about(job_id="a", attempt=2):
+        logger.warning(EventMessage("row_refused", {"attempt": 1, "why": f"no image\n{FORGED}"}))
+        logger.warning("of a library")
+    first, second = written.getvalue().splitlines()
+    assert r'row_refused attempt=1 why="no image\n2026-01-01' in first
+    assert first.endswith(" job_id=a")
+    assert second.endswith(": of a library")

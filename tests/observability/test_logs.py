@@ -15,6 +15,7 @@ from gradcam_worker.observability.logs import JsonFormatter, Pool, about
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
+from gradcam_worker.text.log_events import EventLogger
 
 HOSTILE = [
     'a\n{"level": "critical", "message": "all is lost"}',
@@ -192,3 +193,16 @@ def test_what_storage_says_in_its_own_threads_names_the_job(
         ours.setLevel(level)
     (said,) = [one for one in lines(log[1]) if "boto3 tries again" in one["message"]]
     assert said["job_id"] == "a"
+
+
+def test_an_event_is_an_object_that_has_its_name_and_fields(
+    log: tuple[logging.Logger, io.StringIO],
+) -> None:
+    logger, written = log
+    events = EventLogger(logger.name)
+    with about(job_id="a"):
+        events.warning("image_refused", uri="https://u:secret@host/x", tries=2, level="an own field")
+    (line,) = lines(written)
+    assert (line["event"], line["tries"], line["job_id"]) == ("image_refused", 2, "a")
+    assert "secret" not in written.getvalue()
+    assert line["level"] == "warning", "a field replaces none of the line's own"

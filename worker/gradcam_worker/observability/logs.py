@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from gradcam_worker.schemas.ids import process_name
+from gradcam_worker.text.log_events import EventMessage
 from gradcam_worker.text.urls import redacted
 from gradcam_worker.text.visible import visible
 
@@ -52,8 +53,9 @@ class Pool(ThreadPoolExecutor):
 class JsonFormatter(logging.Formatter):
     r"""One JSON object a line, in ASCII: what would act on a terminal or begin a line is an escape in it.
 
-    time (RFC 3339, UTC), level, logger, message, job_id, attempt and trace_id where a job is spoken of,
-    worker (host:pid), and exception (type, message, stack) where there is one.
+    time (RFC 3339, UTC), level, logger, message, event and its fields where it is one of ours, job_id,
+    attempt and trace_id where a job is spoken of, worker (host:pid), and exception (type, message, stack)
+    where there is one.
     """
 
     def __init__(self, worker: str) -> None:
@@ -71,6 +73,7 @@ class JsonFormatter(logging.Formatter):
             **_bound.get(),
             "worker": self._worker,
         }
+        said = {**said, **_event(record), **said}  # no field takes the place of one of these
         if record.exc_info and record.exc_info[0]:
             kind, error, _ = record.exc_info
             stack = redacted(super().formatException(record.exc_info))
@@ -85,6 +88,15 @@ def _said(record: logging.LogRecord) -> str:
         return redacted(record.getMessage())
     except Exception:  # noqa: BLE001  # a library's own mistake: logging would print it, in many lines
         return f"{record.msg} {record.args}"
+
+
+def _event(record: logging.LogRecord) -> dict[str, object]:
+    """The name and the fields of an event, beside the message that has them as text."""
+    if not isinstance(record.msg, EventMessage):
+        return {}
+    values = record.msg.values()
+    fields = {name: redacted(one) if isinstance(one, str) else one for name, one in values.items()}
+    return {"event": record.msg.event, **fields}
 
 
 def _rfc3339(seconds: float) -> str:
@@ -134,7 +146,11 @@ class LineFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the name is the library's
         """The line itself."""
-        return visible(redacted(super().formatMessage(record)))
+        line = super().formatMessage(record)
+        if isinstance(record.msg, EventMessage):  # a sentence of a library stays as it is
+            bound = {name: one for name, one in _bound.get().items() if name not in record.msg.fields}
+            line += str(EventMessage("", bound))
+        return visible(redacted(line))
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         """A traceback, whose last lines hold what the error said."""
