@@ -29,7 +29,7 @@ from gradcam_worker.errors import (
     UnknownJob,
     WaitTimeout,
 )
-from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.ledger.ledger import ClaimOutcome, Ledger
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.schemas.ids import new_id
@@ -244,7 +244,7 @@ def test_a_failed_job_is_tried_again_and_the_queue_is_told(
     assert client.retry(job_id).status == "queued"
     assert client.retry(job_id).status == "queued", "asked twice, it is told twice, which costs nothing"
     assert [job.id for job in doorbell.jobs] == [job_id] * 3
-    assert ledger.claim(client.status(job_id), WORKER).outcome == "claimed"
+    assert ledger.claim(client.status(job_id), WORKER).outcome is ClaimOutcome.CLAIMED
     assert client.retry(job_id).status == "running"
     assert len(doorbell.jobs) == 3
     client.cancel(job_id)

@@ -17,7 +17,7 @@ import pytest
 
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import IdempotencyConflict, InvalidJob, LedgerUnavailable
-from gradcam_worker.execution.handler import JobHandler
+from gradcam_worker.execution.handler import Disposition, JobHandler
 from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
@@ -97,7 +97,7 @@ def test_processes_that_race_with_one_key_get_one_job_and_it_runs_once(
     assert len(set(first.values())) == KEYS
     assert ledger.counts() == (KEYS, 0)
     ends = [handler.handle({"id": job_id}, job_id) for answer in answers for job_id in answer.values()]
-    assert ends == ["done"] * KEYS + ["dropped"] * (len(ends) - KEYS), (
+    assert ends == [Disposition.FINISHED] * KEYS + [Disposition.DROP] * (len(ends) - KEYS), (
         "each message rang, and one of each ran"
     )
     documents = ledger.read_many(list(first.values())).values()
@@ -124,7 +124,7 @@ def test_the_key_of_a_job_that_failed_leads_to_it_and_nothing_runs_again(
     failed = client.status(job_id)
     assert failed.status == "failed"
     assert client.submit(idempotency_key="k", **missing) == job_id
-    assert handler.handle({"id": job_id}, job_id) == "dropped"
+    assert handler.handle({"id": job_id}, job_id) == Disposition.DROP
     assert client.status(job_id) == failed
 
 
@@ -234,7 +234,11 @@ def test_a_submission_whose_reply_is_lost_is_sent_again_and_is_one_job(
     job_id = through(forgetful, settings).submit(idempotency_key=key, **FIELDS)
     assert forgetful.lost == forgetful.losses
     assert jobs_in(ledger) == {job_id}
-    assert [handler.handle({"id": job_id}, job_id) for _ in range(3)] == ["done", "dropped", "dropped"]
+    assert [handler.handle({"id": job_id}, job_id) for _ in range(3)] == [
+        Disposition.FINISHED,
+        Disposition.DROP,
+        Disposition.DROP,
+    ]
     assert ledger.read(job_id).attempt == 1
 
 

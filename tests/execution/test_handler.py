@@ -21,7 +21,7 @@ from gradcam_worker.errors import (
     UnknownJob,
     WorkerUnfit,
 )
-from gradcam_worker.execution.handler import JobHandler, _StageReporter
+from gradcam_worker.execution.handler import Disposition, JobHandler, _StageReporter
 from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.images import fetch
 from gradcam_worker.ledger.redis.store import RedisLedger
@@ -62,13 +62,13 @@ class Office:
             admits=lambda shard: self.known in {"", shard.token},
         )
 
-    def handle(self, payload: object, message_id: str | None = None, kind: Any = Job) -> str:
+    def handle(self, payload: object, message_id: str | None = None, kind: Any = Job) -> Disposition:
         return self.handler.handle(payload, message_id or new_id(), kind=kind)
 
     def read(self, job: Job) -> StatusDocument:
         return self.ledger.read(job.id)
 
-    def again(self, job: Job) -> str:
+    def again(self, job: Job) -> Disposition:
         """The pause is over, and the reaper has rung."""
         self.ledger._due[job.id] = 0
         assert self.ledger.requeue(job.id)
@@ -91,7 +91,7 @@ def payload(job: Job) -> dict[str, Any]:
 
 def test_a_good_job_succeeds_and_its_document_tells_all(office: Office) -> None:
     job = a_job(metadata={"batch": "7"})
-    assert office.handle(payload(job)) == "done"
+    assert office.handle(payload(job)) == Disposition.FINISHED
     document = office.read(job)
     assert (document.status, document.stage, document.attempt) == ("succeeded", None, 1)
     assert document.predictions[0].name == "red"
@@ -107,13 +107,13 @@ def test_a_message_that_comes_again_is_dropped(office: Office) -> None:
     job = a_job()
     office.handle(payload(job))
     document = office.read(job)
-    assert office.handle(payload(job)) == "dropped"
+    assert office.handle(payload(job)) == Disposition.DROP
     assert office.read(job) == document
 
 
 def test_a_permanent_error_fails_the_job_at_once(office: Office) -> None:
     job = a_job(image="s3://in/none.png")
-    assert office.handle(payload(job)) == "done"
+    assert office.handle(payload(job)) == Disposition.FINISHED
     document = office.read(job)
     assert document.status == "failed"
     assert document.error is not None
@@ -143,11 +143,11 @@ def test_whatever_a_job_raises_it_ends_with_a_document_and_nothing_of_it_is_held
 ) -> None:
     office.images["s3://in/a.png"] = error
     job, handler = a_job(max_attempts=2), office.handler
-    assert handler.handle(payload(job), new_id()) == "later"
+    assert handler.handle(payload(job), new_id()) == Disposition.RETRY
     assert office.read(job).status == "retrying"
     office.ledger._due[job.id] = 0
     assert office.ledger.requeue(job.id)
-    assert handler.handle(payload(job), new_id()) == "done"
+    assert handler.handle(payload(job), new_id()) == Disposition.FINISHED
     document = office.read(job)
     assert document.error is not None
     assert (document.status, document.error.code, document.error.stage) == ("failed", "internal", "fetch")
@@ -160,14 +160,14 @@ def test_whatever_a_job_raises_it_ends_with_a_document_and_nothing_of_it_is_held
 def test_a_retryable_error_puts_the_job_back_with_a_growing_pause(office: Office) -> None:
     office.images["s3://in/a.png"] = ImageFetchFailed("HTTP 503")
     job = a_job()
-    assert office.handle(payload(job)) == "later"
+    assert office.handle(payload(job)) == Disposition.RETRY
     document = office.read(job)
     assert (document.status, document.error and document.error.code) == ("retrying", "image_fetch_failed")
     pauses = [office.ledger._due[job.id] - time.time()]
-    assert office.handle(payload(job)) == "dropped", "its pause is not over"
-    assert office.again(job) == "later"
+    assert office.handle(payload(job)) == Disposition.DROP, "its pause is not over"
+    assert office.again(job) == Disposition.RETRY
     pauses.append(office.ledger._due[job.id] - time.time())
-    assert office.again(job) == "done"
+    assert office.again(job) == Disposition.FINISHED
     assert office.read(job).status == "failed", "the third attempt was the last"
     assert 0 < pauses[0] <= 1
     assert 0 < pauses[1] <= 2
@@ -178,7 +178,7 @@ def test_a_retry_that_succeeds_leaves_no_error(office: Office) -> None:
     job = a_job()
     office.handle(payload(job))
     office.images["s3://in/a.png"] = IMAGE
-    assert office.again(job) == "done"
+    assert office.again(job) == Disposition.FINISHED
     document = office.read(job)
     assert (document.status, document.attempt, document.error) == ("succeeded", 2, None)
 
@@ -186,7 +186,7 @@ def test_a_retry_that_succeeds_leaves_no_error(office: Office) -> None:
 def test_what_nobody_foresaw_is_an_internal_problem_and_is_tried_again(office: Office) -> None:
     office.images["s3://in/a.png"] = RuntimeError("surprise")
     job = a_job(max_attempts=1)
-    assert office.handle(payload(job)) == "done"
+    assert office.handle(payload(job)) == Disposition.FINISHED
     error = office.read(job).error
     assert error is not None
     assert (error.code, error.retryable) == ("internal", True)
@@ -202,7 +202,7 @@ def test_storage_that_fails_fails_no_more_than_the_attempt(office: Office) -> No
 
     office.store = Broken()
     job = a_job()
-    assert office.handle(payload(job)) == "later"
+    assert office.handle(payload(job)) == Disposition.RETRY
     assert office.read(job).result is None
 
 
@@ -211,7 +211,7 @@ def test_storage_that_fails_fails_no_more_than_the_attempt(office: Office) -> No
 )
 def test_a_message_that_is_no_job_is_written_down_under_its_own_id(office: Office, message: object) -> None:
     message_id = new_id()
-    assert office.handle(message, message_id) == "done"
+    assert office.handle(message, message_id) == Disposition.FINISHED
     document = office.ledger.read(message_id)
     assert (document.status, document.error and document.error.code) == ("failed", "invalid_job")
 
@@ -223,22 +223,22 @@ def test_a_wrong_job_with_an_id_is_written_down_under_that_id(office: Office) ->
 
 
 def test_a_message_id_of_another_kind_still_leads_to_one_document(office: Office) -> None:
-    assert office.handle("garbage", "my-own-id") == "done"
-    assert office.handle("garbage", "my-own-id") == "done"
+    assert office.handle("garbage", "my-own-id") == Disposition.FINISHED
+    assert office.handle("garbage", "my-own-id") == Disposition.FINISHED
     assert len(office.ledger._entries) == 1
 
 
 def test_a_stranger_may_leave_out_the_id_and_find_the_job_by_the_message(office: Office) -> None:
     message_id = new_id()
     stranger = {"image": "s3://in/a.png", "network": "efficientnet_lite0", "target": {"top_n": 1}}
-    assert office.handle(stranger, message_id) == "done"
+    assert office.handle(stranger, message_id) == Disposition.FINISHED
     assert office.ledger.read(message_id).status == "succeeded"
 
 
 def test_a_strangers_second_job_with_a_taken_key_is_refused_under_its_own_id(office: Office) -> None:
     first, second = a_job(idempotency_key="k"), a_job(idempotency_key="k", target={"top_n": 2})
     office.handle(payload(first))
-    assert office.handle(payload(second)) == "done"
+    assert office.handle(payload(second)) == Disposition.FINISHED
     error = office.read(second).error
     assert error is not None
     assert error.code == "idempotency_conflict"
@@ -258,7 +258,7 @@ def test_an_overtaken_attempt_stops_without_a_word(office: Office) -> None:
             return super().put(key, data, media_type)
 
     office.store = Overtaking()
-    assert office.handle(payload(job)) == "dropped"
+    assert office.handle(payload(job)) == Disposition.DROP
     assert office.read(job).worker == WorkerRef(id="other", device="cpu")
     assert office.read(job).status == "running"
 
@@ -276,7 +276,7 @@ def test_a_ledger_out_of_reach_hands_the_message_back(
     with pytest.raises(LedgerUnavailable):
         office.handle(payload(job))
     monkeypatch.undo()
-    assert office.handle(payload(job)) == "done", "and leaves nothing locked"
+    assert office.handle(payload(job)) == Disposition.FINISHED, "and leaves nothing locked"
 
 
 def test_a_second_message_for_a_running_job_is_dropped_and_changes_nothing(office: Office) -> None:
@@ -292,8 +292,8 @@ def test_a_second_message_for_a_running_job_is_dropped_and_changes_nothing(offic
 
     office.store = Meanwhile()
     office.one_desk = office.handler
-    assert office.one_desk.handle(payload(job), new_id()) == "done"
-    assert set(ends) == {"dropped"}
+    assert office.one_desk.handle(payload(job), new_id()) == Disposition.FINISHED
+    assert set(ends) == {Disposition.DROP}
     assert (office.read(job).status, office.read(job).attempt) == ("succeeded", 1)
 
 
@@ -309,7 +309,7 @@ def test_a_job_that_is_cancelled_while_it_runs_uploads_nothing_more(office: Offi
 
     office.store = Cancelling()
     office.one_desk = office.handler
-    assert office.one_desk.handle(payload(job), new_id()) == "done"
+    assert office.one_desk.handle(payload(job), new_id()) == Disposition.FINISHED
     document = office.read(job)
     assert (document.status, document.error and document.error.code) == ("canceled", "canceled")
     assert document.cancel_requested_at is not None
@@ -321,7 +321,7 @@ def test_a_job_that_was_cancelled_in_the_queue_never_starts(office: Office) -> N
     job = a_job()
     office.ledger.submit(job)
     office.ledger.cancel(job.id)
-    assert office.handle(payload(job)) == "dropped"
+    assert office.handle(payload(job)) == Disposition.DROP
     assert (office.read(job).status, office.read(job).attempt) == ("canceled", 0)
 
 
@@ -336,7 +336,7 @@ def test_a_rerun_that_finds_its_sealed_manifest_only_posts_it(office: Office) ->
     rerun._due[job.id] = 0
     rerun.expire_lease(job.id)  # it died between the manifest and its last word
     office.store.objects = Untouched(sealed)
-    assert office.handle(payload(job)) == "done"
+    assert office.handle(payload(job)) == Disposition.FINISHED
     second = office.read(job)
     assert (second.status, second.attempt) == ("succeeded", 2)
     assert second.result == first.result
@@ -360,7 +360,7 @@ def test_a_manifest_of_before_is_never_posted_as_the_result_of_another_job_of_it
     office.ledger.claim(office.ledger.read(second.id), WorkerRef(id="lost", device="cpu"))
     office.ledger._due[second.id] = 0
     office.ledger.expire_lease(second.id)
-    assert office.handle(payload(second)) == "done"
+    assert office.handle(payload(second)) == Disposition.FINISHED
     found = office.read(second)
     assert (found.status, found.attempt) == ("succeeded", 2)
     assert found.result != stale.result
@@ -404,7 +404,7 @@ def test_a_worker_without_keys_for_s3_charges_no_job_and_finishes_them_when_it_h
     refusal = b"<ErrorResponse><Error><Code>AccessDenied</Code><Message>No</Message></Error></ErrorResponse>"
     http_server.url("/", answer(403, refusal))
     http_server.url("/photos/a.png", answer(200, IMAGE))
-    assert [handler.handle(payload(job), job.id) for job in jobs[:3]] == ["later"] * 3
+    assert [handler.handle(payload(job), job.id) for job in jobs[:3]] == [Disposition.RETRY] * 3
     with pytest.raises(WorkerUnfit, match=r"AssumeRoleWithWebIdentity.*AccessDenied"):
         handler.handle(payload(jobs[3]), jobs[3].id)
     breaker._look()
@@ -415,7 +415,7 @@ def test_a_worker_without_keys_for_s3_charges_no_job_and_finishes_them_when_it_h
     for job in jobs:
         office.ledger._due[job.id] = 0
         office.ledger.requeue(job.id)
-        assert handler.handle(payload(job), job.id) == "done"
+        assert handler.handle(payload(job), job.id) == Disposition.FINISHED
         assert office.read(job).status == "succeeded"
 
 
@@ -436,11 +436,11 @@ def test_what_runs_is_handed_back_when_the_worker_has_to_stop(office: Office) ->
 
     office.store = Stopping()
     office.one_desk = office.handler
-    assert office.one_desk.handle(payload(job), new_id()) == "dropped"
+    assert office.one_desk.handle(payload(job), new_id()) == Disposition.DROP
     assert handed == [job.id]
     assert office.read(job).status == "queued"
     office.store = MemoryStore()
-    assert office.handle(payload(job)) == "done"
+    assert office.handle(payload(job)) == Disposition.FINISHED
     assert (office.read(job).status, office.read(job).attempt) == ("succeeded", 2)
 
 
@@ -450,7 +450,7 @@ def test_what_runs_is_handed_back_when_the_worker_has_to_stop(office: Office) ->
 )
 def test_a_wrong_id_is_refused_and_not_replaced_in_silence(office: Office, job_id: object) -> None:
     message_id = new_id()
-    assert office.handle({**payload(a_job()), "id": job_id}, message_id) == "done"
+    assert office.handle({**payload(a_job()), "id": job_id}, message_id) == Disposition.FINISHED
     error = office.ledger.read(message_id).error
     assert error is not None
     assert error.code == "invalid_job"
@@ -460,7 +460,7 @@ def test_a_wrong_id_is_refused_and_not_replaced_in_silence(office: Office, job_i
 def test_a_strangers_second_message_with_the_same_key_runs_the_first_job(office: Office) -> None:
     first, second = a_job(idempotency_key="k"), a_job(idempotency_key="k")
     office.ledger.submit(first)
-    assert office.handle(payload(second)) == "done"
+    assert office.handle(payload(second)) == Disposition.FINISHED
     assert office.read(first).status == "succeeded"
     assert {key.partition("/")[0] for key in office.store.objects} == {first.id}
 
@@ -493,7 +493,7 @@ def test_a_message_that_says_when_its_job_was_entered_spares_a_question_to_the_l
         return execute(self, *command, **options)
 
     monkeypatch.setattr(redis.Redis, "execute_command", counted)
-    assert office.handler.handle(payload(job), job.id, entered_at=moment) == "done"
+    assert office.handler.handle(payload(job), job.id, entered_at=moment) == Disposition.FINISHED
     document = ledger.read(job.id)
     assert (document.status, document.attempt, document.revision) == ("succeeded", 1, 3)
     assert len(asked) == questions
@@ -501,7 +501,10 @@ def test_a_message_that_says_when_its_job_was_entered_spares_a_question_to_the_l
 
 def test_what_is_no_job_is_refused_also_if_it_says_when_it_was_entered(office: Office) -> None:
     message_id = new_id()
-    assert office.handler.handle({"image": 7}, message_id, entered_at="2026-01-01T00:00:00Z") == "done"
+    assert (
+        office.handler.handle({"image": 7}, message_id, entered_at="2026-01-01T00:00:00Z")
+        == Disposition.FINISHED
+    )
     assert office.ledger.read(message_id).status == "failed"
 
 
@@ -523,7 +526,7 @@ def test_a_stage_that_begins_right_after_another_is_told_while_it_lasts(office: 
     thread = threading.Thread(target=handler.leases.run, args=[stopped])
     thread.start()
     try:
-        assert handler.handle(payload(job), job.id) == "done"
+        assert handler.handle(payload(job), job.id) == Disposition.FINISHED
     finally:
         stopped.set()
         thread.join()
@@ -630,7 +633,7 @@ class Died(AttemptFenced):
 
 
 class TestShards:
-    def hand_in(self, office: Office, shard: Shard) -> str:
+    def hand_in(self, office: Office, shard: Shard) -> Disposition:
         """As whoever runs a backfill does."""
         office.ledger.submit(shard)
         return office.handle({"id": shard.id}, kind=Shard)
@@ -638,7 +641,7 @@ class TestShards:
     def test_a_shard_succeeds_and_its_document_counts_its_rows(self, office: Office) -> None:
         office.images = Images(**{"2": lambda: ImageNotFound("There is nothing.")})
         shard = a_shard()
-        assert self.hand_in(office, shard) == "done"
+        assert self.hand_in(office, shard) == Disposition.FINISHED
         document = office.ledger.read(shard.id)
         assert (document.status, document.error, document.predictions) == ("succeeded", None, ())
         counts = {name: document.metrics[name] for name in ("rows", "failed", "failed_image_not_found")}
@@ -649,7 +652,7 @@ class TestShards:
         assert document.network
         assert (document.network.name, document.network.layer) == ("efficientnet_lite0", "blocks")
         assert document.metadata == {"backfill": shard.backfill, "shard": "0"}
-        assert office.handle({"id": shard.id}, kind=Shard) == "dropped"
+        assert office.handle({"id": shard.id}, kind=Shard) == Disposition.DROP
 
     def test_a_shard_under_which_processes_die_is_done_without_the_row_that_kills_them(
         self, office: Office
@@ -661,12 +664,12 @@ class TestShards:
         office.ledger.submit(shard)
         stages = []
         for _ in range(3):
-            assert office.handle({"id": shard.id}, kind=Shard) == "dropped"
+            assert office.handle({"id": shard.id}, kind=Shard) == Disposition.DROP
             stages.append(office.ledger.read(shard.id).stage)
             office.ledger._due[shard.id] = 0
             assert office.ledger.expire_lease(shard.id) == "shard"
         assert stages == ["fetch", "rows 4 to 4", "row 4"]
-        assert office.handle({"id": shard.id}, kind=Shard) == "done"
+        assert office.handle({"id": shard.id}, kind=Shard) == Disposition.FINISHED
         document = office.ledger.read(shard.id)
         assert (document.status, document.attempt) == ("succeeded", 4)
         assert document.metrics["failed_worker_lost"] == document.metrics["failed"] == 1
@@ -678,12 +681,12 @@ class TestShards:
         office.ledger.submit(shard)
         for attempt in (1, 2):
             office.one_desk = office.handler
-            assert office.one_desk.handle({"id": shard.id}, new_id(), kind=Shard) == "dropped"
+            assert office.one_desk.handle({"id": shard.id}, new_id(), kind=Shard) == Disposition.DROP
             document = office.ledger.read(shard.id)
             assert (document.status, document.attempt, document.error) == ("queued", attempt, None)
             assert not office.store.objects
         office.images = Images()
-        assert office.handle({"id": shard.id}, kind=Shard) == "done"
+        assert office.handle({"id": shard.id}, kind=Shard) == Disposition.FINISHED
         left = dict(office.store.objects)
         other = Office(Images())
         self.hand_in(other, shard.model_copy(update={"id": new_id()}))
@@ -695,12 +698,12 @@ class TestShards:
         monkeypatch.setattr("gradcam_worker.execution.shards.AGAIN_S", 0)
         down = {str(place): lambda: ImageFetchFailed("HTTP 503") for place in range(4)}
         office.images, shard = Images(**down), a_shard(max_attempts=2)
-        assert self.hand_in(office, shard) == "later"
+        assert self.hand_in(office, shard) == Disposition.RETRY
         document = office.ledger.read(shard.id)
         assert (document.status, document.error and document.error.code) == ("retrying", "image_fetch_failed")
         office.ledger._due[shard.id] = 0
         assert office.ledger.requeue(shard.id) == "shard"
-        assert office.handle({"id": shard.id}, kind=Shard) == "done"
+        assert office.handle({"id": shard.id}, kind=Shard) == Disposition.FINISHED
         document = office.ledger.read(shard.id)
         assert (document.status, document.metrics["failed_image_fetch_failed"]) == ("succeeded", 4)
 
@@ -714,14 +717,14 @@ class TestShards:
         office.images = Images(**{"1": cancel})
         office.one_desk = office.handler
         office.ledger.submit(shard)
-        assert office.one_desk.handle({"id": shard.id}, new_id(), kind=Shard) == "done"
+        assert office.one_desk.handle({"id": shard.id}, new_id(), kind=Shard) == Disposition.FINISHED
         document = office.ledger.read(shard.id)
         assert (document.status, document.error and document.error.code) == ("canceled", "canceled")
         assert not office.store.objects
 
     def test_a_shard_among_jobs_is_refused_and_runs_nothing(self, office: Office) -> None:
         shard, office.known = a_shard(token="t"), "t"
-        assert office.handle(json.loads(shard.to_json()), shard.id) == "done"
+        assert office.handle(json.loads(shard.to_json()), shard.id) == Disposition.FINISHED
         problem = office.ledger.read(shard.id).error
         assert problem is not None
         assert (problem.code, problem.detail) == (
@@ -732,7 +735,7 @@ class TestShards:
 
     def test_a_job_among_shards_is_refused(self, office: Office) -> None:
         job = a_job()
-        assert office.handle(payload(job), kind=Shard) == "done"
+        assert office.handle(payload(job), kind=Shard) == Disposition.FINISHED
         problem = office.read(job).error
         assert problem is not None
         assert problem.code == "invalid_job"
@@ -744,10 +747,10 @@ class TestShards:
         job, shard, office.known = a_job(), a_shard(token="t"), "t"
         office.ledger.submit(job)
         office.ledger.submit(shard)
-        assert office.handle({"id": shard.id}) == "dropped"
-        assert office.handle({"id": job.id}, kind=Shard) == "dropped"
+        assert office.handle({"id": shard.id}) == Disposition.DROP
+        assert office.handle({"id": job.id}, kind=Shard) == Disposition.DROP
         for one in (job, shard):
-            assert office.handle({"id": one.id}, kind=type(one)) == "done"
+            assert office.handle({"id": one.id}, kind=type(one)) == Disposition.FINISHED
             assert office.ledger.read(one.id).status == "succeeded"
 
     @pytest.mark.parametrize("token", ["", "guessed", "T"])
@@ -757,8 +760,8 @@ class TestShards:
         office.known = "t"
         sent, entered = a_shard(token=token, keep=True), a_shard(token=token, keep=True)
         office.ledger.submit(entered)
-        assert office.handle(json.loads(sent.to_json()), sent.id, kind=Shard) == "done"
-        assert office.handle({"id": entered.id}, kind=Shard) == "done"
+        assert office.handle(json.loads(sent.to_json()), sent.id, kind=Shard) == Disposition.FINISHED
+        assert office.handle({"id": entered.id}, kind=Shard) == Disposition.FINISHED
         for one in (sent, entered):
             document = office.ledger.read(one.id)
             assert (document.status, document.error and document.error.code) == ("failed", "unknown_backfill")
@@ -771,7 +774,7 @@ class TestShards:
     ) -> None:
         """As those have none that an older version submits: into the ledger, where no stranger may write."""
         sent = a_shard()
-        assert office.handle(json.loads(sent.to_json()), sent.id, kind=Shard) == "done"
+        assert office.handle(json.loads(sent.to_json()), sent.id, kind=Shard) == Disposition.FINISHED
         assert office.ledger.read(sent.id).status == "failed"
 
     def test_a_shard_that_is_run_already_is_not_ended_by_a_backfill_that_is_forgotten(
@@ -781,8 +784,8 @@ class TestShards:
 
         def forget() -> None:
             office.known = "another"
-            assert office.handle({"id": shard.id}, kind=Shard) == "dropped"
+            assert office.handle({"id": shard.id}, kind=Shard) == Disposition.DROP
 
         office.images = Images(**{"1": forget})
-        assert self.hand_in(office, shard) == "done"
+        assert self.hand_in(office, shard) == Disposition.FINISHED
         assert office.ledger.read(shard.id).status == "succeeded"

@@ -10,7 +10,7 @@ import pytest
 
 from gradcam_worker.errors import AttemptFenced, JobCanceled, JobTimeout, LedgerUnavailable
 from gradcam_worker.execution.leases import LeaseManager
-from gradcam_worker.ledger.ledger import Renewed
+from gradcam_worker.ledger.ledger import ClaimOutcome, Renewed
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.status import StatusDocument, WorkerRef
@@ -48,7 +48,7 @@ class Office:
     def claim(self, job: Job) -> StatusDocument:
         document = self.ledger.submit(job)
         claim = self.ledger.claim(document, ME)
-        assert claim.outcome == "claimed"
+        assert claim.outcome is ClaimOutcome.CLAIMED
         return claim.document
 
     def passes(self, seconds: float) -> None:

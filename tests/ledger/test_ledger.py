@@ -22,7 +22,7 @@ from gradcam_worker.errors import (
     StorageUnavailable,
     UnknownJob,
 )
-from gradcam_worker.ledger.ledger import Claim, Entry, Ledger, Renewed
+from gradcam_worker.ledger.ledger import Claim, ClaimOutcome, Entry, Ledger, Renewed
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.ledger.state_machine import suspected
 from gradcam_worker.operations import servers
@@ -115,7 +115,7 @@ def test_an_unknown_job_says_so(ledger: Ledger) -> None:
 def test_a_claim_starts_the_first_attempt(ledger: Ledger, job: Job) -> None:
     ledger.submit(job)
     taken = claim(ledger, job)
-    assert taken.outcome == "claimed"
+    assert taken.outcome is ClaimOutcome.CLAIMED
     assert (taken.document.status, taken.document.attempt, taken.document.worker) == ("running", 1, WORKER)
     assert taken.document.started_at is not None
     assert taken.document.metrics["queue_s"] >= 0
@@ -174,7 +174,7 @@ def test_a_claim_enters_a_job_that_a_stranger_published(ledger: Ledger, job: Job
 def test_a_running_job_is_held_and_a_duplicate_changes_nothing(ledger: Ledger, job: Job) -> None:
     first = claim(ledger, job).document
     for _ in range(5):
-        assert claim(ledger, job).outcome == "held"
+        assert claim(ledger, job).outcome is ClaimOutcome.HELD
     assert ledger.read(job.id) == first
 
 
@@ -232,7 +232,7 @@ def test_a_waiting_job_is_cancelled_at_once_and_never_starts(ledger: Ledger, job
     document = ledger.cancel(job.id)
     assert (document.status, document.error and document.error.code) == ("canceled", "canceled")
     assert document.cancel_requested_at is not None
-    assert claim(ledger, job).outcome == "finished"
+    assert claim(ledger, job).outcome is ClaimOutcome.FINISHED
     assert ledger.claim_fresh(job, document.created_at, WORKER) is None
     assert ledger.cancel(job.id) == document
     assert ledger.counts() == (0, 0)
@@ -265,7 +265,11 @@ def test_a_job_that_is_handed_back_keeps_all_its_attempts(ledger: Ledger, job: J
     with pytest.raises(AttemptFenced):
         ledger.advance(first, status="succeeded")
     second = claim(ledger, job)
-    assert (second.outcome, second.document.attempt, second.document.max_attempts) == ("claimed", 2, 2)
+    assert (second.outcome, second.document.attempt, second.document.max_attempts) == (
+        ClaimOutcome.CLAIMED,
+        2,
+        2,
+    )
 
 
 def test_a_job_that_expires_in_the_queue_is_found(ledger: Ledger, job: Job) -> None:
@@ -319,7 +323,7 @@ def test_a_final_job_cannot_be_reopened(ledger: Ledger, job: Job) -> None:
     final = ledger.advance(document, status="failed")
     assert final.completed_at is not None
     assert final.stage is None
-    assert claim(ledger, job).outcome == "finished"
+    assert claim(ledger, job).outcome is ClaimOutcome.FINISHED
     with pytest.raises(AttemptFenced):
         ledger.advance(document, status="succeeded")
     assert ledger.read(job.id) == final
@@ -335,7 +339,7 @@ def test_a_retrying_job_waits_in_the_queue_and_gets_its_next_attempt(ledger: Led
     document = claim(ledger, job).document
     ledger.advance(document, status="retrying", delay_s=0.2)
     assert ledger.counts() == (1, 0)
-    assert claim(ledger, job).outcome == "held", "its pause is not over"
+    assert claim(ledger, job).outcome is ClaimOutcome.HELD, "its pause is not over"
     wait_for(lambda: ledger.overdue(10)["due"] == [job.id])
     assert ledger.requeue(job.id)
     assert not ledger.requeue(job.id)
@@ -357,7 +361,7 @@ def test_a_job_that_never_ends_is_failed_after_its_attempts(ledger: Ledger, job:
 def test_an_expired_job_is_not_started(ledger: Ledger, job: Job) -> None:
     late = job.model_copy(update={"expires_at": utc_now() - timedelta(seconds=1)})
     taken = claim(ledger, late)
-    assert (taken.outcome, taken.document.status) == ("ended", "expired")
+    assert (taken.outcome, taken.document.status) == (ClaimOutcome.ENDED, "expired")
     assert taken.document.error is not None
     assert taken.document.error.code == "expired"
 
@@ -377,14 +381,14 @@ def test_a_refused_message_cannot_touch_a_job_that_has_its_id(ledger: Ledger, jo
 
 def test_many_threads_claim_a_job_and_one_has_it(ledger: Ledger, job: Job) -> None:
     ledger.submit(job)
-    outcomes: list[str] = []
+    outcomes: list[ClaimOutcome] = []
     threads = [threading.Thread(target=lambda: outcomes.append(claim(ledger, job).outcome)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert outcomes.count("claimed") == 1
-    assert set(outcomes) <= {"claimed", "changed", "held"}
+    assert outcomes.count(ClaimOutcome.CLAIMED) == 1
+    assert set(outcomes) <= {ClaimOutcome.CLAIMED, ClaimOutcome.CHANGED, ClaimOutcome.HELD}
 
 
 def test_two_racing_submissions_with_one_key_yield_one_job(ledger: Ledger, job: Job) -> None:
@@ -489,7 +493,7 @@ def test_of_a_job_that_has_ended_only_what_may_be_run_again_is_kept(
     assert ledger.submit(with_key(job, "k")).id == keyed.id, "it is still known by its fingerprint"
     again, document = ledger.get_or_create(keyed.id, keyed.model_dump(mode="json"))
     assert (again is None, document.status) == (status != "failed", status)
-    assert ledger.claim(document, WORKER).outcome == "finished"
+    assert ledger.claim(document, WORKER).outcome is ClaimOutcome.FINISHED
 
 
 def test_the_addresses_of_a_job_that_has_ended_are_not_in_redis(settings: Settings, job: Job) -> None:
@@ -575,7 +579,7 @@ def test_a_ledger_that_is_full_says_so_and_can_still_be_read(
             ledger.submit(job.model_copy(update={"id": new_id()}))
         assert ledger.read(job.id) == document
         ledger.server.redis.config_set("maxmemory", 0)
-        assert claim(ledger, job).outcome == "claimed"
+        assert claim(ledger, job).outcome is ClaimOutcome.CLAIMED
 
 
 def test_after_a_failover_the_node_of_before_is_left(job: Job, tmp_path: Path) -> None:
@@ -701,7 +705,7 @@ def test_a_time_to_expire_that_has_passed_does_not_end_what_is_tried_again(ledge
     ledger.submit(later)
     failed(ledger, later)
     assert ledger.retry(later.id).expires_at == later.expires_at
-    assert claim(ledger, soon).outcome == "claimed"
+    assert claim(ledger, soon).outcome is ClaimOutcome.CLAIMED
 
 
 def test_of_a_job_that_is_tried_again_nothing_lapses(settings: Settings, job: Job) -> None:

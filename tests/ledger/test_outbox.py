@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gradcam_worker.ledger import outbox
-from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.ledger.ledger import ClaimOutcome, Ledger
 from gradcam_worker.ledger.outbox import Delivery, Outbox
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
@@ -162,7 +162,7 @@ def test_a_change_that_is_refused_is_not_told(post: Post) -> None:
     job = post.submit("https://a.example/x", events=("job.started",))
     before = post.ledger.read(job.id)
     post.ledger.claim(before, WORKER)
-    assert post.ledger.claim(before, WORKER).outcome == "changed"
+    assert post.ledger.claim(before, WORKER).outcome is ClaimOutcome.CHANGED
     [delivery] = post.take()
     post.outbox.delivered(delivery)
     assert not post.take()

@@ -24,7 +24,7 @@ from gradcam_worker.errors import (
     StorageUnavailable,
     WeightsUnavailable,
 )
-from gradcam_worker.execution.handler import JobHandler
+from gradcam_worker.execution.handler import Disposition, JobHandler
 from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.network import GRADCAM
@@ -134,7 +134,7 @@ class Shop:
         fields = {"image": "s3://in/a.png", "network": "efficientnet_lite0", "target": {"top_n": 1}}
         return Job.parse({**fields, **changes})
 
-    def handle(self, job: Job) -> str:
+    def handle(self, job: Job) -> Disposition:
         return self.handler.handle(job.model_dump(mode="json"), job.id)
 
     def claim(self, job: Job) -> Any:
@@ -148,10 +148,10 @@ def shop() -> Shop:
 
 def test_jobs_are_counted_by_how_they_end_and_messages_by_what_becomes_of_them(shop: Shop) -> None:
     good = shop.job()
-    assert [shop.handle(good), shop.handle(good)] == ["done", "dropped"]
+    assert [shop.handle(good), shop.handle(good)] == [Disposition.FINISHED, Disposition.DROP]
     shop.handle(shop.job(image="s3://in/none.png"))
     shop.images["s3://in/a.png"] = StorageUnavailable("it is down")
-    assert shop.handle(shop.job(max_attempts=2)) == "later"
+    assert shop.handle(shop.job(max_attempts=2)) == Disposition.RETRY
     shop.handler.handle("no job", new_id())
     for _ in range(3):
         shop.breaker.failed(StorageUnavailable("it is down"))
@@ -183,7 +183,7 @@ def test_a_job_is_in_flight_while_it_is_run(shop: Shop) -> None:
         raise WeightsUnavailable(message)
 
     shop.model_cache._load = load
-    assert shop.handle(shop.job()) == "later"
+    assert shop.handle(shop.job()) == Disposition.RETRY
     assert seen["jobs_in_flight"] == 1
     found = read(shop.counted)
     assert "jobs_in_flight" not in found

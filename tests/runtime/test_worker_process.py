@@ -12,6 +12,7 @@ from celery.exceptions import Reject
 from gradcam_worker.broker import app as broker
 from gradcam_worker.broker import publisher
 from gradcam_worker.errors import InvalidSettings, LedgerUnavailable, NetworkIncompatible, WeightsUnavailable
+from gradcam_worker.execution.handler import Disposition
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.observability.health import Health
 from gradcam_worker.runtime import worker_process
@@ -27,13 +28,13 @@ def because(error: Exception, cause: Exception) -> Exception:
 
 
 @dataclass
-class BrokenDesk:
+class BrokenHandler:
     """Handles nothing, for a reason; refuses what it is told to."""
 
     failure: BaseException
     ledger: Ledger = field(default_factory=MemoryLedger)
 
-    def handle(self, *_: object, **__: object) -> str:
+    def handle(self, *_: object, **__: object) -> Disposition:
         raise self.failure
 
     def refuse(self, message_id: str, payload: object, error: Any) -> StatusDocument:
@@ -55,7 +56,7 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("redelivered", [False, True])
 def test_a_message_goes_back_while_the_ledger_is_out_of_reach(redelivered: bool) -> None:
     with pytest.raises(Reject) as caught:
-        receive(BrokenDesk(LedgerUnavailable("gone")), new_id(), redelivered=redelivered)
+        receive(BrokenHandler(LedgerUnavailable("gone")), new_id(), redelivered=redelivered)
     assert caught.value.requeue
 
 
@@ -63,7 +64,7 @@ def test_a_message_goes_back_while_the_ledger_is_out_of_reach(redelivered: bool)
 def test_a_mistake_of_ours_loses_no_message_and_makes_none_go_round_for_ever(
     kind: type[BaseException],
 ) -> None:
-    handler, message_id = BrokenDesk(kind("surprise")), new_id()
+    handler, message_id = BrokenHandler(kind("surprise")), new_id()
     with pytest.raises(Reject) as caught:
         receive(handler, message_id)
     assert caught.value.requeue
@@ -76,7 +77,7 @@ def test_a_mistake_of_ours_loses_no_message_and_makes_none_go_round_for_ever(
 def test_a_mistake_of_ours_that_cannot_be_written_down_loses_no_message(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    handler = BrokenDesk(RuntimeError("surprise"))
+    handler = BrokenHandler(RuntimeError("surprise"))
     monkeypatch.setattr(handler, "refuse", Mock(side_effect=LedgerUnavailable("gone")))
     with pytest.raises(Reject, match="surprise") as caught:
         receive(handler, new_id(), redelivered=True)
@@ -84,7 +85,7 @@ def test_a_mistake_of_ours_that_cannot_be_written_down_loses_no_message(
 
 
 def test_a_mistake_of_ours_ends_no_good_job(job: Any) -> None:
-    handler = BrokenDesk(RuntimeError("surprise"))
+    handler = BrokenHandler(RuntimeError("surprise"))
     handler.ledger.submit(job)
     with pytest.raises(Reject):
         receive(handler, job.id, redelivered=True)

@@ -1,10 +1,4 @@
-"""One message in, one of four ends out.
-
-done      the job is final: succeeded, failed, canceled or expired, and whoever asked is told
-later     a retryable error: the ledger knows when it is tried again, and the reaper rings then
-dropped   the job was final already, or another attempt has it: the message has nothing to say
-returned  the ledger or the broker is out of reach, or this worker cannot work: the message goes back
-"""
+"""One message in, one `Disposition` out."""
 
 import contextlib
 import logging
@@ -18,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -39,7 +34,7 @@ from gradcam_worker.execution import pipeline, shards
 from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.execution.pipeline import JobContext
 from gradcam_worker.execution.services import Services
-from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.ledger.ledger import ClaimOutcome, Ledger
 from gradcam_worker.ledger.state_machine import suspected
 from gradcam_worker.observability import logs, tracing
 from gradcam_worker.observability.events import SILENT, Observer
@@ -67,9 +62,28 @@ MISPLACED: dict[Kind, str] = {  # why it is refused where a queue is for somethi
 }
 
 
+class Disposition(Enum):
+    """What becomes of a message. The values are the `outcome` label of the metric `job_attempts_total`."""
+
+    FINISHED = "done"
+    """The job is final: succeeded, failed, canceled or expired."""
+
+    RETRY = "later"
+    """A retryable error: the ledger holds when the next attempt is due, and the reaper publishes it then."""
+
+    DROP = "dropped"
+    """The job was final already, or another attempt holds it: the message is of no use."""
+
+    REQUEUE = "returned"
+    """The ledger is out of reach, or this worker is unfit: the message goes back to the queue.
+
+    `JobHandler.handle` does not return this one: it raises the reason.
+    """
+
+
 @dataclass(frozen=True)
 class JobHandler:
-    """Where messages are handled."""
+    """Handles the messages of one worker process."""
 
     settings: Settings
     ledger: Ledger
@@ -92,22 +106,31 @@ class JobHandler:
         *,
         entered_at: object = None,
         kind: Kind = Job,
-    ) -> str:
-        """Bring one message to its end; return which.
+    ) -> Disposition:
+        """Handle one message, to the end of the attempt that it starts.
 
-        `entered_at` is when the message says that its job was entered in the ledger, if it says so. `kind` is
-        what the queue that it comes from is for.
-        Raises LedgerUnavailable, WorkerUnfit: the message has to go back.
+        Args:
+            payload: What the message holds: a job, a shard, or `{"id": ...}` of one in the ledger.
+            message_id: The broker's id of the message.
+            entered_at: When its job was entered in the ledger, if the message says so.
+            kind: What the queue that the message comes from is for.
+
+        Returns:
+            What became of it. Never `Disposition.REQUEUE`.
+
+        Raises:
+            LedgerUnavailable: The ledger is out of reach. The message has to go back to the queue.
+            WorkerUnfit: This worker cannot run jobs now. The message has to go back to the queue.
         """
-        end = "returned"
+        disposition = Disposition.REQUEUE
         try:
             with self.stall.in_hand(), logs.about(job_id=_identify(payload, message_id)):
-                end = self._process(payload, message_id, entered_at, kind)
+                disposition = self._process(payload, message_id, entered_at, kind)
         finally:
-            self.observer.attempt_ended(end)
-        return end
+            self.observer.attempt_ended(disposition.value)
+        return disposition
 
-    def _process(self, payload: object, message_id: str, entered_at: object, kind: Kind) -> str:
+    def _process(self, payload: object, message_id: str, entered_at: object, kind: Kind) -> Disposition:
         if self.breaker.open_reason:
             raise WorkerUnfit(self.breaker.open_reason)
         job_id = _identify(payload, message_id)
@@ -119,18 +142,18 @@ class JobHandler:
         except (InvalidJob, IdempotencyConflict, UnknownBackfill) as error:
             if payload == {"id": job_id} and not self.ledger.route(job_id):
                 log.warning("job %s is not in the ledger any more: its message is dropped", job_id)
-                return "dropped"
+                return Disposition.DROP
             self.refuse(job_id, payload, error)
-            return "done"
+            return Disposition.FINISHED
         except AttemptFenced as error:
             log.warning("%s", error)
             if payload != {"id": job_id} and not self.ledger.route(job_id):
                 message = f"The ledger has lost job {job_id}: its message goes back, and enters it again."
                 raise LedgerUnavailable(message) from error
-            return "dropped"
+            return Disposition.DROP
         return end
 
-    def _try_fast_claim(self, payload: object, entered_at: object) -> str | None:
+    def _try_fast_claim(self, payload: object, entered_at: object) -> Disposition | None:
         """What most messages need: one question to the ledger, then the job. None: it is not so simple."""
         try:
             job, moment = Job.parse(payload), MOMENT.validate_python(entered_at)
@@ -141,29 +164,29 @@ class JobHandler:
             document = self.ledger.claim_fresh(job, moment, self.worker) if free else None
             return self._run(job, document, asked_at) if document else None
 
-    def _claim(self, job_id: str, payload: object, kind: Kind) -> str | None:
+    def _claim(self, job_id: str, payload: object, kind: Kind) -> Disposition | None:
         """Ask the ledger what the job is, then for the job. None: it has changed in between."""
         job, document = self.ledger.get_or_create(
             job_id, _with_id(payload, job_id), partial(self._read, kind)
         )
         if job is None:
             log.info("job %s is %s: nothing to do", document.id, document.status)
-            return "dropped"
+            return Disposition.DROP
         if end := self._reject_wrong_queue(job, document, kind):
             return end
         # Where a worker died under it, it has the process for itself, before the attempt begins.
         with self.gate.enter(job.id, alone=suspected(document)) as free:
             if not free:
-                return "dropped"
+                return Disposition.DROP
             asked_at = utc_now()
             claim = self.ledger.claim(document, self.worker)
-            if claim.outcome == "claimed":
+            if claim.outcome is ClaimOutcome.CLAIMED:
                 last = document.error.stage if document.error and suspected(document) else None
                 return self._run(job, claim.document, asked_at, suspect=last)
-        if claim.outcome == "changed":
+        if claim.outcome is ClaimOutcome.CHANGED:
             return None
         log.info("job %s is %s: nothing to do", job.id, claim.document.status)
-        return "done" if claim.outcome == "ended" else "dropped"
+        return Disposition.FINISHED if claim.outcome is ClaimOutcome.ENDED else Disposition.DROP
 
     def _read(self, kind: Kind, payload: object) -> Work:
         """What a message holds itself. Whoever runs a backfill enters its shards, and sends ids."""
@@ -174,18 +197,18 @@ class JobHandler:
             raise _unknown(work)
         return work
 
-    def _reject_wrong_queue(self, job: Work, document: StatusDocument, kind: Kind) -> str | None:
+    def _reject_wrong_queue(self, job: Work, document: StatusDocument, kind: Kind) -> Disposition | None:
         """How a message ends that may not have what the ledger holds under its id; None: it may."""
         if not isinstance(job, kind):  # it has a message of its own, in the queue that is for it
             log.warning("the message of %s came by a queue that is not for it: dropped", job.id)
-            return "dropped"
+            return Disposition.DROP
         if not isinstance(job, Shard) or document.status != "queued" or self.admits(job):
             return None
         error = _unknown(job)
         problem = Problem.of(error, stage="receive", attempt=document.attempt)
         self.ledger.advance(document, status="failed", error=problem)
         log.warning("shard %s refused: %s", job.id, error)
-        return "done"
+        return Disposition.FINISHED
 
     def refuse(self, message_id: str, payload: object, error: GradcamError) -> StatusDocument:
         """Write down a message that is no job. Raises LedgerUnavailable."""
@@ -210,7 +233,7 @@ class JobHandler:
 
     def _run(
         self, job: Work, document: StatusDocument, asked_at: datetime, *, suspect: str | None = None
-    ) -> str:
+    ) -> Disposition:
         """Run a job that was asked for, and claimed; write down how it went."""
         with self._job_context(job, document, asked_at) as traced:
             return self._execute(job, traced, suspect)
@@ -230,7 +253,7 @@ class JobHandler:
             with logs.about(**facts, trace_id=tracing.trace_id(traceparent)):
                 yield document.model_copy(update={"traceparent": traceparent})
 
-    def _execute(self, job: Work, document: StatusDocument, suspect: str | None) -> str:
+    def _execute(self, job: Work, document: StatusDocument, suspect: str | None) -> Disposition:
         progress = _StageReporter(self.ledger, document, self.stall.moved)
         context = JobContext(
             Deadline(job.timeout_s),
@@ -261,7 +284,7 @@ class JobHandler:
             if shard:
                 failed = int(done.metrics["failed"])
                 self.observer.rows_ended(int(done.metrics["rows"]) - failed, failed)
-        return "done"
+        return Disposition.FINISHED
 
     @contextmanager
     def _track_in_flight(
@@ -276,7 +299,9 @@ class JobHandler:
             if not shard:
                 self.observer.staged({**document.metrics, **context.metrics})
 
-    def _failed(self, job: Work, document: StatusDocument, context: JobContext, error: BaseException) -> str:
+    def _failed(
+        self, job: Work, document: StatusDocument, context: JobContext, error: BaseException
+    ) -> Disposition:
         if not isinstance(error, GradcamError):
             log.error("job %s: unforeseen at %s", job.id, context.current_stage, exc_info=error)
             error = InternalError.of(error)
@@ -287,14 +312,14 @@ class JobHandler:
         changes: dict[str, Any] = {"error": problem, "metrics": {**document.metrics, **context.metrics}}
         if isinstance(error, JobCanceled):
             self._write(document, status="canceled", **changes)
-            return "done"
+            return Disposition.FINISHED
         if not error.retryable or document.attempt >= document.max_attempts:
             self._write(document, status="failed", **changes)
-            return "done"
+            return Disposition.FINISHED
         delay_s = self._backoff_s(document.attempt)
         log.warning("job %s waits %.1f s for its next attempt: %s", job.id, delay_s, error)
         self._write(document, status="retrying", delay_s=delay_s, queued_at=utc_now(), **changes)
-        return "later"
+        return Disposition.RETRY
 
     def _write(self, document: StatusDocument, *, delay_s: float = 0, **changes: Any) -> None:
         with tracing.span("write"):

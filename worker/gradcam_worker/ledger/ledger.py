@@ -16,7 +16,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from enum import Enum
+from typing import Any
 
 from gradcam_worker.errors import (
     AttemptFenced,
@@ -37,7 +38,6 @@ from gradcam_worker.schemas.shard import Shard, Work, parse
 from gradcam_worker.schemas.status import Problem, StatusDocument, WorkerRef
 
 ASK_AGAIN_S = 0.5  # between two tries to reach the ledger
-Outcome = Literal["claimed", "held", "finished", "ended", "changed"]
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,30 @@ class Entry:
     webhooks: tuple[Webhook, ...] = ()
 
 
+class ClaimOutcome(Enum):
+    """How the claim of a job ended."""
+
+    CLAIMED = "claimed"
+    """The caller holds the job and has to run it."""
+
+    HELD = "held"
+    """Another attempt holds it, or the pause before its next attempt is not over."""
+
+    FINISHED = "finished"
+    """It was final already."""
+
+    ENDED = "ended"
+    """The claim itself made it final: it had expired, or had used up its attempts."""
+
+    CHANGED = "changed"
+    """It has changed since it was read: read it again."""
+
+
 @dataclass(frozen=True)
 class Claim:
-    """What a worker learned when it asked for a job.
+    """What a worker learned when it asked for a job."""
 
-    `claimed`: run it. `held`: another attempt has it, or its pause is not over. `finished`: it was final
-    already. In all three of the latter, the message has nothing to say. `ended`: the claim itself made it
-    final, because it had expired or had used up its attempts. `changed`: look again.
-    """
-
-    outcome: Outcome
+    outcome: ClaimOutcome
     document: StatusDocument
 
 
@@ -281,14 +295,14 @@ class Ledger(ABC):
     def claim(self, before: StatusDocument, worker: WorkerRef) -> Claim:
         """Take the next attempt at a job, whose last known document is `before`."""
         if before.final:
-            return Claim("finished", before)
+            return Claim(ClaimOutcome.FINISHED, before)
         if before.status != "queued":
-            return Claim("held", before)
+            return Claim(ClaimOutcome.HELD, before)
         after = state_machine.claimed(before, worker)
         if not self._swap(before, after):
-            return Claim("changed", self.read(before.id))
+            return Claim(ClaimOutcome.CHANGED, self.read(before.id))
         self._tell(after)
-        return Claim("ended" if after.final else "claimed", after)
+        return Claim(ClaimOutcome.ENDED if after.final else ClaimOutcome.CLAIMED, after)
 
     def advance(
         self, document: StatusDocument, *, patience_s: float = 0, delay_s: float = 0, **changes: Any

@@ -15,7 +15,7 @@ class Observer:
         """A job has become final, and why where it has not succeeded: the code of an error, or ''."""
 
     def attempt_ended(self, outcome: str) -> None:
-        """A message has come to one of the four ends of `gradcam_worker.execution.handler`."""
+        """A message was handled: the value of a `gradcam_worker.execution.handler.Disposition`."""
 
     def in_flight(self, change: int, *, shard: bool) -> None:
         """So many more jobs, or shards, are run than before: 1 or -1."""
