@@ -65,10 +65,17 @@ ERRORS_INTRO = f"""\
 
 {NOTE}
 
-Every failure is an exception of `gradcam_worker.errors` with a `code`. A failed job carries the code, a
-sentence (`detail`) and `retryable` in `error` of its status document. A code keeps its meaning; new ones may
-be added. *Tried again*: the job is queued again with backoff, until `max_attempts`.
+Every failure is an exception of `gradcam_worker.errors` with a `code`, below the class of its cause:
+`except ImageError` catches whatever is wrong with an image. A failed job carries the code, a sentence
+(`detail`) and `retryable` in `error` of its status document. A code keeps its meaning; new ones may be added.
+
+*Retryable*: the same request may succeed later. Each class also is one of these three:
+
+* `PermanentError`: the job fails at once.
+* `RetryableError`: the job is queued again, with backoff, until `max_attempts`.
+* `LocalError`: it is raised to the caller, or ends a command. No status document holds one.
 """
+BECOMES = {errors.PermanentError: "fails", errors.RetryableError: "retried", errors.LocalError: "raised"}
 METRICS_INTRO = f"""\
 # Metrics
 
@@ -268,39 +275,57 @@ def _option(named: str, said: str) -> tuple[str, str]:
 
 def error_codes() -> str:
     """docs/reference/errors.md: the tree of `gradcam_worker.errors`."""
-    known = [one for one in _tree(errors.GradcamError) if "code" in vars(one)][1:]  # without the root
-    local = [one for one in known if issubclass(one, errors.LocalError)]
     lines = [ERRORS_INTRO.rstrip()]
-    for heading, about, which in (
-        ("Of jobs", "These end a job, or a row of a backfill.", [one for one in known if one not in local]),
-        (
-            "Of callers",
-            "These are raised to the caller, or end a command. No status document holds one.",
-            local,
-        ),
-    ):
+    for cause, kinds in _by_cause().items():
+        if cause is errors.GradcamError:
+            lines += ["", "## Others"]
+        else:
+            lines += ["", f"## {cause.__name__}", "", _first_line(cause)]
         rows = [
-            (f"`{one.code}`", f"`{one.__name__}`", "yes" if one.retryable else "no", _first_line(one))
-            for one in which
+            (
+                f"`{one.code}`",
+                f"`{one.__name__}`",
+                "yes" if one.retryable else "no",
+                f"`{_becomes(one).__name__}`",
+                _first_line(one),
+            )
+            for one in kinds
         ]
-        headings = ("code", "exception", "tried again", "meaning")
-        lines += ["", f"## {heading}", "", about, *_table("errors", headings, rows)]
-    lines += ["", "## The tree", "", "```text", *_drawn(errors.GradcamError), "```"]
+        lines += _table("errors", ("code", "exception", "retryable", "also a", "meaning"), rows)
+    lines += ["", "## The tree", "", "```text", *error_tree(), "```"]
     return "\n".join(lines) + "\n"
 
 
-def _tree(root: type[errors.GradcamError]) -> Iterator[type[errors.GradcamError]]:
-    yield root
-    for one in root.__subclasses__():
-        if one.__module__ == errors.__name__:
-            yield from _tree(one)
+def error_tree() -> Iterator[str]:
+    """Every error below its cause, with its code and what becomes of a job."""
+    yield errors.GradcamError.__name__
+    groups = _by_cause()
+    others = groups.pop(errors.GradcamError)
+    for cause, kinds in groups.items():
+        yield f"├── {cause.__name__}"
+        for one in kinds:
+            yield _branch("│   └── " if one is kinds[-1] else "│   ├── ", one)
+    for one in others:
+        yield _branch("└── " if one is others[-1] else "├── ", one)
 
 
-def _drawn(root: type[errors.GradcamError], indent: str = "") -> Iterator[str]:
-    yield indent + root.__name__
-    for one in root.__subclasses__():
-        if one.__module__ == errors.__name__:
-            yield from _drawn(one, indent + "    ")
+def _branch(branch: str, one: type[errors.GradcamError]) -> str:
+    return f"{branch + one.__name__:<35}{one.code:<26}{BECOMES[_becomes(one)]}"
+
+
+def _becomes(one: type[errors.GradcamError]) -> type[errors.GradcamError]:
+    """Which of the three says what becomes of a job."""
+    (found,) = (kind for kind in BECOMES if issubclass(one, kind))
+    return found
+
+
+def _by_cause() -> dict[type[errors.GradcamError], list[type[errors.GradcamError]]]:
+    """Each cause and its errors, as they are defined; those without one come last, below the root."""
+    groups: dict[type[errors.GradcamError], list[type[errors.GradcamError]]] = {}
+    for one in errors.all_errors():
+        cause = one.__bases__[0]
+        groups.setdefault(errors.GradcamError if cause in BECOMES else cause, []).append(one)
+    return groups
 
 
 def _first_line(one: type) -> str:

@@ -447,8 +447,7 @@ def test_a_ledger_that_comes_back_without_the_job_says_so(
 
 
 def test_who_is_refused_from_the_start_is_told_at_once_and_who_was_let_in_waits(job: Job) -> None:
-    refused = LedgerUnavailable("Wrong password.")
-    refused.hopeless = True
+    refused = LedgerUnavailable("Wrong password.", retryable=False)
     listener = Subscription(job.id, lambda: None)
     listener.tell(refused)
     with pytest.raises(LedgerUnavailable, match="Wrong password"):

@@ -1,28 +1,67 @@
 import re
 
+import pytest
+
+import reference_pages
 from gradcam_worker import errors
-from gradcam_worker.errors import GradcamError, InternalError, public_message
+from gradcam_worker.errors import (
+    GradcamError,
+    ImageError,
+    ImageNotFound,
+    InternalError,
+    JobError,
+    LedgerUnavailable,
+    LocalError,
+    ModelError,
+    PermanentError,
+    RedisUnavailable,
+    RetryableError,
+    StatusUnavailable,
+    UnknownClass,
+    WaitTimeout,
+    public_message,
+    with_sentence,
+)
 from gradcam_worker.schemas.status import Problem
 
-
-def descendants(root: type[GradcamError]) -> list[type[GradcamError]]:
-    return [one for child in root.__subclasses__() for one in (child, *descendants(child))]
-
-
-LEAVES = [
-    one for one in descendants(GradcamError) if one.__module__ == errors.__name__ and "code" in vars(one)
-]
+OUTCOMES = (PermanentError, RetryableError, LocalError)
+EVERY = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, GradcamError)]
+LEAVES = errors.all_errors()
 
 
-def test_every_error_has_a_code_of_its_own() -> None:
+def test_every_error_that_is_raised_has_a_code_of_its_own() -> None:
     codes = [one.code for one in LEAVES]
     assert len(codes) == len(set(codes))
+    below = {one for one in EVERY if not any(one in other.__bases__ for other in EVERY)}
+    assert below == set(LEAVES), "what has errors below it is a cause, and is not raised"
 
 
 def test_the_tree_in_the_docstring_is_the_tree_in_the_code() -> None:
-    drawn = {line.strip(" │├└─").split()[0] for line in (errors.__doc__ or "").splitlines() if "──" in line}
-    defined = {one.__name__ for one in descendants(GradcamError) if one.__module__ == errors.__name__}
-    assert drawn == defined | {"InternalError"}
+    drawn = [line.strip() for line in (errors.__doc__ or "").splitlines()]
+    tree = [*reference_pages.error_tree()]
+    assert drawn[2 : 2 + len(tree)] == tree
+    assert len(tree) == len(EVERY) - len(OUTCOMES)
+
+
+def test_every_error_says_what_becomes_of_a_job_and_has_at_most_one_cause() -> None:
+    for one in LEAVES:
+        assert len([kind for kind in OUTCOMES if issubclass(one, kind)]) == 1, one
+        above = {kind for kind in one.__mro__ if issubclass(kind, GradcamError)}
+        assert len(above - {one, GradcamError, *OUTCOMES}) <= 1, one
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (ImageNotFound, ImageError),
+        (UnknownClass, ModelError),
+        (WaitTimeout, JobError),
+        (LedgerUnavailable, RedisUnavailable),
+    ],
+)
+def test_an_error_is_caught_by_its_cause(error: type[GradcamError], cause: type[GradcamError]) -> None:
+    with pytest.raises(cause, match="What was received"):
+        raise error("What was received.")  # noqa: EM101, TRY003
 
 
 def test_every_error_describes_itself_in_one_sentence() -> None:
@@ -30,17 +69,40 @@ def test_every_error_describes_itself_in_one_sentence() -> None:
         assert (one.__doc__ or "").strip().endswith("."), one
 
 
+# An end user who is told so makes the same request once more.
+AGAIN = re.compile(r"\b(try|tried|look|ask|submit)\b[^.]*\bagain\b", re.IGNORECASE)
+
+
+def test_whoever_is_told_to_try_again_has_an_error_that_is_retryable_and_no_other() -> None:
+    for one in EVERY:
+        assert bool(AGAIN.search(one.public_message)) == one.retryable, one
+        if issubclass(one, PermanentError | RetryableError):
+            assert one.retryable == issubclass(one, RetryableError), one
+
+
+def test_a_server_that_will_refuse_again_is_not_asked_again() -> None:
+    assert LedgerUnavailable("Out of reach.").retryable
+    refused = LedgerUnavailable("Wrong password.", retryable=False, changed_nothing=True)
+    longer = with_sentence(refused, "The job was not accepted.")
+    assert (longer.retryable, longer.changed_nothing) == (False, True)
+    assert str(longer) == "Wrong password. The job was not accepted."
+    assert str(refused) == "Wrong password."
+    assert LedgerUnavailable.retryable
+
+
+def test_what_an_error_carries_is_kept_where_it_says_more() -> None:
+    assert with_sentence(StatusUnavailable("Busy.", retry_after_s=7), "Later.").retry_after_s == 7
+
+
 # What tells strangers how a service is built, or what it holds.
 TELLING = r"gradcam|setting|bucket|host|server|redis|s3\b|queue|ledger|broker|worker|path|folder|byte|http"
 
 
 def test_every_error_has_a_sentence_for_end_users_of_its_own() -> None:
-    every: list[type[GradcamError]] = [GradcamError, *descendants(GradcamError)]
-    for one in every:
-        if one.__module__ == errors.__name__:
-            assert "public_message" in vars(one), one
-            assert re.fullmatch(r"[A-Z][A-Za-z ,]+\.( [A-Z][A-Za-z ,]+\.)?", one.public_message), one
-            assert not re.search(TELLING, one.public_message, re.IGNORECASE), one
+    for one in EVERY:
+        assert "public_message" in vars(one), one
+        assert re.fullmatch(r"[A-Z][A-Za-z ,]+\.( [A-Z][A-Za-z ,]+\.)?", one.public_message), one
+        assert not re.search(TELLING, one.public_message, re.IGNORECASE), one
 
 
 def test_what_end_users_are_told_says_nothing_of_the_error_but_its_class() -> None:

@@ -160,7 +160,7 @@ def test_a_problem_carries_code_and_sentence_but_no_traceback() -> None:
         "type": "urn:gradcam:problem:image_not_found",
         "title": "Nothing is stored at this URI",
         "detail": "There is no such object: s3://in/a.jpg.",
-        "public_message": "The image is not there, or may not be read. Please upload it, and try again.",
+        "public_message": "The image is not there, or may not be read. Please upload it first.",
         "code": "image_not_found",
         "retryable": False,
         "stage": "fetch",

@@ -1,83 +1,103 @@
-"""Every way to fail, as one tree.
+"""Every failure is a GradcamError. What is to be caught is its cause.
 
     GradcamError
-    ├── PermanentError           trying again cannot help: the job fails at once
-    │   ├── InvalidJob               invalid_job
-    │   ├── InvalidRow               invalid_row              of a backfill's input
-    │   ├── DuplicateId              duplicate_id             of a row before
-    │   ├── UnknownNetwork           unknown_network
-    │   ├── UnknownLayer             unknown_layer
-    │   ├── UnknownClass             unknown_class
-    │   ├── AmbiguousClass           ambiguous_class
-    │   ├── UriNotAllowed            uri_not_allowed
-    │   ├── ImageNotFound            image_not_found
-    │   ├── ImageForbidden           image_forbidden
-    │   ├── ImageTooLarge            image_too_large          bytes
-    │   ├── ImagePixelsExceeded      image_pixels_exceeded    width x height
-    │   ├── UnsupportedMediaType     unsupported_media_type
-    │   ├── ImageDecodeFailed        image_decode_failed
-    │   ├── ChecksumMismatch         checksum_mismatch
-    │   ├── WeightsChecksumMismatch  weights_checksum_mismatch
-    │   ├── NetworkIncompatible      network_incompatible
-    │   ├── UnknownBackfill          unknown_backfill         of a shard
-    │   ├── OutputNotAllowed         output_not_allowed
-    │   ├── IdempotencyConflict      idempotency_conflict
-    │   ├── JobTimeout               timeout
-    │   ├── JobExpired               expired
-    │   ├── JobCanceled              canceled
-    │   └── MaxAttemptsExceeded      max_attempts_exceeded
-    ├── RetryableError           trying again may help: the job is queued again, with backoff
-    │   ├── ImageFetchFailed         image_fetch_failed
-    │   ├── StorageUnavailable       storage_unavailable
-    │   ├── StatusUnavailable        status_unavailable
-    │   ├── WeightsUnavailable       weights_unavailable
-    │   ├── DeviceOutOfMemory        device_out_of_memory
-    │   ├── WorkerLost               worker_lost
-    │   └── InternalError            internal                 anything nobody foresaw
-    └── LocalError               the caller's to handle: never in a status document
-        ├── BrokerUnavailable        the queue cannot be reached
-        ├── LedgerUnavailable        the ledger cannot be reached
-        ├── UnknownJob               no such job in the ledger, or its time there has passed
-        ├── JobNotFailed             only a job that failed can be tried again
-        ├── WaitTimeout              the job is not final yet
-        ├── NoResult                 the job has left no manifest
-        ├── DeliveryRefused          a webhook's receiver said no, and will say no again
-        ├── EndpointGone             a webhook's receiver wants to hear no more, of any job
-        ├── AttemptFenced            another attempt owns the job now
-        ├── WorkerUnfit              this worker cannot work just now: somebody else, or later
-        ├── InvalidInput             a backfill's input cannot be read, or not as what it is said to be
-        ├── BackfillConflict         the output holds another backfill, or somebody else runs this one
-        ├── BackfillStopped          too many rows failed: it was stopped
-        └── InvalidSettings          an impossible setting or combination of settings
+    ├── JobError
+    │   ├── InvalidJob                 invalid_job               fails
+    │   ├── IdempotencyConflict        idempotency_conflict      fails
+    │   ├── JobTimeout                 timeout                   fails
+    │   ├── JobExpired                 expired                   fails
+    │   ├── JobCanceled                canceled                  fails
+    │   ├── MaxAttemptsExceeded        max_attempts_exceeded     fails
+    │   ├── UnknownJob                 unknown_job               raised
+    │   ├── JobNotFailed               job_not_failed            raised
+    │   ├── WaitTimeout                wait_timeout              raised
+    │   ├── NoResult                   no_result                 raised
+    │   └── AttemptFenced              attempt_fenced            raised
+    ├── ImageError
+    │   ├── UriNotAllowed              uri_not_allowed           fails
+    │   ├── ImageNotFound              image_not_found           fails
+    │   ├── ImageForbidden             image_forbidden           fails
+    │   ├── ImageTooLarge              image_too_large           fails
+    │   ├── ImagePixelsExceeded        image_pixels_exceeded     fails
+    │   ├── UnsupportedMediaType       unsupported_media_type    fails
+    │   ├── ImageDecodeFailed          image_decode_failed       fails
+    │   ├── ChecksumMismatch           checksum_mismatch         fails
+    │   └── ImageFetchFailed           image_fetch_failed        retried
+    ├── ModelError
+    │   ├── UnknownNetwork             unknown_network           fails
+    │   ├── UnknownLayer               unknown_layer             fails
+    │   ├── UnknownClass               unknown_class             fails
+    │   ├── AmbiguousClass             ambiguous_class           fails
+    │   ├── NetworkIncompatible        network_incompatible      fails
+    │   ├── WeightsChecksumMismatch    weights_checksum_mismatch fails
+    │   └── WeightsUnavailable         weights_unavailable       retried
+    ├── StorageError
+    │   ├── OutputNotAllowed           output_not_allowed        fails
+    │   └── StorageUnavailable         storage_unavailable       retried
+    ├── RedisUnavailable
+    │   ├── BrokerUnavailable          broker_unavailable        raised
+    │   └── LedgerUnavailable          ledger_unavailable        raised
+    ├── DeliveryError
+    │   ├── StatusUnavailable          status_unavailable        retried
+    │   ├── DeliveryRefused            delivery_refused          raised
+    │   └── EndpointGone               endpoint_gone             raised
+    ├── BackfillError
+    │   ├── InvalidInput               invalid_input             raised
+    │   ├── InvalidRow                 invalid_row               fails
+    │   ├── DuplicateId                duplicate_id              fails
+    │   ├── UnknownBackfill            unknown_backfill          fails
+    │   ├── BackfillConflict           backfill_conflict         raised
+    │   └── BackfillStopped            backfill_stopped          raised
+    ├── WorkerError
+    │   ├── DeviceOutOfMemory          device_out_of_memory      retried
+    │   ├── WorkerLost                 worker_lost               retried
+    │   └── WorkerUnfit                worker_unfit              raised
+    ├── InvalidSettings                invalid_settings          raised
+    └── InternalError                  internal                  retried
 
-A message says what was received and what would have been right: a sentence for whoever runs the service, or
-asks it. `public_message` is for end users: what is wrong with their image or request and whether trying again
-helps, the same for every error of a class, and so without settings, hosts, buckets, paths or bytes.
-The code is for machines, and is a promise (see `gradcam_worker.schemas.status.Problem`).
+The last column says what becomes of a job, and is a base class of the error too:
+
+* `PermanentError` (fails): the job fails at once, since another attempt cannot help.
+* `RetryableError` (retried): the job is queued again, with backoff, until `max_attempts`.
+* `LocalError` (raised): raised to the caller, or ends a command. It is in no status document.
+
+The code is for machines, and a promise: see `gradcam_worker.schemas.status.Problem`. `str(error)` is for the
+operator: it says what was received and what would have been right. `public_message` is for end users: it is
+the same for every error of a class, and so holds no setting, host, bucket, path or byte.
 """
 
-from typing import ClassVar, Self
+from typing import ClassVar, TypeVar
 
 
 class GradcamError(Exception):
-    """The root of the tree: `code` for machines, `str(error)` for operators, `public_message` for all."""
+    """The root of all errors.
+
+    Attributes:
+        code: what machines go by. It keeps its meaning.
+        retryable: whether the same request, made again later, may succeed.
+        public_message: what an end user may be told: what is wrong with the image or the request.
+
+    Example:
+        >>> try:
+        ...     explain_image(network, "photo.jpg")
+        ... except ImageError as error:  # whatever is wrong with the image
+        ...     log.warning("%s: %s", error.code, error)
+        ...     show(error.public_message)
+    """
 
     code: ClassVar[str] = "internal"
     retryable: bool = False
-    public_message: ClassVar[str] = "Something went wrong. Please try again later."
-    # Ids of jobs, in order: see `gradcam_worker.client.client.GradcamClient.submit_many`.
-    accepted: tuple[str, ...] = ()
-    in_doubt: tuple[str, ...] = ()
+    public_message: ClassVar[str] = "Something went wrong."
 
 
 class PermanentError(GradcamError):
-    """Trying again cannot help."""
+    """A job fails at once: another attempt cannot help."""
 
     public_message = "This request cannot be carried out. Trying again does not help."
 
 
 class RetryableError(GradcamError):
-    """Trying again may help."""
+    """A job is queued again, with backoff: another attempt may help."""
 
     retryable = True
     public_message = "This did not work just now. Please try again later."
@@ -86,202 +106,280 @@ class RetryableError(GradcamError):
 class LocalError(GradcamError):
     """Raised to the caller; never written to a status document."""
 
-    public_message = "This did not work. Please try again later."
-    hopeless: bool = False  # asking again cannot help: a wrong password, say
-    unsent: bool = (
-        False  # nothing can have been changed: what was asked for did not reach anybody, or was refused
-    )
-
-    def saying(self, more: str) -> Self:
-        """The same error, which says more."""
-        error = type(self)(f"{self} {more}")
-        vars(error).update(vars(self))
-        return error
+    public_message = "This did not work."
 
 
-class InvalidJob(PermanentError):
+class JobError(GradcamError):
+    """The job: how it was asked for, or how it went."""
+
+    public_message = "This request could not be carried out."
+
+
+class InvalidJob(JobError, PermanentError):
     """The message is not a job, or asks for something no job may ask for."""
 
     code = "invalid_job"
     public_message = "This request cannot be carried out as it was made. Trying it again does not help."
+    accepted: tuple[str, ...] = ()  # ids of the jobs before this one: see `GradcamClient.submit_many`
 
 
-class InvalidRow(PermanentError):
-    """This row of the input names no image."""
-
-    code = "invalid_row"
-    public_message = "This entry names no image that can be read."
-
-
-class DuplicateId(PermanentError):
-    """A row before has the same id."""
-
-    code = "duplicate_id"
-    public_message = "An entry before this one has the same name."
-
-
-class UnknownNetwork(PermanentError):
-    """No such network in the catalog."""
-
-    code = "unknown_network"
-    public_message = "The model that was asked for is not available here."
-
-
-class UnknownLayer(PermanentError):
-    """The network has no such layer, or the layer keeps no rows and columns."""
-
-    code = "unknown_layer"
-    public_message = "The part of the model that was asked for does not exist."
-
-
-class UnknownClass(PermanentError):
-    """The network's labels hold no such id, wnid or name."""
-
-    code = "unknown_class"
-    public_message = "The model does not know one of the classes that were asked for."
-
-
-class AmbiguousClass(PermanentError):
-    """More than one class answers to this name."""
-
-    code = "ambiguous_class"
-    public_message = "One of the classes that were asked for may mean several. Please name it exactly."
-
-
-class UriNotAllowed(PermanentError):
-    """The operator does not allow this scheme, host, bucket or folder."""
-
-    code = "uri_not_allowed"
-    public_message = "Images cannot be taken from this address. Please use another one."
-
-
-class ImageNotFound(PermanentError):
-    """Nothing is stored at this URI."""
-
-    code = "image_not_found"
-    public_message = "The image is not there, or may not be read. Please upload it, and try again."
-
-
-class ImageForbidden(PermanentError):
-    """The store refuses to give the image to this worker."""
-
-    code = "image_forbidden"
-    public_message = "The image is not there, or may not be read. Please upload it, and try again."
-
-
-class ImageTooLarge(PermanentError):
-    """More bytes than the operator allows."""
-
-    code = "image_too_large"
-    public_message = "The image file is too large. Please use a smaller one."
-
-
-class ImagePixelsExceeded(PermanentError):
-    """More pixels, or a longer side, than the operator allows."""
-
-    code = "image_pixels_exceeded"
-    public_message = "The image has too many pixels. Please use a smaller one."
-
-
-class UnsupportedMediaType(PermanentError):
-    """The bytes are not an image in a format this worker reads."""
-
-    code = "unsupported_media_type"
-    public_message = "This is not an image in a format that can be read. JPEG, PNG and WebP can."
-
-
-class ImageDecodeFailed(PermanentError):
-    """The bytes start like an image but are damaged."""
-
-    code = "image_decode_failed"
-    public_message = "The image file is damaged or incomplete. Please save it again, or use another one."
-
-
-class ChecksumMismatch(PermanentError):
-    """The image is not the one the job named by its sha256."""
-
-    code = "checksum_mismatch"
-    public_message = "The image has changed since it was submitted. Please submit it again."
-
-
-class WeightsChecksumMismatch(PermanentError):
-    """The weights file is not the one the catalog names by its sha256."""
-
-    code = "weights_checksum_mismatch"
-    public_message = "The model cannot be used. Trying again does not help until that is put right."
-
-
-class NetworkIncompatible(PermanentError):
-    """The network cannot be explained."""
-
-    code = "network_incompatible"
-    public_message = "The model cannot explain this image. Trying again does not help."
-
-
-class UnknownBackfill(PermanentError):
-    """The ledger knows no backfill that this shard is of."""
-
-    code = "unknown_backfill"
-    public_message = "This request belongs to a batch that is not known any more. Submit the batch again."
-
-
-class OutputNotAllowed(PermanentError):
-    """The operator does not allow writing there."""
-
-    code = "output_not_allowed"
-    public_message = "The result cannot be stored. Trying again does not help until that is put right."
-
-
-class IdempotencyConflict(PermanentError):
+class IdempotencyConflict(JobError, PermanentError):
     """The id or idempotency key already belongs to a different job."""
 
     code = "idempotency_conflict"
     public_message = "Another request was made under the same name. Please start a new one."
+    accepted: tuple[str, ...] = ()  # ids of the jobs before this one: see `GradcamClient.submit_many`
 
 
-class JobTimeout(PermanentError):
+class JobTimeout(JobError, PermanentError):
     """The job ran longer than its `timeout_s`."""
 
     code = "timeout"
     public_message = "This took too long. A smaller image may work."
 
 
-class JobExpired(PermanentError):
+class JobExpired(JobError, PermanentError):
     """The job's `expires_at` passed before it was started."""
 
     code = "expired"
-    public_message = "This was not begun in time. Please try again."
+    public_message = "This was not begun in time. Please make a new request."
 
 
-class JobCanceled(PermanentError):
+class JobCanceled(JobError, PermanentError):
     """Somebody cancelled the job."""
 
     code = "canceled"
     public_message = "This was cancelled."
 
 
-class MaxAttemptsExceeded(PermanentError):
+class MaxAttemptsExceeded(JobError, PermanentError):
     """The job was started `max_attempts` times and never came to an end."""
 
     code = "max_attempts_exceeded"
     public_message = "This could not be finished after several tries. Please use another image."
 
 
-class ImageFetchFailed(RetryableError):
+class UnknownJob(JobError, LocalError):
+    """No such job in the ledger, or its time there has passed."""
+
+    code = "unknown_job"
+    public_message = "There is no such request, or it was made too long ago."
+
+
+class JobNotFailed(JobError, LocalError):
+    """Only a job that failed can be tried again: this one has ended otherwise."""
+
+    code = "job_not_failed"
+    public_message = "This request has not failed. Please make a new one."
+
+
+class WaitTimeout(JobError, LocalError):
+    """The job did not become final within the time the caller gave."""
+
+    code = "wait_timeout"
+    retryable = True
+    public_message = "This is not finished yet. Please look again later."
+
+
+class NoResult(JobError, LocalError):
+    """This job has left no manifest that could be read."""
+
+    code = "no_result"
+    public_message = "There is no result."
+
+
+class AttemptFenced(JobError, LocalError):
+    """Another attempt owns the job now: this one must stop and touch nothing more."""
+
+    code = "attempt_fenced"
+    public_message = "This request is being carried out elsewhere."
+
+
+class ImageError(GradcamError):
+    """The image, or the address that it is fetched from."""
+
+    public_message = "The image cannot be used."
+
+
+class UriNotAllowed(ImageError, PermanentError):
+    """The operator does not allow this scheme, host, bucket or folder."""
+
+    code = "uri_not_allowed"
+    public_message = "Images cannot be taken from this address. Please use another one."
+
+
+class ImageNotFound(ImageError, PermanentError):
+    """Nothing is stored at this URI."""
+
+    code = "image_not_found"
+    public_message = "The image is not there, or may not be read. Please upload it first."
+
+
+class ImageForbidden(ImageError, PermanentError):
+    """The store refuses to give the image to this worker."""
+
+    code = "image_forbidden"
+    public_message = "The image is not there, or may not be read. Please upload it first."
+
+
+class ImageTooLarge(ImageError, PermanentError):
+    """More bytes than the operator allows."""
+
+    code = "image_too_large"
+    public_message = "The image file is too large. Please use a smaller one."
+
+
+class ImagePixelsExceeded(ImageError, PermanentError):
+    """More pixels, or a longer side, than the operator allows."""
+
+    code = "image_pixels_exceeded"
+    public_message = "The image has too many pixels. Please use a smaller one."
+
+
+class UnsupportedMediaType(ImageError, PermanentError):
+    """The bytes are not an image in a format this worker reads."""
+
+    code = "unsupported_media_type"
+    public_message = "This is not an image in a format that can be read. JPEG, PNG and WebP can."
+
+
+class ImageDecodeFailed(ImageError, PermanentError):
+    """The bytes start like an image but are damaged."""
+
+    code = "image_decode_failed"
+    public_message = "The image file is damaged or incomplete. Please save it again, or use another one."
+
+
+class ChecksumMismatch(ImageError, PermanentError):
+    """The image is not the one the job named by its sha256."""
+
+    code = "checksum_mismatch"
+    public_message = "The image has changed since it was submitted. Please make a new request."
+
+
+class ImageFetchFailed(ImageError, RetryableError):
     """The image could not be read just now."""
 
     code = "image_fetch_failed"
     public_message = "The image cannot be fetched just now. Please try again later."
 
 
-class StorageUnavailable(RetryableError):
+class ModelError(GradcamError):
+    """The network: its name, its layers, its classes, its weights."""
+
+    public_message = "The model cannot be used."
+
+
+class UnknownNetwork(ModelError, PermanentError):
+    """No such network in the catalog."""
+
+    code = "unknown_network"
+    public_message = "The model that was asked for is not available here."
+
+
+class UnknownLayer(ModelError, PermanentError):
+    """The network has no such layer, or the layer keeps no rows and columns."""
+
+    code = "unknown_layer"
+    public_message = "The part of the model that was asked for does not exist."
+
+
+class UnknownClass(ModelError, PermanentError):
+    """The network's labels hold no such id, wnid or name."""
+
+    code = "unknown_class"
+    public_message = "The model does not know one of the classes that were asked for."
+
+
+class AmbiguousClass(ModelError, PermanentError):
+    """More than one class answers to this name."""
+
+    code = "ambiguous_class"
+    public_message = "One of the classes that were asked for may mean several. Please name it exactly."
+
+
+class NetworkIncompatible(ModelError, PermanentError):
+    """The network cannot be explained."""
+
+    code = "network_incompatible"
+    public_message = "The model cannot explain this image. Trying again does not help."
+
+
+class WeightsChecksumMismatch(ModelError, PermanentError):
+    """The weights file is not the one the catalog names by its sha256."""
+
+    code = "weights_checksum_mismatch"
+    public_message = "The model cannot be used. Trying again does not help until that is put right."
+
+
+class WeightsUnavailable(ModelError, RetryableError):
+    """The network's weights are neither here nor to be had just now."""
+
+    code = "weights_unavailable"
+    public_message = "The model cannot be loaded just now. Please try again later."
+
+
+class StorageError(GradcamError):
+    """The place that artifacts are written to and read from."""
+
+    public_message = "The result cannot be stored or read."
+
+
+class OutputNotAllowed(StorageError, PermanentError):
+    """The operator does not allow writing there."""
+
+    code = "output_not_allowed"
+    public_message = "The result cannot be stored. Trying again does not help until that is put right."
+
+
+class StorageUnavailable(StorageError, RetryableError):
     """The storage could not be used just now."""
 
     code = "storage_unavailable"
     public_message = "The result cannot be stored or read just now. Please try again later."
 
 
-class StatusUnavailable(RetryableError):
+class RedisUnavailable(GradcamError):
+    """The Redis server of the queue or of the ledger cannot be reached, or refuses.
+
+    Args:
+        message: what was asked of which server, and what it said.
+        retryable: False where the server will refuse again: a wrong password, user or database, say.
+        changed_nothing: whether it is certain that nothing was changed there: what was asked did not reach
+            the server, or was refused by it.
+    """
+
+    retryable = True
+    public_message = "The service cannot be reached just now. Please try again in a minute."
+
+    def __init__(self, message: str = "", *, retryable: bool = True, changed_nothing: bool = False) -> None:
+        super().__init__(message)
+        self.retryable, self.changed_nothing = retryable, changed_nothing
+
+
+class BrokerUnavailable(RedisUnavailable, LocalError):
+    """The queue cannot be reached."""
+
+    code = "broker_unavailable"
+    public_message = "The service cannot be reached just now. Please try again in a minute."
+
+
+class LedgerUnavailable(RedisUnavailable, LocalError):
+    """The ledger cannot be reached."""
+
+    code = "ledger_unavailable"
+    public_message = "The service cannot be reached just now. Please try again in a minute."
+    accepted: tuple[str, ...] = ()  # ids of the jobs before this one: see `GradcamClient.submit_many`
+    in_doubt: tuple[str, ...] = ()  # ids of jobs that may have been accepted, or not
+
+
+class DeliveryError(GradcamError):
+    """A webhook or the status database."""
+
+    public_message = "A notification cannot be delivered."
+
+
+class StatusUnavailable(DeliveryError, RetryableError):
     """A status could not be delivered just now."""
 
     code = "status_unavailable"
@@ -293,25 +391,103 @@ class StatusUnavailable(RetryableError):
         self.retry_after_s = retry_after_s
 
 
-class WeightsUnavailable(RetryableError):
-    """The network's weights are neither here nor to be had just now."""
+class DeliveryRefused(DeliveryError, LocalError):
+    """A webhook's receiver said no, and will say no again."""
 
-    code = "weights_unavailable"
-    public_message = "The model cannot be loaded just now. Please try again later."
+    code = "delivery_refused"
+    public_message = "A notification was refused by its receiver."
 
 
-class DeviceOutOfMemory(RetryableError):
+class EndpointGone(DeliveryError, LocalError):
+    """A webhook's receiver wants to hear no more, of any job (HTTP 410)."""
+
+    code = "endpoint_gone"
+    public_message = "A notification has no receiver any more."
+
+
+class BackfillError(GradcamError):
+    """A backfill: its input, its rows, its output."""
+
+    public_message = "This batch of images cannot be carried out."
+
+
+class InvalidInput(BackfillError, LocalError):
+    """A backfill's input cannot be read as what it is said to be."""
+
+    code = "invalid_input"
+    public_message = "The list of images cannot be read."
+
+
+class InvalidRow(BackfillError, PermanentError):
+    """This row of the input names no image."""
+
+    code = "invalid_row"
+    public_message = "This entry names no image that can be read."
+
+
+class DuplicateId(BackfillError, PermanentError):
+    """A row before has the same id."""
+
+    code = "duplicate_id"
+    public_message = "An entry before this one has the same name."
+
+
+class UnknownBackfill(BackfillError, PermanentError):
+    """The ledger knows no backfill that this shard is of."""
+
+    code = "unknown_backfill"
+    public_message = "This request belongs to a batch that is not known any more. Please start a new batch."
+
+
+class BackfillConflict(BackfillError, LocalError):
+    """The output holds another backfill, or somebody else runs this one."""
+
+    code = "backfill_conflict"
+    public_message = "This is being done already, or was begun in another way."
+
+
+class BackfillStopped(BackfillError, LocalError):
+    """Too many of the rows failed for the others to be tried."""
+
+    code = "backfill_stopped"
+    public_message = "Too many images failed, and the others were not tried."
+
+
+class WorkerError(GradcamError):
+    """The worker process, or its device."""
+
+    public_message = "This could not be finished."
+
+
+class DeviceOutOfMemory(WorkerError, RetryableError):
     """The device had no room for this many images, classes or channels at once."""
 
     code = "device_out_of_memory"
     public_message = "There was not enough memory for this request. Please ask for less, or try again later."
 
 
-class WorkerLost(RetryableError):
+class WorkerLost(WorkerError, RetryableError):
     """The worker process ended while it was needed."""
 
     code = "worker_lost"
     public_message = "This was interrupted. Please try again."
+
+
+class WorkerUnfit(WorkerError, LocalError):
+    """This worker takes no jobs just now."""
+
+    code = "worker_unfit"
+    retryable = True
+    public_message = "The service cannot take this request just now. Please try again later."
+
+
+class InvalidSettings(LocalError):
+    """An impossible setting or combination of settings."""
+
+    code = "invalid_settings"
+    public_message = (
+        "The service is not set up as it should be. Trying again does not help until that is put right."
+    )
 
 
 class InternalError(RetryableError):
@@ -330,114 +506,41 @@ class InternalError(RetryableError):
         return cls(f"Unforeseen {type(error).__name__}: {said}")
 
 
-class BrokerUnavailable(LocalError):
-    """The queue cannot be reached."""
-
-    code = "broker_unavailable"
-    retryable = True
-    public_message = "The service cannot be reached just now. Please try again in a minute."
+E = TypeVar("E", bound=GradcamError)
 
 
-class LedgerUnavailable(LocalError):
-    """The ledger cannot be reached."""
+def with_sentence(error: E, sentence: str) -> E:
+    """The same error, its class and its attributes, with one more sentence at its end.
 
-    code = "ledger_unavailable"
-    retryable = True
-    public_message = "The service cannot be reached just now. Please try again in a minute."
+    Args:
+        error: one whose class can be made of a message alone, as all of this module can.
+        sentence: what more there is to say.
 
-
-class UnknownJob(LocalError):
-    """No such job in the ledger, or its time there has passed."""
-
-    code = "unknown_job"
-    public_message = "There is no such request, or it was made too long ago."
-
-
-class JobNotFailed(LocalError):
-    """Only a job that failed can be tried again: this one has ended otherwise."""
-
-    code = "job_not_failed"
-    public_message = "Only a request that failed can be tried again. Please start a new one."
+    Returns:
+        A new error.
+    """
+    longer = type(error)(f"{error} {sentence}")
+    vars(longer).update(vars(error))
+    return longer
 
 
-class WaitTimeout(LocalError):
-    """The job did not become final within the time the caller gave."""
-
-    code = "wait_timeout"
-    retryable = True
-    public_message = "This is not finished yet. Please look again later."
-
-
-class NoResult(LocalError):
-    """This job has left no manifest that could be read."""
-
-    code = "no_result"
-    public_message = "There is no result."
-
-
-class DeliveryRefused(LocalError):
-    """A webhook's receiver said no, and will say no again."""
-
-    code = "delivery_refused"
-    public_message = "A notification was refused by its receiver."
-
-
-class EndpointGone(LocalError):
-    """A webhook's receiver wants to hear no more, of any job (HTTP 410)."""
-
-    code = "endpoint_gone"
-    public_message = "A notification has no receiver any more."
-
-
-class AttemptFenced(LocalError):
-    """Another attempt owns the job now: this one must stop and touch nothing more."""
-
-    code = "attempt_fenced"
-    public_message = "This request is being carried out elsewhere. Please look again later."
-
-
-class WorkerUnfit(LocalError):
-    """This worker takes no jobs just now."""
-
-    code = "worker_unfit"
-    public_message = "The service cannot take this request just now. Please try again later."
-
-
-class InvalidInput(LocalError):
-    """A backfill's input cannot be read as what it is said to be."""
-
-    code = "invalid_input"
-    public_message = "The list of images cannot be read."
-
-
-class BackfillConflict(LocalError):
-    """The output holds another backfill, or somebody else runs this one."""
-
-    code = "backfill_conflict"
-    public_message = "This is being done already, or was begun in another way."
-
-
-class BackfillStopped(LocalError):
-    """Too many of the rows failed for the others to be tried."""
-
-    code = "backfill_stopped"
-    public_message = "Too many images failed, and the others were not tried."
-
-
-class InvalidSettings(LocalError):
-    """An impossible setting or combination of settings."""
-
-    code = "invalid_settings"
-    public_message = (
-        "The service is not set up as it should be. Trying again does not help until that is put right."
-    )
+def all_errors() -> tuple[type[GradcamError], ...]:
+    """Every error of this module that has a code of its own: those that are raised."""
+    return tuple(
+        one
+        for one in globals().values()
+        if isinstance(one, type) and issubclass(one, GradcamError) and "code" in vars(one)
+    )[1:]
 
 
 def public_message(code: str) -> str:
-    """What end users are told of an error with this code, which may be of a later version."""
-    left: list[type[GradcamError]] = [GradcamError]
-    for kind in left:
-        if vars(kind).get("code") == code and kind is not GradcamError:
-            return kind.public_message
-        left += kind.__subclasses__()
-    return GradcamError.public_message
+    """What an end user may be told of an error, by its code.
+
+    Args:
+        code: of an error of this version or of a later one.
+
+    Returns:
+        The `public_message` of the class; that of `GradcamError` where this version does not know the code.
+    """
+    known = {one.code: one.public_message for one in all_errors()}
+    return known.get(code, GradcamError.public_message)

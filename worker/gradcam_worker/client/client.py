@@ -21,11 +21,11 @@ from gradcam_worker.client.results import Objects, Result
 from gradcam_worker.client.waiter import JobWaiter
 from gradcam_worker.errors import (
     BrokerUnavailable,
-    GradcamError,
     IdempotencyConflict,
     InvalidJob,
     LedgerUnavailable,
-    LocalError,
+    RedisUnavailable,
+    with_sentence,
 )
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.ledger.redis.store import RedisLedger
@@ -177,9 +177,9 @@ class GradcamClient:
             which = f"job {jobs[0].id} was" if len(jobs) == 1 else f"{len(jobs)} jobs were"
             if not asked.in_doubt:
                 known = f"{which[0].upper()}{which[1:]} not accepted."
-                raise error.saying(known) from error
+                raise with_sentence(error, known) from error
             again = "submit again with the same id, or idempotency key, and nothing runs twice"
-            doubt = error.saying(f"Whether {which} accepted is not known: {again}.")
+            doubt = with_sentence(error, f"Whether {which} accepted is not known: {again}.")
             doubt.in_doubt = tuple(job.id for job in jobs)
             raise doubt from error
 
@@ -247,7 +247,7 @@ class GradcamClient:
         except LedgerUnavailable as error:
             doubt = f"Whether {which} {done} is not known: ask again."
             known = f"{which[0].upper()}{which[1:]} not {done}."
-            raise error.saying(doubt if asked.in_doubt else known) from error
+            raise with_sentence(error, doubt if asked.in_doubt else known) from error
 
     def _insist(self, ask: Callable[[], T]) -> T:
         return _patience().call(ask, (LedgerUnavailable,), _hopeless)
@@ -337,7 +337,7 @@ class _Asked(Generic[T]):
         try:
             return self._ask()
         except LedgerUnavailable as error:
-            self.in_doubt = self.in_doubt or not error.unsent
+            self.in_doubt = self.in_doubt or not error.changed_nothing
             raise
 
 
@@ -354,7 +354,7 @@ def _patience(*, insists: bool = True) -> RetryPolicy:
 
 
 def _hopeless(error: Exception) -> bool:
-    return isinstance(error, LocalError) and error.hopeless
+    return isinstance(error, RedisUnavailable) and not error.retryable
 
 
 def _job(given: Job | Mapping[str, Any]) -> Job:
@@ -363,7 +363,7 @@ def _job(given: Job | Mapping[str, Any]) -> Job:
 
 def _numbered(problem: Exception, accepted: Sequence[str]) -> Exception:
     """The same error, with the number of its job and those that are accepted."""
-    if not isinstance(problem, GradcamError):
+    if not isinstance(problem, InvalidJob | IdempotencyConflict):
         log.warning("%d jobs are accepted; the next one could not be had: %r", len(accepted), problem)
         return problem
     named = type(problem)(f"Job number {len(accepted) + 1} of those given: {problem}")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 
 from gradcam_worker.client.poller import StatusPoller, StatusUpdate
-from gradcam_worker.errors import LedgerUnavailable, WaitTimeout
+from gradcam_worker.errors import LedgerUnavailable, WaitTimeout, with_sentence
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.text.visible import counted
@@ -46,7 +46,7 @@ class Subscription:
             now = time.monotonic()
             since = self._outage[0] if self._outage else now
             self._outage = since, news
-            refused = news.hopeless and self._revision < 0  # who was let in before may be again
+            refused = not news.retryable and self._revision < 0  # who was let in before may be again
             if now - since < OUTAGE_S and not refused:
                 return
         else:
@@ -124,7 +124,7 @@ class JobWaiter:
     def explained(self, late: WaitTimeout) -> WaitTimeout:
         """The same, with what the ledger knows of workers and queues; asked for in this thread."""
         try:
-            return late.saying(_at_work(self._ledger.workers(), *self._ledger.counts()))
+            return with_sentence(late, _at_work(self._ledger.workers(), *self._ledger.counts()))
         except LedgerUnavailable:  # its user may not look, or it is away just now
             return late
 

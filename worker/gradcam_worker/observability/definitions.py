@@ -4,11 +4,10 @@ What cannot be known just then, because the ledger is out of reach or there is n
 Labels have few values, all known beforehand: the name of a network, as a job writes it, is none of them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gradcam_worker import __version__, errors
-from gradcam_worker.errors import GradcamError, LocalError
 from gradcam_worker.schemas.shard import ROUTES
 
 PREFIX = "gradcam_"
@@ -20,14 +19,9 @@ LONG_SECONDS = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def _codes(root: type[GradcamError]) -> Iterator[str]:
-    yield root.code
-    for one in root.__subclasses__():
-        if one is not LocalError:  # never in a status document
-            yield from _codes(one)
-
-
-CODES = (*sorted({"", *_codes(errors.GradcamError)}), OTHER)  # '': none, it has succeeded
+# of those that a status document can hold
+_CODES = {one.code for one in errors.all_errors() if not issubclass(one, errors.LocalError)}
+CODES = (*sorted({"", *_CODES}), OTHER)  # '': none, it has succeeded
 
 
 @dataclass(frozen=True)

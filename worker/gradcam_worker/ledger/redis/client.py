@@ -183,12 +183,10 @@ class RedisClients:
                 what = f"refuses us ({error}): look at the user, the password and the database of its URL"
             elif cluster:
                 what = f"{NO_CLUSTER} ({error}): {ONE_SERVER}"
-            unavailable = self._unavailable(f"{self._who} {what}.")
-            unavailable.hopeless = refused or cluster
-            unavailable.retryable = not unavailable.hopeless
             unchanged = refused or isinstance(error, UNCHANGED) or said.startswith(UNCHANGED_WORDS)
-            unavailable.unsent = unchanged or UNSENT in getattr(error, "__notes__", ())
-            raise unavailable from error
+            unchanged = unchanged or UNSENT in getattr(error, "__notes__", ())
+            message, again = f"{self._who} {what}.", not (refused or cluster)
+            raise self._unavailable(message, retryable=again, changed_nothing=unchanged) from error
 
 
 class RedisServer:
