@@ -29,7 +29,7 @@ from typing import Any, Protocol, Self
 
 from gradcam_worker.errors import BackfillConflict, LedgerUnavailable
 from gradcam_worker.ledger.redis.client import RedisServer
-from gradcam_worker.ledger.redis.outbox_scripts import NOW
+from gradcam_worker.ledger.redis.script import LuaScript
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.shard import Shard
 
@@ -39,55 +39,38 @@ EVERY_S = 1.0  # between two signs of life
 FRESH_S = 5.0  # after the last of which an output is its owner's
 REMEMBERED_S = 7 * 86_400  # that a backfill can be asked about after its last sign
 
-# ARGV: P, output, owner, facts, shards, fresh (ms), remembered (ms), 'enter' or '', token. Returns whether it
-# is the owner's, how many backfills run, whether it is to end, the facts and shards that were held before,
-# and the token that holds from now on: the same backfill's of before, where there is one.
-BEAT = (
-    NOW
-    + """
-local key, fresh = P .. 'backfill:' .. ARGV[2], tonumber(ARGV[6])
-local held = redis.call('HMGET', key, 'owner', 'beat', 'facts', 'shards', 'cancel', 'token')
-local token = ARGV[9]
-local theirs, lives = held[1] and held[1] ~= ARGV[3], held[2] and now - tonumber(held[2]) < fresh
-if theirs and (lives or ARGV[8] == '') then return {0, 0, 0, held[3], held[4], ''} end
-if ARGV[8] ~= '' then
-  if held[6] and cjson.decode(held[3]).backfill == cjson.decode(ARGV[4]).backfill then token = held[6] end
-  redis.call('HDEL', key, 'cancel')
-  held[5] = false
-end
-redis.call('HSET', key, 'owner', ARGV[3], 'beat', ms(now), 'facts', ARGV[4], 'shards', ARGV[5],
-           'token', token)
-redis.call('PEXPIRE', key, ARGV[7])
-redis.call('ZADD', P .. 'backfills', ms(now), ARGV[2])
-redis.call('ZREMRANGEBYSCORE', P .. 'backfills', '-inf', ms(now - fresh))
-return {1, redis.call('ZCARD', P .. 'backfills'), held[5] and 1 or 0, held[3] or '', held[4] or '', token}
-"""
-)
 
-# ARGV: P, output, owner, facts, shards
-LEAVE = (
-    NOW
-    + """
-local key = P .. 'backfill:' .. ARGV[2]
-if redis.call('HGET', key, 'owner') ~= ARGV[3] then return 0 end
-redis.call('HSET', key, 'owner', '', 'beat', '0', 'facts', ARGV[4], 'shards', ARGV[5])
-redis.call('ZREM', P .. 'backfills', ARGV[2])
-return 1
-"""
-)
+@dataclass(frozen=True, kw_only=True)
+class RenewLease(LuaScript[tuple[int, int, int, str, str, str]], file="renew_lease"):
+    """Say that a backfill is run. Returns: is it ours, how many run, is it to end, facts, shards, token."""
 
-# ARGV: P, output, fresh (ms), 'cancel' or ''. Returns facts, shards and whether somebody runs it.
-FIND = (
-    NOW
-    + """
-local key = P .. 'backfill:' .. ARGV[2]
-local held = redis.call('HMGET', key, 'facts', 'shards', 'beat')
-if not held[1] then return {} end
-local lives = now - tonumber(held[3]) < tonumber(ARGV[3])
-if ARGV[4] ~= '' and lives then redis.call('HSET', key, 'cancel', '1') end
-return {held[1], held[2], lives and 1 or 0}
-"""
-)
+    output: str
+    owner: str
+    facts: str
+    shards: str
+    fresh_ms: int
+    remembered_ms: int
+    enter: bool
+    new_token: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseLease(LuaScript[int], file="release_lease"):
+    """Say that nobody runs a backfill any more. Returns 0 where it is somebody else's."""
+
+    output: str
+    owner: str
+    facts: str
+    shards: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindBackfill(LuaScript[tuple[str, str, int] | tuple[()]], file="find_backfill"):
+    """Find a backfill. Returns its facts, its shards and whether somebody runs it, or nothing."""
+
+    output: str
+    fresh_ms: int
+    cancel: bool
 
 
 @dataclass(frozen=True)
@@ -154,26 +137,33 @@ class RedisBackfillRegistry:
     ) -> LeaseStatus:
         """See `BackfillRegistry.beat`."""
         own, running, cancel, before, theirs, token = self._server.run(
-            BEAT,
-            _place(output),
-            owner,
-            json.dumps(facts),
-            json.dumps(shards),
-            int(FRESH_S * 1000),
-            REMEMBERED_S * 1000,
-            "enter" if enter else "",
-            token,
+            RenewLease(
+                output=_place(output),
+                owner=owner,
+                facts=json.dumps(facts),
+                shards=json.dumps(shards),
+                fresh_ms=int(FRESH_S * 1000),
+                remembered_ms=REMEMBERED_S * 1000,
+                enter=enter,
+                new_token=token,
+            )
         )
         record = BackfillRecord(json.loads(before), tuple(json.loads(theirs)), not own) if before else None
         return LeaseStatus(bool(own), int(running), bool(cancel), record, token)
 
     def leave(self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str]) -> None:
         """See `BackfillRegistry.leave`."""
-        self._server.run(LEAVE, _place(output), owner, json.dumps(facts), json.dumps(shards))
+        self._server.run(
+            ReleaseLease(
+                output=_place(output), owner=owner, facts=json.dumps(facts), shards=json.dumps(shards)
+            )
+        )
 
     def find(self, output: str, *, cancel: bool = False) -> BackfillRecord | None:
         """See `BackfillRegistry.find`."""
-        found = self._server.run(FIND, _place(output), int(FRESH_S * 1000), "cancel" if cancel else "")
+        found = self._server.run(
+            FindBackfill(output=_place(output), fresh_ms=int(FRESH_S * 1000), cancel=cancel)
+        )
         return (
             BackfillRecord(json.loads(found[0]), tuple(json.loads(found[1])), bool(found[2]))
             if found

@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str
 
 from gradcam_worker.broker import message as envelope
+from gradcam_worker.ledger.redis.script import Key, LuaScript
 from gradcam_worker.schemas import strict_json
 from gradcam_worker.schemas.ids import utc_now
 
@@ -34,21 +36,17 @@ NOT_ALLOWED = ""  # in the place of a script that may not be run here
 LOOK_S = 0.05  # that the other queues are waited for, while one has no room: it may have some any moment
 EMPTY = kombu_redis.Empty
 
-# KEYS: lists in the order in which they are looked at, then `unacked` and its index. ARGV: the delivery tag,
-# the time, and the queue of each list as JSON. -> which list, and the item; or nil. Written first, and popped
-# then: where there is no memory to write it down, it stays where it is.
-RECEIVE = """
-for index = 1, #KEYS - 2 do
-  local item = redis.call('LINDEX', KEYS[index], -1)
-  if item then
-    redis.call('HSET', KEYS[#KEYS - 1], ARGV[1], '[' .. item .. ', "", ' .. ARGV[index + 2] .. ']')
-    redis.call('ZADD', KEYS[#KEYS], ARGV[2], ARGV[1])
-    redis.call('RPOP', KEYS[index])
-    return {index, item}
-  end
-end
-return false
-"""
+
+@dataclass(frozen=True, kw_only=True)
+class Receive(LuaScript[tuple[int, bytes] | None], file="receive"):
+    """Take an item and note it as unacknowledged in one step. Returns which list it was in, and the item."""
+
+    unacked: Key
+    unacked_index: Key
+    lists: Sequence[Key]
+    delivery_tag: str
+    received_s: str
+    queues: Sequence[str]  # as JSON
 
 
 class QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
@@ -131,7 +129,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     _asked_s = 0.0  # when all lists were looked at last
     _queue_cycle: Any
     _empty = False  # all queues were, at the last look
-    _receive_sha: str | None = None  # of `RECEIVE`, where the server has it
+    _receive_sha: str | None = None  # of `Receive`, where the server has it
     _tag, _lists = "", tuple[str, ...]()  # of the look that is under way: the queue of each list
 
     def _create_client(self, asynchronous: bool = False) -> Any:
@@ -209,7 +207,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             self._queue_cycle = every
 
     def _ask_for_one(self) -> bool:
-        """Ask by `RECEIVE`; False where that cannot be done."""
+        """Ask by `Receive`; False where that cannot be done."""
         queues = [
             queue for queue in self._queue_cycle.consume(len(self.active_queues)) if self.has_room(queue)
         ]
@@ -221,13 +219,23 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
                 return False
         self._lists = tuple(queue for _ in self.priority_steps for queue in queues)
         lists = [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
-        keys = [f"{self.global_keyprefix}{one}" for one in (*lists, self.unacked_key, self.unacked_index_key)]
         self._tag, connection = str(uuid.uuid4()), self.client.connection
+        call = Receive(
+            unacked=self._key(self.unacked_key),
+            unacked_index=self._key(self.unacked_index_key),
+            lists=[self._key(one) for one in lists],
+            delivery_tag=self._tag,
+            received_s=repr(time.time()),
+            queues=[json.dumps(queue) for queue in self._lists],
+        )
         self._in_poll = connection
         self._asked_s = self._brpop_sent_at = time.monotonic()
-        told = [self._tag, time.time(), *map(json.dumps, self._lists)]
-        connection.send_command("EVALSHA", self._receive_sha, len(keys), *keys, *told)
+        keys = call.keys()
+        connection.send_command("EVALSHA", self._receive_sha, len(keys), *keys, *call.arguments())
         return True
+
+    def _key(self, name: str) -> Key:
+        return Key(f"{self.global_keyprefix}{name}")
 
     def wait_by_peeking(self, wake: Callable[[], object]) -> None:
         """From now on, take nothing while waiting; `wake`, called from any thread, has the loop go round."""
@@ -241,7 +249,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
 
     def _load_receive(self) -> str:
         try:
-            return str(bytes_to_str(self._create_client().script_load(RECEIVE)))
+            return str(bytes_to_str(self._create_client().script_load(Receive.source())))
         except redis.exceptions.NoPermissionError as error:
             said = "messages are received by BRPOP alone, which may lose one where a process is killed: %s"
             log.warning(said, error)

@@ -12,6 +12,7 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from gradcam_worker.errors import BrokerUnavailable, LedgerUnavailable
+from gradcam_worker.ledger.redis.script import LuaScript, Result
 from gradcam_worker.settings import ONE_SERVER, Settings
 from gradcam_worker.text.urls import without_secrets
 
@@ -200,16 +201,30 @@ class RedisServer:
         )
         self.reaching, self.close = self._clients.reaching, self._clients.close
         self.mode = self._clients.mode
-        self._scripts: dict[str, Any] = {}
+        self._scripts: dict[type, Any] = {}
 
     @property
     def redis(self) -> redis.Redis:
         """The client of this process."""
         return self._clients.mine()
 
-    def run(self, script: str, *arguments: str | float) -> Any:
-        """Run a script of `redis_scripts` with the prefix and these arguments. Raises LedgerUnavailable."""
-        if script not in self._scripts:
-            self._scripts[script] = self.redis.register_script(script)
+    def run(self, call: LuaScript[Result]) -> Result:
+        """Run a script.
+
+        Args:
+            call: The script and its arguments. The prefix of all keys is put in front of these.
+
+        Returns:
+            What the script returns.
+
+        Raises:
+            LedgerUnavailable: The server cannot be reached, refuses us or is full.
+        """
+        kind = type(call)
+        if kind not in self._scripts:
+            self._scripts[kind] = self.redis.register_script(kind.source())
         with self.reaching():
-            return self._scripts[script](args=[self.prefix, *arguments], client=self.redis)
+            found: Result = self._scripts[kind](
+                keys=call.keys(), args=[self.prefix, *call.arguments()], client=self.redis
+            )
+        return found

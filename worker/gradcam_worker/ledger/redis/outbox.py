@@ -43,12 +43,15 @@ class RedisOutbox(Outbox):
 
     def take(self, limit: int, keep_s: float, room: Mapping[str, int], others: int) -> list[Delivery]:
         """See `Outbox.take`. What another version wrote and this one cannot read is left to that one."""
-        pairs = [part for lane, most in room.items() for part in (lane, most)]
-        keep_ms = int(keep_s * 1000)
+        claim = outbox_scripts.ClaimDeliveries(
+            limit=limit,
+            others_limit=others,
+            lease_ms=int(keep_s * 1000),
+            retention_ms=self._retention_ms,
+            destinations=[outbox_scripts.DestinationLimit(*one) for one in room.items()],
+        )
         deliveries = []
-        for lane, recipient, text, tried, now, held in self._server.run(
-            outbox_scripts.TAKE, limit, others, keep_ms, self._retention_ms, *pairs
-        ):
+        for lane, recipient, text, tried, now, held in self._server.run(claim):
             tries, since = map(int, tried.split())
             waited_s = (int(now) - since) / 1000
             try:
@@ -61,33 +64,47 @@ class RedisOutbox(Outbox):
 
     def delivered(self, delivery: Delivery) -> None:
         """See `Outbox.delivered`."""
-        self._server.run(outbox_scripts.DELIVERED, delivery.destination, delivery.recipient, delivery.held)
+        self._server.run(
+            outbox_scripts.CompleteDelivery(
+                destination=delivery.destination, recipient=delivery.recipient, lease_token=delivery.held
+            )
+        )
 
     def postpone(self, delivery: Delivery, delay_s: float, *, quiet_s: float = 0) -> None:
         """See `Outbox.postpone`."""
         self._server.run(
-            outbox_scripts.POSTPONE,
-            delivery.destination,
-            delivery.recipient,
-            delivery.held,
-            int(delay_s * 1000),
-            int(FIRST_PAUSE_OF_A_LANE_S * 1000),
-            int(LONGEST_PAUSE_OF_A_LANE_S * 1000),
-            delivery.webhook.url if delivery.webhook else "",
-            int(quiet_s * 1000) if delivery.webhook else 0,
+            outbox_scripts.PostponeDelivery(
+                destination=delivery.destination,
+                recipient=delivery.recipient,
+                lease_token=delivery.held,
+                delay_ms=int(delay_s * 1000),
+                first_pause_ms=int(FIRST_PAUSE_OF_A_LANE_S * 1000),
+                longest_pause_ms=int(LONGEST_PAUSE_OF_A_LANE_S * 1000),
+                url=delivery.webhook.url if delivery.webhook else "",
+                quiet_ms=int(quiet_s * 1000) if delivery.webhook else 0,
+            )
         )
 
     def park(self, delivery: Delivery) -> None:
         """See `Outbox.park`."""
         self._server.run(
-            outbox_scripts.PARK, delivery.destination, delivery.recipient, delivery.held, self._retention_ms
+            outbox_scripts.ParkDelivery(
+                destination=delivery.destination,
+                recipient=delivery.recipient,
+                lease_token=delivery.held,
+                retention_ms=self._retention_ms,
+            )
         )
 
     def park_old(self, lane: str, waited_s: float) -> int:
         """See `Outbox.park_old`."""
-        waited_ms = int(waited_s * 1000)
-        return int(
-            self._server.run(outbox_scripts.PARK_OLD, lane, waited_ms, self._retention_ms, PARKED_AT_ONCE)
+        return self._server.run(
+            outbox_scripts.ParkOverdue(
+                destination=lane,
+                waited_ms=int(waited_s * 1000),
+                retention_ms=self._retention_ms,
+                limit=PARKED_AT_ONCE,
+            )
         )
 
     def parked(self) -> list[DeadDelivery]:
@@ -113,11 +130,13 @@ class RedisOutbox(Outbox):
 
     def unpark(self, one: DeadDelivery) -> bool:
         """See `Outbox.unpark`."""
-        return bool(self._server.run(outbox_scripts.UNPARK, one.destination, one.recipient))
+        return bool(
+            self._server.run(outbox_scripts.Unpark(destination=one.destination, recipient=one.recipient))
+        )
 
     def disable(self, url: str) -> None:
         """See `Outbox.disable`: as long as anything is remembered."""
-        self._server.run(outbox_scripts.DISABLE, url, self._retention_ms)
+        self._server.run(outbox_scripts.DisableUrl(url=url, disabled_ms=self._retention_ms))
 
     def disabled(self) -> list[str]:
         """See `Outbox.disabled`."""

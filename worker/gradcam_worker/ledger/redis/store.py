@@ -1,4 +1,4 @@
-"""The ledger in Redis: each step one script of `redis_scripts`, and so atomic."""
+"""The ledger in Redis: each step one script of `scripts`, and so atomic."""
 
 import hashlib
 import json
@@ -31,30 +31,34 @@ class RedisLedger(Ledger):
         self._retention_ms = (int(retention_s * 1000), int(keyed_s * 1000))
 
     def _create_many(self, entries: Sequence[Entry]) -> list[Entry]:
-        asked: list[str | float] = [*self._retention_ms]
-        for entry in entries:
-            document, key = entry.document, entry.idempotency_key
-            digest = hashlib.sha256((key or "").encode()).hexdigest()
-            hooks = [
-                {"lane": outbox.destination(hook.url), "events": hook.events, "text": hook.to_json()}
-                for hook in entry.webhooks
-            ]
-            asked += [
-                document.id,
-                f"{self.server.prefix}idempotency:{digest}" if key else "",
-                entry.fingerprint,
-                entry.job,
-                document.to_json(),
-                document.attempt,
-                document.revision,
-                document.status,
-                entry.route,
-                json.dumps(hooks) if hooks else "",
-                _expires_ms(document),
-                state_machine.event(None, document),
-            ]
-        found: list[list[str]] = self.server.run(scripts.CREATE, *asked)
+        new = [self._new_job(entry) for entry in entries]
+        retention_ms, keyed_ms = self._retention_ms
+        found = self.server.run(
+            scripts.CreateJobs(retention_ms=retention_ms, keyed_retention_ms=keyed_ms, jobs=new)
+        )
         return [_held(entry, *one) for entry, one in zip(entries, found, strict=False)]
+
+    def _new_job(self, entry: Entry) -> scripts.NewJob:
+        document, key = entry.document, entry.idempotency_key
+        digest = hashlib.sha256((key or "").encode()).hexdigest()
+        webhooks = [
+            {"lane": outbox.destination(webhook.url), "events": webhook.events, "text": webhook.to_json()}
+            for webhook in entry.webhooks
+        ]
+        return scripts.NewJob(
+            job_id=document.id,
+            idempotency=f"{self.server.prefix}idempotency:{digest}" if key else "",
+            fingerprint=entry.fingerprint,
+            job=entry.job,
+            document=document.to_json(),
+            attempt=document.attempt,
+            revision=document.revision,
+            status=document.status,
+            route=entry.route,
+            webhooks=json.dumps(webhooks) if webhooks else "",
+            expires_ms=_expires_ms(document),
+            event=state_machine.event(None, document),
+        )
 
     def _find(self, job_id: str) -> Entry | None:
         names = ("fingerprint", "job", "document", "route")
@@ -73,26 +77,30 @@ class RedisLedger(Ledger):
         due: bool = False,
         fingerprint: str | None = None,
     ) -> bool:
-        swapped = self.server.run(
-            scripts.SWAP,
-            before.id,
-            before.attempt,
-            before.revision,
-            after.to_json(),
-            after.attempt,
-            after.revision,
-            after.status,
-            int(delay_s * 1000),
-            fingerprint or "",
-            before.to_json() if fingerprint else "",
-            _expires_ms(after),
-            "canceling" if after.cancel_requested_at else "",
-            state_machine.event(before, after),
-            *self._retention_ms,
-            self._lease_ms,
-            "due" if due else "",
+        retention_ms, keyed_ms = self._retention_ms
+        return bool(
+            self.server.run(
+                scripts.ReplaceDocument(
+                    job_id=before.id,
+                    attempt_before=before.attempt,
+                    revision_before=before.revision,
+                    document=after.to_json(),
+                    attempt=after.attempt,
+                    revision=after.revision,
+                    status=after.status,
+                    delay_ms=int(delay_s * 1000),
+                    fingerprint=fingerprint or "",
+                    document_before=before.to_json() if fingerprint else "",
+                    expires_ms=_expires_ms(after),
+                    cancel_requested=after.cancel_requested_at is not None,
+                    event=state_machine.event(before, after),
+                    retention_ms=retention_ms,
+                    keyed_retention_ms=keyed_ms,
+                    lease_ms=self._lease_ms,
+                    only_if_due=due,
+                )
+            )
         )
-        return bool(swapped)
 
     def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
         """See `Ledger.read_many`: one round trip."""
@@ -125,32 +133,38 @@ class RedisLedger(Ledger):
 
     def renew_leases(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
         """See `Ledger.renew_leases`."""
-        pairs = [part for job_id, attempt in held.items() for part in (job_id, attempt)]
-        lost, canceled = self.server.run(scripts.BEAT, self._lease_ms, worker, health, *pairs)
+        leases = [scripts.HeldLease(job_id, attempt) for job_id, attempt in held.items()]
+        lost, canceled = self.server.run(
+            scripts.RenewLeases(lease_ms=self._lease_ms, worker=worker, health=health, leases=leases)
+        )
         return Renewed(frozenset(lost), frozenset(canceled))
 
     def workers(self) -> dict[str, str]:
         """See `Ledger.workers`."""
-        found = self.server.run(scripts.WORKERS, LIVES * self._lease_ms)
+        found = self.server.run(scripts.FindWorkers(remembered_ms=LIVES * self._lease_ms))
         return dict(zip(found[::2], found[1::2], strict=True))
 
     def try_lead(self, worker: str, seconds: float) -> bool:
         """See `Ledger.try_lead`."""
-        return bool(self.server.run(scripts.LEAD, worker, int(seconds * 1000)))
+        return bool(self.server.run(scripts.TryLead(worker=worker, lease_ms=int(seconds * 1000))))
 
     def overdue(self, limit: int) -> dict[str, list[str]]:
         """See `Ledger.overdue`."""
-        lost, due, expired = self.server.run(scripts.OVERDUE, limit)
+        lost, due, expired = self.server.run(scripts.FindOverdue(limit=limit))
         return {"lost": lost, "due": due, "expired": expired}
 
     def find_unpublished(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
         """See `Ledger.find_unpublished`."""
         lost_after_ms = int(lost_after_s * 1000)
-        said = "empty" if empty else ""
-        found: list[str] = self.server.run(
-            scripts.SILENT, route, said, lost_after_ms, limit, max(LONGEST_PAUSE_MS, lost_after_ms)
+        return self.server.run(
+            scripts.FindUnpublished(
+                route=route,
+                queue_is_empty=empty,
+                lost_after_ms=lost_after_ms,
+                limit=limit,
+                longest_pause_ms=max(LONGEST_PAUSE_MS, lost_after_ms),
+            )
         )
-        return found
 
     def dead(self) -> list[tuple[str, float]]:
         """See `Ledger.dead`."""
@@ -167,7 +181,7 @@ class RedisLedger(Ledger):
 
     def prune(self) -> None:
         """See `Ledger.prune`."""
-        self.server.run(scripts.SWEEP, max(self._retention_ms))
+        self.server.run(scripts.Prune(retention_ms=max(self._retention_ms)))
         self.workers()
 
     def _key(self, job_id: str) -> str:
@@ -182,5 +196,5 @@ def _held(entry: Entry, *found: str) -> Entry:
     return Entry(fingerprint, job, entry.idempotency_key, StatusDocument.model_validate_json(text))
 
 
-def _expires_ms(document: StatusDocument) -> str:
-    return str(int(document.expires_at.timestamp() * 1000)) if document.expires_at else ""
+def _expires_ms(document: StatusDocument) -> int | None:
+    return int(document.expires_at.timestamp() * 1000) if document.expires_at else None

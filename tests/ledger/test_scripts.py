@@ -1,0 +1,158 @@
+"""Each Lua script and its typed call say the same."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+import pytest
+
+import gradcam_worker
+from gradcam_worker.backfill import registry
+from gradcam_worker.broker import transport
+from gradcam_worker.ledger.redis import outbox_scripts, script, scripts
+from gradcam_worker.ledger.redis.client import RedisServer
+from gradcam_worker.ledger.redis.script import FRAGMENTS, INCLUDE, Key, LuaScript, load
+from gradcam_worker.settings import Settings
+
+PACKAGE = Path(str(gradcam_worker.__file__)).parent
+CALLS = [
+    one
+    for module in (scripts, outbox_scripts, registry, transport)
+    for one in vars(module).values()
+    if isinstance(one, type) and issubclass(one, LuaScript) and one is not LuaScript
+]
+WITHOUT_PREFIX = {transport.Receive}  # Celery's keys are not ours
+ARGUMENT = re.compile(r"local (\w+) = (tonumber\()?(KEYS|ARGV)\[(\d+)\](\)| == '1')?( --.*)?")
+REST = re.compile(r"local (\w+) = (?:records\((\d+), ([^)]*)\)|\{unpack\((KEYS|ARGV), (\d+)\)\})( --.*)?")
+
+
+@dataclass
+class Declared:
+    """An argument as its script declares it."""
+
+    name: str
+    where: str  # KEYS or ARGV
+    at: int
+    form: str  # text, number, flag, texts, or the names of the fields of records
+
+
+def declared(path: Path) -> list[Declared]:
+    """What a script says that its arguments are. It names KEYS and ARGV nowhere else."""
+    found = []
+    text = re.sub(r"\n +", " ", path.read_text())
+    for line in text.splitlines():
+        if match := ARGUMENT.fullmatch(line):
+            form = "number" if match[2] else "flag" if match[5] else "text"
+            assert bool(match[2]) == (match[5] == ")"), line
+            found.append(Declared(match[1], match[3], int(match[4]), form))
+        elif match := REST.fullmatch(line):
+            form = " ".join(re.findall(r"'(\w+)'", match[3])) if match[2] else "texts"
+            found.append(Declared(match[1], match[4] or "ARGV", int(match[2] or match[5]), form))
+        else:
+            assert not re.search("KEYS|ARGV", re.sub("--.*", "", line)), line
+    return found
+
+
+def fitting_forms(annotation: Any) -> set[str]:
+    """How an argument of this type may be declared."""
+    if get_origin(annotation) is Sequence:
+        (one,) = get_args(annotation)
+        return {" ".join(one._fields)} if hasattr(one, "_fields") else {"texts"}
+    if annotation is bool:
+        return {"flag"}
+    if annotation is int:
+        return {"number", "text"}  # text: it is compared or stored as such
+    return {"number"} if annotation == int | None else {"text", "number"}  # a lease token is a time
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_the_arguments_of_a_script_are_the_fields_of_its_call(call: type[LuaScript[Any]]) -> None:
+    names = [one.name for one in fields(call)]  # type: ignore[arg-type]  # a dataclass
+    hints = get_type_hints(call)
+    found = declared(call.path)
+    ours = [one for one in found if one.name != "prefix"]
+    assert [one.name for one in ours] == names
+    assert (found != ours) == (call not in WITHOUT_PREFIX), "`prefix` is what RedisServer.run puts first"
+    for where in ("KEYS", "ARGV"):
+        numbers = [one.at for one in found if one.where == where]
+        assert numbers == list(range(1, len(numbers) + 1))
+    for one in ours:
+        assert one.form in fitting_forms(hints[one.name]), one
+        assert (one.where == "KEYS") == (Key in {hints[one.name], *get_args(hints[one.name])}), one
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_every_argument_of_a_script_is_used(call: type[LuaScript[Any]]) -> None:
+    text = re.sub("--.*", "", call.source())
+    for one in declared(call.path):
+        assert len(re.findall(rf"\b{one.name}\b", text)) > 1, one
+        for field in one.form.split() if " " in one.form else ():
+            assert re.search(rf"\.{field}\b", text), field
+
+
+def test_every_lua_file_is_a_call_or_included_and_no_lua_stands_in_python() -> None:
+    files = {path for path in PACKAGE.rglob("*.lua") if path.parent != FRAGMENTS}
+    assert {call.path for call in CALLS} == files
+    included = {one for path in PACKAGE.rglob("*.lua") for one in INCLUDE.findall(path.read_text())}
+    assert {f"{one}.lua" for one in included} == {path.name for path in FRAGMENTS.iterdir()}
+    assert not [path for path in PACKAGE.rglob("*.py") if re.search(r"redis\.p?call\(", path.read_text())]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_the_server_can_compile_a_script(call: type[LuaScript[Any]], settings: Settings) -> None:
+    server = RedisServer(settings)
+    try:
+        assert server.redis.script_load(call.source())
+    finally:
+        server.close()
+
+
+def test_a_fragment_is_included_once_in_the_place_of_the_first_line_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "FRAGMENTS", tmp_path)
+    (tmp_path / "inner.lua").write_text("local inner = '\\n'\n")
+    (tmp_path / "outer.lua").write_text("-- include: inner\nlocal outer = inner\n")
+    (tmp_path / "main.lua").write_text("-- include: outer\n-- include: inner\nreturn outer\n")
+    assert load(tmp_path / "main.lua") == "local inner = '\\n'\nlocal outer = inner\nreturn outer\n"
+
+
+def test_a_fragment_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "main.lua").write_text("-- include: nowhere\nreturn 1\n")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.lua"):
+        load(tmp_path / "main.lua")
+
+
+class Pair(NamedTuple):
+    name: str
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(LuaScript[int], file="example"):
+    key: Key
+    keys_of_all: Sequence[Key]
+    text: str
+    number: int
+    nothing: int | None
+    yes: bool
+    no: bool
+    pairs: Sequence[Pair]
+
+
+def test_a_call_encodes_its_fields_in_order() -> None:
+    call = Example(
+        key=Key("k"),
+        keys_of_all=[Key("l"), Key("m")],
+        text="t",
+        number=3,
+        nothing=None,
+        yes=True,
+        no=False,
+        pairs=[Pair("a", 1), Pair("b", 2)],
+    )
+    assert call.path == Path(__file__).parent / "lua" / "example.lua"
+    assert call.keys() == ["k", "l", "m"]
+    assert call.arguments() == ["t", 3, "", "1", "", "a", 1, "b", 2]

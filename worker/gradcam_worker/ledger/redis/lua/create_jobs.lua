@@ -1,0 +1,46 @@
+-- Enter jobs, in order. Returns for each what was there before (fingerprint, job, document), or {}; ends with
+-- the first whose id or idempotency key is another job's: what follows is not entered.
+-- include: records
+local prefix = ARGV[1]
+local retention_ms = tonumber(ARGV[2])
+local keyed_retention_ms = tonumber(ARGV[3]) -- of a job with an idempotency key
+local jobs = records(4, 'job_id', 'idempotency', 'fingerprint', 'job', 'document', 'attempt', 'revision',
+                     'status', 'route', 'webhooks', 'expires_ms', 'event')
+
+-- include: clock
+-- include: events
+-- include: retention
+
+local function find(job_id)
+  return redis.call('HMGET', prefix .. 'job:' .. job_id, 'fingerprint', 'job', 'document')
+end
+
+local function enter(new)
+  local place = new.status == 'queued' and 'queued:' .. new.route or new.status == 'failed' and 'dead' or ''
+  redis.call('HSET', prefix .. 'job:' .. new.job_id, 'fingerprint', new.fingerprint, 'job', new.job,
+             'document', new.document, 'attempt', new.attempt, 'revision', new.revision,
+             'idempotency', new.idempotency, 'route', new.route, 'webhooks', new.webhooks, 'place', place)
+  if new.idempotency ~= '' then redis.call('SET', new.idempotency, new.job_id) end
+  if place ~= '' then redis.call('ZADD', prefix .. place, now, new.job_id) end
+  if new.status ~= 'queued' then
+    begin_retention(new.job_id, new.idempotency, retention_ms, keyed_retention_ms, new.route, new.status)
+  elseif new.expires_ms ~= '' then
+    redis.call('ZADD', prefix .. 'expiring', new.expires_ms, new.job_id)
+  end
+  record_event(new.job_id, new.webhooks, new.event, new.document, retention_ms)
+end
+
+local found = {}
+for _, new in ipairs(jobs) do
+  local owner = new.idempotency ~= '' and redis.call('GET', new.idempotency) or new.job_id
+  local held = find(owner)
+  if not held[1] and owner ~= new.job_id then held = find(new.job_id) end
+  if held[1] then
+    found[#found + 1] = held
+    if held[1] ~= new.fingerprint then break end
+  else
+    found[#found + 1] = {}
+    enter(new)
+  end
+end
+return found

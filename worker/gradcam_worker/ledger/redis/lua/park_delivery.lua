@@ -1,0 +1,16 @@
+-- Give a claimed recipient up: nothing is tried any more until it is replayed.
+local prefix = ARGV[1]
+local destination = ARGV[2]
+local recipient = ARGV[3]
+local lease_token = tonumber(ARGV[4])
+local retention_ms = tonumber(ARGV[5])
+
+-- include: clock
+-- include: parking
+
+if not is_claimed(destination, recipient, lease_token) then return 0 end
+park(destination, recipient, retention_ms)
+local failures, ends = pause_of(destination)
+if ends == lease_token then set_pause(destination, failures, now) end
+reschedule(destination)
+return 1
