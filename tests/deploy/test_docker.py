@@ -10,25 +10,24 @@ from pathlib import Path
 import pytest
 import redis
 
-import check_deploy
-import compose_file
-import deploy_tools
-from builder import Builder, Failed, NotUnderstood
-from dockerfile import DOCKERFILE, ROOT, Instruction, allowed, instructions, stages
+from devtools import ROOT
+from devtools.deploy_checks import checks, compose, tools
+from devtools.deploy_checks.dockerfile import DOCKERFILE, Instruction, allowed, instructions, stages
+from devtools.deploy_checks.dockerfile_runner import Builder, Failed, NotUnderstood
 from gradcam_worker.cli.main import main
 from gradcam_worker.operations import servers
 
 FOLDER = DOCKERFILE.parent
-COMPOSE = check_deploy.COMPOSE.read_text()
+COMPOSE = checks.COMPOSE.read_text()
 
 
 @pytest.mark.live
 def test_docker_and_deploy_are_well() -> None:
-    assert check_deploy.findings(deploy_tools.make()) == []
+    assert checks.findings(tools.make()) == []
 
 
 def test_a_worker_has_room_for_the_networks_that_it_may_keep() -> None:
-    worker = compose_file.loaded(COMPOSE, compose_file.variables())["services"]["worker"]
+    worker = compose.loaded(COMPOSE, compose.variables())["services"]["worker"]
     memory = int(worker["mem_limit"].removesuffix("g")) * 2**30
     assert int(worker["environment"]["GRADCAM_RESIDENT_BYTES"]) <= memory / 2
 
@@ -36,9 +35,9 @@ def test_a_worker_has_room_for_the_networks_that_it_may_keep() -> None:
 def test_a_program_that_cannot_be_had_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pins = tmp_path / "pins.txt"
     pins.write_text(f"yamllint==0.0.0 --hash=sha256:{'0' * 64}\n")
-    monkeypatch.setattr(deploy_tools, "PINS", pins)
-    with pytest.raises(deploy_tools.Missing, match="cannot be installed"):
-        deploy_tools.make(tmp_path / "tools")
+    monkeypatch.setattr(tools, "PINS", pins)
+    with pytest.raises(tools.Missing, match="cannot be installed"):
+        tools.make(tmp_path / "tools")
 
 
 @pytest.mark.parametrize(
@@ -70,8 +69,8 @@ def test_a_program_that_cannot_be_had_is_a_failure(tmp_path: Path, monkeypatch: 
 )
 def test_what_is_wrong_in_the_compose_file_is_found(right: str, wrong: str, said: str) -> None:
     assert right in COMPOSE
-    assert [*compose_file.findings(COMPOSE)] == []
-    assert said in "\n".join(compose_file.findings(COMPOSE.replace(right, wrong)))
+    assert [*compose.findings(COMPOSE)] == []
+    assert said in "\n".join(compose.findings(COMPOSE.replace(right, wrong)))
 
 
 @pytest.mark.parametrize(
@@ -87,8 +86,8 @@ def test_what_is_wrong_in_the_compose_file_is_found(right: str, wrong: str, said
 def test_what_is_wrong_in_the_dockerfile_is_found(right: str, wrong: str, said: str) -> None:
     text = DOCKERFILE.read_text()
     assert right in text
-    assert [*compose_file.image_findings(text)] == []
-    assert said in "\n".join(compose_file.image_findings(text.replace(right, wrong)))
+    assert [*compose.image_findings(text)] == []
+    assert said in "\n".join(compose.image_findings(text.replace(right, wrong)))
 
 
 def test_a_name_that_the_code_does_not_have_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,27 +95,27 @@ def test_a_name_that_the_code_does_not_have_is_found(tmp_path: Path, monkeypatch
     (tmp_path / "docker" / "README.md").write_text(
         "`gradcam wroker` with GRADCAM_THREAD=8, GRADCAM_THREADS=8"
     )
-    monkeypatch.setattr(check_deploy, "ROOT", tmp_path)
-    assert [*check_deploy.names()] == [
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    assert [*checks.names()] == [
         "docker/README.md: there is no setting GRADCAM_THREAD",
         "docker/README.md: there is no command `gradcam wroker`",
     ]
 
 
 def test_prometheus_asks_where_the_images_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [*check_deploy.prometheus()] == []
+    assert [*checks.prometheus()] == []
     file = tmp_path / "prometheus.yml"
-    text = check_deploy.PROMETHEUS.read_text().replace("[metrics]", "[workers]").replace("9464", "9100")
+    text = checks.PROMETHEUS.read_text().replace("[metrics]", "[workers]").replace("9464", "9100")
     file.write_text(text.replace("/rules/", "/rule/"))
-    monkeypatch.setattr(check_deploy, "PROMETHEUS", file)
-    port, name, rules = check_deploy.prometheus()
+    monkeypatch.setattr(checks, "PROMETHEUS", file)
+    port, name, rules = checks.prometheus()
     assert "asks at port 9100, the images answer at 9464" in port
     assert "asks workers: no network alias" in name
     assert "reads /etc/prometheus/rule/*.yaml, where nothing is mounted" in rules
 
 
 def test_every_shell_script_is_among_those_that_shellcheck_sees() -> None:
-    seen = {str(path.relative_to(ROOT)) for path in check_deploy.shell_scripts()}
+    seen = {str(path.relative_to(ROOT)) for path in checks.shell_scripts()}
     assert {"scripts/test", "scripts/check-deploy", "docker/secrets", "docker/valkey", ".ci/run"} <= seen
     assert "scripts/setup" not in seen  # Python
 
@@ -125,13 +124,13 @@ def test_secrets_makes_each_password_once_and_keeps_those_that_are_there(tmp_pat
     for name in ("secrets", ".env.example"):
         shutil.copy(FOLDER / name, tmp_path)
     subprocess.run([tmp_path / "secrets"], check=True)
-    made = compose_file.variables(tmp_path / ".env")
+    made = compose.variables(tmp_path / ".env")
     passwords = [value for name, value in made.items() if "PASSWORD" in name or "SECRET" in name]
     assert len(set(passwords)) == len(passwords) == 5
     assert all(re.fullmatch("[0-9a-f]{48}", one) for one in passwords)
     assert (tmp_path / ".env").stat().st_mode & 0o077 == 0
     subprocess.run([tmp_path / "secrets"], check=True)
-    assert compose_file.variables(tmp_path / ".env") == made
+    assert compose.variables(tmp_path / ".env") == made
 
 
 def test_the_smoke_test_names_the_setting_that_it_lacks(
@@ -219,12 +218,12 @@ def test_instructions_are_read_over_lines_and_comments() -> None:
 @pytest.fixture
 def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Builder:
     """One that runs as whoever runs this: what pytest makes is closed to others."""
-    monkeypatch.setattr("builder.os.getuid", lambda: 1)
+    monkeypatch.setattr("devtools.deploy_checks.dockerfile_runner.os.getuid", lambda: 1)
     return Builder(tmp_path, 1)
 
 
 def build(builder: Builder, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("builder.pips", dict)
+    monkeypatch.setattr("devtools.deploy_checks.dockerfile_runner.pips", dict)
     builder.stages = stages(text)
     for name in builder.stages:
         builder.make(name)

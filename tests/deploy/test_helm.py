@@ -10,21 +10,18 @@ from typing import Any
 import pytest
 import redis
 
-import bench_scale
-import check_helm
-import check_wiring
-import deploy_tools
 import gradcam_worker
-import scaling
+from devtools.bench import scale
+from devtools.deploy_checks import helm, scaling, tools, wiring
+from devtools.deploy_checks.scaling import Scaler, Work
 from gradcam_worker.broker.app import make_app
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.shard import ROUTES
 from gradcam_worker.settings import Settings
-from scaling import Scaler, Work
 
-CHART = check_helm.CHART
-TOOLS = check_helm.Tools()
+CHART = helm.CHART
+TOOLS = helm.Tools()
 COMPONENT = "app.kubernetes.io/component"
 CONTAINER = ("spec", "template", "spec", "containers", 0)
 FILES_ALONE = [{"name": "files", "mountPath": "/etc/gradcam"}]
@@ -33,15 +30,15 @@ SCALER = Scaler(job_s=0.05, shard_s=5, drain_s=60, slots=18, most=8)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tools() -> Path:
+def _tools() -> Path:
     """Helm, and what else looks at the chart."""
-    return deploy_tools.make()
+    return tools.make()
 
 
 def rendered(name: str, *sets: str) -> list[dict[str, Any]]:
-    code, text, errors = check_helm.template(TOOLS, CHART / "ci" / f"{name}.yaml", *sets)
+    code, text, errors = helm.template(TOOLS, CHART / "ci" / f"{name}.yaml", *sets)
     assert code == 0, errors
-    return check_helm.parsed(text)
+    return helm.parsed(text)
 
 
 def one(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
@@ -123,20 +120,20 @@ class TestReplay:
 class TestScaleBench:
     """`scripts/bench scale`: its verdict. What it measures takes minutes."""
 
-    def result(self, *, jobs_per_s: float, workers: list[int], ran: list[bool]) -> bench_scale.Result:
-        phases = (bench_scale.Phase(1, 2.0, 1.0), bench_scale.Phase(4, jobs_per_s, 1.0))
-        replayed = bench_scale._judged(workers, ran)
-        return bench_scale.Result(phases, replayed, replayed)
+    def result(self, *, jobs_per_s: float, workers: list[int], ran: list[bool]) -> scale.Result:
+        phases = (scale.Phase(1, 2.0, 1.0), scale.Phase(4, jobs_per_s, 1.0))
+        replayed = scale._judged(workers, ran)
+        return scale.Result(phases, replayed, replayed)
 
     def test_a_speed_below_nine_tenths_of_linear_is_missed(self) -> None:
-        assert bench_scale.missed(self.result(jobs_per_s=7.3, workers=[1], ran=[True])) == []
-        assert "0.89" in bench_scale.missed(self.result(jobs_per_s=7.1, workers=[1], ran=[True]))[0]
+        assert scale.missed(self.result(jobs_per_s=7.3, workers=[1], ran=[True])) == []
+        assert "0.89" in scale.missed(self.result(jobs_per_s=7.1, workers=[1], ran=[True]))[0]
 
     def test_a_look_without_workers_at_a_running_job_is_missed(self) -> None:
         idle = self.result(jobs_per_s=8, workers=[0, 1, 0], ran=[False, True, False])
         killed = self.result(jobs_per_s=8, workers=[0, 1, 0], ran=[False, True, True])
-        assert bench_scale.missed(idle) == []
-        assert "No worker at 1 looks" in bench_scale.missed(killed)[0]
+        assert scale.missed(idle) == []
+        assert "No worker at 1 looks" in scale.missed(killed)[0]
 
 
 def test_a_ledger_is_read_as_it_is(settings: Settings, job: Job) -> None:
@@ -149,15 +146,15 @@ def test_a_ledger_is_read_as_it_is(settings: Settings, job: Job) -> None:
 
 
 def test_the_settings_that_the_values_may_hold_are_those_of_the_code() -> None:
-    assert list(check_helm.stale()) == []
-    names = {*check_helm.settings_schema()["properties"]}
-    assert names | check_helm.SECRET | check_helm.OWN == {*Settings.model_fields}
+    assert list(helm.stale()) == []
+    names = {*helm.settings_schema()["properties"]}
+    assert names | helm.SECRET | helm.OWN == {*Settings.model_fields}
 
 
 def test_no_secret_may_stand_in_the_values() -> None:
     hidden = {name for name, said in Settings.model_fields.items() if "Secret" in str(said.annotation)}
     shown = {name for name, said in Settings.model_fields.items() if not said.repr}
-    assert hidden | shown <= check_helm.SECRET
+    assert hidden | shown <= helm.SECRET
 
 
 def test_chart_and_package_have_one_version() -> None:
@@ -195,25 +192,25 @@ class TestRendered:
         files = sorted(CHART.glob("ci/*.yaml"))
         assert [file.stem for file in files] == ["cpu", "everything", "gpu-keda"]
         for file in files:
-            assert list(check_helm.findings(rendered(file.stem))) == []
+            assert list(helm.findings(rendered(file.stem))) == []
 
     def test_under_each_name_of_a_release_settings_pass_over_what_kubernetes_says_of_its_services(
         self,
     ) -> None:
-        for release in check_helm.RELEASES:
-            assert list(check_helm.released(TOOLS, release)) == []
+        for release in helm.RELEASES:
+            assert list(helm.released(TOOLS, release)) == []
 
     def test_a_service_that_reads_as_a_setting_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
         documents = rendered("everything")
         named: Any = one(documents, "Service", "gradcam-deliver")
         named["metadata"]["name"] = "gradcam-deliver"
-        assert list(check_helm.injected(documents)) == []
+        assert list(helm.injected(documents)) == []
         monkeypatch.setattr("gradcam_worker.settings.SERVICE_LINKS", ())
-        (found,) = check_helm.injected(documents)
+        (found,) = helm.injected(documents)
         assert "Service gradcam-deliver: There is no setting GRADCAM_DELIVER_" in found
 
     def test_wrong_values_are_refused_by_name(self) -> None:
-        assert list(check_helm.refused(TOOLS)) == []
+        assert list(helm.refused(TOOLS)) == []
 
     def test_a_gpu_is_asked_for_and_only_for_workers(self) -> None:
         documents = rendered("gpu-keda")
@@ -281,7 +278,7 @@ class TestRendered:
         for name, slots in (("gpu-keda", 64 + 2), ("everything", 48 + 3)):
             scaled = one(rendered(name), "ScaledObject", "gradcam-worker")["spec"]["advanced"]
             formula = scaled["scalingModifiers"]["formula"]
-            assert check_helm.scaler(formula, 1).slots == slots
+            assert helm.scaler(formula, 1).slots == slots
 
     @pytest.mark.parametrize(
         ("path", "value", "said"),
@@ -304,7 +301,7 @@ class TestRendered:
         for step in path[:-1]:
             place = place[step]
         place[path[-1]] = value
-        assert any(said in each for each in check_helm.findings(documents))
+        assert any(said in each for each in helm.findings(documents))
 
     @pytest.mark.parametrize(
         ("kind", "name", "path", "value", "said"),
@@ -346,15 +343,15 @@ class TestRendered:
         for step in path[:-1]:
             place = place[step]
         place[path[-1]] = value
-        assert any(said in each for each in check_wiring.findings(documents))
+        assert any(said in each for each in wiring.findings(documents))
 
     def test_a_formula_of_another_shape_is_found(self) -> None:
         documents = rendered("gpu-keda")
         scaled = one(documents, "ScaledObject", "gradcam-worker")["spec"]["advanced"]["scalingModifiers"]
         scaled["formula"] = scaled["formula"].replace("max(", "min(")
-        assert any("the formula is" in each for each in check_helm.findings(documents))
+        assert any("the formula is" in each for each in helm.findings(documents))
 
 
 def test_a_program_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no-such-program is not installed"):
-        check_helm.Tools(tmp_path).run("no-such-program")
+        helm.Tools(tmp_path).run("no-such-program")

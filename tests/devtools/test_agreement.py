@@ -1,24 +1,28 @@
 import json
+import os
 import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from devtools import IMPORT_PATH, command
 
 
 def run(program: str, *arguments: str) -> Any:
-    command = [sys.executable, str(ROOT / "scripts" / "programs" / f"{program}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command(f"agreement.{program}", *arguments),
+        env={**os.environ, **IMPORT_PATH},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.tensorflow
 class TestAgreement:
     def test_a_section_prints_its_figures_and_they_are_small(self) -> None:
-        done = run("agreement", "batch", "tape", "--json")
+        done = run("report", "batch", "tape", "--json")
         assert done.returncode == 0, done.stderr
         document = json.loads(done.stdout)
         assert {"keras", "tensorflow", "numpy"} <= set(document["versions"])
@@ -32,13 +36,13 @@ class TestAgreement:
         assert max(against_a_tape.values()) <= 1e-4
 
     def test_a_section_that_there_is_not_is_refused_with_those_there_are(self) -> None:
-        done = run("agreement", "tapes")
+        done = run("report", "tapes")
         assert done.returncode == 2
         assert "there is no section tapes; there are notebook, tape, batch" in done.stderr
 
     def test_the_document_has_every_section(self) -> None:
-        from agreement import DOCUMENT
-        from comparisons import SECTIONS
+        from devtools.agreement.comparisons import SECTIONS
+        from devtools.agreement.report import DOCUMENT
 
         titles = [
             line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line.startswith("## ")
@@ -61,8 +65,8 @@ class TestNetworks:
         assert seen["nonzero"]
 
     def test_a_network_unlike_its_row_or_dark_is_told(self) -> None:
+        from devtools.agreement.networks import Seen
         from gradcam_worker.gradcam.catalog import CATALOG
-        from networks import Seen
 
         row = CATALOG["vgg16"]
         assert row.target_layer

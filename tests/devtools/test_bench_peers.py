@@ -6,20 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-import bench_peers
-import peer_environment
-from bench_peers import OURS, Result, document, measure, table, verdict
-from peer_environment import PINS, Environment
-from peer_process import Failed
-from peer_serve import Floats, Ids, in_pairs, spread
-from timing import Cost
+from devtools.bench import peer_environment, peers
+from devtools.bench.peer_environment import PINS, Environment
+from devtools.bench.peer_process import Failed
+from devtools.bench.peer_serve import Floats, Ids, in_pairs, spread
+from devtools.bench.peers import OURS, Result, document, measure, table, verdict
+from devtools.bench.timing import Cost
 
-PROGRAMS = Path(bench_peers.__file__).parent
+SCRIPTS = Path(peers.__file__).parents[2]
 LIBRARIES = """
 import sys, time
 sys.path.insert(0, {programs!r})
 import numpy as np
-from peer_serve import serve
+from devtools.bench.peer_serve import serve
 
 class Ours:
     def __init__(self, work):
@@ -72,7 +71,7 @@ serve({{one.__name__.lower(): one for one in (Ours, Twin, Stranger, Broken, Fain
 def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Libraries that are ours in all but name, or not."""
     program = tmp_path_factory.mktemp("libraries") / "libraries.py"
-    program.write_text(LIBRARIES.format(programs=str(PROGRAMS)))
+    program.write_text(LIBRARIES.format(programs=str(SCRIPTS)))
     names = (OURS, "twin", "stranger", "broken", "faint", "dead")
     return {name: [sys.executable, str(program), name] for name in names}
 
@@ -146,10 +145,10 @@ def test_a_map_without_differences_is_spread_to_zeros() -> None:
 
 
 def test_every_library_is_pinned_and_stands_on_what_ours_stands_on() -> None:
-    pins = Environment(Path("nowhere"), tuple(bench_peers.PEERS)).pins
-    assert set(bench_peers.PEERS) <= set(pins)
+    pins = Environment(Path("nowhere"), tuple(peers.PEERS)).pins
+    assert set(peers.PEERS) <= set(pins)
     assert all(pin.startswith(f"{name}==") for name, pin in pins.items())
-    constraints = (PROGRAMS.parents[1] / "constraints.txt").read_text(encoding="utf-8")
+    constraints = (SCRIPTS.parent / "constraints.txt").read_text(encoding="utf-8")
     for name in ("keras", "tensorflow", "numpy"):
         assert f"{pins[name]} " in constraints, f"{name} is another in {PINS.name}"
 

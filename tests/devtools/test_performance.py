@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-import performance
-from performance_figures import Hole, plain, table
+from devtools.docs import performance
+from devtools.docs.performance_figures import Hole, plain, table
 
 DOCS = Path(__file__).parents[2] / "docs" / "explanation"
 RAN: dict[str, Any] = {
@@ -284,7 +284,7 @@ def test_measuring_keeps_the_document_even_where_something_is_missed(
 ) -> None:
     program = tmp_path / "bench.py"
     program.write_text("import json, sys\nprint(json.dumps({'asked': sys.argv[1:]}))\nsys.exit(1)\n")
-    monkeypatch.setattr(performance, "BENCH", program)
+    monkeypatch.setattr(performance, "BENCH", [sys.executable, str(program)])
     performance.measure("memory", docs / "performance")
     kept = json.loads((docs / "performance" / "memory.json").read_text())
     assert kept == {"asked": ["memory", "--json"]}
@@ -295,7 +295,7 @@ def test_a_bench_that_has_nothing_to_measure_on_leaves_no_document(
 ) -> None:
     program = tmp_path / "bench.py"
     program.write_text("""print('{"device": null, "why": "There is no accelerator."}')\n""")
-    monkeypatch.setattr(performance, "BENCH", program)
+    monkeypatch.setattr(performance, "BENCH", [sys.executable, str(program)])
     (docs / "performance" / "gpu.json").unlink()
     performance.measure("gpu", docs / "performance")
     assert not (docs / "performance" / "gpu.json").exists()
@@ -307,7 +307,7 @@ def test_a_bench_that_breaks_off_keeps_what_was_measured_before(
 ) -> None:
     program = tmp_path / "bench.py"
     program.write_text("raise SystemExit(3)\n")
-    monkeypatch.setattr(performance, "BENCH", program)
+    monkeypatch.setattr(performance, "BENCH", [sys.executable, str(program)])
     with pytest.raises(SystemExit, match="memory ended with 3"):
         performance.measure("memory", docs / "performance")
     assert json.loads((docs / "performance" / "memory.json").read_text()) == memory()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gradcam_worker
-import release
+from devtools.maintenance import release
 
 ROOT = Path(__file__).parents[2]
 

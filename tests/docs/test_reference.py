@@ -2,8 +2,7 @@
 
 import pytest
 
-import field_meanings
-import reference_pages
+from devtools.docs import field_meanings, reference_pages
 from gradcam_worker import errors
 from gradcam_worker.cli.main import gradcam
 from gradcam_worker.observability.definitions import METRICS, PREFIX

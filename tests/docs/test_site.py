@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-import build_site
+from devtools.docs import site
 
 
 def test_the_site_is_built_without_a_broken_link(capsys: pytest.CaptureFixture[str]) -> None:
-    code = build_site.main()
+    code = site.main()
     said = capsys.readouterr()
     assert code == 0, said.out + said.err
     assert "pages in build/site" in said.out
@@ -30,4 +30,4 @@ def test_what_is_broken_in_a_page_is_found(html: str, said: str | None, tmp_path
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "index.html").write_text('<h2 id="here">Here</h2>')
     (tmp_path / "index.html").write_text(html)
-    assert [*build_site.problems(tmp_path)] == ([f"index.html {said}"] if said else [])
+    assert [*site.problems(tmp_path)] == ([f"index.html {said}"] if said else [])

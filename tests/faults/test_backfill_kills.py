@@ -2,7 +2,7 @@
 
 import pytest
 
-import backfill_kills
+from devtools.faults import backfill_kills
 
 pytestmark = [pytest.mark.live]
 

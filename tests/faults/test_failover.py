@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-import faults_failover
-from faults_verdict import Verdict
+from devtools.faults import failover
+from devtools.faults.verdict import Verdict
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]
 
@@ -12,5 +12,5 @@ pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]
 def test_a_busy_worker_gets_over_a_failover_behind_its_address(
     kept: Callable[[dict[str, Any]], Verdict],
 ) -> None:
-    verdict = kept(faults_failover.attack(1, seed=1))
+    verdict = kept(failover.attack(1, seed=1))
     assert verdict.faults == 1

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import redis
 
-import faults
-from faults_verdict import PROMISES, Verdict
-from faults_witness import Witness
+from devtools.faults import campaign
+from devtools.faults.observer import Witness
+from devtools.faults.verdict import PROMISES, Verdict
 
 WAIT_S = 20
 ONE = "00000000-0000-4000-8000-000000000001"
@@ -179,22 +179,22 @@ def attack(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return dict(module.found)
 
     module.attack = attack
-    monkeypatch.setitem(faults.ATTACKS, "kill", faults.Attack("made_by_a_test", 3, 9, "kills"))
-    monkeypatch.setattr(faults, "import_module", {"made_by_a_test": module}.__getitem__)
+    monkeypatch.setitem(campaign.ATTACKS, "kill", campaign.Attack("made_by_a_test", 3, 9, "kills"))
+    monkeypatch.setattr(campaign, "import_module", {"made_by_a_test": module}.__getitem__)
     return module
 
 
 def test_all_kept_is_exit_code_0_and_the_short_form_is_the_default(
     attack: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert faults.main(["kill", "--json", "--seed", "5"]) == 0
+    assert campaign.main(["kill", "--json", "--seed", "5"]) == 0
     found = json.loads(capsys.readouterr().out)["attacks"][0]
     assert attack.asked == [(3, 5)]
     assert found.keys() >= {"attack", "jobs", "faults", *PROMISES, "recovery_s_max", "seconds", "kept"}
 
 
 def test_the_full_form_is_longer(attack: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    assert faults.main(["kill", "--full"]) == 0
+    assert campaign.main(["kill", "--full"]) == 0
     assert attack.asked == [(9, 0)]
     assert "kill" in capsys.readouterr().out
 
@@ -203,7 +203,7 @@ def test_one_broken_promise_is_exit_code_1(
     attack: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     attack.found = {"jobs": 2, "lost": 1, "broken": ["A job was lost."]}
-    assert faults.main(["kill"]) == 1
+    assert campaign.main(["kill"]) == 1
     assert "kill: A job was lost." in capsys.readouterr().out
 
 
@@ -211,11 +211,11 @@ def test_an_attack_that_does_not_come_to_its_end_has_kept_nothing(
     attack: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     attack.found = TimeoutError("the worker never took a job")
-    assert faults.main(["kill"]) == 1
+    assert campaign.main(["kill"]) == 1
     assert "the worker never took a job" in capsys.readouterr().out
 
 
 def test_an_attack_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        faults.main(["kil"])
+        campaign.main(["kil"])
     assert "there is no attack kil" in capsys.readouterr().err

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from faults_images import SHORT, TYPED, attack
+from devtools.faults.image_mutations import WAYS, mutations, whole
+from devtools.faults.images import SHORT, TYPED, attack
 from gradcam_worker.errors import UnsupportedMediaType
 from gradcam_worker.gradcam.decoding.decode import decode
-from mutations import WAYS, mutations, whole
 
 REFUSED = {"tiff", "jpeg-2000", "avif", "icns", "ppm"}
 

@@ -4,7 +4,17 @@ import json
 
 import pytest
 
-from faults_messages import FORGED, HOSTILE, REFUSED, SCHEMA, TEXTS, attack, judge, message, strangers
+from devtools.faults.messages import (
+    FORGED,
+    HOSTILE,
+    REFUSED,
+    SCHEMA,
+    TEXTS,
+    attack,
+    judge,
+    message,
+    strangers,
+)
 from gradcam_worker.broker import publisher
 from gradcam_worker.schemas.ids import new_id
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from faulty_proxy import Fault, FaultyProxy
+from devtools.faults.proxy import Fault, FaultyProxy
 
 WAIT_S = 10
 

@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-import faults_servers
-from faults_verdict import Verdict
+from devtools.faults import servers
+from devtools.faults.verdict import Verdict
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]
 
@@ -12,6 +12,6 @@ pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]
 def test_a_worker_gets_over_whatever_happens_to_the_servers_around_it(
     kept: Callable[[dict[str, Any]], Verdict],
 ) -> None:
-    verdict = kept(faults_servers.attack(faults_servers.SHORT, seed=1))
+    verdict = kept(servers.attack(servers.SHORT, seed=1))
     assert verdict.faults >= 10
     assert verdict.figures["jobs_hit"], "no job ran at any of them: nothing was tested"

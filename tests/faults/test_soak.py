@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 
-import faults_soak
-from faults_usage import Usage
-from faults_verdict import Verdict
+from devtools.faults import soak
+from devtools.faults.resource_usage import Usage
+from devtools.faults.verdict import Verdict
 
 
 @pytest.mark.live
@@ -13,7 +13,7 @@ from faults_verdict import Verdict
 def test_a_worker_that_is_fed_everything_grows_by_nothing_and_leaves_nothing(
     kept: Callable[[dict[str, Any]], Verdict],
 ) -> None:
-    verdict = kept(faults_soak.attack(faults_soak.SHORT, seed=1))
+    verdict = kept(soak.attack(soak.SHORT, seed=1))
     assert len(verdict.figures["kinds"]) == 10, "every kind of job had its turn"
     assert verdict.figures["temporary_files"] == 0
 

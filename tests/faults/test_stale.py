@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-import faults_stale
-from faults_verdict import Verdict
+from devtools.faults import stale
+from devtools.faults.verdict import Verdict
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(240)]
 
@@ -12,6 +12,6 @@ pytestmark = [pytest.mark.live, pytest.mark.timeout(240)]
 def test_no_manifest_of_before_is_posted_as_the_result_of_another_job_of_its_id(
     kept: Callable[[dict[str, Any]], Verdict],
 ) -> None:
-    verdict = kept(faults_stale.attack(faults_stale.SHORT, seed=1))
-    assert verdict.jobs == 2 * faults_stale.SHORT
-    assert verdict.figures["begun_twice"] == faults_stale.SHORT
+    verdict = kept(stale.attack(stale.SHORT, seed=1))
+    assert verdict.jobs == 2 * stale.SHORT
+    assert verdict.figures["begun_twice"] == stale.SHORT

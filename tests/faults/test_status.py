@@ -3,7 +3,7 @@ import json
 import pytest
 from standardwebhooks import Webhook
 
-from faults_status import BAD, HEALTHY, KINDS, Receivers, _heard, attack, receiving
+from devtools.faults.status import BAD, HEALTHY, KINDS, Receivers, _heard, attack, receiving
 from gradcam_worker.schemas.ids import utc_now
 
 SHORT = 25  # jobs of each kind

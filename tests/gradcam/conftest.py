@@ -1,13 +1,17 @@
 """What the room's tests share: real networks, each built once, and a way to wrap one made by hand."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # for `devtools`
 
 if TYPE_CHECKING:  # at run time only tests marked `tensorflow` load it
     from gradcam_worker.gradcam.models.keras_network import KerasNetwork

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,11 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
+from devtools import IMPORT_PATH, command
 from gradcam_worker.gradcam.methods import cam
 
 pytestmark = pytest.mark.tensorflow
 
-PROGRAM = Path(__file__).parents[2] / "scripts" / "programs" / "every_method.py"
 REQUIRED_IN_CI = {"jax"}
 NETWORKS = ("efficientnet_lite0", "by_hand", "flattened")
 Arrays = dict[str, NDArray[Any]]
@@ -24,7 +23,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @pytest.fixture(scope="module")
 def on_tensorflow() -> Arrays:
-    from every_method import computed
+    from devtools.agreement.every_method import computed
 
     return computed()
 
@@ -38,9 +37,13 @@ def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
             pytest.fail(f"{backend} is not installed: CI has to hold the engine to a second backend.")
         pytest.skip(f"{backend} is not installed")
     path = tmp_path_factory.mktemp(backend) / "computed.npz"
-    command = [sys.executable, str(PROGRAM), str(path)]
+    program = command("agreement.every_method", str(path))
     done = subprocess.run(
-        command, env={**os.environ, "KERAS_BACKEND": backend}, capture_output=True, text=True, check=False
+        program,
+        env={**os.environ, **IMPORT_PATH, "KERAS_BACKEND": backend},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     with np.load(path) as saved:

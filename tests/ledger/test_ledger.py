@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 
-from faulty_proxy import FaultyProxy
+from devtools.faults.proxy import FaultyProxy
 from gradcam_worker.errors import (
     AttemptFenced,
     IdempotencyConflict,

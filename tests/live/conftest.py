@@ -21,6 +21,8 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import Store, Stores
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # for `devtools`
+
 FLAGS = (
     "--headless=new",
     "--no-sandbox",  # in which root may not start it

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import faulty_worker
+from devtools.faults import tiny_worker
 from gradcam_worker.settings import Settings
 
 STILL_S = 4.0  # without a turn of the loop: a test has not got half a minute
@@ -33,7 +33,7 @@ def hang() -> None:
 
 
 def work(ready_fd: int) -> int:
-    """`faulty_worker.work`, with a loop that can hang, and jobs that can be stuck."""
+    """`tiny_worker.work`, with a loop that can hang, and jobs that can be stuck."""
     from gradcam_worker.broker.consumer import SturdyConsumer
     from gradcam_worker.observability import health
     from gradcam_worker.runtime import liveness
@@ -57,11 +57,11 @@ def work(ready_fd: int) -> int:
         self.timer.call_repeatedly(0.1, hang)
 
     SturdyConsumer.on_ready = on_ready  # type: ignore[method-assign]
-    return faulty_worker.work(ready_fd)
+    return tiny_worker.work(ready_fd)
 
 
 def supervise() -> int:
-    """As `faulty_worker.supervise`, over this program."""
+    """As `tiny_worker.supervise`, over this program."""
     from gradcam_worker.runtime.supervisor import Supervisor
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-import faulty_worker
+from devtools.faults import tiny_worker
 from gradcam_worker.backfill.output import DatasetDir
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.ledger.redis.store import RedisLedger
@@ -48,11 +48,10 @@ class Yard:
 
     @contextlib.contextmanager
     def worker(self) -> Iterator[None]:
-        programs = Path(faulty_worker.__file__)
         process = parent_watch.start(
-            [sys.executable, "-P", str(programs), "supervise"],
+            [sys.executable, "-P", tiny_worker.__file__, "supervise"],
             log=self.stage.logs / "worker.log",
-            environment=self.stage.settings.to_environment() | {"PYTHONPATH": str(programs.parent)},
+            environment=self.stage.settings.to_environment(),
             grace_s=45,
         )
         try:

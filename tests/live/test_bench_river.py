@@ -1,24 +1,23 @@
 """The benches that need a river: they run, and what they say hangs together. No figure is tested."""
 
 import json
+import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-import stand_in
-from stand_in import Passes, StandIn
-
-BENCH = Path(__file__).parents[2] / "scripts" / "programs" / "bench.py"
+from devtools import IMPORT_PATH, command
+from devtools.bench import simulated_network
+from devtools.bench.simulated_network import Passes, StandIn
 
 
 def figures(name: str, *, code: int = 0) -> Any:
     """What `scripts/bench NAME --quick --json` prints."""
-    command = [sys.executable, str(BENCH), name, "--quick", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    bench, variables = command("bench", name, "--quick", "--json"), {**os.environ, **IMPORT_PATH}
+    done = subprocess.run(bench, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -79,4 +78,4 @@ def test_a_stand_in_answers_like_a_network_and_says_what_its_device_did(tmp_path
     one, two = Passes.read(file)
     assert two.begun == one.ended, "the passes of one device queue"
     assert one.images == two.images == 2
-    assert one.ended - one.begun == pytest.approx(stand_in.SECONDS["gpu_time"](2), abs=1e-5)
+    assert one.ended - one.begun == pytest.approx(simulated_network.SECONDS["gpu_time"](2), abs=1e-5)

@@ -2,7 +2,7 @@
 
 import pytest
 
-import rehearsal
+from devtools.deploy_checks import rehearsal
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import redis
 
-import faulty_worker
+from devtools.faults import tiny_worker
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.broker import app, publisher
 from gradcam_worker.client.client import GradcamClient
@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.live]
 
 WAIT_S = 100
 SHARDS, IN_HAND, THREADS = 20, 2, 3
-WORKER = (sys.executable, "-P", faulty_worker.__file__, "supervise")
+WORKER = (sys.executable, "-P", tiny_worker.__file__, "supervise")
 
 
 def picture(color: tuple[int, int, int]) -> str:
@@ -78,7 +78,7 @@ class Yard:
             key=f"{number:08d}-0123456789abcdef",
             first=100 * number,
             rows=[{"uri": one} for one in rows],  # type: ignore[arg-type]
-            network=faulty_worker.NETWORK,
+            network=tiny_worker.NETWORK,
             target={"top_n": 1},  # type: ignore[arg-type]
             output=self.settings.output,
             token=self.token,
@@ -175,7 +175,7 @@ def test_shards_leave_room_for_who_is_urgent_survive_their_workers_and_leave_out
             wait_for(lambda: len(yard.running()) == IN_HAND, "the shards' start")
             assert asked.wait(WAIT_S)
             for _ in range(THREADS):
-                job = yard.client.submit(image=HEALTHY[0], network=faulty_worker.NETWORK, target={"top_n": 1})
+                job = yard.client.submit(image=HEALTHY[0], network=tiny_worker.NETWORK, target={"top_n": 1})
                 assert yard.client.wait(job, WAIT_S).status == "succeeded"
             assert len(yard.running()) == IN_HAND, "nobody waited for a shard"
             time.sleep(2)  # leases
@@ -189,7 +189,7 @@ def test_shards_leave_room_for_who_is_urgent_survive_their_workers_and_leave_out
         with yard.worker("second"):
             wait_for(lambda: all(one.final for one in yard.documents()), "the shards' end")
             assert yard.most == IN_HAND
-            poisoned = yard.submit([*HEALTHY[:6], picture(faulty_worker.POISON), *HEALTHY[6:]])
+            poisoned = yard.submit([*HEALTHY[:6], picture(tiny_worker.POISON), *HEALTHY[6:]])
             shards += [yard.submit(rows) for _ in range(3)]
             wait_for(lambda: all(one.final for one in yard.documents()), "the end of the poisoned one")
     documents = {one.metadata["shard"]: one for one in yard.documents()}

@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 import pytest
 
-import faulty_worker
-from faulty_proxy import Fault, FaultyProxy
+from devtools.faults import tiny_worker
+from devtools.faults.proxy import Fault, FaultyProxy
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch, service_factory
@@ -62,7 +62,7 @@ def test_a_worker_without_storage_says_so_takes_no_jobs_and_finishes_all_when_it
         def submit() -> str:
             job_id: str = client.submit(
                 image=picture(),
-                network=faulty_worker.NETWORK,
+                network=tiny_worker.NETWORK,
                 target={"top_n": 1},
                 timeout_s=3,
                 max_attempts=3,
@@ -70,7 +70,7 @@ def test_a_worker_without_storage_says_so_takes_no_jobs_and_finishes_all_when_it
             return job_id
 
         worker = parent_watch.start(
-            [sys.executable, "-P", faulty_worker.__file__, "supervise"],
+            [sys.executable, "-P", tiny_worker.__file__, "supervise"],
             log=tmp_path / "worker.log",
             environment=settings.to_environment(),
             grace_s=settings.shutdown_timeout_s + 15,

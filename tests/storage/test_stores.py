@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from faulty_proxy import Fault, FaultyProxy
+from devtools.faults.proxy import Fault, FaultyProxy
 from gradcam_worker.errors import AttemptFenced, JobTimeout, OutputNotAllowed, StorageUnavailable
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.retry import RetryPolicy

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.graph import alignment
-from small_networks import Wrap, classified
+from tests.gradcam.small_networks import Wrap, classified
 
 SIDE = 32
 REFUSED = "crops, pads, shifts or turns its input"

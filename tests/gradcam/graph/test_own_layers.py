@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from gradcam_worker.errors import NetworkIncompatible
-from small_networks import ALL, COLUMNS, ROWS, Wrap, backbone, classified
+from tests.gradcam.small_networks import ALL, COLUMNS, ROWS, Wrap, backbone, classified
 
 pytestmark = pytest.mark.tensorflow
 

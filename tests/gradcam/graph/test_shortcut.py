@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.network import Method
-from small_networks import ALL, CLASSES, COLUMNS, ROWS, Wrap, backbone
+from tests.gradcam.small_networks import ALL, CLASSES, COLUMNS, ROWS, Wrap, backbone
 
 pytestmark = pytest.mark.tensorflow
 

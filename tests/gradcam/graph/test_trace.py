@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 
 from gradcam_worker.errors import UnknownLayer
 from gradcam_worker.gradcam.network import Method
-from small_networks import ALL, COLUMNS, ROWS, Wrap, backbone, classified
+from tests.gradcam.small_networks import ALL, COLUMNS, ROWS, Wrap, backbone, classified
 
 pytestmark = pytest.mark.tensorflow
 

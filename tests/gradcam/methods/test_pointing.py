@@ -19,7 +19,7 @@ both_heads = pytest.mark.parametrize("head", REQUIRED)
 @pytest.fixture(scope="module")
 def play() -> Play:
     """Hits in [0, 1] by method; each network is trained once."""
-    from shapes import play
+    from devtools.agreement.pointing_game import play
 
     return cache(play)
 
@@ -47,7 +47,7 @@ def test_without_asking_for_a_class_one_finds_no_more_than_half(head: str, play:
 
 
 def test_shapes_lie_in_their_boxes_and_do_not_overlap() -> None:
-    from shapes import BACKGROUND, COLORS, SIDE, draw
+    from devtools.agreement.pointing_game import BACKGROUND, COLORS, SIDE, draw
 
     scene = draw(50, np.random.default_rng(3))
     for pixels, classes, boxes in zip(scene.pixels, scene.classes, scene.boxes, strict=True):

@@ -18,8 +18,8 @@ Kept = Callable[[str, str], tuple[float, float]]
 @pytest.fixture(scope="module")
 def kept() -> Kept:
     """Of a method's maps after a stage: overlap and rank correlation with the trained network's, means."""
+    from devtools.agreement.randomisation import cascade, overlap, rank_correlation
     from gradcam_worker.gradcam.models.loading import load_network  # of its own: its weights are shuffled
-    from randomised import cascade, overlap, rank_correlation
 
     (_, trained), *stages = cascade(load_network("efficientnet_lite0"))
     figures = {
@@ -60,7 +60,7 @@ def test_eigencam_asks_no_head_and_changes_with_the_layers_that_it_shows(kept: K
 
 
 def test_overlap_and_rank_correlation_are_what_their_names_say() -> None:
-    from randomised import overlap, rank_correlation
+    from devtools.agreement.randomisation import overlap, rank_correlation
 
     one = np.array([[[4.0, 3, 1], [0, -1, -2]]], np.float32)
     other = np.array([[[4.0, 1, 3], [0, -1, -2]]], np.float32)

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 
 from gradcam_worker.errors import NetworkIncompatible, UnknownLayer
 from gradcam_worker.gradcam.catalog import Head
-from small_networks import ALL, COLUMNS, ROWS, Wrap, backbone, classified
+from tests.gradcam.small_networks import ALL, COLUMNS, ROWS, Wrap, backbone, classified
 
 pytestmark = pytest.mark.tensorflow
 

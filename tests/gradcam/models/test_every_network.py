@@ -63,7 +63,7 @@ def test_preprocessing_is_what_keras_does_for_its_weights(
 def test_it_is_found_by_its_graph_as_its_row_says_and_its_map_is_finite_and_the_same_by_the_shorter_way_back(
     row: NetworkRow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import networks
+    from devtools.agreement import networks
     from gradcam_worker.gradcam.models.loading import load_network
 
     built: list[Any] = []  # once for all that is asked of it

@@ -31,7 +31,7 @@ def load() -> Load:
 @pytest.fixture(scope="module")
 def see(load: Load) -> Seen:
     """The shipped photos and the classes that float32 ranks first to fifth."""
-    from randomised import photographs
+    from devtools.agreement.randomisation import photographs
 
     pixels = photographs((224, 224))
     class_ids = load("float32").compute(pixels, TOP_5).class_ids
@@ -59,7 +59,7 @@ def test_every_photo_keeps_its_best_class_and_scores_stay_near(precision: str, s
 @fewer_digits
 @pytest.mark.parametrize("name", ["gradcam", "gradcam++", "hirescam", "xgradcam", "layercam", "eigencam"])
 def test_hot_regions_stay_where_they_are(precision: str, name: str, see: Seen) -> None:
-    from randomised import overlap
+    from devtools.agreement.randomisation import overlap
 
     exact, seen = (see(one, name).raw.reshape(-1, 7, 7) for one in ("float32", precision))
     assert seen.dtype == np.float32

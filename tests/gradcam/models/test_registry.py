@@ -13,7 +13,7 @@ import pytest
 from gradcam_worker.errors import UnknownNetwork
 from gradcam_worker.gradcam.catalog import CATALOG, PREPROCESSING, Head, ModelFile, NetworkRow
 from gradcam_worker.gradcam.models.registry import Registry
-from registry_text import MODEL, SHA256, WEIGHTS, write
+from tests.gradcam.registry_text import MODEL, SHA256, WEIGHTS, write
 
 PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "own-networks.md"
 

@@ -7,7 +7,7 @@ import pytest
 
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.gradcam.models.registry import Registry
-from registry_text import MODEL, SHA256, WEIGHTS, write
+from tests.gradcam.registry_text import MODEL, SHA256, WEIGHTS, write
 
 
 def refusal(path: Path) -> str:

@@ -1,0 +1,29 @@
+"""Tools for whoever develops gradcam-worker; none of it is in the wheel.
+
+    bench           how fast, and how much memory: `scripts/bench`
+    faults          attacks on what is promised: `scripts/faults`
+    deploy_checks   docker/ and deploy/ without Docker and without a cluster: `scripts/check-deploy`
+    agreement       our numbers against the same computed in other ways: `scripts/agreement`
+    docs            generated pages, pictures and the site: `scripts/docs`, `scripts/performance`
+    maintenance     releases, JSON schemas, shipped weights: `scripts/release`, `scripts/schemas`
+
+Each package says in its own words where to begin. The programs are run as modules (`python -m
+devtools.bench`), with the folder `scripts` on the import path; so are those that they start themselves.
+"""
+
+import sys
+from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parents[1]
+ROOT = SCRIPTS.parent  # of the repository
+IMPORT_PATH = {"PYTHONPATH": str(SCRIPTS)}  # for the environment of a process that imports this package
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """How a module of this package is run with this interpreter, given IMPORT_PATH.
+
+    Args:
+        module: its name below `devtools`, such as `faults.images`.
+        *arguments: what it is given.
+    """
+    return [sys.executable, "-P", "-m", f"{__name__}.{module}", *arguments]

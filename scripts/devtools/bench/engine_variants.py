@@ -1,0 +1,124 @@
+"""The ways to a network's heatmaps that the engine's bench lets take turns."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from devtools.bench.timing import Way
+from gradcam_worker.gradcam.methods import cam, gradients
+from gradcam_worker.gradcam.models.keras_network import KerasNetwork
+from gradcam_worker.gradcam.network import GRADCAM, Method
+
+# isort: split
+# Only now: the lines above keep TensorFlow quiet while it is loaded for the first time.
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+SEED = 0
+FORWARD, OURS, EXACT, REPEATED, NOTEBOOK = "forward", "ours", "exact backward", "repeated tail", "notebook"
+
+Pixels = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+
+def noise(count: int, size: tuple[int, int]) -> Pixels:
+    """Seeded noise (count, height, width, 3): as good as any picture for random weights."""
+    return np.random.default_rng(SEED).integers(0, 256, (count, *size, 3), np.uint8)
+
+
+def prepared(network: KerasNetwork, pixels: Pixels) -> Floats:
+    """The input of the model by Keras's own preprocessing: a check on ours."""
+    return np.asarray(
+        keras.applications.imagenet_utils.preprocess_input(
+            pixels.astype(np.float32), data_format="channels_last", mode=network.facts.preprocessing
+        )
+    )
+
+
+def best(images: int, classes: int) -> NDArray[np.int32]:
+    """The wish for the best classes of images, (images, classes): see `ClassIndex.wanted`."""
+    return np.tile(-np.arange(1, classes + 1, dtype=np.int32), (images, 1))
+
+
+def titled(way: str, top: int) -> str:
+    """A way, for so many classes."""
+    return f"{way}, top {top}"
+
+
+class Ways:
+    """What can be measured of one network; every way runs on the very same weights, in memory once."""
+
+    def __init__(self, network: KerasNetwork) -> None:
+        self.network, self.model = network, network._model  # noqa: SLF001
+        self.exact = KerasNetwork(
+            network._row,  # noqa: SLF001
+            self.model,
+            weights_sha256=None,
+            exact_backward=True,
+        )
+        any_batch = tf.TensorSpec((None, *network.facts.input_size, 3), tf.float32)
+        alone = partial(self.model, training=False)
+        self._forward = tf.function(alone, input_signature=[any_batch], autograph=False)
+        self._repeated = RepeatedTail(self.exact)
+
+    def forward(self, batch: int, repeats: int) -> Way:
+        """The Keras model and nothing else; its input is on the device already."""
+        images = tf.constant(prepared(self.network, self._pixels(batch)))
+        return Way(FORWARD, batch, repeats, lambda: self._forward(images).numpy())
+
+    def ours(self, batch: int, tops: tuple[int, ...], repeats: int) -> Iterator[Way]:
+        """`Network.compute`: pixels in, scores and heatmaps out."""
+        return self._each(OURS, self.network.compute, batch, tops, repeats)
+
+    def exact_backward(self, batch: int, tops: tuple[int, ...], repeats: int) -> Iterator[Way]:
+        """The same without the pooled-gradient shortcut."""
+        return self._each(EXACT, self.exact.compute, batch, tops, repeats)
+
+    def repeated_tail(self, batch: int, tops: tuple[int, ...], repeats: int) -> Iterator[Way]:
+        """The trunk once, then for each class the tail, there and back."""
+        return self._each(REPEATED, self._repeated, batch, tops, repeats)
+
+    def methods(self, batch: int, top: int, repeats: int) -> Iterator[Way]:
+        """Every method, as `ours`."""
+        pixels, wanted = self._pixels(batch), best(batch, top)
+        for method in cam.METHODS:
+            yield Way(method, batch, repeats, partial(self.network.compute, pixels, wanted, Method(method)))
+
+    def _each(
+        self, way: str, compute: Callable[..., Any], batch: int, tops: tuple[int, ...], repeats: int
+    ) -> Iterator[Way]:
+        pixels = self._pixels(batch)
+        for top in tops:
+            yield Way(titled(way, top), batch, repeats, partial(compute, pixels, best(batch, top)))
+
+    def _pixels(self, batch: int) -> Pixels:
+        return noise(batch, self.network.facts.input_size)
+
+
+class RepeatedTail:
+    """What one would write first: the trunk, then the tail and its gradient for one class after the other."""
+
+    def __init__(self, network: KerasNetwork) -> None:
+        place = network._place(network.facts.default_layer)  # noqa: SLF001
+        parts = network._cut(place, None, GRADCAM)  # noqa: SLF001
+        pixels = tf.TensorSpec((None, *parts.pixels), tf.uint8)
+
+        def one(activations: Any, rest: Any, wanted: Any) -> Any:
+            with tf.GradientTape() as tape:
+                tape.watch(activations)
+                scores = parts.tail(activations, rest)
+                score = tf.gather(scores, gradients.named(scores, wanted), axis=1, batch_dims=1)
+            weights = tf.reduce_mean(tape.gradient(score, activations), axis=(1, 2))
+            return tf.einsum("nhwc,nc->nhw", activations, weights)
+
+        self._trunk = tf.function(parts.trunk, input_signature=[pixels], autograph=False)
+        self._one = tf.function(one, reduce_retracing=True, autograph=False)
+
+    def __call__(self, pixels: Pixels, wanted: NDArray[np.int32]) -> Floats:
+        """Raw maps (n, k, rows, columns) of n images."""
+        activations, _, rest = self._trunk(tf.constant(pixels))
+        classes = range(wanted.shape[1])
+        maps = [self._one(activations, rest, tf.constant(wanted[:, at : at + 1])) for at in classes]
+        return np.stack([one.numpy() for one in maps], axis=1)

@@ -1,0 +1,206 @@
+"""Stand-in networks, and a worker that has them: for measuring everything but the network.
+
+    no_time    answers at once: what is left is the machinery
+    gpu_time   answers when a GPU would have, 5 ms a pass and 20 ms for 32 images, and uses no core for it
+    slow_time  needs 400 ms for each image, so that few cores can run many workers of it
+
+    python -m devtools.bench.simulated_network PASSES
+
+runs the worker of `gradcam worker --unsupervised` in this process, with the settings that the environment
+holds. Stand-ins answer for the names above; the catalog's networks get their shipped weights, else
+seeded random ones: speed does not depend on what they are. What the device did is written to the file
+PASSES, a line a pass.
+"""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradcam_worker.gradcam.catalog import NetworkRow
+from gradcam_worker.gradcam.classes import imagenet
+from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
+from gradcam_worker.runtime import worker_process
+from gradcam_worker.settings import Settings
+
+SEED = 0
+SHA256 = "0" * 64  # of the files that there are not
+LARGEST = 32  # images in one pass of gpu_time
+SECONDS: dict[str, Callable[[int], float]] = {  # that a pass over n images takes
+    "no_time": lambda _: 0.0,
+    "gpu_time": lambda images: 0.005 * -(-images // LARGEST) + 0.020 * images / LARGEST,
+    "slow_time": lambda images: 0.400 * images,
+}
+# How an operator would register them; what their files hold is never asked for.
+REGISTRY = "".join(
+    f"""
+[networks.{name}]
+model = "{name}.keras"
+sha256 = "{SHA256}"
+labels = "imagenet"
+preprocessing = "none"
+input_size = [224, 224]
+"""
+    for name in SECONDS
+)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of the device: from when to when, in seconds since the epoch, and over how many images."""
+
+    begun: float
+    ended: float
+    images: int
+    device_bytes: int  # of its memory at the worst moment; 0 where there is none to be measured
+
+
+class Passes:
+    """A file of passes. Threads may share it."""
+
+    def __init__(self, file: Path) -> None:
+        """`file` is made by the first pass."""
+        self._file = file
+
+    def write(self, begun: float, ended: float, images: int, device_bytes: int = 0) -> None:
+        """One line more."""
+        with self._file.open("a", encoding="ascii") as file:
+            file.write(f"{begun:.6f} {ended:.6f} {images} {device_bytes}\n")
+
+    @staticmethod
+    def read(file: Path) -> list[Pass]:
+        """All passes until now, in the order in which they began."""
+        lines = file.read_text(encoding="ascii").splitlines() if file.exists() else []
+        rows = (line.split() for line in lines)
+        found = (Pass(float(a), float(b), int(n), int(m)) for a, b, n, m in rows)
+        return sorted(found, key=lambda one: one.begun)
+
+    @classmethod
+    def between(cls, file: Path, begin: float, end: float) -> tuple[dict[int, int], float]:
+        """Images in a pass -> passes, and the seconds in which the device had something to do."""
+        sizes: Counter[int] = Counter()
+        busy, until = 0.0, begin
+        for one in cls.read(file):
+            if begin < one.ended and one.begun < end:
+                sizes[one.images] += 1
+                busy += max(min(one.ended, end) - max(one.begun, until), 0.0)  # some are handed over before
+                until = max(until, one.ended)
+        return dict(sizes), busy
+
+
+class StandIn:
+    """A network of ImageNet's classes that knows its answers beforehand. Input (224, 224), map (7, 7)."""
+
+    ANSWERS = 64  # different ones; the images of a pass get them in turn
+    CELLS = 7  # rows, columns of its map
+
+    def __init__(self, name: str, passes: Passes | None = None) -> None:
+        """`name` is one of SECONDS."""
+        draw = np.random.default_rng(SEED)
+        self.labels = imagenet()
+        self.facts = NetworkFacts(
+            name=name,
+            input_size=(224, 224),
+            preprocessing="none",
+            weights_sha256=SHA256,
+            backend=f"numpy {np.__version__}",
+            dtype="float32",
+            default_layer="cells",
+            map_size=(self.CELLS, self.CELLS),
+        )
+        self._scores = draw.normal(0, 3, (self.ANSWERS, len(self.labels))).astype(np.float32)
+        self._ranked = np.argsort(-self._scores, axis=1).astype(np.int32)
+        self._maps = draw.normal(0, 1, (self.ANSWERS, self.CELLS, self.CELLS)).astype(np.float32)
+        self._seconds, self._passes = SECONDS[name], passes
+        self._free = 0.0  # when the device will have done all that it was given
+
+    def begin(
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+    ) -> Callable[[], Computed]:
+        """See `gradcam.network.Network.begin`. Passes queue: one begins where the last one ends."""
+        rows = np.arange(len(pixels)) % self.ANSWERS
+        ended = self._occupy(len(pixels))
+
+        def wait() -> Computed:
+            time.sleep(max(ended - time.time(), 0))
+            ranks = np.maximum(-wanted - 1, 0)
+            class_ids = np.where(wanted < 0, self._ranked[rows[:, np.newaxis], ranks], wanted)
+            raw = self._maps[(rows[:, np.newaxis] + class_ids) % self.ANSWERS]
+            return Computed(method.layer or "cells", self._scores[rows], class_ids.astype(np.int32), raw)
+
+        return wait
+
+    def compute(
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+    ) -> Computed:
+        """See `gradcam_worker.gradcam.network.Network.compute`."""
+        return self.begin(pixels, wanted, method)()
+
+    def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See `gradcam_worker.gradcam.network.Network.scores`."""
+        time.sleep(max(self._occupy(len(pixels)) - time.time(), 0))
+        return self._scores[np.arange(len(pixels)) % self.ANSWERS]
+
+    def _occupy(self, images: int) -> float:
+        """Give the device a pass; return when it will have done it."""
+        begun = max(time.time(), self._free)
+        self._free = begun + self._seconds(images)
+        if self._passes:
+            self._passes.write(begun, self._free, images)
+        return self._free
+
+
+class Watched:
+    """A network that computes as it would, while its passes are written down."""
+
+    def __init__(self, network: Any, passes: Passes) -> None:
+        """`network` is any `gradcam_worker.gradcam.network.Network`; what is not here is asked of it."""
+        self._network, self._passes = network, passes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+    def begin(
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+    ) -> Callable[[], Computed]:
+        """See `gradcam_worker.gradcam.network.Network.begin`."""
+        begun = time.time()
+        wait = self._network.begin(pixels, wanted, method)
+        from gradcam_worker.gradcam import backend
+
+        def watched() -> Computed:
+            computed: Computed = wait()
+            self._passes.write(begun, time.time(), len(pixels), backend.peak_memory() or 0)
+            backend.reset_peak_memory()
+            return computed
+
+        return watched
+
+    def compute(
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+    ) -> Computed:
+        """See `gradcam_worker.gradcam.network.Network.compute`."""
+        return self.begin(pixels, wanted, method)()
+
+
+def load(settings: Settings, passes: Passes | None, row: NetworkRow) -> Network:
+    """A stand-in, or a network of the catalog, watched where there is a file for its passes."""
+    if row.name in SECONDS:
+        return StandIn(row.name, passes)
+    from gradcam_worker.gradcam.models.loading import load_network
+
+    network = load_network(row, random_seed=None if row.shipped else SEED, precision=settings.precision)
+    watched: Any = Watched(network, passes) if passes else network
+    return watched  # type: ignore[no-any-return]
+
+
+if __name__ == "__main__":
+    _settings = Settings.from_environment()
+    sys.exit(worker_process.run(_settings, load=partial(load, _settings, Passes(Path(sys.argv[1])))))

@@ -1,0 +1,267 @@
+"""A river to measure: a real Valkey, a real S3 server, one real worker, and what each of them costs.
+
+What is measured of processes is read from /proc: this needs Linux.
+"""
+
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+import cv2
+import numpy as np
+from pydantic import SecretStr
+
+from devtools.bench import simulated_network
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import WorkerLost
+from gradcam_worker.gradcam.classes import DATA
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.gradcam.imaging.overlay import Pixels, encode, fit
+from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.operations import servers as embedded
+from gradcam_worker.runtime import parent_watch, service_factory
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.status import StatusDocument
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+
+START_S = 240  # TensorFlow is loaded and each network is run for the first time
+STALLED_S = 120  # without a job that ends, something hangs
+LOOK_S = 0.2  # between two looks at the processes
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+SHUTDOWN_S = 10
+MACHINE = "machine"  # stands for all processes beside the names of ours
+# The engine alone and the worker share one device: JAX must not take all of its memory beforehand.
+SHARED_DEVICE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+@dataclass
+class River:
+    """Servers and a worker that run, and what is needed to give them work."""
+
+    settings: Settings
+    client: GradcamClient
+    ledger: Ledger
+    s3: S3
+    worker: Popen[bytes]
+    log: Path
+    passes: Path
+    images: list[str]  # URIs
+    processes: dict[str, list[int]]  # their ids: worker, s3, valkey, and this program as `bench`
+    device: str = ""  # that the worker computes on
+
+    def jobs(self, network: str, count: int, **fields: Any) -> list[Job]:
+        """Bulk jobs, one image after the other: top 3 classes, default artifacts, unless `fields` differ."""
+        fields = {"network": network, "target": {"top_n": 3}, "priority": "bulk", **fields}
+        return [Job.parse({"image": uri, **fields}) for uri in islice(cycle(self.images), count)]
+
+    def drain(self) -> None:
+        """Return when no job is left. Raises WorkerLost."""
+        left, since = sum(self.ledger.counts()), time.monotonic()
+        while left:
+            time.sleep(LOOK_S / 4)
+            now = sum(self.ledger.counts())
+            if now != left:
+                left, since = now, time.monotonic()
+            self.check(time.monotonic() - since < STALLED_S)
+
+    def check(self, alive: bool = True) -> None:
+        """Raise WorkerLost where the worker has ended, or where something else says that it hangs."""
+        if not alive or self.worker.poll() is not None:
+            tail = self.log.read_text(errors="replace")[-2000:]
+            message = f"The worker ended or hangs. Its last words:\n{tail}"
+            raise WorkerLost(message)
+
+    def done(self, ids: Sequence[str]) -> list[StatusDocument]:
+        """Wait for jobs, which all have to succeed; the first to be completed first. Raises WorkerLost."""
+        self.drain()
+        documents = list(self.client.statuses(ids).values())
+        failed = [one for one in documents if one.status != "succeeded"]
+        if failed or len(documents) != len(ids):
+            found = failed[0].error or failed[0].status if failed else "unknown"
+            message = f"{len(failed)} of {len(ids)} jobs failed, {len(documents)} are known; one: {found}"
+            raise WorkerLost(message)
+        return sorted(documents, key=completed)
+
+    def store(self, name: str, data: bytes) -> str:
+        """Put an image into the bucket of photos; return its URI."""
+        self.s3.client.put_object(Bucket="photos", Key=name, Body=data)
+        return f"s3://photos/{name}"
+
+
+def completed(document: StatusDocument) -> float:
+    """When a final job ended, in seconds since the epoch."""
+    return document.completed_at.timestamp() if document.completed_at else 0.0
+
+
+def settings_of(
+    folder: Path, valkey: embedded.Server, s3_server: embedded.S3Server, **changes: Any
+) -> Settings:
+    """Settings for these servers and the stand-ins, whose description is written into `folder`."""
+    registry = folder / "networks.toml"
+    registry.write_text(simulated_network.REGISTRY, encoding="utf-8")
+    return Settings(
+        broker_url=f"redis://127.0.0.1:{valkey.port}/0",
+        output="s3://results/bench",
+        s3_endpoint_url=s3_server.url,
+        s3_access_key_id=s3_server.access_key_id,
+        s3_secret_access_key=SecretStr(s3_server.secret_access_key),
+        networks=registry,
+        **changes,
+    )
+
+
+@contextmanager
+def flowing(networks: tuple[str, ...], photos: Sequence[bytes], **changes: Any) -> Iterator[River]:
+    """Start the servers and a worker with these networks loaded and warm; stop all of it in the end.
+
+    `photos` are stored as images; `changes` are settings. Raises WorkerLost, InvalidSettings.
+    """
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradcam-bench-")))
+        valkey = stack.enter_context(embedded.valkey(folder))
+        s3_server = stack.enter_context(embedded.s3(folder, ("photos", "results")))
+        settings = settings_of(
+            folder, valkey, s3_server, preload=networks, shutdown_timeout_s=SHUTDOWN_S, **changes
+        )
+        log, passes = folder / "worker.log", folder / "passes"
+        program = str(Path(simulated_network.__file__).resolve())
+        worker = parent_watch.start(
+            [sys.executable, "-P", program, str(passes)],
+            log=log,
+            environment={**SHARED_DEVICE, **settings.to_environment()},
+            grace_s=SHUTDOWN_S,
+        )
+        stack.callback(parent_watch.stop, worker)
+        client, ledger, s3 = (
+            GradcamClient(settings=settings),
+            service_factory.build_ledger(settings),
+            S3(settings),
+        )
+        river = River(settings, client, ledger, s3, worker, log, passes, [], {})
+        with ThreadPoolExecutor(settings.threads) as pool:
+            names = [f"{number:05}.jpg" for number in range(len(photos))]
+            river.images.extend(pool.map(river.store, names, photos))
+        _wait_until_ready(river, networks)
+        servers = {"worker": worker, "s3": s3_server.process, "valkey": valkey.process}
+        river.processes.update({name: below(one.pid) for name, one in servers.items()})
+        river.processes["bench"] = [os.getpid()]
+        yield river
+
+
+def _wait_until_ready(river: River, networks: tuple[str, ...]) -> None:
+    """One job for each network has to come back."""
+    ids = river.client.submit_many(job for name in networks for job in river.jobs(name, 1))
+    end = time.monotonic() + START_S
+    while sum(river.ledger.counts()):
+        river.check(time.monotonic() < end)
+        time.sleep(LOOK_S)
+    done = river.done(ids)
+    river.device = done[0].worker.device if done[0].worker else ""
+
+
+def photographs(count: int, size: tuple[int, int] = (375, 500)) -> list[bytes]:
+    """JPEGs of `size` (height, width), no two the same: the shipped photos, each cut out elsewhere."""
+    shipped = [decode(path.read_bytes()).pixels for path in sorted((DATA / "photos").glob("*.jpg"))]
+    draw = np.random.default_rng(simulated_network.SEED)
+    return [encode(_cut(photo, size, draw)) for photo in islice(cycle(shipped), count)]
+
+
+def _cut(photo: Pixels, size: tuple[int, int], draw: np.random.Generator) -> Pixels:
+    """A part of a photo (height, width, 3), at least two thirds of either side, as large as asked for."""
+    height, width, _ = photo.shape
+    rows, columns = (int(side * draw.uniform(2 / 3, 1)) for side in (height, width))
+    top, left = draw.integers(0, height - rows + 1), draw.integers(0, width - columns + 1)
+    part = photo[top : top + rows, left : left + columns]
+    large = cv2.resize(part, size[::-1], interpolation=cv2.INTER_CUBIC)
+    return fit(np.asarray(large, np.uint8), size)
+
+
+def below(pid: int) -> list[int]:
+    """A process and all that it started, and what they started."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            found = path.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        parents[int(path.parent.name)] = int(found[1])
+    family = [pid]
+    for one in family:
+        family += [child for child, parent in parents.items() if parent == one]
+    return family
+
+
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """Processor time that processes have used until now, user and system."""
+    ticks = 0
+    for pid in pids:
+        columns = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
+        user, system = columns.split()[11:13]
+        ticks += int(user) + int(system)
+    return ticks * TICK_S
+
+
+def machine_seconds() -> float:
+    """Processor time that this machine has used until now, whoever used it, of all cores."""
+    columns = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
+    idle = {3, 4}  # doing nothing, and waiting for a disk
+    return TICK_S * sum(int(ticks) for index, ticks in enumerate(columns) if index not in idle)
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """Memory of processes that is in RAM."""
+    size = os.sysconf("SC_PAGE_SIZE")
+    return size * sum(int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) for pid in pids)
+
+
+@dataclass
+class Meter:
+    """Reads what processes use, again and again, in a thread of its own."""
+
+    processes: dict[str, list[int]]
+    times: list[float] = field(default_factory=list)  # of the readings, in seconds since the epoch
+    cpu: dict[str, list[float]] = field(default_factory=dict)  # name, or MACHINE -> seconds
+    resident: dict[str, list[int]] = field(default_factory=dict)  # name -> bytes
+
+    def read(self) -> None:
+        """One reading."""
+        self.times.append(time.time())
+        for name, pids in self.processes.items():
+            self.cpu.setdefault(name, []).append(cpu_seconds(pids))
+            self.resident.setdefault(name, []).append(resident_bytes(pids))
+        self.cpu.setdefault(MACHINE, []).append(machine_seconds())
+
+    def used(self, name: str, begun: float, ended: float) -> float:
+        """Processor seconds between two times, interpolated between the readings beside them."""
+        at_begin, at_end = np.interp([begun, ended], self.times, self.cpu[name])
+        return float(at_end - at_begin)
+
+    @contextmanager
+    def running(self, every_s: float = LOOK_S) -> Iterator["Meter"]:
+        """Read until the block is left, and once more then."""
+        ended = threading.Event()
+
+        def look() -> None:
+            self.read()
+            while not ended.wait(every_s):
+                self.read()
+            self.read()
+
+        thread = threading.Thread(target=look, name="meter", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            ended.set()
+            thread.join()

@@ -1,0 +1,141 @@
+"""docker/ and deploy/, held to what can be told of them without Docker and without a cluster.
+
+    scripts/check-deploy               # what is wrong, a line each; exit code 1 where anything is
+    scripts/check-deploy --write       # the settings' part of the chart's values.schema.json again
+    scripts/check-deploy --rehearse    # and: the image is made and run, see `rehearsal`; some minutes
+
+Others' programs look first (hadolint, shellcheck, yamllint, schemas); then whatever is named there (settings,
+commands, paths, ports, users, targets) is looked up in the code; the chart is checked by `helm`.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import yaml  # type: ignore[import-untyped]
+
+from devtools import ROOT
+from devtools.deploy_checks import compose, helm, rehearsal, tools
+from devtools.deploy_checks.dockerfile import DOCKERFILE
+from gradcam_worker.cli.main import gradcam
+from gradcam_worker.settings import PREFIX, Settings
+
+COMPOSE = ROOT / "docker" / "compose.yaml"
+PROMETHEUS = ROOT / "docker" / "prometheus.yml"
+LINT = (
+    "{extends: default, rules: {line-length: {max: 160}, document-start: disable, "
+    "braces: {max-spaces-inside: 1}, comments: {min-spaces-from-content: 1}}}"
+)
+TEXTS = {".yaml", ".yml", ".md", ".json", ".example", ".tpl", ".txt", ""}
+
+
+def programs(folder: Path) -> Iterator[str]:
+    """What others' programs find. `folder` is where they are."""
+
+    def look(name: str, *words: str | Path) -> Iterator[str]:
+        done = subprocess.run([folder / name, *words], capture_output=True, text=True, check=False, cwd=ROOT)
+        if done.returncode:
+            yield f"{name} {' '.join(map(str, words))[:200]}:\n{done.stdout}{done.stderr}"
+
+    schema = Path(__file__).with_name("prometheus.schema.json")
+    yield from look("hadolint", DOCKERFILE)
+    yield from look("shellcheck", *shell_scripts())
+    yield from look("yamllint", "--strict", "-d", LINT, *yaml_files())
+    yield from look("check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE)
+    yield from look("check-jsonschema", "--schemafile", schema, PROMETHEUS)
+
+
+def shell_scripts() -> list[Path]:
+    """Every one of scripts/, docker/, deploy/ and .ci/, known by its first line."""
+    places = (path for name in ("scripts", "docker", "deploy", ".ci") for path in (ROOT / name).rglob("*"))
+    plain = (path for path in places if path.is_file() and path.suffix in {"", ".sh"})
+    return [path for path in sorted(plain) if re.match(rb"#!.*\b(ba|da)?sh\b", path.read_bytes()[:64])]
+
+
+def yaml_files() -> list[Path]:
+    """Every one of docker/."""
+    return sorted((ROOT / "docker").rglob("*.y*ml"))
+
+
+def names() -> Iterator[str]:
+    """What docker/ and deploy/ name, and the code does not have."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for file in texts():
+        text = file.read_text()
+        place = file.relative_to(ROOT)
+        for name in sorted(set(re.findall(rf"\b{PREFIX}[A-Z0-9_]*[A-Z0-9]\b(?!_)", text)) - known):
+            yield f"{place}: there is no setting {name}"
+        for command in sorted(set(re.findall(r"`gradcam ([a-z]+)\b", text))):
+            if command not in gradcam.commands:
+                yield f"{place}: there is no command `gradcam {command}`"
+
+
+def texts() -> list[Path]:
+    """The files of docker/ and deploy/ in which names are looked for."""
+    places = chain(*((ROOT / name).rglob("*") for name in ("docker", "deploy")))
+    return sorted(path for path in places if path.is_file() and path.suffix in TEXTS and path.name != ".env")
+
+
+def prometheus() -> Iterator[str]:
+    """Whether Prometheus asks where the images answer, by a name that they have, and finds its rules."""
+    port = int(compose.image_environment("cpu")[f"{PREFIX}METRICS_PORT"])
+    services = compose.loaded(COMPOSE.read_text(), compose.variables())["services"]
+    aliases = {
+        alias
+        for service in services.values()
+        if isinstance(service["networks"], dict)
+        for network in service["networks"].values()
+        for alias in (network or {}).get("aliases", [])
+    }
+    told = yaml.safe_load(PROMETHEUS.read_text())
+    for scrape in told["scrape_configs"]:
+        for found in scrape["dns_sd_configs"]:
+            if found["port"] != port:
+                yield f"prometheus.yml asks at port {found['port']}, the images answer at {port}"
+            if strangers := set(found["names"]) - aliases:
+                yield f"prometheus.yml asks {', '.join(strangers)}: no network alias of compose.yaml"
+    mounted = [one.split(":")[:2] for one in services["prometheus"]["volumes"]]
+    for rules in map(Path, told["rule_files"]):
+        folders = [COMPOSE.parent / here for here, there in mounted if there == str(rules.parent)]
+        if not [file for folder in folders for file in folder.glob(rules.name)]:
+            yield f"prometheus.yml reads {rules}, where nothing is mounted"
+
+
+def findings(folder: Path) -> list[str]:
+    """Everything that is wrong, without the rehearsal. `folder` is where others' programs are."""
+    looks: tuple[Callable[[], Iterator[str] | list[str]], ...] = (
+        lambda: programs(folder),
+        lambda: compose.image_findings(DOCKERFILE.read_text()),
+        lambda: compose.findings(COMPOSE.read_text()),
+        prometheus,
+        names,
+        helm.main,
+    )
+    return [finding for look in looks for finding in look()]
+
+
+def main() -> int:
+    """Look at everything; print what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rehearse", action="store_true", help="make the image and run it, too")
+    parser.add_argument("--write", action="store_true", help="write values.schema.json again")
+    asked = parser.parse_args()
+    if asked.write:
+        helm.write()
+        return 0
+    try:
+        found = findings(tools.make())
+    except tools.Missing as error:
+        found = [str(error)]
+    if asked.rehearse:
+        found += rehearsal.main()
+    print("\n".join(found) or "docker/ and deploy/ are well.")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

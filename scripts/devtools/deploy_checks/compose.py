@@ -1,0 +1,183 @@
+"""docker/compose.yaml, held to what no schema says: who may do what, and that whatever it names is there."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+import yaml  # type: ignore[import-untyped]
+
+from devtools import ROOT
+from devtools.deploy_checks.dockerfile import DOCKERFILE, instructions, stages
+from gradcam_worker import __version__
+from gradcam_worker.cli.main import gradcam
+from gradcam_worker.errors import InvalidSettings
+from gradcam_worker.runtime.supervisor import HAND_BACK_S
+from gradcam_worker.settings import Settings
+
+FOLDER = ROOT / "docker"
+OURS = "gradcam-worker"
+USERS = ROOT / "deploy" / "redis" / "users.acl"
+_VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?:(?::-(?P<default>[^}]*))|(?::\?[^}]*))?\}")
+_TAG = re.compile(r":v?[0-9]+\.[0-9]+")  # a version, not `latest`
+
+
+def variables(file: Path = FOLDER / ".env.example") -> dict[str, str]:
+    """What docker/.env says."""
+    lines = (line for line in file.read_text().splitlines() if line and not line.startswith("#"))
+    return dict(line.split("=", 1) for line in lines)
+
+
+def loaded(text: str, known: Mapping[str, str]) -> dict[str, Any]:
+    """A compose file with its variables filled in. Raises KeyError where one has no value."""
+
+    def fill(found: re.Match[str]) -> str:
+        return known.get(found["name"]) or found["default"] or known[found["name"]]
+
+    return dict(yaml.safe_load(_VARIABLE.sub(fill, text).replace("$$", "$")))
+
+
+def findings(text: str) -> Iterator[str]:
+    """What is wrong with a compose file."""
+    known = variables()
+    named = {found["name"] for found in _VARIABLE.finditer(text)}
+    if known["VERSION"] != __version__:
+        yield f"docker/.env.example: VERSION is {known['VERSION']}, the code's is {__version__}"
+    if named != set(known):
+        others = ", ".join(sorted(named ^ set(known)))
+        yield f"docker/.env.example and compose.yaml do not name the same: {others}"
+        return
+    whole = loaded(text, known)
+    for name, service in whole["services"].items():
+        for finding in (*_hardened(service), *_there(service), *_ours(service), *_wired(service, whole)):
+            yield f"compose.yaml: {name}: {finding}"
+
+
+def _hardened(service: Mapping[str, Any]) -> Iterator[str]:
+    if service.get("read_only") is not True:
+        yield "its file system must be read_only"
+    if service.get("cap_drop") != ["ALL"] or "no-new-privileges:true" not in service.get("security_opt", []):
+        yield "it must drop ALL capabilities and set no-new-privileges:true"
+    if "mem_limit" not in service:
+        yield "it needs a mem_limit"
+    if not _TAG.search(service["image"]):
+        yield f"image {service['image']} must be pinned to a version"
+    for port in service.get("ports", []):
+        if not re.fullmatch(r"127\.0\.0\.1:[0-9]+:[0-9]+", port):
+            yield f"port {port} must be published on 127.0.0.1 alone"
+    if not service.get("healthcheck") and OURS not in service["image"] and service.get("restart") != "no":
+        yield "it needs a healthcheck"
+
+
+def _there(service: Mapping[str, Any]) -> Iterator[str]:
+    """Files that are mounted, the Dockerfile and its target."""
+    for volume in service.get("volumes", []):
+        source = volume.split(":")[0]
+        if source.startswith(".") and not (FOLDER / source).exists():
+            yield f"{source} is mounted and not there"
+    build = service.get("build")
+    if build:
+        target = build["target"]
+        if target not in stages(DOCKERFILE.read_text()):
+            yield f"the Dockerfile has no target {target}"
+        if service["image"] != f"{OURS}:{__version__}-{target}":
+            yield f"image {service['image']} must be {OURS}:{__version__}-{target}, which is what is built"
+        if (FOLDER / build["context"]).resolve() != ROOT or build["dockerfile"] != "docker/Dockerfile":
+            yield "it must be built from docker/Dockerfile, in the root"
+
+
+def _ours(service: Mapping[str, Any]) -> Iterator[str]:
+    """Settings and the command of one of our images."""
+    if OURS not in service["image"]:
+        return
+    environment = {name: str(value) for name, value in service.get("environment", {}).items()}
+    try:
+        settings = Settings.from_environment(
+            {**image_environment(service["image"].rpartition("-")[2]), **environment}
+        )
+    except InvalidSettings as error:
+        yield str(error)
+        return
+    user = urlsplit(settings.broker_url).username
+    if f"user {user} " not in USERS.read_text() + (FOLDER / "valkey").read_text():
+        yield f"there is no user {user} in deploy/redis/users.acl or docker/valkey"
+    if service["image"].endswith("-web"):
+        return
+    command = service.get("command", ["worker"])
+    yield from command_findings(command)
+    grace = float(service.get("stop_grace_period", "10s").removesuffix("s"))
+    if command == ["worker"] and grace < settings.shutdown_timeout_s + HAND_BACK_S:
+        yield f"a worker that needs {settings.shutdown_timeout_s:g} s to end is killed after {grace:g} s"
+    places = [one.split(":")[0] for one in service.get("tmpfs", [])]
+    places += [one.split(":")[1] for one in service.get("volumes", [])]
+    if command[0] in {"worker", "deliver"} and not {"/cache", "/tmp"} <= {*places}:  # noqa: S108  # in a container
+        yield f"it writes to /cache and /tmp, and has {places}"
+
+
+def _wired(service: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[str]:
+    """Hosts that it is told of are services that share a network with it; what it waits for exists."""
+    services = whole["services"]
+    for name in service.get("depends_on", {}):
+        if name not in services:
+            yield f"it waits for {name}, which does not exist"
+    for key, value in service.get("environment", {}).items():
+        url = urlsplit(str(value))
+        host = url.hostname if url.scheme in {"http", "redis"} else None
+        if host in {None, "127.0.0.1"}:
+            continue
+        if host not in services or not set(services[host]["networks"]) & set(service["networks"]):
+            yield f"{key} names {host}, which is no service that it can reach"
+    for network in service["networks"]:
+        if network not in whole["networks"]:
+            yield f"there is no network {network}"
+
+
+def image_environment(target: str) -> dict[str, str]:
+    """The settings that an image brings along."""
+    found = stages(DOCKERFILE.read_text())
+    stage = found[target]
+    said = image_environment(stage.parent) if stage.parent in found else {}
+    for one in stage.instructions:
+        if one.name == "ENV":
+            said |= dict(pair.split("=", 1) for pair in one.text.split() if pair.startswith("GRADCAM_"))
+    return said
+
+
+def command_findings(words: list[str]) -> Iterator[str]:
+    """What `gradcam` would say against a command line, without running it."""
+    name, *rest = words
+    if name not in gradcam.commands:
+        yield f"there is no command gradcam {name}"
+        return
+    try:
+        gradcam.commands[name].make_context(name, rest)
+    except click.ClickException as error:
+        yield f"gradcam {' '.join(words)}: {error.format_message()}"
+
+
+def image_findings(text: str) -> Iterator[str]:
+    """What is wrong with the Dockerfile beside what hadolint says."""
+    found = stages(text)
+    said = [one.text for one in instructions(text)]
+    if f"VERSION={__version__}" not in said:
+        yield f"Dockerfile: ARG VERSION must say what worker/gradcam_worker/__init__.py does, {__version__}"
+    account = next(line for line in said if line.startswith("useradd "))
+    uid = re.findall(r"--uid ([0-9]+)", account)
+    for target in ("cpu", "gpu", "web"):
+        users = [one.text for one in found[target].instructions if one.name == "USER"]
+        if users != [f"{one}:{one}" for one in uid]:
+            yield f"Dockerfile: target {target} runs as {users}, the account is {uid}"
+        settings = image_environment(target)
+        try:
+            port = Settings.from_environment(settings).metrics_port
+        except InvalidSettings as error:
+            yield f"Dockerfile: target {target}: {error}"
+            continue
+        exposed = [one.text for one in found["runtime"].instructions if one.name == "EXPOSE"]
+        if exposed != [str(port)]:
+            yield f"Dockerfile: EXPOSE says {exposed}, GRADCAM_METRICS_PORT {port}"
+    for one in found["runtime"].instructions:
+        if one.name == "CMD":
+            yield from (f"Dockerfile: {finding}" for finding in command_findings(yaml.safe_load(one.text)))

@@ -1,0 +1,197 @@
+"""The image, without Docker: made by its Dockerfile, started, timed, tested, stopped.
+
+Target `cpu` is made in a fresh folder as `builder` says. Then the image's command is started with the
+image's environment, as the image's user, beside an embedded Valkey and an embedded S3 server, and asked for
+/ready. The smoke test of docker/compose.yaml follows, in a container of its own; then SIGTERM, as from
+`docker stop`. `scripts/check-deploy --rehearse` prints how long it took.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from devtools.deploy_checks.dockerfile_runner import Builder, Failed, Made
+from gradcam_worker.operations import servers
+
+UID = 10001
+READY_WITHIN_S = 15.0  # from its start, on a CPU, with efficientnet_lite0
+GIVE_UP_S = 120.0
+TIMED_OUT = 124
+SMOKE = ("demo", "--against-running")
+WRITABLE = "cache"  # in the image's folder; what is temporary lies beside that
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it. Times in seconds."""
+
+    made_s: float
+    ready_s: float  # from the start of the container's command to the first 200 of /ready
+    smoke_s: float
+    smoke: str  # what the smoke test printed
+    health: int  # the exit code of the image's health check
+    exit_code: int  # of the worker, after SIGTERM
+    written: tuple[str, ...]  # what changed where a read-only file system would have refused it
+    log: str
+
+    def findings(self) -> list[str]:
+        """What was not as it should be, however busy this machine is with other things."""
+        code = f"After SIGTERM the worker ended with {self.exit_code}, not 0. Its log ends: {self.log[-800:]}"
+        wrote = f"The image's command wrote outside /cache and /tmp: {', '.join(self.written)}"
+        ill = f"The image's health check ended with {self.health} while the worker was ready."
+        told = [(self.health, ill), (self.exit_code, code), (self.written, wrote)]
+        return [finding for wrong, finding in told if wrong]
+
+
+def rehearse(target: str = "cpu") -> Outcome:
+    """Make the image and run it. Raises Failed, NotUnderstood."""
+    with tempfile.TemporaryDirectory(prefix="gradcam-rehearsal-") as scratch:
+        folder = Path(scratch)
+        if os.getuid() == 0:
+            os.chown(folder, UID, UID)
+        begun = time.monotonic()
+        builder = Builder(folder, UID)
+        made = builder.make(target)
+        made_s = time.monotonic() - begun
+        with _servers() as told:
+            return _show(Containers(builder, made, told), made_s)
+
+
+@contextlib.contextmanager
+def _servers() -> Iterator[dict[str, str]]:
+    """A queue and a store; what a container has to be told of them."""
+    with tempfile.TemporaryDirectory(prefix="gradcam-servers-") as folder, contextlib.ExitStack() as stack:
+        valkey = stack.enter_context(servers.valkey(Path(folder)))
+        s3 = stack.enter_context(servers.s3(Path(folder), ("photos", "results")))
+        yield {
+            "GRADCAM_BROKER_URL": f"redis://127.0.0.1:{valkey.port}/0",
+            "GRADCAM_OUTPUT": "s3://results/cams",
+            "GRADCAM_UPLOADS": "s3://photos/uploads",
+            "GRADCAM_S3_ENDPOINT_URL": s3.url,
+            "GRADCAM_S3_ACCESS_KEY_ID": s3.access_key_id,
+            "GRADCAM_S3_SECRET_ACCESS_KEY": s3.secret_access_key,
+            "GRADCAM_PRELOAD": "efficientnet_lite0",
+            "GRADCAM_METRICS_PORT": str(servers.free_port()),
+        }
+
+
+@dataclass(frozen=True)
+class Containers:
+    """Starts the image's program, told of the servers."""
+
+    builder: Builder
+    made: Made
+    told: dict[str, str]
+
+    @property
+    def ready(self) -> str:
+        """Where it says that it is ready."""
+        return f"http://127.0.0.1:{self.told['GRADCAM_METRICS_PORT']}/ready"
+
+    @property
+    def temporary(self) -> Path:
+        """Their /tmp."""
+        return self.builder.folder / "tmp"
+
+    def start(self, log: Path, words: list[str]) -> subprocess.Popen[bytes]:
+        """A program of the image."""
+        environment = {**self.builder.environment(self.made), **self.told}
+        name, *rest = words
+        program = shutil.which(name, path=environment["PATH"])
+        if not program:
+            message = f"The image's program {name} is not on its PATH, {environment['PATH']}."
+            raise Failed(message)
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                [program, *rest],
+                cwd=self.made.moved(self.made.workdir),
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                **self.builder.identity,
+            )
+
+
+def _show(containers: Containers, made_s: float) -> Outcome:
+    if containers.made.user != str(UID):
+        message = f"The image's user is {containers.made.user}, not {UID}."
+        raise Failed(message)
+    log, told = containers.temporary / "worker.log", containers.temporary / "smoke.log"
+    since, begun = time.time(), time.monotonic()
+    made = containers.made
+    worker = containers.start(log, [*made.entrypoint, *made.command])
+    try:
+        _wait_for(containers.ready, worker, log)
+        ready_s = time.monotonic() - begun
+        health = _ended(containers.start(containers.temporary / "health.log", made.healthcheck))
+        smoke = containers.start(told, [*made.entrypoint, *SMOKE, str(containers.temporary / "demo")])
+        smoke_code = _ended(smoke)
+        smoke_s = time.monotonic() - begun - ready_s
+        worker.send_signal(signal.SIGTERM)
+        code = _ended(worker)
+    finally:
+        worker.kill()  # the worker processes end with it
+        worker.wait()
+    said = told.read_text(errors="replace")
+    if smoke_code:
+        message = f"The smoke test ended with {smoke_code}: {said[-2000:]}"
+        raise Failed(message)
+    written = tuple(_written(containers.made.folder, since))
+    return Outcome(made_s, ready_s, smoke_s, said, health, code, written, log.read_text(errors="replace"))
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a program, or TIMED_OUT: then it is killed."""
+    try:
+        return process.wait(GIVE_UP_S)
+    except subprocess.TimeoutExpired:
+        return TIMED_OUT
+    finally:
+        process.kill()
+
+
+def _wait_for(url: str, worker: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + GIVE_UP_S
+    while time.monotonic() < end and worker.poll() is None:
+        with (
+            contextlib.suppress(urllib.error.URLError, OSError),
+            urllib.request.urlopen(url, timeout=2) as answer,  # noqa: S310  # ours, on 127.0.0.1
+        ):
+            if answer.status == 200:  # noqa: PLR2004  # HTTP's own word for ready
+                return
+        time.sleep(0.05)
+    tail = log.read_text(errors="replace")[-2000:]
+    message = f"The worker ended, or was not ready within {GIVE_UP_S:.0f} s: {tail}"
+    raise Failed(message)
+
+
+def _written(folder: Path, since: float) -> Iterator[str]:
+    """Files and folders of the image that are newer, except where it may write."""
+    for one in folder.rglob("*"):
+        place = one.relative_to(folder)
+        if place.parts[0] != WRITABLE and one.lstat().st_mtime > since:
+            yield str(place)
+
+
+def main() -> list[str]:
+    """Rehearse, print how long it took, and return what was not as it should be."""
+    try:
+        seen = rehearse()
+    except Failed as error:
+        return [str(error)]
+    print(seen.smoke)
+    allowed = f"(allowed: {READY_WITHIN_S:.0f} s)"
+    print(f"Made in {seen.made_s:.0f} s, ready {seen.ready_s:.1f} s after its start {allowed}, ", end="")
+    print(f"smoke test {seen.smoke_s:.1f} s, exit code {seen.exit_code}.")
+    late = f"The worker was ready after {seen.ready_s:.1f} s {allowed}: look again on a machine that is idle."
+    return [*seen.findings(), *([late] if seen.ready_s > READY_WITHIN_S else [])]

@@ -1,0 +1,519 @@
+"""Writes the pages of docs/reference that the code itself can tell.
+
+They are settings, command line, error codes, metrics and wire formats:
+
+    scripts/docs                                      # writes them, then builds the site
+    python -m devtools.docs.reference_pages --check   # names those that are not current
+
+They are committed, so that they can be read without a build; `tests/docs/test_reference.py` fails where one
+is not current. What a field means is said by its `description`, else by `field_meanings`, else by the comment
+beside it.
+"""
+
+import inspect
+import io
+import re
+import sys
+import tokenize
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import click
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from pydantic import BaseModel, SecretStr, StringConstraints
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from devtools import ROOT
+from devtools.docs import field_meanings
+from gradcam_worker import errors
+from gradcam_worker.backfill.plan import Plan
+from gradcam_worker.cli.main import gradcam
+from gradcam_worker.observability.definitions import METRICS, PREFIX, Defined
+from gradcam_worker.schemas.job import ID_PATTERN, Job
+from gradcam_worker.schemas.manifest import Manifest
+from gradcam_worker.schemas.shard import Shard
+from gradcam_worker.schemas.status import StatusDocument, StatusEvent
+from gradcam_worker.settings import PREFIX as SETTING
+from gradcam_worker.settings import Settings
+
+FOLDER = ROOT / "docs" / "reference"
+NOTE = "<!-- Written by scripts/docs from the code: do not edit. -->"
+DEFAULT = "run"  # the command of a group that need not be named
+SETTINGS_INTRO = f"""\
+# Settings
+
+{NOTE}
+
+Every setting is an environment variable. Client, worker and command line read the same ones. A setting that
+does not exist, or a value that is out of range, stops the program at start with one sentence that names the
+setting. Lists are written with commas: `GRADCAM_IMAGE_SCHEMES=s3,https`. Durations are in seconds.
+
+`gradcam doctor` checks whether they work.
+"""
+COMMAND_LINE_INTRO = f"""\
+# Command line
+
+{NOTE}
+
+Exit codes: 0 success, 1 failure (the reason is on standard error), 2 wrong usage, 130 stopped by Ctrl-C.
+Commands that take `--json` print JSON on standard output: one document, or one for each line.
+"""
+ERRORS_INTRO = f"""\
+# Error codes
+
+{NOTE}
+
+Every failure is an exception of `gradcam_worker.errors` with a `code`, below the class of its cause:
+`except ImageError` catches whatever is wrong with an image. A failed job carries the code, a sentence
+(`detail`) and `retryable` in `error` of its status document. A code keeps its meaning; new ones may be added.
+
+*Retryable*: the same request may succeed later. Each class also is one of these three:
+
+* `PermanentError`: the job fails at once.
+* `RetryableError`: the job is queued again, with backoff, until `max_attempts`.
+* `LocalError`: it is raised to the caller, or ends a command. No status document holds one.
+"""
+BECOMES = {errors.PermanentError: "fails", errors.RetryableError: "retried", errors.LocalError: "raised"}
+METRICS_INTRO = f"""\
+# Metrics
+
+{NOTE}
+
+What `/metrics` of a worker or of `gradcam deliver` shows, for Prometheus. [Telemetry](../how-to/telemetry.md)
+says how to turn it on.
+
+Every label has few values, all known beforehand. What cannot be known at the moment, because the ledger
+cannot be reached or there is no GPU, is absent, not zero. Metrics of the ledger are the same in every
+process: take their maximum, not their sum.
+"""
+WIRE_INTRO = f"""\
+# Wire formats
+
+{NOTE}
+
+All are JSON. The JSON schemas in `deploy/schemas` are written from the same models, by `scripts/schemas`. A
+job with an unknown field is refused; a reader of the other documents should pass over fields that it does not
+know.
+[Upgrade](../how-to/upgrade.md) says what may change.
+"""
+MANY = 12  # values of a label that are written out
+KIB = 1024
+GROUPED = 10_000  # numbers from here on are written in groups of three digits
+DAY_S = 86_400
+
+
+# Settings
+
+
+def settings() -> str:
+    """docs/reference/settings.md: every field of `Settings`, in its groups."""
+    said = _comments(Settings)
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for name, field in Settings.model_fields.items():
+        group, comment = said.get(name, ("", ""))
+        meaning = field.description or field_meanings.SETTINGS.get(name) or comment
+        cells = (f"`{SETTING}{name.upper()}`", _kind(field), _default(name, field.default), meaning)
+        groups.setdefault(group, []).append(cells)
+    lines = [SETTINGS_INTRO.rstrip()]
+    for group, rows in groups.items():
+        lines += ["", f"## {group}", *_table("defaults", ("setting", "type", "default", "meaning"), rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _comments(model: type[BaseModel]) -> dict[str, tuple[str, str]]:
+    """Of each field in a class's source: the comment line of its group, and its own comment."""
+    found: dict[str, tuple[str, str]] = {}
+    group = name = ""
+    depth = 0
+    fresh = True  # at the start of a line
+    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(model)).readline):
+        if token.type == tokenize.OP:
+            depth += (token.string in "([{") - (token.string in ")]}")
+        if token.type == tokenize.COMMENT:
+            text = token.string.lstrip("# ").strip()
+            if fresh:
+                group, name = (text, "") if _is_title(text) else (group, name)
+            elif name:
+                found[name] = (found[name][0], text)
+        elif token.type == tokenize.NAME and fresh and not depth:
+            name = token.string if token.string in model.model_fields else ""
+            found |= {name: (group, "")} if name else {}
+        fresh = token.type in {tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT}
+    return found
+
+
+def _is_title(text: str) -> bool:
+    return bool(text) and not text.endswith((".", ","))
+
+
+def _kind(field: FieldInfo) -> str:
+    """A field's type and range, as a reader needs it."""
+    kind, facts = _plain(field.annotation, field.metadata)
+    return kind + (f", {facts}" if facts else "")
+
+
+def _plain(annotation: Any, metadata: Iterable[Any] = ()) -> tuple[str, str]:
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        return _plain(inner, [*more, *metadata])
+    facts = [one for item in metadata for one in (item.metadata if isinstance(item, FieldInfo) else (item,))]
+    if get_origin(annotation) in {Union, types.UnionType}:
+        inner = [one for one in get_args(annotation) if one is not type(None)]
+        if len(inner) == 1:
+            return _plain(inner[0], facts)
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{one}`" for one in get_args(annotation)), ""
+    names = {
+        int: "integer",
+        float: "number",
+        bool: "yes or no",
+        str: "text",
+        SecretStr: "secret",
+        Path: "path",
+    }
+    if get_origin(annotation) is tuple:
+        return "list", ""
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation))), _range(facts)
+
+
+def _range(facts: Iterable[Any]) -> str:
+    signs = {Ge: "at least", Gt: "more than", Le: "at most", Lt: "less than"}
+    bounds = [
+        f"{sign} {_number(getattr(fact, kind.__name__.lower()))}"
+        for kind, sign in signs.items()
+        for fact in facts
+        if isinstance(fact, kind)
+    ]
+    return " and ".join(bounds)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.15g}".replace(",", "\N{NO-BREAK SPACE}") if abs(value) >= GROUPED else f"{value:.15g}"
+
+
+def _default(name: str, value: Any) -> str:
+    if isinstance(value, SecretStr):
+        value = value.get_secret_value()
+    if value in ("", None, ()):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return f"`{','.join(value)}`"
+    if isinstance(value, int | float):
+        return f"{_number(value)}{_unit(name, value)}"
+    return f"`{value}`"
+
+
+def _unit(name: str, value: float) -> str:
+    """The same number in larger units, where that says more."""
+    if name.endswith("_s") and value >= DAY_S:
+        return f" ({value / DAY_S:g} days)"
+    for size, unit in ((KIB**3, "GiB"), (KIB**2, "MiB"), (KIB, "KiB")):
+        if "bytes" in name and value >= size:
+            return f" ({value / size:g} {unit})"
+    return ""
+
+
+# Command line
+
+
+def command_line() -> str:
+    """docs/reference/command-line.md: every command, from click."""
+    lines = [COMMAND_LINE_INTRO.rstrip()]
+    for words, command in _commands(("gradcam",), gradcam):
+        lines += ["", *_command(words, command)]
+    return "\n".join(lines) + "\n"
+
+
+def _commands(
+    words: tuple[str, ...], command: click.Command
+) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    if command.hidden:
+        return
+    if not isinstance(command, click.Group):
+        yield words, command
+        return
+    yield words, command.commands.get(DEFAULT, command)
+    for name, one in sorted(command.commands.items()):
+        if name != DEFAULT:
+            yield from _commands((*words, name), one)
+
+
+def _command(words: tuple[str, ...], command: click.Command) -> Iterator[str]:
+    yield f"{'##' if len(words) == 1 else '###'} {' '.join(words)}"
+    context = click.Context(command, info_name=" ".join(words))
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+        if paragraph.startswith("\b"):
+            title, *examples = paragraph.strip("\b\n").splitlines()
+            yield from ("", title, "", "```text", *(line.strip() for line in examples), "```")
+        else:
+            yield from ("", paragraph)
+    usage = " ".join(command.collect_usage_pieces(context)).replace("COMMAND [ARGS]...", "COMMAND")
+    yield from ("", f"Usage: `{' '.join(words)} {usage}`")
+    options = [one for one in command.params if isinstance(one, click.Option) and not one.hidden]
+    options = [one for one in options if "--help" not in one.opts and "--version" not in one.opts]
+    rows = [_option(*record) for one in options if (record := one.get_help_record(context))]
+    if rows:
+        yield from _table("options", ("option", "meaning"), rows)
+
+
+def _option(named: str, said: str) -> tuple[str, str]:
+    """An option as click shows it: its choices go to what it means, since a table's cells end at a bar."""
+    meaning = re.sub(r"\s+", " ", said).replace("[", r"\[")
+    found = re.fullmatch(r"(.*) \[(.+\|.+)\]", named)
+    if found:
+        named, choices = found.groups()
+        meaning = f"{', '.join(f'`{one}`' for one in choices.split('|'))} {meaning}".strip()
+    return f"`{named.replace('|', ' or ')}`", meaning
+
+
+# Errors
+
+
+def error_codes() -> str:
+    """docs/reference/errors.md: the tree of `gradcam_worker.errors`."""
+    lines = [ERRORS_INTRO.rstrip()]
+    for cause, kinds in _by_cause().items():
+        if cause is errors.GradcamError:
+            lines += ["", "## Others"]
+        else:
+            lines += ["", f"## {cause.__name__}", "", _first_line(cause)]
+        rows = [
+            (
+                f"`{one.code}`",
+                f"`{one.__name__}`",
+                "yes" if one.retryable else "no",
+                f"`{_becomes(one).__name__}`",
+                _first_line(one),
+            )
+            for one in kinds
+        ]
+        lines += _table("errors", ("code", "exception", "retryable", "also a", "meaning"), rows)
+    lines += ["", "## The tree", "", "```text", *error_tree(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def error_tree() -> Iterator[str]:
+    """Every error below its cause, with its code and what becomes of a job."""
+    yield errors.GradcamError.__name__
+    groups = _by_cause()
+    others = groups.pop(errors.GradcamError)
+    for cause, kinds in groups.items():
+        yield f"├── {cause.__name__}"
+        for one in kinds:
+            yield _branch("│   └── " if one is kinds[-1] else "│   ├── ", one)
+    for one in others:
+        yield _branch("└── " if one is others[-1] else "├── ", one)
+
+
+def _branch(branch: str, one: type[errors.GradcamError]) -> str:
+    return f"{branch + one.__name__:<35}{one.code:<26}{BECOMES[_becomes(one)]}"
+
+
+def _becomes(one: type[errors.GradcamError]) -> type[errors.GradcamError]:
+    """Which of the three says what becomes of a job."""
+    (found,) = (kind for kind in BECOMES if issubclass(one, kind))
+    return found
+
+
+def _by_cause() -> dict[type[errors.GradcamError], list[type[errors.GradcamError]]]:
+    """Each cause and its errors, as they are defined; those without one come last, below the root."""
+    groups: dict[type[errors.GradcamError], list[type[errors.GradcamError]]] = {}
+    for one in errors.all_errors():
+        cause = one.__bases__[0]
+        groups.setdefault(errors.GradcamError if cause in BECOMES else cause, []).append(one)
+    return groups
+
+
+def _first_line(one: type) -> str:
+    return re.sub(r"\s+", " ", (one.__doc__ or "").partition("\n\n")[0]).strip()
+
+
+# Metrics
+
+
+def metrics() -> str:
+    """docs/reference/metrics.md: every metric of `observability.definitions`."""
+    lines = [METRICS_INTRO.rstrip()]
+    scopes = {"process": "Of this process", "device": "Of the GPU", "ledger": "Of the ledger"}
+    for scope, heading in scopes.items():
+        rows = [_metric(one) for one in METRICS if one.of == scope]
+        lines += ["", f"## {heading}", *_table("metrics", ("metric", "kind", "labels", "meaning"), rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _metric(one: Defined) -> tuple[str, ...]:
+    labels = [
+        f"`{name}`" + (f": {', '.join(filter(None, values))}" if 1 < len(values) <= MANY else "")
+        for name, values in one.labels.items()
+    ]
+    return f"`{PREFIX}{one.name}`", one.kind, "; ".join(labels), one.help
+
+
+# Wire formats
+
+
+DOCUMENTS: Mapping[str, tuple[type[BaseModel], str]] = {
+    "Job": (Job, "`deploy/schemas/job.v1.json`. What a client puts on the queue."),
+    "Status document": (StatusDocument, "`deploy/schemas/status.v1.json`. What is known about a job."),
+    "Event": (StatusEvent, "`deploy/schemas/event.v1.json`. What a webhook receives."),
+    "Manifest": (Manifest, "`deploy/schemas/manifest.v1.json`. What a job has left in storage."),
+    "Shard": (Shard, "`deploy/schemas/shard.v1.json`. Written by `gradcam backfill`, read by workers."),
+    "Backfill": (Plan, "`deploy/schemas/backfill.v1.json`: `backfill.json` in a dataset."),
+}
+
+
+def wire_formats() -> str:
+    """docs/reference/wire-formats.md: the fields of every document that crosses a process."""
+    lines = [WIRE_INTRO.rstrip()]
+    shown: set[type[BaseModel]] = set()
+    for title, (model, about) in DOCUMENTS.items():
+        lines += ["", f"## {title}", "", about]
+        waiting = [model]
+        while waiting:
+            one = waiting.pop(0)
+            if one in shown:
+                continue
+            shown.add(one)
+            lines += _model(one, top=one is model)
+            waiting += [inner for inner in _models(one) if inner not in waiting]
+    return "\n".join(lines) + "\n"
+
+
+def _model(model: type[BaseModel], *, top: bool) -> Iterator[str]:
+    if not top:
+        yield from ("", f"### {model.__name__}", "", _first_line(model))
+    said = _comments_of_all(model)
+    rows = []
+    for name, field in model.model_fields.items():
+        default = "required" if field.is_required() else _json_default(field)
+        own = field_meanings.JOB.get(field.alias or name) if model is Job else None
+        meaning = field.description or own or said.get(name, ("", ""))[1]
+        kind = _json_kind(field.annotation, field.metadata)
+        rows.append((f"`{field.alias or name}`", kind, default, meaning))
+    yield from _table("defaults", ("field", "type", "default", "meaning"), rows)
+
+
+def _comments_of_all(model: type[BaseModel]) -> dict[str, tuple[str, str]]:
+    found: dict[str, tuple[str, str]] = {}
+    for one in reversed(model.__mro__):
+        if isinstance(one, type) and issubclass(one, BaseModel) and one is not BaseModel:
+            found |= _comments(one)
+    return found
+
+
+def _models(model: type[BaseModel]) -> list[type[BaseModel]]:
+    """The models that a model's fields are made of."""
+    found: list[type[BaseModel]] = []
+
+    def look(annotation: Any) -> None:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            found.append(annotation)
+        for inner in get_args(annotation):
+            look(inner)
+
+    for field in model.model_fields.values():
+        look(field.annotation)
+    return found
+
+
+def _json_kind(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    """A field's type, as JSON has it; models are links to their tables."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _json_kind(arguments[0], [*arguments[1:], *metadata])
+    facts = [one for item in metadata for one in (item.metadata if isinstance(item, FieldInfo) else (item,))]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        names = (title for title, (model, _) in DOCUMENTS.items() if model is annotation)
+        title = next(names, annotation.__name__)
+        return f"[{title}](#{title.lower().replace(' ', '-')})"
+    by_origin: dict[Any, Callable[[], str]] = {
+        Union: lambda: _either(arguments),
+        types.UnionType: lambda: _either(arguments),
+        Literal: lambda: ", ".join(f"`{one}`" for one in arguments),
+        tuple: lambda: _list(arguments, facts),
+        dict: lambda: f"object: {_json_kind(arguments[1])}",
+    }
+    return by_origin.get(get_origin(annotation), lambda: _json_scalar(annotation, facts))()
+
+
+def _either(arguments: tuple[Any, ...]) -> str:
+    return " or ".join(dict.fromkeys(_json_kind(one) for one in arguments if one is not type(None)))
+
+
+def _list(arguments: tuple[Any, ...], facts: list[Any]) -> str:
+    inner = [one for one in arguments if one is not Ellipsis]
+    sizes = [f"at least {one.min_length}" for one in facts if isinstance(one, MinLen) and one.min_length]
+    sizes += [f"at most {one.max_length}" for one in facts if isinstance(one, MaxLen)]
+    counted = f" ({', '.join(sizes)})" if sizes else f" of {len(inner)}" if len(inner) > 1 else ""
+    return f"list{counted}: {_json_kind(inner[0])}"
+
+
+def _json_scalar(annotation: Any, facts: list[Any]) -> str:
+    name = getattr(annotation, "__name__", str(annotation))
+    names = {"int": "integer", "float": "number", "bool": "true or false", "str": "text"}
+    kind = "time, RFC 3339" if name in {"datetime", "AwareDatetime"} else names.get(name, name)
+    bounds = _range(facts)
+    for one in facts:
+        if isinstance(one, StringConstraints) and one.max_length:
+            bounds = f"at most {_number(one.max_length)} characters"
+        if isinstance(one, StringConstraints) and one.pattern:
+            bounds = "a UUID or a ULID" if one.pattern == ID_PATTERN else f"`{one.pattern}`"
+    return kind + (f", {bounds}" if bounds else "")
+
+
+def _json_default(field: FieldInfo) -> str:
+    value = field.default
+    if value is PydanticUndefined:
+        return "empty" if field.default_factory in {dict, list, tuple} else "generated"
+    if isinstance(value, BaseModel):
+        return "its defaults"
+    if isinstance(value, tuple) and value:
+        return ", ".join(f"`{getattr(one, 'kind', one)}`" for one in value)
+    return {"None": "none", "True": "true", "False": "false", "()": "empty"}.get(str(value), f"`{value}`")
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|") for cell in cells) + " |"
+
+
+def _table(kind: str, headings: Sequence[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
+    """A table; `kind` names how it is laid out where the screen is narrow: see docs/stylesheets."""
+    yield from ("", f'<div class="cards {kind}" markdown>', "")
+    yield from (_row(headings), "|" + "---|" * len(headings))
+    yield from map(_row, rows)
+    yield from ("", "</div>")
+
+
+PAGES: Mapping[str, Callable[[], str]] = {
+    "settings.md": settings,
+    "command-line.md": command_line,
+    "errors.md": error_codes,
+    "metrics.md": metrics,
+    "wire-formats.md": wire_formats,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Write the pages; with --check, only say which are not current."""
+    stale = []
+    for name, written in PAGES.items():
+        path, text = FOLDER / name, written()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if "--check" not in arguments:
+                path.write_text(text, encoding="utf-8")
+    if "--check" in arguments:
+        for name in stale:
+            print(f"docs/reference/{name} is not what the code says: run scripts/docs.", file=sys.stderr)
+        return 1 if stale else 0
+    print(f"{len(PAGES)} pages in docs/reference, {len(stale)} of them changed.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

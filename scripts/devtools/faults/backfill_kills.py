@@ -1,0 +1,111 @@
+"""A backfill whose submitter and whose two workers are killed at random, again and again."""
+
+import contextlib
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import Popen
+
+from devtools.bench import backfill_command as runs
+from devtools.bench import simulated_network, testbed
+from gradcam_worker.operations import servers
+from gradcam_worker.runtime import parent_watch
+from gradcam_worker.settings import Settings
+from gradcam_worker.storage.s3 import S3
+
+NETWORK = "no_time"
+WORKERS = 2
+PHOTOS, SIZE = 64, (48, 64)  # small ones: what is attacked is the way that rows take
+SHORTEST_S, LONGEST_S = 0.5, 3.0  # between two kills
+PATIENCE_S = 900
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Survived:
+    """What became of the rows."""
+
+    rows: int
+    kills: int  # of the submitter and of workers, each time all of those that are drawn
+    lost: int
+    doubled: int
+    seconds: float
+
+
+@contextlib.contextmanager
+def place(folder: Path) -> Iterator[Settings]:
+    """Servers that outlive everybody, with photos."""
+    with servers.valkey(folder) as valkey, servers.s3(folder, ("photos", "results")) as s3_server:
+        short = {"lease_s": 2, "lost_after_s": 3, "retry_backoff_s": 0.2}
+        settings = testbed.settings_of(folder, valkey, s3_server, **short)
+        s3 = S3(settings)
+        for number, photo in enumerate(testbed.photographs(PHOTOS, SIZE)):
+            s3.put("photos", f"{number:05}.jpg", photo, "image/jpeg")
+        yield settings
+
+
+def survive(rows: int, kills: int) -> Survived:
+    """Run one to its end while it is attacked, and count its rows."""
+    draw, begun = random.Random(SEED), time.monotonic()  # noqa: S311  # repeatable, not secret
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradcam-kills-")))
+        settings = stack.enter_context(place(folder))
+        uris = (f"s3://photos/{number % PHOTOS:05}.jpg" for number in range(rows))
+        source = runs.write_input(folder / "input.jsonl", uris)
+        output = f"{settings.output}/kills"
+        # So slowly that no run is over before the last kill.
+        rate = f"{rows / (kills * LONGEST_S):.0f}"
+        words = runs.command(source, output, NETWORK, "--shard-rows", "64", "--rate", rate)
+        workers = [_worker(settings, folder) for _ in range(WORKERS)]
+        submitter = _submitter(settings, words, folder)
+        try:
+            for done in range(kills):
+                time.sleep(draw.uniform(SHORTEST_S, LONGEST_S))
+                if (code := submitter.poll()) is not None:
+                    said = (folder / "submitter.log").read_text(errors="replace")[-2000:]
+                    message = f"The backfill ended with {code} before kill {done + 1} of {kills}: {said}"
+                    raise RuntimeError(message)
+                _kill(submitter, *workers)
+                workers = [_worker(settings, folder) for _ in range(WORKERS)]
+                submitter = _submitter(settings, [*words, "--resume"], folder)
+            code = submitter.wait(PATIENCE_S)
+        finally:
+            _kill(submitter, *workers)
+        if code:
+            said = (folder / "submitter.log").read_text(errors="replace")[-2000:]
+            message = f"The backfill ended with {code}: {said}"
+            raise RuntimeError(message)
+        found = runs.counted(settings, output, rows)
+    return Survived(rows, kills, found.lost, found.doubled, time.monotonic() - begun)
+
+
+def _kill(*processes: "Popen[bytes]") -> None:
+    for one in processes:
+        for pid in reversed(testbed.below(one.pid)):  # the program itself before its keeper
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        one.wait()
+        if one.stdin:
+            one.stdin.close()
+
+
+def _worker(settings: Settings, folder: Path) -> "Popen[bytes]":
+    program = str(Path(simulated_network.__file__).resolve())
+    return parent_watch.start(
+        [sys.executable, "-P", program, str(folder / "passes")],
+        log=folder / "worker.log",
+        environment=settings.to_environment(),
+        grace_s=5,
+    )
+
+
+def _submitter(settings: Settings, words: list[str], folder: Path) -> "Popen[bytes]":
+    with (folder / "submitter.log").open("ab") as log:
+        return Popen(words, env=settings.environment_for_child(), stdout=log, stderr=log)

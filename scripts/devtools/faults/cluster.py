@@ -1,0 +1,304 @@
+"""The place of an attack: real servers behind faulty proxies, real workers, and jobs that are repeatable."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import redis
+from pydantic import SecretStr
+
+from devtools.faults import tiny_worker, webhook_receiver
+from devtools.faults.proxy import FaultyProxy
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import InvalidJob, LedgerUnavailable
+from gradcam_worker.gradcam.imaging.overlay import encode
+from gradcam_worker.operations import servers
+from gradcam_worker.runtime import parent_watch
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.settings import Settings
+
+START_S = 60.0  # within which a worker takes jobs
+KEYS = ("attacker", "0" * 40)  # of the S3 server: they stay when it is started again
+IMAGES = 12  # no two the same
+SIZE = (48, 64)  # of them, in pixels: small jobs, so that many are under way at a kill
+AGAIN_S = 0.2  # before something out of reach is asked again
+# How broker and ledger are run: with these, what was answered survives the end of the server's process.
+APPEND_ONLY = ("--appendonly", "yes", "--appendfsync", "everysec")
+
+
+@dataclass
+class Receiver:
+    """The process that webhooks are sent to."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+
+
+class Server:
+    """One that can be killed, stopped and started again behind a proxy, whose port stays."""
+
+    def __init__(self, name: str, start: Callable[[], AbstractContextManager[Any]], seed: int) -> None:
+        """`start` starts it; it keeps what it has on disk between two starts."""
+        self.name = name
+        self._start = start
+        self._running = ExitStack()
+        self._now: Any = self._running.enter_context(start())
+        self._proxying = ExitStack()
+        self.proxy = self._proxying.enter_context(FaultyProxy(self._now.port, seed=seed))
+
+    @property
+    def now(self) -> Any:
+        """What runs at the moment."""
+        return self._now
+
+    @property
+    def pid(self) -> int:
+        """Of the server itself."""
+        return children(self._now.process.pid)[0]
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        os.kill(self.pid, signal.SIGKILL)
+        self._running.close()
+
+    def start(self) -> None:
+        """Again, after `kill`."""
+        self._running = ExitStack()
+        self._now = self._running.enter_context(self._start())
+        self.proxy.target = self._now.port
+
+    def switch(self, other: Any) -> Any:
+        """New connections lead to `other` from now on, those that stand stay; return who led before."""
+        before, self._now = self._now, other
+        self.proxy.target = other.port
+        return before
+
+    @contextlib.contextmanager
+    def hung(self) -> Iterator[None]:
+        """SIGSTOP within the block: it is there, and does nothing."""
+        pid = self.pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    def close(self) -> None:
+        """The end of it."""
+        self._proxying.close()
+        self._running.close()
+
+
+class Worker:
+    """A supervisor and its worker process, below a keeper."""
+
+    def __init__(self, settings: Settings, log: Path) -> None:
+        """What it says is added to `log`."""
+        program = str(Path(tiny_worker.__file__).resolve())
+        temporary = log.parent / "tmp"
+        temporary.mkdir(exist_ok=True)
+        self.log = log
+        self.keeper = parent_watch.start(
+            [sys.executable, "-P", program, "supervise"],
+            log=log,
+            environment={**settings.to_environment(), "TMPDIR": str(temporary)},
+            grace_s=settings.shutdown_timeout_s + 15,
+        )
+
+    @property
+    def supervisor(self) -> int | None:
+        """Its process."""
+        return next(iter(children(self.keeper.pid)), None)
+
+    @property
+    def process(self) -> int | None:
+        """The worker process that the supervisor runs just now, if it runs one."""
+        return next(iter(children(self.supervisor)), None) if self.supervisor else None
+
+    def ends(self) -> list[str]:
+        """What the log says of processes that ended unasked, and why; and its last line."""
+        said = ("ended unasked", "no sign of life", "had to be ended", "Traceback")
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [line for line in lines[:-1] if any(words in line for words in said)] + lines[-1:]
+
+    def stop(self) -> None:
+        """Cleanly."""
+        parent_watch.stop(self.keeper)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started and that are there."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found += map(int, path.read_text(encoding="ascii").split())
+    return found
+
+
+@dataclass
+class Stage:
+    """Everything that an attack needs."""
+
+    name: str
+    seed: int
+    folder: Path
+    broker: Server
+    s3: Server
+    receiver: Server
+    settings: Settings
+    accepted: dict[str, float] = field(default_factory=dict)  # job id -> when the client was told (monotonic)
+    workers: list[Worker] = field(default_factory=list)
+    refused: int = 0  # times that `submit` was told to try again
+    surprises: list[str] = field(default_factory=list)  # errors of the client that it does not promise
+
+    @property
+    def bucket(self) -> Path:
+        """Where the S3 server keeps the results."""
+        return self.folder / "buckets" / "results"
+
+    @property
+    def events(self) -> Path:
+        """What the receiver was told."""
+        return self.folder / "events.jsonl"
+
+    @property
+    def services(self) -> redis.Redis:
+        """A way to the ledger that no proxy stands in."""
+        port = self.broker.now.port
+        return redis.Redis(port=port, decode_responses=True, socket_timeout=5, socket_connect_timeout=2)
+
+    def work(self, settings: Settings | None = None) -> Worker:
+        """Start a worker."""
+        self.workers.append(Worker(settings or self.settings, self.folder / "worker.log"))
+        return self.workers[-1]
+
+    def job(self, number: int, **changes: Any) -> Job:
+        """The job of this number: always the same one for the same seed and attack."""
+        draw = random.Random(f"{self.name} {self.seed} {number}")  # noqa: S311  # repeatable, not secret
+        wishes = [[{"kind": "overlay"}], [{"kind": "overlay"}, {"kind": "heatmap"}], [{"kind": "heatmap"}]]
+        fields: dict[str, Any] = {
+            "id": str(uuid.UUID(int=draw.getrandbits(128), version=4)),
+            "image": f"s3://photos/{draw.randrange(IMAGES)}.jpg",
+            "network": tiny_worker.NETWORK,
+            "target": {"top_n": draw.randint(1, 3)},
+            "artifacts": draw.choice(wishes),
+            "priority": draw.choice(["normal", "normal", "normal", "high", "low", "bulk"]),
+            "max_attempts": 20,
+            "timeout_s": 300,
+        }
+        return Job.parse({**fields, **changes})
+
+    def hook(self) -> list[dict[str, Any]]:
+        """A webhook that leads to the receiver."""
+        return [{"url": f"http://127.0.0.1:{self.receiver.proxy.port}/hook"}]
+
+    def submit(self, client: GradcamClient, job: Job, patience_s: float = 120) -> None:
+        """Until the client says that it is accepted: by then, it must never be lost."""
+        end = time.monotonic() + patience_s
+        while True:
+            try:
+                client.submit(job)
+                break
+            except LedgerUnavailable:
+                self.refused += 1
+            except InvalidJob:  # trying again does not help: its sender is told
+                raise
+            except Exception as error:  # noqa: BLE001  # a finding: it goes into the verdict
+                self.surprises.append(f"{type(error).__name__}: {error}")
+            if time.monotonic() > end:
+                message = f"Job {job.id} could not be submitted within {patience_s:g} s."
+                raise TimeoutError(message)
+            time.sleep(AGAIN_S)
+        self.accepted[job.id] = time.monotonic()
+
+    def stop_workers(self) -> None:
+        """All of them, cleanly."""
+        while self.workers:
+            self.workers.pop().stop()
+
+    def picture(self, name: str, pixels: Any) -> str:
+        """Store an image; return its URI. Pixels: (height, width, 3) uint8."""
+        (self.folder / "buckets" / "photos" / name).write_bytes(encode(pixels))
+        return f"s3://photos/{name}"
+
+
+@contextlib.contextmanager
+def raised(
+    name: str, seed: int, broker_options: Sequence[str] = APPEND_ONLY, **changes: Any
+) -> Iterator[Stage]:
+    """Start the servers and their proxies, without a worker; stop all of it in the end.
+
+    `changes` are settings. Times are short ones, so that many faults fit into little time.
+    """
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradcam-faults-")))
+
+        def served(server: str, start: Callable[[], AbstractContextManager[Any]]) -> Server:
+            made = Server(server, start, seed)
+            stack.callback(made.close)
+            return made
+
+        broker = served("broker", lambda: servers.valkey(folder, *broker_options))
+        s3 = served("s3", lambda: servers.s3(folder, ("photos", "results"), KEYS))
+        receiver = served("receiver", lambda: _receiver(folder))
+        defaults: dict[str, Any] = {
+            "broker_url": f"redis://127.0.0.1:{broker.proxy.port}/0",
+            "key_prefix": "attacked:",
+            "output": "s3://results/cams",
+            "s3_endpoint_url": f"http://127.0.0.1:{s3.proxy.port}",
+            "s3_access_key_id": KEYS[0],
+            "s3_secret_access_key": SecretStr(KEYS[1]),
+            "webhook_hosts": (f"127.0.0.1:{receiver.proxy.port}",),
+            "private_networks": ("127.0.0.0/8",),
+            "webhook_timeout_s": 3,
+            "devices": "cpu",
+            "max_batch": 1,  # float32 numbers are rounded in another way in a pass over another number
+            "threads": 4,
+            "lease_s": 2,
+            "lost_after_s": 3,
+            "retry_backoff_s": 0.1,
+            "retry_backoff_max_s": 1,
+            "shutdown_timeout_s": 10,
+        }
+        made = Stage(name, seed, folder, broker, s3, receiver, Settings(**{**defaults, **changes}))
+        stack.callback(made.stop_workers)
+        draw = np.random.default_rng(seed)
+        for number in range(IMAGES):
+            coarse = draw.integers(0, 256, (6, 8, 3), np.uint8)
+            made.picture(f"{number}.jpg", coarse.repeat(SIZE[0] // 6, 0).repeat(SIZE[1] // 8, 1))
+        yield made
+
+
+@contextlib.contextmanager
+def _receiver(folder: Path) -> Iterator[Receiver]:
+    port = servers.free_port()
+    program = str(Path(webhook_receiver.__file__).resolve())
+    command = [sys.executable, "-P", program, str(port), str(folder / "events.jsonl")]
+    process = parent_watch.start(command, log=folder / "receiver.log")
+    try:
+        wait_for(lambda: servers.accepts(port), START_S, "the receiver of webhooks listens")
+        yield Receiver(process, port)
+    finally:
+        parent_watch.stop(process)
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Look again and again. Raises TimeoutError."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            message = f"It did not come about within {seconds:g} s that {what}."
+            raise TimeoutError(message)
+        time.sleep(0.02)

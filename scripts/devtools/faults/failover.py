@@ -1,0 +1,113 @@
+"""Failovers of the broker behind one address, under load: the master before lives on as a replica.
+
+So it is with managed Redis, HAProxy or a Kubernetes Service: the address leads to the promoted replica, and
+connections that stand go on to a server that takes no writes. All places of the worker are taken when it
+happens: nothing is read from the queue that could notice.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from devtools.faults.cluster import START_S, Stage, raised, wait_for
+from devtools.faults.observer import Witness
+from devtools.faults.proxy import Fault
+from devtools.faults.quiet_run import compare_with_a_quiet_run
+from devtools.faults.verdict import Verdict
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.operations import servers
+
+SHORT, FULL = 2, 5  # failovers
+JOBS = 150  # before each of them
+SLOTS = 16
+BUSY_WITH = 8  # jobs that run, at least, when it happens
+SLOW = Fault(latency_s=0.05)  # of the S3 server: a job takes a second
+RECOVERS_S = 60.0
+MORE_CONNECTIONS = 40  # than before the first failover: what pools may have opened meanwhile
+LINES_MOST = 40  # of the log, for one failover
+DRAINS_S = 180.0
+
+
+def server(port: int) -> redis.Redis:
+    """A way to one of the two that no proxy stands in."""
+    return redis.Redis(port=port, decode_responses=True, socket_timeout=5)
+
+
+def follow(port: int, leader: int) -> None:
+    """Make a server the replica of another, and wait until it has all."""
+    with contextlib.closing(server(port)) as one:
+        one.replicaof("127.0.0.1", leader)
+        wait_for(
+            lambda: one.info("replication")["master_link_status"] == "up", START_S, "the replica follows"
+        )
+
+
+def fail_over(port: int, to: int) -> None:
+    """As a managed Redis does it: writes wait until the replica has all, then they change places."""
+    with contextlib.closing(server(port)) as old, contextlib.closing(server(to)) as new:
+        old.execute_command("FAILOVER", "TO", "127.0.0.1", to)  # type: ignore[no-untyped-call]
+        wait_for(lambda: new.info("replication")["role"] == "master", START_S, "the replica is promoted")
+        wait_for(lambda: old.info("replication")["master_link_status"] == "up", START_S, "the other follows")
+
+
+def connections(*ports: int) -> int:
+    """Clients of all of them, but for replicas and whoever asks."""
+    found = 0
+    for port in ports:
+        with contextlib.closing(server(port)) as one:
+            found += len(one.client_list(_type="normal")) + len(one.client_list(_type="pubsub")) - 1
+    return found
+
+
+def attack(count: int, seed: int) -> dict[str, Any]:
+    """So many failovers; see `Verdict` for what is counted."""
+    recoveries: list[float] = []
+    with raised("failover", seed, threads=SLOTS) as stage, contextlib.ExitStack() as stack:
+        folder = Path(stage.folder / "other")
+        folder.mkdir()
+        other = stack.enter_context(servers.valkey(folder, "--appendonly", "yes"))
+        follow(other.port, stage.broker.now.port)
+        witness = stack.enter_context(Witness(stage))
+        worker = stage.work()
+        client = GradcamClient(settings=stage.settings)
+        jobs, counted = 0, [0]
+        with stage.s3.proxy.suffering(SLOW):
+            for _ in range(count):
+                for number in range(jobs, jobs + JOBS):
+                    stage.submit(client, stage.job(number, priority="normal"))
+                jobs += JOBS
+                wait_for(lambda: len(witness.running) >= BUSY_WITH, START_S, "a worker has jobs in hand")
+                counted[0] = counted[0] or connections(other.port, stage.broker.now.port)
+                witness.hit()
+                fail_over(stage.broker.now.port, other.port)
+                other = stage.broker.switch(other)
+                witness.over()
+                recoveries.append(witness.drain(RECOVERS_S + 10))
+                counted.append(connections(other.port, stage.broker.now.port))
+        verdict = witness.verdict(faults=count)
+        _look(stage, worker, recoveries, counted, verdict)
+        compare_with_a_quiet_run(stage, verdict, range(jobs), DRAINS_S + jobs / 5)
+    return verdict.to_dict()
+
+
+def _look(stage: Stage, worker: Any, recoveries: list[float], counted: list[int], verdict: Verdict) -> None:
+    lines = worker.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [one for one in lines if " WARNING " in one or " ERROR " in one or " CRITICAL " in one]
+    deaths = sum("ended unasked" in one for one in lines)
+    for number, seconds in enumerate(recoveries, 1):
+        if seconds > RECOVERS_S:
+            verdict.broken.append(f"Failover {number}: not all jobs were done after {seconds:.0f} s.")
+    if max(counted) > counted[0] + MORE_CONNECTIONS:
+        verdict.broken.append(f"Connections grew from {counted[0]} to {max(counted)}.")
+    if deaths:
+        verdict.broken.append(f"The worker was started again {deaths} times.")
+    if len(said) > LINES_MOST * len(recoveries):
+        verdict.broken.append(f"{len(said)} warnings for {len(recoveries)} failovers.")
+    verdict.figures |= {
+        "recoveries_s": [round(one, 1) for one in recoveries],
+        "connections": counted,
+        "submissions_refused": stage.refused,
+        "warnings": len(said),
+    }

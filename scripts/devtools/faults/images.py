@@ -1,0 +1,170 @@
+"""Mutated images against the decoder: `faults.images [COUNT] [--seed N] [--short] [--keep FOLDER]`.
+
+Every image is decoded in a child process that may have no more than MEMORY_BYTES. It has to end in a picture
+or in an error of `gradcam_worker.errors` that is foreseen for an image; whatever else it ends in, and
+whatever ends
+the child, is a broken promise. Prints one JSON document; ends with 1 where a promise broke.
+"""
+
+import argparse
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from devtools import IMPORT_PATH, command
+from devtools.faults.image_mutations import Mutant, mutations
+
+FULL, SHORT = 2000, 400  # images
+SEED = 20_261
+MEMORY_BYTES = 1_536 * 1024**2  # what decoding the largest picture that is allowed takes, twice
+TYPED = {  # what an image may end in. `internal` is not among them: memory is enough for one at a time
+    "decoded",
+    "image_decode_failed",
+    "image_pixels_exceeded",
+    "unsupported_media_type",
+}
+STALLED_S = 120  # for one image: far beyond what any may take, on any machine
+CHILD = "--child"
+CHANNELS = 3  # of a picture that came out
+
+
+def attack(count: int = FULL, seed: int = SEED, keep: Path | None = None) -> dict[str, Any]:
+    """Decode so many mutated images; return the figures. Those that broke a promise are put into `keep`.
+
+    `faults` is how many of them no longer came out as a picture.
+    """
+    outcomes: Counter[str] = Counter()
+    broken: list[str] = []
+    crashes, peak_mb = 0, 0.0
+    slowest = (0.0, "none")  # seconds, and which it was
+    waiting = list(mutations(count, seed))[::-1]
+    while waiting:
+        with _child() as (ask, answer):
+            while waiting:
+                mutant = waiting.pop()
+                said = _decoded(mutant, ask, answer)
+                if said is None:  # it has ended, or hangs and has to be ended
+                    crashes += 1
+                    _note(mutant, "crash", broken, keep)
+                    break
+                outcomes[said["ending"]] += 1
+                slowest = max(slowest, (said["seconds"], mutant.name))
+                peak_mb = max(peak_mb, said["peak_mb"])
+                if said["ending"] not in TYPED:
+                    _note(mutant, said["ending"], broken, keep)
+    return {
+        "attack": "images",
+        "jobs": count,
+        "faults": count - outcomes["decoded"],
+        "untyped": sum(number for ending, number in outcomes.items() if ending not in TYPED),
+        "crashes": crashes,
+        "slowest_s": round(slowest[0], 3),
+        "slowest": slowest[1],
+        "peak_mb": round(peak_mb),
+        "outcomes": dict(sorted(outcomes.items())),
+        "broken": broken,
+        "seed": seed,
+    }
+
+
+def _note(mutant: Mutant, ending: str, broken: list[str], keep: Path | None) -> None:
+    broken.append(f"{mutant.name}: {ending}")
+    if keep:
+        keep.mkdir(parents=True, exist_ok=True)
+        (keep / f"{len(broken)} {mutant.name} {ending}").write_bytes(mutant.data)
+
+
+@contextmanager
+def _child() -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """A process that decodes what it is sent."""
+    child = command("faults.images", CHILD)
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    # On its standard error libpng and libjpeg say what they think of every image.
+    with subprocess.Popen(
+        child, **pipes, env={**os.environ, **IMPORT_PATH}, stderr=subprocess.DEVNULL
+    ) as process:
+        if process.stdin is None or process.stdout is None:
+            raise RuntimeError
+        try:
+            yield process.stdin, process.stdout
+        finally:
+            process.kill()
+
+
+def _decoded(mutant: Mutant, ask: IO[bytes], answer: IO[bytes]) -> dict[str, Any] | None:
+    try:
+        ask.write(struct.pack(">I", len(mutant.data)) + mutant.data)
+        ask.flush()
+        line = answer.readline()
+    except BrokenPipeError:
+        return None
+    return json.loads(line) if line else None
+
+
+def decode_all() -> None:
+    """The child: images from standard input, one line of figures for each on standard output."""
+    import resource
+    import signal
+
+    from gradcam_worker.errors import GradcamError
+    from gradcam_worker.gradcam.decoding.decode import claimed, decode
+    from gradcam_worker.resilience.budget import limit_memory
+
+    limit_memory(MEMORY_BYTES)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    warnings.simplefilter("ignore")  # Pillow warns of some damage
+    while head := sys.stdin.buffer.read(4):
+        data = sys.stdin.buffer.read(struct.unpack(">I", head)[0])
+        signal.alarm(STALLED_S)
+        begun = time.monotonic()
+        try:
+            claim = claimed(data)
+            pixels = decode(data).pixels
+            rows, columns, channels = pixels.shape
+            good = rows * columns == claim and channels == CHANNELS and pixels.dtype == np.uint8
+            ending = "decoded" if good else f"wrong: {pixels.shape} {pixels.dtype}, {claim} claimed"
+        except GradcamError as error:
+            ending = error.code
+        except BaseException as error:  # noqa: BLE001  # anything at all is what is looked for
+            ending = f"untyped: {type(error).__name__}: {str(error)[:100]}"
+        signal.alarm(0)
+        said = {"ending": ending, "seconds": time.monotonic() - begun, "peak_mb": _peak_mb()}
+        print(json.dumps(said), flush=True)
+
+
+def _peak_mb() -> float:
+    """Resident memory at its highest. Not `ru_maxrss`: that is inherited from whoever started this."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"))
+    return int(found[1]) / 1024 if found else 0.0
+
+
+def main() -> int:
+    """Run the attack."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("count", nargs="?", type=int)
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--short", action="store_true", help=f"{SHORT} images instead of {FULL}")
+    parser.add_argument("--keep", type=Path, help="a folder for images that broke a promise")
+    asked = parser.parse_args()
+    figures = attack(asked.count or (SHORT if asked.short else FULL), asked.seed, asked.keep)
+    print(json.dumps(figures, indent=1))
+    return 1 if figures["untyped"] or figures["crashes"] else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == [CHILD]:
+        decode_all()
+    else:
+        sys.exit(main())

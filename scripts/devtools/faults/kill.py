@@ -1,0 +1,130 @@
+"""kill -9 of worker processes at random moments, and of their supervisors now and then, while jobs stream.
+
+Some are stopped instead, for longer than a lease lasts, and then go on: zombies, whose jobs are
+somebody else's by then.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from devtools.faults.cluster import START_S, Stage, Worker, raised, wait_for
+from devtools.faults.job_stream import Stream
+from devtools.faults.observer import Witness
+from devtools.faults.quiet_run import compare_with_a_quiet_run
+
+SHORT, FULL = 8, 200  # kills
+JOBS_A_KILL = 15  # at least: thousands in the full form
+AHEAD = 60  # jobs that wait or run at a time
+EVERY_S = 0.06  # between two submissions
+WORKERS = 2
+OF_SUPERVISORS = 0.05  # share of kills
+ZOMBIES = 0.1  # stops for each kill
+STOPPED_S = 6.0  # longer than a lease, and than it takes another worker to notice
+WHILE_IT_STARTS = 0.1  # share of kills: before the process takes jobs
+UNREADY = 2  # kills of one worker in a row before it takes jobs; its supervisor gives up after five
+LATER_S = 0.8  # at most, after a worker has begun a job
+RECOVERS_S = 30.0  # a killed worker's jobs run again within this time
+DRAINS_S = 120.0  # all is final so long after the last kill, or never
+
+
+@dataclass
+class Killer:
+    """Chooses whom to kill, and when."""
+
+    stage: Stage
+    witness: Witness
+    random: random.Random
+    kills: int = 0
+    supervisors: int = 0
+    hit: int = 0  # jobs that ran on a process when it was killed or stopped
+    zombies: int = 0
+    unready: dict[int, int] = field(default_factory=dict)  # index of a worker -> kills before it took jobs
+
+    def kill(self) -> None:
+        """One more."""
+        index = self.random.randrange(len(self.stage.workers))
+        worker, of_supervisor = self.stage.workers[index], self.random.random() < OF_SUPERVISORS
+        if of_supervisor:
+            self._kill_supervisor(index, worker)
+            return
+        wait_for(lambda: worker.process, START_S, "a supervisor starts its worker again")
+        early = self.random.random() < WHILE_IT_STARTS and self.unready.get(index, 0) < UNREADY
+        if not early:
+            wait_for(lambda: self._busy(worker), START_S, f"the worker takes jobs, see {worker.log}")
+        self.unready[index] = self.unready.get(index, 0) + 1 if early else 0
+        time.sleep(self.random.uniform(0, LATER_S))
+        pid = worker.process
+        if pid is None:  # it has just ended by itself, as it may when its supervisor was killed
+            return
+        if not early and ((self.kills >= SHORT // 2 and not self.zombies) or self.random.random() < ZOMBIES):
+            self._stop(pid)
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            self.kills += 1
+            self.hit += self.witness.hit(pid)
+
+    def _stop(self, pid: int) -> None:
+        """Nothing of it runs for a while; then it goes on with what it had in hand."""
+        os.kill(pid, signal.SIGSTOP)
+        self.zombies += 1
+        self.hit += self.witness.hit(pid)
+        time.sleep(STOPPED_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+    def _kill_supervisor(self, index: int, worker: Worker) -> None:
+        """Whoever runs supervisors starts another one; the worker process ends by itself."""
+        pid = worker.supervisor
+        if pid is None:
+            return
+        os.kill(pid, signal.SIGKILL)
+        self.kills += 1
+        self.supervisors += 1
+        worker.stop()  # its keeper
+        self.stage.workers.remove(worker)
+        self.stage.work()
+        self.stage.workers.insert(index, self.stage.workers.pop())
+
+    def _busy(self, worker: Worker) -> bool:
+        pid = worker.process
+        return any(on.endswith(f":{pid}") for _, on in self.witness.running.values())
+
+
+def attack(count: int, seed: int) -> dict[str, Any]:
+    """So many kills; see `Verdict` for what is counted."""
+    enough = threading.Event()
+    with raised("kill", seed) as stage, Witness(stage) as witness:
+        for _ in range(WORKERS):
+            stage.work()
+        flow: dict[str, Any] = {"jobs": JOBS_A_KILL * count, "ahead": AHEAD, "every_s": EVERY_S}
+        with Stream(stage, witness.unfinished, until=enough, **flow) as stream:
+            killer = Killer(stage, witness, random.Random(seed))  # noqa: S311  # repeatable, not secret
+            begun = time.monotonic()
+            while killer.kills < count:
+                killer.kill()
+                if stream.error:
+                    break
+            enough.set()
+            killed_s = time.monotonic() - begun
+            stream.join()
+        drained_s = witness.drain(DRAINS_S)
+        verdict = witness.verdict(faults=killer.kills + killer.zombies)
+        compare_with_a_quiet_run(stage, verdict, range(len(stream.made)), DRAINS_S + len(stream.made) / 5)
+    if verdict.recovery_s_max > RECOVERS_S:
+        verdict.broken.append(f"A killed job ran again after {verdict.recovery_s_max:.0f} s only.")
+    verdict.figures |= {
+        "kills": killer.kills,
+        "supervisors_killed": killer.supervisors,
+        "zombies": killer.zombies,
+        "jobs_hit": killer.hit,
+        "killing_s": round(killed_s, 1),
+        "drained_s": round(drained_s, 1),
+    }
+    return verdict.to_dict()

@@ -1,0 +1,74 @@
+"""How soon all is well again with the settings as they come: after kill -9, and after messages were lost.
+
+The other attacks shorten the times that all of this depends on. Here a lease lasts 15 s and a message is
+missed after 20 s, as in production.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import time
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+from devtools.faults.cluster import START_S, Stage, raised, wait_for
+from devtools.faults.job_stream import Stream
+from devtools.faults.observer import Witness
+from gradcam_worker.broker import publisher
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.settings import Settings
+
+SHORT, FULL = 1, 4  # kills
+LOST = 5  # messages that vanish from the queue at each of them
+AHEAD = 120  # jobs that wait when it happens
+LATER_S = 0.3  # at most, after a worker has begun a job
+RUNS_AGAIN_S, PUBLISHED_AGAIN_S = 30.0, 60.0  # what is promised
+DRAINS_S = 180.0
+AS_THEY_COME = ("lease_s", "lost_after_s", "visibility_timeout_s", "retry_backoff_s", "retry_backoff_max_s")
+
+
+def attack(count: int, seed: int) -> dict[str, Any]:
+    """So many kills of the only worker there is; see `Verdict` for what is counted."""
+    draw = random.Random(seed)  # noqa: S311  # repeatable, not secret
+    defaults: dict[str, Any] = {name: getattr(Settings(), name) for name in AS_THEY_COME}
+    lost_s, jobs, hit = 0.0, 0, 0
+    with raised("recovery", seed, **defaults) as stage, Witness(stage) as witness:
+        worker = stage.work()
+        for _ in range(count):
+            with Stream(stage, witness.unfinished, jobs=AHEAD, ahead=AHEAD + LOST, first=jobs) as stream:
+                stream.join()
+            jobs += AHEAD
+            vanished = _lose(stage, jobs)
+            jobs += LOST
+            wait_for(lambda: witness.running, START_S, "a worker has jobs in hand")
+            time.sleep(draw.uniform(0, LATER_S))
+            pid, begun = worker.process or 0, time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+            hit += witness.hit(pid)
+            with contextlib.suppress(TimeoutError):
+                done = witness.finals.keys()
+                wait_for(partial(vanished.issubset, done), DRAINS_S, "jobs without a message are found")
+            lost_s = max(lost_s, time.monotonic() - begun)
+            witness.drain(DRAINS_S)
+        verdict = witness.verdict(faults=count)
+    if verdict.recovery_s_max > RUNS_AGAIN_S:
+        verdict.broken.append(f"A killed worker's job ran again after {verdict.recovery_s_max:.0f} s only.")
+    if lost_s > PUBLISHED_AGAIN_S:
+        verdict.broken.append(f"Jobs whose messages were lost were done after {lost_s:.0f} s only.")
+    verdict.figures |= {"lost_messages_done_s": round(lost_s, 1), "jobs_hit": hit}
+    return verdict.to_dict()
+
+
+def _lose(stage: Stage, first: int) -> set[str]:
+    """Submit jobs whose messages vanish; their ids. It is the queue of bulk jobs, which are taken last."""
+    client = GradcamClient(settings=stage.settings)
+    jobs = [stage.job(first + number, priority="bulk") for number in range(LOST)]
+    pattern = f"{stage.settings.key_prefix}{publisher.BULK}*"
+    for job in jobs:
+        stage.submit(client, job)
+    with closing(stage.services) as server:
+        for key in server.keys(pattern):
+            server.delete(key)
+    return {job.id for job in jobs}

@@ -1,0 +1,158 @@
+"""Broker, S3 server and status receiver: killed, hung, slow, cut off, half-open, sliced, answering garbage.
+
+One fault after the other, while jobs stream and the worker is left alone: it has to come back by itself.
+The broker keeps an append-only file: what it has answered survives the end of its process, whenever it is
+written to the disk (`appendfsync everysec`); only the machine's own end may cost a second of it, unless
+`appendfsync always` is set.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+from devtools.faults.cluster import START_S, Server, Stage, raised, wait_for
+from devtools.faults.job_stream import Stream
+from devtools.faults.observer import Witness, told
+from devtools.faults.proxy import Fault
+from devtools.faults.quiet_run import compare_with_a_quiet_run
+from devtools.faults.verdict import Verdict
+from gradcam_worker.schemas.job import Job
+
+SHORT, FULL = 1, 15  # seconds that each fault lasts; in the full form longer than any timeout of one answer
+LONG = (
+    5  # from here on, a fault of the line hits broker and S3 server one after the other; below, both at once
+)
+AHEAD = 16  # jobs that wait or run at a time
+EVERY_S = 0.1  # between two submissions
+BUSY_WITH = 2  # jobs that run, at least, when a fault begins
+RECOVERS_S = 60.0  # after a fault has ended
+DRAINS_S = 180.0
+TOLD_S = 120.0  # after the last fault; a receiver that was down is left alone for a while
+BUSY, BROKEN = (
+    f"HTTP/1.1 {status}\r\ncontent-length: 0\r\n\r\n".encode()
+    for status in ("503 Slow Down", "500 Internal Server Error")
+)
+ON_THE_LINE = {
+    "garbage": Fault(garbage=True),
+    "half_open": Fault(half_open=True),
+    "slow": Fault(latency_s=0.05, bytes_per_s=300_000),
+    "sliced": Fault(slice_bytes=5),
+    "reset": Fault(reset=0.05),
+}
+FEW = {"garbage": ON_THE_LINE["garbage"]}
+OF_HTTP = {"answers_500": Fault(answer=BROKEN), "answers_503": Fault(answer=BUSY)}
+
+
+@contextlib.contextmanager
+def _dead(server: Server) -> Iterator[None]:
+    server.kill()
+    try:
+        yield
+    finally:
+        server.start()
+
+
+@contextlib.contextmanager
+def _suffering(servers: Iterable[Server], fault: Fault) -> Iterator[None]:
+    with ExitStack() as stack:
+        for one in servers:
+            stack.enter_context(one.proxy.suffering(fault))
+        yield
+
+
+def _faults(stage: Stage, *, at_once: bool) -> Iterator[tuple[str, AbstractContextManager[None]]]:
+    """All of them, each ready to be entered.
+
+    The receiver's come first: it is left alone for longer and longer while it fails, and is told of the last
+    job's end while the others have their turn.
+    """
+    receiver, broker, s3 = stage.receiver, stage.broker, stage.s3
+    yield from _of(receiver, FEW if at_once else ON_THE_LINE | OF_HTTP)
+    yield from _of(broker, {} if at_once else ON_THE_LINE)
+    yield from _of(s3, OF_HTTP if at_once else ON_THE_LINE | OF_HTTP)
+    for name, fault in ON_THE_LINE.items() if at_once else ():
+        yield f"broker and s3 {name}", _suffering((broker, s3), fault)
+
+
+def _of(server: Server, faults: dict[str, Fault]) -> Iterator[tuple[str, AbstractContextManager[None]]]:
+    yield f"{server.name} killed", _dead(server)
+    yield f"{server.name} hung", server.hung()
+    for name, fault in faults.items():
+        yield f"{server.name} {name}", server.proxy.suffering(fault)
+
+
+def attack(count: int, seed: int) -> dict[str, Any]:
+    """Each fault once, for `count` seconds; see `Verdict` for what is counted."""
+    enough = threading.Event()
+    telling, to_tell = threading.Event(), set[str]()
+    telling.set()
+    recoveries: dict[str, float] = {}
+    hit = 0
+    with raised("servers", seed) as stage, Witness(stage) as witness:
+
+        def make(number: int) -> Job:
+            job = stage.job(number, webhooks=stage.hook() if telling.is_set() else [])
+            if telling.is_set():
+                to_tell.add(job.id)
+            return job
+
+        stage.work()
+        flow: dict[str, Any] = {"jobs": AHEAD, "ahead": AHEAD, "every_s": EVERY_S}
+        with Stream(stage, witness.unfinished, until=enough, make=make, **flow) as stream:
+            for name, fault in _faults(stage, at_once=count < LONG):
+                if count < LONG and not name.startswith(stage.receiver.name):
+                    telling.clear()  # what a courier held when the ledger went away comes a minute later
+                stream.every_s = 0.0  # so that the worker's hands are full when it happens
+                wait_for(lambda: len(witness.running) >= BUSY_WITH, START_S, "a worker has jobs in hand")
+                hit += witness.hit()
+                stream.every_s = EVERY_S
+                with fault:
+                    time.sleep(count)
+                witness.over()
+                recoveries[name] = _settled(stage, witness)
+            enough.set()
+            stream.join()
+        witness.drain(DRAINS_S)
+        verdict = witness.verdict(faults=len(recoveries))
+        _look_at_what_was_told(stage, to_tell, verdict)
+        deaths = stage.workers[0].log.read_text(errors="replace").count("ended unasked")
+        compare_with_a_quiet_run(stage, verdict, range(len(stream.made)), DRAINS_S + len(stream.made) / 5)
+    verdict.recovery_s_max = max(verdict.recovery_s_max, *recoveries.values())
+    for name, seconds in recoveries.items():
+        if seconds > RECOVERS_S:
+            verdict.broken.append(f"{name}: it took {seconds:.0f} s to get over it.")
+    verdict.figures |= {
+        "recoveries_s": {name: round(seconds, 1) for name, seconds in recoveries.items()},
+        "jobs_hit": hit,
+        "submissions_refused": stage.refused,
+        "worker_restarts": deaths,
+    }
+    return verdict.to_dict()
+
+
+def _settled(stage: Stage, witness: Witness) -> float:
+    """Wait until all jobs that are there now are final, and one that comes after them; how long it took."""
+    before, begun = set(stage.accepted), time.monotonic()
+    while time.monotonic() - begun < RECOVERS_S + 1:
+        ended = witness.finals.keys()
+        if before <= ended and ended - before:
+            break
+        time.sleep(0.02)
+    return time.monotonic() - begun
+
+
+def _look_at_what_was_told(stage: Stage, to_tell: set[str], verdict: Verdict) -> None:
+    """Every job's end, at least once, and always the same."""
+    end = time.monotonic() + TOLD_S
+    while to_tell - (events := told(stage)).keys() and time.monotonic() < end:
+        time.sleep(0.2)
+    untold = to_tell - events.keys()
+    if untold:
+        verdict.broken.append(f"Of {len(untold)} jobs nobody was told the end: {min(untold)}")
+    verdict.doubled += sum(any(one != heard[0] for one in heard) for heard in events.values())
+    verdict.figures["told"] = len(events)
+    verdict.figures["told_twice"] = sum(len(heard) > 1 for heard in events.values())
+    verdict.figures["told_after_s"] = round(TOLD_S - (end - time.monotonic()), 1)

@@ -1,0 +1,274 @@
+"""Mixed jobs, good and hostile, for a while: what a worker process uses must not grow; nothing may be left.
+
+Good ones, bad addresses, bad images, unknown classes, cancelled and expired ones, duplicates with idempotency
+keys, jobs of strangers that no ledger knows, and messages that are none.
+"""
+
+import contextlib
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from devtools.faults.cluster import START_S, Stage, Worker, raised, wait_for
+from devtools.faults.observer import Witness, end_of, told
+from devtools.faults.resource_usage import Usage
+from devtools.faults.verdict import Verdict
+from gradcam_worker.broker import app, publisher
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import IdempotencyConflict
+from gradcam_worker.schemas.ids import utc_now
+from gradcam_worker.schemas.job import Job
+
+SHORT, FULL = 15, 300  # seconds
+AHEAD = 40  # jobs that wait or run at a time
+FLAT = 0.05  # by so much resident memory may grow after that
+LONG_S = 120.0  # a shorter run is still warming up at its end, and is held to less
+ROUGHLY_FLAT = 0.3
+MORE = 4  # threads and files that may come and go
+RETENTION_S = 60.0  # the least there is
+DRAINS_S = 120.0
+# Keys of the ledger and of kombu that are there once, whatever is done: see
+# `gradcam_worker.ledger.redis.scripts`.
+SINGLETONS = (
+    "claimed",
+    "ended:",
+    "workers",
+    "reaper",
+    "dead",
+    "_kombu.binding",
+    "unacked_mutex",
+    "unreadable",
+)
+
+
+@dataclass
+class Mix:
+    """Makes jobs of all kinds, submits them, and knows how each may end."""
+
+    stage: Stage
+    seed: int
+    client: GradcamClient
+    made: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    ends: dict[str, Collection[str]] = field(default_factory=dict)  # job id -> how it may end
+    broken: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Store the bad images, and make what sends messages past the client."""
+        self._random = random.Random(self.seed)  # noqa: S311  # repeatable, not secret
+        self._app = app.make_app(self.stage.settings)
+        photos = self.stage.folder / "buckets" / "photos"
+        good = (photos / "0.jpg").read_bytes()
+        (photos / "cut.jpg").write_bytes(good[: len(good) // 2])
+        (photos / "text.jpg").write_bytes(b"This is no image. " * 99)
+        (photos / "huge.gif").write_bytes(b"GIF89a" + (30_000).to_bytes(2, "little") * 2 + bytes(38))
+        self._kinds: dict[str, Callable[[int], None]] = {
+            name.removeprefix("_do_"): getattr(self, name) for name in dir(self) if name.startswith("_do_")
+        }
+
+    def one(self) -> None:
+        """Make another one: every second a good one, from the first on, the others left to chance."""
+        kind = "good" if self.made % 2 == 0 else self._random.choice(sorted(self._kinds))
+        self._kinds[kind](self.made)
+        self.kinds[kind] += 1
+        self.made += 1
+
+    def _submit(self, number: int, *ends: str, **changes: Any) -> Job:
+        job = self.stage.job(number, **{"max_attempts": 3, "timeout_s": 60, **changes})
+        self.ends[job.id] = ends
+        self.stage.submit(self.client, job)
+        return job
+
+    def _do_good(self, number: int) -> None:
+        self._submit(number, "succeeded", webhooks=self.stage.hook() if number % 5 == 0 else [])
+
+    def _do_bad_address(self, number: int) -> None:
+        uris = {
+            "s3://photos/missing.jpg": "image_not_found",
+            "s3://nowhere/missing.jpg": "image_not_found",
+            "http://169.254.169.254/latest/meta-data": "uri_not_allowed",
+            "file:///etc/passwd": "uri_not_allowed",
+        }
+        uri = self._random.choice(sorted(uris))
+        self._submit(number, uris[uri], image=uri)
+
+    def _do_bad_image(self, number: int) -> None:
+        names = {
+            "cut.jpg": ("image_decode_failed", "succeeded"),  # what is there of it may do
+            "text.jpg": ("unsupported_media_type",),
+            "huge.gif": ("image_pixels_exceeded", "image_decode_failed"),
+        }
+        name = self._random.choice(sorted(names))
+        self._submit(number, *names[name], image=f"s3://photos/{name}")
+
+    def _do_bad_wish(self, number: int) -> None:
+        wishes: dict[str, dict[str, Any]] = {
+            "unknown_class": {"target": {"classes": ["no such thing"]}},
+            "unknown_network": {"network": "no_such_network"},
+            "unknown_layer": {"method": {"layer": "no_such_layer"}},
+            "output_not_allowed": {"output": "s3://elsewhere/x"},
+            "checksum_mismatch": {"image": {"uri": "s3://photos/1.jpg", "sha256": "0" * 64}},
+        }
+        code = self._random.choice(sorted(wishes))
+        self._submit(number, code, **wishes[code])
+
+    def _do_cancelled(self, number: int) -> None:
+        job = self._submit(number, "canceled", "succeeded")
+        self.client.cancel(job.id)
+
+    def _do_expired(self, number: int) -> None:
+        ahead_s = self._random.choice([0.001, 0.3])
+        expires_at = utc_now() + timedelta(seconds=ahead_s)
+        self._submit(number, "expired", "succeeded", expires_at=expires_at)
+
+    def _do_duplicate(self, number: int) -> None:
+        key = f"key {number}"
+        job = self._submit(number, "succeeded", idempotency_key=key)
+        same = job.model_copy(update={"id": self.stage.job(-number).id})
+        if (found := self.client.submit(same)) != job.id:
+            self.broken.append(f"The idempotency key of {job.id} led to {found}.")
+        other = same.model_copy(update={"metadata": {"other": "yes"}})
+        with contextlib.suppress(IdempotencyConflict):
+            self.client.submit(other)
+            self.broken.append(f"Another job was accepted under the idempotency key of {job.id}.")
+
+    def _do_strangers_job(self, number: int) -> None:
+        """By name, from a Celery client that knows nothing of the ledger."""
+        job = self.stage.job(number)
+        self._send(job.id, job.model_dump(mode="json"), "succeeded")
+
+    def _do_no_job(self, number: int) -> None:
+        job = self.stage.job(number)
+        payload = {**job.model_dump(mode="json"), self._random.choice(["image", "target", "extra"]): [1, {}]}
+        self._send(job.id, payload, "invalid_job")
+
+    def _send(self, job_id: str, payload: object, *ends: str) -> None:
+        self._app.send_task(
+            publisher.EXPLAIN, args=[payload], queue=publisher.INTERACTIVE, task_id=job_id, priority=0
+        )
+        self.ends[job_id] = ends
+        self.stage.accepted[job_id] = time.monotonic()
+
+    def _do_no_message(self, number: int) -> None:
+        """Straight into the list that is the queue."""
+        envelope = {"body": "bm8=", "headers": {"id": number, "task": "x"}, "properties": {}}
+        texts = [
+            self._random.randbytes(60),
+            b"{}",
+            b"[]",
+            b"null",
+            b'"text"',
+            b"[" * 5000,
+            json.dumps(envelope).encode(),
+            json.dumps({**envelope, "headers": None}).encode(),
+            json.dumps({**envelope, "properties": {"delivery_tag": number, "delivery_info": []}}).encode(),
+        ]
+        queue = f"{self.stage.settings.key_prefix}{publisher.INTERACTIVE}"
+        with closing(self.stage.services) as server:
+            server.lpush(queue, self._random.choice(texts))
+
+
+def attack(count: int, seed: int) -> dict[str, Any]:
+    """For `count` seconds; see `Verdict` for what is counted."""
+    retention: dict[str, Any] = {"retention_s": RETENTION_S, "idempotency_retention_s": RETENTION_S}
+    with raised("soak", seed, **retention) as stage, Witness(stage, forgotten=True) as witness:
+        mix = Mix(stage, seed, GradcamClient(settings=stage.settings))
+        worker = stage.work()
+        mix.one()
+        wait_for(lambda: witness.finals, START_S, "the first job ends")
+        usage = Usage(worker.process or 0)  # it is there: a good job ends nowhere else
+        end = time.monotonic() + count
+        with usage.read():
+            while time.monotonic() < end:
+                if witness.unfinished() < AHEAD:
+                    mix.one()
+                else:
+                    time.sleep(0.005)
+            witness.drain(DRAINS_S)
+        verdict = _verdict(stage, witness, mix)
+        _look_at_usage(usage, count, verdict, worker)
+        wait_for(lambda: not _undelivered(stage), DRAINS_S, "all webhooks are told")
+        _look_at_what_is_left(stage, verdict)
+        if count >= LONG_S:
+            time.sleep(RETENTION_S + 5)
+            _look_at_what_is_kept(stage, verdict)
+        stage.stop_workers()
+        left = [path for path in (stage.folder / "tmp").rglob("*") if path.is_file()]
+        verdict.figures["temporary_files"] = len(left)
+        if left:
+            verdict.broken.append(f"{len(left)} temporary files are left: {left[0].name}")
+    return verdict.to_dict()
+
+
+def _verdict(stage: Stage, witness: Witness, mix: Mix) -> Verdict:
+    hostile = mix.made - mix.kinds["good"]
+    verdict = witness.verdict(faults=hostile, expected=lambda job_id: mix.ends[job_id])
+    verdict.broken += mix.broken
+    verdict.doubled += sum(any(one != heard[0] for one in heard) for heard in told(stage).values())
+    ends = Counter(end_of(one) for one in witness.documents().values() if one)
+    verdict.figures |= {"kinds": dict(sorted(mix.kinds.items())), "ends": dict(sorted(ends.items()))}
+    return verdict
+
+
+def _look_at_usage(usage: Usage, seconds: float, verdict: Verdict, worker: Worker) -> None:
+    if worker.process != usage.pid:
+        now = f"{worker.process} below {worker.supervisor} in place of {usage.pid}"
+        verdict.broken.append(f"The worker process has ended in between, {now}: {worker.ends()[-5:]}")
+        return
+    growth, most = usage.growth(), FLAT if seconds >= LONG_S else ROUGHLY_FLAT
+    if growth > most:
+        verdict.broken.append(f"Resident memory grew by {growth:.1%} after the warm-up; {most:.0%} is flat.")
+    for name, readings in (("threads", usage.threads), ("files", usage.files)):
+        if (more := usage.more(readings)) > MORE:
+            verdict.broken.append(f"{more:g} {name} more are open at the end than after the warm-up.")
+    verdict.figures |= {
+        "resident_mb": [round(usage.warm(usage.resident)[at] / 1e6, 1) for at in (0, -1)],
+        "resident_growth": round(growth, 4),
+        "threads": [usage.warm(usage.threads)[0], usage.threads[-1]],
+        "files": [usage.warm(usage.files)[0], usage.files[-1]],
+        "readings": len(usage.times),
+    }
+
+
+def _keys(stage: Stage) -> list[str]:
+    prefix = stage.settings.key_prefix
+    with closing(stage.services) as server:
+        return sorted(key.removeprefix(prefix) for key in server.scan_iter(count=1000))
+
+
+def _undelivered(stage: Stage) -> list[str]:
+    return [key for key in _keys(stage) if key.startswith("events:")]
+
+
+def _look_at_what_is_left(stage: Stage, verdict: Verdict) -> None:
+    """Every key is a job's, which will be forgotten, or one of the few that are always there."""
+    keys = _keys(stage)
+    patterns = Counter(key.partition(":")[0] if ":" in key else key for key in keys)
+    verdict.figures["keys"] = dict(sorted(patterns.items()))
+    odd = [
+        key
+        for key in keys
+        if not key.startswith(("job:", "idempotency:", *SINGLETONS)) and "pidbox" not in key
+    ]
+    if odd:
+        verdict.broken.append(f"{len(odd)} keys are left when nothing is under way: {', '.join(odd[:5])}")
+    prefix = stage.settings.key_prefix
+    with closing(stage.services) as server:
+        mortal = [key for key in keys if key.startswith(("job:", "idempotency:"))]
+        immortal = [key for key in mortal if server.pttl(prefix + key) < 0 and server.exists(prefix + key)]
+    if immortal:
+        verdict.broken.append(f"{len(immortal)} keys of final jobs stay for ever: {immortal[0]}")
+
+
+def _look_at_what_is_kept(stage: Stage, verdict: Verdict) -> None:
+    """When the time that jobs are kept for is over."""
+    kept = [key for key in _keys(stage) if key.startswith(("job:", "idempotency:", "events:"))]
+    verdict.figures["keys_after_retention"] = len(kept)
+    if kept:
+        verdict.broken.append(f"{len(kept)} keys outlast their retention: {kept[0]}")

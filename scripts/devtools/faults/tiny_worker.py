@@ -1,0 +1,108 @@
+"""The worker of the attacks: the real one, supervisor and all, with a small network in place of Keras's.
+
+    tiny_worker.py supervise    what `gradcam worker` does, with the settings of the environment
+    tiny_worker.py work FD      what the supervisor starts
+
+It starts in a second or two instead of ten, so that it can be killed hundreds of times. Everything but the
+network and what the backend says of its device is the product's own.
+
+The network kills its process when it is shown a poison picture, as a bug in native code would. A panic
+picture makes the thread that decodes it raise what is no Exception, as a library in Rust does.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradcam_worker.gradcam.catalog import NetworkRow
+from gradcam_worker.gradcam.decoding.decode import Decoded
+from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import TinyNetwork
+
+NETWORK = TinyNetwork.facts.name
+POISON = (255, 0, 255)  # a picture of nothing else
+PANICS = (0, 255, 255)
+NEAR = 12  # so far a compressed picture may be from its colour
+KERAS_DOOR = "gradcam_worker.gradcam.backend"
+
+
+class Poisonable(TinyNetwork):
+    """Explains any picture but one."""
+
+    def compute(
+        self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
+    ) -> Computed:
+        """See `TinyNetwork.compute`; a poison picture is the end of the process."""
+        away = np.abs(pixels.astype(np.int16) - np.array(POISON, np.int16))
+        if (away.max((1, 2, 3)) < NEAR).any():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().compute(pixels, wanted, method)
+
+
+class Panic(BaseException):
+    """What a library in Rust raises for what it takes for impossible."""
+
+
+def panicking(decode: Callable[..., Decoded]) -> Callable[..., Decoded]:
+    """Decode any picture but one."""
+
+    def decoded(*args: Any, **options: Any) -> Decoded:
+        found = decode(*args, **options)
+        away = np.abs(found.pixels.astype(np.int16) - np.array(PANICS, np.int16))
+        if away.max() < NEAR:
+            raise Panic
+        return found
+
+    return decoded
+
+
+def load(row: NetworkRow) -> Network:
+    """The small network, whatever is asked for."""
+    del row
+    return Poisonable()
+
+
+def without_keras() -> ModuleType:
+    """What stands where `gradcam_worker.gradcam.backend` imports Keras: it says that there is a CPU."""
+    door: Any = ModuleType(KERAS_DOOR)
+    door.name = lambda: "numpy"
+    door.version = lambda: f"numpy {np.__version__}"
+    door.device_name = lambda: "cpu"
+    door.peak_memory = lambda: None
+    door.reset_peak_memory = lambda: None
+    door.set_intra_op_threads = lambda _: None
+    return door  # type: ignore[no-any-return]
+
+
+def work(ready_fd: int) -> int:
+    """What `gradcam worker --unsupervised --ready-fd` does."""
+    import gradcam_worker.gradcam
+
+    sys.modules[KERAS_DOOR] = gradcam_worker.gradcam.backend = without_keras()
+    from gradcam_worker.execution import pipeline, shard_rows
+    from gradcam_worker.runtime import worker_process
+
+    for place in (pipeline, shard_rows):
+        place.decode = panicking(place.decode)  # type: ignore[attr-defined]
+    return worker_process.run(Settings.from_environment(), ready_fd=ready_fd, load=load)
+
+
+def supervise() -> int:
+    """What `gradcam worker` does."""
+    from gradcam_worker.runtime.supervisor import Supervisor
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    command = (sys.executable, "-P", __file__, "work")
+    return Supervisor(Settings.from_environment(), command).run()
+
+
+if __name__ == "__main__":
+    sys.exit(supervise() if sys.argv[1] == "supervise" else work(int(sys.argv[2])))

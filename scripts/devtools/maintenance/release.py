@@ -1,0 +1,247 @@
+"""Makes a release, up to the upload, which is a person's: builds, looks inside, installs, runs the demo.
+
+    scripts/release               from a clean tree, whose CHANGELOG has a dated section of this version
+    scripts/release --rehearse    from whatever there is
+    scripts/release --only-build  without environments: no demo
+
+dist/ holds a wheel, an sdist and their SHA256SUMS in the end. The same tree leaves the same bytes.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from devtools import ROOT
+from gradcam_worker import __version__
+
+NAME = "gradcam_worker"
+DEMO_S = 600
+# What the client's environment must not have, and what has to work there.
+HEAVY = ("numpy", "tensorflow", "keras", "cv2", "boto3", "PIL", "httpx", "pyarrow")
+CLIENT = (
+    "gradcam_worker.client.client",
+    "gradcam_worker.client.async_client",
+    "gradcam_worker.schemas.job",
+    "gradcam_worker.errors",
+    "gradcam_worker.settings",
+    "gradcam_worker.cli.main",
+)
+SDIST = (  # what a source distribution has at its top, at least
+    *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "PKG-INFO", "README.md", "constraints.txt"),
+    *("pyproject.toml", "zensical.toml", "deploy", "docker", "docs", "scripts", "tests", "worker"),
+)
+EXTRAS = {"cpu", "gpu", "s3", "backfill", "sql", "demo"}
+
+
+class NotReady(Exception):
+    """Why there can be no release just now."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build has left."""
+
+    wheel: Path
+    sdist: Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build, check, install, run; the exit code."""
+    parser = argparse.ArgumentParser(description="Make a release, up to the upload.")
+    parser.add_argument("--rehearse", action="store_true", help="from whatever there is")
+    parser.add_argument("--only-build", action="store_true", help="without environments: no demo")
+    asked = parser.parse_args(arguments)
+    try:
+        if not asked.rehearse:
+            clean_tree()
+            dated(changes(__version__))
+        built = build(ROOT, ROOT / "dist")
+        looked_at(built)
+        same_from_source(built)
+        if not asked.only_build:
+            with tempfile.TemporaryDirectory(prefix="gradcam-release-") as folder:
+                installed_client(built.wheel, Path(folder))
+                installed_worker(built.wheel, Path(folder))
+        sums(built)
+    except NotReady as error:
+        print(f"No release: {error}", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        print(f"No release: {error.cmd[0]} ended with {error.returncode}.", file=sys.stderr)
+        return 1
+    print(f"dist/ holds {__version__}. What is left: git tag v{__version__}, and the upload.")
+    return 0
+
+
+def clean_tree() -> None:
+    """Raise NotReady unless everything is committed, and the version is new."""
+    if changed := _git("status", "--porcelain"):
+        message = f"the tree is not clean:\n{changed}"
+        raise NotReady(message)
+    if _git("tag", "--list", f"v{__version__}"):
+        message = (
+            f"there is a tag v{__version__} already: raise the version in worker/gradcam_worker/__init__.py"
+        )
+        raise NotReady(message)
+
+
+def changes(version: str) -> str:
+    """The section of the changelog about a version, its title first. Raises NotReady."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    found = re.search(rf"^## {re.escape(version)}\b.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    if not found or not found.group().partition("\n")[2].strip():
+        message = f"CHANGELOG.md has nothing about {version}: it needs a section '## {version}, YYYY-MM-DD'"
+        raise NotReady(message)
+    return found.group()
+
+
+def dated(section: str) -> None:
+    """Raise NotReady unless the section says when it is released."""
+    title = section.partition("\n")[0]
+    if not re.fullmatch(r"## \S+, 20\d\d-\d\d-\d\d", title):
+        message = f"the title {title!r} of CHANGELOG.md should end in a date, as in ', 2031-05-06'"
+        raise NotReady(message)
+
+
+def build(source: Path, folder: Path) -> Built:
+    """Build a source tree with its own build backend. Nothing is downloaded."""
+    for old in folder.glob(f"{NAME}-*"):
+        old.unlink()
+    command = [sys.executable, "-m", "hatchling", "build", "-d", str(folder)]
+    subprocess.run(command, cwd=source, check=True, stdout=subprocess.DEVNULL)
+    return Built(folder / f"{NAME}-{__version__}-py3-none-any.whl", folder / f"{NAME}-{__version__}.tar.gz")
+
+
+def looked_at(built: Built) -> None:
+    """Raise NotReady with all that is missing in wheel or sdist, or should not be there."""
+    wrong = [*wheel_findings(built.wheel), *sdist_findings(built.sdist)]
+    if wrong:
+        raise NotReady("; ".join(wrong))
+
+
+def wheel_findings(wheel: Path) -> list[str]:
+    """What is wrong with a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        information = f"{NAME}-{__version__}.dist-info"
+        metadata = archive.read(f"{information}/METADATA").decode()
+        entry = archive.read(f"{information}/entry_points.txt").decode()
+    licences = {
+        f"{information}/licenses/{one}" for one in ("LICENSE", "worker/gradcam_worker/gradcam/data/NOTICE")
+    }
+    files = [
+        one
+        for one in (ROOT / "worker" / "gradcam_worker").rglob("*")
+        if one.is_file() and one.suffix != ".pyc"
+    ]
+    ours = {str(one.relative_to(ROOT / "worker")) for one in files}
+    strange = [one for one in names if PurePosixPath(one).parts[0] not in {"gradcam_worker", information}]
+    findings = [f"the wheel lacks {one}" for one in sorted((ours | licences) - names)]
+    findings += [f"the wheel should not hold {one}" for one in sorted(strange)]
+    extras = set(re.findall(r"^Provides-Extra: (\S+)", metadata, re.MULTILINE))
+    findings += [f"the wheel has no extra {one}" for one in sorted(EXTRAS - extras)]
+    if f"\nVersion: {__version__}\n" not in metadata:
+        findings.append(f"the wheel's version is not {__version__}")
+    if "gradcam = gradcam_worker.cli.main:main" not in entry:
+        findings.append("the wheel brings no command gradcam")
+    return findings
+
+
+def sdist_findings(sdist: Path) -> list[str]:
+    """What is wrong with a source distribution."""
+    with tarfile.open(sdist) as archive:
+        top = {PurePosixPath(one).parts[1] for one in archive.getnames()}
+    return [f"the sdist lacks {one}" for one in sorted(set(SDIST) - top)] + [
+        f"the sdist should not hold {one}" for one in sorted(top - {*SDIST, ".gitignore"})
+    ]
+
+
+def same_from_source(built: Built) -> None:
+    """Raise NotReady unless what is built from the sdist is what was built from the tree."""
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(built.sdist) as archive:
+            archive.extractall(folder, filter="data")
+        again = build(Path(folder) / built.sdist.name.removesuffix(".tar.gz"), Path(folder) / "dist")
+        if again.wheel.read_bytes() != built.wheel.read_bytes():
+            message = "a wheel that is built from the sdist is another one"
+            raise NotReady(message)
+
+
+def installed_client(wheel: Path, folder: Path) -> None:
+    """Install the wheel alone; raise NotReady where it brings more than a client, or less."""
+    python = _environment(folder / "client", wheel)
+    program = (
+        f"import importlib, importlib.util; [importlib.import_module(one) for one in {CLIENT}]; "
+        f"print(*[one for one in {HEAVY} if importlib.util.find_spec(one)])"
+    )
+    heavy = _said([str(python), "-P", "-c", program], folder)
+    if heavy:
+        message = f"the base install brings {heavy}"
+        raise NotReady(message)
+    version = _said([str(python.with_name("gradcam")), "--version"], folder)
+    if not version.endswith(__version__):
+        message = f"gradcam --version says {version!r}, not {__version__}"
+        raise NotReady(message)
+
+
+def installed_worker(wheel: Path, folder: Path) -> None:
+    """Install the wheel with what a worker needs, and run the demo, in a folder that holds nothing else."""
+    python = _environment(folder / "worker", wheel, "cpu", "demo")
+    (folder / "empty").mkdir()
+    command = [str(python.with_name("gradcam")), "demo"]
+    subprocess.run(command, cwd=folder / "empty", env=_outside(), check=True, timeout=DEMO_S)
+    if not (folder / "empty" / "gradcam-demo" / "contact-sheet.jpg").exists():
+        message = "the demo left no contact sheet"
+        raise NotReady(message)
+
+
+def sums(built: Built) -> None:
+    """Write SHA256SUMS, for `sha256sum -c`."""
+    lines = [
+        f"{hashlib.sha256(one.read_bytes()).hexdigest()}  {one.name}\n" for one in (built.wheel, built.sdist)
+    ]
+    (built.wheel.parent / "SHA256SUMS").write_text("".join(lines))
+
+
+def _environment(venv: Path, wheel: Path, *extras: str) -> Path:
+    """A new environment with locked packages and the wheel; its Python."""
+    setup = [sys.executable, str(ROOT / "scripts" / "setup"), "--venv", str(venv), "--packages-only", *extras]
+    subprocess.run(setup, check=True)
+    python = venv / "bin" / "python"
+    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-index"]
+    asked = f"{wheel}[{','.join(extras)}]" if extras else str(wheel)
+    subprocess.run([*pip, asked], check=True)  # without an index: all that it asks for has to be there
+    return python
+
+
+def _outside() -> dict[str, str]:
+    """The environment of somebody who has never heard of this tree."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("GRADCAM_", "PYTHON", "VIRTUAL_ENV"))
+    }
+
+
+def _said(command: list[str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, env=_outside(), check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

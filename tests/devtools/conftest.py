@@ -1,0 +1,6 @@
+"""The tools themselves are what is tested here."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # for `devtools`

@@ -1,0 +1,6 @@
+"""Generated pages are compared with what generates them."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # for `devtools`
