@@ -180,7 +180,7 @@ def attack(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     module.attack = attack
     monkeypatch.setitem(campaign.ATTACKS, "kill", campaign.Attack("made_by_a_test", 3, 9, "kills"))
-    monkeypatch.setattr(campaign, "import_module", {"made_by_a_test": module}.__getitem__)
+    monkeypatch.setattr(campaign, "import_module", {"devtools.faults.made_by_a_test": module}.__getitem__)
     return module
 
 
