@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-import reference_pages
+from devtools.docs import reference_pages
 from gradcam_worker import errors
 from gradcam_worker.errors import (
     GradcamError,
