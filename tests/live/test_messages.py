@@ -170,11 +170,12 @@ def test_who_may_only_work_may_not(port: int, command: str) -> None:
 def test_whoever_works_may_do_all_that_the_ledger_does() -> None:
     """Also what no test happens to do."""
     needed: set[str] = set()
-    for path in Path(gradcam_worker.__file__).parent.rglob("*.py"):
-        text = path.read_text()
-        needed |= {name.lower() for name in re.findall(r"redis\.p?call\('([A-Z]+)'", text)}
-        if path.parent.name == "redis" and path.name in {"store.py", "outbox.py"}:
-            needed |= set(re.findall(r"(?:redis|pipeline)\.([a-z]+)\(", text))
+    package = Path(gradcam_worker.__file__).parent
+    for path in package.rglob("*.lua"):
+        needed |= {name.lower() for name in re.findall(r"redis\.p?call\('([A-Z]+)'", path.read_text())}
+    for name in ("store.py", "outbox.py"):
+        text = (package / "ledger" / "redis" / name).read_text()
+        needed |= set(re.findall(r"(?:redis|pipeline)\.([a-z]+)\(", text))
     needed -= {"call", "close", "execute", "pcall", "pipeline"}  # not Redis's
     users = (DEPLOY / "users.acl").read_text().splitlines()
     allowed = set(re.findall(r"\+([a-z|]+)", next(line for line in users if "gradcam-worker" in line)))
