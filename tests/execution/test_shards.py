@@ -774,7 +774,7 @@ def test_readers_wait_for_room_in_memory_and_leave_it(
         held.append(budgets.pixels.held)
         return decode(data, *args, **how)
 
-    monkeypatch.setattr("gradcam_worker.execution.shard_rows.decode", noted)
+    monkeypatch.setattr("gradcam_worker.images.prepare.decode", noted)
     source = Held(budgets)
     bench = Bench(source=source, others={"budgets": budgets})
     bench.run(shard_of({}, rows=[{"uri": uri(0)}] * 40, artifacts=artifacts))

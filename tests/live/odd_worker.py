@@ -38,15 +38,15 @@ def work(ready_fd: int) -> int:
     from gradcam_worker.observability import health
     from gradcam_worker.runtime import liveness
 
-    pipeline: Any = import_module("gradcam_worker.execution.pipeline")
-    decode = pipeline.decode
+    prepare: Any = import_module("gradcam_worker.images.prepare")
+    decode = prepare.decode
 
     def stuck(*args: Any, **options: Any) -> Any:
         while FOLDER.joinpath("stuck").exists():
             time.sleep(0.1)
         return decode(*args, **options)
 
-    pipeline.decode = stuck
+    prepare.decode = stuck
 
     liveness.STILL_S = STILL_S
     health.ASK_EVERY_S, health.ANSWERED_S = 0.2, ANSWERED_S

@@ -12,7 +12,7 @@ The stages of `ours` are timed by themselves; the encoders with what they might 
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from devtools.bench.encoders import Encoded, compare
 from devtools.bench.free import NETWORK, Direct, Fetch, Free
 from devtools.bench.timing import Cost, Way, machine, take_turns, versions
 from gradcam_worker.artifacts import artifacts
-from gradcam_worker.artifacts.render import render
+from gradcam_worker.artifacts.render import Rendered, render
 from gradcam_worker.execution.pipeline import JobContext, run_job
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.catalog import CATALOG
@@ -32,9 +32,12 @@ from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.explain import Explanation, explain_pixels
 from gradcam_worker.gradcam.imaging.overlay import ENCODING, Base, fit
 from gradcam_worker.images.fetch import Fetched
+from gradcam_worker.images.prepare import DecodedImage
+from gradcam_worker.resilience.budget import Reservation, ResourceBudget
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import InputRecord
+from gradcam_worker.schemas.options import ArtifactSpec
 from gradcam_worker.testing import MemoryStore, fake_services
 
 # isort: split
@@ -126,11 +129,12 @@ class Case:
             width=width,
             height=height,
         )
-        overlays, heatmaps, neither = (
-            job.model_copy(update={"artifacts": wishes})
-            for wishes in (job.artifacts[:1], job.artifacts[1:], ())
-        )
-        rendered = render(job, image, decoded, seen, deadline)
+        photo = DecodedImage(image, decoded, Reservation(ResourceBudget(0, "pixels"), 0))
+
+        def draw(specs: Sequence[ArtifactSpec]) -> Rendered:
+            return render(specs, photo, seen, deadline, job_id=job.id, method=job.method)
+
+        rendered = draw(job.artifacts)
 
         def store() -> None:
             place = MemoryStore()
@@ -143,9 +147,9 @@ class Case:
                 "decode": lambda: decode(self.data),
                 "fit": lambda: fit(decoded.pixels, self.network.facts.input_size),
                 "classes": self.seen,
-                "hot regions": lambda: render(neither, image, decoded, seen, deadline),
-                "hot regions, overlays": lambda: render(overlays, image, decoded, seen, deadline),
-                "hot regions, heatmaps": lambda: render(heatmaps, image, decoded, seen, deadline),
+                "hot regions": lambda: draw(()),
+                "hot regions, overlays": lambda: draw(job.artifacts[:1]),
+                "hot regions, heatmaps": lambda: draw(job.artifacts[1:]),
                 "hashes, manifest": store,
             }.items()
         ]

@@ -87,11 +87,10 @@ def work(ready_fd: int) -> int:
     import gradcam_worker.gradcam
 
     sys.modules[KERAS_DOOR] = gradcam_worker.gradcam.backend = without_keras()
-    from gradcam_worker.execution import pipeline, shard_rows
+    from gradcam_worker.images import prepare
     from gradcam_worker.runtime import worker_process
 
-    for place in (pipeline, shard_rows):
-        place.decode = panicking(place.decode)  # type: ignore[attr-defined]
+    prepare.decode = panicking(prepare.decode)  # type: ignore[attr-defined]
     return worker_process.run(Settings.from_environment(), ready_fd=ready_fd, load=load)
 
 

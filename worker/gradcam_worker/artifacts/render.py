@@ -1,7 +1,7 @@
-"""What a job wishes for -> its artifacts, as bytes, before they are stored."""
+"""What a job asks for -> its artifacts, as bytes, before they are stored."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,9 @@ from gradcam_worker.gradcam.classes import caption
 from gradcam_worker.gradcam.decoding.decode import Decoded
 from gradcam_worker.gradcam.explain import Explanation, file_name
 from gradcam_worker.gradcam.imaging import animation, overlay, region, sheet
+from gradcam_worker.images.prepare import DecodedImage
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import Job
-from gradcam_worker.schemas.manifest import InputRecord, SalientRegion
+from gradcam_worker.schemas.manifest import SalientRegion
 from gradcam_worker.schemas.options import (
     AnimationSpec,
     ArtifactSpec,
@@ -49,19 +49,39 @@ class Rendered:
     hot: tuple[SalientRegion | None, ...]  # of each explained class; None where its heatmap is dark
 
 
-def render(job: Job, image: InputRecord, decoded: Decoded, seen: Explanation, deadline: Deadline) -> Rendered:
-    """Everything the job wants to be left behind, as bytes. Raises JobTimeout."""
-    overlays = [wish for wish in job.artifacts if isinstance(wish, OverlaySpec)]
-    framed = sorted((wish for wish in overlays if wish.box or wish.contour), key=lambda wish: not wish.box)
+def render(
+    specs: Sequence[ArtifactSpec],
+    image: DecodedImage,
+    seen: Explanation,
+    deadline: Deadline,
+    *,
+    job_id: str,
+    method: MethodSpec,
+) -> Rendered:
+    """Everything that a job, or a row of a shard, is to leave behind, as bytes.
+
+    Args:
+        specs: What is to be made.
+        image: The photo, at full size.
+        seen: Its heatmaps.
+        deadline: By when it has to be made.
+        job_id: What a report says of the job.
+        method: The same, of how the heatmaps were computed.
+
+    Raises:
+        JobTimeout: The deadline passed.
+    """
+    overlays = [spec for spec in specs if isinstance(spec, OverlaySpec)]
+    framed = sorted((spec for spec in overlays if spec.box or spec.contour), key=lambda spec: not spec.box)
     shown = framed[0] if framed else OverlaySpec()
-    boxes: Boxes = {wish.threshold: [] for wish in (shown, *overlays) if wish.box or wish is shown}
+    boxes: Boxes = {spec.threshold: [] for spec in (shown, *overlays) if spec.box or spec is shown}
     for threshold, found in boxes.items():
         for heatmap in seen.shown:
             deadline.check("render")
-            found.append(region.hot_box(heatmap, decoded.size, threshold))
+            found.append(region.hot_box(heatmap, image.decoded.size, threshold))
     pieces = []
-    for wish in job.artifacts:
-        for piece in _render(wish, job, image, decoded, seen, boxes):
+    for spec in specs:
+        for piece in _render(spec, image, seen, boxes, job_id, method):
             deadline.check("render")
             pieces.append(piece)
     threshold = shown.threshold
@@ -70,69 +90,70 @@ def render(job: Job, image: InputRecord, decoded: Decoded, seen: Explanation, de
 
 
 def _render(
-    wish: ArtifactSpec, job: Job, image: InputRecord, decoded: Decoded, seen: Explanation, boxes: Boxes
+    spec: ArtifactSpec, image: DecodedImage, seen: Explanation, boxes: Boxes, job_id: str, method: MethodSpec
 ) -> Iterator[Piece]:
-    if isinstance(wish, OverlaySpec):
-        yield from _overlays(wish, decoded, seen, boxes)
-    elif isinstance(wish, GridSpec):
-        yield _grid(wish, decoded, seen)
-    elif isinstance(wish, AnimationSpec):
-        yield _animation(wish, decoded, seen)
-    elif isinstance(wish, ReportSpec):
-        yield _report(job, image, decoded, seen)
-    elif wish.format == "png":
+    decoded = image.decoded
+    if isinstance(spec, OverlaySpec):
+        yield from _overlays(spec, decoded, seen, boxes)
+    elif isinstance(spec, GridSpec):
+        yield _grid(spec, decoded, seen)
+    elif isinstance(spec, AnimationSpec):
+        yield _animation(spec, decoded, seen)
+    elif isinstance(spec, ReportSpec):
+        yield _report(job_id, method, image, seen)
+    elif spec.format == "png":
         for index, (explained, heatmap) in enumerate(zip(seen.explained, seen.shown, strict=True)):
             grey = overlay.grey(heatmap, decoded.size)
             yield _picture(file_name("heatmap", explained, "png"), grey, "png", "heatmap", index)
     else:
         facts = {"dtype": "float32", "shape": seen.heatmaps.shape}
-        media_type = f"application/x-{wish.format}"
-        yield Piece(f"heatmaps.{wish.format}", _arrays(wish, seen), media_type, "heatmap", None, facts)
+        media_type = f"application/x-{spec.format}"
+        yield Piece(f"heatmaps.{spec.format}", _arrays(spec, seen), media_type, "heatmap", None, facts)
 
 
-def _overlays(wish: OverlaySpec, decoded: Decoded, seen: Explanation, boxes: Boxes) -> Iterator[Piece]:
-    edge = min(wish.max_edge or overlay.LONGEST[wish.format], overlay.LONGEST[wish.format])
+def _overlays(spec: OverlaySpec, decoded: Decoded, seen: Explanation, boxes: Boxes) -> Iterator[Piece]:
+    edge = min(spec.max_edge or overlay.LONGEST[spec.format], overlay.LONGEST[spec.format])
     photo = overlay.within_edge(decoded.pixels, edge)
-    base = overlay.Base(photo, alpha=wish.alpha, colormap=wish.colormap, bgr=True)
+    base = overlay.Base(photo, alpha=spec.alpha, colormap=spec.colormap, bgr=True)
     whole = np.empty_like(photo)  # the same for every class: it is encoded before the next is laid
     for index, (explained, heatmap) in enumerate(zip(seen.explained, seen.shown, strict=True)):
         laid = base.lay(heatmap, into=whole)
-        if wish.contour:
-            laid = region.with_contour(laid, heatmap, wish.threshold)
-        if wish.box and (box := boxes[wish.threshold][index]):
+        if spec.contour:
+            laid = region.with_contour(laid, heatmap, spec.threshold)
+        if spec.box and (box := boxes[spec.threshold][index]):
             laid = region.with_box(laid, region.shrunk(box, decoded.size, (laid.shape[0], laid.shape[1])))
-        name = file_name("overlay", explained, overlay.EXTENSIONS[wish.format])
-        yield _picture(name, laid, wish.format, "overlay", index, bgr=True)
+        name = file_name("overlay", explained, overlay.EXTENSIONS[spec.format])
+        yield _picture(name, laid, spec.format, "overlay", index, bgr=True)
 
 
-def _grid(wish: GridSpec, decoded: Decoded, seen: Explanation) -> Piece:
+def _grid(spec: GridSpec, decoded: Decoded, seen: Explanation) -> Piece:
     """The figure that the notebook drew: no larger than it is shown, whatever the photo's size."""
     photo = sheet.as_tile(decoded.pixels)
-    drawn = sheet.sheet(sheet.in_rows([("photo", photo), *_titled(wish, photo, seen)]))
-    return _picture(f"grid.{overlay.EXTENSIONS[wish.format]}", drawn, wish.format, "grid", None)
+    drawn = sheet.sheet(sheet.in_rows([("photo", photo), *_titled(spec, photo, seen)]))
+    return _picture(f"grid.{overlay.EXTENSIONS[spec.format]}", drawn, spec.format, "grid", None)
 
 
-def _animation(wish: AnimationSpec, decoded: Decoded, seen: Explanation) -> Piece:
-    photo = animation.as_frame(decoded.pixels, wish.max_edge, len(seen.explained))
-    frames = [sheet.framed(title, laid) for title, laid in _titled(wish, photo, seen)]
-    data = animation.animate(frames, kind=wish.format, frame_s=wish.frame_s)
+def _animation(spec: AnimationSpec, decoded: Decoded, seen: Explanation) -> Piece:
+    photo = animation.as_frame(decoded.pixels, spec.max_edge, len(seen.explained))
+    frames = [sheet.framed(title, laid) for title, laid in _titled(spec, photo, seen)]
+    data = animation.animate(frames, kind=spec.format, frame_s=spec.frame_s)
     facts = {"width": frames[0].shape[1], "height": frames[0].shape[0]}
-    media_type = animation.MEDIA_TYPES[wish.format]
-    return Piece(f"animation.{wish.format}", data, media_type, "animation", None, facts)
+    media_type = animation.MEDIA_TYPES[spec.format]
+    return Piece(f"animation.{spec.format}", data, media_type, "animation", None, facts)
 
 
-def _titled(wish: GridSpec | AnimationSpec, photo: overlay.Pixels, seen: Explanation) -> Iterator[sheet.Tile]:
+def _titled(spec: GridSpec | AnimationSpec, photo: overlay.Pixels, seen: Explanation) -> Iterator[sheet.Tile]:
     """The overlay of each explained class, and what class that is."""
-    base = overlay.Base(photo, alpha=wish.alpha, colormap=wish.colormap)
+    base = overlay.Base(photo, alpha=spec.alpha, colormap=spec.colormap)
     for one, heatmap in zip(seen.explained, seen.shown, strict=True):
         yield caption(one.id, one.name, one.probability), base.lay(heatmap)
 
 
-def _report(job: Job, image: InputRecord, decoded: Decoded, seen: Explanation) -> Piece:
-    network, method = seen.network, job.method
+def _report(job_id: str, method: MethodSpec, photo: DecodedImage, seen: Explanation) -> Piece:
+    image, network = photo.record, seen.network
     size = f"{image.width} x {image.height} pixels, {image.media_type}, {image.bytes:,} bytes"
     facts = {
-        "Job": job.id,
+        "Job": job_id,
         "Image": image.uri,
         "Image SHA-256": image.sha256,
         "Image size": size,
@@ -147,7 +168,7 @@ def _report(job: Job, image: InputRecord, decoded: Decoded, seen: Explanation) -
         "Made by": f"gradcam-worker {__version__}",
     }
     name = "" if image.uri.startswith("data:") else image.uri.rpartition("/")[2]
-    data = report.page(seen, decoded.pixels, name=name or "image", facts=facts, method=method.name)
+    data = report.page(seen, photo.decoded.pixels, name=name or "image", facts=facts, method=method.name)
     return Piece("report.html", data, "text/html; charset=utf-8", "report", None, {})
 
 
@@ -165,9 +186,9 @@ def _picture(
     return Piece(name, data, overlay.MEDIA_TYPES[format_], kind, index, facts)
 
 
-def _arrays(wish: HeatmapSpec, seen: Explanation) -> bytes:
+def _arrays(spec: HeatmapSpec, seen: Explanation) -> bytes:
     file = io.BytesIO()
-    if wish.format == "npy":
+    if spec.format == "npy":
         np.save(file, seen.heatmaps)
     else:
         np.savez(

@@ -26,12 +26,12 @@ from gradcam_worker.audit.statistics import (
     read_statistics,
 )
 from gradcam_worker.errors import GradcamError, InvalidInput, InvalidRow
-from gradcam_worker.execution.services import ImageFetcher
 from gradcam_worker.gradcam.classes import percent
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.imaging.html import filled, in_base64
 from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, enlarge, within_edge
 from gradcam_worker.images.fetch import UriFetcher
+from gradcam_worker.images.prepare import ImageFetcher
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef
 from gradcam_worker.settings import Settings

@@ -3,24 +3,20 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 from gradcam_worker.artifacts import artifacts
 from gradcam_worker.artifacts.render import render
-from gradcam_worker.errors import ImageForbidden, ImageNotFound, ImageTooLarge, InvalidJob
+from gradcam_worker.errors import ImageForbidden, ImageNotFound, InvalidJob
 from gradcam_worker.execution.services import Services
-from gradcam_worker.gradcam.decoding.decode import Decoded, claimed, decode
-from gradcam_worker.gradcam.explain import check_channels
-from gradcam_worker.gradcam.imaging.overlay import fit
 from gradcam_worker.gradcam.network import Method
-from gradcam_worker.images.fetch import Fetched
+from gradcam_worker.images.prepare import fetch_image
 from gradcam_worker.observability import tracing
-from gradcam_worker.resilience.budget import Reservation
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import ImageRef, Job
-from gradcam_worker.schemas.manifest import DamageRecord, InputRecord, Manifest
+from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.manifest import Manifest
 from gradcam_worker.schemas.shard import Work
 from gradcam_worker.schemas.status import ClassScore, ManifestRef, NetworkRef, ResultWarning
 from gradcam_worker.storage.stores import Store
@@ -76,71 +72,71 @@ def run_job(job: Job, services: Services, context: JobContext, *, folder: str | 
         return _explain(job, services, context, held, folder or job.id)
 
 
-def _explain(job: Job, services: Services, context: JobContext, held: ExitStack, place: str) -> JobResult:
+def _explain(job: Job, services: Services, context: JobContext, held: ExitStack, folder: str) -> JobResult:
     store = admit(job, services)
     bulk = job.priority == "bulk"
     with services.model_cache.reserve() as slot:
         with context.stage("fetch"):
-            find_sealed = partial(_find_sealed, job, services, context, store, place)
+            find_sealed = partial(_find_sealed, job, services, context, store, folder)
             if job.image.sha256 and (done := find_sealed(job.image.sha256)):
                 return done  # whether or not the image is still there
             try:
-                image_bytes, bytes_held = fetched(job.image, services, context.deadline, held)
+                fetched = held.enter_context(fetch_image(job.image, services, context.deadline))
             except (ImageNotFound, ImageForbidden):
                 # No other bytes can be compared. The manifest says of which ones it was made.
                 if not job.image.sha256 and (done := find_sealed(None)):
                     return done
                 raise
-            if not job.image.sha256 and (done := find_sealed(image_bytes.sha256)):
+            if not job.image.sha256 and (done := find_sealed(fetched.sha256)):
                 return done
         with context.stage("decode"):
-            room = claimed(image_bytes.data, services.limits)
-            pixels_held = held.enter_context(services.budgets.pixels.reserve(room, context.deadline))
-            decoded = decode(image_bytes.data, services.limits)
-            image = described(image_bytes, decoded)
-            tracing.note(media_type=image.media_type, width=image.width, height=image.height)
-            del image_bytes
-            bytes_held.shrink_to(0)
+            image = held.enter_context(fetched.decode())
+            record = image.record
+            tracing.note(media_type=record.media_type, width=record.width, height=record.height)
         with context.stage("load"):
             network = services.model_cache.load(services.networks.find(job.network))  # as it is described now
-            wish = network.labels.wanted(top_n=job.target.top_n, classes=job.target.classes)
+            classes = network.labels.wanted(top_n=job.target.top_n, classes=job.target.classes)
         context.deadline.forgive(context.metrics["load_s"])  # a download of weights is nobody's fault
         with context.stage("explain"):
-            check_channels(network.facts, decoded.pixels)
-            fitted = fit(decoded.pixels, network.facts.input_size)
+            pixels = image.fit(network.facts)
             method = Method(**job.method.model_dump())
-            turn = slot.infer(network, fitted, wish, method, context.deadline, bulk=bulk)
-            tracing.note(batch_size=turn.batch_size, batch_wait_s=turn.waited_s, computed_s=turn.computed_s)
-    seen = turn.explanation
+            inferred = slot.infer(network, pixels, classes, method, context.deadline, bulk=bulk)
+            tracing.note(
+                batch_size=inferred.batch_size,
+                batch_wait_s=inferred.waited_s,
+                computed_s=inferred.computed_s,
+            )
+    explanation = inferred.explanation
     if job.metrics:
         with context.stage("measure"):
-            seen = services.model_cache.measure(
-                network, fitted, seen, job.metrics, context.deadline, bulk=bulk
+            explanation = services.model_cache.measure(
+                network, pixels, explanation, job.metrics, context.deadline, bulk=bulk
             )
     with context.stage("render"):
-        rendered = render(job, image, decoded, seen, context.deadline)
-        del decoded
-        pixels_held.shrink_to(0)
+        rendered = render(
+            job.artifacts, image, explanation, context.deadline, job_id=job.id, method=job.method
+        )
+        image.release()
     with context.stage("upload"):
-        records = artifacts.upload(store, place, rendered, context.deadline)
-        manifest = artifacts.describe(job, image, seen, rendered, records)
-        result = artifacts.seal(store, place, manifest, context.deadline)
+        records = artifacts.upload(store, folder, rendered, context.deadline)
+        manifest = artifacts.describe(job, record, explanation, rendered, records)
+        result = artifacts.seal(store, folder, manifest, context.deadline)
     context.metrics |= {
-        "batch_wait_s": round(turn.waited_s, 4),
-        "explain_s": round(turn.computed_s, 4),
-        "batch_size": turn.batch_size,
+        "batch_wait_s": round(inferred.waited_s, 4),
+        "explain_s": round(inferred.computed_s, 4),
+        "batch_size": inferred.batch_size,
     }
     return _done(job, manifest, result)
 
 
 def _find_sealed(
-    job: Job, services: Services, context: JobContext, store: Store, place: str, image_sha256: str | None
+    job: Job, services: Services, context: JobContext, store: Store, folder: str, image_sha256: str | None
 ) -> JobResult | None:
     """The result of an earlier attempt, which wrote all of it and did not come to report it."""
     if context.attempt == 1:
         return None
     row = services.networks.find(job.network)
-    found = artifacts.sealed(store, place, job, image_sha256, row, context.deadline)
+    found = artifacts.sealed(store, folder, job, image_sha256, row, context.deadline)
     return _done(job, *found) if found else None
 
 
@@ -168,41 +164,3 @@ def admit(job: Work, services: Services) -> Store:
     for webhook in job.webhooks:
         services.webhooks.check(webhook)
     return services.stores.open(job.output)
-
-
-def fetched(
-    image: ImageRef, services: Services, deadline: Deadline, held: ExitStack
-) -> tuple[Fetched, Reservation]:
-    """An image's bytes, and the room that `held` keeps for them.
-
-    How many there will be is not known before. At first there is room for a thread's even share, which nobody
-    has to wait for as long as all images are of that size; for a larger one, which is given up as soon as it
-    proves to be, there has to be room for the largest that is allowed.
-    """
-    *small, large = services.budgets.steps
-    for at_most in small:
-        with ExitStack() as first, suppress(ImageTooLarge):
-            hold = first.enter_context(services.budgets.bytes.reserve(at_most, deadline))
-            found = services.images.fetch(image, deadline, at_most)
-            held.push(first.pop_all())
-            hold.shrink_to(len(found.data))
-            return found, hold
-    hold = held.enter_context(services.budgets.bytes.reserve(large, deadline))
-    found = services.images.fetch(image, deadline, large)
-    hold.shrink_to(len(found.data))
-    return found, hold
-
-
-def described(found: Fetched, decoded: Decoded) -> InputRecord:
-    """What is written down about an image."""
-    height, width = decoded.size
-    damage = decoded.damage
-    return InputRecord(
-        uri=found.uri,
-        sha256=found.sha256,
-        bytes=len(found.data),
-        media_type=decoded.media_type,
-        width=width,
-        height=height,
-        damage=DamageRecord(missing=round(damage.share, 4), detail=damage.what) if damage else None,
-    )

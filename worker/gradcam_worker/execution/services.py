@@ -5,21 +5,12 @@ from typing import Protocol
 
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.decoding.decode import Limits
-from gradcam_worker.images.fetch import Fetched
+from gradcam_worker.images.prepare import ImageFetcher
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.resilience.budget import Budgets
-from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import ImageRef, Webhook
+from gradcam_worker.schemas.job import Webhook
 from gradcam_worker.schemas.status import StatusEvent
 from gradcam_worker.storage.stores import Store
-
-
-class ImageFetcher(Protocol):
-    """See `gradcam_worker.images.fetch.UriFetcher`."""
-
-    def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:
-        """URI -> bytes: `at_most` so many, where less is wanted than is allowed."""
-        ...
 
 
 class ModelRegistry(Protocol):
@@ -52,7 +43,7 @@ class WebhookSender(Protocol):
 
 @dataclass(frozen=True)
 class Services:
-    """What `wiring` builds from settings, and `testing` from memory."""
+    """What `gradcam_worker.runtime.service_factory` builds from settings, and `testing` from memory."""
 
     images: ImageFetcher
     networks: ModelRegistry
