@@ -23,7 +23,7 @@ from celery.worker.control import Panel
 
 from gradcam_worker.broker import app as broker
 from gradcam_worker.broker import publisher
-from gradcam_worker.broker.consumer import RETURN_AFTER_S, SturdyConsumer, ThreadPool
+from gradcam_worker.broker.consumer import RETURN_AFTER_S, ConsumerHooks, Request, SturdyConsumer, ThreadPool
 from gradcam_worker.broker.message import QUESTIONS, check
 from gradcam_worker.broker.transport import RateLimitedCount
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable
@@ -125,13 +125,12 @@ def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
             handler.headers[self.request.id] = self.request.headers
             handler.handled[self.request.id] = [*args]
 
-        app.task(explain, name=publisher.EXPLAIN, bind=True, shared=False, Request=worker_process.REQUEST)
-        app.refuse_message = handler.refuse
-        app.turned, app.stall, app.outages = lambda: None, handler.stall, Outages()
-        app.conf.worker_consumer = "gradcam_worker.broker.consumer:SturdyConsumer"
+        app.task(explain, name=publisher.EXPLAIN, bind=True, shared=False, Request=Request)
+        hooks = ConsumerHooks(handler.refuse, lambda: None, handler.stall, Outages().broker)
         setup_worker_optimizations(app)
         worker = app.WorkController(
-            pool="gradcam_worker.broker.consumer:ThreadPool",
+            pool=ThreadPool,
+            consumer_cls=partial(SturdyConsumer, hooks=hooks),
             concurrency=2,
             queues=list(publisher.QUEUES),
             without_gossip=True,
@@ -318,7 +317,7 @@ def test_a_task_of_celerys_own_is_refused_before_celery_sees_it(reception: Recep
 
 def test_only_the_two_tasks_are_there(settings: Settings) -> None:
     app = broker.make_app(settings)
-    worker_process.register(app, Mock())
+    worker_process.register(app, Mock(), Outages().ledger)
     assert {*app.tasks} == {"gradcam.explain", "gradcam.explain_shard"}
 
 
@@ -382,10 +381,10 @@ def test_a_refusal_that_cannot_be_written_down_waits_before_it_comes_again_and_i
     consumer, message = Mock(), Mock(delivery_tag="tag", headers={"id": "a"})
     message.channel.closed, consumer.pool.running = False, set()
     message.channel.unacknowledged.return_value = {"tag": message}
-    consumer.app.refuse_message.side_effect = LedgerUnavailable("gone")
+    consumer.hooks.refuse.side_effect = LedgerUnavailable("gone")
     consumer._return_later = partial(SturdyConsumer._return_later, consumer)
     SturdyConsumer._refuse(consumer, message, "it is none")
-    assert consumer.app.stall.moved.called
+    assert consumer.hooks.stall.moved.called
     assert not message.method_calls
     pause_s, put_back = consumer.timer.call_after.call_args.args
     put_back()

@@ -13,6 +13,7 @@ import trustme
 
 from gradcam_worker.broker import app as broker
 from gradcam_worker.broker import publisher
+from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import BrokerUnavailable, InvalidSettings, LedgerUnavailable
 from gradcam_worker.operations.doctor import run_checks
@@ -68,7 +69,7 @@ def test_a_published_job_lies_where_celery_would_have_put_it_and_as_it_would_hav
 ) -> None:
     job = job.model_copy(update={"priority": priority})
     app, (queue, number) = broker.make_app(settings), publisher.ROUTES[priority]
-    app.bell.publish([(job, None)])
+    Publisher(settings).publish([(job, None)])
     named: dict[str, Any] = {"task_id": job.id, "argsrepr": f"<{job.id}>", "kwargsrepr": ""}
     sent = [job.model_dump(mode="json")]
     app.send_task("gradcam.explain", sent, queue=queue, priority=number, **named)
@@ -91,16 +92,16 @@ def test_interactive_jobs_are_served_before_bulk(settings: Settings) -> None:
 
 
 def test_a_broker_out_of_reach_is_one_error_without_its_password(job: Job) -> None:
-    app = broker.make_app(Settings(broker_url="redis://user:planted@127.0.0.1:1/0"))
+    unreachable = Publisher(Settings(broker_url="redis://user:planted@127.0.0.1:1/0"))
     with pytest.raises(BrokerUnavailable, match=r"redis://127\.0\.0\.1:1/0 cannot be reached") as caught:
-        app.bell.publish([(job, None)])
+        unreachable.publish([(job, None)])
     assert "planted" not in str(caught.value)
 
 
 def test_a_broker_that_accepts_but_never_answers_is_one_error_too(job: Job, silent_port: int) -> None:
-    app = broker.make_app(Settings(broker_url=f"redis://127.0.0.1:{silent_port}/0"), timeout_s=0.3)
+    silent = Publisher(Settings(broker_url=f"redis://127.0.0.1:{silent_port}/0"), timeout_s=0.3)
     with pytest.raises(BrokerUnavailable):
-        app.bell.publish([(job, None)])
+        silent.publish([(job, None)])
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_client_ledger_broker_and_doctor_reach_an_encrypted_server(
     settings = encrypted_settings("localhost")
     client = GradcamClient(settings=settings)
     assert client.status(client.submit(job)).status == "queued"
-    assert broker.make_app(settings).bell.queue_length("normal") == 1
+    assert Publisher(settings).queue_length("normal") == 1
     assert [(found.what, found.well) for found in islice(run_checks(settings), 2)] == [
         ("broker", True),
         ("ledger", True),
@@ -160,7 +161,7 @@ def test_a_server_for_which_nobody_vouches_is_refused(
     with pytest.raises(LedgerUnavailable, match=why):
         GradcamClient(settings=settings).submit(job)
     with pytest.raises(BrokerUnavailable, match=why):
-        broker.make_app(settings).bell.publish([(job, None)])
+        Publisher(settings).publish([(job, None)])
 
 
 def test_an_authority_that_is_not_there_is_an_impossible_setting() -> None:
@@ -169,10 +170,10 @@ def test_an_authority_that_is_not_there_is_an_impossible_setting() -> None:
 
 
 def test_messages_are_counted_by_their_priority(settings: Settings, job: Job) -> None:
-    app = broker.make_app(settings)
-    app.bell.publish([(job, None)])
-    app.bell.republish([job.id], "bulk")
-    counts = {priority: app.bell.queue_length(priority) for priority in publisher.ROUTES}
+    one = Publisher(settings)
+    one.publish([(job, None)])
+    one.republish([job.id], "bulk")
+    counts = {priority: one.queue_length(priority) for priority in publisher.ROUTES}
     assert counts == {"high": 0, "normal": 1, "low": 0, "bulk": 1, "shard": 0}
 
 

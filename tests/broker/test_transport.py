@@ -11,7 +11,7 @@ import redis
 
 from gradcam_worker.broker import app as broker
 from gradcam_worker.broker import publisher
-from gradcam_worker.broker.publisher import INTERACTIVE, SHARDS
+from gradcam_worker.broker.publisher import INTERACTIVE, SHARDS, Publisher
 from gradcam_worker.schemas import shard
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.settings import Settings
@@ -75,19 +75,29 @@ def consumer(app: Any) -> Iterator[Consumer]:
     one.connection.release()
 
 
-def ring(app: Any, priority: str, count: int) -> list[str]:
-    ids = [new_id() for _ in range(count)]
-    for one in ids:
-        app.bell.republish([one], priority)
-    return ids
+Publish = Callable[[str, int], list[str]]
+
+
+@pytest.fixture
+def publish(settings: Settings) -> Publish:
+    """Puts so many messages of a priority into its queue, and returns their ids."""
+    one = Publisher(settings)
+
+    def put(priority: str, count: int) -> list[str]:
+        ids = [new_id() for _ in range(count)]
+        for job_id in ids:
+            one.republish([job_id], priority)
+        return ids
+
+    return put
 
 
 def test_a_process_has_so_many_shards_in_hand_and_takes_whatever_else_comes(
-    app: Any, consumer: Consumer
+    publish: Publish, consumer: Consumer, settings: Settings
 ) -> None:
-    shards = ring(app, shard.ROUTE, 7)
+    shards = publish(shard.ROUTE, 7)
     assert consumer.turns() == shards[:2]
-    urgent = ring(app, "normal", 1)
+    urgent = publish("normal", 1)
     assert consumer.turns() == [*shards[:2], *urgent]
     consumer.acknowledge(
         *consumer.shards
@@ -95,14 +105,14 @@ def test_a_process_has_so_many_shards_in_hand_and_takes_whatever_else_comes(
     assert consumer.turns() == [*urgent, *shards[2:4]]
     consumer.acknowledge(consumer.shards[0])
     assert consumer.turns() == [*urgent, shards[3], shards[4]]
-    assert app.bell.queue_length(shard.ROUTE) == 2
+    assert Publisher(settings).queue_length(shard.ROUTE) == 2
     assert consumer.most == IN_HAND
 
 
 def test_whoever_is_urgent_may_have_every_place_and_shards_wait_until_one_is_free(
-    app: Any, consumer: Consumer
+    publish: Publish, consumer: Consumer
 ) -> None:
-    shards, urgent = ring(app, shard.ROUTE, 3), ring(app, "normal", THREADS + IN_HAND + 1)
+    shards, urgent = publish(shard.ROUTE, 3), publish("normal", THREADS + IN_HAND + 1)
     assert consumer.turns() == urgent[:-1]
     consumer.acknowledge(*consumer.held[:2])
     assert consumer.turns() == [*urgent[2:], shards[0]]
@@ -111,13 +121,13 @@ def test_whoever_is_urgent_may_have_every_place_and_shards_wait_until_one_is_fre
     assert consumer.most == IN_HAND
 
 
-def test_bulk_goes_before_shards_and_is_not_held_up_by_them(app: Any, consumer: Consumer) -> None:
-    shards, bulk = ring(app, shard.ROUTE, 3), ring(app, "bulk", 2)
+def test_bulk_goes_before_shards_and_is_not_held_up_by_them(publish: Publish, consumer: Consumer) -> None:
+    shards, bulk = publish(shard.ROUTE, 3), publish("bulk", 2)
     assert consumer.turns() == [*bulk, *shards[:2]]
 
 
-def test_a_shard_that_is_put_back_leaves_its_place(app: Any, consumer: Consumer) -> None:
-    shards = ring(app, shard.ROUTE, 3)
+def test_a_shard_that_is_put_back_leaves_its_place(publish: Publish, consumer: Consumer) -> None:
+    shards = publish(shard.ROUTE, 3)
     assert consumer.turns() == shards[:2]
     back = consumer.shards[0]
     back.reject(requeue=True)
@@ -126,8 +136,8 @@ def test_a_shard_that_is_put_back_leaves_its_place(app: Any, consumer: Consumer)
     assert consumer.most == IN_HAND
 
 
-def test_a_lost_connection_gives_all_places_back(app: Any, settings: Settings) -> None:
-    shards = ring(app, shard.ROUTE, 5)
+def test_a_lost_connection_gives_all_places_back(app: Any, publish: Publish, settings: Settings) -> None:
+    shards = publish(shard.ROUTE, 5)
     first = Consumer(app)
     assert first.turns() == shards[:2]
     with redis.Redis.from_url(settings.broker_url) as server:
@@ -175,12 +185,12 @@ def with_priority(text: str, priority: str) -> str:
 
 @pytest.mark.parametrize("form", ["ours", *FORMS])
 def test_what_was_taken_by_somebody_who_died_before_he_read_it_comes_again(
-    app: Any, settings: Settings, form: str, caplog: pytest.LogCaptureFixture
+    app: Any, publish: Publish, settings: Settings, form: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = f"{settings.key_prefix}{INTERACTIVE}"
     with redis.Redis.from_url(settings.broker_url) as server:
         if form == "ours":
-            [message_id] = ring(app, "high", 1)
+            [message_id] = publish("high", 1)
         else:
             message_id = new_id()
             text = bare(message_id)
@@ -203,36 +213,38 @@ def test_what_was_taken_by_somebody_who_died_before_he_read_it_comes_again(
 
 
 def test_where_scripts_are_not_allowed_messages_are_received_all_the_same(
-    app: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    app: Any, publish: Publish, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> str:
         message = "this user has no permissions to run the 'script|load' command"
         raise redis.exceptions.NoPermissionError(message)
 
     monkeypatch.setattr(redis.Redis, "script_load", refuse)
-    ids = ring(app, "normal", 3)
+    ids = publish("normal", 3)
     one = Consumer(app)
     assert one.turns() == ids
     assert caplog.text.count("received by BRPOP alone") == 1
     one.connection.release()
 
 
-def test_a_server_that_has_forgotten_the_script_is_told_it_again(app: Any, settings: Settings) -> None:
+def test_a_server_that_has_forgotten_the_script_is_told_it_again(
+    app: Any, publish: Publish, settings: Settings
+) -> None:
     one = Consumer(app)
-    first = ring(app, "normal", 1)
+    first = publish("normal", 1)
     assert one.turns() == first
     with redis.Redis.from_url(settings.broker_url) as server:
         server.script_flush()
     assert one.turns() == first
-    second = ring(app, "normal", 2)
+    second = publish("normal", 2)
     assert one.turns() == [*first, *second]
     one.connection.release()
 
 
-def test_without_a_limit_there_is_none(settings: Settings) -> None:
+def test_without_a_limit_there_is_none(settings: Settings, publish: Publish) -> None:
     app = broker.make_app(settings.model_copy(update={"threads": THREADS, "shards": IN_HAND}))
     app.conf.broker_transport_options["most_in_hand"] = {}
-    shards = ring(app, shard.ROUTE, 4)
+    shards = publish(shard.ROUTE, 4)
     one = Consumer(app, (INTERACTIVE, SHARDS))
     assert one.turns() == shards
     one.connection.release()

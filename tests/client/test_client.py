@@ -657,12 +657,12 @@ def test_it_works_where_an_event_loop_runs(settings: Settings) -> None:
 
 
 def test_ids_are_rung_for_many_at_a_time(settings: Settings) -> None:
-    bell, ids = publisher.Publisher(settings), [new_id() for _ in range(1001)]
-    bell.republish(ids, "shard")
+    queue, ids = publisher.Publisher(settings), [new_id() for _ in range(1001)]
+    queue.republish(ids, "shard")
     messages = waiting(settings, "shard")
     assert [one["headers"]["id"] for one in messages] == ids
     assert {one["headers"]["task"] for one in messages} == {publisher.EXPLAIN_SHARD}
-    assert bell.queue_length("shard") == 1001
+    assert queue.queue_length("shard") == 1001
 
 
 def test_more_threads_than_connections_wait_for_their_turn(
@@ -699,8 +699,8 @@ def test_what_is_refused_is_not_asked_for_again(
     for ask in (client.status, client.wait, client.cancel, lambda _: client.submit(**FIELDS)):
         with pytest.raises(LedgerUnavailable, match=match):
             ask(known)
-    bell = GradcamClient(url.format(place), settings.broker_url, settings=settings)
-    assert bell.status(bell.submit(**FIELDS)).status == "queued", "the ledger has it: a reaper will ring"
+    client = GradcamClient(url.format(place), settings.broker_url, settings=settings)
+    assert client.status(client.submit(**FIELDS)).status == "queued", "a reaper will publish it"
     admin.acl_deluser("nobody")
 
 

@@ -98,7 +98,7 @@ def test_processes_that_race_with_one_key_get_one_job_and_it_runs_once(
     assert ledger.counts() == (KEYS, 0)
     ends = [handler.handle({"id": job_id}, job_id) for answer in answers for job_id in answer.values()]
     assert ends == [Disposition.FINISHED] * KEYS + [Disposition.DROP] * (len(ends) - KEYS), (
-        "each message rang, and one of each ran"
+        "each was published, and one of each ran"
     )
     documents = ledger.read_many(list(first.values())).values()
     assert {(one.status, one.attempt) for one in documents} == {("succeeded", 1)}

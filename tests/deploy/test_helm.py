@@ -14,7 +14,6 @@ import gradcam_worker
 from devtools.bench import scale
 from devtools.deploy_checks import helm, scaling, tools, wiring
 from devtools.deploy_checks.scaling import Scaler, Work
-from gradcam_worker.broker.app import make_app
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.shard import ROUTES
@@ -141,7 +140,6 @@ def test_a_ledger_is_read_as_it_is(settings: Settings, job: Job) -> None:
         client.submit_many([job, job.model_copy(update={"id": "018f0000-0000-7000-8000-000000000001"})])
     with redis.Redis.from_url(settings.broker_url, decode_responses=True) as server:
         found = scaling.read(server, settings.key_prefix)
-    make_app(settings).bell.close()
     assert found == work(**{job.priority: 2})
 
 

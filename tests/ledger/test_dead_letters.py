@@ -26,8 +26,8 @@ class Office:
     """A ledger in which jobs fail, and its dead letters."""
 
     def __init__(self, ledger: Ledger, job: Job) -> None:
-        self.ledger, self.job, self.bell = ledger, job, RecordingPublisher()
-        self.client = GradcamClient(ledger=ledger, publish=self.bell)
+        self.ledger, self.job, self.published = ledger, job, RecordingPublisher()
+        self.client = GradcamClient(ledger=ledger, publish=self.published)
         self.dead = DeadLetters(ledger, self.client.submit)
 
     def failed(self, code: str = "storage_unavailable", **changes: Any) -> str:
@@ -93,7 +93,7 @@ def test_a_replay_is_a_new_job_with_the_same_content_and_the_old_one_stays_as_it
         "low",
     )
     assert office.ledger.read(new).status == "queued"
-    assert [one.id for one in office.bell.jobs] == [new]
+    assert [one.id for one in office.published.jobs] == [new]
     assert office.ledger.read(old) == before
     assert office.dead.find() == []
 
@@ -113,7 +113,7 @@ def test_a_replay_that_is_interrupted_and_repeated_doubles_nothing(
             list(office.dead.replay(letters, FAST))
     time.sleep(0.6)  # the replay would be another job now: it would not expire
     assert office.replay() == {old: id_of_replay(old)}
-    assert {one.id for one in office.bell.jobs} == {id_of_replay(old)}
+    assert {one.id for one in office.published.jobs} == {id_of_replay(old)}
     assert office.ledger.counts() == (1, 0)
     assert office.dead.find() == []
 

@@ -20,7 +20,7 @@ import redis
 
 from devtools.faults import tiny_worker
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
-from gradcam_worker.broker import app, publisher
+from gradcam_worker.broker import publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import servers
@@ -63,7 +63,7 @@ class Yard:
     ids: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.ledger, self.app = RedisLedger(self.settings), app.make_app(self.settings)
+        self.ledger, self.publisher = RedisLedger(self.settings), publisher.Publisher(self.settings)
         self.client = GradcamClient(settings=self.settings)
         self.backfill = new_id()
         facts = {"backfill": self.backfill}
@@ -85,7 +85,7 @@ class Yard:
         )
         self.ids.append(shard.id)
         self.ledger.submit(shard)
-        self.app.bell.republish([shard.id], "shard")
+        self.publisher.republish([shard.id], "shard")
         return shard
 
     def documents(self) -> list[StatusDocument]:

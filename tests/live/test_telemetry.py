@@ -24,7 +24,7 @@ from devtools.bench import testbed
 from devtools.faults import tiny_worker
 from gradcam_worker import __version__
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
-from gradcam_worker.broker import app, publisher
+from gradcam_worker.broker import publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability.definitions import METRICS, SECONDS
@@ -155,7 +155,7 @@ def shard(plant: Plant) -> str:
         output=output,
     )
     plant.ledger.submit(made)
-    app.make_app(plant.settings).bell.republish([made.id], "shard")
+    publisher.Publisher(plant.settings).republish([made.id], "shard")
     return made.id
 
 

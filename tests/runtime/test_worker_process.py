@@ -15,6 +15,7 @@ from gradcam_worker.errors import InvalidSettings, LedgerUnavailable, NetworkInc
 from gradcam_worker.execution.handler import Disposition
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.observability.health import Health
+from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.runtime import worker_process
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.status import StatusDocument
@@ -43,7 +44,7 @@ class BrokenHandler:
 
 def receive(handler: Any, message_id: str, *, redelivered: bool = False) -> None:
     app = broker.make_app(Settings())
-    worker_process.register(app, handler)
+    worker_process.register(app, handler, Outages().ledger)
     request = SimpleNamespace(headers=None, id=message_id, delivery_info={"redelivered": redelivered})
     app.tasks[publisher.EXPLAIN].run.__func__(SimpleNamespace(request=request, name=publisher.EXPLAIN), {})
 

@@ -117,10 +117,10 @@ def calls_ms() -> float:
 
 def asking_ms(flow: River) -> float:
     """Processor time of what `observability.health.Contact` asks, as `runtime.telemetry` tells it to."""
-    bell = Publisher(flow.settings)
+    publisher = Publisher(flow.settings)
     begun = time.thread_time()
     for _ in range(READINGS):
-        bell.queue_length("normal")
+        publisher.queue_length("normal")
         flow.ledger.counts()
     return 1e3 * (time.thread_time() - begun) / READINGS
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import redis
 
-from gradcam_worker.broker.publisher import INTERACTIVE, QUEUES, ROUTES, SHARDS, TASKS, Publisher
+from gradcam_worker.broker.publisher import INTERACTIVE, QUEUES, ROUTES, SHARDS, TASKS
 from gradcam_worker.settings import Settings
 
 if TYPE_CHECKING:  # a client rings without them: half of the time that its import takes
@@ -69,7 +69,6 @@ def make_app(settings: Settings, *, timeout_s: float = 10) -> "Celery":
             "most_in_hand": {SHARDS: settings.shards},  # the other threads are for who comes before them
         },
     )
-    app.bell = Publisher(settings, timeout_s=timeout_s)
     return app
 
 

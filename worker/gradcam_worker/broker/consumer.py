@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,8 @@ from kombu.exceptions import DecodeError
 
 from gradcam_worker.broker import message as envelope
 from gradcam_worker.errors import LedgerUnavailable
-from gradcam_worker.resilience.stall import HELD_S
+from gradcam_worker.resilience.outages import Outage
+from gradcam_worker.resilience.stall import HELD_S, Stall
 
 log = logging.getLogger("gradcam")
 
@@ -96,19 +98,33 @@ class ThreadPool(TaskPool):  # type: ignore[misc]  # celery ships no types
             raise NoThread(str(error)) from error
 
 
+@dataclass(frozen=True)
+class ConsumerHooks:
+    """What a worker process hands to its consumer, to report messages and the connection's state to."""
+
+    refuse: Callable[[str, str], object]  # records that the message of this id is no task, and why
+    on_loop_turn: Callable[[], None]  # called on each turn of the loop, and while the broker is away
+    stall: Stall
+    broker_outage: Outage
+
+
 class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
-    """Hands every message that is no task to `app.refuse_message(message id, why)`, and goes on."""
+    """Hands every message that is no task to `ConsumerHooks.refuse`, and goes on."""
 
     _turning: Any = None
     _failing = False  # the connection is about to be given up
     _orphaned: Mapping[str, float] = {}  # delivery tag -> since when nobody is at work on it
+
+    def __init__(self, *args: Any, hooks: ConsumerHooks, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.hooks = hooks
 
     def on_ready(self) -> None:
         """Whenever the loop starts: from now on, each of its rounds is a sign of life."""
         super().on_ready()
         if self._turning:  # Celery keeps timers of an earlier connection that began where this one does
             self._turning.cancel()
-        self.app.stall.back()
+        self.hooks.stall.back()
         self._failing, self._orphaned = False, {}
         self.task_consumer.channel.on_ack_failed = self._renew
         self.task_consumer.channel.wait_by_peeking(lambda: self.hub.call_soon(lambda: None))
@@ -117,13 +133,13 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
 
     def _turn(self) -> None:
         """A sign of life; and what nobody is at work on goes back, or its place would be taken for ever."""
-        self.app.turned()
-        self.app.outages.broker.answered()
+        self.hooks.on_loop_turn()
+        self.hooks.broker_outage.answered()
         channel, now_s = self.task_consumer.channel, time.monotonic()
         held = channel.unacknowledged().keys() - self.pool.running
         self._orphaned = {tag: self._orphaned.get(tag, now_s) for tag in held}
         late = [tag for tag, since_s in self._orphaned.items() if now_s - since_s > HELD_S]
-        self.app.stall.orphaned_messages(len(late))
+        self.hooks.stall.orphaned_messages(len(late))
         for tag in late:
             log.error("a message was not acknowledged, and nobody is at work on it: it goes back")
             channel.basic_reject(tag, requeue=True)
@@ -163,9 +179,9 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
         super().on_connection_error_after_connected(exc)
 
     def _away(self, error: Exception) -> None:
-        self.app.outages.broker.failed(f"nothing is received, it is tried to connect: {error}")
-        if self.app.stall.away():
-            self.app.turned()
+        self.hooks.broker_outage.failed(f"nothing is received, it is tried to connect: {error}")
+        if self.hooks.stall.away():
+            self.hooks.on_loop_turn()
 
     def ensure_connected(self, conn: Any) -> Any:
         """The connection, when it stands; tried again and again."""
@@ -222,10 +238,10 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
 
         Where the ledger is out of reach it goes back to the end of the queue, and comes again.
         """
-        self.app.stall.moved()
+        self.hooks.stall.moved()
         headers = message.headers if isinstance(message.headers, dict) else {}
         try:
-            self.app.refuse_message(str(headers.get("id")), why)
+            self.hooks.refuse(str(headers.get("id")), why)
         except LedgerUnavailable as error:
             self._return_later(message, str(error))
             return

@@ -202,8 +202,8 @@ def _plan(wish: dict[str, Any], settings: Settings) -> "Plan":
 def _ring(settings: Settings) -> Callable[[str], None]:
     from gradcam_worker.broker.publisher import Publisher
 
-    bell = Publisher(settings)
-    return lambda job_id: bell.republish([job_id], ROUTE)
+    publisher = Publisher(settings)
+    return lambda job_id: publisher.republish([job_id], ROUTE)
 
 
 @contextmanager

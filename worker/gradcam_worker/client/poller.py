@@ -70,7 +70,7 @@ class StatusPoller:
         self._earliest = math.inf  # no look is due before
         self._idle_until = 0.0
         self._thread: threading.Thread | None = None
-        self._bell: tuple[socket, socket] | None = None  # what is sent to one interrupts the thread's sleep
+        self._wakeup: tuple[socket, socket] | None = None  # what is sent to one interrupts the thread's sleep
         self._closing = False
         self._failures, self._deaf_until = 0, 0.0  # of the subscription: the thread's own
 
@@ -96,7 +96,7 @@ class StatusPoller:
             self._earliest = min(self._earliest, watched.due)
             if not self._thread:
                 self._start()
-            self._ring()
+            self._wake()
 
     def remove(self, listener: Subscriber) -> None:
         """Tell somebody nothing more."""
@@ -113,13 +113,13 @@ class StatusPoller:
             else:
                 self._ended.add(listener.job_id)
             self._idle_until = time.monotonic() + LINGER_S
-            self._ring()
+            self._wake()
 
     def close(self) -> None:
         """End the thread and its connection, and with an error all that wait."""
         with self._lock:
             thread, self._closing = self._thread, True
-            self._ring()
+            self._wake()
         if thread and thread is not threading.current_thread():
             thread.join(JOIN_S)
 
@@ -130,20 +130,20 @@ class StatusPoller:
         self._hang_up()
 
     def _start(self) -> None:
-        self._closing, self._bell = False, socketpair()
-        for end in self._bell:
+        self._closing, self._wakeup = False, socketpair()
+        for end in self._wakeup:
             end.setblocking(False)
         self._thread = threading.Thread(target=self._run, name="gradcam-poller", daemon=True)
         self._thread.start()
 
-    def _ring(self) -> None:
-        if self._bell:
-            with suppress(BlockingIOError):  # it rings already
-                self._bell[1].send(b"!")
+    def _wake(self) -> None:
+        if self._wakeup:
+            with suppress(BlockingIOError):  # a wake-up is there already
+                self._wakeup[1].send(b"!")
 
     def _hang_up(self) -> None:
-        bell, self._bell = self._bell, None
-        for end in bell or ():
+        wakeup, self._wakeup = self._wakeup, None
+        for end in wakeup or ():
             end.close()
 
     def _run(self) -> None:
@@ -248,15 +248,15 @@ class StatusPoller:
             self.remove(listener)
 
     def _sleep(self) -> None:
-        """Until something is heard, somebody rings, or a job is due."""
+        """Until something is heard, the thread is woken, or a job is due."""
         with self._lock:
             until = self._earliest if self._watched else self._idle_until
-            bell = self._bell[0] if self._bell else None
+            wakeup = self._wakeup[0] if self._wakeup else None
         with DefaultSelector() as ears:
-            for end in (bell, self._changes.fileno() if self._changes else None):
+            for end in (wakeup, self._changes.fileno() if self._changes else None):
                 if end is not None:
                     ears.register(end, EVENT_READ)
             ears.select(max(until - time.monotonic(), 0))
-        if bell is not None:
+        if wakeup is not None:
             with suppress(BlockingIOError):
-                bell.recv(4096)
+                wakeup.recv(4096)

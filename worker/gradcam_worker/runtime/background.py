@@ -39,7 +39,7 @@ Send = Callable[[str, str | None, StatusEvent, str], None]
 
 def build(
     settings: Settings,
-    bell: Publisher,
+    publisher: Publisher,
     ledger: RedisLedger,
     send: Send,
     me: str,
@@ -55,8 +55,8 @@ def build(
     reaper = Reaper(
         ledger,
         me,
-        lambda job_id, route: bell.republish([job_id], route),
-        bell.queue_length,
+        lambda job_id, route: publisher.republish([job_id], route),
+        publisher.queue_length,
         lease_s=settings.lease_s,
         lost_after_s=settings.lost_after_s,
         observer=observer,

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from celery import Celery
-
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
+from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.execution.handler import JobHandler
 from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.execution.services import Services, StorageProvider
@@ -29,17 +28,17 @@ class WorkerComponents:
     """The desk, and what has a thread of its own until it is told to stop."""
 
     handler: JobHandler
+    outages: Outages
     background_loops: Mapping[str, BackgroundLoop]
     eviction: Eviction
 
 
 def build_worker(
-    settings: Settings, app: Celery, services: Services, observer: Observer = SILENT
+    settings: Settings, publisher: Publisher, services: Services, observer: Observer = SILENT
 ) -> WorkerComponents:
     """Everybody a worker process needs. Raises InvalidSettings."""
     ledger, me, began_at = service_factory.build_ledger(settings), service_factory.worker_ref(), utc_now()
     ledger.observer, outages = observer, Outages()
-    app.outages = outages
     breaker = CircuitBreaker(partial(use_storage, services.stores))
 
     def health() -> str:
@@ -53,8 +52,8 @@ def build_worker(
     leases = LeaseManager(ledger, me.id, settings.lease_s, health, observer, outages.ledger)
     spans = tracing.to(settings.traces, "gradcam-worker", me.id)
     send = services.webhooks.send
-    others = background.build(settings, app.bell, ledger, send, me.id, observer, spans, outages)
-    stall = Stall(app.bell.any_waiting, settings.hung_after_s)
+    others = background.build(settings, publisher, ledger, send, me.id, observer, spans, outages)
+    stall = Stall(publisher.any_waiting, settings.hung_after_s)
     handler = JobHandler(
         settings,
         ledger,
@@ -69,7 +68,7 @@ def build_worker(
     )
     eviction = Eviction(settings)
     own = {"leases": leases.run, "breaker": breaker.watch, "eviction": eviction.keep, "stall": stall.keep}
-    return WorkerComponents(handler, {**own, **others}, eviction)
+    return WorkerComponents(handler, outages, {**own, **others}, eviction)
 
 
 def use_storage(stores: StorageProvider) -> None:

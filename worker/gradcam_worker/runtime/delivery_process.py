@@ -28,11 +28,11 @@ def run(settings: Settings) -> int:
         signal.signal(number, lambda one, _: signals.put(one))
     logging.getLogger("httpx").setLevel(logging.WARNING)
     telemetry, me = Telemetry(settings), process_name()
-    ledger, bell = RedisLedger(settings), Publisher(settings)
+    ledger, publisher = RedisLedger(settings), Publisher(settings)
     ledger.observer = telemetry.observer
     spans = tracing.to(settings.traces, "gradcam-deliver", me)
     send = Webhooks(settings).send
-    kept = background.build(settings, bell, ledger, send, me, telemetry.observer, spans)
+    kept = background.build(settings, publisher, ledger, send, me, telemetry.observer, spans)
     stopped = threading.Event()
     threads = background.start({**kept, **telemetry.loops}, stopped)
     telemetry.watch(threads)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import redis
 
-from gradcam_worker.broker import publisher
+from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.errors import (
     BrokerUnavailable,
     GradcamError,
@@ -72,10 +72,10 @@ def check(settings: Settings, *, stores: bool = True) -> None:
 
 def broker_answers(settings: Settings) -> str:
     """Where the broker is. Raises BrokerUnavailable, InvalidSettings."""
-    bell = publisher.Publisher(settings, timeout_s=ANSWER_S)
+    publisher = Publisher(settings, timeout_s=ANSWER_S)
     try:
-        bell.queue_length("normal")
-        _check_mode(bell.mode(), "GRADCAM_BROKER_URL")
+        publisher.queue_length("normal")
+        _check_mode(publisher.mode(), "GRADCAM_BROKER_URL")
     except BrokerUnavailable as error:
         _judge(error, "GRADCAM_BROKER_URL")
         raise

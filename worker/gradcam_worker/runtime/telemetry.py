@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
-from gradcam_worker.broker import publisher
+from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.ledger.redis import stats
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability import gpu, health
@@ -37,8 +37,8 @@ class Telemetry:
 
         self.observer = self._metrics = Metrics(settings.starts)
         ledger = RedisLedger(settings, timeout_s=ANSWER_S, retries=0)
-        bell = publisher.Publisher(settings, timeout_s=ANSWER_S)
-        contact = Contact({"broker": partial(bell.queue_length, "normal"), "ledger": ledger.counts})
+        publisher = Publisher(settings, timeout_s=ANSWER_S)
+        contact = Contact({"broker": partial(publisher.queue_length, "normal"), "ledger": ledger.counts})
         self.loops["contact"] = contact.run
         for name in ("broker", "ledger"):
             self.health.ready[name] = partial(contact.check, name)

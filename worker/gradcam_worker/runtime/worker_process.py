@@ -18,7 +18,8 @@ from celery.exceptions import CPendingDeprecationWarning, Reject
 from celery.signals import setup_logging, worker_ready
 
 from gradcam_worker.broker import app as broker
-from gradcam_worker.broker import publisher
+from gradcam_worker.broker.consumer import ConsumerHooks, Request, SturdyConsumer, ThreadPool
+from gradcam_worker.broker.publisher import ENTERED_AT, EXPLAIN, EXPLAIN_SHARD, QUEUES, Publisher
 from gradcam_worker.errors import (
     BrokerUnavailable,
     GradcamError,
@@ -35,9 +36,9 @@ from gradcam_worker.execution.services import Services
 from gradcam_worker.observability.health import Health
 from gradcam_worker.observability.logs import log_lines
 from gradcam_worker.resilience.budget import limit_memory
-from gradcam_worker.resilience.outages import Outages
+from gradcam_worker.resilience.outages import Outage
 from gradcam_worker.runtime import background, parent_watch, preflight, service_factory
-from gradcam_worker.runtime.bootstrap import build_worker
+from gradcam_worker.runtime.bootstrap import WorkerComponents, build_worker
 from gradcam_worker.runtime.liveness import LivenessReporter
 from gradcam_worker.runtime.telemetry import Telemetry
 from gradcam_worker.schemas.job import Job
@@ -54,24 +55,22 @@ HAND_BACK_EVERY_S = 0.2  # meanwhile: one was just beginning, the ledger did not
 PRELOAD_EVERY_S = 10.0  # between two tries to have the weights of a network
 NO_FILE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES}  # which somebody has to put there
 PROBE_S = 2.0  # that the broker has, to show that it answers
-CONSUMER, REQUEST = "gradcam_worker.broker.consumer:SturdyConsumer", "gradcam_worker.broker.consumer:Request"
-KINDS: dict[str, type[Job] | type[Shard]] = {publisher.EXPLAIN: Job, publisher.EXPLAIN_SHARD: Shard}
+KINDS: dict[str, type[Job] | type[Shard]] = {EXPLAIN: Job, EXPLAIN_SHARD: Shard}
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)  # Celery's own ways lead astray here
 
 
-def register(app: Celery, handler: JobHandler) -> None:
-    """Give the app its tasks and no other, and say what becomes of messages that are none."""
-    outages = getattr(app, "outages", None) or Outages()
+def register(app: Celery, handler: JobHandler, ledger_outage: Outage) -> None:
+    """Give the app its tasks, and no other."""
 
     def explain(self: Any, *args: object) -> None:
         try:
-            entered_at = (self.request.headers or {}).get(publisher.ENTERED_AT)
+            entered_at = (self.request.headers or {}).get(ENTERED_AT)
             payload, kind = _payload(args), KINDS[self.name]
             handler.handle(payload, self.request.id, entered_at=entered_at, kind=kind)
         except (LedgerUnavailable, WorkerUnfit) as error:
             said = f"message {self.request.id} goes back: {error}"
             if isinstance(error, LedgerUnavailable):
-                outages.ledger.failed(said)
+                ledger_outage.failed(said)
             else:
                 log.warning("%s", said)
             time.sleep(RETURN_AFTER_S)
@@ -88,11 +87,12 @@ def register(app: Celery, handler: JobHandler) -> None:
     for name in [*app.tasks]:  # Celery's own, which publish whatever they are told to
         app.tasks.unregister(name)
     for name in KINDS:
-        app.task(explain, name=name, bind=True, shared=False, Request=REQUEST)  # this app's alone
-    app.refuse_message = lambda message_id, why: handler.refuse(
-        message_id, None, InvalidJob(f"The message is not a job: {why}.")
-    )
-    app.conf.worker_consumer = CONSUMER
+        app.task(explain, name=name, bind=True, shared=False, Request=Request)  # this app's alone
+
+
+def _refuse(handler: JobHandler, message_id: str, why: str) -> None:
+    """Record in the ledger that a message is no job."""
+    handler.refuse(message_id, None, InvalidJob(f"The message is not a job: {why}."))
 
 
 def _redelivered(request: Any) -> bool:
@@ -132,9 +132,10 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     services = service_factory.build_services(settings, load, telemetry.observer)
     service_factory.prepare(settings)
     preflight.device(settings)
-    components = build_worker(settings, app, services, telemetry.observer)
+    publisher = Publisher(settings)
+    components = build_worker(settings, publisher, services, telemetry.observer)
     handler = components.handler
-    register(app, handler)
+    register(app, handler, components.outages.ledger)
     telemetry.ask_worker(lambda: services.model_cache.count, handler.breaker, components.eviction.trouble)
     _preload(settings, services, telemetry.health)
     probe = partial(broker.answers, broker.make_app(settings, timeout_s=PROBE_S))
@@ -146,7 +147,6 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
         reachable=probe,
         ill=lambda: services.model_cache.failure or ended() or handler.stall.trouble(),
     )
-    app.turned, app.stall = liveness.tick, handler.stall
     telemetry.health.live["loop"], telemetry.health.ready["work"] = (
         lambda: liveness.said,
         handler.stall.unready,
@@ -168,23 +168,14 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
         end = threading.Timer(HAND_BACK_S, lambda: _leave(0 if stopped.is_set() else 1))
         end.daemon = True
         end.start()
-        all_back = _hand_back(handler, app, consumer)
+        all_back = _hand_back(handler, publisher, consumer)
         if not stopped.wait(SETTLE_S):  # some thread is stuck
             _put_back(consumer)
             _leave(0 if all_back else 1)
 
     worker_ready.connect(ready, weak=False)
     threading.Thread(target=give_up, name="give up", daemon=True).start()
-    consumer = app.Worker(
-        pool="gradcam_worker.broker.consumer:ThreadPool",
-        hostname=f"celery@{handler.worker.id}",
-        concurrency=settings.threads + settings.shards,
-        queues=list(publisher.QUEUES),
-        without_gossip=True,  # with it, a restart of the broker can end the worker
-        without_mingle=True,
-        without_heartbeat=True,
-        quiet=True,
-    )
+    consumer = _celery_worker(app, settings, components, liveness)
     hands = f"{settings.threads} threads, {settings.shards} shards"
     log.info("%s on %s takes jobs, %s", handler.worker.id, handler.worker.device, hands)
     telemetry.started()
@@ -192,6 +183,30 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     stopped.set()
     background.join(kept)
     return int(consumer.exitcode or 0)
+
+
+def _celery_worker(
+    app: Celery, settings: Settings, components: WorkerComponents, liveness: LivenessReporter
+) -> Any:
+    """Celery's worker, with our thread pool and our consumer."""
+    handler = components.handler
+    hooks = ConsumerHooks(
+        refuse=partial(_refuse, handler),
+        on_loop_turn=liveness.tick,
+        stall=handler.stall,
+        broker_outage=components.outages.broker,
+    )
+    return app.Worker(
+        pool=ThreadPool,
+        consumer_cls=partial(SturdyConsumer, hooks=hooks),
+        hostname=f"celery@{handler.worker.id}",
+        concurrency=settings.threads + settings.shards,
+        queues=list(QUEUES),
+        without_gossip=True,  # with it, a restart of the broker can end the worker
+        without_mingle=True,
+        without_heartbeat=True,
+        quiet=True,
+    )
 
 
 def _wait_for_second(signals: "SimpleQueue[int]", timeout_s: float) -> None:
@@ -252,7 +267,7 @@ def _listen(signals: SimpleQueue[int]) -> None:
         signal.signal(one, note)
 
 
-def _hand_back(handler: JobHandler, app: Celery, consumer: Any) -> bool:
+def _hand_back(handler: JobHandler, publisher: Publisher, consumer: Any) -> bool:
     """What runs here, back into the queue, until it has ended here, too; whether all of it is back.
 
     What is not, the reaper finds when its lease runs out.
@@ -264,7 +279,7 @@ def _hand_back(handler: JobHandler, app: Celery, consumer: Any) -> bool:
             back += handler.requeue_unfinished()
             while back and (over or consumer.blueprint.state != RUN):  # else it would be taken here, again
                 if route := handler.ledger.route(back[-1]):
-                    app.bell.republish([back[-1]], route)
+                    publisher.republish([back[-1]], route)
                     log.info("job %s is handed back", back[-1])
                 back.pop()
         except (LedgerUnavailable, BrokerUnavailable) as error:
