@@ -120,13 +120,13 @@ class House:
     store: MemoryStore = field(default_factory=MemoryStore)
     ledger: Ledger = field(default_factory=Ledger)
     registry: MemoryFleet = field(default_factory=MemoryFleet)
-    rung: "Queue[str | None]" = field(default_factory=Queue)
+    published: "Queue[str | None]" = field(default_factory=Queue)
     fails: dict[str, list[GradcamError]] = field(default_factory=dict)  # by shard key: of its next tries
     done: list[Shard] = field(default_factory=list)  # by the worker, in this order
     said: list[str] = field(default_factory=list)
     shown: list[Progress] = field(default_factory=list)
     show: Callable[[Progress], object] = lambda _: None
-    ring: Callable[[str], None] | None = None
+    publish: Callable[[str], None] | None = None
 
     def work(self) -> None:
         """What a worker does, until it is told None."""
@@ -143,7 +143,7 @@ class House:
             breaker,
             admits=self.registry.admits,
         )
-        while (job_id := self.rung.get()) is not None:
+        while (job_id := self.published.get()) is not None:
             shard = self.ledger.job(job_id)
             if not isinstance(shard, Shard):
                 continue  # it was cancelled before its turn
@@ -169,7 +169,7 @@ class House:
             plan,
             place,
             self.ledger,
-            self.ring or self.rung.put,
+            self.publish or self.published.put,
             self.registry,
             pace=RunOptions(**pace),
             show=show,
@@ -202,7 +202,7 @@ def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
     worker = threading.Thread(target=one.work)
     worker.start()
     yield one
-    one.rung.put(None)
+    one.published.put(None)
     worker.join()
 
 
@@ -269,7 +269,7 @@ def test_never_more_than_the_window_is_in_flight_and_others_get_their_share(hous
 def test_without_a_window_there_are_as_many_as_keep_the_workers_busy(house: House, plan: Plan) -> None:
     house.ledger.health = {f"worker-{number}": "" for number in range(3)}
     kept: list[str] = []
-    house.ring = kept.append
+    house.publish = kept.append
 
     def interrupt(standing: Progress) -> None:
         if standing.in_flight == 12:  # 3 workers, 2 in hand, 2 for each of them
@@ -364,11 +364,11 @@ def test_the_seal_is_broken_before_anything_changes(house: House, plan: Plan) ->
     rows = [Row(uri="s3://in/99.png"), *images(8)[1:]]
     sealed: list[bool] = []
 
-    def ring(job_id: str) -> None:
+    def publish(job_id: str) -> None:
         sealed.append(house.seal is not None)
-        house.rung.put(job_id)
+        house.published.put(job_id)
 
-    house.ring = ring
+    house.publish = publish
     house.run(plan, rows, changed=True)
     assert sealed == [False]
 
@@ -403,19 +403,19 @@ def test_a_ledger_that_is_away_is_waited_for_and_that_is_said_once(house: House,
 def test_a_broker_that_is_away_is_left_to_the_reaper(house: House, plan: Plan) -> None:
     quiet = [True]
 
-    def ring(job_id: str) -> None:
+    def publish(job_id: str) -> None:
         if quiet[0]:
             message = "The broker cannot be reached."
             raise BrokerUnavailable(message)
-        house.rung.put(job_id)
+        house.published.put(job_id)
 
     def reap(standing: Progress) -> None:
         if quiet[0] and standing.in_flight == 4:
             quiet[0] = False
             for job_id in house.ledger._entries:
-                house.rung.put(job_id)
+                house.published.put(job_id)
 
-    house.ring, house.show = ring, reap
+    house.publish, house.show = publish, reap
     assert house.run(plan, images(40), window=4)
     assert house.rows() == dict.fromkeys(range(40), 1)
     assert house.said == [
@@ -427,20 +427,20 @@ def test_a_broker_that_is_away_is_left_to_the_reaper(house: House, plan: Plan) -
 def test_what_the_ledger_has_forgotten_is_submitted_again(house: House, plan: Plan) -> None:
     forgotten: list[str] = []
 
-    def ring(job_id: str) -> None:
+    def publish(job_id: str) -> None:
         if forgotten:
-            house.rung.put(job_id)
+            house.published.put(job_id)
         else:
             forgotten.append(job_id)
             house.ledger._entries.clear()
 
-    house.ring = ring
+    house.publish = publish
     assert house.run(plan, images(4))
     assert [one.id for one in house.done] == forgotten
 
 
 def test_whoever_cancels_it_stops_what_is_in_flight(house: House, plan: Plan) -> None:
-    house.ring = lambda _: None  # nobody works
+    house.publish = lambda _: None  # nobody works
 
     def cancel(standing: Progress) -> None:
         if standing.in_flight:
@@ -453,7 +453,7 @@ def test_whoever_cancels_it_stops_what_is_in_flight(house: House, plan: Plan) ->
     assert states == {"canceled": 3}
     assert house.registry.record is not None
     assert house.registry.record.shards == ()
-    house.registry.heard, house.show, house.ring = LeaseStatus(owner=True), lambda _: None, None
+    house.registry.heard, house.show, house.publish = LeaseStatus(owner=True), lambda _: None, None
     assert house.run(plan, images(40), resume=True)
     assert house.rows() == dict.fromkeys(range(40), 1)
 
@@ -507,7 +507,7 @@ def test_whoever_has_lost_the_output_submits_nothing_more(house: House, plan: Pl
             owner=False, before=BackfillRecord({"pid": 7, "host": "gpu-2"}, (), lives=True)
         )
 
-    house.ring = lose
+    house.publish = lose
     with pytest.raises(BackfillConflict, match="run by process 7 on gpu-2"):
         house.run(plan, images(40), window=4)
     assert len(house.ledger._entries) == 1
@@ -551,7 +551,7 @@ def test_what_is_cancelled_and_still_runs_is_remembered_as_in_flight(house: Hous
     def cancel(_: Progress) -> None:
         house.registry.find(PLACE, cancel=True)
 
-    house.ring, house.show = claim, cancel
+    house.publish, house.show = claim, cancel
     with pytest.raises(BackfillStopped):
         house.run(plan, images(8), window=1)
     (running,) = house.ledger._entries
@@ -582,7 +582,7 @@ def test_why_a_shard_is_tried_again_is_said_once(house: House, plan: Plan) -> No
         if len(house.shown) > 5:
             raise KeyboardInterrupt
 
-    house.ring, house.show = put_off, interrupt
+    house.publish, house.show = put_off, interrupt
     with pytest.raises(KeyboardInterrupt):
         house.run(plan, images(12))
     assert house.said == ["A shard waits for its next attempt, because of storage_unavailable: Down."]

@@ -47,18 +47,18 @@ def ledger() -> MemoryLedger:
 
 
 @pytest.fixture
-def doorbell() -> RecordingPublisher:
+def published() -> RecordingPublisher:
     return RecordingPublisher()
 
 
 @pytest.fixture
-def client(ledger: MemoryLedger, doorbell: RecordingPublisher) -> GradcamClient:
-    return GradcamClient(settings=Settings(), ledger=ledger, publish=doorbell)
+def client(ledger: MemoryLedger, published: RecordingPublisher) -> GradcamClient:
+    return GradcamClient(settings=Settings(), ledger=ledger, publish=published)
 
 
 @pytest.mark.parametrize("image", ["cat.jpg", "./photos/cat.jpg", "C:\\cat.jpg", {"uri": "cat.jpg"}])
 def test_a_file_in_place_of_a_uri_is_refused_before_it_is_accepted(
-    image: Any, client: GradcamClient, doorbell: RecordingPublisher
+    image: Any, client: GradcamClient, published: RecordingPublisher
 ) -> None:
     with pytest.raises(
         InvalidJob, match=r"image\.uri: .*cat\.jpg' has no scheme: .* upload_and_submit takes a file"
@@ -66,40 +66,40 @@ def test_a_file_in_place_of_a_uri_is_refused_before_it_is_accepted(
         client.submit(**{**FIELDS, "image": image})
     with pytest.raises(InvalidJob, match=r"Job number 2 of those given: .* has no scheme"):
         client.submit_many([FIELDS, {**FIELDS, "image": image}])
-    assert len(doorbell.jobs) == 1
+    assert len(published.jobs) == 1
 
 
-def test_submitting_enters_the_job_and_rings_the_bell(
-    client: GradcamClient, doorbell: RecordingPublisher
+def test_submitting_enters_the_job_and_publishes_it(
+    client: GradcamClient, published: RecordingPublisher
 ) -> None:
     job_id = client.submit(**FIELDS)
-    assert [job.id for job in doorbell.jobs] == [job_id]
+    assert [job.id for job in published.jobs] == [job_id]
     assert client.status(job_id).status == "queued"
 
 
 def test_a_wrong_job_is_refused_before_anything_happens(
-    client: GradcamClient, doorbell: RecordingPublisher
+    client: GradcamClient, published: RecordingPublisher
 ) -> None:
     with pytest.raises(InvalidJob, match="top_m: unknown field"):
         client.submit(**FIELDS, top_m=3)
-    assert not doorbell.jobs
+    assert not published.jobs
 
 
 def test_the_same_key_returns_the_first_id_and_rings_for_the_first_job(
-    client: GradcamClient, doorbell: RecordingPublisher
+    client: GradcamClient, published: RecordingPublisher
 ) -> None:
     first = client.submit(**FIELDS, idempotency_key="k")
     assert client.submit(**FIELDS, idempotency_key="k") == first
-    assert {job.id for job in doorbell.jobs} == {first}
+    assert {job.id for job in published.jobs} == {first}
 
 
-def test_a_finished_job_is_not_rung_for_again(
-    client: GradcamClient, ledger: MemoryLedger, doorbell: RecordingPublisher
+def test_a_finished_job_is_not_published_again(
+    client: GradcamClient, ledger: MemoryLedger, published: RecordingPublisher
 ) -> None:
     job = Job.parse(FIELDS)
     ledger.advance(ledger.claim(ledger.submit(job), WORKER).document, status="succeeded")
     assert client.submit(job) == job.id
-    assert not doorbell.jobs
+    assert not published.jobs
 
 
 def test_many_are_submitted_in_order(client: GradcamClient) -> None:
@@ -156,10 +156,10 @@ def test_a_job_in_the_ledger_is_accepted_though_the_broker_is_out_of_reach(
 
 
 def test_a_job_too_large_for_a_message_is_not_accepted(
-    ledger: MemoryLedger, doorbell: RecordingPublisher
+    ledger: MemoryLedger, published: RecordingPublisher
 ) -> None:
     small = Settings(max_message_bytes=2000)
-    client = GradcamClient(settings=small, ledger=ledger, publish=doorbell)
+    client = GradcamClient(settings=small, ledger=ledger, publish=published)
     with pytest.raises(InvalidJob, match="2,000"):
         client.submit(**{**FIELDS, "image": f"data:image/png;base64,{'A' * 3000}"})
     assert ledger.counts() == (0, 0)
@@ -199,7 +199,7 @@ def waiting(settings: Settings, route: str = "normal") -> list[dict[str, Any]]:
     ]
 
 
-def test_many_are_entered_and_rung_for_in_order_in_a_few_round_trips(settings: Settings) -> None:
+def test_many_are_entered_and_published_in_order_in_a_few_round_trips(settings: Settings) -> None:
     client = GradcamClient(settings=settings)
     server = redis.Redis.from_url(settings.broker_url)
     server.script_flush()  # a server that was started anew knows no scripts
@@ -236,16 +236,16 @@ def fail(ledger: Ledger, job_id: str) -> StatusDocument:
 
 
 def test_a_failed_job_is_tried_again_and_the_queue_is_told(
-    client: GradcamClient, ledger: MemoryLedger, doorbell: RecordingPublisher
+    client: GradcamClient, ledger: MemoryLedger, published: RecordingPublisher
 ) -> None:
     job_id = client.submit(**FIELDS)
     fail(ledger, job_id)
     assert client.retry(job_id).status == "queued"
     assert client.retry(job_id).status == "queued", "asked twice, it is told twice, which costs nothing"
-    assert [job.id for job in doorbell.jobs] == [job_id] * 3
+    assert [job.id for job in published.jobs] == [job_id] * 3
     assert ledger.claim(client.status(job_id), WORKER).outcome is ClaimOutcome.CLAIMED
     assert client.retry(job_id).status == "running"
-    assert len(doorbell.jobs) == 3
+    assert len(published.jobs) == 3
     client.cancel(job_id)
     ledger.advance(client.status(job_id), status="canceled")
     with pytest.raises(JobNotFailed):
@@ -253,12 +253,12 @@ def test_a_failed_job_is_tried_again_and_the_queue_is_told(
 
 
 def test_an_upload_that_came_late_is_explained_under_the_key_that_had_failed(
-    ledger: MemoryLedger, doorbell: RecordingPublisher, caplog: pytest.LogCaptureFixture
+    ledger: MemoryLedger, published: RecordingPublisher, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = GradcamClient(
         settings=Settings(uploads="s3://in/up"),
         ledger=ledger,
-        publish=doorbell,
+        publish=published,
         objects=MemoryObjects(MemoryStore(), {}),
     )
     wish: dict[str, Any] = {"network": "vgg16", "target": {"top_n": 2}, "idempotency_key": "order"}
@@ -275,7 +275,7 @@ def test_an_upload_that_came_late_is_explained_under_the_key_that_had_failed(
     assert isinstance(job, Job)
     assert client.submit_many([job, {**FIELDS, "metadata": {"n": "1"}}], retry_failed=True)[0] == job_id
     assert client.status(job_id).status == "queued"
-    assert [one.id for one in doorbell.jobs].count(job_id) == 3
+    assert [one.id for one in published.jobs].count(job_id) == 3
 
 
 def test_large_jobs_go_in_smaller_steps(
@@ -309,26 +309,26 @@ def any_ledger(request: pytest.FixtureRequest, settings: Settings) -> Ledger:
 )
 def test_what_comes_before_a_wrong_job_is_accepted_and_what_comes_after_is_not(
     any_ledger: Ledger,
-    doorbell: RecordingPublisher,
+    published: RecordingPublisher,
     monkeypatch: pytest.MonkeyPatch,
     wrong: dict[str, Any],
     error: type[InvalidJob] | type[IdempotencyConflict],
     match: str,
 ) -> None:
     monkeypatch.setattr(client_module, "CHUNK", 5)
-    client = GradcamClient(settings=Settings(max_message_bytes=2000), ledger=any_ledger, publish=doorbell)
+    client = GradcamClient(settings=Settings(max_message_bytes=2000), ledger=any_ledger, publish=published)
     client.submit(**{**FIELDS, "image": "s3://in/other.jpg"}, idempotency_key="taken")
     good = [{**FIELDS, "id": new_id()} for _ in range(9)]
     with pytest.raises((InvalidJob, IdempotencyConflict), match=match) as caught:
         client.submit_many([*good[:7], {**FIELDS, **wrong}, *good[7:]])
     assert type(caught.value) is error
     assert caught.value.accepted == tuple(one["id"] for one in good[:7])
-    assert [job.id for job in doorbell.jobs[1:]] == list(caught.value.accepted)
+    assert [job.id for job in published.jobs[1:]] == list(caught.value.accepted)
     assert client.statuses(str(one["id"]) for one in good).keys() == set(caught.value.accepted)
 
 
 def test_an_error_of_the_callers_own_comes_through_when_what_came_before_is_accepted(
-    client: GradcamClient, doorbell: RecordingPublisher, caplog: pytest.LogCaptureFixture
+    client: GradcamClient, published: RecordingPublisher, caplog: pytest.LogCaptureFixture
 ) -> None:
     def jobs() -> Iterator[dict[str, Any]]:
         yield FIELDS
@@ -337,7 +337,7 @@ def test_an_error_of_the_callers_own_comes_through_when_what_came_before_is_acce
 
     with pytest.raises(OSError, match="the disk is gone"):
         client.submit_many(jobs())
-    assert len(doorbell.jobs) == 2
+    assert len(published.jobs) == 2
     assert "2 jobs are accepted; the next one could not be had" in caplog.text
 
 
@@ -399,10 +399,10 @@ class Blinking(MemoryLedger):
 
 
 def test_a_ledger_that_blinks_is_asked_again_and_nothing_is_entered_twice(
-    doorbell: RecordingPublisher,
+    published: RecordingPublisher,
 ) -> None:
     ledger = Blinking(0)
-    client = GradcamClient(settings=Settings(), ledger=ledger, publish=doorbell)
+    client = GradcamClient(settings=Settings(), ledger=ledger, publish=published)
     ledger.failures = 2
     job_id = client.submit(**FIELDS)
     ledger.failures = 1
@@ -413,17 +413,17 @@ def test_a_ledger_that_blinks_is_asked_again_and_nothing_is_entered_twice(
     assert client.statuses(ids).keys() == set(ids)
     ledger.failures = 1
     assert client.cancel(job_id).status == "canceled"
-    assert [job.id for job in doorbell.jobs] == [job_id, *ids]
+    assert [job.id for job in published.jobs] == [job_id, *ids]
     assert ledger.counts() == (2, 0)
 
 
 @pytest.mark.usefixtures("hasty")
 def test_a_ledger_that_stays_away_is_an_error_that_says_what_is_known(
-    doorbell: RecordingPublisher, monkeypatch: pytest.MonkeyPatch
+    published: RecordingPublisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_module, "CHUNK", 2)
     ledger = Blinking(0)
-    client = GradcamClient(settings=Settings(), ledger=ledger, publish=doorbell)
+    client = GradcamClient(settings=Settings(), ledger=ledger, publish=published)
     jobs = [Job.parse(FIELDS) for _ in range(4)]
 
     def given() -> Iterator[Job]:
@@ -489,7 +489,7 @@ def unreachable(**changes: Any) -> LedgerUnavailable:
     ],
 )
 def test_what_cannot_have_been_accepted_is_said_to_be_so(
-    doorbell: RecordingPublisher, monkeypatch: pytest.MonkeyPatch, unchanged: list[bool], said: str
+    published: RecordingPublisher, monkeypatch: pytest.MonkeyPatch, unchanged: list[bool], said: str
 ) -> None:
     ledger = MemoryLedger()
     failures = iter([*unchanged, *[unchanged[-1]] * 1000])
@@ -499,7 +499,7 @@ def test_what_cannot_have_been_accepted_is_said_to_be_so(
 
     for name in ("submit_many", "cancel", "retry"):
         monkeypatch.setattr(ledger, name, away)
-    client = GradcamClient(settings=Settings(), ledger=ledger, publish=doorbell)
+    client = GradcamClient(settings=Settings(), ledger=ledger, publish=published)
     job = Job.parse(FIELDS)
     with pytest.raises(LedgerUnavailable) as caught:
         client.submit(job)
@@ -612,7 +612,7 @@ work(1)  # made and used before the fork, and in use by a thread while it happen
 held, forked = threading.Event(), threading.Event()
 
 def hold():
-    ours = client._ledger.server.redis.connection_pool, client._bell._clients.mine().connection_pool
+    ours = client._ledger.server.redis.connection_pool, client._publisher._clients.mine().connection_pool
     with ours[0]._lock, ours[1]._lock:
         held.set()
         forked.wait()
@@ -656,7 +656,7 @@ def test_it_works_where_an_event_loop_runs(settings: Settings) -> None:
     assert asyncio.run(view()).status == "queued"
 
 
-def test_ids_are_rung_for_many_at_a_time(settings: Settings) -> None:
+def test_ids_are_published_many_at_a_time(settings: Settings) -> None:
     queue, ids = publisher.Publisher(settings), [new_id() for _ in range(1001)]
     queue.republish(ids, "shard")
     messages = waiting(settings, "shard")

@@ -57,8 +57,8 @@ def photo() -> bytes:
 def client_of(
     settings: Settings, ledger: Ledger | None = None
 ) -> tuple[GradcamClient, Ledger, RecordingPublisher]:
-    ledger, doorbell = ledger or MemoryLedger(), RecordingPublisher()
-    return GradcamClient(settings=settings, ledger=ledger, publish=doorbell), ledger, doorbell
+    ledger, published = ledger or MemoryLedger(), RecordingPublisher()
+    return GradcamClient(settings=settings, ledger=ledger, publish=published), ledger, published
 
 
 def done(settings: Settings, photo: bytes, **wishes: Any) -> tuple[GradcamClient, str, Ledger]:
@@ -200,12 +200,12 @@ def test_a_url_is_good_for_a_second_to_a_week(tmp_path: Path, photo: bytes) -> N
 def test_a_store_that_is_away_is_one_error(s3: Settings, photo: bytes, free_port: int) -> None:
     client, job_id, ledger = done(s3, photo)
     away = s3.model_copy(update={"s3_endpoint_url": f"http://127.0.0.1:{free_port}"})
-    client, _, doorbell = client_of(away, ledger)
+    client, _, published = client_of(away, ledger)
     with pytest.raises(StorageUnavailable, match=r"manifest\.json could not be read"):
         client.result(job_id)
     with pytest.raises(StorageUnavailable, match="could not be written"):
         client.upload_and_submit(photo, **FIELDS)
-    assert not doorbell.jobs
+    assert not published.jobs
 
 
 def test_without_boto3_a_sentence_says_what_to_install(
@@ -222,18 +222,18 @@ def test_without_boto3_a_sentence_says_what_to_install(
 def test_an_image_is_uploaded_under_its_checksum_and_the_job_is_for_those_bytes(
     s3: Settings, photo: bytes, tmp_path: Path
 ) -> None:
-    client, _, doorbell = client_of(s3)
+    client, _, published = client_of(s3)
     path = tmp_path / "Holiday.JPEG"
     path.write_bytes(photo)
     ids = [client.upload_and_submit(image, **FIELDS) for image in (photo, path, str(path))]
-    assert [job.id for job in doorbell.jobs] == ids
+    assert [job.id for job in published.jobs] == ids
     digest = hashlib.sha256(photo).hexdigest()
-    (image,) = {job.image for job in doorbell.jobs}
+    (image,) = {job.image for job in published.jobs}
     assert image == ImageRef(uri=f"s3://photos/uploads/{digest}.jpg", sha256=digest)
     assert UriFetcher(s3, S3(s3)).fetch(image, Deadline(5)).data == photo
     client.upload_and_submit(photo, to="s3://results/other/", priority="high", **FIELDS)
-    assert doorbell.jobs[-1].image.uri == f"s3://results/other/{digest}.jpg"
-    assert doorbell.jobs[-1].priority == "high"
+    assert published.jobs[-1].image.uri == f"s3://results/other/{digest}.jpg"
+    assert published.jobs[-1].priority == "high"
 
 
 def test_the_same_key_uploads_and_runs_once(tmp_path: Path, photo: bytes) -> None:
@@ -257,9 +257,9 @@ def test_the_same_key_uploads_and_runs_once(tmp_path: Path, photo: bytes) -> Non
     ids=["png", "gif", "webp", "bmp", "unknown"],
 )
 def test_a_key_tells_the_format_by_the_bytes_alone(begins: bytes, suffix: str, tmp_path: Path) -> None:
-    client, _, doorbell = client_of(Settings(uploads=tmp_path.as_uri()))
+    client, _, published = client_of(Settings(uploads=tmp_path.as_uri()))
     client.upload_and_submit(begins, **FIELDS)
-    assert doorbell.jobs[0].image.uri.endswith(f"{hashlib.sha256(begins).hexdigest()}{suffix}")
+    assert published.jobs[0].image.uri.endswith(f"{hashlib.sha256(begins).hexdigest()}{suffix}")
 
 
 WRONG: Mapping[str, tuple[Any, dict[str, Any], type[GradcamError], str]] = {

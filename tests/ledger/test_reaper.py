@@ -50,7 +50,7 @@ class Graveyard:
     """A ledger, the seconds it has seen, a broker, and reapers."""
 
     now: list[float] = field(default_factory=lambda: [time.time()])
-    rung: list[tuple[str, str]] = field(default_factory=list)  # job id, priority
+    republished: list[tuple[str, str]] = field(default_factory=list)  # job id, priority
     messages: dict[str, int] = field(default_factory=dict)  # priority -> in the queue
     broker_away: bool = False
 
@@ -62,16 +62,16 @@ class Graveyard:
             self.check()
             return self.messages.get(route, 0)
 
-        return Reaper(self.ledger, name, self.ring, waiting, lease_s=lease_s, lost_after_s=LOST_AFTER_S)
+        return Reaper(self.ledger, name, self.publish, waiting, lease_s=lease_s, lost_after_s=LOST_AFTER_S)
 
     def check(self) -> None:
         if self.broker_away:
             message = "gone"
             raise BrokerUnavailable(message)
 
-    def ring(self, job_id: str, route: str) -> None:
+    def publish(self, job_id: str, route: str) -> None:
         self.check()
-        self.rung.append((job_id, route))
+        self.republished.append((job_id, route))
 
     def submit(self, **fields: Any) -> StatusDocument:
         wish = {"image": "s3://in/a.png", "network": "vgg16", "target": {"top_n": 1}}
@@ -97,18 +97,18 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def test_a_retry_is_rung_when_its_pause_is_over_and_not_before(yard: Graveyard) -> None:
+def test_a_retry_is_republished_when_its_pause_is_over_and_not_before(yard: Graveyard) -> None:
     document = yard.claim(priority="low")
     yard.ledger.advance(document, status="retrying", delay_s=30)
     one = yard.reaper()
     yard.now[0] += 29
     one.round()
-    assert (yard.rung, yard.read(document).status) == ([], "retrying")
+    assert (yard.republished, yard.read(document).status) == ([], "retrying")
     yard.now[0] += 2
     one.round()
-    assert (yard.rung, yard.read(document).status) == ([(document.id, "low")], "queued")
+    assert (yard.republished, yard.read(document).status) == ([(document.id, "low")], "queued")
     one.round()
-    assert len(yard.rung) == 1
+    assert len(yard.republished) == 1
 
 
 def test_a_job_whose_lease_ran_out_is_queued_again_under_suspicion(yard: Graveyard) -> None:
@@ -120,17 +120,17 @@ def test_a_job_whose_lease_ran_out_is_queued_again_under_suspicion(yard: Graveya
     yard.now[0] += 2
     one.round()
     after = yard.read(document)
-    assert yard.rung == [(document.id, "normal")]
+    assert yard.republished == [(document.id, "normal")]
     assert (after.status, after.attempt, state_machine.suspected(after)) == ("queued", 1, True)
 
 
-def test_a_job_that_was_lost_as_often_as_it_may_is_parked_and_rung_no_more(yard: Graveyard) -> None:
+def test_a_job_that_was_lost_as_often_as_it_may_is_parked_and_republished_no_more(yard: Graveyard) -> None:
     document = yard.claim(max_attempts=1)
     yard.now[0] += LEASE_S + 1
     yard.reaper().round()
     after = yard.read(document)
     assert after.error is not None
-    assert (after.status, after.error.code, yard.rung) == ("failed", "max_attempts_exceeded", [])
+    assert (after.status, after.error.code, yard.republished) == ("failed", "max_attempts_exceeded", [])
     assert [job_id for job_id, _ in yard.ledger.dead()] == [document.id]
 
 
@@ -154,20 +154,20 @@ def test_a_job_whose_message_was_lost_is_published_again(
     document, one = yard.submit(priority=priority), yard.reaper()
     yard.now[0] += LOST_AFTER_S - 1
     one.round()
-    assert yard.rung == []
+    assert yard.republished == []
     yard.now[0] += 2
     one.round()
     if messages:
-        assert yard.rung == [], "it may be among those that wait"
+        assert yard.republished == [], "it may be among those that wait"
         yard.claim(priority=priority)
         yard.now[0] += LOST_AFTER_S + 1
         yard.claim(priority=priority)  # published later, and taken
         one.round()
-    assert (document.id, priority) in yard.rung
+    assert (document.id, priority) in yard.republished
     assert yard.read(document).status == "queued"
-    rung = len(yard.rung)
+    republished = len(yard.republished)
     one.round()
-    assert len(yard.rung) == rung, "not again before it had time to be found"
+    assert len(yard.republished) == republished, "not again before it had time to be found"
 
 
 def test_what_cannot_be_published_is_found_again(yard: Graveyard, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,10 +180,10 @@ def test_what_cannot_be_published_is_found_again(yard: Graveyard, monkeypatch: p
     assert yard.read(document).status == "queued"
     yard.broker_away = False
     one.round()
-    assert yard.rung == []
+    assert yard.republished == []
     yard.now[0] += LOST_AFTER_S + 1
     one.round()
-    assert yard.rung == [(document.id, "normal")]
+    assert yard.republished == [(document.id, "normal")]
 
 
 def test_one_worker_reaps_and_another_takes_over_when_it_is_gone(yard: Graveyard) -> None:

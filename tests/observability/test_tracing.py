@@ -47,14 +47,14 @@ class Office:
     exporter: InMemorySpanExporter = field(default_factory=InMemorySpanExporter)
     sampler: Sampler | None = None
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
-    doorbell: RecordingPublisher = field(default_factory=RecordingPublisher)
+    published: RecordingPublisher = field(default_factory=RecordingPublisher)
     images: dict[str, bytes | Exception] = field(default_factory=lambda: {"s3://in/a.png": IMAGE})
 
     def __post_init__(self) -> None:
         provider = TracerProvider(sampler=self.sampler)
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
         self.tracer = provider.get_tracer("test")
-        self.client = GradcamClient(settings=Settings(), ledger=self.ledger, publish=self.doorbell)
+        self.client = GradcamClient(settings=Settings(), ledger=self.ledger, publish=self.published)
         self.client._traces = self.traces = Traces(self.tracer)
 
     def handle(self, payload: Any, kind: Any = Job) -> StatusDocument:
@@ -70,7 +70,7 @@ class Office:
     def run(self, **changes: Any) -> StatusDocument:
         """Submit a job, and run it."""
         job_id = self.client.submit(**{**FIELDS, **changes})
-        return self.handle(self.doorbell.jobs[-1].model_dump(mode="json") | {"id": job_id})
+        return self.handle(self.published.jobs[-1].model_dump(mode="json") | {"id": job_id})
 
     @property
     def spans(self) -> dict[str, ReadableSpan]:
@@ -157,7 +157,7 @@ def test_a_caller_who_has_a_span_is_followed_though_this_process_makes_none(offi
         office.run()
         office.client.submit_many([FIELDS])
     mine = f"{request.get_span_context().span_id:016x}"
-    assert [(job.traceparent or "")[36:52] for job in office.doorbell.jobs] == [mine, mine]
+    assert [(job.traceparent or "")[36:52] for job in office.published.jobs] == [mine, mine]
     assert trace_of(office.spans["job"]) == f"{request.get_span_context().trace_id:032x}"
 
 

@@ -1,9 +1,9 @@
 """In-memory doubles of every seam, and a tiny network with a known answer: for our tests and yours.
 
->>> ledger, doorbell = MemoryLedger(), Doorbell()
->>> client = GradcamClient(ledger=ledger, publish=doorbell)
+>>> ledger, publisher = MemoryLedger(), RecordingPublisher()
+>>> client = GradcamClient(ledger=ledger, publish=publisher)
 >>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 1})
->>> [job.id for job in doorbell.jobs] == [job_id]
+>>> [job.id for job in publisher.jobs] == [job_id]
 
 `eager_client` is for unit tests of a web app: no servers, no TensorFlow.
 """

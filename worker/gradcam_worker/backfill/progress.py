@@ -101,7 +101,7 @@ class OutageLog:
         self._ended(LedgerUnavailable, "The ledger")
         return found
 
-    def ringing(self, step: Callable[[], object]) -> None:
+    def publishing(self, step: Callable[[], object]) -> None:
         """Take a step that the workers' reaper takes too, where the broker is away."""
         try:
             step()

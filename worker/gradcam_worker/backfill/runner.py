@@ -42,7 +42,7 @@ class BackfillRunner:
         plan: Plan,
         output: DatasetDir,
         ledger: Ledger,
-        ring: Callable[[str], None],
+        publish: Callable[[str], None],
         registry: BackfillRegistry,
         *,
         pace: RunOptions = AT_EASE,
@@ -50,12 +50,12 @@ class BackfillRunner:
         show: Callable[[Progress], None] = lambda _: None,
         say: Callable[[str], None] = log.warning,
     ) -> None:
-        """`ring` publishes a shard by its id. A worker has `each` shards in hand at most.
+        """`publish` publishes a shard by its id. A worker has `each` shards in hand at most.
 
         `show` is called again and again with how far it is, `say` with what somebody should know.
         """
         self.plan, self.standing, self._speed = plan, Progress(), RateMeter()
-        self._output, self._ledger, self._ring, self._fleet = output, ledger, ring, registry
+        self._output, self._ledger, self._publish, self._fleet = output, ledger, publish, registry
         self._pace, self._each, self._show, self._say = pace, each, show, say
         self._outages = OutageLog(say)
         self.flights = InFlight(ledger, output.has, self._announce, say)
@@ -199,7 +199,7 @@ class BackfillRunner:
             return
         if self._pace.rate:
             self._free_s = max(self._free_s, time.monotonic()) + len(flight.shard.rows) / self._pace.rate
-        self._outages.ringing(lambda: self._ring(flight.shard.id))
+        self._outages.publishing(lambda: self._publish(flight.shard.id))
 
     def _announce(self) -> None:
         self._seat.beat()

@@ -12,7 +12,7 @@ import redis
 from gradcam_worker.broker.publisher import INTERACTIVE, QUEUES, ROUTES, SHARDS, TASKS
 from gradcam_worker.settings import Settings
 
-if TYPE_CHECKING:  # a client rings without them: half of the time that its import takes
+if TYPE_CHECKING:  # a client publishes without Celery, which the base install does not have
     from celery import Celery
 
 

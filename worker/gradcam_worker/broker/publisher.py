@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterable
 from datetime import datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gradcam_worker.broker import message
 from gradcam_worker.errors import BrokerUnavailable
@@ -14,10 +14,6 @@ from gradcam_worker.ledger.redis.client import RedisClients
 from gradcam_worker.schemas import shard
 from gradcam_worker.schemas.shard import Work
 from gradcam_worker.settings import Settings
-
-if TYPE_CHECKING:  # a client rings without them: half of the time that its import takes
-    pass
-
 
 EXPLAIN = "gradcam.explain"
 
@@ -71,7 +67,7 @@ class Publisher:
         self.close, self.mode = self._clients.close, self._clients.mode
 
     def publish(self, jobs: Iterable[tuple[Work, datetime | None]]) -> None:
-        """Ring for jobs, in order, each with the moment at which it was entered in the ledger.
+        """Publish jobs, in order, each with the moment at which it was entered in the ledger.
 
         That moment, where it is known, saves its worker a look there: see `Ledger.claim_fresh`.
         Raises BrokerUnavailable: some of the messages may have come through.
@@ -79,7 +75,7 @@ class Publisher:
         self._push((job.priority, _message(job.id, job.priority, job.to_json(), at)) for job, at in jobs)
 
     def republish(self, job_ids: Iterable[str], priority: str) -> None:
-        """Ring for jobs that the ledger has: their ids are enough. Raises BrokerUnavailable."""
+        """Publish jobs that the ledger has: their ids are enough. Raises BrokerUnavailable."""
         self._push(
             (priority, _message(one, priority, json.dumps({"id": one}), entered_at=None)) for one in job_ids
         )

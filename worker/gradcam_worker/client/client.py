@@ -74,13 +74,13 @@ class GradcamClient:
         self._traces = tracing.to(settings.traces, "gradcam-client")
         self._ledger = ledger or RedisLedger(settings, timeout_s=TIMEOUT_S, retries=0)
         self.waiter = JobWaiter(self._ledger)
-        self._bell, self._publish = publisher.Publisher(settings, timeout_s=TIMEOUT_S), publish
+        self._publisher, self._publish = publisher.Publisher(settings, timeout_s=TIMEOUT_S), publish
         self._objects = objects or results.Places(settings)
 
     def submit(
         self, job: Job | Mapping[str, Any] | None = None, /, *, retry_failed: bool = False, **fields: Any
     ) -> str:
-        """Enter a job in the ledger, ring the queue, return the job's id.
+        """Enter a job in the ledger, publish it, return the job's id.
 
         Give a `Job`, or its fields: `image`, `network` and `target` at least. Submitting the same
         job again (by id, or by `idempotency_key`) returns the first one's id and runs nothing twice. Where
@@ -106,7 +106,7 @@ class GradcamClient:
             raise entered
         if entered.status == "failed":
             log.info("job %s has failed before: retry, or retry_failed=True, tries it again", entered.id)
-        self._ring([(job, entered)], patience)
+        self._publish_entered([(job, entered)], patience)
         return entered.id
 
     def submit_many(
@@ -138,7 +138,7 @@ class GradcamClient:
                     accepted.append((job, held))
             ids += [held.id for _, held in accepted]
             # A broker that has been out of reach for so long is not waited for with every chunk again.
-            insists = self._ring(accepted, _patience(insists=insists))
+            insists = self._publish_entered(accepted, _patience(insists=insists))
             if problem:
                 raise _numbered(problem, ids) from problem
 
@@ -183,8 +183,8 @@ class GradcamClient:
             doubt.in_doubt = tuple(job.id for job in jobs)
             raise doubt from error
 
-    def _ring(self, entered: Sequence[tuple[Job, StatusDocument]], patience: RetryPolicy) -> bool:
-        """Ring for jobs that are in the ledger and wait; whether the broker could be reached.
+    def _publish_entered(self, entered: Sequence[tuple[Job, StatusDocument]], patience: RetryPolicy) -> bool:
+        """Publish jobs that are in the ledger and wait; whether the broker could be reached.
 
         Also for one that was there before: perhaps its message was not.
         """
@@ -192,15 +192,15 @@ class GradcamClient:
             (job.model_copy(update={"id": held.id}), held) for job, held in entered if held.status == "queued"
         ]
 
-        def ring() -> None:
+        def publish() -> None:
             if self._publish:
                 for job, _ in waiting:
                     self._publish(job)
             else:
-                self._bell.publish((job, held.created_at) for job, held in waiting)
+                self._publisher.publish((job, held.created_at) for job, held in waiting)
 
         try:
-            patience.call(ring, (BrokerUnavailable,), _hopeless)
+            patience.call(publish, (BrokerUnavailable,), _hopeless)
         except BrokerUnavailable as error:
             which = f"job {waiting[0][0].id} is" if len(waiting) == 1 else f"{len(waiting)} jobs are"
             log.warning("%s accepted, but nobody could be told at once: %s", which, error)
@@ -237,7 +237,7 @@ class GradcamClient:
             log.warning("job %s is queued again, but nobody could be told at once: %s", document.id, error)
             return document
         if isinstance(job, Job):
-            self._ring([(job, document)], _patience())
+            self._publish_entered([(job, document)], _patience())
         return document
 
     def _changed(self, ask: Callable[[], T], which: str, done: str) -> T:
@@ -310,7 +310,7 @@ class GradcamClient:
         """Close every connection: who still waits gets LedgerUnavailable. Used again, it connects again."""
         self.waiter.close()
         self._ledger.close()
-        self._bell.close()
+        self._publisher.close()
 
     def __enter__(self) -> Self:
         """Nothing is connected yet."""

@@ -50,7 +50,7 @@ class DeadLetters:
     """Failed jobs in a ledger. Raises LedgerUnavailable wherever that cannot be reached."""
 
     def __init__(self, ledger: Ledger, submit: Callable[[Job], str]) -> None:
-        """`submit` enters a job and rings the queue, as `GradcamClient.submit` does."""
+        """`submit` enters a job and publishes it, as `GradcamClient.submit` does."""
         self._ledger, self._submit = ledger, submit
 
     def find(

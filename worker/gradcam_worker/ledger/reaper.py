@@ -32,7 +32,7 @@ class Reaper:
         self,
         ledger: Ledger,
         worker: str,
-        ring: Callable[[str, str], None],
+        publish: Callable[[str, str], None],
         waiting: Callable[[str], int],
         *,
         lease_s: float,
@@ -40,11 +40,11 @@ class Reaper:
         observer: Observer = SILENT,
         outages: Outages | None = None,
     ) -> None:
-        """`ring` publishes a job again, by its id and priority; `waiting` says how many messages a
+        """`publish` publishes a job again, by its id and priority; `waiting` says how many messages a
         priority's queue holds.
         """
         self._ledger, self._worker = ledger, worker
-        self._ring_for, self._waiting = ring, waiting
+        self._publish, self._waiting = publish, waiting
         self._lease_s, self._lost_after_s = lease_s, lost_after_s
         self._outages = outages or Outages()
         self._observer = observer
@@ -94,10 +94,10 @@ class Reaper:
             self._one(job_id, self._ledger.expire)
         for job_id in overdue["due"]:
             if route := self._one(job_id, self._ledger.requeue):
-                self._ring(job_id, route, "is due again")
+                self._publish_again(job_id, route, "is due again")
         for job_id in overdue["lost"] if trusted else ():
             if route := self._one(job_id, self._ledger.expire_lease):
-                self._ring(job_id, route, "was lost with its worker: it runs again, alone")
+                self._publish_again(job_id, route, "was lost with its worker: it runs again, alone")
 
     def _one(self, job_id: str, change: Callable[[str], str | None]) -> str | None:
         """Change one job; one whose record cannot be read must not keep the others waiting."""
@@ -118,8 +118,10 @@ class Reaper:
             )
             for job_id in silent:
                 self._observer.republished()
-                self._ring(job_id, route, "has no message that is to be found: it is published again")
+                self._publish_again(
+                    job_id, route, "has no message that is to be found: it is published again"
+                )
 
-    def _ring(self, job_id: str, route: str, why: str) -> None:
+    def _publish_again(self, job_id: str, route: str, why: str) -> None:
         log.info("job %s %s", job_id, why)
-        self._ring_for(job_id, route)
+        self._publish(job_id, route)

@@ -22,7 +22,7 @@ class MemoryLedger(Ledger):
         self._entries: dict[str, Entry] = {}
         self._keys: dict[str, str] = {}
         self._due: dict[str, float] = {}  # job id -> when its lease, its pause or its patience ends
-        self._rung: dict[str, int] = {}
+        self._republished: dict[str, int] = {}
         self._claimed: dict[str, float] = {}  # route -> the latest message that came through
         self._dead: dict[str, float] = {}
         self._leader: tuple[str, float] = ("", 0)
@@ -78,12 +78,12 @@ class MemoryLedger(Ledger):
         kept = after.status == "failed" or not after.final
         self._entries[after.id] = entry if kept else replace(entry, job="null")
         if before is None or before.status != after.status:
-            first = before and before.attempt == 0 and after.id not in self._rung
+            first = before and before.attempt == 0 and after.id not in self._republished
             if before and first and before.status == "queued" and after.status == "running":
                 published = min(self._due.get(after.id, 0), now)
                 self._claimed[entry.route] = max(published, self._claimed.get(entry.route, 0))
             self._due[after.id] = now + (self._lease_s if after.status == "running" else delay_s)
-            self._rung.pop(after.id, None)
+            self._republished.pop(after.id, None)
         if after.status == "failed":
             self._dead.setdefault(after.id, now)
         elif before and before.status == "failed":
@@ -156,8 +156,8 @@ class MemoryLedger(Ledger):
                 and self._due[job_id] <= newest - lost_after_s
             ][:limit]
             for job_id in found:
-                self._rung[job_id] = self._rung.get(job_id, 0) + 1
-                self._due[job_id] = now + lost_after_s * (2.0 ** (self._rung[job_id] - 1) - 1)
+                self._republished[job_id] = self._republished.get(job_id, 0) + 1
+                self._due[job_id] = now + lost_after_s * (2.0 ** (self._republished[job_id] - 1) - 1)
             return found
 
     def dead(self) -> list[tuple[str, float]]:
