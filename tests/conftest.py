@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import random
+import signal
 import socket
 import ssl
 import threading
@@ -26,6 +27,16 @@ from gradcam_worker.testing import TinyNetwork
 
 SERVERS = {"valkey", "s3_server", "encrypted"}  # fixtures that start a program
 FOLDERS_OF_SERVERS = {"live", "faults", "devtools", "deploy"}
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the programs that tests start, however the suite itself was started.
+
+    A shell without job control starts what runs in the background with SIGINT ignored, and every process
+    inherits that.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
