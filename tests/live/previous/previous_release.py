@@ -1,0 +1,77 @@
+"""The previous release at work: run with its package on PYTHONPATH, never with the one of this repository.
+
+python previous_release.py supervise       its worker, with a small network in place of Keras's
+python previous_release.py work FD         what its supervisor starts
+python previous_release.py submit          its client submits the jobs of standard input, says their ids
+python previous_release.py read            says how it understands what the present release has written
+"""
+
+import base64
+import json
+import logging
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+MAX_BYTES = 1024 * 1024  # of a message's job
+
+
+def previous(name: str) -> Any:
+    """A module of the previous release, whose package was called `worker`."""
+    return import_module(f"worker.{name}" if name else "worker")
+
+
+def supervise() -> int:
+    """What `gradcam worker` does."""
+    settings = previous("settings").Settings.from_environment()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    command = (sys.executable, "-P", __file__, "work")
+    return int(previous("supervisor").Supervisor(settings, command).run())
+
+
+def work(ready_fd: int) -> int:
+    """What `gradcam worker --unsupervised --ready-fd` does, without Keras."""
+    door: Any = ModuleType("worker.gradcam.backend")
+    door.name = door.version = lambda: "numpy"
+    door.device_name = lambda: "cpu"
+    door.peak_memory = door.reset_peak_memory = lambda: None
+    door.set_intra_op_threads = lambda _: None
+    sys.modules[door.__name__] = previous("gradcam").backend = door
+    network = previous("testing").TinyNetwork
+    settings = previous("settings").Settings.from_environment()
+    return int(previous("process").run(settings, ready_fd=ready_fd, load=lambda row: network()))
+
+
+def submit() -> None:
+    """Jobs from standard input, each as JSON; their ids to standard output."""
+    client = previous("client").GradcamClient()
+    json.dump([client.submit(job) for job in json.load(sys.stdin)], sys.stdout)
+
+
+def read() -> None:
+    """Messages (bytes in base64, and their queues) and ids, read as strictly as ever."""
+    asked = json.load(sys.stdin)
+    envelope, contract = previous("envelope"), previous("contract")
+    jobs = []
+    for item, queue in asked["messages"]:
+        message = envelope.read(base64.b64decode(item), queue, MAX_BYTES)
+        args, kwargs, _ = json.loads(base64.b64decode(message["body"]))
+        payload = kwargs or args[0]
+        whole = set(payload) != {"id"}  # else the ledger has the rest
+        jobs.append(json.loads(contract.Job.parse(payload).to_json()) if whole else payload)
+    client = previous("client").GradcamClient()
+    documents = {one: json.loads(client.status(one).to_json()) for one in asked["ids"]}
+    json.dump({"jobs": jobs, "documents": documents}, sys.stdout)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["supervise"]:
+            sys.exit(supervise())
+        case ["work", ready_fd]:
+            sys.exit(work(int(ready_fd)))
+        case ["submit"]:
+            submit()
+        case ["read"]:
+            read()
