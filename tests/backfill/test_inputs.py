@@ -20,7 +20,8 @@ from gradcam_worker.artifacts.dataset import failed_lines
 from gradcam_worker.backfill.inputs.open import open_input
 from gradcam_worker.backfill.inputs.rows import MAX_URI, Ids, RowParser
 from gradcam_worker.backfill.inputs.tables import MAX_LINE, json_rows
-from gradcam_worker.backfill.plan import Plan, shards
+from gradcam_worker.backfill.plan import Plan
+from gradcam_worker.backfill.sharding import cut_shards
 from gradcam_worker.errors import InvalidInput
 from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.operations import servers
@@ -206,7 +207,7 @@ class TestJsonLines:
         before = read(write("a.jsonl", f'"no uri"\n{{"image": "{A}", "id": "7", "sha256": "{SHA}"}}\n'))
         problem = before[0].problem
         assert problem
-        (shard,) = shards(before, PLAN)
+        (shard,) = cut_shards(before, PLAN)
         again = read(write("failed.jsonl", failed_lines(shard, [problem, problem])))
         assert again[1] == before[1]
         assert again[0].uri == '"no uri"'.strip('"')
@@ -642,7 +643,7 @@ class TestOutputsBelow:
             found = {row.uri.removeprefix("s3://photos/mixed/") for row in opened.rows()}
         folders = ("out/",) if where == "mixed/out/" else ("", "out/", "another/")
         assert found == {f"{folder}{name}" for name in OTHERS for folder in folders}
-        assert opened.left_out() == len(OWN) * len(folders)
+        assert opened.own_files() == len(OWN) * len(folders)
 
     def test_without_a_plan_nobody_knows_that_it_is_an_output_but_whoever_writes_there(
         self, bucket: Settings
@@ -814,7 +815,7 @@ class TestWhateverComes:
         except InvalidInput as error:
             assert str(path) in str(error)  # noqa: PT017  # either is right
         else:
-            for made in shards(found, PLAN):
+            for made in cut_shards(found, PLAN):
                 assert parse(json.loads(made.to_json())) == made
 
 
@@ -830,7 +831,7 @@ class TestMany:
         path = tmp_path / "a.jsonl"
         path.write_text("".join(f'"s3://photos/{place}"\n' for place in range(20_000)))
         with open_input(str(path), Settings()) as found:
-            made = shards(found.rows(), PLAN)
+            made = cut_shards(found.rows(), PLAN)
             next(made)
             with path.open("a") as file:
                 file.write(f'"{A}"\n')

@@ -22,7 +22,7 @@ from gradcam_worker.operations.top import Dashboard
 from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.settings import Settings
 
-PLACE = "s3://results/photos"
+OUTPUT = "s3://results/photos"
 NUMBER, OTHER = "01a216d4-0523-773f-a799-60224947ae4d", "01a216d4-0523-773f-a799-60224947ae4e"
 USERS = Path(__file__).parents[2] / "deploy" / "redis" / "users.acl"
 
@@ -35,104 +35,104 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def ships(settings: Settings) -> RedisBackfillRegistry:
+def backfills(settings: Settings) -> RedisBackfillRegistry:
     return RedisBackfillRegistry(RedisLedger(settings).server)
 
 
-def lease(ships: RedisBackfillRegistry, place: str = PLACE, **facts: Any) -> BackfillLease:
-    return BackfillLease(ships, place, lambda: {"backfill": "b"} | facts, lambda: ("shard-1", "shard-2"))
+def lease(backfills: RedisBackfillRegistry, output: str = OUTPUT, **facts: Any) -> BackfillLease:
+    return BackfillLease(backfills, output, lambda: {"backfill": "b"} | facts, lambda: ("shard-1", "shard-2"))
 
 
-def test_an_output_is_one_backfills_at_a_time(ships: RedisBackfillRegistry) -> None:
+def test_an_output_is_one_backfills_at_a_time(backfills: RedisBackfillRegistry) -> None:
     with (
-        lease(ships),
+        lease(backfills),
         pytest.raises(BackfillConflict, match=r"run by process \d+ on .+: wait for it"),
-        lease(ships),
+        lease(backfills),
     ):
         pass
-    with lease(ships) as later:
-        assert later.before is not None
-        assert (later.before.facts["backfill"], later.before.shards) == ("b", ("shard-1", "shard-2"))
+    with lease(backfills) as later:
+        assert later.previous is not None
+        assert (later.previous.facts["backfill"], later.previous.shards) == ("b", ("shard-1", "shard-2"))
 
 
 def test_one_that_was_killed_on_this_machine_is_waited_for(
-    ships: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
+    backfills: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "FRESH_S", 0.5)
-    monkeypatch.setattr(registry, "EVERY_S", 0.1)
+    monkeypatch.setattr(registry, "EXPIRES_AFTER_S", 0.5)
+    monkeypatch.setattr(registry, "RENEW_EVERY_S", 0.1)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     with monkeypatch.context() as patched:
         patched.setattr(os, "getpid", lambda: gone.pid)
-        assert lease(ships).beat(enter=True).owner
-    with lease(ships) as later:
-        assert later.heard.owner
+        assert lease(backfills).renew(enter=True).is_owner
+    with lease(backfills) as later:
+        assert later.status.is_owner
 
 
 def test_one_that_was_killed_is_followed_and_finds_out(
-    ships: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
+    backfills: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "EVERY_S", 3600)  # it says no more
-    with lease(ships) as silent:
-        monkeypatch.setattr(registry, "FRESH_S", 0.001)
+    monkeypatch.setattr(registry, "RENEW_EVERY_S", 3600)  # it is not renewed
+    with lease(backfills) as killed:
+        monkeypatch.setattr(registry, "EXPIRES_AFTER_S", 0.001)
         time.sleep(0.01)
-        with lease(ships) as later:
+        with lease(backfills) as later:
             later.check()
-            silent.beat()
+            killed.renew()
             with pytest.raises(BackfillConflict, match="run by process"):
-                silent.check()
-        silent.beat()
-        assert not silent.heard.owner, "not even when the other has left"
+                killed.check()
+        killed.renew()
+        assert not killed.status.is_owner, "not even when the other has left"
 
 
-def test_all_that_run_are_counted(ships: RedisBackfillRegistry) -> None:
-    with lease(ships) as first, lease(ships, "s3://results/others"):
-        assert first.beat().running == 2
-    with lease(ships) as alone:
-        assert alone.beat().running == 1
+def test_all_that_run_are_counted(backfills: RedisBackfillRegistry) -> None:
+    with lease(backfills) as first, lease(backfills, "s3://results/others"):
+        assert first.renew().running == 2
+    with lease(backfills) as alone:
+        assert alone.renew().running == 1
 
 
 def test_whoever_wants_it_to_end_is_heard_once(
-    ships: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
+    backfills: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "EVERY_S", 0.01)
-    assert ships.find(PLACE, cancel=True) is None
-    with lease(ships, done=7) as running:
-        assert not running.heard.cancel
-        found = ships.find(PLACE + "/", cancel=True)
+    monkeypatch.setattr(registry, "RENEW_EVERY_S", 0.01)
+    assert backfills.request_cancel(OUTPUT) is None
+    with lease(backfills, done=7) as running:
+        assert not running.status.cancel_requested
+        found = backfills.request_cancel(OUTPUT + "/")
         assert found is not None
-        assert found.lives
+        assert found.is_running
         assert found.facts.items() >= {"done": 7}.items()
-        wait_for(lambda: running.heard.cancel)
-    left = ships.find(PLACE, cancel=True)
+        wait_for(lambda: running.status.cancel_requested)
+    left = backfills.request_cancel(OUTPUT)
     assert left is not None
-    assert not left.lives
-    with lease(ships) as again:
-        assert not again.beat().cancel
+    assert not left.is_running
+    with lease(backfills) as again:
+        assert not again.renew().cancel_requested
 
 
-def test_a_seat_says_from_a_thread_of_its_own_how_far_it_is(
-    ships: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
+def test_a_lease_is_renewed_by_a_thread_of_its_own_with_how_far_it_is(
+    backfills: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "EVERY_S", 0.01)
+    monkeypatch.setattr(registry, "RENEW_EVERY_S", 0.01)
     counted = iter(range(10**9))
-    with BackfillLease(ships, PLACE, lambda: {"done": next(counted)}, tuple) as one:
+    with BackfillLease(backfills, OUTPUT, lambda: {"done": next(counted)}, tuple) as one:
         threads = [thread.name for thread in threading.enumerate()]
-        wait_for(lambda: (found := ships.find(PLACE)) is not None and found.facts["done"] > 3)
-        assert one.heard.owner
+        wait_for(lambda: (found := backfills.find(OUTPUT)) is not None and found.facts["done"] > 3)
+        assert one.status.is_owner
         assert "backfill-lease" in threads
     assert "backfill-lease" not in [thread.name for thread in threading.enumerate()]
 
 
-def test_a_fleet_out_of_reach_ends_no_backfill_that_runs(
-    settings: Settings, ships: RedisBackfillRegistry, free_port: int
+def test_a_registry_out_of_reach_ends_no_backfill_that_runs(
+    settings: Settings, backfills: RedisBackfillRegistry, free_port: int
 ) -> None:
     away = RedisBackfillRegistry(
         RedisLedger(settings.model_copy(update={"ledger_url": f"redis://127.0.0.1:{free_port}"})).server
     )
-    with lease(ships) as one:
+    with lease(backfills) as one:
         one.registry = away
-    assert one.heard.owner
+    assert one.status.is_owner
 
 
 def shard_of(one: BackfillLease, **changes: Any) -> Shard:
@@ -144,54 +144,54 @@ def shard_of(one: BackfillLease, **changes: Any) -> Shard:
         "rows": [{"uri": "s3://in/a.png"}],
         "network": "vgg16",
         "target": {"top_n": 1},
-        "output": PLACE,
+        "output": OUTPUT,
         "token": one.token,
     }
     return Shard.model_validate({**fields, **changes})
 
 
-def test_only_a_shard_that_shows_its_backfills_token_is_admitted(ships: RedisBackfillRegistry) -> None:
-    with lease(ships, backfill=NUMBER) as one:
+def test_only_a_shard_that_shows_its_backfills_token_is_admitted(backfills: RedisBackfillRegistry) -> None:
+    with lease(backfills, backfill=NUMBER) as one:
         good = shard_of(one)
-        assert ships.admits(good)
-        assert ships.admits(shard_of(one, output=f"{PLACE}/"))
+        assert backfills.admits(good)
+        assert backfills.admits(shard_of(one, output=f"{OUTPUT}/"))
         for changes in ({"token": ""}, {"token": "x"}, {"backfill": OTHER}, {"output": "s3://results/other"}):
-            assert not ships.admits(shard_of(one, **changes)), changes
+            assert not backfills.admits(shard_of(one, **changes)), changes
         assert one.token not in f"{good!r} {one!r} {one.facts()}"
-    assert ships.admits(good), "nobody runs it, and what is in flight comes to its end"
+    assert backfills.admits(good), "nobody runs it, and what is in flight comes to its end"
 
 
 def test_a_token_is_its_backfills_whoever_goes_on_with_it_and_no_other_ones(
-    settings: Settings, ships: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, backfills: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "EVERY_S", 3600)
-    with lease(ships, backfill=NUMBER) as first:
+    monkeypatch.setattr(registry, "RENEW_EVERY_S", 3600)
+    with lease(backfills, backfill=NUMBER) as first:
         in_flight = shard_of(first)
         with redis.Redis.from_url(settings.broker_url) as server:
             names: Any = server.keys(f"{settings.key_prefix}backfill*")
             server.delete(*names)  # a server that was started anew
-            assert not ships.admits(in_flight)
-            first.beat()
-            assert ships.admits(in_flight)
-    with lease(ships, backfill=NUMBER) as again:
+            assert not backfills.admits(in_flight)
+            first.renew()
+            assert backfills.admits(in_flight)
+    with lease(backfills, backfill=NUMBER) as again:
         assert again.token == first.token
-    with lease(ships, backfill=OTHER) as other:
+    with lease(backfills, backfill=OTHER) as other:
         assert other.token != first.token
-        assert not ships.admits(in_flight)
+        assert not backfills.admits(in_flight)
 
 
 def test_one_that_an_older_version_runs_has_no_token_and_gets_one_from_who_goes_on(
-    settings: Settings, ships: RedisBackfillRegistry
+    settings: Settings, backfills: RedisBackfillRegistry
 ) -> None:
-    with lease(ships, backfill=NUMBER) as old:
+    with lease(backfills, backfill=NUMBER) as old:
         with redis.Redis.from_url(settings.broker_url) as server:
             names: Any = server.keys(f"{settings.key_prefix}backfill:*")
             server.hdel(names[0], "token")
-        assert ships.admits(shard_of(old, token=""))
-        assert not ships.admits(shard_of(old))
-    with lease(ships, backfill=NUMBER) as new:
-        assert ships.admits(shard_of(new))
-        assert not ships.admits(shard_of(new, token=""))
+        assert backfills.admits(shard_of(old, token=""))
+        assert not backfills.admits(shard_of(old))
+    with lease(backfills, backfill=NUMBER) as new:
+        assert backfills.admits(shard_of(new))
+        assert not backfills.admits(shard_of(new, token=""))
 
 
 @pytest.fixture
@@ -219,8 +219,8 @@ def test_whoever_may_only_submit_may_do_all_that_a_backfill_does(
         assert submitter.cancel(shard.id).status == "canceled"
         assert submitter.workers() == {"gpu-1:7": "well"}
         submitter.drop_dead_letter(shard.id)
-        assert RedisBackfillRegistry(submitter.server).find(PLACE, cancel=True)
-        assert one.beat().cancel
+        assert RedisBackfillRegistry(submitter.server).request_cancel(OUTPUT)
+        assert one.renew().cancel_requested
     port = admin.get_connection_kwargs()["port"]
     looks_on = Dashboard(Settings(broker_url=f"redis://gradcam-worker:secret@127.0.0.1:{port}/0"))
     assert looks_on.look().shards_ended["canceled"] == 1

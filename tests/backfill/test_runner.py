@@ -16,11 +16,13 @@ import pytest
 from rich.console import Console
 
 from gradcam_worker.backfill import inflight, output
+from gradcam_worker.backfill.options import RunOptions
 from gradcam_worker.backfill.output import DatasetDir
-from gradcam_worker.backfill.plan import Plan, shards
-from gradcam_worker.backfill.progress import Progress, RunOptions
+from gradcam_worker.backfill.plan import Plan
+from gradcam_worker.backfill.progress import Progress
 from gradcam_worker.backfill.registry import BackfillRecord, LeaseStatus
 from gradcam_worker.backfill.runner import BackfillRunner
+from gradcam_worker.backfill.sharding import cut_shards
 from gradcam_worker.errors import (
     BackfillConflict,
     BackfillStopped,
@@ -44,20 +46,20 @@ from gradcam_worker.schemas.status import NetworkRef, Problem, StatusDocument, W
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import MemoryLedger, MemoryStore, fake_services
 
-PLACE = "s3://results/photos"
+OUTPUT = "s3://results/photos"
 IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
 
 
-class MemoryFleet:
-    """The fleet in a dictionary: see `gradcam_worker.backfill.registry.BackfillRegistry`."""
+class MemoryRegistry:
+    """The registry in memory: see `gradcam_worker.backfill.registry.BackfillRegistry`."""
 
     def __init__(self) -> None:
-        self.heard = LeaseStatus(owner=True)
+        self.status = LeaseStatus(is_owner=True)
         self.record: BackfillRecord | None = None
         self.token = ""
         self.most = 0  # shards in flight that it was told of at once
 
-    def beat(
+    def renew(
         self,
         output: str,
         owner: str,
@@ -68,25 +70,28 @@ class MemoryFleet:
         enter: bool = False,
     ) -> LeaseStatus:
         del output, owner
-        before, self.record = self.record, BackfillRecord(facts, tuple(shards), lives=True)
+        before, self.record = self.record, BackfillRecord(facts, tuple(shards), is_running=True)
         self.most = max(self.most, len(shards))
         if not enter:
-            return self.heard
+            return self.status
         goes_on = self.token and before is not None and before.facts["backfill"] == facts["backfill"]
         self.token = self.token if goes_on else token
-        return replace(self.heard, before=before, token=self.token)
+        return replace(self.status, previous=before, token=self.token)
 
     def admits(self, shard: Shard) -> bool:
         return bool(self.token) and shard.token == self.token
 
-    def leave(self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str]) -> None:
+    def release(self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str]) -> None:
         del output, owner
-        self.record = BackfillRecord(facts, tuple(shards), lives=False)
+        self.record = BackfillRecord(facts, tuple(shards), is_running=False)
 
-    def find(self, output: str, *, cancel: bool = False) -> BackfillRecord | None:
+    def find(self, output: str) -> BackfillRecord | None:
         del output
-        if cancel:
-            self.heard = replace(self.heard, cancel=True)
+        return self.record
+
+    def request_cancel(self, output: str) -> BackfillRecord | None:
+        del output
+        self.status = replace(self.status, cancel_requested=True)
         return self.record
 
 
@@ -113,19 +118,19 @@ class Ledger(MemoryLedger):
 
 
 @dataclass
-class House:
-    """An output, a ledger, a fleet, and a worker that may be asked to misbehave."""
+class Harness:
+    """An output, a ledger, a registry, and a worker that may be asked to misbehave."""
 
     images: dict[str, bytes | Exception]
     store: MemoryStore = field(default_factory=MemoryStore)
     ledger: Ledger = field(default_factory=Ledger)
-    registry: MemoryFleet = field(default_factory=MemoryFleet)
+    registry: MemoryRegistry = field(default_factory=MemoryRegistry)
     published: "Queue[str | None]" = field(default_factory=Queue)
     fails: dict[str, list[GradcamError]] = field(default_factory=dict)  # by shard key: of its next tries
     done: list[Shard] = field(default_factory=list)  # by the worker, in this order
-    said: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     shown: list[Progress] = field(default_factory=list)
-    show: Callable[[Progress], object] = lambda _: None
+    on_progress: Callable[[Progress], object] = lambda _: None
     publish: Callable[[str], None] | None = None
 
     def work(self) -> None:
@@ -155,32 +160,32 @@ class House:
             else:
                 handler.handle({"id": job_id}, job_id, kind=Shard)
 
-    def run(self, plan: Plan, rows: Sequence[Row], **pace: Any) -> dict[str, Any] | None:
+    def run(self, plan: Plan, rows: Sequence[Row], **options: Any) -> dict[str, Any] | None:
         """One run, as `gradcam backfill` begins it."""
-        place = DatasetDir(self.store)
-        resume = pace.pop("resume", False) or bool({"changed", "only_failed"} & pace.keys())
-        plan = place.agreed(plan, resume=resume, changed=pace.get("changed", False))
+        dataset = DatasetDir(self.store)
+        resume = options.pop("resume", False) or bool({"changed", "only_failed"} & options.keys())
+        plan = dataset.resolve(plan, resume=resume, changed=options.get("changed", False))
 
-        def show(standing: Progress) -> None:
-            self.shown.append(standing)
-            self.show(standing)
+        def show(progress: Progress) -> None:
+            self.shown.append(progress)
+            self.on_progress(progress)
 
-        one = BackfillRunner(
+        runner = BackfillRunner(
             plan,
-            place,
+            dataset,
             self.ledger,
             self.publish or self.published.put,
             self.registry,
-            pace=RunOptions(**pace),
-            show=show,
-            say=self.said.append,
+            options=RunOptions(**options),
+            on_progress=show,
+            warn=self.warnings.append,
         )
-        with one.lease() as lease:
-            return one.run(lease, shards(rows, plan))
+        with runner.lease() as lease:
+            return runner.run(lease, cut_shards(rows, plan))
 
     @property
-    def seal(self) -> dict[str, Any] | None:
-        return DatasetDir(self.store).is_committed()
+    def summary(self) -> dict[str, Any] | None:
+        return DatasetDir(self.store).read_summary()
 
     def rows(self) -> Counter[int]:
         """How often each row of the input is in the dataset."""
@@ -195,10 +200,10 @@ class House:
 
 
 @pytest.fixture
-def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
-    for name in ("runner.FIRST_LOOK_S", "runner.LAST_LOOK_S", "progress.AGAIN_S"):
+def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
+    for name in ("runner.MIN_POLL_S", "runner.MAX_POLL_S", "outages.RETRY_AFTER_S"):
         monkeypatch.setattr(f"gradcam_worker.backfill.{name}", 0.002)
-    one = House({f"s3://in/{number}.png": IMAGE for number in range(100)})
+    one = Harness({f"s3://in/{number}.png": IMAGE for number in range(100)})
     worker = threading.Thread(target=one.work)
     worker.start()
     yield one
@@ -213,438 +218,456 @@ def images(count: int) -> list[Row]:
 @pytest.fixture
 def plan() -> Plan:
     return Plan(
-        input="photos.csv", output=PLACE, network="efficientnet_lite0", target=Target(top_n=1), shard_rows=4
+        input="photos.csv", output=OUTPUT, network="efficientnet_lite0", target=Target(top_n=1), shard_rows=4
     )
 
 
-def test_a_backfill_leaves_a_sealed_dataset_with_each_row_exactly_once(house: House, plan: Plan) -> None:
+def test_a_backfill_leaves_a_complete_dataset_with_each_row_exactly_once(
+    harness: Harness, plan: Plan
+) -> None:
     problem = Problem.of(ImageNotFound("No URI in line 3."), stage="plan", attempt=0)
     rows = [*images(9), Row(uri="s3://in/none.png", id="lost"), Row(uri="", problem=problem)]
-    seal = house.run(plan, rows)
-    assert seal == house.seal
-    assert house.rows() == dict.fromkeys(range(11), 1)
-    assert seal is not None
-    assert seal.items() >= {"schema": "gradcam.dataset/v1", "backfill": plan.id, "rows": 11}.items()
-    assert seal.items() >= {"failed": 2, "codes": {"image_not_found": 2}, "shards": 3}.items()
-    assert seal["network"] == {"name": "efficientnet_lite0", "layer": "blocks", "weights_sha256": None}
-    assert [one["row"] for one in house.failed()] == [9, 10]
-    last = house.shown[-1]
+    summary = harness.run(plan, rows)
+    assert summary == harness.summary
+    assert harness.rows() == dict.fromkeys(range(11), 1)
+    assert summary is not None
+    assert summary.items() >= {"schema": "gradcam.dataset/v1", "backfill": plan.id, "rows": 11}.items()
+    assert summary.items() >= {"failed": 2, "codes": {"image_not_found": 2}, "shards": 3}.items()
+    assert summary["network"] == {"name": "efficientnet_lite0", "layer": "blocks", "weights_sha256": None}
+    assert [one["row"] for one in harness.failed()] == [9, 10]
+    last = harness.shown[-1]
     assert (last.planned, last.done, last.failed, last.whole, last.in_flight) == (11, 11, 2, True, 0)
-    assert next(reversed(house.store.objects)) == "dataset.json", "it is written last"
+    assert next(reversed(harness.store.objects)) == "dataset.json", "it is written last"
 
 
-def test_an_interrupted_backfill_goes_on_where_it_was(house: House, plan: Plan) -> None:
-    def interrupt(standing: Progress) -> None:
-        if standing.done >= 8:
+def test_an_interrupted_backfill_goes_on_where_it_was(harness: Harness, plan: Plan) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.done >= 8:
             raise KeyboardInterrupt
 
-    house.show = interrupt
+    harness.on_progress = interrupt
     with pytest.raises(KeyboardInterrupt):
-        house.run(plan, images(40))
-    assert house.seal is None
-    house.show = lambda _: None
+        harness.run(plan, images(40))
+    assert harness.summary is None
+    harness.on_progress = lambda _: None
     with pytest.raises(
         BackfillConflict, match=r"this very backfill, and \d+ shards of it are done: use --res"
     ):
-        house.run(plan, images(40))
-    seal = house.run(plan, images(40), resume=True)
-    assert seal is not None
-    assert house.rows() == dict.fromkeys(range(40), 1)
-    assert Counter(one.key for one in house.done).most_common(1)[0][1] == 1, "no shard was run twice"
-    assert house.shown[-1].before >= 8
-    count = len(house.done)
-    assert house.run(plan, images(40), resume=True) == seal, "there is nothing left to do"
-    assert len(house.done) == count
+        harness.run(plan, images(40))
+    summary = harness.run(plan, images(40), resume=True)
+    assert summary is not None
+    assert harness.rows() == dict.fromkeys(range(40), 1)
+    assert Counter(one.key for one in harness.done).most_common(1)[0][1] == 1, "no shard was run twice"
+    assert harness.shown[-1].before >= 8
+    count = len(harness.done)
+    assert harness.run(plan, images(40), resume=True) == summary, "there is nothing left to do"
+    assert len(harness.done) == count
 
 
-def test_never_more_than_the_window_is_in_flight_and_others_get_their_share(house: House, plan: Plan) -> None:
-    house.run(plan, images(40), window=3)
-    assert house.registry.most == 3
-    house.registry.most, house.registry.heard = 0, LeaseStatus(owner=True, running=3)
-    house.store.objects.clear()
-    house.run(plan.model_copy(update={"id": "01a216d4-0523-773f-a799-60224947ae4d"}), images(40), window=3)
-    assert house.registry.most == 1
+def test_never_more_than_the_window_is_in_flight_and_others_get_their_share(
+    harness: Harness, plan: Plan
+) -> None:
+    harness.run(plan, images(40), window=3)
+    assert harness.registry.most == 3
+    harness.registry.most, harness.registry.status = 0, LeaseStatus(is_owner=True, running=3)
+    harness.store.objects.clear()
+    harness.run(plan.model_copy(update={"id": "01a216d4-0523-773f-a799-60224947ae4d"}), images(40), window=3)
+    assert harness.registry.most == 1
 
 
-def test_without_a_window_there_are_as_many_as_keep_the_workers_busy(house: House, plan: Plan) -> None:
-    house.ledger.health = {f"worker-{number}": "" for number in range(3)}
+def test_without_a_window_there_are_as_many_as_keep_the_workers_busy(harness: Harness, plan: Plan) -> None:
+    harness.ledger.health = {f"worker-{number}": "" for number in range(3)}
     kept: list[str] = []
-    house.publish = kept.append
+    harness.publish = kept.append
 
-    def interrupt(standing: Progress) -> None:
-        if standing.in_flight == 12:  # 3 workers, 2 in hand, 2 for each of them
+    def interrupt(progress: Progress) -> None:
+        if progress.in_flight == 12:  # 3 workers, 2 in hand, 2 for each of them
             raise KeyboardInterrupt
 
-    house.show = interrupt
+    harness.on_progress = interrupt
     with pytest.raises(KeyboardInterrupt):
-        house.run(plan, images(100))
+        harness.run(plan, images(100))
     assert len(kept) == 12
 
 
-def test_no_more_is_handed_out_than_the_rate_allows(house: House, plan: Plan) -> None:
-    def interrupt(standing: Progress) -> None:
-        if standing.done and len(house.shown) > 20:
+def test_no_more_is_handed_out_than_the_rate_allows(harness: Harness, plan: Plan) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.done and len(harness.shown) > 20:
             raise KeyboardInterrupt
 
-    house.show = interrupt
+    harness.on_progress = interrupt
     with pytest.raises(KeyboardInterrupt):
-        house.run(plan, images(40), rate=0.001)
-    assert len(house.done) == 1
+        harness.run(plan, images(40), rate=0.001)
+    assert len(harness.done) == 1
 
 
-def test_it_stops_early_where_too_many_rows_fail(house: House, plan: Plan) -> None:
-    house.images.clear()
+def test_it_stops_early_where_too_many_rows_fail(harness: Harness, plan: Plan) -> None:
+    harness.images.clear()
     with pytest.raises(BackfillStopped, match=r"rows have failed, more than 50%: image_not_found \d+\."):
-        house.run(plan, images(100), window=2)
-    assert len(house.done) < 10
-    assert house.seal is None
-    assert house.ledger.counts() == (0, 0), "nothing is left in flight"
-    seal = house.run(plan, images(100), resume=True, max_failed=1)
-    assert seal is not None
-    assert seal["failed"] == 100
+        harness.run(plan, images(100), window=2)
+    assert len(harness.done) < 10
+    assert harness.summary is None
+    assert harness.ledger.counts() == (0, 0), "nothing is left in flight"
+    summary = harness.run(plan, images(100), resume=True, max_failed=1)
+    assert summary is not None
+    assert summary["failed"] == 100
 
 
-def test_where_all_have_been_tried_there_is_nothing_to_stop(house: House, plan: Plan) -> None:
-    house.images.clear()
-    seal = house.run(plan, images(16), window=4)
-    assert seal is not None
-    assert seal["codes"] == {"image_not_found": 16}
+def test_where_all_have_been_tried_there_is_nothing_to_stop(harness: Harness, plan: Plan) -> None:
+    harness.images.clear()
+    summary = harness.run(plan, images(16), window=4)
+    assert summary is not None
+    assert summary["codes"] == {"image_not_found": 16}
 
 
-def test_what_no_worker_can_do_ends_it_at_once(house: House, plan: Plan) -> None:
+def test_what_no_worker_can_do_ends_it_at_once(harness: Harness, plan: Plan) -> None:
     nobody = plan.model_copy(update={"target": Target(classes=("purple",))})
     with pytest.raises(BackfillStopped, match="because of unknown_class: There is no class 'purple'"):
-        house.run(nobody, images(100), window=2)
-    assert len(house.done) <= 3
-    assert house.run(plan, images(8)), "of that one nothing was done: the output is free"
-    assert house.rows() == dict.fromkeys(range(8), 1)
+        harness.run(nobody, images(100), window=2)
+    assert len(harness.done) <= 3
+    assert harness.run(plan, images(8)), "of that one nothing was done: the output is free"
+    assert harness.rows() == dict.fromkeys(range(8), 1)
 
 
-def test_a_shard_that_fails_as_a_whole_is_tried_again(house: House, plan: Plan) -> None:
-    keys = [one.key for one in shards(images(12), plan)]
-    house.fails = {keys[1]: [StorageUnavailable("The store is down.")] * 2}
-    assert house.run(plan, images(12))
-    assert [one.key for one in house.done].count(keys[1]) == 3
-    assert len({one.id for one in house.done}) == 5
+def test_a_shard_that_fails_as_a_whole_is_tried_again(harness: Harness, plan: Plan) -> None:
+    keys = [one.key for one in cut_shards(images(12), plan)]
+    harness.fails = {keys[1]: [StorageUnavailable("The store is down.")] * 2}
+    assert harness.run(plan, images(12))
+    assert [one.key for one in harness.done].count(keys[1]) == 3
+    assert len({one.id for one in harness.done}) == 5
 
 
-def test_without_that_shard_there_is_no_dataset_until_it_is_resumed(house: House, plan: Plan) -> None:
-    keys = [one.key for one in shards(images(12), plan)]
-    house.fails = {keys[1]: [StorageUnavailable("The store is down.")] * 3}
-    assert house.run(plan, images(12)) is None
-    assert house.seal is None
-    assert house.said == [
+def test_without_that_shard_there_is_no_dataset_until_it_is_resumed(harness: Harness, plan: Plan) -> None:
+    keys = [one.key for one in cut_shards(images(12), plan)]
+    harness.fails = {keys[1]: [StorageUnavailable("The store is down.")] * 3}
+    assert harness.run(plan, images(12)) is None
+    assert harness.summary is None
+    assert harness.warnings == [
         "Shard 1, rows 4 to 7, failed 3 times, at last with storage_unavailable: The store is down."
     ]
-    assert (house.shown[-1].lost, house.shown[-1].codes) == (1, {"storage_unavailable": 4})
-    assert house.run(plan, images(12), resume=True)
-    assert house.rows() == dict.fromkeys(range(12), 1)
+    assert (harness.shown[-1].lost, harness.shown[-1].codes) == (1, {"storage_unavailable": 4})
+    assert harness.run(plan, images(12), resume=True)
+    assert harness.rows() == dict.fromkeys(range(12), 1)
 
 
-def test_a_changed_input_is_refused_or_what_has_changed_is_run_again(house: House, plan: Plan) -> None:
-    house.run(plan, images(16))
-    before = dict(house.store.objects)
+def test_a_changed_input_is_refused_or_what_has_changed_is_run_again(harness: Harness, plan: Plan) -> None:
+    harness.run(plan, images(16))
+    before = dict(harness.store.objects)
     rows = images(12)
     rows[5] = Row(uri="s3://in/99.png")
     with pytest.raises(BackfillConflict, match=r"shard 1, from row 4 on, is 00000001-.*--changed"):
-        house.run(plan, rows, resume=True)
+        harness.run(plan, rows, resume=True)
     with pytest.raises(BackfillConflict, match=r"no part of the input.*--changed removes them"):
-        house.run(plan, images(12), resume=True)
-    assert house.store.objects == before, "nothing was touched"
-    house.done.clear()
-    seal = house.run(plan, rows, changed=True)
-    assert [one.index for one in house.done] == [1]
-    assert house.rows() == dict.fromkeys(range(12), 1)
-    assert seal is not None
-    assert (seal["rows"], seal["shards"]) == (12, 3)
+        harness.run(plan, images(12), resume=True)
+    assert harness.store.objects == before, "nothing was touched"
+    harness.done.clear()
+    summary = harness.run(plan, rows, changed=True)
+    assert [one.index for one in harness.done] == [1]
+    assert harness.rows() == dict.fromkeys(range(12), 1)
+    assert summary is not None
+    assert (summary["rows"], summary["shards"]) == (12, 3)
 
 
-def test_the_seal_is_broken_before_anything_changes(house: House, plan: Plan) -> None:
-    house.run(plan, images(8))
+def test_the_summary_is_removed_before_anything_changes(harness: Harness, plan: Plan) -> None:
+    harness.run(plan, images(8))
     rows = [Row(uri="s3://in/99.png"), *images(8)[1:]]
-    sealed: list[bool] = []
+    complete: list[bool] = []
 
     def publish(job_id: str) -> None:
-        sealed.append(house.seal is not None)
-        house.published.put(job_id)
+        complete.append(harness.summary is not None)
+        harness.published.put(job_id)
 
-    house.publish = publish
-    house.run(plan, rows, changed=True)
-    assert sealed == [False]
+    harness.publish = publish
+    harness.run(plan, rows, changed=True)
+    assert complete == [False]
 
 
-def test_only_shards_with_failed_rows_run_again_and_what_was_good_is_kept(house: House, plan: Plan) -> None:
-    del house.images["s3://in/5.png"], house.images["s3://in/6.png"]
-    assert house.run(plan, images(16))
+def test_only_shards_with_failed_rows_run_again_and_what_was_good_is_kept(
+    harness: Harness, plan: Plan
+) -> None:
+    del harness.images["s3://in/5.png"], harness.images["s3://in/6.png"]
+    assert harness.run(plan, images(16))
     for mended, left in ((5, 1), (6, 0)):
-        house.images[f"s3://in/{mended}.png"] = IMAGE
-        house.done.clear()
-        seal = house.run(plan, images(16), only_failed=True)
-        assert [(one.index, one.keep) for one in house.done] == [(1, True)]
-        assert seal is not None
-        assert seal["failed"] == left
-        assert house.rows() == dict.fromkeys(range(16), 1)
-    assert "failed.jsonl" not in house.store.objects
-    house.done.clear()
-    assert house.run(plan, images(16), only_failed=True) == house.seal
-    assert not house.done
+        harness.images[f"s3://in/{mended}.png"] = IMAGE
+        harness.done.clear()
+        summary = harness.run(plan, images(16), only_failed=True)
+        assert [(one.index, one.keep) for one in harness.done] == [(1, True)]
+        assert summary is not None
+        assert summary["failed"] == left
+        assert harness.rows() == dict.fromkeys(range(16), 1)
+    assert "failed.jsonl" not in harness.store.objects
+    harness.done.clear()
+    assert harness.run(plan, images(16), only_failed=True) == harness.summary
+    assert not harness.done
 
 
-def test_a_ledger_that_is_away_is_waited_for_and_that_is_said_once(house: House, plan: Plan) -> None:
-    house.ledger.away = 5
-    assert house.run(plan, images(40))
-    assert house.rows() == dict.fromkeys(range(40), 1)
-    assert house.said == [
+def test_a_ledger_that_is_away_is_waited_for_and_that_is_said_once(harness: Harness, plan: Plan) -> None:
+    harness.ledger.away = 5
+    assert harness.run(plan, images(40))
+    assert harness.rows() == dict.fromkeys(range(40), 1)
+    assert harness.warnings == [
         "The ledger cannot be reached. The backfill keeps trying.",
         "The ledger answers again.",
     ]
 
 
-def test_a_broker_that_is_away_is_left_to_the_reaper(house: House, plan: Plan) -> None:
+def test_a_broker_that_is_away_is_left_to_the_reaper(harness: Harness, plan: Plan) -> None:
     quiet = [True]
 
     def publish(job_id: str) -> None:
         if quiet[0]:
             message = "The broker cannot be reached."
             raise BrokerUnavailable(message)
-        house.published.put(job_id)
+        harness.published.put(job_id)
 
-    def reap(standing: Progress) -> None:
-        if quiet[0] and standing.in_flight == 4:
+    def reap(progress: Progress) -> None:
+        if quiet[0] and progress.in_flight == 4:
             quiet[0] = False
-            for job_id in house.ledger._entries:
-                house.published.put(job_id)
+            for job_id in harness.ledger._entries:
+                harness.published.put(job_id)
 
-    house.publish, house.show = publish, reap
-    assert house.run(plan, images(40), window=4)
-    assert house.rows() == dict.fromkeys(range(40), 1)
-    assert house.said == [
+    harness.publish, harness.on_progress = publish, reap
+    assert harness.run(plan, images(40), window=4)
+    assert harness.rows() == dict.fromkeys(range(40), 1)
+    assert harness.warnings == [
         "The broker cannot be reached. The backfill keeps trying.",
         "The broker answers again.",
     ]
 
 
-def test_what_the_ledger_has_forgotten_is_submitted_again(house: House, plan: Plan) -> None:
+def test_what_the_ledger_has_forgotten_is_submitted_again(harness: Harness, plan: Plan) -> None:
     forgotten: list[str] = []
 
     def publish(job_id: str) -> None:
         if forgotten:
-            house.published.put(job_id)
+            harness.published.put(job_id)
         else:
             forgotten.append(job_id)
-            house.ledger._entries.clear()
+            harness.ledger._entries.clear()
 
-    house.publish = publish
-    assert house.run(plan, images(4))
-    assert [one.id for one in house.done] == forgotten
+    harness.publish = publish
+    assert harness.run(plan, images(4))
+    assert [one.id for one in harness.done] == forgotten
 
 
-def test_whoever_cancels_it_stops_what_is_in_flight(house: House, plan: Plan) -> None:
-    house.publish = lambda _: None  # nobody works
+def test_whoever_cancels_it_stops_what_is_in_flight(harness: Harness, plan: Plan) -> None:
+    harness.publish = lambda _: None  # nobody works
 
-    def cancel(standing: Progress) -> None:
-        if standing.in_flight:
-            house.registry.find(PLACE, cancel=True)
+    def cancel(progress: Progress) -> None:
+        if progress.in_flight:
+            harness.registry.request_cancel(OUTPUT)
 
-    house.show = cancel
+    harness.on_progress = cancel
     with pytest.raises(BackfillStopped, match=r"cancelled on request.*--resume"):
-        house.run(plan, images(40), window=3)
-    states = Counter(entry.document.status for entry in house.ledger._entries.values())
+        harness.run(plan, images(40), window=3)
+    states = Counter(entry.document.status for entry in harness.ledger._entries.values())
     assert states == {"canceled": 3}
-    assert house.registry.record is not None
-    assert house.registry.record.shards == ()
-    house.registry.heard, house.show, house.publish = LeaseStatus(owner=True), lambda _: None, None
-    assert house.run(plan, images(40), resume=True)
-    assert house.rows() == dict.fromkeys(range(40), 1)
+    assert harness.registry.record is not None
+    assert harness.registry.record.shards == ()
+    harness.registry.status, harness.on_progress, harness.publish = (
+        LeaseStatus(is_owner=True),
+        lambda _: None,
+        None,
+    )
+    assert harness.run(plan, images(40), resume=True)
+    assert harness.rows() == dict.fromkeys(range(40), 1)
 
 
-def test_it_ends_where_somebody_else_has_taken_the_output(house: House, plan: Plan) -> None:
+def test_it_ends_where_somebody_else_has_taken_the_output(harness: Harness, plan: Plan) -> None:
     def take(_: Progress) -> None:
-        house.registry.heard = LeaseStatus(
-            owner=False, before=BackfillRecord({"pid": 7, "host": "gpu-2"}, shards=(), lives=True)
+        harness.registry.status = LeaseStatus(
+            is_owner=False, previous=BackfillRecord({"pid": 7, "host": "gpu-2"}, shards=(), is_running=True)
         )
 
-    house.show = take
+    harness.on_progress = take
     with pytest.raises(BackfillConflict, match="run by process 7 on gpu-2"):
-        house.run(plan, images(40))
+        harness.run(plan, images(40))
 
 
 def test_shards_at_another_layer_are_no_dataset_and_nobody_goes_on_with_them(
-    house: House, plan: Plan
+    harness: Harness, plan: Plan
 ) -> None:
     other = NetworkRef(name="efficientnet_lite0", layer="other", weights_sha256=None)
-    house.store.put("network.json", other.to_json().encode(), "application/json")
+    harness.store.put("network.json", other.to_json().encode(), "application/json")
     with pytest.raises(BackfillStopped, match=r"do not agree: shard \d was explained with weights None"):
-        house.run(plan, images(40))
-    assert house.seal is None
+        harness.run(plan, images(40))
+    assert harness.summary is None
     with pytest.raises(BackfillConflict, match=r"holds a dataset, and no backfill\.json"):
-        house.run(plan, images(40), resume=True)
+        harness.run(plan, images(40), resume=True)
 
 
-def test_once_its_weights_are_known_no_worker_writes_with_others(house: House, plan: Plan) -> None:
+def test_once_its_weights_are_known_no_worker_writes_with_others(harness: Harness, plan: Plan) -> None:
     other = NetworkRef(name="efficientnet_lite0", layer="blocks", weights_sha256="a" * 64)
-    house.store.put("network.json", other.to_json().encode(), "application/json")
+    harness.store.put("network.json", other.to_json().encode(), "application/json")
     with pytest.raises(BackfillStopped, match="because of weights_checksum_mismatch"):
-        house.run(plan, images(40))
-    assert not [name for name in house.store.objects if name.startswith("data/")]
+        harness.run(plan, images(40))
+    assert not [name for name in harness.store.objects if name.startswith("data/")]
 
 
 def test_weights_of_shards_that_ended_while_nobody_looked_are_asked_of_the_ledger(
-    house: House, plan: Plan
+    harness: Harness, plan: Plan
 ) -> None:
-    seal = house.run(plan, images(8))
-    assert seal is not None
-    del house.store.objects["network.json"], house.store.objects["dataset.json"]
-    again = house.run(plan, images(8), resume=True)
+    summary = harness.run(plan, images(8))
+    assert summary is not None
+    del harness.store.objects["network.json"], harness.store.objects["dataset.json"]
+    again = harness.run(plan, images(8), resume=True)
     assert again is not None
-    assert again["network"] == seal["network"]
-    assert "network.json" in house.store.objects
+    assert again["network"] == summary["network"]
+    assert "network.json" in harness.store.objects
 
 
-def test_whoever_has_lost_the_output_submits_nothing_more(house: House, plan: Plan) -> None:
+def test_whoever_has_lost_the_output_submits_nothing_more(harness: Harness, plan: Plan) -> None:
     def lose(_: str) -> None:
-        house.registry.heard = LeaseStatus(
-            owner=False, before=BackfillRecord({"pid": 7, "host": "gpu-2"}, (), lives=True)
+        harness.registry.status = LeaseStatus(
+            is_owner=False, previous=BackfillRecord({"pid": 7, "host": "gpu-2"}, (), is_running=True)
         )
 
-    house.publish = lose
+    harness.publish = lose
     with pytest.raises(BackfillConflict, match="run by process 7 on gpu-2"):
-        house.run(plan, images(40), window=4)
-    assert len(house.ledger._entries) == 1
+        harness.run(plan, images(40), window=4)
+    assert len(harness.ledger._entries) == 1
 
 
-def test_what_another_backfill_finishes_at_the_last_moment_is_its_own(house: House, plan: Plan) -> None:
+def test_what_another_backfill_finishes_at_the_last_moment_is_its_own(harness: Harness, plan: Plan) -> None:
     theirs = plan.model_copy(update={"id": "01a216d4-0523-773f-a799-60224947ae4d", "target": Target(top_n=2)})
-    stray = next(shards(images(4), theirs))
-    house.store.put("backfill.json", theirs.to_json().encode(), "application/json")
-    house.ledger.submit(stray)
-    house.registry.record = BackfillRecord({"backfill": theirs.id}, (stray.id,), lives=False)
-    cancel = house.ledger.cancel
+    stray = next(cut_shards(images(4), theirs))
+    harness.store.put("backfill.json", theirs.to_json().encode(), "application/json")
+    harness.ledger.submit(stray)
+    harness.registry.record = BackfillRecord({"backfill": theirs.id}, (stray.id,), is_running=False)
+    cancel = harness.ledger.cancel
 
     def late(job_id: str) -> StatusDocument:
-        house.store.put(f"data/{stray.key}.parquet", b"theirs", "")
+        harness.store.put(f"data/{stray.key}.parquet", b"theirs", "")
         return cancel(job_id)
 
-    house.ledger.cancel = late  # type: ignore[method-assign]
+    harness.ledger.cancel = late  # type: ignore[method-assign]
     with pytest.raises(BackfillConflict, match="holds another backfill, of which a shard was done just now"):
-        house.run(plan, images(8))
-    assert DatasetDir(house.store).held() == theirs
-    assert not house.done
+        harness.run(plan, images(8))
+    assert DatasetDir(harness.store).require_plan() == theirs
+    assert not harness.done
 
 
-def test_what_is_waited_for_before_it_begins_is_shown_and_can_be_cancelled(house: House, plan: Plan) -> None:
+def test_what_is_waited_for_before_it_begins_is_shown_and_can_be_cancelled(
+    harness: Harness, plan: Plan
+) -> None:
     other = "01a216d4-0523-773f-a799-60224947ae4d"
-    stray = next(shards(images(4), plan.model_copy(update={"id": other})))
-    house.ledger.claim(house.ledger.submit(stray), WorkerRef(id="w", device="cpu"))
-    house.registry.record = BackfillRecord({"backfill": other}, (stray.id,), lives=False)
-    house.show = lambda _: house.registry.find(PLACE, cancel=True) and None
+    stray = next(cut_shards(images(4), plan.model_copy(update={"id": other})))
+    harness.ledger.claim(harness.ledger.submit(stray), WorkerRef(id="w", device="cpu"))
+    harness.registry.record = BackfillRecord({"backfill": other}, (stray.id,), is_running=False)
+    harness.on_progress = lambda _: harness.registry.request_cancel(OUTPUT) and None
     with pytest.raises(BackfillStopped, match="cancelled on request"):
-        house.run(plan, images(8))
-    assert house.ledger.read(stray.id).cancel_requested_at
+        harness.run(plan, images(8))
+    assert harness.ledger.read(stray.id).cancel_requested_at
 
 
-def test_what_is_cancelled_and_still_runs_is_remembered_as_in_flight(house: House, plan: Plan) -> None:
+def test_what_is_cancelled_and_still_runs_is_remembered_as_in_flight(harness: Harness, plan: Plan) -> None:
     def claim(job_id: str) -> None:
-        if not house.shown:
-            house.ledger.claim(house.ledger.read(job_id), WorkerRef(id="w", device="cpu"))
+        if not harness.shown:
+            harness.ledger.claim(harness.ledger.read(job_id), WorkerRef(id="w", device="cpu"))
 
     def cancel(_: Progress) -> None:
-        house.registry.find(PLACE, cancel=True)
+        harness.registry.request_cancel(OUTPUT)
 
-    house.publish, house.show = claim, cancel
+    harness.publish, harness.on_progress = claim, cancel
     with pytest.raises(BackfillStopped):
-        house.run(plan, images(8), window=1)
-    (running,) = house.ledger._entries
-    assert house.registry.record is not None
-    assert house.registry.record.shards == (running,)
+        harness.run(plan, images(8), window=1)
+    (running,) = harness.ledger._entries
+    assert harness.registry.record is not None
+    assert harness.registry.record.shards == (running,)
 
 
-def test_a_shard_that_succeeds_at_last_is_no_dead_letter(house: House, plan: Plan) -> None:
-    keys = [one.key for one in shards(images(12), plan)]
-    house.fails = {keys[1]: [StorageUnavailable("The store is down.")] * 4}
-    assert house.run(plan, images(12)) is None
-    assert len(house.ledger.dead()) == 3
-    assert house.run(plan, images(12), resume=True)
-    assert not house.ledger.dead()
+def test_a_shard_that_succeeds_at_last_is_no_dead_letter(harness: Harness, plan: Plan) -> None:
+    keys = [one.key for one in cut_shards(images(12), plan)]
+    harness.fails = {keys[1]: [StorageUnavailable("The store is down.")] * 4}
+    assert harness.run(plan, images(12)) is None
+    assert len(harness.ledger.dead()) == 3
+    assert harness.run(plan, images(12), resume=True)
+    assert not harness.ledger.dead()
 
 
-def test_why_a_shard_is_tried_again_is_said_once(house: House, plan: Plan) -> None:
+def test_why_a_shard_is_tried_again_is_said_once(harness: Harness, plan: Plan) -> None:
     worker, problem = (
         WorkerRef(id="w", device="cpu"),
         Problem.of(StorageUnavailable("Down."), stage="upload", attempt=1),
     )
 
     def put_off(job_id: str) -> None:
-        claim = house.ledger.claim(house.ledger.read(job_id), worker)
-        house.ledger.advance(claim.document, status="retrying", error=problem, queued_at=utc_now())
+        claim = harness.ledger.claim(harness.ledger.read(job_id), worker)
+        harness.ledger.advance(claim.document, status="retrying", error=problem, queued_at=utc_now())
 
     def interrupt(_: Progress) -> None:
-        if len(house.shown) > 5:
+        if len(harness.shown) > 5:
             raise KeyboardInterrupt
 
-    house.publish, house.show = put_off, interrupt
+    harness.publish, harness.on_progress = put_off, interrupt
     with pytest.raises(KeyboardInterrupt):
-        house.run(plan, images(12))
-    assert house.said == ["A shard waits for its next attempt, because of storage_unavailable: Down."]
+        harness.run(plan, images(12))
+    assert harness.warnings == ["A shard waits for its next attempt, because of storage_unavailable: Down."]
 
 
-def test_what_is_not_named_as_a_shard_is_none(house: House, plan: Plan) -> None:
-    first, *_ = shards(images(8), plan)
+def test_what_is_not_named_as_a_shard_is_none(harness: Harness, plan: Plan) -> None:
+    first, *_ = cut_shards(images(8), plan)
     for name in (f"data/{first.key}.parquet.crc", "data/2031-report.csv", "data/_SUCCESS"):
-        house.store.put(name, b"", "")
-    assert house.run(plan, images(8))
-    assert house.rows() == dict.fromkeys(range(8), 1)
+        harness.store.put(name, b"", "")
+    assert harness.run(plan, images(8))
+    assert harness.rows() == dict.fromkeys(range(8), 1)
 
 
-def test_a_table_that_is_no_shards_would_be_read_with_them_and_is_refused(house: House, plan: Plan) -> None:
-    house.store.put("data/mine.parquet", b"", "")
+def test_a_table_that_is_no_shards_would_be_read_with_them_and_is_refused(
+    harness: Harness, plan: Plan
+) -> None:
+    harness.store.put("data/mine.parquet", b"", "")
     with pytest.raises(BackfillConflict, match=r"holds mine\.parquet, which no backfill"):
-        house.run(plan, images(8))
-    assert not house.done
-    del house.store.objects["data/mine.parquet"]
-    house.show = lambda _: house.store.put("data/mine.parquet", b"", "") and None
+        harness.run(plan, images(8))
+    assert not harness.done
+    del harness.store.objects["data/mine.parquet"]
+    harness.on_progress = lambda _: harness.store.put("data/mine.parquet", b"", "") and None
     with pytest.raises(BackfillConflict, match=r"holds mine\.parquet, which no backfill"):
-        house.run(plan, images(8))
-    assert house.seal is None
+        harness.run(plan, images(8))
+    assert harness.summary is None
 
 
 def test_a_shard_that_an_older_version_left_in_flight_is_refused_and_submitted_again(
-    house: House, plan: Plan
+    harness: Harness, plan: Plan
 ) -> None:
-    plan = DatasetDir(house.store).agreed(plan, resume=False, changed=False)
-    DatasetDir(house.store).begin(plan)
-    first, _ = shards(images(8), plan)
-    house.ledger.submit(first)
-    house.registry.record = BackfillRecord({"backfill": plan.id}, (first.id,), lives=False)
-    assert house.run(plan, images(8), resume=True)
-    refused = house.ledger.read(first.id)
+    plan = DatasetDir(harness.store).resolve(plan, resume=False, changed=False)
+    DatasetDir(harness.store).claim(plan)
+    first, _ = cut_shards(images(8), plan)
+    harness.ledger.submit(first)
+    harness.registry.record = BackfillRecord({"backfill": plan.id}, (first.id,), is_running=False)
+    assert harness.run(plan, images(8), resume=True)
+    refused = harness.ledger.read(first.id)
     assert (refused.status, refused.error and refused.error.code) == ("failed", "unknown_backfill")
-    assert not house.ledger.dead(), "it has succeeded since"
+    assert not harness.ledger.dead(), "it has succeeded since"
 
 
-def test_what_an_earlier_run_left_in_flight_ends_before_the_seal(house: House, plan: Plan) -> None:
-    stray = next(shards(images(4), plan)).model_copy(update={"id": "01a216d4-0523-773f-a799-60224947ae4d"})
-    house.ledger.submit(stray)
-    house.registry.record = BackfillRecord({"backfill": plan.id}, (stray.id,), lives=False)
-    assert house.run(plan, images(8))
-    assert house.ledger.read(stray.id).status == "canceled"
+def test_what_an_earlier_run_left_in_flight_ends_before_the_summary_is_written(
+    harness: Harness, plan: Plan
+) -> None:
+    stray = next(cut_shards(images(4), plan)).model_copy(
+        update={"id": "01a216d4-0523-773f-a799-60224947ae4d"}
+    )
+    harness.ledger.submit(stray)
+    harness.registry.record = BackfillRecord({"backfill": plan.id}, (stray.id,), is_running=False)
+    assert harness.run(plan, images(8))
+    assert harness.ledger.read(stray.id).status == "canceled"
 
 
 def test_what_succeeded_and_lies_there_is_not_run_again_and_what_does_not_lie_there_is(
-    house: House, plan: Plan
+    harness: Harness, plan: Plan
 ) -> None:
-    assert house.run(plan, images(8))
-    first = next(name for name in house.store.objects if name.startswith("data/"))
-    house.done.clear()
-    del house.store.objects[first]
-    assert house.run(plan, images(8), resume=True)
-    assert [one.index for one in house.done] == [0]
-    assert house.rows() == dict.fromkeys(range(8), 1)
+    assert harness.run(plan, images(8))
+    first = next(name for name in harness.store.objects if name.startswith("data/"))
+    harness.done.clear()
+    del harness.store.objects[first]
+    assert harness.run(plan, images(8), resume=True)
+    assert [one.index for one in harness.done] == [0]
+    assert harness.rows() == dict.fromkeys(range(8), 1)
 
 
-def test_an_input_without_rows_and_one_that_breaks_off_are_told(house: House, plan: Plan) -> None:
+def test_an_input_without_rows_and_one_that_breaks_off_are_told(harness: Harness, plan: Plan) -> None:
     with pytest.raises(InvalidInput, match=r"photos\.csv holds no rows"):
-        house.run(plan, [])
+        harness.run(plan, [])
 
     def broken() -> Iterator[Row]:
         yield from images(6)
@@ -652,79 +675,79 @@ def test_an_input_without_rows_and_one_that_breaks_off_are_told(house: House, pl
         raise InvalidInput(message)
 
     with pytest.raises(InvalidInput, match="Line 7"):
-        house.run(plan, broken())  # type: ignore[arg-type]
-    assert house.seal is None
+        harness.run(plan, broken())  # type: ignore[arg-type]
+    assert harness.summary is None
 
 
-def test_an_output_that_is_somebody_elses_is_refused(house: House, plan: Plan) -> None:
-    house.run(plan, images(4))
-    place = DatasetDir(house.store)
+def test_an_output_that_is_somebody_elses_is_refused(harness: Harness, plan: Plan) -> None:
+    harness.run(plan, images(4))
+    dataset = DatasetDir(harness.store)
     own = {"id": "01a216d4-0523-773f-a799-60224947ae4d"}
     wider = plan.model_copy(update={**own, "target": Target(top_n=2)})
     with pytest.raises(BackfillConflict, match=r"holds another backfill\. Its target is .*\. Or choose"):
-        place.agreed(wider, resume=True, changed=True)
+        dataset.resolve(wider, resume=True, changed=True)
     heavier = plan.model_copy(update={**own, "weights_sha256": "a" * 64})
     with pytest.raises(BackfillConflict, match=r"Its weights_sha256 is any.*--changed"):
-        place.agreed(heavier, resume=True, changed=False)
-    assert place.agreed(heavier, resume=True, changed=True).id == plan.id
+        dataset.resolve(heavier, resume=True, changed=False)
+    assert dataset.resolve(heavier, resume=True, changed=True).id == plan.id
     moved = plan.model_copy(update={**own, "input": "elsewhere.csv"})
     with pytest.raises(BackfillConflict, match="Its input is"):
-        place.agreed(moved, resume=False, changed=False)
-    assert place.agreed(moved, resume=True, changed=False).id == plan.id
+        dataset.resolve(moved, resume=False, changed=False)
+    assert dataset.resolve(moved, resume=True, changed=False).id == plan.id
     with pytest.raises(BackfillConflict, match="of which a shard was done just now"):
-        place.begin(moved)
-    house.store.objects["backfill.json"] = b"{}"
+        dataset.claim(moved)
+    harness.store.objects["backfill.json"] = b"{}"
     with pytest.raises(BackfillConflict, match="no plan that this version can read"):
-        place.agreed(plan, resume=True, changed=False)
-    del house.store.objects["backfill.json"]
+        dataset.resolve(plan, resume=True, changed=False)
+    del harness.store.objects["backfill.json"]
     with pytest.raises(BackfillConflict, match=r"holds a dataset, and no backfill\.json"):
-        place.agreed(plan, resume=True, changed=False)
+        dataset.resolve(plan, resume=True, changed=False)
 
 
-def test_other_weights_run_everything_again(house: House, plan: Plan) -> None:
-    house.run(plan, images(8))
-    place = DatasetDir(house.store)
-    place.begin(place.agreed(plan, resume=True, changed=False))
-    assert place.network() is not None
-    heavier = place.agreed(plan.model_copy(update={"weights_sha256": "a" * 64}), resume=True, changed=True)
-    place.begin(heavier)
-    assert place.network() is None
-    assert place.held() == heavier
-    assert not {one.key for one in shards(images(8), heavier)} & {
-        key for keys in place.done().values() for key in keys
+def test_other_weights_run_everything_again(harness: Harness, plan: Plan) -> None:
+    harness.run(plan, images(8))
+    dataset = DatasetDir(harness.store)
+    dataset.claim(dataset.resolve(plan, resume=True, changed=False))
+    assert dataset.read_network() is not None
+    heavier = dataset.resolve(plan.model_copy(update={"weights_sha256": "a" * 64}), resume=True, changed=True)
+    dataset.claim(heavier)
+    assert dataset.read_network() is None
+    assert dataset.require_plan() == heavier
+    assert not {one.key for one in cut_shards(images(8), heavier)} & {
+        key for keys in dataset.done_keys().values() for key in keys
     }
 
 
 def test_many_failed_rows_are_written_in_parts(
-    house: House, plan: Plan, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output, "PART_BYTES", 1500)
     for number in range(12):
-        del house.images[f"s3://in/{number}.png"]
-    seal = house.run(plan, images(16), max_failed=1)
-    assert seal is not None
-    assert seal["failed_files"] == ["failed.jsonl", "failed-2.jsonl", "failed-3.jsonl"]
-    lines = b"".join(house.store.objects[name] for name in seal["failed_files"]).splitlines()
+        del harness.images[f"s3://in/{number}.png"]
+    summary = harness.run(plan, images(16), max_failed=1)
+    assert summary is not None
+    assert summary["failed_files"] == ["failed.jsonl", "failed-2.jsonl", "failed-3.jsonl"]
+    lines = b"".join(harness.store.objects[name] for name in summary["failed_files"]).splitlines()
     assert [json.loads(line)["row"] for line in lines] == list(range(12))
     for number in range(8):
-        house.images[f"s3://in/{number}.png"] = IMAGE
-    seal = house.run(plan, images(16), only_failed=True)
-    assert seal is not None
-    assert seal["failed_files"] == ["failed.jsonl"]
-    assert not {"failed-2.jsonl", "failed-3.jsonl"} & house.store.objects.keys()
+        harness.images[f"s3://in/{number}.png"] = IMAGE
+    summary = harness.run(plan, images(16), only_failed=True)
+    assert summary is not None
+    assert summary["failed_files"] == ["failed.jsonl"]
+    assert not {"failed-2.jsonl", "failed-3.jsonl"} & harness.store.objects.keys()
 
 
-def test_a_file_that_has_gone_is_missed_before_the_seal(house: House, plan: Plan) -> None:
-    def lose(standing: Progress) -> None:
-        if standing.whole and not standing.in_flight:
-            first = next(name for name in house.store.objects if name.startswith("data/"))
-            del house.store.objects[first]
-            house.show = lambda _: None
+def test_a_file_that_has_gone_is_missed_before_the_summary_is_written(harness: Harness, plan: Plan) -> None:
+    def lose(progress: Progress) -> None:
+        if progress.whole and not progress.in_flight:
+            first = next(name for name in harness.store.objects if name.startswith("data/"))
+            del harness.store.objects[first]
+            harness.on_progress = lambda _: None
 
-    house.show = lose
+    harness.on_progress = lose
     with pytest.raises(BackfillConflict, match=r"1 shard is done and not there: 0000000.*--resume"):
-        house.run(plan, images(8))
-    assert house.seal is None
+        harness.run(plan, images(8))
+    assert harness.summary is None
 
 
 def test_shown_is_what_is_known() -> None:
@@ -755,7 +778,7 @@ def test_how_far_it_is_is_shown_whoever_looks(
     with BackfillProgressBar(form) as progress:
         progress.show(Progress(planned=1024, done=512))
         progress.show(Progress(planned=2048, done=999))
-        progress.say("something \x1b[31m")
+        progress.note("something \x1b[31m")
     out, err = capsys.readouterr()
     said = out if form == "json" else err
     assert ('"done": 512' if form == "json" else "512 of at least 1,024 rows") in said
@@ -774,12 +797,12 @@ def test_reading_ahead_waits_for_whoever_takes_and_passes_errors_on() -> None:
         message = "broken"
         raise OSError(message)
 
-    with Prefetcher(source(), most=2) as ahead:
-        assert ahead.next(9) == 0
+    with Prefetcher(source(), most=2) as prefetched:
+        assert prefetched.next(9) == 0
         assert max(given) <= 3
-        assert [ahead.next(9) for _ in range(8)] == list(range(1, 9))
+        assert [prefetched.next(9) for _ in range(8)] == list(range(1, 9))
         with pytest.raises(OSError, match="broken"):
-            ahead.next(9)
+            prefetched.next(9)
     gate = threading.Event()
     with Prefetcher(number for number in range(1) if gate.wait(9)) as slow:
         assert slow.next(0.001) is None
@@ -791,7 +814,7 @@ def test_reading_ahead_waits_for_whoever_takes_and_passes_errors_on() -> None:
 
 
 def test_the_names_of_what_stops_everything_are_codes_of_errors() -> None:
-    assert {one.code for one in descendants(GradcamError)} >= inflight.HOPELESS
+    assert {one.code for one in descendants(GradcamError)} >= inflight.FATAL_CODES
 
 
 def descendants(kind: type[GradcamError]) -> set[type[GradcamError]]:

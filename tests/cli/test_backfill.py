@@ -31,7 +31,7 @@ from gradcam_worker.testing import fake_services
 IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tobytes()
 
 
-class Hands:
+class WorkerThread:
     """A worker: looks into the ledger for shards that wait, and does them."""
 
     def __init__(self, settings: Settings) -> None:
@@ -71,13 +71,13 @@ class Hands:
 
 
 @pytest.fixture
-def hands(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hands]:
+def worker(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WorkerThread]:
     """The command line finds this test's own Valkey, and a folder for results."""
     own = settings.model_copy(update={"output": f"file://{tmp_path}/results"})
     for name, value in own.to_environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("gradcam_worker.backfill.runner.LAST_LOOK_S", 0.05)
-    with Hands(own) as one:
+    monkeypatch.setattr("gradcam_worker.backfill.runner.MAX_POLL_S", 0.05)
+    with WorkerThread(own) as one:
         yield one
 
 
@@ -90,21 +90,21 @@ def listed(tmp_path: Path) -> Path:
     return path
 
 
-def arguments(listed: Path, hands: Hands, *more: str) -> list[str]:
-    output = f"{hands.settings.output}/photos"
+def arguments(listed: Path, worker: WorkerThread, *more: str) -> list[str]:
+    output = f"{worker.settings.output}/photos"
     return ["backfill", str(listed), "--top-n", "1", "--shard-rows", "4", "--output", output, *more]
 
 
-def output_of(hands: Hands) -> Path:
-    return Path(hands.settings.output.removeprefix("file://")) / "photos"
+def output_of(worker: WorkerThread) -> Path:
+    return Path(worker.settings.output.removeprefix("file://")) / "photos"
 
 
 def test_a_list_becomes_a_dataset_and_status_says_so(
-    hands: Hands, listed: Path, capsys: pytest.CaptureFixture[str]
+    worker: WorkerThread, listed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments(listed, hands)) == 0
+    assert main(arguments(listed, worker)) == 0
     out, err = capsys.readouterr()
-    folder = output_of(hands)
+    folder = output_of(worker)
     assert out.splitlines() == [
         "Complete: 19 of 20 rows are explained.",
         "          1  image_not_found",
@@ -126,19 +126,19 @@ def test_a_list_becomes_a_dataset_and_status_says_so(
     assert main(["backfill", "status", f"file://{folder}"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"state +damaged", shown)
-    assert "4 of the 5 shards are there that its seal speaks of" in shown
+    assert "4 of the 5 shards are there that dataset.json counts" in shown
 
 
 def test_for_machines_each_line_is_json(
-    hands: Hands, listed: Path, capsys: pytest.CaptureFixture[str]
+    worker: WorkerThread, listed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments(listed, hands, "--json", "--overlays")) == 0
+    assert main(arguments(listed, worker, "--json", "--overlays")) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {line["event"] for line in lines[:-1]} == {"progress"}
     last = lines[-1]
     assert last.items() >= {"event": "complete", "rows": 20, "codes": {"image_not_found": 1}}.items()
-    assert last["output"] == f"file://{output_of(hands)}"
-    assert len([*output_of(hands).joinpath("overlays").rglob("*.jpg")]) == 19
+    assert last["output"] == f"file://{output_of(worker)}"
+    assert len([*output_of(worker).joinpath("overlays").rglob("*.jpg")]) == 19
     assert main(["backfill", "status", last["output"], "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found.items() >= {"state": "complete", "shards_done": 5}.items()
@@ -147,81 +147,81 @@ def test_for_machines_each_line_is_json(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_it_stops_at_any_moment_says_what_is_in_flight_and_goes_on(
-    hands: Hands, listed: Path, capsys: pytest.CaptureFixture[str], number: int
+    worker: WorkerThread, listed: Path, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
-    hands.idle.set()
+    worker.idle.set()
     before = signal.getsignal(signal.SIGTERM)
 
     def stop() -> None:
-        while hands.ledger.counts()[0] != 4:
+        while worker.ledger.counts()[0] != 4:
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 
     threading.Thread(target=stop).start()
-    assert main(arguments(listed, hands)) == 130
+    assert main(arguments(listed, worker)) == 130
     said = "Stopped. 4 shards are in flight, and come to their end by themselves; --resume goes on.\n"
     assert capsys.readouterr().err.endswith(said)
     assert signal.getsignal(signal.SIGTERM) == before
-    assert main(["backfill", "status", f"file://{output_of(hands)}"]) == 0
+    assert main(["backfill", "status", f"file://{output_of(worker)}"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"state +stopped", shown)
     assert re.search(r"rows +0 of at least 16, 0 of them failed", shown)
     assert re.search(r"shards +0 done, 4 in flight", shown)
-    hands.idle.clear()
-    assert main(arguments(listed, hands, "--resume")) == 0
-    assert main(arguments(listed, hands)) == 1
+    worker.idle.clear()
+    assert main(arguments(listed, worker, "--resume")) == 0
+    assert main(arguments(listed, worker)) == 1
     assert "holds this very backfill, and it is complete: use --resume" in capsys.readouterr().err
 
 
 def test_it_is_cancelled_from_elsewhere_while_it_runs_and_when_nobody_runs_it(
-    hands: Hands, listed: Path, capsys: pytest.CaptureFixture[str]
+    worker: WorkerThread, listed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hands.idle.set()
-    place = f"file://{output_of(hands)}"
+    worker.idle.set()
+    place = f"file://{output_of(worker)}"
     codes: list[int] = []
 
     def cancel() -> None:
-        while hands.ledger.counts()[0] != 4:
+        while worker.ledger.counts()[0] != 4:
             time.sleep(0.01)
         codes.append(main(["backfill", "status", place]))
         codes.append(main(["backfill", "cancel", place]))
 
     elsewhere = threading.Thread(target=cancel)
     elsewhere.start()
-    assert main(arguments(listed, hands)) == 1
+    assert main(arguments(listed, worker)) == 1
     elsewhere.join()
     out, err = capsys.readouterr()
     assert codes == [0, 0]
     assert re.search(rf"state +running, by process {os.getpid()} on ", out)
     assert "It was run, and is stopped. Nothing is in flight." in out
     assert "cancelled on request" in err
-    assert hands.ledger.counts() == (0, 0)
+    assert worker.ledger.counts() == (0, 0)
 
     def interrupt() -> None:
-        while hands.ledger.counts()[0] != 4:
+        while worker.ledger.counts()[0] != 4:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    assert main(arguments(listed, hands)) == 130
+    assert main(arguments(listed, worker)) == 130
     assert main(["backfill", "cancel", place, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == {"output": place, "ran": False, "ended": True, "shards_canceled": 4}
-    assert hands.ledger.counts() == (0, 0)
+    assert worker.ledger.counts() == (0, 0)
     assert main(["backfill", "status", place]) == 0
     assert "0 done, 0 in flight" in capsys.readouterr().out, "though whoever ran it left four behind"
 
 
 @pytest.mark.parametrize("output", ["photos/2031/out", "photos", ".", "photos/2031"])
 def test_what_backfills_leave_is_no_part_of_a_folder_that_it_lies_in(
-    hands: Hands, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str
+    worker: WorkerThread, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str
 ) -> None:
     base = tmp_path / "results"
     photos = [base / "photos" / name for name in ("0.png", "2031/1.png", "2031/data/2.png", "overlays/3.png")]
     for path in photos:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(IMAGE)
-        hands.images[path.as_uri()] = IMAGE
+        worker.images[path.as_uri()] = IMAGE
 
     def run(place: str, *more: str) -> list[str]:
         wish = ["--top-n", "1", "--shard-rows", "1", "--overlays", "--output", (base / place).as_uri()]
@@ -242,29 +242,29 @@ def test_what_backfills_leave_is_no_part_of_a_folder_that_it_lies_in(
 
 
 def test_where_no_row_is_explained_there_is_no_success_whatever_may_fail(
-    hands: Hands, listed: Path, capsys: pytest.CaptureFixture[str]
+    worker: WorkerThread, listed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hands.images.clear()
-    assert main([*arguments(listed, hands), "--max-failed", "100%"]) == 1
+    worker.images.clear()
+    assert main([*arguments(listed, worker), "--max-failed", "100%"]) == 1
     assert "Nothing is explained: 0 of 20 rows are explained." in capsys.readouterr().out
 
 
 def test_what_stands_in_the_way_is_a_sentence(
-    hands: Hands, listed: Path, capsys: pytest.CaptureFixture[str]
+    worker: WorkerThread, listed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def said(*given: str) -> str:
         assert main(["backfill", *given]) == 1
         return capsys.readouterr().err
 
-    place = f"file://{output_of(hands)}"
+    place = f"file://{output_of(worker)}"
     there = [str(listed), "--output", place]
     assert "is not allowed: it must be below" in said(str(listed), "--output", "s3://elsewhere/x")
     assert "holds no backfill: there is no backfill.json" in said("status", place)
     assert "holds no backfill: there is no backfill.json" in said("cancel", place)
     assert "none.csv" in said("none.csv", "--output", place)
     assert "There is no class 'purple'" in said(*there, "--classes", "purple")
-    assert not output_of(hands).joinpath("dataset.json").exists()
-    assert main([*arguments(listed, hands), "--max-failed", "0"]) == 1
+    assert not output_of(worker).joinpath("dataset.json").exists()
+    assert main([*arguments(listed, worker), "--max-failed", "0"]) == 1
     assert capsys.readouterr().err.endswith("More than 0% of the rows have failed.\n")
     assert "Its target is" in said(*there, "--top-n", "2", "--shard-rows", "4")
 
@@ -303,12 +303,12 @@ def test_help_has_examples(given: list[str], capsys: pytest.CaptureFixture[str])
 
 def test_nobody_is_asked_where_redis_is_not_there(
     listed: Path,
-    hands: Hands,
+    worker: WorkerThread,
     free_port: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("GRADCAM_BROKER_URL", f"redis://127.0.0.1:{free_port}/0")
-    assert main(arguments(listed, hands)) == 1
+    assert main(arguments(listed, worker)) == 1
     assert "cannot be reached" in capsys.readouterr().err
-    assert not output_of(hands).exists()
+    assert not output_of(worker).exists()

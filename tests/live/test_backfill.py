@@ -88,7 +88,7 @@ class Yard:
         return DatasetDir(Stores(self.stage.settings, self.stage.s3).open(self.uri(name)))
 
     def shards(self, name: str) -> int:
-        return len(self.output(name).done())
+        return len(self.output(name).done_keys())
 
     def rows(self, name: str) -> "Counter[int]":
         """How often each row is in the dataset, by its first class or its error."""
@@ -149,18 +149,18 @@ def test_a_backfill_is_stopped_killed_and_resumed_and_has_each_row_once(at_work:
     wait_for(lambda: yard.shards("stopped") > had + 4, "more shards")
     killed.kill()
     killed.communicate(timeout=WAIT_S)
-    assert yard.output("stopped").is_committed() is None
+    assert yard.output("stopped").read_summary() is None
     registry = RedisBackfillRegistry(RedisLedger(yard.stage.settings).server)
     wait_for(
-        lambda: (left := registry.find(yard.uri("stopped"))) and not left.lives, "that it counts as dead"
+        lambda: (left := registry.find(yard.uri("stopped"))) and not left.is_running, "that it counts as dead"
     )
 
     last = yard.start("stopped", "--resume", "--json")
     out, err = last.communicate(timeout=WAIT_S)
     assert last.returncode == 0, err
-    seal = json.loads(out.splitlines()[-1])
-    assert seal.items() >= {"event": "complete", "rows": ROWS, "failed": 75, "shards": 30}.items()
-    assert seal["codes"] == {"image_not_found": 75}
+    summary = json.loads(out.splitlines()[-1])
+    assert summary.items() >= {"event": "complete", "rows": ROWS, "failed": 75, "shards": 30}.items()
+    assert summary["codes"] == {"image_not_found": 75}
     assert yard.rows("stopped") == dict.fromkeys(range(ROWS), 1)
     lines = (
         Stores(yard.stage.settings, yard.stage.s3).open(yard.uri("stopped")).get("failed.jsonl").splitlines()
@@ -175,7 +175,7 @@ def test_two_at_once_get_turns_and_one_is_cancelled_and_gone_on_with(yard: Any) 
 
     def facts(name: str) -> dict[str, Any]:
         record = registry.find(yard.uri(name))
-        return record.facts if record and record.lives else {"in_flight": 0, "done": 0}
+        return record.facts if record and record.is_running else {"in_flight": 0, "done": 0}
 
     wait_for(lambda: facts("one")["in_flight"] and facts("other")["in_flight"], "that both wait for a worker")
     with yard.worker():
@@ -197,7 +197,7 @@ def test_two_at_once_get_turns_and_one_is_cancelled_and_gone_on_with(yard: Any) 
     names = ledger.server.redis.scan_iter(f"{yard.stage.settings.key_prefix}job:*")
     documents = ledger.read_many([str(name).rpartition(":")[2] for name in names]).values()
     begun = sorted((each.started_at, each.metadata["backfill"]) for each in documents if each.started_at)
-    ours = {yard.output(name).held().id: name for name in ("one", "other")}
+    ours = {yard.output(name).require_plan().id: name for name in ("one", "other")}
     turns = [ours[backfill] for _, backfill in begun if backfill in ours]
     assert turns[:10].count("other") >= 2, turns
 

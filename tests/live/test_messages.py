@@ -213,9 +213,9 @@ def test_whoever_may_only_submit_may_do_all_that_a_client_does(port: int, admin:
         assert client.retry(retried).status == "queued"
         assert client.cancel(retried).status == "canceled"
         registry, place = RedisBackfillRegistry(RedisLedger(settings).server), "s3://results/cams"
-        assert registry.beat(place, "me", {}, [], "token", enter=True).owner
-        assert registry.find(place, cancel=True)
-        registry.leave(place, "me", {}, [])
+        assert registry.renew(place, "me", {}, [], "token", enter=True).is_owner
+        assert registry.request_cancel(place)
+        registry.release(place, "me", {}, [])
         findings = islice(run_checks(Settings(broker_url=url(port, "submitter"))), 2)
         assert [found.well for found in findings] == [True, True], "the doctor finds broker and ledger well"
         assert not admin.acl_log(), "nothing was denied"

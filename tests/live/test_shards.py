@@ -68,7 +68,7 @@ class Yard:
         self.backfill = new_id()
         facts = {"backfill": self.backfill}
         registry = RedisBackfillRegistry(self.ledger.server)
-        self.token = registry.beat(self.settings.output, "me", facts, [], "a token", enter=True).token
+        self.token = registry.renew(self.settings.output, "me", facts, [], "a token", enter=True).token
 
     def submit(self, rows: list[str]) -> Shard:
         number = len(self.ids)

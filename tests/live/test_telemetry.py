@@ -145,7 +145,7 @@ def shard(plant: Plant) -> str:
     registry = RedisBackfillRegistry(plant.ledger.server)
     made = Shard(
         backfill=backfill,
-        token=registry.beat(output, "me", {"backfill": backfill}, [], "a token", enter=True).token,
+        token=registry.renew(output, "me", {"backfill": backfill}, [], "a token", enter=True).token,
         index=0,
         key="00000000-0123456789abcdef",
         first=0,

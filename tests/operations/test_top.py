@@ -83,7 +83,7 @@ def test_queues_workers_throughput_errors_and_backfills_are_seen(settings: Setti
     GradcamClient(settings=settings).cancel(canceled)
     ledger.renew_leases("gpu-1:7", json.dumps(WELL), {})
     ledger.renew_leases("gpu-2:8", "of a version to come", {})
-    RedisBackfillRegistry(ledger.server).beat("s3://results/cats", "me", FACTS, [], "token", enter=True)
+    RedisBackfillRegistry(ledger.server).renew("s3://results/cats", "me", FACTS, [], "token", enter=True)
     watch = top.Dashboard(settings)
     for look in (watch.look(), watch.look()):  # the second one knows the codes
         assert look.depths.queued == {"high": 0, "normal": 0, "low": 2, "bulk": 0, "shard": 0}

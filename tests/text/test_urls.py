@@ -7,7 +7,7 @@ import logging
 import pytest
 from pydantic import ValidationError
 
-from gradcam_worker.backfill.inputs.rows import RowParser, shown
+from gradcam_worker.backfill.inputs.rows import RowParser, displayable
 from gradcam_worker.errors import GradcamError, InternalError, InvalidJob, InvalidSettings
 from gradcam_worker.observability.logs import FORMAT, JsonFormatter, LineFormatter
 from gradcam_worker.schemas.job import ImageRef, Job, Webhook
@@ -223,10 +223,10 @@ def test_a_webhook_secret_in_place_of_its_name_is_refused_before_it_is_kept() ->
 def test_a_row_with_a_password_is_a_bad_row_that_shows_nothing_of_it() -> None:
     parser = RowParser()
     for text in (f"https://u:{SECRET}@host/a.jpg", f"s3://u:{SECRET}@bucket/a", f"u:{SECRET}#x@h"):
-        row = parser.good(1, text)
+        row = parser.parse(1, text)
         assert row.problem
         assert SECRET not in row.to_json()
-    assert SECRET not in parser.bad(2, {"picture": f"https://u:{SECRET}@h/"}, "no image").to_json()
+    assert SECRET not in parser.bad_row(2, {"picture": f"https://u:{SECRET}@h/"}, "no image").to_json()
 
 
 def test_what_others_say_shows_no_password_in_a_document_or_a_log() -> None:
@@ -285,5 +285,5 @@ def test_a_password_is_not_half_shown_where_a_long_text_is_cut() -> None:
         assert SECRET[:4] not in Problem.of(error, stage=None, attempt=1).to_json()
     for before in range(950, 1000, 7):
         for received in ("x" * before + f" redis://user:{SECRET * 3}@h/0",):
-            assert SECRET[:4] not in shown(received)
-            assert SECRET[:4] not in shown(received.encode())
+            assert SECRET[:4] not in displayable(received)
+            assert SECRET[:4] not in displayable(received.encode())

@@ -1,5 +1,5 @@
-"""A very long list of images becomes shards, and the shards one dataset.
+"""Backfills: a very long list of images is cut into shards, and what workers make of them is one dataset.
 
-Begin at `runner.BackfillRunner`; `inputs` reads the list, `plan` cuts it, `output` is the
-dataset being written.
+Begin at `runner.BackfillRunner`. `inputs` reads the list, `sharding` cuts it, `inflight` follows the shards,
+`output` is the dataset's folder, and `registry` holds the lease on it.
 """

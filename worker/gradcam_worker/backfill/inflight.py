@@ -1,7 +1,8 @@
 """Shards in flight: submitted, and not known to have ended.
 
-Ids follow from what a shard is to hold, and the ledger takes an id once: so whoever submits a shard that is
-in flight already follows that one. One that has ended badly goes on under the id that follows from its own.
+The id of a shard follows from its content, and the ledger takes an id once: whoever submits a shard that is
+already in flight, follows that one. A shard that has failed is submitted again under an id derived from its
+own.
 """
 
 import contextlib
@@ -19,8 +20,8 @@ from gradcam_worker.schemas.status import StatusDocument
 log = logging.getLogger("gradcam")
 
 STAGE = re.compile(r"explain (\d+) of \d+")
-# What is wrong with the wish, the output or the workers, and so with every shard.
-HOPELESS = {
+# What is wrong with the plan, the output or the workers, and so with every shard.
+FATAL_CODES = {
     "unknown_network",
     "unknown_class",
     "unknown_layer",
@@ -33,113 +34,117 @@ HOPELESS = {
 
 @dataclass(frozen=True)
 class InFlightShard:
-    """A shard on its way."""
+    """A shard, and how often it has been tried."""
 
     shard: Shard
     tries: int = 1
-    before: tuple[str, ...] = ()  # ids under which it has ended, and not well
+    failed_ids: tuple[str, ...] = ()  # under which it has failed
 
-    def again(self) -> "InFlightShard":
-        """The same shard, once more."""
-        return InFlightShard(renamed(self.shard, "again"), self.tries + 1, (*self.before, self.shard.id))
+    def retry(self) -> "InFlightShard":
+        """The same shard under its next id."""
+        next_shard = with_derived_id(self.shard, "again")
+        return InFlightShard(next_shard, self.tries + 1, (*self.failed_ids, self.shard.id))
 
 
-def renamed(shard: Shard, name: str) -> Shard:
-    """The same shard under the id that follows from its own by a name."""
+def with_derived_id(shard: Shard, name: str) -> Shard:
+    """The same shard under the id that follows from its own and a name."""
     return shard.model_copy(update={"id": str(uuid.uuid5(uuid.UUID(shard.id), name))})
 
 
 class InFlight:
-    """Those of one backfill. Raises LedgerUnavailable wherever the ledger cannot be reached."""
+    """The shards of one backfill that are in flight. Every method raises LedgerUnavailable."""
 
     def __init__(
         self,
         ledger: Ledger,
-        done: Callable[[str], bool],
+        is_done: Callable[[str], bool],
         announce: Callable[[], object],
-        say: Callable[[str], object],
+        warn: Callable[[str], object],
     ) -> None:
-        """`done` says whether the shard with a key lies in the output.
+        """No shard yet.
 
-        `announce` is called when `ids` have become more, before they are in flight. `say` is told, once, why
-        some wait for their next attempt.
+        Args:
+            ledger: Where they are submitted.
+            is_done: Whether the output holds the shard with a key.
+            announce: Called when `ids` has grown, before the new one is submitted.
+            warn: Called once for each reason for which shards wait for their next attempt.
         """
-        self._ledger, self._done, self._announce, self._say = ledger, done, announce, say
+        self._ledger, self._is_done, self._announce, self._warn = ledger, is_done, announce, warn
         self.ids: tuple[str, ...] = ()  # of all that may be in flight
-        self.held: dict[str, InFlightShard] = {}
-        self.partly = 0  # rows of them that are explained
-        self._said: set[str] = set()  # codes
+        self.shards: dict[str, InFlightShard] = {}  # by id
+        self.rows_explained = 0  # in them, as they report
+        self._warned: set[str] = set()  # error codes
 
     def __len__(self) -> int:
-        return len(self.held)
+        return len(self.shards)
 
-    def submit(self, flight: InFlightShard) -> tuple[InFlightShard, StatusDocument]:
-        """Submit a shard; return it as it was, and its document: final where it was done already."""
+    def submit(self, one: InFlightShard) -> tuple[InFlightShard, StatusDocument]:
+        """Submit a shard; return it with the id it got, and its document: final where it was done already."""
         while True:
-            shard = flight.shard
+            shard = one.shard
             self.ids = (*self.ids, shard.id)
             self._announce()
             document = self._ledger.submit(shard)
             if not document.final:
-                self.held[shard.id] = flight
-                return flight, document
-            self._leave(shard.id)
-            if document.status == "succeeded" and not shard.keep and self._done(shard.key):
-                self._bury(flight)
-                return flight, document
-            flight = replace(flight.again(), tries=flight.tries)  # that was in an earlier run
+                self.shards[shard.id] = one
+                return one, document
+            self._remove_id(shard.id)
+            if document.status == "succeeded" and not shard.keep and self._is_done(shard.key):
+                self._drop_dead_letters(one)
+                return one, document
+            one = replace(one.retry(), tries=one.tries)  # it ended in an earlier run
 
-    def look(self) -> list[tuple[InFlightShard, StatusDocument | None]]:
-        """Those that have ended since; without a document where the ledger has forgotten them."""
-        documents = self._ledger.read_many(list(self.held)) if self.held else {}
+    def poll(self) -> list[tuple[InFlightShard, StatusDocument | None]]:
+        """Remove and return those that have ended; without a document where the ledger has forgotten them."""
+        documents = self._ledger.read_many(list(self.shards)) if self.shards else {}
         ended: list[tuple[InFlightShard, StatusDocument | None]] = []
-        self.partly = 0
-        for job_id, flight in list(self.held.items()):
+        self.rows_explained = 0
+        for job_id, one in list(self.shards.items()):
             document = documents.get(job_id)
             if document and not document.final:
-                said = STAGE.fullmatch(document.stage or "")
-                self.partly += min(int(said[1]), len(flight.shard.rows)) if said else 0
-                self._say_why(document)
+                stage = STAGE.fullmatch(document.stage or "")
+                self.rows_explained += min(int(stage[1]), len(one.shard.rows)) if stage else 0
+                self._warn_of_retry(document)
                 continue
-            del self.held[job_id]
-            self._leave(job_id)
+            del self.shards[job_id]
+            self._remove_id(job_id)
             if document and document.status == "succeeded":
-                self._bury(flight)
-            ended.append((flight, document))
+                self._drop_dead_letters(one)
+            ended.append((one, document))
         return ended
 
-    def _leave(self, job_id: str) -> None:
+    def _remove_id(self, job_id: str) -> None:
         self.ids = tuple(one for one in self.ids if one != job_id)
 
-    def _say_why(self, document: StatusDocument) -> None:
-        why = document.error
-        if document.status == "retrying" and why and why.code not in self._said:
-            self._said.add(why.code)
-            self._say(f"A shard waits for its next attempt, because of {why.code}: {why.detail}")
+    def _warn_of_retry(self, document: StatusDocument) -> None:
+        error = document.error
+        if document.status == "retrying" and error and error.code not in self._warned:
+            self._warned.add(error.code)
+            self._warn(f"A shard waits for its next attempt, because of {error.code}: {error.detail}")
 
-    def _bury(self, flight: InFlightShard) -> None:
+    def _drop_dead_letters(self, one: InFlightShard) -> None:
         """A shard that has succeeded is no dead letter, whatever became of it before."""
         try:
-            for one in flight.before:
-                self._ledger.drop_dead_letter(one)
+            for job_id in one.failed_ids:
+                self._ledger.drop_dead_letter(job_id)
         except LedgerUnavailable as error:  # its permissions may be of an earlier version
-            log.debug("shard %s stays among the dead letters: %s", flight.shard.key, error)
+            log.debug("shard %s stays among the dead letters: %s", one.shard.key, error)
 
     def cancel(self) -> None:
-        """Stop them all; `ids` are those that a worker still runs."""
+        """Cancel them all; `ids` are those that a worker still runs."""
         self.ids = tuple(one.id for one in cancel(self._ledger, self.ids) if not one.final)
-        self.held.clear()
+        self.shards.clear()
 
-    def settled(self, ids: Iterable[str]) -> bool:
-        """Whether nothing of these is in flight any more; they are cancelled."""
+    def cancel_others(self, ids: Iterable[str]) -> bool:
+        """Cancel shards of an earlier run; whether all of them have ended."""
         return all(one.final for one in cancel(self._ledger, ids))
 
 
 def cancel(ledger: Ledger, ids: Iterable[str]) -> list[StatusDocument]:
     """Cancel shards; return what those are now that had not ended. Raises LedgerUnavailable."""
-    stopped = []
+    canceled = []
     for one in ledger.read_many(sorted(ids)).values():
         with contextlib.suppress(UnknownJob):  # it was forgotten just now
             if not one.final:
-                stopped.append(ledger.cancel(one.id))
-    return stopped
+                canceled.append(ledger.cancel(one.id))
+    return canceled

@@ -1,11 +1,12 @@
-"""What lies in a backfill's output beside what its shards leave there: its plan, and its seal.
+"""A backfill's output folder: the files beside those of its shards.
 
     backfill.json    the plan, written first: whose output this is
-    network.json     which weights and which layer the first shard was explained with
+    network.json     the weights and the layer that the first shard was explained with
     failed.jsonl     all rows that failed; where they are many, failed-2.jsonl and so on too
-    dataset.json     written last, and removed before anything changes: with it, every row is there
+    dataset.json     the summary, written last and removed before anything changes: with it, no row is
+                     missing
 
-For the rest see `gradcam_worker.artifacts.dataset`. What is done is what is listed, and nothing else.
+The files of the shards: see `gradcam_worker.artifacts.dataset`. A shard is done when its file is listed.
 """
 
 import json
@@ -25,56 +26,57 @@ from gradcam_worker.schemas.status import NetworkRef, StatusDocument
 from gradcam_worker.storage.stores import Store
 from gradcam_worker.text.visible import counted
 
-PLAN, NETWORK, SEAL = "backfill.json", "network.json", "dataset.json"
+PLAN, NETWORK, SUMMARY = "backfill.json", "network.json", "dataset.json"
 JSON, LINES = "application/json", "application/x-ndjson"
-PATIENCE_S = 120.0  # with a store that does not answer
+STORE_TIMEOUT_S = 120.0
 PART_BYTES = 32 * 1024 * 1024  # of one file of failed rows
-LEFT = re.compile(r"failed(?:-[0-9]+)?\.jsonl\Z|overlays/[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}/")
-NAMED = 3  # of many, in a sentence
+OWN_FILES = re.compile(r"failed(?:-[0-9]+)?\.jsonl\Z|overlays/[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}/")
+MAX_NAMED = 3  # keys, in an error message
 
 
-class LeftOut:
-    """What is no part of an input because a backfill has written it: ask of each name, in order.
+class OwnFileFilter:
+    """Tells files of an input that backfills have written there: they are no part of it.
 
-    Names are keys of a bucket, or paths. Left out is what lies in an output under a name that a backfill
-    gives, and nothing else that lies there: in the backfill's own, and in others, whose plans are met first.
+    Call it with each name, a key of a bucket or a path, in sorted order. A file is a backfill's own where it
+    lies in an output, of this backfill or of another one, under a name that a backfill gives. Other outputs
+    are known by their plans, which sort before their files.
     """
 
-    def __init__(self, place: str | None = None) -> None:
-        """`place`: of the output, with a slash at its end unless it is a whole bucket; None: elsewhere."""
-        self._place = place
-        self._others: list[str] = []  # each inside the one before
-        self.count = 0  # of names so far
+    def __init__(self, output: str | None = None) -> None:
+        """`output`: as a prefix of names, '' for a whole bucket; None where it is not inside the input."""
+        self._output = output
+        self._others: list[str] = []  # prefixes of other outputs, each inside the one before
+        self.count = 0  # of own files so far
 
     def __call__(self, name: str) -> bool:
-        """Whether this name is left out."""
+        """Whether this file is a backfill's own."""
         while self._others and not name.startswith(self._others[-1]):
             self._others.pop()
         if name.rpartition("/")[2] == PLAN:
             self._others.append(name.removesuffix(PLAN))
-        if self._place is None and not self._others:
+        if self._output is None and not self._others:
             return False
-        places = [one for one in (self._place, *self._others) if one is not None and name.startswith(one)]
-        left = any(_is_left(name.removeprefix(one)) for one in places)
-        self.count += left
-        return left
+        outputs = [one for one in (self._output, *self._others) if one is not None and name.startswith(one)]
+        is_own = any(_is_own_file(name.removeprefix(one)) for one in outputs)
+        self.count += is_own
+        return is_own
 
 
-def _is_left(name: str) -> bool:
-    """Whether an object in an output is one that a backfill leaves there."""
-    return name in {PLAN, NETWORK, SEAL} or key_of(name) is not None or LEFT.match(name) is not None
+def _is_own_file(name: str) -> bool:
+    """Whether a name in an output is one that a backfill gives."""
+    return name in {PLAN, NETWORK, SUMMARY} or key_of(name) is not None or OWN_FILES.match(name) is not None
 
 
 class DatasetDir:
-    """A backfill's output. Raises StorageUnavailable, OutputNotAllowed where it cannot be used."""
+    """A backfill's output. Every method raises StorageUnavailable, or OutputNotAllowed."""
 
     def __init__(self, store: Store) -> None:
         """`store` is opened at the output itself."""
         self._store = store
         self.uri = store.uri(PLAN).removesuffix(f"/{PLAN}")
 
-    def plan(self) -> Plan | None:
-        """Whose output this is. Raises BackfillConflict where nobody can tell."""
+    def read_plan(self) -> Plan | None:
+        """The plan stored here. Raises BackfillConflict where it cannot be read."""
         text = self._find(PLAN)
         try:
             return Plan.model_validate_json(text) if text is not None else None
@@ -82,142 +84,161 @@ class DatasetDir:
             message = f"{self._store.uri(PLAN)} is there, and is no plan that this version can read."
             raise BackfillConflict(message) from error
 
-    def held(self) -> Plan:
-        """Whose output this is. Raises BackfillConflict where it is nobody's."""
-        plan = self.plan()
+    def require_plan(self) -> Plan:
+        """The plan stored here. Raises BackfillConflict where there is none."""
+        plan = self.read_plan()
         if plan is None:
             message = f"{self.uri} holds no backfill: there is no {PLAN}."
             raise BackfillConflict(message)
         return plan
 
-    def agreed(self, asked: Plan, *, resume: bool, changed: bool) -> Plan:
-        """The plan to be run: what is asked for, as the backfill that is here already, if one is.
+    def resolve(self, asked: Plan, *, resume: bool, changed: bool) -> Plan:
+        """The plan to run: `asked`, under the id of the backfill that is here already, if one is.
 
-        With `changed` its weights may be others. One of which nothing is done has no claim to the output.
-        Raises BackfillConflict where another backfill is here, or, unless it is to `resume`, this one.
+        A backfill that is here and has no shard done is replaced.
+
+        Args:
+            asked: What is asked for.
+            resume: The backfill that is here may be this one.
+            changed: ... and its weights may be others.
+
+        Raises:
+            BackfillConflict: Another backfill is here, or this one and `resume` is False.
         """
-        held, done = self.plan(), self.done()
-        if held is None:
+        stored, done = self.read_plan(), self.done_keys()
+        if stored is None:
             if done:
                 message = (
                     f"{self.uri} holds a dataset, and no {PLAN} that says of what: choose another output."
                 )
                 raise BackfillConflict(message)
             return asked
-        # A list may have moved: whether its rows are the same, the keys of its shards tell.
-        moved = asked.model_copy(update={"input": held.input}) if resume else asked
-        meant = moved.model_copy(update={"weights_sha256": held.weights_sha256})
-        differs = (meant if changed else moved).same_as(held)
-        if differs and not done:
+        # A list may lie elsewhere by now: the keys of its shards tell whether its rows are the same.
+        same_input = asked.model_copy(update={"input": stored.input}) if resume else asked
+        same_weights = same_input.model_copy(update={"weights_sha256": stored.weights_sha256})
+        difference = (same_weights if changed else same_input).difference_from(stored)
+        if difference and not done:
             return asked
-        if differs:
-            hint = "" if meant.same_as(held) else " To run again what that changes: --changed."
-            message = f"{self.uri} holds another backfill. {differs}{hint} Or choose another output."
+        if difference:
+            hint = (
+                "" if same_weights.difference_from(stored) else " To run again what that changes: --changed."
+            )
+            message = f"{self.uri} holds another backfill. {difference}{hint} Or choose another output."
             raise BackfillConflict(message)
         if done and not resume:
             some = counted(len(done), "shard of it is", "shards of it are")
-            far = "it is complete" if self.is_committed() else f"{some} done"
+            far = "it is complete" if self.read_summary() else f"{some} done"
             message = f"{self.uri} holds this very backfill, and {far}: use --resume to go on with it."
             raise BackfillConflict(message)
-        return asked.model_copy(update={"id": held.id, "created_at": held.created_at})
+        return asked.model_copy(update={"id": stored.id, "created_at": stored.created_at})
 
-    def begin(self, plan: Plan) -> None:
-        """Make it this backfill's. Raises BackfillConflict where it has become another's meanwhile."""
-        held = self.plan()
-        if held is not None and held.id != plan.id and self.done():
+    def claim(self, plan: Plan) -> None:
+        """Write the plan. Raises BackfillConflict where another backfill has claimed the output meanwhile."""
+        stored = self.read_plan()
+        if stored is not None and stored.id != plan.id and self.done_keys():
             message = (
                 f"{self.uri} holds another backfill, of which a shard was done just now: "
                 "choose another output."
             )
             raise BackfillConflict(message)
-        if held == plan:
+        if stored == plan:
             return
-        if held is not None and (held.id, held.weights_sha256) != (plan.id, plan.weights_sha256):
+        if stored is not None and (stored.id, stored.weights_sha256) != (plan.id, plan.weights_sha256):
             self._store.remove(NETWORK)
         self._put(PLAN, plan.to_json().encode(), JSON)
 
     def discard_plan(self) -> None:
-        """What lies here is no dataset, and nobody is to go on with it."""
+        """Make what is here impossible to resume: it is no dataset."""
         self._store.remove(PLAN)
 
-    def network(self) -> NetworkRef | None:
-        """What the shards so far were explained with."""
+    def read_network(self) -> NetworkRef | None:
+        """The network that the shards so far were explained with."""
         text = self._find(NETWORK)
         return NetworkRef.model_validate_json(text) if text is not None else None
 
     def write_network(self, network: NetworkRef) -> None:
-        """See `network`."""
+        """Store it, for `read_network`."""
         self._put(NETWORK, network.to_json().encode(), JSON)
 
-    def done(self) -> dict[int, tuple[str, ...]]:
-        """Keys of the shards that are done, by index: more than one where an input has changed meanwhile.
+    def done_keys(self) -> dict[int, tuple[str, ...]]:
+        """Keys of the shards that are done, by index: several where the input has changed meanwhile.
 
-        Raises BackfillConflict where there is a table of somebody else's, too.
+        Raises BackfillConflict where there is a Parquet file that no backfill has written.
         """
         found: dict[int, tuple[str, ...]] = {}
-        strange = []
+        foreign = []
         for name in self._store.names("data"):
             if key := key_of(name):
                 index = int(key.partition("-")[0])
                 found[index] = (*found.get(index, ()), key)
             elif name.endswith(".parquet") and name.count("/") == 1:
-                strange.append(name.removeprefix("data/"))
-        if strange:
+                foreign.append(name.removeprefix("data/"))
+        if foreign:
             message = (
-                f"{self._store.uri('data')} holds {_named(strange)}, which no backfill has written: whoever "
+                f"{self._store.uri('data')} holds {_names(foreign)}, which no backfill has written: whoever "
                 "reads data/*.parquet would read that, too. Move it elsewhere."
             )
             raise BackfillConflict(message)
         return found
 
-    def has(self, key: str) -> bool:
+    def has_shard(self, key: str) -> bool:
         """Whether a shard is done."""
         return self._find(data_key(key)) is not None
 
-    def failed(self) -> frozenset[str]:
+    def keys_with_failures(self) -> frozenset[str]:
         """Keys of the shards of which rows failed."""
         return frozenset(filter(None, map(key_of, self._store.names("failed"))))
 
-    def drop(self, key: str) -> None:
-        """Remove what a shard has left: it is no part of the input any more."""
+    def remove_shard(self, key: str) -> None:
+        """Remove the files of a shard that is no part of the input any more."""
         self._store.remove(data_key(key))
         self._store.remove(failed_key(key))
 
-    def is_committed(self) -> dict[str, Any] | None:
-        """What the seal says, where all is there."""
-        text = self._find(SEAL)
+    def read_summary(self) -> dict[str, Any] | None:
+        """The content of dataset.json; None where the dataset is not complete."""
+        text = self._find(SUMMARY)
         return dict(json.loads(text)) if text is not None else None
 
     def uncommit(self) -> None:
-        """Something is about to change."""
-        self._store.remove(SEAL)
+        """Remove dataset.json, before anything changes."""
+        self._store.remove(SUMMARY)
 
     def commit(
         self, plan: Plan, keys: Sequence[str], rows: int, network: NetworkRef | None, *, changed: bool
     ) -> dict[str, Any]:
-        """Gather the failed rows, check that all is there and nothing else, and say so; return the seal.
+        """Check that the shards are there and no others, write failed.jsonl and then dataset.json.
 
-        `keys` are all shards of the input, in its order. With `changed`, what is no part of the input any
-        more is removed. Raises BackfillConflict where something is missing, or is there and should not be.
+        Args:
+            plan: The backfill's.
+            keys: Of all shards of the input, in its order.
+            rows: How many rows the input has.
+            network: What they were explained with.
+            changed: Remove shards that are no part of the input any more.
+
+        Returns:
+            The content of dataset.json.
+
+        Raises:
+            BackfillConflict: A shard is missing, or one is there and should not be.
         """
         expected = frozenset(keys)
-        there = {key for some in self.done().values() for key in some}
+        there = {key for some in self.done_keys().values() for key in some}
         if missing := sorted(expected - there):
             many = counted(len(missing), "shard is", "shards are")
-            message = f"{many} done and not there: {_named(missing)}. Use --resume."
+            message = f"{many} done and not there: {_names(missing)}. Use --resume."
             raise BackfillConflict(message)
         extra = sorted(there - expected)
         if extra and not changed:
             message = (
-                f"{self._store.uri('data')} holds {_named(extra)}, no part of the input: if that has become "
+                f"{self._store.uri('data')} holds {_names(extra)}, no part of the input: if that has become "
                 "shorter, --changed removes them."
             )
             raise BackfillConflict(message)
-        for key in sorted({*extra, *(self.failed() - expected)}):
-            self.drop(key)
+        for key in sorted({*extra, *(self.keys_with_failures() - expected)}):
+            self.remove_shard(key)
         codes: Counter[str] = Counter()
-        files = self._gather(expected, codes)
-        said = {
+        files = self._write_failed(expected, codes)
+        summary = {
             "schema": DATASET,
             "backfill": plan.id,
             "rows": rows,
@@ -228,23 +249,23 @@ class DatasetDir:
             "network": network.model_dump(mode="json") if network else {"name": plan.network},
             "completed_at": utc_now().isoformat(),
         }
-        self._put(SEAL, json.dumps(said, indent=2).encode(), JSON)
-        return said
+        self._put(SUMMARY, json.dumps(summary, indent=2).encode(), JSON)
+        return summary
 
-    def _gather(self, keys: Iterable[str], codes: Counter[str]) -> list[str]:
-        """Write the failed rows of all shards, in parts that fit into memory; return the parts' names."""
+    def _write_failed(self, keys: Iterable[str], codes: Counter[str]) -> list[str]:
+        """Write the failed rows of all shards, in files that fit into memory; return their names."""
         expected, files = frozenset(keys), []
-        for number, part in enumerate(_parts(self._lines(expected, codes)), 1):
-            files.append(_part(number))
+        for number, part in enumerate(_joined(self._failed_lines(expected, codes)), 1):
+            files.append(_failed_name(number))
             self._put(files[-1], part, LINES)
         number = len(files) + 1
-        while self._find(_part(number)) is not None:  # of an earlier run, when more had failed
-            self._store.remove(_part(number))
+        while self._find(_failed_name(number)) is not None:  # of an earlier run, when more had failed
+            self._store.remove(_failed_name(number))
             number += 1
         return files
 
-    def _lines(self, expected: frozenset[str], codes: Counter[str]) -> Iterator[bytes]:
-        for key in sorted(self.failed() & expected):
+    def _failed_lines(self, expected: frozenset[str], codes: Counter[str]) -> Iterator[bytes]:
+        for key in sorted(self.keys_with_failures() & expected):
             text = self._find(failed_key(key))
             if text is None:
                 continue
@@ -252,26 +273,26 @@ class DatasetDir:
             yield text
 
     def _find(self, key: str) -> bytes | None:
-        return self._store.find(key, Deadline(PATIENCE_S))
+        return self._store.find(key, Deadline(STORE_TIMEOUT_S))
 
     def _put(self, key: str, data: bytes, media_type: str) -> None:
-        self._store.put_many([(key, data, media_type)], Deadline(PATIENCE_S))
+        self._store.put_many([(key, data, media_type)], Deadline(STORE_TIMEOUT_S))
 
 
-class Weights:
-    """With which weights, and at which layer, all shards of an output have to be explained."""
+class WeightsCheck:
+    """Checks that all shards of an output are explained with the same weights, at the same layer."""
 
     def __init__(self, output: DatasetDir) -> None:
-        """What the first shard was explained with, if that is known yet."""
-        self._output, self.network = output, output.network()
+        """Read what the first shard was explained with, if one has ended."""
+        self._output, self.network = output, output.read_network()
 
-    def pinned(self, shard: Shard) -> Shard:
-        """The same shard, with which a worker that has other weights writes nothing."""
+    def pin(self, shard: Shard) -> Shard:
+        """The same shard, which a worker with other weights refuses."""
         known = self.network and self.network.weights_sha256
         return shard.model_copy(update={"weights_sha256": known}) if known else shard
 
-    def differ(self, document: StatusDocument) -> str | None:
-        """Take down what the first shard says that ended; what tells another one from it."""
+    def mismatch(self, document: StatusDocument) -> str | None:
+        """What a shard was explained with, where that differs from the first one; store that of the first."""
         if document.network and not self.network:
             self._output.write_network(document.network)
             self.network = document.network
@@ -280,28 +301,28 @@ class Weights:
         return None if one == first else f"{one}, those before with {first}"
 
 
-def _parts(texts: Iterable[bytes]) -> Iterator[bytes]:
-    """Texts joined, as many as fit into one part."""
-    held: list[bytes] = []
+def _joined(texts: Iterable[bytes]) -> Iterator[bytes]:
+    """Texts joined, as many as fit into PART_BYTES."""
+    stored: list[bytes] = []
     size = 0
     for text in texts:
-        if held and size + len(text) > PART_BYTES:
-            yield b"".join(held)
-            held, size = [], 0
-        held.append(text)
+        if stored and size + len(text) > PART_BYTES:
+            yield b"".join(stored)
+            stored, size = [], 0
+        stored.append(text)
         size += len(text)
-    if held:
-        yield b"".join(held)
+    if stored:
+        yield b"".join(stored)
 
 
 def _code(line: Mapping[str, Any]) -> str:
     return str(line["error"]["code"])
 
 
-def _named(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - NAMED:,} more" if len(keys) > NAMED else ""
-    return ", ".join(keys[:NAMED]) + more
+def _names(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - MAX_NAMED:,} more" if len(keys) > MAX_NAMED else ""
+    return ", ".join(keys[:MAX_NAMED]) + more
 
 
-def _part(number: int) -> str:
+def _failed_name(number: int) -> str:
     return "failed.jsonl" if number == 1 else f"failed-{number}.jsonl"

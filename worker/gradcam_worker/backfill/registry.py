@@ -1,15 +1,15 @@
-"""Which backfills run, and who runs them: so that they share the workers, and nobody runs one twice.
+"""Which backfills run, and which process runs each: they share the workers, and none is run twice at once.
 
-Whoever runs a backfill says so every second, in Redis, under the name of its output:
+The process that runs a backfill holds a lease on its output, and renews it every second, in Redis:
 
-    backfills              a sorted set of the outputs, by when somebody was heard of last
-    backfill:<output>      a hash: `owner` (whose it is), `beat` (when, in ms), `facts` (JSON, how far it
-                           is), `shards` (JSON, ids in flight), `cancel` (somebody wants it to end),
-                           `token` (what its shards have to show)
+    backfills              a sorted set of the outputs, by when the lease was renewed last
+    backfill:<output>      a hash: `owner` (which lease), `beat` (when it was renewed last, in ms), `facts`
+                           (JSON, how far it is), `shards` (JSON, ids in flight), `cancel` (a cancel was
+                           requested), `token` (which its shards must carry)
 
-What is done is not written here: that is what lies in the output. The token is random, and stays
-the same for as long as the backfill is remembered: a resumed backfill may still have shards of the previous
-run in the queue.
+Which shards are done is not stored here: that is what the output holds. The token is random, and stays
+the same for as long as the record is kept: a resumed backfill may still have shards of the previous run in
+the queue.
 """
 
 import hashlib
@@ -35,14 +35,14 @@ from gradcam_worker.schemas.shard import Shard
 
 log = logging.getLogger("gradcam")
 
-EVERY_S = 1.0  # between two signs of life
-FRESH_S = 5.0  # after the last of which an output is its owner's
-REMEMBERED_S = 7 * 86_400  # that a backfill can be asked about after its last sign
+RENEW_EVERY_S = 1.0
+EXPIRES_AFTER_S = 5.0  # without being renewed, a lease
+RECORD_TTL_S = 7 * 86_400  # after the last renewal
 
 
 @dataclass(frozen=True, kw_only=True)
 class RenewLease(LuaScript[tuple[int, int, int, str, str, str]], file="renew_lease"):
-    """Say that a backfill is run. Returns: is it ours, how many run, is it to end, facts, shards, token."""
+    """Renew a lease. Returns: is it held, how many run, is a cancel requested, facts, shards, token."""
 
     output: str
     owner: str
@@ -56,7 +56,7 @@ class RenewLease(LuaScript[tuple[int, int, int, str, str, str]], file="renew_lea
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseLease(LuaScript[int], file="release_lease"):
-    """Say that nobody runs a backfill any more. Returns 0 where it is somebody else's."""
+    """Give up a lease. Returns 0 where it is not held."""
 
     output: str
     owner: str
@@ -66,7 +66,7 @@ class ReleaseLease(LuaScript[int], file="release_lease"):
 
 @dataclass(frozen=True, kw_only=True)
 class FindBackfill(LuaScript[tuple[str, str, int] | tuple[()]], file="find_backfill"):
-    """Find a backfill. Returns its facts, its shards and whether somebody runs it, or nothing."""
+    """Find a backfill. Returns its facts, its shards and whether it runs, or nothing."""
 
     output: str
     fresh_ms: int
@@ -75,28 +75,28 @@ class FindBackfill(LuaScript[tuple[str, str, int] | tuple[()]], file="find_backf
 
 @dataclass(frozen=True)
 class BackfillRecord:
-    """What is remembered of a backfill."""
+    """What the registry holds of a backfill."""
 
     facts: dict[str, Any]  # as `BackfillLease` was given them, and `host` and `pid`
     shards: tuple[str, ...]  # ids of those in flight
-    lives: bool  # somebody runs it
+    is_running: bool  # a process holds its lease
 
 
 @dataclass(frozen=True)
 class LeaseStatus:
-    """What whoever runs a backfill learned when it said so."""
+    """What a renewal returned."""
 
-    owner: bool  # the output is its own
+    is_owner: bool  # the lease is held
     running: int = 1  # backfills, this one included
-    cancel: bool = False  # it is to end
-    before: BackfillRecord | None = None  # what was held until now
-    token: str = field(default="", repr=False)  # what its shards have to show
+    cancel_requested: bool = False
+    previous: BackfillRecord | None = None  # what was stored until now
+    token: str = field(default="", repr=False)  # which its shards must carry
 
 
 class BackfillRegistry(Protocol):
-    """All backfills. Raises LedgerUnavailable wherever it cannot be reached."""
+    """All backfills. Every method raises LedgerUnavailable where Redis cannot be reached."""
 
-    def beat(
+    def renew(
         self,
         output: str,
         owner: str,
@@ -106,15 +106,19 @@ class BackfillRegistry(Protocol):
         *,
         enter: bool = False,
     ) -> LeaseStatus:
-        """Say that a backfill is run. `enter`: as the first thing of all, with a token of its own choice."""
+        """Renew the lease on an output; `enter`: acquire it, with a token for a backfill that has none."""
         ...
 
-    def leave(self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str]) -> None:
-        """Say that nobody runs it any more."""
+    def release(self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str]) -> None:
+        """Give up the lease on an output."""
         ...
 
-    def find(self, output: str, *, cancel: bool = False) -> BackfillRecord | None:
-        """What is remembered of the backfill of an output; with `cancel`, whoever runs it shall end it."""
+    def find(self, output: str) -> BackfillRecord | None:
+        """What the registry holds of the backfill of an output."""
+        ...
+
+    def request_cancel(self, output: str) -> BackfillRecord | None:
+        """Ask the process that runs the backfill of an output to stop it; see `find`."""
         ...
 
 
@@ -122,10 +126,10 @@ class RedisBackfillRegistry:
     """The registry in one Redis or Valkey server: see `BackfillRegistry`."""
 
     def __init__(self, server: RedisServer) -> None:
-        """The ledger's server."""
+        """`server`: the ledger's."""
         self._server = server
 
-    def beat(
+    def renew(
         self,
         output: str,
         owner: str,
@@ -135,15 +139,15 @@ class RedisBackfillRegistry:
         *,
         enter: bool = False,
     ) -> LeaseStatus:
-        """See `BackfillRegistry.beat`."""
+        """See `BackfillRegistry.renew`."""
         own, running, cancel, before, theirs, token = self._server.run(
             RenewLease(
-                output=_place(output),
+                output=_output_key(output),
                 owner=owner,
                 facts=json.dumps(facts),
                 shards=json.dumps(shards),
-                fresh_ms=int(FRESH_S * 1000),
-                remembered_ms=REMEMBERED_S * 1000,
+                fresh_ms=int(EXPIRES_AFTER_S * 1000),
+                remembered_ms=RECORD_TTL_S * 1000,
                 enter=enter,
                 new_token=token,
             )
@@ -151,74 +155,78 @@ class RedisBackfillRegistry:
         record = BackfillRecord(json.loads(before), tuple(json.loads(theirs)), not own) if before else None
         return LeaseStatus(bool(own), int(running), bool(cancel), record, token)
 
-    def leave(self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str]) -> None:
-        """See `BackfillRegistry.leave`."""
+    def release(self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str]) -> None:
+        """See `BackfillRegistry.release`."""
         self._server.run(
             ReleaseLease(
-                output=_place(output), owner=owner, facts=json.dumps(facts), shards=json.dumps(shards)
+                output=_output_key(output), owner=owner, facts=json.dumps(facts), shards=json.dumps(shards)
             )
         )
 
-    def find(self, output: str, *, cancel: bool = False) -> BackfillRecord | None:
+    def find(self, output: str) -> BackfillRecord | None:
         """See `BackfillRegistry.find`."""
-        found = self._server.run(
-            FindBackfill(output=_place(output), fresh_ms=int(FRESH_S * 1000), cancel=cancel)
-        )
-        return (
-            BackfillRecord(json.loads(found[0]), tuple(json.loads(found[1])), bool(found[2]))
-            if found
-            else None
-        )
+        return self._find(output, cancel=False)
+
+    def request_cancel(self, output: str) -> BackfillRecord | None:
+        """See `BackfillRegistry.request_cancel`."""
+        return self._find(output, cancel=True)
+
+    def _find(self, output: str, *, cancel: bool) -> BackfillRecord | None:
+        lease_ms = int(EXPIRES_AFTER_S * 1000)
+        found = self._server.run(FindBackfill(output=_output_key(output), fresh_ms=lease_ms, cancel=cancel))
+        if not found:
+            return None
+        return BackfillRecord(json.loads(found[0]), tuple(json.loads(found[1])), bool(found[2]))
 
     def admits(self, shard: Shard) -> bool:
-        """Whether a shard shows the token of a backfill that is remembered. Raises LedgerUnavailable."""
-        key = f"{self._server.prefix}backfill:{_place(shard.output)}"
+        """Whether a shard carries the token of its backfill's record. Raises LedgerUnavailable."""
+        key = f"{self._server.prefix}backfill:{_output_key(shard.output)}"
         with self._server.reaching():
             facts, token = self._server.redis.hmget(key, "facts", "token")
         if not facts or json.loads(str(facts)).get("backfill") != shard.backfill:
             return False
-        # One that an older version runs has none, and neither have its shards, which the ledger has already.
+        # A backfill that an older version runs has no token, and neither have its shards.
         return hmac.compare_digest(str(token or "").encode(), shard.token.encode())
 
     def running(self) -> list[dict[str, Any]]:
-        """The facts of all that are run, as `BackfillLease` was given them. Raises LedgerUnavailable."""
+        """The facts of all that run, as `BackfillLease` was given them. Raises LedgerUnavailable."""
         with self._server.reaching():
             seconds, micros = self._server.redis.time()
-            fresh_ms = (seconds + micros / 1e6 - FRESH_S) * 1000
+            renewed_ms = (seconds + micros / 1e6 - EXPIRES_AFTER_S) * 1000
             prefix = self._server.prefix
-            places: Any = self._server.redis.zrangebyscore(f"{prefix}backfills", fresh_ms, "+inf")
-            found = [self._server.redis.hget(f"{prefix}backfill:{place}", "facts") for place in places]
+            keys: Any = self._server.redis.zrangebyscore(f"{prefix}backfills", renewed_ms, "+inf")
+            found = [self._server.redis.hget(f"{prefix}backfill:{key}", "facts") for key in keys]
         return [json.loads(str(facts)) for facts in found if facts]
 
 
-def _place(output: str) -> str:
-    """An output as part of a key: it may hold what is no part of one."""
+def _output_key(output: str) -> str:
+    """An output as part of a key in Redis."""
     return hashlib.sha256(output.rstrip("/").encode()).hexdigest()[:32]
 
 
 @dataclass
 class BackfillLease:
-    """A backfill's place in the registry, for as long as it is run: says so from a thread of its own."""
+    """The lease on a backfill's output, held while it is entered and renewed by a thread of its own."""
 
     registry: BackfillRegistry
     output: str
     facts: Callable[[], dict[str, Any]]
     shards: Callable[[], Sequence[str]]
-    heard: LeaseStatus = field(default=LeaseStatus(owner=True), init=False)
-    before: BackfillRecord | None = field(default=None, init=False)  # what was remembered of it when it began
+    status: LeaseStatus = field(default=LeaseStatus(is_owner=True), init=False)
+    previous: BackfillRecord | None = field(default=None, init=False)  # what was stored when it was entered
     token: str = field(default_factory=partial(secrets.token_urlsafe, 32), init=False, repr=False)
     _owner: str = field(default_factory=new_id, init=False)
     _stopped: threading.Event = field(default_factory=threading.Event, init=False)
 
     def __enter__(self) -> Self:
-        """Raises BackfillConflict where somebody else runs it, LedgerUnavailable."""
-        heard, end = self.beat(enter=True), time.monotonic() + FRESH_S + EVERY_S
-        while not heard.owner and _was_killed(heard.before) and time.monotonic() < end:
-            time.sleep(EVERY_S / 2)
-            heard = self.beat(enter=True)
-        if not heard.owner:
-            raise BackfillConflict(_taken(self.output, heard.before))
-        self.before, self.token = heard.before, heard.token
+        """Raises BackfillConflict where another process holds it, LedgerUnavailable."""
+        status, end = self.renew(enter=True), time.monotonic() + EXPIRES_AFTER_S + RENEW_EVERY_S
+        while not status.is_owner and _was_killed(status.previous) and time.monotonic() < end:
+            time.sleep(RENEW_EVERY_S / 2)
+            status = self.renew(enter=True)
+        if not status.is_owner:
+            raise BackfillConflict(_held_elsewhere(self.output, status.previous))
+        self.previous, self.token = status.previous, status.token
         self._thread = threading.Thread(target=self._keep, name="backfill-lease", daemon=True)
         self._thread.start()
         return self
@@ -226,33 +234,33 @@ class BackfillLease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave: somebody else may come at once."""
+        """Give it up: another process can acquire it at once."""
         self._stopped.set()
         self._thread.join()
         try:
-            self.registry.leave(self.output, self._owner, self._said(), self.shards())
-        except LedgerUnavailable as unavailable:  # it is forgotten soon enough
+            self.registry.release(self.output, self._owner, self._process_facts(), self.shards())
+        except LedgerUnavailable as unavailable:  # it expires soon
             log.debug("the registry of backfills is not told of the end: %s", unavailable)
 
-    def beat(self, *, enter: bool = False) -> LeaseStatus:
-        """Say now that it is run, and which shards are in flight. Raises LedgerUnavailable."""
-        self.heard = self.registry.beat(
-            self.output, self._owner, self._said(), self.shards(), self.token, enter=enter
+    def renew(self, *, enter: bool = False) -> LeaseStatus:
+        """Renew it now, with how far it is and which shards are in flight. Raises LedgerUnavailable."""
+        self.status = self.registry.renew(
+            self.output, self._owner, self._process_facts(), self.shards(), self.token, enter=enter
         )
-        return self.heard
+        return self.status
 
     def check(self) -> None:
-        """Raise BackfillConflict where somebody else has the output by now."""
-        if not self.heard.owner:
-            raise BackfillConflict(_taken(self.output, self.heard.before))
+        """Raise BackfillConflict where another process holds it by now."""
+        if not self.status.is_owner:
+            raise BackfillConflict(_held_elsewhere(self.output, self.status.previous))
 
-    def _said(self) -> dict[str, Any]:
+    def _process_facts(self) -> dict[str, Any]:
         return {**self.facts(), "host": platform.node(), "pid": os.getpid()}
 
     def _keep(self) -> None:
-        while not self._stopped.wait(EVERY_S):
+        while not self._stopped.wait(RENEW_EVERY_S):
             try:
-                self.beat()
+                self.renew()
             except LedgerUnavailable as error:  # the backfill itself says so, once
                 log.debug("the registry of backfills cannot be told: %s", error)
             except BaseException:  # without this thread the backfill would lose its output
@@ -260,7 +268,7 @@ class BackfillLease:
 
 
 def _was_killed(record: BackfillRecord | None) -> bool:
-    """Whether who said that it runs it was a process of this machine, and is none any more."""
+    """Whether the process that held the lease was one of this machine that is gone."""
     facts = record.facts if record else {}
     if facts.get("host") != platform.node() or not isinstance(facts.get("pid"), int):
         return False
@@ -268,15 +276,15 @@ def _was_killed(record: BackfillRecord | None) -> bool:
         os.kill(facts["pid"], 0)
     except ProcessLookupError:
         return True
-    except OSError:  # it is somebody else's
+    except OSError:  # another user's process
         return False
     return False
 
 
-def _taken(output: str, record: BackfillRecord | None) -> str:
+def _held_elsewhere(output: str, record: BackfillRecord | None) -> str:
     facts = record.facts if record else {}
     return (
         f"The backfill of {output} is run by process {facts.get('pid')} on {facts.get('host')}: wait for it, "
         "or stop it there, or by `gradcam backfill cancel`. If it was killed, try again in "
-        f"{FRESH_S:g} seconds."
+        f"{EXPIRES_AFTER_S:g} seconds."
     )

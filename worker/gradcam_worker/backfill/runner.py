@@ -1,10 +1,11 @@
-"""A very long list of images -> a steady stream of shards -> a dataset. It stops and goes on anywhere.
+"""Runs a backfill: a very long list of images -> shards -> a dataset. It can be stopped and resumed anywhere.
 
-    input -> shards --at most a window of them--> ledger and queue -> workers -> files in the output -> seal
+    input -> shards, at most a window of them in flight -> ledger and queue -> workers -> files in the output
+          -> dataset.json
 
-Nothing is kept here that matters. Which shards are done is what is listed in the output, and those in flight
-are found again by their ids: see `gradcam_worker.backfill.inflight`. So nothing is done twice, and nothing is
-left out.
+The runner holds no state that matters. The shards that are done are those listed in the output; those in
+flight are found again by their ids: see `gradcam_worker.backfill.inflight`. So no shard is done twice, and
+none is left out.
 """
 
 import logging
@@ -14,10 +15,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from gradcam_worker.backfill.inflight import HOPELESS, InFlight, InFlightShard, renamed
-from gradcam_worker.backfill.output import DatasetDir, Weights
+from gradcam_worker.backfill.inflight import FATAL_CODES, InFlight, InFlightShard, with_derived_id
+from gradcam_worker.backfill.options import RunOptions
+from gradcam_worker.backfill.outages import OutageLog
+from gradcam_worker.backfill.output import DatasetDir, WeightsCheck
 from gradcam_worker.backfill.plan import Plan
-from gradcam_worker.backfill.progress import OutageLog, Progress, RateMeter, RunOptions
+from gradcam_worker.backfill.progress import Progress, RateMeter
 from gradcam_worker.backfill.registry import BackfillLease, BackfillRegistry
 from gradcam_worker.errors import BackfillConflict, BackfillStopped, InvalidInput, LedgerUnavailable
 from gradcam_worker.ledger.ledger import Ledger
@@ -27,15 +30,15 @@ from gradcam_worker.schemas.status import StatusDocument
 
 log = logging.getLogger("gradcam")
 
-TRIES = 3  # of a shard that fails as a whole
-FIRST_LOOK_S, LAST_LOOK_S = 0.05, 1.0  # between two looks at what is in flight: longer while nothing changes
-TURN_S = 0.2  # of handing out shards
-AT_EASE = RunOptions()
-WORKERS_EVERY_S = 2.0  # between two questions who works
+MAX_TRIES = 3  # of a shard that fails as a whole
+MIN_POLL_S, MAX_POLL_S = 0.05, 1.0  # between two polls of the shards in flight: longer while nothing changes
+SUBMIT_FOR_S = 0.2  # at most, before the shards in flight are polled again
+COUNT_WORKERS_EVERY_S = 2.0
+DEFAULT_OPTIONS = RunOptions()
 
 
 class BackfillRunner:
-    """Runs a plan: from its input to the seal of its dataset."""
+    """Runs a plan, from its input to a complete dataset."""
 
     def __init__(
         self,
@@ -45,251 +48,289 @@ class BackfillRunner:
         publish: Callable[[str], None],
         registry: BackfillRegistry,
         *,
-        pace: RunOptions = AT_EASE,
-        each: int = 2,
-        show: Callable[[Progress], None] = lambda _: None,
-        say: Callable[[str], None] = log.warning,
+        options: RunOptions = DEFAULT_OPTIONS,
+        shards_per_worker: int = 2,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+        warn: Callable[[str], None] = log.warning,
     ) -> None:
-        """`publish` publishes a shard by its id. A worker has `each` shards in hand at most.
+        """Prepare a run; nothing is read or written yet.
 
-        `show` is called again and again with how far it is, `say` with what somebody should know.
+        Args:
+            plan: What is asked for, as `DatasetDir.resolve` returned it.
+            output: Where the dataset is to be.
+            ledger: Where shards are submitted.
+            publish: Puts the message of a shard on the queue, by its id.
+            registry: Where the run is announced.
+            options: How it is run.
+            shards_per_worker: How many shards a worker works on at once, at most.
+            on_progress: Called after each step.
+            warn: Called with what an operator should know.
         """
-        self.plan, self.standing, self._speed = plan, Progress(), RateMeter()
-        self._output, self._ledger, self._publish, self._fleet = output, ledger, publish, registry
-        self._pace, self._each, self._show, self._say = pace, each, show, say
-        self._outages = OutageLog(say)
-        self.flights = InFlight(ledger, output.has, self._announce, say)
-        self._waiting: deque[InFlightShard] = deque()  # to be submitted before any other
-        self._keys: list[str] = []  # of all shards of the input so far
-        self._codes: Counter[str] = Counter()
-        self._unknown: list[str] = []  # ids of shards that nobody knows with which weights they were done
-        self._ended = 0  # shards, in this run
-        self._free_s = self._asked_s = 0.0  # when the next shard may go; when workers were counted last
-        self._unsealed = False
+        self.plan, self.progress, self._rate = plan, Progress(), RateMeter()
+        self._output, self._ledger, self._publish, self._registry = output, ledger, publish, registry
+        self._options, self._shards_per_worker = options, shards_per_worker
+        self._on_progress, self._warn = on_progress, warn
+        self._outages = OutageLog(warn)
+        self.in_flight = InFlight(ledger, output.has_shard, self._renew_lease, warn)
+        self._to_submit: deque[InFlightShard] = deque()  # before any other shard of the input
+        self._shard_keys: list[str] = []  # of the input so far
+        self._error_codes: Counter[str] = Counter()
+        self._unchecked_ids: list[str] = []  # of shards done earlier, whose weights are not known
+        self._shards_ended = 0  # in this run
+        self._next_submit_s = 0.0  # when the rate allows the next shard
+        self._workers_counted_s = 0.0  # when workers were counted last
+        self._uncommitted = False  # dataset.json was removed
 
     def lease(self) -> BackfillLease:
-        """This backfill's place in the registry: enter it, then `run`."""
-        return BackfillLease(self._fleet, self.plan.output, self._facts, lambda: self.flights.ids)
+        """This backfill's lease in the registry: enter it, then `run`."""
+        return BackfillLease(self._registry, self.plan.output, self._facts, lambda: self.in_flight.ids)
 
     def run(self, lease: BackfillLease, shards: Iterable[Shard]) -> dict[str, Any] | None:
-        """Make the output its own and run it; return the seal, or None where shards are missing.
+        """Run the backfill. However it ends, it can be resumed.
 
-        Ledger and broker, when they are away, are tried again for ever. Raises BackfillConflict,
-        BackfillStopped, StorageUnavailable, and what reading `shards` does. However it ends, it can go on.
+        While the ledger or the broker is unavailable, it keeps trying.
+
+        Args:
+            lease: As `lease` returned it, entered.
+            shards: The shards of the input, in order.
+
+        Returns:
+            The content of dataset.json, or None where shards are missing.
+
+        Raises:
+            BackfillConflict: The output is another backfill's, or the input has changed.
+            BackfillStopped: It was cancelled, too many rows failed, or no shard can succeed.
+            StorageUnavailable: The output cannot be read or written.
+            InvalidInput: The input is empty, or cannot be read further.
         """
-        self._seat = lease
-        if lease.before and lease.before.facts["backfill"] != self.plan.id:
-            self._settle()
-        self._output.begin(self.plan)
-        self._weights, self._held = Weights(self._output), self._output.done()
-        self._with_failed = self._output.failed() if self._pace.only_failed else frozenset()
-        with Prefetcher(shards) as ahead:
-            pause_s = FIRST_LOOK_S
-            while not self._over():
-                self._check_cancel()
-                seen = len(self._keys), self._ended
-                self._outages.asking(lambda: self._step(ahead))
-                self._show_now()
-                if not self._over() and (why := self._pace.hopeless(self.standing, self._ended)):
-                    self._stop(f"{why} A greater --max-failed lets more.")
-                moved = seen != (len(self._keys), self._ended)
-                pause_s = FIRST_LOOK_S if moved else min(pause_s * 1.5, LAST_LOOK_S)
-                if self._full() or not moved:
+        self._lease = lease
+        if lease.previous and lease.previous.facts["backfill"] != self.plan.id:
+            self._cancel_previous_run()
+        self._output.claim(self.plan)
+        self._weights, self._done_keys = WeightsCheck(self._output), self._output.done_keys()
+        only_failed = self._options.only_failed
+        self._keys_with_failures = self._output.keys_with_failures() if only_failed else frozenset()
+        with Prefetcher(shards) as prefetched:
+            pause_s = MIN_POLL_S
+            while not self._is_finished():
+                self._check_lease()
+                before = len(self._shard_keys), self._shards_ended
+                self._outages.call_ledger(lambda: self._step(prefetched))
+                self._report_progress()
+                self._check_failures()
+                changed = before != (len(self._shard_keys), self._shards_ended)
+                pause_s = MIN_POLL_S if changed else min(pause_s * 1.5, MAX_POLL_S)
+                if self._must_wait() or not changed:
                     time.sleep(pause_s)
-        if self.standing.lost:
+        if self.progress.lost:
             return None
-        self._settle()
-        return self._sealed()
+        self._cancel_previous_run()
+        return self._commit()
 
-    def _settle(self) -> None:
-        """What an earlier run has left in flight must not write any more."""
-        before = self._seat.before.shards if self._seat.before else ()
+    def _cancel_previous_run(self) -> None:
+        """Wait until the shards that an earlier run left in flight have ended: they would still write."""
+        ids = self._lease.previous.shards if self._lease.previous else ()
 
-        def settled() -> bool:
+        def ended() -> bool:
             self._count_workers()
-            return self.flights.settled(before)
+            return self.in_flight.cancel_others(ids)
 
-        while before and not self._outages.asking(settled):
-            self._check_cancel()
-            self._show_now()
-            time.sleep(FIRST_LOOK_S)
+        while ids and not self._outages.call_ledger(ended):
+            self._check_lease()
+            self._report_progress()
+            time.sleep(MIN_POLL_S)
 
-    def _check_cancel(self) -> None:
-        """Whether it is to go on. Raises BackfillConflict, BackfillStopped where it is not."""
-        self._seat.check()
-        if self._seat.heard.cancel:
+    def _check_lease(self) -> None:
+        """Raise BackfillConflict where the lease is lost, BackfillStopped where a cancel was requested."""
+        self._lease.check()
+        if self._lease.status.cancel_requested:
             self._stop("The backfill was cancelled on request.")
 
-    def _step(self, ahead: Prefetcher[Shard]) -> None:
-        """Raises LedgerUnavailable: the next one does what is left."""
+    def _check_failures(self) -> None:
+        """Raise BackfillStopped where too many rows have failed to go on."""
+        if self._is_finished():
+            return
+        if why := self._options.too_many_failed(self.progress, self._shards_ended):
+            self._stop(f"{why} A greater --max-failed lets more.")
+
+    def _step(self, prefetched: Prefetcher[Shard]) -> None:
+        """Submit and poll. Raises LedgerUnavailable: the next step does what is left."""
         self._count_workers()
-        self._hand_out(ahead)
-        self._look()
+        self._fill_window(prefetched)
+        self._poll()
 
     def _count_workers(self) -> None:
-        if self._outages.away or time.monotonic() - self._asked_s >= WORKERS_EVERY_S:
-            self.standing = replace(self.standing, workers=len(self._ledger.workers()))
-            self._asked_s = time.monotonic()
+        if self._outages.unavailable or time.monotonic() - self._workers_counted_s >= COUNT_WORKERS_EVERY_S:
+            self.progress = replace(self.progress, workers=len(self._ledger.workers()))
+            self._workers_counted_s = time.monotonic()
 
-    def _over(self) -> bool:
-        return self.standing.whole and not self.flights and not self._waiting
+    def _is_finished(self) -> bool:
+        return self.progress.whole and not self.in_flight and not self._to_submit
 
-    def _full(self) -> bool:
+    def _must_wait(self) -> bool:
         """Whether the window or the rate allow no other shard just now."""
-        return len(self.flights) >= self._window() or time.monotonic() < self._free_s
-
-    def _hand_out(self, ahead: Prefetcher[Shard]) -> None:
-        """Submit what may be, for a little while: there are other things to do."""
-        end = time.monotonic() + TURN_S
-        while not self._full() and time.monotonic() < end and not self._over():
-            if self._waiting:
-                self._submit(self._waiting[0])
-                self._waiting.popleft()
-                continue
-            shard = ahead.next(FIRST_LOOK_S)
-            if shard is None:
-                self.standing = replace(self.standing, whole=ahead.ended)
-                return
-            self._plan(shard)
+        return len(self.in_flight) >= self._window() or time.monotonic() < self._next_submit_s
 
     def _window(self) -> int:
         """How many shards may be in flight: a fair share, where other backfills run."""
-        most = self._pace.most(self.standing.workers, self._each)
-        return max(most // max(self._seat.heard.running, 1), 1)
+        most = self._options.max_in_flight(self.progress.workers, self._shards_per_worker)
+        return max(most // max(self._lease.status.running, 1), 1)
 
-    def _plan(self, shard: Shard) -> None:
-        """Take down a shard of the input, and see what is to be done for it."""
-        self._keys.append(shard.key)
-        rows, there, now = len(shard.rows), self._held.pop(shard.index, ()), self.standing
-        self.standing = replace(now, planned=now.planned + rows)
-        for key in there:
+    def _fill_window(self, prefetched: Prefetcher[Shard]) -> None:
+        """Submit shards until the window is full, for SUBMIT_FOR_S at most."""
+        end = time.monotonic() + SUBMIT_FOR_S
+        while not self._must_wait() and time.monotonic() < end and not self._is_finished():
+            if self._to_submit:
+                self._submit(self._to_submit[0])
+                self._to_submit.popleft()
+                continue
+            shard = prefetched.next(MIN_POLL_S)
+            if shard is None:
+                self.progress = replace(self.progress, whole=prefetched.ended)
+                return
+            self._enqueue(shard)
+
+    def _enqueue(self, shard: Shard) -> None:
+        """Note a shard of the input, and submit it later unless it is done already."""
+        self._shard_keys.append(shard.key)
+        rows, done, now = len(shard.rows), self._done_keys.pop(shard.index, ()), self.progress
+        self.progress = replace(now, planned=now.planned + rows)
+        for key in done:
             if key != shard.key:
-                self._drop(key, shard)
-        if shard.key not in there:
-            self._waiting.append(InFlightShard(shard))
-        elif shard.key in self._with_failed:
-            self._waiting.append(InFlightShard(renamed(shard, "failed").model_copy(update={"keep": True})))
+                self._remove_outdated(key, shard)
+        if shard.key not in done:
+            self._to_submit.append(InFlightShard(shard))
+        elif shard.key in self._keys_with_failures:
+            again = with_derived_id(shard, "failed").model_copy(update={"keep": True})
+            self._to_submit.append(InFlightShard(again))
         else:
-            self.standing = replace(self.standing, before=self.standing.before + rows)
+            self.progress = replace(self.progress, before=self.progress.before + rows)
             if not self._weights.network:
-                self._unknown.append(shard.id)
+                self._unchecked_ids.append(shard.id)
 
-    def _drop(self, key: str, shard: Shard) -> None:
-        if not self._pace.changed:
+    def _remove_outdated(self, key: str, shard: Shard) -> None:
+        """Remove a file whose rows are not what the input holds there now; only with --changed."""
+        if not self._options.changed:
             message = (
                 f"The input has changed: shard {shard.index}, from row {shard.first} on, is {shard.key} now, "
                 f"and {self._output.uri} holds {key}. --changed runs again what has changed."
             )
             raise BackfillConflict(message)
-        self._unseal()
-        self._output.drop(key)
+        self._uncommit()
+        self._output.remove_shard(key)
 
-    def _unseal(self) -> None:
-        """Before anything changes."""
-        if not self._unsealed:
+    def _uncommit(self) -> None:
+        """Remove dataset.json before anything changes."""
+        if not self._uncommitted:
             self._output.uncommit()
-            self._unsealed = True
+            self._uncommitted = True
 
-    def _submit(self, flight: InFlightShard) -> None:
-        self._unseal()
-        shard = self._weights.pinned(flight.shard).model_copy(update={"token": self._seat.token})
-        flight, document = self.flights.submit(replace(flight, shard=shard))
+    def _submit(self, one: InFlightShard) -> None:
+        self._uncommit()
+        shard = self._weights.pin(one.shard).model_copy(update={"token": self._lease.token})
+        submitted, document = self.in_flight.submit(replace(one, shard=shard))
         if document.final:
-            self._succeeded(flight, document)
+            self._on_shard_succeeded(submitted.shard, document)
             return
-        if self._pace.rate:
-            self._free_s = max(self._free_s, time.monotonic()) + len(flight.shard.rows) / self._pace.rate
-        self._outages.publishing(lambda: self._publish(flight.shard.id))
+        shard = submitted.shard
+        if self._options.rate:
+            earliest_s = max(self._next_submit_s, time.monotonic())
+            self._next_submit_s = earliest_s + len(shard.rows) / self._options.rate
+        self._outages.call_broker(lambda: self._publish(shard.id))
 
-    def _announce(self) -> None:
-        self._seat.beat()
-        self._seat.check()
+    def _renew_lease(self) -> None:
+        """The registry must know the ids in flight before they are."""
+        self._lease.renew()
+        self._lease.check()
 
-    def _look(self) -> None:
-        """See which shards in flight have come to their end, and how."""
-        for flight, document in self.flights.look():
+    def _poll(self) -> None:
+        """See which shards in flight have ended, and how."""
+        for one, document in self.in_flight.poll():
             if document is None:  # the ledger has forgotten it
-                self._waiting.append(flight)
+                self._to_submit.append(one)
             elif document.status == "succeeded":
-                self._succeeded(flight, document)
+                self._on_shard_succeeded(one.shard, document)
             else:
-                self._on_shard_failed(flight, document)
-        self.standing = replace(self.standing, partly=self.flights.partly)
-        if self._unknown:
-            for one in self._ledger.read_many(self._unknown).values():
-                self._compare(one)
-            self._unknown.clear()
+                self._on_shard_failed(one, document)
+        self.progress = replace(self.progress, partly=self.in_flight.rows_explained)
+        if self._unchecked_ids:
+            for known in self._ledger.read_many(self._unchecked_ids).values():
+                self._check_weights(known)
+            self._unchecked_ids.clear()
 
-    def _succeeded(self, flight: InFlightShard, document: StatusDocument) -> None:
-        found = {name.partition("failed_")[2]: int(count) for name, count in document.metrics.items()}
-        self._count(flight.shard, {code: count for code, count in found.items() if code})
-        self._compare(document)
+    def _on_shard_succeeded(self, shard: Shard, document: StatusDocument) -> None:
+        failed = {name.partition("failed_")[2]: int(count) for name, count in document.metrics.items()}
+        self._count_rows(shard, {code: count for code, count in failed.items() if code})
+        self._check_weights(document)
 
-    def _count(self, shard: Shard, codes: Mapping[str, int]) -> None:
-        self._ended += 1
-        self._codes.update(codes)
-        self.standing = replace(
-            self.standing,
-            done=self.standing.done + len(shard.rows),
-            failed=self._codes.total(),
-            codes=dict(sorted(self._codes.items())),
+    def _on_shard_failed(self, one: InFlightShard, document: StatusDocument) -> None:
+        """Try a shard again that has failed as a whole, or give it up."""
+        code = document.error.code if document.error else document.status
+        why = f"{code}: {document.error.detail if document.error else 'nobody knows why'}"
+        if code in FATAL_CODES:
+            self._stop(f"No shard can be done, because of {why}", resume=False)
+        if one.tries < MAX_TRIES:
+            self._to_submit.append(one.retry())
+            return
+        shard = one.shard
+        last = shard.first + len(shard.rows) - 1
+        self._warn(
+            f"Shard {shard.index}, rows {shard.first} to {last}, failed {MAX_TRIES} times, at last with {why}"
+        )
+        self._count_rows(shard, {code: len(shard.rows)})
+        self.progress = replace(self.progress, lost=self.progress.lost + 1)
+
+    def _count_rows(self, shard: Shard, failed: Mapping[str, int]) -> None:
+        """Count the rows of a shard that has ended; `failed`: how many failed with which code."""
+        self._shards_ended += 1
+        self._error_codes.update(failed)
+        self.progress = replace(
+            self.progress,
+            done=self.progress.done + len(shard.rows),
+            failed=self._error_codes.total(),
+            codes=dict(sorted(self._error_codes.items())),
         )
 
-    def _compare(self, document: StatusDocument) -> None:
-        """All shards must have been explained with the same weights, at the same layer."""
-        if differs := self._weights.differ(document):
+    def _check_weights(self, document: StatusDocument) -> None:
+        """Stop unless all shards were explained with the same weights, at the same layer."""
+        if mismatch := self._weights.mismatch(document):
             self._output.discard_plan()
             self._stop(
-                f"The workers do not agree: shard {document.metadata['shard']} was explained with {differs}. "
-                f"What lies in {self._output.uri} is no dataset: give all workers the same weights, and "
+                f"The workers do not agree: shard {document.metadata['shard']} was explained with {mismatch}."
+                f" What lies in {self._output.uri} is no dataset: give all workers the same weights, and "
                 "begin again in another output.",
                 resume=False,
             )
 
-    def _on_shard_failed(self, flight: InFlightShard, document: StatusDocument) -> None:
-        """A shard has failed as a whole."""
-        code = document.error.code if document.error else document.status
-        why = f"{code}: {document.error.detail if document.error else 'nobody knows why'}"
-        if code in HOPELESS:
-            self._stop(f"No shard can be done, because of {why}", resume=False)
-        if flight.tries < TRIES:
-            self._waiting.append(flight.again())
-            return
-        shard = flight.shard
-        last = shard.first + len(shard.rows) - 1
-        self._say(
-            f"Shard {shard.index}, rows {shard.first} to {last}, failed {TRIES} times, at last with {why}"
-        )
-        self._count(shard, {code: len(shard.rows)})
-        self.standing = replace(self.standing, lost=self.standing.lost + 1)
-
     def _stop(self, why: str, *, resume: bool = True) -> None:
         """Cancel what is in flight. Raises BackfillStopped."""
         try:
-            self.flights.cancel()
+            self.in_flight.cancel()
         except LedgerUnavailable as error:
-            self._say(f"What is in flight cannot be cancelled, and comes to its end by itself: {error}")
-        self._show_now()
+            self._warn(f"What is in flight cannot be cancelled, and comes to its end by itself: {error}")
+        self._report_progress()
         raise BackfillStopped(f"{why} To go on with it: --resume." if resume else why)
 
-    def _sealed(self) -> dict[str, Any]:
-        if not self._keys:
+    def _commit(self) -> dict[str, Any]:
+        if not self._shard_keys:
             message = f"There is nothing to explain: {self.plan.input} holds no rows."
             raise InvalidInput(message)
-        said = None if self._unsealed or self._held else self._output.is_committed()
-        if said is None and self._pace.changed:
-            self._unseal()  # what is no part of the input any more is removed now
-        return said or self._output.commit(
-            self.plan, self._keys, self.standing.planned, self._weights.network, changed=self._pace.changed
+        changed, network = self._options.changed, self._weights.network
+        unchanged = None if self._uncommitted or self._done_keys else self._output.read_summary()
+        if unchanged is None and changed:
+            self._uncommit()  # `commit` removes what is no part of the input any more
+        return unchanged or self._output.commit(
+            self.plan, self._shard_keys, self.progress.planned, network, changed=changed
         )
 
-    def _show_now(self) -> None:
-        now = self.standing
-        rows_per_s = self._speed.of(now.done + now.partly)
-        self.standing = replace(now, in_flight=len(self.flights), rows_per_s=rows_per_s)
-        self._show(self.standing)
+    def _report_progress(self) -> None:
+        now = self.progress
+        rows_per_s = self._rate.update(now.done + now.partly)
+        self.progress = replace(now, in_flight=len(self.in_flight), rows_per_s=rows_per_s)
+        self._on_progress(self.progress)
 
     def _facts(self) -> dict[str, Any]:
+        """What the registry is told about this run."""
         own = {"backfill": self.plan.id, "input": self.plan.input, "output": self.plan.output}
-        now = replace(self.standing, in_flight=len(self.flights.ids))
+        now = replace(self.progress, in_flight=len(self.in_flight.ids))
         return {**own, "network": self.plan.network, **now.facts()}

@@ -1,8 +1,9 @@
-"""The commands about a backfill: backfill INPUT | backfill status OUTPUT | backfill cancel OUTPUT."""
+"""The commands about backfills: backfill INPUT | backfill status OUTPUT | backfill cancel OUTPUT."""
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import ValidationError
 
-from gradcam_worker.cli import standing
-from gradcam_worker.cli.jobs import _wish
+from gradcam_worker.cli.jobs import explanation_options
 from gradcam_worker.errors import InvalidJob, UnknownNetwork
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.model import describe
@@ -20,7 +20,14 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted
 
 if TYPE_CHECKING:  # they are heavy
+    from gradcam_worker.backfill.output import DatasetDir
     from gradcam_worker.backfill.plan import Plan
+    from gradcam_worker.backfill.registry import BackfillRecord
+    from gradcam_worker.ledger.ledger import Ledger
+
+STATE_COLORS = {"running": "cyan", "complete": "green", "stopped": "yellow", "damaged": "red"}
+POLL_EVERY_S = 0.2  # whether a cancelled backfill has ended
+CANCEL_TIMEOUT_S = 15.0
 
 
 def _share(_: click.Context, __: click.Parameter, text: str) -> float:
@@ -36,22 +43,22 @@ def _share(_: click.Context, __: click.Parameter, text: str) -> float:
     return share
 
 
-class _Context(click.Context):
-    """The command that needs not be named is not named."""
+class _RunContext(click.Context):
+    """Usage and errors of `run` do not name it: users write `backfill INPUT`."""
 
     @property
     def command_path(self) -> str:
-        """What its help and its errors call it."""
+        """See `click.Context`."""
         return self.parent.command_path if self.parent else super().command_path
 
 
-class _Run(click.Command):
-    """Of artifacts a backfill leaves overlays alone."""
+class _RunCommand(click.Command):
+    """Overlays are the only artifacts of a backfill: `--overlays` replaces `--artifact`."""
 
-    context_class = _Context
+    context_class = _RunContext
 
     def __init__(self, *given: Any, **named: Any) -> None:
-        """Its `--artifact` is `--overlays`."""
+        """See `click.Command`."""
         super().__init__(*given, **named)
         overlays = click.Option(
             ["--overlays", "artifacts"], flag_value=("overlay",), default=(), help="A picture of each, too."
@@ -59,8 +66,8 @@ class _Run(click.Command):
         self.params = [overlays if one.name == "artifacts" else one for one in self.params]
 
 
-class _Backfill(click.Group):
-    """Whatever is no command of its own is the input of a backfill."""
+class _BackfillGroup(click.Group):
+    """An argument that names no subcommand is the INPUT of `run`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """See `click.Group`."""
@@ -71,14 +78,14 @@ class _Backfill(click.Group):
         return [name for name in super().list_commands(ctx) if name != "run"]
 
 
-@click.group(cls=_Backfill)
+@click.group(cls=_BackfillGroup)
 def backfill() -> None:
     """Explain a long list of images: many to a message, one dataset as the result."""
 
 
-@backfill.command(cls=_Run)
+@backfill.command(cls=_RunCommand)
 @click.argument("input_", metavar="INPUT")
-@_wish
+@explanation_options
 @click.option("--output", required=True, metavar="s3://...", help="Where the dataset is to be.")
 @click.option("--shard-rows", type=click.IntRange(1, MAX_ROWS), default=256, show_default=True)
 @click.option("--window", type=click.IntRange(1, 10_000), help="Shards in flight. [as the workers need them]")
@@ -102,10 +109,10 @@ def run(
     form: str,
     column: str | None,
     *,
-    wish: dict[str, Any],
+    spec: dict[str, Any],
     resume: bool,
     as_json: bool,
-    **pace: Any,
+    **options: Any,
 ) -> int:
     """Explain every image of INPUT: a list (JSON Lines, CSV, Parquet, a URI a line), a folder,
     s3://bucket/prefix, or - for standard input.
@@ -124,82 +131,89 @@ def run(
       gradcam backfill status s3://results/photos
     """
     from gradcam_worker.backfill.inputs.open import open_input
-    from gradcam_worker.backfill.plan import shards
-    from gradcam_worker.backfill.progress import RunOptions
+    from gradcam_worker.backfill.options import RunOptions
     from gradcam_worker.backfill.registry import RedisBackfillRegistry
     from gradcam_worker.backfill.runner import BackfillRunner
+    from gradcam_worker.backfill.sharding import cut_shards
     from gradcam_worker.ledger.redis.store import RedisLedger
-    from gradcam_worker.operations.progress_bar import BackfillProgressBar, Counted, print_line, summary
+    from gradcam_worker.operations.progress_bar import (
+        BackfillProgressBar,
+        CountedInput,
+        print_line,
+        print_summary,
+    )
 
-    resume = resume or pace["only_failed"] or pace["changed"]
+    run_options = RunOptions(**options)
     settings = Settings.from_environment()
-    place, ledger = standing.opened(output, settings), RedisLedger(settings)
-    with open_input(input_, settings, form=form, column=column, output=place.uri) as rows:
-        own = {"input": rows.shown, "output": place.uri, "shard_rows": shard_rows}
-        asked = _plan(wish | own, settings)
-        plan = place.agreed(asked, resume=resume, changed=pace["changed"])
-        watched = Counted(rows)
-        form = "json" if as_json else "terminal" if console.err.is_terminal else "lines"
-        progress = BackfillProgressBar(form, watched.total)
-        runs = BackfillRunner(
+    dataset, ledger = _open_dataset(output, settings), RedisLedger(settings)
+    with open_input(input_, settings, form=form, column=column, output=dataset.uri) as opened:
+        asked = _plan(
+            {**spec, "input": opened.name, "output": dataset.uri, "shard_rows": shard_rows}, settings
+        )
+        resume = resume or run_options.only_failed or run_options.changed
+        plan = dataset.resolve(asked, resume=resume, changed=run_options.changed)
+        rows = CountedInput(opened)
+        shown_as = "json" if as_json else "terminal" if console.err.is_terminal else "lines"
+        progress = BackfillProgressBar(shown_as, rows.total)
+        runner = BackfillRunner(
             plan,
-            place,
+            dataset,
             ledger,
-            _ring(settings),
+            _publisher(settings),
             RedisBackfillRegistry(ledger.server),
-            pace=RunOptions(**pace),
-            each=settings.shards,
-            show=progress.show,
-            say=progress.say,
+            options=run_options,
+            shards_per_worker=settings.shards,
+            on_progress=progress.show,
+            warn=progress.note,
         )
         try:
-            with _stoppable(), runs.lease() as lease, progress:
-                cut = shards(watched.rows(), plan, max_bytes=settings.max_message_bytes // 2)
-                seal = runs.run(lease, cut)
+            with _interrupted_by_sigterm(), runner.lease() as lease, progress:
+                shards = cut_shards(rows.rows(), plan, max_bytes=settings.max_message_bytes // 2)
+                summary = runner.run(lease, shards)
         except KeyboardInterrupt:
             one = "shard is in flight, and comes to its end by itself; "
             more = "shards are in flight, and come to their end by themselves; "
-            left = counted(len(runs.flights), one, more)
-            console.err.print(f"Stopped. {left if runs.flights else ''}--resume goes on.", soft_wrap=True)
+            left = counted(len(runner.in_flight), one, more) if runner.in_flight else ""
+            console.err.print(f"Stopped. {left}--resume goes on.", soft_wrap=True)
             return 130
-        if skipped := rows.left_out():
+        if skipped := opened.own_files():
             what = counted(skipped, "file there is", "files there are")
-            progress.say(f"{what} a backfill's own, and no part of the input.")
+            progress.note(f"{what} a backfill's own, and no part of the input.")
     if as_json:
-        said = seal or runs.standing.facts()
-        print_line("complete" if seal else "incomplete", {"output": plan.output, **said})
-    elif seal:
-        summary(seal, plan.output)
-    if not seal:
-        lost = runs.standing.lost
-        many = counted(lost, "shard")
-        console.err.print(f"[red]Incomplete[/]: {many} failed as a whole; --resume tries again.")
+        facts = summary or runner.progress.facts()
+        print_line("complete" if summary else "incomplete", {"output": plan.output, **facts})
+    elif summary:
+        print_summary(summary, plan.output)
+    if not summary:
+        lost = counted(runner.progress.lost, "shard")
+        console.err.print(f"[red]Incomplete[/]: {lost} failed as a whole; --resume tries again.")
         return 1
-    if seal["failed"] == seal["rows"]:
-        return 1  # which the summary has said
-    if seal["failed"] > pace["max_failed"] * seal["rows"]:
-        console.err.print(f"[red]More than {pace['max_failed']:.0%} of the rows have failed.[/]")
+    if summary["failed"] == summary["rows"]:
+        return 1  # as the summary has said
+    if summary["failed"] > run_options.max_failed * summary["rows"]:
+        console.err.print(f"[red]More than {run_options.max_failed:.0%} of the rows have failed.[/]")
         return 1
     return 0
 
 
-def _plan(wish: dict[str, Any], settings: Settings) -> "Plan":
-    """What is asked for. Raises InvalidJob."""
+def _plan(fields: dict[str, Any], settings: Settings) -> "Plan":
+    """A plan with the weights that this machine's registry pins. Raises InvalidJob."""
     from gradcam_worker.backfill.plan import Plan
     from gradcam_worker.gradcam.models.registry import Registry
 
     weights = None
     with contextlib.suppress(UnknownNetwork):  # here; the workers may know it
-        file = Registry(settings.networks).find(wish["network"]).file
+        file = Registry(settings.networks).find(fields["network"]).file
         weights = file.sha256 if file else None
     try:
-        return Plan.model_validate({**wish, "weights_sha256": weights})
+        return Plan.model_validate({**fields, "weights_sha256": weights})
     except ValidationError as error:
         message = f"This is no backfill: {describe(error)}."
         raise InvalidJob(message) from error
 
 
-def _ring(settings: Settings) -> Callable[[str], None]:
+def _publisher(settings: Settings) -> Callable[[str], None]:
+    """Puts the message of a shard on the queue, by its id."""
     from gradcam_worker.broker.publisher import Publisher
 
     publisher = Publisher(settings)
@@ -207,8 +221,8 @@ def _ring(settings: Settings) -> Callable[[str], None]:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM is as good as Ctrl-C."""
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM interrupts, as Ctrl-C does."""
 
     def interrupt(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -220,5 +234,127 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-backfill.add_command(standing.status)
-backfill.add_command(standing.cancel)
+@backfill.command()
+@click.argument("output")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+def status(output: str, *, as_json: bool) -> int:
+    """Show how far the backfill of OUTPUT is, and who runs it.
+
+    \b
+    Example:
+      gradcam backfill status s3://results/photos
+    """
+    from gradcam_worker.backfill.registry import RedisBackfillRegistry
+    from gradcam_worker.ledger.redis.store import RedisLedger
+
+    settings = Settings.from_environment()
+    dataset = _open_dataset(output, settings)
+    plan, summary = dataset.require_plan(), dataset.read_summary()
+    ledger = RedisLedger(settings)
+    record = RedisBackfillRegistry(ledger.server).find(dataset.uri)
+    running, done = record is not None and record.is_running, sum(map(len, dataset.done_keys().values()))
+    ended = "stopped" if not summary else "complete" if summary["shards"] == done else "damaged"
+    facts = {
+        "backfill": plan.id,
+        "output": dataset.uri,
+        "input": plan.input,
+        "network": plan.network,
+        "state": "running" if running else ended,
+        "shards_done": done,
+        "dataset": summary,
+        "last": _last_run(record, ledger) if record else None,
+    }
+    console.print_json(facts) if as_json else _show(facts)
+    return 0
+
+
+def _last_run(record: "BackfillRecord", ledger: "Ledger") -> dict[str, Any]:
+    """How far the last run is, or was, and how many of its shards are in flight now."""
+    if record.is_running:
+        return record.facts
+    in_flight = [one for one in ledger.read_many(sorted(record.shards)).values() if not one.final]
+    return {**record.facts, "in_flight": len(in_flight)}
+
+
+def _show(status: Mapping[str, Any]) -> None:
+    """Print the status of a backfill, a line for each fact."""
+    facts = console.table("", "")
+    facts.show_header = False
+    for name in ("backfill", "input", "output", "network"):
+        facts.add_row(name, console.plain(status[name]))
+    last, summary, state = status["last"] or {}, status["dataset"], status["state"]
+    by = f", by process {last['pid']} on {last['host']}" if state == "running" else ""
+    facts.add_row("state", console.plain(state + by, STATE_COLORS[state]))
+    if summary:
+        facts.add_row("rows", f"{summary['rows']:,}, {summary['failed']:,} of them failed")
+    elif last:
+        most = "" if last["whole"] else "at least "
+        done = last["before"] + last["done"]
+        facts.add_row("rows", f"{done:,} of {most}{last['planned']:,}, {last['failed']:,} of them failed")
+    in_flight = f", {last['in_flight']} in flight" if last and state in {"running", "stopped"} else ""
+    facts.add_row("shards", f"{status['shards_done']:,} done{in_flight}")
+    if state == "running":
+        facts.add_row("rate", f"{last['rows_per_s']:,.0f} rows/s")
+    for code, count in sorted((summary or last).get("codes", {}).items()):
+        facts.add_row("", console.plain(f"{count:,} {code}", "red"))
+    if summary and state == "damaged":
+        of = counted(summary["shards"], "shard is", "shards are")
+        there = f"{status['shards_done']:,} of the {of} there that dataset.json counts"
+        facts.add_row("", f"{there}: --resume, or --changed, repairs it")
+    if state == "stopped":
+        facts.add_row("", "--resume goes on with it")
+    console.out.print(facts)
+
+
+@backfill.command()
+@click.argument("output")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+def cancel(output: str, *, as_json: bool) -> int:
+    """Stop the backfill of OUTPUT, wherever it runs, and what it has in flight. What is done stays.
+
+    \b
+    Example:
+      gradcam backfill cancel s3://results/photos
+    """
+    from gradcam_worker.backfill.inflight import cancel as cancel_shards
+    from gradcam_worker.backfill.registry import RedisBackfillRegistry
+    from gradcam_worker.ledger.redis.store import RedisLedger
+
+    settings = Settings.from_environment()
+    dataset, ledger = _open_dataset(output, settings), RedisLedger(settings)
+    dataset.require_plan()
+    registry = RedisBackfillRegistry(ledger.server)
+    record, end = registry.request_cancel(dataset.uri), time.monotonic() + CANCEL_TIMEOUT_S
+    was_running = record is not None and record.is_running
+    while record and record.is_running and time.monotonic() < end:
+        time.sleep(POLL_EVERY_S)
+        record = registry.find(dataset.uri)
+    ended = record is None or not record.is_running
+    canceled = cancel_shards(ledger, record.shards) if record and ended else []
+    unfinished = {one.id for one in canceled if not one.final}  # a worker still works on them
+    while unfinished and time.monotonic() < end:
+        time.sleep(POLL_EVERY_S)
+        unfinished = {one.id for one in ledger.read_many(sorted(unfinished)).values() if not one.final}
+    if as_json:
+        console.print_json(
+            {"output": dataset.uri, "ran": was_running, "ended": ended, "shards_canceled": len(canceled)}
+        )
+    elif not ended:
+        console.err.print("Whoever runs it has been told, and does not answer yet.")
+    else:
+        who = "It was run, and is stopped." if was_running else "Nobody runs it."
+        many = f"{counted(len(canceled), 'shard was', 'shards were')} left in flight, and cancelled"
+        shards = (
+            f"{many}{', and not stopped yet' if unfinished else ''}." if canceled else "Nothing is in flight."
+        )
+        console.out.print(f"{who} {shards}")
+    return 0 if ended else 1
+
+
+def _open_dataset(output: str, settings: Settings) -> "DatasetDir":
+    """The folder of a dataset. Raises OutputNotAllowed."""
+    from gradcam_worker.backfill.output import DatasetDir
+    from gradcam_worker.storage.s3 import S3
+    from gradcam_worker.storage.stores import Stores
+
+    return DatasetDir(Stores(settings, S3(settings)).open(output))

@@ -23,7 +23,7 @@ from gradcam_worker.text.visible import counted
     "--classes",
     metavar="A,B,...",
     multiple=True,
-    callback=console.listed,
+    callback=console.comma_list,
     help="Ids, wnids or names; as often as wanted. [those that came first most often]",
 )
 @click.option("--per-class", type=click.IntRange(1, 100), default=4, show_default=True)
@@ -44,13 +44,13 @@ def gallery(
     """
     from gradcam_worker.audit.gallery import GalleryOptions, make
 
-    wish = GalleryOptions(classes, per_class, max_classes)
+    options = GalleryOptions(classes, per_class, max_classes)
     with console.err.status("reading") as status:
 
         def report(what: str, done: int, of: int) -> None:
             status.update(f"{what}: {done:,} of {of:,}")
 
-        made = make(dataset, output, wish, Settings.from_environment(), report)
+        made = make(dataset, output, options, Settings.from_environment(), report)
     if not made.complete:
         console.err.print("There is no dataset.json: the backfill has not ended, and rows are missing.")
     if made.missing:

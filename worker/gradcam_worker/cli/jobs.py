@@ -25,14 +25,14 @@ METHODS, SCORES, NORMALIZE = (
 )
 
 
-def _wish(command: Command) -> Command:
+def explanation_options(command: Command) -> Command:
     """The options that say what to explain, the same for every command that takes them.
 
-    The command gets them as `wish`, the fields of a job.
+    The command gets them as `spec`: fields of a job.
     """
 
     @functools.wraps(command)
-    def gathered(
+    def with_spec(
         *,
         network: str,
         top_n: int | None,
@@ -47,15 +47,15 @@ def _wish(command: Command) -> Command:
         **others: Any,
     ) -> Any:
         how = {"name": method, "layer": layer, "score": score, "normalize": normalize, "flip": flip}
-        wish: dict[str, Any] = {
+        spec: dict[str, Any] = {
             "network": network,
             "target": _target(top_n, classes),
             "method": how,
             "metrics": metrics,
         }
         if artifacts:
-            wish["artifacts"] = [_artifact(one) for one in artifacts]
-        return command(wish=wish, **others)
+            spec["artifacts"] = [_artifact(one) for one in artifacts]
+        return command(spec=spec, **others)
 
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines."),
@@ -71,7 +71,7 @@ def _wish(command: Command) -> Command:
             "--classes",
             metavar="A,B,...",
             multiple=True,
-            callback=console.listed,
+            callback=console.comma_list,
             help="Ids, wnids or names, instead of --top-n; as often as wanted. A name with a comma stands in "
             "quotes: '\"crane, bird\"'.",
         ),
@@ -83,12 +83,12 @@ def _wish(command: Command) -> Command:
         click.option("--method", type=click.Choice(METHODS), default=METHODS[0], show_default=True),
         click.option("--network", default=DEFAULT_NETWORK, show_default=True, help="See `gradcam networks`."),
     ):
-        gathered = option(gathered)
-    return gathered  # type: ignore[return-value]  # it is called by click alone, by names
+        with_spec = option(with_spec)
+    return with_spec  # type: ignore[return-value]  # it is called by click alone, by names
 
 
 def _artifact(text: str) -> dict[str, str]:
-    """`overlay:png` -> a wish; whether there is such a kind and format is for the contract to say."""
+    """`overlay:png` -> an artifact's fields; `Job` checks kind and format."""
     kind, _, form = text.partition(":")
     return {"kind": kind, "format": form} if form else {"kind": kind}
 
@@ -104,7 +104,7 @@ def _target(top_n: int | None, classes: tuple[str, ...] | None) -> dict[str, Any
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@_wish
+@explanation_options
 @click.option(
     "-o",
     "--output",
@@ -113,7 +113,7 @@ def _target(top_n: int | None, classes: tuple[str, ...] | None) -> dict[str, Any
     show_default=True,
     help="Where results go, a folder for each image.",
 )
-def explain(images: tuple[Path, ...], output: Path, *, wish: dict[str, Any], as_json: bool) -> int:
+def explain(images: tuple[Path, ...], output: Path, *, spec: dict[str, Any], as_json: bool) -> int:
     """Explain IMAGES here and now: no queue, no servers.
 
     One that cannot be explained does not stop the others. Exit code 1 where any failed.
@@ -131,12 +131,12 @@ def explain(images: tuple[Path, ...], output: Path, *, wish: dict[str, Any], as_
         raise click.UsageError(message)
     from gradcam_worker.operations.explain import explain_files
 
-    return explain_files(images, wish, output, Settings.from_environment(), as_json=as_json)
+    return explain_files(images, spec, output, Settings.from_environment(), as_json=as_json)
 
 
 @click.command()
 @click.argument("uri")
-@_wish
+@explanation_options
 @click.option("--upload", is_flag=True, help="URI is a file of this machine: put it below GRADCAM_UPLOADS.")
 @click.option("--wait/--no-wait", default=False, help="Wait until the job has ended, and show the result.")
 @click.option("--timeout", "timeout_s", default=120.0, show_default=True, help="Seconds to wait.")
@@ -150,7 +150,7 @@ def submit(
     idempotency_key: str | None,
     *,
     retry_failed: bool,
-    wish: dict[str, Any],
+    spec: dict[str, Any],
     upload: bool,
     wait: bool,
     as_json: bool,
@@ -169,7 +169,7 @@ def submit(
     if not upload and (why := why_no_uri(uri)):
         message = f"{why}, or say --upload"
         raise click.UsageError(message)
-    fields = {"idempotency_key": idempotency_key, **wish}
+    fields = {"idempotency_key": idempotency_key, **spec}
     job = None if upload else Job.parse({"image": uri, **fields})
     client = GradcamClient(settings=Settings.from_environment())
     if job:

@@ -44,7 +44,7 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))  # noqa: T201  # rich would wrap and color it
 
 
-def listed(_: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...] | None:
+def comma_list(_: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...] | None:
     """What an option says that may be given more than once, each time a list with commas; None: nothing."""
     try:
         return tuple(name for text in texts for name in comma_lists.parse(text)) if texts else None

@@ -64,7 +64,7 @@ class Dashboard:
     def __init__(self, settings: Settings) -> None:
         """Nothing is connected yet."""
         self._ledger = RedisLedger(settings, timeout_s=3, retries=1)
-        self._fleet = RedisBackfillRegistry(self._ledger.server)
+        self._backfills = RedisBackfillRegistry(self._ledger.server)
         self._place, self._lease_s = without_secrets(settings.ledger), settings.lease_s
         self._codes: dict[str, str] = {}  # of dead letters, by job
 
@@ -97,7 +97,7 @@ class Dashboard:
             workers=tuple(
                 {"id": name, **_health(said)} for name, said in sorted(self._ledger.workers().items())
             ),
-            backfills=tuple(self._fleet.running()),
+            backfills=tuple(self._backfills.running()),
         )
 
     def _count(self, letters: Sequence[str]) -> dict[str, int]:

@@ -18,7 +18,7 @@ ROUTES = (*get_args(Priority), ROUTE)
 MAX_ROWS = 4096
 READERS = 8  # images of one shard that are fetched at once
 DATASET = "gradcam.dataset/v1"  # what all its files are together
-KEY = r"[0-9]{8}-[0-9a-f]{16}"  # of a shard: its index and a digest, see `gradcam_worker.backfill.plan`
+KEY = r"[0-9]{8}-[0-9a-f]{16}"  # of a shard: its index and a digest, see `gradcam_worker.backfill.sharding`
 
 
 class Row(RequestModel):

@@ -1,6 +1,6 @@
-"""What an input says of one image -> a row, or a row with the problem that stands in its way.
+"""Turns what an input says of one image into a row, or into a row with a problem.
 
-Nothing here raises an error: ten thousand bad rows among ten million are ten thousand rows that say why.
+Nothing here raises an error: ten thousand bad rows among ten million become ten thousand rows with a problem.
 """
 
 import json
@@ -16,17 +16,17 @@ from gradcam_worker.schemas.status import Problem
 from gradcam_worker.text.urls import has_credentials, redacted, without_user
 from gradcam_worker.text.visible import visible
 
-SHOWN = 1000  # characters of what was received that are kept, where it is no URI
+MAX_SHOWN = 1000  # characters of what was received that are kept, where it is no URI
 MAX_URI = 2_000_000  # characters: see `gradcam_worker.schemas.shard.Row`
 MAX_ID = 256  # characters
 SEGMENTS = 2**14  # of the ids' hashes: with ten million ids each holds 600
 
-_UNFIT = r"\x00-\x1f\x7f\ud800-\udfff"  # control characters, and halves of characters
-_UNFIT_SIGN = re.compile(f"[{_UNFIT}]")
-_FIT = re.compile(
-    rf"(?:(?i:s3)://[^/{_UNFIT}]+/|(?i:https?)://[^/{_UNFIT}]|(?i:file)://|(?i:data):)[^{_UNFIT}]+"
+_CONTROL = r"\x00-\x1f\x7f\ud800-\udfff"  # control characters, surrogates
+_FORBIDDEN = re.compile(f"[{_CONTROL}]")
+_IMAGE_URI = re.compile(
+    rf"(?:(?i:s3)://[^/{_CONTROL}]+/|(?i:https?)://[^/{_CONTROL}]|(?i:file)://|(?i:data):)[^{_CONTROL}]+"
 )
-_RIGHT = {
+_EXAMPLES = {
     "s3": "s3://bucket/key",
     "https": "https://host/path",
     "http": "http://host/path",
@@ -47,45 +47,49 @@ class RowParser:
     """Makes the rows of one input, in its order, and remembers their ids."""
 
     def __init__(self, unit: str = "Line") -> None:
-        """`unit`: what a place in the input is the number of."""
+        """`unit`: what the numbers of places in the input count."""
         self._unit = unit
         self._ids = Ids()
         self._made = 0
 
-    def listed(self, uri: str, version: str | None) -> Row:
-        """A row of what is known to be there: a file, an object. Its name may hold any character."""
+    def listed_row(self, uri: str, version: str | None) -> Row:
+        """A row of a file or an object that was listed. Its name may hold any character."""
         self._made += 1
         return Row(uri=uri, version=version)
 
-    def good(self, place: int, uri: object, own: object = None, sha256: object = None) -> Row:
-        """A row of what was said, whatever its type: good where it can be."""
+    def parse(self, place: int, uri: object, row_id: object = None, sha256: object = None) -> Row:
+        """A row of the values in an input, of any type; with a problem where they are wrong."""
         if (
             type(uri) is not str
             or len(uri) > MAX_URI
-            or not _FIT.fullmatch(uri)
+            or not _IMAGE_URI.fullmatch(uri)
             or has_credentials(uri)
             or too_long(uri)
         ):
-            return self._row(place, uri, own, sha256, InvalidRow(_why(uri)))
-        if own is None and sha256 is None:
+            return self._row(place, uri, row_id, sha256, InvalidRow(_uri_problem(uri)))
+        if row_id is None and sha256 is None:
             self._made += 1
             return Row(uri=uri)
-        return self._row(place, uri, own, sha256, None)
+        return self._row(place, uri, row_id, sha256, None)
 
-    def bad(self, place: int, received: object, why: str) -> Row:
-        """A row of what cannot be read as one: `why` is the rest of a sentence."""
+    def bad_row(self, place: int, received: object, why: str) -> Row:
+        """A row of what cannot be read; `why` is the rest of a sentence."""
         return self._row(place, received, None, None, InvalidRow(why))
 
-    def _row(self, place: int, uri: object, own: object, sha256: object, error: PermanentError | None) -> Row:
-        kept = uri if isinstance(uri, str) and (error is None) else shown(uri)
-        name, checksum = _id(own), _checksum(sha256)
-        if name is None and own not in (None, ""):
+    def _row(
+        self, place: int, uri: object, row_id: object, sha256: object, error: PermanentError | None
+    ) -> Row:
+        kept = uri if isinstance(uri, str) and (error is None) else displayable(uri)
+        name, checksum = _valid_id(row_id), _valid_sha256(sha256)
+        if name is None and row_id not in (None, ""):
             error = error or InvalidRow(
-                f"its id is {_said(own)}: it must be a whole number, or a text of at most {MAX_ID} "
+                f"its id is {_description(row_id)}: it must be a whole number, or a text of at most {MAX_ID} "
                 "printable characters"
             )
         if checksum is None and sha256 not in (None, ""):
-            error = error or InvalidRow(f"its sha256 is {_said(sha256)}: it must be 64 hexadecimal digits")
+            error = error or InvalidRow(
+                f"its sha256 is {_description(sha256)}: it must be 64 hexadecimal digits"
+            )
         if name is not None:
             before = self._ids.add(name, self._made)
             if before is not None:
@@ -93,8 +97,8 @@ class RowParser:
         self._made += 1
         if error is None:
             return Row(uri=kept, id=name, sha256=checksum)
-        told = type(error)(f"{self._unit} {place}: {error}")
-        problem = Problem.of(told, stage="plan", attempt=0)
+        located = type(error)(f"{self._unit} {place}: {error}")
+        problem = Problem.of(located, stage="plan", attempt=0)
         return Row(uri=kept, id=name, sha256=checksum, problem=problem)
 
 
@@ -125,16 +129,16 @@ class Ids:
         return None
 
 
-def shown(received: object) -> str:
+def displayable(received: object) -> str:
     """What was received, as far as it can be shown."""
     if isinstance(received, bytes):
         received = received.strip().decode(errors="backslashreplace")
     text = received if isinstance(received, str) else json.dumps(received, default=str)
     text = without_user(text) if has_credentials(text) else redacted(text)  # before half a URL is cut off
-    return visible(text[:SHOWN])[:SHOWN]
+    return visible(text[:MAX_SHOWN])[:MAX_SHOWN]
 
 
-def _why(uri: object) -> str:
+def _uri_problem(uri: object) -> str:
     """Why this is no URI of an image."""
     if uri is None or (isinstance(uri, str) and not uri.strip()):
         return "it names no image"
@@ -142,35 +146,36 @@ def _why(uri: object) -> str:
         return f"its image is {_KINDS.get(type(uri), type(uri).__name__)}: it must be a URI"
     if len(uri) > MAX_URI:
         return f"its URI has {len(uri):,} characters; at most {MAX_URI:,} are allowed"
-    if sign := _UNFIT_SIGN.search(uri):
+    if sign := _FORBIDDEN.search(uri):
         half = "\ud800" <= sign[0] <= "\udfff"
         return "its URI is not UTF-8" if half else f"its URI holds the control character {sign[0]!r}"
-    if _FIT.fullmatch(uri) and has_credentials(uri):
+    if _IMAGE_URI.fullmatch(uri) and has_credentials(uri):
         return f"its URI {without_user(uri)[:100]!r} holds a user or a password, which would be kept"
-    return too_long(uri) or _unlike(uri)
+    return too_long(uri) or _scheme_problem(uri)
 
 
-def _unlike(uri: str) -> str:
-    """What a text that is no URI of ours should look like."""
+def _scheme_problem(uri: str) -> str:
+    """How a URI that has no right scheme should look."""
     scheme, colon, _ = uri.partition(":")
     if not colon or "/" in scheme:
-        return f"{uri[:100]!r} is no URI: a path is written as {_RIGHT['file']}, an object as {_RIGHT['s3']}"
-    if scheme.casefold() not in _RIGHT:
-        return f"its scheme {scheme[:100]!r} is none of {', '.join(_RIGHT)}"
-    return f"its URI must look like {_RIGHT[scheme.casefold()]}"
+        path, key = _EXAMPLES["file"], _EXAMPLES["s3"]
+        return f"{uri[:100]!r} is no URI: a path is written as {path}, an object as {key}"
+    if scheme.casefold() not in _EXAMPLES:
+        return f"its scheme {scheme[:100]!r} is none of {', '.join(_EXAMPLES)}"
+    return f"its URI must look like {_EXAMPLES[scheme.casefold()]}"
 
 
-def _id(own: object) -> str | None:
+def _valid_id(row_id: object) -> str | None:
     """An id as a text, or None where it is none, or not fit to be one."""
-    name = str(own) if type(own) is int else own
-    if isinstance(name, str) and 0 < len(name) <= MAX_ID and not _UNFIT_SIGN.search(name):
+    name = str(row_id) if type(row_id) is int else row_id
+    if isinstance(name, str) and 0 < len(name) <= MAX_ID and not _FORBIDDEN.search(name):
         return name
     return None
 
 
-def _checksum(sha256: object) -> str | None:
+def _valid_sha256(sha256: object) -> str | None:
     return sha256.lower() if isinstance(sha256, str) and _SHA256.fullmatch(sha256.lower()) else None
 
 
-def _said(value: object) -> str:
+def _description(value: object) -> str:
     return _KINDS.get(type(value)) or repr(value)[:80]

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import unquote_plus
 
-from gradcam_worker.backfill.inputs.rows import SHOWN, RowParser
+from gradcam_worker.backfill.inputs.rows import MAX_SHOWN, RowParser
 from gradcam_worker.errors import InvalidInput
 from gradcam_worker.schemas.shard import Row
 from gradcam_worker.schemas.strict_json import Unreadable, loads
@@ -28,8 +28,8 @@ _MARKS = {  # how files begin that are no text, and what they are
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
 }
-_LONG = f"it is longer than {MAX_LINE:,} bytes"
-_NAMED = 20  # columns that are named where none is known
+_TOO_LONG = f"it is longer than {MAX_LINE:,} bytes"
+_MAX_NAMED = 20  # columns that are named where none is known
 
 
 class Columns(NamedTuple):
@@ -42,22 +42,22 @@ class Columns(NamedTuple):
 
 def columns(names: Sequence[str], wanted: str | None, hint: str = "") -> Columns:
     """Find the columns, whatever their case. Raises InvalidInput naming those that are there, and `hint`."""
-    plain = [name.strip().casefold() for name in names]
+    folded = [name.strip().casefold() for name in names]
     known = IMAGE_NAMES if wanted is None else (wanted.strip().casefold(),)
-    found = [plain.index(name) for name in known if name in plain]
+    found = [folded.index(name) for name in known if name in folded]
     if not found:
-        there = ", ".join(repr(name[:60].partition("?")[0]) for name in names[:_NAMED])
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        there = ", ".join(repr(name[:60].partition("?")[0]) for name in names[:_MAX_NAMED])
+        more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
         message = (
             f"has the columns {there}{more}, none of which is {' or '.join(map(repr, known))}: "
             f"name the one with the URIs with --column{hint}."
         )
         raise InvalidInput(message)
-    twice = next((name for name in (plain[found[0]], "id", "sha256") if plain.count(name) > 1), None)
+    twice = next((name for name in (folded[found[0]], "id", "sha256") if folded.count(name) > 1), None)
     if twice:
         message = f"has more than one column {twice!r}: it must be plain which one is meant."
         raise InvalidInput(message)
-    others = (plain.index(name) if name in plain else None for name in ("id", "sha256"))
+    others = (folded.index(name) if name in folded else None for name in ("id", "sha256"))
     return Columns(found[0], *others)
 
 
@@ -66,44 +66,46 @@ def json_rows(file: BinaryIO, parser: RowParser, column: str | None) -> Iterator
     known = IMAGE_NAMES if column is None else (column,)
     for number, line in _lines(file):
         try:
-            said = loads(line, "it") if len(line) <= MAX_LINE else None
+            value = loads(line, "it") if len(line) <= MAX_LINE else None
         except Unreadable as error:
-            yield parser.bad(number, line, str(error))
+            yield parser.bad_row(number, line, str(error))
             continue
-        if isinstance(said, str):
-            yield parser.good(number, said)
-        elif isinstance(said, dict):
-            yield _from_object(parser, number, said, known)
+        if isinstance(value, str):
+            yield parser.parse(number, value)
+        elif isinstance(value, dict):
+            yield _from_object(parser, number, value, known)
         elif len(line) > MAX_LINE:
-            yield parser.bad(number, line, _LONG)
+            yield parser.bad_row(number, line, _TOO_LONG)
         else:
-            yield parser.bad(number, line, "it is neither an object nor a URI")
+            yield parser.bad_row(number, line, "it is neither an object nor a URI")
 
 
-def _from_object(parser: RowParser, number: int, said: dict[str, Any], known: Sequence[str]) -> Row:
-    name = next((name for name in known if said.get(name) is not None), None)
+def _from_object(parser: RowParser, number: int, value: dict[str, Any], known: Sequence[str]) -> Row:
+    name = next((name for name in known if value.get(name) is not None), None)
     if name is None:
-        there = ", ".join(map(repr, said))[:300] or "no field"
-        return parser.bad(number, said, f"it names no image: {' or '.join(map(repr, known))}; it has {there}")
-    image, sha256 = said[name], said.get("sha256")
+        there = ", ".join(map(repr, value))[:300] or "no field"
+        return parser.bad_row(
+            number, value, f"it names no image: {' or '.join(map(repr, known))}; it has {there}"
+        )
+    image, sha256 = value[name], value.get("sha256")
     if isinstance(image, dict):
         inner = image.get("sha256")
         if None not in (inner, sha256) and inner != sha256:
-            return parser.bad(number, image.get("uri"), "it names two checksums of one image")
+            return parser.bad_row(number, image.get("uri"), "it names two checksums of one image")
         image, sha256 = image.get("uri"), sha256 if inner is None else inner
-    return parser.good(number, image, said.get("id", said.get("custom_id")), sha256)
+    return parser.parse(number, image, value.get("id", value.get("custom_id")), sha256)
 
 
 def text_rows(file: BinaryIO, parser: RowParser) -> Iterator[Row]:
     """A URI a line."""
     for number, line in _lines(file):
         if len(line) > MAX_LINE:
-            yield parser.bad(number, line, _LONG)
+            yield parser.bad_row(number, line, _TOO_LONG)
             continue
         try:
-            yield parser.good(number, line.decode().strip())
+            yield parser.parse(number, line.decode().strip())
         except UnicodeDecodeError:
-            yield parser.bad(number, line, "it is not UTF-8")
+            yield parser.bad_row(number, line, "it is not UTF-8")
 
 
 def table_rows(file: BinaryIO, parser: RowParser, delimiter: str, column: str | None) -> Iterator[Row]:
@@ -125,15 +127,15 @@ def table_rows(file: BinaryIO, parser: RowParser, delimiter: str, column: str | 
         number, fields = record
         if len(fields) != len(header):
             received = fields[at.image] if at.image < len(fields) else None
-            yield parser.bad(
+            yield parser.bad_row(
                 number,
                 received if len(fields) < len(header) and received else delimiter.join(fields),
                 f"it has {len(fields)} fields, and the header {len(header)}: a URI with {delimiter!r} "
                 "in it must stand in quotes",
             )
             continue
-        own, sha256 = (None if place is None else fields[place] or None for place in at[1:])
-        yield parser.good(number, fields[at.image], own, sha256)
+        row_id, sha256 = (None if place is None else fields[place] or None for place in at[1:])
+        yield parser.parse(number, fields[at.image], row_id, sha256)
 
 
 def inventory_rows(file: BinaryIO, parser: RowParser) -> Iterator[Row]:
@@ -148,19 +150,19 @@ def inventory_rows(file: BinaryIO, parser: RowParser) -> Iterator[Row]:
         number, fields = record
         bucket, key = (*fields, "")[:2]
         if not bucket or not key or "/" in bucket:
-            yield parser.bad(number, ",".join(fields), "it must begin with a bucket, a comma and a key")
+            yield parser.bad_row(number, ",".join(fields), "it must begin with a bucket, a comma and a key")
         else:
-            yield parser.good(number, f"s3://{bucket}/{unquote_plus(key, errors='surrogateescape')}")
+            yield parser.parse(number, f"s3://{bucket}/{unquote_plus(key, errors='surrogateescape')}")
 
 
 def _records(file: BinaryIO, parser: RowParser, delimiter: str) -> Iterator[tuple[int, list[str]] | Row]:
     """Records of CSV with the lines they begin in, and rows in place of those that cannot be read."""
-    last, head, long = 0, b"", False
+    last, start, long = 0, b"", False
 
     def texts() -> Iterator[str]:
-        nonlocal last, head, long
+        nonlocal last, start, long
         for number, line in _lines(file, blank=True):
-            last, head = number, line[:SHOWN]
+            last, start = number, line[:MAX_SHOWN]
             if len(line) > MAX_LINE:
                 long = True
                 yield "too long"
@@ -180,12 +182,12 @@ def _records(file: BinaryIO, parser: RowParser, delimiter: str) -> Iterator[tupl
                     f"closed as it should be, by line {last} ({error})."
                 )
                 raise InvalidInput(message) from error
-            yield parser.bad(begun, head, f"it cannot be read as CSV: {error}")
+            yield parser.bad_row(begun, start, f"it cannot be read as CSV: {error}")
             continue
         if fields is None:
             return
         if long:
-            yield parser.bad(begun, head, _LONG)
+            yield parser.bad_row(begun, start, _TOO_LONG)
         elif fields and (len(fields) > 1 or fields[0].strip()):
             yield begun, fields
 
@@ -197,7 +199,7 @@ def _lines(file: BinaryIO, *, blank: bool = False) -> Iterator[tuple[int, bytes]
     """
     for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
         if number == 1:
-            line = _opened(line)  # noqa: PLW2901  # without its mark
+            line = _without_mark(line)  # noqa: PLW2901  # without its mark
         rest = line
         while len(line) > MAX_LINE and not rest.endswith(b"\n"):
             rest = file.readline(MAX_LINE)
@@ -207,7 +209,7 @@ def _lines(file: BinaryIO, *, blank: bool = False) -> Iterator[tuple[int, bytes]
             yield number, line
 
 
-def _opened(line: bytes) -> bytes:
+def _without_mark(line: bytes) -> bytes:
     """The first line without its byte-order mark. Raises InvalidInput."""
     what = next((what for mark, what in _MARKS.items() if line.startswith(mark)), None)
     if what is None and b"\0" in line[:4]:
