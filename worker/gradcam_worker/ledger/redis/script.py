@@ -17,7 +17,6 @@ included before is not included again.
 
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -56,22 +55,24 @@ class LuaScript(Generic[Result]):
 
     def keys(self) -> list[str]:
         """What the script finds in KEYS."""
-        return self._encoded(are_keys=True)
+        names = _keys_of(type(self))  # type: ignore[arg-type]  # mypy: a class has no hash
+        values = [getattr(self, name) for name in names]
+        return [key for value in values for key in ([value] if isinstance(value, str) else value)]
 
     def arguments(self) -> list[str | int]:
         """What the script finds in ARGV, where it has a prefix, behind that."""
-        return self._encoded(are_keys=False)
-
-    def _encoded(self, *, are_keys: bool) -> list[Any]:
-        names = _names(type(self), are_keys=are_keys)  # type: ignore[arg-type]  # mypy: a class has no hash
-        encoded: list[Any] = []
-        for name in names:
-            value = getattr(self, name)
-            if isinstance(value, str | int | None):
-                encoded.append(_encode(value))
+        names = _keys_of(type(self))  # type: ignore[arg-type]  # as above
+        encoded: list[str | int] = []
+        for name, value in vars(self).items():  # in the order of the fields
+            if name in names:
                 continue
-            for one in value:
-                encoded += [_encode(one)] if isinstance(one, str) else map(_encode, one)
+            if isinstance(value, str):
+                encoded.append(value)
+            elif isinstance(value, int) or value is None:
+                encoded.append(_encode(value))
+            else:
+                for one in value:
+                    encoded += [one] if isinstance(one, str) else map(_encode, one)
         return encoded
 
 
@@ -103,19 +104,14 @@ def _resolve(path: Path, included: set[Path]) -> str:
 
 
 @cache
-def _names(script: type[Any], *, are_keys: bool) -> Sequence[str]:
+def _keys_of(script: type[Any]) -> list[str]:
+    """The fields that are in KEYS."""
     hints = get_type_hints(script)
-    return [
-        one.name
-        for one in fields(script)
-        if are_keys == (Key in {hints[one.name], *get_args(hints[one.name])})
-    ]
+    return [one.name for one in fields(script) if Key in {hints[one.name], *get_args(hints[one.name])}]
 
 
 def _encode(value: str | int | None) -> str | int:
     """No argument of a script is None or a bool in Redis: nothing at all is the empty string."""
-    if value is None:
+    if value is None or value is False:
         return ""
-    if isinstance(value, bool):
-        return "1" if value else ""
-    return value
+    return "1" if value is True else value
