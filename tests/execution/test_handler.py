@@ -1,5 +1,4 @@
 import json
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -407,10 +406,10 @@ def test_a_worker_without_keys_for_s3_charges_no_job_and_finishes_them_when_it_h
     assert [handler.handle(payload(job), job.id) for job in jobs[:3]] == [Disposition.RETRY] * 3
     with pytest.raises(WorkerUnfit, match=r"AssumeRoleWithWebIdentity.*AccessDenied"):
         handler.handle(payload(jobs[3]), jobs[3].id)
-    breaker._look()
+    breaker.probe()
     assert office.breaker.open_reason, "a folder can be written, and images cannot be read"
     http_server.url("/", answer(200, GIVEN))
-    breaker._look()
+    breaker.probe()
     assert not breaker.open_reason
     for job in jobs:
         office.ledger._due[job.id] = 0
@@ -509,7 +508,7 @@ def test_what_is_no_job_is_refused_also_if_it_says_when_it_was_entered(office: O
 
 
 def test_a_stage_that_begins_right_after_another_is_told_while_it_lasts(office: Office) -> None:
-    job, stopped = a_job(), threading.Event()
+    job = a_job()
     seen: list[str | None] = []
 
     @dataclass
@@ -523,13 +522,11 @@ def test_a_stage_that_begins_right_after_another_is_told_while_it_lasts(office: 
 
     office.store = Waiting()
     handler = office.handler
-    thread = threading.Thread(target=handler.leases.run, args=[stopped])
-    thread.start()
+    handler.leases.loop.start()
     try:
         assert handler.handle(payload(job), job.id) == Disposition.FINISHED
     finally:
-        stopped.set()
-        thread.join()
+        assert handler.leases.loop.stop(30)
     assert {*seen} == {"upload"}
     assert office.read(job).status == "succeeded"
 

@@ -71,7 +71,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def test_what_a_job_has_to_tell_is_written_only_while_the_ledger_answers(office: Office, job: Job) -> None:
-    asked, stopped = [0], threading.Event()
+    asked = [0]
 
     def catch_up() -> None:
         asked[0] += 1
@@ -79,16 +79,14 @@ def test_what_a_job_has_to_tell_is_written_only_while_the_ledger_answers(office:
     office.ledger.failure = LedgerUnavailable("gone")
     office.leases = LeaseManager(office.ledger, ME.id, 0.03)
     with office.leases.hold(office.claim(job), Deadline(60), catch_up):
-        thread = threading.Thread(target=office.leases.run, args=[stopped])
-        thread.start()
+        office.leases.loop.start()
         try:
             wait_for(lambda: office.ledger.asked > 3)
             assert asked[0] <= 1
             office.ledger.failure = None
             wait_for(lambda: asked[0] > 3)
         finally:
-            stopped.set()
-            thread.join()
+            assert office.leases.loop.stop(WAIT_S)
     office.leases.catch_up()
     assert not office.leases._behind
 
@@ -201,17 +199,14 @@ def test_it_goes_on_renewing_whatever_happens_and_says_it_once(
     job: Job, failure: BaseException, caplog: Any
 ) -> None:
     office = Office(lease_s=1)
-    stopped = threading.Event()
     with office.leases.hold(office.claim(job), Deadline(60)):
         office.ledger.failure = failure
-        thread = threading.Thread(target=office.leases.run, args=[stopped])
-        thread.start()
+        office.leases.loop.start()
         wait_for(lambda: office.ledger.asked > 2)
         assert office.ledger.workers() == {}
         office.ledger.failure = None
         wait_for(lambda: office.ledger.workers() == {"me": "well"})
-        stopped.set()
-        thread.join(WAIT_S)
+        assert office.leases.loop.stop(WAIT_S)
     if isinstance(failure, LedgerUnavailable):
         assert caplog.text.count("no lease can be renewed: gone") == 1
     else:

@@ -1,6 +1,5 @@
 """The reaper over a ledger in memory, with a clock of the test's own."""
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -214,14 +213,11 @@ def test_when_the_ledger_is_back_everybody_has_the_time_to_renew(
     document = yard.claim()
     yard.ledger.away = True
     yard.now[0] += 3600
-    stopped = threading.Event()
-    thread = threading.Thread(target=yard.reaper(lease_s=1).run, args=[stopped])
-    thread.start()
+    loop = yard.reaper(lease_s=1).loop
+    loop.start()
     wait_for(lambda: "nothing can be put right: gone" in caplog.text)
-    assert not stopped.wait(0.3)
-    assert caplog.text.count("nothing can be put right") == 1, "an outage is said once"
     yard.ledger.away = False
     wait_for(lambda: yard.read(document).status == "queued")
-    stopped.set()
-    thread.join(WAIT_S)
+    assert loop.stop(WAIT_S)
+    assert caplog.text.count("nothing can be put right") == 1, "an outage is said once"
     assert yard.ledger.lost_s - yard.ledger.led_s >= 1

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from gradcam_worker.delivery.webhooks import Webhooks, message_id
 from gradcam_worker.ledger.outbox import Delivery
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.resilience.background_loop import stop_all
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.status import StatusEvent, WorkerRef
@@ -59,20 +59,16 @@ class Post:
     @contextlib.contextmanager
     def couriers(self, count: int = 1) -> Iterator[None]:
         """As many workers' couriers."""
-        stopped = threading.Event()
         made = [
             OutboxDispatcher(self.outbox, self.send, {}, threads=4, give_up_s=self.settings.webhook_give_up_s)
             for _ in range(count)
         ]
-        threads = [threading.Thread(target=one.run, args=[stopped]) for one in made]
-        for one in threads:
-            one.start()
+        for one in made:
+            one.loop.start()
         try:
             yield
         finally:
-            stopped.set()
-            for one in threads:
-                one.join()
+            stop_all(one.loop for one in made)
 
 
 @pytest.fixture

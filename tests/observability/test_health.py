@@ -20,6 +20,7 @@ from gradcam_worker.gradcam.network import GRADCAM
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.observability import health
 from gradcam_worker.observability.health import Contact, Health
+from gradcam_worker.resilience.background_loop import BackgroundLoop, stop_all
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.runtime.liveness import LivenessReporter
 from gradcam_worker.runtime.telemetry import Telemetry
@@ -173,8 +174,7 @@ def test_a_long_pass_leaves_the_process_alive_and_ready() -> None:
     model_cache = ModelCache(lambda _: Long(), max_batch=1)
     network = model_cache.load(CATALOG[TinyNetwork.facts.name])
     liveness = LivenessReporter(None, reachable=lambda: True, ill=lambda: model_cache.failure)
-    stopped = threading.Event()
-    threading.Thread(target=liveness.run, args=[stopped], daemon=True).start()
+    liveness.loop.start()
     served = Served()
     served.health.live["loop"] = lambda: liveness.said
     pixels = np.zeros((4, 16, 16, 3), np.uint8)
@@ -183,19 +183,17 @@ def test_a_long_pass_leaves_the_process_alive_and_ready() -> None:
     assert begun.wait(WAIT_S)
     assert served.ask("/live")[0] == served.ask("/ready")[0] == 200
     over.set()
-    stopped.set()
+    assert liveness.loop.stop(WAIT_S)
 
 
 def test_a_thread_that_ended_is_the_end_of_the_process(settings: Settings) -> None:
-    telemetry, stopped = Telemetry(settings), threading.Event()
-    threads = [threading.Thread(target=stopped.wait, name=name, daemon=True) for name in ("leases", "reaper")]
-    for one in threads:
+    telemetry = Telemetry(settings)
+    loops = [BackgroundLoop(name, lambda: None, WAIT_S) for name in ("leases", "reaper")]
+    for one in loops:
         one.start()
-    telemetry.watch(threads)
+    telemetry.watch(loops)
     assert telemetry.health.found("/live") == {}
-    stopped.set()
-    for one in threads:
-        one.join()
+    assert stop_all(loops, WAIT_S) == []
     assert telemetry.health.found("/live") == {"threads": "ended: leases, reaper"}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from gradcam_worker.errors import StorageUnavailable
+from gradcam_worker.resilience.background_loop import BackgroundLoop, stop_all
 from gradcam_worker.resilience.circuit_breaker import FAILURES, CircuitBreaker
 
 FAILURE = StorageUnavailable("s3://out/x could not be written: HTTP 503")
@@ -33,20 +34,16 @@ class Storage:
 
 
 @pytest.fixture
-def watched() -> Iterator[Callable[[CircuitBreaker], threading.Thread]]:
-    """Have a breaker watched until the test is over."""
-    stopped, threads = threading.Event(), []
+def probing() -> Iterator[Callable[[CircuitBreaker], None]]:
+    """Run the loop of a breaker until the test is over."""
+    loops: list[BackgroundLoop] = []
 
-    def start(breaker: CircuitBreaker) -> threading.Thread:
-        threads.append(threading.Thread(target=breaker.watch, args=[stopped]))
-        threads[-1].start()
-        return threads[-1]
+    def start(breaker: CircuitBreaker) -> None:
+        loops.append(breaker.loop)
+        breaker.loop.start()
 
     yield start
-    stopped.set()
-    for thread in threads:
-        thread.join(20)
-        assert not thread.is_alive()
+    assert stop_all(loops, 20) == []
 
 
 def fail(breaker: CircuitBreaker, times: int = FAILURES) -> None:
@@ -97,10 +94,10 @@ def test_a_job_that_was_under_way_and_succeeds_closes_it() -> None:
     assert why(breaker) is None
 
 
-def test_it_probes_by_itself_and_closes_when_the_storage_is_back(watched: Any) -> None:
+def test_it_probes_by_itself_and_closes_when_the_storage_is_back(probing: Any) -> None:
     storage = Storage(FAILURE, FAILURE, None)
     breaker = CircuitBreaker(storage, first_pause_s=0.02)
-    watched(breaker)
+    probing(breaker)
     fail(breaker)
     assert storage.was_asked(3)
     assert closed(breaker)
@@ -109,33 +106,52 @@ def test_it_probes_by_itself_and_closes_when_the_storage_is_back(watched: Any) -
     assert closed(breaker)
 
 
-def test_nothing_is_probed_while_it_is_closed(watched: Any) -> None:
+def test_nothing_is_probed_while_it_is_closed() -> None:
     storage = Storage(None)
-    breaker = CircuitBreaker(storage, first_pause_s=0.001)
-    watched(breaker)
+    breaker = CircuitBreaker(storage, first_pause_s=0)
     fail(breaker, FAILURES - 1)
-    threading.Event().wait(1)
+    breaker.step()
     assert storage.asked == 0
+    fail(breaker, 1)
+    breaker.step()
+    assert storage.asked == 1
 
 
-def test_a_probe_that_breaks_in_an_unforeseen_way_does_not_end_the_watch(
-    watched: Any, caplog: pytest.LogCaptureFixture
+def test_it_is_probed_ever_more_rarely_and_not_before_a_probe_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, probed = [1000.0], list[float]()
+    monkeypatch.setattr("gradcam_worker.resilience.circuit_breaker.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gradcam_worker.resilience.circuit_breaker.random.uniform", lambda _, most: most)
+    storage = Storage(FAILURE)
+    breaker = CircuitBreaker(storage)
+    fail(breaker)
+    for _ in range(1000):
+        asked = storage.asked
+        breaker.step()
+        if storage.asked > asked:
+            probed.append(now[0] - 1000)
+        now[0] += 0.5
+    assert probed[:7] == [2, 6, 14, 30, 60, 90, 120]
+    breaker.succeeded()
+    fail(breaker)
+    opened_s = now[0]
+    while storage.asked == len(probed):
+        breaker.step()
+        now[0] += 0.5
+    assert now[0] - opened_s == 2.5, "the next time it begins with the first pause again"
+
+
+def test_a_probe_that_breaks_in_an_unforeseen_way_is_a_storage_that_is_down(
+    probing: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="gradcam")
     storage = Storage(KeyError("surprise"), None)
     breaker = CircuitBreaker(storage, first_pause_s=0.02)
-    watched(breaker)
+    probing(breaker)
     fail(breaker)
     assert closed(breaker)
     said = [record.getMessage().partition("(")[0] for record in caplog.records]
     assert said[0].startswith("no jobs are taken until it is back.")
     assert said[1:] == ["the storage is still down: KeyError: 'surprise'", "the storage is back "]
-
-
-def test_a_watch_that_is_stopped_while_it_is_open_ends_at_once(watched: Any) -> None:
-    breaker = CircuitBreaker(Storage(FAILURE), first_pause_s=600)
-    watched(breaker)
-    fail(breaker)  # the fixture stops the watch and waits for its end
 
 
 def test_many_threads_may_tell_it_at_once() -> None:

@@ -1,7 +1,6 @@
 """When a process does not get on with its work, and when it only has none."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 
@@ -123,23 +122,3 @@ def test_messages_that_are_held_for_nobody_are_trouble_where_no_job_is_in_hand(d
         assert day.said == (False, None)
     day.one.orphaned_messages(0)
     assert day.said == (False, None)
-
-
-def test_a_look_that_fails_is_not_the_last(day: Day, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = iter([SystemExit(1), None])
-
-    class Stopped:
-        turns = iter([False, False, True])
-
-        def wait(self, _: float) -> bool:
-            return next(self.turns)
-
-    def look() -> None:
-        if error := next(looks):
-            raise error
-
-    monkeypatch.setattr(day.one, "look", look)
-    stopped: Any = Stopped()
-    day.one.keep(stopped)
-    assert "has failed" in caplog.text
-    assert not [*looks]

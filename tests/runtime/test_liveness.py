@@ -2,7 +2,6 @@
 
 import logging
 import os
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -101,27 +100,32 @@ def test_a_process_that_is_asked_to_end_need_not_turn_any_more(world: World) -> 
 def test_signs_are_shown_as_long_as_all_is_well_and_trouble_is_said_once(
     world: World, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(liveness, "EVERY_S", 0.01)
-    stopped, seen = threading.Event(), os.fdopen(os.dup(pipe[0]), "rb")
-    thread = threading.Thread(target=world.liveness(pipe[1]).run, args=[stopped])
-    with seen, caplog.at_level(logging.ERROR):
-        thread.start()
-        shown = 0
-        while shown < 3:
-            shown += len(seen.read(100) or b"")
+    one, caplog_level = world.liveness(pipe[1]), caplog.at_level(logging.ERROR)
+    with os.fdopen(os.dup(pipe[0]), "rb") as seen, caplog_level:
+        for _ in range(3):
+            one.report()
+        assert seen.read(100) == b"111"
         world.ill = "it hangs"
-        while "it hangs" not in caplog.text:
-            pass
-        seen.read(10_000)
-        assert not stopped.wait(0.3)
+        for _ in range(3):
+            one.report()
         assert not seen.read(100)
         world.ill = None
-        while not seen.read(100):
-            pass
-        stopped.set()
-        thread.join(WAIT_S)
-    assert not thread.is_alive()
+        one.report()
+        assert seen.read(100) == b"1"
     assert caplog.text.count("no sign of life any more: it hangs") == 1
+
+
+def test_a_check_that_is_broken_is_no_reason_to_start_the_process_again(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> str | None:
+        raise SystemExit(1)
+
+    one = LivenessReporter(pipe[1], reachable=lambda: True, ill=broken)
+    with os.fdopen(os.dup(pipe[0]), "rb") as seen:
+        with pytest.raises(SystemExit):
+            one.report()
+        assert (seen.read(100), one.said) == (b"1", None)
 
 
 def test_whoever_is_gone_is_shown_nothing(world: World) -> None:

@@ -1,14 +1,12 @@
 """What stops a worker before it starts, and what it waits for."""
 
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import spec_from_loader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import redis
@@ -176,44 +174,24 @@ def test_a_redis_that_forgets_less_is_warned_of(
     assert why in finding.detail
 
 
-def test_a_look_for_what_redis_evicts_that_fails_is_not_the_last(
-    settings: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    watch, stopped = Eviction(settings), Mock()
-    stopped.wait.side_effect = [False, False, True]
-    look = Mock(side_effect=[SystemExit("surprise"), None])
-    monkeypatch.setattr(watch, "round", look)
-    watch.keep(stopped)
-    assert look.call_count == 2
-    assert "what Redis evicts cannot be told" in caplog.text
-
-
 def test_the_hint_about_an_identity_is_one_sentence_without_gaps() -> None:
     error = StorageUnavailable("No credentials")
     error.__cause__ = IdentityFailed("No")
     assert "  " not in preflight.storage_hint(error).fix
 
 
-def test_a_policy_that_is_changed_while_a_worker_runs_is_found_every_minute(
-    evicting: redis.Redis, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_policy_that_is_changed_while_a_worker_runs_is_found(
+    evicting: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     watch = Eviction(evicts(evicting, "noeviction", "100mb"))
     watch.round()
     assert (watch.trouble(), caplog.messages) == (None, [])
     evicts(evicting, "allkeys-lru", "100mb")
-    monkeypatch.setattr("gradcam_worker.ledger.redis.eviction.EVERY_S", 0.01)
-    stopped = threading.Event()
-    thread = threading.Thread(target=watch.keep, args=[stopped])
-    thread.start()
-    try:
-        while not watch.trouble():
-            assert thread.is_alive()
-        evicts(evicting, "volatile-lru", "100mb")
-        while watch.trouble():
-            assert thread.is_alive()
-    finally:
-        stopped.set()
-        thread.join()
+    watch.round()
+    assert watch.trouble()
+    evicts(evicting, "volatile-lru", "100mb")
+    watch.round()
+    assert not watch.trouble()
     assert {record.levelname for record in caplog.records} == {"ERROR", "WARNING"}
     assert all("Set maxmemory-policy noeviction" in line for line in caplog.messages)
 

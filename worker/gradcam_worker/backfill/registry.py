@@ -19,7 +19,6 @@ import logging
 import os
 import platform
 import secrets
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from typing import Any, Protocol, Self
 from gradcam_worker.errors import BackfillConflict, LedgerUnavailable
 from gradcam_worker.ledger.redis.client import RedisServer
 from gradcam_worker.ledger.redis.script import LuaScript
+from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.shard import Shard
 
@@ -216,7 +216,6 @@ class BackfillLease:
     previous: BackfillRecord | None = field(default=None, init=False)  # what was stored when it was entered
     token: str = field(default_factory=partial(secrets.token_urlsafe, 32), init=False, repr=False)
     _owner: str = field(default_factory=new_id, init=False)
-    _stopped: threading.Event = field(default_factory=threading.Event, init=False)
 
     def __enter__(self) -> Self:
         """Raises BackfillConflict where another process holds it, LedgerUnavailable."""
@@ -227,16 +226,16 @@ class BackfillLease:
         if not status.is_owner:
             raise BackfillConflict(_held_elsewhere(self.output, status.previous))
         self.previous, self.token = status.previous, status.token
-        self._thread = threading.Thread(target=self._keep, name="backfill-lease", daemon=True)
-        self._thread.start()
+        # Without `outages`: it is the backfill itself that reports an outage.
+        self._loop = BackgroundLoop("backfill-lease", self.renew, RENEW_EVERY_S)
+        self._loop.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give it up: another process can acquire it at once."""
-        self._stopped.set()
-        self._thread.join()
+        self._loop.stop()
         try:
             self.registry.release(self.output, self._owner, self._process_facts(), self.shards())
         except LedgerUnavailable as unavailable:  # it expires soon
@@ -256,15 +255,6 @@ class BackfillLease:
 
     def _process_facts(self) -> dict[str, Any]:
         return {**self.facts(), "host": platform.node(), "pid": os.getpid()}
-
-    def _keep(self) -> None:
-        while not self._stopped.wait(RENEW_EVERY_S):
-            try:
-                self.renew()
-            except LedgerUnavailable as error:  # the backfill itself says so, once
-                log.debug("the registry of backfills cannot be told: %s", error)
-            except BaseException:  # without this thread the backfill would lose its output
-                log.exception("the registry of backfills could not be told")
 
 
 def _was_killed(record: BackfillRecord | None) -> bool:

@@ -27,7 +27,8 @@ from gradcam_worker.ledger.outbox import Delivery, Outbox
 from gradcam_worker.observability import logs
 from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.observability.tracing import OFF, Traces, trace_id
-from gradcam_worker.resilience.outages import Outage
+from gradcam_worker.resilience.background_loop import BackgroundLoop
+from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.status import StatusEvent
 
@@ -56,7 +57,7 @@ class OutboxDispatcher:
         keep_s: float = KEEP_S,
         observer: Observer = SILENT,
         traces: Traces = OFF,
-        outage: Outage | None = None,
+        outages: Outages | None = None,
     ) -> None:
         """What is delivered raises StatusUnavailable (again later), EndpointGone, DeliveryRefused,
         UriNotAllowed; within `keep_s`.
@@ -64,36 +65,38 @@ class OutboxDispatcher:
         self._outbox, self._to_webhook, self._sinks = outbox, to_webhook, sinks
         self._threads, self._give_up_s, self._keep_s = threads, give_up_s, keep_s
         self._observer, self._traces = observer, traces
-        self._outage = outage or Outage("the ledger")
+        self._outages = outages or Outages()
         self._parcels = SimpleQueue[Delivery | None]()
         self._lock, self._freed = threading.Lock(), threading.Event()
         self._out: Counter[str] = Counter()  # lane -> parcels that are under way there
         self._trusted: dict[str, None] = {}  # lanes that answered the last time; the latest is the last
-
-    def run(self, stopped: threading.Event) -> None:
-        """Deliver until `stopped`; then wait for what is under way, END_S at most."""
-        with self._hands():
-            while not stopped.is_set():
-                self._freed.clear()
-                try:
-                    taken = self._take()
-                except LedgerUnavailable as error:
-                    self._outage.failed(f"nothing can be delivered: {error}")
-                    taken = stopped.wait(EVERY_S)
-                except BaseException:
-                    log.exception("the dispatcher met what nobody foresaw")
-                    taken = stopped.wait(EVERY_S)
-                else:
-                    self._outage.answered()
-                if not taken:
-                    self._freed.wait(EVERY_S)
-            self._wait(END_S)
+        self._took_some = False  # the last time
+        self.loop = BackgroundLoop(
+            "dispatcher",
+            self._step,
+            lambda: 0 if self._took_some else EVERY_S,
+            immediately=True,
+            outages=self._outages,
+            consequence="nothing can be delivered",
+            context=self._delivering(),
+        )
 
     def round(self) -> None:
         """Deliver all that is due, and wait for it. Raises LedgerUnavailable."""
         with self._hands():
             while self._take() or self._out.total():
                 self._wait(self._keep_s)
+
+    def _step(self) -> None:
+        self._took_some = False
+        self._took_some = self._take()
+
+    @contextmanager
+    def _delivering(self) -> Iterator[None]:
+        """What the loop runs in: at its end, what is under way is waited for, END_S at most."""
+        with self._hands():
+            yield
+            self._wait(END_S)
 
     @contextmanager
     def _hands(self) -> Iterator[None]:
@@ -137,7 +140,9 @@ class OutboxDispatcher:
             try:
                 answered = self._attempt(delivery)
             except LedgerUnavailable as error:
-                self._outage.failed(str(error))  # it comes again by itself, `keep_s` after it was taken
+                self._outages.ledger.failed(
+                    str(error)
+                )  # it comes again by itself, `keep_s` after it was taken
             except BaseException:
                 log.exception("%s: %s was not delivered", delivery.recipient, delivery.event)
             self._done(delivery.destination, answered=answered)
@@ -153,6 +158,7 @@ class OutboxDispatcher:
                 if len(self._trusted) > TRUSTED:
                     del self._trusted[next(iter(self._trusted))]
         self._freed.set()
+        self.loop.wake()
 
     def _attempt(self, delivery: Delivery) -> bool:
         """Deliver a parcel and write down what became of it; whether its lane answered."""

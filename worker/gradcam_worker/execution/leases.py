@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from gradcam_worker.errors import AttemptFenced, JobCanceled, LedgerUnavailable
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.observability.events import SILENT, Observer
+from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.resilience.outages import Outage
+from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.status import StatusDocument
 
@@ -31,16 +32,25 @@ class LeaseManager:
         lease_s: float,
         health: Callable[[], str] = lambda: "",
         observer: Observer = SILENT,
-        outage: Outage | None = None,
+        outages: Outages | None = None,
     ) -> None:
-        """`health` is what the worker says of itself, `outage` of a ledger that is away."""
-        self._outage = outage or Outage("the ledger")
+        """`health` is what the worker says of itself, `outages` of a ledger that is away."""
         self._ledger, self._worker, self._health = ledger, worker, health
         self._lease_s, self._observer = lease_s, observer
         self._letting_go = False
         self._held: dict[str, tuple[int, Deadline]] = {}  # job id -> attempt
         self._behind: dict[str, Callable[[], None]] = {}  # job id -> what writes how far it is
         self._door = threading.Lock()
+        self._renew_every_s = min(lease_s / BEATS, LOOK_S)
+        self._due_s = time.monotonic() + self._renew_every_s  # the next renewal
+        self._reached = True  # the ledger, the last time
+        self.loop = BackgroundLoop(
+            "leases",
+            self.step,
+            self._pause_s,
+            outages=outages or Outages(),
+            consequence="no lease can be renewed",
+        )
 
     @contextmanager
     def hold(
@@ -103,22 +113,19 @@ class LeaseManager:
                 deadline.cancel(AttemptFenced(f"Attempt {attempt} was handed back: its worker stops."))
         return self.jobs()
 
-    def run(self, stopped: threading.Event) -> None:
-        """Renew until `stopped`; a ledger out of reach is asked again."""
-        every_s, reached = min(self._lease_s / BEATS, LOOK_S), True
-        due_s = time.monotonic() + every_s
-        while not stopped.wait(min(max(due_s - time.monotonic(), 0), CATCH_UP_S)):
-            try:
-                if time.monotonic() >= due_s:
-                    due_s = time.monotonic() + every_s
-                    self.renew()
-                    self._outage.answered()
-                    reached = True
-                if reached:
-                    self.catch_up()
-            except LedgerUnavailable as error:
-                reached = False
-                self._outage.failed(f"no lease can be renewed: {error}")
-            except BaseException:
-                # Whatever it is, without this thread every job here would be lost to others, for ever.
-                log.exception("leases could not be renewed")
+    def step(self) -> None:
+        """Renew the leases where that is due, and write how far the jobs are. Raises LedgerUnavailable."""
+        try:
+            if time.monotonic() >= self._due_s:
+                self._due_s = time.monotonic() + self._renew_every_s  # on schedule, however slow the answer
+                self.renew()
+                self._reached = True
+            if self._reached:
+                self.catch_up()
+        except LedgerUnavailable:
+            self._reached = False
+            raise
+
+    def _pause_s(self) -> float:
+        left_s = max(self._due_s - time.monotonic(), 0)
+        return min(left_s, CATCH_UP_S) if self._reached else left_s

@@ -4,13 +4,13 @@ One worker at a time does it, any of them; another takes over within seconds whe
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 
 from gradcam_worker.errors import BrokerUnavailable, LedgerUnavailable
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.observability.events import SILENT, Observer
+from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.schemas.shard import ROUTES
 
@@ -46,29 +46,29 @@ class Reaper:
         self._ledger, self._worker = ledger, worker
         self._publish, self._waiting = publish, waiting
         self._lease_s, self._lost_after_s = lease_s, lost_after_s
-        self._outages = outages or Outages()
         self._observer = observer
+        self.loop = BackgroundLoop(
+            "reaper",
+            self.round,
+            EVERY_S,
+            outages=outages or Outages(),
+            consequence="nothing can be put right",
+        )
         self._trusted_s = 0.0  # from when on a lease that has run out means what it says
         self._looked_s = self._swept_s = 0.0
         self._reached_s: float | None = None  # when the ledger answered last
         self._deaf = False  # the ledger was out of reach
         self._odd: set[str] = set()  # jobs whose record cannot be read
 
-    def run(self, stopped: threading.Event) -> None:
-        """Reap until `stopped`; whatever is out of reach is asked again."""
-        while not stopped.wait(EVERY_S):
-            try:
-                self.round()
-            except (LedgerUnavailable, BrokerUnavailable) as error:
-                self._deaf = self._deaf or isinstance(error, LedgerUnavailable)
-                self._outages.of(error).failed(f"nothing can be put right: {error}")
-            except BaseException:
-                log.exception("the reaper met what nobody foresaw")
-            else:
-                self._outages.ledger.answered()
-
     def round(self) -> None:
         """Look once at everything that is due. Raises LedgerUnavailable, BrokerUnavailable."""
+        try:
+            self._round()
+        except LedgerUnavailable:
+            self._deaf = True
+            raise
+
+    def _round(self) -> None:
         leads, now_s = self._ledger.try_lead(self._worker, LEADS_S), time.monotonic()
         if self._deaf or (self._reached_s is not None and now_s - self._reached_s > LEADS_S):
             # Nobody could renew a lease while the ledger was away: all of them get the time to.

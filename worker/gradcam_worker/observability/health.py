@@ -23,6 +23,7 @@ from queue import Full, Queue
 from typing import Any
 
 from gradcam_worker.errors import GradcamError, InvalidSettings
+from gradcam_worker.resilience.background_loop import BackgroundLoop
 
 log = logging.getLogger("gradcam")
 
@@ -43,13 +44,7 @@ class Contact:
         """`who` is asked, each in turn: a GradcamError is no answer."""
         self._who = who
         self._answered_s: dict[str, float] = {}
-
-    def run(self, stopped: threading.Event) -> None:
-        """Ask until `stopped`."""
-        while True:
-            self.round()
-            if stopped.wait(ASK_EVERY_S):
-                return
+        self.loop = BackgroundLoop("contact", self.round, ASK_EVERY_S, immediately=True)
 
     def round(self) -> None:
         """Ask everybody once."""

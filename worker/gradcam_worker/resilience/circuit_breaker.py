@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 
 from gradcam_worker.errors import GradcamError
+from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.schemas.ids import utc_now
 
 log = logging.getLogger("gradcam")
 
 FAILURES = 3  # jobs in a row whose storage failed: fewer may be chance
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 30.0  # before the storage is probed again; doubles
-LOOK_S = 0.5  # between two looks whether there is anything to probe
+CLOSED_PAUSE_S = 60.0  # while there is nothing to probe: the loop is woken when it opens
 
 
 class CircuitBreaker:
@@ -24,8 +25,10 @@ class CircuitBreaker:
         self._probe, self._first_pause_s = probe, first_pause_s
         self._failures = 0
         self._why: str | None = None
-        self._opened = threading.Event()
-        self._door = threading.Lock()
+        self._probes = 0  # since it opened
+        self._due_s = 0.0  # the next probe
+        self._lock = threading.Lock()
+        self.loop = BackgroundLoop("breaker", self.step, self._pause_s)
 
     @property
     def open_reason(self) -> str | None:
@@ -34,40 +37,44 @@ class CircuitBreaker:
 
     def failed(self, error: GradcamError) -> None:
         """A job could not use the storage."""
-        with self._door:
+        with self._lock:
             self._failures += 1
             if self._failures < FAILURES or self._why:
                 return
             since = f"{utc_now():%Y-%m-%dT%H:%M:%SZ}"
+            self._probes = 0
+            self._plan_probe()
             self._why = f"The storage failed {self._failures} jobs in a row, since {since}: {error}"
-            self._opened.set()
             log.error("no jobs are taken until it is back. %s", self._why)
+        self.loop.wake()
 
     def succeeded(self) -> None:
         """A job could."""
-        with self._door:
+        with self._lock:
             self._failures, self._why = 0, None
-            self._opened.clear()
 
-    def watch(self, stopped: threading.Event) -> None:
-        """Probe while it is open, until `stopped`: runs in a thread of its own."""
-        pause_s = self._first_pause_s
-        while not stopped.is_set():
-            if not self._opened.wait(LOOK_S):
-                pause_s = self._first_pause_s
-                continue
-            # Jitter: workers that lost one storage together do not come back to it together.
-            if stopped.wait(pause_s * random.uniform(0.5, 1)) or not self._why:  # noqa: S311  # no secret
-                continue
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            self._look()
+    def step(self) -> None:
+        """Probe the storage where the breaker is open and the next probe is due."""
+        if self._why and time.monotonic() >= self._due_s:
+            self.probe()
 
-    def _look(self) -> None:
+    def probe(self) -> None:
+        """Probe the storage now; close the breaker where that succeeds."""
+        self._probes += 1
         begun_s = time.monotonic()
         try:
             self._probe()
         except BaseException as error:  # noqa: BLE001  # whatever it is, jobs would meet it too
             log.warning("the storage is still down: %s: %s", type(error).__name__, error)
+            self._plan_probe()
         else:
             log.info("the storage is back (%.1f s): jobs are taken again", time.monotonic() - begun_s)
             self.succeeded()
+
+    def _plan_probe(self) -> None:
+        pause_s = min(self._first_pause_s * 2.0 ** min(self._probes, 10), LONGEST_PAUSE_S)
+        # Jitter: workers that lost one storage together do not come back to it together.
+        self._due_s = time.monotonic() + pause_s * random.uniform(0.5, 1)  # noqa: S311  # no secret
+
+    def _pause_s(self) -> float:
+        return max(self._due_s - time.monotonic(), 0) if self._why else CLOSED_PAUSE_S

@@ -1,15 +1,13 @@
 """Whether a process still gets on with its work: takes what waits, and brings to an end what it took."""
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from gradcam_worker.errors import GradcamError
+from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.text.visible import counted
-
-log = logging.getLogger("gradcam")
 
 UNREADY_S = 15.0  # without anything taken, though something waits: no server is so slow for so long
 IDLE_S = 45.0  # of it: the process is started again
@@ -33,6 +31,7 @@ class Stall:
         self._since_s: float | None = None  # from when on something waited at every look, and nothing moved
         self._away_s: float | None = None  # from when on the broker could not be used
         self._orphaned_s: float | None = None  # from when on a message was held by nobody
+        self.loop = BackgroundLoop("stall", self.look, ASK_EVERY_S / 2)
 
     @contextmanager
     def in_hand(self) -> Iterator[None]:
@@ -70,14 +69,6 @@ class Stall:
             self._orphaned_s = None
         elif self._orphaned_s is None:
             self._orphaned_s = time.monotonic()
-
-    def keep(self, stopped: threading.Event) -> None:
-        """Look until `stopped`."""
-        while not stopped.wait(ASK_EVERY_S / 2):
-            try:
-                self.look()
-            except BaseException:
-                log.exception("the look for work that does not get on has failed")
 
     def look(self) -> None:
         """Ask whether anything waits, where nothing has moved for a while."""

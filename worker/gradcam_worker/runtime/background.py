@@ -1,26 +1,26 @@
-"""Those who keep at something beside the jobs and need no device: the reaper, the dispatcher, the database.
+"""The background loops that need no device: the reaper, the dispatcher, the database's.
 
-Each runs in a thread of its own until it is told to stop. Many processes may have them, and share the work.
+Several processes may run them, and share the work.
 """
 
 import logging
-import threading
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
 from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.delivery.dispatcher import KEEP_S, Deliver, OutboxDispatcher
 from gradcam_worker.delivery.webhooks import message_id
-from gradcam_worker.errors import InvalidSettings, LedgerUnavailable, StatusUnavailable
+from gradcam_worker.errors import InvalidSettings, StatusUnavailable
 from gradcam_worker.ledger.outbox import Delivery
 from gradcam_worker.ledger.reaper import Reaper
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.observability.tracing import OFF, Traces
-from gradcam_worker.resilience.outages import Outage, Outages
+from gradcam_worker.resilience.background_loop import BackgroundLoop, stop_all
+from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.schemas.status import StatusEvent
 from gradcam_worker.settings import Settings
 
@@ -30,10 +30,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("gradcam")
 
 SQL = "sql"  # the name of the sink
-KEEP_EVERY_S = 60.0  # between two looks at the database
-LAST_WORD_S = 5.0  # for deliveries that are under way, the last renewal
+DATABASE_EVERY_S = 60.0  # between two rounds of the database's upkeep
+STOP_S = 5.0  # for all loops to end: for deliveries that are under way, the last renewal
 
-BackgroundLoop = Callable[[threading.Event], None]
 Send = Callable[[str, str | None, StatusEvent, str], None]
 
 
@@ -46,8 +45,8 @@ def build(
     observer: Observer = SILENT,
     spans: Traces = OFF,
     outages: Outages | None = None,
-) -> dict[str, BackgroundLoop]:
-    """All of them, by name, in the process `me`; `send` does what `Webhooks.send` does.
+) -> list[BackgroundLoop]:
+    """All of them, in the process `me`; `send` does what `Webhooks.send` does.
 
     Raises InvalidSettings.
     """
@@ -69,12 +68,22 @@ def build(
             hook = delivery.webhook
             send(hook.url, hook.secret_ref, event, message_id(delivery.document))
 
-    loops: dict[str, BackgroundLoop] = {"reaper": reaper.run}
+    loops = [reaper.loop]
     sinks: dict[str, Deliver] = {}
     database = _database(settings)
     if database:
         sinks[SQL] = lambda delivery, _: database.write(delivery.document)
-        loops["database"] = partial(_keep, database, outbox, outages.ledger)
+        step = partial(_maintain_database, database, outbox)
+        loop = BackgroundLoop(
+            "database",
+            step,
+            DATABASE_EVERY_S,
+            immediately=True,
+            outages=outages,
+            consequence="the database is told of no new job",
+            context=closing(database),
+        )
+        loops.append(loop)
     dispatcher = OutboxDispatcher(
         outbox,
         to_webhook,
@@ -84,27 +93,22 @@ def build(
         keep_s=settings.webhook_timeout_s + KEEP_S,
         observer=observer,
         traces=spans,
-        outage=outages.ledger,
+        outages=outages,
     )
-    loops["dispatcher"] = dispatcher.run
-    return loops
+    return [*loops, dispatcher.loop]
 
 
-def start(loops: Mapping[str, BackgroundLoop], stopped: threading.Event) -> list[threading.Thread]:
-    """Let each of them keep at it, until `stopped`."""
-    threads = [
-        threading.Thread(target=keep, args=[stopped], name=name, daemon=True) for name, keep in loops.items()
-    ]
-    for one in threads:
-        one.start()
-    return threads
+def start(loops: Iterable[BackgroundLoop]) -> list[BackgroundLoop]:
+    """Start each of them, and return them."""
+    started = [*loops]
+    for loop in started:
+        loop.start()
+    return started
 
 
-def join(threads: Iterable[threading.Thread]) -> None:
-    """Wait for what is under way when they have been told to stop: LAST_WORD_S, for all of them together."""
-    end_s = time.monotonic() + LAST_WORD_S
-    for one in threads:
-        one.join(max(end_s - time.monotonic(), 0))
+def stop(loops: Iterable[BackgroundLoop]) -> None:
+    """End them, and wait for that: STOP_S, for all of them together."""
+    stop_all(loops, STOP_S)
 
 
 def _database(settings: Settings) -> "SqlStatus | None":
@@ -126,18 +130,10 @@ def _database(settings: Settings) -> "SqlStatus | None":
     return database
 
 
-def _keep(database: "SqlStatus", outbox: RedisOutbox, outage: Outage, stopped: threading.Event) -> None:
-    """Have it told of every job, and have it forget what was completed long ago, a little at a time."""
-    while True:
-        try:
-            outbox.open_sink(SQL)  # again and again: the ledger may have forgotten
-            database.prune()
-        except LedgerUnavailable as error:
-            outage.failed(str(error))
-        except StatusUnavailable as error:
-            log.warning("%s", error)
-        except BaseException:
-            log.exception("the database met what nobody foresaw")
-        if stopped.wait(KEEP_EVERY_S):
-            database.close()
-            return
+def _maintain_database(database: "SqlStatus", outbox: RedisOutbox) -> None:
+    """Have it told of every job, and delete some of what was completed long ago. Raises LedgerUnavailable."""
+    outbox.open_sink(SQL)  # again and again: the ledger may have forgotten
+    try:
+        database.prune()
+    except StatusUnavailable as error:
+        log.warning("%s", error)

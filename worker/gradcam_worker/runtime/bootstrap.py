@@ -1,7 +1,7 @@
 """Who works in a worker process: the desk, and those who keep at something beside it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,11 +13,11 @@ from gradcam_worker.execution.services import Services, StorageProvider
 from gradcam_worker.ledger.redis.eviction import Eviction
 from gradcam_worker.observability import tracing
 from gradcam_worker.observability.events import SILENT, Observer
+from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.resilience.stall import Stall
 from gradcam_worker.runtime import background, service_factory
-from gradcam_worker.runtime.background import BackgroundLoop
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage import stores as storage
@@ -29,7 +29,7 @@ class WorkerComponents:
 
     handler: JobHandler
     outages: Outages
-    background_loops: Mapping[str, BackgroundLoop]
+    background_loops: Sequence[BackgroundLoop]
     eviction: Eviction
 
 
@@ -49,7 +49,7 @@ def build_worker(
             {**said, "batch": batch, "trouble": breaker.open_reason or services.model_cache.failure}
         )
 
-    leases = LeaseManager(ledger, me.id, settings.lease_s, health, observer, outages.ledger)
+    leases = LeaseManager(ledger, me.id, settings.lease_s, health, observer, outages)
     spans = tracing.to(settings.traces, "gradcam-worker", me.id)
     send = services.webhooks.send
     others = background.build(settings, publisher, ledger, send, me.id, observer, spans, outages)
@@ -67,8 +67,8 @@ def build_worker(
         stall=stall,
     )
     eviction = Eviction(settings)
-    own = {"leases": leases.run, "breaker": breaker.watch, "eviction": eviction.keep, "stall": stall.keep}
-    return WorkerComponents(handler, outages, {**own, **others}, eviction)
+    own = [leases.loop, breaker.loop, eviction.loop, stall.loop]
+    return WorkerComponents(handler, outages, [*own, *others], eviction)
 
 
 def use_storage(stores: StorageProvider) -> None:

@@ -6,7 +6,6 @@ device, and loads no array, picture or network library.
 
 import logging
 import signal
-import threading
 from queue import SimpleQueue
 
 from gradcam_worker.broker.publisher import Publisher
@@ -32,14 +31,14 @@ def run(settings: Settings) -> int:
     ledger.observer = telemetry.observer
     spans = tracing.to(settings.traces, "gradcam-deliver", me)
     send = Webhooks(settings).send
-    kept = background.build(settings, publisher, ledger, send, me, telemetry.observer, spans)
-    stopped = threading.Event()
-    threads = background.start({**kept, **telemetry.loops}, stopped)
-    telemetry.watch(threads)
+    loops = background.build(settings, publisher, ledger, send, me, telemetry.observer, spans)
+    names = ", ".join(loop.name for loop in loops)
+    loops += telemetry.loops
+    background.start(loops)
+    telemetry.watch(loops)
     telemetry.begun()
-    log.info("%s delivers: %s", me, ", ".join(kept))
+    log.info("%s delivers: %s", me, names)
     signals.get()
     telemetry.ending()
-    stopped.set()
-    background.join(threads)
+    background.stop(loops)
     return 0

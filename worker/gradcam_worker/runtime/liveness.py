@@ -6,9 +6,10 @@ never answer. It shows no sign then, and is started again.
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable
+
+from gradcam_worker.resilience.background_loop import BackgroundLoop
 
 log = logging.getLogger("gradcam")
 
@@ -33,6 +34,7 @@ class LivenessReporter:
         self._turned_s = time.monotonic()
         self._ending = False
         self.said: str | None = None  # what was wrong at the last look
+        self.loop = BackgroundLoop("liveness", self.report, EVERY_S)
 
     def tick(self) -> None:
         """The consumer's loop has come round."""
@@ -60,19 +62,19 @@ class LivenessReporter:
             self.tick()
         return None
 
-    def run(self, stopped: threading.Event) -> None:
-        """Show signs of life until `stopped`, or until there is trouble."""
-        while not stopped.wait(EVERY_S):
-            try:
-                trouble = self.unhealthy_reason()
-            except BaseException:  # not to be taken for a sign of death
-                log.exception("nobody foresaw this")
-                trouble = None
-            if trouble and not self.said:
-                log.error("no sign of life any more: %s", trouble)
-            self.said = trouble
-            if not trouble and not self.show():
-                return
+    def report(self) -> None:
+        """Give a sign of life, unless something is wrong."""
+        try:
+            reason = self.unhealthy_reason()
+        except BaseException:  # a defect of the check is no reason to have the process restarted
+            self.said = None
+            self.show()
+            raise
+        if reason and not self.said:
+            log.error("no sign of life any more: %s", reason)
+        self.said = reason
+        if not reason:
+            self.show()
 
     def show(self) -> bool:
         """Give one sign; whether anybody can still see it."""

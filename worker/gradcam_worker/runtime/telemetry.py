@@ -1,7 +1,6 @@
 """What a process shows of itself where its operator asks for it: metrics, health, and the server for both."""
 
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from gradcam_worker.broker.publisher import Publisher
@@ -10,9 +9,9 @@ from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability import gpu, health
 from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.observability.health import Contact, Health
+from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.runtime import devices
-from gradcam_worker.runtime.background import BackgroundLoop
 from gradcam_worker.settings import Settings
 
 ANSWER_S = 2.0  # that broker and ledger have, to show that they are there
@@ -28,7 +27,7 @@ class Telemetry:
         self._not_started: str | None = self._not_yet
         self.health.ready["process"] = lambda: self._not_yet
         self.health.startup["process"] = lambda: self._not_started
-        self.loops: dict[str, BackgroundLoop] = {}
+        self.loops: list[BackgroundLoop] = []
         self.observer: Observer = SILENT
         self._metrics = None
         if not settings.metrics_port:
@@ -39,7 +38,7 @@ class Telemetry:
         ledger = RedisLedger(settings, timeout_s=ANSWER_S, retries=0)
         publisher = Publisher(settings, timeout_s=ANSWER_S)
         contact = Contact({"broker": partial(publisher.queue_length, "normal"), "ledger": ledger.counts})
-        self.loops["contact"] = contact.run
+        self.loops.append(contact.loop)
         for name in ("broker", "ledger"):
             self.health.ready[name] = partial(contact.check, name)
         self._metrics.ask_ledger(partial(stats.read_depths, ledger.server, settings.lease_s))
@@ -73,12 +72,12 @@ class Telemetry:
         """It takes nothing new any more."""
         self._not_yet = "is stopping"
 
-    def watch(self, threads: list[threading.Thread]) -> Callable[[], str | None]:
+    def watch(self, loops: Sequence[BackgroundLoop]) -> Callable[[], str | None]:
         """The process lives as long as these do; what is returned says which have ended, if any."""
 
         def ended() -> str | None:
-            gone = [one.name for one in threads if not one.is_alive()]
-            return f"ended: {', '.join(gone)}" if gone else None
+            names = [loop.name for loop in loops if not loop.alive]
+            return f"ended: {', '.join(names)}" if names else None
 
         self.health.live["threads"] = ended
         return ended

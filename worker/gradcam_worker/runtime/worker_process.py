@@ -140,8 +140,8 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     _preload(settings, services, telemetry.health)
     probe = partial(broker.answers, broker.make_app(settings, timeout_s=PROBE_S))
     stopped, signals = threading.Event(), SimpleQueue[int]()
-    kept = background.start({**components.background_loops, **telemetry.loops}, stopped)
-    ended = telemetry.watch(kept)
+    loops = background.start([*components.background_loops, *telemetry.loops])
+    ended = telemetry.watch(loops)
     liveness = LivenessReporter(
         ready_fd,
         reachable=probe,
@@ -156,7 +156,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
         _listen(signals)
         liveness.show()  # before the first job, which may be the end of this process
         telemetry.begun()
-        threading.Thread(target=liveness.run, args=[stopped], name="pulse", daemon=True).start()
+        liveness.loop.start()
 
     def give_up() -> None:
         """When the time is up, or at a second signal: hand everything back, and see to it that this ends."""
@@ -181,7 +181,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     telemetry.started()
     consumer.start()
     stopped.set()
-    background.join(kept)
+    background.stop([*loops, liveness.loop])
     return int(consumer.exitcode or 0)
 
 

@@ -8,12 +8,12 @@ before it was read. (Records of running backfills are written anew each second.)
 """
 
 import logging
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gradcam_worker.errors import LedgerUnavailable
 from gradcam_worker.ledger.redis.client import RedisClients
+from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets
 
@@ -81,6 +81,7 @@ class Eviction:
             for url, name in urls.items()
         ]
         self._trouble: str | None = None
+        self.loop = BackgroundLoop("eviction", self.round, EVERY_S)  # a policy can be changed at any time
 
     def look(self) -> Iterator[Policy]:
         """What each does; one that is away is left out, since whoever needs it says so."""
@@ -107,11 +108,3 @@ class Eviction:
             elif not one.well:
                 log.warning("%s: %s %s", one.setting, one, FIX)
         self._trouble = " ".join(lost) or None
-
-    def keep(self, stopped: threading.Event) -> None:
-        """Look every minute until `stopped`: a policy can be changed at any time."""
-        while not stopped.wait(EVERY_S):
-            try:
-                self.round()
-            except BaseException:
-                log.exception("what Redis evicts cannot be told")
