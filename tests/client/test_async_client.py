@@ -79,7 +79,7 @@ def test_a_job_is_submitted_followed_and_waited_for(client: AsyncGradcamClient, 
 def test_what_is_wrong_is_raised_where_it_is_awaited(client: AsyncGradcamClient) -> None:
     async def app() -> None:
         with pytest.raises(InvalidJob, match="top_m"):
-            await client.submit(**FIELDS, top_m=3)
+            await client.submit(**FIELDS, top_m=3)  # type: ignore[call-overload]
         with pytest.raises(UnknownJob):
             await client.wait(new_id())
         with pytest.raises(WaitTimeout, match=r"is still queued after 0\.05 s\. No worker lives"):

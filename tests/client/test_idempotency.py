@@ -161,7 +161,7 @@ def test_what_is_no_key_is_refused_by_its_name(
     client: GradcamClient, ledger: RedisLedger, key: object
 ) -> None:
     with pytest.raises(InvalidJob, match="idempotency_key: "):
-        client.submit(idempotency_key=key, **FIELDS)
+        client.submit(idempotency_key=key, **FIELDS)  # type: ignore[call-overload]
     assert not jobs_in(ledger)
 
 

@@ -20,6 +20,7 @@ from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability.queue_depths import QueueDepths
 from gradcam_worker.operations import console as terminal
 from gradcam_worker.operations import top
+from gradcam_worker.schemas.job import Priority
 from gradcam_worker.schemas.shard import ROUTES
 from gradcam_worker.schemas.status import Problem, WorkerRef
 from gradcam_worker.settings import Settings
@@ -48,7 +49,7 @@ EMPTY = top.Snapshot(
 )
 
 
-def submitted(settings: Settings, *priorities: str) -> list[str]:
+def submitted(settings: Settings, *priorities: Priority) -> list[str]:
     client = GradcamClient(settings=settings)
     return [
         client.submit(image="s3://in/a.jpg", network="vgg16", target={"top_n": 1}, priority=one)

@@ -67,7 +67,7 @@ def test_what_fails_for_good_fails_at_once_and_has_no_result() -> None:
 def test_a_wrong_job_is_refused_as_the_real_client_refuses_it() -> None:
     client = eager_client(settings=Settings(max_message_bytes=1000))
     with pytest.raises(InvalidJob, match="unknown field"):
-        client.submit(**FIELDS, top_m=1)
+        client.submit(**FIELDS, top_m=1)  # type: ignore[call-overload]
     with pytest.raises(InvalidJob, match="1,000"):
         client.submit(**{**FIELDS, "image": f"data:image/png;base64,{'A' * 2000}"})
 

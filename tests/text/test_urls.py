@@ -213,7 +213,7 @@ def test_a_webhook_secret_in_place_of_its_name_is_refused_before_it_is_kept() ->
         Job(
             image=ImageRef(uri="s3://in/a.jpg"),
             network="vgg16",
-            target={"top_n": 1},  # type: ignore[arg-type]
+            target={"top_n": 1},
             webhooks=(Webhook(url="https://a.example/", secret_ref=secret),),
             metadata={},
         )

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, Unpack, overload
 
 from gradcam_worker.broker import message as envelope
 from gradcam_worker.broker import publisher
@@ -32,7 +32,7 @@ from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability import tracing
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.retry import RetryPolicy
-from gradcam_worker.schemas.job import Job, why_no_uri
+from gradcam_worker.schemas.job import Job, JobDetails, JobFields, why_no_uri
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 
@@ -76,6 +76,12 @@ class GradcamClient:
         self.waiter = JobWaiter(self._ledger)
         self._publisher, self._publish = publisher.Publisher(settings, timeout_s=TIMEOUT_S), publish
         self._objects = objects or results.Places(settings)
+
+    @overload
+    def submit(self, job: Job | Mapping[str, Any], /, *, retry_failed: bool = False) -> str: ...
+
+    @overload
+    def submit(self, /, *, retry_failed: bool = False, **fields: Unpack[JobFields]) -> str: ...
 
     def submit(
         self, job: Job | Mapping[str, Any] | None = None, /, *, retry_failed: bool = False, **fields: Any
@@ -270,7 +276,7 @@ class GradcamClient:
         *,
         to: str | None = None,
         retry_failed: bool = False,
-        **fields: Any,
+        **fields: Unpack[JobDetails],
     ) -> str:
         """Put a file of this machine, or bytes, into storage, and submit a job for it; return the job's id.
 

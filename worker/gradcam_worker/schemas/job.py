@@ -5,8 +5,9 @@ made from these models, and a test keeps both equal.
 """
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Required, Self, TypedDict, Unpack
 
 from pydantic import (
     AfterValidator,
@@ -45,6 +46,8 @@ __all__ = [
     "HeatmapSpec",
     "ImageRef",
     "Job",
+    "JobDetails",
+    "JobFields",
     "JobId",
     "MethodSpec",
     "Metric",
@@ -135,6 +138,42 @@ class Webhook(RequestModel):
     )
     secret_ref: Name | None = None
 
+    if TYPE_CHECKING:  # see `JobFields`
+
+        def __init__(
+            self, *, url: str, events: Sequence[Event] = ..., secret_ref: str | None = None
+        ) -> None: ...
+
+
+class JobDetails(TypedDict, total=False):
+    """The fields of a job but its image, as they may be written: a list for a tuple, a dict for a model.
+
+    Type checkers go by it; what a job then holds is said by `Job`.
+    """
+
+    schema: Literal["gradcam.job/v1"]
+    id: str
+    idempotency_key: str | None
+    network: Required[str]
+    target: Required[Target | dict[str, Any]]
+    method: MethodSpec | dict[str, Any]
+    artifacts: Sequence[ArtifactSpec | dict[str, Any]]
+    metrics: Sequence[Metric]
+    output: str | None
+    priority: Priority
+    expires_at: datetime | None
+    timeout_s: float
+    max_attempts: int
+    webhooks: Sequence[Webhook | dict[str, Any]]
+    metadata: dict[str, str]
+    traceparent: str | None
+
+
+class JobFields(JobDetails, total=False):
+    """The fields of a job as they may be written: the image may be named by its URI alone."""
+
+    image: Required[ImageRef | str | dict[str, Any]]
+
 
 def _bare_uri(value: Any) -> Any:
     return value if isinstance(value, Mapping | ImageRef) else {"uri": value}
@@ -161,8 +200,12 @@ class Job(RequestModel):
     timeout_s: Annotated[float, Field(gt=0, le=300)] = 60
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
     webhooks: Annotated[tuple[Webhook, ...], Field(max_length=4)] = ()
-    metadata: Annotated[dict[ShortText, ShortText], Field(max_length=16, default_factory=dict)]
+    metadata: Annotated[dict[ShortText, ShortText], Field(max_length=16)] = Field(default_factory=dict)
     traceparent: Annotated[str, StringConstraints(pattern=r"^[0-9a-f-]{55}$")] | None = None
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **fields: Unpack[JobFields]) -> None: ...
 
     @model_validator(mode="after")
     def _one_of_each_kind(self) -> Self:

@@ -1,6 +1,7 @@
 """The wire: what a job may wish for: which classes, which method, which artifacts, which metrics."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, StrictInt, StringConstraints, model_validator
 
@@ -19,6 +20,12 @@ class Target(RequestModel):
 
     top_n: Annotated[int, Field(ge=1, le=1000, strict=True)] | None = None
     classes: Annotated[tuple[ClassWish, ...], Field(min_length=1, max_length=1000)] | None = None
+
+    if TYPE_CHECKING:  # a list may be given for the tuple
+
+        def __init__(
+            self, *, top_n: int | None = None, classes: Sequence[int | str] | None = None
+        ) -> None: ...
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:

@@ -1,0 +1,108 @@
+"""The public names as a user's type checker sees them: its own settings, and no plugin of pydantic."""
+
+import asyncio
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from gradcam_worker import AsyncGradcamClient
+from gradcam_worker.schemas.job import ImageRef, Job, JobDetails, JobFields, Target, Webhook
+from gradcam_worker.testing import TinyNetwork, eager_client
+
+USER_CODE = Path(__file__).with_name("user_code.py")
+RED = np.full((32, 32, 3), (255, 0, 0), np.uint8)
+PNG = cv2.imencode(".png", RED[..., ::-1])[1].tobytes()
+WRONG = """\
+import asyncio
+from gradcam_worker import AsyncGradcamClient, GradcamClient, Job
+from gradcam_worker.gradcam import explain_image, load_network
+from gradcam_worker.schemas.job import Target
+client = GradcamClient()
+target = Target(top_n=1)
+Job(image=5, network="vgg16", target=target)  # wrong
+Job(image="s3://in/a.jpg", network="vgg16")  # wrong
+Job(image="s3://in/a.jpg", network="vgg16", target=target, priority="urgent")  # wrong
+Target(top_n="3")  # wrong
+client.submit(image="s3://in/a.jpg", network="vgg16", target=target, top_m=1)  # wrong
+client.submit(network="vgg16", target=target)  # wrong
+client.upload_and_submit("a.jpg", network="vgg16")  # wrong
+client.wait(5)  # wrong
+asyncio.run(AsyncGradcamClient().submit(network="vgg16"))  # wrong
+client.result("id").urls.first()  # wrong
+explain_image(load_network("vgg16"), 5, top_n=1)  # wrong
+explain_image(load_network("vgg16"), "a.jpg", top=1)  # wrong
+"""
+
+
+@pytest.fixture(scope="module", params=["mypy", "basedpyright"])
+def complaints(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> set[tuple[str, int]]:
+    """The files and lines that a type checker complains of, at its strictest."""
+    folder = tmp_path_factory.mktemp(request.param)
+    wrong, config = folder / "wrong.py", folder / "config.json"
+    wrong.write_text(WRONG)
+    if request.param == "mypy":
+        config.write_text("[mypy]\nstrict = true\n")
+        options = ["--config-file", config, "--cache-dir", folder / "cache", USER_CODE, wrong]
+    else:
+        config.write_text(json.dumps({"typeCheckingMode": "strict", "include": [str(USER_CODE), str(wrong)]}))
+        options = ["--project", config, "--pythonpath", sys.executable]
+    command = [sys.executable, "-m", request.param, *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = re.findall(r"(\w+\.py):(\d+)(?::\d+)?(?:: | - )error", done.stdout)
+    return {(name, int(number)) for name, number in found}
+
+
+@pytest.mark.server
+def test_what_a_user_writes_is_right_to_a_type_checker_and_what_he_writes_wrong_is_told(
+    complaints: set[tuple[str, int]],
+) -> None:
+    marked = [number for number, line in enumerate(WRONG.splitlines(), 1) if line.endswith("# wrong")]
+    assert complaints == {("wrong.py", number) for number in marked}
+
+
+def test_what_a_user_writes_runs(tmp_path: Path) -> None:
+    image = tmp_path / "red.png"
+    image.write_bytes(PNG)
+    code = runpy.run_path(str(USER_CODE))
+    client = eager_client({"s3://in/red.png": PNG})
+    said = code["with_client"](client, image)
+    assert said[:4] == ["succeeded", "succeeded", "red", "green"]
+    assert set(said[-8:]) == {"succeeded"}
+    said = asyncio.run(code["with_async_client"](AsyncGradcamClient(client=client)))
+    assert said[:2] == ["succeeded", "succeeded"]
+    assert said[-1] == "failed", "its bytes are no image"
+    accepted, why = code["refused"](client)
+    assert (client.status(accepted).status, why) == ("succeeded", "invalid_job")
+    said = code["explained"](TinyNetwork(), image, RED)
+    assert said[:5] == ["red", "green", "blue", "red", "green"]
+    assert said[5:] == ["unsupported_media_type", "overlay-1-0-red.jpg", "2"]
+
+
+def test_what_type_checkers_are_told_of_a_job_is_what_a_job_has() -> None:
+    fields = {field.alias or name: field for name, field in Job.model_fields.items()}
+    assert JobFields.__annotations__.keys() == fields.keys()
+    assert JobFields.__required_keys__ == {name for name, field in fields.items() if field.is_required()}
+    assert JobDetails.__annotations__.keys() == fields.keys() - {"image"}
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        (Target, {"top_n", "classes"}),
+        (Webhook, {"url", "events", "secret_ref"}),
+        (ImageRef, {"uri", "sha256"}),
+    ],
+)
+def test_what_type_checkers_are_told_of_its_parts_is_what_these_have(model: Any, fields: set[str]) -> None:
+    assert model.model_fields.keys() == fields

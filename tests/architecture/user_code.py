@@ -1,0 +1,107 @@
+"""What a user writes. Two type checkers read it as his project would have it, and it is run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradcam_worker import AsyncGradcamClient, GradcamClient, Job
+from gradcam_worker.errors import GradcamError, ImageError, InvalidJob, LedgerUnavailable
+from gradcam_worker.gradcam import Explained, explain_image, load_network, wrap_model
+from gradcam_worker.gradcam.network import Network
+from gradcam_worker.schemas.job import HeatmapSpec, ImageRef, MethodSpec, OverlaySpec, Target, Webhook
+
+IMAGE = "s3://in/red.png"
+
+
+def jobs() -> list[Job]:
+    classes = ["blue", "green"]
+    plain = Job(image=IMAGE, network="vgg16", target=Target(top_n=3))
+    full = Job(
+        image=ImageRef(uri=IMAGE),
+        network="vgg16",
+        target=Target(classes=["red", 1]),
+        method=MethodSpec(name="gradcam++"),
+        artifacts=[OverlaySpec(alpha=0.5), HeatmapSpec(format="npy")],
+        metrics=["deletion"],
+        webhooks=[Webhook(url="https://app.example/hook", events=["job.failed"])],
+        metadata={"user": "42"},
+        priority="low",
+    )
+    named = Job(image={"uri": IMAGE}, network="vgg16", target=Target(classes=classes))
+    as_json = Job(image=IMAGE, network="vgg16", target={"top_n": 1}, artifacts=[{"kind": "overlay"}])
+    metadata: dict[str, str] = full.metadata
+    uri: str = plain.image.uri
+    assert (metadata["user"], uri, plain.metadata) == ("42", IMAGE, {})
+    return [plain, full, named, as_json]
+
+
+def many(count: int) -> Iterator[dict[str, Any]]:
+    for _ in range(count):
+        yield {"image": IMAGE, "network": "vgg16", "target": {"top_n": 1}}
+
+
+def with_client(client: GradcamClient, image: Path) -> list[str]:
+    ids: list[str] = client.submit_many(jobs())
+    ids += client.submit_many(many(2))
+    ids.append(client.submit(jobs()[0], retry_failed=True))
+    ids.append(client.submit(image=IMAGE, network="vgg16", target={"top_n": 2}, priority="high"))
+    ids.append(client.upload_and_submit(image, network="vgg16", target=Target(top_n=1)))
+    document = client.wait(ids[0], timeout_s=60)
+    statuses: list[str] = [one.status for one in client.stream(ids[0])]
+    if document.error:
+        raise AssertionError(document.error.code, document.error.public_message)
+    result = client.result(ids[0])
+    urls = [result.urls[file.uri] for one in result.manifest.explanations for file in one.artifacts]
+    names: list[str] = [one.class_.name for one in result.manifest.explanations]
+    client.cancel(ids[0])
+    known = client.statuses(ids)
+    return [document.status, *statuses, *names, *urls, *(one.status for one in known.values())]
+
+
+async def with_async_client(client: AsyncGradcamClient) -> list[str]:
+    async with client:
+        job_id: str = await client.submit(image=IMAGE, network="vgg16", target=Target(top_n=3))
+        again = await client.submit(jobs()[0])
+        ids: list[str] = await client.submit_many([*many(2)])
+        uploaded: str = await client.upload_and_submit(b"pixels", network="vgg16", target={"top_n": 1})
+        statuses = [document.status async for document in client.stream(job_id)]
+        final = await client.wait(job_id)
+        url: str = next(iter((await client.result(job_id)).urls.values()))
+        known = await client.statuses([again, *ids, uploaded])
+        return [final.status, *statuses, url, *(one.status for one in known.values())]
+
+
+def refused(client: GradcamClient) -> list[str]:
+    wrong: Any = "a top of a thousand"
+    try:
+        client.submit_many([*many(1), {"image": IMAGE, "network": "vgg16", "target": wrong}])
+    except InvalidJob as error:
+        return [*error.accepted, error.code]
+    except LedgerUnavailable as error:
+        return [*error.accepted, *error.in_doubt]
+    return []
+
+
+def explained(network: Network, image: Path, pixels: NDArray[np.uint8]) -> list[str]:
+    first: Explained = explain_image(network, image, top_n=3)
+    names = [one.name for one in first.explained if one.probability >= 0]
+    names += [one.name for one in explain_image(network, str(image), classes=["red", 1]).explained]
+    other = explain_image(network, pixels, classes=names, method="gradcam")
+    paths: list[Path] = other.save(image.parent)
+    heatmap: NDArray[np.float32] = other.heatmaps[0]
+    try:
+        explain_image(network, b"no image", top_n=1)
+    except ImageError as error:
+        names.append(error.code)
+    except GradcamError as error:
+        names.append(error.public_message)
+    return [*names, paths[0].name, str(heatmap.ndim)]
+
+
+def networks(model: Any, image: Path) -> list[Explained]:  # not run: it takes TensorFlow
+    known = load_network("efficientnet_lite0", precision="float32")
+    own = wrap_model(model, preprocessing="tf", labels=["benign", "malignant"])
+    return [explain_image(network, image, top_n=1) for network in (known, own)]
