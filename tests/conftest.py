@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import random
+import re
 import signal
 import socket
 import ssl
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import trustme
 from pydantic import SecretStr
 
@@ -83,6 +85,77 @@ def _level() -> Iterator[None]:
     ours.setLevel(before)
 
 
+# Keys that may stay for ever, with any prefix. What no line names has to have a time to live.
+LASTING_KEYS = {
+    r"(queued:\w+|retrying|running|expiring|canceling)": "ids of jobs that have not ended",
+    r"(dead|parked)": "ids that the reaper prunes, by when they were added",
+    r"(outbox|lane:.+|waiting|down)": "recipients that have events to come",
+    r"(gone|later)": "URLs, which are removed when their time is over",
+    r"claimed": "one field for each priority",
+    r"workers": "one field for each worker, which is removed when it is not heard of any more",
+    r"backfills": "ids of running backfills, which are removed when they are not heard of any more",
+    r"gradcam\.(interactive|bulk|shards)(\x06\x16\d)?": "a queue: messages that nobody has received",
+    r"unacked(_index)?": "messages that were received and are not acknowledged",
+    r"_kombu\.binding(_permanent)?\..+": "where kombu sends the messages of an exchange",
+    r"_kombu\.binding_deadlines": "when kombu removes bindings that nobody uses any more",
+    r"unreadable:count": "one number",
+}
+LASTING = re.compile(rf"(.*:)?({'|'.join(LASTING_KEYS)})", re.DOTALL)
+
+
+@pytest.fixture(scope="session")
+def redis_servers() -> list[str]:
+    """The URLs of the servers that several tests share: see `_keys_expire`."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def reported_keys() -> set[tuple[str, str]]:
+    """The keys for which a test has failed already: one test for each."""
+    return set()
+
+
+@pytest.fixture(autouse=True)
+def _keys_expire(redis_servers: list[str], reported_keys: set[tuple[str, str]]) -> Iterator[None]:
+    """A test fails where it leaves a key in Redis that would stay for ever."""
+    yield
+    for url in redis_servers:
+        new = [key for key in keys_that_stay(url) if (url, key) not in reported_keys]
+        reported_keys.update((url, key) for key in new)
+        assert not new, "keys without a time to live, which LASTING_KEYS does not name"
+
+
+@pytest.fixture
+def find_keys_that_stay() -> Callable[[str], list[str]]:
+    """See `keys_that_stay`."""
+    return keys_that_stay
+
+
+def keys_that_stay(url: str) -> list[str]:
+    """The keys of a server that have no time to live and should have one."""
+    with redis.Redis.from_url(url, decode_responses=True) as server:
+        keys = [str(key) for key in server.scan_iter(count=1000)]
+        with server.pipeline(transaction=False) as pipeline:
+            for key in keys:
+                pipeline.pttl(key)
+            ttls = pipeline.execute()
+        lasting = [key for key, ttl in zip(keys, ttls, strict=True) if ttl == -1]
+        found = [key for key in lasting if not LASTING.fullmatch(key) and not is_needed(server, key)]
+        return [key for key in found if server.pttl(key) == -1]  # workers go on meanwhile
+
+
+def is_needed(server: redis.Redis, key: str) -> bool:
+    """Whether a key belongs to a job that has not ended, or to a recipient that has events to come."""
+    named = re.fullmatch(r"(.*:|)(job|idempotency|events):([^:]+(?::[^:]+)?)", key, re.DOTALL)
+    if named is None:
+        return False
+    prefix, kind, name = named.groups()
+    if kind == "events":
+        return bool(server.hexists(f"{prefix}waiting", name))
+    job_id = str(server.get(key)) if kind == "idempotency" else name
+    return str(server.hget(f"{prefix}job:{job_id}", "place") or "") not in {"", "dead"}
+
+
 @pytest.fixture(scope="session")
 def photos() -> Path:
     """The folder of the five shipped photos."""
@@ -90,10 +163,13 @@ def photos() -> Path:
 
 
 @pytest.fixture(scope="session")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def valkey(tmp_path_factory: pytest.TempPathFactory, redis_servers: list[str]) -> Iterator[str]:
     """The URL of a real Valkey."""
     with servers.valkey(tmp_path_factory.mktemp("valkey")) as server:
-        yield f"redis://127.0.0.1:{server.port}/0"
+        url = f"redis://127.0.0.1:{server.port}/0"
+        redis_servers.append(url)
+        yield url
+        redis_servers.remove(url)
 
 
 @pytest.fixture(scope="session")

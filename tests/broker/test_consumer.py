@@ -25,7 +25,7 @@ from gradcam_worker.broker import app as broker
 from gradcam_worker.broker import publisher
 from gradcam_worker.broker.consumer import RETURN_AFTER_S, ConsumerHooks, Request, SturdyConsumer, ThreadPool
 from gradcam_worker.broker.message import QUESTIONS, check
-from gradcam_worker.broker.transport import RateLimitedCount
+from gradcam_worker.broker.transport import ANSWER_MS, RateLimitedCount
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.resilience.stall import Stall
@@ -647,6 +647,10 @@ def test_an_answer_goes_to_nobody_else_whatever_is_bound(reception: Reception) -
     reception.redis.publish(reception.key("/0.celery.pidbox"), command("ping", reply_to=mine))
     wait_for(lambda: reception.redis.llen(reception.key("mine.reply.celery.pidbox")), "the answer")
     assert not reception.redis.exists(reception.key("events:1:hook1"))
+    wait_for(
+        lambda: 0 < int(reception.redis.pttl(reception.key("mine.reply.celery.pidbox"))) <= ANSWER_MS,
+        "that an answer that nobody fetches gets a time to live",
+    )
 
 
 def test_what_is_said_seldom_says_how_often_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

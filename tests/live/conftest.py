@@ -77,7 +77,7 @@ class Stage:
 
 @pytest.fixture(scope="session")
 def make_stage(
-    tmp_path_factory: pytest.TempPathFactory, photos: Path, public_server: Any
+    tmp_path_factory: pytest.TempPathFactory, photos: Path, public_server: Any, redis_servers: list[str]
 ) -> Iterator[Callable[..., Stage]]:
     """Each stage has servers of its own, so that tests do not take each other's jobs."""
     with contextlib.ExitStack() as stack:
@@ -85,9 +85,12 @@ def make_stage(
         def make(name: str, **changes: Any) -> Stage:
             folder = tmp_path_factory.mktemp(name)
             queue = stack.enter_context(servers.valkey(folder))
+            url = f"redis://127.0.0.1:{queue.port}/0"
+            redis_servers.append(url)
+            stack.callback(redis_servers.remove, url)
             store = stack.enter_context(servers.s3(folder, ("photos", "results", "private")))
             settings = Settings(
-                broker_url=f"redis://127.0.0.1:{queue.port}/0",
+                broker_url=url,
                 output="s3://results/cams",
                 s3_endpoint_url=store.url,
                 s3_access_key_id=store.access_key_id,

@@ -29,6 +29,7 @@ ASIDE = "unreadable"  # a list in Redis, and with `:count` how many there ever w
 ASIDE_MOST = 100  # items
 ASIDE_BYTES = 200  # of each item: enough to see what it is
 ASIDE_MS = 7 * 86_400_000  # after the last one
+ANSWER_MS = 60_000  # to a remote command: more than anybody waits for one
 IGNORED_EVERY_S = 10.0  # between two lines about remote commands
 LIST_S = 1.0  # between two looks at all lists
 PEEK_S = 1  # that a thread waits at its list at a time
@@ -326,6 +327,15 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         if exchange == envelope.REPLIES:
             return [queue for queue in queues if queue.endswith(f".{exchange}")]
         return queues
+
+    def _put(self, queue: str, message: Any, **options: Any) -> None:
+        """As kombu's; but an answer that nobody fetches is forgotten: kombu leaves it there for ever.
+
+        Kombu sets the time to live of who asked, and without our prefix, which is that of no key.
+        """
+        super()._put(queue, message, **options)
+        if queue.endswith(f".{envelope.REPLIES}"):
+            redis.Redis(connection_pool=self.pool).pexpire(self._key(queue), ANSWER_MS)
 
     def set_aside(self, item: bytes, queue: str, why: str) -> None:
         """Keep how a nameless item begins, for the operator to see. Never raises."""
