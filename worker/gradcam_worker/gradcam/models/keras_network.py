@@ -167,7 +167,7 @@ class KerasNetwork:
         """How far back a method has to go from the scores; None: all the way to the place."""
         graph, scores = self._scores.graph, self._scores.slot
         if not self._exact_backward and method.name in cam.NOTHING_DOES:
-            return shortcut.nowhere(graph, scores, place)
+            return shortcut.without_gradient(graph, scores, place)
         if self._exact_backward or method.name not in cam.MEANS_DO:
             return None
         if place not in self._shortcuts:
@@ -194,7 +194,7 @@ class KerasNetwork:
             tail=from_there,
             slopes=score_gradient(self._kind, method),
             grid=grid,
-            back=way.back if way else grid,
+            back=way.to_means if way else grid,
             pixels=self._pixels,
             variables=self._variables(),
             told=self._told if self._scores.activation else None,
