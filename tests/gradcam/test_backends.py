@@ -70,13 +70,11 @@ def test_heatmaps_of_every_method_agree_also_with_the_mirror_image_and_of_the_pr
 
 def test_a_pass_too_large_for_the_device_is_told_from_another_mistake() -> None:
     """JAX has one error for both: only its words tell them apart."""
-    from gradcam_worker.gradcam.methods.gradients import _says_out_of_memory
+    from gradcam_worker.gradcam.methods.gradients import _is_out_of_memory
 
-    assert _says_out_of_memory(
-        RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 GiB")
-    )
-    assert _says_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 8 GiB"))
-    assert not _says_out_of_memory(RuntimeError("INTERNAL: no kernel image is available"))
+    assert _is_out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 GiB"))
+    assert _is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 8 GiB"))
+    assert not _is_out_of_memory(RuntimeError("INTERNAL: no kernel image is available"))
 
 
 DEVICE = """

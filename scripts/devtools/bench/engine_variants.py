@@ -101,7 +101,7 @@ class RepeatedTail:
     """What one would write first: the trunk, then the tail and its gradient for one class after the other."""
 
     def __init__(self, network: KerasNetwork) -> None:
-        place = network._place(network.facts.default_layer)  # noqa: SLF001
+        place = network._target(network.facts.default_layer)  # noqa: SLF001
         parts = network._cut(place, None, GRADCAM)  # noqa: SLF001
         pixels = tf.TensorSpec((None, *parts.pixels), tf.uint8)
 
@@ -109,7 +109,7 @@ class RepeatedTail:
             with tf.GradientTape() as tape:
                 tape.watch(activations)
                 scores = parts.tail(activations, rest)
-                score = tf.gather(scores, gradients.named(scores, wanted), axis=1, batch_dims=1)
+                score = tf.gather(scores, gradients.resolve_ranks(scores, wanted), axis=1, batch_dims=1)
             weights = tf.reduce_mean(tape.gradient(score, activations), axis=(1, 2))
             return tf.einsum("nhwc,nc->nhw", activations, weights)
 

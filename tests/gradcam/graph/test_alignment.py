@@ -21,7 +21,7 @@ def cells(rows: int, columns: int) -> NDArray[np.float32]:
     return np.stack(np.meshgrid(*middles, indexing="ij")).astype(np.float32)
 
 
-class TestPlaces:
+class TestPositions:
     """What is made of the places of a grid's cells."""
 
     def test_what_lies_on_the_image_is_well(self) -> None:
@@ -44,7 +44,7 @@ class TestPlaces:
 
     def test_what_sees_as_far_around_as_it_is_off_is_not_told(self) -> None:
         part = 0.5 + (cells(16, 16) - 0.5) * 0.6
-        assert alignment.misplaced(part, blur=0.2) is None
+        assert alignment.misplaced(part, spread=0.2) is None
 
     def test_one_cell_and_no_place_at_all_are_well(self) -> None:
         assert alignment.misplaced(np.full((2, 1, 1), 0.1, np.float32)) is None
@@ -282,7 +282,7 @@ def found_in(model: Any, side: int) -> tuple[str | None, bool]:
     def values_of(slots: Any) -> Any:
         asked.append(slots)
         noise = np.random.default_rng(0).normal(0, 1, (1, side, side, 3)).astype(np.float32)
-        return run(graph.needed(slots), {graph.entry: noise})
+        return run(graph.steps_to(slots), {graph.input_slot: noise})
 
     about = alignment.Alignment(graph, values_of)
     *_, last = index.by_slot.values()

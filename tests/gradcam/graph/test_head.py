@@ -339,7 +339,9 @@ class TestProbabilitiesAlready:
             NetworkIncompatible, match=r"says 37.*: that may be the score.* head = \{kind = \"sigmoid\"\}"
         ):
             by_hand(model)
-        with pytest.raises(NetworkIncompatible, match=r"declared as probabilities, but the network says 37"):
+        with pytest.raises(
+            NetworkIncompatible, match=r"declared as probabilities, but the network returns 37"
+        ):
             by_hand(model, head=Head(kind="probabilities"))
 
     def test_they_cannot_be_declared_to_be_scores(self, trunk: Trunk, by_hand: Wrap) -> None:

@@ -148,7 +148,7 @@ class TestOwnLayers:
         self, own: dict[str, Any], by_hand: Wrap
     ) -> None:
         model = own["Classifier"]()
-        found = [by_hand(model, input_size=(ROWS, COLUMNS))._places.by_slot.values() for _ in range(2)]
+        found = [by_hand(model, input_size=(ROWS, COLUMNS))._layers.by_slot.values() for _ in range(2)]
         first, second = ([place.path for place in places] for places in found)
         assert first == second == ["block/conv", "block/norm", "block/tanh", "block/add", "relu"]
 

@@ -156,7 +156,7 @@ class TestTransformers:
         network = by_hand(model)
         assert network.facts.default_layer == "last"
         agrees(network, model, taped, "last")
-        places = network._places.by_slot.values()
+        places = network._layers.by_slot.values()
         assert {(one.rows, one.columns) for one in places} == {GRID}
 
     def test_the_map_changes_where_a_patch_changes(self, own: dict[str, Any], by_hand: Wrap) -> None:
@@ -270,7 +270,7 @@ class TestNeverThePatchEmbedding:
             x = layers.Dense(WIDTH)(keras.ops.image.extract_patches(inputs, SIDE))
             x = layers.Reshape((PATCHES, WIDTH))(x)
         model = keras.Model(inputs, layers.Dense(3)(vector(x)))
-        with pytest.raises(NetworkIncompatible, match="keeps rows and columns and has learned something"):
+        with pytest.raises(NetworkIncompatible, match="keeps rows and columns and has weights"):
             by_hand(model)
 
     def test_one_attention_whose_class_token_alone_is_read_leaves_only_what_was_before_it(

@@ -52,9 +52,9 @@ def parts() -> "Parts":
     return Parts(
         trunk=lambda pixels: (pixels / 255, pixels / 255, {}),
         tail=tail_on_device,
-        slopes=lambda _, classes: classes,
+        score_gradient=lambda _, classes: classes,
         grid=lambda values: values,
-        back=lambda values: values,
+        as_formula_wants=lambda values: values,
         pixels=(5, 6, 3),
         variables=[],
     )
@@ -67,10 +67,10 @@ def gradients_alone(_: Any, __: Any, gradients: Any) -> Any:
 def test_gradients_agree_with_finite_differences_in_float64() -> None:
     import tensorflow as tf
 
-    from gradcam_worker.gradcam.methods.gradients import linearized
+    from gradcam_worker.gradcam.methods.gradients import linearize
 
     activations = PIXELS / 255
-    scores, pull = linearized(tail_on_device, tf.constant(activations))
+    scores, pull = linearize(tail_on_device, tf.constant(activations))
     assert_allclose(scores, tail(activations), rtol=1e-12)
     class_ids = np.array([[3, 0], [1, 5]])
     found = pull(tf.one_hot(class_ids.T, 6, dtype=tf.float64))

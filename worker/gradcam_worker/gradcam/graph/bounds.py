@@ -1,7 +1,8 @@
-"""Between which numbers a tensor lies, whatever the image is: interval arithmetic, back from the tensor.
+"""Interval arithmetic: the bounds of a tensor's values, whatever the image is.
 
-What lies between 0 and 1 for certain is a probability, or an average, a maximum, a complement of such.
-Nothing is known of what weights make, or somebody's own layer: there the way back ends.
+An output that certainly lies between 0 and 1 is a probability, or an average, maximum or complement of
+probabilities. Nothing is known about the outputs of custom layers and of layers with weights, apart from
+what their activation says.
 """
 
 import math
@@ -25,103 +26,106 @@ ACTIVATIONS: dict[str, Bounds] = {
 
 
 def bounds_of(graph: Graph, slot: int) -> Bounds:
-    """The least and the greatest number that can stand there; infinite where that cannot be told."""
-    found: dict[int, Bounds] = {graph.entry: UNKNOWN}
+    """The lowest and the highest value possible at a slot; infinite where that is unknown."""
+    bounds: dict[int, Bounds] = {graph.input_slot: UNKNOWN}
     for step in ending(graph, slot):
-        given = UNKNOWN if _begins(step) else _of(step, list(_operands(step, found)))
-        found.update(dict.fromkeys(step.writes, _activated(step, given)))
-    return found.get(slot, UNKNOWN)
+        operands = UNKNOWN if _is_unbounded(step) else _apply_rule(step, list(_operands(step, bounds)))
+        bounds.update(dict.fromkeys(step.writes, _apply_activation(step, operands)))
+    return bounds.get(slot, UNKNOWN)
 
 
 def ending(graph: Graph, slot: int) -> list[Step]:
-    """The steps that lead to a slot, in order, back to the last that have weights or cannot be seen."""
-    wanted, found = {slot}, []
+    """The steps that lead to a slot, in order, from the last ones with weights or custom layers on."""
+    wanted, steps = {slot}, []
     for step in reversed(graph.steps):
         if wanted.intersection(step.writes):
-            found.append(step)
-            wanted.update(() if _begins(step) else step.inputs)
-    return found[::-1]
+            steps.append(step)
+            wanted.update(() if _is_unbounded(step) else step.inputs)
+    return steps[::-1]
 
 
 def activation_of(step: Step) -> str | None:
-    """The name of the activation that a step is, or ends in, as `hard_sigmoid`."""
-    if step.is_foreign:
+    """The name of a step's activation, such as `hard_sigmoid`: its own, or the one that its layer ends in."""
+    if step.is_custom:
         return None
     function = getattr(step.operation, "activation", None)
-    if isinstance(function, keras.layers.Activation):  # a layer given as another one's activation
+    if isinstance(function, keras.layers.Activation):  # a layer may be the activation of another layer
         function = function.activation
-    snake = "".join(f"_{one.lower()}" if one.isupper() else one for one in step.kind).strip("_")
+    snake = "".join(f"_{char.lower()}" if char.isupper() else char for char in step.kind).strip("_")
     name = getattr(function, "__name__", snake)
     return name if name in ACTIVATIONS else None
 
 
-def _begins(step: Step) -> bool:
-    return bool(step.weights) or step.is_foreign
+def _is_unbounded(step: Step) -> bool:
+    return bool(step.weights) or step.is_custom
 
 
-def _operands(step: Step, found: dict[int, Bounds]) -> Iterator[Bounds]:
-    """What a step is called with: tensors, arrays, numbers."""
+def _operands(step: Step, bounds: dict[int, Bounds]) -> Iterator[Bounds]:
+    """The bounds of a step's arguments: tensors, arrays, numbers."""
     slots = dict(step.reads)
-    for one in keras.tree.flatten(step.arguments.args):
-        if id(one) in slots:
-            yield found.get(slots[id(one)], UNKNOWN)
-        elif isinstance(one, int | float | np.ndarray | np.generic):
-            yield float(np.min(one)), float(np.max(one))
-        elif one is not None:
+    for argument in keras.tree.flatten(step.arguments.args):
+        if id(argument) in slots:
+            yield bounds.get(slots[id(argument)], UNKNOWN)
+        elif isinstance(argument, int | float | np.ndarray | np.generic):
+            yield float(np.min(argument)), float(np.max(argument))
+        elif argument is not None:
             yield UNKNOWN
 
 
-def _of(step: Step, given: list[Bounds]) -> Bounds:
+def _apply_rule(step: Step, operands: list[Bounds]) -> Bounds:
     rule = _RULES.get(step.kind)
-    return rule(step, given) if rule and given else UNKNOWN
+    return rule(step, operands) if rule and operands else UNKNOWN
 
 
-def _activated(step: Step, given: Bounds) -> Bounds:
+def _apply_activation(step: Step, bounds: Bounds) -> Bounds:
     name = activation_of(step)
     if name is None:
-        return given
+        return bounds
     low, high = ACTIVATIONS[name]
-    if name in {"relu", "relu6"}:  # what lies between these stays as it is
-        low, high = (min(max(one, low), high) for one in given)
+    if name in {"relu", "relu6"}:  # the identity between its own bounds
+        low, high = (min(max(bound, low), high) for bound in bounds)
     return low, high
 
 
-def _combined(how: Callable[[float, float], float], one: Bounds, two: Bounds) -> Bounds:
-    ends = [how(left, right) for left in one for right in two]
-    return (min(ends), max(ends)) if not any(map(math.isnan, ends)) else UNKNOWN
+def _combine(operation: Callable[[float, float], float], left: Bounds, right: Bounds) -> Bounds:
+    corners = [operation(one, other) for one in left for other in right]
+    return (min(corners), max(corners)) if not any(map(math.isnan, corners)) else UNKNOWN
 
 
-def _fold(how: Callable[[float, float], float]) -> Callable[[Step, list[Bounds]], Bounds]:
-    def rule(_: Step, given: list[Bounds]) -> Bounds:
-        result = given[0]
-        for one in given[1:]:
-            result = _combined(how, result, one)
+def _fold(operation: Callable[[float, float], float]) -> Callable[[Step, list[Bounds]], Bounds]:
+    def rule(_: Step, operands: list[Bounds]) -> Bounds:
+        result = operands[0]
+        for operand in operands[1:]:
+            result = _combine(operation, result, operand)
         return result
 
     return rule
 
 
-def _divided(_: Step, given: list[Bounds]) -> Bounds:
-    one, two = given
-    return _combined(lambda left, right: left / right, one, two) if two[0] > 0 or two[1] < 0 else UNKNOWN
+def _divide(_: Step, operands: list[Bounds]) -> Bounds:
+    dividend, divisor = operands
+    if divisor[0] <= 0 <= divisor[1]:
+        return UNKNOWN
+    return _combine(lambda left, right: left / right, dividend, divisor)
 
 
-def _clipped(step: Step, given: list[Bounds]) -> Bounds:
+def _clip(step: Step, operands: list[Bounds]) -> Bounds:
     low, high = np.min(step.operation.x_min), np.max(step.operation.x_max)
-    return float(np.clip(given[0][0], low, high)), float(np.clip(given[0][1], low, high))
+    return float(np.clip(operands[0][0], low, high)), float(np.clip(operands[0][1], low, high))
 
 
-def _any_of(_: Step, given: list[Bounds]) -> Bounds:
-    """Of what only moves numbers, chooses among them, or takes their mean."""
-    return min(low for low, _ in given), max(high for _, high in given)
+def _hull(_: Step, operands: list[Bounds]) -> Bounds:
+    """Of operations that join their operands, or take their mean."""
+    return min(low for low, _ in operands), max(high for _, high in operands)
 
 
-def _first(_: Step, given: list[Bounds]) -> Bounds:
-    return given[0]
+def _first(_: Step, operands: list[Bounds]) -> Bounds:
+    """Of operations that move values of their first operand, choose among them, or take their mean."""
+    return operands[0]
 
 
-_ONE_OF_ALL = ("Average", "Concatenate", "Stack")
-_OF_THE_FIRST = (
+_HULL = ("Average", "Concatenate", "Stack")
+_FIRST = (
     *(
         "Reshape",
         "Flatten",
@@ -138,14 +142,14 @@ _OF_THE_FIRST = (
     *("Relu", "Relu6"),
 )
 _RULES: dict[str, Callable[[Step, list[Bounds]], Bounds]] = {
-    **dict.fromkeys(_ONE_OF_ALL, _any_of),
-    **dict.fromkeys(_OF_THE_FIRST, _first),
-    **dict.fromkeys(("Divide", "TrueDivide"), _divided),
+    **dict.fromkeys(_HULL, _hull),
+    **dict.fromkeys(_FIRST, _first),
+    **dict.fromkeys(("Divide", "TrueDivide"), _divide),
     "Maximum": _fold(max),
     "Minimum": _fold(min),
     "Add": _fold(lambda left, right: left + right),
     "Subtract": _fold(lambda left, right: left - right),
     "Multiply": _fold(lambda left, right: left * right),
-    "Negative": lambda _, given: (-given[0][1], -given[0][0]),
-    "Clip": _clipped,
+    "Negative": lambda _, operands: (-operands[0][1], -operands[0][0]),
+    "Clip": _clip,
 }

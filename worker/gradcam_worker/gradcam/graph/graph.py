@@ -1,9 +1,10 @@
-"""A network as a flat list of steps, whatever was nested in it; `dissect` makes it of a Keras model.
+"""A network as a flat list of steps: `trace.trace_model` makes it from a Keras model and opens nested models.
 
-Each step is one call of one operation and has a path: the layer's name, behind the names of the models it is
-nested in, as in `xception/block14_sepconv2_act`. An operation that is called again, as in a siamese
-network, is `backbone#2/conv` the second time. The steps can be run up to a tensor and on from there: that
-is the cut which Grad-CAM needs, through any graph, with skip connections and all.
+A step is one call of one operation. Its path is the layer's name after the names of the models that it is
+nested in, such as `xception/block14_sepconv2_act`; an operation that is called twice, as in a siamese
+network, is `backbone#2/conv` the second time. A tensor between steps is a slot, a number. The steps up to a
+slot and those from there on can be run separately: that is the cut that Grad-CAM needs, and it works for any
+graph, including skip connections.
 """
 
 import inspect
@@ -19,7 +20,7 @@ Values = dict[int, Any]  # slot -> tensor
 
 @dataclass(frozen=True)
 class Step:
-    """One call of one operation: reads slots, writes slots."""
+    """One call of one operation, which reads slots and writes slots."""
 
     path: str
     operation: Any  # keras.Operation: most are layers
@@ -28,110 +29,115 @@ class Step:
     writes: tuple[int, ...]
 
     def __call__(self, values: Values, call: Callable[..., Any] | None = None) -> None:
-        """Run it, as in inference, on what `values` hold; add what comes out."""
+        """Run the step in inference mode.
+
+        Args:
+            values: Tensors by slot; the outputs are added.
+            call: Called instead of the operation, with the same arguments.
+        """
         args, kwargs = self.arguments.fill_in({mark: values[slot] for mark, slot in self.reads})
-        if self._knows_training:
-            kwargs["training"] = False  # whatever it was called with: so does a functional model
+        if self._takes_training:
+            kwargs["training"] = False  # a functional model overrides its layers' argument in the same way
         results = keras.tree.flatten((call or self.operation)(*args, **kwargs))
         values.update(zip(self.writes, results, strict=True))
 
     @cached_property
-    def _knows_training(self) -> bool:
+    def _takes_training(self) -> bool:
         call = getattr(self.operation, "call", None)
         return call is not None and "training" in inspect.signature(call).parameters
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """The slots it reads."""
+        """The slots that the step reads."""
         return tuple(slot for _, slot in self.reads)
 
     @property
     def kind(self) -> str:
-        """The class of its operation, as in `Conv2D`."""
+        """The class name of the operation, such as `Conv2D`."""
         return type(self.operation).__name__
 
     @property
-    def is_foreign(self) -> bool:
-        """Whether it is somebody's own layer, which does what cannot be seen."""
-        return is_foreign(self.operation)
+    def is_custom(self) -> bool:
+        """Whether the operation is a custom layer, whose computation is unknown."""
+        return is_custom_layer(self.operation)
 
     @cached_property
     def weights(self) -> list[Any]:
-        """What it has learned: its layer's weights, and those it was called with."""
-        return [*(getattr(self.operation, "weights", None) or ()), *self._given]
+        """The weights of the layer, and variables among the arguments."""
+        return [*(getattr(self.operation, "weights", None) or ()), *self._argument_variables]
 
     @cached_property
     def variables(self) -> list[Any]:
-        """Its weights and whatever else it reads that may change, as the state of random numbers."""
-        return [*getattr(self.operation, "variables", ()), *self._given]
+        """The weights and all other variables that the step reads, such as a random generator's state."""
+        return [*getattr(self.operation, "variables", ()), *self._argument_variables]
 
     @property
-    def _given(self) -> list[Any]:
+    def _argument_variables(self) -> list[Any]:
         arguments = keras.tree.flatten((self.arguments.args, self.arguments.kwargs))
-        return [one for one in arguments if isinstance(one, keras.Variable)]
+        return [argument for argument in arguments if isinstance(argument, keras.Variable)]
 
 
-def is_foreign(operation: Any) -> bool:
-    """Whether an operation is a layer that is not Keras's own, or a function wrapped as one."""
+def is_custom_layer(operation: Any) -> bool:
+    """Whether an operation is a layer that is not part of Keras, or a Lambda."""
     if isinstance(operation, keras.layers.Lambda):
         return True
     return isinstance(operation, keras.Layer) and not type(operation).__module__.startswith("keras.")
 
 
 @dataclass(frozen=True)
-class _Alone:
-    """How an operation is called that takes one tensor and nothing else: see `Step.arguments`."""
+class _SingleTensorCall:
+    """The call of an operation that takes one tensor and nothing else: see `Step.arguments`."""
 
     args: tuple[()] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def fill_in(self, given: Mapping[int, Any]) -> tuple[list[Any], dict[str, Any]]:
-        return list(given.values()), {}
+    def fill_in(self, tensors: Mapping[int, Any]) -> tuple[list[Any], dict[str, Any]]:
+        return list(tensors.values()), {}
 
 
 @dataclass
 class Graph:
-    """The steps of a model, in an order in which they can be run."""
+    """The steps of a model, sorted topologically."""
 
-    entry: int  # the slot of the image
+    input_slot: int  # of the image
     steps: list[Step]
-    outputs: dict[str, int]  # by name: the slots of the scores, or of several outputs
-    shapes: dict[int, tuple[int, ...]]  # of every slot, for one image; 0: any, as the number of images is
-    models: dict[str, int] = field(default_factory=dict)  # path of a model that was opened -> what it makes
-    entry_dtype: str = "float32"
+    outputs: dict[str, int]  # name -> slot
+    shapes: dict[int, tuple[int, ...]]  # slot -> shape; 0: any size, such as the number of images
+    models: dict[str, int] = field(default_factory=dict)  # path of a nested model -> slot of its output
+    input_dtype: str = "float32"
 
     @cached_property
-    def _makers(self) -> dict[int, Step]:
+    def _producers(self) -> dict[int, Step]:
         return {slot: step for step in self.steps for slot in step.writes}
 
-    def maker(self, slot: int) -> Step | None:
-        """The step that writes a slot; None for the image."""
-        return self._makers.get(slot)
+    def producer(self, slot: int) -> Step | None:
+        """The step that writes a slot; None for the input slot."""
+        return self._producers.get(slot)
 
-    def named(self, path: str) -> Step | None:
-        """The step of this path."""
+    def step_at(self, path: str) -> Step | None:
+        """The step with this path, if any."""
         return next((step for step in self.steps if step.path == path), None)
 
-    def without(self, step: Step, instead: Callable[..., Any]) -> "Graph":
-        """The same graph with another operation at one step."""
-        steps = [replace(one, operation=instead) if one is step else one for one in self.steps]
+    def with_operation(self, step: Step, operation: Callable[..., Any]) -> "Graph":
+        """A copy of the graph in which one step calls another operation."""
+        steps = [replace(other, operation=operation) if other is step else other for other in self.steps]
         return replace(self, steps=steps)
 
     def split(
         self, step: Step, first: Callable[..., Any], second: Callable[[Any], Any]
     ) -> tuple["Graph", int]:
-        """The same graph with one step done by two operations, and the slot between them."""
-        between, done = max(self.shapes) + 1, step.writes[0]
+        """A copy of the graph in which one step is two, and the slot between them."""
+        between, output = max(self.shapes) + 1, step.writes[0]
         halves = [
             replace(step, operation=first, writes=(between,)),
-            Step(step.path, second, _Alone(), ((between, between),), (done,)),
+            Step(step.path, second, _SingleTensorCall(), ((between, between),), (output,)),
         ]
-        steps = [half for one in self.steps for half in (halves if one is step else [one])]
-        return replace(self, steps=steps, shapes={**self.shapes, between: self.shapes[done]}), between
+        steps = [half for other in self.steps for half in (halves if other is step else [other])]
+        return replace(self, steps=steps, shapes={**self.shapes, between: self.shapes[output]}), between
 
-    def needed(self, slots: Iterable[int], given: Iterable[int] = ()) -> list[Step]:
-        """The steps that lead to `slots`, in order; what leads to `given` slots is not needed."""
-        wanted, known = set(slots), set(given)
+    def steps_to(self, slots: Iterable[int], known: Iterable[int] = ()) -> list[Step]:
+        """The steps needed to compute `slots`, in order, where the values of `known` slots are there."""
+        wanted, known = set(slots), {*known}
         steps = []
         for step in reversed(self.steps):
             if (set(step.writes) & wanted) - known:
@@ -140,13 +146,13 @@ class Graph:
         return steps[::-1]
 
     def tail(self, slot: int, end: int) -> tuple[list[Step], set[int]]:
-        """The steps between a slot and the `end`, and the slots that they read beside it."""
-        behind = self.behind(slot) - {slot}
-        steps = [one for one in self.needed([end], [slot]) if behind.intersection(one.writes)]
-        return steps, {one for step in steps for one in step.inputs} - behind - {slot}
+        """The steps from a slot to the `end`, and the other slots that they read (skip connections)."""
+        computed = self.downstream(slot) - {slot}
+        steps = [step for step in self.steps_to([end], [slot]) if computed.intersection(step.writes)]
+        return steps, {read for step in steps for read in step.inputs} - computed - {slot}
 
-    def behind(self, slot: int) -> set[int]:
-        """The slots that depend on a slot, and the slot itself."""
+    def downstream(self, slot: int) -> set[int]:
+        """A slot and all slots that depend on it."""
         reached = {slot}
         for step in self.steps:
             if reached.intersection(step.inputs):
@@ -154,8 +160,8 @@ class Graph:
         return reached
 
     def depths(self) -> dict[int, int]:
-        """Slot -> steps on the longest way there from the image."""
-        depth = {self.entry: 0}
+        """Slot -> number of steps on the longest path from the image."""
+        depth = {self.input_slot: 0}
         for step in self.steps:
             below = 1 + max((depth[slot] for slot in step.inputs), default=0)
             depth.update(dict.fromkeys(step.writes, below))
@@ -163,7 +169,7 @@ class Graph:
 
 
 def run(steps: Iterable[Step], values: Values) -> Values:
-    """Run steps one after the other; `values` hold what they need, and then also what they made."""
+    """Run steps in order; `values` hold their inputs, and receive their outputs."""
     for step in steps:
         step(values)
     return values

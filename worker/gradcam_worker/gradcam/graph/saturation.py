@@ -1,14 +1,14 @@
-"""Sigmoid and softmax with slopes that do not vanish where they are sure.
+"""Sigmoid and softmax whose gradients do not vanish where they saturate.
 
-Backends take y (1 - y) for the slope, which is 0 as soon as y is rounded to 1: a class that the network is
-sure of would be left dark. Here 1 - y is never a difference of like numbers.
+Backends compute the derivative as y (1 - y), which is 0 as soon as y is rounded to 1: the heatmap of a class
+that the network is certain of would be empty. Here 1 - y is never a difference of nearly equal numbers.
 """
 
 from typing import Any
 
 from gradcam_worker.gradcam.backend import keras
 
-NEVER = -1e30  # the score of a class that is left out
+EXCLUDED = -1e30  # the score of a class that is left out of a sum of exponentials
 ops = keras.ops
 
 
@@ -18,10 +18,10 @@ def sigmoid(scores: Any) -> Any:
 
 
 def softmax(scores: Any) -> Any:
-    """Over the last axis: each class as a sigmoid of its score against that of all others."""
+    """Over the last axis: the sigmoid of each class's score against the log-sum-exp of all others."""
     is_top = ops.cast(ops.one_hot(ops.argmax(scores, axis=-1), scores.shape[-1]), "bool")
     top = ops.max(scores, axis=-1, keepdims=True)
-    behind_top = ops.logsumexp(ops.where(is_top, NEVER, scores), axis=-1, keepdims=True)
-    powers = ops.exp(scores - top)
-    rest = ops.sum(powers, axis=-1, keepdims=True) - ops.where(is_top, 0.0, powers)
-    return sigmoid(scores - ops.where(is_top, behind_top, top + ops.log(rest)))
+    others_of_top = ops.logsumexp(ops.where(is_top, EXCLUDED, scores), axis=-1, keepdims=True)
+    exponentials = ops.exp(scores - top)
+    others = ops.sum(exponentials, axis=-1, keepdims=True) - ops.where(is_top, 0.0, exponentials)
+    return sigmoid(scores - ops.where(is_top, others_of_top, top + ops.log(others)))

@@ -159,7 +159,7 @@ def itself(values: Any) -> Any:
 
 
 def _dense_to_means(summed: Any, gradients: Any) -> Any:
-    """Gradients (k, n, units) before a dense layer's activation, times its summed kernel (units, channels)."""
+    """Gradients (k, n, units) before the activation, times the summed kernel (units, channels)."""
     units, channels = summed.shape
     means = ops.matmul(ops.reshape(ops.cast(gradients, "float32"), (-1, units)), summed)
     return ops.reshape(means, (*ops.shape(gradients)[:2], 1, 1, channels))

@@ -1,7 +1,7 @@
-"""A Keras model -> its graph. The model is left as it is: nothing in it is edited.
+"""A Keras model to its graph; the model is not changed.
 
-Models nested in it are opened, at any depth, and so are subclassed models, custom layers and Lambdas, as far
-as they are made of layers and `keras.ops`.
+Nested models are opened, at any depth, and so are subclassed models, custom layers and Lambdas that consist
+of layers and `keras.ops`.
 """
 
 import inspect
@@ -16,39 +16,45 @@ import numpy as np
 
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.backend import keras
-from gradcam_worker.gradcam.graph.graph import Graph, Step, Values, is_foreign
+from gradcam_worker.gradcam.graph.graph import Graph, Step, Values, is_custom_layer
 
-MAX_STEPS = 20_000  # of a graph; the largest of `keras.applications` has about 1,300
+MAX_STEPS = 20_000  # the largest network of `keras.applications` has about 1,300
 ROOT = ""  # the path of the model itself
 
 
 def trace_model(model: Any, input_shape: tuple[int, int, int], *, renumber: bool = False) -> Graph:
-    """A Keras model and the shape (height, width, channels) of its input -> its graph.
+    """Trace a Keras model.
 
-    Models and custom layers nested in it are opened, at any depth, as far as they are made of layers. With
-    `renumber`, operations that Keras named by a process-wide counter get the numbers they would have in
-    a process of their own, so that `add_17` is the same layer wherever the model is built.
+    Args:
+        model: The model.
+        input_shape: (height, width, channels) of its input.
+        renumber: Give operations that Keras named by a process-wide counter the numbers that they would have
+            in a new process, so that `add_17` is the same layer wherever the model is built.
 
-    Raises NetworkIncompatible where there is no static graph, more than one input, another input shape, or
-    channels come first.
+    Returns:
+        The graph of the model and of all models nested in it.
+
+    Raises:
+        NetworkIncompatible: The model has no static graph, more than one input, another input shape, or
+            channels first.
     """
     _build(model, input_shape)
-    with _untouched(model):
+    with _restoring_nodes(model):
         opened = _with_graph(model, input_shape)
         image = _image_input(opened, input_shape)
-        walk = _Walk()
-        entry = walk.slot(keras.KerasTensor((None, *input_shape), image.dtype))
-        outputs = walk.open(opened, {id(image): entry}, ROOT, Counter() if opened is not model else None)
+        tracer = _Tracer()
+        input_slot = tracer.new_slot(keras.KerasTensor((None, *input_shape), image.dtype))
+        counts: Counter[str] | None = Counter() if opened is not model else None
+        outputs = tracer.open(opened, {id(image): input_slot}, ROOT, counts)
         names = _output_names(opened)
-    shapes = {slot: tuple(size or 0 for size in spec.shape) for slot, spec in walk.specs.items()}
-    graph = Graph(
-        entry, walk.steps, dict(zip(names, outputs, strict=True)), shapes, walk.models, str(image.dtype)
-    )
+    shapes = {slot: tuple(size or 0 for size in spec.shape) for slot, spec in tracer.specs.items()}
+    named_outputs = dict(zip(names, outputs, strict=True))
+    graph = Graph(input_slot, tracer.steps, named_outputs, shapes, tracer.models, str(image.dtype))
     return _renumbered(graph) if renumber else graph
 
 
 def _build(model: Any, input_shape: tuple[int, int, int]) -> None:
-    """Give a model that has not been called yet its weights."""
+    """Create the weights of a model that has not been called yet."""
     if model.built:
         return
     try:
@@ -56,7 +62,7 @@ def _build(model: Any, input_shape: tuple[int, int, int]) -> None:
             model.build((None, *input_shape))
         else:
             model(np.zeros((1, *input_shape), np.float32), training=False)
-    except Exception as error:  # its own code may raise anything
+    except Exception as error:  # a subclassed model's own code
         message = (
             f"{model.name} cannot be called with an image of {_sizes(input_shape)}: {_first_line(error)}"
         )
@@ -68,27 +74,27 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _untouched(model: Any) -> Iterator[None]:
-    """To open a layer is to call the layers in it; take away the notes that they keep of it."""
-    notes = [
-        noted
+def _restoring_nodes(model: Any) -> Iterator[None]:
+    """Opening a layer calls the layers in it, which record a node for each call: remove these afterwards."""
+    node_lists = [
+        nodes
         for layer in model._flatten_layers()  # noqa: SLF001  # there is no public way
-        for noted in (layer._inbound_nodes, layer._outbound_nodes)  # noqa: SLF001
+        for nodes in (layer._inbound_nodes, layer._outbound_nodes)  # noqa: SLF001
     ]
-    before = [len(noted) for noted in notes]
+    counts = [len(nodes) for nodes in node_lists]
     try:
         yield
     finally:
-        for noted, count in zip(notes, before, strict=True):
-            del noted[count:]
+        for nodes, count in zip(node_lists, counts, strict=True):
+            del nodes[count:]
 
 
 def _with_graph(model: Any, input_shape: tuple[int, int, int]) -> Any:
-    """The model itself where it has a graph; a subclassed one is called symbolically, as far as that goes."""
+    """The model itself where it has a graph; else, as for a subclassed model, its symbolic call."""
     if _has_graph(model):
         return model
     image = keras.KerasTensor((None, *input_shape))
-    opened = _opened(model, [image], (image,), {})
+    opened = _as_functional(model, [image], (image,), {})
     if opened is None:
         message = (
             f"{type(model).__name__} {model.name!r} has no static graph: its `call` could not be followed "
@@ -101,45 +107,48 @@ def _with_graph(model: Any, input_shape: tuple[int, int, int]) -> Any:
 def _has_graph(model: Any) -> bool:
     try:
         return bool(model.inputs) and all(
-            hasattr(one, "_keras_history") for one in keras.tree.flatten(model.outputs)
+            hasattr(output, "_keras_history") for output in keras.tree.flatten(model.outputs)
         )
     except (AttributeError, TypeError, ValueError):  # a subclassed model has no `inputs`
         return False
 
 
-def _opened(operation: Any, tensors: list[Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """What somebody's own model or layer does, as a functional model; None where that cannot be seen.
+def _as_functional(operation: Any, tensors: list[Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """A custom model or layer as a functional model, by a symbolic call; None where that fails.
 
-    It is called with `args` and `kwargs`, which hold `tensors`; these become the inputs, in their order.
+    It is called with `args` and `kwargs`, which contain `tensors`; these become the inputs, in order.
     """
-    fresh = {id(one): keras.Input(batch_shape=one.shape, dtype=one.dtype) for one in tensors}
-    args, kwargs = keras.tree.map_structure(lambda one: fresh.get(id(one), one), (args, dict(kwargs)))
+    inputs = {id(tensor): keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype) for tensor in tensors}
+    args, kwargs = keras.tree.map_structure(
+        lambda argument: inputs.get(id(argument), argument), (args, dict(kwargs))
+    )
     kwargs = {key: value for key, value in kwargs.items() if key not in {"training", "mask"}}
     try:
         if "training" in inspect.signature(operation.call).parameters:
             kwargs["training"] = False
-        opened = keras.Model([fresh[id(one)] for one in tensors], operation.call(*args, **kwargs))
-        if all(None not in one.shape[1:] for one in tensors):  # a batch of two: its size must not be built in
-            opened([keras.ops.zeros((2, *one.shape[1:]), one.dtype) for one in tensors])
-    except Exception:  # noqa: BLE001  # its own code, which was not written for symbolic tensors
+        functional = keras.Model([inputs[id(tensor)] for tensor in tensors], operation.call(*args, **kwargs))
+        if all(None not in tensor.shape[1:] for tensor in tensors):
+            # A batch of two: a batch size of one must not be built in.
+            functional([keras.ops.zeros((2, *tensor.shape[1:]), tensor.dtype) for tensor in tensors])
+    except Exception:  # noqa: BLE001  # custom code, which was not written for symbolic tensors
         return None
-    return opened
+    return functional
 
 
 def _image_input(model: Any, input_shape: tuple[int, int, int]) -> Any:
     inputs = keras.tree.flatten(model.inputs)
     if len(inputs) > 1:
-        names = ", ".join(f"{one.name} {one.shape[1:]}" for one in inputs)
+        names = ", ".join(f"{tensor.name} {tensor.shape[1:]}" for tensor in inputs)
         message = f"{model.name} takes {len(inputs)} inputs ({names}); a job has one image."
         raise NetworkIncompatible(message)
-    own = inputs[0].shape[1:]
-    fits = len(own) == len(input_shape) and all(
-        mine in {None, given} for mine, given in zip(own, input_shape, strict=True)
+    expected = inputs[0].shape[1:]
+    fits = len(expected) == len(input_shape) and all(
+        size in {None, actual} for size, actual in zip(expected, input_shape, strict=True)
     )
     if not fits:
         message = (
-            f"{model.name} takes an input of {_sizes(own)}, not of {_sizes(input_shape)} (height x width x "
-            "channels): set input_size, and the channels of its preprocessing, to what it was built for."
+            f"{model.name} takes an input of {_sizes(expected)}, not of {_sizes(input_shape)} (height x "
+            "width x channels): set input_size, and the channels of its preprocessing, accordingly."
         )
         raise NetworkIncompatible(message)
     return inputs[0]
@@ -150,80 +159,83 @@ def _sizes(shape: Iterable[int | None]) -> str:
 
 
 def _output_names(model: Any) -> list[str]:
-    """A name for each output: its key where the outputs are a dictionary, else its layer's."""
+    """A name for each output: its key in a dictionary of outputs, else its layer's name."""
     struct = getattr(model, "output", None)
     if isinstance(struct, dict):
         return [".".join(map(str, path)) for path, _ in keras.tree.flatten_with_path(struct)]
-    names = [str(one._keras_history.operation.name) for one in keras.tree.flatten(model.outputs)]  # noqa: SLF001
+    outputs = keras.tree.flatten(model.outputs)
+    names = [str(tensor._keras_history.operation.name) for tensor in outputs]  # noqa: SLF001
     counts = Counter(names)
     return [name if counts[name] == 1 else f"{name}:{index}" for index, name in enumerate(names)]
 
 
-class _Walk:
+class _Tracer:
     """Collects the steps of a model and of the models nested in it."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        self.specs: Values = {}  # slot -> what one such image is there, as a symbolic tensor
+        self.specs: Values = {}  # slot -> symbolic tensor
         self.models: dict[str, int] = {}
         self._calls: Counter[str] = Counter()
 
-    def slot(self, spec: Any = None) -> int:
+    def new_slot(self, spec: Any = None) -> int:
         self.specs[number := len(self.specs) + 1] = spec
         return number
 
     def open(self, model: Any, slots: dict[int, int], prefix: str, counts: Counter[str] | None) -> list[int]:
-        """Add the steps of `model`; `slots` hold its inputs by their symbolic tensors' ids.
+        """Add the steps of a model; return the slots of its outputs.
 
-        Operations get numbers of their own from `counts` where the model was only made to see them.
+        `slots` maps the ids of symbolic tensors, at first of its inputs, to slots. `counts` numbers the
+        operations of a model that `_as_functional` made.
         """
-        for node in _in_order(keras.tree.flatten(model.outputs), slots):
+        for node in _sorted_nodes(keras.tree.flatten(model.outputs), slots):
             self._add(node, slots, prefix, counts)
             if len(self.steps) > MAX_STEPS:
                 message = f"{model.name} has more than {MAX_STEPS} steps."
                 raise NetworkIncompatible(message)
-        return [slots[id(one)] for one in keras.tree.flatten(model.outputs)]
+        return [slots[id(output)] for output in keras.tree.flatten(model.outputs)]
 
     def _add(self, node: Any, slots: dict[int, int], prefix: str, counts: Counter[str] | None) -> None:
         operation = node.operation
         path = prefix + (operation.name if counts is None else _numbered(operation, counts))
         self._calls[path] += 1
         path += f"#{self._calls[path]}" if self._calls[path] > 1 else ""
-        tensors = list({id(one): one for one in node.input_tensors}.values())
+        tensors = list({id(tensor): tensor for tensor in node.input_tensors}.values())
         nested = self._nested(node, tensors, slots)
         if nested is None:
-            reads = tuple((id(one), slots[id(one)]) for one in tensors)
-            step = Step(path, operation, node.arguments, reads, tuple(self.slot() for _ in node.outputs))
-            self._follow(step)
+            reads = tuple((id(tensor), slots[id(tensor)]) for tensor in tensors)
+            step = Step(path, operation, node.arguments, reads, tuple(self.new_slot() for _ in node.outputs))
+            self._infer_outputs(step)
             self.steps.append(step)
             written = list(step.writes)
         else:
-            own = isinstance(operation, keras.Model) and _has_graph(operation)
-            given = node.input_tensors if own else tensors
+            has_graph = isinstance(operation, keras.Model) and _has_graph(operation)
+            outer = node.input_tensors if has_graph else tensors
             inner = {
-                id(one): slots[id(outer)]
-                for one, outer in zip(keras.tree.flatten(nested.inputs), given, strict=True)
+                id(inside): slots[id(outside)]
+                for inside, outside in zip(keras.tree.flatten(nested.inputs), outer, strict=True)
             }
-            written = self.open(nested, inner, f"{path}/", None if own else Counter())
+            written = self.open(nested, inner, f"{path}/", None if has_graph else Counter())
             self.models[path] = written[0]
-        slots.update(zip((id(one) for one in node.outputs), written, strict=True))
+        slots.update(zip((id(output) for output in node.outputs), written, strict=True))
 
     def _nested(self, node: Any, tensors: list[Any], slots: dict[int, int]) -> Any:
-        """The graph inside a model, or inside somebody's own layer, that was called as one operation."""
+        """The functional model inside a nested model or a custom layer; None for a single step."""
         operation = node.operation
         is_model = isinstance(operation, keras.Model)
         if is_model and _has_graph(operation):
             return operation
-        if not is_model and not is_foreign(operation):
-            return None  # Keras's own layers, as attention, are single steps
-        specs = {id(one): self.specs[slots[id(one)]] for one in tensors}  # of these sizes, not of any
+        if not is_model and not is_custom_layer(operation):
+            return None  # Keras's own layers, such as attention, are single steps
+        specs = {id(tensor): self.specs[slots[id(tensor)]] for tensor in tensors}  # of known sizes
         args, kwargs = node.arguments.fill_in(specs)
-        opened = _opened(operation, list(specs.values()), args, kwargs)
-        same = opened is not None and len(keras.tree.flatten(opened.outputs)) == len(node.outputs)
-        return opened if same else None
+        functional = _as_functional(operation, list(specs.values()), args, kwargs)
+        if functional is None or len(keras.tree.flatten(functional.outputs)) != len(node.outputs):
+            return None
+        return functional
 
-    def _follow(self, step: Step) -> None:
-        """Find out what a step makes of one such image."""
+    def _infer_outputs(self, step: Step) -> None:
+        """Infer the shapes and types of a step's outputs. Raises NetworkIncompatible."""
         if getattr(step.operation, "data_format", None) == "channels_first":
             message = (
                 f"{step.path} puts the channels first; build the network with the data format channels_last "
@@ -239,7 +251,7 @@ class _Walk:
 
 
 def _numbered(operation: Any, counts: Counter[str]) -> str:
-    """The name of a layer; of another operation its class's, with a number from the second on."""
+    """A layer's name; for another operation the name of its class, numbered from the second on."""
     if isinstance(operation, keras.Layer):
         return str(operation.name)
     kind = _snake_case(type(operation).__name__)
@@ -247,10 +259,10 @@ def _numbered(operation: Any, counts: Counter[str]) -> str:
     return f"{kind}_{counts[kind] - 1}" if counts[kind] > 1 else kind
 
 
-def _in_order(outputs: list[Any], known: Mapping[int, int]) -> Iterator[Any]:
-    """The calls that lead from known tensors to `outputs`, each after those that it needs."""
+def _sorted_nodes(outputs: list[Any], known: Mapping[int, int]) -> Iterator[Any]:
+    """The nodes that lead from known tensors to `outputs`, in topological order."""
     done: set[int] = set()
-    stack = [(_node(one), False) for one in reversed(outputs) if id(one) not in known]
+    stack = [(_node(output), False) for output in reversed(outputs) if id(output) not in known]
     while stack:
         node, ready = stack.pop()
         if id(node) in done:
@@ -260,12 +272,12 @@ def _in_order(outputs: list[Any], known: Mapping[int, int]) -> Iterator[Any]:
             yield node
             continue
         stack.append((node, True))
-        missing = [one for one in node.input_tensors if id(one) not in known]
-        stack += [(before, False) for one in reversed(missing) if id(before := _node(one)) not in done]
+        missing = [tensor for tensor in node.input_tensors if id(tensor) not in known]
+        stack += [(earlier, False) for one in reversed(missing) if id(earlier := _node(one)) not in done]
 
 
 def _node(tensor: Any) -> Any:
-    """The call that made a symbolic tensor."""
+    """The node, one call of an operation, whose output is a symbolic tensor."""
     operation, index, _ = tensor._keras_history  # noqa: SLF001  # how a Keras graph is walked
     if isinstance(operation, keras.layers.InputLayer) or operation is None:
         message = f"The graph needs {tensor.name!r}, which is not connected to the image."
@@ -274,20 +286,20 @@ def _node(tensor: Any) -> Any:
 
 
 def _renumbered(graph: Graph) -> Graph:
-    """The same graph with Keras's counters started anew."""
+    """A copy of the graph in which Keras's counters start at 0."""
     numbered: dict[str, list[tuple[int, Step]]] = {}
     for step in graph.steps:
         kind = _snake_case(step.kind)
         if match := re.fullmatch(rf"{kind}(?:_(\d+))?", step.path):
             numbered.setdefault(kind, []).append((int(match[1] or 0), step))
-    fresh = {step.path: step.path for step in graph.steps}
-    for kind, found in numbered.items():
-        for number, (_, step) in enumerate(sorted(found, key=lambda pair: pair[0])):
-            fresh[step.path] = f"{kind}_{number}" if number else kind
-    return replace(graph, steps=[replace(step, path=fresh[step.path]) for step in graph.steps])
+    paths = {step.path: step.path for step in graph.steps}
+    for kind, steps in numbered.items():
+        for number, (_, step) in enumerate(sorted(steps, key=lambda pair: pair[0])):
+            paths[step.path] = f"{kind}_{number}" if number else kind
+    return replace(graph, steps=[replace(step, path=paths[step.path]) for step in graph.steps])
 
 
 def _snake_case(name: str) -> str:
-    """As Keras makes a layer's name of its class's."""
+    """The name that Keras gives a layer of this class."""
     name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()

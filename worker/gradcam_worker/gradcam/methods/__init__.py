@@ -1,1 +1,1 @@
-"""The formulas: `cam` has them, `gradients` is what each backend calls gradients."""
+"""The formulas of the methods, in `cam`, and the passes that compute their inputs, in `gradients`."""

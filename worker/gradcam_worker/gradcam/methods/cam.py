@@ -25,7 +25,7 @@ def gradcam(ops: Any, activations: Any, gradients: Any) -> Any:
 
 
 def counterfactual(ops: Any, activations: Any, gradients: Any) -> Any:
-    """What speaks against the class: Grad-CAM of the negated gradients, section 3.3 of arXiv 1610.02391."""
+    """Grad-CAM of the negated gradients, section 3.3 of Selvaraju et al., arXiv 1610.02391."""
     return gradcam(ops, activations, -gradients)
 
 
@@ -33,12 +33,12 @@ def gradcam_plus_plus(ops: Any, activations: Any, gradients: Any) -> Any:
     """Grad-CAM++, equations 10 and 19 of Chattopadhyay et al., arXiv 1710.11063.
 
     Departure: the factor exp(score), the same for the whole map, is left out of the weights; it could
-    overflow, and goes with the division by the peak.
+    overflow, and the division by the peak cancels it.
     """
     sums = ops.sum(activations, axis=(1, 2), keepdims=True)  # (n, 1, 1, channels)
-    below = 2 + sums * gradients  # eq. 19, of which the square of the gradient is cancelled: it may underflow
-    there = (gradients != 0) & (ops.abs(below) > TINY)
-    alphas = ops.where(there, 1 / ops.where(there, below, 1), 0)
+    divisor = 2 + sums * gradients  # eq. 19, divided by the square of the gradient, which may underflow
+    defined = (gradients != 0) & (ops.abs(divisor) > TINY)
+    alphas = ops.where(defined, 1 / ops.where(defined, divisor, 1), 0)
     weights = ops.sum(alphas * ops.maximum(gradients, 0), axis=(2, 3))  # eq. 10
     return ops.einsum("nhwc,knc->nkhw", activations, weights)
 
@@ -51,12 +51,12 @@ def hirescam(ops: Any, activations: Any, gradients: Any) -> Any:
 def xgradcam(ops: Any, activations: Any, gradients: Any) -> Any:
     """XGrad-CAM, equation 8 of Fu et al., arXiv 2008.02312: gradients weighted by their activations.
 
-    Departure: a channel that is dark everywhere has weight 0, not 0 / 0.
+    Departure: a channel that is zero everywhere has weight 0, not 0 / 0.
     """
     sums = ops.sum(activations, axis=(1, 2))  # (n, channels)
-    there = ops.abs(sums) > TINY
+    active = ops.abs(sums) > TINY
     products = ops.einsum("nhwc,knhwc->knc", activations, gradients)
-    weights = ops.where(there, products / ops.where(there, sums, 1), 0)
+    weights = ops.where(active, products / ops.where(active, sums, 1), 0)
     return ops.einsum("nhwc,knc->nkhw", activations, weights)
 
 
@@ -66,12 +66,12 @@ def layercam(ops: Any, activations: Any, gradients: Any) -> Any:
 
 
 def eigencam(ops: Any, activations: Any, gradients: Any) -> Any:
-    """EigenCAM, equations 1 and 2 of Muhammad and Yeasin, arXiv 2008.00299: what the layer sees most of.
+    """EigenCAM, equations 1 and 2 of Muhammad and Yeasin, arXiv 2008.00299.
 
-    The activations, one row for each position, projected on their first right singular vector; they are not
-    centred. It asks no class and no gradient: all k maps of an image are the same.
+    The activations, one row for each position and not centred, are projected on their first right singular
+    vector. No class and no gradient is used: all k maps of an image are the same.
 
-    Departures: the vector is had from the smaller of the two Gram matrices, and its sign, which a
+    Departures: the vector is computed from the smaller of the two Gram matrices, and its sign, which a
     decomposition leaves open, is chosen so that the map's sum is not negative.
     """
     _, rows, columns, channels = activations.shape
@@ -90,10 +90,10 @@ def eigencam(ops: Any, activations: Any, gradients: Any) -> Any:
 
 
 def notebook(ops: Any, activations: Any, gradients: Any) -> Any:
-    """As the notebook that this project started from: Grad-CAM, but the mean over the channels, not the sum.
+    """The notebook that this project started from: Grad-CAM with the mean over channels, not the sum.
 
-    The rest of what it did, the gradient of the probability and an image that was not preprocessed, is
-    `keras_network`'s.
+    The other deviations of the notebook, the gradient of the probability and an image that was not
+    preprocessed, are implemented in `keras_network`.
     """
     return gradcam(ops, activations, gradients) / activations.shape[-1]
 
@@ -108,18 +108,23 @@ METHODS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "eigencam": eigencam,
     "notebook": notebook,
 }
-MEANS_DO = {"gradcam", "counterfactual", "notebook"}  # gradients may be their means, (k, n, 1, 1, channels)
-NOTHING_DOES = {"eigencam"}  # their values do not matter, only k and n: (k, n, 1, 1, 1) are enough
+USE_MEAN_GRADIENT = {"gradcam", "counterfactual", "notebook"}  # means (k, n, 1, 1, channels) are enough
+USE_NO_GRADIENT = {"eigencam"}  # only its shape is read: zeros (k, n, 1, 1, 1) are enough
 SCORES = ("logit", "probability")
 NORMALIZE = ("per_class", "joint", "none")
 
 
 def heatmaps(raw: NDArray[np.float32], normalize: str = "per_class") -> NDArray[np.float32]:
-    """Raw maps (k, rows, columns) -> heatmaps (k, rows, columns): ReLU, then division by the peak.
+    """Raw maps to heatmaps: ReLU, then division by the peak.
 
-    `per_class` divides each map by its own peak, `joint` all by the highest peak among them, so that
-    classes can be compared; both lie in [0, 1]. `none` does not divide. A map with no positive value,
-    where nothing speaks for the class, becomes all zeros.
+    Args:
+        raw: (k, rows, columns).
+        normalize: `per_class` divides each map by its own peak, `joint` all maps by the highest peak, so
+            that classes can be compared; both give values in [0, 1]. `none` does not divide.
+
+    Returns:
+        (k, rows, columns) float32. A map without a positive value, where nothing speaks for the class, is
+        all zeros.
     """
     positive = np.maximum(raw, 0)
     if normalize == "none":

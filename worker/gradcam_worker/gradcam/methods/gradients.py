@@ -1,4 +1,4 @@
-"""One forward pass, one vectorised gradient pass; and the lines per backend that Keras does not abstract."""
+"""One forward pass and one vectorised backward pass, and the few lines that differ between backends."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,87 +16,105 @@ ops = keras.ops
 Pull = Callable[[Any], Any]  # cotangents (k, n, classes) -> gradients (k, n, ...)
 Signature = Sequence[tuple[tuple[int | None, ...], str]]  # shapes and types of arrays
 Formula = Callable[[Any, Any, Any], Any]  # ops, activations, gradients: see `cam`
-Wait = Callable[[], Any]  # for what was handed to the device: numpy arrays
+Wait = Callable[[], Any]  # waits for the device, returns numpy arrays
 Compiled = Callable[..., Wait]
 Pass = Callable[[NDArray[np.uint8], NDArray[np.int32]], Callable[[], tuple[Any, ...]]]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A network in two, as functions of batches of n images on the device.
+    """A network cut in two, as functions of n images on the device.
 
-    `trunk` maps pixels (n, height, width, channels) float32 to the activations of the target layer, to the
-    values at which the way back ends, and to whatever else the tail needs; `tail` maps the latter two to the
-    scores (n, classes); `slopes` maps the scores, and k classes of each image one-hot (k, n, classes), to how
-    fast what is explained rises with each score. `grid` shows activations as (n, rows, columns, channels);
-    `back` makes of the gradients (k, n, ...) where the way back ends what the formula wants: (k, n, rows,
-    columns, channels), or less where less will do.
+    Attributes:
+        trunk: Pixels (n, height, width, channels) float32 -> activations of the target layer, values where
+            the backward pass stops, and everything else that the tail reads.
+        tail: The latter two -> scores (n, classes).
+        score_gradient: Scores, and k classes of each image one-hot (k, n, classes) -> derivative of what is
+            explained by each score, (k, n, classes).
+        grid: Activations -> (n, rows, columns, channels).
+        as_formula_wants: Gradients (k, n, ...) where the backward pass stops -> the formula's input: (k, n,
+            rows, columns, channels), or their means where these are enough.
+        pixels: (height, width, channels).
+        variables: Read by trunk and tail.
+        outputs: Scores (n, classes) -> the network's own outputs, where they are wanted.
+        scaled: Whether the backward pass is scaled so that small gradients do not underflow, as in float16.
     """
 
     trunk: Callable[[Any], tuple[Any, Any, Any]]
     tail: Callable[[Any, Any], Any]
-    slopes: Callable[[Any, Any], Any]
+    score_gradient: Callable[[Any, Any], Any]
     grid: Callable[[Any], Any]
-    back: Callable[[Any], Any]
-    pixels: tuple[int, int, int]  # (height, width, channels)
-    variables: list[Any]  # that trunk and tail read
-    told: Callable[[Any], Any] | None = None  # scores (n, classes) -> what the network makes of them
-    scaled: bool = False  # whether small slopes would vanish on the way back, as in float16
+    as_formula_wants: Callable[[Any], Any]
+    pixels: tuple[int, int, int]
+    variables: list[Any]
+    outputs: Callable[[Any], Any] | None = None
+    scaled: bool = False
 
 
 def one_pass(parts: Parts, formula: Formula, *, flip: bool = False) -> Pass:
-    """The whole computation as one compiled function, the same for every batch size and wish.
+    """The whole computation as one compiled function, for every batch size and number of classes.
 
-    JAX alone compiles it anew for each size and number of classes that it has not seen.
+    One forward pass, then one backward pass from the scores for all pairs of image and class, vectorised over
+    the k cotangents. JAX compiles it again for each new batch size and number of classes.
 
-    It maps pixels uint8 and wanted (n, k) to (scores (n, classes), class ids (n, k), raw maps (n, k, rows,
-    columns)), and to what the network itself says where that is `told`, once these are waited for: one
-    forward pass; then one backward pass from the scores as far as
-    is needed, for all (image, class) pairs, vectorised over the k cotangents. With `flip` each image's mirror
-    image goes through in the same batch, and the maps are the means of both. It raises DeviceOutOfMemory.
+    Args:
+        parts: The network.
+        formula: From activations and gradients to raw maps: see `cam.METHODS`.
+        flip: Whether the mirror image of each image is computed too; the maps are the means of both.
+
+    Returns:
+        A function of pixels (n, height, width, channels) uint8 and wanted classes (n, k). It launches the
+        computation, and returns a function that waits for (scores (n, classes), class ids (n, k), raw maps
+        (n, k, rows, columns)) and the network's own outputs where `parts.outputs` is set. Both raise
+        DeviceOutOfMemory.
     """
 
-    def whole(pixels: Any, wanted: Any) -> tuple[Any, ...]:
+    def compute(pixels: Any, wanted: Any) -> tuple[Any, ...]:
         images, count = ops.cast(pixels, "float32"), ops.shape(pixels)[0]
         if flip:
             images = ops.concatenate([images, ops.flip(images, axis=2)])
-        activations, end, rest = parts.trunk(images)
+        activations, end, skipped = parts.trunk(images)
 
-        scores, pull = linearized(lambda values: parts.tail(values, rest), end)
-        class_ids = named(scores[:count], wanted)
-        twice = ops.concatenate([class_ids, class_ids]) if flip else class_ids
-        classes = ops.one_hot(ops.transpose(twice), scores.shape[1], dtype="float32")
-        slopes = parts.slopes(scores, classes)
-        scale = _scale(slopes) if parts.scaled else 1.0
-        gradients = ops.cast(parts.back(pull(slopes / scale)), "float32")
+        scores, pull = linearize(lambda values: parts.tail(values, skipped), end)
+        class_ids = resolve_ranks(scores[:count], wanted)
+        all_ids = ops.concatenate([class_ids, class_ids]) if flip else class_ids
+        classes = ops.one_hot(ops.transpose(all_ids), scores.shape[1], dtype="float32")
+        cotangents = parts.score_gradient(scores, classes)
+        scale = _largest(cotangents) if parts.scaled else 1.0
+        gradients = ops.cast(parts.as_formula_wants(pull(cotangents / scale)), "float32")
         if parts.scaled:
             gradients = gradients * ops.reshape(scale, (*ops.shape(scale)[:2], 1, 1, 1))
         raw = formula(ops, ops.cast(parts.grid(activations), "float32"), gradients)
         if flip:
             raw = (raw[:count] + ops.flip(raw[count:], axis=-1)) / 2
-        told = (parts.told(scores[:count]),) if parts.told else ()
-        return scores[:count], class_ids, raw, *told
+        outputs = (parts.outputs(scores[:count]),) if parts.outputs else ()
+        return scores[:count], class_ids, raw, *outputs
 
     signature = [((None, *parts.pixels), "uint8"), ((None, None), "int32")]
-    return compiled(whole, signature, parts.variables)
+    return compiled(compute, signature, parts.variables)
 
 
-def _scale(slopes: Any) -> Any:
-    """The largest slope of each class and image, (k, n, 1)."""
-    largest = ops.max(ops.abs(slopes), axis=-1, keepdims=True)
+def _largest(cotangents: Any) -> Any:
+    """The largest absolute value for each class and image, (k, n, 1)."""
+    largest = ops.max(ops.abs(cotangents), axis=-1, keepdims=True)
     return ops.where(largest > 0, largest, 1.0)
 
 
-def linearized(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
-    """A function `at` -> scores (n, classes) -> (scores there, how to pull cotangents back).
+def linearize(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
+    """Evaluate a function and prepare its vector-Jacobian product.
 
-    Pulled back, cotangents (k, n, classes) of the scores are gradients (k, *the shape of `at`).
+    Args:
+        function: From values of the shape of `at` to scores (n, classes).
+        at: Where to evaluate it.
+
+    Returns:
+        The scores, and a function from cotangents (k, n, classes) to gradients (k, *shape of `at`).
     """
-    return _LINEARIZED[backend.name()](function, at)
+    return _LINEARIZE[backend.name()](function, at)
 
 
-def named(scores: Any, wanted: Any) -> Any:
-    """Wanted (n, k), where -r stands for the class ranked r-th -> class ids (n, k)."""
+def resolve_ranks(scores: Any, wanted: Any) -> Any:
+    """Replace -r by the id of the class ranked r-th: wanted (n, k) -> class ids (n, k)."""
     ranked = ops.cast(ops.argsort(-scores, axis=1), "int32")
     by_rank = ops.take_along_axis(ranked, ops.maximum(-wanted - 1, 0), axis=1)
     return ops.where(wanted < 0, by_rank, wanted)
@@ -107,89 +125,95 @@ def compiled(
     signature: Signature,
     variables: Iterable[Any],
 ) -> Compiled:
-    """A function of arrays of these shapes and types, compiled.
+    """Compile a function of arrays with these shapes and types.
 
-    To call it is to hand its work to the device; what it returns then waits for the answer, as numpy arrays.
-    Both raise DeviceOutOfMemory.
+    Calling it launches the computation on the device and returns a function that waits for the result, as
+    numpy arrays. Both raise DeviceOutOfMemory.
     """
-    run, out_of_memory = _COMPILED[backend.name()](function, signature, list(variables))
+    run, out_of_memory = _COMPILE[backend.name()](function, signature, list(variables))
 
-    def hand_over(*arrays: Any) -> Wait:
+    def launch(*arrays: Any) -> Wait:
         shapes = " and ".join(str(array.shape) for array in arrays)
-        with _room_for(shapes, out_of_memory):
-            answer = run(*arrays)
+        with _translating(out_of_memory, shapes):
+            result = run(*arrays)
 
         def wait() -> Any:
-            with _room_for(shapes, out_of_memory):
-                return keras.tree.map_structure(ops.convert_to_numpy, answer)
+            with _translating(out_of_memory, shapes):
+                return keras.tree.map_structure(ops.convert_to_numpy, result)
 
         return wait
 
-    return hand_over
+    return launch
 
 
 @contextmanager
-def _room_for(shapes: str, out_of_memory: type[Exception]) -> Iterator[None]:
-    """Raise DeviceOutOfMemory where the device, whose own error is given, has no room."""
+def _translating(out_of_memory: type[Exception], shapes: str) -> Iterator[None]:
+    """Raise DeviceOutOfMemory for the backend's own error."""
     try:
         yield
     except out_of_memory as error:
-        if isinstance(error, RuntimeError) and not _says_out_of_memory(error):
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
         message = f"No device memory for a pass over arrays of {shapes}."
         raise DeviceOutOfMemory(message) from error
 
 
-def _says_out_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     text = str(error).casefold()
     return "resource_exhausted" in text or "out of memory" in text
 
 
-def _tensorflow_linearized(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
+def _tensorflow_linearize(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
     import tensorflow as tf
 
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
         tape.watch(at)
         scores = function(at)
 
-    def one(cotangent: Any) -> Any:
+    def pull_one(cotangent: Any) -> Any:
         return tape.gradient(scores, at, cotangent, unconnected_gradients="zero")
 
-    return scores, lambda cotangents: tf.vectorized_map(one, cotangents)
+    return scores, lambda cotangents: tf.vectorized_map(pull_one, cotangents)
 
 
-def _tensorflow_compiled(
+def _tensorflow_compile(
     function: Callable[..., Any], signature: Any, _: Any
 ) -> tuple[Callable[..., Any], Any]:
     import tensorflow as tf
 
-    tf.get_logger().setLevel("ERROR")  # its advice on retracing is about one layer after the other
+    tf.get_logger().setLevel("ERROR")  # it warns of retracing, which a new target layer needs
     specs = [tf.TensorSpec(shape, dtype) for shape, dtype in signature]
     traced = tf.function(function, input_signature=specs, autograph=False, jit_compile=False)
     return lambda *arrays: traced(*map(tf.constant, arrays)), tf.errors.ResourceExhaustedError
 
 
-def _jax_linearized(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
+def _jax_linearize(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
     import jax
 
     scores, vector_jacobian = jax.vjp(function, at)
-    return scores, jax.vmap(lambda one: vector_jacobian(one)[0])
+    return scores, jax.vmap(lambda cotangent: vector_jacobian(cotangent)[0])
 
 
-def _jax_compiled(
+def _jax_compile(
     function: Callable[..., Any], _: Any, variables: list[Any]
 ) -> tuple[Callable[..., Any], Any]:
     import jax
 
-    def pure(values: list[Any], *arrays: Any) -> Any:  # weights as arguments: not copied into the program
+    def pure(
+        values: list[Any], *arrays: Any
+    ) -> Any:  # weights are arguments, or the program would hold a copy
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
             return function(*arrays)
 
     jitted = jax.jit(pure)
-    return lambda *arrays: jitted([one.value for one in variables], *arrays), jax.errors.JaxRuntimeError
+
+    def run(*arrays: Any) -> Any:
+        return jitted([variable.value for variable in variables], *arrays)
+
+    return run, jax.errors.JaxRuntimeError
 
 
-def _torch_linearized(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
+def _torch_linearize(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pull]:
     import torch
 
     with torch.enable_grad():
@@ -202,7 +226,7 @@ def _torch_linearized(function: Callable[[Any], Any], at: Any) -> tuple[Any, Pul
     return scores.detach(), pull
 
 
-def _torch_compiled(function: Callable[..., Any], _: Any, __: Any) -> tuple[Callable[..., Any], Any]:
+def _torch_compile(function: Callable[..., Any], _: Any, __: Any) -> tuple[Callable[..., Any], Any]:
     import torch
 
     def run(*arrays: Any) -> Any:
@@ -212,13 +236,13 @@ def _torch_compiled(function: Callable[..., Any], _: Any, __: Any) -> tuple[Call
     return run, torch.OutOfMemoryError
 
 
-_LINEARIZED: dict[str, Callable[..., tuple[Any, Pull]]] = {
-    "tensorflow": _tensorflow_linearized,
-    "jax": _jax_linearized,
-    "torch": _torch_linearized,
+_LINEARIZE: dict[str, Callable[..., tuple[Any, Pull]]] = {
+    "tensorflow": _tensorflow_linearize,
+    "jax": _jax_linearize,
+    "torch": _torch_linearize,
 }
-_COMPILED: dict[str, Callable[..., tuple[Callable[..., Any], Any]]] = {
-    "tensorflow": _tensorflow_compiled,
-    "jax": _jax_compiled,
-    "torch": _torch_compiled,
+_COMPILE: dict[str, Callable[..., tuple[Callable[..., Any], Any]]] = {
+    "tensorflow": _tensorflow_compile,
+    "jax": _jax_compile,
+    "torch": _torch_compile,
 }

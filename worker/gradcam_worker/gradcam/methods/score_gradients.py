@@ -1,27 +1,35 @@
-"""What a method takes the gradient of: how fast it rises with each score, in closed form.
+"""The derivative of what a method explains by each score, in closed form.
 
-To differentiate a softmax by machine would cancel: where the network is sure, 1 - p is 0 in float32, and the
-class itself would drop out of its own explanation.
+Automatic differentiation of a softmax cancels: where the network is certain, 1 - p is 0 in float32, and the
+gradient of the class itself would vanish.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from gradcam_worker.gradcam.backend import keras
-from gradcam_worker.gradcam.graph.saturation import NEVER
+from gradcam_worker.gradcam.graph.saturation import EXCLUDED
 from gradcam_worker.gradcam.network import Method
 
-LEAST = 1e-30  # of what all slopes of a class are multiplied or divided by: a heatmap is the same without it
+SMALLEST = 1e-30  # of a factor common to all derivatives of a class: it keeps their heatmap from vanishing
 
-Slopes = Callable[[Any, Any], Any]  # scores (n, classes), one-hot classes (k, n, classes) -> the like
+ScoreGradient = Callable[[Any, Any], Any]  # scores (n, classes), one-hot (k, n, classes) -> (k, n, classes)
 ops = keras.ops
 
 
-def score_gradient(kind: str, method: Method) -> Slopes:
-    """The slopes of what `method` explains, behind a softmax or a sigmoid, or where scores are probabilities.
+def score_gradient(kind: str, method: Method) -> ScoreGradient:
+    """The derivative of what a method explains by each score.
 
-    `logit`: the score itself. `probability`: the logarithm of the probability, whose normalised map is
-    that of the probability, and which cannot underflow. The notebook takes the probability itself, and can.
+    `logit` explains the score itself. `probability` explains the logarithm of the probability: its
+    normalised map is that of the probability, and it cannot underflow. The method `notebook` takes the
+    probability itself, which can.
+
+    Args:
+        kind: How scores become probabilities: softmax, sigmoid, or probabilities where they are such.
+        method: Its name and score are used.
+
+    Returns:
+        A function of scores and one-hot classes.
     """
     if kind == "probabilities":
         return logit if method.name == "notebook" or method.score == "logit" else _log
@@ -33,23 +41,23 @@ def score_gradient(kind: str, method: Method) -> Slopes:
 
 
 def logit(_: Any, classes: Any) -> Any:
-    """Of the score itself: 1 for the class, 0 for the others."""
+    """The derivative of the score itself: 1 for the class, 0 for the others."""
     return classes
 
 
 def _log(scores: Any, classes: Any) -> Any:
-    return classes / ops.maximum(scores, LEAST)
+    return classes / ops.maximum(scores, SMALLEST)
 
 
 def _log_softmax(scores: Any, classes: Any) -> Any:
-    """(1 - p) x (the class, less the others by their shares): d log p, with no difference of like numbers."""
-    others = ops.where(classes > 0, NEVER, scores)
+    """The derivative of log p, (1 - p) (class - softmax of the others), without cancellation."""
+    others = ops.where(classes > 0, EXCLUDED, scores)
     log_rest = ops.logsumexp(others, axis=-1, keepdims=True) - ops.logsumexp(scores, axis=-1, keepdims=True)
-    return ops.maximum(ops.exp(log_rest), LEAST) * (classes - ops.softmax(others, axis=-1))
+    return ops.maximum(ops.exp(log_rest), SMALLEST) * (classes - ops.softmax(others, axis=-1))
 
 
 def _log_sigmoid(scores: Any, classes: Any) -> Any:
-    return classes * ops.maximum(ops.sigmoid(-scores), LEAST)
+    return classes * ops.maximum(ops.sigmoid(-scores), SMALLEST)
 
 
 def _softmax(scores: Any, classes: Any) -> Any:
