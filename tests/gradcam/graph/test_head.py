@@ -336,7 +336,7 @@ class TestProbabilitiesAlready:
         layer.set_weights([0 * layer.get_weights()[0], np.array([37.0])])
         model = keras.Model(trunk.input, x)
         with pytest.raises(
-            NetworkIncompatible, match=r"says 37.*: that may be the score.* head = \{kind = \"sigmoid\"\}"
+            NetworkIncompatible, match=r"returns 37.*: that may be the score.* head = \{kind = \"sigmoid\"\}"
         ):
             by_hand(model)
         with pytest.raises(
