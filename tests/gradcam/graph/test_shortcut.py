@@ -145,7 +145,7 @@ def shortcut_of(network: Any) -> Any:
     from gradcam_worker.gradcam.graph import shortcut
 
     scores = network._scores
-    return shortcut.find_shortcut(scores.graph, scores.slot, network._place(network.facts.default_layer))
+    return shortcut.find_shortcut(scores.graph, scores.slot, network._target(network.facts.default_layer))
 
 
 def assert_same(network: Any, exact: Any, pixels: NDArray[np.uint8]) -> None:
@@ -168,7 +168,7 @@ def test_the_way_back_is_shorter_and_gives_the_same(
     network, exact = (wrapped(SHORT[case], exact_backward=exact) for exact in (False, True))
     found = shortcut_of(network)
     assert found is not None
-    assert found.size < network._place("act").size
+    assert found.size < network._target("act").size
     assert_same(network, exact, noise(2, ROWS, COLUMNS))
 
 

@@ -145,7 +145,7 @@ class TestTransformers:
         network = by_hand(model)
         assert network.facts.default_layer == layer
         assert network.facts.map_size == GRID
-        assert network._place("auto").prefix == (pooling == "class token")
+        assert network._target("auto").prefix == (pooling == "class token")
         agrees(network, model, taped, layer)
 
     @pytest.mark.parametrize("heads", [1, 2])
@@ -180,7 +180,7 @@ class TestTransformers:
         model = keras.Model(inputs, layers.Dense(3, name="scores")(layers.Flatten()(x)))
         network = by_hand(model)
         assert network.facts.map_size == GRID
-        assert network._place("auto").prefix == 0
+        assert network._target("auto").prefix == 0
         pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, 3), np.uint8)
         expected = taped(model, pixels / np.float32(127.5) - 1, model.get_layer("last"), grid=(25, 1))
         raw = network.compute(pixels, ALL).raw

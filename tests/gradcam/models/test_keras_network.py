@@ -186,7 +186,7 @@ def test_classes_that_do_not_fit_at_once_are_computed_in_turns(
     pixels, wanted = noise(1, 299, 299), np.array([[-1, 7, -3, 400, -2]], np.int32)
     whole = xception.compute(pixels, wanted, method)
     counts = []
-    run_pass, size = xception._pass(xception._place(whole.layer), method)
+    run_pass, size = xception._pass(xception._target(whole.layer), method)
 
     def counted(pixels: Any, wanted: Any) -> Any:
         counts.append(wanted.shape[1])
