@@ -173,7 +173,7 @@ class TestCannotBeFollowed:
 
     def test_a_model_that_is_random_in_inference_is_refused(self, own: dict[str, Any], by_hand: Wrap) -> None:
         with pytest.raises(
-            NetworkIncompatible, match=r"computes something else than as a whole .* is random"
+            NetworkIncompatible, match=r"computes something else than as a whole .* random layer"
         ):
             by_hand(own["Random"](), input_size=(ROWS, COLUMNS))
 
