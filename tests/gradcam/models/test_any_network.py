@@ -230,7 +230,7 @@ class TestNothingToExplain:
         if rescaled:
             layers.insert(1, keras.layers.Rescaling(1 / 255, name="rescaled"))
         listed = "1 layers can .* rescaled" if rescaled else "No layer of this network can be explained"
-        with pytest.raises(NetworkIncompatible, match=f"keeps rows and columns and has learned.*{listed}"):
+        with pytest.raises(NetworkIncompatible, match=f"keeps rows and columns and has weights.*{listed}"):
             by_hand(keras.Sequential(layers))
 
     def test_a_layer_that_does_not_lead_to_the_chosen_output_is_refused(self, by_hand: Wrap) -> None:
