@@ -36,7 +36,7 @@ from gradcam_worker.errors import (
     WeightsChecksumMismatch,
 )
 from gradcam_worker.execution import pipeline, shards
-from gradcam_worker.execution.pipeline import JobContext, JobResult
+from gradcam_worker.execution.pipeline import JobContext, JobResult, Stage
 from gradcam_worker.gradcam.decoding.decode import Decoded, decode
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network
 from gradcam_worker.images.fetch import Fetched, UriFetcher
@@ -46,7 +46,7 @@ from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.runtime import service_factory
 from gradcam_worker.schemas.job import ImageRef, Job
 from gradcam_worker.schemas.shard import READERS, Row, Shard, data_key, parse
-from gradcam_worker.schemas.status import Problem
+from gradcam_worker.schemas.status import Problem, RowSearch, RowState
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.filesystem import Object
 from gradcam_worker.storage.s3 import S3
@@ -102,8 +102,8 @@ class Bench:
     source: Any = None
     store: MemoryStore = field(default_factory=MemoryStore)
     group: int = GROUP
-    said: list[str] = field(default_factory=list)  # stages that were insisted on
-    reported: list[str] = field(default_factory=list)
+    checkpoints: list[Stage] = field(default_factory=list)
+    reported: list[Stage] = field(default_factory=list)
     others: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class Bench:
         self, shard: Shard | None = None, *, deadline: Deadline | None = None, **context: Any
     ) -> JobResult:
         way = JobContext(
-            deadline or Deadline(60), self.reported.append, checkpoint=self.said.append, **context
+            deadline or Deadline(60), self.reported.append, checkpoint=self.checkpoints.append, **context
         )
         return shards.run_shard(shard or shard_of(self.images), self.services, way)
 
@@ -202,10 +202,10 @@ def check_same_bytes(images: dict[str, bytes | BaseException], network: Network,
         beside.run()
     assert beside.store.objects[DATA] == expected, "others at work"
 
-    for suspect in ("fetch", "rows 0 to 3", "row 99"):  # group by group, then row by row
+    for search in (None, RowSearch(group=(0, 3)), RowSearch(row=99)):  # group by group, then row by row
         alone = bench()
-        alone.run(crashed_stage=suspect)
-        assert alone.store.objects[DATA] == expected, f"alone after {suspect}"
+        alone.run(after_crash=True, row_search=search)
+        assert alone.store.objects[DATA] == expected, f"alone after {search}"
 
     uris = [*images]
     flaky = Flaky(images, Counter({uris[1]: 1, uris[2]: 1, uris[-1]: 2}))
@@ -327,6 +327,7 @@ def test_each_row_that_fails_says_why_and_disturbs_no_other() -> None:
     counts = Counter(bench.errors.values())
     assert (done.metrics["rows"], done.metrics["failed"]) == (8, 6)
     assert {code: done.metrics[f"failed_{code}"] for code in counts} == counts
+    assert done.rows == RowState(failed=dict(counts))
     healthy = Bench({one["uri"]: PICTURES[uri(0)] for one in rows} | images)
     healthy.run(shard_of({}, rows=[rows[0], *[{"uri": uri(0)}] * 6, rows[7]]))
     for place in (0, 7):
@@ -373,16 +374,16 @@ def test_a_row_that_fails_for_a_moment_is_tried_a_second_time_and_no_more() -> N
     assert done.metrics["failed_image_fetch_failed"] == 1
 
 
-@pytest.mark.parametrize("suspect", [None, "fetch"], ids=["together", "alone"])
+@pytest.mark.parametrize("after_crash", [False, True], ids=["together", "alone"])
 def test_where_most_rows_fail_for_a_moment_the_shard_is_tried_again_until_its_last_attempt(
-    suspect: str | None,
+    after_crash: bool,
 ) -> None:
     flaky = Flaky(PICTURES, Counter(dict.fromkeys([*PICTURES][:6], 3)))
     bench = Bench(source=flaky)
     with pytest.raises(ImageFetchFailed, match=r"6 of 11 images cannot be had just now.*HTTP 503"):
-        bench.run(crashed_stage=suspect)
+        bench.run(after_crash=after_crash)
     assert not bench.store.objects
-    bench.run(is_last_attempt=True, crashed_stage=suspect)
+    bench.run(is_last_attempt=True, after_crash=after_crash)
     assert bench.errors == dict.fromkeys(range(6), "image_fetch_failed")
     assert {flaky.asked[one] for one in [*PICTURES][:6]} == {3}
 
@@ -563,14 +564,16 @@ def test_whoever_dies_between_two_files_of_a_shard_that_is_mended_hides_no_failu
 
 
 def test_a_shard_that_was_overtaken_while_it_computed_writes_nothing() -> None:
-    def insist(stage: str) -> None:
-        message = f"overtaken at {stage}"
+    def checkpoint(stage: Stage) -> None:
+        message = f"overtaken at {stage.stage}"
         raise AttemptFenced(message)
 
     bench = Bench()
     with pytest.raises(AttemptFenced, match="at upload"):
         shards.run_shard(
-            shard_of(PICTURES), bench.services, JobContext(Deadline(60), lambda _: None, checkpoint=insist)
+            shard_of(PICTURES),
+            bench.services,
+            JobContext(Deadline(60), lambda _: None, checkpoint=checkpoint),
         )
     assert not bench.store.objects
 
@@ -603,27 +606,24 @@ class Poisoned:
         return MemoryImageFetcher(PICTURES).fetch(image, deadline, at_most)
 
 
-def attempts(bench: Bench) -> list[str | None]:
-    """Run a shard as desks do, one process after the other, until it is done; what each was told."""
-    suspect: str | None = None
-    told: list[str | None] = []
-    while len(told) < 20:
-        told.append(suspect)
-        bench.said.clear()
-        bench.reported.clear()
+def attempts(bench: Bench) -> list[RowSearch | None]:
+    """Run a shard, one process after the other, until it is done; what each knew at its start."""
+    searches: list[RowSearch | None] = [None]
+    while len(searches) < 20:
+        bench.checkpoints.clear()
         try:
-            bench.run(crashed_stage=suspect)
+            bench.run(after_crash=len(searches) > 1, row_search=searches[-1])
         except Died:
-            suspect = (bench.said or bench.reported)[-1]
+            rows = bench.checkpoints[-1].rows if bench.checkpoints else None
+            searches.append(rows.search if rows else None)
         else:
             break
-    return told
+    return searches
 
 
 def test_a_row_that_kills_its_process_is_found_and_left_out_and_its_neighbours_are_there() -> None:
     bench = Bench(source=Poisoned(frozenset({uri(6)})))
-    told = attempts(bench)
-    assert told[2:] == ["rows 4 to 7", "row 6"]
+    assert attempts(bench) == [None, None, RowSearch(group=(4, 7)), RowSearch(row=6)]
     assert bench.errors == {6: "worker_lost"}
     assert bench.good == {*range(11)} - {6}
     healthy = Bench()
@@ -634,9 +634,9 @@ def test_a_row_that_kills_its_process_is_found_and_left_out_and_its_neighbours_a
 
 def test_as_many_poisonous_rows_as_attempts_allow_are_left_out() -> None:
     bench = Bench(source=Poisoned(frozenset(map(uri, (0, 5, 6, 10)))))
-    told = attempts(bench)
-    assert len(told) <= shard_of(PICTURES).max_attempts
-    assert told[-1] == "row 10 but 6,5,0"
+    searches = attempts(bench)
+    assert len(searches) <= shard_of(PICTURES).max_attempts
+    assert searches[-1] == RowSearch(row=10, left_out=(6, 5, 0))
     assert bench.errors == dict.fromkeys((0, 5, 6, 10), "worker_lost")
 
 
@@ -706,10 +706,10 @@ def test_a_device_without_memory_for_a_single_image_is_a_reason_to_try_the_shard
     assert not bench.store.objects
 
 
-@pytest.mark.parametrize("suspect", [None, "fetch"], ids=["together", "alone"])
+@pytest.mark.parametrize("after_crash", [False, True], ids=["together", "alone"])
 @pytest.mark.parametrize("why", [JobCanceled, AttemptFenced, None], ids=["canceled", "fenced", "late"])
 def test_a_shard_that_is_to_stop_stops_within_the_groups_at_hand_and_writes_nothing(
-    why: type[GradcamError] | None, suspect: str | None
+    why: type[GradcamError] | None, after_crash: bool
 ) -> None:
     deadline = Deadline(60)
 
@@ -724,18 +724,18 @@ def test_a_shard_that_is_to_stop_stops_within_the_groups_at_hand_and_writes_noth
     images = {f"s3://in/{place}": PICTURES[uri(0)] for place in range(20 * GROUP)}
     bench = Bench(images, network)
     with pytest.raises(why or JobTimeout):
-        bench.run(deadline=deadline, crashed_stage=suspect)
+        bench.run(deadline=deadline, after_crash=after_crash)
     assert network.passes <= 2 + shards.COMPUTING
     assert not bench.store.objects
-    bench.run(crashed_stage=suspect)
+    bench.run(after_crash=after_crash)
     assert len(bench.good) == 20 * GROUP, "handed back, it runs again"
 
 
 def test_a_report_that_says_stop_stops_the_shard() -> None:
     bench = Bench()
 
-    def report(stage: str) -> None:
-        if stage == f"explain {GROUP} of 40":
+    def report(stage: Stage) -> None:
+        if stage == Stage(f"explain {GROUP} of 40", RowState(done=GROUP)):
             message = "The job was cancelled on request."
             raise JobCanceled(message)
 
@@ -744,7 +744,8 @@ def test_a_report_that_says_stop_stops_the_shard() -> None:
         shards.run_shard(shard, bench.services, JobContext(Deadline(60), report))
     assert not bench.store.objects
     bench.run(shard)
-    assert [one for one in bench.reported if one.startswith("explain ")][-1] == "explain 24 of 40"
+    last = [one for one in bench.reported if one.stage.startswith("explain ")][-1]
+    assert last == Stage("explain 24 of 40", RowState(done=24))
 
 
 @dataclass

@@ -139,7 +139,7 @@ def test_a_replay_that_fails_is_a_dead_letter_of_its_own(office: Office) -> None
     newest = office.replay()[new]
     assert newest
     job = office.ledger.job(newest)
-    assert job
+    assert isinstance(job, Job)
     assert job.metadata["replay_of"] == new
 
 

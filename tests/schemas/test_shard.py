@@ -1,12 +1,13 @@
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from gradcam_worker.errors import InvalidJob, InvalidRow
 from gradcam_worker.schemas.ids import new_id
-from gradcam_worker.schemas.job import Job
-from gradcam_worker.schemas.shard import MAX_ROWS, ROUTE, Row, Shard, parse
+from gradcam_worker.schemas.job import Job, Webhook
+from gradcam_worker.schemas.shard import MAX_ROWS, ROUTE, Row, Shard, Terms, parse, terms_of
 from gradcam_worker.schemas.status import Problem
 
 FIELDS: dict[str, Any] = {
@@ -87,15 +88,28 @@ def test_a_shard_that_is_none_is_refused_in_a_sentence(changes: dict[str, Any], 
 
 
 def test_a_shard_waits_behind_everybody_and_tells_nobody() -> None:
-    shard = Shard.model_validate(FIELDS)
-    assert (shard.priority, shard.webhooks, shard.idempotency_key, shard.expires_at) == (
-        ROUTE,
+    terms = terms_of(Shard.model_validate(FIELDS))
+    assert terms == Terms(ROUTE, 8, {"backfill": FIELDS["backfill"], "shard": "7"})
+    assert (terms.webhooks, terms.idempotency_key, terms.expires_at, terms.traceparent) == (
         (),
         None,
         None,
+        None,
     )
-    assert shard.metadata == {"backfill": FIELDS["backfill"], "shard": "7"}
-    assert shard.max_attempts == 8
+
+
+def test_the_terms_of_a_job_are_its_own_words() -> None:
+    said: dict[str, Any] = {
+        "priority": "low",
+        "max_attempts": 2,
+        "metadata": {"batch": "7"},
+        "idempotency_key": "k",
+        "expires_at": datetime(2999, 1, 1, tzinfo=UTC),
+        "traceparent": f"00-{'1' * 32}-{'2' * 16}-01",
+        "webhooks": (Webhook(url="https://app.example/hook"),),
+    }
+    job = Job.parse({"image": "s3://in/a.png", "network": "vgg16", "target": {"top_n": 1}, **said})
+    assert vars(terms_of(job)) == {"route": said.pop("priority"), **said}
 
 
 def test_a_shard_is_another_where_its_rows_are_and_where_it_keeps() -> None:

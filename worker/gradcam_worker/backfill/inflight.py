@@ -7,19 +7,18 @@ own.
 
 import contextlib
 import logging
-import re
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from gradcam_worker.errors import LedgerUnavailable, UnknownJob
 from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.schemas.earlier import row_state
 from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.schemas.status import StatusDocument
 
 log = logging.getLogger("gradcam")
 
-STAGE = re.compile(r"explain (\d+) of \d+")
 # What is wrong with the plan, the output or the workers, and so with every shard.
 FATAL_CODES = {
     "unknown_network",
@@ -102,8 +101,7 @@ class InFlight:
         for job_id, one in list(self.shards.items()):
             document = documents.get(job_id)
             if document and not document.final:
-                stage = STAGE.fullmatch(document.stage or "")
-                self.rows_explained += min(int(stage[1]), len(one.shard.rows)) if stage else 0
+                self.rows_explained += min(row_state(document).done, len(one.shard.rows))
                 self._warn_of_retry(document)
                 continue
             del self.shards[job_id]

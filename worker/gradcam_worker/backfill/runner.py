@@ -25,6 +25,7 @@ from gradcam_worker.backfill.registry import BackfillLease, BackfillRegistry
 from gradcam_worker.errors import BackfillConflict, BackfillStopped, InvalidInput, LedgerUnavailable
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.resilience.prefetch import Prefetcher
+from gradcam_worker.schemas.earlier import row_state
 from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.schemas.status import StatusDocument
 
@@ -259,8 +260,7 @@ class BackfillRunner:
             self._unchecked_ids.clear()
 
     def _on_shard_succeeded(self, shard: Shard, document: StatusDocument) -> None:
-        failed = {name.partition("failed_")[2]: int(count) for name, count in document.metrics.items()}
-        self._count_rows(shard, {code: count for code, count in failed.items() if code})
+        self._count_rows(shard, row_state(document).failed)
         self._check_weights(document)
 
     def _on_shard_failed(self, one: InFlightShard, document: StatusDocument) -> None:

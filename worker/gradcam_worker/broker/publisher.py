@@ -12,7 +12,7 @@ from gradcam_worker.broker import message
 from gradcam_worker.errors import BrokerUnavailable
 from gradcam_worker.ledger.redis.client import RedisClients
 from gradcam_worker.schemas import shard
-from gradcam_worker.schemas.shard import Work
+from gradcam_worker.schemas.shard import Work, terms_of
 from gradcam_worker.settings import Settings
 
 EXPLAIN = "gradcam.explain"
@@ -72,7 +72,8 @@ class Publisher:
         That moment, where it is known, saves its worker a look there: see `Ledger.claim_fresh`.
         Raises BrokerUnavailable: some of the messages may have come through.
         """
-        self._push((job.priority, _message(job.id, job.priority, job.to_json(), at)) for job, at in jobs)
+        routed = ((terms_of(job).route, job, at) for job, at in jobs)
+        self._push((route, _message(job.id, route, job.to_json(), at)) for route, job, at in routed)
 
     def republish(self, job_ids: Iterable[str], priority: str) -> None:
         """Publish jobs that the ledger has: their ids are enough. Raises BrokerUnavailable."""

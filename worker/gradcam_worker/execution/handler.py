@@ -32,7 +32,7 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.execution import pipeline, shards
 from gradcam_worker.execution.leases import LeaseManager
-from gradcam_worker.execution.pipeline import JobContext
+from gradcam_worker.execution.pipeline import JobContext, Stage
 from gradcam_worker.execution.services import Services
 from gradcam_worker.ledger.ledger import ClaimOutcome, Ledger
 from gradcam_worker.ledger.state_machine import suspected
@@ -43,9 +43,10 @@ from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.gate import ExclusiveGate
 from gradcam_worker.resilience.stall import Stall
+from gradcam_worker.schemas.earlier import row_state
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import ID_PATTERN, Job
-from gradcam_worker.schemas.shard import Shard, Work, parse
+from gradcam_worker.schemas.shard import Shard, Work, parse, terms_of
 from gradcam_worker.schemas.status import Problem, StatusDocument, WorkerRef
 from gradcam_worker.settings import Settings
 
@@ -181,8 +182,9 @@ class JobHandler:
             asked_at = utc_now()
             claim = self.ledger.claim(document, self.worker)
             if claim.outcome is ClaimOutcome.CLAIMED:
-                last = document.error.stage if document.error and suspected(document) else None
-                return self._run(job, claim.document, asked_at, suspect=last)
+                return self._run(
+                    job, claim.document, asked_at, crashed=document if suspected(document) else None
+                )
         if claim.outcome is ClaimOutcome.CHANGED:
             return None
         log.info("job %s is %s: nothing to do", job.id, claim.document.status)
@@ -232,18 +234,23 @@ class JobHandler:
         return back
 
     def _run(
-        self, job: Work, document: StatusDocument, asked_at: datetime, *, suspect: str | None = None
+        self,
+        job: Work,
+        document: StatusDocument,
+        asked_at: datetime,
+        *,
+        crashed: StatusDocument | None = None,
     ) -> Disposition:
-        """Run a job that was asked for, and claimed; write down how it went."""
+        """Run a job that was claimed. `crashed` is its document of before, if a worker died under it."""
         with self._job_context(job, document, asked_at) as traced:
-            return self._execute(job, traced, suspect)
+            return self._execute(job, traced, crashed)
 
     @contextmanager
     def _job_context(
         self, job: Work, document: StatusDocument, asked_at: datetime
     ) -> Iterator[StatusDocument]:
         """Within it, lines and spans are this attempt's; yields its document, which says in which trace."""
-        above = job.traceparent or document.traceparent
+        above = terms_of(job).traceparent or document.traceparent
         facts: dict[str, Any] = {"job_id": job.id, "attempt": document.attempt}
         more: dict[str, Any] = {"network": job.network, "worker": self.worker.id}
         with self.traces.joined("job", above, kind="CONSUMER", since=asked_at, **facts, **more):
@@ -253,14 +260,15 @@ class JobHandler:
             with logs.about(**facts, trace_id=tracing.trace_id(traceparent)):
                 yield document.model_copy(update={"traceparent": traceparent})
 
-    def _execute(self, job: Work, document: StatusDocument, suspect: str | None) -> Disposition:
+    def _execute(self, job: Work, document: StatusDocument, crashed: StatusDocument | None) -> Disposition:
         progress = _StageReporter(self.ledger, document, self.stall.moved)
         context = JobContext(
             Deadline(job.timeout_s),
             progress,
             attempt=document.attempt,
-            checkpoint=progress.insist,
-            crashed_stage=suspect,
+            checkpoint=progress.checkpoint,
+            after_crash=crashed is not None,
+            row_search=row_state(crashed).search if crashed else None,
             is_last_attempt=document.attempt >= document.max_attempts,
         )
         shard = isinstance(job, Shard)
@@ -281,9 +289,9 @@ class JobHandler:
             last = progress.end()
             metrics = {**last.metrics, **context.metrics, **done.metrics}
             self._write(last, status="succeeded", **{**vars(done), "metrics": metrics})
-            if shard:
-                failed = int(done.metrics["failed"])
-                self.observer.rows_ended(int(done.metrics["rows"]) - failed, failed)
+            if isinstance(job, Shard):
+                failed = sum(done.rows.failed.values()) if done.rows else 0
+                self.observer.rows_ended(len(job.rows) - failed, failed)
         return Disposition.FINISHED
 
     @contextmanager
@@ -369,7 +377,7 @@ class _StageReporter:
     def __init__(self, ledger: Ledger, document: StatusDocument, moved: Callable[[], None]) -> None:
         self._document, self._ledger, self._moved = document, ledger, moved
         self._written_s = time.monotonic()
-        self._begun: str | None = None  # a stage that is not written yet
+        self._begun: Stage | None = None  # a stage that is not written yet
         self._turn = threading.Lock()
 
     def end(self) -> StatusDocument:
@@ -378,12 +386,12 @@ class _StageReporter:
             self._begun, self._written_s = None, math.inf
             return self._document
 
-    def insist(self, stage: str) -> None:
+    def checkpoint(self, stage: Stage) -> None:
         """Write a stage now. Raises LedgerUnavailable."""
         self._moved()
         with self._turn:
             self._begun = None  # or it would be written over this one
-            self._document = self._ledger.advance(self._document, patience_s=LEDGER_PATIENCE_S, stage=stage)
+            self._document = self._ledger.advance(self._document, patience_s=LEDGER_PATIENCE_S, **vars(stage))
 
     def catch_up(self) -> None:
         """Write the stage that is not written yet, if its half second is over. Raises LedgerUnavailable."""
@@ -396,7 +404,7 @@ class _StageReporter:
         finally:
             self._turn.release()
 
-    def __call__(self, stage: str) -> None:
+    def __call__(self, stage: Stage) -> None:
         self._moved()
         with self._turn, contextlib.suppress(LedgerUnavailable):
             # No reason to give up: whether the job is still ours, its deadline knows.
@@ -409,5 +417,5 @@ class _StageReporter:
     def _write(self) -> None:
         if self._begun is None or time.monotonic() - self._written_s < PROGRESS_EVERY_S:
             return
-        self._document = self._ledger.advance(self._document, stage=self._begun)
+        self._document = self._ledger.advance(self._document, **vars(self._begun))
         self._begun, self._written_s = None, time.monotonic()

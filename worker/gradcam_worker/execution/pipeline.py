@@ -17,8 +17,15 @@ from gradcam_worker.observability import tracing
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import Manifest
-from gradcam_worker.schemas.shard import Work
-from gradcam_worker.schemas.status import ClassScore, ManifestRef, NetworkRef, ResultWarning
+from gradcam_worker.schemas.shard import Work, terms_of
+from gradcam_worker.schemas.status import (
+    ClassScore,
+    ManifestRef,
+    NetworkRef,
+    ResultWarning,
+    RowSearch,
+    RowState,
+)
 from gradcam_worker.storage.stores import Store
 
 log = logging.getLogger("gradcam")
@@ -33,6 +40,15 @@ class JobResult:
     result: ManifestRef
     warnings: tuple[ResultWarning, ...]
     metrics: dict[str, float] = field(default_factory=dict)
+    rows: RowState | None = None  # of a shard
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a job is, as its status document says it."""
+
+    stage: str  # for people
+    rows: RowState | None = None  # of a shard: what other processes need to know
 
 
 @dataclass
@@ -40,12 +56,13 @@ class JobContext:
     """Where a job is and how long each stage took, in seconds."""
 
     deadline: Deadline
-    report_stage: Callable[[str], None]  # called as a stage begins
+    report_stage: Callable[[Stage], None]  # called as a stage begins
     attempt: int = 1
     current_stage: str = "check"
     metrics: dict[str, float] = field(default_factory=dict)
-    checkpoint: Callable[[str], None] = lambda _: None  # reports what must be known if this process dies
-    crashed_stage: str | None = None  # a worker died under it: the stage that was reported last
+    checkpoint: Callable[[Stage], None] = lambda _: None  # reports what must be known if this process dies
+    after_crash: bool = False  # a worker died under the job
+    row_search: RowSearch | None = None  # of a shard: how far the search for the row that did it had come
     is_last_attempt: bool = False  # there will be no other attempt
 
     @contextmanager
@@ -53,7 +70,7 @@ class JobContext:
         """Be at a stage. Raises JobTimeout where no time is left for it."""
         self.current_stage = stage
         self.deadline.check(stage)
-        self.report_stage(stage)
+        self.report_stage(Stage(stage))
         begun = time.monotonic()
         try:
             with tracing.span(stage):
@@ -161,6 +178,6 @@ def admit(job: Work, services: Services) -> Store:
         most = f"at most {services.max_classes} are allowed (GRADCAM_MAX_CLASSES)"
         message = f"The job asks for {asked} classes; {most}."
         raise InvalidJob(message)
-    for webhook in job.webhooks:
+    for webhook in terms_of(job).webhooks:
         services.webhooks.check(webhook)
     return services.stores.open(job.output)

@@ -10,7 +10,6 @@ short for that are passes smaller, and differ in the last digits.)
 
 import hashlib
 import logging
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,7 +31,7 @@ from gradcam_worker.errors import (
     WorkerLost,
 )
 from gradcam_worker.execution import pipeline
-from gradcam_worker.execution.pipeline import JobContext, JobResult
+from gradcam_worker.execution.pipeline import JobContext, JobResult, Stage
 from gradcam_worker.execution.services import Services
 from gradcam_worker.execution.shard_rows import ENDS, LoadedImage, ShardRows
 from gradcam_worker.gradcam.explain import Explanation
@@ -40,8 +39,9 @@ from gradcam_worker.gradcam.network import Method, Network
 from gradcam_worker.inference.model_cache import GREY
 from gradcam_worker.observability.logs import Pool
 from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.earlier import metrics_of_failed, stage_of_progress
 from gradcam_worker.schemas.shard import READERS, Shard, data_key, failed_key
-from gradcam_worker.schemas.status import ManifestRef, NetworkRef, Problem
+from gradcam_worker.schemas.status import ManifestRef, NetworkRef, Problem, RowSearch, RowState
 from gradcam_worker.storage.stores import Object, Store
 
 log = logging.getLogger("gradcam")
@@ -49,9 +49,6 @@ log = logging.getLogger("gradcam")
 AHEAD = 3  # groups that are read or computed while one is waited for
 COMPUTING = 2  # of them that may be with the device: one is computed, one is there
 AGAIN_S = 2.0  # before rows that failed for a moment are tried a second time
-
-# The stage of a shard under which a worker died: rows 16 to 23; or row 17, but not 3 and 4.
-SUSPECT = re.compile(r"rows \d+ to \d+|row (\d+)(?: but (.*))?")
 
 Pixels = NDArray[np.uint8]
 Under = deque[tuple[list[int], "Future[list[Outcome]]"]]
@@ -77,8 +74,8 @@ def run_shard(shard: Shard, services: Services, context: JobContext) -> JobResul
         data, summary = dataset.to_bytes(shard, reference, grid, outcomes, kept)
     lines = dataset.failed_lines(shard, outcomes)
     with context.stage("upload"):
-        if context.crashed_stage is None:  # else it has just insisted on what the next attempt has to know
-            context.checkpoint("upload")  # who was overtaken, and has not heard of it, writes nothing
+        if not context.after_crash:  # else it has just written what the next attempt has to know
+            context.checkpoint(Stage("upload"))  # who was overtaken, and has not heard of it, writes nothing
         # Whoever dies between the two leaves no failed row that is not written down.
         files = [
             (failed_key(shard.key), lines, "application/x-ndjson"),
@@ -113,9 +110,17 @@ def _put(store: Store, one: Object, deadline: Deadline) -> None:
 
 def _done(uri: str, data: bytes, summary: Summary) -> JobResult:
     counts = {"rows": float(summary.rows), "failed": float(summary.failed)}
-    counts |= {f"failed_{code}": float(count) for code, count in summary.codes.items()}
+    failed = dict(summary.codes)
+    counts |= metrics_of_failed(failed)
     result = ManifestRef(manifest_uri=uri, manifest_sha256=hashlib.sha256(data).hexdigest())
-    return JobResult(network=summary.network, predictions=(), result=result, warnings=(), metrics=counts)
+    return JobResult(
+        network=summary.network,
+        predictions=(),
+        result=result,
+        warnings=(),
+        metrics=counts,
+        rows=RowState(failed=failed) if failed else None,
+    )
 
 
 class _ShardRun:
@@ -155,7 +160,7 @@ class _ShardRun:
         which is no fault of its images: the whole shard is tried again, unless this attempt is the last.
         """
         found: list[Outcome | None] = [None] * len(self.shard.rows)
-        compute = self._in_turn if self.context.crashed_stage is None else self._alone
+        compute = self._alone if self.context.after_crash else self._in_turn
         compute(places, found)
         brief = {place: one for place in places if (one := found[place]) and self._is_brief(place, one)}
         if 2 * len(brief) > len(places) and not self.context.is_last_attempt:
@@ -174,7 +179,8 @@ class _ShardRun:
 
     def _in_turn(self, places: Sequence[int], found: list[Outcome | None]) -> None:
         def report(_: list[int], done: int) -> None:
-            self.context.report_stage(f"explain {done} of {len(places)}")
+            stage = stage_of_progress(done, len(places))
+            self.context.report_stage(Stage(stage, RowState(done=done) if done else None))
 
         self._in_groups(places, found, self.size, AHEAD, report)
 
@@ -184,19 +190,23 @@ class _ShardRun:
         Where it dies under such a group, the next attempt does so with each row; and the one after leaves
         out the row whose turn it was.
         """
-        said = SUSPECT.fullmatch(self.context.crashed_stage or "")
-        deadly = [one for one in (said[1], *(said[2] or "").split(",")) if one] if said else []
-        but = f" but {','.join(deadly)}" if deadly else ""
+        before = self.context.row_search
+        left_out = () if before is None or before.row is None else (before.row, *before.left_out)
 
-        def insist(group: list[int], _: int) -> None:
-            self.context.checkpoint(f"row {group[0]}{but}" if said else f"rows {group[0]} to {group[-1]}")
+        def checkpoint(group: list[int], _: int) -> None:
+            search = (
+                RowSearch(row=group[0], left_out=left_out)
+                if before
+                else RowSearch(group=(group[0], group[-1]))
+            )
+            self.context.checkpoint(Stage(search.stage, RowState(search=search)))
 
         for place in places:
-            if str(place) in deadly:
+            if place in left_out:
                 lost = WorkerLost("The worker ended without a word when this image's turn came.")
                 found[place] = Problem.of(lost, stage="explain", attempt=self.context.attempt)
-        left = [place for place in places if str(place) not in deadly]
-        self._in_groups(left, found, 1 if said else self.size, 0, insist)
+        left = [place for place in places if place not in left_out]
+        self._in_groups(left, found, 1 if before else self.size, 0, checkpoint)
 
     def _in_groups(
         self,

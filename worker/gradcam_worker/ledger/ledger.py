@@ -34,7 +34,7 @@ from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import ID_PATTERN, Job, Webhook
-from gradcam_worker.schemas.shard import Shard, Work, parse
+from gradcam_worker.schemas.shard import Shard, Work, parse, terms_of
 from gradcam_worker.schemas.status import Problem, StatusDocument, WorkerRef
 
 ASK_AGAIN_S = 0.5  # between two tries to reach the ledger
@@ -279,7 +279,7 @@ class Ledger(ABC):
             raise UnknownJob(message)
         return documents[job_id]
 
-    def claim_fresh(self, job: Work, entered_at: datetime, worker: WorkerRef) -> StatusDocument | None:
+    def claim_fresh(self, job: Job, entered_at: datetime, worker: WorkerRef) -> StatusDocument | None:
         """Claim a job that nobody has touched since it was entered, without reading it first.
 
         None where it was touched, is another one, has expired, or was entered at another moment: see
@@ -393,14 +393,14 @@ class Ledger(ABC):
 
 
 def _entry(job: Work) -> Entry:
-    document = state_machine.fresh(job.id, job)
+    document, terms = state_machine.fresh(job.id, job), terms_of(job)
     return Entry(
-        _fingerprint(job), job.to_json(), job.idempotency_key, document, job.priority, tuple(job.webhooks)
+        _fingerprint(job), job.to_json(), terms.idempotency_key, document, terms.route, terms.webhooks
     )
 
 
 def _conflict(job: Work, theirs: str) -> IdempotencyConflict:
-    what = f"id {job.id}" if theirs == job.id else f"idempotency key {job.idempotency_key!r}"
+    what = f"id {job.id}" if theirs == job.id else f"idempotency key {terms_of(job).idempotency_key!r}"
     again = f"Where that one has failed, retry({theirs!r}) tries it again, under its id and key."
     return IdempotencyConflict(f"The {what} belongs to a different job, {theirs}: use a new one. {again}")
 

@@ -12,23 +12,23 @@ from typing import Any
 
 from gradcam_worker.errors import GradcamError, JobCanceled, JobExpired, MaxAttemptsExceeded, WorkerLost
 from gradcam_worker.schemas.ids import utc_now
-from gradcam_worker.schemas.shard import Work
+from gradcam_worker.schemas.shard import Work, terms_of
 from gradcam_worker.schemas.status import FINAL, Problem, StatusDocument, WorkerRef
 
 
 def fresh(job_id: str, job: Work | None = None, entered_at: datetime | None = None) -> StatusDocument:
     """A job as it is entered; without a job, what a message left that is none."""
-    now = entered_at or utc_now()
+    now, terms = entered_at or utc_now(), terms_of(job) if job else None
     return StatusDocument(
         id=job_id,
         status="queued",
-        max_attempts=job.max_attempts if job else 0,
+        max_attempts=terms.max_attempts if terms else 0,
         created_at=now,
         queued_at=now,
         updated_at=now,
-        expires_at=job.expires_at if job else None,
-        metadata=job.metadata if job else {},
-        traceparent=job.traceparent if job else None,
+        expires_at=terms.expires_at if terms else None,
+        metadata=terms.metadata if terms else {},
+        traceparent=terms.traceparent if terms else None,
     )
 
 
@@ -36,7 +36,7 @@ def following(before: StatusDocument, **changes: Any) -> StatusDocument:
     """The next revision of a document. A final one is at no stage, and says when it was completed."""
     now = utc_now()
     if changes.get("status") in FINAL:
-        changes = {"stage": None, "completed_at": now, **changes}
+        changes = {"stage": None, "rows": None, "completed_at": now, **changes}
     return before.model_copy(update={"revision": before.revision + 1, "updated_at": now, **changes})
 
 
@@ -50,6 +50,7 @@ def begun(before: StatusDocument, worker: WorkerRef, now: datetime) -> StatusDoc
         started_at=now,
         worker=worker,
         error=None,
+        rows=None,
         metrics={"queue_s": round((now - before.queued_at).total_seconds(), 4)},
     )
 
@@ -116,6 +117,7 @@ def handed_back(before: StatusDocument) -> StatusDocument:
         before,
         status="queued",
         stage=None,
+        rows=None,
         worker=None,
         queued_at=utc_now(),
         max_attempts=before.max_attempts + 1,
@@ -131,7 +133,8 @@ def lost(before: StatusDocument) -> StatusDocument:
     worker = before.worker.id if before.worker else "its worker"
     error = WorkerLost(f"Attempt {before.attempt} ended without a word: {worker} was killed or lost.")
     problem = Problem.of(error, stage=before.stage, attempt=before.attempt)
-    return following(before, status="queued", stage=None, queued_at=utc_now(), error=problem)
+    rows = before.rows if before.rows and before.rows.search else None  # the next attempt goes on with it
+    return following(before, status="queued", stage=None, queued_at=utc_now(), error=problem, rows=rows)
 
 
 def suspected(document: StatusDocument) -> bool:

@@ -2,6 +2,8 @@
 
 import json
 import re
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, StringConstraints, ValidationError
@@ -59,34 +61,6 @@ class Shard(RequestModel):
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 7200
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 8
 
-    # What a job has and a shard needs not.
-    @property
-    def priority(self) -> str:
-        """Its route: behind everybody."""
-        return ROUTE
-
-    @property
-    def idempotency_key(self) -> None:
-        """Its id says enough."""
-
-    @property
-    def expires_at(self) -> None:
-        """It waits for as long as it takes."""
-
-    @property
-    def traceparent(self) -> None:
-        """Each begins a trace of its own, where there are traces."""
-
-    @property
-    def webhooks(self) -> tuple[Webhook, ...]:
-        """Nobody is told of a shard but whoever submitted it."""
-        return ()
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What its document says of it beside the facts."""
-        return {"backfill": self.backfill, "shard": str(self.index)}
-
     def to_json(self) -> str:
         """Without defaults: there are many rows."""
         said = self.model_dump(mode="json", exclude_defaults=True)
@@ -98,6 +72,34 @@ class Shard(RequestModel):
 
 
 Work = Job | Shard
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On which terms the ledger keeps a job or a shard, and has it run."""
+
+    route: str  # a job's priority, or `ROUTE`
+    max_attempts: int
+    metadata: dict[str, str]  # what its status document says beside the facts
+    idempotency_key: str | None = None
+    expires_at: datetime | None = None  # None: it waits for as long as it takes
+    traceparent: str | None = None  # None: it begins a trace of its own, where there are traces
+    webhooks: tuple[Webhook, ...] = ()
+
+
+def terms_of(work: Work) -> Terms:
+    """The terms of a job or a shard. A shard has no key, no end of waiting and no webhook."""
+    if isinstance(work, Shard):
+        return Terms(ROUTE, work.max_attempts, {"backfill": work.backfill, "shard": str(work.index)})
+    return Terms(
+        work.priority,
+        work.max_attempts,
+        work.metadata,
+        work.idempotency_key,
+        work.expires_at,
+        work.traceparent,
+        work.webhooks,
+    )
 
 
 def data_key(key: str) -> str:

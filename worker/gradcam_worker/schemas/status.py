@@ -1,10 +1,12 @@
-"""gradcam_worker.schemas.status."""
+"""What is known about a job or shard, and why one failed: `gradcam.status/v1` and what it is made of."""
 
 from typing import Any, Literal
 
 from pydantic import (
     AwareDatetime,
     Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
     model_validator,
 )
 
@@ -101,6 +103,35 @@ class ManifestRef(ResponseModel):
     manifest_sha256: Sha256
 
 
+class RowSearch(ResponseModel):
+    """How far the search for rows that end their worker process has come. A row is its place in the shard.
+
+    After a worker died under a shard, the next attempt computes one group of rows at a time, and says before
+    each which it is. After a worker died under a group, the next attempt computes one row at a time. A row
+    under which a worker died is left out from then on.
+    """
+
+    group: tuple[int, int] | None = None  # the first and the last row of the group that is computed
+    row: int | None = None  # the row that is computed by itself
+    left_out: tuple[int, ...] = ()  # rows under which a worker died, the last one first
+
+    @property
+    def stage(self) -> str:
+        """In words, for people, and for earlier workers: see `gradcam_worker.schemas.earlier`."""
+        if self.group:
+            return "rows {} to {}".format(*self.group)
+        but = f" but {','.join(map(str, self.left_out))}" if self.left_out else ""
+        return f"row {self.row}{but}"
+
+
+class RowState(ResponseModel):
+    """What a shard's document says of its rows. `gradcam_worker.schemas.earlier.row_state` reads it."""
+
+    done: int = 0  # rows that the running attempt has explained
+    failed: dict[str, int] = Field(default_factory=dict)  # of a shard that succeeded: code -> rows
+    search: RowSearch | None = None  # after a worker died under the shard
+
+
 class StatusDocument(ResponseModel):
     """`gradcam.status/v1`: the whole truth about a job, the same in every backend."""
 
@@ -127,6 +158,15 @@ class StatusDocument(ResponseModel):
     error: Problem | None = None
     metadata: dict[str, str] = Field(default_factory=dict)
     traceparent: str | None = None  # W3C: in which trace it is to be found, where there is one
+    rows: RowState | None = None  # of a shard; left out of the JSON where there is nothing to say
+
+    @model_serializer(mode="wrap")
+    def _without_empty_rows(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The ledger compares the text of a fresh document, which an earlier version may have written."""
+        fields: dict[str, Any] = serialize(self)
+        if self.rows is None:
+            fields.pop("rows", None)
+        return fields
 
     @property
     def final(self) -> bool:
