@@ -217,7 +217,7 @@ def test_whoever_may_only_submit_may_do_all_that_a_backfill_does(
         assert submitter.submit(shard).status == "queued"
         assert submitter.read_many([shard.id])[shard.id].status == "queued"
         assert submitter.cancel(shard.id).status == "canceled"
-        assert submitter.workers() == {"gpu-1:7": "well"}
+        assert submitter.find_workers() == {"gpu-1:7": "well"}
         submitter.drop_dead_letter(shard.id)
         assert RedisBackfillRegistry(submitter.server).request_cancel(OUTPUT)
         assert one.renew().cancel_requested
@@ -226,4 +226,4 @@ def test_whoever_may_only_submit_may_do_all_that_a_backfill_does(
     assert looks_on.look().shards_ended["canceled"] == 1
     assert not admin.acl_log(), "nothing was denied"
     admin.hset("gradcam:workers", "gpu-2:8", "1 of long ago, which it may not forget")
-    assert submitter.workers() == {"gpu-1:7": "well"}
+    assert submitter.find_workers() == {"gpu-1:7": "well"}

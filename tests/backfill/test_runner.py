@@ -307,7 +307,7 @@ def test_it_stops_early_where_too_many_rows_fail(harness: Harness, plan: Plan) -
         harness.run(plan, images(100), window=2)
     assert len(harness.done) < 10
     assert harness.summary is None
-    assert harness.ledger.counts() == (0, 0), "nothing is left in flight"
+    assert harness.ledger.count_jobs() == (0, 0), "nothing is left in flight"
     summary = harness.run(plan, images(100), resume=True, max_failed=1)
     assert summary is not None
     assert summary["failed"] == 100
@@ -580,9 +580,9 @@ def test_a_shard_that_succeeds_at_last_is_no_dead_letter(harness: Harness, plan:
     keys = [one.key for one in cut_shards(images(12), plan)]
     harness.fails = {keys[1]: [StorageUnavailable("The store is down.")] * 4}
     assert harness.run(plan, images(12)) is None
-    assert len(harness.ledger.dead()) == 3
+    assert len(harness.ledger.find_dead_letters()) == 3
     assert harness.run(plan, images(12), resume=True)
-    assert not harness.ledger.dead()
+    assert not harness.ledger.find_dead_letters()
 
 
 def test_why_a_shard_is_tried_again_is_said_once(harness: Harness, plan: Plan) -> None:
@@ -638,7 +638,7 @@ def test_a_shard_that_an_older_version_left_in_flight_is_refused_and_submitted_a
     assert harness.run(plan, images(8), resume=True)
     refused = harness.ledger.read(first.id)
     assert (refused.status, refused.error and refused.error.code) == ("failed", "unknown_backfill")
-    assert not harness.ledger.dead(), "it has succeeded since"
+    assert not harness.ledger.find_dead_letters(), "it has succeeded since"
 
 
 def test_what_an_earlier_run_left_in_flight_ends_before_the_summary_is_written(

@@ -153,7 +153,7 @@ def test_it_stops_at_any_moment_says_what_is_in_flight_and_goes_on(
     before = signal.getsignal(signal.SIGTERM)
 
     def stop() -> None:
-        while worker.ledger.counts()[0] != 4:
+        while worker.ledger.count_jobs()[0] != 4:
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 
@@ -181,7 +181,7 @@ def test_it_is_cancelled_from_elsewhere_while_it_runs_and_when_nobody_runs_it(
     codes: list[int] = []
 
     def cancel() -> None:
-        while worker.ledger.counts()[0] != 4:
+        while worker.ledger.count_jobs()[0] != 4:
             time.sleep(0.01)
         codes.append(main(["backfill", "status", place]))
         codes.append(main(["backfill", "cancel", place]))
@@ -195,10 +195,10 @@ def test_it_is_cancelled_from_elsewhere_while_it_runs_and_when_nobody_runs_it(
     assert re.search(rf"state +running, by process {os.getpid()} on ", out)
     assert "It was run, and is stopped. Nothing is in flight." in out
     assert "cancelled on request" in err
-    assert worker.ledger.counts() == (0, 0)
+    assert worker.ledger.count_jobs() == (0, 0)
 
     def interrupt() -> None:
-        while worker.ledger.counts()[0] != 4:
+        while worker.ledger.count_jobs()[0] != 4:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -207,7 +207,7 @@ def test_it_is_cancelled_from_elsewhere_while_it_runs_and_when_nobody_runs_it(
     assert main(["backfill", "cancel", place, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == {"output": place, "ran": False, "ended": True, "shards_canceled": 4}
-    assert worker.ledger.counts() == (0, 0)
+    assert worker.ledger.count_jobs() == (0, 0)
     assert main(["backfill", "status", place]) == 0
     assert "0 done, 0 in flight" in capsys.readouterr().out, "though whoever ran it left four behind"
 

@@ -294,7 +294,7 @@ def test_failed_jobs_are_listed_shown_and_replayed_but_only_when_asked_to(
     assert row["replay"]["id"] == id_of_replay(down)
     assert main(["replay", down, "--dry-run"]) == 0
     assert f"Its replay would be job {id_of_replay(down)}." in capsys.readouterr().out
-    assert len(ledger.dead()) == 3, "until now nothing was replayed"
+    assert len(ledger.find_dead_letters()) == 3, "until now nothing was replayed"
 
     assert main(["replay", "--code", "storage_unavailable", "--since", "2h"]) == 0
     assert capsys.readouterr().out == f"{down} -> {id_of_replay(down)}\n"
@@ -304,7 +304,7 @@ def test_failed_jobs_are_listed_shown_and_replayed_but_only_when_asked_to(
     assert main(["replay", "--all", "--rate", "1000", "--json"]) == 1, "one never was a job"
     said = {row["id"]: row for row in json.loads(capsys.readouterr().out)}
     assert (said[slow]["new_id"], said[refused]["new_id"]) == (id_of_replay(slow), None)
-    assert [job_id for job_id, _ in ledger.dead()] == [refused]
+    assert [job_id for job_id, _ in ledger.find_dead_letters()] == [refused]
 
 
 def test_what_a_webhook_could_not_be_told_is_listed_and_told_again_but_only_when_asked_to(

@@ -162,7 +162,7 @@ def test_a_job_too_large_for_a_message_is_not_accepted(
     client = GradcamClient(settings=small, ledger=ledger, publish=published)
     with pytest.raises(InvalidJob, match="2,000"):
         client.submit(**{**FIELDS, "image": f"data:image/png;base64,{'A' * 3000}"})
-    assert ledger.counts() == (0, 0)
+    assert ledger.count_jobs() == (0, 0)
 
 
 def test_a_job_can_be_cancelled(client: GradcamClient) -> None:
@@ -224,7 +224,7 @@ def test_a_generator_is_read_as_its_jobs_are_taken(
 
     def jobs() -> Iterator[Job]:
         for number in range(95):
-            ahead.append(number - ledger.counts()[0])
+            ahead.append(number - ledger.count_jobs()[0])
             yield Job.parse(FIELDS)
 
     assert len(client.submit_many(jobs())) == 95
@@ -414,7 +414,7 @@ def test_a_ledger_that_blinks_is_asked_again_and_nothing_is_entered_twice(
     ledger.failures = 1
     assert client.cancel(job_id).status == "canceled"
     assert [job.id for job in published.jobs] == [job_id, *ids]
-    assert ledger.counts() == (2, 0)
+    assert ledger.count_jobs() == (2, 0)
 
 
 @pytest.mark.usefixtures("hasty")
@@ -441,7 +441,7 @@ def test_a_ledger_that_stays_away_is_an_error_that_says_what_is_known(
         client.cancel(jobs[0].id)
     ledger.failures = 0
     assert client.submit_many(jobs[2:]) == [jobs[2].id, jobs[3].id], "as the error says: with the same ids"
-    assert ledger.counts() == (4, 0)
+    assert ledger.count_jobs() == (4, 0)
 
 
 def test_a_server_that_does_not_answer_for_a_while_loses_nothing_and_doubles_nothing(
@@ -458,7 +458,7 @@ def test_a_server_that_does_not_answer_for_a_while_loses_nothing_and_doubles_not
     ids.append(client.submit(**FIELDS))
     assert client.statuses([job_id, *ids]).keys() == {job_id, *ids}
     assert {one["headers"]["id"] for one in waiting(settings)} >= {job_id, *ids}
-    assert RedisLedger(settings).counts() == (5, 0)
+    assert RedisLedger(settings).count_jobs() == (5, 0)
 
 
 @pytest.mark.usefixtures("hasty")
@@ -536,7 +536,7 @@ def test_what_an_error_of_redis_means_is_told_apart(settings: Settings, free_por
         assert (caught.value.changed_nothing, caught.value.retryable) == (unchanged, retryable), error
     nobody = RedisLedger(settings.changed(broker_url=f"redis://127.0.0.1:{free_port}/0"), retries=0)
     with pytest.raises(LedgerUnavailable) as caught:
-        nobody.counts()
+        nobody.count_jobs()
     assert caught.value.changed_nothing
 
 

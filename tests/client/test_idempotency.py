@@ -95,7 +95,7 @@ def test_processes_that_race_with_one_key_get_one_job_and_it_runs_once(
     assert all(answer == first for answer in answers), "everybody was told the same ids"
     assert set(first.values()) == jobs_in(ledger)
     assert len(set(first.values())) == KEYS
-    assert ledger.counts() == (KEYS, 0)
+    assert ledger.count_jobs() == (KEYS, 0)
     ends = [handler.handle({"id": job_id}, job_id) for answer in answers for job_id in answer.values()]
     assert ends == [Disposition.FINISHED] * KEYS + [Disposition.DROP] * (len(ends) - KEYS), (
         "each was published, and one of each ran"
@@ -260,4 +260,4 @@ def test_whoever_never_hears_submits_again_and_gets_the_job_that_was_made(
     forgetful.losses = 0
     assert client.submit(job) == job.id, "by its id, too"
     assert jobs_in(ledger) == {made, job.id}
-    assert ledger.counts() == (2, 0)
+    assert ledger.count_jobs() == (2, 0)

@@ -240,7 +240,7 @@ def test_the_same_key_uploads_and_runs_once(tmp_path: Path, photo: bytes) -> Non
     client, ledger, _ = client_of(Settings(uploads=(tmp_path / "up").as_uri()))
     ids = {client.upload_and_submit(photo, idempotency_key="k", **FIELDS) for _ in range(2)}
     assert len(ids) == 1
-    assert ledger.counts() == (1, 0)
+    assert ledger.count_jobs() == (1, 0)
     (kept,) = (tmp_path / "up").iterdir()
     assert kept.read_bytes() == photo
 
@@ -288,7 +288,7 @@ def test_what_cannot_be_uploaded_is_refused_before_anything_happens(name: str, t
     with pytest.raises(error, match=match):
         client.upload_and_submit(image, **FIELDS, **fields)
     assert not place.exists()
-    assert ledger.counts() == (0, 0)
+    assert ledger.count_jobs() == (0, 0)
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:

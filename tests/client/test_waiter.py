@@ -236,7 +236,7 @@ def test_who_waits_in_vain_is_told_whether_a_worker_lives(
         message = "Its user may not look."
         raise LedgerUnavailable(message)
 
-    monkeypatch.setattr(RedisLedger, "workers", away)
+    monkeypatch.setattr(RedisLedger, "find_workers", away)
     assert told() == "", "what is known is said, and no more"
 
 

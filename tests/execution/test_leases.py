@@ -55,7 +55,7 @@ class Office:
         self.now[0] += seconds
 
     def lost(self) -> list[str]:
-        return self.ledger.overdue(10)["lost"]
+        return self.ledger.find_overdue(10).expired_leases
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_job_is_renewed_as_long_as_it_is_held_and_no_longer(office: Office, jo
 
 def test_one_beat_says_how_the_worker_is(office: Office) -> None:
     office.leases.renew()
-    assert office.ledger.workers() == {"me": "well"}
+    assert office.ledger.find_workers() == {"me": "well"}
 
 
 def test_a_job_that_somebody_else_has_by_now_is_stopped(office: Office, job: Job) -> None:
@@ -203,9 +203,9 @@ def test_it_goes_on_renewing_whatever_happens_and_says_it_once(
         office.ledger.failure = failure
         office.leases.loop.start()
         wait_for(lambda: office.ledger.asked > 2)
-        assert office.ledger.workers() == {}
+        assert office.ledger.find_workers() == {}
         office.ledger.failure = None
-        wait_for(lambda: office.ledger.workers() == {"me": "well"})
+        wait_for(lambda: office.ledger.find_workers() == {"me": "well"})
         assert office.leases.loop.stop(WAIT_S)
     if isinstance(failure, LedgerUnavailable):
         assert caplog.text.count("no lease can be renewed: gone") == 1

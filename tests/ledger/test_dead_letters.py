@@ -114,7 +114,7 @@ def test_a_replay_that_is_interrupted_and_repeated_doubles_nothing(
     time.sleep(0.6)  # the replay would be another job now: it would not expire
     assert office.replay() == {old: id_of_replay(old)}
     assert {one.id for one in office.published.jobs} == {id_of_replay(old)}
-    assert office.ledger.counts() == (1, 0)
+    assert office.ledger.count_jobs() == (1, 0)
     assert office.dead.find() == []
 
 
@@ -126,7 +126,7 @@ def test_replays_that_race_yield_one_job(office: Office) -> None:
         one.start()
     for one in threads:
         one.join()
-    assert office.ledger.counts() == (10, 0)
+    assert office.ledger.count_jobs() == (10, 0)
     assert office.ledger.read_many([id_of_replay(one) for one in ids]).keys() == set(map(id_of_replay, ids))
 
 

@@ -57,7 +57,7 @@ def claim(ledger: Ledger, job: Job) -> Claim:
 
 def expired(ledger: Ledger, job: Job) -> bool:
     """Its worker is gone: the lease runs out. Whether the job is to be published."""
-    wait_for(lambda: job.id in ledger.overdue(10)["lost"])
+    wait_for(lambda: job.id in ledger.find_overdue(10).expired_leases)
     return ledger.expire_lease(job.id) is not None
 
 
@@ -76,12 +76,12 @@ def test_a_submitted_job_is_queued_and_can_be_read(ledger: Ledger, job: Job) -> 
     document = ledger.submit(job)
     assert (document.status, document.attempt, document.revision) == ("queued", 0, 1)
     assert ledger.read(job.id) == document
-    assert ledger.counts() == (1, 0)
+    assert ledger.count_jobs() == (1, 0)
 
 
 def test_submitting_twice_finds_the_first(ledger: Ledger, job: Job) -> None:
     assert ledger.submit(job) == ledger.submit(job)
-    assert ledger.counts() == (1, 0)
+    assert ledger.count_jobs() == (1, 0)
 
 
 def test_the_same_key_with_the_same_job_finds_the_first_also_when_it_is_final(
@@ -119,7 +119,7 @@ def test_a_claim_starts_the_first_attempt(ledger: Ledger, job: Job) -> None:
     assert (taken.document.status, taken.document.attempt, taken.document.worker) == ("running", 1, WORKER)
     assert taken.document.started_at is not None
     assert taken.document.metrics["queue_s"] >= 0
-    assert ledger.counts() == (0, 1)
+    assert ledger.count_jobs() == (0, 1)
 
 
 def test_an_untouched_job_is_taken_without_being_read(ledger: Ledger, job: Job) -> None:
@@ -129,7 +129,7 @@ def test_an_untouched_job_is_taken_without_being_read(ledger: Ledger, job: Job) 
     assert (taken.status, taken.stage, taken.attempt, taken.revision) == ("running", "fetch", 1, 2)
     assert (taken.worker, taken.queued_at) == (WORKER, entered.queued_at)
     assert taken.metrics["queue_s"] >= 0
-    assert ledger.counts() == (0, 1)
+    assert ledger.count_jobs() == (0, 1)
     assert ledger.advance(taken, status="succeeded").final
 
 
@@ -204,7 +204,7 @@ def test_a_lease_that_is_renewed_does_not_run_out(ledger: Ledger, job: Job) -> N
     while time.monotonic() < end:
         assert ledger.renew_leases("w", "well", {job.id: 1}) == Renewed()
         time.sleep(0.05)
-    wait_for(lambda: ledger.overdue(10)["lost"] == [other.id])
+    wait_for(lambda: ledger.find_overdue(10).expired_leases == [other.id])
 
 
 def test_a_lease_of_an_attempt_that_was_overtaken_is_not_renewed(ledger: Ledger, job: Job) -> None:
@@ -216,7 +216,7 @@ def test_a_lease_of_an_attempt_that_was_overtaken_is_not_renewed(ledger: Ledger,
 
 def test_a_worker_says_how_it_is(ledger: Ledger) -> None:
     ledger.renew_leases("gpu-1:7", '{"well": true}', {})
-    assert ledger.workers() == {"gpu-1:7": '{"well": true}'}
+    assert ledger.find_workers() == {"gpu-1:7": '{"well": true}'}
 
 
 def test_one_worker_reaps_and_another_takes_over_when_it_is_gone(ledger: Ledger) -> None:
@@ -235,7 +235,7 @@ def test_a_waiting_job_is_cancelled_at_once_and_never_starts(ledger: Ledger, job
     assert claim(ledger, job).outcome is ClaimOutcome.FINISHED
     assert ledger.claim_fresh(job, document.created_at, WORKER) is None
     assert ledger.cancel(job.id) == document
-    assert ledger.counts() == (0, 0)
+    assert ledger.count_jobs() == (0, 0)
 
 
 def test_a_running_job_is_asked_to_stop_and_its_worker_writes_the_end(ledger: Ledger, job: Job) -> None:
@@ -275,17 +275,17 @@ def test_a_job_that_is_handed_back_keeps_all_its_attempts(ledger: Ledger, job: J
 def test_a_job_that_expires_in_the_queue_is_found(ledger: Ledger, job: Job) -> None:
     soon = job.model_copy(update={"expires_at": utc_now() + timedelta(seconds=0.2)})
     ledger.submit(soon)
-    wait_for(lambda: ledger.overdue(10)["expired"] == [job.id])
+    wait_for(lambda: ledger.find_overdue(10).expired_jobs == [job.id])
     ledger.expire(job.id)
     assert ledger.read(job.id).status == "expired"
-    assert ledger.overdue(10)["expired"] == []
+    assert ledger.find_overdue(10).expired_jobs == []
 
 
 def test_a_job_that_has_begun_does_not_expire(ledger: Ledger, job: Job) -> None:
     soon = job.model_copy(update={"expires_at": utc_now() + timedelta(seconds=0.2)})
     claim(ledger, soon)
     time.sleep(0.3)
-    assert ledger.overdue(10)["expired"] == []
+    assert ledger.find_overdue(10).expired_jobs == []
 
 
 def test_a_queued_job_without_a_message_is_found_when_the_queue_is_empty(ledger: Ledger, job: Job) -> None:
@@ -313,9 +313,9 @@ def test_failed_jobs_are_dead_letters_until_they_are_buried(ledger: Ledger, job:
     ledger.advance(claim(ledger, job).document, status="failed")
     other = new_id()
     ledger.refuse(other, None, InvalidJob("no"))
-    assert {job_id for job_id, _ in ledger.dead()} == {job.id, other}
+    assert {job_id for job_id, _ in ledger.find_dead_letters()} == {job.id, other}
     ledger.drop_dead_letter(job.id)
-    assert [job_id for job_id, _ in ledger.dead()] == [other]
+    assert [job_id for job_id, _ in ledger.find_dead_letters()] == [other]
 
 
 def test_a_final_job_cannot_be_reopened(ledger: Ledger, job: Job) -> None:
@@ -327,7 +327,7 @@ def test_a_final_job_cannot_be_reopened(ledger: Ledger, job: Job) -> None:
     with pytest.raises(AttemptFenced):
         ledger.advance(document, status="succeeded")
     assert ledger.read(job.id) == final
-    assert ledger.counts() == (0, 0)
+    assert ledger.count_jobs() == (0, 0)
 
 
 def test_each_write_is_one_revision(ledger: Ledger, job: Job) -> None:
@@ -338,9 +338,9 @@ def test_each_write_is_one_revision(ledger: Ledger, job: Job) -> None:
 def test_a_retrying_job_waits_in_the_queue_and_gets_its_next_attempt(ledger: Ledger, job: Job) -> None:
     document = claim(ledger, job).document
     ledger.advance(document, status="retrying", delay_s=0.2)
-    assert ledger.counts() == (1, 0)
+    assert ledger.count_jobs() == (1, 0)
     assert claim(ledger, job).outcome is ClaimOutcome.HELD, "its pause is not over"
-    wait_for(lambda: ledger.overdue(10)["due"] == [job.id])
+    wait_for(lambda: ledger.find_overdue(10).due_retries == [job.id])
     assert ledger.requeue(job.id)
     assert not ledger.requeue(job.id)
     assert claim(ledger, job).document.attempt == 2
@@ -459,7 +459,7 @@ def test_a_job_of_a_later_version_is_failed_and_not_left_in_the_queue(ledger: Le
     with pytest.raises(InvalidJob, match="field_of_tomorrow: unknown field") as caught:
         ledger.get_or_create(other.id, job.model_dump(mode="json"))
     assert ledger.refuse(other.id, None, caught.value).status == "failed"
-    assert ledger.counts() == (1, 0)
+    assert ledger.count_jobs() == (1, 0)
 
 
 def test_a_message_is_about_the_job_that_the_ledger_holds(ledger: Ledger, job: Job) -> None:
@@ -520,8 +520,8 @@ def test_a_job_that_is_to_stop_gets_no_other_attempt_when_this_one_fails(
     assert (after.status, after.metrics) == ("canceled", {"fetch_s": 1.0})
     assert after.error is not None
     assert (after.error.code, after.error.stage) == ("canceled", "upload")
-    assert ledger.counts() == (0, 0)
-    assert ledger.overdue(10)["due"] == []
+    assert ledger.count_jobs() == (0, 0)
+    assert ledger.find_overdue(10).due_retries == []
 
 
 def test_a_job_that_is_to_stop_is_not_handed_back(ledger: Ledger, job: Job) -> None:
@@ -561,10 +561,10 @@ def test_ids_without_a_job_are_forgotten(settings: Settings, job: Job) -> None:
     server, prefix = ledger.server.redis, settings.key_prefix
     for one in (job, other):
         server.delete(f"{prefix}job:{one.id}")
-    wait_for(lambda: ledger.overdue(10)["lost"] == [] and not server.zcard(f"{prefix}running"))
+    wait_for(lambda: ledger.find_overdue(10).expired_leases == [] and not server.zcard(f"{prefix}running"))
     assert ledger.find_unpublished("normal", empty=True, lost_after_s=0, limit=10) == []
     assert not server.keys(f"{prefix}job:*"), "nothing is made by looking"
-    assert ledger.counts() == (0, 0)
+    assert ledger.count_jobs() == (0, 0)
 
 
 def test_a_ledger_that_is_full_says_so_and_can_still_be_read(
@@ -618,8 +618,8 @@ def test_a_failed_job_is_tried_again_as_the_same_one_with_all_its_attempts(ledge
     assert again.revision == ended.revision + 1
     assert (again.attempt, again.max_attempts) == (1, 3), "none of before can change it"
     assert ledger.read(job.id) == again
-    assert ledger.dead() == []
-    assert ledger.counts() == (1, 0)
+    assert ledger.find_dead_letters() == []
+    assert ledger.count_jobs() == (1, 0)
     assert ledger.job(job.id) == job
     with pytest.raises(AttemptFenced):
         ledger.advance(ended, status="succeeded")

@@ -85,7 +85,7 @@ class Graveyard:
 
 @pytest.fixture
 def yard(monkeypatch: pytest.MonkeyPatch) -> Graveyard:
-    monkeypatch.setattr(reaper, "FIRST_LOOK_S", 0)
+    monkeypatch.setattr(reaper, "RENEWED_WITHIN_S", 0)
     return Graveyard()
 
 
@@ -130,7 +130,7 @@ def test_a_job_that_was_lost_as_often_as_it_may_is_parked_and_republished_no_mor
     after = yard.read(document)
     assert after.error is not None
     assert (after.status, after.error.code, yard.republished) == ("failed", "max_attempts_exceeded", [])
-    assert [job_id for job_id, _ in yard.ledger.dead()] == [document.id]
+    assert [job_id for job_id, _ in yard.ledger.find_dead_letters()] == [document.id]
 
 
 def test_a_job_that_expires_in_the_queue_or_in_a_pause_ends_expired(yard: Graveyard) -> None:
@@ -148,7 +148,7 @@ def test_a_job_that_expires_in_the_queue_or_in_a_pause_ends_expired(yard: Gravey
 def test_a_job_whose_message_was_lost_is_published_again(
     yard: Graveyard, priority: str, messages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reaper, "SILENT_EVERY_S", 0)
+    monkeypatch.setattr(reaper, "LOST_MESSAGES_EVERY_S", 0)
     yard.messages = {priority: messages}
     document, one = yard.submit(priority=priority), yard.reaper()
     yard.now[0] += LOST_AFTER_S - 1
@@ -170,7 +170,7 @@ def test_a_job_whose_message_was_lost_is_published_again(
 
 
 def test_what_cannot_be_published_is_found_again(yard: Graveyard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reaper, "SILENT_EVERY_S", 0)
+    monkeypatch.setattr(reaper, "LOST_MESSAGES_EVERY_S", 0)
     document, one = yard.claim(), yard.reaper()
     yard.now[0] += LEASE_S + 1
     yard.broker_away = True
@@ -192,7 +192,7 @@ def test_one_worker_reaps_and_another_takes_over_when_it_is_gone(yard: Graveyard
     yard.ledger.advance(document, status="retrying", delay_s=0)
     second.round()
     assert yard.read(document).status == "retrying", "that is for the first"
-    yard.now[0] += reaper.LEADS_S + 0.1
+    yard.now[0] += reaper.LEADER_LEASE_S + 0.1
     second.round()
     assert yard.read(document).status == "queued"
 

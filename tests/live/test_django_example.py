@@ -237,7 +237,7 @@ def test_two_saves_run_one_job_and_what_is_rolled_back_runs_none(site: Site) -> 
     photo = said.split("id ")[1].strip()
     wait_for(lambda: site.row(photo)["status"] == "succeeded")
     assert site.row(photo)["version"] == 1
-    counts = site.stage.client._ledger.counts()
+    counts = site.stage.client._ledger.count_jobs()
     assert (counts, site.manifests()) == ((0, 0), before + 1)
 
 

@@ -56,7 +56,7 @@ def test_a_worker_without_storage_says_so_takes_no_jobs_and_finishes_all_when_it
         client, ledger = GradcamClient(settings=settings), service_factory.build_ledger(settings)
 
         def trouble() -> str | None:
-            said = [json.loads(health).get("trouble") for health in ledger.workers().values()]
+            said = [json.loads(health).get("trouble") for health in ledger.find_workers().values()]
             return next((one for one in said if one), None)
 
         def submit() -> str:

@@ -233,7 +233,7 @@ def test_what_the_reaper_puts_right_is_counted_once(shop: Shop) -> None:
         shop.ledger, "me", lambda job_id, _: rung.append(job_id), lambda _: 0,
         lease_s=0, lost_after_s=20, observer=shop.counted,
     )  # fmt: skip
-    reaper._reached_s = time.monotonic()
+    reaper._answered_s = time.monotonic()
     reaper.round()
     assert {lost.id, due.id, silent.id} <= set(rung)
     found = read(shop.counted)

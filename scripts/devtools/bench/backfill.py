@@ -110,7 +110,9 @@ def tracking(sizes: tuple[int, ...]) -> dict[int, runs.Ran]:
                 uris = (f"s3://photos/{number % backfill_kills.PHOTOS:05}.jpg" for number in range(rows))
                 source = runs.write_input(folder / "input.jsonl", uris)
                 with runs.working(settings, program, folder / "worker.log") as worker:
-                    runs.until(lambda: service_factory.build_ledger(settings).workers(), worker)  # at once
+                    runs.until(
+                        lambda: service_factory.build_ledger(settings).find_workers(), worker
+                    )  # at once
                     output = f"{settings.output}/tracking"
                     network = backfill_kills.NETWORK
                     found[rows] = runs.run(settings, source, output, network, rows, worker=worker)
@@ -142,7 +144,7 @@ def interactive(jobs: int) -> dict[str, list[float]]:
 
 def _until_busy(flow: River) -> None:
     """Return when the worker has as many shards in hand as it takes."""
-    runs.until(lambda: flow.ledger.counts()[1] >= flow.settings.shards, flow.worker)
+    runs.until(lambda: flow.ledger.count_jobs()[1] >= flow.settings.shards, flow.worker)
     time.sleep(1)  # the first groups are read
 
 

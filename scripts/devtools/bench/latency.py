@@ -104,11 +104,11 @@ def lone(flow: River, count: int) -> Result:
 def busy(flow: River, count: int) -> Result:
     """One job at a time, while bulk jobs wait in a queue that never runs dry."""
     bulk, begun = flow.client.submit_many(flow.jobs(NETWORK, STREAM)), time.time()
-    while flow.ledger.counts()[0] > STREAM / 2:  # it flows
+    while flow.ledger.count_jobs()[0] > STREAM / 2:  # it flows
         time.sleep(testbed.LOOK_S / 4)
     done = []
     for job in flow.jobs(NETWORK, count, priority="high"):
-        missing = STREAM - flow.ledger.counts()[0]
+        missing = STREAM - flow.ledger.count_jobs()[0]
         bulk += flow.client.submit_many(flow.jobs(NETWORK, max(missing, 0)))
         done.append(one_job(flow, job))
     ended = time.time()

@@ -114,7 +114,7 @@ def measure(count: int) -> Result:
         with Meter({"worker": flow.processes["worker"]}).running() as meter:
             for kind, job in mixed(flow, count, large, broken):
                 kinds[flow.client.submit(job)] = kind
-                while len(kinds) % WAITING == 0 and flow.ledger.counts()[0] > WAITING:
+                while len(kinds) % WAITING == 0 and flow.ledger.count_jobs()[0] > WAITING:
                     flow.check()
                     time.sleep(testbed.LOOK_S / 4)
             flow.drain()

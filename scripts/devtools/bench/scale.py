@@ -159,7 +159,7 @@ def _until_all_work(flow: River, workers: int, others: Sequence[Popen[bytes]]) -
     while len({one.worker.id for one in documents if one.worker}) < workers:
         alive = all(one.poll() is None for one in others)
         flow.check(alive=alive and time.monotonic() < end_s)
-        if len(flow.ledger.workers()) < workers:
+        if len(flow.ledger.find_workers()) < workers:
             time.sleep(LOOK_S)
             continue
         documents = _run(flow, 2 * THREADS * workers)

@@ -121,7 +121,7 @@ def asking_ms(flow: River) -> float:
     begun = time.thread_time()
     for _ in range(READINGS):
         publisher.queue_length("normal")
-        flow.ledger.counts()
+        flow.ledger.count_jobs()
     return 1e3 * (time.thread_time() - begun) / READINGS
 
 

@@ -67,10 +67,10 @@ class River:
 
     def drain(self) -> None:
         """Return when no job is left. Raises WorkerLost."""
-        left, since = sum(self.ledger.counts()), time.monotonic()
+        left, since = sum(self.ledger.count_jobs()), time.monotonic()
         while left:
             time.sleep(LOOK_S / 4)
-            now = sum(self.ledger.counts())
+            now = sum(self.ledger.count_jobs())
             if now != left:
                 left, since = now, time.monotonic()
             self.check(time.monotonic() - since < STALLED_S)
@@ -163,7 +163,7 @@ def _wait_until_ready(river: River, networks: tuple[str, ...]) -> None:
     """One job for each network has to come back."""
     ids = river.client.submit_many(job for name in networks for job in river.jobs(name, 1))
     end = time.monotonic() + START_S
-    while sum(river.ledger.counts()):
+    while sum(river.ledger.count_jobs()):
         river.check(time.monotonic() < end)
         time.sleep(LOOK_S)
     done = river.done(ids)

@@ -162,7 +162,7 @@ class BackfillRunner:
 
     def _count_workers(self) -> None:
         if self._outages.unavailable or time.monotonic() - self._workers_counted_s >= COUNT_WORKERS_EVERY_S:
-            self.progress = replace(self.progress, workers=len(self._ledger.workers()))
+            self.progress = replace(self.progress, workers=len(self._ledger.find_workers()))
             self._workers_counted_s = time.monotonic()
 
     def _is_finished(self) -> bool:

@@ -62,7 +62,7 @@ class StatusPoller:
 
     def __init__(self, ledger: Ledger) -> None:
         """Nothing is started yet."""
-        self._ledger, self._changes = ledger, ledger.changes()
+        self._ledger, self._changes = ledger, ledger.open_updates()
         self._lock = threading.RLock()  # for all that follows
         self._watched: dict[str, WatchedJob] = {}
         self._begun: set[str] = set()  # to be subscribed to

@@ -1,8 +1,8 @@
 """Waiting for jobs: one thread of a process looks at the ledger for all who wait, when told of a change.
 
-A ledger that can push (`Ledger.changes`) is subscribed to first; when that has begun, the job is looked at,
-and then again whenever it is said to have changed. Nothing hangs on that: a job whose subscription has not
-begun, was cut, or may not be had is looked at every now and then, and any other every SAFETY_S.
+A ledger that can push (`Ledger.open_updates`) is subscribed to first; when that has begun, the job is looked
+at, and then again whenever it is said to have changed. Nothing hangs on that: a job whose subscription has
+not begun, was cut, or may not be had is looked at every now and then, and any other every SAFETY_S.
 
 What it takes to follow a job is written once, without saying how to sleep: `JobWaiter.follow`.
 `JobWaiter.stream`
@@ -124,7 +124,7 @@ class JobWaiter:
     def explained(self, late: WaitTimeout) -> WaitTimeout:
         """The same, with what the ledger knows of workers and queues; asked for in this thread."""
         try:
-            return with_sentence(late, _at_work(self._ledger.workers(), *self._ledger.counts()))
+            return with_sentence(late, _at_work(self._ledger.find_workers(), *self._ledger.count_jobs()))
         except LedgerUnavailable:  # its user may not look, or it is away just now
             return late
 

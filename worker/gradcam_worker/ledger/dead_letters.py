@@ -65,7 +65,7 @@ class DeadLetters:
 
         Raises UnknownJob where one of `ids` is none.
         """
-        dead = dict(self._ledger.dead())
+        dead = dict(self._ledger.find_dead_letters())
         for job_id in ids:
             if job_id not in dead:
                 raise UnknownJob(self._why_not(job_id))

@@ -2,10 +2,9 @@
 
 A job is written here before its message is published, and every later change is one atomic
 compare-and-set on (attempt, revision), so an attempt that has been overtaken can change nothing.
-Whoever runs a job holds a lease on it and renews it: see `gradcam_worker.execution.leases`. What nobody holds
-any more, what
-waits for its next attempt, and what is queued without a message, `gradcam_worker.ledger.reaper` puts right.
-`Ledger` holds the rules; a backend (`redis_ledger`) holds the atomic steps.
+Whoever runs a job holds a lease on it and renews it: see `gradcam_worker.execution.leases`. Expired leases,
+retries that are due and queued jobs without a message are recovered by `gradcam_worker.ledger.reaper`.
+`Ledger` holds the rules; a backend, in `redis` or `memory`, holds the atomic steps.
 """
 
 import hashlib
@@ -13,11 +12,11 @@ import json
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 from gradcam_worker.errors import (
     AttemptFenced,
@@ -29,7 +28,6 @@ from gradcam_worker.errors import (
     UnknownJob,
 )
 from gradcam_worker.ledger import state_machine
-from gradcam_worker.ledger.redis.pubsub import RedisJobUpdates
 from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.ids import utc_now
@@ -87,6 +85,42 @@ class Renewed:
     canceled: frozenset[str] = frozenset()  # jobs that somebody wants stopped
 
 
+@dataclass(frozen=True)
+class Overdue:
+    """Ids of jobs that the reaper has to act on."""
+
+    expired_leases: list[str]  # running, and not renewed in time
+    due_retries: list[str]  # the pause before the next attempt is over
+    expired_jobs: list[str]  # waiting beyond `expires_at`
+
+
+class JobUpdates(Protocol):
+    """A subscription to changes of jobs, for one thread. It says that a job has changed, and never what.
+
+    Each method raises LedgerUnavailable where the server cannot be reached; it is closed then.
+    """
+
+    def subscribe(self, begun: Iterable[str], ended: Iterable[str]) -> None:
+        """Subscribe to the jobs in `begun`, end the subscriptions to those in `ended`."""
+        ...
+
+    def poll(self) -> tuple[set[str], set[str]]:
+        """What has come in since the last time: jobs whose subscription has begun, and jobs that changed."""
+        ...
+
+    def fileno(self) -> int | None:
+        """The file descriptor to wait on for something to come in; None without a connection."""
+        ...
+
+    def close(self) -> None:
+        """End all subscriptions. It can be used again."""
+        ...
+
+    def abandon(self) -> None:
+        """Leave the connection to the parent of a forked process."""
+        ...
+
+
 class Ledger(ABC):
     """The rules of a job's life. Raises LedgerUnavailable wherever it cannot be reached."""
 
@@ -123,54 +157,74 @@ class Ledger(ABC):
 
     @abstractmethod
     def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
-        """The documents of those of these jobs that the ledger knows."""
+        """Read the documents of those of these jobs that the ledger knows."""
 
-    def changes(self) -> RedisJobUpdates | None:
-        """What tells at once that a job has changed; None where one has to look again and again."""
+    def open_updates(self) -> JobUpdates | None:
+        """Open a subscription to changes of jobs; None where a job has to be read again and again instead."""
         return None
 
     def close(self) -> None:  # noqa: B027  # not every ledger has connections
         """Close what is connected; used again, it connects again."""
 
     @abstractmethod
-    def counts(self) -> tuple[int, int]:
-        """How many jobs are queued (waiting for a retry included), and how many are running."""
+    def count_jobs(self) -> tuple[int, int]:
+        """Count the jobs that are queued, those waiting for a retry included, and those that are running."""
 
     @abstractmethod
     def renew_leases(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
-        """Say that a worker lives, and renew its leases: job id -> attempt. One round trip."""
+        """Renew a worker's leases, in one round trip.
 
-    @abstractmethod
-    def workers(self) -> dict[str, str]:
-        """What the workers that live said last: id -> health."""
+        Args:
+            worker: Its id.
+            health: What it says of itself, as JSON: see `find_workers`.
+            held: The jobs that it runs, id -> attempt.
 
-    @abstractmethod
-    def try_lead(self, worker: str, seconds: float) -> bool:
-        """Whether this worker is the one that reaps, for so long."""
-
-    @abstractmethod
-    def overdue(self, limit: int) -> dict[str, list[str]]:
-        """Ids of jobs to be put right: `lost` leases, `due` retries, and what has `expired` in the queue."""
-
-    @abstractmethod
-    def find_unpublished(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
-        """Ids of queued jobs whose message must have been lost; they are not named again for a while.
-
-        A job of the same route that came later has been taken, or the queue is `empty`, and this one has
-        not been taken for `lost_after_s`.
+        Returns:
+            Which of them it has lost, and which running jobs are to stop.
         """
 
     @abstractmethod
-    def dead(self) -> list[tuple[str, float]]:
-        """Failed jobs that nobody has replayed, newest first: id, and when (seconds since the epoch)."""
+    def find_workers(self) -> dict[str, str]:
+        """Find the workers that renewed their leases lately: id -> health, as JSON."""
+
+    @abstractmethod
+    def try_lead(self, worker: str, seconds: float) -> bool:
+        """Become the one worker that reaps, or stay it, for `seconds`; False where another one is."""
+
+    @abstractmethod
+    def find_overdue(self, limit: int) -> Overdue:
+        """Find jobs that the reaper has to act on, `limit` of each kind at most."""
+
+    @abstractmethod
+    def find_unpublished(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
+        """Find queued jobs whose message must have been lost. They are not found again for a while.
+
+        Args:
+            route: The priority by which they were published.
+            empty: Whether its queue is. If not, only jobs are found whose message is older than one that
+                has been received since.
+            lost_after_s: How long a message may take to be received.
+            limit: How many are found at most.
+
+        Returns:
+            Their ids.
+        """
+
+    @abstractmethod
+    def find_dead_letters(self) -> list[tuple[str, float]]:
+        """Find failed jobs that nobody has replayed.
+
+        Returns:
+            Their ids, and when they failed in seconds since the epoch; newest first.
+        """
 
     @abstractmethod
     def drop_dead_letter(self, job_id: str) -> None:
-        """It is no dead letter any more."""
+        """Remove a job from the dead letters."""
 
     @abstractmethod
     def prune(self) -> None:
-        """Forget dead letters and workers of long ago."""
+        """Remove dead letters, parked recipients and workers of long ago."""
 
     def submit(self, job: Work, *, retry_failed: bool = False) -> StatusDocument:
         """Enter a job, once: the same job with the same id or idempotency key finds the first.

@@ -1,4 +1,4 @@
-"""Puts right what nobody else would: jobs whose worker died, whose pause is over, whose message was lost.
+"""Recovers expired leases, due retries, expired jobs and lost messages.
 
 One worker at a time does it, any of them; another takes over within seconds where that one is gone.
 """
@@ -17,16 +17,16 @@ from gradcam_worker.schemas.shard import ROUTES
 log = logging.getLogger("gradcam")
 
 EVERY_S = 0.5  # a pause before a retry is as exact as this
-LEADS_S = 5.0  # that the others leave it to this worker, unless it says so again
+LEADER_LEASE_S = 5.0  # that the others leave it to this worker, which renews it each round
 AT_ONCE = 200  # jobs of each kind in one round
-SILENT_EVERY_S = 2.0  # between two looks for lost messages: they cost a question to the broker
-SWEEP_EVERY_S = 600.0
-FIRST_LOOK_S = 2.0  # in which every worker that lives renews its leases
-HUNG_S = 1.0  # that an answer may take: after a longer silence of the ledger, leases are in doubt
+LOST_MESSAGES_EVERY_S = 2.0  # a search for them asks the broker for the lengths of its queues
+PRUNE_EVERY_S = 600.0
+RENEWED_WITHIN_S = 2.0  # in which every worker that lives renews its leases
+SLOW_ANSWER_S = 1.0  # after an answer that took longer, leases are in doubt: nobody could renew them
 
 
 class Reaper:
-    """Looks through the ledger again and again."""
+    """Acts on what is overdue in a ledger, again and again: see `loop`."""
 
     def __init__(
         self,
@@ -40,8 +40,17 @@ class Reaper:
         observer: Observer = SILENT,
         outages: Outages | None = None,
     ) -> None:
-        """`publish` publishes a job again, by its id and priority; `waiting` says how many messages a
-        priority's queue holds.
+        """Nothing is done yet.
+
+        Args:
+            ledger: Where to look.
+            worker: The id of this worker.
+            publish: Publishes a job again, by its id and priority.
+            waiting: How many messages the queue of a priority holds.
+            lease_s: How long a lease lasts: after an outage of the ledger, none is expired for so long.
+            lost_after_s: How long a message may take to be received.
+            observer: Is told of what is published again.
+            outages: Where outages of ledger and broker are noted.
         """
         self._ledger, self._worker = ledger, worker
         self._publish, self._waiting = publish, waiting
@@ -55,68 +64,77 @@ class Reaper:
             consequence="nothing can be put right",
         )
         self._trusted_s = 0.0  # from when on a lease that has run out means what it says
-        self._looked_s = self._swept_s = 0.0
-        self._reached_s: float | None = None  # when the ledger answered last
-        self._deaf = False  # the ledger was out of reach
-        self._odd: set[str] = set()  # jobs whose record cannot be read
+        self._searched_s = self._pruned_s = 0.0
+        self._answered_s: float | None = None  # when the ledger answered last
+        self._was_unreachable = False  # the ledger was out of reach
+        self._unreadable: set[str] = set()  # jobs whose record cannot be read
 
     def round(self) -> None:
-        """Look once at everything that is due. Raises LedgerUnavailable, BrokerUnavailable."""
+        """Act once on all that is overdue, where this worker leads.
+
+        Raises:
+            LedgerUnavailable: The ledger cannot be reached.
+            BrokerUnavailable: A job cannot be published.
+        """
         try:
             self._round()
         except LedgerUnavailable:
-            self._deaf = True
+            self._was_unreachable = True
             raise
 
     def _round(self) -> None:
-        leads, now_s = self._ledger.try_lead(self._worker, LEADS_S), time.monotonic()
-        if self._deaf or (self._reached_s is not None and now_s - self._reached_s > LEADS_S):
+        leads, now_s = self._ledger.try_lead(self._worker, LEADER_LEASE_S), time.monotonic()
+        if self._was_unreachable or (
+            self._answered_s is not None and now_s - self._answered_s > LEADER_LEASE_S
+        ):
             # Nobody could renew a lease while the ledger was away: all of them get the time to.
-            self._trusted_s, self._deaf = now_s + self._lease_s, False
-        elif self._reached_s is None:  # this worker may have come up together with the ledger
-            self._trusted_s = now_s + FIRST_LOOK_S
-        self._reached_s = now_s
+            self._trusted_s, self._was_unreachable = now_s + self._lease_s, False
+        elif self._answered_s is None:  # this worker may have come up together with the ledger
+            self._trusted_s = now_s + RENEWED_WITHIN_S
+        self._answered_s = now_s
         if not leads:
             return
-        self._put_right(trusted=now_s >= self._trusted_s)
-        if now_s - self._looked_s > SILENT_EVERY_S:
-            self._looked_s = now_s
-            self._look_for_lost_messages()
-        if now_s - self._swept_s > SWEEP_EVERY_S:
-            self._swept_s = now_s
+        self._recover_overdue(trusted=now_s >= self._trusted_s)
+        if now_s - self._searched_s > LOST_MESSAGES_EVERY_S:
+            self._searched_s = now_s
+            self._recover_lost_messages()
+        if now_s - self._pruned_s > PRUNE_EVERY_S:
+            self._pruned_s = now_s
             self._ledger.prune()
 
-    def _put_right(self, *, trusted: bool) -> None:
+    def _recover_overdue(self, *, trusted: bool) -> None:
         asked_s = time.monotonic()
-        overdue = self._ledger.overdue(AT_ONCE + len(self._odd))
-        trusted = trusted and time.monotonic() - asked_s < HUNG_S  # else nobody could renew meanwhile
-        for job_id in overdue["expired"]:
-            self._one(job_id, self._ledger.expire)
-        for job_id in overdue["due"]:
-            if route := self._one(job_id, self._ledger.requeue):
+        overdue = self._ledger.find_overdue(AT_ONCE + len(self._unreadable))
+        trusted = trusted and time.monotonic() - asked_s < SLOW_ANSWER_S  # else nobody could renew meanwhile
+        for job_id in overdue.expired_jobs:
+            self._change(job_id, self._ledger.expire)
+        for job_id in overdue.due_retries:
+            if route := self._change(job_id, self._ledger.requeue):
                 self._publish_again(job_id, route, "is due again")
-        for job_id in overdue["lost"] if trusted else ():
-            if route := self._one(job_id, self._ledger.expire_lease):
+        for job_id in overdue.expired_leases if trusted else ():
+            if route := self._change(job_id, self._ledger.expire_lease):
                 self._publish_again(job_id, route, "was lost with its worker: it runs again, alone")
 
-    def _one(self, job_id: str, change: Callable[[str], str | None]) -> str | None:
+    def _change(self, job_id: str, change: Callable[[str], str | None]) -> str | None:
         """Change one job; one whose record cannot be read must not keep the others waiting."""
         try:
             return change(job_id)
         except (LedgerUnavailable, BrokerUnavailable):
             raise
         except BaseException:
-            if job_id not in self._odd:
+            if job_id not in self._unreadable:
                 log.exception("job %s cannot be put right", job_id)
-            self._odd.add(job_id)  # a later version's, perhaps: others must get their turn all the same
+            self._unreadable.add(
+                job_id
+            )  # a later version's, perhaps: others must get their turn all the same
             return None
 
-    def _look_for_lost_messages(self) -> None:
+    def _recover_lost_messages(self) -> None:
         for route in ROUTES:
-            silent = self._ledger.find_unpublished(
+            lost = self._ledger.find_unpublished(
                 route, empty=not self._waiting(route), lost_after_s=self._lost_after_s, limit=AT_ONCE
             )
-            for job_id in silent:
+            for job_id in lost:
                 self._observer.republished()
                 self._publish_again(
                     job_id, route, "has no message that is to be found: it is published again"

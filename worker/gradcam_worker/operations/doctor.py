@@ -136,7 +136,7 @@ def _look(what: str, look: Callable[[Settings], str], settings: Settings, fix: s
 def _workers(settings: Settings, expected: int) -> Iterator[Finding]:
     """What the workers say of themselves that run now, wherever they are."""
     try:
-        found = RedisLedger(settings).workers()
+        found = RedisLedger(settings).find_workers()
     except LedgerUnavailable:
         return  # which has been told already
     if len(found) < expected:

@@ -95,7 +95,7 @@ class Dashboard:
             errors=self._count(letters),
             errors_of=recent,
             workers=tuple(
-                {"id": name, **_health(said)} for name, said in sorted(self._ledger.workers().items())
+                {"id": name, **_health(said)} for name, said in sorted(self._ledger.find_workers().items())
             ),
             backfills=tuple(self._backfills.running()),
         )

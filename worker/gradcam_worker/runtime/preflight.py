@@ -87,7 +87,7 @@ def ledger_answers(settings: Settings) -> str:
     name = "GRADCAM_LEDGER_URL" if settings.ledger_url else "GRADCAM_BROKER_URL"
     ledger = RedisLedger(settings, timeout_s=ANSWER_S, retries=0)
     try:
-        queued, running = ledger.counts()
+        queued, running = ledger.count_jobs()
         _check_mode(ledger.server.mode(), name)
     except LedgerUnavailable as error:
         _judge(error, name)

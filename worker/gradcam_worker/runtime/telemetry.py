@@ -37,7 +37,7 @@ class Telemetry:
         self.observer = self._metrics = Metrics(settings.starts)
         ledger = RedisLedger(settings, timeout_s=ANSWER_S, retries=0)
         publisher = Publisher(settings, timeout_s=ANSWER_S)
-        contact = Contact({"broker": partial(publisher.queue_length, "normal"), "ledger": ledger.counts})
+        contact = Contact({"broker": partial(publisher.queue_length, "normal"), "ledger": ledger.count_jobs})
         self.loops.append(contact.loop)
         for name in ("broker", "ledger"):
             self.health.ready[name] = partial(contact.check, name)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from gradcam_worker.ledger import outbox, state_machine
-from gradcam_worker.ledger.ledger import Entry, Ledger, Renewed
+from gradcam_worker.ledger.ledger import Entry, Ledger, Overdue, Renewed
 from gradcam_worker.ledger.memory.outbox import MemoryOutbox
 from gradcam_worker.schemas.status import StatusDocument
 
@@ -101,8 +101,8 @@ class MemoryLedger(Ledger):
         """See `Ledger.read_many`."""
         return {one: self._entries[one].document for one in ids if one in self._entries}
 
-    def counts(self) -> tuple[int, int]:
-        """See `Ledger.counts`."""
+    def count_jobs(self) -> tuple[int, int]:
+        """See `Ledger.count_jobs`."""
         states = [entry.document.status for entry in self._entries.values()]
         return states.count("queued") + states.count("retrying"), states.count("running")
 
@@ -120,8 +120,8 @@ class MemoryLedger(Ledger):
             running = [one.document for one in self._entries.values() if one.document.status == "running"]
             return Renewed(frozenset(lost), frozenset(one.id for one in running if one.cancel_requested_at))
 
-    def workers(self) -> dict[str, str]:
-        """See `Ledger.workers`."""
+    def find_workers(self) -> dict[str, str]:
+        """See `Ledger.find_workers`."""
         return dict(self.health)
 
     def try_lead(self, worker: str, seconds: float) -> bool:
@@ -132,17 +132,16 @@ class MemoryLedger(Ledger):
         self._leader = worker, self._clock() + seconds
         return True
 
-    def overdue(self, limit: int) -> dict[str, list[str]]:
-        """See `Ledger.overdue`."""
-        now, found = self._clock(), {"lost": "running", "due": "retrying"}
+    def find_overdue(self, limit: int) -> Overdue:
+        """See `Ledger.find_overdue`."""
+        now = self._clock()
         documents = [entry.document for entry in self._entries.values()]
-        late = {
-            name: [one.id for one in documents if one.status == status and self._due[one.id] <= now][:limit]
-            for name, status in found.items()
-        }
-        waiting = [one for one in documents if one.status in {"queued", "retrying"} and one.expires_at]
-        expired = [one.id for one in waiting if one.expires_at and one.expires_at.timestamp() <= now]
-        return {**late, "expired": expired[:limit]}
+        late = [one for one in documents if one.expires_at and one.expires_at.timestamp() <= now]
+        return Overdue(
+            [one.id for one in documents if one.status == "running" and self._due[one.id] <= now][:limit],
+            [one.id for one in documents if one.status == "retrying" and self._due[one.id] <= now][:limit],
+            [one.id for one in late if one.status in {"queued", "retrying"}][:limit],
+        )
 
     def find_unpublished(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
         """See `Ledger.find_unpublished`."""
@@ -160,8 +159,8 @@ class MemoryLedger(Ledger):
                 self._due[job_id] = now + lost_after_s * (2.0 ** (self._republished[job_id] - 1) - 1)
             return found
 
-    def dead(self) -> list[tuple[str, float]]:
-        """See `Ledger.dead`."""
+    def find_dead_letters(self) -> list[tuple[str, float]]:
+        """See `Ledger.find_dead_letters`."""
         return sorted(self._dead.items(), key=lambda one: -one[1])
 
     def drop_dead_letter(self, job_id: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradcam_worker.ledger import outbox, state_machine
-from gradcam_worker.ledger.ledger import Entry, Ledger, Renewed
+from gradcam_worker.ledger.ledger import Entry, Ledger, Overdue, Renewed
 from gradcam_worker.ledger.redis import scripts
 from gradcam_worker.ledger.redis.client import RedisServer
 from gradcam_worker.ledger.redis.pubsub import RedisJobUpdates
@@ -114,16 +114,16 @@ class RedisLedger(Ledger):
             if text
         }
 
-    def changes(self) -> RedisJobUpdates:
-        """See `Ledger.changes`."""
+    def open_updates(self) -> RedisJobUpdates:
+        """See `Ledger.open_updates`."""
         return RedisJobUpdates(self.server.redis, self.server.prefix)
 
     def close(self) -> None:
         """See `Ledger.close`."""
         self.server.close()
 
-    def counts(self) -> tuple[int, int]:
-        """See `Ledger.counts`."""
+    def count_jobs(self) -> tuple[int, int]:
+        """See `Ledger.count_jobs`."""
         waiting = [*(f"queued:{route}" for route in ROUTES), "retrying"]
         with self.server.reaching(), self.server.redis.pipeline(transaction=False) as pipeline:
             for name in (*waiting, "running"):
@@ -139,8 +139,8 @@ class RedisLedger(Ledger):
         )
         return Renewed(frozenset(lost), frozenset(canceled))
 
-    def workers(self) -> dict[str, str]:
-        """See `Ledger.workers`."""
+    def find_workers(self) -> dict[str, str]:
+        """See `Ledger.find_workers`."""
         found = self.server.run(scripts.FindWorkers(remembered_ms=LIVES * self._lease_ms))
         return dict(zip(found[::2], found[1::2], strict=True))
 
@@ -148,10 +148,9 @@ class RedisLedger(Ledger):
         """See `Ledger.try_lead`."""
         return bool(self.server.run(scripts.TryLead(worker=worker, lease_ms=int(seconds * 1000))))
 
-    def overdue(self, limit: int) -> dict[str, list[str]]:
-        """See `Ledger.overdue`."""
-        lost, due, expired = self.server.run(scripts.FindOverdue(limit=limit))
-        return {"lost": lost, "due": due, "expired": expired}
+    def find_overdue(self, limit: int) -> Overdue:
+        """See `Ledger.find_overdue`."""
+        return Overdue(*self.server.run(scripts.FindOverdue(limit=limit)))
 
     def find_unpublished(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
         """See `Ledger.find_unpublished`."""
@@ -166,8 +165,8 @@ class RedisLedger(Ledger):
             )
         )
 
-    def dead(self) -> list[tuple[str, float]]:
-        """See `Ledger.dead`."""
+    def find_dead_letters(self) -> list[tuple[str, float]]:
+        """See `Ledger.find_dead_letters`."""
         with self.server.reaching():
             found: Any = self.server.redis.zrange(
                 f"{self.server.prefix}dead", 0, REMEMBERED - 1, desc=True, withscores=True
@@ -182,7 +181,7 @@ class RedisLedger(Ledger):
     def prune(self) -> None:
         """See `Ledger.prune`."""
         self.server.run(scripts.Prune(retention_ms=max(self._retention_ms)))
-        self.workers()
+        self.find_workers()  # removes those that were not heard of
 
     def _key(self, job_id: str) -> str:
         return f"{self.server.prefix}job:{job_id}"
