@@ -165,7 +165,7 @@ def test_a_server_for_which_nobody_vouches_is_refused(
 
 
 def test_an_authority_that_is_not_there_is_an_impossible_setting() -> None:
-    with pytest.raises(InvalidSettings, match=r"redis_ca '/nowhere/ca\.pem' is not a file"):
+    with pytest.raises(InvalidSettings, match=r"^GRADCAM_REDIS_CA: '/nowhere/ca\.pem' is not a file"):
         Settings.from_environment({"GRADCAM_REDIS_CA": "/nowhere/ca.pem"})
 
 

@@ -706,7 +706,7 @@ def test_what_is_refused_is_not_asked_for_again(
 
 @pytest.mark.parametrize("url", ["", "nonsense", "amqp://host", "redis://host:99999/0", "redis://h/0?a=b"])
 def test_urls_given_by_hand_are_checked_as_those_of_the_environment_are(url: str) -> None:
-    with pytest.raises(InvalidSettings, match=r"broker_url .*must look like redis://host:6379/0"):
+    with pytest.raises(InvalidSettings, match=r"^GRADCAM_BROKER_URL: .*must look like redis://host:6379/0"):
         GradcamClient(url)
     if url:
         with pytest.raises(InvalidSettings, match=r"ledger_url .*must look like .* without \?options"):

@@ -309,7 +309,11 @@ def test_without_a_place_for_uploads_the_setting_is_named(photo: bytes) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "match"),
     [
-        ("GRADCAM_UPLOADS", "photos", "uploads 'photos' must look like s3://bucket/prefix or file:///folder"),
+        (
+            "GRADCAM_UPLOADS",
+            "photos",
+            "GRADCAM_UPLOADS: 'photos' must look like s3://bucket/prefix or file:///folder",
+        ),
         ("GRADCAM_S3_PUBLIC_URL", "files.example.com", "must look like https://s3.example.com:9000"),
     ],
 )

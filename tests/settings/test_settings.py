@@ -38,22 +38,59 @@ def test_what_holds_a_comma_stands_in_quotes_and_reaches_a_child_process_so() ->
     ("variables", "expected"),
     [
         ({"GRADCAM_IMAGE_ROOTS": '"planted'}, "GRADCAM_IMAGE_ROOTS: it is no list with commas"),
-        ({"GRADCAM_BROKER_URI": "x"}, "no setting GRADCAM_BROKER_URI. Did you mean GRADCAM_BROKER_URL?"),
-        ({"GRADCAM_THREADS": "many"}, "GRADCAM_THREADS: Input should be a valid integer"),
+        (
+            {"GRADCAM_BROKER_URI": "x"},
+            "GRADCAM_BROKER_URI: there is no such setting. Did you mean GRADCAM_BROKER_URL?",
+        ),
+        ({"GRADCAM_THREADS": "many"}, "GRADCAM_THREADS: 'many' was received: it should be a valid integer"),
         ({"GRADCAM_THREADS": "0"}, "GRADCAM_THREADS"),
-        ({"GRADCAM_IMAGE_SCHEMES": "s3,ftp"}, "not all of ['ftp', 's3']"),
-        ({"GRADCAM_IMAGE_SCHEMES": "https"}, "image_hosts names no host"),
-        ({"GRADCAM_IMAGE_SCHEMES": "file"}, "image_roots names no folder"),
+        (
+            {"GRADCAM_IMAGE_SCHEMES": "s3,ftp"},
+            "GRADCAM_IMAGE_SCHEMES: 'ftp' is no scheme of an image: it must be one of s3, https, http",
+        ),
+        (
+            {"GRADCAM_IMAGE_SCHEMES": "https"},
+            "GRADCAM_IMAGE_HOSTS: it names no host, but GRADCAM_IMAGE_SCHEMES allows http or",
+        ),
+        (
+            {"GRADCAM_IMAGE_SCHEMES": "file"},
+            "GRADCAM_IMAGE_ROOTS: it names no folder, but GRADCAM_IMAGE_SCHEMES allows file",
+        ),
         ({"GRADCAM_IMAGE_HOSTS": "*"}, "GRADCAM_IMAGE_HOSTS: '*' is not a host: write host, host:port"),
         ({"GRADCAM_WEBHOOK_HOSTS": "*.com"}, "GRADCAM_WEBHOOK_HOSTS: '*.com' would let in too much"),
         ({"GRADCAM_PRIVATE_NETWORKS": "10.0.0.1/8"}, "GRADCAM_PRIVATE_NETWORKS: '10.0.0.1/8' is not a netw"),
-        ({"GRADCAM_S3_ACCESS_KEY_ID": "key"}, "must be given together"),
-        ({"GRADCAM_OUTPUT": "results"}, "must look like s3://bucket/prefix"),
+        (
+            {"GRADCAM_S3_ACCESS_KEY_ID": "key"},
+            "GRADCAM_S3_SECRET_ACCESS_KEY: it and GRADCAM_S3_ACCESS_KEY_ID must",
+        ),
+        ({"GRADCAM_S3_SECRET_ACCESS_KEY": "planted"}, "GRADCAM_S3_SECRET_ACCESS_KEY: it and GRADCAM_S3_ACC"),
+        ({"GRADCAM_OUTPUT": "results"}, "GRADCAM_OUTPUT: 'results' must look like s3://bucket/prefix"),
         ({"GRADCAM_OUTPUT": "s3://"}, "must look like s3://bucket/prefix"),
-        ({"GRADCAM_BROKER_URL": "foo"}, "broker_url '...' must look like redis://host:6379/0"),
-        ({"GRADCAM_BROKER_URL": "redis://u:planted@host:port/0"}, "broker_url"),
-        ({"GRADCAM_BROKER_URL": "redis://h/notadb"}, "broker_url"),
-        ({"GRADCAM_LEDGER_URL": "redis://h/0?password=planted"}, "ledger_url"),
+        (
+            {"GRADCAM_BROKER_URL": "foo"},
+            "GRADCAM_BROKER_URL: '...' has no scheme: it must look like redis://host:6379/0",
+        ),
+        ({"GRADCAM_BROKER_URL": ""}, "GRADCAM_BROKER_URL: '' has no scheme"),
+        (
+            {"GRADCAM_BROKER_URL": "http://h/0"},
+            "'http://h/0' has another scheme than redis or rediss: it must",
+        ),
+        (
+            {"GRADCAM_BROKER_URL": "redis://u:planted@host:port/0"},
+            "'redis://...' has a port that is no number",
+        ),
+        ({"GRADCAM_BROKER_URL": "redis://h:0/0"}, "'redis://h:0/0' has a port that is no number from 1 to"),
+        ({"GRADCAM_BROKER_URL": "redis:///0"}, "'redis:///0' names no host: it must look like redis://host"),
+        ({"GRADCAM_BROKER_URL": "redis://u:pla/planted@h/0"}, "'redis://...' has an @ behind its host (in a"),
+        ({"GRADCAM_BROKER_URL": "redis://h/0#planted"}, "'redis://h/0' has a part behind a #: it must"),
+        (
+            {"GRADCAM_BROKER_URL": "redis://h/nodb"},
+            "has the path '/nodb': it must be the number of a database",
+        ),
+        (
+            {"GRADCAM_LEDGER_URL": "redis://h/0?password=planted"},
+            "GRADCAM_LEDGER_URL: 'redis://h/0' has options",
+        ),
         ({"GRADCAM_BROKER_URL": "sentinel://:planted@a:1;sentinel://:planted@b:2"}, "of a Redis Sentinel"),
         (
             {"GRADCAM_BROKER_URL": "redis+sentinel://a:26379/0"},
@@ -62,16 +99,36 @@ def test_what_holds_a_comma_stands_in_quotes_and_reaches_a_child_process_so() ->
         ({"GRADCAM_BROKER_URL": "redis+cluster://a/0"}, "is that of a Redis Cluster, which is not supported"),
         (
             {"GRADCAM_LEDGER_URL": "rediss+cluster://:planted@a/0"},
-            "ledger_url 'rediss+cluster://a/0' is that",
+            "GRADCAM_LEDGER_URL: 'rediss+cluster://a/0' is that",
         ),
         ({"GRADCAM_BROKER_URL": "redis-cluster://a:7000,b:7001"}, "is that of a Redis Cluster"),
         ({"GRADCAM_BROKER_URL": "redis://a:6379,b:6379/0"}, "names several servers: name one server, or one"),
         ({"GRADCAM_BROKER_URL": "redis://:planted@a/0;redis://:planted@b/0"}, "names several servers"),
+        (
+            {"GRADCAM_THREADS": "https://u:planted@h/"},
+            "GRADCAM_THREADS: 'https://h/' was received: it should",
+        ),
+        (
+            {"GRADCAM_STATUS_SQL_URL": "mysql://u:planted@h/d"},
+            "GRADCAM_STATUS_SQL_URL: it has another scheme",
+        ),
+        ({"GRADCAM_STATUS_SQL_URL": "postgresql://u:planted@h"}, "it names no database behind the host: it"),
+        ({"GRADCAM_STATUS_SQL_URL": "sqlite:///:memory:"}, "it names no file of SQLite: it must look like"),
+        (
+            {"GRADCAM_S3_ENDPOINT_URL": "s3.example.com"},
+            "GRADCAM_S3_ENDPOINT_URL: 's3.example.com' has no sch",
+        ),
         ({"GRADCAM_VISIBILITY_TIMEOUT_S": "inf"}, "GRADCAM_VISIBILITY_TIMEOUT_S"),
         ({"GRADCAM_RETENTION_S": "nan"}, "GRADCAM_RETENTION_S"),
         ({"GRADCAM_METRICS_PORT": "70000"}, "GRADCAM_METRICS_PORT"),
-        ({"GRADCAM_LOG_FORMAT": "xml"}, "GRADCAM_LOG_FORMAT: Input should be 'text' or 'json'"),
-        ({"GRADCAM_PRECISION": "float16"}, "GRADCAM_PRECISION: Input should be 'float32', 'tf32'"),
+        (
+            {"GRADCAM_LOG_FORMAT": "xml"},
+            "GRADCAM_LOG_FORMAT: 'xml' was received: it should be 'text' or 'json'",
+        ),
+        (
+            {"GRADCAM_PRECISION": "float16"},
+            "GRADCAM_PRECISION: 'float16' was received: it should be 'float32', 'tf32'",
+        ),
     ],
 )
 def test_an_impossible_setting_is_named(variables: dict[str, str], expected: str) -> None:
@@ -79,6 +136,31 @@ def test_an_impossible_setting_is_named(variables: dict[str, str], expected: str
         Settings.from_environment(variables)
     assert expected in str(caught.value)
     assert "planted" not in str(caught.value)
+    assert str(caught.value).startswith("GRADCAM_")
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    wrong = {"GRADCAM_THREAD": "3", "GRADCAM_OUTPUT": "results", "GRADCAM_LEASE_S": "soon"}
+    with pytest.raises(InvalidSettings) as caught:
+        Settings.from_environment({**wrong, "GRADCAM_THREADS": "3"})
+    assert str(caught.value) == (
+        "GRADCAM_THREAD: there is no such setting. Did you mean GRADCAM_THREADS? GRADCAM_LEASE_S: 'soon' was "
+        "received: it should be a valid number, unable to parse string as a number. GRADCAM_OUTPUT: "
+        "'results' must look like s3://bucket/prefix or file:///folder, without a user or a password."
+    )
+
+
+def test_settings_by_keyword_read_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADCAM_THREADS", "3")
+    monkeypatch.setenv("GRADCAM_THREAD", "3")
+    assert Settings().threads == 16
+    assert Settings(threads=4).threads == 4
+    monkeypatch.delenv("GRADCAM_THREAD")
+    assert Settings.from_environment().threads == 3
+
+
+def test_which_settings_were_given_is_known() -> None:
+    assert Settings.from_environment({"GRADCAM_THREADS": "16"}).model_fields_set == {"threads"}
 
 
 def injected(service: str, port: int, address: str = "10.96.0.7") -> dict[str, str]:
@@ -133,7 +215,7 @@ def test_a_setting_that_ends_as_a_service_does_is_read_and_one_that_is_misspelt_
         "GRADCAM_BROKER_SERVICE_PORTS": "1",
         "GRADCAM_METRICS_PORT_TCP": "tcp://10.0.0.1:9464",
     }.items():
-        with pytest.raises(InvalidSettings, match=f"no setting {name}"):
+        with pytest.raises(InvalidSettings, match=f"{name}: there is no such setting"):
             Settings.from_environment({name: value})
 
 

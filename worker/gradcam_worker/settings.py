@@ -1,4 +1,4 @@
-"""Every knob, `GRADCAM_*`: the only reader of the environment.
+"""Every setting, `GRADCAM_*`, read from the environment by pydantic-settings.
 
 A list is written with commas: `GRADCAM_IMAGE_SCHEMES=s3,https`; what holds a comma stands in double quotes.
 """
@@ -6,19 +6,25 @@ A list is written with commas: `GRADCAM_IMAGE_SCHEMES=s3,https`; what holds a co
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
-    model_validator,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
 )
 
 from gradcam_worker.errors import InvalidSettings
@@ -28,11 +34,17 @@ from gradcam_worker.observability.tracing import checked
 from gradcam_worker.schemas import bucket_names
 from gradcam_worker.text import comma_lists, urls
 from gradcam_worker.text.urls import without_secrets
+from gradcam_worker.text.visible import visible
 
 PREFIX = "GRADCAM_"
 PLACE_LOOKS = "must look like s3://bucket/prefix or file:///folder, without a user or a password"
 ONE_SERVER = "name one server, or one address that leads to the master, as redis://host:6379/0"
 SCHEMES = ("s3", "https", "http", "file", "data")
+REDIS_LOOKS = "must look like redis://host:6379/0, or rediss:// for TLS"
+DATABASE_LOOKS = "must look like sqlite:////folder/status.db or postgresql://user:password@host/database"
+S3_SERVER_LOOKS = "must look like https://s3.example.com:9000"
+BAD_PORT = f"a port that is no number from 1 to {urls.LARGEST_PORT}"
+MAX_RECEIVED = 100  # characters of a value, in an error
 # What Kubernetes sets in each pod for each Service of its namespace (enableServiceLinks), and Docker for each
 # linked container: for one called gradcam-x, names that begin as ours do. None of ours has such a value.
 SERVICE_LINKS = (
@@ -47,48 +59,56 @@ SERVICE_LINKS = (
 )
 
 
+def _unless_empty(check: Callable[[str], str]) -> AfterValidator:
+    return AfterValidator(lambda text: text and check(text))
+
+
 def _split(value: Any) -> Any:
     return comma_lists.parse(value) if isinstance(value, str) else value
 
 
 def _devices(value: Any) -> Any:
-    """Spaces left out; auto where nothing is said."""
-    said = str(value).replace(" ", "") or "auto"
-    if not re.fullmatch(r"auto|cpu|[0-9]{1,3}(,[0-9]{1,3})*", said):
-        message = f"devices {value!r} must be auto, cpu, or the numbers of GPUs, as in 0,1"
+    """Without spaces; auto where it is empty."""
+    devices = str(value).replace(" ", "") or "auto"
+    if not re.fullmatch(r"auto|cpu|[0-9]{1,3}(,[0-9]{1,3})*", devices):
+        message = f"{value!r} must be auto, cpu, or the numbers of GPUs, as in 0,1"
         raise ValueError(message)
-    return said
+    return devices
 
 
-def _signing(value: SecretStr) -> SecretStr:
+def _webhook_secrets(value: SecretStr) -> SecretStr:
     secrets_of(value.get_secret_value())
     return value
 
 
-def _database(value: SecretStr) -> SecretStr:
+def _database_url(value: SecretStr) -> SecretStr:
     text = value.get_secret_value()
-    if text and not _is_database(text):
-        looks = "it must look like sqlite:////folder/status.db or postgresql://user:password@host/database"
-        message = f"{looks}: {urls.ENCODE}"
-        raise ValueError(message)
+    if text and (problem := _database_problem(text)):
+        raise ValueError(problem)
     return value
 
 
+def _redis_url(text: str) -> str:
+    if problem := _redis_problem(text):
+        raise ValueError(problem)
+    return text
+
+
 def _s3_server(text: str) -> str:
-    """The address of an S3 server, or empty: S3 takes no user in it, and presigned URLs would show it."""
-    found = urls.parse(text) if text else None
-    in_path = bool(found and "@" in found.path)  # what stands before it may be a user and half a password
-    shown = f"{text.partition('://')[0]}://..." if in_path else without_secrets(text)
-    if text and (not found or found.scheme not in {"http", "https"} or not found.host):
-        message = f"{shown!r} must look like https://s3.example.com:9000"
-        raise ValueError(message)
-    if found and (found.has_user or in_path or found.query or found.fragment):
-        message = (
-            f"{shown!r} must be scheme, host and port alone: user and password are "
-            "s3_access_key_id and s3_secret_access_key"
-        )
+    if problem := _s3_server_problem(text):
+        raise ValueError(problem)
+    return text
+
+
+def _storage_uri(text: str) -> str:
+    if not is_place(text):
+        message = f"{without_secrets(text)!r} {PLACE_LOOKS}"
         raise ValueError(message)
     return text
+
+
+def _storage_uris(texts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(_storage_uri, texts))
 
 
 def _bucket_names(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -99,31 +119,167 @@ def _bucket_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-SigningSecrets = Annotated[SecretStr, AfterValidator(_signing)]
-Database = Annotated[SecretStr, AfterValidator(_database)]
-Listed = Annotated[tuple[str, ...], BeforeValidator(_split)]
-HostList = Annotated[Listed, AfterValidator(allowlist.listed)]
-NetworkList = Annotated[Listed, AfterValidator(ip_policy.listed)]
-Place = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
-Endpoint = Annotated[str, AfterValidator(checked), Field(repr=False)]  # it may hold a password
-S3Server = Annotated[str, AfterValidator(_s3_server)]
-BucketList = Annotated[Listed, AfterValidator(_bucket_names)]
+def _schemes(names: tuple[str, ...]) -> tuple[str, ...]:
+    if unknown := sorted(set(names) - set(SCHEMES)):
+        message = f"{unknown[0]!r} is no scheme of an image: it must be one of {', '.join(SCHEMES)}"
+        raise ValueError(message)
+    return names
+
+
+def _file(path: Path | None) -> Path | None:
+    if path is not None and not path.is_file():
+        message = f"{str(path)!r} is not a file: name one with certificates in PEM"
+        raise ValueError(message)
+    return path
+
+
+def _redis_problem(text: str) -> str | None:
+    """Why this is no URL of one Redis server, without what may be secret in it; None where it is one."""
+    scheme, slashes, rest = text.partition("://")
+    shown = repr(without_secrets(text) if slashes or not text else "...")  # no URL: it may be a password
+    place = re.split("[/?#]", rest)[0].rpartition("@")[2]
+    for word in ("cluster", "sentinel"):
+        if word in scheme.lower():
+            return f"{shown} is that of a Redis {word.title()}, which is not supported: {ONE_SERVER}"
+    if re.search("[,;]", place) or re.search(r"[,;]\s*\w+://", text):
+        return f"{shown} names several servers: {ONE_SERVER}"
+    problem = _url_problem(text, shown, ("redis", "rediss"))
+    found = urls.parse(text)
+    if problem or not found:
+        return f"{problem}: it {REDIS_LOOKS}"
+    database = found.path.strip("/")
+    if found.query:
+        return f"{shown} has options behind a ?, which are not supported: it {REDIS_LOOKS}{_encode(text)}"
+    if database and not database.isdecimal():
+        return f"{shown} has the path {found.path!r}: it must be the number of a database, as /0"
+    return None
+
+
+def _database_problem(text: str) -> str | None:
+    """Why this is no URL of a database for statuses, without what may be secret in it."""
+    scheme, _, rest = text.partition("://")
+    if scheme == "sqlite":  # in a file: what is in memory no other process can read
+        fits = rest.startswith("/") and rest not in {"/", "//", "/:memory:"} and "?" not in rest
+        return None if fits else f"it names no file of SQLite: it {DATABASE_LOOKS}"
+    problem = _url_problem(text, "it", ("postgresql", "postgresql+psycopg"), host_needed=False)
+    found = urls.parse(text)
+    if not problem and found and not found.path.strip("/"):
+        problem = "it names no database behind the host"
+    return problem and f"{problem}: it {DATABASE_LOOKS}; {urls.ENCODE}"
+
+
+def _s3_server_problem(text: str) -> str | None:
+    """Why this is no address of an S3 server: S3 takes no user in it, and presigned URLs would show it."""
+    found = urls.parse(text)
+    in_path = bool(found and "@" in found.path)  # what stands before it may be a user and half a password
+    shown = repr(f"{text.partition('://')[0]}://..." if in_path else without_secrets(text))
+    if found and (found.has_user or in_path or found.query):
+        keys = "GRADCAM_S3_ACCESS_KEY_ID and GRADCAM_S3_SECRET_ACCESS_KEY"
+        return f"{shown} must be scheme, host and port alone: user and password are {keys}"
+    problem = _url_problem(text, shown, ("http", "https"))
+    return problem and f"{problem}: it {S3_SERVER_LOOKS}"
+
+
+def _url_problem(text: str, shown: str, schemes: tuple[str, ...], *, host_needed: bool = True) -> str | None:
+    """Which part of a URL is wrong: its scheme, host, port, or a fragment."""
+    scheme, slashes, _ = text.partition("://")
+    if not slashes:
+        return f"{shown} has no scheme"
+    if scheme.lower() not in schemes:
+        return f"{shown} has another scheme than {' or '.join(schemes)}"
+    found = urls.parse(text)
+    if not found:
+        return f"{shown} has {_unreadable_part(text)}"
+    if host_needed and not found.host:
+        return f"{shown} names no host"
+    if found.port == 0:
+        return f"{shown} has {BAD_PORT}"
+    return None if found.fragment is None else f"{shown} has a part behind a #{_encode(text)}"
+
+
+def _unreadable_part(text: str) -> str:
+    """Which part of a URL that `urls.parse` refuses is wrong; it is not shown: it may be a password."""
+    rest = text.partition("://")[2]
+    authority = re.split("[/?#]", rest)[0]
+    if "@" in rest[len(authority) :]:
+        return f"an @ behind its host{_encode(text)}"
+    port = re.search(r":([^:\]]*)\Z", authority.rpartition("@")[2])
+    if port and not (port[1].isdecimal() and int(port[1]) <= urls.LARGEST_PORT):
+        return BAD_PORT
+    return f"a host that cannot be read{_encode(text)}"
+
+
+def _encode(text: str) -> str:
+    """How to write a password, where one may be the reason."""
+    return f" ({urls.ENCODE})" if "@" in text else ""
+
+
+RedisUrl = Annotated[str, AfterValidator(_redis_url), Field(repr=False)]  # it may hold a password
+OptionalRedisUrl = Annotated[str, _unless_empty(_redis_url), Field(repr=False)]
+WebhookSecrets = Annotated[SecretStr, AfterValidator(_webhook_secrets)]
+DatabaseUrl = Annotated[SecretStr, AfterValidator(_database_url)]
+StringList = Annotated[tuple[str, ...], BeforeValidator(_split)]
+SchemeList = Annotated[StringList, AfterValidator(_schemes)]
+HostList = Annotated[StringList, AfterValidator(allowlist.listed)]
+NetworkList = Annotated[StringList, AfterValidator(ip_policy.listed)]
+BucketList = Annotated[StringList, AfterValidator(_bucket_names)]
+StorageUri = Annotated[str, AfterValidator(_storage_uri)]
+OptionalStorageUri = Annotated[str, _unless_empty(_storage_uri)]
+StorageUriList = Annotated[StringList, AfterValidator(_storage_uris)]
+OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
+PemFile = Annotated[OptionalPath, AfterValidator(_file)]
+TracesUrl = Annotated[str, AfterValidator(checked), Field(repr=False)]  # it may hold a password
+S3ServerUrl = Annotated[str, _unless_empty(_s3_server)]
+Devices = Annotated[str, BeforeValidator(_devices)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
 Retention = Annotated[float, Field(ge=60, le=3650 * 86_400)]  # seconds
 Count = Annotated[int, Field(ge=1)]
-OrNone = Annotated[int, Field(ge=0, le=4096)]  # 0: found out
+Share = Annotated[float, Field(ge=0, le=1)]
+CountOrAuto = Annotated[int, Field(ge=0, le=4096)]  # 0: found out
 
 
-class Settings(BaseModel):
-    """The operator's decisions. Frozen, checked as a whole, the same for client and worker."""
+class EnvironmentSource(EnvSettingsSource):
+    """The settings in an environment, without what Kubernetes and Docker set there."""
 
-    # What is wrong is never shown: it may be a secret, or stand beside one.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    def __init__(self, settings_cls: type[BaseSettings], environment: Mapping[str, str]) -> None:
+        """Read `GRADCAM_*` of an environment."""
+        super().__init__(settings_cls)
+        self.env_vars = {
+            name.lower(): value
+            for name, value in environment.items()
+            if name.startswith(PREFIX) and not _is_service_link(name, value)
+        }
+
+    def unknown(self) -> Iterable[str]:
+        """A sentence for each variable that is no setting."""
+        fields = self.settings_cls.model_fields
+        for variable in self.env_vars:
+            name = variable.removeprefix(PREFIX.lower())
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, n=1)
+                hint = f" Did you mean {_variable(near[0])}?" if near else ""
+                yield f"{_variable(name)}: there is no such setting.{hint}"
+
+
+class Settings(BaseSettings):
+    """What an operator decides: frozen, checked as a whole, the same for client and worker.
+
+    `Settings(...)` takes values by keyword and has defaults for the others; `from_environment` reads
+    `GRADCAM_*`.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        enable_decoding=False,  # a list is written with commas, not as JSON
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,  # it may be a secret, or stand beside one
+    )
 
     # Queue and ledger
-    broker_url: Annotated[str, Field(repr=False)] = "redis://127.0.0.1:6379/0"  # it may hold a password
-    ledger_url: Annotated[str, Field(repr=False)] = ""  # empty: where the broker is
-    redis_ca: Place = None  # a PEM file: who may vouch for a rediss:// server; none: whom the system trusts
+    broker_url: RedisUrl = "redis://127.0.0.1:6379/0"
+    ledger_url: OptionalRedisUrl = ""  # empty: where the broker is
+    redis_ca: PemFile = None  # certificate authority of a rediss:// server; none: those of the system
     key_prefix: str = "gradcam:"  # of every key in Redis, the broker's and the ledger's
     visibility_timeout_s: Annotated[float, Field(ge=2, le=86_400)] = (
         900  # after which an unacknowledged message returns
@@ -139,18 +295,14 @@ class Settings(BaseModel):
     max_message_bytes: Count = 1024 * 1024
 
     # Images
-    image_schemes: Listed = ("s3",)
+    image_schemes: SchemeList = ("s3",)
     image_buckets: BucketList = ("*",)  # "*": whatever the worker's credentials can read
     image_hosts: HostList = ()  # host, host:port or *.example.com, for http and https
-    image_roots: Listed = ()  # folders, for file
+    image_roots: StringList = ()  # folders, for file
     max_image_bytes: Count = 32 * 1024 * 1024
     max_image_pixels: Annotated[int, Field(ge=1, le=2**28)] = 64_000_000  # no decoder here takes more
     max_image_side: Count = 32_767  # pixels
-    max_image_damage: Annotated[float, Field(ge=0, le=1)] = (
-        0.05  # share of an image that is missing, at which it is refused; with less it is explained, with the
-        # warning image_damaged. 0 refuses any image of which something is missing, 1 only one of which
-        # nothing can be decoded
-    )
+    max_image_damage: Share = 0.05  # of an image may be missing: with more it is refused
     max_data_uri_bytes: Count = 256 * 1024
     fetch_timeout_s: Seconds = 20  # for the whole of one image
     max_classes: Count = 50  # explained in one job
@@ -159,11 +311,13 @@ class Settings(BaseModel):
     max_pixels_in_flight: Count = 256_000_000  # of decoded images, in one process
 
     # Storage
-    output: str = "s3://gradcam/results"  # where artifacts go unless the job says otherwise
-    output_prefixes: Listed = ()  # where else a job may send them
-    uploads: str = ""  # where `GradcamClient.upload_and_submit` puts images; empty: it has to be told
-    s3_endpoint_url: S3Server = ""  # empty: Amazon
-    s3_public_url: S3Server = (
+    output: StorageUri = "s3://gradcam/results"  # where artifacts go unless the job says otherwise
+    output_prefixes: StorageUriList = ()  # where else a job may send them
+    uploads: OptionalStorageUri = (
+        ""  # where `GradcamClient.upload_and_submit` puts images; empty: it has to be told
+    )
+    s3_endpoint_url: S3ServerUrl = ""  # empty: Amazon
+    s3_public_url: S3ServerUrl = (
         ""  # the same server as browsers reach it, for presigned URLs; empty: the endpoint
     )
     s3_region: str = ""  # empty: AWS_REGION, AWS_DEFAULT_REGION, us-east-1
@@ -174,36 +328,34 @@ class Settings(BaseModel):
     webhook_hosts: HostList = ()  # host, host:port or *.example.com
     webhook_timeout_s: Seconds = 10
     webhook_give_up_s: Seconds = 3 * 86_400  # of trying, then the event is parked
-    webhook_secrets: SigningSecrets = SecretStr("")  # app1=whsec_new whsec_old,app2=whsec_...
+    webhook_secrets: WebhookSecrets = SecretStr("")  # app1=whsec_new whsec_old,app2=whsec_...
     couriers: Count = 4  # events on their way at once, from one process
-    status_sql_url: Database = SecretStr("")  # of a database that is told, too: see `_database`
+    status_sql_url: DatabaseUrl = SecretStr("")  # of a database that is told, too: see `_database`
     status_sql_retention_s: Retention = 90 * 86_400
 
     # Networks
-    networks: Place = (
+    networks: OptionalPath = (
         None  # a TOML file that describes the operator's own: see `gradcam_worker.gradcam.models.registry`
     )
     cache_bytes: Count = 32 * 1024**3  # of their files: the least recently used makes room
-    cache_dir: Place = None  # for their files, by checksum; none: the user's own cache
-    weights_dir: Place = None  # a folder of weights for the catalog's networks
+    cache_dir: OptionalPath = None  # for their files, by checksum; none: the user's own cache
+    weights_dir: OptionalPath = None  # a folder of weights for the catalog's networks
     precision: Literal["float32", "tf32", "bfloat16", "mixed_bfloat16"] = "float32"
     exact_backward: bool = False  # the whole way back, where a shorter one gives the same
     resident_bytes: Count = 8 * 1024**3  # of all networks in memory: the least recently used makes room
 
     # The device
-    devices: Annotated[str, BeforeValidator(_devices)] = (
-        "auto"  # every GPU there is, a process for each; or their numbers, 0,1; or cpu
-    )
+    devices: Devices = "auto"  # every GPU there is, a process for each; or their numbers, 0,1; or cpu
     max_batch: Annotated[int, Field(ge=0, le=256)] = (
         0  # images in one pass; 0: as many as prove worth it when a network is warmed
     )
     batch_wait_s: Annotated[float, Field(ge=0, le=1)] = (
         0.01  # that a batch waits for jobs on their way, at most
     )
-    intra_op_threads: OrNone = 0  # of one operation on the CPU; 0: one for each core
+    intra_op_threads: CountOrAuto = 0  # of one operation on the CPU; 0: one for each core
 
     # Worker
-    preload: Listed = ()  # networks to load before the first job
+    preload: StringList = ()  # networks to load before the first job
     threads: Count = 16  # jobs in hand at once, twice a CPU's batch; where it is not set, a GPU gets 64
     shards: Count = (
         2  # of backfills, in hand at once beside those jobs: one is read while another is computed
@@ -227,42 +379,44 @@ class Settings(BaseModel):
     metrics_host: str = "127.0.0.1"  # the address they are served at; 0.0.0.0: every one
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    traces: Endpoint = ""  # where spans go, by OTLP/HTTP, as http://collector:4318; empty: nowhere
+    traces: TracesUrl = ""  # where spans go, by OTLP/HTTP, as http://collector:4318; empty: nowhere
 
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        schemes, secret = set(self.image_schemes), self.s3_secret_access_key.get_secret_value()
-        web = bool({"http", "https"} & schemes)
-        findings = [
-            (
-                schemes - set(SCHEMES),
-                f"image_schemes may hold {', '.join(SCHEMES)}; not all of {sorted(schemes)}",
-            ),
-            (
-                web and not self.image_hosts,
-                "image_schemes allows http or https, but image_hosts names no host",
-            ),
-            (
-                "file" in schemes and not self.image_roots,
-                "image_schemes allows file, but image_roots names no folder",
-            ),
-            (
-                bool(self.s3_access_key_id) != bool(secret),
-                "s3_access_key_id and s3_secret_access_key must be given together",
-            ),
-        ]
-        if self.redis_ca:
-            findings.append((not self.redis_ca.is_file(), f"redis_ca {str(self.redis_ca)!r} is not a file"))
-        for name, text in (("broker_url", self.broker_url), ("ledger_url", self.ledger)):
-            wrong = _no_redis(text)
-            findings.append((bool(wrong), f"{name} {wrong}"))
-        places = [("output", uri) for uri in (self.output, *self.output_prefixes)]
-        for name, uri in [*places, ("uploads", self.uploads or self.output)]:
-            findings.append((not is_place(uri), f"{name} {without_secrets(uri)!r} {PLACE_LOOKS}"))
-        for holds, message in findings:
-            if holds:
-                raise ValueError(message)
-        return self
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """`Settings(...)` reads no environment: see `from_environment`."""
+        del cls, settings_cls, env_settings, dotenv_settings, file_secret_settings
+        return (init_settings,)
+
+    @field_validator("image_hosts")
+    @classmethod
+    def _hosts_for_web_images(cls, hosts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if not hosts and {"http", "https"} & set(info.data.get("image_schemes", ())):
+            message = "it names no host, but GRADCAM_IMAGE_SCHEMES allows http or https: write host:port"
+            raise ValueError(message)
+        return hosts
+
+    @field_validator("image_roots")
+    @classmethod
+    def _roots_for_files(cls, roots: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if not roots and "file" in info.data.get("image_schemes", ()):
+            message = "it names no folder, but GRADCAM_IMAGE_SCHEMES allows file: name the folders of images"
+            raise ValueError(message)
+        return roots
+
+    @field_validator("s3_secret_access_key")
+    @classmethod
+    def _key_and_secret(cls, secret: SecretStr, info: ValidationInfo) -> SecretStr:
+        if bool(secret.get_secret_value()) != bool(info.data.get("s3_access_key_id")):
+            message = "it and GRADCAM_S3_ACCESS_KEY_ID must be given together"
+            raise ValueError(message)
+        return secret
 
     @property
     def ledger(self) -> str:
@@ -305,36 +459,47 @@ class Settings(BaseModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None, **options: str | None) -> Self:
-        """Read `GRADCAM_*`; what a command line says, as `options`, comes first, unless it is None.
+        """Read `GRADCAM_*`.
 
-        Raises InvalidSettings, naming the variable and what would be right.
+        Args:
+            environment: Where to read; None: the process's own.
+            options: What a command line says, by the setting's name; it comes first, unless it is None.
+
+        Raises:
+            InvalidSettings: It names each variable that is wrong, and what would be right.
         """
-        variables = os.environ if environment is None else environment
-        given = {
-            name.removeprefix(PREFIX).lower(): value
-            for name, value in variables.items()
-            if name.startswith(PREFIX) and not _is_service_link(name, value)
-        }
-        for name in given.keys() - cls.model_fields.keys():
-            near = difflib.get_close_matches(name, cls.model_fields, n=1)
-            hint = f" Did you mean {PREFIX}{near[0].upper()}?" if near else ""
-            message = f"There is no setting {PREFIX}{name.upper()}.{hint}"
-            raise InvalidSettings(message)
-        return cls._of(given, options)
+        source = EnvironmentSource(cls, os.environ if environment is None else environment)
+        return cls._of({**source(), **_given(options)}, source.unknown())
 
     def changed(self, **options: str | None) -> Self:
         """These settings, and what `options` say, unless it is None. Raises InvalidSettings."""
-        return self._of(dict(self), options)
+        return self._of({**dict(self), **_given(options)})
 
     @classmethod
-    def _of(cls, given: Mapping[str, Any], options: Mapping[str, str | None]) -> Self:
-        said = {name: value for name, value in options.items() if value is not None}
+    def _of(cls, values: Mapping[str, Any], problems: Iterable[str] = ()) -> Self:
+        """Settings of these values. Raises InvalidSettings with these problems and its own."""
+        found = [*problems]
         try:
-            return cls.model_validate({**given, **said})
+            settings = cls(**values)
         except ValidationError as error:
-            found = error.errors(include_url=False, include_input=False)[0]
-            place = PREFIX + str(found["loc"][0]).upper() + ": " if found["loc"] else ""
-            raise InvalidSettings(place + found["msg"].removeprefix("Value error, ")) from error
+            found += [cls._problem(one) for one in error.errors(include_url=False)]
+            raise InvalidSettings(" ".join(found)) from error
+        if found:
+            raise InvalidSettings(" ".join(found))
+        return settings
+
+    @classmethod
+    def _problem(cls, error: ErrorDetails) -> str:
+        """A sentence: which variable is wrong, what was received, what would be right."""
+        name = str(error["loc"][0])
+        message = error["msg"].removeprefix("Value error, ")
+        field = cls.model_fields.get(name)
+        if error["type"] != "value_error":  # pydantic's own: ours say themselves what was received
+            may_be_shown = isinstance(error["input"], str) and field and field.repr
+            received = visible(without_secrets(error["input"])[:MAX_RECEIVED]) if may_be_shown else "..."
+            message = f"{received!r} was received: {message.replace('Input should', 'it should')}"
+        stop = "" if message.endswith((".", "?")) else "."
+        return f"{_variable(name)}: {message}{stop}"
 
     def to_environment(self) -> dict[str, str]:
         """The same settings as `GRADCAM_*` variables, for a child process."""
@@ -346,13 +511,22 @@ class Settings(BaseModel):
             text = (
                 comma_lists.join(value) if isinstance(value, tuple) else "" if value is None else str(value)
             )
-            plain[PREFIX + name.upper()] = text
+            plain[_variable(name)] = text
         return plain
 
     def environment_for_child(self) -> dict[str, str]:
         """This process's environment with these settings in it, whole."""
         others = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         return others | self.to_environment()
+
+
+def _variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return PREFIX + name.upper()
+
+
+def _given(options: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _is_service_link(name: str, value: str) -> bool:
@@ -369,39 +543,3 @@ def is_place(uri: str) -> bool:
     fits = scheme == "file" or (scheme == "s3" and bucket_names.objection(rest.partition("/")[0]) is None)
     whole = bool(rest.strip("/")) and not {"?", "#"} & set(rest)
     return fits and whole and not urls.has_credentials(uri)
-
-
-def _is_database(text: str) -> bool:
-    scheme, _, rest = text.partition("://")
-    if scheme == "sqlite":  # in a file: what is in memory nobody else can read
-        return rest.startswith("/") and rest not in {"/", "//", "/:memory:"} and "?" not in rest
-    found = urls.parse(text)
-    if not found or found.port == 0 or found.fragment is not None:
-        return False
-    return scheme in {"postgresql", "postgresql+psycopg"} and bool(found.path.strip("/"))
-
-
-def _no_redis(text: str) -> str:
-    """Why this is no URL of one Redis server, without what may be secret in it; empty where it is one."""
-    scheme, slashes, rest = text.partition("://")
-    shown = without_secrets(text) if slashes else "..."  # what is no URL may be a password
-    place = re.split("[/?#]", rest)[0].rpartition("@")[2]
-    for word in ("cluster", "sentinel"):
-        if word in scheme.lower():
-            return f"{shown!r} is that of a Redis {word.title()}, which is not supported: {ONE_SERVER}"
-    if re.search("[,;]", place) or re.search(r"[,;]\s*\w+://", text):
-        return f"{shown!r} names several servers: {ONE_SERVER}"
-    found = urls.parse(text)
-    database = found.path.strip("/") if found else ""
-    if (
-        found
-        and found.scheme in {"redis", "rediss"}
-        and found.host
-        and found.port != 0
-        and not found.query
-        and found.fragment is None
-        and (not database or database.isdecimal())
-    ):
-        return ""
-    hidden = f"; {urls.ENCODE}" if "@" in text else ""
-    return f"{shown!r} must look like redis://host:6379/0 (or rediss://), without ?options{hidden}"

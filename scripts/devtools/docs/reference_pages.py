@@ -48,8 +48,8 @@ SETTINGS_INTRO = f"""\
 {NOTE}
 
 Every setting is an environment variable. Client, worker and command line read the same ones. A setting that
-does not exist, or a value that is out of range, stops the program at start with one sentence that names the
-setting. Lists are written with commas: `GRADCAM_IMAGE_SCHEMES=s3,https`. Durations are in seconds.
+does not exist, or a wrong value, stops the program at start with a sentence for each that begins with its
+name. Lists are written with commas: `GRADCAM_IMAGE_SCHEMES=s3,https`. Durations are in seconds.
 
 `gradcam doctor` checks whether they work.
 """
