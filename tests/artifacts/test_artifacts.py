@@ -23,7 +23,7 @@ ROW = CATALOG["efficientnet_lite0"]
 
 
 def found(store: Store, job: Job, row: NetworkRow = ROW) -> tuple[Manifest, ManifestRef] | None:
-    return artifacts.sealed(store, job.id, job, DIGEST, row, Deadline(30))
+    return artifacts.find_manifest(store, job.id, job, DIGEST, row, Deadline(30))
 
 
 def manifest(job: Job, **changes: Any) -> Manifest:
@@ -52,7 +52,7 @@ def manifest(job: Job, **changes: Any) -> Manifest:
 def test_a_sealed_manifest_is_found_again_as_it_was_sealed(job: Job) -> None:
     store = MemoryStore()
     assert found(store, job) is None
-    ref = artifacts.seal(store, job.id, manifest(job), Deadline(30))
+    ref = artifacts.write_manifest(store, job.id, manifest(job), Deadline(30))
     assert found(store, job) == (manifest(job), ref)
     assert ref.manifest_sha256 == hashlib.sha256(store.objects[f"{job.id}/manifest.json"]).hexdigest()
 
@@ -82,7 +82,7 @@ def test_the_manifest_of_another_job_counts_for_nothing_and_is_told(
     caplog.set_level(logging.WARNING, logger="gradcam")
     other = "01890a5d-ac96-774b-bcce-b302099a8057"
     store = MemoryStore()
-    artifacts.seal(store, job.id, manifest(job, job_id=other), Deadline(30))
+    artifacts.write_manifest(store, job.id, manifest(job, job_id=other), Deadline(30))
     assert found(store, job) is None
     assert f"is the manifest of job {other}, and will be replaced" in caplog.text
 
@@ -105,7 +105,7 @@ def test_the_manifest_of_another_job_of_the_same_id_counts_for_nothing_and_is_to
     caplog.set_level(logging.WARNING, logger="gradcam")
     store = MemoryStore()
     before = Job.parse({**job.model_dump(mode="json"), **change})
-    artifacts.seal(store, job.id, manifest(before), Deadline(30))
+    artifacts.write_manifest(store, job.id, manifest(before), Deadline(30))
     assert found(store, before) is not None
     assert found(store, job) is None
     assert f"is the manifest of {said}, and will be replaced" in caplog.text
@@ -113,7 +113,7 @@ def test_the_manifest_of_another_job_of_the_same_id_counts_for_nothing_and_is_to
 
 def test_whom_it_is_told_makes_no_other_manifest(job: Job) -> None:
     store = MemoryStore()
-    artifacts.seal(store, job.id, manifest(job), Deadline(30))
+    artifacts.write_manifest(store, job.id, manifest(job), Deadline(30))
     again = job.model_copy(update={"metadata": {"user": "7"}, "timeout_s": 7.0, "idempotency_key": "k"})
     assert found(store, again) is not None
 
@@ -123,14 +123,14 @@ def test_the_manifest_of_other_bytes_at_the_same_address_counts_for_nothing(
 ) -> None:
     caplog.set_level(logging.WARNING, logger="gradcam")
     store, other = MemoryStore(), "0" * 64
-    artifacts.seal(store, job.id, manifest(job), Deadline(30))
-    assert artifacts.sealed(store, job.id, job, other, ROW, Deadline(30)) is None
+    artifacts.write_manifest(store, job.id, manifest(job), Deadline(30))
+    assert artifacts.find_manifest(store, job.id, job, other, ROW, Deadline(30)) is None
     assert f"is the manifest of other bytes of its image, with sha256 {DIGEST}" in caplog.text
 
 
 def test_a_manifest_that_does_not_say_what_it_was_made_for_counts_for_nothing(job: Job) -> None:
     store = MemoryStore()
-    artifacts.seal(store, job.id, manifest(job, job_fingerprint=None), Deadline(30))
+    artifacts.write_manifest(store, job.id, manifest(job, job_fingerprint=None), Deadline(30))
     assert found(store, job) is None
 
 
@@ -142,7 +142,7 @@ def test_the_manifest_of_other_weights_of_an_own_network_counts_for_nothing(job:
         network = made.network.model_copy(
             update={"weights_sha256": sha256, "preprocessing": own.preprocessing.name}
         )
-        artifacts.seal(store, job.id, made.model_copy(update={"network": network}), Deadline(30))
+        artifacts.write_manifest(store, job.id, made.model_copy(update={"network": network}), Deadline(30))
         assert (found(store, job, own) is not None) is there
 
 
@@ -159,7 +159,7 @@ def test_nothing_is_sealed_by_an_attempt_that_was_overtaken_or_is_out_of_time(jo
     store, overtaken = MemoryStore(), Deadline(30)
     overtaken.cancel(AttemptFenced("overtaken"))
     with pytest.raises(AttemptFenced):
-        artifacts.seal(store, job.id, manifest(job), overtaken)
+        artifacts.write_manifest(store, job.id, manifest(job), overtaken)
     with pytest.raises(JobTimeout):
-        artifacts.seal(store, job.id, manifest(job), Deadline(0))
+        artifacts.write_manifest(store, job.id, manifest(job), Deadline(0))
     assert store.objects == {}

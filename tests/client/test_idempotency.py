@@ -61,7 +61,7 @@ def client(settings: Settings) -> GradcamClient:
 
 @pytest.fixture
 def handler(settings: Settings, ledger: RedisLedger) -> JobHandler:
-    """A worker's desk with the real ledger; images and network are doubles."""
+    """A worker's handler with the real ledger; images and network are doubles."""
     worker = WorkerRef(id="w", device="cpu")
     leases, breaker = LeaseManager(ledger, "w", 15), CircuitBreaker(lambda: None)
     return JobHandler(settings, ledger, fake_services({"s3://in/a.png": IMAGE}), worker, leases, breaker)

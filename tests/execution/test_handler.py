@@ -40,14 +40,14 @@ IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tob
 
 
 @dataclass
-class Office:
-    """A desk with doubles all around it."""
+class Harness:
+    """A handler with doubles around it."""
 
     images: dict[str, bytes | BaseException] = field(default_factory=lambda: {"s3://in/a.png": IMAGE})
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
     store: MemoryStore = field(default_factory=MemoryStore)
     breaker: CircuitBreaker = field(default_factory=lambda: CircuitBreaker(lambda: None))
-    one_desk: Any = None
+    one_handler: Any = None
     known: str = ""  # the token of the one backfill that there is; '': all are known
 
     @property
@@ -76,8 +76,8 @@ class Office:
 
 
 @pytest.fixture
-def office() -> Office:
-    return Office()
+def harness() -> Harness:
+    return Harness()
 
 
 def a_job(**changes: Any) -> Job:
@@ -89,10 +89,10 @@ def payload(job: Job) -> dict[str, Any]:
     return job.model_dump(mode="json")
 
 
-def test_a_good_job_succeeds_and_its_document_tells_all(office: Office) -> None:
+def test_a_good_job_succeeds_and_its_document_tells_all(harness: Harness) -> None:
     job = a_job(metadata={"batch": "7"})
-    assert office.handle(payload(job)) == Disposition.FINISHED
-    document = office.read(job)
+    assert harness.handle(payload(job)) == Disposition.FINISHED
+    document = harness.read(job)
     assert (document.status, document.stage, document.attempt) == ("succeeded", None, 1)
     assert document.predictions[0].name == "red"
     assert document.network is not None
@@ -103,18 +103,18 @@ def test_a_good_job_succeeds_and_its_document_tells_all(office: Office) -> None:
     assert document.metadata == {"batch": "7"}
 
 
-def test_a_message_that_comes_again_is_dropped(office: Office) -> None:
+def test_a_message_that_comes_again_is_dropped(harness: Harness) -> None:
     job = a_job()
-    office.handle(payload(job))
-    document = office.read(job)
-    assert office.handle(payload(job)) == Disposition.DROP
-    assert office.read(job) == document
+    harness.handle(payload(job))
+    document = harness.read(job)
+    assert harness.handle(payload(job)) == Disposition.DROP
+    assert harness.read(job) == document
 
 
-def test_a_permanent_error_fails_the_job_at_once(office: Office) -> None:
+def test_a_permanent_error_fails_the_job_at_once(harness: Harness) -> None:
     job = a_job(image="s3://in/none.png")
-    assert office.handle(payload(job)) == Disposition.FINISHED
-    document = office.read(job)
+    assert harness.handle(payload(job)) == Disposition.FINISHED
+    document = harness.read(job)
     assert document.status == "failed"
     assert document.error is not None
     assert (document.error.code, document.error.stage, document.error.attempt) == (
@@ -139,16 +139,16 @@ class Mute(Exception):
     ids=lambda error: type(error).__name__,
 )
 def test_whatever_a_job_raises_it_ends_with_a_document_and_nothing_of_it_is_held(
-    office: Office, error: BaseException
+    harness: Harness, error: BaseException
 ) -> None:
-    office.images["s3://in/a.png"] = error
-    job, handler = a_job(max_attempts=2), office.handler
+    harness.images["s3://in/a.png"] = error
+    job, handler = a_job(max_attempts=2), harness.handler
     assert handler.handle(payload(job), new_id()) == Disposition.RETRY
-    assert office.read(job).status == "retrying"
-    office.ledger._due[job.id] = 0
-    assert office.ledger.requeue(job.id)
+    assert harness.read(job).status == "retrying"
+    harness.ledger._due[job.id] = 0
+    assert harness.ledger.requeue(job.id)
     assert handler.handle(payload(job), new_id()) == Disposition.FINISHED
-    document = office.read(job)
+    document = harness.read(job)
     assert document.error is not None
     assert (document.status, document.error.code, document.error.stage) == ("failed", "internal", "fetch")
     assert f"Unforeseen {type(error).__name__}" in document.error.detail
@@ -157,187 +157,187 @@ def test_whatever_a_job_raises_it_ends_with_a_document_and_nothing_of_it_is_held
         assert free
 
 
-def test_a_retryable_error_puts_the_job_back_with_a_growing_pause(office: Office) -> None:
-    office.images["s3://in/a.png"] = ImageFetchFailed("HTTP 503")
+def test_a_retryable_error_puts_the_job_back_with_a_growing_pause(harness: Harness) -> None:
+    harness.images["s3://in/a.png"] = ImageFetchFailed("HTTP 503")
     job = a_job()
-    assert office.handle(payload(job)) == Disposition.RETRY
-    document = office.read(job)
+    assert harness.handle(payload(job)) == Disposition.RETRY
+    document = harness.read(job)
     assert (document.status, document.error and document.error.code) == ("retrying", "image_fetch_failed")
-    pauses = [office.ledger._due[job.id] - time.time()]
-    assert office.handle(payload(job)) == Disposition.DROP, "its pause is not over"
-    assert office.again(job) == Disposition.RETRY
-    pauses.append(office.ledger._due[job.id] - time.time())
-    assert office.again(job) == Disposition.FINISHED
-    assert office.read(job).status == "failed", "the third attempt was the last"
+    pauses = [harness.ledger._due[job.id] - time.time()]
+    assert harness.handle(payload(job)) == Disposition.DROP, "its pause is not over"
+    assert harness.again(job) == Disposition.RETRY
+    pauses.append(harness.ledger._due[job.id] - time.time())
+    assert harness.again(job) == Disposition.FINISHED
+    assert harness.read(job).status == "failed", "the third attempt was the last"
     assert 0 < pauses[0] <= 1
     assert 0 < pauses[1] <= 2
 
 
-def test_a_retry_that_succeeds_leaves_no_error(office: Office) -> None:
-    office.images["s3://in/a.png"] = ImageFetchFailed("HTTP 503")
+def test_a_retry_that_succeeds_leaves_no_error(harness: Harness) -> None:
+    harness.images["s3://in/a.png"] = ImageFetchFailed("HTTP 503")
     job = a_job()
-    office.handle(payload(job))
-    office.images["s3://in/a.png"] = IMAGE
-    assert office.again(job) == Disposition.FINISHED
-    document = office.read(job)
+    harness.handle(payload(job))
+    harness.images["s3://in/a.png"] = IMAGE
+    assert harness.again(job) == Disposition.FINISHED
+    document = harness.read(job)
     assert (document.status, document.attempt, document.error) == ("succeeded", 2, None)
 
 
-def test_what_nobody_foresaw_is_an_internal_problem_and_is_tried_again(office: Office) -> None:
-    office.images["s3://in/a.png"] = RuntimeError("surprise")
+def test_what_nobody_foresaw_is_an_internal_problem_and_is_tried_again(harness: Harness) -> None:
+    harness.images["s3://in/a.png"] = RuntimeError("surprise")
     job = a_job(max_attempts=1)
-    assert office.handle(payload(job)) == Disposition.FINISHED
-    error = office.read(job).error
+    assert harness.handle(payload(job)) == Disposition.FINISHED
+    error = harness.read(job).error
     assert error is not None
     assert (error.code, error.retryable) == ("internal", True)
     assert "RuntimeError: surprise" in error.detail
 
 
-def test_storage_that_fails_fails_no_more_than_the_attempt(office: Office) -> None:
+def test_storage_that_fails_fails_no_more_than_the_attempt(harness: Harness) -> None:
     @dataclass
     class Broken(MemoryStore):
         def put(self, key: str, data: bytes, media_type: str) -> str:
             message = "HTTP 503"
             raise StorageUnavailable(message)
 
-    office.store = Broken()
+    harness.store = Broken()
     job = a_job()
-    assert office.handle(payload(job)) == Disposition.RETRY
-    assert office.read(job).result is None
+    assert harness.handle(payload(job)) == Disposition.RETRY
+    assert harness.read(job).result is None
 
 
 @pytest.mark.parametrize(
     "message", [None, "garbage", 7, [1], {}, {"image": "x"}, {"id": "../..", "image": 3}]
 )
-def test_a_message_that_is_no_job_is_written_down_under_its_own_id(office: Office, message: object) -> None:
+def test_a_message_that_is_no_job_is_written_down_under_its_own_id(harness: Harness, message: object) -> None:
     message_id = new_id()
-    assert office.handle(message, message_id) == Disposition.FINISHED
-    document = office.ledger.read(message_id)
+    assert harness.handle(message, message_id) == Disposition.FINISHED
+    document = harness.ledger.read(message_id)
     assert (document.status, document.error and document.error.code) == ("failed", "invalid_job")
 
 
-def test_a_wrong_job_with_an_id_is_written_down_under_that_id(office: Office) -> None:
+def test_a_wrong_job_with_an_id_is_written_down_under_that_id(harness: Harness) -> None:
     job_id = new_id()
-    office.handle({"id": job_id, "network": "vgg16"}, new_id())
-    assert office.ledger.read(job_id).status == "failed"
+    harness.handle({"id": job_id, "network": "vgg16"}, new_id())
+    assert harness.ledger.read(job_id).status == "failed"
 
 
-def test_a_message_id_of_another_kind_still_leads_to_one_document(office: Office) -> None:
-    assert office.handle("garbage", "my-own-id") == Disposition.FINISHED
-    assert office.handle("garbage", "my-own-id") == Disposition.FINISHED
-    assert len(office.ledger._entries) == 1
+def test_a_message_id_of_another_kind_still_leads_to_one_document(harness: Harness) -> None:
+    assert harness.handle("garbage", "my-own-id") == Disposition.FINISHED
+    assert harness.handle("garbage", "my-own-id") == Disposition.FINISHED
+    assert len(harness.ledger._entries) == 1
 
 
-def test_a_stranger_may_leave_out_the_id_and_find_the_job_by_the_message(office: Office) -> None:
+def test_a_stranger_may_leave_out_the_id_and_find_the_job_by_the_message(harness: Harness) -> None:
     message_id = new_id()
     stranger = {"image": "s3://in/a.png", "network": "efficientnet_lite0", "target": {"top_n": 1}}
-    assert office.handle(stranger, message_id) == Disposition.FINISHED
-    assert office.ledger.read(message_id).status == "succeeded"
+    assert harness.handle(stranger, message_id) == Disposition.FINISHED
+    assert harness.ledger.read(message_id).status == "succeeded"
 
 
-def test_a_strangers_second_job_with_a_taken_key_is_refused_under_its_own_id(office: Office) -> None:
+def test_a_strangers_second_job_with_a_taken_key_is_refused_under_its_own_id(harness: Harness) -> None:
     first, second = a_job(idempotency_key="k"), a_job(idempotency_key="k", target={"top_n": 2})
-    office.handle(payload(first))
-    assert office.handle(payload(second)) == Disposition.FINISHED
-    error = office.read(second).error
+    harness.handle(payload(first))
+    assert harness.handle(payload(second)) == Disposition.FINISHED
+    error = harness.read(second).error
     assert error is not None
     assert error.code == "idempotency_conflict"
-    assert office.read(first).status == "succeeded"
+    assert harness.read(first).status == "succeeded"
 
 
-def test_an_overtaken_attempt_stops_without_a_word(office: Office) -> None:
+def test_an_overtaken_attempt_stops_without_a_word(harness: Harness) -> None:
     job = a_job()
 
     @dataclass
     class Overtaking(MemoryStore):
         def put(self, key: str, data: bytes, media_type: str) -> str:
-            if office.read(job).attempt == 1:
-                office.ledger._due[job.id] = 0
-                office.ledger.expire_lease(job.id)
-                office.ledger.claim(office.read(job), WorkerRef(id="other", device="cpu"))
+            if harness.read(job).attempt == 1:
+                harness.ledger._due[job.id] = 0
+                harness.ledger.expire_lease(job.id)
+                harness.ledger.claim(harness.read(job), WorkerRef(id="other", device="cpu"))
             return super().put(key, data, media_type)
 
-    office.store = Overtaking()
-    assert office.handle(payload(job)) == Disposition.DROP
-    assert office.read(job).worker == WorkerRef(id="other", device="cpu")
-    assert office.read(job).status == "running"
+    harness.store = Overtaking()
+    assert harness.handle(payload(job)) == Disposition.DROP
+    assert harness.read(job).worker == WorkerRef(id="other", device="cpu")
+    assert harness.read(job).status == "running"
 
 
 def test_a_ledger_out_of_reach_hands_the_message_back(
-    office: Office, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreachable(*_: object, **__: object) -> bool:
         message = "gone"
         raise LedgerUnavailable(message)
 
     job = a_job()
-    office.ledger.submit(job)
-    monkeypatch.setattr(office.ledger, "_swap", unreachable)
+    harness.ledger.submit(job)
+    monkeypatch.setattr(harness.ledger, "_swap", unreachable)
     with pytest.raises(LedgerUnavailable):
-        office.handle(payload(job))
+        harness.handle(payload(job))
     monkeypatch.undo()
-    assert office.handle(payload(job)) == Disposition.FINISHED, "and leaves nothing locked"
+    assert harness.handle(payload(job)) == Disposition.FINISHED, "and leaves nothing locked"
 
 
-def test_a_second_message_for_a_running_job_is_dropped_and_changes_nothing(office: Office) -> None:
+def test_a_second_message_for_a_running_job_is_dropped_and_changes_nothing(harness: Harness) -> None:
     job = a_job(max_attempts=1)
     ends = []
 
     @dataclass
     class Meanwhile(MemoryStore):
         def put(self, key: str, data: bytes, media_type: str) -> str:
-            ends.append(office.one_desk.handle(payload(job), new_id()))  # by this process
-            ends.append(office.handle(payload(job)))  # by another one
+            ends.append(harness.one_handler.handle(payload(job), new_id()))  # by this process
+            ends.append(harness.handle(payload(job)))  # by another one
             return super().put(key, data, media_type)
 
-    office.store = Meanwhile()
-    office.one_desk = office.handler
-    assert office.one_desk.handle(payload(job), new_id()) == Disposition.FINISHED
+    harness.store = Meanwhile()
+    harness.one_handler = harness.handler
+    assert harness.one_handler.handle(payload(job), new_id()) == Disposition.FINISHED
     assert set(ends) == {Disposition.DROP}
-    assert (office.read(job).status, office.read(job).attempt) == ("succeeded", 1)
+    assert (harness.read(job).status, harness.read(job).attempt) == ("succeeded", 1)
 
 
-def test_a_job_that_is_cancelled_while_it_runs_uploads_nothing_more(office: Office) -> None:
+def test_a_job_that_is_cancelled_while_it_runs_uploads_nothing_more(harness: Harness) -> None:
     job = a_job()
 
     @dataclass
     class Cancelling(MemoryStore):
         def put(self, key: str, data: bytes, media_type: str) -> str:
-            office.ledger.cancel(job.id)
-            office.one_desk.leases.renew()
+            harness.ledger.cancel(job.id)
+            harness.one_handler.leases.renew()
             return super().put(key, data, media_type)
 
-    office.store = Cancelling()
-    office.one_desk = office.handler
-    assert office.one_desk.handle(payload(job), new_id()) == Disposition.FINISHED
-    document = office.read(job)
+    harness.store = Cancelling()
+    harness.one_handler = harness.handler
+    assert harness.one_handler.handle(payload(job), new_id()) == Disposition.FINISHED
+    document = harness.read(job)
     assert (document.status, document.error and document.error.code) == ("canceled", "canceled")
     assert document.cancel_requested_at is not None
     assert document.result is None
-    assert len(office.store.objects) == 1, "the one that was on its way"
+    assert len(harness.store.objects) == 1, "the one that was on its way"
 
 
-def test_a_job_that_was_cancelled_in_the_queue_never_starts(office: Office) -> None:
+def test_a_job_that_was_cancelled_in_the_queue_never_starts(harness: Harness) -> None:
     job = a_job()
-    office.ledger.submit(job)
-    office.ledger.cancel(job.id)
-    assert office.handle(payload(job)) == Disposition.DROP
-    assert (office.read(job).status, office.read(job).attempt) == ("canceled", 0)
+    harness.ledger.submit(job)
+    harness.ledger.cancel(job.id)
+    assert harness.handle(payload(job)) == Disposition.DROP
+    assert (harness.read(job).status, harness.read(job).attempt) == ("canceled", 0)
 
 
-def test_a_rerun_that_finds_its_sealed_manifest_only_posts_it(office: Office) -> None:
+def test_a_rerun_that_finds_its_sealed_manifest_only_posts_it(harness: Harness) -> None:
     job, lost = a_job(), WorkerRef(id="lost", device="cpu")
-    office.handle(payload(job))
-    sealed, first = dict(office.store.objects), office.read(job)
+    harness.handle(payload(job))
+    sealed, first = dict(harness.store.objects), harness.read(job)
     rerun = MemoryLedger()
     rerun.submit(job)
-    office.ledger = rerun
+    harness.ledger = rerun
     rerun.claim(rerun.read(job.id), lost)
     rerun._due[job.id] = 0
     rerun.expire_lease(job.id)  # it died between the manifest and its last word
-    office.store.objects = Untouched(sealed)
-    assert office.handle(payload(job)) == Disposition.FINISHED
-    second = office.read(job)
+    harness.store.objects = Untouched(sealed)
+    assert harness.handle(payload(job)) == Disposition.FINISHED
+    second = harness.read(job)
     assert (second.status, second.attempt) == ("succeeded", 2)
     assert second.result == first.result
     assert second.predictions == first.predictions
@@ -347,21 +347,21 @@ def test_a_rerun_that_finds_its_sealed_manifest_only_posts_it(office: Office) ->
 
 @pytest.mark.parametrize("same_uri", [True, False], ids=["other bytes", "another image"])
 def test_a_manifest_of_before_is_never_posted_as_the_result_of_another_job_of_its_id(
-    office: Office, same_uri: bool
+    harness: Harness, same_uri: bool
 ) -> None:
     first = a_job()
-    office.handle(payload(first))
-    stale = office.read(first)
-    office.ledger = MemoryLedger()  # it has forgotten the job: its time there has passed, or it was flushed
+    harness.handle(payload(first))
+    stale = harness.read(first)
+    harness.ledger = MemoryLedger()  # it has forgotten the job: its time there has passed, or it was flushed
     uri = first.image.uri if same_uri else "s3://in/other.png"
-    office.images[uri] = cv2.imencode(".png", np.full((32, 32, 3), (255, 0, 0), np.uint8))[1].tobytes()
+    harness.images[uri] = cv2.imencode(".png", np.full((32, 32, 3), (255, 0, 0), np.uint8))[1].tobytes()
     second = Job.parse({**payload(first), "image": uri})
-    office.ledger.submit(second)
-    office.ledger.claim(office.ledger.read(second.id), WorkerRef(id="lost", device="cpu"))
-    office.ledger._due[second.id] = 0
-    office.ledger.expire_lease(second.id)
-    assert office.handle(payload(second)) == Disposition.FINISHED
-    found = office.read(second)
+    harness.ledger.submit(second)
+    harness.ledger.claim(harness.ledger.read(second.id), WorkerRef(id="lost", device="cpu"))
+    harness.ledger._due[second.id] = 0
+    harness.ledger.expire_lease(second.id)
+    assert harness.handle(payload(second)) == Disposition.FINISHED
+    found = harness.read(second)
     assert (found.status, found.attempt) == ("succeeded", 2)
     assert found.result != stale.result
     assert found.predictions[0].name == "blue" != stale.predictions[0].name
@@ -372,14 +372,14 @@ class Untouched(dict[str, bytes]):
         raise AssertionError(key)
 
 
-def test_a_worker_whose_storage_is_down_takes_no_job(office: Office) -> None:
+def test_a_worker_whose_storage_is_down_takes_no_job(harness: Harness) -> None:
     job = a_job()
     for _ in range(10):
-        office.breaker.failed(StorageUnavailable("HTTP 503"))
+        harness.breaker.failed(StorageUnavailable("HTTP 503"))
     with pytest.raises(WorkerUnfit, match="503"):
-        office.handle(payload(job))
+        harness.handle(payload(job))
     with pytest.raises(UnknownJob):
-        office.read(job)
+        harness.read(job)
 
 
 def test_a_worker_without_keys_for_s3_charges_no_job_and_finishes_them_when_it_has_keys(
@@ -394,12 +394,12 @@ def test_a_worker_without_keys_for_s3_charges_no_job_and_finishes_them_when_it_h
     monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://{http_server.host}")
     monkeypatch.setattr("gradcam_worker.storage.credentials.AGAIN_S", 0)
     settings = Settings(s3_endpoint_url=f"http://{http_server.host}", output=tmp_path.as_uri())
-    s3, office = S3(settings), Office()
+    s3, harness = S3(settings), Harness()
     stores = Stores(settings, s3)
-    office.breaker = breaker = CircuitBreaker(partial(bootstrap.use_storage, stores))
+    harness.breaker = breaker = CircuitBreaker(partial(bootstrap.use_storage, stores))
     around = replace(fake_services({}), images=fetch.UriFetcher(settings, s3), stores=stores)
-    worker, leases = WorkerRef(id="w", device="cpu"), LeaseManager(office.ledger, "w", 15)
-    handler = JobHandler(Settings(retry_backoff_s=1e-6), office.ledger, around, worker, leases, breaker)
+    worker, leases = WorkerRef(id="w", device="cpu"), LeaseManager(harness.ledger, "w", 15)
+    handler = JobHandler(Settings(retry_backoff_s=1e-6), harness.ledger, around, worker, leases, breaker)
     jobs = [a_job(image="s3://photos/a.png") for _ in range(4)]
     refusal = b"<ErrorResponse><Error><Code>AccessDenied</Code><Message>No</Message></Error></ErrorResponse>"
     http_server.url("/", answer(403, refusal))
@@ -408,15 +408,15 @@ def test_a_worker_without_keys_for_s3_charges_no_job_and_finishes_them_when_it_h
     with pytest.raises(WorkerUnfit, match=r"AssumeRoleWithWebIdentity.*AccessDenied"):
         handler.handle(payload(jobs[3]), jobs[3].id)
     breaker.probe()
-    assert office.breaker.open_reason, "a folder can be written, and images cannot be read"
+    assert harness.breaker.open_reason, "a folder can be written, and images cannot be read"
     http_server.url("/", answer(200, GIVEN))
     breaker.probe()
     assert not breaker.open_reason
     for job in jobs:
-        office.ledger._due[job.id] = 0
-        office.ledger.requeue(job.id)
+        harness.ledger._due[job.id] = 0
+        harness.ledger.requeue(job.id)
         assert handler.handle(payload(job), job.id) == Disposition.FINISHED
-        assert office.read(job).status == "succeeded"
+        assert harness.read(job).status == "succeeded"
 
 
 GIVEN = b"""<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials>
@@ -424,45 +424,45 @@ GIVEN = b"""<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult>
 <AccessKeyId>A</AccessKeyId></Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"""
 
 
-def test_what_runs_is_handed_back_when_the_worker_has_to_stop(office: Office) -> None:
+def test_what_runs_is_handed_back_when_the_worker_has_to_stop(harness: Harness) -> None:
     job = a_job(max_attempts=1)
     handed: list[str] = []
 
     @dataclass
     class Stopping(MemoryStore):
         def put(self, key: str, data: bytes, media_type: str) -> str:
-            handed.extend(office.one_desk.requeue_unfinished())
+            handed.extend(harness.one_handler.requeue_unfinished())
             return super().put(key, data, media_type)
 
-    office.store = Stopping()
-    office.one_desk = office.handler
-    assert office.one_desk.handle(payload(job), new_id()) == Disposition.DROP
+    harness.store = Stopping()
+    harness.one_handler = harness.handler
+    assert harness.one_handler.handle(payload(job), new_id()) == Disposition.DROP
     assert handed == [job.id]
-    assert office.read(job).status == "queued"
-    office.store = MemoryStore()
-    assert office.handle(payload(job)) == Disposition.FINISHED
-    assert (office.read(job).status, office.read(job).attempt) == ("succeeded", 2)
+    assert harness.read(job).status == "queued"
+    harness.store = MemoryStore()
+    assert harness.handle(payload(job)) == Disposition.FINISHED
+    assert (harness.read(job).status, harness.read(job).attempt) == ("succeeded", 2)
 
 
 @pytest.mark.parametrize(
     "job_id",
     [5, "x", "01A2062B-306E-7164-A139-13398DA125F6", "01a2062b-306e-7164-a139-13398da125f6\n", "\ud800"],
 )
-def test_a_wrong_id_is_refused_and_not_replaced_in_silence(office: Office, job_id: object) -> None:
+def test_a_wrong_id_is_refused_and_not_replaced_in_silence(harness: Harness, job_id: object) -> None:
     message_id = new_id()
-    assert office.handle({**payload(a_job()), "id": job_id}, message_id) == Disposition.FINISHED
-    error = office.ledger.read(message_id).error
+    assert harness.handle({**payload(a_job()), "id": job_id}, message_id) == Disposition.FINISHED
+    error = harness.ledger.read(message_id).error
     assert error is not None
     assert error.code == "invalid_job"
     assert "id: " in error.detail
 
 
-def test_a_strangers_second_message_with_the_same_key_runs_the_first_job(office: Office) -> None:
+def test_a_strangers_second_message_with_the_same_key_runs_the_first_job(harness: Harness) -> None:
     first, second = a_job(idempotency_key="k"), a_job(idempotency_key="k")
-    office.ledger.submit(first)
-    assert office.handle(payload(second)) == Disposition.FINISHED
-    assert office.read(first).status == "succeeded"
-    assert {key.partition("/")[0] for key in office.store.objects} == {first.id}
+    harness.ledger.submit(first)
+    assert harness.handle(payload(second)) == Disposition.FINISHED
+    assert harness.read(first).status == "succeeded"
+    assert {key.partition("/")[0] for key in harness.store.objects} == {first.id}
 
 
 @pytest.mark.parametrize(
@@ -477,14 +477,14 @@ def test_a_strangers_second_message_with_the_same_key_runs_the_first_job(office:
     ],
 )
 def test_a_message_that_says_when_its_job_was_entered_spares_a_question_to_the_ledger(
-    office: Office, settings: Settings, monkeypatch: pytest.MonkeyPatch, entered_at: Any, questions: int
+    harness: Harness, settings: Settings, monkeypatch: pytest.MonkeyPatch, entered_at: Any, questions: int
 ) -> None:
     ledger = RedisLedger(settings)
-    office.ledger = ledger  # type: ignore[assignment]
+    harness.ledger = ledger  # type: ignore[assignment]
     job = a_job()
     entered = ledger.submit(job)
     moment = {"as it was": entered.created_at.isoformat(), "never": None}.get(str(entered_at), entered_at)
-    office.handle(payload(a_job()))  # the scripts and the connection are there
+    harness.handle(payload(a_job()))  # the scripts and the connection are there
     asked: list[object] = []
     execute: Any = redis.Redis.execute_command
 
@@ -493,22 +493,22 @@ def test_a_message_that_says_when_its_job_was_entered_spares_a_question_to_the_l
         return execute(self, *command, **options)
 
     monkeypatch.setattr(redis.Redis, "execute_command", counted)
-    assert office.handler.handle(payload(job), job.id, entered_at=moment) == Disposition.FINISHED
+    assert harness.handler.handle(payload(job), job.id, entered_at=moment) == Disposition.FINISHED
     document = ledger.read(job.id)
     assert (document.status, document.attempt, document.revision) == ("succeeded", 1, 3)
     assert len(asked) == questions
 
 
-def test_what_is_no_job_is_refused_also_if_it_says_when_it_was_entered(office: Office) -> None:
+def test_what_is_no_job_is_refused_also_if_it_says_when_it_was_entered(harness: Harness) -> None:
     message_id = new_id()
     assert (
-        office.handler.handle({"image": 7}, message_id, entered_at="2026-01-01T00:00:00Z")
+        harness.handler.handle({"image": 7}, message_id, entered_at="2026-01-01T00:00:00Z")
         == Disposition.FINISHED
     )
-    assert office.ledger.read(message_id).status == "failed"
+    assert harness.ledger.read(message_id).status == "failed"
 
 
-def test_a_stage_that_begins_right_after_another_is_told_while_it_lasts(office: Office) -> None:
+def test_a_stage_that_begins_right_after_another_is_told_while_it_lasts(harness: Harness) -> None:
     job = a_job()
     seen: list[str | None] = []
 
@@ -516,20 +516,20 @@ def test_a_stage_that_begins_right_after_another_is_told_while_it_lasts(office: 
     class Waiting(MemoryStore):
         def put(self, key: str, data: bytes, media_type: str) -> str:
             end = time.monotonic() + 30
-            while office.read(job).stage != "upload" and time.monotonic() < end:
+            while harness.read(job).stage != "upload" and time.monotonic() < end:
                 time.sleep(0.01)
-            seen.append(office.read(job).stage)
+            seen.append(harness.read(job).stage)
             return super().put(key, data, media_type)
 
-    office.store = Waiting()
-    handler = office.handler
+    harness.store = Waiting()
+    handler = harness.handler
     handler.leases.loop.start()
     try:
         assert handler.handle(payload(job), job.id) == Disposition.FINISHED
     finally:
         assert handler.leases.loop.stop(30)
     assert {*seen} == {"upload"}
-    assert office.read(job).status == "succeeded"
+    assert harness.read(job).status == "succeeded"
 
 
 class TestProgress:
@@ -540,64 +540,64 @@ class TestProgress:
         return now
 
     @pytest.fixture
-    def progress(self, office: Office, clock: list[float]) -> _StageReporter:
+    def progress(self, harness: Harness, clock: list[float]) -> _StageReporter:
         del clock
-        claim = office.ledger.claim(office.ledger.submit(a_job()), WorkerRef(id="w", device="cpu"))
-        return _StageReporter(office.ledger, claim.document, lambda: None)
+        claim = harness.ledger.claim(harness.ledger.submit(a_job()), WorkerRef(id="w", device="cpu"))
+        return _StageReporter(harness.ledger, claim.document, lambda: None)
 
-    def stage(self, office: Office, progress: _StageReporter) -> tuple[str | None, int]:
-        document = office.ledger.read(progress._document.id)
+    def stage(self, harness: Harness, progress: _StageReporter) -> tuple[str | None, int]:
+        document = harness.ledger.read(progress._document.id)
         return document.stage, document.revision
 
     def test_the_last_of_many_stages_is_written_once_when_its_half_second_is_over(
-        self, office: Office, progress: _StageReporter, clock: list[float]
+        self, harness: Harness, progress: _StageReporter, clock: list[float]
     ) -> None:
-        before = self.stage(office, progress)
+        before = self.stage(harness, progress)
         for stage in ("fetch", "decode", "load"):
             clock[0] += 0.1
             progress(Stage(stage))
-            progress.catch_up()
-        assert self.stage(office, progress) == before, "what passes fast costs no round trip"
+            progress.write_pending()
+        assert self.stage(harness, progress) == before, "what passes fast costs no round trip"
         clock[0] += 0.25
         for _ in range(3):
-            progress.catch_up()
-        assert self.stage(office, progress) == ("load", before[1] + 1)
+            progress.write_pending()
+        assert self.stage(harness, progress) == ("load", before[1] + 1)
         clock[0] += 0.1
         progress(Stage("explain"))
         clock[0] += 0.5
         progress(Stage("render"))
-        assert self.stage(office, progress) == ("render", before[1] + 2)
+        assert self.stage(harness, progress) == ("render", before[1] + 2)
 
     def test_a_checkpoint_is_not_written_over_by_a_stage_that_began_before(
-        self, office: Office, progress: _StageReporter, clock: list[float]
+        self, harness: Harness, progress: _StageReporter, clock: list[float]
     ) -> None:
         progress(Stage("explain"))
         progress.checkpoint(Stage("row 4"))
         clock[0] += 1
-        progress.catch_up()
-        assert self.stage(office, progress)[0] == "row 4"
+        progress.write_pending()
+        assert self.stage(harness, progress)[0] == "row 4"
 
     def test_nothing_is_written_after_the_end_or_while_the_job_writes(
-        self, office: Office, progress: _StageReporter, clock: list[float]
+        self, harness: Harness, progress: _StageReporter, clock: list[float]
     ) -> None:
-        before = self.stage(office, progress)
+        before = self.stage(harness, progress)
         progress(Stage("fetch"))
         clock[0] += 1
-        with progress._turn:
-            progress.catch_up()
-        progress.end()
-        progress.catch_up()
+        with progress._lock:
+            progress.write_pending()
+        progress.close()
+        progress.write_pending()
         progress(Stage("decode"))
-        assert self.stage(office, progress) == before
+        assert self.stage(harness, progress) == before
 
     def test_an_attempt_that_was_overtaken_hears_it_by_its_lease(
-        self, office: Office, progress: _StageReporter, clock: list[float]
+        self, harness: Harness, progress: _StageReporter, clock: list[float]
     ) -> None:
-        office.ledger.requeue_unfinished(progress._document.id, 1)
+        harness.ledger.requeue_unfinished(progress._document.id, 1)
         progress(Stage("fetch"))
         clock[0] += 1
-        progress.catch_up()
-        assert self.stage(office, progress)[0] is None
+        progress.write_pending()
+        assert self.stage(harness, progress)[0] is None
 
 
 def a_shard(count: int = 6, **changes: Any) -> Shard:
@@ -638,16 +638,16 @@ def forget_rows(ledger: MemoryLedger, job_id: str) -> None:
 
 
 class TestShards:
-    def hand_in(self, office: Office, shard: Shard) -> Disposition:
+    def hand_in(self, harness: Harness, shard: Shard) -> Disposition:
         """As whoever runs a backfill does."""
-        office.ledger.submit(shard)
-        return office.handle({"id": shard.id}, kind=Shard)
+        harness.ledger.submit(shard)
+        return harness.handle({"id": shard.id}, kind=Shard)
 
-    def test_a_shard_succeeds_and_its_document_counts_its_rows(self, office: Office) -> None:
-        office.images = Images(**{"2": lambda: ImageNotFound("There is nothing.")})
+    def test_a_shard_succeeds_and_its_document_counts_its_rows(self, harness: Harness) -> None:
+        harness.images = Images(**{"2": lambda: ImageNotFound("There is nothing.")})
         shard = a_shard()
-        assert self.hand_in(office, shard) == Disposition.FINISHED
-        document = office.ledger.read(shard.id)
+        assert self.hand_in(harness, shard) == Disposition.FINISHED
+        document = harness.ledger.read(shard.id)
         assert (document.status, document.error, document.predictions) == ("succeeded", None, ())
         counts = {name: document.metrics[name] for name in ("rows", "failed", "failed_image_not_found")}
         assert counts == {"rows": 6, "failed": 1, "failed_image_not_found": 1}
@@ -657,147 +657,147 @@ class TestShards:
         assert document.network
         assert (document.network.name, document.network.layer) == ("efficientnet_lite0", "blocks")
         assert document.metadata == {"backfill": shard.backfill, "shard": "0"}
-        assert office.handle({"id": shard.id}, kind=Shard) == Disposition.DROP
+        assert harness.handle({"id": shard.id}, kind=Shard) == Disposition.DROP
 
     @pytest.mark.parametrize("old_reaper", [False, True])
     def test_a_shard_under_which_processes_die_is_done_without_the_row_that_kills_them(
-        self, office: Office, old_reaper: bool
+        self, harness: Harness, old_reaper: bool
     ) -> None:
         def die() -> None:
             raise Died
 
-        office.images, shard = Images(**{"4": die}), a_shard()
-        office.ledger.submit(shard)
+        harness.images, shard = Images(**{"4": die}), a_shard()
+        harness.ledger.submit(shard)
         stages, searches = [], []
         for _ in range(3):
-            assert office.handle({"id": shard.id}, kind=Shard) == Disposition.DROP
-            stages.append(office.ledger.read(shard.id).stage)
-            office.ledger._due[shard.id] = 0
-            assert office.ledger.expire_lease(shard.id) == "shard"
-            rows = office.ledger.read(shard.id).rows
+            assert harness.handle({"id": shard.id}, kind=Shard) == Disposition.DROP
+            stages.append(harness.ledger.read(shard.id).stage)
+            harness.ledger._due[shard.id] = 0
+            assert harness.ledger.expire_lease(shard.id) == "shard"
+            rows = harness.ledger.read(shard.id).rows
             searches.append(rows and rows.search)
             if old_reaper:
-                forget_rows(office.ledger, shard.id)
+                forget_rows(harness.ledger, shard.id)
         assert stages == ["fetch", "rows 4 to 4", "row 4"]
         assert searches == [None, RowSearch(group=(4, 4)), RowSearch(row=4)]
-        assert office.handle({"id": shard.id}, kind=Shard) == Disposition.FINISHED
-        document = office.ledger.read(shard.id)
+        assert harness.handle({"id": shard.id}, kind=Shard) == Disposition.FINISHED
+        document = harness.ledger.read(shard.id)
         assert (document.status, document.attempt) == ("succeeded", 4)
         assert document.metrics["failed_worker_lost"] == document.metrics["failed"] == 1
         assert document.rows == RowState(failed={"worker_lost": 1})
-        assert b'"row": 4' in office.store.objects[f"failed/{shard.key}.jsonl"]
+        assert b'"row": 4' in harness.store.objects[f"failed/{shard.key}.jsonl"]
 
-    def test_a_shard_that_is_handed_back_runs_again_and_leaves_the_same(self, office: Office) -> None:
+    def test_a_shard_that_is_handed_back_runs_again_and_leaves_the_same(self, harness: Harness) -> None:
         shard = a_shard()
-        office.images = Images(**{"3": lambda: office.one_desk.requeue_unfinished() and None})
-        office.ledger.submit(shard)
+        harness.images = Images(**{"3": lambda: harness.one_handler.requeue_unfinished() and None})
+        harness.ledger.submit(shard)
         for attempt in (1, 2):
-            office.one_desk = office.handler
-            assert office.one_desk.handle({"id": shard.id}, new_id(), kind=Shard) == Disposition.DROP
-            document = office.ledger.read(shard.id)
+            harness.one_handler = harness.handler
+            assert harness.one_handler.handle({"id": shard.id}, new_id(), kind=Shard) == Disposition.DROP
+            document = harness.ledger.read(shard.id)
             assert (document.status, document.attempt, document.error) == ("queued", attempt, None)
-            assert not office.store.objects
-        office.images = Images()
-        assert office.handle({"id": shard.id}, kind=Shard) == Disposition.FINISHED
-        left = dict(office.store.objects)
-        other = Office(Images())
+            assert not harness.store.objects
+        harness.images = Images()
+        assert harness.handle({"id": shard.id}, kind=Shard) == Disposition.FINISHED
+        left = dict(harness.store.objects)
+        other = Harness(Images())
         self.hand_in(other, shard.model_copy(update={"id": new_id()}))
         assert other.store.objects == left
 
     def test_a_shard_whose_images_cannot_be_had_waits_and_on_its_last_attempt_says_which(
-        self, office: Office, monkeypatch: pytest.MonkeyPatch
+        self, harness: Harness, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("gradcam_worker.execution.shards.AGAIN_S", 0)
+        monkeypatch.setattr("gradcam_worker.execution.shards.RETRY_ROWS_AFTER_S", 0)
         down = {str(place): lambda: ImageFetchFailed("HTTP 503") for place in range(4)}
-        office.images, shard = Images(**down), a_shard(max_attempts=2)
-        assert self.hand_in(office, shard) == Disposition.RETRY
-        document = office.ledger.read(shard.id)
+        harness.images, shard = Images(**down), a_shard(max_attempts=2)
+        assert self.hand_in(harness, shard) == Disposition.RETRY
+        document = harness.ledger.read(shard.id)
         assert (document.status, document.error and document.error.code) == ("retrying", "image_fetch_failed")
-        office.ledger._due[shard.id] = 0
-        assert office.ledger.requeue(shard.id) == "shard"
-        assert office.handle({"id": shard.id}, kind=Shard) == Disposition.FINISHED
-        document = office.ledger.read(shard.id)
+        harness.ledger._due[shard.id] = 0
+        assert harness.ledger.requeue(shard.id) == "shard"
+        assert harness.handle({"id": shard.id}, kind=Shard) == Disposition.FINISHED
+        document = harness.ledger.read(shard.id)
         assert (document.status, document.metrics["failed_image_fetch_failed"]) == ("succeeded", 4)
 
-    def test_a_shard_that_is_cancelled_while_it_runs_leaves_nothing(self, office: Office) -> None:
+    def test_a_shard_that_is_cancelled_while_it_runs_leaves_nothing(self, harness: Harness) -> None:
         shard = a_shard()
 
         def cancel() -> None:
-            office.ledger.cancel(shard.id)
-            office.one_desk.leases.renew()
+            harness.ledger.cancel(shard.id)
+            harness.one_handler.leases.renew()
 
-        office.images = Images(**{"1": cancel})
-        office.one_desk = office.handler
-        office.ledger.submit(shard)
-        assert office.one_desk.handle({"id": shard.id}, new_id(), kind=Shard) == Disposition.FINISHED
-        document = office.ledger.read(shard.id)
+        harness.images = Images(**{"1": cancel})
+        harness.one_handler = harness.handler
+        harness.ledger.submit(shard)
+        assert harness.one_handler.handle({"id": shard.id}, new_id(), kind=Shard) == Disposition.FINISHED
+        document = harness.ledger.read(shard.id)
         assert (document.status, document.error and document.error.code) == ("canceled", "canceled")
-        assert not office.store.objects
+        assert not harness.store.objects
 
-    def test_a_shard_among_jobs_is_refused_and_runs_nothing(self, office: Office) -> None:
-        shard, office.known = a_shard(token="t"), "t"
-        assert office.handle(json.loads(shard.to_json()), shard.id) == Disposition.FINISHED
-        problem = office.ledger.read(shard.id).error
+    def test_a_shard_among_jobs_is_refused_and_runs_nothing(self, harness: Harness) -> None:
+        shard, harness.known = a_shard(token="t"), "t"
+        assert harness.handle(json.loads(shard.to_json()), shard.id) == Disposition.FINISHED
+        problem = harness.ledger.read(shard.id).error
         assert problem is not None
         assert (problem.code, problem.detail) == (
             "invalid_job",
             "This is a shard, and among jobs none is taken: only `gradcam backfill` submits shards.",
         )
-        assert not office.store.objects
+        assert not harness.store.objects
 
-    def test_a_job_among_shards_is_refused(self, office: Office) -> None:
+    def test_a_job_among_shards_is_refused(self, harness: Harness) -> None:
         job = a_job()
-        assert office.handle(payload(job), kind=Shard) == Disposition.FINISHED
-        problem = office.read(job).error
+        assert harness.handle(payload(job), kind=Shard) == Disposition.FINISHED
+        problem = harness.read(job).error
         assert problem is not None
         assert problem.code == "invalid_job"
         assert "send jobs to gradcam.interactive" in problem.detail
 
     def test_a_message_that_names_what_the_other_queue_is_for_is_dropped_and_harms_nothing(
-        self, office: Office
+        self, harness: Harness
     ) -> None:
-        job, shard, office.known = a_job(), a_shard(token="t"), "t"
-        office.ledger.submit(job)
-        office.ledger.submit(shard)
-        assert office.handle({"id": shard.id}) == Disposition.DROP
-        assert office.handle({"id": job.id}, kind=Shard) == Disposition.DROP
+        job, shard, harness.known = a_job(), a_shard(token="t"), "t"
+        harness.ledger.submit(job)
+        harness.ledger.submit(shard)
+        assert harness.handle({"id": shard.id}) == Disposition.DROP
+        assert harness.handle({"id": job.id}, kind=Shard) == Disposition.DROP
         for one in (job, shard):
-            assert office.handle({"id": one.id}, kind=type(one)) == Disposition.FINISHED
-            assert office.ledger.read(one.id).status == "succeeded"
+            assert harness.handle({"id": one.id}, kind=type(one)) == Disposition.FINISHED
+            assert harness.ledger.read(one.id).status == "succeeded"
 
     @pytest.mark.parametrize("token", ["", "guessed", "T"])
     def test_a_forged_shard_is_refused_whether_or_not_it_got_into_the_ledger(
-        self, office: Office, token: str
+        self, harness: Harness, token: str
     ) -> None:
-        office.known = "t"
+        harness.known = "t"
         sent, entered = a_shard(token=token, keep=True), a_shard(token=token, keep=True)
-        office.ledger.submit(entered)
-        assert office.handle(json.loads(sent.to_json()), sent.id, kind=Shard) == Disposition.FINISHED
-        assert office.handle({"id": entered.id}, kind=Shard) == Disposition.FINISHED
+        harness.ledger.submit(entered)
+        assert harness.handle(json.loads(sent.to_json()), sent.id, kind=Shard) == Disposition.FINISHED
+        assert harness.handle({"id": entered.id}, kind=Shard) == Disposition.FINISHED
         for one in (sent, entered):
-            document = office.ledger.read(one.id)
+            document = harness.ledger.read(one.id)
             assert (document.status, document.error and document.error.code) == ("failed", "unknown_backfill")
             assert document.error
             assert not token or token not in document.error.detail.split()
-        assert not office.store.objects
+        assert not harness.store.objects
 
     def test_a_shard_in_a_message_has_to_show_a_token_also_where_the_backfill_has_none(
-        self, office: Office
+        self, harness: Harness
     ) -> None:
         """As those have none that an older version submits: into the ledger, where no stranger may write."""
         sent = a_shard()
-        assert office.handle(json.loads(sent.to_json()), sent.id, kind=Shard) == Disposition.FINISHED
-        assert office.ledger.read(sent.id).status == "failed"
+        assert harness.handle(json.loads(sent.to_json()), sent.id, kind=Shard) == Disposition.FINISHED
+        assert harness.ledger.read(sent.id).status == "failed"
 
     def test_a_shard_that_is_run_already_is_not_ended_by_a_backfill_that_is_forgotten(
-        self, office: Office
+        self, harness: Harness
     ) -> None:
         shard = a_shard(token="t")
 
         def forget() -> None:
-            office.known = "another"
-            assert office.handle({"id": shard.id}, kind=Shard) == Disposition.DROP
+            harness.known = "another"
+            assert harness.handle({"id": shard.id}, kind=Shard) == Disposition.DROP
 
-        office.images = Images(**{"1": forget})
-        assert self.hand_in(office, shard) == Disposition.FINISHED
-        assert office.ledger.read(shard.id).status == "succeeded"
+        harness.images = Images(**{"1": forget})
+        assert self.hand_in(harness, shard) == Disposition.FINISHED
+        assert harness.ledger.read(shard.id).status == "succeeded"

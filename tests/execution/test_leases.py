@@ -35,7 +35,7 @@ class Away(MemoryLedger):
 
 
 @dataclass
-class Office:
+class Harness:
     """A worker's leases, and the seconds that its ledger has seen."""
 
     lease_s: float = LEASE_S
@@ -59,8 +59,8 @@ class Office:
 
 
 @pytest.fixture
-def office() -> Office:
-    return Office()
+def harness() -> Harness:
+    return Harness()
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -70,92 +70,92 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def test_what_a_job_has_to_tell_is_written_only_while_the_ledger_answers(office: Office, job: Job) -> None:
+def test_what_a_job_has_to_tell_is_written_only_while_the_ledger_answers(harness: Harness, job: Job) -> None:
     asked = [0]
 
-    def catch_up() -> None:
+    def write_stage() -> None:
         asked[0] += 1
 
-    office.ledger.failure = LedgerUnavailable("gone")
-    office.leases = LeaseManager(office.ledger, ME.id, 0.03)
-    with office.leases.hold(office.claim(job), Deadline(60), catch_up):
-        office.leases.loop.start()
+    harness.ledger.failure = LedgerUnavailable("gone")
+    harness.leases = LeaseManager(harness.ledger, ME.id, 0.03)
+    with harness.leases.hold(harness.claim(job), Deadline(60), write_stage):
+        harness.leases.loop.start()
         try:
-            wait_for(lambda: office.ledger.asked > 3)
+            wait_for(lambda: harness.ledger.asked > 3)
             assert asked[0] <= 1
-            office.ledger.failure = None
+            harness.ledger.failure = None
             wait_for(lambda: asked[0] > 3)
         finally:
-            assert office.leases.loop.stop(WAIT_S)
-    office.leases.catch_up()
-    assert not office.leases._behind
+            assert harness.leases.loop.stop(WAIT_S)
+    harness.leases.write_stages()
+    assert not harness.leases._stage_writers
 
 
-def test_a_job_is_renewed_as_long_as_it_is_held_and_no_longer(office: Office, job: Job) -> None:
-    document = office.claim(job)
-    with office.leases.hold(document, Deadline(60)):
-        assert office.leases.jobs() == {job.id: 1}
+def test_a_job_is_renewed_as_long_as_it_is_held_and_no_longer(harness: Harness, job: Job) -> None:
+    document = harness.claim(job)
+    with harness.leases.hold(document, Deadline(60)):
+        assert harness.leases.jobs() == {job.id: 1}
         for _ in range(5):
-            office.passes(10)
-            office.leases.renew()
-        assert office.lost() == []
-    assert office.leases.jobs() == {}
-    office.leases.renew()
-    office.passes(LEASE_S)
-    assert office.lost() == [job.id]
+            harness.passes(10)
+            harness.leases.renew()
+        assert harness.lost() == []
+    assert harness.leases.jobs() == {}
+    harness.leases.renew()
+    harness.passes(LEASE_S)
+    assert harness.lost() == [job.id]
 
 
-def test_one_beat_says_how_the_worker_is(office: Office) -> None:
-    office.leases.renew()
-    assert office.ledger.find_workers() == {"me": "well"}
+def test_a_renewal_says_how_the_worker_is(harness: Harness) -> None:
+    harness.leases.renew()
+    assert harness.ledger.find_workers() == {"me": "well"}
 
 
-def test_a_job_that_somebody_else_has_by_now_is_stopped(office: Office, job: Job) -> None:
+def test_a_job_that_somebody_else_has_by_now_is_stopped(harness: Harness, job: Job) -> None:
     deadline = Deadline(60)
-    with office.leases.hold(office.claim(job), deadline):
-        office.passes(LEASE_S + 1)
-        assert office.ledger.expire_lease(job.id)
-        office.ledger.claim(office.ledger.read(job.id), WorkerRef(id="other", device="cpu"))
+    with harness.leases.hold(harness.claim(job), deadline):
+        harness.passes(LEASE_S + 1)
+        assert harness.ledger.expire_lease(job.id)
+        harness.ledger.claim(harness.ledger.read(job.id), WorkerRef(id="other", device="cpu"))
         deadline.check("explain")  # it has not heard of it yet
-        office.leases.renew()
+        harness.leases.renew()
         with pytest.raises(AttemptFenced, match=r"Attempt 1 .* was overtaken"):
             deadline.check("explain")
 
 
-def test_a_job_that_somebody_wants_stopped_is_stopped(office: Office, job: Job) -> None:
+def test_a_job_that_somebody_wants_stopped_is_stopped(harness: Harness, job: Job) -> None:
     deadline = Deadline(60)
-    with office.leases.hold(office.claim(job), deadline):
-        office.ledger.cancel(job.id)
-        office.leases.renew()
+    with harness.leases.hold(harness.claim(job), deadline):
+        harness.ledger.cancel(job.id)
+        harness.leases.renew()
         with pytest.raises(JobCanceled):
             deadline.check("explain")
     assert not deadline.left_s(), "whatever it waits for, it waits no longer"
 
 
 def test_a_job_waits_while_nobody_knows_whose_it_is_and_goes_on_when_it_is_still_its_own(job: Job) -> None:
-    office = Office(lease_s=1)
+    harness = Harness(lease_s=1)
     deadline, passed = Deadline(60), threading.Event()
 
     def work() -> None:
         deadline.check("upload")
         passed.set()
 
-    with office.leases.hold(office.claim(job), deadline):
-        office.ledger.failure = LedgerUnavailable("gone")
+    with harness.leases.hold(harness.claim(job), deadline):
+        harness.ledger.failure = LedgerUnavailable("gone")
         with pytest.raises(LedgerUnavailable):
-            office.leases.renew()
+            harness.leases.renew()
         time.sleep(1.1)  # its lease is over, by its own clock
         thread = threading.Thread(target=work)
         thread.start()
         assert not passed.wait(0.5)
-        office.ledger.failure = None
-        office.leases.renew()
+        harness.ledger.failure = None
+        harness.leases.renew()
         assert passed.wait(WAIT_S)
         thread.join()
 
 
 def test_a_job_that_waited_while_another_worker_took_it_goes_no_further(job: Job) -> None:
-    office = Office(lease_s=1)
+    harness = Harness(lease_s=1)
     deadline, ended = Deadline(60), list[Exception]()
 
     def work() -> None:
@@ -164,30 +164,30 @@ def test_a_job_that_waited_while_another_worker_took_it_goes_no_further(job: Job
         except AttemptFenced as error:
             ended.append(error)
 
-    with office.leases.hold(office.claim(job), deadline):
+    with harness.leases.hold(harness.claim(job), deadline):
         time.sleep(1.1)
         thread = threading.Thread(target=work)
         thread.start()
-        office.passes(2)
-        assert office.ledger.expire_lease(job.id)
-        office.leases.renew()
+        harness.passes(2)
+        assert harness.ledger.expire_lease(job.id)
+        harness.leases.renew()
         thread.join(WAIT_S)
     assert len(ended) == 1
 
 
 def test_a_job_does_not_wait_longer_than_it_may_run(job: Job) -> None:
-    office = Office(lease_s=1)
+    harness = Harness(lease_s=1)
     deadline = Deadline(1.3)
-    with office.leases.hold(office.claim(job), deadline):
+    with harness.leases.hold(harness.claim(job), deadline):
         time.sleep(1.1)
         with pytest.raises(JobTimeout):
             deadline.check("upload")
 
 
-def test_all_that_runs_can_be_let_go(office: Office, job: Job) -> None:
+def test_all_that_runs_can_be_let_go(harness: Harness, job: Job) -> None:
     deadline = Deadline(60)
-    with office.leases.hold(office.claim(job), deadline):
-        assert office.leases.release_all() == {job.id: 1}
+    with harness.leases.hold(harness.claim(job), deadline):
+        assert harness.leases.release_all() == {job.id: 1}
         with pytest.raises(AttemptFenced, match="handed back"):
             deadline.check("explain")
 
@@ -198,15 +198,15 @@ def test_all_that_runs_can_be_let_go(office: Office, job: Job) -> None:
 def test_it_goes_on_renewing_whatever_happens_and_says_it_once(
     job: Job, failure: BaseException, caplog: Any
 ) -> None:
-    office = Office(lease_s=1)
-    with office.leases.hold(office.claim(job), Deadline(60)):
-        office.ledger.failure = failure
-        office.leases.loop.start()
-        wait_for(lambda: office.ledger.asked > 2)
-        assert office.ledger.find_workers() == {}
-        office.ledger.failure = None
-        wait_for(lambda: office.ledger.find_workers() == {"me": "well"})
-        assert office.leases.loop.stop(WAIT_S)
+    harness = Harness(lease_s=1)
+    with harness.leases.hold(harness.claim(job), Deadline(60)):
+        harness.ledger.failure = failure
+        harness.leases.loop.start()
+        wait_for(lambda: harness.ledger.asked > 2)
+        assert harness.ledger.find_workers() == {}
+        harness.ledger.failure = None
+        wait_for(lambda: harness.ledger.find_workers() == {"me": "well"})
+        assert harness.leases.loop.stop(WAIT_S)
     if isinstance(failure, LedgerUnavailable):
         assert caplog.text.count("no lease can be renewed: gone") == 1
     else:

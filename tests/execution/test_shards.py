@@ -141,7 +141,7 @@ class Bench:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "AGAIN_S", 0)
+    monkeypatch.setattr(shards, "RETRY_ROWS_AFTER_S", 0)
 
 
 @dataclass
@@ -523,7 +523,7 @@ def test_the_file_is_written_last_and_a_shard_whose_file_is_there_is_done() -> N
     [
         ({"backfill": "01234567-89ab-7def-8123-000000000000"}, f"backfill {BACKFILL}"),
         ({"weights_sha256": "0" * 64}, "weights None"),
-        ({"key": "00000003-fedcba9876543210"}, f"the rows and the wish of {KEY}"),
+        ({"key": "00000003-fedcba9876543210"}, f"the shard {KEY}"),
     ],
     ids=["another backfill", "other weights", "other rows"],
 )
@@ -725,7 +725,7 @@ def test_a_shard_that_is_to_stop_stops_within_the_groups_at_hand_and_writes_noth
     bench = Bench(images, network)
     with pytest.raises(why or JobTimeout):
         bench.run(deadline=deadline, after_crash=after_crash)
-    assert network.passes <= 2 + shards.COMPUTING
+    assert network.passes <= 2 + shards.GROUPS_COMPUTED_AT_ONCE
     assert not bench.store.objects
     bench.run(after_crash=after_crash)
     assert len(bench.good) == 20 * GROUP, "handed back, it runs again"

@@ -139,7 +139,9 @@ class Case:
         def store() -> None:
             place = MemoryStore()
             records = artifacts.upload(place, "job", rendered, deadline)
-            artifacts.seal(place, "job", artifacts.describe(job, image, seen, rendered, records), deadline)
+            artifacts.write_manifest(
+                place, "job", artifacts.describe(job, image, seen, rendered, records), deadline
+            )
 
         return [
             Way(name, 1, repeats, run)

@@ -149,7 +149,7 @@ def warnings(image: InputRecord, seen: Explanation) -> tuple[ResultWarning, ...]
     return tuple(found)
 
 
-def seal(store: Store, folder: str, manifest: Manifest, deadline: Deadline) -> ManifestRef:
+def write_manifest(store: Store, folder: str, manifest: Manifest, deadline: Deadline) -> ManifestRef:
     """Write the manifest, last. Raises as `Store.put_many` does."""
     text = manifest.model_dump_json(indent=1).encode()
     (uri,) = store.put_many([(f"{folder}/{MANIFEST}", text, "application/json")], deadline)
@@ -159,17 +159,17 @@ def seal(store: Store, folder: str, manifest: Manifest, deadline: Deadline) -> M
 def fingerprint(job: Job) -> str:
     """Of what a job's artifacts depend on, and of nothing else: not of its id, its webhooks, its metadata."""
     asked = {"image", "network", "target", "method", "metrics", "artifacts"}
-    kinds = [wish.kind for wish in job.artifacts]  # a default in each of them, and so not in the rest
+    kinds = [spec.kind for spec in job.artifacts]  # a default in each of them, and so not in the rest
     text = f"{kinds} {job.model_dump_json(include=asked, exclude_defaults=True)}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sealed(
+def find_manifest(
     store: Store, folder: str, job: Job, image_sha256: str | None, row: NetworkRow, deadline: Deadline
 ) -> tuple[Manifest, ManifestRef] | None:
     """The manifest that an earlier attempt at this job has left: all that it names is there.
 
-    It counts only where it was made of the same wish, the same bytes of the image, and the network as `row`
+    It counts only where it was made of the same job, the same bytes of the image, and the network as `row`
     describes it now. `image_sha256` is None where the image is gone, and the job did not say which bytes it
     must be: then those that the manifest names count. What is there and is none, is of an earlier version
     that did not say, or of anything else, counts for nothing: this attempt writes its own. Raises

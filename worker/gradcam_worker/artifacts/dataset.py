@@ -202,7 +202,7 @@ def made_for_another(data: bytes, shard: Shard) -> str | None:
     if facts["backfill"] != shard.backfill:
         return f"backfill {facts['backfill']}"
     if key != shard.key:
-        return f"the rows and the wish of {key}"
+        return f"the shard {key}"
     if shard.weights_sha256 not in {None, weights}:
         return f"weights {weights}"
     return None

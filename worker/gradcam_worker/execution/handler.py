@@ -52,11 +52,11 @@ from gradcam_worker.settings import Settings
 
 log = logging.getLogger("gradcam")
 
-PROGRESS_EVERY_S = 0.5  # stages that pass faster are not worth a round trip
-LEDGER_PATIENCE_S = 30  # a finished job's last word is worth waiting for
-MOMENT = TypeAdapter(AwareDatetime)
+WRITE_STAGE_EVERY_S = 0.5  # a stage that is shorter is not worth a round trip
+WRITE_FOR_S = 30  # how long the ledger is tried for a final state or a checkpoint
+TIMESTAMP = TypeAdapter(AwareDatetime)
 Kind = type[Job] | type[Shard]
-MISPLACED: dict[Kind, str] = {  # why it is refused where a queue is for something else
+WRONG_QUEUE: dict[Kind, str] = {  # why it is refused where a queue is for something else
     Job: "This is a shard, and among jobs none is taken: only `gradcam backfill` submits shards.",
     Shard: "This is no shard, and its queue is for nothing else: send jobs to gradcam.interactive or "
     "gradcam.bulk.",
@@ -125,7 +125,7 @@ class JobHandler:
         """
         disposition = Disposition.REQUEUE
         try:
-            with self.stall.in_hand(), logs.about(job_id=_identify(payload, message_id)):
+            with self.stall.in_hand(), logs.about(job_id=_job_id(payload, message_id)):
                 disposition = self._process(payload, message_id, entered_at, kind)
         finally:
             self.observer.attempt_ended(disposition.value)
@@ -134,7 +134,7 @@ class JobHandler:
     def _process(self, payload: object, message_id: str, entered_at: object, kind: Kind) -> Disposition:
         if self.breaker.open_reason:
             raise WorkerUnfit(self.breaker.open_reason)
-        job_id = _identify(payload, message_id)
+        job_id = _job_id(payload, message_id)
         try:
             if entered_at and kind is Job and (end := self._try_fast_claim(payload, entered_at)):
                 return end
@@ -155,9 +155,9 @@ class JobHandler:
         return end
 
     def _try_fast_claim(self, payload: object, entered_at: object) -> Disposition | None:
-        """What most messages need: one question to the ledger, then the job. None: it is not so simple."""
+        """Claim an untouched job with one request to the ledger, and run it. None: `_claim` has to look."""
         try:
-            job, moment = Job.parse(payload), MOMENT.validate_python(entered_at)
+            job, moment = Job.parse(payload), TIMESTAMP.validate_python(entered_at)
         except (InvalidJob, ValueError):
             return None  # the ledger may know better
         with self.gate.enter(job.id) as free:
@@ -166,16 +166,14 @@ class JobHandler:
             return self._run(job, document, asked_at) if document else None
 
     def _claim(self, job_id: str, payload: object, kind: Kind) -> Disposition | None:
-        """Ask the ledger what the job is, then for the job. None: it has changed in between."""
-        job, document = self.ledger.get_or_create(
-            job_id, _with_id(payload, job_id), partial(self._read, kind)
-        )
+        """Read the job in the ledger, claim it and run it. None: it has changed in between."""
+        job, document = self.ledger.get_or_create(job_id, _add_id(payload, job_id), partial(self._read, kind))
         if job is None:
             log.info("job %s is %s: nothing to do", document.id, document.status)
             return Disposition.DROP
         if end := self._reject_wrong_queue(job, document, kind):
             return end
-        # Where a worker died under it, it has the process for itself, before the attempt begins.
+        # A job under which a worker died runs alone in the process. Wait for that before the attempt begins.
         with self.gate.enter(job.id, alone=suspected(document)) as free:
             if not free:
                 return Disposition.DROP
@@ -191,37 +189,40 @@ class JobHandler:
         return Disposition.FINISHED if claim.outcome is ClaimOutcome.ENDED else Disposition.DROP
 
     def _read(self, kind: Kind, payload: object) -> Work:
-        """What a message holds itself. Whoever runs a backfill enters its shards, and sends ids."""
+        """Parse a message that holds the job itself. Backfills enter their shards, and send ids only."""
         work = parse(payload)
         if not isinstance(work, kind):
-            raise InvalidJob(MISPLACED[kind])
+            raise InvalidJob(WRONG_QUEUE[kind])
         if isinstance(work, Shard) and not (work.token and self.admits(work)):
-            raise _unknown(work)
+            raise _unknown_backfill(work)
         return work
 
     def _reject_wrong_queue(self, job: Work, document: StatusDocument, kind: Kind) -> Disposition | None:
-        """How a message ends that may not have what the ledger holds under its id; None: it may."""
-        if not isinstance(job, kind):  # it has a message of its own, in the queue that is for it
+        """Refuse what came by the wrong queue, and a shard of no known backfill. None: it may run."""
+        if not isinstance(job, kind):  # another message for it is in its own queue
             log.warning("the message of %s came by a queue that is not for it: dropped", job.id)
             return Disposition.DROP
         if not isinstance(job, Shard) or document.status != "queued" or self.admits(job):
             return None
-        error = _unknown(job)
+        error = _unknown_backfill(job)
         problem = Problem.of(error, stage="receive", attempt=document.attempt)
         self.ledger.advance(document, status="failed", error=problem)
         log.warning("shard %s refused: %s", job.id, error)
         return Disposition.FINISHED
 
     def refuse(self, message_id: str, payload: object, error: GradcamError) -> StatusDocument:
-        """Write down a message that is no job. Raises LedgerUnavailable."""
-        document = self.ledger.refuse(_identify(payload, message_id), payload, error)
+        """Write a message that is no job into the ledger, as failed. Raises LedgerUnavailable."""
+        document = self.ledger.refuse(_job_id(payload, message_id), payload, error)
         log.warning("job %s refused: %s", document.id, error)
         return document
 
     def requeue_unfinished(self) -> list[str]:
-        """Give up all that runs here, without loss of an attempt; return what is to be published again.
+        """Stop all jobs of this process and put them back into the queue. These attempts do not count.
 
-        Nothing is begun here any more. Asked again, it finds what was just beginning then.
+        Nothing begins here any more. A second call finds jobs that were just beginning at the first.
+
+        Returns:
+            Ids of the jobs whose messages have to be published again.
         """
         self.gate.close()
         back = []
@@ -229,7 +230,7 @@ class JobHandler:
             try:
                 if self.ledger.requeue_unfinished(job_id, attempt):
                     back.append(job_id)
-            except LedgerUnavailable as error:  # those that are back already have to be told of
+            except LedgerUnavailable as error:  # the caller still has to publish the others
                 log.warning("job %s is not handed back: %s", job_id, error)
         return back
 
@@ -249,7 +250,7 @@ class JobHandler:
     def _job_context(
         self, job: Work, document: StatusDocument, asked_at: datetime
     ) -> Iterator[StatusDocument]:
-        """Within it, lines and spans are this attempt's; yields its document, which says in which trace."""
+        """Within it, log lines and spans belong to this attempt. Yields the document with its trace."""
         above = terms_of(job).traceparent or document.traceparent
         facts: dict[str, Any] = {"job_id": job.id, "attempt": document.attempt}
         more: dict[str, Any] = {"network": job.network, "worker": self.worker.id}
@@ -274,7 +275,7 @@ class JobHandler:
         shard = isinstance(job, Shard)
         with (
             self._track_in_flight(document, context, shard=shard),
-            self.leases.hold(document, context.deadline, progress.catch_up),
+            self.leases.hold(document, context.deadline, progress.write_pending),
         ):
             try:
                 if isinstance(job, Shard):
@@ -284,9 +285,9 @@ class JobHandler:
             except (AttemptFenced, LedgerUnavailable):
                 raise
             except BaseException as error:  # noqa: BLE001  # the one place where anything at all becomes a Problem
-                return self._failed(job, progress.end(), context, error)
+                return self._on_error(job, progress.close(), context, error)
             self.breaker.succeeded()
-            last = progress.end()
+            last = progress.close()
             metrics = {**last.metrics, **context.metrics, **done.metrics}
             self._write(last, status="succeeded", **{**vars(done), "metrics": metrics})
             if isinstance(job, Shard):
@@ -298,7 +299,7 @@ class JobHandler:
     def _track_in_flight(
         self, document: StatusDocument, context: JobContext, *, shard: bool
     ) -> Iterator[None]:
-        """Within it, a job is run; the observer hears when and how long, stage by stage."""
+        """Tell the observer that a job runs, and at the end how long each stage took."""
         self.observer.in_flight(1, shard=shard)
         try:
             yield
@@ -307,7 +308,7 @@ class JobHandler:
             if not shard:
                 self.observer.staged({**document.metrics, **context.metrics})
 
-    def _failed(
+    def _on_error(
         self, job: Work, document: StatusDocument, context: JobContext, error: BaseException
     ) -> Disposition:
         if not isinstance(error, GradcamError):
@@ -331,26 +332,26 @@ class JobHandler:
 
     def _write(self, document: StatusDocument, *, delay_s: float = 0, **changes: Any) -> None:
         with tracing.span("write"):
-            after = self.ledger.advance(document, patience_s=LEDGER_PATIENCE_S, delay_s=delay_s, **changes)
+            after = self.ledger.advance(document, patience_s=WRITE_FOR_S, delay_s=delay_s, **changes)
         tracing.note(status=after.status)
         code = f" ({after.error.code})" if after.error else ""
         log.info("job %s attempt %d: %s%s", after.id, after.attempt, after.status, code)
 
     def _backoff_s(self, attempt: int) -> float:
-        """Doubles with every attempt; jitter keeps jobs that failed together from coming together."""
-        doubled = self.settings.retry_backoff_s * 2.0 ** (attempt - 1)
-        return min(doubled, self.settings.retry_backoff_max_s) * random.uniform(0.5, 1)  # noqa: S311  # jitter, not a secret
+        """Doubles with every attempt. Jitter spreads jobs that failed together."""
+        backoff_s = self.settings.retry_backoff_s * 2.0 ** (attempt - 1)
+        return min(backoff_s, self.settings.retry_backoff_max_s) * random.uniform(0.5, 1)  # noqa: S311  # jitter, not a secret
 
 
-def _unknown(shard: Shard) -> UnknownBackfill:
+def _unknown_backfill(shard: Shard) -> UnknownBackfill:
     return UnknownBackfill(
         f"The ledger knows no backfill {shard.backfill} into {shard.output} that has submitted this shard: "
         "only `gradcam backfill` submits shards, and with --resume it submits them again."
     )
 
 
-def _identify(payload: object, message_id: str) -> str:
-    """The id under which a message is written down: the job's own, else its message's, else made of it.
+def _job_id(payload: object, message_id: str) -> str:
+    """A message's job id: the job's own, else the message's, else one made of it.
 
     A message that comes again gets the same id again.
     """
@@ -361,61 +362,62 @@ def _identify(payload: object, message_id: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"gradcam:{message_id}"))
 
 
-def _with_id(payload: object, job_id: str) -> object:
-    """A stranger may leave the id out; a wrong one is not replaced, it is refused."""
+def _add_id(payload: object, job_id: str) -> object:
+    """Add the id where a message leaves it out. A wrong one is not replaced, but refused later."""
     if isinstance(payload, dict) and payload.get("id") is None:
         return {**payload, "id": job_id}
     return payload
 
 
 class _StageReporter:
-    """Writes the stage of a running job, at most every half second, and the last one in any case.
+    """Writes the stage of a running job to the ledger, at most every `WRITE_STAGE_EVERY_S`.
 
-    What was begun sooner after the last write is written by the thread that renews leases: see `catch_up`.
+    A stage that begins sooner after the last write is pending: the thread that renews leases writes it, by
+    `write_pending`.
     """
 
-    def __init__(self, ledger: Ledger, document: StatusDocument, moved: Callable[[], None]) -> None:
-        self._document, self._ledger, self._moved = document, ledger, moved
+    def __init__(self, ledger: Ledger, document: StatusDocument, on_progress: Callable[[], None]) -> None:
+        self._document, self._ledger, self._on_progress = document, ledger, on_progress
         self._written_s = time.monotonic()
-        self._begun: Stage | None = None  # a stage that is not written yet
-        self._turn = threading.Lock()
+        self._pending: Stage | None = None  # a stage that is not written yet
+        self._lock = threading.Lock()
 
-    def end(self) -> StatusDocument:
-        """The job's document as it stands; no stage is written any more."""
-        with self._turn:
-            self._begun, self._written_s = None, math.inf
+    def close(self) -> StatusDocument:
+        """Write no stage any more; return the job's document as it is."""
+        with self._lock:
+            self._pending, self._written_s = None, math.inf
             return self._document
 
     def checkpoint(self, stage: Stage) -> None:
-        """Write a stage now. Raises LedgerUnavailable."""
-        self._moved()
-        with self._turn:
-            self._begun = None  # or it would be written over this one
-            self._document = self._ledger.advance(self._document, patience_s=LEDGER_PATIENCE_S, **vars(stage))
+        """Write a stage now, and wait until it is written. Raises LedgerUnavailable."""
+        self._on_progress()
+        with self._lock:
+            self._pending = None  # it would be written over this one
+            self._document = self._ledger.advance(self._document, patience_s=WRITE_FOR_S, **vars(stage))
 
-    def catch_up(self) -> None:
-        """Write the stage that is not written yet, if its half second is over. Raises LedgerUnavailable."""
-        if not self._turn.acquire(blocking=False):  # the job's own thread is writing
+    def write_pending(self) -> None:
+        """Write the pending stage, if it is due. Raises LedgerUnavailable."""
+        if not self._lock.acquire(blocking=False):  # the job's own thread is writing
             return
         try:
             self._write()
-        except AttemptFenced:  # which the job hears by its lease
-            self._begun = None
+        except AttemptFenced:  # the job's deadline is cancelled when its lease is renewed
+            self._pending = None
         finally:
-            self._turn.release()
+            self._lock.release()
 
     def __call__(self, stage: Stage) -> None:
-        self._moved()
-        with self._turn, contextlib.suppress(LedgerUnavailable):
-            # No reason to give up: whether the job is still ours, its deadline knows.
-            self._begun = stage
+        self._on_progress()
+        with self._lock, contextlib.suppress(LedgerUnavailable):
+            # No reason to stop: the deadline says whether the job is still this worker's.
+            self._pending = stage
             self._write()
         if self._document.cancel_requested_at:
             message = "The job was cancelled on request."
             raise JobCanceled(message)
 
     def _write(self) -> None:
-        if self._begun is None or time.monotonic() - self._written_s < PROGRESS_EVERY_S:
+        if self._pending is None or time.monotonic() - self._written_s < WRITE_STAGE_EVERY_S:
             return
-        self._document = self._ledger.advance(self._document, **vars(self._begun))
-        self._begun, self._written_s = None, time.monotonic()
+        self._document = self._ledger.advance(self._document, **vars(self._pending))
+        self._pending, self._written_s = None, time.monotonic()

@@ -1,4 +1,4 @@
-"""The river: one job from its image's address to its sealed manifest, top to bottom."""
+"""One job from its image's URI to its manifest, top to bottom."""
 
 import logging
 import time
@@ -53,7 +53,7 @@ class Stage:
 
 @dataclass
 class JobContext:
-    """Where a job is and how long each stage took, in seconds."""
+    """What one attempt at a job carries along: its deadline, its stage, how long each stage took."""
 
     deadline: Deadline
     report_stage: Callable[[Stage], None]  # called as a stage begins
@@ -67,7 +67,7 @@ class JobContext:
 
     @contextmanager
     def stage(self, stage: str) -> Iterator[None]:
-        """Be at a stage. Raises JobTimeout where no time is left for it."""
+        """Report a stage, and measure it. Raises JobTimeout where no time is left for it."""
         self.current_stage = stage
         self.deadline.check(stage)
         self.report_stage(Stage(stage))
@@ -81,9 +81,19 @@ class JobContext:
 
 
 def run_job(job: Job, services: Services, context: JobContext, *, folder: str | None = None) -> JobResult:
-    """Run one job. Artifacts go below `folder`, which is the job's id unless it is given.
+    """Run one job.
 
-    Raises the errors of `gradcam_worker.errors`; `context` says at which stage.
+    Args:
+        job: What is asked for.
+        services: Everything that it touches.
+        context: Of this attempt. Its `current_stage` says where an error was raised.
+        folder: Where artifacts go in the output; by default the job's id.
+
+    Returns:
+        What its status document says when it has succeeded.
+
+    Raises:
+        GradcamError: Any error of a job.
     """
     with ExitStack() as held:
         return _explain(job, services, context, held, folder or job.id)
@@ -94,17 +104,17 @@ def _explain(job: Job, services: Services, context: JobContext, held: ExitStack,
     bulk = job.priority == "bulk"
     with services.model_cache.reserve() as slot:
         with context.stage("fetch"):
-            find_sealed = partial(_find_sealed, job, services, context, store, folder)
-            if job.image.sha256 and (done := find_sealed(job.image.sha256)):
+            find_result = partial(_find_result, job, services, context, store, folder)
+            if job.image.sha256 and (done := find_result(job.image.sha256)):
                 return done  # whether or not the image is still there
             try:
                 fetched = held.enter_context(fetch_image(job.image, services, context.deadline))
             except (ImageNotFound, ImageForbidden):
                 # No other bytes can be compared. The manifest says of which ones it was made.
-                if not job.image.sha256 and (done := find_sealed(None)):
+                if not job.image.sha256 and (done := find_result(None)):
                     return done
                 raise
-            if not job.image.sha256 and (done := find_sealed(fetched.sha256)):
+            if not job.image.sha256 and (done := find_result(fetched.sha256)):
                 return done
         with context.stage("decode"):
             image = held.enter_context(fetched.decode())
@@ -137,27 +147,27 @@ def _explain(job: Job, services: Services, context: JobContext, held: ExitStack,
     with context.stage("upload"):
         records = artifacts.upload(store, folder, rendered, context.deadline)
         manifest = artifacts.describe(job, record, explanation, rendered, records)
-        result = artifacts.seal(store, folder, manifest, context.deadline)
+        result = artifacts.write_manifest(store, folder, manifest, context.deadline)
     context.metrics |= {
         "batch_wait_s": round(inferred.waited_s, 4),
         "explain_s": round(inferred.computed_s, 4),
         "batch_size": inferred.batch_size,
     }
-    return _done(job, manifest, result)
+    return _job_result(job, manifest, result)
 
 
-def _find_sealed(
+def _find_result(
     job: Job, services: Services, context: JobContext, store: Store, folder: str, image_sha256: str | None
 ) -> JobResult | None:
-    """The result of an earlier attempt, which wrote all of it and did not come to report it."""
+    """The result of an earlier attempt that wrote its manifest and ended before it could say so."""
     if context.attempt == 1:
         return None
     row = services.networks.find(job.network)
-    found = artifacts.sealed(store, folder, job, image_sha256, row, context.deadline)
-    return _done(job, *found) if found else None
+    found = artifacts.find_manifest(store, folder, job, image_sha256, row, context.deadline)
+    return _job_result(job, *found) if found else None
 
 
-def _done(job: Job, manifest: Manifest, result: ManifestRef) -> JobResult:
+def _job_result(job: Job, manifest: Manifest, result: ManifestRef) -> JobResult:
     network = manifest.network
     return JobResult(
         network=NetworkRef(name=job.network, layer=network.layer, weights_sha256=network.weights_sha256),
@@ -168,9 +178,13 @@ def _done(job: Job, manifest: Manifest, result: ManifestRef) -> JobResult:
 
 
 def admit(job: Work, services: Services) -> Store:
-    """Refuse what the operator does not allow, before anything is fetched; open where to write.
+    """Refuse what the operator does not allow, before anything is fetched; open the output.
 
-    Raises InvalidJob, UnknownNetwork, UriNotAllowed (a webhook), OutputNotAllowed.
+    Raises:
+        InvalidJob: It asks for more classes than are allowed.
+        UnknownNetwork: No such network is registered.
+        UriNotAllowed: A webhook's.
+        OutputNotAllowed: The output's.
     """
     services.networks.find(job.network)
     asked = job.target.top_n or len(job.target.classes or ())

@@ -1,4 +1,4 @@
-"""Everything a job touches that is not the job, by what is asked of it: real, or a double."""
+"""What a job needs from outside, as protocols: the real services, or doubles."""
 
 from dataclasses import dataclass
 from typing import Protocol

@@ -1,4 +1,4 @@
-"""One row of a shard: its image, read and fitted to the network, and what is written down of it."""
+"""One row of a shard: its image, fitted to the network, and its outcome."""
 
 import uuid
 from collections.abc import Callable
@@ -40,35 +40,35 @@ from gradcam_worker.storage.stores import Store
 
 T = TypeVar("T")
 
-# What ends the whole shard, whichever row meets it.
-ENDS = (AttemptFenced, JobCanceled, JobTimeout, OutputNotAllowed, StorageUnavailable, UnknownLayer)
+# Errors that end the whole shard, whichever row meets them.
+SHARD_ERRORS = (AttemptFenced, JobCanceled, JobTimeout, OutputNotAllowed, StorageUnavailable, UnknownLayer)
 
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """A row's image, read, and fitted to the network."""
+    """A row's image, as the network takes it."""
 
     image: InputRecord
     fitted: NDArray[np.uint8]  # (height, width, channels) of the network
 
 
 class ShardRows:
-    """The rows of one shard, by their places in it. Raises only what ends the whole shard: see `ENDS`."""
+    """The rows of one shard, by their places in it. Raises `SHARD_ERRORS` only."""
 
     def __init__(
         self, shard: Shard, services: Services, context: JobContext, store: Store, network: Network
     ) -> None:
-        """Several threads may read, and write down, at once."""
+        """Its methods may be called by several threads at once."""
         self._shard, self._services, self._context = shard, services, context
         self._store, self._network = store, network
 
-    def read(self, place: int) -> LoadedImage | Problem:
-        """A row's picture, or why there is none."""
+    def load(self, place: int) -> LoadedImage | Problem:
+        """Fetch, decode and fit a row's image; or say why that failed."""
         if problem := self._shard.rows[place].problem:
             return problem
-        return self._tried("fetch", lambda: self._picture(place))
+        return self._problem_or("fetch", lambda: self._load(place))
 
-    def _picture(self, place: int) -> LoadedImage:
+    def _load(self, place: int) -> LoadedImage:
         row = self._shard.rows[place]
         if not row.uri:
             message = "This row names no image."
@@ -83,22 +83,22 @@ class ShardRows:
     def _open(self, image: ImageRef) -> AbstractContextManager[FetchedImage]:
         return fetch_image(image, self._services, self._context.deadline)
 
-    def outcome(self, place: int, picture: LoadedImage, seen: Explanation | GradcamError) -> Outcome:
-        """What is written down of a row that was computed."""
+    def outcome(self, place: int, loaded: LoadedImage, seen: Explanation | GradcamError) -> Outcome:
+        """What the dataset says of a row that was computed; its overlays are drawn and uploaded here."""
         if not isinstance(seen, Explanation):
             return Problem.of(seen, stage="explain", attempt=self._context.attempt)
-        return self._tried("render", lambda: self._seen(place, picture, seen))
+        return self._problem_or("render", lambda: self._explained_row(place, loaded, seen))
 
-    def _seen(self, place: int, picture: LoadedImage, seen: Explanation) -> Seen:
-        deadline, image = self._context.deadline, picture.image
+    def _explained_row(self, place: int, loaded: LoadedImage, seen: Explanation) -> Seen:
+        deadline, image = self._context.deadline, loaded.image
         if self._shard.metrics:
             seen = self._services.model_cache.measure(
-                self._network, picture.fitted, seen, self._shard.metrics, deadline, bulk=True
+                self._network, loaded.fitted, seen, self._shard.metrics, deadline, bulk=True
             )
         size = image.height, image.width
         boxes = [hot_box(one, size, dataset.BOX_THRESHOLD) for one in seen.shown]
         overlays: list[str | None] = [None] * len(boxes)
-        if self._shard.artifacts:  # read again: all of a group's photos at full size might not fit
+        if self._shard.artifacts:  # fetched again: all photos of a group might not fit
             reference = ImageRef(uri=self._shard.rows[place].uri, sha256=image.sha256)
             with self._open(reference) as fetched, fetched.decode() as again:
                 rendered = render(
@@ -106,26 +106,26 @@ class ShardRows:
                     again,
                     seen,
                     deadline,
-                    job_id=self.id(place),
+                    job_id=self.row_id(place),
                     method=self._shard.method,
                 )
-            records = artifacts.upload(self._store, f"overlays/{self.id(place)}", rendered, deadline)
+            records = artifacts.upload(self._store, f"overlays/{self.row_id(place)}", rendered, deadline)
             for piece, record in zip(rendered.pieces, records, strict=True):
                 if piece.index is not None:
                     overlays[piece.index] = overlays[piece.index] or record.uri
         return Seen(image, seen, boxes, overlays)
 
-    def id(self, place: int) -> str:
-        """The id of a row, as if it were a job: its overlays are kept under it."""
+    def row_id(self, place: int) -> str:
+        """The id of a row: its overlays are stored under it, as a job's are under the job's."""
         name = f"gradcam:{self._shard.backfill}:{self._shard.first + place}"
         return str(uuid.uuid5(uuid.NAMESPACE_URL, name))
 
-    def _tried(self, stage: str, step: Callable[[], T]) -> T | Problem:
-        """What a step gives, or the problem of its row; what ends the shard is raised."""
+    def _problem_or(self, stage: str, step: Callable[[], T]) -> T | Problem:
+        """What `step` returns, or its error as the problem of the row. `SHARD_ERRORS` are raised."""
         try:
             return step()
-        except ENDS as error:
-            # A proxy that refuses one address is no reason to give up the others.
+        except SHARD_ERRORS as error:
+            # A proxy may refuse one address and not the others.
             if stage != "fetch" or not foreign(error.__cause__):
                 raise
             problem = ImageFetchFailed(str(error))
@@ -133,5 +133,5 @@ class ShardRows:
         except GradcamError as error:
             self._context.deadline.check(stage)
             return Problem.of(error, stage=stage, attempt=self._context.attempt)
-        except BaseException as error:  # noqa: BLE001  # one image must not end the others
+        except BaseException as error:  # noqa: BLE001  # an error of one image must not end the others
             return Problem.of(InternalError.of(error), stage=stage, attempt=self._context.attempt)

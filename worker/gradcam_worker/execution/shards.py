@@ -1,11 +1,11 @@
-"""The other river: one shard of a backfill, from its rows to its Parquet file.
+"""One shard of a backfill, from its rows to its Parquet file.
 
-    rows --readers--> groups of fitted pictures --one pass each--> explanations --> one file, written last
+    rows --readers--> groups of fitted images --one pass each--> explanations --> one file, written last
 
-While the device computes one group, the next ones are read. Every pass is over as many pictures, each in the
-place that its row's number gives it, and grey ones where there is none to compute: so a shard that is run
-again leaves the same bytes, whichever rows were computed together. (Only where the device's memory is too
-short for that are passes smaller, and differ in the last digits.)
+While the device computes one group, the next ones are fetched. Every pass has the same number of images. Each
+image has a fixed place in its pass, by its row, and grey ones fill the places that are free. So a shard that
+is run again leaves the same bytes, whichever rows were computed together. (Only where the device has too
+little memory for that, passes are smaller, and results differ in the last digits.)
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from gradcam_worker.errors import (
 from gradcam_worker.execution import pipeline
 from gradcam_worker.execution.pipeline import JobContext, JobResult, Stage
 from gradcam_worker.execution.services import Services
-from gradcam_worker.execution.shard_rows import ENDS, LoadedImage, ShardRows
+from gradcam_worker.execution.shard_rows import SHARD_ERRORS, LoadedImage, ShardRows
 from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.network import Method, Network
 from gradcam_worker.inference.model_cache import GREY
@@ -46,22 +46,34 @@ from gradcam_worker.storage.stores import Object, Store
 
 log = logging.getLogger("gradcam")
 
-AHEAD = 3  # groups that are read or computed while one is waited for
-COMPUTING = 2  # of them that may be with the device: one is computed, one is there
-AGAIN_S = 2.0  # before rows that failed for a moment are tried a second time
+GROUPS_AHEAD = 3  # that are fetched or computed while the first one is waited for
+GROUPS_COMPUTED_AT_ONCE = 2  # one in its pass, one ready for the next
+RETRY_ROWS_AFTER_S = 2.0  # the second try of rows with a transient error
 
 Pixels = NDArray[np.uint8]
-Under = deque[tuple[list[int], "Future[list[Outcome]]"]]
+Pending = deque[tuple[list[int], "Future[list[Outcome]]"]]
 
 
 def run_shard(shard: Shard, services: Services, context: JobContext) -> JobResult:
-    """Run one shard. Raises the errors of `gradcam_worker.errors` that are not a single row's."""
+    """Run one shard.
+
+    Args:
+        shard: Its rows, and what is asked of them.
+        services: Everything that it touches.
+        context: Of this attempt.
+
+    Returns:
+        What its status document says when it has succeeded, some rows failed or not.
+
+    Raises:
+        GradcamError: Any error that is not a single row's: see `gradcam_worker.execution.shard_rows`.
+    """
     store = pipeline.admit(shard, services)
-    place = data_key(shard.key)
-    there = _made_for(shard, store, place, context.deadline)
-    if there is not None and not shard.keep:
-        return _done(store.uri(place), there, dataset.summary_of(there))
-    kept, good = dataset.good_rows(there) if there is not None else (None, frozenset())
+    key = data_key(shard.key)
+    existing = _existing_file(shard, store, key, context.deadline)
+    if existing is not None and not shard.keep:
+        return _job_result(store.uri(key), existing, dataset.summary_of(existing))
+    kept, good = dataset.good_rows(existing) if existing is not None else (None, frozenset())
     places = [row for row in range(len(shard.rows)) if shard.first + row not in good]
     with context.stage("load"):
         run = _ShardRun(shard, services, context, store)
@@ -74,41 +86,43 @@ def run_shard(shard: Shard, services: Services, context: JobContext) -> JobResul
         data, summary = dataset.to_bytes(shard, reference, grid, outcomes, kept)
     lines = dataset.failed_lines(shard, outcomes)
     with context.stage("upload"):
-        if not context.after_crash:  # else it has just written what the next attempt has to know
-            context.checkpoint(Stage("upload"))  # who was overtaken, and has not heard of it, writes nothing
-        # Whoever dies between the two leaves no failed row that is not written down.
+        if not context.after_crash:  # else its checkpoint must stay the last one
+            context.checkpoint(
+                Stage("upload")
+            )  # an attempt that was overtaken fails here, and writes nothing
+        # In this order, a worker that dies between the two leaves no failed row without its line.
         files = [
             (failed_key(shard.key), lines, "application/x-ndjson"),
-            (place, data, dataset.MEDIA_TYPE),
+            (key, data, dataset.MEDIA_TYPE),
         ]
         for one in files if kept is None else reversed(files):
             _put(store, one, context.deadline)
     context.metrics["images_per_s"] = round(len(places) / max(context.metrics["explain_s"], 1e-3), 3)
-    return _done(store.uri(place), data, summary)
+    return _job_result(store.uri(key), data, summary)
 
 
-def _made_for(shard: Shard, store: Store, place: str, deadline: Deadline) -> bytes | None:
+def _existing_file(shard: Shard, store: Store, key: str, deadline: Deadline) -> bytes | None:
     """The file that an earlier attempt at this shard, or an earlier run of its backfill, has left.
 
-    A file of another backfill, of other rows, or with other weights than are asked for counts for nothing.
-    Raises StorageUnavailable where it is no shard's file.
+    None where it is of another backfill, of other rows, or of other weights. Raises StorageUnavailable where
+    it is no shard's file.
     """
-    there = store.find(place, deadline)
-    if there is not None and (other := dataset.made_for_another(there, shard)):
-        log.warning("%s was made for %s, and will be replaced", store.uri(place), other)
+    existing = store.find(key, deadline)
+    if existing is not None and (other := dataset.made_for_another(existing, shard)):
+        log.warning("%s was made for %s, and will be replaced", store.uri(key), other)
         return None
-    return there
+    return existing
 
 
 def _put(store: Store, one: Object, deadline: Deadline) -> None:
-    """Write a file, and have none where it would be empty."""
+    """Write a file; remove it where it would be empty."""
     if one[1]:
         store.put_many([one], deadline)
-    elif store.find(one[0], deadline) is not None:  # of an attempt, or a run, before
+    elif store.find(one[0], deadline) is not None:  # of an earlier attempt or run
         store.remove(one[0])
 
 
-def _done(uri: str, data: bytes, summary: Summary) -> JobResult:
+def _job_result(uri: str, data: bytes, summary: Summary) -> JobResult:
     counts = {"rows": float(summary.rows), "failed": float(summary.failed)}
     failed = dict(summary.codes)
     counts |= metrics_of_failed(failed)
@@ -124,15 +138,15 @@ def _done(uri: str, data: bytes, summary: Summary) -> JobResult:
 
 
 class _ShardRun:
-    """A shard while it is computed."""
+    """One attempt at computing the rows of a shard."""
 
     def __init__(self, shard: Shard, services: Services, context: JobContext, store: Store) -> None:
         self.shard, self.model_cache, self.context = shard, services.model_cache, context
         self._grid: dataset.Grid | None = None
         self._layer = ""
-        begun = time.monotonic()
+        begun_s = time.monotonic()
         self.network: Network = services.model_cache.load(services.networks.find(shard.network))
-        context.deadline.forgive(time.monotonic() - begun)  # a download of weights is nobody's fault
+        context.deadline.forgive(time.monotonic() - begun_s)  # a download of weights is nobody's fault
         has = self.network.facts.weights_sha256
         if shard.weights_sha256 not in {None, has}:
             message = (
@@ -142,53 +156,54 @@ class _ShardRun:
             raise WeightsChecksumMismatch(message)
         self.rows = ShardRows(shard, services, context, store, self.network)
         self.size = services.model_cache.shard_batch_size(self.network)
-        self.wish = self.network.labels.wanted(top_n=shard.target.top_n, classes=shard.target.classes)
+        self.classes = self.network.labels.wanted(top_n=shard.target.top_n, classes=shard.target.classes)
         self.method = Method(**shard.method.model_dump())
 
     def grid_and_layer(self) -> tuple[dataset.Grid, str]:
-        """Of the heatmaps; where no row was explained, of a grey picture's."""
+        """Of the heatmaps. If no row was explained, a grey image tells."""
         facts = self.network.facts
         if not self._grid:
-            self._explained({0: np.full((*facts.input_size, facts.channels), GREY, np.uint8)}, self.size)
+            self._infer({0: np.full((*facts.input_size, facts.channels), GREY, np.uint8)}, self.size)
         layer = self._layer or self.shard.method.layer or facts.default_layer
         return self._grid or facts.map_size, layer
 
     def outcomes(self, places: Sequence[int]) -> list[Outcome | None]:
-        """What became of the rows at these places; None of the others.
+        """Compute the rows at these places; the outcome of every other row is None.
 
-        What failed for a moment is tried a second time. Where that is most of the rows, a store is down,
-        which is no fault of its images: the whole shard is tried again, unless this attempt is the last.
+        Rows with a transient error are tried a second time. If these are most of the rows, a store must be
+        down: the whole shard is tried again, unless this attempt is the last.
         """
-        found: list[Outcome | None] = [None] * len(self.shard.rows)
-        compute = self._alone if self.context.after_crash else self._in_turn
-        compute(places, found)
-        brief = {place: one for place in places if (one := found[place]) and self._is_brief(place, one)}
-        if 2 * len(brief) > len(places) and not self.context.is_last_attempt:
-            first: Any = next(iter(brief.values()))
-            message = f"{len(brief)} of {len(places)} images cannot be had just now, as: {first.detail}"
+        outcomes: list[Outcome | None] = [None] * len(self.shard.rows)
+        compute = self._compute_alone if self.context.after_crash else self._compute_pipelined
+        compute(places, outcomes)
+        transient = {
+            place: one for place in places if (one := outcomes[place]) and self._is_transient(place, one)
+        }
+        if 2 * len(transient) > len(places) and not self.context.is_last_attempt:
+            first: Any = next(iter(transient.values()))
+            message = f"{len(transient)} of {len(places)} images cannot be had just now, as: {first.detail}"
             raise (ImageFetchFailed if first.code == ImageFetchFailed.code else InternalError)(message)
-        if brief:
-            time.sleep(min(AGAIN_S, self.context.deadline.left_s()))
-            compute([*brief], found)
-        return found
+        if transient:
+            time.sleep(min(RETRY_ROWS_AFTER_S, self.context.deadline.left_s()))
+            compute([*transient], outcomes)
+        return outcomes
 
-    def _is_brief(self, place: int, outcome: Outcome) -> bool:
+    def _is_transient(self, place: int, outcome: Outcome) -> bool:
         if not isinstance(outcome, Problem) or self.shard.rows[place].problem:
             return False
         return outcome.retryable and outcome.code != WorkerLost.code
 
-    def _in_turn(self, places: Sequence[int], found: list[Outcome | None]) -> None:
+    def _compute_pipelined(self, places: Sequence[int], outcomes: list[Outcome | None]) -> None:
         def report(_: list[int], done: int) -> None:
             stage = stage_of_progress(done, len(places))
             self.context.report_stage(Stage(stage, RowState(done=done) if done else None))
 
-        self._in_groups(places, found, self.size, AHEAD, report)
+        self._compute_groups(places, outcomes, self.size, GROUPS_AHEAD, report)
 
-    def _alone(self, places: Sequence[int], found: list[Outcome | None]) -> None:
-        """A worker died under this shard: one group at a time, and say before each that it is its turn.
+    def _compute_alone(self, places: Sequence[int], outcomes: list[Outcome | None]) -> None:
+        """One group, or row, at a time, after a worker died under this shard. See `RowSearch`.
 
-        Where it dies under such a group, the next attempt does so with each row; and the one after leaves
-        out the row whose turn it was.
+        A checkpoint before each lets the next attempt know under which one this worker died.
         """
         before = self.context.row_search
         left_out = () if before is None or before.row is None else (before.row, *before.left_out)
@@ -204,101 +219,113 @@ class _ShardRun:
         for place in places:
             if place in left_out:
                 lost = WorkerLost("The worker ended without a word when this image's turn came.")
-                found[place] = Problem.of(lost, stage="explain", attempt=self.context.attempt)
+                outcomes[place] = Problem.of(lost, stage="explain", attempt=self.context.attempt)
         left = [place for place in places if place not in left_out]
-        self._in_groups(left, found, 1 if before else self.size, 0, checkpoint)
+        self._compute_groups(left, outcomes, 1 if before else self.size, 0, checkpoint)
 
-    def _in_groups(
+    def _compute_groups(
         self,
         places: Sequence[int],
-        found: list[Outcome | None],
-        step: int,
+        outcomes: list[Outcome | None],
+        size: int,
         ahead: int,
-        say: Callable[[list[int], int], None],
+        before_group: Callable[[list[int], int], None],
     ) -> None:
-        """Groups of `step` places, `ahead` of them begun while one is waited for; `say` is told before each
-        which it is and how many rows are done.
+        """Compute rows in groups.
+
+        Args:
+            places: Of the rows.
+            outcomes: Of all rows of the shard; filled in.
+            size: Rows in a group, at most.
+            ahead: Groups that are begun while one is waited for.
+            before_group: Called as each begins, with its places and how many rows are done.
         """
         done = 0
-        under_way: Under = deque()
+        pending: Pending = deque()
         with (
             Pool(READERS, thread_name_prefix="shard-read") as readers,
-            Pool(COMPUTING, thread_name_prefix="shard-compute") as computing,
+            Pool(GROUPS_COMPUTED_AT_ONCE, thread_name_prefix="shard-compute") as computing,
         ):
             try:
-                for group in _cut(places, step):
+                for group in _groups(places, size):
                     self.context.deadline.check("explain")
-                    say(group, done)
-                    read = [readers.submit(self.rows.read, place) for place in group]
-                    under_way.append((group, computing.submit(self._computed, group, read, readers)))
-                    while len(under_way) > ahead:
-                        done += _collect(under_way, found)
-                while under_way:
-                    done += _collect(under_way, found)
+                    before_group(group, done)
+                    loading = [readers.submit(self.rows.load, place) for place in group]
+                    pending.append(
+                        (group, computing.submit(self._outcomes_of_group, group, loading, readers))
+                    )
+                    while len(pending) > ahead:
+                        done += _collect(pending, outcomes)
+                while pending:
+                    done += _collect(pending, outcomes)
             except BaseException:
                 readers.shutdown(wait=False, cancel_futures=True)
                 computing.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _computed(
-        self, group: Sequence[int], read: Sequence["Future[LoadedImage | Problem]"], pool: Pool
+    def _outcomes_of_group(
+        self, group: Sequence[int], loading: Sequence["Future[LoadedImage | Problem]"], pool: Pool
     ) -> list[Outcome]:
         """The outcomes of a group, in its order."""
-        pictures = {place: one.result() for place, one in zip(group, read, strict=True)}
-        seen = self._explained(
-            {place: one.fitted for place, one in pictures.items() if isinstance(one, LoadedImage)}, self.size
+        loaded = {place: one.result() for place, one in zip(group, loading, strict=True)}
+        seen = self._infer(
+            {place: one.fitted for place, one in loaded.items() if isinstance(one, LoadedImage)}, self.size
         )
 
         def outcome(place: int) -> Outcome:
-            picture = pictures[place]
-            return picture if isinstance(picture, Problem) else self.rows.outcome(place, picture, seen[place])
+            image = loaded[place]
+            return image if isinstance(image, Problem) else self.rows.outcome(place, image, seen[place])
 
-        return [*(pool.map if self.shard.artifacts else map)(outcome, group)]  # what is drawn is read again
+        return [
+            *(pool.map if self.shard.artifacts else map)(outcome, group)
+        ]  # drawing fetches the image again
 
-    def _explained(self, pictures: Mapping[int, Pixels], size: int) -> dict[int, Explanation | GradcamError]:
-        """One pass over `size` pictures, those of these places and grey ones. Where it fails they are parted
-        between two, and so on: what one image does fails that image alone.
+    def _infer(self, images: Mapping[int, Pixels], size: int) -> dict[int, Explanation | GradcamError]:
+        """Explain fitted images, by place, in a pass of `size` images that is filled up with grey ones.
+
+        Where a pass fails, each half of the images is tried by itself, and so on: so an image that a network
+        cannot take fails alone.
         """
-        if not pictures:
+        if not images:
             return {}
-        pixels = np.full((size, *next(iter(pictures.values())).shape), GREY, np.uint8)
-        for place, one in pictures.items():
+        pixels = np.full((size, *next(iter(images.values())).shape), GREY, np.uint8)
+        for place, one in images.items():
             pixels[place % size] = one
         try:
-            found = self.model_cache.infer_many(
-                self.network, pixels, self.wish, self.method, self.context.deadline
+            explanations = self.model_cache.infer_many(
+                self.network, pixels, self.classes, self.method, self.context.deadline
             )
-        except ENDS:
+        except SHARD_ERRORS:
             raise
         except BaseException as error:  # noqa: BLE001  # whatever a network may raise
-            short = isinstance(error, DeviceOutOfMemory) and size > 1
-            if short:
+            out_of_memory = isinstance(error, DeviceOutOfMemory) and size > 1
+            if out_of_memory:
                 size //= 2
-                parts = _cut(pictures, size)
-            elif len(pictures) > 1:
-                places, half = [*pictures], len(pictures) // 2
+                parts = _groups(images, size)
+            elif len(images) > 1:
+                places, half = [*images], len(images) // 2
                 parts = [places[:half], places[half:]]
             else:
                 return dict.fromkeys(
-                    pictures, error if isinstance(error, GradcamError) else InternalError.of(error)
+                    images, error if isinstance(error, GradcamError) else InternalError.of(error)
                 )
-            halves = [self._explained({place: pictures[place] for place in part}, size) for part in parts]
+            halves = [self._infer({place: images[place] for place in part}, size) for part in parts]
             return {place: one for half in halves for place, one in half.items()}
-        seen = {place: found[place % size] for place in pictures}
+        seen = {place: explanations[place % size] for place in images}
         for each in seen.values():
             if isinstance(each, Explanation):
                 self._grid, self._layer = each.heatmaps.shape[1:], each.layer
         return seen
 
 
-def _cut(places: Iterable[int], step: int) -> list[list[int]]:
-    """Groups by place: where one is missing its group is smaller, and no other moves up."""
-    return [[*some] for _, some in groupby(places, lambda place: place // step)]
+def _groups(places: Iterable[int], size: int) -> list[list[int]]:
+    """Cut places into groups. A place that is missing makes its group smaller; no other moves up."""
+    return [[*some] for _, some in groupby(places, lambda place: place // size)]
 
 
-def _collect(under_way: Under, found: list[Outcome | None]) -> int:
-    """Wait for the group that was begun first; return how many rows it has."""
-    group, computed = under_way.popleft()
+def _collect(pending: Pending, outcomes: list[Outcome | None]) -> int:
+    """Wait for the oldest pending group; return how many rows it has."""
+    group, computed = pending.popleft()
     for place, outcome in zip(group, computed.result(), strict=True):
-        found[place] = outcome
+        outcomes[place] = outcome
     return len(group)
