@@ -23,14 +23,16 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for."""
-    from importlib import import_module
+if not TYPE_CHECKING:  # or a misspelt name would be of any type
 
-    if name not in _MODULES:
-        message = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(message)
-    return getattr(import_module(_MODULES[name]), name)
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is first asked for."""
+        from importlib import import_module
+
+        if name not in _MODULES:
+            message = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(message)
+        return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
