@@ -92,11 +92,11 @@ class Jobs:
             method,
             limit,
             bulk=bulk,
-            arrive=handed_in.set,
+            submitted=handed_in.set,
         )
         future.add_done_callback(lambda _: handed_in.set())
         assert handed_in.wait(PLENTY_S)
-        with self.batcher._changed:  # held from before `arrive` until the request waits
+        with self.batcher._changed:  # held from before `submitted` until the request waits
             return future
 
     def ask_many(
@@ -113,7 +113,7 @@ class Jobs:
 
     def waiting(self) -> int:
         with self.batcher._changed:
-            return sum(len(group.waiting) for group in self.batcher._groups.values())
+            return sum(len(group.waiting) for group in self.batcher._queues.values())
 
 
 @pytest.fixture
@@ -156,9 +156,11 @@ class TestWhenABatchCloses:
         assert device.batches == [1]
 
     def test_a_batch_waits_for_a_job_that_is_on_its_way(self, jobs: Jobs, device: Device) -> None:
-        with jobs.batcher.expecting() as arrive:
+        with jobs.batcher.expecting() as submitted:
             first = jobs.ask(device, RED)
-            answer = jobs.batcher.compute(device, GREEN, (-1,), GRADCAM, Deadline(PLENTY_S), arrive=arrive)
+            answer = jobs.batcher.compute(
+                device, GREEN, (-1,), GRADCAM, Deadline(PLENTY_S), submitted=submitted
+            )
         assert (seen(first), answer.batch_size, device.batches) == ("r", 2, [2])
 
     def test_a_job_that_never_hands_in_is_not_waited_for_once_it_has_ended(
@@ -268,7 +270,7 @@ class TestWhoComesFirst:
     def test_shards_that_have_waited_long_get_turns_but_never_two_before_somebody_urgent(
         self, jobs: Jobs, device: Device, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("gradcam_worker.inference.request.AGED_S", 0)
+        monkeypatch.setattr("gradcam_worker.inference.request.YIELDS_FOR_S", 0)
         jobs.batcher.limit(device, 1)
         ways = [Method(name) for name in ("gradcam", "layercam", "hirescam")]
         with busy(jobs, device):
@@ -289,7 +291,7 @@ class TestWhoComesFirst:
     def test_bulk_that_has_waited_long_waits_no_longer_behind_others(
         self, jobs: Jobs, device: Device, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("gradcam_worker.inference.request.AGED_S", 0)
+        monkeypatch.setattr("gradcam_worker.inference.request.YIELDS_FOR_S", 0)
         jobs.batcher.limit(device, 1)
         with busy(jobs, device):
             bulk, urgent = jobs.ask(device, RED, bulk=True), jobs.ask(device, GREEN)
@@ -479,7 +481,7 @@ class TestAhead:
             alone = jobs.pool.submit(
                 jobs.batcher.run_exclusive, lambda: len(device.batches), Deadline(PLENTY_S)
             )
-            while len(jobs.batcher._groups) < 2:
+            while len(jobs.batcher._queues) < 2:
                 time.sleep(0.001)
         assert alone.result(PLENTY_S) <= 1, "batches that had been begun before it"
         assert {seen(job) for job in many} == {"r"}
@@ -501,7 +503,7 @@ def test_in_a_crowd_everyone_gets_their_own_answer_or_their_own_error() -> None:
         method = Method(chance.choice(["gradcam", "layercam"]))
         late = chance.random() < 0.1
         try:
-            with batcher.expecting() as arrive:
+            with batcher.expecting() as submitted:
                 if chance.random() < 0.05:
                     return True
                 answer = batcher.compute(
@@ -511,7 +513,7 @@ def test_in_a_crowd_everyone_gets_their_own_answer_or_their_own_error() -> None:
                     method,
                     Deadline(1e-4 if late else PLENTY_S),
                     bulk=chance.random() < 0.5,
-                    arrive=arrive,
+                    submitted=submitted,
                 )
         except JobTimeout:
             return late
@@ -522,5 +524,5 @@ def test_in_a_crowd_everyone_gets_their_own_answer_or_their_own_error() -> None:
     with ThreadPoolExecutor(32) as pool:
         assert all(pool.map(job, range(600)))
     assert max(size for device in devices for size in device.batches) > 1
-    assert (batcher._coming, batcher._at_device, batcher._again) == (0, 0, [])
-    assert not [group for group in batcher._groups.values() if group.waiting]
+    assert (batcher._expected, batcher._at_device, batcher._retries) == (0, 0, [])
+    assert not [group for group in batcher._queues.values() if group.waiting]

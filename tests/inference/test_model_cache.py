@@ -127,7 +127,7 @@ class TestLoading:
             with pytest.raises(WeightsChecksumMismatch, match="another file"):
                 model_cache.load(VGG16)
         assert load.asked == [VGG16]
-        monkeypatch.setattr("gradcam_worker.inference.model_cache.REFUSED_S", 0)
+        monkeypatch.setattr("gradcam_worker.inference.model_cache.RETRY_LOAD_AFTER_S", 0)
         assert model_cache.load(VGG16), "in the meantime the right file may have been put there"
 
     def test_a_network_that_is_described_anew_is_tried_at_once(self) -> None:

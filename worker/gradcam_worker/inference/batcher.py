@@ -1,13 +1,13 @@
-"""Many job threads, one device: their images are merged into batches, and each gets its own answer back.
+"""The dynamic batcher: images of many job threads share passes of one device.
 
-    job threads --images--> groups --batches--> thread of the device --answers--> a second one --> job threads
+    job threads --images--> queues --batches--> starting thread --passes--> finishing thread --> job threads
 
-Only images for the same network, method and (nearly) the same number of classes share a batch. A batch closes
-when it is full, or at once where no other job is on its way, or when it has waited as long as a pass takes,
-and never longer than `wait_s`. While the device computes, the next full batch is handed over, so that its
-pixels travel meanwhile; one that is not full goes on filling up.
+Images of the same network, method and (nearly) the same number of classes share a batch. A batch closes
+when it is full, or at once if no other job is expected, or after as long as a pass takes, and never later
+than `wait_s`. While the device computes, the next full batch is started, so that its pixels are copied
+meanwhile; one that is not full goes on filling up.
 
-A batch that fails is halved and tried again, unless it never can succeed: so one that was too large for the
+A batch that fails is halved and tried again, unless its error is permanent: so one that was too large for the
 memory fits, and one bad image fails alone. No thread waits beyond its deadline, whatever the device does.
 """
 
@@ -30,94 +30,96 @@ from gradcam_worker.inference.request import (
     InferenceRequest,
     InferenceResponse,
     Key,
-    is_patient,
+    yields_to_urgent,
 )
 from gradcam_worker.observability import tracing
 from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.resilience.deadline import Deadline
 
-UNKNOWN = 8  # images in a batch, where nobody has found out how many are worth it
-AHEAD = 2  # batches at the device: one that it computes, one that is there already
-NEWEST = 0.2  # weight of the last pass in the mean of how long one takes
-NEVER_S = threading.TIMEOUT_MAX  # from now: no reason to look before something changes
-TOGETHER = -1  # in the place of how many classes: a pass that nothing joins
-ALONE = (0, None, 0)  # the key of all that shares a batch with nothing
-WAITING = "waiting for the device"
-HUNG_S = 600.0  # that a pass may take: as long as a job may wait, and the first pass of a large network
-MAX_GROUPS = 64  # remembered: names of layers are a stranger's input
+DEFAULT_BATCH_SIZE = 8  # images, where no limit was measured
+BATCHES_AT_DEVICE = 2  # one that it computes, one that is ready
+NEWEST_WEIGHT = 0.2  # weight of the last pass in the mean of how long one takes
+NEVER_S = threading.TIMEOUT_MAX  # wait until something changes
+SHARD_PASS = -1  # in the place of how many classes: a pass of its own
+EXCLUSIVE_KEY = (0, None, 0)  # of what shares a batch with nothing
+WAITING_FOR_DEVICE = "waiting for the device"
+DEVICE_HUNG_AFTER_S = 600.0  # longer than a job may wait, and than the first pass of a large network takes
+MAX_QUEUES = 64  # kept: layer names are input from outside
 
 T = TypeVar("T")
 
 
 class Batcher:
-    """Owns the device: whatever runs there is begun by its one thread."""
+    """Owns the device: one thread starts whatever runs there."""
 
-    def __init__(self, *, wait_s: float = 0.01, largest: int = UNKNOWN, observer: Observer = SILENT) -> None:
+    def __init__(
+        self, *, wait_s: float = 0.01, largest: int = DEFAULT_BATCH_SIZE, observer: Observer = SILENT
+    ) -> None:
         """`wait_s`: how long a batch waits for jobs that are on their way, at most.
 
         `largest`: how many images a batch has at most where `limit` says nothing else.
         """
         self._wait_s, self._observer = wait_s, observer
-        self._groups: dict[Key, BatchQueue] = {}
-        self._again: list[list[InferenceRequest]] = []  # halves of batches that failed
-        self._otherwise = largest
-        self._largest: dict[int, int] = {}  # images in a batch, by the network's id
-        self._coming = 0  # jobs on their way
+        self._queues: dict[Key, BatchQueue] = {}
+        self._retries: list[list[InferenceRequest]] = []  # halves of failed batches
+        self._default_limit = largest
+        self._limits: dict[int, int] = {}  # images in a batch, by the network's id
+        self._expected = 0  # jobs that will submit an image
         self._at_device = 0  # batches
         self._batches = 0  # so far
         self._bulk_last = False  # whether the last of them was of bulk alone
         self._changed = threading.Condition()
-        self._begun: SimpleQueue[tuple[list[InferenceRequest], Finish, float]] = SimpleQueue()
-        self._broken: str | None = None
+        self._running: SimpleQueue[tuple[list[InferenceRequest], Finish, float]] = SimpleQueue()
+        self._failure: str | None = None
         self.mean_batch_size = 0.0  # in a pass, lately; 0 before the first
-        self._free_s = 0.0  # when the device had done all that it was given before
-        self._since_s: float | None = None  # when the device last answered, or got its first batch
+        self._idle_since_s = 0.0  # when the device had done all that it was given before
+        self._answered_s: float | None = None  # when the device last answered, or got its first batch
         self._threads: list[threading.Thread] = []
 
     @contextmanager
     def expecting(self) -> Iterator[Callable[[], None]]:
-        """Within it a job is on its way, until it calls what is yielded, as it hands in its image."""
-        there = False
+        """Within it a job is expected to submit an image; what is yielded says that it has."""
+        done = False
 
-        def arrive() -> None:
-            nonlocal there
-            if not there:
-                there = True
-                self._coming -= 1
+        def submitted() -> None:
+            nonlocal done
+            if not done:
+                done = True
+                self._expected -= 1
 
         with self._changed:
-            self._coming += 1
+            self._expected += 1
         try:
-            yield arrive
+            yield submitted
         finally:
             with self._changed:
-                arrive()
+                submitted()
                 self._changed.notify_all()
 
     def limit(self, network: Network, largest: int) -> None:
-        """From now on, at most so many images of this network in one batch."""
+        """Limit the batches of a network to so many images."""
         with self._changed:
             self.forget(network)
-            self._largest[id(network)] = largest
+            self._limits[id(network)] = largest
 
     def forget(self, network: Network) -> None:
-        """Keep nothing about a network that has been left."""
+        """Drop what is kept of a network that was unloaded."""
         with self._changed:
-            self._largest.pop(id(network), None)
-            for key, group in [*self._groups.items()]:
-                if key[0] == id(network) and not group.waiting:
-                    del self._groups[key]
+            self._limits.pop(id(network), None)
+            for key, queue in [*self._queues.items()]:
+                if key[0] == id(network) and not queue.waiting:
+                    del self._queues[key]
 
     def compute(
         self,
         network: Network,
         pixels: NDArray[np.uint8],
-        wish: Sequence[int],
+        classes: Sequence[int],
         method: Method,
         deadline: Deadline,
         *,
         bulk: bool = False,
-        arrive: Callable[[], None] = lambda: None,
+        submitted: Callable[[], None] = lambda: None,
     ) -> InferenceResponse:
         """One fitted image (height, width, channels), together with others; waits until the deadline.
 
@@ -126,21 +128,21 @@ class Batcher:
 
         def begin(batch: list[InferenceRequest]) -> Finish:
             images = np.stack([one.pixels for one in batch if one.pixels is not None])
-            return network.begin(images, padded([one.wish for one in batch]), method)
+            return network.begin(images, padded([one.classes for one in batch]), method)
 
-        # Wishes of about the same length go together: all of a batch are computed as long as the longest.
-        key = (id(network), method, (len(wish) - 1).bit_length())
-        request = InferenceRequest(key, begin, deadline, bulk, pixels=pixels, wish=tuple(wish))
-        answer: InferenceResponse = self._ask(
-            request, self._largest.get(id(network), self._otherwise), arrive
+        # Requests of about as many classes go together: a pass computes as many for each as the longest asks.
+        key = (id(network), method, (len(classes) - 1).bit_length())
+        request = InferenceRequest(key, begin, deadline, bulk, pixels=pixels, classes=tuple(classes))
+        response: InferenceResponse = self._submit(
+            request, self._limits.get(id(network), self._default_limit), submitted
         )
-        return answer
+        return response
 
     def compute_many(
         self,
         network: Network,
         pixels: NDArray[np.uint8],
-        wish: Sequence[int],
+        classes: Sequence[int],
         method: Method,
         deadline: Deadline,
     ) -> InferenceResponse:
@@ -151,67 +153,67 @@ class Batcher:
         """
 
         def begin(_: list[InferenceRequest]) -> Finish:
-            return network.begin(pixels, padded([tuple(wish)] * len(pixels)), method)
+            return network.begin(pixels, padded([tuple(classes)] * len(pixels)), method)
 
-        key = (id(network), method, TOGETHER)
+        key = (id(network), method, SHARD_PASS)
         request = InferenceRequest(key, begin, deadline, bulk=True, images=len(pixels))
-        answer: InferenceResponse = self._ask(request, 1, lambda: None)
-        return answer
+        response: InferenceResponse = self._submit(request, 1, lambda: None)
+        return response
 
     def run_exclusive(self, run: Callable[[], T], deadline: Deadline, *, bulk: bool = False) -> T:
-        """Have the device to oneself while `run` runs. Raises JobTimeout, and what `run` raises."""
+        """Run a function while nothing else runs on the device. Raises JobTimeout, and what `run` raises."""
 
         def begin(_: list[InferenceRequest]) -> Finish:
             result = run()
             return lambda: result
 
-        request = InferenceRequest(ALONE, begin, deadline, bulk, images=0)
-        result: T = self._ask(request, 1, lambda: None).computed
+        request = InferenceRequest(EXCLUSIVE_KEY, begin, deadline, bulk, images=0)
+        result: T = self._submit(request, 1, lambda: None).computed
         return result
 
-    def _ask(self, request: InferenceRequest, largest: int, arrive: Callable[[], None]) -> Any:
-        """Hand in a request, wait for its end."""
-        request.deadline.check(WAITING)
+    def _submit(self, request: InferenceRequest, largest: int, submitted: Callable[[], None]) -> Any:
+        """Queue a request and wait until it is complete."""
+        request.deadline.check(WAITING_FOR_DEVICE)
         with self._changed:
-            if self._broken:
-                raise InternalError(self._broken)
+            if self._failure:
+                raise InternalError(self._failure)
             if not self._threads:
-                serving = (self._hand_over, self._hand_back)
+                serving = (self._start_batch, self._finish_batch)
                 self._threads = [
-                    threading.Thread(target=self._guarded, args=[one], daemon=True) for one in serving
+                    threading.Thread(target=self._serve, args=[one], daemon=True) for one in serving
                 ]
                 for thread in self._threads:
                     thread.start()
-            arrive()
+            submitted()
             fresh = BatchQueue(largest, served=self._batches)
-            self._groups.setdefault(request.key, fresh).waiting.append(request)
+            self._queues.setdefault(request.key, fresh).waiting.append(request)
             self._changed.notify_all()
         while not request.done.wait(request.deadline.left_s()) and request.deadline.left_s():
-            pass  # the deadline was put off
+            pass  # the deadline was extended
         if not request.done.is_set():
             with self._changed:
                 self._drop_expired()
         if not request.done.is_set():
-            request.deadline.check(WAITING)  # it is at the device, and its answer will be nobody's
+            request.deadline.check(WAITING_FOR_DEVICE)  # it is at the device: its result is dropped
         if request.error is not None:
             raise request.error
-        return request.answer
+        return request.response
 
-    def _guarded(self, serve: Callable[[], None]) -> None:
-        """Whatever ends one of the two threads is told to all who wait, and to all who come."""
+    def _serve(self, serve: Callable[[], None]) -> None:
+        """Run one of the two threads. If it fails, all requests fail, now and later."""
         try:
             while True:
                 serve()
         except BaseException as error:  # noqa: BLE001  # nobody may be left waiting
-            broken = f"The thread of the device ended: {InternalError.of(error)}"
+            failure = f"The thread of the device ended: {InternalError.of(error)}"
             with self._changed:
-                self._broken = broken
-                for some in [*self._again, *(group.waiting for group in self._groups.values())]:
+                self._failure = failure
+                for some in [*self._retries, *(queue.waiting for queue in self._queues.values())]:
                     for request in some:
-                        request.end(error=InternalError(broken))
+                        request.complete(error=InternalError(failure))
 
-    def _hand_over(self) -> None:
-        """A turn of the device's thread: one batch. It keeps nothing: an idle thread holds no network."""
+    def _start_batch(self) -> None:
+        """Start one batch. No reference is kept: an idle thread must not hold a network in memory."""
         batch = self._next()
         begun_s = time.monotonic()
         try:
@@ -219,95 +221,97 @@ class Batcher:
         except BaseException as error:  # noqa: BLE001  # whatever it is, it is these requests' own
             self._fail(batch, error)
         else:
-            self._begun.put((batch, finish, begun_s))
+            self._running.put((batch, finish, begun_s))
 
-    def _hand_back(self) -> None:
-        """Wait for the device, so that its thread can hand over the next batch meanwhile."""
-        batch, finish, handed_s = self._begun.get()
-        begun_s = max(handed_s, self._free_s)  # it computes one after the other
+    def _finish_batch(self) -> None:
+        """Wait for the device to finish a batch, while the other thread starts the next."""
+        batch, finish, started_s = self._running.get()
+        begun_s = max(started_s, self._idle_since_s)  # it computes one after the other
         try:
             computed = finish()
         except BaseException as error:  # noqa: BLE001  # as above
             self._fail(batch, error)
             return
-        self._free_s = time.monotonic()
-        took_s = self._free_s - begun_s
+        self._idle_since_s = time.monotonic()
+        took_s = self._idle_since_s - begun_s
         with self._changed:
-            self._leave()
-            if group := self._groups.get(batch[0].key):
-                group.pass_s = took_s + (1 - NEWEST) * ((group.pass_s or took_s) - took_s)
+            self._batch_left_device()
+            if queue := self._queues.get(batch[0].key):
+                queue.pass_s = took_s + (1 - NEWEST_WEIGHT) * ((queue.pass_s or took_s) - took_s)
         for index, one in enumerate(batch):
-            one.end(InferenceResponse(computed, index, begun_s - one.asked_s, took_s, len(batch)))
-        tracing.batch([one.asker for one in batch if one.images], begun_s, took_s)
+            one.complete(InferenceResponse(computed, index, begun_s - one.queued_s, took_s, len(batch)))
+        tracing.batch([one.caller for one in batch if one.images], begun_s, took_s)
         if images := sum(one.images for one in batch):
-            self.mean_batch_size += (images - self.mean_batch_size) * (NEWEST if self.mean_batch_size else 1)
+            self.mean_batch_size += (images - self.mean_batch_size) * (
+                NEWEST_WEIGHT if self.mean_batch_size else 1
+            )
             self._observer.computed(images, took_s)
 
     @property
     def failure(self) -> str | None:
-        """Why nothing will be computed here any more."""
-        since_s = self._since_s
-        if since_s and time.monotonic() - since_s > HUNG_S:
-            return f"the device has not answered for {HUNG_S:g} s"
-        return self._broken
+        """Why nothing is computed here any more, or None."""
+        since_s = self._answered_s
+        if since_s and time.monotonic() - since_s > DEVICE_HUNG_AFTER_S:
+            return f"the device has not answered for {DEVICE_HUNG_AFTER_S:g} s"
+        return self._failure
 
-    def _leave(self) -> None:
+    def _batch_left_device(self) -> None:
         self._at_device -= 1
-        self._since_s = time.monotonic() if self._at_device else None
-        if len(self._groups) > MAX_GROUPS:
-            self._groups = {key: group for key, group in self._groups.items() if group.waiting}
+        self._answered_s = time.monotonic() if self._at_device else None
+        if len(self._queues) > MAX_QUEUES:
+            self._queues = {key: queue for key, queue in self._queues.items() if queue.waiting}
         self._changed.notify_all()
 
     def _fail(self, batch: list[InferenceRequest], error: BaseException) -> None:
-        """Try both halves again, each by itself; a single request has its error, and what can never be."""
+        """Retry both halves of a failed batch; a single request, or a permanent error, fails."""
         half = 0 if isinstance(error, PermanentError) else len(batch) // 2
         with self._changed:
-            group = self._groups.get(batch[0].key)
-            if group and half and isinstance(error, DeviceOutOfMemory):
-                group.largest = min(group.largest, (len(batch) + 1) // 2)
+            queue = self._queues.get(batch[0].key)
+            if queue and half and isinstance(error, DeviceOutOfMemory):
+                queue.largest = min(queue.largest, (len(batch) + 1) // 2)
             if half:
-                self._again += [batch[:half], batch[half:]]
-            self._leave()
+                self._retries += [batch[:half], batch[half:]]
+            self._batch_left_device()
         if half:
             return
         for one in batch:
             if isinstance(error, PermanentError):
-                one.end(error=type(error)(str(error)))  # to each its own: whoever raises it adds to it
+                one.complete(error=type(error)(str(error)))  # each its own: raising adds a traceback to it
             else:
                 known = isinstance(error, Exception)
-                one.end(error=error if known else InternalError.of(error))
+                one.complete(error=error if known else InternalError.of(error))
 
     def _next(self) -> list[InferenceRequest]:
-        """Wait for a batch that is to be handed over now: the urgent before bulk, and groups in turn."""
+        """Wait for a batch that is to start now: urgent before bulk, and queues in turn."""
         with self._changed:
             while not (batch := self._choose()):
                 pass
             self._at_device += 1
             self._batches += 1
-            self._since_s = self._since_s or time.monotonic()
+            self._answered_s = self._answered_s or time.monotonic()
             return batch
 
     def _choose(self) -> list[InferenceRequest]:
-        """The next batch; none where one had to be waited for, and all has to be looked at anew."""
+        """The next batch; empty after a wait: then everything may have changed."""
         self._drop_expired()
-        if self._again and not self._at_device:
-            return self._again.pop(0)
-        waiting = [] if self._again else [group for group in self._groups.values() if group.waiting]
-        patience_s = {group: self._patience_s(group) for group in waiting}
-        ready = [group for group, left_s in patience_s.items() if left_s <= 0]
+        if self._retries and not self._at_device:
+            return self._retries.pop(0)
+        waiting = [] if self._retries else [queue for queue in self._queues.values() if queue.waiting]
+        wait_left_s = {queue: self._wait_left_s(queue) for queue in waiting}
+        ready = [queue for queue, left_s in wait_left_s.items() if left_s <= 0]
         if not ready:
-            self._changed.wait(min(patience_s.values(), default=None))
+            self._changed.wait(min(wait_left_s.values(), default=None))
             return []
-        # Whoever's turn it is goes, full or not: a group that is always full must not overtake for ever. Nor
-        # do several groups of bulk, however long they have waited: of two passes one is left to the urgent.
+        # The queue that waits longest is served, full or not: one that is always full must not starve others.
+        # Nor may queues of bulk, however long they have waited: every second pass is left to urgent ones.
         in_turn = waiting if self._at_device else ready
 
-        def turn(group: BatchQueue) -> tuple[bool, bool, int]:
-            bulk = all(one.bulk for one in group.waiting)
-            return all(map(is_patient, group.waiting)), bulk and self._bulk_last, group.served
+        def order(queue: BatchQueue) -> tuple[bool, bool, int]:
+            bulk = all(one.bulk for one in queue.waiting)
+            return all(map(yields_to_urgent, queue.waiting)), bulk and self._bulk_last, queue.served
 
-        chosen = min(in_turn, key=turn)
-        if self._at_device and chosen is self._groups.get(ALONE):
+        chosen = min(in_turn, key=order)
+        if self._at_device and chosen is self._queues.get(EXCLUSIVE_KEY):
             self._changed.wait()
             return []
         chosen.served = self._batches + 1
@@ -316,22 +320,22 @@ class Batcher:
         return batch
 
     def _drop_expired(self) -> None:
-        """Who is late or no longer wanted leaves before it costs anything."""
-        for some in [*self._again, *(group.waiting for group in self._groups.values())]:
+        """Fail the requests whose deadline has passed or was cancelled."""
+        for some in [*self._retries, *(queue.waiting for queue in self._queues.values())]:
             for request in [one for one in some if not one.deadline.left_s()]:
                 some.remove(request)
                 try:
-                    request.deadline.check(WAITING)
+                    request.deadline.check(WAITING_FOR_DEVICE)
                 except GradcamError as error:
-                    request.end(error=error)
-        self._again = [half for half in self._again if half]
+                    request.complete(error=error)
+        self._retries = [half for half in self._retries if half]
 
-    def _patience_s(self, group: BatchQueue) -> float:
-        """How long a group's batch waits from now on for others to join it."""
-        full = len(group.waiting) >= group.largest
-        if self._at_device:  # something else is computed: there is time to fill up
-            return 0 if full and self._at_device < AHEAD else NEVER_S
-        if full or not self._coming:
+    def _wait_left_s(self, queue: BatchQueue) -> float:
+        """How much longer a queue's batch waits for more images."""
+        full = len(queue.waiting) >= queue.largest
+        if self._at_device:  # the device is busy: there is time to fill up
+            return 0 if full and self._at_device < BATCHES_AT_DEVICE else NEVER_S
+        if full or not self._expected:
             return 0
-        worth_s = self._wait_s if group.pass_s is None else min(self._wait_s, group.pass_s)
-        return min(one.asked_s for one in group.waiting) + worth_s - time.monotonic()
+        longest_s = self._wait_s if queue.pass_s is None else min(self._wait_s, queue.pass_s)
+        return min(one.queued_s for one in queue.waiting) + longest_s - time.monotonic()

@@ -18,26 +18,26 @@ from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.explain import Explanation, explanation_of
 from gradcam_worker.gradcam.faithfulness import measure
 from gradcam_worker.gradcam.network import GRADCAM, Method, Network
-from gradcam_worker.inference.batcher import UNKNOWN, Batcher
+from gradcam_worker.inference.batcher import DEFAULT_BATCH_SIZE, Batcher
 from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.resilience.deadline import Deadline
 
 log = logging.getLogger("gradcam")
 
 WARM_UP_S = 600  # the first passes of a large network on a slow machine take minutes at most
-REFUSED_S = 30  # before a network that cannot be loaded as it is described is tried again
-GREY = 128  # a picture of nothing
-MOST = 64  # images in a batch: more have not been seen to be faster
-WORTH = 1.1  # times more images a second that a larger batch has to bring
-PATIENCE = 2  # sizes in a row that bring no more: one alone may be chance, or an odd step
-VALUES = 2_200_000  # height x width x 3 of all images in a pass: about a second on two cores, or less
-VALUES_ON_GPU = 4 * VALUES
-LONG_S = 1.0  # a pass is not made longer: whoever is urgent waits for the one that runs
+RETRY_LOAD_AFTER_S = 30  # a network that could not be loaded as it is described
+GREY = 128  # of a pixel of an image that shows nothing
+MAX_BATCH_SIZE = 64  # images: larger batches were not measured to be faster
+MIN_SPEED_UP = 1.1  # of a larger batch, in images a second
+SIZES_WITHOUT_GAIN = 2  # in a row, before larger ones are not tried: one alone may be chance
+PASS_VALUES_ON_CPU = 2_200_000  # height x width x 3 of all images in a pass: at most 1 s on two cores
+PASS_VALUES_ON_GPU = 4 * PASS_VALUES_ON_CPU
+MAX_PASS_S = 1.0  # urgent requests wait for the pass that runs
 
 
 @dataclass(frozen=True)
 class InferenceResult:
-    """An answer and what it took to get it."""
+    """An explanation, and how long it took."""
 
     explanation: Explanation
     waited_s: float  # for the device
@@ -46,46 +46,61 @@ class InferenceResult:
 
 
 @dataclass(frozen=True)
-class _Refused:
-    """Why a row could not be loaded, and when that was."""
+class _LoadFailure:
+    """Why a network could not be loaded, and when."""
 
     row: NetworkRow
     kind: type[PermanentError]
-    why: str  # no more of it: a traceback would keep the model
-    at_s: float
+    why: str  # the text alone: a traceback would hold the model in memory
+    failed_s: float
 
 
 class BatchSlot:
-    """A job's right to hand in one image. As long as it has not, batches wait for it a little."""
+    """A job that will submit one image. Until it has, batches wait for it a little."""
 
-    def __init__(self, batcher: Batcher, arrive: Callable[[], None]) -> None:
-        self._batcher, self._arrive = batcher, arrive
+    def __init__(self, batcher: Batcher, submitted: Callable[[], None]) -> None:
+        self._batcher, self._submitted = batcher, submitted
 
     def infer(
         self,
         network: Network,
         pixels: NDArray[np.uint8],
-        wish: Sequence[int],
+        classes: Sequence[int],
         method: Method,
         deadline: Deadline,
         *,
         bulk: bool = False,
     ) -> InferenceResult:
-        """Explain one fitted image (height, width, channels), in one pass with others; waits for its turn.
+        """Explain one image, in one pass with others.
 
-        Raises UnknownLayer, NetworkIncompatible, DeviceOutOfMemory, JobTimeout.
+        Args:
+            network: Explains it.
+            pixels: A fitted image (height, width, channels).
+            classes: Ids of the classes to explain; -1 is the best one, -2 the second, and so on.
+            method: How.
+            deadline: By when.
+            bulk: Whether urgent requests go first.
+
+        Returns:
+            The explanation, and how long the image waited and was computed.
+
+        Raises:
+            UnknownLayer: The network has no such layer.
+            NetworkIncompatible: The network cannot take it, or its scores are no numbers.
+            DeviceOutOfMemory: The device has too little memory for this image alone.
+            JobTimeout: The deadline passed.
         """
-        answer = self._batcher.compute(
-            network, pixels, wish, method, deadline, bulk=bulk, arrive=self._arrive
+        response = self._batcher.compute(
+            network, pixels, classes, method, deadline, bulk=bulk, submitted=self._submitted
         )
-        seen = explanation_of(network, answer.computed, answer.index, tuple(wish), method.normalize)
-        return InferenceResult(seen, answer.waited_s, answer.computed_s, answer.batch_size)
+        seen = explanation_of(network, response.computed, response.index, tuple(classes), method.normalize)
+        return InferenceResult(seen, response.waited_s, response.computed_s, response.batch_size)
 
 
 class ModelCache:
-    """Loads each network once, when it is first asked for, finds its best batch, and gives out its turns.
+    """Loads each network once, when it is first asked for, and measures its best batch size.
 
-    A name whose row has changed is loaded anew. Who holds the network of before keeps it.
+    A network whose row has changed is loaded anew. Jobs that hold the old one go on with it.
     """
 
     def __init__(
@@ -111,15 +126,15 @@ class ModelCache:
         self._max_batch, self._max_bytes = max_batch, max_bytes
         self._peak_bytes, self._clock, self._on_gpu = peak_bytes, clock, on_gpu
         self._observer = observer
-        self._batcher = Batcher(wait_s=wait_s, largest=max_batch or UNKNOWN, observer=observer)
+        self._batcher = Batcher(wait_s=wait_s, largest=max_batch or DEFAULT_BATCH_SIZE, observer=observer)
         self._networks: OrderedDict[str, tuple[NetworkRow, Network]] = OrderedDict()  # last used last
-        self._refused: dict[str, _Refused] = {}
+        self._failed_loads: dict[str, _LoadFailure] = {}
         self._loading: dict[str, threading.Lock] = {}
-        self._door = threading.Lock()
+        self._lock = threading.Lock()
 
     @property
     def failure(self) -> str | None:
-        """Why nothing will be computed here any more."""
+        """Why nothing is computed here any more, or None."""
         return self._batcher.failure
 
     @property
@@ -133,52 +148,55 @@ class ModelCache:
         return self._batcher.mean_batch_size
 
     def load(self, row: NetworkRow) -> Network:
-        """The live network of this row, and of no other version of it. Raises what `load` raises.
+        """The live network of this row, and of no other version of it.
 
-        One that cannot be loaded as it is, so that its file would be fetched in vain for every job, is
-        refused for a while without another try.
+        One that cannot be loaded as it is described is refused for `RETRY_LOAD_AFTER_S` without another try:
+        its file would be fetched in vain for every job.
+
+        Raises:
+            GradcamError: Whatever the `load` of the constructor raises.
         """
-        if network := self._held(row):
-            return network  # who asks for the version that is here does not wait for another one
-        with self._door:
+        if network := self._cached(row):
+            return network  # no wait while another version is loaded
+        with self._lock:
             lock = self._loading.setdefault(row.name, threading.Lock())
         with lock:
-            if network := self._held(row):
+            if network := self._cached(row):
                 return network
-            refused = self._refused.get(row.name)
-            if refused and refused.row == row and time.monotonic() - refused.at_s < REFUSED_S:
-                raise refused.kind(refused.why)
+            failed = self._failed_loads.get(row.name)
+            if failed and failed.row == row and time.monotonic() - failed.failed_s < RETRY_LOAD_AFTER_S:
+                raise failed.kind(failed.why)
             begun_s, well = self._clock(), False
             try:
-                network = self._loaded(row)
+                network = self._load_and_measure(row)
                 well = True
             finally:
                 self._observer.loaded(self._clock() - begun_s, well=well)
-            self._keep(row, network)
+            self._store(row, network)
             return network
 
-    def _loaded(self, row: NetworkRow) -> Network:
-        """Load a network, and find out how many images are worth a batch."""
+    def _load_and_measure(self, row: NetworkRow) -> Network:
+        """Load a network, and measure its best batch size."""
         try:
             network = self._load(row)
         except PermanentError as error:
-            self._refused[row.name] = _Refused(row, type(error), str(error), time.monotonic())
+            self._failed_loads[row.name] = _LoadFailure(row, type(error), str(error), time.monotonic())
             raise
-        self._refused.pop(row.name, None)
-        self._batcher.limit(network, self._max_batch or self._largest_worth_it(network))
+        self._failed_loads.pop(row.name, None)
+        self._batcher.limit(network, self._max_batch or self._best_batch_size(network))
         return network
 
-    def _held(self, row: NetworkRow) -> Network | None:
-        with self._door:
-            held, network = self._networks.get(row.name, (None, None))
-            if held != row:
+    def _cached(self, row: NetworkRow) -> Network | None:
+        with self._lock:
+            cached, network = self._networks.get(row.name, (None, None))
+            if cached != row:
                 return None
             self._networks.move_to_end(row.name)
             return network
 
-    def _keep(self, row: NetworkRow, network: Network) -> None:
-        """Keep a network; let those go that have been used least recently, until all fit."""
-        with self._door:
+    def _store(self, row: NetworkRow, network: Network) -> None:
+        """Store a network; drop the least recently used ones until all fit."""
+        with self._lock:
             left = [self._networks.pop(row.name)] if row.name in self._networks else []
             self._networks[row.name] = row, network
             while len(self._networks) > 1 and self._bytes() > self._max_bytes:
@@ -193,38 +211,39 @@ class ModelCache:
     def _bytes(self) -> int:
         return sum(network.facts.weight_bytes for _, network in self._networks.values())
 
-    def _largest_worth_it(self, network: Network) -> int:
-        """How many images to compute at once: the fewest that bring about the most images a second.
+    def _best_batch_size(self, network: Network) -> int:
+        """The smallest batch with about the most images a second.
 
-        Sizes are doubled from one image on, so there is memory for as many in the usual way of explaining;
-        where another method needs more, the batcher halves the batch.
+        Sizes are doubled from one image on, until the device has too little memory or nothing is gained.
+        Where another method needs more memory, the batcher halves the batch.
         """
         speeds: dict[int, float] = {}  # images in a batch -> images a second
         count, since_best = 1, 0
         self._peak_bytes()
-        while count <= MOST and since_best < PATIENCE:
+        while count <= MAX_BATCH_SIZE and since_best < SIZES_WITHOUT_GAIN:
             try:
-                took_s = min(self._try(network, count), self._try(network, count))  # the first one traces
+                # Twice: the first pass traces.
+                took_s = min(self._time_pass(network, count), self._time_pass(network, count))
             except DeviceOutOfMemory:
                 break
-            except Exception as error:  # noqa: BLE001  # each job that meets it has it as its own
+            except Exception as error:  # noqa: BLE001  # each job that meets it fails by itself
                 log.warning("%s cannot be warmed: %s", network.facts.name, error)
                 break
-            if took_s > LONG_S and speeds:
+            if took_s > MAX_PASS_S and speeds:
                 break
             speed, best = count / max(took_s, 1e-6), max(speeds.values(), default=0)
-            since_best = 0 if speed > best * WORTH else since_best + 1
+            since_best = 0 if speed > best * MIN_SPEED_UP else since_best + 1
             speeds[count], count = speed, 2 * count
-        enough = max(speeds.values(), default=0) / WORTH
+        enough = max(speeds.values(), default=0) / MIN_SPEED_UP
         largest = next((count for count, speed in speeds.items() if speed >= enough), 1)
         best = speeds.get(largest, 0)
         peak = self._peak_bytes()
-        held = f", {peak / 1e9:.1f} GB of the device's memory at most" if peak else ""
-        log.info("%s: %.3g images a second in batches of %d%s", network.facts.name, best, largest, held)
+        memory = f", {peak / 1e9:.1f} GB of the device's memory at most" if peak else ""
+        log.info("%s: %.3g images a second in batches of %d%s", network.facts.name, best, largest, memory)
         return largest
 
-    def _try(self, network: Network, count: int) -> float:
-        """Seconds that a pass over so many grey pictures takes."""
+    def _time_pass(self, network: Network, count: int) -> float:
+        """Seconds that a pass over so many grey images takes."""
         grey = np.full((count, *network.facts.input_size, network.facts.channels), GREY, np.uint8)
         best = np.full((count, 1), -1, np.int32)
 
@@ -236,7 +255,7 @@ class ModelCache:
         return self._batcher.run_exclusive(run, Deadline(WARM_UP_S), bulk=True)
 
     def warm_up(self, row: NetworkRow) -> InferenceResult:
-        """Load a network and run it once on a grey picture, so that the first job waits for neither."""
+        """Load a network and run it once on a grey image, so that the first job does not wait for that."""
         network = self.load(row)
         grey = np.full((*network.facts.input_size, network.facts.channels), GREY, np.uint8)
         with self.reserve() as slot:
@@ -244,26 +263,26 @@ class ModelCache:
 
     @contextmanager
     def reserve(self) -> Iterator[BatchSlot]:
-        """Say that a job is on its way, so that a batch may wait for it."""
-        with self._batcher.expecting() as arrive:
-            yield BatchSlot(self._batcher, arrive)
+        """Announce a job, so that a batch may wait for its image."""
+        with self._batcher.expecting() as submitted:
+            yield BatchSlot(self._batcher, submitted)
 
     def shard_batch_size(self, network: Network) -> int:
-        """How many images `explain_many` is best given at once.
+        """How many images `infer_many` is given at once.
 
-        The same on every machine with such a device: in a pass of another size the last digits differ.
+        The same on every machine with such a device: in passes of another size the last digits differ.
         """
         if self._max_batch:
             return self._max_batch
         height, width = network.facts.input_size
-        many = VALUES_ON_GPU if self._on_gpu() else VALUES
-        return int(min(max(2 ** math.floor(math.log2(many / (3 * height * width))), 1), MOST))
+        many = PASS_VALUES_ON_GPU if self._on_gpu() else PASS_VALUES_ON_CPU
+        return int(min(max(2 ** math.floor(math.log2(many / (3 * height * width))), 1), MAX_BATCH_SIZE))
 
     def infer_many(
         self,
         network: Network,
         pixels: NDArray[np.uint8],
-        wish: Sequence[int],
+        classes: Sequence[int],
         method: Method,
         deadline: Deadline,
     ) -> list[Explanation | GradcamError]:
@@ -272,11 +291,13 @@ class ModelCache:
         In place of an explanation stands why there is none. Raises UnknownLayer, DeviceOutOfMemory,
         JobTimeout.
         """
-        answer = self._batcher.compute_many(network, pixels, wish, method, deadline)
+        response = self._batcher.compute_many(network, pixels, classes, method, deadline)
         found: list[Explanation | GradcamError] = []
         for index in range(len(pixels)):
             try:
-                found.append(explanation_of(network, answer.computed, index, tuple(wish), method.normalize))
+                found.append(
+                    explanation_of(network, response.computed, index, tuple(classes), method.normalize)
+                )
             except NetworkIncompatible as error:  # scores that are no numbers, of this image
                 found.append(error)
         return found
@@ -291,7 +312,7 @@ class ModelCache:
         *,
         bulk: bool = False,
     ) -> Explanation:
-        """An explanation with its metrics. Others get their turns between its batches. Raises JobTimeout."""
+        """An explanation with its metrics. Passes of others run between its own. Raises JobTimeout."""
 
         def score(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
             return self._batcher.run_exclusive(lambda: network.scores(pictures), deadline, bulk=bulk)

@@ -1,4 +1,4 @@
-"""What waits for the device, and what comes back from it."""
+"""What is queued for the device, and what comes back from it."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ from gradcam_worker.gradcam.network import Computed, Method
 from gradcam_worker.observability import tracing
 from gradcam_worker.resilience.deadline import Deadline
 
-AGED_S = 5.0  # bulk that waited so long goes with the others: it holds threads that they may need
+YIELDS_FOR_S = 5.0  # bulk that waited longer is served with the others: it holds threads that they may need
 
 Key = tuple[int, Method | None, int]  # the network's id, the method, about how many classes
 Finish = Callable[[], Any]  # waits for the device
@@ -32,24 +32,24 @@ class InferenceResponse:
 
 @dataclass(eq=False)
 class InferenceRequest:
-    """What a thread wants to be done, and waits for."""
+    """A thread's request to the device; the thread waits for its completion."""
 
-    key: Key  # what may share a batch with it has the same
+    key: Key  # requests of the same key may share a batch
     begin: Callable[["list[InferenceRequest]"], Finish]  # a batch of such requests
     deadline: Deadline
     bulk: bool = False
     images: int = 1  # in a pass of its own; 0: what runs there explains none
     pixels: NDArray[np.uint8] | None = None
-    wish: tuple[int, ...] = ()
-    asked_s: float = field(default_factory=time.monotonic)
-    asker: tracing.Asker | None = field(default_factory=tracing.asker)
+    classes: tuple[int, ...] = ()
+    queued_s: float = field(default_factory=time.monotonic)
+    caller: tracing.Asker | None = field(default_factory=tracing.asker)
     done: threading.Event = field(default_factory=threading.Event)
-    answer: Any = None
+    response: Any = None
     error: BaseException | None = None
 
-    def end(self, answer: Any = None, error: BaseException | None = None) -> None:
-        """Let the thread go that waits for it."""
-        self.answer, self.error = answer, error
+    def complete(self, response: Any = None, error: BaseException | None = None) -> None:
+        """Set the result, and wake the thread that waits for it."""
+        self.response, self.error = response, error
         self.done.set()
 
 
@@ -63,12 +63,12 @@ class BatchQueue:
     pass_s: float | None = None  # how long one takes, about
 
     def take(self) -> list[InferenceRequest]:
-        """The next batch: who waits longest, but bulk last."""
-        self.waiting.sort(key=is_patient)
+        """Remove and return the next batch: those that wait longest, but bulk last."""
+        self.waiting.sort(key=yields_to_urgent)
         batch, self.waiting = self.waiting[: self.largest], self.waiting[self.largest :]
         return batch
 
 
-def is_patient(request: InferenceRequest) -> bool:
-    """Whether it may wait behind others."""
-    return request.bulk and time.monotonic() - request.asked_s < AGED_S
+def yields_to_urgent(request: InferenceRequest) -> bool:
+    """Whether a request lets urgent ones go first."""
+    return request.bulk and time.monotonic() - request.queued_s < YIELDS_FOR_S
