@@ -6,13 +6,14 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from gradcam_worker.client import poller
 from gradcam_worker.client.async_client import CALLS_AT_ONCE, AsyncGradcamClient
-from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.client.client import REDIS_RETRIES, GradcamClient
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable, UnknownJob, WaitTimeout
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.schemas.ids import new_id
@@ -145,7 +146,7 @@ def test_who_waited_for_a_thread_does_not_wait_for_the_ledger_as_long_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("gradcam_worker.client.async_client.CALLS_AT_ONCE", 2)
-    monkeypatch.setattr("gradcam_worker.client.client.PATIENCE_S", 0.5)
+    monkeypatch.setattr("gradcam_worker.client.client.REDIS_RETRIES", replace(REDIS_RETRIES, total_s=0.5))
     tries: Counter[str] = Counter()
 
     class Gone(MemoryLedger):

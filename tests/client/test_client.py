@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -30,7 +31,7 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.ledger.ledger import ClaimOutcome, Ledger
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.resilience.retry import RetryPolicy
+from gradcam_worker.resilience.retry import Retries
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.status import StatusDocument, WorkerRef
@@ -134,9 +135,9 @@ def test_an_unknown_job_is_not_waited_for(client: GradcamClient) -> None:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that loses its patience soon."""
+    """A client that gives up soon."""
     monkeypatch.setattr(client_module, "TIMEOUT_S", 0.2)
-    monkeypatch.setattr(client_module, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(client_module, "REDIS_RETRIES", replace(client_module.REDIS_RETRIES, total_s=0.5))
 
 
 @pytest.mark.usefixtures("hasty")
@@ -450,7 +451,7 @@ def test_a_server_that_does_not_answer_for_a_while_loses_nothing_and_doubles_not
     monkeypatch.setattr(client_module, "TIMEOUT_S", 0.2)
     client, server = GradcamClient(settings=settings), redis.Redis.from_url(settings.broker_url)
     client.submit(**FIELDS)
-    server.client_pause(600)  # ms: longer than an answer may take, shorter than patience
+    server.client_pause(600)  # ms: longer than an answer may take, shorter than the time to retry
     job_id = client.submit(**FIELDS)
     server.client_pause(600)
     ids = client.submit_many([FIELDS, FIELDS])
@@ -471,7 +472,9 @@ def test_a_server_that_accepts_and_never_answers_is_given_up_in_time(
         GradcamClient(silent, settings=settings).submit(**FIELDS)
     job_id = GradcamClient(silent, settings.broker_url, settings=settings).submit(**FIELDS)
     assert f"job {job_id} is accepted, but nobody could be told at once" in caplog.text
-    assert time.monotonic() - begun < 10, "patience is half a second here, and redis-py has none of its own"
+    assert time.monotonic() - begun < 10, (
+        "Redis is asked for half a second here, and redis-py does not ask again"
+    )
 
 
 def unreachable(**changes: Any) -> LedgerUnavailable:
@@ -668,7 +671,7 @@ def test_ids_are_published_many_at_a_time(settings: Settings) -> None:
 def test_more_threads_than_connections_wait_for_their_turn(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "PATIENCE_S", 0)
+    monkeypatch.setattr(client_module, "REDIS_RETRIES", replace(client_module.REDIS_RETRIES, total_s=0))
     client, server = GradcamClient(settings=settings), redis.Redis.from_url(settings.broker_url)
     job_id = client.submit(**FIELDS)
     server.client_pause(300)  # ms, so that all of them ask at once
@@ -691,7 +694,7 @@ def test_what_is_refused_is_not_asked_for_again(
     def again(_: Any, error: Exception) -> None:
         pytest.fail(f"asked again after: {error}")
 
-    monkeypatch.setattr(RetryPolicy, "record_failure", again)
+    monkeypatch.setattr(Retries, "record_failure", again)
     admin = redis.Redis.from_url(settings.broker_url)
     admin.acl_setuser("nobody", enabled=True, passwords=["+secret"], commands=["+ping", "+select"])
     place = settings.broker_url.removeprefix("redis://").removesuffix("/0")

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from gradcam_worker.delivery import dispatcher as couriers
-from gradcam_worker.delivery.dispatcher import LONGEST_PAUSE_S, OutboxDispatcher
+from gradcam_worker.delivery.dispatcher import REDELIVERY, OutboxDispatcher
 from gradcam_worker.errors import (
     DeliveryRefused,
     EndpointGone,
@@ -148,9 +148,9 @@ def test_the_pauses_double_up_to_three_hours_and_the_jitter_is_a_fifth(scene: Sc
         dispatcher.round()
         scene.now_s = min(scene.outbox._due.values(), default=0) + 61  # and no lane is left alone any more
     pauses = [after - before - 61 for before, after in pairwise(tries)]
-    expected = [min(2.0 * 2**number, LONGEST_PAUSE_S) for number in range(16)]
+    expected = [min(2.0 * 2**number, REDELIVERY.max_s) for number in range(16)]
     assert all(0.79 * e <= p <= 1.21 * e for p, e in zip(pauses, expected, strict=True)), pauses
-    assert expected[-1] == LONGEST_PAUSE_S
+    assert expected[-1] == REDELIVERY.max_s
 
 
 def test_after_three_days_the_event_is_parked_and_so_are_those_whose_turn_never_came(

@@ -2,12 +2,13 @@ import json
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.client.client import REDIS_RETRIES, GradcamClient
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable, UnknownJob
 from gradcam_worker.ledger.dead_letters import DeadLetter, DeadLetters, id_of_replay, once_more
 from gradcam_worker.ledger.ledger import Ledger
@@ -191,7 +192,7 @@ def test_a_ledger_out_of_reach_ends_a_replay(office: Office, monkeypatch: pytest
         raise LedgerUnavailable(message)
 
     monkeypatch.setattr(office.ledger, "submit_many", away)
-    monkeypatch.setattr("gradcam_worker.client.client.PATIENCE_S", 0.1)
+    monkeypatch.setattr("gradcam_worker.client.client.REDIS_RETRIES", replace(REDIS_RETRIES, total_s=0.1))
     with pytest.raises(LedgerUnavailable):
         list(office.dead.replay(letters, FAST))
     assert len(office.dead.find()) == 1

@@ -3,14 +3,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
 from gradcam_worker.ledger import outbox
 from gradcam_worker.ledger.ledger import ClaimOutcome, Ledger
-from gradcam_worker.ledger.outbox import Delivery, Outbox
+from gradcam_worker.ledger.outbox import DESTINATION_BACKOFF, Delivery, Outbox
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.schemas.ids import new_id
@@ -61,7 +61,10 @@ def post(
 ) -> Iterator[Post]:
     """Both outboxes keep the same promises."""
     for module in ("memory.outbox", "redis.outbox"):
-        monkeypatch.setattr(f"gradcam_worker.ledger.{module}.FIRST_PAUSE_OF_A_LANE_S", PAUSE_S)
+        monkeypatch.setattr(
+            f"gradcam_worker.ledger.{module}.DESTINATION_BACKOFF",
+            replace(DESTINATION_BACKOFF, first_s=PAUSE_S),
+        )
     if request.param == "memory":
         ledger = MemoryLedger()
         yield Post(ledger, ledger.outbox, job)

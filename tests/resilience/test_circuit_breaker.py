@@ -8,6 +8,7 @@ import pytest
 from gradcam_worker.errors import StorageUnavailable
 from gradcam_worker.resilience.background_loop import BackgroundLoop, stop_all
 from gradcam_worker.resilience.circuit_breaker import FAILURES, CircuitBreaker
+from gradcam_worker.resilience.retry import RetryPolicy
 
 FAILURE = StorageUnavailable("s3://out/x could not be written: HTTP 503")
 
@@ -96,7 +97,7 @@ def test_a_job_that_was_under_way_and_succeeds_closes_it() -> None:
 
 def test_it_probes_by_itself_and_closes_when_the_storage_is_back(probing: Any) -> None:
     storage = Storage(FAILURE, FAILURE, None)
-    breaker = CircuitBreaker(storage, first_pause_s=0.02)
+    breaker = CircuitBreaker(storage, RetryPolicy(0.02, 30))
     probing(breaker)
     fail(breaker)
     assert storage.was_asked(3)
@@ -108,7 +109,7 @@ def test_it_probes_by_itself_and_closes_when_the_storage_is_back(probing: Any) -
 
 def test_nothing_is_probed_while_it_is_closed() -> None:
     storage = Storage(None)
-    breaker = CircuitBreaker(storage, first_pause_s=0)
+    breaker = CircuitBreaker(storage, RetryPolicy(0, 30))
     fail(breaker, FAILURES - 1)
     breaker.step()
     assert storage.asked == 0
@@ -120,7 +121,7 @@ def test_nothing_is_probed_while_it_is_closed() -> None:
 def test_it_is_probed_ever_more_rarely_and_not_before_a_probe_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     now, probed = [1000.0], list[float]()
     monkeypatch.setattr("gradcam_worker.resilience.circuit_breaker.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("gradcam_worker.resilience.circuit_breaker.random.uniform", lambda _, most: most)
+    monkeypatch.setattr("gradcam_worker.resilience.retry.random.uniform", lambda _, most: most)
     storage = Storage(FAILURE)
     breaker = CircuitBreaker(storage)
     fail(breaker)
@@ -145,7 +146,7 @@ def test_a_probe_that_breaks_in_an_unforeseen_way_is_a_storage_that_is_down(
 ) -> None:
     caplog.set_level(logging.INFO, logger="gradcam")
     storage = Storage(KeyError("surprise"), None)
-    breaker = CircuitBreaker(storage, first_pause_s=0.02)
+    breaker = CircuitBreaker(storage, RetryPolicy(0.02, 30))
     probing(breaker)
     fail(breaker)
     assert closed(breaker)

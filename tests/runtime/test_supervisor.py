@@ -29,10 +29,11 @@ def program(child: str, *, gpus: int = 0, limit_s: float = 1, stalled_after_s: f
         textwrap.dedent(f"""
             import logging, sys
             from gradcam_worker.runtime import devices; from gradcam_worker.runtime import supervisor
+            from gradcam_worker.resilience.retry import RetryPolicy
             from gradcam_worker.settings import Settings
             logging.basicConfig(level=logging.INFO, format="%(message)s")
             devices._gpus_here = lambda *_: [str(number) for number in range({gpus})]
-            supervisor.BACKOFF_S, supervisor.HAND_BACK_S, supervisor.SIGN_S = 0.01, 1, 0.2
+            supervisor.RESTART, supervisor.HAND_BACK_S, supervisor.SIGN_S = RetryPolicy(0.01, 30), 1, 0.2
             settings = Settings(shutdown_timeout_s={limit_s})
             settings = settings.model_copy(update={{"stalled_after_s": {stalled_after_s}}})
             sys.exit(supervisor.Supervisor(settings, (sys.executable, "-c", {child!r})).run())

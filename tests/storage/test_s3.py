@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,9 +30,9 @@ from gradcam_worker.errors import (
     WeightsUnavailable,
 )
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.resilience.retry import RetryPolicy
+from gradcam_worker.resilience.retry import Retries
 from gradcam_worker.settings import Settings
-from gradcam_worker.storage.s3 import NEVER, S3, _both
+from gradcam_worker.storage.s3 import NEVER, S3, STORAGE, _both
 from gradcam_worker.storage.s3_errors import FAILED, InvalidBucket, InvalidListing
 from gradcam_worker.storage.stores import S3Store, Stores
 
@@ -143,7 +144,7 @@ class TestBothLibraries:
 
     def test_only_a_panic_is_taken_for_one(self) -> None:
         with pytest.raises(SystemExit):
-            _both("s3://a/b", sys.exit, lambda: None, RetryPolicy(NEVER))
+            _both("s3://a/b", sys.exit, lambda: None, STORAGE.start())
 
     def test_a_bucket_of_an_unusual_name_is_left_to_boto3(
         self, http_server: Any, answer: Any, handed_over: Any
@@ -240,8 +241,8 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\nLast-Modified: Mon, 02 Jan
 HEAD += b'ETag: "a"\r\n\r\n'
 
 
-def patience(seconds: float, deadline: Deadline = NEVER) -> RetryPolicy:
-    return RetryPolicy(deadline, seconds)
+def retries(seconds: float, deadline: Deadline = NEVER) -> Retries:
+    return replace(STORAGE, total_s=seconds).start(deadline)
 
 
 class TestFaults:
@@ -253,7 +254,7 @@ class TestFaults:
 
         ill.before = recover
         http_server.url("/results/a", ill)
-        local(http_server).put("results", "a", b"data", "text/plain", patience(30))
+        local(http_server).put("results", "a", b"data", "text/plain", retries(30))
         assert http_server.received == [("/results/a", b"data")] * 3
 
     def test_a_read_is_tried_until_the_server_is_well_again(self, http_server: Any, answer: Any) -> None:
@@ -273,7 +274,7 @@ class TestFaults:
         http_server.url("/results/a", answer(503, b"<Error><Code>SlowDown</Code></Error>"))
         s3 = local(http_server)
         with pytest.raises(FAILED, match="SlowDown"):
-            s3.read("results", "a", patience(3))
+            s3.read("results", "a", retries(3))
         assert 3 <= len(http_server.received) <= 10, "with pauses that grow"
 
     def test_a_failure_just_before_the_deadline_is_the_server_s(self, http_server: Any, answer: Any) -> None:
@@ -288,7 +289,7 @@ class TestFaults:
     ) -> None:
         http_server.url("/results/a", answer(status, b"<Error><Code>Wrong</Code></Error>"))
         with pytest.raises(FAILED, match="Wrong"):
-            local(http_server).read("results", "a", patience(30))
+            local(http_server).read("results", "a", retries(30))
         assert len(http_server.received) == 2
 
     def test_a_cancelled_job_asks_no_more_and_says_why(self, http_server: Any, answer: Any) -> None:
@@ -296,7 +297,7 @@ class TestFaults:
         fenced = answer(500, before=lambda: deadline.cancel(AttemptFenced("overtaken")))
         http_server.url("/results/a", fenced)
         with pytest.raises(AttemptFenced, match="overtaken"):
-            local(http_server).put("results", "a", b"data", "text/plain", patience(30, deadline))
+            local(http_server).put("results", "a", b"data", "text/plain", retries(30, deadline))
         assert len(http_server.received) == 1
 
     def test_a_server_that_is_started_again_meanwhile_is_found(self, http_server: Any) -> None:
@@ -305,7 +306,7 @@ class TestFaults:
             port = place.getsockname()[1]
         s3 = S3(Settings.model_validate({"s3_endpoint_url": f"http://127.0.0.1:{port}", **KEYS}))
         with ThreadPoolExecutor(1) as pool:
-            putting = pool.submit(s3.put, "results", "a", b"data", "text/plain", patience(30))
+            putting = pool.submit(s3.put, "results", "a", b"data", "text/plain", retries(30))
             time.sleep(0.5)
             assert not putting.done()
             with socket.create_server(("127.0.0.1", port)) as listener:
@@ -636,7 +637,7 @@ class TestChecksums:
     def test_any_other_bad_request_is_not_tried_again_with_one(self, http_server: Any, answer: Any) -> None:
         http_server.url("/own/x/0", answer(400, page("InvalidRequest", "You may not.")))
         with pytest.raises(FAILED, match="You may not"):
-            local(http_server).put("own", "x/0", b"data", "text/plain", patience(5))
+            local(http_server).put("own", "x/0", b"data", "text/plain", retries(5))
         assert len(http_server.received) == 2
 
 

@@ -16,7 +16,7 @@ import pytest
 from devtools.faults.proxy import Fault, FaultyProxy
 from gradcam_worker.errors import AttemptFenced, JobTimeout, OutputNotAllowed, StorageUnavailable
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.resilience.retry import RetryPolicy
+from gradcam_worker.resilience.retry import Retries
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import FolderStore, Object, S3Store, Store, Stores, probe
@@ -72,7 +72,7 @@ class Slow:
     ended: list[str] = field(default_factory=list)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
 
-    def put(self, bucket: str, key: str, data: bytes, media_type: str, patience: RetryPolicy) -> None:
+    def put(self, bucket: str, key: str, data: bytes, media_type: str, retries: Retries) -> None:
         self.begun.append(key)
         if key in self.fail:
             message = "the disk is full"

@@ -7,7 +7,7 @@
 
 A short call runs in a thread of the client's own, of which there are at most `CALLS_AT_ONCE`: a Redis that is
 away holds nobody up who uses the event loop's executor. The time that a call waits for a thread is taken from
-what Redis gets: see `client.client.PATIENCE_S`. Cancelling the task that awaits a call does not
+what Redis gets: see `client.client.REDIS_RETRIES`. Cancelling the task that awaits a call does not
 take it back: a job whose submission was cancelled may have been accepted.
 """
 

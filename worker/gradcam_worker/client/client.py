@@ -7,10 +7,10 @@
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar, Unpack, overload
 
@@ -30,8 +30,7 @@ from gradcam_worker.errors import (
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability import tracing
-from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.resilience.retry import RetryPolicy
+from gradcam_worker.resilience.retry import HALF_OR_MORE, Retries, RetryPolicy
 from gradcam_worker.schemas.job import Job, JobDetails, JobFields, why_no_uri
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
@@ -39,19 +38,32 @@ from gradcam_worker.settings import Settings
 log = logging.getLogger("gradcam")
 
 TIMEOUT_S = 2  # for one answer of Redis: a web request is waiting
-PATIENCE_S = 5.0  # for which Redis is asked again where it is out of reach; one more answer may follow
-PAUSE_S = 0.5  # between two tries at most
 CHUNK, CHUNK_BYTES = 500, 4 * 1024**2  # jobs, and bytes of them as JSON, in one step of `submit_many`
 T = TypeVar("T")
 _late_s: ContextVar[float] = ContextVar("gradcam_late_s", default=0)  # that a call had to wait for a thread
+
+
+def _hopeless(error: Exception) -> bool:
+    return isinstance(error, RedisUnavailable) and not error.retryable
+
+
+# A web request is waiting: an unreachable Redis is asked again for a few seconds, with short pauses.
+REDIS_RETRIES = RetryPolicy(
+    first_s=0.25,
+    max_s=0.5,
+    jitter=HALF_OR_MORE,
+    total_s=5.0,
+    errors=(LedgerUnavailable, BrokerUnavailable),
+    hopeless=_hopeless,
+)
 
 
 class GradcamClient:
     """Submits jobs and reads what became of them.
 
     May be shared between threads, used where an event loop runs, and made before a process is forked. A
-    Redis that is out of reach is asked again for `PATIENCE_S`; then LedgerUnavailable says what is known. One
-    that refuses the password, the user or the database is not.
+    Redis that is out of reach is asked again for a few seconds (`REDIS_RETRIES`); then LedgerUnavailable says
+    what is known. One that refuses the password, the user or the database is not.
     """
 
     def __init__(
@@ -106,13 +118,13 @@ class GradcamClient:
 
     def _submit(self, job: Job, *, retry_failed: bool) -> str:
         self._check(job)
-        patience = _patience()
-        (entered,) = self._enter([job], patience, retry_failed=retry_failed)
+        retries = _retries()
+        (entered,) = self._enter([job], retries, retry_failed=retry_failed)
         if isinstance(entered, IdempotencyConflict):
             raise entered
         if entered.status == "failed":
             log.info("job %s has failed before: retry, or retry_failed=True, tries it again", entered.id)
-        self._publish_entered([(job, entered)], patience)
+        self._publish_entered([(job, entered)], retries)
         return entered.id
 
     def submit_many(
@@ -126,13 +138,13 @@ class GradcamClient:
         LedgerUnavailable, of those in `in_doubt` it is not known.
         """
         ids: list[str] = []
-        insists, left = True, iter(jobs)
+        published, left = True, iter(jobs)
         while True:
             chunk, problem = self._taken(left)
             if not chunk and not problem:
                 return ids
             try:
-                entered = self._enter(chunk, _patience(), retry_failed=retry_failed) if chunk else []
+                entered = self._enter(chunk, _retries(), retry_failed=retry_failed) if chunk else []
             except LedgerUnavailable as error:
                 error.accepted = tuple(ids)
                 raise
@@ -144,7 +156,7 @@ class GradcamClient:
                     accepted.append((job, held))
             ids += [held.id for _, held in accepted]
             # A broker that has been out of reach for so long is not waited for with every chunk again.
-            insists = self._publish_entered(accepted, _patience(insists=insists))
+            published = self._publish_entered(accepted, _retries(once=not published))
             if problem:
                 raise _numbered(problem, ids) from problem
 
@@ -173,12 +185,12 @@ class GradcamClient:
         return len(text)
 
     def _enter(
-        self, jobs: Sequence[Job], patience: RetryPolicy, *, retry_failed: bool
+        self, jobs: Sequence[Job], retries: Retries, *, retry_failed: bool
     ) -> list[StatusDocument | IdempotencyConflict]:
         """Enter jobs in the ledger: see `Ledger.submit_many`. Doing it twice is harmless."""
         asked = _Asked(lambda: self._ledger.submit_many(jobs, retry_failed=retry_failed))
         try:
-            return patience.call(asked, (LedgerUnavailable,), _hopeless)
+            return retries.call(asked)
         except LedgerUnavailable as error:
             which = f"job {jobs[0].id} was" if len(jobs) == 1 else f"{len(jobs)} jobs were"
             if not asked.in_doubt:
@@ -189,7 +201,7 @@ class GradcamClient:
             doubt.in_doubt = tuple(job.id for job in jobs)
             raise doubt from error
 
-    def _publish_entered(self, entered: Sequence[tuple[Job, StatusDocument]], patience: RetryPolicy) -> bool:
+    def _publish_entered(self, entered: Sequence[tuple[Job, StatusDocument]], retries: Retries) -> bool:
         """Publish jobs that are in the ledger and wait; whether the broker could be reached.
 
         Also for one that was there before: perhaps its message was not.
@@ -206,7 +218,7 @@ class GradcamClient:
                 self._publisher.publish((job, held.created_at) for job, held in waiting)
 
         try:
-            patience.call(publish, (BrokerUnavailable,), _hopeless)
+            retries.call(publish)
         except BrokerUnavailable as error:
             which = f"job {waiting[0][0].id} is" if len(waiting) == 1 else f"{len(waiting)} jobs are"
             log.warning("%s accepted, but nobody could be told at once: %s", which, error)
@@ -215,12 +227,12 @@ class GradcamClient:
 
     def status(self, job_id: str) -> StatusDocument:
         """What is known about a job. Raises UnknownJob, LedgerUnavailable."""
-        return self._insist(lambda: self._ledger.read(job_id))
+        return self._ask(lambda: self._ledger.read(job_id))
 
     def statuses(self, job_ids: Iterable[str]) -> dict[str, StatusDocument]:
         """What is known about many jobs, in one round trip. Raises LedgerUnavailable."""
         ids = [str(job_id) for job_id in job_ids]
-        return self._insist(lambda: self._ledger.read_many(ids))
+        return self._ask(lambda: self._ledger.read_many(ids))
 
     def cancel(self, job_id: str) -> StatusDocument:
         """Stop a job: one that waits is `canceled` at once, a running one as soon as its worker sees it.
@@ -238,25 +250,25 @@ class GradcamClient:
         """
         document = self._changed(lambda: self._ledger.retry(job_id), f"job {job_id} is", "tried again")
         try:
-            job = self._insist(lambda: self._ledger.job(document.id))
+            job = self._ask(lambda: self._ledger.job(document.id))
         except LedgerUnavailable as error:
             log.warning("job %s is queued again, but nobody could be told at once: %s", document.id, error)
             return document
         if isinstance(job, Job):
-            self._publish_entered([(job, document)], _patience())
+            self._publish_entered([(job, document)], _retries())
         return document
 
     def _changed(self, ask: Callable[[], T], which: str, done: str) -> T:
         asked = _Asked(ask)
         try:
-            return self._insist(asked)
+            return self._ask(asked)
         except LedgerUnavailable as error:
             doubt = f"Whether {which} {done} is not known: ask again."
             known = f"{which[0].upper()}{which[1:]} not {done}."
             raise with_sentence(error, doubt if asked.in_doubt else known) from error
 
-    def _insist(self, ask: Callable[[], T]) -> T:
-        return _patience().call(ask, (LedgerUnavailable,), _hopeless)
+    def _ask(self, ask: Callable[[], T]) -> T:
+        return _retries().call(ask)
 
     def result(self, job_id: str, *, manifest_uri: str | None = None, expires_s: int = 3600) -> Result:
         """What a job that succeeded has left: its manifest, and a URL for each artifact, good for so long.
@@ -348,19 +360,16 @@ class _Asked(Generic[T]):
 
 
 def call_late(asked_at: float, method: Callable[[], T]) -> T:
-    """Call a method of a client that was asked for at this moment (`time.monotonic`), with less patience."""
+    """Call a method of a client that was asked for at this moment (`time.monotonic`): retries end earlier."""
     _late_s.set(time.monotonic() - asked_at)
     return method()
 
 
-def _patience(*, insists: bool = True) -> RetryPolicy:
-    left_s = max(PATIENCE_S - _late_s.get(), 0)
+def _retries(*, once: bool = False) -> Retries:
+    left_s = max(REDIS_RETRIES.total_s - _late_s.get(), 0)
     _late_s.set(0)  # what follows in the same call begins now
-    return RetryPolicy(Deadline(math.inf), left_s, insists=insists, longest_pause_s=PAUSE_S)
-
-
-def _hopeless(error: Exception) -> bool:
-    return isinstance(error, RedisUnavailable) and not error.retryable
+    policy = replace(REDIS_RETRIES, total_s=left_s)
+    return (replace(policy, max_tries=1) if once else policy).start()
 
 
 def _job(given: Job | Mapping[str, Any]) -> Job:

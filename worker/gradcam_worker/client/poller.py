@@ -13,6 +13,7 @@ from typing import Protocol
 
 from gradcam_worker.errors import InternalError, LedgerUnavailable
 from gradcam_worker.ledger.ledger import Ledger
+from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.schemas.status import StatusDocument
 
 log = logging.getLogger("gradcam")
@@ -21,7 +22,9 @@ SAFETY_S = 5.0  # between two looks at a job that we are told of
 POLL_FIRST_S = 0.002  # between two looks at one that we are not told of
 POLL_SHARE = 0.1  # of the time waited so far, where that is more: by so much an answer may be late
 POLL_LAST_S = 0.5
-AGAIN_S, AGAIN_LAST_S = 0.1, 30.0  # before subscribing again: twice as long after each failure
+RESUBSCRIBE = RetryPolicy(
+    first_s=0.1, max_s=30.0
+)  # without a subscription jobs are polled, so there is no hurry
 LINGER_S = 30.0  # without anybody who waits, before the thread ends
 MOST = 500  # jobs looked at in one round trip
 JOIN_S = 1.0  # it may be waiting for an answer just then
@@ -198,8 +201,8 @@ class StatusPoller:
         if not self._failures:
             log.info("jobs that are waited for are looked at every now and then: %s", why)
         now = time.monotonic()
-        self._deaf_until = now + min(AGAIN_S * 2**self._failures, AGAIN_LAST_S)
-        self._failures = min(self._failures + 1, 16)
+        self._failures += 1
+        self._deaf_until = now + RESUBSCRIBE.pause_s(self._failures)
         with self._lock:
             self._begun, self._ended = set(self._watched), set()
             for watched in self._watched.values():

@@ -6,7 +6,6 @@ the last time, or not yet, may have half of them together and one each.
 """
 
 import logging
-import random
 import threading
 import time
 from collections import Counter
@@ -29,13 +28,15 @@ from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.observability.tracing import OFF, Traces, trace_id
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.outages import Outages
+from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.status import StatusEvent
 
 log = logging.getLogger("gradcam")
 
 EVERY_S = 0.2  # between two looks into an empty outbox
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 3 * 3600.0  # after a failed try; doubles
+# After a failed delivery. A receiver may be down for days; jitter keeps its deliveries apart when it is back.
+REDELIVERY = RetryPolicy(first_s=2.0, max_s=3 * 3600.0, jitter=(0.8, 1.2))
 KEEP_S = 60.0  # more than a delivery takes: then another dispatcher gets the recipient of a process that died
 TRUSTED = 100  # lanes that are remembered because they answered: beyond that, they begin anew
 END_S = 4.0  # for what is under way when the dispatcher stops; it is due again KEEP_S after it was taken
@@ -210,12 +211,9 @@ class OutboxDispatcher:
             raise StatusUnavailable(message)
 
     def _reschedule(self, delivery: Delivery, error: BaseException, retry_after_s: float) -> None:
-        """Later: as long as the receiver asks for, else twice as long as the time before; jitter keeps many
-        apart. After `give_up_s`, never.
-        """
+        """Deliver it later, after as long as the receiver asks for at least; after `give_up_s`, park it."""
         if delivery.waited_s < self._give_up_s:
-            doubled = min(FIRST_PAUSE_S * 2.0 ** min(delivery.tries, 20), LONGEST_PAUSE_S)
-            pause_s = max(retry_after_s, doubled * random.uniform(0.8, 1.2))  # noqa: S311  # jitter, not a secret
+            pause_s = max(retry_after_s, REDELIVERY.pause_s(delivery.tries + 1))
             self._observer.delivered("failed")
             self._outbox.postpone(delivery, pause_s, quiet_s=retry_after_s)
             return

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import random
 import re
 import threading
 import time
@@ -42,6 +41,7 @@ from gradcam_worker.observability.tracing import OFF, Traces
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.gate import ExclusiveGate
+from gradcam_worker.resilience.retry import HALF_OR_MORE, RetryPolicy
 from gradcam_worker.resilience.stall import Stall
 from gradcam_worker.schemas.earlier import row_state
 from gradcam_worker.schemas.ids import utc_now
@@ -338,9 +338,9 @@ class JobHandler:
         log.info("job %s attempt %d: %s%s", after.id, after.attempt, after.status, code)
 
     def _backoff_s(self, attempt: int) -> float:
-        """Doubles with every attempt. Jitter spreads jobs that failed together."""
-        backoff_s = self.settings.retry_backoff_s * 2.0 ** (attempt - 1)
-        return min(backoff_s, self.settings.retry_backoff_max_s) * random.uniform(0.5, 1)  # noqa: S311  # jitter, not a secret
+        settings = self.settings
+        policy = RetryPolicy(settings.retry_backoff_s, settings.retry_backoff_max_s, jitter=HALF_OR_MORE)
+        return policy.pause_s(attempt)
 
 
 def _unknown_backfill(shard: Shard) -> UnknownBackfill:

@@ -11,10 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.schemas.job import Webhook
 from gradcam_worker.schemas.status import StatusDocument
 
-FIRST_PAUSE_OF_A_LANE_S, LONGEST_PAUSE_OF_A_LANE_S = 2.0, 60.0  # from the second failure on; doubles
+# A destination that has failed twice in a row is left alone: counted from the second failure on.
+DESTINATION_BACKOFF = RetryPolicy(first_s=2.0, max_s=60.0)
 
 
 @dataclass(frozen=True)

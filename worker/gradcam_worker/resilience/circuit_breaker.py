@@ -1,28 +1,30 @@
 """A circuit breaker: a worker whose storage is down takes no jobs that it cannot finish."""
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable
 
 from gradcam_worker.errors import GradcamError
 from gradcam_worker.resilience.background_loop import BackgroundLoop
+from gradcam_worker.resilience.retry import HALF_OR_MORE, RetryPolicy
 from gradcam_worker.schemas.ids import utc_now
 
 log = logging.getLogger("gradcam")
 
 FAILURES = 3  # jobs in a row whose storage failed: fewer may be chance
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 30.0  # before the storage is probed again; doubles
+PROBES = RetryPolicy(
+    first_s=2.0, max_s=30.0, jitter=HALF_OR_MORE
+)  # short beside what restarting a storage takes
 CLOSED_PAUSE_S = 60.0  # while there is nothing to probe: the loop is woken when it opens
 
 
 class CircuitBreaker:
     """Opens after some failures in a row, and closes as soon as a probe, or a job, goes well."""
 
-    def __init__(self, probe: Callable[[], object], first_pause_s: float = FIRST_PAUSE_S) -> None:
-        """`probe` uses the storage as a job does, and raises where that fails."""
-        self._probe, self._first_pause_s = probe, first_pause_s
+    def __init__(self, probe: Callable[[], object], probes: RetryPolicy = PROBES) -> None:
+        """`probe` uses the storage as a job does, and raises where that fails; `probes`: how often."""
+        self._probe, self._policy = probe, probes
         self._failures = 0
         self._why: str | None = None
         self._probes = 0  # since it opened
@@ -72,9 +74,7 @@ class CircuitBreaker:
             self.succeeded()
 
     def _plan_probe(self) -> None:
-        pause_s = min(self._first_pause_s * 2.0 ** min(self._probes, 10), LONGEST_PAUSE_S)
-        # Jitter: workers that lost one storage together do not come back to it together.
-        self._due_s = time.monotonic() + pause_s * random.uniform(0.5, 1)  # noqa: S311  # no secret
+        self._due_s = time.monotonic() + self._policy.pause_s(self._probes + 1)
 
     def _pause_s(self) -> float:
         return max(self._due_s - time.monotonic(), 0) if self._why else CLOSED_PAUSE_S

@@ -21,6 +21,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from gradcam_worker.errors import InvalidSettings
+from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.runtime import devices
 from gradcam_worker.runtime.devices import Device
 from gradcam_worker.settings import Settings
@@ -29,13 +30,11 @@ log = logging.getLogger("gradcam.supervisor")
 
 WORKER = (sys.executable, "-P", "-m", "gradcam_worker", "worker", "--unsupervised", "--ready-fd")
 STARTS = 5  # in a row that may fail, on every device, before all is given up
-BACKOFF_S = 0.5  # before the second start; doubles
-BACKOFF_MAX_S = 30
+RESTART = RetryPolicy(first_s=0.5, max_s=30.0)  # a crash by chance costs little, a broken device no busy loop
 LOOK_UP_S = 0.5
 LAST_PORT = 65_535
 SIGN_S = 1.0  # between two looks whether a worker has died, of which the pipe may say nothing
 HAND_BACK_S = 10.0  # for a worker whose time is up: what it runs goes back into the queue
-DOUBLINGS = 10  # more than it takes to get there
 ENDED_CLEANLY = {0, -signal.SIGTERM}  # the latter before Celery has taken the signal over
 
 
@@ -112,7 +111,7 @@ class Supervisor:
             deaths = 1 if took_jobs else deaths + 1
             if self._given_up(device, hopeless=code == os.EX_CONFIG):
                 return 1
-            delay_s = min(BACKOFF_S * 2 ** min(deaths - 1, DOUBLINGS), BACKOFF_MAX_S)
+            delay_s = RESTART.pause_s(deaths)
             said = "%s: the worker ended unasked (exit code %s): again in %.1f s"
             log.warning(said, device.name, code, delay_s)
             if self._stopping.wait(delay_s):

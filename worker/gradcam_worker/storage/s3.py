@@ -14,7 +14,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from gradcam_worker.errors import ImageTooLarge, WeightsUnavailable
 from gradcam_worker.gradcam.models.weights import Sink
 from gradcam_worker.observability.logs import Pool
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.resilience.retry import PATIENCE_S, RetryPolicy
+from gradcam_worker.resilience.retry import HALF_OR_MORE, Retries, RetryPolicy
 from gradcam_worker.schemas import bucket_names
 from gradcam_worker.schemas.bucket_names import LONGEST
 from gradcam_worker.schemas.model import MAX_KEY_BYTES
@@ -65,8 +65,13 @@ class Panicked(Exception):
 
 
 NOT_DIRECT = (obstore.exceptions.BaseError, Panicked, OSError, ValueError)
-ASKED_S = 15  # that a page of a listing, or a deletion, is asked for
-DOWNLOAD_S = 3  # that a model's file is asked for again, before a byte of it has come
+# A store that was restarted is back within `total_s`; then the job makes way for others, and its next attempt
+# may fare better.
+STORAGE = RetryPolicy(
+    first_s=0.25, max_s=5.0, jitter=HALF_OR_MORE, total_s=30.0, errors=FAILED, hopeless=hopeless
+)
+REQUEST = replace(STORAGE, total_s=15.0)  # a page of a listing, or a deletion: there may be many
+DOWNLOAD = replace(STORAGE, total_s=3.0)  # a model's file, before a byte of it has come: a job waits
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ class S3:
                 "allow_http": scheme == "http",
                 "connect_timeout": timedelta(seconds=CONNECT_S),
                 "read_timeout": timedelta(seconds=READ_S),
-                "timeout": timedelta(seconds=max(PATIENCE_S, self._fetch_s)),  # of a whole request
+                "timeout": timedelta(seconds=max(STORAGE.total_s, self._fetch_s)),  # of a whole request
                 **({"root_certificate": Path(own).read_bytes()} if own else {}),
             },
         )
@@ -176,7 +181,7 @@ class S3:
         self._session.get_credentials().get_frozen_credentials()
 
     def put(
-        self, bucket: str, key: str, data: bytes, media_type: str, patience: RetryPolicy | None = None
+        self, bucket: str, key: str, data: bytes, media_type: str, retries: Retries | None = None
     ) -> None:
         """Write an object, whole or not at all. Raises one of FAILED, or what ended the job.
 
@@ -201,12 +206,12 @@ class S3:
                     return
             self.client.put_object(**what, ContentMD5=_md5(data))
 
-        _both(f"s3://{bucket}/{key}", direct, thorough, patience or RetryPolicy(NEVER))
+        _both(f"s3://{bucket}/{key}", direct, thorough, retries or STORAGE.start())
 
     def read(
-        self, bucket: str, key: str, patience: RetryPolicy, most: Callable[[int], None] = lambda _: None
+        self, bucket: str, key: str, retries: Retries, most: Callable[[int], None] = lambda _: None
     ) -> bytes:
-        """Read an object, waiting no longer than `patience` has. Raises one of FAILED, what ended the job,
+        """Read an object, waiting no longer than `retries` has. Raises one of FAILED, what ended the job,
         and what `most` raises, which is told how many bytes there are, before and while they come.
         """
         uri = f"s3://{bucket}/{key}"
@@ -214,7 +219,7 @@ class S3:
 
         def check(size: int) -> None:
             most(size)
-            patience.check(f"reading {uri}")
+            retries.check(f"reading {uri}")
 
         def direct() -> bytes:
             found = self._directly(bucket, key).get(key)
@@ -226,8 +231,8 @@ class S3:
             with contextlib.closing(body):
                 return _joined(iter(partial(body.read, CHUNK), b""), check)
 
-        reading = self._readers.submit(_both, uri, direct, thorough, patience)
-        return patience.gather([reading], f"reading {uri}")[0]
+        reading = self._readers.submit(_both, uri, direct, thorough, retries)
+        return retries.wait_for([reading], f"reading {uri}")[0]
 
     def presigned(self, bucket: str, key: str, expires_s: int) -> str:
         """A URL with which anybody may read an object, for so many seconds. Raises one of FAILED."""
@@ -243,7 +248,7 @@ class S3:
         empty = 0
         while True:
             ask = partial(self.client.list_objects_v2, Bucket=bucket, Prefix=prefix, **token)
-            page = RetryPolicy(NEVER, ASKED_S).call(partial(_page, ask, prefix), FAILED, hopeless)
+            page = REQUEST.call(partial(_page, ask, prefix))
             yield from page.objects
             if not page.more:
                 return
@@ -261,7 +266,7 @@ class S3:
         """Delete an object, if there is one. Raises one of FAILED."""
         self._check(bucket)
         ask = partial(self.client.delete_object, Bucket=bucket, Key=key)
-        RetryPolicy(NEVER, ASKED_S).call(ask, FAILED, hopeless)
+        REQUEST.call(ask)
 
     def read_image(self, bucket: str, key: str, max_bytes: int, deadline: Deadline) -> bytes:
         """Read an object, giving up as soon as it proves too large or too slow.
@@ -277,7 +282,8 @@ class S3:
                 raise ImageTooLarge(message)
 
         try:
-            return self.read(bucket, key, RetryPolicy(deadline, self._fetch_s), most)
+            retries = replace(STORAGE, total_s=self._fetch_s).start(deadline)
+            return self.read(bucket, key, retries, most)
         except FAILED as error:
             raise unreadable(uri, error) from error
 
@@ -287,7 +293,7 @@ class S3:
         asked = partial(self.client.get_object, Bucket=bucket, Key=key)
         try:
             self._check(bucket)
-            found = RetryPolicy(NEVER, DOWNLOAD_S).call(asked, FAILED, hopeless)
+            found = DOWNLOAD.call(asked)
             body = found["Body"]
             sink.expect(found["ContentLength"])
             while chunk := body.read(CHUNK):
@@ -296,19 +302,19 @@ class S3:
             raise WeightsUnavailable(str(unreadable(uri, error))) from error
 
 
-def _both(uri: str, direct: Callable[[], T], thorough: Callable[[], T], patience: RetryPolicy) -> T:
-    """Obstore once, then boto3 until there is no more patience."""
-    patience.check(f"storage, {uri}")
+def _both(uri: str, direct: Callable[[], T], thorough: Callable[[], T], retries: Retries) -> T:
+    """Obstore once, then boto3 as often as `retries` allows."""
+    retries.check(f"storage, {uri}")
     try:
         return _without_panic(direct)
     except NOT_DIRECT as error:
         if not isinstance(error, FileNotFoundError):  # an everyday matter
             log.info("%r: boto3 tries again (%s)", uri, str(error).partition("\n")[0])
             if not isinstance(error, ValueError):  # it has asked nobody
-                patience.record_failure(error)
-    if not patience.left_s():
-        patience.give_up(f"storage, {uri}")
-    return patience.call(thorough, FAILED, hopeless)
+                retries.record_failure(error)
+    if not retries.left_s():
+        retries.give_up(f"storage, {uri}")
+    return retries.call(thorough)
 
 
 def _without_panic(direct: Callable[[], T]) -> T:

@@ -3,6 +3,7 @@
 import re
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote
@@ -10,10 +11,10 @@ from urllib.parse import unquote
 from gradcam_worker.errors import OutputNotAllowed, StorageUnavailable
 from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.resilience.retry import RetryPolicy
+from gradcam_worker.resilience.retry import Retries
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.filesystem import FolderStore, Object
-from gradcam_worker.storage.s3 import NEVER, S3
+from gradcam_worker.storage.s3 import NEVER, S3, STORAGE
 from gradcam_worker.storage.s3_errors import FAILED, absent, reason, refused
 from gradcam_worker.text.urls import without_secrets
 
@@ -21,7 +22,7 @@ __all__ = ["FolderStore", "Object", "S3Store", "Store", "Stores", "probe"]
 
 PROBE = "health/probe.txt"
 MARK = re.compile(rb"[0-9a-f]{32}")  # what a probe writes
-PROBE_S = 15.0  # for one object that nobody insists on
+SINGLE_TRY = replace(STORAGE, total_s=15.0, max_tries=1)  # for a probe: that it fails is an answer, too
 # Of bytes as they are written in UTF-8: S3 takes a key of 1024 in all, file systems mostly names of 255. What
 # is left is for a job's id and the name of an artifact.
 LONGEST_PLACE, LONGEST_STEP = 640, 200
@@ -94,30 +95,30 @@ class S3Store:
 
     def put(self, key: str, data: bytes, media_type: str) -> str:
         """See `Store.put`."""
-        return self._put_all([(key, data, media_type)], NEVER, RetryPolicy(NEVER, PROBE_S, insists=False))[0]
+        return self._put_all([(key, data, media_type)], NEVER, SINGLE_TRY.start())[0]
 
     def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
         """See `Store.put_many`: in parallel."""
-        return self._put_all(objects, deadline, RetryPolicy(deadline))
+        return self._put_all(objects, deadline, STORAGE.start(deadline))
 
-    def _put_all(self, objects: Sequence[Object], deadline: Deadline, patience: RetryPolicy) -> list[str]:
+    def _put_all(self, objects: Sequence[Object], deadline: Deadline, retries: Retries) -> list[str]:
 
         def put(one: Object) -> str:
             deadline.check("upload")
-            return self._put(one, patience)
+            return self._put(one, retries)
 
         begun = [self._s3.pool.submit(put, one) for one in objects]
         try:
-            return patience.gather(begun, "upload")
+            return retries.wait_for(begun, "upload")
         except FAILED as error:
             message = f"{self.uri('')} could not be written: {reason(error)}"
             raise StorageUnavailable(message) from error
 
-    def _put(self, one: Object, patience: RetryPolicy) -> str:
+    def _put(self, one: Object, retries: Retries) -> str:
         key, data, media_type = one
         uri = self.uri(key)
         try:
-            self._s3.put(self._bucket, self._prefix + key, data, media_type, patience)
+            self._s3.put(self._bucket, self._prefix + key, data, media_type, retries)
         except FAILED as error:
             message = f"{uri} could not be written: {reason(error)}"
             here = refused(error) and not self._own
@@ -128,7 +129,7 @@ class S3Store:
     def find(self, key: str, deadline: Deadline) -> bytes | None:
         """See `Store.find`."""
         try:
-            return self._read(key, RetryPolicy(deadline))
+            return self._read(key, STORAGE.start(deadline))
         except StorageUnavailable as error:
             if absent(error.__cause__):
                 return None
@@ -136,7 +137,7 @@ class S3Store:
 
     def get(self, key: str) -> bytes:
         """See `Store.get`."""
-        return self._read(key, RetryPolicy(NEVER, PROBE_S, insists=False))
+        return self._read(key, SINGLE_TRY.start())
 
     def names(self, folder: str) -> Iterator[str]:
         """See `Store.names`."""
@@ -163,9 +164,9 @@ class S3Store:
             message = f"{self.uri(key)} cannot be given a URL: {reason(error)}"
             raise StorageUnavailable(message) from error
 
-    def _read(self, key: str, patience: RetryPolicy) -> bytes:
+    def _read(self, key: str, retries: Retries) -> bytes:
         try:
-            return self._s3.read(self._bucket, self._prefix + key, patience)
+            return self._s3.read(self._bucket, self._prefix + key, retries)
         except FAILED as error:
             message = f"{self.uri(key)} could not be read: {reason(error)}"
             raise StorageUnavailable(message) from error

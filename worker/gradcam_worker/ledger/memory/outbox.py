@@ -7,8 +7,7 @@ from itertools import count
 
 from gradcam_worker.ledger import outbox
 from gradcam_worker.ledger.outbox import (
-    FIRST_PAUSE_OF_A_LANE_S,
-    LONGEST_PAUSE_OF_A_LANE_S,
+    DESTINATION_BACKOFF,
     DeadDelivery,
     Delivery,
     Outbox,
@@ -105,8 +104,7 @@ class MemoryOutbox(Outbox):
             self._waiting[key], self._due[key] = (tries + 1, since), now + delay_s
             failures, ends, tried_by = self._down.get(lane, (0, 0.0, ""))
             if now >= ends or tried_by == delivery.held:
-                longer = FIRST_PAUSE_OF_A_LANE_S * 2.0 ** min(failures - 1, 20)
-                pause = min(longer, LONGEST_PAUSE_OF_A_LANE_S) if failures else 0
+                pause = DESTINATION_BACKOFF.pause_s(failures) if failures else 0
                 self._down[lane] = failures + 1, now + pause, ""
             if quiet_s and delivery.webhook:
                 self._later[delivery.webhook.url] = now + quiet_s

@@ -6,8 +6,7 @@ from typing import Any
 
 from gradcam_worker.ledger import outbox
 from gradcam_worker.ledger.outbox import (
-    FIRST_PAUSE_OF_A_LANE_S,
-    LONGEST_PAUSE_OF_A_LANE_S,
+    DESTINATION_BACKOFF,
     DeadDelivery,
     Delivery,
     Outbox,
@@ -78,8 +77,8 @@ class RedisOutbox(Outbox):
                 recipient=delivery.recipient,
                 lease_token=delivery.held,
                 delay_ms=int(delay_s * 1000),
-                first_pause_ms=int(FIRST_PAUSE_OF_A_LANE_S * 1000),
-                longest_pause_ms=int(LONGEST_PAUSE_OF_A_LANE_S * 1000),
+                first_pause_ms=int(DESTINATION_BACKOFF.first_s * 1000),
+                longest_pause_ms=int(DESTINATION_BACKOFF.max_s * 1000),
                 url=delivery.webhook.url if delivery.webhook else "",
                 quiet_ms=int(quiet_s * 1000) if delivery.webhook else 0,
             )
