@@ -339,7 +339,7 @@ class TestFaults:
     def test_a_server_that_stalls_is_to_blame_before_the_job_is(
         self, silent_port: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("gradcam_worker.resilience.retry.STALLED_S", 0.5)
+        monkeypatch.setattr("gradcam_worker.resilience.retry.UNRESPONSIVE_S", 0.5)
         s3 = S3(Settings.model_validate({"s3_endpoint_url": f"http://127.0.0.1:{silent_port}", **KEYS}))
         with pytest.raises(ImageFetchFailed, match="no answer within"):
             s3.read_image("photos", "a.jpg", 10, Deadline(1))
