@@ -29,6 +29,4 @@ def test_the_host_bench_says_how_far_everything_is_from_the_codecs_alone() -> No
         assert set(figures["times_floor"][size]) == {"1", "3", "8"}
         assert all(times > 1 for times in figures["times_floor"][size].values()), "the floor is part of it"
         assert figures["stages"][size]["decode"] > 0
-    webp, jpeg = (figures["encoders"]["500x375"][f"{kind} (ours)"] for kind in ("webp", "jpeg"))
-    assert webp["kilobytes"] < jpeg["kilobytes"]
     assert figures["passed"] == (done.returncode == 0)

@@ -6,64 +6,73 @@ from typing import Any
 import numpy as np
 import pytest
 
-from devtools.bench import peer_environment, peers
-from devtools.bench.peer_environment import PINS, Environment
-from devtools.bench.peer_process import Failed
-from devtools.bench.peer_serve import Floats, Ids, in_pairs, spread
-from devtools.bench.peers import OURS, Result, document, measure, table, verdict
-from devtools.bench.timing import Cost
+from devtools import ROOT, SCRIPTS
+from devtools.bench import peers
+from devtools.bench.peers import (
+    OURS,
+    PEERS,
+    PINS,
+    Failed,
+    Floats,
+    Ids,
+    compare,
+    in_pairs,
+    install,
+    pinned,
+    requirements,
+    spread,
+    tables,
+)
 
-SCRIPTS = Path(peers.__file__).parents[2]
 LIBRARIES = """
-import sys, time
-sys.path.insert(0, {programs!r})
+import os, sys, time
+sys.path.insert(0, {scripts!r})
 import numpy as np
-from devtools.bench.peer_serve import serve
+from devtools.bench.peers import serve
 
-class Ours:
-    def __init__(self, work):
-        if not (work.folder / "images.npy").exists():
-            np.save(work.folder / "images.npy", np.arange(8 * 12, dtype=np.float32).reshape(8, 2, 2, 3))
-            np.save(work.folder / "class_ids.npy", np.tile(np.arange(8), (8, 1)))
+def explain(images, class_ids):
+    maps = images.mean(axis=3)[:, np.newaxis] * (1 + class_ids[..., np.newaxis, np.newaxis])
+    return maps - maps.min(axis=(2, 3), keepdims=True)
 
-    def explain(self, images, class_ids):
-        maps = images.mean(axis=3)[:, np.newaxis] * (1 + class_ids[..., np.newaxis, np.newaxis])
-        return maps - maps.min(axis=(2, 3), keepdims=True)
+def same_size(maps):
+    return maps
 
-    def enlarged(self, maps):
-        return maps
+def ours(network, folder):
+    np.save(folder / "images.npy", np.arange(8 * 12, dtype=np.float32).reshape(8, 2, 2, 3))
+    np.save(folder / "class_ids.npy", np.tile(np.arange(8), (8, 1)))
+    return explain, same_size
 
-class Twin(Ours):
-    def explain(self, images, class_ids):
+def twin(network, folder):
+    def larger(images, class_ids):
         time.sleep(0.02)
         print("what a library prints is no answer")
-        return np.kron(3 * super().explain(images, class_ids) + 1, np.ones((2, 2)))
+        return np.kron(3 * explain(images, class_ids) + 1, np.ones((2, 2)))
 
-    def enlarged(self, maps):
-        return np.kron(maps, np.ones((2, 2)))
+    return larger, lambda maps: np.kron(maps, np.ones((2, 2)))
 
-class Stranger(Ours):
-    def explain(self, images, class_ids):
-        return -super().explain(images, class_ids)
+def stranger(network, folder):
+    return lambda images, class_ids: -explain(images, class_ids), same_size
 
-class Broken(Ours):
-    def __init__(self, work):
-        raise ImportError("no such layer")
+def broken(network, folder):
+    raise ImportError("no such layer")
 
-class Faint(Ours):
-    def explain(self, images, class_ids):
+def faint(network, folder):
+    def fails(images, class_ids):
         if len(images) > 1:
             raise MemoryError("too many")
-        return super().explain(images, class_ids)
+        return explain(images, class_ids)
 
-class Dead(Ours):
-    def explain(self, images, class_ids):
+    return fails, same_size
+
+def dead(network, folder):
+    def ends(images, class_ids):
         sys.stderr.write("fell over\\n")
         sys.stderr.flush()
-        import os
         os._exit(7)
 
-serve({{one.__name__.lower(): one for one in (Ours, Twin, Stranger, Broken, Faint, Dead)}})
+    return ends, same_size
+
+serve({{one.__name__: one for one in (ours, twin, stranger, broken, faint, dead)}})
 """
 
 
@@ -71,58 +80,64 @@ serve({{one.__name__.lower(): one for one in (Ours, Twin, Stranger, Broken, Fain
 def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Libraries that are ours in all but name, or not."""
     program = tmp_path_factory.mktemp("libraries") / "libraries.py"
-    program.write_text(LIBRARIES.format(programs=str(SCRIPTS)))
+    program.write_text(LIBRARIES.format(scripts=str(SCRIPTS)))
     names = (OURS, "twin", "stranger", "broken", "faint", "dead")
     return {name: [sys.executable, str(program), name] for name in names}
 
 
 @pytest.fixture(scope="module")
-def result(commands: dict[str, list[str]]) -> Result:
-    return measure("vgg16", commands, (1, 8), 2)
+def found(commands: dict[str, list[str]]) -> dict[str, Any]:
+    return compare("vgg16", commands, (1, 8), 2)
 
 
-def test_a_library_whose_maps_are_ours_is_compared_however_large_and_scaled_they_are(result: Result) -> None:
-    assert result.agreement["twin"] == {"difference": pytest.approx(0, abs=1e-6), "compared": 64, "lit": 64}
-    assert result.comparable == ["twin"]
-    assert result.ahead("twin", 8)["wall"] > 1
-    assert set(result.costs) >= {(name, batch) for name in (OURS, "twin") for batch in (1, 8)}
+def document(found: dict[str, Any], **missing: str) -> dict[str, Any]:
+    """As of one network."""
+    return {**{key: {"vgg16": value} for key, value in found.items()}, "not_installed": missing}
 
 
-def test_a_library_whose_maps_are_not_ours_is_not_comparable(result: Result) -> None:
-    assert result.agreement["stranger"]["difference"] == pytest.approx(1)
-    found = document([result], {})
-    assert found["not_comparable"] == {"vgg16": ["stranger"]}
-    assert set(found["times_peer"]["vgg16"]["8"]) == {"twin"}
+def test_a_library_whose_maps_are_ours_is_compared_however_large_and_scaled_they_are(
+    found: dict[str, Any],
+) -> None:
+    assert found["agreement"]["twin"] == {"difference": pytest.approx(0, abs=1e-6), "compared": 64, "lit": 64}
+    assert set(found["times_peer"]["8"]) == {"twin"}
+    assert found["times_peer"]["8"]["twin"]["wall"] > 1
+    assert all(set(by) >= {OURS, "twin"} for by in found["images_per_s"].values())
 
 
-def test_a_library_that_fails_is_named_with_its_reason_and_the_others_go_on(result: Result) -> None:
-    assert result.failed == {
+def test_a_library_whose_maps_are_not_ours_is_not_comparable(found: dict[str, Any]) -> None:
+    assert found["agreement"]["stranger"]["difference"] == pytest.approx(1)
+    assert found["not_comparable"] == ["stranger"]
+
+
+def test_a_library_that_fails_is_named_with_its_reason_and_the_others_go_on(found: dict[str, Any]) -> None:
+    assert found["failed"] == {
         "broken": "ImportError: no such layer",
         "faint": "MemoryError: too many",
         "dead": "ended with 7: fell over",
     }
-    lines = "\n".join(verdict([result], {"captum": "No matching distribution found"}))
-    for said in ("broken", "no such layer", "DOES NOT RUN HERE", "captum", "DOES NOT INSTALL HERE"):
+    lines = "\n".join(tables(document(found, captum="No matching distribution found")))
+    for said in (
+        "broken does not run here, with vgg16: ImportError: no such layer.",
+        "captum cannot be installed here: No matching distribution found.",
+        "stranger gives other maps than ours, with vgg16: not compared.",
+    ):
         assert said in lines
-    assert "NOT COMPARABLE" in next(line for line in lines.splitlines() if "stranger" in line)
-    assert "twin" in "\n".join(table(result))
 
 
 def test_without_ours_there_is_nothing_to_compare(commands: dict[str, list[str]]) -> None:
     with pytest.raises(Failed, match="no such layer"):
-        measure("vgg16", {OURS: commands["broken"], "twin": commands["twin"]}, (1,), 1)
+        compare("vgg16", {OURS: commands["broken"], "twin": commands["twin"]}, (1,), 1)
 
 
-def test_who_is_behind_once_is_behind() -> None:
-    result = Result("vgg16")
-    for name, batch, seconds in ((OURS, 1, 1.0), ("twin", 1, 2.0), (OURS, 8, 8.0), ("twin", 8, 7.0)):
-        result.costs[name, batch] = Cost(name, batch, 1, seconds, seconds)
-    result.agreement["twin"] = {"difference": 1e-6, "compared": 8, "lit": 8}
-    assert not result.passed()
-    assert any("MISSED" in line for line in verdict([result], {}))
-    result.costs["twin", 8] = Cost("twin", 8, 1, 9.0, 9.0)
-    assert result.passed()
-    assert not Result("vgg16").passed()  # nothing was compared
+@pytest.mark.parametrize(
+    ("ratios", "met"),
+    [({"twin": 1.2, "other": 9.0}, True), ({"twin": 0.9, "other": 9.0}, False), ({}, False)],
+    ids=["ahead", "behind once", "nothing was compared"],
+)
+def test_who_is_behind_once_is_behind(ratios: dict[str, float], *, met: bool) -> None:
+    both = {name: {"wall": 9.0, "cpu": ratio} for name, ratio in ratios.items()}
+    (required,) = requirements({"times_peer": {"vgg16": {"8": both}}})
+    assert required.met == met
 
 
 def test_pairs_come_back_where_they_belong() -> None:
@@ -134,7 +149,7 @@ def test_pairs_come_back_where_they_belong() -> None:
         seen.append(len(some))
         return some[..., 0] * 100 + ids[:, np.newaxis, np.newaxis]
 
-    maps = in_pairs(explain, images, class_ids)
+    maps = in_pairs(explain)(images, class_ids)
     assert seen == [8, 1]
     assert np.array_equal(maps, images[:, np.newaxis, ..., 0] * 100 + class_ids[..., np.newaxis, np.newaxis])
 
@@ -145,22 +160,12 @@ def test_a_map_without_differences_is_spread_to_zeros() -> None:
 
 
 def test_every_library_is_pinned_and_stands_on_what_ours_stands_on() -> None:
-    pins = Environment(Path("nowhere"), tuple(peers.PEERS)).pins
-    assert set(peers.PEERS) <= set(pins)
+    pins = pinned()
+    assert set(PEERS) <= set(pins)
     assert all(pin.startswith(f"{name}==") for name, pin in pins.items())
-    constraints = (SCRIPTS.parent / "constraints.txt").read_text(encoding="utf-8")
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     for name in ("keras", "tensorflow", "numpy"):
         assert f"{pins[name]} " in constraints, f"{name} is another in {PINS.name}"
-
-
-def test_the_environment_lies_where_the_user_wants_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("BENCH_PEERS", raising=False)
-    assert Environment.of_user(()).folder == tmp_path / "gradcam-worker" / "peers"
-    monkeypatch.setenv("BENCH_PEERS", str(tmp_path / "mine"))
-    assert Environment.of_user(()).folder == tmp_path / "mine"
 
 
 def wheel(folder: Path, name: str, version: str) -> None:
@@ -181,14 +186,14 @@ def test_a_library_that_cannot_be_installed_is_named_with_pips_reason_and_the_ot
     wheel(cache, "torch", "2.13.0")
     wheel(cache, "captum", "0.9.0")
     pins.write_text("# what is measured\ncaptum==0.9.0\ntorchcam==0.5.0\n\ntorch==2.13.0\n")
-    monkeypatch.setattr(peer_environment, "PINS", pins)
+    monkeypatch.setattr(peers, "PINS", pins)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
-    environment = Environment(tmp_path / "venv", ("captum", "torchcam"))
-    found = environment.make()
+    libraries = ("captum", "torchcam")
+    found = install(tmp_path / "venv", libraries)
     assert list(found) == ["torchcam"]
     assert "torchcam==0.5.0" in found["torchcam"]
     wheel(cache, "torchcam", "0.5.0")
-    assert environment.make() == {}
+    assert install(tmp_path / "venv", libraries) == {}
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))  # and is not asked again
-    assert environment.make() == {}
+    assert install(tmp_path / "venv", libraries) == {}

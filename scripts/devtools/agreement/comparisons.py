@@ -12,7 +12,7 @@ from typing import Any
 
 from devtools import IMPORT_PATH, command
 from devtools.agreement import every_method, pointing_game
-from devtools.agreement.notebook import NotebooksWay
+from devtools.agreement.notebook import NotebookGradCAM
 from devtools.agreement.randomisation import cascade, overlap, photographs, rank_correlation
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.models.loading import load_network
@@ -75,7 +75,7 @@ def notebook() -> Table:
             ("as it was: `notebook`", Method("notebook"), False, pixels.astype(np.float32)),
         ):
             computed = network.compute(pixels, wanted, method)
-            theirs = NotebooksWay(model, layer, logits=logits).named(image, computed.class_ids[0])
+            theirs = NotebookGradCAM(model, layer, logits=logits).named(image, computed.class_ids[0])
             ours = heatmaps(computed.raw[0])
             lit = int(np.count_nonzero(ours.max(axis=(1, 2))))
             rows.append((name, what, largest(ours, np.nan_to_num(theirs)), lit))

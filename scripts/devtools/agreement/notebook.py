@@ -1,7 +1,6 @@
 """The arithmetic of the notebook that this project started from, transcribed to be measured against."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from gradcam_worker.gradcam.backend import keras
@@ -20,21 +19,7 @@ CLASSES = 8  # the top 8, as in the notebook
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Whether the notebook's arithmetic, on logits, gives our heatmaps."""
-
-    difference: float  # the largest between two heatmaps in [0, 1]
-    compared: int  # heatmaps
-    lit: int  # of these, not all zeros: the ones that prove something
-
-    @property
-    def holds(self) -> bool:
-        """Enough to call the comparison honest."""
-        return self.lit > 0 and self.difference <= TOLERANCE
-
-
-class NotebooksWay:
+class NotebookGradCAM:
     """The notebook's arithmetic: it is nothing to learn from.
 
     Kinder than the original in two points: the models are built once, outside the measured time,
@@ -88,14 +73,19 @@ def _without_activation(dense: Any) -> Any:
 
 def check(
     network: KerasNetwork,
-    notebook: NotebooksWay,
+    notebook: NotebookGradCAM,
     pixels: NDArray[np.uint8],
     prepared: Floats,
     wanted: NDArray[np.int32],
-) -> Agreement:
-    """Compare our heatmaps of one image (1, height, width, 3), k classes, with the notebook's."""
+) -> dict[str, float]:
+    """Compare our heatmaps of one image (1, height, width, 3), k classes, with the notebook's.
+
+    Returns:
+        The largest `difference`, how many heatmaps were `compared`, and how many of them are `lit`, not all
+        zeros: the ones that prove something.
+    """
     computed = network.compute(pixels, wanted)
     ours = cam.heatmaps(computed.raw[0])
     theirs = np.nan_to_num(notebook.named(prepared, computed.class_ids[0]))
     lit = int(np.count_nonzero(ours.max(axis=(1, 2))))
-    return Agreement(float(np.abs(ours - theirs).max()), len(ours), lit)
+    return {"difference": float(np.abs(ours - theirs).max()), "compared": len(ours), "lit": lit}

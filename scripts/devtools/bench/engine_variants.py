@@ -1,10 +1,10 @@
-"""The ways to a network's heatmaps that the engine's bench lets take turns."""
+"""The computations that the engine's bench compares, on the weights of one network."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from devtools.bench.timing import Way
+from devtools.bench.timing import Variant
 from gradcam_worker.gradcam.methods import cam, gradients
 from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 from gradcam_worker.gradcam.network import GRADCAM, Method
@@ -42,13 +42,13 @@ def best(images: int, classes: int) -> NDArray[np.int32]:
     return np.tile(-np.arange(1, classes + 1, dtype=np.int32), (images, 1))
 
 
-def titled(way: str, top: int) -> str:
-    """A way, for so many classes."""
-    return f"{way}, top {top}"
+def titled(variant: str, top: int) -> str:
+    """A variant's name, for so many classes."""
+    return f"{variant}, top {top}"
 
 
-class Ways:
-    """What can be measured of one network; every way runs on the very same weights, in memory once."""
+class Variants:
+    """What can be measured of one network; every variant runs on the very same weights, in memory once."""
 
     def __init__(self, network: KerasNetwork) -> None:
         self.network, self.model = network, network._model  # noqa: SLF001
@@ -63,35 +63,37 @@ class Ways:
         self._forward = tf.function(alone, input_signature=[any_batch], autograph=False)
         self._repeated = RepeatedTail(self.exact)
 
-    def forward(self, batch: int, repeats: int) -> Way:
+    def forward(self, batch: int, repeats: int) -> Variant:
         """The Keras model and nothing else; its input is on the device already."""
         images = tf.constant(prepared(self.network, self._pixels(batch)))
-        return Way(FORWARD, batch, repeats, lambda: self._forward(images).numpy())
+        return Variant(FORWARD, batch, repeats, lambda: self._forward(images).numpy())
 
-    def ours(self, batch: int, tops: tuple[int, ...], repeats: int) -> Iterator[Way]:
+    def ours(self, batch: int, tops: tuple[int, ...], repeats: int) -> Iterator[Variant]:
         """`Network.compute`: pixels in, scores and heatmaps out."""
         return self._each(OURS, self.network.compute, batch, tops, repeats)
 
-    def exact_backward(self, batch: int, tops: tuple[int, ...], repeats: int) -> Iterator[Way]:
+    def exact_backward(self, batch: int, tops: tuple[int, ...], repeats: int) -> Iterator[Variant]:
         """The same without the pooled-gradient shortcut."""
         return self._each(EXACT, self.exact.compute, batch, tops, repeats)
 
-    def repeated_tail(self, batch: int, tops: tuple[int, ...], repeats: int) -> Iterator[Way]:
+    def repeated_tail(self, batch: int, tops: tuple[int, ...], repeats: int) -> Iterator[Variant]:
         """The trunk once, then for each class the tail, there and back."""
         return self._each(REPEATED, self._repeated, batch, tops, repeats)
 
-    def methods(self, batch: int, top: int, repeats: int) -> Iterator[Way]:
+    def methods(self, batch: int, top: int, repeats: int) -> Iterator[Variant]:
         """Every method, as `ours`."""
         pixels, wanted = self._pixels(batch), best(batch, top)
         for method in cam.METHODS:
-            yield Way(method, batch, repeats, partial(self.network.compute, pixels, wanted, Method(method)))
+            yield Variant(
+                method, batch, repeats, partial(self.network.compute, pixels, wanted, Method(method))
+            )
 
     def _each(
-        self, way: str, compute: Callable[..., Any], batch: int, tops: tuple[int, ...], repeats: int
-    ) -> Iterator[Way]:
+        self, variant: str, compute: Callable[..., Any], batch: int, tops: tuple[int, ...], repeats: int
+    ) -> Iterator[Variant]:
         pixels = self._pixels(batch)
         for top in tops:
-            yield Way(titled(way, top), batch, repeats, partial(compute, pixels, best(batch, top)))
+            yield Variant(titled(variant, top), batch, repeats, partial(compute, pixels, best(batch, top)))
 
     def _pixels(self, batch: int) -> Pixels:
         return noise(batch, self.network.facts.input_size)

@@ -1,42 +1,51 @@
-"""`engine` and `service` on this machine's accelerator, with the backend that KERAS_BACKEND names: `service`
-alone with JAX and PyTorch.
-
-Where there is no accelerator, or the backend does not see it, this says so. Exit code 2 then; else 1 where
-either of the two misses what is required.
+"""Engine and service on this machine's accelerator, with the backend that KERAS_BACKEND names: with JAX and
+PyTorch, service alone, since the engine's bench compares with TensorFlow's own graph.
 """
 
-import io
-import json
-import sys
-from contextlib import nullcontext, redirect_stdout
-from importlib import import_module
+from collections.abc import Iterator
 from typing import Any
 
+from devtools.bench.report import Figures, NothingToMeasure, Requirement, plain, table
+from devtools.bench.run import load, run
 from gradcam_worker.gradcam import backend
 
-PARTS = {"tensorflow": ("engine", "service")}  # the engine's bench compares with TensorFlow's own graph
-OTHERS = ("service",)
-NONE = 2  # exit code
+TITLE = "GPU"
+PACKAGES = ("keras", "numpy")
 
 
-def main(*, quick: bool, as_json: bool) -> int:
-    """Run both benches, each as it would run by itself."""
+def measure(*, quick: bool) -> dict[str, Any]:
+    """Both, each as it would run by itself. Raises NothingToMeasure where there is no accelerator."""
     device, version = backend.device_name(), backend.version()
     if device == "cpu":
         message = f"There is no accelerator here that {version} can use: nothing was measured."
-        print(json.dumps({"device": None, "backend": version, "why": message}) if as_json else message)
-        return NONE
-    found: dict[str, Any] = {"device": device, "backend": version}
-    codes: list[int] = []
-    for name in PARTS.get(backend.name(), OTHERS):
-        if not as_json:
-            print(f"\n{name} on {device}, {version}\n")
-        text = io.StringIO()
-        with redirect_stdout(text) if as_json else nullcontext():
-            codes.append(import_module(f"devtools.bench.{name}").main(quick=quick, as_json=as_json))
-        if as_json:
-            found[name] = json.loads(text.getvalue())
-    if as_json:
-        json.dump(found, sys.stdout, indent=2)
-        sys.stdout.write("\n")
-    return max(codes)
+        raise NothingToMeasure(message)
+    names = ("engine", "service") if backend.name() == "tensorflow" else ("service",)
+    return {"device": device, "backend": version, **{name: run(name, quick=quick) for name in names}}
+
+
+def requirements(found: Figures) -> Iterator[Requirement]:
+    """Those of both."""
+    for name in ("engine", "service"):
+        if name in found:
+            yield from load(name).requirements(found[name])
+
+
+def tables(found: Figures) -> Iterator[str]:
+    """The engine's and the service's figures there."""
+    yield f"On {found['device']}, {found['backend']}."
+    yield ""
+    rows = [
+        (
+            network,
+            variant,
+            batch,
+            plain(int(batch) / took["wall"]),
+            plain(one["forward"][batch]["wall"] / took["wall"]),
+        )
+        for network, one in found.get("engine", {}).get("seconds", {}).items()
+        for variant, by_batch in one.items()
+        for batch, took in by_batch.items()
+        if batch in one["forward"]
+    ]
+    yield from table(("network", "variant", "batch", "images/s", "share of forward, wall time"), rows)
+    yield from load("service").tables(found["service"])

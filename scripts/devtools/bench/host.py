@@ -1,41 +1,39 @@
-"""What the host does for each image beside the network, against what the codecs alone would take.
+"""What a job costs beside the network, on one thread: decoding the photo, laying the heatmaps over it,
+encoding, checksums, the manifest; default artifacts, a network and a store that cost nothing. The floor is
+what the codecs alone take: one `cv2.imdecode` of the photo, and one `cv2.imencode` of each overlay, JPEG at
+quality 90.
 
-    floor   one `cv2.imdecode` of the photo and one `cv2.imencode` of each overlay, JPEG at quality 90
-    ours    a whole job with default artifacts: everything `pipeline.explain` does, with a network, an image
-            source and a store that cost nothing
-
-Both on one thread, so OpenCV's own threads are off. The photos are a shipped one, made smaller or larger
-(cubic), with seeded noise, for an enlarged photo is smoother than a real one, and its JPEG much smaller.
-The stages of `ours` are timed by themselves; the encoders with what they might be set to.
+The photos are a shipped one, made smaller or larger (cubic), with seeded noise, for an enlarged photo is
+smoother than a real one, and its JPEG much smaller.
 """
 
-import json
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from devtools.bench.encoders import Encoded, compare
-from devtools.bench.free import NETWORK, Direct, Fetch, Free
-from devtools.bench.timing import Cost, Way, machine, take_turns, versions
+from devtools.bench.report import Figures, Requirement, at_most, plain, table
+from devtools.bench.timing import Variant, interleave
 from gradcam_worker.artifacts import artifacts
 from gradcam_worker.artifacts.render import Rendered, render
 from gradcam_worker.execution.pipeline import JobContext, run_job
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.catalog import CATALOG
-from gradcam_worker.gradcam.classes import DATA
+from gradcam_worker.gradcam.classes import DATA, imagenet
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.explain import Explanation, explain_pixels
 from gradcam_worker.gradcam.imaging.overlay import ENCODING, Base, fit
+from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
 from gradcam_worker.images.fetch import Fetched
 from gradcam_worker.images.prepare import DecodedImage
+from gradcam_worker.inference.model_cache import InferenceResult, ModelCache
 from gradcam_worker.resilience.budget import Reservation, ResourceBudget
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import Job
+from gradcam_worker.schemas.job import ImageRef, Job
 from gradcam_worker.schemas.manifest import InputRecord
 from gradcam_worker.schemas.options import ArtifactSpec
 from gradcam_worker.testing import MemoryStore, fake_services
@@ -44,15 +42,83 @@ from gradcam_worker.testing import MemoryStore, fake_services
 # Only now: the package of the worker tells OpenCV how large a picture may be before it is loaded.
 import cv2
 
+TITLE = "Host"
+PACKAGES = ("opencv-python-headless", "numpy", "pillow", "pydantic")
 SIZES = ((500, 375), (4000, 3000))  # pixels, width and height
 TOPS = (1, 3, 8)
 DEFAULT_TOP = 3  # what the target holds for
 TARGET = 2.0  # times the floor, in CPU time
 NOISE = 4.0  # levels, standard deviation
 SEED = 0
-PACKAGES = ("opencv-python-headless", "numpy", "pillow", "pydantic")
+NETWORK = "vgg16"
+CELLS, CLASSES = 14, 1000  # as VGG16's
+MOST = 8  # classes that can be explained
 
 Pixels = NDArray[np.uint8]
+
+
+class ComputedNetwork:
+    """A network whose answers are there already: smooth maps, as a real network's are."""
+
+    def __init__(self) -> None:
+        """With seeded maps and scores."""
+        random, row = np.random.default_rng(SEED), CATALOG[NETWORK]
+        self.labels = imagenet()
+        self.facts = NetworkFacts(
+            name=NETWORK,
+            input_size=row.input_size,
+            preprocessing=row.preprocessing.name,
+            weights_sha256="0" * 64,
+            backend="none",
+            dtype="float32",
+            default_layer=row.target_layer or "",
+            map_size=(CELLS, CELLS),
+            parameters=row.parameters or 0,
+        )
+        self._scores = random.normal(0, 3, (1, CLASSES)).astype(np.float32)
+        noise = random.normal(0, 1, (MOST, CELLS, CELLS)).astype(np.float32)
+        self._raw = np.stack([cv2.GaussianBlur(one, (0, 0), 1.5) for one in noise])[np.newaxis]
+        self._order = np.argsort(-self._scores)
+
+    def compute(self, pixels: Any, wanted: Any, method: Method = GRADCAM) -> Computed:  # noqa: ARG002
+        """See `gradcam_worker.gradcam.network.Network.compute`."""
+        asked = wanted.shape[1]
+        class_ids = self._order[:, :asked].astype(np.int32)
+        return Computed(self.facts.default_layer, self._scores, class_ids, self._raw[:, :asked])
+
+    def begin(self, pixels: Any, wanted: Any, method: Method = GRADCAM) -> Callable[[], Computed]:
+        """See `gradcam_worker.gradcam.network.Network.begin`."""
+        return partial(self.compute, pixels, wanted, method)
+
+    def scores(self, pixels: Any) -> Any:  # noqa: ARG002
+        """See `gradcam_worker.gradcam.network.Network.scores`."""
+        return self._scores
+
+
+class DirectModelCache(ModelCache):
+    """Computes in the job's own thread: handing over to the device's is no part of this bench."""
+
+    def explain(
+        self, network: Any, pixels: Any, wish: Any, method: Method, *_: Any, **__: Any
+    ) -> InferenceResult:
+        """See `gradcam_worker.inference.model_cache.BatchSlot.infer`."""
+        return InferenceResult(explain_pixels(network, pixels[np.newaxis], [tuple(wish)], method)[0], 0, 0, 1)
+
+    @contextmanager
+    def slot(self) -> Iterator[Any]:
+        """See `gradcam_worker.inference.model_cache.ModelCache.reserve`."""
+        yield self
+
+
+@dataclass(frozen=True)
+class FetchedAlready:
+    """One image that is there already, and whose checksum is known."""
+
+    fetched: Fetched
+
+    def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:  # noqa: ARG002
+        """See `gradcam_worker.images.fetch.UriFetcher.fetch`."""
+        return self.fetched
 
 
 def photo(width: int, height: int) -> bytes:
@@ -68,58 +134,50 @@ def photo(width: int, height: int) -> bytes:
 class Case:
     """One photo, and how many classes of it are explained."""
 
-    size: tuple[int, int]  # width and height, in pixels
     top: int
     data: bytes
-    network: Free
-
-    def __str__(self) -> str:
-        """Read like `4000x3000`."""
-        return "{}x{}".format(*self.size)
+    network: ComputedNetwork
 
     @property
     def job(self) -> Job:
         """With default artifacts."""
         return Job.parse({"image": "s3://in/rocket.jpg", "network": NETWORK, "target": {"top_n": self.top}})
 
-    def fetched(self) -> Fetched:
-        """The photo, as an image source hands it over."""
-        return Fetched(self.data, "0" * 64, "s3://in/rocket.jpg")
-
     def services(self) -> Services:
         """Everything that costs nothing."""
-        model_cache = Direct(lambda _: self.network)
-        model_cache.load(CATALOG[NETWORK])
-        return replace(fake_services({}, model_cache=model_cache), images=Fetch(self.fetched()))
+        cache = DirectModelCache(lambda _: self.network)
+        cache.load(CATALOG[NETWORK])
+        fetched = Fetched(self.data, "0" * 64, "s3://in/rocket.jpg")
+        return replace(fake_services({}, model_cache=cache), images=FetchedAlready(fetched))
 
-    def ways(self, repeats: int) -> list[Way]:
+    def variants(self, repeats: int) -> list[Variant]:
         """The floor, and ours."""
-        laid = self.laid()
-        raw, job, place = np.frombuffer(self.data, np.uint8), self.job, self.services()
+        overlays = self.overlays()
+        raw, job, services = np.frombuffer(self.data, np.uint8), self.job, self.services()
 
         def floor() -> None:
             cv2.imdecode(raw, cv2.IMREAD_COLOR_RGB)
-            for overlay in laid:
+            for overlay in overlays:
                 cv2.imencode(".jpg", overlay, ENCODING["jpeg"])
 
         def ours() -> None:
-            run_job(job, place, JobContext(Deadline(job.timeout_s), lambda _: None))
+            run_job(job, services, JobContext(Deadline(job.timeout_s), lambda _: None))
 
-        return [Way("floor", 1, repeats, floor), Way("ours", 1, repeats, ours)]
+        return [Variant("floor", 1, repeats, floor), Variant("ours", 1, repeats, ours)]
 
-    def laid(self) -> list[Pixels]:
-        """The overlays, in BGR."""
+    def overlays(self) -> list[Pixels]:
+        """In BGR."""
         base = Base(decode(self.data).pixels, bgr=True)
-        return [base.lay(heatmap) for heatmap in self.seen().shown]
+        return [base.lay(heatmap) for heatmap in self.explanation().shown]
 
-    def seen(self) -> Explanation:
+    def explanation(self) -> Explanation:
         """What the network sees in it."""
         nothing = np.zeros((1, *self.network.facts.input_size, 3), np.uint8)
         return explain_pixels(self.network, nothing, [self.network.labels.wanted(top_n=self.top)])[0]
 
-    def stages(self, repeats: int) -> list[Way]:
+    def stages(self, repeats: int) -> list[Variant]:
         """What `ours` consists of, each by itself; what is left are steps between, and hand-overs."""
-        job, decoded, seen, deadline = self.job, decode(self.data), self.seen(), Deadline(3600)
+        job, decoded, seen, deadline = self.job, decode(self.data), self.explanation(), Deadline(3600)
         height, width = decoded.size
         image = InputRecord(
             uri="s3://in/rocket.jpg",
@@ -137,18 +195,18 @@ class Case:
         rendered = draw(job.artifacts)
 
         def store() -> None:
-            place = MemoryStore()
-            records = artifacts.upload(place, "job", rendered, deadline)
+            memory = MemoryStore()
+            records = artifacts.upload(memory, "job", rendered, deadline)
             artifacts.write_manifest(
-                place, "job", artifacts.describe(job, image, seen, rendered, records), deadline
+                memory, "job", artifacts.describe(job, image, seen, rendered, records), deadline
             )
 
         return [
-            Way(name, 1, repeats, run)
+            Variant(name, 1, repeats, run)
             for name, run in {
                 "decode": lambda: decode(self.data),
                 "fit": lambda: fit(decoded.pixels, self.network.facts.input_size),
-                "classes": self.seen,
+                "classes": self.explanation,
                 "hot regions": lambda: draw(()),
                 "hot regions, overlays": lambda: draw(job.artifacts[:1]),
                 "hot regions, heatmaps": lambda: draw(job.artifacts[1:]),
@@ -157,112 +215,65 @@ class Case:
         ]
 
 
-@dataclass(frozen=True)
-class Result:
-    """What was found out about one size of photo."""
-
-    size: str
-    kilobytes: float  # of the photo
-    costs: dict[int, dict[str, Cost]]  # by top: floor and ours
-    stages: tuple[Cost, ...]  # of the default top
-    encoders: dict[str, Encoded]
-
-    def times_floor(self, top: int) -> float:
-        """CPU time of ours / CPU time of the codecs alone: 1 is the best there can be."""
-        return self.costs[top]["ours"].cpu / self.costs[top]["floor"].cpu
-
-    @property
-    def passed(self) -> bool:
-        """The target is held where it was set."""
-        return self.times_floor(DEFAULT_TOP) <= TARGET
-
-
-def measure(size: tuple[int, int], network: Free, *, quick: bool) -> Result:
-    """One size of photo; all its ways take turns."""
-    large = size == SIZES[-1]
-    repeats = (3 if quick else 15) if large else (20 if quick else 150)
-    data = photo(*size)
-    cases = {top: Case(size, top, data, network) for top in TOPS}
-    costs = {}
-    for top, case in cases.items():
-        costs[top] = {cost.way: cost for cost in take_turns(case.ways(repeats))}
-    default = cases[DEFAULT_TOP]
-    few = max(repeats // 5, 1)
-    return Result(
-        size=str(default),
-        kilobytes=len(data) / 1000,
-        costs=costs,
-        stages=take_turns(default.stages(repeats)),
-        encoders={} if quick and large else compare(default.laid()[0], few),
-    )
-
-
-def table(result: Result) -> Iterator[str]:
-    """One size's figures, line by line."""
-    yield f"{result.size}, a JPEG of {result.kilobytes:.0f} KB, default artifacts, medians in ms"
-    yield f"  {'top':<5}{'floor CPU':>11}{'ours CPU':>11}{'ours wall':>11}{'times floor':>13}"
-    for top, costs in result.costs.items():
-        floor, ours = costs["floor"], costs["ours"]
-        figures = f"{floor.cpu * 1e3:>11.2f}{ours.cpu * 1e3:>11.2f}{ours.wall * 1e3:>11.2f}"
-        yield f"  {top:<5}{figures}{result.times_floor(top):>13.2f}"
-    yield f"  stages by themselves, top {DEFAULT_TOP}, CPU ms"
-    for cost in result.stages:
-        yield f"    {cost.way:<24}{cost.cpu * 1e3:>9.3f}"
-    for name, encoded in result.encoders.items():
-        yield f"    {name:<24}{encoded.cost.cpu * 1e3:>9.2f} ms{encoded.kilobytes:>9.0f} KB"
-
-
-def document(results: list[Result], about: Mapping[str, Any], took_s: float) -> dict[str, Any]:
-    """Everything as plain data; ratios are within this run, seconds are medians a call."""
+def measure(*, quick: bool) -> dict[str, Any]:
+    """One size of photo after the other; floor and ours take turns."""
+    network, threads = ComputedNetwork(), cv2.getNumThreads()
+    cv2.setNumThreads(1)  # as in the worker
+    try:
+        by_size = {f"{size[0]}x{size[1]}": _measure_size(size, network, quick=quick) for size in SIZES}
+    finally:
+        cv2.setNumThreads(threads)
+    keys = ("times_floor", "seconds", "stages")
     return {
-        "times_floor": {
-            result.size: {str(top): result.times_floor(top) for top in result.costs} for result in results
-        },
-        "seconds": {
-            result.size: {
-                str(top): {way: {"wall": cost.wall, "cpu": cost.cpu} for way, cost in costs.items()}
-                for top, costs in result.costs.items()
-            }
-            for result in results
-        },
-        "stages": {result.size: {cost.way: cost.cpu for cost in result.stages} for result in results},
-        "encoders": {
-            result.size: {
-                name: {"cpu": encoded.cost.cpu, "kilobytes": encoded.kilobytes}
-                for name, encoded in result.encoders.items()
-            }
-            for result in results
-        },
+        **{key: {size: found[key] for size, found in by_size.items()} for key in keys},
         "default_top": DEFAULT_TOP,
         "required_times_floor": TARGET,
-        "passed": all(result.passed for result in results),
-        "took_s": took_s,
-        "machine": about,
-        "versions": versions(*PACKAGES),
     }
 
 
-def main(*, quick: bool, as_json: bool) -> int:
-    """Measure one size after the other; 0, or 1 where the target is missed."""
-    begun, about, results, network = time.perf_counter(), machine(), [], Free()
-    say = (lambda _: None) if as_json else print
-    say(", ".join(f"{name} {version}" for name, version in versions(*PACKAGES).items()))
-    say(", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in about.items()))
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # as in the worker
-    try:
-        for size in SIZES:
-            results.append(measure(size, network, quick=quick))
-            say("\n" + "\n".join(table(results[-1])))
-    finally:
-        cv2.setNumThreads(threads)
-    took_s = time.perf_counter() - begun
-    say(f"\nRequired: at most {TARGET:g} times the floor in CPU time, top {DEFAULT_TOP}.")
-    for result in results:
-        word = "ok" if result.passed else "MISSED"
-        say(f"  {result.size:<10}{result.times_floor(DEFAULT_TOP):>6.2f} times  {word}")
-    say(f"Took {took_s:.0f} s.")
-    if as_json:
-        json.dump(document(results, about, took_s), sys.stdout, indent=2)
-        sys.stdout.write("\n")
-    return 0 if all(result.passed for result in results) else 1
+def _measure_size(size: tuple[int, int], network: ComputedNetwork, *, quick: bool) -> dict[str, Any]:
+    repeats = (3 if quick else 15) if size == SIZES[-1] else (20 if quick else 150)
+    data = photo(*size)
+    costs = {
+        str(top): {cost.variant: cost for cost in interleave(Case(top, data, network).variants(repeats))}
+        for top in TOPS
+    }
+    return {
+        "times_floor": {top: both["ours"].cpu / both["floor"].cpu for top, both in costs.items()},
+        "seconds": {
+            top: {name: {"wall": cost.wall, "cpu": cost.cpu} for name, cost in both.items()}
+            for top, both in costs.items()
+        },
+        "stages": {
+            cost.variant: cost.cpu for cost in interleave(Case(DEFAULT_TOP, data, network).stages(repeats))
+        },
+    }
+
+
+def requirements(found: Figures) -> Iterator[Requirement]:
+    """Times the floor at both sizes."""
+    top, most = str(found["default_top"]), found["required_times_floor"]
+    for size, times in found["times_floor"].items():
+        yield at_most(f"{size}, top {top}: CPU time, by the codecs' alone", most, times[top], " times")
+
+
+def tables(found: Figures) -> Iterator[str]:
+    """Times the floor, and where the time goes."""
+    rows = [
+        (
+            size,
+            top,
+            *(f"{1e3 * found['seconds'][size][top][one]['cpu']:.2f}" for one in ("floor", "ours")),
+            plain(times),
+        )
+        for size, by_top in found["times_floor"].items()
+        for top, times in by_top.items()
+    ]
+    headings = ("photo", "classes", "codecs alone, CPU ms", "ours, CPU ms", "times the codecs")
+    yield from table(headings, rows)
+    yield "Where ours goes, CPU ms:"
+    yield ""
+    stages = found["stages"]
+    names = list(next(iter(stages.values())))
+    rows = [(name, *(f"{1e3 * by_size[name]:.2f}" for by_size in stages.values())) for name in names]
+    yield from table(("", *stages), rows)

@@ -10,10 +10,8 @@ the HPA would (`scaling.Scaler.replay`), with a short cooldown, so that it reach
 beside it, one that counts what waits and not what runs.
 
 Required: 0.9 of linear, and at no look at which a job was running, as its own document says, no worker left.
-Exit code 1 where either is missed.
 """
 
-import json
 import sys
 import threading
 import time
@@ -28,14 +26,15 @@ import numpy as np
 import redis
 
 from devtools.bench import simulated_network, testbed
-from devtools.bench.testbed import River
-from devtools.bench.timing import machine, versions
+from devtools.bench.report import Figures, Requirement, at_least, plain, table
+from devtools.bench.testbed import Testbed
 from devtools.deploy_checks import scaling
 from devtools.deploy_checks.scaling import Scaler, Work
 from gradcam_worker.errors import WorkerLost
 from gradcam_worker.runtime import parent_watch
 from gradcam_worker.schemas.status import StatusDocument
 
+TITLE = "Scale"
 NETWORK = "slow_time"
 WORKERS, WORKERS_QUICK = (1, 2, 4, 8), (1, 2)
 JOBS, JOBS_QUICK = 60, 16  # of each worker in a phase
@@ -106,76 +105,74 @@ class Replayed:
     zero_while_running: int  # ... though a job was running
 
 
-@dataclass(frozen=True)
-class Result:
-    """All that was measured."""
-
-    phases: tuple[Phase, ...]
-    formula: Replayed
-    queue_alone: Replayed  # a scaler that does not count what runs
-
-    @property
-    def linear(self) -> dict[int, float]:
-        """Workers -> their speed, as a share of so many times one worker's."""
-        alone = self.phases[0].jobs_per_s
-        return {phase.workers: phase.jobs_per_s / alone / phase.workers for phase in self.phases}
-
-
-def measure(*, quick: bool) -> Result:
+def measure(*, quick: bool) -> dict[str, Any]:
     """Add one worker after the other, and replay what the ledger held meanwhile. Raises WorkerLost."""
     photos = testbed.photographs(16, size=(96, 128))
     changes: dict[str, Any] = {"threads": THREADS, "max_batch": THREADS // 2}
     jobs, phases, documents = JOBS_QUICK if quick else JOBS, list[Phase](), list[StatusDocument]()
-    with testbed.flowing((NETWORK,), photos, **changes) as flow, ExitStack() as stack:
-        trace = stack.enter_context(Trace(flow.settings.broker_url, flow.settings.key_prefix).recording())
+    with testbed.running((NETWORK,), photos, **changes) as bed, ExitStack() as stack:
+        trace = stack.enter_context(Trace(bed.settings.broker_url, bed.settings.key_prefix).recording())
         others = list[Popen[bytes]]()
         for workers in WORKERS_QUICK if quick else WORKERS:
             while len(others) + 1 < workers:
-                others.append(_one_more(flow, len(others)))
+                others.append(_one_more(bed, len(others)))
                 stack.callback(parent_watch.stop, others[-1])
-            documents += _until_all_work(flow, workers, others)
+            documents += _until_all_work(bed, workers, others)
             time.sleep(PAUSE_S)
-            phase, done = _phase(flow, workers, jobs * workers)
+            phase, done = _phase(bed, workers, jobs * workers)
             phases.append(phase)
             documents += done
             time.sleep(PAUSE_S)
     alone = [(at_s, replace(work, running=0)) for at_s, work in trace.looks]
     ran = _ran(trace.looks, documents)
-    return Result(tuple(phases), _judged(SCALER.replay(trace.looks), ran), _judged(SCALER.replay(alone), ran))
+    return document(phases, _judged(SCALER.replay(trace.looks), ran), _judged(SCALER.replay(alone), ran))
 
 
-def _one_more(flow: River, number: int) -> Popen[bytes]:
+def document(phases: Sequence[Phase], formula: Replayed, queue_alone: Replayed) -> dict[str, Any]:
+    """All figures; `queue_alone` is a scaler that does not count what runs."""
+    alone = phases[0].jobs_per_s
+    return {
+        "phases": [asdict(phase) for phase in phases],
+        "linear": {str(phase.workers): phase.jobs_per_s / alone / phase.workers for phase in phases},
+        "formula": asdict(formula),
+        "queue_alone": asdict(queue_alone),
+        "load": SCALER.formula,
+        "required_linear": REQUIRED_LINEAR,
+    }
+
+
+def _one_more(bed: Testbed, number: int) -> Popen[bytes]:
     return parent_watch.start(
-        [sys.executable, "-P", str(Path(simulated_network.__file__).resolve()), f"{flow.passes}-{number}"],
-        log=flow.log.with_name(f"worker-{number}.log"),
-        environment={**testbed.SHARED_DEVICE, **flow.settings.to_environment()},
+        [sys.executable, "-P", str(Path(simulated_network.__file__).resolve()), f"{bed.passes}-{number}"],
+        log=bed.log.with_name(f"worker-{number}.log"),
+        environment={**testbed.SHARED_DEVICE, **bed.settings.to_environment()},
         grace_s=testbed.SHUTDOWN_S,
     )
 
 
-def _until_all_work(flow: River, workers: int, others: Sequence[Popen[bytes]]) -> list[StatusDocument]:
+def _until_all_work(bed: Testbed, workers: int, others: Sequence[Popen[bytes]]) -> list[StatusDocument]:
     """Give out jobs until each worker has done one. Raises WorkerLost."""
     end_s, documents = time.monotonic() + READY_S, list[StatusDocument]()
     while len({one.worker.id for one in documents if one.worker}) < workers:
         alive = all(one.poll() is None for one in others)
-        flow.check(alive=alive and time.monotonic() < end_s)
-        if len(flow.ledger.find_workers()) < workers:
+        bed.check(alive=alive and time.monotonic() < end_s)
+        if len(bed.ledger.find_workers()) < workers:
             time.sleep(LOOK_S)
             continue
-        documents = _run(flow, 2 * THREADS * workers)
+        documents = _run(bed, 2 * THREADS * workers)
     return documents
 
 
-def _run(flow: River, count: int) -> list[StatusDocument]:
+def _run(bed: Testbed, count: int) -> list[StatusDocument]:
     """Jobs of all priorities, each with a heatmap and no picture, until they are done."""
     work: dict[str, Any] = {"target": {"top_n": 1}, "artifacts": [{"kind": "heatmap"}]}
-    each = [flow.jobs(NETWORK, -(-count // len(PRIORITIES)), priority=one, **work) for one in PRIORITIES]
-    return flow.done(flow.client.submit_many(job for group in zip(*each, strict=True) for job in group))
+    each = [bed.jobs(NETWORK, -(-count // len(PRIORITIES)), priority=one, **work) for one in PRIORITIES]
+    return bed.done(bed.client.submit_many(job for group in zip(*each, strict=True) for job in group))
 
 
-def _phase(flow: River, workers: int, count: int) -> tuple[Phase, list[StatusDocument]]:
+def _phase(bed: Testbed, workers: int, count: int) -> tuple[Phase, list[StatusDocument]]:
     cpu, begun = testbed.machine_seconds(), time.monotonic()
-    documents = _run(flow, count)
+    documents = _run(bed, count)
     cores = (testbed.machine_seconds() - cpu) / (time.monotonic() - begun)
     if len({one.worker.id for one in documents if one.worker}) != workers:
         message = f"Not all of {workers} workers had a job in this phase."
@@ -204,50 +201,33 @@ def _judged(workers: Sequence[int], ran: Sequence[bool]) -> Replayed:
     return Replayed(len(ran), sum(ran), max(workers, default=0), sum(zero), killed)
 
 
-def missed(result: Result) -> list[str]:
-    """What is required and was not reached, a sentence each."""
-    found = [
-        f"{workers} workers: {share:.2f} of linear, not {REQUIRED_LINEAR}."
-        for workers, share in result.linear.items()
-        if share < REQUIRED_LINEAR
-    ]
-    if result.formula.zero_while_running:
-        found.append(f"No worker at {result.formula.zero_while_running} looks at which a job was running.")
-    return found
+def requirements(found: Figures) -> Iterator[Requirement]:
+    """Nearly linear; and never no worker while a job is running."""
+    for workers, share in found["linear"].items():
+        yield at_least(f"{workers} workers: share of linear", found["required_linear"], share)
+    looks = found["formula"]["zero_while_running"]
+    yield Requirement("looks with a running job and no worker", "0", str(looks), not looks)
 
 
-def table(result: Result) -> Iterator[str]:
-    """The figures, line by line."""
-    for phase in result.phases:
-        share = f"{result.linear[phase.workers]:.3f} of linear"
-        yield f"{phase.workers} workers: {phase.jobs_per_s:.2f} jobs/s, {share}, {phase.cores:.2f} cores busy"
-    yield f"load = {SCALER.formula}"
-    for name, found in (("the formula", result.formula), ("what waits alone", result.queue_alone)):
-        yield (
-            f"{name}: {found.looks} looks, {found.busy} with a job running; at most {found.most} workers; "
-            f"none at {found.zero_looks} looks, {found.zero_while_running} of them with a job running"
+def tables(found: Figures) -> Iterator[str]:
+    """Speeds, and what became of the trace under the formula."""
+    rows = [
+        (
+            str(one["workers"]),
+            plain(one["jobs_per_s"]),
+            plain(found["linear"][str(one["workers"])]),
+            plain(one["cores"]),
         )
-
-
-def main(*, quick: bool, as_json: bool) -> int:
-    """Measure; 0, or 1 where what is required is missed."""
-    begun, result = time.perf_counter(), measure(quick=quick)
-    took_s = time.perf_counter() - begun
-    if as_json:
-        figures = {
-            **asdict(result),
-            "linear": {str(workers): share for workers, share in result.linear.items()},
-            "load": SCALER.formula,
-            "required_linear": REQUIRED_LINEAR,
-            "missed": missed(result),
-            "passed": not missed(result),
-            "took_s": took_s,
-            "machine": machine(),
-            "versions": versions(*PACKAGES),
-        }
-        json.dump(figures, sys.stdout, indent=2)
-        sys.stdout.write("\n")
-    else:
-        print("\n".join(table(result)))
-        print("\n".join(missed(result) or ["All that is required is reached."]) + f"\nTook {took_s:.0f} s.")
-    return 1 if missed(result) else 0
+        for one in found["phases"]
+    ]
+    yield from table(("workers", "jobs/s", "of linear", "cores busy"), rows)
+    yield f"load = `{found['load']}`"
+    yield ""
+    fields = ("looks", "busy", "most", "zero_looks", "zero_while_running")
+    replayed = [
+        (name, *(str(found[key][field]) for field in fields))
+        for name, key in (("the formula", "formula"), ("what waits alone", "queue_alone"))
+    ]
+    yield from table(
+        ("scaler", "looks", "with a running job", "workers at most", "none", "none while one ran"), replayed
+    )

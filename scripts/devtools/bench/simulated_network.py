@@ -1,13 +1,13 @@
-"""Stand-in networks, and a worker that has them: for measuring everything but the network.
+"""Simulated networks, and a worker that has them: for measuring everything but the network.
 
     no_time    answers at once: what is left is the machinery
     gpu_time   answers when a GPU would have, 5 ms a pass and 20 ms for 32 images, and uses no core for it
     slow_time  needs 400 ms for each image, so that few cores can run many workers of it
 
-    python -m devtools.bench.simulated_network PASSES
+    simulated_network.py PASSES
 
 runs the worker of `gradcam worker --unsupervised` in this process, with the settings that the environment
-holds. Stand-ins answer for the names above; the catalog's networks get their shipped weights, else
+holds. They answer for the names above; the catalog's networks get their shipped weights, else
 seeded random ones: speed does not depend on what they are. What the device did is written to the file
 PASSES, a line a pass.
 """
@@ -95,7 +95,7 @@ class Passes:
         return dict(sizes), busy
 
 
-class StandIn:
+class SimulatedNetwork:
     """A network of ImageNet's classes that knows its answers beforehand. Input (224, 224), map (7, 7)."""
 
     ANSWERS = 64  # different ones; the images of a pass get them in turn
@@ -157,7 +157,7 @@ class StandIn:
         return self._free
 
 
-class Watched:
+class RecordedNetwork:
     """A network that computes as it would, while its passes are written down."""
 
     def __init__(self, network: Any, passes: Passes) -> None:
@@ -191,13 +191,13 @@ class Watched:
 
 
 def load(settings: Settings, passes: Passes | None, row: NetworkRow) -> Network:
-    """A stand-in, or a network of the catalog, watched where there is a file for its passes."""
+    """A simulated network, or one of the catalog, recorded where there is a file for its passes."""
     if row.name in SECONDS:
-        return StandIn(row.name, passes)
+        return SimulatedNetwork(row.name, passes)
     from gradcam_worker.gradcam.models.loading import load_network
 
     network = load_network(row, random_seed=None if row.shipped else SEED, precision=settings.precision)
-    watched: Any = Watched(network, passes) if passes else network
+    watched: Any = RecordedNetwork(network, passes) if passes else network
     return watched  # type: ignore[no-any-return]
 
 

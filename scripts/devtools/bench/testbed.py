@@ -1,4 +1,4 @@
-"""A river to measure: a real Valkey, a real S3 server, one real worker, and what each of them costs.
+"""A testbed: a real Valkey, a real S3 server, one real worker, and what each of them costs.
 
 What is measured of processes is read from /proc: this needs Linux.
 """
@@ -46,7 +46,7 @@ SHARED_DEVICE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 @dataclass
-class River:
+class Testbed:
     """Servers and a worker that run, and what is needed to give them work."""
 
     settings: Settings
@@ -122,7 +122,7 @@ def settings_of(
 
 
 @contextmanager
-def flowing(networks: tuple[str, ...], photos: Sequence[bytes], **changes: Any) -> Iterator[River]:
+def running(networks: tuple[str, ...], photos: Sequence[bytes], **changes: Any) -> Iterator[Testbed]:
     """Start the servers and a worker with these networks loaded and warm; stop all of it in the end.
 
     `photos` are stored as images; `changes` are settings. Raises WorkerLost, InvalidSettings.
@@ -148,26 +148,26 @@ def flowing(networks: tuple[str, ...], photos: Sequence[bytes], **changes: Any) 
             service_factory.build_ledger(settings),
             S3(settings),
         )
-        river = River(settings, client, ledger, s3, worker, log, passes, [], {})
+        bed = Testbed(settings, client, ledger, s3, worker, log, passes, [], {})
         with ThreadPoolExecutor(settings.threads) as pool:
             names = [f"{number:05}.jpg" for number in range(len(photos))]
-            river.images.extend(pool.map(river.store, names, photos))
-        _wait_until_ready(river, networks)
+            bed.images.extend(pool.map(bed.store, names, photos))
+        _wait_until_ready(bed, networks)
         servers = {"worker": worker, "s3": s3_server.process, "valkey": valkey.process}
-        river.processes.update({name: below(one.pid) for name, one in servers.items()})
-        river.processes["bench"] = [os.getpid()]
-        yield river
+        bed.processes.update({name: below(one.pid) for name, one in servers.items()})
+        bed.processes["bench"] = [os.getpid()]
+        yield bed
 
 
-def _wait_until_ready(river: River, networks: tuple[str, ...]) -> None:
+def _wait_until_ready(bed: Testbed, networks: tuple[str, ...]) -> None:
     """One job for each network has to come back."""
-    ids = river.client.submit_many(job for name in networks for job in river.jobs(name, 1))
+    ids = bed.client.submit_many(job for name in networks for job in bed.jobs(name, 1))
     end = time.monotonic() + START_S
-    while sum(river.ledger.count_jobs()):
-        river.check(time.monotonic() < end)
+    while sum(bed.ledger.count_jobs()):
+        bed.check(time.monotonic() < end)
         time.sleep(LOOK_S)
-    done = river.done(ids)
-    river.device = done[0].worker.device if done[0].worker else ""
+    done = bed.done(ids)
+    bed.device = done[0].worker.device if done[0].worker else ""
 
 
 def photographs(count: int, size: tuple[int, int] = (375, 500)) -> list[bytes]:

@@ -1,21 +1,14 @@
-"""What every bench shares: ways that take turns, their medians, and what they ran on."""
+"""Variants of a computation that take turns, and the medians of what each of them took."""
 
-import json
-import os
-import platform
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
-from typing import Any
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to compute, as often as it is measured."""
+class Variant:
+    """One way to compute, and how often it is measured."""
 
     name: str
     batch: int  # images a call
@@ -26,9 +19,9 @@ class Way:
 
 @dataclass(frozen=True)
 class Cost:
-    """The medians of one way's calls."""
+    """The medians of one variant's calls."""
 
-    way: str
+    variant: str
     batch: int
     repeats: int
     wall: float  # seconds a call
@@ -40,19 +33,19 @@ class Cost:
         return self.batch / self.wall
 
 
-def take_turns(ways: list[Way]) -> tuple[Cost, ...]:
-    """Measure all ways in rounds, the rarer ones spread evenly, every other round backwards."""
-    for way in ways:
-        if not way.warm:
-            way.run()  # traces, and fills the caches
-    rounds = max(way.repeats for way in ways)
-    measured: dict[int, list[tuple[float, float]]] = {index: [] for index in range(len(ways))}
+def interleave(variants: list[Variant]) -> tuple[Cost, ...]:
+    """Measure all variants in rounds, the rarer ones spread evenly, every other round backwards."""
+    for variant in variants:
+        if not variant.warm:
+            variant.run()  # traces, and fills the caches
+    rounds = max(variant.repeats for variant in variants)
+    measured: dict[int, list[tuple[float, float]]] = {index: [] for index in range(len(variants))}
     for turn in range(rounds):
-        order = list(enumerate(ways))
-        for index, way in order if turn % 2 == 0 else reversed(order):
-            if len(measured[index]) * rounds <= turn * way.repeats:
-                measured[index].append(clock(way.run))
-    return tuple(_cost(way, measured[index]) for index, way in enumerate(ways))
+        order = list(enumerate(variants))
+        for index, variant in order if turn % 2 == 0 else reversed(order):
+            if len(measured[index]) * rounds <= turn * variant.repeats:
+                measured[index].append(clock(variant.run))
+    return tuple(_cost(variant, measured[index]) for index, variant in enumerate(variants))
 
 
 def clock(run: Callable[[], object]) -> tuple[float, float]:
@@ -62,53 +55,6 @@ def clock(run: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def _cost(way: Way, measured: list[tuple[float, float]]) -> Cost:
+def _cost(variant: Variant, measured: list[tuple[float, float]]) -> Cost:
     wall, cpu = (median(column) for column in zip(*measured, strict=True))
-    return Cost(way.name, way.batch, len(measured), wall, cpu)
-
-
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """What it ran on, and how busy that was beforehand."""
-    return {
-        "cpu_count": os.cpu_count(),
-        "cpu_model": _cpu_model(),
-        "device": device,
-        "load_before": round(os.getloadavg()[0], 2),  # processes that want to run, last minute
-    }
-
-
-def _cpu_model() -> str:
-    """The processor as the kernel names it."""
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """The versions that the figures hang on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def told(
-    found: Mapping[str, Any],
-    lines: Iterable[str],
-    missed: Sequence[str],
-    about: Mapping[str, Any],
-    packages: Sequence[str],
-    took_s: float,
-    *,
-    as_json: bool,
-) -> int:
-    """Print what was found, as text or as one JSON document; return 1 where something is missed, else 0."""
-    if as_json:
-        own = {"missed": missed, "passed": not missed, "took_s": took_s}
-        whole = {**found, **own, "machine": dict(about), "versions": versions(*packages)}
-        json.dump(whole, sys.stdout, indent=2)
-        sys.stdout.write("\n")
-    else:
-        print("\n" + "\n".join(lines))
-        print("\n" + ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in about.items()))
-        said = "\n".join(missed) or "All that is required is reached."
-        print(f"\n{said}\nTook {took_s:.0f} s.")
-    return 1 if missed else 0
+    return Cost(variant.name, variant.batch, len(measured), wall, cpu)

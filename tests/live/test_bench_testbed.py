@@ -1,4 +1,4 @@
-"""The benches that need a river: they run, and what they say hangs together. No figure is tested."""
+"""The benches that need a testbed: they run, and what they say hangs together. No figure is tested."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 
 from devtools import IMPORT_PATH, command
 from devtools.bench import simulated_network
-from devtools.bench.simulated_network import Passes, StandIn
+from devtools.bench.simulated_network import Passes, SimulatedNetwork
 
 
 def figures(name: str, *, code: int = 0) -> Any:
@@ -65,9 +65,9 @@ def test_without_an_accelerator_the_gpu_bench_says_so() -> None:
     assert "no accelerator" in figures("gpu", code=2)["why"]
 
 
-def test_a_stand_in_answers_like_a_network_and_says_what_its_device_did(tmp_path: Path) -> None:
+def test_a_simulated_network_answers_like_a_network_and_says_what_its_device_did(tmp_path: Path) -> None:
     file = tmp_path / "passes"
-    network = StandIn("gpu_time", Passes(file))
+    network = SimulatedNetwork("gpu_time", Passes(file))
     pixels = np.zeros((2, *network.facts.input_size, 3), np.uint8)
     first, second = (network.begin(pixels, np.array([[-1, -2], [7, 7]], np.int32)) for _ in range(2))
     computed = first()
