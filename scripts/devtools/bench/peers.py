@@ -120,7 +120,7 @@ class Comparison:
         return self.attempt(name, lambda: process.ask(batch, classes, compare=compare))
 
     def take_turns(self, batch: int, rounds: int) -> None:
-        """Each once a round, every other one backwards; the slow ones once. Maps are compared in the first."""
+        """Each once a round, every other one backwards; the slow ones once. The first compares maps."""
         for name in list(self.processes):
             for classes in (1, CLASSES) if name == OURS else (1,):  # traces, and fills the caches
                 self.ask(name, batch, classes)
