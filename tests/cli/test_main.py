@@ -324,7 +324,7 @@ def test_what_a_webhook_could_not_be_told_is_listed_and_told_again_but_only_when
         for _ in range(3)
     ]
     outbox.disable(url)
-    assert not outbox.take(9, 60, {}, 9)
+    assert not outbox.claim_deliveries(9, lease_s=60, limits={}, others_limit=9)
     assert main(["redeliver"]) == 0
     listed = capsys.readouterr().out
     assert set(jobs) <= set(listed.split())
@@ -334,19 +334,21 @@ def test_what_a_webhook_could_not_be_told_is_listed_and_told_again_but_only_when
     [row] = json.loads(shown)
     assert (row["job_id"], row["recipient"], row["events"]) == (jobs[0], "https://app.example/hook", 1)
     assert "planted" not in listed + shown
-    assert len(outbox.parked()) == 3, "until now nothing was told again"
+    assert len(outbox.find_parked()) == 3, "until now nothing was told again"
 
     assert main(["redeliver", jobs[0]]) == 0
-    assert [one.document.id for one in outbox.take(9, 60, {}, 9)] == [jobs[0]]
+    assert [one.document.id for one in outbox.claim_deliveries(9, lease_s=60, limits={}, others_limit=9)] == [
+        jobs[0]
+    ]
     assert main(["redeliver", jobs[0]]) == 1
     assert f"Nothing of job {jobs[0]} is parked." in capsys.readouterr().err
     assert main(["redeliver", "--url", "https://other.example/hook"]) == 0
-    assert len(outbox.parked()) == 2
+    assert len(outbox.find_parked()) == 2
     assert main(["redeliver", "--url", url, "--since", "1h"]) == 0
-    assert (len(outbox.parked()), outbox.count()) == (0, 3)
+    assert (len(outbox.find_parked()), outbox.count_recipients()) == (0, 3)
     outbox.disable(url)
     assert main(["redeliver", "--url", url]) == 0
-    assert outbox.disabled() == [], "though nothing was parked"
+    assert outbox.find_disabled() == [], "though nothing was parked"
 
 
 def failed(ledger: RedisLedger, error: GradcamError) -> str:

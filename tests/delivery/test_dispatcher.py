@@ -109,7 +109,7 @@ def test_everything_is_told_to_everybody_in_order(scene: Scene) -> None:
     for job in jobs:
         for url in ("https://a.example/x", "https://b.example/y", "sql"):
             assert [one[2] for one in scene.told if one[:2] == (url, job.id)] == [1, 2, 3]
-    assert scene.outbox.count() == 0
+    assert scene.outbox.count_recipients() == 0
 
 
 def test_a_receiver_that_names_a_time_is_not_asked_before(scene: Scene) -> None:
@@ -146,7 +146,9 @@ def test_the_pauses_double_up_to_three_hours_and_the_jitter_is_a_fifth(scene: Sc
     dispatcher = scene.dispatcher()
     while len(tries) < 17:
         dispatcher.round()
-        scene.now_s = min(scene.outbox._due.values(), default=0) + 61  # and no lane is left alone any more
+        scene.now_s = (
+            min(scene.outbox._due.values(), default=0) + 61
+        )  # and no destination is left alone any more
     pauses = [after - before - 61 for before, after in pairwise(tries)]
     expected = [min(2.0 * 2**number, REDELIVERY.max_s) for number in range(16)]
     assert all(0.79 * e <= p <= 1.21 * e for p, e in zip(pauses, expected, strict=True)), pauses
@@ -163,14 +165,14 @@ def test_after_three_days_the_event_is_parked_and_so_are_those_whose_turn_never_
     scene.now_s += GIVE_UP_S - 1
     young = scene.submit("https://a.example/x")
     dispatcher.round()
-    assert not scene.outbox.parked()
+    assert not scene.outbox.find_parked()
     scene.now_s += 100
     dispatcher.round()
-    assert {one.recipient for one in scene.outbox.parked()} == {f"{job.id}:hook1" for job in old}
-    assert scene.outbox.count() == 1, "the young one is tried for three days of its own"
+    assert {one.recipient for one in scene.outbox.find_parked()} == {f"{job.id}:hook1" for job in old}
+    assert scene.outbox.count_recipients() == 1, "the young one is tried for three days of its own"
     assert "is parked: Webhook answered HTTP 500." in caplog.text
     scene.answers.clear()
-    for one in scene.outbox.parked():
+    for one in scene.outbox.find_parked():
         assert scene.outbox.unpark(one)
     scene.now_s += 100
     for _ in range(2):
@@ -185,10 +187,10 @@ def test_what_was_replayed_is_tried_for_three_days_again(scene: Scene) -> None:
     for _ in range(2):
         dispatcher.round()
         scene.now_s += GIVE_UP_S + 1
-    [parked] = scene.outbox.parked()
+    [parked] = scene.outbox.find_parked()
     assert scene.outbox.unpark(parked)
     dispatcher.round()
-    assert not scene.outbox.parked()
+    assert not scene.outbox.find_parked()
 
 
 def test_a_receiver_that_is_gone_is_told_nothing_more_of_any_job(scene: Scene) -> None:
@@ -207,8 +209,8 @@ def test_a_receiver_that_is_gone_is_told_nothing_more_of_any_job(scene: Scene) -
     scene.submit(url)
     dispatcher.round()
     assert len(tries) == 1
-    assert scene.outbox.disabled() == [url]
-    assert len(scene.outbox.parked()) == 4
+    assert scene.outbox.find_disabled() == [url]
+    assert len(scene.outbox.find_parked()) == 4
     assert len(scene.told) == 3, "its neighbour at the same host is told"
 
 
@@ -221,14 +223,14 @@ def test_who_does_not_want_to_hear_of_the_way_hears_of_the_end(scene: Scene, err
     left = [False, True, True]
     scene.dispatcher().round()
     assert [revision for _, _, revision in scene.told] == [3]
-    assert not scene.outbox.parked()
+    assert not scene.outbox.find_parked()
 
 
 def test_an_end_that_may_not_be_told_is_parked(scene: Scene) -> None:
     scene.end(scene.submit("https://a.example/x", events=("job.succeeded",)))
     scene.answers["https://a.example/x"] = raising(UriNotAllowed("The host is not allowed."))
     scene.dispatcher().round()
-    [parked] = scene.outbox.parked()
+    [parked] = scene.outbox.find_parked()
     assert parked.first
     assert parked.first.event == "job.succeeded"
 
@@ -253,14 +255,14 @@ def test_a_ledger_out_of_reach_is_asked_again(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failing = iter([LedgerUnavailable("The ledger cannot be reached."), ZeroDivisionError(), SystemExit(1)])
-    real = scene.outbox.take
+    real = scene.outbox.claim_deliveries
 
-    def take(*args: object) -> list[Delivery]:
+    def claim(*args: object, **limits: object) -> list[Delivery]:
         for error in failing:
             raise error
-        return real(*args)  # type: ignore[arg-type]
+        return real(*args, **limits)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(scene.outbox, "take", take)
+    monkeypatch.setattr(scene.outbox, "claim_deliveries", claim)
     scene.submit("https://a.example/x")
     with working(scene.dispatcher()):
         wait_for(lambda: scene.told)
@@ -272,9 +274,9 @@ def test_a_database_that_this_worker_does_not_know_is_left_to_one_that_does(scen
     scene.outbox.open_sink("sql")
     scene.submit()
     scene.dispatcher().round()
-    assert (scene.told, scene.outbox.count()) == ([], 1)
+    assert (scene.told, scene.outbox.count_recipients()) == ([], 1)
     scene.dispatcher(sinks=("sql",)).round()
-    assert (len(scene.told), scene.outbox.count()) == (1, 0)
+    assert (len(scene.told), scene.outbox.count_recipients()) == (1, 0)
 
 
 @dataclass
@@ -298,7 +300,9 @@ class Gate:
         return answer
 
 
-def test_there_are_never_more_under_way_than_threads_and_a_lane_never_has_them_all(scene: Scene) -> None:
+def test_there_are_never_more_under_way_than_threads_and_a_destination_never_has_them_all(
+    scene: Scene,
+) -> None:
     gate, hosts = Gate(), [f"https://{name}.example/x" for name in "abcdefgh"]
     dispatcher = scene.dispatcher()
     scene.submit(*hosts[:4])
@@ -312,7 +316,7 @@ def test_there_are_never_more_under_way_than_threads_and_a_lane_never_has_them_a
     with working(dispatcher):
         wait_for(lambda: gate.inside["all"] == 4)
         gate.opened.set()
-        wait_for(lambda: scene.outbox.count() == 0)
+        wait_for(lambda: scene.outbox.count_recipients() == 0)
     assert (gate.most["all"], gate.most[hosts[0]]) == (4, 3)
 
 
@@ -333,7 +337,7 @@ def test_hosts_that_never_answered_have_one_thread_each_and_half_of_them_togethe
             scene.submit(healthy)
         wait_for(lambda: len(scene.told) == 22)
         gate.opened.set()
-        wait_for(lambda: scene.outbox.count() == 0)
+        wait_for(lambda: scene.outbox.count_recipients() == 0)
     assert len(scene.told) == 22 + 150
 
 
@@ -359,7 +363,7 @@ def test_hosts_that_no_longer_answer_have_half_of_the_threads_again(scene: Scene
         gate.opened.set()
         wait_for(lambda: "https://z.example/x" in {url for url, _, _ in scene.told})
         scene.now_s += 100
-        wait_for(lambda: scene.outbox.count() == 0)
+        wait_for(lambda: scene.outbox.count_recipients() == 0)
 
 
 def test_stopping_waits_for_what_is_under_way_but_not_for_ever(
@@ -372,7 +376,7 @@ def test_stopping_waits_for_what_is_under_way_but_not_for_ever(
         wait_for(lambda: gate.inside["a"])
         loop.request_stop()
         gate.opened.set()
-    assert (len(scene.told), scene.outbox.count()) == (1, 0), "it was waited for"
+    assert (len(scene.told), scene.outbox.count_recipients()) == (1, 0), "it was waited for"
     gate.opened.clear()
     gate.inside.clear()
     monkeypatch.setattr(couriers, "END_S", 0.2)
@@ -382,9 +386,9 @@ def test_stopping_waits_for_what_is_under_way_but_not_for_ever(
         begun = time.monotonic()
         loop.request_stop()
     assert time.monotonic() - begun < 10
-    assert (len(scene.told), scene.outbox.count()) == (1, 1), "it is not lost"
+    assert (len(scene.told), scene.outbox.count_recipients()) == (1, 1), "it is not lost"
     gate.opened.set()
-    wait_for(lambda: scene.outbox.count() == 0)
+    wait_for(lambda: scene.outbox.count_recipients() == 0)
 
 
 def test_a_courier_alone_with_one_thread_does_its_work(

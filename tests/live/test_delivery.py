@@ -129,7 +129,7 @@ def test_a_black_hole_a_dead_and_a_broken_receiver_keep_no_one_elses_events_wait
         told.setdefault(data["id"], []).append(data["revision"])
         standardwebhooks.Webhook(SECRET).verify(body, headers[f"msg_{data['id']}_{data['revision']}"])
     assert told == {job.id: [1, 2, 3] for job in first + second}
-    assert post.outbox.count() == 600, "the others are all still there"
+    assert post.outbox.count_recipients() == 600, "the others are all still there"
 
 
 def test_many_couriers_tell_everything_once_and_in_order(post: Post, http_server: Any, answer: Any) -> None:
@@ -139,7 +139,7 @@ def test_many_couriers_tell_everything_once_and_in_order(post: Post, http_server
         jobs = [post.submit(url, events=EVENTS) for _ in range(60)]
         for job in jobs:
             post.run(job)
-        wait_for(lambda: post.outbox.count() == 0)
+        wait_for(lambda: post.outbox.count_recipients() == 0)
     told: dict[str, list[int]] = {}
     for _, body in http_server.received:
         data = json.loads(body)["data"]
@@ -160,7 +160,7 @@ def test_a_receiver_that_names_a_time_is_told_then_and_not_before(
         wait_for(lambda: times)
         well = answer(204, before=lambda: times.append(time.monotonic()))
         http_server.answers["/busy"] = well
-        wait_for(lambda: post.outbox.count() == 0)
+        wait_for(lambda: post.outbox.count_recipients() == 0)
     assert len(times) == 4, "the other jobs' events did not try their luck"
     assert times[1] - times[0] >= 3.9
 
@@ -172,11 +172,11 @@ def test_a_receiver_that_is_gone_is_left_alone_until_somebody_enables_it(
     allow(post, port_of(http_server))
     jobs = [post.submit(url) for _ in range(5)]
     with post.couriers():
-        wait_for(lambda: len(post.outbox.parked()) == 5)
+        wait_for(lambda: len(post.outbox.find_parked()) == 5)
         assert len(http_server.received) == 1
         http_server.answers["/gone"] = answer(204)
         post.outbox.enable(url)
-        assert all(post.outbox.unpark(one) for one in post.outbox.parked())
-        wait_for(lambda: post.outbox.count() == 0)
+        assert all(post.outbox.unpark(one) for one in post.outbox.find_parked())
+        wait_for(lambda: post.outbox.count_recipients() == 0)
     told = {json.loads(body)["data"]["id"] for _, body in http_server.received[1:]}
     assert told == {job.id for job in jobs}

@@ -194,8 +194,8 @@ def _judged(stage: cluster.Stage, receivers: Receivers, submitted: dict[str, lis
         "untyped": sum(_untyped(one) for one in documents.values()),
         "doubled": twice,
         "events": len(receivers.heard),
-        "waiting": outbox.count(),
-        "parked": len(outbox.parked()),
+        "waiting": outbox.count_recipients(),
+        "parked": len(outbox.find_parked()),
         "broken": [sentence for sentence, count in found.items() if count],
     }
 

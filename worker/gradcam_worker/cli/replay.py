@@ -168,7 +168,7 @@ def redeliver(
     settings = Settings.from_environment()
     outbox = RedisOutbox(RedisLedger(settings).server, retention_s=settings.retention_s)
     told = bool(job_ids or url or everything or since_s is not None)
-    fitting = [one for one in outbox.parked() if _fits(one, job_ids, url, since_s)]
+    fitting = [one for one in outbox.find_parked() if _fits(one, job_ids, url, since_s)]
     missing = set(job_ids) - {one.job_id for one in fitting}
     shown = fitting[: limit or (len(fitting) if told else SHOWN)]
     if not dry_run and told:
@@ -176,7 +176,7 @@ def redeliver(
     if as_json:
         console.print_json([_parked_facts(one) for one in shown])
     elif shown or not told:
-        console.show_parked(shown, len(fitting), [without_secrets(one) for one in outbox.disabled()])
+        console.show_parked(shown, len(fitting), [without_secrets(one) for one in outbox.find_disabled()])
     if told and not as_json:
         said = "would be due" if dry_run else "due now: a worker tells them"
         console.err.print(f"{len(shown)} {said}.")

@@ -1,8 +1,8 @@
-"""Brings parcels from the outbox to their recipients, in threads of its own: no job waits for a receiver.
+"""Brings deliveries from the outbox to their recipients, in threads of its own: no job waits for a receiver.
 
-A recipient that does not answer is asked again, with growing pauses, for days; then its parcels are parked,
-and can be replayed. Whoever answers slowly, or never, keeps few of the threads: hosts that have not answered
-the last time, or not yet, may have half of them together and one each.
+A recipient that does not answer is asked again, with growing pauses, for days; then its deliveries are
+parked, and can be replayed. Whoever answers slowly, or never, keeps few of the threads: hosts that have not
+answered the last time, or not yet, may have half of them together and one each.
 """
 
 import logging
@@ -37,15 +37,15 @@ log = logging.getLogger("gradcam")
 EVERY_S = 0.2  # between two looks into an empty outbox
 # After a failed delivery. A receiver may be down for days; jitter keeps its deliveries apart when it is back.
 REDELIVERY = RetryPolicy(first_s=2.0, max_s=3 * 3600.0, jitter=(0.8, 1.2))
-KEEP_S = 60.0  # more than a delivery takes: then another dispatcher gets the recipient of a process that died
-TRUSTED = 100  # lanes that are remembered because they answered: beyond that, they begin anew
-END_S = 4.0  # for what is under way when the dispatcher stops; it is due again KEEP_S after it was taken
+LEASE_S = 60.0  # more than a delivery takes: then another dispatcher gets the recipient of a dead process
+TRUSTED = 100  # destinations that are remembered because they answered: beyond that, they begin anew
+END_S = 4.0  # for what is under way when the dispatcher stops; it is due again LEASE_S after it was claimed
 
 Deliver = Callable[[Delivery, StatusEvent], None]
 
 
 class OutboxDispatcher:
-    """Takes parcels that are due and delivers them, a few at a time."""
+    """Takes deliveries that are due and delivers them, a few at a time."""
 
     def __init__(
         self,
@@ -55,27 +55,29 @@ class OutboxDispatcher:
         *,
         threads: int,
         give_up_s: float,
-        keep_s: float = KEEP_S,
+        lease_s: float = LEASE_S,
         observer: Observer = SILENT,
         traces: Traces = OFF,
         outages: Outages | None = None,
     ) -> None:
         """What is delivered raises StatusUnavailable (again later), EndpointGone, DeliveryRefused,
-        UriNotAllowed; within `keep_s`.
+        UriNotAllowed; within `lease_s`.
         """
         self._outbox, self._to_webhook, self._sinks = outbox, to_webhook, sinks
-        self._threads, self._give_up_s, self._keep_s = threads, give_up_s, keep_s
+        self._threads, self._give_up_s, self._lease_s = threads, give_up_s, lease_s
         self._observer, self._traces = observer, traces
         self._outages = outages or Outages()
-        self._parcels = SimpleQueue[Delivery | None]()
+        self._deliveries = SimpleQueue[Delivery | None]()
         self._lock, self._freed = threading.Lock(), threading.Event()
-        self._out: Counter[str] = Counter()  # lane -> parcels that are under way there
-        self._trusted: dict[str, None] = {}  # lanes that answered the last time; the latest is the last
-        self._took_some = False  # the last time
+        self._under_way: Counter[str] = Counter()  # destination -> deliveries that are under way there
+        self._trusted: dict[
+            str, None
+        ] = {}  # destinations that answered the last time; the latest is the last
+        self._claimed_some = False  # the last time
         self.loop = BackgroundLoop(
             "dispatcher",
             self._step,
-            lambda: 0 if self._took_some else EVERY_S,
+            lambda: 0 if self._claimed_some else EVERY_S,
             immediately=True,
             outages=self._outages,
             consequence="nothing can be delivered",
@@ -84,23 +86,23 @@ class OutboxDispatcher:
 
     def round(self) -> None:
         """Deliver all that is due, and wait for it. Raises LedgerUnavailable."""
-        with self._hands():
-            while self._take() or self._out.total():
-                self._wait(self._keep_s)
+        with self._threads_running():
+            while self._claim() or self._under_way.total():
+                self._wait(self._lease_s)
 
     def _step(self) -> None:
-        self._took_some = False
-        self._took_some = self._take()
+        self._claimed_some = False
+        self._claimed_some = self._claim()
 
     @contextmanager
     def _delivering(self) -> Iterator[None]:
         """What the loop runs in: at its end, what is under way is waited for, END_S at most."""
-        with self._hands():
+        with self._threads_running():
             yield
             self._wait(END_S)
 
     @contextmanager
-    def _hands(self) -> Iterator[None]:
+    def _threads_running(self) -> Iterator[None]:
         """The threads. Nobody waits for them in the end: a process has to be able to end."""
         for _ in range(self._threads):
             threading.Thread(target=self._work, name="dispatcher", daemon=True).start()
@@ -108,61 +110,69 @@ class OutboxDispatcher:
             yield
         finally:
             for _ in range(self._threads):
-                self._parcels.put(None)
+                self._deliveries.put(None)
 
     def _wait(self, seconds: float) -> None:
         """Until nothing is under way, or for so long."""
         end = time.monotonic() + seconds
-        while self._out.total() and time.monotonic() < end:
+        while self._under_way.total() and time.monotonic() < end:
             self._freed.wait(EVERY_S / 4)
             self._freed.clear()
 
-    def _take(self) -> bool:
+    def _claim(self) -> bool:
         """Hand what is due to the threads that are free; whether there was anything."""
         with self._lock:
-            free = self._threads - self._out.total()
-            most = max(self._threads - 1, 1)  # one lane never has them all
-            room = {lane: max(most - self._out[lane], 0) for lane in self._trusted}
-            doubtful = [lane for lane in (*self._sinks, *self._out) if lane not in room]
-            room |= {lane: 0 if self._out[lane] else 1 for lane in doubtful}
-            others = max(self._threads // 2, 1) - sum(self._out[lane] for lane in dict.fromkeys(doubtful))
+            free = self._threads - self._under_way.total()
+            most = max(self._threads - 1, 1)  # one destination never has them all
+            limits = {
+                destination: max(most - self._under_way[destination], 0) for destination in self._trusted
+            }
+            doubtful = [
+                destination for destination in (*self._sinks, *self._under_way) if destination not in limits
+            ]
+            limits |= {destination: 0 if self._under_way[destination] else 1 for destination in doubtful}
+            others = max(self._threads // 2, 1) - sum(
+                self._under_way[destination] for destination in dict.fromkeys(doubtful)
+            )
         if not free:
             return False
-        deliveries = self._outbox.take(free, self._keep_s, room, max(others, 0))
+        deliveries = self._outbox.claim_deliveries(
+            free, lease_s=self._lease_s, limits=limits, others_limit=max(others, 0)
+        )
         with self._lock:
-            self._out.update(delivery.destination for delivery in deliveries)
+            self._under_way.update(delivery.destination for delivery in deliveries)
         for delivery in deliveries:
-            self._parcels.put(delivery)
+            self._deliveries.put(delivery)
         return bool(deliveries)
 
     def _work(self) -> None:
-        while (delivery := self._parcels.get()) is not None:
+        while (delivery := self._deliveries.get()) is not None:
             answered = False
             try:
                 answered = self._attempt(delivery)
             except LedgerUnavailable as error:
                 self._outages.ledger.failed(
                     str(error)
-                )  # it comes again by itself, `keep_s` after it was taken
+                )  # it comes again by itself, `lease_s` after it was claimed
             except BaseException:
                 log.exception("%s: %s was not delivered", delivery.recipient, delivery.event)
             self._done(delivery.destination, answered=answered)
 
-    def _done(self, lane: str, *, answered: bool) -> None:
+    def _done(self, destination: str, *, answered: bool) -> None:
         with self._lock:
-            self._out[lane] -= 1
-            if not self._out[lane]:
-                del self._out[lane]
-            self._trusted.pop(lane, None)
+            self._under_way[destination] -= 1
+            if not self._under_way[destination]:
+                del self._under_way[destination]
+            self._trusted.pop(destination, None)
             if answered:
-                self._trusted[lane] = None
+                self._trusted[destination] = None
                 if len(self._trusted) > TRUSTED:
                     del self._trusted[next(iter(self._trusted))]
         self._freed.set()
         self.loop.wake()
 
     def _attempt(self, delivery: Delivery) -> bool:
-        """Deliver a parcel and write down what became of it; whether its lane answered."""
+        """Deliver a delivery and write down what became of it; whether its destination answered."""
         document = delivery.document
         trace = trace_id(document.traceparent)
         with logs.about(job_id=document.id, attempt=document.attempt, trace_id=trace):
@@ -184,16 +194,14 @@ class OutboxDispatcher:
             else:
                 log.warning("%s: %s is dropped: %s", delivery.recipient, delivery.event, error)
                 self._observer.delivered("failed")
-                self._outbox.delivered(
-                    delivery
-                )  # whoever does not want to hear this may want to hear the end
+                self._outbox.complete(delivery)  # whoever does not want to hear this may want to hear the end
         except BaseException as error:
             log.exception("%s: %s was not delivered", delivery.recipient, delivery.event)
             self._reschedule(delivery, error, 0)
             return False
         else:
             self._observer.delivered("delivered")
-            self._outbox.delivered(delivery)
+            self._outbox.complete(delivery)
         return True
 
     def _deliver(self, delivery: Delivery) -> None:
@@ -219,7 +227,7 @@ class OutboxDispatcher:
             return
         self._park(delivery, error)
         others = 0
-        while more := self._outbox.park_old(delivery.destination, self._give_up_s):
+        while more := self._outbox.park_overdue(delivery.destination, self._give_up_s):
             others += more
         if others:
             self._observer.delivered("parked", others)

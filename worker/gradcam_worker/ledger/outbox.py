@@ -1,9 +1,9 @@
-"""What is to be told to whom: parcels, which couriers take, in the order of each job's revisions.
+"""The outbox: deliveries of events, which a dispatcher claims, in the order of each job's revisions.
 
-A parcel is made in the same atomic step that changes the job: see `Ledger._swap`. Each recipient of a job
-(one of its webhooks, or a sink that is told of every job) has a list of them, and only the first of a list
-is ever out. Recipients at one host share a lane. After two failures in a row a lane is left alone for a
-growing while, and then one parcel tries it: a host that is down holds up no other.
+An event is recorded in the same atomic step that changes the job: see `Ledger._swap`. Each recipient of a job
+(one of its webhooks, or a sink that hears of every job) has a list of them, and only the first of a list is
+ever under way. Recipients at one host share a destination. After two failures in a row a destination is left
+alone for a growing while, and then one delivery tries it: a host that is down holds up no other.
 """
 
 import re
@@ -23,29 +23,29 @@ DESTINATION_BACKOFF = RetryPolicy(first_s=2.0, max_s=60.0)
 class Delivery:
     """One event on its way to one recipient."""
 
-    destination: str  # see `lane`
+    destination: str  # see `destination` below
     recipient: str  # <job id>:hook1, or <job id>:sql
     event: str  # job.succeeded and so on
     document: StatusDocument
     webhook: Webhook | None  # none: for the sink
     tries: int  # so far
     waited_s: float  # since it could first be taken
-    held: str = ""  # what its dispatcher holds it by: whoever took it later holds it by another
+    lease_token: str = ""  # of the dispatcher that claimed it: whoever claims it later gets another
 
 
 @dataclass(frozen=True)
 class DeadDelivery:
-    """A recipient that could not be told."""
+    """A recipient that was given up."""
 
     destination: str
     recipient: str
     since_s: float  # seconds since the epoch
-    events: int  # it is to be told, in order
+    events: int  # that it has not got
     first: Delivery | None  # of them; none where it is forgotten by now or cannot be read
 
     @property
     def job_id(self) -> str:
-        """Of the job that it was to be told of."""
+        """Of the job whose events it has not got."""
         return self.recipient.partition(":")[0]
 
     @property
@@ -55,95 +55,116 @@ class DeadDelivery:
 
 
 class Outbox(ABC):
-    """Raises LedgerUnavailable wherever it cannot be reached."""
+    """Events to be delivered. Each method raises LedgerUnavailable where the ledger cannot be reached."""
 
     @abstractmethod
     def open_sink(self, name: str) -> None:
-        """From now on, this one is told of every job."""
+        """From now on, this sink hears of every job."""
 
     @abstractmethod
     def close_sink(self, name: str) -> None:
-        """It is told of no other job; what lies there for it stays."""
+        """This sink hears of no other job; what lies there for it stays."""
 
     @abstractmethod
-    def take(self, limit: int, keep_s: float, room: Mapping[str, int], others: int) -> list[Delivery]:
-        """Parcels that are due, `limit` at most; for `keep_s` nobody else gets one of the same recipients.
+    def claim_deliveries(
+        self, limit: int, *, lease_s: float, limits: Mapping[str, int], others_limit: int
+    ) -> list[Delivery]:
+        """Claim deliveries that are due.
 
-        Of a lane that is named in `room`, so many at most; of any other host one, and of these `others`
-        together; of a lane that failed the last time one, and no other courier gets one meanwhile. Sinks
-        have to be named.
+        To a destination that failed the last time only one is claimed, and no other dispatcher gets one
+        meanwhile.
+
+        Args:
+            limit: How many at most.
+            lease_s: How long no other dispatcher gets one to the same recipients.
+            limits: How many at most to each of these destinations. A sink has to be named here.
+            others_limit: How many at most to hosts that are not named, one to each.
+
+        Returns:
+            The deliveries, those to the longest due destination first.
         """
 
     @abstractmethod
-    def delivered(self, delivery: Delivery) -> None:
-        """It has arrived, or never can: the recipient's next one is due."""
+    def complete(self, delivery: Delivery) -> None:
+        """Remove a delivery that has arrived, or never can: the recipient's next one is due."""
 
     @abstractmethod
     def postpone(self, delivery: Delivery, delay_s: float, *, quiet_s: float = 0) -> None:
-        """It was tried in vain and is due again in `delay_s`; its lane may be left alone for a while.
+        """Try a delivery that failed again; its destination may be left alone for a while.
 
-        For `quiet_s` its URL is told nothing else either, of any job.
+        Args:
+            delivery: What was claimed.
+            delay_s: When it is due again.
+            quiet_s: How long nothing else is delivered to its URL either, of any job.
         """
 
     @abstractmethod
     def park(self, delivery: Delivery) -> None:
-        """Nobody tries any more, this one and those behind it, until they are replayed."""
+        """Give a delivery up, and those behind it, until they are replayed."""
 
     @abstractmethod
-    def park_old(self, lane: str, waited_s: float) -> int:
-        """Park those whose turn at this lane has not come for so long; how many, a thousand at most."""
+    def park_overdue(self, destination: str, waited_s: float) -> int:
+        """Park the recipients of a destination that are due and have waited for so long.
+
+        Returns:
+            How many: a thousand at most.
+        """
 
     @abstractmethod
-    def parked(self) -> list[DeadDelivery]:
-        """Whoever could not be told; newest first."""
+    def find_parked(self) -> list[DeadDelivery]:
+        """Find the recipients that were given up; newest first."""
 
     @abstractmethod
     def unpark(self, one: DeadDelivery) -> bool:
-        """Try again; whether there was something to try."""
+        """Try a parked recipient again; False where there is nothing to try."""
 
     @abstractmethod
     def disable(self, url: str) -> None:
-        """The receiver has said that it wants nothing more: whatever it were to be told is parked."""
+        """The receiver has said that it wants nothing more: what it were to get is parked."""
 
     @abstractmethod
-    def disabled(self) -> list[str]:
-        """The URLs that have."""
+    def find_disabled(self) -> list[str]:
+        """Find the URLs whose receivers have said so."""
 
     @abstractmethod
     def enable(self, url: str) -> None:
-        """Try again what it says."""
+        """Deliver to a URL again, and hear what it says."""
 
     @abstractmethod
-    def count(self) -> int:
-        """Recipients that wait to be told, the parked ones not among them."""
+    def count_recipients(self) -> int:
+        """Count the recipients that have events to come, the parked ones not among them."""
 
 
 def read(
-    lane: str, recipient: str, text: str, *, tries: int = 0, waited_s: float = 0, held: str = ""
+    destination: str, recipient: str, text: str, *, tries: int = 0, waited_s: float = 0, lease_token: str = ""
 ) -> Delivery:
-    """A parcel as it lies in an outbox: event, webhook and document, a line each. Raises ValueError."""
+    """Read a delivery as it lies in an outbox: event, webhook and document, a line each.
+
+    Raises:
+        ValueError: Another version wrote it.
+    """
     event, hook, document = text.split("\n", 2)
     return Delivery(
-        lane,
+        destination,
         recipient,
         event,
         StatusDocument.model_validate_json(document),
         Webhook.model_validate_json(hook) if hook else None,
         tries,
         waited_s,
-        held,
+        lease_token,
     )
 
 
 def write(event: str, webhook: Webhook | None, document: StatusDocument) -> str:
-    """The other way round."""
+    """Write what `read` reads."""
     return f"{event}\n{webhook.to_json() if webhook else ''}\n{document.to_json()}"
 
 
 def destination(url: str) -> str:
     """`//host` of a webhook's URL, as far as it can be read: it is judged when it is dialled.
 
-    A sink's lane is its name, which has no slashes.
+    The destination of a sink is its name, which has no slashes.
     """
     host = re.split(r"[/?#\\]", url.partition("://")[2], maxsplit=1)[0]
     return "//" + host.rpartition("@")[2].casefold()

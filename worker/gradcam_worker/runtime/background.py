@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from gradcam_worker.broker.publisher import Publisher
-from gradcam_worker.delivery.dispatcher import KEEP_S, Deliver, OutboxDispatcher
+from gradcam_worker.delivery.dispatcher import LEASE_S, Deliver, OutboxDispatcher
 from gradcam_worker.delivery.webhooks import message_id
 from gradcam_worker.errors import InvalidSettings, StatusUnavailable
 from gradcam_worker.ledger.outbox import Delivery
@@ -90,7 +90,7 @@ def build(
         sinks,
         threads=settings.couriers,
         give_up_s=settings.webhook_give_up_s,
-        keep_s=settings.webhook_timeout_s + KEEP_S,
+        lease_s=settings.webhook_timeout_s + LEASE_S,
         observer=observer,
         traces=spans,
         outages=outages,

@@ -1,4 +1,4 @@
-"""gradcam_worker.ledger.redis.client."""
+"""Connections to a Redis or Valkey server: one client a process, errors as ours, scripts by their sha."""
 
 import os
 import threading
@@ -59,7 +59,7 @@ ALL_IN_USE = "Too many connections"  # redis-py's words
 UNSENT = "nothing was asked"  # a note on an error of redis-py's
 
 
-LOOK_S = 0.05  # that who waits for a connection sleeps at most: a moment to be told of can be missed
+POLL_S = 0.05  # between two tries to get a connection: that one was freed can be missed
 
 
 class WaitingPool(redis.ConnectionPool):
@@ -87,7 +87,7 @@ class WaitingPool(redis.ConnectionPool):
                 waited.add_note(UNSENT)
                 raise waited
             with self._freed:
-                self._freed.wait(LOOK_S)
+                self._freed.wait(POLL_S)
 
     def release(self, connection: Any) -> None:
         """Give a connection back, to whoever waits for one."""

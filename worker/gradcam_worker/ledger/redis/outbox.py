@@ -17,7 +17,7 @@ from gradcam_worker.ledger.redis.client import RedisServer
 log = logging.getLogger("gradcam")
 
 SINK_MS = 86_400_000  # without a word from whoever opened it: it is gone for good
-LISTED = 10_000  # parked recipients
+PARKED_LISTED = 10_000  # parked recipients
 PARKED_AT_ONCE = 1000  # recipients: a few milliseconds of the server's time
 
 
@@ -40,32 +40,38 @@ class RedisOutbox(Outbox):
         with self._server.reaching():
             self._server.redis.srem(self._key("sinks"), name)
 
-    def take(self, limit: int, keep_s: float, room: Mapping[str, int], others: int) -> list[Delivery]:
-        """See `Outbox.take`. What another version wrote and this one cannot read is left to that one."""
+    def claim_deliveries(
+        self, limit: int, *, lease_s: float, limits: Mapping[str, int], others_limit: int
+    ) -> list[Delivery]:
+        """See `Outbox.claim_deliveries`. What only another version can read is left to that one."""
         claim = outbox_scripts.ClaimDeliveries(
             limit=limit,
-            others_limit=others,
-            lease_ms=int(keep_s * 1000),
+            others_limit=others_limit,
+            lease_ms=int(lease_s * 1000),
             retention_ms=self._retention_ms,
-            destinations=[outbox_scripts.DestinationLimit(*one) for one in room.items()],
+            destinations=[outbox_scripts.DestinationLimit(*one) for one in limits.items()],
         )
         deliveries = []
-        for lane, recipient, text, tried, now, held in self._server.run(claim):
+        for destination, recipient, text, tried, now, token in self._server.run(claim):
             tries, since = map(int, tried.split())
             waited_s = (int(now) - since) / 1000
             try:
                 deliveries.append(
-                    outbox.read(lane, recipient, text, tries=tries, waited_s=waited_s, held=held)
+                    outbox.read(
+                        destination, recipient, text, tries=tries, waited_s=waited_s, lease_token=token
+                    )
                 )
             except ValueError as error:
                 log.warning("%s: its next event cannot be read here: %s", recipient, error)
         return deliveries
 
-    def delivered(self, delivery: Delivery) -> None:
-        """See `Outbox.delivered`."""
+    def complete(self, delivery: Delivery) -> None:
+        """See `Outbox.complete`."""
         self._server.run(
             outbox_scripts.CompleteDelivery(
-                destination=delivery.destination, recipient=delivery.recipient, lease_token=delivery.held
+                destination=delivery.destination,
+                recipient=delivery.recipient,
+                lease_token=delivery.lease_token,
             )
         )
 
@@ -75,7 +81,7 @@ class RedisOutbox(Outbox):
             outbox_scripts.PostponeDelivery(
                 destination=delivery.destination,
                 recipient=delivery.recipient,
-                lease_token=delivery.held,
+                lease_token=delivery.lease_token,
                 delay_ms=int(delay_s * 1000),
                 first_pause_ms=int(DESTINATION_BACKOFF.first_s * 1000),
                 longest_pause_ms=int(DESTINATION_BACKOFF.max_s * 1000),
@@ -90,27 +96,27 @@ class RedisOutbox(Outbox):
             outbox_scripts.ParkDelivery(
                 destination=delivery.destination,
                 recipient=delivery.recipient,
-                lease_token=delivery.held,
+                lease_token=delivery.lease_token,
                 retention_ms=self._retention_ms,
             )
         )
 
-    def park_old(self, lane: str, waited_s: float) -> int:
-        """See `Outbox.park_old`."""
+    def park_overdue(self, destination: str, waited_s: float) -> int:
+        """See `Outbox.park_overdue`."""
         return self._server.run(
             outbox_scripts.ParkOverdue(
-                destination=lane,
+                destination=destination,
                 waited_ms=int(waited_s * 1000),
                 retention_ms=self._retention_ms,
                 limit=PARKED_AT_ONCE,
             )
         )
 
-    def parked(self) -> list[DeadDelivery]:
-        """See `Outbox.parked`: ten thousand at most."""
+    def find_parked(self) -> list[DeadDelivery]:
+        """See `Outbox.find_parked`: ten thousand at most."""
         with self._server.reaching():
             key = self._key("parked")
-            found: Any = self._server.redis.zrange(key, 0, LISTED - 1, desc=True, withscores=True)
+            found: Any = self._server.redis.zrange(key, 0, PARKED_LISTED - 1, desc=True, withscores=True)
             with self._server.redis.pipeline(transaction=False) as pipeline:
                 for member, _ in found:
                     events = self._key(f"events:{str(member).partition(' ')[0]}")
@@ -119,12 +125,12 @@ class RedisOutbox(Outbox):
                 said = pipeline.execute()
         parked = []
         for (member, score), events, text in zip(found, said[::2], said[1::2], strict=True):
-            recipient, _, lane = str(member).partition(" ")
+            recipient, _, destination = str(member).partition(" ")
             try:
-                first = outbox.read(lane, recipient, text) if text else None
+                first = outbox.read(destination, recipient, text) if text else None
             except ValueError:
                 first = None
-            parked.append(DeadDelivery(lane, recipient, score / 1000, events, first))
+            parked.append(DeadDelivery(destination, recipient, score / 1000, events, first))
         return parked
 
     def unpark(self, one: DeadDelivery) -> bool:
@@ -137,8 +143,8 @@ class RedisOutbox(Outbox):
         """See `Outbox.disable`: as long as anything is remembered."""
         self._server.run(outbox_scripts.DisableUrl(url=url, disabled_ms=self._retention_ms))
 
-    def disabled(self) -> list[str]:
-        """See `Outbox.disabled`."""
+    def find_disabled(self) -> list[str]:
+        """See `Outbox.find_disabled`."""
         with self._server.reaching():
             found: Any = self._server.redis.zrange(self._key("gone"), 0, -1)
         return [str(url) for url in found]
@@ -149,8 +155,8 @@ class RedisOutbox(Outbox):
             for name in ("gone", "later"):
                 self._server.redis.zrem(self._key(name), url)
 
-    def count(self) -> int:
-        """See `Outbox.count`."""
+    def count_recipients(self) -> int:
+        """See `Outbox.count_recipients`."""
         with self._server.reaching():
             return int(self._server.redis.hlen(self._key("waiting")))
 

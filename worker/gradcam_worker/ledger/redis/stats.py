@@ -2,7 +2,7 @@
 
 from gradcam_worker.ledger.redis.client import RedisServer
 from gradcam_worker.ledger.redis.scripts import ReadDepths
-from gradcam_worker.ledger.redis.store import LIVES
+from gradcam_worker.ledger.redis.store import REMEMBERED_LEASES
 from gradcam_worker.observability.queue_depths import QueueDepths
 from gradcam_worker.schemas.shard import ROUTES
 
@@ -13,7 +13,9 @@ SCANNED = (
 
 def read_depths(server: RedisServer, lease_s: float) -> QueueDepths:
     """Ask the ledger's server: one round trip. Raises LedgerUnavailable."""
-    found = server.run(ReadDepths(remembered_ms=int(LIVES * lease_s * 1000), scanned=SCANNED, routes=ROUTES))
+    found = server.run(
+        ReadDepths(remembered_ms=int(REMEMBERED_LEASES * lease_s * 1000), scanned=SCANNED, routes=ROUTES)
+    )
     retrying, running, dead, events, event_ms, workers, *routes = map(int, found)
     return QueueDepths(
         queued=dict(zip(ROUTES, routes[::2], strict=True)),

@@ -15,8 +15,8 @@ from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 
 LONGEST_PAUSE_MS = 600_000  # before a message that seems lost is published yet another time
-LIVES = 3  # leases without a word: a worker that is gone, of which its health need not be told
-REMEMBERED = 10_000  # dead letters that are listed
+REMEMBERED_LEASES = 3  # after so many without a word a worker is gone, and not listed any more
+DEAD_LETTERS_LISTED = 10_000
 
 
 class RedisLedger(Ledger):
@@ -141,7 +141,7 @@ class RedisLedger(Ledger):
 
     def find_workers(self) -> dict[str, str]:
         """See `Ledger.find_workers`."""
-        found = self.server.run(scripts.FindWorkers(remembered_ms=LIVES * self._lease_ms))
+        found = self.server.run(scripts.FindWorkers(remembered_ms=REMEMBERED_LEASES * self._lease_ms))
         return dict(zip(found[::2], found[1::2], strict=True))
 
     def try_lead(self, worker: str, seconds: float) -> bool:
@@ -169,7 +169,7 @@ class RedisLedger(Ledger):
         """See `Ledger.find_dead_letters`."""
         with self.server.reaching():
             found: Any = self.server.redis.zrange(
-                f"{self.server.prefix}dead", 0, REMEMBERED - 1, desc=True, withscores=True
+                f"{self.server.prefix}dead", 0, DEAD_LETTERS_LISTED - 1, desc=True, withscores=True
             )
         return [(str(job_id), score / 1000) for job_id, score in found]
 
