@@ -9,6 +9,7 @@ import gradcam_worker
 
 HEAVY = {"numpy", "cv2", "boto3", "botocore", "obstore", "PIL", "httpcore", "httpx", "keras", "tensorflow"}
 HEAVY |= {"sqlalchemy", "alembic", "psycopg", "standardwebhooks"}
+NOT_OF_THE_BASE = {*HEAVY, "celery", "kombu", "click", "rich"}
 
 
 def loaded_by(statements: str) -> set[str]:
@@ -23,7 +24,7 @@ def loaded_by(statements: str) -> set[str]:
         "gradcam_worker.client.client",
         "gradcam_worker.schemas.job",
         "gradcam_worker.gradcam.catalog",
-        "gradcam_worker.cli.main",
+        "gradcam_worker.cli.commands",
         "gradcam_worker.broker.app",
     ],
 )
@@ -36,7 +37,11 @@ def test_a_job_is_submitted_without_numpy(valkey: str) -> None:
         "from gradcam_worker.client.client import GradcamClient; "
         f"GradcamClient({valkey!r}).submit(image='s3://in/a.jpg', network='vgg16', target={{'top_n': 1}})"
     )
-    assert not loaded_by(statements) & {*HEAVY, "celery", "kombu"}, "nor with what may be another app's own"
+    assert not loaded_by(statements) & NOT_OF_THE_BASE, "nor with what may be another app's own"
+
+
+def test_the_entry_point_of_the_command_says_itself_what_is_missing() -> None:
+    assert not loaded_by("import gradcam_worker.cli.main") & NOT_OF_THE_BASE
 
 
 def test_results_are_read_with_what_the_extra_s3_has() -> None:
@@ -59,7 +64,7 @@ def test_the_package_itself_costs_nothing() -> None:
 
 def test_the_public_names_are_imported_on_demand() -> None:
     names = "AsyncGradcamClient, GradcamClient, Job"
-    assert not loaded_by(f"from gradcam_worker import {names}") & {*HEAVY, "celery", "kombu"}
+    assert not loaded_by(f"from gradcam_worker import {names}") & NOT_OF_THE_BASE
     assert {*names.split(", ")} <= set(dir(gradcam_worker))
     with pytest.raises(AttributeError, match="has no attribute 'Client'"):
         _ = gradcam_worker.Client  # type: ignore[attr-defined]  # as a user may write it

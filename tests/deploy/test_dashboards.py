@@ -11,7 +11,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
-from gradcam_worker.cli.main import gradcam
+from gradcam_worker.cli.commands import gradcam
 from gradcam_worker.observability.gpu import DeviceUse
 from gradcam_worker.observability.prometheus import Metrics
 from gradcam_worker.observability.queue_depths import QueueDepths

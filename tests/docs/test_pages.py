@@ -8,7 +8,7 @@ from typing import Any
 import click
 import pytest
 
-from gradcam_worker.cli.main import gradcam
+from gradcam_worker.cli.commands import gradcam
 from gradcam_worker.settings import Settings
 
 ROOT = Path(__file__).parents[2]

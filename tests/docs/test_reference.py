@@ -4,7 +4,7 @@ import pytest
 
 from devtools.docs import field_meanings, reference_pages
 from gradcam_worker import errors
-from gradcam_worker.cli.main import gradcam
+from gradcam_worker.cli.commands import gradcam
 from gradcam_worker.observability.definitions import METRICS, PREFIX
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.settings import Settings

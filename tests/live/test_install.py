@@ -1,38 +1,89 @@
-"""The base install, in an environment of its own."""
+"""The wheel in environments of its own: the base install, and the command without a worker."""
 
+import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from devtools.maintenance import release
+
 pytestmark = pytest.mark.live
 
 ROOT = Path(__file__).parents[2]
+OF_EXTRAS = {"celery", "kombu", "click", "rich", "numpy", "boto3", "obstore", "pillow", "keras", "tensorflow"}
+CLIENT = """
+import asyncio, sys
+from gradcam_worker import AsyncGradcamClient, GradcamClient, Job
+from gradcam_worker.broker.publisher import Publisher
+from gradcam_worker.errors import BrokerUnavailable
+from gradcam_worker.settings import Settings
+
+fields = {"image": "s3://in/a.jpg", "network": "vgg16", "target": {"top_n": 1}}
+settings = Settings.from_environment()
+with GradcamClient(settings=settings) as client:
+    job_id = client.submit(Job.parse(fields))
+    assert client.status(job_id).status == "queued"
+    assert client.cancel(job_id).status == "canceled"
+    client.submit_many([fields, fields])
+
+async def submit():
+    async with AsyncGradcamClient(settings=settings) as client:
+        return (await client.status(await client.submit(**fields))).status
+
+assert asyncio.run(submit()) == "queued"
+publisher = Publisher(settings)
+publisher.republish([job_id], "normal")
+print(publisher.queue_length("normal"))
+try:
+    Publisher(settings.model_copy(update={"broker_url": "redis://127.0.0.1:1/0"})).queue_length("normal")
+except BrokerUnavailable as error:
+    print(error)
+"""
 
 
-def test_the_base_install_is_a_client_and_nothing_heavy(tmp_path: Path, valkey: str) -> None:
-    subprocess.run([str(ROOT / "scripts" / "setup"), "--venv", str(tmp_path / "env")], check=True)
-    python = tmp_path / "env" / "bin" / "python"
-    listed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
+def run(command: Sequence[str | Path], broker_url: str = "") -> subprocess.CompletedProcess[str]:
+    variables = {"GRADCAM_BROKER_URL": broker_url, "GRADCAM_KEY_PREFIX": "install:", "PATH": os.defpath}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this tree."""
+    return release.build(ROOT, tmp_path_factory.mktemp("dist")).wheel
+
+
+def test_the_base_install_is_a_client_and_nothing_else(tmp_path: Path, wheel: Path, valkey: str) -> None:
+    python = release.environment(tmp_path / "env", wheel)
+    listed = run([python, "-m", "pip", "list"]).stdout
+    assert not {line.split()[0].lower() for line in listed.splitlines()[2:]} & OF_EXTRAS
+    submitted = run([python, "-P", "-c", CLIENT], valkey)
+    assert submitted.stderr == ""
+    assert submitted.stdout.splitlines()[0] == "5", "four jobs, and one published again"
+    assert "The broker at redis://127.0.0.1:1/0 cannot be reached" in submitted.stdout
+    said = "Error: click is not installed. The command gradcam needs the extra cli: "
+    for command in ([python.with_name("gradcam")], [python, "-P", "-m", "gradcam_worker"]):
+        refused = run([*command, "submit", "s3://in/a.jpg"], valkey)
+        assert (refused.returncode, refused.stderr) == (1, f"{said}pip install 'gradcam-worker[cli]'\n")
+
+
+def test_the_command_without_a_worker_submits_and_says_what_the_rest_of_it_needs(
+    tmp_path: Path, wheel: Path, valkey: str
+) -> None:
+    python = release.environment(tmp_path / "env", wheel, "cli")
+    listed = run([python, "-m", "pip", "list"]).stdout
     installed = {line.split()[0].lower() for line in listed.splitlines()[2:]}
-    assert not installed & {"numpy", "tensorflow", "keras", "opencv-python-headless", "boto3", "pillow"}
-    gradcam = tmp_path / "env" / "bin" / "gradcam"
-    variables = {"GRADCAM_BROKER_URL": valkey, "PATH": "/usr/bin:/bin"}
-    submitted = subprocess.run(
-        [gradcam, "submit", "s3://in/a.jpg"], env=variables, capture_output=True, text=True, check=True
-    )
-    status = subprocess.run(
-        [gradcam, "status", submitted.stdout.strip()],
-        env=variables,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "queued" in status.stdout
-    refused = subprocess.run(
-        [gradcam, "explain", __file__], env=variables, capture_output=True, text=True, check=False
-    )
+    assert installed & OF_EXTRAS == {"click", "rich"}
+    gradcam = python.with_name("gradcam")
+    job_id = run([gradcam, "submit", "s3://in/a.jpg"], valkey).stdout.strip()
+    assert "queued" in run([gradcam, "status", job_id], valkey).stdout
+    assert "canceled" in run([gradcam, "cancel", job_id], valkey).stdout
+    assert "from here jobs can be submitted, not run" in run([gradcam, "doctor"], valkey).stdout
+    for command in (["worker"], ["worker", "--unsupervised"], ["deliver"], ["explain", __file__]):
+        refused = run([gradcam, *command], valkey)
+        assert refused.returncode == 1, command
+        assert "is not installed. This needs a worker: pip install 'gradcam-worker[cpu]'" in refused.stderr
+    refused = run([gradcam, "backfill", __file__, "--output", "s3://results/a"], valkey)
     assert refused.returncode == 1
-    assert "This needs a worker: pip install 'gradcam-worker[cpu]'" in refused.stderr
-    examined = subprocess.run([gradcam, "doctor"], env=variables, capture_output=True, text=True, check=False)
-    assert "from here jobs can be submitted, not run" in examined.stdout
+    assert "This needs a backfill: pip install 'gradcam-worker[backfill]'" in refused.stderr

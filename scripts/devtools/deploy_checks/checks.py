@@ -21,7 +21,7 @@ import yaml  # type: ignore[import-untyped]
 from devtools import ROOT
 from devtools.deploy_checks import compose, helm, rehearsal, tools
 from devtools.deploy_checks.dockerfile import DOCKERFILE
-from gradcam_worker.cli.main import gradcam
+from gradcam_worker.cli.commands import gradcam
 from gradcam_worker.settings import PREFIX, Settings
 
 COMPOSE = ROOT / "docker" / "compose.yaml"

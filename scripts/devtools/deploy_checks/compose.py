@@ -12,7 +12,7 @@ import yaml  # type: ignore[import-untyped]
 from devtools import ROOT
 from devtools.deploy_checks.dockerfile import DOCKERFILE, instructions, stages
 from gradcam_worker import __version__
-from gradcam_worker.cli.main import gradcam
+from gradcam_worker.cli.commands import gradcam
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.runtime.supervisor import HAND_BACK_S
 from gradcam_worker.settings import Settings

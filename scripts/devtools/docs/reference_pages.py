@@ -30,7 +30,7 @@ from devtools import ROOT
 from devtools.docs import field_meanings
 from gradcam_worker import errors
 from gradcam_worker.backfill.plan import Plan
-from gradcam_worker.cli.main import gradcam
+from gradcam_worker.cli.commands import gradcam
 from gradcam_worker.observability.definitions import METRICS, PREFIX, Defined
 from gradcam_worker.schemas.job import ID_PATTERN, Job
 from gradcam_worker.schemas.manifest import Manifest

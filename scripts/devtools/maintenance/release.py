@@ -26,7 +26,20 @@ from gradcam_worker import __version__
 NAME = "gradcam_worker"
 DEMO_S = 600
 # What the client's environment must not have, and what has to work there.
-HEAVY = ("numpy", "tensorflow", "keras", "cv2", "boto3", "PIL", "httpx", "pyarrow")
+HEAVY = (
+    "celery",
+    "kombu",
+    "click",
+    "rich",
+    "numpy",
+    "tensorflow",
+    "keras",
+    "cv2",
+    "boto3",
+    "PIL",
+    "httpx",
+    "pyarrow",
+)
 CLIENT = (
     "gradcam_worker.client.client",
     "gradcam_worker.client.async_client",
@@ -39,7 +52,7 @@ SDIST = (  # what a source distribution has at its top, at least
     *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "PKG-INFO", "README.md", "constraints.txt"),
     *("pyproject.toml", "zensical.toml", "deploy", "docker", "docs", "scripts", "tests", "worker"),
 )
-EXTRAS = {"cpu", "gpu", "s3", "backfill", "sql", "demo"}
+EXTRAS = {"cpu", "gpu", "cli", "s3", "backfill", "sql", "demo"}
 
 
 class NotReady(Exception):
@@ -178,7 +191,7 @@ def same_from_source(built: Built) -> None:
 
 def installed_client(wheel: Path, folder: Path) -> None:
     """Install the wheel alone; raise NotReady where it brings more than a client, or less."""
-    python = _environment(folder / "client", wheel)
+    python = environment(folder / "client", wheel)
     program = (
         f"import importlib, importlib.util; [importlib.import_module(one) for one in {CLIENT}]; "
         f"print(*[one for one in {HEAVY} if importlib.util.find_spec(one)])"
@@ -187,15 +200,15 @@ def installed_client(wheel: Path, folder: Path) -> None:
     if heavy:
         message = f"the base install brings {heavy}"
         raise NotReady(message)
-    version = _said([str(python.with_name("gradcam")), "--version"], folder)
-    if not version.endswith(__version__):
-        message = f"gradcam --version says {version!r}, not {__version__}"
+    version = _said([str(python), "-P", "-c", f"import {NAME}; print({NAME}.__version__)"], folder)
+    if version != __version__:
+        message = f"the installed version is {version}, not {__version__}"
         raise NotReady(message)
 
 
 def installed_worker(wheel: Path, folder: Path) -> None:
     """Install the wheel with what a worker needs, and run the demo, in a folder that holds nothing else."""
-    python = _environment(folder / "worker", wheel, "cpu", "demo")
+    python = environment(folder / "worker", wheel, "cpu", "demo")
     (folder / "empty").mkdir()
     command = [str(python.with_name("gradcam")), "demo"]
     subprocess.run(command, cwd=folder / "empty", env=_outside(), check=True, timeout=DEMO_S)
@@ -212,7 +225,7 @@ def sums(built: Built) -> None:
     (built.wheel.parent / "SHA256SUMS").write_text("".join(lines))
 
 
-def _environment(venv: Path, wheel: Path, *extras: str) -> Path:
+def environment(venv: Path, wheel: Path, *extras: str) -> Path:
     """A new environment with locked packages and the wheel; its Python."""
     setup = [sys.executable, str(ROOT / "scripts" / "setup"), "--venv", str(venv), "--packages-only", *extras]
     subprocess.run(setup, check=True)

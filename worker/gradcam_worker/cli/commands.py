@@ -1,0 +1,168 @@
+"""`gradcam`: demo | worker | deliver | explain | submit | status | cancel | backfill | replay ..."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from gradcam_worker import __version__
+from gradcam_worker.cli import backfill, gallery, jobs, operate, replay
+from gradcam_worker.errors import GradcamError
+from gradcam_worker.observability.logs import log_lines
+from gradcam_worker.operations import console
+from gradcam_worker.settings import Settings
+from gradcam_worker.text.visible import visible
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line; a user's error is a sentence, never a traceback."""
+    try:
+        return int(gradcam.main([*arguments], standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        console.err.print("Stopped.")
+        return 130
+    except GradcamError as error:
+        console.err.print(f"[red]Error[/] ({error.code}): ", end="")
+        console.err.print(visible(str(error)), markup=False, soft_wrap=True)
+    except ModuleNotFoundError as error:
+        whose, extra = ("backfill", "backfill") if [*arguments][:1] == ["backfill"] else ("worker", "cpu")
+        console.err.print(f"[red]Error[/]: {error.name} is not installed. ", end="")
+        console.err.print(f"This needs a {whose}: pip install 'gradcam-worker[{extra}]'", markup=False)
+    return 1
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gradcam")
+def gradcam() -> None:
+    """Explain image classifiers with Grad-CAM: on this machine, or through a queue.
+
+    Settings are environment variables, GRADCAM_*; `gradcam doctor` says whether they work.
+    """
+
+
+@gradcam.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default="gradcam-demo")
+@click.option("--against-running", is_flag=True, help="Start nothing: use what GRADCAM_* name.")
+def demo(folder: Path, *, against_running: bool) -> int:
+    """Explain five photos through a real queue, a real worker and a real object store.
+
+    Everything runs on this machine and is stopped in the end. Results go to FOLDER.
+
+    \b
+    Example:
+      gradcam demo
+      GRADCAM_UPLOADS=s3://photos/demo gradcam demo --against-running
+    """
+    from gradcam_worker.operations import demo as photos
+
+    return photos.against_running(folder) if against_running else photos.run(folder)
+
+
+@gradcam.command()
+@click.option(
+    "--devices", metavar="auto|cpu|0,1,...", help="A process for each GPU, for these, or none. [auto]"
+)
+@click.option("--unsupervised", is_flag=True, help="Take jobs in this very process.")
+@click.option("--ready-fd", type=int, hidden=True)
+def worker(*, devices: str | None, unsupervised: bool, ready_fd: int | None) -> int:
+    """Take jobs until stopped; start again whatever dies unasked.
+
+    SIGTERM or Ctrl-C finishes what is running; a second one stops at once.
+
+    \b
+    Example:
+      GRADCAM_BROKER_URL=redis://queue:6379/0 GRADCAM_OUTPUT=s3://out/cams gradcam worker
+    """
+    for package in ("celery", "keras"):  # or each process that is started would find it out for itself
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(name=package)
+    settings = Settings.from_environment(devices=devices)
+    log_lines(settings.log_format, settings.log_level)
+    if ready_fd is not None:
+        from gradcam_worker.runtime import worker_process
+
+        return worker_process.run_supervised(settings, ready_fd)
+    from gradcam_worker.runtime import preflight
+
+    if unsupervised:
+        from gradcam_worker.runtime import worker_process
+        from gradcam_worker.runtime.devices import enter
+
+        settings = enter(settings)
+        preflight.check(settings)
+        return worker_process.run(settings)
+    from gradcam_worker.runtime.supervisor import Supervisor
+
+    supervisor = Supervisor(settings)
+    preflight.check(settings)
+    return supervisor.run()
+
+
+@gradcam.command()
+def deliver() -> int:
+    """Tell webhooks and the database, and put jobs right, where no worker may be running.
+
+    It needs no device. SIGTERM or Ctrl-C ends it.
+
+    \b
+    Example:
+      GRADCAM_BROKER_URL=redis://queue:6379/0 GRADCAM_WEBHOOK_HOSTS=app.example.com gradcam deliver
+    """
+    from gradcam_worker.runtime import delivery_process, preflight
+
+    settings = Settings.from_environment()
+    log_lines(settings.log_format, settings.log_level)
+    preflight.check(settings, stores=False)
+    return delivery_process.run(settings)
+
+
+@gradcam.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+@click.option(
+    "--expect-workers",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Fail where fewer workers than these live.",
+)
+def doctor(*, as_json: bool, expect_workers: int) -> int:
+    """Check broker, ledger, workers, storage, weights and device, and say what to fix.
+
+    \b
+    Example:
+      gradcam doctor
+      gradcam doctor --expect-workers 2
+    """
+    from gradcam_worker.operations.doctor import run_checks
+
+    findings = []
+    for finding in run_checks(Settings.from_environment(), expected_workers=expect_workers):
+        findings.append(finding)
+        if not as_json:
+            mark = "[green]ok  [/]" if finding.well else "[red]FAIL[/]"
+            console.out.print(f"{mark} ", end="")
+            console.out.print(visible(f"{finding.what}: {finding.detail}"), markup=False, soft_wrap=True)
+            if finding.fix and not finding.well:
+                console.out.print(f"     {finding.fix}", markup=False, soft_wrap=True)
+    if as_json:
+        console.print_json([vars(finding) for finding in findings])
+    return 0 if all(finding.well for finding in findings) else 1
+
+
+for _command in (
+    gallery.gallery,
+    jobs.explain,
+    jobs.submit,
+    jobs.status,
+    jobs.cancel,
+    replay.replay,
+    replay.redeliver,
+    backfill.backfill,
+    operate.networks,
+    operate.top,
+):
+    gradcam.add_command(_command)
