@@ -9,8 +9,17 @@ from numpy.typing import NDArray
 
 from gradcam_worker import AsyncGradcamClient, GradcamClient, Job
 from gradcam_worker.errors import GradcamError, ImageError, InvalidJob, LedgerUnavailable
-from gradcam_worker.gradcam import Explained, explain_image, load_network, wrap_model
-from gradcam_worker.gradcam.network import Network
+from gradcam_worker.gradcam import (
+    Explained,
+    Head,
+    Limits,
+    Method,
+    Network,
+    Preprocessing,
+    explain_image,
+    load_network,
+    wrap_model,
+)
 from gradcam_worker.schemas.job import HeatmapSpec, ImageRef, MethodSpec, OverlaySpec, Target, Webhook
 
 IMAGE = "s3://in/red.png"
@@ -89,11 +98,11 @@ def explained(network: Network, image: Path, pixels: NDArray[np.uint8]) -> list[
     first: Explained = explain_image(network, image, top_n=3)
     names = [one.name for one in first.explained if one.probability >= 0]
     names += [one.name for one in explain_image(network, str(image), classes=["red", 1]).explained]
-    other = explain_image(network, pixels, classes=names, method="gradcam")
+    other = explain_image(network, pixels, classes=names, method=Method(normalize="joint"))
     paths: list[Path] = other.save(image.parent)
     heatmap: NDArray[np.float32] = other.heatmaps[0]
     try:
-        explain_image(network, b"no image", top_n=1)
+        explain_image(network, b"no image", top_n=1, method="gradcam", limits=Limits(max_pixels=10_000))
     except ImageError as error:
         names.append(error.code)
     except GradcamError as error:
@@ -103,5 +112,6 @@ def explained(network: Network, image: Path, pixels: NDArray[np.uint8]) -> list[
 
 def networks(model: Any, image: Path) -> list[Explained]:  # not run: it takes TensorFlow
     known = load_network("efficientnet_lite0", precision="float32")
-    own = wrap_model(model, preprocessing="tf", labels=["benign", "malignant"])
+    how = Preprocessing("mine", std=(255.0,))
+    own = wrap_model(model, preprocessing=how, labels=["benign", "malignant"], head=Head("sigmoid"))
     return [explain_image(network, image, top_n=1) for network in (known, own)]

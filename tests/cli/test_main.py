@@ -79,6 +79,23 @@ def test_wrong_usage_ends_with_2_and_a_sentence(
     assert "Error: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["submit", "cat.jpg"], 2, "of a file that workers can read, or say --upload"),
+        (["submit", "s3://in/cat.jpg", "--upload"], 2, "s3://in/cat.jpg is a URI: leave it out"),
+        (["submit", "cat.jpg", "--upload"], 1, "--upload needs to know where images go: set GRADCAM_UPLOADS"),
+    ],
+)
+def test_what_is_wrong_with_an_image_is_said_in_the_options_of_the_command(
+    arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == code
+    shown = " ".join(capsys.readouterr().err.split())
+    assert said in shown
+    assert "upload_and_submit" not in shown
+
+
 def test_a_wrong_setting_ends_with_1_and_its_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -376,10 +393,15 @@ class TestExplain:
         assert [seen.class_.id for seen in manifest.explanations] == [967, 968]
         assert (tmp_path / "camera" / "overlay-1-872-tripod.jpg").exists()
 
-    def test_any_artifact_and_metric_can_be_asked_for(self, photos: Path, tmp_path: Path) -> None:
+    def test_any_artifact_and_metric_can_be_asked_for_and_metrics_are_shown(
+        self, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         wish = ["--artifact", "report", "--artifact", "overlay:png", "--metric", "deletion"]
         how = ["--method", "eigencam", "--layer", "auto", "--flip", "--top-n", "1"]
         assert main(["explain", str(photos / "coffee.jpg"), *wish, *how, "-o", str(tmp_path)]) == 0
+        heading, row, *_ = capsys.readouterr().out.splitlines()
+        assert heading.split() == ["image", "folder", "rank", "id", "class", "probability", "deletion"]
+        assert re.fullmatch(r"coffee.jpg +coffee/ +1 +967 +espresso +9\d\.\d % +0\.\d{3} *", row)
         names = sorted(path.name for path in (tmp_path / "coffee").iterdir())
         assert names == ["manifest.json", "overlay-1-967-espresso.png", "report.html"]
         manifest = Manifest.model_validate_json((tmp_path / "coffee" / "manifest.json").read_bytes())

@@ -36,7 +36,7 @@ from gradcam_worker.schemas.status import ManifestRef, Problem, StatusDocument, 
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import Stores
-from gradcam_worker.testing import MemoryLedger, RecordingPublisher, fake_services
+from gradcam_worker.testing import MemoryLedger, RecordingPublisher, eager_client, fake_services
 
 FIELDS: dict[str, Any] = {"network": "efficientnet_lite0", "target": {"top_n": 2}}
 PHOTO = "s3://in/photo.jpg"
@@ -298,6 +298,13 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     client, _, _ = client_of(Settings(uploads=tmp_path.as_uri()))
     with pytest.raises(ImageTooLarge, match="1,099,511,627,776 bytes"):
         client.upload_and_submit(path, **FIELDS)
+
+
+def test_a_result_is_shown_without_the_urls_that_let_everybody_in(photo: bytes) -> None:
+    client = eager_client()
+    result = client.result(client.upload_and_submit(photo, network="vgg16", target={"top_n": 2}))
+    job_id = result.manifest.job_id
+    assert repr(result) == f"Result(job_id={job_id!r}, explanations=2, urls={len(result.urls)})"
 
 
 def test_without_a_place_for_uploads_the_setting_is_named(photo: bytes) -> None:

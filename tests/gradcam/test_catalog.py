@@ -44,11 +44,11 @@ def test_a_shipped_file_is_the_one_its_row_pins() -> None:
         assert digest(DATA / str(row.shipped)) == row.sha256
 
 
-def test_an_unknown_network_is_refused_with_those_there_are() -> None:
+def test_an_unknown_network_is_refused_and_says_where_those_are_that_there_are() -> None:
     few = {name: CATALOG[name] for name in ("xception", "vgg16")}
     with pytest.raises(UnknownNetwork) as refused:
         find("qqq", few)
-    assert str(refused.value) == "There is no network 'qqq'. There are vgg16, xception."
+    assert str(refused.value) == "There is no network 'qqq'. There are 2: `gradcam networks` lists them."
 
 
 @pytest.mark.parametrize(

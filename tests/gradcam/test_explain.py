@@ -20,7 +20,7 @@ from gradcam_worker.errors import (
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.decoding.structure import Damage
 from gradcam_worker.gradcam.explain import Explanation, Prediction, explain_image, explain_pixels, file_name
-from gradcam_worker.gradcam.imaging.overlay import fit, overlay
+from gradcam_worker.gradcam.imaging.overlay import encode, fit, overlay
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method
 from gradcam_worker.testing import TinyNetwork
 
@@ -35,7 +35,32 @@ def picture() -> NDArray[np.uint8]:
 
 
 def same(one: Explanation, other: Explanation) -> bool:
-    return repr(one) == repr(other) and bool((one.heatmaps == other.heatmaps).all())
+    pairs = zip(vars(one).items(), vars(other).items(), strict=True)
+    return all(
+        mine == theirs if isinstance(mine, str) else np.array_equal(mine, theirs)
+        for (_, mine), (_, theirs) in pairs
+    )
+
+
+def test_an_explanation_is_shown_in_one_short_line(tiny: TinyNetwork, picture: NDArray[np.uint8]) -> None:
+    shown = repr(explain_image(tiny, picture, classes=["red", "green"]))
+    assert shown.startswith(
+        "Explained(network='efficientnet_lite0', layer='blocks', explained=['0 red 47.4 %', "
+    )
+    assert shown.endswith("heatmaps=(2, 4, 4))")
+    assert len(shown) < 200
+    few = explain_pixels(tiny, fit(picture, (16, 16))[np.newaxis], [(-1,)])[0]
+    assert repr(few).startswith("Explanation(")
+    decoded = decode(encode(picture))
+    assert repr(decoded) == "Decoded(pixels=uint8(16, 16, 3), media_type='image/jpeg', damage=None)"
+
+
+@pytest.mark.parametrize("classes", ["red", b"red"])
+def test_one_class_in_place_of_a_list_is_refused(
+    tiny: TinyNetwork, picture: NDArray[np.uint8], classes: Any
+) -> None:
+    with pytest.raises(InvalidJob, match=r"classes is a list, as in \[b?'red'\]"):
+        explain_image(tiny, picture, classes=classes)
 
 
 class TestKnownAnswer:

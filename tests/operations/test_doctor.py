@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from gradcam_worker.cli.main import main
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.models.weights import digest
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.operations.doctor import Finding, _look, _weights, _workers, run_checks
+from gradcam_worker.operations.doctor import Finding, _look, _storage, _weights, _workers, run_checks
 from gradcam_worker.settings import Settings
 
 
@@ -84,6 +85,16 @@ def test_what_nobody_foresaw_ends_one_look_and_not_the_others(settings: Settings
         raise TypeError(message)
 
     assert _look("broker", look, settings, "Fix it.").detail == "Unforeseen TypeError: out of the blue"
+
+
+def test_who_has_not_said_where_results_go_is_told_so() -> None:
+    unset = Settings(
+        s3_endpoint_url="http://127.0.0.1:1", s3_access_key_id="k", s3_secret_access_key=SecretStr("s")
+    )
+    found = _storage(unset)
+    assert not found.well
+    assert found.detail.startswith("GRADCAM_OUTPUT is not set, and its default, s3://gradcam/results, cannot")
+    assert found.fix == "Set GRADCAM_OUTPUT to where results go: s3://bucket/folder or file:///folder."
 
 
 @pytest.mark.tensorflow

@@ -58,6 +58,7 @@ def test_the_example_of_the_contract_is_a_job() -> None:
         ({"colour": "red"}, "colour: unknown field"),
         ({"target": {"top_n": True}}, "target.top_n"),
         ({"target": {"classes": [True]}}, "target.classes.0"),
+        ({"target": {"classes": "tabby"}}, "target.classes: classes is a list, as in ['tabby']"),
         ({"method": {"layer": ""}}, "method.layer"),
         ({"image": ""}, "image.uri"),
         (

@@ -183,7 +183,7 @@ def run(
         facts = summary or runner.progress.facts()
         print_line("complete" if summary else "incomplete", {"output": plan.output, **facts})
     elif summary:
-        print_summary(summary, plan.output)
+        print_summary(summary, plan.output, settings)
     if not summary:
         lost = counted(runner.progress.lost, "shard")
         console.err.print(f"[red]Incomplete[/]: {lost} failed as a whole; --resume tries again.")

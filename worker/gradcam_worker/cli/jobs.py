@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
-from gradcam_worker.errors import GradcamError
+from gradcam_worker.errors import GradcamError, InvalidSettings
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.job import Job, why_no_uri
 from gradcam_worker.schemas.options import MethodSpec, Metric
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
+from gradcam_worker.text.urls import without_secrets
 
 if TYPE_CHECKING:
     from gradcam_worker.client.client import GradcamClient
@@ -169,9 +170,18 @@ def submit(
     if not upload and (why := why_no_uri(uri)):
         message = f"{why}, or say --upload"
         raise click.UsageError(message)
+    if upload and ("://" in uri or uri.startswith("data:")):
+        message = (
+            f"--upload takes a file of this machine, and {without_secrets(uri)[:200]} is a URI: leave it out"
+        )
+        raise click.UsageError(message)
+    settings = Settings.from_environment()
+    if upload and not settings.uploads:
+        message = "--upload needs to know where images go: set GRADCAM_UPLOADS, as in s3://photos/uploads."
+        raise InvalidSettings(message)
     fields = {"idempotency_key": idempotency_key, **spec}
     job = None if upload else Job.parse({"image": uri, **fields})
-    client = GradcamClient(settings=Settings.from_environment())
+    client = GradcamClient(settings=settings)
     if job:
         job_id = client.submit(job, retry_failed=retry_failed)
     else:

@@ -180,7 +180,7 @@ class GradcamClient:
         text = job.to_json().encode()
         envelope.check(text, self._settings.max_message_bytes)
         if why := why_no_uri(job.image.uri):
-            message = f"This is not a job: image.uri: {why}."
+            message = f"This is not a job: image.uri: {why}; upload_and_submit takes a file of this machine."
             raise InvalidJob(message)
         return len(text)
 

@@ -5,7 +5,7 @@ Nothing heavy is imported before it is needed: whoever only submits needs no S3.
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote
@@ -69,6 +69,11 @@ class Result:
     manifest: Manifest
     urls: dict[str, str]
 
+    def __repr__(self) -> str:
+        """Without the URLs: whoever has one can read the artifact."""
+        count = len(self.manifest.explanations)
+        return f"Result(job_id={self.manifest.job_id!r}, explanations={count}, urls={len(self.urls)})"
+
 
 @dataclass(frozen=True)
 class Upload:
@@ -76,7 +81,7 @@ class Upload:
 
     uri: str
     sha256: str
-    data: bytes
+    data: bytes = field(repr=False)
     media_type: str
 
 

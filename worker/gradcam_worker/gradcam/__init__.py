@@ -29,6 +29,10 @@ os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**28))
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # damaged images are reported as errors, not on stderr
 
 if TYPE_CHECKING:
+    from gradcam_worker.gradcam.catalog import Head as Head
+    from gradcam_worker.gradcam.catalog import NetworkRow as NetworkRow
+    from gradcam_worker.gradcam.catalog import Preprocessing as Preprocessing
+    from gradcam_worker.gradcam.decoding.decode import Limits as Limits
     from gradcam_worker.gradcam.explain import Explained as Explained
     from gradcam_worker.gradcam.explain import Explanation as Explanation
     from gradcam_worker.gradcam.explain import Prediction as Prediction
@@ -36,12 +40,18 @@ if TYPE_CHECKING:
     from gradcam_worker.gradcam.models.loading import load_network as load_network
     from gradcam_worker.gradcam.models.loading import wrap_model as wrap_model
     from gradcam_worker.gradcam.network import Method as Method
+    from gradcam_worker.gradcam.network import Network as Network
 
 __all__ = [
     "Explained",
     "Explanation",
+    "Head",
+    "Limits",
     "Method",
+    "Network",
+    "NetworkRow",
     "Prediction",
+    "Preprocessing",
     "explain_image",
     "load_network",
     "wrap_model",
@@ -50,8 +60,13 @@ __all__ = [
 _MODULES = {
     "Explained": "gradcam_worker.gradcam.explain",
     "Explanation": "gradcam_worker.gradcam.explain",
+    "Head": "gradcam_worker.gradcam.catalog",
+    "Limits": "gradcam_worker.gradcam.decoding.decode",
     "Method": "gradcam_worker.gradcam.network",
+    "Network": "gradcam_worker.gradcam.network",
+    "NetworkRow": "gradcam_worker.gradcam.catalog",
     "Prediction": "gradcam_worker.gradcam.explain",
+    "Preprocessing": "gradcam_worker.gradcam.catalog",
     "explain_image": "gradcam_worker.gradcam.explain",
     "load_network": "gradcam_worker.gradcam.models.loading",
     "wrap_model": "gradcam_worker.gradcam.models.loading",

@@ -238,6 +238,6 @@ def find(name: str, rows: Mapping[str, NetworkRow] = CATALOG) -> NetworkRow:
     elif near:
         hint = f"Did you mean {' or '.join(map(repr, near))}?"
     else:
-        hint = f"There are {', '.join(sorted(rows))}."
+        hint = f"There are {len(rows)}: `gradcam networks` lists them."
     message = f"There is no network {name!r}. {hint}"
     raise UnknownNetwork(message)

@@ -131,6 +131,11 @@ class ClassIndex:
             message = "Ask for exactly one of top_n and classes."
             raise InvalidJob(message)
         if classes is not None:
+            if isinstance(classes, str | bytes):
+                message = (
+                    f"classes is a list, as in [{classes!r}]: a single text would be read letter by letter."
+                )
+                raise InvalidJob(message)
             if not classes:
                 message = "The list of classes is empty: name at least one, or ask for top_n."
                 raise InvalidJob(message)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import InvalidJob, NetworkIncompatible, UnsupportedMediaType
-from gradcam_worker.gradcam.classes import ClassIndex
+from gradcam_worker.gradcam.classes import ClassIndex, caption
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.decoding.structure import Damage
 from gradcam_worker.gradcam.imaging.overlay import encode, fit, overlay
@@ -44,6 +44,13 @@ class Explanation:
     raw_max: NDArray[np.float32]  # (k,)
     metrics: tuple[Mapping[str, float], ...] = field(default=(), kw_only=True)  # (k,), where asked for
 
+    def __repr__(self) -> str:
+        """The classes and how large the heatmaps are: the numbers themselves would fill the screen."""
+        shown = [caption(one.id, one.name, one.probability) for one in self.explained[:SHOWN]]
+        shown += [f"{len(self.explained) - SHOWN} more"] if len(self.explained) > SHOWN else []
+        what = f"network={self.network.name!r}, layer={self.layer!r}, explained={shown}"
+        return f"{type(self).__name__}({what}, heatmaps={self.heatmaps.shape})"
+
     @property
     def shown(self) -> NDArray[np.float32]:
         """The heatmaps as they are coloured, (k, rows, columns) in [0, 1]."""
@@ -62,6 +69,8 @@ class Explained(Explanation):
 
     picture: NDArray[np.uint8]  # (height, width, 3) RGB
     damage: Damage | None = field(default=None, kw_only=True)  # what the image lacks
+
+    __repr__ = Explanation.__repr__  # a dataclass would make its own
 
     def overlay(self, index: int, alpha: float = 0.4, colormap: str = "jet") -> NDArray[np.uint8]:
         """The heatmap of the explained class at `index`, laid over the picture (height, width, 3)."""

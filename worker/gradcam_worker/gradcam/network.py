@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.catalog import HeadKind
 from gradcam_worker.gradcam.classes import ClassIndex
+from gradcam_worker.text.short_repr import short_repr
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Computed:
     class_ids: NDArray[np.int32]  # (n, k)
     raw: NDArray[np.float32]  # (n, k, map height, map width), before the ReLU
     outputs: NDArray[np.float32] | None = None  # (n, units): what the network itself says; None: its scores
+
+    __repr__ = short_repr
 
 
 class Network(Protocol):

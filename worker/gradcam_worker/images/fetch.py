@@ -86,7 +86,7 @@ class UriFetcher:
             raise UriNotAllowed(message)
         if scheme not in allowed or scheme not in self._readers:
             shown, schemes = presentable(image.uri)[:200], " or ".join(allowed)
-            message = f"{shown!r} is not allowed: its scheme must be {schemes}."
+            message = f"{shown!r} is not allowed: its scheme must be {schemes} (GRADCAM_IMAGE_SCHEMES)."
             raise UriNotAllowed(message)
         most = self._settings.max_image_bytes
         data = self._readers[scheme](image.uri, deadline, most if at_most is None else min(at_most, most))
@@ -115,7 +115,10 @@ class UriFetcher:
             message = f"{presentable(uri)!r} is not an S3 URI: write s3://bucket/key."
             raise UriNotAllowed(message)
         if "*" not in allowed and bucket not in allowed:
-            message = f"Bucket {bucket!r} is not allowed: images may come from {', '.join(allowed)}."
+            names = ", ".join(allowed) or "none"
+            message = (
+                f"Bucket {bucket!r} is not allowed: images may come from {names} (GRADCAM_IMAGE_BUCKETS)."
+            )
             raise UriNotAllowed(message)
         return self._s3.read_image(bucket, key, limit, deadline)
 
@@ -149,8 +152,9 @@ class UriFetcher:
         roots = self._roots()
         root = next((root for root in roots if path.is_relative_to(root)), None)
         if host not in {"", "localhost"} or root is None:
-            folders = ", ".join(map(str, roots))
-            message = f"{presentable(uri)} is not allowed: images may come from the folders {folders}."
+            folders = ", ".join(map(str, roots)) or "none"
+            allowed = f"images may come from these folders: {folders} (GRADCAM_IMAGE_ROOTS)"
+            message = f"{presentable(uri)} is not allowed: {allowed}."
             raise UriNotAllowed(message)
         try:
             if not path.is_file():

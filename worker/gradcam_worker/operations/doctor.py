@@ -21,6 +21,7 @@ from gradcam_worker.runtime import devices, preflight
 from gradcam_worker.settings import Settings
 
 MILLION = 1_000_000
+OUTPUT_FIX = "Set GRADCAM_OUTPUT to where results go: s3://bucket/folder or file:///folder."
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,9 @@ def _storage(settings: Settings) -> Finding:
     except InvalidSettings as error:
         return Finding("storage", well=False, detail=str(error), fix="Correct what it names.")
     except StorageUnavailable as error:
+        if "output" not in settings.model_fields_set:
+            detail = f"GRADCAM_OUTPUT is not set, and its default, {settings.output}, cannot be used: {error}"
+            return Finding("storage", well=False, detail=detail, fix=OUTPUT_FIX)
         hint = preflight.storage_hint(error)
         return Finding("storage", well=False, detail=f"{hint.setting}: {error}", fix=hint.fix)
     return Finding("storage", well=True, detail=detail)

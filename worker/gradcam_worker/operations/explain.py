@@ -102,8 +102,12 @@ def _record(image: Path, result: Manifest | GradcamError) -> dict[str, Any]:
 
 
 def _print(made: dict[Path, Manifest | GradcamError], folders: dict[Path, str], output: Path) -> None:
-    numbers = ("rank", "id", "probability")
-    table = console.table("image", "rank", "id", "class", "probability", numbers=numbers)
+    manifests = [result for result in made.values() if isinstance(result, Manifest)]
+    metrics = [
+        *dict.fromkeys(name for one in manifests for seen in one.explanations for name in seen.metrics)
+    ]
+    numbers = ("rank", "id", "probability", *metrics)
+    table = console.table("image", "folder", "rank", "id", "class", "probability", *metrics, numbers=numbers)
     failed = {image: result for image, result in made.items() if isinstance(result, GradcamError)}
     for image, result in made.items():
         if isinstance(result, GradcamError):
@@ -111,11 +115,13 @@ def _print(made: dict[Path, Manifest | GradcamError], folders: dict[Path, str], 
         for warned in result.warnings:
             said = console.plain(console.warning_text(warned))
             console.err.print(console.plain(str(image), "yellow"), said, soft_wrap=True)
-        names = [console.plain(image.name), console.plain(f"-> {folders[image]}/", "dim")]
+        names = [console.plain(image.name), console.plain(f"{folders[image]}/")]
         for seen in result.explanations:
             label, probability = seen.class_, percent(seen.probability)
-            name = names.pop(0) if names else ""
-            table.add_row(name, str(seen.rank), str(label.id), console.plain(label.name), probability)
+            measured = [f"{seen.metrics[name]:.3f}" if name in seen.metrics else "" for name in metrics]
+            row = (str(seen.rank), str(label.id), console.plain(label.name), probability)
+            table.add_row(*names, *row, *measured)
+            names = [console.plain(""), console.plain("")]
     if table.rows:
         console.out.print(table)
         console.out.print()

@@ -14,6 +14,9 @@ from rich.progress_bar import ProgressBar
 from gradcam_worker.backfill.progress import Progress
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.shard import Row
+from gradcam_worker.settings import PREFIX as SETTING
+from gradcam_worker.settings import Settings
+from gradcam_worker.text.urls import without_secrets
 from gradcam_worker.text.visible import counted, visible
 
 SHOW_EVERY_S = {"terminal": 0.25, "lines": 10.0, "json": 2.0}
@@ -131,8 +134,8 @@ def print_line(event: str, facts: Mapping[str, Any]) -> None:
     print(json.dumps({"event": event, **facts}), flush=True)  # noqa: T201  # rich would wrap and color it
 
 
-def print_summary(summary: Mapping[str, Any], output: str) -> None:
-    """Print the content of dataset.json, for a person."""
+def print_summary(summary: Mapping[str, Any], output: str, settings: Settings) -> None:
+    """Print the content of dataset.json, for a person, and how to open the dataset."""
     failed, rows = int(summary["failed"]), int(summary["rows"])
     title = "[green]Complete[/]" if rows > failed else "[red]Nothing is explained[/]"
     of = counted(rows, "row is", "rows are")
@@ -143,6 +146,27 @@ def print_summary(summary: Mapping[str, Any], output: str) -> None:
         where = f"{output}/{summary['failed_files'][0]}"
         console.out.print(visible(f"Why each of them failed: {where}"), markup=False, soft_wrap=True)
     console.out.print(visible(f"Dataset: {output}"), markup=False, soft_wrap=True)
-    place = output.removeprefix("file://")
-    opened = f'polars.read_parquet("{place}/data/*.parquet")'
+    opened = opening(output, settings)
     console.out.print(visible(f"Open it, in Python: {opened}"), markup=False, soft_wrap=True)
+
+
+def opening(output: str, settings: Settings) -> str:
+    """The expression that opens a dataset with Polars, at the server and with the keys of the settings.
+
+    It names the environment variables that hold keys, and never a key.
+    """
+    options = {}
+    if output.startswith("s3://"):
+        if settings.s3_endpoint_url:
+            options["aws_endpoint_url"] = f'"{without_secrets(settings.s3_endpoint_url)}"'
+        if settings.s3_endpoint_url.startswith("http://"):
+            options["aws_allow_http"] = '"true"'
+        if settings.s3_region:
+            options["aws_region"] = f'"{settings.s3_region}"'
+        if settings.s3_access_key_id:
+            for name in ("access_key_id", "secret_access_key"):
+                options[f"aws_{name}"] = f'os.environ["{SETTING}S3_{name.upper()}"]'
+    told = ", ".join(f'"{name}": {value}' for name, value in options.items())
+    place = output.removeprefix("file://")
+    more = f", storage_options={{{told}}}" if told else ""
+    return f'polars.read_parquet("{place}/data/*.parquet"{more})'

@@ -105,7 +105,7 @@ def why_no_uri(uri: str) -> str | None:
     shown = re.sub("[^/@]*@", "", uri.partition("?")[0])[:200]  # no user, no password, no query
     return (
         f"{shown!r} has no scheme: write s3://bucket/key, https://host/path, or file:///folder/name of a "
-        "file that workers can read; upload_and_submit takes a file of this machine"
+        "file that workers can read"
     )
 
 

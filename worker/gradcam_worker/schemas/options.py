@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, StrictInt, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StrictInt, StringConstraints, model_validator
 
 from gradcam_worker.schemas.model import RequestModel
 
@@ -15,11 +15,21 @@ Colormap = Literal["jet", "turbo", "viridis", "inferno", "magma", "plasma", "civ
 Metric = Literal["deletion", "insertion"]
 
 
+def _no_single_class(value: object) -> object:
+    if isinstance(value, str):
+        message = f"classes is a list, as in [{value[:60]!r}]"
+        raise ValueError(message)  # noqa: TRY004  # pydantic tells of ValueError alone
+    return value
+
+
 class Target(RequestModel):
     """Which classes to explain: exactly one of the two."""
 
     top_n: Annotated[int, Field(ge=1, le=1000, strict=True)] | None = None
-    classes: Annotated[tuple[ClassWish, ...], Field(min_length=1, max_length=1000)] | None = None
+    classes: Annotated[
+        Annotated[tuple[ClassWish, ...], Field(min_length=1, max_length=1000)] | None,
+        BeforeValidator(_no_single_class),
+    ] = None
 
     if TYPE_CHECKING:  # a list may be given for the tuple
 

@@ -26,6 +26,7 @@ from gradcam_worker.errors import (
 from gradcam_worker.gradcam.decoding import alpha, bmp_file, gif_file, jpeg_file, png_file, webp_file
 from gradcam_worker.gradcam.decoding.exif import upright
 from gradcam_worker.gradcam.decoding.structure import BMP, GIF, JPEG, PNG, WEBP, Damage, Stored
+from gradcam_worker.text.short_repr import short_repr
 
 Pixels = NDArray[np.uint8]
 
@@ -70,6 +71,8 @@ class Decoded:
     pixels: NDArray[np.uint8]  # (height, width, 3) RGB, upright
     media_type: str
     damage: Damage | None = None  # less of it is missing than the limits allow
+
+    __repr__ = short_repr
 
     @property
     def size(self) -> tuple[int, int]:

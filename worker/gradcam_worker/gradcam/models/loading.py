@@ -203,13 +203,12 @@ def _own_model(row: NetworkRow, file: WeightsFile) -> Any:
 
 
 def _reason(error: Exception, path: Path, name: str) -> str:
-    """Why a file was not loaded; of one that an older Keras saved, what to do about it."""
+    """Why a file was not loaded; of one that an older Keras saved, what to do, and no more: that is long."""
     if isinstance(error, model_file.Refused):
         return f"it {error}"
     version = model_file.keras_version(path)
     if re.match("[012][.]", version):
-        line = model_file.FROM_KERAS_2.format(name)
-        return f"saved by Keras {version}: convert it with {line} (Keras 3 says: {abridged(str(error), 300)})"
+        return f"Keras {version} saved it. Convert it with {model_file.FROM_KERAS_2.format(name)}"
     return abridged(str(error)) or type(error).__name__
 
 
