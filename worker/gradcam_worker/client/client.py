@@ -76,10 +76,18 @@ class GradcamClient:
         publish: Callable[[Job], None] | None = None,
         objects: Objects | None = None,
     ) -> None:
-        """Without URLs, `GRADCAM_BROKER_URL` and `GRADCAM_LEDGER_URL` are used. Raises InvalidSettings.
+        """Nothing is connected yet.
 
-        `ledger`, `publish` and `objects` stand in for Redis and S3 in unit tests: see
-        `gradcam_worker.testing`.
+        Args:
+            broker_url: the queue, as `redis://host:6379/0`; default: GRADCAM_BROKER_URL.
+            status_url: the ledger; default: GRADCAM_LEDGER_URL, else the broker's server.
+            settings: in place of those of the environment.
+            ledger: stands in for Redis in unit tests: see `gradcam_worker.testing`.
+            publish: stands in for the queue.
+            objects: stands in for S3.
+
+        Raises:
+            InvalidSettings: a URL or a setting is not what it should be.
         """
         change = settings.changed if settings else Settings.from_environment
         self._settings = settings = change(broker_url=broker_url, ledger_url=status_url)
@@ -98,16 +106,28 @@ class GradcamClient:
     def submit(
         self, job: Job | Mapping[str, Any] | None = None, /, *, retry_failed: bool = False, **fields: Any
     ) -> str:
-        """Enter a job in the ledger, publish it, return the job's id.
+        """Enter a job in the ledger, put its message on the queue, return the job's id.
 
-        Give a `Job`, or its fields: `image`, `network` and `target` at least. Submitting the same
-        job again (by id, or by `idempotency_key`) returns the first one's id and runs nothing twice. Where
-        that one has failed, `retry_failed` has it tried again; without it the failure stays what it is.
+        Submitting the same job again (by id, or by `idempotency_key`) returns the first one's id and runs
+        nothing twice. A job that is in the ledger is accepted: where the broker cannot be reached just
+        then, a worker finds the job within a minute of its turn.
 
-        A job that is in the ledger is accepted: where the broker is out of reach just then, a worker finds
-        the job within a minute of its turn. Raises InvalidJob, IdempotencyConflict, and LedgerUnavailable,
-        which says whether the job was not accepted, or that it is not known: `in_doubt` has its id then, and
-        submitted again with the same id or key it runs once.
+        Args:
+            job: a `Job`, or its fields in a dictionary; else its fields by name.
+            retry_failed: try the job again where it is one that has failed; without it the failure stays.
+            **fields: `image`, `network` and `target`, and any other field of `Job`.
+
+        Returns:
+            The job's id.
+
+        Raises:
+            InvalidJob: no worker would take it; what is wrong is said of each field.
+            IdempotencyConflict: the id or key belongs to a different job.
+            LedgerUnavailable: the job was not accepted, or that is not known: `in_doubt` has its id then, and
+                submitted again with the same id or key it runs once.
+
+        Example:
+            >>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 5})
         """
         if job is not None and fields:
             message = f"Give a job or its fields, not both: {', '.join(fields)} came with a job."
@@ -130,12 +150,24 @@ class GradcamClient:
     def submit_many(
         self, jobs: Iterable[Job | Mapping[str, Any]], *, retry_failed: bool = False
     ) -> list[str]:
-        """Submit jobs, or the fields of jobs, hundreds in a round trip; return their ids in the same order.
+        """Submit jobs, hundreds in a round trip.
 
-        They are taken from `jobs` as they are needed: a generator of a million is not held in memory.
-        Raises as `submit` does, when all jobs before the one that is wrong are accepted: the error has
-        their ids in `accepted`, and says the number of the job. What follows it is not accepted. With
-        LedgerUnavailable, of those in `in_doubt` it is not known.
+        Args:
+            jobs: `Job`s, or their fields. They are taken as they are needed: a generator of a million is not
+                held in memory.
+            retry_failed: see `submit`.
+
+        Returns:
+            The jobs' ids, in the same order.
+
+        Raises:
+            InvalidJob, IdempotencyConflict: as `submit`, with the number of the job. Those before it are
+                accepted, and their ids are in `accepted`; what follows it is not.
+            LedgerUnavailable: those in `accepted` are, and of those in `in_doubt` it is not known.
+
+        Example:
+            >>> uris = (f"s3://in/{number}.jpg" for number in range(1000))
+            >>> client.submit_many({"image": uri, "network": "vgg16", "target": {"top_n": 1}} for uri in uris)
         """
         ids: list[str] = []
         published, left = True, iter(jobs)
@@ -226,27 +258,66 @@ class GradcamClient:
         return True
 
     def status(self, job_id: str) -> StatusDocument:
-        """What is known about a job. Raises UnknownJob, LedgerUnavailable."""
+        """What is known about a job.
+
+        Args:
+            job_id: what `submit` returned.
+
+        Returns:
+            Its status document.
+
+        Raises:
+            UnknownJob: the ledger has no such job, or its time there has passed.
+            LedgerUnavailable: the ledger cannot be reached.
+        """
         return self._ask(lambda: self._ledger.read(job_id))
 
     def statuses(self, job_ids: Iterable[str]) -> dict[str, StatusDocument]:
-        """What is known about many jobs, in one round trip. Raises LedgerUnavailable."""
+        """What is known about many jobs, in one round trip.
+
+        Args:
+            job_ids: what `submit` returned.
+
+        Returns:
+            The documents by job id, without the jobs that the ledger does not know.
+
+        Raises:
+            LedgerUnavailable: the ledger cannot be reached.
+        """
         ids = [str(job_id) for job_id in job_ids]
         return self._ask(lambda: self._ledger.read_many(ids))
 
     def cancel(self, job_id: str) -> StatusDocument:
         """Stop a job: one that waits is `canceled` at once, a running one as soon as its worker sees it.
 
-        A final one stays as it is: look at the document's `status`. Raises UnknownJob, LedgerUnavailable.
+        Args:
+            job_id: what `submit` returned.
+
+        Returns:
+            Its document. A final one stays as it is: look at its `status`.
+
+        Raises:
+            UnknownJob: the ledger has no such job.
+            LedgerUnavailable: the ledger cannot be reached; the message says whether the job may be canceled.
         """
         return self._changed(lambda: self._ledger.cancel(job_id), f"job {job_id} was", "cancelled")
 
     def retry(self, job_id: str) -> StatusDocument:
         """Try a failed job again, as the same one: its id, its idempotency key and its webhooks stay.
 
-        It is queued again with all its attempts; webhooks are told how it ends this time, too. One that waits
-        or runs is left as it is. Raises JobNotFailed (a job that succeeded, was canceled or expired is
-        submitted as a new one), UnknownJob, LedgerUnavailable.
+        It is queued again with all its attempts, and webhooks hear how it ends this time, too. One that waits
+        or runs is left as it is.
+
+        Args:
+            job_id: what `submit` returned.
+
+        Returns:
+            Its document.
+
+        Raises:
+            JobNotFailed: it succeeded, was canceled or expired: submit a new one.
+            UnknownJob: the ledger has no such job.
+            LedgerUnavailable: the ledger cannot be reached; the message says whether the job may be queued.
         """
         document = self._changed(lambda: self._ledger.retry(job_id), f"job {job_id} is", "tried again")
         try:
@@ -271,12 +342,30 @@ class GradcamClient:
         return _retries().call(ask)
 
     def result(self, job_id: str, *, manifest_uri: str | None = None, expires_s: int = 3600) -> Result:
-        """What a job that succeeded has left: its manifest, and a URL for each artifact, good for so long.
+        """What a job that succeeded has left: its manifest, and a URL for each artifact.
 
-        Whoever has such a URL can read that one object: it is what a page may hold. The manifest is read
-        with the settings `GRADCAM_S3_*`. The ledger knows where it is, and forgets a job after a week: then
-        say the `manifest_uri` that you have kept (never one that a stranger sent). Raises NoResult where the
-        job has not succeeded, UnknownJob, StorageUnavailable, InvalidSettings, LedgerUnavailable.
+        Whoever has such a URL can read that one object: it is what a page may hold. The manifest is read with
+        the settings `GRADCAM_S3_*`.
+
+        Args:
+            job_id: what `submit` returned.
+            manifest_uri: where the manifest is, if you have kept that: the ledger forgets a job after a week.
+                Never one that a stranger sent.
+            expires_s: how long the URLs are good for, in seconds, at most a week.
+
+        Returns:
+            Manifest and URLs.
+
+        Raises:
+            NoResult: the job has not succeeded, or there is no manifest of this job.
+            UnknownJob: the ledger has no such job.
+            StorageUnavailable: the manifest cannot be read.
+            InvalidSettings: storage or `expires_s` is not what it should be.
+            LedgerUnavailable: the ledger cannot be reached.
+
+        Example:
+            >>> result = client.result(job_id)
+            >>> [result.urls[file.uri] for one in result.manifest.explanations for file in one.artifacts]
         """
         where = manifest_uri or results.manifest_uri(self.status(job_id))
         return results.read(str(job_id), where, self._objects, expires_s)
@@ -290,11 +379,29 @@ class GradcamClient:
         retry_failed: bool = False,
         **fields: Unpack[JobDetails],
     ) -> str:
-        """Put a file of this machine, or bytes, into storage, and submit a job for it; return the job's id.
+        """Put an image into storage, and submit a job for it.
 
-        It goes below `to`, or `GRADCAM_UPLOADS`, under its own sha256: the same bytes are kept once.
-        `fields` are those of `submit`, without the image. Raises as `submit` does, and ImageTooLarge,
-        ImageNotFound, StorageUnavailable, InvalidSettings; nothing is uploaded for a job that is wrong.
+        It is stored under its own sha256: the same bytes are kept once. Nothing is uploaded for a job that is
+        wrong.
+
+        Args:
+            image: the path of a file of this machine, or its bytes.
+            to: below where it goes, as `s3://photos/uploads`; default: GRADCAM_UPLOADS.
+            retry_failed: see `submit`.
+            **fields: those of `submit`, without the image.
+
+        Returns:
+            The job's id.
+
+        Raises:
+            ImageNotFound: the file cannot be read.
+            ImageTooLarge: it has more bytes than GRADCAM_MAX_IMAGE_BYTES.
+            StorageUnavailable: it cannot be stored.
+            InvalidSettings: nothing says where it goes.
+            InvalidJob, IdempotencyConflict, LedgerUnavailable: as `submit`.
+
+        Example:
+            >>> job_id = client.upload_and_submit("pier.jpg", network="vgg16", target={"top_n": 5})
         """
         upload = results.upload_of(image, to or self._settings.uploads, self._settings.max_image_bytes)
         job = Job.parse({**fields, "image": {"uri": upload.uri, "sha256": upload.sha256}})
@@ -303,24 +410,62 @@ class GradcamClient:
         return self.submit(job, retry_failed=retry_failed)
 
     def is_upload(self, uri: str, *others: str) -> bool:
-        """Whether a URI lies below `GRADCAM_UPLOADS`, or below one of `others`, as `s3://photos/public`.
+        """Whether a URI lies below GRADCAM_UPLOADS, or below one of `others`.
 
         For apps that take URIs from strangers: workers can read more than these may see.
+
+        Args:
+            uri: what a stranger sent.
+            *others: further places, as `s3://photos/public`.
+
+        Returns:
+            Whether it does.
         """
         places = [one for one in (self._settings.uploads, *others) if one]
         return any(results.is_below(uri, one) for one in places)
 
     def wait(self, job_id: str, timeout_s: float = 120) -> StatusDocument:
-        """Wait until a job is final, whichever way it ended. The last of `stream`; raises as it does."""
+        """Wait until a job is final, whichever way it ended.
+
+        Args:
+            job_id: what `submit` returned.
+            timeout_s: how long to wait, in seconds.
+
+        Returns:
+            The final document: look at its `status`, and at `error` where it failed.
+
+        Raises:
+            WaitTimeout: the job is not final yet; the message says what workers and queues are doing.
+            UnknownJob, LedgerUnavailable: as `stream`.
+
+        Example:
+            >>> client.wait(job_id).status
+            'succeeded'
+        """
         *_, document = self.stream(job_id, timeout_s)
         return document
 
     def stream(self, job_id: str, timeout_s: float | None = None) -> Iterator[StatusDocument]:
         """The document of a job as it is, then each later one as it is written; the final one is the last.
 
-        Where several are written while the caller is busy with one, he gets the latest of them. A ledger out
-        of reach is waited for, for a minute and not beyond `timeout_s`. Raises WaitTimeout, UnknownJob, and
-        LedgerUnavailable where it stayed out of reach, or the client was closed.
+        Where several are written while the caller is busy with one, he gets the latest of them. A ledger that
+        cannot be reached is waited for, for a minute and not beyond `timeout_s`.
+
+        Args:
+            job_id: what `submit` returned.
+            timeout_s: how long to wait for the final one, in seconds; None: for ever.
+
+        Returns:
+            An iterator of documents.
+
+        Raises:
+            WaitTimeout: the job is not final yet.
+            UnknownJob: the ledger has no such job.
+            LedgerUnavailable: the ledger stayed out of reach, or the client was closed.
+
+        Example:
+            >>> for document in client.stream(job_id):
+            ...     print(document.status, document.stage)
         """
         return self.waiter.stream(job_id, timeout_s)
 

@@ -103,18 +103,36 @@ def explain_image(
     method: Method | str = GRADCAM,
     limits: Limits | None = None,
 ) -> Explained:
-    """Explain one image: a path, encoded bytes, or RGB pixels (height, width, 3) uint8.
+    """Explain one image: what of it speaks for each class.
 
-    For a network of other than three channels: its own pixels (height, width, channels) uint8.
+    An image of which a little is missing (see `limits`) is explained, and `damage` of the result says what.
 
-    Ask for the `top_n` most probable classes, or for `classes` by id, wnid or name. `method` is the name of
-    a formula of `cam.METHODS`, or a `MethodSpec`, which also names the layer, the score and the
-    normalization.
+    Args:
+        network: what `load_network` or `wrap_model` made.
+        image: a path, encoded bytes, or RGB pixels (height, width, 3) uint8; for a network of other than
+            three channels its own pixels (height, width, channels) uint8.
+        top_n: explain the n most probable classes.
+        classes: explain these classes instead, each by id, wnid or name.
+        method: the name of a formula of `cam.METHODS`, or a `Method`, which also names the layer, the score
+            and the normalization.
+        limits: how large an image may be, and how much of it may be missing.
 
-    An image that lacks less than `limits` allow is explained, and `damage` says what it lacks.
+    Returns:
+        Predictions, heatmaps and the picture.
 
-    Raises InvalidJob, UnknownClass, AmbiguousClass, UnknownLayer, NetworkIncompatible (scores that are
-    no numbers) and what `decode` raises.
+    Raises:
+        InvalidJob: neither or both of top_n and classes, or a method that there is not.
+        UnknownClass, AmbiguousClass: a class that the network does not know, or more than one of a name.
+        UnknownLayer: the method names a layer that the network does not have.
+        NetworkIncompatible: its scores are no numbers, or it takes other pictures.
+        UnsupportedMediaType, ImageDecodeFailed, ImagePixelsExceeded: the image cannot be decoded.
+
+    Example:
+        ```python
+        seen = explain_image(network, "coffee.jpg", top_n=3)
+        [(one.name, one.probability) for one in seen.explained]
+        seen.save("out/")
+        ```
     """
     wanted = network.labels.wanted(top_n=top_n, classes=classes)
     how = Method(method) if isinstance(method, str) else method
