@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from devtools.faults import campaign
-from devtools.faults.observer import Witness
+from devtools.faults.observer import JobObserver
 from devtools.faults.verdict import PROMISES, Verdict
 
 WAIT_S = 20
@@ -21,7 +21,7 @@ TWO = "00000000-0000-4000-8000-000000000002"
 
 
 class Scene:
-    """As much of a stage as a witness looks at, and a hand that writes there."""
+    """As much of a cluster as a observer looks at, and a hand that writes there."""
 
     def __init__(self, folder: Path, url: str, prefix: str) -> None:
         self.url, self.bucket = url, folder / "results"
@@ -58,9 +58,9 @@ def scene(tmp_path: Path, valkey: str, request: pytest.FixtureRequest) -> Scene:
 
 
 @pytest.fixture
-def witness(scene: Any) -> Iterator[Witness]:
-    with Witness(scene) as witness:
-        yield witness
+def observer(scene: Any) -> Iterator[JobObserver]:
+    with JobObserver(scene) as observer:
+        yield observer
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -70,90 +70,94 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def test_a_job_that_went_well_breaks_nothing(scene: Scene, witness: Witness) -> None:
+def test_a_job_that_went_well_breaks_nothing(scene: Scene, observer: JobObserver) -> None:
     scene.write("succeeded", **scene.seal(scene.store("heatmaps.npz", b"warm")))
-    wait_for(lambda: witness.manifests and not witness.unfinished())
-    assert witness.verdict(faults=0).kept
+    wait_for(lambda: observer.manifests and not observer.unfinished())
+    assert observer.verdict(faults=0).kept
 
 
-def test_a_job_that_the_ledger_does_not_know_is_lost(scene: Scene, witness: Witness) -> None:
-    assert witness.verdict(faults=0).lost == 1
+def test_a_job_that_the_ledger_does_not_know_is_lost(scene: Scene, observer: JobObserver) -> None:
+    assert observer.verdict(faults=0).lost == 1
 
 
-def test_a_job_that_runs_for_ever_has_no_final_state(scene: Scene, witness: Witness) -> None:
+def test_a_job_that_runs_for_ever_has_no_final_state(scene: Scene, observer: JobObserver) -> None:
     scene.write("running")
-    assert witness.drain(0.2) >= 0.2
-    assert witness.verdict(faults=0).without_final_state == 1
+    assert observer.drain(0.2) >= 0.2
+    assert observer.verdict(faults=0).without_final_state == 1
 
 
-def test_a_final_document_that_changes_is_doubled(scene: Scene, witness: Witness) -> None:
+def test_a_final_document_that_changes_is_doubled(scene: Scene, observer: JobObserver) -> None:
     scene.write("canceled", error={"code": "canceled"})
-    wait_for(lambda: not witness.unfinished())
+    wait_for(lambda: not observer.unfinished())
     scene.write("failed", error={"code": "timeout"})
-    wait_for(lambda: witness.changed)
-    assert witness.verdict(faults=0, expected=lambda _: {"timeout"}).doubled == 1
+    wait_for(lambda: observer.changed)
+    assert observer.verdict(faults=0, expected=lambda _: {"timeout"}).doubled == 1
 
 
-def test_a_manifest_with_two_contents_is_doubled(scene: Scene, witness: Witness) -> None:
+def test_a_manifest_with_two_contents_is_doubled(scene: Scene, observer: JobObserver) -> None:
     record = scene.store("heatmaps.npz", b"warm")
     scene.seal(record)
-    wait_for(lambda: witness.manifests)
+    wait_for(lambda: observer.manifests)
     scene.write("succeeded", **scene.seal(record, note="another attempt"))
-    wait_for(lambda: len(witness.manifests[ONE]) > 1)
-    assert witness.verdict(faults=0).doubled == 1
+    wait_for(lambda: len(observer.manifests[ONE]) > 1)
+    assert observer.verdict(faults=0).doubled == 1
 
 
 @pytest.mark.parametrize("data", [b"", b"war", b"cold"])
-def test_a_manifest_before_what_it_names_is_early(scene: Scene, witness: Witness, data: bytes) -> None:
+def test_a_manifest_before_what_it_names_is_early(scene: Scene, observer: JobObserver, data: bytes) -> None:
     record = scene.store("heatmaps.npz", b"warm")
     scene.store("heatmaps.npz", data)
     scene.seal(record)
-    wait_for(lambda: witness.early)
-    assert witness.verdict(faults=0).early_manifests == 1
+    wait_for(lambda: observer.early)
+    assert observer.verdict(faults=0).early_manifests == 1
 
 
-def test_success_without_its_manifest_is_a_broken_promise(scene: Scene, witness: Witness) -> None:
+def test_success_without_its_manifest_is_a_broken_promise(scene: Scene, observer: JobObserver) -> None:
     scene.write("succeeded", result={"manifest_sha256": "0" * 64})
-    assert "without the manifest" in str(witness.verdict(faults=0).broken)
+    assert "without the manifest" in str(observer.verdict(faults=0).broken)
 
 
 @pytest.mark.parametrize("error", [None, {"code": "internal"}, {"code": "made_up"}])
-def test_an_end_without_a_code_of_the_contract_is_untyped(scene: Scene, witness: Witness, error: Any) -> None:
+def test_an_end_without_a_code_of_the_contract_is_untyped(
+    scene: Scene, observer: JobObserver, error: Any
+) -> None:
     scene.write("failed", error=error)
-    assert witness.verdict(faults=0, expected=lambda _: {"internal", "none", "made_up"}).untyped == 1
+    assert observer.verdict(faults=0, expected=lambda _: {"internal", "none", "made_up"}).untyped == 1
 
 
-def test_an_end_that_a_job_does_not_deserve_is_a_broken_promise(scene: Scene, witness: Witness) -> None:
+def test_an_end_that_a_job_does_not_deserve_is_a_broken_promise(scene: Scene, observer: JobObserver) -> None:
     scene.write("failed", error={"code": "image_not_found"})
-    assert "1 image_not_found" in str(witness.verdict(faults=0).broken)
+    assert "1 image_not_found" in str(observer.verdict(faults=0).broken)
 
 
-def test_recovery_is_measured_until_the_next_attempt(scene: Scene, witness: Witness) -> None:
+def test_recovery_is_measured_until_the_next_attempt(scene: Scene, observer: JobObserver) -> None:
     scene.accepted[TWO] = 0.0
     scene.write("running")
     scene.write("running", TWO, worker={"id": "vm:8"})
-    wait_for(lambda: len(witness.running) == 2)
-    assert witness.hit(7) == 1, "the other one runs elsewhere"
+    wait_for(lambda: len(observer.running) == 2)
+    assert observer.hit(7) == 1, "the other one runs elsewhere"
     time.sleep(0.2)
     scene.write("queued")
-    wait_for(lambda: witness.put_right)
+    wait_for(lambda: observer.put_right)
     scene.write("running", attempt=2)
-    wait_for(lambda: witness.recoveries)
-    [seconds] = witness.recoveries["normal"]
-    assert 0.2 <= witness.put_right[0] <= seconds < WAIT_S
-    assert witness.verdict(faults=1).recovery_s_max == seconds
+    wait_for(lambda: observer.recoveries)
+    [seconds] = observer.recoveries["normal"]
+    assert 0.2 <= observer.put_right[0] <= seconds < WAIT_S
+    assert observer.verdict(faults=1).recovery_s_max == seconds
 
 
-def test_what_comes_after_others_is_put_right_in_time_but_may_wait(scene: Scene, witness: Witness) -> None:
+def test_what_comes_after_others_is_put_right_in_time_but_may_wait(
+    scene: Scene, observer: JobObserver
+) -> None:
     scene.write("running", route="bulk")
-    wait_for(lambda: witness.running)
-    witness.hit()
+    wait_for(lambda: observer.running)
+    observer.hit()
     scene.write("queued", route="bulk")
-    wait_for(lambda: witness.put_right)
+    wait_for(lambda: observer.put_right)
     time.sleep(0.3)
     scene.write("running", route="bulk", attempt=2)
-    wait_for(lambda: witness.recoveries)
-    assert witness.verdict(faults=1).recovery_s_max < witness.recoveries["bulk"][0] - 0.2
+    wait_for(lambda: observer.recoveries)
+    assert observer.verdict(faults=1).recovery_s_max < observer.recoveries["bulk"][0] - 0.2
 
 
 @pytest.mark.parametrize("promise", PROMISES)

@@ -1,6 +1,6 @@
 """A worker whose shards are done at once: for measuring what a backfill costs beside the network and images.
 
-    python shards_at_once.py
+    instant_shards.py
 
 runs the worker of `gradcam worker --unsupervised`, with the settings that the environment holds. Messages,
 leases, the ledger and storage are real; of each shard it writes the real file, whose rows say their numbers

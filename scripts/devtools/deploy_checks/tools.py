@@ -1,7 +1,7 @@
 """The programs that look at docker/ and deploy/: made once, with the pip that the user has set up.
 
 They have an environment of their own beside the project's, so that none of their packages is among its. What
-is installed stands in deploy_tools.txt, with hashes.
+is installed stands in tools.txt, with hashes.
 """
 
 import fcntl
@@ -43,7 +43,7 @@ def _made(folder: Path) -> Path:
         command = [str(programs / "python"), "-m", "pip", *options, "-r", str(PINS)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            message = f"The programs of deploy_tools.txt cannot be installed: {done.stderr[-1000:]}"
+            message = f"The programs of tools.txt cannot be installed: {done.stderr[-1000:]}"
             raise Missing(message)
         _unpack_helm(folder)
         stamp.write_text(wanted)

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from devtools.faults.cluster import Stage, raised, wait_for
-from devtools.faults.observer import Witness, end_of
+from devtools.faults.cluster import Cluster, running_cluster, wait_for
+from devtools.faults.observer import JobObserver, end_of
 from devtools.faults.ssrf_urls import careless, tricks
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import InvalidJob
@@ -63,10 +63,10 @@ class Inside:
                     self.came.append(str(address))
 
 
-def _untried(stage: Stage) -> set[str]:
+def _untried(cluster: Cluster) -> set[str]:
     """Recipients of webhooks whom no courier has tried to tell yet, or is just trying to."""
-    prefix = stage.settings.key_prefix
-    with contextlib.closing(stage.services) as server:
+    prefix = cluster.settings.key_prefix
+    with contextlib.closing(cluster.services) as server:
         known = {key.removeprefix(f"{prefix}events:") for key in server.scan_iter(f"{prefix}events:*")}
         members: Any = server.zrange(f"{prefix}parked", 0, -1)
         parked = {member.partition(" ")[0] for member in members}
@@ -85,14 +85,14 @@ def attack(count: int, seed: int) -> dict[str, Any]:
         }
         of_webhooks: set[str] = set()
         refused_at_once = 0
-        with raised("addresses", seed, **lists) as stage, Witness(stage) as witness:
-            client = GradcamClient(settings=stage.settings)
-            stage.work()
+        with running_cluster("addresses", seed, **lists) as cluster, JobObserver(cluster) as observer:
+            client = GradcamClient(settings=cluster.settings)
+            cluster.work()
 
             def one(number: int, **changes: Any) -> Job | None:
                 with contextlib.suppress(InvalidJob):
-                    job = stage.job(number, max_attempts=1, **changes)
-                    stage.submit(client, job)
+                    job = cluster.job(number, max_attempts=1, **changes)
+                    cluster.submit(client, job)
                     return job
                 return None
 
@@ -103,14 +103,14 @@ def attack(count: int, seed: int) -> dict[str, Any]:
                 refused_at_once += (fetched is None) + (told is None)
                 if told:
                     of_webhooks.add(told.id)
-            witness.drain(DRAINS_S)
-            wait_for(lambda: not _untried(stage), DRAINS_S, "every webhook is tried")
+            observer.drain(DRAINS_S)
+            wait_for(lambda: not _untried(cluster), DRAINS_S, "every webhook is tried")
             # A webhook's address that cannot be refused by its look alone is refused when it is dialled.
-            verdict = witness.verdict(
+            verdict = observer.verdict(
                 faults=2 * len(urls),
                 expected=lambda job_id: REFUSED | {"succeeded" if job_id in of_webhooks else NOWHERE},
             )
-            ends = Counter(end_of(document) for document in witness.documents().values() if document)
+            ends = Counter(end_of(document) for document in observer.documents().values() if document)
     if inside.came:
         verdict.broken.append(f"{len(inside.came)} connections reached the inside, from {inside.came[0]}.")
     verdict.figures |= {

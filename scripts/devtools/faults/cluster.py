@@ -1,4 +1,4 @@
-"""The place of an attack: real servers behind faulty proxies, real workers, and jobs that are repeatable."""
+"""What is attacked: real servers behind faulty proxies, real workers, and jobs that are repeatable."""
 
 import contextlib
 import os
@@ -148,7 +148,7 @@ def children(pid: int) -> list[int]:
 
 
 @dataclass
-class Stage:
+class Cluster:
     """Everything that an attack needs."""
 
     name: str
@@ -235,9 +235,9 @@ class Stage:
 
 
 @contextlib.contextmanager
-def raised(
+def running_cluster(
     name: str, seed: int, broker_options: Sequence[str] = APPEND_ONLY, **changes: Any
-) -> Iterator[Stage]:
+) -> Iterator[Cluster]:
     """Start the servers and their proxies, without a worker; stop all of it in the end.
 
     `changes` are settings. Times are short ones, so that many faults fit into little time.
@@ -272,7 +272,7 @@ def raised(
             "retry_backoff_max_s": 1,
             "shutdown_timeout_s": 10,
         }
-        made = Stage(name, seed, folder, broker, s3, receiver, Settings(**{**defaults, **changes}))
+        made = Cluster(name, seed, folder, broker, s3, receiver, Settings(**{**defaults, **changes}))
         stack.callback(made.stop_workers)
         draw = np.random.default_rng(seed)
         for number in range(IMAGES):

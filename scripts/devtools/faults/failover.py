@@ -11,8 +11,8 @@ from typing import Any
 
 import redis
 
-from devtools.faults.cluster import START_S, Stage, raised, wait_for
-from devtools.faults.observer import Witness
+from devtools.faults.cluster import START_S, Cluster, running_cluster, wait_for
+from devtools.faults.observer import JobObserver
 from devtools.faults.proxy import Fault
 from devtools.faults.quiet_run import compare_with_a_quiet_run
 from devtools.faults.verdict import Verdict
@@ -64,35 +64,37 @@ def connections(*ports: int) -> int:
 def attack(count: int, seed: int) -> dict[str, Any]:
     """So many failovers; see `Verdict` for what is counted."""
     recoveries: list[float] = []
-    with raised("failover", seed, threads=SLOTS) as stage, contextlib.ExitStack() as stack:
-        folder = Path(stage.folder / "other")
+    with running_cluster("failover", seed, threads=SLOTS) as cluster, contextlib.ExitStack() as stack:
+        folder = Path(cluster.folder / "other")
         folder.mkdir()
         other = stack.enter_context(servers.valkey(folder, "--appendonly", "yes"))
-        follow(other.port, stage.broker.now.port)
-        witness = stack.enter_context(Witness(stage))
-        worker = stage.work()
-        client = GradcamClient(settings=stage.settings)
+        follow(other.port, cluster.broker.now.port)
+        observer = stack.enter_context(JobObserver(cluster))
+        worker = cluster.work()
+        client = GradcamClient(settings=cluster.settings)
         jobs, counted = 0, [0]
-        with stage.s3.proxy.suffering(SLOW):
+        with cluster.s3.proxy.suffering(SLOW):
             for _ in range(count):
                 for number in range(jobs, jobs + JOBS):
-                    stage.submit(client, stage.job(number, priority="normal"))
+                    cluster.submit(client, cluster.job(number, priority="normal"))
                 jobs += JOBS
-                wait_for(lambda: len(witness.running) >= BUSY_WITH, START_S, "a worker has jobs in hand")
-                counted[0] = counted[0] or connections(other.port, stage.broker.now.port)
-                witness.hit()
-                fail_over(stage.broker.now.port, other.port)
-                other = stage.broker.switch(other)
-                witness.over()
-                recoveries.append(witness.drain(RECOVERS_S + 10))
-                counted.append(connections(other.port, stage.broker.now.port))
-        verdict = witness.verdict(faults=count)
-        _look(stage, worker, recoveries, counted, verdict)
-        compare_with_a_quiet_run(stage, verdict, range(jobs), DRAINS_S + jobs / 5)
+                wait_for(lambda: len(observer.running) >= BUSY_WITH, START_S, "a worker has jobs in hand")
+                counted[0] = counted[0] or connections(other.port, cluster.broker.now.port)
+                observer.hit()
+                fail_over(cluster.broker.now.port, other.port)
+                other = cluster.broker.switch(other)
+                observer.over()
+                recoveries.append(observer.drain(RECOVERS_S + 10))
+                counted.append(connections(other.port, cluster.broker.now.port))
+        verdict = observer.verdict(faults=count)
+        _look(cluster, worker, recoveries, counted, verdict)
+        compare_with_a_quiet_run(cluster, verdict, range(jobs), DRAINS_S + jobs / 5)
     return verdict.to_dict()
 
 
-def _look(stage: Stage, worker: Any, recoveries: list[float], counted: list[int], verdict: Verdict) -> None:
+def _look(
+    cluster: Cluster, worker: Any, recoveries: list[float], counted: list[int], verdict: Verdict
+) -> None:
     lines = worker.log.read_text(encoding="utf-8", errors="replace").splitlines()
     said = [one for one in lines if " WARNING " in one or " ERROR " in one or " CRITICAL " in one]
     deaths = sum("ended unasked" in one for one in lines)
@@ -108,6 +110,6 @@ def _look(stage: Stage, worker: Any, recoveries: list[float], counted: list[int]
     verdict.figures |= {
         "recoveries_s": [round(one, 1) for one in recoveries],
         "connections": counted,
-        "submissions_refused": stage.refused,
+        "submissions_refused": cluster.refused,
         "warnings": len(said),
     }

@@ -1,12 +1,10 @@
-"""Mutated images against the decoder: `faults.images [COUNT] [--seed N] [--short] [--keep FOLDER]`.
+"""Mutated images against the decoder.
 
-Every image is decoded in a child process that may have no more than MEMORY_BYTES. It has to end in a picture
-or in an error of `gradcam_worker.errors` that is foreseen for an image; whatever else it ends in, and
-whatever ends
-the child, is a broken promise. Prints one JSON document; ends with 1 where a promise broke.
+Every image is decoded in a child process that may have no more than MEMORY_BYTES: this module, run as a
+program. It has to end in a picture or in an error of `gradcam_worker.errors` that is foreseen for an image;
+whatever else it ends in, and whatever ends the child, is a broken promise.
 """
 
-import argparse
 import json
 import os
 import re
@@ -26,8 +24,7 @@ import numpy as np
 from devtools import IMPORT_PATH, command
 from devtools.faults.image_mutations import Mutant, mutations
 
-FULL, SHORT = 2000, 400  # images
-SEED = 20_261
+SHORT = 400  # images
 MEMORY_BYTES = 1_536 * 1024**2  # what decoding the largest picture that is allowed takes, twice
 TYPED = {  # what an image may end in. `internal` is not among them: memory is enough for one at a time
     "decoded",
@@ -36,11 +33,10 @@ TYPED = {  # what an image may end in. `internal` is not among them: memory is e
     "unsupported_media_type",
 }
 STALLED_S = 120  # for one image: far beyond what any may take, on any machine
-CHILD = "--child"
 CHANNELS = 3  # of a picture that came out
 
 
-def attack(count: int = FULL, seed: int = SEED, keep: Path | None = None) -> dict[str, Any]:
+def attack(count: int, seed: int, keep: Path | None = None) -> dict[str, Any]:
     """Decode so many mutated images; return the figures. Those that broke a promise are put into `keep`.
 
     `faults` is how many of them no longer came out as a picture.
@@ -89,7 +85,7 @@ def _note(mutant: Mutant, ending: str, broken: list[str], keep: Path | None) -> 
 @contextmanager
 def _child() -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """A process that decodes what it is sent."""
-    child = command("faults.images", CHILD)
+    child = command("faults.images")
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     # On its standard error libpng and libjpeg say what they think of every image.
     with subprocess.Popen(
@@ -150,21 +146,5 @@ def _peak_mb() -> float:
     return int(found[1]) / 1024 if found else 0.0
 
 
-def main() -> int:
-    """Run the attack."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("count", nargs="?", type=int)
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--short", action="store_true", help=f"{SHORT} images instead of {FULL}")
-    parser.add_argument("--keep", type=Path, help="a folder for images that broke a promise")
-    asked = parser.parse_args()
-    figures = attack(asked.count or (SHORT if asked.short else FULL), asked.seed, asked.keep)
-    print(json.dumps(figures, indent=1))
-    return 1 if figures["untyped"] or figures["crashes"] else 0
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] == [CHILD]:
-        decode_all()
-    else:
-        sys.exit(main())
+    decode_all()

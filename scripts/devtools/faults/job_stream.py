@@ -5,17 +5,17 @@ import time
 from collections.abc import Callable
 from typing import Self
 
-from devtools.faults.cluster import Stage
+from devtools.faults.cluster import Cluster
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.schemas.job import Job
 
 
 class Stream:
-    """Submits the jobs of a stage in a thread, never more than `ahead` of those that are done."""
+    """Submits the jobs of a cluster in a thread, never more than `ahead` of those that are done."""
 
     def __init__(
         self,
-        stage: Stage,
+        cluster: Cluster,
         unfinished: Callable[[], int],
         *,
         jobs: int,
@@ -29,8 +29,8 @@ class Stream:
 
         `every_s` is the pause between two of them, `first` the number of the first.
         """
-        self._stage, self._unfinished, self._jobs, self._ahead = stage, unfinished, jobs, ahead
-        self._until, self._make, self._first = until, make or stage.job, first
+        self._cluster, self._unfinished, self._jobs, self._ahead = cluster, unfinished, jobs, ahead
+        self._until, self._make, self._first = until, make or cluster.job, first
         self.every_s = every_s  # may be changed while it runs
         self._stopped = threading.Event()
         self.made: list[Job] = []
@@ -52,14 +52,14 @@ class Stream:
             raise self.error
 
     def _run(self) -> None:
-        client = GradcamClient(settings=self._stage.settings)
+        client = GradcamClient(settings=self._cluster.settings)
         try:
             while not self._stopped.is_set() and self._more():
                 if self._unfinished() >= self._ahead:
                     time.sleep(0.01)
                     continue
                 job = self._make(self._first + len(self.made))
-                self._stage.submit(client, job)
+                self._cluster.submit(client, job)
                 self.made.append(job)
                 self._stopped.wait(self.every_s)
         except Exception as error:  # noqa: BLE001  # raised in `join`, by the thread that can do something

@@ -13,9 +13,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from devtools.faults.cluster import START_S, Stage, Worker, raised, wait_for
+from devtools.faults.cluster import START_S, Cluster, Worker, running_cluster, wait_for
 from devtools.faults.job_stream import Stream
-from devtools.faults.observer import Witness
+from devtools.faults.observer import JobObserver
 from devtools.faults.quiet_run import compare_with_a_quiet_run
 
 SHORT, FULL = 8, 200  # kills
@@ -37,8 +37,8 @@ DRAINS_S = 120.0  # all is final so long after the last kill, or never
 class Killer:
     """Chooses whom to kill, and when."""
 
-    stage: Stage
-    witness: Witness
+    cluster: Cluster
+    observer: JobObserver
     random: random.Random
     kills: int = 0
     supervisors: int = 0
@@ -48,8 +48,8 @@ class Killer:
 
     def kill(self) -> None:
         """One more."""
-        index = self.random.randrange(len(self.stage.workers))
-        worker, of_supervisor = self.stage.workers[index], self.random.random() < OF_SUPERVISORS
+        index = self.random.randrange(len(self.cluster.workers))
+        worker, of_supervisor = self.cluster.workers[index], self.random.random() < OF_SUPERVISORS
         if of_supervisor:
             self._kill_supervisor(index, worker)
             return
@@ -68,13 +68,13 @@ class Killer:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
             self.kills += 1
-            self.hit += self.witness.hit(pid)
+            self.hit += self.observer.hit(pid)
 
     def _stop(self, pid: int) -> None:
         """Nothing of it runs for a while; then it goes on with what it had in hand."""
         os.kill(pid, signal.SIGSTOP)
         self.zombies += 1
-        self.hit += self.witness.hit(pid)
+        self.hit += self.observer.hit(pid)
         time.sleep(STOPPED_S)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
@@ -88,24 +88,24 @@ class Killer:
         self.kills += 1
         self.supervisors += 1
         worker.stop()  # its keeper
-        self.stage.workers.remove(worker)
-        self.stage.work()
-        self.stage.workers.insert(index, self.stage.workers.pop())
+        self.cluster.workers.remove(worker)
+        self.cluster.work()
+        self.cluster.workers.insert(index, self.cluster.workers.pop())
 
     def _busy(self, worker: Worker) -> bool:
         pid = worker.process
-        return any(on.endswith(f":{pid}") for _, on in self.witness.running.values())
+        return any(on.endswith(f":{pid}") for _, on in self.observer.running.values())
 
 
 def attack(count: int, seed: int) -> dict[str, Any]:
     """So many kills; see `Verdict` for what is counted."""
     enough = threading.Event()
-    with raised("kill", seed) as stage, Witness(stage) as witness:
+    with running_cluster("kill", seed) as cluster, JobObserver(cluster) as observer:
         for _ in range(WORKERS):
-            stage.work()
+            cluster.work()
         flow: dict[str, Any] = {"jobs": JOBS_A_KILL * count, "ahead": AHEAD, "every_s": EVERY_S}
-        with Stream(stage, witness.unfinished, until=enough, **flow) as stream:
-            killer = Killer(stage, witness, random.Random(seed))  # noqa: S311  # repeatable, not secret
+        with Stream(cluster, observer.unfinished, until=enough, **flow) as stream:
+            killer = Killer(cluster, observer, random.Random(seed))  # noqa: S311  # repeatable, not secret
             begun = time.monotonic()
             while killer.kills < count:
                 killer.kill()
@@ -114,9 +114,9 @@ def attack(count: int, seed: int) -> dict[str, Any]:
             enough.set()
             killed_s = time.monotonic() - begun
             stream.join()
-        drained_s = witness.drain(DRAINS_S)
-        verdict = witness.verdict(faults=killer.kills + killer.zombies)
-        compare_with_a_quiet_run(stage, verdict, range(len(stream.made)), DRAINS_S + len(stream.made) / 5)
+        drained_s = observer.drain(DRAINS_S)
+        verdict = observer.verdict(faults=killer.kills + killer.zombies)
+        compare_with_a_quiet_run(cluster, verdict, range(len(stream.made)), DRAINS_S + len(stream.made) / 5)
     if verdict.recovery_s_max > RECOVERS_S:
         verdict.broken.append(f"A killed job ran again after {verdict.recovery_s_max:.0f} s only.")
     verdict.figures |= {

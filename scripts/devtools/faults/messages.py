@@ -1,8 +1,8 @@
 """Hostile messages: jobs made from the wire's own schema, whole, mutated and broken, as in a queue.
 
-Each is opened as the worker's channel opens it, and handled by a desk with doubles all around it. Whatever it
-is, it has to come to an end that has a name. Besides: tasks that are not ours and shards that nobody
-submitted, in each queue, which all have to be refused.
+Each is opened as the worker's channel opens it, and handled by a `JobHandler` with doubles all around it.
+Whatever it is, it has to come to an end that has a name. Besides: tasks that are not ours and shards that
+nobody submitted, in each queue, which all have to be refused.
 """
 
 import base64
@@ -231,7 +231,7 @@ def handle(item: bytes, ledger: MemoryLedger, queue: str) -> str | None:
 
 
 def handler(ledger: MemoryLedger) -> JobHandler:
-    """A desk in memory."""
+    """A handler in memory."""
     return JobHandler(
         Settings(),
         ledger,

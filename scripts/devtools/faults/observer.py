@@ -18,7 +18,7 @@ from typing import Any, Self
 import redis
 
 from devtools.faults import webhook_receiver
-from devtools.faults.cluster import Stage
+from devtools.faults.cluster import Cluster
 from devtools.faults.verdict import Verdict
 from gradcam_worker import errors
 
@@ -47,16 +47,16 @@ class Hit:
     put_right: bool = False  # it is queued again, or more
 
 
-class Witness:
+class JobObserver:
     """Looks all the while, in two threads, and remembers what must not have happened."""
 
-    def __init__(self, stage: Stage, *, forgotten: bool = False) -> None:
-        """Looks at the jobs that the stage's client was told are accepted.
+    def __init__(self, cluster: Cluster, *, forgotten: bool = False) -> None:
+        """Looks at the jobs that the cluster's client was told are accepted.
 
         `forgotten`: the run is longer than the time that the ledger keeps a final job for.
         """
-        self._stage, self._forgotten = stage, forgotten
-        self._prefix = stage.settings.key_prefix
+        self._cluster, self._forgotten = cluster, forgotten
+        self._prefix = cluster.settings.key_prefix
         self.finals: dict[str, str] = {}  # job id -> its final document, as text
         self.changed: set[str] = set()  # jobs whose final document has changed
         self.running: dict[str, tuple[int, str]] = {}  # job id -> attempt, worker: at the last look
@@ -87,7 +87,7 @@ class Witness:
 
     def unfinished(self) -> int:
         """Accepted jobs that were not final at the last look."""
-        return len(self._stage.accepted) - len(self.finals)
+        return len(self._cluster.accepted) - len(self.finals)
 
     def hit(self, worker: int | None = None) -> int:
         """A fault hits what runs now, on all workers or on the process that has just been killed.
@@ -100,7 +100,7 @@ class Witness:
             for job_id, one in self.documents().items()
             if one and one["status"] == "running" and one["worker"]["id"].endswith(ending)
         ]
-        with contextlib.closing(self._stage.services) as server, self._door:
+        with contextlib.closing(self._cluster.services) as server, self._door:
             for job_id, attempt in found:
                 route = server.hget(f"{self._prefix}job:{job_id}", "route")
                 self._hit[job_id] = Hit(attempt, now, str(route))
@@ -122,8 +122,8 @@ class Witness:
 
     def documents(self) -> dict[str, dict[str, Any] | None]:
         """What the ledger holds of each accepted job just now, or held at its end where it may forget it."""
-        with contextlib.closing(self._stage.services) as server:
-            ids = list(self._stage.accepted)
+        with contextlib.closing(self._cluster.services) as server:
+            ids = list(self._cluster.accepted)
             texts = self._read(server, ids)
         if self._forgotten:
             texts = [text or self.finals.get(job_id) for job_id, text in zip(ids, texts, strict=True)]
@@ -165,8 +165,8 @@ class Witness:
             verdict.broken.append(
                 f"{len(unsealed)} jobs succeeded without the manifest that they name: {unsealed[0]}"
             )
-        if self._stage.surprises:
-            some = f"{len(self._stage.surprises)} times, at first with {self._stage.surprises[0]}"
+        if self._cluster.surprises:
+            some = f"{len(self._cluster.surprises)} times, at first with {self._cluster.surprises[0]}"
             verdict.broken.append(f"The client raised what it does not promise, {some}")
         # Jobs of a lower priority wait for as long as others are there, whether a worker died or not.
         again = [one for route, some in self.recoveries.items() if route not in PATIENT for one in some]
@@ -195,12 +195,12 @@ class Witness:
 
     def _read_documents(self) -> None:
         """A loop of its own, so that a connection lasts as long as its server does."""
-        with contextlib.closing(self._stage.services) as server:
+        with contextlib.closing(self._cluster.services) as server:
             while not self._ended.wait(LOOK_S):
                 self._look(server)
 
     def _look(self, server: Any) -> None:
-        open_ids = [job_id for job_id in list(self._stage.accepted) if job_id not in self.finals]
+        open_ids = [job_id for job_id in list(self._cluster.accepted) if job_id not in self.finals]
         ended = list(self.finals)
         again = ended[self._at : self._at + SLICE]
         self._at = self._at + SLICE if self._at + SLICE < len(ended) else 0
@@ -241,10 +241,10 @@ class Witness:
             return list(pipeline.execute())
 
     def _manifest(self, job_id: str) -> Path:
-        return self._stage.bucket / "cams" / job_id / "manifest.json"
+        return self._cluster.bucket / "cams" / job_id / "manifest.json"
 
     def _read_manifests(self) -> None:
-        for job_id in list(self._stage.accepted):
+        for job_id in list(self._cluster.accepted):
             path = self._manifest(job_id)
             try:
                 changed_at = path.stat().st_mtime_ns
@@ -265,7 +265,7 @@ class Witness:
         for explained in manifest["explanations"]:
             records += explained["artifacts"]
         for one in records:
-            path = self._stage.bucket / one["uri"].removeprefix("s3://results/")
+            path = self._cluster.bucket / one["uri"].removeprefix("s3://results/")
             try:
                 data = path.read_bytes()
             except OSError:
@@ -282,10 +282,10 @@ def end_of(document: dict[str, Any]) -> str:
     return str((document["error"] or {}).get("code", "none"))
 
 
-def told(stage: Stage) -> dict[str, list[dict[str, Any]]]:
+def told(cluster: Cluster) -> dict[str, list[dict[str, Any]]]:
     """Job id -> the final documents that the receiver was told of, in the order in which they came."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for event in webhook_receiver.heard(stage.events):
+    for event in webhook_receiver.heard(cluster.events):
         if event["data"]["status"] in FINAL:
             found.setdefault(event["data"]["id"], []).append(event["data"])
     return found

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from devtools.faults.cluster import SIZE, Stage, raised
-from devtools.faults.observer import Witness, end_of
+from devtools.faults.cluster import SIZE, Cluster, running_cluster
+from devtools.faults.observer import JobObserver, end_of
 from devtools.faults.tiny_worker import NETWORK, PANICS, POISON
 from devtools.faults.verdict import Verdict
 from gradcam_worker.broker import publisher
@@ -34,43 +34,43 @@ def attack(count: int, seed: int) -> dict[str, Any]:
 
     Batches are as large as they come, so that the poison sits in one with its neighbours.
     """
-    with raised("poison", seed, max_batch=4, threads=8) as stage, Witness(stage) as witness:
+    with running_cluster("poison", seed, max_batch=4, threads=8) as cluster, JobObserver(cluster) as observer:
         color = np.tile(np.array(POISON, np.uint8), (*SIZE, 1))
-        uri = stage.picture("poison.jpg", color)
-        panic = stage.picture("panic.jpg", np.tile(np.array(PANICS, np.uint8), (*SIZE, 1)))
-        client = GradcamClient(settings=stage.settings)
-        poison = stage.job(count, image=uri, max_attempts=ATTEMPTS, priority="normal")
-        long = _submit_raw(stage)
+        uri = cluster.picture("poison.jpg", color)
+        panic = cluster.picture("panic.jpg", np.tile(np.array(PANICS, np.uint8), (*SIZE, 1)))
+        client = GradcamClient(settings=cluster.settings)
+        poison = cluster.job(count, image=uri, max_attempts=ATTEMPTS, priority="normal")
+        long = _submit_raw(cluster)
         panics = [
-            stage.job(count + 1 + number, image=panic, max_attempts=PANIC_ATTEMPTS, priority="normal")
+            cluster.job(count + 1 + number, image=panic, max_attempts=PANIC_ATTEMPTS, priority="normal")
             for number in range(WEDGES)
         ]
         for job in panics:
-            stage.submit(client, job)
+            cluster.submit(client, job)
         for number in range(count):
-            stage.submit(client, stage.job(number, max_attempts=HEALTHY_ATTEMPTS))
+            cluster.submit(client, cluster.job(number, max_attempts=HEALTHY_ATTEMPTS))
             if number == count // 2:
-                stage.submit(client, poison)
+                cluster.submit(client, poison)
         begun = time.monotonic()
-        stage.work()
-        witness.drain(DRAINS_S)
+        cluster.work()
+        observer.drain(DRAINS_S)
         ends = {poison.id: "max_attempts_exceeded", **{one.id: "internal" for one in panics}}
         drained_s = time.monotonic() - begun
-        verdict = witness.verdict(
+        verdict = observer.verdict(
             faults=ATTEMPTS + 2 * WEDGES,
             expected=lambda job_id: {ends.get(job_id, "succeeded")},
         )
         verdict.untyped -= len(panics)  # `internal` is what they have to end with
-        _look_at_the_long(stage, long, verdict)
-        _look_at_the_poison(stage, poison.id, verdict)
-        verdict.figures |= {"drained_s": round(drained_s, 1), **_collateral(witness)}
+        _look_at_the_long(cluster, long, verdict)
+        _look_at_the_poison(cluster, poison.id, verdict)
+        verdict.figures |= {"drained_s": round(drained_s, 1), **_collateral(observer)}
     return verdict.to_dict()
 
 
-def _submit_raw(stage: Stage) -> list[str]:
+def _submit_raw(cluster: Cluster) -> list[str]:
     """Messages with addresses that are too long, past the client, which would refuse them."""
     ids = [new_id() for _ in range(WEDGES)]
-    with contextlib.closing(stage.services) as server:
+    with contextlib.closing(cluster.services) as server:
         for one in ids:
             job = {
                 "id": one,
@@ -86,24 +86,24 @@ def _submit_raw(stage: Stage) -> list[str]:
                 "headers": {"id": one, "task": publisher.EXPLAIN},
                 "properties": {"body_encoding": "base64"},
             }
-            server.lpush(f"{stage.settings.key_prefix}{publisher.INTERACTIVE}", json.dumps(message))
+            server.lpush(f"{cluster.settings.key_prefix}{publisher.INTERACTIVE}", json.dumps(message))
     return ids
 
 
-def _look_at_the_long(stage: Stage, ids: list[str], verdict: Verdict) -> None:
-    client = GradcamClient(settings=stage.settings)
+def _look_at_the_long(cluster: Cluster, ids: list[str], verdict: Verdict) -> None:
+    client = GradcamClient(settings=cluster.settings)
     for one in ids:
         error = client.wait(one, DRAINS_S).error
         if not error or error.code != "invalid_job" or "66,012 bytes" not in error.detail:
             verdict.broken.append(f"An address that is too long ended as {error}.")
 
 
-def _look_at_the_poison(stage: Stage, poison: str, verdict: Verdict) -> None:
-    prefix = stage.settings.key_prefix
-    with contextlib.closing(stage.services) as server:
+def _look_at_the_poison(cluster: Cluster, poison: str, verdict: Verdict) -> None:
+    prefix = cluster.settings.key_prefix
+    with contextlib.closing(cluster.services) as server:
         document = json.loads(server.hget(f"{prefix}job:{poison}", "document") or "null")
         dead = server.zrange(f"{prefix}dead", 0, -1)
-    deaths = stage.workers[0].log.read_text(errors="replace").count("exit code -9")
+    deaths = cluster.workers[0].log.read_text(errors="replace").count("exit code -9")
     verdict.figures |= {"attempts_of_the_poison": document["attempt"], "processes_killed": deaths}
     if document["attempt"] != ATTEMPTS or deaths != ATTEMPTS:
         verdict.broken.append(
@@ -116,9 +116,9 @@ def _look_at_the_poison(stage: Stage, poison: str, verdict: Verdict) -> None:
         verdict.broken.append(f"{len(dead)} dead letters, not {1 + 2 * WEDGES}: healthy jobs are among them.")
 
 
-def _collateral(witness: Witness) -> dict[str, int]:
+def _collateral(observer: JobObserver) -> dict[str, int]:
     """How often healthy jobs were killed with the poison."""
-    found = witness.documents()
+    found = observer.documents()
     again = [one for one in found.values() if one and one["status"] == "succeeded" and one["attempt"] > 1]
     return {
         "healthy_run_again": len(again),

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from devtools.faults.cluster import Stage
+from devtools.faults.cluster import Cluster
 from devtools.faults.verdict import Verdict
 from gradcam_worker.client.client import GradcamClient
 
@@ -25,29 +25,29 @@ def checksums(bucket: Path) -> dict[str, dict[str, str]]:
 
 
 def compare_with_a_quiet_run(
-    stage: Stage, verdict: Verdict, numbers: Iterable[int], patience_s: float
+    cluster: Cluster, verdict: Verdict, numbers: Iterable[int], patience_s: float
 ) -> None:
     """Run the very same jobs once more, under the same addresses, with nothing that disturbs them.
 
     What the attacked run wrote is put aside first. Counts `wrong_bytes`.
     """
-    stage.stop_workers()
-    attacked = checksums(stage.bucket)
-    stage.s3.kill()
-    stage.bucket.rename(stage.folder / "attacked")
-    stage.s3.start()
-    settings = stage.settings.model_copy(update={"key_prefix": "quiet:"})
+    cluster.stop_workers()
+    attacked = checksums(cluster.bucket)
+    cluster.s3.kill()
+    cluster.bucket.rename(cluster.folder / "attacked")
+    cluster.s3.start()
+    settings = cluster.settings.model_copy(update={"key_prefix": "quiet:"})
     client = GradcamClient(settings=settings)
     for _ in range(QUIET_WORKERS):
-        stage.work(settings)
-    ids = [client.submit(stage.job(number)) for number in numbers]
+        cluster.work(settings)
+    ids = [client.submit(cluster.job(number)) for number in numbers]
     end = time.monotonic() + patience_s
     for job_id in ids:
         document = client.wait(job_id, max(end - time.monotonic(), 1))
         if document.status != "succeeded" and job_id in attacked:
             verdict.broken.append(f"The quiet run of {job_id} ended {document.status}.")
-    stage.stop_workers()
-    quiet = checksums(stage.bucket)
+    cluster.stop_workers()
+    quiet = checksums(cluster.bucket)
     wrong = [job_id for job_id in ids if attacked.get(job_id) != quiet.get(job_id)]
     verdict.wrong_bytes = len(wrong)
     verdict.figures["objects_compared"] = sum(len(one) for one in quiet.values())

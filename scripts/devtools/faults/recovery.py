@@ -13,9 +13,9 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-from devtools.faults.cluster import START_S, Stage, raised, wait_for
+from devtools.faults.cluster import START_S, Cluster, running_cluster, wait_for
 from devtools.faults.job_stream import Stream
-from devtools.faults.observer import Witness
+from devtools.faults.observer import JobObserver
 from gradcam_worker.broker import publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.settings import Settings
@@ -34,25 +34,25 @@ def attack(count: int, seed: int) -> dict[str, Any]:
     draw = random.Random(seed)  # noqa: S311  # repeatable, not secret
     defaults: dict[str, Any] = {name: getattr(Settings(), name) for name in AS_THEY_COME}
     lost_s, jobs, hit = 0.0, 0, 0
-    with raised("recovery", seed, **defaults) as stage, Witness(stage) as witness:
-        worker = stage.work()
+    with running_cluster("recovery", seed, **defaults) as cluster, JobObserver(cluster) as observer:
+        worker = cluster.work()
         for _ in range(count):
-            with Stream(stage, witness.unfinished, jobs=AHEAD, ahead=AHEAD + LOST, first=jobs) as stream:
+            with Stream(cluster, observer.unfinished, jobs=AHEAD, ahead=AHEAD + LOST, first=jobs) as stream:
                 stream.join()
             jobs += AHEAD
-            vanished = _lose(stage, jobs)
+            vanished = _lose(cluster, jobs)
             jobs += LOST
-            wait_for(lambda: witness.running, START_S, "a worker has jobs in hand")
+            wait_for(lambda: observer.running, START_S, "a worker has jobs in hand")
             time.sleep(draw.uniform(0, LATER_S))
             pid, begun = worker.process or 0, time.monotonic()
             os.kill(pid, signal.SIGKILL)
-            hit += witness.hit(pid)
+            hit += observer.hit(pid)
             with contextlib.suppress(TimeoutError):
-                done = witness.finals.keys()
+                done = observer.finals.keys()
                 wait_for(partial(vanished.issubset, done), DRAINS_S, "jobs without a message are found")
             lost_s = max(lost_s, time.monotonic() - begun)
-            witness.drain(DRAINS_S)
-        verdict = witness.verdict(faults=count)
+            observer.drain(DRAINS_S)
+        verdict = observer.verdict(faults=count)
     if verdict.recovery_s_max > RUNS_AGAIN_S:
         verdict.broken.append(f"A killed worker's job ran again after {verdict.recovery_s_max:.0f} s only.")
     if lost_s > PUBLISHED_AGAIN_S:
@@ -61,14 +61,14 @@ def attack(count: int, seed: int) -> dict[str, Any]:
     return verdict.to_dict()
 
 
-def _lose(stage: Stage, first: int) -> set[str]:
+def _lose(cluster: Cluster, first: int) -> set[str]:
     """Submit jobs whose messages vanish; their ids. It is the queue of bulk jobs, which are taken last."""
-    client = GradcamClient(settings=stage.settings)
-    jobs = [stage.job(first + number, priority="bulk") for number in range(LOST)]
-    pattern = f"{stage.settings.key_prefix}{publisher.BULK}*"
+    client = GradcamClient(settings=cluster.settings)
+    jobs = [cluster.job(first + number, priority="bulk") for number in range(LOST)]
+    pattern = f"{cluster.settings.key_prefix}{publisher.BULK}*"
     for job in jobs:
-        stage.submit(client, job)
-    with closing(stage.services) as server:
+        cluster.submit(client, job)
+    with closing(cluster.services) as server:
         for key in server.keys(pattern):
             server.delete(key)
     return {job.id for job in jobs}

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-from devtools.faults.cluster import START_S, Server, Stage, raised, wait_for
+from devtools.faults.cluster import START_S, Cluster, Server, running_cluster, wait_for
 from devtools.faults.job_stream import Stream
-from devtools.faults.observer import Witness, told
+from devtools.faults.observer import JobObserver, told
 from devtools.faults.proxy import Fault
 from devtools.faults.quiet_run import compare_with_a_quiet_run
 from devtools.faults.verdict import Verdict
@@ -63,13 +63,13 @@ def _suffering(servers: Iterable[Server], fault: Fault) -> Iterator[None]:
         yield
 
 
-def _faults(stage: Stage, *, at_once: bool) -> Iterator[tuple[str, AbstractContextManager[None]]]:
+def _faults(cluster: Cluster, *, at_once: bool) -> Iterator[tuple[str, AbstractContextManager[None]]]:
     """All of them, each ready to be entered.
 
     The receiver's come first: it is left alone for longer and longer while it fails, and is told of the last
     job's end while the others have their turn.
     """
-    receiver, broker, s3 = stage.receiver, stage.broker, stage.s3
+    receiver, broker, s3 = cluster.receiver, cluster.broker, cluster.s3
     yield from _of(receiver, FEW if at_once else ON_THE_LINE | OF_HTTP)
     yield from _of(broker, {} if at_once else ON_THE_LINE)
     yield from _of(s3, OF_HTTP if at_once else ON_THE_LINE | OF_HTTP)
@@ -91,35 +91,35 @@ def attack(count: int, seed: int) -> dict[str, Any]:
     telling.set()
     recoveries: dict[str, float] = {}
     hit = 0
-    with raised("servers", seed) as stage, Witness(stage) as witness:
+    with running_cluster("servers", seed) as cluster, JobObserver(cluster) as observer:
 
         def make(number: int) -> Job:
-            job = stage.job(number, webhooks=stage.hook() if telling.is_set() else [])
+            job = cluster.job(number, webhooks=cluster.hook() if telling.is_set() else [])
             if telling.is_set():
                 to_tell.add(job.id)
             return job
 
-        stage.work()
+        cluster.work()
         flow: dict[str, Any] = {"jobs": AHEAD, "ahead": AHEAD, "every_s": EVERY_S}
-        with Stream(stage, witness.unfinished, until=enough, make=make, **flow) as stream:
-            for name, fault in _faults(stage, at_once=count < LONG):
-                if count < LONG and not name.startswith(stage.receiver.name):
+        with Stream(cluster, observer.unfinished, until=enough, make=make, **flow) as stream:
+            for name, fault in _faults(cluster, at_once=count < LONG):
+                if count < LONG and not name.startswith(cluster.receiver.name):
                     telling.clear()  # what a courier held when the ledger went away comes a minute later
                 stream.every_s = 0.0  # so that the worker's hands are full when it happens
-                wait_for(lambda: len(witness.running) >= BUSY_WITH, START_S, "a worker has jobs in hand")
-                hit += witness.hit()
+                wait_for(lambda: len(observer.running) >= BUSY_WITH, START_S, "a worker has jobs in hand")
+                hit += observer.hit()
                 stream.every_s = EVERY_S
                 with fault:
                     time.sleep(count)
-                witness.over()
-                recoveries[name] = _settled(stage, witness)
+                observer.over()
+                recoveries[name] = _settled(cluster, observer)
             enough.set()
             stream.join()
-        witness.drain(DRAINS_S)
-        verdict = witness.verdict(faults=len(recoveries))
-        _look_at_what_was_told(stage, to_tell, verdict)
-        deaths = stage.workers[0].log.read_text(errors="replace").count("ended unasked")
-        compare_with_a_quiet_run(stage, verdict, range(len(stream.made)), DRAINS_S + len(stream.made) / 5)
+        observer.drain(DRAINS_S)
+        verdict = observer.verdict(faults=len(recoveries))
+        _look_at_what_was_told(cluster, to_tell, verdict)
+        deaths = cluster.workers[0].log.read_text(errors="replace").count("ended unasked")
+        compare_with_a_quiet_run(cluster, verdict, range(len(stream.made)), DRAINS_S + len(stream.made) / 5)
     verdict.recovery_s_max = max(verdict.recovery_s_max, *recoveries.values())
     for name, seconds in recoveries.items():
         if seconds > RECOVERS_S:
@@ -127,27 +127,27 @@ def attack(count: int, seed: int) -> dict[str, Any]:
     verdict.figures |= {
         "recoveries_s": {name: round(seconds, 1) for name, seconds in recoveries.items()},
         "jobs_hit": hit,
-        "submissions_refused": stage.refused,
+        "submissions_refused": cluster.refused,
         "worker_restarts": deaths,
     }
     return verdict.to_dict()
 
 
-def _settled(stage: Stage, witness: Witness) -> float:
+def _settled(cluster: Cluster, observer: JobObserver) -> float:
     """Wait until all jobs that are there now are final, and one that comes after them; how long it took."""
-    before, begun = set(stage.accepted), time.monotonic()
+    before, begun = set(cluster.accepted), time.monotonic()
     while time.monotonic() - begun < RECOVERS_S + 1:
-        ended = witness.finals.keys()
+        ended = observer.finals.keys()
         if before <= ended and ended - before:
             break
         time.sleep(0.02)
     return time.monotonic() - begun
 
 
-def _look_at_what_was_told(stage: Stage, to_tell: set[str], verdict: Verdict) -> None:
+def _look_at_what_was_told(cluster: Cluster, to_tell: set[str], verdict: Verdict) -> None:
     """Every job's end, at least once, and always the same."""
     end = time.monotonic() + TOLD_S
-    while to_tell - (events := told(stage)).keys() and time.monotonic() < end:
+    while to_tell - (events := told(cluster)).keys() and time.monotonic() < end:
         time.sleep(0.2)
     untold = to_tell - events.keys()
     if untold:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from devtools.faults.cluster import START_S, Stage, Worker, raised, wait_for
-from devtools.faults.observer import Witness, end_of, told
+from devtools.faults.cluster import START_S, Cluster, Worker, running_cluster, wait_for
+from devtools.faults.observer import JobObserver, end_of, told
 from devtools.faults.resource_usage import Usage
 from devtools.faults.verdict import Verdict
 from gradcam_worker.broker import app, publisher
@@ -51,7 +51,7 @@ SINGLETONS = (
 class Mix:
     """Makes jobs of all kinds, submits them, and knows how each may end."""
 
-    stage: Stage
+    cluster: Cluster
     seed: int
     client: GradcamClient
     made: int = 0
@@ -62,8 +62,8 @@ class Mix:
     def __post_init__(self) -> None:
         """Store the bad images, and make what sends messages past the client."""
         self._random = random.Random(self.seed)  # noqa: S311  # repeatable, not secret
-        self._app = app.make_app(self.stage.settings)
-        photos = self.stage.folder / "buckets" / "photos"
+        self._app = app.make_app(self.cluster.settings)
+        photos = self.cluster.folder / "buckets" / "photos"
         good = (photos / "0.jpg").read_bytes()
         (photos / "cut.jpg").write_bytes(good[: len(good) // 2])
         (photos / "text.jpg").write_bytes(b"This is no image. " * 99)
@@ -80,13 +80,13 @@ class Mix:
         self.made += 1
 
     def _submit(self, number: int, *ends: str, **changes: Any) -> Job:
-        job = self.stage.job(number, **{"max_attempts": 3, "timeout_s": 60, **changes})
+        job = self.cluster.job(number, **{"max_attempts": 3, "timeout_s": 60, **changes})
         self.ends[job.id] = ends
-        self.stage.submit(self.client, job)
+        self.cluster.submit(self.client, job)
         return job
 
     def _do_good(self, number: int) -> None:
-        self._submit(number, "succeeded", webhooks=self.stage.hook() if number % 5 == 0 else [])
+        self._submit(number, "succeeded", webhooks=self.cluster.hook() if number % 5 == 0 else [])
 
     def _do_bad_address(self, number: int) -> None:
         uris = {
@@ -130,7 +130,7 @@ class Mix:
     def _do_duplicate(self, number: int) -> None:
         key = f"key {number}"
         job = self._submit(number, "succeeded", idempotency_key=key)
-        same = job.model_copy(update={"id": self.stage.job(-number).id})
+        same = job.model_copy(update={"id": self.cluster.job(-number).id})
         if (found := self.client.submit(same)) != job.id:
             self.broken.append(f"The idempotency key of {job.id} led to {found}.")
         other = same.model_copy(update={"metadata": {"other": "yes"}})
@@ -140,11 +140,11 @@ class Mix:
 
     def _do_strangers_job(self, number: int) -> None:
         """By name, from a Celery client that knows nothing of the ledger."""
-        job = self.stage.job(number)
+        job = self.cluster.job(number)
         self._send(job.id, job.model_dump(mode="json"), "succeeded")
 
     def _do_no_job(self, number: int) -> None:
-        job = self.stage.job(number)
+        job = self.cluster.job(number)
         payload = {**job.model_dump(mode="json"), self._random.choice(["image", "target", "extra"]): [1, {}]}
         self._send(job.id, payload, "invalid_job")
 
@@ -153,7 +153,7 @@ class Mix:
             publisher.EXPLAIN, args=[payload], queue=publisher.INTERACTIVE, task_id=job_id, priority=0
         )
         self.ends[job_id] = ends
-        self.stage.accepted[job_id] = time.monotonic()
+        self.cluster.accepted[job_id] = time.monotonic()
 
     def _do_no_message(self, number: int) -> None:
         """Straight into the list that is the queue."""
@@ -169,49 +169,52 @@ class Mix:
             json.dumps({**envelope, "headers": None}).encode(),
             json.dumps({**envelope, "properties": {"delivery_tag": number, "delivery_info": []}}).encode(),
         ]
-        queue = f"{self.stage.settings.key_prefix}{publisher.INTERACTIVE}"
-        with closing(self.stage.services) as server:
+        queue = f"{self.cluster.settings.key_prefix}{publisher.INTERACTIVE}"
+        with closing(self.cluster.services) as server:
             server.lpush(queue, self._random.choice(texts))
 
 
 def attack(count: int, seed: int) -> dict[str, Any]:
     """For `count` seconds; see `Verdict` for what is counted."""
     retention: dict[str, Any] = {"retention_s": RETENTION_S, "idempotency_retention_s": RETENTION_S}
-    with raised("soak", seed, **retention) as stage, Witness(stage, forgotten=True) as witness:
-        mix = Mix(stage, seed, GradcamClient(settings=stage.settings))
-        worker = stage.work()
+    with (
+        running_cluster("soak", seed, **retention) as cluster,
+        JobObserver(cluster, forgotten=True) as observer,
+    ):
+        mix = Mix(cluster, seed, GradcamClient(settings=cluster.settings))
+        worker = cluster.work()
         mix.one()
-        wait_for(lambda: witness.finals, START_S, "the first job ends")
+        wait_for(lambda: observer.finals, START_S, "the first job ends")
         usage = Usage(worker.process or 0)  # it is there: a good job ends nowhere else
         end = time.monotonic() + count
         with usage.read():
             while time.monotonic() < end:
-                if witness.unfinished() < AHEAD:
+                if observer.unfinished() < AHEAD:
                     mix.one()
                 else:
                     time.sleep(0.005)
-            witness.drain(DRAINS_S)
-        verdict = _verdict(stage, witness, mix)
+            observer.drain(DRAINS_S)
+        verdict = _verdict(cluster, observer, mix)
         _look_at_usage(usage, count, verdict, worker)
-        wait_for(lambda: not _undelivered(stage), DRAINS_S, "all webhooks are told")
-        _look_at_what_is_left(stage, verdict)
+        wait_for(lambda: not _undelivered(cluster), DRAINS_S, "all webhooks are told")
+        _look_at_what_is_left(cluster, verdict)
         if count >= LONG_S:
             time.sleep(RETENTION_S + 5)
-            _look_at_what_is_kept(stage, verdict)
-        stage.stop_workers()
-        left = [path for path in (stage.folder / "tmp").rglob("*") if path.is_file()]
+            _look_at_what_is_kept(cluster, verdict)
+        cluster.stop_workers()
+        left = [path for path in (cluster.folder / "tmp").rglob("*") if path.is_file()]
         verdict.figures["temporary_files"] = len(left)
         if left:
             verdict.broken.append(f"{len(left)} temporary files are left: {left[0].name}")
     return verdict.to_dict()
 
 
-def _verdict(stage: Stage, witness: Witness, mix: Mix) -> Verdict:
+def _verdict(cluster: Cluster, observer: JobObserver, mix: Mix) -> Verdict:
     hostile = mix.made - mix.kinds["good"]
-    verdict = witness.verdict(faults=hostile, expected=lambda job_id: mix.ends[job_id])
+    verdict = observer.verdict(faults=hostile, expected=lambda job_id: mix.ends[job_id])
     verdict.broken += mix.broken
-    verdict.doubled += sum(any(one != heard[0] for one in heard) for heard in told(stage).values())
-    ends = Counter(end_of(one) for one in witness.documents().values() if one)
+    verdict.doubled += sum(any(one != heard[0] for one in heard) for heard in told(cluster).values())
+    ends = Counter(end_of(one) for one in observer.documents().values() if one)
     verdict.figures |= {"kinds": dict(sorted(mix.kinds.items())), "ends": dict(sorted(ends.items()))}
     return verdict
 
@@ -236,19 +239,19 @@ def _look_at_usage(usage: Usage, seconds: float, verdict: Verdict, worker: Worke
     }
 
 
-def _keys(stage: Stage) -> list[str]:
-    prefix = stage.settings.key_prefix
-    with closing(stage.services) as server:
+def _keys(cluster: Cluster) -> list[str]:
+    prefix = cluster.settings.key_prefix
+    with closing(cluster.services) as server:
         return sorted(key.removeprefix(prefix) for key in server.scan_iter(count=1000))
 
 
-def _undelivered(stage: Stage) -> list[str]:
-    return [key for key in _keys(stage) if key.startswith("events:")]
+def _undelivered(cluster: Cluster) -> list[str]:
+    return [key for key in _keys(cluster) if key.startswith("events:")]
 
 
-def _look_at_what_is_left(stage: Stage, verdict: Verdict) -> None:
+def _look_at_what_is_left(cluster: Cluster, verdict: Verdict) -> None:
     """Every key is a job's, which will be forgotten, or one of the few that are always there."""
-    keys = _keys(stage)
+    keys = _keys(cluster)
     patterns = Counter(key.partition(":")[0] if ":" in key else key for key in keys)
     verdict.figures["keys"] = dict(sorted(patterns.items()))
     odd = [
@@ -258,17 +261,17 @@ def _look_at_what_is_left(stage: Stage, verdict: Verdict) -> None:
     ]
     if odd:
         verdict.broken.append(f"{len(odd)} keys are left when nothing is under way: {', '.join(odd[:5])}")
-    prefix = stage.settings.key_prefix
-    with closing(stage.services) as server:
+    prefix = cluster.settings.key_prefix
+    with closing(cluster.services) as server:
         mortal = [key for key in keys if key.startswith(("job:", "idempotency:"))]
         immortal = [key for key in mortal if server.pttl(prefix + key) < 0 and server.exists(prefix + key)]
     if immortal:
         verdict.broken.append(f"{len(immortal)} keys of final jobs stay for ever: {immortal[0]}")
 
 
-def _look_at_what_is_kept(stage: Stage, verdict: Verdict) -> None:
+def _look_at_what_is_kept(cluster: Cluster, verdict: Verdict) -> None:
     """When the time that jobs are kept for is over."""
-    kept = [key for key in _keys(stage) if key.startswith(("job:", "idempotency:", "events:"))]
+    kept = [key for key in _keys(cluster) if key.startswith(("job:", "idempotency:", "events:"))]
     verdict.figures["keys_after_retention"] = len(kept)
     if kept:
         verdict.broken.append(f"{len(kept)} keys outlast their retention: {kept[0]}")

@@ -22,7 +22,7 @@ import standardwebhooks
 from pydantic import SecretStr
 from standardwebhooks.webhooks import WebhookVerificationError
 
-from devtools.faults import cluster
+from devtools.faults.cluster import Cluster, running_cluster, wait_for
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
@@ -98,20 +98,20 @@ def attack(jobs: int, seed: int) -> dict[str, Any]:
     rounds = max(min(ROUNDS, jobs // SMALLEST_ROUND), 1)
     submitted: dict[str, list[str]] = {kind: [] for kind in KINDS}
     rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    with receiving() as receivers, _raised(seed, receivers) as stage:
-        stage.work()
-        client = GradcamClient(settings=stage.settings)
-        _run(client, [stage.job(10**6 + number) for number in range(SMALLEST_ROUND)])  # until all is warm
+    with receiving() as receivers, _attacked_cluster(seed, receivers) as cluster:
+        cluster.work()
+        client = GradcamClient(settings=cluster.settings)
+        _run(client, [cluster.job(10**6 + number) for number in range(SMALLEST_ROUND)])  # until all is warm
         for number in range(rounds):
             for kind in draw.sample(KINDS, len(KINDS)):
-                some = [_job(stage, receivers, kind, at) for at in _share(jobs, rounds, number)]
+                some = [_job(cluster, receivers, kind, at) for at in _share(jobs, rounds, number)]
                 rates[kind].append(_run(client, some))
                 submitted[kind] += [one.id for one in some]
         events = 3 * len(submitted[HEALTHY])
         with contextlib.suppress(TimeoutError):  # what is missing is found below
-            cluster.wait_for(lambda: len(receivers.heard) >= events, PATIENCE_S, "all is told")
-        stage.stop_workers()
-        found = _judged(stage, receivers, submitted)
+            wait_for(lambda: len(receivers.heard) >= events, PATIENCE_S, "all is told")
+        cluster.stop_workers()
+        found = _judged(cluster, receivers, submitted)
     ratios = {kind: _ratio(rates[kind], rates[HEALTHY]) for kind in BAD}
     found["jobs"] = sum(map(len, submitted.values()))
     found["faults"] = sum(len(submitted[kind]) for kind in BAD)
@@ -132,8 +132,8 @@ def _ratio(some: Sequence[float], others: Sequence[float]) -> float:
     )
 
 
-def _raised(seed: int, receivers: Receivers) -> contextlib.AbstractContextManager[cluster.Stage]:
-    return cluster.raised(
+def _attacked_cluster(seed: int, receivers: Receivers) -> contextlib.AbstractContextManager[Cluster]:
+    return running_cluster(
         "status",
         seed,
         webhook_hosts=tuple(f"127.0.0.1:{port}" for port in receivers.ports),
@@ -147,13 +147,13 @@ def _share(jobs: int, rounds: int, number: int) -> range:
     return range(jobs * number // rounds, jobs * (number + 1) // rounds)
 
 
-def _job(stage: cluster.Stage, receivers: Receivers, kind: str, number: int) -> Job:
+def _job(cluster: Cluster, receivers: Receivers, kind: str, number: int) -> Job:
     """The same work for each kind."""
     hooks = [
         {"url": url, "events": EVENTS, "secret_ref": "attacked"} for url in (receivers.urls.get(kind),) if url
     ]
-    another = stage.job(KINDS.index(kind) * 10**5 + number).id
-    same = stage.job(number).model_dump(mode="json")
+    another = cluster.job(KINDS.index(kind) * 10**5 + number).id
+    same = cluster.job(number).model_dump(mode="json")
     return Job.parse({**same, "id": another, "priority": "normal", "webhooks": hooks})
 
 
@@ -170,16 +170,16 @@ def _run(client: GradcamClient, jobs: Sequence[Job]) -> float:
     return (len(times) - 1) / max(times[-1] - times[0], 1e-3) if len(times) > 1 else 0.0
 
 
-def _judged(stage: cluster.Stage, receivers: Receivers, submitted: dict[str, list[str]]) -> dict[str, Any]:
+def _judged(cluster: Cluster, receivers: Receivers, submitted: dict[str, list[str]]) -> dict[str, Any]:
     """What was promised and not kept."""
     every = [job_id for ids in submitted.values() for job_id in ids]
-    ledger = RedisLedger(stage.settings)
+    ledger = RedisLedger(cluster.settings)
     documents = ledger.read_many(every)
     seen, twice, unsigned, disordered = _heard(receivers)
     wanted = {(job_id, revision) for job_id in submitted[HEALTHY] for revision in (1, 2, 3)}
     missing = len(wanted - seen.keys())
     kept = _kept(ledger, [job_id for kind in BAD for job_id in submitted[kind]])
-    outbox = RedisOutbox(ledger.server, retention_s=stage.settings.retention_s)
+    outbox = RedisOutbox(ledger.server, retention_s=cluster.settings.retention_s)
     found = {
         f"{missing} events did not reach the healthy receiver.": missing,
         f"{twice} events reached the healthy receiver twice.": twice,
