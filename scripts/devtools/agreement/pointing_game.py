@@ -3,12 +3,16 @@
 The peak of the heatmap has to lie in the box of the shape that was asked for (Zhang et al., arXiv
 1608.00507). Whoever points blindly hits as often as the box is large: about .14 of the picture. Whoever
 points at any shape, whatever was asked for, hits half of the time.
+
+The networks' weights lie beside the test, so that it need not train them. To train them anew:
+`PYTHONPATH=scripts .venv/bin/python -P -m devtools.agreement.pointing_game`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from devtools import ROOT
 from gradcam_worker.gradcam.models.loading import wrap_model
 
 # isort: split
@@ -31,6 +35,7 @@ HEADS = ("pooling", "flattening")
 LESSONS = {"pooling": (3000, 5), "flattening": (4000, 8)}
 BATCH, LEARNING_RATE = 64, 3e-3
 PLAYED = 250  # pictures
+TRAINED = ROOT / "tests" / "gradcam" / "methods" / "pointing_game.npz"  # weights of both networks
 
 
 @dataclass(frozen=True)
@@ -140,11 +145,37 @@ def _hit(heatmap: NDArray[np.float32], box: Iterable[int]) -> bool:
     return bool(heatmap.any() and left <= column < right and top <= row < bottom)
 
 
-def play(head: str, methods: Iterable[str] = tuple(cam.METHODS)) -> dict[str, float]:
-    """Train, then play on new pictures: method -> hits, and `chance`; `named`: both shapes in the top two."""
-    network = explainable(trained(head))
+def saved(head: str) -> Any:
+    """The network of such a head that was trained before."""
+    model = _untrained(head)
+    with np.load(TRAINED) as found:
+        model.set_weights(
+            [found[f"{head} {number}"].astype(np.float32) for number in range(len(model.weights))]
+        )
+    return model
+
+
+def save() -> None:
+    """Train both networks and keep their weights, in half precision."""
+    weights = {
+        f"{head} {number}": weight.astype(np.float16)
+        for head in HEADS
+        for number, weight in enumerate(trained(head).get_weights())
+    }
+    np.savez_compressed(TRAINED, allow_pickle=False, **weights)
+
+
+def play(
+    head: str, methods: Iterable[str] = tuple(cam.METHODS), build: Callable[[str], Any] = trained
+) -> dict[str, float]:
+    """Play on new pictures: method -> hits, and `chance`; `named`: both shapes in the top two."""
+    network = explainable(build(head))
     scene = draw(PLAYED, np.random.default_rng(1))
     best = np.sort(np.argsort(-network.scores(scene.pixels), axis=1)[:, :SHOWN])
     named = float((best == np.sort(scene.classes)).all(axis=1).mean())
     found = {method: hits(network, scene, method) for method in methods}
     return {**found, "chance": scene.chance, "named": named}
+
+
+if __name__ == "__main__":
+    save()

@@ -1,7 +1,7 @@
-"""The pointing game: a network trained here, two shapes in a picture, asked for one of them: see `shapes`."""
+"""The pointing game, `devtools.agreement.pointing_game`: two shapes in a picture, asked for one of them."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -18,10 +18,10 @@ both_heads = pytest.mark.parametrize("head", REQUIRED)
 
 @pytest.fixture(scope="module")
 def play() -> Play:
-    """Hits in [0, 1] by method; each network is trained once."""
-    from devtools.agreement.pointing_game import play
+    """Hits in [0, 1] by method, of networks that were trained before."""
+    from devtools.agreement.pointing_game import play, saved
 
-    return cache(play)
+    return cache(partial(play, build=saved))
 
 
 @both_heads
