@@ -28,6 +28,27 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.testing import TinyNetwork
 
 SERVERS = {"valkey", "s3_server", "encrypted"}  # fixtures that start a program
+# What takes half a minute or more, so that none of it is left for the end.
+SLOW_WAITING = (
+    "test_pages.py",
+    "test_servers.py",
+    "test_worst_days.py",
+    "test_rehearsal.py",
+    "test_mixed_fleet.py",
+    "test_kill.py",
+    "test_bench_river.py",
+    "test_soak.py",
+    "test_telemetry.py",
+    "test_backfill.py",
+    "test_shards.py",
+    "test_demo.py",
+)
+SLOW_COMPUTING = (
+    "test_bench.py",
+    "test_backends.py",
+    "test_imagenet_step.py",
+    "test_every_network.py",
+)
 FOLDERS_OF_SERVERS = {"live", "faults", "devtools", "deploy"}
 
 
@@ -51,19 +72,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Side by side run one file and another, but not two that time real processes.
+    """Whole files, from both ends: one process begins with what waits, the others with what computes.
 
-    Not by the mark `xdist_group`: xdist 3.8 writes it into `_nodeid`, which pytest 9 does not read any more.
+    So a test of real processes, which mostly waits, and the training of a network share the two cores; what
+    is small comes last, wherever there is room. Not by the mark `xdist_group`: xdist 3.8 writes it into
+    `_nodeid`, which pytest 9 does not read any more.
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # xdist ships no types
+    class FromBothEnds(LoadScopeScheduling):  # type: ignore[misc]  # xdist ships no types
         def _split_scope(self, nodeid: str) -> str:
-            path = nodeid.partition("::")[0]
-            timed = path.split("/")[-2] in {"live", "faults"} and not path.endswith("test_rehearsal.py")
-            return "processes" if timed else path
+            return nodeid.partition("::")[0]
 
-    return ByFile(config, log)
+        def _assign_work_unit(self, node: Any) -> None:
+            first = node is self.nodes[0]
+            path = (min if first else max)(self.workqueue, key=_place)
+            self.workqueue.move_to_end(path, last=False)  # where the next one is taken from
+            super()._assign_work_unit(node)
+
+    return FromBothEnds(config, log)
+
+
+def _place(path: str) -> tuple[int, int, str]:
+    """Where a file stands between those that wait and those that compute; of either, the slowest outermost."""
+    package, _, name = path.removeprefix("tests/").rpartition("/")
+    waits, computes = package in {"live", "faults"}, package.startswith(("gradcam", "devtools"))
+    if waits:
+        return (0, SLOW_WAITING.index(name) if name in SLOW_WAITING else len(SLOW_WAITING), path)
+    return (2 if computes else 1, SLOW_COMPUTING.index(name) if name in SLOW_COMPUTING else -1, path)
 
 
 @pytest.hookimpl(wrapper=True)
