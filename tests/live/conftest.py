@@ -58,10 +58,13 @@ class Stage:
         return f"s3://photos/{name}"
 
     @contextlib.contextmanager
-    def worker(self, name: str) -> Iterator[subprocess.Popen[bytes]]:
-        """`gradcam worker`, supervisor and all, in a process of its own."""
+    def worker(self, name: str, *, tiny: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+        """`gradcam worker`, supervisor and all, in a process of its own; `tiny`: without TensorFlow."""
+        from devtools.faults import tiny_worker
+
+        program = [tiny_worker.__file__, "supervise"] if tiny else ["-m", "gradcam_worker", "worker"]
         process = parent_watch.start(
-            [sys.executable, "-P", "-m", "gradcam_worker", "worker"],
+            [sys.executable, "-P", *program],
             log=self.logs / f"{name}.log",
             environment=self.settings.to_environment(),
             grace_s=self.settings.shutdown_timeout_s + 15,

@@ -1,4 +1,4 @@
-"""Workers that are killed, stopped and restarted."""
+"""Workers that are killed, stopped and restarted: once a whole one, else with a tiny network."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
+pytestmark = [pytest.mark.live]
 
 WAIT_S = 120
 
@@ -56,6 +56,7 @@ def pid_of(stage: Any, job_id: str) -> int:
     return int(stage.client.status(job_id).worker.id.rpartition(":")[2])
 
 
+@pytest.mark.tensorflow
 def test_a_killed_workers_job_is_run_again_by_the_next(stage: Any, gate: Gate) -> None:
     with stage.worker("killed"):
         job_id = submit(stage, gate)
@@ -68,7 +69,7 @@ def test_a_killed_workers_job_is_run_again_by_the_next(stage: Any, gate: Gate) -
 
 
 def test_a_job_that_kills_its_worker_ends_after_its_attempts(stage: Any, gate: Gate) -> None:
-    with stage.worker("poisoned"):
+    with stage.worker("poisoned", tiny=True):
         job_id = submit(stage, gate, max_attempts=1)
         os.kill(pid_of(stage, job_id), signal.SIGKILL)
         gate.open.set()
@@ -78,7 +79,7 @@ def test_a_job_that_kills_its_worker_ends_after_its_attempts(stage: Any, gate: G
 
 
 def test_a_worker_that_is_asked_to_stop_finishes_what_it_has(stage: Any, gate: Gate) -> None:
-    with stage.worker("stopped") as supervisor:
+    with stage.worker("stopped", tiny=True) as supervisor:
         job_id = submit(stage, gate)
         supervisor.terminate()
         time.sleep(0.5)
@@ -89,7 +90,7 @@ def test_a_worker_that_is_asked_to_stop_finishes_what_it_has(stage: Any, gate: G
 
 
 def test_a_worker_does_not_outlive_its_killed_supervisor(stage: Any, gate: Gate) -> None:
-    with stage.worker("orphaned") as keeper:
+    with stage.worker("orphaned", tiny=True) as keeper:
         job_id = submit(stage, gate)
         worker = pid_of(stage, job_id)
         supervisor = int(Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children").read_text())
@@ -104,5 +105,5 @@ def test_a_job_in_the_queue_waits_for_a_worker(stage: Any) -> None:
         image="s3://photos/coffee.jpg", network="efficientnet_lite0", target={"top_n": 1}
     )
     assert stage.client.status(job_id).status == "queued"
-    with stage.worker("late"):
+    with stage.worker("late", tiny=True):
         assert stage.client.wait(job_id, WAIT_S).status == "succeeded"
