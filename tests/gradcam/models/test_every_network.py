@@ -1,9 +1,10 @@
 """Every network of the catalog is what its row says, and can be explained: see `networks`."""
 
+import gc
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,19 @@ def test_preprocessing_is_what_keras_does_for_its_weights(
     assert_allclose(preprocess(pixels, row.preprocessing), theirs(pixels.copy()), atol=1e-5)
 
 
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """A network of a gigabyte does not stay until another one is built."""
+    yield
+    import keras
+
+    keras.utils.clear_session()
+    gc.collect()
+
+
 @pytest.mark.slow
 @pytest.mark.tensorflow
+@pytest.mark.usefixtures("forgotten")
 @every_row
 def test_it_is_found_by_its_graph_as_its_row_says_and_its_map_is_finite_and_the_same_by_the_shorter_way_back(
     row: NetworkRow, monkeypatch: pytest.MonkeyPatch
