@@ -94,7 +94,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def _place(path: str) -> tuple[int, int, str]:
-    """Where a file stands between those that wait and those that compute; of either, the slowest outermost."""
+    """Where a file stands between those that wait and those that compute; the slowest stand outermost."""
     package, _, name = path.removeprefix("tests/").rpartition("/")
     waits, computes = package in {"live", "faults"}, package.startswith(("gradcam", "devtools"))
     if waits:
