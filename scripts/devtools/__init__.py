@@ -11,19 +11,25 @@ Each package says in its own words where to begin. The programs are run as modul
 devtools.bench`), with the folder `scripts` on the import path; so are those that they start themselves.
 """
 
+import os
 import sys
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 ROOT = SCRIPTS.parent  # of the repository
-IMPORT_PATH = {"PYTHONPATH": str(SCRIPTS)}  # for the environment of a process that imports this package
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """How a module of this package is run with this interpreter, given IMPORT_PATH.
+    """How a module of this package is run with this interpreter, given `import_path`.
 
     Args:
         module: its name below `devtools`, such as `faults.images`.
         *arguments: what it is given.
     """
     return [sys.executable, "-P", "-m", f"{__name__}.{module}", *arguments]
+
+
+def import_path() -> dict[str, str]:
+    """What has to be in the environment of a process that imports this package."""
+    before = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": f"{SCRIPTS}{os.pathsep}{before}" if before else str(SCRIPTS)}

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from devtools import IMPORT_PATH, command
+from devtools import command, import_path
 
 
 def run(program: str, *arguments: str) -> Any:
     return subprocess.run(
         command(f"agreement.{program}", *arguments),
-        env={**os.environ, **IMPORT_PATH},
+        env={**os.environ, **import_path()},
         capture_output=True,
         text=True,
         check=False,

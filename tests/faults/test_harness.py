@@ -21,7 +21,7 @@ TWO = "00000000-0000-4000-8000-000000000002"
 
 
 class Scene:
-    """As much of a cluster as a observer looks at, and a hand that writes there."""
+    """As much of a cluster as an observer looks at, and a hand that writes there."""
 
     def __init__(self, folder: Path, url: str, prefix: str) -> None:
         self.url, self.bucket = url, folder / "results"
@@ -38,6 +38,7 @@ class Scene:
         with self.services as server:
             key = f"{self.settings.key_prefix}job:{job_id}"
             server.hset(key, mapping={"route": route, "document": json.dumps(document)})
+            server.expire(key, 600)
 
     def store(self, name: str, data: bytes) -> dict[str, Any]:
         path = self.bucket / "cams" / ONE / name

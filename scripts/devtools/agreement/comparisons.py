@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from devtools import IMPORT_PATH, command
+from devtools import command, import_path
 from devtools.agreement import every_method, pointing_game
 from devtools.agreement.notebook import NotebookGradCAM
 from devtools.agreement.randomisation import cascade, overlap, photographs, rank_correlation
@@ -154,7 +154,7 @@ def backends() -> Table:
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder) / "computed.npz")
             program = command("agreement.every_method", path)
-            subprocess.run(program, env={**os.environ, **IMPORT_PATH, "KERAS_BACKEND": backend}, check=True)
+            subprocess.run(program, env={**os.environ, **import_path(), "KERAS_BACKEND": backend}, check=True)
             with np.load(path) as saved:
                 apart = {name: largest(array, saved[name]) for name, array in ours.items()}
         kinds = ("logits", "heatmaps")

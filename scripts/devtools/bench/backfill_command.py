@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import redis
 
-from devtools import IMPORT_PATH
+from devtools import import_path
 from devtools.bench import testbed
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.runtime import parent_watch
@@ -166,7 +166,7 @@ def working(settings: Settings, program: Path, log: Path) -> Iterator[Process]:
     process = parent_watch.start(
         [sys.executable, "-P", str(program)],
         log=log,
-        environment={**settings.to_environment(), **IMPORT_PATH},
+        environment={**settings.to_environment(), **import_path()},
         grace_s=10,
     )
     try:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from devtools import IMPORT_PATH
+from devtools import import_path
 from devtools.bench.report import Figures, Requirement, plain, table, tiny, versions
 from devtools.bench.timing import clock
 
@@ -58,7 +58,7 @@ class Process:
 
     def __init__(self, command: list[str]) -> None:
         """Start it; it is ready once `answer` has been read."""
-        quiet = {**os.environ, **IMPORT_PATH, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        quiet = {**os.environ, **import_path(), "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed in `close`
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=quiet

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from devtools import IMPORT_PATH, command
+from devtools import command, import_path
 from devtools.faults.image_mutations import Mutant, mutations
 
 SHORT = 400  # images
@@ -89,7 +89,7 @@ def _child() -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     # On its standard error libpng and libjpeg say what they think of every image.
     with subprocess.Popen(
-        child, **pipes, env={**os.environ, **IMPORT_PATH}, stderr=subprocess.DEVNULL
+        child, **pipes, env={**os.environ, **import_path()}, stderr=subprocess.DEVNULL
     ) as process:
         if process.stdin is None or process.stdout is None:
             raise RuntimeError
