@@ -28,7 +28,7 @@ from gradcam_worker.broker.message import QUESTIONS, check
 from gradcam_worker.broker.transport import ANSWER_MS, RateLimitedCount
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable
 from gradcam_worker.resilience.outages import Outages
-from gradcam_worker.resilience.stall import Stall
+from gradcam_worker.resilience.stall import StallDetector
 from gradcam_worker.runtime import worker_process
 from gradcam_worker.schemas import strict_json
 from gradcam_worker.schemas.ids import new_id
@@ -58,7 +58,7 @@ class Reception:
     hold: threading.Event = field(default_factory=threading.Event)  # as long as it is not set, tasks wait
     raises: dict[str, BaseException] = field(default_factory=dict)  # message id -> once, in its thread
     holds: dict[str, threading.Event] = field(default_factory=dict)  # message id -> what its thread waits for
-    stall: Stall = field(default_factory=lambda: Stall(lambda: False, math.inf))
+    stall: StallDetector = field(default_factory=lambda: StallDetector(lambda: False, math.inf))
 
     def key(self, name: str) -> str:
         return f"{self.settings.key_prefix}{name}"

@@ -19,7 +19,7 @@ from typing import Any
 from devtools.faults import tiny_worker
 from gradcam_worker.settings import Settings
 
-STILL_S = 4.0  # without a turn of the loop: a test has not got half a minute
+HUNG_AFTER_S = 4.0  # without a turn of the loop: a test has not got half a minute
 ANSWERED_S = 1.5  # ago: whoever has not answered since is away
 FOLDER = Path(os.environ["ODD_FOLDER"])
 
@@ -48,7 +48,7 @@ def work(ready_fd: int) -> int:
 
     prepare.decode = stuck
 
-    liveness.STILL_S = STILL_S
+    liveness.HUNG_AFTER_S = STILL_S
     health.ASK_EVERY_S, health.ANSWERED_S = 0.2, ANSWERED_S
     ready = SturdyConsumer.on_ready
 

@@ -173,10 +173,10 @@ def test_a_long_pass_leaves_the_process_alive_and_ready() -> None:
 
     model_cache = ModelCache(lambda _: Long(), max_batch=1)
     network = model_cache.load(CATALOG[TinyNetwork.facts.name])
-    liveness = LivenessReporter(None, reachable=lambda: True, ill=lambda: model_cache.failure)
+    liveness = LivenessReporter(None, broker_answers=lambda: True, other_reason=lambda: model_cache.failure)
     liveness.loop.start()
     served = Served()
-    served.health.live["loop"] = lambda: liveness.said
+    served.health.live["loop"] = lambda: liveness.last_reason
     pixels = np.zeros((4, 16, 16, 3), np.uint8)
     work = (network, pixels, (-1,), GRADCAM, Deadline(WAIT_S))
     threading.Thread(target=model_cache.infer_many, args=work, daemon=True).start()

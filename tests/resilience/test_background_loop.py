@@ -149,12 +149,12 @@ def test_another_error_has_its_own_traceback_and_a_lasting_one_a_line_once_in_a_
 def test_an_unreachable_server_is_an_outage_that_ends_with_a_step_that_succeeds(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outages, "CALM_S", 0)
+    monkeypatch.setattr(outages, "ENDED_AFTER_S", 0)
     step = Step(*[LedgerUnavailable("gone")] * 4)
     with running(BackgroundLoop("leases", step, 0, outages=Outages(), consequence="no lease can be renewed")):
         assert step.was_called(6)
-    assert caplog.messages[0] == "the ledger is away: no lease can be renewed: gone"
-    assert caplog.messages[1].startswith("the ledger is back")
+    assert caplog.messages[0] == "the ledger is unreachable: no lease can be renewed: gone"
+    assert caplog.messages[1].startswith("the ledger is reachable again")
     assert len(caplog.messages) == 2
 
 
@@ -162,7 +162,7 @@ def test_the_error_says_which_server_is_unreachable(caplog: pytest.LogCaptureFix
     step = Step(BrokerUnavailable("gone"))
     with running(BackgroundLoop("reaper", step, 0, outages=Outages())):
         assert step.was_called(2)
-    assert caplog.messages == ["the broker is away: gone"]
+    assert caplog.messages == ["the broker is unreachable: gone"]
 
 
 def test_a_loop_without_outages_leaves_it_to_others_to_report_them(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,18 +15,20 @@ WAIT_S = 20
 
 @dataclass
 class World:
-    """What surrounds a pulse."""
+    """What surrounds a process."""
 
     answers: bool = True
-    ill: str | None = None
+    other_reason: str | None = None
     asked: int = 0
 
-    def reachable(self) -> bool:
+    def broker_answers(self) -> bool:
         self.asked += 1
         return self.answers
 
     def liveness(self, fd: int | None = None) -> LivenessReporter:
-        return LivenessReporter(fd, reachable=self.reachable, ill=lambda: self.ill)
+        return LivenessReporter(
+            fd, broker_answers=self.broker_answers, other_reason=lambda: self.other_reason
+        )
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 @pytest.fixture
 def still(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any time without a turn is too long."""
-    monkeypatch.setattr(liveness, "STILL_S", -1.0)
+    monkeypatch.setattr(liveness, "HUNG_AFTER_S", -1.0)
 
 
 def test_a_loop_that_turns_is_well_and_the_broker_is_not_asked(world: World) -> None:
@@ -74,20 +76,20 @@ def test_when_the_broker_is_back_the_loop_has_time_to_find_it(
     world.answers, now = False, [0.0]
     monkeypatch.setattr("gradcam_worker.runtime.liveness.time.monotonic", lambda: now[0])
     one = world.liveness()
-    now[0] += liveness.STILL_S + 1
+    now[0] += liveness.HUNG_AFTER_S + 1
     assert one.unhealthy_reason() is None
     world.answers = True
-    now[0] += liveness.STILL_S - 1
+    now[0] += liveness.HUNG_AFTER_S - 1
     assert one.unhealthy_reason() is None
     now[0] += 2
     assert one.unhealthy_reason()
-    one.tick()
+    one.loop_turned()
     assert one.unhealthy_reason() is None
 
 
 def test_a_device_that_hangs_is_trouble_whatever_else_is_well(world: World) -> None:
-    world.ill = "the device has not answered for 300 s"
-    assert world.liveness().unhealthy_reason() == world.ill
+    world.other_reason = "the device has not answered for 300 s"
+    assert world.liveness().unhealthy_reason() == world.other_reason
 
 
 @pytest.mark.usefixtures("still")
@@ -105,11 +107,11 @@ def test_signs_are_shown_as_long_as_all_is_well_and_trouble_is_said_once(
         for _ in range(3):
             one.report()
         assert seen.read(100) == b"111"
-        world.ill = "it hangs"
+        world.other_reason = "it hangs"
         for _ in range(3):
             one.report()
         assert not seen.read(100)
-        world.ill = None
+        world.other_reason = None
         one.report()
         assert seen.read(100) == b"1"
     assert caplog.text.count("no sign of life any more: it hangs") == 1
@@ -121,11 +123,11 @@ def test_a_check_that_is_broken_is_no_reason_to_start_the_process_again(
     def broken() -> str | None:
         raise SystemExit(1)
 
-    one = LivenessReporter(pipe[1], reachable=lambda: True, ill=broken)
+    one = LivenessReporter(pipe[1], broker_answers=lambda: True, other_reason=broken)
     with os.fdopen(os.dup(pipe[0]), "rb") as seen:
         with pytest.raises(SystemExit):
             one.report()
-        assert (seen.read(100), one.said) == (b"1", None)
+        assert (seen.read(100), one.last_reason) == (b"1", None)
 
 
 def test_whoever_is_gone_is_shown_nothing(world: World) -> None:

@@ -26,7 +26,7 @@ from kombu.exceptions import DecodeError
 from gradcam_worker.broker import message as envelope
 from gradcam_worker.errors import LedgerUnavailable
 from gradcam_worker.resilience.outages import Outage
-from gradcam_worker.resilience.stall import HELD_S, Stall
+from gradcam_worker.resilience.stall import ORPHANED_AFTER_S, StallDetector
 
 log = logging.getLogger("gradcam")
 
@@ -104,7 +104,7 @@ class ConsumerHooks:
 
     refuse: Callable[[str, str], object]  # records that the message of this id is no task, and why
     on_loop_turn: Callable[[], None]  # called on each turn of the loop, and while the broker is away
-    stall: Stall
+    stall: StallDetector
     broker_outage: Outage
 
 
@@ -124,7 +124,7 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
         super().on_ready()
         if self._turning:  # Celery keeps timers of an earlier connection that began where this one does
             self._turning.cancel()
-        self.hooks.stall.back()
+        self.hooks.stall.broker_reachable()
         self._failing, self._orphaned = False, {}
         self.task_consumer.channel.on_ack_failed = self._renew
         self.task_consumer.channel.wait_by_peeking(lambda: self.hub.call_soon(lambda: None))
@@ -138,7 +138,7 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
         channel, now_s = self.task_consumer.channel, time.monotonic()
         held = channel.unacknowledged().keys() - self.pool.running
         self._orphaned = {tag: self._orphaned.get(tag, now_s) for tag in held}
-        late = [tag for tag, since_s in self._orphaned.items() if now_s - since_s > HELD_S]
+        late = [tag for tag, since_s in self._orphaned.items() if now_s - since_s > ORPHANED_AFTER_S]
         self.hooks.stall.orphaned_messages(len(late))
         for tag in late:
             log.error("a message was not acknowledged, and nobody is at work on it: it goes back")
@@ -180,7 +180,7 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
 
     def _away(self, error: Exception) -> None:
         self.hooks.broker_outage.failed(f"nothing is received, it is tried to connect: {error}")
-        if self.hooks.stall.away():
+        if self.hooks.stall.broker_unreachable():
             self.hooks.on_loop_turn()
 
     def ensure_connected(self, conn: Any) -> Any:
@@ -238,7 +238,7 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
 
         Where the ledger is out of reach it goes back to the end of the queue, and comes again.
         """
-        self.hooks.stall.moved()
+        self.hooks.stall.progressed()
         headers = message.headers if isinstance(message.headers, dict) else {}
         try:
             self.hooks.refuse(str(headers.get("id")), why)

@@ -42,7 +42,7 @@ from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.gate import ExclusiveGate
 from gradcam_worker.resilience.retry import HALF_OR_MORE, RetryPolicy
-from gradcam_worker.resilience.stall import Stall
+from gradcam_worker.resilience.stall import StallDetector
 from gradcam_worker.schemas.earlier import row_state
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import ID_PATTERN, Job
@@ -98,7 +98,7 @@ class JobHandler:
     admits: Callable[[Shard], bool] = lambda _: (
         False
     )  # whether a shard is of a backfill that the ledger knows
-    stall: Stall = field(default_factory=lambda: Stall(lambda: False, math.inf))
+    stall: StallDetector = field(default_factory=lambda: StallDetector(lambda: False, math.inf))
 
     def handle(
         self,
@@ -125,7 +125,7 @@ class JobHandler:
         """
         disposition = Disposition.REQUEUE
         try:
-            with self.stall.in_hand(), logs.about(job_id=_job_id(payload, message_id)):
+            with self.stall.running_job(), logs.about(job_id=_job_id(payload, message_id)):
                 disposition = self._process(payload, message_id, entered_at, kind)
         finally:
             self.observer.attempt_ended(disposition.value)
@@ -262,7 +262,7 @@ class JobHandler:
                 yield document.model_copy(update={"traceparent": traceparent})
 
     def _execute(self, job: Work, document: StatusDocument, crashed: StatusDocument | None) -> Disposition:
-        progress = _StageReporter(self.ledger, document, self.stall.moved)
+        progress = _StageReporter(self.ledger, document, self.stall.progressed)
         context = JobContext(
             Deadline(job.timeout_s),
             progress,

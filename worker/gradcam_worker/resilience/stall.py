@@ -1,4 +1,4 @@
-"""Whether a process still gets on with its work: takes what waits, and brings to an end what it took."""
+"""Whether a process makes progress: takes jobs that wait, and brings to an end those it has taken."""
 
 import threading
 import time
@@ -9,101 +9,112 @@ from gradcam_worker.errors import GradcamError
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.text.visible import counted
 
-UNREADY_S = 15.0  # without anything taken, though something waits: no server is so slow for so long
-IDLE_S = 45.0  # of it: the process is started again
-ASK_EVERY_S = 5.0  # between two questions whether anything waits; who is busy asks nothing
-AWAY_S = 1800.0  # that a broker may be away, and answer others: then a new process tries it
-HELD_S = 10.0  # that a message may be unacknowledged without anybody at work on it
+UNREADY_AFTER_S = 15.0  # without a job taken, though some wait: no server is so slow for so long
+UNHEALTHY_AFTER_S = 45.0  # the same, until the process is started again
+CHECK_QUEUE_EVERY_S = 5.0  # a process that makes progress asks nothing
+BROKER_EXCUSE_S = (
+    1800.0  # for a broker that refuses this process, though it may answer others: then a new one tries
+)
+ORPHANED_AFTER_S = 10.0  # a message that is not acknowledged, while no thread works on it
 
 
-class Stall:
-    """Notices that nothing moves though there is work. A move: a job is taken, reaches a stage, or ends."""
+class StallDetector:
+    """Notices that a process makes no progress though there is work.
 
-    def __init__(self, waiting: Callable[[], bool], hung_after_s: float) -> None:
-        """`waiting` says whether any message waits in a queue; it may raise a GradcamError.
+    Progress: a job is taken, reaches a stage, or ends.
+    """
 
-        `hung_after_s`: how long jobs that run may go without a move while others wait.
+    def __init__(self, any_waiting: Callable[[], bool], hung_after_s: float) -> None:
+        """The process is well.
+
+        Args:
+            any_waiting: whether any message waits in a queue; may raise a GradcamError.
+            hung_after_s: how long running jobs may make no progress while others wait.
         """
-        self._waiting, self._hung_after_s = waiting, hung_after_s
-        self._door = threading.Lock()
-        self._in_hand = 0  # jobs
-        self._moved_s = self._asked_s = time.monotonic()
-        self._since_s: float | None = None  # from when on something waited at every look, and nothing moved
-        self._away_s: float | None = None  # from when on the broker could not be used
-        self._orphaned_s: float | None = None  # from when on a message was held by nobody
-        self.loop = BackgroundLoop("stall", self.look, ASK_EVERY_S / 2)
+        self._any_waiting, self._hung_after_s = any_waiting, hung_after_s
+        self._lock = threading.Lock()
+        self._running = 0  # jobs
+        self._progress_s = self._checked_s = time.monotonic()
+        self._stalled_s: float | None = None  # from when on something waited at each check, without progress
+        self._unreachable_s: float | None = None  # from when on the broker could not be used
+        self._orphaned_s: float | None = None  # from when on a message was orphaned
+        self.loop = BackgroundLoop("stall", self.check, CHECK_QUEUE_EVERY_S / 2)
 
     @contextmanager
-    def in_hand(self) -> Iterator[None]:
+    def running_job(self) -> Iterator[None]:
         """Within it, a job is run."""
-        with self._door:
-            self._in_hand += 1
-        self.moved()
+        with self._lock:
+            self._running += 1
+        self.progressed()
         try:
             yield
         finally:
-            with self._door:
-                self._in_hand -= 1
-            self.moved()
+            with self._lock:
+                self._running -= 1
+            self.progressed()
 
-    def moved(self) -> None:
-        """Something has happened."""
-        self._moved_s, self._since_s = time.monotonic(), None
+    def progressed(self) -> None:
+        """A job was taken, reached a stage, or ended."""
+        self._progress_s, self._stalled_s = time.monotonic(), None
 
-    def away(self) -> bool:
-        """The broker is away, and is tried again: no fault of this process, for AWAY_S at most."""
-        self._away_s = self._away_s or time.monotonic()
-        fine = time.monotonic() - self._away_s < AWAY_S
-        if fine:
-            self.moved()
-        return fine
+    def broker_unreachable(self) -> bool:
+        """The consumer cannot use the broker, and tries again.
 
-    def back(self) -> None:
-        """It is there again."""
-        self._away_s = None
-        self.moved()
+        Returns:
+            Whether that excuses a process without progress: for BROKER_EXCUSE_S at most.
+        """
+        self._unreachable_s = self._unreachable_s or time.monotonic()
+        excused = time.monotonic() - self._unreachable_s < BROKER_EXCUSE_S
+        if excused:
+            self.progressed()
+        return excused
 
-    def orphaned_messages(self, messages: int) -> None:
-        """So many messages are not acknowledged, with nobody at work on them, and that for HELD_S already."""
-        if not messages:
+    def broker_reachable(self) -> None:
+        """The consumer is connected again."""
+        self._unreachable_s = None
+        self.progressed()
+
+    def orphaned_messages(self, count: int) -> None:
+        """So many messages have been unacknowledged for ORPHANED_AFTER_S, and no thread works on them."""
+        if not count:
             self._orphaned_s = None
         elif self._orphaned_s is None:
             self._orphaned_s = time.monotonic()
 
-    def look(self) -> None:
-        """Ask whether anything waits, where nothing has moved for a while."""
+    def check(self) -> None:
+        """Ask whether jobs wait, where there was no progress for a while."""
         now_s = time.monotonic()
-        if now_s - self._moved_s < ASK_EVERY_S or now_s - self._asked_s < ASK_EVERY_S:
+        if now_s - max(self._progress_s, self._checked_s) < CHECK_QUEUE_EVERY_S:
             return
-        self._asked_s = now_s
+        self._checked_s = now_s
         try:
-            waits = self._waiting()
-        except GradcamError:  # whose fault that is others say
-            waits = False
-        if not waits:
-            self._since_s = None
-        elif self._since_s is None:
-            self._since_s = now_s
+            waiting = self._any_waiting()
+        except GradcamError:  # the consumer reports an unreachable broker
+            waiting = False
+        if not waiting:
+            self._stalled_s = None
+        elif self._stalled_s is None:
+            self._stalled_s = now_s
 
-    def unready(self) -> str | None:
-        """Why this process should be given nothing new, if anything."""
-        return self._found(UNREADY_S)
+    def unready_reason(self) -> str | None:
+        """Why this process should be given no new jobs, if so."""
+        return self._reason(UNREADY_AFTER_S)
 
-    def trouble(self) -> str | None:
-        """Why this process should be started again, if anything."""
-        return self._found(IDLE_S)
+    def unhealthy_reason(self) -> str | None:
+        """Why this process should be started again, if so."""
+        return self._reason(UNHEALTHY_AFTER_S)
 
-    def _found(self, patience_s: float) -> str | None:
+    def _reason(self, limit_s: float) -> str | None:
         now_s = time.monotonic()
-        if self._orphaned_s is not None and now_s - self._orphaned_s > patience_s and not self._in_hand:
-            return "messages are not acknowledged, and no job is in hand"
-        if self._since_s is None:
+        if self._orphaned_s is not None and now_s - self._orphaned_s > limit_s and not self._running:
+            return "messages are not acknowledged, and no job is running"
+        if self._stalled_s is None:
             return None
-        still_s = now_s - self._since_s
-        if self._in_hand:
-            if still_s > self._hung_after_s:
-                jobs = counted(self._in_hand, "job is", "jobs are")
-                return f"{jobs} in hand, others wait, and none has got on for {still_s:.0f} s"
-        elif still_s > patience_s:
-            return f"jobs have waited for {still_s:.0f} s, and none was taken"
+        stalled_s = now_s - self._stalled_s
+        if self._running:
+            if stalled_s > self._hung_after_s:
+                jobs = counted(self._running, "job is", "jobs are")
+                return f"{jobs} running without progress for {stalled_s:.0f} s, while others wait"
+        elif stalled_s > limit_s:
+            return f"jobs have waited for {stalled_s:.0f} s, and none was taken"
         return None

@@ -16,7 +16,7 @@ from gradcam_worker.observability.events import SILENT, Observer
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.outages import Outages
-from gradcam_worker.resilience.stall import Stall
+from gradcam_worker.resilience.stall import StallDetector
 from gradcam_worker.runtime import background, service_factory
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.settings import Settings
@@ -53,7 +53,7 @@ def build_worker(
     spans = tracing.to(settings.traces, "gradcam-worker", me.id)
     send = services.webhooks.send
     others = background.build(settings, publisher, ledger, send, me.id, observer, spans, outages)
-    stall = Stall(publisher.any_waiting, settings.hung_after_s)
+    stall = StallDetector(publisher.any_waiting, settings.hung_after_s)
     handler = JobHandler(
         settings,
         ledger,

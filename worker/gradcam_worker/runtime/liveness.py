@@ -1,7 +1,7 @@
-"""Signs of life: what a worker process shows its supervisor as long as it does its work.
+"""Signs of life: what a worker process writes to its supervisor for as long as it works.
 
 A process can be there and do nothing: Celery's loop may hang after a restart of the broker, the device may
-never answer. It shows no sign then, and is started again.
+never answer. It then writes nothing more, and is started again.
 """
 
 import logging
@@ -13,53 +13,56 @@ from gradcam_worker.resilience.background_loop import BackgroundLoop
 
 log = logging.getLogger("gradcam")
 
-EVERY_S = 1.0  # between two signs
-STILL_S = 30.0  # without a turn of the consumer's loop: it turns every second, or tries to connect again
+REPORT_EVERY_S = 1.0
+HUNG_AFTER_S = 30.0  # the consumer's loop turns every second, or tries to connect again
 
 
 class LivenessReporter:
-    """Writes a byte again and again, as long as all is well."""
+    """Writes a byte again and again, as long as nothing is wrong with the process."""
 
     def __init__(
         self,
         fd: int | None,
         *,
-        reachable: Callable[[], bool],
-        ill: Callable[[], str | None],
+        broker_answers: Callable[[], bool],
+        other_reason: Callable[[], str | None],
     ) -> None:
-        """`reachable`: whether the broker answers. `ill`: what else is wrong with the process, if
-        anything.
+        """Nothing is written yet.
+
+        Args:
+            fd: where to write; None where nobody reads.
+            broker_answers: whether the broker can be reached.
+            other_reason: why the process should be started again, of what is not looked at here.
         """
-        self._fd, self._reachable, self._ill = fd, reachable, ill
+        self._fd, self._broker_answers, self._other_reason = fd, broker_answers, other_reason
         self._turned_s = time.monotonic()
         self._ending = False
-        self.said: str | None = None  # what was wrong at the last look
-        self.loop = BackgroundLoop("liveness", self.report, EVERY_S)
+        self.last_reason: str | None = None  # why it was unhealthy at the last report
+        self.loop = BackgroundLoop("liveness", self.report, REPORT_EVERY_S)
 
-    def tick(self) -> None:
+    def loop_turned(self) -> None:
         """The consumer's loop has come round."""
         self._turned_s = time.monotonic()
 
     def ending(self) -> None:
-        """From now on the loop need not turn: the process ends what it has."""
+        """From now on the consumer's loop need not turn: the process finishes the jobs it has."""
         self._ending = True
 
     def unhealthy_reason(self) -> str | None:
-        """What is wrong with this process, so that it should be started again."""
+        """Why this process should be started again, if so."""
         if self._ending:
             return None
-        if ill := self._ill():
-            return ill
+        if reason := self._other_reason():
+            return reason
         turned_s = self._turned_s
         still_s = time.monotonic() - turned_s
-        if still_s <= STILL_S:
+        if still_s <= HUNG_AFTER_S:
             return None
-        if self._reachable():
+        if self._broker_answers():
             return f"the broker answers, but nothing has been received for {still_s:.0f} s"
         if self._turned_s == turned_s:
-            # The broker's fault. When it is back, the loop has time to find that out, as it tries ever less
-            # often.
-            self.tick()
+            # The broker's fault. Once it answers, the loop has time to notice, as it tries ever less often.
+            self.loop_turned()
         return None
 
     def report(self) -> None:
@@ -67,21 +70,21 @@ class LivenessReporter:
         try:
             reason = self.unhealthy_reason()
         except BaseException:  # a defect of the check is no reason to have the process restarted
-            self.said = None
+            self.last_reason = None
             self.show()
             raise
-        if reason and not self.said:
+        if reason and not self.last_reason:
             log.error("no sign of life any more: %s", reason)
-        self.said = reason
+        self.last_reason = reason
         if not reason:
             self.show()
 
     def show(self) -> bool:
-        """Give one sign; whether anybody can still see it."""
+        """Write one byte; whether anybody can still read it."""
         if self._fd is None:
             return True
         try:
             os.write(self._fd, b"1")
-        except OSError:  # whoever listened is gone: the lifeline ends this process
+        except OSError:  # the supervisor is gone: parent_watch ends this process
             return False
         return True

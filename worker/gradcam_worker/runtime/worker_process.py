@@ -144,12 +144,12 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     ended = telemetry.watch(loops)
     liveness = LivenessReporter(
         ready_fd,
-        reachable=probe,
-        ill=lambda: services.model_cache.failure or ended() or handler.stall.trouble(),
+        broker_answers=probe,
+        other_reason=lambda: services.model_cache.failure or ended() or handler.stall.unhealthy_reason(),
     )
     telemetry.health.live["loop"], telemetry.health.ready["work"] = (
-        lambda: liveness.said,
-        handler.stall.unready,
+        lambda: liveness.last_reason,
+        handler.stall.unready_reason,
     )
 
     def ready(**_: object) -> None:
@@ -192,7 +192,7 @@ def _celery_worker(
     handler = components.handler
     hooks = ConsumerHooks(
         refuse=partial(_refuse, handler),
-        on_loop_turn=liveness.tick,
+        on_loop_turn=liveness.loop_turned,
         stall=handler.stall,
         broker_outage=components.outages.broker,
     )
