@@ -486,7 +486,7 @@ def test_a_message_that_nobody_is_at_work_on_goes_back(
 ) -> None:
     """What should never be: as many as there are places, and nothing would be received any more."""
     monkeypatch.setattr("gradcam_worker.broker.consumer.TURN_S", 0.05)
-    monkeypatch.setattr("gradcam_worker.broker.consumer.HELD_S", 0.2)
+    monkeypatch.setattr("gradcam_worker.broker.consumer.ORPHANED_AFTER_S", 0.2)
     lost: list[Any] = []
     submit = ThreadPool.on_apply
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from gradcam_worker.delivery import dispatcher as couriers
+from gradcam_worker.delivery import dispatcher as dispatching
 from gradcam_worker.delivery.dispatcher import REDELIVERY, OutboxDispatcher
 from gradcam_worker.errors import (
     DeliveryRefused,
@@ -31,7 +31,7 @@ WORKER = WorkerRef(id="gpu-1:7", device="cpu")
 
 @dataclass
 class Scene:
-    """A ledger whose clock is set by hand, a courier, and receivers that answer as they are told to."""
+    """A ledger whose clock is set by hand, a dispatcher, and receivers that answer as they are told to."""
 
     job: Job
     now_s: float = 1000.0
@@ -379,7 +379,7 @@ def test_stopping_waits_for_what_is_under_way_but_not_for_ever(
     assert (len(scene.told), scene.outbox.count_recipients()) == (1, 0), "it was waited for"
     gate.opened.clear()
     gate.inside.clear()
-    monkeypatch.setattr(couriers, "END_S", 0.2)
+    monkeypatch.setattr(dispatching, "FINISH_S", 0.2)
     scene.submit("https://a.example/x")
     with working(scene.dispatcher()) as loop:
         wait_for(lambda: gate.inside["a"])
@@ -391,9 +391,7 @@ def test_stopping_waits_for_what_is_under_way_but_not_for_ever(
     wait_for(lambda: scene.outbox.count_recipients() == 0)
 
 
-def test_a_courier_alone_with_one_thread_does_its_work(
-    scene: Scene, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_dispatcher_with_one_thread_does_its_work(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for _ in range(5):
         scene.submit("https://a.example/x", "https://b.example/y")

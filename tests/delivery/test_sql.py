@@ -101,7 +101,7 @@ def postgres() -> Iterator[Postgres]:
         start = [sys.executable, "-c", become, str(identity.get("user", 0)), str(identity.get("group", 0))]
         start += [str(programs / "postgres"), "-D", data, "-p", str(port)]
         start += [part for option in options for part in ("-c", option)]
-        process = parent_watch.start(start, log=Path(folder) / "log")
+        process = parent_watch.spawn(start, log=Path(folder) / "log")
         server = Postgres(process, port, password)
         try:
             end = time.monotonic() + 60
@@ -443,7 +443,7 @@ def test_a_file_that_somebody_holds_is_tried_again_later(
     assert len(rows(url)) == 1
 
 
-def test_a_reader_that_takes_its_time_holds_up_no_courier(url: str) -> None:
+def test_a_reader_that_takes_its_time_holds_up_no_delivery(url: str) -> None:
     with opened(url) as status:
         status.write(document())
         other = (
@@ -503,7 +503,7 @@ def frozen(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def test_a_database_that_hangs_in_the_middle_holds_no_courier(
+def test_a_database_that_hangs_in_the_middle_holds_no_thread(
     postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "t" + secrets.token_hex(6)

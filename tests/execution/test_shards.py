@@ -718,7 +718,7 @@ def test_a_shard_that_is_to_stop_stops_within_the_groups_at_hand_and_writes_noth
             if why:
                 deadline.cancel(why("to stop"))
             else:
-                deadline.forgive(-120)
+                deadline.extend(-120)
 
     network = Odd(before=stop)
     images = {f"s3://in/{place}": PICTURES[uri(0)] for place in range(20 * GROUP)}

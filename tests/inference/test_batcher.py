@@ -441,7 +441,7 @@ class TestLeavingTheQueue:
         deadline = Deadline(0.2)
         with busy(jobs, device):
             patient = jobs.ask(device, deadline=deadline)
-            deadline.forgive(PLENTY_S)
+            deadline.extend(PLENTY_S)
             time.sleep(0.3)
         assert seen(patient) == "r"
 

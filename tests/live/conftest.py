@@ -63,7 +63,7 @@ class Stage:
         from devtools.faults import tiny_worker
 
         program = [tiny_worker.__file__, "supervise"] if tiny else ["-m", "gradcam_worker", "worker"]
-        process = parent_watch.start(
+        process = parent_watch.spawn(
             [sys.executable, "-P", *program],
             log=self.logs / f"{name}.log",
             environment=self.settings.to_environment(),

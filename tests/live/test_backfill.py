@@ -48,7 +48,7 @@ class Yard:
 
     @contextlib.contextmanager
     def worker(self) -> Iterator[None]:
-        process = parent_watch.start(
+        process = parent_watch.spawn(
             [sys.executable, "-P", tiny_worker.__file__, "supervise"],
             log=self.stage.logs / "worker.log",
             environment=self.stage.settings.to_environment(),

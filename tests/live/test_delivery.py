@@ -31,7 +31,7 @@ EVENTS = ("job.queued", "job.started", "job.succeeded")
 
 @dataclass
 class Post:
-    """A ledger, its outbox and a courier of its own, as a worker has them."""
+    """A ledger, its outbox and a dispatcher of its own, as a worker has them."""
 
     settings: Settings
     job: Job
@@ -57,8 +57,8 @@ class Post:
         self.webhooks.send(hook.url, hook.secret_ref, event, message_id(delivery.document))
 
     @contextlib.contextmanager
-    def couriers(self, count: int = 1) -> Iterator[None]:
-        """As many workers' couriers."""
+    def dispatchers(self, count: int = 1) -> Iterator[None]:
+        """As many workers' dispatchers."""
         made = [
             OutboxDispatcher(self.outbox, self.send, {}, threads=4, give_up_s=self.settings.webhook_give_up_s)
             for _ in range(count)
@@ -111,7 +111,7 @@ def test_a_black_hole_a_dead_and_a_broken_receiver_keep_no_one_elses_events_wait
     first = [post.submit(good, events=EVENTS) for _ in range(100)]
     for job in first:
         post.run(job)
-    with post.couriers():
+    with post.dispatchers():
         wait_for(lambda: len(http_server.received) == 300)
         for _ in range(100):
             for url in bad:
@@ -132,10 +132,12 @@ def test_a_black_hole_a_dead_and_a_broken_receiver_keep_no_one_elses_events_wait
     assert post.outbox.count_recipients() == 600, "the others are all still there"
 
 
-def test_many_couriers_tell_everything_once_and_in_order(post: Post, http_server: Any, answer: Any) -> None:
+def test_many_dispatchers_tell_everything_once_and_in_order(
+    post: Post, http_server: Any, answer: Any
+) -> None:
     url = http_server.url("/good", answer(204))
     allow(post, port_of(http_server))
-    with post.couriers(3):
+    with post.dispatchers(3):
         jobs = [post.submit(url, events=EVENTS) for _ in range(60)]
         for job in jobs:
             post.run(job)
@@ -156,7 +158,7 @@ def test_a_receiver_that_names_a_time_is_told_then_and_not_before(
     allow(post, port_of(http_server))
     for _ in range(3):
         post.submit(url)
-    with post.couriers():
+    with post.dispatchers():
         wait_for(lambda: times)
         well = answer(204, before=lambda: times.append(time.monotonic()))
         http_server.answers["/busy"] = well
@@ -171,7 +173,7 @@ def test_a_receiver_that_is_gone_is_left_alone_until_somebody_enables_it(
     url = http_server.url("/gone", answer(410))
     allow(post, port_of(http_server))
     jobs = [post.submit(url) for _ in range(5)]
-    with post.couriers():
+    with post.dispatchers():
         wait_for(lambda: len(post.outbox.find_parked()) == 5)
         assert len(http_server.received) == 1
         http_server.answers["/gone"] = answer(204)

@@ -109,7 +109,7 @@ def site(make_stage: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
     site.run("check", "--fail-level", "WARNING")
     site.run("migrate", "--run-syncdb")
     site.run("createsuperuser", "--noinput", "--username", "ann", "--email", "ann@example.com")
-    server = parent_watch.start(
+    server = parent_watch.spawn(
         ["env", "-C", str(folder), sys.executable, str(EXAMPLE), "runserver", "--noreload", str(port)],
         log=folder / "django.log",
         environment=environment,

@@ -49,7 +49,7 @@ def site(place: Any) -> Iterator[str]:
     port = servers.free_port()
     [command] = re.findall(r"^    (uvicorn .*)$", EXAMPLE.read_text(), re.MULTILINE)
     command = command.replace("docs/examples", str(EXAMPLE.parent))
-    process = parent_watch.start(
+    process = parent_watch.spawn(
         [sys.executable, "-W", "error", "-m", *shlex.split(command), "--port", str(port)],
         log=place.logs / "site.log",
         environment=place.settings.to_environment(),

@@ -117,7 +117,7 @@ class Fleet:
         environment = self.environment(release)
         command = [sys.executable, "-P", str(program), "supervise"]
         # The keeper above it is this release's own, and has no other package on its path.
-        keeper = parent_watch.start(
+        keeper = parent_watch.spawn(
             ["env", *(f"{name}={value}" for name, value in environment.items()), *command],
             log=self.folder / f"{release}.log",
             grace_s=self.settings.shutdown_timeout_s + 15,

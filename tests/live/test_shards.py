@@ -108,7 +108,7 @@ class Yard:
 
     @contextlib.contextmanager
     def worker(self, name: str) -> Iterator[subprocess.Popen[bytes]]:
-        process = parent_watch.start(
+        process = parent_watch.spawn(
             WORKER,
             log=self.folder / f"{name}.log",
             environment=self.settings.to_environment(),

@@ -69,7 +69,7 @@ def test_a_worker_without_storage_says_so_takes_no_jobs_and_finishes_all_when_it
             )
             return job_id
 
-        worker = parent_watch.start(
+        worker = parent_watch.spawn(
             [sys.executable, "-P", tiny_worker.__file__, "supervise"],
             log=tmp_path / "worker.log",
             environment=settings.to_environment(),

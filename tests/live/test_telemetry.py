@@ -73,7 +73,7 @@ class Plant:
 
     @contextlib.contextmanager
     def running(self, name: str, *command: str) -> Iterator[Any]:
-        process = parent_watch.start(
+        process = parent_watch.spawn(
             [sys.executable, "-P", *command],
             log=self.folder / f"{name}.log",
             environment={

@@ -58,7 +58,7 @@ class Broker:
     def start(self) -> None:
         files = ["--dir", str(self.folder), "--save", "", "--appendonly", "yes", "--appendfsync", "always"]
         command = [str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1", *files]
-        self.keeper = parent_watch.start(command, log=self.folder / "valkey.log")
+        self.keeper = parent_watch.spawn(command, log=self.folder / "valkey.log")
         wait_for(lambda: servers.accepts(self.port), "the start of Valkey")
 
     @property
@@ -120,7 +120,7 @@ class House:
 
     @contextlib.contextmanager
     def worker(self, name: str = "worker") -> Iterator[subprocess.Popen[bytes]]:
-        process = parent_watch.start(
+        process = parent_watch.spawn(
             [*ODD_WORKER, "supervise"],
             log=self.folder / f"{name}.log",
             environment=self.environment,

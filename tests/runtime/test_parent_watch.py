@@ -27,7 +27,7 @@ def wait_for(condition: object, what: str) -> None:
 
 
 def test_a_program_runs_and_its_exit_code_comes_back() -> None:
-    process = parent_watch.start([sys.executable, "-c", "raise SystemExit(7)"])
+    process = parent_watch.spawn([sys.executable, "-c", "raise SystemExit(7)"])
     assert process.wait(TIMEOUT_S) == 7
     assert parent_watch.stop(process) == 7
 
@@ -35,7 +35,7 @@ def test_a_program_runs_and_its_exit_code_comes_back() -> None:
 def test_stopping_asks_the_program_to_end(tmp_path: Path) -> None:
     mark = tmp_path / "started"
     code = f"import pathlib, time; pathlib.Path({str(mark)!r}).touch(); time.sleep(60)"
-    process = parent_watch.start([sys.executable, "-c", code], log=tmp_path / "log")
+    process = parent_watch.spawn([sys.executable, "-c", code], log=tmp_path / "log")
     wait_for(mark.exists, "the start")
     assert parent_watch.stop(process) == 128 + 15
 
@@ -47,8 +47,8 @@ def test_a_program_ends_with_a_parent_that_is_killed(tmp_path: Path, signal_name
     program = f"import os, pathlib, time; {write}; time.sleep(60)"
     parent = textwrap.dedent(f"""
         import os, pathlib, signal, sys, time
-        from gradcam_worker.runtime import parent_watch as lifeline
-        lifeline.start([sys.executable, "-c", {program!r}])
+        from gradcam_worker.runtime import parent_watch
+        parent_watch.spawn([sys.executable, "-c", {program!r}])
         while not pathlib.Path({str(pid_file)!r}).exists(): time.sleep(0.02)
         os.kill(os.getpid(), signal.{signal_name})
         time.sleep(60)
@@ -59,7 +59,7 @@ def test_a_program_ends_with_a_parent_that_is_killed(tmp_path: Path, signal_name
 
 
 def test_a_parent_that_lives_keeps_its_program(tmp_path: Path) -> None:
-    process = parent_watch.start([sys.executable, "-c", "import time; time.sleep(60)"])
+    process = parent_watch.spawn([sys.executable, "-c", "import time; time.sleep(60)"])
     time.sleep(0.5)
     assert process.poll() is None
     parent_watch.stop(process)
@@ -71,7 +71,7 @@ def test_a_folder_named_worker_where_the_caller_stands_changes_nothing(
     (tmp_path / "worker").mkdir()
     (tmp_path / "worker" / "__init__.py").write_text("raise RuntimeError('the wrong package')")
     monkeypatch.chdir(tmp_path)
-    process = parent_watch.start([sys.executable, "-c", "pass"])
+    process = parent_watch.spawn([sys.executable, "-c", "pass"])
     assert process.wait(TIMEOUT_S) == 0
     parent_watch.stop(process)
 
@@ -82,6 +82,6 @@ def test_a_program_that_does_not_end_is_killed(tmp_path: Path) -> None:
         "import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
         f"pathlib.Path({str(mark)!r}).touch(); time.sleep(60)"
     )
-    process = parent_watch.start([sys.executable, "-c", code], grace_s=0.2)
+    process = parent_watch.spawn([sys.executable, "-c", code], grace_s=0.2)
     wait_for(mark.exists, "the start")
     assert parent_watch.stop(process) == 128 + 9

@@ -33,7 +33,8 @@ def program(child: str, *, gpus: int = 0, limit_s: float = 1, stalled_after_s: f
             from gradcam_worker.settings import Settings
             logging.basicConfig(level=logging.INFO, format="%(message)s")
             devices._gpus_here = lambda *_: [str(number) for number in range({gpus})]
-            supervisor.RESTART, supervisor.HAND_BACK_S, supervisor.SIGN_S = RetryPolicy(0.01, 30), 1, 0.2
+            supervisor.RESTART = RetryPolicy(0.01, 30)
+            supervisor.HAND_BACK_S, supervisor.POLL_WORKER_S = 1, 0.2
             settings = Settings(shutdown_timeout_s={limit_s})
             settings = settings.model_copy(update={{"stalled_after_s": {stalled_after_s}}})
             sys.exit(supervisor.Supervisor(settings, (sys.executable, "-c", {child!r})).run())
@@ -343,7 +344,7 @@ def test_a_gpu_that_is_not_there_is_refused_by_the_command(monkeypatch: pytest.M
     assert "asks for GPU 3; there are: none." in done.stderr
     command[-1] = "gpu"
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "GRADCAM_DEVICES: devices 'gpu' must be auto, cpu" in done.stderr
+    assert "GRADCAM_DEVICES: 'gpu' must be auto, cpu" in done.stderr
 
 
 def test_each_process_has_a_port_of_its_own_for_its_metrics_and_hears_how_often_it_was_started(
@@ -354,11 +355,11 @@ def test_each_process_has_a_port_of_its_own_for_its_metrics_and_hears_how_often_
     child = f"import os; print(*map(os.environ.get, {OWN!r}), file=open({str(said)!r}, 'a'))"
     supervisor = Supervisor(Settings(metrics_port=9464), (sys.executable, "-c", child))
     for device in (*supervisor._devices, supervisor._devices[0]):
-        supervisor._one_life(device)
+        supervisor._run_worker(device)
     assert said.read_text().splitlines() == ["9464 1", "9465 1", "9464 2"]
     said.unlink()
     supervisor = Supervisor(Settings(), (sys.executable, "-c", child))
-    supervisor._one_life(supervisor._devices[1])
+    supervisor._run_worker(supervisor._devices[1])
     assert said.read_text() == "0 1\n", "nowhere is not the port beside nowhere"
     with pytest.raises(InvalidSettings, match="the last of 2 processes would be at 65536"):
         Supervisor(Settings(metrics_port=65_535))

@@ -163,7 +163,7 @@ def counted(settings: Settings, output: str, rows: int) -> Counted:
 @contextmanager
 def working(settings: Settings, program: Path, log: Path) -> Iterator[Process]:
     """A worker process of another program than the bench's usual one."""
-    process = parent_watch.start(
+    process = parent_watch.spawn(
         [sys.executable, "-P", str(program)],
         log=log,
         environment={**settings.to_environment(), **import_path()},

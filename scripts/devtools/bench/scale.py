@@ -142,7 +142,7 @@ def document(phases: Sequence[Phase], formula: Replayed, queue_alone: Replayed) 
 
 
 def _one_more(bed: Testbed, number: int) -> Popen[bytes]:
-    return parent_watch.start(
+    return parent_watch.spawn(
         [sys.executable, "-P", str(Path(simulated_network.__file__).resolve()), f"{bed.passes}-{number}"],
         log=bed.log.with_name(f"worker-{number}.log"),
         environment={**testbed.SHARED_DEVICE, **bed.settings.to_environment()},

@@ -136,7 +136,7 @@ def running(networks: tuple[str, ...], photos: Sequence[bytes], **changes: Any) 
         )
         log, passes = folder / "worker.log", folder / "passes"
         program = str(Path(simulated_network.__file__).resolve())
-        worker = parent_watch.start(
+        worker = parent_watch.spawn(
             [sys.executable, "-P", program, str(passes)],
             log=log,
             environment={**SHARED_DEVICE, **settings.to_environment()},

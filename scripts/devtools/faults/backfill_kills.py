@@ -98,7 +98,7 @@ def _kill(*processes: "Popen[bytes]") -> None:
 
 def _worker(settings: Settings, folder: Path) -> "Popen[bytes]":
     program = str(Path(simulated_network.__file__).resolve())
-    return parent_watch.start(
+    return parent_watch.spawn(
         [sys.executable, "-P", program, str(folder / "passes")],
         log=folder / "worker.log",
         environment=settings.to_environment(),

@@ -110,7 +110,7 @@ class Worker:
         temporary = log.parent / "tmp"
         temporary.mkdir(exist_ok=True)
         self.log = log
-        self.keeper = parent_watch.start(
+        self.keeper = parent_watch.spawn(
             [sys.executable, "-P", program, "supervise"],
             log=log,
             environment={**settings.to_environment(), "TMPDIR": str(temporary)},
@@ -286,7 +286,7 @@ def _receiver(folder: Path) -> Iterator[Receiver]:
     port = servers.free_port()
     program = str(Path(webhook_receiver.__file__).resolve())
     command = [sys.executable, "-P", program, str(port), str(folder / "events.jsonl")]
-    process = parent_watch.start(command, log=folder / "receiver.log")
+    process = parent_watch.spawn(command, log=folder / "receiver.log")
     try:
         wait_for(lambda: servers.accepts(port), START_S, "the receiver of webhooks listens")
         yield Receiver(process, port)

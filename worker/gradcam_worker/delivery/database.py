@@ -15,7 +15,7 @@ from gradcam_worker.errors import InvalidSettings, StatusUnavailable
 
 CONNECT_TIMEOUT_S = 5
 STATEMENT_TIMEOUT_S = 5  # that the database gives a statement, or the file's lock
-PATIENCE_S = 10.0  # with a server that says nothing at all; then its connection is cut
+ANSWER_S = 10.0  # with a server that says nothing at all; then its connection is cut
 RECYCLE_S = 1800  # after which a connection is made anew: what stands between may have forgotten it
 LOCK = 0x6772_6164_6361_6D00  # "gradcam": PostgreSQL's advisory lock of whoever changes the schema
 SQLITE_ALONE = (
@@ -77,16 +77,16 @@ class Database:
         )
         return upsert
 
-    def run(self, work: Callable[[Connection], Result], seconds: float = PATIENCE_S) -> Result:
+    def run(self, work: Callable[[Connection], Result], seconds: float = ANSWER_S) -> Result:
         """Do something on a connection. Raises StatusUnavailable, without a password in its words."""
         try:
-            with _Patience(seconds) as patience:
-                self._local.patience = patience
+            with _Timeout(seconds) as timeout:
+                self._local.timeout = timeout
                 with self._engine.connect() as connection:
-                    patience.watch(connection.connection.driver_connection)
+                    timeout.watch(connection.connection.driver_connection)
                     return work(connection)
         except SQLAlchemyError as error:
-            reason = f"no answer within {seconds:g} s" if patience.over else self._reason(error)
+            reason = f"no answer within {seconds:g} s" if timeout.over else self._reason(error)
             message = f"{self} failed: {reason}."
             raise StatusUnavailable(message) from error
 
@@ -109,16 +109,16 @@ class Database:
 
     def _reason(self, error: SQLAlchemyError) -> str:
         """The driver's own words, on one line, without the statement and without a secret."""
-        said = str(error.orig if isinstance(error, DBAPIError) else error)
-        said = " ".join(said.split()).removesuffix(".") or type(error).__name__
+        text = str(error.orig if isinstance(error, DBAPIError) else error)
+        text = " ".join(text.split()).removesuffix(".") or type(error).__name__
         for secret in (self._url.password, *self._url.query.values()):
             if secret:
-                said = said.replace(str(secret), "...")
-        return said[:500]
+                text = text.replace(str(secret), "...")
+        return text[:500]
 
     def _connect(self, dialect: Dialect, _: object, arguments: Any, options: dict[str, Any]) -> Any:
         driver = dialect.connect(*arguments, **options)
-        self._local.patience.watch(driver)
+        self._local.timeout.watch(driver)
         return driver
 
     def _connect_args(self) -> dict[str, Any]:
@@ -126,11 +126,15 @@ class Database:
         if self._kind is sqlite:
             return {"timeout": STATEMENT_TIMEOUT_S}
         limits = f"-c statement_timeout={STATEMENT_TIMEOUT_S}s -c lock_timeout={STATEMENT_TIMEOUT_S}s"
-        said = {"connect_timeout": CONNECT_TIMEOUT_S, "application_name": "gradcam-worker", "options": limits}
-        return {name: value for name, value in said.items() if name not in self._url.query}
+        arguments = {
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "application_name": "gradcam-worker",
+            "options": limits,
+        }
+        return {name: value for name, value in arguments.items() if name not in self._url.query}
 
 
-class _Patience:
+class _Timeout:
     """Cuts a connection on which nothing comes back: a server that hangs keeps none of its own limits."""
 
     def __init__(self, seconds: float) -> None:

@@ -1,8 +1,8 @@
-"""Brings deliveries from the outbox to their recipients, in threads of its own: no job waits for a receiver.
+"""Delivers events from the outbox to webhooks and databases, in threads of its own: no job waits for that.
 
-A recipient that does not answer is asked again, with growing pauses, for days; then its deliveries are
-parked, and can be replayed. Whoever answers slowly, or never, keeps few of the threads: hosts that have not
-answered the last time, or not yet, may have half of them together and one each.
+A recipient that does not answer is tried again, with growing pauses, for days; then its deliveries are
+parked, and can be replayed. A host that answers slowly, or never, occupies few of the threads: hosts that did
+not answer the last time, or were not asked yet, may have half of them together and one each.
 """
 
 import logging
@@ -34,18 +34,20 @@ from gradcam_worker.schemas.status import StatusEvent
 
 log = logging.getLogger("gradcam")
 
-EVERY_S = 0.2  # between two looks into an empty outbox
+POLL_EVERY_S = 0.2  # while nothing is due
 # After a failed delivery. A receiver may be down for days; jitter keeps its deliveries apart when it is back.
 REDELIVERY = RetryPolicy(first_s=2.0, max_s=3 * 3600.0, jitter=(0.8, 1.2))
-LEASE_S = 60.0  # more than a delivery takes: then another dispatcher gets the recipient of a dead process
-TRUSTED = 100  # destinations that are remembered because they answered: beyond that, they begin anew
-END_S = 4.0  # for what is under way when the dispatcher stops; it is due again LEASE_S after it was claimed
+# How long a claimed delivery is this process's own, which is more than it takes. After that another
+# dispatcher takes the deliveries of a process that died.
+LEASE_S = 60.0
+MAX_TRUSTED = 100  # destinations that are remembered because they answered
+FINISH_S = 4.0  # for deliveries in progress when the dispatcher stops; they are due again after their lease
 
 Deliver = Callable[[Delivery, StatusEvent], None]
 
 
 class OutboxDispatcher:
-    """Takes deliveries that are due and delivers them, a few at a time."""
+    """Claims deliveries that are due in the outbox and makes them, a few at a time."""
 
     def __init__(
         self,
@@ -67,17 +69,15 @@ class OutboxDispatcher:
         self._threads, self._give_up_s, self._lease_s = threads, give_up_s, lease_s
         self._observer, self._traces = observer, traces
         self._outages = outages or Outages()
-        self._deliveries = SimpleQueue[Delivery | None]()
+        self._queue = SimpleQueue[Delivery | None]()
         self._lock, self._freed = threading.Lock(), threading.Event()
-        self._under_way: Counter[str] = Counter()  # destination -> deliveries that are under way there
-        self._trusted: dict[
-            str, None
-        ] = {}  # destinations that answered the last time; the latest is the last
+        self._in_progress: Counter[str] = Counter()  # by destination
+        self._trusted: dict[str, None] = {}  # destinations that answered the last time, the latest last
         self._claimed_some = False  # the last time
         self.loop = BackgroundLoop(
             "dispatcher",
             self._step,
-            lambda: 0 if self._claimed_some else EVERY_S,
+            lambda: 0 if self._claimed_some else POLL_EVERY_S,
             immediately=True,
             outages=self._outages,
             consequence="nothing can be delivered",
@@ -86,8 +86,8 @@ class OutboxDispatcher:
 
     def round(self) -> None:
         """Deliver all that is due, and wait for it. Raises LedgerUnavailable."""
-        with self._threads_running():
-            while self._claim() or self._under_way.total():
+        with self._worker_threads():
+            while self._claim() or self._in_progress.total():
                 self._wait(self._lease_s)
 
     def _step(self) -> None:
@@ -96,83 +96,81 @@ class OutboxDispatcher:
 
     @contextmanager
     def _delivering(self) -> Iterator[None]:
-        """What the loop runs in: at its end, what is under way is waited for, END_S at most."""
-        with self._threads_running():
+        """What the loop runs in: at its end, deliveries in progress are waited for, FINISH_S at most."""
+        with self._worker_threads():
             yield
-            self._wait(END_S)
+            self._wait(FINISH_S)
 
     @contextmanager
-    def _threads_running(self) -> Iterator[None]:
-        """The threads. Nobody waits for them in the end: a process has to be able to end."""
+    def _worker_threads(self) -> Iterator[None]:
+        """Threads that make deliveries. They are not joined: a process has to be able to end."""
         for _ in range(self._threads):
             threading.Thread(target=self._work, name="dispatcher", daemon=True).start()
         try:
             yield
         finally:
             for _ in range(self._threads):
-                self._deliveries.put(None)
+                self._queue.put(None)
 
     def _wait(self, seconds: float) -> None:
-        """Until nothing is under way, or for so long."""
+        """Until nothing is in progress, or for so long."""
         end = time.monotonic() + seconds
-        while self._under_way.total() and time.monotonic() < end:
-            self._freed.wait(EVERY_S / 4)
+        while self._in_progress.total() and time.monotonic() < end:
+            self._freed.wait(POLL_EVERY_S / 4)
             self._freed.clear()
 
     def _claim(self) -> bool:
-        """Hand what is due to the threads that are free; whether there was anything."""
+        """Give what is due to the free threads; whether anything was."""
         with self._lock:
-            free = self._threads - self._under_way.total()
+            free = self._threads - self._in_progress.total()
             most = max(self._threads - 1, 1)  # one destination never has them all
             limits = {
-                destination: max(most - self._under_way[destination], 0) for destination in self._trusted
+                destination: max(most - self._in_progress[destination], 0) for destination in self._trusted
             }
-            doubtful = [
-                destination for destination in (*self._sinks, *self._under_way) if destination not in limits
+            untrusted = [
+                destination for destination in (*self._sinks, *self._in_progress) if destination not in limits
             ]
-            limits |= {destination: 0 if self._under_way[destination] else 1 for destination in doubtful}
-            others = max(self._threads // 2, 1) - sum(
-                self._under_way[destination] for destination in dict.fromkeys(doubtful)
+            limits |= {destination: 0 if self._in_progress[destination] else 1 for destination in untrusted}
+            others_limit = max(self._threads // 2, 1) - sum(
+                self._in_progress[destination] for destination in dict.fromkeys(untrusted)
             )
         if not free:
             return False
         deliveries = self._outbox.claim_deliveries(
-            free, lease_s=self._lease_s, limits=limits, others_limit=max(others, 0)
+            free, lease_s=self._lease_s, limits=limits, others_limit=max(others_limit, 0)
         )
         with self._lock:
-            self._under_way.update(delivery.destination for delivery in deliveries)
+            self._in_progress.update(delivery.destination for delivery in deliveries)
         for delivery in deliveries:
-            self._deliveries.put(delivery)
+            self._queue.put(delivery)
         return bool(deliveries)
 
     def _work(self) -> None:
-        while (delivery := self._deliveries.get()) is not None:
+        while (delivery := self._queue.get()) is not None:
             answered = False
             try:
                 answered = self._attempt(delivery)
             except LedgerUnavailable as error:
-                self._outages.ledger.failed(
-                    str(error)
-                )  # it comes again by itself, `lease_s` after it was claimed
+                self._outages.ledger.failed(str(error))  # it is due again when its lease is over
             except BaseException:
                 log.exception("%s: %s was not delivered", delivery.recipient, delivery.event)
             self._done(delivery.destination, answered=answered)
 
     def _done(self, destination: str, *, answered: bool) -> None:
         with self._lock:
-            self._under_way[destination] -= 1
-            if not self._under_way[destination]:
-                del self._under_way[destination]
+            self._in_progress[destination] -= 1
+            if not self._in_progress[destination]:
+                del self._in_progress[destination]
             self._trusted.pop(destination, None)
             if answered:
                 self._trusted[destination] = None
-                if len(self._trusted) > TRUSTED:
+                if len(self._trusted) > MAX_TRUSTED:
                     del self._trusted[next(iter(self._trusted))]
         self._freed.set()
         self.loop.wake()
 
     def _attempt(self, delivery: Delivery) -> bool:
-        """Deliver a delivery and write down what became of it; whether its destination answered."""
+        """Deliver and record the result; whether the destination answered."""
         document = delivery.document
         trace = trace_id(document.traceparent)
         with logs.about(job_id=document.id, attempt=document.attempt, trace_id=trace):
@@ -194,7 +192,7 @@ class OutboxDispatcher:
             else:
                 log.warning("%s: %s is dropped: %s", delivery.recipient, delivery.event, error)
                 self._observer.delivered("failed")
-                self._outbox.complete(delivery)  # whoever does not want to hear this may want to hear the end
+                self._outbox.complete(delivery)  # the recipient may want the final event all the same
         except BaseException as error:
             log.exception("%s: %s was not delivered", delivery.recipient, delivery.event)
             self._reschedule(delivery, error, 0)

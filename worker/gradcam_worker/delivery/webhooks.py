@@ -120,14 +120,14 @@ _SHORTER: tuple[tuple[str, Callable[[StatusDocument], StatusDocument]], ...] = (
 )
 
 
-def _retry_after_s(said: str) -> float | None:
+def _retry_after_s(value: str) -> float | None:
     """Seconds, from a number of them or from a date (RFC 9110, section 10.2.3); None if it says neither."""
-    said = said.strip()
+    value = value.strip()
     try:
-        if said.isascii() and said.isdecimal():
-            seconds = float(said[:9])
+        if value.isascii() and value.isdecimal():
+            seconds = float(value[:9])
         else:
-            date = parsedate_to_datetime(said)
+            date = parsedate_to_datetime(value)
             date = date if date.tzinfo else date.replace(tzinfo=UTC)
             seconds = (date - datetime.now(UTC)).total_seconds()
     except (ValueError, TypeError, IndexError, OverflowError):

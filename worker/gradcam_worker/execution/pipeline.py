@@ -123,7 +123,7 @@ def _explain(job: Job, services: Services, context: JobContext, held: ExitStack,
         with context.stage("load"):
             network = services.model_cache.load(services.networks.find(job.network))  # as it is described now
             classes = network.labels.wanted(top_n=job.target.top_n, classes=job.target.classes)
-        context.deadline.forgive(context.metrics["load_s"])  # a download of weights is nobody's fault
+        context.deadline.extend(context.metrics["load_s"])  # a download of weights is nobody's fault
         with context.stage("explain"):
             pixels = image.fit(network.facts)
             method = Method(**job.method.model_dump())

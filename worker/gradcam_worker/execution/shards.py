@@ -146,7 +146,7 @@ class _ShardRun:
         self._layer = ""
         begun_s = time.monotonic()
         self.network: Network = services.model_cache.load(services.networks.find(shard.network))
-        context.deadline.forgive(time.monotonic() - begun_s)  # a download of weights is nobody's fault
+        context.deadline.extend(time.monotonic() - begun_s)  # a download of weights is nobody's fault
         has = self.network.facts.weights_sha256
         if shard.weights_sha256 not in {None, has}:
             message = (

@@ -51,7 +51,7 @@ class Dialer(httpcore.NetworkBackend):
         Raises UriNotAllowed (without a connection), httpcore.ConnectError, httpcore.ConnectTimeout.
         """
         end = time.monotonic() + (timeout or 0.0)
-        addresses = [ip_address(text) for text in dict.fromkeys(self._looked_up(host, port, end))]
+        addresses = [ip_address(text) for text in dict.fromkeys(self._resolve_in_time(host, port, end))]
         self._check(host, addresses)
         failure: Exception = httpcore.ConnectError(f"{host} has no address")
         for number, address in enumerate(addresses):
@@ -76,13 +76,15 @@ class Dialer(httpcore.NetworkBackend):
                 )
                 raise UriNotAllowed(message)
 
-    def _looked_up(self, host: str, port: int, end: float) -> Sequence[str]:
+    def _resolve_in_time(self, host: str, port: int, end: float) -> Sequence[str]:
         """Ask in a thread of its own: the system's resolver knows no time limit but its own, of minutes."""
-        late = httpcore.ConnectTimeout(f"no name server said in time where {host} is")
+        late = httpcore.ConnectTimeout(f"no name server answered in time for {host}")
         if not self._lookups.acquire(timeout=max(end - time.monotonic(), 0.0)):
             raise late
         found: Future[Sequence[str]] = Future()
-        threading.Thread(target=self._look_up, args=(host, port, found), name="lookup", daemon=True).start()
+        threading.Thread(
+            target=self._resolve_in_thread, args=(host, port, found), name="lookup", daemon=True
+        ).start()
         try:
             return found.result(max(end - time.monotonic(), 0.0))
         except TimeoutError as error:
@@ -91,7 +93,7 @@ class Dialer(httpcore.NetworkBackend):
             message = f"{host} could not be looked up: {error}"
             raise httpcore.ConnectError(message) from error
 
-    def _look_up(self, host: str, port: int, found: Future[Sequence[str]]) -> None:
+    def _resolve_in_thread(self, host: str, port: int, found: Future[Sequence[str]]) -> None:
         try:
             found.set_result(self._resolve(host, port))
         except BaseException as error:  # noqa: BLE001  # whoever waits for it raises it

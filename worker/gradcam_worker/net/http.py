@@ -24,7 +24,7 @@ MAX_REDIRECTS = 3
 REDIRECTS = {301, 302, 303, 307, 308}
 USUAL_PORTS = {"http": 80, "https": 443}
 SHORTEST_S = 0.01  # a socket takes 0 for "do not wait at all"
-LOOK_S = 0.5  # between two looks whether an answer is still wanted
+POLL_CANCELLED_S = 0.5  # between two checks whether a job that waits was cancelled
 FAILURES = (
     httpcore.ConnectionNotAvailable,
     httpcore.NetworkError,
@@ -41,7 +41,7 @@ class HttpFailed(Exception):
 
 @dataclass(frozen=True)
 class HttpResponse:
-    """What a server said; of its body never more than one byte above the limit."""
+    """A server's answer; of its body never more than one byte above the limit."""
 
     status: int
     body: bytes = b""
@@ -205,7 +205,7 @@ class _Clock:
         self._deadline = deadline
         self._done, self._expired = threading.Event(), threading.Event()
         self._sockets: list[socket.socket] = []
-        self._thread = threading.Thread(target=self._watch, name="clock", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="http-timeout", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -215,7 +215,7 @@ class _Clock:
         self._done.set()
 
     def _watch(self) -> None:
-        while not self._done.wait(min(self.left_s(), LOOK_S)):
+        while not self._done.wait(min(self.left_s(), POLL_CANCELLED_S)):
             if time.monotonic() >= self._end or (self._deadline and not self._deadline.left_s()):
                 self._cut()
                 return

@@ -53,8 +53,8 @@ def headers(secrets: tuple[str, ...], message_id: str, sent_at: datetime, body: 
     from standardwebhooks import Webhook
 
     sent_at = sent_at.astimezone(UTC)  # the library takes any clock's time for UTC
-    said = {"webhook-id": message_id, "webhook-timestamp": str(int(sent_at.timestamp()))}
+    headers = {"webhook-id": message_id, "webhook-timestamp": str(int(sent_at.timestamp()))}
     if secrets:
         signatures = [Webhook(secret).sign(message_id, sent_at, body) for secret in secrets]
-        said["webhook-signature"] = " ".join(signatures)
-    return said
+        headers["webhook-signature"] = " ".join(signatures)
+    return headers

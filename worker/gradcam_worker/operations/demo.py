@@ -126,7 +126,7 @@ def _terminated(*_: object) -> NoReturn:
 
 def _start_worker(settings: Settings, log: Path) -> subprocess.Popen[bytes]:
     """The same command that an operator types, in a process of its own."""
-    return parent_watch.start(
+    return parent_watch.spawn(
         [sys.executable, "-P", "-m", "gradcam_worker", "worker"],
         log=log,
         environment=settings.to_environment(),

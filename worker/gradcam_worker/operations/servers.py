@@ -81,7 +81,7 @@ def _running(
     command: list[str], port: int, log: Path, environment: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a server, wait until it accepts connections, stop it in the end."""
-    process = parent_watch.start(command, log=log, environment=environment)
+    process = parent_watch.spawn(command, log=log, environment=environment)
     try:
         end = time.monotonic() + START_TIMEOUT_S
         while not accepts(port):

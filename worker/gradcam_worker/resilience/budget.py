@@ -1,6 +1,6 @@
-"""Room in memory: for what is in flight in a process, and for the process as a whole.
+"""Memory: a budget for what is in flight in a process, and a limit for the process as a whole.
 
-Counted in what is held, not in jobs: sixteen small photos are no burden, sixteen large ones are.
+Counted in bytes or pixels, not in jobs: sixteen small photos are no burden, sixteen large ones are.
 """
 
 import resource
@@ -12,25 +12,25 @@ from dataclasses import dataclass
 
 from gradcam_worker.resilience.deadline import Deadline
 
-LOOK_S = 0.5  # between two looks, while waiting, whether the job has been cancelled
+POLL_CANCELLED_S = 0.5  # between two checks whether a job that waits was cancelled
 
 
 class Reservation:
-    """What one job holds of a room."""
+    """What one job holds of a budget."""
 
-    def __init__(self, room: "ResourceBudget", amount: int) -> None:
-        """`amount` has been taken already."""
-        self._room, self._amount = room, amount
+    def __init__(self, budget: "ResourceBudget", amount: int) -> None:
+        """`amount` is reserved already."""
+        self._budget, self._amount = budget, amount
 
     def shrink_to(self, amount: int) -> None:
-        """Give back all but `amount`. More than is held cannot be kept: that has to be waited for."""
+        """Release all but `amount`; it never grows, since that would have to wait."""
         more = max(self._amount - amount, 0)
         self._amount -= more
-        self._room._give_back(more)  # noqa: SLF001  # two halves of one thing
+        self._budget._release(more)  # noqa: SLF001  # two halves of one thing
 
 
 class ResourceBudget:
-    """So much and no more at once. Who comes first is let in first: small ones do not starve a large one."""
+    """So much and no more at once, first come, first served: small ones do not starve a large one."""
 
     def __init__(self, capacity: int, unit: str) -> None:
         """`unit` is what is counted, in the plural: bytes, pixels."""
@@ -41,32 +41,42 @@ class ResourceBudget:
 
     @property
     def held(self) -> int:
-        """What is in flight just now, in this room's unit."""
+        """What is reserved just now, in `unit`."""
         return self._held
 
     @property
     def waiting(self) -> int:
-        """How many wait to be let in."""
+        """How many wait for a reservation."""
         return len(self._queue)
 
     @contextmanager
     def reserve(self, amount: int, deadline: Deadline) -> Iterator[Reservation]:
-        """Hold `amount` within the block, once there is room for it.
+        """Wait until `amount` is free, and hold it within the block.
 
-        What is larger than the room is let in when the room is empty, and alone: it has been allowed by a
-        limit of its own, and must not wait for ever. Raises JobTimeout, or what the deadline was cancelled
-        with.
+        An amount above the capacity is let in when nothing else is held, and alone: a limit of its own has
+        allowed it, and it must not wait for ever.
+
+        Args:
+            amount: in `unit`.
+            deadline: how long to wait.
+
+        Yields:
+            The reservation, which can be shrunk.
+
+        Raises:
+            JobTimeout: it was not free in time.
+            GradcamError: what the deadline was cancelled with.
         """
-        while not self._let_in(amount, deadline):
+        while not self._try_reserve(amount, deadline):
             deadline.check(f"waiting for {amount:,} of {self.capacity:,} {self._unit} in flight")
-        hold = Reservation(self, amount)
+        reservation = Reservation(self, amount)
         try:
-            yield hold
+            yield reservation
         finally:
-            hold.shrink_to(0)
+            reservation.shrink_to(0)
 
-    def _let_in(self, amount: int, deadline: Deadline) -> bool:
-        """Wait in the queue; False when time is up, which is for the caller to say, without the lock."""
+    def _try_reserve(self, amount: int, deadline: Deadline) -> bool:
+        """Wait in the queue; False when time is up: the caller raises, without the lock."""
         me = object()
         with self._changed:
             self._queue.append(me)
@@ -75,14 +85,14 @@ class ResourceBudget:
                     left_s = deadline.left_s()
                     if not left_s:
                         return False
-                    self._changed.wait(min(left_s, LOOK_S))
+                    self._changed.wait(min(left_s, POLL_CANCELLED_S))
                 self._held += amount
                 return True
             finally:
                 self._queue.remove(me)
                 self._changed.notify_all()
 
-    def _give_back(self, amount: int) -> None:
+    def _release(self, amount: int) -> None:
         with self._changed:
             self._held -= amount
             self._changed.notify_all()
@@ -90,7 +100,7 @@ class ResourceBudget:
 
 @dataclass(frozen=True)
 class Budgets:
-    """What may be in flight in one process."""
+    """The budgets of one process."""
 
     bytes: ResourceBudget  # of images, from before they are fetched until they are decoded
     pixels: ResourceBudget  # of images, from before they are decoded until all is drawn
@@ -105,15 +115,18 @@ class Budgets:
 
 
 def limit_memory(max_bytes: int) -> None:
-    """Let this process have no more than `max_bytes` of private memory; 0: as much as there is.
+    """Let this process have no more than so much private memory.
 
-    The second line, behind the rooms and the decoder's guard: what would take more is refused by the system,
-    and becomes an error of one job instead of the end of the process, or of another one on this machine. The
-    stacks of threads count, shared libraries and files that are mapped do not.
+    The second line of defence, behind the budgets and the decoder's limits: the system refuses what would
+    take more, which fails one job instead of ending this process, or another one on this machine. The stacks
+    of threads count, shared libraries and mapped files do not.
 
     With TensorFlow on a CPU, 1.5 GB and 16 bytes for each pixel and one for each byte that may be in flight
-    are enough. With less than TensorFlow itself needs the process ends all the same: it does not look whether
-    it gets memory.
+    are enough. With less than TensorFlow itself needs the process ends all the same: TensorFlow does not
+    check whether it gets memory.
+
+    Args:
+        max_bytes: the limit; 0: none.
     """
     if max_bytes:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)

@@ -1,15 +1,15 @@
-"""How long something may still take, and whether it may go on at all."""
+"""Until when a job has to be done, and whether it may go on at all."""
 
 import math
 import time
 
 from gradcam_worker.errors import GradcamError, JobTimeout
 
-LOOK_S = 0.05  # between two looks whether a lease has been renewed
+POLL_LEASE_S = 0.05  # between two checks whether a lease was renewed
 
 
 class Deadline:
-    """A moment by which a job has to be done, whatever it is waiting for."""
+    """The moment by which a job has to be done, whatever it waits for. It can be extended, and cancelled."""
 
     def __init__(self, seconds: float) -> None:
         """The moment is `seconds` from now."""
@@ -18,16 +18,20 @@ class Deadline:
         self._held_until = math.inf
         self._cancelled: GradcamError | None = None
 
-    def forgive(self, seconds: float) -> None:
-        """Put the moment off, by time that was not the job's to answer for."""
+    def extend(self, seconds: float) -> None:
+        """Put the moment off, by time that was not the job's fault."""
         self._end += seconds
 
     def cancel(self, why: GradcamError) -> None:
-        """It is over now: nobody waits for the job any more."""
+        """The job has to stop now.
+
+        Args:
+            why: what `check` raises from now on. The first call counts.
+        """
         self._cancelled = self._cancelled or why
 
     def hold(self, seconds: float) -> None:
-        """For so long the job is certainly this worker's own."""
+        """For so many seconds no other worker can have the job: its lease was renewed."""
         self._held_until = time.monotonic() + seconds
 
     def left_s(self) -> float:
@@ -35,13 +39,20 @@ class Deadline:
         return 0.0 if self._cancelled else max(self._end - time.monotonic(), 0.0)
 
     def check(self, doing: str) -> None:
-        """Raise JobTimeout where no time is left, or whatever it was cancelled with.
+        """Go on only where the job may.
 
-        Where nobody knows whether the job is still this worker's own, because the ledger is out of reach or
-        the process was stopped for a while, wait until that is known: another worker may have it by now.
+        Where the lease may have run out, because the ledger is unreachable or the process was stopped for a
+        while, this waits until it is renewed or lost: another worker may have the job by now.
+
+        Args:
+            doing: what the job does, for the error.
+
+        Raises:
+            JobTimeout: no time is left.
+            GradcamError: what it was cancelled with.
         """
         while time.monotonic() > self._held_until and self.left_s():
-            time.sleep(LOOK_S)
+            time.sleep(POLL_LEASE_S)
         if self.left_s():
             return
         if self._cancelled:  # asked last: it may have been just now

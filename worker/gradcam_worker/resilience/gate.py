@@ -1,4 +1,4 @@
-"""Who works in this process: many jobs at once, or a single one under suspicion."""
+"""A lock with two modes: many jobs at once, or a single one under suspicion."""
 
 import threading
 from collections.abc import Iterator
@@ -8,23 +8,31 @@ from gradcam_worker.errors import WorkerUnfit
 
 
 class ExclusiveGate:
-    """A job under which a worker died gets the process to itself, so that it takes no others with it.
+    """Gives a job under which a worker died the process to itself, so that it takes no others with it.
 
-    Who waits to be alone is let in before those who come later, or it would wait for ever.
+    A job that waits to be alone enters before those that come later, or it would wait for ever.
     """
 
     def __init__(self) -> None:
-        """Nobody is here."""
+        """No job is in the process."""
         self._jobs: set[str] = set()
-        self._alone = False  # somebody is, or waits to be
+        self._alone = False  # a job is, or waits to be
         self._closed = False
         self._changed = threading.Condition()
 
     @contextmanager
     def enter(self, job_id: str, *, alone: bool = False) -> Iterator[bool]:
-        """Wait for a place; whether the job was not here already, in which case it has none.
+        """Within it, the job is in the process.
 
-        Raises WorkerUnfit when nobody is let in any more.
+        Args:
+            job_id: of the job.
+            alone: wait until all others have left, and keep others out.
+
+        Yields:
+            Whether it entered. False: the job is in the process already, by another message.
+
+        Raises:
+            WorkerUnfit: the gate is closed.
         """
         with self._changed:
             free = self._enter(job_id, alone=alone)
@@ -38,7 +46,7 @@ class ExclusiveGate:
                     self._changed.notify_all()
 
     def close(self) -> None:
-        """Let nobody in any more, not even those who wait already."""
+        """Let no job in any more, not even one that waits already."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -53,7 +61,7 @@ class ExclusiveGate:
         while alone and self._jobs:
             self._wait()
         self._jobs.add(job_id)
-        self._changed.notify_all()  # whoever waits with a second message for it need not wait for its end
+        self._changed.notify_all()  # a second message for it need not wait for its end
         return True
 
     def _wait(self) -> None:

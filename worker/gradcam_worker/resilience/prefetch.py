@@ -1,4 +1,4 @@
-"""Something slow, read in a thread of its own, a little ahead, so that it keeps nobody waiting."""
+"""Reading a slow source in a thread of its own, a little ahead of its user."""
 
 import queue
 import sys
@@ -6,12 +6,12 @@ import threading
 from collections.abc import Iterable
 from typing import Generic, Self, TypeVar
 
-LOOK_S = 0.05  # between two looks whether anybody still wants it
+POLL_STOPPED_S = 0.05  # between two checks whether it was stopped
 T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Reads while it is entered; never more than `most` that nobody has taken."""
+    """Reads while it is entered; never more than `most` items ahead."""
 
     def __init__(self, source: Iterable[T], most: int = 4) -> None:
         """`source` is read by the thread alone."""
@@ -21,7 +21,7 @@ class Prefetcher(Generic[T]):
         self._held = sys.stdin
         self._read: queue.Queue[T | BaseException | None] = queue.Queue(most)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="ahead", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -29,17 +29,24 @@ class Prefetcher(Generic[T]):
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
-        self._thread.join(LOOK_S * 4)  # one that waits for a stream is left to itself
+        self._thread.join(POLL_STOPPED_S * 4)  # one that waits for a stream is left to itself
 
-    def next(self, patience_s: float) -> T | None:
-        """The next; None where none is ready within so long, or, with `ended`, will ever be.
+    def next(self, timeout_s: float) -> T | None:
+        """The next item.
 
-        Raises what reading raised.
+        Args:
+            timeout_s: how long to wait for it.
+
+        Returns:
+            The item; None where none was ready in time, or, with `ended`, none is left.
+
+        Raises:
+            BaseException: what reading raised.
         """
         if self.ended:
             return None
         try:
-            found = self._read.get(timeout=patience_s)
+            found = self._read.get(timeout=timeout_s)
         except queue.Empty:
             return None
         if isinstance(found, BaseException):
@@ -47,7 +54,7 @@ class Prefetcher(Generic[T]):
         self.ended = found is None
         return found
 
-    def _keep(self) -> None:
+    def _run(self) -> None:
         try:
             for one in self._source:
                 self._put(one)
@@ -60,7 +67,7 @@ class Prefetcher(Generic[T]):
     def _put(self, one: T | BaseException | None) -> None:
         while not self._stopped.is_set():
             try:
-                self._read.put(one, timeout=LOOK_S)
+                self._read.put(one, timeout=POLL_STOPPED_S)
             except queue.Full:
                 continue
             return

@@ -1,8 +1,8 @@
 """A child process that does not outlive its parent, not even a parent that was killed.
 
 The parent holds the writing end of a pipe that is the child's standard input. However the parent
-ends, the system closes that end, and the child reads the end of the file. `start` runs any program
-below a small keeper that listens for this; a Python program may listen itself, with `watch`.
+ends, the system closes that end, and the child reads the end of the file. `spawn` runs any
+program below a small keeper that listens for this; a Python program may listen itself, with `on_parent_exit`.
 """
 
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 GRACE_S = 10.0  # between asking a program to end and killing it
 
 
-def start(
+def spawn(
     command: Sequence[str],
     *,
     log: Path | None = None,
@@ -25,7 +25,14 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Run a program that ends when it is asked to (SIGTERM) or when this process is gone.
 
-    It is killed where it has not ended `grace_s` seconds later.
+    Args:
+        command: the program and its arguments.
+        log: a file to which its output is appended; None: the output of this process.
+        environment: what it gets beside the environment of this process.
+        grace_s: after so many seconds it is killed where it has not ended.
+
+    Returns:
+        The keeper above the program: ask that to end, with `stop`.
     """
     # -P: a folder named `worker` where the caller stands must not take this package's place.
     keeper = [sys.executable, "-P", "-m", "gradcam_worker.runtime.parent_watch", str(grace_s), *command]
@@ -54,17 +61,17 @@ def stop(process: subprocess.Popen[bytes]) -> int:
     return code
 
 
-def watch(on_lost: Callable[[], object]) -> None:
-    """Call `on_lost` from a thread when whoever started this process is gone."""
+def on_parent_exit(callback: Callable[[], object]) -> None:
+    """Call `callback` from a thread when whoever started this process is gone."""
 
     def wait() -> None:
         # Signals are for the main thread, which would not wake up from one that came here.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         while os.read(0, 1024):
             pass
-        on_lost()
+        callback()
 
-    threading.Thread(target=wait, name="lifeline", daemon=True).start()
+    threading.Thread(target=wait, name="parent-watch", daemon=True).start()
 
 
 class _Keeper:
@@ -82,7 +89,7 @@ class _Keeper:
         self._program = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         if self._asked:
             self._end()
-        watch(self._end)
+        on_parent_exit(self._end)
         return self._program.wait()
 
     def _end(self, *_: object) -> None:

@@ -31,9 +31,9 @@ log = logging.getLogger("gradcam.supervisor")
 WORKER = (sys.executable, "-P", "-m", "gradcam_worker", "worker", "--unsupervised", "--ready-fd")
 STARTS = 5  # in a row that may fail, on every device, before all is given up
 RESTART = RetryPolicy(first_s=0.5, max_s=30.0)  # a crash by chance costs little, a broken device no busy loop
-LOOK_UP_S = 0.5
+POLL_SIGNALS_S = 0.5  # see `_next_event`
 LAST_PORT = 65_535
-SIGN_S = 1.0  # between two looks whether a worker has died, of which the pipe may say nothing
+POLL_WORKER_S = 1.0  # between two checks whether a worker has died, which the pipe may not show
 HAND_BACK_S = 10.0  # for a worker whose time is up: what it runs goes back into the queue
 ENDED_CLEANLY = {0, -signal.SIGTERM}  # the latter before Celery has taken the signal over
 
@@ -64,8 +64,8 @@ class Supervisor:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._proven = False  # whether any of them ever took jobs: its settings cannot be hopeless
         self._stopping = threading.Event()
-        self._door = threading.Lock()  # of the three above: once it stops, no child is started
-        self._notes: SimpleQueue[int | Future[int]] = SimpleQueue()
+        self._lock = threading.Lock()  # of the three above: once it stops, no child is started
+        self._events: SimpleQueue[int | Future[int]] = SimpleQueue()
 
     def run(self) -> int:
         """Supervise until SIGTERM or SIGINT; return the exit code: 0 after a clean stop.
@@ -74,50 +74,50 @@ class Supervisor:
         once. A worker that does neither is killed, its jobs come back when their leases run out, and the
         code is 1.
         """
-        # A handler may run between any two steps of this thread: it leaves a note, no more.
-        signal.signal(signal.SIGTERM, lambda number, _: self._notes.put(number))
-        signal.signal(signal.SIGINT, lambda number, _: self._notes.put(number))
+        # A handler may run between any two steps of this thread: it queues an event, no more.
+        signal.signal(signal.SIGTERM, lambda number, _: self._events.put(number))
+        signal.signal(signal.SIGINT, lambda number, _: self._events.put(number))
         signals = 0
         with ThreadPoolExecutor(len(self._devices)) as pool:
-            kept = [pool.submit(self._keep, device) for device in self._devices]
-            for one in kept:
-                one.add_done_callback(self._notes.put)
-            while not all(one.done() for one in kept):
-                note = self._next_note()
-                if isinstance(note, int):
+            devices_done = [pool.submit(self._supervise, device) for device in self._devices]
+            for one in devices_done:
+                one.add_done_callback(self._events.put)
+            while not all(one.done() for one in devices_done):
+                event = self._next_event()
+                if isinstance(event, int):
                     signals += 1
-                    self._end(patience_s=0 if signals > 1 else self._timeout_s)
-                elif note and note.exception():
-                    self._end(patience_s=self._timeout_s)
-        return max(one.result() for one in kept)
+                    self._end(timeout_s=0 if signals > 1 else self._timeout_s)
+                elif event and event.exception():
+                    self._end(timeout_s=self._timeout_s)
+        return max(one.result() for one in devices_done)
 
-    def _next_note(self) -> "int | Future[int] | None":
+    def _next_event(self) -> "int | Future[int] | None":
         """What happened next; None from time to time.
 
         A signal may reach a thread other than this one, whose wait it then does not end: the handler
         runs as soon as this thread looks up.
         """
         with suppress(Empty):
-            return self._notes.get(timeout=LOOK_UP_S)
+            return self._events.get(timeout=POLL_SIGNALS_S)
         return None
 
-    def _keep(self, device: Device) -> int:
+    def _supervise(self, device: Device) -> int:
         """Keep one device's worker alive; return 1 where it was given up or did not end cleanly."""
         deaths = 0
         while True:
-            code, took_jobs = self._one_life(device)
+            code, took_jobs = self._run_worker(device)
             if self._stopping.is_set():
                 return 0 if code in ENDED_CLEANLY else 1
             deaths = 1 if took_jobs else deaths + 1
-            if self._given_up(device, hopeless=code == os.EX_CONFIG):
+            if self._gives_up(device, hopeless=code == os.EX_CONFIG):
                 return 1
             delay_s = RESTART.pause_s(deaths)
-            said = "%s: the worker ended unasked (exit code %s): again in %.1f s"
-            log.warning(said, device.name, code, delay_s)
+            text = "%s: the worker ended unasked (exit code %s): again in %.1f s"
+            log.warning(text, device.name, code, delay_s)
             if self._stopping.wait(delay_s):
                 return 0
 
-    def _one_life(self, device: Device) -> tuple[int, bool]:
+    def _run_worker(self, device: Device) -> tuple[int, bool]:
         """Start a worker, wait for its end; return its exit code, and whether it ever took jobs."""
         self._starts[device.name] += 1
         own = {
@@ -126,12 +126,12 @@ class Supervisor:
         }
         signs, shows_signs = os.pipe()
         with os.fdopen(signs, "rb") as seen, os.fdopen(shows_signs, "wb") as showing:
-            with self._door:
+            with self._lock:
                 if self._stopping.is_set():
                     return 0, False
                 child = self._children[device.name] = subprocess.Popen(
                     (*self._command, str(shows_signs)),
-                    stdin=subprocess.PIPE,  # its lifeline to this process
+                    stdin=subprocess.PIPE,  # closed when this process ends: see parent_watch
                     pass_fds=[shows_signs],
                     env={**device.environment, **own},
                     start_new_session=True,  # Ctrl-C reaches the supervisor, which passes it on once
@@ -140,7 +140,7 @@ class Supervisor:
             log.info("%s: worker process %d started", device.name, child.pid)
             took_jobs = self._watch(device, child, seen.fileno())
             code = child.wait()
-            with self._door:
+            with self._lock:
                 del self._children[device.name]
             if child.stdin:
                 child.stdin.close()
@@ -158,32 +158,32 @@ class Supervisor:
             if not listening:
                 # It has closed its end, and lives: nothing will ever be heard of it.
                 with suppress(subprocess.TimeoutExpired):
-                    child.wait(SIGN_S)
-                silent_s += SIGN_S
-            elif select.select([signs], [], [], 0 if dead else SIGN_S)[0]:
+                    child.wait(POLL_WORKER_S)
+                silent_s += POLL_WORKER_S
+            elif select.select([signs], [], [], 0 if dead else POLL_WORKER_S)[0]:
                 listening = bool(os.read(signs, 4096))
                 took_jobs, silent_s = took_jobs or listening, 0.0
             else:
-                silent_s += SIGN_S
+                silent_s += POLL_WORKER_S
             if took_jobs and not proven:  # at once: it may be years until it dies
                 proven = True
-                with self._door:
+                with self._lock:
                     self._proven, self._failed_starts[device.name] = True, -1  # its death makes it 0
             if dead:
                 return took_jobs
             if took_jobs and silent_s >= self._stalled_after_s and not self._stopping.is_set():
-                said = "%s: worker process %d has shown no sign of life for %.0f s: killed"
-                log.error(said, device.name, child.pid, silent_s)
+                text = "%s: worker process %d has shown no sign of life for %.0f s: killed"
+                log.error(text, device.name, child.pid, silent_s)
                 child.kill()
                 return took_jobs
 
-    def _given_up(self, device: Device, *, hopeless: bool) -> bool:
+    def _gives_up(self, device: Device, *, hopeless: bool) -> bool:
         """Count the failed starts of a device; end everything where every one of them has too many.
 
         One is too many where it is `hopeless`, as what is wrong stands in the settings. It may be the one GPU
         that is broken all the same: whether the others say so, too, is waited for.
         """
-        with self._door:
+        with self._lock:
             hopeless = hopeless and not self._proven
             self._failed_starts[device.name] += STARTS if hopeless else 1
             fewest = min(self._failed_starts.values())
@@ -191,24 +191,24 @@ class Supervisor:
             return False
         if not hopeless:
             log.error("%s: the worker could not start, %d times in a row: given up", device.name, fewest)
-        self._end(patience_s=self._timeout_s)
+        self._end(timeout_s=self._timeout_s)
         return True
 
-    def _end(self, *, patience_s: float) -> None:
+    def _end(self, *, timeout_s: float) -> None:
         """Ask all children to end within so many seconds; whoever asks twice has them end at once.
 
         Each sees to it that it does, and hands back what it cannot finish. One that does not is killed.
         """
-        with self._door:
+        with self._lock:
             self._stopping.set()
             for child in self._children.values():
                 child.terminate()
-        timer = threading.Timer(patience_s + HAND_BACK_S, self._kill)
+        timer = threading.Timer(timeout_s + HAND_BACK_S, self._kill)
         timer.daemon = True
         timer.start()
 
     def _kill(self) -> None:
-        with self._door:
+        with self._lock:
             for device, child in self._children.items():
                 if child.poll() is None:
                     log.error("%s: worker process %d does not end: killed", device, child.pid)

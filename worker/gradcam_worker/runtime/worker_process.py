@@ -125,7 +125,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     log_lines(settings.log_format, settings.log_level)
     _hush()
     if ready_fd is not None:
-        parent_watch.watch(lambda: _end(settings.shutdown_timeout_s + HAND_BACK_S))
+        parent_watch.on_parent_exit(lambda: _end(settings.shutdown_timeout_s + HAND_BACK_S))
     app = broker.make_app(settings)
     limit_memory(settings.memory_bytes)
     telemetry = Telemetry(settings)
