@@ -377,14 +377,14 @@ def test_a_refusal_that_cannot_be_written_down_comes_again_with_its_reason(
     assert "its body cannot be read as JSON" in reception.refused[message_id]
 
 
-def test_a_refusal_that_cannot_be_written_down_waits_before_it_comes_again_and_is_a_move() -> None:
+def test_a_refusal_that_cannot_be_written_down_waits_before_it_comes_again_and_is_progress() -> None:
     consumer, message = Mock(), Mock(delivery_tag="tag", headers={"id": "a"})
     message.channel.closed, consumer.pool.running = False, set()
     message.channel.unacknowledged.return_value = {"tag": message}
     consumer.hooks.refuse.side_effect = LedgerUnavailable("gone")
     consumer._return_later = partial(SturdyConsumer._return_later, consumer)
     SturdyConsumer._refuse(consumer, message, "it is none")
-    assert consumer.hooks.stall.moved.called
+    assert consumer.hooks.stall.progressed.called
     assert not message.method_calls
     pause_s, put_back = consumer.timer.call_after.call_args.args
     put_back()
