@@ -712,7 +712,9 @@ def test_urls_given_by_hand_are_checked_as_those_of_the_environment_are(url: str
     with pytest.raises(InvalidSettings, match=r"^GRADCAM_BROKER_URL: .*must look like redis://host:6379/0"):
         GradcamClient(url)
     if url:
-        with pytest.raises(InvalidSettings, match=r"ledger_url .*must look like .* without \?options"):
+        with pytest.raises(
+            InvalidSettings, match=r"^GRADCAM_LEDGER_URL: .*must look like redis://host:6379/0"
+        ):
             GradcamClient(None, url, settings=Settings())
 
 

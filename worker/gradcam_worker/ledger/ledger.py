@@ -455,7 +455,7 @@ def _entry(job: Work) -> Entry:
 
 def _conflict(job: Work, theirs: str) -> IdempotencyConflict:
     what = f"id {job.id}" if theirs == job.id else f"idempotency key {terms_of(job).idempotency_key!r}"
-    again = "Where that one has failed, it can be retried under its id and key."
+    again = "Where that one has failed, retrying it keeps its id and key."
     return IdempotencyConflict(f"The {what} belongs to a different job, {theirs}: use a new one. {again}")
 
 
