@@ -33,9 +33,9 @@ def scrape() -> dict[str, dict[str, set[str]]]:
     """What a worker with a GPU and a ledger shows: name of a sample -> label -> its values."""
     metrics = Metrics()
     each = dict.fromkeys(ROUTES, 1)
-    metrics.ask_ledger(lambda: QueueDepths(each, dict.fromkeys(each, 1.0), 1, 1, 1, 1, 1.0, 1))
-    metrics.ask_device(lambda: DeviceUse(memory_bytes=1, utilization=0.5))
-    metrics.job_ended("failed", "a code of a later version")
+    metrics.set_ledger_gauges(lambda: QueueDepths(each, dict.fromkeys(each, 1.0), 1, 1, 1, 1, 1.0, 1))
+    metrics.set_device_gauges(lambda: DeviceUse(memory_bytes=1, utilization=0.5))
+    metrics.job_finished("failed", "a code of a later version")
     found: dict[str, dict[str, set[str]]] = {}
     for family in text_string_to_metric_families(metrics.scrape().decode()):
         for sample in family.samples:

@@ -49,7 +49,7 @@ def work(ready_fd: int) -> int:
     prepare.decode = stuck
 
     liveness.HUNG_AFTER_S = HUNG_AFTER_S
-    health.ASK_EVERY_S, health.ANSWERED_S = 0.2, ANSWERED_S
+    health.PROBE_INTERVAL_S, health.UNREACHABLE_AFTER_S = 0.2, ANSWERED_S
     ready = SturdyConsumer.on_ready
 
     def on_ready(self: SturdyConsumer) -> None:

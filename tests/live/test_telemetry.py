@@ -27,7 +27,7 @@ from gradcam_worker.backfill.registry import RedisBackfillRegistry
 from gradcam_worker.broker import publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.observability.definitions import METRICS, SECONDS
+from gradcam_worker.observability.definitions import DURATION_BUCKETS, METRICS
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
 from gradcam_worker.schemas.ids import new_id
@@ -180,7 +180,7 @@ def test_a_worker_shows_every_metric_and_whether_it_is_well(
             METRICS
         ):  # the device's are absent without a GPU: tests/observability/test_prometheus.py has them
             name = f"{each.name}_bucket" if each.kind == "histogram" else each.name
-            assert (name in shown) == (each.of != "device"), name
+            assert (name in shown) == (each.source != "device"), name
         assert found["jobs_total{state=succeeded}"] == 6, "the shard, too"
         assert found["jobs_total{code=unknown_class,state=failed}"] == 1
         assert found["job_attempts_total{outcome=done}"] == 7
@@ -188,7 +188,7 @@ def test_a_worker_shows_every_metric_and_whether_it_is_well(
         assert found["image_bytes_total"] > 6 * 80
         assert found["artifact_bytes_total"] > 1000
         assert found["job_stage_seconds_count{stage=upload}"] == 5
-        assert 0 < found["job_stage_seconds_sum{stage=fetch}"] < SECONDS[-1]
+        assert 0 < found["job_stage_seconds_sum{stage=fetch}"] < DURATION_BUCKETS[-1]
         assert found["batch_images_sum"] >= 5 + 4, "a shard's pass is padded"
         assert found["batch_images_count"] == found["batch_seconds_count"] > 1
         assert (

@@ -19,7 +19,7 @@ from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.network import GRADCAM
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.observability import health
-from gradcam_worker.observability.health import Contact, Health
+from gradcam_worker.observability.health import Health, ServerProbes
 from gradcam_worker.resilience.background_loop import BackgroundLoop, stop_all
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.runtime.liveness import LivenessReporter
@@ -105,10 +105,10 @@ def test_what_cannot_be_said_is_an_error_and_the_next_one_is_answered(
 def test_callers_that_never_end_are_sent_away_and_no_thread_is_made_for_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(health, "CALL_S", 0.5)
+    monkeypatch.setattr(health, "MAX_CALL_S", 0.5)
     served = Served()
     before = threading.active_count()
-    with served.callers(health.THREADS + health.WAITING + 5) as callers:
+    with served.callers(health.THREADS + health.MAX_WAITING_CALLERS + 5) as callers:
         assert threading.active_count() == before
         end = time.monotonic() + WAIT_S
         while True:
@@ -141,18 +141,18 @@ def test_whoever_does_not_answer_is_away_after_a_while_and_is_asked_again(
         if error := failure.pop(0):
             raise error
 
-    contact = Contact({"broker": ask})
-    contact.round()
-    assert contact.check("broker") == "has not answered yet"
-    contact.round()
-    assert contact.check("broker") is None
-    now[0] += health.ANSWERED_S - 1
-    contact.round()
-    assert contact.check("broker") is None, "once is chance"
+    probes = ServerProbes({"broker": ask})
+    probes.probe_all()
+    assert probes.check("broker") == "has not answered yet"
+    probes.probe_all()
+    assert probes.check("broker") is None
+    now[0] += health.UNREACHABLE_AFTER_S - 1
+    probes.probe_all()
+    assert probes.check("broker") is None, "once is chance"
     now[0] += 3
-    assert contact.check("broker") == "has not answered for 12 s"
-    contact.round()
-    assert contact.check("broker") is None
+    assert probes.check("broker") == "has not answered for 12 s"
+    probes.probe_all()
+    assert probes.check("broker") is None
 
 
 def test_without_a_port_there_is_no_server_and_nobody_is_asked(settings: Settings) -> None:
@@ -192,16 +192,16 @@ def test_a_thread_that_ended_is_the_end_of_the_process(settings: Settings) -> No
     for one in loops:
         one.start()
     telemetry.watch(loops)
-    assert telemetry.health.found("/live") == {}
+    assert telemetry.health.problems("/live") == {}
     assert stop_all(loops, WAIT_S) == []
-    assert telemetry.health.found("/live") == {"threads": "ended: leases, reaper"}
+    assert telemetry.health.problems("/live") == {"threads": "ended: leases, reaper"}
 
 
 def test_a_process_has_started_before_it_is_let_in_and_has_when_it_ends(settings: Settings) -> None:
     telemetry = Telemetry(settings)
 
     def unwell() -> list[bool]:
-        return [bool(telemetry.health.found(path)) for path in ("/live", "/startup", "/ready")]
+        return [bool(telemetry.health.problems(path)) for path in ("/live", "/startup", "/ready")]
 
     assert unwell() == [False, True, True]
     telemetry.started()

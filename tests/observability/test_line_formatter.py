@@ -6,7 +6,7 @@ from rich.console import Console
 
 from gradcam_worker.errors import ImageFetchFailed
 from gradcam_worker.ledger.state_machine import fresh
-from gradcam_worker.observability.logs import FORMAT, LineFormatter, about
+from gradcam_worker.observability.logs import TEXT_FORMAT, LineFormatter, log_context
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.status import ClassScore, NetworkRef, Problem, StatusDocument
@@ -41,7 +41,7 @@ def log() -> tuple[logging.Logger, io.StringIO]:
     """A logger that writes as a worker does, and what it has written."""
     written, logger = io.StringIO(), logging.Logger("gradcam.line")  # noqa: LOG001  # pytest keeps none of it
     handler = logging.StreamHandler(written)
-    handler.setFormatter(LineFormatter(FORMAT))
+    handler.setFormatter(LineFormatter(TEXT_FORMAT))
     logger.addHandler(handler)
     return logger, written
 
@@ -135,7 +135,7 @@ def test_an_event_is_followed_by_its_fields_and_by_whose_job_it_is_of(
     log: tuple[logging.Logger, io.StringIO],
 ) -> None:
     logger, written = log
-    with about(job_id="a", attempt=2):
+    with log_context(job_id="a", attempt=2):
         logger.warning(EventMessage("row_refused", {"attempt": 1, "why": f"no image\n{FORGED}"}))
         logger.warning("of a library")
     first, second = written.getvalue().splitlines()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gradcam_worker.errors import ImageFetchFailed
-from gradcam_worker.observability.logs import JsonFormatter, Pool, about
+from gradcam_worker.observability.logs import ContextThreadPool, JsonFormatter, log_context
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
@@ -68,7 +68,7 @@ def test_a_line_is_one_object_with_a_time_in_utc(log: tuple[logging.Logger, io.S
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_whatever_a_job_says_is_one_line_of_ascii(log: tuple[logging.Logger, io.StringIO], text: str) -> None:
     logger, written = log
-    with about(job_id=text):
+    with log_context(job_id=text):
         try:
             fail(text)
         except ValueError:
@@ -87,7 +87,7 @@ def test_what_is_said_while_a_job_runs_carries_its_fields_and_nothing_does_after
     log: tuple[logging.Logger, io.StringIO],
 ) -> None:
     logger, written = log
-    with about(job_id="a"), about(attempt=2, trace_id=None):
+    with log_context(job_id="a"), log_context(attempt=2, trace_id=None):
         logger.info("ignored")
         logger.error("within")
     logger.error("after")
@@ -107,10 +107,10 @@ def test_threads_of_a_pool_speak_for_the_job_that_asked_them_and_each_for_its_ow
         logger.error(name)
         return name
 
-    with Pool(2) as pool:
-        with about(job_id="a"):
+    with ContextThreadPool(2) as pool:
+        with log_context(job_id="a"):
             first = pool.submit(work, "of a")
-        with about(job_id="b"):
+        with log_context(job_id="b"):
             assert list(pool.map(work, ["of b"])) == ["of b"]
         assert first.result() == "of a"
         pool.submit(logger.error, "of nobody").result()
@@ -125,8 +125,8 @@ def spoken(form: str, level: str, statements: str) -> list[str]:
     """What a fresh process that logs so says."""
     program = f"""
 import logging, threading, warnings
-from gradcam_worker.observability.logs import log_lines
-log_lines({form!r}, {level!r})
+from gradcam_worker.observability.logs import configure_logging
+configure_logging({form!r}, {level!r})
 {statements}
 """
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
@@ -186,7 +186,7 @@ def test_what_storage_says_in_its_own_threads_names_the_job(
     keys: dict[str, Any] = {"s3_access_key_id": "testing", "s3_secret_access_key": "testing"}
     away = S3(Settings(s3_endpoint_url=f"http://127.0.0.1:{free_port}", fetch_timeout_s=0.5, **keys))
     try:
-        with about(job_id="a"), pytest.raises(ImageFetchFailed):
+        with log_context(job_id="a"), pytest.raises(ImageFetchFailed):
             away.read_image("photos", "cat.jpg", 1000, Deadline(5))
     finally:
         ours.removeHandler(handler)
@@ -200,7 +200,7 @@ def test_an_event_is_an_object_that_has_its_name_and_fields(
 ) -> None:
     logger, written = log
     events = EventLogger(logger.name)
-    with about(job_id="a"):
+    with log_context(job_id="a"):
         events.warning("image_refused", uri="https://u:secret@host/x", tries=2, level="an own field")
     (line,) = lines(written)
     assert (line["event"], line["tries"], line["job_id"]) == ("image_refused", 2, "a")

@@ -92,14 +92,14 @@ def test_labels_have_few_values_and_codes_are_those_of_the_errors_tree() -> None
     assert set(CODES) - {"", OTHER} <= all_codes()
     assert {"timeout", "worker_lost", "internal", "image_not_found"} < set(CODES)
     counted = Metrics()
-    counted.job_ended("failed", "a code of tomorrow")
+    counted.job_finished("failed", "a code of tomorrow")
     assert read(counted)["jobs_total{code=other,state=failed}"] == 1
     assert len(counted.scrape().splitlines()) < 500, "what a scrape costs is what it holds"
 
 
 def test_all_of_a_process_is_there_at_zero_before_anything_has_happened() -> None:
     families = {one.name for one in text_string_to_metric_families(Metrics().scrape().decode())}
-    expected = {f"gradcam_{one.name.removesuffix('_total')}" for one in METRICS if one.of == "process"}
+    expected = {f"gradcam_{one.name.removesuffix('_total')}" for one in METRICS if one.source == "process"}
     assert expected <= families
     assert not any(one.endswith("_created") for one in families)
     text = Metrics().scrape().decode()
@@ -322,12 +322,12 @@ def test_the_ledgers_gauges_are_what_waits_there(settings: Settings, job: Job) -
     assert (found.retrying, found.running, found.dead, found.workers, found.events) == (1, 1, 1, 1, 1)
     assert 0.05 <= found.oldest_event_s < 60
     counted = Metrics()
-    counted.ask_ledger(lambda: found)
+    counted.set_ledger_gauges(lambda: found)
     shown = read(counted)
     assert shown["queue_jobs{priority=bulk}"] == 2
     assert shown["queue_oldest_seconds{priority=high}"] == found.oldest_s["high"]
     families = {one.name for one in text_string_to_metric_families(counted.scrape().decode())}
-    assert {f"gradcam_{one.name}" for one in METRICS if one.of == "ledger"} <= families
+    assert {f"gradcam_{one.name}" for one in METRICS if one.source == "ledger"} <= families
 
 
 def test_an_empty_ledger_is_all_zeros(settings: Settings) -> None:
@@ -347,11 +347,11 @@ def test_the_ledger_is_asked_once_in_a_while_and_its_gauges_are_absent_while_it_
         raise LedgerUnavailable(message)
 
     counted = Metrics()
-    counted.ask_ledger(ask)
+    counted.set_ledger_gauges(ask)
     for _ in range(3):
         assert b"gradcam_queue_jobs" not in counted.scrape()
     assert len(asked) == 1
-    monkeypatch.setattr(prometheus, "FRESH_S", -1)
+    monkeypatch.setattr(prometheus, "LEDGER_CACHE_S", -1)
     counted.scrape()
     assert len(asked) == 2
 
@@ -364,9 +364,9 @@ def test_one_scrape_at_most_waits_for_whoever_does_not_answer(monkeypatch: pytes
         over.wait(30)
         raise LedgerUnavailable
 
-    counted.ask_ledger(ask)
-    counted.ask_device(lambda: DeviceUse(memory_bytes=7))
-    monkeypatch.setattr(prometheus, "PATIENCE_S", 0.05)
+    counted.set_ledger_gauges(ask)
+    counted.set_device_gauges(lambda: DeviceUse(memory_bytes=7))
+    monkeypatch.setattr(prometheus, "LOCK_TIMEOUT_S", 0.05)
     hangs = threading.Thread(target=counted.scrape, daemon=True)
     hangs.start()
     assert asked.wait(30)
@@ -409,15 +409,15 @@ class Driver(SimpleNamespace):
 
 def test_a_gpu_is_told_of_by_its_driver_and_none_is_absent() -> None:
     driver, counted = Driver(), Metrics()
-    use = gpu.watch("GPU-1234", driver)
+    use = gpu.usage_reader("GPU-1234", driver)
     assert use
     assert (driver.asked_for, use()) == ("GPU-1234", DeviceUse(123, 0.5))
-    counted.ask_device(use)
+    counted.set_device_gauges(use)
     found = read(counted)
     assert (found["device_memory_bytes"], found["device_utilization_ratio"]) == (123, 0.5)
-    part: Callable[[], DeviceUse] | None = gpu.watch("0", Driver(tells=False))
+    part: Callable[[], DeviceUse] | None = gpu.usage_reader("0", Driver(tells=False))
     assert part
     assert part() == DeviceUse(123, None), "a part of a GPU does not say how busy it is"
-    assert gpu.watch("0", Driver(there=False)) is None
+    assert gpu.usage_reader("0", Driver(there=False)) is None
     without = Metrics()
     assert b"gradcam_device" not in without.scrape()

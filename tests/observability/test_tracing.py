@@ -152,7 +152,7 @@ def test_a_job_goes_on_in_the_trace_that_it_names(office: Office) -> None:
 
 
 def test_a_caller_who_has_a_span_is_followed_though_this_process_makes_none(office: Office) -> None:
-    office.client._traces = tracing.OFF
+    office.client._traces = tracing.NO_TRACES
     with office.tracer.start_as_current_span("request") as request:
         office.run()
         office.client.submit_many([FIELDS])
@@ -250,8 +250,8 @@ class Heard:
     bound: list[dict[str, object]] = field(default_factory=list)
 
     def __call__(self, *_: object) -> None:
-        self.headers.append(tracing.headers())
-        self.bound.append({**logs._bound.get()})
+        self.headers.append(tracing.propagation_headers())
+        self.bound.append({**logs._context_fields.get()})
         if self.failure:
             raise self.failure
 
@@ -285,7 +285,7 @@ def test_a_delivery_in_vain_is_seen(office: Office) -> None:
 
 
 def test_without_traces_a_receiver_gets_no_header_and_the_log_still_names_the_trace(office: Office) -> None:
-    office.traces = office.client._traces = tracing.OFF
+    office.traces = office.client._traces = tracing.NO_TRACES
     heard = Heard()
     with deliveries(office, heard, traceparent=TRACEPARENT) as document:
         pass
@@ -314,15 +314,28 @@ print(sorted(loaded() - before), before & {"opentelemetry.sdk.trace", "opentelem
     assert done.stdout.split("\n")[:2] == ["succeeded", "[] set()"]
 
 
-@pytest.mark.parametrize("endpoint", ["collector:4318", "grpc://collector:4317", "http://", "http://[::1"])
-def test_an_endpoint_that_is_none_is_refused_with_a_sentence(endpoint: str) -> None:
-    with pytest.raises(InvalidSettings, match="GRADCAM_TRACES: it must be the address of an OTLP/HTTP"):
+@pytest.mark.parametrize(
+    ("endpoint", "problem"),
+    [
+        ("collector:4318", "'...' has no scheme"),
+        ("grpc://collector:4317", "'grpc://collector:4317' has another scheme than http or https"),
+        ("http://", "'http://' names no host"),
+        ("http://[::1", "'http://...' has a host that cannot be read"),
+        ("http://u:planted@collector:0", "'http://collector:0' has a port that is no number from 1 to 65535"),
+        ("http://u:pla#planted@collector", "'http://...' has an @ behind its host"),
+    ],
+)
+def test_a_wrong_endpoint_is_refused_with_the_part_that_is_wrong(endpoint: str, problem: str) -> None:
+    with pytest.raises(InvalidSettings) as caught:
         Settings.from_environment({"GRADCAM_TRACES": endpoint})
+    assert str(caught.value).startswith(f"GRADCAM_TRACES: {problem}")
+    assert "it must look like http://collector:4318" in str(caught.value)
+    assert "planted" not in str(caught.value)
 
 
 def test_an_address_without_a_path_gets_that_of_the_standard_and_no_password_is_shown() -> None:
-    assert tracing._address("http://collector:4318")[0] == "http://collector:4318/v1/traces"
-    assert tracing._address("https://user:word@collector/otlp/v1/traces") == (
+    assert tracing._export_url("http://collector:4318")[0] == "http://collector:4318/v1/traces"
+    assert tracing._export_url("https://user:word@collector/otlp/v1/traces") == (
         "https://user:word@collector/otlp/v1/traces",
         "https://collector",
     )
@@ -342,25 +355,25 @@ def test_a_collector_that_is_away_is_spoken_of_once_and_again_when_it_was_back(
                 raise answer
             return answer
 
-    quiet = tracing._Quiet(Exporter(), "http://collector:4318")
+    quiet = tracing._SafeExporter(Exporter(), "http://collector:4318")
     with caplog.at_level(logging.WARNING, "gradcam"):
         results = [quiet.export([]) for _ in range(4)]
     assert [one is SpanExportResult.SUCCESS for one in results] == [False, False, True, False]
     assert len(caplog.messages) == 2
-    assert caplog.messages[0].startswith("traces do not reach http://collector:4318")
+    assert caplog.messages[0].startswith("traces_dropped collector=http://collector:4318 ")
 
 
 def test_a_process_whose_collector_is_away_ends_soon_and_says_why(free_port: int) -> None:
     program = f"""
-from gradcam_worker.observability import tracing as traces
-from gradcam_worker.observability.logs import log_lines
-log_lines("text", "info")
-away = traces.to("http://127.0.0.1:{free_port}", "test")
+from gradcam_worker.observability import tracing
+from gradcam_worker.observability.logs import configure_logging
+configure_logging("text", "info")
+away = tracing.connect("http://127.0.0.1:{free_port}", "test")
 for _ in range(3000):  # more than may wait
-    with away.joined("one"):
+    with away.start_span("one"):
         pass
 """
     done = subprocess.run(
         [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True, timeout=20
     )
-    assert done.stderr.count(f"traces do not reach http://127.0.0.1:{free_port}") == 1
+    assert done.stderr.count(f"traces_dropped collector=http://127.0.0.1:{free_port}") == 1

@@ -118,7 +118,7 @@ def test_weights_that_are_only_away_are_waited_for(
     health, seen = Health(), list[object]()
 
     def warm(name: str) -> None:
-        seen.append(health.found("/startup"))
+        seen.append(health.problems("/startup"))
         if failures:
             raise failures.pop(0)
 
@@ -133,7 +133,7 @@ def test_weights_that_are_only_away_are_waited_for(
     worker_process._preload(settings, services, health)
     both, last = ({"networks": f"not loaded yet: {names}"} for names in ("vgg16, resnet50", "resnet50"))
     assert seen == [both, both, both, last]
-    assert health.found("/startup") == health.found("/ready") == {}
+    assert health.problems("/startup") == health.problems("/ready") == {}
 
 
 @pytest.mark.parametrize(

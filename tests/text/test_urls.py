@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from gradcam_worker.backfill.inputs.rows import RowParser, displayable
 from gradcam_worker.errors import GradcamError, InternalError, InvalidJob, InvalidSettings
-from gradcam_worker.observability.logs import FORMAT, JsonFormatter, LineFormatter
+from gradcam_worker.observability.logs import TEXT_FORMAT, JsonFormatter, LineFormatter
 from gradcam_worker.schemas.job import ImageRef, Job, Webhook
 from gradcam_worker.schemas.status import Problem
 from gradcam_worker.settings import Settings
@@ -238,7 +238,7 @@ def test_what_others_say_shows_no_password_in_a_document_or_a_log() -> None:
         error: GradcamError = InternalError(said)
         assert SECRET not in Problem.of(error, stage=None, attempt=1).to_json()
         record = logging.LogRecord("kombu", logging.ERROR, "", 0, "cannot reach %s", (text,), None)
-        for form in (LineFormatter(FORMAT), JsonFormatter("w")):
+        for form in (LineFormatter(TEXT_FORMAT), JsonFormatter("w")):
             assert SECRET not in form.format(record)
     assert json.loads(JsonFormatter("w").format(record))["message"].startswith("cannot reach https://")
 

@@ -30,7 +30,6 @@ from pydantic_settings import (
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.net import allowlist, ip_policy
 from gradcam_worker.net.webhook_signing import secrets_of
-from gradcam_worker.observability.tracing import checked
 from gradcam_worker.schemas import bucket_names
 from gradcam_worker.text import comma_lists, urls
 from gradcam_worker.text.urls import without_secrets
@@ -42,6 +41,7 @@ ONE_SERVER = "name one server, or one address that leads to the master, as redis
 SCHEMES = ("s3", "https", "http", "file", "data")
 REDIS_LOOKS = "must look like redis://host:6379/0, or rediss:// for TLS"
 DATABASE_LOOKS = "must look like sqlite:////folder/status.db or postgresql://user:password@host/database"
+COLLECTOR_FORM = "must look like http://collector:4318"
 S3_SERVER_LOOKS = "must look like https://s3.example.com:9000"
 BAD_PORT = f"a port that is no number from 1 to {urls.LARGEST_PORT}"
 MAX_RECEIVED = 100  # characters of a value, in an error
@@ -97,6 +97,14 @@ def _redis_url(text: str) -> str:
 def _s3_server(text: str) -> str:
     if problem := _s3_server_problem(text):
         raise ValueError(problem)
+    return text
+
+
+def _traces_url(text: str) -> str:
+    shown = repr(without_secrets(text) if "://" in text else "...")
+    if problem := _url_problem(text, shown, ("http", "https")):
+        message = f"{problem}: it {COLLECTOR_FORM}"
+        raise ValueError(message)
     return text
 
 
@@ -228,7 +236,7 @@ OptionalStorageUri = Annotated[str, _unless_empty(_storage_uri)]
 StorageUriList = Annotated[StringList, AfterValidator(_storage_uris)]
 OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
 PemFile = Annotated[OptionalPath, AfterValidator(_file)]
-TracesUrl = Annotated[str, AfterValidator(checked), Field(repr=False)]  # it may hold a password
+TracesUrl = Annotated[str, _unless_empty(_traces_url), Field(repr=False)]  # it may hold a password
 S3ServerUrl = Annotated[str, _unless_empty(_s3_server)]
 Devices = Annotated[str, BeforeValidator(_devices)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]

@@ -31,7 +31,7 @@ from devtools.docs import field_meanings
 from gradcam_worker import errors
 from gradcam_worker.backfill.plan import Plan
 from gradcam_worker.cli.commands import gradcam
-from gradcam_worker.observability.definitions import METRICS, PREFIX, Defined
+from gradcam_worker.observability.definitions import METRICS, PREFIX, MetricDefinition
 from gradcam_worker.schemas.job import ID_PATTERN, Job
 from gradcam_worker.schemas.manifest import Manifest
 from gradcam_worker.schemas.shard import Shard
@@ -341,12 +341,12 @@ def metrics() -> str:
     lines = [METRICS_INTRO.rstrip()]
     scopes = {"process": "Of this process", "device": "Of the GPU", "ledger": "Of the ledger"}
     for scope, heading in scopes.items():
-        rows = [_metric(one) for one in METRICS if one.of == scope]
+        rows = [_metric(one) for one in METRICS if one.source == scope]
         lines += ["", f"## {heading}", *_table("metrics", ("metric", "kind", "labels", "meaning"), rows)]
     return "\n".join(lines) + "\n"
 
 
-def _metric(one: Defined) -> tuple[str, ...]:
+def _metric(one: MetricDefinition) -> tuple[str, ...]:
     labels = [
         f"`{name}`" + (f": {', '.join(filter(None, values))}" if 1 < len(values) <= MANY else "")
         for name, values in one.labels.items()

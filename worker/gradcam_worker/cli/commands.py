@@ -9,7 +9,7 @@ import click
 from gradcam_worker import __version__
 from gradcam_worker.cli import backfill, gallery, jobs, operate, replay
 from gradcam_worker.errors import GradcamError
-from gradcam_worker.observability.logs import log_lines
+from gradcam_worker.observability.logs import configure_logging
 from gradcam_worker.operations import console
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import visible
@@ -81,7 +81,7 @@ def worker(*, devices: str | None, unsupervised: bool, ready_fd: int | None) -> 
         if find_spec(package) is None:
             raise ModuleNotFoundError(name=package)
     settings = Settings.from_environment(devices=devices)
-    log_lines(settings.log_format, settings.log_level)
+    configure_logging(settings.log_format, settings.log_level)
     if ready_fd is not None:
         from gradcam_worker.runtime import worker_process
 
@@ -115,7 +115,7 @@ def deliver() -> int:
     from gradcam_worker.runtime import delivery_process, preflight
 
     settings = Settings.from_environment()
-    log_lines(settings.log_format, settings.log_level)
+    configure_logging(settings.log_format, settings.log_level)
     preflight.check(settings, stores=False)
     return delivery_process.run(settings)
 

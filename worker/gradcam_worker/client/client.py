@@ -91,7 +91,7 @@ class GradcamClient:
         """
         change = settings.changed if settings else Settings.from_environment
         self._settings = settings = change(broker_url=broker_url, ledger_url=status_url)
-        self._traces = tracing.to(settings.traces, "gradcam-client")
+        self._traces = tracing.connect(settings.traces, "gradcam-client")
         self._ledger = ledger or RedisLedger(settings, timeout_s=TIMEOUT_S, retries=0)
         self.waiter = JobWaiter(self._ledger)
         self._publisher, self._publish = publisher.Publisher(settings, timeout_s=TIMEOUT_S), publish
@@ -133,7 +133,7 @@ class GradcamClient:
             message = f"Give a job or its fields, not both: {', '.join(fields)} came with a job."
             raise InvalidJob(message)
         job = _job(fields if job is None else job)
-        with self._traces.joined("submit", job.traceparent, kind="PRODUCER", job_id=job.id):
+        with self._traces.start_span("submit", job.traceparent, kind="PRODUCER", job_id=job.id):
             return self._submit(_traced(job), retry_failed=retry_failed)
 
     def _submit(self, job: Job, *, retry_failed: bool) -> str:
@@ -486,7 +486,7 @@ class GradcamClient:
 
 def _traced(job: Job) -> Job:
     """The job, in the trace of the span that is current where it is submitted, unless it names its own."""
-    traceparent = job.traceparent or tracing.here()
+    traceparent = job.traceparent or tracing.current_traceparent()
     return job if traceparent == job.traceparent else job.model_copy(update={"traceparent": traceparent})
 
 

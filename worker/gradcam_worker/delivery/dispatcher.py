@@ -24,8 +24,8 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.ledger.outbox import Delivery, Outbox
 from gradcam_worker.observability import logs
-from gradcam_worker.observability.events import SILENT, Observer
-from gradcam_worker.observability.tracing import OFF, Traces, trace_id
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
+from gradcam_worker.observability.tracing import NO_TRACES, Traces, trace_id
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.resilience.retry import RetryPolicy
@@ -58,8 +58,8 @@ class OutboxDispatcher:
         threads: int,
         give_up_s: float,
         lease_s: float = LEASE_S,
-        observer: Observer = SILENT,
-        traces: Traces = OFF,
+        observer: Observer = NULL_OBSERVER,
+        traces: Traces = NO_TRACES,
         outages: Outages | None = None,
     ) -> None:
         """What is delivered raises StatusUnavailable (again later), EndpointGone, DeliveryRefused,
@@ -173,7 +173,7 @@ class OutboxDispatcher:
         """Deliver and record the result; whether the destination answered."""
         document = delivery.document
         trace = trace_id(document.traceparent)
-        with logs.about(job_id=document.id, attempt=document.attempt, trace_id=trace):
+        with logs.log_context(job_id=document.id, attempt=document.attempt, trace_id=trace):
             return self._record(delivery)
 
     def _record(self, delivery: Delivery) -> bool:
@@ -191,14 +191,14 @@ class OutboxDispatcher:
                 self._park(delivery, error)
             else:
                 log.warning("%s: %s is dropped: %s", delivery.recipient, delivery.event, error)
-                self._observer.delivered("failed")
+                self._observer.events_delivered("failed")
                 self._outbox.complete(delivery)  # the recipient may want the final event all the same
         except BaseException as error:
             log.exception("%s: %s was not delivered", delivery.recipient, delivery.event)
             self._reschedule(delivery, error, 0)
             return False
         else:
-            self._observer.delivered("delivered")
+            self._observer.events_delivered("delivered")
             self._outbox.complete(delivery)
         return True
 
@@ -206,9 +206,11 @@ class OutboxDispatcher:
         event = StatusEvent(type=f"gradcam.{delivery.event}", timestamp=utc_now(), data=delivery.document)
         if delivery.webhook:
             traceparent = delivery.document.traceparent
-            known = self._traces if traceparent else OFF  # alone, a delivery is no trace worth looking at
+            known = (
+                self._traces if traceparent else NO_TRACES
+            )  # alone, a delivery is no trace worth looking at
             facts: dict[str, Any] = {"job_id": delivery.document.id, "event": delivery.event}
-            with known.joined("webhook", traceparent, kind="CLIENT", tries=delivery.tries, **facts):
+            with known.start_span("webhook", traceparent, kind="CLIENT", tries=delivery.tries, **facts):
                 self._to_webhook(delivery, event)
         elif delivery.destination in self._sinks:
             self._sinks[delivery.destination](delivery, event)
@@ -220,7 +222,7 @@ class OutboxDispatcher:
         """Deliver it later, after as long as the receiver asks for at least; after `give_up_s`, park it."""
         if delivery.waited_s < self._give_up_s:
             pause_s = max(retry_after_s, REDELIVERY.pause_s(delivery.tries + 1))
-            self._observer.delivered("failed")
+            self._observer.events_delivered("failed")
             self._outbox.postpone(delivery, pause_s, quiet_s=retry_after_s)
             return
         self._park(delivery, error)
@@ -228,7 +230,7 @@ class OutboxDispatcher:
         while more := self._outbox.park_overdue(delivery.destination, self._give_up_s):
             others += more
         if others:
-            self._observer.delivered("parked", others)
+            self._observer.events_delivered("parked", others)
             log.error(
                 "%s: %d more recipients there are parked, who waited as long", delivery.destination, others
             )
@@ -236,5 +238,5 @@ class OutboxDispatcher:
     def _park(self, delivery: Delivery, error: BaseException) -> None:
         why = str(error) if isinstance(error, GradcamError) else type(error).__name__
         log.error("%s: %s is parked: %s", delivery.recipient, delivery.event, why)
-        self._observer.delivered("parked")
+        self._observer.events_delivered("parked")
         self._outbox.park(delivery)

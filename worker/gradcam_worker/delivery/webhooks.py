@@ -59,7 +59,9 @@ class Webhooks:
             raise StatusUnavailable(message)
         secrets = self._secrets[secret_ref] if secret_ref is not None else ()
         body, shortened = body_of(event)
-        headers = webhook_signing.headers(secrets, message_id, utc_now(), body) | tracing.headers()
+        headers = (
+            webhook_signing.headers(secrets, message_id, utc_now(), body) | tracing.propagation_headers()
+        )
         if shortened:
             headers["gradcam-shortened"] = ", ".join(shortened)
         try:

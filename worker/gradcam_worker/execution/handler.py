@@ -36,8 +36,8 @@ from gradcam_worker.execution.services import Services
 from gradcam_worker.ledger.ledger import ClaimOutcome, Ledger
 from gradcam_worker.ledger.state_machine import suspected
 from gradcam_worker.observability import logs, tracing
-from gradcam_worker.observability.events import SILENT, Observer
-from gradcam_worker.observability.tracing import OFF, Traces
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
+from gradcam_worker.observability.tracing import NO_TRACES, Traces
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.gate import ExclusiveGate
@@ -93,8 +93,8 @@ class JobHandler:
     leases: LeaseManager
     breaker: CircuitBreaker
     gate: ExclusiveGate = field(default_factory=ExclusiveGate)
-    observer: Observer = SILENT
-    traces: Traces = OFF
+    observer: Observer = NULL_OBSERVER
+    traces: Traces = NO_TRACES
     admits: Callable[[Shard], bool] = lambda _: (
         False
     )  # whether a shard is of a backfill that the ledger knows
@@ -125,10 +125,10 @@ class JobHandler:
         """
         disposition = Disposition.REQUEUE
         try:
-            with self.stall.running_job(), logs.about(job_id=_job_id(payload, message_id)):
+            with self.stall.running_job(), logs.log_context(job_id=_job_id(payload, message_id)):
                 disposition = self._process(payload, message_id, entered_at, kind)
         finally:
-            self.observer.attempt_ended(disposition.value)
+            self.observer.message_handled(disposition.value)
         return disposition
 
     def _process(self, payload: object, message_id: str, entered_at: object, kind: Kind) -> Disposition:
@@ -254,11 +254,11 @@ class JobHandler:
         above = terms_of(job).traceparent or document.traceparent
         facts: dict[str, Any] = {"job_id": job.id, "attempt": document.attempt}
         more: dict[str, Any] = {"network": job.network, "worker": self.worker.id}
-        with self.traces.joined("job", above, kind="CONSUMER", since=asked_at, **facts, **more):
-            tracing.past("queue", document.queued_at, asked_at, above)
-            tracing.past("claim", asked_at, document.started_at or asked_at)
-            traceparent = tracing.here() or above
-            with logs.about(**facts, trace_id=tracing.trace_id(traceparent)):
+        with self.traces.start_span("job", above, kind="CONSUMER", since=asked_at, **facts, **more):
+            tracing.record_past_span("queue", document.queued_at, asked_at, above)
+            tracing.record_past_span("claim", asked_at, document.started_at or asked_at)
+            traceparent = tracing.current_traceparent() or above
+            with logs.log_context(**facts, trace_id=tracing.trace_id(traceparent)):
                 yield document.model_copy(update={"traceparent": traceparent})
 
     def _execute(self, job: Work, document: StatusDocument, crashed: StatusDocument | None) -> Disposition:
@@ -292,7 +292,7 @@ class JobHandler:
             self._write(last, status="succeeded", **{**vars(done), "metrics": metrics})
             if isinstance(job, Shard):
                 failed = sum(done.rows.failed.values()) if done.rows else 0
-                self.observer.rows_ended(len(job.rows) - failed, failed)
+                self.observer.shard_finished(len(job.rows) - failed, failed)
         return Disposition.FINISHED
 
     @contextmanager
@@ -300,13 +300,13 @@ class JobHandler:
         self, document: StatusDocument, context: JobContext, *, shard: bool
     ) -> Iterator[None]:
         """Tell the observer that a job runs, and at the end how long each stage took."""
-        self.observer.in_flight(1, shard=shard)
+        self.observer.in_flight_changed(1, shard=shard)
         try:
             yield
         finally:
-            self.observer.in_flight(-1, shard=shard)
+            self.observer.in_flight_changed(-1, shard=shard)
             if not shard:
-                self.observer.staged({**document.metrics, **context.metrics})
+                self.observer.stages_measured({**document.metrics, **context.metrics})
 
     def _on_error(
         self, job: Work, document: StatusDocument, context: JobContext, error: BaseException
@@ -316,7 +316,7 @@ class JobHandler:
             error = InternalError.of(error)
         if isinstance(error, StorageUnavailable):
             self.breaker.failed(error)
-        tracing.note(error)
+        tracing.annotate(error)
         problem = Problem.of(error, stage=context.current_stage, attempt=document.attempt)
         changes: dict[str, Any] = {"error": problem, "metrics": {**document.metrics, **context.metrics}}
         if isinstance(error, JobCanceled):
@@ -333,7 +333,7 @@ class JobHandler:
     def _write(self, document: StatusDocument, *, delay_s: float = 0, **changes: Any) -> None:
         with tracing.span("write"):
             after = self.ledger.advance(document, patience_s=WRITE_FOR_S, delay_s=delay_s, **changes)
-        tracing.note(status=after.status)
+        tracing.annotate(status=after.status)
         code = f" ({after.error.code})" if after.error else ""
         log.info("job %s attempt %d: %s%s", after.id, after.attempt, after.status, code)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from gradcam_worker.errors import AttemptFenced, JobCanceled, LedgerUnavailable
 from gradcam_worker.ledger.ledger import Ledger
-from gradcam_worker.observability.events import SILENT, Observer
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.outages import Outages
@@ -34,7 +34,7 @@ class LeaseManager:
         worker: str,
         lease_s: float,
         health: Callable[[], str] = lambda: "",
-        observer: Observer = SILENT,
+        observer: Observer = NULL_OBSERVER,
         outages: Outages | None = None,
     ) -> None:
         """`health` is what the worker says of itself, `outages` of a ledger that is away."""

@@ -119,7 +119,7 @@ def _explain(job: Job, services: Services, context: JobContext, held: ExitStack,
         with context.stage("decode"):
             image = held.enter_context(fetched.decode())
             record = image.record
-            tracing.note(media_type=record.media_type, width=record.width, height=record.height)
+            tracing.annotate(media_type=record.media_type, width=record.width, height=record.height)
         with context.stage("load"):
             network = services.model_cache.load(services.networks.find(job.network))  # as it is described now
             classes = network.labels.wanted(top_n=job.target.top_n, classes=job.target.classes)
@@ -128,7 +128,7 @@ def _explain(job: Job, services: Services, context: JobContext, held: ExitStack,
             pixels = image.fit(network.facts)
             method = Method(**job.method.model_dump())
             inferred = slot.infer(network, pixels, classes, method, context.deadline, bulk=bulk)
-            tracing.note(
+            tracing.annotate(
                 batch_size=inferred.batch_size,
                 batch_wait_s=inferred.waited_s,
                 computed_s=inferred.computed_s,

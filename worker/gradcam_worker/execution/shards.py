@@ -37,7 +37,7 @@ from gradcam_worker.execution.shard_rows import SHARD_ERRORS, LoadedImage, Shard
 from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.network import Method, Network
 from gradcam_worker.inference.model_cache import GREY
-from gradcam_worker.observability.logs import Pool
+from gradcam_worker.observability.logs import ContextThreadPool
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.earlier import metrics_of_failed, stage_of_progress
 from gradcam_worker.schemas.shard import READERS, Shard, data_key, failed_key
@@ -243,8 +243,8 @@ class _ShardRun:
         done = 0
         pending: Pending = deque()
         with (
-            Pool(READERS, thread_name_prefix="shard-read") as readers,
-            Pool(GROUPS_COMPUTED_AT_ONCE, thread_name_prefix="shard-compute") as computing,
+            ContextThreadPool(READERS, thread_name_prefix="shard-read") as readers,
+            ContextThreadPool(GROUPS_COMPUTED_AT_ONCE, thread_name_prefix="shard-compute") as computing,
         ):
             try:
                 for group in _groups(places, size):
@@ -264,7 +264,10 @@ class _ShardRun:
                 raise
 
     def _outcomes_of_group(
-        self, group: Sequence[int], loading: Sequence["Future[LoadedImage | Problem]"], pool: Pool
+        self,
+        group: Sequence[int],
+        loading: Sequence["Future[LoadedImage | Problem]"],
+        pool: ContextThreadPool,
     ) -> list[Outcome]:
         """The outcomes of a group, in its order."""
         loaded = {place: one.result() for place, one in zip(group, loading, strict=True)}

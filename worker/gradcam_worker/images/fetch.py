@@ -23,7 +23,7 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.net.dialer import Resolve, look_up
 from gradcam_worker.net.http import HttpClient, HttpFailed
-from gradcam_worker.observability.events import SILENT, Observer
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef, why_no_uri
 from gradcam_worker.schemas.model import too_long
@@ -50,7 +50,7 @@ class UriFetcher:
     """Reads what the operator allows to be read, within its limits."""
 
     def __init__(
-        self, settings: Settings, s3: S3, resolve: Resolve = look_up, observer: Observer = SILENT
+        self, settings: Settings, s3: S3, resolve: Resolve = look_up, observer: Observer = NULL_OBSERVER
     ) -> None:
         """Nothing is opened until it is needed; `resolve` finds the addresses of hosts."""
         self._settings = settings

@@ -33,7 +33,7 @@ from gradcam_worker.inference.request import (
     yields_to_urgent,
 )
 from gradcam_worker.observability import tracing
-from gradcam_worker.observability.events import SILENT, Observer
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 
 DEFAULT_BATCH_SIZE = 8  # images, where no limit was measured
@@ -53,7 +53,7 @@ class Batcher:
     """Owns the device: one thread starts whatever runs there."""
 
     def __init__(
-        self, *, wait_s: float = 0.01, largest: int = DEFAULT_BATCH_SIZE, observer: Observer = SILENT
+        self, *, wait_s: float = 0.01, largest: int = DEFAULT_BATCH_SIZE, observer: Observer = NULL_OBSERVER
     ) -> None:
         """`wait_s`: how long a batch waits for jobs that are on their way, at most.
 
@@ -240,12 +240,12 @@ class Batcher:
                 queue.pass_s = took_s + (1 - NEWEST_WEIGHT) * ((queue.pass_s or took_s) - took_s)
         for index, one in enumerate(batch):
             one.complete(InferenceResponse(computed, index, begun_s - one.queued_s, took_s, len(batch)))
-        tracing.batch([one.caller for one in batch if one.images], begun_s, took_s)
+        tracing.record_batch([one.caller for one in batch if one.images], begun_s, took_s)
         if images := sum(one.images for one in batch):
             self.mean_batch_size += (images - self.mean_batch_size) * (
                 NEWEST_WEIGHT if self.mean_batch_size else 1
             )
-            self._observer.computed(images, took_s)
+            self._observer.batch_computed(images, took_s)
 
     @property
     def failure(self) -> str | None:

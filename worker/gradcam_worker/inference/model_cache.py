@@ -19,7 +19,7 @@ from gradcam_worker.gradcam.explain import Explanation, explanation_of
 from gradcam_worker.gradcam.faithfulness import measure
 from gradcam_worker.gradcam.network import GRADCAM, Method, Network
 from gradcam_worker.inference.batcher import DEFAULT_BATCH_SIZE, Batcher
-from gradcam_worker.observability.events import SILENT, Observer
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 
 log = logging.getLogger("gradcam")
@@ -113,7 +113,7 @@ class ModelCache:
         peak_bytes: Callable[[], int | None] = lambda: None,
         on_gpu: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.perf_counter,
-        observer: Observer = SILENT,
+        observer: Observer = NULL_OBSERVER,
     ) -> None:
         """`load` turns a row into a live network.
 
@@ -171,7 +171,7 @@ class ModelCache:
                 network = self._load_and_measure(row)
                 well = True
             finally:
-                self._observer.loaded(self._clock() - begun_s, well=well)
+                self._observer.network_loaded(self._clock() - begun_s, succeeded=well)
             self._store(row, network)
             return network
 

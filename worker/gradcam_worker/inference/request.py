@@ -42,7 +42,7 @@ class InferenceRequest:
     pixels: NDArray[np.uint8] | None = None
     classes: tuple[int, ...] = ()
     queued_s: float = field(default_factory=time.monotonic)
-    caller: tracing.Asker | None = field(default_factory=tracing.asker)
+    caller: tracing.LinkTarget | None = field(default_factory=tracing.link_target)
     done: threading.Event = field(default_factory=threading.Event)
     response: Any = None
     error: BaseException | None = None

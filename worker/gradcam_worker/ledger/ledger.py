@@ -28,7 +28,7 @@ from gradcam_worker.errors import (
     UnknownJob,
 )
 from gradcam_worker.ledger import state_machine
-from gradcam_worker.observability.events import SILENT, Observer
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import ID_PATTERN, Job, Webhook
@@ -124,7 +124,7 @@ class JobUpdates(Protocol):
 class Ledger(ABC):
     """The rules of a job's life. Raises LedgerUnavailable wherever it cannot be reached."""
 
-    observer: Observer = SILENT  # is told of each job that this process has made final
+    observer: Observer = NULL_OBSERVER  # is told of each job that this process has made final
 
     @abstractmethod
     def _create_many(self, entries: Sequence[Entry]) -> list[Entry]:
@@ -437,13 +437,13 @@ class Ledger(ABC):
         if not self._swap(held.document, after, due=due):
             return None
         if reason:
-            self.observer.reaped(reason)
+            self.observer.job_reaped(reason)
         self._tell(after)
         return held.route if after.status == "queued" else None
 
     def _tell(self, document: StatusDocument) -> None:
         if document.final:
-            self.observer.job_ended(document.status, document.error.code if document.error else "")
+            self.observer.job_finished(document.status, document.error.code if document.error else "")
 
 
 def _entry(job: Work) -> Entry:

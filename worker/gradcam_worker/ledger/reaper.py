@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from gradcam_worker.errors import BrokerUnavailable, LedgerUnavailable
 from gradcam_worker.ledger.ledger import Ledger
-from gradcam_worker.observability.events import SILENT, Observer
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.schemas.shard import ROUTES
@@ -37,7 +37,7 @@ class Reaper:
         *,
         lease_s: float,
         lost_after_s: float,
-        observer: Observer = SILENT,
+        observer: Observer = NULL_OBSERVER,
         outages: Outages | None = None,
     ) -> None:
         """Nothing is done yet.
@@ -135,7 +135,7 @@ class Reaper:
                 route, empty=not self._waiting(route), lost_after_s=self._lost_after_s, limit=AT_ONCE
             )
             for job_id in lost:
-                self._observer.republished()
+                self._observer.message_republished()
                 self._publish_again(
                     job_id, route, "has no message that is to be found: it is published again"
                 )

@@ -1,4 +1,4 @@
-"""What is seen of a process: logs, traces, metrics, health.
+"""What a process reports about itself: logs, traces, metrics, health.
 
-Begin at `events.Observer` and `health.Health`.
+Start with `events.Observer` and `health.Health`.
 """

@@ -1,7 +1,7 @@
 """Every metric of a worker process, defined once: name, help, labels with all their values, buckets.
 
-What cannot be known just then, because the ledger is out of reach or there is no GPU, is absent, not zero.
-Labels have few values, all known beforehand: the name of a network, as a job writes it, is none of them.
+A value that is unknown, because the ledger is unreachable or there is no GPU, is absent, not zero. Labels
+have few values, all known beforehand; a job's text, such as the name of its network, is never a label.
 """
 
 from collections.abc import Mapping
@@ -11,120 +11,145 @@ from gradcam_worker import __version__, errors
 from gradcam_worker.schemas.shard import ROUTES
 
 PREFIX = "gradcam_"
-OTHER = "other"  # the code of an error that a later version has and this one does not know
+OTHER = "other"  # in place of an error code that only a later version knows
 
 STAGES = ("queue", "fetch", "decode", "load", "batch_wait", "explain", "measure", "render", "upload")
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600)
-LONG_SECONDS = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
-IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600)
+LOAD_BUCKETS = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-
-# of those that a status document can hold
-_CODES = {one.code for one in errors.all_errors() if not issubclass(one, errors.LocalError)}
-CODES = (*sorted({"", *_CODES}), OTHER)  # '': none, it has succeeded
+# Error codes that a status document can hold; '' for a job that succeeded.
+_CODES = {error.code for error in errors.all_errors() if not issubclass(error, errors.LocalError)}
+CODES = (*sorted({"", *_CODES}), OTHER)
 
 
 @dataclass(frozen=True)
-class Defined:
+class MetricDefinition:
     """One metric."""
 
     kind: str  # counter, histogram or gauge
-    name: str  # after the prefix
+    name: str  # without the prefix
     help: str
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # label -> all its values
     buckets: tuple[float, ...] = ()
-    of: str = "process"  # who is asked: process, device or ledger
+    source: str = "process"  # where its value is read: process, device or ledger
 
 
 METRICS = (
-    Defined(
+    MetricDefinition(
         "counter",
         "jobs_total",
-        "Jobs, and shards of backfills, that this process has made final. (A job that is cancelled while it "
-        "waits is final by its client's hand, and in no worker's count.)",
+        "Jobs, and shards of backfills, that this process made final. (A job that is cancelled while it "
+        "waits is made final by its client, so no worker counts it.)",
         {"state": ("succeeded", "failed", "canceled", "expired"), "code": CODES},
     ),
-    Defined(
+    MetricDefinition(
         "counter",
         "job_attempts_total",
-        "Messages by what became of them: done, later (tried again), dropped, returned to the queue.",
+        "Messages by outcome: done, later (retried), dropped, returned to the queue.",
         {"outcome": ("done", "later", "dropped", "returned")},
     ),
-    Defined("counter", "shard_rows_total", "Rows of finished shards.", {"outcome": ("explained", "failed")}),
-    Defined("counter", "lease_renewals_total", "Leases renewed: about one a second for each job in hand."),
-    Defined(
-        "counter", "leases_lost_total", "Attempts that had to stop because another one had the job by then."
+    MetricDefinition(
+        "counter", "shard_rows_total", "Rows of finished shards.", {"outcome": ("explained", "failed")}
     ),
-    Defined(
+    MetricDefinition(
+        "counter", "lease_renewals_total", "Leases renewed: about one a second for each running job."
+    ),
+    MetricDefinition(
+        "counter", "leases_lost_total", "Attempts that had to stop because their lease was lost."
+    ),
+    MetricDefinition(
         "counter",
         "jobs_reaped_total",
-        "Jobs put right: their worker was lost, their pause was over (due), or they expired in the queue.",
+        "Jobs moved on by the reaper: worker lost, due for the next attempt, or expired in the queue.",
         {"reason": ("lost", "due", "expired")},
     ),
-    Defined("counter", "messages_republished_total", "Queued jobs whose message was not to be found."),
-    Defined(
-        "counter", "messages_dropped_total", "Messages with nothing to say: duplicates, and of final jobs."
+    MetricDefinition(
+        "counter",
+        "messages_republished_total",
+        "Messages published again for queued jobs whose message was lost.",
     ),
-    Defined("counter", "worker_starts_total", "Starts of the worker on this device since its supervisor's."),
-    Defined(
+    MetricDefinition(
+        "counter", "messages_dropped_total", "Messages without work: duplicates, and those of final jobs."
+    ),
+    MetricDefinition(
+        "counter",
+        "worker_starts_total",
+        "Starts of this device's worker process since its supervisor started.",
+    ),
+    MetricDefinition(
         "counter",
         "events_delivered_total",
-        "Tries to tell somebody: delivered, failed (tried again, or left), parked until they are replayed.",
+        "Deliveries of events: delivered, failed (retried, or dropped), parked until they are replayed.",
         {"outcome": ("delivered", "failed", "parked")},
     ),
-    Defined("counter", "network_loads_total", "Networks loaded.", {"outcome": ("loaded", "failed")}),
-    Defined("counter", "image_bytes_total", "Bytes of images read."),
-    Defined("counter", "artifact_bytes_total", "Bytes of artifacts, manifests and datasets stored."),
-    Defined(
+    MetricDefinition("counter", "network_loads_total", "Networks loaded.", {"outcome": ("loaded", "failed")}),
+    MetricDefinition("counter", "image_bytes_total", "Bytes of images read."),
+    MetricDefinition("counter", "artifact_bytes_total", "Bytes of artifacts, manifests and datasets stored."),
+    MetricDefinition(
         "histogram",
         "job_stage_seconds",
         "Seconds that attempts at jobs of one image spent in each stage. Queue: before the attempt; "
-        "batch_wait: for the device; explain: the pass it was in, whole.",
+        "batch_wait: waiting for the device; explain: computing the whole batch.",
         {"stage": STAGES},
-        SECONDS,
+        DURATION_BUCKETS,
     ),
-    Defined("histogram", "batch_images", "Images in a pass of the device.", buckets=IMAGES),
-    Defined("histogram", "batch_seconds", "Seconds that a pass took.", buckets=SECONDS),
-    Defined("histogram", "network_load_seconds", "Seconds to load and warm a network.", buckets=LONG_SECONDS),
-    Defined("gauge", "jobs_in_flight", "Jobs of one image that are run now."),
-    Defined("gauge", "shards_in_flight", "Shards that are run now."),
-    Defined("gauge", "breaker_open", "1: storage fails, and no jobs are taken until it is back."),
-    Defined("gauge", "ready", "1: /ready says yes."),
-    Defined("gauge", "networks_resident", "Networks in memory."),
-    Defined("gauge", "build_info", "1, with the version as its label.", {"version": (__version__,)}),
-    Defined("gauge", "device_memory_bytes", "Memory of the GPU in use, whoever uses it.", of="device"),
-    Defined(
+    MetricDefinition(
+        "histogram", "batch_images", "Images in a batch that the device computed.", buckets=BATCH_SIZE_BUCKETS
+    ),
+    MetricDefinition("histogram", "batch_seconds", "Seconds to compute a batch.", buckets=DURATION_BUCKETS),
+    MetricDefinition(
+        "histogram", "network_load_seconds", "Seconds to load and warm up a network.", buckets=LOAD_BUCKETS
+    ),
+    MetricDefinition("gauge", "jobs_in_flight", "Jobs of one image that are running."),
+    MetricDefinition("gauge", "shards_in_flight", "Shards that are running."),
+    MetricDefinition(
+        "gauge",
+        "breaker_open",
+        "1: the circuit breaker is open: storage fails, and no jobs are taken until it recovers.",
+    ),
+    MetricDefinition("gauge", "ready", "1: /ready answers 200."),
+    MetricDefinition("gauge", "networks_resident", "Networks in memory."),
+    MetricDefinition("gauge", "build_info", "1, with the version as its label.", {"version": (__version__,)}),
+    MetricDefinition(
+        "gauge", "device_memory_bytes", "Memory of the GPU in use, by any process.", source="device"
+    ),
+    MetricDefinition(
         "gauge",
         "device_utilization_ratio",
-        "How busy the GPU was in the last moment.",
-        of="device",
+        "Share of the driver's last sample in which the GPU was busy.",
+        source="device",
     ),
-    Defined("gauge", "queue_jobs", "Queued jobs, or shards.", {"priority": ROUTES}, of="ledger"),
-    Defined(
+    MetricDefinition("gauge", "queue_jobs", "Queued jobs, or shards.", {"priority": ROUTES}, source="ledger"),
+    MetricDefinition(
         "gauge",
         "queue_oldest_seconds",
-        "How long the first of them has been queued; 0: there is none.",
+        "How long the oldest of them has been queued; 0: none is queued.",
         {"priority": ROUTES},
-        of="ledger",
+        source="ledger",
     ),
-    Defined("gauge", "retrying_jobs", "Jobs that wait for their next attempt.", of="ledger"),
-    Defined("gauge", "running_jobs", "Jobs and shards that are run now, by whomever.", of="ledger"),
-    Defined("gauge", "dead_jobs", "Failed jobs that are kept for replay.", of="ledger"),
-    Defined(
+    MetricDefinition("gauge", "retrying_jobs", "Jobs waiting for their next attempt.", source="ledger"),
+    MetricDefinition(
+        "gauge", "running_jobs", "Jobs and shards that are running, on all workers.", source="ledger"
+    ),
+    MetricDefinition("gauge", "dead_jobs", "Failed jobs kept for replay.", source="ledger"),
+    MetricDefinition(
         "gauge",
         "outbox_events",
-        "Events to be told next: one for each webhook of a job, or job in the database, that has any.",
-        of="ledger",
+        "Events to be delivered next: one for each job's webhook, or job in the database, that has any.",
+        source="ledger",
     ),
-    Defined(
-        "gauge", "outbox_oldest_seconds", "How long the oldest of them has waited; 0: none.", of="ledger"
+    MetricDefinition(
+        "gauge", "outbox_oldest_seconds", "How long the oldest of them has waited; 0: none.", source="ledger"
     ),
-    Defined("gauge", "workers_alive", "Worker processes that live, on all machines.", of="ledger"),
+    MetricDefinition(
+        "gauge", "workers_alive", "Worker processes that are alive, on all machines.", source="ledger"
+    ),
 )
-ONE_CODE = {"succeeded": "", "canceled": errors.JobCanceled.code, "expired": errors.JobExpired.code}
-BY_NAME = {one.name: one for one in METRICS}
+_CODE_OF_STATE = {"succeeded": "", "canceled": errors.JobCanceled.code, "expired": errors.JobExpired.code}
+BY_NAME = {metric.name: metric for metric in METRICS}
 
 
-def happens(state: str, code: str) -> bool:
-    """Whether jobs end so."""
-    return code == ONE_CODE[state] if state in ONE_CODE else code != ""
+def can_occur(state: str, code: str) -> bool:
+    """Return whether a job in this final state can have this error code."""
+    return code == _CODE_OF_STATE[state] if state in _CODE_OF_STATE else code != ""

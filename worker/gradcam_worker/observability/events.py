@@ -1,57 +1,56 @@
-"""Who is told what happens in a worker process, as it happens: this one keeps nothing of it.
+"""The events of a worker process that metrics count: `Observer` names them and does nothing.
 
-`gradcam_worker.observability.prometheus` counts it. Whoever tells does not wait and is not told of an error:
-a call must cost next to
-nothing and raise nothing.
+`gradcam_worker.observability.prometheus.Metrics` counts them. A method is called in the middle of the work:
+it must be fast, must not block, and must not raise.
 """
 
 from collections.abc import Mapping
 
 
 class Observer:
-    """Hears everything, and does nothing."""
+    """Receives every event, and does nothing."""
 
-    def job_ended(self, status: str, code: str) -> None:
-        """A job has become final, and why where it has not succeeded: the code of an error, or ''."""
+    def job_finished(self, status: str, code: str) -> None:
+        """A job became final with this status; `code` is that of its error, or ''."""
 
-    def attempt_ended(self, outcome: str) -> None:
+    def message_handled(self, outcome: str) -> None:
         """A message was handled: the value of a `gradcam_worker.execution.handler.Disposition`."""
 
-    def in_flight(self, change: int, *, shard: bool) -> None:
-        """So many more jobs, or shards, are run than before: 1 or -1."""
+    def in_flight_changed(self, change: int, *, shard: bool) -> None:
+        """A job or a shard was started (1) or is no longer run (-1)."""
 
-    def staged(self, metrics: Mapping[str, float]) -> None:
-        """What an attempt at a job of one image has measured: `fetch_s` and the like, in seconds."""
+    def stages_measured(self, metrics: Mapping[str, float]) -> None:
+        """An attempt at a job of one image ended; `metrics` has `fetch_s` and the like, in seconds."""
 
-    def rows_ended(self, explained: int, failed: int) -> None:
-        """A shard has ended well, with so many rows."""
+    def shard_finished(self, explained: int, failed: int) -> None:
+        """A shard succeeded, with these numbers of rows."""
 
     def leases_renewed(self, count: int) -> None:
-        """This worker goes on with so many jobs."""
+        """This worker renewed `count` leases."""
 
     def lease_lost(self) -> None:
-        """An attempt has to stop, because the job is another's by now."""
+        """An attempt has to stop, because its lease expired and another attempt may have the job."""
 
-    def reaped(self, reason: str) -> None:
-        """A job was put right: `lost` with its worker, `due` again, or `expired`."""
+    def job_reaped(self, reason: str) -> None:
+        """The reaper moved a job on: `lost` with its worker, `due` for its next attempt, or `expired`."""
 
-    def republished(self) -> None:
-        """A queued job had no message any more, and has one again."""
+    def message_republished(self) -> None:
+        """A queued job whose message was lost got a new one."""
 
-    def delivered(self, outcome: str, count: int = 1) -> None:
-        """Events were `delivered`, `failed` (again later, or left) or `parked`."""
+    def events_delivered(self, outcome: str, count: int = 1) -> None:
+        """Events were `delivered`, `failed` (and are retried, or dropped) or `parked`."""
 
-    def loaded(self, seconds: float, *, well: bool) -> None:
-        """A network was loaded and warmed, or could not be."""
+    def network_loaded(self, seconds: float, *, succeeded: bool) -> None:
+        """A network was loaded and warmed up, or could not be."""
 
-    def computed(self, images: int, seconds: float) -> None:
-        """The device has done a pass over so many images."""
+    def batch_computed(self, images: int, seconds: float) -> None:
+        """The device explained a batch of images."""
 
     def image_read(self, size: int) -> None:
-        """An image of so many bytes was read."""
+        """An image of `size` bytes was read."""
 
     def artifact_written(self, size: int) -> None:
-        """An object of so many bytes was stored."""
+        """An object of `size` bytes was stored."""
 
 
-SILENT = Observer()
+NULL_OBSERVER = Observer()

@@ -1,52 +1,55 @@
-"""What a GPU is doing, by its driver: memory in use and how busy it was. Of no GPU nothing can be said."""
+"""Memory and utilization of a GPU, as its NVIDIA driver reports them."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-log = logging.getLogger("gradcam")
+from gradcam_worker.text.log_events import EventLogger
 
-PERCENT = 100
+log = EventLogger("gradcam")
 
 
 @dataclass(frozen=True)
 class DeviceUse:
-    """What a GPU is doing; None where it does not say."""
+    """Memory and utilization of a GPU; None where the driver does not report a value."""
 
-    memory_bytes: int | None = None  # in use, whoever uses it
-    utilization: float | None = None  # 0 to 1: the share of the last moment in which it was busy
+    memory_bytes: int | None = None  # in use, by any process
+    utilization: float | None = None  # 0 to 1: the share of the driver's last sample in which it was busy
 
 
-def watch(name: str, library: ModuleType | Any | None = None) -> Callable[[], DeviceUse] | None:
-    """What tells how a GPU is used, `name` being its UUID or number; None where nobody can.
+def usage_reader(name: str, library: ModuleType | Any | None = None) -> Callable[[], DeviceUse] | None:
+    """Return a function that reads the usage of a GPU, or None if it cannot be read.
 
-    `library` is pynvml (extra gpu), unless it is given.
+    Args:
+        name: The GPU's UUID or number.
+        library: In place of pynvml (extra gpu).
     """
     try:
         pynvml = library or _pynvml()
         pynvml.nvmlInit()
-        by = pynvml.nvmlDeviceGetHandleByIndex if name.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID
-        handle = by(int(name) if name.isdecimal() else name)
+        if name.isdecimal():
+            handle = pynvml.nvmlDeviceGetHandleByIndex(int(name))
+        else:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(name)
     except ImportError:
-        log.info("the GPU's own metrics need the extra gpu: pip install 'gradcam-worker[gpu]'")
+        log.info("gpu_metrics_unavailable", gpu=name, reason="pip install 'gradcam-worker[gpu]' for them")
         return None
-    except Exception as error:  # noqa: BLE001  # whatever a driver may raise: there are no such metrics, then
-        log.warning("GPU %s has no metrics: %s", name, error)
+    except Exception as error:  # noqa: BLE001  # any error of a driver: the worker runs without these metrics
+        log.warning("gpu_metrics_failed", gpu=name, error=error)
         return None
 
-    def said(look: Callable[[Any], Any]) -> Any:
+    def query(function: Callable[[Any], Any]) -> Any:
         try:
-            return look(handle)
-        except pynvml.NVMLError:  # a part of a GPU does not say how busy it is
+            return function(handle)
+        except pynvml.NVMLError:  # MIG devices do not report utilization
             return None
 
-    def use() -> DeviceUse:
-        memory, busy = said(pynvml.nvmlDeviceGetMemoryInfo), said(pynvml.nvmlDeviceGetUtilizationRates)
-        return DeviceUse(memory and int(memory.used), busy and busy.gpu / PERCENT)
+    def read() -> DeviceUse:
+        memory, rates = query(pynvml.nvmlDeviceGetMemoryInfo), query(pynvml.nvmlDeviceGetUtilizationRates)
+        return DeviceUse(memory and int(memory.used), rates and rates.gpu / 100)  # from percent
 
-    return use
+    return read
 
 
 def _pynvml() -> Any:

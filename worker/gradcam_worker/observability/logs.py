@@ -1,7 +1,7 @@
-"""How a process says what it does: a line for a person, or a JSON object for whoever collects logs.
+"""How a process logs: text lines for a person, or JSON objects for a log collector.
 
-What is said while a job runs carries the job's id, whoever says it: the fields are bound to the context, and
-the pools of threads that work for a job (`WaitingPool`) take the context along.
+Lines that are logged while a job runs carry the job's id, whichever module logs them: `log_context` binds
+fields to the context, and a `ContextThreadPool` takes the context along to its threads.
 """
 
 import json
@@ -17,33 +17,39 @@ from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from gradcam_worker.schemas.ids import process_name
-from gradcam_worker.text.log_events import EventMessage
+from gradcam_worker.text.log_events import EventLogger, EventMessage
 from gradcam_worker.text.urls import redacted
 from gradcam_worker.text.visible import visible
 
+TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+INDENT = "    "  # of a traceback below its line: no line of its own begins with it
 P = ParamSpec("P")
 T = TypeVar("T")
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-_bound: ContextVar[Mapping[str, object]] = ContextVar("gradcam_log_fields", default={})  # noqa: B039  # never changed
+_context_fields: ContextVar[Mapping[str, object]] = ContextVar("gradcam_log_fields", default={})  # noqa: B039  # never changed
 
 
 @contextmanager
-def about(**fields: object) -> Iterator[None]:
-    """Within it, each JSON line of this thread, and of the pools that work for it, has these fields; not
-    those that are None.
+def log_context(**fields: object) -> Iterator[None]:
+    """Add fields to each event and JSON line that is logged within the block.
+
+    They hold in this thread, and in the threads of a `ContextThreadPool` for calls submitted in the block.
+
+    Args:
+        **fields: Added to those of an outer block. Those that are None are left out.
     """
-    more = {name: value for name, value in fields.items() if value is not None}
-    token = _bound.set({**_bound.get(), **more})
+    present = {name: value for name, value in fields.items() if value is not None}
+    token = _context_fields.set({**_context_fields.get(), **present})
     try:
         yield
     finally:
-        _bound.reset(token)
+        _context_fields.reset(token)
 
 
-class Pool(ThreadPoolExecutor):
-    """Threads that work in the context of whoever asks them to."""
+class ContextThreadPool(ThreadPoolExecutor):
+    """A thread pool that runs each call in the context of the code that submitted it."""
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """See `ThreadPoolExecutor.submit`."""
@@ -51,51 +57,104 @@ class Pool(ThreadPoolExecutor):
 
 
 class JsonFormatter(logging.Formatter):
-    r"""One JSON object a line, in ASCII: what would act on a terminal or begin a line is an escape in it.
+    """One JSON object a line, in ASCII: control characters and line breaks are escaped.
 
-    time (RFC 3339, UTC), level, logger, message, event and its fields where it is one of ours, job_id,
-    attempt and trace_id where a job is spoken of, worker (host:pid), and exception (type, message, stack)
-    where there is one.
+    Keys: time (RFC 3339, UTC), level, logger, message; for an event also `event` and its fields; job_id,
+    attempt and trace_id from the log context; worker (host:pid); exception (type, message, stack) and stack
+    where the record has one.
     """
 
     def __init__(self, worker: str) -> None:
-        """`worker` is who speaks."""
+        """`worker` is the name of this process, host:pid."""
         super().__init__()
         self._worker = worker
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        said: dict[str, object] = {
+        """Return the line."""
+        line: dict[str, object] = {
             "time": _rfc3339(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": _said(record),
-            **_bound.get(),
+            "message": _message(record),
+            **_context_fields.get(),
             "worker": self._worker,
         }
-        said = {**said, **_event(record), **said}  # no field takes the place of one of these
+        line = {**line, **_event_fields(record), **line}  # an event's field replaces none of the keys above
         if record.exc_info and record.exc_info[0]:
             kind, error, _ = record.exc_info
             stack = redacted(super().formatException(record.exc_info))
-            said["exception"] = {"type": kind.__name__, "message": redacted(str(error)), "stack": stack}
+            line["exception"] = {"type": kind.__name__, "message": redacted(str(error)), "stack": stack}
         if record.stack_info:
-            said["stack"] = record.stack_info
-        return json.dumps(_whole(said), default=str)
+            line["stack"] = record.stack_info
+        return json.dumps(_escape_surrogates(line), default=str)
 
 
-def _said(record: logging.LogRecord) -> str:
+class LineFormatter(logging.Formatter):
+    """One text line for each record; tracebacks are indented below it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the name is the library's
+        """Return the line without a traceback; events get the fields of the log context."""
+        line = super().formatMessage(record)
+        if isinstance(record.msg, EventMessage):  # other libraries' messages stay unchanged
+            own = record.msg.fields
+            line += str(
+                EventMessage(
+                    "", {key: value for key, value in _context_fields.get().items() if key not in own}
+                )
+            )
+        return visible(redacted(line))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """Return an indented traceback, without secrets."""
+        return _indented(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:  # noqa: N802
+        """Return an indented stack, without secrets."""
+        return _indented(super().formatStack(stack_info))
+
+
+def configure_logging(log_format: str, level: str) -> None:
+    """Log to standard error.
+
+    Debug lines are logged for our own logger only: those of other libraries may hold secrets.
+
+    Args:
+        log_format: text or json.
+        level: debug, info, warning or error.
+    """
+    handler = logging.StreamHandler()
+    threshold = logging.getLevelNamesMapping()[level.upper()]
+    if log_format == "json":
+        handler.setFormatter(JsonFormatter(process_name()))
+        logging.captureWarnings(capture=True)
+        sys.excepthook = _log_uncaught
+        sys.unraisablehook = lambda args: _log_uncaught(args.exc_type, args.exc_value, args.exc_traceback)
+        threading.excepthook = lambda args: _log_uncaught(args.exc_type, args.exc_value, args.exc_traceback)
+    else:
+        handler.setFormatter(LineFormatter(TEXT_FORMAT))
+    logging.basicConfig(level=max(threshold, logging.INFO), handlers=[handler])
+    logging.getLogger("gradcam").setLevel(threshold)
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException | None, traceback: Any) -> None:
+    """Log an uncaught exception as one line, as everything else."""
+    if not issubclass(kind, KeyboardInterrupt | SystemExit):
+        log.critical("uncaught_exception", exception=(error or kind()).with_traceback(traceback))
+
+
+def _message(record: logging.LogRecord) -> str:
     try:
         return redacted(record.getMessage())
-    except Exception:  # noqa: BLE001  # a library's own mistake: logging would print it, in many lines
+    except Exception:  # noqa: BLE001  # arguments that do not fit the format: logging would print many lines
         return f"{record.msg} {record.args}"
 
 
-def _event(record: logging.LogRecord) -> dict[str, object]:
-    """The name and the fields of an event, beside the message that has them as text."""
+def _event_fields(record: logging.LogRecord) -> dict[str, object]:
+    """The name and the fields of an event; empty for other records."""
     if not isinstance(record.msg, EventMessage):
         return {}
     values = record.msg.values()
-    fields = {name: redacted(one) if isinstance(one, str) else one for name, one in values.items()}
+    fields = {name: redacted(value) if isinstance(value, str) else value for name, value in values.items()}
     return {"event": record.msg.event, **fields}
 
 
@@ -103,63 +162,12 @@ def _rfc3339(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _whole(value: Any) -> Any:
-    """Half a character is no text to a strict reader: it is written out."""
+def _escape_surrogates(value: Any) -> Any:
+    """Replace lone surrogates, which strict JSON readers refuse, by their escapes."""
     if isinstance(value, dict):
-        return {name: _whole(one) for name, one in value.items()}
+        return {name: _escape_surrogates(inner) for name, inner in value.items()}
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
-def log_lines(form: str, level: str) -> None:
-    """Log to standard error from here on: `form` is text or json, `level` debug, info, warning or error.
-
-    Debug is for our own lines: what libraries say there may hold a secret.
-    """
-    handler = logging.StreamHandler()
-    least = logging.getLevelNamesMapping()[level.upper()]
-    if form == "json":
-        handler.setFormatter(JsonFormatter(process_name()))
-        logging.captureWarnings(capture=True)
-        sys.excepthook = _died
-        sys.unraisablehook = lambda it: _died(it.exc_type, it.exc_value, it.exc_traceback)
-        threading.excepthook = lambda died: _died(died.exc_type, died.exc_value, died.exc_traceback)
-    else:
-        handler.setFormatter(LineFormatter(FORMAT))
-    logging.basicConfig(level=max(least, logging.INFO), handlers=[handler])
-    log.setLevel(least)
-
-
-def _died(kind: type[BaseException], error: BaseException | None, trace: Any) -> None:
-    """What nobody caught, as a line like all others."""
-    if not issubclass(kind, KeyboardInterrupt | SystemExit):
-        log.critical("nobody caught what was raised", exc_info=(kind, error or kind(), trace))
-
-
-FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
-
-BELOW = "    "  # before each line that belongs to the one above it: no line of its own begins so
-
-
-class LineFormatter(logging.Formatter):
-    """One line for each message, and tracebacks below it, set in."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the name is the library's
-        """The line itself."""
-        line = super().formatMessage(record)
-        if isinstance(record.msg, EventMessage):  # a sentence of a library stays as it is
-            bound = {name: one for name, one in _bound.get().items() if name not in record.msg.fields}
-            line += str(EventMessage("", bound))
-        return visible(redacted(line))
-
-    def formatException(self, ei: Any) -> str:  # noqa: N802
-        """A traceback, whose last lines hold what the error said."""
-        return _set_in(super().formatException(ei))
-
-    def formatStack(self, stack_info: str) -> str:  # noqa: N802
-        """A stack, where one was asked for."""
-        return _set_in(super().formatStack(stack_info))
-
-
-def _set_in(text: str) -> str:
-    return "\n".join(BELOW + visible(redacted(one)) for one in text.splitlines())
+def _indented(text: str) -> str:
+    return "\n".join(INDENT + visible(redacted(line)) for line in text.splitlines())

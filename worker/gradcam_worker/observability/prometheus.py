@@ -1,10 +1,9 @@
-"""The one door to Prometheus: counts what an `Observer` is told, and looks up the rest when it is read.
+"""The only module that uses the Prometheus client: counts an `Observer`'s events, reads gauges when scraped.
 
-Which metrics there are stands in `gradcam_worker.observability.definitions`.
+The metrics are defined in `gradcam_worker.observability.definitions`.
 """
 
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -24,98 +23,108 @@ from gradcam_worker.observability.definitions import (
     OTHER,
     PREFIX,
     STAGES,
-    Defined,
-    happens,
+    MetricDefinition,
+    can_occur,
 )
 from gradcam_worker.observability.events import Observer
 from gradcam_worker.observability.gpu import DeviceUse
 from gradcam_worker.observability.queue_depths import QueueDepths
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-FRESH_S = 5.0  # that the ledger's answer is good for, whoever asks, however often
-PATIENCE_S = 1.0  # that a scrape waits for another one's question, which may hang: threads are few
+LEDGER_CACHE_S = 5.0  # how long a reading of the ledger is reused, however many scrapers there are
+LOCK_TIMEOUT_S = 1.0  # for another scrape's reading, which may hang: the server has few threads
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 KINDS: Mapping[str, Callable[..., Any]] = {"counter": Counter, "histogram": Histogram, "gauge": Gauge}
 
 
 class Metrics(Observer):
-    """Counts, in a registry of its own. Threads share it."""
+    """All metrics of a process, in a registry of its own. Thread-safe."""
 
     def __init__(self, starts: int = 1) -> None:
-        """Everything is at zero, every label's every value there from the start."""
+        """Create every series of the process's metrics, at zero.
+
+        Args:
+            starts: How often the worker of this device was started.
+        """
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # a gauge for each counter
         self._registry = CollectorRegistry()
-        self._made: dict[str, Any] = {}
+        self._collectors: dict[str, Any] = {}
         self._series: dict[tuple[str, ...], Any] = {}  # metric and the values of its labels
-        for one in METRICS:
-            if one.of == "process":
-                self._define(one)
+        for metric in METRICS:
+            if metric.source == "process":
+                self._register(metric)
         ProcessCollector(registry=self._registry)
         self._at("worker_starts_total").inc(starts)
         self._at("build_info", __version__).set(1)
 
-    def _define(self, one: Defined) -> None:
-        more: dict[str, Any] = {"buckets": one.buckets} if one.buckets else {}
-        made = KINDS[one.kind](PREFIX + one.name, one.help, [*one.labels], registry=self._registry, **more)
-        self._made[one.name] = made
-        for values in itertools.product(*one.labels.values()):
-            if one.name != "jobs_total" or happens(*values):
-                self._at(one.name, *values)  # 0 from the start, so that its first time is an increase
+    def _register(self, metric: MetricDefinition) -> None:
+        options: dict[str, Any] = {"buckets": metric.buckets} if metric.buckets else {}
+        self._collectors[metric.name] = KINDS[metric.kind](
+            PREFIX + metric.name, metric.help, [*metric.labels], registry=self._registry, **options
+        )
+        for values in itertools.product(*metric.labels.values()):
+            if metric.name != "jobs_total" or can_occur(*values):
+                self._at(metric.name, *values)  # from 0, so that `increase()` sees its first event
 
     def _at(self, name: str, *values: str) -> Any:
-        found = self._series.get((name, *values))
-        if found is None:
-            found = self._made[name].labels(*values) if values else self._made[name]
-            self._series[name, *values] = found
-        return found
+        """The series of a metric with these values of its labels."""
+        series = self._series.get((name, *values))
+        if series is None:
+            series = self._collectors[name].labels(*values) if values else self._collectors[name]
+            self._series[name, *values] = series
+        return series
 
     def scrape(self) -> bytes:
-        """All metrics, in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return prometheus_client.generate_latest(self._registry)
 
-    def look_up(self, name: str, look: Callable[[], float]) -> None:
-        """A gauge is what `look` says when it is read."""
-        self._made[name].set_function(look)
+    def set_gauge(self, name: str, read: Callable[[], float]) -> None:
+        """Let each scrape read the gauge `name` from `read`."""
+        self._collectors[name].set_function(read)
 
-    def ask_ledger(self, ask: Callable[[], QueueDepths]) -> None:
-        """The ledger's gauges are what `ask` says, which may raise LedgerUnavailable."""
+    def set_ledger_gauges(self, read: Callable[[], QueueDepths]) -> None:
+        """Let scrapes read the ledger's gauges from `read`.
 
-        def look() -> list[Metric]:
+        They are absent while it raises LedgerUnavailable.
+        """
+
+        def read_gauges() -> list[Metric]:
             try:
-                return _of_ledger(ask())
+                return _ledger_gauges(read())
             except LedgerUnavailable as error:
-                log.debug("metrics of the ledger: %s", error)  # the leases' thread has said it aloud
+                log.debug("ledger_metrics_failed", error=error)  # the leases' thread logs it as a warning
                 return []
 
-        self._registry.register(_Gauges(look, lambda: FRESH_S))
+        self._registry.register(_CachedGauges(read_gauges, lambda: LEDGER_CACHE_S))
 
-    def ask_device(self, ask: Callable[[], DeviceUse]) -> None:
-        """The device's gauges are what `ask` says."""
-        self._registry.register(_Gauges(lambda: _of_device(ask()), lambda: 0))
+    def set_device_gauges(self, read: Callable[[], DeviceUse]) -> None:
+        """Let scrapes read the GPU's gauges from `read`."""
+        self._registry.register(_CachedGauges(lambda: _device_gauges(read()), lambda: 0))
 
-    def job_ended(self, status: str, code: str) -> None:
-        """See `Observer.job_ended`."""
+    def job_finished(self, status: str, code: str) -> None:
+        """See `Observer.job_finished`."""
         self._at("jobs_total", status, code if code in CODES else OTHER).inc()
 
-    def attempt_ended(self, outcome: str) -> None:
-        """See `Observer.attempt_ended`."""
+    def message_handled(self, outcome: str) -> None:
+        """See `Observer.message_handled`."""
         self._at("job_attempts_total", outcome).inc()
         if outcome == "dropped":
             self._at("messages_dropped_total").inc()
 
-    def in_flight(self, change: int, *, shard: bool) -> None:
-        """See `Observer.in_flight`."""
+    def in_flight_changed(self, change: int, *, shard: bool) -> None:
+        """See `Observer.in_flight_changed`."""
         self._at("shards_in_flight" if shard else "jobs_in_flight").inc(change)
 
-    def staged(self, metrics: Mapping[str, float]) -> None:
-        """See `Observer.staged`."""
+    def stages_measured(self, metrics: Mapping[str, float]) -> None:
+        """See `Observer.stages_measured`."""
         for stage in STAGES:
             if (seconds := metrics.get(f"{stage}_s")) is not None:
                 self._at("job_stage_seconds", stage).observe(seconds)
 
-    def rows_ended(self, explained: int, failed: int) -> None:
-        """See `Observer.rows_ended`."""
+    def shard_finished(self, explained: int, failed: int) -> None:
+        """See `Observer.shard_finished`."""
         self._at("shard_rows_total", "explained").inc(explained)
         self._at("shard_rows_total", "failed").inc(failed)
 
@@ -127,26 +136,26 @@ class Metrics(Observer):
         """See `Observer.lease_lost`."""
         self._at("leases_lost_total").inc()
 
-    def reaped(self, reason: str) -> None:
-        """See `Observer.reaped`."""
+    def job_reaped(self, reason: str) -> None:
+        """See `Observer.job_reaped`."""
         self._at("jobs_reaped_total", reason).inc()
 
-    def republished(self) -> None:
-        """See `Observer.republished`."""
+    def message_republished(self) -> None:
+        """See `Observer.message_republished`."""
         self._at("messages_republished_total").inc()
 
-    def delivered(self, outcome: str, count: int = 1) -> None:
-        """See `Observer.delivered`."""
+    def events_delivered(self, outcome: str, count: int = 1) -> None:
+        """See `Observer.events_delivered`."""
         self._at("events_delivered_total", outcome).inc(count)
 
-    def loaded(self, seconds: float, *, well: bool) -> None:
-        """See `Observer.loaded`."""
-        self._at("network_loads_total", "loaded" if well else "failed").inc()
-        if well:
+    def network_loaded(self, seconds: float, *, succeeded: bool) -> None:
+        """See `Observer.network_loaded`."""
+        self._at("network_loads_total", "loaded" if succeeded else "failed").inc()
+        if succeeded:
             self._at("network_load_seconds").observe(seconds)
 
-    def computed(self, images: int, seconds: float) -> None:
-        """See `Observer.computed`."""
+    def batch_computed(self, images: int, seconds: float) -> None:
+        """See `Observer.batch_computed`."""
         self._at("batch_images").observe(images)
         self._at("batch_seconds").observe(seconds)
 
@@ -159,55 +168,55 @@ class Metrics(Observer):
         self._at("artifact_bytes_total").inc(size)
 
 
-class _Gauges(Collector):
-    """Asks somebody who may not answer, one question at a time; absent where there is no answer.
+class _CachedGauges(Collector):
+    """Gauges that are read from a server or a driver, which may hang; absent where they cannot be read.
 
-    What is known stays good for `fresh_s`. Whoever comes while another one asks waits for that answer, but
-    not for long: one scrape at most hangs where a server, a resolver or a driver does.
+    One scrape at a time reads them, and the values are reused for `cache_s`. Another scrape waits for that
+    reading up to LOCK_TIMEOUT_S, so at most one thread hangs.
     """
 
-    def __init__(self, look: Callable[[], list[Metric]], fresh_s: Callable[[], float]) -> None:
-        self._look, self._fresh_s, self._door = look, fresh_s, threading.Lock()
-        self._asked_s, self._known = float("-inf"), list[Metric]()
+    def __init__(self, read: Callable[[], list[Metric]], cache_s: Callable[[], float]) -> None:
+        self._read, self._cache_s, self._lock = read, cache_s, threading.Lock()
+        self._read_at_s, self._gauges = float("-inf"), list[Metric]()
 
     def describe(self) -> Iterable[Metric]:
-        return ()  # or it would be asked when it is registered
+        return ()  # without this method, `register` would call `collect`
 
     def collect(self) -> Iterable[Metric]:
-        if not self._door.acquire(timeout=PATIENCE_S):
+        if not self._lock.acquire(timeout=LOCK_TIMEOUT_S):
             return []
         try:
-            if time.monotonic() - self._asked_s >= self._fresh_s():
-                self._known = self._look()
-                self._asked_s = time.monotonic()
-            return self._known
+            if time.monotonic() - self._read_at_s >= self._cache_s():
+                self._gauges = self._read()
+                self._read_at_s = time.monotonic()
+            return self._gauges
         finally:
-            self._door.release()
+            self._lock.release()
 
 
-def _of_ledger(found: QueueDepths) -> list[Metric]:
+def _ledger_gauges(depths: QueueDepths) -> list[Metric]:
     return [
-        _by_priority("queue_jobs", found.queued),
-        _by_priority("queue_oldest_seconds", found.oldest_s),
-        _gauge("retrying_jobs", found.retrying),
-        _gauge("running_jobs", found.running),
-        _gauge("dead_jobs", found.dead),
-        _gauge("outbox_events", found.events),
-        _gauge("outbox_oldest_seconds", found.oldest_event_s),
-        _gauge("workers_alive", found.workers),
+        _gauge_by_priority("queue_jobs", depths.queued),
+        _gauge_by_priority("queue_oldest_seconds", depths.oldest_s),
+        _gauge("retrying_jobs", depths.retrying),
+        _gauge("running_jobs", depths.running),
+        _gauge("dead_jobs", depths.dead),
+        _gauge("outbox_events", depths.events),
+        _gauge("outbox_oldest_seconds", depths.oldest_event_s),
+        _gauge("workers_alive", depths.workers),
     ]
 
 
-def _of_device(found: DeviceUse) -> list[Metric]:
-    said = {"device_memory_bytes": found.memory_bytes, "device_utilization_ratio": found.utilization}
-    return [_gauge(name, value) for name, value in said.items() if value is not None]
+def _device_gauges(use: DeviceUse) -> list[Metric]:
+    values = {"device_memory_bytes": use.memory_bytes, "device_utilization_ratio": use.utilization}
+    return [_gauge(name, value) for name, value in values.items() if value is not None]
 
 
 def _gauge(name: str, value: float) -> Metric:
     return GaugeMetricFamily(PREFIX + name, BY_NAME[name].help, value=value)
 
 
-def _by_priority(name: str, values: Mapping[str, float]) -> Metric:
+def _gauge_by_priority(name: str, values: Mapping[str, float]) -> Metric:
     family = GaugeMetricFamily(PREFIX + name, BY_NAME[name].help, labels=[*BY_NAME[name].labels])
     for priority, value in values.items():
         family.add_metric([priority], value)

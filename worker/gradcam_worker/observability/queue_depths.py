@@ -1,4 +1,4 @@
-"""gradcam_worker.observability.queue_depths."""
+"""The ledger's counts of waiting and running work: gradcam_worker.observability.queue_depths.QueueDepths."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,15 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class QueueDepths:
-    """What waits, by the ledger's own count and clock."""
+    """Numbers of jobs, events and workers, with ages in seconds, by the ledger's clock."""
 
     queued: Mapping[str, int]  # priority -> jobs, or shards
-    oldest_s: Mapping[
-        str, float
-    ]  # priority -> since when the first of them has waited; 0 where there is none
+    oldest_s: Mapping[str, float]  # priority -> age of the oldest queued job or shard; 0 if none is queued
     retrying: int
     running: int
     dead: int  # failed, and kept for replay
-    events: int  # that are next for their recipient: a job's webhook, the database
+    events: int  # the next ones of their recipient: a job's webhook, or the database
     oldest_event_s: float
-    workers: int  # that live
+    workers: int  # alive

@@ -1,17 +1,16 @@
-"""Traces, from `submit` to the webhook's delivery: the one door to OpenTelemetry, shut by default.
+"""Traces, from `submit` to the webhook's delivery: the only module that uses OpenTelemetry. Off by default.
 
     caller's span -> submit -> queue
                             -> job (an attempt) -> claim, fetch, decode, load, explain, render, upload, write
                                                 -> webhook
     batch: a trace of its own, with links to the `explain` of each job in it
 
-What joins them is the W3C `traceparent` that the job carries, and its document after it. `Traces` begins a
-span at the top of a thread's work; below it `span` and `note` find it by the context. Where there is none
-they do nothing, and nothing of OpenTelemetry is imported.
+They are connected by the W3C `traceparent` in the job, and later in its status document. `Traces.start_span`
+starts the outermost span of a thread's work; below it, `span` and `annotate` find the current span in the
+context. Without a current span they do nothing, and OpenTelemetry is not imported.
 """
 
 import atexit
-import logging
 import re
 import sys
 import time
@@ -25,67 +24,83 @@ from typing import Any, Literal
 from gradcam_worker import __version__
 from gradcam_worker.errors import GradcamError, InvalidSettings
 from gradcam_worker.text import urls
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-PATH = "/v1/traces"  # of OTLP/HTTP, where an address names none
-EXPORT_S = 2.0  # that a collector has to take a batch of spans, all tries together
-LAST_S = 2.0  # at the end of the process, for what has not been sent; one more batch may be under way
-WAITING = 2048  # spans that wait to be sent; beyond that the oldest are dropped
-LONGEST = 200  # characters of what an error says
+DEFAULT_PATH = "/v1/traces"  # of OTLP/HTTP, for an endpoint without a path
+EXPORT_TIMEOUT_S = 2.0  # for a batch of spans, including retries
+SHUTDOWN_TIMEOUT_S = 2.0  # for the spans that are left; a batch that is being sent may add EXPORT_TIMEOUT_S
+MAX_QUEUED_SPANS = 2048  # beyond that the oldest are dropped
+MAX_ERROR_LENGTH = 200  # characters of an error's message
 TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 Kind = Literal["INTERNAL", "PRODUCER", "CONSUMER", "CLIENT"]
-Fact = str | int | float | bool
-Asker = tuple[Any, Any]  # a tracer, and the context of the span that waits
+Attribute = str | int | float | bool
+LinkTarget = tuple[Any, Any]  # a tracer, and the context of a span
 
-_tracer: ContextVar[Any] = ContextVar("gradcam_tracer", default=None)  # of whatever this context works for
+_tracer: ContextVar[Any] = ContextVar("gradcam_tracer", default=None)  # of the outermost span of this context
 
 
 class Traces:
-    """Where spans go: nowhere, without a tracer."""
+    """Starts the outermost spans of a process; does nothing without a tracer."""
 
     def __init__(self, tracer: Any = None) -> None:
-        """`tracer` is OpenTelemetry's."""
+        """`tracer` is an OpenTelemetry tracer, or None."""
         self._tracer = tracer
 
     @contextmanager
-    def joined(
+    def start_span(
         self,
         name: str,
         traceparent: str | None = None,
         *,
         kind: Kind = "INTERNAL",
         since: datetime | None = None,
-        **facts: Fact | None,
+        **attributes: Attribute | None,
     ) -> Iterator[None]:
-        """A span for the block, in the trace of `traceparent`; without it, of the current span, or a new one.
+        """Record a span for the block, within which this module's functions record theirs.
 
-        Within it the functions of this module are at work, in the pools of this job, too.
+        They also do in the threads of a `ContextThreadPool`.
+
+        Args:
+            name: Without the prefix `gradcam.`.
+            traceparent: The parent. None: the current span, if any, else a new trace.
+            kind: OpenTelemetry's kind of a span.
+            since: When it started; None: now.
+            **attributes: Recorded with the prefix `gradcam.`; those that are None are left out.
         """
         if self._tracer is None:
             yield
             return
         token = _tracer.set(self._tracer)
         try:
-            with _span(self._tracer, name, facts, kind, _remote(traceparent), since):
+            with _span(self._tracer, name, attributes, kind, _context_of(traceparent), since):
                 yield
         finally:
             _tracer.reset(token)
 
 
-OFF = Traces()
+NO_TRACES = Traces()
 
 
-@cache  # a process has one queue and one thread for each endpoint, however many clients it makes
-def to(endpoint: str, service: str, instance: str = "") -> Traces:
-    """Send spans to an OTLP/HTTP endpoint, in the background; nowhere, where it is empty.
+@cache  # one queue and one thread for each endpoint, however many clients a process creates
+def connect(endpoint: str, service: str, instance: str = "") -> Traces:
+    """Return traces that send spans to an OTLP/HTTP endpoint, in a background thread.
 
-    Whatever goes wrong there is said once and touches no job. Raises InvalidSettings without the extra.
+    A collector that cannot be reached is logged once and affects no job.
+
+    Args:
+        endpoint: As GRADCAM_TRACES; empty: no traces.
+        service: The attribute service.name.
+        instance: The attribute service.instance.id.
+
+    Raises:
+        InvalidSettings: The extra otel is not installed.
     """
     if not endpoint:
-        return OFF
-    where, shown = _address(checked(endpoint))
+        return NO_TRACES
+    url, shown = _export_url(endpoint)
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
@@ -94,94 +109,88 @@ def to(endpoint: str, service: str, instance: str = "") -> Traces:
     except ImportError as error:
         message = "GRADCAM_TRACES needs the extra otel: pip install 'gradcam-worker[otel]'."
         raise InvalidSettings(message) from error
-    names = {"service.name": service, "service.version": __version__}
-    names |= {"service.instance.id": instance} if instance else {}
-    exporter: Any = _Quiet(OTLPSpanExporter(endpoint=where, timeout=EXPORT_S), shown)
-    provider = TracerProvider(resource=Resource.create(names), shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(exporter, WAITING, schedule_delay_millis=1000))
+    resource = {"service.name": service, "service.version": __version__}
+    resource |= {"service.instance.id": instance} if instance else {}
+    exporter: Any = _SafeExporter(OTLPSpanExporter(endpoint=url, timeout=EXPORT_TIMEOUT_S), shown)
+    provider = TracerProvider(resource=Resource.create(resource), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(exporter, MAX_QUEUED_SPANS, schedule_delay_millis=1000))
 
-    def end() -> None:
-        exporter.hurry()
+    def shut_down() -> None:
+        exporter.limit_remaining_time()
         provider.shutdown()
 
-    atexit.register(end)
+    atexit.register(shut_down)
     return Traces(provider.get_tracer("gradcam", __version__))
 
 
-def checked(endpoint: str) -> str:
-    """The endpoint as it is, or empty. Raises ValueError where it is no address of OTLP/HTTP."""
-    found = urls.parse(endpoint)
-    fits = found and found.scheme in {"http", "https"} and found.host and found.port != 0
-    if endpoint and not (fits and found and found.fragment is None):
-        message = f"it must be the address of an OTLP/HTTP collector, as http://collector:4318: {urls.ENCODE}"
-        raise ValueError(message)
-    return endpoint
+def _export_url(endpoint: str) -> tuple[str, str]:
+    """The URL that spans are posted to, and the server's for log lines, without user and password."""
+    url = urls.parse(endpoint)
+    path = url.path if url else ""
+    shown = f"{url.scheme}://{url.place}" if url else "..."
+    return (endpoint if path.strip("/") else endpoint.rstrip("/") + DEFAULT_PATH), shown
 
 
-def _address(endpoint: str) -> tuple[str, str]:
-    """Where to post, and how that is shown: without user and password."""
-    found = urls.parse(endpoint)
-    path = found.path if found else ""
-    shown = f"{found.scheme}://{found.place}" if found else "..."
-    return (endpoint if path.strip("/") else endpoint.rstrip("/") + PATH), shown
-
-
-def span(name: str, **facts: Fact | None) -> AbstractContextManager[None]:
-    """A span for the block, below the current one."""
+def span(name: str, **attributes: Attribute | None) -> AbstractContextManager[None]:
+    """Record a span for the block, below the current one. For the arguments see `Traces.start_span`."""
     tracer = _tracer.get()
-    return nullcontext() if tracer is None else _span(tracer, name, facts)
+    return nullcontext() if tracer is None else _span(tracer, name, attributes)
 
 
-def past(name: str, begun: datetime, ended: datetime, traceparent: str | None = None) -> None:
-    """A span of something that is over already, below the current one or that of `traceparent`.
+def record_past_span(name: str, started: datetime, ended: datetime, traceparent: str | None = None) -> None:
+    """Record a span that is over already.
 
-    Two clocks may have told these times: it ends no earlier than it begins.
+    Args:
+        name: Without the prefix `gradcam.`.
+        started: When it started.
+        ended: When it ended. If it is earlier, because another machine's clock set it, `started` counts.
+        traceparent: The parent; None: the current span.
     """
     tracer = _tracer.get()
     if tracer is not None:
-        with suppress(Exception):  # it may be an operator's own sampler that fails
-            begun_ns = _ns(begun)
-            over = tracer.start_span(f"gradcam.{name}", _remote(traceparent), start_time=begun_ns)
-            over.end(max(begun_ns, _ns(ended)))
+        with suppress(Exception):  # an operator's sampler may fail
+            started_ns = _ns(started)
+            past = tracer.start_span(f"gradcam.{name}", _context_of(traceparent), start_time=started_ns)
+            past.end(max(started_ns, _ns(ended)))
 
 
-def note(error: Exception | None = None, **facts: Fact | None) -> None:
-    """Facts about the current span; `error`, where it came to a bad end without raising it."""
+def annotate(error: Exception | None = None, **attributes: Attribute | None) -> None:
+    """Add attributes to the current span; with `error`, mark it as failed without raising."""
     if _tracer.get() is not None:
         from opentelemetry.trace import get_current_span
 
         with suppress(Exception):
             current = get_current_span()
-            current.set_attributes(_attributes(facts))
+            current.set_attributes(_prefixed(attributes))
             if error is not None:
-                _failed(current, error)
+                _set_error(current, error)
 
 
-def here() -> str | None:
-    """The `traceparent` of the current span, where there is one: ours, or an app's with OpenTelemetry."""
-    ask = getattr(sys.modules.get("opentelemetry.trace"), "get_current_span", None)
-    if ask is None:  # nobody in this process has begun one
+def current_traceparent() -> str | None:
+    """Return the `traceparent` of the current span, if any: ours, or one of an app with OpenTelemetry."""
+    get_current_span = getattr(sys.modules.get("opentelemetry.trace"), "get_current_span", None)
+    if get_current_span is None:  # not imported, so no span was started in this process
         return None
-    found = ask().get_span_context()
-    if not found.is_valid:
+    context = get_current_span().get_span_context()
+    if not context.is_valid:
         return None
-    return f"00-{found.trace_id:032x}-{found.span_id:016x}-{found.trace_flags:02x}"
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
 
-def headers() -> dict[str, str]:
-    """What tells an HTTP receiver of the current span of ours."""
-    traceparent = here() if _tracer.get() is not None else None
+def propagation_headers() -> dict[str, str]:
+    """Return the HTTP headers that carry our current span to a receiver; empty without one."""
+    traceparent = current_traceparent() if _tracer.get() is not None else None
     return {"traceparent": traceparent} if traceparent else {}
 
 
 def trace_id(traceparent: str | None) -> str | None:
-    """The id of a trace, 32 hexadecimal digits."""
-    found = TRACEPARENT.fullmatch(traceparent or "")
-    return found[1] if found else None
+    """Return the trace id, 32 hexadecimal digits; None for a `traceparent` that is not valid."""
+    match = TRACEPARENT.fullmatch(traceparent or "")
+    return match[1] if match else None
 
 
-def asker() -> Asker | None:
-    """Who waits for a batch."""
+def link_target() -> LinkTarget | None:
+    """Return the current span as a target for the links of `record_batch`; None without one."""
     tracer = _tracer.get()
     if tracer is None:
         return None
@@ -190,67 +199,73 @@ def asker() -> Asker | None:
     return tracer, get_current_span().get_span_context()
 
 
-def batch(askers: Iterable[Asker | None], begun_s: float, took_s: float) -> None:
-    """A pass over pictures of several jobs, whose spans it is linked to: it is no one's child.
+def record_batch(targets: Iterable[LinkTarget | None], started_s: float, duration_s: float) -> None:
+    """Record the span of a batch: a trace of its own, linked to the spans of the jobs in it.
 
-    `begun_s` as `time.monotonic` has it.
+    Args:
+        targets: The `link_target` of each job.
+        started_s: By `time.monotonic`.
+        duration_s: Seconds.
     """
-    known = [one for one in askers if one]
-    if known:
-        with suppress(Exception):  # the thread of the device must not end by this
+    linked = [target for target in targets if target]
+    if linked:
+        with suppress(Exception):  # nothing here may end the device's thread
             from opentelemetry.context import Context
             from opentelemetry.trace import Link
 
-            links, facts = [Link(context) for _, context in known], {"gradcam.batch.requests": len(known)}
-            begun_ns = time.time_ns() - int((time.monotonic() - begun_s) * 1e9)
-            tracer = known[0][0]
-            one = tracer.start_span(
-                "gradcam.batch", Context(), links=links, attributes=facts, start_time=begun_ns
+            tracer, links = linked[0][0], [Link(context) for _, context in linked]
+            started_ns = time.time_ns() - int((time.monotonic() - started_s) * 1e9)
+            batch = tracer.start_span(
+                "gradcam.batch",
+                Context(),
+                links=links,
+                attributes={"gradcam.batch.requests": len(linked)},
+                start_time=started_ns,
             )
-            one.end(begun_ns + int(took_s * 1e9))
+            batch.end(started_ns + int(duration_s * 1e9))
 
 
 @contextmanager
 def _span(
     tracer: Any,
     name: str,
-    facts: Mapping[str, Fact | None],
+    attributes: Mapping[str, Attribute | None],
     kind: Kind = "INTERNAL",
     context: Any = None,
     since: datetime | None = None,
 ) -> Iterator[None]:
     from opentelemetry.trace import INVALID_SPAN, SpanKind, use_span
 
-    begun: Any = INVALID_SPAN
-    with suppress(Exception):  # an operator's own sampler, say
-        begun = tracer.start_span(
+    current: Any = INVALID_SPAN
+    with suppress(Exception):  # an operator's sampler may fail
+        current = tracer.start_span(
             f"gradcam.{name}",
             context,
             kind=SpanKind[kind],
-            attributes=_attributes(facts),
+            attributes=_prefixed(attributes),
             start_time=_ns(since) if since else None,
         )
-    with use_span(begun, end_on_exit=True, record_exception=False, set_status_on_exception=False):
+    with use_span(current, end_on_exit=True, record_exception=False, set_status_on_exception=False):
         try:
             yield
         except Exception as error:
-            _failed(begun, error)
+            _set_error(current, error)
             raise
 
 
-def _failed(span: Any, error: Exception) -> None:
-    """What our errors say is fit to be read by others; of any other there is the name of its type."""
+def _set_error(span: Any, error: Exception) -> None:
+    """Mark a span as failed, with the type of its error, and the message of ours: others may hold secrets."""
     from opentelemetry.trace import StatusCode
 
-    kind, said = type(error).__name__, None
+    kind, message = type(error).__name__, None
     if isinstance(error, GradcamError):
-        kind, said = error.code, str(error)[:LONGEST]
+        kind, message = error.code, str(error)[:MAX_ERROR_LENGTH]
     span.set_attribute("error.type", kind)
-    span.set_status(StatusCode.ERROR, said)
+    span.set_status(StatusCode.ERROR, message)
 
 
-def _remote(traceparent: str | None) -> Any:
-    """The context that a `traceparent` stands for; None, the current one, where it stands for none."""
+def _context_of(traceparent: str | None) -> Any:
+    """OpenTelemetry's context for a `traceparent`; None, which means the current one, if it is not valid."""
     if not trace_id(traceparent):
         return None
     from opentelemetry.context import Context
@@ -259,36 +274,36 @@ def _remote(traceparent: str | None) -> Any:
     return TraceContextTextMapPropagator().extract({"traceparent": traceparent or ""}, Context())
 
 
-def _attributes(facts: Mapping[str, Fact | None]) -> dict[str, Fact]:
-    return {f"gradcam.{name}": value for name, value in facts.items() if value is not None}
+def _prefixed(attributes: Mapping[str, Attribute | None]) -> dict[str, Attribute]:
+    return {f"gradcam.{name}": value for name, value in attributes.items() if value is not None}
 
 
 def _ns(moment: datetime) -> int:
     return int(moment.timestamp() * 1e9)
 
 
-class _Quiet:
-    """An exporter that raises nothing, says once that it does not get through, and can be told to hurry."""
+class _SafeExporter:
+    """An exporter that raises nothing and logs once that the collector is unreachable."""
 
     def __init__(self, exporter: Any, shown: str) -> None:
         self._exporter, self._shown = exporter, shown
-        self._reached, self._end_s = True, float("inf")
+        self._reachable, self._deadline_s = True, float("inf")
 
     def export(self, spans: Any) -> Any:
         from opentelemetry.sdk.trace.export import SpanExportResult
 
         result: Any = SpanExportResult.FAILURE
-        if time.monotonic() < self._end_s:
+        if time.monotonic() < self._deadline_s:
             with suppress(Exception):
                 result = self._exporter.export(spans)
-        if result is not SpanExportResult.SUCCESS and self._reached:
-            log.warning("traces do not reach %s: they are dropped until they do", self._shown)
-        self._reached = result is SpanExportResult.SUCCESS
+        if result is not SpanExportResult.SUCCESS and self._reachable:
+            log.warning("traces_dropped", collector=self._shown, reason="the collector cannot be reached")
+        self._reachable = result is SpanExportResult.SUCCESS
         return result
 
-    def hurry(self) -> None:
-        """The process ends."""
-        self._end_s = time.monotonic() + LAST_S
+    def limit_remaining_time(self) -> None:
+        """Drop spans that are not sent within SHUTDOWN_TIMEOUT_S, because the process ends."""
+        self._deadline_s = time.monotonic() + SHUTDOWN_TIMEOUT_S
 
     def shutdown(self) -> None:
         self._exporter.shutdown()

@@ -17,8 +17,8 @@ from gradcam_worker.ledger.outbox import Delivery
 from gradcam_worker.ledger.reaper import Reaper
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.observability.events import SILENT, Observer
-from gradcam_worker.observability.tracing import OFF, Traces
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
+from gradcam_worker.observability.tracing import NO_TRACES, Traces
 from gradcam_worker.resilience.background_loop import BackgroundLoop, stop_all
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.schemas.status import StatusEvent
@@ -42,8 +42,8 @@ def build(
     ledger: RedisLedger,
     send: Send,
     me: str,
-    observer: Observer = SILENT,
-    spans: Traces = OFF,
+    observer: Observer = NULL_OBSERVER,
+    spans: Traces = NO_TRACES,
     outages: Outages | None = None,
 ) -> list[BackgroundLoop]:
     """All of them, in the process `me`; `send` does what `Webhooks.send` does.

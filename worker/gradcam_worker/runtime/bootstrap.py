@@ -12,7 +12,7 @@ from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.execution.services import Services, StorageProvider
 from gradcam_worker.ledger.redis.eviction import Eviction
 from gradcam_worker.observability import tracing
-from gradcam_worker.observability.events import SILENT, Observer
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.outages import Outages
@@ -34,7 +34,7 @@ class WorkerComponents:
 
 
 def build_worker(
-    settings: Settings, publisher: Publisher, services: Services, observer: Observer = SILENT
+    settings: Settings, publisher: Publisher, services: Services, observer: Observer = NULL_OBSERVER
 ) -> WorkerComponents:
     """Everybody a worker process needs. Raises InvalidSettings."""
     ledger, me, began_at = service_factory.build_ledger(settings), service_factory.worker_ref(), utc_now()
@@ -50,7 +50,7 @@ def build_worker(
         )
 
     leases = LeaseManager(ledger, me.id, settings.lease_s, health, observer, outages)
-    spans = tracing.to(settings.traces, "gradcam-worker", me.id)
+    spans = tracing.connect(settings.traces, "gradcam-worker", me.id)
     send = services.webhooks.send
     others = background.build(settings, publisher, ledger, send, me.id, observer, spans, outages)
     stall = StallDetector(publisher.any_waiting, settings.hung_after_s)

@@ -29,7 +29,7 @@ def run(settings: Settings) -> int:
     telemetry, me = Telemetry(settings), process_name()
     ledger, publisher = RedisLedger(settings), Publisher(settings)
     ledger.observer = telemetry.observer
-    spans = tracing.to(settings.traces, "gradcam-deliver", me)
+    spans = tracing.connect(settings.traces, "gradcam-deliver", me)
     send = Webhooks(settings).send
     loops = background.build(settings, publisher, ledger, send, me, telemetry.observer, spans)
     names = ", ".join(loop.name for loop in loops)

@@ -13,7 +13,7 @@ from gradcam_worker.gradcam.network import Network
 from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.observability.events import SILENT, Observer
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.budget import Budgets, ResourceBudget
 from gradcam_worker.schemas.ids import process_name
 from gradcam_worker.schemas.shard import READERS
@@ -25,7 +25,9 @@ from gradcam_worker.storage.stores import Stores
 Load = Callable[[NetworkRow], Network]
 
 
-def build_services(settings: Settings, load_row: Load | None = None, observer: Observer = SILENT) -> Services:
+def build_services(
+    settings: Settings, load_row: Load | None = None, observer: Observer = NULL_OBSERVER
+) -> Services:
     """Everything a job touches, for real. Nothing is connected or loaded yet. Raises InvalidSettings.
 
     `load_row` takes the place of `load`: a program of one's own may run other networks than Keras's.

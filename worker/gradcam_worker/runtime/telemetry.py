@@ -7,8 +7,8 @@ from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.ledger.redis import stats
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability import gpu, health
-from gradcam_worker.observability.events import SILENT, Observer
-from gradcam_worker.observability.health import Contact, Health
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
+from gradcam_worker.observability.health import Health, ServerProbes
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.runtime import devices
@@ -28,7 +28,7 @@ class Telemetry:
         self.health.ready["process"] = lambda: self._not_yet
         self.health.startup["process"] = lambda: self._not_started
         self.loops: list[BackgroundLoop] = []
-        self.observer: Observer = SILENT
+        self.observer: Observer = NULL_OBSERVER
         self._metrics = None
         if not settings.metrics_port:
             return
@@ -37,12 +37,14 @@ class Telemetry:
         self.observer = self._metrics = Metrics(settings.starts)
         ledger = RedisLedger(settings, timeout_s=ANSWER_S, retries=0)
         publisher = Publisher(settings, timeout_s=ANSWER_S)
-        contact = Contact({"broker": partial(publisher.queue_length, "normal"), "ledger": ledger.count_jobs})
-        self.loops.append(contact.loop)
+        probes = ServerProbes(
+            {"broker": partial(publisher.queue_length, "normal"), "ledger": ledger.count_jobs}
+        )
+        self.loops.append(probes.loop)
         for name in ("broker", "ledger"):
-            self.health.ready[name] = partial(contact.check, name)
-        self._metrics.ask_ledger(partial(stats.read_depths, ledger.server, settings.lease_s))
-        self._metrics.look_up("ready", lambda: not self.health.found("/ready"))
+            self.health.ready[name] = partial(probes.check, name)
+        self._metrics.set_ledger_gauges(partial(stats.read_depths, ledger.server, settings.lease_s))
+        self._metrics.set_gauge("ready", lambda: not self.health.problems("/ready"))
         place = settings.metrics_host, settings.metrics_port
         health.serve(*place, self.health, self._metrics.scrape, CONTENT_TYPE)
 
@@ -54,11 +56,11 @@ class Telemetry:
         self.health.ready["eviction"] = eviction
         if not self._metrics:
             return
-        self._metrics.look_up("networks_resident", resident)
-        self._metrics.look_up("breaker_open", lambda: bool(breaker.open_reason))
+        self._metrics.set_gauge("networks_resident", resident)
+        self._metrics.set_gauge("breaker_open", lambda: bool(breaker.open_reason))
         gpus = devices.visible_gpus(self._settings.environment_for_child())
-        if gpus and (use := gpu.watch(gpus[0])):
-            self._metrics.ask_device(use)
+        if gpus and (use := gpu.usage_reader(gpus[0])):
+            self._metrics.set_device_gauges(use)
 
     def started(self) -> None:
         """The process has all that it brings itself: from now on it waits for nobody but others."""

@@ -34,7 +34,7 @@ from gradcam_worker.errors import (
 from gradcam_worker.execution.handler import JobHandler
 from gradcam_worker.execution.services import Services
 from gradcam_worker.observability.health import Health
-from gradcam_worker.observability.logs import log_lines
+from gradcam_worker.observability.logs import configure_logging
 from gradcam_worker.resilience.budget import limit_memory
 from gradcam_worker.resilience.outages import Outage
 from gradcam_worker.runtime import background, parent_watch, preflight, service_factory
@@ -122,7 +122,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     With `ready_fd`, a supervisor started it: it writes bytes there as long as it takes jobs and all is
     well, and ends, cleanly, when whoever holds its standard input is gone.
     """
-    log_lines(settings.log_format, settings.log_level)
+    configure_logging(settings.log_format, settings.log_level)
     _hush()
     if ready_fd is not None:
         parent_watch.on_parent_exit(lambda: _end(settings.shutdown_timeout_s + HAND_BACK_S))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gradcam_worker.errors import OutputNotAllowed, StorageUnavailable
-from gradcam_worker.observability.events import SILENT, Observer
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 
 Object = tuple[str, bytes, str]  # key, data, media type
@@ -40,7 +40,9 @@ FILE_MODE = 0o644  # whoever may enter the folder may read
 class FolderStore:
     """A folder on this machine: see `gradcam_worker.storage.stores.Store`."""
 
-    def __init__(self, root: Path, below: str = "", *, own: bool = True, observer: Observer = SILENT) -> None:
+    def __init__(
+        self, root: Path, below: str = "", *, own: bool = True, observer: Observer = NULL_OBSERVER
+    ) -> None:
         """`below` the root, which alone may be a link, folders are made as they are needed.
 
         `own`: the operator has chosen this place, not a job.

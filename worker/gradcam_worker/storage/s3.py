@@ -29,7 +29,7 @@ from obstore.auth.boto3 import Boto3CredentialProvider
 
 from gradcam_worker.errors import ImageTooLarge, WeightsUnavailable
 from gradcam_worker.gradcam.models.weights import Sink
-from gradcam_worker.observability.logs import Pool
+from gradcam_worker.observability.logs import ContextThreadPool
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.retry import HALF_OR_MORE, Retries, RetryPolicy
 from gradcam_worker.schemas import bucket_names
@@ -89,10 +89,10 @@ class S3:
     def __init__(self, settings: Settings) -> None:
         """Endpoint, region and keys as the settings say; without keys, the usual AWS places."""
         at_once = 4 * settings.threads  # a job waits for its objects, and each of them for the network
-        self.pool = Pool(at_once, thread_name_prefix="upload")
+        self.pool = ContextThreadPool(at_once, thread_name_prefix="upload")
         # Apart, so that no image waits for artifacts; more than jobs, should a server hold some of them.
         at_most = 2 * (settings.threads + READERS * settings.shards)
-        self._readers = Pool(at_most, thread_name_prefix="read")
+        self._readers = ContextThreadPool(at_most, thread_name_prefix="read")
         self._fetch_s = settings.fetch_timeout_s
         key, secret = settings.s3_access_key_id, settings.s3_secret_access_key.get_secret_value()
         core = credentials.session(settings.region)

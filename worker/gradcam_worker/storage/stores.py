@@ -9,7 +9,7 @@ from typing import Protocol
 from urllib.parse import unquote
 
 from gradcam_worker.errors import OutputNotAllowed, StorageUnavailable
-from gradcam_worker.observability.events import SILENT, Observer
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.retry import Retries
 from gradcam_worker.settings import Settings
@@ -83,7 +83,7 @@ class S3Store:
     """A prefix of a bucket."""
 
     def __init__(
-        self, s3: S3, bucket: str, prefix: str, *, own: bool = True, observer: Observer = SILENT
+        self, s3: S3, bucket: str, prefix: str, *, own: bool = True, observer: Observer = NULL_OBSERVER
     ) -> None:
         """`prefix` has no slash at either end. `own`: the operator has chosen this place, not a job."""
         self._s3, self._bucket, self._prefix, self._own = s3, bucket, f"{prefix}/" if prefix else "", own
@@ -175,7 +175,7 @@ class S3Store:
 class Stores:
     """Opens the places that the operator allows, and no others."""
 
-    def __init__(self, settings: Settings, s3: S3, observer: Observer = SILENT) -> None:
+    def __init__(self, settings: Settings, s3: S3, observer: Observer = NULL_OBSERVER) -> None:
         """The default output and every prefix in `output_prefixes` are allowed."""
         self._default = settings.output.rstrip("/")
         self._allowed = (self._default, *(one.rstrip("/") for one in settings.output_prefixes))

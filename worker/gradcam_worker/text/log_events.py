@@ -1,4 +1,4 @@
-"""Log lines that can be searched for: the name of an event, then its fields as key=value.
+"""Searchable log lines: the name of an event, then its fields as key=value.
 
     log = EventLogger("gradcam")
     log.warning("job_retry_scheduled", delay_s=1.5, error=error)
@@ -12,23 +12,25 @@ import logging
 import re
 from collections.abc import Mapping
 
-BARE = re.compile(r"[^\s\"'=\\]+")  # what needs no quotes
+UNQUOTED = re.compile(r"[^\s\"'=\\]+")  # values that need no quotes
 
 
 class EventMessage:
-    """What a log record has for a message: the event and its fields, written when the record is."""
+    """The `msg` of a log record: an event and its fields. It becomes text only when a handler writes it."""
 
     def __init__(self, event: str, fields: Mapping[str, object]) -> None:
-        """Fields that are None are left out."""
+        """Take the event's name and its fields; those that are None are left out."""
         self.event = event
         self.fields = {name: value for name, value in fields.items() if value is not None}
 
     def __str__(self) -> str:
-        """The line: `event key=value`."""
-        return " ".join([self.event, *(f"{name}={_written(value)}" for name, value in self.fields.items())])
+        """Return the line: `event key=value`."""
+        return " ".join(
+            [self.event, *(f"{name}={_field_text(value)}" for name, value in self.fields.items())]
+        )
 
     def values(self) -> dict[str, object]:
-        """The fields as JSON has them: numbers as numbers, everything else as text."""
+        """Return the fields for JSON: numbers and booleans unchanged, everything else as text."""
         return {
             name: value if isinstance(value, bool | int | float) else _text(value)
             for name, value in self.fields.items()
@@ -36,42 +38,48 @@ class EventMessage:
 
 
 class EventLogger:
-    """A standard logger that is given an event's name and its fields instead of a sentence."""
+    """Logs events through a standard logger: a name and fields instead of a sentence."""
 
     def __init__(self, name: str) -> None:
-        """`name` of the standard logger below it."""
+        """`name` of the standard logger."""
         self._logger = logging.getLogger(name)
 
     def debug(self, event: str, /, **fields: object) -> None:
-        """For whoever looks for a fault."""
+        """A detail that helps to find a fault."""
         self._log(logging.DEBUG, event, fields)
 
     def info(self, event: str, /, **fields: object) -> None:
-        """Something went as it should."""
+        """Something went as expected."""
         self._log(logging.INFO, event, fields)
 
     def warning(self, event: str, /, **fields: object) -> None:
-        """Something went wrong, and the process deals with it."""
+        """Something failed, and the process handles it."""
         self._log(logging.WARNING, event, fields)
 
     def error(self, event: str, /, **fields: object) -> None:
-        """Something is lost, or somebody has to act."""
+        """Something is lost, or an operator has to act."""
         self._log(logging.ERROR, event, fields)
 
     def exception(self, event: str, /, **fields: object) -> None:
-        """An error that nobody foresaw, with its traceback; to be called where it is handled."""
+        """An unexpected error, logged with its traceback; to be called in its `except` block."""
         self._log(logging.ERROR, event, fields, exc_info=True)
 
-    def _log(self, level: int, event: str, fields: Mapping[str, object], *, exc_info: bool = False) -> None:
+    def critical(self, event: str, /, *, exception: BaseException, **fields: object) -> None:
+        """An error ended a thread or the process; logged with its traceback."""
+        self._log(logging.CRITICAL, event, fields, exc_info=exception)
+
+    def _log(
+        self, level: int, event: str, fields: Mapping[str, object], *, exc_info: bool | BaseException = False
+    ) -> None:
         if self._logger.isEnabledFor(level):
             self._logger.log(level, EventMessage(event, fields), exc_info=exc_info, stacklevel=3)
 
 
-def _written(value: object) -> str:
+def _field_text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = _text(value)
-    return text if BARE.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+    return text if UNQUOTED.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
 def _text(value: object) -> str:
