@@ -23,7 +23,14 @@ from celery.worker.control import Panel
 
 from gradcam_worker.broker import app as broker
 from gradcam_worker.broker import publisher
-from gradcam_worker.broker.consumer import RETURN_AFTER_S, ConsumerHooks, Request, SturdyConsumer, ThreadPool
+from gradcam_worker.broker.consumer import (
+    CONNECT_MAX_S,
+    RETURN_AFTER_S,
+    ConsumerHooks,
+    Request,
+    SturdyConsumer,
+    ThreadPool,
+)
 from gradcam_worker.broker.message import QUESTIONS, check
 from gradcam_worker.broker.transport import ANSWER_MS, RateLimitedCount
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable
@@ -391,6 +398,19 @@ def test_a_refusal_that_cannot_be_written_down_waits_before_it_comes_again_and_i
     assert pause_s == RETURN_AFTER_S
     assert message.reject_log_error.call_args.kwargs == {"requeue": True}
     assert not message.ack_log_error.called
+
+
+def test_each_failed_attempt_to_connect_is_reported_as_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradcam_worker.broker.consumer.CONNECT_EVERY_S", 0)
+    consumer, connection = Mock(), Mock()
+    consumer._away = partial(SturdyConsumer._away, consumer)
+    SturdyConsumer.on_connection_error_before_connected(consumer, OSError("refused"))
+    assert SturdyConsumer.ensure_connected(consumer, connection) is connection
+    [report], options = connection.ensure_connection.call_args
+    report(OSError("away"), 0.5)
+    reported = [call.args[0] for call in consumer.hooks.broker_outage.failed.call_args_list]
+    assert [text.rpartition(": ")[2] for text in reported] == ["refused", "away"]
+    assert options["interval_max"] == CONNECT_MAX_S
 
 
 def test_a_message_that_is_put_back_later_is_left_alone_when_a_thread_has_it_or_its_connection_is_gone() -> (

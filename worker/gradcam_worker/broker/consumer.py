@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from celery.bootsteps import RUN
@@ -19,9 +18,8 @@ from celery.concurrency.base import apply_target
 from celery.concurrency.thread import ApplyResult, TaskPool
 from celery.worker import request
 from celery.worker.consumer import Consumer
-from celery.worker.state import task_ready
+from celery.worker.state import maybe_shutdown, task_ready
 from kombu.common import ignore_errors
-from kombu.exceptions import DecodeError
 
 from gradcam_worker.broker import message as envelope
 from gradcam_worker.errors import LedgerUnavailable
@@ -184,15 +182,16 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
             self.hooks.on_loop_turn()
 
     def ensure_connected(self, conn: Any) -> Any:
-        """The connection, when it stands; tried again and again."""
-        pauses = {"interval_start": CONNECT_EVERY_S, "interval_step": CONNECT_EVERY_S}
-        connect = partial(conn.ensure_connection, **pauses, interval_max=CONNECT_MAX_S)
-
-        def ensured(_: Any, *args: Any, **options: Any) -> Any:
-            return connect(lambda error, _: self._away(error), *args, **options)
-
-        conn.ensure_connection = ensured
-        return super().ensure_connected(conn)
+        """The connection, when it stands; tried again and again, at most CONNECT_MAX_S apart."""
+        conn.ensure_connection(
+            lambda error, _: self._away(error),
+            interval_start=CONNECT_EVERY_S,
+            interval_step=CONNECT_EVERY_S,
+            interval_max=CONNECT_MAX_S,
+            callback=maybe_shutdown,
+        )
+        self.first_connection_attempt = False
+        return conn
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
         """Celery's handler of one message, in a net."""
@@ -213,25 +212,6 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
                 self._refuse(message, f"its headers or body are malformed ({type(error).__name__})")
 
         return on_task_received
-
-    def on_decode_error(self, message: Any, exc: Exception) -> None:
-        """The body is no JSON, or no list of arguments."""
-        self._refuse(message, f"its body cannot be read as JSON ({type(exc).__name__})")
-
-    def on_invalid_task(self, body: object, message: Any, exc: Exception) -> None:  # noqa: ARG002
-        """Celery itself found it malformed, or its content type is not JSON."""
-        why = "it cannot be read as JSON" if isinstance(exc, DecodeError) else type(exc).__name__
-        self._refuse(message, f"it is malformed ({why})")
-
-    def on_unknown_message(self, body: object, message: Any) -> None:  # noqa: ARG002
-        """No task is named."""
-        self._refuse(message, "it names no task")
-
-    def on_unknown_task(self, body: object, message: Any, exc: Exception) -> None:  # noqa: ARG002
-        """A task of this name does not exist here."""
-        name = str(message.headers.get("task"))[:60]
-        known = sorted(task for task in self.app.tasks if task.startswith("gradcam."))
-        self._refuse(message, f"there is no task {name!r}; there are {', '.join(known)}")
 
     def _refuse(self, message: Any, why: str) -> None:
         """Write down why, under the message's own id, then take it from the queue.

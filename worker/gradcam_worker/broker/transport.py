@@ -283,15 +283,6 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             self._in_poll = None
             self._flush_brpop_reauth()
 
-    def _get(self, queue: str) -> Any:
-        """Receive one item without waiting; see `_brpop_read`."""
-        with self.conn_or_acquire() as client:
-            for step in self.priority_steps:
-                while item := client.rpop(self._q_for_pri(queue, step)):
-                    if message := self._opened(item, queue):
-                        return message
-        raise EMPTY
-
     def _opened(self, item: bytes, queue: str, tag: str = "") -> dict[str, Any] | None:
         """The message that an item is; where it is none, one that says so; None where nobody can be told.
 
@@ -381,7 +372,7 @@ class _Peeks:
         self._channel, self._found = channel, found
         self._wanted = threading.Event()
         pool = channel._get_pool()  # noqa: SLF001  # kombu has no other way
-        self._client = redis.Redis(connection_pool=pool)
+        self._redis = redis.Redis(connection_pool=pool)
         for queue, step in channel.peeked:
             key = f"{channel.global_keyprefix}{channel._q_for_pri(queue, step)}"  # noqa: SLF001  # as above
             threading.Thread(target=self._keep, args=[queue, key], name="peek", daemon=True).start()
@@ -394,7 +385,7 @@ class _Peeks:
         """End the threads and their connections."""
         self.can = False
         self._wanted.set()
-        self._client.connection_pool.disconnect()
+        self._redis.connection_pool.disconnect()
 
     def _keep(self, queue: str, key: str) -> None:
         while self.can:
@@ -404,7 +395,7 @@ class _Peeks:
                 time.sleep(LOOK_S)
                 continue
             try:
-                item = self._client.blmove(key, key, PEEK_S, "RIGHT", "RIGHT")
+                item = self._redis.blmove(key, key, PEEK_S, "RIGHT", "RIGHT")
             except redis.exceptions.ReadOnlyError as error:  # a failover: nobody else would notice
                 self._failed(error)
             except BaseException as error:  # noqa: BLE001  # it is the loop's connection that tells of an outage
@@ -432,10 +423,10 @@ class _WithRoom:
     """A cycle of queues without those that have no room."""
 
     def __init__(self, cycle: Any, has_room: Callable[[str], bool]) -> None:
-        self._cycle, self._has_room = cycle, has_room
+        self._queues, self._has_room = cycle, has_room
 
     def consume(self, count: int) -> list[str]:
-        return [queue for queue in self._cycle.consume(count) if self._has_room(queue)]
+        return [queue for queue in self._queues.consume(count) if self._has_room(queue)]
 
 
 class RateLimitedCount:
