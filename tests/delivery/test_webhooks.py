@@ -19,7 +19,7 @@ from gradcam_worker.errors import (
     StatusUnavailable,
     UriNotAllowed,
 )
-from gradcam_worker.net.webhook_signing import secrets_of
+from gradcam_worker.net.webhook_signing import parse_secrets
 from gradcam_worker.schemas.ids import new_id, utc_now
 from gradcam_worker.schemas.job import Webhook
 from gradcam_worker.schemas.status import ClassScore, Problem, ResultWarning, StatusDocument, StatusEvent
@@ -296,7 +296,7 @@ def test_secrets_that_cannot_be_are_refused_without_being_shown(text: str, expec
 def test_secrets_are_read_by_name_newest_first_and_do_not_show() -> None:
     settings = Settings.from_environment({"GRADCAM_WEBHOOK_SECRETS": f" {SECRETS} ,"})
     secrets = settings.webhook_secrets.get_secret_value()
-    assert secrets_of(secrets) == {"app1": (NEW, OLD), "app2": (OTHER,)}
-    assert secrets_of("") == {}
+    assert parse_secrets(secrets) == {"app1": (NEW, OLD), "app2": (OTHER,)}
+    assert parse_secrets("") == {}
     assert NEW not in repr(settings)
     assert Settings.from_environment(settings.to_environment()) == settings

@@ -1,6 +1,7 @@
-"""Every setting, `GRADCAM_*`, read from the environment by pydantic-settings.
+"""All settings, `GRADCAM_*`, read from the environment by pydantic-settings.
 
-A list is written with commas: `GRADCAM_IMAGE_SCHEMES=s3,https`; what holds a comma stands in double quotes.
+Lists are separated by commas: `GRADCAM_IMAGE_SCHEMES=s3,https`. An item that contains a comma is written in
+double quotes. The string below each field of `Settings` is its meaning in docs/reference/settings.md.
 """
 
 import difflib
@@ -29,24 +30,25 @@ from pydantic_settings import (
 
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.net import allowlist, ip_policy
-from gradcam_worker.net.webhook_signing import secrets_of
+from gradcam_worker.net.webhook_signing import parse_secrets
 from gradcam_worker.schemas import bucket_names
 from gradcam_worker.text import comma_lists, urls
 from gradcam_worker.text.urls import without_secrets
 from gradcam_worker.text.visible import visible
 
 PREFIX = "GRADCAM_"
-PLACE_LOOKS = "must look like s3://bucket/prefix or file:///folder, without a user or a password"
+STORAGE_URI_FORM = "must look like s3://bucket/prefix or file:///folder, without a user or a password"
 ONE_SERVER = "name one server, or one address that leads to the master, as redis://host:6379/0"
 SCHEMES = ("s3", "https", "http", "file", "data")
-REDIS_LOOKS = "must look like redis://host:6379/0, or rediss:// for TLS"
-DATABASE_LOOKS = "must look like sqlite:////folder/status.db or postgresql://user:password@host/database"
+REDIS_URL_FORM = "must look like redis://host:6379/0, or rediss:// for TLS"
+DATABASE_URL_FORM = "must look like sqlite:////folder/status.db or postgresql://user:password@host/database"
 COLLECTOR_FORM = "must look like http://collector:4318"
-S3_SERVER_LOOKS = "must look like https://s3.example.com:9000"
-BAD_PORT = f"a port that is no number from 1 to {urls.LARGEST_PORT}"
-MAX_RECEIVED = 100  # characters of a value, in an error
-# What Kubernetes sets in each pod for each Service of its namespace (enableServiceLinks), and Docker for each
-# linked container: for one called gradcam-x, names that begin as ours do. None of ours has such a value.
+S3_SERVER_FORM = "must look like https://s3.example.com:9000"
+BAD_PORT = f"a port that is no number from 1 to {urls.MAX_PORT}"
+MAX_SHOWN_LENGTH = 100  # characters of a received value in an error message
+# Suffixes and values of the variables that Kubernetes sets in each pod for each Service of its namespace
+# (enableServiceLinks), and Docker for each linked container. Those of a Service called gradcam-x begin with
+# GRADCAM_, too. No setting has both such a name and such a value.
 SERVICE_LINKS = (
     (r"_SERVICE_HOST", r"[0-9a-fA-F.:]+"),
     (r"_SERVICE_PORT(_[A-Z0-9_]+)?", r"[0-9]+"),
@@ -68,7 +70,7 @@ def _split(value: Any) -> Any:
 
 
 def _devices(value: Any) -> Any:
-    """Without spaces; auto where it is empty."""
+    """Remove spaces; an empty text means auto."""
     devices = str(value).replace(" ", "") or "auto"
     if not re.fullmatch(r"auto|cpu|[0-9]{1,3}(,[0-9]{1,3})*", devices):
         message = f"{value!r} must be auto, cpu, or the numbers of GPUs, as in 0,1"
@@ -77,7 +79,7 @@ def _devices(value: Any) -> Any:
 
 
 def _webhook_secrets(value: SecretStr) -> SecretStr:
-    secrets_of(value.get_secret_value())
+    parse_secrets(value.get_secret_value())
     return value
 
 
@@ -109,8 +111,8 @@ def _traces_url(text: str) -> str:
 
 
 def _storage_uri(text: str) -> str:
-    if not is_place(text):
-        message = f"{without_secrets(text)!r} {PLACE_LOOKS}"
+    if not is_storage_uri(text):
+        message = f"{without_secrets(text)!r} {STORAGE_URI_FORM}"
         raise ValueError(message)
     return text
 
@@ -142,83 +144,87 @@ def _file(path: Path | None) -> Path | None:
 
 
 def _redis_problem(text: str) -> str | None:
-    """Why this is no URL of one Redis server, without what may be secret in it; None where it is one."""
+    """What is wrong with the URL of a Redis server, without possible secrets; None if it is valid."""
     scheme, slashes, rest = text.partition("://")
-    shown = repr(without_secrets(text) if slashes or not text else "...")  # no URL: it may be a password
-    place = re.split("[/?#]", rest)[0].rpartition("@")[2]
+    shown = repr(without_secrets(text) if slashes or not text else "...")  # not a URL: it may be a password
+    host = re.split("[/?#]", rest)[0].rpartition("@")[2]
     for word in ("cluster", "sentinel"):
         if word in scheme.lower():
             return f"{shown} is that of a Redis {word.title()}, which is not supported: {ONE_SERVER}"
-    if re.search("[,;]", place) or re.search(r"[,;]\s*\w+://", text):
+    if re.search("[,;]", host) or re.search(r"[,;]\s*\w+://", text):
         return f"{shown} names several servers: {ONE_SERVER}"
     problem = _url_problem(text, shown, ("redis", "rediss"))
-    found = urls.parse(text)
-    if problem or not found:
-        return f"{problem}: it {REDIS_LOOKS}"
-    database = found.path.strip("/")
-    if found.query:
-        return f"{shown} has options behind a ?, which are not supported: it {REDIS_LOOKS}{_encode(text)}"
+    url = urls.parse(text)
+    if problem or not url:
+        return f"{problem}: it {REDIS_URL_FORM}"
+    database = url.path.strip("/")
+    if url.query:
+        hint = _encoding_hint(text)
+        return f"{shown} has options behind a ?, which are not supported: it {REDIS_URL_FORM}{hint}"
     if database and not database.isdecimal():
-        return f"{shown} has the path {found.path!r}: it must be the number of a database, as /0"
+        return f"{shown} has the path {url.path!r}: it must be the number of a database, as /0"
     return None
 
 
 def _database_problem(text: str) -> str | None:
-    """Why this is no URL of a database for statuses, without what may be secret in it."""
+    """What is wrong with the URL of a status database, without possible secrets; None if it is valid."""
     scheme, _, rest = text.partition("://")
-    if scheme == "sqlite":  # in a file: what is in memory no other process can read
-        fits = rest.startswith("/") and rest not in {"/", "//", "/:memory:"} and "?" not in rest
-        return None if fits else f"it names no file of SQLite: it {DATABASE_LOOKS}"
+    if scheme == "sqlite":  # a file: another process cannot read a database in memory
+        valid = rest.startswith("/") and rest not in {"/", "//", "/:memory:"} and "?" not in rest
+        return None if valid else f"it names no file of SQLite: it {DATABASE_URL_FORM}"
     problem = _url_problem(text, "it", ("postgresql", "postgresql+psycopg"), host_needed=False)
-    found = urls.parse(text)
-    if not problem and found and not found.path.strip("/"):
+    url = urls.parse(text)
+    if not problem and url and not url.path.strip("/"):
         problem = "it names no database behind the host"
-    return problem and f"{problem}: it {DATABASE_LOOKS}; {urls.ENCODE}"
+    return problem and f"{problem}: it {DATABASE_URL_FORM}; {urls.ENCODE}"
 
 
 def _s3_server_problem(text: str) -> str | None:
-    """Why this is no address of an S3 server: S3 takes no user in it, and presigned URLs would show it."""
-    found = urls.parse(text)
-    in_path = bool(found and "@" in found.path)  # what stands before it may be a user and half a password
+    """What is wrong with the URL of an S3 server; None if it is valid.
+
+    A user is refused: S3 does not use it, and presigned URLs would show it.
+    """
+    url = urls.parse(text)
+    in_path = bool(url and "@" in url.path)  # the text before it may be a user and half a password
     shown = repr(f"{text.partition('://')[0]}://..." if in_path else without_secrets(text))
-    if found and (found.has_user or in_path or found.query):
+    if url and (url.has_user or in_path or url.query):
         keys = "GRADCAM_S3_ACCESS_KEY_ID and GRADCAM_S3_SECRET_ACCESS_KEY"
         return f"{shown} must be scheme, host and port alone: user and password are {keys}"
     problem = _url_problem(text, shown, ("http", "https"))
-    return problem and f"{problem}: it {S3_SERVER_LOOKS}"
+    return problem and f"{problem}: it {S3_SERVER_FORM}"
 
 
 def _url_problem(text: str, shown: str, schemes: tuple[str, ...], *, host_needed: bool = True) -> str | None:
-    """Which part of a URL is wrong: its scheme, host, port, or a fragment."""
+    """Which part of a URL is wrong: its scheme, host, port or fragment; None if all are valid."""
     scheme, slashes, _ = text.partition("://")
     if not slashes:
         return f"{shown} has no scheme"
     if scheme.lower() not in schemes:
         return f"{shown} has another scheme than {' or '.join(schemes)}"
-    found = urls.parse(text)
-    if not found:
+    url = urls.parse(text)
+    if not url:
         return f"{shown} has {_unreadable_part(text)}"
-    if host_needed and not found.host:
+    if host_needed and not url.host:
         return f"{shown} names no host"
-    if found.port == 0:
+    if url.port == 0:
         return f"{shown} has {BAD_PORT}"
-    return None if found.fragment is None else f"{shown} has a part behind a #{_encode(text)}"
+    return None if url.fragment is None else f"{shown} has a part behind a #{_encoding_hint(text)}"
 
 
 def _unreadable_part(text: str) -> str:
-    """Which part of a URL that `urls.parse` refuses is wrong; it is not shown: it may be a password."""
+    """Which part of a URL `urls.parse` cannot read. Its text may be a password, so it is not shown."""
     rest = text.partition("://")[2]
     authority = re.split("[/?#]", rest)[0]
     if "@" in rest[len(authority) :]:
-        return f"an @ behind its host{_encode(text)}"
+        return f"an @ behind its host{_encoding_hint(text)}"
     port = re.search(r":([^:\]]*)\Z", authority.rpartition("@")[2])
-    if port and not (port[1].isdecimal() and int(port[1]) <= urls.LARGEST_PORT):
+    if port and not (port[1].isdecimal() and int(port[1]) <= urls.MAX_PORT):
         return BAD_PORT
-    return f"a host that cannot be read{_encode(text)}"
+    return f"a host that cannot be read{_encoding_hint(text)}"
 
 
-def _encode(text: str) -> str:
-    """How to write a password, where one may be the reason."""
+def _encoding_hint(text: str) -> str:
+    """How to encode a password, if one may be the cause."""
     return f" ({urls.ENCODE})" if "@" in text else ""
 
 
@@ -243,14 +249,14 @@ Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
 Retention = Annotated[float, Field(ge=60, le=3650 * 86_400)]  # seconds
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-CountOrAuto = Annotated[int, Field(ge=0, le=4096)]  # 0: found out
+CountOrAuto = Annotated[int, Field(ge=0, le=4096)]  # 0: chosen by the program
 
 
 class EnvironmentSource(EnvSettingsSource):
-    """The settings in an environment, without what Kubernetes and Docker set there."""
+    """Reads `GRADCAM_*` of an environment, without variables that Kubernetes and Docker set."""
 
     def __init__(self, settings_cls: type[BaseSettings], environment: Mapping[str, str]) -> None:
-        """Read `GRADCAM_*` of an environment."""
+        """`environment` is read once, here."""
         super().__init__(settings_cls)
         self.env_vars = {
             name.lower(): value
@@ -258,136 +264,193 @@ class EnvironmentSource(EnvSettingsSource):
             if name.startswith(PREFIX) and not _is_service_link(name, value)
         }
 
-    def unknown(self) -> Iterable[str]:
-        """A sentence for each variable that is no setting."""
+    def unknown_variables(self) -> Iterable[str]:
+        """An error message for each variable that is not a setting."""
         fields = self.settings_cls.model_fields
         for variable in self.env_vars:
             name = variable.removeprefix(PREFIX.lower())
             if name not in fields:
-                near = difflib.get_close_matches(name, fields, n=1)
-                hint = f" Did you mean {_variable(near[0])}?" if near else ""
+                matches = difflib.get_close_matches(name, fields, n=1)
+                hint = f" Did you mean {_variable(matches[0])}?" if matches else ""
                 yield f"{_variable(name)}: there is no such setting.{hint}"
 
 
 class Settings(BaseSettings):
-    """What an operator decides: frozen, checked as a whole, the same for client and worker.
+    """The settings of a client, a worker or a command: immutable and validated.
 
-    `Settings(...)` takes values by keyword and has defaults for the others; `from_environment` reads
-    `GRADCAM_*`.
+    `Settings(...)` takes values by keyword and reads no environment; `from_environment` reads `GRADCAM_*`.
+
+    Example:
+        >>> Settings(broker_url="redis://queue:6379/0", threads=4).threads
+        4
     """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
-        enable_decoding=False,  # a list is written with commas, not as JSON
+        use_attribute_docstrings=True,  # the reference page is written from them
+        enable_decoding=False,  # lists are separated by commas, not written as JSON
         frozen=True,
         extra="forbid",
-        hide_input_in_errors=True,  # it may be a secret, or stand beside one
+        hide_input_in_errors=True,  # it may be or contain a secret
     )
 
     # Queue and ledger
     broker_url: RedisUrl = "redis://127.0.0.1:6379/0"
-    ledger_url: OptionalRedisUrl = ""  # empty: where the broker is
-    redis_ca: PemFile = None  # certificate authority of a rediss:// server; none: those of the system
-    key_prefix: str = "gradcam:"  # of every key in Redis, the broker's and the ledger's
-    visibility_timeout_s: Annotated[float, Field(ge=2, le=86_400)] = (
-        900  # after which an unacknowledged message returns
-    )
-    retention_s: Retention = 7 * 86_400  # how long a final job stays readable
-    idempotency_retention_s: Retention = 7 * 86_400  # ... and one with an idempotency key, at least
-    lease_s: Annotated[float, Field(ge=1, le=300)] = (
-        15  # that a running job stays its worker's unless renewed, every second or oftener
-    )
-    lost_after_s: Annotated[float, Field(ge=1, le=3600)] = (
-        20  # before a queued job whose message is not to be found is published again
-    )
+    """Redis or Valkey that holds the queue: `redis://` or `rediss://` (TLS)"""
+    ledger_url: OptionalRedisUrl = ""
+    """Redis or Valkey that holds the ledger; none: the broker's"""
+    redis_ca: PemFile = None
+    """PEM file of the certificate authority of a `rediss://` server; none: the system's authorities"""
+    key_prefix: str = "gradcam:"
+    """prefix of every key in Redis"""
+    visibility_timeout_s: Annotated[float, Field(ge=2, le=86_400)] = 900
+    """how long a message may stay unacknowledged before it returns to the queue"""
+    retention_s: Retention = 7 * 86_400
+    """how long the status of a final job can be read"""
+    idempotency_retention_s: Retention = 7 * 86_400
+    """how long the status of a final job with an idempotency key can be read, if longer"""
+    lease_s: Annotated[float, Field(ge=1, le=300)] = 15
+    """how long a running job belongs to its worker unless the worker renews the lease"""
+    lost_after_s: Annotated[float, Field(ge=1, le=3600)] = 20
+    """how long a queued job may have no message before it is published again"""
     max_message_bytes: Count = 1024 * 1024
+    """size of a job as JSON"""
 
     # Images
     image_schemes: SchemeList = ("s3",)
-    image_buckets: BucketList = ("*",)  # "*": whatever the worker's credentials can read
-    image_hosts: HostList = ()  # host, host:port or *.example.com, for http and https
-    image_roots: StringList = ()  # folders, for file
+    """URI schemes that a job's image may have: `s3`, `https`, `http`, `file`, `data`"""
+    image_buckets: BucketList = ("*",)
+    """for `s3`: the allowed buckets; `*`: every bucket that the credentials can read"""
+    image_hosts: HostList = ()
+    """for `http` and `https`: the allowed hosts, as `host`, `host:port`, `[IPv6]:port` or `*.example.com`"""
+    image_roots: StringList = ()
+    """for `file`: the allowed folders"""
     max_image_bytes: Count = 32 * 1024 * 1024
-    max_image_pixels: Annotated[int, Field(ge=1, le=2**28)] = 64_000_000  # no decoder here takes more
-    max_image_side: Count = 32_767  # pixels
-    max_image_damage: Share = 0.05  # of an image may be missing: with more it is refused
+    """size of an image file"""
+    max_image_pixels: Annotated[int, Field(ge=1, le=2**28)] = (
+        64_000_000  # no decoder here takes more than 2**28
+    )
+    """width times height of an image"""
+    max_image_side: Count = 32_767
+    """longer side of an image, in pixels"""
+    max_image_damage: Share = 0.05
+    """share of a damaged image that may be missing: an image with more is refused, one with less is explained
+    with a warning; 0 refuses every damaged image, 1 only those that are missing entirely
+    """
     max_data_uri_bytes: Count = 256 * 1024
-    fetch_timeout_s: Seconds = 20  # for the whole of one image
-    max_classes: Count = 50  # explained in one job
-    private_networks: NetworkList = ()  # as 10.0.0.0/8: where these hosts may lead, too
-    max_bytes_in_flight: Count = 512 * 1024 * 1024  # of images read and not yet decoded, in one process
-    max_pixels_in_flight: Count = 256_000_000  # of decoded images, in one process
+    """size of a `data:` URI"""
+    fetch_timeout_s: Seconds = 20
+    """time to read one image"""
+    max_classes: Count = 50
+    """classes explained in one job"""
+    private_networks: NetworkList = ()
+    """networks besides public addresses to which image hosts and webhooks may resolve, as
+    `10.0.0.0/8,fd00::/8`; with IPv6 only, add NAT64's `64:ff9b::/96`
+    """
+    max_bytes_in_flight: Count = 512 * 1024 * 1024
+    """bytes of images that are read and not yet decoded, in one process"""
+    max_pixels_in_flight: Count = 256_000_000
+    """pixels of decoded images, in one process"""
 
     # Storage
-    output: StorageUri = "s3://gradcam/results"  # where artifacts go unless the job says otherwise
-    output_prefixes: StorageUriList = ()  # where else a job may send them
-    uploads: OptionalStorageUri = (
-        ""  # where `GradcamClient.upload_and_submit` puts images; empty: it has to be told
-    )
-    s3_endpoint_url: S3ServerUrl = ""  # empty: Amazon
-    s3_public_url: S3ServerUrl = (
-        ""  # the same server as browsers reach it, for presigned URLs; empty: the endpoint
-    )
-    s3_region: str = ""  # empty: AWS_REGION, AWS_DEFAULT_REGION, us-east-1
-    s3_access_key_id: str = ""  # empty: the usual AWS places
+    output: StorageUri = "s3://gradcam/results"
+    """where artifacts are stored unless the job says otherwise: `s3://bucket/prefix` or `file:///folder`"""
+    output_prefixes: StorageUriList = ()
+    """further prefixes where a job's own `output` may be"""
+    uploads: OptionalStorageUri = ""
+    """where `upload_and_submit` and `gradcam demo --against-running` store images"""
+    s3_endpoint_url: S3ServerUrl = ""
+    """the S3 server; none: that of `AWS_ENDPOINT_URL_S3` or a profile, else Amazon's"""
+    s3_public_url: S3ServerUrl = ""
+    """the S3 server as browsers reach it, for presigned URLs; none: the endpoint"""
+    s3_region: str = ""
+    """region of the buckets; none: `AWS_REGION`, `AWS_DEFAULT_REGION` or `us-east-1`"""
+    s3_access_key_id: str = ""
+    """access key; none: from the AWS environment variables, profile or role"""
     s3_secret_access_key: SecretStr = SecretStr("")
+    """secret of the access key"""
 
     # Status
-    webhook_hosts: HostList = ()  # host, host:port or *.example.com
+    webhook_hosts: HostList = ()
+    """receivers that a job may name, written as in `GRADCAM_IMAGE_HOSTS`"""
     webhook_timeout_s: Seconds = 10
-    webhook_give_up_s: Seconds = 3 * 86_400  # of trying, then the event is parked
-    webhook_secrets: WebhookSecrets = SecretStr("")  # app1=whsec_new whsec_old,app2=whsec_...
-    couriers: Count = 4  # events on their way at once, from one process
-    status_sql_url: DatabaseUrl = SecretStr("")  # of a database that is told, too: see `_database`
+    """time for one answer of a receiver"""
+    webhook_give_up_s: Seconds = 3 * 86_400
+    """how long delivery of an event is retried before it is parked"""
+    webhook_secrets: WebhookSecrets = SecretStr("")
+    """signing secrets by name, as `app1=whsec_new whsec_old,app2=whsec_...`; two secrets of a name while one
+    replaces the other
+    """
+    couriers: Count = 4
+    """deliveries at a time, of one process"""
+    status_sql_url: DatabaseUrl = SecretStr("")
+    """database that receives every status document: `postgresql://user:password@host/database` or
+    `sqlite:////folder/status.db` (extra `sql`)
+    """
     status_sql_retention_s: Retention = 90 * 86_400
+    """how long a final job's row stays in the database"""
 
     # Networks
-    networks: OptionalPath = (
-        None  # a TOML file that describes the operator's own: see `gradcam_worker.gradcam.models.registry`
-    )
-    cache_bytes: Count = 32 * 1024**3  # of their files: the least recently used makes room
-    cache_dir: OptionalPath = None  # for their files, by checksum; none: the user's own cache
-    weights_dir: OptionalPath = None  # a folder of weights for the catalog's networks
+    networks: OptionalPath = None
+    """TOML file of your own networks"""
+    cache_bytes: Count = 32 * 1024**3
+    """size of the folder of your networks' files; the least recently used is removed"""
+    cache_dir: OptionalPath = None
+    """folder of your networks' files, by checksum; none: `~/.cache/gradcam-worker`"""
+    weights_dir: OptionalPath = None
+    """folder with weights of the catalog's networks"""
     precision: Literal["float32", "tf32", "bfloat16", "mixed_bfloat16"] = "float32"
-    exact_backward: bool = False  # the whole way back, where a shorter one gives the same
-    resident_bytes: Count = 8 * 1024**3  # of all networks in memory: the least recently used makes room
+    """floating-point format of the networks' arithmetic"""
+    exact_backward: bool = False
+    """compute the whole backward pass, even where a shorter one gives the same result"""
+    resident_bytes: Count = 8 * 1024**3
+    """memory of all loaded networks; the least recently used is unloaded"""
 
     # The device
-    devices: Devices = "auto"  # every GPU there is, a process for each; or their numbers, 0,1; or cpu
-    max_batch: Annotated[int, Field(ge=0, le=256)] = (
-        0  # images in one pass; 0: as many as prove worth it when a network is warmed
-    )
-    batch_wait_s: Annotated[float, Field(ge=0, le=1)] = (
-        0.01  # that a batch waits for jobs on their way, at most
-    )
-    intra_op_threads: CountOrAuto = 0  # of one operation on the CPU; 0: one for each core
+    devices: Devices = "auto"
+    """`auto`: a process for each GPU; or their numbers, as `0,1`; or `cpu`"""
+    max_batch: Annotated[int, Field(ge=0, le=256)] = 0
+    """images in one batch; 0: measured when a network is loaded"""
+    batch_wait_s: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """how long a batch waits at most for jobs that are about to join it"""
+    intra_op_threads: CountOrAuto = 0
+    """threads of one TensorFlow operation on the CPU; 0: one for each core"""
 
     # Worker
-    preload: StringList = ()  # networks to load before the first job
-    threads: Count = 16  # jobs in hand at once, twice a CPU's batch; where it is not set, a GPU gets 64
-    shards: Count = (
-        2  # of backfills, in hand at once beside those jobs: one is read while another is computed
-    )
-    retry_backoff_s: Seconds = 1  # before the second attempt; doubles, with jitter
+    preload: StringList = ()
+    """networks to load before the first job"""
+    threads: Count = 16  # twice the size of a batch on the CPU
+    """jobs at a time, of each process; with a GPU the default is 64"""
+    shards: Count = 2  # one is read while another is computed
+    """shards of backfills at a time, of each process, besides those jobs"""
+    retry_backoff_s: Seconds = 1
+    """delay before the second attempt; doubles, with jitter"""
     retry_backoff_max_s: Seconds = 60
-    shutdown_timeout_s: Seconds = 90  # after which a worker that was asked to stop hands back what it has
-    stalled_after_s: Annotated[float, Field(ge=5, le=3600)] = (
-        60  # without a sign of life a worker is started again
-    )
-    hung_after_s: Annotated[float, Field(ge=60, le=7 * 86_400)] = (
-        3600  # that no job in hand gets on, while others wait, before the worker is started again
-    )
-    memory_bytes: Annotated[int, Field(ge=0)] = 0  # that a process may use; 0: no limit of its own
-    starts: Count = 1  # of the worker on this device, this one too: its supervisor counts them
+    """longest delay between two attempts"""
+    shutdown_timeout_s: Seconds = 90
+    """time for running jobs after SIGTERM; then they are requeued"""
+    stalled_after_s: Annotated[float, Field(ge=5, le=3600)] = 60
+    """how long a worker process may be unresponsive before it is restarted"""
+    hung_after_s: Annotated[float, Field(ge=60, le=7 * 86_400)] = 3600
+    """how long running jobs may make no progress while others wait, before the worker process is restarted"""
+    memory_bytes: Annotated[int, Field(ge=0)] = 0
+    """memory limit of a process; 0: none. With the defaults, a CPU worker needs at least 6.2 GB"""
+    starts: Count = 1
+    """set by the supervisor: how often the worker of this device was started"""
 
-    # What an operator sees
-    metrics_port: Annotated[int, Field(ge=0, le=65_535)] = (
-        0  # of /metrics, /live, /ready and /startup; worker process N of a machine has port + N; 0: none
-    )
-    metrics_host: str = "127.0.0.1"  # the address they are served at; 0.0.0.0: every one
+    # Logs, metrics and traces
+    metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    """port of `/metrics`, `/live`, `/ready` and `/startup`; process N of a machine has this port + N; 0: not
+    served
+    """
+    metrics_host: str = "127.0.0.1"
+    """address to listen at; `0.0.0.0`: every address"""
     log_format: Literal["text", "json"] = "text"
+    """`text`: lines for a person; `json`: one object a line"""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    traces: TracesUrl = ""  # where spans go, by OTLP/HTTP, as http://collector:4318; empty: nowhere
+    """least severe level that is logged"""
+    traces: TracesUrl = ""
+    """OTLP/HTTP collector, as `http://collector:4318` (extra `otel`)"""
 
     @classmethod
     def settings_customise_sources(
@@ -404,7 +467,7 @@ class Settings(BaseSettings):
 
     @field_validator("image_hosts")
     @classmethod
-    def _hosts_for_web_images(cls, hosts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    def _require_image_hosts(cls, hosts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         if not hosts and {"http", "https"} & set(info.data.get("image_schemes", ())):
             message = "it names no host, but GRADCAM_IMAGE_SCHEMES allows http or https: write host:port"
             raise ValueError(message)
@@ -412,7 +475,7 @@ class Settings(BaseSettings):
 
     @field_validator("image_roots")
     @classmethod
-    def _roots_for_files(cls, roots: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    def _require_image_roots(cls, roots: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         if not roots and "file" in info.data.get("image_schemes", ()):
             message = "it names no folder, but GRADCAM_IMAGE_SCHEMES allows file: name the folders of images"
             raise ValueError(message)
@@ -420,7 +483,7 @@ class Settings(BaseSettings):
 
     @field_validator("s3_secret_access_key")
     @classmethod
-    def _key_and_secret(cls, secret: SecretStr, info: ValidationInfo) -> SecretStr:
+    def _require_key_with_secret(cls, secret: SecretStr, info: ValidationInfo) -> SecretStr:
         if bool(secret.get_secret_value()) != bool(info.data.get("s3_access_key_id")):
             message = "it and GRADCAM_S3_ACCESS_KEY_ID must be given together"
             raise ValueError(message)
@@ -432,7 +495,7 @@ class Settings(BaseSettings):
         return self.ledger_url or self.broker_url
 
     def redis_tls(self, text: str) -> dict[str, Any]:
-        """What redis-py is told beside a rediss:// URL: to verify the server, and who vouches for it."""
+        """Return redis-py's TLS options for a URL: verify the server. Empty for a URL without TLS."""
         if not text.casefold().startswith("rediss:"):
             return {}
         trust = {"ssl_ca_certs": str(self.redis_ca)} if self.redis_ca else {}
@@ -440,17 +503,17 @@ class Settings(BaseSettings):
 
     @property
     def region(self) -> str:
-        """Of S3, and of the STS that gives its keys."""
-        found = (self.s3_region, *map(os.environ.get, ("AWS_REGION", "AWS_DEFAULT_REGION")))
-        return next(filter(None, found), "us-east-1")
+        """The region of S3, and of the STS that issues its keys."""
+        names = ("AWS_REGION", "AWS_DEFAULT_REGION")
+        return next(filter(None, (self.s3_region, *map(os.environ.get, names))), "us-east-1")
 
     @property
     def cache(self) -> Path:
-        """The folder for operators' model files. Raises InvalidSettings where there is none to be found."""
+        """The folder for operators' model files. Raises InvalidSettings if the user has no home."""
         if self.cache_dir:
             return self.cache_dir
         try:
-            base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # which counts only where it is absolute
+            base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # the standard ignores relative paths
             return (base if base.is_absolute() else Path.home() / ".cache") / "gradcam-worker"
         except RuntimeError as error:
             message = "GRADCAM_CACHE_DIR must name a folder: this user has no home."
@@ -458,7 +521,7 @@ class Settings(BaseSettings):
 
     @property
     def keras_home(self) -> Path:
-        """Where Keras keeps what it downloads, in `models`. Raises InvalidSettings where that is nowhere."""
+        """Keras' folder for downloads. Raises InvalidSettings if the user has no home."""
         try:
             return Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
         except RuntimeError as error:
@@ -467,51 +530,53 @@ class Settings(BaseSettings):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None, **options: str | None) -> Self:
-        """Read `GRADCAM_*`.
+        """Read `GRADCAM_*` from the environment.
 
         Args:
-            environment: Where to read; None: the process's own.
-            options: What a command line says, by the setting's name; it comes first, unless it is None.
+            environment: Variables to read instead of those of this process.
+            **options: Values that replace those of the environment, as from a command line, by the setting's
+                name. Those that are None do not.
 
         Raises:
-            InvalidSettings: It names each variable that is wrong, and what would be right.
+            InvalidSettings: A sentence for each wrong variable says what was received and what would be
+                right.
         """
         source = EnvironmentSource(cls, os.environ if environment is None else environment)
-        return cls._of({**source(), **_given(options)}, source.unknown())
+        return cls._validated({**source(), **_without_none(options)}, source.unknown_variables())
 
     def changed(self, **options: str | None) -> Self:
-        """These settings, and what `options` say, unless it is None. Raises InvalidSettings."""
-        return self._of({**dict(self), **_given(options)})
+        """Return a copy with other values; those that are None do not count. Raises InvalidSettings."""
+        return self._validated({**dict(self), **_without_none(options)})
 
     @classmethod
-    def _of(cls, values: Mapping[str, Any], problems: Iterable[str] = ()) -> Self:
-        """Settings of these values. Raises InvalidSettings with these problems and its own."""
-        found = [*problems]
+    def _validated(cls, values: Mapping[str, Any], known_problems: Iterable[str] = ()) -> Self:
+        """Settings with these values. Raises InvalidSettings for these and the known problems."""
+        problems, cause = [*known_problems], None
         try:
             settings = cls(**values)
         except ValidationError as error:
-            found += [cls._problem(one) for one in error.errors(include_url=False)]
-            raise InvalidSettings(" ".join(found)) from error
-        if found:
-            raise InvalidSettings(" ".join(found))
+            cause = error
+            problems += [cls._problem(details) for details in error.errors(include_url=False)]
+        if problems:
+            raise InvalidSettings(" ".join(problems)) from cause
         return settings
 
     @classmethod
     def _problem(cls, error: ErrorDetails) -> str:
-        """A sentence: which variable is wrong, what was received, what would be right."""
+        """Which variable is wrong, what was received, what would be right."""
         name = str(error["loc"][0])
         message = error["msg"].removeprefix("Value error, ")
         field = cls.model_fields.get(name)
-        if error["type"] != "value_error":  # pydantic's own: ours say themselves what was received
-            may_be_shown = isinstance(error["input"], str) and field and field.repr
-            received = visible(without_secrets(error["input"])[:MAX_RECEIVED]) if may_be_shown else "..."
+        if error["type"] != "value_error":  # an error of pydantic's: ours already say what was received
+            showable = isinstance(error["input"], str) and field and field.repr
+            received = visible(without_secrets(error["input"])[:MAX_SHOWN_LENGTH]) if showable else "..."
             message = f"{received!r} was received: {message.replace('Input should', 'it should')}"
         stop = "" if message.endswith((".", "?")) else "."
         return f"{_variable(name)}: {message}{stop}"
 
     def to_environment(self) -> dict[str, str]:
-        """The same settings as `GRADCAM_*` variables, for a child process."""
-        plain: dict[str, str] = {}
+        """Return the settings as `GRADCAM_*` variables, for a child process."""
+        variables: dict[str, str] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
             if isinstance(value, SecretStr):
@@ -519,11 +584,11 @@ class Settings(BaseSettings):
             text = (
                 comma_lists.join(value) if isinstance(value, tuple) else "" if value is None else str(value)
             )
-            plain[_variable(name)] = text
-        return plain
+            variables[_variable(name)] = text
+        return variables
 
     def environment_for_child(self) -> dict[str, str]:
-        """This process's environment with these settings in it, whole."""
+        """Return this process's environment with all settings replaced by these."""
         others = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         return others | self.to_environment()
 
@@ -533,21 +598,21 @@ def _variable(name: str) -> str:
     return PREFIX + name.upper()
 
 
-def _given(options: Mapping[str, str | None]) -> dict[str, str]:
+def _without_none(options: Mapping[str, str | None]) -> dict[str, str]:
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _is_service_link(name: str, value: str) -> bool:
-    """Whether Kubernetes or Docker has set a variable, for a Service or a container called `gradcam...`."""
+    """Whether Kubernetes or Docker set the variable, for a Service or a container called `gradcam...`."""
     return any(
-        re.fullmatch(rf"GRADCAM(_\w+?)?{ends}", name) and re.fullmatch(said, value, re.DOTALL)
-        for ends, said in SERVICE_LINKS
+        re.fullmatch(rf"GRADCAM(_\w+?)?{suffix}", name) and re.fullmatch(form, value, re.DOTALL)
+        for suffix, form in SERVICE_LINKS
     )
 
 
-def is_place(uri: str) -> bool:
-    """Whether objects can be put below this URI."""
+def is_storage_uri(uri: str) -> bool:
+    """Return whether objects can be stored below this URI: `s3://bucket/prefix` or `file:///folder`."""
     scheme, _, rest = uri.partition("://")
-    fits = scheme == "file" or (scheme == "s3" and bucket_names.objection(rest.partition("/")[0]) is None)
-    whole = bool(rest.strip("/")) and not {"?", "#"} & set(rest)
-    return fits and whole and not urls.has_credentials(uri)
+    known = scheme == "file" or (scheme == "s3" and bucket_names.objection(rest.partition("/")[0]) is None)
+    plain_path = bool(rest.strip("/")) and not {"?", "#"} & set(rest)
+    return known and plain_path and not urls.has_credentials(uri)

@@ -6,8 +6,8 @@ They are settings, command line, error codes, metrics and wire formats:
     python -m devtools.docs.reference_pages --check   # names those that are not current
 
 They are committed, so that they can be read without a build; `tests/docs/test_reference.py` fails where one
-is not current. What a field means is said by its `description`, else by `field_meanings`, else by the comment
-beside it.
+is not current. The meaning of a setting is the docstring of its field. That of another field is its
+`description`, else its text in `field_meanings`, else the comment beside it.
 """
 
 import inspect
@@ -113,8 +113,8 @@ def settings() -> str:
     said = _comments(Settings)
     groups: dict[str, list[tuple[str, ...]]] = {}
     for name, field in Settings.model_fields.items():
-        group, comment = said.get(name, ("", ""))
-        meaning = field.description or field_meanings.SETTINGS.get(name) or comment
+        group, _ = said.get(name, ("", ""))
+        meaning = " ".join((field.description or "").split())
         cells = (f"`{SETTING}{name.upper()}`", _kind(field), _default(name, field.default), meaning)
         groups.setdefault(group, []).append(cells)
     lines = [SETTINGS_INTRO.rstrip()]

@@ -22,7 +22,7 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.schemas.manifest import Manifest
 from gradcam_worker.schemas.status import StatusDocument
-from gradcam_worker.settings import PLACE_LOOKS, Settings, is_place
+from gradcam_worker.settings import STORAGE_URI_FORM, Settings, is_storage_uri
 from gradcam_worker.storage.filesystem import FolderStore
 from gradcam_worker.text.urls import without_secrets
 
@@ -130,8 +130,8 @@ def upload_of(image: Path | str | bytes, place: str, max_bytes: int) -> Upload:
     if not place:
         message = "GRADCAM_UPLOADS says where images go, as in s3://photos/uploads: set it, or say `to`."
         raise InvalidSettings(message)
-    if not is_place(place):
-        message = f"`to` {without_secrets(place)!r} {PLACE_LOOKS}."
+    if not is_storage_uri(place):
+        message = f"`to` {without_secrets(place)!r} {STORAGE_URI_FORM}."
         raise InvalidSettings(message)
     data = image if isinstance(image, bytes) else _file(image, max_bytes)
     if len(data) > max_bytes:

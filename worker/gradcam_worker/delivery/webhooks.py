@@ -39,7 +39,7 @@ class Webhooks:
         allowed = settings.webhook_hosts, ("http", "https"), "GRADCAM_WEBHOOK_HOSTS"
         self._web = HttpClient(*allowed, settings.private_networks)
         self._timeout_s = settings.webhook_timeout_s
-        self._secrets = webhook_signing.secrets_of(settings.webhook_secrets.get_secret_value())
+        self._secrets = webhook_signing.parse_secrets(settings.webhook_secrets.get_secret_value())
 
     def check(self, webhook: Webhook) -> None:
         """Raise UriNotAllowed, or InvalidJob for a secret that is not known, unless it may be told."""

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-from gradcam_worker.text.urls import without_secrets
+from gradcam_worker.text.urls import MAX_PORT, without_secrets
 
-MAX_PORT = 65_535
 _LABEL = r"[a-z0-9_-]{1,63}"
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.[a-z][a-z0-9-]{{1,62}}")  # ends as no IPv4 address does

@@ -13,7 +13,7 @@ from gradcam_worker.schemas.model import WEBHOOK_SECRET_PREFIX
 MIN_BYTES, MAX_BYTES = 24, 64  # of a secret, as the standard has it
 
 
-def secrets_of(text: str) -> dict[str, tuple[str, ...]]:
+def parse_secrets(text: str) -> dict[str, tuple[str, ...]]:
     """`app1=whsec_new whsec_old,app2=whsec_...` -> the secrets of each name.
 
     Raises ValueError, which says where the text is wrong and never what stands there.

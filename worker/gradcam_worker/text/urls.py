@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 
 ENCODE = "in a user or a password # is written as %23, ? as %3F, / as %2F, @ as %40, : as %3A and % as %25"
-LARGEST_PORT = 65_535
+MAX_PORT = 65_535
 LONGEST_IN_TEXT = 2000  # characters of a URL in a text; of a longer one that holds an @ nothing is shown
 WEB = {"http", "https"}
 KEYED = {"s3", "file"}  # schemes of stores: what follows the first slash is a name, which may hold ? # and @
@@ -83,7 +83,7 @@ def _read(text: str) -> tuple[Url | None, bool]:
         split = None if "\\" in found["authority"] else _PLACE.fullmatch(place)  # which some take for a slash
         later = "@" in rest[len(found["authority"]) :]
         certain = scheme in WEB and split and split["host"] and path and not at
-        if not split or int(split["port"] or 0) > LARGEST_PORT or (later and not certain):
+        if not split or int(split["port"] or 0) > MAX_PORT or (later and not certain):
             return None, bool(at) or later
         host, port = split["host"], int(split["port"]) if split["port"] else None
     return Url(scheme, bool(at), host, port, path, query, fragment), bool(at)
