@@ -22,7 +22,7 @@ from devtools.bench.report import Figures, Requirement, at_least, table
 from devtools.bench.testbed import Testbed
 from devtools.faults import backfill_kills
 from gradcam_worker.inference.model_cache import ModelCache
-from gradcam_worker.runtime import service_factory
+from gradcam_worker.runtime import parent_watch, service_factory
 from gradcam_worker.settings import Settings
 
 TITLE = "Backfill"
@@ -97,20 +97,23 @@ def _shards(bed: Testbed, source: Path, images: int, name: str) -> tuple[float, 
 def tracking(sizes: tuple[int, ...]) -> dict[int, runs.Ran]:
     """Rows -> what it took to hand out and follow so many."""
     found = {}
-    program = Path(instant_shards.__file__).resolve()
+    program = instant_shards.__file__
     for rows in sizes:
         with tempfile.TemporaryDirectory(prefix="gradcam-bench-") as name:
             folder = Path(name)
             with backfill_kills.place(folder) as settings:
                 uris = (f"s3://photos/{number % backfill_kills.PHOTOS:05}.jpg" for number in range(rows))
                 source = runs.write_input(folder / "input.jsonl", uris)
-                with runs.working(settings, program, folder / "worker.log") as worker:
+                worker = simulated_network.start_worker(settings, folder / "worker.log", program=program)
+                try:
                     runs.until(
                         lambda: service_factory.build_ledger(settings).find_workers(), worker
                     )  # at once
                     output = f"{settings.output}/tracking"
                     network = backfill_kills.NETWORK
                     found[rows] = runs.run(settings, source, output, network, rows, worker=worker)
+                finally:
+                    parent_watch.stop(worker)
                 count = runs.counted(settings, output, rows)
                 if count != runs.Counted(0, 0):
                     message = f"Of {rows} rows {count.lost} are lost and {count.doubled} are there twice."

@@ -16,10 +16,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import redis
 
-from devtools import import_path
 from devtools.bench import testbed
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.runtime import parent_watch
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import Stores
@@ -158,18 +156,3 @@ def counted(settings: Settings, output: str, rows: int) -> Counted:
             times[row] = times.get(row, 0) + 1
     doubled += sum(count - 1 for count in times.values() if count > 1)
     return Counted(sum(count == 0 for count in times.values()), doubled)
-
-
-@contextmanager
-def working(settings: Settings, program: Path, log: Path) -> Iterator[Process]:
-    """A worker process of another program than the bench's usual one."""
-    process = parent_watch.spawn(
-        [sys.executable, "-P", str(program)],
-        log=log,
-        environment={**settings.to_environment(), **import_path()},
-        grace_s=10,
-    )
-    try:
-        yield process
-    finally:
-        parent_watch.stop(process)

@@ -12,13 +12,11 @@ beside it, one that counts what waits and not what runs.
 Required: 0.9 of linear, and at no look at which a job was running, as its own document says, no worker left.
 """
 
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
@@ -142,12 +140,8 @@ def document(phases: Sequence[Phase], formula: Replayed, queue_alone: Replayed) 
 
 
 def _one_more(bed: Testbed, number: int) -> Popen[bytes]:
-    return parent_watch.spawn(
-        [sys.executable, "-P", str(Path(simulated_network.__file__).resolve()), f"{bed.passes}-{number}"],
-        log=bed.log.with_name(f"worker-{number}.log"),
-        environment={**testbed.SHARED_DEVICE, **bed.settings.to_environment()},
-        grace_s=testbed.SHUTDOWN_S,
-    )
+    log = bed.log.with_name(f"worker-{number}.log")
+    return simulated_network.start_worker(bed.settings, log, f"{bed.passes}-{number}")
 
 
 def _until_all_work(bed: Testbed, workers: int, others: Sequence[Popen[bytes]]) -> list[StatusDocument]:

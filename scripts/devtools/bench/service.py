@@ -15,24 +15,21 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from devtools.bench import testbed
-from devtools.bench.report import Figures, Requirement, at_least, plain, table
-from devtools.bench.testbed import MACHINE, Meter, Testbed
-
-os.environ.update(testbed.SHARED_DEVICE)  # before the backend is loaded
-
-# isort: split
 import numpy as np
 from numpy.typing import NDArray
 
-from devtools.bench import simulated_network
+from devtools.bench import simulated_network, testbed
+from devtools.bench.report import Figures, Requirement, at_least, plain, table
 from devtools.bench.simulated_network import Passes
+from devtools.bench.testbed import MACHINE, Meter, Testbed
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow, Preprocessing
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.overlay import fit
 from gradcam_worker.gradcam.network import Network
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
+
+os.environ.update(simulated_network.SHARED_DEVICE)  # before the backend is loaded
 
 TITLE = "Service"
 PHOTOS = 200  # no two the same; jobs go round and round

@@ -19,18 +19,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from devtools import import_path
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import imagenet
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
-from gradcam_worker.runtime import worker_process
+from gradcam_worker.runtime import parent_watch, worker_process
 from gradcam_worker.settings import Settings
 
 SEED = 0
+GRACE_S = 10.0  # between asking a worker to end and killing it
+# The engine alone and the worker share one device: JAX must not take all of its memory beforehand.
+SHARED_DEVICE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 SHA256 = "0" * 64  # of the files that there are not
 LARGEST = 32  # images in one pass of gpu_time
 SECONDS: dict[str, Callable[[int], float]] = {  # that a pass over n images takes
@@ -199,6 +204,15 @@ def load(settings: Settings, passes: Passes | None, row: NetworkRow) -> Network:
     network = load_network(row, random_seed=None if row.shipped else SEED, precision=settings.precision)
     watched: Any = RecordedNetwork(network, passes) if passes else network
     return watched  # type: ignore[no-any-return]
+
+
+def start_worker(
+    settings: Settings, log: Path, *arguments: str, program: str = __file__, grace_s: float = GRACE_S
+) -> Popen[bytes]:
+    """Start a worker that runs this program, or another one like it; see `parent_watch.spawn`."""
+    variables = {**SHARED_DEVICE, **import_path(), **settings.to_environment()}
+    command = [sys.executable, "-P", str(Path(program).resolve()), *arguments]
+    return parent_watch.spawn(command, log=log, environment=variables, grace_s=grace_s)
 
 
 if __name__ == "__main__":

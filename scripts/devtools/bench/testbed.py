@@ -4,7 +4,6 @@ What is measured of processes is read from /proc: this needs Linux.
 """
 
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -39,10 +38,7 @@ START_S = 240  # TensorFlow is loaded and each network is run for the first time
 STALLED_S = 120  # without a job that ends, something hangs
 LOOK_S = 0.2  # between two looks at the processes
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-SHUTDOWN_S = 10
 MACHINE = "machine"  # stands for all processes beside the names of ours
-# The engine alone and the worker share one device: JAX must not take all of its memory beforehand.
-SHARED_DEVICE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 @dataclass
@@ -132,16 +128,15 @@ def running(networks: tuple[str, ...], photos: Sequence[bytes], **changes: Any) 
         valkey = stack.enter_context(embedded.valkey(folder))
         s3_server = stack.enter_context(embedded.s3(folder, ("photos", "results")))
         settings = settings_of(
-            folder, valkey, s3_server, preload=networks, shutdown_timeout_s=SHUTDOWN_S, **changes
+            folder,
+            valkey,
+            s3_server,
+            preload=networks,
+            shutdown_timeout_s=simulated_network.GRACE_S,
+            **changes,
         )
         log, passes = folder / "worker.log", folder / "passes"
-        program = str(Path(simulated_network.__file__).resolve())
-        worker = parent_watch.spawn(
-            [sys.executable, "-P", program, str(passes)],
-            log=log,
-            environment={**SHARED_DEVICE, **settings.to_environment()},
-            grace_s=SHUTDOWN_S,
-        )
+        worker = simulated_network.start_worker(settings, log, str(passes))
         stack.callback(parent_watch.stop, worker)
         client, ledger, s3 = (
             GradcamClient(settings=settings),

@@ -4,7 +4,6 @@ import contextlib
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from subprocess import Popen
 from devtools.bench import backfill_command as runs
 from devtools.bench import simulated_network, testbed
 from gradcam_worker.operations import servers
-from gradcam_worker.runtime import parent_watch
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 
@@ -97,13 +95,7 @@ def _kill(*processes: "Popen[bytes]") -> None:
 
 
 def _worker(settings: Settings, folder: Path) -> "Popen[bytes]":
-    program = str(Path(simulated_network.__file__).resolve())
-    return parent_watch.spawn(
-        [sys.executable, "-P", program, str(folder / "passes")],
-        log=folder / "worker.log",
-        environment=settings.to_environment(),
-        grace_s=5,
-    )
+    return simulated_network.start_worker(settings, folder / "worker.log", str(folder / "passes"), grace_s=5)
 
 
 def _submitter(settings: Settings, words: list[str], folder: Path) -> "Popen[bytes]":
