@@ -27,8 +27,8 @@ from gradcam_worker.broker.consumer import (
     CONNECT_MAX_S,
     RETURN_AFTER_S,
     ConsumerHooks,
+    JobConsumer,
     Request,
-    SturdyConsumer,
     ThreadPool,
 )
 from gradcam_worker.broker.message import QUESTIONS, check
@@ -137,7 +137,7 @@ def reception(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[R
         setup_worker_optimizations(app)
         worker = app.WorkController(
             pool=ThreadPool,
-            consumer_cls=partial(SturdyConsumer, hooks=hooks),
+            consumer_cls=partial(JobConsumer, hooks=hooks),
             concurrency=2,
             queues=list(publisher.QUEUES),
             without_gossip=True,
@@ -389,8 +389,8 @@ def test_a_refusal_that_cannot_be_written_down_waits_before_it_comes_again_and_i
     message.channel.closed, consumer.pool.running = False, set()
     message.channel.unacknowledged.return_value = {"tag": message}
     consumer.hooks.refuse.side_effect = LedgerUnavailable("gone")
-    consumer._return_later = partial(SturdyConsumer._return_later, consumer)
-    SturdyConsumer._refuse(consumer, message, "it is none")
+    consumer._return_later = partial(JobConsumer._return_later, consumer)
+    JobConsumer._refuse(consumer, message, "it is none")
     assert consumer.hooks.stall.progressed.called
     assert not message.method_calls
     pause_s, put_back = consumer.timer.call_after.call_args.args
@@ -403,9 +403,9 @@ def test_a_refusal_that_cannot_be_written_down_waits_before_it_comes_again_and_i
 def test_each_failed_attempt_to_connect_is_reported_as_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gradcam_worker.broker.consumer.CONNECT_EVERY_S", 0)
     consumer, connection = Mock(), Mock()
-    consumer._away = partial(SturdyConsumer._away, consumer)
-    SturdyConsumer.on_connection_error_before_connected(consumer, OSError("refused"))
-    assert SturdyConsumer.ensure_connected(consumer, connection) is connection
+    consumer._report_outage = partial(JobConsumer._report_outage, consumer)
+    JobConsumer.on_connection_error_before_connected(consumer, OSError("refused"))
+    assert JobConsumer.ensure_connected(consumer, connection) is connection
     [report], options = connection.ensure_connection.call_args
     report(OSError("away"), 0.5)
     reported = [call.args[0] for call in consumer.hooks.broker_outage.failed.call_args_list]
@@ -420,7 +420,7 @@ def test_a_message_that_is_put_back_later_is_left_alone_when_a_thread_has_it_or_
     for closed, running, held in (True, {}, {"tag"}), (False, {"tag"}, {"tag"}), (False, {}, {}):
         message.channel.closed, consumer.pool.running = closed, running
         message.channel.unacknowledged.return_value = held
-        SturdyConsumer._return_later(consumer, message, "why")
+        JobConsumer._return_later(consumer, message, "why")
         consumer.timer.call_after.call_args.args[1]()
     assert not message.reject_log_error.called
 
@@ -505,7 +505,7 @@ def test_a_message_that_nobody_is_at_work_on_goes_back(
     reception: Reception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What should never be: as many as there are places, and nothing would be received any more."""
-    monkeypatch.setattr("gradcam_worker.broker.consumer.TURN_S", 0.05)
+    monkeypatch.setattr("gradcam_worker.broker.consumer.TURN_EVERY_S", 0.05)
     monkeypatch.setattr("gradcam_worker.broker.consumer.ORPHANED_AFTER_S", 0.2)
     lost: list[Any] = []
     submit = ThreadPool.on_apply
@@ -549,14 +549,14 @@ def test_a_failed_acknowledgement_renews_the_connection_and_leaves_none_behind(
 ) -> None:
     monkeypatch.setattr("gradcam_worker.broker.consumer.CONNECT_EVERY_S", 0.02)
     connects = 0
-    connect = SturdyConsumer.connect
+    connect = JobConsumer.connect
 
-    def counted(self: SturdyConsumer) -> Any:
+    def counted(self: JobConsumer) -> Any:
         nonlocal connects
         connects += 1
         return connect(self)
 
-    monkeypatch.setattr(SturdyConsumer, "connect", counted)
+    monkeypatch.setattr(JobConsumer, "connect", counted)
     ids, opened = [new_id(), new_id()], threading.Event()  # as many as there are places
     reception.holds = dict.fromkeys(ids, opened)
     for message_id in ids:

@@ -34,7 +34,7 @@ def hang() -> None:
 
 def work(ready_fd: int) -> int:
     """`tiny_worker.work`, with a loop that can hang, and jobs that can be stuck."""
-    from gradcam_worker.broker.consumer import SturdyConsumer
+    from gradcam_worker.broker.consumer import JobConsumer
     from gradcam_worker.observability import health
     from gradcam_worker.runtime import liveness
 
@@ -50,13 +50,13 @@ def work(ready_fd: int) -> int:
 
     liveness.HUNG_AFTER_S = HUNG_AFTER_S
     health.PROBE_INTERVAL_S, health.UNREACHABLE_AFTER_S = 0.2, ANSWERED_S
-    ready = SturdyConsumer.on_ready
+    ready = JobConsumer.on_ready
 
-    def on_ready(self: SturdyConsumer) -> None:
+    def on_ready(self: JobConsumer) -> None:
         ready(self)
         self.timer.call_repeatedly(0.1, hang)
 
-    SturdyConsumer.on_ready = on_ready  # type: ignore[method-assign]
+    JobConsumer.on_ready = on_ready  # type: ignore[method-assign]
     return tiny_worker.work(ready_fd)
 
 

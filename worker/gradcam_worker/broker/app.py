@@ -1,7 +1,7 @@
-"""What submitters and workers must agree on: task names, queues, priorities, messages, the Celery app.
+"""The Celery app of a worker.
 
-A queue message is only a notification. A message carries the job, but what has become of the job is written
-in the ledger, so a message that comes twice costs nothing.
+A queue message is only a notification. It carries the job, but what has become of the job stands in the
+ledger, so a message that comes twice costs nothing.
 """
 
 from datetime import timedelta

@@ -28,7 +28,7 @@ from gradcam_worker.resilience.stall import ORPHANED_AFTER_S, StallDetector
 
 log = logging.getLogger("gradcam")
 
-TURN_S = 1.0  # between two signs of life
+TURN_EVERY_S = 1.0  # between two signs of life
 RETURN_AFTER_S = 1.0  # before a message goes back that cannot be handled now
 CONNECT_EVERY_S = 0.5  # the pause before it is tried again; grows by as much each time
 CONNECT_MAX_S = 5.0  # its longest, of half a minute as it comes: a broker that is back is work that waits
@@ -106,11 +106,11 @@ class ConsumerHooks:
     broker_outage: Outage
 
 
-class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
+class JobConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
     """Hands every message that is no task to `ConsumerHooks.refuse`, and goes on."""
 
-    _turning: Any = None
-    _failing = False  # the connection is about to be given up
+    _turn_timer: Any = None
+    _renewing = False  # the connection is about to be given up
     _orphaned: Mapping[str, float] = {}  # delivery tag -> since when nobody is at work on it
 
     def __init__(self, *args: Any, hooks: ConsumerHooks, **kwargs: Any) -> None:
@@ -120,14 +120,14 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
     def on_ready(self) -> None:
         """Whenever the loop starts: from now on, each of its rounds is a sign of life."""
         super().on_ready()
-        if self._turning:  # Celery keeps timers of an earlier connection that began where this one does
-            self._turning.cancel()
+        if self._turn_timer:  # Celery keeps timers of an earlier connection that began where this one does
+            self._turn_timer.cancel()
         self.hooks.stall.broker_reachable()
-        self._failing, self._orphaned = False, {}
-        self.task_consumer.channel.on_ack_failed = self._renew
+        self._renewing, self._orphaned = False, {}
+        self.task_consumer.channel.on_ack_failed = self._renew_connection
         self.task_consumer.channel.wait_by_peeking(lambda: self.hub.call_soon(lambda: None))
         self._turn()
-        self._turning = self.timer.call_repeatedly(TURN_S, self._turn)
+        self._turn_timer = self.timer.call_repeatedly(TURN_EVERY_S, self._turn)
 
     def _turn(self) -> None:
         """A sign of life; and what nobody is at work on goes back, or its place would be taken for ever."""
@@ -142,14 +142,14 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
             log.error("a message was not acknowledged, and nobody is at work on it: it goes back")
             channel.basic_reject(tag, requeue=True)
 
-    def _renew(self, error: Exception) -> None:
+    def _renew_connection(self, error: Exception) -> None:
         """A message could not be acknowledged: this connection is of no use any more.
 
         After a failover it leads to a server that takes no writes. With all places taken nothing is read
         from it, so nobody else would notice.
         """
-        if self.blueprint.state == RUN and not self._failing:
-            self._failing = True
+        if self.blueprint.state == RUN and not self._renewing:
+            self._renewing = True
 
             def fail() -> None:
                 raise error
@@ -168,15 +168,15 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
         """The server answers, and refuses what a consumer needs."""
-        self._away(exc)
+        self._report_outage(exc)
         time.sleep(CONNECT_EVERY_S)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """The connection is lost, or of no use any more."""
-        self._away(exc)
+        self._report_outage(exc)
         super().on_connection_error_after_connected(exc)
 
-    def _away(self, error: Exception) -> None:
+    def _report_outage(self, error: Exception) -> None:
         self.hooks.broker_outage.failed(f"nothing is received, it is tried to connect: {error}")
         if self.hooks.stall.broker_unreachable():
             self.hooks.on_loop_turn()
@@ -184,7 +184,7 @@ class SturdyConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
     def ensure_connected(self, conn: Any) -> Any:
         """The connection, when it stands; tried again and again, at most CONNECT_MAX_S apart."""
         conn.ensure_connection(
-            lambda error, _: self._away(error),
+            lambda error, _: self._report_outage(error),
             interval_start=CONNECT_EVERY_S,
             interval_step=CONNECT_EVERY_S,
             interval_max=CONNECT_MAX_S,

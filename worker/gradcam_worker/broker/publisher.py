@@ -1,4 +1,7 @@
-"""gradcam_worker.broker.publisher."""
+"""Puts messages into the queues, with redis alone: a client needs neither Celery nor kombu.
+
+The format is in docs/how-to/other-languages.md.
+"""
 
 import base64
 import json
@@ -15,39 +18,24 @@ from gradcam_worker.schemas import shard
 from gradcam_worker.schemas.shard import Work, terms_of
 from gradcam_worker.settings import Settings
 
+# The names on the wire.
 EXPLAIN = "gradcam.explain"
-
-
 EXPLAIN_SHARD = "gradcam.explain_shard"
-
-
 ENTERED_AT = message.ENTERED_AT
-
-
 INTERACTIVE = "gradcam.interactive"
-
-
 BULK = "gradcam.bulk"
-
-
 SHARDS = "gradcam.shards"
-
-
-TASKS = {INTERACTIVE: EXPLAIN, BULK: EXPLAIN, SHARDS: EXPLAIN_SHARD}  # of each queue, and no other
-
-
+TASKS = {INTERACTIVE: EXPLAIN, BULK: EXPLAIN, SHARDS: EXPLAIN_SHARD}  # each queue's only task
 QUEUES = (*TASKS,)  # in the order in which a worker looks
-
-
-# Priorities are names on the wire. On Redis the smallest number is served first.
-ROUTES = {"high": (INTERACTIVE, 0), "normal": (INTERACTIVE, 3), "low": (INTERACTIVE, 6), "bulk": (BULK, 9)}
-
-
-ROUTES[shard.ROUTE] = (SHARDS, 9)
-
-
-SEPARATOR = "\x06\x16"  # kombu's, between a queue's name and a priority
-
+# Priority -> queue, and its number there. On Redis the smallest number is served first.
+ROUTES = {
+    "high": (INTERACTIVE, 0),
+    "normal": (INTERACTIVE, 3),
+    "low": (INTERACTIVE, 6),
+    "bulk": (BULK, 9),
+    shard.ROUTE: (SHARDS, 9),
+}
+SEPARATOR = "\x06\x16"  # kombu's, between a queue's name and a priority's number
 
 BATCH = 500  # messages in one round trip
 
@@ -130,7 +118,7 @@ def _message(job_id: str, priority: str, payload: str, entered_at: datetime | No
     }
     if entered_at:
         headers[ENTERED_AT] = entered_at.isoformat()
-    envelope_ = {
+    envelope = {
         "body": body,
         "content-encoding": "utf-8",
         "content-type": "application/json",
@@ -144,4 +132,4 @@ def _message(job_id: str, priority: str, payload: str, entered_at: datetime | No
             "delivery_tag": str(uuid.uuid4()),
         },
     }
-    return json.dumps(envelope_)
+    return json.dumps(envelope)

@@ -25,16 +25,16 @@ from gradcam_worker.schemas.ids import utc_now
 
 log = logging.getLogger("gradcam")
 
-ASIDE = "unreadable"  # a list in Redis, and with `:count` how many there ever were
-ASIDE_MOST = 100  # items
-ASIDE_BYTES = 200  # of each item: enough to see what it is
-ASIDE_MS = 7 * 86_400_000  # after the last one
+UNREADABLE_KEY = "unreadable"  # a list in Redis, and with `:count` how many there ever were
+UNREADABLE_MAX = 100  # items
+UNREADABLE_BYTES = 200  # of each item: enough to see what it is
+UNREADABLE_TTL_MS = 7 * 86_400_000  # after the last one
 ANSWER_MS = 60_000  # to a remote command: more than anybody waits for one
 IGNORED_EVERY_S = 10.0  # between two lines about remote commands
-LIST_S = 1.0  # between two looks at all lists
-PEEK_S = 1  # that a thread waits at its list at a time
+CHECK_ALL_EVERY_S = 1.0  # between two looks at all lists while they are empty
+PEEK_TIMEOUT_S = 1  # that a thread waits at its list at a time
 NOT_ALLOWED = ""  # in the place of a script that may not be run here
-LOOK_S = 0.05  # that the other queues are waited for, while one has no room: it may have some any moment
+CHECK_ROOM_EVERY_S = 0.05  # between two looks whether a queue that is at its limit has room again
 EMPTY = kombu_redis.Empty
 
 
@@ -125,20 +125,21 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
 
     peeked: Sequence[tuple[str, int]] = ()  # queue and priority: lists that are waited at
 
-    _kept: Any = None
+    _reused_client: Any = None
     _peeks: "_Peeks | None" = None
-    _asked_s = 0.0  # when all lists were looked at last
+    _checked_all_s = 0.0  # when all lists were looked at last
     _queue_cycle: Any
-    _empty = False  # all queues were, at the last look
+    _all_empty = False  # all queues were, at the last look
     _receive_sha: str | None = None  # of `Receive`, where the server has it
-    _tag, _lists = "", tuple[str, ...]()  # of the look that is under way: the queue of each list
+    _receive_tag = ""  # the delivery tag of the receive script that is under way; empty with BRPOP
+    _receive_queues = tuple[str, ...]()  # the queue of each list that it looks at
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         if asynchronous:
             return super()._create_client(asynchronous)
-        if self._kept is None or self._kept.connection_pool is not self.pool:
-            self._kept = super()._create_client()
-        return self._kept
+        if self._reused_client is None or self._reused_client.connection_pool is not self.pool:
+            self._reused_client = super()._create_client()
+        return self._reused_client
 
     def _get_pool(self, asynchronous: bool = False) -> Any:
         if not (self.connection and self.connection.client):
@@ -158,7 +159,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             log.debug("messages were not put back: %s", error)
         finally:
             self.closed = True
-            self._kept = None
+            self._reused_client = None
             if self._peeks:
                 self._peeks.close()
             self._disconnect_pools()
@@ -194,18 +195,20 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         dies before he reads it loses nothing. Where all queues are empty the next one is waited for without
         taking it (see `_Peeks`); with BRPOP, which cannot do that, only where nobody peeks.
         """
-        peeks = self._peeks if self._peeks and self._peeks.can else None
-        if peeks and self._empty and time.monotonic() - self._asked_s < LIST_S:
+        peeks = self._peeks if self._peeks and self._peeks.usable else None
+        if peeks and self._all_empty and time.monotonic() - self._checked_all_s < CHECK_ALL_EVERY_S:
             peeks.begin()
             return
-        if (peeks or not self._empty) and self._ask_for_one():
+        if (peeks or not self._all_empty) and self._ask_for_one():
             return
-        every: Any = self._queue_cycle
-        self._queue_cycle, self._tag = _WithRoom(every, self.has_room), ""
+        all_queues: Any = self._queue_cycle
+        self._queue_cycle, self._receive_tag = _WithRoom(all_queues, self.has_room), ""
         try:
-            super()._brpop_start(timeout if all(map(self.has_room, self.most_in_hand)) else LOOK_S)
+            super()._brpop_start(
+                timeout if all(map(self.has_room, self.most_in_hand)) else CHECK_ROOM_EVERY_S
+            )
         finally:
-            self._queue_cycle = every
+            self._queue_cycle = all_queues
 
     def _ask_for_one(self) -> bool:
         """Ask by `Receive`; False where that cannot be done."""
@@ -218,19 +221,19 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             self._receive_sha = self._load_receive()
             if self._receive_sha == NOT_ALLOWED:
                 return False
-        self._lists = tuple(queue for _ in self.priority_steps for queue in queues)
+        self._receive_queues = tuple(queue for _ in self.priority_steps for queue in queues)
         lists = [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
-        self._tag, connection = str(uuid.uuid4()), self.client.connection
+        self._receive_tag, connection = str(uuid.uuid4()), self.client.connection
         call = Receive(
             unacked=self._key(self.unacked_key),
             unacked_index=self._key(self.unacked_index_key),
             lists=[self._key(one) for one in lists],
-            delivery_tag=self._tag,
+            delivery_tag=self._receive_tag,
             received_s=repr(time.time()),
-            queues=[json.dumps(queue) for queue in self._lists],
+            queues=[json.dumps(queue) for queue in self._receive_queues],
         )
         self._in_poll = connection
-        self._asked_s = self._brpop_sent_at = time.monotonic()
+        self._checked_all_s = self._brpop_sent_at = time.monotonic()
         keys = call.keys()
         connection.send_command("EVALSHA", self._receive_sha, len(keys), *keys, *call.arguments())
         return True
@@ -242,7 +245,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         """From now on, take nothing while waiting; `wake`, called from any thread, has the loop go round."""
 
         def found() -> None:
-            self._empty = False
+            self._all_empty = False
             wake()
 
         if self._peeks is None and self._receive_sha != NOT_ALLOWED:
@@ -258,7 +261,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
 
     def _brpop_read(self, **options: Any) -> bool:
         """Receive one item, and deliver what it is a message of. As kombu's, but for the reading."""
-        tag, asked = self._tag, "EVALSHA" if self._tag else "BRPOP"
+        tag, asked = self._receive_tag, "EVALSHA" if self._receive_tag else "BRPOP"
         try:
             try:
                 received = self.client.parse_response(self.client.connection, asked, **options)
@@ -268,11 +271,11 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             except redis.exceptions.NoScriptError:  # the server has been started again
                 self._receive_sha = None
                 raise EMPTY from None
-            self._empty = not received
+            self._all_empty = not received
             if not received:
                 raise EMPTY
             where, item = received
-            queue = self._lists[where - 1] if tag else bytes_to_str(where).rsplit(self.sep, 1)[0]
+            queue = self._receive_queues[where - 1] if tag else bytes_to_str(where).rsplit(self.sep, 1)[0]
             self._queue_cycle.rotate(queue)
             if message := self._opened(item, queue, tag):
                 self.connection._deliver(message, queue)  # noqa: SLF001  # a channel is part of its transport
@@ -330,22 +333,22 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
 
     def set_aside(self, item: bytes, queue: str, why: str) -> None:
         """Keep how a nameless item begins, for the operator to see. Never raises."""
-        _say(item, queue, why)
+        _log_unreadable(item, queue, why)
         record = {
             "at": utc_now().isoformat(),
             "queue": queue,
             "why": why,
             "bytes": len(item),
             "sha256": hashlib.sha256(item).hexdigest(),
-            "begins": item[:ASIDE_BYTES].decode(errors="backslashreplace"),
+            "begins": item[:UNREADABLE_BYTES].decode(errors="backslashreplace"),
         }
-        key = f"{self.global_keyprefix}{ASIDE}"
+        key = f"{self.global_keyprefix}{UNREADABLE_KEY}"
         try:
             plain = redis.Redis(connection_pool=self.pool)  # kombu's own prefixes some commands, and some not
             with plain.pipeline() as pipe:
                 pipe.lpush(key, json.dumps(record))
-                pipe.ltrim(key, 0, ASIDE_MOST - 1)
-                pipe.pexpire(key, ASIDE_MS)
+                pipe.ltrim(key, 0, UNREADABLE_MAX - 1)
+                pipe.pexpire(key, UNREADABLE_TTL_MS)
                 pipe.incr(f"{key}:count")
                 pipe.execute()
         except (redis.exceptions.RedisError, KombuError, OSError) as error:
@@ -368,54 +371,54 @@ class _Peeks:
 
     def __init__(self, channel: Channel, found: Callable[[], None]) -> None:
         """`found` is called when there is something."""
-        self.can = True
+        self.usable = True
         self._channel, self._found = channel, found
-        self._wanted = threading.Event()
+        self._requested = threading.Event()
         pool = channel._get_pool()  # noqa: SLF001  # kombu has no other way
         self._redis = redis.Redis(connection_pool=pool)
         for queue, step in channel.peeked:
             key = f"{channel.global_keyprefix}{channel._q_for_pri(queue, step)}"  # noqa: SLF001  # as above
-            threading.Thread(target=self._keep, args=[queue, key], name="peek", daemon=True).start()
+            threading.Thread(target=self._peek, args=[queue, key], name="peek", daemon=True).start()
 
     def begin(self) -> None:
         """Wait, until something is found."""
-        self._wanted.set()
+        self._requested.set()
 
     def close(self) -> None:
         """End the threads and their connections."""
-        self.can = False
-        self._wanted.set()
+        self.usable = False
+        self._requested.set()
         self._redis.connection_pool.disconnect()
 
-    def _keep(self, queue: str, key: str) -> None:
-        while self.can:
-            if not self._wanted.wait(LIST_S):
+    def _peek(self, queue: str, key: str) -> None:
+        while self.usable:
+            if not self._requested.wait(CHECK_ALL_EVERY_S):
                 continue
             if not self._channel.has_room(queue):
-                time.sleep(LOOK_S)
+                time.sleep(CHECK_ROOM_EVERY_S)
                 continue
             try:
-                item = self._redis.blmove(key, key, PEEK_S, "RIGHT", "RIGHT")
+                item = self._redis.blmove(key, key, PEEK_TIMEOUT_S, "RIGHT", "RIGHT")
             except redis.exceptions.ReadOnlyError as error:  # a failover: nobody else would notice
-                self._failed(error)
+                self._report_failure(error)
             except BaseException as error:  # noqa: BLE001  # it is the loop's connection that tells of an outage
                 if "unknown command" in str(error) or isinstance(error, redis.exceptions.NoPermissionError):
-                    self._give_up(error)
-                time.sleep(LIST_S)
+                    self._disable(error)
+                time.sleep(CHECK_ALL_EVERY_S)
             else:
                 if item is not None:
-                    self._wanted.clear()
+                    self._requested.clear()
                     self._found()
 
-    def _failed(self, error: Exception) -> None:
-        if self.can:
+    def _report_failure(self, error: Exception) -> None:
+        if self.usable:
             self._channel.on_ack_failed(error)
-        time.sleep(LIST_S)
+        time.sleep(CHECK_ALL_EVERY_S)
 
-    def _give_up(self, error: BaseException) -> None:
-        if self.can:
+    def _disable(self, error: BaseException) -> None:
+        if self.usable:
             log.warning("a process that is killed may lose a message, as BLMOVE is not to be had: %s", error)
-        self.can = False
+        self.usable = False
         self._found()
 
 
@@ -449,7 +452,7 @@ class RateLimitedCount:
 ignored = RateLimitedCount(IGNORED_EVERY_S)  # remote commands, of all connections
 
 
-def _say(item: bytes, place: str, why: str) -> None:
+def _log_unreadable(item: bytes, place: str, why: str) -> None:
     """Its contents are nobody's to read in a log."""
     digest = hashlib.sha256(item).hexdigest()
     log.error(

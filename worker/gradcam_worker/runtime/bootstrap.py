@@ -1,4 +1,4 @@
-"""Who works in a worker process: the desk, and those who keep at something beside it."""
+"""Builds what a worker process is made of: the job handler and the background loops beside it."""
 
 import json
 from collections.abc import Sequence

@@ -18,7 +18,7 @@ from celery.exceptions import CPendingDeprecationWarning, Reject
 from celery.signals import setup_logging, worker_ready
 
 from gradcam_worker.broker import app as broker
-from gradcam_worker.broker.consumer import ConsumerHooks, Request, SturdyConsumer, ThreadPool
+from gradcam_worker.broker.consumer import ConsumerHooks, JobConsumer, Request, ThreadPool
 from gradcam_worker.broker.publisher import ENTERED_AT, EXPLAIN, EXPLAIN_SHARD, QUEUES, Publisher
 from gradcam_worker.errors import (
     BrokerUnavailable,
@@ -198,7 +198,7 @@ def _celery_worker(
     )
     return app.Worker(
         pool=ThreadPool,
-        consumer_cls=partial(SturdyConsumer, hooks=hooks),
+        consumer_cls=partial(JobConsumer, hooks=hooks),
         hostname=f"celery@{handler.worker.id}",
         concurrency=settings.threads + settings.shards,
         queues=list(QUEUES),
