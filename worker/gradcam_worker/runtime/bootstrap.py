@@ -25,7 +25,7 @@ from gradcam_worker.storage import stores as storage
 
 @dataclass(frozen=True)
 class WorkerComponents:
-    """The desk, and what has a thread of its own until it is told to stop."""
+    """The job handler, and the loops that run in threads of their own until they are told to stop."""
 
     handler: JobHandler
     outages: Outages
@@ -36,7 +36,7 @@ class WorkerComponents:
 def build_worker(
     settings: Settings, publisher: Publisher, services: Services, observer: Observer = NULL_OBSERVER
 ) -> WorkerComponents:
-    """Everybody a worker process needs. Raises InvalidSettings."""
+    """Build the parts of a worker process. Raises InvalidSettings."""
     ledger, me, began_at = service_factory.build_ledger(settings), service_factory.worker_ref(), utc_now()
     ledger.observer, outages = observer, Outages()
     breaker = CircuitBreaker(partial(use_storage, services.stores))
