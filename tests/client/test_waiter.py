@@ -47,7 +47,7 @@ def client(settings: Settings) -> Iterator[GradcamClient]:
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody looks at a job unless told to."""
-    for name in ("SAFETY_S", "POLL_FIRST_S", "POLL_LAST_S"):
+    for name in ("RECHECK_S", "POLL_FIRST_S", "POLL_LAST_S"):
         monkeypatch.setattr(poller, name, NEVER_S)
 
 
@@ -121,7 +121,7 @@ def test_what_happens_before_the_subscription_has_begun_is_not_missed(
 def test_a_message_that_is_lost_is_made_up_for(
     client: GradcamClient, ledger: RedisLedger, beside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poller, "SAFETY_S", 0.05)
+    monkeypatch.setattr(poller, "RECHECK_S", 0.05)
     heard = RedisJobUpdates.poll
     monkeypatch.setattr(RedisJobUpdates, "poll", lambda self: (heard(self)[0], set()))
     job_id = client.submit(**FIELDS)
@@ -140,7 +140,7 @@ def test_a_connection_that_is_cut_is_made_anew(
         waits_until(lambda: subscribed(ledger, job_id), "a subscription")
         ledger.server.redis.client_kill_filter(_type="pubsub")
     waits_until(lambda: subscribed(ledger, job_id), "a subscription")
-    monkeypatch.setattr(poller, "SAFETY_S", NEVER_S)
+    monkeypatch.setattr(poller, "RECHECK_S", NEVER_S)
     ledger.cancel(job_id)
     assert waiter.result(WAIT_S).status == "canceled"
 
@@ -284,7 +284,7 @@ def test_a_stream_that_is_left_is_told_nothing_more(client: GradcamClient, ledge
 def test_a_job_that_is_forgotten_while_it_is_waited_for_is_unknown(
     client: GradcamClient, ledger: RedisLedger, beside: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poller, "SAFETY_S", 0.05)
+    monkeypatch.setattr(poller, "RECHECK_S", 0.05)
     job_id = client.submit(**FIELDS)
     waiter = waiting(beside, client, job_id)
     waits_until(lambda: subscribed(ledger, job_id), "the subscription")
@@ -329,12 +329,12 @@ def test_closing_a_client_ends_all_waiting_and_it_can_be_used_again(
 def test_the_thread_ends_some_time_after_the_last_wait(
     client: GradcamClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poller, "LINGER_S", 0)
+    monkeypatch.setattr(poller, "IDLE_BEFORE_END_S", 0)
 
     for _ in range(2):
         with pytest.raises(WaitTimeout):
             client.wait(client.submit(**FIELDS), 0.02)
-        waits_until(lambda: not client.waiter._lookout._thread, "the end of the thread")
+        waits_until(lambda: not client.waiter._poller._thread, "the end of the thread")
 
 
 FORKING = """
@@ -420,7 +420,7 @@ def test_a_ledger_that_comes_back_in_time_is_waited_for(
 
 def test_one_that_does_not_come_back_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poller, "POLL_LAST_S", 0.02)
-    monkeypatch.setattr(watch, "OUTAGE_S", 0.1)
+    monkeypatch.setattr(watch, "MAX_OUTAGE_S", 0.1)
     ledger = Shaky()
     with GradcamClient(settings=Settings(), ledger=ledger, publish=RecordingPublisher()) as client:
         stream = client.stream(client.submit(**FIELDS))  # it has no end of its own
@@ -449,25 +449,25 @@ def test_a_ledger_that_comes_back_without_the_job_says_so(
 def test_who_is_refused_from_the_start_is_told_at_once_and_who_was_let_in_waits(job: Job) -> None:
     refused = LedgerUnavailable("Wrong password.", retryable=False)
     listener = Subscription(job.id, lambda: None)
-    listener.tell(refused)
+    listener.notify(refused)
     with pytest.raises(LedgerUnavailable, match="Wrong password"):
-        listener.take()
-    listener.tell(MemoryLedger().submit(job))
-    assert listener.take()
-    listener.tell(refused)
-    assert not listener.take(), "a password may be about to change"
+        listener.pop()
+    listener.notify(MemoryLedger().submit(job))
+    assert listener.pop()
+    listener.notify(refused)
+    assert not listener.pop(), "a password may be about to change"
 
 
 def test_a_final_document_is_news_though_a_restored_ledger_counts_from_before(job: Job) -> None:
     before = MemoryLedger().submit(job)
     listener = Subscription(job.id, lambda: None)
-    listener.tell(before.model_copy(update={"revision": 7}))
-    assert listener.take()
-    listener.tell(before.model_copy(update={"revision": 3}))
-    assert not listener.take()
+    listener.notify(before.model_copy(update={"revision": 7}))
+    assert listener.pop()
+    listener.notify(before.model_copy(update={"revision": 3}))
+    assert not listener.pop()
     final = before.model_copy(update={"revision": 4, "status": "canceled"})
-    listener.tell(final)
-    assert listener.take() == final
+    listener.notify(final)
+    assert listener.pop() == final
 
 
 class Gone:
@@ -476,12 +476,12 @@ class Gone:
     def __init__(self, job_id: str) -> None:
         self.job_id, self.told = job_id, 0
 
-    def tell(self, _: StatusUpdate) -> None:
+    def notify(self, _: StatusUpdate) -> None:
         self.told += 1
         message = "Event loop is closed"
         raise RuntimeError(message)
 
-    end = tell
+    end = notify
 
 
 def test_who_is_gone_is_told_once_and_keeps_nothing_from_the_others(job: Job) -> None:
@@ -493,6 +493,6 @@ def test_who_is_gone_is_told_once_and_keeps_nothing_from_the_others(job: Job) ->
     watching.add(listener)
     assert woken.wait(WAIT_S)
     ledger.cancel(job.id)
-    waits_until(lambda: (taken := listener.take()) and taken.final, "the end of the job")
+    waits_until(lambda: (taken := listener.pop()) and taken.final, "the end of the job")
     watching.close()
     assert gone.told == 1

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from gradcam_worker.client.results import Places
+from gradcam_worker.client.results import SettingsObjects
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations.servers import accepts, free_port
 from gradcam_worker.settings import Settings
@@ -234,9 +234,9 @@ def test_the_servers_of_the_lesson_start_as_shown(place: Path) -> None:
                 assert time.monotonic() < end, (place / "servers.log").read_text()
                 time.sleep(0.05)
             assert RedisLedger(settings).find_workers() == {}
-            photo = Places(settings).read("s3://photos/cat.jpg")
+            photo = SettingsObjects(settings).read("s3://photos/cat.jpg")
             assert photo == (ROOT / "worker/gradcam_worker/gradcam/data/photos/chelsea.jpg").read_bytes()
-            Places(settings).put(f"{settings.output}/probe.txt", b"written", "text/plain")
+            SettingsObjects(settings).put(f"{settings.output}/probe.txt", b"written", "text/plain")
         finally:
             os.killpg(shell.pid, signal.SIGTERM)
             shell.wait(30)

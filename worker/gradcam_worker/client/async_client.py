@@ -1,14 +1,14 @@
-"""The client for asyncio: the same names, awaitable. Waiting for a job holds no thread.
+"""The client for asyncio: the same names, awaitable. Waiting for a job does not block a thread.
 
 >>> async with AsyncGradcamClient("redis://127.0.0.1:6379/0") as client:
 ...     job_id = await client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 5})
 ...     async for document in client.stream(job_id):
 ...         print(document.status, document.stage)
 
-A short call runs in a thread of the client's own, of which there are at most `CALLS_AT_ONCE`: a Redis that is
-away holds nobody up who uses the event loop's executor. The time that a call waits for a thread is taken from
-what Redis gets: see `client.client.REDIS_RETRIES`. Cancelling the task that awaits a call does not
-take it back: a job whose submission was cancelled may have been accepted.
+Other calls run in threads of the client's own, at most `CALLS_AT_ONCE`: an unreachable Redis does not block
+the event loop's default executor. The time that a call waits for a thread shortens its retries, see
+`client.client.REDIS_RETRIES`. Cancelling the task that awaits a call does not undo the call: a job whose
+submission was cancelled may have been accepted.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing, suppress
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from gradcam_worker.client.client import GradcamClient, call_late
+from gradcam_worker.client.client import GradcamClient, call_after_wait
 from gradcam_worker.client.waiter import Subscription
 from gradcam_worker.errors import WaitTimeout
 from gradcam_worker.schemas.status import StatusDocument
@@ -39,13 +39,13 @@ def _awaitable(
 
     @functools.wraps(method)
     async def call(self: "AsyncGradcamClient", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await self._called(functools.partial(method, self.client, *args, **kwargs))
+        return await self._call(functools.partial(method, self.client, *args, **kwargs))
 
     return call
 
 
 class AsyncGradcamClient:
-    """A `GradcamClient` for event loops: one may serve several, and threads beside them."""
+    """A `GradcamClient` for asyncio; may be shared between event loops and threads."""
 
     def __init__(
         self,
@@ -55,7 +55,17 @@ class AsyncGradcamClient:
         settings: Settings | None = None,
         client: GradcamClient | None = None,
     ) -> None:
-        """As `GradcamClient`; or a face of a `client` that is there already."""
+        """Nothing is connected yet.
+
+        Args:
+            broker_url: see `GradcamClient`.
+            status_url: see `GradcamClient`.
+            settings: see `GradcamClient`.
+            client: an existing client to use instead of a new one.
+
+        Raises:
+            InvalidSettings: a URL or a setting is not what it should be.
+        """
         self.client = client or GradcamClient(broker_url, status_url, settings=settings)
         self._threads: dict[int, ThreadPoolExecutor] = {}  # by process: they do not survive a fork
 
@@ -69,13 +79,13 @@ class AsyncGradcamClient:
     upload_and_submit = _awaitable(GradcamClient.upload_and_submit)
 
     async def close(self) -> None:
-        """See `GradcamClient.close`; its threads end when they have done what they were asked for."""
-        await self._called(self.client.close)
+        """See `GradcamClient.close`; the threads end after the calls that run."""
+        await self._call(self.client.close)
         if pool := self._threads.pop(os.getpid(), None):
             pool.shutdown(wait=False)
 
     def is_upload(self, uri: str, *others: str) -> bool:
-        """See `GradcamClient.is_upload`. It asks nobody."""
+        """See `GradcamClient.is_upload`. It needs no server, and so is not awaited."""
         return self.client.is_upload(uri, *others)
 
     async def wait(self, job_id: str, timeout_s: float = 120) -> StatusDocument:
@@ -86,11 +96,11 @@ class AsyncGradcamClient:
     async def stream(
         self, job_id: str, timeout_s: float | None = None
     ) -> AsyncGenerator[StatusDocument, None]:
-        """See `GradcamClient.stream`. Whoever may leave it early closes it: `contextlib.aclosing`."""
+        """See `GradcamClient.stream`. To leave the loop early, use `contextlib.aclosing`."""
         loop, woken, waiter = asyncio.get_running_loop(), asyncio.Event(), self.client.waiter
         wake = functools.partial(loop.call_soon_threadsafe, woken.set)
         listener = Subscription(job_id, wake, timeout_s)
-        listener.tell(await self._called(functools.partial(waiter.look, listener.job_id)))
+        listener.notify(await self._call(functools.partial(waiter.read, listener.job_id)))
         try:
             with closing(waiter.follow(listener)) as steps:
                 for step in steps:
@@ -102,16 +112,16 @@ class AsyncGradcamClient:
                                 await woken.wait()
                         woken.clear()
         except WaitTimeout as late:
-            raise await self._called(functools.partial(waiter.explained, late)) from None
+            raise await self._call(functools.partial(waiter.with_cause, late)) from None
 
-    async def _called(self, method: Callable[[], R]) -> R:
-        """Call it in a thread, in the context of whoever awaits it."""
-        mine = os.getpid()
-        if mine not in self._threads:
-            self._threads = {mine: ThreadPoolExecutor(CALLS_AT_ONCE, "gradcam-client")}
+    async def _call(self, method: Callable[[], R]) -> R:
+        """Call a method in a thread, in the caller's context."""
+        pid = os.getpid()
+        if pid not in self._threads:
+            self._threads = {pid: ThreadPoolExecutor(CALLS_AT_ONCE, "gradcam-client")}
         in_context = contextvars.copy_context().run
-        call = functools.partial(in_context, call_late, time.monotonic(), method)
-        return await asyncio.get_running_loop().run_in_executor(self._threads[mine], call)
+        call = functools.partial(in_context, call_after_wait, time.monotonic(), method)
+        return await asyncio.get_running_loop().run_in_executor(self._threads[pid], call)
 
     async def __aenter__(self) -> Self:
         """Nothing is connected yet."""

@@ -1,4 +1,4 @@
-"""For web apps and scripts: submit a job, ask how it is, wait for it. No numpy, no TensorFlow.
+"""The client of web apps and scripts: submit a job, read its state, wait for it. No numpy, no TensorFlow.
 
 >>> client = GradcamClient("redis://127.0.0.1:6379/0")
 >>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 5})
@@ -6,7 +6,6 @@
 >>> client.result(job_id).urls  # of each overlay and array, for a browser
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -34,13 +33,16 @@ from gradcam_worker.resilience.retry import HALF_OR_MORE, Retries, RetryPolicy
 from gradcam_worker.schemas.job import Job, JobDetails, JobFields, why_no_uri
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
 TIMEOUT_S = 2  # for one answer of Redis: a web request is waiting
-CHUNK, CHUNK_BYTES = 500, 4 * 1024**2  # jobs, and bytes of them as JSON, in one step of `submit_many`
+CHUNK, CHUNK_BYTES = 500, 4 * 1024**2  # jobs, and their bytes as JSON, of one round trip of `submit_many`
 T = TypeVar("T")
-_late_s: ContextVar[float] = ContextVar("gradcam_late_s", default=0)  # that a call had to wait for a thread
+_waited_s: ContextVar[float] = ContextVar(
+    "gradcam_waited_s", default=0
+)  # that a call had to wait for a thread
 
 
 def _hopeless(error: Exception) -> bool:
@@ -59,11 +61,17 @@ REDIS_RETRIES = RetryPolicy(
 
 
 class GradcamClient:
-    """Submits jobs and reads what became of them.
+    """Submits jobs and reads their state and results.
 
-    May be shared between threads, used where an event loop runs, and made before a process is forked. A
-    Redis that is out of reach is asked again for a few seconds (`REDIS_RETRIES`); then LedgerUnavailable says
-    what is known. One that refuses the password, the user or the database is not.
+    It may be shared between threads and created before a process forks. While Redis is unreachable, a call is
+    retried for a few seconds (`REDIS_RETRIES`), then raises LedgerUnavailable, which says whether the job was
+    accepted. A refused password, user or database is not retried.
+
+    Example:
+        >>> client = GradcamClient("redis://127.0.0.1:6379/0")
+        >>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 5})
+        >>> client.wait(job_id).status
+        'succeeded'
     """
 
     def __init__(
@@ -95,7 +103,7 @@ class GradcamClient:
         self._ledger = ledger or RedisLedger(settings, timeout_s=TIMEOUT_S, retries=0)
         self.waiter = JobWaiter(self._ledger)
         self._publisher, self._publish = publisher.Publisher(settings, timeout_s=TIMEOUT_S), publish
-        self._objects = objects or results.Places(settings)
+        self._objects = objects or results.SettingsObjects(settings)
 
     @overload
     def submit(self, job: Job | Mapping[str, Any], /, *, retry_failed: bool = False) -> str: ...
@@ -109,8 +117,8 @@ class GradcamClient:
         """Enter a job in the ledger, put its message on the queue, return the job's id.
 
         Submitting the same job again (by id, or by `idempotency_key`) returns the first one's id and runs
-        nothing twice. A job that is in the ledger is accepted: where the broker cannot be reached just
-        then, a worker finds the job within a minute of its turn.
+        nothing twice. A job that is in the ledger is accepted: if the broker is unreachable at that moment, a
+        worker publishes the message within a minute.
 
         Args:
             job: a `Job`, or its fields in a dictionary; else its fields by name.
@@ -121,7 +129,7 @@ class GradcamClient:
             The job's id.
 
         Raises:
-            InvalidJob: no worker would take it; what is wrong is said of each field.
+            InvalidJob: no worker would accept it; the message names each field that is wrong.
             IdempotencyConflict: the id or key belongs to a different job.
             LedgerUnavailable: the job was not accepted, or that is not known: `in_doubt` has its id then, and
                 submitted again with the same id or key it runs once.
@@ -132,9 +140,9 @@ class GradcamClient:
         if job is not None and fields:
             message = f"Give a job or its fields, not both: {', '.join(fields)} came with a job."
             raise InvalidJob(message)
-        job = _job(fields if job is None else job)
+        job = _as_job(fields if job is None else job)
         with self._traces.start_span("submit", job.traceparent, kind="PRODUCER", job_id=job.id):
-            return self._submit(_traced(job), retry_failed=retry_failed)
+            return self._submit(_with_trace(job), retry_failed=retry_failed)
 
     def _submit(self, job: Job, *, retry_failed: bool) -> str:
         self._check(job)
@@ -143,7 +151,8 @@ class GradcamClient:
         if isinstance(entered, IdempotencyConflict):
             raise entered
         if entered.status == "failed":
-            log.info("job %s has failed before: retry, or retry_failed=True, tries it again", entered.id)
+            hint = "retry, or retry_failed=True, tries it again"
+            log.info("job_failed_before", job_id=entered.id, reason=hint)
         self._publish_entered([(job, entered)], retries)
         return entered.id
 
@@ -172,7 +181,7 @@ class GradcamClient:
         ids: list[str] = []
         published, left = True, iter(jobs)
         while True:
-            chunk, problem = self._taken(left)
+            chunk, problem = self._next_chunk(left)
             if not chunk and not problem:
                 return ids
             try:
@@ -190,25 +199,25 @@ class GradcamClient:
             # A broker that has been out of reach for so long is not waited for with every chunk again.
             published = self._publish_entered(accepted, _retries(once=not published))
             if problem:
-                raise _numbered(problem, ids) from problem
+                raise _with_number(problem, ids) from problem
 
-    def _taken(self, left: Iterator[Job | Mapping[str, Any]]) -> tuple[list[Job], Exception | None]:
-        """The next jobs, checked, and what is wrong with the one after them; none where there are no more."""
+    def _next_chunk(self, left: Iterator[Job | Mapping[str, Any]]) -> tuple[list[Job], Exception | None]:
+        """The next jobs, checked, and the error of the one after them, if any; no jobs at the end."""
         chunk: list[Job] = []
         size = 0
         try:
-            for one in left:
-                job = _traced(_job(one))
+            for job_or_fields in left:
+                job = _with_trace(_as_job(job_or_fields))
                 size += self._check(job)
                 chunk.append(job)
                 if len(chunk) >= CHUNK or size >= CHUNK_BYTES:
                     break
-        except Exception as error:  # noqa: BLE001  # the caller's own, too: raised when these are accepted
+        except Exception as error:  # noqa: BLE001  # the caller's generator may raise anything; raised later
             return chunk, error
         return chunk, None
 
     def _check(self, job: Job) -> int:
-        """How many bytes a job has. Raises InvalidJob where no worker would read it, or its image."""
+        """The size of a job in bytes. Raises InvalidJob where no worker would accept it."""
         text = job.to_json().encode()
         envelope.check(text, self._settings.max_message_bytes)
         if why := why_no_uri(job.image.uri):
@@ -219,13 +228,13 @@ class GradcamClient:
     def _enter(
         self, jobs: Sequence[Job], retries: Retries, *, retry_failed: bool
     ) -> list[StatusDocument | IdempotencyConflict]:
-        """Enter jobs in the ledger: see `Ledger.submit_many`. Doing it twice is harmless."""
-        asked = _Asked(lambda: self._ledger.submit_many(jobs, retry_failed=retry_failed))
+        """Enter jobs in the ledger: see `Ledger.submit_many`. It is idempotent."""
+        submit = _TrackingDoubt(lambda: self._ledger.submit_many(jobs, retry_failed=retry_failed))
         try:
-            return retries.call(asked)
+            return retries.call(submit)
         except LedgerUnavailable as error:
             which = f"job {jobs[0].id} was" if len(jobs) == 1 else f"{len(jobs)} jobs were"
-            if not asked.in_doubt:
+            if not submit.in_doubt:
                 known = f"{which[0].upper()}{which[1:]} not accepted."
                 raise with_sentence(error, known) from error
             again = "submit again with the same id, or idempotency key, and nothing runs twice"
@@ -234,9 +243,9 @@ class GradcamClient:
             raise doubt from error
 
     def _publish_entered(self, entered: Sequence[tuple[Job, StatusDocument]], retries: Retries) -> bool:
-        """Publish jobs that are in the ledger and wait; whether the broker could be reached.
+        """Publish jobs that are queued in the ledger; return whether the broker could be reached.
 
-        Also for one that was there before: perhaps its message was not.
+        A job that was entered before is published again: its message may have been lost.
         """
         waiting = [
             (job.model_copy(update={"id": held.id}), held) for job, held in entered if held.status == "queued"
@@ -252,8 +261,10 @@ class GradcamClient:
         try:
             retries.call(publish)
         except BrokerUnavailable as error:
-            which = f"job {waiting[0][0].id} is" if len(waiting) == 1 else f"{len(waiting)} jobs are"
-            log.warning("%s accepted, but nobody could be told at once: %s", which, error)
+            reason = "The jobs are accepted; a worker publishes them within a minute."
+            log.warning(
+                "publish_failed", job_id=waiting[0][0].id, jobs=len(waiting), error=error, reason=reason
+            )
             return False
         return True
 
@@ -270,7 +281,7 @@ class GradcamClient:
             UnknownJob: the ledger has no such job, or its time there has passed.
             LedgerUnavailable: the ledger cannot be reached.
         """
-        return self._ask(lambda: self._ledger.read(job_id))
+        return self._retry(lambda: self._ledger.read(job_id))
 
     def statuses(self, job_ids: Iterable[str]) -> dict[str, StatusDocument]:
         """What is known about many jobs, in one round trip.
@@ -285,7 +296,7 @@ class GradcamClient:
             LedgerUnavailable: the ledger cannot be reached.
         """
         ids = [str(job_id) for job_id in job_ids]
-        return self._ask(lambda: self._ledger.read_many(ids))
+        return self._retry(lambda: self._ledger.read_many(ids))
 
     def cancel(self, job_id: str) -> StatusDocument:
         """Stop a job: one that waits is `canceled` at once, a running one as soon as its worker sees it.
@@ -300,7 +311,7 @@ class GradcamClient:
             UnknownJob: the ledger has no such job.
             LedgerUnavailable: the ledger cannot be reached; the message says whether the job may be canceled.
         """
-        return self._changed(lambda: self._ledger.cancel(job_id), f"job {job_id} was", "cancelled")
+        return self._change(lambda: self._ledger.cancel(job_id), f"job {job_id} was", "cancelled")
 
     def retry(self, job_id: str) -> StatusDocument:
         """Try a failed job again, as the same one: its id, its idempotency key and its webhooks stay.
@@ -319,39 +330,40 @@ class GradcamClient:
             UnknownJob: the ledger has no such job.
             LedgerUnavailable: the ledger cannot be reached; the message says whether the job may be queued.
         """
-        document = self._changed(lambda: self._ledger.retry(job_id), f"job {job_id} is", "tried again")
+        document = self._change(lambda: self._ledger.retry(job_id), f"job {job_id} is", "tried again")
         try:
-            job = self._ask(lambda: self._ledger.job(document.id))
+            job = self._retry(lambda: self._ledger.job(document.id))
         except LedgerUnavailable as error:
-            log.warning("job %s is queued again, but nobody could be told at once: %s", document.id, error)
+            reason = "The jobs are accepted; a worker publishes them within a minute."
+            log.warning("publish_failed", job_id=document.id, jobs=1, error=error, reason=reason)
             return document
         if isinstance(job, Job):
             self._publish_entered([(job, document)], _retries())
         return document
 
-    def _changed(self, ask: Callable[[], T], which: str, done: str) -> T:
-        asked = _Asked(ask)
+    def _change(self, change: Callable[[], T], which: str, done: str) -> T:
+        tracked = _TrackingDoubt(change)
         try:
-            return self._ask(asked)
+            return self._retry(tracked)
         except LedgerUnavailable as error:
             doubt = f"Whether {which} {done} is not known: ask again."
             known = f"{which[0].upper()}{which[1:]} not {done}."
-            raise with_sentence(error, doubt if asked.in_doubt else known) from error
+            raise with_sentence(error, doubt if tracked.in_doubt else known) from error
 
-    def _ask(self, ask: Callable[[], T]) -> T:
-        return _retries().call(ask)
+    def _retry(self, call: Callable[[], T]) -> T:
+        return _retries().call(call)
 
     def result(self, job_id: str, *, manifest_uri: str | None = None, expires_s: int = 3600) -> Result:
-        """What a job that succeeded has left: its manifest, and a URL for each artifact.
+        """The result of a job that succeeded: its manifest, and a presigned URL for each artifact.
 
-        Whoever has such a URL can read that one object: it is what a page may hold. The manifest is read with
-        the settings `GRADCAM_S3_*`.
+        A presigned URL grants access to that one object, so it can be put into a web page. The manifest is
+        read with the settings `GRADCAM_S3_*`.
 
         Args:
             job_id: what `submit` returned.
-            manifest_uri: where the manifest is, if you have kept that: the ledger forgets a job after a week.
-                Never one that a stranger sent.
-            expires_s: how long the URLs are good for, in seconds, at most a week.
+            manifest_uri: where the manifest is, if you have stored it: the ledger forgets a job after a week.
+                Never one from untrusted input.
+            expires_s: how long the URLs are valid, in seconds, at most a week.
 
         Returns:
             Manifest and URLs.
@@ -360,15 +372,15 @@ class GradcamClient:
             NoResult: the job has not succeeded, or there is no manifest of this job.
             UnknownJob: the ledger has no such job.
             StorageUnavailable: the manifest cannot be read.
-            InvalidSettings: storage or `expires_s` is not what it should be.
+            InvalidSettings: a storage setting or `expires_s` is invalid.
             LedgerUnavailable: the ledger cannot be reached.
 
         Example:
             >>> result = client.result(job_id)
             >>> [result.urls[file.uri] for one in result.manifest.explanations for file in one.artifacts]
         """
-        where = manifest_uri or results.manifest_uri(self.status(job_id))
-        return results.read(str(job_id), where, self._objects, expires_s)
+        uri = manifest_uri or results.manifest_uri(self.status(job_id))
+        return results.read(str(job_id), uri, self._objects, expires_s)
 
     def upload_and_submit(
         self,
@@ -379,14 +391,14 @@ class GradcamClient:
         retry_failed: bool = False,
         **fields: Unpack[JobDetails],
     ) -> str:
-        """Put an image into storage, and submit a job for it.
+        """Upload an image, and submit a job for it.
 
-        It is stored under its own sha256: the same bytes are kept once. Nothing is uploaded for a job that is
-        wrong.
+        It is stored under its SHA-256, so the same bytes are stored once. Nothing is uploaded for an invalid
+        job.
 
         Args:
             image: the path of a file of this machine, or its bytes.
-            to: below where it goes, as `s3://photos/uploads`; default: GRADCAM_UPLOADS.
+            to: the URI below which it is stored, such as `s3://photos/uploads`; default: GRADCAM_UPLOADS.
             retry_failed: see `submit`.
             **fields: those of `submit`, without the image.
 
@@ -403,7 +415,7 @@ class GradcamClient:
         Example:
             >>> job_id = client.upload_and_submit("pier.jpg", network="vgg16", target={"top_n": 5})
         """
-        upload = results.upload_of(image, to or self._settings.uploads, self._settings.max_image_bytes)
+        upload = results.prepare_upload(image, to or self._settings.uploads, self._settings.max_image_bytes)
         job = Job.parse({**fields, "image": {"uri": upload.uri, "sha256": upload.sha256}})
         self._check(job)
         self._objects.put(upload.uri, upload.data, upload.media_type)
@@ -412,17 +424,17 @@ class GradcamClient:
     def is_upload(self, uri: str, *others: str) -> bool:
         """Whether a URI lies below GRADCAM_UPLOADS, or below one of `others`.
 
-        For apps that take URIs from strangers: workers can read more than these may see.
+        For apps that accept URIs from their users: workers can read more than these users may see.
 
         Args:
-            uri: what a stranger sent.
-            *others: further places, as `s3://photos/public`.
+            uri: the URI from a user.
+            *others: further URIs, such as `s3://photos/public`.
 
         Returns:
             Whether it does.
         """
-        places = [one for one in (self._settings.uploads, *others) if one]
-        return any(results.is_below(uri, one) for one in places)
+        allowed = [root for root in (self._settings.uploads, *others) if root]
+        return any(results.is_below(uri, root) for root in allowed)
 
     def wait(self, job_id: str, timeout_s: float = 120) -> StatusDocument:
         """Wait until a job is final, whichever way it ended.
@@ -448,8 +460,8 @@ class GradcamClient:
     def stream(self, job_id: str, timeout_s: float | None = None) -> Iterator[StatusDocument]:
         """The document of a job as it is, then each later one as it is written; the final one is the last.
 
-        Where several are written while the caller is busy with one, he gets the latest of them. A ledger that
-        cannot be reached is waited for, for a minute and not beyond `timeout_s`.
+        If several are written while the caller processes one, the caller gets the latest of them. An
+        unreachable ledger is waited for up to a minute, and not beyond `timeout_s`.
 
         Args:
             job_id: what `submit` returned.
@@ -461,7 +473,7 @@ class GradcamClient:
         Raises:
             WaitTimeout: the job is not final yet.
             UnknownJob: the ledger has no such job.
-            LedgerUnavailable: the ledger stayed out of reach, or the client was closed.
+            LedgerUnavailable: the ledger stayed unreachable, or the client was closed.
 
         Example:
             >>> for document in client.stream(job_id):
@@ -470,7 +482,7 @@ class GradcamClient:
         return self.waiter.stream(job_id, timeout_s)
 
     def close(self) -> None:
-        """Close every connection: who still waits gets LedgerUnavailable. Used again, it connects again."""
+        """Close every connection: waits end with LedgerUnavailable. Used again, the client connects again."""
         self.waiter.close()
         self._ledger.close()
         self._publisher.close()
@@ -484,48 +496,48 @@ class GradcamClient:
         self.close()
 
 
-def _traced(job: Job) -> Job:
-    """The job, in the trace of the span that is current where it is submitted, unless it names its own."""
+def _with_trace(job: Job) -> Job:
+    """The job with the current span as its trace parent, unless it has one."""
     traceparent = job.traceparent or tracing.current_traceparent()
     return job if traceparent == job.traceparent else job.model_copy(update={"traceparent": traceparent})
 
 
-class _Asked(Generic[T]):
-    """Asks the ledger to change something, perhaps more than once; `in_doubt`: it may have done so."""
+class _TrackingDoubt(Generic[T]):
+    """A change of the ledger that may be tried more than once; `in_doubt`: a failed try may have done it."""
 
-    def __init__(self, ask: Callable[[], T]) -> None:
-        self._ask, self.in_doubt = ask, False
+    def __init__(self, change: Callable[[], T]) -> None:
+        self._change, self.in_doubt = change, False
 
     def __call__(self) -> T:
         try:
-            return self._ask()
+            return self._change()
         except LedgerUnavailable as error:
             self.in_doubt = self.in_doubt or not error.changed_nothing
             raise
 
 
-def call_late(asked_at: float, method: Callable[[], T]) -> T:
-    """Call a method of a client that was asked for at this moment (`time.monotonic`): retries end earlier."""
-    _late_s.set(time.monotonic() - asked_at)
+def call_after_wait(requested_at: float, method: Callable[[], T]) -> T:
+    """Call a method of a client; the time since `requested_at` (`time.monotonic`) shortens its retries."""
+    _waited_s.set(time.monotonic() - requested_at)
     return method()
 
 
 def _retries(*, once: bool = False) -> Retries:
-    left_s = max(REDIS_RETRIES.total_s - _late_s.get(), 0)
-    _late_s.set(0)  # what follows in the same call begins now
+    left_s = max(REDIS_RETRIES.total_s - _waited_s.get(), 0)
+    _waited_s.set(0)  # it counts once
     policy = replace(REDIS_RETRIES, total_s=left_s)
     return (replace(policy, max_tries=1) if once else policy).start()
 
 
-def _job(given: Job | Mapping[str, Any]) -> Job:
-    return given if isinstance(given, Job) else Job.parse(given)
+def _as_job(job: Job | Mapping[str, Any]) -> Job:
+    return job if isinstance(job, Job) else Job.parse(job)
 
 
-def _numbered(problem: Exception, accepted: Sequence[str]) -> Exception:
-    """The same error, with the number of its job and those that are accepted."""
+def _with_number(problem: Exception, accepted: Sequence[str]) -> Exception:
+    """The error with the number of its job, and the ids of the jobs before it, which are accepted."""
     if not isinstance(problem, InvalidJob | IdempotencyConflict):
-        log.warning("%d jobs are accepted; the next one could not be had: %r", len(accepted), problem)
+        log.warning("submit_many_interrupted", accepted=len(accepted), error=problem)
         return problem
-    named = type(problem)(f"Job number {len(accepted) + 1} of those given: {problem}")
-    named.accepted = tuple(accepted)
-    return named
+    numbered = type(problem)(f"Job number {len(accepted) + 1} of those given: {problem}")
+    numbered.accepted = tuple(accepted)
+    return numbered

@@ -1,6 +1,5 @@
-"""The one thread of a process that reads the ledger for all who wait: see `client.waiter`."""
+"""The one thread of a process that reads the ledger for all subscriptions: see `client.waiter`."""
 
-import logging
 import math
 import threading
 import time
@@ -15,94 +14,95 @@ from gradcam_worker.errors import InternalError, LedgerUnavailable
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.schemas.status import StatusDocument
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-SAFETY_S = 5.0  # between two looks at a job that we are told of
-POLL_FIRST_S = 0.002  # between two looks at one that we are not told of
-POLL_SHARE = 0.1  # of the time waited so far, where that is more: by so much an answer may be late
-POLL_LAST_S = 0.5
-RESUBSCRIBE = RetryPolicy(
-    first_s=0.1, max_s=30.0
-)  # without a subscription jobs are polled, so there is no hurry
-LINGER_S = 30.0  # without anybody who waits, before the thread ends
-MOST = 500  # jobs looked at in one round trip
-JOIN_S = 1.0  # it may be waiting for an answer just then
+RECHECK_S = 5.0  # a job whose changes are pushed is read again after this time: a push may be lost
+POLL_FIRST_S = 0.002  # first poll interval of a job whose changes are not pushed
+POLL_SHARE = 0.1  # later intervals, as a share of the time waited: the result is late by no more
+POLL_LAST_S = 0.5  # the longest interval
+RESUBSCRIBE = RetryPolicy(first_s=0.1, max_s=30.0)  # meanwhile jobs are polled
+IDLE_BEFORE_END_S = 30.0  # without anybody who waits, before the thread ends
+READ_AT_ONCE = 500  # jobs read in one round trip
+CLOSE_TIMEOUT_S = 1.0  # the thread may be waiting for an answer of the ledger
 
-StatusUpdate = StatusDocument | Exception  # how a job is, or why that is not known
+StatusUpdate = StatusDocument | Exception  # a job's document, or why it could not be read
 
 
 class Subscriber(Protocol):
-    """Who waits for a job: a `gradcam_worker.client.waiter.Subscription`."""
+    """Receives the updates of one job: a `gradcam_worker.client.waiter.Subscription`."""
 
     job_id: str
 
-    def tell(self, news: StatusUpdate) -> None:
-        """Hear what was seen. Raises RuntimeError where nobody is there to hear it any more."""
+    def notify(self, update: StatusUpdate) -> None:
+        """Receive an update. Raises RuntimeError where the receiver is gone."""
 
-    def end(self, news: StatusUpdate) -> None:
-        """Hear why nothing more will come."""
+    def end(self, update: StatusUpdate) -> None:
+        """Receive the last update."""
 
 
 @dataclass
 class WatchedJob:
-    """A job that somebody waits for."""
+    """A job with subscribers. Times are those of `time.monotonic`."""
 
-    since: float  # the last one came
-    due: float  # the next look
-    pushed: bool = False  # whether we are told of its changes
+    since: float  # the last subscriber was added
+    due: float  # the next read
+    pushed: bool = False  # whether the ledger pushes its changes
     listeners: set[Subscriber] = field(default_factory=set)
 
     def pause_s(self, now: float) -> float:
-        """How long until the next look, unless something is heard."""
+        """Seconds until the next read, unless a change is pushed."""
         return (
-            SAFETY_S if self.pushed else min(max(POLL_SHARE * (now - self.since), POLL_FIRST_S), POLL_LAST_S)
+            RECHECK_S if self.pushed else min(max(POLL_SHARE * (now - self.since), POLL_FIRST_S), POLL_LAST_S)
         )
 
 
 class StatusPoller:
-    """A thread that begins with the first listener, and ends some time after the last."""
+    """Reads jobs in a thread, which starts with the first subscriber and ends some time after the last."""
 
     def __init__(self, ledger: Ledger) -> None:
         """Nothing is started yet."""
         self._ledger, self._changes = ledger, ledger.open_updates()
-        self._lock = threading.RLock()  # for all that follows
+        self._lock = threading.RLock()  # guards all attributes below, apart from the last two
         self._watched: dict[str, WatchedJob] = {}
-        self._begun: set[str] = set()  # to be subscribed to
-        self._ended: set[str] = set()  # no more
-        self._earliest = math.inf  # no look is due before
+        self._to_subscribe: set[str] = set()
+        self._to_unsubscribe: set[str] = set()
+        self._next_due = math.inf  # no read is due before
         self._idle_until = 0.0
         self._thread: threading.Thread | None = None
-        self._wakeup: tuple[socket, socket] | None = None  # what is sent to one interrupts the thread's sleep
+        self._wakeup: tuple[socket, socket] | None = (
+            None  # a byte in the second interrupts the thread's sleep
+        )
         self._closing = False
-        self._failures, self._deaf_until = 0, 0.0  # of the subscription: the thread's own
+        self._failures, self._resubscribe_at = 0, 0.0  # of the subscription; used by the thread alone
 
-    def look(self, job_id: str) -> StatusUpdate:
-        """How a job is, or why that is not known."""
+    def read(self, job_id: str) -> StatusUpdate:
+        """Read a job once, in the calling thread."""
         try:
             return self._ledger.read(job_id)
         except Exception as error:  # noqa: BLE001  # it is raised where the job is waited for
             return error
 
     def add(self, listener: Subscriber) -> None:
-        """Tell somebody what becomes of a job from now on, and what happened just before."""
+        """Notify a subscriber of its job's updates from now on; the job is read at once."""
         with self._lock:
             now = time.monotonic()
             watched = self._watched.get(listener.job_id)
             if not watched:
                 watched = self._watched[listener.job_id] = WatchedJob(now, now)
-                self._begun.add(listener.job_id)
-                self._ended.discard(listener.job_id)
+                self._to_subscribe.add(listener.job_id)
+                self._to_unsubscribe.discard(listener.job_id)
             watched.since = now
             watched.due = now if watched.pushed else now + POLL_FIRST_S
             watched.listeners.add(listener)
-            self._earliest = min(self._earliest, watched.due)
+            self._next_due = min(self._next_due, watched.due)
             if not self._thread:
                 self._start()
             self._wake()
 
     def remove(self, listener: Subscriber) -> None:
-        """Tell somebody nothing more."""
+        """Notify a subscriber no more."""
         with self._lock:
             watched = self._watched.get(listener.job_id)
             if not watched:
@@ -111,26 +111,26 @@ class StatusPoller:
             if watched.listeners:
                 return
             del self._watched[listener.job_id]
-            if listener.job_id in self._begun:
-                self._begun.discard(listener.job_id)
+            if listener.job_id in self._to_subscribe:
+                self._to_subscribe.discard(listener.job_id)
             else:
-                self._ended.add(listener.job_id)
-            self._idle_until = time.monotonic() + LINGER_S
+                self._to_unsubscribe.add(listener.job_id)
+            self._idle_until = time.monotonic() + IDLE_BEFORE_END_S
             self._wake()
 
     def close(self) -> None:
-        """End the thread and its connection, and with an error all that wait."""
+        """End the thread and its connection; all subscribers receive an error."""
         with self._lock:
             thread, self._closing = self._thread, True
             self._wake()
         if thread and thread is not threading.current_thread():
-            thread.join(JOIN_S)
+            thread.join(CLOSE_TIMEOUT_S)
 
     def abandon(self) -> None:
-        """Give up, in a forked process, what belongs to the thread of its parent: it goes on there."""
+        """Close, in a forked process, the copies of the parent's sockets: its thread runs on there."""
         if self._changes:
             self._changes.abandon()
-        self._hang_up()
+        self._close_wakeup()
 
     def _start(self) -> None:
         self._closing, self._wakeup = False, socketpair()
@@ -141,25 +141,25 @@ class StatusPoller:
 
     def _wake(self) -> None:
         if self._wakeup:
-            with suppress(BlockingIOError):  # a wake-up is there already
+            with suppress(BlockingIOError):  # it is about to wake up
                 self._wakeup[1].send(b"!")
 
-    def _hang_up(self) -> None:
+    def _close_wakeup(self) -> None:
         wakeup, self._wakeup = self._wakeup, None
         for end in wakeup or ():
             end.close()
 
     def _run(self) -> None:
         try:
-            while not self._over():
-                self._look(self._listen())
+            while not self._should_end():
+                self._update(self._listen())
                 self._sleep()
         except BaseException as error:
-            log.exception("waiting for jobs has failed")
+            log.exception("status_poller_failed")
             self._end(error if isinstance(error, Exception) else InternalError.of(error))
 
-    def _over(self) -> bool:
-        """Whether the thread ends. In the same step it has: the next listener starts another."""
+    def _should_end(self) -> bool:
+        """Whether the thread is to end; if so it counts as ended, and the next subscriber starts another."""
         with self._lock:
             if not self._closing and (self._watched or time.monotonic() < self._idle_until):
                 return False
@@ -168,26 +168,27 @@ class StatusPoller:
 
     def _end(self, why: Exception) -> None:
         with self._lock:
-            listeners = [one for watched in self._watched.values() for one in watched.listeners]
-            self._watched, self._begun, self._ended = {}, set(), set()
-            self._earliest, self._thread = math.inf, None
+            listeners = [listener for watched in self._watched.values() for listener in watched.listeners]
+            self._watched, self._to_subscribe, self._to_unsubscribe = {}, set(), set()
+            self._next_due, self._thread = math.inf, None
             if self._changes:
                 self._changes.close()
-            self._hang_up()
+            self._close_wakeup()
         for listener in listeners:
-            self._say(listener, listener.end, why)
+            self._deliver(listener, listener.end, why)
 
     def _listen(self) -> set[str]:
-        """Which jobs to look at: they have changed, or their changes are told from now on."""
-        if not self._changes or time.monotonic() < self._deaf_until:
+        """The jobs to read now: they have changed, or their changes are pushed from now on."""
+        if not self._changes or time.monotonic() < self._resubscribe_at:
             return set()
         with self._lock:
-            begun, ended, self._begun, self._ended = self._begun, self._ended, set(), set()
+            added, self._to_subscribe = self._to_subscribe, set()
+            removed, self._to_unsubscribe = self._to_unsubscribe, set()
         try:
-            self._changes.subscribe(begun, ended)
+            self._changes.subscribe(added, removed)
             started, changed = self._changes.poll()
         except LedgerUnavailable as error:
-            self._deafen(error)
+            self._fall_back_to_polling(error)
             return set()
         with self._lock:
             for job_id in started & self._watched.keys():
@@ -196,70 +197,72 @@ class StatusPoller:
             self._failures = 0
         return started | changed
 
-    def _deafen(self, why: LedgerUnavailable) -> None:
-        """No change is told any more: look every now and then, and subscribe again in a while."""
+    def _fall_back_to_polling(self, why: LedgerUnavailable) -> None:
+        """The ledger pushes no changes: poll the jobs, and subscribe again after a pause."""
         if not self._failures:
-            log.info("jobs that are waited for are looked at every now and then: %s", why)
+            log.info("status_subscription_failed", error=why, reason="Jobs are polled instead.")
         now = time.monotonic()
         self._failures += 1
-        self._deaf_until = now + RESUBSCRIBE.pause_s(self._failures)
+        self._resubscribe_at = now + RESUBSCRIBE.pause_s(self._failures)
         with self._lock:
-            self._begun, self._ended = set(self._watched), set()
+            self._to_subscribe, self._to_unsubscribe = set(self._watched), set()
             for watched in self._watched.values():
                 if watched.pushed:
                     watched.pushed, watched.since, watched.due = False, now, now
-                    self._earliest = now
+                    self._next_due = now
 
-    def _look(self, heard: set[str]) -> None:
-        """Read the jobs that changed, or are due, in one round trip, and tell who waits for them."""
+    def _update(self, changed: set[str]) -> None:
+        """Read the jobs that changed or are due, in one round trip, and notify their subscribers."""
         now = time.monotonic()
         with self._lock:
-            all_of_them = now >= self._earliest
-            if all_of_them:
-                heard |= {job_id for job_id, watched in self._watched.items() if watched.due <= now}
-            ids = [job_id for job_id in heard if job_id in self._watched]
-            for job_id in ids[MOST:]:  # in the next round
-                self._watched[job_id].due = self._earliest = now
-        seen = self._read(ids[:MOST])
-        told: list[tuple[Subscriber, StatusUpdate]] = []
+            any_due = now >= self._next_due
+            if any_due:
+                changed |= {job_id for job_id, watched in self._watched.items() if watched.due <= now}
+            ids = [job_id for job_id in changed if job_id in self._watched]
+            for job_id in ids[READ_AT_ONCE:]:  # in the next round
+                self._watched[job_id].due = self._next_due = now
+        updates = self._read(ids[:READ_AT_ONCE])
+        deliveries: list[tuple[Subscriber, StatusUpdate]] = []
         with self._lock:
             now = time.monotonic()
-            for job_id, news in seen.items():
+            for job_id, update in updates.items():
                 if watched := self._watched.get(job_id):
-                    failed = isinstance(news, LedgerUnavailable)
+                    failed = isinstance(update, LedgerUnavailable)
                     watched.due = now + (POLL_LAST_S if failed else watched.pause_s(now))
-                    self._earliest = min(self._earliest, watched.due)
-                    told += [(listener, news) for listener in watched.listeners]
-            if all_of_them:
-                self._earliest = min((one.due for one in self._watched.values()), default=math.inf)
-        for listener, news in told:
-            self._say(listener, listener.tell, news)
+                    self._next_due = min(self._next_due, watched.due)
+                    deliveries += [(listener, update) for listener in watched.listeners]
+            if any_due:
+                self._next_due = min((watched.due for watched in self._watched.values()), default=math.inf)
+        for listener, update in deliveries:
+            self._deliver(listener, listener.notify, update)
 
     def _read(self, ids: list[str]) -> dict[str, StatusUpdate]:
         try:
-            found = self._ledger.read_many(ids) if ids else {}
+            documents = self._ledger.read_many(ids) if ids else {}
         except LedgerUnavailable as error:
             return dict.fromkeys(ids, error)
-        except Exception:  # noqa: BLE001  # one of them cannot be read, and spoils it for the others
-            found = {}
-        return {job_id: found.get(job_id) or self.look(job_id) for job_id in ids}
+        except Exception:  # noqa: BLE001  # one document cannot be read: each is read alone
+            documents = {}
+        return {job_id: documents.get(job_id) or self.read(job_id) for job_id in ids}
 
-    def _say(self, listener: Subscriber, how: Callable[[StatusUpdate], None], news: StatusUpdate) -> None:
+    def _deliver(
+        self, listener: Subscriber, receive: Callable[[StatusUpdate], None], update: StatusUpdate
+    ) -> None:
         try:
-            how(news)
-        except RuntimeError:  # his event loop is closed
+            receive(update)
+        except RuntimeError:  # the subscriber's event loop is closed
             self.remove(listener)
 
     def _sleep(self) -> None:
-        """Until something is heard, the thread is woken, or a job is due."""
+        """Sleep until a change is pushed, the thread is woken, or a job is due."""
         with self._lock:
-            until = self._earliest if self._watched else self._idle_until
+            until = self._next_due if self._watched else self._idle_until
             wakeup = self._wakeup[0] if self._wakeup else None
-        with DefaultSelector() as ears:
+        with DefaultSelector() as selector:
             for end in (wakeup, self._changes.fileno() if self._changes else None):
                 if end is not None:
-                    ears.register(end, EVENT_READ)
-            ears.select(max(until - time.monotonic(), 0))
+                    selector.register(end, EVENT_READ)
+            selector.select(max(until - time.monotonic(), 0))
         if wakeup is not None:
             with suppress(BlockingIOError):
                 wakeup.recv(4096)

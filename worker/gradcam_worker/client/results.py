@@ -1,6 +1,6 @@
-"""What a web app reads of a job that is done, and what it puts into storage before one begins.
+"""The result of a job for a web app, and the upload of an image before a job.
 
-Nothing heavy is imported before it is needed: whoever only submits needs no S3.
+S3 is imported when it is first used: a client that only submits does not need it.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from gradcam_worker.storage.s3 import S3
     from gradcam_worker.storage.stores import S3Store
 
-LONGEST_S = 7 * 86_400  # that a presigned URL can be good for
-# How a file of each format begins. A key, and so its suffix, depends on nothing but the bytes.
+MAX_EXPIRES_S = 7 * 86_400  # of a presigned URL (AWS Signature Version 4)
+# How a file of each format begins: the key of an upload, with its suffix, depends on its bytes alone.
 FORMATS = {
     b"\xff\xd8\xff": (".jpg", "image/jpeg"),
     b"\x89PNG": (".png", "image/png"),
@@ -42,10 +42,10 @@ FORMATS = {
 
 
 class Objects(Protocol):
-    """Where objects are, by URI. Raises StorageUnavailable where they cannot be had just now."""
+    """Objects by URI. Methods raise StorageUnavailable."""
 
     def read(self, uri: str) -> bytes:
-        """An object."""
+        """Read an object."""
         ...
 
     def put(self, uri: str, data: bytes, media_type: str) -> None:
@@ -53,16 +53,16 @@ class Objects(Protocol):
         ...
 
     def url(self, uri: str, expires_s: int) -> str:
-        """Where a browser finds the object, for so many seconds."""
+        """A URL from which a browser can read the object, valid for `expires_s` seconds."""
         ...
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a job that succeeded has left.
+    """The result of a job that succeeded.
 
     Attributes:
-        manifest: every fact about its artifacts.
+        manifest: the manifest, with every fact about the artifacts.
         urls: a presigned URL for each artifact, by the artifact's URI.
     """
 
@@ -70,14 +70,14 @@ class Result:
     urls: dict[str, str]
 
     def __repr__(self) -> str:
-        """Without the URLs: whoever has one can read the artifact."""
+        """Without the URLs, which grant access."""
         count = len(self.manifest.explanations)
         return f"Result(job_id={self.manifest.job_id!r}, explanations={count}, urls={len(self.urls)})"
 
 
 @dataclass(frozen=True)
 class Upload:
-    """An image on its way into storage."""
+    """An image to be uploaded."""
 
     uri: str
     sha256: str
@@ -86,7 +86,7 @@ class Upload:
 
 
 def manifest_uri(document: StatusDocument) -> str:
-    """Where the manifest of a job is. Raises NoResult."""
+    """The URI of a job's manifest. Raises NoResult."""
     if document.status != "succeeded" or not document.result:
         why = f" ({document.error.code}: {document.error.detail})" if document.error else ""
         message = f"Job {document.id} is {document.status}{why}: only a job that succeeded has a result."
@@ -96,42 +96,54 @@ def manifest_uri(document: StatusDocument) -> str:
     return document.result.manifest_uri
 
 
-def read(job_id: str, where: str, objects: Objects, expires_s: int) -> Result:
-    """What the manifest at `where` says of a job. Raises NoResult, StorageUnavailable, InvalidSettings."""
-    if not 1 <= expires_s <= LONGEST_S:
-        message = f"expires_s {expires_s} must be from 1 to {LONGEST_S:,} seconds."
+def read(job_id: str, uri: str, objects: Objects, expires_s: int) -> Result:
+    """Read the manifest of a job at a URI. Raises NoResult, StorageUnavailable, InvalidSettings."""
+    if not 1 <= expires_s <= MAX_EXPIRES_S:
+        message = f"expires_s {expires_s} must be from 1 to {MAX_EXPIRES_S:,} seconds."
         raise InvalidSettings(message)
     try:
-        manifest = Manifest.model_validate_json(objects.read(where))
+        manifest = Manifest.model_validate_json(objects.read(uri))
     except ValidationError as error:
-        message = f"Job {job_id} has left {where}, which is no manifest of one image."
+        message = f"Job {job_id} has left {uri}, which is no manifest of one image."
         raise NoResult(message) from error
-    every = [*manifest.artifacts, *(one for seen in manifest.explanations for one in seen.artifacts)]
-    folder = where.rpartition("/")[0] + "/"
-    # A URL lets everybody in: for what lies beside the manifest, and for nothing else of the same server.
-    if manifest.job_id != job_id or not all(is_below(one.uri, folder) for one in every):
-        message = f"The manifest at {where} is another's than job {job_id}'s."
+    artifacts = [*manifest.artifacts, *(one for each in manifest.explanations for one in each.artifacts)]
+    folder = uri.rpartition("/")[0] + "/"
+    # A presigned URL grants access: only to objects beside the manifest, whatever a manifest names.
+    if manifest.job_id != job_id or not all(is_below(artifact.uri, folder) for artifact in artifacts):
+        message = f"The manifest at {uri} is another's than job {job_id}'s."
         raise NoResult(message)
-    return Result(manifest, {one.uri: objects.url(one.uri, expires_s) for one in every})
+    return Result(manifest, {artifact.uri: objects.url(artifact.uri, expires_s) for artifact in artifacts})
 
 
-def is_below(uri: str, place: str) -> bool:
-    """Whether a URI leads to something below a place, however whoever reads it may shorten its path."""
-    folder = place.rstrip("/") + "/"
+def is_below(uri: str, root: str) -> bool:
+    """Whether a URI lies below a root, also after `..` and percent-encoding are resolved."""
+    folder = root.rstrip("/") + "/"
     steps = unquote(uri.removeprefix(folder)).replace("\\", "/").split("/")
     return "://" in folder and uri.startswith(folder) and not {"", ".", ".."} & set(steps)
 
 
-def upload_of(image: Path | str | bytes, place: str, max_bytes: int) -> Upload:
-    """An image of this machine, to be put below `place`. Nothing is decoded.
+def prepare_upload(image: Path | str | bytes, root: str, max_bytes: int) -> Upload:
+    """Read an image of this machine, to be stored below `root`. Nothing is decoded.
 
-    Raises InvalidSettings, ImageNotFound, ImageTooLarge, InvalidJob.
+    Args:
+        image: a path, or the bytes.
+        root: the URI below which it is stored.
+        max_bytes: the largest size allowed.
+
+    Returns:
+        The upload, whose key is made from the SHA-256 of the bytes.
+
+    Raises:
+        InvalidSettings: `root` is empty or no URI of a storage.
+        ImageNotFound: the file cannot be read.
+        ImageTooLarge: it has more than `max_bytes`.
+        InvalidJob: it is empty, or a URI.
     """
-    if not place:
+    if not root:
         message = "GRADCAM_UPLOADS says where images go, as in s3://photos/uploads: set it, or say `to`."
         raise InvalidSettings(message)
-    if not is_storage_uri(place):
-        message = f"`to` {without_secrets(place)!r} {STORAGE_URI_FORM}."
+    if not is_storage_uri(root):
+        message = f"`to` {without_secrets(root)!r} {STORAGE_URI_FORM}."
         raise InvalidSettings(message)
     data = image if isinstance(image, bytes) else _file(image, max_bytes)
     if len(data) > max_bytes:
@@ -140,9 +152,9 @@ def upload_of(image: Path | str | bytes, place: str, max_bytes: int) -> Upload:
         message = "There is nothing to upload: the image has no bytes."
         raise InvalidJob(message)
     sha256 = hashlib.sha256(data).hexdigest()
-    kinds = (kind for begins, kind in FORMATS.items() if data.startswith(begins))
-    suffix, media_type = next(kinds, ("", "application/octet-stream"))
-    return Upload(f"{place.rstrip('/')}/{sha256}{suffix}", sha256, data, media_type)
+    formats = (form for begins, form in FORMATS.items() if data.startswith(begins))
+    suffix, media_type = next(formats, ("", "application/octet-stream"))
+    return Upload(f"{root.rstrip('/')}/{sha256}{suffix}", sha256, data, media_type)
 
 
 def _file(image: object, max_bytes: int) -> bytes:
@@ -157,7 +169,7 @@ def _file(image: object, max_bytes: int) -> bytes:
             size = os.fstat(file.fileno()).st_size
             if size > max_bytes:
                 raise _too_large(size, max_bytes)
-            return file.read(max_bytes + 1)  # it may be growing, or have no size
+            return file.read(max_bytes + 1)  # the size may be unknown, or grow
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         message = f"The image {str(image)!r} cannot be read: {error}."
         raise ImageNotFound(message) from error
@@ -168,7 +180,7 @@ def _too_large(size: int, max_bytes: int) -> ImageTooLarge:
     return ImageTooLarge(f"The image has {size:,} bytes; {allowed}.")
 
 
-class Places:
+class SettingsObjects:
     """Objects in S3, with the settings `GRADCAM_S3_*`, and in folders of this machine."""
 
     def __init__(self, settings: Settings) -> None:
@@ -187,12 +199,12 @@ class Places:
         store.put(key, data, media_type)
 
     def url(self, uri: str, expires_s: int) -> str:
-        """See `Objects.url`. A file has no other than its own."""
+        """See `Objects.url`. For a file it is the file's own URI."""
         store, key = self._store(uri)
         return uri if isinstance(store, FolderStore) else store.presigned(key, expires_s)
 
     def _store(self, uri: str) -> "tuple[FolderStore | S3Store, str]":
-        """Where it is, and under which key."""
+        """The store and the key of a URI."""
         scheme, _, rest = uri.partition("://")
         if scheme == "file":
             path = Path(unquote(rest))
@@ -206,8 +218,8 @@ class Places:
         except ModuleNotFoundError as error:
             message = f"S3 needs the package {error.name}: pip install 'gradcam-worker[s3]'."
             raise InvalidSettings(message) from error
-        mine = os.getpid()
-        if mine not in self._s3:
-            self._s3 = {mine: S3(self._settings)}
+        pid = os.getpid()
+        if pid not in self._s3:
+            self._s3 = {pid: S3(self._settings)}
         bucket, _, key = rest.partition("/")
-        return S3Store(self._s3[mine], bucket, ""), key
+        return S3Store(self._s3[pid], bucket, ""), key

@@ -1,12 +1,11 @@
-"""Waiting for jobs: one thread of a process looks at the ledger for all who wait, when told of a change.
+"""Waiting for jobs: one thread of a process (`client.poller`) reads the ledger for all subscriptions.
 
-A ledger that can push (`Ledger.open_updates`) is subscribed to first; when that has begun, the job is looked
-at, and then again whenever it is said to have changed. Nothing hangs on that: a job whose subscription has
-not begun, was cut, or may not be had is looked at every now and then, and any other every SAFETY_S.
+Where the ledger can push changes (`Ledger.open_updates`), the poller subscribes first, then reads the job,
+and reads it again whenever a change is pushed. A lost push does no harm: every job is also read from time to
+time, more often while there is no subscription.
 
-What it takes to follow a job is written once, without saying how to sleep: `JobWaiter.follow`.
-`JobWaiter.stream`
-sleeps in a thread, `gradcam_worker.client.async_client` in an event loop.
+`JobWaiter.follow` follows one job without saying how to sleep: `JobWaiter.stream` sleeps in a thread,
+`client.async_client` in an event loop.
 """
 
 import json
@@ -23,93 +22,98 @@ from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.text.visible import counted
 
-OUTAGE_S = 60.0  # in a row, that a ledger out of reach is waited for: a failover takes less
-LONGEST_SLEEP_S = 3600.0  # at once: no clock takes infinity
+MAX_OUTAGE_S = 60.0  # an outage of the ledger that is waited through: a failover takes less
+MAX_SLEEP_S = 3600.0  # sleeps take no infinity
 
 
 class Subscription:
-    """Somebody who waits for a job: told in the thread of a `StatusPoller`, he takes it in his own."""
+    """The updates of one job, from the thread of a `StatusPoller` to the thread or task that waits."""
 
     def __init__(self, job_id: str, wake: Callable[[], object], timeout_s: float | None = None) -> None:
-        """`wake` is called, in any thread, when there is something to `take`. The clock runs from now."""
+        """The timeout runs from now.
+
+        Args:
+            job_id: The job.
+            wake: Called, in any thread, when there is something to `pop`.
+            timeout_s: Seconds to wait; None: for ever.
+        """
         self.job_id = str(job_id)
-        self._wake, self._timeout_s, self._begun = wake, timeout_s, time.monotonic()
-        self._news: deque[StatusUpdate] = deque(
-            maxlen=1
-        )  # what was not taken in time gives way to what is newer
+        self._wake, self._timeout_s, self._started_s = wake, timeout_s, time.monotonic()
+        self._updates: deque[StatusUpdate] = deque(maxlen=1)  # a later update replaces one not popped yet
         self._revision = -1
         self._outage: tuple[float, LedgerUnavailable] | None = None  # since when, and why
 
-    def tell(self, news: StatusUpdate) -> None:
-        """Keep it if it is new, a final document in any case: a restored ledger may count from before."""
-        if isinstance(news, LedgerUnavailable):
+    def notify(self, update: StatusUpdate) -> None:
+        """Keep an update if it is new.
+
+        A final document always is: in a ledger restored from a backup revisions start lower.
+        """
+        if isinstance(update, LedgerUnavailable):
             now = time.monotonic()
             since = self._outage[0] if self._outage else now
-            self._outage = since, news
-            refused = not news.retryable and self._revision < 0  # who was let in before may be again
-            if now - since < OUTAGE_S and not refused:
+            self._outage = since, update
+            refused = not update.retryable and self._revision < 0  # not one that has answered before
+            if now - since < MAX_OUTAGE_S and not refused:
                 return
         else:
             self._outage = None
-        if isinstance(news, StatusDocument):
-            if news.revision <= self._revision and not news.final:
+        if isinstance(update, StatusDocument):
+            if update.revision <= self._revision and not update.final:
                 return
-            self._revision = news.revision
-        self.end(news)
+            self._revision = update.revision
+        self.end(update)
 
-    def end(self, news: StatusUpdate) -> None:
-        """Keep it, whatever it is, and wake who waits for it."""
-        self._news.append(news)
+    def end(self, update: StatusUpdate) -> None:
+        """Keep an update and wake the subscriber."""
+        self._updates.append(update)
         self._wake()
 
-    def take(self) -> StatusDocument | None:
-        """The latest that was not taken yet. Raises what went wrong."""
+    def pop(self) -> StatusDocument | None:
+        """The latest document not popped yet, if any. Raises the error that ended the subscription."""
         try:
-            news = self._news.popleft()
+            update = self._updates.popleft()
         except IndexError:
             return None
-        if isinstance(news, StatusDocument):
-            return news
+        if isinstance(update, StatusDocument):
+            return update
         if self._outage:
-            raise self._out_of_reach() from news
-        raise news
+            raise self._unreachable_error() from update
+        raise update
 
     def left_s(self) -> float:
-        """Seconds left to wait, at most LONGEST_SLEEP_S."""
+        """Seconds left to wait, at most MAX_SLEEP_S."""
         if self._timeout_s is None:
-            return LONGEST_SLEEP_S
-        left_s = self._timeout_s - (time.monotonic() - self._begun)
-        return min(max(left_s, 0), LONGEST_SLEEP_S)
+            return MAX_SLEEP_S
+        left_s = self._timeout_s - (time.monotonic() - self._started_s)
+        return min(max(left_s, 0), MAX_SLEEP_S)
 
-    def late(self, document: StatusDocument | None) -> WaitTimeout | LedgerUnavailable:
-        """Why there is no final document, though time is up; this one was the last that came."""
+    def timeout_error(self, document: StatusDocument | None) -> WaitTimeout | LedgerUnavailable:
+        """The error of a wait whose time is up; `document` is the last one received."""
         if self._outage:
-            return self._out_of_reach()
+            return self._unreachable_error()
         status = document.status if document else "unheard of"
         return WaitTimeout(f"Job {self.job_id} is still {status} after {self._timeout_s:g} s.")
 
-    def _out_of_reach(self) -> LedgerUnavailable:
-        waited_s = time.monotonic() - self._begun
+    def _unreachable_error(self) -> LedgerUnavailable:
+        waited_s = time.monotonic() - self._started_s
         why = self._outage[1] if self._outage else ""
         what = f"Job {self.job_id} was waited for in vain, for {waited_s:.1f} s: it may have ended."
         return LedgerUnavailable(f"{what} {why}")
 
 
 class JobWaiter:
-    """All waiting of one client. May be shared between threads; a forked process begins anew."""
+    """All waiting of one client. May be shared between threads; a forked process gets its own poller."""
 
     def __init__(self, ledger: Ledger) -> None:
-        """Nothing is started before the first wait that has to wait."""
+        """No thread is started before the first wait for a job that is not final."""
         self._ledger = ledger
-        self._lookouts: dict[
-            int, StatusPoller
-        ] = {}  # by process: threads do not survive a fork, nor may sockets
+        self._pollers: dict[int, StatusPoller] = {}  # by process id: threads do not survive a fork
 
     def stream(self, job_id: str, timeout_s: float | None = None) -> Iterator[StatusDocument]:
         """See `gradcam_worker.client.client.GradcamClient.stream`."""
         woken = threading.Event()
         listener = Subscription(job_id, woken.set, timeout_s)
-        listener.tell(self.look(listener.job_id))
+        listener.notify(self.read(listener.job_id))
         try:
             with closing(self.follow(listener)) as steps:
                 for step in steps:
@@ -119,69 +123,79 @@ class JobWaiter:
                         woken.wait(step)
                         woken.clear()
         except WaitTimeout as late:
-            raise self.explained(late) from None
+            raise self.with_cause(late) from None
 
-    def explained(self, late: WaitTimeout) -> WaitTimeout:
-        """The same, with what the ledger knows of workers and queues; asked for in this thread."""
+    def with_cause(self, late: WaitTimeout) -> WaitTimeout:
+        """The error with a sentence about workers and queues, which are read in the calling thread."""
         try:
-            return with_sentence(late, _at_work(self._ledger.find_workers(), *self._ledger.count_jobs()))
-        except LedgerUnavailable:  # its user may not look, or it is away just now
+            return with_sentence(
+                late, _describe_workers(self._ledger.find_workers(), *self._ledger.count_jobs())
+            )
+        except LedgerUnavailable:  # unreachable, or this user may not read them
             return late
 
-    def look(self, job_id: str) -> StatusUpdate:
-        """One look at a job, in this thread: its document, or why there is none."""
-        return self._lookout.look(job_id)
+    def read(self, job_id: str) -> StatusUpdate:
+        """Read a job once, in the calling thread."""
+        return self._poller.read(job_id)
 
     def follow(self, listener: Subscription) -> Generator[StatusDocument | float, None, None]:
-        """Each new document, the final one last; and in between, for how many seconds to sleep unless woken.
+        """Follow a job to its end.
 
-        Somebody has to have told the listener how the job is now. Raises WaitTimeout, UnknownJob,
-        LedgerUnavailable.
+        Args:
+            listener: It has been notified of the job's present state.
+
+        Yields:
+            Each new document, the final one last; between them, seconds to sleep unless woken.
+
+        Raises:
+            WaitTimeout: The job is not final yet.
+            UnknownJob: The ledger has no such job.
+            LedgerUnavailable: The ledger stayed unreachable, or the client was closed.
         """
-        document, enrolled = None, False
+        document, subscribed = None, False
         try:
             while True:
-                news = listener.take()
-                if news:
-                    document = news
-                    yield news
-                    if news.final:
+                update = listener.pop()
+                if update:
+                    document = update
+                    yield update
+                    if update.final:
                         return
                 elif not (left_s := listener.left_s()):
-                    raise listener.late(document)
-                elif enrolled:
+                    raise listener.timeout_error(document)
+                elif subscribed:
                     yield left_s
                 else:
-                    self._lookout.add(listener)
-                    enrolled = True
+                    self._poller.add(listener)
+                    subscribed = True
         finally:
-            if enrolled:
-                self._lookout.remove(listener)
+            if subscribed:
+                self._poller.remove(listener)
 
     def close(self) -> None:
-        """End the thread and its connection; whoever still waits gets LedgerUnavailable."""
-        self._lookout.close()
+        """End the thread and its connection; all waits end with LedgerUnavailable."""
+        self._poller.close()
 
     @property
-    def _lookout(self) -> StatusPoller:
-        mine = os.getpid()
-        if mine not in self._lookouts:
-            for process in [*self._lookouts]:
-                abandoned = self._lookouts.pop(process, None)
-                if abandoned:
-                    abandoned.abandon()
-            self._lookouts.setdefault(mine, StatusPoller(self._ledger))  # one, whichever thread comes first
-        return self._lookouts[mine]
+    def _poller(self) -> StatusPoller:
+        pid = os.getpid()
+        if pid not in self._pollers:
+            for parent in [*self._pollers]:
+                poller = self._pollers.pop(parent, None)
+                if poller:
+                    poller.abandon()
+            self._pollers.setdefault(pid, StatusPoller(self._ledger))  # atomic: several threads may get here
+        return self._pollers[pid]
 
 
-def _at_work(workers: Mapping[str, str], queued: int, running: int) -> str:
-    """Whether anybody is there to take a job, and how much there is to do."""
+def _describe_workers(workers: Mapping[str, str], queued: int, running: int) -> str:
+    """A sentence about the workers that take jobs, and the number of jobs."""
     troubles = [str(json.loads(health).get("trouble") or "") for health in workers.values()]
-    told = next((one for one in troubles if one), "")
+    first = next((trouble for trouble in troubles if trouble), "")
     if not workers:
-        who = "No worker lives that would take it"
+        state = "No worker lives that would take it"
     elif all(troubles):
-        who = f"{counted(len(workers), 'worker')} alive, but taking no jobs just now: {told.rstrip('.')}"
+        state = f"{counted(len(workers), 'worker')} alive, but taking no jobs just now: {first.rstrip('.')}"
     else:
-        who = f"{counted(troubles.count(''), 'worker')} alive and taking jobs"
-    return f"{who}. {counted(queued, 'job')} queued, {running:,} running."
+        state = f"{counted(troubles.count(''), 'worker')} alive and taking jobs"
+    return f"{state}. {counted(queued, 'job')} queued, {running:,} running."

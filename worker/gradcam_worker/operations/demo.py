@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 
 from gradcam_worker.client.client import GradcamClient
-from gradcam_worker.client.results import Places
+from gradcam_worker.client.results import SettingsObjects
 from gradcam_worker.errors import InvalidSettings, WorkerLost
 from gradcam_worker.gradcam.classes import DATA, caption, percent
 from gradcam_worker.gradcam.decoding.decode import decode
@@ -101,7 +101,7 @@ def _explain(
     settings: Settings, folder: Path, worker: subprocess.Popen[bytes] | None = None, log: Path | None = None
 ) -> bool:
     """Submit, watch, download, and print what came of it; whether all jobs succeeded."""
-    places = Places(settings)
+    places = SettingsObjects(settings)
     with GradcamClient(settings=settings) as client:
         asked = _submit(places, client, settings.uploads.rstrip("/"))
         documents = _watch(client, asked, worker, log)
@@ -134,7 +134,7 @@ def _start_worker(settings: Settings, log: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def _submit(places: Places, client: GradcamClient, uploads: str) -> list[Asked]:
+def _submit(places: SettingsObjects, client: GradcamClient, uploads: str) -> list[Asked]:
     """Put the photos below `uploads`, then submit five jobs for the top 3 and one for a list of classes."""
     photos = sorted((DATA / "photos").glob("*.jpg"))
     wishes: list[tuple[Path, str, dict[str, Any]]] = [(photo, "top 3", {"top_n": 3}) for photo in photos]
@@ -203,7 +203,7 @@ def _print_results(
 
 
 def _download(
-    places: Places, asked: list[Asked], documents: dict[str, StatusDocument], folder: Path
+    places: SettingsObjects, asked: list[Asked], documents: dict[str, StatusDocument], folder: Path
 ) -> dict[str, Manifest]:
     """Fetch what the jobs that succeeded left behind, a folder for each; return their manifests."""
     manifests = {}
