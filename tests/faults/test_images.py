@@ -54,7 +54,7 @@ def test_the_attack_sees_a_decoder_that_breaks_its_promise(
         "import os\n"
         "import numpy as np\n"
         "from gradcam_worker.gradcam.decoding import decode\n"
-        "decode.claimed = lambda data: 5\n"
+        "decode.declared_pixels = lambda data: 5\n"
         f"def wrong(data):\n    {broken}\n"
         "decode.decode = wrong\n"
     )

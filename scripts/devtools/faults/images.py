@@ -115,7 +115,7 @@ def decode_all() -> None:
     import signal
 
     from gradcam_worker.errors import GradcamError
-    from gradcam_worker.gradcam.decoding.decode import claimed, decode
+    from gradcam_worker.gradcam.decoding.decode import declared_pixels, decode
     from gradcam_worker.resilience.budget import limit_memory
 
     limit_memory(MEMORY_BYTES)
@@ -126,11 +126,11 @@ def decode_all() -> None:
         signal.alarm(STALLED_S)
         begun = time.monotonic()
         try:
-            claim = claimed(data)
+            declared = declared_pixels(data)
             pixels = decode(data).pixels
             rows, columns, channels = pixels.shape
-            good = rows * columns == claim and channels == CHANNELS and pixels.dtype == np.uint8
-            ending = "decoded" if good else f"wrong: {pixels.shape} {pixels.dtype}, {claim} claimed"
+            good = rows * columns == declared and channels == CHANNELS and pixels.dtype == np.uint8
+            ending = "decoded" if good else f"wrong: {pixels.shape} {pixels.dtype}, {declared} declared"
         except GradcamError as error:
             ending = error.code
         except BaseException as error:  # noqa: BLE001  # anything at all is what is looked for

@@ -12,34 +12,33 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from gradcam_worker.errors import UnsupportedMediaType
-from gradcam_worker.gradcam.decoding.decode import claimed, decode
+from gradcam_worker.gradcam.decoding.decode import declared_pixels, decode
 from gradcam_worker.gradcam.decoding.structure import Damage
 
 Pixels = NDArray[np.uint8]
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 ORIENTATION_TAG = 0x112
-UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation -> what sets the picture upright
-    1: lambda stored: stored,
+TO_UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation -> what makes the image upright
+    1: lambda pixels: pixels,
     2: np.fliplr,
-    3: lambda stored: np.rot90(stored, 2),
+    3: lambda pixels: np.rot90(pixels, 2),
     4: np.flipud,
-    5: lambda stored: stored.swapaxes(0, 1),
-    6: lambda stored: np.rot90(stored, -1),
-    7: lambda stored: np.rot90(stored, 2).swapaxes(0, 1),
-    8: lambda stored: np.rot90(stored, 1),
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels, 1),
 }
 
 
-def encode(picture: Image.Image, kind: str, **options: Any) -> bytes:
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
 def png16(values: NDArray[np.uint16], color_type: int, transparent: bytes = b"") -> bytes:
-    """A 16-bit PNG of (height, width, channels), written by hand: Pillow writes grey ones only."""
-
+    """A 16-bit PNG of (height, width, channels), written by hand: Pillow writes only grey ones."""
     height, width, _ = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     return b"".join(
@@ -59,19 +58,19 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def exif_of(order: str, *entries: tuple[int, int, int, int]) -> bytes:
-    """EXIF of entries (tag, type, count, value), the value as its type is stored."""
+    """EXIF with these entries (tag, type, count, value)."""
     head = b"II*\0" if order == "<" else b"MM\0*"
     body = b"".join(
-        struct.pack(f"{order}HHI", *one[:3])
-        + struct.pack(order + {1: "B", 3: "H", 4: "I"}[one[1]], one[3]).ljust(4, b"\0")
-        for one in entries
+        struct.pack(f"{order}HHI", *entry[:3])
+        + struct.pack(order + {1: "B", 3: "H", 4: "I"}[entry[1]], entry[3]).ljust(4, b"\0")
+        for entry in entries
     )
     return b"Exif\0\0" + head + struct.pack(f"{order}IH", 8, len(entries)) + body + bytes(4)
 
 
 @pytest.fixture
-def stored() -> Pixels:
-    """16 high, 32 wide: red, green, blue and white quarters, so that no turn of it looks like another."""
+def quarters() -> Pixels:
+    """16 high, 32 wide: red, green, blue and white quarters, so that all orientations differ."""
     above = np.hstack([np.full((8, 16, 3), color, np.uint8) for color in (RED, GREEN)])
     below = np.hstack([np.full((8, 16, 3), color, np.uint8) for color in (BLUE, WHITE)])
     return np.vstack([above, below])
@@ -92,20 +91,20 @@ class TestFormats:
         ],
     )
     def test_every_format_becomes_rgb(
-        self, kind: str, options: dict[str, Any], media_type: str, stored: Pixels
+        self, kind: str, options: dict[str, Any], media_type: str, quarters: Pixels
     ) -> None:
-        more = {"append_images": [Image.new("RGB", (32, 16))]} if kind == "MPO" else {}
-        decoded = decode(encode(Image.fromarray(stored), kind, **options, **more))
+        save_options = {"append_images": [Image.new("RGB", (32, 16))]} if kind == "MPO" else {}
+        decoded = decode(encode(Image.fromarray(quarters), kind, **options, **save_options))
         assert decoded.media_type == media_type
         assert decoded.pixels.dtype == np.uint8
         middles = decoded.pixels[4::8, 8::16]  # lossy formats blur the edges
-        assert_allclose(middles, stored[4::8, 8::16], atol=0 if kind in {"PNG", "GIF", "BMP"} else 4)
+        assert_allclose(middles, quarters[4::8, 8::16], atol=0 if kind in {"PNG", "GIF", "BMP"} else 4)
         assert decoded.pixels.shape == (16, 32, 3)
 
-    def test_cmyk_becomes_rgb(self, stored: Pixels) -> None:
-        cmyk = Image.fromarray(stored).convert("CMYK")
+    def test_cmyk_becomes_rgb(self, quarters: Pixels) -> None:
+        cmyk = Image.fromarray(quarters).convert("CMYK")
         decoded = decode(encode(cmyk, "JPEG", quality=95, subsampling=0))
-        assert_allclose(decoded.pixels[4::8, 8::16], stored[4::8, 8::16], atol=4)
+        assert_allclose(decoded.pixels[4::8, 8::16], quarters[4::8, 8::16], atol=4)
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP"])
     def test_grey_becomes_three_equal_channels(self, kind: str) -> None:
@@ -118,10 +117,10 @@ class TestFormats:
         pixels[:, :2] = 255
         assert_array_equal(decode(encode(Image.fromarray(pixels).convert(mode), "PNG")).pixels, pixels)
 
-    def test_a_gif_of_one_color_is_as_good_as_any(self) -> None:
-        picture = Image.new("P", (1000, 1000), 5)
-        picture.putpalette([9] * 15 + [*RED])
-        assert_array_equal(decode(encode(picture, "GIF")).pixels, np.full((1000, 1000, 3), RED))
+    def test_a_gif_of_one_color_is_decoded(self) -> None:
+        image = Image.new("P", (1000, 1000), 5)
+        image.putpalette([9] * 15 + [*RED])
+        assert_array_equal(decode(encode(image, "GIF")).pixels, np.full((1000, 1000, 3), RED))
 
     def test_sixteen_bits_become_eight(self) -> None:
         values = np.arange(0, 256, 15, dtype=np.uint16).reshape(3, 6, 1) * 257
@@ -131,52 +130,52 @@ class TestFormats:
         assert_array_equal(decode(png16(colors, 2)).pixels, (colors // 257).astype(np.uint8))
 
     @pytest.mark.parametrize("name", ["astronaut", "camera", "chelsea", "coffee", "rocket"])
-    def test_a_photo_looks_as_it_does_to_another_decoder(self, name: str, photos: Path) -> None:
+    def test_a_photo_has_the_pixels_that_pillow_decodes(self, name: str, photos: Path) -> None:
         path = photos / f"{name}.jpg"
         with Image.open(path) as photo:
-            other = np.asarray(photo.convert("RGB"), np.int16)
-        assert abs(decode(path.read_bytes()).pixels - other).mean() < 1
+            expected = np.asarray(photo.convert("RGB"), np.int16)
+        assert abs(decode(path.read_bytes()).pixels - expected).mean() < 1
 
 
 class TestUpright:
-    @pytest.mark.parametrize("orientation", UPRIGHT)
+    @pytest.mark.parametrize("orientation", TO_UPRIGHT)
     @pytest.mark.parametrize(
         ("kind", "mode"),
         [("JPEG", "RGB"), ("PNG", "RGB"), ("WEBP", "RGB"), ("PNG", "RGBA"), ("WEBP", "RGBA")],
     )
-    def test_a_picture_is_turned_as_its_exif_says(
-        self, kind: str, mode: str, orientation: int, stored: Pixels
+    def test_an_image_is_made_upright_by_its_exif(
+        self, kind: str, mode: str, orientation: int, quarters: Pixels
     ) -> None:
-        picture, exif = Image.fromarray(stored).convert(mode), Image.Exif()
-        if mode == "RGBA":  # one corner is transparent: an alpha that is nowhere needed may be left out
-            picture.putpixel((31, 15), (0, 0, 0, 0))
+        image, exif = Image.fromarray(quarters).convert(mode), Image.Exif()
+        if mode == "RGBA":  # one corner is transparent: encoders may drop an opaque alpha
+            image.putpixel((31, 15), (0, 0, 0, 0))
         exif[ORIENTATION_TAG] = orientation
         options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {"lossless": True}
-        decoded = decode(encode(picture, kind, exif=exif, **options))
-        assert_allclose(decoded.pixels, UPRIGHT[orientation](stored), atol=3)
+        decoded = decode(encode(image, kind, exif=exif, **options))
+        assert_allclose(decoded.pixels, TO_UPRIGHT[orientation](quarters), atol=3)
 
-    def test_exif_that_stands_behind_the_pixels_counts_as_well(self, stored: Pixels) -> None:
+    def test_exif_after_the_pixels_counts_as_well(self, quarters: Pixels) -> None:
         exif = Image.Exif()
         exif[ORIENTATION_TAG] = 6
         for mode in ("RGB", "RGBA"):
-            picture = Image.fromarray(stored).convert(mode)
+            image = Image.fromarray(quarters).convert(mode)
             if mode == "RGBA":
-                picture.putpixel((31, 15), (0, 0, 0, 0))
-            data = encode(picture, "PNG", exif=exif)
+                image.putpixel((31, 15), (0, 0, 0, 0))
+            data = encode(image, "PNG", exif=exif)
             at = data.index(b"eXIf") - 4
             end = at + 12 + int.from_bytes(data[at : at + 4], "big")
             moved = data[:at] + data[end:-12] + data[at:end] + data[-12:]
-            assert_allclose(decode(moved).pixels, UPRIGHT[6](stored), atol=3)
+            assert_allclose(decode(moved).pixels, TO_UPRIGHT[6](quarters), atol=3)
 
     @pytest.mark.parametrize("orientation", [0, 9, 65535])
-    def test_an_orientation_that_does_not_exist_turns_nothing(self, orientation: int, stored: Pixels) -> None:
+    def test_an_invalid_orientation_is_ignored(self, orientation: int, quarters: Pixels) -> None:
         exif = Image.Exif()
         exif[ORIENTATION_TAG] = orientation
-        assert_array_equal(decode(encode(Image.fromarray(stored), "PNG", exif=exif)).pixels, stored)
+        assert_array_equal(decode(encode(Image.fromarray(quarters), "PNG", exif=exif)).pixels, quarters)
 
 
-class TestOneReaderOfExif:
-    """Opaque or translucent, JPEG, PNG or WebP: one rule, that of browsers."""
+class TestExifOrientation:
+    """Opaque or translucent, JPEG, PNG or WebP: the rule of browsers."""
 
     KINDS = (
         ("JPEG", "RGB"),
@@ -187,15 +186,15 @@ class TestOneReaderOfExif:
         ("WEBP", "RGBA"),
     )
 
-    def shape(self, kind: str, mode: str, exif: bytes, **more: Any) -> tuple[int, ...]:
-        """Of a picture of 6 x 4 pixels, when it is decoded."""
-        picture = Image.new("RGBA", (6, 4), RED)
-        picture.putpixel((0, 0), (0, 0, 0, 0))
-        return decode(encode(picture.convert(mode), kind, exif=exif, **more)).pixels.shape
+    def shape(self, kind: str, mode: str, exif: bytes, **save_options: Any) -> tuple[int, ...]:
+        """The shape of a decoded image that is stored 6 wide and 4 high."""
+        image = Image.new("RGBA", (6, 4), RED)
+        image.putpixel((0, 0), (0, 0, 0, 0))
+        return decode(encode(image.convert(mode), kind, exif=exif, **save_options)).pixels.shape
 
     @pytest.mark.parametrize(("kind", "mode"), KINDS)
     @pytest.mark.parametrize("order", ["<", ">"])
-    def test_orientation_6_turns_every_picture(self, kind: str, mode: str, order: str) -> None:
+    def test_orientation_6_rotates_every_format(self, kind: str, mode: str, order: str) -> None:
         assert self.shape(kind, mode, exif_of(order, (ORIENTATION_TAG, 3, 1, 6))) == (6, 4, 3)
 
     @pytest.mark.parametrize(("kind", "mode"), KINDS)
@@ -219,25 +218,27 @@ class TestOneReaderOfExif:
             ),
         ],
     )
-    def test_anything_but_one_short_from_1_to_8_turns_none(self, kind: str, mode: str, exif: bytes) -> None:
+    def test_anything_but_a_single_short_from_1_to_8_is_ignored(
+        self, kind: str, mode: str, exif: bytes
+    ) -> None:
         assert self.shape(kind, mode, exif) == (4, 6, 3)
 
     @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-    def test_xmp_and_text_turn_nothing(self, mode: str) -> None:
+    def test_xmp_and_text_are_ignored(self, mode: str) -> None:
         xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><tiff:Orientation>6</tiff:Orientation></x:xmpmeta>'
         text = PngImagePlugin.PngInfo()
         text.add_itxt("XML:com.adobe.xmp", xmp.decode())
         text.add_text(
             "Raw profile type exif", "\nexif\n 34\n" + exif_of("<", (ORIENTATION_TAG, 3, 1, 6)).hex()
         )
-        one = exif_of("<", (ORIENTATION_TAG, 3, 1, 1))
-        assert self.shape("PNG", mode, one, pnginfo=text) == (4, 6, 3)
-        assert self.shape("WEBP", mode, one, xmp=xmp) == (4, 6, 3)
-        assert self.shape("JPEG", "RGB", one, xmp=xmp) == (4, 6, 3)
+        entry = exif_of("<", (ORIENTATION_TAG, 3, 1, 1))
+        assert self.shape("PNG", mode, entry, pnginfo=text) == (4, 6, 3)
+        assert self.shape("WEBP", mode, entry, xmp=xmp) == (4, 6, 3)
+        assert self.shape("JPEG", "RGB", entry, xmp=xmp) == (4, 6, 3)
 
 
-class TestWhatIsNotPixels:
-    """It cannot refuse a picture, change it, take memory, or be repeated on standard error."""
+class TestMetadata:
+    """Metadata cannot make an image fail, change it, take memory, or appear on standard error."""
 
     FORGED = b'x\n{"level":"critical","message":"ledger wiped"}\n\x1b[31mRED'
     CHUNKS: ClassVar[dict[str, bytes]] = {
@@ -254,20 +255,20 @@ class TestWhatIsNotPixels:
         "an sBIT of too many": chunk(b"sBIT", bytes(9)),
         "a bKGD": chunk(b"bKGD", bytes(1)),
         "a tIME": chunk(b"tIME", b"now"),
-        "EXIF that is none": chunk(b"eXIf", FORGED),
-        "a chunk that nobody knows": chunk(b"\x1b[3A", FORGED),
+        "invalid EXIF": chunk(b"eXIf", FORGED),
+        "an unknown chunk": chunk(b"\x1b[3A", FORGED),
         "the frames of an animation": chunk(b"acTL", b"\0") + chunk(b"fcTL", b"\0") + chunk(b"fdAT", b"\0"),
         "a palette that is not needed": chunk(b"PLTE", bytes(7)),
     }
 
     @pytest.mark.parametrize("name", CHUNKS)
     @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
-    @pytest.mark.parametrize("place", ["before", "behind"])
-    def test_a_png_is_the_same_picture_with_it(
-        self, name: str, mode: str, place: str, stored: Pixels, capfd: pytest.CaptureFixture[str]
+    @pytest.mark.parametrize("position", ["before", "after"])
+    def test_a_png_has_the_same_pixels_with_it(
+        self, name: str, mode: str, position: str, quarters: Pixels, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        data = encode(Image.fromarray(stored).convert(mode), "PNG")
-        at = 33 if place == "before" else len(data) - 12
+        data = encode(Image.fromarray(quarters).convert(mode), "PNG")
+        at = 33 if position == "before" else len(data) - 12
         decoded = decode(data[:at] + self.CHUNKS[name] + data[at:])
         assert_array_equal(decoded.pixels, decode(data).pixels)
         assert decoded.damage is None
@@ -277,10 +278,10 @@ class TestWhatIsNotPixels:
         "segment",
         [
             b"\xff\xee\0\x09Adobe\0\x64",  # Adobe, too short
-            b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\x09",  # a transform that there is not
+            b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\x09",  # an unknown transform
             b"\xff\xe0\0\x08JFIF\0\1",
             b"\xff\xe0\0\x10JFIF\0\x09\x09\0\0\1\0\1\0\0",  # version 9
-            b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\xff\xff",  # a thumbnail that is not there
+            b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\xff\xff",  # a missing thumbnail
             b"\xff\xe1\0\x10Exif\0\0garbage!",
             b"\xff\xe2\0\x10ICC_PROFILE\0\x09\x03",
             b"\xff\xed\0\x10Photoshop 3.0\0",
@@ -289,10 +290,10 @@ class TestWhatIsNotPixels:
             bytes(40),
         ],
     )
-    def test_a_jpeg_is_the_same_picture_with_it(
-        self, segment: bytes, stored: Pixels, capfd: pytest.CaptureFixture[str]
+    def test_a_jpeg_has_the_same_pixels_with_it(
+        self, segment: bytes, quarters: Pixels, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        data = encode(Image.fromarray(stored), "JPEG")
+        data = encode(Image.fromarray(quarters), "JPEG")
         for at in (2, data.index(b"\xff\xdb"))[not any(segment) :]:  # zeros would not look like a JPEG
             decoded = decode(data[:at] + segment + data[at:])
             assert_array_equal(decoded.pixels, decode(data).pixels)
@@ -300,19 +301,19 @@ class TestWhatIsNotPixels:
         assert capfd.readouterr() == ("", "")
 
     @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-    def test_a_webp_is_the_same_picture_with_it(self, mode: str, stored: Pixels) -> None:
-        picture = Image.fromarray(stored).convert(mode)
-        picture.putpixel((0, 0), (1, 2, 3, 0) if mode == "RGBA" else (1, 2, 3))
-        data = encode(picture, "WEBP", lossless=True, exif=b"garbage!", xmp=b"<", icc_profile=self.FORGED)
-        assert_array_equal(decode(data).pixels, decode(encode(picture, "WEBP", lossless=True)).pixels)
+    def test_a_webp_has_the_same_pixels_with_it(self, mode: str, quarters: Pixels) -> None:
+        image = Image.fromarray(quarters).convert(mode)
+        image.putpixel((0, 0), (1, 2, 3, 0) if mode == "RGBA" else (1, 2, 3))
+        data = encode(image, "WEBP", lossless=True, exif=b"garbage!", xmp=b"<", icc_profile=self.FORGED)
+        assert_array_equal(decode(data).pixels, decode(encode(image, "WEBP", lossless=True)).pixels)
 
-    def test_what_is_transparent_counts_only_where_it_is_well_formed(self) -> None:
+    def test_only_a_valid_transparent_color_counts(self) -> None:
         data = encode(Image.new("RGB", (3, 2), RED), "PNG")
         for color, expected in ((RED, WHITE), (GREEN, RED)):
-            clear = chunk(b"tRNS", struct.pack(">HHH", *color))
-            assert decode(data[:33] + clear + data[33:]).pixels[0, 0].tolist() == [*expected]
-        for odd in (chunk(b"tRNS", b"\0\xff"), chunk(b"tRNS", bytes(300))):
-            decoded = decode(data[:33] + odd + data[33:])
+            transparency = chunk(b"tRNS", struct.pack(">HHH", *color))
+            assert decode(data[:33] + transparency + data[33:]).pixels[0, 0].tolist() == [*expected]
+        for malformed in (chunk(b"tRNS", b"\0\xff"), chunk(b"tRNS", bytes(300))):
+            decoded = decode(data[:33] + malformed + data[33:])
             assert (decoded.pixels[0, 0].tolist(), decoded.damage) == ([*RED], None)
         broken = chunk(b"tRNS", struct.pack(">HHH", *RED))[:-1] + b"?"
         assert decode(data[:33] + broken + data[33:]).damage == Damage(0, "its transparency is damaged")
@@ -340,35 +341,37 @@ class TestUncommonBmp:
         return b"BM" + struct.pack("<IHHI", 0, 0, 0, 14 + len(body)) + body + rows.tobytes()
 
     @pytest.mark.parametrize("name", MASKS)
-    def test_each_channel_is_where_its_mask_says(self, name: str, stored: Pixels) -> None:
+    def test_each_channel_is_read_by_its_mask(self, name: str, quarters: Pixels) -> None:
         bits, masks = self.MASKS[name]
-        part = stored[:, :31]
+        part = quarters[:, :31]
         values = np.zeros(part.shape[:2], np.uint32)
         for channel, mask in enumerate(masks[:3]):
             values |= np.where(part[..., channel], mask, 0).astype(np.uint32)
         expected = part.copy()
         if len(masks) == 4:
             values |= np.uint32(masks[3])
-            values[0, 0] = masks[0]  # red, and transparent
+            values[0, 0] = masks[0]  # transparent red
             expected[0, 0] = 255
         assert_array_equal(decode(self.bmp(bits, masks, values)).pixels, expected)
 
-    def test_one_whose_alpha_is_nowhere_is_opaque(self) -> None:
+    def test_alpha_that_is_zero_everywhere_is_ignored(self) -> None:
         values = np.full((2, 3), 0x0000FF, np.uint32)
         assert_array_equal(
             decode(self.bmp(32, self.MASKS["rgba"][1], values)).pixels, np.full((2, 3, 3), RED)
         )
 
-    @pytest.mark.parametrize(("bits", "packing"), [(2, 0), (64, 0), (0, 4), (24, 5), (8, 2)])
-    def test_forms_that_nothing_here_reads_are_refused_by_their_names(self, bits: int, packing: int) -> None:
+    @pytest.mark.parametrize(("bits", "compression"), [(2, 0), (64, 0), (0, 4), (24, 5), (8, 2)])
+    def test_unsupported_depths_and_compressions_are_named_in_the_error(
+        self, bits: int, compression: int
+    ) -> None:
         data = bytearray(encode(Image.new("RGB", (4, 4)), "BMP"))
-        data[28:34] = struct.pack("<HI", bits, packing)
+        data[28:34] = struct.pack("<HI", bits, compression)
         with pytest.raises(UnsupportedMediaType, match=f"a BMP of {bits} bits per pixel"):
             decode(bytes(data))
 
 
 class TestSmallFirstFrame:
-    """What the first frame of an animation leaves out is transparent, as any other place without a colour."""
+    """What the first frame of an animation leaves out is transparent, so white."""
 
     def gif(self, left: int, top: int, size: tuple[int, int], screen: tuple[int, int], mode: str) -> bytes:
         frame = Image.new("RGBA", size, RED)
@@ -381,7 +384,7 @@ class TestSmallFirstFrame:
         return bytes(data)
 
     @pytest.mark.parametrize("mode", ["opaque", "transparent"])
-    def test_of_a_gif_the_rest_is_white(self, mode: str) -> None:
+    def test_the_rest_of_a_gif_is_white(self, mode: str) -> None:
         expected = np.full((8, 12, 3), WHITE, np.uint8)
         expected[2:5, 4:9] = RED
         if mode == "transparent":
@@ -393,24 +396,26 @@ class TestSmallFirstFrame:
         expected[1:, 2:] = RED
         data = self.gif(2, 1, (5, 3), (3, 3), "opaque")
         assert_array_equal(decode(data).pixels, expected)
-        assert claimed(data) == 28
+        assert declared_pixels(data) == 28
 
     @pytest.mark.parametrize("alpha", [255, 0])
     @pytest.mark.parametrize("lossless", [True, False])
-    def test_of_a_webp_the_rest_is_white(self, alpha: int, *, lossless: bool) -> None:
-        picture = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
-        picture.paste((*RED, 255), (8, 8, 16, 16))
-        picture.putpixel((15, 15), (*RED, alpha))
+    def test_the_rest_of_a_webp_is_white(self, alpha: int, *, lossless: bool) -> None:
+        image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+        image.paste((*RED, 255), (8, 8, 16, 16))
+        image.putpixel((15, 15), (*RED, alpha))
         second = Image.new("RGBA", (16, 16), BLUE)
-        more = {"save_all": True, "append_images": [second], "lossless": lossless, "quality": 100}
-        data = bytearray(encode(picture, "WEBP", **more))
+        save_options = {"save_all": True, "append_images": [second], "lossless": lossless, "quality": 100}
+        data = bytearray(encode(image, "WEBP", **save_options))
         expected = np.full((16, 16, 3), WHITE, np.uint8)
         expected[8:, 8:] = RED
         if not alpha:
             expected[15, 15] = WHITE
         assert_allclose(decode(bytes(data)).pixels, expected, atol=0 if lossless else 60)
         at = data.index(b"ANMF")
-        assert data[at + 8 : at + 14] != bytes(6), "it has been made smaller: this is what is to be tested"
+        assert data[at + 8 : at + 14] != bytes(6), (
+            "the encoder must have cropped the frame, or the test tests nothing"
+        )
 
 
 class TestAlphaOnWhite:
@@ -420,10 +425,10 @@ class TestAlphaOnWhite:
         assert_allclose(decode(data).pixels, np.broadcast_to([244, 224, 204], (4, 4, 3)), atol=1)
 
     @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
-    def test_what_is_transparent_is_white_whatever_color_lies_below(self, kind: str) -> None:
-        picture = Image.new("RGBA", (4, 2), (*RED, 255))
-        picture.paste((*GREEN, 0), (2, 0, 4, 2))
-        pixels = decode(encode(picture, kind, lossless=True)).pixels
+    def test_transparent_pixels_are_white_whatever_their_color(self, kind: str) -> None:
+        image = Image.new("RGBA", (4, 2), (*RED, 255))
+        image.paste((*GREEN, 0), (2, 0, 4, 2))
+        pixels = decode(encode(image, kind, lossless=True)).pixels
         assert pixels[0].tolist() == [[*RED], [*RED], [*WHITE], [*WHITE]]
 
     def test_grey_with_alpha_is_mixed_with_white(self) -> None:
@@ -432,19 +437,19 @@ class TestAlphaOnWhite:
 
     @pytest.mark.parametrize("transparency", [1, b"\xff\x00\xff"])
     def test_a_transparent_color_of_a_palette_is_white(self, transparency: int | bytes) -> None:
-        picture = Image.new("P", (3, 1))
-        picture.putpalette([*RED, *GREEN, *BLUE])
-        picture.putdata([0, 1, 2])
-        pixels = decode(encode(picture, "PNG", transparency=transparency)).pixels
+        image = Image.new("P", (3, 1))
+        image.putpalette([*RED, *GREEN, *BLUE])
+        image.putdata([0, 1, 2])
+        pixels = decode(encode(image, "PNG", transparency=transparency)).pixels
         assert pixels[0].tolist() == [[*RED], [*WHITE], [*BLUE]]
 
     @pytest.mark.parametrize(
         ("mode", "colors", "transparent"), [("L", (9, 90), 90), ("RGB", (RED, GREEN), GREEN)]
     )
     def test_a_single_transparent_color_is_white(self, mode: str, colors: Any, transparent: Any) -> None:
-        picture = Image.new(mode, (2, 1))
-        picture.putdata(colors)
-        pixels = decode(encode(picture, "PNG", transparency=transparent)).pixels
+        image = Image.new(mode, (2, 1))
+        image.putdata(colors)
+        pixels = decode(encode(image, "PNG", transparency=transparent)).pixels
         assert pixels[0, 1].tolist() == [*WHITE]
         assert pixels[0, 0].tolist() == ([9, 9, 9] if mode == "L" else [*RED])
 
@@ -459,7 +464,7 @@ class TestAlphaOnWhite:
         self, color_type: int, channels: int
     ) -> None:
         values = np.full((1, 2, channels), 100 * 257, np.uint16)
-        values[0, 1] = 40_000  # not twice the same byte
+        values[0, 1] = 40_000  # two different bytes
         pixels = decode(png16(values, color_type, struct.pack(">H", 40_000) * channels)).pixels
         assert pixels[0].tolist() == [[100, 100, 100], [*WHITE]]
 
@@ -480,34 +485,34 @@ class TestAlphaOnWhite:
         assert (decode(bytes(broken)).pixels == pixels).all()
 
 
-class TestClaimed:
-    """How much room a picture takes is known before it is decoded."""
+class TestDeclaredPixels:
+    """The number of pixels is known before an image is decoded."""
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
-    def test_it_is_what_comes_out(self, kind: str, stored: Pixels) -> None:
-        data = encode(Image.fromarray(stored), kind)
-        assert claimed(data) == 16 * 32 == decode(data).pixels.size / 3
+    def test_it_is_the_number_of_decoded_pixels(self, kind: str, quarters: Pixels) -> None:
+        data = encode(Image.fromarray(quarters), kind)
+        assert declared_pixels(data) == 16 * 32 == decode(data).pixels.size / 3
 
-    def test_it_is_the_same_whichever_way_is_up(self, stored: Pixels) -> None:
+    def test_it_does_not_depend_on_the_orientation(self, quarters: Pixels) -> None:
         exif = Image.Exif()
         exif[ORIENTATION_TAG] = 6
-        data = encode(Image.fromarray(stored), "JPEG", exif=exif)
-        assert claimed(data) == decode(data).pixels.size / 3
+        data = encode(Image.fromarray(quarters), "JPEG", exif=exif)
+        assert declared_pixels(data) == decode(data).pixels.size / 3
 
 
-@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("orientation", TO_UPRIGHT)
 @pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), ("PNG", "LA"), ("WEBP", "RGBA")])
-def test_a_tall_translucent_picture_is_whole_although_it_is_laid_on_white_in_parts(
+def test_a_tall_translucent_image_is_flattened_strip_by_strip_without_seams(
     kind: str, mode: str, orientation: int
 ) -> None:
     noise = np.random.default_rng(2).integers(0, 256, (601, 5, 4), dtype=np.uint8)
-    picture, exif = Image.fromarray(noise).convert(mode), Image.Exif()
+    image, exif = Image.fromarray(noise).convert(mode), Image.Exif()
     exif[ORIENTATION_TAG] = orientation
-    rgba = np.asarray(picture.convert("RGBA"), np.float64)
+    rgba = np.asarray(image.convert("RGBA"), np.float64)
     alpha = rgba[..., 3:] / 255
-    white = UPRIGHT[orientation](np.round(rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8))
+    white = TO_UPRIGHT[orientation](np.round(rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8))
     expected = white.astype(np.int16)  # so that differences may be negative
-    decoded = decode(encode(picture, kind, exif=exif, lossless=True, exact=True))
+    decoded = decode(encode(image, kind, exif=exif, lossless=True, exact=True))
     assert_allclose(decoded.pixels, expected, atol=1)
     assert decoded.pixels.flags.c_contiguous
 
@@ -517,7 +522,7 @@ def test_a_tall_translucent_picture_is_whole_although_it_is_laid_on_white_in_par
 def test_an_animation_is_its_first_frame(kind: str, alpha: int) -> None:
     first, second = Image.new("RGBA", (4, 2), (*RED, 255)), Image.new("RGBA", (4, 2), (*BLUE, 255))
     first.putpixel((3, 1), (*GREEN, alpha))
-    more = {"save_all": True, "append_images": [second], "lossless": True}
+    save_options = {"save_all": True, "append_images": [second], "lossless": True}
     expected = np.full((2, 4, 3), RED, np.uint8)
     expected[1, 3] = GREEN if alpha else WHITE
-    assert_array_equal(decode(encode(first, kind, **more)).pixels, expected)
+    assert_array_equal(decode(encode(first, kind, **save_options)).pixels, expected)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import ImageTooLarge
-from gradcam_worker.gradcam.decoding.decode import Decoded, Limits, claimed, decode
+from gradcam_worker.gradcam.decoding.decode import Decoded, Limits, declared_pixels, decode
 from gradcam_worker.gradcam.explain import check_channels
 from gradcam_worker.gradcam.imaging.overlay import fit
 from gradcam_worker.gradcam.network import NetworkFacts
@@ -100,7 +100,7 @@ class FetchedImage:
             JobTimeout: The deadline passed while other images held the budget.
         """
         services = self._services
-        pixels = claimed(self._fetched.data, services.limits)
+        pixels = declared_pixels(self._fetched.data, services.limits)
         with services.budgets.pixels.reserve(pixels, self._deadline) as reservation:
             decoded = decode(self._fetched.data, services.limits)
             image = DecodedImage(_record(self._fetched, decoded), decoded, reservation)

@@ -1,4 +1,4 @@
-"""Image bytes become pixels: one reader for the structure of each format; decoders get nothing but pixels.
+"""Image bytes to pixels. Each format has a reader of its file structure; decoders receive only pixel data.
 
 Begin at `decode.decode`.
 """

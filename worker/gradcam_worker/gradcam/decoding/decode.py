@@ -1,8 +1,8 @@
-"""Bytes -> pixels, guarded: the only way to an image decoder.
+"""Image bytes to pixels, with limits: the only caller of image decoders.
 
-Everything that can be refused by its header is refused by its header, before a decoder allocates
-anything: a 48-byte GIF can claim 900 million pixels. OpenCV itself refuses more than 2^28 pixels, see
-`gradcam_worker.gradcam`, and for what memory is still too short there is an error of its own.
+Images that are too large are refused by their header, before a decoder allocates memory: a GIF of 48 bytes
+can claim 900 million pixels. OpenCV itself refuses more than 2^28 pixels, see `gradcam_worker.gradcam`. Too
+little memory for an image within the limits is an `InternalError`, not a damaged image.
 """
 
 import io
@@ -24,27 +24,25 @@ from gradcam_worker.errors import (
     UnsupportedMediaType,
 )
 from gradcam_worker.gradcam.decoding import alpha, bmp_file, gif_file, jpeg_file, png_file, webp_file
-from gradcam_worker.gradcam.decoding.exif import upright
-from gradcam_worker.gradcam.decoding.structure import BMP, GIF, JPEG, PNG, WEBP, Damage, Stored
+from gradcam_worker.gradcam.decoding.exif import make_upright
+from gradcam_worker.gradcam.decoding.structure import BMP, GIF, JPEG, PNG, WEBP, Damage, Pixels, StoredImage
 from gradcam_worker.text.short_repr import short_repr
 
-Pixels = NDArray[np.uint8]
-
-# Pillow loads its readers when they are first needed; one that cannot be loaded then, because memory is
-# short, is missing for as long as the process lives.
-_READERS = (GifImagePlugin, PngImagePlugin, WebPImagePlugin)
-_FORMATS: tuple[tuple[tuple[bytes, ...], Callable[[bytes], Stored]], ...] = (  # first bytes, reader
+# Imported now: Pillow loads its readers on first use, and one that fails to load then, for lack of memory,
+# is missing for the rest of the process.
+_PRELOADED = (GifImagePlugin, PngImagePlugin, WebPImagePlugin)
+_READERS: tuple[tuple[tuple[bytes, ...], Callable[[bytes], StoredImage]], ...] = (  # first bytes, reader
     ((jpeg_file.SIGNATURE,), jpeg_file.read),
     ((png_file.SIGNATURE,), png_file.read),
     (gif_file.SIGNATURES, gif_file.read),
     ((bmp_file.SIGNATURE,), bmp_file.read),
 )
-_PILLOWS = {GIF: "GIF", PNG: "PNG"}
-CMYK = 4  # components of a JPEG
-BYTES_PER_PIXEL = 16  # that decoding takes at most, measured: a lossless WebP with alpha. It leaves 3
-SPARE_BYTES = 32 * 1024**2  # that decoders may want besides, for threads and tables
-CMYK_ROWS = 256  # that become RGB at once
-_LOOKS_LIKE = (
+_PILLOW_FORMATS = {GIF: "GIF", PNG: "PNG"}
+CMYK_COMPONENTS = 4  # of a JPEG
+BYTES_PER_PIXEL = 16  # peak while decoding, measured with a lossless WebP with alpha; 3 remain
+SPARE_BYTES = 32 * 1024**2  # that decoders may need in addition, for threads and tables
+CMYK_STRIP_ROWS = 256  # converted to RGB at a time
+_OTHER_FORMATS = (
     (b"\x89PNG", "a PNG that was transferred as text, which changed its bytes"),
     (b"%PDF", "a PDF document"),
     (b"II*\x00", "a TIFF image"),
@@ -57,99 +55,125 @@ _LOOKS_LIKE = (
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a picture may be before it is decoded, and how much of it may be missing."""
+    """The limits on images.
 
-    max_pixels: int = 64_000_000  # width x height: 192 MB as RGB
-    max_side: int = 32_767  # pixels; OpenCV and most formats end at 2^15 or 2^16
-    max_damage: float = 0.05  # the share of a picture that is missing, at which it is refused
+    Attributes:
+        max_pixels: Largest width x height; the default takes 192 MB as RGB.
+        max_side: Longest side in pixels; OpenCV and most formats are limited to 2^15 or 2^16.
+        max_damage: The missing share of an image from which on it is refused.
+    """
+
+    max_pixels: int = 64_000_000
+    max_side: int = 32_767
+    max_damage: float = 0.05
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A picture as the eye sees it."""
+    """A decoded, upright image."""
 
-    pixels: NDArray[np.uint8]  # (height, width, 3) RGB, upright
+    pixels: NDArray[np.uint8]  # (height, width, 3) RGB
     media_type: str
-    damage: Damage | None = None  # less of it is missing than the limits allow
+    damage: Damage | None = None  # less than the limits forbid
 
     __repr__ = short_repr
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width), upright."""
+        """(height, width)."""
         height, width, _ = self.pixels.shape
         return height, width
 
 
 def decode(data: bytes, limits: Limits | None = None) -> Decoded:
-    """Image bytes -> RGB pixels (height, width, 3): upright by EXIF, alpha laid on white, first frame.
+    """Decode an image: upright by EXIF, alpha flattened on white, the first frame of an animation.
 
-    16-bit, grey, palette and CMYK images become 8-bit RGB. The same bytes give the same pixels, whatever
-    they are wanted for: a JPEG is never decoded at a part of its size.
+    16-bit, grey, palette and CMYK images become 8-bit RGB. The same bytes always give the same pixels: a JPEG
+    is never decoded at a reduced size.
 
-    Raises UnsupportedMediaType, ImagePixelsExceeded, ImageDecodeFailed, and InternalError where the memory
-    is too short just now.
+    Args:
+        data: A JPEG, PNG, WebP, GIF or BMP file.
+        limits: Largest size and damage; None: the defaults.
+
+    Returns:
+        The pixels (height, width, 3), uint8, RGB, and what is missing of them.
+
+    Raises:
+        UnsupportedMediaType: The format is not supported.
+        ImagePixelsExceeded: The image is larger than the limits.
+        ImageDecodeFailed: It is damaged.
+        InternalError: There is too little memory at present.
     """
     limits = limits or Limits()
-    with _memory_permitting(data, limits):
-        stored = _read(data, limits)
-        pixels, damage = _decoded(stored, limits)
+    with _memory_errors(data, limits):
+        stored = _read_structure(data, limits)
+        pixels, damage = _decode_stored(stored, limits)
         _check_damage(stored, damage, limits)
-        return Decoded(upright(_on_canvas(pixels, stored), stored.orientation), stored.media_type, damage)
+        return Decoded(
+            make_upright(_place_on_canvas(pixels, stored), stored.orientation), stored.media_type, damage
+        )
 
 
-def claimed(data: bytes, limits: Limits | None = None) -> int:
-    """How many pixels `decode` would hold, as the header claims.
+def declared_pixels(data: bytes, limits: Limits | None = None) -> int:
+    """Read the number of pixels that `decode` would return from the header.
 
-    Each of them takes up to BYTES_PER_PIXEL while it is decoded and 3 bytes afterwards.
+    Each pixel takes up to `BYTES_PER_PIXEL` bytes while it is decoded and 3 bytes afterwards.
 
-    Raises UnsupportedMediaType, ImagePixelsExceeded, ImageDecodeFailed, InternalError, as `decode` does.
+    Args:
+        data: A JPEG, PNG, WebP, GIF or BMP file.
+        limits: Largest size; None: the defaults.
+
+    Returns:
+        Width x height.
+
+    Raises:
+        UnsupportedMediaType, ImagePixelsExceeded, ImageDecodeFailed, InternalError: As for `decode`.
     """
     limits = limits or Limits()
-    with _memory_permitting(data, limits):
-        width, height = _read(data, limits).size
+    with _memory_errors(data, limits):
+        width, height = _read_structure(data, limits).size
         return width * height
 
 
 @contextmanager
-def _memory_permitting(data: bytes, limits: Limits) -> Iterator[None]:
-    """Tell damage from a want of memory, which decoders report in the same way, or as None.
+def _memory_errors(data: bytes, limits: Limits) -> Iterator[None]:
+    """Raise InternalError for lack of memory, which decoders report as damage, or by returning None.
 
-    Where there is no memory for the pixels that the header claims, nothing is known of the data.
+    If there is no memory for the pixels that the header claims, a decoder's verdict means nothing.
     """
     try:
         yield
     except MemoryError as error:
-        raise _short_of_memory() from error
+        raise _out_of_memory() from error
     except ImageDecodeFailed as error:
         try:
-            width, height = _read(data, limits).size
-            np.empty(width * height * BYTES_PER_PIXEL + SPARE_BYTES, np.uint8)  # not touched
+            width, height = _read_structure(data, limits).size
+            np.empty(width * height * BYTES_PER_PIXEL + SPARE_BYTES, np.uint8)  # reserved, never written
         except MemoryError:
-            raise _short_of_memory() from error
+            raise _out_of_memory() from error
         except GradcamError:
-            pass  # the header says enough
+            pass  # the header alone is invalid: the error stands
         raise
 
 
-def _short_of_memory() -> InternalError:
+def _out_of_memory() -> InternalError:
     return InternalError(
         "There is not enough memory to decode the image just now: give the worker more "
         "(GRADCAM_MEMORY_BYTES) or allow less at once (GRADCAM_MAX_PIXELS_IN_FLIGHT)."
     )
 
 
-def _read(data: bytes, limits: Limits) -> Stored:
-    """Read the file's structure only, and refuse what it claims where that is too much."""
-    readers = [reader for starts, reader in _FORMATS if data.startswith(starts)]
+def _read_structure(data: bytes, limits: Limits) -> StoredImage:
+    """Read the structure of a file, and refuse an image that is larger than the limits."""
+    readers = [reader for starts, reader in _READERS if data.startswith(starts)]
     if webp_file.is_webp(data):
         readers.append(webp_file.read)
     if not readers:
-        kinds = ", ".join(sorted(kind.removeprefix("image/") for kind in (JPEG, PNG, WEBP, GIF, BMP)))
-        message = f"Received {_describe(data)}, not an image in a format read here: {kinds}."
+        formats = ", ".join(sorted(kind.removeprefix("image/") for kind in (JPEG, PNG, WEBP, GIF, BMP)))
+        message = f"Received {_describe(data)}, not an image in a supported format: {formats}."
         raise UnsupportedMediaType(message)
     stored = readers[0](data)
-    for width, height in (stored.size, stored.frame or stored.size):
+    for width, height in (stored.size, stored.frame_size or stored.size):
         if not width * height:
             message = f"The {stored.media_type} data are damaged: they claim {width} x {height} pixels."
             raise ImageDecodeFailed(message)
@@ -158,14 +182,14 @@ def _read(data: bytes, limits: Limits) -> Stored:
 
 
 def _describe(data: bytes) -> str:
-    """What these bytes look like, for the error message."""
+    """What the data look like, for the error message."""
     if not data:
         return "an empty file"
     if data.lstrip()[:1] == b"<":
         return "a page of HTML or XML"
     if data[4:8] == b"ftyp":
         return f"an ISO media file ({data[8:12].decode('ascii', 'replace')})"
-    for start, name in _LOOKS_LIKE:
+    for start, name in _OTHER_FORMATS:
         if data.startswith(start):
             return name
     return f"{len(data)} bytes that start with {data[:8].hex(' ')}"
@@ -173,82 +197,85 @@ def _describe(data: bytes) -> str:
 
 def _check_size(width: int, height: int, limits: Limits) -> None:
     if width * height > limits.max_pixels or max(width, height) > limits.max_side:
-        message = f"The image claims {width} x {height} pixels; {_allowed(limits)}."
+        message = f"The image claims {width} x {height} pixels; {_describe_limits(limits)}."
         raise ImagePixelsExceeded(message)
 
 
-def _allowed(limits: Limits) -> str:
+def _describe_limits(limits: Limits) -> str:
     return f"at most {limits.max_pixels:,} pixels and {limits.max_side:,} a side are allowed"
 
 
-def _check_damage(stored: Stored, damage: Damage | None, limits: Limits) -> None:
+def _check_damage(stored: StoredImage, damage: Damage | None, limits: Limits) -> None:
     if damage and damage.share > 0 and damage.share >= limits.max_damage:
         allowed = f"less than {limits.max_damage:.1%} may" if limits.max_damage else "nothing may"
         message = (
             f"The {stored.media_type} data are damaged: {damage.what}. About {damage.share:.1%} of the "
-            f"picture is missing; {allowed} be (GRADCAM_MAX_IMAGE_DAMAGE)."
+            f"image is missing; {allowed} be (GRADCAM_MAX_IMAGE_DAMAGE)."
         )
         raise ImageDecodeFailed(message)
 
 
-def _decoded(stored: Stored, limits: Limits) -> tuple[Pixels, Damage | None]:
-    """The first frame (height, width, 3), on white, as it is stored, and what it lacks."""
+def _decode_stored(stored: StoredImage, limits: Limits) -> tuple[Pixels, Damage | None]:
+    """The first frame (height, width, 3), flattened but not yet upright, and its damage."""
     kind = stored.media_type
     if kind == JPEG:
-        return _jpeg(stored)
+        return _decode_jpeg(stored)
     if kind == WEBP:
         flags = cv2.IMREAD_UNCHANGED if stored.translucent else cv2.IMREAD_COLOR_RGB
-        pixels = _by_opencv(stored, flags)
-        return alpha.on_white(pixels) if stored.translucent else pixels, stored.damage
+        pixels = _decode_by_opencv(stored, flags)
+        return alpha.flatten_on_white(pixels) if stored.translucent else pixels, stored.damage
     if kind == PNG:
-        return _png(stored)
+        return _decode_png(stored)
     if kind == BMP:
-        return _bmp(stored, limits), stored.damage
-    return _by_pillow(stored), stored.damage
+        return _decode_bmp(stored, limits), stored.damage
+    return _decode_by_pillow(stored), stored.damage
 
 
-def _jpeg(stored: Stored) -> tuple[Pixels, Damage | None]:
-    """What libjpeg says of the data is an error where that is wanted: so it is known of which picture."""
+def _decode_jpeg(stored: StoredImage) -> tuple[Pixels, Damage | None]:
+    """Decode a JPEG and measure its damage, if libjpeg complains about it."""
     damage = stored.damage
     try:
         try:
-            pixels = _by_libjpeg(stored, stored.data)
+            pixels = _decode_by_libjpeg(stored, stored.data)
         except ValueError as error:
-            stored, pixels, said = _without_padding(stored, str(error))
-            if said and not said.startswith(jpeg_file.HARMLESS):
-                junk = jpeg_file.with_junk
-                damage = jpeg_file.damage(
-                    stored.data, said, pixels, lambda: _by_libjpeg(stored, junk(stored.data), blank=True)
+            stored, pixels, complaint = _decode_without_padding(stored, str(error))
+            if complaint and not complaint.startswith(jpeg_file.HARMLESS):
+                insert_junk = jpeg_file.insert_junk
+                damage = jpeg_file.measure_damage(
+                    stored.data,
+                    complaint,
+                    pixels,
+                    lambda: _decode_by_libjpeg(stored, insert_junk(stored.data), lenient=True),
                 )
     except ValueError as error:
-        if "subsampling" in str(error):  # of which libjpeg's simple interface knows the usual ones
-            return _by_opencv(stored), damage
+        if "subsampling" in str(error):  # simplejpeg supports only the usual ones
+            return _decode_by_opencv(stored), damage
         message = f"The image/jpeg data are damaged: {error}"
         raise ImageDecodeFailed(message) from error
-    return _from_cmyk(pixels) if stored.components == CMYK else pixels, damage
+    return _from_cmyk(pixels) if stored.components == CMYK_COMPONENTS else pixels, damage
 
 
-def _without_padding(stored: Stored, said: str) -> tuple[Stored, Pixels, str]:
-    """The file without what may be padding, its pixels, and what libjpeg still says of it, if anything."""
-    for data in jpeg_file.without_padding(stored.data, said):
+def _decode_without_padding(stored: StoredImage, complaint: str) -> tuple[StoredImage, Pixels, str]:
+    """The file without padding, its pixels, and the remaining complaint of libjpeg, or an empty string."""
+    for data in jpeg_file.strip_padding(stored.data, complaint):
         stored = replace(stored, data=data)
         try:
-            return stored, _by_libjpeg(stored, data), ""
+            return stored, _decode_by_libjpeg(stored, data), ""
         except ValueError as error:
-            said = str(error)
-    return stored, _by_libjpeg(stored, stored.data, blank=True), said
+            complaint = str(error)
+    return stored, _decode_by_libjpeg(stored, stored.data, lenient=True), complaint
 
 
-def _by_libjpeg(stored: Stored, data: bytes, *, blank: bool = False) -> Pixels:
-    """Raises ValueError for all that libjpeg says of the data.
+def _decode_by_libjpeg(stored: StoredImage, data: bytes, *, lenient: bool = False) -> Pixels:
+    """Decode a JPEG to RGB or CMYK. Raises ValueError with any complaint of libjpeg.
 
-    With `blank` it goes on, and leaves grey what it has no data for. It does not say where it has to give
-    up, and would then leave in the picture what was in memory before.
+    With `lenient`, complaints are ignored. libjpeg does not report where it gives up, and leaves the rest of
+    the buffer as it was; so the buffer is filled with grey before.
     """
-    (width, height), colors = stored.size, "CMYK" if stored.components == CMYK else "RGB"
-    into = np.full((height, width, len(colors)), jpeg_file.GREY, np.uint8) if blank else None
+    (width, height), colors = stored.size, "CMYK" if stored.components == CMYK_COMPONENTS else "RGB"
+    buffer = np.full((height, width, len(colors)), jpeg_file.GREY, np.uint8) if lenient else None
     pixels = simplejpeg.decode_jpeg(
-        data, colors, fastdct=False, fastupsample=False, buffer=into, strict=not blank
+        data, colors, fastdct=False, fastupsample=False, buffer=buffer, strict=not lenient
     )
     if pixels.shape != (height, width, len(colors)):
         message = f"its header claims {width} x {height} pixels, and it holds {pixels.shape}"
@@ -256,87 +283,87 @@ def _by_libjpeg(stored: Stored, data: bytes, *, blank: bool = False) -> Pixels:
     return np.asarray(pixels, np.uint8)
 
 
-def _from_cmyk(stored: Pixels) -> Pixels:
-    """(height, width, 4), each inverted, as Adobe stores it and everybody else -> RGB."""
-    pixels = np.empty((*stored.shape[:2], 3), np.uint8)
-    for top in range(0, len(stored), CMYK_ROWS):
-        rows = stored[top : top + CMYK_ROWS].astype(np.int32)
+def _from_cmyk(cmyk: Pixels) -> Pixels:
+    """Convert inverted CMYK (height, width, 4), as all programs store it, to RGB (height, width, 3)."""
+    pixels = np.empty((*cmyk.shape[:2], 3), np.uint8)
+    for top in range(0, len(cmyk), CMYK_STRIP_ROWS):
+        rows = cmyk[top : top + CMYK_STRIP_ROWS].astype(np.int32)
         black = rows[..., 3:]
-        pixels[top : top + CMYK_ROWS] = black - ((255 - rows[..., :3]) * black >> 8)
+        pixels[top : top + CMYK_STRIP_ROWS] = black - ((255 - rows[..., :3]) * black >> 8)
     return pixels
 
 
-def _png(stored: Stored) -> tuple[Pixels, Damage | None]:
-    by = _by_pillow if stored.translucent else _by_opencv
+def _decode_png(stored: StoredImage) -> tuple[Pixels, Damage | None]:
+    decoder = _decode_by_pillow if stored.translucent else _decode_by_opencv
     if png_file.has_deep_transparent_color(stored):
-        by = _with_transparent_color
-    if stored.damage is None and png_file.whole(stored):
+        decoder = _decode_deep_transparent_color
+    if stored.damage is None and png_file.has_valid_checksums(stored):
         try:
-            return by(stored), stored.damage
-        except ImageDecodeFailed:  # the chunks are as they were written, and what they hold is not
+            return decoder(stored), stored.damage
+        except ImageDecodeFailed:  # the checksums are right, but the contents are not
             pass
-    stored = png_file.mended(stored)
-    return by(stored), stored.damage
+    stored = png_file.repair(stored)
+    return decoder(stored), stored.damage
 
 
-def _with_transparent_color(stored: Stored) -> Pixels:
-    """By OpenCV, which compares all 16 bits of a channel: Pillow compares 8."""
-    return alpha.on_white(_by_opencv(stored, cv2.IMREAD_UNCHANGED))
+def _decode_deep_transparent_color(stored: StoredImage) -> Pixels:
+    """Decode by OpenCV, which compares 16 bits of each channel with the transparent colour; Pillow 8."""
+    return alpha.flatten_on_white(_decode_by_opencv(stored, cv2.IMREAD_UNCHANGED))
 
 
-def _bmp(stored: Stored, limits: Limits) -> Pixels:
+def _decode_bmp(stored: StoredImage, limits: Limits) -> Pixels:
     if stored.damage:
-        _check_damage(stored, stored.damage, limits)  # before memory is taken for what is not there
-        stored = bmp_file.mended(stored)
+        _check_damage(stored, stored.damage, limits)  # before memory is allocated for missing pixels
+        stored = bmp_file.fill_with_zeros(stored)
     if not bmp_file.has_masks(stored):
-        return _by_opencv(stored)
-    pixels = bmp_file.by_masks(stored)
-    return alpha.on_white(pixels) if stored.translucent else pixels
+        return _decode_by_opencv(stored)
+    pixels = bmp_file.decode_masked(stored)
+    return alpha.flatten_on_white(pixels) if stored.translucent else pixels
 
 
-def _by_opencv(stored: Stored, flags: int = cv2.IMREAD_COLOR_RGB) -> Pixels:
+def _decode_by_opencv(stored: StoredImage, flags: int = cv2.IMREAD_COLOR_RGB) -> Pixels:
     kind = stored.media_type
     try:
         pixels = cv2.imdecode(np.frombuffer(stored.data, np.uint8), flags)
     except cv2.error as error:
         message = f"The {kind} data are damaged: {error.err or error}"
         raise ImageDecodeFailed(message) from error
-    width, height = stored.frame or stored.size
+    width, height = stored.frame_size or stored.size
     channels = 4 if flags == cv2.IMREAD_UNCHANGED else 3
     if pixels is None or pixels.shape != (height, width, channels):
         message = f"The {kind} data are damaged ({len(stored.data):,} bytes received)."
         raise ImageDecodeFailed(message)
     if pixels.dtype == np.uint16:
-        pixels >>= 8  # in place, as there may be many
+        pixels >>= 8  # in place, to save memory
     return np.asarray(pixels, np.uint8)
 
 
-def _by_pillow(stored: Stored) -> Pixels:
-    """On white where it is translucent: OpenCV would drop alpha.
+def _decode_by_pillow(stored: StoredImage) -> Pixels:
+    """Decode by Pillow, flattened on white: OpenCV would drop alpha.
 
-    OpenCV also takes a GIF of large areas in one colour for damaged.
+    OpenCV also rejects a GIF with large areas of one colour as damaged.
     """
     kind = stored.media_type
     try:
-        picture = Image.open(io.BytesIO(stored.data), formats=[_PILLOWS[kind]])
-        picture.load()
-        return alpha.on_white(picture)
+        image = Image.open(io.BytesIO(stored.data), formats=[_PILLOW_FORMATS[kind]])
+        image.load()
+        return alpha.flatten_on_white(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         message = f"The image's header claims too many pixels ({error})"
         raise ImagePixelsExceeded(message) from error
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's readers raise whatever the damage leads them to
+    except Exception as error:  # Pillow's readers raise anything for damaged data
         message = f"The {kind} data are damaged: {error}"
         raise ImageDecodeFailed(message) from error
 
 
-def _on_canvas(frame: Pixels, stored: Stored) -> Pixels:
-    """What the first frame leaves out is transparent, so white."""
-    if stored.frame in {None, stored.size}:
+def _place_on_canvas(frame: Pixels, stored: StoredImage) -> Pixels:
+    """The first frame (height, width, 3) on a white canvas: what it leaves out is transparent."""
+    if stored.frame_size in {None, stored.size}:
         return frame
-    (left, top), (width, height) = stored.place, stored.size
-    whole = np.full((height, width, 3), 255, np.uint8)
-    part = whole[top : top + len(frame), left : left + frame.shape[1]]
-    part[:] = frame[: len(part), : part.shape[1]]
-    return whole
+    (left, top), (width, height) = stored.offset, stored.size
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    covered = canvas[top : top + len(frame), left : left + frame.shape[1]]
+    covered[:] = frame[: len(covered), : covered.shape[1]]
+    return canvas
