@@ -21,7 +21,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.explain import Explanation, Prediction, explain_image
-from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, fit, grey, overlay
+from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, fit, overlay, to_grey
 from gradcam_worker.gradcam.report import page
 from gradcam_worker.testing import TinyNetwork
 
@@ -187,7 +187,7 @@ class TestPicture:
         reader.open(made)
         reader.find("threshold").send_keys(Keys.ARROW_RIGHT * 60)
         assert reader.text("#threshold-value") == ["60 % of the peak"]
-        shown, levels = photo_of(made), grey(seen.heatmaps[0], photo_of(made).shape[:2])
+        shown, levels = photo_of(made), to_grey(seen.heatmaps[0], photo_of(made).shape[:2])
         expected = np.where((levels < 0.6 * 255)[..., None], shown, overlay(shown, seen.heatmaps[0]))
         clear = abs(levels - 0.6 * 255) > 1  # a level more or less decides at the border
         assert 0.5 < (levels < 0.6 * 255).mean() < 0.99

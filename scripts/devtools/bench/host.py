@@ -26,7 +26,7 @@ from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.classes import DATA, imagenet
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.explain import Explanation, explain_pixels
-from gradcam_worker.gradcam.imaging.overlay import ENCODING, Base, fit
+from gradcam_worker.gradcam.imaging.overlay import ENCODER_OPTIONS, OverlayBase, fit
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
 from gradcam_worker.images.fetch import Fetched
 from gradcam_worker.images.prepare import DecodedImage
@@ -127,7 +127,7 @@ def photo(width: int, height: int) -> bytes:
     large = cv2.resize(shipped, (width, height), interpolation=cv2.INTER_CUBIC)
     noise = np.random.default_rng(SEED).normal(0, NOISE, large.shape)
     noisy = np.clip(np.rint(large + noise), 0, 255).astype(np.uint8)
-    return bytes(cv2.imencode(".jpg", noisy, ENCODING["jpeg"])[1].tobytes())
+    return bytes(cv2.imencode(".jpg", noisy, ENCODER_OPTIONS["jpeg"])[1].tobytes())
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Case:
         def floor() -> None:
             cv2.imdecode(raw, cv2.IMREAD_COLOR_RGB)
             for overlay in overlays:
-                cv2.imencode(".jpg", overlay, ENCODING["jpeg"])
+                cv2.imencode(".jpg", overlay, ENCODER_OPTIONS["jpeg"])
 
         def ours() -> None:
             run_job(job, services, JobContext(Deadline(job.timeout_s), lambda _: None))
@@ -167,8 +167,8 @@ class Case:
 
     def overlays(self) -> list[Pixels]:
         """In BGR."""
-        base = Base(decode(self.data).pixels, bgr=True)
-        return [base.lay(heatmap) for heatmap in self.explanation().shown]
+        base = OverlayBase(decode(self.data).pixels, bgr=True)
+        return [base.draw(heatmap) for heatmap in self.explanation().shown]
 
     def explanation(self) -> Explanation:
         """What the network sees in it."""

@@ -26,8 +26,8 @@ from gradcam_worker.gradcam.classes import DATA, caption
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.imaging.animation import animate, as_frame
 from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, Pixels, encode, overlay
-from gradcam_worker.gradcam.imaging.region import hot_box, with_box, with_contour
-from gradcam_worker.gradcam.imaging.sheet import as_tile, framed, in_rows, sheet
+from gradcam_worker.gradcam.imaging.region import draw_box, draw_contour, hot_box
+from gradcam_worker.gradcam.imaging.sheet import arrange_in_rows, as_tile, sheet, with_title
 from gradcam_worker.gradcam.network import Network
 from gradcam_worker.gradcam.report import page
 from gradcam_worker.inference.model_cache import ModelCache
@@ -88,12 +88,12 @@ def overlay_styles() -> bytes:
     if box is None:
         message = "The heatmap is dark: there is nothing to frame."
         raise ValueError(message)
-    contour = with_contour(tiles[0][1], heatmap, THRESHOLD)
+    contour = draw_contour(tiles[0][1], heatmap, THRESHOLD)
     tiles += [
         ("jet, contour", contour),
-        ("jet, box", with_box(tiles[0][1], box)),
-        ("jet, contour, box", with_box(contour, box)),
-        ("alpha 0, contour, box", with_box(with_contour(photo, heatmap, THRESHOLD), box)),
+        ("jet, box", draw_box(tiles[0][1], box)),
+        ("jet, contour, box", draw_box(contour, box)),
+        ("alpha 0, contour, box", draw_box(draw_contour(photo, heatmap, THRESHOLD), box)),
     ]
     return _jpeg(tiles)
 
@@ -103,7 +103,7 @@ def animation() -> bytes:
     seen = explained("astronaut", *ASTRONAUT[:4])
     photo = as_frame(seen.picture, FRAME_EDGE, len(seen.explained))
     laid = [overlay(photo, heatmap) for heatmap in seen.shown]
-    frames = [framed(title, each) for title, each in zip(titles(seen), laid, strict=True)]
+    frames = [with_title(title, each) for title, each in zip(titles(seen), laid, strict=True)]
     return animate(frames, kind="gif", frame_s=FRAME_S)
 
 
@@ -164,7 +164,7 @@ def _shot(written: bytes) -> bytes:
 
 
 def _jpeg(tiles: list[tuple[str, Pixels]]) -> bytes:
-    return encode(sheet(in_rows(tiles)))
+    return encode(sheet(arrange_in_rows(tiles)))
 
 
 MAKERS: dict[str, Callable[[], bytes]] = {

@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.overlay import (
     COLORMAPS,
-    LONGEST,
+    MAX_SIDES,
     MEDIA_TYPES,
-    Base,
+    OverlayBase,
     colors,
     encode,
     enlarge,
     fit,
-    grey,
     overlay,
-    within_edge,
+    shrink_to_edge,
+    to_grey,
 )
 
 Pixels = NDArray[np.uint8]
@@ -39,14 +39,14 @@ def ramp(*values: float) -> NDArray[np.float32]:
 
 class TestFit:
     @pytest.mark.parametrize("source", [(1, 1), (3, 200), (200, 3), (16, 24), (40, 60), (7, 5)])
-    def test_any_picture_is_squashed_to_the_size_asked_for(self, source: tuple[int, int]) -> None:
+    def test_any_image_is_resized_to_the_requested_size(self, source: tuple[int, int]) -> None:
         fitted = fit(plain((10, 20, 30), *source), (16, 24))
         assert_array_equal(fitted, plain((10, 20, 30), 16, 24))
         assert fitted.dtype == np.uint8
 
     def test_shrinking_takes_the_mean_of_the_area(self) -> None:
         pixels = np.zeros((8, 8, 3), np.uint8)
-        pixels[::4, ::4] = 160  # one pixel of sixteen: taking the nearest, or four, sees 0, 40 or 160
+        pixels[::4, ::4] = 160  # one pixel of sixteen: nearest or bilinear sampling would give 0, 40 or 160
         assert_array_equal(fit(pixels, (2, 2)), plain((10, 10, 10), 2, 2))
 
     def test_enlarging_is_bilinear(self) -> None:
@@ -58,7 +58,7 @@ class TestFit:
         pixels[:2, 1] = 200
         assert fit(pixels, (2, 4))[..., 0].tolist() == [[0, 50, 150, 200], [0, 0, 0, 0]]
 
-    def test_the_picture_stays_as_it_was(self) -> None:
+    def test_the_image_is_not_changed(self) -> None:
         pixels = plain(RED, 5, 5)
         fit(pixels, (2, 2))[:] = 0
         fit(pixels, (5, 5))[:] = 0
@@ -117,32 +117,32 @@ class TestOverlay:
         bgr = cv2.applyColorMap(levels, COLORMAPS[colormap] or 0)
         assert_array_equal(colored, cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
 
-    def test_the_numbers_are_enlarged_and_not_the_colors(self) -> None:
+    def test_the_values_are_enlarged_and_not_the_colors(self) -> None:
         between = overlay(plain(WHITE, 1, 5), ramp(0, 1), alpha=1)[0, 2]
         assert between[1] > 200  # halfway, jet is green; halfway between its end colours it is dark purple
 
-    def test_colors_and_picture_are_blended_by_alpha(self) -> None:
-        picture, heatmap = plain((200, 100, 50), 2, 2), np.ones((2, 2), np.float32)
+    def test_colors_and_image_are_blended_by_alpha(self) -> None:
+        image, heatmap = plain((200, 100, 50), 2, 2), np.ones((2, 2), np.float32)
         blended = 0.4 * np.array([128, 0, 0]) + 0.6 * np.array([200, 100, 50])
-        assert_allclose(overlay(picture, heatmap), np.broadcast_to(blended, (2, 2, 3)), atol=0.51)
-        assert_array_equal(overlay(picture, heatmap, alpha=0), picture)
-        assert_array_equal(picture, plain((200, 100, 50), 2, 2))
+        assert_allclose(overlay(image, heatmap), np.broadcast_to(blended, (2, 2, 3)), atol=0.51)
+        assert_array_equal(overlay(image, heatmap, alpha=0), image)
+        assert_array_equal(image, plain((200, 100, 50), 2, 2))
 
     @pytest.mark.parametrize("size", [(1, 1), (3, 50), (375, 500)])
-    def test_it_has_the_size_of_the_picture(self, size: tuple[int, int]) -> None:
-        laid = overlay(plain(WHITE, *size), np.eye(7, dtype=np.float32))
-        assert laid.shape == (*size, 3)
-        assert laid.dtype == np.uint8
+    def test_it_has_the_size_of_the_image(self, size: tuple[int, int]) -> None:
+        drawn = overlay(plain(WHITE, *size), np.eye(7, dtype=np.float32))
+        assert drawn.shape == (*size, 3)
+        assert drawn.dtype == np.uint8
 
 
-def by_the_formula(pixels: Pixels, heatmap: NDArray[np.float32], alpha: float, colormap: str) -> Any:
-    """An overlay in float64, each step written out, rounded once where it is coloured and never again."""
+def reference_overlay(pixels: Pixels, heatmap: NDArray[np.float32], alpha: float, colormap: str) -> Any:
+    """An overlay in float64, which is rounded only to choose the colour. Returns its levels, too."""
     large = heatmap.astype(np.float64)
     for axis, length in enumerate(pixels.shape[:2]):
         cells = large.shape[axis]
-        places = (np.arange(length) + 0.5) * cells / length - 0.5
-        low = np.clip(np.floor(places), 0, cells - 1).astype(int)
-        share = np.clip(places - low, 0, 1).reshape((-1, 1) if axis == 0 else (1, -1))
+        positions = (np.arange(length) + 0.5) * cells / length - 0.5
+        low = np.clip(np.floor(positions), 0, cells - 1).astype(int)
+        share = np.clip(positions - low, 0, 1).reshape((-1, 1) if axis == 0 else (1, -1))
         after = np.minimum(low + 1, cells - 1)
         large = large.take(low, axis) * (1 - share) + large.take(after, axis) * share
     levels = np.rint(255 * large * heatmap.max() / large.max()).astype(int)
@@ -151,29 +151,29 @@ def by_the_formula(pixels: Pixels, heatmap: NDArray[np.float32], alpha: float, c
 
 @pytest.mark.parametrize("alpha", [0, 0.25, 0.4, 0.77, 1])
 @pytest.mark.parametrize(("size", "colormap"), [((40, 50), "jet"), ((611, 517), "viridis"), ((7, 7), "grey")])
-def test_one_base_takes_many_heatmaps_each_within_a_level_of_the_formula(
+def test_one_base_draws_many_heatmaps_each_within_a_level_of_the_reference(
     alpha: float, size: tuple[int, int], colormap: str, noise: Callable[..., Pixels]
 ) -> None:
     pixels = noise(*size)
-    base, swapped = (Base(pixels, alpha=alpha, colormap=colormap, bgr=bgr) for bgr in (False, True))
-    kept, original = np.empty_like(pixels), pixels.copy()
+    base, bgr_base = (OverlayBase(pixels, alpha=alpha, colormap=colormap, bgr=bgr) for bgr in (False, True))
+    buffer, original = np.empty_like(pixels), pixels.copy()
     for seed in range(3):
         heatmap = np.random.default_rng(seed).random((7, 7), np.float32)
-        levels, expected = by_the_formula(pixels, heatmap, alpha, colormap)
-        drawn = grey(heatmap, size)
-        assert np.abs(drawn - levels).max() <= 1
-        same = drawn == levels  # where rounding chose the next of the 256 colours, that may be another colour
-        assert same.mean() > 0.99
-        laid = base.lay(heatmap, into=kept)
-        assert laid is kept
-        assert np.abs(laid - expected)[same].max() <= 1
-        assert_array_equal(swapped.lay(heatmap)[..., ::-1], laid)
+        levels, expected = reference_overlay(pixels, heatmap, alpha, colormap)
+        grey = to_grey(heatmap, size)
+        assert np.abs(grey - levels).max() <= 1
+        equal = grey == levels  # where rounding chooses the next of the 256 colours, the overlay differs
+        assert equal.mean() > 0.99
+        drawn = base.draw(heatmap, out=buffer)
+        assert drawn is buffer
+        assert np.abs(drawn - expected)[equal].max() <= 1
+        assert_array_equal(bgr_base.draw(heatmap)[..., ::-1], drawn)
     assert_array_equal(pixels, original)
 
 
 def test_a_dark_heatmap_has_the_coldest_color_everywhere() -> None:
-    laid = overlay(plain(WHITE, 9, 9), np.zeros((7, 7), np.float32), alpha=1)
-    assert_array_equal(laid, plain((0, 0, 128), 9, 9))
+    drawn = overlay(plain(WHITE, 9, 9), np.zeros((7, 7), np.float32), alpha=1)
+    assert_array_equal(drawn, plain((0, 0, 128), 9, 9))
 
 
 def test_bgr_pixels_are_encoded_as_they_are(noise: Callable[..., Pixels]) -> None:
@@ -194,7 +194,7 @@ class TestEncoding:
 
 
 def test_a_grey_heatmap_has_one_channel_and_its_peak_is_white() -> None:
-    drawn = grey(ramp(0, 0.5, 1), (6, 9))
+    drawn = to_grey(ramp(0, 0.5, 1), (6, 9))
     assert drawn.shape == (6, 9)
     assert (drawn.min(), drawn.max()) == (0, 255)
     assert_array_equal(decode(encode(drawn, "png")).pixels[..., 0], drawn)
@@ -210,10 +210,10 @@ def test_a_grey_heatmap_has_one_channel_and_its_peak_is_white() -> None:
         ((1, 999), 16, (1, 16)),
     ],
 )
-def test_a_picture_is_shrunk_to_its_edge_and_never_enlarged(
+def test_an_image_is_shrunk_to_its_edge_and_never_enlarged(
     size: tuple[int, int], edge: int | None, expected: tuple[int, int]
 ) -> None:
-    assert within_edge(plain(RED, *size), edge).shape == (*expected, 3)
+    assert shrink_to_edge(plain(RED, *size), edge).shape == (*expected, 3)
 
 
 def test_every_colormap_runs_from_its_first_color_to_its_last() -> None:
@@ -225,6 +225,6 @@ def test_every_colormap_runs_from_its_first_color_to_its_last() -> None:
 
 
 def test_every_format_takes_as_long_a_picture_as_it_is_said_to() -> None:
-    for kind, longest in LONGEST.items():
+    for kind, longest in MAX_SIDES.items():
         data = np.frombuffer(encode(plain(RED, 1, longest), kind), np.uint8)
         assert np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR)).shape == (1, longest, 3)

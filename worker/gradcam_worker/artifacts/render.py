@@ -103,7 +103,7 @@ def _render(
         yield _report(job_id, method, image, seen)
     elif spec.format == "png":
         for index, (explained, heatmap) in enumerate(zip(seen.explained, seen.shown, strict=True)):
-            grey = overlay.grey(heatmap, decoded.size)
+            grey = overlay.to_grey(heatmap, decoded.size)
             yield _picture(file_name("heatmap", explained, "png"), grey, "png", "heatmap", index)
     else:
         facts = {"dtype": "float32", "shape": seen.heatmaps.shape}
@@ -112,16 +112,16 @@ def _render(
 
 
 def _overlays(spec: OverlaySpec, decoded: Decoded, seen: Explanation, boxes: Boxes) -> Iterator[Piece]:
-    edge = min(spec.max_edge or overlay.LONGEST[spec.format], overlay.LONGEST[spec.format])
-    photo = overlay.within_edge(decoded.pixels, edge)
-    base = overlay.Base(photo, alpha=spec.alpha, colormap=spec.colormap, bgr=True)
+    edge = min(spec.max_edge or overlay.MAX_SIDES[spec.format], overlay.MAX_SIDES[spec.format])
+    photo = overlay.shrink_to_edge(decoded.pixels, edge)
+    base = overlay.OverlayBase(photo, alpha=spec.alpha, colormap=spec.colormap, bgr=True)
     whole = np.empty_like(photo)  # the same for every class: it is encoded before the next is laid
     for index, (explained, heatmap) in enumerate(zip(seen.explained, seen.shown, strict=True)):
-        laid = base.lay(heatmap, into=whole)
+        laid = base.draw(heatmap, out=whole)
         if spec.contour:
-            laid = region.with_contour(laid, heatmap, spec.threshold)
+            laid = region.draw_contour(laid, heatmap, spec.threshold)
         if spec.box and (box := boxes[spec.threshold][index]):
-            laid = region.with_box(laid, region.shrunk(box, decoded.size, (laid.shape[0], laid.shape[1])))
+            laid = region.draw_box(laid, region.scale_box(box, decoded.size, (laid.shape[0], laid.shape[1])))
         name = file_name("overlay", explained, overlay.EXTENSIONS[spec.format])
         yield _picture(name, laid, spec.format, "overlay", index, bgr=True)
 
@@ -129,13 +129,13 @@ def _overlays(spec: OverlaySpec, decoded: Decoded, seen: Explanation, boxes: Box
 def _grid(spec: GridSpec, decoded: Decoded, seen: Explanation) -> Piece:
     """The figure that the notebook drew: no larger than it is shown, whatever the photo's size."""
     photo = sheet.as_tile(decoded.pixels)
-    drawn = sheet.sheet(sheet.in_rows([("photo", photo), *_titled(spec, photo, seen)]))
+    drawn = sheet.sheet(sheet.arrange_in_rows([("photo", photo), *_titled(spec, photo, seen)]))
     return _picture(f"grid.{overlay.EXTENSIONS[spec.format]}", drawn, spec.format, "grid", None)
 
 
 def _animation(spec: AnimationSpec, decoded: Decoded, seen: Explanation) -> Piece:
     photo = animation.as_frame(decoded.pixels, spec.max_edge, len(seen.explained))
-    frames = [sheet.framed(title, laid) for title, laid in _titled(spec, photo, seen)]
+    frames = [sheet.with_title(title, laid) for title, laid in _titled(spec, photo, seen)]
     data = animation.animate(frames, kind=spec.format, frame_s=spec.frame_s)
     facts = {"width": frames[0].shape[1], "height": frames[0].shape[0]}
     media_type = animation.MEDIA_TYPES[spec.format]
@@ -144,9 +144,9 @@ def _animation(spec: AnimationSpec, decoded: Decoded, seen: Explanation) -> Piec
 
 def _titled(spec: GridSpec | AnimationSpec, photo: overlay.Pixels, seen: Explanation) -> Iterator[sheet.Tile]:
     """The overlay of each explained class, and what class that is."""
-    base = overlay.Base(photo, alpha=spec.alpha, colormap=spec.colormap)
+    base = overlay.OverlayBase(photo, alpha=spec.alpha, colormap=spec.colormap)
     for one, heatmap in zip(seen.explained, seen.shown, strict=True):
-        yield caption(one.id, one.name, one.probability), base.lay(heatmap)
+        yield caption(one.id, one.name, one.probability), base.draw(heatmap)
 
 
 def _report(job_id: str, method: MethodSpec, photo: DecodedImage, seen: Explanation) -> Piece:

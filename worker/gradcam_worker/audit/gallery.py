@@ -28,8 +28,8 @@ from gradcam_worker.audit.statistics import (
 from gradcam_worker.errors import GradcamError, InvalidInput, InvalidRow
 from gradcam_worker.gradcam.classes import percent
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
-from gradcam_worker.gradcam.imaging.html import filled, in_base64
-from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, enlarge, within_edge
+from gradcam_worker.gradcam.imaging.html import fill_template, to_base64
+from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, enlarge, shrink_to_edge
 from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.images.prepare import ImageFetcher
 from gradcam_worker.resilience.deadline import Deadline
@@ -115,7 +115,7 @@ def gallery(
         raise InvalidInput(message + "show fewer classes, or fewer images of each.")
     data = _data(found, chosen, complete=complete)
     needed = {(one["uri"], one["sha256"]): one for one in pictures}  # an image may be of several classes
-    most = ((LIMIT - len(filled("gallery.html", data))) // len(needed) - AROUND) * 3 // 4
+    most = ((LIMIT - len(fill_template("gallery.html", data))) // len(needed) - AROUND) * 3 // 4
     places: dict[tuple[str, str], int] = {}
     for record, photo in _photos(list(needed.values()), images, limits, min(most, PHOTO_BYTES)):
         places[record["uri"], record["sha256"]] = len(places)
@@ -125,7 +125,7 @@ def gallery(
     for row, record in zip(shown, pictures, strict=True):
         row["photo"] = places[record["uri"], record["sha256"]]
     missing = Counter(photo["code"] for photo in data["photos"] if "code" in photo)
-    return Gallery(filled("gallery.html", data), len(chosen), len(pictures), missing, complete)
+    return Gallery(fill_template("gallery.html", data), len(chosen), len(pictures), missing, complete)
 
 
 def _photos(
@@ -157,12 +157,12 @@ def _photo(
     with decoding:
         pixels = decode(data, limits).pixels
         for edge in EDGES:
-            small = within_edge(pixels, edge)
+            small = shrink_to_edge(pixels, edge)
             swapped = cv2.cvtColor(small, cv2.COLOR_RGB2BGR)
             jpeg = cv2.imencode(".jpg", swapped, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
             if len(jpeg) <= most:
                 height, width, _ = small.shape
-                return {"jpeg": in_base64(jpeg), "width": width, "height": height}
+                return {"jpeg": to_base64(jpeg), "width": width, "height": height}
     return {"code": "too_many_pictures", "detail": "On this page there is no room for it."}
 
 
@@ -187,7 +187,7 @@ def _data(found: ClassStatistics, chosen: Sequence[ClassSummary], *, complete: b
     def heatmap(values: NDArray[Any]) -> str:
         finite = np.nan_to_num(values.astype(np.float32))
         cells = enlarge(np.clip(finite, 0, 1), (rows, columns))
-        return in_base64(np.rint(cells * FULL).astype("<u2").tobytes())
+        return to_base64(np.rint(cells * FULL).astype("<u2").tobytes())
 
     def row(kept: TopRow) -> dict[str, Any]:
         record, longer = kept.record, max(kept.record["width"], kept.record["height"])
@@ -211,7 +211,7 @@ def _data(found: ClassStatistics, chosen: Sequence[ClassSummary], *, complete: b
         "rows": rows,
         "columns": columns,
         "photos": [],
-        "colors": {name: in_base64(colors(name).tobytes()) for name in COLORMAPS},
+        "colors": {name: to_base64(colors(name).tobytes()) for name in COLORMAPS},
         "classes": [
             {
                 "id": one.id,

@@ -12,8 +12,8 @@ import numpy as np
 
 from gradcam_worker.gradcam.classes import percent
 from gradcam_worker.gradcam.explain import Explanation, Prediction
-from gradcam_worker.gradcam.imaging.html import filled, in_base64
-from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, Pixels, colors, enlarge, within_edge
+from gradcam_worker.gradcam.imaging.html import fill_template, to_base64
+from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, Pixels, colors, enlarge, shrink_to_edge
 
 LIMIT = 1_000_000  # bytes of a page: small enough for a mail
 CELLS = 120_000  # of all heatmaps together: 320 KB of the page; 50 classes may have 48 x 48 each
@@ -37,12 +37,12 @@ def page(
     made smaller first, as an overlay would.
     """
     data = _data(seen, pixels, name, facts) | _meaning(method)
-    rest = len(filled("report.html", {**data, "photo": ""}))
+    rest = len(fill_template("report.html", {**data, "photo": ""}))
     for photo in _photos(pixels):
-        data["photo"] = f"data:image/jpeg;base64,{in_base64(photo)}"
+        data["photo"] = f"data:image/jpeg;base64,{to_base64(photo)}"
         if rest + len(data["photo"]) < LIMIT:
             break
-    return filled("report.html", data)
+    return fill_template("report.html", data)
 
 
 def _data(seen: Explanation, pixels: Pixels, name: str, facts: Mapping[str, str]) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def _data(seen: Explanation, pixels: Pixels, name: str, facts: Mapping[str, str]
         "title": _shortened(f"{seen.network.name} · {name}"),
         "rows": rows,
         "columns": columns,
-        "heatmaps": in_base64(np.rint(heatmaps * FULL).astype("<u2").tobytes()),
+        "heatmaps": to_base64(np.rint(heatmaps * FULL).astype("<u2").tobytes()),
         "explained": [
             {
                 **_class(one),
@@ -65,7 +65,7 @@ def _data(seen: Explanation, pixels: Pixels, name: str, facts: Mapping[str, str]
             for index, one in enumerate(seen.explained)
         ],
         "predictions": [_class(one) for one in seen.predictions],
-        "colors": {colormap: in_base64(colors(colormap).tobytes()) for colormap in COLORMAPS},
+        "colors": {colormap: to_base64(colors(colormap).tobytes()) for colormap in COLORMAPS},
         "facts": [[str(label), _shortened(str(value))] for label, value in facts.items()],
     }
 
@@ -118,7 +118,7 @@ def _photos(pixels: Pixels) -> Iterator[bytes]:
     short, long = sorted(pixels.shape[:2])
     for area in PIXELS:
         edge = min(int((area * long / short) ** 0.5), SIDE)
-        swapped = cv2.cvtColor(within_edge(pixels, edge), cv2.COLOR_RGB2BGR)
+        swapped = cv2.cvtColor(shrink_to_edge(pixels, edge), cv2.COLOR_RGB2BGR)
         for quality in QUALITIES:
             yield cv2.imencode(".jpg", swapped, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 

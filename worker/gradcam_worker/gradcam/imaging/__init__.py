@@ -1,1 +1,1 @@
-"""Heatmaps become pictures: overlays, boxes and contours, grids, animations. Begin at `overlay`."""
+"""Images of heatmaps: overlays, boxes and contours, sheets, animations. Begin at `overlay`."""

@@ -1,7 +1,7 @@
-"""A template and its data -> one HTML page that needs nothing else, and that no text of a job can change.
+"""Self-contained HTML pages, made of a template and data. No text in the data can inject HTML.
 
-The data travel in one JSON block, in which no character means anything to HTML, and reach the page as text.
-The page's policy names its own style and script by their hashes, so that nothing else would run.
+The data are one JSON block, in which all characters that mean something in HTML are escaped; the page inserts
+them as text. Its content security policy allows only its own style and script, by their hashes.
 """
 
 import base64
@@ -15,28 +15,37 @@ from typing import Any
 from gradcam_worker.gradcam.classes import DATA
 
 
-def filled(template: str, data: Mapping[str, Any]) -> bytes:
-    """The page in UTF-8. JSON leaves nothing but ASCII, and three characters of it mean something."""
-    before, after = _around(template)
+def fill_template(template: str, data: Mapping[str, Any]) -> bytes:
+    """Fill a template with data.
+
+    Args:
+        template: The name of a file in `data/`.
+        data: What the page's script reads, as JSON.
+
+    Returns:
+        The page, in UTF-8.
+    """
+    # JSON is ASCII already; these three characters mean something in HTML.
+    before, after = _split_template(template)
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    for sign in "<>&":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
     return f"{before}{text}{after}".encode()
 
 
-def in_base64(data: bytes) -> str:
-    """Bytes as the page's script takes them."""
+def to_base64(data: bytes) -> str:
+    """Encode bytes for the script of a page."""
     return base64.b64encode(data).decode()
 
 
 @lru_cache
-def _around(template: str) -> tuple[str, str]:
-    """A template before and after its data; where it asks for them, with the functions that draw heatmaps."""
+def _split_template(template: str) -> tuple[str, str]:
+    """The parts of a template before and after its data, with the shared script for heatmaps inserted."""
     text = (DATA / template).read_text(encoding="utf-8")
     text = text.replace("@HEATMAP@\n", (DATA / "heatmap.js").read_text(encoding="utf-8"))
-    for tag, place in (("style", "@STYLE@"), ("script", "@SCRIPT@")):
+    for tag, placeholder in (("style", "@STYLE@"), ("script", "@SCRIPT@")):
         block = re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
         digest = hashlib.sha256(block[1].encode() if block else b"").digest()
-        text = text.replace(place, f"'sha256-{in_base64(digest)}'", 1)
+        text = text.replace(placeholder, f"'sha256-{to_base64(digest)}'", 1)
     before, _, after = text.partition("@DATA@")
     return before, after

@@ -1,4 +1,4 @@
-"""Pixels -> network input; heatmap -> overlay; a picture -> bytes."""
+"""Network inputs, overlays of heatmaps, and the encoding of images."""
 
 import io
 from functools import lru_cache
@@ -24,28 +24,39 @@ COLORMAPS = {
 }
 MEDIA_TYPES = {"jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
-ENCODING = {  # chosen by `scripts/bench host`, which prints what others would take
+ENCODER_OPTIONS = {  # chosen with `scripts/bench host`, which measures alternatives
     "jpeg": [cv2.IMWRITE_JPEG_QUALITY, 90],
     "png": [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE],
 }
-WEBP = {"quality": 80, "method": 2}  # OpenCV's is 4: for a twelfth less it takes more than twice the time
-LONGEST = {"jpeg": 65_500, "png": 65_500, "webp": 16_383}  # pixels of a side that can be encoded
+WEBP_OPTIONS = {"quality": 80, "method": 2}  # method 4, OpenCV's, takes twice the time for 8 % fewer bytes
+MAX_SIDES = {"jpeg": 65_500, "png": 65_500, "webp": 16_383}  # longest side in pixels that can be encoded
 COLOR_RANK = 3  # (height, width, channels)
-MAX_CHANNELS = 4  # that OpenCV shrinks by area at once
-ENOUGH = 4  # times the size asked for, on both sides: a picture is halved while its half is that large
-STRIP = 65_536  # pixels that are coloured at once: with all that they are made of, under a megabyte
+MAX_OPENCV_CHANNELS = 4  # that OpenCV can shrink by area
+HALVING_MARGIN = 4  # an image is halved while half of it is at least 4 times the target size
+STRIP_PIXELS = 65_536  # coloured at a time: with all intermediate arrays less than 1 MB
 
 
 def fit(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """Squash a picture (height, width, 3) to a network's input `size` (height, width).
+    """Resize an image to the input size of a network, without keeping its proportions.
 
-    Shrinks with area interpolation (no aliasing), enlarges bilinearly. A picture that is larger than
-    `ENOUGH` times the size when it is halved is halved first, which is twice as fast or more, and a few
-    levels of 255 from the exact mean of each area at most; any other has the exact means.
+    It is shrunk by area interpolation, without aliasing, or enlarged bilinearly. A much larger image is
+    halved first, which is at least twice as fast; its levels then differ by a few of 255 from the exact means
+    of the areas.
+
+    Args:
+        pixels: (height, width, channels), uint8.
+        size: (height, width) in pixels.
+
+    Returns:
+        A new array (*size, channels), uint8.
     """
     height, width, channels = pixels.shape
-    halves = channels <= MAX_CHANNELS
-    while halves and min(height // size[0], width // size[1]) >= 2 * ENOUGH and height % 2 == width % 2 == 0:
+    can_halve = channels <= MAX_OPENCV_CHANNELS
+    while (
+        can_halve
+        and min(height // size[0], width // size[1]) >= 2 * HALVING_MARGIN
+        and height % 2 == width % 2 == 0
+    ):
         height, width = height // 2, width // 2
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
         pixels = pixels.reshape(height, width, channels)
@@ -53,37 +64,58 @@ def fit(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def enlarge(heatmap: Heatmap, size: tuple[int, int]) -> Heatmap:
-    """A heatmap (rows, columns) -> (height, width): half-pixel bilinear, the peak kept as it was."""
-    large, unit = _enlarged(heatmap, size)
-    return np.asarray(large * unit, np.float32)
+    """Enlarge a heatmap bilinearly, with half-pixel centres; its peak keeps its value.
+
+    Args:
+        heatmap: (rows, columns), float32.
+        size: (height, width).
+
+    Returns:
+        (height, width), float32.
+    """
+    large, factor = _enlarge_unscaled(heatmap, size)
+    return np.asarray(large * factor, np.float32)
 
 
-def _enlarged(
-    heatmap: Heatmap, size: tuple[int, int], into: Heatmap | None = None
+def _enlarge_unscaled(
+    heatmap: Heatmap, size: tuple[int, int], out: Heatmap | None = None
 ) -> tuple[Heatmap, np.float32]:
-    """A heatmap as large as it is shown, and by what it has yet to be multiplied to have its peak again."""
-    large = np.asarray(_resize(heatmap, size, into), np.float32)
+    """Enlarge a heatmap. Returns it with the factor that restores the value of its peak."""
+    large = np.asarray(_resize(heatmap, size, out), np.float32)
     peak = large.max()
     return large, heatmap.max() / peak if peak > 0 else np.float32(1)
 
 
-def _resize(image: Any, size: tuple[int, int], into: Any = None) -> Any:
-    """Shrink by area, so that nothing falls between two pixels; then enlarge bilinearly, `into` an array."""
+def _resize(image: Any, size: tuple[int, int], out: Any = None) -> Any:
+    """Shrink each side by area, or enlarge it bilinearly; into the array `out`, if it is given."""
     height, width = size
-    if image.ndim == COLOR_RANK and image.shape[2] > MAX_CHANNELS:
-        parts = [image[..., at : at + MAX_CHANNELS] for at in range(0, image.shape[2], MAX_CHANNELS)]
-        return np.concatenate([_resize(part, size) for part in parts], axis=2)
-    smaller = min(height, image.shape[0]), min(width, image.shape[1])
+    if image.ndim == COLOR_RANK and image.shape[2] > MAX_OPENCV_CHANNELS:
+        groups = [
+            image[..., first : first + MAX_OPENCV_CHANNELS]
+            for first in range(0, image.shape[2], MAX_OPENCV_CHANNELS)
+        ]
+        return np.concatenate([_resize(group, size) for group in groups], axis=2)
+    shrunk_size = min(height, image.shape[0]), min(width, image.shape[1])
     resized = image
-    for (high, wide), way, kept in ((smaller, cv2.INTER_AREA, None), (size, cv2.INTER_LINEAR, into)):
-        if resized.shape[:2] != (high, wide):
-            resized = cv2.resize(resized, (wide, high), kept, interpolation=way)
-    return resized.reshape(height, width, *image.shape[2:])  # OpenCV drops an axis of one channel
+    for (rows, columns), interpolation, target in (
+        (shrunk_size, cv2.INTER_AREA, None),
+        (size, cv2.INTER_LINEAR, out),
+    ):
+        if resized.shape[:2] != (rows, columns):
+            resized = cv2.resize(resized, (columns, rows), target, interpolation=interpolation)
+    return resized.reshape(height, width, *image.shape[2:])  # OpenCV drops the axis of a single channel
 
 
 @lru_cache
 def colors(colormap: str) -> Pixels:
-    """The 256 RGB colours of a colour map, (256, 1, 3)."""
+    """The RGB colours of a colour map.
+
+    Args:
+        colormap: A name from `COLORMAPS`.
+
+    Returns:
+        (256, 1, 3), uint8.
+    """
     ramp = np.arange(256, dtype=np.uint8).reshape(256, 1)
     code = COLORMAPS[colormap]
     if code is None:
@@ -92,62 +124,101 @@ def colors(colormap: str) -> Pixels:
 
 
 @lru_cache
-def _share_of_colors(colormap: str, alpha: float) -> Pixels:
-    """The colours of a colour map in RGB, `alpha` of each, (256, 1, 3)."""
+def _weigh_colors(colormap: str, alpha: float) -> Pixels:
+    """The RGB colours of a colour map, (256, 1, 3), multiplied by `alpha`."""
     return np.asarray(np.rint(alpha * colors(colormap)), np.uint8)
 
 
-class Base:
-    """A picture (height, width, 3) that many heatmaps are laid over, by one thread: its share is taken once.
+class OverlayBase:
+    """An image over which many heatmaps are drawn. Not thread-safe.
 
-    The colours' share is taken of the 256 colours, so that a heatmap costs a look-up and a sum for each
-    pixel. Both shares are rounded: a level is at most 1 away from that of the blend rounded once.
+    The image and the 256 colours are weighted once, so that each heatmap costs a look-up and a sum for each
+    pixel. Both are rounded: a level differs by at most 1 from that of a blend that is rounded once.
     """
 
     def __init__(
         self, pixels: Pixels, *, alpha: float = 0.4, colormap: str = "jet", bgr: bool = False
     ) -> None:
-        """`alpha` of colour, the rest picture. With `bgr`, what is laid is in the encoders' order."""
-        self._colors = _share_of_colors(colormap, alpha)
-        if bgr:
-            pixels, self._colors = (cv2.cvtColor(one, cv2.COLOR_RGB2BGR) for one in (pixels, self._colors))
-        self._share = cv2.convertScaleAbs(pixels, pixels if bgr else None, alpha=1 - alpha)
-        self._large = np.empty(pixels.shape[:2], np.float32)  # new memory costs more than what is done in it
+        """Weigh the image and the colours.
 
-    def lay(self, heatmap: Heatmap, *, into: Pixels | None = None) -> Pixels:
-        """A heatmap (rows, columns) in [0, 1] over the picture (height, width, 3), in a new array or `into`.
-
-        The floats are enlarged first, then coloured: a few rows at a time, which stay in the cache.
+        Args:
+            pixels: (height, width, 3), uint8, RGB.
+            alpha: The share of the colours, from 0 to 1.
+            colormap: A name from `COLORMAPS`.
+            bgr: Draw overlays in BGR, as encoders take them.
         """
-        height, width, _ = self._share.shape
-        large, unit = _enlarged(heatmap, (height, width), self._large)
-        laid = np.empty_like(self._share) if into is None else into
-        step = max(STRIP // width, 1)
+        self._weighted_colors = _weigh_colors(colormap, alpha)
+        if bgr:
+            pixels, self._weighted_colors = (
+                cv2.cvtColor(array, cv2.COLOR_RGB2BGR) for array in (pixels, self._weighted_colors)
+            )
+        self._weighted_image = cv2.convertScaleAbs(pixels, pixels if bgr else None, alpha=1 - alpha)
+        self._enlarged = np.empty(
+            pixels.shape[:2], np.float32
+        )  # allocated once: that costs more than the computation
+
+    def draw(self, heatmap: Heatmap, *, out: Pixels | None = None) -> Pixels:
+        """Draw a heatmap over the image. The values are enlarged first, then coloured.
+
+        Args:
+            heatmap: (rows, columns), float32, in [0, 1].
+            out: The array to draw into, (height, width, 3), uint8; None: a new one.
+
+        Returns:
+            (height, width, 3), uint8.
+        """
+        height, width, _ = self._weighted_image.shape
+        large, factor = _enlarge_unscaled(heatmap, (height, width), self._enlarged)
+        drawn = np.empty_like(self._weighted_image) if out is None else out
+        # A few rows at a time, whose intermediate arrays stay in the processor's cache.
+        step = max(STRIP_PIXELS // width, 1)
         for top in range(0, height, step):
             rows = slice(top, top + step)
-            levels = cv2.convertScaleAbs(large[rows], alpha=255 * float(unit))
-            cv2.add(cv2.applyColorMap(levels, self._colors), self._share[rows], laid[rows])
-        return laid
+            levels = cv2.convertScaleAbs(large[rows], alpha=255 * float(factor))
+            cv2.add(cv2.applyColorMap(levels, self._weighted_colors), self._weighted_image[rows], drawn[rows])
+        return drawn
 
 
 def overlay(pixels: Pixels, heatmap: Heatmap, *, alpha: float = 0.4, colormap: str = "jet") -> Pixels:
-    """Lay a heatmap (rows, columns) in [0, 1] over a picture (height, width, 3), at the picture's size.
+    """Draw a heatmap over an image, at the size of the image.
 
-    The floats are enlarged first, then coloured, then blended: `alpha` of colour, the rest picture.
+    The values are enlarged first, then coloured, then blended.
+
+    Args:
+        pixels: (height, width, 3), uint8, RGB.
+        heatmap: (rows, columns), float32, in [0, 1].
+        alpha: The share of the colours, from 0 to 1.
+        colormap: A name from `COLORMAPS`.
+
+    Returns:
+        (height, width, 3), uint8, RGB.
     """
-    return Base(pixels, alpha=alpha, colormap=colormap).lay(heatmap)
+    return OverlayBase(pixels, alpha=alpha, colormap=colormap).draw(heatmap)
 
 
-def grey(heatmap: Heatmap, size: tuple[int, int]) -> Pixels:
-    """A heatmap (rows, columns) in [0, 1] -> (height, width) uint8: 255 is the peak."""
-    large, unit = _enlarged(heatmap, size)
-    return np.asarray(cv2.convertScaleAbs(large, alpha=255 * float(unit)), np.uint8)
+def to_grey(heatmap: Heatmap, size: tuple[int, int]) -> Pixels:
+    """Draw a heatmap in grey.
+
+    Args:
+        heatmap: (rows, columns), float32, in [0, 1].
+        size: (height, width).
+
+    Returns:
+        (height, width), uint8; 255 stands for 1.
+    """
+    large, factor = _enlarge_unscaled(heatmap, size)
+    return np.asarray(cv2.convertScaleAbs(large, alpha=255 * float(factor)), np.uint8)
 
 
-def within_edge(pixels: Pixels, max_edge: int | None) -> Pixels:
-    """A picture whose longer side is at most `max_edge` pixels, in its own proportions; never enlarged.
+def shrink_to_edge(pixels: Pixels, max_edge: int | None) -> Pixels:
+    """Shrink an image in proportion, so that its longer side has at most `max_edge` pixels.
 
-    One that is no longer than that is returned as it is.
+    Args:
+        pixels: (height, width, 3), uint8.
+        max_edge: In pixels; None: any.
+
+    Returns:
+        The image itself, if it is small enough, or a smaller one.
     """
     height, width, _ = pixels.shape
     scale = min((max_edge or max(height, width)) / max(height, width), 1)
@@ -157,14 +228,22 @@ def within_edge(pixels: Pixels, max_edge: int | None) -> Pixels:
 
 
 def encode(pixels: Pixels, kind: str = "jpeg", *, bgr: bool = False) -> bytes:
-    """RGB (height, width, 3) or grey (height, width) -> bytes: JPEG, PNG or WebP, always the same bytes.
+    """Encode an image. The same pixels always give the same bytes.
 
-    With `bgr`, the pixels are in the order that encoders take, and need not be swapped.
+    Args:
+        pixels: (height, width, 3) RGB, or (height, width) grey; uint8.
+        kind: `jpeg`, `png` or `webp`.
+        bgr: The pixels are BGR, as encoders take them.
+
+    Returns:
+        The file.
     """
     if kind == "webp":
         file = io.BytesIO()
-        Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if bgr else pixels).save(file, kind, **WEBP)
+        Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if bgr else pixels).save(
+            file, kind, **WEBP_OPTIONS
+        )
         return file.getvalue()
-    swapped = pixels if bgr or pixels.ndim < COLOR_RANK else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    _, data = cv2.imencode(f".{EXTENSIONS[kind]}", swapped, ENCODING[kind])
+    bgr_pixels = pixels if bgr or pixels.ndim < COLOR_RANK else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    _, data = cv2.imencode(f".{EXTENSIONS[kind]}", bgr_pixels, ENCODER_OPTIONS[kind])
     return data.tobytes()

@@ -1,4 +1,4 @@
-"""The hot region of a heatmap: its box, its contour, and both drawn on a picture."""
+"""The hot region of a heatmap: its box, its contour, and drawing both on an image."""
 
 import math
 from functools import lru_cache
@@ -11,109 +11,131 @@ from gradcam_worker.gradcam.imaging.overlay import Heatmap, Pixels, enlarge
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom excluded
 
-SURELY = 1 - 1e-9  # of a level: what lies on it is not left out because of rounding
-JOINED = 2  # what a fill writes over 1
-LIGHT, DARK = (255, 255, 255), (0, 0, 0)  # a light line with a dark edge is seen on any picture
-LINE = 250  # the side of a square picture for each pixel of a line's width
+ROUNDING = 1 - 1e-9  # factor of the peak: values at the threshold must not be excluded by rounding
+FILLED = 2  # what a flood fill writes over 1
+LIGHT, DARK = (255, 255, 255), (0, 0, 0)  # a light line with a dark edge is visible on any image
+LINE_SHARE = 250  # a line is 1 pixel wide for each 250 pixels of a square image's side
 SUBPIXELS = 4  # bits: OpenCV takes points in sixteenths of a pixel
-SLACK = 0.1  # pixels: longer segments than the contour has points, since the joints of short ones show
+MAX_DEVIATION = 0.1  # of the drawn line from the contour, in pixels: the joints of short segments are visible
 
 
 def hot_box(heatmap: Heatmap, size: tuple[int, int], threshold: float) -> Box | None:
-    """Frame the region of a heatmap (rows, columns) that holds its peak, in a picture (height, width).
+    """Find the box around the region of a heatmap that contains its peak.
 
-    At the picture's size, the region is what hangs together, also across corners, of the pixels with at
-    least `threshold`, in (0, 1), of the peak; of several peaks the first in reading order counts. Zhou et al.
-    2016 (arXiv:1512.04150, section 3.2) take the largest region in its place. None: the heatmap is dark.
+    The region consists of the pixels of the enlarged heatmap that reach the threshold and are connected with
+    the peak, also across corners. Of several peaks the first in reading order counts. Zhou et al. 2016
+    (arXiv:1512.04150, section 3.2) take the largest region instead.
+
+    Args:
+        heatmap: (rows, columns), float32.
+        size: (height, width) of the image in pixels.
+        threshold: A share of the peak, in (0, 1).
+
+    Returns:
+        The box in pixels of the image; None where the heatmap is zero everywhere.
     """
-    smaller = min(heatmap.shape[0], size[0]), min(heatmap.shape[1], size[1])
-    cells = (heatmap if heatmap.shape == smaller else enlarge(heatmap, smaller)).astype(np.float64)
-    (down, rows), (across, columns) = _bilinear(smaller[0], size[0]), _bilinear(smaller[1], size[1])
-    values = down[rows] @ cells @ across[columns].T
-    peak = float(values.max()) * SURELY
+    rows, columns = min(heatmap.shape[0], size[0]), min(heatmap.shape[1], size[1])
+    cells = heatmap if heatmap.shape == (rows, columns) else enlarge(heatmap, (rows, columns))
+    cells = cells.astype(np.float64)
+    (down, ys), (across, xs) = _bilinear(rows, size[0]), _bilinear(columns, size[1])
+    values = down[ys] @ cells @ across[xs].T
+    peak = float(values.max()) * ROUNDING
     if not peak:
         return None
     level = threshold * peak
     hot = values >= level
-    between = _joints(hot)
-    for y, x in zip(*_saddles(hot), strict=True):
-        square = down[rows[y] : rows[y + 1] + 1] @ cells @ across[columns[x] : columns[x + 1] + 1].T >= level
-        between[2 * y + 1, 2 * x + 1] = _crossed(square if hot[y, x] else square[:, ::-1])
-    row, column = divmod(int((values >= peak).argmax()), len(columns))
-    _, _, _, (left, top, wide, high) = cv2.floodFill(between, None, (2 * column, 2 * row), JOINED, flags=8)
-    inside = between[::2, ::2] == JOINED
-    left, right = _reach(values, inside, columns, level, (left // 2, (left + wide) // 2))
-    top, bottom = _reach(values.T, inside.T, rows, level, (top // 2, (top + high) // 2))
+    connections = _connections(hot)
+    for row, column in zip(*_saddles(hot), strict=True):
+        weights = down[ys[row] : ys[row + 1] + 1], across[xs[column] : xs[column + 1] + 1]
+        patch = weights[0] @ cells @ weights[1].T >= level
+        connections[2 * row + 1, 2 * column + 1] = _is_connected(
+            patch if hot[row, column] else patch[:, ::-1]
+        )
+    row, column = divmod(int((values >= peak).argmax()), len(xs))
+    *_, (left, top, width, height) = cv2.floodFill(connections, None, (2 * column, 2 * row), FILLED, flags=8)
+    inside = connections[::2, ::2] == FILLED
+    left, right = _extent(values, inside, xs, level, (left // 2, (left + width) // 2))
+    top, bottom = _extent(values.T, inside.T, ys, level, (top // 2, (top + height) // 2))
     return left, top, right, bottom
 
 
 @lru_cache(maxsize=16)
 def _bilinear(cells: int, pixels: int) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """What each cell weighs in each pixel along one side of a picture (pixels, cells), and the corners.
+    """The weights of the cells along one side of an image (pixels, cells), and the corners of the patches.
 
-    Between the middles of four cells an enlarged heatmap is bilinear. So along each row and column of such a
-    patch it rises or falls all the way, and whatever has some level there hangs together with a corner of
-    the patch that has it too: the first and last pixels of the patches, 30 x 30 for 14 x 14 cells, tell what
-    a region is, however large the picture.
+    An enlarged heatmap is bilinear in the patch between the centres of four cells. So it is monotonic along
+    each row and column of the patch, and whatever reaches a level there is connected with a corner of the
+    patch that reaches it. The first and last pixels of the patches, 30 x 30 for 14 x 14 cells, are therefore
+    enough to find a region, however large the image.
     """
-    place = (np.arange(pixels) + 0.5) * cells / pixels - 0.5
-    distance = np.abs(np.clip(place, 0, cells - 1)[:, np.newaxis] - np.arange(cells))
-    last = np.flatnonzero(np.diff(np.floor(place)))  # of each patch but the last
+    positions = (np.arange(pixels) + 0.5) * cells / pixels - 0.5
+    distance = np.abs(np.clip(positions, 0, cells - 1)[:, np.newaxis] - np.arange(cells))
+    last = np.flatnonzero(np.diff(np.floor(positions)))  # of each patch but the last
     corners = np.unique(np.concatenate([[0], last, last + 1, [pixels - 1]]))
     return np.maximum(1 - distance, 0), corners
 
 
-def _joints(hot: NDArray[np.bool_]) -> Pixels:
-    """Hot corners (rows, columns), and between them what joins two, (2 rows - 1, 2 columns - 1)."""
-    between = np.zeros((2 * hot.shape[0] - 1, 2 * hot.shape[1] - 1), np.uint8)
-    between[::2, ::2] = hot
-    between[1::2, ::2] = hot[:-1] & hot[1:]
-    between[::2, 1::2] = hot[:, :-1] & hot[:, 1:]
-    return between
+def _connections(hot: NDArray[np.bool_]) -> Pixels:
+    """Hot corners (rows, columns) and the connections between them, (2 rows - 1, 2 columns - 1)."""
+    connections = np.zeros((2 * hot.shape[0] - 1, 2 * hot.shape[1] - 1), np.uint8)
+    connections[::2, ::2] = hot
+    connections[1::2, ::2] = hot[:-1] & hot[1:]
+    connections[::2, 1::2] = hot[:, :-1] & hot[:, 1:]
+    return connections
 
 
 def _saddles(hot: NDArray[np.bool_]) -> tuple[NDArray[np.intp], ...]:
-    """Where only two opposite corners are hot, rows and columns: pixels alone tell what lies between them."""
-    level = hot[:, :-1] == hot[:, 1:]
-    return np.nonzero((hot[:-1, :-1] == hot[1:, 1:]) & ~(level[:-1] | level[1:]))
+    """The rows and columns of patches with two opposite hot corners: only their pixels show a connection."""
+    equal = hot[:, :-1] == hot[:, 1:]
+    return np.nonzero((hot[:-1, :-1] == hot[1:, 1:]) & ~(equal[:-1] | equal[1:]))
 
 
-def _crossed(square: NDArray[np.bool_]) -> bool:
-    """Whether one can get from its first pixel to its last over hot ones, also across corners."""
-    filled = np.array(square, np.uint8, order="C")
-    cv2.floodFill(filled, None, (0, 0), JOINED, flags=8)
-    return bool(filled[-1, -1] == JOINED)
+def _is_connected(patch: NDArray[np.bool_]) -> bool:
+    """Whether hot pixels connect the first pixel of a patch with its last, also across corners."""
+    filled = np.array(patch, np.uint8, order="C")
+    cv2.floodFill(filled, None, (0, 0), FILLED, flags=8)
+    return bool(filled[-1, -1] == FILLED)
 
 
-def _reach(
+def _extent(
     values: NDArray[np.float64],
     inside: NDArray[np.bool_],
     corners: NDArray[np.intp],
     level: float,
     ends: tuple[int, int],
 ) -> tuple[int, int]:
-    """The first pixel of a region along the last axis, and the one behind its last.
+    """The first pixel of a region along the last axis, and the one after its last.
 
-    `ends` are its first and last corners. From a corner outside to the next one inside, values rise evenly:
-    `level` is reached on the way.
+    `ends` are its first and last corners. Between a corner outside and the next one inside, the values rise
+    linearly, and reach `level` on the way.
     """
 
-    def way(services: int, ending: int) -> int:
-        """Pixels from the corner outside to the first that is hot, in whichever row that comes first."""
-        there = inside[:, ending]
-        low, high = values[there, services], values[there, ending]
+    def pixels_to_level(outside: int, inner: int) -> int:
+        """The number of pixels from the corner outside to the first hot one, in any row."""
+        is_inside = inside[:, inner]
+        low, high = values[is_inside, outside], values[is_inside, inner]
         share = float(((level - low) / (high - low)).min())
-        return math.ceil(share * abs(int(corners[ending] - corners[services])))
+        return math.ceil(share * abs(int(corners[inner] - corners[outside])))
 
     first, last = ends
-    begin = int(corners[first - 1]) + way(first - 1, first) if first else 0
-    end = int(corners[last + 1]) - way(last + 1, last) if last + 1 < len(corners) else int(corners[last])
-    return begin, end + 1
+    begin = int(corners[first - 1]) + pixels_to_level(first - 1, first) if first else 0
+    if last + 1 < len(corners):
+        return begin, int(corners[last + 1]) - pixels_to_level(last + 1, last) + 1
+    return begin, int(corners[last]) + 1
 
 
-def shrunk(box: Box, size: tuple[int, int], smaller: tuple[int, int]) -> Box:
-    """A box in a picture of `size` (height, width) -> all pixels that it touches in a smaller one."""
-    (height, width), (rows, columns) = size, smaller
+def scale_box(box: Box, size: tuple[int, int], scaled_size: tuple[int, int]) -> Box:
+    """Scale a box to a smaller image.
+
+    Args:
+        box: In pixels.
+        size: (height, width) of the image.
+        scaled_size: (height, width) of the smaller image.
+
+    Returns:
+        The box of all pixels that it touches in the smaller image.
+    """
+    (height, width), (rows, columns) = size, scaled_size
     left, top, right, bottom = box
     return (
         left * columns // width,
@@ -123,10 +145,18 @@ def shrunk(box: Box, size: tuple[int, int], smaller: tuple[int, int]) -> Box:
     )
 
 
-def with_box(pixels: Pixels, box: Box) -> Pixels:
-    """A picture (height, width, 3) with a frame just inside a box, so that it shows at the edges too."""
+def draw_box(pixels: Pixels, box: Box) -> Pixels:
+    """Draw a frame just inside a box, so that it is visible at the edges of the image.
+
+    Args:
+        pixels: The image (height, width, 3), uint8.
+        box: In pixels of the image.
+
+    Returns:
+        A copy of the image with the frame.
+    """
     left, top, right, bottom = box
-    line, edge = _line(pixels)
+    line, edge = _line_width(pixels)
     drawn = pixels.copy()
     for inset, color in ((0, DARK), (edge, LIGHT), (edge + line, DARK), (2 * edge + line, None)):
         inside = np.s_[top + inset : max(bottom - inset, 0), left + inset : max(right - inset, 0)]
@@ -134,41 +164,55 @@ def with_box(pixels: Pixels, box: Box) -> Pixels:
     return drawn
 
 
-def with_contour(pixels: Pixels, heatmap: Heatmap, threshold: float) -> Pixels:
-    """A picture (height, width, 3) with the line where a heatmap (rows, columns) is `threshold` of its peak.
+def draw_contour(pixels: Pixels, heatmap: Heatmap, threshold: float) -> Pixels:
+    """Draw the contours of a heatmap on an image.
 
-    Every region is outlined, not only the one around the peak; at the picture's edges the line is open.
+    All regions are outlined, not only the one around the peak. At the edges of the image a contour is open.
+
+    Args:
+        pixels: The image (height, width, 3), uint8.
+        heatmap: (rows, columns), float32.
+        threshold: The level of the contours, as a share of the peak, in (0, 1).
+
+    Returns:
+        A copy of the image with the contours.
     """
-    line, edge = _line(pixels)
+    line, edge = _line_width(pixels)
     drawn = pixels.copy()
-    lines = contours(heatmap, (pixels.shape[0], pixels.shape[1]), threshold, beyond=line + 2 * edge)
-    points = [np.rint(one * 2**SUBPIXELS).astype(np.int32) for one in lines]
+    lines = contours(heatmap, (pixels.shape[0], pixels.shape[1]), threshold, margin=line + 2 * edge)
+    points = [np.rint(line * 2**SUBPIXELS).astype(np.int32) for line in lines]
     for color, width in ((DARK, line + 2 * edge), (LIGHT, line)):
         cv2.polylines(drawn, points, True, color, width, cv2.LINE_AA, SUBPIXELS)
     return drawn
 
 
 def contours(
-    heatmap: Heatmap, size: tuple[int, int], threshold: float, *, beyond: int = 1
+    heatmap: Heatmap, size: tuple[int, int], threshold: float, *, margin: int = 1
 ) -> list[NDArray[np.float32]]:
-    """Closed lines (points, 2) of x, y on the level `threshold` of the peak, at `size` (height, width).
+    """Find the contours of a heatmap.
 
-    A whole number is the middle of a pixel. Where a region touches the edge of the picture its line goes
-    on, `beyond` pixels outside.
+    Args:
+        heatmap: (rows, columns), float32.
+        size: (height, width) of the image in pixels.
+        threshold: The level of the contours, as a share of the peak, in (0, 1).
+        margin: Where a region touches the edge of the image, its contour runs this many pixels outside.
+
+    Returns:
+        Closed lines (points, 2) of x, y in pixels of the image; integers are the centres of pixels.
     """
     large = enlarge(heatmap, size)
     if not large.any():
         return []
     level = threshold * large.max()
-    wide = cv2.copyMakeBorder(large, beyond, beyond, beyond, beyond, cv2.BORDER_REPLICATE)
-    hot = (wide >= level).astype(np.uint8)
-    found, _ = cv2.findContours(hot, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    lines = [_on_level(points[:, 0], wide, level) - beyond for points in found]
-    return [cv2.approxPolyDP(one, SLACK, True)[:, 0] for one in lines]
+    padded = cv2.copyMakeBorder(large, margin, margin, margin, margin, cv2.BORDER_REPLICATE)
+    hot = (padded >= level).astype(np.uint8)
+    outlines, _ = cv2.findContours(hot, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    lines = [_on_level(points[:, 0], padded, level) - margin for points in outlines]
+    return [cv2.approxPolyDP(line, MAX_DEVIATION, True)[:, 0] for line in lines]
 
 
 def _on_level(points: NDArray[np.int32], values: Heatmap, level: float) -> NDArray[np.float32]:
-    """The outermost hot pixels (points, 2) -> the level itself: one step of Newton's, a pixel at most."""
+    """Move the outermost hot pixels (points, 2) to the level by one Newton step of at most a pixel."""
     x, y = points.T
     height, width = values.shape
     slope = np.stack(
@@ -183,7 +227,7 @@ def _on_level(points: NDArray[np.int32], values: Heatmap, level: float) -> NDArr
     return np.asarray(points - step * slope / steepness, np.float32)
 
 
-def _line(pixels: Pixels) -> tuple[int, int]:
-    """How wide a line is in a picture of this size, and each of its two edges."""
-    line = max(round((pixels.shape[0] * pixels.shape[1]) ** 0.5 / LINE), 1)
+def _line_width(pixels: Pixels) -> tuple[int, int]:
+    """The width of a line in an image of this size, and of each of its two edges, in pixels."""
+    line = max(round((pixels.shape[0] * pixels.shape[1]) ** 0.5 / LINE_SHARE), 1)
     return line, max(line // 2, 1)

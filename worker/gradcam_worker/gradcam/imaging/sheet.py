@@ -1,8 +1,8 @@
-"""Pictures with titles: in rows on one white sheet, or each in a frame of its own.
+"""Images with titles: in rows on one white sheet, or one by one.
 
-The titles' letters are those that OpenCV 5 brings along, the same on every machine: Latin, Greek, Cyrillic,
-Hebrew, Arabic, Chinese, Japanese and Korean. It writes `?` for a letter that it lacks, so a title in another
-script still says which class it is by its number.
+The font is part of OpenCV 5, so it is the same on every machine. It has Latin, Greek, Cyrillic, Hebrew,
+Arabic, Chinese, Japanese and Korean characters. OpenCV draws `?` for any other; the number in the title still
+identifies the class.
 """
 
 from bisect import bisect
@@ -14,106 +14,133 @@ import numpy as np
 
 from gradcam_worker.gradcam.imaging.overlay import Pixels, fit
 
-Tile = tuple[str, Pixels]  # a title and its picture
+Tile = tuple[str, Pixels]  # title and image
 
 COLUMNS = 3
-AREA = 480 * 360  # pixels of a picture on a sheet
-LONGEST = 720  # pixels of its longer side
-SHORTEST = 416  # pixels of its shorter side, at most: the root of its area
-NARROWEST = 240  # pixels: less leaves no room for a title
-REGULAR = 400  # weight of the letters
-KEPT = len("100.0 %")  # letters at the end of a title that are never cut
+TILE_AREA = 480 * 360  # in pixels
+MAX_TILE_SIDE = 720  # in pixels
+MAX_TILE_SHORT_SIDE = 416  # in pixels: the root of the area
+MIN_WIDTH = 240  # in pixels: less leaves no room for a title
+FONT_WEIGHT = 400  # regular
+KEPT_CHARACTERS = len("100.0 %")  # at the end of a title, which are never cut
 
 
-def in_rows(tiles: Sequence[Tile]) -> list[list[Tile]]:
-    """Titled pictures, `COLUMNS` a row."""
+def arrange_in_rows(tiles: Sequence[Tile]) -> list[list[Tile]]:
+    """Arrange tiles in rows of `COLUMNS`."""
     return [list(tiles[first : first + COLUMNS]) for first in range(0, len(tiles), COLUMNS)]
 
 
-def as_tile(pixels: Pixels, area: int = AREA) -> Pixels:
-    """A picture (height, width, 3) as large as it is shown on a sheet, in its own proportions.
+def as_tile(pixels: Pixels, area: int = TILE_AREA) -> Pixels:
+    """Resize an image in proportion to its size on a sheet.
 
-    Large and tiny ones get the same area, long and narrow ones less.
+    Args:
+        pixels: (height, width, 3), uint8.
+        area: In pixels; a long and narrow image gets less.
+
+    Returns:
+        The resized image, uint8.
     """
     height, width, _ = pixels.shape
-    scale = min((area / (height * width)) ** 0.5, LONGEST / max(height, width))
+    scale = min((area / (height * width)) ** 0.5, MAX_TILE_SIDE / max(height, width))
     return fit(pixels, (max(round(height * scale), 1), max(round(width * scale), 1)))
 
 
 def sheet(rows: Sequence[Sequence[Tile]]) -> Pixels:
-    """Rows of titled pictures, of any sizes -> one white sheet (height, width, 3).
+    """Draw rows of tiles on a white sheet.
 
-    All columns are as wide as the widest picture, a row as high as its highest.
+    All columns are as wide as the widest image; a row is as high as its highest one.
+
+    Args:
+        rows: Titles and images (height, width, 3), uint8, of any size.
+
+    Returns:
+        The sheet (height, width, 3), uint8.
     """
-    width = max(NARROWEST, *(picture.shape[1] for row in rows for _, picture in row))
-    size = letters(width)
-    gap = size
-    heights = [max(picture.shape[0] for _, picture in row) + bar(size) + gap for row in rows]
-    drawn = _white(sum(heights) + gap, max(map(len, rows)) * (width + gap) + gap)
+    width = max(MIN_WIDTH, *(image.shape[1] for row in rows for _, image in row))
+    letter_size = letter_height(width)
+    gap = letter_size
+    heights = [max(image.shape[0] for _, image in row) + title_height(letter_size) + gap for row in rows]
+    canvas = _white(sum(heights) + gap, max(map(len, rows)) * (width + gap) + gap)
     top = gap // 2
     for row, height in zip(rows, heights, strict=True):
-        for column, (title, picture) in enumerate(row):
+        for column, (title, image) in enumerate(row):
             left = gap + column * (width + gap)
-            _put(drawn, picture, top + bar(size), left)
-            _write(drawn, title, top, left, width, size)
+            _paste(canvas, image, top + title_height(letter_size), left)
+            _write(canvas, title, top, left, width, letter_size)
         top += height
-    return drawn
+    return canvas
 
 
-def framed(title: str, picture: Pixels) -> Pixels:
-    """A picture (height, width, 3) below its title; at least `NARROWEST` wide."""
-    width = max(picture.shape[1], NARROWEST)
-    size = letters(width)
-    margin = size // 2
-    drawn = _white(bar(size) + picture.shape[0], width)
-    _put(drawn, picture, bar(size), (width - picture.shape[1]) // 2)
-    _write(drawn, title, 0, margin, width - 2 * margin, size)
-    return drawn
+def with_title(title: str, image: Pixels) -> Pixels:
+    """Draw an image below its title.
+
+    Args:
+        title: Its title, which is shortened to one line.
+        image: (height, width, 3), uint8.
+
+    Returns:
+        (height, width, 3), uint8, at least `MIN_WIDTH` wide.
+    """
+    width = max(image.shape[1], MIN_WIDTH)
+    letter_size = letter_height(width)
+    margin = letter_size // 2
+    canvas = _white(title_height(letter_size) + image.shape[0], width)
+    _paste(canvas, image, title_height(letter_size), (width - image.shape[1]) // 2)
+    _write(canvas, title, 0, margin, width - 2 * margin, letter_size)
+    return canvas
 
 
-def letters(width: int) -> int:
-    """How high letters are above a picture that is so wide, in pixels."""
+def letter_height(width: int) -> int:
+    """The height in pixels of the letters of a title above an image of this width."""
     return max(width // 22, 14)
 
 
-def bar(size: int) -> int:
-    """How high the line of a title is, in pixels."""
-    return 2 * size
+def title_height(letter_size: int) -> int:
+    """The height in pixels of the line of a title with letters of this height."""
+    return 2 * letter_size
 
 
 def _white(height: int, width: int) -> Pixels:
     return np.full((height, width, 3), 255, np.uint8)
 
 
-def _put(drawn: Pixels, picture: Pixels, top: int, left: int) -> None:
-    drawn[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+def _paste(canvas: Pixels, image: Pixels, top: int, left: int) -> None:
+    canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
 
 
-def _write(drawn: Pixels, title: str, top: int, left: int, width: int, size: int) -> None:
-    """Write a title in black, in the middle of its line."""
-    text = shortened(title, width, size)
-    baseline = (left, top + (bar(size) + size * 7 // 10) // 2)  # capitals are 0.7 of `size` high
-    cv2.putText(drawn, text, baseline, (0, 0, 0), _font(), size, REGULAR)
+def _write(canvas: Pixels, title: str, top: int, left: int, width: int, letter_size: int) -> None:
+    """Write a title in black, centred vertically in its line."""
+    text = shorten(title, width, letter_size)
+    baseline = top + (title_height(letter_size) + letter_size * 7 // 10) // 2  # capitals are 0.7 as high
+    cv2.putText(canvas, text, (left, baseline), (0, 0, 0), _font(), letter_size, FONT_WEIGHT)
 
 
-def shortened(title: str, width: int, size: int) -> str:
-    """A title in one line of at most `width` pixels, in letters of `size`.
+def shorten(title: str, width: int, letter_size: int) -> str:
+    """Shorten a title to one line.
 
-    What is too much is taken out of the middle, so that a class keeps its number and its probability.
-    Line breaks and what else cannot be printed become spaces; half a surrogate pair would end the process.
+    It is cut in the middle, so that it keeps the number and the probability of a class. Line breaks and other
+    characters that cannot be printed become spaces; half a surrogate pair would crash OpenCV.
+
+    Args:
+        title: Any text.
+        width: Of the line, in pixels.
+        letter_size: Height of the letters, in pixels.
+
+    Returns:
+        The title, or its beginning, an ellipsis and its end.
     """
-    printable = (letter if letter.isprintable() else " " for letter in normalize("NFC", title))
+    printable = (character if character.isprintable() else " " for character in normalize("NFC", title))
     text = " ".join("".join(printable).split())
-    if _width(text, size) <= width:
+    if _width(text, letter_size) <= width:
         return text
-    head, tail = text[:-KEPT], text[-KEPT:]
+    head, tail = text[:-KEPT_CHARACTERS], text[-KEPT_CHARACTERS:]
     tail = f"… {tail.lstrip()}"
-    fitting = bisect(range(1, len(head)), width, key=lambda count: _width(head[:count] + tail, size))
-    return head[:fitting].rstrip() + tail
+    kept = bisect(range(1, len(head)), width, key=lambda count: _width(head[:count] + tail, letter_size))
+    return head[:kept].rstrip() + tail
 
 
-def _width(text: str, size: int) -> int:
-    left, _, width, _ = cv2.getTextSize((0, 0), text, (0, 0), _font(), size, REGULAR)
+def _width(text: str, letter_size: int) -> int:
+    left, _, width, _ = cv2.getTextSize((0, 0), text, (0, 0), _font(), letter_size, FONT_WEIGHT)
     return int(left + width)
 
 
