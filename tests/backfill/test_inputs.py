@@ -28,7 +28,7 @@ from gradcam_worker.operations import servers
 from gradcam_worker.schemas.job import ImageRef
 from gradcam_worker.schemas.shard import Row, parse
 from gradcam_worker.settings import Settings
-from gradcam_worker.storage.s3 import NEVER, S3
+from gradcam_worker.storage.s3 import NO_DEADLINE, S3
 
 A, B, C = "s3://photos/a.jpg", "https://example.com/b.jpg?size=1", "file:///photos/c%20d.jpg"
 SHA = "ab" * 32
@@ -453,7 +453,7 @@ class TestFolders:
         images = UriFetcher(settings, S3(settings))
         found = uris(str(tmp_path))
         assert len(found) == 2
-        assert [images.fetch(ImageRef(uri=uri), NEVER).data for uri in found] == [b"seen"] * 2
+        assert [images.fetch(ImageRef(uri=uri), NO_DEADLINE).data for uri in found] == [b"seen"] * 2
 
     def test_a_relative_folder_gives_whole_paths(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -518,7 +518,7 @@ class TestS3:
         ]
         assert len({row.version for row in found} - {None}) == 2
         images = UriFetcher(bucket, S3(bucket))
-        assert [images.fetch(ImageRef(uri=row.uri), NEVER).data for row in found] == [b"a", b"b"]
+        assert [images.fetch(ImageRef(uri=row.uri), NO_DEADLINE).data for row in found] == [b"a", b"b"]
 
     def test_what_only_stands_for_a_folder_is_no_row_and_a_key_may_hold_anything(
         self, monkeypatch: pytest.MonkeyPatch

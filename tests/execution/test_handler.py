@@ -392,7 +392,7 @@ def test_a_worker_without_keys_for_s3_charges_no_job_and_finishes_them_when_it_h
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/gradcam")
     monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://{http_server.host}")
-    monkeypatch.setattr("gradcam_worker.storage.credentials.AGAIN_S", 0)
+    monkeypatch.setattr("gradcam_worker.storage.credentials.RETRY_AFTER_S", 0)
     settings = Settings(s3_endpoint_url=f"http://{http_server.host}", output=tmp_path.as_uri())
     s3, harness = S3(settings), Harness()
     stores = Stores(settings, s3)

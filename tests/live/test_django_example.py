@@ -76,7 +76,9 @@ class Site:
 
     def manifests(self) -> int:
         """How many jobs have left something."""
-        return sum(one.key.endswith("manifest.json") for one in self.stage.s3.listed("results", "cams/"))
+        return sum(
+            one.key.endswith("manifest.json") for one in self.stage.s3.list_objects("results", "cams/")
+        )
 
     def post(self, body: str, headers: dict[str, str]) -> int:
         return httpx.post(f"{self.url}/gradcam/", content=body, headers=headers).status_code

@@ -191,7 +191,7 @@ def test_what_storage_says_in_its_own_threads_names_the_job(
     finally:
         ours.removeHandler(handler)
         ours.setLevel(level)
-    (said,) = [one for one in lines(log[1]) if "boto3 tries again" in one["message"]]
+    (said,) = [one for one in lines(log[1]) if one.get("event") == "obstore_failed"]
     assert said["job_id"] == "a"
 
 

@@ -32,8 +32,8 @@ from gradcam_worker.errors import (
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.retry import Retries
 from gradcam_worker.settings import Settings
-from gradcam_worker.storage.s3 import NEVER, S3, STORAGE, _both
-from gradcam_worker.storage.s3_errors import FAILED, InvalidBucket, InvalidListing
+from gradcam_worker.storage.s3 import NO_DEADLINE, S3, STORAGE, _try_both
+from gradcam_worker.storage.s3_errors import S3_ERRORS, InvalidBucket, InvalidListing
 from gradcam_worker.storage.stores import S3Store, Stores
 
 KEYS = {"s3_access_key_id": "testing", "s3_secret_access_key": "testing"}
@@ -144,7 +144,7 @@ class TestBothLibraries:
 
     def test_only_a_panic_is_taken_for_one(self) -> None:
         with pytest.raises(SystemExit):
-            _both("s3://a/b", sys.exit, lambda: None, STORAGE.start())
+            _try_both("s3://a/b", sys.exit, lambda: None, STORAGE.start())
 
     def test_a_bucket_of_an_unusual_name_is_left_to_boto3(
         self, http_server: Any, answer: Any, handed_over: Any
@@ -185,7 +185,7 @@ class TestBothLibraries:
         s3.client.meta.events.register("before-send.s3", refuse)
         with pytest.raises(InterruptedError):
             s3.client.get_object(Bucket=bucket, Key="a.jpg")
-        assert asked == [f"{s3._bucket(bucket).config['endpoint']}/a.jpg"]
+        assert asked == [f"{s3._obstore_bucket(bucket).config['endpoint']}/a.jpg"]
 
 
 class Raw:
@@ -241,7 +241,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\nLast-Modified: Mon, 02 Jan
 HEAD += b'ETag: "a"\r\n\r\n'
 
 
-def retries(seconds: float, deadline: Deadline = NEVER) -> Retries:
+def retries(seconds: float, deadline: Deadline = NO_DEADLINE) -> Retries:
     return replace(STORAGE, total_s=seconds).start(deadline)
 
 
@@ -273,7 +273,7 @@ class TestFaults:
     ) -> None:
         http_server.url("/results/a", answer(503, b"<Error><Code>SlowDown</Code></Error>"))
         s3 = local(http_server)
-        with pytest.raises(FAILED, match="SlowDown"):
+        with pytest.raises(S3_ERRORS, match="SlowDown"):
             s3.read("results", "a", retries(3))
         assert 3 <= len(http_server.received) <= 10, "with pauses that grow"
 
@@ -288,7 +288,7 @@ class TestFaults:
         self, http_server: Any, answer: Any, status: int
     ) -> None:
         http_server.url("/results/a", answer(status, b"<Error><Code>Wrong</Code></Error>"))
-        with pytest.raises(FAILED, match="Wrong"):
+        with pytest.raises(S3_ERRORS, match="Wrong"):
             local(http_server).read("results", "a", retries(30))
         assert len(http_server.received) == 2
 
@@ -417,12 +417,12 @@ class TestIdentity:
     def test_an_sts_that_gives_none_is_storage_that_is_unavailable_and_is_asked_again_later(
         self, http_server: Any, answer: Any, s3: S3, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("gradcam_worker.storage.credentials.AGAIN_S", 0)
+        monkeypatch.setattr("gradcam_worker.storage.credentials.RETRY_AFTER_S", 0)
         stores = Stores(Settings(output="s3://own/x", output_prefixes=("s3://given",)), s3)
         refusals = ["AccessDenied", "ExpiredTokenException", "InvalidIdentityToken", "Throttling"]
         for code, status in zip(refusals, (403, 400, 400, 503), strict=True):
             http_server.url("/", answer(status, STS_REFUSES % code.encode()))
-            why = rf"identity.*AssumeRoleWithWebIdentity: HTTP {status} {code} Not this time"
+            why = rf"no valid keys.*AssumeRoleWithWebIdentity: HTTP {status} {code} Not this time"
             with pytest.raises(StorageUnavailable, match=why):
                 s3.read_image("photos", "a.jpg", 10, Deadline(10))
             for output in (None, "s3://given/y"):
@@ -439,7 +439,7 @@ class TestIdentity:
     def test_whoever_gives_no_keys_is_not_asked_by_each_job(
         self, http_server: Any, answer: Any, s3: S3, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("gradcam_worker.storage.credentials.AGAIN_S", 3600)
+        monkeypatch.setattr("gradcam_worker.storage.credentials.RETRY_AFTER_S", 3600)
         http_server.url("/", answer(403, STS_REFUSES % b"AccessDenied"))
         for _ in range(3):
             with pytest.raises(StorageUnavailable, match="AccessDenied"):
@@ -454,7 +454,7 @@ class TestIdentity:
         if held is not None:
             token.write_text(held)
         http_server.url("/", answer(400, STS_REFUSES % b"InvalidIdentityToken"))
-        with pytest.raises(StorageUnavailable, match="the worker's own identity cannot be had") as caught:
+        with pytest.raises(StorageUnavailable, match="the worker has no valid keys for S3") as caught:
             s3.read_image("photos", "a.jpg", 10, Deadline(1))
         assert "planted" not in str(caught.value)
         store = Stores(Settings(output="s3://own/x", output_prefixes=("s3://given",)), s3).open(
@@ -464,7 +464,7 @@ class TestIdentity:
             store.put_many([("a", b"data", "text/plain")], Deadline(1))
 
     def test_keys_that_come_later_are_found(self, s3_settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("gradcam_worker.storage.credentials.AGAIN_S", 0)
+        monkeypatch.setattr("gradcam_worker.storage.credentials.RETRY_AFTER_S", 0)
         key = s3_settings.pop("s3_access_key_id")
         secret = s3_settings.pop("s3_secret_access_key").get_secret_value()
         s3 = S3(Settings(**s3_settings))
@@ -573,7 +573,7 @@ class TestListings:
             for token in ("", "&continuation-token=t"):
                 http_server.url(path.format(token), answer(200, LISTING.format(said).encode()))
             with pytest.raises(InvalidListing, match=why):
-                list(s3.listed("photos", "p/"))
+                list(s3.list_objects("photos", "p/"))
         assert len(http_server.received) == len(self.DEVIANT) + 1
 
     @pytest.mark.parametrize("keys", ["the same", "none"])
@@ -586,7 +586,7 @@ class TestListings:
 
         server = raw(say)
         with pytest.raises(InvalidListing, match="again and again"):
-            list(local(server).listed("photos", "p/"))
+            list(local(server).list_objects("photos", "p/"))
         assert server.asked < 120
 
 
@@ -636,7 +636,7 @@ class TestChecksums:
 
     def test_any_other_bad_request_is_not_tried_again_with_one(self, http_server: Any, answer: Any) -> None:
         http_server.url("/own/x/0", answer(400, page("InvalidRequest", "You may not.")))
-        with pytest.raises(FAILED, match="You may not"):
+        with pytest.raises(S3_ERRORS, match="You may not"):
             local(http_server).put("own", "x/0", b"data", "text/plain", retries(5))
         assert len(http_server.received) == 2
 
@@ -668,9 +668,11 @@ class TestBuckets:
             with pytest.raises(UriNotAllowed, match=why):
                 s3.read_image(bucket, "a.jpg", 10, Deadline(5))
             with pytest.raises(OutputNotAllowed, match=why):
-                S3Store(s3, bucket, "x", own=False).put_many([("a", b"data", "text/plain")], Deadline(5))
-            with pytest.raises(FAILED, match=why):
-                list(s3.listed(bucket, ""))
+                S3Store(s3, bucket, "x", by_operator=False).put_many(
+                    [("a", b"data", "text/plain")], Deadline(5)
+                )
+            with pytest.raises(S3_ERRORS, match=why):
+                list(s3.list_objects(bucket, ""))
             with pytest.raises(WeightsUnavailable, match=why):
                 s3.download(f"s3://{bucket}/a", Taken())
         assert http_server.received == []
@@ -682,9 +684,11 @@ class TestBuckets:
 
     def test_an_access_point_is_a_bucket_where_amazon_is_asked(self) -> None:
         s3 = S3(Settings.model_validate(KEYS))
-        assert f"://{ARN.rpartition(':')[2]}-123456789012.s3-accesspoint." in s3.presigned(ARN, "a.jpg", 60)
+        assert f"://{ARN.rpartition(':')[2]}-123456789012.s3-accesspoint." in s3.presigned_url(
+            ARN, "a.jpg", 60
+        )
         with pytest.raises(InvalidBucket, match="is no ARN of an access point"):
-            s3.presigned("arn:aws:sns:us-west-2:123456789012:topic", "a.jpg", 60)
+            s3.presigned_url("arn:aws:sns:us-west-2:123456789012:topic", "a.jpg", 60)
 
 
 class TestRegion:
@@ -707,8 +711,8 @@ class TestRegion:
             monkeypatch.setenv(name, value)
         s3 = S3(Settings.model_validate({"s3_region": own, **KEYS}))
         assert s3.client.meta.region_name == region
-        assert s3._bucket("photos").config["region"] == region
-        assert f"/{region}/s3/" in s3.presigned("photos", "a", 60).replace("%2F", "/")
+        assert s3._obstore_bucket("photos").config["region"] == region
+        assert f"/{region}/s3/" in s3.presigned_url("photos", "a", 60).replace("%2F", "/")
 
 
 class TestDownloads:

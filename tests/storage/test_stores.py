@@ -127,7 +127,7 @@ def test_a_listing_of_many_pages_misses_nothing(s3_settings: Any) -> None:
     names = {f"pages/{number:04d}" for number in range(1203)}  # a page has 1000
     with ThreadPoolExecutor(8) as pool:
         [*pool.map(lambda key: s3.put("results", key, b"x", "text/plain"), names)]
-    found = [*s3.listed("results", "pages/")]
+    found = [*s3.list_objects("results", "pages/")]
     assert [one.key for one in found] == sorted(names)
     assert {one.size for one in found} == {1}
     assert all(one.etag for one in found)
@@ -358,7 +358,7 @@ class TestFolder:
         self, tmp_path: Path, nameless: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if not nameless:  # as where the file system knows no files without a name
-            monkeypatch.setattr("gradcam_worker.storage.filesystem.NAMELESS", os.O_DIRECTORY)
+            monkeypatch.setattr("gradcam_worker.storage.filesystem.UNNAMED_FILE", os.O_DIRECTORY)
         store = FolderStore(tmp_path)
         store.put("j/a.jpg", b"whole", "image/jpeg")
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -376,7 +376,7 @@ class TestFolder:
         self, tmp_path: Path, nameless: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if not nameless:
-            monkeypatch.setattr("gradcam_worker.storage.filesystem.NAMELESS", os.O_DIRECTORY)
+            monkeypatch.setattr("gradcam_worker.storage.filesystem.UNNAMED_FILE", os.O_DIRECTORY)
 
         def full(_: int) -> None:  # a file system may find this out no earlier
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -468,7 +468,7 @@ class TestFolder:
     @pytest.mark.parametrize("key", ["a" * 256, "\ud800"])
     def test_a_name_that_no_disk_takes_is_refused(self, tmp_path: Path, key: str) -> None:
         with pytest.raises(OutputNotAllowed):
-            FolderStore(tmp_path, own=False).put(key, b"data", "image/jpeg")
+            FolderStore(tmp_path, by_operator=False).put(key, b"data", "image/jpeg")
         assert names(tmp_path) == []
 
 

@@ -287,7 +287,6 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
-        use_attribute_docstrings=True,  # the reference page is written from them
         enable_decoding=False,  # lists are separated by commas, not written as JSON
         frozen=True,
         extra="forbid",

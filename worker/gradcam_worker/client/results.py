@@ -201,7 +201,7 @@ class SettingsObjects:
     def url(self, uri: str, expires_s: int) -> str:
         """See `Objects.url`. For a file it is the file's own URI."""
         store, key = self._store(uri)
-        return uri if isinstance(store, FolderStore) else store.presigned(key, expires_s)
+        return uri if isinstance(store, FolderStore) else store.presigned_url(key, expires_s)
 
     def _store(self, uri: str) -> "tuple[FolderStore | S3Store, str]":
         """The store and the key of a URI."""

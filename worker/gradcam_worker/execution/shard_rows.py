@@ -35,7 +35,7 @@ from gradcam_worker.schemas.manifest import InputRecord
 from gradcam_worker.schemas.model import too_long
 from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.schemas.status import Problem
-from gradcam_worker.storage.s3_errors import foreign
+from gradcam_worker.storage.s3_errors import is_foreign_answer
 from gradcam_worker.storage.stores import Store
 
 T = TypeVar("T")
@@ -126,7 +126,7 @@ class ShardRows:
             return step()
         except SHARD_ERRORS as error:
             # A proxy may refuse one address and not the others.
-            if stage != "fetch" or not foreign(error.__cause__):
+            if stage != "fetch" or not is_foreign_answer(error.__cause__):
                 raise
             problem = ImageFetchFailed(str(error))
             return Problem.of(problem, stage=stage, attempt=self._context.attempt)

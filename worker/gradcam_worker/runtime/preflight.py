@@ -31,7 +31,7 @@ from gradcam_worker.ledger.redis.eviction import FIX, Eviction
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.runtime import devices
 from gradcam_worker.settings import ONE_SERVER, Settings
-from gradcam_worker.storage.filesystem import REFUSED
+from gradcam_worker.storage.filesystem import LOCATION_ERRORS
 from gradcam_worker.text.urls import without_secrets
 
 log = logging.getLogger("gradcam")
@@ -47,7 +47,7 @@ HOPELESS = (
 HOPELESS_WORDS = ("CERTIFICATE", "WRONG_VERSION_NUMBER", "Invalid Database", "DB index")
 CREDENTIALS = "Correct address, user, password and database, and grant what deploy/redis/users.acl names."
 NOT_FOUND = 404
-NO_FOLDER = REFUSED | {errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENOTDIR}
+NO_FOLDER = LOCATION_ERRORS | {errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENOTDIR}
 
 
 def check(settings: Settings, *, stores: bool = True) -> None:
@@ -134,7 +134,10 @@ def probe_storage(settings: Settings) -> str:
 
     try:
         door = s3.S3(settings)
-    except (*s3_errors.FAILED, ValueError) as error:  # a profile or a region of the environment there is not
+    except (
+        *s3_errors.S3_ERRORS,
+        ValueError,
+    ) as error:  # a profile or a region of the environment there is not
         message = f"GRADCAM_S3_ENDPOINT_URL, or what the environment says of S3, cannot be used: {error}."
         raise InvalidSettings(message) from error
     return storage.probe(storage.Stores(settings, door).open())
@@ -163,15 +166,15 @@ def storage_hint(error: StorageUnavailable) -> Hint:
             "the token in AWS_WEB_IDENTITY_TOKEN_FILE, AWS_PROFILE, or the role of the machine), or set "
             "GRADCAM_S3_ACCESS_KEY_ID and GRADCAM_S3_SECRET_ACCESS_KEY."
         )
-        return Hint("GRADCAM_S3_ACCESS_KEY_ID is empty", fix, lasting=not s3_errors.away(cause))
-    if s3_errors.own_fault(cause):
+        return Hint("GRADCAM_S3_ACCESS_KEY_ID is empty", fix, lasting=not s3_errors.may_get_keys_later(cause))
+    if s3_errors.is_identity_error(cause):
         fix = "Correct them, GRADCAM_S3_REGION, or this machine's clock, whichever the server names."
         return Hint("GRADCAM_S3_ACCESS_KEY_ID and GRADCAM_S3_SECRET_ACCESS_KEY", fix)
-    if s3_errors.foreign(cause):
+    if s3_errors.is_foreign_answer(cause):
         fix = "Correct it, or what proxies there are on the way (HTTPS_PROXY, NO_PROXY)."
         return Hint("GRADCAM_S3_ENDPOINT_URL", fix, lasting=False)
-    if s3_errors.refused(cause):
-        return Hint("GRADCAM_OUTPUT", _place_fix(s3_errors.answered(cause)))
+    if s3_errors.is_location_error(cause):
+        return Hint("GRADCAM_OUTPUT", _place_fix(s3_errors.server_answer(cause)))
     fix = "Start the server there, or correct GRADCAM_S3_ENDPOINT_URL and GRADCAM_OUTPUT."
     return Hint("GRADCAM_OUTPUT", fix, lasting=False)
 

@@ -1,7 +1,7 @@
-"""Objects as files below a folder of this machine: whole or not there, also after a power cut.
+"""Objects as files below a folder of this machine: complete or absent, even after a power cut.
 
-Nothing leads out of the folder: not a key's steps, and no symbolic link that somebody has put below it, for
-the way down is walked folder by folder and follows none.
+Neither a key nor a symbolic link below the folder can lead out of it: each folder on the path is opened
+relative to its parent, and links are not followed.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from gradcam_worker.resilience.deadline import Deadline
 
 Object = tuple[str, bytes, str]  # key, data, media type
 
-MISSING = {errno.ENOENT, errno.ENOTDIR}
-# What is wrong with the place, not with the disk: it will be the same next time.
-REFUSED = {
+MISSING_ERRORS = {errno.ENOENT, errno.ENOTDIR}
+# The fault is the location's, not the disk's: a retry will fail in the same way.
+LOCATION_ERRORS = {
     errno.EACCES,
     errno.EPERM,
     errno.ELOOP,
@@ -31,23 +31,36 @@ REFUSED = {
     errno.EROFS,
     errno.EISDIR,
 }
-NAMELESS = getattr(os, "O_TMPFILE", os.O_DIRECTORY)  # which cannot be written, so where there is no such file
-NOT_NAMELESS = {errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}
-FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-FILE_MODE = 0o644  # whoever may enter the folder may read
+# Opens a file without a name. Without O_TMPFILE (not Linux), opening fails, as a folder cannot be written.
+UNNAMED_FILE = getattr(os, "O_TMPFILE", os.O_DIRECTORY)
+NO_UNNAMED_FILES_ERRORS = {
+    errno.EISDIR,
+    errno.EINVAL,
+    errno.ENOENT,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.EXDEV,
+}
+FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+FILE_MODE = 0o644  # the folder's permissions decide who can read
 
 
 class FolderStore:
     """A folder on this machine: see `gradcam_worker.storage.stores.Store`."""
 
     def __init__(
-        self, root: Path, below: str = "", *, own: bool = True, observer: Observer = NULL_OBSERVER
+        self, root: Path, below: str = "", *, by_operator: bool = True, observer: Observer = NULL_OBSERVER
     ) -> None:
-        """`below` the root, which alone may be a link, folders are made as they are needed.
+        """Folders are created as they are needed.
 
-        `own`: the operator has chosen this place, not a job.
+        Args:
+            root: May be a symbolic link, unlike everything below it.
+            below: The path below the root, with slashes.
+            by_operator: Whether the operator chose the location, not a job.
+            observer: Is told of each object that is written.
         """
-        self._root, self._below, self._own = root.absolute(), tuple(filter(None, below.split("/"))), own
+        self._root, self._below = root.absolute(), tuple(filter(None, below.split("/")))
+        self._by_operator = by_operator
         self._observer = observer
 
     def uri(self, key: str) -> str:
@@ -55,21 +68,21 @@ class FolderStore:
         return self._path(key).as_uri()
 
     def put(self, key: str, data: bytes, media_type: str) -> str:  # noqa: ARG002  # files have no type
-        """See `Store.put`: there in one step, and for good."""
-        *folders, name = self._steps(key)
+        """See `Store.put`; the file appears atomically and is on the disk when this returns."""
+        *folders, name = self._path_parts(key)
         try:
-            with _entered(self._root, folders, make=True) as folder:
+            with _open_folder(self._root, folders, create=True) as folder:
                 _write(folder, name, data)
-                os.fsync(folder)  # the name, as well as the file
+                os.fsync(folder)  # the name, besides the contents
         except OSError as error:
             message = f"{self._path(key)} could not be written: {error}"
-            refused = error.errno in REFUSED and not self._own
-            raise (OutputNotAllowed if refused else StorageUnavailable)(message) from error
+            jobs_fault = error.errno in LOCATION_ERRORS and not self._by_operator
+            raise (OutputNotAllowed if jobs_fault else StorageUnavailable)(message) from error
         self._observer.artifact_written(len(data))
         return self.uri(key)
 
     def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
-        """See `Store.put_many`: one after the other, for a disk is waited for but little."""
+        """See `Store.put_many`: one after the other, which is fast enough for a disk."""
         return put_each(self.put, objects, deadline)
 
     def find(self, key: str, deadline: Deadline) -> bytes | None:
@@ -78,7 +91,7 @@ class FolderStore:
         try:
             return self._read(key)
         except OSError as error:
-            if error.errno in MISSING:
+            if error.errno in MISSING_ERRORS:
                 return None
             raise self._unreadable(key, error) from error
 
@@ -90,32 +103,32 @@ class FolderStore:
             raise self._unreadable(key, error) from error
 
     def names(self, folder: str) -> Iterator[str]:
-        """See `Store.names`: those that are whole."""
+        """See `Store.names`; files that are being written are left out."""
         try:
-            with _entered(self._root, self._steps(folder)) as place:
-                walked = [(where, files) for where, _, files, _ in os.fwalk(".", dir_fd=place)]
+            with _open_folder(self._root, self._path_parts(folder)) as descriptor:
+                walked = [(path, files) for path, _, files, _ in os.fwalk(".", dir_fd=descriptor)]
         except OSError as error:
-            if error.errno in MISSING:
+            if error.errno in MISSING_ERRORS:
                 return
             raise self._unreadable(folder, error) from error
-        found = [f"{where}/{name}" for where, files in walked for name in files if not name.endswith(".part")]
-        yield from sorted(folder + one.removeprefix(".") for one in found)
+        paths = [f"{path}/{name}" for path, files in walked for name in files if not name.endswith(".part")]
+        yield from sorted(folder + path.removeprefix(".") for path in paths)
 
     def remove(self, key: str) -> None:
         """See `Store.remove`."""
-        *folders, name = self._steps(key)
+        *folders, name = self._path_parts(key)
         try:
-            with _entered(self._root, folders) as folder:
+            with _open_folder(self._root, folders) as folder:
                 os.unlink(name, dir_fd=folder)
                 os.fsync(folder)
         except OSError as error:
-            if error.errno not in MISSING:
+            if error.errno not in MISSING_ERRORS:
                 message = f"{self._path(key)} could not be removed: {error}"
                 raise StorageUnavailable(message) from error
 
     def _read(self, key: str) -> bytes:
-        *folders, name = self._steps(key)
-        with _entered(self._root, folders) as folder:
+        *folders, name = self._path_parts(key)
+        with _open_folder(self._root, folders) as folder:
             file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         with os.fdopen(file, "rb") as opened:
             if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -126,46 +139,46 @@ class FolderStore:
         return StorageUnavailable(f"{self._path(key)} could not be read: {error}")
 
     def _path(self, key: str) -> Path:
-        return self._root.joinpath(*self._steps(key))
+        return self._root.joinpath(*self._path_parts(key))
 
-    def _steps(self, key: str) -> tuple[str, ...]:
-        """Folders and a name. Raises OutputNotAllowed for what would lead elsewhere."""
-        steps = (*self._below, *key.split("/"))
-        sound = key.encode(errors="ignore").decode().replace("\0", "") == key  # half a character has no bytes
-        if {"", ".", ".."} & set(steps) or not sound:
+    def _path_parts(self, key: str) -> tuple[str, ...]:
+        """The folders and the name of a key. Raises OutputNotAllowed if they would lead out of the root."""
+        parts = (*self._below, *key.split("/"))
+        encodable = key.encode(errors="ignore").decode().replace("\0", "") == key  # no lone surrogate, no NUL
+        if {"", ".", ".."} & set(parts) or not encodable:
             message = f"{key[:200]!r} is no key: it must be names with a slash between two of them."
             raise OutputNotAllowed(message)
-        return steps
+        return parts
 
 
 @contextmanager
-def _entered(root: Path, folders: Sequence[str], *, make: bool = False) -> Iterator[int]:
-    """The last of the folders, each inside the one before, opened. Raises OSError."""
-    if make:
+def _open_folder(root: Path, folders: Sequence[str], *, create: bool = False) -> Iterator[int]:
+    """Open the last of the folders, each inside the one before; yield its descriptor. Raises OSError."""
+    if create:
         root.mkdir(parents=True, exist_ok=True)
-    place = os.open(root, FOLDER & ~os.O_NOFOLLOW)
+    descriptor = os.open(root, FOLDER_FLAGS & ~os.O_NOFOLLOW)
     try:
         for name in folders:
-            if make:
+            if create:
                 with contextlib.suppress(FileExistsError):
-                    os.mkdir(name, dir_fd=place)
-                    os.fsync(place)
-            inner = os.open(name, FOLDER, dir_fd=place)
-            os.close(place)
-            place = inner
-        yield place
+                    os.mkdir(name, dir_fd=descriptor)
+                    os.fsync(descriptor)
+            inner = os.open(name, FOLDER_FLAGS, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = inner
+        yield descriptor
     finally:
-        os.close(place)
+        os.close(descriptor)
 
 
 def _write(folder: int, name: str, data: bytes) -> None:
-    """Write a file that has its name only when it is whole and on the disk. Raises OSError."""
+    """Write a file that gets its name when it is complete and on the disk. Raises OSError."""
     part = f".{uuid.uuid4().hex}.part"
     try:
-        if not _nameless(folder, part, data):
+        if not _write_unnamed(folder, part, data):
             new = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             with os.fdopen(os.open(part, new, FILE_MODE, dir_fd=folder), "wb") as file:
-                _fill(file, data)
+                _write_to_disk(file, data)
         os.replace(part, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -173,38 +186,50 @@ def _write(folder: int, name: str, data: bytes) -> None:
         raise
 
 
-def _nameless(folder: int, part: str, data: bytes) -> bool:
-    """Write a file that gets a name only when it is whole: a process that is killed before leaves nothing.
+def _write_unnamed(folder: int, part: str, data: bytes) -> bool:
+    """Write a file without a name, then name it `part`: a process that is killed before leaves no file.
 
-    False where the file system knows no such files, or cannot name them. Raises OSError.
+    Returns False if the file system does not support this. Raises OSError.
     """
     try:
-        number = os.open(".", NAMELESS | os.O_WRONLY | os.O_CLOEXEC, FILE_MODE, dir_fd=folder)
+        number = os.open(".", UNNAMED_FILE | os.O_WRONLY | os.O_CLOEXEC, FILE_MODE, dir_fd=folder)
         with os.fdopen(number, "wb") as file:
-            _fill(file, data)
-            # Seen as a link, to be followed: there is no other way to name it without privileges.
+            _write_to_disk(file, data)
+            # The only way to name the file without privileges: follow the link in /proc.
             os.link(f"/proc/self/fd/{number}", part, dst_dir_fd=folder, follow_symlinks=True)
     except OSError as error:
-        if error.errno in NOT_NAMELESS:
+        if error.errno in NO_UNNAMED_FILES_ERRORS:
             return False
         raise
     return True
 
 
-def _fill(file: BinaryIO, data: bytes) -> None:
-    """All of it, on the disk itself: a manifest must not outlast, in a power cut, what it names."""
+def _write_to_disk(file: BinaryIO, data: bytes) -> None:
+    """Write and sync to the disk: after a power cut, no manifest may exist without the objects it names."""
     file.write(data)
     file.flush()
-    os.fchmod(file.fileno(), FILE_MODE)  # whatever the umask says
+    os.fchmod(file.fileno(), FILE_MODE)  # regardless of the umask
     os.fsync(file.fileno())
 
 
 def put_each(
     put: Callable[[str, bytes, str], str], objects: Sequence[Object], deadline: Deadline
 ) -> list[str]:
-    """Put one object after the other; return their URIs. Raises as `put` does, and what ended the job."""
+    """Put one object after the other.
+
+    Args:
+        put: A store's method.
+        objects: Key, data and media type of each.
+        deadline: Checked before each.
+
+    Returns:
+        Their URIs.
+
+    Raises:
+        JobTimeout: The deadline is over; or the error that it was cancelled with, or one of `put`.
+    """
     uris = []
-    for one in objects:
+    for key, data, media_type in objects:
         deadline.check("upload")
-        uris.append(put(*one))
+        uris.append(put(key, data, media_type))
     return uris

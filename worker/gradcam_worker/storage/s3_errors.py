@@ -1,8 +1,8 @@
-"""What went wrong with S3, and whose fault it is: the job's, the place's, or that of the worker itself.
+"""Classify errors of S3: is the job's object at fault, its location, the worker's own access, or the server?
 
-A refusal counts against a job only if the S3 server itself has refused this very request. Who fails to get
-keys (STS, a token file, instance metadata) is the worker; a page without S3's marks comes from a proxy, or
-from something else that listens at the endpoint: both say nothing of an object, and go by.
+An error counts against a job only if the S3 server itself refused this very request. A failure to get keys
+(STS, a token file, instance metadata) is the worker's. An answer without S3's headers comes from a proxy, or
+from another program that listens at the endpoint. Both say nothing about an object, and are temporary.
 """
 
 import re
@@ -28,9 +28,9 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.text.visible import visible
 
-GONE = {404, 410}
-BRIEF = {307, 408, 409, 423, 425, 429}  # of all that a client is to blame for, what may be gone next time
-BRIEF_CODES = {
+MISSING_STATUSES = {404, 410}
+TRANSIENT_STATUSES = {307, 408, 409, 423, 425, 429}  # although below 500
+TRANSIENT_CODES = {
     "KMS.ThrottlingException",
     "OperationAborted",
     "RequestTimeout",
@@ -40,8 +40,8 @@ BRIEF_CODES = {
     "ThrottlingException",
 }
 BAD_REQUEST, NOT_IMPLEMENTED = 400, 501
-# What a server says of the worker's own keys, region or clock, which no job is to blame for.
-OWN_FAULTS = {
+# Codes that concern the worker's own keys, region or clock.
+IDENTITY_CODES = {
     "AuthorizationHeaderMalformed",
     "ExpiredToken",
     "InvalidAccessKeyId",
@@ -52,27 +52,28 @@ OWN_FAULTS = {
     "SignatureDoesNotMatch",
     "TokenRefreshRequired",
 }
-# What servers call a key or a bucket that cannot be one.
-MISNAMED = ("InvalidBucketName", "InvalidObjectName", "InvalidURI", "KeyTooLong")
-MARKS = {"x-amz-request-id", "x-amz-id-2"}  # headers of an S3 server's answers, whatever they say
-# How whoever gives keys out may be away for a moment.
-AWAY = (NotConnected, CredentialRetrievalError, HTTPClientError, OSError)
-SAID = 500  # characters of what a server says that are shown
+# Codes for an invalid key or bucket name.
+INVALID_NAME_CODES = ("InvalidBucketName", "InvalidObjectName", "InvalidURI", "KeyTooLong")
+S3_HEADERS = {"x-amz-request-id", "x-amz-id-2"}  # an S3 server sends at least one of them
+# Errors of a source of keys that is temporarily unavailable.
+KEY_SOURCE_ERRORS = (NotConnected, CredentialRetrievalError, HTTPClientError, OSError)
+MAX_MESSAGE_LENGTH = 500  # characters of a server's message that are shown
+ORDINARY_OPERATIONS = {"GetObject", "PutObject", "DeleteObject", "ListObjectsV2"}  # need not be named
 
 
 class IdentityFailed(Exception):
-    """The worker's own keys cannot be had: its cause says why."""
+    """The worker has no valid keys for S3; the cause says why."""
 
 
 class InvalidBucket(ValueError):
-    """This cannot be a bucket of the server that is asked."""
+    """This cannot be the name of a bucket on this server."""
 
 
 class InvalidListing(Exception):
-    """A server's listing cannot be gone through."""
+    """A server's listing of objects is invalid."""
 
 
-FAILED = (
+S3_ERRORS = (
     BotoCoreError,
     ClientError,
     IdentityFailed,
@@ -84,114 +85,115 @@ FAILED = (
 )
 
 
-def told(error: ClientError) -> tuple[int, str]:
-    """The HTTP status and the code of a server's answer."""
+def _status_and_code(error: ClientError) -> tuple[int, str]:
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return int(status), str(error.response.get("Error", {}).get("Code", ""))
 
 
-def answered(error: BaseException | None) -> tuple[int, str] | None:
-    """What `told` says of a server's answer; None of anything else."""
-    return told(error) if isinstance(error, ClientError) else None
+def server_answer(error: BaseException | None) -> tuple[int, str] | None:
+    """Return the HTTP status and the code of a server's answer; None for other errors."""
+    return _status_and_code(error) if isinstance(error, ClientError) else None
 
 
-def away(error: BaseException | None) -> bool:
-    """Whether keys may be had in a moment: whoever gives them has refused this time, or was out of reach."""
-    return isinstance(error, IdentityFailed) and isinstance(error.__cause__, (ClientError, *AWAY))
-
-
-def foreign(error: BaseException | None) -> bool:
-    """Whether an answer came from something that is no S3 server: a proxy, a login page."""
-    if not isinstance(error, ClientError):
-        return False
-    status, code = told(error)
-    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    # Without a document of S3's own, botocore makes up a code: the status.
-    return code in {"", str(status)} and not MARKS & set(headers)
-
-
-def own_fault(error: BaseException | None) -> bool:
-    """Whether it is the worker's own identity that is refused, or cannot be had."""
-    if isinstance(error, ClientError):
-        return told(error)[1] in OWN_FAULTS
-    return isinstance(error, IdentityFailed)
-
-
-def hopeless(error: BaseException | None) -> bool:
-    """Whether asking again in the same way is of no use."""
-    if isinstance(error, IdentityFailed):
-        return True  # within a job: others must not wait with it
-    if not isinstance(error, ClientError):
-        return isinstance(error, ParamValidationError | InvalidBucket | InvalidListing)
-    status, code = told(error)
-    final = 300 <= status < 500 or status == NOT_IMPLEMENTED  # noqa: PLR2004  # classes of HTTP
-    return final and status not in BRIEF and code not in BRIEF_CODES
-
-
-def refused(error: BaseException | None) -> bool:
-    """Whether this place is what cannot be used: not the server just now, not the worker itself."""
-    return hopeless(error) and not own_fault(error) and not foreign(error)
-
-
-def absent(error: BaseException | None) -> bool:
-    """Whether a server says, as far as it may, that there is no such object.
-
-    Who may read an object but not list its bucket is told that a missing one is forbidden.
-    """
-    if not isinstance(error, ClientError) or foreign(error):
-        return False
-    return told(error)[0] in GONE or told(error) == (403, "AccessDenied")
-
-
-def wants_checksum(error: ClientError) -> bool:
-    """Whether an object was refused because no checksum came with it, as buckets with Object Lock do."""
-    said = " ".join(map(str, error.response.get("Error", {}).values()))
-    return (
-        told(error)[0] == BAD_REQUEST and re.search("content-?md5|checksum", said, re.IGNORECASE) is not None
+def may_get_keys_later(error: BaseException | None) -> bool:
+    """Return whether there are no keys only because their source refused this time, or was unreachable."""
+    return isinstance(error, IdentityFailed) and isinstance(
+        error.__cause__, (ClientError, *KEY_SOURCE_ERRORS)
     )
 
 
-def reason(error: BaseException) -> str:
-    """What went wrong, in the server's own words where it has said any, fit to be shown."""
-    if isinstance(error, IdentityFailed):
-        return f"the worker's own identity cannot be had: {reason(error.__cause__ or error)}"
+def is_foreign_answer(error: BaseException | None) -> bool:
+    """Return whether the answer came from something other than an S3 server: a proxy, a login page."""
     if not isinstance(error, ClientError):
-        return visible(str(error).strip().rpartition("\n")[2])[:SAID]
-    status, code = told(error)
-    if foreign(error):
+        return False
+    status, code = _status_and_code(error)
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    # Without an S3 error document, botocore uses the status as the code.
+    return code in {"", str(status)} and not S3_HEADERS & set(headers)
+
+
+def is_identity_error(error: BaseException | None) -> bool:
+    """Return whether the worker's own keys were refused, or could not be found."""
+    if isinstance(error, ClientError):
+        return _status_and_code(error)[1] in IDENTITY_CODES
+    return isinstance(error, IdentityFailed)
+
+
+def is_permanent(error: BaseException | None) -> bool:
+    """Return whether the same request, if retried within the job, would fail again."""
+    if isinstance(error, IdentityFailed):
+        return True  # for this attempt, so that a job does not hold its thread until there are keys
+    if not isinstance(error, ClientError):
+        return isinstance(error, ParamValidationError | InvalidBucket | InvalidListing)
+    status, code = _status_and_code(error)
+    final = 300 <= status < 500 or status == NOT_IMPLEMENTED  # noqa: PLR2004  # classes of HTTP
+    return final and status not in TRANSIENT_STATUSES and code not in TRANSIENT_CODES
+
+
+def is_location_error(error: BaseException | None) -> bool:
+    """Return whether the bucket or the key is at fault, rather than the server or the worker's access."""
+    return is_permanent(error) and not is_identity_error(error) and not is_foreign_answer(error)
+
+
+def is_missing_object(error: BaseException | None) -> bool:
+    """Return whether the server reports that there is no such object, or may mean that by "access denied".
+
+    Without permission to list a bucket, a missing object is reported as forbidden.
+    """
+    if not isinstance(error, ClientError) or is_foreign_answer(error):
+        return False
+    return _status_and_code(error)[0] in MISSING_STATUSES or _status_and_code(error) == (403, "AccessDenied")
+
+
+def requires_checksum(error: ClientError) -> bool:
+    """Return whether an object was refused because it had no checksum, as by buckets with Object Lock."""
+    message = " ".join(map(str, error.response.get("Error", {}).values()))
+    return (
+        _status_and_code(error)[0] == BAD_REQUEST
+        and re.search("content-?md5|checksum", message, re.IGNORECASE) is not None
+    )
+
+
+def describe(error: BaseException) -> str:
+    """Return what went wrong as printable text, in the server's words if it sent any."""
+    if isinstance(error, IdentityFailed):
+        return f"the worker has no valid keys for S3: {describe(error.__cause__ or error)}"
+    if not isinstance(error, ClientError):
+        return visible(str(error).strip().rpartition("\n")[2])[:MAX_MESSAGE_LENGTH]
+    status, code = _status_and_code(error)
+    if is_foreign_answer(error):
         return f"HTTP {status} from something that does not answer as S3 does, a proxy perhaps"
-    said = str(error.response.get("Error", {}).get("Message") or "")
-    where = "" if error.operation_name in ORDINARY else f"{error.operation_name}: "
-    return visible(where + " ".join(dict.fromkeys(("HTTP", str(status), code, said[:SAID]))).strip())
+    message = str(error.response.get("Error", {}).get("Message") or "")
+    operation = "" if error.operation_name in ORDINARY_OPERATIONS else f"{error.operation_name}: "
+    return visible(
+        operation + " ".join(dict.fromkeys(("HTTP", str(status), code, message[:MAX_MESSAGE_LENGTH]))).strip()
+    )
 
 
-ORDINARY = {"GetObject", "PutObject", "DeleteObject", "ListObjectsV2"}  # what a job's own requests are
-
-
-def unreadable(uri: str, error: Exception) -> GradcamError:
-    """Why an image, or a network, cannot be read, as one of FAILED."""
-    why = f"{uri} could not be read: {reason(error)}"
-    if own_fault(error) or foreign(error):
+def read_error(uri: str, error: Exception) -> GradcamError:
+    """Return our error for one of S3_ERRORS that was raised while an image or a network was read."""
+    why = f"{uri} could not be read: {describe(error)}"
+    if is_identity_error(error) or is_foreign_answer(error):
         return StorageUnavailable(why)
-    if not hopeless(error):
+    if not is_permanent(error):
         return ImageFetchFailed(why)
-    return _refusal(uri, error) if isinstance(error, ClientError) else _misnamed(uri, error)
+    return _refusal(uri, error) if isinstance(error, ClientError) else _invalid_name(uri, error)
 
 
-def _misnamed(uri: str, error: Exception) -> UriNotAllowed:
-    return UriNotAllowed(f"{uri} is not the name of an object: {reason(error)}")
+def _invalid_name(uri: str, error: Exception) -> UriNotAllowed:
+    return UriNotAllowed(f"{uri} is not the name of an object: {describe(error)}")
 
 
 def _refusal(uri: str, error: ClientError) -> GradcamError:
-    """What an S3 server has said for good."""
-    status, code = told(error)
-    if status in GONE:
+    """Our error for a final answer of an S3 server."""
+    status, code = _status_and_code(error)
+    if status in MISSING_STATUSES:
         return ImageNotFound(f"There is no such {'bucket' if code == 'NoSuchBucket' else 'object'}: {uri}.")
-    if any(name in code for name in MISNAMED):
-        return _misnamed(uri, error)
+    if any(name in code for name in INVALID_NAME_CODES):
+        return _invalid_name(uri, error)
     if code != "AccessDenied":
-        return ImageForbidden(f"The server does not give {uri} to the worker: {reason(error)}")
+        return ImageForbidden(f"The server does not give {uri} to the worker: {describe(error)}")
     return ImageForbidden(
-        f"The worker may not read {uri} ({reason(error)}): grant it s3:GetObject there. "
+        f"The worker may not read {uri} ({describe(error)}): grant it s3:GetObject there. "
         "Where it may not list the bucket, a missing object is forbidden, too."
     )

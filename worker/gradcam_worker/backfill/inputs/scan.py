@@ -14,7 +14,7 @@ from gradcam_worker.errors import InvalidInput
 from gradcam_worker.schemas.shard import Row
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
-from gradcam_worker.storage.s3_errors import FAILED, reason
+from gradcam_worker.storage.s3_errors import S3_ERRORS, describe
 
 VERSION = 256  # characters: see `gradcam_worker.schemas.shard.Row`
 
@@ -80,11 +80,11 @@ def list_objects(
         message = "names no bucket: write s3://bucket/prefix."
         raise InvalidInput(message)
     try:
-        for one in S3(settings).listed(bucket, prefix):
+        for one in S3(settings).list_objects(bucket, prefix):
             if one.key == prefix and one.size and (why := not_a_prefix(prefix)):
                 raise InvalidInput(why)
             if (one.size or not one.key.endswith("/")) and not is_own_file(one.key):
                 yield parser.listed_row(f"s3://{bucket}/{one.key}", one.etag[:VERSION] or None)
-    except FAILED as error:
-        message = f"cannot be listed: {reason(error)}"
+    except S3_ERRORS as error:
+        message = f"cannot be listed: {describe(error)}"
         raise InvalidInput(message) from error
