@@ -3,7 +3,9 @@
 Begin at `client.GradcamClient`. Nothing here imports numpy, TensorFlow or Celery.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gradcam_worker.lazy_imports import lazy_imports
 
 if TYPE_CHECKING:
     from gradcam_worker.client.async_client import AsyncGradcamClient as AsyncGradcamClient
@@ -12,25 +14,12 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncGradcamClient", "GradcamClient", "Result"]
 
-_MODULES = {
-    "AsyncGradcamClient": "gradcam_worker.client.async_client",
-    "GradcamClient": "gradcam_worker.client.client",
-    "Result": "gradcam_worker.client.results",
-}
-
-
-if not TYPE_CHECKING:  # or a misspelt name would be of any type
-
-    def __getattr__(name: str) -> Any:
-        """Import a public name when it is first asked for."""
-        from importlib import import_module
-
-        if name not in _MODULES:
-            message = f"module {__name__!r} has no attribute {name!r}"
-            raise AttributeError(message)
-        return getattr(import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    """What there is to import, also before it is imported."""
-    return sorted({*globals(), *_MODULES})
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_imports(
+        __name__,
+        {
+            "AsyncGradcamClient": "gradcam_worker.client.async_client",
+            "GradcamClient": "gradcam_worker.client.client",
+            "Result": "gradcam_worker.client.results",
+        },
+    )

@@ -21,7 +21,9 @@ The packages, from plain data to live networks:
 """
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gradcam_worker.lazy_imports import lazy_imports
 
 # OpenCV reads these once, when it is first imported: before any module of this package imports it. The limit
 # is the last line of defence: `decode` refuses such images by their headers.
@@ -57,34 +59,21 @@ __all__ = [
     "wrap_model",
 ]
 
-_MODULES = {
-    "Explained": "gradcam_worker.gradcam.explain",
-    "Explanation": "gradcam_worker.gradcam.explain",
-    "Head": "gradcam_worker.gradcam.catalog",
-    "Limits": "gradcam_worker.gradcam.decoding.decode",
-    "Method": "gradcam_worker.gradcam.network",
-    "Network": "gradcam_worker.gradcam.network",
-    "NetworkRow": "gradcam_worker.gradcam.catalog",
-    "Prediction": "gradcam_worker.gradcam.explain",
-    "Preprocessing": "gradcam_worker.gradcam.catalog",
-    "explain_image": "gradcam_worker.gradcam.explain",
-    "load_network": "gradcam_worker.gradcam.models.loading",
-    "wrap_model": "gradcam_worker.gradcam.models.loading",
-}
-
-
-if not TYPE_CHECKING:  # or a misspelt name would be of any type
-
-    def __getattr__(name: str) -> Any:
-        """Import what is asked for when it is asked for: TensorFlow takes seconds to load."""
-        from importlib import import_module
-
-        if name not in _MODULES:
-            message = f"module {__name__!r} has no attribute {name!r}"
-            raise AttributeError(message)
-        return getattr(import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    """What there is to import, also before it is imported."""
-    return sorted({*globals(), *_MODULES})
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_imports(
+        __name__,
+        {
+            "Explained": "gradcam_worker.gradcam.explain",
+            "Explanation": "gradcam_worker.gradcam.explain",
+            "Head": "gradcam_worker.gradcam.catalog",
+            "Limits": "gradcam_worker.gradcam.decoding.decode",
+            "Method": "gradcam_worker.gradcam.network",
+            "Network": "gradcam_worker.gradcam.network",
+            "NetworkRow": "gradcam_worker.gradcam.catalog",
+            "Prediction": "gradcam_worker.gradcam.explain",
+            "Preprocessing": "gradcam_worker.gradcam.catalog",
+            "explain_image": "gradcam_worker.gradcam.explain",
+            "load_network": "gradcam_worker.gradcam.models.loading",
+            "wrap_model": "gradcam_worker.gradcam.models.loading",
+        },
+    )
