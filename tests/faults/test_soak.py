@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 
 from devtools.faults import soak
-from devtools.faults.resource_usage import Usage
 from devtools.faults.verdict import Verdict
+from devtools.processes import Usage
 
 
 @pytest.mark.live
@@ -42,5 +42,5 @@ def test_the_warm_up_is_left_out() -> None:
 def test_threads_that_stay_are_seen() -> None:
     one = usage([100.0] * 100)
     one.threads = [float(at) for at in range(100)]
-    assert one.more(one.threads) > 40
-    assert one.more(one.files) == 0
+    assert one.rise(one.threads) > 40
+    assert one.rise(one.files) == 0

@@ -27,7 +27,7 @@ import pytest
 import redis
 
 from devtools.faults import tiny_worker
-from devtools.faults.cluster import children
+from devtools.processes import children
 from gradcam_worker.broker import message, publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.ledger.redis.store import RedisLedger

@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from devtools import import_path
-from devtools.bench import testbed
+from devtools import import_path, processes
 from devtools.faults import tiny_worker
 from gradcam_worker import __version__
 from gradcam_worker.backfill.registry import RedisBackfillRegistry
@@ -203,7 +202,7 @@ def test_a_worker_shows_every_metric_and_whether_it_is_well(
         wait_for(lambda: plant.metrics().get("dead_jobs") == 2, "the end of what kills")  # cached for 5 s
         wait_for(lambda: plant.ask("/ready")[0] == 200, "readiness after a restart")
 
-        server = testbed.below(plant.valkey.process.pid)
+        server = processes.family(plant.valkey.process.pid)
         try:
             send(server, signal.SIGSTOP)  # a broker that is there and says nothing
             wait_for(lambda: plant.ask("/ready")[0] == 503, "that the broker is missed")
@@ -245,7 +244,7 @@ def test_without_a_worker_events_are_delivered_and_lost_jobs_queued_again(
             lambda: plant.metrics()["events_delivered_total{outcome=delivered}"] == 2, "that both are told"
         )
         assert plant.ask("/live")[0] == plant.ask("/startup")[0] == 200
-        files = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in testbed.below(process.pid))
+        files = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in processes.family(process.pid))
         assert not [name for name in ("numpy", "tensorflow", "cv2", "obstore") if f"/{name}/" in files]
         process.terminate()
         assert process.wait(WAIT_S) == 0

@@ -21,6 +21,7 @@ from devtools.bench import instant_shards, service, simulated_network, testbed
 from devtools.bench.report import Figures, Requirement, at_least, table
 from devtools.bench.testbed import Testbed
 from devtools.faults import backfill_kills
+from devtools.processes import Meter
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.runtime import parent_watch, service_factory
 from gradcam_worker.settings import Settings
@@ -83,7 +84,7 @@ def share(images: int) -> Share:
 def _shards(bed: Testbed, source: Path, images: int, name: str) -> tuple[float, float]:
     """Wall seconds while shards were computed, and CPU seconds of worker and servers."""
     output = f"{bed.settings.output}/{name}"
-    with testbed.Meter(bed.processes).running() as meter:
+    with Meter(bed.processes).running(testbed.READ_INTERVAL_S) as meter:
         begun = time.time()
         rows = ("--shard-rows", "64")
         runs.run(bed.settings, source, output, SHARE_OF, images, *rows, worker=bed.worker)

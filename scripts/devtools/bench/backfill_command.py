@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import redis
 
-from devtools.bench import testbed
+from devtools import processes
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
@@ -107,23 +106,14 @@ def until(condition: Callable[[], object], worker: Process) -> None:
 @contextmanager
 def watched(pid: int, client: Any) -> Iterator[dict[str, int]]:
     """Bytes at the worst moment, of a process and of Redis."""
-    peaks, ended = {"submitter": 0, "redis": 0}, threading.Event()
+    peaks = {"submitter": 0, "redis": 0}
 
-    def look() -> None:
-        while not ended.wait(LOOK_S):
-            peaks["redis"] = max(peaks["redis"], used_bytes(client))
-            try:
-                peaks["submitter"] = max(peaks["submitter"], testbed.resident_bytes([pid]))
-            except OSError:  # it has ended
-                return
+    def read() -> None:
+        peaks["redis"] = max(peaks["redis"], used_bytes(client))
+        peaks["submitter"] = max(peaks["submitter"], processes.resident_bytes([pid]))
 
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
+    with processes.repeating(read, LOOK_S):
         yield peaks
-    finally:
-        ended.set()
-        thread.join()
 
 
 def used_bytes(client: Any) -> int:

@@ -68,7 +68,7 @@ def busy(bed: Testbed, count: int) -> tuple[list[Parts], float]:
     """One job at a time, while bulk jobs wait in a queue that never runs dry; bulk jobs per second, too."""
     bulk, begun = bed.client.submit_many(bed.jobs(NETWORK, STREAM)), time.time()
     while bed.ledger.count_jobs()[0] > STREAM / 2:  # they are being worked off
-        time.sleep(testbed.LOOK_S / 4)
+        time.sleep(testbed.POLL_INTERVAL_S)
     done = []
     for job in bed.jobs(NETWORK, count, priority="high"):
         missing = STREAM - bed.ledger.count_jobs()[0]

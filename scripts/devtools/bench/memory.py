@@ -15,7 +15,8 @@ import numpy as np
 
 from devtools.bench import simulated_network, testbed
 from devtools.bench.report import Figures, Requirement, table
-from devtools.bench.testbed import Meter, Testbed
+from devtools.bench.testbed import Testbed
+from devtools.processes import Meter
 from gradcam_worker.errors import WorkerLost
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.status import FINAL, StatusDocument
@@ -107,12 +108,12 @@ def _run(count: int) -> Result:
         ]
         broken = [bed.store(name, data) for name, data in images_that_fail(photos[0]).items()]
         begun, kinds = time.time(), {}
-        with Meter({"worker": bed.processes["worker"]}).running() as meter:
+        with Meter({"worker": bed.processes["worker"]}).running(testbed.READ_INTERVAL_S) as meter:
             for kind, job in mixed(bed, count, large, broken):
                 kinds[bed.client.submit(job)] = kind
                 while len(kinds) % WAITING == 0 and bed.ledger.count_jobs()[0] > WAITING:
                     bed.check()
-                    time.sleep(testbed.LOOK_S / 4)
+                    time.sleep(testbed.POLL_INTERVAL_S)
             bed.drain()
         ids = list(kinds)
         documents = [one for at in range(0, count, 500) for one in _read(bed, ids[at : at + 500])]

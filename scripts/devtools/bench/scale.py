@@ -12,7 +12,6 @@ beside it, one that counts what waits and not what runs.
 Required: 0.9 of linear, and at no look at which a job was running, as its own document says, no worker left.
 """
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import redis
 
+from devtools import processes
 from devtools.bench import simulated_network, testbed
 from devtools.bench.report import Figures, Requirement, at_least, plain, table
 from devtools.bench.testbed import Testbed
@@ -76,20 +76,13 @@ class Trace:
     @contextmanager
     def recording(self) -> Iterator["Trace"]:
         """Look until the block is left."""
-        ended = threading.Event()
+        with redis.Redis.from_url(self.url, decode_responses=True) as client:
 
-        def look() -> None:
-            with redis.Redis.from_url(self.url, decode_responses=True) as client:
-                while not ended.wait(LOOK_S):
-                    self.looks.append((time.time(), scaling.read(client, self.prefix)))
+            def look() -> None:
+                self.looks.append((time.time(), scaling.read(client, self.prefix)))
 
-        thread = threading.Thread(target=look, name="trace", daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            ended.set()
-            thread.join()
+            with processes.repeating(look, LOOK_S):
+                yield self
 
 
 @dataclass(frozen=True)
@@ -165,17 +158,15 @@ def _run(bed: Testbed, count: int) -> list[StatusDocument]:
 
 
 def _phase(bed: Testbed, workers: int, count: int) -> tuple[Phase, list[StatusDocument]]:
-    cpu, begun = testbed.machine_seconds(), time.monotonic()
+    cpu, begun = processes.machine_seconds(), time.monotonic()
     documents = _run(bed, count)
-    cores = (testbed.machine_seconds() - cpu) / (time.monotonic() - begun)
+    cores = (processes.machine_seconds() - cpu) / (time.monotonic() - begun)
     if len({one.worker.id for one in documents if one.worker}) != workers:
         message = f"Not all of {workers} workers had a job in this phase."
         raise WorkerLost(message)
     ended = np.array([testbed.completed(one) for one in documents])
     begin, end = np.quantile(ended, (0.1, 0.9))
-    inside = ended[(ended >= begin) & (ended <= end)]
-    slope = float(np.polyfit(inside - begin, np.arange(len(inside)), 1)[0])
-    return Phase(workers, slope, cores), documents
+    return Phase(workers, testbed.jobs_per_second(ended, begin, end), cores), documents
 
 
 def _ran(looks: Sequence[tuple[float, Work]], documents: Sequence[StatusDocument]) -> list[bool]:

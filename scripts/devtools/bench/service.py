@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from devtools.bench import simulated_network, testbed
 from devtools.bench.report import Figures, Requirement, at_least, plain, table
 from devtools.bench.simulated_network import Passes
-from devtools.bench.testbed import MACHINE, Meter, Testbed
+from devtools.bench.testbed import Testbed
+from devtools.processes import MACHINE, Meter
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow, Preprocessing
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.overlay import fit
@@ -187,7 +188,7 @@ def alone(network: Network, images: NDArray[np.uint8], batch: int, count: int) -
 def serve(bed: Testbed, network: str, count: int) -> Turn:
     """Run jobs, measured between start and drain."""
     jobs = bed.jobs(network, count)
-    with Meter(bed.processes).running() as meter:
+    with Meter(bed.processes).running(testbed.READ_INTERVAL_S) as meter:
         ids = bed.client.submit_many(jobs)
         submitted = time.time()
         documents = bed.done(ids)
@@ -195,11 +196,9 @@ def serve(bed: Testbed, network: str, count: int) -> Turn:
     begin, end = np.quantile(ended, 0.1), float(np.quantile(ended, 0.9))
     begin = float(max(begin, min(submitted, np.median(ended))))  # submitting takes the cores' time, too
     steady = [one for one in documents if begin <= testbed.completed(one) <= end]
-    inside = np.array([testbed.completed(one) for one in steady])
-    slope = float(np.polyfit(inside - begin, np.arange(len(inside)), 1)[0])  # batches end all at once
     batches, busy = Passes.between(bed.passes, begin, end)
     return Turn(
-        jobs=slope * (end - begin),
+        jobs=testbed.jobs_per_second(ended, begin, end) * (end - begin),
         seconds=end - begin,
         stages=_medians(steady),
         batches=batches,

@@ -1,16 +1,12 @@
-"""A testbed: a real Valkey, a real S3 server, one real worker, and what each of them costs.
-
-What is measured of processes is read from /proc: this needs Linux.
-"""
+"""A testbed: a real Valkey, a real S3 server and one real worker."""
 
 import os
 import tempfile
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from subprocess import Popen
@@ -18,8 +14,10 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import SecretStr
 
+from devtools import processes
 from devtools.bench import simulated_network
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import WorkerLost
@@ -36,9 +34,8 @@ from gradcam_worker.storage.s3 import S3
 
 START_S = 240  # TensorFlow is loaded and each network is run for the first time
 STALLED_S = 120  # without a job that ends, something hangs
-LOOK_S = 0.2  # between two looks at the processes
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-MACHINE = "machine"  # stands for all processes beside the names of ours
+READ_INTERVAL_S = 0.2  # of what the processes use
+POLL_INTERVAL_S = 0.05
 
 
 @dataclass
@@ -65,7 +62,7 @@ class Testbed:
         """Return when no job is left. Raises WorkerLost."""
         left, since = sum(self.ledger.count_jobs()), time.monotonic()
         while left:
-            time.sleep(LOOK_S / 4)
+            time.sleep(POLL_INTERVAL_S)
             now = sum(self.ledger.count_jobs())
             if now != left:
                 left, since = now, time.monotonic()
@@ -149,7 +146,7 @@ def running(networks: tuple[str, ...], photos: Sequence[bytes], **changes: Any) 
             bed.images.extend(pool.map(bed.store, names, photos))
         _wait_until_ready(bed, networks)
         servers = {"worker": worker, "s3": s3_server.process, "valkey": valkey.process}
-        bed.processes.update({name: below(one.pid) for name, one in servers.items()})
+        bed.processes.update({name: processes.family(one.pid) for name, one in servers.items()})
         bed.processes["bench"] = [os.getpid()]
         yield bed
 
@@ -160,7 +157,7 @@ def _wait_until_ready(bed: Testbed, networks: tuple[str, ...]) -> None:
     end = time.monotonic() + START_S
     while sum(bed.ledger.count_jobs()):
         bed.check(time.monotonic() < end)
-        time.sleep(LOOK_S)
+        time.sleep(READ_INTERVAL_S)
     done = bed.done(ids)
     bed.device = done[0].worker.device if done[0].worker else ""
 
@@ -182,81 +179,7 @@ def _cut(photo: Pixels, size: tuple[int, int], draw: np.random.Generator) -> Pix
     return fit(np.asarray(large, np.uint8), size)
 
 
-def below(pid: int) -> list[int]:
-    """A process and all that it started, and what they started."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            found = path.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
-            continue
-        parents[int(path.parent.name)] = int(found[1])
-    family = [pid]
-    for one in family:
-        family += [child for child, parent in parents.items() if parent == one]
-    return family
-
-
-def cpu_seconds(pids: Iterable[int]) -> float:
-    """Processor time that processes have used until now, user and system."""
-    ticks = 0
-    for pid in pids:
-        columns = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
-        user, system = columns.split()[11:13]
-        ticks += int(user) + int(system)
-    return ticks * TICK_S
-
-
-def machine_seconds() -> float:
-    """Processor time that this machine has used until now, whoever used it, of all cores."""
-    columns = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
-    idle = {3, 4}  # doing nothing, and waiting for a disk
-    return TICK_S * sum(int(ticks) for index, ticks in enumerate(columns) if index not in idle)
-
-
-def resident_bytes(pids: Iterable[int]) -> int:
-    """Memory of processes that is in RAM."""
-    size = os.sysconf("SC_PAGE_SIZE")
-    return size * sum(int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) for pid in pids)
-
-
-@dataclass
-class Meter:
-    """Reads what processes use, again and again, in a thread of its own."""
-
-    processes: dict[str, list[int]]
-    times: list[float] = field(default_factory=list)  # of the readings, in seconds since the epoch
-    cpu: dict[str, list[float]] = field(default_factory=dict)  # name, or MACHINE -> seconds
-    resident: dict[str, list[int]] = field(default_factory=dict)  # name -> bytes
-
-    def read(self) -> None:
-        """One reading."""
-        self.times.append(time.time())
-        for name, pids in self.processes.items():
-            self.cpu.setdefault(name, []).append(cpu_seconds(pids))
-            self.resident.setdefault(name, []).append(resident_bytes(pids))
-        self.cpu.setdefault(MACHINE, []).append(machine_seconds())
-
-    def used(self, name: str, begun: float, ended: float) -> float:
-        """Processor seconds between two times, interpolated between the readings beside them."""
-        at_begin, at_end = np.interp([begun, ended], self.times, self.cpu[name])
-        return float(at_end - at_begin)
-
-    @contextmanager
-    def running(self, every_s: float = LOOK_S) -> Iterator["Meter"]:
-        """Read until the block is left, and once more then."""
-        ended = threading.Event()
-
-        def look() -> None:
-            self.read()
-            while not ended.wait(every_s):
-                self.read()
-            self.read()
-
-        thread = threading.Thread(target=look, name="meter", daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            ended.set()
-            thread.join()
+def jobs_per_second(times: NDArray[np.float64], begin: float, end: float) -> float:
+    """Return the slope of completions over time between two times; batches end all at once."""
+    inside = times[(times >= begin) & (times <= end)]
+    return float(np.polyfit(inside - begin, np.arange(len(inside)), 1)[0])

@@ -14,6 +14,7 @@ from subprocess import Popen
 
 from devtools.bench import backfill_command as runs
 from devtools.bench import simulated_network, testbed
+from devtools.processes import family
 from gradcam_worker.operations import servers
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
@@ -86,7 +87,7 @@ def survive(rows: int, kills: int) -> Survived:
 
 def _kill(*processes: "Popen[bytes]") -> None:
     for one in processes:
-        for pid in reversed(testbed.below(one.pid)):  # the program itself before its keeper
+        for pid in reversed(family(one.pid)):  # the program itself before its keeper
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         one.wait()

@@ -21,6 +21,7 @@ from pydantic import SecretStr
 
 from devtools.faults import tiny_worker, webhook_receiver
 from devtools.faults.proxy import FaultyProxy
+from devtools.processes import children
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable
 from gradcam_worker.gradcam.imaging.overlay import encode
@@ -136,15 +137,6 @@ class Worker:
     def stop(self) -> None:
         """Cleanly."""
         parent_watch.stop(self.keeper)
-
-
-def children(pid: int) -> list[int]:
-    """Processes that a process has started and that are there."""
-    found: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            found += map(int, path.read_text(encoding="ascii").split())
-    return found
 
 
 @dataclass

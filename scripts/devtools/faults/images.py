@@ -7,7 +7,6 @@ whatever else it ends in, and whatever ends the child, is a broken promise.
 
 import json
 import os
-import re
 import struct
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import numpy as np
 
 from devtools import command, import_path
 from devtools.faults.image_mutations import Mutant, mutations
+from devtools.processes import peak_resident_mb
 
 SHORT = 400  # images
 MEMORY_BYTES = 1_536 * 1024**2  # what decoding the largest picture that is allowed takes, twice
@@ -136,14 +136,8 @@ def decode_all() -> None:
         except BaseException as error:  # noqa: BLE001  # anything at all is what is looked for
             ending = f"untyped: {type(error).__name__}: {str(error)[:100]}"
         signal.alarm(0)
-        said = {"ending": ending, "seconds": time.monotonic() - begun, "peak_mb": _peak_mb()}
+        said = {"ending": ending, "seconds": time.monotonic() - begun, "peak_mb": peak_resident_mb()}
         print(json.dumps(said), flush=True)
-
-
-def _peak_mb() -> float:
-    """Resident memory at its highest. Not `ru_maxrss`: that is inherited from whoever started this."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"))
-    return int(found[1]) / 1024 if found else 0.0
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from typing import Any
 
 from devtools.faults.cluster import START_S, Cluster, Worker, running_cluster, wait_for
 from devtools.faults.observer import JobObserver, end_of, told
-from devtools.faults.resource_usage import Usage
 from devtools.faults.verdict import Verdict
+from devtools.processes import Usage, repeating
 from gradcam_worker.broker import app, publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import IdempotencyConflict
@@ -26,6 +26,7 @@ from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import Job
 
 SHORT, FULL = 15, 300  # seconds
+READ_INTERVAL_S = 0.5
 AHEAD = 40  # jobs that wait or run at a time
 FLAT = 0.05  # by so much resident memory may grow after that
 LONG_S = 120.0  # a shorter run is still warming up at its end, and is held to less
@@ -187,7 +188,7 @@ def attack(count: int, seed: int) -> dict[str, Any]:
         wait_for(lambda: observer.finals, START_S, "the first job ends")
         usage = Usage(worker.process or 0)  # it is there: a good job ends nowhere else
         end = time.monotonic() + count
-        with usage.read():
+        with repeating(usage.read, READ_INTERVAL_S):
             while time.monotonic() < end:
                 if observer.unfinished() < AHEAD:
                     mix.one()
@@ -228,7 +229,7 @@ def _look_at_usage(usage: Usage, seconds: float, verdict: Verdict, worker: Worke
     if growth > most:
         verdict.broken.append(f"Resident memory grew by {growth:.1%} after the warm-up; {most:.0%} is flat.")
     for name, readings in (("threads", usage.threads), ("files", usage.files)):
-        if (more := usage.more(readings)) > MORE:
+        if (more := usage.rise(readings)) > MORE:
             verdict.broken.append(f"{more:g} {name} more are open at the end than after the warm-up.")
     verdict.figures |= {
         "resident_mb": [round(usage.warm(usage.resident)[at] / 1e6, 1) for at in (0, -1)],
