@@ -17,19 +17,17 @@ from gradcam_worker.storage.stores import FolderStore, Store
 from gradcam_worker.testing import MemoryStore
 
 DIGEST = hashlib.sha256(b"").hexdigest()
-
-
 ROW = CATALOG["efficientnet_lite0"]
 
 
-def found(store: Store, job: Job, row: NetworkRow = ROW) -> tuple[Manifest, ManifestRef] | None:
+def find(store: Store, job: Job, row: NetworkRow = ROW) -> tuple[Manifest, ManifestRef] | None:
     return artifacts.find_manifest(store, job.id, job, DIGEST, row, Deadline(30))
 
 
 def manifest(job: Job, **changes: Any) -> Manifest:
-    own: dict[str, Any] = {"job_id": job.id, "job_fingerprint": artifacts.fingerprint(job), **changes}
+    fields: dict[str, Any] = {"job_id": job.id, "job_fingerprint": artifacts.job_fingerprint(job), **changes}
     return Manifest(
-        **own,
+        **fields,
         generator={"name": "gradcam-worker", "version": "1"},
         input=InputRecord(
             uri="s3://in/a.jpg", sha256=DIGEST, bytes=1, media_type="image/jpeg", width=1, height=1
@@ -49,117 +47,120 @@ def manifest(job: Job, **changes: Any) -> Manifest:
     )
 
 
-def test_a_sealed_manifest_is_found_again_as_it_was_sealed(job: Job) -> None:
+def test_a_manifest_is_found_again_as_it_was_written(job: Job) -> None:
     store = MemoryStore()
-    assert found(store, job) is None
+    assert find(store, job) is None
     ref = artifacts.write_manifest(store, job.id, manifest(job), Deadline(30))
-    assert found(store, job) == (manifest(job), ref)
+    assert find(store, job) == (manifest(job), ref)
     assert ref.manifest_sha256 == hashlib.sha256(store.objects[f"{job.id}/manifest.json"]).hexdigest()
 
 
 @pytest.mark.parametrize(
     "damaged", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"schema": "gradcam.manifest/v2"}', b"[" * 100_000]
 )
-def test_what_is_no_manifest_counts_for_nothing_and_is_told(
+def test_an_object_that_is_not_a_manifest_is_ignored_and_logged(
     job: Job, damaged: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, logger="gradcam")
     store = MemoryStore({f"{job.id}/manifest.json": damaged})
-    assert found(store, job) is None
-    assert f"memory://{job.id}/manifest.json is no manifest, and will be replaced" in caplog.text
+    assert find(store, job) is None
+    assert f'manifest_replaced uri=memory://{job.id}/manifest.json reason="not a manifest"' in caplog.text
 
 
-def test_a_manifest_that_was_cut_short_counts_for_nothing(job: Job) -> None:
+def test_a_truncated_manifest_is_ignored(job: Job) -> None:
     text = manifest(job).model_dump_json().encode()
     for length in range(0, len(text), 97):
         store = MemoryStore({f"{job.id}/manifest.json": text[:length]})
-        assert found(store, job) is None
+        assert find(store, job) is None
 
 
-def test_the_manifest_of_another_job_counts_for_nothing_and_is_told(
+def test_the_manifest_of_another_job_is_ignored_and_logged(
     job: Job, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, logger="gradcam")
     other = "01890a5d-ac96-774b-bcce-b302099a8057"
     store = MemoryStore()
     artifacts.write_manifest(store, job.id, manifest(job, job_id=other), Deadline(30))
-    assert found(store, job) is None
-    assert f"is the manifest of job {other}, and will be replaced" in caplog.text
+    assert find(store, job) is None
+    assert (
+        f'manifest_replaced uri=memory://{job.id}/manifest.json reason="it is of job {other}"' in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    "change",
     [
-        ({"image": "s3://in/another.jpg"}, "another job of this id"),
-        ({"network": "vgg16"}, "another job of this id"),
-        ({"target": {"top_n": 3}}, "another job of this id"),
-        ({"target": {"classes": ["tabby", "egyptian_cat"]}}, "another job of this id"),
-        ({"method": {"name": "layercam"}}, "another job of this id"),
-        ({"metrics": ["deletion"]}, "another job of this id"),
-        ({"artifacts": [{"kind": "grid"}]}, "another job of this id"),
+        {"image": "s3://in/another.jpg"},
+        {"network": "vgg16"},
+        {"target": {"top_n": 3}},
+        {"target": {"classes": ["tabby", "egyptian_cat"]}},
+        {"method": {"name": "layercam"}},
+        {"metrics": ["deletion"]},
+        {"artifacts": [{"kind": "grid"}]},
     ],
+    ids=str,
 )
-def test_the_manifest_of_another_job_of_the_same_id_counts_for_nothing_and_is_told(
-    job: Job, change: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+def test_the_manifest_of_a_different_job_with_the_same_id_is_ignored_and_logged(
+    job: Job, change: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, logger="gradcam")
     store = MemoryStore()
-    before = Job.parse({**job.model_dump(mode="json"), **change})
-    artifacts.write_manifest(store, job.id, manifest(before), Deadline(30))
-    assert found(store, before) is not None
-    assert found(store, job) is None
-    assert f"is the manifest of {said}, and will be replaced" in caplog.text
+    earlier_job = Job.parse({**job.model_dump(mode="json"), **change})
+    artifacts.write_manifest(store, job.id, manifest(earlier_job), Deadline(30))
+    assert find(store, earlier_job) is not None
+    assert find(store, job) is None
+    assert 'reason="it is of a different job with this id"' in caplog.text
 
 
-def test_whom_it_is_told_makes_no_other_manifest(job: Job) -> None:
+def test_metadata_timeout_and_idempotency_key_do_not_change_the_fingerprint(job: Job) -> None:
     store = MemoryStore()
     artifacts.write_manifest(store, job.id, manifest(job), Deadline(30))
-    again = job.model_copy(update={"metadata": {"user": "7"}, "timeout_s": 7.0, "idempotency_key": "k"})
-    assert found(store, again) is not None
+    same_work = job.model_copy(update={"metadata": {"user": "7"}, "timeout_s": 7.0, "idempotency_key": "k"})
+    assert find(store, same_work) is not None
 
 
-def test_the_manifest_of_other_bytes_at_the_same_address_counts_for_nothing(
+def test_the_manifest_of_other_bytes_at_the_same_uri_is_ignored_and_logged(
     job: Job, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, logger="gradcam")
-    store, other = MemoryStore(), "0" * 64
+    store, other_sha256 = MemoryStore(), "0" * 64
     artifacts.write_manifest(store, job.id, manifest(job), Deadline(30))
-    assert artifacts.find_manifest(store, job.id, job, other, ROW, Deadline(30)) is None
-    assert f"is the manifest of other bytes of its image, with sha256 {DIGEST}" in caplog.text
+    assert artifacts.find_manifest(store, job.id, job, other_sha256, ROW, Deadline(30)) is None
+    assert f'reason="it is of an image with sha256 {DIGEST}"' in caplog.text
 
 
-def test_a_manifest_that_does_not_say_what_it_was_made_for_counts_for_nothing(job: Job) -> None:
+def test_a_manifest_without_a_job_fingerprint_is_ignored(job: Job) -> None:
     store = MemoryStore()
     artifacts.write_manifest(store, job.id, manifest(job, job_fingerprint=None), Deadline(30))
-    assert found(store, job) is None
+    assert find(store, job) is None
 
 
-def test_the_manifest_of_other_weights_of_an_own_network_counts_for_nothing(job: Job) -> None:
+def test_the_manifest_of_other_weights_of_a_registered_network_is_ignored(job: Job) -> None:
     store = MemoryStore()
-    own = replace(ROW, file=ModelFile(uri="file:///a.keras", sha256=DIGEST))
-    made = manifest(job)
-    for sha256, there in ((DIGEST, True), ("0" * 64, False)):
-        network = made.network.model_copy(
-            update={"weights_sha256": sha256, "preprocessing": own.preprocessing.name}
+    row = replace(ROW, file=ModelFile(uri="file:///a.keras", sha256=DIGEST))
+    written = manifest(job)
+    for sha256, is_found in ((DIGEST, True), ("0" * 64, False)):
+        network = written.network.model_copy(
+            update={"weights_sha256": sha256, "preprocessing": row.preprocessing.name}
         )
-        artifacts.write_manifest(store, job.id, made.model_copy(update={"network": network}), Deadline(30))
-        assert (found(store, job, own) is not None) is there
+        artifacts.write_manifest(store, job.id, written.model_copy(update={"network": network}), Deadline(30))
+        assert (find(store, job, row) is not None) is is_found
 
 
-def test_storage_that_fails_is_not_a_manifest_that_is_missing(job: Job, tmp_path: Path) -> None:
+def test_a_storage_error_is_not_taken_for_a_missing_manifest(job: Job, tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     (tmp_path / job.id).mkdir()
-    assert found(store, job) is None
+    assert find(store, job) is None
     (tmp_path / job.id / "manifest.json").symlink_to("elsewhere")
     with pytest.raises(StorageUnavailable):
-        found(store, job)
+        find(store, job)
 
 
-def test_nothing_is_sealed_by_an_attempt_that_was_overtaken_or_is_out_of_time(job: Job) -> None:
-    store, overtaken = MemoryStore(), Deadline(30)
-    overtaken.cancel(AttemptFenced("overtaken"))
+def test_no_manifest_is_written_by_an_attempt_that_was_fenced_or_is_out_of_time(job: Job) -> None:
+    store, fenced = MemoryStore(), Deadline(30)
+    fenced.cancel(AttemptFenced("overtaken"))
     with pytest.raises(AttemptFenced):
-        artifacts.write_manifest(store, job.id, manifest(job), overtaken)
+        artifacts.write_manifest(store, job.id, manifest(job), fenced)
     with pytest.raises(JobTimeout):
         artifacts.write_manifest(store, job.id, manifest(job), Deadline(0))
     assert store.objects == {}

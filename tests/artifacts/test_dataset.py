@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gradcam_worker.artifacts import dataset
-from gradcam_worker.artifacts.dataset import Outcome, Seen
+from gradcam_worker.artifacts.dataset import ExplainedRow, Outcome
 from gradcam_worker.errors import ImageNotFound, StorageUnavailable
 from gradcam_worker.gradcam.explain import explain_image
 from gradcam_worker.gradcam.network import Method
@@ -19,7 +19,7 @@ from gradcam_worker.testing import TinyNetwork
 
 GRID = (4, 4)
 NETWORK = NetworkRef(name="efficientnet_lite0", layer="blocks", weights_sha256=None)
-GONE = Problem.of(ImageNotFound("There is nothing."), stage="fetch", attempt=1)
+NOT_FOUND = Problem.of(ImageNotFound("There is nothing."), stage="fetch", attempt=1)
 
 
 def shard_of(*rows: Row, **changes: Any) -> Shard:
@@ -36,18 +36,18 @@ def shard_of(*rows: Row, **changes: Any) -> Shard:
     return Shard.model_validate({**fields, **changes})
 
 
-def seen(*, normalize: str = "per_class", dark: bool = False, scale: int = 1) -> Seen:
+def explained_row(*, normalize: str = "per_class", dark: bool = False, scale: int = 1) -> ExplainedRow:
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[:8, 8:, 0 if not dark else 1] = 200
-    found = explain_image(
+    explanation = explain_image(
         TinyNetwork(), pixels, classes=["red"], method=Method("gradcam", normalize=normalize)
     )
     if scale != 1:
-        found = type(found)(**{**vars(found), "heatmaps": found.heatmaps * scale})
+        explanation = type(explanation)(**{**vars(explanation), "heatmaps": explanation.heatmaps * scale})
     image = InputRecord(
         uri="s3://in/a.png", sha256="0" * 64, bytes=9, media_type="image/png", width=160, height=80
     )
-    return Seen(image, found, [None if dark else (80, 0, 160, 40)], [None])
+    return ExplainedRow(image, explanation, [None if dark else (80, 0, 160, 40)], [None])
 
 
 def read(data: bytes) -> pa.Table:
@@ -56,15 +56,25 @@ def read(data: bytes) -> pa.Table:
 
 def test_a_file_holds_a_row_for_each_image_and_class_and_one_for_each_that_failed() -> None:
     shard = shard_of(Row(uri="s3://in/a.png", id="a"), Row(uri="https://u:secret@h/b.png?token=1", id="b"))
-    data, summary = dataset.to_bytes(shard, NETWORK, GRID, [seen(), GONE])
-    good, bad = read(data).to_pylist()
-    assert (good["row"], good["id"], good["uri"], good["index"]) == (10, "a", "s3://in/a.png", 0)
-    assert (good["class_name"], good["wnid"], good["class_id"], good["rank"]) == ("red", "n1", 0, 1)
-    assert (good["width"], good["height"], good["box_xyxy"]) == (160, 80, [80, 0, 160, 40])
-    assert good["peak_xy"] == [100, 10]
-    assert good["heatmap"] == [float(row < 2 and column > 1) for row in range(4) for column in range(4)]
-    assert good["error"] is None
-    assert bad == dict.fromkeys(good) | {
+    data, summary = dataset.to_bytes(shard, NETWORK, GRID, [explained_row(), NOT_FOUND])
+    explained, failed = read(data).to_pylist()
+    assert (explained["row"], explained["id"], explained["uri"], explained["index"]) == (
+        10,
+        "a",
+        "s3://in/a.png",
+        0,
+    )
+    assert (explained["class_name"], explained["wnid"], explained["class_id"], explained["rank"]) == (
+        "red",
+        "n1",
+        0,
+        1,
+    )
+    assert (explained["width"], explained["height"], explained["box_xyxy"]) == (160, 80, [80, 0, 160, 40])
+    assert explained["peak_xy"] == [100, 10]
+    assert explained["heatmap"] == [float(row < 2 and column > 1) for row in range(4) for column in range(4)]
+    assert explained["error"] is None
+    assert failed == dict.fromkeys(explained) | {
         "row": 11,
         "id": "b",
         "uri": "https://h/b.png",
@@ -72,56 +82,58 @@ def test_a_file_holds_a_row_for_each_image_and_class_and_one_for_each_that_faile
         "error_detail": "There is nothing.",
     }
     assert (summary.rows, summary.failed, summary.codes) == (2, 1, {"image_not_found": 1})
-    assert dataset.summary_of(data) == summary
-    assert dataset.to_bytes(shard, NETWORK, GRID, [seen(), GONE])[0] == data
+    assert dataset.read_summary(data) == summary
+    assert dataset.to_bytes(shard, NETWORK, GRID, [explained_row(), NOT_FOUND])[0] == data
 
 
-def test_a_dark_heatmap_has_no_peak_and_no_box() -> None:
+def test_a_heatmap_that_is_zero_has_no_peak_and_no_box() -> None:
     shard = shard_of(Row(uri="s3://in/a.png"))
-    (row,) = read(dataset.to_bytes(shard, NETWORK, GRID, [seen(dark=True)])[0]).to_pylist()
+    (row,) = read(dataset.to_bytes(shard, NETWORK, GRID, [explained_row(dark=True)])[0]).to_pylist()
     assert (row["peak_xy"], row["box_xyxy"], set(row["heatmap"])) == (None, None, {0.0})
 
 
-def test_heatmaps_that_are_not_normalized_lie_between_0_and_1_all_the_same() -> None:
+def test_heatmaps_of_a_method_without_normalization_are_in_the_range_from_0_to_1() -> None:
     shard = shard_of(Row(uri="s3://in/a.png"))
-    data, _ = dataset.to_bytes(shard, NETWORK, GRID, [seen(normalize="none", scale=1_000_000)])
+    data, _ = dataset.to_bytes(shard, NETWORK, GRID, [explained_row(normalize="none", scale=1_000_000)])
     (row,) = read(data).to_pylist()
-    assert max(row["heatmap"]) == 1, "a float16 ends at 65504"
+    assert max(row["heatmap"]) == 1, "the largest float16 is 65504"
     assert row["raw_max"] == pytest.approx(200 / 255 * 2 / 16)
 
 
 @pytest.mark.parametrize(
-    "outcomes", [[], [GONE], [seen()], [GONE, seen(), GONE]], ids=["none", "failed", "good", "mixed"]
+    "outcomes",
+    [[], [NOT_FOUND], [explained_row()], [NOT_FOUND, explained_row(), NOT_FOUND]],
+    ids=["none", "failed", "explained", "mixed"],
 )
 def test_all_files_have_the_same_columns(outcomes: list[Outcome]) -> None:
     rows = [Row(uri="s3://in/a.png")] * len(outcomes) or [Row(uri="s3://in/a.png")]
-    given: list[Outcome | None] = [*outcomes] or [None]
-    data, _ = dataset.to_bytes(shard_of(*rows), NETWORK, GRID, given)
+    row_outcomes: list[Outcome | None] = [*outcomes] or [None]
+    data, _ = dataset.to_bytes(shard_of(*rows), NETWORK, GRID, row_outcomes)
     file = pq.ParquetFile(io.BytesIO(data))
     assert file.schema_arrow.remove_metadata().equals(dataset.schema(GRID))
     assert file.metadata.num_rows == len(outcomes)
     assert len(read(data)) == len(outcomes)
 
 
-def test_what_a_file_before_holds_is_taken_over_byte_for_byte() -> None:
+def test_the_explained_rows_of_an_earlier_file_are_kept_byte_for_byte() -> None:
     rows = [Row(uri=f"s3://in/{number}.png") for number in range(5)]
-    all_good: list[Outcome | None] = [seen()] * 5
-    whole, _ = dataset.to_bytes(shard_of(*rows), NETWORK, GRID, all_good)
-    half: list[Outcome | None] = [GONE, seen(), GONE, seen(), GONE]
-    before, _ = dataset.to_bytes(shard_of(*rows), NETWORK, GRID, half)
-    kept, good = dataset.good_rows(before)
-    assert good == {11, 13}
-    others = [None if 10 + place in good else one for place, one in enumerate(all_good)]
-    data, summary = dataset.to_bytes(shard_of(*rows), NETWORK, GRID, others, kept)
-    assert data == whole
+    all_explained: list[Outcome | None] = [explained_row()] * 5
+    complete_file, _ = dataset.to_bytes(shard_of(*rows), NETWORK, GRID, all_explained)
+    partial: list[Outcome | None] = [NOT_FOUND, explained_row(), NOT_FOUND, explained_row(), NOT_FOUND]
+    partial_file, _ = dataset.to_bytes(shard_of(*rows), NETWORK, GRID, partial)
+    kept_rows, kept_numbers = dataset.read_explained_rows(partial_file)
+    assert kept_numbers == {11, 13}
+    remaining = [None if 10 + index in kept_numbers else row for index, row in enumerate(all_explained)]
+    data, summary = dataset.to_bytes(shard_of(*rows), NETWORK, GRID, remaining, kept_rows)
+    assert data == complete_file
     assert summary.failed == 0
 
 
-def test_what_has_another_grid_cannot_be_taken_over() -> None:
+def test_rows_of_another_grid_cannot_be_kept() -> None:
     shard = shard_of(Row(uri="s3://in/a.png"))
-    kept, _ = dataset.good_rows(dataset.to_bytes(shard, NETWORK, GRID, [seen()])[0])
-    with pytest.raises(StorageUnavailable, match="cannot be read as one"):
-        dataset.to_bytes(shard, NETWORK, (7, 7), [None], kept)
+    kept_rows, _ = dataset.read_explained_rows(dataset.to_bytes(shard, NETWORK, GRID, [explained_row()])[0])
+    with pytest.raises(StorageUnavailable, match="not a shard's file, or is damaged"):
+        dataset.to_bytes(shard, NETWORK, (7, 7), [None], kept_rows)
 
 
 def test_failed_rows_are_an_input_for_another_backfill() -> None:
@@ -130,30 +142,38 @@ def test_failed_rows_are_an_input_for_another_backfill() -> None:
         Row(uri="s3://in/b.png"),
         Row(uri="s3://in/c.png"),
     )
-    lines = dataset.failed_lines(shard_of(*rows), [GONE, seen(), GONE]).decode().splitlines()
+    lines = (
+        dataset.failed_lines(shard_of(*rows), [NOT_FOUND, explained_row(), NOT_FOUND]).decode().splitlines()
+    )
     first, last = map(json.loads, lines)
     assert first == {
         "image": "s3://in/\N{SNOWMAN}.png",
         "id": "a",
         "sha256": "0" * 64,
         "row": 10,
-        "error": GONE.model_dump(mode="json"),
+        "error": NOT_FOUND.model_dump(mode="json"),
     }
     assert (last["image"], last["row"], "id" in last) == ("s3://in/c.png", 12, False)
-    assert dataset.failed_lines(shard_of(*rows), [seen()] * 3) == b""
+    assert dataset.failed_lines(shard_of(*rows), [explained_row()] * 3) == b""
 
 
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"{}"], ids=["empty", "short", "json"])
-def test_what_is_no_file_of_a_shard_is_said_to_be_none(data: bytes) -> None:
-    for read_it in (dataset.summary_of, dataset.good_rows, lambda data: [*dataset.batches(data)]):
-        with pytest.raises(StorageUnavailable, match="A shard's file is there, and cannot be read as one"):
-            read_it(data)
+def test_a_file_that_is_not_a_shards_file_is_refused(data: bytes) -> None:
+    for read_file in (
+        dataset.read_summary,
+        dataset.read_explained_rows,
+        lambda data: [*dataset.read_batches(data)],
+    ):
+        with pytest.raises(
+            StorageUnavailable, match="The existing file is not a shard's file, or is damaged"
+        ):
+            read_file(data)
 
 
-def test_the_rows_that_were_explained_come_back_in_batches() -> None:
+def test_the_explained_rows_are_read_in_batches() -> None:
     shard = shard_of(*[Row(uri="s3://in/a.png")] * 3)
-    data, _ = dataset.to_bytes(shard, NETWORK, GRID, [seen(), GONE, seen()])
-    found = [*dataset.batches(data, rows=2)]
-    assert [len(one.class_ids) for one in found] == [1, 1]
-    assert all(one.heatmaps.shape == (1, *GRID) for one in found)
-    assert found[1].record(0)["row"] == 12
+    data, _ = dataset.to_bytes(shard, NETWORK, GRID, [explained_row(), NOT_FOUND, explained_row()])
+    batches = [*dataset.read_batches(data, max_rows=2)]
+    assert [len(batch.class_ids) for batch in batches] == [1, 1]
+    assert all(batch.heatmaps.shape == (1, *GRID) for batch in batches)
+    assert batches[1].record(0)["row"] == 12

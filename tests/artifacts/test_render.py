@@ -20,33 +20,33 @@ FLAG = np.zeros((32, 48, 3), np.uint8)  # red on the left, blue on the right
 FLAG[:, :24, 0] = FLAG[:, 24:, 2] = 255
 
 
-def left_behind(
-    *wishes: dict[str, Any],
+def run_and_read(
+    *specs: dict[str, Any],
     classes: tuple[str, ...] = ("blue",),
     photo: NDArray[np.uint8] = FLAG,
     kind: str = ".png",
 ) -> tuple[Manifest, dict[str, bytes]]:
-    """What TinyNetwork's explanation of a photo leaves behind: the manifest, and all objects by name."""
+    """Run a job with TinyNetwork; return its manifest, and all objects that it wrote, by file name."""
     store = MemoryStore()
     target = {"classes": list(classes)}
     job = Job.parse(
-        {"image": URI, "network": "efficientnet_lite0", "target": target, "artifacts": list(wishes)}
+        {"image": URI, "network": "efficientnet_lite0", "target": target, "artifacts": list(specs)}
     )
     data = cv2.imencode(kind, photo[..., ::-1])[1].tobytes()
     context = JobContext(Deadline(job.timeout_s), lambda _: None)
     run_job(job, fake_services({URI: data}, store=store), context)
-    objects = {key.partition("/")[2]: made for key, made in store.objects.items()}
+    objects = {key.partition("/")[2]: data for key, data in store.objects.items()}
     return Manifest.model_validate_json(objects["manifest.json"]), objects
 
 
-def drawn_box(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> tuple[int, ...]:
-    """Where two pictures differ: left, top, right, bottom."""
-    ys, xs = np.nonzero((one != other).any(-1))
+def changed_box(pixels: NDArray[np.uint8], original: NDArray[np.uint8]) -> tuple[int, ...]:
+    """The box in which two images differ: left, top, right, bottom."""
+    ys, xs = np.nonzero((pixels != original).any(-1))
     return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
 
 
 @pytest.mark.parametrize(
-    ("wishes", "threshold"),
+    ("specs", "threshold"),
     [
         ([{"kind": "heatmap"}], 0.5),
         ([{"kind": "overlay", "threshold": 0.9}], 0.5),
@@ -62,68 +62,68 @@ def drawn_box(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> tuple[int, ..
         ),
     ],
 )
-def test_the_hot_region_of_every_class_is_in_the_manifest(
-    wishes: list[dict[str, Any]], threshold: float
+def test_the_salient_region_of_every_class_is_in_the_manifest(
+    specs: list[dict[str, Any]], threshold: float
 ) -> None:
-    manifest, _ = left_behind(*wishes, classes=("red", "blue", "green"))
-    red, blue, green = (seen.hot for seen in manifest.explanations)
+    manifest, _ = run_and_read(*specs, classes=("red", "blue", "green"))
+    red, blue, green = (explained.hot for explained in manifest.explanations)
     # Two cells of four are lit, of 12 pixels each: between their middles, at 17.5 and 29.5, it falls to 0.
     width = math.floor(17.5 + 12 * (1 - threshold)) + 1
     assert red == SalientRegion(threshold=threshold, box_xyxy=(0, 0, width, 32))
     assert blue == SalientRegion(threshold=threshold, box_xyxy=(48 - width, 0, 48, 32))
-    assert green is None, "nothing speaks for it"
+    assert green is None, "its heatmap is zero"
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8])
-def test_the_box_that_is_drawn_is_the_manifests(threshold: float) -> None:
-    wish = {"kind": "overlay", "format": "png", "alpha": 0, "box": True, "threshold": threshold}
-    manifest, objects = left_behind(wish)
+def test_the_box_that_is_drawn_is_the_one_in_the_manifest(threshold: float) -> None:
+    spec = {"kind": "overlay", "format": "png", "alpha": 0, "box": True, "threshold": threshold}
+    manifest, objects = run_and_read(spec)
     hot = manifest.explanations[0].hot
     assert hot
-    assert hot.box_xyxy == drawn_box(decode(objects["overlay-2-2-blue.png"]).pixels, FLAG)
+    assert hot.box_xyxy == changed_box(decode(objects["overlay-2-2-blue.png"]).pixels, FLAG)
 
 
 def test_each_overlay_has_the_box_of_its_own_threshold() -> None:
-    wish = {"kind": "overlay", "alpha": 0, "box": True}
-    first, second = {**wish, "format": "png"}, {**wish, "format": "webp", "threshold": 0.9}
-    _, objects = left_behind(first, second)
-    left, top, right, bottom = drawn_box(decode(objects["overlay-2-2-blue.png"]).pixels, FLAG)
+    spec = {"kind": "overlay", "alpha": 0, "box": True}
+    first, second = {**spec, "format": "png"}, {**spec, "format": "webp", "threshold": 0.9}
+    _, objects = run_and_read(first, second)
+    left, top, right, bottom = changed_box(decode(objects["overlay-2-2-blue.png"]).pixels, FLAG)
     assert (left, top, right, bottom) == (24, 0, 48, 32)
     dark = decode(objects["overlay-2-2-blue.webp"]).pixels.max(-1)[12:20]
-    assert dark[:, 29].mean() < 100, "the edge of the box around 0.9 of the peak"
-    assert dark[:, 24].mean() > 150, "where that around 0.5 begins"
+    assert dark[:, 29].mean() < 100, "the edge of the box at 0.9 of the peak"
+    assert dark[:, 24].mean() > 150, "where the box at 0.5 begins"
 
 
-def test_in_a_smaller_overlay_the_box_is_smaller_and_in_the_manifest_it_is_not() -> None:
-    wish = {"kind": "overlay", "format": "png", "alpha": 0, "max_edge": 24}
-    (framed, with_box), (plain, without) = (left_behind({**wish, "box": box}) for box in (True, False))
+def test_the_box_is_scaled_in_a_smaller_overlay_but_not_in_the_manifest() -> None:
+    spec = {"kind": "overlay", "format": "png", "alpha": 0, "max_edge": 24}
+    (framed, with_box), (plain, without) = (run_and_read({**spec, "box": box}) for box in (True, False))
     hot = framed.explanations[0].hot
     assert hot
     assert hot == plain.explanations[0].hot
     left, top, right, bottom = hot.box_xyxy
     name = "overlay-2-2-blue.png"
-    small = drawn_box(decode(with_box[name]).pixels, decode(without[name]).pixels)
+    small = changed_box(decode(with_box[name]).pixels, decode(without[name]).pixels)
     assert small == (left // 2, top // 2, math.ceil(right / 2), math.ceil(bottom / 2))
 
 
-def test_a_contour_is_drawn_where_it_is_asked_for() -> None:
-    wish = {"kind": "overlay", "format": "png"}
-    (_, outlined), (_, plain) = (left_behind({**wish, "contour": contour}) for contour in (True, False))
+def test_a_contour_is_drawn_on_request() -> None:
+    spec = {"kind": "overlay", "format": "png"}
+    (_, outlined), (_, plain) = (run_and_read({**spec, "contour": contour}) for contour in (True, False))
     name = "overlay-2-2-blue.png"
-    left, top, right, bottom = drawn_box(decode(outlined[name]).pixels, decode(plain[name]).pixels)
+    left, top, right, bottom = changed_box(decode(outlined[name]).pixels, decode(plain[name]).pixels)
     assert (top, bottom) == (0, 32)
-    assert 20 <= left < right <= 28, "between red and blue, and nowhere else"
+    assert 20 <= left < right <= 28, "only between red and blue"
 
 
 def test_a_class_without_a_heatmap_has_neither_contour_nor_box() -> None:
-    wish = {"kind": "overlay", "format": "png", "alpha": 0, "contour": True, "box": True}
-    _, objects = left_behind(wish, classes=("green",))
+    spec = {"kind": "overlay", "format": "png", "alpha": 0, "contour": True, "box": True}
+    _, objects = run_and_read(spec, classes=("green",))
     np.testing.assert_array_equal(decode(objects["overlay-3-1-green.png"]).pixels, FLAG)
 
 
 def test_an_animation_shows_the_explained_classes_in_turn() -> None:
-    wish = {"kind": "animation", "frame_s": 0.5, "max_edge": 300}
-    manifest, objects = left_behind(wish, classes=("blue", "red", "green"))
+    spec = {"kind": "animation", "frame_s": 0.5, "max_edge": 300}
+    manifest, objects = run_and_read(spec, classes=("blue", "red", "green"))
     (record,) = manifest.artifacts
     assert (record.kind, record.media_type, record.width) == ("animation", "image/gif", 240)
     shown = Image.open(io.BytesIO(objects["animation.gif"]))
@@ -134,33 +134,33 @@ def test_an_animation_shows_the_explained_classes_in_turn() -> None:
         pixels = np.asarray(shown.convert("RGB")).astype(int)[-100:]
         sides.append((pixels[:, :60].mean((0, 1)), pixels[:, -60:].mean((0, 1))))
     (cold_red, hot_blue), (hot_red, cold_blue), dark = sides
-    assert cold_red[2] > hot_red[2] + 30, "blue over what is cold"
-    assert hot_blue[0] > cold_blue[0] + 30, "red over what is hot"
+    assert cold_red[2] > hot_red[2] + 30, "blue over cold pixels"
+    assert hot_blue[0] > cold_blue[0] + 30, "red over hot pixels"
     assert np.abs(np.array(dark) - [cold_red, cold_blue]).max() < 15
 
 
-def test_a_tiny_photo_is_large_on_the_grid() -> None:
-    manifest, objects = left_behind({"kind": "grid", "format": "png"}, photo=FLAG[8:16, 16:32])
+def test_a_tiny_image_is_enlarged_on_the_grid() -> None:
+    manifest, objects = run_and_read({"kind": "grid", "format": "png"}, photo=FLAG[8:16, 16:32])
     (record,) = manifest.artifacts
     assert decode(objects["grid.png"]).pixels.shape == (record.height, record.width, 3)
     assert (record.width or 0) > 1000
 
 
-def test_a_panorama_longer_than_webp_can_be_is_made_smaller() -> None:
-    wishes = [{"kind": kind, "format": "webp", "max_edge": 32_767} for kind in ("overlay", "animation")]
-    manifest, objects = left_behind(*wishes, photo=np.zeros((4, 20_000, 3), np.uint8))
+def test_an_image_longer_than_webp_allows_is_made_smaller() -> None:
+    specs = [{"kind": kind, "format": "webp", "max_edge": 32_767} for kind in ("overlay", "animation")]
+    manifest, objects = run_and_read(*specs, photo=np.zeros((4, 20_000, 3), np.uint8))
     for record in (*manifest.explanations[0].artifacts, *manifest.artifacts):
         shown = Image.open(io.BytesIO(objects[record.uri.rpartition("/")[2]]))
         assert shown.size == (record.width, record.height)
         assert shown.width >= 16_000
 
 
-def test_a_photo_that_was_decoded_smaller_leaves_the_same_sizes_behind() -> None:
+def test_an_image_that_was_decoded_at_a_smaller_scale_has_artifacts_of_the_same_size() -> None:
     large = cv2.resize(FLAG, (2400, 1600), interpolation=cv2.INTER_NEAREST)
     small: dict[str, Any] = {"kind": "overlay", "max_edge": 200, "box": True}
     grey, whole = {"kind": "heatmap", "format": "png"}, {"kind": "overlay", "format": "png"}
-    manifest, objects = left_behind(small, grey, photo=large, kind=".jpg")
-    larger, _ = left_behind(small, grey, whole, photo=large, kind=".jpg")
+    manifest, objects = run_and_read(small, grey, photo=large, kind=".jpg")
+    larger, _ = run_and_read(small, grey, whole, photo=large, kind=".jpg")
     assert (manifest.input.width, manifest.input.height) == (2400, 1600)
     assert manifest.explanations[0].hot == larger.explanations[0].hot
     assert manifest.explanations[0].peak_xy == larger.explanations[0].peak_xy

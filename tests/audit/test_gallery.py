@@ -15,7 +15,7 @@ import pytest
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 
-from gradcam_worker.artifacts.dataset import Outcome, Seen, batches, to_bytes
+from gradcam_worker.artifacts.dataset import ExplainedRow, Outcome, read_batches, to_bytes
 from gradcam_worker.audit import gallery as module
 from gradcam_worker.audit.gallery import Gallery, GalleryOptions, gallery
 from gradcam_worker.audit.statistics import read_statistics
@@ -52,7 +52,7 @@ def photo(seed: int, size: tuple[int, int] = (300, 400)) -> bytes:
 PHOTOS = {f"s3://photos/{one}.jpg": photo(one) for one in range(8)}
 
 
-def seen(uri: str, told: Sequence[Told], data: bytes | None = None) -> Seen:
+def seen(uri: str, told: Sequence[Told], data: bytes | None = None) -> ExplainedRow:
     data = PHOTOS[uri] if data is None else data
     explained = tuple(Prediction(rank, one, f"n{one}", NAMES[one], p) for one, rank, p, _ in told)
     raw = np.zeros(len(told), np.float32)
@@ -66,7 +66,7 @@ def seen(uri: str, told: Sequence[Told], data: bytes | None = None) -> Seen:
         height=300,
     )
     explanation = Explanation(TinyNetwork.facts, "blocks", explained, explained, heatmaps, raw, raw)
-    return Seen(record, explanation, [None] * len(told), [None] * len(told))
+    return ExplainedRow(record, explanation, [None] * len(told), [None] * len(told))
 
 
 def file(outcomes: Sequence[tuple[str, Outcome]], first: int = 0, grid: tuple[int, int] = (4, 4)) -> bytes:
@@ -144,7 +144,7 @@ class TestClasses:
         maps = [
             outcome.explanation.heatmaps[place]
             for _, outcome in outcomes
-            if isinstance(outcome, Seen)
+            if isinstance(outcome, ExplainedRow)
             for place, one in enumerate(outcome.explanation.explained)
             if one.id == 1
         ]
@@ -232,9 +232,9 @@ class TestPictures:
 
     def test_a_file_is_read_in_parts(self, outcomes: list[tuple[str, Outcome]]) -> None:
         data = file(outcomes)
-        parts = list(batches(data, rows=5))
+        parts = list(read_batches(data, max_rows=5))
         assert [len(part.class_ids) for part in parts] == [5, 5, 5, 5, 4]
-        (whole,) = batches(data)
+        (whole,) = read_batches(data)
         assert_allclose(np.concatenate([part.heatmaps for part in parts]), whole.heatmaps)
         assert whole.record(3)["uri"] == "s3://photos/1.jpg"
 

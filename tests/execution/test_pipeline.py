@@ -39,151 +39,154 @@ URI = "s3://in/flag.png"
 
 
 def flag() -> bytes:
-    """A picture of 48 x 32 pixels: red on the left, blue on the right."""
+    """A PNG of 48 x 32 pixels: red on the left, blue on the right."""
     pixels = np.zeros((32, 48, 3), np.uint8)
     pixels[:, :24, 2] = 255  # OpenCV writes blue first
     pixels[:, 24:, 0] = 255
     return cv2.imencode(".png", pixels)[1].tobytes()
 
 
-def job(**changes: Any) -> Job:
+def make_job(**changes: Any) -> Job:
     fields = {"image": URI, "network": "efficientnet_lite0", "target": {"top_n": 2}}
     return Job.parse({**fields, **changes})
 
 
 def run(
-    asked: Job, store: MemoryStore | None = None, *, data: bytes | None = None, **others: Any
+    job: Job, store: MemoryStore | None = None, *, data: bytes | None = None, **others: Any
 ) -> tuple[JobResult, MemoryStore, JobContext]:
     store = store or MemoryStore()
-    context = JobContext(Deadline(asked.timeout_s), lambda _: None)
-    there = fake_services({URI: flag() if data is None else data}, store=store, **others)
-    return run_job(asked, there, context), store, context
+    context = JobContext(Deadline(job.timeout_s), lambda _: None)
+    services = fake_services({URI: flag() if data is None else data}, store=store, **others)
+    return run_job(job, services, context), store, context
 
 
-def test_a_job_leaves_overlays_arrays_and_last_of_all_its_manifest() -> None:
-    asked = job()
-    _, store, _ = run(asked)
+def test_a_job_writes_overlays_arrays_and_last_its_manifest() -> None:
+    job = make_job()
+    _, store, _ = run(job)
     assert list(store.objects) == [
-        f"{asked.id}/overlay-1-0-red.jpg",
-        f"{asked.id}/overlay-2-2-blue.jpg",
-        f"{asked.id}/heatmaps.npz",
-        f"{asked.id}/manifest.json",
+        f"{job.id}/overlay-1-0-red.jpg",
+        f"{job.id}/overlay-2-2-blue.jpg",
+        f"{job.id}/heatmaps.npz",
+        f"{job.id}/manifest.json",
     ]
 
 
-def test_the_manifest_describes_every_object_that_is_there() -> None:
-    asked = job()
-    done, store, _ = run(asked)
-    text = store.objects[f"{asked.id}/manifest.json"]
-    assert done.result.manifest_sha256 == hashlib.sha256(text).hexdigest()
+def test_the_manifest_describes_every_artifact() -> None:
+    job = make_job()
+    result, store, _ = run(job)
+    text = store.objects[f"{job.id}/manifest.json"]
+    assert result.result.manifest_sha256 == hashlib.sha256(text).hexdigest()
     manifest = Manifest.model_validate_json(text)
-    for index, seen in enumerate(manifest.explanations):
-        for record in seen.artifacts:
+    for index, explained in enumerate(manifest.explanations):
+        for record in explained.artifacts:
             data = store.objects[record.uri.removeprefix("memory://")]
             assert (record.bytes, record.sha256) == (len(data), hashlib.sha256(data).hexdigest())
             if record.kind == "overlay":
                 assert decode(data).pixels.shape == (record.height, record.width, 3) == (32, 48, 3)
             else:
                 arrays = np.load(io.BytesIO(data))
-                assert arrays["class_ids"][record.index] == seen.class_.id
+                assert arrays["class_ids"][record.index] == explained.class_.id
                 assert arrays["heatmaps"].shape == record.shape == (2, 4, 4)
-                assert float(arrays["raw_max"][index]) == pytest.approx(seen.raw_max)
+                assert float(arrays["raw_max"][index]) == pytest.approx(explained.raw_max)
     assert (manifest.input.width, manifest.input.height, manifest.input.media_type) == (48, 32, "image/png")
     assert manifest.method.layer == "blocks"
 
 
-def test_the_heatmaps_light_where_the_class_is() -> None:
-    asked = job()
-    _, store, _ = run(asked)
-    red, blue = np.load(io.BytesIO(store.objects[f"{asked.id}/heatmaps.npz"]))["heatmaps"]
+def test_the_heatmaps_are_hot_where_the_class_is() -> None:
+    job = make_job()
+    _, store, _ = run(job)
+    red, blue = np.load(io.BytesIO(store.objects[f"{job.id}/heatmaps.npz"]))["heatmaps"]
     np.testing.assert_array_equal(red, np.repeat([[1, 1, 0, 0]], 4, axis=0))
     np.testing.assert_array_equal(blue, np.repeat([[0, 0, 1, 1]], 4, axis=0))
-    overlay = decode(store.objects[f"{asked.id}/overlay-1-0-red.jpg"]).pixels.astype(int)
+    overlay = decode(store.objects[f"{job.id}/overlay-1-0-red.jpg"]).pixels.astype(int)
     left, right = overlay[:, :16].mean((0, 1)), overlay[:, 32:].mean((0, 1))
     assert left[0] > 150, "hot is red on red"
     assert right[2] > 150, "cold is blue on blue"
 
 
-def test_the_peak_is_given_in_pixels_of_the_image() -> None:
-    asked = job(target={"classes": ["blue"]})
-    _, store, _ = run(asked)
-    seen = Manifest.model_validate_json(store.objects[f"{asked.id}/manifest.json"]).explanations[0]
-    assert seen.peak_xy == (30, 4), "the middle of the third cell of four, in 48 x 32"
+def test_the_peak_is_in_pixels_of_the_image() -> None:
+    job = make_job(target={"classes": ["blue"]})
+    _, store, _ = run(job)
+    explained = Manifest.model_validate_json(store.objects[f"{job.id}/manifest.json"]).explanations[0]
+    assert explained.peak_xy == (30, 4), "the middle of the third cell of four, in 48 x 32"
 
 
-def test_a_rerun_writes_the_same_bytes_under_the_same_keys() -> None:
-    asked = job()
-    first, second = run(asked)[1], run(asked)[1]
+def test_a_job_that_runs_again_writes_the_same_bytes_under_the_same_keys() -> None:
+    job = make_job()
+    first, second = run(job)[1], run(job)[1]
     assert first.objects == second.objects
 
 
-def test_a_class_that_nothing_speaks_for_has_an_empty_heatmap_and_a_warning() -> None:
-    asked = job(target={"classes": ["green", "red"]})
-    done, store, _ = run(asked)
-    assert [(one.code, one.class_id) for one in done.warnings] == [("zero_heatmap", 1)]
-    manifest = json.loads(store.objects[f"{asked.id}/manifest.json"])
+def test_a_class_without_evidence_has_a_heatmap_that_is_zero_and_a_warning() -> None:
+    job = make_job(target={"classes": ["green", "red"]})
+    result, store, _ = run(job)
+    assert [(warning.code, warning.class_id) for warning in result.warnings] == [("zero_heatmap", 1)]
+    manifest = json.loads(store.objects[f"{job.id}/manifest.json"])
     assert manifest["explanations"][0]["peak_xy"] is None
-    assert b"NaN" not in store.objects[f"{asked.id}/manifest.json"]
+    assert b"NaN" not in store.objects[f"{job.id}/manifest.json"]
 
 
 def noisy(width: int = 900, height: int = 700) -> bytes:
-    """A JPEG that looks another when it is decoded at a part of its size."""
+    """A JPEG whose pixels depend on the scale at which it is decoded."""
     rng = np.random.default_rng(4)
     grain = rng.choice([0, 255], (height, width, 3)).astype(np.uint8)
     grain[:, : width // 2, 0] //= 2
     return cv2.imencode(".jpg", grain, [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
 
 
-def test_what_the_network_sees_depends_on_the_image_alone_and_not_on_what_is_drawn() -> None:
+def test_the_input_of_the_network_does_not_depend_on_the_artifacts() -> None:
     data = noisy()
-    seen = explain_image(TinyNetwork(), data, top_n=3)
-    expected = [(one.id, one.probability) for one in seen.predictions]
+    explanation = explain_image(TinyNetwork(), data, top_n=3)
+    expected = [(prediction.id, prediction.probability) for prediction in explanation.predictions]
     for artifacts in (
         [{"kind": "heatmap"}],
         [{"kind": "overlay"}],
         [{"kind": "overlay", "max_edge": 64}],
         [{"kind": "grid"}, {"kind": "report"}, {"kind": "animation", "max_edge": 64}],
     ):
-        asked = job(artifacts=artifacts, target={"top_n": 3}, metrics=["deletion"])
-        done, store, _ = run(asked, data=data)
-        assert [(one.id, one.probability) for one in done.predictions] == expected
-        manifest = Manifest.model_validate_json(store.objects[f"{asked.id}/manifest.json"])
-        assert [one.raw_max for one in manifest.explanations] == seen.raw_max.tolist()
+        job = make_job(artifacts=artifacts, target={"top_n": 3}, metrics=["deletion"])
+        result, store, _ = run(job, data=data)
+        assert [(score.id, score.probability) for score in result.predictions] == expected
+        manifest = Manifest.model_validate_json(store.objects[f"{job.id}/manifest.json"])
+        assert [explained.raw_max for explained in manifest.explanations] == explanation.raw_max.tolist()
         assert (manifest.input.width, manifest.input.height) == (900, 700)
 
 
-def test_a_damaged_image_is_explained_with_a_warning_that_says_what_it_lacks() -> None:
-    data, asked = noisy(160, 120)[:-2], job()
-    done, store, _ = run(asked, data=data)
-    said = "its end marker is missing"
-    assert done.warnings == (ResultWarning(code="image_damaged", missing=0, detail=said),)
-    manifest = Manifest.model_validate_json(store.objects[f"{asked.id}/manifest.json"])
-    assert (manifest.warnings, manifest.input.damage) == (done.warnings, DamageRecord(missing=0, detail=said))
-    assert run(job(), data=noisy(160, 120))[0].warnings == ()
+def test_a_damaged_image_is_explained_with_a_warning_about_the_damage() -> None:
+    data, job = noisy(160, 120)[:-2], make_job()
+    result, store, _ = run(job, data=data)
+    detail = "its end marker is missing"
+    assert result.warnings == (ResultWarning(code="image_damaged", missing=0, detail=detail),)
+    manifest = Manifest.model_validate_json(store.objects[f"{job.id}/manifest.json"])
+    assert (manifest.warnings, manifest.input.damage) == (
+        result.warnings,
+        DamageRecord(missing=0, detail=detail),
+    )
+    assert run(make_job(), data=noisy(160, 120))[0].warnings == ()
 
 
-def test_how_much_may_be_missing_is_the_operators_decision() -> None:
+def test_the_settings_limit_the_missing_share_of_an_image() -> None:
     whole = noisy(160, 120)
     cut = whole[: len(whole) * 4 // 5]
     with pytest.raises(ImageDecodeFailed, match=r"premature end of data segment.*less than 5.0% may be"):
-        run(job(), data=cut)
-    done, _, _ = run(job(), data=cut, limits=Limits(max_damage=0.5))
-    (warned,) = done.warnings
-    assert 0.15 < (warned.missing or 0) < 0.3
+        run(make_job(), data=cut)
+    result, _, _ = run(make_job(), data=cut, limits=Limits(max_damage=0.5))
+    (warning,) = result.warnings
+    assert 0.15 < (warning.missing or 0) < 0.3
 
 
-def test_a_report_is_one_page_with_the_facts_of_the_manifest() -> None:
-    asked = job(artifacts=[{"kind": "report"}])
-    _, store, _ = run(asked)
-    made = store.objects[f"{asked.id}/report.html"]
-    manifest = Manifest.model_validate_json(store.objects[f"{asked.id}/manifest.json"])
+def test_a_report_is_one_page_with_the_values_of_the_manifest() -> None:
+    job = make_job(artifacts=[{"kind": "report"}])
+    _, store, _ = run(job)
+    page = store.objects[f"{job.id}/report.html"]
+    manifest = Manifest.model_validate_json(store.objects[f"{job.id}/manifest.json"])
     (record,) = manifest.artifacts
     assert (record.kind, record.media_type) == ("report", "text/html; charset=utf-8")
-    assert (record.bytes, record.sha256) == (len(made), hashlib.sha256(made).hexdigest())
-    assert b"efficientnet_lite0 \\u00b7 flag.png" in made
-    for fact in (asked.id, URI, manifest.input.sha256, "48 x 32 pixels, image/png", manifest.method.layer):
-        assert str(fact).encode() in made
-    assert run(asked)[1].objects == store.objects
+    assert (record.bytes, record.sha256) == (len(page), hashlib.sha256(page).hexdigest())
+    assert b"efficientnet_lite0 \\u00b7 flag.png" in page
+    for value in (job.id, URI, manifest.input.sha256, "48 x 32 pixels, image/png", manifest.method.layer):
+        assert str(value).encode() in page
+    assert run(job)[1].objects == store.objects
 
 
 ALL_FORMATS = [
@@ -197,9 +200,9 @@ ALL_FORMATS = [
 ]
 
 
-def test_every_format_can_be_asked_for_at_once_and_is_described() -> None:
-    asked = job(artifacts=ALL_FORMATS)
-    _, store, _ = run(asked)
+def test_all_formats_can_be_requested_at_once_and_are_in_the_manifest() -> None:
+    job = make_job(artifacts=ALL_FORMATS)
+    _, store, _ = run(job)
     names = [name.partition("/")[2] for name in store.objects]
     assert names == [
         "overlay-1-0-red.png",
@@ -214,8 +217,8 @@ def test_every_format_can_be_asked_for_at_once_and_is_described() -> None:
         "animation.webp",
         "manifest.json",
     ]
-    manifest = Manifest.model_validate_json(store.objects[f"{asked.id}/manifest.json"])
-    described = [record for seen in manifest.explanations for record in seen.artifacts]
+    manifest = Manifest.model_validate_json(store.objects[f"{job.id}/manifest.json"])
+    described = [record for explained in manifest.explanations for record in explained.artifacts]
     assert {record.uri.rpartition("/")[2] for record in (*described, *manifest.artifacts)} == {*names[:-1]}
     for record in (*described, *manifest.artifacts):
         data = store.objects[record.uri.removeprefix("memory://")]
@@ -226,14 +229,14 @@ def test_every_format_can_be_asked_for_at_once_and_is_described() -> None:
             assert Image.MIME[shown.format or ""] == record.media_type
         else:
             assert np.load(io.BytesIO(data)).shape == record.shape
-    small, large = (decode(store.objects[f"{asked.id}/overlay-1-0-red.{ext}"]) for ext in ("png", "webp"))
+    small, large = (decode(store.objects[f"{job.id}/overlay-1-0-red.{ext}"]) for ext in ("png", "webp"))
     assert (small.pixels.shape, large.pixels.shape) == ((16, 24, 3), (32, 48, 3))
 
 
-def test_a_grey_heatmap_has_the_photos_size_and_is_white_where_the_class_is() -> None:
-    asked = job(artifacts=[{"kind": "heatmap", "format": "png"}], target={"classes": ["red"]})
-    _, store, _ = run(asked)
-    pixels = decode(store.objects[f"{asked.id}/heatmap-1-0-red.png"]).pixels
+def test_a_greyscale_heatmap_has_the_size_of_the_image_and_is_white_where_the_class_is() -> None:
+    job = make_job(artifacts=[{"kind": "heatmap", "format": "png"}], target={"classes": ["red"]})
+    _, store, _ = run(job)
+    pixels = decode(store.objects[f"{job.id}/heatmap-1-0-red.png"]).pixels
     assert pixels.shape == (32, 48, 3)
     assert (pixels[:, :16] == 255).all()
     assert (pixels[:, 32:] == 0).all()
@@ -241,50 +244,50 @@ def test_a_grey_heatmap_has_the_photos_size_and_is_white_where_the_class_is() ->
 
 @pytest.mark.parametrize("name", sorted(set(cam.METHODS) - {"eigencam"}))
 @pytest.mark.parametrize("normalize", cam.NORMALIZE)
-def test_a_job_chooses_its_method_and_the_manifest_says_which(name: str, normalize: str) -> None:
-    asked = job(method={"name": name, "normalize": normalize}, target={"classes": ["red", "blue"]})
-    _, store, _ = run(asked)
-    manifest = Manifest.model_validate_json(store.objects[f"{asked.id}/manifest.json"])
+def test_a_job_chooses_its_method_and_the_manifest_records_it(name: str, normalize: str) -> None:
+    job = make_job(method={"name": name, "normalize": normalize}, target={"classes": ["red", "blue"]})
+    _, store, _ = run(job)
+    manifest = Manifest.model_validate_json(store.objects[f"{job.id}/manifest.json"])
     assert (manifest.method.name, manifest.method.normalize) == (name, normalize)
-    heatmaps = np.load(io.BytesIO(store.objects[f"{asked.id}/heatmaps.npz"]))["heatmaps"]
+    heatmaps = np.load(io.BytesIO(store.objects[f"{job.id}/heatmaps.npz"]))["heatmaps"]
     right_is_hot = heatmaps[0, 0, 3] > heatmaps[0, 0, 0]
-    assert right_is_hot == (name == "counterfactual"), "red is on the left; what speaks against it is not"
+    assert right_is_hot == (name == "counterfactual"), "red is on the left; the evidence against it is not"
 
 
-def test_eigencam_asks_no_class_so_all_its_maps_are_the_same() -> None:
-    asked = job(method={"name": "eigencam", "normalize": "none"}, target={"classes": ["red", "blue"]})
-    _, store, _ = run(asked)
-    red, blue = np.load(io.BytesIO(store.objects[f"{asked.id}/heatmaps.npz"]))["heatmaps"]
+def test_the_heatmaps_of_eigencam_do_not_depend_on_the_class() -> None:
+    job = make_job(method={"name": "eigencam", "normalize": "none"}, target={"classes": ["red", "blue"]})
+    _, store, _ = run(job)
+    red, blue = np.load(io.BytesIO(store.objects[f"{job.id}/heatmaps.npz"]))["heatmaps"]
     np.testing.assert_array_equal(red, blue)
     assert red.any()
 
 
-def test_metrics_are_in_the_manifest_where_they_were_asked_for_and_nowhere_else() -> None:
-    asked, plain = job(metrics=["insertion", "deletion"]), job()
-    _, store, context = run(asked)
-    manifest = Manifest.model_validate_json(store.objects[f"{asked.id}/manifest.json"])
-    for seen in manifest.explanations:
-        assert seen.metrics.keys() == {"insertion", "deletion"}
+def test_metrics_are_in_the_manifest_only_on_request() -> None:
+    job, plain = make_job(metrics=["insertion", "deletion"]), make_job()
+    _, store, context = run(job)
+    manifest = Manifest.model_validate_json(store.objects[f"{job.id}/manifest.json"])
+    for explained in manifest.explanations:
+        assert explained.metrics.keys() == {"insertion", "deletion"}
     first = manifest.explanations[0].metrics
     assert first["deletion"] < first["insertion"]
     assert context.metrics["measure_s"] >= 0
     _, store, _ = run(plain)
-    bare = Manifest.model_validate_json(store.objects[f"{plain.id}/manifest.json"])
-    assert [seen.metrics for seen in bare.explanations] == [{}, {}]
+    manifest = Manifest.model_validate_json(store.objects[f"{plain.id}/manifest.json"])
+    assert [explained.metrics for explained in manifest.explanations] == [{}, {}]
 
 
-def test_measuring_stops_when_the_time_is_up() -> None:
+def test_measuring_stops_at_the_deadline() -> None:
     class Slow(TinyNetwork):
         def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
             time.sleep(0.1)
             return super().scores(pixels)
 
-    asked = job(metrics=["deletion"], timeout_s=0.35, target={"top_n": 3})
+    job = make_job(metrics=["deletion"], timeout_s=0.35, target={"top_n": 3})
     with pytest.raises(JobTimeout, match="waiting for the device"):
-        run(asked, model_cache=ModelCache(lambda _: Slow()))
+        run(job, model_cache=ModelCache(lambda _: Slow()))
 
 
-def test_the_contract_offers_what_the_room_of_mathematics_has() -> None:
+def test_the_job_schema_offers_all_methods_scores_normalizations_and_metrics() -> None:
     fields = MethodSpec.model_fields
     assert set(get_args(fields["name"].annotation)) == set(cam.METHODS)
     assert set(get_args(fields["score"].annotation)) == set(cam.SCORES)
@@ -292,14 +295,14 @@ def test_the_contract_offers_what_the_room_of_mathematics_has() -> None:
     assert set(get_args(Metric)) == set(METRICS)
 
 
-def test_only_the_artifacts_that_were_asked_for_are_made() -> None:
-    asked = job(artifacts=[{"kind": "heatmap"}])
-    _, store, _ = run(asked)
-    assert list(store.objects) == [f"{asked.id}/heatmaps.npz", f"{asked.id}/manifest.json"]
+def test_only_the_requested_artifacts_are_written() -> None:
+    job = make_job(artifacts=[{"kind": "heatmap"}])
+    _, store, _ = run(job)
+    assert list(store.objects) == [f"{job.id}/heatmaps.npz", f"{job.id}/manifest.json"]
 
 
 def test_every_stage_is_timed() -> None:
-    _, _, context = run(job())
+    _, _, context = run(make_job())
     stages = {"fetch_s", "decode_s", "load_s", "explain_s", "render_s", "upload_s", "batch_wait_s"}
     assert context.metrics.keys() == {*stages, "batch_size"}
     assert all(value >= 0 for value in context.metrics.values())
@@ -316,29 +319,29 @@ def test_every_stage_is_timed() -> None:
         ({"image": "s3://in/none.png"}, GradcamError, "fetch"),
     ],
 )
-def test_what_cannot_be_done_says_at_which_stage_and_leaves_nothing(
+def test_a_job_that_fails_records_its_stage_and_writes_nothing(
     changes: dict[str, Any], error: type[GradcamError], stage: str
 ) -> None:
-    store, asked = MemoryStore(), job(**changes)
-    context = JobContext(Deadline(asked.timeout_s), lambda _: None)
+    store, job = MemoryStore(), make_job(**changes)
+    context = JobContext(Deadline(job.timeout_s), lambda _: None)
     with pytest.raises(error):
-        run_job(asked, fake_services({URI: flag()}, store=store), context)
+        run_job(job, fake_services({URI: flag()}, store=store), context)
     assert context.current_stage == stage
     assert not store.objects
 
 
-def test_too_many_classes_are_refused_with_the_setting_that_says_so() -> None:
+def test_too_many_classes_are_refused_with_the_name_of_the_setting() -> None:
     with pytest.raises(InvalidJob, match=r"for 3 classes; at most 2 are allowed \(GRADCAM_MAX_CLASSES\)"):
-        run(job(target={"classes": [0, 1, 2]}), max_classes=2)
+        run(make_job(target={"classes": [0, 1, 2]}), max_classes=2)
 
 
 def test_a_job_out_of_time_stops_at_the_next_stage() -> None:
     with pytest.raises(JobTimeout, match="timeout_s of 1e-06 s"):
-        run(job(timeout_s=1e-6))
+        run(make_job(timeout_s=1e-6))
 
 
-def test_rendering_and_uploading_stop_when_the_time_is_up() -> None:
-    asked, store = job(target={"top_n": 3}), MemoryStore()
+def test_rendering_and_uploading_stop_at_the_deadline() -> None:
+    job, store = make_job(target={"top_n": 3}), MemoryStore()
 
     class Slow(MemoryStore):
         def put(self, key: str, data: bytes, media_type: str) -> str:
@@ -346,45 +349,45 @@ def test_rendering_and_uploading_stop_when_the_time_is_up() -> None:
             return store.put(key, data, media_type)
 
     with pytest.raises(JobTimeout, match="upload"):
-        run(asked.model_copy(update={"timeout_s": 0.3}), Slow())
+        run(job.model_copy(update={"timeout_s": 0.3}), Slow())
     assert 1 <= len(store.objects) < 4
-    assert f"{asked.id}/manifest.json" not in store.objects
+    assert f"{job.id}/manifest.json" not in store.objects
 
 
-class Changing:
-    """A registry whose one network is described anew each time that somebody asks."""
+class ChangingRegistry:
+    """A registry that returns a different row at each lookup."""
 
     def __init__(self) -> None:
-        self.told: list[NetworkRow] = []
+        self.rows: list[NetworkRow] = []
 
     def find(self, name: str) -> NetworkRow:
-        self.told.append(replace(CATALOG["efficientnet_lite0"], name=name, classes=len(self.told)))
-        return self.told[-1]
+        self.rows.append(replace(CATALOG["efficientnet_lite0"], name=name, classes=len(self.rows)))
+        return self.rows[-1]
 
 
-def test_a_job_may_name_an_own_network_and_gets_it_as_it_is_described_when_it_is_loaded() -> None:
-    networks, loaded = Changing(), []
+def test_a_job_uses_the_row_of_its_network_at_the_time_of_loading() -> None:
+    networks, loaded = ChangingRegistry(), []
 
     def load(row: NetworkRow) -> TinyNetwork:
         loaded.append(row)
         return TinyNetwork()
 
-    done, _, _ = run(job(network="tumours"), networks=networks, model_cache=ModelCache(load))
-    assert done.network.name == "tumours"
-    assert loaded == [networks.told[-1]]
+    result, _, _ = run(make_job(network="tumours"), networks=networks, model_cache=ModelCache(load))
+    assert result.network.name == "tumours"
+    assert loaded == [networks.rows[-1]]
 
 
-def test_loading_a_network_is_not_held_against_the_job() -> None:
+def test_loading_a_network_does_not_count_towards_the_deadline() -> None:
     def load(row: NetworkRow) -> TinyNetwork:
         time.sleep(0.5)
         return TinyNetwork()
 
-    done, _, context = run(job(timeout_s=0.4), model_cache=ModelCache(load))
-    assert done.predictions
+    result, _, context = run(make_job(timeout_s=0.4), model_cache=ModelCache(load))
+    assert result.predictions
     assert context.metrics["load_s"] >= 0.5
 
 
-def test_tiny_network_computes_what_it_promises() -> None:
+def test_tiny_network_computes_scores_and_maps_of_colors() -> None:
     pixels = np.zeros((1, 16, 16, 3), np.uint8)
     pixels[0, :4, :4] = (255, 0, 0)
     computed = TinyNetwork().compute(pixels, np.array([[0, -1, 2]], np.int32))
@@ -394,30 +397,32 @@ def test_tiny_network_computes_what_it_promises() -> None:
     assert np.count_nonzero(computed.raw[0, 0]) == 1
 
 
-def again(asked: Job, store: MemoryStore, images: dict[str, bytes], attempt: int = 2) -> JobResult:
-    """Another attempt, when there are these images."""
-    context = JobContext(Deadline(asked.timeout_s), lambda _: None, attempt=attempt)
-    return run_job(asked, fake_services(images, store=store), context)
+def run_attempt(job: Job, store: MemoryStore, images: dict[str, bytes], attempt: int = 2) -> JobResult:
+    """Run a later attempt with these images."""
+    context = JobContext(Deadline(job.timeout_s), lambda _: None, attempt=attempt)
+    return run_job(job, fake_services(images, store=store), context)
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_a_result_that_is_complete_is_found_again_when_its_image_is_gone(*, named: bool) -> None:
-    image = {"uri": URI} | ({"sha256": hashlib.sha256(flag()).hexdigest()} if named else {})
-    asked = job(image=image)
-    first, store, _ = run(asked)
+@pytest.mark.parametrize("with_checksum", [True, False])
+def test_a_complete_result_is_found_by_the_next_attempt_even_if_its_image_is_gone(
+    *, with_checksum: bool
+) -> None:
+    image = {"uri": URI} | ({"sha256": hashlib.sha256(flag()).hexdigest()} if with_checksum else {})
+    job = make_job(image=image)
+    first, store, _ = run(job)
     before = dict(store.objects)
-    assert again(asked, store, {}).result == first.result
+    assert run_attempt(job, store, {}).result == first.result
     assert store.objects == before
     with pytest.raises(ImageNotFound):
-        again(asked, store, {}, attempt=1)
+        run_attempt(job, store, {}, attempt=1)
     with pytest.raises(ImageNotFound):
-        again(asked, MemoryStore(), {})
+        run_attempt(job, MemoryStore(), {})
 
 
-def test_a_result_of_other_bytes_is_not_found_again_as_long_as_it_can_be_told() -> None:
-    asked = job()
-    first, store, _ = run(asked, data=noisy())
-    assert again(asked, store, {URI: flag()}).result != first.result, "the image is there, and another one"
-    named = asked.model_copy(update={"image": ImageRef(uri=URI, sha256="0" * 64)})
+def test_a_result_of_other_bytes_is_not_used_if_the_checksum_of_the_image_is_known() -> None:
+    job = make_job()
+    first, store, _ = run(job, data=noisy())
+    assert run_attempt(job, store, {URI: flag()}).result != first.result, "the image has changed"
+    job_with_checksum = job.model_copy(update={"image": ImageRef(uri=URI, sha256="0" * 64)})
     with pytest.raises(ImageNotFound):
-        again(named, store, {})
+        run_attempt(job_with_checksum, store, {})

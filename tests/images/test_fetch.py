@@ -25,14 +25,14 @@ from gradcam_worker.errors import (
     JobTimeout,
     UriNotAllowed,
 )
-from gradcam_worker.images.fetch import UriFetcher, open_below, presentable
+from gradcam_worker.images.fetch import UriFetcher, open_below, redact_uri
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 
 DATA = b"not decoded here"
-LOCAL = ("127.0.0.0/8",)  # where these tests' servers are
+LOCAL = ("127.0.0.0/8",)  # of the servers of these tests
 
 
 def fetch(uri: str, seconds: float = 10, sha256: str | None = None, **settings: Any) -> bytes:
@@ -50,14 +50,12 @@ class TestSchemes:
     @pytest.mark.parametrize(
         "uri", ["http://a/b", "https://a/b", "file:///etc/passwd", "data:,x", "ftp://a", "xy:z"]
     )
-    def test_only_s3_is_open_by_default(self, uri: str) -> None:
+    def test_only_s3_is_allowed_by_default(self, uri: str) -> None:
         with pytest.raises(UriNotAllowed, match=r"its scheme must be s3 \(GRADCAM_IMAGE_SCHEMES\)"):
             fetch(uri)
 
     @pytest.mark.parametrize("scheme", ["s3", "http", "file"])
-    def test_an_address_that_is_too_long_is_refused_with_its_length_before_anything_is_asked(
-        self, scheme: str
-    ) -> None:
+    def test_a_uri_that_is_too_long_is_refused_with_its_length_and_not_requested(self, scheme: str) -> None:
         image = ImageRef.model_construct(uri=f"{scheme}://in/{'x' * 66_000}", sha256=None)
         chosen = Settings(image_schemes=(scheme,), image_hosts=("in",), image_roots=("/in",))
         with pytest.raises(UriNotAllowed, match=r"its URI has 66,0\d\d bytes; at most 8,192") as caught:
@@ -65,13 +63,13 @@ class TestSchemes:
         assert len(str(caught.value)) < 400
 
     def test_a_checksum_that_differs_names_both(self) -> None:
-        wanted = "0" * 64
+        expected = "0" * 64
         with pytest.raises(
-            ChecksumMismatch, match=f"has sha256 {hashlib.sha256(b'x').hexdigest()}.*{wanted}"
+            ChecksumMismatch, match=f"has sha256 {hashlib.sha256(b'x').hexdigest()}.*{expected}"
         ):
-            fetch("data:,x", sha256=wanted, image_schemes=("data",))
+            fetch("data:,x", sha256=expected, image_schemes=("data",))
 
-    def test_a_checksum_that_agrees_is_no_obstacle(self) -> None:
+    def test_an_image_with_the_right_checksum_is_read(self) -> None:
         sha256 = hashlib.sha256(b"x").hexdigest()
         assert fetch("data:,x", sha256=sha256, image_schemes=("data",)) == b"x"
 
@@ -83,8 +81,8 @@ class TestSchemes:
             ("s3://bucket/what?is#this", "s3://bucket/what?is#this"),
         ],
     )
-    def test_what_is_shown_of_a_uri_holds_no_secret(self, uri: str, shown: str) -> None:
-        assert presentable(uri) == shown
+    def test_a_redacted_uri_holds_no_secret(self, uri: str, shown: str) -> None:
+        assert redact_uri(uri) == shown
 
 
 class TestData:
@@ -104,7 +102,9 @@ class TestData:
 
 
 class TestFiles:
-    def test_a_file_below_a_root_is_read_also_with_odd_names(self, tmp_path: Path) -> None:
+    def test_a_file_below_a_root_is_read_even_with_special_characters_in_its_name(
+        self, tmp_path: Path
+    ) -> None:
         path = tmp_path / "a b%?#ü.jpg"
         path.write_bytes(DATA)
         assert fetch(path.as_uri(), image_schemes=("file",), image_roots=(str(tmp_path),)) == DATA
@@ -156,21 +156,21 @@ class TestFiles:
             fetch(uri, image_schemes=("file",), image_roots=(str(tmp_path / "a"),))
 
     @pytest.mark.parametrize("uri", ["cat.jpg", "/photos/cat.jpg", "C:\\cat.jpg", "//host/cat.jpg", "cat"])
-    def test_what_has_no_scheme_is_told_so_with_what_to_write(self, uri: str) -> None:
+    def test_a_uri_without_a_scheme_is_refused_with_examples_of_valid_ones(self, uri: str) -> None:
         with pytest.raises(UriNotAllowed, match=r"has no scheme: write s3://bucket/key, https://host/path"):
             fetch(uri)
 
-    def test_what_has_no_scheme_is_told_without_its_password(self) -> None:
+    def test_a_uri_without_a_scheme_is_refused_without_showing_its_password(self) -> None:
         with pytest.raises(UriNotAllowed, match=r"'//host/cat.jpg' has no scheme"):
             fetch("//user:planted@host/cat.jpg?token=planted")
 
     def test_a_link_or_a_pipe_put_in_place_after_the_check_is_not_opened(self, tmp_path: Path) -> None:
-        root, services = (tmp_path / "root").resolve(), tmp_path / "outside"
-        for folder in (root / "real", services):
+        root, outside = (tmp_path / "root").resolve(), tmp_path / "outside"
+        for folder in (root / "real", outside):
             folder.mkdir(parents=True)
             (folder / "a.jpg").write_bytes(DATA)
-        (root / "folder").symlink_to(services)
-        (root / "file").symlink_to(services / "a.jpg")
+        (root / "folder").symlink_to(outside)
+        (root / "file").symlink_to(outside / "a.jpg")
         os.mkfifo(root / "pipe")
         (root / "socket").symlink_to("/dev/zero")
         for name in ("folder/a.jpg", "file", "pipe", "socket", "real", "", "../outside/a.jpg"):
@@ -179,7 +179,7 @@ class TestFiles:
         with open_below(root, root / "real" / "a.jpg") as file:
             assert file.read() == DATA
 
-    def test_a_socket_and_a_device_are_no_files(self, tmp_path: Path) -> None:
+    def test_a_socket_and_a_device_are_not_found(self, tmp_path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(tmp_path / "s"))
             with pytest.raises(ImageNotFound):
@@ -199,9 +199,14 @@ class TestFiles:
 
 
 class TestHttp:
-    def get(self, server: Any, uri: str, seconds: float = 10, **more: Any) -> bytes:
+    def get(self, server: Any, uri: str, seconds: float = 10, **settings: Any) -> bytes:
         return fetch(
-            uri, seconds, image_schemes=("http",), image_hosts=(server.host,), private_networks=LOCAL, **more
+            uri,
+            seconds,
+            image_schemes=("http",),
+            image_hosts=(server.host,),
+            private_networks=LOCAL,
+            **settings,
         )
 
     def test_an_image_on_an_allowed_host_is_read(self, http_server: Any, answer: Any) -> None:
@@ -219,7 +224,7 @@ class TestHttp:
             (204, ImageFetchFailed),
         ],
     )
-    def test_an_answer_that_is_no_image_has_its_own_error(
+    def test_each_http_status_has_its_own_error(
         self, http_server: Any, answer: Any, status: int, error: type[GradcamError]
     ) -> None:
         with pytest.raises(error, match=str(status)):
@@ -237,12 +242,12 @@ class TestHttp:
             "http://[broken/a.jpg",
         ],
     )
-    def test_another_host_is_not_asked(self, http_server: Any, uri: str) -> None:
+    def test_a_host_that_is_not_allowed_is_not_contacted(self, http_server: Any, uri: str) -> None:
         with pytest.raises(UriNotAllowed):
             self.get(http_server, uri.format(host=http_server.host))
         assert not http_server.received
 
-    def test_a_redirect_passes_the_same_door(self, http_server: Any, answer: Any) -> None:
+    def test_a_redirect_to_a_host_that_is_not_allowed_is_refused(self, http_server: Any, answer: Any) -> None:
         away = http_server.url("/away", answer(302, headers={"location": "http://169.254.169.254/latest"}))
         with pytest.raises(UriNotAllowed, match=r"169\.254\.169\.254"):
             self.get(http_server, away)
@@ -263,12 +268,12 @@ class TestHttp:
         with pytest.raises(ImageTooLarge, match="more than 1,000 bytes"):
             self.get(http_server, http_server.url("/big", answer(200, b"x" * 5000)), max_image_bytes=1000)
 
-    def test_a_slow_server_is_given_up(self, http_server: Any, answer: Any) -> None:
+    def test_the_request_to_a_slow_server_times_out(self, http_server: Any, answer: Any) -> None:
         slow = http_server.url("/slow", answer(200, DATA, before=lambda: time.sleep(1)))
         with pytest.raises(ImageFetchFailed, match="timed out"):
             self.get(http_server, slow, fetch_timeout_s=0.2)
 
-    def test_a_job_out_of_time_does_not_go_on_reading(self, http_server: Any, answer: Any) -> None:
+    def test_reading_stops_when_the_job_is_out_of_time(self, http_server: Any, answer: Any) -> None:
         with pytest.raises(JobTimeout):
             self.get(
                 http_server, http_server.url("/a", answer(200, DATA, before=lambda: time.sleep(0.3))), 0.2
@@ -285,7 +290,7 @@ class TestHttp:
             UriFetcher(chosen, S3(chosen)).fetch(ImageRef(uri=f"http://{host}/a.png"), deadline)
         assert time.monotonic() - begun < 60
 
-    def test_a_host_that_does_not_answer_may_answer_later(self) -> None:
+    def test_an_unreachable_host_is_a_retryable_error(self) -> None:
         with pytest.raises(ImageFetchFailed, match="Connection refused"):
             fetch(
                 "http://127.0.0.1:1/a",
@@ -319,14 +324,14 @@ class TestS3:
             get(uri)
 
     @pytest.mark.parametrize("uri", ["s3://photos", "s3://photos/", "s3:///a.jpg", "s3:photos/a.jpg"])
-    def test_what_is_no_s3_uri_is_refused(self, get: Any, uri: str) -> None:
+    def test_a_malformed_s3_uri_is_refused(self, get: Any, uri: str) -> None:
         with pytest.raises(UriNotAllowed, match="write s3://bucket/key"):
             get(uri)
 
     def test_a_bucket_off_the_list_is_refused(self) -> None:
         with pytest.raises(
             UriNotAllowed,
-            match=r"Bucket 'photos' is not allowed: images may come from others \(GRADCAM_IMAGE_BUCKETS\)",
+            match=r"Bucket \'photos\' is not allowed: images may come from others \(GRADCAM_IMAGE_BUCKETS\)",
         ):
             fetch("s3://photos/a.jpg", image_buckets=("others",))
 
@@ -349,21 +354,23 @@ class TestS3:
                 s3_secret_access_key="b",
             )
 
-    def test_a_server_out_of_reach_may_answer_later(self) -> None:
+    def test_an_unreachable_s3_server_is_a_retryable_error(self) -> None:
         with pytest.raises(ImageFetchFailed, match="could not be read"):
             fetch("s3://photos/a.jpg", seconds=2, s3_endpoint_url="http://127.0.0.1:1")
 
-    def test_a_refusal_of_the_server_is_forbidden(self, http_server: Any, answer: Any) -> None:
+    def test_an_s3_server_that_denies_access_is_an_image_forbidden_error(
+        self, http_server: Any, answer: Any
+    ) -> None:
         http_server.url("/photos/a.jpg", answer(403, b"<Error><Code>AccessDenied</Code></Error>"))
         with pytest.raises(ImageForbidden, match=r"AccessDenied.*grant it s3:GetObject"):
             fetch("s3://photos/a.jpg", s3_endpoint_url=f"http://{http_server.host}")
 
 
-class Raw:
-    """A server that says exactly these bytes, slowly, for ever, or not at all."""
+class SlowServer:
+    """A server that sends `first`, and then `repeated` again and again for 20 s."""
 
-    def __init__(self, first: bytes, again: bytes, pause_s: float = 0.05) -> None:
-        self._first, self._again, self._pause_s = first, again, pause_s
+    def __init__(self, first: bytes, repeated: bytes, pause_s: float = 0.05) -> None:
+        self._first, self._repeated, self._pause_s = first, repeated, pause_s
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.settimeout(10)
         self.host = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -376,7 +383,7 @@ class Raw:
             connection.sendall(self._first)
             end = time.monotonic() + 20
             while time.monotonic() < end:
-                connection.sendall(self._again)
+                connection.sendall(self._repeated)
                 time.sleep(self._pause_s)
 
     def __enter__(self) -> Self:
@@ -392,18 +399,18 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
 
 
 @pytest.mark.parametrize(
-    ("first", "again"),
+    ("first", "repeated"),
     [
-        (HEAD, b"x"),  # headers, a byte at a time
+        (HEAD, b"x"),  # headers, byte by byte
         (b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
         (HEAD + b"transfer-encoding: chunked\r\n\r\n1;", b"x"),  # an endless chunk extension
         (HEAD + b"content-length: 1000000\r\n\r\n", b"x"),
-        (HEAD + b"\r\n", b"x"),  # a body that ends with the connection must not look whole when it is cut
+        (HEAD + b"\r\n", b"x"),  # a truncated body that ends with the connection must not look complete
     ],
 )
-def test_a_server_that_drips_is_cut_off_in_time(first: bytes, again: bytes) -> None:
+def test_a_server_that_sends_its_response_slowly_times_out(first: bytes, repeated: bytes) -> None:
     begun = time.monotonic()
-    with Raw(first, again) as server:
+    with SlowServer(first, repeated) as server:
         with pytest.raises(ImageFetchFailed, match=r"timed out after 0\.5 s"):
             fetch(
                 f"http://{server.host}/",
@@ -412,11 +419,11 @@ def test_a_server_that_drips_is_cut_off_in_time(first: bytes, again: bytes) -> N
                 private_networks=LOCAL,
                 fetch_timeout_s=0.5,
             )
-        assert time.monotonic() - begun < 15, "the server would have gone on for 20 s"
+        assert time.monotonic() - begun < 15, "the server sends for 20 s"
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "gzip, gzip", "br"])
-def test_a_compressed_body_is_not_unpacked(http_server: Any, answer: Any, encoding: str) -> None:
+def test_a_compressed_body_is_refused(http_server: Any, answer: Any, encoding: str) -> None:
     bomb = gzip.compress(gzip.compress(bytes(50_000_000)))
     url = http_server.url("/bomb", answer(200, bomb, headers={"content-encoding": encoding}))
     with pytest.raises(ImageFetchFailed, match="its body is encoded"):
@@ -424,7 +431,7 @@ def test_a_compressed_body_is_not_unpacked(http_server: Any, answer: Any, encodi
 
 
 @pytest.mark.parametrize("host", ["xn--a", "exa\u0000mple", "*.test"])
-def test_a_host_that_is_no_name_is_refused(host: str) -> None:
+def test_an_invalid_host_name_is_refused(host: str) -> None:
     with pytest.raises(UriNotAllowed):
         fetch(f"http://{host}/a.jpg", image_schemes=("http",), image_hosts=("example.test",))
 

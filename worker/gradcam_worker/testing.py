@@ -35,7 +35,7 @@ from gradcam_worker.gradcam.decoding.decode import Limits
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.models.registry import Registry
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
-from gradcam_worker.images.fetch import Fetched
+from gradcam_worker.images.fetch import FetchedBytes
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.ledger.memory.outbox import MemoryOutbox
 from gradcam_worker.ledger.memory.store import MemoryLedger
@@ -119,16 +119,16 @@ class MemoryImageFetcher:
 
     images: Mapping[str, bytes | BaseException]
 
-    def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:
+    def fetch(self, image: ImageRef, deadline: Deadline, max_bytes: int | None = None) -> FetchedBytes:
         """See `gradcam_worker.images.fetch.UriFetcher.fetch`."""
         deadline.check("fetch")
         found = self.images.get(image.uri, ImageNotFound(f"There is nothing at {image.uri}."))
         if isinstance(found, BaseException):
             raise found
-        if at_most is not None and len(found) > at_most:
-            message = f"{image.uri} has more than {at_most:,} bytes."
+        if max_bytes is not None and len(found) > max_bytes:
+            message = f"{image.uri} has more than {max_bytes:,} bytes."
             raise ImageTooLarge(message)
-        return Fetched(found, hashlib.sha256(found).hexdigest(), image.uri)
+        return FetchedBytes(found, hashlib.sha256(found).hexdigest(), image.uri)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from devtools.bench.report import Figures, Requirement, at_most, plain, table
 from devtools.bench.timing import Variant, interleave
 from gradcam_worker.artifacts import artifacts
-from gradcam_worker.artifacts.render import Rendered, render
+from gradcam_worker.artifacts.render import RenderResult, render
 from gradcam_worker.execution.pipeline import JobContext, run_job
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.catalog import CATALOG
@@ -28,7 +28,7 @@ from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.explain import Explanation, explain_pixels
 from gradcam_worker.gradcam.imaging.overlay import ENCODER_OPTIONS, OverlayBase, fit
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
-from gradcam_worker.images.fetch import Fetched
+from gradcam_worker.images.fetch import FetchedBytes
 from gradcam_worker.images.prepare import DecodedImage
 from gradcam_worker.inference.model_cache import InferenceResult, ModelCache
 from gradcam_worker.resilience.budget import Reservation, ResourceBudget
@@ -98,14 +98,14 @@ class ComputedNetwork:
 class DirectModelCache(ModelCache):
     """Computes in the job's own thread: handing over to the device's is no part of this bench."""
 
-    def explain(
+    def infer(
         self, network: Any, pixels: Any, wish: Any, method: Method, *_: Any, **__: Any
     ) -> InferenceResult:
         """See `gradcam_worker.inference.model_cache.BatchSlot.infer`."""
         return InferenceResult(explain_pixels(network, pixels[np.newaxis], [tuple(wish)], method)[0], 0, 0, 1)
 
     @contextmanager
-    def slot(self) -> Iterator[Any]:
+    def reserve(self) -> Iterator[Any]:
         """See `gradcam_worker.inference.model_cache.ModelCache.reserve`."""
         yield self
 
@@ -114,9 +114,9 @@ class DirectModelCache(ModelCache):
 class FetchedAlready:
     """One image that is there already, and whose checksum is known."""
 
-    fetched: Fetched
+    fetched: FetchedBytes
 
-    def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:  # noqa: ARG002
+    def fetch(self, image: ImageRef, deadline: Deadline, max_bytes: int | None = None) -> FetchedBytes:  # noqa: ARG002
         """See `gradcam_worker.images.fetch.UriFetcher.fetch`."""
         return self.fetched
 
@@ -147,7 +147,7 @@ class Case:
         """Everything that costs nothing."""
         cache = DirectModelCache(lambda _: self.network)
         cache.load(CATALOG[NETWORK])
-        fetched = Fetched(self.data, "0" * 64, "s3://in/rocket.jpg")
+        fetched = FetchedBytes(self.data, "0" * 64, "s3://in/rocket.jpg")
         return replace(fake_services({}, model_cache=cache), images=FetchedAlready(fetched))
 
     def variants(self, repeats: int) -> list[Variant]:
@@ -189,7 +189,7 @@ class Case:
         )
         photo = DecodedImage(image, decoded, Reservation(ResourceBudget(0, "pixels"), 0))
 
-        def draw(specs: Sequence[ArtifactSpec]) -> Rendered:
+        def draw(specs: Sequence[ArtifactSpec]) -> RenderResult:
             return render(specs, photo, seen, deadline, job_id=job.id, method=job.method)
 
         rendered = draw(job.artifacts)
@@ -198,7 +198,7 @@ class Case:
             memory = MemoryStore()
             records = artifacts.upload(memory, "job", rendered, deadline)
             artifacts.write_manifest(
-                memory, "job", artifacts.describe(job, image, seen, rendered, records), deadline
+                memory, "job", artifacts.build_manifest(job, image, seen, rendered, records), deadline
             )
 
         return [

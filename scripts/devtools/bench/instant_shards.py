@@ -61,7 +61,7 @@ def table(shard: Shard) -> bytes:
         "network": {"name": shard.network, "layer": "none", "weights_sha256": shard.weights_sha256},
     }
     file = io.BytesIO()
-    named = columns.with_metadata({dataset.FACTS: json.dumps(facts).encode()})
+    named = columns.with_metadata({dataset.METADATA_KEY: json.dumps(facts).encode()})
     pq.write_table(pa.Table.from_arrays(values, schema=named), file)
     return file.getvalue()
 

@@ -1,4 +1,5 @@
-"""What a job leaves behind: overlays, heatmap arrays, the manifest; a shard: its Parquet file.
+"""What a job or a shard writes to storage: overlays, heatmaps, the manifest, the Parquet dataset.
 
-Begin at `render`; `artifacts` uploads, the manifest last; `dataset` is the one door to Arrow.
+`render` makes the artifacts of one image, `artifacts` uploads them and writes the manifest, and `dataset`
+reads and writes the Parquet file of a shard.
 """

@@ -1,29 +1,29 @@
-"""What a job leaves in storage, under which keys. The manifest is written last.
+"""The artifacts of a job in storage, and the manifest that lists them.
 
-    <output>/<job id>/overlay-<rank>-<class id>-<name>.jpg    one for each explained class
-    <output>/<job id>/heatmaps.npz                            all heatmaps on the network's own grid
-    <output>/<job id>/heatmap-<rank>-<class id>-<name>.png    one grey picture for each, where asked for
-    <output>/<job id>/grid.jpg                                the photo and its overlays on one sheet
-    <output>/<job id>/animation.gif                           the overlays one after the other, titled
-    <output>/<job id>/report.html                             one page that shows all of it by itself
-    <output>/<job id>/manifest.json                           last: its presence means all is there
+    <output>/<job id>/overlay-<rank>-<class id>-<name>.jpg    one per explained class
+    <output>/<job id>/heatmaps.npz                            all heatmaps at the size of the network's grid
+    <output>/<job id>/heatmap-<rank>-<class id>-<name>.png    one greyscale image per class, on request
+    <output>/<job id>/grid.jpg                                the image and its overlays on one sheet
+    <output>/<job id>/animation.gif                           the overlays in turn, each with its title
+    <output>/<job id>/report.html                             one self-contained page that shows everything
+    <output>/<job id>/manifest.json                           written last: if it exists, all others exist
 
-The same job writes the same artifacts under the same keys, whichever attempt it is: byte for byte where it is
-computed in a pass over as many images. Where not, float32 numbers differ from the seventh digit on.
+Every attempt at a job writes the same artifacts under the same keys. They are equal byte for byte if the
+attempts computed the image in batches of the same size; otherwise float32 numbers differ from the seventh
+digit on.
 
-Nothing takes back a write that was under way when its attempt was given up: it may arrive after the next
-attempt has written the same key. Then a picture can differ from the sha256 in the manifest, by those digits.
+A write that was in progress when its attempt was given up cannot be undone. It may arrive after the next
+attempt wrote the same key. Then an artifact can differ from the sha256 in the manifest, by those digits.
 """
 
 import hashlib
-import logging
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from gradcam_worker import __version__
-from gradcam_worker.artifacts.render import Rendered
+from gradcam_worker.artifacts.render import RenderResult
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.explain import Explanation, Prediction
 from gradcam_worker.resilience.deadline import Deadline
@@ -40,140 +40,205 @@ from gradcam_worker.schemas.manifest import (
 )
 from gradcam_worker.schemas.status import ClassScore, ManifestRef, ResultWarning
 from gradcam_worker.storage.stores import Store
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
 MANIFEST = "manifest.json"
 
 
-def upload(store: Store, folder: str, rendered: Rendered, deadline: Deadline) -> list[ArtifactRecord]:
-    """Store the artifacts; the records stand in the same order. Raises StorageUnavailable, JobTimeout."""
-    objects = [(f"{folder}/{made.name}", made.data, made.media_type) for made in rendered.pieces]
+def upload(store: Store, folder: str, rendered: RenderResult, deadline: Deadline) -> list[ArtifactRecord]:
+    """Upload all artifacts of a job or of a shard's row.
+
+    Returns:
+        What the manifest records of each artifact, in the order of `rendered.artifacts`.
+
+    Raises:
+        StorageUnavailable: The store cannot be written.
+        JobTimeout: The deadline passed.
+    """
+    objects = [
+        (f"{folder}/{artifact.name}", artifact.data, artifact.media_type) for artifact in rendered.artifacts
+    ]
     return [
         ArtifactRecord(
-            kind=made.kind,
+            kind=artifact.kind,
             uri=uri,
-            media_type=made.media_type,
-            bytes=len(made.data),
-            sha256=hashlib.sha256(made.data).hexdigest(),
-            **made.facts,
+            media_type=artifact.media_type,
+            bytes=len(artifact.data),
+            sha256=hashlib.sha256(artifact.data).hexdigest(),
+            **artifact.properties,
         )
-        for made, uri in zip(rendered.pieces, store.put_many(objects, deadline), strict=True)
+        for artifact, uri in zip(rendered.artifacts, store.put_many(objects, deadline), strict=True)
     ]
 
 
-def describe(
+def build_manifest(
     job: Job,
     image: InputRecord,
-    seen: Explanation,
-    rendered: Rendered,
+    explanation: Explanation,
+    rendered: RenderResult,
     records: list[ArtifactRecord],
 ) -> Manifest:
-    """The manifest: a function of the job, the image and the network alone, so no time, no attempt."""
-    size = (image.width, image.height)
-    made = list(zip(rendered.pieces, records, strict=True))
+    """Describe the result of a job.
+
+    The manifest depends on the job, the image and the network only. It holds no time and no attempt number,
+    so that every attempt writes the same one.
+
+    Args:
+        job: The job.
+        image: Its image.
+        explanation: What was computed.
+        rendered: The artifacts.
+        records: What `upload` returned for them.
+    """
+    image_size = (image.width, image.height)
+    recorded = list(zip(rendered.artifacts, records, strict=True))
     explanations = []
-    for index, one in enumerate(seen.explained):
-        own = [
-            record if each.index == index else record.model_copy(update={"index": index})
-            for each, record in made
-            if each.index == index or (each.index is None and each.kind == "heatmap")
+    for index, prediction in enumerate(explanation.explained):
+        class_records = [
+            record if artifact.class_index == index else record.model_copy(update={"index": index})
+            for artifact, record in recorded
+            if artifact.class_index == index or (artifact.class_index is None and artifact.kind == "heatmap")
         ]
-        explanations.append(_explained(one, seen, index, size, rendered.hot[index], tuple(own)))
-    facts = seen.network
+        explanations.append(
+            _explained_class(
+                prediction,
+                explanation,
+                index,
+                image_size,
+                rendered.salient_regions[index],
+                tuple(class_records),
+            )
+        )
+    network = explanation.network
     return Manifest(
         job_id=job.id,
-        job_fingerprint=fingerprint(job),
+        job_fingerprint=job_fingerprint(job),
         generator={"name": "gradcam-worker", "version": __version__},
         input=image,
         network=NetworkRecord(
-            name=facts.name,
-            layer=seen.layer,
-            input_size=facts.input_size,
-            preprocessing=facts.preprocessing,
-            weights_sha256=facts.weights_sha256,
-            backend=facts.backend,
-            dtype=facts.dtype,
-            head=facts.head,
+            name=network.name,
+            layer=explanation.layer,
+            input_size=network.input_size,
+            preprocessing=network.preprocessing,
+            weights_sha256=network.weights_sha256,
+            backend=network.backend,
+            dtype=network.dtype,
+            head=network.head,
         ),
-        method=MethodRecord(**{**dict(job.method), "layer": seen.layer}),
-        predictions=classes(seen.predictions),
+        method=MethodRecord(**{**dict(job.method), "layer": explanation.layer}),
+        predictions=class_scores(explanation.predictions),
         explanations=tuple(explanations),
-        artifacts=tuple(record for each, record in made if each.index is None and each.kind != "heatmap"),
-        warnings=warnings(image, seen),
+        artifacts=tuple(
+            record
+            for artifact, record in recorded
+            if artifact.class_index is None and artifact.kind != "heatmap"
+        ),
+        warnings=result_warnings(image, explanation),
     )
 
 
-def _explained(
-    one: Prediction,
-    seen: Explanation,
+def _explained_class(
+    prediction: Prediction,
+    explanation: Explanation,
     index: int,
-    size: tuple[int, int],
-    hot: SalientRegion | None,
+    image_size: tuple[int, int],
+    salient_region: SalientRegion | None,
     records: tuple[ArtifactRecord, ...],
 ) -> ExplainedClass:
     return ExplainedClass(
-        **{"class": ClassRef(id=one.id, wnid=one.wnid, name=one.name)},
-        rank=one.rank,
-        probability=one.probability,
-        raw_min=float(seen.raw_min[index]),
-        raw_max=float(seen.raw_max[index]),
-        peak_xy=peak_xy(seen.heatmaps[index], size),
-        hot=hot,
-        metrics=dict(seen.metrics[index]) if seen.metrics else {},
+        **{"class": ClassRef(id=prediction.id, wnid=prediction.wnid, name=prediction.name)},
+        rank=prediction.rank,
+        probability=prediction.probability,
+        raw_min=float(explanation.raw_min[index]),
+        raw_max=float(explanation.raw_max[index]),
+        peak_xy=peak_xy(explanation.heatmaps[index], image_size),
+        hot=salient_region,
+        metrics=dict(explanation.metrics[index]) if explanation.metrics else {},
         artifacts=records,
     )
 
 
-def peak_xy(heatmap: NDArray[np.float32], size: tuple[int, int]) -> tuple[int, int] | None:
-    """The middle of the hottest cell of a heatmap (rows, columns), in pixels of an image (width, height).
+def peak_xy(heatmap: NDArray[np.float32], image_size: tuple[int, int]) -> tuple[int, int] | None:
+    """Find the center of the hottest cell of a heatmap.
 
-    None: the heatmap is dark.
+    Args:
+        heatmap: (rows, columns).
+        image_size: Width and height of the image in pixels.
+
+    Returns:
+        The position (x, y) in pixels of the image; None if the heatmap is zero everywhere.
     """
     rows, columns = heatmap.shape
     row, column = divmod(int(heatmap.argmax()), columns)
-    middle = (int((column + 0.5) * size[0] / columns), int((row + 0.5) * size[1] / rows))
-    return middle if heatmap.any() else None
+    center = (int((column + 0.5) * image_size[0] / columns), int((row + 0.5) * image_size[1] / rows))
+    return center if heatmap.any() else None
 
 
-def classes(predictions: tuple[Prediction, ...]) -> tuple[ClassScore, ...]:
-    """Predictions -> how they are written on the wire."""
-    return tuple(ClassScore(**vars(one)) for one in predictions)
+def class_scores(predictions: tuple[Prediction, ...]) -> tuple[ClassScore, ...]:
+    """Convert predictions to their form in documents."""
+    return tuple(ClassScore(**vars(prediction)) for prediction in predictions)
 
 
-def warnings(image: InputRecord, seen: Explanation) -> tuple[ResultWarning, ...]:
-    """What the reader of this explanation should know."""
-    found = [ResultWarning(code="zero_heatmap", class_id=one) for one in seen.zero_heatmaps]
+def result_warnings(image: InputRecord, explanation: Explanation) -> tuple[ResultWarning, ...]:
+    """List what a reader of this explanation should know: a damaged image, heatmaps that are zero."""
+    warnings = [
+        ResultWarning(code="zero_heatmap", class_id=class_id) for class_id in explanation.zero_heatmaps
+    ]
     if image.damage:
-        found.insert(0, ResultWarning(code="image_damaged", **dict(image.damage)))
-    return tuple(found)
+        warnings.insert(0, ResultWarning(code="image_damaged", **dict(image.damage)))
+    return tuple(warnings)
 
 
 def write_manifest(store: Store, folder: str, manifest: Manifest, deadline: Deadline) -> ManifestRef:
-    """Write the manifest, last. Raises as `Store.put_many` does."""
+    """Write the manifest of a job whose artifacts are all uploaded.
+
+    Raises:
+        GradcamError: Whatever `Store.put_many` raises.
+    """
     text = manifest.model_dump_json(indent=1).encode()
     (uri,) = store.put_many([(f"{folder}/{MANIFEST}", text, "application/json")], deadline)
     return ManifestRef(manifest_uri=uri, manifest_sha256=hashlib.sha256(text).hexdigest())
 
 
-def fingerprint(job: Job) -> str:
-    """Of what a job's artifacts depend on, and of nothing else: not of its id, its webhooks, its metadata."""
-    asked = {"image", "network", "target", "method", "metrics", "artifacts"}
-    kinds = [spec.kind for spec in job.artifacts]  # a default in each of them, and so not in the rest
-    text = f"{kinds} {job.model_dump_json(include=asked, exclude_defaults=True)}"
+def job_fingerprint(job: Job) -> str:
+    """Compute the SHA-256 of everything in a job that its artifacts depend on.
+
+    The id, the webhooks and the metadata do not count.
+    """
+    fields = {"image", "network", "target", "method", "metrics", "artifacts"}
+    kinds = [spec.kind for spec in job.artifacts]  # `kind` is a default, which `exclude_defaults` drops
+    text = f"{kinds} {job.model_dump_json(include=fields, exclude_defaults=True)}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def find_manifest(
     store: Store, folder: str, job: Job, image_sha256: str | None, row: NetworkRow, deadline: Deadline
 ) -> tuple[Manifest, ManifestRef] | None:
-    """The manifest that an earlier attempt at this job has left: all that it names is there.
+    """Find the manifest that an earlier attempt at this job wrote. All artifacts that it names exist.
 
-    It counts only where it was made of the same job, the same bytes of the image, and the network as `row`
-    describes it now. `image_sha256` is None where the image is gone, and the job did not say which bytes it
-    must be: then those that the manifest names count. What is there and is none, is of an earlier version
-    that did not say, or of anything else, counts for nothing: this attempt writes its own. Raises
-    StorageUnavailable, JobTimeout, and what the deadline was cancelled with.
+    A manifest counts only if it was made for the same job, the same bytes of the image and the same version
+    of the network. Anything else under its key, also a manifest of an earlier version that lacks these facts,
+    is
+    ignored: this attempt writes its own manifest over it.
+
+    Args:
+        store: The job's output.
+        folder: The folder of the job in the output.
+        job: The job.
+        image_sha256: SHA-256 of the image. None if the image is gone and the job does not name its checksum:
+            then the manifest may be of any bytes.
+        row: The network as it is described now.
+        deadline: The job's deadline.
+
+    Returns:
+        The manifest and the reference to it, or None.
+
+    Raises:
+        StorageUnavailable: The store cannot be read.
+        JobTimeout: The deadline passed.
+        GradcamError: The deadline was cancelled, with this error.
     """
     key = f"{folder}/{MANIFEST}"
     text = store.find(key, deadline)
@@ -182,25 +247,28 @@ def find_manifest(
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
-        log.warning("%s is no manifest, and will be replaced: %s", store.uri(key), str(error)[:200])
+        log.warning("manifest_replaced", uri=store.uri(key), reason="not a manifest", error=str(error)[:200])
         return None
-    if other := _made_for_another(manifest, job, image_sha256, row):
-        log.warning("%s is the manifest of %s, and will be replaced", store.uri(key), other)
+    if mismatch := _mismatch(manifest, job, image_sha256, row):
+        log.warning("manifest_replaced", uri=store.uri(key), reason=mismatch)
         return None
     return manifest, ManifestRef(
         manifest_uri=store.uri(key), manifest_sha256=hashlib.sha256(text).hexdigest()
     )
 
 
-def _made_for_another(manifest: Manifest, job: Job, image_sha256: str | None, row: NetworkRow) -> str | None:
-    """What tells a manifest from the one that this job would leave."""
+def _mismatch(manifest: Manifest, job: Job, image_sha256: str | None, row: NetworkRow) -> str | None:
+    """Describe what differs between a manifest and the one that this job would write. None: nothing."""
     if manifest.job_id != job.id:
-        return f"job {manifest.job_id}"
-    if manifest.job_fingerprint != fingerprint(job):
-        return "another job of this id"
+        return f"it is of job {manifest.job_id}"
+    if manifest.job_fingerprint != job_fingerprint(job):
+        return "it is of a different job with this id"
     if image_sha256 not in {None, manifest.input.sha256}:
-        return f"other bytes of its image, with sha256 {manifest.input.sha256}"
-    of_file = manifest.network.weights_sha256, manifest.network.preprocessing
-    if row.file and of_file != (row.file.sha256, row.preprocessing.name):
-        return f"another {row.name}, with weights {of_file[0]} and preprocessing {of_file[1]}"
+        return f"it is of an image with sha256 {manifest.input.sha256}"
+    weights_sha256, preprocessing = manifest.network.weights_sha256, manifest.network.preprocessing
+    if row.file and (weights_sha256, preprocessing) != (row.file.sha256, row.preprocessing.name):
+        return (
+            f"it is of a different version of {row.name}, "
+            f"with weights {weights_sha256} and preprocessing {preprocessing}"
+        )
     return None

@@ -1,15 +1,15 @@
-"""What a backfill leaves: one Parquet file a shard, with a row for each image and class.
+"""The dataset of a backfill: one Parquet file per shard, with a row for each image and explained class.
 
-    <output>/backfill.json             what was asked for: see `gradcam_worker.backfill.plan`
-    <output>/data/<key>.parquet        one shard: its presence means that it is done
-    <output>/failed/<key>.jsonl        its rows that failed, if any, each with its Problem
-    <output>/overlays/<row id>/...     where asked for, under the keys that a job's have
-    <output>/failed.jsonl              all of these, when the backfill has ended
-    <output>/dataset.json              last: its presence means that every row of the input is there
+    <output>/backfill.json             the plan: see `gradcam_worker.backfill.plan`
+    <output>/data/<key>.parquet        one shard; if the file exists, the shard is done
+    <output>/failed/<key>.jsonl        the rows of a shard that failed, if any, each with its Problem
+    <output>/overlays/<row id>/...     on request, under the same names as the overlays of a job
+    <output>/failed.jsonl              all rows that failed, written when the backfill has finished
+    <output>/dataset.json              written last: if it exists, every row of the input is in the dataset
 
-An image that failed has one row, with `error` and `error_detail`, and no class. Every file has the same
-schema, so that any reader takes the folder for one table: see docs/reference/dataset.md. This module is the
-one door to Arrow.
+An image that failed has one row, with `error` and `error_detail` and without a class. All files have the same
+schema, so that any reader can open the folder as one table: see docs/reference/dataset.md. No other module
+but the input reader imports Arrow.
 """
 
 import io
@@ -31,71 +31,71 @@ from gradcam_worker.artifacts.artifacts import peak_xy
 from gradcam_worker.errors import StorageUnavailable
 from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.imaging.region import Box
-from gradcam_worker.images.fetch import presentable
+from gradcam_worker.images.fetch import redact_uri
 from gradcam_worker.schemas.manifest import InputRecord
 from gradcam_worker.schemas.options import MethodSpec
 from gradcam_worker.schemas.shard import DATASET, Row, Shard
 from gradcam_worker.schemas.status import NetworkRef, Problem
 
 MEDIA_TYPE = "application/vnd.apache.parquet"
-FACTS = b"gradcam"  # the key of the facts about a whole file, as JSON, in its metadata
-MISSING = "missing"  # the last column, which older files lack
-BOX_THRESHOLD = 0.5  # of the heatmap's peak, as in a manifest
+METADATA_KEY = b"gradcam"  # of the JSON document in a file's metadata that describes the whole file
+MISSING_COLUMN = "missing"  # the last column, which files of earlier versions lack
+BOX_THRESHOLD = 0.5  # as a share of the heatmap's peak; the default of a manifest
 
-Grid = tuple[int, int]  # rows, columns of every heatmap
+Grid = tuple[int, int]  # rows and columns of every heatmap
 
 
 @dataclass(frozen=True)
-class Seen:
+class ExplainedRow:
     """A row of the input that was explained."""
 
     image: InputRecord
     explanation: Explanation
-    boxes: Sequence[Box | None]  # of each explained class, in pixels of the image
-    overlays: Sequence[str | None]  # URIs, of each explained class
+    boxes: Sequence[Box | None]  # per explained class, in pixels of the image
+    overlays: Sequence[str | None]  # URI per explained class
 
 
-Outcome = Seen | Problem
+Outcome = ExplainedRow | Problem
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a file says of itself."""
+    """The counts and the network in the metadata of a shard's file."""
 
-    rows: int  # of the input
-    failed: int  # of them
-    codes: Mapping[str, int]  # why: code -> rows
+    rows: int  # rows of the input
+    failed: int  # rows of the input that failed
+    codes: Mapping[str, int]  # error code -> number of failed rows
     network: NetworkRef
 
 
 def schema(grid: Grid) -> pa.Schema:
-    """The columns of every file whose heatmaps have so many rows and columns."""
+    """The columns of a file whose heatmaps have this grid."""
     rows, columns = grid
     return pa.schema(
         [
-            pa.field("row", pa.int64(), nullable=False),  # number in the input, from 0
-            ("id", pa.string()),  # the reader's own
+            pa.field("row", pa.int64(), nullable=False),  # number of the row in the input, from 0
+            ("id", pa.string()),  # the id that the input gives the row
             ("uri", pa.string()),
             ("sha256", pa.string()),  # of the bytes that were explained
-            ("width", pa.int32()),  # of the image, in pixels, upright
+            ("width", pa.int32()),  # of the upright image, in pixels
             ("height", pa.int32()),
-            ("index", pa.int32()),  # of the class among those explained, from 0
+            ("index", pa.int32()),  # of the class among the explained ones, from 0
             ("class_id", pa.int32()),
             ("wnid", pa.string()),
             ("class_name", pa.string()),
-            ("rank", pa.int32()),  # among all classes, by score, from 1
+            ("rank", pa.int32()),  # of the class among all classes, by score, from 1
             ("probability", pa.float32()),
-            ("heatmap", pa.list_(pa.float16(), rows * columns)),  # row by row, in [0, 1]
+            ("heatmap", pa.list_(pa.float16(), rows * columns)),  # row-major, in [0, 1]
             ("raw_min", pa.float32()),  # before the ReLU and the division by the peak
             ("raw_max", pa.float32()),
             ("peak_xy", pa.list_(pa.int32(), 2)),  # in pixels of the image
-            ("box_xyxy", pa.list_(pa.int32(), 4)),  # left, top, right, bottom around the peak
+            ("box_xyxy", pa.list_(pa.int32(), 4)),  # left, top, right, bottom of the region around the peak
             ("deletion", pa.float32()),
             ("insertion", pa.float32()),
-            ("overlay", pa.string()),  # its URI
+            ("overlay", pa.string()),  # URI
             ("error", pa.string()),  # a code of gradcam_worker.errors
             ("error_detail", pa.string()),
-            (MISSING, pa.float32()),  # share of a damaged image that is not there; null: it is whole
+            (MISSING_COLUMN, pa.float32()),  # missing share of a damaged image; null if the image is whole
         ]
     )
 
@@ -105,27 +105,37 @@ def to_bytes(
     network: NetworkRef,
     grid: Grid,
     outcomes: Sequence[Outcome | None],
-    kept: pa.Table | None = None,
+    kept_rows: pa.Table | None = None,
 ) -> tuple[bytes, Summary]:
-    """A shard's file, and what it says of itself: the same bytes for the same outcomes.
+    """Encode a shard's file. The same outcomes give the same bytes.
 
-    An outcome of None is a row that `kept`, a table of the file before, has already. Raises
-    StorageUnavailable where that has other columns.
+    Args:
+        shard: The shard.
+        network: The network and the layer that explained it.
+        grid: Rows and columns of the heatmaps.
+        outcomes: One per row of the shard. None: the row is in `kept_rows`.
+        kept_rows: Rows of an earlier file of the shard, from `read_explained_rows`.
+
+    Returns:
+        The file, and the summary in its metadata.
+
+    Raises:
+        StorageUnavailable: `kept_rows` has other columns.
     """
     records = [
         record
-        for place, (row, outcome) in enumerate(zip(shard.rows, outcomes, strict=True))
+        for index, (row, outcome) in enumerate(zip(shard.rows, outcomes, strict=True))
         if outcome is not None
-        for record in _records(shard.first + place, row, outcome)
+        for record in _records(shard.first + index, row, outcome)
     ]
     table = pa.Table.from_pylist(records, schema=schema(grid))
-    if kept is not None:
-        with _reading():  # its columns may be another version's
+    if kept_rows is not None:
+        with _read_errors_as_storage_unavailable():  # another version may have written other columns
             order: Any = [("row", "ascending"), ("index", "ascending")]
-            table = pa.concat_tables([table, kept]).sort_by(order)
+            table = pa.concat_tables([table, kept_rows]).sort_by(order)
     codes = Counter(table["error"].drop_null().to_pylist())
     summary = Summary(len(shard.rows), codes.total(), dict(sorted(codes.items())), network)
-    facts = {
+    metadata = {
         "schema": DATASET,
         "backfill": shard.backfill,
         "shard": shard.index,
@@ -140,130 +150,155 @@ def to_bytes(
         "generator": f"gradcam-worker {__version__}",
     }
     file = io.BytesIO()
-    named = table.replace_schema_metadata({FACTS: json.dumps(facts, sort_keys=True).encode()})
-    pq.write_table(named, file, compression="zstd", row_group_size=len(table) or 1)
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
+    pq.write_table(table, file, compression="zstd", row_group_size=len(table) or 1)
     return file.getvalue(), summary
 
 
 def _records(number: int, row: Row, outcome: Outcome) -> list[dict[str, Any]]:
-    own = {"row": number, "id": row.id, "uri": presentable(row.uri)}
+    """The records of one row of the input: one per explained class, or one for its error."""
+    common = {"row": number, "id": row.id, "uri": redact_uri(row.uri)}
     if isinstance(outcome, Problem):
-        return [{**own, "error": outcome.code, "error_detail": outcome.detail}]
-    seen, image = outcome.explanation, outcome.image
-    shown = seen.shown  # in [0, 1], where they are not normalized, too
-    own |= {"uri": image.uri, "sha256": image.sha256, "width": image.width, "height": image.height}
+        return [{**common, "error": outcome.code, "error_detail": outcome.detail}]
+    explanation, image = outcome.explanation, outcome.image
+    heatmaps = explanation.shown  # in [0, 1] also if the method does not normalize
+    common |= {"uri": image.uri, "sha256": image.sha256, "width": image.width, "height": image.height}
     return [
         {
-            **own,
+            **common,
             "index": index,
-            "class_id": one.id,
-            "wnid": one.wnid,
-            "class_name": one.name,
-            "rank": one.rank,
-            "probability": one.probability,
-            "heatmap": shown[index].astype(np.float16).ravel(),
-            "raw_min": float(seen.raw_min[index]),
-            "raw_max": float(seen.raw_max[index]),
-            "peak_xy": peak_xy(seen.heatmaps[index], (image.width, image.height)),
+            "class_id": prediction.id,
+            "wnid": prediction.wnid,
+            "class_name": prediction.name,
+            "rank": prediction.rank,
+            "probability": prediction.probability,
+            "heatmap": heatmaps[index].astype(np.float16).ravel(),
+            "raw_min": float(explanation.raw_min[index]),
+            "raw_max": float(explanation.raw_max[index]),
+            "peak_xy": peak_xy(explanation.heatmaps[index], (image.width, image.height)),
             "box_xyxy": outcome.boxes[index],
             "overlay": outcome.overlays[index],
-            MISSING: image.damage.missing if image.damage else None,
-            **(seen.metrics[index] if seen.metrics else {}),
+            MISSING_COLUMN: image.damage.missing if image.damage else None,
+            **(explanation.metrics[index] if explanation.metrics else {}),
         }
-        for index, one in enumerate(seen.explained)
+        for index, prediction in enumerate(explanation.explained)
     ]
 
 
 def failed_lines(shard: Shard, outcomes: Sequence[Outcome | None]) -> bytes:
-    """The rows that failed, a JSON object a line: itself an input for another backfill."""
+    """Encode the rows that failed, one JSON object per line. The result is a valid input of a backfill."""
     lines = []
-    for place, (row, outcome) in enumerate(zip(shard.rows, outcomes, strict=True)):
+    for index, (row, outcome) in enumerate(zip(shard.rows, outcomes, strict=True)):
         if isinstance(outcome, Problem):
-            own = row.model_dump(mode="json", exclude_none=True, exclude={"uri", "problem", "version"})
-            said = {"image": row.uri, **own, "row": shard.first + place}
-            lines.append(json.dumps({**said, "error": outcome.model_dump(mode="json")}) + "\n")
+            fields = row.model_dump(mode="json", exclude_none=True, exclude={"uri", "problem", "version"})
+            line = {
+                "image": row.uri,
+                **fields,
+                "row": shard.first + index,
+                "error": outcome.model_dump(mode="json"),
+            }
+            lines.append(json.dumps(line) + "\n")
     return "".join(lines).encode()
 
 
-def summary_of(data: bytes) -> Summary:
-    """What a file says of itself. Raises StorageUnavailable where it is no such file."""
-    with _reading():
-        facts = _facts(data)
-        network = NetworkRef.model_validate(facts["network"])
-        return Summary(int(facts["rows"]), int(facts["failed"]), dict(facts["codes"]), network)
+def read_summary(data: bytes) -> Summary:
+    """Read the summary of a shard's file.
+
+    Raises:
+        StorageUnavailable: The file is not a shard's file.
+    """
+    with _read_errors_as_storage_unavailable():
+        metadata = _read_metadata(data)
+        network = NetworkRef.model_validate(metadata["network"])
+        return Summary(int(metadata["rows"]), int(metadata["failed"]), dict(metadata["codes"]), network)
 
 
-def made_for_another(data: bytes, shard: Shard) -> str | None:
-    """What tells a file from the one that a shard would leave. Raises StorageUnavailable: it is none."""
-    with _reading():
-        facts = _facts(data)
-        weights = NetworkRef.model_validate(facts["network"]).weights_sha256
-        key = facts.get("key", shard.key)  # which files of earlier versions do not say but by their names
-    if facts["backfill"] != shard.backfill:
-        return f"backfill {facts['backfill']}"
+def find_mismatch(data: bytes, shard: Shard) -> str | None:
+    """Describe what differs between an existing file and the one that a shard would write. None: nothing.
+
+    Raises:
+        StorageUnavailable: The file is not a shard's file.
+    """
+    with _read_errors_as_storage_unavailable():
+        metadata = _read_metadata(data)
+        weights = NetworkRef.model_validate(metadata["network"]).weights_sha256
+        key = metadata.get("key", shard.key)  # files of earlier versions have the key in their name only
+    if metadata["backfill"] != shard.backfill:
+        return f"it is of backfill {metadata['backfill']}"
     if key != shard.key:
-        return f"the shard {key}"
+        return f"it is of shard {key}"
     if shard.weights_sha256 not in {None, weights}:
-        return f"weights {weights}"
+        return f"it was computed with weights {weights}"
     return None
 
 
-def good_rows(data: bytes) -> tuple[pa.Table, frozenset[int]]:
-    """What a file holds of rows that succeeded, and their numbers. Raises StorageUnavailable."""
-    with _reading():
-        _facts(data)
+def read_explained_rows(data: bytes) -> tuple[pa.Table, frozenset[int]]:
+    """Read the rows of a shard's file that were explained.
+
+    Returns:
+        Their records, and their numbers in the input.
+
+    Raises:
+        StorageUnavailable: The file is not a shard's file.
+    """
+    with _read_errors_as_storage_unavailable():
+        _read_metadata(data)
         table = pq.read_table(io.BytesIO(data))
-        good = table.filter(pc.is_null(table["error"])).replace_schema_metadata(None)
-        if MISSING not in good.column_names:  # the file of a version that did not know
-            good = good.append_column(MISSING, pa.nulls(len(good), pa.float32()))
-        return good, frozenset(good["row"].to_pylist())
+        explained = table.filter(pc.is_null(table["error"])).replace_schema_metadata(None)
+        if MISSING_COLUMN not in explained.column_names:  # a file of an earlier version
+            explained = explained.append_column(MISSING_COLUMN, pa.nulls(len(explained), pa.float32()))
+        return explained, frozenset(explained["row"].to_pylist())
 
 
 @contextmanager
-def _reading() -> Iterator[None]:
+def _read_errors_as_storage_unavailable() -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        message = f"A shard's file is there, and cannot be read as one: {error}"
+        message = f"The existing file is not a shard's file, or is damaged: {error}"
         raise StorageUnavailable(message) from error
 
 
-def _facts(data: bytes) -> dict[str, Any]:
-    facts = json.loads((pq.read_schema(io.BytesIO(data)).metadata or {})[FACTS])
-    if facts["schema"] != DATASET:
-        message = f"its schema is {facts['schema']!r}, and {DATASET!r} would be right"
+def _read_metadata(data: bytes) -> dict[str, Any]:
+    metadata = json.loads((pq.read_schema(io.BytesIO(data)).metadata or {})[METADATA_KEY])
+    if metadata["schema"] != DATASET:
+        message = f"its schema is {metadata['schema']!r}; expected {DATASET!r}"
         raise ValueError(message)
-    return dict(facts)
+    return dict(metadata)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of a file, n of them, all of images that were explained."""
+    """n records of a shard's file, all of images that were explained."""
 
-    method: MethodSpec  # how its heatmaps came to be
+    method: MethodSpec  # that computed the heatmaps
     class_ids: NDArray[np.int32]  # (n,)
     ranks: NDArray[np.int32]  # (n,)
     probabilities: NDArray[np.float32]  # (n,)
     heatmaps: NDArray[np.float16]  # (n, rows, columns)
-    others: pa.RecordBatch  # every column but the heatmaps
+    other_columns: pa.RecordBatch  # all columns but the heatmaps
 
-    def record(self, place: int) -> dict[str, Any]:
-        """One row, without its heatmap."""
-        return dict(self.others.slice(place, 1).to_pylist()[0])
+    def record(self, index: int) -> dict[str, Any]:
+        """One record, without its heatmap."""
+        return dict(self.other_columns.slice(index, 1).to_pylist()[0])
 
 
-def batches(data: bytes, rows: int = 4096) -> Iterator[Batch]:
-    """The rows of a file that were explained, so many at a time. Raises StorageUnavailable."""
-    with _reading():
-        facts = _facts(data)
-        for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(batch_size=rows):
-            good = batch.filter(pc.is_null(batch["error"]))
-            flat = good["heatmap"].flatten().to_numpy(zero_copy_only=False)
+def read_batches(data: bytes, max_rows: int = 4096) -> Iterator[Batch]:
+    """Read the records of explained images, at most `max_rows` at a time.
+
+    Raises:
+        StorageUnavailable: The file is not a shard's file.
+    """
+    with _read_errors_as_storage_unavailable():
+        metadata = _read_metadata(data)
+        for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(batch_size=max_rows):
+            explained = batch.filter(pc.is_null(batch["error"]))
+            values = explained["heatmap"].flatten().to_numpy(zero_copy_only=False)
             yield Batch(
-                MethodSpec.model_validate(facts["method"]),
-                good["class_id"].to_numpy(zero_copy_only=False),
-                good["rank"].to_numpy(zero_copy_only=False),
-                good["probability"].to_numpy(zero_copy_only=False),
-                flat.reshape(len(good), *facts["grid"]),
-                good.drop_columns(["heatmap"]),
+                MethodSpec.model_validate(metadata["method"]),
+                explained["class_id"].to_numpy(zero_copy_only=False),
+                explained["rank"].to_numpy(zero_copy_only=False),
+                explained["probability"].to_numpy(zero_copy_only=False),
+                values.reshape(len(explained), *metadata["grid"]),
+                explained.drop_columns(["heatmap"]),
             )

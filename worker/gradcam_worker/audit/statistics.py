@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.artifacts.dataset import Batch, batches, summary_of
+from gradcam_worker.artifacts.dataset import Batch, read_batches, read_summary
 from gradcam_worker.errors import InvalidInput, StorageUnavailable
 from gradcam_worker.gradcam.classes import fold
 from gradcam_worker.resilience.deadline import Deadline
@@ -156,11 +156,11 @@ def read_statistics(store: Store, per_class: int, report: Report = lambda *_: No
     found = ClassStatistics(per_class)
     for done, (name, data) in enumerate(_files(store, names)):
         try:
-            said = summary_of(data)
+            said = read_summary(data)
             found.rows += said.rows
             found.codes.update(said.codes)
             found.networks[f"{said.network.name}, {said.network.layer}"] = None
-            for batch in batches(data):
+            for batch in read_batches(data):
                 found.add(batch)
         except (StorageUnavailable, InvalidInput, KeyError, TypeError, ValueError) as error:
             message = f"{store.uri(name)} is no part of a dataset: {error} {FORMAT}"

@@ -1,5 +1,5 @@
-"""One job, or one shard of a backfill, from its claim to its final state.
+"""Runs one job, or one shard of a backfill, from its claim to its final state.
 
-Begin at `handler.JobHandler`. `pipeline` runs a job, `shards` a shard, row by row with `shard_rows`, and
+`handler.JobHandler` is the entry point. `pipeline` runs a job, `shards` and `shard_rows` run a shard, and
 `leases` renews the leases of both. Their images are prepared in `gradcam_worker.images`.
 """

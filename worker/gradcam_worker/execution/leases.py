@@ -1,6 +1,8 @@
-"""The leases of the jobs that run in this process. Nobody else runs a job while its lease is renewed."""
+"""Renews the leases of the jobs that run in this process.
 
-import logging
+No other worker runs a job while its lease is valid.
+"""
+
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,17 +17,15 @@ from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.status import StatusDocument
 
-log = logging.getLogger("gradcam")
-
-RENEWALS_PER_LEASE = 3  # two in a row may fail
-WRITE_STAGES_EVERY_S = 0.25  # the stages that jobs have begun and not written themselves
-RENEW_AT_LEAST_EVERY_S = 1.0  # so that a job stops soon after it was cancelled
+RENEWALS_PER_LEASE = 3  # so that two renewals in a row may fail
+MAX_RENEWAL_INTERVAL_S = 1.0  # a renewal is also how a job learns that it was cancelled
+WRITE_PROGRESS_INTERVAL_S = 0.25  # for progress that the threads of the jobs left pending
 
 
 class LeaseManager:
-    """Renews the leases of all jobs of this process in one request.
+    """Renews the leases of all jobs of this process with one request.
 
-    The deadline of a job whose lease is lost, or that was cancelled, is cancelled.
+    When a job loses its lease, or its cancellation was requested, its deadline is cancelled.
     """
 
     def __init__(
@@ -37,16 +37,25 @@ class LeaseManager:
         observer: Observer = NULL_OBSERVER,
         outages: Outages | None = None,
     ) -> None:
-        """`health` is what the worker says of itself, `outages` of a ledger that is away."""
+        """Start no thread yet: see `loop`.
+
+        Args:
+            ledger: Holds the leases.
+            worker: The id of this worker.
+            lease_s: Duration of a lease in seconds.
+            health: Returns the worker's state of health, which each renewal reports.
+            observer: Counts renewed and lost leases.
+            outages: Logs the outages of the ledger.
+        """
         self._ledger, self._worker, self._health = ledger, worker, health
         self._lease_s, self._observer = lease_s, observer
         self._releasing = False
-        self._held: dict[str, tuple[int, Deadline]] = {}  # job id -> attempt
-        self._stage_writers: dict[str, Callable[[], None]] = {}  # by job id
+        self._held: dict[str, tuple[int, Deadline]] = {}  # job id -> attempt, deadline
+        self._progress_writers: dict[str, Callable[[], None]] = {}  # by job id
         self._lock = threading.Lock()
-        self._renew_every_s = min(lease_s / RENEWALS_PER_LEASE, RENEW_AT_LEAST_EVERY_S)
-        self._due_s = time.monotonic() + self._renew_every_s  # the next renewal
-        self._reached = True  # the ledger, the last time
+        self._renewal_interval_s = min(lease_s / RENEWALS_PER_LEASE, MAX_RENEWAL_INTERVAL_S)
+        self._due_s = time.monotonic() + self._renewal_interval_s  # when the next renewal is due
+        self._ledger_reached = True  # by the latest renewal
         self.loop = BackgroundLoop(
             "leases",
             self.step,
@@ -57,20 +66,20 @@ class LeaseManager:
 
     @contextmanager
     def hold(
-        self, document: StatusDocument, deadline: Deadline, write_stage: Callable[[], None] = lambda: None
+        self, document: StatusDocument, deadline: Deadline, write_pending: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
         """Renew the lease of a job that has just been claimed, as long as the block lasts.
 
         Args:
-            document: The job's, as it was claimed.
-            deadline: The job's. It is cancelled when the lease is lost or the job is cancelled.
-            write_stage: Called at intervals. It writes the job's stage, if that is not written yet.
+            document: The document of the claimed job.
+            deadline: The job's deadline. It is cancelled if the lease is lost or the job is cancelled.
+            write_pending: Called at intervals, to write progress that the job left pending.
         """
         begun = document.started_at or document.updated_at
         deadline.hold(self._lease_s - (utc_now() - begun).total_seconds())
         with self._lock:
             self._held[document.id] = document.attempt, deadline
-            self._stage_writers[document.id] = write_stage
+            self._progress_writers[document.id] = write_pending
         try:
             yield
         except AttemptFenced:
@@ -80,15 +89,19 @@ class LeaseManager:
         finally:
             with self._lock:
                 self._held.pop(document.id, None)
-                self._stage_writers.pop(document.id, None)
+                self._progress_writers.pop(document.id, None)
 
     def jobs(self) -> dict[str, int]:
-        """What runs here: job id -> attempt."""
+        """The jobs that run in this process: job id -> attempt."""
         with self._lock:
             return {job_id: attempt for job_id, (attempt, _) in self._held.items()}
 
     def renew(self) -> None:
-        """Renew all leases, and cancel the deadlines of jobs that have to stop. Raises LedgerUnavailable."""
+        """Renew all leases, and cancel the deadlines of jobs that have to stop.
+
+        Raises:
+            LedgerUnavailable: The ledger cannot be reached.
+        """
         with self._lock:
             held = dict(self._held)
         sent_s = time.monotonic()
@@ -104,34 +117,36 @@ class LeaseManager:
             else:
                 deadline.hold(self._lease_s - (time.monotonic() - sent_s))
 
-    def write_stages(self) -> None:
-        """Have each job's stage written, where it is not written yet. Raises LedgerUnavailable."""
+    def write_progress(self) -> None:
+        """Write the pending progress of all jobs. Raises LedgerUnavailable."""
         with self._lock:
-            writers = [*self._stage_writers.values()]
-        for write in writers:
-            write()
+            writers = [*self._progress_writers.values()]
+        for write_pending in writers:
+            write_pending()
 
     def release_all(self) -> dict[str, int]:
-        """Cancel the deadlines of all jobs that run here; return them: job id -> attempt."""
+        """Cancel the deadlines of all jobs that run here. Return job id -> attempt."""
         self._releasing = True
         with self._lock:
             for attempt, deadline in self._held.values():
-                deadline.cancel(AttemptFenced(f"Attempt {attempt} was handed back: its worker stops."))
+                deadline.cancel(AttemptFenced(f"Attempt {attempt} was requeued: its worker stops."))
         return self.jobs()
 
     def step(self) -> None:
-        """Renew the leases where that is due, and write how far the jobs are. Raises LedgerUnavailable."""
+        """Renew the leases if that is due, and write pending progress. Raises LedgerUnavailable."""
         try:
             if time.monotonic() >= self._due_s:
-                self._due_s = time.monotonic() + self._renew_every_s  # on schedule, however slow the answer
+                self._due_s = (
+                    time.monotonic() + self._renewal_interval_s
+                )  # a slow response does not delay the next one
                 self.renew()
-                self._reached = True
-            if self._reached:
-                self.write_stages()
+                self._ledger_reached = True
+            if self._ledger_reached:
+                self.write_progress()
         except LedgerUnavailable:
-            self._reached = False
+            self._ledger_reached = False
             raise
 
     def _pause_s(self) -> float:
         left_s = max(self._due_s - time.monotonic(), 0)
-        return min(left_s, WRITE_STAGES_EVERY_S) if self._reached else left_s
+        return min(left_s, WRITE_PROGRESS_INTERVAL_S) if self._ledger_reached else left_s

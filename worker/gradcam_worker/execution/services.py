@@ -1,4 +1,4 @@
-"""What a job needs from outside, as protocols: the real services, or doubles."""
+"""The services that a job uses, as protocols, so that tests can replace them."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +17,7 @@ class ModelRegistry(Protocol):
     """See `gradcam_worker.gradcam.models.registry.Registry`."""
 
     def find(self, name: str) -> NetworkRow:
-        """The row of a network, as it is described now. Raises UnknownNetwork."""
+        """Look up the current row of a network. Raises UnknownNetwork."""
         ...
 
 
@@ -25,7 +25,7 @@ class StorageProvider(Protocol):
     """See `gradcam_worker.storage.stores.Stores`."""
 
     def open(self, uri: str | None = None) -> Store:
-        """Where artifacts go."""
+        """Open an output; by default that of the settings."""
         ...
 
 
@@ -33,7 +33,7 @@ class WebhookSender(Protocol):
     """See `gradcam_worker.delivery.webhooks.Webhooks`."""
 
     def check(self, webhook: Webhook) -> None:
-        """Raise UriNotAllowed or InvalidJob unless events may be sent there."""
+        """Raise UriNotAllowed or InvalidJob unless events may be sent to this webhook."""
         ...
 
     def send(self, url: str, secret_ref: str | None, event: StatusEvent, message_id: str) -> None:
@@ -43,7 +43,7 @@ class WebhookSender(Protocol):
 
 @dataclass(frozen=True)
 class Services:
-    """What `gradcam_worker.runtime.service_factory` builds from settings, and `testing` from memory."""
+    """The services of a worker process. See `service_factory.build_services` and `testing.fake_services`."""
 
     images: ImageFetcher
     networks: ModelRegistry

@@ -1,4 +1,4 @@
-"""One row of a shard: its image, fitted to the network, and its outcome."""
+"""Loads the image of one row of a shard, and turns its explanation into a row of the dataset."""
 
 import uuid
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.artifacts import artifacts, dataset
-from gradcam_worker.artifacts.dataset import Outcome, Seen
+from gradcam_worker.artifacts.dataset import ExplainedRow, Outcome
 from gradcam_worker.artifacts.render import render
 from gradcam_worker.errors import (
     AttemptFenced,
@@ -40,36 +40,39 @@ from gradcam_worker.storage.stores import Store
 
 T = TypeVar("T")
 
-# Errors that end the whole shard, whichever row meets them.
+# Errors that end the whole shard, whichever row raises them.
 SHARD_ERRORS = (AttemptFenced, JobCanceled, JobTimeout, OutputNotAllowed, StorageUnavailable, UnknownLayer)
 
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """A row's image, as the network takes it."""
+    """The image of a row, at the input size of the network."""
 
     image: InputRecord
-    fitted: NDArray[np.uint8]  # (height, width, channels) of the network
+    pixels: NDArray[np.uint8]  # (height, width, channels)
 
 
 class ShardRows:
-    """The rows of one shard, by their places in it. Raises `SHARD_ERRORS` only."""
+    """The rows of one shard, by their index in it.
+
+    All methods are thread-safe. They raise `SHARD_ERRORS` only; any other error becomes the Problem of its
+    row.
+    """
 
     def __init__(
         self, shard: Shard, services: Services, context: JobContext, store: Store, network: Network
     ) -> None:
-        """Its methods may be called by several threads at once."""
         self._shard, self._services, self._context = shard, services, context
         self._store, self._network = store, network
 
-    def load(self, place: int) -> LoadedImage | Problem:
-        """Fetch, decode and fit a row's image; or say why that failed."""
-        if problem := self._shard.rows[place].problem:
+    def load(self, index: int) -> LoadedImage | Problem:
+        """Fetch, decode and fit the image of a row; on an error return the Problem."""
+        if problem := self._shard.rows[index].problem:
             return problem
-        return self._problem_or("fetch", lambda: self._load(place))
+        return self._problem_or("fetch", lambda: self._load(index))
 
-    def _load(self, place: int) -> LoadedImage:
-        row = self._shard.rows[place]
+    def _load(self, index: int) -> LoadedImage:
+        row = self._shard.rows[index]
         if not row.uri:
             message = "This row names no image."
             raise InvalidRow(message)
@@ -83,49 +86,58 @@ class ShardRows:
     def _open(self, image: ImageRef) -> AbstractContextManager[FetchedImage]:
         return fetch_image(image, self._services, self._context.deadline)
 
-    def outcome(self, place: int, loaded: LoadedImage, seen: Explanation | GradcamError) -> Outcome:
-        """What the dataset says of a row that was computed; its overlays are drawn and uploaded here."""
-        if not isinstance(seen, Explanation):
-            return Problem.of(seen, stage="explain", attempt=self._context.attempt)
-        return self._problem_or("render", lambda: self._explained_row(place, loaded, seen))
+    def outcome(self, index: int, loaded: LoadedImage, result: Explanation | GradcamError) -> Outcome:
+        """Build the row of the dataset, and draw and upload the overlays of the row.
 
-    def _explained_row(self, place: int, loaded: LoadedImage, seen: Explanation) -> Seen:
+        Args:
+            index: Index of the row in the shard.
+            loaded: Its image.
+            result: Its explanation, or why there is none.
+
+        Returns:
+            The explained row, or the Problem.
+        """
+        if not isinstance(result, Explanation):
+            return Problem.of(result, stage="explain", attempt=self._context.attempt)
+        return self._problem_or("render", lambda: self._explained_row(index, loaded, result))
+
+    def _explained_row(self, index: int, loaded: LoadedImage, explanation: Explanation) -> ExplainedRow:
         deadline, image = self._context.deadline, loaded.image
         if self._shard.metrics:
-            seen = self._services.model_cache.measure(
-                self._network, loaded.fitted, seen, self._shard.metrics, deadline, bulk=True
+            explanation = self._services.model_cache.measure(
+                self._network, loaded.pixels, explanation, self._shard.metrics, deadline, bulk=True
             )
         size = image.height, image.width
-        boxes = [hot_box(one, size, dataset.BOX_THRESHOLD) for one in seen.shown]
+        boxes = [hot_box(heatmap, size, dataset.BOX_THRESHOLD) for heatmap in explanation.shown]
         overlays: list[str | None] = [None] * len(boxes)
-        if self._shard.artifacts:  # fetched again: all photos of a group might not fit
-            reference = ImageRef(uri=self._shard.rows[place].uri, sha256=image.sha256)
-            with self._open(reference) as fetched, fetched.decode() as again:
+        if self._shard.artifacts:  # fetched again: the full-size images of a group may not fit into memory
+            reference = ImageRef(uri=self._shard.rows[index].uri, sha256=image.sha256)
+            with self._open(reference) as fetched, fetched.decode() as decoded:
                 rendered = render(
                     self._shard.artifacts,
-                    again,
-                    seen,
+                    decoded,
+                    explanation,
                     deadline,
-                    job_id=self.row_id(place),
+                    job_id=self.row_id(index),
                     method=self._shard.method,
                 )
-            records = artifacts.upload(self._store, f"overlays/{self.row_id(place)}", rendered, deadline)
-            for piece, record in zip(rendered.pieces, records, strict=True):
-                if piece.index is not None:
-                    overlays[piece.index] = overlays[piece.index] or record.uri
-        return Seen(image, seen, boxes, overlays)
+            records = artifacts.upload(self._store, f"overlays/{self.row_id(index)}", rendered, deadline)
+            for artifact, record in zip(rendered.artifacts, records, strict=True):
+                if artifact.class_index is not None:
+                    overlays[artifact.class_index] = overlays[artifact.class_index] or record.uri
+        return ExplainedRow(image, explanation, boxes, overlays)
 
-    def row_id(self, place: int) -> str:
-        """The id of a row: its overlays are stored under it, as a job's are under the job's."""
-        name = f"gradcam:{self._shard.backfill}:{self._shard.first + place}"
+    def row_id(self, index: int) -> str:
+        """The id of a row. It names the folder of the row's overlays."""
+        name = f"gradcam:{self._shard.backfill}:{self._shard.first + index}"
         return str(uuid.uuid5(uuid.NAMESPACE_URL, name))
 
     def _problem_or(self, stage: str, step: Callable[[], T]) -> T | Problem:
-        """What `step` returns, or its error as the problem of the row. `SHARD_ERRORS` are raised."""
+        """Return what `step` returns, or its error as the row's Problem. Raises `SHARD_ERRORS`."""
         try:
             return step()
         except SHARD_ERRORS as error:
-            # A proxy may refuse one address and not the others.
+            # A proxy may refuse a single URI: that is an error of its row.
             if stage != "fetch" or not is_foreign_answer(error.__cause__):
                 raise
             problem = ImageFetchFailed(str(error))
@@ -133,5 +145,5 @@ class ShardRows:
         except GradcamError as error:
             self._context.deadline.check(stage)
             return Problem.of(error, stage=stage, attempt=self._context.attempt)
-        except BaseException as error:  # noqa: BLE001  # an error of one image must not end the others
+        except BaseException as error:  # noqa: BLE001  # an error of one image must not fail the others
             return Problem.of(InternalError.of(error), stage=stage, attempt=self._context.attempt)

@@ -1,15 +1,14 @@
-"""One shard of a backfill, from its rows to its Parquet file.
+"""Runs one shard of a backfill, from its rows to its Parquet file.
 
-    rows --readers--> groups of fitted images --one pass each--> explanations --> one file, written last
+    rows --reader threads--> groups of images --one batch each--> explanations --> one file, written last
 
-While the device computes one group, the next ones are fetched. Every pass has the same number of images. Each
-image has a fixed place in its pass, by its row, and grey ones fill the places that are free. So a shard that
-is run again leaves the same bytes, whichever rows were computed together. (Only where the device has too
-little memory for that, passes are smaller, and results differ in the last digits.)
+While the device computes one group, the next groups are fetched. All batches have the same size. The position
+of an image in its batch follows from the index of its row, and grey images fill the free positions. So a
+shard that runs again writes the same bytes, whichever of its rows are computed together. (Only if the device
+has too little memory are the batches smaller, and then results differ in the last digits.)
 """
 
 import hashlib
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +30,7 @@ from gradcam_worker.errors import (
     WorkerLost,
 )
 from gradcam_worker.execution import pipeline
-from gradcam_worker.execution.pipeline import JobContext, JobResult, Stage
+from gradcam_worker.execution.pipeline import JobContext, JobResult, Progress
 from gradcam_worker.execution.services import Services
 from gradcam_worker.execution.shard_rows import SHARD_ERRORS, LoadedImage, ShardRows
 from gradcam_worker.gradcam.explain import Explanation
@@ -43,96 +42,103 @@ from gradcam_worker.schemas.earlier import metrics_of_failed, stage_of_progress
 from gradcam_worker.schemas.shard import READERS, Shard, data_key, failed_key
 from gradcam_worker.schemas.status import ManifestRef, NetworkRef, Problem, RowSearch, RowState
 from gradcam_worker.storage.stores import Object, Store
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-GROUPS_AHEAD = 3  # that are fetched or computed while the first one is waited for
-GROUPS_COMPUTED_AT_ONCE = 2  # one in its pass, one ready for the next
-RETRY_ROWS_AFTER_S = 2.0  # the second try of rows with a transient error
+GROUPS_AHEAD = 3  # groups that are fetched or computed while the oldest one is awaited
+GROUPS_COMPUTED_AT_ONCE = 2  # one on the device, one ready to follow
+RETRY_ROWS_AFTER_S = 2.0  # pause before the second try of rows with a transient error
 
 Pixels = NDArray[np.uint8]
-Pending = deque[tuple[list[int], "Future[list[Outcome]]"]]
+PendingGroups = deque[tuple[list[int], "Future[list[Outcome]]"]]  # indexes of the rows, their outcomes
 
 
 def run_shard(shard: Shard, services: Services, context: JobContext) -> JobResult:
     """Run one shard.
 
     Args:
-        shard: Its rows, and what is asked of them.
-        services: Everything that it touches.
-        context: Of this attempt.
+        shard: The shard.
+        services: The services that it uses.
+        context: This attempt.
 
     Returns:
-        What its status document says when it has succeeded, some rows failed or not.
+        The fields of the status document of a shard that succeeded, whether or not some of its rows failed.
 
     Raises:
-        GradcamError: Any error that is not a single row's: see `gradcam_worker.execution.shard_rows`.
+        GradcamError: The shard failed. An error of a single row does not fail its shard: see
+            `gradcam_worker.execution.shard_rows`.
     """
     store = pipeline.admit(shard, services)
     key = data_key(shard.key)
     existing = _existing_file(shard, store, key, context.deadline)
     if existing is not None and not shard.keep:
-        return _job_result(store.uri(key), existing, dataset.summary_of(existing))
-    kept, good = dataset.good_rows(existing) if existing is not None else (None, frozenset())
-    places = [row for row in range(len(shard.rows)) if shard.first + row not in good]
-    with context.stage("load"):
+        return _job_result(store.uri(key), existing, dataset.read_summary(existing))
+    kept_rows, kept_numbers = (
+        dataset.read_explained_rows(existing) if existing is not None else (None, frozenset())
+    )
+    indexes = [index for index in range(len(shard.rows)) if shard.first + index not in kept_numbers]
+    with context.enter_stage("load"):
         run = _ShardRun(shard, services, context, store)
-    with context.stage("explain"):
-        outcomes = run.outcomes(places)
+    with context.enter_stage("explain"):
+        outcomes = run.outcomes(indexes)
         grid, layer = run.grid_and_layer()
         sha256 = run.network.facts.weights_sha256
         reference = NetworkRef(name=shard.network, layer=layer, weights_sha256=sha256)
-    with context.stage("render"):
-        data, summary = dataset.to_bytes(shard, reference, grid, outcomes, kept)
+    with context.enter_stage("render"):
+        data, summary = dataset.to_bytes(shard, reference, grid, outcomes, kept_rows)
     lines = dataset.failed_lines(shard, outcomes)
-    with context.stage("upload"):
-        if not context.after_crash:  # else its checkpoint must stay the last one
-            context.checkpoint(
-                Stage("upload")
-            )  # an attempt that was overtaken fails here, and writes nothing
-        # In this order, a worker that dies between the two leaves no failed row without its line.
+    with context.enter_stage("upload"):
+        if not context.after_crash:  # else the checkpoint of the row search must stay the last one
+            # An attempt that was fenced fails here, before it writes anything.
+            context.checkpoint(Progress("upload"))
+        # In this order a worker that dies between the two writes leaves no failed row without its line.
         files = [
             (failed_key(shard.key), lines, "application/x-ndjson"),
             (key, data, dataset.MEDIA_TYPE),
         ]
-        for one in files if kept is None else reversed(files):
-            _put(store, one, context.deadline)
-    context.metrics["images_per_s"] = round(len(places) / max(context.metrics["explain_s"], 1e-3), 3)
+        for file in files if kept_rows is None else reversed(files):
+            _write_or_remove(store, file, context.deadline)
+    context.metrics["images_per_s"] = round(len(indexes) / max(context.metrics["explain_s"], 1e-3), 3)
     return _job_result(store.uri(key), data, summary)
 
 
 def _existing_file(shard: Shard, store: Store, key: str, deadline: Deadline) -> bytes | None:
-    """The file that an earlier attempt at this shard, or an earlier run of its backfill, has left.
+    """Read the file that an earlier attempt at this shard, or an earlier run of its backfill, wrote.
 
-    None where it is of another backfill, of other rows, or of other weights. Raises StorageUnavailable where
-    it is no shard's file.
+    None: there is no file, or it is of a different backfill, of different rows or of different weights.
+    It raises StorageUnavailable if the file is not a shard's file.
     """
     existing = store.find(key, deadline)
-    if existing is not None and (other := dataset.made_for_another(existing, shard)):
-        log.warning("%s was made for %s, and will be replaced", store.uri(key), other)
+    if existing is not None and (mismatch := dataset.find_mismatch(existing, shard)):
+        log.warning("shard_file_replaced", uri=store.uri(key), reason=mismatch)
         return None
     return existing
 
 
-def _put(store: Store, one: Object, deadline: Deadline) -> None:
-    """Write a file; remove it where it would be empty."""
-    if one[1]:
-        store.put_many([one], deadline)
-    elif store.find(one[0], deadline) is not None:  # of an earlier attempt or run
-        store.remove(one[0])
+def _write_or_remove(store: Store, file: Object, deadline: Deadline) -> None:
+    """Write a file; if it is empty, remove the one that an earlier attempt wrote."""
+    key, data, _ = file
+    if data:
+        store.put_many([file], deadline)
+    elif store.find(key, deadline) is not None:
+        store.remove(key)
 
 
 def _job_result(uri: str, data: bytes, summary: Summary) -> JobResult:
-    counts = {"rows": float(summary.rows), "failed": float(summary.failed)}
     failed = dict(summary.codes)
-    counts |= metrics_of_failed(failed)
+    metrics = {
+        "rows": float(summary.rows),
+        "failed": float(summary.failed),
+        **metrics_of_failed(failed),
+    }
     result = ManifestRef(manifest_uri=uri, manifest_sha256=hashlib.sha256(data).hexdigest())
     return JobResult(
         network=summary.network,
         predictions=(),
         result=result,
         warnings=(),
-        metrics=counts,
+        metrics=metrics,
         rows=RowState(failed=failed) if failed else None,
     )
 
@@ -146,115 +152,129 @@ class _ShardRun:
         self._layer = ""
         begun_s = time.monotonic()
         self.network: Network = services.model_cache.load(services.networks.find(shard.network))
-        context.deadline.extend(time.monotonic() - begun_s)  # a download of weights is nobody's fault
-        has = self.network.facts.weights_sha256
-        if shard.weights_sha256 not in {None, has}:
+        context.deadline.extend(time.monotonic() - begun_s)  # weights may have to be downloaded
+        weights_sha256 = self.network.facts.weights_sha256
+        if shard.weights_sha256 not in {None, weights_sha256}:
             message = (
                 f"The backfill was planned for weights of {shard.network} with sha256 "
-                f"{shard.weights_sha256}; this worker has {has or 'some of which it knows no sha256'}."
+                f"{shard.weights_sha256}; "
+                f"this worker has {weights_sha256 or 'weights with an unknown sha256'}."
             )
             raise WeightsChecksumMismatch(message)
         self.rows = ShardRows(shard, services, context, store, self.network)
-        self.size = services.model_cache.shard_batch_size(self.network)
+        self.batch_size = services.model_cache.shard_batch_size(self.network)
         self.classes = self.network.labels.wanted(top_n=shard.target.top_n, classes=shard.target.classes)
         self.method = Method(**shard.method.model_dump())
 
     def grid_and_layer(self) -> tuple[dataset.Grid, str]:
-        """Of the heatmaps. If no row was explained, a grey image tells."""
+        """Return the grid and the layer of the heatmaps. If no row was explained, explain a grey image."""
         facts = self.network.facts
         if not self._grid:
-            self._infer({0: np.full((*facts.input_size, facts.channels), GREY, np.uint8)}, self.size)
+            self._infer({0: np.full((*facts.input_size, facts.channels), GREY, np.uint8)}, self.batch_size)
         layer = self._layer or self.shard.method.layer or facts.default_layer
         return self._grid or facts.map_size, layer
 
-    def outcomes(self, places: Sequence[int]) -> list[Outcome | None]:
-        """Compute the rows at these places; the outcome of every other row is None.
+    def outcomes(self, indexes: Sequence[int]) -> list[Outcome | None]:
+        """Compute the rows with these indexes. The outcome of every other row is None.
 
-        Rows with a transient error are tried a second time. If these are most of the rows, a store must be
-        down: the whole shard is tried again, unless this attempt is the last.
+        Rows with a transient error are tried a second time. But if more than half of the rows have one, a
+        store is probably down: then this attempt fails, so that the whole shard is retried, unless it is the
+        last one.
+
+        Raises:
+            ImageFetchFailed: More than half of the images cannot be fetched at present.
+            InternalError: More than half of the rows failed with another transient error.
         """
         outcomes: list[Outcome | None] = [None] * len(self.shard.rows)
         compute = self._compute_alone if self.context.after_crash else self._compute_pipelined
-        compute(places, outcomes)
+        compute(indexes, outcomes)
         transient = {
-            place: one for place in places if (one := outcomes[place]) and self._is_transient(place, one)
+            index: outcome
+            for index in indexes
+            if (outcome := outcomes[index]) and self._is_transient(index, outcome)
         }
-        if 2 * len(transient) > len(places) and not self.context.is_last_attempt:
+        if 2 * len(transient) > len(indexes) and not self.context.is_last_attempt:
             first: Any = next(iter(transient.values()))
-            message = f"{len(transient)} of {len(places)} images cannot be had just now, as: {first.detail}"
+            message = (
+                f"{len(transient)} of {len(indexes)} images failed with a transient error, "
+                f"the first with: {first.detail}"
+            )
             raise (ImageFetchFailed if first.code == ImageFetchFailed.code else InternalError)(message)
         if transient:
             time.sleep(min(RETRY_ROWS_AFTER_S, self.context.deadline.left_s()))
             compute([*transient], outcomes)
         return outcomes
 
-    def _is_transient(self, place: int, outcome: Outcome) -> bool:
-        if not isinstance(outcome, Problem) or self.shard.rows[place].problem:
+    def _is_transient(self, index: int, outcome: Outcome) -> bool:
+        if not isinstance(outcome, Problem) or self.shard.rows[index].problem:
             return False
         return outcome.retryable and outcome.code != WorkerLost.code
 
-    def _compute_pipelined(self, places: Sequence[int], outcomes: list[Outcome | None]) -> None:
+    def _compute_pipelined(self, indexes: Sequence[int], outcomes: list[Outcome | None]) -> None:
+        """Compute groups while the next ones are fetched."""
+
         def report(_: list[int], done: int) -> None:
-            stage = stage_of_progress(done, len(places))
-            self.context.report_stage(Stage(stage, RowState(done=done) if done else None))
+            stage = stage_of_progress(done, len(indexes))
+            self.context.report_progress(Progress(stage, RowState(done=done) if done else None))
 
-        self._compute_groups(places, outcomes, self.size, GROUPS_AHEAD, report)
+        self._compute_groups(indexes, outcomes, self.batch_size, GROUPS_AHEAD, report)
 
-    def _compute_alone(self, places: Sequence[int], outcomes: list[Outcome | None]) -> None:
-        """One group, or row, at a time, after a worker died under this shard. See `RowSearch`.
+    def _compute_alone(self, indexes: Sequence[int], outcomes: list[Outcome | None]) -> None:
+        """Compute one group at a time, or one row, after a worker died while it ran this shard.
 
-        A checkpoint before each lets the next attempt know under which one this worker died.
+        The checkpoint before each tells the next attempt which group or row killed this worker: see
+        `RowSearch`.
         """
-        before = self.context.row_search
-        left_out = () if before is None or before.row is None else (before.row, *before.left_out)
+        previous = self.context.row_search
+        left_out = () if previous is None or previous.row is None else (previous.row, *previous.left_out)
 
         def checkpoint(group: list[int], _: int) -> None:
             search = (
                 RowSearch(row=group[0], left_out=left_out)
-                if before
+                if previous
                 else RowSearch(group=(group[0], group[-1]))
             )
-            self.context.checkpoint(Stage(search.stage, RowState(search=search)))
+            self.context.checkpoint(Progress(search.stage, RowState(search=search)))
 
-        for place in places:
-            if place in left_out:
-                lost = WorkerLost("The worker ended without a word when this image's turn came.")
-                outcomes[place] = Problem.of(lost, stage="explain", attempt=self.context.attempt)
-        left = [place for place in places if place not in left_out]
-        self._compute_groups(left, outcomes, 1 if before else self.size, 0, checkpoint)
+        for index in indexes:
+            if index in left_out:
+                error = WorkerLost("The worker process died while it processed this image.")
+                outcomes[index] = Problem.of(error, stage="explain", attempt=self.context.attempt)
+        remaining = [index for index in indexes if index not in left_out]
+        self._compute_groups(remaining, outcomes, 1 if previous else self.batch_size, 0, checkpoint)
 
     def _compute_groups(
         self,
-        places: Sequence[int],
+        indexes: Sequence[int],
         outcomes: list[Outcome | None],
-        size: int,
-        ahead: int,
+        group_size: int,
+        groups_ahead: int,
         before_group: Callable[[list[int], int], None],
     ) -> None:
         """Compute rows in groups.
 
         Args:
-            places: Of the rows.
-            outcomes: Of all rows of the shard; filled in.
-            size: Rows in a group, at most.
-            ahead: Groups that are begun while one is waited for.
-            before_group: Called as each begins, with its places and how many rows are done.
+            indexes: Indexes of the rows to compute.
+            outcomes: Outcomes of all rows of the shard, which this method fills in.
+            group_size: Maximum number of rows in a group.
+            groups_ahead: Number of groups that are started while the oldest one is awaited.
+            before_group: Called when a group starts, with its indexes and the number of rows that are done.
         """
         done = 0
-        pending: Pending = deque()
+        pending: PendingGroups = deque()
         with (
             ContextThreadPool(READERS, thread_name_prefix="shard-read") as readers,
             ContextThreadPool(GROUPS_COMPUTED_AT_ONCE, thread_name_prefix="shard-compute") as computing,
         ):
             try:
-                for group in _groups(places, size):
+                for group in _groups(indexes, group_size):
                     self.context.deadline.check("explain")
                     before_group(group, done)
-                    loading = [readers.submit(self.rows.load, place) for place in group]
+                    loading = [readers.submit(self.rows.load, index) for index in group]
                     pending.append(
                         (group, computing.submit(self._outcomes_of_group, group, loading, readers))
                     )
-                    while len(pending) > ahead:
+                    while len(pending) > groups_ahead:
                         done += _collect(pending, outcomes)
                 while pending:
                     done += _collect(pending, outcomes)
@@ -269,66 +289,64 @@ class _ShardRun:
         loading: Sequence["Future[LoadedImage | Problem]"],
         pool: ContextThreadPool,
     ) -> list[Outcome]:
-        """The outcomes of a group, in its order."""
-        loaded = {place: one.result() for place, one in zip(group, loading, strict=True)}
-        seen = self._infer(
-            {place: one.fitted for place, one in loaded.items() if isinstance(one, LoadedImage)}, self.size
-        )
+        """Wait for the images of a group, explain them, and return the outcomes in the order of the group."""
+        loaded = {index: future.result() for index, future in zip(group, loading, strict=True)}
+        pixels = {index: image.pixels for index, image in loaded.items() if isinstance(image, LoadedImage)}
+        results = self._infer(pixels, self.batch_size)
 
-        def outcome(place: int) -> Outcome:
-            image = loaded[place]
-            return image if isinstance(image, Problem) else self.rows.outcome(place, image, seen[place])
+        def outcome(index: int) -> Outcome:
+            image = loaded[index]
+            return image if isinstance(image, Problem) else self.rows.outcome(index, image, results[index])
 
-        return [
-            *(pool.map if self.shard.artifacts else map)(outcome, group)
-        ]  # drawing fetches the image again
+        # To draw overlays the images are fetched again: that is done in parallel.
+        return [*(pool.map if self.shard.artifacts else map)(outcome, group)]
 
     def _infer(self, images: Mapping[int, Pixels], size: int) -> dict[int, Explanation | GradcamError]:
-        """Explain fitted images, by place, in a pass of `size` images that is filled up with grey ones.
+        """Explain images, given by row index, in a batch of `size` that is filled up with grey images.
 
-        Where a pass fails, each half of the images is tried by itself, and so on: so an image that a network
-        cannot take fails alone.
+        If a batch fails, each half of its images is tried by itself, and so on. So an image that the network
+        cannot process fails alone.
         """
         if not images:
             return {}
-        pixels = np.full((size, *next(iter(images.values())).shape), GREY, np.uint8)
-        for place, one in images.items():
-            pixels[place % size] = one
+        batch = np.full((size, *next(iter(images.values())).shape), GREY, np.uint8)
+        for index, pixels in images.items():
+            batch[index % size] = pixels
         try:
             explanations = self.model_cache.infer_many(
-                self.network, pixels, self.classes, self.method, self.context.deadline
+                self.network, batch, self.classes, self.method, self.context.deadline
             )
         except SHARD_ERRORS:
             raise
-        except BaseException as error:  # noqa: BLE001  # whatever a network may raise
+        except BaseException as error:  # noqa: BLE001  # a custom layer may raise anything
             out_of_memory = isinstance(error, DeviceOutOfMemory) and size > 1
             if out_of_memory:
                 size //= 2
                 parts = _groups(images, size)
             elif len(images) > 1:
-                places, half = [*images], len(images) // 2
-                parts = [places[:half], places[half:]]
+                indexes, half = [*images], len(images) // 2
+                parts = [indexes[:half], indexes[half:]]
             else:
                 return dict.fromkeys(
                     images, error if isinstance(error, GradcamError) else InternalError.of(error)
                 )
-            halves = [self._infer({place: images[place] for place in part}, size) for part in parts]
-            return {place: one for half in halves for place, one in half.items()}
-        seen = {place: explanations[place % size] for place in images}
-        for each in seen.values():
-            if isinstance(each, Explanation):
-                self._grid, self._layer = each.heatmaps.shape[1:], each.layer
-        return seen
+            halves = [self._infer({index: images[index] for index in part}, size) for part in parts]
+            return {index: result for results in halves for index, result in results.items()}
+        results = {index: explanations[index % size] for index in images}
+        for result in results.values():
+            if isinstance(result, Explanation):
+                self._grid, self._layer = result.heatmaps.shape[1:], result.layer
+        return results
 
 
-def _groups(places: Iterable[int], size: int) -> list[list[int]]:
-    """Cut places into groups. A place that is missing makes its group smaller; no other moves up."""
-    return [[*some] for _, some in groupby(places, lambda place: place // size)]
+def _groups(indexes: Iterable[int], size: int) -> list[list[int]]:
+    """Group row indexes by `index // size`. A missing index makes its group smaller."""
+    return [[*group] for _, group in groupby(indexes, lambda index: index // size)]
 
 
-def _collect(pending: Pending, outcomes: list[Outcome | None]) -> int:
-    """Wait for the oldest pending group; return how many rows it has."""
+def _collect(pending: PendingGroups, outcomes: list[Outcome | None]) -> int:
+    """Wait for the oldest pending group; return its number of rows."""
     group, computed = pending.popleft()
-    for place, outcome in zip(group, computed.result(), strict=True):
-        outcomes[place] = outcome
+    for index, outcome in zip(group, computed.result(), strict=True):
+        outcomes[index] = outcome
     return len(group)

@@ -1,4 +1,5 @@
-"""An image's bytes and pixels from its URI, within what the operator allows.
+"""An image from its URI to pixels that fit a network, within the limits that the operator sets.
 
-Begin at `prepare.fetch_image`; `fetch.UriFetcher` reads the bytes.
+`fetch` reads the bytes, and `prepare.fetch_image` is the entry point: it also decodes them and reserves
+memory.
 """

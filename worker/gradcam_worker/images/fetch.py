@@ -1,4 +1,4 @@
-"""URI -> bytes: which schemes, hosts, buckets and folders, how large, how long."""
+"""Reads an image from its URI, within the sources and limits that the settings allow."""
 
 import base64
 import binascii
@@ -32,27 +32,27 @@ from gradcam_worker.storage.s3 import S3
 from gradcam_worker.text.urls import has_credentials, without_secrets, without_user
 
 OK = 200
-NOT_FOUND = {404, 410}
-SEARCH = os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)  # a folder may be passed that cannot be listed
-FORBIDDEN = {400, 401, 403, 405, 406, 407, 451}  # asking again in the same way is of no use
+NOT_FOUND_STATUSES = {404, 410}
+FORBIDDEN_STATUSES = {400, 401, 403, 405, 406, 407, 451}  # permanent: the same request would fail again
+OPEN_FOLDER = os.O_DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)  # O_PATH needs no permission to list it
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """An image as it was stored."""
+class FetchedBytes:
+    """The encoded bytes of an image."""
 
     data: bytes
     sha256: str
-    uri: str  # fit to be shown: no user, no password, no query, no long data
+    uri: str  # redacted: see `redact_uri`
 
 
 class UriFetcher:
-    """Reads what the operator allows to be read, within its limits."""
+    """Reads images from the places and within the limits that the settings allow."""
 
     def __init__(
         self, settings: Settings, s3: S3, resolve: Resolve = look_up, observer: Observer = NULL_OBSERVER
     ) -> None:
-        """Nothing is opened until it is needed; `resolve` finds the addresses of hosts."""
+        """Open no connection yet. `resolve` finds the addresses of a host."""
         self._settings = settings
         self._s3, self._observer = s3, observer
         self._web = HttpClient(
@@ -70,14 +70,26 @@ class UriFetcher:
             "data": self._read_data,
         }
 
-    def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:
-        """Read an image; `at_most` so many bytes of it, where that is less than is allowed.
+    def fetch(self, image: ImageRef, deadline: Deadline, max_bytes: int | None = None) -> FetchedBytes:
+        """Read an image.
 
-        Raises UriNotAllowed, ImageNotFound, ImageForbidden, ImageTooLarge,
-        ImageFetchFailed, ImageDecodeFailed (a broken data URI), ChecksumMismatch, JobTimeout.
+        Args:
+            image: Its URI, and its SHA-256 if the bytes have to match one.
+            deadline: The job's deadline.
+            max_bytes: Refuse a larger image. The limit of the settings holds in any case.
+
+        Raises:
+            UriNotAllowed: The settings do not allow this URI.
+            ImageNotFound: There is no such object.
+            ImageForbidden: The worker has no access to it.
+            ImageTooLarge: It has more bytes than are allowed.
+            ImageFetchFailed: It cannot be read at present.
+            ImageDecodeFailed: The data URI is malformed.
+            ChecksumMismatch: Its SHA-256 is not the one in `image`.
+            JobTimeout: The deadline passed.
         """
         if why := too_long(image.uri):
-            message = f"{presentable(image.uri)[:200]!r}... is not allowed: {why}."
+            message = f"{redact_uri(image.uri)[:200]!r}... is not allowed: {why}."
             raise UriNotAllowed(message)
         scheme = image.uri.partition(":")[0].casefold()
         allowed = self._settings.image_schemes
@@ -85,34 +97,36 @@ class UriFetcher:
             message = f"{why}."
             raise UriNotAllowed(message)
         if scheme not in allowed or scheme not in self._readers:
-            shown, schemes = presentable(image.uri)[:200], " or ".join(allowed)
+            shown, schemes = redact_uri(image.uri)[:200], " or ".join(allowed)
             message = f"{shown!r} is not allowed: its scheme must be {schemes} (GRADCAM_IMAGE_SCHEMES)."
             raise UriNotAllowed(message)
-        most = self._settings.max_image_bytes
-        data = self._readers[scheme](image.uri, deadline, most if at_most is None else min(at_most, most))
+        limit = self._settings.max_image_bytes
+        data = self._readers[scheme](
+            image.uri, deadline, limit if max_bytes is None else min(max_bytes, limit)
+        )
         self._observer.image_read(len(data))
         sha256 = hashlib.sha256(data).hexdigest()
         if image.sha256 not in {None, sha256}:
-            message = f"The image has sha256 {sha256}; the job asked for {image.sha256}."
+            message = f"The image has sha256 {sha256}; the job requires {image.sha256}."
             raise ChecksumMismatch(message)
-        return Fetched(data, sha256, presentable(image.uri))
+        return FetchedBytes(data, sha256, redact_uri(image.uri))
 
     def _check_size(self, size: int, uri: str, limit: int) -> None:
         if size > limit:
-            message = f"{presentable(uri)} has more than {limit:,} bytes, the most that is allowed."
+            message = f"{redact_uri(uri)} has more than {limit:,} bytes, the maximum that is allowed."
             raise ImageTooLarge(message)
 
     def _read_s3(self, uri: str, deadline: Deadline, limit: int) -> bytes:
-        # No URL parser: an S3 key may hold ? and #, which are not special there.
+        # Not parsed as a URL: ? and # are ordinary characters in an S3 key.
         bucket, _, key = uri.partition("://")[2].partition("/")
         allowed = self._settings.image_buckets
         if has_credentials(uri):
             message = (
-                f"A user or password in a URI ({presentable(uri)}) is not allowed: write s3://bucket/key."
+                f"A user or password in a URI ({redact_uri(uri)}) is not allowed: write s3://bucket/key."
             )
             raise UriNotAllowed(message)
         if not bucket or not key:
-            message = f"{presentable(uri)!r} is not an S3 URI: write s3://bucket/key."
+            message = f"{redact_uri(uri)!r} is not an S3 URI: write s3://bucket/key."
             raise UriNotAllowed(message)
         if "*" not in allowed and bucket not in allowed:
             names = ", ".join(allowed) or "none"
@@ -123,7 +137,7 @@ class UriFetcher:
         return self._s3.read_image(bucket, key, limit, deadline)
 
     def _read_http(self, uri: str, deadline: Deadline, limit: int) -> bytes:
-        shown = presentable(uri)
+        shown = redact_uri(uri)
         seconds = min(self._settings.fetch_timeout_s, deadline.left_s())
         try:
             answer = self._web.get(uri, max_bytes=limit, seconds=seconds, deadline=deadline)
@@ -131,30 +145,34 @@ class UriFetcher:
             deadline.check(f"reading {shown}")
             message = f"{shown} could not be read: {error}"
             raise ImageFetchFailed(message) from error
-        what = f"{shown} could not be read (HTTP {answer.status})."
-        if answer.status in NOT_FOUND:
-            raise ImageNotFound(what)
-        if answer.status in FORBIDDEN:
-            raise ImageForbidden(what)
+        failure = f"{shown} could not be read (HTTP {answer.status})."
+        if answer.status in NOT_FOUND_STATUSES:
+            raise ImageNotFound(failure)
+        if answer.status in FORBIDDEN_STATUSES:
+            raise ImageForbidden(failure)
         if answer.status != OK:
-            raise ImageFetchFailed(what)
+            raise ImageFetchFailed(failure)
         self._check_size(len(answer.body), uri, limit)
         return answer.body
 
-    def _read_file(self, uri: str, deadline: Deadline, limit: int) -> bytes:  # noqa: ARG002  # a local disk answers
+    def _read_file(self, uri: str, deadline: Deadline, limit: int) -> bytes:  # noqa: ARG002  # a local disk needs no deadline
         host, _, name = uri.partition("://")[2].partition("/")
         try:
-            # Resolved through symbolic links, so that none leads out.
+            # Symbolic links are resolved first, so that none leads out of the allowed folders.
             path = Path("/" + os.fsdecode(unquote_to_bytes(name))).resolve()
-        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links; a null byte
-            message = f"{presentable(uri)} is not a path: {error}"
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # RuntimeError: a loop of links; ValueError: a null byte
+            message = f"{redact_uri(uri)} is not a path: {error}"
             raise UriNotAllowed(message) from error
         roots = self._roots()
         root = next((root for root in roots if path.is_relative_to(root)), None)
         if host not in {"", "localhost"} or root is None:
             folders = ", ".join(map(str, roots)) or "none"
             allowed = f"images may come from these folders: {folders} (GRADCAM_IMAGE_ROOTS)"
-            message = f"{presentable(uri)} is not allowed: {allowed}."
+            message = f"{redact_uri(uri)} is not allowed: {allowed}."
             raise UriNotAllowed(message)
         try:
             if not path.is_file():
@@ -162,30 +180,30 @@ class UriFetcher:
                 raise ImageNotFound(message)
             with open_below(root, path) as file:
                 data = file.read(limit + 1)
-        except (FileNotFoundError, NotADirectoryError) as error:  # since it was looked for
+        except (FileNotFoundError, NotADirectoryError) as error:  # it was removed meanwhile
             message = f"There is no file {path}."
             raise ImageNotFound(message) from error
         except PermissionError as error:
             message = f"The worker may not read {path}."
             raise ImageForbidden(message) from error
         except OSError as error:
-            message = f"{presentable(uri)} could not be read: {error}"
+            message = f"{redact_uri(uri)} could not be read: {error}"
             raise ImageFetchFailed(message) from error
         self._check_size(len(data), uri, limit)
         return data
 
     def _roots(self) -> list[Path]:
-        """The folders that images may come from. Raises UriNotAllowed."""
+        """The resolved folders that images may come from. Raises UriNotAllowed."""
         try:
             return [Path(root).resolve() for root in self._settings.image_roots]
         except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
             message = f"GRADCAM_IMAGE_ROOTS names a folder that cannot be reached: {error}."
             raise UriNotAllowed(message) from error
 
-    def _read_data(self, uri: str, deadline: Deadline, limit: int) -> bytes:  # noqa: ARG002  # already here
-        limit = self._settings.max_data_uri_bytes
-        if len(uri) > limit:
-            message = f"The data URI has {len(uri):,} characters; at most {limit:,} are allowed."
+    def _read_data(self, uri: str, deadline: Deadline, limit: int) -> bytes:  # noqa: ARG002  # the URI holds the data
+        max_chars = self._settings.max_data_uri_bytes
+        if len(uri) > max_chars:
+            message = f"The data URI has {len(uri):,} characters; at most {max_chars:,} are allowed."
             raise ImageTooLarge(message)
         head, comma, body = uri.partition(",")
         try:
@@ -201,32 +219,38 @@ class UriFetcher:
 
 
 def open_below(root: Path, path: Path) -> BinaryIO:
-    """Open a file below a folder, and nothing that came to stand in its place since both were resolved.
+    """Open a regular file below a folder without following symbolic links.
 
-    Folder by folder, none through a symbolic link: whoever can write below a root could put a link where
-    the path was checked a moment ago. A pipe does not hold the open up; what is no file is not read.
-    Raises OSError.
+    Each folder on the way is opened by itself. So nobody who can write below `root` can swap in a link
+    between the check of a path and this call. Opening a pipe does not block, and is refused.
+
+    Args:
+        root: A resolved folder.
+        path: A resolved path below it.
+
+    Raises:
+        OSError: It is not a regular file, or cannot be opened.
     """
     *folders, name = path.relative_to(root).parts or (".",)
     if ".." in folders:
         raise FileNotFoundError(errno.ENOENT, "Not resolved", str(path))
-    place = os.open(root, SEARCH)
+    folder_fd = os.open(root, OPEN_FOLDER)
     try:
         for folder in folders:
-            inner = os.open(folder, SEARCH | os.O_NOFOLLOW, dir_fd=place)
-            os.close(place)
-            place = inner
-        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=place)
+            inner_fd = os.open(folder, OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=folder_fd)
+            os.close(folder_fd)
+            folder_fd = inner_fd
+        file_fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=folder_fd)
     finally:
-        os.close(place)
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise FileNotFoundError(errno.ENOENT, "Not a file", str(path))
-    return os.fdopen(file, "rb")
+        os.close(folder_fd)
+    if not stat.S_ISREG(os.fstat(file_fd).st_mode):
+        os.close(file_fd)
+        raise FileNotFoundError(errno.ENOENT, "Not a regular file", str(path))
+    return os.fdopen(file_fd, "rb")
 
 
-def presentable(uri: str) -> str:
-    """A URI that may be shown and kept: no user, password or query, and no long data."""
+def redact_uri(uri: str) -> str:
+    """Remove everything secret or long from a URI: user, password, query, inline data."""
     scheme, _, rest = uri.partition(":")
     if scheme.casefold() == "data":
         return f"data:{rest.partition(',')[0][:100]},..."

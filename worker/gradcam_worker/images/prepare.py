@@ -1,11 +1,10 @@
-"""URI -> bytes -> pixels -> a network's input, within the memory budgets of the process.
+"""Fetches, decodes and fits an image, within the memory budgets of the process.
 
     with fetch_image(ref, services, deadline) as fetched, fetched.decode() as image:
         pixels = image.fit(network.facts)
 
-The image of a job and that of a row of a shard are prepared in the same way. What is in memory is reserved in
-`Budgets`: bytes from before they are fetched until they are decoded, pixels from before they are decoded
-until they are released.
+Jobs and the rows of shards use the same steps. Memory is reserved in `Budgets` before it is used: for the
+encoded bytes until they are decoded, and for the pixels until they are released.
 """
 
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from gradcam_worker.gradcam.decoding.decode import Decoded, Limits, declared_pix
 from gradcam_worker.gradcam.explain import check_channels
 from gradcam_worker.gradcam.imaging.overlay import fit
 from gradcam_worker.gradcam.network import NetworkFacts
-from gradcam_worker.images.fetch import Fetched
+from gradcam_worker.images.fetch import FetchedBytes
 from gradcam_worker.resilience.budget import Budgets, Reservation
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef
@@ -30,80 +29,82 @@ from gradcam_worker.schemas.manifest import DamageRecord, InputRecord
 class ImageFetcher(Protocol):
     """See `gradcam_worker.images.fetch.UriFetcher`."""
 
-    def fetch(self, image: ImageRef, deadline: Deadline, at_most: int | None = None) -> Fetched:
-        """URI -> bytes: `at_most` so many, where less is wanted than is allowed."""
+    def fetch(self, image: ImageRef, deadline: Deadline, max_bytes: int | None = None) -> FetchedBytes:
+        """Read an image of at most `max_bytes`."""
         ...
 
 
 class ImageServices(Protocol):
-    """What preparing an image takes: a part of `gradcam_worker.execution.services.Services`."""
+    """What preparing an image needs: a part of `gradcam_worker.execution.services.Services`."""
 
     @property
     def images(self) -> ImageFetcher:
-        """Where bytes come from."""
+        """Reads the bytes of images."""
         ...
 
     @property
     def budgets(self) -> Budgets:
-        """How many bytes and pixels may be in memory at once."""
+        """The limits of bytes and pixels in memory at once."""
         ...
 
     @property
     def limits(self) -> Limits:
-        """How large, and how damaged, one image may be."""
+        """The limits of the size and the damage of one image."""
         ...
 
 
 class DecodedImage:
-    """An image's pixels, and the reservation for them."""
+    """The pixels of an image, and their memory reservation."""
 
     def __init__(self, record: InputRecord, decoded: Decoded, reservation: Reservation) -> None:
-        """`record` is what a manifest says of the image."""
+        """`record` describes the image in a manifest."""
         self.record, self.decoded, self._reservation = record, decoded, reservation
 
     def fit(self, facts: NetworkFacts) -> NDArray[np.uint8]:
-        """The image as a network takes it.
+        """Resize the image to the input size of a network.
 
         Returns:
-            Pixels (height, width, channels) of the network's input size.
+            Pixels (height, width, channels).
 
         Raises:
-            NetworkIncompatible: The network takes images of another number of channels.
+            NetworkIncompatible: The network expects a different number of channels.
         """
         check_channels(facts, self.decoded.pixels)
         return fit(self.decoded.pixels, facts.input_size)
 
     def release(self) -> None:
-        """Drop the pixels before the block ends, and give back what was reserved for them."""
+        """Drop the pixels and their reservation before the block ends."""
         del self.decoded
         self._reservation.shrink_to(0)
 
 
 class FetchedImage:
-    """An image's bytes, and the reservation for them."""
+    """The encoded bytes of an image, and their memory reservation."""
 
     def __init__(
-        self, fetched: Fetched, reservation: Reservation, services: ImageServices, deadline: Deadline
+        self, fetched: FetchedBytes, reservation: Reservation, services: ImageServices, deadline: Deadline
     ) -> None:
-        """`reservation` is of as many bytes as were fetched."""
+        """`reservation` is for exactly the bytes in `fetched`."""
         self.sha256 = fetched.sha256
         self._fetched, self._reservation = fetched, reservation
         self._services, self._deadline = services, deadline
 
     @contextmanager
     def decode(self) -> Iterator[DecodedImage]:
-        """Decode the image, once, and drop its bytes. Within the block its pixels are reserved.
+        """Decode the image and drop its bytes. Can be called once. Within the block its pixels are reserved.
 
         Raises:
-            UnsupportedMediaType, ImagePixelsExceeded, ImageDecodeFailed: It is no image that is allowed.
-            InternalError: There is not enough memory just now.
-            JobTimeout: The deadline passed while other images held the budget.
+            UnsupportedMediaType: It is not an image of a known format.
+            ImagePixelsExceeded: It has more pixels than are allowed.
+            ImageDecodeFailed: It is damaged beyond the allowed share.
+            InternalError: The process is out of memory.
+            JobTimeout: The deadline passed while other images used up the budget.
         """
         services = self._services
         pixels = declared_pixels(self._fetched.data, services.limits)
         with services.budgets.pixels.reserve(pixels, self._deadline) as reservation:
             decoded = decode(self._fetched.data, services.limits)
-            image = DecodedImage(_record(self._fetched, decoded), decoded, reservation)
+            image = DecodedImage(_input_record(self._fetched, decoded), decoded, reservation)
             del decoded, self._fetched
             self._reservation.shrink_to(0)
             yield image
@@ -113,43 +114,43 @@ class FetchedImage:
 def fetch_image(image: ImageRef, services: ImageServices, deadline: Deadline) -> Iterator[FetchedImage]:
     """Fetch an image. Within the block its bytes are reserved until it is decoded.
 
-    How many bytes it has is not known before. So a thread's even share of the budget is reserved first, which
-    is free at once as long as all images are of that size. One that proves larger is given up, and fetched
-    again when there is room for the largest that is allowed.
+    The size of an image is not known in advance. So one thread's even share of the budget is reserved first,
+    which is available at once as long as all images fit into their share. The fetch of a larger image is
+    aborted, and repeated when there is room for the largest image that is allowed.
 
     Args:
-        image: Where it is, and perhaps which bytes it must be.
+        image: Its URI, and its SHA-256 if the bytes have to match one.
         services: The fetcher, the budgets and the limits.
-        deadline: By when it has to be there.
+        deadline: By when the image has to be fetched and decoded.
 
     Raises:
         GradcamError: Whatever the fetcher raises: see `gradcam_worker.images.fetch.UriFetcher.fetch`.
-        JobTimeout: The deadline passed while other images held the budget.
+        JobTimeout: The deadline passed while other images used up the budget.
     """
-    with ExitStack() as held:
-        fetched, reservation = _fetch(image, services, deadline, held)
+    with ExitStack() as reservations:
+        fetched, reservation = _fetch(image, services, deadline, reservations)
         reservation.shrink_to(len(fetched.data))
-        opened = FetchedImage(fetched, reservation, services, deadline)
-        del fetched  # or this frame would hold the bytes until the block ends
-        yield opened
+        fetched_image = FetchedImage(fetched, reservation, services, deadline)
+        del fetched  # or this frame would keep the bytes until the block ends
+        yield fetched_image
 
 
 def _fetch(
-    image: ImageRef, services: ImageServices, deadline: Deadline, held: ExitStack
-) -> tuple[Fetched, Reservation]:
-    """The image, and the reservation that `held` keeps for it."""
+    image: ImageRef, services: ImageServices, deadline: Deadline, reservations: ExitStack
+) -> tuple[FetchedBytes, Reservation]:
+    """Fetch an image; return it and its reservation, which ends with `reservations`."""
     *smaller, largest = services.budgets.steps
-    for at_most in smaller:
+    for max_bytes in smaller:
         with ExitStack() as attempt, suppress(ImageTooLarge):
-            reservation = attempt.enter_context(services.budgets.bytes.reserve(at_most, deadline))
-            fetched = services.images.fetch(image, deadline, at_most)
-            held.push(attempt.pop_all())
+            reservation = attempt.enter_context(services.budgets.bytes.reserve(max_bytes, deadline))
+            fetched = services.images.fetch(image, deadline, max_bytes)
+            reservations.push(attempt.pop_all())
             return fetched, reservation
-    reservation = held.enter_context(services.budgets.bytes.reserve(largest, deadline))
+    reservation = reservations.enter_context(services.budgets.bytes.reserve(largest, deadline))
     return services.images.fetch(image, deadline, largest), reservation
 
 
-def _record(fetched: Fetched, decoded: Decoded) -> InputRecord:
+def _input_record(fetched: FetchedBytes, decoded: Decoded) -> InputRecord:
     height, width = decoded.size
     damage = decoded.damage
     return InputRecord(

@@ -1,4 +1,4 @@
-"""Networks in memory and passes of the device: the model cache and the dynamic batcher.
+"""Loaded networks, and the batches that they compute on the device.
 
-Begin at `model_cache.ModelCache`.
+`model_cache.ModelCache` is the entry point. `batcher` merges the images of many jobs into batches.
 """

@@ -1,14 +1,16 @@
-"""The dynamic batcher: images of many job threads share passes of one device.
+"""The dynamic batcher: the images of many job threads share batches on one device.
 
-    job threads --images--> queues --batches--> starting thread --passes--> finishing thread --> job threads
+    job threads --images--> queues --batches--> starting thread --> device --> finishing thread --> job
+    threads
 
-Images of the same network, method and (nearly) the same number of classes share a batch. A batch closes
-when it is full, or at once if no other job is expected, or after as long as a pass takes, and never later
-than `wait_s`. While the device computes, the next full batch is started, so that its pixels are copied
-meanwhile; one that is not full goes on filling up.
+Images share a batch if they have the same network, the same method and about the same number of classes. A
+batch starts when it is full, at once if no other job is expected, and otherwise after the duration of a
+batch, but after `wait_s` at the latest. While the device computes, the next full batch is started already, so
+that its pixels are copied in the meantime. A batch that is not full keeps filling up.
 
-A batch that fails is halved and tried again, unless its error is permanent: so one that was too large for the
-memory fits, and one bad image fails alone. No thread waits beyond its deadline, whatever the device does.
+A batch that fails is split in half and tried again, unless the error is permanent. So a batch that is too
+large for the memory is computed in parts, and an image with an error fails alone. No thread waits beyond its
+deadline, even if the device hangs.
 """
 
 import threading
@@ -25,66 +27,73 @@ from gradcam_worker.errors import DeviceOutOfMemory, GradcamError, InternalError
 from gradcam_worker.gradcam.explain import padded
 from gradcam_worker.gradcam.network import Method, Network
 from gradcam_worker.inference.request import (
+    BatchKey,
     BatchQueue,
     Finish,
     InferenceRequest,
     InferenceResponse,
-    Key,
     yields_to_urgent,
 )
 from gradcam_worker.observability import tracing
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 
-DEFAULT_BATCH_SIZE = 8  # images, where no limit was measured
-BATCHES_AT_DEVICE = 2  # one that it computes, one that is ready
-NEWEST_WEIGHT = 0.2  # weight of the last pass in the mean of how long one takes
+DEFAULT_BATCH_SIZE = 8  # for a network without a limit of its own
+MAX_BATCHES_AT_DEVICE = 2  # one that it computes, one that follows
+LATEST_WEIGHT = 0.2  # of the latest batch in moving averages
 NEVER_S = threading.TIMEOUT_MAX  # wait until something changes
-SHARD_PASS = -1  # in the place of how many classes: a pass of its own
-EXCLUSIVE_KEY = (0, None, 0)  # of what shares a batch with nothing
+SEPARATE_BATCH = -1  # in a `BatchKey`, instead of the number of classes: the request is a batch of its own
+EXCLUSIVE_KEY = (0, None, 0)  # of functions that run alone on the device
 WAITING_FOR_DEVICE = "waiting for the device"
-DEVICE_HUNG_AFTER_S = 600.0  # longer than a job may wait, and than the first pass of a large network takes
-MAX_QUEUES = 64  # kept: layer names are input from outside
+DEVICE_HUNG_AFTER_S = 600.0  # longer than any deadline and than the first batch of a large network
+MAX_QUEUES = 64  # queues that are kept while empty: keys contain layer names, which are untrusted input
 
 T = TypeVar("T")
 
 
 class Batcher:
-    """Owns the device: one thread starts whatever runs there."""
+    """Owns the device: one thread starts everything that runs on it."""
 
     def __init__(
-        self, *, wait_s: float = 0.01, largest: int = DEFAULT_BATCH_SIZE, observer: Observer = NULL_OBSERVER
+        self,
+        *,
+        wait_s: float = 0.01,
+        max_batch_size: int = DEFAULT_BATCH_SIZE,
+        observer: Observer = NULL_OBSERVER,
     ) -> None:
-        """`wait_s`: how long a batch waits for jobs that are on their way, at most.
+        """Start no thread before the first request.
 
-        `largest`: how many images a batch has at most where `limit` says nothing else.
+        Args:
+            wait_s: Maximum time that a batch waits for expected jobs, in seconds.
+            max_batch_size: Maximum number of images in a batch of a network without a limit of its own.
+            observer: Counts images and seconds.
         """
         self._wait_s, self._observer = wait_s, observer
-        self._queues: dict[Key, BatchQueue] = {}
+        self._queues: dict[BatchKey, BatchQueue] = {}
         self._retries: list[list[InferenceRequest]] = []  # halves of failed batches
-        self._default_limit = largest
-        self._limits: dict[int, int] = {}  # images in a batch, by the network's id
-        self._expected = 0  # jobs that will submit an image
-        self._at_device = 0  # batches
-        self._batches = 0  # so far
-        self._bulk_last = False  # whether the last of them was of bulk alone
+        self._default_limit = max_batch_size
+        self._limits: dict[int, int] = {}  # id of a network -> maximum batch size
+        self._expected = 0  # number of jobs that will submit an image
+        self._at_device = 0  # number of batches that were started and have not finished
+        self._started = 0  # number of batches that were started so far
+        self._latest_is_bulk = False  # whether the latest batch has bulk requests only
         self._changed = threading.Condition()
         self._running: SimpleQueue[tuple[list[InferenceRequest], Finish, float]] = SimpleQueue()
         self._failure: str | None = None
-        self.mean_batch_size = 0.0  # in a pass, lately; 0 before the first
-        self._idle_since_s = 0.0  # when the device had done all that it was given before
-        self._answered_s: float | None = None  # when the device last answered, or got its first batch
+        self.mean_batch_size = 0.0  # moving average; 0 before the first batch
+        self._idle_since_s = 0.0  # when the device finished its latest batch
+        self._responded_s: float | None = None  # latest sign of life of a busy device; None: it is idle
         self._threads: list[threading.Thread] = []
 
     @contextmanager
     def expecting(self) -> Iterator[Callable[[], None]]:
-        """Within it a job is expected to submit an image; what is yielded says that it has."""
-        done = False
+        """Expect a job to submit an image within this block. Yields a function to call when it has."""
+        is_submitted = False
 
         def submitted() -> None:
-            nonlocal done
-            if not done:
-                done = True
+            nonlocal is_submitted
+            if not is_submitted:
+                is_submitted = True
                 self._expected -= 1
 
         with self._changed:
@@ -96,14 +105,14 @@ class Batcher:
                 submitted()
                 self._changed.notify_all()
 
-    def limit(self, network: Network, largest: int) -> None:
-        """Limit the batches of a network to so many images."""
+    def limit(self, network: Network, max_batch_size: int) -> None:
+        """Limit the size of a network's batches."""
         with self._changed:
             self.forget(network)
-            self._limits[id(network)] = largest
+            self._limits[id(network)] = max_batch_size
 
     def forget(self, network: Network) -> None:
-        """Drop what is kept of a network that was unloaded."""
+        """Drop the limit and the empty queues of a network that was unloaded."""
         with self._changed:
             self._limits.pop(id(network), None)
             for key, queue in [*self._queues.items()]:
@@ -121,16 +130,28 @@ class Batcher:
         bulk: bool = False,
         submitted: Callable[[], None] = lambda: None,
     ) -> InferenceResponse:
-        """One fitted image (height, width, channels), together with others; waits until the deadline.
+        """Compute one image in a batch with others, and wait for the result.
 
-        Raises JobTimeout, DeviceOutOfMemory (for this image alone), and what the network raises for it.
+        Args:
+            network: The network.
+            pixels: Image of the network's input size (height, width, channels).
+            classes: Ids of the classes to explain; -1 is the best one, -2 the second, and so on.
+            method: The method.
+            deadline: The job's deadline.
+            bulk: Whether urgent requests go first.
+            submitted: Called when the request is in its queue: the function that `expecting` yields.
+
+        Raises:
+            JobTimeout: The deadline passed.
+            DeviceOutOfMemory: The device has too little memory even for this image alone.
+            Exception: Whatever the network raises for this image.
         """
 
         def begin(batch: list[InferenceRequest]) -> Finish:
-            images = np.stack([one.pixels for one in batch if one.pixels is not None])
-            return network.begin(images, padded([one.classes for one in batch]), method)
+            images = np.stack([request.pixels for request in batch if request.pixels is not None])
+            return network.begin(images, padded([request.classes for request in batch]), method)
 
-        # Requests of about as many classes go together: a pass computes as many for each as the longest asks.
+        # A batch computes as many classes for each image as the image with the most classes needs.
         key = (id(network), method, (len(classes) - 1).bit_length())
         request = InferenceRequest(key, begin, deadline, bulk, pixels=pixels, classes=tuple(classes))
         response: InferenceResponse = self._submit(
@@ -146,22 +167,47 @@ class Batcher:
         method: Method,
         deadline: Deadline,
     ) -> InferenceResponse:
-        """Fitted images (n, height, width, channels) in a pass of their own, behind whoever is urgent.
+        """Compute n images in a batch of their own, after urgent requests, and wait for the result.
 
-        Who is with whom does not depend on what else is asked for, so neither do the last digits of what
-        comes out. Raises JobTimeout, DeviceOutOfMemory, and what the network raises.
+        The composition of the batch does not depend on other requests. So the results do not either, down to
+        their last digits.
+
+        Args:
+            network: The network.
+            pixels: Images of the network's input size (n, height, width, channels).
+            classes: Ids of the classes to explain in each image; -1 is the best one.
+            method: The method.
+            deadline: The job's deadline.
+
+        Raises:
+            JobTimeout: The deadline passed.
+            DeviceOutOfMemory: The device has too little memory for this batch.
+            Exception: Whatever the network raises.
         """
 
         def begin(_: list[InferenceRequest]) -> Finish:
             return network.begin(pixels, padded([tuple(classes)] * len(pixels)), method)
 
-        key = (id(network), method, SHARD_PASS)
+        key = (id(network), method, SEPARATE_BATCH)
         request = InferenceRequest(key, begin, deadline, bulk=True, images=len(pixels))
         response: InferenceResponse = self._submit(request, 1, lambda: None)
         return response
 
     def run_exclusive(self, run: Callable[[], T], deadline: Deadline, *, bulk: bool = False) -> T:
-        """Run a function while nothing else runs on the device. Raises JobTimeout, and what `run` raises."""
+        """Run a function while nothing else runs on the device.
+
+        Args:
+            run: The function.
+            deadline: The job's deadline.
+            bulk: Whether urgent requests go first.
+
+        Returns:
+            What `run` returns.
+
+        Raises:
+            JobTimeout: The deadline passed.
+            Exception: Whatever `run` raises.
+        """
 
         def begin(_: list[InferenceRequest]) -> Finish:
             result = run()
@@ -171,22 +217,22 @@ class Batcher:
         result: T = self._submit(request, 1, lambda: None).computed
         return result
 
-    def _submit(self, request: InferenceRequest, largest: int, submitted: Callable[[], None]) -> Any:
+    def _submit(self, request: InferenceRequest, max_batch_size: int, submitted: Callable[[], None]) -> Any:
         """Queue a request and wait until it is complete."""
         request.deadline.check(WAITING_FOR_DEVICE)
         with self._changed:
             if self._failure:
                 raise InternalError(self._failure)
             if not self._threads:
-                serving = (self._start_batch, self._finish_batch)
                 self._threads = [
-                    threading.Thread(target=self._serve, args=[one], daemon=True) for one in serving
+                    threading.Thread(target=self._repeat, args=[step], daemon=True)
+                    for step in (self._start_batch, self._finish_batch)
                 ]
                 for thread in self._threads:
                     thread.start()
             submitted()
-            fresh = BatchQueue(largest, served=self._batches)
-            self._queues.setdefault(request.key, fresh).waiting.append(request)
+            new_queue = BatchQueue(max_batch_size, last_batch=self._started)
+            self._queues.setdefault(request.key, new_queue).waiting.append(request)
             self._changed.notify_all()
         while not request.done.wait(request.deadline.left_s()) and request.deadline.left_s():
             pass  # the deadline was extended
@@ -194,31 +240,31 @@ class Batcher:
             with self._changed:
                 self._drop_expired()
         if not request.done.is_set():
-            request.deadline.check(WAITING_FOR_DEVICE)  # it is at the device: its result is dropped
+            request.deadline.check(WAITING_FOR_DEVICE)  # the device computes it: the result is dropped
         if request.error is not None:
             raise request.error
         return request.response
 
-    def _serve(self, serve: Callable[[], None]) -> None:
-        """Run one of the two threads. If it fails, all requests fail, now and later."""
+    def _repeat(self, step: Callable[[], None]) -> None:
+        """Run one of the two threads. If the thread itself fails, all requests fail, now and later."""
         try:
             while True:
-                serve()
-        except BaseException as error:  # noqa: BLE001  # nobody may be left waiting
+                step()
+        except BaseException as error:  # noqa: BLE001  # or requests would wait for ever
             failure = f"The thread of the device ended: {InternalError.of(error)}"
             with self._changed:
                 self._failure = failure
-                for some in [*self._retries, *(queue.waiting for queue in self._queues.values())]:
-                    for request in some:
+                for requests in [*self._retries, *(queue.waiting for queue in self._queues.values())]:
+                    for request in requests:
                         request.complete(error=InternalError(failure))
 
     def _start_batch(self) -> None:
-        """Start one batch. No reference is kept: an idle thread must not hold a network in memory."""
-        batch = self._next()
+        """Start one batch. No reference to it is kept: an idle thread must not keep a network in memory."""
+        batch = self._next_batch()
         begun_s = time.monotonic()
         try:
             finish = batch[0].begin(batch)
-        except BaseException as error:  # noqa: BLE001  # whatever it is, it is these requests' own
+        except BaseException as error:  # noqa: BLE001  # a custom layer may raise anything
             self._fail(batch, error)
         else:
             self._running.put((batch, finish, begun_s))
@@ -226,10 +272,10 @@ class Batcher:
     def _finish_batch(self) -> None:
         """Wait for the device to finish a batch, while the other thread starts the next."""
         batch, finish, started_s = self._running.get()
-        begun_s = max(started_s, self._idle_since_s)  # it computes one after the other
+        begun_s = max(started_s, self._idle_since_s)  # the device computes one batch after the other
         try:
             computed = finish()
-        except BaseException as error:  # noqa: BLE001  # as above
+        except BaseException as error:  # noqa: BLE001  # a custom layer may raise anything
             self._fail(batch, error)
             return
         self._idle_since_s = time.monotonic()
@@ -237,62 +283,63 @@ class Batcher:
         with self._changed:
             self._batch_left_device()
             if queue := self._queues.get(batch[0].key):
-                queue.pass_s = took_s + (1 - NEWEST_WEIGHT) * ((queue.pass_s or took_s) - took_s)
-        for index, one in enumerate(batch):
-            one.complete(InferenceResponse(computed, index, begun_s - one.queued_s, took_s, len(batch)))
-        tracing.record_batch([one.caller for one in batch if one.images], begun_s, took_s)
-        if images := sum(one.images for one in batch):
+                queue.batch_s = took_s + (1 - LATEST_WEIGHT) * ((queue.batch_s or took_s) - took_s)
+        for index, request in enumerate(batch):
+            waited_s = begun_s - request.queued_s
+            request.complete(InferenceResponse(computed, index, waited_s, took_s, len(batch)))
+        tracing.record_batch([request.caller for request in batch if request.images], begun_s, took_s)
+        if images := sum(request.images for request in batch):
             self.mean_batch_size += (images - self.mean_batch_size) * (
-                NEWEST_WEIGHT if self.mean_batch_size else 1
+                LATEST_WEIGHT if self.mean_batch_size else 1
             )
             self._observer.batch_computed(images, took_s)
 
     @property
     def failure(self) -> str | None:
-        """Why nothing is computed here any more, or None."""
-        since_s = self._answered_s
-        if since_s and time.monotonic() - since_s > DEVICE_HUNG_AFTER_S:
+        """Why this device computes nothing any more, or None."""
+        responded_s = self._responded_s
+        if responded_s and time.monotonic() - responded_s > DEVICE_HUNG_AFTER_S:
             return f"the device has not answered for {DEVICE_HUNG_AFTER_S:g} s"
         return self._failure
 
     def _batch_left_device(self) -> None:
         self._at_device -= 1
-        self._answered_s = time.monotonic() if self._at_device else None
+        self._responded_s = time.monotonic() if self._at_device else None
         if len(self._queues) > MAX_QUEUES:
             self._queues = {key: queue for key, queue in self._queues.items() if queue.waiting}
         self._changed.notify_all()
 
     def _fail(self, batch: list[InferenceRequest], error: BaseException) -> None:
-        """Retry both halves of a failed batch; a single request, or a permanent error, fails."""
+        """Retry both halves of a failed batch. Single requests fail, and batches with a permanent error."""
         half = 0 if isinstance(error, PermanentError) else len(batch) // 2
         with self._changed:
             queue = self._queues.get(batch[0].key)
             if queue and half and isinstance(error, DeviceOutOfMemory):
-                queue.largest = min(queue.largest, (len(batch) + 1) // 2)
+                queue.max_batch_size = min(queue.max_batch_size, (len(batch) + 1) // 2)
             if half:
                 self._retries += [batch[:half], batch[half:]]
             self._batch_left_device()
         if half:
             return
-        for one in batch:
+        for request in batch:
             if isinstance(error, PermanentError):
-                one.complete(error=type(error)(str(error)))  # each its own: raising adds a traceback to it
+                # A copy for each request: raising an error adds a traceback to it.
+                request.complete(error=type(error)(str(error)))
             else:
-                known = isinstance(error, Exception)
-                one.complete(error=error if known else InternalError.of(error))
+                request.complete(error=error if isinstance(error, Exception) else InternalError.of(error))
 
-    def _next(self) -> list[InferenceRequest]:
-        """Wait for a batch that is to start now: urgent before bulk, and queues in turn."""
+    def _next_batch(self) -> list[InferenceRequest]:
+        """Wait until a batch can start, and return it: urgent before bulk, and queues in turn."""
         with self._changed:
-            while not (batch := self._choose()):
+            while not (batch := self._take_batch()):
                 pass
             self._at_device += 1
-            self._batches += 1
-            self._answered_s = self._answered_s or time.monotonic()
+            self._started += 1
+            self._responded_s = self._responded_s or time.monotonic()
             return batch
 
-    def _choose(self) -> list[InferenceRequest]:
-        """The next batch; empty after a wait: then everything may have changed."""
+    def _take_batch(self) -> list[InferenceRequest]:
+        """Return the next batch; after a wait an empty one, so that the caller tries again."""
         self._drop_expired()
         if self._retries and not self._at_device:
             return self._retries.pop(0)
@@ -302,40 +349,40 @@ class Batcher:
         if not ready:
             self._changed.wait(min(wait_left_s.values(), default=None))
             return []
-        # The queue that waits longest is served, full or not: one that is always full must not starve others.
-        # Nor may queues of bulk, however long they have waited: every second pass is left to urgent ones.
-        in_turn = waiting if self._at_device else ready
+        # The queue that waited longest is next, full or not: a queue that is always full must not starve
+        # others. Bulk requests that waited long must not either: every second batch is left to urgent ones.
+        candidates = waiting if self._at_device else ready
 
         def order(queue: BatchQueue) -> tuple[bool, bool, int]:
-            bulk = all(one.bulk for one in queue.waiting)
-            return all(map(yields_to_urgent, queue.waiting)), bulk and self._bulk_last, queue.served
+            bulk = all(request.bulk for request in queue.waiting)
+            return all(map(yields_to_urgent, queue.waiting)), bulk and self._latest_is_bulk, queue.last_batch
 
-        chosen = min(in_turn, key=order)
+        chosen = min(candidates, key=order)
         if self._at_device and chosen is self._queues.get(EXCLUSIVE_KEY):
             self._changed.wait()
             return []
-        chosen.served = self._batches + 1
+        chosen.last_batch = self._started + 1
         batch = chosen.take()
-        self._bulk_last = all(one.bulk for one in batch)
+        self._latest_is_bulk = all(request.bulk for request in batch)
         return batch
 
     def _drop_expired(self) -> None:
         """Fail the requests whose deadline has passed or was cancelled."""
-        for some in [*self._retries, *(queue.waiting for queue in self._queues.values())]:
-            for request in [one for one in some if not one.deadline.left_s()]:
-                some.remove(request)
+        for requests in [*self._retries, *(queue.waiting for queue in self._queues.values())]:
+            for request in [request for request in requests if not request.deadline.left_s()]:
+                requests.remove(request)
                 try:
                     request.deadline.check(WAITING_FOR_DEVICE)
                 except GradcamError as error:
                     request.complete(error=error)
-        self._retries = [half for half in self._retries if half]
+        self._retries = [requests for requests in self._retries if requests]
 
     def _wait_left_s(self, queue: BatchQueue) -> float:
-        """How much longer a queue's batch waits for more images."""
-        full = len(queue.waiting) >= queue.largest
-        if self._at_device:  # the device is busy: there is time to fill up
-            return 0 if full and self._at_device < BATCHES_AT_DEVICE else NEVER_S
+        """Seconds that the next batch of a queue still waits for more images."""
+        full = len(queue.waiting) >= queue.max_batch_size
+        if self._at_device:  # the device is busy, so the batch may fill up
+            return 0 if full and self._at_device < MAX_BATCHES_AT_DEVICE else NEVER_S
         if full or not self._expected:
             return 0
-        longest_s = self._wait_s if queue.pass_s is None else min(self._wait_s, queue.pass_s)
-        return min(one.queued_s for one in queue.waiting) + longest_s - time.monotonic()
+        max_wait_s = self._wait_s if queue.batch_s is None else min(self._wait_s, queue.batch_s)
+        return min(request.queued_s for request in queue.waiting) + max_wait_s - time.monotonic()

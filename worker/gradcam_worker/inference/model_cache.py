@@ -1,7 +1,6 @@
-"""The networks a process keeps loaded: each as large as memory allows, the least recently used makes room."""
+"""Keeps networks loaded, as many as the memory allows, and computes explanations with them in batches."""
 
 import gc
-import logging
 import math
 import threading
 import time
@@ -21,18 +20,19 @@ from gradcam_worker.gradcam.network import GRADCAM, Method, Network
 from gradcam_worker.inference.batcher import DEFAULT_BATCH_SIZE, Batcher
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-WARM_UP_S = 600  # the first passes of a large network on a slow machine take minutes at most
-RETRY_LOAD_AFTER_S = 30  # a network that could not be loaded as it is described
-GREY = 128  # of a pixel of an image that shows nothing
-MAX_BATCH_SIZE = 64  # images: larger batches were not measured to be faster
-MIN_SPEED_UP = 1.1  # of a larger batch, in images a second
-SIZES_WITHOUT_GAIN = 2  # in a row, before larger ones are not tried: one alone may be chance
-PASS_VALUES_ON_CPU = 2_200_000  # height x width x 3 of all images in a pass: at most 1 s on two cores
-PASS_VALUES_ON_GPU = 4 * PASS_VALUES_ON_CPU
-MAX_PASS_S = 1.0  # urgent requests wait for the pass that runs
+WARM_UP_TIMEOUT_S = 600  # the first batches of a large network take minutes on a slow machine
+RETRY_LOAD_AFTER_S = 30  # pause before another try to load a network that failed with a permanent error
+GREY = 128  # pixel value of an image without content
+MAX_BATCH_SIZE = 64  # larger batches were not faster in measurements
+MIN_SPEED_UP = 1.1  # factor in images per second that makes a larger batch worthwhile
+SIZES_WITHOUT_GAIN = 2  # in a row, before larger sizes are not tried: a single one may be a measuring error
+MAX_BATCH_VALUES_CPU = 2_200_000  # height x width x 3 of all images of a batch: at most 1 s on two cores
+MAX_BATCH_VALUES_GPU = 4 * MAX_BATCH_VALUES_CPU
+MAX_BATCH_S = 1.0  # urgent requests wait for the batch on the device
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class InferenceResult:
     """An explanation, and how long it took."""
 
     explanation: Explanation
-    waited_s: float  # for the device
+    waited_s: float  # from the request to the start of its batch
     computed_s: float
     batch_size: int
 
@@ -50,13 +50,13 @@ class _LoadFailure:
     """Why a network could not be loaded, and when."""
 
     row: NetworkRow
-    kind: type[PermanentError]
-    why: str  # the text alone: a traceback would hold the model in memory
-    failed_s: float
+    error_type: type[PermanentError]
+    message: str  # not the error itself: its traceback would keep the model in memory
+    failed_s: float  # monotonic time
 
 
 class BatchSlot:
-    """A job that will submit one image. Until it has, batches wait for it a little."""
+    """A job that will submit one image. Batches wait for it a short time."""
 
     def __init__(self, batcher: Batcher, submitted: Callable[[], None]) -> None:
         self._batcher, self._submitted = batcher, submitted
@@ -71,14 +71,14 @@ class BatchSlot:
         *,
         bulk: bool = False,
     ) -> InferenceResult:
-        """Explain one image, in one pass with others.
+        """Explain one image, in a batch with others.
 
         Args:
-            network: Explains it.
-            pixels: A fitted image (height, width, channels).
+            network: The network.
+            pixels: Image of the network's input size (height, width, channels).
             classes: Ids of the classes to explain; -1 is the best one, -2 the second, and so on.
-            method: How.
-            deadline: By when.
+            method: The method.
+            deadline: The job's deadline.
             bulk: Whether urgent requests go first.
 
         Returns:
@@ -86,21 +86,24 @@ class BatchSlot:
 
         Raises:
             UnknownLayer: The network has no such layer.
-            NetworkIncompatible: The network cannot take it, or its scores are no numbers.
-            DeviceOutOfMemory: The device has too little memory for this image alone.
+            NetworkIncompatible: The network cannot process the image, or its scores are not finite.
+            DeviceOutOfMemory: The device has too little memory even for this image alone.
             JobTimeout: The deadline passed.
         """
         response = self._batcher.compute(
             network, pixels, classes, method, deadline, bulk=bulk, submitted=self._submitted
         )
-        seen = explanation_of(network, response.computed, response.index, tuple(classes), method.normalize)
-        return InferenceResult(seen, response.waited_s, response.computed_s, response.batch_size)
+        explanation = explanation_of(
+            network, response.computed, response.index, tuple(classes), method.normalize
+        )
+        return InferenceResult(explanation, response.waited_s, response.computed_s, response.batch_size)
 
 
 class ModelCache:
-    """Loads each network once, when it is first asked for, and measures its best batch size.
+    """Loads each network once, when it is first needed, and measures its best batch size.
 
-    A network whose row has changed is loaded anew. Jobs that hold the old one go on with it.
+    A network whose row has changed is loaded again. Jobs that use the old version continue with it. If the
+    networks exceed the memory limit, the least recently used ones are dropped.
     """
 
     def __init__(
@@ -115,18 +118,26 @@ class ModelCache:
         clock: Callable[[], float] = time.perf_counter,
         observer: Observer = NULL_OBSERVER,
     ) -> None:
-        """`load` turns a row into a live network.
+        """Load nothing yet.
 
-        `max_batch` images at most share a pass; 0: as many as prove worth it. `max_bytes` may the weights
-        of all that are kept have together, but for the newest, which stays however large it is.
-        `peak_bytes` says how much of the device's memory was in use at most since it was last asked, where
-        that can be known.
+        Args:
+            load: Loads the network of a row.
+            max_batch: Maximum number of images in a batch; 0: measure the best number for each network.
+            max_bytes: Maximum size of the weights of all networks together. The latest network stays in any
+                case.
+            wait_s: Maximum time that a batch waits for expected jobs, in seconds.
+            peak_bytes: Returns the peak memory use of the device since the previous call; None: unknown.
+            on_gpu: Whether the device is a GPU.
+            clock: Measures the duration of loading and of batches, in seconds.
+            observer: Counts loads, images and seconds.
         """
         self._load = load
         self._max_batch, self._max_bytes = max_batch, max_bytes
         self._peak_bytes, self._clock, self._on_gpu = peak_bytes, clock, on_gpu
         self._observer = observer
-        self._batcher = Batcher(wait_s=wait_s, largest=max_batch or DEFAULT_BATCH_SIZE, observer=observer)
+        self._batcher = Batcher(
+            wait_s=wait_s, max_batch_size=max_batch or DEFAULT_BATCH_SIZE, observer=observer
+        )
         self._networks: OrderedDict[str, tuple[NetworkRow, Network]] = OrderedDict()  # last used last
         self._failed_loads: dict[str, _LoadFailure] = {}
         self._loading: dict[str, threading.Lock] = {}
@@ -134,44 +145,44 @@ class ModelCache:
 
     @property
     def failure(self) -> str | None:
-        """Why nothing is computed here any more, or None."""
+        """Why nothing can be computed any more, or None."""
         return self._batcher.failure
 
     @property
     def count(self) -> int:
-        """How many networks are loaded."""
+        """Number of loaded networks."""
         return len(self._networks)
 
     @property
     def mean_batch_size(self) -> float:
-        """How many images have shared a pass lately; 0 before the first."""
+        """Moving average of the number of images in a batch; 0 before the first one."""
         return self._batcher.mean_batch_size
 
     def load(self, row: NetworkRow) -> Network:
-        """The live network of this row, and of no other version of it.
+        """Return the network of this row, in exactly this version; load it if necessary.
 
-        One that cannot be loaded as it is described is refused for `RETRY_LOAD_AFTER_S` without another try:
-        its file would be fetched in vain for every job.
+        After a permanent error the row is refused for `RETRY_LOAD_AFTER_S` without another try, so that not
+        every job downloads its file in vain.
 
         Raises:
-            GradcamError: Whatever the `load` of the constructor raises.
+            GradcamError: Whatever the constructor's `load` raises.
         """
         if network := self._cached(row):
-            return network  # no wait while another version is loaded
+            return network  # without a wait for a thread that loads another version
         with self._lock:
             lock = self._loading.setdefault(row.name, threading.Lock())
         with lock:
             if network := self._cached(row):
                 return network
-            failed = self._failed_loads.get(row.name)
-            if failed and failed.row == row and time.monotonic() - failed.failed_s < RETRY_LOAD_AFTER_S:
-                raise failed.kind(failed.why)
-            begun_s, well = self._clock(), False
+            failure = self._failed_loads.get(row.name)
+            if failure and failure.row == row and time.monotonic() - failure.failed_s < RETRY_LOAD_AFTER_S:
+                raise failure.error_type(failure.message)
+            begun_s, succeeded = self._clock(), False
             try:
                 network = self._load_and_measure(row)
-                well = True
+                succeeded = True
             finally:
-                self._observer.network_loaded(self._clock() - begun_s, succeeded=well)
+                self._observer.network_loaded(self._clock() - begun_s, succeeded=succeeded)
             self._store(row, network)
             return network
 
@@ -197,86 +208,92 @@ class ModelCache:
     def _store(self, row: NetworkRow, network: Network) -> None:
         """Store a network; drop the least recently used ones until all fit."""
         with self._lock:
-            left = [self._networks.pop(row.name)] if row.name in self._networks else []
+            dropped = [self._networks.pop(row.name)] if row.name in self._networks else []
             self._networks[row.name] = row, network
-            while len(self._networks) > 1 and self._bytes() > self._max_bytes:
-                left.append(self._networks.popitem(last=False)[1])
-                log.info("%s makes room for %s", left[-1][0].name, row.name)
-        for _, one in left:
-            self._batcher.forget(one)
-        if left:
-            del left, one
-            gc.collect()  # a network is a circle of references
+            while len(self._networks) > 1 and self._weight_bytes() > self._max_bytes:
+                dropped.append(self._networks.popitem(last=False)[1])
+                log.info("network_evicted", network=dropped[-1][0].name, loaded=row.name)
+        for _, old_network in dropped:
+            self._batcher.forget(old_network)
+        if dropped:
+            del dropped, old_network
+            gc.collect()  # a network has reference cycles
 
-    def _bytes(self) -> int:
+    def _weight_bytes(self) -> int:
         return sum(network.facts.weight_bytes for _, network in self._networks.values())
 
     def _best_batch_size(self, network: Network) -> int:
-        """The smallest batch with about the most images a second.
+        """Measure the smallest batch size with nearly the most images per second.
 
-        Sizes are doubled from one image on, until the device has too little memory or nothing is gained.
-        Where another method needs more memory, the batcher halves the batch.
+        The size is doubled from one image on, until the device has too little memory or nothing is gained. If
+        a method needs more memory than the measured one, the batcher halves the batch.
         """
-        speeds: dict[int, float] = {}  # images in a batch -> images a second
-        count, since_best = 1, 0
+        speeds: dict[int, float] = {}  # batch size -> images per second
+        size, sizes_without_gain = 1, 0
         self._peak_bytes()
-        while count <= MAX_BATCH_SIZE and since_best < SIZES_WITHOUT_GAIN:
+        while size <= MAX_BATCH_SIZE and sizes_without_gain < SIZES_WITHOUT_GAIN:
             try:
-                # Twice: the first pass traces.
-                took_s = min(self._time_pass(network, count), self._time_pass(network, count))
+                # Twice: the first batch of a size includes tracing.
+                took_s = min(self._time_batch(network, size), self._time_batch(network, size))
             except DeviceOutOfMemory:
                 break
-            except Exception as error:  # noqa: BLE001  # each job that meets it fails by itself
-                log.warning("%s cannot be warmed: %s", network.facts.name, error)
+            except Exception as error:  # noqa: BLE001  # jobs of this network will get the error themselves
+                log.warning("network_warm_up_failed", network=network.facts.name, error=error)
                 break
-            if took_s > MAX_PASS_S and speeds:
+            if took_s > MAX_BATCH_S and speeds:
                 break
-            speed, best = count / max(took_s, 1e-6), max(speeds.values(), default=0)
-            since_best = 0 if speed > best * MIN_SPEED_UP else since_best + 1
-            speeds[count], count = speed, 2 * count
-        enough = max(speeds.values(), default=0) / MIN_SPEED_UP
-        largest = next((count for count, speed in speeds.items() if speed >= enough), 1)
-        best = speeds.get(largest, 0)
-        peak = self._peak_bytes()
-        memory = f", {peak / 1e9:.1f} GB of the device's memory at most" if peak else ""
-        log.info("%s: %.3g images a second in batches of %d%s", network.facts.name, best, largest, memory)
-        return largest
+            speed, best_speed = size / max(took_s, 1e-6), max(speeds.values(), default=0)
+            sizes_without_gain = 0 if speed > best_speed * MIN_SPEED_UP else sizes_without_gain + 1
+            speeds[size], size = speed, 2 * size
+        good_speed = max(speeds.values(), default=0) / MIN_SPEED_UP
+        best_size = next((size for size, speed in speeds.items() if speed >= good_speed), 1)
+        log.info(
+            "batch_size_measured",
+            network=network.facts.name,
+            batch_size=best_size,
+            images_per_s=float(speeds.get(best_size, 0)),
+            peak_bytes=self._peak_bytes() or None,
+        )
+        return best_size
 
-    def _time_pass(self, network: Network, count: int) -> float:
-        """Seconds that a pass over so many grey images takes."""
-        grey = np.full((count, *network.facts.input_size, network.facts.channels), GREY, np.uint8)
-        best = np.full((count, 1), -1, np.int32)
+    def _time_batch(self, network: Network, size: int) -> float:
+        """Compute a batch of grey images; return how many seconds it took."""
+        images = np.full((size, *network.facts.input_size, network.facts.channels), GREY, np.uint8)
+        classes = np.full((size, 1), -1, np.int32)
 
         def run() -> float:
             begun_s = self._clock()
-            network.compute(grey, best)
+            network.compute(images, classes)
             return self._clock() - begun_s
 
-        return self._batcher.run_exclusive(run, Deadline(WARM_UP_S), bulk=True)
+        return self._batcher.run_exclusive(run, Deadline(WARM_UP_TIMEOUT_S), bulk=True)
 
     def warm_up(self, row: NetworkRow) -> InferenceResult:
-        """Load a network and run it once on a grey image, so that the first job does not wait for that."""
+        """Load a network and explain a grey image with it, so that the first job is not slow."""
         network = self.load(row)
-        grey = np.full((*network.facts.input_size, network.facts.channels), GREY, np.uint8)
+        image = np.full((*network.facts.input_size, network.facts.channels), GREY, np.uint8)
         with self.reserve() as slot:
-            return slot.infer(network, grey, network.labels.wanted(top_n=1), GRADCAM, Deadline(WARM_UP_S))
+            return slot.infer(
+                network, image, network.labels.wanted(top_n=1), GRADCAM, Deadline(WARM_UP_TIMEOUT_S)
+            )
 
     @contextmanager
     def reserve(self) -> Iterator[BatchSlot]:
-        """Announce a job, so that a batch may wait for its image."""
+        """Announce a job, so that batches wait a short time for its image."""
         with self._batcher.expecting() as submitted:
             yield BatchSlot(self._batcher, submitted)
 
     def shard_batch_size(self, network: Network) -> int:
-        """How many images `infer_many` is given at once.
+        """Return the batch size for the images of a shard.
 
-        The same on every machine with such a device: in passes of another size the last digits differ.
+        It does not depend on measurements, so that all machines with the same kind of device compute the same
+        results: the last digits depend on the size of the batch.
         """
         if self._max_batch:
             return self._max_batch
         height, width = network.facts.input_size
-        many = PASS_VALUES_ON_GPU if self._on_gpu() else PASS_VALUES_ON_CPU
-        return int(min(max(2 ** math.floor(math.log2(many / (3 * height * width))), 1), MAX_BATCH_SIZE))
+        max_values = MAX_BATCH_VALUES_GPU if self._on_gpu() else MAX_BATCH_VALUES_CPU
+        return int(min(max(2 ** math.floor(math.log2(max_values / (3 * height * width))), 1), MAX_BATCH_SIZE))
 
     def infer_many(
         self,
@@ -286,35 +303,63 @@ class ModelCache:
         method: Method,
         deadline: Deadline,
     ) -> list[Explanation | GradcamError]:
-        """Explain n fitted images (n, height, width, channels) in one pass of their own, behind the urgent.
+        """Explain n images in a batch of their own, after urgent requests.
 
-        In place of an explanation stands why there is none. Raises UnknownLayer, DeviceOutOfMemory,
-        JobTimeout.
+        Args:
+            network: The network.
+            pixels: Images of the network's input size (n, height, width, channels).
+            classes: Ids of the classes to explain in each image; -1 is the best one, -2 the second, and so
+                on.
+            method: The method.
+            deadline: The job's deadline.
+
+        Returns:
+            For each image its explanation, or the error of this image.
+
+        Raises:
+            UnknownLayer: The network has no such layer.
+            DeviceOutOfMemory: The device has too little memory for this batch.
+            JobTimeout: The deadline passed.
         """
         response = self._batcher.compute_many(network, pixels, classes, method, deadline)
-        found: list[Explanation | GradcamError] = []
+        results: list[Explanation | GradcamError] = []
         for index in range(len(pixels)):
             try:
-                found.append(
+                results.append(
                     explanation_of(network, response.computed, index, tuple(classes), method.normalize)
                 )
-            except NetworkIncompatible as error:  # scores that are no numbers, of this image
-                found.append(error)
-        return found
+            except NetworkIncompatible as error:  # the scores of this image are not finite
+                results.append(error)
+        return results
 
     def measure(
         self,
         network: Network,
         pixels: NDArray[np.uint8],
-        seen: Explanation,
+        explanation: Explanation,
         metrics: Sequence[str],
         deadline: Deadline,
         *,
         bulk: bool = False,
     ) -> Explanation:
-        """An explanation with its metrics. Passes of others run between its own. Raises JobTimeout."""
+        """Measure how faithful an explanation is. Batches of other jobs run between its own.
 
-        def score(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
-            return self._batcher.run_exclusive(lambda: network.scores(pictures), deadline, bulk=bulk)
+        Args:
+            network: The network that explained the image.
+            pixels: The image, at the network's input size (height, width, channels).
+            explanation: Its explanation.
+            metrics: Names of the metrics: `deletion`, `insertion`.
+            deadline: The job's deadline.
+            bulk: Whether urgent requests go first.
 
-        return replace(seen, metrics=tuple(measure(score, pixels, seen, metrics)))
+        Returns:
+            The explanation with its metrics.
+
+        Raises:
+            JobTimeout: The deadline passed.
+        """
+
+        def score(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            return self._batcher.run_exclusive(lambda: network.scores(images), deadline, bulk=bulk)
+
+        return replace(explanation, metrics=tuple(measure(score, pixels, explanation, metrics)))

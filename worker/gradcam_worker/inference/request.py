@@ -1,4 +1,4 @@
-"""What is queued for the device, and what comes back from it."""
+"""The requests that are queued for the device, and its responses."""
 
 import threading
 import time
@@ -13,32 +13,32 @@ from gradcam_worker.gradcam.network import Computed, Method
 from gradcam_worker.observability import tracing
 from gradcam_worker.resilience.deadline import Deadline
 
-YIELDS_FOR_S = 5.0  # bulk that waited longer is served with the others: it holds threads that they may need
+BULK_YIELDS_FOR_S = 5.0  # afterwards a bulk request is as urgent as others, since it occupies a thread
 
-Key = tuple[int, Method | None, int]  # the network's id, the method, about how many classes
-Finish = Callable[[], Any]  # waits for the device
+BatchKey = tuple[int, Method | None, int]  # id of the network, method, bit length of (classes - 1)
+Finish = Callable[[], Any]  # waits for the device and returns the result of a batch
 
 
 @dataclass(frozen=True)
 class InferenceResponse:
-    """One image's place in a pass over many, and what it took to get it."""
+    """The result of a batch, and which of its images is the caller's."""
 
-    computed: Computed
-    index: int
-    waited_s: float  # for the device
+    computed: Computed  # of the whole batch
+    index: int  # of the caller's image in the batch
+    waited_s: float  # from the request to the start of the batch
     computed_s: float
     batch_size: int
 
 
 @dataclass(eq=False)
 class InferenceRequest:
-    """A thread's request to the device; the thread waits for its completion."""
+    """A request to the device. The thread that made it waits until it is complete."""
 
-    key: Key  # requests of the same key may share a batch
-    begin: Callable[["list[InferenceRequest]"], Finish]  # a batch of such requests
+    key: BatchKey  # requests of the same key may share a batch
+    begin: Callable[["list[InferenceRequest]"], Finish]  # starts a batch of requests of this key
     deadline: Deadline
     bulk: bool = False
-    images: int = 1  # in a pass of its own; 0: what runs there explains none
+    images: int = 1  # number of images; 0: a function that explains none
     pixels: NDArray[np.uint8] | None = None
     classes: tuple[int, ...] = ()
     queued_s: float = field(default_factory=time.monotonic)
@@ -48,7 +48,7 @@ class InferenceRequest:
     error: BaseException | None = None
 
     def complete(self, response: Any = None, error: BaseException | None = None) -> None:
-        """Set the result, and wake the thread that waits for it."""
+        """Set the response or the error, and wake the thread that waits for it."""
         self.response, self.error = response, error
         self.done.set()
 
@@ -57,18 +57,18 @@ class InferenceRequest:
 class BatchQueue:
     """Requests that may share a batch."""
 
-    largest: int  # images in a batch
-    served: int  # the number of its last batch among all batches
+    max_batch_size: int
+    last_batch: int  # number of its latest batch, in the order of all batches
     waiting: list[InferenceRequest] = field(default_factory=list)
-    pass_s: float | None = None  # how long one takes, about
+    batch_s: float | None = None  # moving average of the duration of its batches
 
     def take(self) -> list[InferenceRequest]:
-        """Remove and return the next batch: those that wait longest, but bulk last."""
+        """Remove and return the next batch: the requests that wait longest, bulk requests last."""
         self.waiting.sort(key=yields_to_urgent)
-        batch, self.waiting = self.waiting[: self.largest], self.waiting[self.largest :]
+        batch, self.waiting = self.waiting[: self.max_batch_size], self.waiting[self.max_batch_size :]
         return batch
 
 
 def yields_to_urgent(request: InferenceRequest) -> bool:
-    """Whether a request lets urgent ones go first."""
-    return request.bulk and time.monotonic() - request.queued_s < YIELDS_FOR_S
+    """Whether urgent requests go before this one."""
+    return request.bulk and time.monotonic() - request.queued_s < BULK_YIELDS_FOR_S
