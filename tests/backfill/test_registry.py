@@ -58,8 +58,8 @@ def test_an_output_is_one_backfills_at_a_time(backfills: RedisBackfillRegistry) 
 def test_one_that_was_killed_on_this_machine_is_waited_for(
     backfills: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "EXPIRES_AFTER_S", 0.5)
-    monkeypatch.setattr(registry, "RENEW_EVERY_S", 0.1)
+    monkeypatch.setattr(registry, "LEASE_S", 0.5)
+    monkeypatch.setattr(registry, "RENEWAL_INTERVAL_S", 0.1)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     with monkeypatch.context() as patched:
@@ -72,9 +72,9 @@ def test_one_that_was_killed_on_this_machine_is_waited_for(
 def test_one_that_was_killed_is_followed_and_finds_out(
     backfills: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "RENEW_EVERY_S", 3600)  # it is not renewed
+    monkeypatch.setattr(registry, "RENEWAL_INTERVAL_S", 3600)  # it is not renewed
     with lease(backfills) as killed:
-        monkeypatch.setattr(registry, "EXPIRES_AFTER_S", 0.001)
+        monkeypatch.setattr(registry, "LEASE_S", 0.001)
         time.sleep(0.01)
         with lease(backfills) as later:
             later.check()
@@ -95,7 +95,7 @@ def test_all_that_run_are_counted(backfills: RedisBackfillRegistry) -> None:
 def test_whoever_wants_it_to_end_is_heard_once(
     backfills: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "RENEW_EVERY_S", 0.01)
+    monkeypatch.setattr(registry, "RENEWAL_INTERVAL_S", 0.01)
     assert backfills.request_cancel(OUTPUT) is None
     with lease(backfills, done=7) as running:
         assert not running.status.cancel_requested
@@ -114,7 +114,7 @@ def test_whoever_wants_it_to_end_is_heard_once(
 def test_a_lease_is_renewed_by_a_thread_of_its_own_with_how_far_it_is(
     backfills: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "RENEW_EVERY_S", 0.01)
+    monkeypatch.setattr(registry, "RENEWAL_INTERVAL_S", 0.01)
     counted = iter(range(10**9))
     with BackfillLease(backfills, OUTPUT, lambda: {"done": next(counted)}, tuple) as one:
         threads = [thread.name for thread in threading.enumerate()]
@@ -164,7 +164,7 @@ def test_only_a_shard_that_shows_its_backfills_token_is_admitted(backfills: Redi
 def test_a_token_is_its_backfills_whoever_goes_on_with_it_and_no_other_ones(
     settings: Settings, backfills: RedisBackfillRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "RENEW_EVERY_S", 3600)
+    monkeypatch.setattr(registry, "RENEWAL_INTERVAL_S", 3600)
     with lease(backfills, backfill=NUMBER) as first:
         in_flight = shard_of(first)
         with redis.Redis.from_url(settings.broker_url) as server:

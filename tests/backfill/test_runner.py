@@ -201,7 +201,7 @@ class Harness:
 
 @pytest.fixture
 def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
-    for name in ("runner.MIN_POLL_S", "runner.MAX_POLL_S", "outages.RETRY_AFTER_S"):
+    for name in ("runner.MIN_POLL_INTERVAL_S", "runner.MAX_POLL_INTERVAL_S", "outages.RETRY_AFTER_S"):
         monkeypatch.setattr(f"gradcam_worker.backfill.{name}", 0.002)
     one = Harness({f"s3://in/{number}.png": IMAGE for number in range(100)})
     worker = threading.Thread(target=one.work)
@@ -721,7 +721,7 @@ def test_other_weights_run_everything_again(harness: Harness, plan: Plan) -> Non
 def test_many_failed_rows_are_written_in_parts(
     harness: Harness, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "PART_BYTES", 1500)
+    monkeypatch.setattr(output, "MAX_FAILED_FILE_BYTES", 1500)
     for number in range(12):
         del harness.images[f"s3://in/{number}.png"]
     summary = harness.run(plan, images(16), max_failed=1)

@@ -76,7 +76,7 @@ def worker(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     own = settings.model_copy(update={"output": f"file://{tmp_path}/results"})
     for name, value in own.to_environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("gradcam_worker.backfill.runner.MAX_POLL_S", 0.05)
+    monkeypatch.setattr("gradcam_worker.backfill.runner.MAX_POLL_INTERVAL_S", 0.05)
     with WorkerThread(own) as one:
         yield one
 

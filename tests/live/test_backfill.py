@@ -40,8 +40,8 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
 
 
 @dataclass
-class Yard:
-    """A stage with a worker whose network costs nothing, and a list of images."""
+class BackfillSystem:
+    """Servers, a worker with a simulated network, and a list of images."""
 
     stage: Any
     listed: Path
@@ -101,7 +101,7 @@ class Yard:
 
 
 @pytest.fixture(scope="module")
-def yard(make_stage: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Yard:
+def system(make_stage: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> BackfillSystem:
     stage = make_stage("backfill")
     rng = np.random.default_rng(7)
     uris = [
@@ -113,27 +113,27 @@ def yard(make_stage: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
     uris.append("s3://photos/none.png")
     listed = tmp_path_factory.mktemp("lists") / "photos.csv"
     listed.write_text("id,image\n" + "".join(f"{row},{uris[row % 8]}\n" for row in range(ROWS)))
-    return Yard(stage, listed)
+    return BackfillSystem(stage, listed)
 
 
 @pytest.fixture
-def at_work(yard: Any) -> Iterator[Yard]:
-    with yard.worker():
-        yield yard
+def at_work(system: Any) -> Iterator[BackfillSystem]:
+    with system.worker():
+        yield system
 
 
 def test_a_backfill_is_stopped_killed_and_resumed_and_has_each_row_once(at_work: Any) -> None:
-    yard = at_work
-    first = yard.start("stopped", "--rate", "100")
-    wait_for(lambda: yard.shards("stopped") >= 2, "the first shards")
-    second = yard.run(
-        str(yard.listed),
+    system = at_work
+    first = system.start("stopped", "--rate", "100")
+    wait_for(lambda: system.shards("stopped") >= 2, "the first shards")
+    second = system.run(
+        str(system.listed),
         "--top-n",
         "2",
         "--shard-rows",
         str(SHARD),
         "--output",
-        yard.uri("stopped"),
+        system.uri("stopped"),
         "--resume",
     )
     assert second.returncode == 1
@@ -144,75 +144,79 @@ def test_a_backfill_is_stopped_killed_and_resumed_and_has_each_row_once(at_work:
     assert "Stopped." in err
     assert "--resume goes on" in err
 
-    killed = yard.start("stopped", "--rate", "100", "--resume")
-    had = yard.shards("stopped")
-    wait_for(lambda: yard.shards("stopped") > had + 4, "more shards")
+    killed = system.start("stopped", "--rate", "100", "--resume")
+    had = system.shards("stopped")
+    wait_for(lambda: system.shards("stopped") > had + 4, "more shards")
     killed.kill()
     killed.communicate(timeout=WAIT_S)
-    assert yard.output("stopped").read_summary() is None
-    registry = RedisBackfillRegistry(RedisLedger(yard.stage.settings).server)
+    assert system.output("stopped").read_summary() is None
+    registry = RedisBackfillRegistry(RedisLedger(system.stage.settings).server)
     wait_for(
-        lambda: (left := registry.find(yard.uri("stopped"))) and not left.is_running, "that it counts as dead"
+        lambda: (left := registry.find(system.uri("stopped"))) and not left.is_running,
+        "that it counts as dead",
     )
 
-    last = yard.start("stopped", "--resume", "--json")
+    last = system.start("stopped", "--resume", "--json")
     out, err = last.communicate(timeout=WAIT_S)
     assert last.returncode == 0, err
     summary = json.loads(out.splitlines()[-1])
     assert summary.items() >= {"event": "complete", "rows": ROWS, "failed": 75, "shards": 30}.items()
     assert summary["codes"] == {"image_not_found": 75}
-    assert yard.rows("stopped") == dict.fromkeys(range(ROWS), 1)
+    assert system.rows("stopped") == dict.fromkeys(range(ROWS), 1)
     lines = (
-        Stores(yard.stage.settings, yard.stage.s3).open(yard.uri("stopped")).get("failed.jsonl").splitlines()
+        Stores(system.stage.settings, system.stage.s3)
+        .open(system.uri("stopped"))
+        .get("failed.jsonl")
+        .splitlines()
     )
     assert [json.loads(line)["row"] for line in lines] == list(range(7, ROWS, 8))
 
 
-def test_two_at_once_get_turns_and_one_is_cancelled_and_gone_on_with(yard: Any) -> None:
-    one, other = yard.start("one"), yard.start("other", "--rate", "60")
-    ledger = RedisLedger(yard.stage.settings)
+def test_two_at_once_get_turns_and_one_is_cancelled_and_gone_on_with(system: Any) -> None:
+    one, other = system.start("one"), system.start("other", "--rate", "60")
+    ledger = RedisLedger(system.stage.settings)
     registry = RedisBackfillRegistry(ledger.server)
 
     def facts(name: str) -> dict[str, Any]:
-        record = registry.find(yard.uri(name))
+        record = registry.find(system.uri(name))
         return record.facts if record and record.is_running else {"in_flight": 0, "done": 0}
 
     wait_for(lambda: facts("one")["in_flight"] and facts("other")["in_flight"], "that both wait for a worker")
-    with yard.worker():
+    with system.worker():
         wait_for(lambda: facts("one")["done"] and facts("other")["done"], "that both get somewhere")
-        canceled = yard.run("cancel", yard.uri("other"))
+        canceled = system.run("cancel", system.uri("other"))
         assert canceled.returncode == 0, canceled.stderr
         assert "It was run, and is stopped." in canceled.stdout
         _, err = other.communicate(timeout=WAIT_S)
         assert other.returncode == 1
         assert "cancelled on request" in err
-        stopped = yard.run("status", yard.uri("other"), "--json")
+        stopped = system.run("status", system.uri("other"), "--json")
         assert json.loads(stopped.stdout)["state"] == "stopped"
-        again = yard.start("other", "--resume")
+        again = system.start("other", "--resume")
         for process, name in ((one, "one"), (again, "other")):
             out, err = process.communicate(timeout=WAIT_S)
             assert process.returncode == 0, err
             assert out.startswith("Complete: 525 of 600 rows are explained.")
-            assert yard.rows(name) == dict.fromkeys(range(ROWS), 1)
-    names = ledger.server.redis.scan_iter(f"{yard.stage.settings.key_prefix}job:*")
+            assert system.rows(name) == dict.fromkeys(range(ROWS), 1)
+    names = ledger.server.redis.scan_iter(f"{system.stage.settings.key_prefix}job:*")
     documents = ledger.read_many([str(name).rpartition(":")[2] for name in names]).values()
     begun = sorted((each.started_at, each.metadata["backfill"]) for each in documents if each.started_at)
-    ours = {yard.output(name).require_plan().id: name for name in ("one", "other")}
+    ours = {system.output(name).require_plan().id: name for name in ("one", "other")}
     turns = [ours[backfill] for _, backfill in begun if backfill in ours]
     assert turns[:10].count("other") >= 2, turns
 
 
-def test_a_stream_that_says_no_more_keeps_nobody_from_stopping(yard: Any) -> None:
-    given = ["-", "--format", "text", "--top-n", "1", "--output", yard.uri("stream")]
+def test_a_stream_that_says_no_more_keeps_nobody_from_stopping(system: Any) -> None:
+    given = ["-", "--format", "text", "--top-n", "1", "--output", system.uri("stream")]
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "gradcam_worker", "backfill", *given],
-        env=os.environ | yard.stage.settings.to_environment(),
+        env=os.environ | system.stage.settings.to_environment(),
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    registry = RedisBackfillRegistry(RedisLedger(yard.stage.settings).server)
-    wait_for(lambda: registry.find(yard.uri("stream")), "its start")
+    registry = RedisBackfillRegistry(RedisLedger(system.stage.settings).server)
+    wait_for(lambda: registry.find(system.uri("stream")), "its start")
     process.send_signal(signal.SIGTERM)
     assert process.wait(WAIT_S) == 130
     assert process.stderr is not None

@@ -1,5 +1,5 @@
-"""Backfills: a very long list of images is cut into shards, and what workers make of them is one dataset.
+"""Backfills: a very long list of images is cut into shards, which workers explain into one dataset.
 
-Begin at `runner.BackfillRunner`. `inputs` reads the list, `sharding` cuts it, `inflight` follows the shards,
-`output` is the dataset's folder, and `registry` holds the lease on it.
+Start with `runner.BackfillRunner`. `inputs` reads the list, `sharding` cuts it, `inflight` follows the
+shards, `output` is the dataset's folder, and `registry` holds the lease on it.
 """

@@ -19,7 +19,7 @@ class OutageLog:
         self.unavailable: set[str] = set()  # error codes
 
     def call_ledger(self, step: Callable[[], T]) -> T | None:
-        """What a step returns that needs the ledger; None, after RETRY_AFTER_S, where it is unavailable."""
+        """Return the result of a step; None, after RETRY_AFTER_S, if the ledger is unavailable."""
         try:
             result = step()
         except LedgerUnavailable as error:
@@ -30,7 +30,7 @@ class OutageLog:
         return result
 
     def call_broker(self, step: Callable[[], object]) -> None:
-        """Take a step that needs the broker; where it is unavailable, the workers' reaper takes it later."""
+        """Call a step that publishes; if the broker is unavailable, the workers' reaper publishes later."""
         try:
             step()
         except BrokerUnavailable as error:

@@ -1,9 +1,9 @@
-"""A backfill's output folder: the files beside those of its shards.
+"""A backfill's output folder: the files besides those of its shards.
 
-    backfill.json    the plan, written first: whose output this is
+    backfill.json    the plan, written first: it tells to which backfill the output belongs
     network.json     the weights and the layer that the first shard was explained with
-    failed.jsonl     all rows that failed; where they are many, failed-2.jsonl and so on too
-    dataset.json     the summary, written last and removed before anything changes: with it, no row is
+    failed.jsonl     all rows that failed; if they are many, also failed-2.jsonl and so on
+    dataset.json     the summary, written last and removed before any change: if it exists, no row is
                      missing
 
 The files of the shards: see `gradcam_worker.artifacts.dataset`. A shard is done when its file is listed.
@@ -29,41 +29,42 @@ from gradcam_worker.text.visible import counted
 PLAN, NETWORK, SUMMARY = "backfill.json", "network.json", "dataset.json"
 JSON, LINES = "application/json", "application/x-ndjson"
 STORE_TIMEOUT_S = 120.0
-PART_BYTES = 32 * 1024 * 1024  # of one file of failed rows
+MAX_FAILED_FILE_BYTES = 32 * 1024 * 1024
 OWN_FILES = re.compile(r"failed(?:-[0-9]+)?\.jsonl\Z|overlays/[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}/")
-MAX_NAMED = 3  # keys, in an error message
+MAX_NAMED_KEYS = 3  # in an error message
 
 
 class OwnFileFilter:
-    """Tells files of an input that backfills have written there: they are no part of it.
+    """Recognizes files that backfills wrote into an input's folder, so that they are left out.
 
-    Call it with each name, a key of a bucket or a path, in sorted order. A file is a backfill's own where it
-    lies in an output, of this backfill or of another one, under a name that a backfill gives. Other outputs
-    are known by their plans, which sort before their files.
+    Call it with each name, a key of a bucket or a path, in sorted order. A backfill's own file is inside an
+    output, of this or another backfill, and has a name that backfills give. Other outputs are recognized by
+    their plans, which sort before their other files.
     """
 
     def __init__(self, output: str | None = None) -> None:
-        """`output`: as a prefix of names, '' for a whole bucket; None where it is not inside the input."""
+        """`output`: the prefix of its names, '' for a whole bucket; None if it is outside the input."""
         self._output = output
-        self._others: list[str] = []  # prefixes of other outputs, each inside the one before
+        self._others: list[str] = []  # prefixes of other outputs, each inside the previous one
         self.count = 0  # of own files so far
 
     def __call__(self, name: str) -> bool:
-        """Whether this file is a backfill's own."""
+        """Return whether a backfill wrote this file."""
         while self._others and not name.startswith(self._others[-1]):
             self._others.pop()
         if name.rpartition("/")[2] == PLAN:
             self._others.append(name.removesuffix(PLAN))
         if self._output is None and not self._others:
             return False
-        outputs = [one for one in (self._output, *self._others) if one is not None and name.startswith(one)]
-        is_own = any(_is_own_file(name.removeprefix(one)) for one in outputs)
+        prefixes = (self._output, *self._others)
+        outputs = [prefix for prefix in prefixes if prefix is not None and name.startswith(prefix)]
+        is_own = any(_is_own_file(name.removeprefix(prefix)) for prefix in outputs)
         self.count += is_own
         return is_own
 
 
 def _is_own_file(name: str) -> bool:
-    """Whether a name in an output is one that a backfill gives."""
+    """Whether a backfill gives files such a name in its output."""
     return name in {PLAN, NETWORK, SUMMARY} or key_of(name) is not None or OWN_FILES.match(name) is not None
 
 
@@ -71,12 +72,12 @@ class DatasetDir:
     """A backfill's output. Every method raises StorageUnavailable, or OutputNotAllowed."""
 
     def __init__(self, store: Store) -> None:
-        """`store` is opened at the output itself."""
+        """`store` is opened at the output."""
         self._store = store
         self.uri = store.uri(PLAN).removesuffix(f"/{PLAN}")
 
     def read_plan(self) -> Plan | None:
-        """The plan stored here. Raises BackfillConflict where it cannot be read."""
+        """Return the stored plan, if any. Raises BackfillConflict if it is invalid."""
         text = self._find(PLAN)
         try:
             return Plan.model_validate_json(text) if text is not None else None
@@ -85,7 +86,7 @@ class DatasetDir:
             raise BackfillConflict(message) from error
 
     def require_plan(self) -> Plan:
-        """The plan stored here. Raises BackfillConflict where there is none."""
+        """Return the stored plan. Raises BackfillConflict if there is none."""
         plan = self.read_plan()
         if plan is None:
             message = f"{self.uri} holds no backfill: there is no {PLAN}."
@@ -93,17 +94,20 @@ class DatasetDir:
         return plan
 
     def resolve(self, asked: Plan, *, resume: bool, changed: bool) -> Plan:
-        """The plan to run: `asked`, under the id of the backfill that is here already, if one is.
+        """Return the plan to run: `asked`, with the id of the stored plan if that is of the same backfill.
 
-        A backfill that is here and has no shard done is replaced.
+        A stored plan without finished shards is replaced.
 
         Args:
-            asked: What is asked for.
-            resume: The backfill that is here may be this one.
-            changed: ... and its weights may be others.
+            asked: The requested plan.
+            resume: Continue the stored backfill if it is the same; its input may have moved.
+            changed: Accept that its weights differ.
+
+        Returns:
+            The plan.
 
         Raises:
-            BackfillConflict: Another backfill is here, or this one and `resume` is False.
+            BackfillConflict: The output holds another backfill, or the same one and `resume` is False.
         """
         stored, done = self.read_plan(), self.done_keys()
         if stored is None:
@@ -113,7 +117,7 @@ class DatasetDir:
                 )
                 raise BackfillConflict(message)
             return asked
-        # A list may lie elsewhere by now: the keys of its shards tell whether its rows are the same.
+        # The list may have moved; the keys of its shards tell whether its rows are the same.
         same_input = asked.model_copy(update={"input": stored.input}) if resume else asked
         same_weights = same_input.model_copy(update={"weights_sha256": stored.weights_sha256})
         difference = (same_weights if changed else same_input).difference_from(stored)
@@ -133,7 +137,7 @@ class DatasetDir:
         return asked.model_copy(update={"id": stored.id, "created_at": stored.created_at})
 
     def claim(self, plan: Plan) -> None:
-        """Write the plan. Raises BackfillConflict where another backfill has claimed the output meanwhile."""
+        """Write the plan. Raises BackfillConflict if another backfill has claimed the output meanwhile."""
         stored = self.read_plan()
         if stored is not None and stored.id != plan.id and self.done_keys():
             message = (
@@ -148,29 +152,29 @@ class DatasetDir:
         self._put(PLAN, plan.to_json().encode(), JSON)
 
     def discard_plan(self) -> None:
-        """Make what is here impossible to resume: it is no dataset."""
+        """Remove the plan, so that an inconsistent output cannot be resumed."""
         self._store.remove(PLAN)
 
     def read_network(self) -> NetworkRef | None:
-        """The network that the shards so far were explained with."""
+        """Return the network that the shards were explained with, if known."""
         text = self._find(NETWORK)
         return NetworkRef.model_validate_json(text) if text is not None else None
 
     def write_network(self, network: NetworkRef) -> None:
-        """Store it, for `read_network`."""
+        """Store what `read_network` returns."""
         self._put(NETWORK, network.to_json().encode(), JSON)
 
     def done_keys(self) -> dict[int, tuple[str, ...]]:
-        """Keys of the shards that are done, by index: several where the input has changed meanwhile.
+        """Return the keys of finished shards, by index: several for an index if the input has changed.
 
-        Raises BackfillConflict where there is a Parquet file that no backfill has written.
+        Raises BackfillConflict if there is a Parquet file that no backfill wrote.
         """
-        found: dict[int, tuple[str, ...]] = {}
+        keys: dict[int, tuple[str, ...]] = {}
         foreign = []
         for name in self._store.names("data"):
             if key := key_of(name):
                 index = int(key.partition("-")[0])
-                found[index] = (*found.get(index, ()), key)
+                keys[index] = (*keys.get(index, ()), key)
             elif name.endswith(".parquet") and name.count("/") == 1:
                 foreign.append(name.removeprefix("data/"))
         if foreign:
@@ -179,55 +183,55 @@ class DatasetDir:
                 "reads data/*.parquet would read that, too. Move it elsewhere."
             )
             raise BackfillConflict(message)
-        return found
+        return keys
 
     def has_shard(self, key: str) -> bool:
-        """Whether a shard is done."""
+        """Return whether a shard is done."""
         return self._find(data_key(key)) is not None
 
     def keys_with_failures(self) -> frozenset[str]:
-        """Keys of the shards of which rows failed."""
+        """Return the keys of shards with failed rows."""
         return frozenset(filter(None, map(key_of, self._store.names("failed"))))
 
     def remove_shard(self, key: str) -> None:
-        """Remove the files of a shard that is no part of the input any more."""
+        """Remove the files of a shard that is no longer part of the input."""
         self._store.remove(data_key(key))
         self._store.remove(failed_key(key))
 
     def read_summary(self) -> dict[str, Any] | None:
-        """The content of dataset.json; None where the dataset is not complete."""
+        """Return the content of dataset.json; None if the dataset is incomplete."""
         text = self._find(SUMMARY)
         return dict(json.loads(text)) if text is not None else None
 
     def uncommit(self) -> None:
-        """Remove dataset.json, before anything changes."""
+        """Remove dataset.json, before any change."""
         self._store.remove(SUMMARY)
 
     def commit(
         self, plan: Plan, keys: Sequence[str], rows: int, network: NetworkRef | None, *, changed: bool
     ) -> dict[str, Any]:
-        """Check that the shards are there and no others, write failed.jsonl and then dataset.json.
+        """Check that exactly these shards exist, then write failed.jsonl and dataset.json.
 
         Args:
             plan: The backfill's.
             keys: Of all shards of the input, in its order.
-            rows: How many rows the input has.
-            network: What they were explained with.
-            changed: Remove shards that are no part of the input any more.
+            rows: The number of rows of the input.
+            network: The network that they were explained with.
+            changed: Remove shards that are no longer part of the input.
 
         Returns:
             The content of dataset.json.
 
         Raises:
-            BackfillConflict: A shard is missing, or one is there and should not be.
+            BackfillConflict: A shard is missing, or there is one too many.
         """
         expected = frozenset(keys)
-        there = {key for some in self.done_keys().values() for key in some}
-        if missing := sorted(expected - there):
+        done = {key for same_index in self.done_keys().values() for key in same_index}
+        if missing := sorted(expected - done):
             many = counted(len(missing), "shard is", "shards are")
             message = f"{many} done and not there: {_names(missing)}. Use --resume."
             raise BackfillConflict(message)
-        extra = sorted(there - expected)
+        extra = sorted(done - expected)
         if extra and not changed:
             message = (
                 f"{self._store.uri('data')} holds {_names(extra)}, no part of the input: if that has become "
@@ -253,13 +257,13 @@ class DatasetDir:
         return summary
 
     def _write_failed(self, keys: Iterable[str], codes: Counter[str]) -> list[str]:
-        """Write the failed rows of all shards, in files that fit into memory; return their names."""
+        """Write the failed rows of all shards, in files of limited size; return their names."""
         expected, files = frozenset(keys), []
         for number, part in enumerate(_joined(self._failed_lines(expected, codes)), 1):
             files.append(_failed_name(number))
             self._put(files[-1], part, LINES)
         number = len(files) + 1
-        while self._find(_failed_name(number)) is not None:  # of an earlier run, when more had failed
+        while self._find(_failed_name(number)) is not None:  # of an earlier run with more failures
             self._store.remove(_failed_name(number))
             number += 1
         return files
@@ -283,30 +287,30 @@ class WeightsCheck:
     """Checks that all shards of an output are explained with the same weights, at the same layer."""
 
     def __init__(self, output: DatasetDir) -> None:
-        """Read what the first shard was explained with, if one has ended."""
+        """Read what the first shard was explained with, if it is known."""
         self._output, self.network = output, output.read_network()
 
     def pin(self, shard: Shard) -> Shard:
-        """The same shard, which a worker with other weights refuses."""
-        known = self.network and self.network.weights_sha256
-        return shard.model_copy(update={"weights_sha256": known}) if known else shard
+        """Return the shard with the known weights, so that a worker with others refuses it."""
+        sha256 = self.network and self.network.weights_sha256
+        return shard.model_copy(update={"weights_sha256": sha256}) if sha256 else shard
 
     def mismatch(self, document: StatusDocument) -> str | None:
-        """What a shard was explained with, where that differs from the first one; store that of the first."""
+        """Return how a shard's weights or layer differ from the first one's, which are stored; else None."""
         if document.network and not self.network:
             self._output.write_network(document.network)
             self.network = document.network
-        both = document.network or self.network, self.network
-        one, first = (found and f"weights {found.weights_sha256}, layer {found.layer}" for found in both)
-        return None if one == first else f"{one}, those before with {first}"
+        networks = document.network or self.network, self.network
+        this, first = (net and f"weights {net.weights_sha256}, layer {net.layer}" for net in networks)
+        return None if this == first else f"{this}, those before with {first}"
 
 
 def _joined(texts: Iterable[bytes]) -> Iterator[bytes]:
-    """Texts joined, as many as fit into PART_BYTES."""
+    """Join texts, as many as fit into MAX_FAILED_FILE_BYTES."""
     stored: list[bytes] = []
     size = 0
     for text in texts:
-        if stored and size + len(text) > PART_BYTES:
+        if stored and size + len(text) > MAX_FAILED_FILE_BYTES:
             yield b"".join(stored)
             stored, size = [], 0
         stored.append(text)
@@ -320,8 +324,8 @@ def _code(line: Mapping[str, Any]) -> str:
 
 
 def _names(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - MAX_NAMED:,} more" if len(keys) > MAX_NAMED else ""
-    return ", ".join(keys[:MAX_NAMED]) + more
+    more = f" and {len(keys) - MAX_NAMED_KEYS:,} more" if len(keys) > MAX_NAMED_KEYS else ""
+    return ", ".join(keys[:MAX_NAMED_KEYS]) + more
 
 
 def _failed_name(number: int) -> str:

@@ -1,4 +1,4 @@
-"""What is asked for in a backfill, `gradcam.backfill/v1`: stored in its output as backfill.json."""
+"""The plan of a backfill, `gradcam.backfill/v1`: stored in its output as backfill.json."""
 
 import json
 from typing import Annotated, Literal, Self
@@ -11,7 +11,7 @@ from gradcam_worker.schemas.model import RequestModel, describe
 from gradcam_worker.schemas.options import MethodSpec, Metric, Name, OverlaySpec, Target
 from gradcam_worker.schemas.shard import MAX_ROWS
 
-MAX_SPEC_BYTES = 256 * 1024  # of what is asked of each row, as JSON
+MAX_SPEC_BYTES = 256 * 1024  # of `Plan.spec` as JSON
 UUID_PATTERN = r"^[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 SPEC_FIELDS = ("network", "weights_sha256", "target", "method", "metrics", "artifacts")
 
@@ -20,12 +20,12 @@ class Plan(RequestModel):
     """`gradcam.backfill/v1`: what is asked of each row of the input."""
 
     schema_: Literal["gradcam.backfill/v1"] = Field(default="gradcam.backfill/v1", alias="schema")
-    # A UUID: the ids of its shards are derived from it.
+    # A UUID, because the ids of the shards are derived from it (uuid5).
     id: Annotated[str, StringConstraints(pattern=UUID_PATTERN)] = Field(default_factory=new_id)
     input: Annotated[str, StringConstraints(min_length=1, max_length=4096)]  # without secrets
     output: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
     network: Name
-    weights_sha256: Sha256 | None = None  # which weights it must be; None: whichever the workers have
+    weights_sha256: Sha256 | None = None  # None: those of the first shard
     target: Target
     method: MethodSpec = MethodSpec()
     metrics: Annotated[tuple[Metric, ...], Field(max_length=2)] = ()
@@ -35,8 +35,8 @@ class Plan(RequestModel):
 
     @model_validator(mode="after")
     def _valid_as_job(self) -> Self:
-        """A row can ask for no more than a job."""
-        own = {"artifacts": self.artifacts} if self.artifacts else {}
+        """A row may ask for what a job may ask for, and nothing else."""
+        artifacts = {"artifacts": self.artifacts} if self.artifacts else {}
         try:
             Job.model_validate(
                 {
@@ -45,7 +45,7 @@ class Plan(RequestModel):
                     "target": self.target,
                     "method": self.method,
                     "metrics": self.metrics,
-                    **own,
+                    **artifacts,
                 }
             )
         except ValidationError as error:
@@ -57,16 +57,16 @@ class Plan(RequestModel):
         return self
 
     def spec(self) -> dict[str, object]:
-        """What is asked of each row, as JSON."""
+        """Return the fields that apply to each row, as JSON."""
         return self.model_dump(mode="json", include=set(SPEC_FIELDS), exclude_defaults=True)
 
     def difference_from(self, other: "Plan") -> str | None:
-        """How this backfill differs from one that is there already, in a sentence; None where it does not.
+        """Return how this plan differs from a stored one, in a sentence; None if it does not.
 
-        Ids, times and outputs make no difference.
+        Ids, times and outputs are not compared.
         """
         for name in ("input", *SPEC_FIELDS, "shard_rows"):
-            ours, theirs = (_as_text(getattr(one, name)) for one in (self, other))
+            ours, theirs = (_as_text(getattr(plan, name)) for plan in (self, other))
             if ours != theirs:
                 return f"Its {name} is {theirs}, and now {ours} is asked for."
         return None

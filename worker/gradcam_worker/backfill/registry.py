@@ -1,21 +1,20 @@
-"""Which backfills run, and which process runs each: they share the workers, and none is run twice at once.
+"""The running backfills, and the process of each. They share the workers, and none runs twice at a time.
 
 The process that runs a backfill holds a lease on its output, and renews it every second, in Redis:
 
-    backfills              a sorted set of the outputs, by when the lease was renewed last
-    backfill:<output>      a hash: `owner` (which lease), `beat` (when it was renewed last, in ms), `facts`
-                           (JSON, how far it is), `shards` (JSON, ids in flight), `cancel` (a cancel was
+    backfills              a sorted set of the outputs, by the time of the last renewal
+    backfill:<output>      a hash: `owner` (id of the lease), `beat` (of the last renewal, in ms), `facts`
+                           (JSON, its progress), `shards` (JSON, ids in flight), `cancel` (a cancel was
                            requested), `token` (which its shards must carry)
 
-Which shards are done is not stored here: that is what the output holds. The token is random, and stays
-the same for as long as the record is kept: a resumed backfill may still have shards of the previous run in
+Which shards are done is not stored here, but follows from the output's files. The token is random, and stays
+the same as long as the record exists, because a resumed backfill may still have shards of the previous run in
 the queue.
 """
 
 import hashlib
 import hmac
 import json
-import logging
 import os
 import platform
 import secrets
@@ -32,17 +31,22 @@ from gradcam_worker.ledger.redis.script import LuaScript
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.shard import Shard
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-RENEW_EVERY_S = 1.0
-EXPIRES_AFTER_S = 5.0  # without being renewed, a lease
+RENEWAL_INTERVAL_S = 1.0
+LEASE_S = 5.0  # without a renewal, a lease expires
 RECORD_TTL_S = 7 * 86_400  # after the last renewal
 
 
 @dataclass(frozen=True, kw_only=True)
 class RenewLease(LuaScript[tuple[int, int, int, str, str, str]], file="renew_lease"):
-    """Renew a lease. Returns: is it held, how many run, is a cancel requested, facts, shards, token."""
+    """Renew a lease.
+
+    Returns whether it is held, the number of running backfills, whether a cancel is requested, facts, shards,
+    token.
+    """
 
     output: str
     owner: str
@@ -56,7 +60,7 @@ class RenewLease(LuaScript[tuple[int, int, int, str, str, str]], file="renew_lea
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseLease(LuaScript[int], file="release_lease"):
-    """Give up a lease. Returns 0 where it is not held."""
+    """Release a lease. Returns 0 if it is not held."""
 
     output: str
     owner: str
@@ -66,7 +70,7 @@ class ReleaseLease(LuaScript[int], file="release_lease"):
 
 @dataclass(frozen=True, kw_only=True)
 class FindBackfill(LuaScript[tuple[str, str, int] | tuple[()]], file="find_backfill"):
-    """Find a backfill. Returns its facts, its shards and whether it runs, or nothing."""
+    """Find a backfill. Returns its facts, its shards and whether it runs; empty if there is none."""
 
     output: str
     fresh_ms: int
@@ -75,9 +79,9 @@ class FindBackfill(LuaScript[tuple[str, str, int] | tuple[()]], file="find_backf
 
 @dataclass(frozen=True)
 class BackfillRecord:
-    """What the registry holds of a backfill."""
+    """What the registry stores for a backfill."""
 
-    facts: dict[str, Any]  # as `BackfillLease` was given them, and `host` and `pid`
+    facts: dict[str, Any]  # of `BackfillLease`, with `host` and `pid`
     shards: tuple[str, ...]  # ids of those in flight
     is_running: bool  # a process holds its lease
 
@@ -89,12 +93,12 @@ class LeaseStatus:
     is_owner: bool  # the lease is held
     running: int = 1  # backfills, this one included
     cancel_requested: bool = False
-    previous: BackfillRecord | None = None  # what was stored until now
+    previous: BackfillRecord | None = None  # stored before this renewal
     token: str = field(default="", repr=False)  # which its shards must carry
 
 
 class BackfillRegistry(Protocol):
-    """All backfills. Every method raises LedgerUnavailable where Redis cannot be reached."""
+    """All backfills. Every method raises LedgerUnavailable if Redis is unreachable."""
 
     def renew(
         self,
@@ -106,19 +110,19 @@ class BackfillRegistry(Protocol):
         *,
         enter: bool = False,
     ) -> LeaseStatus:
-        """Renew the lease on an output; `enter`: acquire it, with a token for a backfill that has none."""
+        """Renew the lease on an output; `enter`: acquire it. `token` is stored for a backfill without one."""
         ...
 
     def release(self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str]) -> None:
-        """Give up the lease on an output."""
+        """Release the lease on an output."""
         ...
 
     def find(self, output: str) -> BackfillRecord | None:
-        """What the registry holds of the backfill of an output."""
+        """Return the record of the backfill of an output; None if there is none."""
         ...
 
     def request_cancel(self, output: str) -> BackfillRecord | None:
-        """Ask the process that runs the backfill of an output to stop it; see `find`."""
+        """Request that the running backfill of an output stops; return its record, as `find`."""
         ...
 
 
@@ -140,20 +144,24 @@ class RedisBackfillRegistry:
         enter: bool = False,
     ) -> LeaseStatus:
         """See `BackfillRegistry.renew`."""
-        own, running, cancel, before, theirs, token = self._server.run(
+        held, running, cancel, facts_before, shards_before, token = self._server.run(
             RenewLease(
                 output=_output_key(output),
                 owner=owner,
                 facts=json.dumps(facts),
                 shards=json.dumps(shards),
-                fresh_ms=int(EXPIRES_AFTER_S * 1000),
+                fresh_ms=int(LEASE_S * 1000),
                 remembered_ms=RECORD_TTL_S * 1000,
                 enter=enter,
                 new_token=token,
             )
         )
-        record = BackfillRecord(json.loads(before), tuple(json.loads(theirs)), not own) if before else None
-        return LeaseStatus(bool(own), int(running), bool(cancel), record, token)
+        record = (
+            BackfillRecord(json.loads(facts_before), tuple(json.loads(shards_before)), not held)
+            if facts_before
+            else None
+        )
+        return LeaseStatus(bool(held), int(running), bool(cancel), record, token)
 
     def release(self, output: str, owner: str, facts: dict[str, Any], shards: Sequence[str]) -> None:
         """See `BackfillRegistry.release`."""
@@ -172,41 +180,42 @@ class RedisBackfillRegistry:
         return self._find(output, cancel=True)
 
     def _find(self, output: str, *, cancel: bool) -> BackfillRecord | None:
-        lease_ms = int(EXPIRES_AFTER_S * 1000)
-        found = self._server.run(FindBackfill(output=_output_key(output), fresh_ms=lease_ms, cancel=cancel))
-        if not found:
+        lease_ms = int(LEASE_S * 1000)
+        answer = self._server.run(FindBackfill(output=_output_key(output), fresh_ms=lease_ms, cancel=cancel))
+        if not answer:
             return None
-        return BackfillRecord(json.loads(found[0]), tuple(json.loads(found[1])), bool(found[2]))
+        facts, shards, is_running = answer
+        return BackfillRecord(json.loads(facts), tuple(json.loads(shards)), bool(is_running))
 
     def admits(self, shard: Shard) -> bool:
-        """Whether a shard carries the token of its backfill's record. Raises LedgerUnavailable."""
+        """Return whether a shard carries the token of its backfill's record. Raises LedgerUnavailable."""
         key = f"{self._server.prefix}backfill:{_output_key(shard.output)}"
         with self._server.reaching():
             facts, token = self._server.redis.hmget(key, "facts", "token")
         if not facts or json.loads(str(facts)).get("backfill") != shard.backfill:
             return False
-        # A backfill that an older version runs has no token, and neither have its shards.
+        # Backfills of earlier versions and their shards have no token.
         return hmac.compare_digest(str(token or "").encode(), shard.token.encode())
 
     def running(self) -> list[dict[str, Any]]:
-        """The facts of all that run, as `BackfillLease` was given them. Raises LedgerUnavailable."""
+        """Return the facts of all running backfills. Raises LedgerUnavailable."""
         with self._server.reaching():
             seconds, micros = self._server.redis.time()
-            renewed_ms = (seconds + micros / 1e6 - EXPIRES_AFTER_S) * 1000
+            renewed_ms = (seconds + micros / 1e6 - LEASE_S) * 1000
             prefix = self._server.prefix
             keys: Any = self._server.redis.zrangebyscore(f"{prefix}backfills", renewed_ms, "+inf")
-            found = [self._server.redis.hget(f"{prefix}backfill:{key}", "facts") for key in keys]
-        return [json.loads(str(facts)) for facts in found if facts]
+            documents = [self._server.redis.hget(f"{prefix}backfill:{key}", "facts") for key in keys]
+        return [json.loads(str(facts)) for facts in documents if facts]
 
 
 def _output_key(output: str) -> str:
-    """An output as part of a key in Redis."""
+    """The part of a Redis key that stands for an output."""
     return hashlib.sha256(output.rstrip("/").encode()).hexdigest()[:32]
 
 
 @dataclass
 class BackfillLease:
-    """The lease on a backfill's output, held while it is entered and renewed by a thread of its own."""
+    """The lease on a backfill's output, held and renewed by a background thread while it is entered."""
 
     registry: BackfillRegistry
     output: str
@@ -218,38 +227,38 @@ class BackfillLease:
     _owner: str = field(default_factory=new_id, init=False)
 
     def __enter__(self) -> Self:
-        """Raises BackfillConflict where another process holds it, LedgerUnavailable."""
-        status, end = self.renew(enter=True), time.monotonic() + EXPIRES_AFTER_S + RENEW_EVERY_S
+        """Acquire the lease. Raises BackfillConflict if another process holds it, LedgerUnavailable."""
+        status, end = self.renew(enter=True), time.monotonic() + LEASE_S + RENEWAL_INTERVAL_S
         while not status.is_owner and _was_killed(status.previous) and time.monotonic() < end:
-            time.sleep(RENEW_EVERY_S / 2)
+            time.sleep(RENEWAL_INTERVAL_S / 2)
             status = self.renew(enter=True)
         if not status.is_owner:
             raise BackfillConflict(_held_elsewhere(self.output, status.previous))
         self.previous, self.token = status.previous, status.token
-        # Without `outages`: it is the backfill itself that reports an outage.
-        self._loop = BackgroundLoop("backfill-lease", self.renew, RENEW_EVERY_S)
+        # Without `outages`: the runner reports them.
+        self._loop = BackgroundLoop("backfill-lease", self.renew, RENEWAL_INTERVAL_S)
         self._loop.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give it up: another process can acquire it at once."""
+        """Release the lease, so that another process can acquire it at once."""
         self._loop.stop()
         try:
             self.registry.release(self.output, self._owner, self._process_facts(), self.shards())
-        except LedgerUnavailable as unavailable:  # it expires soon
-            log.debug("the registry of backfills is not told of the end: %s", unavailable)
+        except LedgerUnavailable as unavailable:  # the lease will expire
+            log.debug("backfill_lease_release_failed", output=self.output, error=unavailable)
 
     def renew(self, *, enter: bool = False) -> LeaseStatus:
-        """Renew it now, with how far it is and which shards are in flight. Raises LedgerUnavailable."""
+        """Renew the lease, with current facts and shards in flight. Raises LedgerUnavailable."""
         self.status = self.registry.renew(
             self.output, self._owner, self._process_facts(), self.shards(), self.token, enter=enter
         )
         return self.status
 
     def check(self) -> None:
-        """Raise BackfillConflict where another process holds it by now."""
+        """Raise BackfillConflict if another process holds the lease now."""
         if not self.status.is_owner:
             raise BackfillConflict(_held_elsewhere(self.output, self.status.previous))
 
@@ -258,7 +267,7 @@ class BackfillLease:
 
 
 def _was_killed(record: BackfillRecord | None) -> bool:
-    """Whether the process that held the lease was one of this machine that is gone."""
+    """Whether the lease's owner was a process of this machine that does not exist any more."""
     facts = record.facts if record else {}
     if facts.get("host") != platform.node() or not isinstance(facts.get("pid"), int):
         return False
@@ -276,5 +285,5 @@ def _held_elsewhere(output: str, record: BackfillRecord | None) -> str:
     return (
         f"The backfill of {output} is run by process {facts.get('pid')} on {facts.get('host')}: wait for it, "
         "or stop it there, or by `gradcam backfill cancel`. If it was killed, try again in "
-        f"{EXPIRES_AFTER_S:g} seconds."
+        f"{LEASE_S:g} seconds."
     )

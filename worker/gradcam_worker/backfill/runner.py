@@ -1,14 +1,13 @@
-"""Runs a backfill: a very long list of images -> shards -> a dataset. It can be stopped and resumed anywhere.
+"""Runs a backfill: a very long list of images -> shards -> a dataset. It can be stopped and resumed any time.
 
     input -> shards, at most a window of them in flight -> ledger and queue -> workers -> files in the output
           -> dataset.json
 
-The runner holds no state that matters. The shards that are done are those listed in the output; those in
-flight are found again by their ids: see `gradcam_worker.backfill.inflight`. So no shard is done twice, and
-none is left out.
+The runner has no state that must survive it. Shards that are done are listed in the output; those in flight
+are found again by their ids: see `gradcam_worker.backfill.inflight`. So no shard is done twice, and none is
+left out.
 """
 
-import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
@@ -28,14 +27,19 @@ from gradcam_worker.resilience.prefetch import Prefetcher
 from gradcam_worker.schemas.earlier import row_state
 from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.schemas.status import StatusDocument
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
 MAX_TRIES = 3  # of a shard that fails as a whole
-MIN_POLL_S, MAX_POLL_S = 0.05, 1.0  # between two polls of the shards in flight: longer while nothing changes
-SUBMIT_FOR_S = 0.2  # at most, before the shards in flight are polled again
-COUNT_WORKERS_EVERY_S = 2.0
+MIN_POLL_INTERVAL_S, MAX_POLL_INTERVAL_S = 0.05, 1.0  # of the shards in flight: longer while nothing changes
+MAX_SUBMIT_S = 0.2  # before the shards in flight are polled again
+WORKER_COUNT_INTERVAL_S = 2.0
 DEFAULT_OPTIONS = RunOptions()
+
+
+def _log_warning(message: str) -> None:
+    log.warning("backfill_warning", reason=message)
 
 
 class BackfillRunner:
@@ -52,20 +56,20 @@ class BackfillRunner:
         options: RunOptions = DEFAULT_OPTIONS,
         shards_per_worker: int = 2,
         on_progress: Callable[[Progress], None] = lambda _: None,
-        warn: Callable[[str], None] = log.warning,
+        warn: Callable[[str], None] = _log_warning,
     ) -> None:
         """Prepare a run; nothing is read or written yet.
 
         Args:
-            plan: What is asked for, as `DatasetDir.resolve` returned it.
-            output: Where the dataset is to be.
+            plan: The plan, as `DatasetDir.resolve` returned it.
+            output: The dataset's folder.
             ledger: Where shards are submitted.
-            publish: Puts the message of a shard on the queue, by its id.
-            registry: Where the run is announced.
-            options: How it is run.
-            shards_per_worker: How many shards a worker works on at once, at most.
+            publish: Puts the message of a shard on the queue, by the shard's id.
+            registry: Holds the lease on the output.
+            options: Options of this run.
+            shards_per_worker: The number of shards that a worker runs at a time.
             on_progress: Called after each step.
-            warn: Called with what an operator should know.
+            warn: Called with messages for the operator; default: they are logged.
         """
         self.plan, self.progress, self._rate = plan, Progress(), RateMeter()
         self._output, self._ledger, self._publish, self._registry = output, ledger, publish, registry
@@ -73,33 +77,31 @@ class BackfillRunner:
         self._on_progress, self._warn = on_progress, warn
         self._outages = OutageLog(warn)
         self.in_flight = InFlight(ledger, output.has_shard, self._renew_lease, warn)
-        self._to_submit: deque[InFlightShard] = deque()  # before any other shard of the input
+        self._to_submit: deque[InFlightShard] = deque()  # before further shards of the input
         self._shard_keys: list[str] = []  # of the input so far
         self._error_codes: Counter[str] = Counter()
-        self._unchecked_ids: list[str] = []  # of shards done earlier, whose weights are not known
+        self._unchecked_ids: list[str] = []  # of shards done earlier whose weights are not checked yet
         self._shards_ended = 0  # in this run
         self._next_submit_s = 0.0  # when the rate allows the next shard
-        self._workers_counted_s = 0.0  # when workers were counted last
+        self._workers_counted_s = 0.0  # when workers were last counted
         self._uncommitted = False  # dataset.json was removed
 
     def lease(self) -> BackfillLease:
-        """This backfill's lease in the registry: enter it, then `run`."""
+        """Return this backfill's lease: enter it, then call `run`."""
         return BackfillLease(self._registry, self.plan.output, self._facts, lambda: self.in_flight.ids)
 
     def run(self, lease: BackfillLease, shards: Iterable[Shard]) -> dict[str, Any] | None:
-        """Run the backfill. However it ends, it can be resumed.
-
-        While the ledger or the broker is unavailable, it keeps trying.
+        """Run the backfill. It keeps trying while the ledger or the broker is unavailable.
 
         Args:
             lease: As `lease` returned it, entered.
             shards: The shards of the input, in order.
 
         Returns:
-            The content of dataset.json, or None where shards are missing.
+            The content of dataset.json, or None if shards failed.
 
         Raises:
-            BackfillConflict: The output is another backfill's, or the input has changed.
+            BackfillConflict: The output belongs to another backfill, or the input has changed.
             BackfillStopped: It was cancelled, too many rows failed, or no shard can succeed.
             StorageUnavailable: The output cannot be read or written.
             InvalidInput: The input is empty, or cannot be read further.
@@ -112,7 +114,7 @@ class BackfillRunner:
         only_failed = self._options.only_failed
         self._keys_with_failures = self._output.keys_with_failures() if only_failed else frozenset()
         with Prefetcher(shards) as prefetched:
-            pause_s = MIN_POLL_S
+            pause_s = MIN_POLL_INTERVAL_S
             while not self._is_finished():
                 self._check_lease()
                 before = len(self._shard_keys), self._shards_ended
@@ -120,7 +122,7 @@ class BackfillRunner:
                 self._report_progress()
                 self._check_failures()
                 changed = before != (len(self._shard_keys), self._shards_ended)
-                pause_s = MIN_POLL_S if changed else min(pause_s * 1.5, MAX_POLL_S)
+                pause_s = MIN_POLL_INTERVAL_S if changed else min(pause_s * 1.5, MAX_POLL_INTERVAL_S)
                 if self._must_wait() or not changed:
                     time.sleep(pause_s)
         if self.progress.lost:
@@ -129,7 +131,7 @@ class BackfillRunner:
         return self._commit()
 
     def _cancel_previous_run(self) -> None:
-        """Wait until the shards that an earlier run left in flight have ended: they would still write."""
+        """Cancel shards that an earlier run left in flight, and wait until none can write any more."""
         ids = self._lease.previous.shards if self._lease.previous else ()
 
         def ended() -> bool:
@@ -139,29 +141,29 @@ class BackfillRunner:
         while ids and not self._outages.call_ledger(ended):
             self._check_lease()
             self._report_progress()
-            time.sleep(MIN_POLL_S)
+            time.sleep(MIN_POLL_INTERVAL_S)
 
     def _check_lease(self) -> None:
-        """Raise BackfillConflict where the lease is lost, BackfillStopped where a cancel was requested."""
+        """Raise BackfillConflict if the lease is lost, BackfillStopped if a cancel was requested."""
         self._lease.check()
         if self._lease.status.cancel_requested:
             self._stop("The backfill was cancelled on request.")
 
     def _check_failures(self) -> None:
-        """Raise BackfillStopped where too many rows have failed to go on."""
+        """Raise BackfillStopped if too many rows have failed."""
         if self._is_finished():
             return
-        if why := self._options.too_many_failed(self.progress, self._shards_ended):
-            self._stop(f"{why} A greater --max-failed lets more.")
+        if reason := self._options.too_many_failed(self.progress, self._shards_ended):
+            self._stop(f"{reason} A greater --max-failed lets more.")
 
     def _step(self, prefetched: Prefetcher[Shard]) -> None:
-        """Submit and poll. Raises LedgerUnavailable: the next step does what is left."""
+        """Submit and poll. Raises LedgerUnavailable; the next step continues."""
         self._count_workers()
         self._fill_window(prefetched)
         self._poll()
 
     def _count_workers(self) -> None:
-        if self._outages.unavailable or time.monotonic() - self._workers_counted_s >= COUNT_WORKERS_EVERY_S:
+        if self._outages.unavailable or time.monotonic() - self._workers_counted_s >= WORKER_COUNT_INTERVAL_S:
             self.progress = replace(self.progress, workers=len(self._ledger.find_workers()))
             self._workers_counted_s = time.monotonic()
 
@@ -169,30 +171,30 @@ class BackfillRunner:
         return self.progress.whole and not self.in_flight and not self._to_submit
 
     def _must_wait(self) -> bool:
-        """Whether the window or the rate allow no other shard just now."""
+        """Whether the window or the rate does not allow another shard yet."""
         return len(self.in_flight) >= self._window() or time.monotonic() < self._next_submit_s
 
     def _window(self) -> int:
-        """How many shards may be in flight: a fair share, where other backfills run."""
-        most = self._options.max_in_flight(self.progress.workers, self._shards_per_worker)
-        return max(most // max(self._lease.status.running, 1), 1)
+        """The maximal number of shards in flight, shared with other running backfills."""
+        limit = self._options.max_in_flight(self.progress.workers, self._shards_per_worker)
+        return max(limit // max(self._lease.status.running, 1), 1)
 
     def _fill_window(self, prefetched: Prefetcher[Shard]) -> None:
-        """Submit shards until the window is full, for SUBMIT_FOR_S at most."""
-        end = time.monotonic() + SUBMIT_FOR_S
+        """Submit shards until the window is full, or for MAX_SUBMIT_S."""
+        end = time.monotonic() + MAX_SUBMIT_S
         while not self._must_wait() and time.monotonic() < end and not self._is_finished():
             if self._to_submit:
                 self._submit(self._to_submit[0])
                 self._to_submit.popleft()
                 continue
-            shard = prefetched.next(MIN_POLL_S)
+            shard = prefetched.next(MIN_POLL_INTERVAL_S)
             if shard is None:
                 self.progress = replace(self.progress, whole=prefetched.ended)
                 return
             self._enqueue(shard)
 
     def _enqueue(self, shard: Shard) -> None:
-        """Note a shard of the input, and submit it later unless it is done already."""
+        """Record a shard of the input; queue it for submission unless it is done already."""
         self._shard_keys.append(shard.key)
         rows, done, now = len(shard.rows), self._done_keys.pop(shard.index, ()), self.progress
         self.progress = replace(now, planned=now.planned + rows)
@@ -210,7 +212,7 @@ class BackfillRunner:
                 self._unchecked_ids.append(shard.id)
 
     def _remove_outdated(self, key: str, shard: Shard) -> None:
-        """Remove a file whose rows are not what the input holds there now; only with --changed."""
+        """Remove the file of a shard whose rows have changed; without --changed, raise BackfillConflict."""
         if not self._options.changed:
             message = (
                 f"The input has changed: shard {shard.index}, from row {shard.first} on, is {shard.key} now, "
@@ -221,15 +223,15 @@ class BackfillRunner:
         self._output.remove_shard(key)
 
     def _uncommit(self) -> None:
-        """Remove dataset.json before anything changes."""
+        """Remove dataset.json before the first change."""
         if not self._uncommitted:
             self._output.uncommit()
             self._uncommitted = True
 
-    def _submit(self, one: InFlightShard) -> None:
+    def _submit(self, entry: InFlightShard) -> None:
         self._uncommit()
-        shard = self._weights.pin(one.shard).model_copy(update={"token": self._lease.token})
-        submitted, document = self.in_flight.submit(replace(one, shard=shard))
+        shard = self._weights.pin(entry.shard).model_copy(update={"token": self._lease.token})
+        submitted, document = self.in_flight.submit(replace(entry, shard=shard))
         if document.final:
             self._on_shard_succeeded(submitted.shard, document)
             return
@@ -240,48 +242,49 @@ class BackfillRunner:
         self._outages.call_broker(lambda: self._publish(shard.id))
 
     def _renew_lease(self) -> None:
-        """The registry must know the ids in flight before they are."""
+        """Store the ids in flight; the registry must have an id before it is submitted."""
         self._lease.renew()
         self._lease.check()
 
     def _poll(self) -> None:
-        """See which shards in flight have ended, and how."""
-        for one, document in self.in_flight.poll():
-            if document is None:  # the ledger has forgotten it
-                self._to_submit.append(one)
+        """Handle the shards that have ended."""
+        for entry, document in self.in_flight.poll():
+            if document is None:  # it expired in the ledger
+                self._to_submit.append(entry)
             elif document.status == "succeeded":
-                self._on_shard_succeeded(one.shard, document)
+                self._on_shard_succeeded(entry.shard, document)
             else:
-                self._on_shard_failed(one, document)
+                self._on_shard_failed(entry, document)
         self.progress = replace(self.progress, partly=self.in_flight.rows_explained)
         if self._unchecked_ids:
-            for known in self._ledger.read_many(self._unchecked_ids).values():
-                self._check_weights(known)
+            for earlier in self._ledger.read_many(self._unchecked_ids).values():
+                self._check_weights(earlier)
             self._unchecked_ids.clear()
 
     def _on_shard_succeeded(self, shard: Shard, document: StatusDocument) -> None:
         self._count_rows(shard, row_state(document).failed)
         self._check_weights(document)
 
-    def _on_shard_failed(self, one: InFlightShard, document: StatusDocument) -> None:
-        """Try a shard again that has failed as a whole, or give it up."""
+    def _on_shard_failed(self, entry: InFlightShard, document: StatusDocument) -> None:
+        """Retry a shard that failed as a whole, or count it as lost."""
         code = document.error.code if document.error else document.status
-        why = f"{code}: {document.error.detail if document.error else 'nobody knows why'}"
+        reason = f"{code}: {document.error.detail if document.error else 'nobody knows why'}"
         if code in FATAL_CODES:
-            self._stop(f"No shard can be done, because of {why}", resume=False)
-        if one.tries < MAX_TRIES:
-            self._to_submit.append(one.retry())
+            self._stop(f"No shard can be done, because of {reason}", resume=False)
+        if entry.tries < MAX_TRIES:
+            self._to_submit.append(entry.retry())
             return
-        shard = one.shard
+        shard = entry.shard
         last = shard.first + len(shard.rows) - 1
         self._warn(
-            f"Shard {shard.index}, rows {shard.first} to {last}, failed {MAX_TRIES} times, at last with {why}"
+            f"Shard {shard.index}, rows {shard.first} to {last}, failed {MAX_TRIES} times, "
+            f"at last with {reason}"
         )
         self._count_rows(shard, {code: len(shard.rows)})
         self.progress = replace(self.progress, lost=self.progress.lost + 1)
 
     def _count_rows(self, shard: Shard, failed: Mapping[str, int]) -> None:
-        """Count the rows of a shard that has ended; `failed`: how many failed with which code."""
+        """Count the rows of a shard that has ended; `failed`: error code -> number of rows."""
         self._shards_ended += 1
         self._error_codes.update(failed)
         self.progress = replace(
@@ -292,7 +295,7 @@ class BackfillRunner:
         )
 
     def _check_weights(self, document: StatusDocument) -> None:
-        """Stop unless all shards were explained with the same weights, at the same layer."""
+        """Raise BackfillStopped unless all shards were explained with the same weights, at the same layer."""
         if mismatch := self._weights.mismatch(document):
             self._output.discard_plan()
             self._stop(
@@ -302,14 +305,14 @@ class BackfillRunner:
                 resume=False,
             )
 
-    def _stop(self, why: str, *, resume: bool = True) -> None:
-        """Cancel what is in flight. Raises BackfillStopped."""
+    def _stop(self, reason: str, *, resume: bool = True) -> None:
+        """Cancel the shards in flight and raise BackfillStopped."""
         try:
             self.in_flight.cancel()
         except LedgerUnavailable as error:
             self._warn(f"What is in flight cannot be cancelled, and comes to its end by itself: {error}")
         self._report_progress()
-        raise BackfillStopped(f"{why} To go on with it: --resume." if resume else why)
+        raise BackfillStopped(f"{reason} To go on with it: --resume." if resume else reason)
 
     def _commit(self) -> dict[str, Any]:
         if not self._shard_keys:
@@ -318,7 +321,7 @@ class BackfillRunner:
         changed, network = self._options.changed, self._weights.network
         unchanged = None if self._uncommitted or self._done_keys else self._output.read_summary()
         if unchanged is None and changed:
-            self._uncommit()  # `commit` removes what is no part of the input any more
+            self._uncommit()  # `commit` removes shards that are no longer part of the input
         return unchanged or self._output.commit(
             self.plan, self._shard_keys, self.progress.planned, network, changed=changed
         )
@@ -330,7 +333,7 @@ class BackfillRunner:
         self._on_progress(self.progress)
 
     def _facts(self) -> dict[str, Any]:
-        """What the registry is told about this run."""
-        own = {"backfill": self.plan.id, "input": self.plan.input, "output": self.plan.output}
+        """The facts of this run for the registry."""
+        plan = {"backfill": self.plan.id, "input": self.plan.input, "output": self.plan.output}
         now = replace(self.progress, in_flight=len(self.in_flight.ids))
-        return {**own, "network": self.plan.network, **now.facts()}
+        return {**plan, "network": self.plan.network, **now.facts()}

@@ -1,8 +1,8 @@
 """Cuts the rows of an input into shards, one at a time.
 
-The key of a shard is its index and a digest of its rows, of what is asked of each, and of the weights. The
-same input gives the same keys, and the shard's files are named after them: so the names of the files in the
-output tell which shards of a resumed backfill, or of a changed input, are still to be done.
+The key of a shard is its index and a digest of its rows and of the plan's spec, weights included. The same
+input gives the same keys, and the shard's files are named after them. So the names of the files in the output
+tell which shards of a resumed backfill, or of a changed input, are still to be done.
 """
 
 import hashlib
@@ -16,20 +16,20 @@ from gradcam_worker.schemas.shard import Row, Shard
 from gradcam_worker.schemas.status import Problem
 from gradcam_worker.text.visible import visible
 
-MAX_ROWS_BYTES = 512 * 1024  # of a shard's rows as JSON: half of what a message has by default
-MAX_SHOWN_URI = 1000  # characters of a URI that is too long to be sent
+MAX_ROWS_BYTES = 512 * 1024  # of a shard's rows as JSON: half of the default GRADCAM_MAX_MESSAGE_BYTES
+MAX_SHOWN_URI = 1000  # characters that are kept of a URI that is too long to be sent
 
 
 def cut_shards(rows: Iterable[Row], plan: Plan, *, max_bytes: int = MAX_ROWS_BYTES) -> Iterator[Shard]:
-    """Cut rows into shards, each made when it is asked for; no more than one is in memory.
+    """Cut rows into shards lazily; no more than one is in memory.
 
     Args:
         rows: The rows of the input, in order.
-        plan: What is asked of each row.
-        max_bytes: Of a shard's rows as JSON. A row that alone is larger becomes one with a problem.
+        plan: The backfill's.
+        max_bytes: Of a shard's rows as JSON. A row that is larger by itself becomes one with a problem.
 
-    Returns:
-        Shards of `plan.shard_rows` rows, or of fewer where they would exceed `max_bytes`.
+    Yields:
+        Shards of `plan.shard_rows` rows, or fewer if they would exceed `max_bytes`.
     """
     spec_digest = hashlib.sha256(json.dumps(plan.spec(), sort_keys=True).encode())
     index = first = size = 0
@@ -72,7 +72,7 @@ def cut_shards(rows: Iterable[Row], plan: Plan, *, max_bytes: int = MAX_ROWS_BYT
 
 
 def _fit(row: Row, max_bytes: int) -> tuple[Row, str, int]:
-    """A row that a message takes, its JSON, and the bytes that it needs there."""
+    """The row, or one with a problem if a message cannot hold it; its JSON; its bytes in a message."""
     text = _digest_text(row)
     size = _message_bytes(text)
     if size <= max_bytes:
@@ -85,10 +85,10 @@ def _fit(row: Row, max_bytes: int) -> tuple[Row, str, int]:
 
 
 def _digest_text(row: Row) -> str:
-    """The JSON of a row that goes into the digest: as earlier versions wrote it."""
+    """The JSON of a row for the digest, which must stay as earlier versions wrote it."""
     return row.model_dump_json(exclude_none=True, exclude={"problem": {"public_message"}})
 
 
 def _message_bytes(text: str) -> int:
-    """How many bytes a row's JSON needs in a message, at most: there, what is not ASCII is escaped."""
+    """The bytes that a row's JSON needs in a message, at most: characters beyond ASCII are escaped there."""
     return 1 + (len(text) if text.isascii() else len(json.dumps(text)))
