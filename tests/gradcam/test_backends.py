@@ -17,8 +17,6 @@ from gradcam_worker.gradcam.methods import cam
 pytestmark = pytest.mark.tensorflow
 
 REQUIRED_IN_CI = {"jax"}
-# JAX compiles each pass for a few images: without LLVM's optimisations a third less is computed in all.
-QUICKLY_COMPILED = "--xla_backend_optimization_level=0"
 NETWORKS = ("efficientnet_lite0", "by_hand", "flattened")
 Arrays = dict[str, NDArray[Any]]
 
@@ -42,7 +40,7 @@ def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     program = command("agreement.every_method", str(path))
     done = subprocess.run(
         program,
-        env={**os.environ, **import_path(), "KERAS_BACKEND": backend, "XLA_FLAGS": QUICKLY_COMPILED},
+        env={**os.environ, **import_path(), "KERAS_BACKEND": backend},
         capture_output=True,
         text=True,
         check=False,
