@@ -133,31 +133,33 @@ def _overlays(
     spec: OverlaySpec, decoded: Decoded, explanation: Explanation, boxes: Boxes
 ) -> Iterator[RenderedArtifact]:
     edge = min(spec.max_edge or overlay.MAX_SIDES[spec.format], overlay.MAX_SIDES[spec.format])
-    photo = overlay.shrink_to_edge(decoded.pixels, edge)
-    base = overlay.OverlayBase(photo, alpha=spec.alpha, colormap=spec.colormap, bgr=True)
-    buffer = np.empty_like(photo)  # shared by all classes: each overlay is encoded before the next is drawn
+    pixels = overlay.shrink_to_edge(decoded.pixels, edge)
+    base = overlay.OverlayBase(pixels, alpha=spec.alpha, colormap=spec.colormap, bgr=True)
+    buffer = np.empty_like(pixels)  # shared by all classes: each overlay is encoded before the next is drawn
     for index, (prediction, heatmap) in enumerate(zip(explanation.explained, explanation.shown, strict=True)):
-        laid = base.draw(heatmap, out=buffer)
+        drawn = base.draw(heatmap, out=buffer)
         if spec.contour:
-            laid = region.draw_contour(laid, heatmap, spec.threshold)
+            drawn = region.draw_contour(drawn, heatmap, spec.threshold)
         if spec.box and (box := boxes[spec.threshold][index]):
-            laid = region.draw_box(laid, region.scale_box(box, decoded.size, (laid.shape[0], laid.shape[1])))
+            drawn = region.draw_box(
+                drawn, region.scale_box(box, decoded.size, (drawn.shape[0], drawn.shape[1]))
+            )
         name = file_name("overlay", prediction, overlay.EXTENSIONS[spec.format])
-        yield _image_artifact(name, laid, spec.format, "overlay", index, bgr=True)
+        yield _image_artifact(name, drawn, spec.format, "overlay", index, bgr=True)
 
 
 def _grid(spec: GridSpec, decoded: Decoded, explanation: Explanation) -> RenderedArtifact:
     """Draw the image and its overlays on one sheet, at display size, whatever the size of the image."""
-    photo = sheet.as_tile(decoded.pixels)
+    pixels = sheet.as_tile(decoded.pixels)
     figure = sheet.sheet(
-        sheet.arrange_in_rows([("photo", photo), *_titled_overlays(spec, photo, explanation)])
+        sheet.arrange_in_rows([("photo", pixels), *_titled_overlays(spec, pixels, explanation)])
     )
     return _image_artifact(f"grid.{overlay.EXTENSIONS[spec.format]}", figure, spec.format, "grid", None)
 
 
 def _animation(spec: AnimationSpec, decoded: Decoded, explanation: Explanation) -> RenderedArtifact:
-    photo = animation.as_frame(decoded.pixels, spec.max_edge, len(explanation.explained))
-    frames = [sheet.with_title(title, laid) for title, laid in _titled_overlays(spec, photo, explanation)]
+    pixels = animation.as_frame(decoded.pixels, spec.max_edge, len(explanation.explained))
+    frames = [sheet.with_title(title, drawn) for title, drawn in _titled_overlays(spec, pixels, explanation)]
     data = animation.animate(frames, kind=spec.format, frame_s=spec.frame_s)
     properties = {"width": frames[0].shape[1], "height": frames[0].shape[0]}
     media_type = animation.MEDIA_TYPES[spec.format]
@@ -165,10 +167,10 @@ def _animation(spec: AnimationSpec, decoded: Decoded, explanation: Explanation) 
 
 
 def _titled_overlays(
-    spec: GridSpec | AnimationSpec, photo: overlay.Pixels, explanation: Explanation
+    spec: GridSpec | AnimationSpec, pixels: overlay.Pixels, explanation: Explanation
 ) -> Iterator[sheet.Tile]:
     """Draw the overlay of each explained class, with its title."""
-    base = overlay.OverlayBase(photo, alpha=spec.alpha, colormap=spec.colormap)
+    base = overlay.OverlayBase(pixels, alpha=spec.alpha, colormap=spec.colormap)
     for prediction, heatmap in zip(explanation.explained, explanation.shown, strict=True):
         yield caption(prediction.id, prediction.name, prediction.probability), base.draw(heatmap)
 

@@ -172,8 +172,7 @@ class JobHandler:
             return Disposition.DROP
         if disposition := self._reject_wrong_queue(job, document, kind):
             return disposition
-        # A job that was running when a worker died runs alone in this process. Wait before the attempt
-        # begins.
+        # A job that was running when a worker died runs alone in this process: wait for the other jobs first.
         with self.gate.enter(job.id, alone=suspected(document)) as free:
             if not free:
                 return Disposition.DROP

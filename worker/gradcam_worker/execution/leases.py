@@ -55,7 +55,7 @@ class LeaseManager:
         self._lock = threading.Lock()
         self._renewal_interval_s = min(lease_s / RENEWALS_PER_LEASE, MAX_RENEWAL_INTERVAL_S)
         self._due_s = time.monotonic() + self._renewal_interval_s  # when the next renewal is due
-        self._ledger_reached = True  # by the latest renewal
+        self._ledger_reached = True  # whether the latest request succeeded
         self.loop = BackgroundLoop(
             "leases",
             self.step,
@@ -136,9 +136,8 @@ class LeaseManager:
         """Renew the leases if that is due, and write pending progress. Raises LedgerUnavailable."""
         try:
             if time.monotonic() >= self._due_s:
-                self._due_s = (
-                    time.monotonic() + self._renewal_interval_s
-                )  # a slow response does not delay the next one
+                # Set before the request: a slow response does not delay the next renewal.
+                self._due_s = time.monotonic() + self._renewal_interval_s
                 self.renew()
                 self._ledger_reached = True
             if self._ledger_reached:

@@ -107,7 +107,7 @@ def _existing_file(shard: Shard, store: Store, key: str, deadline: Deadline) -> 
     """Read the file that an earlier attempt at this shard, or an earlier run of its backfill, wrote.
 
     None: there is no file, or it is of a different backfill, of different rows or of different weights.
-    It raises StorageUnavailable if the file is not a shard's file.
+    A file that is not a shard's file raises StorageUnavailable.
     """
     existing = store.find(key, deadline)
     if existing is not None and (mismatch := dataset.find_mismatch(existing, shard)):

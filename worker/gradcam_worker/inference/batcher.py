@@ -1,7 +1,7 @@
 """The dynamic batcher: the images of many job threads share batches on one device.
 
-    job threads --images--> queues --batches--> starting thread --> device --> finishing thread --> job
-    threads
+    job threads --images--> queues --batches--> starting thread --> device
+    job threads <--results-- finishing thread <-------------------- device
 
 Images share a batch if they have the same network, the same method and about the same number of classes. A
 batch starts when it is full, at once if no other job is expected, and otherwise after the duration of a
@@ -45,8 +45,8 @@ NEVER_S = threading.TIMEOUT_MAX  # wait until something changes
 SEPARATE_BATCH = -1  # in a `BatchKey`, instead of the number of classes: the request is a batch of its own
 EXCLUSIVE_KEY = (0, None, 0)  # of functions that run alone on the device
 WAITING_FOR_DEVICE = "waiting for the device"
-DEVICE_HUNG_AFTER_S = 600.0  # longer than any deadline and than the first batch of a large network
-MAX_QUEUES = 64  # queues that are kept while empty: keys contain layer names, which are untrusted input
+DEVICE_HUNG_AFTER_S = 600.0  # longer than a job may wait, and than the first batch of a large network
+MAX_QUEUES = 64  # before empty ones are dropped: keys contain layer names, which are untrusted input
 
 T = TypeVar("T")
 

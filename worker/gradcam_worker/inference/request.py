@@ -38,7 +38,7 @@ class InferenceRequest:
     begin: Callable[["list[InferenceRequest]"], Finish]  # starts a batch of requests of this key
     deadline: Deadline
     bulk: bool = False
-    images: int = 1  # number of images; 0: a function that explains none
+    images: int = 1  # 0: a function that explains no image
     pixels: NDArray[np.uint8] | None = None
     classes: tuple[int, ...] = ()
     queued_s: float = field(default_factory=time.monotonic)
