@@ -283,7 +283,9 @@ class TestSafety:
         assert policy == [f"default-src 'none'; img-src data:; {own}; base-uri 'none'; form-action 'none'"]
 
     def test_the_template_has_no_address_and_builds_no_markup(self) -> None:
-        template = "".join((DATA / name).read_text() for name in ("gallery.html", "heatmap.js"))
+        template = "".join(
+            (DATA / name).read_text() for name in ("page_head.html", "page.css", "gallery.html", "heatmap.js")
+        )
         for forbidden in (
             "http://",
             "https://",

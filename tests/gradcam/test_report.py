@@ -206,7 +206,8 @@ class TestSafety:
         assert policy == [f"default-src 'none'; img-src data:; {own}; base-uri 'none'; form-action 'none'"]
 
     def test_the_template_has_no_address_and_builds_no_markup(self) -> None:
-        template = (DATA / "report.html").read_text(encoding="utf-8")
+        names = ("page_head.html", "page.css", "report.html", "heatmap.js")
+        template = "".join((DATA / name).read_text(encoding="utf-8") for name in names)
         for forbidden in ("http:", "https:", "//cdn", "innerHTML", "outerHTML", "insertAdjacent", "eval("):
             assert forbidden not in template
         assert not re.search(r"\son\w+=|\sstyle=|document\.write", template)

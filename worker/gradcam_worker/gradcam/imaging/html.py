@@ -40,9 +40,11 @@ def to_base64(data: bytes) -> str:
 
 @lru_cache
 def _split_template(template: str) -> tuple[str, str]:
-    """The parts of a template before and after its data, with the shared script for heatmaps inserted."""
+    """The parts of a template before and after its data. A line `@name@` includes that file."""
     text = (DATA / template).read_text(encoding="utf-8")
-    text = text.replace("@HEATMAP@\n", (DATA / "heatmap.js").read_text(encoding="utf-8"))
+    text = re.sub(
+        r"^@([a-z_]+\.\w+)@\n", lambda line: (DATA / line[1]).read_text("utf-8"), text, flags=re.MULTILINE
+    )
     for tag, placeholder in (("style", "@STYLE@"), ("script", "@SCRIPT@")):
         block = re.search(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
         digest = hashlib.sha256(block[1].encode() if block else b"").digest()
