@@ -24,15 +24,15 @@ from celery.worker.control import Panel
 from gradcam_worker.broker import app as broker
 from gradcam_worker.broker import publisher
 from gradcam_worker.broker.consumer import (
-    CONNECT_MAX_S,
-    RETURN_AFTER_S,
+    MAX_CONNECT_PAUSE_S,
+    REQUEUE_DELAY_S,
     ConsumerHooks,
     JobConsumer,
     Request,
     ThreadPool,
 )
-from gradcam_worker.broker.message import QUESTIONS, check
-from gradcam_worker.broker.transport import ANSWER_MS, RateLimitedCount
+from gradcam_worker.broker.envelope import INSPECTIONS, check_job
+from gradcam_worker.broker.transport import REPLY_TTL_MS, RateLimitedCount
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.resilience.stall import StallDetector
@@ -373,7 +373,7 @@ def test_two_messages_with_one_delivery_tag_do_not_take_each_others_place(recept
 def test_a_refusal_that_cannot_be_written_down_comes_again_with_its_reason(
     reception: Reception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradcam_worker.broker.consumer.RETURN_AFTER_S", 0)
+    monkeypatch.setattr("gradcam_worker.broker.consumer.REQUEUE_DELAY_S", 0)
     message_id = new_id()
     reception.ledger_down = True
     reception.put(envelope(message_id, body=b"garbage"))
@@ -389,19 +389,19 @@ def test_a_refusal_that_cannot_be_written_down_waits_before_it_comes_again_and_i
     message.channel.closed, consumer.pool.running = False, set()
     message.channel.unacknowledged.return_value = {"tag": message}
     consumer.hooks.refuse.side_effect = LedgerUnavailable("gone")
-    consumer._return_later = partial(JobConsumer._return_later, consumer)
+    consumer._requeue_later = partial(JobConsumer._requeue_later, consumer)
     JobConsumer._refuse(consumer, message, "it is none")
     assert consumer.hooks.stall.progressed.called
     assert not message.method_calls
-    pause_s, put_back = consumer.timer.call_after.call_args.args
-    put_back()
-    assert pause_s == RETURN_AFTER_S
+    pause_s, requeue = consumer.timer.call_after.call_args.args
+    requeue()
+    assert pause_s == REQUEUE_DELAY_S
     assert message.reject_log_error.call_args.kwargs == {"requeue": True}
     assert not message.ack_log_error.called
 
 
 def test_each_failed_attempt_to_connect_is_reported_as_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradcam_worker.broker.consumer.CONNECT_EVERY_S", 0)
+    monkeypatch.setattr("gradcam_worker.broker.consumer.CONNECT_PAUSE_S", 0)
     consumer, connection = Mock(), Mock()
     consumer._report_outage = partial(JobConsumer._report_outage, consumer)
     JobConsumer.on_connection_error_before_connected(consumer, OSError("refused"))
@@ -410,7 +410,7 @@ def test_each_failed_attempt_to_connect_is_reported_as_an_outage(monkeypatch: py
     report(OSError("away"), 0.5)
     reported = [call.args[0] for call in consumer.hooks.broker_outage.failed.call_args_list]
     assert [text.rpartition(": ")[2] for text in reported] == ["refused", "away"]
-    assert options["interval_max"] == CONNECT_MAX_S
+    assert options["interval_max"] == MAX_CONNECT_PAUSE_S
 
 
 def test_a_message_that_is_put_back_later_is_left_alone_when_a_thread_has_it_or_its_connection_is_gone() -> (
@@ -420,7 +420,7 @@ def test_a_message_that_is_put_back_later_is_left_alone_when_a_thread_has_it_or_
     for closed, running, held in (True, {}, {"tag"}), (False, {"tag"}, {"tag"}), (False, {}, {}):
         message.channel.closed, consumer.pool.running = closed, running
         message.channel.unacknowledged.return_value = held
-        JobConsumer._return_later(consumer, message, "why")
+        JobConsumer._requeue_later(consumer, message, "why")
         consumer.timer.call_after.call_args.args[1]()
     assert not message.reject_log_error.called
 
@@ -428,7 +428,7 @@ def test_a_message_that_is_put_back_later_is_left_alone_when_a_thread_has_it_or_
 def test_a_job_for_which_there_is_no_thread_is_not_refused_comes_again_and_runs_once(
     reception: Reception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradcam_worker.broker.consumer.RETURN_AFTER_S", 0)
+    monkeypatch.setattr("gradcam_worker.broker.consumer.REQUEUE_DELAY_S", 0)
     begun, failures = list[str](), list[int]()
     apply, start = apply_target, ThreadPoolExecutor._adjust_thread_count
 
@@ -491,7 +491,7 @@ class Panic(BaseException):
 def test_whatever_a_thread_raises_its_message_comes_again_and_its_place_is_free(
     reception: Reception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradcam_worker.broker.consumer.RETURN_AFTER_S", 0)
+    monkeypatch.setattr("gradcam_worker.broker.consumer.REQUEUE_DELAY_S", 0)
     errors = [Panic("too long"), SystemExit(1), KeyboardInterrupt(), GeneratorExit(), MemoryError()]
     reception.raises = {f"message {number}": error for number, error in enumerate(errors)}
     for message_id in [*reception.raises]:
@@ -505,7 +505,7 @@ def test_a_message_that_nobody_is_at_work_on_goes_back(
     reception: Reception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What should never be: as many as there are places, and nothing would be received any more."""
-    monkeypatch.setattr("gradcam_worker.broker.consumer.TURN_EVERY_S", 0.05)
+    monkeypatch.setattr("gradcam_worker.broker.consumer.TURN_INTERVAL_S", 0.05)
     monkeypatch.setattr("gradcam_worker.broker.consumer.ORPHANED_AFTER_S", 0.2)
     lost: list[Any] = []
     submit = ThreadPool.on_apply
@@ -524,8 +524,13 @@ def test_a_message_that_nobody_is_at_work_on_goes_back(
         reception.put(envelope(message_id))
     wait_for(lambda: reception.handled.keys() >= {*ids}, "all of them")
     assert len(lost) == 2
-    assert caplog.text.count("nobody is at work on it: it goes back") == 2
+    assert caplog.text.count("orphaned_message_requeued") == 2
     assert 2 in told
+
+
+def waiting_connections(server: redis.Redis) -> int:
+    """How many connections wait, or last waited, for a message in an empty list."""
+    return sum(client["cmd"] == "blmove" for client in server.client_list())
 
 
 @contextlib.contextmanager
@@ -547,7 +552,7 @@ def refusing_writes(server: redis.Redis, how: str) -> Iterator[None]:
 def test_a_failed_acknowledgement_renews_the_connection_and_leaves_none_behind(
     reception: Reception, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr("gradcam_worker.broker.consumer.CONNECT_EVERY_S", 0.02)
+    monkeypatch.setattr("gradcam_worker.broker.consumer.CONNECT_PAUSE_S", 0.02)
     connects = 0
     connect = JobConsumer.connect
 
@@ -557,7 +562,9 @@ def test_a_failed_acknowledgement_renews_the_connection_and_leaves_none_behind(
         return connect(self)
 
     monkeypatch.setattr(JobConsumer, "connect", counted)
-    ids, opened = [new_id(), new_id()], threading.Event()  # as many as there are places
+    lists = len({*publisher.ROUTES.values()})
+    wait_for(lambda: waiting_connections(reception.redis) == lists, "waiting at all lists")
+    ids, opened = [new_id(), new_id()], threading.Event()  # as many as there are slots
     reception.holds = dict.fromkeys(ids, opened)
     for message_id in ids:
         reception.put(envelope(message_id))
@@ -594,7 +601,7 @@ COMMANDS = (
     command("ping", destination=7),
     command(["ping"]),
     command("hello", arguments={"from_node": "x", "revoked": ["me"]}),
-    *map(command, Panel.data.keys() - QUESTIONS),
+    *map(command, Panel.data.keys() - INSPECTIONS),
 )
 
 
@@ -608,7 +615,7 @@ def test_a_remote_command_that_does_more_than_ask_is_ignored_with_a_line(
         lines.append(seldom())
         return lines[-1]
 
-    monkeypatch.setattr("gradcam_worker.broker.transport.ignored", ignored)
+    monkeypatch.setattr("gradcam_worker.broker.transport.ignored_commands", ignored)
     wait_for(reception.redis.pubsub_numpat, "its listening")
     channel, control = reception.key("/0.celery.pidbox"), asking(reception.settings).control
     with caplog.at_level(logging.WARNING):
@@ -630,7 +637,7 @@ def test_a_remote_command_that_does_more_than_ask_is_ignored_with_a_line(
     assert "revoked" in reception.handled
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1, "the others are counted"
-    assert said[0].startswith("remote command ignored: its envelope cannot be read as JSON")
+    assert said[0].startswith('remote_command_ignored reason="its envelope cannot be read as JSON')
     assert not {key for key in reception.redis.keys(reception.key("*")) if b"stolen" in key}
 
 
@@ -644,7 +651,7 @@ def test_ping_and_inspection_are_answered_and_show_no_job_and_no_password(recept
             reception.put(envelope(new_id(), json.dumps([[secret], {}, {}]).encode()))
         wait_for(lambda: reception.unacked() >= 2, "their arrival")
         inspect = app.control.inspect(timeout=WAIT_S, limit=1)
-        found = {name: getattr(inspect, name)() for name in QUESTIONS}
+        found = {name: getattr(inspect, name)() for name in INSPECTIONS}
     finally:
         reception.hold.set()
     for name, answer in found.items():
@@ -668,7 +675,7 @@ def test_an_answer_goes_to_nobody_else_whatever_is_bound(reception: Reception) -
     wait_for(lambda: reception.redis.llen(reception.key("mine.reply.celery.pidbox")), "the answer")
     assert not reception.redis.exists(reception.key("events:1:hook1"))
     wait_for(
-        lambda: 0 < int(reception.redis.pttl(reception.key("mine.reply.celery.pidbox"))) <= ANSWER_MS,
+        lambda: 0 < int(reception.redis.pttl(reception.key("mine.reply.celery.pidbox"))) <= REPLY_TTL_MS,
         "that an answer that nobody fetches gets a time to live",
     )
 
@@ -683,11 +690,11 @@ def test_what_is_said_seldom_says_how_often_it_was(monkeypatch: pytest.MonkeyPat
 
 
 def test_who_submits_a_job_that_no_worker_would_read_hears_it_at_once() -> None:
-    check(json.dumps(JOB).encode(), 200)
+    check_job(json.dumps(JOB).encode(), 200)
     with pytest.raises(InvalidJob, match=r"it has 11,\d+ bytes; at most 10,000 are allowed \(GRADCAM_MAX"):
-        check(json.dumps({**JOB, "image": "x" * 11_000}).encode(), 10_000)
+        check_job(json.dumps({**JOB, "image": "x" * 11_000}).encode(), 10_000)
     with pytest.raises(InvalidJob, match="50 digits"):
-        check(json.dumps({**JOB, "target": {"classes": [10**49]}}).encode(), 10_000)
+        check_job(json.dumps({**JOB, "target": {"classes": [10**49]}}).encode(), 10_000)
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ def test_a_server_that_has_forgotten_the_script_is_told_it_again(
 
 def test_without_a_limit_there_is_none(settings: Settings, publish: Publish) -> None:
     app = broker.make_app(settings.model_copy(update={"threads": THREADS, "shards": IN_HAND}))
-    app.conf.broker_transport_options["most_in_hand"] = {}
+    app.conf.broker_transport_options["unacknowledged_limits"] = {}
     shards = publish(shard.ROUTE, 4)
     one = Consumer(app, (INTERACTIVE, SHARDS))
     assert one.turns() == shards

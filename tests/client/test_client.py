@@ -15,8 +15,7 @@ from uuid import UUID
 import pytest
 import redis
 
-from gradcam_worker.broker import message as envelope
-from gradcam_worker.broker import publisher
+from gradcam_worker.broker import envelope, publisher
 from gradcam_worker.client import client as client_module
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import (
@@ -195,7 +194,7 @@ def waiting(settings: Settings, route: str = "normal") -> list[dict[str, Any]]:
     key = f"{settings.key_prefix}{queue}\x06\x16{number}"
     items: Any = redis.Redis.from_url(settings.broker_url).lrange(key, 0, -1)
     return [
-        envelope.read(item, queue, settings.max_message_bytes, publisher.TASKS[queue])
+        envelope.parse_message(item, queue, settings.max_message_bytes, publisher.TASKS[queue])
         for item in reversed(items)
     ]
 

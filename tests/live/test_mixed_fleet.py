@@ -28,7 +28,7 @@ import redis
 
 from devtools.faults import tiny_worker
 from devtools.processes import children
-from gradcam_worker.broker import message, publisher
+from gradcam_worker.broker import envelope, publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import servers
@@ -275,7 +275,7 @@ def test_what_either_release_submits_the_other_reads_as_it_was_meant(fleet: Flee
     assert len(found) == 2 * len(WISHES)
     understood = {}
     for item, queue in found:
-        opened = message.read(item, queue, fleet.settings.max_message_bytes, publisher.TASKS[queue])
+        opened = envelope.parse_message(item, queue, fleet.settings.max_message_bytes, publisher.TASKS[queue])
         payload = json.loads(base64.b64decode(opened["body"]))[0][0]
         understood[payload["id"]] = Job.parse(payload)
     for one in [*asked["previous"], *asked["present"]]:

@@ -51,7 +51,7 @@ def receive(handler: Any, message_id: str, *, redelivered: bool = False) -> None
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_process, "RETURN_AFTER_S", 0)
+    monkeypatch.setattr(worker_process, "REQUEUE_DELAY_S", 0)
 
 
 @pytest.mark.parametrize("redelivered", [False, True])

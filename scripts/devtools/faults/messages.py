@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 from devtools import ROOT
 from devtools.faults.schema_strategies import allowed
 from gradcam_worker import errors
-from gradcam_worker.broker import message as envelope
-from gradcam_worker.broker import publisher
+from gradcam_worker.broker import envelope, publisher
 from gradcam_worker.errors import ImageFetchFailed, ImageForbidden, InvalidJob
 from gradcam_worker.execution.handler import JobHandler
 from gradcam_worker.execution.leases import LeaseManager
@@ -215,9 +214,9 @@ def handle(item: bytes, ledger: MemoryLedger, queue: str) -> str | None:
     """Open an item and do with it what a worker does; return the id that it goes by, if it has one."""
     one = handler(ledger)
     try:
-        opened = envelope.read(item, queue, MAX_BYTES, publisher.TASKS[queue])
+        opened = envelope.parse_message(item, queue, MAX_BYTES, publisher.TASKS[queue])
     except Unreadable as error:
-        message_id = envelope.identify(item)
+        message_id = envelope.find_id(item)
         if message_id:
             one.refuse(message_id, None, InvalidJob(f"The message is not a job: {error}."))
         return message_id

@@ -1,7 +1,7 @@
 """The Celery app of a worker.
 
-A queue message is only a notification. It carries the job, but what has become of the job stands in the
-ledger, so a message that comes twice costs nothing.
+A queue message is only a notification. It carries the job, but the job's state is in the ledger, so a message
+that is delivered twice is harmless.
 """
 
 from datetime import timedelta
@@ -17,9 +17,11 @@ if TYPE_CHECKING:  # a client publishes without Celery, which the base install d
 
 
 def make_app(settings: Settings, *, timeout_s: float = 10) -> "Celery":
-    """The Celery app, configured to lose nothing it can keep (reasons beside each line).
+    """Return the Celery app, configured to lose no message that it can keep.
 
-    `timeout_s` is how long a half-open broker is waited for.
+    Args:
+        settings: the worker's settings.
+        timeout_s: how long one answer of the broker may take: its connection may be half open.
     """
     from celery import Celery
     from kombu import Queue
@@ -30,10 +32,10 @@ def make_app(settings: Settings, *, timeout_s: float = 10) -> "Celery":
     app.conf.update(
         task_queues=[Queue(name) for name in QUEUES],
         task_default_queue=INTERACTIVE,
-        task_serializer="json",  # never pickle: a message is a stranger's input
+        task_serializer="json",  # never pickle: messages are untrusted
         accept_content=["json"],
         task_ignore_result=True,  # the ledger holds the results
-        task_acks_late=True,  # a message leaves the queue when its job has come to an end
+        task_acks_late=True,  # a message leaves the queue when its job has finished
         task_acks_on_failure_or_timeout=False,
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
@@ -41,39 +43,39 @@ def make_app(settings: Settings, *, timeout_s: float = 10) -> "Celery":
         worker_send_task_events=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_transport=f"{Transport.__module__}:{Transport.__name__}",
-        # With a transport named, kombu no longer sees from the URL that it is to be TLS. Verified, which
-        # kombu does not do by itself, but the ledger does.
+        # Where a transport is named, kombu does not recognise TLS by the URL. The certificate is verified,
+        # as the ledger's client does and kombu by default does not.
         broker_use_ssl=settings.redis_tls(settings.broker_url) or None,
         broker_connection_timeout=3,
         broker_connection_max_retries=None,
         broker_connection_retry_on_startup=True,
-        broker_channel_error_retry=True,  # or Redis out of memory would end the worker
+        broker_channel_error_retry=True,  # else Redis out of memory would end the worker
         broker_pool_limit=settings.threads + settings.shards + 2,
         broker_pool_acquire_timeout=5,
         broker_transport_options={
             "global_keyprefix": settings.key_prefix,  # else `unacked` is shared by a whole database
             "visibility_timeout": timedelta(seconds=settings.visibility_timeout_s).total_seconds(),
-            # Ten looks for overdue messages within one visibility timeout, each by one worker.
+            # Overdue messages are searched for ten times per visibility timeout, each time by one worker.
             "unacked_restore_interval": max(settings.visibility_timeout_s / 10, 0.5),
             "unacked_restore_throttle": 1,
             "unacked_mutex_expire": 30,
             "queue_order_strategy": "priority",
             "priority_steps": sorted({number for _, number in ROUTES.values()}),
-            "socket_timeout": timeout_s,  # a half-open broker must not block for ever
+            "socket_timeout": timeout_s,  # a half-open connection must not block for ever
             "socket_connect_timeout": min(timeout_s, 3),
             "socket_keepalive": True,
             "health_check_interval": 15,
             "max_message_bytes": settings.max_message_bytes,
             "tasks": TASKS,
-            "peeked": [*dict.fromkeys(ROUTES.values())],
-            "most_in_hand": {SHARDS: settings.shards},  # the other threads are for who comes before them
+            "watched_lists": [*dict.fromkeys(ROUTES.values())],
+            "unacknowledged_limits": {SHARDS: settings.shards},  # the other threads are for jobs
         },
     )
     return app
 
 
-def answers(app: "Celery") -> bool:
-    """Whether the broker can be talked to at all."""
+def is_reachable(app: "Celery") -> bool:
+    """Whether the broker answers."""
     from kombu.exceptions import OperationalError
 
     try:

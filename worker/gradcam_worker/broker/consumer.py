@@ -1,11 +1,10 @@
 """Celery's consumer, made to survive messages that are no task messages.
 
-A queue can be written to by strangers. As it comes, Celery's consumer ends the whole worker over a
-malformed header or body (and gets the same message again when it is back), drops what it cannot
-decode without a word to whoever sent it, and logs the contents.
+The messages of a queue are untrusted. By default a malformed header or body ends the whole worker, which
+receives the same message again after its restart; and a message that cannot be decoded is dropped, so that
+its sender learns nothing, and its content is logged.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,21 +20,22 @@ from celery.worker.consumer import Consumer
 from celery.worker.state import maybe_shutdown, task_ready
 from kombu.common import ignore_errors
 
-from gradcam_worker.broker import message as envelope
+from gradcam_worker.broker import envelope
 from gradcam_worker.errors import LedgerUnavailable
 from gradcam_worker.resilience.outages import Outage
 from gradcam_worker.resilience.stall import ORPHANED_AFTER_S, StallDetector
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-TURN_EVERY_S = 1.0  # between two signs of life
-RETURN_AFTER_S = 1.0  # before a message goes back that cannot be handled now
-CONNECT_EVERY_S = 0.5  # the pause before it is tried again; grows by as much each time
-CONNECT_MAX_S = 5.0  # its longest, of half a minute as it comes: a broker that is back is work that waits
+TURN_INTERVAL_S = 1.0  # between two reports that the event loop turns
+REQUEUE_DELAY_S = 1.0  # before a message that cannot be handled now is requeued
+CONNECT_PAUSE_S = 0.5  # between two attempts to connect; grows by as much each time
+MAX_CONNECT_PAUSE_S = 5.0  # Celery's own is 32: meanwhile jobs wait for a broker that is back
 
 
 class Request(request.Request):  # type: ignore[misc]  # celery ships no types
-    """A task in hand, that shows nobody who inspects this worker what its job says."""
+    """A received task. Celery's inspection commands do not show the content of its job."""
 
     def info(self, safe: bool = True) -> Any:  # noqa: ARG002  # as Celery asks
         """See `celery.worker.request.Request`."""
@@ -43,19 +43,19 @@ class Request(request.Request):  # type: ignore[misc]  # celery ships no types
 
 
 class NoThread(Exception):
-    """There is no thread for a message: a limit of processes or of memory is reached."""
+    """No thread can be started for a message: a limit of processes or of memory is reached."""
 
 
 class ThreadPool(TaskPool):  # type: ignore[misc]  # celery ships no types
-    """Celery's pool of threads, in which every message comes to an end, whatever its thread raises.
+    """Celery's thread pool. Every message is acknowledged or requeued, whatever its thread raises.
 
-    As it comes, a SystemExit, a KeyboardInterrupt, a panic of a library in Rust or a MemoryError at the wrong
-    moment ends in a future that nobody reads: the message is never acknowledged, and its place never free.
+    By default a SystemExit, a KeyboardInterrupt, a panic of a library in Rust or a MemoryError at the wrong
+    moment ends in a future that nobody reads: the message is never settled, and its slot is never free again.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.running = set[str]()  # delivery tags of what is run, or is about to be
+        self.running = set[str]()  # delivery tags of messages that a thread has or is about to have
 
     def on_apply(
         self,
@@ -68,18 +68,17 @@ class ThreadPool(TaskPool):  # type: ignore[misc]  # celery ships no types
     ) -> ApplyResult:
         """Run a request in a thread. `callback` is a method of the request. Raises NoThread."""
         request = callback.__self__
-        tag, begun = request.message.delivery_tag, threading.Lock()
+        tag, started = request.message.delivery_tag, threading.Lock()
         self.running.add(tag)
 
         def run() -> None:
-            if not begun.acquire(blocking=False):
+            if not started.acquire(blocking=False):
                 return
             try:
                 apply_target(target, args, kwargs, callback, accept_callback)
             except BaseException as error:
-                what = type(error).__name__
-                log.exception("message %s: its thread failed (%s): it goes back", request.id, what)
-                time.sleep(RETURN_AFTER_S)
+                log.exception("message_thread_failed", job_id=request.id, error_type=type(error).__name__)
+                time.sleep(REQUEUE_DELAY_S)
                 task_ready(request)
                 request.reject(requeue=True)
             finally:
@@ -88,8 +87,8 @@ class ThreadPool(TaskPool):  # type: ignore[misc]  # celery ships no types
         try:
             return ApplyResult(self.executor.submit(run))
         except (RuntimeError, MemoryError) as error:
-            # It is queued all the same, and a thread that becomes free may have begun it by now.
-            if not begun.acquire(blocking=False):
+            # It is in the executor's queue nevertheless: another thread may have started it by now.
+            if not started.acquire(blocking=False):
                 return ApplyResult(Future())
             self.running.discard(tag)
             task_ready(request)
@@ -98,55 +97,55 @@ class ThreadPool(TaskPool):  # type: ignore[misc]  # celery ships no types
 
 @dataclass(frozen=True)
 class ConsumerHooks:
-    """What a worker process hands to its consumer, to report messages and the connection's state to."""
+    """What the consumer reports to: malformed messages, and the state of its connection."""
 
-    refuse: Callable[[str, str], object]  # records that the message of this id is no task, and why
-    on_loop_turn: Callable[[], None]  # called on each turn of the loop, and while the broker is away
+    refuse: Callable[[str, str], object]  # records that the message of this id is no task, and the reason
+    on_loop_turn: Callable[[], None]  # called each TURN_INTERVAL_S, and while the broker is unreachable
     stall: StallDetector
     broker_outage: Outage
 
 
 class JobConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
-    """Hands every message that is no task to `ConsumerHooks.refuse`, and goes on."""
+    """Celery's consumer. Every message that is no task goes to `ConsumerHooks.refuse`."""
 
     _turn_timer: Any = None
-    _renewing = False  # the connection is about to be given up
-    _orphaned: Mapping[str, float] = {}  # delivery tag -> since when nobody is at work on it
+    _renewing = False  # the connection is about to be replaced
+    _orphaned: Mapping[str, float] = {}  # delivery tag -> since when no thread has the message
 
     def __init__(self, *args: Any, hooks: ConsumerHooks, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.hooks = hooks
 
     def on_ready(self) -> None:
-        """Whenever the loop starts: from now on, each of its rounds is a sign of life."""
+        """Called when the event loop starts, after each connect: begin to report its turns."""
         super().on_ready()
-        if self._turn_timer:  # Celery keeps timers of an earlier connection that began where this one does
+        if self._turn_timer:  # Celery keeps some timers of the previous connection
             self._turn_timer.cancel()
         self.hooks.stall.broker_reachable()
         self._renewing, self._orphaned = False, {}
-        self.task_consumer.channel.on_ack_failed = self._renew_connection
-        self.task_consumer.channel.wait_by_peeking(lambda: self.hub.call_soon(lambda: None))
+        self.task_consumer.channel.on_connection_unusable = self._renew_connection
+        self.task_consumer.channel.watch_queues(lambda: self.hub.call_soon(lambda: None))
         self._turn()
-        self._turn_timer = self.timer.call_repeatedly(TURN_EVERY_S, self._turn)
+        self._turn_timer = self.timer.call_repeatedly(TURN_INTERVAL_S, self._turn)
 
     def _turn(self) -> None:
-        """A sign of life; and what nobody is at work on goes back, or its place would be taken for ever."""
+        """Report that the loop turns, and requeue orphaned messages: each would hold its slot for ever."""
         self.hooks.on_loop_turn()
         self.hooks.broker_outage.answered()
         channel, now_s = self.task_consumer.channel, time.monotonic()
-        held = channel.unacknowledged().keys() - self.pool.running
-        self._orphaned = {tag: self._orphaned.get(tag, now_s) for tag in held}
-        late = [tag for tag, since_s in self._orphaned.items() if now_s - since_s > ORPHANED_AFTER_S]
-        self.hooks.stall.orphaned_messages(len(late))
-        for tag in late:
-            log.error("a message was not acknowledged, and nobody is at work on it: it goes back")
+        without_thread = channel.unacknowledged().keys() - self.pool.running
+        self._orphaned = {tag: self._orphaned.get(tag, now_s) for tag in without_thread}
+        orphaned = [tag for tag, since_s in self._orphaned.items() if now_s - since_s > ORPHANED_AFTER_S]
+        self.hooks.stall.orphaned_messages(len(orphaned))
+        for tag in orphaned:
+            log.error("orphaned_message_requeued", delivery_tag=tag)
             channel.basic_reject(tag, requeue=True)
 
     def _renew_connection(self, error: Exception) -> None:
-        """A message could not be acknowledged: this connection is of no use any more.
+        """Replace the connection: a message could not be acknowledged.
 
-        After a failover it leads to a server that takes no writes. With all places taken nothing is read
-        from it, so nobody else would notice.
+        After a failover it leads to a server that takes no writes. With all slots taken nothing is received,
+        so nothing else would notice.
         """
         if self.blueprint.state == RUN and not self._renewing:
             self._renewing = True
@@ -157,7 +156,7 @@ class JobConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
             self.hub.call_soon(fail)
 
     def connect(self) -> Any:
-        """A connection that the loop listens to; one that it cannot listen to is closed, not left behind."""
+        """Return a connection that the event loop listens to. One that it cannot listen to is closed."""
         connection = self.connection_for_read(heartbeat=self.amqheartbeat)
         try:
             connection.transport.register_with_event_loop(connection.connection, self.hub)
@@ -167,76 +166,76 @@ class JobConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
         return connection
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
-        """The server answers, and refuses what a consumer needs."""
+        """Called when the server answers, but refuses what a consumer needs."""
         self._report_outage(exc)
-        time.sleep(CONNECT_EVERY_S)
+        time.sleep(CONNECT_PAUSE_S)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
-        """The connection is lost, or of no use any more."""
+        """Called when the connection is lost or unusable."""
         self._report_outage(exc)
         super().on_connection_error_after_connected(exc)
 
     def _report_outage(self, error: Exception) -> None:
-        self.hooks.broker_outage.failed(f"nothing is received, it is tried to connect: {error}")
+        self.hooks.broker_outage.failed(f"no message is received until it is connected again: {error}")
         if self.hooks.stall.broker_unreachable():
             self.hooks.on_loop_turn()
 
     def ensure_connected(self, conn: Any) -> Any:
-        """The connection, when it stands; tried again and again, at most CONNECT_MAX_S apart."""
+        """Connect, however many attempts it takes, with pauses of at most MAX_CONNECT_PAUSE_S."""
         conn.ensure_connection(
             lambda error, _: self._report_outage(error),
-            interval_start=CONNECT_EVERY_S,
-            interval_step=CONNECT_EVERY_S,
-            interval_max=CONNECT_MAX_S,
+            interval_start=CONNECT_PAUSE_S,
+            interval_step=CONNECT_PAUSE_S,
+            interval_max=MAX_CONNECT_PAUSE_S,
             callback=maybe_shutdown,
         )
         self.first_connection_attempt = False
         return conn
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Any:
-        """Celery's handler of one message, in a net."""
+        """Return Celery's handler of one message, which raises only the broker's own errors."""
         handle = super().create_task_handler(*args, **kwargs)
 
         def on_task_received(message: Any) -> None:
-            why = message.headers.get(envelope.REFUSED)
-            if why:  # `gradcam_worker.broker.transport` found that it is none
-                self._refuse(message, str(why))
+            reason = message.headers.get(envelope.REFUSED)
+            if reason:  # `gradcam_worker.broker.transport` could not parse it
+                self._refuse(message, str(reason))
                 return
             try:
                 handle(message)
             except self.connection_errors:
-                raise  # the broker's trouble, not the message's
-            except (NoThread, MemoryError) as error:  # this process's trouble
-                self._return_later(message, f"this process lacks threads or memory: {error!r}")
+                raise  # the broker's fault, not the message's
+            except (NoThread, MemoryError) as error:  # this process's fault
+                self._requeue_later(message, f"this process lacks threads or memory: {error!r}")
             except Exception as error:  # noqa: BLE001  # whatever a malformed message leads to
                 self._refuse(message, f"its headers or body are malformed ({type(error).__name__})")
 
         return on_task_received
 
-    def _refuse(self, message: Any, why: str) -> None:
-        """Write down why, under the message's own id, then take it from the queue.
+    def _refuse(self, message: Any, reason: str) -> None:
+        """Record the reason in the ledger under the message's id, then acknowledge the message.
 
-        Where the ledger is out of reach it goes back to the end of the queue, and comes again.
+        While the ledger is unreachable the message is requeued at the end of the queue.
         """
         self.hooks.stall.progressed()
         headers = message.headers if isinstance(message.headers, dict) else {}
         try:
-            self.hooks.refuse(str(headers.get("id")), why)
+            self.hooks.refuse(str(headers.get("id")), reason)
         except LedgerUnavailable as error:
-            self._return_later(message, str(error))
+            self._requeue_later(message, str(error))
             return
         except Exception:
-            log.exception("a message that is no job could not be written down")
+            log.exception("message_refusal_not_recorded", job_id=headers.get("id"))
         message.ack_log_error(log, self.connection_errors)
 
-    def _return_later(self, message: Any, why: str) -> None:
-        """Put a message back after a pause, in which the loop goes on."""
-        log.warning("message %r goes back: %s", message.headers.get("id"), why)
+    def _requeue_later(self, message: Any, reason: str) -> None:
+        """Requeue a message after REQUEUE_DELAY_S, without blocking the event loop."""
+        log.warning("message_requeued", job_id=message.headers.get("id"), reason=reason)
         channel, tag, running = message.channel, message.delivery_tag, self.pool.running
 
-        def put_back() -> None:
-            # A connection that was lost has put it back, and a thread may have begun it all the same.
+        def requeue() -> None:
+            # A lost connection has requeued it already; or a thread has started it nevertheless.
             if not channel.closed and tag in channel.unacknowledged() and tag not in running:
                 message.reject_log_error(log, self.connection_errors, requeue=True)
 
-        self.timer.call_after(RETURN_AFTER_S, put_back)
+        self.timer.call_after(REQUEUE_DELAY_S, requeue)

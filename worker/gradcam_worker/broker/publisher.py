@@ -11,7 +11,7 @@ from datetime import datetime
 from itertools import islice
 from typing import Any
 
-from gradcam_worker.broker import message
+from gradcam_worker.broker import envelope
 from gradcam_worker.errors import BrokerUnavailable
 from gradcam_worker.ledger.redis.client import RedisClients
 from gradcam_worker.schemas import shard
@@ -21,7 +21,7 @@ from gradcam_worker.settings import Settings
 # The names on the wire.
 EXPLAIN = "gradcam.explain"
 EXPLAIN_SHARD = "gradcam.explain_shard"
-ENTERED_AT = message.ENTERED_AT
+ENTERED_AT = envelope.ENTERED_AT
 INTERACTIVE = "gradcam.interactive"
 BULK = "gradcam.bulk"
 SHARDS = "gradcam.shards"
@@ -118,7 +118,7 @@ def _message(job_id: str, priority: str, payload: str, entered_at: datetime | No
     }
     if entered_at:
         headers[ENTERED_AT] = entered_at.isoformat()
-    envelope = {
+    message = {
         "body": body,
         "content-encoding": "utf-8",
         "content-type": "application/json",
@@ -132,4 +132,4 @@ def _message(job_id: str, priority: str, payload: str, entered_at: datetime | No
             "delivery_tag": str(uuid.uuid4()),
         },
     }
-    return json.dumps(envelope)
+    return json.dumps(message)

@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar, Unpack, overload
 
-from gradcam_worker.broker import message as envelope
-from gradcam_worker.broker import publisher
+from gradcam_worker.broker import envelope, publisher
 from gradcam_worker.client import results
 from gradcam_worker.client.results import Objects, Result
 from gradcam_worker.client.waiter import JobWaiter
@@ -219,7 +218,7 @@ class GradcamClient:
     def _check(self, job: Job) -> int:
         """The size of a job in bytes. Raises InvalidJob where no worker would accept it."""
         text = job.to_json().encode()
-        envelope.check(text, self._settings.max_message_bytes)
+        envelope.check_job(text, self._settings.max_message_bytes)
         if why := why_no_uri(job.image.uri):
             message = f"This is not a job: image.uri: {why}; upload_and_submit takes a file of this machine."
             raise InvalidJob(message)

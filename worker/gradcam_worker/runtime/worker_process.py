@@ -47,7 +47,7 @@ from gradcam_worker.settings import Settings
 
 log = logging.getLogger("gradcam")
 
-RETURN_AFTER_S = 1  # before a message goes back, so that an outage makes no busy loop
+REQUEUE_DELAY_S = 1  # before a message goes back, so that an outage makes no busy loop
 HAND_BACK_S = 8.0  # for handing back what runs and ending: less than a supervisor grants
 GIVE_WAY_S = 3.0  # of it, for jobs to notice that they are to stop
 SETTLE_S = 1.0  # of it, when they have, for Celery to end
@@ -73,14 +73,14 @@ def register(app: Celery, handler: JobHandler, ledger_outage: Outage) -> None:
                 ledger_outage.failed(said)
             else:
                 log.warning("%s", said)
-            time.sleep(RETURN_AFTER_S)
+            time.sleep(REQUEUE_DELAY_S)
             raise Reject(str(error), requeue=True) from error
         except BaseException as error:  # not only Exception: nothing else would free its place
             # A mistake of ours. No job is lost by it; what is no job goes round once, then ends.
             log.exception("message %s: unforeseen", self.request.id)
             if _redelivered(self.request) and _ended(handler, self.request.id, error):
                 return
-            time.sleep(RETURN_AFTER_S)
+            time.sleep(REQUEUE_DELAY_S)
             raise Reject(str(error), requeue=True) from error
 
     app.finalize()
@@ -138,7 +138,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     register(app, handler, components.outages.ledger)
     telemetry.ask_worker(lambda: services.model_cache.count, handler.breaker, components.eviction.trouble)
     _preload(settings, services, telemetry.health)
-    probe = partial(broker.answers, broker.make_app(settings, timeout_s=PROBE_S))
+    probe = partial(broker.is_reachable, broker.make_app(settings, timeout_s=PROBE_S))
     stopped, signals = threading.Event(), SimpleQueue[int]()
     loops = background.start([*components.background_loops, *telemetry.loops])
     ended = telemetry.watch(loops)
