@@ -1,4 +1,4 @@
-"""A dataset as a page, as far as it can be told without a browser: see tests/live/test_gallery_page.py."""
+"""The gallery page of a dataset, without a browser; with one: see tests/live/test_gallery_page.py."""
 
 import base64
 import hashlib
@@ -38,7 +38,7 @@ from gradcam_worker.testing import MemoryImageFetcher, MemoryStore, TinyNetwork
 
 NETWORK = NetworkRef(name="efficientnet_lite0", layer="blocks", weights_sha256=None)
 NAMES = {1: "tabby_cat", 2: "lynx", 3: "</script><script>alert('\"&')"}
-Told = tuple[int, int, float, NDArray[np.float32]]  # class, rank, probability, heatmap (rows, columns)
+ExplainedClass = tuple[int, int, float, NDArray[np.float32]]  # class, rank, probability, heatmap
 
 
 def photo(seed: int, size: tuple[int, int] = (300, 400)) -> bytes:
@@ -49,14 +49,16 @@ def photo(seed: int, size: tuple[int, int] = (300, 400)) -> bytes:
     )
 
 
-PHOTOS = {f"s3://photos/{one}.jpg": photo(one) for one in range(8)}
+PHOTOS = {f"s3://photos/{number}.jpg": photo(number) for number in range(8)}
 
 
-def seen(uri: str, told: Sequence[Told], data: bytes | None = None) -> ExplainedRow:
+def explained_image(uri: str, classes: Sequence[ExplainedClass], data: bytes | None = None) -> ExplainedRow:
     data = PHOTOS[uri] if data is None else data
-    explained = tuple(Prediction(rank, one, f"n{one}", NAMES[one], p) for one, rank, p, _ in told)
-    raw = np.zeros(len(told), np.float32)
-    heatmaps = np.stack([heatmap for *_, heatmap in told])
+    explained = tuple(
+        Prediction(rank, class_id, f"n{class_id}", NAMES[class_id], p) for class_id, rank, p, _ in classes
+    )
+    raw = np.zeros(len(classes), np.float32)
+    heatmaps = np.stack([heatmap for *_, heatmap in classes])
     record = InputRecord(
         uri=uri,
         sha256=hashlib.sha256(data).hexdigest(),
@@ -66,12 +68,12 @@ def seen(uri: str, told: Sequence[Told], data: bytes | None = None) -> Explained
         height=300,
     )
     explanation = Explanation(TinyNetwork.facts, "blocks", explained, explained, heatmaps, raw, raw)
-    return ExplainedRow(record, explanation, [None] * len(told), [None] * len(told))
+    return ExplainedRow(record, explanation, [None] * len(classes), [None] * len(classes))
 
 
 def file(outcomes: Sequence[tuple[str, Outcome]], first: int = 0, grid: tuple[int, int] = (4, 4)) -> bytes:
     """A shard's file with these outcomes of the images at these URIs."""
-    rows = tuple(Row(uri=uri, id=f"id-{first + place}") for place, (uri, _) in enumerate(outcomes))
+    rows = tuple(Row(uri=uri, id=f"id-{first + index}") for index, (uri, _) in enumerate(outcomes))
     shard = Shard(
         backfill=new_id(),
         index=first,
@@ -87,35 +89,39 @@ def file(outcomes: Sequence[tuple[str, Outcome]], first: int = 0, grid: tuple[in
 
 def cells(value: float) -> NDArray[np.float32]:
     """A heatmap that is `value` in one half, and 1 in one cell."""
-    made = np.zeros((4, 4), np.float32)
-    made[:2] = value
-    made[3, 3] = 1
-    return made
+    heatmap = np.zeros((4, 4), np.float32)
+    heatmap[:2] = value
+    heatmap[3, 3] = 1
+    return heatmap
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> list[tuple[str, Outcome]]:
     """Eight images: class 1 first in five of them, class 2 in three, class 3 always last."""
-    made: list[tuple[str, Outcome]] = []
-    for place, uri in enumerate(PHOTOS):
-        sure = 0.9 - 0.05 * place
-        first, second = (1, 2) if place < 5 else (2, 1)
-        told = [(first, 1, sure, cells(sure)), (second, 2, 0.99 - sure, cells(0.5)), (3, 3, 0.001, cells(0))]
-        made.append((uri, seen(uri, told)))
-    return made
+    outcomes: list[tuple[str, Outcome]] = []
+    for index, uri in enumerate(PHOTOS):
+        confidence = 0.9 - 0.05 * index
+        first, second = (1, 2) if index < 5 else (2, 1)
+        classes = [
+            (first, 1, confidence, cells(confidence)),
+            (second, 2, 0.99 - confidence, cells(0.5)),
+            (3, 3, 0.001, cells(0)),
+        ]
+        outcomes.append((uri, explained_image(uri, classes)))
+    return outcomes
 
 
 @pytest.fixture
 def store(outcomes: list[tuple[str, Outcome]]) -> MemoryStore:
-    gone = Problem.of(ImageNotFound("There is nothing."), stage="fetch", attempt=1)
-    one, two = file([*outcomes[:5], ("s3://photos/gone.jpg", gone)]), file(outcomes[5:], first=6)
+    problem = Problem.of(ImageNotFound("There is nothing."), stage="fetch", attempt=1)
+    first, second = file([*outcomes[:5], ("s3://photos/gone.jpg", problem)]), file(outcomes[5:], first=6)
     return MemoryStore(
-        {"data/a.parquet": one, "data/b.parquet": two, "data/.x.part": b"", "dataset.json": b"{}"}
+        {"data/a.parquet": first, "data/b.parquet": second, "data/.x.part": b"", "dataset.json": b"{}"}
     )
 
 
-def made(store: MemoryStore, images: Any = PHOTOS, **wish: Any) -> Gallery:
-    return gallery(store, MemoryImageFetcher(images), Limits(), GalleryOptions(**wish))
+def make_gallery(store: MemoryStore, images: Any = PHOTOS, **options: Any) -> Gallery:
+    return gallery(store, MemoryImageFetcher(images), Limits(), GalleryOptions(**options))
 
 
 def data_of(page: bytes) -> dict[str, Any]:
@@ -128,77 +134,83 @@ def values(text: str) -> NDArray[np.float64]:
 
 
 class TestClasses:
-    def test_those_that_came_first_most_often_go_first_with_their_counts(self, store: MemoryStore) -> None:
-        told = data_of(made(store).page)
-        counts = [(one["id"], one["name"], one["first"], one["count"]) for one in told["classes"]]
+    def test_classes_that_came_first_most_often_are_listed_first_with_their_counts(
+        self, store: MemoryStore
+    ) -> None:
+        page_data = data_of(make_gallery(store).page)
+        counts = [
+            (entry["id"], entry["name"], entry["first"], entry["count"]) for entry in page_data["classes"]
+        ]
         assert counts == [(1, "tabby cat", 5, 8), (2, "lynx", 3, 8), (3, NAMES[3], 0, 8)]
-        facts = dict(told["facts"])
+        facts = dict(page_data["facts"])
         assert (facts["Images"], facts["Failed"]) == ("9", "image_not_found 1")
         assert facts["Network, layer"] == "efficientnet_lite0, blocks"
         assert "Incomplete" not in facts
 
-    def test_the_mean_heatmap_is_the_mean_to_its_own_peak(
+    def test_the_mean_heatmap_is_divided_by_its_peak(
         self, store: MemoryStore, outcomes: list[tuple[str, Outcome]]
     ) -> None:
-        shown = data_of(made(store).page)["classes"][0]
+        class_data = data_of(make_gallery(store).page)["classes"][0]
         maps = [
-            outcome.explanation.heatmaps[place]
+            outcome.explanation.heatmaps[index]
             for _, outcome in outcomes
             if isinstance(outcome, ExplainedRow)
-            for place, one in enumerate(outcome.explanation.explained)
-            if one.id == 1
+            for index, prediction in enumerate(outcome.explanation.explained)
+            if prediction.id == 1
         ]
         mean = np.mean(maps, axis=0)
-        assert_allclose(values(shown["mean"]), mean / mean.max(), atol=1e-3)
-        assert shown["percent"] == "64.6 %"
+        assert_allclose(values(class_data["mean"]), mean / mean.max(), atol=1e-3)
+        assert class_data["percent"] == "64.6 %"
 
     def test_classes_are_named_by_id_wnid_or_name(self, store: MemoryStore) -> None:
-        told = data_of(made(store, classes=("Tabby-Cat", "n2", "1")).page)
-        assert [one["id"] for one in told["classes"]] == [1, 2]
-        assert dict(told["facts"])["Classes"] == "2 of 3"
-        assert made(store, max_classes=1).classes == 1
+        page_data = data_of(make_gallery(store, classes=("Tabby-Cat", "n2", "1")).page)
+        assert [entry["id"] for entry in page_data["classes"]] == [1, 2]
+        assert dict(page_data["facts"])["Classes"] == "2 of 3"
+        assert make_gallery(store, max_classes=1).classes == 1
 
     @pytest.mark.parametrize(
-        ("names", "said"),
+        ("names", "expected"),
         [
             (("tabby_bat",), "No image was explained for a class 'tabby_bat'. Near: tabby_cat"),
             (("999",), "class '999'"),
             ((), "The list of classes is empty"),
         ],
     )
-    def test_classes_that_are_not_there_are_refused(
-        self, store: MemoryStore, names: tuple[str, ...], said: str
+    def test_unknown_classes_are_refused(
+        self, store: MemoryStore, names: tuple[str, ...], expected: str
     ) -> None:
-        with pytest.raises(InvalidInput, match=re.escape(said)):
-            made(store, classes=names)
+        with pytest.raises(InvalidInput, match=re.escape(expected)):
+            make_gallery(store, classes=names)
 
 
-class TestPictures:
-    def test_the_most_and_the_least_confident_are_shown_and_none_twice(self, store: MemoryStore) -> None:
-        first = data_of(made(store, per_class=2).page)["classes"][0]
-        rows = [[(row["row"], row["percent"], row["rank"]) for row in one["rows"]] for one in first["groups"]]
+class TestImages:
+    def test_the_most_and_least_confident_images_are_shown_and_none_twice(self, store: MemoryStore) -> None:
+        first = data_of(make_gallery(store, per_class=2).page)["classes"][0]
+        rows = [
+            [(row["row"], row["percent"], row["rank"]) for row in entry["rows"]] for entry in first["groups"]
+        ]
         assert rows == [[(0, "90.0 %", 1), (1, "85.0 %", 1)], [(4, "70.0 %", 1), (3, "75.0 %", 1)]]
-        few = data_of(made(store, per_class=100).page)["classes"][0]
-        assert [one["title"] for one in few["groups"]] == ["Most confident"]
-        assert [row["row"] for row in few["groups"][0]["rows"]] == [0, 1, 2, 3, 4, 8, 7, 6]
+        all_rows = data_of(make_gallery(store, per_class=100).page)["classes"][0]
+        assert [entry["title"] for entry in all_rows["groups"]] == ["Most confident"]
+        assert [row["row"] for row in all_rows["groups"][0]["rows"]] == [0, 1, 2, 3, 4, 8, 7, 6]
 
-    def test_what_is_shown_of_a_row_is_its_own(self, store: MemoryStore) -> None:
-        told = data_of(made(store).page)
-        row = told["classes"][1]["groups"][0]["rows"][0]
+    def test_a_row_is_shown_with_its_image_and_heatmap(self, store: MemoryStore) -> None:
+        page_data = data_of(make_gallery(store).page)
+        row = page_data["classes"][1]["groups"][0]["rows"][0]
         assert (row["row"], row["id"], row["uri"]) == (6, "id-6", "s3://photos/5.jpg")
         assert_allclose(values(row["heatmap"]), cells(0.65), atol=1e-3)
-        shown = told["photos"][row["photo"]]
-        pixels = decode(base64.b64decode(shown["jpeg"])).pixels
-        assert pixels.shape == (shown["height"], shown["width"], 3) == (192, 256, 3)
-        whole = decode(PHOTOS[row["uri"]]).pixels
-        assert_allclose(pixels.mean((0, 1)), whole.mean((0, 1)), atol=2)
+        photo_data = page_data["photos"][row["photo"]]
+        pixels = decode(base64.b64decode(photo_data["jpeg"])).pixels
+        assert pixels.shape == (photo_data["height"], photo_data["width"], 3) == (192, 256, 3)
+        original = decode(PHOTOS[row["uri"]]).pixels
+        assert_allclose(pixels.mean((0, 1)), original.mean((0, 1)), atol=2)
 
     def test_an_image_is_embedded_once_for_all_its_classes(self, store: MemoryStore) -> None:
-        told = made(store, per_class=100)
-        assert told.pictures == 24
-        assert len(data_of(told.page)["photos"]) == 8
+        result = make_gallery(store, per_class=100)
+        assert result.pictures == 24
+        assert len(data_of(result.page)["photos"]) == 8
 
-    def test_an_image_that_is_gone_or_another_now_leaves_its_heatmap_and_the_reason(
+    def test_a_deleted_or_changed_image_is_shown_as_a_heatmap_with_the_reason(
         self, store: MemoryStore, settings: Settings, s3_server: S3Server, s3_settings: dict[str, Any]
     ) -> None:
         real = settings.model_copy(update=s3_settings)
@@ -207,28 +219,32 @@ class TestPictures:
             s3.client.put_object(Bucket="photos", Key=uri.rpartition("/")[2], Body=data)
         s3.client.delete_object(Bucket="photos", Key="0.jpg")
         s3.client.put_object(Bucket="photos", Key="1.jpg", Body=photo(99))
-        shown = gallery(store, UriFetcher(real, s3), Limits(), GalleryOptions())
-        told = data_of(shown.page)
-        one, two = told["classes"][0]["groups"][0]["rows"][:2]
-        assert told["photos"][one["photo"]]["code"] == "image_not_found"
-        assert "s3://photos/0.jpg" in told["photos"][one["photo"]]["detail"]
-        assert told["photos"][two["photo"]]["code"] == "checksum_mismatch"
-        assert values(one["heatmap"]).max() == 1
-        assert (one["width"], one["height"]) == (256, 192)
-        assert shown.missing == {"image_not_found": 1, "checksum_mismatch": 1}
+        result = gallery(store, UriFetcher(real, s3), Limits(), GalleryOptions())
+        page_data = data_of(result.page)
+        deleted, changed = page_data["classes"][0]["groups"][0]["rows"][:2]
+        assert page_data["photos"][deleted["photo"]]["code"] == "image_not_found"
+        assert "s3://photos/0.jpg" in page_data["photos"][deleted["photo"]]["detail"]
+        assert page_data["photos"][changed["photo"]]["code"] == "checksum_mismatch"
+        assert values(deleted["heatmap"]).max() == 1
+        assert (deleted["width"], deleted["height"]) == (256, 192)
+        assert result.missing == {"image_not_found": 1, "checksum_mismatch": 1}
 
-    def test_the_same_dataset_in_other_files_makes_the_same_page(
+    def test_the_page_does_not_depend_on_how_the_dataset_is_split_into_files(
         self, store: MemoryStore, outcomes: list[tuple[str, Outcome]]
     ) -> None:
-        whole = MemoryStore({"data/all.parquet": file(outcomes)})
-        split = {f"data/{one}.parquet": file([outcomes[one]], first=one) for one in range(len(outcomes))}
-        assert made(whole).page == made(MemoryStore(split)).page
+        single_file = MemoryStore({"data/all.parquet": file(outcomes)})
+        split = {
+            f"data/{index}.parquet": file([outcomes[index]], first=index) for index in range(len(outcomes))
+        }
+        assert make_gallery(single_file).page == make_gallery(MemoryStore(split)).page
 
-    def test_heatmaps_of_the_chosen_rows_alone_are_kept(self, store: MemoryStore) -> None:
-        found = read_statistics(store, 2)
-        for one in found.classes.values():
-            assert (len(one.most), len(one.least)) == (2, 4)
-            assert all(kept.heatmap.base is None for kept in one.most), "not a view of its whole batch"
+    def test_only_heatmaps_of_chosen_rows_are_kept(self, store: MemoryStore) -> None:
+        statistics = read_statistics(store, 2)
+        for summary in statistics.classes.values():
+            assert (len(summary.most_confident), len(summary.least_confident)) == (2, 4)
+            assert all(row.heatmap.base is None for row in summary.most_confident), (
+                "not a view of its whole batch"
+            )
 
     def test_a_file_is_read_in_parts(self, outcomes: list[tuple[str, Outcome]]) -> None:
         data = file(outcomes)
@@ -240,39 +256,47 @@ class TestPictures:
 
 
 class TestSize:
-    def test_a_page_stays_below_its_limit_its_photos_become_smaller(
+    def test_photos_are_shrunk_so_that_a_page_stays_below_its_limit(
         self, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        whole = made(store)
-        base = len(whole.page) - sum(len(one["jpeg"]) for one in data_of(whole.page)["photos"])
+        result = make_gallery(store)
+        base = len(result.page) - sum(
+            len(photo_data["jpeg"]) for photo_data in data_of(result.page)["photos"]
+        )
         for room in (60_000, 24_000):
-            monkeypatch.setattr(module, "LIMIT", base + room)
-            page = made(store).page
+            monkeypatch.setattr(module, "MAX_PAGE_BYTES", base + room)
+            page = make_gallery(store).page
             assert base < len(page) < base + room
-            assert {one.get("width", 0) for one in data_of(page)["photos"]} <= {64, 96, 128, 192}
-        monkeypatch.setattr(module, "LIMIT", base)
-        assert made(store).missing == {"too_many_pictures": 8}
+            assert {photo_data.get("width", 0) for photo_data in data_of(page)["photos"]} <= {
+                64,
+                96,
+                128,
+                192,
+            }
+        monkeypatch.setattr(module, "MAX_PAGE_BYTES", base)
+        assert make_gallery(store).missing == {"too_many_pictures": 8}
 
     def test_more_pictures_than_a_page_may_have_are_refused(
         self, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "MOST_PICTURES", 23)
+        monkeypatch.setattr(module, "MAX_PICTURES", 23)
         with pytest.raises(InvalidInput, match="24 pictures, and a page may have 23: show fewer classes"):
-            made(store, per_class=8)
+            make_gallery(store, per_class=8)
 
 
 class TestSafety:
-    def test_no_text_of_a_dataset_means_anything_to_html(self, store: MemoryStore) -> None:
-        page = made(store).page
+    def test_text_of_a_dataset_is_escaped(self, store: MemoryStore) -> None:
+        page = make_gallery(store).page
         assert data_of(page)["classes"][2]["name"] == NAMES[3]
         block = page.partition(b'id="data">')[2].partition(b"</script>")[0]
         assert not re.search(rb"[<>&\x80-\xff]", block)
-        assert page.replace(block, b"") == made(store, classes=("1",)).page.replace(
-            made(store, classes=("1",)).page.partition(b'id="data">')[2].partition(b"</script>")[0], b""
+        assert page.replace(block, b"") == make_gallery(store, classes=("1",)).page.replace(
+            make_gallery(store, classes=("1",)).page.partition(b'id="data">')[2].partition(b"</script>")[0],
+            b"",
         )
 
-    def test_the_policy_admits_the_own_style_and_script_and_nothing_else(self, store: MemoryStore) -> None:
-        page = made(store).page.decode()
+    def test_the_policy_allows_only_the_style_and_script_of_the_page(self, store: MemoryStore) -> None:
+        page = make_gallery(store).page.decode()
 
         def digest(tag: str) -> str:
             (block,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
@@ -300,12 +324,12 @@ class TestSafety:
 
 
 def other_grid(outcomes: list[tuple[str, Outcome]]) -> MemoryStore:
-    wide = seen("s3://photos/0.jpg", [(1, 1, 0.5, np.ones((2, 8), np.float32))])
+    other = explained_image("s3://photos/0.jpg", [(1, 1, 0.5, np.ones((2, 8), np.float32))])
     return MemoryStore(
         {
             "data/a": b"",
             "data/a.parquet": file(outcomes),
-            "data/b.parquet": file([("s3://x/y", wide)], grid=(2, 8)),
+            "data/b.parquet": file([("s3://x/y", other)], grid=(2, 8)),
         }
     )
 
@@ -318,18 +342,18 @@ def another_version(outcomes: list[tuple[str, Outcome]]) -> MemoryStore:
 
 
 def all_failed(_: object) -> MemoryStore:
-    gone = Problem.of(ImageNotFound("There is nothing."), stage="fetch", attempt=1)
-    return MemoryStore({"data/a.parquet": file([("s3://photos/gone.jpg", gone)] * 3)})
+    problem = Problem.of(ImageNotFound("There is nothing."), stage="fetch", attempt=1)
+    return MemoryStore({"data/a.parquet": file([("s3://photos/gone.jpg", problem)] * 3)})
 
 
 @pytest.mark.parametrize(
-    ("dataset", "said"),
+    ("dataset", "expected"),
     [
         (lambda _: MemoryStore(), "There is no dataset at memory://data"),
         (lambda _: MemoryStore({"data/a.csv": b"x", "a.parquet": b"x"}), "There is no dataset"),
         (lambda _: MemoryStore({"data/a.parquet": b""}), "memory://data/a.parquet is no part of a dataset"),
         (lambda _: MemoryStore({"data/a.parquet": b"PAR1 and so on"}), "is no part of a dataset"),
-        (lambda some: MemoryStore({"data/a.parquet": file(some)[:-9]}), "is no part of a dataset"),
+        (lambda outcomes: MemoryStore({"data/a.parquet": file(outcomes)[:-9]}), "is no part of a dataset"),
         (another_version, "its schema is 'gradcam.dataset/v2'"),
         (other_grid, "(4, 4) cells in one file and (2, 8) in another"),
         (all_failed, "each of the 3 rows failed (image_not_found 3)"),
@@ -345,11 +369,11 @@ def all_failed(_: object) -> MemoryStore:
         "all failed",
     ],
 )
-def test_what_is_no_dataset_is_refused_in_a_sentence(
-    outcomes: list[tuple[str, Outcome]], dataset: Any, said: str
+def test_an_invalid_dataset_is_refused_with_the_reason(
+    outcomes: list[tuple[str, Outcome]], dataset: Any, expected: str
 ) -> None:
-    with pytest.raises(InvalidInput, match=re.escape(said)):
-        made(dataset(outcomes))
+    with pytest.raises(InvalidInput, match=re.escape(expected)):
+        make_gallery(dataset(outcomes))
 
 
 class TestCommand:
@@ -364,17 +388,17 @@ class TestCommand:
         monkeypatch.chdir(tmp_path)
         return tmp_path
 
-    def test_a_folder_becomes_a_page_and_what_is_missing_is_told(
+    def test_a_folder_becomes_a_page_and_missing_images_are_reported(
         self, folder: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["gallery", "cams", "--classes", "1,lynx", "-o", "deep/cats.html"]) == 0
-        told = data_of((folder / "deep" / "cats.html").read_bytes())
-        assert [one["id"] for one in told["classes"]] == [1, 2]
-        assert dict(told["facts"])["Incomplete"] == "the backfill has not ended"
-        shown = capsys.readouterr()
-        assert shown.out.startswith("deep/cats.html: 2 classes, 16 pictures, 0.")
-        assert "no dataset.json: the backfill has not ended" in shown.err
-        assert "shown as heatmaps alone: uri_not_allowed 8" in shown.err.replace("\n", " ")
+        page_data = data_of((folder / "deep" / "cats.html").read_bytes())
+        assert [entry["id"] for entry in page_data["classes"]] == [1, 2]
+        assert dict(page_data["facts"])["Incomplete"] == "the backfill has not ended"
+        captured = capsys.readouterr()
+        assert captured.out.startswith("deep/cats.html: 2 classes, 16 pictures, 0.")
+        assert "no dataset.json: the backfill has not ended" in captured.err
+        assert "shown as heatmaps alone: uri_not_allowed 8" in captured.err.replace("\n", " ")
 
     def test_a_bucket_becomes_a_page_with_its_images(
         self,
@@ -395,11 +419,11 @@ class TestCommand:
             s3.client.put_object(Bucket="photos", Key=uri.rpartition("/")[2], Body=data)
         page = tmp_path / "page.html"
         assert main(["gallery", "s3://results/gallery/", "-o", str(page)]) == 0
-        assert all("jpeg" in one for one in data_of(page.read_bytes())["photos"])
+        assert all("jpeg" in entry for entry in data_of(page.read_bytes())["photos"])
         assert capsys.readouterr().err.strip() == ""
 
     @pytest.mark.parametrize(
-        ("arguments", "said"),
+        ("arguments", "expected"),
         [
             (["none"], "There is no dataset at"),
             (["cams/data"], "There is no dataset at"),
@@ -409,12 +433,12 @@ class TestCommand:
             (["cams", "--classes", " , "], "The list of classes is empty"),
         ],
     )
-    def test_what_cannot_be_shown_ends_with_1_and_a_sentence(
-        self, folder: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    def test_invalid_arguments_end_with_1_and_the_reason(
+        self, folder: Path, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["gallery", *arguments]) == 1
         error = capsys.readouterr().err
-        assert said in error
+        assert expected in error
         assert "(invalid_input)" in error
         assert "secret" not in error
         assert not (folder / "gallery.html").exists()

@@ -1,4 +1,4 @@
-"""Keras on JAX, and on PyTorch where that is installed, computes what it computes on TensorFlow."""
+"""Networks compute the same on JAX, and on PyTorch if it is installed, as on TensorFlow."""
 
 import os
 import subprocess
@@ -29,12 +29,12 @@ def on_tensorflow() -> Arrays:
 
 
 @pytest.fixture(scope="module", params=["jax", "torch"])
-def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Arrays:
-    """The same, computed by a process of another backend."""
+def on_other_backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Arrays:
+    """The same results, computed in a process with another backend."""
     backend = request.param
     if find_spec(backend) is None:
         if backend in REQUIRED_IN_CI and os.environ.get("CI"):
-            pytest.fail(f"{backend} is not installed: CI has to hold the engine to a second backend.")
+            pytest.fail(f"{backend} is not installed: CI must test a second backend.")
         pytest.skip(f"{backend} is not installed")
     path = tmp_path_factory.mktemp(backend) / "computed.npz"
     program = command("agreement.every_method", str(path))
@@ -51,25 +51,25 @@ def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_logits_agree(network: str, on_tensorflow: Arrays, elsewhere: Arrays) -> None:
-    assert_allclose(elsewhere[f"{network} logits"], on_tensorflow[f"{network} logits"], atol=1e-4)
+def test_logits_agree(network: str, on_tensorflow: Arrays, on_other_backend: Arrays) -> None:
+    assert_allclose(on_other_backend[f"{network} logits"], on_tensorflow[f"{network} logits"], atol=1e-4)
 
 
-def test_heatmaps_of_every_method_agree_also_with_the_mirror_image_and_of_the_probability(
-    on_tensorflow: Arrays, elsewhere: Arrays
+def test_heatmaps_of_all_methods_agree_with_and_without_flip_and_for_the_probability(
+    on_tensorflow: Arrays, on_other_backend: Arrays
 ) -> None:
-    assert set(elsewhere) == set(on_tensorflow)
+    assert set(on_other_backend) == set(on_tensorflow)
     cases = [name.removesuffix(" ids") for name in on_tensorflow if name.endswith(" ids")]
     assert len(cases) > 3 * len(cam.METHODS)
     for case in cases:
-        assert_array_equal(elsewhere[f"{case} ids"], on_tensorflow[f"{case} ids"], case)
+        assert_array_equal(on_other_backend[f"{case} ids"], on_tensorflow[f"{case} ids"], case)
         expected = on_tensorflow[f"{case} heatmaps"]
         assert expected.max() == 1, case
-        assert_allclose(elsewhere[f"{case} heatmaps"], expected, atol=1e-3, err_msg=case)
+        assert_allclose(on_other_backend[f"{case} heatmaps"], expected, atol=1e-3, err_msg=case)
 
 
-def test_a_pass_too_large_for_the_device_is_told_from_another_mistake() -> None:
-    """JAX has one error for both: only its words tell them apart."""
+def test_running_out_of_memory_is_distinguished_from_other_errors() -> None:
+    """JAX has one exception for both, which differs only in its text."""
     from gradcam_worker.gradcam.methods.gradients import _is_out_of_memory
 
     assert _is_out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 GiB"))
@@ -77,7 +77,7 @@ def test_a_pass_too_large_for_the_device_is_told_from_another_mistake() -> None:
     assert not _is_out_of_memory(RuntimeError("INTERNAL: no kernel image is available"))
 
 
-DEVICE = """
+DEVICE_PROGRAM = """
 from gradcam_worker.gradcam import backend
 
 backend.set_intra_op_threads(0)
@@ -111,28 +111,28 @@ for wanted in (True, False):
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
-def test_threads_memory_and_tf32_are_asked_for_alike(backend: str) -> None:
+def test_threads_memory_and_tf32_can_be_set_on_every_backend(backend: str) -> None:
     if find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    command, variables = [sys.executable, "-c", DEVICE], {**os.environ, "KERAS_BACKEND": backend}
+    command, variables = [sys.executable, "-c", DEVICE_PROGRAM], {**os.environ, "KERAS_BACKEND": backend}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_gpu_hands_out_its_memory_as_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_memory_is_allocated_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     import tensorflow as tf
 
     from gradcam_worker.gradcam import backend
 
-    told = []
+    calls = []
 
-    def tell(device: str, grow: bool) -> None:
-        told.append((device, grow))
+    def set_memory_growth(device: str, grow: bool) -> None:
+        calls.append((device, grow))
         if device == "used before":
             message = "Physical devices cannot be modified after being initialized"
             raise RuntimeError(message)
 
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["used before", f"another {kind}"])
-    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", tell)
-    backend._let_memory_grow()
-    assert told == [("used before", True), ("another GPU", True)]
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", set_memory_growth)
+    backend._allocate_gpu_memory_on_demand()
+    assert calls == [("used before", True), ("another GPU", True)]

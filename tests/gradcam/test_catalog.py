@@ -19,7 +19,7 @@ from gradcam_worker.gradcam.models.weights import digest
         ("efficientnetv2l", (480, 480), "top_activation", (15, 15), "none"),
     ],
 )
-def test_a_row_says_what_to_feed_and_where_to_look(
+def test_a_row_defines_input_and_target_layer(
     name: str, input_size: tuple[int, int], target_layer: str, map_size: tuple[int, int], preprocessing: str
 ) -> None:
     row = find(name)
@@ -28,23 +28,23 @@ def test_a_row_says_what_to_feed_and_where_to_look(
     assert row.preprocessing.name == preprocessing
 
 
-def test_every_row_is_kept_under_its_own_name() -> None:
+def test_every_row_has_its_name_as_key() -> None:
     assert {key: row.name for key, row in CATALOG.items()} == {key: key for key in CATALOG}
 
 
-def test_every_row_ships_its_weights_with_their_checksum_or_names_what_keras_downloads() -> None:
+def test_every_row_has_shipped_weights_with_their_checksum_or_names_those_that_keras_downloads() -> None:
     for row in CATALOG.values():
         assert (row.shipped and row.sha256) or row.keras_files, row.name
 
 
-def test_a_shipped_file_is_the_one_its_row_pins() -> None:
+def test_a_shipped_file_has_the_checksum_of_its_row() -> None:
     shipped = {row.name: row for row in CATALOG.values() if row.shipped}
     assert "efficientnet_lite0" in shipped
     for row in shipped.values():
         assert digest(DATA / str(row.shipped)) == row.sha256
 
 
-def test_an_unknown_network_is_refused_and_says_where_those_are_that_there_are() -> None:
+def test_an_unknown_network_is_refused_with_the_command_that_lists_all_networks() -> None:
     few = {name: CATALOG[name] for name in ("xception", "vgg16")}
     with pytest.raises(UnknownNetwork) as refused:
         find("qqq", few)
@@ -71,7 +71,7 @@ def test_a_misspelled_network_is_refused_with_the_nearest(wrong: str, right: str
 
 
 @pytest.mark.parametrize("name", ["own.keras", "models/own", "resnet50.h5"])
-def test_a_file_in_place_of_a_name_is_pointed_to_the_registry(name: str) -> None:
+def test_a_file_instead_of_a_name_is_refused_with_a_hint_at_the_registry(name: str) -> None:
     with pytest.raises(UnknownNetwork, match=r"A file is named in the registry, GRADCAM_NETWORKS"):
         find(name)
 

@@ -26,155 +26,169 @@ from gradcam_worker.testing import TinyNetwork
 
 
 @pytest.fixture
-def picture() -> NDArray[np.uint8]:
-    """16 x 16: the upper left quarter pure red, half of the rest half as bright in green, no blue."""
+def pixels() -> NDArray[np.uint8]:
+    """16 x 16: the upper left quarter bright red, the lower half dark green, no blue."""
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[:8, :8, 0] = 255
     pixels[8:, :, 1] = 51
     return pixels
 
 
-def same(one: Explanation, other: Explanation) -> bool:
+def is_same(one: Explanation, other: Explanation) -> bool:
     pairs = zip(vars(one).items(), vars(other).items(), strict=True)
     return all(
-        mine == theirs if isinstance(mine, str) else np.array_equal(mine, theirs)
-        for (_, mine), (_, theirs) in pairs
+        first == second if isinstance(first, str) else np.array_equal(first, second)
+        for (_, first), (_, second) in pairs
     )
 
 
-def test_an_explanation_is_shown_in_one_short_line(tiny: TinyNetwork, picture: NDArray[np.uint8]) -> None:
-    shown = repr(explain_image(tiny, picture, classes=["red", "green"]))
+def test_an_explanation_is_shown_in_one_short_line(tiny: TinyNetwork, pixels: NDArray[np.uint8]) -> None:
+    shown = repr(explain_image(tiny, pixels, classes=["red", "green"]))
     assert shown.startswith(
         "Explained(network='efficientnet_lite0', layer='blocks', explained=['0 red 47.4 %', "
     )
     assert shown.endswith("heatmaps=(2, 4, 4))")
     assert len(shown) < 200
-    few = explain_pixels(tiny, fit(picture, (16, 16))[np.newaxis], [(-1,)])[0]
-    assert repr(few).startswith("Explanation(")
-    decoded = decode(encode(picture))
+    explanation = explain_pixels(tiny, fit(pixels, (16, 16))[np.newaxis], [(-1,)])[0]
+    assert repr(explanation).startswith("Explanation(")
+    decoded = decode(encode(pixels))
     assert repr(decoded) == "Decoded(pixels=uint8(16, 16, 3), media_type='image/jpeg', damage=None)"
 
 
 @pytest.mark.parametrize("classes", ["red", b"red"])
-def test_one_class_in_place_of_a_list_is_refused(
-    tiny: TinyNetwork, picture: NDArray[np.uint8], classes: Any
+def test_a_single_class_instead_of_a_list_is_refused(
+    tiny: TinyNetwork, pixels: NDArray[np.uint8], classes: Any
 ) -> None:
     with pytest.raises(InvalidJob, match=r"classes is a list, as in \[b?'red'\]"):
-        explain_image(tiny, picture, classes=classes)
+        explain_image(tiny, pixels, classes=classes)
 
 
 class TestKnownAnswer:
-    def test_the_heatmap_lies_where_the_color_of_the_class_is(
-        self, tiny: TinyNetwork, picture: NDArray[np.uint8]
+    def test_the_heatmap_is_where_the_color_of_the_class_is(
+        self, tiny: TinyNetwork, pixels: NDArray[np.uint8]
     ) -> None:
-        seen = explain_image(tiny, picture, classes=["red", "green"])
+        explanation = explain_image(tiny, pixels, classes=["red", "green"])
         quarter, half = np.zeros((2, 4, 4), np.float32)
         quarter[:2, :2] = half[2:] = 1
-        assert_array_equal(seen.heatmaps, [quarter, half])
+        assert_array_equal(explanation.heatmaps, [quarter, half])
 
     def test_raw_extremes_are_those_before_the_relu(
-        self, tiny: TinyNetwork, picture: NDArray[np.uint8]
+        self, tiny: TinyNetwork, pixels: NDArray[np.uint8]
     ) -> None:
-        seen = explain_image(tiny, picture, classes=["red", "green", "blue"])
-        assert_allclose(seen.raw_max, [2 / 16, 0.4 / 16, 0], rtol=1e-6)
-        assert_allclose(seen.raw_min, [-0.2 / 16, -1 / 16, -1 / 16], rtol=1e-6)
+        explanation = explain_image(tiny, pixels, classes=["red", "green", "blue"])
+        assert_allclose(explanation.raw_max, [2 / 16, 0.4 / 16, 0], rtol=1e-6)
+        assert_allclose(explanation.raw_min, [-0.2 / 16, -1 / 16, -1 / 16], rtol=1e-6)
 
     def test_probabilities_are_the_softmax_over_all_classes(
-        self, tiny: TinyNetwork, picture: NDArray[np.uint8]
+        self, tiny: TinyNetwork, pixels: NDArray[np.uint8]
     ) -> None:
-        seen = explain_image(tiny, picture, top_n=3)
-        red, green = 1 / 4, 0.2 / 2  # means over the picture
+        explanation = explain_image(tiny, pixels, top_n=3)
+        red, green = 1 / 4, 0.2 / 2  # means over the image
         powers = np.exp([2 * red - green, 2 * green - red, -red - green])
-        assert [one.name for one in seen.predictions] == ["red", "green", "blue"]
-        assert_allclose([one.probability for one in seen.predictions], powers / powers.sum(), rtol=1e-5)
+        assert [prediction.name for prediction in explanation.predictions] == ["red", "green", "blue"]
+        assert_allclose(
+            [prediction.probability for prediction in explanation.predictions],
+            powers / powers.sum(),
+            rtol=1e-5,
+        )
 
-    def test_huge_scores_have_probabilities_too(self, picture: NDArray[np.uint8]) -> None:
-        class Loud(TinyNetwork):
+    def test_huge_scores_have_probabilities_too(self, pixels: NDArray[np.uint8]) -> None:
+        class LargeScores(TinyNetwork):
             KERNEL = TinyNetwork.KERNEL * 1e4
 
-        seen = explain_image(Loud(), picture, top_n=3)
-        assert [one.probability for one in seen.predictions] == [1, 0, 0]
+        explanation = explain_image(LargeScores(), pixels, top_n=3)
+        assert [prediction.probability for prediction in explanation.predictions] == [1, 0, 0]
 
 
-class TestWishes:
-    def test_classes_are_explained_in_the_order_they_were_asked_for(
-        self, tiny: TinyNetwork, picture: NDArray[np.uint8]
+class TestSelection:
+    def test_classes_are_explained_in_the_requested_order(
+        self, tiny: TinyNetwork, pixels: NDArray[np.uint8]
     ) -> None:
-        seen = explain_image(tiny, picture, classes=["blue", 0])
-        assert [(one.rank, one.id, one.wnid, one.name) for one in seen.explained] == [
+        explanation = explain_image(tiny, pixels, classes=["blue", 0])
+        assert [
+            (prediction.rank, prediction.id, prediction.wnid, prediction.name)
+            for prediction in explanation.explained
+        ] == [
             (3, 2, "n3", "blue"),
             (1, 0, "n1", "red"),
         ]
 
     def test_the_top_n_are_both_predicted_and_explained(
-        self, tiny: TinyNetwork, picture: NDArray[np.uint8]
+        self, tiny: TinyNetwork, pixels: NDArray[np.uint8]
     ) -> None:
-        seen = explain_image(tiny, picture, top_n=2)
-        assert seen.explained == seen.predictions
-        assert [one.rank for one in seen.explained] == [1, 2]
-        assert seen.heatmaps.shape == (2, 4, 4)
+        explanation = explain_image(tiny, pixels, top_n=2)
+        assert explanation.explained == explanation.predictions
+        assert [prediction.rank for prediction in explanation.explained] == [1, 2]
+        assert explanation.heatmaps.shape == (2, 4, 4)
 
-    def test_predictions_stand_beside_listed_classes(
-        self, tiny: TinyNetwork, picture: NDArray[np.uint8]
+    def test_predictions_are_reported_in_addition_to_listed_classes(
+        self, tiny: TinyNetwork, pixels: NDArray[np.uint8]
     ) -> None:
-        seen = explain_image(tiny, picture, classes=["blue"])
-        assert [one.name for one in seen.predictions] == ["red", "green", "blue"]
+        explanation = explain_image(tiny, pixels, classes=["blue"])
+        assert [prediction.name for prediction in explanation.predictions] == ["red", "green", "blue"]
 
-    def test_what_cannot_be_asked_for_is_refused(self, tiny: TinyNetwork, picture: NDArray[np.uint8]) -> None:
+    def test_unknown_classes_ranks_and_layers_are_refused(
+        self, tiny: TinyNetwork, pixels: NDArray[np.uint8]
+    ) -> None:
         with pytest.raises(UnknownClass, match="yellow"):
-            explain_image(tiny, picture, classes=["yellow"])
+            explain_image(tiny, pixels, classes=["yellow"])
         with pytest.raises(InvalidJob, match="from 1 to 3"):
-            explain_image(tiny, picture, top_n=4)
+            explain_image(tiny, pixels, top_n=4)
         with pytest.raises(UnknownLayer, match="there is 'blocks'"):
-            explain_image(tiny, picture, top_n=1, method=Method(layer="stones"))
+            explain_image(tiny, pixels, top_n=1, method=Method(layer="missing"))
 
-    def test_many_images_with_wishes_of_their_own_get_what_each_gets_alone(
-        self, tiny: TinyNetwork, picture: NDArray[np.uint8]
+    def test_many_images_with_different_selections_are_explained_as_each_alone(
+        self, tiny: TinyNetwork, pixels: NDArray[np.uint8]
     ) -> None:
-        pixels = np.stack([picture, picture[::-1], 255 - picture])
-        wishes = [(-1,), (2, 0, 1), (-1, -2)]
-        together = explain_pixels(tiny, pixels, wishes)
-        alone = [explain_pixels(tiny, pixels[i : i + 1], [wish])[0] for i, wish in enumerate(wishes)]
+        images = np.stack([pixels, pixels[::-1], 255 - pixels])
+        selections = [(-1,), (2, 0, 1), (-1, -2)]
+        together = explain_pixels(tiny, images, selections)
+        alone = [
+            explain_pixels(tiny, images[index : index + 1], [selection])[0]
+            for index, selection in enumerate(selections)
+        ]
         assert (
-            [len(one.explained) for one in together] == [len(one.heatmaps) for one in together] == [1, 3, 2]
+            [len(explanation.explained) for explanation in together]
+            == [len(explanation.heatmaps) for explanation in together]
+            == [1, 3, 2]
         )
-        assert all(map(same, together, alone))
+        assert all(map(is_same, together, alone))
 
 
-class TestDarkness:
-    def test_a_class_nothing_speaks_for_is_listed_and_its_heatmap_is_zero(
-        self, tiny: TinyNetwork, picture: NDArray[np.uint8]
+class TestZeroHeatmaps:
+    def test_a_class_without_evidence_is_listed_and_its_heatmap_is_zero(
+        self, tiny: TinyNetwork, pixels: NDArray[np.uint8]
     ) -> None:
-        seen = explain_image(tiny, picture, classes=["red", "blue"])
-        assert seen.zero_heatmaps == (2,)
-        assert_array_equal(seen.heatmaps[1], np.zeros((4, 4)))
+        explanation = explain_image(tiny, pixels, classes=["red", "blue"])
+        assert explanation.zero_heatmaps == (2,)
+        assert_array_equal(explanation.heatmaps[1], np.zeros((4, 4)))
 
-    def test_a_black_picture_speaks_for_nothing(self, tiny: TinyNetwork) -> None:
-        seen = explain_image(tiny, np.zeros((9, 9, 3), np.uint8), top_n=3)
-        assert seen.zero_heatmaps == (0, 1, 2)
-        assert not seen.heatmaps.any()
-        assert [round(one.probability, 5) for one in seen.explained] == [0.33333] * 3
+    def test_a_black_image_has_only_heatmaps_of_zeros(self, tiny: TinyNetwork) -> None:
+        explanation = explain_image(tiny, np.zeros((9, 9, 3), np.uint8), top_n=3)
+        assert explanation.zero_heatmaps == (0, 1, 2)
+        assert not explanation.heatmaps.any()
+        assert [round(prediction.probability, 5) for prediction in explanation.explained] == [0.33333] * 3
 
 
-class TestPictures:
+class TestImages:
     def test_a_path_bytes_and_pixels_are_explained_alike(
-        self, tiny: TinyNetwork, picture: NDArray[np.uint8], tmp_path: Path
+        self, tiny: TinyNetwork, pixels: NDArray[np.uint8], tmp_path: Path
     ) -> None:
-        data = cv2.imencode(".png", picture[..., ::-1])[1].tobytes()
-        path = tmp_path / "picture.png"
+        data = cv2.imencode(".png", pixels[..., ::-1])[1].tobytes()
+        path = tmp_path / "image.png"
         path.write_bytes(data)
-        seen = [explain_image(tiny, image, top_n=3) for image in (picture, data, path, str(path))]
-        assert all(same(seen[0], other) for other in seen[1:])
-        assert all((one.picture == picture).all() for one in seen)
+        explanations = [explain_image(tiny, image, top_n=3) for image in (pixels, data, path, str(path))]
+        assert all(is_same(explanations[0], other) for other in explanations[1:])
+        assert all((explanation.picture == pixels).all() for explanation in explanations)
 
-    def test_a_jpeg_is_explained_as_its_pixels_are_however_large_it_is(self, tiny: TinyNetwork) -> None:
-        grain = np.random.default_rng(4).choice([0, 255], (640, 480, 3)).astype(np.uint8)
-        data = cv2.imencode(".jpg", grain, [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
-        seen = explain_image(tiny, data, top_n=3)
-        assert same(seen, explain_image(tiny, decode(data).pixels, top_n=3))
-        assert seen.picture.shape == (640, 480, 3)
+    def test_a_large_jpeg_is_explained_as_its_pixels_are(self, tiny: TinyNetwork) -> None:
+        noise = np.random.default_rng(4).choice([0, 255], (640, 480, 3)).astype(np.uint8)
+        data = cv2.imencode(".jpg", noise, [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
+        explanation = explain_image(tiny, data, top_n=3)
+        assert is_same(explanation, explain_image(tiny, decode(data).pixels, top_n=3))
+        assert explanation.picture.shape == (640, 480, 3)
 
-    def test_what_a_damaged_image_lacks_is_told(self, tiny: TinyNetwork) -> None:
+    def test_the_damage_of_an_image_is_reported(self, tiny: TinyNetwork) -> None:
         data = cv2.imencode(".jpg", np.full((64, 64, 3), 200, np.uint8))[1].tobytes()
         assert explain_image(tiny, data, top_n=1).damage is None
         damage = explain_image(tiny, data[:-2], top_n=1).damage
@@ -182,23 +196,23 @@ class TestPictures:
         with pytest.raises(ImageDecodeFailed):
             explain_image(tiny, data[:-20], top_n=1, limits=Limits(max_damage=0))
 
-    def test_the_limits_hold_for_encoded_images(self, tiny: TinyNetwork, picture: NDArray[np.uint8]) -> None:
-        data = cv2.imencode(".png", picture)[1].tobytes()
+    def test_the_limits_hold_for_encoded_images(self, tiny: TinyNetwork, pixels: NDArray[np.uint8]) -> None:
+        data = cv2.imencode(".png", pixels)[1].tobytes()
         with pytest.raises(ImagePixelsExceeded, match="at most 255 pixels"):
             explain_image(tiny, data, top_n=1, limits=Limits(max_pixels=255))
 
-    def test_the_overlay_has_the_size_of_the_picture_and_not_of_the_network(self, tiny: TinyNetwork) -> None:
-        picture = np.full((30, 50, 3), (255, 0, 0), np.uint8)
-        seen = explain_image(tiny, picture, top_n=1)
+    def test_the_overlay_has_the_size_of_the_image_and_not_of_the_network(self, tiny: TinyNetwork) -> None:
+        pixels = np.full((30, 50, 3), (255, 0, 0), np.uint8)
+        explanation = explain_image(tiny, pixels, top_n=1)
         assert_array_equal(
-            seen.overlay(0, alpha=0.7, colormap="magma"),
-            overlay(picture, seen.heatmaps[0], alpha=0.7, colormap="magma"),
+            explanation.overlay(0, alpha=0.7, colormap="magma"),
+            overlay(pixels, explanation.heatmaps[0], alpha=0.7, colormap="magma"),
         )
 
     def test_saving_writes_one_jpeg_for_each_explained_class(
-        self, tiny: TinyNetwork, picture: NDArray[np.uint8], tmp_path: Path
+        self, tiny: TinyNetwork, pixels: NDArray[np.uint8], tmp_path: Path
     ) -> None:
-        paths = explain_image(tiny, picture, classes=["blue", "red"]).save(tmp_path / "new" / "folder")
+        paths = explain_image(tiny, pixels, classes=["blue", "red"]).save(tmp_path / "new" / "folder")
         assert [path.name for path in paths] == ["overlay-3-2-blue.jpg", "overlay-1-0-red.jpg"]
         assert all(decode(path.read_bytes()).pixels.shape == (16, 16, 3) for path in paths)
 
@@ -212,12 +226,12 @@ class TestPictures:
         ("x" * 300, f"overlay-2-573-{'x' * 60}.jpg"),
     ],
 )
-def test_an_overlays_name_is_safe_for_any_file_system(name: str, expected: str) -> None:
+def test_the_name_of_an_overlay_is_safe_for_any_file_system(name: str, expected: str) -> None:
     assert file_name("overlay", Prediction(2, 573, "n1", name, 0.5)) == expected
 
 
 @pytest.mark.parametrize("broken", ["scores", "raw"])
-def test_a_network_that_computes_no_numbers_is_refused(broken: str) -> None:
+def test_a_network_that_computes_nan_is_refused(broken: str) -> None:
     class Broken(TinyNetwork):
         def compute(
             self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
@@ -229,19 +243,19 @@ def test_a_network_that_computes_no_numbers_is_refused(broken: str) -> None:
         explain_pixels(Broken(), np.zeros((1, 16, 16, 3), np.uint8), [(0,)])
 
 
-@pytest.mark.parametrize("wish", [np.int64(2), "2", " 2 ", "blue", "n3"])
-def test_a_class_may_be_named_in_any_of_its_ways(wish: Any) -> None:
-    assert TinyNetwork.labels.wanted(classes=[wish]) == (2,)
+@pytest.mark.parametrize("name", [np.int64(2), "2", " 2 ", "blue", "n3"])
+def test_a_class_may_be_named_by_id_number_name_or_wnid(name: Any) -> None:
+    assert TinyNetwork.labels.select(classes=[name]) == (2,)
 
 
-@pytest.mark.parametrize("wish", [-1, 3, True, "-1", "1.0"])
-def test_what_is_no_class_is_not_taken_for_one(wish: Any) -> None:
+@pytest.mark.parametrize("name", [-1, 3, True, "-1", "1.0"])
+def test_what_names_no_class_is_refused(name: Any) -> None:
     with pytest.raises(UnknownClass):
-        TinyNetwork.labels.wanted(classes=[wish])
+        TinyNetwork.labels.select(classes=[name])
 
 
 @pytest.mark.parametrize(
-    "picture",
+    "pixels",
     [
         np.zeros((8, 8, 3), np.float32),
         np.zeros((8, 8), np.uint8),
@@ -249,9 +263,9 @@ def test_what_is_no_class_is_not_taken_for_one(wish: Any) -> None:
         np.zeros((0, 8, 3), np.uint8),
     ],
 )
-def test_an_array_that_is_no_picture_is_refused_with_its_shape(picture: Any) -> None:
+def test_an_array_that_is_no_image_is_refused_with_its_shape(pixels: Any) -> None:
     with pytest.raises(UnsupportedMediaType, match=r"must be \(height, width, 3\) uint8 RGB; this one is \("):
-        explain_image(TinyNetwork(), picture, top_n=1)
+        explain_image(TinyNetwork(), pixels, top_n=1)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "\U00020000" * 300, "ü" * 61, "a/b\\c"])
@@ -262,7 +276,7 @@ def test_a_file_name_fits_every_file_system(name: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [written]
 
 
-def test_a_picture_of_many_channels_is_fitted_to_its_network() -> None:
+def test_an_image_of_many_channels_is_resized_to_the_input_of_its_network() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 9), np.uint8)
     fitted = fit(pixels, (16, 16))
     assert fitted.shape == (16, 16, 9)

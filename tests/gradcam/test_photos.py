@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with its shipped weights on the five shipped photos: what FACTS says it sees."""
+"""EfficientNet-Lite0 with its shipped weights on the five shipped photos: known predictions and heatmaps."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from gradcam_worker.gradcam.network import Method, Network
 
 pytestmark = pytest.mark.tensorflow
 
-# Where things are in the photos: left, top, right, bottom, in parts of the width and height.
+# Boxes of things in the photos: left, top, right, bottom, as shares of the width and height.
 SHUTTLE, HELMET = (0.66, 0.0, 0.95, 0.56), (0.55, 0.66, 1.0, 1.0)
 LEGS, CAMERA = (0.42, 0.6, 0.82, 1.0), (0.42, 0.24, 0.62, 0.45)
 Box = tuple[float, float, float, float]
 
 
 def peak(heatmap: NDArray[np.float32]) -> tuple[float, float]:
-    """The middle of the hottest cell, across and down, in parts of the width and height."""
+    """The centre x, y of the hottest cell, as shares of the width and height."""
     rows, columns = heatmap.shape
     row, column = divmod(int(heatmap.argmax()), columns)
     return (column + 0.5) / columns, (row + 0.5) / rows
@@ -59,8 +59,8 @@ def test_the_first_prediction_is_the_known_one(
 def test_other_classes_have_their_known_probabilities(
     photo: str, class_id: int, probability: float, within: float, lite0: Network, photos: Path
 ) -> None:
-    seen = explain_image(lite0, photos / f"{photo}.jpg", classes=[class_id])
-    assert seen.explained[0].probability == pytest.approx(probability, abs=within)
+    explanation = explain_image(lite0, photos / f"{photo}.jpg", classes=[class_id])
+    assert explanation.explained[0].probability == pytest.approx(probability, abs=within)
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,13 @@ def test_other_classes_have_their_known_probabilities(
 )
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("method", ["gradcam", "hirescam", "xgradcam"])
-def test_each_class_lights_its_own_thing(
+def test_the_peak_of_each_class_is_on_its_object(
     photo: str, classes: list[str], boxes: list[Box], method: str, *, flip: bool, lite0: Network, photos: Path
 ) -> None:
-    how = Method(method, flip=flip)
-    seen = explain_image(lite0, photos / f"{photo}.jpg", classes=classes, method=how)
-    assert [one.name for one in seen.explained] == classes
-    peaks = [peak(heatmap) for heatmap in seen.heatmaps]
+    options = Method(method, flip=flip)
+    explanation = explain_image(lite0, photos / f"{photo}.jpg", classes=classes, method=options)
+    assert [prediction.name for prediction in explanation.explained] == classes
+    peaks = [peak(heatmap) for heatmap in explanation.heatmaps]
     assert [[lies_in(point, box) for box in boxes] for point in peaks] == [[True, False], [False, True]]
 
 
@@ -87,34 +87,32 @@ def test_each_class_lights_its_own_thing(
     [("astronaut", 812, SHUTTLE), ("astronaut", 560, HELMET), ("camera", 872, LEGS)],
 )
 @pytest.mark.parametrize("method", ["gradcam", "gradcam++", "hirescam", "xgradcam", "layercam"])
-def test_the_probability_lights_it_by_all_methods_that_ask_for_a_class(
+def test_with_the_probability_the_peak_is_on_the_object_for_all_methods_that_depend_on_the_class(
     photo: str, class_id: int, box: Box, method: str, lite0: Network, photos: Path
 ) -> None:
-    """By the score alone, methods of positive gradients prefer what speaks for many classes at once."""
-    how = Method(method, score="probability")
-    seen = explain_image(lite0, photos / f"{photo}.jpg", classes=[class_id], method=how)
-    assert lies_in(peak(seen.heatmaps[0]), box)
+    """With the score alone, methods of positive gradients prefer evidence for many classes at once."""
+    options = Method(method, score="probability")
+    explanation = explain_image(lite0, photos / f"{photo}.jpg", classes=[class_id], method=options)
+    assert lies_in(peak(explanation.heatmaps[0]), box)
 
 
-def test_the_shuttle_is_dark_for_the_helmet_and_the_helmet_for_the_shuttle(
-    lite0: Network, photos: Path
-) -> None:
-    seen = explain_image(lite0, photos / "astronaut.jpg", classes=[812, 560])
-    shuttle, helmet = seen.heatmaps
+def test_the_heatmap_of_one_object_is_low_on_the_other(lite0: Network, photos: Path) -> None:
+    explanation = explain_image(lite0, photos / "astronaut.jpg", classes=[812, 560])
+    shuttle, helmet = explanation.heatmaps
     assert helmet[:3, 5:].max() < 0.2
     assert shuttle[5:, 4:].max() < 0.2
 
 
-def test_every_photo_gets_maps_of_seven_by_seven_and_overlays_of_its_own_size(
+def test_heatmaps_are_seven_by_seven_and_overlays_have_the_size_of_the_photo(
     lite0: Network, photos: Path
 ) -> None:
     paths = sorted(photos.iterdir())
     assert [path.stem for path in paths] == ["astronaut", "camera", "chelsea", "coffee", "rocket"]
     for path in paths:
-        seen = explain_image(lite0, path, top_n=3)
-        assert seen.heatmaps.shape == (3, 7, 7)
-        assert seen.heatmaps.max((1, 2)).tolist() == [1, 1, 1]
-        assert seen.overlay(0).shape == seen.picture.shape
+        explanation = explain_image(lite0, path, top_n=3)
+        assert explanation.heatmaps.shape == (3, 7, 7)
+        assert explanation.heatmaps.max((1, 2)).tolist() == [1, 1, 1]
+        assert explanation.overlay(0).shape == explanation.picture.shape
 
 
 def test_the_same_photo_gives_the_same_bytes(lite0: Network, photos: Path) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.explain import Explanation, Prediction, explain_image
 from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, enlarge
-from gradcam_worker.gradcam.report import LIMIT, page
+from gradcam_worker.gradcam.report import MAX_PAGE_BYTES, page
 from gradcam_worker.testing import TinyNetwork
 
 Pixels = NDArray[np.uint8]
@@ -39,35 +39,37 @@ def pixels(noise: Noise) -> Pixels:
 
 
 @pytest.fixture
-def seen(tiny: TinyNetwork, pixels: Pixels) -> Explanation:
+def explanation(tiny: TinyNetwork, pixels: Pixels) -> Explanation:
     return explain_image(tiny, pixels, classes=["blue", "red"])
 
 
-def with_heatmaps(seen: Explanation, heatmaps: NDArray[np.float32]) -> Explanation:
+def with_heatmaps(explanation: Explanation, heatmaps: NDArray[np.float32]) -> Explanation:
     """The same network and image, and k classes with these heatmaps (k, rows, columns)."""
     count = len(heatmaps)
-    classes = tuple(Prediction(one + 1, one, f"n{one:08d}", f"class_{one}", 0.02) for one in range(count))
+    classes = tuple(
+        Prediction(index + 1, index, f"n{index:08d}", f"class_{index}", 0.02) for index in range(count)
+    )
     raw = np.linspace(-1, 1, count, dtype=np.float32)
     return replace(
-        seen, explained=classes, predictions=classes, heatmaps=heatmaps, raw_min=raw, raw_max=raw + 1
+        explanation, explained=classes, predictions=classes, heatmaps=heatmaps, raw_min=raw, raw_max=raw + 1
     )
 
 
-def data_of(made: bytes) -> dict[str, Any]:
-    blocks = re.findall(r'<script type="application/json" id="data">(.*?)</script>', made.decode(), re.DOTALL)
+def data_of(html: bytes) -> dict[str, Any]:
+    blocks = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html.decode(), re.DOTALL)
     assert len(blocks) == 1
     return dict(json.loads(blocks[0]))
 
 
-def heatmaps_of(made: bytes) -> NDArray[np.float64]:
-    data = data_of(made)
+def heatmaps_of(html: bytes) -> NDArray[np.float64]:
+    data = data_of(html)
     numbers = np.frombuffer(base64.b64decode(data["heatmaps"]), "<u2") / 65_535
     return numbers.reshape(-1, data["rows"], data["columns"])
 
 
-def photo_of(made: bytes) -> Pixels:
+def photo_of(html: bytes) -> Pixels:
     """The photo on the page, (height, width, 3) RGB."""
-    head, _, text = data_of(made)["photo"].partition(",")
+    head, _, text = data_of(html)["photo"].partition(",")
     assert head == "data:image/jpeg;base64"
     decoded = cv2.imdecode(np.frombuffer(base64.b64decode(text), np.uint8), cv2.IMREAD_COLOR)
     assert decoded is not None
@@ -77,131 +79,142 @@ def photo_of(made: bytes) -> Pixels:
 class TestSize:
     @pytest.mark.parametrize("size", [(1414, 1414), (1000, 2000), (5000, 400)])
     def test_two_megapixels_of_noise_make_a_page_below_the_limit(
-        self, seen: Explanation, noise: Noise, size: tuple[int, int]
+        self, explanation: Explanation, noise: Noise, size: tuple[int, int]
     ) -> None:
         photo = noise(*size)
-        made = page(seen, photo, name="noise.png", facts=FACTS)
-        assert LIMIT / 2 < len(made) < LIMIT, "and no smaller than it has to be"
-        height, width, _ = photo_of(made).shape
+        html = page(explanation, photo, name="noise.png", facts=FACTS)
+        assert MAX_PAGE_BYTES / 2 < len(html) < MAX_PAGE_BYTES, "and no smaller than necessary"
+        height, width, _ = photo_of(html).shape
         assert height / width == pytest.approx(size[0] / size[1], rel=0.01)
 
-    def test_so_do_fifty_classes_on_large_grids_with_long_facts(
-        self, seen: Explanation, noise: Noise
+    def test_fifty_classes_on_large_grids_with_long_facts_stay_below_the_limit(
+        self, explanation: Explanation, noise: Noise
     ) -> None:
         heatmaps = np.random.default_rng(1).random((50, 150, 150), dtype=np.float32)
-        many, facts = with_heatmaps(seen, heatmaps), {f"fact {one}": "😀" * 3000 for one in range(20)}
-        made = page(many, noise(1414, 1414), name="noise.png", facts=facts)
-        assert len(made) < LIMIT
-        shown = heatmaps_of(made)
-        assert shown.shape == (50, 48, 48)
-        assert_allclose(shown[7], enlarge(heatmaps[7], (48, 48)), atol=1 / 65_535)
-        assert ["Heatmap", "150 x 150 cells, shown as 48 x 48"] in data_of(made)["facts"]
+        many_classes, facts = (
+            with_heatmaps(explanation, heatmaps),
+            {f"fact {number}": "😀" * 3000 for number in range(20)},
+        )
+        html = page(many_classes, noise(1414, 1414), name="noise.png", facts=facts)
+        assert len(html) < MAX_PAGE_BYTES
+        drawn = heatmaps_of(html)
+        assert drawn.shape == (50, 48, 48)
+        assert_allclose(drawn[7], enlarge(heatmaps[7], (48, 48)), atol=1 / 65_535)
+        assert ["Heatmap", "150 x 150 cells, shown as 48 x 48"] in data_of(html)["facts"]
 
-    def test_a_photo_that_fits_keeps_its_size(self, seen: Explanation) -> None:
+    def test_a_photo_that_fits_keeps_its_size(self, explanation: Explanation) -> None:
         photo = np.full((1200, 1600, 3), (200, 100, 50), np.uint8)
-        shown = photo_of(page(seen, photo, name="plain.png", facts=FACTS))
-        assert shown.shape == photo.shape
-        assert_allclose(shown.astype(int), photo, atol=2)
+        drawn = photo_of(page(explanation, photo, name="plain.png", facts=FACTS))
+        assert drawn.shape == photo.shape
+        assert_allclose(drawn.astype(int), photo, atol=2)
 
-    def test_facts_and_names_of_megabytes_are_cut(self, seen: Explanation, pixels: Pixels) -> None:
+    def test_facts_and_names_of_megabytes_are_cut(self, explanation: Explanation, pixels: Pixels) -> None:
         long = "x" * 2_000_000
-        data = data_of(page(seen, pixels, name=long, facts={"Image": long}))
+        data = data_of(page(explanation, pixels, name=long, facts={"Image": long}))
         assert data["facts"][0][1] == "x" * 999 + "…"
         assert len(data["title"]) == 1000
 
 
 class TestContent:
-    def test_the_heatmaps_are_there_to_a_65535th(self, seen: Explanation, noise: Noise) -> None:
+    def test_the_heatmaps_are_exact_to_a_65535th(self, explanation: Explanation, noise: Noise) -> None:
         heatmaps = np.random.default_rng(1).random((50, 14, 14), dtype=np.float32)
         heatmaps /= heatmaps.max(axis=(1, 2), keepdims=True)
-        made = page(with_heatmaps(seen, heatmaps), noise(100, 100), name="flag.png", facts=FACTS)
-        assert_allclose(heatmaps_of(made), heatmaps, atol=0.5 / 65_535 + 1e-7)
+        html = page(with_heatmaps(explanation, heatmaps), noise(100, 100), name="flag.png", facts=FACTS)
+        assert_allclose(heatmaps_of(html), heatmaps, atol=0.5 / 65_535 + 1e-7)
 
-    def test_heatmaps_above_one_are_shown_against_the_highest(
-        self, seen: Explanation, pixels: Pixels
+    def test_heatmaps_above_one_are_divided_by_the_highest_peak(
+        self, explanation: Explanation, pixels: Pixels
     ) -> None:
         unnormalized = np.array([[[0, 8]], [[0, 2]]], np.float32)
-        made = page(with_heatmaps(seen, unnormalized), pixels, name="flag.png", facts=FACTS)
-        assert_allclose(heatmaps_of(made), unnormalized / 8, atol=1e-5)
+        html = page(with_heatmaps(explanation, unnormalized), pixels, name="flag.png", facts=FACTS)
+        assert_allclose(heatmaps_of(html), unnormalized / 8, atol=1e-5)
 
-    def test_a_grid_finer_than_the_photo_is_shrunk_as_an_overlay_shrinks_it(
-        self, seen: Explanation, noise: Noise
+    def test_a_grid_finer_than_the_photo_is_shrunk_as_for_an_overlay(
+        self, explanation: Explanation, noise: Noise
     ) -> None:
         heatmaps = np.random.default_rng(1).random((1, 14, 14), dtype=np.float32)
         heatmaps /= heatmaps.max()
-        made = page(with_heatmaps(seen, heatmaps), noise(5, 20), name="flag.png", facts=FACTS)
-        assert_allclose(heatmaps_of(made)[0], enlarge(heatmaps[0], (5, 14)), atol=1e-5)
+        html = page(with_heatmaps(explanation, heatmaps), noise(5, 20), name="flag.png", facts=FACTS)
+        assert_allclose(heatmaps_of(html)[0], enlarge(heatmaps[0], (5, 14)), atol=1e-5)
 
     @pytest.mark.parametrize("colormap", COLORMAPS)
     def test_the_colour_maps_are_those_of_the_overlays(
-        self, seen: Explanation, pixels: Pixels, colormap: str
+        self, explanation: Explanation, pixels: Pixels, colormap: str
     ) -> None:
-        table = data_of(page(seen, pixels, name="flag.png", facts=FACTS))["colors"][colormap]
+        table = data_of(page(explanation, pixels, name="flag.png", facts=FACTS))["colors"][colormap]
         written = np.frombuffer(base64.b64decode(table), np.uint8).reshape(256, 1, 3)
         assert_array_equal(written, colors(colormap))
 
-    def test_classes_predictions_and_facts_are_told(self, seen: Explanation, pixels: Pixels) -> None:
-        data = data_of(page(seen, pixels, name="flag.png", facts=FACTS))
+    def test_classes_predictions_and_facts_are_listed(self, explanation: Explanation, pixels: Pixels) -> None:
+        data = data_of(page(explanation, pixels, name="flag.png", facts=FACTS))
         assert data["title"] == "efficientnet_lite0 · flag.png"
-        assert [one["name"] for one in data["explained"]] == ["blue", "red"]
-        first, told = seen.predictions[0], data["predictions"][0]
-        assert (told["rank"], told["id"], told["name"]) == (1, first.id, first.name)
-        assert told["percent"] == f"{first.probability * 100:.1f} %"
-        raw = f"Raw map from {seen.raw_min[0]:.4g} to {seen.raw_max[0]:.4g}."
-        assert data["explained"][0]["more"] == f"Rank {seen.explained[0].rank}, n3. {raw}"
+        assert [prediction["name"] for prediction in data["explained"]] == ["blue", "red"]
+        predicted, listed = explanation.predictions[0], data["predictions"][0]
+        assert (listed["rank"], listed["id"], listed["name"]) == (1, predicted.id, predicted.name)
+        assert listed["percent"] == f"{predicted.probability * 100:.1f} %"
+        raw = f"Raw map from {explanation.raw_min[0]:.4g} to {explanation.raw_max[0]:.4g}."
+        assert data["explained"][0]["more"] == f"Rank {explanation.explained[0].rank}, n3. {raw}"
         assert data["facts"] == [*map(list, FACTS.items()), ["Heatmap", "4 x 4 cells"]]
 
-    def test_metrics_are_told_where_there_are_any_and_a_wnid_only_where_there_is_one(
-        self, seen: Explanation, pixels: Pixels
+    def test_metrics_and_wnid_are_listed_if_there_are_any(
+        self, explanation: Explanation, pixels: Pixels
     ) -> None:
-        nameless = tuple(replace(one, wnid="") for one in seen.explained)
+        without_wnid = tuple(replace(prediction, wnid="") for prediction in explanation.explained)
         areas = ({"deletion": 0.1234, "insertion": 0.75}, {"deletion": 0.5, "insertion": 0.5})
-        measured = replace(seen, explained=nameless, metrics=areas)
-        more = data_of(page(measured, pixels, name="flag.png", facts=FACTS))["explained"][0]["more"]
-        assert more.startswith(f"Rank {seen.explained[0].rank}. Raw map")
-        assert more.endswith(". Deletion 0.123, insertion 0.750.")
+        measured = replace(explanation, explained=without_wnid, metrics=areas)
+        details = data_of(page(measured, pixels, name="flag.png", facts=FACTS))["explained"][0]["more"]
+        assert details.startswith(f"Rank {explanation.explained[0].rank}. Raw map")
+        assert details.endswith(". Deletion 0.123, insertion 0.750.")
 
-    def test_a_class_that_nothing_speaks_for_is_marked(self, tiny: TinyNetwork) -> None:
+    def test_a_class_with_a_heatmap_of_zeros_is_marked(self, tiny: TinyNetwork) -> None:
         red = np.full((16, 16, 3), (255, 0, 0), np.uint8)
-        made = page(explain_image(tiny, red, classes=["red", "blue"]), red, name="red.png", facts={})
-        assert [one["zero"] for one in data_of(made)["explained"]] == [False, True]
-        assert not heatmaps_of(made)[1].any()
+        html = page(explain_image(tiny, red, classes=["red", "blue"]), red, name="red.png", facts={})
+        assert [prediction["zero"] for prediction in data_of(html)["explained"]] == [False, True]
+        assert not heatmaps_of(html)[1].any()
 
-    def test_the_same_explanation_makes_the_same_bytes(self, seen: Explanation, pixels: Pixels) -> None:
-        first, second = (page(seen, pixels, name="flag.png", facts=FACTS) for _ in range(2))
+    def test_the_same_explanation_makes_the_same_bytes(
+        self, explanation: Explanation, pixels: Pixels
+    ) -> None:
+        first, second = (page(explanation, pixels, name="flag.png", facts=FACTS) for _ in range(2))
         assert first == second
 
 
 class TestSafety:
-    def test_no_character_of_the_data_means_anything_to_html(self, seen: Explanation, pixels: Pixels) -> None:
-        classes = tuple(Prediction(1, one, text, text, 0.5) for one, text in enumerate(HOSTILE))
+    def test_no_character_of_the_data_means_anything_to_html(
+        self, explanation: Explanation, pixels: Pixels
+    ) -> None:
+        classes = tuple(Prediction(1, index, text, text, 0.5) for index, text in enumerate(HOSTILE))
         hostile = replace(
-            with_heatmaps(seen, np.ones((len(classes), 2, 2), np.float32)),
+            with_heatmaps(explanation, np.ones((len(classes), 2, 2), np.float32)),
             explained=classes,
             predictions=classes,
         )
-        made = page(hostile, pixels, name=HOSTILE[0], facts={text: text for text in HOSTILE})
-        data = data_of(made)
-        assert [one["wnid"] for one in data["explained"]] == HOSTILE
+        html = page(hostile, pixels, name=HOSTILE[0], facts={text: text for text in HOSTILE})
+        data = data_of(html)
+        assert [prediction["wnid"] for prediction in data["explained"]] == HOSTILE
         assert data["facts"][:-1] == [[text, text] for text in HOSTILE]
-        block = made.partition(b'id="data">')[2].partition(b"</script>")[0]
+        block = html.partition(b'id="data">')[2].partition(b"</script>")[0]
         assert not re.search(rb"[<>&\x80-\xff]", block)
 
-    def test_all_that_is_not_data_is_the_template(self, seen: Explanation, pixels: Pixels) -> None:
-        plain, hostile = (page(seen, pixels, name=name, facts={}).decode() for name in ("a", HOSTILE[0]))
+    def test_hostile_text_changes_nothing_outside_the_data(
+        self, explanation: Explanation, pixels: Pixels
+    ) -> None:
+        plain, hostile = (
+            page(explanation, pixels, name=name, facts={}).decode() for name in ("a", HOSTILE[0])
+        )
         frame = r"(?s)(?<=id=\"data\">).*?(?=</script>)"
         assert re.sub(frame, "", plain) == re.sub(frame, "", hostile)
 
-    def test_the_policy_admits_the_own_style_and_script_and_nothing_else(
-        self, seen: Explanation, pixels: Pixels
+    def test_the_policy_allows_only_the_style_and_script_of_the_page(
+        self, explanation: Explanation, pixels: Pixels
     ) -> None:
-        made = page(seen, pixels, name="flag.png", facts=FACTS).decode()
+        html = page(explanation, pixels, name="flag.png", facts=FACTS).decode()
 
         def digest(tag: str) -> str:
-            (block,) = re.findall(f"<{tag}>(.*?)</{tag}>", made, re.DOTALL)
+            (block,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
             return base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
 
-        policy = re.findall(r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', made)
+        policy = re.findall(r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', html)
         own = f"style-src 'sha256-{digest('style')}'; script-src 'sha256-{digest('script')}'"
         assert policy == [f"default-src 'none'; img-src data:; {own}; base-uri 'none'; form-action 'none'"]
 
@@ -221,9 +234,9 @@ class TestSafety:
         ("eigencam", "whichever class is chosen", "stands out"),
     ],
 )
-def test_what_the_colours_mean_is_told_for_each_method(
-    method: str, counts: str, nothing: str, seen: Explanation, pixels: Pixels
+def test_the_colours_are_explained_for_each_method(
+    method: str, counts: str, nothing: str, explanation: Explanation, pixels: Pixels
 ) -> None:
-    data = data_of(page(seen, pixels, name="flag.png", facts=FACTS, method=method))
+    data = data_of(page(explanation, pixels, name="flag.png", facts=FACTS, method=method))
     assert counts in data["about"]
     assert data["nothing"] == f"Nothing in the image {nothing}."

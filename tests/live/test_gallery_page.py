@@ -142,8 +142,8 @@ def test_a_picture_is_the_photo_below_the_colours_of_its_own_heatmap(
     reader: Reader, page: bytes, store: testing.MemoryStore, images: Mapping[str, bytes]
 ) -> None:
     reader.open(page)
-    (first, *_) = read_statistics(store, 3).chosen(None, 1)
-    for place, kept in enumerate(first.pictures()[0], 1):
+    (first, *_) = read_statistics(store, 3).choose_classes(None, 1)
+    for place, kept in enumerate(first.top_rows()[0], 1):
         selector = f".class:first-child .groups > div:first-child figure:nth-child({place})"
         assert f"row {kept.record['row']}, {ODD_ID}" in reader.text(f"{selector} figcaption")[0]
         drawn = reader.canvas(f"{selector} canvas")
@@ -153,7 +153,7 @@ def test_a_picture_is_the_photo_below_the_colours_of_its_own_heatmap(
             expected = overlay(black, kept.heatmap.astype(np.float32), alpha=1, colormap=colormap)
             drawn = reader.canvas(f"{selector} canvas")
             assert_allclose(drawn, expected, atol=8, err_msg=colormap)  # a level's
-    assert first.pictures()[0]
+    assert first.top_rows()[0]
 
 
 def test_the_opacity_is_that_of_all_photos_and_of_no_heatmap_alone(reader: Reader, page: bytes) -> None:

@@ -38,7 +38,7 @@ def prepared(network: KerasNetwork, pixels: Pixels) -> Floats:
 
 
 def best(images: int, classes: int) -> NDArray[np.int32]:
-    """The wish for the best classes of images, (images, classes): see `ClassIndex.wanted`."""
+    """The wish for the best classes of images, (images, classes): see `ClassIndex.select`."""
     return np.tile(-np.arange(1, classes + 1, dtype=np.int32), (images, 1))
 
 

@@ -173,7 +173,7 @@ class Case:
     def explanation(self) -> Explanation:
         """What the network sees in it."""
         nothing = np.zeros((1, *self.network.facts.input_size, 3), np.uint8)
-        return explain_pixels(self.network, nothing, [self.network.labels.wanted(top_n=self.top)])[0]
+        return explain_pixels(self.network, nothing, [self.network.labels.select(top_n=self.top)])[0]
 
     def stages(self, repeats: int) -> list[Variant]:
         """What `ours` consists of, each by itself; what is left are steps between, and hand-overs."""

@@ -1,1 +1,1 @@
-"""What a dataset of heatmaps says: statistics of its classes, and the gallery page. Begin at `gallery`."""
+"""Audits of a dataset of heatmaps: statistics of its classes, and the gallery page. Begin at `gallery`."""

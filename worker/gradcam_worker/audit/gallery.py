@@ -1,8 +1,8 @@
-"""A backfill's dataset as one HTML page: by class, what the network was most and least sure of.
+"""A backfill's dataset as one HTML page: the most and least confident images of each class.
 
-The images of the rows that it shows are fetched, as the operator's settings allow, and made small. The page
-lays the heatmaps over them itself; where an image cannot be had any more it shows the heatmap alone and says
-why. See `gradcam_worker.audit.statistics` for how those rows are found.
+The images of the rows are fetched, as the operator's settings allow, and shrunk. The script of the page draws
+the heatmaps over them. If an image is no longer available, the page shows the heatmap alone, with the reason.
+`gradcam_worker.audit.statistics` chooses the rows.
 """
 
 import threading
@@ -13,23 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.audit.statistics import (
-    READ_S,
+    READ_TIMEOUT_S,
     ClassStatistics,
     ClassSummary,
-    Report,
+    ReportProgress,
     TopRow,
     read_statistics,
 )
 from gradcam_worker.errors import GradcamError, InvalidInput, InvalidRow
 from gradcam_worker.gradcam.classes import percent
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
-from gradcam_worker.gradcam.imaging.html import fill_template, to_base64
-from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, enlarge, shrink_to_edge
+from gradcam_worker.gradcam.imaging.html import encode_heatmaps, fill_template, to_base64
+from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, encode_jpeg, enlarge, shrink_to_edge
 from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.images.prepare import ImageFetcher
 from gradcam_worker.resilience.deadline import Deadline
@@ -39,27 +38,32 @@ from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import FolderStore, S3Store, Store
 from gradcam_worker.text.urls import without_secrets
 
-LIMIT = 20_000_000  # bytes of a page: what a browser opens at once
-MOST_PICTURES = 1000  # on one page
-PHOTO_BYTES = 32_000  # of one small photo, at most
-AROUND = 100  # bytes of the page around it
-EDGES = (256, 192, 128, 96, 64)  # pixels of its longer side: the first with which it is small enough
-QUALITY = 80  # of its JPEG
-SIDE = 24  # cells of a heatmap's side on the page: under such photos more would not be seen
+MAX_PAGE_BYTES = 20_000_000  # what a browser opens without delay
+MAX_PICTURES = 1000  # images with a heatmap, on one page
+MAX_PHOTO_BYTES = 32_000  # of one photo
+PHOTO_OVERHEAD_BYTES = 100  # of each photo, in JSON
+PHOTO_EDGES = (256, 192, 128, 96, 64)  # of a photo in pixels: the first that is small enough is used
+JPEG_QUALITY = 80
+MAX_CELLS_PER_SIDE = 24  # of a heatmap on the page: on such small photos more would not be visible
 GROUPS = ("Most confident", "Least confident")
-LONGEST, LONGEST_URI = 200, 400  # characters of a name, an id or a reason; of a URI
-TINY = 1e-9  # below it a sum of heatmaps is dark
-FULL = 65_535  # how 1 is written
-PHOTOS = 8  # read at once
-IMAGE_S = 60.0  # that one image is
+MAX_TEXT_LENGTH, MAX_URI_LENGTH = 200, 400  # characters
+TINY = 1e-9  # a smaller sum of heatmaps counts as zero
+PARALLEL_READS = 8
+IMAGE_TIMEOUT_S = 60.0  # to fetch one image
 
 
 @dataclass(frozen=True)
 class GalleryOptions:
-    """What to show."""
+    """What to show.
 
-    classes: tuple[str, ...] | None = None  # ids, wnids or names; None: those that came first most often
-    per_class: int = 4  # of the most and of the least confident images, each
+    Attributes:
+        classes: Ids, wnids or names; None: the classes that came first most often.
+        per_class: Number of the most confident images of each class, and of the least confident ones.
+        max_classes: Number of classes, if `classes` is None.
+    """
+
+    classes: tuple[str, ...] | None = None
+    per_class: int = 4
     max_classes: int = 50
 
 
@@ -69,26 +73,42 @@ class Gallery:
 
     page: bytes
     classes: int
-    pictures: int
-    missing: Mapping[str, int]  # images that could not be had: why -> how many
-    complete: bool  # False: the backfill has not ended, and rows of its input are not there
+    pictures: int  # images with a heatmap
+    missing: Mapping[str, int]  # error code -> number of images that could not be fetched
+    complete: bool  # False: the backfill has not ended, and rows of its input are missing
 
 
 def make(
-    dataset: str, output: Path, wish: GalleryOptions, settings: Settings, report: Report = lambda *_: None
+    dataset: str,
+    output: Path,
+    options: GalleryOptions,
+    settings: Settings,
+    report_progress: ReportProgress = lambda *_: None,
 ) -> Gallery:
-    """Write the page of a dataset, a folder or s3://bucket/prefix, to the file `output`, in one step.
+    """Write the page of a dataset to a file, in one step.
 
-    Raises InvalidInput, StorageUnavailable.
+    Args:
+        dataset: A folder, or s3://bucket/prefix.
+        output: The file.
+        options: What to show.
+        settings: Which images may be fetched, and how.
+        report_progress: Is called after each file and each image.
+
+    Returns:
+        The page.
+
+    Raises:
+        InvalidInput: There is no dataset, or it has nothing to show.
+        StorageUnavailable: The dataset cannot be read.
     """
     s3 = S3(settings)
     limits = Limits(settings.max_image_pixels, settings.max_image_side)
-    made = gallery(_opened(dataset, s3), UriFetcher(settings, s3), limits, wish, report)
-    FolderStore(output.parent).put(output.name, made.page, "text/html")
-    return made
+    result = gallery(_open_store(dataset, s3), UriFetcher(settings, s3), limits, options, report_progress)
+    FolderStore(output.parent).put(output.name, result.page, "text/html")
+    return result
 
 
-def _opened(dataset: str, s3: S3) -> Store:
+def _open_store(dataset: str, s3: S3) -> Store:
     scheme, colon, rest = dataset.partition("://")
     if not colon:
         return FolderStore(Path(dataset))
@@ -100,85 +120,106 @@ def _opened(dataset: str, s3: S3) -> Store:
 
 
 def gallery(
-    store: Store, images: ImageFetcher, limits: Limits, wish: GalleryOptions, report: Report = lambda *_: None
+    store: Store,
+    images: ImageFetcher,
+    limits: Limits,
+    options: GalleryOptions,
+    report_progress: ReportProgress = lambda *_: None,
 ) -> Gallery:
-    """The page of the dataset in `store`: at most `LIMIT` bytes, always the same for the same images.
+    """Make the page of a dataset. The same images always give the same page.
 
-    Raises InvalidInput where there is no dataset, or nothing in it to show; StorageUnavailable.
+    Args:
+        store: Where the dataset is.
+        images: Fetches the images.
+        limits: The largest size of an image.
+        options: What to show.
+        report_progress: Is called after each file and each image.
+
+    Returns:
+        The page, of at most `MAX_PAGE_BYTES` bytes.
+
+    Raises:
+        InvalidInput: There is no dataset, or it has nothing to show.
+        StorageUnavailable: The dataset cannot be read.
     """
-    found = read_statistics(store, wish.per_class, report)
-    complete = store.find("dataset.json", Deadline(READ_S)) is not None
-    chosen = found.chosen(wish.classes, wish.max_classes)
-    pictures = [kept.record for one in chosen for group in one.pictures() for kept in group]
-    if len(pictures) > MOST_PICTURES:
-        message = f"That would be {len(pictures):,} pictures, and a page may have {MOST_PICTURES:,}: "
+    statistics = read_statistics(store, options.per_class, report_progress)
+    complete = store.find("dataset.json", Deadline(READ_TIMEOUT_S)) is not None
+    classes = statistics.choose_classes(options.classes, options.max_classes)
+    records = [row.record for summary in classes for group in summary.top_rows() for row in group]
+    if len(records) > MAX_PICTURES:
+        message = f"That would be {len(records):,} pictures, and a page may have {MAX_PICTURES:,}: "
         raise InvalidInput(message + "show fewer classes, or fewer images of each.")
-    data = _data(found, chosen, complete=complete)
-    needed = {(one["uri"], one["sha256"]): one for one in pictures}  # an image may be of several classes
-    most = ((LIMIT - len(fill_template("gallery.html", data))) // len(needed) - AROUND) * 3 // 4
-    places: dict[tuple[str, str], int] = {}
-    for record, photo in _photos(list(needed.values()), images, limits, min(most, PHOTO_BYTES)):
-        places[record["uri"], record["sha256"]] = len(places)
+    data = _page_data(statistics, classes, complete=complete)
+    distinct = {_image_key(record): record for record in records}  # an image may be of several classes
+    room = (MAX_PAGE_BYTES - len(fill_template("gallery.html", data))) // len(distinct)
+    max_photo_bytes = min((room - PHOTO_OVERHEAD_BYTES) * 3 // 4, MAX_PHOTO_BYTES)  # base64 adds a third
+    for photo in _photos(list(distinct.values()), images, limits, max_photo_bytes):
         data["photos"].append(photo)
-        report("images", len(places), len(needed))
-    shown = (row for one in data["classes"] for group in one["groups"] for row in group["rows"])
-    for row, record in zip(shown, pictures, strict=True):
-        row["photo"] = places[record["uri"], record["sha256"]]
+        report_progress("images", len(data["photos"]), len(distinct))
+    photo_indices = {key: index for index, key in enumerate(distinct)}
+    page_rows = (row for class_ in data["classes"] for group in class_["groups"] for row in group["rows"])
+    for row, record in zip(page_rows, records, strict=True):
+        row["photo"] = photo_indices[_image_key(record)]
     missing = Counter(photo["code"] for photo in data["photos"] if "code" in photo)
-    return Gallery(fill_template("gallery.html", data), len(chosen), len(pictures), missing, complete)
+    return Gallery(fill_template("gallery.html", data), len(classes), len(records), missing, complete)
+
+
+def _image_key(record: Mapping[str, Any]) -> tuple[str, str]:
+    return record["uri"], record["sha256"]
 
 
 def _photos(
-    records: Sequence[Mapping[str, Any]], images: ImageFetcher, limits: Limits, most: int
-) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
-    """Each row's image as the page gets it, in order; why there is none, where there is none."""
+    records: Sequence[Mapping[str, Any]], images: ImageFetcher, limits: Limits, max_bytes: int
+) -> Iterator[dict[str, Any]]:
+    """The image of each row, in order, or the reason why it is missing."""
     decoding = threading.Lock()  # one at a time: each may take a gigabyte
 
-    def photo(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    def photo(record: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            return record, _photo(record, images, limits, most, decoding)
+            return _photo(record, images, limits, max_bytes, decoding)
         except GradcamError as error:
-            return record, {"code": error.code, "detail": _short(str(error))}
+            return {"code": error.code, "detail": _truncate(str(error))}
 
-    with ThreadPoolExecutor(PHOTOS, thread_name_prefix="image") as readers:
+    with ThreadPoolExecutor(PARALLEL_READS, thread_name_prefix="image") as readers:
         yield from readers.map(photo, records)
 
 
 def _photo(
-    record: Mapping[str, Any], images: ImageFetcher, limits: Limits, most: int, decoding: threading.Lock
+    record: Mapping[str, Any], images: ImageFetcher, limits: Limits, max_bytes: int, decoding: threading.Lock
 ) -> dict[str, Any]:
-    """An image that is certainly the one that was explained, made small."""
+    """The explained image, verified by its checksum, as a small JPEG."""
     try:
-        asked = ImageRef(uri=record["uri"], sha256=record["sha256"])
-    except ValueError as error:  # nobody but a worker should have written it
+        reference = ImageRef(uri=record["uri"], sha256=record["sha256"])
+    except ValueError as error:  # only a dataset that no worker has written
         message = "The dataset says no image that could be asked for."
         raise InvalidRow(message) from error
-    data = images.fetch(asked, Deadline(IMAGE_S)).data
+    data = images.fetch(reference, Deadline(IMAGE_TIMEOUT_S)).data
     with decoding:
         pixels = decode(data, limits).pixels
-        for edge in EDGES:
+        for edge in PHOTO_EDGES:
             small = shrink_to_edge(pixels, edge)
-            swapped = cv2.cvtColor(small, cv2.COLOR_RGB2BGR)
-            jpeg = cv2.imencode(".jpg", swapped, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
-            if len(jpeg) <= most:
+            jpeg = encode_jpeg(small, JPEG_QUALITY)
+            if len(jpeg) <= max_bytes:
                 height, width, _ = small.shape
                 return {"jpeg": to_base64(jpeg), "width": width, "height": height}
     return {"code": "too_many_pictures", "detail": "On this page there is no room for it."}
 
 
-def _data(found: ClassStatistics, chosen: Sequence[ClassSummary], *, complete: bool) -> dict[str, Any]:
-    """All that the page is told, but for the photos."""
-    rows, columns = (min(side, SIDE) for side in chosen[0].total.shape)
-    method = found.method.name
+def _page_data(
+    statistics: ClassStatistics, classes: Sequence[ClassSummary], *, complete: bool
+) -> dict[str, Any]:
+    """The data of the page, without the photos."""
+    rows, columns = (min(side, MAX_CELLS_PER_SIDE) for side in classes[0].total.shape)
+    method = statistics.method.name
     counts = {
         "counterfactual": "counts against the class",
         "eigencam": "stands out to the layer, whichever the class",
     }.get(method, "counts for the class")
     facts = {
-        "Images": f"{found.rows:,}",
-        "Failed": ", ".join(f"{code} {count:,}" for code, count in found.codes.most_common()) or "none",
-        "Classes": f"{len(chosen):,} of {len(found.classes):,}",
-        "Network, layer": "; ".join(found.networks),
+        "Images": f"{statistics.rows:,}",
+        "Failed": ", ".join(f"{code} {count:,}" for code, count in statistics.codes.most_common()) or "none",
+        "Classes": f"{len(classes):,} of {len(statistics.classes):,}",
+        "Network, layer": "; ".join(statistics.networks),
         "Method": method,
     }
     if not complete:
@@ -187,50 +228,52 @@ def _data(found: ClassStatistics, chosen: Sequence[ClassSummary], *, complete: b
     def heatmap(values: NDArray[Any]) -> str:
         finite = np.nan_to_num(values.astype(np.float32))
         cells = enlarge(np.clip(finite, 0, 1), (rows, columns))
-        return to_base64(np.rint(cells * FULL).astype("<u2").tobytes())
+        return encode_heatmaps(cells)
 
-    def row(kept: TopRow) -> dict[str, Any]:
-        record, longer = kept.record, max(kept.record["width"], kept.record["height"])
+    def row_data(row: TopRow) -> dict[str, Any]:
+        record, longer_side = row.record, max(row.record["width"], row.record["height"])
         return {
             "row": record["row"],
-            "id": _short(record["id"] or ""),
-            "uri": _short(record["uri"], LONGEST_URI),
+            "id": _truncate(record["id"] or ""),
+            "uri": _truncate(record["uri"], MAX_URI_LENGTH),
             "rank": record["rank"],
             "percent": percent(record["probability"]),
-            "width": max(round(record["width"] * EDGES[0] / longer), 1),
-            "height": max(round(record["height"] * EDGES[0] / longer), 1),
-            "heatmap": heatmap(kept.heatmap),
+            "width": max(round(record["width"] * PHOTO_EDGES[0] / longer_side), 1),
+            "height": max(round(record["height"] * PHOTO_EDGES[0] / longer_side), 1),
+            "heatmap": heatmap(row.heatmap),
         }
 
     return {
-        "title": _short("Gallery · " + "; ".join(one.partition(",")[0] for one in found.networks)),
+        "title": _truncate(
+            "Gallery · " + "; ".join(network.partition(",")[0] for network in statistics.networks)
+        ),
         "about": f"The colours show how much each region of an image {counts}, from 0 to the strongest "
         "region. They tell where the network looked, not whether it is right. Images in which the class came "
         "first go before all others.",
-        "facts": [[label, _short(value)] for label, value in facts.items()],
+        "facts": [[label, _truncate(value)] for label, value in facts.items()],
         "rows": rows,
         "columns": columns,
         "photos": [],
         "colors": {name: to_base64(colors(name).tobytes()) for name in COLORMAPS},
         "classes": [
             {
-                "id": one.id,
-                "wnid": _short(one.wnid),
-                "name": _short(one.name.replace("_", " ")),
-                "first": one.first,
-                "count": one.count,
-                "percent": percent(one.probability / one.count),
-                "mean": heatmap(one.total / max(float(one.total.max()), TINY)),
+                "id": summary.id,
+                "wnid": _truncate(summary.wnid),
+                "name": _truncate(summary.name.replace("_", " ")),
+                "first": summary.first,
+                "count": summary.count,
+                "percent": percent(summary.probability / summary.count),
+                "mean": heatmap(summary.total / max(float(summary.total.max()), TINY)),
                 "groups": [
-                    {"title": title, "rows": [row(kept) for kept in group]}
-                    for title, group in zip(GROUPS, one.pictures(), strict=True)
+                    {"title": title, "rows": [row_data(row) for row in group]}
+                    for title, group in zip(GROUPS, summary.top_rows(), strict=True)
                     if group
                 ],
             }
-            for one in chosen
+            for summary in classes
         ],
     }
 
 
-def _short(text: str, longest: int = LONGEST) -> str:
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+def _truncate(text: str, max_length: int = MAX_TEXT_LENGTH) -> str:
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"

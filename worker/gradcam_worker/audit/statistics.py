@@ -1,7 +1,7 @@
-"""What a backfill's dataset holds, class by class: counts, the mean heatmap, and the rows at either end.
+"""Statistics of a backfill's dataset by class: counts, the mean heatmap, the most and least confident rows.
 
-The dataset is read once, file by file. Of each class there are kept a sum of its heatmaps and the few rows of
-which it was most and least confident, so that memory does not grow with the number of images.
+The dataset is read once, file by file. Only the sum of the heatmaps of each class and its few most and least
+confident rows are kept, so that memory does not grow with the number of images.
 """
 
 import heapq
@@ -22,19 +22,19 @@ from gradcam_worker.schemas.options import MethodSpec
 from gradcam_worker.storage.stores import Store
 from gradcam_worker.text.similar_names import nearest
 
-FILES = 4  # read ahead
-READ_S = 120.0  # that one of them is waited for
-FINITE = 65_504.0  # the largest number of a heatmap
-FORMAT = (
+READ_AHEAD_FILES = 4
+READ_TIMEOUT_S = 120.0  # for each file
+MAX_FLOAT16 = 65_504.0  # the type of stored heatmaps
+EXPECTED_FORMAT = (
     "Its folder must hold data/*.parquet as `gradcam backfill` leaves them, see docs/reference/dataset.md."
 )
 
-Report = Callable[[str, int, int], None]  # what is done, how many of them, of how many
+ReportProgress = Callable[[str, int, int], None]  # what is read, number done, number in all
 
 
 @dataclass(frozen=True, order=True)
 class TopRow:
-    """A row of which the page may show a picture; the greater, the sooner."""
+    """A row that the page may show; greater ones go first."""
 
     key: tuple[bool, float, int, int]  # first class of its image, confidence, earlier row, earlier class
     record: Mapping[str, Any] = field(compare=False)
@@ -43,7 +43,7 @@ class TopRow:
 
 @dataclass
 class ClassSummary:
-    """What is known of a class so far."""
+    """The statistics of a class."""
 
     id: int
     wnid: str
@@ -52,21 +52,21 @@ class ClassSummary:
     count: int = 0  # heatmaps
     first: int = 0  # images in which it had the highest score
     probability: float = 0  # sum
-    most: list[TopRow] = field(default_factory=list)  # heaps, the least of each at its beginning
-    least: list[TopRow] = field(default_factory=list)  # twice as many: some may be among the most confident
+    most_confident: list[TopRow] = field(default_factory=list)  # heaps: the least row is at index 0
+    least_confident: list[TopRow] = field(default_factory=list)  # twice as many: some may be in the other
 
-    def pictures(self) -> tuple[list[TopRow], list[TopRow]]:
-        """The most confident, and as many least confident of the rest, in order."""
-        most = sorted(self.most, reverse=True)
-        shown = {(one.record["row"], one.record["index"]) for one in most}
-        least = sorted(self.least, reverse=True)
-        rest = [one for one in least if (one.record["row"], one.record["index"]) not in shown]
+    def top_rows(self) -> tuple[list[TopRow], list[TopRow]]:
+        """The most confident rows, and as many least confident ones of the rest, in order."""
+        most = sorted(self.most_confident, reverse=True)
+        shown = {(row.record["row"], row.record["index"]) for row in most}
+        least = sorted(self.least_confident, reverse=True)
+        rest = [row for row in least if (row.record["row"], row.record["index"]) not in shown]
         return most, rest[: len(most)]
 
 
 @dataclass
 class ClassStatistics:
-    """What a dataset holds, as far as it has been read."""
+    """The statistics of the files of a dataset that have been read."""
 
     per_class: int
     classes: dict[int, ClassSummary] = field(default_factory=dict)
@@ -76,108 +76,142 @@ class ClassStatistics:
     codes: Counter[str] = field(default_factory=Counter)
 
     def add(self, batch: Batch) -> None:
-        """Take a batch in. Raises InvalidInput where its heatmaps are of another size."""
+        """Add a batch of rows.
+
+        Args:
+            batch: The rows.
+
+        Raises:
+            InvalidInput: Its heatmaps have another size than those before.
+        """
         ids, maps = batch.class_ids, batch.heatmaps
         self.method = batch.method
         if not len(ids):
             return
         order = np.argsort(ids, kind="stable")
         starts = np.flatnonzero(np.diff(ids[order], prepend=ids[order[0]] - 1))
-        sums = np.add.reduceat(np.nan_to_num(maps[order].astype(np.float64), posinf=FINITE), starts, axis=0)
-        for place, total in zip(order[starts].tolist(), sums, strict=True):
-            self._class(batch, place, total.shape).total += total
-        firsts = (batch.ranks == 1).tolist()
-        told = zip(ids.tolist(), firsts, np.nan_to_num(batch.probabilities).tolist(), strict=True)
-        for place, (class_id, first, probability) in enumerate(told):
-            seen = self.classes[class_id]
-            seen.count, seen.first = seen.count + 1, seen.first + first
-            seen.probability += probability
-            self._offer(seen.most, self.per_class, (first, probability), batch, place)
-            self._offer(seen.least, 2 * self.per_class, (first, -probability), batch, place)
+        finite = np.nan_to_num(maps[order].astype(np.float64), posinf=MAX_FLOAT16)
+        sums = np.add.reduceat(finite, starts, axis=0)
+        for index, total in zip(order[starts].tolist(), sums, strict=True):
+            self._class(batch, index, total.shape).total += total
+        are_first = (batch.ranks == 1).tolist()
+        probabilities = np.nan_to_num(batch.probabilities).tolist()
+        for index, class_id in enumerate(ids.tolist()):
+            is_first, probability = are_first[index], probabilities[index]
+            summary = self.classes[class_id]
+            summary.count, summary.first = summary.count + 1, summary.first + is_first
+            summary.probability += probability
+            self._push(summary.most_confident, self.per_class, (is_first, probability), batch, index)
+            self._push(summary.least_confident, 2 * self.per_class, (is_first, -probability), batch, index)
 
-    def _class(self, batch: Batch, place: int, grid: tuple[int, ...]) -> ClassSummary:
-        class_id = int(batch.class_ids[place])
+    def _class(self, batch: Batch, index: int, grid: tuple[int, ...]) -> ClassSummary:
+        class_id = int(batch.class_ids[index])
         if class_id not in self.classes:
-            one = batch.record(place)
-            names = str(one["wnid"] or ""), str(one["class_name"] or "")
+            record = batch.record(index)
+            names = str(record["wnid"] or ""), str(record["class_name"] or "")
             self.classes[class_id] = ClassSummary(class_id, *names, np.zeros(grid))
-        found = self.classes[class_id]
-        if found.total.shape != grid:
-            message = f"Its heatmaps have {found.total.shape} cells in one file and {grid} in another."
+        summary = self.classes[class_id]
+        if summary.total.shape != grid:
+            message = f"Its heatmaps have {summary.total.shape} cells in one file and {grid} in another."
             raise InvalidInput(message)
-        return found
+        return summary
 
-    def _offer(
-        self, heap: list[TopRow], most: int, key: tuple[bool, float], batch: Batch, place: int
+    def _push(
+        self, heap: list[TopRow], max_rows: int, key: tuple[bool, float], batch: Batch, index: int
     ) -> None:
-        """Keep a row, if it is among the `most` greatest; of equals, those that came before."""
-        if len(heap) == most and key <= heap[0].key[:2]:
+        """Add a row to a heap of the `max_rows` greatest; of equal rows the earlier ones stay."""
+        if len(heap) == max_rows and key <= heap[0].key[:2]:
             return
-        one = batch.record(place)
-        kept = TopRow((*key, -one["row"], -one["index"]), one, batch.heatmaps[place].copy())
-        (heapq.heappush if len(heap) < most else heapq.heapreplace)(heap, kept)
+        record = batch.record(index)
+        row = TopRow((*key, -record["row"], -record["index"]), record, batch.heatmaps[index].copy())
+        (heapq.heappush if len(heap) < max_rows else heapq.heapreplace)(heap, row)
 
-    def chosen(self, names: Sequence[str] | None, most: int) -> list[ClassSummary]:
-        """The `names`d classes (by id, wnid or name), or so many: those that came first most often, first.
+    def choose_classes(self, names: Sequence[str] | None, max_classes: int) -> list[ClassSummary]:
+        """Choose the classes to show, those with the most images in which they came first at the front.
 
-        Raises InvalidInput.
+        Args:
+            names: Ids, wnids or names; None: the first `max_classes`.
+            max_classes: How many, if none are named.
+
+        Returns:
+            The classes.
+
+        Raises:
+            InvalidInput: All rows failed, the list of names is empty, or no image was explained for a name.
         """
-        known = sorted(self.classes.values(), key=lambda one: (-one.first, -one.count, one.id))
-        if not known:
-            why = ", ".join(f"{code} {count:,}" for code, count in self.codes.most_common(5))
-            message = f"There is nothing to show: each of the {self.rows:,} rows failed ({why})."
+        ranked = sorted(
+            self.classes.values(), key=lambda summary: (-summary.first, -summary.count, summary.id)
+        )
+        if not ranked:
+            codes = ", ".join(f"{code} {count:,}" for code, count in self.codes.most_common(5))
+            message = f"There is nothing to show: each of the {self.rows:,} rows failed ({codes})."
             raise InvalidInput(message)
         if names is None:
-            return known[:most]
+            return ranked[:max_classes]
         if not names:
             message = "The list of classes is empty: name ids, wnids or names, or leave it out."
             raise InvalidInput(message)
-        spelled: dict[str, dict[int, ClassSummary]] = {}
-        for one in known:
-            for spelling in {str(one.id), fold(one.wnid), fold(one.name)} - {""}:
-                spelled.setdefault(spelling, {})[one.id] = one
-        found: dict[int, ClassSummary] = {}
+        ids_by_spelling: dict[str, set[int]] = {}
+        for summary in ranked:
+            for spelling in {str(summary.id), fold(summary.wnid), fold(summary.name)} - {""}:
+                ids_by_spelling.setdefault(spelling, set()).add(summary.id)
+        chosen: set[int] = set()
         for name in names:
-            if fold(name) not in spelled:
-                near = nearest(fold(name), spelled)
-                hint = f" Near: {', '.join(near)}." if near else ""
+            if fold(name) not in ids_by_spelling:
+                similar = nearest(fold(name), ids_by_spelling)
+                hint = f" Near: {', '.join(similar)}." if similar else ""
                 message = f"No image was explained for a class {name!r}.{hint}"
                 raise InvalidInput(message)
-            found |= spelled[fold(name)]
-        return [one for one in known if one.id in found]
+            chosen |= ids_by_spelling[fold(name)]
+        return [summary for summary in ranked if summary.id in chosen]
 
 
-def read_statistics(store: Store, per_class: int, report: Report = lambda *_: None) -> ClassStatistics:
-    """Read the dataset in `store`, a few files ahead. Raises InvalidInput, StorageUnavailable."""
+def read_statistics(
+    store: Store, per_class: int, report_progress: ReportProgress = lambda *_: None
+) -> ClassStatistics:
+    """Read the statistics of a dataset.
+
+    Args:
+        store: Where the dataset is.
+        per_class: The number of most confident rows that are kept of each class, and of least confident ones.
+        report_progress: Is called after each file.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        InvalidInput: There is no dataset, or a file is damaged.
+        StorageUnavailable: The store cannot be listed.
+    """
     names = [name for name in store.names("data") if name.endswith(".parquet")]
     if not names:
-        message = f"There is no dataset at {store.uri('data')}. {FORMAT}"
+        message = f"There is no dataset at {store.uri('data')}. {EXPECTED_FORMAT}"
         raise InvalidInput(message)
-    found = ClassStatistics(per_class)
+    statistics = ClassStatistics(per_class)
     for done, (name, data) in enumerate(_files(store, names)):
         try:
-            said = read_summary(data)
-            found.rows += said.rows
-            found.codes.update(said.codes)
-            found.networks[f"{said.network.name}, {said.network.layer}"] = None
+            summary = read_summary(data)
+            statistics.rows += summary.rows
+            statistics.codes.update(summary.codes)
+            statistics.networks[f"{summary.network.name}, {summary.network.layer}"] = None
             for batch in read_batches(data):
-                found.add(batch)
+                statistics.add(batch)
         except (StorageUnavailable, InvalidInput, KeyError, TypeError, ValueError) as error:
-            message = f"{store.uri(name)} is no part of a dataset: {error} {FORMAT}"
+            message = f"{store.uri(name)} is no part of a dataset: {error} {EXPECTED_FORMAT}"
             raise InvalidInput(message) from error
-        report("files", done + 1, len(names))
-    return found
+        report_progress("files", done + 1, len(names))
+    return statistics
 
 
 def _files(store: Store, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    """All files in order, a few of them read ahead."""
-    under_way: deque[tuple[str, Future[bytes | None]]] = deque()
-    with ThreadPoolExecutor(FILES, thread_name_prefix="dataset") as readers:
-        for name in [*names, *[""] * FILES]:
+    """The names and contents of all files in order; `READ_AHEAD_FILES` of them are read ahead."""
+    pending: deque[tuple[str, Future[bytes | None]]] = deque()
+    with ThreadPoolExecutor(READ_AHEAD_FILES, thread_name_prefix="dataset") as readers:
+        for name in [*names, *[""] * READ_AHEAD_FILES]:
             if name:
-                under_way.append((name, readers.submit(store.find, name, Deadline(READ_S))))
-            if under_way and (len(under_way) > FILES or not name):
-                first, read = under_way.popleft()
+                pending.append((name, readers.submit(store.find, name, Deadline(READ_TIMEOUT_S))))
+            if pending and (len(pending) > READ_AHEAD_FILES or not name):
+                first, read = pending.popleft()
                 data = read.result()
                 if data is None:
                     message = f"{store.uri(first)} was there a moment ago: is the backfill still running?"

@@ -128,7 +128,7 @@ def _explain(
             tracing.annotate(media_type=record.media_type, width=record.width, height=record.height)
         with context.enter_stage("load"):
             network = services.model_cache.load(services.networks.find(job.network))
-            classes = network.labels.wanted(top_n=job.target.top_n, classes=job.target.classes)
+            classes = network.labels.select(top_n=job.target.top_n, classes=job.target.classes)
         context.deadline.extend(context.metrics["load_s"])  # weights may have to be downloaded
         with context.enter_stage("explain"):
             pixels = image.fit(network.facts)

@@ -163,7 +163,7 @@ class _ShardRun:
             raise WeightsChecksumMismatch(message)
         self.rows = ShardRows(shard, services, context, store, self.network)
         self.batch_size = services.model_cache.shard_batch_size(self.network)
-        self.classes = self.network.labels.wanted(top_n=shard.target.top_n, classes=shard.target.classes)
+        self.classes = self.network.labels.select(top_n=shard.target.top_n, classes=shard.target.classes)
         self.method = Method(**shard.method.model_dump())
 
     def grid_and_layer(self) -> tuple[dataset.Grid, str]:

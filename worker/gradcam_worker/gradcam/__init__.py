@@ -1,23 +1,24 @@
-"""Grad-CAM for Keras image classifiers: a library that needs no queue.
+"""Grad-CAM for Keras image classifiers, as a library without a queue.
 
     >>> from gradcam_worker.gradcam import load_network, explain_image
     >>> network = load_network("efficientnet_lite0")
-    >>> seen = explain_image(network, "coffee.jpg", top_n=3)
-    >>> [(p.name, round(p.probability, 2)) for p in seen.explained]
-    >>> seen.save("out/")
+    >>> explanation = explain_image(network, "coffee.jpg", top_n=3)
+    >>> [(prediction.name, round(prediction.probability, 2)) for prediction in explanation.explained]
+    >>> explanation.save("out/")
 
-The packages, from plain data to live networks:
+The modules and packages, from plain data to loaded networks:
 
-    catalog, classes  the networks that are known, and the names of their classes
-    network           what a network must be able to do
-    decoding          bytes -> pixels, guarded
-    imaging           pixels -> network input; heatmap -> overlay, sheet, animation
-    graph             a Keras model's graph: its target layer, its scores, the shortest way back
+    catalog, classes  the networks of the catalog, and the names of classes
+    network           the interface of a network
+    decoding          image files to pixels, with limits on size and damage
+    imaging           network inputs; overlays, sheets and animations of heatmaps
+    graph             the graph of a Keras model: target layer, scores, backward pass
     methods           the formulas, and the gradients that they need
-    explain           one image, one network, some classes -> predictions, heatmaps, overlays
-    report            an explanation -> one HTML page that needs nothing else
-    models            a row of the catalog, or any Keras model -> a live network
-    backend           the only import of keras
+    explain           predictions, heatmaps and overlays of classes in an image
+    faithfulness      deletion and insertion of an explanation
+    report            an explanation as a self-contained HTML page
+    models            loading a network of the catalog, or any Keras model
+    backend           Keras and its backend
 """
 
 import os
@@ -25,8 +26,8 @@ from typing import TYPE_CHECKING
 
 from gradcam_worker.lazy_imports import lazy_imports
 
-# OpenCV reads these once, when it is first imported: before any module of this package imports it. The limit
-# is the last line of defence: `decode` refuses such images by their headers.
+# OpenCV reads these variables when it is first imported, after this. `decode` refuses such images by their
+# headers; the limit here is a second check.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**28))
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")  # damaged images are reported as errors, not on stderr
 

@@ -1,8 +1,8 @@
-"""Keras and the backend under it, imported once and quietly: every other module takes `keras` from here.
+"""Keras and its backend. All other modules import `keras` from here.
 
-`keras.json`, in the folder KERAS_HOME or ~/.keras, says nothing here: what is computed must not depend on a
-file in somebody's home. The backend is what KERAS_BACKEND says, else TensorFlow. A program that has imported
-Keras before keeps what it has set, and its backend.
+The backend is that of KERAS_BACKEND, or TensorFlow. `keras.json`, in the folder KERAS_HOME or ~/.keras, is
+ignored: results must not depend on a file in a user's home. If a program has imported Keras before, its
+configuration and backend stay.
 """
 
 import os
@@ -21,20 +21,20 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, when TensorFlow
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """TensorFlow writes notes to stderr while it loads, before its own log level holds."""
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    """Suppress what TensorFlow writes to stderr while it loads, before its log level takes effect."""
+    stderr, null_device = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        os.dup2(null_device, 2)
         yield
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-        os.close(nowhere)
+        os.close(null_device)
 
 
 with _silent_stderr():
     try:
-        import keras as keras  # noqa: PLC0414  # handed on
+        import keras as keras  # noqa: PLC0414  # re-exported
     except (AttributeError, TypeError, ValueError) as error:  # keras.json, or KERAS_BACKEND
         _message = (
             f"Keras cannot be imported: {error} Correct or remove keras.json in the folder KERAS_HOME or "
@@ -56,8 +56,8 @@ if _is_first:
 
 
 @contextmanager
-def configured() -> Iterator[None]:
-    """Keras as our own networks are built, whatever a program that uses this library has set for its own."""
+def default_configuration() -> Iterator[None]:
+    """Configure Keras as our networks need it, and restore the configuration of the program afterwards."""
     config = keras.config
     before = config.floatx(), config.epsilon(), config.image_data_format(), config.dtype_policy()
     try:
@@ -68,17 +68,17 @@ def configured() -> Iterator[None]:
 
 
 def name() -> str:
-    """`tensorflow`, `jax` or `torch`: what KERAS_BACKEND says, or what Keras was imported with before."""
+    """The name of the backend: `tensorflow`, `jax` or `torch`."""
     return str(keras.backend.backend())
 
 
 def version() -> str:
-    """The backend and its version, as in `tensorflow 2.21.0`."""
+    """The name and version of the backend, as in `tensorflow 2.21.0`."""
     return f"{name()} {import_module(name()).__version__}"
 
 
 def device_name() -> str:
-    """What the networks run on: the first GPU's name, or `cpu`."""
+    """The name of the device that networks run on: that of the first GPU, or `cpu`."""
     if name() == "jax":
         import jax
 
@@ -97,10 +97,12 @@ def device_name() -> str:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether a GPU may round the factors of float32 products to TF32, ten bits, as is faster.
+    """Allow or forbid TF32: a GPU multiplies float32 faster by rounding factors to ten bits.
 
-    It holds for the whole process and every network in it, and does nothing on a CPU. TensorFlow allows it
-    unless it is told otherwise.
+    This affects all networks of the process; on a CPU nothing changes. By default TensorFlow allows it.
+
+    Args:
+        allowed: Whether it is allowed.
     """
     if name() == "jax":
         import jax
@@ -117,7 +119,14 @@ def allow_tf32(allowed: bool) -> None:
 
 
 def arithmetic(dtype: str) -> str:
-    """What a model of this type computes in: that, or `tf32` where a GPU may take it for float32."""
+    """The arithmetic of a model.
+
+    Args:
+        dtype: The type that it computes in.
+
+    Returns:
+        That type, or `tf32` where a GPU may use it for float32.
+    """
     if dtype != "float32" or device_name() == "cpu":
         return dtype
     if name() == "jax":
@@ -136,7 +145,7 @@ def arithmetic(dtype: str) -> str:
 
 
 def peak_memory() -> int | None:
-    """Bytes on the first GPU at the worst moment since `reset_peak_memory`; None on a CPU."""
+    """The peak of memory on the first GPU in bytes, since `reset_peak_memory`; None on a CPU."""
     if device_name() == "cpu":
         return None
     if name() == "jax":
@@ -153,7 +162,7 @@ def peak_memory() -> int | None:
 
 
 def reset_peak_memory() -> None:
-    """Let `peak_memory` begin anew. JAX cannot: there it counts since the process began."""
+    """Reset `peak_memory`. With JAX this is impossible: its peak is that since the start of the process."""
     if device_name() == "cpu" or name() == "jax":
         return
     if name() == "torch":
@@ -167,9 +176,13 @@ def reset_peak_memory() -> None:
 
 
 def set_intra_op_threads(count: int) -> None:
-    """How many threads one operation may use on the CPU; 0 leaves it as it is. JAX cannot be told.
+    """Set the number of threads of one operation on the CPU. With JAX this is impossible, and ignored.
 
-    Raises RuntimeError where TensorFlow has computed something already.
+    Args:
+        count: Number of threads; 0 keeps the default.
+
+    Raises:
+        RuntimeError: TensorFlow has computed something already.
     """
     if not count:
         return
@@ -183,14 +196,14 @@ def set_intra_op_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def _let_memory_grow() -> None:
-    """TensorFlow takes all of a GPU's memory at once, unless it is told before it uses it first."""
+def _allocate_gpu_memory_on_demand() -> None:
+    """Let TensorFlow allocate a GPU's memory as needed. By default it takes all of it on first use."""
     import tensorflow as tf
 
     for device in tf.config.list_physical_devices("GPU"):
-        with suppress(RuntimeError):  # somebody has used it already
+        with suppress(RuntimeError):  # it is in use already
             tf.config.experimental.set_memory_growth(device, True)
 
 
 if name() == "tensorflow":
-    _let_memory_grow()
+    _allocate_gpu_memory_on_demand()

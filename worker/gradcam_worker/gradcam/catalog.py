@@ -1,4 +1,4 @@
-"""The networks, one row of data each: how to build them, what to feed them, where to look."""
+"""The networks of the catalog, one row each: architecture, preprocessing, target layer, weights."""
 
 import math
 from collections.abc import Mapping
@@ -8,61 +8,80 @@ from typing import Literal
 from gradcam_worker.errors import UnknownNetwork
 from gradcam_worker.text.similar_names import nearest
 
-FILES = (".keras", ".h5", ".hdf5", ".onnx", ".pb", ".pt", ".pth", ".safetensors", ".tflite")  # no networks
+MODEL_FILE_ENDINGS = (
+    ".keras",
+    ".h5",
+    ".hdf5",
+    ".onnx",
+    ".pb",
+    ".pt",
+    ".pth",
+    ".safetensors",
+    ".tflite",
+)  # not names of networks
 Channels = Literal["rgb", "bgr", "grey"] | int
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """uint8 pixels -> what the network was trained on: `(channels - mean) / std`.
+    """How pixels become the input of a network: `(channels - mean) / std`.
 
-    `channels` is the order that the network wants the colours in, or their luminance, or, for pictures that
-    are no photos, just how many there are.
+    Attributes:
+        name: As in `PREPROCESSING`.
+        mean: For each channel in the order of the network, or one for all; from 0 to 255.
+        std: As `mean`.
+        channels: The order of the colours, or `grey` for their luminance, or, for images that are no photos,
+            the number of channels.
     """
 
     name: str
-    mean: tuple[float, ...] = (0.0,)  # for each channel in the network's own order, or for all: 0..255
-    std: tuple[float, ...] = (1.0,)  # as `mean`
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
     channels: Channels = "rgb"
 
     @property
     def pixel_channels(self) -> int:
-        """How many channels the pixels have that this is for."""
+        """The number of channels of the images."""
         return self.channels if isinstance(self.channels, int) else 3
 
     @property
     def input_channels(self) -> int:
-        """How many channels the network's input has."""
+        """The number of channels of the network's input."""
         return 1 if self.channels == "grey" else self.pixel_channels
 
 
-PREPROCESSING = {  # by the names that Keras uses, where it has one
-    how.name: how
-    for how in (
+PREPROCESSING = {  # named as in Keras, if Keras has it
+    preprocessing.name: preprocessing
+    for preprocessing in (
         Preprocessing("caffe", (103.939, 116.779, 123.68), channels="bgr"),
         Preprocessing("tf", (127.5,), (127.5,)),
         Preprocessing("torch", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
         Preprocessing("lite", (127.0,), (128.0,)),
         Preprocessing("unit", (0.0,), (255.0,)),  # to [0, 1]
-        Preprocessing("none"),  # 0..255: the network does it itself
+        Preprocessing("none"),  # 0..255: the network does it
     )
 }
 
 
-HeadKind = Literal["softmax", "sigmoid", "probabilities"]  # the last: its output is what is to be told
+HeadKind = Literal["softmax", "sigmoid", "probabilities"]  # the last: its outputs are used as they are
 
 
 @dataclass(frozen=True)
 class Head:
-    """How a network's output is to be read, where its graph does not say."""
+    """How to read the outputs of a network, if its graph does not show it.
 
-    kind: HeadKind | None = None  # None: as its last activation says; else as it is seen to behave
-    output: str | None = None  # which of several outputs, by name
+    Attributes:
+        kind: How scores become probabilities; None: by the last activation, else by observation.
+        output: The name of one of several outputs.
+    """
+
+    kind: HeadKind | None = None
+    output: str | None = None
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A file that an operator names: nothing of it is read before its checksum is known to be right."""
+    """A file of an operator's network. Nothing in it is used before its checksum is verified."""
 
     uri: str  # a path, file:// or s3://
     sha256: str
@@ -70,27 +89,25 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class NetworkRow:
-    """One network. Either `builder` makes its model, or `file` is a whole `.keras` model."""
+    """A network. Its model is made by `builder`, or it is a `.keras` file."""
 
     name: str
     input_size: tuple[int, int]  # (height, width) in pixels
     preprocessing: Preprocessing
-    builder: str | None = None  # "module:function", called with `weights` as Keras's own are
+    builder: str | None = None  # "module:function", called with `weights` as those of Keras
     target_layer: str | None = None  # None: found in the graph
-    map_size: tuple[int, int] | None = (
-        None  # (rows, columns) of the target layer; None: seen when it is built
-    )
+    map_size: tuple[int, int] | None = None  # (rows, columns) of the target layer; None: not known before
     parameters: int | None = None
-    keras_files: tuple[str, ...] = ()  # what Keras calls its own ImageNet download
-    # What Keras multiplies the normalised channels with, in a step that only weights="imagenet" brings
+    keras_files: tuple[str, ...] = ()  # name of the ImageNet weights that Keras downloads
+    # Factors of the normalised channels, in a layer that Keras adds only with weights="imagenet"
     imagenet_scale: tuple[float, ...] = ()
-    shipped: str | None = None  # the weights file in `data/`, where the project ships one
+    shipped: str | None = None  # the weights file in `data/`, if it is shipped
     sha256: str | None = None  # of the shipped file
-    # An operator's own: see `registry`
+    # Of an operator's networks only, see `models.registry`:
     file: ModelFile | None = None  # `.keras`, or with a builder `.weights.h5`
-    labels: tuple[str, ...] | None = None  # None: ImageNet's; empty: classes have numbers, no names
-    classes: int | None = None  # with a builder: how many its head has; None: as Keras's own
-    pretrained: bool | None = None  # whether it was built with weights="imagenet"; None: as its file says
+    labels: tuple[str, ...] | None = None  # None: ImageNet's; empty: numbered classes
+    classes: int | None = None  # with a builder: of its head; None: the default of Keras
+    pretrained: bool | None = None  # built with weights="imagenet"; None: read from the file
     head: Head = Head()
 
 
@@ -104,7 +121,7 @@ def _keras(
     file: str | None = None,
     imagenet_scale: tuple[float, ...] = (),
 ) -> NetworkRow:
-    """A row of `keras.applications`: square pictures, ImageNet's classes."""
+    """A row for a network of `keras.applications`: square images, the classes of ImageNet."""
     name = function.casefold()
     return NetworkRow(
         name=name,
@@ -120,8 +137,8 @@ def _keras(
 
 
 def _efficientnet(function: str, side: int, cells: int, parameters: int) -> NetworkRow:
-    """A row of B0 to B7, whose ImageNet weights want channels divided by the root of their deviation, too."""
-    scale = tuple(1 / math.sqrt(one) for one in (0.229, 0.224, 0.225))
+    """A row for B0 to B7, whose ImageNet weights need channels divided by the root of their deviation."""
+    scale = tuple(1 / math.sqrt(deviation) for deviation in (0.229, 0.224, 0.225))
     return _keras(
         function, side, "none", "top_activation", cells, parameters, function.casefold(), imagenet_scale=scale
     )
@@ -226,17 +243,25 @@ CATALOG: dict[str, NetworkRow] = {
 
 
 def find(name: str, rows: Mapping[str, NetworkRow] = CATALOG) -> NetworkRow:
-    """The row of a network. Raises UnknownNetwork with the names that are near, or else with all.
+    """Find the row of a network.
 
-    What is here, shipped or an operator's own, goes before what would have to be downloaded.
+    Args:
+        name: Its name.
+        rows: All networks by name.
+
+    Returns:
+        The row.
+
+    Raises:
+        UnknownNetwork: There is none; the message suggests similar names, those without a download first.
     """
     if name in rows:
         return rows[name]
-    near = nearest(name, rows, preferred=lambda one: bool(rows[one].shipped or rows[one].file))
-    if "/" in name or name.endswith(FILES):
+    similar = nearest(name, rows, preferred=lambda key: bool(rows[key].shipped or rows[key].file))
+    if "/" in name or name.endswith(MODEL_FILE_ENDINGS):
         hint = "A file is named in the registry, GRADCAM_NETWORKS, and a job says the name that it has there."
-    elif near:
-        hint = f"Did you mean {' or '.join(map(repr, near))}?"
+    elif similar:
+        hint = f"Did you mean {' or '.join(map(repr, similar))}?"
     else:
         hint = f"There are {len(rows)}: `gradcam networks` lists them."
     message = f"There is no network {name!r}. {hint}"

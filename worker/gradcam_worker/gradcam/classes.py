@@ -1,4 +1,4 @@
-"""A wish (the top n, or a list of ids, wnids and names) -> the classes to explain."""
+"""The classes of a network, and which of them are to be explained: the top n, or a list."""
 
 import json
 import re
@@ -16,33 +16,33 @@ DATA = Path(__file__).parent / "data"
 
 
 class Label(NamedTuple):
-    """One class: its place in the scores, its WordNet id (empty where it has none), its name."""
+    """A class: its index in the scores, its WordNet id (may be empty), its name."""
 
     id: int
     wnid: str
     name: str
 
     def __str__(self) -> str:
-        """Read like `517 (n03126707, crane)`."""
+        """For example `517 (n03126707, crane)`."""
         return f"{self.id} ({', '.join(filter(None, (self.wnid, self.name)))})"
 
 
-WNID = re.compile(r"n[0-9]{4,}")  # what looks like one
-LEAST_SHOWN = 0.0005  # below it a probability would read as 0.0 %
+WNID = re.compile(r"n[0-9]{4,}")  # WordNet ids
+MIN_SHOWN_PROBABILITY = 0.0005  # a smaller one would be rounded to 0.0 %
 
 
 def percent(probability: float) -> str:
-    """0.7708 -> `77.1 %`."""
-    return f"{probability * 100:.1f} %" if probability >= LEAST_SHOWN else "<0.1 %"
+    """Format a probability: 0.7708 becomes `77.1 %`."""
+    return f"{probability * 100:.1f} %" if probability >= MIN_SHOWN_PROBABILITY else "<0.1 %"
 
 
 def caption(class_id: int, name: str, probability: float) -> str:
-    """`718 pier 77.1 %`."""
+    """Format a prediction, as in `718 pier 77.1 %`."""
     return f"{class_id} {name.replace('_', ' ')} {percent(probability)}"
 
 
 def fold(name: str) -> str:
-    """Spelling that does not matter: case, and a space or hyphen for an underscore."""
+    """Normalise a name: lower case, and underscores for spaces and hyphens."""
     return name.strip().casefold().replace(" ", "_").replace("-", "_")
 
 
@@ -54,78 +54,100 @@ class ClassIndex:
 
     @classmethod
     def of(cls, names: Sequence[str]) -> "ClassIndex":
-        """Somebody's own names, in the order of the scores."""
+        """Make an index of custom names, in the order of the scores."""
         return cls(tuple(Label(index, "", name) for index, name in enumerate(names)))
 
     @classmethod
     def numbered(cls, count: int) -> "ClassIndex":
-        """Classes of which nothing is known but how many there are."""
+        """Make an index of classes without names, by their number."""
         return cls.of([f"class_{index}" for index in range(count)])
 
     def __len__(self) -> int:
-        """How many classes."""
+        """The number of classes."""
         return len(self.labels)
 
     def __getitem__(self, class_id: int) -> Label:
-        """The label of one class."""
+        """The label of a class."""
         return self.labels[class_id]
 
     @cached_property
     def _by_spelling(self) -> dict[str, list[Label]]:
-        """Exact and folded wnids and names -> every label that answers to them."""
-        table: dict[str, list[Label]] = {}
+        """Exact and folded wnids and names, with all labels that match them."""
+        labels_by_spelling: dict[str, list[Label]] = {}
         for label in self.labels:
             for spelling in {label.wnid, label.name, fold(label.wnid), fold(label.name)} - {""}:
-                table.setdefault(spelling, []).append(label)
-        return table
+                labels_by_spelling.setdefault(spelling, []).append(label)
+        return labels_by_spelling
 
     @cached_property
     def _by_name(self) -> dict[str, list[Label]]:
-        table: dict[str, list[Label]] = {}
+        labels_by_name: dict[str, list[Label]] = {}
         for label in self.labels:
-            table.setdefault(label.name, []).append(label)
-        return table
+            labels_by_name.setdefault(label.name, []).append(label)
+        return labels_by_name
 
-    def _spellings(self, wish: str) -> list[str]:
-        """Those that a misspelt wish may have meant: of names, or of wnids where it looks like one."""
-        like_wnid = bool(WNID.fullmatch(fold(wish)))
-        return [fold(label.wnid if like_wnid else label.name) for label in self.labels]
+    def _spellings(self, name_or_id: str) -> list[str]:
+        """The spellings that a misspelt name may mean: all names, or all wnids if it looks like one."""
+        is_wnid = bool(WNID.fullmatch(fold(name_or_id)))
+        return [fold(label.wnid if is_wnid else label.name) for label in self.labels]
 
-    def find(self, wish: int | str) -> Label:
-        """One id, wnid or name -> its label.
+    def find(self, name_or_id: int | str) -> Label:
+        """Find a class.
 
-        A name is first taken as it is spelled, so that every unique name that a prediction shows can
-        be asked for; then without regard to case, spaces and hyphens.
+        A name is compared exactly first, so that every unique name in a prediction can be used; then without
+        regard to case, spaces and hyphens.
 
-        Raises UnknownClass with the nearest names, AmbiguousClass with every class of that name.
+        Args:
+            name_or_id: An id, a wnid or a name.
+
+        Returns:
+            Its label.
+
+        Raises:
+            UnknownClass: There is no such class; the message suggests similar names.
+            AmbiguousClass: Several classes have this name; the message lists them.
         """
-        spelled = isinstance(wish, str) and wish in self._by_name
-        if not spelled and (not isinstance(wish, str) or wish.strip().isdecimal()):
-            if isinstance(wish, bool | float) or not 0 <= int(wish) < len(self):
-                message = f"There is no class {wish}: ids run from 0 to {len(self) - 1}."
+        is_exact = isinstance(name_or_id, str) and name_or_id in self._by_name
+        if not is_exact and (not isinstance(name_or_id, str) or name_or_id.strip().isdecimal()):
+            if isinstance(name_or_id, bool | float) or not 0 <= int(name_or_id) < len(self):
+                message = f"There is no class {name_or_id}: ids run from 0 to {len(self) - 1}."
                 raise UnknownClass(message)
-            return self[int(wish)]
-        wish = str(wish)
-        found = self._by_name.get(wish) or self._by_spelling.get(fold(wish), [])
-        if not found:
-            near = nearest(fold(wish), self._spellings(wish), 6)
-            hint = list(dict.fromkeys(str(self._by_spelling[spelling][0]) for spelling in near))[:3]
-            message = f"There is no class {wish!r}." + (f" Near: {'; '.join(hint)}." if hint else "")
-            if any("," in self._by_spelling[spelling][0].name for spelling in near[:3]):
+            return self[int(name_or_id)]
+        name_or_id = str(name_or_id)
+        matches = self._by_name.get(name_or_id) or self._by_spelling.get(fold(name_or_id), [])
+        if not matches:
+            similar = nearest(fold(name_or_id), self._spellings(name_or_id), 6)
+            suggestions = list(dict.fromkeys(str(self._by_spelling[spelling][0]) for spelling in similar))[:3]
+            message = f"There is no class {name_or_id!r}." + (
+                f" Near: {'; '.join(suggestions)}." if suggestions else ""
+            )
+            if any("," in self._by_spelling[spelling][0].name for spelling in similar[:3]):
                 message += f" On a command line {QUOTED}."
             raise UnknownClass(message)
-        if len(found) > 1:
-            choices = " or ".join(str(label) for label in found)
-            message = f"{wish!r} is the name of {len(found)} classes: ask for {choices} by id or wnid."
+        if len(matches) > 1:
+            choices = " or ".join(str(label) for label in matches)
+            message = (
+                f"{name_or_id!r} is the name of {len(matches)} classes: ask for {choices} by id or wnid."
+            )
             raise AmbiguousClass(message)
-        return found[0]
+        return matches[0]
 
-    def wanted(
+    def select(
         self, *, top_n: int | None = None, classes: Sequence[int | str] | None = None
     ) -> tuple[int, ...]:
-        """A wish -> what `Network.compute` understands: ids, or -1, -2, ... for the ranks 1, 2, ...
+        """Select the classes to explain, either the top n or a list.
 
-        A class that is named twice is explained once.
+        Args:
+            top_n: The number of most probable classes.
+            classes: Ids, wnids or names; repeated classes count once.
+
+        Returns:
+            What `Network.compute` takes: ids, or -1, -2, ... for the ranks 1, 2, ...
+
+        Raises:
+            InvalidJob: Both or neither are given, the list is empty or no list, or top_n is out of range.
+            UnknownClass: There is no such class.
+            AmbiguousClass: Several classes have this name.
         """
         if (top_n is None) == (classes is None):
             message = "Ask for exactly one of top_n and classes."
@@ -139,7 +161,7 @@ class ClassIndex:
             if not classes:
                 message = "The list of classes is empty: name at least one, or ask for top_n."
                 raise InvalidJob(message)
-            return tuple(dict.fromkeys(self.find(wish).id for wish in classes))
+            return tuple(dict.fromkeys(self.find(name_or_id).id for name_or_id in classes))
         if top_n is None or not 1 <= top_n <= len(self):
             message = f"top_n is {top_n}: it must be from 1 to {len(self)}, the number of classes."
             raise InvalidJob(message)

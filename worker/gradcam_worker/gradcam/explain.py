@@ -1,4 +1,4 @@
-"""One image, one network, one wish -> predictions, heatmaps, overlays."""
+"""The explanation of an image: predictions, heatmaps and overlays of classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +15,24 @@ from gradcam_worker.gradcam.imaging.overlay import encode, fit, overlay
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
 
-RGB = 3  # channels
-MAX_NAME_BYTES = 60  # of a class in a file name
-SHOWN = 5  # predictions reported beside a list of classes
+RGB_CHANNELS = 3
+MAX_NAME_BYTES = 60  # of the name of a class in a file name
+MAX_LISTED_PREDICTIONS = 5  # reported in addition to a list of classes
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A class and how sure the network is of it, among all its classes."""
+    """A class and its probability.
 
-    rank: int  # 1 is the most probable class
+    Attributes:
+        rank: Among all classes of the network; 1 is the most probable.
+        id: Index of the class in the scores.
+        wnid: Its WordNet id; may be empty.
+        name: Its name.
+        probability: From 0 to 1.
+    """
+
+    rank: int
     id: int
     wnid: str
     name: str
@@ -33,65 +41,110 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a network saw in one image: k explained classes, in the order they were asked for."""
+    """The explanation of k classes in an image, in the order in which they were requested.
+
+    Attributes:
+        network: The network.
+        layer: The target layer.
+        predictions: The most probable classes, the first one first.
+        explained: The k explained classes.
+        heatmaps: (k, rows, columns), float32, in [0, 1]; from 0 up with normalize `none`.
+        raw_min: (k,), the least value of each heatmap before the ReLU and the division by the peak.
+        raw_max: (k,), as `raw_min`, the greatest value.
+        metrics: Faithfulness of each of the k heatmaps, if requested.
+    """
 
     network: NetworkFacts
     layer: str
-    predictions: tuple[Prediction, ...]  # the most probable classes, first to last
-    explained: tuple[Prediction, ...]  # (k,)
-    heatmaps: NDArray[np.float32]  # (k, rows, columns) in [0, 1], or from 0 up with normalize "none"
-    raw_min: NDArray[np.float32]  # (k,) before the ReLU and the division by the peak
-    raw_max: NDArray[np.float32]  # (k,)
-    metrics: tuple[Mapping[str, float], ...] = field(default=(), kw_only=True)  # (k,), where asked for
+    predictions: tuple[Prediction, ...]
+    explained: tuple[Prediction, ...]
+    heatmaps: NDArray[np.float32]
+    raw_min: NDArray[np.float32]
+    raw_max: NDArray[np.float32]
+    metrics: tuple[Mapping[str, float], ...] = field(default=(), kw_only=True)
 
     def __repr__(self) -> str:
-        """The classes and how large the heatmaps are: the numbers themselves would fill the screen."""
-        shown = [caption(one.id, one.name, one.probability) for one in self.explained[:SHOWN]]
-        shown += [f"{len(self.explained) - SHOWN} more"] if len(self.explained) > SHOWN else []
-        what = f"network={self.network.name!r}, layer={self.layer!r}, explained={shown}"
-        return f"{type(self).__name__}({what}, heatmaps={self.heatmaps.shape})"
+        """Show the classes and the shape of the heatmaps, whose values would fill the screen."""
+        shown = [
+            caption(prediction.id, prediction.name, prediction.probability)
+            for prediction in self.explained[:MAX_LISTED_PREDICTIONS]
+        ]
+        if len(self.explained) > MAX_LISTED_PREDICTIONS:
+            shown.append(f"{len(self.explained) - MAX_LISTED_PREDICTIONS} more")
+        facts = f"network={self.network.name!r}, layer={self.layer!r}, explained={shown}"
+        return f"{type(self).__name__}({facts}, heatmaps={self.heatmaps.shape})"
 
     @property
     def shown(self) -> NDArray[np.float32]:
-        """The heatmaps as they are coloured, (k, rows, columns) in [0, 1]."""
-        return cam.heatmaps(self.heatmaps, "joint")  # which changes nothing where the peak is 1
+        """The heatmaps as they are drawn, (k, rows, columns), in [0, 1]."""
+        return cam.heatmaps(self.heatmaps, "joint")  # changes nothing if the greatest peak is 1
 
     @property
     def zero_heatmaps(self) -> tuple[int, ...]:
-        """The ids of explained classes for which nothing in the image speaks."""
-        dark = self.heatmaps.max(axis=(1, 2)) == 0
-        return tuple(seen.id for seen, empty in zip(self.explained, dark, strict=True) if empty)
+        """The ids of explained classes whose heatmap is zero: no region counts for them."""
+        is_zero = self.heatmaps.max(axis=(1, 2)) == 0
+        return tuple(prediction.id for prediction, zero in zip(self.explained, is_zero, strict=True) if zero)
 
 
 @dataclass(frozen=True)
 class Explained(Explanation):
-    """An explanation together with its picture."""
+    """An explanation with its image.
 
-    picture: NDArray[np.uint8]  # (height, width, 3) RGB
-    damage: Damage | None = field(default=None, kw_only=True)  # what the image lacks
+    Attributes:
+        picture: The image (height, width, 3), uint8, RGB.
+        damage: What is missing of the image.
+    """
+
+    picture: NDArray[np.uint8]
+    damage: Damage | None = field(default=None, kw_only=True)
 
     __repr__ = Explanation.__repr__  # a dataclass would make its own
 
     def overlay(self, index: int, alpha: float = 0.4, colormap: str = "jet") -> NDArray[np.uint8]:
-        """The heatmap of the explained class at `index`, laid over the picture (height, width, 3)."""
+        """Draw a heatmap over the image.
+
+        Args:
+            index: Of the explained class in `explained`.
+            alpha: The share of the colours, from 0 to 1.
+            colormap: `jet`, `turbo`, `viridis`, `inferno`, `magma`, `plasma`, `cividis` or `grey`.
+
+        Returns:
+            (height, width, 3), uint8, RGB.
+        """
         return overlay(self.picture, self.shown[index], alpha=alpha, colormap=colormap)
 
     def save(self, folder: Path | str) -> list[Path]:
-        """Write one overlay JPEG for each explained class; return where they are."""
+        """Write one overlay as JPEG for each explained class.
+
+        Args:
+            folder: Where; it is made if necessary.
+
+        Returns:
+            The paths of the files.
+        """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         paths = []
-        for index, seen in enumerate(self.explained):
-            paths.append(target / file_name("overlay", seen))
+        for index, prediction in enumerate(self.explained):
+            paths.append(target / file_name("overlay", prediction))
             paths[-1].write_bytes(encode(self.overlay(index)))
         return paths
 
 
-def file_name(kind: str, seen: Prediction, extension: str = "jpg") -> str:
-    """The file name of one class's picture: `overlay-1-967-espresso.jpg`. At most 255 bytes."""
-    name = "".join(letter if letter.isalnum() or letter in "_-" else "_" for letter in seen.name)
+def file_name(kind: str, prediction: Prediction, extension: str = "jpg") -> str:
+    """Name the file of an image for a class, as in `overlay-1-967-espresso.jpg`.
+
+    Args:
+        kind: The kind of artifact.
+        prediction: The class.
+        extension: Without a dot.
+
+    Returns:
+        A name that is valid in any file system, of at most 255 bytes.
+    """
+    name = "".join(letter if letter.isalnum() or letter in "_-" else "_" for letter in prediction.name)
     short = name.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
-    return f"{kind}-{seen.rank}-{seen.id}-{short}.{extension}"
+    return f"{kind}-{prediction.rank}-{prediction.id}-{short}.{extension}"
 
 
 def explain_image(
@@ -103,114 +156,157 @@ def explain_image(
     method: Method | str = GRADCAM,
     limits: Limits | None = None,
 ) -> Explained:
-    """Explain one image: what of it speaks for each class.
+    """Explain an image: which regions of it count for each class.
 
-    An image of which a little is missing (see `limits`) is explained, and `damage` of the result says what.
+    A slightly damaged image (see `limits`) is explained, and `damage` of the result describes the damage.
 
     Args:
-        network: what `load_network` or `wrap_model` made.
-        image: a path, encoded bytes, or RGB pixels (height, width, 3) uint8; for a network of other than
-            three channels its own pixels (height, width, channels) uint8.
-        top_n: explain the n most probable classes.
-        classes: explain these classes instead, each by id, wnid or name.
-        method: the name of a formula of `cam.METHODS`, or a `Method`, which also names the layer, the score
-            and the normalization.
-        limits: how large an image may be, and how much of it may be missing.
+        network: From `load_network` or `wrap_model`.
+        image: A path, encoded bytes, or RGB pixels (height, width, 3), uint8; for a network with another
+            number of channels its pixels (height, width, channels), uint8.
+        top_n: Explain the n most probable classes.
+        classes: Explain these classes instead: ids, wnids or names.
+        method: The name of a formula of `cam.METHODS`, or a `Method` with layer, score and normalization.
+        limits: The largest size and damage of an image; None: the defaults.
 
     Returns:
-        Predictions, heatmaps and the picture.
+        Predictions, heatmaps and the image.
 
     Raises:
-        InvalidJob: neither or both of top_n and classes, or a method that there is not.
-        UnknownClass, AmbiguousClass: a class that the network does not know, or more than one of a name.
-        UnknownLayer: the method names a layer that the network does not have.
-        NetworkIncompatible: its scores are no numbers, or it takes other pictures.
-        UnsupportedMediaType, ImageDecodeFailed, ImagePixelsExceeded: the image cannot be decoded.
+        InvalidJob: Neither or both of top_n and classes are given, or the method does not exist.
+        UnknownClass, AmbiguousClass: The network has no such class, or several of that name.
+        UnknownLayer: The network has no layer of the name that the method gives.
+        NetworkIncompatible: The network returns no valid scores, or needs other channels.
+        UnsupportedMediaType, ImageDecodeFailed, ImagePixelsExceeded: The image cannot be decoded.
 
     Example:
         ```python
-        seen = explain_image(network, "coffee.jpg", top_n=3)
-        [(one.name, one.probability) for one in seen.explained]
-        seen.save("out/")
+        explanation = explain_image(network, "coffee.jpg", top_n=3)
+        [(prediction.name, prediction.probability) for prediction in explanation.explained]
+        explanation.save("out/")
         ```
     """
-    wanted = network.labels.wanted(top_n=top_n, classes=classes)
-    how = Method(method) if isinstance(method, str) else method
-    check(how)
+    selected = network.labels.select(top_n=top_n, classes=classes)
+    method = Method(method) if isinstance(method, str) else method
+    check_method(method)
     channels = network.facts.channels
     damage = None
     if isinstance(image, np.ndarray):
-        picture = image
-        if picture.dtype != np.uint8 or picture.shape[2:] != (channels,) or not picture.size:
-            given = f"{picture.shape} {picture.dtype}"
-            right = f"(height, width, {channels}) uint8" + (" RGB" if channels == RGB else "")
-            message = f"An array must be {right}; this one is {given}."
+        pixels = image
+        if pixels.dtype != np.uint8 or pixels.shape[2:] != (channels,) or not pixels.size:
+            expected = f"(height, width, {channels}) uint8" + (" RGB" if channels == RGB_CHANNELS else "")
+            message = f"An array must be {expected}; this one is {pixels.shape} {pixels.dtype}."
             raise UnsupportedMediaType(message)
     else:
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
         decoded = decode(data, limits)
-        picture, damage = decoded.pixels, decoded.damage
-    check_channels(network.facts, picture)
-    seen = explain_pixels(network, fit(picture, network.facts.input_size)[np.newaxis], [wanted], how)[0]
-    return Explained(**vars(seen), picture=_visible(picture), damage=damage)
+        pixels, damage = decoded.pixels, decoded.damage
+    check_channels(network.facts, pixels)
+    fitted = fit(pixels, network.facts.input_size)[np.newaxis]
+    explanation = explain_pixels(network, fitted, [selected], method)[0]
+    return Explained(**vars(explanation), picture=_to_rgb(pixels), damage=damage)
 
 
 def check_channels(facts: NetworkFacts, pixels: NDArray[np.uint8]) -> None:
-    """Raise NetworkIncompatible where a network does not take such pictures (height, width, channels)."""
+    """Check that a network takes images with this number of channels.
+
+    Args:
+        facts: Of the network.
+        pixels: The image (height, width, channels).
+
+    Raises:
+        NetworkIncompatible: It needs another number of channels.
+    """
     if pixels.shape[2] != facts.channels:
         message = (
-            f"{facts.name} takes pictures of {facts.channels} channels; this one has {pixels.shape[2]}. "
-            "Give it an array (height, width, channels) of its own."
+            f"{facts.name} takes images with {facts.channels} channels; this one has {pixels.shape[2]}. "
+            "Give it an array (height, width, channels) instead."
         )
         raise NetworkIncompatible(message)
 
 
-def _visible(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """What can be shown of a picture (height, width, channels): three channels, or its first in grey."""
-    return picture[..., :RGB] if picture.shape[2] >= RGB else np.repeat(picture[..., :1], RGB, axis=2)
+def _to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The first three channels of an image (height, width, channels), or its first one in grey."""
+    if pixels.shape[2] >= RGB_CHANNELS:
+        return pixels[..., :RGB_CHANNELS]
+    return np.repeat(pixels[..., :1], RGB_CHANNELS, axis=2)
 
 
-def check(method: Method) -> None:
-    """Raise InvalidJob where a formula, a score or a normalization is asked for that there is not."""
-    for given, known in (
+def check_method(method: Method) -> None:
+    """Check that formula, score and normalization of a method exist. Raises InvalidJob."""
+    for name, choices in (
         (method.name, cam.METHODS),
         (method.score, cam.SCORES),
         (method.normalize, cam.NORMALIZE),
     ):
-        if given not in known:
-            message = f"{given!r} is none of {', '.join(known)}."
+        if name not in choices:
+            message = f"{name!r} is none of {', '.join(choices)}."
             raise InvalidJob(message)
 
 
 def explain_pixels(
     network: Network,
     pixels: NDArray[np.uint8],
-    wishes: Sequence[tuple[int, ...]],
+    selections: Sequence[tuple[int, ...]],
     method: Method = GRADCAM,
 ) -> list[Explanation]:
-    """Explain n fitted images (n, height, width, 3) at once, each with its own wish.
+    """Explain n images in one pass.
 
-    A wish is what `ClassIndex.wanted` returns. Shorter wishes are padded for the pass and cut again.
-    Raises UnknownLayer.
+    Args:
+        network: The network.
+        pixels: (n, height, width, channels), uint8, of the network's input size.
+        selections: The classes of each image, from `ClassIndex.select`.
+        method: How to compute the heatmaps.
+
+    Returns:
+        The n explanations.
+
+    Raises:
+        UnknownLayer: The network has no layer of the name that the method gives.
+        NetworkIncompatible: The network returns no valid scores.
     """
-    computed = network.compute(pixels, padded(wishes), method)
+    computed = network.compute(pixels, pad_selections(selections), method)
     return [
-        explanation_of(network, computed, index, wish, method.normalize) for index, wish in enumerate(wishes)
+        extract_explanation(network, computed, index, selection, method.normalize)
+        for index, selection in enumerate(selections)
     ]
 
 
-def padded(wishes: Sequence[tuple[int, ...]]) -> NDArray[np.int32]:
-    """The wishes of n images as one array (n, k): shorter ones repeat their last class."""
-    width = max(map(len, wishes))
-    return np.array([wish + wish[-1:] * (width - len(wish)) for wish in wishes], np.int32)
+def pad_selections(selections: Sequence[tuple[int, ...]]) -> NDArray[np.int32]:
+    """Pad the selected classes of n images to one length.
+
+    Args:
+        selections: The classes of each image, from `ClassIndex.select`.
+
+    Returns:
+        (n, k), as `Network.compute` takes them: shorter selections repeat their last class.
+    """
+    width = max(map(len, selections))
+    return np.array(
+        [selection + selection[-1:] * (width - len(selection)) for selection in selections], np.int32
+    )
 
 
-def explanation_of(
-    network: Network, computed: Computed, index: int, wish: tuple[int, ...], normalize: str
+def extract_explanation(
+    network: Network, computed: Computed, index: int, selection: tuple[int, ...], normalize: str
 ) -> Explanation:
-    """Cut the answer for one image and its wish out of a pass over many. Raises NetworkIncompatible."""
-    asked, named = len(wish), wish[0] >= 0
-    scores, raw = computed.scores[index].astype(np.float64), computed.raw[index, :asked]
+    """Extract the explanation of one image from the results of a pass.
+
+    Args:
+        network: The network.
+        computed: The results.
+        index: Of the image in the pass.
+        selection: The classes of the image, from `ClassIndex.select`.
+        normalize: How heatmaps are scaled, a name from `cam.NORMALIZE`.
+
+    Returns:
+        The explanation.
+
+    Raises:
+        NetworkIncompatible: Scores or heatmaps are not finite, or contradict the outputs of the network.
+    """
+    count, are_listed = len(selection), selection[0] >= 0
+    scores, raw = computed.scores[index].astype(np.float64), computed.raw[index, :count]
     if not (np.isfinite(scores).all() and np.isfinite(raw).all()):
         message = f"{network.facts.name} computes scores or gradients for this image that are no numbers."
         raise NetworkIncompatible(message)
@@ -218,56 +314,62 @@ def explanation_of(
     ranks = np.empty_like(order)
     ranks[order] = np.arange(1, len(order) + 1)
     probabilities = to_probabilities(scores, network.facts.head)
-    _check_told(network.facts, scores, probabilities, computed, index)
+    _check_probabilities(network.facts, scores, probabilities, computed, index)
 
     def prediction(class_id: int) -> Prediction:
         return _prediction(network.labels, class_id, int(ranks[class_id]), probabilities[class_id])
 
+    most_probable = order[: MAX_LISTED_PREDICTIONS if are_listed else count]
     return Explanation(
         network=network.facts,
         layer=computed.layer,
-        predictions=tuple(prediction(int(one)) for one in order[: SHOWN if named else asked]),
-        explained=tuple(prediction(int(one)) for one in computed.class_ids[index, :asked]),
+        predictions=tuple(prediction(int(class_id)) for class_id in most_probable),
+        explained=tuple(prediction(int(class_id)) for class_id in computed.class_ids[index, :count]),
         heatmaps=cam.heatmaps(raw, normalize),
         raw_min=raw.min(axis=(1, 2)),
         raw_max=raw.max(axis=(1, 2)),
     )
 
 
-def _check_told(
+def _check_probabilities(
     facts: NetworkFacts,
     scores: NDArray[np.float64],
     probabilities: NDArray[np.float64],
     computed: Computed,
     index: int,
 ) -> None:
-    """Raise NetworkIncompatible where the probabilities are not what the network itself says of the image."""
+    """Raise NetworkIncompatible if the probabilities are not the outputs of the network for the image."""
     if facts.head == "probabilities" and np.abs(scores - probabilities).max() > facts.rounding:
         worst = scores[np.abs(scores - probabilities).argmax()]
         message = (
-            f"{facts.name} says {worst:.4g} of this image, which is no probability: its head is none of "
+            f"{facts.name} returns {worst:.4g} for this image, which is no probability: its head is none of "
             "probabilities."
         )
         raise NetworkIncompatible(message)
     if computed.outputs is None:
         return
-    told = computed.outputs[index]
-    apart = float(np.abs(probabilities[-len(told) :] - told).max())
-    if not apart <= facts.rounding:
+    outputs = computed.outputs[index]
+    difference = float(np.abs(probabilities[-len(outputs) :] - outputs).max())
+    if not difference <= facts.rounding:
         message = (
-            f"The probabilities that the scores of {facts.name} give for this image are not what it says "
-            f"itself (by {apart:.2g})."
+            f"The probabilities that the scores of {facts.name} give for this image are not its outputs "
+            f"(the difference is {difference:.2g})."
         )
         raise NetworkIncompatible(message)
 
 
 def to_probabilities(scores: NDArray[np.float64], head: str) -> NDArray[np.float64]:
-    """Scores (..., classes) -> probabilities: a softmax's sum to 1, a sigmoid's are each class's own.
+    """Turn scores into probabilities.
 
-    Where the head is `probabilities`, they are what the network says.
+    Args:
+        scores: (..., classes).
+        head: `softmax`: they sum to 1; `sigmoid`: each class has its own; `probabilities`: scores are such.
+
+    Returns:
+        (..., classes), in [0, 1].
     """
     if head == "probabilities":
-        return np.clip(scores, 0, 1)  # but for the last digit
+        return np.clip(scores, 0, 1)  # rounding may exceed the limits
     if head == "sigmoid":
         return np.asarray(np.exp(-np.logaddexp(0, -scores)))
     powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -276,5 +378,5 @@ def to_probabilities(scores: NDArray[np.float64], head: str) -> NDArray[np.float
 
 def _prediction(labels: ClassIndex, class_id: int, rank: int, probability: float) -> Prediction:
     label = labels[class_id]
-    # Six significant digits are what float32 scores carry; more would be noise in the documents.
+    # float32 scores carry six significant digits.
     return Prediction(rank, class_id, label.wnid, label.name, float(f"{probability:.6g}"))

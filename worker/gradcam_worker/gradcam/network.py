@@ -1,4 +1,4 @@
-"""What a network must be able to do, said once for Keras, for tests and for whoever comes next."""
+"""The interface of a network, which `models.keras_network` and test doubles implement."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ from gradcam_worker.text.short_repr import short_repr
 
 @dataclass(frozen=True)
 class NetworkFacts:
-    """What is written into every manifest about the network that made it."""
+    """Facts about a network, which every manifest contains."""
 
     name: str
     input_size: tuple[int, int]  # (height, width) in pixels
     preprocessing: str
-    weights_sha256: str | None  # None: of seeded random weights, or of a model that came from no file
+    weights_sha256: str | None  # None: random weights, or a model without a file
     backend: str
     dtype: str
     default_layer: str
     map_size: tuple[int, int] = (0, 0)  # (rows, columns) of the default layer
-    channels: int = 3  # of the pixels
-    head: HeadKind = "softmax"  # how scores become probabilities; or they are such already
-    rounding: float = 1e-3  # how far what it says may be from the probabilities that its scores give
+    channels: int = 3  # of the images that it takes
+    head: HeadKind = "softmax"  # how scores become probabilities; "probabilities": they are
+    rounding: float = 1e-3  # tolerance between its outputs and the probabilities of its scores
     parameters: int = 0
-    rescales: bool = False  # whether it begins with layers that do what preprocessing does
+    rescales: bool = False  # whether its first layers do the preprocessing
 
     @property
     def weight_bytes(self) -> int:
@@ -38,13 +38,21 @@ class NetworkFacts:
 
 @dataclass(frozen=True)
 class Method:
-    """How to compute heatmaps: `cam.METHODS`, `cam.SCORES` and `cam.NORMALIZE` hold the choices."""
+    """How to compute heatmaps.
+
+    Attributes:
+        name: The formula, a name from `cam.METHODS`.
+        layer: The target layer; None: that of the network; `auto`: found in its graph.
+        score: What is explained, from `cam.SCORES`: the score before the softmax, or log p after it.
+        normalize: How heatmaps are scaled, from `cam.NORMALIZE`.
+        flip: Average the heatmap with that of the mirrored image.
+    """
 
     name: str = "gradcam"
-    layer: str | None = None  # None: the network's own target layer; "auto": found in its graph
-    score: str = "logit"  # what is explained: the score before the softmax, or log p after it
+    layer: str | None = None
+    score: str = "logit"
     normalize: str = "per_class"
-    flip: bool = False  # the mean of the image's map and of its mirror image's
+    flip: bool = False
 
 
 GRADCAM = Method()
@@ -52,52 +60,71 @@ GRADCAM = Method()
 
 @dataclass(frozen=True)
 class Computed:
-    """One pass over n images and k wanted classes of each, on the host."""
+    """The results of a pass over n images with k wanted classes each, in memory of the CPU."""
 
     layer: str  # the target layer's name
     scores: NDArray[np.float32]  # (n, classes), before the softmax
     class_ids: NDArray[np.int32]  # (n, k)
     raw: NDArray[np.float32]  # (n, k, map height, map width), before the ReLU
-    outputs: NDArray[np.float32] | None = None  # (n, units): what the network itself says; None: its scores
+    outputs: NDArray[np.float32] | None = None  # (n, units): those of the network; None: the scores
 
     __repr__ = short_repr
 
 
 class Network(Protocol):
-    """A classifier that can be explained. Not thread-safe: `residents` gives it one call at a time."""
+    """A classifier that can be explained. Not thread-safe: `model_cache` makes one call at a time."""
 
     @property
     def facts(self) -> NetworkFacts:
-        """Name, input size, preprocessing, weights."""
+        """Its name, input size, preprocessing and weights."""
         ...
 
     @property
     def labels(self) -> ClassIndex:
-        """The classes, in the order of the scores."""
+        """Its classes, in the order of the scores."""
         ...
 
     def compute(
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Computed:
-        """Run the network and its gradients, once for all images and classes.
+        """Compute scores and heatmaps, in one pass for all images and classes.
 
-        `pixels` are (n, input height, input width, channels): RGB, unless the facts say otherwise.
-        `wanted` is (n, k): an id of 0 or more names a class, -r stands
-        for the class ranked r-th (see `ClassIndex.wanted`).
+        Args:
+            pixels: (n, input height, input width, channels), uint8; RGB if there are three channels.
+            wanted: (n, k): the id of a class, or -r for the class of rank r, see `ClassIndex.select`.
+            method: How to compute the heatmaps.
 
-        Raises UnknownLayer, DeviceOutOfMemory.
+        Returns:
+            The results.
+
+        Raises:
+            UnknownLayer: The method names a layer that the network does not have.
+            DeviceOutOfMemory: The pass does not fit into the memory of the device.
         """
         ...
 
     def begin(
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Callable[[], Computed]:
-        """Hand the device what `compute` does; what is returned waits for its answer.
+        """Start what `compute` does. A GPU runs it asynchronously, so that the next pass can be started.
 
-        A device that is not the CPU computes on its own: the next pass can be handed over meanwhile.
+        Args:
+            pixels: As for `compute`.
+            wanted: As for `compute`.
+            method: As for `compute`.
+
+        Returns:
+            A function that waits for the results.
         """
         ...
 
     def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """The scores (n, classes) of n images, as `compute` takes them, and nothing else."""
+        """Compute the scores of n images alone.
+
+        Args:
+            pixels: As for `compute`.
+
+        Returns:
+            (n, classes), before the softmax.
+        """
         ...

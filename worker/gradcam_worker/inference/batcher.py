@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import DeviceOutOfMemory, GradcamError, InternalError, PermanentError
-from gradcam_worker.gradcam.explain import padded
+from gradcam_worker.gradcam.explain import pad_selections
 from gradcam_worker.gradcam.network import Method, Network
 from gradcam_worker.inference.request import (
     BatchKey,
@@ -149,7 +149,7 @@ class Batcher:
 
         def begin(batch: list[InferenceRequest]) -> Finish:
             images = np.stack([request.pixels for request in batch if request.pixels is not None])
-            return network.begin(images, padded([request.classes for request in batch]), method)
+            return network.begin(images, pad_selections([request.classes for request in batch]), method)
 
         # A batch computes as many classes for each image as the image with the most classes needs.
         key = (id(network), method, (len(classes) - 1).bit_length())
@@ -186,7 +186,7 @@ class Batcher:
         """
 
         def begin(_: list[InferenceRequest]) -> Finish:
-            return network.begin(pixels, padded([tuple(classes)] * len(pixels)), method)
+            return network.begin(pixels, pad_selections([tuple(classes)] * len(pixels)), method)
 
         key = (id(network), method, SEPARATE_BATCH)
         request = InferenceRequest(key, begin, deadline, bulk=True, images=len(pixels))

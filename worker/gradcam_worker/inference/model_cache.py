@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.errors import DeviceOutOfMemory, GradcamError, NetworkIncompatible, PermanentError
 from gradcam_worker.gradcam.catalog import NetworkRow
-from gradcam_worker.gradcam.explain import Explanation, explanation_of
+from gradcam_worker.gradcam.explain import Explanation, extract_explanation
 from gradcam_worker.gradcam.faithfulness import measure
 from gradcam_worker.gradcam.network import GRADCAM, Method, Network
 from gradcam_worker.inference.batcher import DEFAULT_BATCH_SIZE, Batcher
@@ -93,7 +93,7 @@ class BatchSlot:
         response = self._batcher.compute(
             network, pixels, classes, method, deadline, bulk=bulk, submitted=self._submitted
         )
-        explanation = explanation_of(
+        explanation = extract_explanation(
             network, response.computed, response.index, tuple(classes), method.normalize
         )
         return InferenceResult(explanation, response.waited_s, response.computed_s, response.batch_size)
@@ -274,7 +274,7 @@ class ModelCache:
         image = np.full((*network.facts.input_size, network.facts.channels), GREY, np.uint8)
         with self.reserve() as slot:
             return slot.infer(
-                network, image, network.labels.wanted(top_n=1), GRADCAM, Deadline(WARM_UP_TIMEOUT_S)
+                network, image, network.labels.select(top_n=1), GRADCAM, Deadline(WARM_UP_TIMEOUT_S)
             )
 
     @contextmanager
@@ -326,7 +326,7 @@ class ModelCache:
         for index in range(len(pixels)):
             try:
                 results.append(
-                    explanation_of(network, response.computed, index, tuple(classes), method.normalize)
+                    extract_explanation(network, response.computed, index, tuple(classes), method.normalize)
                 )
             except NetworkIncompatible as error:  # the scores of this image are not finite
                 results.append(error)

@@ -45,7 +45,7 @@ def explain_files(
     )  # one after the other
     job = Job.parse({"image": "file:///", "timeout_s": TIMEOUT_S, **wish})
     network = services.model_cache.load(services.networks.find(job.network))
-    network.labels.wanted(top_n=job.target.top_n, classes=job.target.classes)
+    network.labels.select(top_n=job.target.top_n, classes=job.target.classes)
     folders = _folders(images)
     made: dict[Path, Manifest | GradcamError] = {}
     stopped = False

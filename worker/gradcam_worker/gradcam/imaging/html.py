@@ -12,7 +12,12 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gradcam_worker.gradcam.classes import DATA
+
+ENCODED_ONE = 65_535  # how 1 is encoded in a heatmap
 
 
 def fill_template(template: str, data: Mapping[str, Any]) -> bytes:
@@ -31,6 +36,18 @@ def fill_template(template: str, data: Mapping[str, Any]) -> bytes:
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return f"{before}{text}{after}".encode()
+
+
+def encode_heatmaps(heatmaps: NDArray[np.float32]) -> str:
+    """Encode heatmaps for the script of a page, rounded to 1/65535.
+
+    Args:
+        heatmaps: Any shape, in [0, 1].
+
+    Returns:
+        Little-endian uint16 in base64, which is shorter than digits.
+    """
+    return to_base64(np.rint(heatmaps * ENCODED_ONE).astype("<u2").tobytes())
 
 
 def to_base64(data: bytes) -> str:

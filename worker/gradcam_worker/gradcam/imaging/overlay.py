@@ -227,6 +227,12 @@ def shrink_to_edge(pixels: Pixels, max_edge: int | None) -> Pixels:
     return fit(pixels, (max(round(height * scale), 1), max(round(width * scale), 1)))
 
 
+def encode_jpeg(pixels: Pixels, quality: int) -> bytes:
+    """Encode an image (height, width, 3), RGB, as a JPEG of a given quality, from 0 to 100."""
+    bgr_pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr_pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
 def encode(pixels: Pixels, kind: str = "jpeg", *, bgr: bool = False) -> bytes:
     """Encode an image. The same pixels always give the same bytes.
 

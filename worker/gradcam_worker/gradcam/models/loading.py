@@ -69,7 +69,7 @@ def load_network(
         ```
     """
     row = catalog.find(network) if isinstance(network, str) else network
-    with backend.configured():
+    with backend.default_configuration():
         if row.file is not None and random_seed is None:
             if file is None:
                 message = f"The file of {row.name} ({row.file.uri}) has not been fetched."
