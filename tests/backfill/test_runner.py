@@ -149,7 +149,7 @@ class Harness:
             admits=self.registry.admits,
         )
         while (job_id := self.published.get()) is not None:
-            shard = self.ledger.job(job_id)
+            shard = self.ledger.read_job(job_id)
             if not isinstance(shard, Shard):
                 continue  # it was cancelled before its turn
             self.done.append(shard)

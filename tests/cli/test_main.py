@@ -15,7 +15,7 @@ from gradcam_worker.errors import GradcamError, InvalidJob, JobTimeout, LedgerUn
 from gradcam_worker.execution.pipeline import run_job
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.classes import ClassIndex
-from gradcam_worker.ledger.dead_letters import id_of_replay
+from gradcam_worker.ledger.dead_letters import make_replay_id
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import console
@@ -308,19 +308,19 @@ def test_failed_jobs_are_listed_shown_and_replayed_but_only_when_asked_to(
     assert main(["replay", "--code", "storage_unavailable", "--since", "2h", "--dry-run", "--json"]) == 0
     [row] = json.loads(capsys.readouterr().out)
     assert (row["id"], row["problem"]["code"]) == (down, "storage_unavailable")
-    assert row["replay"]["id"] == id_of_replay(down)
+    assert row["replay"]["id"] == make_replay_id(down)
     assert main(["replay", down, "--dry-run"]) == 0
-    assert f"Its replay would be job {id_of_replay(down)}." in capsys.readouterr().out
+    assert f"Its replay would be job {make_replay_id(down)}." in capsys.readouterr().out
     assert len(ledger.find_dead_letters()) == 3, "until now nothing was replayed"
 
     assert main(["replay", "--code", "storage_unavailable", "--since", "2h"]) == 0
-    assert capsys.readouterr().out == f"{down} -> {id_of_replay(down)}\n"
-    assert ledger.read(id_of_replay(down)).status == "queued"
+    assert capsys.readouterr().out == f"{down} -> {make_replay_id(down)}\n"
+    assert ledger.read(make_replay_id(down)).status == "queued"
     assert main(["replay", down]) == 1
     assert "has been replayed already" in capsys.readouterr().err
     assert main(["replay", "--all", "--rate", "1000", "--json"]) == 1, "one never was a job"
     said = {row["id"]: row for row in json.loads(capsys.readouterr().out)}
-    assert (said[slow]["new_id"], said[refused]["new_id"]) == (id_of_replay(slow), None)
+    assert (said[slow]["new_id"], said[refused]["new_id"]) == (make_replay_id(slow), None)
     assert [job_id for job_id, _ in ledger.find_dead_letters()] == [refused]
 
 

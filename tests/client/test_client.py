@@ -149,7 +149,7 @@ def test_a_job_in_the_ledger_is_accepted_though_the_broker_is_out_of_reach(
 
     job = Job.parse(FIELDS)
     assert GradcamClient(settings=Settings(), ledger=ledger, publish=broken).submit(job) == job.id
-    assert ledger.find_unpublished("normal", empty=True, lost_after_s=0, limit=9) == [job.id], (
+    assert ledger.find_unpublished("normal", queue_is_empty=True, lost_after_s=0, limit=9) == [job.id], (
         "the reaper finds it"
     )
     assert "publish_failed" in caplog.text
@@ -271,7 +271,7 @@ def test_an_upload_that_came_late_is_explained_under_the_key_that_had_failed(
     assert client.upload_and_submit(b"photo", retry_failed=True, **wish) == job_id
     assert client.status(job_id).status == "queued"
     fail(ledger, job_id)
-    job = ledger.job(job_id)
+    job = ledger.read_job(job_id)
     assert isinstance(job, Job)
     assert client.submit_many([job, {**FIELDS, "metadata": {"n": "1"}}], retry_failed=True)[0] == job_id
     assert client.status(job_id).status == "queued"
@@ -366,7 +366,7 @@ def test_many_are_accepted_though_the_broker_is_out_of_reach_and_it_is_waited_fo
 
     client = GradcamClient(settings=Settings(), ledger=ledger, publish=broken)
     ids = client.submit_many(FIELDS for _ in range(12))
-    assert ledger.find_unpublished("normal", empty=True, lost_after_s=0, limit=99) == ids, (
+    assert ledger.find_unpublished("normal", queue_is_empty=True, lost_after_s=0, limit=99) == ids, (
         "the reaper finds them"
     )
     assert sum("publish_failed" in line and " jobs=4 " in line for line in caplog.text.splitlines()) == 3
@@ -518,7 +518,7 @@ def test_what_cannot_have_been_accepted_is_said_to_be_so(
 
 
 def test_what_an_error_of_redis_means_is_told_apart(settings: Settings, free_port: int) -> None:
-    reaching = RedisLedger(settings).server.reaching
+    reaching = RedisLedger(settings).server.translate_errors
     for error, unchanged, retryable in (
         (redis.exceptions.OutOfMemoryError("OOM"), True, True),
         (redis.exceptions.ReadOnlyError("READONLY"), True, True),
@@ -552,7 +552,7 @@ def test_errors_that_time_may_cure_are_retryable() -> None:
 def test_who_finds_all_connections_in_use_waits_for_one(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradcam_worker.ledger.redis.client.CONNECTIONS", 2)
+    monkeypatch.setattr("gradcam_worker.ledger.redis.client.MAX_CONNECTIONS", 2)
     client = GradcamClient(settings=settings)
     job_id = client.submit(**FIELDS)
     with ThreadPoolExecutor(60) as pool:
@@ -565,7 +565,7 @@ def test_who_finds_all_connections_in_use_waits_for_one(
 def test_who_waits_in_vain_for_a_connection_is_told_what_for(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradcam_worker.ledger.redis.client.CONNECTIONS", 2)
+    monkeypatch.setattr("gradcam_worker.ledger.redis.client.MAX_CONNECTIONS", 2)
     monkeypatch.setattr(client_module, "TIMEOUT_S", 0.05)
     ledger = RedisLedger(settings, timeout_s=0.05, retries=0)
     client = GradcamClient(settings=settings, ledger=ledger)
@@ -614,7 +614,8 @@ work(1)  # made and used before the fork, and in use by a thread while it happen
 held, forked = threading.Event(), threading.Event()
 
 def hold():
-    ours = client._ledger.server.redis.connection_pool, client._publisher._clients.mine().connection_pool
+    clients = client._ledger.server.redis, client._publisher._clients.get_client()
+    ours = tuple(one.connection_pool for one in clients)
     with ours[0]._lock, ours[1]._lock:
         held.set()
         forked.wait()
@@ -681,9 +682,12 @@ def test_more_threads_than_connections_wait_for_their_turn(
 @pytest.mark.parametrize(
     ("url", "match"),
     [
-        ("redis://me:wrong@{}/0", "refuses us .*password.*: look at the user, the password and the database"),
-        ("redis://{}/99", "refuses us .*out of range"),
-        ("redis://nobody:secret@{}/0", "refuses us .*permissions"),
+        (
+            "redis://me:wrong@{}/0",
+            "refuses access .*password.*: check the user, the password and the database",
+        ),
+        ("redis://{}/99", "refuses access .*out of range"),
+        ("redis://nobody:secret@{}/0", "refuses access .*permissions"),
     ],
     ids=["password", "database", "permission"],
 )

@@ -27,7 +27,7 @@ from gradcam_worker.errors import (
 from gradcam_worker.execution.pipeline import JobContext, run_job
 from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.ledger.ledger import Ledger
-from gradcam_worker.ledger.state_machine import following
+from gradcam_worker.ledger.state_machine import next_revision
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.job import ImageRef, Job
@@ -137,7 +137,7 @@ def replaced(ledger: Ledger, job_id: str, **changes: Any) -> None:
     """Have the ledger say something else of a job that is done."""
     assert isinstance(ledger, MemoryLedger)
     entry = ledger._entries[job_id]
-    changed = following(entry.document, **changes)
+    changed = next_revision(entry.document, **changes)
     ledger._entries[job_id] = type(entry)(**{**vars(entry), "document": changed})
 
 

@@ -150,13 +150,13 @@ def test_a_server_that_has_gone_silent_is_noticed(tmp_path: Path, monkeypatch: p
         told = RedisJobUpdates(admin, "p:")
         told.subscribe({"a"}, set())
         waits_until(lambda: told.poll()[0] == {"a"}, "the subscription")
-        told._check_at = 0
+        told._next_ping_s = 0
         told.poll()
-        assert told._asked
-        waits_until(lambda: told.poll() and not told._asked, "the answer")
+        assert told._awaits_pong
+        waits_until(lambda: told.poll() and not told._awaits_pong, "the answer")
         assert told.fileno() is not None
-        monkeypatch.setattr(pubsub, "CHECK_S", 0.05)
-        told._check_at = 0
+        monkeypatch.setattr(pubsub, "PING_INTERVAL_S", 0.05)
+        told._next_ping_s = 0
         admin.client_pause(60_000)
 
         def silent() -> bool:

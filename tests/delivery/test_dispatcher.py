@@ -104,7 +104,7 @@ def test_everything_is_told_to_everybody_in_order(scene: Scene) -> None:
     jobs = [scene.submit("https://a.example/x", "https://b.example/y", events=events) for _ in range(20)]
     for job in jobs:
         scene.end(job)
-    scene.dispatcher(sinks=("sql",)).round()
+    scene.dispatcher(sinks=("sql",)).run_round()
     assert len(scene.told) == len(set(scene.told)) == 20 * 3 * 3
     for job in jobs:
         for url in ("https://a.example/x", "https://b.example/y", "sql"):
@@ -124,13 +124,13 @@ def test_a_receiver_that_names_a_time_is_not_asked_before(scene: Scene) -> None:
     scene.answers["https://a.example/x"] = busy
     dispatcher = scene.dispatcher()
     while scene.now_s < 1499:
-        dispatcher.round()
+        dispatcher.run_round()
         scene.now_s += 20
     assert tries == [1000], "nor about any other job"
     scene.now_s = 1501
     scene.answers.clear()
     for _ in range(2):
-        dispatcher.round()
+        dispatcher.run_round()
     assert len(scene.told) == 3
 
 
@@ -145,7 +145,7 @@ def test_the_pauses_double_up_to_three_hours_and_the_jitter_is_a_fifth(scene: Sc
     scene.answers["https://a.example/x"] = fails
     dispatcher = scene.dispatcher()
     while len(tries) < 17:
-        dispatcher.round()
+        dispatcher.run_round()
         scene.now_s = (
             min(scene.outbox._due.values(), default=0) + 61
         )  # and no destination is left alone any more
@@ -161,13 +161,13 @@ def test_after_three_days_the_event_is_parked_and_so_are_those_whose_turn_never_
     old = [scene.submit("https://a.example/x") for _ in range(5)]
     scene.answers["https://a.example/x"] = raising(StatusUnavailable("Webhook answered HTTP 500."))
     dispatcher = scene.dispatcher()
-    dispatcher.round()
+    dispatcher.run_round()
     scene.now_s += GIVE_UP_S - 1
     young = scene.submit("https://a.example/x")
-    dispatcher.round()
+    dispatcher.run_round()
     assert not scene.outbox.find_parked()
     scene.now_s += 100
-    dispatcher.round()
+    dispatcher.run_round()
     assert {one.recipient for one in scene.outbox.find_parked()} == {f"{job.id}:hook1" for job in old}
     assert scene.outbox.count_recipients() == 1, "the young one is tried for three days of its own"
     assert "is parked: Webhook answered HTTP 500." in caplog.text
@@ -176,7 +176,7 @@ def test_after_three_days_the_event_is_parked_and_so_are_those_whose_turn_never_
         assert scene.outbox.unpark(one)
     scene.now_s += 100
     for _ in range(2):
-        dispatcher.round()
+        dispatcher.run_round()
     assert {job_id for _, job_id, _ in scene.told} == {job.id for job in (*old, young)}
 
 
@@ -185,11 +185,11 @@ def test_what_was_replayed_is_tried_for_three_days_again(scene: Scene) -> None:
     scene.answers["https://a.example/x"] = raising(StatusUnavailable("Webhook answered HTTP 500."))
     dispatcher = scene.dispatcher()
     for _ in range(2):
-        dispatcher.round()
+        dispatcher.run_round()
         scene.now_s += GIVE_UP_S + 1
     [parked] = scene.outbox.find_parked()
     assert scene.outbox.unpark(parked)
-    dispatcher.round()
+    dispatcher.run_round()
     assert not scene.outbox.find_parked()
 
 
@@ -205,9 +205,9 @@ def test_a_receiver_that_is_gone_is_told_nothing_more_of_any_job(scene: Scene) -
 
     scene.answers[url] = gone
     dispatcher = scene.dispatcher(threads=1)
-    dispatcher.round()
+    dispatcher.run_round()
     scene.submit(url)
-    dispatcher.round()
+    dispatcher.run_round()
     assert len(tries) == 1
     assert scene.outbox.find_disabled() == [url]
     assert len(scene.outbox.find_parked()) == 4
@@ -221,7 +221,7 @@ def test_who_does_not_want_to_hear_of_the_way_hears_of_the_end(scene: Scene, err
     refused = raising(error)
     scene.answers["https://a.example/x"] = lambda: refused() if left.pop() else None
     left = [False, True, True]
-    scene.dispatcher().round()
+    scene.dispatcher().run_round()
     assert [revision for _, _, revision in scene.told] == [3]
     assert not scene.outbox.find_parked()
 
@@ -229,7 +229,7 @@ def test_who_does_not_want_to_hear_of_the_way_hears_of_the_end(scene: Scene, err
 def test_an_end_that_may_not_be_told_is_parked(scene: Scene) -> None:
     scene.end(scene.submit("https://a.example/x", events=("job.succeeded",)))
     scene.answers["https://a.example/x"] = raising(UriNotAllowed("The host is not allowed."))
-    scene.dispatcher().round()
+    scene.dispatcher().run_round()
     [parked] = scene.outbox.find_parked()
     assert parked.first
     assert parked.first.event == "job.succeeded"
@@ -242,12 +242,12 @@ def test_a_mistake_of_ours_costs_nobody_else_anything(
     scene.submit("https://a.example/x", "https://b.example/y")
     scene.answers["https://a.example/x"] = raising(mistake)
     dispatcher = scene.dispatcher(threads=1)
-    dispatcher.round()
+    dispatcher.run_round()
     assert [url for url, _, _ in scene.told] == ["https://b.example/y"]
     assert "job.queued was not delivered" in caplog.text
     scene.now_s += 10
     scene.answers.clear()
-    dispatcher.round()
+    dispatcher.run_round()
     assert [url for url, _, _ in scene.told] == ["https://b.example/y", "https://a.example/x"]
 
 
@@ -273,9 +273,9 @@ def test_a_ledger_out_of_reach_is_asked_again(
 def test_a_database_that_this_worker_does_not_know_is_left_to_one_that_does(scene: Scene) -> None:
     scene.outbox.open_sink("sql")
     scene.submit()
-    scene.dispatcher().round()
+    scene.dispatcher().run_round()
     assert (scene.told, scene.outbox.count_recipients()) == ([], 1)
-    scene.dispatcher(sinks=("sql",)).round()
+    scene.dispatcher(sinks=("sql",)).run_round()
     assert (len(scene.told), scene.outbox.count_recipients()) == (1, 0)
 
 
@@ -307,7 +307,7 @@ def test_there_are_never_more_under_way_than_threads_and_a_destination_never_has
     dispatcher = scene.dispatcher()
     scene.submit(*hosts[:4])
     scene.submit(*hosts[4:])
-    dispatcher.round()  # now they are known to answer
+    dispatcher.run_round()  # now they are known to answer
     for _ in range(20):
         scene.submit(hosts[0])
     scene.submit(*hosts[1:4])
@@ -326,7 +326,7 @@ def test_hosts_that_never_answered_have_one_thread_each_and_half_of_them_togethe
     healthy = "https://z.example/x"
     dispatcher = scene.dispatcher()
     scene.submit(healthy)
-    dispatcher.round()
+    dispatcher.run_round()
     for _ in range(50):
         scene.submit(*slow)
     scene.submit(healthy)
@@ -345,11 +345,11 @@ def test_hosts_that_no_longer_answer_have_half_of_the_threads_again(scene: Scene
     slow = [f"https://{name}.example/x" for name in "abc"]
     dispatcher = scene.dispatcher()
     scene.submit(*slow)
-    dispatcher.round()
+    dispatcher.run_round()
     assert len(scene.told) == 3
     scene.answers = dict.fromkeys(slow, raising(StatusUnavailable("Webhook answered HTTP 500.")))
     scene.submit(*slow)
-    dispatcher.round()
+    dispatcher.run_round()
     gate = Gate()
     scene.answers = {url: gate.at(url) for url in slow}
     for _ in range(5):
@@ -395,5 +395,5 @@ def test_a_dispatcher_with_one_thread_does_its_work(scene: Scene, caplog: pytest
     caplog.set_level(logging.INFO)
     for _ in range(5):
         scene.submit("https://a.example/x", "https://b.example/y")
-    scene.dispatcher(threads=1).round()
+    scene.dispatcher(threads=1).run_round()
     assert (len(scene.told), caplog.text) == (10, "")

@@ -274,7 +274,7 @@ def test_if_the_ledger_cannot_be_reached_the_message_is_requeued(
 
     job = make_job()
     harness.ledger.submit(job)
-    monkeypatch.setattr(harness.ledger, "_swap", unreachable)
+    monkeypatch.setattr(harness.ledger, "_compare_and_set", unreachable)
     with pytest.raises(LedgerUnavailable):
         harness.handle(payload(job))
     monkeypatch.undo()

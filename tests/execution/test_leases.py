@@ -10,7 +10,7 @@ import pytest
 
 from gradcam_worker.errors import AttemptFenced, JobCanceled, JobTimeout, LedgerUnavailable
 from gradcam_worker.execution.leases import LeaseManager
-from gradcam_worker.ledger.ledger import ClaimOutcome, Renewed
+from gradcam_worker.ledger.ledger import ClaimOutcome, LeaseRenewal
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.status import StatusDocument, WorkerRef
@@ -27,7 +27,7 @@ class FailingLedger(MemoryLedger):
     failure: BaseException | None = None
     renewals = 0
 
-    def renew_leases(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
+    def renew_leases(self, worker: str, health: str, held: Mapping[str, int]) -> LeaseRenewal:
         self.renewals += 1
         if self.failure:
             raise self.failure

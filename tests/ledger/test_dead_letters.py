@@ -10,7 +10,7 @@ import pytest
 
 from gradcam_worker.client.client import REDIS_RETRIES, GradcamClient
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable, UnknownJob
-from gradcam_worker.ledger.dead_letters import DeadLetter, DeadLetters, id_of_replay, once_more
+from gradcam_worker.ledger.dead_letters import DeadLetter, DeadLetters, make_replay, make_replay_id
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.schemas.ids import new_id, utc_now
@@ -83,8 +83,8 @@ def test_a_replay_is_a_new_job_with_the_same_content_and_the_old_one_stays_as_it
     old = office.failed(idempotency_key="crm-42", metadata={"patient": "7"}, priority="low")
     before = office.ledger.read(old)
     new = office.replay(old)[old]
-    assert new == id_of_replay(old) != old
-    job = office.ledger.job(new)
+    assert new == make_replay_id(old) != old
+    job = office.ledger.read_job(new)
     assert isinstance(job, Job)
     assert (job.idempotency_key, job.metadata) == (None, {"patient": "7", "replay_of": old})
     assert (job.image, job.network, job.target, job.priority) == (
@@ -113,8 +113,8 @@ def test_a_replay_that_is_interrupted_and_repeated_doubles_nothing(
         with pytest.raises(KeyboardInterrupt):
             list(office.dead.replay(letters, FAST))
     time.sleep(0.6)  # the replay would be another job now: it would not expire
-    assert office.replay() == {old: id_of_replay(old)}
-    assert {one.id for one in office.published.jobs} == {id_of_replay(old)}
+    assert office.replay() == {old: make_replay_id(old)}
+    assert {one.id for one in office.published.jobs} == {make_replay_id(old)}
     assert office.ledger.count_jobs() == (1, 0)
     assert office.dead.find() == []
 
@@ -128,7 +128,9 @@ def test_replays_that_race_yield_one_job(office: Office) -> None:
     for one in threads:
         one.join()
     assert office.ledger.count_jobs() == (10, 0)
-    assert office.ledger.read_many([id_of_replay(one) for one in ids]).keys() == set(map(id_of_replay, ids))
+    assert office.ledger.read_many([make_replay_id(one) for one in ids]).keys() == set(
+        map(make_replay_id, ids)
+    )
 
 
 def test_a_replay_that_fails_is_a_dead_letter_of_its_own(office: Office) -> None:
@@ -139,7 +141,7 @@ def test_a_replay_that_fails_is_a_dead_letter_of_its_own(office: Office) -> None
     assert [one.id for one in office.dead.find()] == [new]
     newest = office.replay()[new]
     assert newest
-    job = office.ledger.job(newest)
+    job = office.ledger.read_job(newest)
     assert isinstance(job, Job)
     assert job.metadata["replay_of"] == new
 
@@ -147,7 +149,7 @@ def test_a_replay_that_fails_is_a_dead_letter_of_its_own(office: Office) -> None
 def test_only_dead_letters_are_replayed_and_whatever_else_is_named_says_why_not(office: Office) -> None:
     old = office.failed()
     office.replay(old)
-    with pytest.raises(UnknownJob, match=f"has been replayed already, as {id_of_replay(old)}"):
+    with pytest.raises(UnknownJob, match=f"has been replayed already, as {make_replay_id(old)}"):
         office.dead.find([old])
     office.ledger.submit(office.job)
     with pytest.raises(UnknownJob, match="is queued: only a failed one can be replayed"):
@@ -161,8 +163,8 @@ def test_what_never_was_a_job_is_listed_and_cannot_be_replayed(office: Office) -
     office.ledger.refuse(message_id, {"image": 7}, InvalidJob("This is not a job."))
     found = {one.id: one for one in office.dead.find()}
     assert found[message_id].code == "invalid_job"
-    assert "can read no job in its message" in str(office.dead.look(found[message_id]))
-    assert office.replay() == {message_id: None, good: id_of_replay(good)}
+    assert "can read no job in its message" in str(office.dead.prepare_replay(found[message_id]))
+    assert office.replay() == {message_id: None, good: make_replay_id(good)}
     assert [one.id for one in office.dead.find()] == [message_id], "it is not forgotten for that"
 
 
@@ -200,18 +202,18 @@ def test_a_ledger_out_of_reach_ends_a_replay(office: Office, monkeypatch: pytest
 
 def test_metadata_that_is_full_keeps_what_it_has(job: Job) -> None:
     full = {f"key {number}": "value" for number in range(16)}
-    assert once_more(job.model_copy(update={"metadata": full}), job.id).metadata == full
+    assert make_replay(job.model_copy(update={"metadata": full}), job.id).metadata == full
     full.popitem()
-    assert once_more(job.model_copy(update={"metadata": full}), job.id).metadata["replay_of"] == job.id
+    assert make_replay(job.model_copy(update={"metadata": full}), job.id).metadata["replay_of"] == job.id
 
 
 def test_a_time_to_expire_is_kept_only_while_it_has_not_passed(job: Job) -> None:
     past, future = utc_now() - timedelta(seconds=1), utc_now() + timedelta(hours=1)
-    assert once_more(job.model_copy(update={"expires_at": past}), job.id).expires_at is None
-    assert once_more(job.model_copy(update={"expires_at": future}), job.id).expires_at == future
+    assert make_replay(job.model_copy(update={"expires_at": past}), job.id).expires_at is None
+    assert make_replay(job.model_copy(update={"expires_at": future}), job.id).expires_at == future
 
 
 def test_a_replay_is_a_job_that_every_check_lets_through(job: Job) -> None:
     ulid = job.model_copy(update={"id": "01ARZ3NDEKTSV4RRFFQ69G5FAV"})
-    again = once_more(ulid, ulid.id)
+    again = make_replay(ulid, ulid.id)
     assert Job.parse(json.loads(again.to_json())) == again

@@ -22,9 +22,9 @@ from gradcam_worker.errors import (
     StorageUnavailable,
     UnknownJob,
 )
-from gradcam_worker.ledger.ledger import Claim, ClaimOutcome, Entry, Ledger, Renewed
+from gradcam_worker.ledger.ledger import Claim, ClaimOutcome, Entry, LeaseRenewal, Ledger
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.ledger.state_machine import suspected
+from gradcam_worker.ledger.state_machine import is_suspected
 from gradcam_worker.operations import servers
 from gradcam_worker.schemas.ids import new_id, utc_now
 from gradcam_worker.schemas.job import Job
@@ -187,10 +187,10 @@ def test_a_job_whose_lease_ran_out_is_queued_again_and_the_first_attempt_is_fenc
     assert (waiting.status, waiting.attempt) == ("queued", 1)
     assert waiting.error is not None
     assert (waiting.error.code, "gpu-1:7" in waiting.error.detail) == ("worker_lost", True)
-    assert suspected(waiting)
+    assert is_suspected(waiting)
     assert not ledger.expire_lease(job.id), "it is put right once"
     second = claim(ledger, job).document
-    assert (second.attempt, second.error, suspected(second)) == (2, None, False)
+    assert (second.attempt, second.error, is_suspected(second)) == (2, None, False)
     with pytest.raises(AttemptFenced):
         ledger.advance(first, status="succeeded")
     assert ledger.advance(second, status="succeeded").attempt == 2
@@ -202,7 +202,7 @@ def test_a_lease_that_is_renewed_does_not_run_out(ledger: Ledger, job: Job) -> N
     claim(ledger, other)
     end = time.monotonic() + 2 * LEASE_S
     while time.monotonic() < end:
-        assert ledger.renew_leases("w", "well", {job.id: 1}) == Renewed()
+        assert ledger.renew_leases("w", "well", {job.id: 1}) == LeaseRenewal()
         time.sleep(0.05)
     wait_for(lambda: ledger.find_overdue(10).expired_leases == [other.id])
 
@@ -261,7 +261,7 @@ def test_a_job_that_is_handed_back_keeps_all_its_attempts(ledger: Ledger, job: J
     first = claim(ledger, job).document
     assert not ledger.requeue_unfinished(job.id, attempt=2)
     assert ledger.requeue_unfinished(job.id, attempt=1)
-    assert not suspected(ledger.read(job.id))
+    assert not is_suspected(ledger.read(job.id))
     with pytest.raises(AttemptFenced):
         ledger.advance(first, status="succeeded")
     second = claim(ledger, job)
@@ -291,11 +291,11 @@ def test_a_job_that_has_begun_does_not_expire(ledger: Ledger, job: Job) -> None:
 def test_a_queued_job_without_a_message_is_found_when_the_queue_is_empty(ledger: Ledger, job: Job) -> None:
     ledger.submit(job)
     look = partial(ledger.find_unpublished, "normal", lost_after_s=0.2, limit=10)
-    assert look(empty=False) == []
-    wait_for(lambda: look(empty=True) == [job.id])
-    assert look(empty=True) == [], "it is not named again at once"
-    wait_for(lambda: look(empty=True) == [job.id])
-    assert ledger.find_unpublished("high", empty=True, lost_after_s=0, limit=10) == []
+    assert look(queue_is_empty=False) == []
+    wait_for(lambda: look(queue_is_empty=True) == [job.id])
+    assert look(queue_is_empty=True) == [], "it is not named again at once"
+    wait_for(lambda: look(queue_is_empty=True) == [job.id])
+    assert ledger.find_unpublished("high", queue_is_empty=True, lost_after_s=0, limit=10) == []
 
 
 def test_a_queued_job_without_a_message_is_found_when_a_later_one_came_through(
@@ -305,8 +305,8 @@ def test_a_queued_job_without_a_message_is_found_when_a_later_one_came_through(
     time.sleep(0.3)
     later = job.model_copy(update={"id": new_id()})
     claim(ledger, later)
-    assert ledger.find_unpublished("normal", empty=False, lost_after_s=60, limit=10) == []
-    assert ledger.find_unpublished("normal", empty=False, lost_after_s=0.2, limit=10) == [job.id]
+    assert ledger.find_unpublished("normal", queue_is_empty=False, lost_after_s=60, limit=10) == []
+    assert ledger.find_unpublished("normal", queue_is_empty=False, lost_after_s=0.2, limit=10) == [job.id]
 
 
 def test_failed_jobs_are_dead_letters_until_they_are_buried(ledger: Ledger, job: Job) -> None:
@@ -440,9 +440,9 @@ def test_a_write_whose_reply_was_lost_succeeds_again(settings: Settings, job: Jo
     ledger = RedisLedger(settings)
     before = ledger.submit(job)
     after = before.model_copy(update={"revision": 2, "stage": "fetch"})
-    assert ledger._swap(before, after)
-    assert ledger._swap(before, after), "the same write sent again"
-    assert not ledger._swap(before, after.model_copy(update={"stage": "decode"}))
+    assert ledger._compare_and_set(before, after)
+    assert ledger._compare_and_set(before, after), "the same write sent again"
+    assert not ledger._compare_and_set(before, after.model_copy(update={"stage": "decode"}))
 
 
 def test_a_ledger_out_of_reach_says_where_it_was_looked_for() -> None:
@@ -470,14 +470,18 @@ def test_a_message_is_about_the_job_that_the_ledger_holds(ledger: Ledger, job: J
 def test_the_last_word_is_worth_waiting_for(
     ledger: Ledger, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    document, swap, failures = claim(ledger, job).document, ledger._swap, [LedgerUnavailable("gone")] * 2
+    document, swap, failures = (
+        claim(ledger, job).document,
+        ledger._compare_and_set,
+        [LedgerUnavailable("gone")] * 2,
+    )
 
     def shaky(before: StatusDocument, after: StatusDocument, **options: Any) -> bool:
         if failures:
             raise failures.pop()
         return swap(before, after, **options)
 
-    monkeypatch.setattr(ledger, "_swap", shaky)
+    monkeypatch.setattr(ledger, "_compare_and_set", shaky)
     with pytest.raises(LedgerUnavailable):
         ledger.advance(document, stage="decode")
     assert ledger.advance(document, patience_s=30, status="succeeded").final
@@ -489,7 +493,7 @@ def test_of_a_job_that_has_ended_only_what_may_be_run_again_is_kept(
 ) -> None:
     keyed = with_key(job, "k")
     ledger.advance(claim(ledger, keyed).document, status=status)
-    assert ledger.job(keyed.id) == (keyed if status == "failed" else None)
+    assert ledger.read_job(keyed.id) == (keyed if status == "failed" else None)
     assert ledger.submit(with_key(job, "k")).id == keyed.id, "it is still known by its fingerprint"
     again, document = ledger.get_or_create(keyed.id, keyed.model_dump(mode="json"))
     assert (again is None, document.status) == (status != "failed", status)
@@ -550,7 +554,7 @@ def test_a_message_that_comes_out_of_order_makes_no_others_seem_lost(ledger: Led
     time.sleep(0.2)
     assert expired(ledger, lost)
     claim(ledger, lost)
-    assert ledger.find_unpublished("normal", empty=False, lost_after_s=0.1, limit=10) == []
+    assert ledger.find_unpublished("normal", queue_is_empty=False, lost_after_s=0.1, limit=10) == []
 
 
 def test_ids_without_a_job_are_forgotten(settings: Settings, job: Job) -> None:
@@ -562,7 +566,7 @@ def test_ids_without_a_job_are_forgotten(settings: Settings, job: Job) -> None:
     for one in (job, other):
         server.delete(f"{prefix}job:{one.id}")
     wait_for(lambda: ledger.find_overdue(10).expired_leases == [] and not server.zcard(f"{prefix}running"))
-    assert ledger.find_unpublished("normal", empty=True, lost_after_s=0, limit=10) == []
+    assert ledger.find_unpublished("normal", queue_is_empty=True, lost_after_s=0, limit=10) == []
     assert not server.keys(f"{prefix}job:*"), "nothing is made by looking"
     assert ledger.count_jobs() == (0, 0)
 
@@ -620,7 +624,7 @@ def test_a_failed_job_is_tried_again_as_the_same_one_with_all_its_attempts(ledge
     assert ledger.read(job.id) == again
     assert ledger.find_dead_letters() == []
     assert ledger.count_jobs() == (1, 0)
-    assert ledger.job(job.id) == job
+    assert ledger.read_job(job.id) == job
     with pytest.raises(AttemptFenced):
         ledger.advance(ended, status="succeeded")
     for attempt in (2, 3):
@@ -666,7 +670,7 @@ def test_a_key_finds_the_failure_unless_it_is_to_be_tried_again(ledger: Ledger, 
     assert (again.id, again.status) == (first.id, "queued")
     assert ledger.submit(with_key(job, "order"), retry_failed=True) == again, "it is no failure any more"
     other = with_key(job, "order", image=job.image.model_copy(update={"uri": "s3://in/other.jpg"}))
-    with pytest.raises(IdempotencyConflict, match="Where that one has failed, retry"):
+    with pytest.raises(IdempotencyConflict, match="If that one has failed, it can be retried"):
         ledger.submit(other, retry_failed=True)
 
 

@@ -148,14 +148,14 @@ def test_an_event_carries_all_that_it_takes_to_deliver_it(post: Post) -> None:
     ],
 )
 def test_hosts_have_a_destination_each_which_no_sink_can_have(url: str, destination: str) -> None:
-    assert outbox.destination(url) == destination
+    assert outbox.destination_of(url) == destination
 
 
 def test_a_change_that_is_written_twice_is_told_once(post: Post) -> None:
     running = post.start(post.submit("https://a.example/x", events=("job.succeeded",)))
     after = running.model_copy(update={"status": "succeeded", "revision": running.revision + 1})
     for _ in range(2):
-        assert post.ledger._swap(running, after)
+        assert post.ledger._compare_and_set(running, after)
     [delivery] = post.claim()
     post.outbox.complete(delivery)
     assert not post.claim()
@@ -519,5 +519,5 @@ def test_what_another_version_wrote_holds_up_no_other(redis_post: Post, caplog: 
     key = f"{server.prefix}events:{jobs[0].id}:hook1"
     server.redis.lset(key, 0, server.redis.lindex(key, 0).replace('"status"', '"mood"'))
     assert [one.document.id for one in post.claim()] == [jobs[1].id]
-    assert f"{jobs[0].id}:hook1: its next event cannot be read here" in caplog.text
+    assert f"outbox_delivery_unreadable recipient={jobs[0].id}:hook1" in caplog.text
     assert server.redis.llen(key) == 1, "it waits for a worker that can"

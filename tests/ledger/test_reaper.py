@@ -57,11 +57,13 @@ class Graveyard:
         self.ledger = Ledger(lease_s=LEASE_S, clock=lambda: self.now[0])
 
     def reaper(self, name: str = "reaper", *, lease_s: float = LEASE_S) -> Reaper:
-        def waiting(route: str) -> int:
+        def count_messages(route: str) -> int:
             self.check()
             return self.messages.get(route, 0)
 
-        return Reaper(self.ledger, name, self.publish, waiting, lease_s=lease_s, lost_after_s=LOST_AFTER_S)
+        return Reaper(
+            self.ledger, name, self.publish, count_messages, lease_s=lease_s, lost_after_s=LOST_AFTER_S
+        )
 
     def check(self) -> None:
         if self.broker_away:
@@ -85,7 +87,7 @@ class Graveyard:
 
 @pytest.fixture
 def yard(monkeypatch: pytest.MonkeyPatch) -> Graveyard:
-    monkeypatch.setattr(reaper, "RENEWED_WITHIN_S", 0)
+    monkeypatch.setattr(reaper, "RENEWAL_INTERVAL_S", 0)
     return Graveyard()
 
 
@@ -101,12 +103,12 @@ def test_a_retry_is_republished_when_its_pause_is_over_and_not_before(yard: Grav
     yard.ledger.advance(document, status="retrying", delay_s=30)
     one = yard.reaper()
     yard.now[0] += 29
-    one.round()
+    one.run_round()
     assert (yard.republished, yard.read(document).status) == ([], "retrying")
     yard.now[0] += 2
-    one.round()
+    one.run_round()
     assert (yard.republished, yard.read(document).status) == ([(document.id, "low")], "queued")
-    one.round()
+    one.run_round()
     assert len(yard.republished) == 1
 
 
@@ -114,19 +116,19 @@ def test_a_job_whose_lease_ran_out_is_queued_again_under_suspicion(yard: Graveya
     document = yard.claim()
     one = yard.reaper()
     yard.now[0] += LEASE_S - 1
-    one.round()
+    one.run_round()
     assert yard.read(document).status == "running"
     yard.now[0] += 2
-    one.round()
+    one.run_round()
     after = yard.read(document)
     assert yard.republished == [(document.id, "normal")]
-    assert (after.status, after.attempt, state_machine.suspected(after)) == ("queued", 1, True)
+    assert (after.status, after.attempt, state_machine.is_suspected(after)) == ("queued", 1, True)
 
 
 def test_a_job_that_was_lost_as_often_as_it_may_is_parked_and_republished_no_more(yard: Graveyard) -> None:
     document = yard.claim(max_attempts=1)
     yard.now[0] += LEASE_S + 1
-    yard.reaper().round()
+    yard.reaper().run_round()
     after = yard.read(document)
     assert after.error is not None
     assert (after.status, after.error.code, yard.republished) == ("failed", "max_attempts_exceeded", [])
@@ -137,10 +139,10 @@ def test_a_job_that_expires_in_the_queue_or_in_a_pause_ends_expired(yard: Gravey
     expires_at = utc_now() + timedelta(seconds=60)
     waits, pauses = yard.submit(expires_at=expires_at), yard.claim(expires_at=expires_at)
     yard.ledger.advance(pauses, status="retrying", delay_s=300)
-    yard.reaper().round()
+    yard.reaper().run_round()
     assert yard.read(waits).status == "queued"
     yard.now[0] += 61
-    yard.reaper().round()
+    yard.reaper().run_round()
     assert [yard.read(one).status for one in (waits, pauses)] == ["expired", "expired"]
 
 
@@ -148,52 +150,52 @@ def test_a_job_that_expires_in_the_queue_or_in_a_pause_ends_expired(yard: Gravey
 def test_a_job_whose_message_was_lost_is_published_again(
     yard: Graveyard, priority: str, messages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reaper, "LOST_MESSAGES_EVERY_S", 0)
+    monkeypatch.setattr(reaper, "LOST_MESSAGES_INTERVAL_S", 0)
     yard.messages = {priority: messages}
     document, one = yard.submit(priority=priority), yard.reaper()
     yard.now[0] += LOST_AFTER_S - 1
-    one.round()
+    one.run_round()
     assert yard.republished == []
     yard.now[0] += 2
-    one.round()
+    one.run_round()
     if messages:
         assert yard.republished == [], "it may be among those that wait"
         yard.claim(priority=priority)
         yard.now[0] += LOST_AFTER_S + 1
         yard.claim(priority=priority)  # published later, and taken
-        one.round()
+        one.run_round()
     assert (document.id, priority) in yard.republished
     assert yard.read(document).status == "queued"
     republished = len(yard.republished)
-    one.round()
+    one.run_round()
     assert len(yard.republished) == republished, "not again before it had time to be found"
 
 
 def test_what_cannot_be_published_is_found_again(yard: Graveyard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reaper, "LOST_MESSAGES_EVERY_S", 0)
+    monkeypatch.setattr(reaper, "LOST_MESSAGES_INTERVAL_S", 0)
     document, one = yard.claim(), yard.reaper()
     yard.now[0] += LEASE_S + 1
     yard.broker_away = True
     with pytest.raises(BrokerUnavailable):
-        one.round()
+        one.run_round()
     assert yard.read(document).status == "queued"
     yard.broker_away = False
-    one.round()
+    one.run_round()
     assert yard.republished == []
     yard.now[0] += LOST_AFTER_S + 1
-    one.round()
+    one.run_round()
     assert yard.republished == [(document.id, "normal")]
 
 
 def test_one_worker_reaps_and_another_takes_over_when_it_is_gone(yard: Graveyard) -> None:
     first, second = yard.reaper("first"), yard.reaper("second")
-    first.round()
+    first.run_round()
     document = yard.claim()
     yard.ledger.advance(document, status="retrying", delay_s=0)
-    second.round()
+    second.run_round()
     assert yard.read(document).status == "retrying", "that is for the first"
     yard.now[0] += reaper.LEADER_LEASE_S + 0.1
-    second.round()
+    second.run_round()
     assert yard.read(document).status == "queued"
 
 
@@ -201,23 +203,23 @@ def test_a_record_that_cannot_be_read_keeps_no_other_waiting(yard: Graveyard, ca
     bad, good = yard.claim(), yard.claim()
     yard.ledger.unreadable = bad.id
     yard.now[0] += LEASE_S + 1
-    yard.reaper().round()
+    yard.reaper().run_round()
     assert [yard.read(one).status for one in (bad, good)] == ["running", "queued"]
-    assert f"job {bad.id} cannot be put right" in caplog.text
+    assert f"job_recovery_failed job_id={bad.id}" in caplog.text
 
 
 def test_when_the_ledger_is_back_everybody_has_the_time_to_renew(
     yard: Graveyard, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reaper, "EVERY_S", 0.05)
+    monkeypatch.setattr(reaper, "ROUND_INTERVAL_S", 0.05)
     document = yard.claim()
     yard.ledger.away = True
     yard.now[0] += 3600
     loop = yard.reaper(lease_s=1).loop
     loop.start()
-    wait_for(lambda: "nothing can be put right: gone" in caplog.text)
+    wait_for(lambda: "no job can be recovered: gone" in caplog.text)
     yard.ledger.away = False
     wait_for(lambda: yard.read(document).status == "queued")
     assert loop.stop(WAIT_S)
-    assert caplog.text.count("nothing can be put right") == 1, "an outage is said once"
+    assert caplog.text.count("no job can be recovered") == 1, "an outage is said once"
     assert yard.ledger.lost_s - yard.ledger.led_s >= 1

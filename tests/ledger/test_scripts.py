@@ -130,7 +130,7 @@ class Pair(NamedTuple):
     number: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Example(LuaScript[int], file="example"):
     key: Key
     keys_of_all: Sequence[Key]

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from gradcam_worker.errors import ImageFetchFailed
-from gradcam_worker.ledger.state_machine import fresh
+from gradcam_worker.ledger.state_machine import new_document
 from gradcam_worker.observability.logs import TEXT_FORMAT, LineFormatter, log_context
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.ids import new_id
@@ -98,7 +98,7 @@ def test_a_document_shown_on_a_terminal_acts_on_nothing(text: str, monkeypatch: 
     seen = ClassScore(rank=1, id=1, wnid=text, name=text, probability=0.5)
     network = NetworkRef(name=text, layer=text, weights_sha256=None)
     changes = {"error": problem, "predictions": (seen,), "network": network, "metadata": {text: text}}
-    document: StatusDocument = fresh(new_id()).model_copy(update=changes)
+    document: StatusDocument = new_document(new_id()).model_copy(update=changes)
     console.show(document)
     lines = written.getvalue().split("\n")
     assert not acts("".join(lines))

@@ -234,7 +234,7 @@ def test_what_the_reaper_puts_right_is_counted_once(shop: Shop) -> None:
         lease_s=0, lost_after_s=20, observer=shop.counted,
     )  # fmt: skip
     reaper._answered_s = time.monotonic()
-    reaper.round()
+    reaper.run_round()
     assert {lost.id, due.id, silent.id} <= set(rung)
     found = read(shop.counted)
     assert found["jobs_reaped_total{reason=lost}"] == 2, "also where it was the last attempt"
@@ -263,7 +263,7 @@ def test_deliveries_are_counted_by_how_they_end(shop: Shop) -> None:
     )
     for url in answers:
         shop.ledger.submit(shop.job(webhooks=[{"url": url, "events": ["job.queued"]}]))
-    dispatcher.round()
+    dispatcher.run_round()
     found = read(shop.counted)
     outcomes = {
         one: found[f"events_delivered_total{{outcome={one}}}"] for one in ("delivered", "failed", "parked")

@@ -262,7 +262,9 @@ def deliveries(office: Office, heard: Heard, **job: Any) -> Iterator[StatusDocum
     hook = {"url": "http://hook.test/"}
     document = office.run(webhooks=[hook], **job)
     yield document
-    OutboxDispatcher(office.ledger.outbox, heard, {}, threads=1, give_up_s=60, traces=office.traces).round()
+    OutboxDispatcher(
+        office.ledger.outbox, heard, {}, threads=1, give_up_s=60, traces=office.traces
+    ).run_round()
 
 
 def test_the_webhook_is_told_below_its_job_and_hears_of_its_span(office: Office) -> None:

@@ -29,7 +29,7 @@ def test_a_worker_with_everything_is_well(settings: Settings, tmp_path: Path) ->
     others = len(CATALOG) - 1
     assert f"Keras downloads those of {others} others" in findings["weights"].detail, "in one line"
     assert findings["workers"].detail == "none takes jobs just now"
-    assert findings["eviction"].detail.endswith("has maxmemory-policy noeviction: it forgets nothing")
+    assert findings["eviction"].detail.endswith("has maxmemory-policy noeviction: it evicts nothing")
     assert len(findings) == 8
     assert (tmp_path / "health" / "probe.txt").exists()
 

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import BrokerUnavailable, InvalidSettings, LedgerUnavailable, StorageUnavailable
-from gradcam_worker.ledger.redis.eviction import Eviction
+from gradcam_worker.ledger.redis.eviction import EvictionMonitor
 from gradcam_worker.operations import doctor, servers
 from gradcam_worker.runtime import preflight, service_factory
 from gradcam_worker.schemas.status import WorkerRef
@@ -152,10 +152,10 @@ def test_a_redis_that_forgets_accepted_jobs_stops_a_worker_and_says_what_to_set(
     [
         ("noeviction", "100mb", True, ""),
         ("noeviction", "0", True, ""),
-        ("allkeys-lru", "0", True, "no harm only as long as maxmemory is 0"),
-        ("volatile-lru", "0", True, "no harm only as long as maxmemory is 0"),
-        ("volatile-lru", "100mb", False, "ended jobs and idempotency keys before their time"),
-        ("volatile-ttl", "100mb", False, "ended jobs and idempotency keys before their time"),
+        ("allkeys-lru", "0", True, "harmless only while maxmemory is 0"),
+        ("volatile-lru", "0", True, "harmless only while maxmemory is 0"),
+        ("volatile-lru", "100mb", False, "final jobs and idempotency keys before their time"),
+        ("volatile-ttl", "100mb", False, "final jobs and idempotency keys before their time"),
     ],
 )
 def test_a_redis_that_forgets_less_is_warned_of(
@@ -183,23 +183,24 @@ def test_the_hint_about_an_identity_is_one_sentence_without_gaps() -> None:
 def test_a_policy_that_is_changed_while_a_worker_runs_is_found(
     evicting: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    watch = Eviction(evicts(evicting, "noeviction", "100mb"))
-    watch.round()
-    assert (watch.trouble(), caplog.messages) == (None, [])
+    watch = EvictionMonitor(evicts(evicting, "noeviction", "100mb"))
+    watch.run_round()
+    assert (watch.last_problem(), caplog.messages) == (None, [])
     evicts(evicting, "allkeys-lru", "100mb")
-    watch.round()
-    assert watch.trouble()
+    watch.run_round()
+    assert watch.last_problem()
     evicts(evicting, "volatile-lru", "100mb")
-    watch.round()
-    assert not watch.trouble()
+    watch.run_round()
+    assert not watch.last_problem()
     assert {record.levelname for record in caplog.records} == {"ERROR", "WARNING"}
     assert all("Set maxmemory-policy noeviction" in line for line in caplog.messages)
 
 
 def test_whoever_may_not_ask_is_told_so_and_starts(guarded: int, caplog: pytest.LogCaptureFixture) -> None:
     settings = Settings(broker_url=f"redis://few:{PASSWORD}@127.0.0.1:{guarded}/0")
-    assert "does not say what it forgets when it is full: its user needs +info" in preflight.redis_keeps(
-        settings
+    assert (
+        "does not report its maxmemory-policy: its user needs the permission +info"
+        in preflight.redis_keeps(settings)
     )
     assert len(caplog.messages) == 1
     (finding,) = doctor._eviction(settings)

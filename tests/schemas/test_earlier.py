@@ -66,11 +66,11 @@ def test_what_an_earlier_version_wrote_is_understood(changes: dict[str, Any], st
 def test_an_earlier_version_finds_in_the_stage_what_rows_says(search: RowSearch) -> None:
     rows = RowState(search=search)
     running = document(stage=search.stage, rows=rows)
-    lost = state_machine.lost(running)
+    lost = state_machine.expire_lease(running)
     assert row_state(lost) == rows
     assert lost.error
     assert row_state(lost.model_copy(update={"rows": None})) == rows
-    assert state_machine.begun(lost, WorkerRef(id="w", device="cpu"), lost.updated_at).rows is None
+    assert state_machine.begin_attempt(lost, WorkerRef(id="w", device="cpu"), lost.updated_at).rows is None
 
 
 def test_an_earlier_version_finds_progress_and_failures_where_it_looks() -> None:

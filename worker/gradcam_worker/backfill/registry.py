@@ -40,7 +40,7 @@ LEASE_S = 5.0  # without a renewal, a lease expires
 RECORD_TTL_S = 7 * 86_400  # after the last renewal
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class RenewLease(LuaScript[tuple[int, int, int, str, str, str]], file="renew_lease"):
     """Renew a lease.
 
@@ -58,7 +58,7 @@ class RenewLease(LuaScript[tuple[int, int, int, str, str, str]], file="renew_lea
     new_token: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ReleaseLease(LuaScript[int], file="release_lease"):
     """Release a lease. Returns 0 if it is not held."""
 
@@ -68,7 +68,7 @@ class ReleaseLease(LuaScript[int], file="release_lease"):
     shards: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class FindBackfill(LuaScript[tuple[str, str, int] | tuple[()]], file="find_backfill"):
     """Find a backfill. Returns its facts, its shards and whether it runs; empty if there is none."""
 
@@ -190,7 +190,7 @@ class RedisBackfillRegistry:
     def admits(self, shard: Shard) -> bool:
         """Return whether a shard carries the token of its backfill's record. Raises LedgerUnavailable."""
         key = f"{self._server.prefix}backfill:{_output_key(shard.output)}"
-        with self._server.reaching():
+        with self._server.translate_errors():
             facts, token = self._server.redis.hmget(key, "facts", "token")
         if not facts or json.loads(str(facts)).get("backfill") != shard.backfill:
             return False
@@ -199,7 +199,7 @@ class RedisBackfillRegistry:
 
     def running(self) -> list[dict[str, Any]]:
         """Return the facts of all running backfills. Raises LedgerUnavailable."""
-        with self._server.reaching():
+        with self._server.translate_errors():
             seconds, micros = self._server.redis.time()
             renewed_ms = (seconds + micros / 1e6 - LEASE_S) * 1000
             prefix = self._server.prefix

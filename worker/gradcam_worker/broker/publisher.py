@@ -52,7 +52,7 @@ class Publisher:
         self._clients = RedisClients(
             settings, settings.broker_url, BrokerUnavailable, timeout_s=timeout_s, retries=0
         )
-        self.close, self.mode = self._clients.close, self._clients.mode
+        self.close, self.read_mode = self._clients.close, self._clients.read_mode
 
     def publish(self, jobs: Iterable[tuple[Work, datetime | None]]) -> None:
         """Publish jobs, in order, each with the moment at which it was entered in the ledger.
@@ -78,20 +78,26 @@ class Publisher:
             self._send(queued)
 
     def _send(self, queued: dict[str, list[str]]) -> None:
-        with self._clients.reaching(), self._clients.mine().pipeline(transaction=False) as pipeline:
+        with (
+            self._clients.translate_errors(),
+            self._clients.get_client().pipeline(transaction=False) as pipeline,
+        ):
             for priority, texts in queued.items():
                 pipeline.lpush(self._key(priority), *texts)
             pipeline.execute()
 
     def queue_length(self, priority: str) -> int:
         """How many messages wait in the queue of a priority. Raises BrokerUnavailable."""
-        with self._clients.reaching():
-            found: Any = self._clients.mine().llen(self._key(priority))
+        with self._clients.translate_errors():
+            found: Any = self._clients.get_client().llen(self._key(priority))
         return int(found)
 
     def any_waiting(self) -> bool:
         """Whether there is a message in any queue. Raises BrokerUnavailable."""
-        with self._clients.reaching(), self._clients.mine().pipeline(transaction=False) as pipeline:
+        with (
+            self._clients.translate_errors(),
+            self._clients.get_client().pipeline(transaction=False) as pipeline,
+        ):
             for priority in ROUTES:
                 pipeline.llen(self._key(priority))
             return any(pipeline.execute())

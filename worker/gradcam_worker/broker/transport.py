@@ -31,7 +31,7 @@ NO_PERMISSION = ""  # instead of a script's SHA: this user may not load scripts
 EMPTY = kombu_redis.Empty
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Receive(LuaScript[tuple[int, bytes] | None], file="receive"):
     """Take an item and note it as unacknowledged in one step. Returns which list it was in, and the item."""
 

@@ -116,7 +116,7 @@ def _list_letters(
     dead: DeadLetters, letters: list[DeadLetter], total: int, *, as_json: bool, details: bool
 ) -> int:
     """Show them; return how many can be replayed."""
-    found = [(letter, dead.look(letter)) for letter in letters]
+    found = [(letter, dead.prepare_replay(letter)) for letter in letters]
     if as_json:
         console.print_json([_letter_facts(*one) for one in found])
     elif details:

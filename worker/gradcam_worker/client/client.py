@@ -331,7 +331,7 @@ class GradcamClient:
         """
         document = self._change(lambda: self._ledger.retry(job_id), f"job {job_id} is", "tried again")
         try:
-            job = self._retry(lambda: self._ledger.job(document.id))
+            job = self._retry(lambda: self._ledger.read_job(document.id))
         except LedgerUnavailable as error:
             reason = "The jobs are accepted; a worker publishes them within a minute."
             log.warning("publish_failed", job_id=document.id, jobs=1, error=error, reason=reason)

@@ -84,7 +84,7 @@ class OutboxDispatcher:
             context=self._delivering(),
         )
 
-    def round(self) -> None:
+    def run_round(self) -> None:
         """Deliver all that is due, and wait for it. Raises LedgerUnavailable."""
         with self._worker_threads():
             while self._claim() or self._in_progress.total():

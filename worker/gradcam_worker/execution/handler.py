@@ -33,7 +33,7 @@ from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.execution.pipeline import JobContext, Progress
 from gradcam_worker.execution.services import Services
 from gradcam_worker.ledger.ledger import ClaimOutcome, Ledger
-from gradcam_worker.ledger.state_machine import suspected
+from gradcam_worker.ledger.state_machine import is_suspected
 from gradcam_worker.observability import logs, tracing
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.observability.tracing import NO_TRACES, Traces
@@ -138,14 +138,14 @@ class JobHandler:
             while not (disposition := self._claim(job_id, payload, kind)):
                 pass
         except (InvalidJob, IdempotencyConflict, UnknownBackfill) as error:
-            if payload == {"id": job_id} and not self.ledger.route(job_id):
+            if payload == {"id": job_id} and not self.ledger.read_route(job_id):
                 log.warning("job_message_dropped", reason="the job is no longer in the ledger")
                 return Disposition.DROP
             self.refuse(job_id, payload, error)
             return Disposition.FINISHED
         except AttemptFenced as error:
             log.warning("job_attempt_fenced", error=error)
-            if payload != {"id": job_id} and not self.ledger.route(job_id):
+            if payload != {"id": job_id} and not self.ledger.read_route(job_id):
                 message = (
                     f"The ledger has lost job {job_id}. Its message is requeued, and enters the job again."
                 )
@@ -173,14 +173,14 @@ class JobHandler:
         if disposition := self._reject_wrong_queue(job, document, kind):
             return disposition
         # A job that was running when a worker died runs alone in this process: wait for the other jobs first.
-        with self.gate.enter(job.id, alone=suspected(document)) as free:
+        with self.gate.enter(job.id, alone=is_suspected(document)) as free:
             if not free:
                 return Disposition.DROP
             claim_sent_at = utc_now()
             claim = self.ledger.claim(document, self.worker)
             if claim.outcome is ClaimOutcome.CLAIMED:
                 return self._run(
-                    job, claim.document, claim_sent_at, crashed=document if suspected(document) else None
+                    job, claim.document, claim_sent_at, crashed=document if is_suspected(document) else None
                 )
         if claim.outcome is ClaimOutcome.CHANGED:
             return None

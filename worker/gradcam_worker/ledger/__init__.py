@@ -1,4 +1,4 @@
-"""The truth about every job: rules and states, the outbox, the reaper, dead letters.
+"""The ledger, the authoritative record of every job: rules, states, outbox, reaper and dead letters.
 
-Begin at `ledger.Ledger`; `redis` and `memory` keep it.
+Begin at `ledger.Ledger`. Its subclasses in `redis` and `memory` store the jobs.
 """

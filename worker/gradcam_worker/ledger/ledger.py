@@ -1,10 +1,10 @@
-"""The truth about every job: submit once, claim, advance, finish. A queue message is a notification.
+"""The ledger: the authoritative record of every job. A message in a queue is only a notification.
 
-A job is written here before its message is published, and every later change is one atomic
-compare-and-set on (attempt, revision), so an attempt that has been overtaken can change nothing.
-Whoever runs a job holds a lease on it and renews it: see `gradcam_worker.execution.leases`. Expired leases,
-retries that are due and queued jobs without a message are recovered by `gradcam_worker.ledger.reaper`.
-`Ledger` holds the rules; a backend, in `redis` or `memory`, holds the atomic steps.
+A job is written here before its message is published. Every later change is one atomic compare-and-set on
+(attempt, revision), so an attempt that was overtaken can change nothing. A worker that runs a job holds
+a lease on it and renews it: see `gradcam_worker.execution.leases`. `gradcam_worker.ledger.reaper` recovers
+expired leases, retries that are due and queued jobs without a message. `Ledger` contains the rules; its
+subclasses in `redis` and `memory` contain the atomic steps.
 """
 
 import hashlib
@@ -35,18 +35,18 @@ from gradcam_worker.schemas.job import ID_PATTERN, Job, Webhook
 from gradcam_worker.schemas.shard import Shard, Work, parse, terms_of
 from gradcam_worker.schemas.status import Problem, StatusDocument, WorkerRef
 
-ASK_AGAIN_S = 0.5  # between two tries to reach the ledger
+RETRY_PAUSE_S = 0.5  # between attempts to reach the ledger
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the ledger holds for a job from the start: its fingerprint tells it from any other."""
+    """The ledger's record of a job."""
 
-    fingerprint: str
+    fingerprint: str  # a digest of the job's content: equal for equal jobs
     job: str  # JSON
     idempotency_key: str | None
     document: StatusDocument
-    route: str = "normal"  # its priority: jobs of one route are taken in the order in which they came
+    route: str = "normal"  # its priority, or "shard": jobs of one route are claimed in order of arrival
     webhooks: tuple[Webhook, ...] = ()
 
 
@@ -54,66 +54,70 @@ class ClaimOutcome(Enum):
     """How the claim of a job ended."""
 
     CLAIMED = "claimed"
-    """The caller holds the job and has to run it."""
+    """The caller holds the job and must run it."""
 
     HELD = "held"
-    """Another attempt holds it, or the pause before its next attempt is not over."""
+    """Another attempt holds the job, or the pause before its next attempt is not over."""
 
     FINISHED = "finished"
-    """It was final already."""
+    """The job was final already."""
 
     ENDED = "ended"
-    """The claim itself made it final: it had expired, or had used up its attempts."""
+    """The claim made the job final: it had expired, or had used all its attempts."""
 
     CHANGED = "changed"
-    """It has changed since it was read: read it again."""
+    """The job has changed since it was read: read it again."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a worker learned when it asked for a job."""
+    """The result of an attempt to claim a job."""
 
     outcome: ClaimOutcome
     document: StatusDocument
 
 
 @dataclass(frozen=True)
-class Renewed:
-    """What a worker learned when it renewed its leases."""
+class LeaseRenewal:
+    """The result of renewing a worker's leases."""
 
-    lost: frozenset[str] = frozenset()  # jobs that are somebody else's by now
-    canceled: frozenset[str] = frozenset()  # jobs that somebody wants stopped
+    lost: frozenset[str] = frozenset()  # jobs of the worker that it does not hold any more
+    canceled: frozenset[str] = frozenset()  # running jobs, of any worker, whose cancellation was requested
 
 
 @dataclass(frozen=True)
 class Overdue:
-    """Ids of jobs that the reaper has to act on."""
+    """Ids of jobs that the reaper must act on."""
 
-    expired_leases: list[str]  # running, and not renewed in time
-    due_retries: list[str]  # the pause before the next attempt is over
-    expired_jobs: list[str]  # waiting beyond `expires_at`
+    expired_leases: list[str]  # running jobs whose lease was not renewed in time
+    due_retries: list[str]  # retrying jobs whose pause is over
+    expired_jobs: list[str]  # waiting jobs whose `expires_at` has passed
 
 
 class JobUpdates(Protocol):
-    """A subscription to changes of jobs, for one thread. It says that a job has changed, and never what.
+    """A subscription to changes of jobs, for one thread. It reports which jobs have changed, not how.
 
-    Each method raises LedgerUnavailable where the server cannot be reached; it is closed then.
+    Each method raises LedgerUnavailable if the server cannot be reached; the subscription is closed then.
     """
 
     def subscribe(self, begun: Iterable[str], ended: Iterable[str]) -> None:
-        """Subscribe to the jobs in `begun`, end the subscriptions to those in `ended`."""
+        """Subscribe to the jobs with the ids `begun`; unsubscribe from those with the ids `ended`."""
         ...
 
     def poll(self) -> tuple[set[str], set[str]]:
-        """What has come in since the last time: jobs whose subscription has begun, and jobs that changed."""
+        """Read what has arrived since the last call.
+
+        Returns:
+            Ids of jobs whose subscription has begun, and ids of jobs that have changed.
+        """
         ...
 
     def fileno(self) -> int | None:
-        """The file descriptor to wait on for something to come in; None without a connection."""
+        """The file descriptor on which to wait for data; None without a connection."""
         ...
 
     def close(self) -> None:
-        """End all subscriptions. It can be used again."""
+        """End all subscriptions. New ones are possible afterwards."""
         ...
 
     def abandon(self) -> None:
@@ -122,100 +126,123 @@ class JobUpdates(Protocol):
 
 
 class Ledger(ABC):
-    """The rules of a job's life. Raises LedgerUnavailable wherever it cannot be reached."""
+    """The rules of a job's life cycle. Methods raise LedgerUnavailable if the ledger cannot be reached."""
 
-    observer: Observer = NULL_OBSERVER  # is told of each job that this process has made final
+    observer: Observer = NULL_OBSERVER  # is notified of each job that this process has made final
 
     @abstractmethod
     def _create_many(self, entries: Sequence[Entry]) -> list[Entry]:
-        """For each, atomically: the entry that has its idempotency key or id already, else this new one.
+        """Enter jobs, each atomically.
 
-        Ends with the first that is there already with another fingerprint: what follows is not entered.
+        Args:
+            entries: New entries.
+
+        Returns:
+            For each, the existing entry with its idempotency key or id, else the new one. The list ends with
+            the first existing entry whose fingerprint differs: the entries after it are not entered.
         """
 
     @abstractmethod
     def _find(self, job_id: str) -> Entry | None:
-        """The entry of a job."""
+        """Find the entry of a job; None for an unknown one."""
 
     @abstractmethod
-    def _swap(
+    def _compare_and_set(
         self,
         before: StatusDocument,
         after: StatusDocument,
         *,
         delay_s: float = 0,
-        due: bool = False,
+        only_if_due: bool = False,
         fingerprint: str | None = None,
     ) -> bool:
-        """Atomically: replace `before` by `after`, if (attempt, revision) are still those of `before`.
+        """Replace a document by its next revision, atomically.
 
-        In the same step the job gets or loses its lease, its place among those that wait (for `delay_s`,
-        where it is to be tried again), and whoever wants to hear of it is put in the outbox. With `due`,
-        only if its lease, or its pause, is over now. With a fingerprint, only if the job has that one, and
-        `before` is to the letter what is held.
+        The same step adds or removes the job's lease, moves the job to the queue of its new status, and adds
+        its event to the outbox.
+
+        Args:
+            before: The expected revision: its attempt and revision are compared with the current ones.
+            after: The next revision.
+            delay_s: The pause before the next attempt, for status `retrying`.
+            only_if_due: Replace only if the job's lease, or its pause, is over.
+            fingerprint: Replace only if the job has this fingerprint and its document equals `before`.
+
+        Returns:
+            Whether it was replaced, by this call or by an identical one before.
         """
 
     @abstractmethod
     def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
-        """Read the documents of those of these jobs that the ledger knows."""
+        """Read the documents of jobs; unknown ids are left out."""
 
     def open_updates(self) -> JobUpdates | None:
-        """Open a subscription to changes of jobs; None where a job has to be read again and again instead."""
+        """Open a subscription to changes of jobs; None if this ledger has none and jobs must be polled."""
         return None
 
     def close(self) -> None:  # noqa: B027  # not every ledger has connections
-        """Close what is connected; used again, it connects again."""
+        """Close all connections. The next call opens new ones."""
 
     @abstractmethod
     def count_jobs(self) -> tuple[int, int]:
-        """Count the jobs that are queued, those waiting for a retry included, and those that are running."""
+        """Count the waiting jobs (queued and retrying) and the running jobs."""
 
     @abstractmethod
-    def renew_leases(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
+    def renew_leases(self, worker: str, health: str, held: Mapping[str, int]) -> LeaseRenewal:
         """Renew a worker's leases, in one round trip.
 
         Args:
-            worker: Its id.
-            health: What it says of itself, as JSON: see `find_workers`.
+            worker: The worker's id.
+            health: Its health report, as JSON: `find_workers` returns it.
             held: The jobs that it runs, id -> attempt.
 
         Returns:
-            Which of them it has lost, and which running jobs are to stop.
+            Which of these jobs it has lost, and which running jobs are to be canceled.
         """
 
     @abstractmethod
     def find_workers(self) -> dict[str, str]:
-        """Find the workers that renewed their leases lately: id -> health, as JSON."""
+        """Find the workers that have renewed their leases recently: id -> health report, as JSON."""
 
     @abstractmethod
     def try_lead(self, worker: str, seconds: float) -> bool:
-        """Become the one worker that reaps, or stay it, for `seconds`; False where another one is."""
+        """Become or remain the worker that runs the reaper.
+
+        Args:
+            worker: The worker's id.
+            seconds: For how long.
+
+        Returns:
+            False if another worker is the leader.
+        """
 
     @abstractmethod
     def find_overdue(self, limit: int) -> Overdue:
-        """Find jobs that the reaper has to act on, `limit` of each kind at most."""
+        """Find jobs that the reaper must act on, at most `limit` of each kind."""
 
     @abstractmethod
-    def find_unpublished(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
-        """Find queued jobs whose message must have been lost. They are not found again for a while.
+    def find_unpublished(
+        self, route: str, *, queue_is_empty: bool, lost_after_s: float, limit: int
+    ) -> list[str]:
+        """Find queued jobs whose message must have been lost. Each is then not found again for a while.
 
         Args:
-            route: The priority by which they were published.
-            empty: Whether its queue is. If not, only jobs are found whose message is older than one that
-                has been received since.
-            lost_after_s: How long a message may take to be received.
-            limit: How many are found at most.
+            route: The jobs' priority, or "shard".
+            queue_is_empty: Whether the queue of this route is empty. If not, only jobs are found that were
+                published before a job whose message has been received since.
+            lost_after_s: The time within which a message must be received.
+            limit: The maximum number of jobs.
 
         Returns:
-            Their ids.
+            The ids of the jobs.
         """
 
     @abstractmethod
     def find_dead_letters(self) -> list[tuple[str, float]]:
-        """Find failed jobs that nobody has replayed.
+        """Find failed jobs that have not been replayed.
 
         Returns:
-            Their ids, and when they failed in seconds since the epoch; newest first.
+            For each, its id and when it failed, in seconds since the epoch; newest first.
         """
 
     @abstractmethod
@@ -224,13 +251,20 @@ class Ledger(ABC):
 
     @abstractmethod
     def prune(self) -> None:
-        """Remove dead letters, parked recipients and workers of long ago."""
+        """Remove dead letters, parked recipients and workers whose retention is over."""
 
     def submit(self, job: Work, *, retry_failed: bool = False) -> StatusDocument:
-        """Enter a job, once: the same job with the same id or idempotency key finds the first.
+        """Enter a job, once: the same job with the same id or idempotency key is entered only the first time.
 
-        With `retry_failed`, one that has failed is tried again: see `retry`. Raises IdempotencyConflict where
-        the id or the key belongs to a different job.
+        Args:
+            job: The job or shard.
+            retry_failed: If the existing job has failed, retry it: see `retry`.
+
+        Returns:
+            The document of the job, or of the existing one.
+
+        Raises:
+            IdempotencyConflict: The id or the idempotency key belongs to a different job.
         """
         (entered,) = self.submit_many([job], retry_failed=retry_failed)
         if isinstance(entered, IdempotencyConflict):
@@ -240,49 +274,74 @@ class Ledger(ABC):
     def submit_many(
         self, jobs: Sequence[Work], *, retry_failed: bool = False
     ) -> list[StatusDocument | IdempotencyConflict]:
-        """Enter jobs in order, in one step: see `submit`. Ends with a conflict: none after it is entered."""
-        entries = [_entry(job) for job in jobs]
-        found: list[StatusDocument | IdempotencyConflict] = []
+        """Enter jobs, in order and in one round trip.
+
+        Args:
+            jobs: Jobs or shards.
+            retry_failed: Retry existing jobs that have failed: see `retry`.
+
+        Returns:
+            A document for each job. The list ends with the first conflict: no job after it is entered.
+        """
+        entries = [_make_entry(job) for job in jobs]
+        results: list[StatusDocument | IdempotencyConflict] = []
         for job, entry, held in zip(jobs, entries, self._create_many(entries), strict=False):
             if held.fingerprint != entry.fingerprint:
-                found.append(_conflict(job, held.document.id))
+                results.append(_make_conflict(job, held.document.id))
             elif retry_failed and held.document.status == "failed":
-                found.append(self._retried(held.document))
+                results.append(self._retry_if_failed(held.document.id))
             else:
-                found.append(held.document)
-        return found
+                results.append(held.document)
+        return results
 
-    def _retried(self, found: StatusDocument) -> StatusDocument:
-        """Try it again. Where that cannot be done, or was done meanwhile, it is as it is: it is accepted."""
+    def _retry_if_failed(self, job_id: str) -> StatusDocument:
+        """Retry a job; one that cannot be retried, or was meanwhile, is left as it is."""
         try:
-            return self.retry(found.id)
+            return self.retry(job_id)
         except JobNotFailed:
-            return self.read(found.id)
+            return self.read(job_id)
 
     def retry(self, job_id: str) -> StatusDocument:
-        """Try a failed job again, as the same one, with its id, key and webhooks, and all its attempts.
+        """Queue a failed job again, with its id, idempotency key and webhooks, and with all its attempts.
 
-        One that is not final is left as it is. Raises UnknownJob, and JobNotFailed where there is nothing to
-        be tried again.
+        Args:
+            job_id: The id of the job.
+
+        Returns:
+            The queued document. A job that is not final is left as it is.
+
+        Raises:
+            UnknownJob: The ledger has no such job.
+            JobNotFailed: The job is final and has not failed, is a shard, or cannot be read by this version.
         """
         while True:
             before = self.read(job_id)
             if not before.final:
                 return before
-            job = self.job(job_id) if before.status == "failed" else None
+            job = self.read_job(job_id) if before.status == "failed" else None
             if not isinstance(job, Job):
-                raise JobNotFailed(_not_failed(before, job))
-            after = state_machine.tried_again(before, job.max_attempts)
-            if self._swap(before, after):
+                raise JobNotFailed(_explain_not_failed(before, job))
+            after = state_machine.retry(before, job.max_attempts)
+            if self._compare_and_set(before, after):
                 return after
 
     def get_or_create(
         self, job_id: str, payload: object, read: Callable[[object], Work] = parse
     ) -> tuple[Work | None, StatusDocument]:
-        """The job that a message is about: the ledger's own, or the message's, which is entered now.
+        """Find the job of a message; enter it if the ledger does not have it.
 
-        None where it has ended and is forgotten. `read` is what makes a job of a message. Raises InvalidJob,
-        IdempotencyConflict, and what `read` does.
+        Args:
+            job_id: The id of the message.
+            payload: The content of the message.
+            read: Makes a job of the payload.
+
+        Returns:
+            The job and its document. The job is None if it is final and has not failed: the ledger keeps only
+            the document then.
+
+        Raises:
+            InvalidJob: The payload, or the ledger's record, is not a job that this version can read.
+            IdempotencyConflict: The id or the idempotency key belongs to a different job.
         """
         held = self._find(job_id)
         if held and held.document.final and held.document.status != "failed":
@@ -293,40 +352,64 @@ class Ledger(ABC):
         document = self.submit(job)  # perhaps the first with this idempotency key, which has its own id
         return job.model_copy(update={"id": document.id}), document
 
-    def job(self, job_id: str) -> Work | None:
-        """The job itself: until it has ended, or where it failed. None where another version wrote it."""
+    def read_job(self, job_id: str) -> Work | None:
+        """Read a job's content, which the ledger keeps while the job is not final and if it has failed.
+
+        Args:
+            job_id: The id of the job.
+
+        Returns:
+            The job or shard; None if the ledger does not have it, or this version cannot read it.
+        """
         held = self._find(job_id)
         try:
             return parse(json.loads(held.job)) if held else None
         except InvalidJob:
             return None
 
-    def route(self, job_id: str) -> str | None:
-        """By which priority a job is published, whether or not this version can read it."""
+    def read_route(self, job_id: str) -> str | None:
+        """Read a job's route, its priority or "shard"; None for an unknown job."""
         held = self._find(job_id)
         return held.route if held else None
 
     def refuse(self, job_id: str, payload: object, error: GradcamError) -> StatusDocument:
-        """Write down that a message could not become a job.
+        """Record that a message contains no valid job.
 
-        A good job that has this id is left alone; one that this version cannot read is failed.
+        Args:
+            job_id: The id of the message.
+            payload: The content of the message.
+            error: Why it is refused.
+
+        Returns:
+            The failed document. An existing job with this id is left as it is, unless this version cannot
+            read it: then it fails.
         """
         text = json.dumps(payload, sort_keys=True, default=repr)
         problem = Problem.of(error, stage="receive", attempt=0)
-        document = state_machine.fresh(job_id).model_copy(
+        document = state_machine.new_document(job_id).model_copy(
             update={"status": "failed", "error": problem, "completed_at": utc_now()}
         )
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
         (held,) = self._create_many([Entry(fingerprint, "null", None, document)])
         if held.document is document:
-            self._tell(document)
-        if held.document.final or self.job(job_id):
+            self._notify_if_final(document)
+        if held.document.final or self.read_job(job_id):
             return held.document
         return self.advance(held.document, status="failed", error=problem)
 
     def read(self, job_id: str) -> StatusDocument:
-        """The document of a job. Raises UnknownJob."""
-        job_id = str(job_id)  # web frameworks have them as UUIDs
+        """Read the document of a job.
+
+        Args:
+            job_id: The id of the job.
+
+        Returns:
+            The document.
+
+        Raises:
+            UnknownJob: The ledger has no such job.
+        """
+        job_id = str(job_id)  # web frameworks pass uuid.UUID
         documents = self.read_many([job_id]) if re.fullmatch(ID_PATTERN, job_id) else {}
         if job_id not in documents:
             message = f"The ledger has no job {job_id}: its id is wrong, or it ended too long ago."
@@ -334,132 +417,187 @@ class Ledger(ABC):
         return documents[job_id]
 
     def claim_fresh(self, job: Job, entered_at: datetime, worker: WorkerRef) -> StatusDocument | None:
-        """Claim a job that nobody has touched since it was entered, without reading it first.
+        """Claim a job that has not changed since it was entered, without reading it first.
 
-        None where it was touched, is another one, has expired, or was entered at another moment: see
-        `receive` and `claim`, which find out.
+        Args:
+            job: The job, as its message contains it.
+            entered_at: When it was entered.
+            worker: The worker that claims it.
+
+        Returns:
+            The running document; None if the job has changed, has expired, or is not the one in the ledger:
+            `get_or_create` and `claim` then find out which.
         """
         now = utc_now()
         if job.expires_at and job.expires_at <= now:
             return None
-        before = state_machine.fresh(job.id, job, entered_at)
-        after = state_machine.begun(before, worker, now)
-        return after if self._swap(before, after, fingerprint=_fingerprint(job)) else None
+        before = state_machine.new_document(job.id, job, entered_at)
+        after = state_machine.begin_attempt(before, worker, now)
+        return after if self._compare_and_set(before, after, fingerprint=_fingerprint(job)) else None
 
     def claim(self, before: StatusDocument, worker: WorkerRef) -> Claim:
-        """Take the next attempt at a job, whose last known document is `before`."""
+        """Claim the next attempt at a job.
+
+        Args:
+            before: The last known document of the job.
+            worker: The worker that claims it.
+
+        Returns:
+            The outcome, and the current document.
+        """
         if before.final:
             return Claim(ClaimOutcome.FINISHED, before)
         if before.status != "queued":
             return Claim(ClaimOutcome.HELD, before)
-        after = state_machine.claimed(before, worker)
-        if not self._swap(before, after):
+        after = state_machine.claim(before, worker)
+        if not self._compare_and_set(before, after):
             return Claim(ClaimOutcome.CHANGED, self.read(before.id))
-        self._tell(after)
+        self._notify_if_final(after)
         return Claim(ClaimOutcome.ENDED if after.final else ClaimOutcome.CLAIMED, after)
 
     def advance(
         self, document: StatusDocument, *, patience_s: float = 0, delay_s: float = 0, **changes: Any
     ) -> StatusDocument:
-        """Write changes to a job that this attempt holds; final with a final `status`.
+        """Write changes to a job that this attempt holds.
 
-        `delay_s` is the pause before its next attempt, with status `retrying`. A ledger out of reach is asked
-        again for `patience_s`: writing the same twice is harmless. Raises AttemptFenced where another attempt
-        holds the job by now.
+        Args:
+            document: The last known document, of this attempt.
+            patience_s: How long to retry while the ledger cannot be reached: repeating a write is harmless.
+            delay_s: The pause before the next attempt, for status `retrying`.
+            changes: Fields to replace. A final `status` ends the job.
+
+        Returns:
+            The new document.
+
+        Raises:
+            AttemptFenced: Another attempt holds the job by now.
         """
-        before, after = document, state_machine.advanced(document, **changes)
+        before, after = document, state_machine.advance(document, **changes)
         patience = Deadline(patience_s)
         while True:
             try:
-                if self._swap(before, after, delay_s=delay_s):
-                    self._tell(after)
+                if self._compare_and_set(before, after, delay_s=delay_s):
+                    self._notify_if_final(after)
                     return after
                 held = self._find(document.id)
             except LedgerUnavailable:
                 if not patience.left_s():
                     raise
-                time.sleep(ASK_AGAIN_S)
+                time.sleep(RETRY_PAUSE_S)
                 continue
-            now = held.document if held else None
-            # A ledger that lost its last second may have given the same number out again.
+            current = held.document if held else None
+            # `started_at` too: a server that lost its last second may have issued the attempt number twice.
             ours = (document.attempt, document.status, document.started_at)
-            if now is None or (now.attempt, now.status, now.started_at) != ours:
+            if current is None or (current.attempt, current.status, current.started_at) != ours:
                 message = f"Attempt {document.attempt} of job {document.id} was overtaken: it must stop."
                 raise AttemptFenced(message)
-            before = now  # the same attempt: somebody has asked for it to be cancelled
-            after = state_machine.advanced(now, **changes)
+            before = current  # of the same attempt: only its cancellation has been requested
+            after = state_machine.advance(current, **changes)
 
     def cancel(self, job_id: str) -> StatusDocument:
-        """Stop a job: one that waits is final at once, a running one as soon as its worker sees it.
+        """Cancel a job: a waiting one is final at once, a running one as soon as its worker stops it.
 
-        A final one is left as it is. Raises UnknownJob.
+        Args:
+            job_id: The id of the job.
+
+        Returns:
+            The new document. A final job is left as it is.
+
+        Raises:
+            UnknownJob: The ledger has no such job.
         """
         while True:
             before = self.read(job_id)
             if before.final or before.cancel_requested_at:
                 return before
-            after = state_machine.canceled(before)
-            if self._swap(before, after):
+            after = state_machine.cancel(before)
+            if self._compare_and_set(before, after):
                 return after
 
     def requeue_unfinished(self, job_id: str, attempt: int) -> bool:
-        """Put a job that this attempt holds back into the queue; whether it still held it."""
-        return self._changed(job_id, "running", state_machine.handed_back, attempt) is not None
+        """Queue a job that an attempt holds, without counting the attempt.
+
+        Args:
+            job_id: The id of the job.
+            attempt: The attempt.
+
+        Returns:
+            Whether the attempt still held the job.
+        """
+        return self._change_if_status(job_id, "running", state_machine.release, attempt) is not None
 
     def expire_lease(self, job_id: str) -> str | None:
-        """A lease has run out: queue the job again, or end it. Its route, where it is to be published."""
-        return self._changed(job_id, "running", state_machine.lost, due=True, reason="lost")
+        """Queue a running job whose lease has expired, or end it.
+
+        Args:
+            job_id: The id of the job.
+
+        Returns:
+            The route by which to publish it; None if nothing is to be published.
+        """
+        return self._change_if_status(
+            job_id, "running", state_machine.expire_lease, only_if_due=True, reason="lost"
+        )
 
     def requeue(self, job_id: str) -> str | None:
-        """A pause is over. The job's route, where it is to be published."""
-        return self._changed(job_id, "retrying", state_machine.requeued, due=True, reason="due")
+        """Queue a retrying job whose pause is over.
+
+        Args:
+            job_id: The id of the job.
+
+        Returns:
+            The route by which to publish it; None if nothing is to be published.
+        """
+        return self._change_if_status(
+            job_id, "retrying", state_machine.requeue, only_if_due=True, reason="due"
+        )
 
     def expire(self, job_id: str) -> None:
-        """Its time has passed in the queue."""
-        self._changed(job_id, "queued", state_machine.expired, reason="expired")
-        self._changed(job_id, "retrying", state_machine.expired, reason="expired")
+        """End a waiting job whose `expires_at` has passed."""
+        self._change_if_status(job_id, "queued", state_machine.expire, reason="expired")
+        self._change_if_status(job_id, "retrying", state_machine.expire, reason="expired")
 
-    def _changed(
+    def _change_if_status(
         self,
         job_id: str,
         status: str,
-        change: Any,
+        change: Callable[[StatusDocument], StatusDocument],
         attempt: int | None = None,
         *,
-        due: bool = False,
+        only_if_due: bool = False,
         reason: str = "",
     ) -> str | None:
-        """Change a job that is still in this state; its route, where it is queued now."""
+        """Change a job that still has this status; return its route if it is queued afterwards."""
         held = self._find(job_id)
         if not held or held.document.status != status or attempt not in {None, held.document.attempt}:
             return None
         after = change(held.document)
-        if not self._swap(held.document, after, due=due):
+        if not self._compare_and_set(held.document, after, only_if_due=only_if_due):
             return None
         if reason:
             self.observer.job_reaped(reason)
-        self._tell(after)
+        self._notify_if_final(after)
         return held.route if after.status == "queued" else None
 
-    def _tell(self, document: StatusDocument) -> None:
+    def _notify_if_final(self, document: StatusDocument) -> None:
         if document.final:
             self.observer.job_finished(document.status, document.error.code if document.error else "")
 
 
-def _entry(job: Work) -> Entry:
-    document, terms = state_machine.fresh(job.id, job), terms_of(job)
+def _make_entry(job: Work) -> Entry:
+    document, terms = state_machine.new_document(job.id, job), terms_of(job)
     return Entry(
         _fingerprint(job), job.to_json(), terms.idempotency_key, document, terms.route, terms.webhooks
     )
 
 
-def _conflict(job: Work, theirs: str) -> IdempotencyConflict:
-    what = f"id {job.id}" if theirs == job.id else f"idempotency key {terms_of(job).idempotency_key!r}"
-    again = "Where that one has failed, retrying it keeps its id and key."
-    return IdempotencyConflict(f"The {what} belongs to a different job, {theirs}: use a new one. {again}")
+def _make_conflict(job: Work, existing_id: str) -> IdempotencyConflict:
+    what = f"id {job.id}" if existing_id == job.id else f"idempotency key {terms_of(job).idempotency_key!r}"
+    hint = "If that one has failed, it can be retried under its id and key."
+    return IdempotencyConflict(f"The {what} belongs to a different job, {existing_id}: use a new one. {hint}")
 
 
-def _not_failed(document: StatusDocument, job: Work | None) -> str:
+def _explain_not_failed(document: StatusDocument, job: Work | None) -> str:
     if isinstance(job, Shard):
         return f"It is a shard of backfill {job.backfill}: `gradcam backfill --resume` runs it again."
     if document.status == "failed":

@@ -1,9 +1,10 @@
-"""The outbox: deliveries of events, which a dispatcher claims, in the order of each job's revisions.
+"""The outbox: events to deliver, which a dispatcher claims in the order of each job's revisions.
 
-An event is recorded in the same atomic step that changes the job: see `Ledger._swap`. Each recipient of a job
-(one of its webhooks, or a sink that hears of every job) has a list of them, and only the first of a list is
-ever under way. Recipients at one host share a destination. After two failures in a row a destination is left
-alone for a growing while, and then one delivery tries it: a host that is down holds up no other.
+An event is recorded in the same atomic step that changes the job: see `Ledger._compare_and_set`. A recipient
+is one webhook of a job, or a sink that receives the events of every job. Each has a list of events, of which
+only the first is in delivery at any time. Recipients at one host share a destination. A destination that
+fails twice in a row is paused, for longer after each further failure, and then probed with one delivery: a
+host that is down delays no other.
 """
 
 import re
@@ -15,55 +16,55 @@ from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.schemas.job import Webhook
 from gradcam_worker.schemas.status import StatusDocument
 
-# A destination that has failed twice in a row is left alone: counted from the second failure on.
+# The pauses of a destination that fails repeatedly: the first one follows the second failure.
 DESTINATION_BACKOFF = RetryPolicy(first_s=2.0, max_s=60.0)
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """One event on its way to one recipient."""
+    """One event for one recipient."""
 
-    destination: str  # see `destination` below
+    destination: str  # see `destination_of`
     recipient: str  # <job id>:hook1, or <job id>:sql
-    event: str  # job.succeeded and so on
+    event: str  # such as job.succeeded
     document: StatusDocument
-    webhook: Webhook | None  # none: for the sink
-    tries: int  # so far
-    waited_s: float  # since it could first be taken
-    lease_token: str = ""  # of the dispatcher that claimed it: whoever claims it later gets another
+    webhook: Webhook | None  # None: the recipient is a sink
+    tries: int  # failed tries so far
+    waited_s: float  # since it was first due
+    lease_token: str = ""  # identifies this claim: each later claim has another token
 
 
 @dataclass(frozen=True)
 class DeadDelivery:
-    """A recipient that was given up."""
+    """A parked recipient: its deliveries were given up."""
 
     destination: str
     recipient: str
-    since_s: float  # seconds since the epoch
-    events: int  # that it has not got
-    first: Delivery | None  # of them; none where it is forgotten by now or cannot be read
+    since_s: float  # when it was parked, in seconds since the epoch
+    events: int  # the number of undelivered events
+    first: Delivery | None  # the first of them; None: it is forgotten, or this version cannot read it
 
     @property
     def job_id(self) -> str:
-        """Of the job whose events it has not got."""
+        """The id of the job whose events were not delivered."""
         return self.recipient.partition(":")[0]
 
     @property
     def url(self) -> str | None:
-        """Of the webhook; none for a sink, and where the first event is not to be had."""
+        """The webhook's URL; None for a sink, and if `first` is None."""
         return self.first.webhook.url if self.first and self.first.webhook else None
 
 
 class Outbox(ABC):
-    """Events to be delivered. Each method raises LedgerUnavailable where the ledger cannot be reached."""
+    """Events to deliver. Methods raise LedgerUnavailable if the ledger cannot be reached."""
 
     @abstractmethod
     def open_sink(self, name: str) -> None:
-        """From now on, this sink hears of every job."""
+        """Record the events of every job for a sink, from now on."""
 
     @abstractmethod
     def close_sink(self, name: str) -> None:
-        """This sink hears of no other job; what lies there for it stays."""
+        """Record no further events for a sink. Its recorded events stay."""
 
     @abstractmethod
     def claim_deliveries(
@@ -71,77 +72,92 @@ class Outbox(ABC):
     ) -> list[Delivery]:
         """Claim deliveries that are due.
 
-        To a destination that failed the last time only one is claimed, and no other dispatcher gets one
+        For a destination that failed the last time only one is claimed, and none by other dispatchers
         meanwhile.
 
         Args:
-            limit: How many at most.
-            lease_s: How long no other dispatcher gets one to the same recipients.
-            limits: How many at most to each of these destinations. A sink has to be named here.
-            others_limit: How many at most to hosts that are not named, one to each.
+            limit: The maximum number of deliveries.
+            lease_s: For how long no other dispatcher can claim a delivery to the same recipients.
+            limits: The maximum number for each of these destinations. Sinks are claimed only if named here.
+            others_limit: The maximum number for all hosts that `limits` does not name; one for each host.
 
         Returns:
-            The deliveries, those to the longest due destination first.
+            The deliveries. Those to the destination that has been due longest come first.
         """
 
     @abstractmethod
     def complete(self, delivery: Delivery) -> None:
-        """Remove a delivery that has arrived, or never can: the recipient's next one is due."""
+        """Remove a delivery that succeeded or is not to be repeated. The recipient's next one is due."""
 
     @abstractmethod
     def postpone(self, delivery: Delivery, delay_s: float, *, quiet_s: float = 0) -> None:
-        """Try a delivery that failed again; its destination may be left alone for a while.
+        """Repeat a failed delivery later, and count the failure of its destination.
 
         Args:
-            delivery: What was claimed.
-            delay_s: When it is due again.
-            quiet_s: How long nothing else is delivered to its URL either, of any job.
+            delivery: The claimed delivery.
+            delay_s: The time until it is due again.
+            quiet_s: The time during which nothing is delivered to its URL, for any job.
         """
 
     @abstractmethod
     def park(self, delivery: Delivery) -> None:
-        """Give a delivery up, and those behind it, until they are replayed."""
+        """Park a recipient: its deliveries are not tried until it is replayed."""
 
     @abstractmethod
     def park_overdue(self, destination: str, waited_s: float) -> int:
-        """Park the recipients of a destination that are due and have waited for so long.
+        """Park the recipients of a destination that are due and have waited too long.
+
+        Args:
+            destination: The destination.
+            waited_s: The time since a recipient's first event was first due.
 
         Returns:
-            How many: a thousand at most.
+            The number of parked recipients: at most a thousand for each call.
         """
 
     @abstractmethod
     def find_parked(self) -> list[DeadDelivery]:
-        """Find the recipients that were given up; newest first."""
+        """Find the parked recipients, the most recently parked first."""
 
     @abstractmethod
-    def unpark(self, one: DeadDelivery) -> bool:
-        """Try a parked recipient again; False where there is nothing to try."""
+    def unpark(self, parked: DeadDelivery) -> bool:
+        """Queue a parked recipient again; return False if it has nothing to deliver."""
 
     @abstractmethod
     def disable(self, url: str) -> None:
-        """The receiver has said that it wants nothing more: what it were to get is parked."""
+        """Stop deliveries to a URL: its recipients are parked when they are due."""
 
     @abstractmethod
     def find_disabled(self) -> list[str]:
-        """Find the URLs whose receivers have said so."""
+        """Find the URLs that are disabled."""
 
     @abstractmethod
     def enable(self, url: str) -> None:
-        """Deliver to a URL again, and hear what it says."""
+        """Deliver to a disabled URL again."""
 
     @abstractmethod
     def count_recipients(self) -> int:
-        """Count the recipients that have events to come, the parked ones not among them."""
+        """Count the recipients that have events to deliver, without the parked ones."""
 
 
-def read(
+def parse_delivery(
     destination: str, recipient: str, text: str, *, tries: int = 0, waited_s: float = 0, lease_token: str = ""
 ) -> Delivery:
-    """Read a delivery as it lies in an outbox: event, webhook and document, a line each.
+    """Parse a delivery from its stored text.
+
+    Args:
+        destination: Its destination.
+        recipient: Its recipient.
+        text: What `serialize_delivery` returned: event, webhook and document, one line each.
+        tries: The number of failed tries.
+        waited_s: The time since it was first due.
+        lease_token: The token of the claim.
+
+    Returns:
+        The delivery.
 
     Raises:
-        ValueError: Another version wrote it.
+        ValueError: The text cannot be read: another version wrote it.
     """
     event, hook, document = text.split("\n", 2)
     return Delivery(
@@ -156,15 +172,19 @@ def read(
     )
 
 
-def write(event: str, webhook: Webhook | None, document: StatusDocument) -> str:
-    """Write what `read` reads."""
+def serialize_delivery(event: str, webhook: Webhook | None, document: StatusDocument) -> str:
+    """Serialize a delivery for storage: see `parse_delivery`."""
     return f"{event}\n{webhook.to_json() if webhook else ''}\n{document.to_json()}"
 
 
-def destination(url: str) -> str:
-    """`//host` of a webhook's URL, as far as it can be read: it is judged when it is dialled.
+def destination_of(url: str) -> str:
+    """Derive the destination of a webhook.
 
-    The destination of a sink is its name, which has no slashes.
+    Args:
+        url: The webhook's URL. It may be invalid: it is checked when a delivery is tried.
+
+    Returns:
+        `//host`. The destination of a sink is its name, which contains no slash.
     """
     host = re.split(r"[/?#\\]", url.partition("://")[2], maxsplit=1)[0]
     return "//" + host.rpartition("@")[2].casefold()

@@ -1,9 +1,9 @@
-"""Recovers expired leases, due retries, expired jobs and lost messages.
+"""The reaper: recovers jobs with expired leases, due retries and lost messages, and ends expired jobs.
 
-One worker at a time does it, any of them; another takes over within seconds where that one is gone.
+Every worker has one, and one of them acts at a time, the leader. When that worker is gone, another becomes
+the leader within seconds.
 """
 
-import logging
 import time
 from collections.abc import Callable
 
@@ -13,133 +13,132 @@ from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.schemas.shard import ROUTES
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-EVERY_S = 0.5  # a pause before a retry is as exact as this
-LEADER_LEASE_S = 5.0  # that the others leave it to this worker, which renews it each round
-AT_ONCE = 200  # jobs of each kind in one round
-LOST_MESSAGES_EVERY_S = 2.0  # a search for them asks the broker for the lengths of its queues
-PRUNE_EVERY_S = 600.0
-RENEWED_WITHIN_S = 2.0  # in which every worker that lives renews its leases
-SLOW_ANSWER_S = 1.0  # after an answer that took longer, leases are in doubt: nobody could renew them
+ROUND_INTERVAL_S = 0.5  # also the precision of the pauses before retries
+LEADER_LEASE_S = 5.0  # renewed in each round
+MAX_JOBS_PER_ROUND = 200  # of each kind
+LOST_MESSAGES_INTERVAL_S = 2.0  # each search also asks the broker for the lengths of its queues
+PRUNE_INTERVAL_S = 600.0
+RENEWAL_INTERVAL_S = 2.0  # within which every live worker renews its leases
+MAX_ANSWER_S = 1.0  # if the ledger answered more slowly, workers may not have been able to renew their leases
 
 
 class Reaper:
-    """Acts on what is overdue in a ledger, again and again: see `loop`."""
+    """Acts on overdue jobs in a ledger, again and again while its loop runs."""
 
     def __init__(
         self,
         ledger: Ledger,
         worker: str,
         publish: Callable[[str, str], None],
-        waiting: Callable[[str], int],
+        count_messages: Callable[[str], int],
         *,
         lease_s: float,
         lost_after_s: float,
         observer: Observer = NULL_OBSERVER,
         outages: Outages | None = None,
     ) -> None:
-        """Nothing is done yet.
+        """Start nothing yet.
 
         Args:
-            ledger: Where to look.
+            ledger: The ledger.
             worker: The id of this worker.
-            publish: Publishes a job again, by its id and priority.
-            waiting: How many messages the queue of a priority holds.
-            lease_s: How long a lease lasts: after an outage of the ledger, none is expired for so long.
-            lost_after_s: How long a message may take to be received.
-            observer: Is told of what is published again.
-            outages: Where outages of ledger and broker are noted.
+            publish: Publishes a job again, by its id and route.
+            count_messages: Returns the number of messages in the queue of a route.
+            lease_s: The duration of a lease. After an outage of the ledger no lease is expired for so long.
+            lost_after_s: The time within which a message must be received.
+            observer: Is notified of jobs that are published again.
+            outages: Records outages of ledger and broker.
         """
         self._ledger, self._worker = ledger, worker
-        self._publish, self._waiting = publish, waiting
+        self._publish, self._count_messages = publish, count_messages
         self._lease_s, self._lost_after_s = lease_s, lost_after_s
         self._observer = observer
         self.loop = BackgroundLoop(
             "reaper",
-            self.round,
-            EVERY_S,
+            self.run_round,
+            ROUND_INTERVAL_S,
             outages=outages or Outages(),
-            consequence="nothing can be put right",
+            consequence="no job can be recovered",
         )
-        self._trusted_s = 0.0  # from when on a lease that has run out means what it says
+        self._leases_valid_from_s = 0.0  # until then, expired leases may only mean that the ledger was away
         self._searched_s = self._pruned_s = 0.0
-        self._answered_s: float | None = None  # when the ledger answered last
-        self._was_unreachable = False  # the ledger was out of reach
-        self._unreadable: set[str] = set()  # jobs whose record cannot be read
+        self._answered_s: float | None = None  # when the ledger last answered
+        self._was_unreachable = False
+        self._unreadable: set[str] = set()  # jobs whose record this version cannot read
 
-    def round(self) -> None:
-        """Act once on all that is overdue, where this worker leads.
+    def run_round(self) -> None:
+        """Act once on all overdue jobs, if this worker is the leader.
 
         Raises:
             LedgerUnavailable: The ledger cannot be reached.
             BrokerUnavailable: A job cannot be published.
         """
         try:
-            self._round()
+            self._run_round()
         except LedgerUnavailable:
             self._was_unreachable = True
             raise
 
-    def _round(self) -> None:
+    def _run_round(self) -> None:
         leads, now_s = self._ledger.try_lead(self._worker, LEADER_LEASE_S), time.monotonic()
         if self._was_unreachable or (
             self._answered_s is not None and now_s - self._answered_s > LEADER_LEASE_S
         ):
-            # Nobody could renew a lease while the ledger was away: all of them get the time to.
-            self._trusted_s, self._was_unreachable = now_s + self._lease_s, False
-        elif self._answered_s is None:  # this worker may have come up together with the ledger
-            self._trusted_s = now_s + RENEWED_WITHIN_S
+            # No worker could renew a lease during the outage: each gets a whole lease to do so.
+            self._leases_valid_from_s, self._was_unreachable = now_s + self._lease_s, False
+        elif self._answered_s is None:  # this worker may have started together with the ledger
+            self._leases_valid_from_s = now_s + RENEWAL_INTERVAL_S
         self._answered_s = now_s
         if not leads:
             return
-        self._recover_overdue(trusted=now_s >= self._trusted_s)
-        if now_s - self._searched_s > LOST_MESSAGES_EVERY_S:
+        self._recover_overdue(expire_leases=now_s >= self._leases_valid_from_s)
+        if now_s - self._searched_s > LOST_MESSAGES_INTERVAL_S:
             self._searched_s = now_s
             self._recover_lost_messages()
-        if now_s - self._pruned_s > PRUNE_EVERY_S:
+        if now_s - self._pruned_s > PRUNE_INTERVAL_S:
             self._pruned_s = now_s
             self._ledger.prune()
 
-    def _recover_overdue(self, *, trusted: bool) -> None:
+    def _recover_overdue(self, *, expire_leases: bool) -> None:
         asked_s = time.monotonic()
-        overdue = self._ledger.find_overdue(AT_ONCE + len(self._unreadable))
-        trusted = trusted and time.monotonic() - asked_s < SLOW_ANSWER_S  # else nobody could renew meanwhile
+        overdue = self._ledger.find_overdue(MAX_JOBS_PER_ROUND + len(self._unreadable))
+        expire_leases = expire_leases and time.monotonic() - asked_s < MAX_ANSWER_S
         for job_id in overdue.expired_jobs:
             self._change(job_id, self._ledger.expire)
         for job_id in overdue.due_retries:
             if route := self._change(job_id, self._ledger.requeue):
-                self._publish_again(job_id, route, "is due again")
-        for job_id in overdue.expired_leases if trusted else ():
+                log.info("job_retry_due", job_id=job_id)
+                self._publish(job_id, route)
+        for job_id in overdue.expired_leases if expire_leases else ():
             if route := self._change(job_id, self._ledger.expire_lease):
-                self._publish_again(job_id, route, "was lost with its worker: it runs again, alone")
+                log.info("job_lease_expired", job_id=job_id)
+                self._publish(job_id, route)
 
     def _change(self, job_id: str, change: Callable[[str], str | None]) -> str | None:
-        """Change one job; one whose record cannot be read must not keep the others waiting."""
+        """Change one job. A record that this version cannot read does not stop the recovery of others."""
         try:
             return change(job_id)
         except (LedgerUnavailable, BrokerUnavailable):
             raise
         except BaseException:
             if job_id not in self._unreadable:
-                log.exception("job %s cannot be put right", job_id)
-            self._unreadable.add(
-                job_id
-            )  # a later version's, perhaps: others must get their turn all the same
+                log.exception("job_recovery_failed", job_id=job_id)
+            self._unreadable.add(job_id)
             return None
 
     def _recover_lost_messages(self) -> None:
         for route in ROUTES:
-            lost = self._ledger.find_unpublished(
-                route, empty=not self._waiting(route), lost_after_s=self._lost_after_s, limit=AT_ONCE
+            job_ids = self._ledger.find_unpublished(
+                route,
+                queue_is_empty=not self._count_messages(route),
+                lost_after_s=self._lost_after_s,
+                limit=MAX_JOBS_PER_ROUND,
             )
-            for job_id in lost:
+            for job_id in job_ids:
                 self._observer.message_republished()
-                self._publish_again(
-                    job_id, route, "has no message that is to be found: it is published again"
-                )
-
-    def _publish_again(self, job_id: str, route: str, why: str) -> None:
-        log.info("job %s %s", job_id, why)
-        self._publish(job_id, route)
+                log.info("job_message_lost", job_id=job_id)
+                self._publish(job_id, route)

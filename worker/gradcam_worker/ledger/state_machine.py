@@ -1,10 +1,11 @@
-"""How a job's document changes, without saying where it is kept.
+"""The state machine of a job: pure functions from one revision of its document to the next.
 
     queued -> running -> succeeded | failed | canceled        running -> retrying -> queued
-    queued, retrying -> canceled | expired                    lease lost: running -> queued, or failed
-    failed -> queued, where somebody asks for it
+    queued, retrying -> canceled | expired                    lease expired: running -> queued | failed
+    failed -> queued, by an explicit request to retry
 
-The states on the right of the first line, and expired, are final and absorb otherwise.
+succeeded, failed, canceled and expired are final. Only a failed job can leave its final state. The ledger's
+subclasses store the documents.
 """
 
 from datetime import datetime
@@ -16,8 +17,17 @@ from gradcam_worker.schemas.shard import Work, terms_of
 from gradcam_worker.schemas.status import FINAL, Problem, StatusDocument, WorkerRef
 
 
-def fresh(job_id: str, job: Work | None = None, entered_at: datetime | None = None) -> StatusDocument:
-    """A job as it is entered; without a job, what a message left that is none."""
+def new_document(job_id: str, job: Work | None = None, entered_at: datetime | None = None) -> StatusDocument:
+    """Create the first document of a job.
+
+    Args:
+        job_id: Its id.
+        job: The job; None for a message that contains no valid job.
+        entered_at: When it is entered; None: now.
+
+    Returns:
+        The document, queued, at revision 1.
+    """
     now, terms = entered_at or utc_now(), terms_of(job) if job else None
     return StatusDocument(
         id=job_id,
@@ -32,17 +42,25 @@ def fresh(job_id: str, job: Work | None = None, entered_at: datetime | None = No
     )
 
 
-def following(before: StatusDocument, **changes: Any) -> StatusDocument:
-    """The next revision of a document. A final one is at no stage, and says when it was completed."""
+def next_revision(before: StatusDocument, **changes: Any) -> StatusDocument:
+    """Create the next revision of a document.
+
+    Args:
+        before: The current revision.
+        changes: Fields to replace. A final `status` also clears stage and rows and sets `completed_at`.
+
+    Returns:
+        The next revision.
+    """
     now = utc_now()
     if changes.get("status") in FINAL:
         changes = {"stage": None, "rows": None, "completed_at": now, **changes}
     return before.model_copy(update={"revision": before.revision + 1, "updated_at": now, **changes})
 
 
-def begun(before: StatusDocument, worker: WorkerRef, now: datetime) -> StatusDocument:
-    """The next attempt, which begins now."""
-    return following(
+def begin_attempt(before: StatusDocument, worker: WorkerRef, now: datetime) -> StatusDocument:
+    """Begin the next attempt on a worker."""
+    return next_revision(
         before,
         status="running",
         stage="fetch",
@@ -55,39 +73,58 @@ def begun(before: StatusDocument, worker: WorkerRef, now: datetime) -> StatusDoc
     )
 
 
-def claimed(before: StatusDocument, worker: WorkerRef) -> StatusDocument:
-    """A queued job whose turn it is: it begins, unless it comes too late or was begun too often."""
-    now = utc_now()
-    if before.expires_at and before.expires_at <= now:
-        return expired(before)
-    return _worn_out(before) if before.attempt >= before.max_attempts else begun(before, worker, now)
+def claim(before: StatusDocument, worker: WorkerRef) -> StatusDocument:
+    """Claim a queued job for a worker.
 
+    Args:
+        before: A queued document.
+        worker: The worker that claims it.
 
-def expired(before: StatusDocument) -> StatusDocument:
-    """Its time passed while it waited."""
-    what = "its next attempt began" if before.attempt else "it was started"
-    error = JobExpired(f"The job expired at {before.expires_at}, before {what}.")
-    return _ended(before, "expired", error, "queue")
-
-
-def canceled(before: StatusDocument) -> StatusDocument:
-    """Somebody asked for it: a waiting job ends, a running one is marked, and its worker ends it."""
-    marked = before.model_copy(update={"cancel_requested_at": utc_now()})
-    return following(marked) if before.status == "running" else _canceled(marked, "queue")
-
-
-def requeued(before: StatusDocument) -> StatusDocument:
-    """The pause before its next attempt is over."""
-    return following(before, status="queued", queued_at=utc_now())
-
-
-def tried_again(before: StatusDocument, attempts: int) -> StatusDocument:
-    """A failed job that somebody wants to be tried again: it has all its attempts once more.
-
-    They count on, so that none of before can change anything. A time to expire that has passed is left out.
+    Returns:
+        The running document; expired where its time to start has passed, failed where all attempts are used.
     """
     now = utc_now()
-    first = fresh(before.id).model_copy(
+    if before.expires_at and before.expires_at <= now:
+        return expire(before)
+    return (
+        _end_exhausted(before)
+        if before.attempt >= before.max_attempts
+        else begin_attempt(before, worker, now)
+    )
+
+
+def expire(before: StatusDocument) -> StatusDocument:
+    """End a waiting job whose `expires_at` has passed."""
+    what = "its next attempt began" if before.attempt else "it was started"
+    error = JobExpired(f"The job expired at {before.expires_at}, before {what}.")
+    return _end_with_error(before, "expired", error, "queue")
+
+
+def cancel(before: StatusDocument) -> StatusDocument:
+    """Cancel a job: a waiting one ends now, a running one is marked for its worker to end."""
+    marked = before.model_copy(update={"cancel_requested_at": utc_now()})
+    return next_revision(marked) if before.status == "running" else _end_canceled(marked, "queue")
+
+
+def requeue(before: StatusDocument) -> StatusDocument:
+    """Queue a job whose pause before the next attempt is over."""
+    return next_revision(before, status="queued", queued_at=utc_now())
+
+
+def retry(before: StatusDocument, attempts: int) -> StatusDocument:
+    """Queue a failed job again.
+
+    Attempts are counted on from the previous ones, so that no earlier attempt can change the job.
+
+    Args:
+        before: A failed document.
+        attempts: The number of further attempts.
+
+    Returns:
+        The queued document. An `expires_at` that has passed is removed.
+    """
+    now = utc_now()
+    first = new_document(before.id).model_copy(
         update={
             "revision": before.revision,
             "attempt": before.attempt,
@@ -98,22 +135,30 @@ def tried_again(before: StatusDocument, attempts: int) -> StatusDocument:
             "traceparent": before.traceparent,
         }
     )
-    return following(first, queued_at=now)
+    return next_revision(first, queued_at=now)
 
 
-def advanced(before: StatusDocument, **changes: Any) -> StatusDocument:
-    """As `following`; but a job that is to stop gets no other attempt, whatever ended this one."""
+def advance(before: StatusDocument, **changes: Any) -> StatusDocument:
+    """Apply a worker's changes to a running job.
+
+    Args:
+        before: The current revision.
+        changes: Fields to replace.
+
+    Returns:
+        The next revision: canceled instead of retrying where cancellation was requested.
+    """
     if before.cancel_requested_at and changes.get("status") == "retrying":
-        kept = before.model_copy(update={"metrics": changes.get("metrics", before.metrics)})
-        return _canceled(kept, changes["error"].stage if "error" in changes else before.stage)
-    return following(before, **changes)
+        measured = before.model_copy(update={"metrics": changes.get("metrics", before.metrics)})
+        return _end_canceled(measured, changes["error"].stage if "error" in changes else before.stage)
+    return next_revision(before, **changes)
 
 
-def handed_back(before: StatusDocument) -> StatusDocument:
-    """Its worker has to stop: this attempt does not count."""
+def release(before: StatusDocument) -> StatusDocument:
+    """Queue a running job whose worker is stopping. The attempt does not count."""
     if before.cancel_requested_at:
-        return _canceled(before, before.stage)
-    return following(
+        return _end_canceled(before, before.stage)
+    return next_revision(
         before,
         status="queued",
         stage=None,
@@ -124,45 +169,65 @@ def handed_back(before: StatusDocument) -> StatusDocument:
     )
 
 
-def lost(before: StatusDocument) -> StatusDocument:
-    """Its worker has not been heard of for too long: it runs again, alone, while it has attempts left."""
+def expire_lease(before: StatusDocument) -> StatusDocument:
+    """Take a running job from a worker that has not renewed its lease.
+
+    Args:
+        before: A running document.
+
+    Returns:
+        The queued document, with the error `worker_lost`; failed where all attempts are used, canceled where
+        cancellation was requested.
+    """
     if before.cancel_requested_at:
-        return _canceled(before, before.stage)
+        return _end_canceled(before, before.stage)
     if before.attempt >= before.max_attempts:
-        return _worn_out(before)
+        return _end_exhausted(before)
     worker = before.worker.id if before.worker else "its worker"
-    error = WorkerLost(f"Attempt {before.attempt} ended without a word: {worker} was killed or lost.")
+    error = WorkerLost(f"Attempt {before.attempt} ended without a result: {worker} was killed or lost.")
     problem = Problem.of(error, stage=before.stage, attempt=before.attempt)
-    rows = before.rows if before.rows and before.rows.search else None  # the next attempt goes on with it
-    return following(before, status="queued", stage=None, queued_at=utc_now(), error=problem, rows=rows)
+    rows = (
+        before.rows if before.rows and before.rows.search else None
+    )  # the next attempt continues the search
+    return next_revision(before, status="queued", stage=None, queued_at=utc_now(), error=problem, rows=rows)
 
 
-def suspected(document: StatusDocument) -> bool:
-    """Whether a worker died under this job, perhaps of it: then it gets a process for itself."""
+def is_suspected(document: StatusDocument) -> bool:
+    """Whether a queued job's last worker died, perhaps because of the job, which then runs alone."""
     code = document.error.code if document.error else None
     return document.status == "queued" and code == WorkerLost.code
 
 
-def event(before: StatusDocument | None, after: StatusDocument) -> str:
-    """What a change is called by those who are told of it; empty where it is nothing to tell."""
+def name_event(before: StatusDocument | None, after: StatusDocument) -> str:
+    """Name the event that a change is reported as.
+
+    Args:
+        before: The revision before; None for a new job.
+        after: The revision after.
+
+    Returns:
+        The event, such as job.succeeded; empty for a change that is not reported.
+    """
     if before and (before.status, before.attempt) == (after.status, after.attempt):
         return "job.progress" if before.stage != after.stage else ""
     return "job.started" if after.status == "running" else f"job.{after.status}"
 
 
-def _canceled(before: StatusDocument, stage: str | None) -> StatusDocument:
+def _end_canceled(before: StatusDocument, stage: str | None) -> StatusDocument:
     error = JobCanceled(f"The job was cancelled on request, at {before.cancel_requested_at}.")
-    return _ended(before, "canceled", error, stage)
+    return _end_with_error(before, "canceled", error, stage)
 
 
-def _worn_out(before: StatusDocument) -> StatusDocument:
+def _end_exhausted(before: StatusDocument) -> StatusDocument:
     error = MaxAttemptsExceeded(
         f"The job was started {before.attempt} time(s), as often as max_attempts allows, "
-        "and never came to an end: its worker was killed or lost each time."
+        "and never finished: its worker was killed or lost each time."
     )
-    return _ended(before, "failed", error, "queue")
+    return _end_with_error(before, "failed", error, "queue")
 
 
-def _ended(before: StatusDocument, status: str, error: GradcamError, stage: str | None) -> StatusDocument:
+def _end_with_error(
+    before: StatusDocument, status: str, error: GradcamError, stage: str | None
+) -> StatusDocument:
     problem = Problem.of(error, stage=stage, attempt=before.attempt)
-    return following(before, status=status, error=problem)
+    return next_revision(before, status=status, error=problem)

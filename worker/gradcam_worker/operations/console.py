@@ -16,7 +16,7 @@ from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import DATA, percent
 from gradcam_worker.gradcam.models.weights import cached_at, where
 from gradcam_worker.gradcam.models.weights import here as weights_here
-from gradcam_worker.ledger.dead_letters import DeadLetter, Replayed
+from gradcam_worker.ledger.dead_letters import DeadLetter, ReplayResult
 from gradcam_worker.ledger.outbox import DeadDelivery
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.status import ResultWarning, StatusDocument
@@ -164,7 +164,7 @@ def show_prospect(job: Job | str) -> None:
     out.print()
 
 
-def show_replayed(one: Replayed) -> None:
+def show_replayed(one: ReplayResult) -> None:
     """What became of one."""
     out.print(visible(f"{one.id} -> {one.new_id or one.why}"), markup=False, soft_wrap=True)
 

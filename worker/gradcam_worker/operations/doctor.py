@@ -15,7 +15,7 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
 from gradcam_worker.gradcam.models import weights
-from gradcam_worker.ledger.redis.eviction import FIX, Eviction
+from gradcam_worker.ledger.redis.eviction import FIX, EvictionMonitor
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.runtime import devices, preflight
 from gradcam_worker.settings import Settings
@@ -70,8 +70,8 @@ def run_checks(settings: Settings, *, expected_workers: int = 0) -> Iterator[Fin
 
 def _eviction(settings: Settings) -> Iterator[Finding]:
     """What broker and ledger forget when their memory is full."""
-    for one in Eviction(settings).look():
-        yield Finding("eviction", one.well, str(one), FIX if one.evicts else "")
+    for one in EvictionMonitor(settings).read_policies():
+        yield Finding("eviction", one.is_safe, str(one), FIX if one.evicts else "")
 
 
 def _weights(settings: Settings) -> Iterator[Finding]:

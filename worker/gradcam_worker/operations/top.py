@@ -71,7 +71,7 @@ class Dashboard:
     def look(self) -> Snapshot:
         """What there is to be seen now. Raises LedgerUnavailable."""
         server, p = self._ledger.server, self._ledger.server.prefix
-        with server.reaching():
+        with server.translate_errors():
             seconds, micros = server.redis.time()
             now_ms = seconds * 1000 + micros // 1000
             minute = now_ms // MINUTE_MS

@@ -10,7 +10,7 @@ from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.execution.handler import JobHandler
 from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.execution.services import Services, StorageProvider
-from gradcam_worker.ledger.redis.eviction import Eviction
+from gradcam_worker.ledger.redis.eviction import EvictionMonitor
 from gradcam_worker.observability import tracing
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.background_loop import BackgroundLoop
@@ -30,7 +30,7 @@ class WorkerComponents:
     handler: JobHandler
     outages: Outages
     background_loops: Sequence[BackgroundLoop]
-    eviction: Eviction
+    eviction: EvictionMonitor
 
 
 def build_worker(
@@ -66,7 +66,7 @@ def build_worker(
         admits=RedisBackfillRegistry(ledger.server).admits,
         stall=stall,
     )
-    eviction = Eviction(settings)
+    eviction = EvictionMonitor(settings)
     own = [leases.loop, breaker.loop, eviction.loop, stall.loop]
     return WorkerComponents(handler, outages, [*own, *others], eviction)
 

@@ -27,7 +27,7 @@ from gradcam_worker.errors import (
 from gradcam_worker.gradcam.models import weights
 from gradcam_worker.gradcam.models.registry import Registry
 from gradcam_worker.ledger.redis.client import NO_CLUSTER
-from gradcam_worker.ledger.redis.eviction import FIX, Eviction
+from gradcam_worker.ledger.redis.eviction import FIX, EvictionMonitor
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.runtime import devices
 from gradcam_worker.settings import ONE_SERVER, Settings
@@ -75,7 +75,7 @@ def broker_answers(settings: Settings) -> str:
     publisher = Publisher(settings, timeout_s=ANSWER_S)
     try:
         publisher.queue_length("normal")
-        _check_mode(publisher.mode(), "GRADCAM_BROKER_URL")
+        _check_mode(publisher.read_mode(), "GRADCAM_BROKER_URL")
     except BrokerUnavailable as error:
         _judge(error, "GRADCAM_BROKER_URL")
         raise
@@ -88,7 +88,7 @@ def ledger_answers(settings: Settings) -> str:
     ledger = RedisLedger(settings, timeout_s=ANSWER_S, retries=0)
     try:
         queued, running = ledger.count_jobs()
-        _check_mode(ledger.server.mode(), name)
+        _check_mode(ledger.server.read_mode(), name)
     except LedgerUnavailable as error:
         _judge(error, name)
         raise
@@ -98,7 +98,7 @@ def ledger_answers(settings: Settings) -> str:
 def redis_keeps(settings: Settings) -> str:
     """What Redis forgets when its memory is full. Raises InvalidSettings where that is accepted jobs."""
     said = []
-    for one in Eviction(settings, timeout_s=ANSWER_S).look():
+    for one in EvictionMonitor(settings, timeout_s=ANSWER_S).read_policies():
         if one.loses_jobs:
             message = f"{one.setting}: {one} {FIX}"
             raise InvalidSettings(message)

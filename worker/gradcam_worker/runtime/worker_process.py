@@ -136,7 +136,9 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     components = build_worker(settings, publisher, services, telemetry.observer)
     handler = components.handler
     register(app, handler, components.outages.ledger)
-    telemetry.ask_worker(lambda: services.model_cache.count, handler.breaker, components.eviction.trouble)
+    telemetry.ask_worker(
+        lambda: services.model_cache.count, handler.breaker, components.eviction.last_problem
+    )
     _preload(settings, services, telemetry.health)
     probe = partial(broker.is_reachable, broker.make_app(settings, timeout_s=PROBE_S))
     stopped, signals = threading.Event(), SimpleQueue[int]()
@@ -278,7 +280,7 @@ def _hand_back(handler: JobHandler, publisher: Publisher, consumer: Any) -> bool
         try:
             back += handler.requeue_unfinished()
             while back and (over or consumer.blueprint.state != RUN):  # else it would be taken here, again
-                if route := handler.ledger.route(back[-1]):
+                if route := handler.ledger.read_route(back[-1]):
                     publisher.republish([back[-1]], route)
                     log.info("job %s is handed back", back[-1])
                 back.pop()

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, StrictInt, StringConstraints, model
 from gradcam_worker.schemas.model import RequestModel
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-ClassWish = StrictInt | Annotated[str, StringConstraints(min_length=1, max_length=128)]
+RequestedClass = StrictInt | Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Alpha = Annotated[float, Field(ge=0, le=1)]  # of the colour; the rest is the photo
 Edge = Annotated[int, Field(ge=16, le=32_767, strict=True)]  # pixels of the longer side, at most
 Colormap = Literal["jet", "turbo", "viridis", "inferno", "magma", "plasma", "cividis", "grey"]
@@ -27,7 +27,7 @@ class Target(RequestModel):
 
     top_n: Annotated[int, Field(ge=1, le=1000, strict=True)] | None = None
     classes: Annotated[
-        Annotated[tuple[ClassWish, ...], Field(min_length=1, max_length=1000)] | None,
+        Annotated[tuple[RequestedClass, ...], Field(min_length=1, max_length=1000)] | None,
         BeforeValidator(_no_single_class),
     ] = None
 

@@ -1,1 +1,1 @@
-"""The ledger in this process's memory, for tests and `eager_client`. Begin at `store.MemoryLedger`."""
+"""The ledger in the memory of one process, for tests and `eager_client`. Begin at `store.MemoryLedger`."""

@@ -1,4 +1,4 @@
-"""The outbox over dictionaries: the same rules as in Redis, for tests. See `gradcam_worker.testing`."""
+"""The outbox in dictionaries, with the rules of the one in Redis: see `gradcam_worker.testing`."""
 
 import threading
 import time
@@ -19,34 +19,33 @@ Key = tuple[str, str]  # destination, recipient
 
 
 class MemoryOutbox(Outbox):
-    """The outbox's rules over a dictionary. `clock` gives its seconds."""
+    """An outbox in memory."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        """Empty."""
+        """Create an empty outbox. `clock` returns the time in seconds since the epoch."""
         self.sinks: set[str] = set()
         self._clock = clock
         self._events: dict[Key, list[str]] = {}
         self._due: dict[Key, float] = {}
         self._tokens: dict[Key, str] = {}
-        self._waiting: dict[Key, tuple[int, float]] = {}  # how often it was tried, and since when it could be
-        self._pauses: dict[
-            str, tuple[int, float, str]
-        ] = {}  # failures, until when it is left alone, who tries
+        self._waiting: dict[Key, tuple[int, float]] = {}  # tries, and since when the first event is due
+        # Destination -> failures in a row, when its pause ends, the token of the delivery that probes it.
+        self._pauses: dict[str, tuple[int, float, str]] = {}
         self._parked: dict[Key, float] = {}
         self._disabled: set[str] = set()
-        self._quiet_until: dict[str, float] = {}  # URL -> until when it wants to hear nothing
-        self._numbers = count(1)
+        self._quiet_until: dict[str, float] = {}  # URL -> until when nothing is delivered there
+        self._token_numbers = count(1)
         self._lock = threading.RLock()
 
     def put(
         self, destination: str, recipient: str, event: str, webhook: Webhook | None, document: StatusDocument
     ) -> None:
-        """What the ledger does in the step that changes a job."""
+        """Record an event, in the step that changes a job."""
         with self._lock:
             key = (destination, recipient)
-            self._events.setdefault(key, []).append(outbox.write(event, webhook, document))
+            self._events.setdefault(key, []).append(outbox.serialize_delivery(event, webhook, document))
             if key not in self._parked and key not in self._due:
-                self._enter(key)
+                self._enqueue(key)
 
     def open_sink(self, name: str) -> None:
         """See `Outbox.open_sink`."""
@@ -62,26 +61,26 @@ class MemoryOutbox(Outbox):
         """See `Outbox.claim_deliveries`."""
         with self._lock:
             now, deliveries = self._clock(), list[Delivery]()
-            left = dict(limits)
-            for key, due in sorted(self._due.items(), key=lambda one: one[1]):
+            remaining = dict(limits)
+            for key, due in sorted(self._due.items(), key=lambda item: item[1]):
                 destination = key[0]
-                if destination not in left:
-                    left[destination] = min(others_limit, 1) if destination.startswith("//") else 0
-                failures, ends, _ = self._pauses.get(destination, (0, 0.0, ""))
-                if due > now or ends > now or not left[destination] or len(deliveries) == limit:
+                if destination not in remaining:
+                    remaining[destination] = min(others_limit, 1) if destination.startswith("//") else 0
+                failures, pause_ends, _ = self._pauses.get(destination, (0, 0.0, ""))
+                if due > now or pause_ends > now or not remaining[destination] or len(deliveries) == limit:
                     continue
-                if not self._wanted(key, now):
+                if not self._is_wanted(key, now):
                     continue
-                token = str(next(self._numbers))
+                token = str(next(self._token_numbers))
                 self._due[key], self._tokens[key] = now + lease_s, token
-                left[destination] -= 1
+                remaining[destination] -= 1
                 others_limit -= destination not in limits
                 if failures:
                     self._pauses[destination] = failures, now + lease_s, token
                 tries, since = self._waiting[key]
                 text = self._events[key][0]
                 deliveries.append(
-                    outbox.read(*key, text, tries=tries, waited_s=now - since, lease_token=token)
+                    outbox.parse_delivery(*key, text, tries=tries, waited_s=now - since, lease_token=token)
                 )
             return deliveries
 
@@ -91,29 +90,26 @@ class MemoryOutbox(Outbox):
             key = (delivery.destination, delivery.recipient)
             if self._tokens.get(key) != delivery.lease_token:
                 return
-            self._leave(key)
+            self._dequeue(key)
             self._pauses.pop(delivery.destination, None)
             del self._events[key][0]
             if self._events[key]:
-                self._enter(key)
+                self._enqueue(key)
             else:
                 del self._events[key]
 
     def postpone(self, delivery: Delivery, delay_s: float, *, quiet_s: float = 0) -> None:
         """See `Outbox.postpone`."""
         with self._lock:
-            key, destination, now = (
-                (delivery.destination, delivery.recipient),
-                delivery.destination,
-                self._clock(),
-            )
+            destination, now = delivery.destination, self._clock()
+            key = (destination, delivery.recipient)
             if self._tokens.get(key) != delivery.lease_token:
                 return
             del self._tokens[key]
             tries, since = self._waiting[key]
             self._waiting[key], self._due[key] = (tries + 1, since), now + delay_s
-            failures, ends, tried_by = self._pauses.get(destination, (0, 0.0, ""))
-            if now >= ends or tried_by == delivery.lease_token:
+            failures, pause_ends, probe = self._pauses.get(destination, (0, 0.0, ""))
+            if now >= pause_ends or probe == delivery.lease_token:
                 pause = DESTINATION_BACKOFF.pause_s(failures) if failures else 0
                 self._pauses[destination] = failures + 1, now + pause, ""
             if quiet_s and delivery.webhook:
@@ -125,8 +121,8 @@ class MemoryOutbox(Outbox):
             key, now = (delivery.destination, delivery.recipient), self._clock()
             if self._tokens.get(key) != delivery.lease_token:
                 return
-            failures, _, tried_by = self._pauses.get(delivery.destination, (0, 0.0, ""))
-            if tried_by == delivery.lease_token:
+            failures, _, probe = self._pauses.get(delivery.destination, (0, 0.0, ""))
+            if probe == delivery.lease_token:
                 self._pauses[delivery.destination] = failures, now, ""
             self._park(key)
 
@@ -135,26 +131,28 @@ class MemoryOutbox(Outbox):
         with self._lock:
             now = self._clock()
             due = [key for key, since in self._due.items() if key[0] == destination and since <= now]
-            old = [key for key in due if self._waiting[key][1] <= now - waited_s]
-            for key in old:
+            overdue = [key for key in due if self._waiting[key][1] <= now - waited_s]
+            for key in overdue:
                 self._park(key)
-            return len(old)
+            return len(overdue)
 
     def find_parked(self) -> list[DeadDelivery]:
         """See `Outbox.find_parked`."""
-        newest = sorted(self._parked.items(), key=lambda one: -one[1])
+        newest = sorted(self._parked.items(), key=lambda item: -item[1])
         return [
-            DeadDelivery(*key, since, len(self._events[key]), outbox.read(*key, self._events[key][0]))
+            DeadDelivery(
+                *key, since, len(self._events[key]), outbox.parse_delivery(*key, self._events[key][0])
+            )
             for key, since in newest
         ]
 
-    def unpark(self, one: DeadDelivery) -> bool:
+    def unpark(self, parked: DeadDelivery) -> bool:
         """See `Outbox.unpark`."""
         with self._lock:
-            key = (one.destination, one.recipient)
+            key = (parked.destination, parked.recipient)
             if self._parked.pop(key, None) is None:
                 return False
-            self._enter(key)
+            self._enqueue(key)
             return True
 
     def disable(self, url: str) -> None:
@@ -174,27 +172,27 @@ class MemoryOutbox(Outbox):
         """See `Outbox.count_recipients`."""
         return len(self._waiting)
 
-    def _wanted(self, key: Key, now: float) -> bool:
-        """Whether its receiver has not said that it wants to hear nothing, now or at all."""
-        webhook = outbox.read(*key, self._events[key][0]).webhook
+    def _is_wanted(self, key: Key, now: float) -> bool:
+        """Whether the receiver accepts deliveries now; park the recipient if its URL is disabled."""
+        webhook = outbox.parse_delivery(*key, self._events[key][0]).webhook
         if webhook and webhook.url in self._disabled:
             self._park(key)
             return False
-        later = self._quiet_until.get(webhook.url, 0) if webhook else 0
-        if later > now:
-            self._due[key] = later
-        return later <= now
+        quiet_until = self._quiet_until.get(webhook.url, 0) if webhook else 0
+        if quiet_until > now:
+            self._due[key] = quiet_until
+        return quiet_until <= now
 
-    def _enter(self, key: Key) -> None:
+    def _enqueue(self, key: Key) -> None:
         now = self._clock()
         self._due[key], self._waiting[key] = now, (0, now)
 
-    def _leave(self, key: Key) -> None:
+    def _dequeue(self, key: Key) -> None:
         del self._due[key], self._waiting[key]
         self._tokens.pop(key, None)
         if key[0] not in {destination for destination, _ in self._due}:
             self._pauses.pop(key[0], None)
 
     def _park(self, key: Key) -> None:
-        self._leave(key)
+        self._dequeue(key)
         self._parked[key] = self._clock()

@@ -1,4 +1,4 @@
-"""The ledger over dictionaries: the same rules as in Redis, for tests. See `gradcam_worker.testing`."""
+"""The ledger in dictionaries, with the rules of the one in Redis: see `gradcam_worker.testing`."""
 
 import threading
 import time
@@ -6,35 +6,40 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from gradcam_worker.ledger import outbox, state_machine
-from gradcam_worker.ledger.ledger import Entry, Ledger, Overdue, Renewed
+from gradcam_worker.ledger.ledger import Entry, LeaseRenewal, Ledger, Overdue
 from gradcam_worker.ledger.memory.outbox import MemoryOutbox
 from gradcam_worker.schemas.status import StatusDocument
 
 
 class MemoryLedger(Ledger):
-    """The ledger's rules over a dictionary. `clock` gives its seconds."""
+    """A ledger in memory."""
 
     def __init__(self, *, lease_s: float = 15, clock: Callable[[], float] = time.time) -> None:
-        """Empty."""
+        """Create an empty ledger.
+
+        Args:
+            lease_s: The duration of a lease.
+            clock: Returns the time in seconds since the epoch.
+        """
         self.outbox = MemoryOutbox(clock)
         self.health: dict[str, str] = {}
         self._lease_s, self._clock = lease_s, clock
         self._entries: dict[str, Entry] = {}
         self._keys: dict[str, str] = {}
-        self._due: dict[str, float] = {}  # job id -> when its lease, its pause or its patience ends
+        self._due: dict[str, float] = {}  # job id -> when its lease or pause ends, or when it is missed
         self._republished: dict[str, int] = {}
-        self._claimed: dict[str, float] = {}  # route -> the latest message that came through
+        self._claimed: dict[str, float] = {}  # route -> when its latest received message was published
         self._dead: dict[str, float] = {}
         self._leader: tuple[str, float] = ("", 0)
         self._lock = threading.RLock()
 
     def _create_many(self, entries: Sequence[Entry]) -> list[Entry]:
-        found: list[Entry] = []
+        results: list[Entry] = []
         for entry in entries:
-            found.append(self._create_one(entry))
-            if found[-1].fingerprint != entry.fingerprint:
+            results.append(self._create_one(entry))
+            if results[-1].fingerprint != entry.fingerprint:
                 break
-        return found
+        return results
 
     def _create_one(self, entry: Entry) -> Entry:
         with self._lock:
@@ -42,7 +47,7 @@ class MemoryLedger(Ledger):
             owner = self._keys.get(key, entry.document.id) if key else entry.document.id
             owner = owner if owner in self._entries else entry.document.id
             if owner not in self._entries:
-                self._place(entry, None)
+                self._store(entry, None)
                 if key:
                     self._keys[key] = owner
             return self._entries[owner]
@@ -50,13 +55,13 @@ class MemoryLedger(Ledger):
     def _find(self, job_id: str) -> Entry | None:
         return self._entries.get(job_id)
 
-    def _swap(
+    def _compare_and_set(
         self,
         before: StatusDocument,
         after: StatusDocument,
         *,
         delay_s: float = 0,
-        due: bool = False,
+        only_if_due: bool = False,
         fingerprint: str | None = None,
     ) -> bool:
         with self._lock:
@@ -68,15 +73,15 @@ class MemoryLedger(Ledger):
             held = entry.document
             if (held.attempt, held.revision) != (before.attempt, before.revision):
                 return False
-            if due and self._due[before.id] > self._clock():
+            if only_if_due and self._due[before.id] > self._clock():
                 return False
-            self._place(replace(entry, document=after), held, delay_s)
+            self._store(replace(entry, document=after), held, delay_s)
             return True
 
-    def _place(self, entry: Entry, before: StatusDocument | None, delay_s: float = 0) -> None:
+    def _store(self, entry: Entry, before: StatusDocument | None, delay_s: float = 0) -> None:
         after, now = entry.document, self._clock()
-        kept = after.status == "failed" or not after.final
-        self._entries[after.id] = entry if kept else replace(entry, job="null")
+        keeps_job = after.status == "failed" or not after.final
+        self._entries[after.id] = entry if keeps_job else replace(entry, job="null")
         if before is None or before.status != after.status:
             first = before and before.attempt == 0 and after.id not in self._republished
             if before and first and before.status == "queued" and after.status == "running":
@@ -88,25 +93,25 @@ class MemoryLedger(Ledger):
             self._dead.setdefault(after.id, now)
         elif before and before.status == "failed":
             self._dead.pop(after.id, None)
-        event = state_machine.event(before, after)
+        event = state_machine.name_event(before, after)
         for index, hook in enumerate(entry.webhooks):
             if event in hook.events:
                 self.outbox.put(
-                    outbox.destination(hook.url), f"{after.id}:hook{index + 1}", event, hook, after
+                    outbox.destination_of(hook.url), f"{after.id}:hook{index + 1}", event, hook, after
                 )
         for sink in self.outbox.sinks if event else ():
             self.outbox.put(sink, f"{after.id}:{sink}", event, None, after)
 
     def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
         """See `Ledger.read_many`."""
-        return {one: self._entries[one].document for one in ids if one in self._entries}
+        return {job_id: self._entries[job_id].document for job_id in ids if job_id in self._entries}
 
     def count_jobs(self) -> tuple[int, int]:
         """See `Ledger.count_jobs`."""
         states = [entry.document.status for entry in self._entries.values()]
         return states.count("queued") + states.count("retrying"), states.count("running")
 
-    def renew_leases(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
+    def renew_leases(self, worker: str, health: str, held: Mapping[str, int]) -> LeaseRenewal:
         """See `Ledger.renew_leases`."""
         with self._lock:
             self.health[worker] = health
@@ -117,8 +122,12 @@ class MemoryLedger(Ledger):
                     self._due[job_id] = self._clock() + self._lease_s
                 else:
                     lost.add(job_id)
-            running = [one.document for one in self._entries.values() if one.document.status == "running"]
-            return Renewed(frozenset(lost), frozenset(one.id for one in running if one.cancel_requested_at))
+            documents = [entry.document for entry in self._entries.values()]
+            running = [document for document in documents if document.status == "running"]
+            return LeaseRenewal(
+                frozenset(lost),
+                frozenset(document.id for document in running if document.cancel_requested_at),
+            )
 
     def find_workers(self) -> dict[str, str]:
         """See `Ledger.find_workers`."""
@@ -136,36 +145,43 @@ class MemoryLedger(Ledger):
         """See `Ledger.find_overdue`."""
         now = self._clock()
         documents = [entry.document for entry in self._entries.values()]
-        late = [one for one in documents if one.expires_at and one.expires_at.timestamp() <= now]
+        due = [document for document in documents if self._due[document.id] <= now]
+        waiting = [document for document in documents if document.status in {"queued", "retrying"}]
         return Overdue(
-            [one.id for one in documents if one.status == "running" and self._due[one.id] <= now][:limit],
-            [one.id for one in documents if one.status == "retrying" and self._due[one.id] <= now][:limit],
-            [one.id for one in late if one.status in {"queued", "retrying"}][:limit],
+            [document.id for document in due if document.status == "running"][:limit],
+            [document.id for document in due if document.status == "retrying"][:limit],
+            [
+                document.id
+                for document in waiting
+                if document.expires_at and document.expires_at.timestamp() <= now
+            ][:limit],
         )
 
-    def find_unpublished(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
+    def find_unpublished(
+        self, route: str, *, queue_is_empty: bool, lost_after_s: float, limit: int
+    ) -> list[str]:
         """See `Ledger.find_unpublished`."""
         with self._lock:
             now = self._clock()
-            newest = now if empty else min(self._claimed.get(route, 0), now)
-            found = [
+            newest = now if queue_is_empty else min(self._claimed.get(route, 0), now)
+            job_ids = [
                 job_id
                 for job_id, entry in self._entries.items()
                 if (entry.route, entry.document.status) == (route, "queued")
                 and self._due[job_id] <= newest - lost_after_s
             ][:limit]
-            for job_id in found:
+            for job_id in job_ids:
                 self._republished[job_id] = self._republished.get(job_id, 0) + 1
                 self._due[job_id] = now + lost_after_s * (2.0 ** (self._republished[job_id] - 1) - 1)
-            return found
+            return job_ids
 
     def find_dead_letters(self) -> list[tuple[str, float]]:
         """See `Ledger.find_dead_letters`."""
-        return sorted(self._dead.items(), key=lambda one: -one[1])
+        return sorted(self._dead.items(), key=lambda item: -item[1])
 
     def drop_dead_letter(self, job_id: str) -> None:
         """See `Ledger.drop_dead_letter`."""
         self._dead.pop(job_id, None)
 
     def prune(self) -> None:
-        """See `Ledger.prune`: nothing is forgotten here."""
+        """See `Ledger.prune`: this ledger forgets nothing."""

@@ -1,4 +1,4 @@
-"""Connections to a Redis or Valkey server: one client a process, errors as ours, scripts by their sha."""
+"""Connections to a Redis or Valkey server: one client for each process, errors of ours, calls of scripts."""
 
 import os
 import threading
@@ -16,90 +16,74 @@ from gradcam_worker.ledger.redis.script import LuaScript, Result
 from gradcam_worker.settings import ONE_SERVER, Settings
 from gradcam_worker.text.urls import without_secrets
 
-CONNECTIONS = 256  # at most, of a process: one for each thread that asks at the same moment
+MAX_CONNECTIONS = 256  # of one process: each thread needs one while it waits for an answer
+RELEASE_POLL_S = 0.05  # while waiting for a connection: the notification that one was released can be missed
+POOL_EXHAUSTED = "Too many connections"  # redis-py's message when its pool is exhausted
+UNSENT = "no command was sent"  # a note on errors of redis-py that were raised before a command was sent
 
-
-# What a server says to somebody whom it will never serve: asking again is of no use.
-REFUSED = (
+# The server will refuse this client again: retrying is of no use.
+ACCESS_ERRORS = (
     redis.exceptions.AuthenticationError,
     redis.exceptions.AuthenticationWrongNumberOfArgsError,
     redis.exceptions.AuthorizationError,
     redis.exceptions.NoPermissionError,
 )
+INVALID_DATABASE = "DB index"  # begins the message of the one such error that has no class of its own
 
-
-NO_DATABASE = "DB index"  # which is the only one without a class of its own
-
-
-# What it says where a step has not been taken, and nothing of it: the first write of a script is refused.
-UNCHANGED = (
+# The command changed nothing: a server that answers so refuses the first write of a script.
+UNCHANGED_ERRORS = (
     redis.exceptions.BusyLoadingError,
     redis.exceptions.MasterDownError,
     redis.exceptions.OutOfMemoryError,
     redis.exceptions.ReadOnlyError,
 )
+UNCHANGED_PREFIXES = ("NOREPLICAS", "MISCONF")
 
-
-UNCHANGED_WORDS = ("NOREPLICAS", "MISCONF")
-
-
-# What one says that is part of a Redis Cluster: of another slot, or of keys that lie in several.
-CLUSTER = (redis.exceptions.ClusterError, redis.exceptions.MovedError, redis.exceptions.AskError)
-
-
-CLUSTER_WORDS = ("CROSSSLOT", "non local key", "do not hash to the same slot")
-
-
+# Only a node of a Redis Cluster answers so: the key is in another slot, or the keys are in several.
+CLUSTER_ERRORS = (redis.exceptions.ClusterError, redis.exceptions.MovedError, redis.exceptions.AskError)
+CLUSTER_TEXTS = ("CROSSSLOT", "non local key", "do not hash to the same slot")
 NO_CLUSTER = "is part of a Redis Cluster, which is not supported"
 
 
-ALL_IN_USE = "Too many connections"  # redis-py's words
-
-
-UNSENT = "nothing was asked"  # a note on an error of redis-py's
-
-
-POLL_S = 0.05  # between two tries to get a connection: that one was freed can be missed
-
-
 class WaitingPool(redis.ConnectionPool):
-    """The connections of one process. Who finds all of them in use waits for one, for a while."""
+    """The connections of one process. A thread that finds all of them in use waits for one to be released."""
 
     def __init__(self, *args: Any, wait_s: float, **options: Any) -> None:
-        """`wait_s` is for how long."""
-        self._wait_s, self._freed = wait_s, threading.Condition()
+        """`wait_s`: how long a thread waits. The other arguments are those of `redis.ConnectionPool`."""
+        self._wait_s, self._released = wait_s, threading.Condition()
         super().__init__(*args, **options)
 
     def get_connection(self, *args: Any, **options: Any) -> Any:
-        """A connection that is connected. Whatever is raised has the note UNSENT."""
+        """Take a connection, connected. Errors have the note UNSENT."""
         end = time.monotonic() + self._wait_s
         while True:
             try:
                 return super().get_connection(*args, **options)
             except redis.RedisError as error:
                 error.add_note(UNSENT)
-                if str(error) != ALL_IN_USE:
+                if str(error) != POOL_EXHAUSTED:
                     raise
             if time.monotonic() >= end:
-                every = f"all {self.max_connections} connections of this process"
-                message = f"{every} were in use for {self._wait_s:g} s"
-                waited = redis.exceptions.ConnectionError(message)
-                waited.add_note(UNSENT)
-                raise waited
-            with self._freed:
-                self._freed.wait(POLL_S)
+                in_use = f"all {self.max_connections} connections of this process were in use"
+                message = f"{in_use} for {self._wait_s:g} s"
+                exhausted = redis.exceptions.ConnectionError(message)
+                exhausted.add_note(UNSENT)
+                raise exhausted
+            with self._released:
+                self._released.wait(RELEASE_POLL_S)
 
     def release(self, connection: Any) -> None:
-        """Give a connection back, to whoever waits for one."""
+        """Put a connection back and wake a thread that waits for one."""
         super().release(connection)
-        with self._freed:
-            self._freed.notify()
+        with self._released:
+            self._released.notify()
 
 
 class RedisClients:
-    """The client of a server, one for each process that was forked since.
+    """The clients of one server, one for each process that was forked since.
 
-    Redis-py means to survive a fork, but waits for ever for a lock that another thread held just then.
+    Redis-py intends its client to survive a fork, but the child then waits for ever for a lock that another
+    thread of the parent held at that moment.
     """
 
     def __init__(
@@ -111,102 +95,143 @@ class RedisClients:
         timeout_s: float,
         retries: int,
     ) -> None:
-        """Nothing is connected yet. `timeout_s` is how long one answer may take.
+        """Connect to nothing yet.
 
-        A server that accepts connections and says nothing is waited for (`retries` + 1) squared times as
-        long: redis-py connects so often for each time that it asks.
+        A server that accepts connections and never answers is waited for up to (`retries` + 1)² * `timeout_s`
+        seconds: redis-py retries to connect each time that it retries a command.
+
+        Args:
+            settings: The TLS settings are read from it.
+            url: The server's URL.
+            unavailable: The error that is raised when the server cannot be used.
+            timeout_s: The maximum time for one answer.
+            retries: How often redis-py retries a command that failed.
         """
         self._url, self._unavailable = url, unavailable
         name = "ledger" if unavailable is LedgerUnavailable else "broker"
-        self._who = f"The {name} at {without_secrets(url)}"
+        self._server = f"The {name} at {without_secrets(url)}"
         self._options: dict[str, Any] = {
             **settings.redis_tls(url),
             "decode_responses": True,
-            "max_connections": CONNECTIONS,
+            "max_connections": MAX_CONNECTIONS,
             "wait_s": timeout_s,
             "socket_timeout": timeout_s,
             "socket_connect_timeout": min(timeout_s, 3),
             "socket_keepalive": True,
             "health_check_interval": 15,
             "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=retries),
-            # After a failover, the node of before takes no writes: redis-py connects anew before each retry.
+            # After a failover the former primary refuses writes: redis-py reconnects before each retry.
             "retry_on_error": [redis.exceptions.ReadOnlyError],
         }
-        self._clients: dict[int, redis.Redis] = {}  # by process; threads share one
+        self._clients: dict[int, redis.Redis] = {}  # by process id; threads share one
 
-    def mine(self) -> redis.Redis:
-        """This process's own."""
-        process = os.getpid()
-        if process not in self._clients:
+    def get_client(self) -> redis.Redis:
+        """Get the client of the current process."""
+        process_id = os.getpid()
+        if process_id not in self._clients:
             for inherited in [*self._clients.values()]:
-                inherited.auto_close_connection_pool = False  # whose lock it would wait for in the end
+                inherited.auto_close_connection_pool = False  # closing would wait for the parent's lock
             client = redis.Redis(connection_pool=WaitingPool.from_url(self._url, **self._options))
             client.auto_close_connection_pool = True
-            self._clients.setdefault(process, client)
-        return self._clients[process]
+            self._clients.setdefault(process_id, client)
+        return self._clients[process_id]
 
     def close(self) -> None:
-        """Close all connections but those on which somebody waits for an answer."""
-        self.mine().connection_pool.disconnect(inuse_connections=False)
+        """Close all connections except those on which a thread waits for an answer."""
+        self.get_client().connection_pool.disconnect(inuse_connections=False)
 
-    def memory(self) -> Mapping[str, Any]:
-        """What the server says of its memory; nothing where the user may not ask. As `reaching` raises."""
-        with self.reaching():
+    def read_memory_info(self) -> Mapping[str, Any]:
+        """Read the server's INFO memory.
+
+        Returns:
+            Its fields; empty if the user has no permission to read it.
+
+        Raises:
+            BrokerUnavailable, LedgerUnavailable: See `translate_errors`.
+        """
+        with self.translate_errors():
             try:
-                found: Any = self.mine().info("memory")
+                info: Any = self.get_client().info("memory")
             except redis.exceptions.NoPermissionError:
                 return {}
-        return found  # type: ignore[no-any-return]  # redis-py's types do not say
+        return info  # type: ignore[no-any-return]  # redis-py's types do not say
 
-    def mode(self) -> str:
-        """What the server calls itself: standalone, cluster or sentinel; empty where it does not say."""
-        with self.reaching():
+    def read_mode(self) -> str:
+        """Read the server's mode.
+
+        Returns:
+            standalone, cluster or sentinel; empty if the server does not report it.
+
+        Raises:
+            BrokerUnavailable, LedgerUnavailable: See `translate_errors`.
+        """
+        with self.translate_errors():
             try:
-                client: Any = self.mine()
-                said = client.execute_command("HELLO")
-            except redis.exceptions.ResponseError:  # it does not know the question, or may not be asked
+                client: Any = self.get_client()
+                reply = client.execute_command("HELLO")
+            except redis.exceptions.ResponseError:  # an unknown command, or one that is not permitted
                 return ""
-        facts = said if isinstance(said, dict) else dict(zip(said[::2], said[1::2], strict=True))
-        return str(facts.get("mode", ""))
+        fields = reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
+        return str(fields.get("mode", ""))
 
     @contextmanager
-    def reaching(self) -> Iterator[None]:
-        """What Redis raises is BrokerUnavailable or LedgerUnavailable here."""
+    def translate_errors(self) -> Iterator[None]:
+        """Raise BrokerUnavailable or LedgerUnavailable for errors of redis-py within the block."""
         try:
             yield
         except redis.RedisError as error:
-            said, refused = str(error), isinstance(error, REFUSED) or str(error).startswith(NO_DATABASE)
-            cluster = isinstance(error, CLUSTER) or any(words in said for words in CLUSTER_WORDS)
-            what = f"cannot be reached ({error})"
-            if isinstance(error, redis.exceptions.OutOfMemoryError):
-                what = "is full: it takes nothing new until it has memory (maxmemory) again"
-            elif refused:
-                what = f"refuses us ({error}): look at the user, the password and the database of its URL"
-            elif cluster:
-                what = f"{NO_CLUSTER} ({error}): {ONE_SERVER}"
-            unchanged = refused or isinstance(error, UNCHANGED) or said.startswith(UNCHANGED_WORDS)
-            unchanged = unchanged or UNSENT in getattr(error, "__notes__", ())
-            message, again = f"{self._who} {what}.", not (refused or cluster)
-            raise self._unavailable(message, retryable=again, changed_nothing=unchanged) from error
+            raise self.translate(error) from error
+
+    def translate(self, error: redis.RedisError) -> BrokerUnavailable | LedgerUnavailable:
+        """Make the error of ours for an error of redis-py.
+
+        Args:
+            error: What redis-py raised.
+
+        Returns:
+            BrokerUnavailable or LedgerUnavailable: whether to retry, and whether the server may have changed
+            something.
+        """
+        text = str(error)
+        refused = isinstance(error, ACCESS_ERRORS) or text.startswith(INVALID_DATABASE)
+        cluster = isinstance(error, CLUSTER_ERRORS) or any(part in text for part in CLUSTER_TEXTS)
+        problem = f"cannot be reached ({text})"
+        if isinstance(error, redis.exceptions.OutOfMemoryError):
+            problem = "is full: it accepts no writes until memory is freed or maxmemory is raised"
+        elif refused:
+            problem = f"refuses access ({text}): check the user, the password and the database of its URL"
+        elif cluster:
+            problem = f"{NO_CLUSTER} ({text}): {ONE_SERVER}"
+        unchanged = refused or isinstance(error, UNCHANGED_ERRORS) or text.startswith(UNCHANGED_PREFIXES)
+        unchanged = unchanged or UNSENT in getattr(error, "__notes__", ())
+        return self._unavailable(
+            f"{self._server} {problem}.", retryable=not (refused or cluster), changed_nothing=unchanged
+        )
 
 
 class RedisServer:
     """A Redis or Valkey server, not a Redis Cluster, and the scripts that run there."""
 
     def __init__(self, settings: Settings, *, timeout_s: float = 5, retries: int = 2) -> None:
-        """`timeout_s` is how long one answer may take; what fails is asked again, `retries` times."""
+        """Connect to nothing yet.
+
+        Args:
+            settings: `ledger`, `key_prefix` and the TLS settings are read from it.
+            timeout_s: The maximum time for one answer.
+            retries: How often a command that failed is retried.
+        """
         self.prefix = settings.key_prefix
         self._clients = RedisClients(
             settings, settings.ledger, LedgerUnavailable, timeout_s=timeout_s, retries=retries
         )
-        self.reaching, self.close = self._clients.reaching, self._clients.close
-        self.mode = self._clients.mode
+        self.translate_errors, self.close = self._clients.translate_errors, self._clients.close
+        self.read_mode = self._clients.read_mode
         self._scripts: dict[type, Any] = {}
 
     @property
     def redis(self) -> redis.Redis:
-        """The client of this process."""
-        return self._clients.mine()
+        """The client of the current process."""
+        return self._clients.get_client()
 
     def run(self, call: LuaScript[Result]) -> Result:
         """Run a script.
@@ -218,13 +243,15 @@ class RedisServer:
             What the script returns.
 
         Raises:
-            LedgerUnavailable: The server cannot be reached, refuses us or is full.
+            LedgerUnavailable: The server cannot be reached, refuses access or is full.
         """
-        kind = type(call)
-        if kind not in self._scripts:
-            self._scripts[kind] = self.redis.register_script(kind.source())
-        with self.reaching():
-            found: Result = self._scripts[kind](
-                keys=call.keys(), args=[self.prefix, *call.arguments()], client=self.redis
+        script_class, client = type(call), self._clients.get_client()
+        if script_class not in self._scripts:
+            self._scripts[script_class] = client.register_script(script_class.source())
+        try:
+            result: Result = self._scripts[script_class](
+                keys=call.keys(), args=[self.prefix, *call.arguments()], client=client
             )
-        return found
+        except redis.RedisError as error:
+            raise self._clients.translate(error) from error
+        return result

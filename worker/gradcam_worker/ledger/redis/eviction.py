@@ -1,13 +1,12 @@
-"""Whether Redis forgets what it was given when its memory is full: a queue and a ledger may not.
+"""Checks of the eviction policy: the servers of broker and ledger must not evict keys when memory is full.
 
-What a policy costs follows from which keys have a time to live. Queues, unacknowledged messages and jobs
-that have not ended have none: only `allkeys-*` takes them, and an accepted job is lost then. Documents of
-ended jobs, their idempotency keys and records of backfills have one, so that `volatile-*` takes those:
-nothing accepted is lost, but a key no longer keeps a job from being run twice, and an end may be forgotten
-before it was read. (Records of running backfills are written anew each second.)
+What a policy costs depends on which keys have a time to live. Queues, unacknowledged messages and jobs that
+are not final have none: only `allkeys-*` evicts them, and accepted jobs are lost. Documents of final jobs,
+their idempotency keys and records of backfills have one, so `volatile-*` evicts them: no accepted job is
+lost, but an idempotency key may no longer prevent a second run, and a result may be forgotten before it was
+read. (Records of running backfills are written again each second.)
 """
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,11 +14,12 @@ from gradcam_worker.errors import LedgerUnavailable
 from gradcam_worker.ledger.redis.client import RedisClients
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.settings import Settings
+from gradcam_worker.text.log_events import EventLogger
 from gradcam_worker.text.urls import without_secrets
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-EVERY_S = 60.0  # between two looks of a worker
+CHECK_INTERVAL_S = 60.0  # a policy can be changed while a worker runs
 FIX = (
     "Set maxmemory-policy noeviction there: `CONFIG SET maxmemory-policy noeviction`, redis.conf, or the "
     "parameters of a managed one. See deploy/redis/redis.conf."
@@ -27,49 +27,52 @@ FIX = (
 
 
 @dataclass(frozen=True)
-class Policy:
-    """What one server does when its memory is full. `name` is None where it does not say."""
+class EvictionPolicy:
+    """What one server does when its memory is full."""
 
-    setting: str  # which names the server
-    server: str  # fit to be shown
-    name: str | None
-    maxmemory: int  # bytes; 0: no limit, and so never full
+    setting: str  # the setting that names the server
+    server: str  # its URL, without secrets
+    name: str | None  # such as noeviction; None: the server does not report it
+    maxmemory: int  # bytes; 0: no limit, so that memory is never full
 
     @property
     def evicts(self) -> bool:
-        """It would forget something, if it had a limit."""
+        """Whether the policy evicts keys when a limit is reached."""
         return self.name not in {None, "noeviction"}
 
     @property
     def loses_jobs(self) -> bool:
-        """It forgets accepted jobs."""
+        """Whether accepted jobs are evicted with the current limit."""
         return self.evicts and self.maxmemory > 0 and not str(self.name).startswith("volatile-")
 
     @property
-    def well(self) -> bool:
-        """Nothing is forgotten as it is set up now."""
+    def is_safe(self) -> bool:
+        """Whether nothing is evicted with the current limit."""
         return not self.evicts or not self.maxmemory
 
     def __str__(self) -> str:
-        """What it means, as a sentence without the setting."""
+        """The consequence, as a sentence."""
         if self.name is None:
-            return f"{self.server} does not say what it forgets when it is full: its user needs +info."
-        said = f"{self.server} has maxmemory-policy {self.name}"
+            return f"{self.server} does not report its maxmemory-policy: its user needs the permission +info."
+        policy = f"{self.server} has maxmemory-policy {self.name}"
         if not self.evicts:
-            return f"{said}: it forgets nothing"
+            return f"{policy}: it evicts nothing"
         if not self.maxmemory:
-            return f"{said}, which does no harm only as long as maxmemory is 0."
-        what = "ended jobs and idempotency keys before their time"
-        if self.loses_jobs:
-            what = "accepted jobs"
-        return f"{said} and maxmemory {self.maxmemory:,}: when that is full it forgets {what}."
+            return f"{policy}, which is harmless only while maxmemory is 0."
+        what = "accepted jobs" if self.loses_jobs else "final jobs and idempotency keys before their time"
+        return f"{policy} and maxmemory {self.maxmemory:,}: when that is full it evicts {what}."
 
 
-class Eviction:
-    """Looks at the servers of broker and ledger."""
+class EvictionMonitor:
+    """Checks the eviction policies of broker and ledger, once a minute while its loop runs."""
 
     def __init__(self, settings: Settings, *, timeout_s: float = 5) -> None:
-        """Nothing is connected yet."""
+        """Connect to nothing yet.
+
+        Args:
+            settings: The URLs of broker and ledger are read from it.
+            timeout_s: The maximum time for one answer.
+        """
         urls = {settings.broker_url: "GRADCAM_BROKER_URL"}
         urls.setdefault(settings.ledger, "GRADCAM_LEDGER_URL")
         self._servers = [
@@ -80,31 +83,37 @@ class Eviction:
             )
             for url, name in urls.items()
         ]
-        self._trouble: str | None = None
-        self.loop = BackgroundLoop("eviction", self.round, EVERY_S)  # a policy can be changed at any time
+        self._last_problem: str | None = None
+        self.loop = BackgroundLoop("eviction", self.run_round, CHECK_INTERVAL_S)
 
-    def look(self) -> Iterator[Policy]:
-        """What each does; one that is away is left out, since whoever needs it says so."""
+    def read_policies(self) -> Iterator[EvictionPolicy]:
+        """Read the policy of each server.
+
+        Yields:
+            The policies. A server that cannot be reached is left out: its users report that.
+        """
         for setting, server, clients in self._servers:
             try:
-                said = clients.memory()
+                memory = clients.read_memory_info()
             except LedgerUnavailable as error:
-                log.debug("%s", error)
+                log.debug("eviction_policy_unreadable", setting=setting, error=error)
                 continue
-            name = said.get("maxmemory_policy")
-            yield Policy(setting, server, str(name) if name else None, int(said.get("maxmemory", 0)))
+            name = memory.get("maxmemory_policy")
+            yield EvictionPolicy(
+                setting, server, str(name) if name else None, int(memory.get("maxmemory", 0))
+            )
 
-    def trouble(self) -> str | None:
-        """What loses accepted jobs, as of the last look."""
-        return self._trouble
+    def last_problem(self) -> str | None:
+        """The policies that lose accepted jobs, as sentences, by the last check; None: no such policy."""
+        return self._last_problem
 
-    def round(self) -> None:
-        """Look once, and say what is wrong."""
-        lost = []
-        for one in self.look():
-            if one.loses_jobs:
-                lost.append(str(one))
-                log.error("%s: %s %s", one.setting, one, FIX)
-            elif not one.well:
-                log.warning("%s: %s %s", one.setting, one, FIX)
-        self._trouble = " ".join(lost) or None
+    def run_round(self) -> None:
+        """Check once, and log policies that evict keys."""
+        problems = []
+        for policy in self.read_policies():
+            if policy.loses_jobs:
+                problems.append(str(policy))
+                log.error("eviction_loses_jobs", setting=policy.setting, reason=f"{policy} {FIX}")
+            elif not policy.is_safe:
+                log.warning("eviction_loses_results", setting=policy.setting, reason=f"{policy} {FIX}")
+        self._last_problem = " ".join(problems) or None

@@ -1,4 +1,4 @@
-"""The calls of the outbox's scripts: each class is one file of `lua/`. What they do is said there."""
+"""The typed calls of the outbox's scripts. Each class is one file of `lua/`, which documents what it does."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from gradcam_worker.ledger.redis.script import LuaScript
 
 
 class DestinationLimit(NamedTuple):
-    """How many deliveries to a destination may be claimed."""
+    """The maximum number of deliveries to claim for a destination."""
 
     destination: str
     limit: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ClaimDeliveries(LuaScript[list[list[str]]], file="claim_deliveries"):
-    """Claim what is due. Returns of each: destination, recipient, event, tries and since, now, token."""
+    """Claim due deliveries. Returns for each: destination, recipient, event, "tries since", now, token."""
 
     limit: int
     others_limit: int
@@ -25,18 +25,18 @@ class ClaimDeliveries(LuaScript[list[list[str]]], file="claim_deliveries"):
     destinations: Sequence[DestinationLimit]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class CompleteDelivery(LuaScript[int], file="complete_delivery"):
-    """Remove a recipient's first event. Returns 0 where another dispatcher has claimed it by now."""
+    """Remove a recipient's first event. Returns 0 if another dispatcher has claimed it."""
 
     destination: str
     recipient: str
     lease_token: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class PostponeDelivery(LuaScript[int], file="postpone_delivery"):
-    """Try a delivery again later. Returns 0 where another dispatcher has claimed it by now."""
+    """Try a delivery again later. Returns 0 if another dispatcher has claimed it."""
 
     destination: str
     recipient: str
@@ -48,9 +48,9 @@ class PostponeDelivery(LuaScript[int], file="postpone_delivery"):
     quiet_ms: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ParkDelivery(LuaScript[int], file="park_delivery"):
-    """Give a recipient up. Returns 0 where another dispatcher has claimed it by now."""
+    """Park a claimed recipient. Returns 0 if another dispatcher has claimed it."""
 
     destination: str
     recipient: str
@@ -58,9 +58,9 @@ class ParkDelivery(LuaScript[int], file="park_delivery"):
     retention_ms: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ParkOverdue(LuaScript[int], file="park_overdue"):
-    """Give up the recipients of a destination that have waited too long. Returns how many."""
+    """Park the recipients of a destination that have waited too long. Returns their number."""
 
     destination: str
     waited_ms: int
@@ -68,17 +68,17 @@ class ParkOverdue(LuaScript[int], file="park_overdue"):
     limit: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Unpark(LuaScript[int], file="unpark"):
-    """Try a parked recipient again. Returns 0 where there is nothing to try."""
+    """Queue a parked recipient again. Returns 0 if there is nothing to deliver."""
 
     destination: str
     recipient: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class DisableUrl(LuaScript[int], file="disable_url"):
-    """Deliver nothing to a URL any more."""
+    """Stop deliveries to a URL."""
 
     url: str
     disabled_ms: int

@@ -1,6 +1,6 @@
-"""Being told that a job has changed: one connection of Redis's publish and subscribe, for any number of jobs.
+"""Subscriptions to changes of jobs, by Redis publish/subscribe: one connection for any number of jobs.
 
-Only one thread may use it. It says that something has changed, and never what: that stands in the ledger.
+A notification only reports that a job has changed: the new document is in the ledger. One thread may use it.
 """
 
 import time
@@ -12,77 +12,77 @@ import redis
 
 from gradcam_worker.errors import LedgerUnavailable
 
-CHECK_S = 5.0  # between two questions whether anybody is at the other end
+PING_INTERVAL_S = 5.0  # also the time within which the server must answer
 
 
 class RedisJobUpdates:
-    """The channels `<prefix>changed:<job id>` of one server. Raises LedgerUnavailable, and is closed then."""
+    """The channels `<prefix>changed:<job id>` of one server: see `JobUpdates`."""
 
     def __init__(self, server: redis.Redis, prefix: str) -> None:
-        """Nothing is connected before the first subscription."""
+        """Connect to nothing before the first subscription."""
         self._pool, self._channel = server.connection_pool, f"{prefix}changed:"
         self._connection: Any = None  # redis-py leaves half of it untyped
-        self._check_at = 0.0
-        self._asked = False  # and nothing was heard since
+        self._next_ping_s = 0.0
+        self._awaits_pong = False
 
     def subscribe(self, begun: Iterable[str], ended: Iterable[str]) -> None:
-        """Hear of these jobs from now on (see `heard` for when), and of those no more."""
-        with self._reaching():
+        """See `JobUpdates.subscribe`. `poll` reports when each subscription has begun."""
+        with self._translate_errors():
             for command, ids in (("SUBSCRIBE", begun), ("UNSUBSCRIBE", ended)):
                 channels = [f"{self._channel}{job_id}" for job_id in ids]
                 if channels:
-                    self._connected().send_command(command, *channels, check_health=False)
+                    self._connect().send_command(command, *channels, check_health=False)
 
     def poll(self) -> tuple[set[str], set[str]]:
-        """What has come in since the last time: jobs whose subscription has begun, and jobs that changed."""
-        found: dict[str, set[str]] = {"subscribe": set(), "message": set()}
-        with self._reaching():
+        """See `JobUpdates.poll`."""
+        job_ids: dict[str, set[str]] = {"subscribe": set(), "message": set()}
+        with self._translate_errors():
             while self._connection and self._connection.can_read(0):
-                said = self._connection.read_response(push_request=True)
-                self._asked = False
-                if isinstance(said, list) and said[0] in found:
-                    found[said[0]].add(said[1].removeprefix(self._channel))
-            self._check()
-        return found["subscribe"], found["message"]
+                response = self._connection.read_response(push_request=True)
+                self._awaits_pong = False
+                if isinstance(response, list) and response[0] in job_ids:
+                    job_ids[response[0]].add(response[1].removeprefix(self._channel))
+            self._ping_if_due()
+        return job_ids["subscribe"], job_ids["message"]
 
     def fileno(self) -> int | None:
-        """What to wait on for something to be heard; None without a connection."""
-        sock = self._connection and self._connection._sock  # noqa: SLF001  # there is no public way
+        """See `JobUpdates.fileno`."""
+        sock = self._connection and self._connection._sock  # noqa: SLF001  # redis-py has no public attribute
         return sock.fileno() if sock else None
 
     def close(self) -> None:
-        """Hear nothing more. It can be used again: with no subscriptions."""
+        """See `JobUpdates.close`."""
         connection, self._connection = self._connection, None
         if connection:
             connection.disconnect()
             self._pool.release(connection)
 
     def abandon(self) -> None:
-        """Leave the connection to the parent of a forked process, and its pool, perhaps locked for ever."""
+        """See `JobUpdates.abandon`. The pool is not used: a lock of the parent may be held there for ever."""
         if self._connection:
             self._connection.disconnect()
 
-    def _connected(self) -> Any:
+    def _connect(self) -> Any:
         if not self._connection:
             self._connection = self._pool.get_connection()
-            self._asked, self._check_at = False, time.monotonic() + CHECK_S
+            self._awaits_pong, self._next_ping_s = False, time.monotonic() + PING_INTERVAL_S
         return self._connection
 
-    def _check(self) -> None:
-        """A connection that was cut without a word looks like one with nothing to say: ask."""
-        if not self._connection or time.monotonic() < self._check_at:
+    def _ping_if_due(self) -> None:
+        """Detect a connection that was cut silently: it looks like one without notifications."""
+        if not self._connection or time.monotonic() < self._next_ping_s:
             return
-        if self._asked:
-            message = f"no answer for {CHECK_S:g} s"
+        if self._awaits_pong:
+            message = f"no answer for {PING_INTERVAL_S:g} s"
             raise redis.exceptions.TimeoutError(message)
-        self._asked, self._check_at = True, time.monotonic() + CHECK_S
+        self._awaits_pong, self._next_ping_s = True, time.monotonic() + PING_INTERVAL_S
         self._connection.send_command("PING", check_health=False)
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
         except (redis.RedisError, OSError) as error:
             self.close()
-            message = f"The ledger does not tell of changes ({error})."
+            message = f"The ledger sends no notifications of changes ({error})."
             raise LedgerUnavailable(message) from error

@@ -1,18 +1,18 @@
-"""A Lua script as one typed call: a file, and a dataclass whose fields are the script's arguments.
+"""A Lua script as a typed call: a dataclass whose fields are the script's arguments.
 
-A script is `lua/<file>.lua` beside the module that declares its class. It begins with the names of its
+A script is the file `lua/<file>.lua` beside the module that declares its class. It begins by naming its
 arguments, in the order of the fields:
 
-    local prefix = ARGV[1]               what every key begins with; not a field: `RedisServer.run` adds it
+    local prefix = ARGV[1]               the prefix of all keys; not a field: `RedisServer.run` adds it
     local worker = ARGV[2]               str, or an int that is stored or compared as text
     local lease_ms = tonumber(ARGV[3])   int, or None: nil
     local enter = ARGV[4] == '1'         bool
     local leases = records(5, 'job_id', 'attempt')     Sequence of a NamedTuple: the last field
     local routes = {unpack(ARGV, 5)}                   Sequence[str]: the last field
 
-Fields of the type `Key` are in KEYS instead. No other line names KEYS or ARGV: a test holds each file to
-that, and to its class. A line `-- include: clock` stands for `ledger/redis/lua/include/clock.lua`; what was
-included before is not included again.
+Fields of the type `Key` are in KEYS instead. No other line may name KEYS or ARGV: a test compares each file
+with its class. A line `-- include: clock` is replaced by `ledger/redis/lua/include/clock.lua`; each file is
+included only once.
 """
 
 import re
@@ -30,12 +30,13 @@ Key = NewType("Key", str)
 
 
 class LuaScript(Generic[Result]):
-    """The base of all calls: a subclass is a dataclass, and its instance is one call with its arguments.
+    """The base class of all calls. A subclass is a dataclass; an instance is one call with its arguments.
 
-    `Result` is what the script returns, as redis-py hands it over.
+    `Result` is the type of the script's reply as redis-py decodes it. Subclasses are not frozen: creating a
+    frozen instance takes several times as long, and calls are created for every step of a job.
 
     Example:
-        @dataclass(frozen=True, kw_only=True)
+        @dataclass(kw_only=True)
         class TryLead(LuaScript[int], file="try_lead"):
             worker: str
             lease_ms: int
@@ -44,35 +45,34 @@ class LuaScript(Generic[Result]):
     path: ClassVar[Path]
 
     def __init_subclass__(cls, *, file: str) -> None:
-        """`file` is the name of the script, without its ending."""
+        """`file`: the name of the script's file, without its extension."""
         folder = Path(str(sys.modules[cls.__module__].__file__)).parent
         cls.path = folder / "lua" / f"{file}.lua"
 
     @classmethod
     def source(cls) -> str:
-        """The script with all that it includes."""
+        """The text of the script, with everything that it includes."""
         return load(cls.path)
 
     def keys(self) -> list[str]:
-        """What the script finds in KEYS."""
-        names = _keys_of(type(self))  # type: ignore[arg-type]  # mypy: a class has no hash
-        values = [getattr(self, name) for name in names]
+        """The script's KEYS."""
+        values = [getattr(self, name) for name in _key_fields(type(self))]  # type: ignore[arg-type]  # hashable
         return [key for value in values for key in ([value] if isinstance(value, str) else value)]
 
     def arguments(self) -> list[str | int]:
-        """What the script finds in ARGV, where it has a prefix, behind that."""
-        names = _keys_of(type(self))  # type: ignore[arg-type]  # as above
+        """The script's ARGV, without the prefix."""
+        values = vars(self)  # in the order of the fields
+        if keys := _key_fields(type(self)):  # type: ignore[arg-type]  # as above
+            values = {name: value for name, value in values.items() if name not in keys}
         encoded: list[str | int] = []
-        for name, value in vars(self).items():  # in the order of the fields
-            if name in names:
-                continue
-            if isinstance(value, str):
+        for value in values.values():
+            if type(value) in {str, int}:  # most are
                 encoded.append(value)
-            elif isinstance(value, int) or value is None:
+            elif isinstance(value, str | int) or value is None:
                 encoded.append(_encode(value))
             else:
-                for one in value:
-                    encoded += [one] if isinstance(one, str) else map(_encode, one)
+                for item in value:
+                    encoded += [item] if isinstance(item, str) else map(_encode, item)
         return encoded
 
 
@@ -84,34 +84,36 @@ def load(path: Path) -> str:
         path: The file.
 
     Returns:
-        Its text, with that of each fragment in the place of the first line that includes it.
+        Its text. The first line that includes a fragment is replaced by the fragment's text.
 
     Raises:
-        FileNotFoundError: There is no such script, or no such fragment.
+        FileNotFoundError: The script or a fragment does not exist.
     """
     return _resolve(path, set())
 
 
 def _resolve(path: Path, included: set[Path]) -> str:
     def fragment(match: re.Match[str]) -> str:
-        wanted = FRAGMENTS / f"{match[1]}.lua"
-        if wanted in included:
+        fragment_path = FRAGMENTS / f"{match[1]}.lua"
+        if fragment_path in included:
             return ""
-        included.add(wanted)
-        return _resolve(wanted, included)
+        included.add(fragment_path)
+        return _resolve(fragment_path, included)
 
     return INCLUDE.sub(fragment, path.read_text(encoding="utf-8"))
 
 
 @cache
-def _keys_of(script: type[Any]) -> list[str]:
-    """The fields that are in KEYS."""
-    hints = get_type_hints(script)
-    return [one.name for one in fields(script) if Key in {hints[one.name], *get_args(hints[one.name])}]
+def _key_fields(script: type[Any]) -> list[str]:
+    """The names of the fields that are passed in KEYS."""
+    types = get_type_hints(script)
+    return [
+        field.name for field in fields(script) if Key in {types[field.name], *get_args(types[field.name])}
+    ]
 
 
 def _encode(value: str | int | None) -> str | int:
-    """No argument of a script is None or a bool in Redis: nothing at all is the empty string."""
+    """Encode a value as an argument: redis-py accepts neither None nor bool."""
     if value is None or value is False:
         return ""
     return "1" if value is True else value

@@ -1,4 +1,4 @@
-"""The calls of the ledger's scripts: each class is one file of `lua/`. What they do is said there."""
+"""The typed calls of the ledger's scripts. Each class is one file of `lua/`, which documents what it does."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from gradcam_worker.ledger.redis.script import LuaScript
 
 
 class NewJob(NamedTuple):
-    """A job to be entered."""
+    """A job to enter."""
 
     job_id: str
-    idempotency: str  # the key of its idempotency key, or empty
+    idempotency: str  # the Redis key of its idempotency key; empty: it has none
     fingerprint: str
     job: str  # JSON
     document: str  # JSON
@@ -19,23 +19,23 @@ class NewJob(NamedTuple):
     revision: int
     status: str
     route: str
-    webhooks: str  # JSON, or empty
+    webhooks: str  # JSON; empty: none
     expires_ms: int | None
     event: str  # empty: nothing to deliver
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class CreateJobs(LuaScript[list[list[str]]], file="create_jobs"):
-    """Enter jobs. Returns of each what was there before: fingerprint, job, document; or nothing."""
+    """Enter jobs. Returns a list for each: the existing fingerprint, job and document, or nothing."""
 
     retention_ms: int
     keyed_retention_ms: int
     jobs: Sequence[NewJob]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ReplaceDocument(LuaScript[int], file="replace_document"):
-    """Replace a job's document by its next revision. Returns 1, or 0 where it has another one by now."""
+    """Replace a job's document by its next revision. Returns 0 if another revision is current."""
 
     job_id: str
     attempt_before: int
@@ -57,15 +57,15 @@ class ReplaceDocument(LuaScript[int], file="replace_document"):
 
 
 class HeldLease(NamedTuple):
-    """A lease to be renewed."""
+    """A lease to renew."""
 
     job_id: str
     attempt: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class RenewLeases(LuaScript[tuple[list[str], list[str]]], file="renew_leases"):
-    """Renew a worker's leases. Returns the ids of jobs that it lost, and of running ones that are to stop."""
+    """Renew a worker's leases. Returns the ids of jobs that it has lost, and of running jobs to cancel."""
 
     lease_ms: int
     worker: str
@@ -73,29 +73,29 @@ class RenewLeases(LuaScript[tuple[list[str], list[str]]], file="renew_leases"):
     leases: Sequence[HeldLease]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class FindWorkers(LuaScript[list[str]], file="find_workers"):
-    """Find the workers that live. Returns worker, health, worker, health and so on."""
+    """Find the live workers. Returns worker, health, worker, health, and so on."""
 
     remembered_ms: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class TryLead(LuaScript[int], file="try_lead"):
-    """Become the worker that reaps, or stay it. Returns 1, or 0 where another one is."""
+    """Become or remain the worker that runs the reaper. Returns 0 if another worker is the leader."""
 
     worker: str
     lease_ms: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class FindOverdue(LuaScript[tuple[list[str], list[str], list[str]]], file="find_overdue"):
-    """Find jobs to be recovered. Returns ids of lost leases, of retries that are due, of expired jobs."""
+    """Find jobs to recover. Returns ids: of expired leases, of retries that are due, of expired jobs."""
 
     limit: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class FindUnpublished(LuaScript[list[str]], file="find_unpublished"):
     """Find queued jobs whose message was lost. Returns their ids."""
 
@@ -106,16 +106,16 @@ class FindUnpublished(LuaScript[list[str]], file="find_unpublished"):
     longest_pause_ms: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Prune(LuaScript[int], file="prune"):
-    """Remove dead letters and parked recipients that are older than this."""
+    """Remove dead letters and parked recipients whose retention is over."""
 
     retention_ms: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class ReadDepths(LuaScript[list[int]], file="read_depths"):
-    """Count what waits. Returns 6 numbers and 2 of each route: see the script."""
+    """Read the lengths of queues. Returns 6 numbers, and 2 for each route: see the script."""
 
     remembered_ms: int
     scanned: int

@@ -1,4 +1,4 @@
-"""The ledger in Redis: each step one script of `scripts`, and so atomic."""
+"""The ledger in Redis: each step is one script of `scripts`, and so atomic."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradcam_worker.ledger import outbox, state_machine
-from gradcam_worker.ledger.ledger import Entry, Ledger, Overdue, Renewed
+from gradcam_worker.ledger.ledger import Entry, LeaseRenewal, Ledger, Overdue
 from gradcam_worker.ledger.redis import scripts
 from gradcam_worker.ledger.redis.client import RedisServer
 from gradcam_worker.ledger.redis.pubsub import RedisJobUpdates
@@ -14,16 +14,22 @@ from gradcam_worker.schemas.shard import ROUTES
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 
-LONGEST_PAUSE_MS = 600_000  # before a message that seems lost is published yet another time
-REMEMBERED_LEASES = 3  # after so many without a word a worker is gone, and not listed any more
-DEAD_LETTERS_LISTED = 10_000
+MAX_REPUBLISH_PAUSE_MS = 600_000  # between publications of a message that seems lost
+WORKER_TTL_LEASES = 3  # a worker that has renewed no lease for so many lease durations is not listed
+MAX_DEAD_LETTERS_LISTED = 10_000
 
 
 class RedisLedger(Ledger):
     """The ledger in one Redis or Valkey server."""
 
     def __init__(self, settings: Settings, *, timeout_s: float = 5, retries: int = 2) -> None:
-        """Nothing is connected yet. `timeout_s` is how long one answer may take: see `RedisServer`."""
+        """Connect to nothing yet.
+
+        Args:
+            settings: `ledger`, `key_prefix`, `lease_s`, the retentions and the TLS settings are read from it.
+            timeout_s: The maximum time for one answer.
+            retries: How often a command that failed is retried.
+        """
         self.server = RedisServer(settings, timeout_s=timeout_s, retries=retries)
         self._lease_ms = int(settings.lease_s * 1000)
         retention_s = settings.retention_s
@@ -31,18 +37,18 @@ class RedisLedger(Ledger):
         self._retention_ms = (int(retention_s * 1000), int(keyed_s * 1000))
 
     def _create_many(self, entries: Sequence[Entry]) -> list[Entry]:
-        new = [self._new_job(entry) for entry in entries]
+        jobs = [self._make_new_job(entry) for entry in entries]
         retention_ms, keyed_ms = self._retention_ms
-        found = self.server.run(
-            scripts.CreateJobs(retention_ms=retention_ms, keyed_retention_ms=keyed_ms, jobs=new)
+        existing = self.server.run(
+            scripts.CreateJobs(retention_ms=retention_ms, keyed_retention_ms=keyed_ms, jobs=jobs)
         )
-        return [_held(entry, *one) for entry, one in zip(entries, found, strict=False)]
+        return [_existing_or_new(entry, *fields) for entry, fields in zip(entries, existing, strict=False)]
 
-    def _new_job(self, entry: Entry) -> scripts.NewJob:
+    def _make_new_job(self, entry: Entry) -> scripts.NewJob:
         document, key = entry.document, entry.idempotency_key
         digest = hashlib.sha256((key or "").encode()).hexdigest()
         webhooks = [
-            {"lane": outbox.destination(webhook.url), "events": webhook.events, "text": webhook.to_json()}
+            {"lane": outbox.destination_of(webhook.url), "events": webhook.events, "text": webhook.to_json()}
             for webhook in entry.webhooks
         ]
         return scripts.NewJob(
@@ -57,24 +63,24 @@ class RedisLedger(Ledger):
             route=entry.route,
             webhooks=json.dumps(webhooks) if webhooks else "",
             expires_ms=_expires_ms(document),
-            event=state_machine.event(None, document),
+            event=state_machine.name_event(None, document),
         )
 
     def _find(self, job_id: str) -> Entry | None:
         names = ("fingerprint", "job", "document", "route")
-        with self.server.reaching():
+        with self.server.translate_errors():
             fingerprint, job, text, route = map(str, self.server.redis.hmget(self._key(job_id), *names))
-        if fingerprint == str(None):
+        if fingerprint == str(None):  # the job does not exist
             return None
         return Entry(fingerprint, job, None, StatusDocument.model_validate_json(text), route)
 
-    def _swap(
+    def _compare_and_set(
         self,
         before: StatusDocument,
         after: StatusDocument,
         *,
         delay_s: float = 0,
-        due: bool = False,
+        only_if_due: bool = False,
         fingerprint: str | None = None,
     ) -> bool:
         retention_ms, keyed_ms = self._retention_ms
@@ -93,18 +99,18 @@ class RedisLedger(Ledger):
                     document_before=before.to_json() if fingerprint else "",
                     expires_ms=_expires_ms(after),
                     cancel_requested=after.cancel_requested_at is not None,
-                    event=state_machine.event(before, after),
+                    event=state_machine.name_event(before, after),
                     retention_ms=retention_ms,
                     keyed_retention_ms=keyed_ms,
                     lease_ms=self._lease_ms,
-                    only_if_due=due,
+                    only_if_due=only_if_due,
                 )
             )
         )
 
     def read_many(self, ids: Sequence[str]) -> dict[str, StatusDocument]:
         """See `Ledger.read_many`: one round trip."""
-        with self.server.reaching(), self.server.redis.pipeline(transaction=False) as pipeline:
+        with self.server.translate_errors(), self.server.redis.pipeline(transaction=False) as pipeline:
             for job_id in ids:
                 pipeline.hget(self._key(job_id), "document")
             texts = pipeline.execute()
@@ -125,24 +131,24 @@ class RedisLedger(Ledger):
     def count_jobs(self) -> tuple[int, int]:
         """See `Ledger.count_jobs`."""
         waiting = [*(f"queued:{route}" for route in ROUTES), "retrying"]
-        with self.server.reaching(), self.server.redis.pipeline(transaction=False) as pipeline:
+        with self.server.translate_errors(), self.server.redis.pipeline(transaction=False) as pipeline:
             for name in (*waiting, "running"):
                 pipeline.zcard(self.server.prefix + name)
             *queued, running = pipeline.execute()
         return sum(queued), running
 
-    def renew_leases(self, worker: str, health: str, held: Mapping[str, int]) -> Renewed:
+    def renew_leases(self, worker: str, health: str, held: Mapping[str, int]) -> LeaseRenewal:
         """See `Ledger.renew_leases`."""
         leases = [scripts.HeldLease(job_id, attempt) for job_id, attempt in held.items()]
         lost, canceled = self.server.run(
             scripts.RenewLeases(lease_ms=self._lease_ms, worker=worker, health=health, leases=leases)
         )
-        return Renewed(frozenset(lost), frozenset(canceled))
+        return LeaseRenewal(frozenset(lost), frozenset(canceled))
 
     def find_workers(self) -> dict[str, str]:
         """See `Ledger.find_workers`."""
-        found = self.server.run(scripts.FindWorkers(remembered_ms=REMEMBERED_LEASES * self._lease_ms))
-        return dict(zip(found[::2], found[1::2], strict=True))
+        reply = self.server.run(scripts.FindWorkers(remembered_ms=WORKER_TTL_LEASES * self._lease_ms))
+        return dict(zip(reply[::2], reply[1::2], strict=True))
 
     def try_lead(self, worker: str, seconds: float) -> bool:
         """See `Ledger.try_lead`."""
@@ -152,46 +158,48 @@ class RedisLedger(Ledger):
         """See `Ledger.find_overdue`."""
         return Overdue(*self.server.run(scripts.FindOverdue(limit=limit)))
 
-    def find_unpublished(self, route: str, *, empty: bool, lost_after_s: float, limit: int) -> list[str]:
+    def find_unpublished(
+        self, route: str, *, queue_is_empty: bool, lost_after_s: float, limit: int
+    ) -> list[str]:
         """See `Ledger.find_unpublished`."""
         lost_after_ms = int(lost_after_s * 1000)
         return self.server.run(
             scripts.FindUnpublished(
                 route=route,
-                queue_is_empty=empty,
+                queue_is_empty=queue_is_empty,
                 lost_after_ms=lost_after_ms,
                 limit=limit,
-                longest_pause_ms=max(LONGEST_PAUSE_MS, lost_after_ms),
+                longest_pause_ms=max(MAX_REPUBLISH_PAUSE_MS, lost_after_ms),
             )
         )
 
     def find_dead_letters(self) -> list[tuple[str, float]]:
         """See `Ledger.find_dead_letters`."""
-        with self.server.reaching():
-            found: Any = self.server.redis.zrange(
-                f"{self.server.prefix}dead", 0, DEAD_LETTERS_LISTED - 1, desc=True, withscores=True
+        with self.server.translate_errors():
+            members: Any = self.server.redis.zrange(
+                f"{self.server.prefix}dead", 0, MAX_DEAD_LETTERS_LISTED - 1, desc=True, withscores=True
             )
-        return [(str(job_id), score / 1000) for job_id, score in found]
+        return [(str(job_id), score / 1000) for job_id, score in members]
 
     def drop_dead_letter(self, job_id: str) -> None:
         """See `Ledger.drop_dead_letter`."""
-        with self.server.reaching():
+        with self.server.translate_errors():
             self.server.redis.zrem(f"{self.server.prefix}dead", job_id)
 
     def prune(self) -> None:
         """See `Ledger.prune`."""
         self.server.run(scripts.Prune(retention_ms=max(self._retention_ms)))
-        self.find_workers()  # removes those that were not heard of
+        self.find_workers()  # which removes workers that are gone
 
     def _key(self, job_id: str) -> str:
         return f"{self.server.prefix}job:{job_id}"
 
 
-def _held(entry: Entry, *found: str) -> Entry:
-    """The entry that was there before, where one was."""
-    if not found:
+def _existing_or_new(entry: Entry, *existing: str) -> Entry:
+    """The existing entry, from its fingerprint, job and document; the new one if there is none."""
+    if not existing:
         return entry
-    fingerprint, job, text = found
+    fingerprint, job, text = existing
     return Entry(fingerprint, job, entry.idempotency_key, StatusDocument.model_validate_json(text))
 
 
