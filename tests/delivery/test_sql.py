@@ -28,7 +28,7 @@ from alembic.migration import MigrationContext
 from gradcam_worker.delivery import database, sql
 from gradcam_worker.delivery.migrations import VERSION_TABLE
 from gradcam_worker.delivery.sql import METADATA, SqlStatus
-from gradcam_worker.delivery.webhooks import body_of
+from gradcam_worker.delivery.webhooks import make_body
 from gradcam_worker.errors import ImageDecodeFailed, InvalidSettings, StatusUnavailable, UnknownJob
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
@@ -225,7 +225,7 @@ def test_the_document_is_the_same_text_in_redis_in_a_webhook_and_in_the_database
     with opened(url) as status:
         status.write(seen)
     [[in_sql]] = rows(url, "SELECT document FROM gradcam_jobs")
-    body, _ = body_of(StatusEvent(type="gradcam.job.queued", timestamp=utc_now(), data=seen))
+    body, _ = make_body(StatusEvent(type="gradcam.job.queued", timestamp=utc_now(), data=seen))
     assert in_redis == in_sql
     assert body.endswith(f'"data":{in_sql}}}')
 
@@ -233,8 +233,8 @@ def test_the_document_is_the_same_text_in_redis_in_a_webhook_and_in_the_database
 def test_what_was_completed_long_ago_is_forgotten_and_nothing_else(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sql, "PRUNE_ROWS", 3)
-    monkeypatch.setattr(sql, "PRUNE_BATCHES", 3)
+    monkeypatch.setattr(sql, "PRUNE_BATCH_ROWS", 3)
+    monkeypatch.setattr(sql, "MAX_PRUNE_BATCHES", 3)
     long_ago = utc_now() - timedelta(days=2)
     old = [
         document(status="succeeded", completed_at=long_ago - timedelta(seconds=number))
@@ -417,7 +417,7 @@ def test_what_is_one_is_taken_as_it_is(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["mysql://user:planted@host/db", "nonsense", "sqlite+nonsense:///x"])
 def test_a_program_that_asks_for_another_database_is_told(url: str) -> None:
-    with pytest.raises(InvalidSettings, match="no database that can be used"):
+    with pytest.raises(InvalidSettings, match="not the URL of a supported database"):
         SqlStatus(url, DAY_S)
 
 

@@ -9,7 +9,7 @@ import standardwebhooks
 from pydantic import SecretStr
 from standardwebhooks.webhooks import WebhookVerificationError
 
-from gradcam_worker.delivery.webhooks import MAX_BODY_BYTES, Webhooks, body_of, message_id
+from gradcam_worker.delivery.webhooks import MAX_BODY_BYTES, Webhooks, make_body, message_id
 from gradcam_worker.errors import (
     DeliveryRefused,
     EndpointGone,
@@ -174,10 +174,10 @@ def test_who_asks_to_be_left_alone_is_for_a_day_at_most(
     "said", [None, "", "0", "-5", "soon", "1.5", "٣", "²", "Thu, 99 Foo 2030", -60, "x" * 5000]
 )
 def test_a_retry_after_that_says_nothing_is_not_heeded(http_server: Any, answer: Any, said: Any) -> None:
-    from gradcam_worker.delivery.webhooks import _retry_after_s
+    from gradcam_worker.delivery.webhooks import _parse_retry_after
 
     said = _date(said) if isinstance(said, int) else said
-    assert _retry_after_s(said or "") is None
+    assert _parse_retry_after(said or "") is None
     if said is None or said.isascii():
         headers = {} if said is None else {"Retry-After": said}
         with pytest.raises(StatusUnavailable) as caught:
@@ -258,12 +258,12 @@ def test_no_event_is_larger_than_20_kb() -> None:
         result={"manifest_uri": "s3://b/" + character * 1024, "manifest_sha256": "0" * 64},
         metadata={f"{number:02}" + character * 254: character * 256 for number in range(16)},
     )
-    body, shortened = body_of(worst)
+    body, shortened = make_body(worst)
     assert len(body.encode()) <= MAX_BODY_BYTES
     assert shortened == ("predictions", "warnings", "error.detail", "metadata")
     assert StatusEvent.model_validate_json(body).data.error is not None
     whole = event(predictions=seen(100), metadata={"batch": "7"})
-    assert body_of(whole) == (whole.to_json(), ())
+    assert make_body(whole) == (whole.to_json(), ())
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class Post:
 
     @contextlib.contextmanager
     def dispatchers(self, count: int = 1) -> Iterator[None]:
-        """As many workers' dispatchers."""
+        """Run the dispatchers of so many workers."""
         made = [
             OutboxDispatcher(self.outbox, self.send, {}, threads=4, give_up_s=self.settings.webhook_give_up_s)
             for _ in range(count)

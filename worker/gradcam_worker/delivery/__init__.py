@@ -1,1 +1,1 @@
-"""How others are told: the dispatcher of the outbox, webhooks, a SQL database. Begin at `dispatcher`."""
+"""Delivery of status events to webhooks and to a SQL database, from the outbox. Begin at `dispatcher`."""

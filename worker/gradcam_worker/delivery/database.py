@@ -1,4 +1,4 @@
-"""A database of the operator's, SQLite or PostgreSQL: every use of it bounded, every failure a sentence."""
+"""Access to the operator's database, SQLite or PostgreSQL, with a time limit for each operation."""
 
 import contextlib
 import os
@@ -14,29 +14,37 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from gradcam_worker.errors import InvalidSettings, StatusUnavailable
 
 CONNECT_TIMEOUT_S = 5
-STATEMENT_TIMEOUT_S = 5  # that the database gives a statement, or the file's lock
-ANSWER_S = 10.0  # with a server that says nothing at all; then its connection is cut
-RECYCLE_S = 1800  # after which a connection is made anew: what stands between may have forgotten it
-LOCK = 0x6772_6164_6361_6D00  # "gradcam": PostgreSQL's advisory lock of whoever changes the schema
-SQLITE_ALONE = (
-    "PRAGMA journal_mode = WAL",  # kept in the file: readers hold up no writer, and half as much is synced
+STATEMENT_TIMEOUT_S = 5  # enforced by the database, for statements and locks
+ANSWER_TIMEOUT_S = 10.0  # enforced here: if the server does not answer, its connection is cut
+MAX_CONNECTION_AGE_S = 1800  # a proxy or firewall may have dropped an older connection
+MIGRATION_LOCK = 0x6772_6164_6361_6D00  # "gradcam" in ASCII: the key of PostgreSQL's advisory lock
+SQLITE_EXCLUSIVE = (
+    "PRAGMA journal_mode = WAL",  # stored in the file: readers do not block writers, fewer syncs
     "BEGIN IMMEDIATE",
 )
-POSTGRES_ALONE = (
+POSTGRES_EXCLUSIVE = (
     "BEGIN",
-    "SET LOCAL statement_timeout = 0",  # the wait for the lock is a statement
+    "SET LOCAL statement_timeout = 0",  # it also limits the wait for the lock
     "SET LOCAL lock_timeout = 0",
-    f"SELECT pg_advisory_xact_lock({LOCK})",
+    f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})",
 )
 
 Result = TypeVar("Result")
 
 
 class Database:
-    """A few connections, for threads to share. Each statement stands for itself, without a transaction."""
+    """A pool of connections that threads share. Each statement is committed by itself."""
 
     def __init__(self, url: str, connections: int) -> None:
-        """Nothing is connected yet. Raises InvalidSettings."""
+        """Connect to nothing yet.
+
+        Args:
+            url: The database's URL.
+            connections: The number of connections.
+
+        Raises:
+            InvalidSettings: The URL is not that of a supported database.
+        """
         try:
             self._url = make_url(url)
             if self._url.drivername == "postgresql":
@@ -44,30 +52,39 @@ class Database:
             self._kind = {"sqlite": sqlite, "postgresql": postgresql}[self._url.get_backend_name()]
             self._engine = create_engine(
                 self._url,
-                isolation_level="AUTOCOMMIT",  # one way there and back, instead of three
+                isolation_level="AUTOCOMMIT",  # one round trip for each statement instead of three
                 hide_parameters=True,
                 pool_size=connections,
-                max_overflow=1,  # for who prunes
+                max_overflow=1,  # for pruning
                 pool_timeout=STATEMENT_TIMEOUT_S,
-                pool_recycle=RECYCLE_S,
+                pool_recycle=MAX_CONNECTION_AGE_S,
                 connect_args=self._connect_args(),
             )
         except (ArgumentError, NoSuchModuleError, KeyError) as error:
             message = (
-                "GRADCAM_STATUS_SQL_URL is no database that can be used: it must look like "
+                "GRADCAM_STATUS_SQL_URL is not the URL of a supported database: it must look like "
                 "sqlite:////folder/status.db or postgresql://user:password@host/database."
             )
             raise InvalidSettings(message) from error
-        event.listen(self._engine, "do_connect", self._connect)  # the first words after it are not ours
+        event.listen(self._engine, "do_connect", self._connect)  # watched before the dialect's own statements
         self._local = threading.local()
 
     def __str__(self) -> str:
-        url = self._url  # without its user, password and options
+        url = self._url  # user, password and options may be secret
         shown = URL.create(url.drivername, host=url.host, port=url.port, database=url.database)
         return f"The status database {shown}"
 
     def upsert(self, table: Table, row: dict[str, Any], newer: str) -> Executable:
-        """Insert a row, or replace the one with its primary key if `newer`, a column, is less there."""
+        """Make a statement that inserts a row, or replaces an older one.
+
+        Args:
+            table: The table.
+            row: The values, by column.
+            newer: The column by which rows with the same primary key are compared.
+
+        Returns:
+            The statement. It replaces an existing row only if its `newer` is less.
+        """
         insert = self._kind.insert(table).values(row)
         keys = table.primary_key.columns.keys()
         upsert: Executable = insert.on_conflict_do_update(
@@ -77,38 +94,49 @@ class Database:
         )
         return upsert
 
-    def run(self, work: Callable[[Connection], Result], seconds: float = ANSWER_S) -> Result:
-        """Do something on a connection. Raises StatusUnavailable, without a password in its words."""
+    def run(self, work: Callable[[Connection], Result], timeout_s: float = ANSWER_TIMEOUT_S) -> Result:
+        """Use a connection.
+
+        Args:
+            work: Called with the connection.
+            timeout_s: The maximum time without an answer of the server; then the connection is cut.
+
+        Returns:
+            What `work` returns.
+
+        Raises:
+            StatusUnavailable: The database failed. The message contains no secret.
+        """
         try:
-            with _Timeout(seconds) as timeout:
-                self._local.timeout = timeout
+            with _Watchdog(timeout_s) as watchdog:
+                self._local.watchdog = watchdog
                 with self._engine.connect() as connection:
-                    timeout.watch(connection.connection.driver_connection)
+                    watchdog.watch(connection.connection.driver_connection)
                     return work(connection)
         except SQLAlchemyError as error:
-            reason = f"no answer within {seconds:g} s" if timeout.over else self._reason(error)
+            reason = f"no answer within {timeout_s:g} s" if watchdog.expired else self._describe(error)
             message = f"{self} failed: {reason}."
             raise StatusUnavailable(message) from error
 
     @contextlib.contextmanager
-    def alone(self, connection: Connection) -> Iterator[None]:
-        """A transaction that only one worker is in at a time; the others wait for their turn."""
-        for statement in SQLITE_ALONE if self._kind is sqlite else POSTGRES_ALONE:
+    def exclusive_transaction(self, connection: Connection) -> Iterator[None]:
+        """Run the block in a transaction that only one worker can be in at a time; others wait."""
+        for statement in SQLITE_EXCLUSIVE if self._kind is sqlite else POSTGRES_EXCLUSIVE:
             connection.exec_driver_sql(statement)
         try:
             yield
         except BaseException:
-            with contextlib.suppress(SQLAlchemyError):  # a connection that was cut has no transaction either
+            with contextlib.suppress(SQLAlchemyError):  # a connection that was cut has no transaction
                 connection.exec_driver_sql("ROLLBACK")
             raise
         connection.exec_driver_sql("COMMIT")
 
     def close(self) -> None:
-        """Close every connection that is not in use."""
+        """Close all connections that are not in use."""
         self._engine.dispose()
 
-    def _reason(self, error: SQLAlchemyError) -> str:
-        """The driver's own words, on one line, without the statement and without a secret."""
+    def _describe(self, error: SQLAlchemyError) -> str:
+        """The driver's message on one line, without the statement and without secrets."""
         text = str(error.orig if isinstance(error, DBAPIError) else error)
         text = " ".join(text.split()).removesuffix(".") or type(error).__name__
         for secret in (self._url.password, *self._url.query.values()):
@@ -118,30 +146,30 @@ class Database:
 
     def _connect(self, dialect: Dialect, _: object, arguments: Any, options: dict[str, Any]) -> Any:
         driver = dialect.connect(*arguments, **options)
-        self._local.timeout.watch(driver)
+        self._local.watchdog.watch(driver)
         return driver
 
     def _connect_args(self) -> dict[str, Any]:
-        """What the URL may say otherwise."""
+        """Defaults that the URL's options override."""
         if self._kind is sqlite:
             return {"timeout": STATEMENT_TIMEOUT_S}
         limits = f"-c statement_timeout={STATEMENT_TIMEOUT_S}s -c lock_timeout={STATEMENT_TIMEOUT_S}s"
-        arguments = {
+        defaults = {
             "connect_timeout": CONNECT_TIMEOUT_S,
             "application_name": "gradcam-worker",
             "options": limits,
         }
-        return {name: value for name, value in arguments.items() if name not in self._url.query}
+        return {name: value for name, value in defaults.items() if name not in self._url.query}
 
 
-class _Timeout:
-    """Cuts a connection on which nothing comes back: a server that hangs keeps none of its own limits."""
+class _Watchdog:
+    """Cuts connections when the time is up: a server that hangs does not enforce its own limits."""
 
-    def __init__(self, seconds: float) -> None:
-        self.over = False
+    def __init__(self, timeout_s: float) -> None:
+        self.expired = False
         self._watched: list[tuple[object, socket.socket]] = []
         self._lock = threading.Lock()
-        self._timer = threading.Timer(seconds, self._cut)
+        self._timer = threading.Timer(timeout_s, self._cut)
         self._timer.daemon = True
 
     def __enter__(self) -> Self:
@@ -156,17 +184,18 @@ class _Timeout:
             self._watched.clear()
 
     def watch(self, driver: Any) -> None:
-        """Cut this one, too, when the time is up. A file has no connection, and limits of its own."""
-        if not hasattr(driver, "fileno") or driver.closed or any(driver is one for one, _ in self._watched):
+        """Watch the connection of a driver, too. SQLite has none: its own limits are enough."""
+        watched = (watched_driver for watched_driver, _ in self._watched)
+        if not hasattr(driver, "fileno") or driver.closed or any(driver is one for one in watched):
             return
-        with self._lock:  # a handle of our own: the driver may have closed its own by the time it is cut
+        with self._lock:  # a duplicate handle: the driver may have closed its own by then
             self._watched.append((driver, socket.socket(fileno=os.dup(driver.fileno()))))
-        if self.over:
+        if self.expired:
             self._cut()
 
     def _cut(self) -> None:
         with self._lock:
-            self.over = True
+            self.expired = True
             for _, connection in self._watched:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)

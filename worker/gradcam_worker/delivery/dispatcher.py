@@ -1,11 +1,10 @@
-"""Delivers events from the outbox to webhooks and databases, in threads of its own: no job waits for that.
+"""Delivers events from the outbox to their recipients, in its own threads: no job waits for a receiver.
 
-A recipient that does not answer is tried again, with growing pauses, for days; then its deliveries are
-parked, and can be replayed. A host that answers slowly, or never, occupies few of the threads: hosts that did
-not answer the last time, or were not asked yet, may have half of them together and one each.
+A failed delivery is repeated, with growing pauses, for days. Then its recipient is parked and can be
+replayed. Slow or unreachable hosts occupy few threads: all hosts whose last delivery failed, or that have had
+none yet, get at most half of the threads together, and one each.
 """
 
-import logging
 import threading
 import time
 from collections import Counter
@@ -31,23 +30,23 @@ from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.status import StatusEvent
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-POLL_EVERY_S = 0.2  # while nothing is due
-# After a failed delivery. A receiver may be down for days; jitter keeps its deliveries apart when it is back.
+POLL_INTERVAL_S = 0.2  # of an empty outbox
+# The pauses after failed deliveries. A receiver may be down for days. Jitter spreads the load when it is
+# back.
 REDELIVERY = RetryPolicy(first_s=2.0, max_s=3 * 3600.0, jitter=(0.8, 1.2))
-# How long a claimed delivery is this process's own, which is more than it takes. After that another
-# dispatcher takes the deliveries of a process that died.
-LEASE_S = 60.0
-MAX_TRUSTED = 100  # destinations that are remembered because they answered
-FINISH_S = 4.0  # for deliveries in progress when the dispatcher stops; they are due again after their lease
+LEASE_S = 60.0  # longer than any delivery; afterwards another dispatcher can claim it, if this process died
+MAX_TRUSTED_DESTINATIONS = 100  # the least recent one is forgotten
+STOP_TIMEOUT_S = 4.0  # for current deliveries; what is unfinished is due again when its lease ends
 
 Deliver = Callable[[Delivery, StatusEvent], None]
 
 
 class OutboxDispatcher:
-    """Claims deliveries that are due in the outbox and makes them, a few at a time."""
+    """Claims due deliveries and delivers them, several at a time."""
 
     def __init__(
         self,
@@ -62,31 +61,49 @@ class OutboxDispatcher:
         traces: Traces = NO_TRACES,
         outages: Outages | None = None,
     ) -> None:
-        """What is delivered raises StatusUnavailable (again later), EndpointGone, DeliveryRefused,
-        UriNotAllowed; within `lease_s`.
+        """Start nothing yet.
+
+        `to_webhook` and the sinks must return within `lease_s`. They may raise StatusUnavailable (to be tried
+        again), EndpointGone, DeliveryRefused and UriNotAllowed.
+
+        Args:
+            outbox: The outbox.
+            to_webhook: Delivers an event to a webhook.
+            sinks: Deliver an event to a sink, by the sink's name.
+            threads: The maximum number of simultaneous deliveries.
+            give_up_s: The time after which a recipient is parked.
+            lease_s: The time within which a claimed delivery must end.
+            observer: Is notified of the result of each delivery.
+            traces: Records a span for each delivery.
+            outages: Records outages of the ledger.
         """
         self._outbox, self._to_webhook, self._sinks = outbox, to_webhook, sinks
         self._threads, self._give_up_s, self._lease_s = threads, give_up_s, lease_s
         self._observer, self._traces = observer, traces
         self._outages = outages or Outages()
-        self._queue = SimpleQueue[Delivery | None]()
-        self._lock, self._freed = threading.Lock(), threading.Event()
-        self._in_progress: Counter[str] = Counter()  # by destination
-        self._trusted: dict[str, None] = {}  # destinations that answered the last time, the latest last
-        self._claimed_some = False  # the last time
+        self._deliveries = SimpleQueue[Delivery | None]()
+        self._lock, self._delivered = threading.Lock(), threading.Event()
+        self._in_progress: Counter[str] = Counter()  # destination -> current deliveries
+        # Destinations whose last delivery succeeded; the most recent one is last.
+        self._trusted: dict[str, None] = {}
+        self._claimed_some = False  # in the last step
         self.loop = BackgroundLoop(
             "dispatcher",
             self._step,
-            lambda: 0 if self._claimed_some else POLL_EVERY_S,
+            lambda: 0 if self._claimed_some else POLL_INTERVAL_S,
             immediately=True,
             outages=self._outages,
-            consequence="nothing can be delivered",
-            context=self._delivering(),
+            consequence="no event can be delivered",
+            context=self._running(),
         )
 
     def run_round(self) -> None:
-        """Deliver all that is due, and wait for it. Raises LedgerUnavailable."""
-        with self._worker_threads():
+        """Deliver everything that is due, and wait until it is done.
+
+        Raises:
+            LedgerUnavailable: The ledger cannot be reached.
+        """
+        with self._threads_running():
             while self._claim() or self._in_progress.total():
                 self._wait(self._lease_s)
 
@@ -95,35 +112,35 @@ class OutboxDispatcher:
         self._claimed_some = self._claim()
 
     @contextmanager
-    def _delivering(self) -> Iterator[None]:
-        """What the loop runs in: at its end, deliveries in progress are waited for, FINISH_S at most."""
-        with self._worker_threads():
+    def _running(self) -> Iterator[None]:
+        """The context of the loop: when it ends, current deliveries are waited for."""
+        with self._threads_running():
             yield
-            self._wait(FINISH_S)
+            self._wait(STOP_TIMEOUT_S)
 
     @contextmanager
-    def _worker_threads(self) -> Iterator[None]:
-        """Threads that make deliveries. They are not joined: a process has to be able to end."""
+    def _threads_running(self) -> Iterator[None]:
+        """Run the threads. They are not joined, so that a hanging delivery cannot keep the process alive."""
         for _ in range(self._threads):
             threading.Thread(target=self._work, name="dispatcher", daemon=True).start()
         try:
             yield
         finally:
             for _ in range(self._threads):
-                self._queue.put(None)
+                self._deliveries.put(None)
 
     def _wait(self, seconds: float) -> None:
-        """Until nothing is in progress, or for so long."""
+        """Wait until no delivery is in progress, for at most `seconds`."""
         end = time.monotonic() + seconds
         while self._in_progress.total() and time.monotonic() < end:
-            self._freed.wait(POLL_EVERY_S / 4)
-            self._freed.clear()
+            self._delivered.wait(POLL_INTERVAL_S / 4)
+            self._delivered.clear()
 
     def _claim(self) -> bool:
-        """Give what is due to the free threads; whether anything was."""
+        """Give due deliveries to the free threads; return whether there were any."""
         with self._lock:
             free = self._threads - self._in_progress.total()
-            most = max(self._threads - 1, 1)  # one destination never has them all
+            most = max(self._threads - 1, 1)  # no destination gets all threads
             limits = {
                 destination: max(most - self._in_progress[destination], 0) for destination in self._trusted
             }
@@ -131,32 +148,32 @@ class OutboxDispatcher:
                 destination for destination in (*self._sinks, *self._in_progress) if destination not in limits
             ]
             limits |= {destination: 0 if self._in_progress[destination] else 1 for destination in untrusted}
-            others_limit = max(self._threads // 2, 1) - sum(
+            others = max(self._threads // 2, 1) - sum(
                 self._in_progress[destination] for destination in dict.fromkeys(untrusted)
             )
         if not free:
             return False
         deliveries = self._outbox.claim_deliveries(
-            free, lease_s=self._lease_s, limits=limits, others_limit=max(others_limit, 0)
+            free, lease_s=self._lease_s, limits=limits, others_limit=max(others, 0)
         )
         with self._lock:
             self._in_progress.update(delivery.destination for delivery in deliveries)
         for delivery in deliveries:
-            self._queue.put(delivery)
+            self._deliveries.put(delivery)
         return bool(deliveries)
 
     def _work(self) -> None:
-        while (delivery := self._queue.get()) is not None:
+        while (delivery := self._deliveries.get()) is not None:
             answered = False
             try:
-                answered = self._attempt(delivery)
+                answered = self._deliver_with_context(delivery)
             except LedgerUnavailable as error:
-                self._outages.ledger.failed(str(error))  # it is due again when its lease is over
+                self._outages.ledger.failed(str(error))  # the delivery is due again when its lease ends
             except BaseException:
-                log.exception("%s: %s was not delivered", delivery.recipient, delivery.event)
-            self._done(delivery.destination, answered=answered)
+                log.exception("delivery_failed", recipient=delivery.recipient, event_type=delivery.event)
+            self._finish(delivery.destination, answered=answered)
 
-    def _done(self, destination: str, *, answered: bool) -> None:
+    def _finish(self, destination: str, *, answered: bool) -> None:
         with self._lock:
             self._in_progress[destination] -= 1
             if not self._in_progress[destination]:
@@ -164,19 +181,20 @@ class OutboxDispatcher:
             self._trusted.pop(destination, None)
             if answered:
                 self._trusted[destination] = None
-                if len(self._trusted) > MAX_TRUSTED:
+                if len(self._trusted) > MAX_TRUSTED_DESTINATIONS:
                     del self._trusted[next(iter(self._trusted))]
-        self._freed.set()
+        self._delivered.set()
         self.loop.wake()
 
-    def _attempt(self, delivery: Delivery) -> bool:
-        """Deliver and record the result; whether the destination answered."""
+    def _deliver_with_context(self, delivery: Delivery) -> bool:
+        """Deliver, with the job in the log context; return whether the destination answered."""
         document = delivery.document
         trace = trace_id(document.traceparent)
         with logs.log_context(job_id=document.id, attempt=document.attempt, trace_id=trace):
-            return self._record(delivery)
+            return self._deliver_and_record(delivery)
 
-    def _record(self, delivery: Delivery) -> bool:
+    def _deliver_and_record(self, delivery: Delivery) -> bool:
+        """Deliver, and record the result in the outbox; return whether the destination answered."""
         try:
             self._deliver(delivery)
         except StatusUnavailable as error:
@@ -190,11 +208,13 @@ class OutboxDispatcher:
             if delivery.document.final:
                 self._park(delivery, error)
             else:
-                log.warning("%s: %s is dropped: %s", delivery.recipient, delivery.event, error)
+                log.warning(
+                    "delivery_dropped", recipient=delivery.recipient, event_type=delivery.event, error=error
+                )
                 self._observer.events_delivered("failed")
-                self._outbox.complete(delivery)  # the recipient may want the final event all the same
+                self._outbox.complete(delivery)  # the receiver may still accept the final event
         except BaseException as error:
-            log.exception("%s: %s was not delivered", delivery.recipient, delivery.event)
+            log.exception("delivery_failed", recipient=delivery.recipient, event_type=delivery.event)
             self._reschedule(delivery, error, 0)
             return False
         else:
@@ -206,20 +226,20 @@ class OutboxDispatcher:
         event = StatusEvent(type=f"gradcam.{delivery.event}", timestamp=utc_now(), data=delivery.document)
         if delivery.webhook:
             traceparent = delivery.document.traceparent
-            known = (
+            traces = (
                 self._traces if traceparent else NO_TRACES
-            )  # alone, a delivery is no trace worth looking at
-            facts: dict[str, Any] = {"job_id": delivery.document.id, "event": delivery.event}
-            with known.start_span("webhook", traceparent, kind="CLIENT", tries=delivery.tries, **facts):
+            )  # a delivery is recorded only as part of a trace
+            attributes: dict[str, Any] = {"job_id": delivery.document.id, "event": delivery.event}
+            with traces.joined("webhook", traceparent, kind="CLIENT", tries=delivery.tries, **attributes):
                 self._to_webhook(delivery, event)
         elif delivery.destination in self._sinks:
             self._sinks[delivery.destination](delivery, event)
         else:
-            message = f"This worker does not know the status backend {delivery.destination!r}."
+            message = f"This worker has no status backend {delivery.destination!r}."
             raise StatusUnavailable(message)
 
     def _reschedule(self, delivery: Delivery, error: BaseException, retry_after_s: float) -> None:
-        """Deliver it later, after as long as the receiver asks for at least; after `give_up_s`, park it."""
+        """Repeat a delivery later, not before the receiver's Retry-After; after `give_up_s`, park it."""
         if delivery.waited_s < self._give_up_s:
             pause_s = max(retry_after_s, REDELIVERY.pause_s(delivery.tries + 1))
             self._observer.events_delivered("failed")
@@ -227,16 +247,14 @@ class OutboxDispatcher:
             return
         self._park(delivery, error)
         others = 0
-        while more := self._outbox.park_overdue(delivery.destination, self._give_up_s):
-            others += more
+        while parked := self._outbox.park_overdue(delivery.destination, self._give_up_s):
+            others += parked
         if others:
             self._observer.events_delivered("parked", others)
-            log.error(
-                "%s: %d more recipients there are parked, who waited as long", delivery.destination, others
-            )
+            log.error("overdue_deliveries_parked", destination=delivery.destination, recipients=others)
 
     def _park(self, delivery: Delivery, error: BaseException) -> None:
-        why = str(error) if isinstance(error, GradcamError) else type(error).__name__
-        log.error("%s: %s is parked: %s", delivery.recipient, delivery.event, why)
+        reason = str(error) if isinstance(error, GradcamError) else type(error).__name__
+        log.error("delivery_parked", recipient=delivery.recipient, event_type=delivery.event, reason=reason)
         self._observer.events_delivered("parked")
         self._outbox.park(delivery)

@@ -1,7 +1,6 @@
-"""Status in a database of the operator's: one row a job, for his own queries.
+"""Status in the operator's SQL database: one row for each job, for the operator's own queries.
 
-The ledger's document is the truth; a row is a copy of it, brought by a dispatcher. Its `document` is the
-very text that Redis and webhooks hold.
+A row contains a copy of the job's document in the ledger, as the same JSON text, and columns to search by.
 """
 
 import threading
@@ -32,8 +31,9 @@ from gradcam_worker.errors import StatusUnavailable, UnknownJob
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.status import StatusDocument
 
-MIGRATION_TIMEOUT_S = 600.0  # for a change of the schema, or the wait for another worker's
-PRUNE_ROWS, PRUNE_BATCHES = 1000, 10  # deleted in one statement, and such statements in one call
+MIGRATION_TIMEOUT_S = 600.0  # including the wait for another worker's migration
+PRUNE_BATCH_ROWS = 1000  # rows that one statement deletes
+MAX_PRUNE_BATCHES = 10  # statements in one call
 
 METADATA = MetaData()
 JOBS = Table(
@@ -45,7 +45,7 @@ JOBS = Table(
     Column("attempt", Integer, nullable=False),
     Column("network", String(256)),
     Column("error_code", String(64)),
-    Column("created_at", DateTime(timezone=True), nullable=False),  # SQLite's are UTC, without saying so
+    Column("created_at", DateTime(timezone=True), nullable=False),  # in SQLite: UTC, without a time zone
     Column("updated_at", DateTime(timezone=True), nullable=False),
     Column("completed_at", DateTime(timezone=True)),
     Column("document", Text, nullable=False),
@@ -55,17 +55,26 @@ JOBS = Table(
 
 
 class SqlStatus:
-    """The table `gradcam_jobs`. Every method but `close` raises StatusUnavailable."""
+    """The table `gradcam_jobs`. All methods but `close` raise StatusUnavailable if the database fails."""
 
     def __init__(self, url: str, retention_s: float, connections: int = 4) -> None:
-        """Nothing is connected yet. `retention_s` is a final job's. Raises InvalidSettings."""
+        """Connect to nothing yet.
+
+        Args:
+            url: The database's URL.
+            retention_s: How long final jobs are kept.
+            connections: The number of connections.
+
+        Raises:
+            InvalidSettings: The URL is not that of a supported database.
+        """
         self._database = Database(url, connections)
         self._retention = timedelta(seconds=retention_s)
         self._upgraded = False
         self._upgrading = threading.Lock()
 
     def write(self, document: StatusDocument) -> None:
-        """Keep a document, unless the row holds this revision or a newer one."""
+        """Write a document, unless the row has the same revision or a later one."""
         row = {
             "id": document.id,
             "status": document.status,
@@ -79,72 +88,88 @@ class SqlStatus:
             "document": document.to_json(),
         }
         upsert = self._database.upsert(JOBS, row, "revision")
-        self._ready()
+        self._upgrade_once()
         self._database.run(lambda connection: connection.execute(upsert))
 
     def read(self, job_id: str) -> StatusDocument:
-        """The document of a job. Raises UnknownJob."""
-        wanted = select(JOBS.c.document).where(JOBS.c.id == job_id)
-        found = self._database.run(lambda connection: connection.scalar(wanted))
-        if found is None:
+        """Read the document of a job.
+
+        Args:
+            job_id: The id of the job.
+
+        Returns:
+            The document.
+
+        Raises:
+            UnknownJob: There is no such row.
+        """
+        query = select(JOBS.c.document).where(JOBS.c.id == job_id)
+        text = self._database.run(lambda connection: connection.scalar(query))
+        if text is None:
             message = f"{self._database} has no job {job_id}: its id is wrong, or it ended too long ago."
             raise UnknownJob(message)
         try:
-            return StatusDocument.model_validate_json(found)
+            return StatusDocument.model_validate_json(text)
         except ValidationError as error:
-            message = f"{self._database} holds a document of job {job_id} that this version cannot read."
+            message = f"{self._database} has a document of job {job_id} that this version cannot read."
             raise StatusUnavailable(message) from error
 
     def prune(self) -> int:
-        """Forget what was completed longer ago than the retention: how many rows, at most 10,000 a call."""
-        old = select(JOBS.c.id).where(JOBS.c.completed_at < utc_now() - self._retention)
-        # Several workers may do this at once: each takes what no other has in hand.
-        some = old.order_by(JOBS.c.completed_at).limit(PRUNE_ROWS).with_for_update(skip_locked=True)
-        statement, forgotten = delete(JOBS).where(JOBS.c.id.in_(some)), 0
-        self._ready()
-        for _ in range(PRUNE_BATCHES):
+        """Delete jobs whose retention is over.
+
+        Returns:
+            The number of deleted rows: at most 10,000 for each call.
+        """
+        expired = select(JOBS.c.id).where(JOBS.c.completed_at < utc_now() - self._retention)
+        # Several workers may prune at the same time: each skips the rows that another is deleting.
+        batch = (
+            expired.order_by(JOBS.c.completed_at).limit(PRUNE_BATCH_ROWS).with_for_update(skip_locked=True)
+        )
+        statement, deleted = delete(JOBS).where(JOBS.c.id.in_(batch)), 0
+        self._upgrade_once()
+        for _ in range(MAX_PRUNE_BATCHES):
             count = self._database.run(lambda connection: connection.execute(statement).rowcount)
-            forgotten += count
-            if count < PRUNE_ROWS:
+            deleted += count
+            if count < PRUNE_BATCH_ROWS:
                 break
-        return forgotten
+        return deleted
 
     def upgrade(self) -> None:
-        """Make the table, or add what it lacks; one worker at a time, the others wait and find it done.
+        """Create the table, or migrate it to this version's schema: one worker does, the others wait.
 
-        A database that a newer worker has changed already is left as it is: see
-        `gradcam_worker.delivery.migrations`.
+        A schema of a newer version is left as it is: see `gradcam_worker.delivery.migrations`.
         """
         config = Config()
         config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
         scripts = ScriptDirectory.from_config(config)
-        head, ours = scripts.get_current_head(), {script.revision for script in scripts.walk_revisions()}
+        head = scripts.get_current_head()
+        known_revisions = {script.revision for script in scripts.walk_revisions()}
 
-        def changed(connection: Connection) -> bool:
+        def is_upgraded(connection: Connection) -> bool:
             context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
-            found = context.get_current_revision()
-            return found is not None and (found == head or found not in ours)
+            revision = context.get_current_revision()
+            return revision is not None and (revision == head or revision not in known_revisions)
 
-        def change(connection: Connection) -> None:
-            with self._database.alone(connection):
-                if not changed(connection):
+        def migrate(connection: Connection) -> None:
+            with self._database.exclusive_transaction(connection):
+                if not is_upgraded(connection):
                     config.attributes["connection"] = connection
                     command.upgrade(config, "head")
 
-        if not self._database.run(changed):  # which needs no right to change anything
-            self._database.run(change, MIGRATION_TIMEOUT_S)
+        if not self._database.run(is_upgraded):  # this check needs no permission to change the schema
+            self._database.run(migrate, MIGRATION_TIMEOUT_S)
         self._upgraded = True
 
     def close(self) -> None:
-        """Close every connection that is not in use."""
+        """Close all connections that are not in use."""
         self._database.close()
 
-    def _ready(self) -> None:
-        """Upgraded: at the start or, where the database was away then, now."""
+    def _upgrade_once(self) -> None:
+        """Upgrade before the first use, if the database could not be reached at the start."""
         if self._upgraded:
             return
-        if not self._upgrading.acquire(blocking=False):  # no dispatcher has to wait behind another who waits
-            message = f"{self._database} is being prepared."
+        if not self._upgrading.acquire(blocking=False):  # a thread of the dispatcher must not wait
+            message = f"{self._database} is being upgraded."
             raise StatusUnavailable(message)
         try:
             self.upgrade()

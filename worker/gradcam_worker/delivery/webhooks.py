@@ -1,10 +1,9 @@
-"""Where status goes besides the ledger: webhooks, as Standard Webhooks 1.0 has them.
+"""Webhooks by the specification Standard Webhooks 1.0: signed HTTP posts of status events.
 
-The ledger's document is the truth and every reader can have it there. A webhook is a copy of it, sent
-by a dispatcher, so that a slow receiver holds up no job. A receiver answers 2xx, or hears how a job ended
-again later, as the standard asks for: 400 may come of a secret that is being replaced, 404 of a program
-that is, 302 of maintenance. What lies on the way to that end is told again only to one that is busy or
-broken: who does not want to hear of a start must not have to wait for the end.
+An event contains a copy of the job's document in the ledger. A final event is repeated until the receiver
+answers 2xx, as the specification requires: 400 may be caused by a secret that is being replaced, 404 by a
+deployment, 302 by maintenance. Other events are repeated only if the receiver is busy or broken, so that a
+receiver that refuses them does not delay its final event.
 """
 
 from collections.abc import Callable
@@ -23,113 +22,145 @@ from gradcam_worker.schemas.status import StatusDocument, StatusEvent
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets
 
-BUSY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
-BROKEN = HTTPStatus.INTERNAL_SERVER_ERROR  # and above
-MAX_BODY_BYTES = 20_000  # of an event: larger ones are refused by receivers and what stands before them
-MAX_RETRY_AFTER_S = 86_400.0  # a day: who asks for more is asked again all the same
-FEW_PREDICTIONS = 5  # of an event that is too large; the manifest has all
-MAX_DETAIL = 500  # characters of its problem's detail
+BUSY_STATUSES = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
+MIN_SERVER_ERROR = HTTPStatus.INTERNAL_SERVER_ERROR
+MAX_BODY_BYTES = 20_000  # of an event: receivers and their proxies refuse larger ones
+MAX_RETRY_AFTER_S = 86_400.0  # one day: a longer Retry-After is shortened to it
+SHORTENED_PREDICTIONS = 5  # the number in an event that is too large; the manifest has all
+SHORTENED_DETAIL = 500  # characters of `error.detail` in an event that is too large
 
 
 class Webhooks:
     """Posts signed events to the hosts that the operator allows."""
 
     def __init__(self, settings: Settings) -> None:
-        """Nothing is opened until it is needed."""
+        """Connect to nothing yet. `settings`: the allowed hosts, the timeout and the secrets of webhooks."""
         allowed = settings.webhook_hosts, ("http", "https"), "GRADCAM_WEBHOOK_HOSTS"
         self._web = HttpClient(*allowed, settings.private_networks)
         self._timeout_s = settings.webhook_timeout_s
-        self._secrets = webhook_signing.parse_secrets(settings.webhook_secrets.get_secret_value())
+        self._secrets = webhook_signing.secrets_of(settings.webhook_secrets.get_secret_value())
 
     def check(self, webhook: Webhook) -> None:
-        """Raise UriNotAllowed, or InvalidJob for a secret that is not known, unless it may be told."""
+        """Check whether events could be sent to a webhook.
+
+        Args:
+            webhook: The webhook.
+
+        Raises:
+            UriNotAllowed: Its host is not allowed.
+            InvalidJob: Its secret is not configured.
+        """
         self._web.allowed(webhook.url)
         if webhook.secret_ref is not None and webhook.secret_ref not in self._secrets:
-            raise InvalidJob(self._unknown(webhook.secret_ref))
+            raise InvalidJob(self._describe_unknown_secret(webhook.secret_ref))
 
     def send(self, url: str, secret_ref: str | None, event: StatusEvent, message_id: str) -> None:
-        """Post an event. `message_id` is the same however often it is sent.
+        """Post an event.
 
-        Raises UriNotAllowed, EndpointGone, StatusUnavailable (try again; see `retry_after_s`), and
-        DeliveryRefused where it tells of no end.
+        Args:
+            url: The webhook's URL.
+            secret_ref: The name of the secret that signs the event; None: it is not signed.
+            event: The event.
+            message_id: The id of the message: see `message_id`. It is the same for each repetition.
+
+        Raises:
+            UriNotAllowed: The host is not allowed.
+            EndpointGone: The receiver answered 410: no further event is to be sent.
+            DeliveryRefused: The receiver refused an event that is not final: it is not to be repeated.
+            StatusUnavailable: The delivery failed and is to be repeated, after `retry_after_s` if that is
+                set.
         """
         shown = without_secrets(url)
-        if secret_ref is not None and secret_ref not in self._secrets:  # another worker may know it already
-            message = f"Webhook {shown} was not told, for lack of a signature: {self._unknown(secret_ref)}"
+        if secret_ref is not None and secret_ref not in self._secrets:  # another worker may have it already
+            reason = self._describe_unknown_secret(secret_ref)
+            message = f"Nothing was sent to webhook {shown}, for lack of a signature: {reason}"
             raise StatusUnavailable(message)
         secrets = self._secrets[secret_ref] if secret_ref is not None else ()
-        body, shortened = body_of(event)
-        headers = (
-            webhook_signing.headers(secrets, message_id, utc_now(), body) | tracing.propagation_headers()
-        )
+        body, shortened = make_body(event)
+        headers = webhook_signing.headers(secrets, message_id, utc_now(), body) | tracing.headers()
         if shortened:
             headers["gradcam-shortened"] = ", ".join(shortened)
         try:
             answer = self._web.post(url, body, seconds=self._timeout_s, headers=headers)
         except HttpFailed as error:
-            message = f"Webhook {shown} could not be told: {error}."
+            message = f"Webhook {shown} cannot be reached: {error}."
             raise StatusUnavailable(message) from error
         if HTTPStatus.OK <= answer.status < HTTPStatus.MULTIPLE_CHOICES:
             return
         message = f"Webhook {shown} answered HTTP {answer.status}."
         if answer.status == HTTPStatus.GONE:
             raise EndpointGone(message)
-        if not event.data.final and not (answer.status in BUSY or answer.status >= BROKEN):
+        if not event.data.final and not (answer.status in BUSY_STATUSES or answer.status >= MIN_SERVER_ERROR):
             raise DeliveryRefused(message)
-        raise StatusUnavailable(message, retry_after_s=_retry_after_s(answer.headers.get("retry-after", "")))
+        raise StatusUnavailable(
+            message, retry_after_s=_parse_retry_after(answer.headers.get("retry-after", ""))
+        )
 
-    def _unknown(self, secret_ref: str) -> str:
-        known = ", ".join(self._secrets) or "none"
-        if secret_ref.startswith(model.WEBHOOK_SECRET_PREFIX):  # it may be known elsewhere
-            return f"secret_ref must be the name of a webhook secret, and is one. There are {known}."
-        return f"There is no webhook secret {secret_ref[:60]!r}: GRADCAM_WEBHOOK_SECRETS has {known}."
+    def _describe_unknown_secret(self, secret_ref: str) -> str:
+        names = ", ".join(self._secrets) or "none"
+        if secret_ref.startswith(
+            model.WEBHOOK_SECRET_PREFIX
+        ):  # not shown: it may be a valid secret elsewhere
+            return f"secret_ref must be the name of a webhook secret, not the secret. Names: {names}."
+        return f"There is no webhook secret {secret_ref[:60]!r}: GRADCAM_WEBHOOK_SECRETS has {names}."
 
 
 def message_id(document: StatusDocument) -> str:
-    """What a receiver knows a message by: of one revision of one job there is one."""
+    """Make the id of the message about a document: each revision of each job has another."""
     return f"msg_{document.id}_{document.revision}"
 
 
-def body_of(event: StatusEvent) -> tuple[str, tuple[str, ...]]:
-    """An event as it is signed and sent, MAX_BODY_BYTES at most, and what had to be shortened for it.
+def make_body(event: StatusEvent) -> tuple[str, tuple[str, ...]]:
+    """Serialize an event, shortened to MAX_BODY_BYTES.
 
-    First the predictions (to the first five) and the warnings, which the manifest has too; then the
-    problem's detail; last the metadata, by which a receiver may know its job.
+    Predictions and warnings are shortened first, since the manifest has them too; then the error's detail;
+    then the metadata, by which a receiver may identify its job.
+
+    Args:
+        event: The event.
+
+    Returns:
+        The JSON text, and the names of the fields that were shortened.
     """
     shortened: list[str] = []
-    for name, shorter in _SHORTER:
+    for name, shorten in _SHORTENINGS:
         if len(event.to_json().encode()) <= MAX_BODY_BYTES:
             break
-        data = shorter(event.data)
+        data = shorten(event.data)
         if data != event.data:
             event = event.model_copy(update={"data": data})
             shortened.append(name)
     return event.to_json(), tuple(shortened)
 
 
-def _less_detail(document: StatusDocument) -> StatusDocument:
-    if document.error is None or len(document.error.detail) <= MAX_DETAIL:
+def _shorten_detail(document: StatusDocument) -> StatusDocument:
+    if document.error is None or len(document.error.detail) <= SHORTENED_DETAIL:
         return document
-    error = document.error.model_copy(update={"detail": document.error.detail[:MAX_DETAIL] + "..."})
+    error = document.error.model_copy(update={"detail": document.error.detail[:SHORTENED_DETAIL] + "..."})
     return document.model_copy(update={"error": error})
 
 
-_SHORTER: tuple[tuple[str, Callable[[StatusDocument], StatusDocument]], ...] = (
-    ("predictions", lambda it: it.model_copy(update={"predictions": it.predictions[:FEW_PREDICTIONS]})),
-    ("warnings", lambda it: it.model_copy(update={"warnings": ()})),
-    ("error.detail", _less_detail),
-    ("metadata", lambda it: it.model_copy(update={"metadata": {}})),
+_SHORTENINGS: tuple[tuple[str, Callable[[StatusDocument], StatusDocument]], ...] = (
+    (
+        "predictions",
+        lambda document: document.model_copy(
+            update={"predictions": document.predictions[:SHORTENED_PREDICTIONS]}
+        ),
+    ),
+    ("warnings", lambda document: document.model_copy(update={"warnings": ()})),
+    ("error.detail", _shorten_detail),
+    ("metadata", lambda document: document.model_copy(update={"metadata": {}})),
 )
 
 
-def _retry_after_s(value: str) -> float | None:
-    """Seconds, from a number of them or from a date (RFC 9110, section 10.2.3); None if it says neither."""
-    value = value.strip()
+def _parse_retry_after(header: str) -> float | None:
+    """The seconds of a Retry-After header (RFC 9110, section 10.2.3); None if it is missing or invalid."""
+    header = header.strip()
     try:
-        if value.isascii() and value.isdecimal():
-            seconds = float(value[:9])
+        if header.isascii() and header.isdecimal():
+            seconds = float(header[:9])
         else:
-            date = parsedate_to_datetime(value)
+            date = parsedate_to_datetime(header)
             date = date if date.tzinfo else date.replace(tzinfo=UTC)
             seconds = (date - datetime.now(UTC)).total_seconds()
     except (ValueError, TypeError, IndexError, OverflowError):

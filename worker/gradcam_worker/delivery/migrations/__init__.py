@@ -1,10 +1,10 @@
-"""How the status database becomes what this version writes: Alembic's scripts, one a change.
+"""Migrations of the status database's schema: Alembic scripts, one for each change.
 
-A change only ever adds (a column that may be null or has a default, an index), so that workers of the
-version before go on writing while a new one is brought out, and after it was taken back.
+A change may only add: a nullable column or one with a default, or an index. So workers of the previous
+version can write during an upgrade and after a rollback.
 """
 
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-VERSION_TABLE = "gradcam_schema"  # Alembic's own name may be taken: the database may be somebody's own
+VERSION_TABLE = "gradcam_schema"  # Alembic's default name may be in use by the owner of the database

@@ -1,4 +1,4 @@
-"""What Alembic runs around the scripts: on the connection and in the transaction of `SqlStatus.upgrade`."""
+"""Alembic's environment: runs the migrations in the connection and transaction of `SqlStatus.upgrade`."""
 
 from alembic import context
 

@@ -1,4 +1,4 @@
-"""The table of jobs."""
+"""Create the table of jobs."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = None
 
 
 def upgrade() -> None:
-    """One row a job: its document, and what it is looked for by."""
+    """Create one row for each job: its document, and columns to search by."""
     op.create_table(
         "gradcam_jobs",
         sa.Column("id", sa.String(36), primary_key=True),
