@@ -76,13 +76,13 @@ def test_the_example_of_the_contract_is_a_job() -> None:
         ({"priority": 3}, "'high', 'normal', 'low' or 'bulk'"),
         (
             {"artifacts": [{"kind": "overlay"}, {"kind": "overlay"}]},
-            "artifacts holds one kind and format twice",
+            "artifacts contains one kind and format twice",
         ),
         ({"artifacts": [{"kind": "hologram"}]}, "'hologram'"),
         ({"image": Path("cat.jpg")}, "is no PosixPath: client.upload_and_submit takes bytes, or the path"),
         (
             {"image": b"\xff\xd8"},
-            "image.uri: an image is named by its URI, as s3://bucket/key, and is no bytes",
+            "image.uri: an image is named by its URI, such as s3://bucket/key, not by bytes",
         ),
         ({"image": {"uri": Path("cat.jpg")}}, "is no PosixPath: client.upload_and_submit takes bytes"),
         ({"image": 7}, "is no int: client.upload_and_submit takes bytes"),
@@ -133,7 +133,7 @@ def test_what_may_be_secret_or_endless_is_not_repeated(change: dict[str, Any]) -
 
 def test_two_containers_of_one_host_name_and_process_number_are_two_workers() -> None:
     names = {process_name() for _ in range(3)}
-    ids._drawn.cache_clear()  # as in another process
+    ids._random_part.cache_clear()  # as in another process
     names.add(process_name())
     assert len(names) == 2
     assert {name.rpartition(":")[2] for name in names} == {str(os.getpid())}
@@ -197,7 +197,7 @@ def test_jobs_that_wish_for_other_artifacts_are_other_jobs() -> None:
 def test_metrics_of_an_image_that_was_not_preprocessed_are_refused() -> None:
     fields = {"image": "s3://in/a.jpg", "network": "vgg16", "target": {"top_n": 1}, "metrics": ["deletion"]}
     assert Job.parse(fields).metrics == ("deletion",)
-    with pytest.raises(InvalidJob, match="metrics cannot be had of the method notebook"):
+    with pytest.raises(InvalidJob, match="metrics cannot be computed for the method notebook"):
         Job.parse({**fields, "method": {"name": "notebook"}})
 
 

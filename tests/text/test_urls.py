@@ -209,7 +209,9 @@ def test_a_job_with_a_password_is_refused_before_it_is_kept_and_nothing_of_it_sh
 
 def test_a_webhook_secret_in_place_of_its_name_is_refused_before_it_is_kept() -> None:
     secret = "whsec_plantedinplaceofitsname"
-    with pytest.raises(ValidationError, match="must be the name of a webhook secret, and is one") as caught:
+    with pytest.raises(
+        ValidationError, match="must be the name of a webhook secret, not the secret"
+    ) as caught:
         Job(
             image=ImageRef(uri="s3://in/a.jpg"),
             network="vgg16",

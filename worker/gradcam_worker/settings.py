@@ -612,6 +612,7 @@ def _is_service_link(name: str, value: str) -> bool:
 def is_storage_uri(uri: str) -> bool:
     """Return whether objects can be stored below this URI: `s3://bucket/prefix` or `file:///folder`."""
     scheme, _, rest = uri.partition("://")
-    known = scheme == "file" or (scheme == "s3" and bucket_names.objection(rest.partition("/")[0]) is None)
+    problem = bucket_names.describe_problem(rest.partition("/")[0]) if scheme == "s3" else None
+    known = scheme in {"file", "s3"} and problem is None
     plain_path = bool(rest.strip("/")) and not {"?", "#"} & set(rest)
     return known and plain_path and not urls.has_credentials(uri)

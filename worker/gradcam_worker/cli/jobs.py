@@ -10,7 +10,7 @@ import click
 
 from gradcam_worker.errors import GradcamError, InvalidSettings
 from gradcam_worker.operations import console
-from gradcam_worker.schemas.job import Job, why_no_uri
+from gradcam_worker.schemas.job import Job, describe_missing_scheme
 from gradcam_worker.schemas.options import MethodSpec, Metric
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
@@ -167,7 +167,7 @@ def submit(
     """
     from gradcam_worker.client.client import GradcamClient
 
-    if not upload and (why := why_no_uri(uri)):
+    if not upload and (why := describe_missing_scheme(uri)):
         message = f"{why}, or say --upload"
         raise click.UsageError(message)
     if upload and ("://" in uri or uri.startswith("data:")):

@@ -29,7 +29,7 @@ from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability import tracing
 from gradcam_worker.resilience.retry import HALF_OR_MORE, Retries, RetryPolicy
-from gradcam_worker.schemas.job import Job, JobDetails, JobFields, why_no_uri
+from gradcam_worker.schemas.job import Job, JobDetails, JobFields, describe_missing_scheme
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.log_events import EventLogger
@@ -219,7 +219,7 @@ class GradcamClient:
         """The size of a job in bytes. Raises InvalidJob where no worker would accept it."""
         text = job.to_json().encode()
         envelope.check_job(text, self._settings.max_message_bytes)
-        if why := why_no_uri(job.image.uri):
+        if why := describe_missing_scheme(job.image.uri):
             message = f"This is not a job: image.uri: {why}; upload_and_submit takes a file of this machine."
             raise InvalidJob(message)
         return len(text)

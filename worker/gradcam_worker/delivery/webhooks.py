@@ -38,7 +38,7 @@ class Webhooks:
         allowed = settings.webhook_hosts, ("http", "https"), "GRADCAM_WEBHOOK_HOSTS"
         self._web = HttpClient(*allowed, settings.private_networks)
         self._timeout_s = settings.webhook_timeout_s
-        self._secrets = webhook_signing.secrets_of(settings.webhook_secrets.get_secret_value())
+        self._secrets = webhook_signing.parse_secrets(settings.webhook_secrets.get_secret_value())
 
     def check(self, webhook: Webhook) -> None:
         """Check whether events could be sent to a webhook.
@@ -77,7 +77,8 @@ class Webhooks:
             raise StatusUnavailable(message)
         secrets = self._secrets[secret_ref] if secret_ref is not None else ()
         body, shortened = make_body(event)
-        headers = webhook_signing.headers(secrets, message_id, utc_now(), body) | tracing.headers()
+        headers = webhook_signing.headers(secrets, message_id, utc_now(), body)
+        headers |= tracing.propagation_headers()
         if shortened:
             headers["gradcam-shortened"] = ", ".join(shortened)
         try:

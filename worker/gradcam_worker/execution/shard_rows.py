@@ -32,7 +32,7 @@ from gradcam_worker.gradcam.network import Network
 from gradcam_worker.images.prepare import FetchedImage, fetch_image
 from gradcam_worker.schemas.job import ImageRef
 from gradcam_worker.schemas.manifest import InputRecord
-from gradcam_worker.schemas.model import too_long
+from gradcam_worker.schemas.model import describe_excess_length
 from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.schemas.status import Problem
 from gradcam_worker.storage.s3_errors import is_foreign_answer
@@ -76,7 +76,7 @@ class ShardRows:
         if not row.uri:
             message = "This row names no image."
             raise InvalidRow(message)
-        if why := too_long(row.uri):
+        if why := describe_excess_length(row.uri):
             message = f"{why[0].upper()}{why[1:]}."
             raise InvalidRow(message)
         reference = ImageRef(uri=row.uri, sha256=row.sha256)

@@ -25,8 +25,8 @@ from gradcam_worker.net.dialer import Resolve, look_up
 from gradcam_worker.net.http import HttpClient, HttpFailed
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import ImageRef, why_no_uri
-from gradcam_worker.schemas.model import too_long
+from gradcam_worker.schemas.job import ImageRef, describe_missing_scheme
+from gradcam_worker.schemas.model import describe_excess_length
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.text.urls import has_credentials, without_secrets, without_user
@@ -88,12 +88,12 @@ class UriFetcher:
             ChecksumMismatch: Its SHA-256 is not the one in `image`.
             JobTimeout: The deadline passed.
         """
-        if why := too_long(image.uri):
+        if why := describe_excess_length(image.uri):
             message = f"{redact_uri(image.uri)[:200]!r}... is not allowed: {why}."
             raise UriNotAllowed(message)
         scheme = image.uri.partition(":")[0].casefold()
         allowed = self._settings.image_schemes
-        if why := why_no_uri(image.uri):
+        if why := describe_missing_scheme(image.uri):
             message = f"{why}."
             raise UriNotAllowed(message)
         if scheme not in allowed or scheme not in self._readers:

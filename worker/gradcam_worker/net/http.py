@@ -17,7 +17,7 @@ from gradcam_worker.net.allowlist import Hosts
 from gradcam_worker.net.dialer import Dialer, Resolve, look_up
 from gradcam_worker.net.ip_policy import networks
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.model import too_long
+from gradcam_worker.schemas.model import describe_excess_length
 from gradcam_worker.text.urls import parse, without_secrets
 
 MAX_REDIRECTS = 3
@@ -79,7 +79,7 @@ class HttpClient:
 
     def allowed(self, text: str) -> httpx.URL:
         """The URL to request, parsed once, so that what is checked is what is used. Raises UriNotAllowed."""
-        if why := too_long(text):
+        if why := describe_excess_length(text):
             message = f"{without_secrets(text)[:200]!r}... is not allowed: {why}."
             raise UriNotAllowed(message)
         try:

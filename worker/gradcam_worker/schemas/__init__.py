@@ -1,1 +1,1 @@
-"""The wire: jobs, options, status documents, shards, manifests; strict JSON. Begin at `job.Job`."""
+"""The wire formats: jobs, options, status, shards, manifests; strict JSON. Begin at `job.Job`."""

@@ -1,4 +1,4 @@
-"""gradcam_worker.schemas.ids."""
+"""Ids of jobs and of processes, and the current time."""
 
 import os
 import platform
@@ -10,28 +10,28 @@ from functools import cache
 
 
 def utc_now() -> datetime:
-    """The time now, aware, in UTC."""
+    """Get the current time, with the time zone UTC."""
     return datetime.now(UTC)
 
 
 def new_id() -> str:
-    """A UUIDv7 (RFC 9562, section 5.7): ids sort by the millisecond in which they were made."""
+    """Create a UUIDv7 (RFC 9562, section 5.7): ids sort by the millisecond of their creation."""
     value = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
     value = value & ~(0xF << 76) | 7 << 76  # version 7
     return str(uuid.UUID(int=value & ~(3 << 62) | 2 << 62))  # variant of RFC 9562
 
 
 def process_name() -> str:
-    """What others call this process by: its host, what no other process has, and its number.
+    """Get the unique name of this process: host name, a random part and the process id.
 
-    Containers may have one host name, and each a process of the same number.
+    The random part is needed because containers may have equal host names and process ids.
     """
-    number = os.getpid()
-    return f"{platform.node()}:{_drawn(number)}:{number}"
+    process_id = os.getpid()
+    return f"{platform.node()}:{_random_part(process_id)}:{process_id}"
 
 
 @cache
-def _drawn(process: int) -> str:
-    """By lot, once for each process: one that was forked draws its own."""
-    del process
+def _random_part(process_id: int) -> str:
+    """Eight random hexadecimal digits; a forked process gets its own."""
+    del process_id  # the key of the cache
     return secrets.token_hex(4)

@@ -1,7 +1,7 @@
-"""The wire: what crosses the queue and the status backend. JSON only, version 1.
+"""The wire format of a job, `gradcam.job/v1`.
 
-Every model is frozen and refuses unknown fields by name. `deploy/schemas/` holds the JSON schemas
-made from these models, and a test keeps both equal.
+The models are immutable and refuse unknown fields. `deploy/schemas/` contains JSON schemas that are generated
+from them.
 """
 
 import re
@@ -21,7 +21,7 @@ from pydantic import (
 
 from gradcam_worker.errors import InvalidJob
 from gradcam_worker.schemas.ids import new_id
-from gradcam_worker.schemas.model import MAX_URI_BYTES, RequestModel, describe, too_long
+from gradcam_worker.schemas.model import MAX_URI_BYTES, RequestModel, describe, describe_excess_length
 from gradcam_worker.schemas.model import WEBHOOK_SECRET_PREFIX as SECRET
 from gradcam_worker.schemas.options import (
     AnimationSpec,
@@ -64,7 +64,7 @@ ID_PATTERN = (
     r"^(?:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"  # a UUID
     r"|[0-7][0-9A-HJKMNP-TV-Z]{25})$"  # or a ULID
 )
-HOW_ELSE = {
+CREDENTIAL_HINTS = {
     "image.uri": "The worker reads s3:// with its own credentials, and https:// with a presigned URL."
 }
 Priority = Literal["high", "normal", "low", "bulk"]
@@ -82,24 +82,31 @@ JobId = Annotated[str, StringConstraints(pattern=ID_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-def _not_too_long(uri: str) -> str:
-    if why := too_long(uri):
-        raise ValueError(why)
+def _check_length(uri: str) -> str:
+    if problem := describe_excess_length(uri):
+        raise ValueError(problem)
     return uri
 
 
 Uri = Annotated[
     str,
-    StringConstraints(min_length=1, max_length=2_000_000),  # a data: URI is long
-    AfterValidator(_not_too_long),
+    StringConstraints(min_length=1, max_length=2_000_000),  # a data: URI contains the whole image
+    AfterValidator(_check_length),
     Field(json_schema_extra={"anyOf": [{"pattern": "^[Dd][Aa][Tt][Aa]:"}, {"maxLength": MAX_URI_BYTES}]}),
 ]
-SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # of one letter it is a drive of Windows
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # a single letter is a drive of Windows
 ShortText = Annotated[str, StringConstraints(max_length=256)]
 
 
-def why_no_uri(uri: str) -> str | None:
-    """Why a text names no image that a worker could fetch, and what would; None where it has a scheme."""
+def describe_missing_scheme(uri: str) -> str | None:
+    """Describe why a text without a scheme is no URI of an image.
+
+    Args:
+        uri: The text.
+
+    Returns:
+        A sentence that says what would be right; None if the text has a scheme.
+    """
     if SCHEME.match(uri):
         return None
     shown = re.sub("[^/@]*@", "", uri.partition("?")[0])[:200]  # no user, no password, no query
@@ -109,25 +116,25 @@ def why_no_uri(uri: str) -> str | None:
     )
 
 
-def _no_image_itself(value: Any) -> Any:
+def _refuse_image_data(value: Any) -> Any:
     if isinstance(value, str):
         return value
     message = (
-        f"an image is named by its URI, as s3://bucket/key, and is no {type(value).__name__}: "
-        "client.upload_and_submit takes bytes, or the path of a file of this machine"
+        f"an image is named by its URI, such as s3://bucket/key, not by {type(value).__name__}: "
+        "client.upload_and_submit takes bytes, or the path of a local file"
     )
     raise ValueError(message)
 
 
 class ImageRef(RequestModel):
-    """Where the image is; with `sha256`, which bytes it must be."""
+    """The URI of an image. With `sha256` the image must have this checksum."""
 
-    uri: Annotated[Uri, BeforeValidator(_no_image_itself)]
+    uri: Annotated[Uri, BeforeValidator(_refuse_image_data)]
     sha256: Sha256 | None = None
 
 
 class Webhook(RequestModel):
-    """Somebody to tell: unless it says otherwise, how the job ended. `secret_ref` names a signing secret."""
+    """A URL that receives events of the job; by default, its final one. `secret_ref` names a signing secret."""
 
     url: ShortText
     events: Annotated[tuple[Event, ...], Field(min_length=1)] = (
@@ -146,9 +153,9 @@ class Webhook(RequestModel):
 
 
 class JobDetails(TypedDict, total=False):
-    """The fields of a job but its image, as they may be written: a list for a tuple, a dict for a model.
+    """The fields of a job except its image, for type checkers: lists and dicts are accepted too.
 
-    Type checkers go by it; what a job then holds is said by `Job`.
+    `Job` declares the types that the fields have afterwards.
     """
 
     schema: Literal["gradcam.job/v1"]
@@ -170,12 +177,12 @@ class JobDetails(TypedDict, total=False):
 
 
 class JobFields(JobDetails, total=False):
-    """The fields of a job as they may be written: the image may be named by its URI alone."""
+    """The fields of a job, for type checkers: the image can be given as its URI."""
 
     image: Required[ImageRef | str | dict[str, Any]]
 
 
-def _bare_uri(value: Any) -> Any:
+def _wrap_uri(value: Any) -> Any:
     return value if isinstance(value, Mapping | ImageRef) else {"uri": value}
 
 
@@ -185,7 +192,7 @@ class Job(RequestModel):
     schema_: Literal["gradcam.job/v1"] = Field(default="gradcam.job/v1", alias="schema")
     id: JobId = Field(default_factory=new_id)
     idempotency_key: ShortText | None = None
-    image: Annotated[ImageRef, BeforeValidator(_bare_uri)]
+    image: Annotated[ImageRef, BeforeValidator(_wrap_uri)]
     network: Name
     target: Target
     method: MethodSpec = MethodSpec()
@@ -208,41 +215,51 @@ class Job(RequestModel):
         def __init__(self, **fields: Unpack[JobFields]) -> None: ...
 
     @model_validator(mode="after")
-    def _one_of_each_kind(self) -> Self:
-        kinds = [f"{wish.kind} {wish.format}" for wish in self.artifacts]
+    def _check_distinct_artifacts(self) -> Self:
+        kinds = [f"{artifact.kind} {artifact.format}" for artifact in self.artifacts]
         if len(set(kinds)) < len(kinds):
-            message = f"artifacts holds one kind and format twice: {', '.join(kinds)}"
+            message = f"artifacts contains one kind and format twice: {', '.join(kinds)}"
             raise ValueError(message)
         return self
 
     @model_validator(mode="after")
-    def _without_credentials(self) -> Self:
-        """What is refused anyway is refused before it is kept: the ledger holds a failed job as it came."""
-        places = [("image.uri", self.image.uri), ("output", self.output or "")]
-        places += [(f"webhooks.{index}.url", hook.url) for index, hook in enumerate(self.webhooks)]
-        for name, uri in places:
+    def _check_no_credentials(self) -> Self:
+        """Refuse credentials before the ledger stores them: it keeps the content of failed jobs."""
+        uris = [("image.uri", self.image.uri), ("output", self.output or "")]
+        uris += [(f"webhooks.{index}.url", hook.url) for index, hook in enumerate(self.webhooks)]
+        for name, uri in uris:
             if has_credentials(uri):
                 message = (
-                    f"{name} holds a user or a password ({without_secrets(uri)[:200]}), which would be kept: "
-                    f"give a URL without. {HOW_ELSE.get(name, '')}"
+                    f"{name} contains a user or password ({without_secrets(uri)[:200]}), which would be stored: "
+                    f"use a URL without. {CREDENTIAL_HINTS.get(name, '')}"
                 )
                 raise ValueError(message.rstrip(". "))
         for index, hook in enumerate(self.webhooks):
             if (hook.secret_ref or "").startswith(SECRET):
-                message = f"webhooks.{index}.secret_ref must be the name of a webhook secret, and is one"
+                message = f"webhooks.{index}.secret_ref must be the name of a webhook secret, not the secret"
                 raise ValueError(message)
         return self
 
     @model_validator(mode="after")
-    def _measurable(self) -> Self:
+    def _check_metrics(self) -> Self:
         if self.metrics and self.method.name == "notebook":
-            message = "metrics cannot be had of the method notebook, whose image is not preprocessed"
+            message = "metrics cannot be computed for the method notebook, whose image is not preprocessed"
             raise ValueError(message)
         return self
 
     @classmethod
     def parse(cls, payload: object) -> "Job":
-        """JSON data -> a job. Raises InvalidJob with every field that is wrong and why."""
+        """Parse JSON data.
+
+        Args:
+            payload: The decoded JSON.
+
+        Returns:
+            The job.
+
+        Raises:
+            InvalidJob: It is not a job. The message names each wrong field, and why.
+        """
         try:
             return cls.model_validate(payload)
         except ValidationError as error:
@@ -250,8 +267,8 @@ class Job(RequestModel):
             raise InvalidJob(message) from error
 
     def fingerprint(self) -> str:
-        """What makes two jobs the same: everything but their ids, keys and trace."""
-        # Without defaults, so that a later version with one more field still knows its jobs.
+        """Get a text that is equal for equal jobs: all fields except id, idempotency key and trace."""
+        # Without defaults, so that a later version with a new field computes the same text.
         own = {"id", "idempotency_key", "traceparent"}
-        kinds = [wish.kind for wish in self.artifacts]  # a default in each of them, and so not in the rest
+        kinds = [artifact.kind for artifact in self.artifacts]  # `kind` is a default, and so not in the JSON
         return f"{kinds} {self.model_dump_json(exclude=own, exclude_defaults=True)}"

@@ -1,4 +1,4 @@
-"""What a job leaves in the bucket, described: `gradcam.manifest/v1`, written last."""
+"""The wire format of a manifest, `gradcam.manifest/v1`: the description of a job's results in the bucket."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ from gradcam_worker.schemas.status import ClassScore, ResultWarning
 
 
 class ArtifactRecord(ResponseModel):
-    """One stored object. `index`: which slice of an array file belongs to this class."""
+    """One stored object. `index`: the slice of an array file that belongs to the class."""
 
     kind: str
     uri: str
@@ -34,14 +34,16 @@ class ClassRef(ResponseModel):
 
 
 class SalientRegion(ResponseModel):
-    """Where the heatmap, at the image's size, is at least `threshold` of its peak, around its peak."""
+    """The connected region around the heatmap's peak where it is at least `threshold` of the peak."""
 
     threshold: float
-    box_xyxy: tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom excluded
+    box_xyxy: tuple[
+        int, int, int, int
+    ]  # left, top, right, bottom, in pixels of the image; right and bottom are exclusive
 
 
 class ExplainedClass(ResponseModel):
-    """One explained class. `peak_xy`: the middle of the hottest cell, in pixels of the image."""
+    """One explained class. `peak_xy`: the center of the heatmap's highest cell, in pixels of the image."""
 
     class_: ClassRef = Field(alias="class")
     rank: int  # among all classes, by score
@@ -50,14 +52,14 @@ class ExplainedClass(ResponseModel):
     raw_max: float
     peak_xy: tuple[int, int] | None
     hot: SalientRegion | None = None
-    metrics: dict[str, float] = Field(default_factory=dict)  # deletion and insertion, where asked for
+    metrics: dict[str, float] = Field(default_factory=dict)  # deletion and insertion, if requested
     artifacts: tuple[ArtifactRecord, ...]
 
 
 class DamageRecord(ResponseModel):
-    """What the image lacks."""
+    """The damage of an image."""
 
-    missing: float  # share of the image, from 0 to 1, as far as that can be told
+    missing: float  # the missing share of the image, from 0 to 1; an estimate
     detail: str
 
 
@@ -70,11 +72,11 @@ class InputRecord(ResponseModel):
     media_type: str
     width: int
     height: int
-    damage: DamageRecord | None = None  # None: it is whole
+    damage: DamageRecord | None = None  # None: it is undamaged
 
 
 class NetworkRecord(ResponseModel):
-    """The network, in full."""
+    """The network that was explained."""
 
     name: str
     layer: str
@@ -83,28 +85,30 @@ class NetworkRecord(ResponseModel):
     weights_sha256: Sha256 | None
     backend: str
     dtype: str
-    head: Literal["softmax", "sigmoid", "probabilities"] = "softmax"  # but for softmax, they may not sum to 1
+    head: Literal["softmax", "sigmoid", "probabilities"] = (
+        "softmax"  # except for softmax, the probabilities may not sum to 1
+    )
 
 
 class MethodRecord(MethodSpec, ResponseModel):
-    """How the heatmaps were computed, and at which layer."""
+    """The method and the layer of the heatmaps."""
 
 
 class Manifest(ResponseModel):
     """`gradcam.manifest/v1`, written last.
 
-    It holds nothing that another attempt would change, but for the last digits of its numbers, which a pass
-    over another number of images rounds in another way.
+    Every attempt of a job writes the same manifest, except for the last digits of its numbers: their rounding
+    depends on the number of images in a pass.
     """
 
     schema_: Literal["gradcam.manifest/v1"] = Field(default="gradcam.manifest/v1", alias="schema")
     job_id: JobId
-    job_fingerprint: Sha256 | None = None  # of all that the job asked for; None: of an earlier version
+    job_fingerprint: Sha256 | None = None  # a digest of the job's content; None: an earlier version wrote it
     generator: dict[str, str]
     input: InputRecord
     network: NetworkRecord
     method: MethodRecord
     predictions: tuple[ClassScore, ...]
     explanations: tuple[ExplainedClass, ...]
-    artifacts: tuple[ArtifactRecord, ...] = ()  # of the whole, not of one class
+    artifacts: tuple[ArtifactRecord, ...] = ()  # of the whole job, not of one class
     warnings: tuple[ResultWarning, ...] = ()

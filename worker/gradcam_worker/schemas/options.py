@@ -1,4 +1,4 @@
-"""The wire: what a job may wish for: which classes, which method, which artifacts, which metrics."""
+"""The wire format of a job's options: classes, method, artifacts and metrics."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, Self
@@ -9,29 +9,29 @@ from gradcam_worker.schemas.model import RequestModel
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 RequestedClass = StrictInt | Annotated[str, StringConstraints(min_length=1, max_length=128)]
-Alpha = Annotated[float, Field(ge=0, le=1)]  # of the colour; the rest is the photo
-Edge = Annotated[int, Field(ge=16, le=32_767, strict=True)]  # pixels of the longer side, at most
+Alpha = Annotated[float, Field(ge=0, le=1)]  # the weight of the colours; the rest is the weight of the image
+Edge = Annotated[int, Field(ge=16, le=32_767, strict=True)]  # the maximum of the longer side, in pixels
 Colormap = Literal["jet", "turbo", "viridis", "inferno", "magma", "plasma", "cividis", "grey"]
 Metric = Literal["deletion", "insertion"]
 
 
-def _no_single_class(value: object) -> object:
+def _refuse_single_class(value: object) -> object:
     if isinstance(value, str):
         message = f"classes is a list, as in [{value[:60]!r}]"
-        raise ValueError(message)  # noqa: TRY004  # pydantic tells of ValueError alone
+        raise ValueError(message)  # noqa: TRY004  # pydantic reports only ValueError
     return value
 
 
 class Target(RequestModel):
-    """Which classes to explain: exactly one of the two."""
+    """The classes to explain: exactly one of `top_n` and `classes` is needed."""
 
     top_n: Annotated[int, Field(ge=1, le=1000, strict=True)] | None = None
     classes: Annotated[
         Annotated[tuple[RequestedClass, ...], Field(min_length=1, max_length=1000)] | None,
-        BeforeValidator(_no_single_class),
+        BeforeValidator(_refuse_single_class),
     ] = None
 
-    if TYPE_CHECKING:  # a list may be given for the tuple
+    if TYPE_CHECKING:  # type checkers accept a list for the tuple
 
         def __init__(
             self, *, top_n: int | None = None, classes: Sequence[int | str] | None = None
@@ -49,7 +49,7 @@ class Target(RequestModel):
 class MethodSpec(RequestModel):
     """How to compute the heatmaps.
 
-    `notebook` gives the network an image that was not preprocessed, so its predictions differ too.
+    With `notebook` the network gets an image that was not preprocessed, so the predictions differ too.
     """
 
     name: Literal[
@@ -62,31 +62,34 @@ class MethodSpec(RequestModel):
         "eigencam",
         "notebook",
     ] = "gradcam"
-    layer: Name | None = None  # None: the network's own target layer; "auto": found in its graph
+    layer: Name | None = None  # None: the network's default target layer; "auto": found in its graph
     score: Literal["logit", "probability"] = "logit"
     normalize: Literal["per_class", "joint", "none"] = "per_class"
-    flip: bool = False  # the mean of the image's map and of its mirror image's
+    flip: bool = False  # average the heatmaps of the image and of its mirror image
 
 
 class OverlaySpec(RequestModel):
-    """One picture a class: the heatmap laid over the photo, at the photo's size.
+    """One image for each class: the heatmap over the job's image, in the size of the job's image.
 
-    `contour` outlines where the heatmap is above `threshold`, `box` frames the part of it around the peak.
+    `contour` outlines the regions where the heatmap is above `threshold`; `box` frames the region around the
+    peak.
     """
 
     kind: Literal["overlay"] = "overlay"
     format: Literal["jpeg", "png", "webp"] = "jpeg"
     alpha: Alpha = 0.4
     colormap: Colormap = "jet"
-    max_edge: Edge | None = None  # None: as large as the photo
+    max_edge: Edge | None = None  # None: the size of the image
     contour: bool = False
     box: bool = False
-    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the heatmap's peak
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5  # as a share of the heatmap's peak
 
 
 class HeatmapSpec(RequestModel):
-    """The heatmaps as numbers: all on the network's own grid, float32, in one npz or npy file; or, as png,
-    one 8-bit grey picture a class, at the photo's size.
+    """The heatmaps as numbers.
+
+    npz, npy: all heatmaps in one file, float32, on the grid of the network's target layer. png: one 8-bit
+    grey image for each class, in the size of the job's image.
     """
 
     kind: Literal["heatmap"] = "heatmap"
@@ -94,7 +97,7 @@ class HeatmapSpec(RequestModel):
 
 
 class GridSpec(RequestModel):
-    """One sheet: the photo and its overlays in rows of three, each with its class and probability."""
+    """One image with the job's image and all overlays in rows of three, titled with class and probability."""
 
     kind: Literal["grid"] = "grid"
     format: Literal["jpeg", "png"] = "jpeg"
@@ -103,18 +106,18 @@ class GridSpec(RequestModel):
 
 
 class AnimationSpec(RequestModel):
-    """The overlays one after the other, each titled with its class and probability, for ever."""
+    """An endless animation of the overlays, each titled with class and probability."""
 
     kind: Literal["animation"] = "animation"
     format: Literal["gif", "webp"] = "gif"
     alpha: Alpha = 0.4
     colormap: Colormap = "jet"
     max_edge: Edge = 640
-    frame_s: Annotated[float, Field(ge=0.1, le=10)] = 1.0  # how long a class is shown
+    frame_s: Annotated[float, Field(ge=0.1, le=10)] = 1.0  # the time for each class, in seconds
 
 
 class ReportSpec(RequestModel):
-    """One HTML page that needs nothing else: photo, heatmaps, predictions, facts."""
+    """One self-contained HTML page: image, heatmaps, predictions and metadata."""
 
     kind: Literal["report"] = "report"
     format: Literal["html"] = "html"

@@ -1,4 +1,4 @@
-"""The wire: a shard of a backfill, `gradcam.shard/v1`: many images, one message, one file."""
+"""The wire format of a shard, `gradcam.shard/v1`: a part of a backfill, with many images in one message."""
 
 import json
 import re
@@ -15,59 +15,59 @@ from gradcam_worker.schemas.model import RequestModel, describe
 from gradcam_worker.schemas.options import MethodSpec, Metric, Name, OverlaySpec, Target
 from gradcam_worker.schemas.status import Problem
 
-ROUTE = "shard"  # shards wait in a queue of their own, behind everybody
+ROUTE = "shard"  # the route of shards: their own queue, after the queues of all priorities
 ROUTES = (*get_args(Priority), ROUTE)
 MAX_ROWS = 4096
-READERS = 8  # images of one shard that are fetched at once
-DATASET = "gradcam.dataset/v1"  # what all its files are together
-KEY = r"[0-9]{8}-[0-9a-f]{16}"  # of a shard: its index and a digest, see `gradcam_worker.backfill.sharding`
+READERS = 8  # simultaneous fetches of images of one shard
+DATASET = "gradcam.dataset/v1"  # the schema of a backfill's output
+KEY = r"[0-9]{8}-[0-9a-f]{16}"  # of a shard: index and digest, see `gradcam_worker.backfill.sharding`
 
 
 class Row(RequestModel):
-    """One line of the input. With a `problem` its `uri` is what was received, as far as that can be shown."""
+    """One row of a backfill's input. With a `problem`, `uri` is what was received, if that can be shown."""
 
     uri: Annotated[str, StringConstraints(max_length=2_000_000)]
-    id: ShortText | None = None  # the reader's own name for it
-    sha256: Sha256 | None = None  # which bytes it must be
-    version: ShortText | None = None  # what tells another content at the same place: an ETag, size and time
+    id: ShortText | None = None  # the submitter's own id of the row
+    sha256: Sha256 | None = None  # of the image
+    version: ShortText | None = None  # changes with the content at the URI: an ETag, or size and time
     problem: Problem | None = None
 
 
 class Shard(RequestModel):
-    """`gradcam.shard/v1`: rows `first`, `first` + 1, ... of a backfill's input, and what it wants of each.
+    """`gradcam.shard/v1`: rows `first`, `first` + 1, ... of a backfill's input, and how to explain them.
 
-    It leaves one Parquet file below `output`: `data/<key>.parquet` (see
-    `gradcam_worker.artifacts.dataset`), written last.
+    The result is the Parquet file `data/<key>.parquet` below `output`, which is written last: see
+    `gradcam_worker.artifacts.dataset`.
     """
 
     schema_: Literal["gradcam.shard/v1"] = Field(default="gradcam.shard/v1", alias="schema")
     id: JobId = Field(default_factory=new_id)
     backfill: JobId
-    index: Annotated[int, Field(ge=0)]  # of the shard, from 0
+    index: Annotated[int, Field(ge=0)]  # the number of the shard, from 0
     key: Annotated[str, StringConstraints(pattern=f"^{KEY}$")]
-    first: Annotated[int, Field(ge=0)]  # number of its first row in the input, from 0
+    first: Annotated[int, Field(ge=0)]  # the number of its first row in the input, from 0
     rows: Annotated[tuple[Row, ...], Field(min_length=1, max_length=MAX_ROWS)]
     network: Name
-    weights_sha256: Sha256 | None = None  # which weights it must be; None: whichever the worker has
+    weights_sha256: Sha256 | None = None  # of the weights to use; None: those of the worker
     target: Target
     method: MethodSpec = MethodSpec()
     metrics: Annotated[tuple[Metric, ...], Field(max_length=2)] = ()
     artifacts: Annotated[tuple[OverlaySpec, ...], Field(max_length=3)] = ()
     output: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
-    # What its submitter got from the ledger: see `gradcam_worker.backfill.registry`. '': an older
-    # version submitted it.
+    # The submitter's token from the registry of backfills: see `gradcam_worker.backfill.registry`. Empty: an
+    # earlier version submitted the shard.
     token: Annotated[str, StringConstraints(max_length=64)] = Field(default="", repr=False)
-    keep: bool = False  # rows that succeeded in the file that is there are taken over
+    keep: bool = False  # take over the succeeded rows of an existing result
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 7200
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 8
 
     def to_json(self) -> str:
-        """Without defaults: there are many rows."""
-        said = self.model_dump(mode="json", exclude_defaults=True)
-        return json.dumps({"schema": self.schema_, **said}, separators=(",", ":"))
+        """Serialize as JSON, without defaults: a shard has many rows."""
+        fields = self.model_dump(mode="json", exclude_defaults=True)
+        return json.dumps({"schema": self.schema_, **fields}, separators=(",", ":"))
 
     def fingerprint(self) -> str:
-        """What makes two shards the same."""
+        """Get a text that is equal for equal shards."""
         return f"{self.backfill} {self.key} {self.keep}"
 
 
@@ -76,19 +76,19 @@ Work = Job | Shard
 
 @dataclass(frozen=True)
 class Terms:
-    """On which terms the ledger keeps a job or a shard, and has it run."""
+    """What the ledger needs to know of a job or a shard."""
 
     route: str  # a job's priority, or `ROUTE`
     max_attempts: int
-    metadata: dict[str, str]  # what its status document says beside the facts
+    metadata: dict[str, str]  # of the status document
     idempotency_key: str | None = None
-    expires_at: datetime | None = None  # None: it waits for as long as it takes
-    traceparent: str | None = None  # None: it begins a trace of its own, where there are traces
+    expires_at: datetime | None = None  # None: never
+    traceparent: str | None = None  # None: it begins a new trace
     webhooks: tuple[Webhook, ...] = ()
 
 
 def terms_of(work: Work) -> Terms:
-    """The terms of a job or a shard. A shard has no key, no end of waiting and no webhook."""
+    """Get the terms of a job or a shard. A shard has no idempotency key, no expiry and no webhooks."""
     if isinstance(work, Shard):
         return Terms(ROUTE, work.max_attempts, {"backfill": work.backfill, "shard": str(work.index)})
     return Terms(
@@ -103,23 +103,33 @@ def terms_of(work: Work) -> Terms:
 
 
 def data_key(key: str) -> str:
-    """Where a shard's file is."""
+    """The name of a shard's Parquet file, by the shard's key."""
     return f"data/{key}.parquet"
 
 
 def failed_key(key: str) -> str:
-    """Where a shard's failed rows are."""
+    """The name of the file with a shard's failed rows, by the shard's key."""
     return f"failed/{key}.jsonl"
 
 
 def key_of(name: str) -> str | None:
-    """The key of the shard that has left an object of this name; None where none has."""
+    """The key of the shard that wrote an object with this name; None for other names."""
     key = name.partition("/")[2].partition(".")[0]
     return key if re.fullmatch(KEY, key) and name in {data_key(key), failed_key(key)} else None
 
 
 def parse(payload: object) -> Work:
-    """JSON data -> a job or a shard. Raises InvalidJob with every field that is wrong and why."""
+    """Parse JSON data.
+
+    Args:
+        payload: The decoded JSON.
+
+    Returns:
+        The job or shard.
+
+    Raises:
+        InvalidJob: It is neither. The message names each wrong field, and why.
+    """
     if not isinstance(payload, dict) or payload.get("schema") != "gradcam.shard/v1":
         return Job.parse(payload)
     try:

@@ -1,4 +1,4 @@
-"""What is known about a job or shard, and why one failed: `gradcam.status/v1` and what it is made of."""
+"""The wire format of a job's or shard's status, `gradcam.status/v1`, with its error."""
 
 from typing import Any, Literal
 
@@ -23,12 +23,12 @@ FINAL: frozenset[str] = frozenset({"succeeded", "failed", "canceled", "expired"}
 
 
 class Problem(ResponseModel):
-    """Why a job failed: RFC 9457 problem details, with a code that is a promise."""
+    """The error of a job, as RFC 9457 problem details. The meaning of `code` is stable."""
 
     type: str
     title: str
-    detail: str  # for operators: it may name settings, hosts, buckets and paths
-    public_message: str = ""  # for end users: it names none, and is the same for every problem of this code
+    detail: str  # for operators: may contain settings, hosts, buckets and paths
+    public_message: str = ""  # for end users: contains none of these; equal for equal codes
     code: str
     retryable: bool
     stage: str | None = None
@@ -36,19 +36,28 @@ class Problem(ResponseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_public_message(cls, given: Any) -> Any:
-        """What an earlier version wrote lacks its public message."""
-        if isinstance(given, dict) and "public_message" not in given:
-            return {**given, "public_message": public_message(str(given.get("code")))}
-        return given
+    def _fill_public_message(cls, fields: Any) -> Any:
+        """Add the public message, which documents of earlier versions lack."""
+        if isinstance(fields, dict) and "public_message" not in fields:
+            return {**fields, "public_message": public_message(str(fields.get("code")))}
+        return fields
 
     @classmethod
     def of(cls, error: GradcamError, *, stage: str | None, attempt: int) -> "Problem":
-        """An error of the tree -> what goes over the wire. No traceback, no secret."""
+        """Describe an error, without traceback and secrets.
+
+        Args:
+            error: The error.
+            stage: The stage of the job in which it occurred.
+            attempt: The attempt.
+
+        Returns:
+            The problem.
+        """
         return cls(
             type=f"urn:gradcam:problem:{error.code}",
             title=(type(error).__doc__ or error.code).split("\n")[0].rstrip("."),
-            detail=_sentence(visible(redacted(str(error))[:2000])),
+            detail=_end_with_period(visible(redacted(str(error))[:2000])),
             public_message=error.public_message,
             code=error.code,
             retryable=error.retryable,
@@ -57,13 +66,13 @@ class Problem(ResponseModel):
         )
 
 
-def _sentence(text: str) -> str:
-    """What libraries say often lacks its full stop."""
+def _end_with_period(text: str) -> str:
+    """Add a period, which messages of libraries often lack."""
     return text if text.endswith((".", "?", ")")) else f"{text}."
 
 
 class ClassScore(ResponseModel):
-    """A class, its place among all classes by score, and its probability."""
+    """A class, its rank among all classes by score, and its probability."""
 
     rank: int
     id: int
@@ -73,7 +82,7 @@ class ClassScore(ResponseModel):
 
 
 class NetworkRef(ResponseModel):
-    """The network that looked."""
+    """The network that was explained."""
 
     name: str
     layer: str
@@ -81,59 +90,61 @@ class NetworkRef(ResponseModel):
 
 
 class WorkerRef(ResponseModel):
-    """The worker that did it."""
+    """The worker that ran the attempt."""
 
     id: str
     device: str
 
 
 class ResultWarning(ResponseModel):
-    """Something the reader of a result should know."""
+    """A warning about a result."""
 
-    code: str  # zero_heatmap, image_damaged; a later version may know of more
-    class_id: int = -1  # of zero_heatmap; -1: it is about the whole image
-    missing: float | None = None  # of image_damaged: the share of the image that is not there, from 0 to 1
-    detail: str | None = None  # in words
+    code: str  # zero_heatmap or image_damaged; later versions may add others
+    class_id: int = -1  # for zero_heatmap; -1: it concerns the whole image
+    missing: float | None = None  # for image_damaged: the missing share of the image, from 0 to 1
+    detail: str | None = None  # a sentence
 
 
 class ManifestRef(ResponseModel):
-    """Where the manifest is: its presence means that everything it names is there."""
+    """The URI of the manifest. If it exists, so does every object that it names."""
 
     manifest_uri: str
     manifest_sha256: Sha256
 
 
 class RowSearch(ResponseModel):
-    """How far the search for rows that end their worker process has come. A row is its place in the shard.
+    """The progress of the search for rows that kill their worker. Rows are numbered within the shard.
 
-    After a worker died under a shard, the next attempt computes one group of rows at a time, and says before
-    each which it is. After a worker died under a group, the next attempt computes one row at a time. A row
-    under which a worker died is left out from then on.
+    After a worker has died while it ran a shard, the next attempt computes one group of rows at a time, and
+    records the group before it computes it. After a worker has died in a group, the next attempt computes one
+    row at a time. A row in which a worker has died is then left out.
     """
 
-    group: tuple[int, int] | None = None  # the first and the last row of the group that is computed
-    row: int | None = None  # the row that is computed by itself
-    left_out: tuple[int, ...] = ()  # rows under which a worker died, the last one first
+    group: tuple[int, int] | None = None  # the first and the last row of the current group
+    row: int | None = None  # the current row, if computed alone
+    left_out: tuple[int, ...] = ()  # rows in which a worker has died, the latest first
 
     @property
     def stage(self) -> str:
-        """In words, for people, and for earlier workers: see `gradcam_worker.schemas.earlier`."""
+        """The stage for people and earlier versions: see `gradcam_worker.schemas.earlier`."""
         if self.group:
             return "rows {} to {}".format(*self.group)
-        but = f" but {','.join(map(str, self.left_out))}" if self.left_out else ""
-        return f"row {self.row}{but}"
+        left_out = f" but {','.join(map(str, self.left_out))}" if self.left_out else ""
+        return f"row {self.row}{left_out}"
 
 
 class RowState(ResponseModel):
-    """What a shard's document says of its rows. `gradcam_worker.schemas.earlier.row_state` reads it."""
+    """The state of a shard's rows. Read it with `gradcam_worker.schemas.earlier.row_state`."""
 
     done: int = 0  # rows that the running attempt has explained
-    failed: dict[str, int] = Field(default_factory=dict)  # of a shard that succeeded: code -> rows
-    search: RowSearch | None = None  # after a worker died under the shard
+    failed: dict[str, int] = Field(
+        default_factory=dict
+    )  # of a shard that succeeded: error code -> number of rows
+    search: RowSearch | None = None  # after a worker has died while it ran the shard
 
 
 class StatusDocument(ResponseModel):
-    """`gradcam.status/v1`: the whole truth about a job, the same in every backend."""
+    """`gradcam.status/v1`: the complete state of a job, the same in ledger, webhooks and SQL database."""
 
     schema_: Literal["gradcam.status/v1"] = Field(default="gradcam.status/v1", alias="schema")
     id: JobId
@@ -157,12 +168,12 @@ class StatusDocument(ResponseModel):
     warnings: tuple[ResultWarning, ...] = ()
     error: Problem | None = None
     metadata: dict[str, str] = Field(default_factory=dict)
-    traceparent: str | None = None  # W3C: in which trace it is to be found, where there is one
-    rows: RowState | None = None  # of a shard; left out of the JSON where there is nothing to say
+    traceparent: str | None = None  # W3C Trace Context: the trace of the job, if any
+    rows: RowState | None = None  # of a shard; not in the JSON if None
 
     @model_serializer(mode="wrap")
     def _without_empty_rows(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The ledger compares the text of a fresh document, which an earlier version may have written."""
+        """Leave `rows` out if None: the ledger compares texts, which an earlier version may have written."""
         fields: dict[str, Any] = serialize(self)
         if self.rows is None:
             fields.pop("rows", None)
@@ -170,13 +181,13 @@ class StatusDocument(ResponseModel):
 
     @property
     def final(self) -> bool:
-        """Whether nothing more will happen to this job."""
+        """Whether the job is finished: succeeded, failed, canceled or expired."""
         return self.status in FINAL
 
 
 class StatusEvent(ResponseModel):
-    """What a webhook receives."""
+    """An event that a webhook receives."""
 
-    type: str  # gradcam.job.succeeded and so on
+    type: str  # such as gradcam.job.succeeded
     timestamp: AwareDatetime
     data: StatusDocument

@@ -1,6 +1,6 @@
-"""JSON as RFC 8259 means it, from strangers: nothing that readers disagree on, and nothing without end.
+"""Strict reading of untrusted JSON (RFC 8259): with limits, and without what parsers interpret differently.
 
-Python's own reader takes NaN, takes the last of two fields of one name, and raises three kinds of errors.
+Python's parser accepts NaN and duplicate fields, and raises several kinds of errors.
 """
 
 import json
@@ -8,30 +8,39 @@ import math
 import re
 from typing import Any
 
-MAX_DEPTH = 16  # levels of lists and objects, one in another; a job in its message has 7
-MAX_DIGITS = 40  # of one number; a float64 is never written with more than 25
+MAX_DEPTH = 16  # nested lists and objects; a job in its message has 7
+MAX_DIGITS = 40  # of one number; a float64 has at most 25
 
-_MAYBE_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+_MAYBE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _TO_SQUARE = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 class Unreadable(ValueError):
-    """Why something cannot be read, as part of a sentence: `it has 3 bytes`."""
+    """Why a text cannot be read, as part of a sentence, such as `it is not UTF-8`."""
 
 
 def loads(text: bytes, what: str) -> Any:
-    """Read JSON. Raises Unreadable, whose sentence begins with `what`, and no other error.
+    """Parse JSON.
 
-    Refused are NaN and the infinities, a field that is named twice, more than `MAX_DEPTH` levels, more than
-    `MAX_DIGITS` digits, half of a surrogate pair, which no UTF-8 has, and the objects that kombu turns into
-    other things than JSON has.
+    Refused are NaN and the infinities, duplicate fields, more than `MAX_DEPTH` levels, more than `MAX_DIGITS`
+    digits, unpaired surrogates, and the objects that kombu converts to other Python types.
+
+    Args:
+        text: The JSON text, in UTF-8.
+        what: The subject of the error's sentence.
+
+    Returns:
+        The decoded data.
+
+    Raises:
+        Unreadable: The text is refused. No other error is raised.
     """
-    if _too_deep(text):
+    if _is_too_deep(text):
         message = f"{what} is nested deeper than {MAX_DEPTH} levels, or its brackets do not match"
         raise Unreadable(message)
     try:
-        return _encodable(_DECODER.decode(text.decode()), text)
+        return _check_surrogates(_DECODER.decode(text.decode()), text)
     except UnicodeEncodeError as error:
         message = (
             f"{what} holds half of a surrogate pair ({error.object[error.start]!a}), which is no character"
@@ -48,16 +57,16 @@ def loads(text: bytes, what: str) -> Any:
         raise Unreadable(message) from error
 
 
-def _encodable(found: Any, text: bytes) -> Any:
-    """What was found, where it can be written again. Raises UnicodeEncodeError."""
-    if _MAYBE_HALF.search(text):
-        json.dumps(found, ensure_ascii=False).encode()
-    return found
+def _check_surrogates(data: Any, text: bytes) -> Any:
+    """Return the data; raise UnicodeEncodeError if it contains an unpaired surrogate."""
+    if _MAYBE_SURROGATE.search(text):
+        json.dumps(data, ensure_ascii=False).encode()
+    return data
 
 
-def _fields(found: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = dict(found)
-    if len(names) < len(found):
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) < len(pairs):
         message = "names a field twice"
         raise Unreadable(message)
     if "__type__" in names and names.keys() == {"__type__", "__value__"}:
@@ -66,12 +75,12 @@ def _fields(found: list[tuple[str, Any]]) -> dict[str, Any]:
     return names
 
 
-def _whole(text: str) -> int:
+def _parse_int(text: str) -> int:
     _check_digits(text)
     return int(text)
 
 
-def _broken(text: str) -> float:
+def _parse_float(text: str) -> float:
     _check_digits(text)
     value = float(text)
     if math.isinf(value):
@@ -86,13 +95,13 @@ def _check_digits(text: str) -> None:
         raise Unreadable(message)
 
 
-def _constant(name: str) -> None:
+def _refuse_constant(name: str) -> None:
     message = f"holds {name}, which is not JSON"
     raise Unreadable(message)
 
 
-def _too_deep(text: bytes) -> bool:
-    """Whether more than MAX_DEPTH brackets are open at once: without recursion, and in linear time."""
+def _is_too_deep(text: bytes) -> bool:
+    """Whether brackets are nested deeper than MAX_DEPTH. It takes linear time, and does not recurse."""
     if text.count(b"[") + text.count(b"{") <= MAX_DEPTH:
         return False
     plain = text.replace(b"\\\\", b"").replace(b'\\"', b"")
@@ -103,5 +112,8 @@ def _too_deep(text: bytes) -> bool:
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_fields, parse_int=_whole, parse_float=_broken, parse_constant=_constant
+    object_pairs_hook=_make_object,
+    parse_int=_parse_int,
+    parse_float=_parse_float,
+    parse_constant=_refuse_constant,
 )

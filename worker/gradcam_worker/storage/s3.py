@@ -31,7 +31,7 @@ from gradcam_worker.observability.logs import ContextThreadPool
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.retry import HALF_OR_MORE, Retries, RetryPolicy
 from gradcam_worker.schemas import bucket_names
-from gradcam_worker.schemas.bucket_names import LONGEST
+from gradcam_worker.schemas.bucket_names import MAX_CHARACTERS
 from gradcam_worker.schemas.model import MAX_KEY_BYTES
 from gradcam_worker.schemas.shard import READERS
 from gradcam_worker.settings import Settings
@@ -171,8 +171,8 @@ class S3:
 
     def _check(self, bucket: str) -> None:
         """Raise InvalidBucket for a name that is not valid on this server."""
-        if problem := bucket_names.objection(bucket, own_server=not self._is_amazon):
-            message = f"{bucket[:LONGEST]!r} {problem}"
+        if problem := bucket_names.describe_problem(bucket, own_server=not self._is_amazon):
+            message = f"{bucket[:MAX_CHARACTERS]!r} {problem}"
             raise InvalidBucket(message)
 
     def check_identity(self) -> None:
@@ -414,6 +414,6 @@ def _list_page(request: Callable[[], dict[str, Any]], prefix: str) -> _Page:
         message = f"the server's listing cannot be read: {type(error).__name__} {error}"
         raise InvalidListing(message) from error
     if stray := next((entry.key for entry in objects if not entry.key.startswith(prefix)), None):
-        message = f"the server's listing names {stray[:LONGEST]!r}, which does not begin with {prefix!r}"
+        message = f"the server's listing names {stray[:MAX_CHARACTERS]!r}, which does not begin with {prefix!r}"
         raise InvalidListing(message)
     return page

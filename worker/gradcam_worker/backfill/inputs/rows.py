@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 
 from gradcam_worker.errors import DuplicateId, InvalidRow, PermanentError
-from gradcam_worker.schemas.model import too_long
+from gradcam_worker.schemas.model import describe_excess_length
 from gradcam_worker.schemas.shard import Row
 from gradcam_worker.schemas.status import Problem
 from gradcam_worker.text.urls import has_credentials, redacted, without_user
@@ -64,7 +64,7 @@ class RowParser:
             or len(uri) > MAX_URI
             or not _IMAGE_URI.fullmatch(uri)
             or has_credentials(uri)
-            or too_long(uri)
+            or describe_excess_length(uri)
         ):
             return self._row(place, uri, row_id, sha256, InvalidRow(_uri_problem(uri)))
         if row_id is None and sha256 is None:
@@ -151,7 +151,7 @@ def _uri_problem(uri: object) -> str:
         return "its URI is not UTF-8" if half else f"its URI holds the control character {sign[0]!r}"
     if _IMAGE_URI.fullmatch(uri) and has_credentials(uri):
         return f"its URI {without_user(uri)[:100]!r} holds a user or a password, which would be kept"
-    return too_long(uri) or _scheme_problem(uri)
+    return describe_excess_length(uri) or _scheme_problem(uri)
 
 
 def _scheme_problem(uri: str) -> str:
