@@ -134,7 +134,7 @@ class ImageRef(RequestModel):
 
 
 class Webhook(RequestModel):
-    """A URL that receives events of the job; by default, its final one. `secret_ref` names a signing secret."""
+    """A URL that receives events of the job; by default, the final one. `secret_ref` names a secret."""
 
     url: ShortText
     events: Annotated[tuple[Event, ...], Field(min_length=1)] = (
@@ -230,8 +230,8 @@ class Job(RequestModel):
         for name, uri in uris:
             if has_credentials(uri):
                 message = (
-                    f"{name} contains a user or password ({without_secrets(uri)[:200]}), which would be stored: "
-                    f"use a URL without. {CREDENTIAL_HINTS.get(name, '')}"
+                    f"{name} contains a user or password ({without_secrets(uri)[:200]}), which would be "
+                    f"stored: use a URL without. {CREDENTIAL_HINTS.get(name, '')}"
                 )
                 raise ValueError(message.rstrip(". "))
         for index, hook in enumerate(self.webhooks):
