@@ -1,11 +1,11 @@
-"""In-memory doubles of every seam, and a tiny network with a known answer: for our tests and yours.
+"""In-memory doubles of servers and services, and a tiny network with known heatmaps, for tests.
 
 >>> ledger, publisher = MemoryLedger(), RecordingPublisher()
 >>> client = GradcamClient(ledger=ledger, publish=publisher)
 >>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 1})
 >>> [job.id for job in publisher.jobs] == [job_id]
 
-`eager_client` is for unit tests of a web app: no servers, no TensorFlow.
+`eager_client` is for unit tests of a web app: it needs no servers and no TensorFlow.
 """
 
 import base64
@@ -63,7 +63,7 @@ __all__ = [
 
 @dataclass
 class RecordingPublisher:
-    """Takes what would be published, and remembers it."""
+    """Records jobs instead of publishing them."""
 
     jobs: list[Job] = field(default_factory=list)
 
@@ -74,9 +74,9 @@ class RecordingPublisher:
 
 @dataclass
 class MemoryStore:
-    """A bucket in a dictionary: also a StoreSource that opens itself, wherever the job points."""
+    """A bucket in a dictionary. It is also a StoreSource: `open` returns the bucket itself for every URI."""
 
-    objects: dict[str, bytes] = field(default_factory=dict)  # in the order they were written
+    objects: dict[str, bytes] = field(default_factory=dict)  # in the order of writing
 
     def open(self, uri: str | None = None) -> "MemoryStore":  # noqa: ARG002
         """See `gradcam_worker.storage.stores.Stores.open`."""
@@ -92,7 +92,7 @@ class MemoryStore:
         return self.uri(key)
 
     def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
-        """See `gradcam_worker.storage.stores.Store.put_many`: in the order given."""
+        """See `gradcam_worker.storage.stores.Store.put_many`: in order."""
         return put_each(self.put, objects, deadline)
 
     def find(self, key: str, deadline: Deadline) -> bytes | None:
@@ -115,25 +115,25 @@ class MemoryStore:
 
 @dataclass(frozen=True)
 class MemoryImageFetcher:
-    """Images by URI. An exception in place of bytes is raised."""
+    """Images by URI. An exception in place of bytes is raised when the image is fetched."""
 
     images: Mapping[str, bytes | BaseException]
 
     def fetch(self, image: ImageRef, deadline: Deadline, max_bytes: int | None = None) -> FetchedBytes:
         """See `gradcam_worker.images.fetch.UriFetcher.fetch`."""
         deadline.check("fetch")
-        found = self.images.get(image.uri, ImageNotFound(f"There is nothing at {image.uri}."))
-        if isinstance(found, BaseException):
-            raise found
-        if max_bytes is not None and len(found) > max_bytes:
+        data = self.images.get(image.uri, ImageNotFound(f"There is nothing at {image.uri}."))
+        if isinstance(data, BaseException):
+            raise data
+        if max_bytes is not None and len(data) > max_bytes:
             message = f"{image.uri} has more than {max_bytes:,} bytes."
             raise ImageTooLarge(message)
-        return FetchedBytes(found, hashlib.sha256(found).hexdigest(), image.uri)
+        return FetchedBytes(data, hashlib.sha256(data).hexdigest(), image.uri)
 
 
 @dataclass
 class RecordingWebhookSender:
-    """Takes every event, or raises what it is told to."""
+    """Records events instead of sending them, or raises `failure`."""
 
     sent: list[StatusEvent] = field(default_factory=list)
     failure: Exception | None = None
@@ -149,11 +149,11 @@ class RecordingWebhookSender:
 
 
 class TinyNetwork:
-    """Sees red, green and blue. Input (16, 16), map (4, 4), global average pooling and one dense layer.
+    """A network with the classes red, green and blue, whose Grad-CAM heatmaps are known.
 
-    Its activations are the means of 4 x 4 blocks of pixels, scaled to [0, 1]; each class looks at one
-    colour and away from the two others. So Grad-CAM is known: the block means weighted by
-    (2, -1, -1) / 16, in the order of the class's own colour first.
+    Its input is (16, 16), its heatmaps are (4, 4). The activations of its target layer are the means of 4 x 4
+    blocks of pixels, scaled to [0, 1]; global average pooling and one dense layer follow. The heatmap of a
+    class is the sum of the block means, with the weight 2 / 16 for its own colour and -1 / 16 for the others.
     """
 
     SIDE, CELLS = 16, 4
@@ -161,7 +161,7 @@ class TinyNetwork:
 
     labels = ClassIndex((Label(0, "n1", "red"), Label(1, "n2", "green"), Label(2, "n3", "blue")))
     facts = NetworkFacts(
-        name="efficientnet_lite0",  # it stands in for a network of the catalog
+        name="efficientnet_lite0",  # the network of the catalog that it replaces
         input_size=(SIDE, SIDE),
         preprocessing="none",
         weights_sha256=None,
@@ -175,7 +175,7 @@ class TinyNetwork:
     def compute(
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Computed:
-        """See `gradcam_worker.gradcam.network.Network.compute`; of the scores it knows the logit."""
+        """See `gradcam_worker.gradcam.network.Network.compute`: the score is always the logit."""
         if method.layer not in {None, "auto", "blocks"}:
             message = f"Layer {method.layer!r} does not exist; there is 'blocks'."
             raise UnknownLayer(message)
@@ -190,7 +190,7 @@ class TinyNetwork:
     def begin(
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Callable[[], Computed]:
-        """See `gradcam_worker.gradcam.network.Network.begin`: there is no device but the CPU."""
+        """See `gradcam_worker.gradcam.network.Network.begin`: it computes at once, on the CPU."""
         computed = self.compute(pixels, wanted, method)
         return lambda: computed
 
@@ -207,7 +207,16 @@ class TinyNetwork:
 def fake_services(
     images: Mapping[str, bytes | BaseException], *, store: MemoryStore | None = None, **others: Any
 ) -> Services:
-    """An Outside in memory, with the catalog's networks, and TinyNetwork for `efficientnet_lite0`."""
+    """Create the services of a worker, in memory.
+
+    Args:
+        images: The images that can be fetched, by URI. An exception in place of bytes is raised.
+        store: The bucket for results; None: a new one.
+        others: Fields of `gradcam_worker.execution.services.Services` to replace.
+
+    Returns:
+        The services, with the networks of the catalog. Only `efficientnet_lite0` can be loaded: TinyNetwork.
+    """
 
     def load(row: NetworkRow) -> Network:
         if row.name != TinyNetwork.facts.name:
@@ -232,18 +241,18 @@ def fake_services(
 
 @dataclass
 class MemoryObjects:
-    """What a client reads and uploads, in two dictionaries: see `gradcam_worker.client.results.Objects`."""
+    """The objects that a client reads and uploads: see `gradcam_worker.client.results.Objects`."""
 
     store: MemoryStore
     images: dict[str, bytes | BaseException]
 
     def read(self, uri: str) -> bytes:
         """See `gradcam_worker.client.results.Objects.read`."""
-        found = self.store.objects.get(uri.removeprefix("memory://"))
-        if found is None:
+        data = self.store.objects.get(uri.removeprefix("memory://"))
+        if data is None:
             message = f"There is nothing at {uri}."
             raise StorageUnavailable(message)
-        return found
+        return data
 
     def put(self, uri: str, data: bytes, media_type: str) -> None:  # noqa: ARG002
         """See `gradcam_worker.client.results.Objects.put`."""
@@ -262,40 +271,49 @@ def eager_client(
     settings: Settings | None = None,
     **others: Any,
 ) -> GradcamClient:
-    """A client whose `submit` runs the job at once, in memory, for unit tests of what uses a client.
+    """Create a client whose `submit` runs the job at once and in memory, for unit tests.
 
-    `images`: what lies where; an exception in place of bytes is raised. Whatever network of the catalog a
-    job names, `network` computes it, or TinyNetwork: its classes are red, green and blue. `others` are parts
-    of `gradcam_worker.execution.services.Services`. What can be tried again is, at once. Nobody calls
-    webhooks.
+    Failed attempts are retried without a pause. Webhooks are not called.
 
-    >>> import cv2
-    >>> red = cv2.imencode(".png", np.full((32, 32, 3), (0, 0, 255), np.uint8))[1].tobytes()
-    >>> client = eager_client({"s3://in/red.png": red})
-    >>> job_id = client.submit(image="s3://in/red.png", network="vgg16", target={"top_n": 1})
-    >>> client.wait(job_id).predictions[0].name
-    'red'
-    >>> result = client.result(job_id)
-    >>> overlay = result.manifest.explanations[0].artifacts[0]
-    >>> (overlay.kind, result.urls[overlay.uri].partition(",")[0])
-    ('overlay', 'data:image/jpeg;base64')
-    >>> lost = client.submit(image="s3://in/lost.png", network="vgg16", target={"top_n": 1})
-    >>> client.status(lost).error.code
-    'image_not_found'
+    Args:
+        images: The images, by URI. An exception in place of bytes is raised when the image is fetched.
+        network: Computes every job, whichever network of the catalog the job names. None: TinyNetwork, with
+            the classes red, green and blue.
+        settings: The settings; None: the defaults.
+        others: Fields of `gradcam_worker.execution.services.Services` to replace.
+
+    Returns:
+        The client.
+
+    Example:
+        >>> import cv2
+        >>> red = cv2.imencode(".png", np.full((32, 32, 3), (0, 0, 255), np.uint8))[1].tobytes()
+        >>> client = eager_client({"s3://in/red.png": red})
+        >>> job_id = client.submit(image="s3://in/red.png", network="vgg16", target={"top_n": 1})
+        >>> client.wait(job_id).predictions[0].name
+        'red'
+        >>> result = client.result(job_id)
+        >>> overlay = result.manifest.explanations[0].artifacts[0]
+        >>> (overlay.kind, result.urls[overlay.uri].partition(",")[0])
+        ('overlay', 'data:image/jpeg;base64')
+        >>> lost = client.submit(image="s3://in/lost.png", network="vgg16", target={"top_n": 1})
+        >>> client.status(lost).error.code
+        'image_not_found'
     """
-    given = settings or Settings()
-    uploads = given.uploads or "s3://uploads"
-    settings = given.model_copy(update={"retry_backoff_s": 1e-6, "uploads": uploads})
-    there, store, ledger = dict(images or {}), MemoryStore(), MemoryLedger()
+    settings = settings or Settings()
+    uploads = settings.uploads or "s3://uploads"
+    settings = settings.model_copy(update={"retry_backoff_s": 1e-6, "uploads": uploads})
+    image_data, store, ledger = dict(images or {}), MemoryStore(), MemoryLedger()
     model_cache = ModelCache(lambda _: network or TinyNetwork())
-    surroundings = fake_services(there, store=store, **{"model_cache": model_cache, **others})
-    me = WorkerRef(id="eager", device="cpu")
+    services = fake_services(image_data, store=store, **{"model_cache": model_cache, **others})
+    worker = WorkerRef(id="eager", device="cpu")
 
     def run(job: Job) -> None:
-        leases = LeaseManager(ledger, me.id, settings.lease_s)
-        handler = JobHandler(settings, ledger, surroundings, me, leases, CircuitBreaker(lambda: None))
+        leases = LeaseManager(ledger, worker.id, settings.lease_s)
+        handler = JobHandler(settings, ledger, services, worker, leases, CircuitBreaker(lambda: None))
         while not ledger.read(job.id).final:
-            ledger.requeue(job.id)  # where it waits for another attempt
+            ledger.requeue(job.id)  # if it is retrying
             handler.handle({"id": job.id}, job.id)
 
-    return GradcamClient(settings=settings, ledger=ledger, publish=run, objects=MemoryObjects(store, there))
+    objects = MemoryObjects(store, image_data)
+    return GradcamClient(settings=settings, ledger=ledger, publish=run, objects=objects)

@@ -86,8 +86,8 @@ class OverlaySpec(RequestModel):
 
 
 class HeatmapSpec(RequestModel):
-    """The heatmaps as numbers: all in one npz or npy file, float32, on the grid of the network's target layer;
-    or, as png, one 8-bit grey image for each class, in the size of the job's image.
+    """The heatmaps as numbers: all in one npz or npy file, float32, on the grid of the target layer; or, as
+    png, one 8-bit grey image for each class, in the size of the job's image.
     """
 
     kind: Literal["heatmap"] = "heatmap"
