@@ -226,11 +226,9 @@ class OutboxDispatcher:
         event = StatusEvent(type=f"gradcam.{delivery.event}", timestamp=utc_now(), data=delivery.document)
         if delivery.webhook:
             traceparent = delivery.document.traceparent
-            traces = (
-                self._traces if traceparent else NO_TRACES
-            )  # a delivery is recorded only as part of a trace
+            traces = self._traces if traceparent else NO_TRACES  # recorded only as part of a job's trace
             attributes: dict[str, Any] = {"job_id": delivery.document.id, "event": delivery.event}
-            with traces.joined("webhook", traceparent, kind="CLIENT", tries=delivery.tries, **attributes):
+            with traces.start_span("webhook", traceparent, kind="CLIENT", tries=delivery.tries, **attributes):
                 self._to_webhook(delivery, event)
         elif delivery.destination in self._sinks:
             self._sinks[delivery.destination](delivery, event)
