@@ -1,4 +1,4 @@
-"""What many tests need: the photos, a real Valkey, settings for it, a small HTTP server."""
+"""Fixtures that many tests use: photos, real servers and settings for them, a small HTTP server."""
 
 import contextlib
 import logging
@@ -53,17 +53,16 @@ FOLDERS_OF_SERVERS = {"live", "faults", "devtools", "deploy"}
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C reach the programs that tests start, however the suite itself was started.
+    """Let Ctrl-C reach the programs that tests start, even if the suite runs in the background.
 
-    A shell without job control starts what runs in the background with SIGINT ignored, and every process
-    inherits that.
+    A shell without job control starts background processes with SIGINT ignored, and children inherit that.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a server: `scripts/test --fast` leaves it out."""
+    """Mark the tests that need a server: `scripts/test --fast` leaves them out."""
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if fixtures & SERVERS or item.path.parent.name in FOLDERS_OF_SERVERS:
@@ -104,7 +103,7 @@ def _place(path: str) -> tuple[int, int, str]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Half characters, which tests log on purpose, do not get from one process to the other."""
+    """Escape unpaired surrogates, which tests log on purpose: xdist cannot send them to its main process."""
     report = yield
     report.sections = [
         (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
@@ -113,27 +112,27 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 
 @pytest.fixture(autouse=True)
-def _level() -> Iterator[None]:
-    """A test that starts a command in this process leaves no level of logging to the next one."""
+def _restore_log_level() -> Iterator[None]:
+    """Restore the logging level after a test that runs a command in this process."""
     ours = logging.getLogger("gradcam")
     before = ours.level
     yield
     ours.setLevel(before)
 
 
-# Keys that may stay for ever, with any prefix. What no line names has to have a time to live.
+# Keys that may exist for ever, with any prefix. All other keys must have a time to live.
 LASTING_KEYS = {
-    r"(queued:\w+|retrying|running|expiring|canceling)": "ids of jobs that have not ended",
-    r"(dead|parked)": "ids that the reaper prunes, by when they were added",
-    r"(outbox|lane:.+|waiting|down)": "recipients that have events to come",
-    r"(gone|later)": "URLs, which are removed when their time is over",
+    r"(queued:\w+|retrying|running|expiring|canceling)": "ids of jobs that are not final",
+    r"(dead|parked)": "ids that the reaper prunes",
+    r"(outbox|lane:.+|waiting|down)": "recipients that have events to deliver",
+    r"(gone|later)": "URLs, which are removed when their pause is over",
     r"claimed": "one field for each priority",
-    r"workers": "one field for each worker, which is removed when it is not heard of any more",
-    r"backfills": "ids of running backfills, which are removed when they are not heard of any more",
-    r"gradcam\.(interactive|bulk|shards)(\x06\x16\d)?": "a queue: messages that nobody has received",
-    r"unacked(_index)?": "messages that were received and are not acknowledged",
-    r"_kombu\.binding(_permanent)?\..+": "where kombu sends the messages of an exchange",
-    r"_kombu\.binding_deadlines": "when kombu removes bindings that nobody uses any more",
+    r"workers": "one field for each worker, which is removed when the worker is gone",
+    r"backfills": "ids of running backfills, which are removed when the backfill is gone",
+    r"gradcam\.(interactive|bulk|shards)(\x06\x16\d)?": "a queue: messages that were not received",
+    r"unacked(_index)?": "messages that were received and not acknowledged",
+    r"_kombu\.binding(_permanent)?\..+": "the queues of an exchange of kombu",
+    r"_kombu\.binding_deadlines": "when kombu removes bindings that are not used",
     r"unreadable:count": "one number",
 }
 LASTING = re.compile(rf"(.*:)?({'|'.join(LASTING_KEYS)})", re.DOTALL)
@@ -141,19 +140,19 @@ LASTING = re.compile(rf"(.*:)?({'|'.join(LASTING_KEYS)})", re.DOTALL)
 
 @pytest.fixture(scope="session")
 def redis_servers() -> list[str]:
-    """The URLs of the servers that several tests share: see `_keys_expire`."""
+    """The URLs of the servers that tests share: see `_keys_expire`."""
     return []
 
 
 @pytest.fixture(scope="session")
 def reported_keys() -> set[tuple[str, str]]:
-    """The keys for which a test has failed already: one test for each."""
+    """The keys for which a test has failed already: only one test fails for each key."""
     return set()
 
 
 @pytest.fixture(autouse=True)
 def _keys_expire(redis_servers: list[str], reported_keys: set[tuple[str, str]]) -> Iterator[None]:
-    """A test fails where it leaves a key in Redis that would stay for ever."""
+    """Fail a test that leaves a key in Redis that would exist for ever."""
     yield
     for url in redis_servers:
         new = [key for key in keys_that_stay(url) if (url, key) not in reported_keys]
@@ -168,7 +167,7 @@ def find_keys_that_stay() -> Callable[[str], list[str]]:
 
 
 def keys_that_stay(url: str) -> list[str]:
-    """The keys of a server that have no time to live and should have one."""
+    """Find the keys of a server that have no time to live and should have one."""
     with redis.Redis.from_url(url, decode_responses=True) as server:
         keys = [str(key) for key in server.scan_iter(count=1000)]
         with server.pipeline(transaction=False) as pipeline:
@@ -177,11 +176,11 @@ def keys_that_stay(url: str) -> list[str]:
             ttls = pipeline.execute()
         lasting = [key for key, ttl in zip(keys, ttls, strict=True) if ttl == -1]
         found = [key for key in lasting if not LASTING.fullmatch(key) and not is_needed(server, key)]
-        return [key for key in found if server.pttl(key) == -1]  # workers go on meanwhile
+        return [key for key in found if server.pttl(key) == -1]  # a running worker may have set it meanwhile
 
 
 def is_needed(server: redis.Redis, key: str) -> bool:
-    """Whether a key belongs to a job that has not ended, or to a recipient that has events to come."""
+    """Whether a key belongs to a job that is not final, or to a recipient that has events to deliver."""
     named = re.fullmatch(r"(.*:|)(job|idempotency|events):([^:]+(?::[^:]+)?)", key, re.DOTALL)
     if named is None:
         return False
@@ -217,7 +216,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3Se
 
 @pytest.fixture
 def s3_settings(s3_server: servers.S3Server) -> dict[str, Any]:
-    """What settings for the real S3 server have to say."""
+    """The settings for the real S3 server."""
     return {
         "s3_endpoint_url": s3_server.url,
         "s3_access_key_id": s3_server.access_key_id,
@@ -227,13 +226,13 @@ def s3_settings(s3_server: servers.S3Server) -> dict[str, Any]:
 
 @pytest.fixture
 def settings(valkey: str, request: pytest.FixtureRequest) -> Settings:
-    """Settings for the real Valkey, with keys of this test's own."""
+    """Settings for the real Valkey, with a key prefix for each test."""
     return Settings(broker_url=valkey, key_prefix=f"{request.node.name}:")
 
 
 @pytest.fixture
 def tiny() -> TinyNetwork:
-    """A network whose heatmaps are known."""
+    """A network with known heatmaps."""
     return TinyNetwork()
 
 
@@ -244,7 +243,7 @@ def job() -> Job:
 
 @pytest.fixture
 def save_model() -> Callable[..., str]:
-    """Save a small network of three classes, with its convolution one level down; return its checksum."""
+    """Save a small network of three classes, with its convolution in a nested model; return its checksum."""
 
     def save(path: Path, *, seed: int = 1, rescales: bool = False) -> str:
         from gradcam_worker.gradcam.backend import keras
@@ -271,7 +270,7 @@ def save_model() -> Callable[..., str]:
 
 @pytest.fixture
 def silent_port() -> Iterator[int]:
-    """A port that accepts connections and never says a word."""
+    """A port that accepts connections and never answers."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(16)
@@ -280,7 +279,7 @@ def silent_port() -> Iterator[int]:
 
 @pytest.fixture
 def free_port() -> int:
-    """A port where nobody listens, and that the system gives to no connection before somebody does."""
+    """A port on which nothing listens, outside the range from which the system chooses ports."""
     while True:
         with (
             contextlib.suppress(OSError),
@@ -291,45 +290,45 @@ def free_port() -> int:
 
 @dataclass
 class Answer:
-    """What the HTTP server says at one path."""
+    """The answer of the HTTP server for one path."""
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
-    before: Callable[[], object] = lambda: None  # called before it answers
+    before: Callable[[], object] = lambda: None  # called before the answer is sent
 
 
 @dataclass
 class HttpServer:
-    """A real HTTP server with prepared answers, which remembers what it was sent."""
+    """A real HTTP server with prepared answers, which records its requests."""
 
     host: str
     answers: dict[str, Answer] = field(default_factory=dict)
     received: list[tuple[str, bytes]] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)  # of what it received
+    headers: list[dict[str, str]] = field(default_factory=list)  # of the received requests
 
     def url(self, path: str, answer: Answer) -> str:
-        """Prepare an answer; return where it is to be had."""
+        """Prepare an answer; return its URL."""
         self.answers[path] = answer
         return f"http://{self.host}{path}"
 
 
 @pytest.fixture
 def answer() -> type[Answer]:
-    """How a test writes an answer down."""
+    """The class of prepared answers."""
     return Answer
 
 
 @pytest.fixture
 def http_server() -> Iterator[HttpServer]:
-    """A server of this test's own."""
+    """A server for one test."""
     with serving() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def public_server() -> Iterator[HttpServer]:
-    """A server that all tests share, so that long-lived workers can know its address."""
+    """A server for all tests, so that workers that several tests use can be configured with its address."""
     with serving() as server:
         yield server
 
@@ -344,9 +343,9 @@ def serving() -> Iterator[HttpServer]:
             answer = server.answers.get(self.path, Answer(404))
             answer.before()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client gave up
-                self.say(answer)
+                self.send_answer(answer)
 
-        def say(self, answer: Answer) -> None:
+        def send_answer(self, answer: Answer) -> None:
             self.send_response(answer.status)
             for name, value in answer.headers.items():
                 self.send_header(name, value)
@@ -357,7 +356,7 @@ def serving() -> Iterator[HttpServer]:
         do_POST = do_PUT = do_GET  # noqa: N815  # the names are the library's
 
         def log_message(self, *args: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
         server = HttpServer(f"127.0.0.1:{listener.server_port}")
@@ -368,15 +367,15 @@ def serving() -> Iterator[HttpServer]:
 
 @dataclass
 class Encrypted:
-    """TLS in front of a server that has none, with a certificate for `localhost`."""
+    """A TLS proxy for a server without TLS, with a certificate for `localhost`."""
 
     port: int
-    ca: Path  # who vouches for it
+    ca: Path  # the certificate of its authority
 
 
 @pytest.fixture(scope="session")
 def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Encrypted]]:
-    """Put TLS before a port of this machine, for as long as the tests run."""
+    """Start a TLS proxy for a port of this machine, until the end of the session."""
     ca = tmp_path_factory.mktemp("tls") / "ca.pem"
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -394,27 +393,27 @@ def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[in
 
 
 def _encrypt(listener: socket.socket, context: ssl.SSLContext, target: int) -> None:
-    with contextlib.suppress(OSError):  # until it is shut down
+    with contextlib.suppress(OSError):  # which the shutdown of the listener raises
         while True:
             caller, _ = listener.accept()
-            threading.Thread(target=_pass_on, args=[caller, context, target], daemon=True).start()
+            threading.Thread(target=_forward, args=[caller, context, target], daemon=True).start()
 
 
-def _pass_on(caller: socket.socket, context: ssl.SSLContext, target: int) -> None:
-    """Both ways, until either side has had enough."""
+def _forward(caller: socket.socket, context: ssl.SSLContext, target: int) -> None:
+    """Forward data in both directions, until either side closes."""
     with (
         caller,
         contextlib.suppress(OSError),
         context.wrap_socket(caller, server_side=True) as inside,
         socket.create_connection(("127.0.0.1", target)) as services,
     ):
-        back = threading.Thread(target=_pump, args=[services, inside], daemon=True)
+        back = threading.Thread(target=_copy, args=[services, inside], daemon=True)
         back.start()
-        _pump(inside, services)
+        _copy(inside, services)
         back.join()
 
 
-def _pump(source: socket.socket, sink: socket.socket) -> None:
+def _copy(source: socket.socket, sink: socket.socket) -> None:
     with contextlib.suppress(OSError):
         while data := source.recv(65_536):
             sink.sendall(data)

@@ -77,7 +77,7 @@ class RenewLeases(LuaScript[tuple[list[str], list[str]]], file="renew_leases"):
 class FindWorkers(LuaScript[list[str]], file="find_workers"):
     """Find the live workers. Returns worker, health, worker, health, and so on."""
 
-    remembered_ms: int
+    worker_ttl_ms: int
 
 
 @dataclass(kw_only=True)
@@ -117,6 +117,6 @@ class Prune(LuaScript[int], file="prune"):
 class ReadDepths(LuaScript[list[int]], file="read_depths"):
     """Read the lengths of queues. Returns 6 numbers, and 2 for each route: see the script."""
 
-    remembered_ms: int
-    scanned: int
+    worker_ttl_ms: int
+    max_scanned: int
     routes: Sequence[str]

@@ -24,8 +24,8 @@ def read_depths(server: RedisServer, lease_s: float) -> QueueDepths:
     """
     numbers = server.run(
         ReadDepths(
-            remembered_ms=int(WORKER_TTL_LEASES * lease_s * 1000),
-            scanned=MAX_SCANNED_RECIPIENTS,
+            worker_ttl_ms=int(WORKER_TTL_LEASES * lease_s * 1000),
+            max_scanned=MAX_SCANNED_RECIPIENTS,
             routes=ROUTES,
         )
     )

@@ -147,7 +147,7 @@ class RedisLedger(Ledger):
 
     def find_workers(self) -> dict[str, str]:
         """See `Ledger.find_workers`."""
-        reply = self.server.run(scripts.FindWorkers(remembered_ms=WORKER_TTL_LEASES * self._lease_ms))
+        reply = self.server.run(scripts.FindWorkers(worker_ttl_ms=WORKER_TTL_LEASES * self._lease_ms))
         return dict(zip(reply[::2], reply[1::2], strict=True))
 
     def try_lead(self, worker: str, seconds: float) -> bool:

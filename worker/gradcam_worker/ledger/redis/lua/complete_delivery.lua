@@ -1,4 +1,5 @@
--- The recipient's first event is delivered, or need not be: its next one is due.
+-- Remove a recipient's first event, which was delivered or is not to be: its next one is due. Returns 0 if
+-- another dispatcher has claimed it.
 local prefix = ARGV[1]
 local destination = ARGV[2]
 local recipient = ARGV[3]

@@ -1,5 +1,6 @@
--- Enter jobs, in order. Returns for each what was there before (fingerprint, job, document), or {}; ends with
--- the first whose id or idempotency key is another job's: what follows is not entered.
+-- Enter jobs, in order. Returns for each {} if it is new, else the existing fingerprint, job and document.
+-- Stops at the first whose id or idempotency key belongs to a different job: the jobs after it are not
+-- entered.
 -- include: records
 local prefix = ARGV[1]
 local retention_ms = tonumber(ARGV[2])
@@ -30,17 +31,17 @@ local function enter(new)
   record_event(new.job_id, new.webhooks, new.event, new.document, retention_ms)
 end
 
-local found = {}
+local reply = {}
 for _, new in ipairs(jobs) do
   local owner = new.idempotency ~= '' and redis.call('GET', new.idempotency) or new.job_id
   local held = find(owner)
   if not held[1] and owner ~= new.job_id then held = find(new.job_id) end
   if held[1] then
-    found[#found + 1] = held
+    reply[#reply + 1] = held
     if held[1] ~= new.fingerprint then break end
   else
-    found[#found + 1] = {}
+    reply[#reply + 1] = {}
     enter(new)
   end
 end
-return found
+return reply

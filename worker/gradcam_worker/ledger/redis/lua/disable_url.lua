@@ -1,4 +1,4 @@
--- A receiver wants nothing any more.
+-- Stop deliveries to a URL.
 local prefix = ARGV[1]
 local url = ARGV[2]
 local disabled_ms = tonumber(ARGV[3])

@@ -1,5 +1,5 @@
--- Ids of queued jobs whose message must have been lost. Each time that a job is found, it waits twice as long
--- for the next time: its message may only be slow to come.
+-- Returns ids of queued jobs whose message must have been lost. A job that was found is found again only
+-- after a pause, which doubles each time: its message may only be slow.
 local prefix = ARGV[1]
 local route = ARGV[2]
 local queue_is_empty = ARGV[3] == '1'
@@ -11,16 +11,16 @@ local longest_pause_ms = tonumber(ARGV[6])
 
 local queued = prefix .. 'queued:' .. route
 local newest = queue_is_empty and now or tonumber(redis.call('HGET', prefix .. 'claimed', route) or 0)
-local found = {}
+local job_ids = {}
 for _, job_id in ipairs(redis.call('ZRANGEBYSCORE', queued, '-inf', math.min(newest, now) - lost_after_ms,
                                    'LIMIT', 0, limit)) do
   if redis.call('EXISTS', prefix .. 'job:' .. job_id) == 0 then
     redis.call('ZREM', queued, job_id)
   else
-    table.insert(found, job_id)
+    table.insert(job_ids, job_id)
     local published = redis.call('HINCRBY', prefix .. 'job:' .. job_id, 'rung', 1)
     local pause_ms = math.min(lost_after_ms * 2 ^ (published - 1), longest_pause_ms)
     redis.call('ZADD', queued, now + pause_ms - lost_after_ms, job_id)
   end
 end
-return found
+return job_ids

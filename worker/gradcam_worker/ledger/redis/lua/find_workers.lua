@@ -1,18 +1,18 @@
--- The workers that were heard of lately: worker, health, worker, health and so on.
+-- Returns the live workers: worker, health, worker, health, and so on. Workers that are gone are removed.
 local prefix = ARGV[1]
-local remembered_ms = tonumber(ARGV[2])
+local worker_ttl_ms = tonumber(ARGV[2])
 
 -- include: clock
 
-local found = {}
+local reply = {}
 local workers = redis.call('HGETALL', prefix .. 'workers')
 for index = 1, #workers, 2 do
-  local seen, health = string.match(workers[index + 1], '^(%d+) (.*)$')
-  if tonumber(seen) > now - remembered_ms then
-    found[#found + 1] = workers[index]
-    found[#found + 1] = health
+  local renewed, health = string.match(workers[index + 1], '^(%d+) (.*)$')
+  if tonumber(renewed) > now - worker_ttl_ms then
+    reply[#reply + 1] = workers[index]
+    reply[#reply + 1] = health
   else
-    redis.pcall('HDEL', prefix .. 'workers', workers[index]) -- not every user may
+    redis.pcall('HDEL', prefix .. 'workers', workers[index]) -- pcall: without permission it stays
   end
 end
-return found
+return reply

@@ -1,4 +1,5 @@
--- Give a claimed recipient up: nothing is tried any more until it is replayed.
+-- Park a claimed recipient: nothing is delivered until it is replayed. Returns 0 if another dispatcher has
+-- claimed it.
 local prefix = ARGV[1]
 local destination = ARGV[2]
 local recipient = ARGV[3]

@@ -1,9 +1,9 @@
--- Park the recipients of a destination that are due and have waited too long; returns how many.
+-- Park the recipients of a destination that are due and have waited too long. Returns their number.
 local prefix = ARGV[1]
 local destination = ARGV[2]
 local waited_ms = tonumber(ARGV[3])
 local retention_ms = tonumber(ARGV[4])
-local limit = ARGV[5] -- recipients that are looked at
+local limit = ARGV[5] -- recipients that are checked
 
 -- include: clock
 -- include: parking

@@ -1,14 +1,14 @@
--- A delivery failed and is due again after a while; from the second failure in a row on its destination is
--- left alone for a while too.
+-- Repeat a failed delivery after a delay. From the second failure in a row its destination is paused too.
+-- Returns 0 if another dispatcher has claimed it.
 local prefix = ARGV[1]
 local destination = ARGV[2]
 local recipient = ARGV[3]
 local lease_token = tonumber(ARGV[4])
 local delay_ms = tonumber(ARGV[5])
-local first_pause_ms = tonumber(ARGV[6]) -- of a destination
+local first_pause_ms = tonumber(ARGV[6]) -- of the destination
 local longest_pause_ms = tonumber(ARGV[7])
-local url = ARGV[8] -- '': no webhook
-local quiet_ms = tonumber(ARGV[9]) -- that this URL wants to hear nothing
+local url = ARGV[8] -- '': the recipient is a sink
+local quiet_ms = tonumber(ARGV[9]) -- the time during which nothing is delivered to the URL
 
 -- include: clock
 -- include: parking
@@ -18,7 +18,7 @@ local tried = redis.call('HGET', prefix .. 'waiting', recipient) or '0 0'
 local tries, since = string.match(tried, '^(%d+) (%d+)$')
 redis.call('HSET', prefix .. 'waiting', recipient, whole(tries + 1) .. ' ' .. since)
 redis.call('ZADD', prefix .. 'lane:' .. destination, now + delay_ms, recipient)
--- What fails while the destination is left alone was on its way before, and says nothing new.
+-- A delivery that fails during the pause was claimed before it: only the probe counts.
 local failures, ends = pause_of(destination)
 if now >= ends or ends == lease_token then
   local doubled_ms = first_pause_ms * 2 ^ math.min(failures - 1, 20)

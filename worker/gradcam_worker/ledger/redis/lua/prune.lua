@@ -1,4 +1,4 @@
--- Remove dead letters and parked recipients of long ago.
+-- Remove dead letters and parked recipients whose retention is over.
 local prefix = ARGV[1]
 local retention_ms = tonumber(ARGV[2])
 

@@ -1,5 +1,4 @@
--- A worker lives: renew its leases. Returns the ids of the jobs that it has lost, and of all running ones
--- that are to stop.
+-- Renew a worker's leases. Returns the ids of those jobs that it has lost, and of all running jobs to cancel.
 -- include: records
 local prefix = ARGV[1]
 local lease_ms = tonumber(ARGV[2])

@@ -1,6 +1,6 @@
--- Replace a job's document by its next revision, if (attempt, revision) are still those of before; returns
--- whether they were. In the same step the job moves to the place that its new status has, and its event goes
--- into the outbox.
+-- Replace a job's document by its next revision, if the current attempt and revision are the expected ones.
+-- Returns 1 if it was replaced. The same step moves the job to the sorted set of its new status, and records
+-- its event in the outbox.
 local prefix = ARGV[1]
 local job_id = ARGV[2]
 local attempt_before = ARGV[3]
@@ -9,8 +9,8 @@ local document = ARGV[5]
 local attempt = ARGV[6]
 local revision = ARGV[7]
 local status = ARGV[8]
-local delay_ms = tonumber(ARGV[9]) -- the pause before the next attempt
-local fingerprint = ARGV[10] -- '': not compared, and neither is document_before
+local delay_ms = tonumber(ARGV[9]) -- before the next attempt
+local fingerprint = ARGV[10] -- '': neither it nor document_before is compared
 local document_before = ARGV[11]
 local expires_ms = tonumber(ARGV[12]) -- nil: never
 local cancel_requested = ARGV[13] == '1'
@@ -18,7 +18,7 @@ local event = ARGV[14] -- '': none
 local retention_ms = tonumber(ARGV[15])
 local keyed_retention_ms = tonumber(ARGV[16]) -- of a job with an idempotency key
 local lease_ms = tonumber(ARGV[17])
-local only_if_due = ARGV[18] == '1' -- only if its lease, or its pause, is over now
+local only_if_due = ARGV[18] == '1' -- replace only if the lease or the pause is over
 
 -- include: clock
 -- include: events
@@ -29,7 +29,7 @@ local held_attempt, held_revision, held_document, held_fingerprint, place_before
       idempotency = unpack(redis.call('HMGET', key, 'attempt', 'revision', 'document', 'fingerprint', 'place',
                                       'route', 'webhooks', 'idempotency'))
 
--- A write that is sent twice, because its reply was lost, succeeds twice.
+-- A write that is repeated because its reply was lost succeeds again.
 if held_document == document then return 1 end
 if held_attempt ~= attempt_before or held_revision ~= revision_before then return 0 end
 if fingerprint ~= '' and held_fingerprint ~= fingerprint then return 0 end
@@ -41,7 +41,7 @@ if status == 'queued' then place = 'queued:' .. route
 elseif status == 'running' or status == 'retrying' then place = status
 elseif status == 'failed' then place = 'dead' end
 
--- A failed job runs again: nothing of it may expire any more.
+-- A failed job is retried: its keys must not expire.
 local function end_retention()
   redis.call('PERSIST', key)
   if not idempotency or idempotency == '' then return end
@@ -50,7 +50,7 @@ local function end_retention()
   elseif not owner then redis.call('SET', idempotency, job_id) end
 end
 
--- Only a job that stands where it was published first says how far its route has come.
+-- Note when the latest received message was published. Only a job that was published once tells that.
 local function note_claim()
   local published = math.min(tonumber(redis.call('ZSCORE', prefix .. place_before, job_id) or 0), now)
   local first = held_attempt == '0' and not redis.call('HGET', key, 'rung')
@@ -82,8 +82,8 @@ if place == '' or place == 'dead' then
   begin_retention(job_id, idempotency, retention_ms, keyed_retention_ms, route, status)
 end
 record_event(job_id, webhooks, event, document, retention_ms)
--- A presigned address must not stay in the server. A failed job may be run again, and keeps its own.
+-- The job may contain presigned URLs, which must not be kept. A failed job keeps them, for a retry.
 if place == '' then redis.call('HSET', key, 'job', 'null', 'webhooks', '') end
--- By pcall: who may not publish must be able to change the job all the same.
+-- By pcall: a user without permission to publish must still be able to change the job.
 redis.pcall('PUBLISH', prefix .. 'changed:' .. job_id, revision)
 return 1

@@ -1,4 +1,4 @@
--- Whether this worker is the one that reaps, from now on and for so long.
+-- Become or remain the worker that runs the reaper. Returns 0 if another worker is the leader.
 local prefix = ARGV[1]
 local worker = ARGV[2]
 local lease_ms = ARGV[3]

@@ -1,4 +1,4 @@
--- Try a parked recipient again; returns whether there was something to try.
+-- Queue a parked recipient again. Returns 0 if it has nothing to deliver.
 local prefix = ARGV[1]
 local destination = ARGV[2]
 local recipient = ARGV[3]

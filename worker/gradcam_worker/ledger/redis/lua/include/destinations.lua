@@ -1,6 +1,6 @@
 -- The outbox's destinations: see "The outbox" in ledger/redis/__init__.py.
 
--- How often in a row this destination failed, and until when it is left alone.
+-- Returns a destination's failures in a row, and when its pause ends.
 local function pause_of(destination)
   local pause = redis.call('HGET', prefix .. 'down', destination)
   local failures, ends = string.match(pause or '0 0', '^(%d+) (%d+)$')
@@ -11,7 +11,7 @@ local function set_pause(destination, failures, ends)
   redis.call('HSET', prefix .. 'down', destination, whole(failures) .. ' ' .. whole(ends))
 end
 
--- Set when the next delivery to this destination may be tried; without recipients it is removed.
+-- Set when the next delivery to a destination is due. A destination without recipients is removed.
 local function reschedule(destination)
   local first = redis.call('ZRANGE', prefix .. 'lane:' .. destination, 0, 0, 'WITHSCORES')
   if first[1] then
@@ -23,7 +23,7 @@ local function reschedule(destination)
   end
 end
 
--- A recipient with events is due now, unless it stands in line already.
+-- Make a recipient with events due now, unless it is in the queue of its destination already.
 local function enqueue(destination, recipient)
   if redis.call('ZADD', prefix .. 'lane:' .. destination, 'NX', now, recipient) == 0 then return end
   redis.call('PERSIST', prefix .. 'events:' .. recipient)

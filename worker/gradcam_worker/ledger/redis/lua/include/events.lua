@@ -10,13 +10,13 @@ local function append_event(destination, recipient, text, retention_ms)
   end
 end
 
--- Put an event into the outbox, for each webhook of the job that wants it and for each sink.
+-- Record an event in the outbox, for each webhook of the job that receives it and for each sink.
 local function record_event(job_id, webhooks, event, document, retention_ms)
   if event == '' then return end
   if webhooks and webhooks ~= '' then
     for index, webhook in ipairs(cjson.decode(webhooks)) do
-      for _, wanted in ipairs(webhook.events) do
-        if wanted == event then
+      for _, name in ipairs(webhook.events) do
+        if name == event then
           append_event(webhook.lane, job_id .. ':hook' .. index,
                        event .. '\n' .. webhook.text .. '\n' .. document, retention_ms)
           break

@@ -1,6 +1,6 @@
 -- include: destinations
 
--- No further delivery is tried to this recipient until it is replayed.
+-- Park a recipient: nothing is delivered to it until it is replayed.
 local function park(destination, recipient, retention_ms)
   redis.call('ZREM', prefix .. 'lane:' .. destination, recipient)
   redis.call('HDEL', prefix .. 'waiting', recipient)
@@ -8,7 +8,7 @@ local function park(destination, recipient, retention_ms)
   redis.call('PEXPIRE', prefix .. 'events:' .. recipient, retention_ms)
 end
 
--- Whether a dispatcher still has the recipient that it claimed with this token.
+-- Whether the claim with this token is still valid.
 local function is_claimed(destination, recipient, lease_token)
   local score = redis.call('ZSCORE', prefix .. 'lane:' .. destination, recipient)
   return score and tonumber(score) == tonumber(lease_token)

@@ -1,10 +1,10 @@
--- The arguments from ARGV[first] on, in tables with these names as fields.
+-- Returns the arguments from ARGV[first] on, as tables whose fields have these names.
 local function records(first, ...)
-  local names, found = {...}, {}
+  local names, tables = {...}, {}
   for at = first, #ARGV, #names do
     local record = {}
     for offset, name in ipairs(names) do record[name] = ARGV[at + offset - 1] end
-    found[#found + 1] = record
+    tables[#tables + 1] = record
   end
-  return found
+  return tables
 end

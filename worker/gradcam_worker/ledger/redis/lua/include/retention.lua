@@ -1,5 +1,5 @@
--- A job has ended: it, and its idempotency key, live on for the time that results are kept. That it ended
--- is counted for `gradcam top`, by pcall: who may not write there must be able to end jobs all the same.
+-- A job is final: set the time to live of its keys, and count it for `gradcam top`. By pcall: a user without
+-- permission for the counter must still be able to end jobs.
 local function begin_retention(job_id, idempotency, retention_ms, keyed_retention_ms, route, status)
   local key = prefix .. 'ended:' .. whole(math.floor(now / 60000))
   if redis.pcall('HINCRBY', key, route .. ' ' .. status, 1) == 1 then redis.pcall('PEXPIRE', key, 900000) end
