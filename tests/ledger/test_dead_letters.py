@@ -23,7 +23,7 @@ WORKER = WorkerRef(id="gpu-1:7", device="cpu")
 FAST = 1000.0  # jobs a second
 
 
-class Office:
+class Setup:
     """A ledger in which jobs fail, and its dead letters."""
 
     def __init__(self, ledger: Ledger, job: Job) -> None:
@@ -58,162 +58,162 @@ def fail(ledger: Ledger, job_id: str, code: str = "storage_unavailable") -> str:
 
 
 @pytest.fixture(params=["memory", "redis"])
-def office(request: pytest.FixtureRequest, settings: Settings, job: Job) -> Office:
-    return Office(MemoryLedger() if request.param == "memory" else RedisLedger(settings), job)
+def setup(request: pytest.FixtureRequest, settings: Settings, job: Job) -> Setup:
+    return Setup(MemoryLedger() if request.param == "memory" else RedisLedger(settings), job)
 
 
-def test_dead_letters_are_found_newest_first_by_code_by_age_and_by_id(office: Office) -> None:
-    first, second, third = (office.failed(code) for code in ("timeout", "internal", "timeout"))
-    office.ledger.submit(office.job)
-    assert sorted(one.id for one in office.dead.find()) == sorted([first, second, third])
-    times = [one.failed_s for one in office.dead.find()]
+def test_dead_letters_are_found_newest_first_by_code_by_age_and_by_id(setup: Setup) -> None:
+    first, second, third = (setup.failed(code) for code in ("timeout", "internal", "timeout"))
+    setup.ledger.submit(setup.job)
+    assert sorted(one.id for one in setup.dead.find()) == sorted([first, second, third])
+    times = [one.failed_s for one in setup.dead.find()]
     assert times == sorted(times, reverse=True)
-    assert {one.id for one in office.dead.find(code="timeout")} == {first, third}
-    assert [one.id for one in office.dead.find([second])] == [second]
-    assert len(office.dead.find(since_s=60)) == 3
-    assert office.dead.find(since_s=-1) == []
-    assert len(office.dead.find(code="timeout", limit=1)) == 1
-    [letter] = office.dead.find([second])
+    assert {one.id for one in setup.dead.find(code="timeout")} == {first, third}
+    assert [one.id for one in setup.dead.find([second])] == [second]
+    assert len(setup.dead.find(since_s=60)) == 3
+    assert setup.dead.find(since_s=-1) == []
+    assert len(setup.dead.find(code="timeout", limit=1)) == 1
+    [letter] = setup.dead.find([second])
     assert letter.document
     assert letter.document.error
     assert (letter.code, letter.document.error.detail) == ("internal", "The bucket is not there.")
 
 
-def test_a_replay_is_a_new_job_with_the_same_content_and_the_old_one_stays_as_it_was(office: Office) -> None:
-    old = office.failed(idempotency_key="crm-42", metadata={"patient": "7"}, priority="low")
-    before = office.ledger.read(old)
-    new = office.replay(old)[old]
+def test_a_replay_is_a_new_job_with_the_same_content_and_the_old_one_stays_as_it_was(setup: Setup) -> None:
+    old = setup.failed(idempotency_key="crm-42", metadata={"patient": "7"}, priority="low")
+    before = setup.ledger.read(old)
+    new = setup.replay(old)[old]
     assert new == make_replay_id(old) != old
-    job = office.ledger.read_job(new)
+    job = setup.ledger.read_job(new)
     assert isinstance(job, Job)
     assert (job.idempotency_key, job.metadata) == (None, {"patient": "7", "replay_of": old})
     assert (job.image, job.network, job.target, job.priority) == (
-        office.job.image,
-        office.job.network,
-        office.job.target,
+        setup.job.image,
+        setup.job.network,
+        setup.job.target,
         "low",
     )
-    assert office.ledger.read(new).status == "queued"
-    assert [one.id for one in office.published.jobs] == [new]
-    assert office.ledger.read(old) == before
-    assert office.dead.find() == []
+    assert setup.ledger.read(new).status == "queued"
+    assert [one.id for one in setup.published.jobs] == [new]
+    assert setup.ledger.read(old) == before
+    assert setup.dead.find() == []
 
 
-def test_a_replay_that_is_interrupted_and_repeated_doubles_nothing(
-    office: Office, monkeypatch: pytest.MonkeyPatch
+def test_a_replay_that_is_interrupted_and_repeated_creates_one_job(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = office.failed(expires_at=(utc_now() + timedelta(seconds=0.5)).isoformat())
-    letters = office.dead.find()
+    old = setup.failed(expires_at=(utc_now() + timedelta(seconds=0.5)).isoformat())
+    letters = setup.dead.find()
 
     def interrupted(job_id: str) -> None:
         raise KeyboardInterrupt(job_id)
 
     with monkeypatch.context() as patched:
-        patched.setattr(office.ledger, "drop_dead_letter", interrupted)
+        patched.setattr(setup.ledger, "drop_dead_letter", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            list(office.dead.replay(letters, FAST))
+            list(setup.dead.replay(letters, FAST))
     time.sleep(0.6)  # the replay would be another job now: it would not expire
-    assert office.replay() == {old: make_replay_id(old)}
-    assert {one.id for one in office.published.jobs} == {make_replay_id(old)}
-    assert office.ledger.count_jobs() == (1, 0)
-    assert office.dead.find() == []
+    assert setup.replay() == {old: make_replay_id(old)}
+    assert {one.id for one in setup.published.jobs} == {make_replay_id(old)}
+    assert setup.ledger.count_jobs() == (1, 0)
+    assert setup.dead.find() == []
 
 
-def test_replays_that_race_yield_one_job(office: Office) -> None:
-    ids = [office.failed() for _ in range(10)]
-    letters = office.dead.find()
-    threads = [threading.Thread(target=lambda: list(office.dead.replay(letters, FAST))) for _ in range(4)]
+def test_replays_that_race_yield_one_job(setup: Setup) -> None:
+    ids = [setup.failed() for _ in range(10)]
+    letters = setup.dead.find()
+    threads = [threading.Thread(target=lambda: list(setup.dead.replay(letters, FAST))) for _ in range(4)]
     for one in threads:
         one.start()
     for one in threads:
         one.join()
-    assert office.ledger.count_jobs() == (10, 0)
-    assert office.ledger.read_many([make_replay_id(one) for one in ids]).keys() == set(
+    assert setup.ledger.count_jobs() == (10, 0)
+    assert setup.ledger.read_many([make_replay_id(one) for one in ids]).keys() == set(
         map(make_replay_id, ids)
     )
 
 
-def test_a_replay_that_fails_is_a_dead_letter_of_its_own(office: Office) -> None:
-    old = office.failed()
-    new = office.replay()[old]
+def test_a_replay_that_fails_is_a_dead_letter_of_its_own(setup: Setup) -> None:
+    old = setup.failed()
+    new = setup.replay()[old]
     assert new
-    fail(office.ledger, new)
-    assert [one.id for one in office.dead.find()] == [new]
-    newest = office.replay()[new]
+    fail(setup.ledger, new)
+    assert [one.id for one in setup.dead.find()] == [new]
+    newest = setup.replay()[new]
     assert newest
-    job = office.ledger.read_job(newest)
+    job = setup.ledger.read_job(newest)
     assert isinstance(job, Job)
     assert job.metadata["replay_of"] == new
 
 
-def test_only_dead_letters_are_replayed_and_whatever_else_is_named_says_why_not(office: Office) -> None:
-    old = office.failed()
-    office.replay(old)
+def test_only_dead_letters_are_replayed_and_for_other_jobs_the_reason_is_given(setup: Setup) -> None:
+    old = setup.failed()
+    setup.replay(old)
     with pytest.raises(UnknownJob, match=f"has been replayed already, as {make_replay_id(old)}"):
-        office.dead.find([old])
-    office.ledger.submit(office.job)
+        setup.dead.find([old])
+    setup.ledger.submit(setup.job)
     with pytest.raises(UnknownJob, match="is queued: only a failed one can be replayed"):
-        office.dead.find([office.job.id])
+        setup.dead.find([setup.job.id])
     with pytest.raises(UnknownJob, match="has no job"):
-        office.dead.find([new_id()])
+        setup.dead.find([new_id()])
 
 
-def test_what_never_was_a_job_is_listed_and_cannot_be_replayed(office: Office) -> None:
-    message_id, good = new_id(), office.failed()
-    office.ledger.refuse(message_id, {"image": 7}, InvalidJob("This is not a job."))
-    found = {one.id: one for one in office.dead.find()}
+def test_a_refused_message_is_listed_and_cannot_be_replayed(setup: Setup) -> None:
+    message_id, good = new_id(), setup.failed()
+    setup.ledger.refuse(message_id, {"image": 7}, InvalidJob("This is not a job."))
+    found = {one.id: one for one in setup.dead.find()}
     assert found[message_id].code == "invalid_job"
-    assert "can read no job in its message" in str(office.dead.prepare_replay(found[message_id]))
-    assert office.replay() == {message_id: None, good: make_replay_id(good)}
-    assert [one.id for one in office.dead.find()] == [message_id], "it is not forgotten for that"
+    assert "can read no job in its message" in str(setup.dead.prepare_replay(found[message_id]))
+    assert setup.replay() == {message_id: None, good: make_replay_id(good)}
+    assert [one.id for one in setup.dead.find()] == [message_id], "it is not forgotten for that"
 
 
-def test_a_letter_whose_job_is_forgotten_says_so(office: Office) -> None:
+def test_a_letter_whose_job_is_forgotten_cannot_be_replayed(setup: Setup) -> None:
     forgotten = DeadLetter(new_id(), time.time(), None)
     assert forgotten.code == "forgotten"
-    [replayed] = office.dead.replay([forgotten], FAST)
+    [replayed] = setup.dead.replay([forgotten], FAST)
     assert (replayed.new_id, "can read no job" in replayed.why) == (None, True)
 
 
-def test_the_oldest_is_replayed_first_and_the_rate_is_kept(office: Office) -> None:
+def test_the_oldest_is_replayed_first_and_the_rate_is_kept(setup: Setup) -> None:
     ids = []
     for _ in range(6):
-        ids.append(office.failed())
+        ids.append(setup.failed())
         time.sleep(0.003)  # two of one millisecond have no order
     begun = time.monotonic()
-    assert list(office.replay(rate=10)) == ids
+    assert list(setup.replay(rate=10)) == ids
     assert time.monotonic() - begun >= 5 / 10
 
 
-def test_a_ledger_out_of_reach_ends_a_replay(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
-    office.failed()
-    letters = office.dead.find()
+def test_an_unreachable_ledger_ends_a_replay(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup.failed()
+    letters = setup.dead.find()
 
     def away(jobs: Sequence[Job], **_: Any) -> None:
         message = f"The ledger cannot be reached for {jobs[0].id}."
         raise LedgerUnavailable(message)
 
-    monkeypatch.setattr(office.ledger, "submit_many", away)
+    monkeypatch.setattr(setup.ledger, "submit_many", away)
     monkeypatch.setattr("gradcam_worker.client.client.REDIS_RETRIES", replace(REDIS_RETRIES, total_s=0.1))
     with pytest.raises(LedgerUnavailable):
-        list(office.dead.replay(letters, FAST))
-    assert len(office.dead.find()) == 1
+        list(setup.dead.replay(letters, FAST))
+    assert len(setup.dead.find()) == 1
 
 
-def test_metadata_that_is_full_keeps_what_it_has(job: Job) -> None:
+def test_full_metadata_is_kept_as_it_is(job: Job) -> None:
     full = {f"key {number}": "value" for number in range(16)}
     assert make_replay(job.model_copy(update={"metadata": full}), job.id).metadata == full
     full.popitem()
     assert make_replay(job.model_copy(update={"metadata": full}), job.id).metadata["replay_of"] == job.id
 
 
-def test_a_time_to_expire_is_kept_only_while_it_has_not_passed(job: Job) -> None:
+def test_an_expires_at_is_kept_only_if_it_has_not_passed(job: Job) -> None:
     past, future = utc_now() - timedelta(seconds=1), utc_now() + timedelta(hours=1)
     assert make_replay(job.model_copy(update={"expires_at": past}), job.id).expires_at is None
     assert make_replay(job.model_copy(update={"expires_at": future}), job.id).expires_at == future
 
 
-def test_a_replay_is_a_job_that_every_check_lets_through(job: Job) -> None:
+def test_a_replay_is_a_valid_job(job: Job) -> None:
     ulid = job.model_copy(update={"id": "01ARZ3NDEKTSV4RRFFQ69G5FAV"})
     again = make_replay(ulid, ulid.id)
     assert Job.parse(json.loads(again.to_json())) == again

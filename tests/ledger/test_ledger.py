@@ -79,7 +79,7 @@ def test_a_submitted_job_is_queued_and_can_be_read(ledger: Ledger, job: Job) -> 
     assert ledger.count_jobs() == (1, 0)
 
 
-def test_submitting_twice_finds_the_first(ledger: Ledger, job: Job) -> None:
+def test_a_job_that_is_submitted_twice_is_entered_once(ledger: Ledger, job: Job) -> None:
     assert ledger.submit(job) == ledger.submit(job)
     assert ledger.count_jobs() == (1, 0)
 
@@ -107,7 +107,7 @@ def test_the_same_id_with_another_job_is_refused(ledger: Ledger, job: Job) -> No
         ledger.submit(job.model_copy(update={"network": "vgg16"}))
 
 
-def test_an_unknown_job_says_so(ledger: Ledger) -> None:
+def test_an_unknown_job_is_an_error(ledger: Ledger) -> None:
     with pytest.raises(UnknownJob, match="has no job"):
         ledger.read(new_id())
 
@@ -122,7 +122,7 @@ def test_a_claim_starts_the_first_attempt(ledger: Ledger, job: Job) -> None:
     assert ledger.count_jobs() == (0, 1)
 
 
-def test_an_untouched_job_is_taken_without_being_read(ledger: Ledger, job: Job) -> None:
+def test_an_unchanged_job_is_claimed_without_being_read(ledger: Ledger, job: Job) -> None:
     entered = ledger.submit(job)
     taken = ledger.claim_fresh(job, entered.created_at, WORKER)
     assert taken == ledger.read(job.id)
@@ -134,7 +134,9 @@ def test_an_untouched_job_is_taken_without_being_read(ledger: Ledger, job: Job) 
 
 
 @pytest.mark.parametrize("what", ["unknown", "another", "another moment", "running", "retrying", "expired"])
-def test_a_job_that_is_not_as_it_was_entered_is_not_taken(ledger: Ledger, job: Job, what: str) -> None:
+def test_a_job_that_is_not_as_it_was_entered_is_not_claimed_unread(
+    ledger: Ledger, job: Job, what: str
+) -> None:
     if what == "expired":
         job = job.model_copy(update={"expires_at": utc_now() - timedelta(seconds=1)})
     elif what == "unknown":
@@ -153,7 +155,7 @@ def test_a_job_that_is_not_as_it_was_entered_is_not_taken(ledger: Ledger, job: J
     assert ledger.read(job.id) == entered
 
 
-def test_many_threads_take_a_job_and_one_has_it(ledger: Ledger, job: Job) -> None:
+def test_one_of_many_threads_claims_an_unread_job(ledger: Ledger, job: Job) -> None:
     moment = ledger.submit(job).created_at
     taken: list[StatusDocument | None] = []
     threads = [
@@ -167,7 +169,7 @@ def test_many_threads_take_a_job_and_one_has_it(ledger: Ledger, job: Job) -> Non
     assert sum(one is not None for one in taken) == 1
 
 
-def test_a_claim_enters_a_job_that_a_stranger_published(ledger: Ledger, job: Job) -> None:
+def test_a_claim_enters_a_job_that_another_program_published(ledger: Ledger, job: Job) -> None:
     assert claim(ledger, job).document.attempt == 1
 
 
@@ -214,7 +216,7 @@ def test_a_lease_of_an_attempt_that_was_overtaken_is_not_renewed(ledger: Ledger,
     assert ledger.renew_leases("w", "", {job.id: 1}).lost == {job.id}
 
 
-def test_a_worker_says_how_it_is(ledger: Ledger) -> None:
+def test_a_worker_reports_its_health(ledger: Ledger) -> None:
     ledger.renew_leases("gpu-1:7", '{"well": true}', {})
     assert ledger.find_workers() == {"gpu-1:7": '{"well": true}'}
 
@@ -238,7 +240,7 @@ def test_a_waiting_job_is_cancelled_at_once_and_never_starts(ledger: Ledger, job
     assert ledger.count_jobs() == (0, 0)
 
 
-def test_a_running_job_is_asked_to_stop_and_its_worker_writes_the_end(ledger: Ledger, job: Job) -> None:
+def test_a_running_job_that_is_cancelled_is_marked_and_its_worker_ends_it(ledger: Ledger, job: Job) -> None:
     running = claim(ledger, job).document
     asked = ledger.cancel(job.id)
     assert (asked.status, asked.cancel_requested_at is not None) == ("running", True)
@@ -249,14 +251,14 @@ def test_a_running_job_is_asked_to_stop_and_its_worker_writes_the_end(ledger: Le
     assert not ledger.renew_leases("w", "", {}).canceled
 
 
-def test_a_job_that_is_to_stop_and_whose_worker_dies_is_cancelled(ledger: Ledger, job: Job) -> None:
+def test_a_job_to_cancel_whose_worker_dies_is_cancelled(ledger: Ledger, job: Job) -> None:
     claim(ledger, job)
     ledger.cancel(job.id)
     assert not expired(ledger, job)
     assert ledger.read(job.id).status == "canceled"
 
 
-def test_a_job_that_is_handed_back_keeps_all_its_attempts(ledger: Ledger, job: Job) -> None:
+def test_a_released_job_keeps_all_its_attempts(ledger: Ledger, job: Job) -> None:
     job = job.model_copy(update={"max_attempts": 1})
     first = claim(ledger, job).document
     assert not ledger.requeue_unfinished(job.id, attempt=2)
@@ -309,7 +311,7 @@ def test_a_queued_job_without_a_message_is_found_when_a_later_one_came_through(
     assert ledger.find_unpublished("normal", queue_is_empty=False, lost_after_s=0.2, limit=10) == [job.id]
 
 
-def test_failed_jobs_are_dead_letters_until_they_are_buried(ledger: Ledger, job: Job) -> None:
+def test_failed_jobs_are_dead_letters_until_they_are_dropped(ledger: Ledger, job: Job) -> None:
     ledger.advance(claim(ledger, job).document, status="failed")
     other = new_id()
     ledger.refuse(other, None, InvalidJob("no"))
@@ -366,20 +368,20 @@ def test_an_expired_job_is_not_started(ledger: Ledger, job: Job) -> None:
     assert taken.document.error.code == "expired"
 
 
-def test_a_refused_message_is_written_down(ledger: Ledger) -> None:
+def test_a_refused_message_is_recorded_as_a_failed_job(ledger: Ledger) -> None:
     job_id = new_id()
     document = ledger.refuse(job_id, {"image": 7}, InvalidJob("no"))
     assert ledger.read(job_id) == document
     assert (document.status, document.error and document.error.code) == ("failed", "invalid_job")
 
 
-def test_a_refused_message_cannot_touch_a_job_that_has_its_id(ledger: Ledger, job: Job) -> None:
+def test_a_refused_message_cannot_change_a_job_with_its_id(ledger: Ledger, job: Job) -> None:
     ledger.submit(job)
     ledger.refuse(job.id, "garbage", InvalidJob("no"))
     assert ledger.read(job.id).status == "queued"
 
 
-def test_many_threads_claim_a_job_and_one_has_it(ledger: Ledger, job: Job) -> None:
+def test_one_of_many_threads_claims_a_job(ledger: Ledger, job: Job) -> None:
     ledger.submit(job)
     outcomes: list[ClaimOutcome] = []
     threads = [threading.Thread(target=lambda: outcomes.append(claim(ledger, job).outcome)) for _ in range(8)]
@@ -445,7 +447,7 @@ def test_a_write_whose_reply_was_lost_succeeds_again(settings: Settings, job: Jo
     assert not ledger._compare_and_set(before, after.model_copy(update={"stage": "decode"}))
 
 
-def test_a_ledger_out_of_reach_says_where_it_was_looked_for() -> None:
+def test_the_error_of_an_unreachable_ledger_names_its_url() -> None:
     ledger = RedisLedger(Settings(ledger_url="redis://user:planted@127.0.0.1:1/0"))
     with pytest.raises(LedgerUnavailable, match=r"redis://127\.0\.0\.1:1/0") as caught:
         ledger.read(new_id())
@@ -467,7 +469,7 @@ def test_a_message_is_about_the_job_that_the_ledger_holds(ledger: Ledger, job: J
     assert ledger.get_or_create(job.id, {"whatever": "else"})[0] == job
 
 
-def test_the_last_word_is_worth_waiting_for(
+def test_a_final_write_is_repeated_until_the_ledger_is_back(
     ledger: Ledger, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document, swap, failures = (
@@ -488,9 +490,7 @@ def test_the_last_word_is_worth_waiting_for(
 
 
 @pytest.mark.parametrize("status", ["succeeded", "canceled", "expired", "failed"])
-def test_of_a_job_that_has_ended_only_what_may_be_run_again_is_kept(
-    ledger: Ledger, job: Job, status: str
-) -> None:
+def test_the_content_of_a_final_job_is_kept_only_if_it_failed(ledger: Ledger, job: Job, status: str) -> None:
     keyed = with_key(job, "k")
     ledger.advance(claim(ledger, keyed).document, status=status)
     assert ledger.read_job(keyed.id) == (keyed if status == "failed" else None)
@@ -500,7 +500,7 @@ def test_of_a_job_that_has_ended_only_what_may_be_run_again_is_kept(
     assert ledger.claim(document, WORKER).outcome is ClaimOutcome.FINISHED
 
 
-def test_the_addresses_of_a_job_that_has_ended_are_not_in_redis(settings: Settings, job: Job) -> None:
+def test_the_urls_of_a_final_job_are_not_in_redis(settings: Settings, job: Job) -> None:
     ledger = RedisLedger(settings)
     webhook = {"url": "http://app/hook?token=planted", "events": ["job.started"]}
     signed = Job.parse(
@@ -512,7 +512,7 @@ def test_the_addresses_of_a_job_that_has_ended_are_not_in_redis(settings: Settin
 
 
 @pytest.mark.parametrize("seen", [True, False])
-def test_a_job_that_is_to_stop_gets_no_other_attempt_when_this_one_fails(
+def test_a_job_to_cancel_gets_no_further_attempt_when_this_one_fails(
     ledger: Ledger, job: Job, *, seen: bool
 ) -> None:
     document = claim(ledger, job).document
@@ -528,14 +528,14 @@ def test_a_job_that_is_to_stop_gets_no_other_attempt_when_this_one_fails(
     assert ledger.find_overdue(10).due_retries == []
 
 
-def test_a_job_that_is_to_stop_is_not_handed_back(ledger: Ledger, job: Job) -> None:
+def test_a_job_to_cancel_is_not_requeued(ledger: Ledger, job: Job) -> None:
     claim(ledger, job)
     ledger.cancel(job.id)
     assert not ledger.requeue_unfinished(job.id, 1), "nothing is to be published"
     assert ledger.read(job.id).status == "canceled"
 
 
-def test_a_reaper_with_an_old_list_takes_no_lease_that_was_renewed_and_cuts_no_pause_short(
+def test_a_reaper_with_an_outdated_list_expires_no_renewed_lease_and_shortens_no_pause(
     ledger: Ledger, job: Job
 ) -> None:
     document = claim(ledger, job).document
@@ -545,7 +545,7 @@ def test_a_reaper_with_an_old_list_takes_no_lease_that_was_renewed_and_cuts_no_p
     assert not ledger.requeue(job.id)
 
 
-def test_a_message_that_comes_out_of_order_makes_no_others_seem_lost(ledger: Ledger, job: Job) -> None:
+def test_a_message_that_arrives_out_of_order_makes_no_others_seem_lost(ledger: Ledger, job: Job) -> None:
     """A job that was lost is published last and, where its first message is found again, taken first."""
     lost, *others = (job.model_copy(update={"id": new_id()}) for _ in range(4))
     claim(ledger, lost)
@@ -571,7 +571,7 @@ def test_ids_without_a_job_are_forgotten(settings: Settings, job: Job) -> None:
     assert ledger.count_jobs() == (0, 0)
 
 
-def test_a_ledger_that_is_full_says_so_and_can_still_be_read(
+def test_a_full_ledger_is_an_error_of_its_own_and_can_still_be_read(
     settings: Settings, job: Job, tmp_path: Path
 ) -> None:
     with servers.valkey(tmp_path) as server:
@@ -586,7 +586,7 @@ def test_a_ledger_that_is_full_says_so_and_can_still_be_read(
         assert claim(ledger, job).outcome is ClaimOutcome.CLAIMED
 
 
-def test_after_a_failover_the_node_of_before_is_left(job: Job, tmp_path: Path) -> None:
+def test_after_a_failover_the_former_primary_is_left(job: Job, tmp_path: Path) -> None:
     """Both stand behind one address, as in a managed Redis: new connections reach the new primary."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -635,7 +635,7 @@ def test_a_failed_job_is_tried_again_as_the_same_one_with_all_its_attempts(ledge
     assert ledger.advance(running, status="succeeded").status == "succeeded"
 
 
-def test_trying_again_twice_is_trying_again_once(ledger: Ledger, job: Job) -> None:
+def test_two_retries_of_a_failed_job_are_one(ledger: Ledger, job: Job) -> None:
     ledger.submit(job)
     failed(ledger, job)
     again = ledger.retry(job.id)
@@ -661,7 +661,7 @@ def test_only_what_has_failed_is_tried_again(ledger: Ledger, job: Job) -> None:
         ledger.retry(nothing)
 
 
-def test_a_key_finds_the_failure_unless_it_is_to_be_tried_again(ledger: Ledger, job: Job) -> None:
+def test_a_key_finds_the_failed_job_unless_it_is_to_be_retried(ledger: Ledger, job: Job) -> None:
     first = with_key(job, "order")
     ledger.submit(first)
     ended = failed(ledger, first)
@@ -674,7 +674,7 @@ def test_a_key_finds_the_failure_unless_it_is_to_be_tried_again(ledger: Ledger, 
         ledger.submit(other, retry_failed=True)
 
 
-def test_what_somebody_else_tries_again_and_finishes_meanwhile_keeps_no_job_of_many_from_its_answer(
+def test_a_job_that_another_client_retries_and_finishes_meanwhile_does_not_fail_a_batch(
     ledger: Ledger, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = with_key(job, "one"), with_key(job, "two")
@@ -699,7 +699,7 @@ def test_what_somebody_else_tries_again_and_finishes_meanwhile_keeps_no_job_of_m
     assert [getattr(one, "status", one) for one in answers] == ["succeeded", "queued"]
 
 
-def test_a_time_to_expire_that_has_passed_does_not_end_what_is_tried_again(ledger: Ledger, job: Job) -> None:
+def test_an_expires_at_that_has_passed_does_not_end_a_retried_job(ledger: Ledger, job: Job) -> None:
     soon = job.model_copy(update={"expires_at": utc_now() + timedelta(seconds=0.2)})
     ledger.submit(soon)
     failed(ledger, soon)
@@ -712,7 +712,7 @@ def test_a_time_to_expire_that_has_passed_does_not_end_what_is_tried_again(ledge
     assert claim(ledger, soon).outcome is ClaimOutcome.CLAIMED
 
 
-def test_of_a_job_that_is_tried_again_nothing_lapses(settings: Settings, job: Job) -> None:
+def test_no_key_of_a_retried_job_expires(settings: Settings, job: Job) -> None:
     ledger = RedisLedger(short(settings))
     job = with_key(job, "order")
     server = redis.Redis.from_url(settings.ledger)
@@ -730,7 +730,7 @@ def test_of_a_job_that_is_tried_again_nothing_lapses(settings: Settings, job: Jo
     assert ledger.submit(with_key(job, "order")).id == job.id, "a key that was lost is found again"
 
 
-def test_one_of_many_who_try_again_at_once_does(settings: Settings, job: Job) -> None:
+def test_one_of_many_concurrent_retries_succeeds(settings: Settings, job: Job) -> None:
     ledger = RedisLedger(settings)
     ledger.submit(job)
     ended = failed(ledger, job)

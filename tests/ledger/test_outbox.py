@@ -27,7 +27,7 @@ EVERYTHING = ("job.queued", "job.started", "job.progress", "job.retrying", "job.
 
 
 @dataclass
-class Post:
+class Setup:
     """A ledger and its outbox."""
 
     ledger: Ledger
@@ -56,9 +56,9 @@ class Post:
 
 
 @pytest.fixture(params=["memory", "redis"])
-def post(
+def setup(
     request: pytest.FixtureRequest, settings: Settings, job: Job, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Post]:
+) -> Iterator[Setup]:
     """Both outboxes keep the same promises."""
     for module in ("memory.outbox", "redis.outbox"):
         monkeypatch.setattr(
@@ -67,24 +67,24 @@ def post(
         )
     if request.param == "memory":
         ledger = MemoryLedger()
-        yield Post(ledger, ledger.outbox, job)
+        yield Setup(ledger, ledger.outbox, job)
     else:
         yield in_redis(settings, job)
 
 
 @pytest.fixture
-def redis_post(settings: Settings, job: Job) -> Post:
+def redis_setup(settings: Settings, job: Job) -> Setup:
     return in_redis(settings, job)
 
 
-def in_redis(settings: Settings, job: Job) -> Post:
+def in_redis(settings: Settings, job: Job) -> Setup:
     ledger = RedisLedger(settings.model_copy(update={"retention_s": 60, "idempotency_retention_s": 60}))
-    return Post(ledger, RedisOutbox(ledger.server, retention_s=60), job)
+    return Setup(ledger, RedisOutbox(ledger.server, retention_s=60), job)
 
 
-def keys(post: Post) -> set[str]:
+def keys(setup: Setup) -> set[str]:
     """What is in Redis, without what belongs to the job itself."""
-    server: Any = post.outbox._server  # type: ignore[attr-defined]
+    server: Any = setup.outbox._server  # type: ignore[attr-defined]
     found = {key.removeprefix(server.prefix) for key in server.redis.scan_iter(f"{server.prefix}*")}
     own = ("job:", "queued:", "running", "dead", "claimed", "ended:")
     return {key for key in found if not key.startswith(own)}
@@ -98,39 +98,41 @@ def wait_for(condition: Callable[[], list[Delivery]]) -> list[Delivery]:
     return found
 
 
-def test_each_change_of_a_job_leaves_what_its_webhooks_asked_for_and_no_more(post: Post) -> None:
-    job = post.submit("https://a.example/x", "https://b.example/y", events=EVERYTHING)
-    quiet = post.submit("https://b.example/z", events=("job.failed",))
-    running = post.start(job)
-    post.ledger.advance(post.ledger.advance(running, stage="explain"), status="succeeded")
-    post.ledger.advance(post.start(quiet), status="succeeded")
+def test_each_change_of_a_job_records_the_events_that_its_webhooks_receive_and_no_others(
+    setup: Setup,
+) -> None:
+    job = setup.submit("https://a.example/x", "https://b.example/y", events=EVERYTHING)
+    quiet = setup.submit("https://b.example/z", events=("job.failed",))
+    running = setup.start(job)
+    setup.ledger.advance(setup.ledger.advance(running, stage="explain"), status="succeeded")
+    setup.ledger.advance(setup.start(quiet), status="succeeded")
     seen: dict[str, list[str]] = {}
-    while deliveries := post.claim():
+    while deliveries := setup.claim():
         for one in deliveries:
             seen.setdefault(one.recipient, []).append(one.event)
-            post.outbox.complete(one)
+            setup.outbox.complete(one)
     told = ["job.queued", "job.started", "job.progress", "job.succeeded"]
     assert seen == {f"{job.id}:hook1": told, f"{job.id}:hook2": told}
 
 
-def test_webhooks_are_told_again_how_a_job_ends_that_is_tried_again(post: Post) -> None:
-    job = post.submit("https://a.example/x", events=("job.queued", "job.failed", "job.succeeded"))
-    post.ledger.advance(post.start(job), status="failed")
-    post.ledger.retry(job.id)
-    post.ledger.advance(post.start(job), status="succeeded")
+def test_a_retried_job_sends_its_webhooks_a_second_final_event(setup: Setup) -> None:
+    job = setup.submit("https://a.example/x", events=("job.queued", "job.failed", "job.succeeded"))
+    setup.ledger.advance(setup.start(job), status="failed")
+    setup.ledger.retry(job.id)
+    setup.ledger.advance(setup.start(job), status="succeeded")
     told = []
-    while deliveries := post.claim():
+    while deliveries := setup.claim():
         for one in deliveries:
             told.append((one.event, one.document.revision))
-            post.outbox.complete(one)
+            setup.outbox.complete(one)
     assert [event for event, _ in told] == ["job.queued", "job.failed", "job.queued", "job.succeeded"]
     assert [revision for _, revision in told] == [1, 3, 4, 6]
 
 
-def test_an_event_carries_all_that_it_takes_to_deliver_it(post: Post) -> None:
-    job = post.submit("https://A.example:8443/x?y=1", events=("job.started",))
-    running = post.start(job)
-    [delivery] = post.claim()
+def test_a_delivery_contains_everything_that_is_needed_to_send_it(setup: Setup) -> None:
+    job = setup.submit("https://A.example:8443/x?y=1", events=("job.started",))
+    running = setup.start(job)
+    [delivery] = setup.claim()
     assert (delivery.destination, delivery.event) == ("//a.example:8443", "job.started")
     assert (delivery.webhook, delivery.document) == (job.webhooks[0], running)
     assert (delivery.tries, delivery.waited_s < 20) == (0, True)
@@ -147,83 +149,83 @@ def test_an_event_carries_all_that_it_takes_to_deliver_it(post: Post) -> None:
         ("https://sql", "//sql"),
     ],
 )
-def test_hosts_have_a_destination_each_which_no_sink_can_have(url: str, destination: str) -> None:
+def test_each_host_has_a_destination_that_no_sink_can_have(url: str, destination: str) -> None:
     assert outbox.destination_of(url) == destination
 
 
-def test_a_change_that_is_written_twice_is_told_once(post: Post) -> None:
-    running = post.start(post.submit("https://a.example/x", events=("job.succeeded",)))
+def test_a_change_that_is_written_twice_records_one_event(setup: Setup) -> None:
+    running = setup.start(setup.submit("https://a.example/x", events=("job.succeeded",)))
     after = running.model_copy(update={"status": "succeeded", "revision": running.revision + 1})
     for _ in range(2):
-        assert post.ledger._compare_and_set(running, after)
-    [delivery] = post.claim()
-    post.outbox.complete(delivery)
-    assert not post.claim()
+        assert setup.ledger._compare_and_set(running, after)
+    [delivery] = setup.claim()
+    setup.outbox.complete(delivery)
+    assert not setup.claim()
 
 
-def test_a_change_that_is_refused_is_not_told(post: Post) -> None:
-    job = post.submit("https://a.example/x", events=("job.started",))
-    before = post.ledger.read(job.id)
-    post.ledger.claim(before, WORKER)
-    assert post.ledger.claim(before, WORKER).outcome is ClaimOutcome.CHANGED
-    [delivery] = post.claim()
-    post.outbox.complete(delivery)
-    assert not post.claim()
+def test_a_change_that_is_refused_records_no_event(setup: Setup) -> None:
+    job = setup.submit("https://a.example/x", events=("job.started",))
+    before = setup.ledger.read(job.id)
+    setup.ledger.claim(before, WORKER)
+    assert setup.ledger.claim(before, WORKER).outcome is ClaimOutcome.CHANGED
+    [delivery] = setup.claim()
+    setup.outbox.complete(delivery)
+    assert not setup.claim()
 
 
-def test_whatever_fails_in_between_a_recipient_is_told_in_the_order_of_revisions(post: Post) -> None:
-    job = post.submit("https://a.example/x", events=EVERYTHING)
-    document = post.start(job)
+def test_a_recipient_gets_events_in_the_order_of_revisions_even_if_deliveries_fail(setup: Setup) -> None:
+    job = setup.submit("https://a.example/x", events=EVERYTHING)
+    document = setup.start(job)
     for stage in ("decode", "explain", "render"):
-        document = post.ledger.advance(document, stage=stage)
-    post.ledger.advance(document, status="succeeded")
+        document = setup.ledger.advance(document, stage=stage)
+    setup.ledger.advance(document, status="succeeded")
     told: list[int] = []
     for failures in (0, 1, 0, 2, 1, 0):
         for tries in range(failures + 1):
-            [delivery] = wait_for(post.claim)
-            assert (delivery.tries, post.claim()) == (tries, []), "the next one waits for this one"
+            [delivery] = wait_for(setup.claim)
+            assert (delivery.tries, setup.claim()) == (tries, []), "the next one waits for this one"
             if tries < failures:
-                post.fail(delivery)
-        post.outbox.complete(delivery)
+                setup.fail(delivery)
+        setup.outbox.complete(delivery)
         told.append(delivery.document.revision)
     assert told == [1, 2, 3, 4, 5, 6]
-    assert post.outbox.count_recipients() == 0
+    assert setup.outbox.count_recipients() == 0
 
 
-def test_what_a_courier_took_that_died_is_due_again_and_not_before(post: Post) -> None:
-    post.submit("https://a.example/x")
+def test_a_delivery_claimed_by_a_dispatcher_that_died_is_due_when_its_lease_ends(setup: Setup) -> None:
+    setup.submit("https://a.example/x")
     begun = time.monotonic()
-    [first] = post.claim(lease_s=0.3)
-    [second] = wait_for(lambda: post.claim(lease_s=LEASE_S))
+    [first] = setup.claim(lease_s=0.3)
+    [second] = wait_for(lambda: setup.claim(lease_s=LEASE_S))
     assert time.monotonic() - begun >= 0.29
     assert (second.document, second.tries) == (first.document, 0)
 
 
 @pytest.mark.parametrize("word", ["delivered", "postponed", "parked"])
-def test_a_courier_that_was_too_slow_has_no_say_any_more(post: Post, word: str) -> None:
-    post.start(post.submit("https://a.example/x", events=("job.queued", "job.started")))
-    [slow] = post.claim(lease_s=0.05)
-    [quick] = wait_for(post.claim)
+def test_a_dispatcher_whose_lease_ended_can_change_nothing(setup: Setup, word: str) -> None:
+    setup.start(setup.submit("https://a.example/x", events=("job.queued", "job.started")))
+    [slow] = setup.claim(lease_s=0.05)
+    [quick] = wait_for(setup.claim)
     if word == "delivered":
-        post.outbox.complete(slow)
+        setup.outbox.complete(slow)
     elif word == "postponed":
-        post.fail(slow)
+        setup.fail(slow)
     else:
-        post.outbox.park(slow)
-    assert (post.claim(), post.outbox.find_parked()) == ([], []), "the other one still has it"
-    post.outbox.complete(quick)
-    assert [one.event for one in post.claim()] == ["job.started"]
+        setup.outbox.park(slow)
+    assert (setup.claim(), setup.outbox.find_parked()) == ([], []), "the other one still has it"
+    setup.outbox.complete(quick)
+    assert [one.event for one in setup.claim()] == ["job.started"]
 
 
-def test_couriers_that_race_never_have_a_recipient_twice_and_lose_nothing(post: Post) -> None:
-    jobs = [post.submit("https://a.example/x", events=EVERYTHING) for _ in range(30)]
+def test_concurrent_dispatchers_never_share_a_recipient_and_lose_no_event(setup: Setup) -> None:
+    jobs = [setup.submit("https://a.example/x", events=EVERYTHING) for _ in range(30)]
     for job in jobs:
-        post.ledger.advance(post.start(job), status="succeeded")
+        setup.ledger.advance(setup.start(job), status="succeeded")
     told: dict[str, list[int]] = {}
     out, most, lock = Counter[str](), [0], threading.Lock()
 
     def deliver() -> None:
-        while deliveries := post.claim(limit=3):
+        while deliveries := setup.claim(limit=3):
             with lock:
                 out.update(one.recipient for one in deliveries)
                 most[0] = max(most[0], *out.values())
@@ -233,7 +235,7 @@ def test_couriers_that_race_never_have_a_recipient_twice_and_lose_nothing(post: 
                     told.setdefault(one.recipient, []).append(one.document.revision)
                 out.subtract(one.recipient for one in deliveries)
             for one in deliveries:
-                post.outbox.complete(one)
+                setup.outbox.complete(one)
 
     for _ in range(2):  # one that found nothing for a moment has stopped
         with ThreadPoolExecutor(6) as pool:
@@ -242,282 +244,284 @@ def test_couriers_that_race_never_have_a_recipient_twice_and_lose_nothing(post: 
     assert told == {f"{job.id}:hook1": [1, 2, 3] for job in jobs}
 
 
-def test_a_destination_that_failed_twice_is_left_alone_and_then_tried_with_one_delivery(post: Post) -> None:
+def test_a_destination_that_failed_twice_is_paused_and_then_probed_with_one_delivery(setup: Setup) -> None:
     for _ in range(4):
-        post.submit("https://a.example/x")
-    for delivery in post.claim(limit=2):
-        post.fail(delivery, 60)
+        setup.submit("https://a.example/x")
+    for delivery in setup.claim(limit=2):
+        setup.fail(delivery, 60)
     begun = time.monotonic()
-    assert not post.claim()
-    post.submit("https://a.example/x")
-    assert not post.claim(), "nor does a new job change that"
-    [probe] = wait_for(post.claim)
+    assert not setup.claim()
+    setup.submit("https://a.example/x")
+    assert not setup.claim(), "nor does a new job change that"
+    [probe] = wait_for(setup.claim)
     assert time.monotonic() - begun >= PAUSE_S * 0.9
-    assert not post.claim(), "one at a time, whoever takes it"
-    post.outbox.complete(probe)
-    assert len(post.claim()) == 2, "it answers: as many as there are, without those that have to wait"
+    assert not setup.claim(), "one at a time, whoever takes it"
+    setup.outbox.complete(probe)
+    assert len(setup.claim()) == 2, "it answers: as many as there are, without those that have to wait"
 
 
-def test_one_failure_alone_holds_up_no_other_job_at_the_host_for_long(post: Post) -> None:
-    post.submit("https://a.example/bad")
-    [bad] = post.claim()
-    post.fail(bad, 3600)
-    post.submit("https://a.example/good")
-    post.submit("https://a.example/good")
-    [probe] = post.claim()
+def test_a_single_failure_does_not_delay_other_jobs_at_the_host_for_long(setup: Setup) -> None:
+    setup.submit("https://a.example/bad")
+    [bad] = setup.claim()
+    setup.fail(bad, 3600)
+    setup.submit("https://a.example/good")
+    setup.submit("https://a.example/good")
+    [probe] = setup.claim()
     assert probe.webhook
     assert probe.webhook.url == "https://a.example/good"
-    post.outbox.complete(probe)
-    assert len(post.claim()) == 1
+    setup.outbox.complete(probe)
+    assert len(setup.claim()) == 1
 
 
-def test_a_destination_is_left_alone_twice_as_long_each_time(post: Post) -> None:
-    post.submit("https://a.example/x")
-    [delivery] = post.claim()
-    post.fail(delivery)
+def test_the_pause_of_a_destination_doubles_each_time(setup: Setup) -> None:
+    setup.submit("https://a.example/x")
+    [delivery] = setup.claim()
+    setup.fail(delivery)
     for pause_s in (0, PAUSE_S, 2 * PAUSE_S):
         begun = time.monotonic()
-        [delivery] = wait_for(post.claim)
+        [delivery] = wait_for(setup.claim)
         assert time.monotonic() - begun >= pause_s * 0.9
-        post.fail(delivery)
+        setup.fail(delivery)
 
 
-def test_what_was_under_way_when_a_destination_failed_does_not_count_again(post: Post) -> None:
+def test_a_failure_of_a_delivery_claimed_before_the_pause_does_not_count(setup: Setup) -> None:
     for _ in range(12):
-        post.submit("https://a.example/x")
-    for delivery in post.claim():
-        post.fail(delivery)
+        setup.submit("https://a.example/x")
+    for delivery in setup.claim():
+        setup.fail(delivery)
     begun = time.monotonic()
-    wait_for(post.claim)
+    wait_for(setup.claim)
     assert time.monotonic() - begun < 2**10 * PAUSE_S / 50
 
 
-def test_a_destination_whose_probe_was_lost_with_its_dispatcher_is_tried_again(post: Post) -> None:
+def test_a_destination_whose_probe_was_lost_with_its_dispatcher_is_tried_again(setup: Setup) -> None:
     for _ in range(2):
-        post.submit("https://a.example/x")
-    [delivery] = post.claim(limit=1)
-    post.fail(delivery, 60)
-    [lost] = post.claim(lease_s=0.8)
-    assert not post.claim()
-    [found] = wait_for(post.claim)
+        setup.submit("https://a.example/x")
+    [delivery] = setup.claim(limit=1)
+    setup.fail(delivery, 60)
+    [lost] = setup.claim(lease_s=0.8)
+    assert not setup.claim()
+    [found] = wait_for(setup.claim)
     assert found.recipient == lost.recipient
 
 
-def test_a_destination_whose_probe_is_parked_goes_on(post: Post) -> None:
+def test_a_destination_whose_probe_is_parked_is_tried_again(setup: Setup) -> None:
     for _ in range(3):
-        post.submit("https://a.example/x")
-    [delivery] = post.claim(limit=1)
-    post.fail(delivery, 60)
-    [probe] = post.claim()
-    post.outbox.park(probe)
-    assert len(post.claim()) == 1
+        setup.submit("https://a.example/x")
+    [delivery] = setup.claim(limit=1)
+    setup.fail(delivery, 60)
+    [probe] = setup.claim()
+    setup.outbox.park(probe)
+    assert len(setup.claim()) == 1
 
 
-def test_other_destinations_go_on_while_one_is_down(post: Post) -> None:
+def test_a_destination_that_is_down_does_not_delay_others(setup: Setup) -> None:
     for _ in range(3):
-        post.submit("https://a.example/x", "https://b.example/x")
-    for delivery in post.claim(b=0):
-        post.fail(delivery, 60)
-    assert [one.destination for one in post.claim()] == [B] * 3
+        setup.submit("https://a.example/x", "https://b.example/x")
+    for delivery in setup.claim(b=0):
+        setup.fail(delivery, 60)
+    assert [one.destination for one in setup.claim()] == [B] * 3
 
 
-def test_a_courier_gets_as_much_as_it_asked_for(post: Post) -> None:
+def test_a_dispatcher_claims_at_most_what_its_limits_allow(setup: Setup) -> None:
     for _ in range(5):
-        post.submit(*(f"https://{name}.example/x" for name in "abcd"))
-    destinations = Counter(one.destination for one in post.claim(a=2, b=0, others=1))
+        setup.submit(*(f"https://{name}.example/x" for name in "abcd"))
+    destinations = Counter(one.destination for one in setup.claim(a=2, b=0, others=1))
     assert destinations in ({A: 2, "//c.example": 1}, {A: 2, "//d.example": 1})
-    assert len(post.claim(limit=3)) == 3
-    assert not post.claim(a=0, b=0, others=0)
+    assert len(setup.claim(limit=3)) == 3
+    assert not setup.claim(a=0, b=0, others=0)
 
 
-def test_however_many_hosts_wait_one_that_is_named_is_found(post: Post) -> None:
+def test_a_host_named_in_the_limits_is_found_however_many_others_wait(setup: Setup) -> None:
     hosts = [f"https://{number}.example/x" for number in range(300)]
-    post.submit(*hosts[:4])
+    setup.submit(*hosts[:4])
     time.sleep(0.003)  # times are kept in milliseconds
     for index in range(4, len(hosts), 4):
-        post.submit(*hosts[index : index + 4])
-    post.submit("https://a.example/x")
-    assert [one.destination for one in post.claim(limit=4, others=0)] == [A]
-    strangers = {one.destination for one in post.claim(limit=4, others=2)}
+        setup.submit(*hosts[index : index + 4])
+    setup.submit("https://a.example/x")
+    assert [one.destination for one in setup.claim(limit=4, others=0)] == [A]
+    strangers = {one.destination for one in setup.claim(limit=4, others=2)}
     assert len(strangers) == 2
     assert strangers < {f"//{number}.example" for number in range(4)}, "who waited longest"
 
 
-def test_who_waited_longest_comes_first_whether_it_is_named_or_not(post: Post) -> None:
+def test_the_destination_that_is_due_longest_comes_first_named_or_not(setup: Setup) -> None:
     for url in ("https://c.example/x", "https://a.example/x", "https://d.example/x", "https://b.example/x"):
-        post.submit(url)
+        setup.submit(url)
         time.sleep(0.003)
-    assert [post.claim(limit=1)[0].destination for _ in range(4)] == ["//c.example", A, "//d.example", B]
+    assert [setup.claim(limit=1)[0].destination for _ in range(4)] == ["//c.example", A, "//d.example", B]
 
 
-def test_sinks_are_told_of_every_job_from_when_they_are_opened_and_have_to_be_asked_for(post: Post) -> None:
-    post.submit()
-    post.outbox.open_sink("sql")
-    job = post.submit("https://a.example/x")
-    assert [one.destination for one in post.claim()] == [A]
-    [delivery] = post.outbox.claim_deliveries(10, lease_s=LEASE_S, limits={"sql": 1}, others_limit=0)
+def test_an_open_sink_gets_events_of_every_job_and_is_claimed_only_by_name(setup: Setup) -> None:
+    setup.submit()
+    setup.outbox.open_sink("sql")
+    job = setup.submit("https://a.example/x")
+    assert [one.destination for one in setup.claim()] == [A]
+    [delivery] = setup.outbox.claim_deliveries(10, lease_s=LEASE_S, limits={"sql": 1}, others_limit=0)
     assert (delivery.destination, delivery.recipient, delivery.webhook) == ("sql", f"{job.id}:sql", None)
-    post.outbox.close_sink("sql")
-    post.submit()
-    assert not post.outbox.claim_deliveries(10, lease_s=LEASE_S, limits={"sql": 9}, others_limit=9)
+    setup.outbox.close_sink("sql")
+    setup.submit()
+    assert not setup.outbox.claim_deliveries(10, lease_s=LEASE_S, limits={"sql": 9}, others_limit=9)
 
 
-def test_what_is_parked_is_listed_and_told_in_order_when_it_is_replayed(post: Post) -> None:
-    job = post.submit("https://a.example/x", events=EVERYTHING)
-    [delivery] = post.claim()
-    post.outbox.park(delivery)
-    document = post.start(job)
-    assert not post.claim(), "what comes behind waits, too"
-    [parked] = post.outbox.find_parked()
+def test_a_parked_recipient_is_listed_and_gets_its_events_in_order_when_replayed(setup: Setup) -> None:
+    job = setup.submit("https://a.example/x", events=EVERYTHING)
+    [delivery] = setup.claim()
+    setup.outbox.park(delivery)
+    document = setup.start(job)
+    assert not setup.claim(), "what comes behind waits, too"
+    [parked] = setup.outbox.find_parked()
     assert (parked.destination, parked.recipient, parked.events) == (A, f"{job.id}:hook1", 2)
     assert parked.first
     assert (parked.first.event, parked.first.webhook) == ("job.queued", job.webhooks[0])
     assert abs(parked.since_s - time.time()) < 60
-    assert post.outbox.count_recipients() == 0
-    assert post.outbox.unpark(parked)
-    assert (post.outbox.unpark(parked), post.outbox.find_parked()) == (False, [])
-    post.ledger.advance(document, status="succeeded")
+    assert setup.outbox.count_recipients() == 0
+    assert setup.outbox.unpark(parked)
+    assert (setup.outbox.unpark(parked), setup.outbox.find_parked()) == (False, [])
+    setup.ledger.advance(document, status="succeeded")
     for event in ("job.queued", "job.started", "job.succeeded"):
-        [delivery] = post.claim()
+        [delivery] = setup.claim()
         assert (delivery.event, delivery.tries, delivery.waited_s < 20) == (event, 0, True)
-        post.outbox.complete(delivery)
-    assert post.outbox.count_recipients() == 0
+        setup.outbox.complete(delivery)
+    assert setup.outbox.count_recipients() == 0
 
 
-def test_the_newest_parked_is_listed_first(post: Post) -> None:
+def test_the_most_recently_parked_recipient_is_listed_first(setup: Setup) -> None:
     for name in "ab":
-        post.submit(f"https://{name}.example/x")
-        [delivery] = post.claim()
-        post.outbox.park(delivery)
+        setup.submit(f"https://{name}.example/x")
+        [delivery] = setup.claim()
+        setup.outbox.park(delivery)
         time.sleep(0.01)
-    assert [one.destination for one in post.outbox.find_parked()] == [B, A]
+    assert [one.destination for one in setup.outbox.find_parked()] == [B, A]
 
 
-def test_those_who_waited_too_long_at_a_dead_host_are_parked_though_their_turn_never_came(post: Post) -> None:
+def test_recipients_that_waited_too_long_for_a_dead_host_are_parked_without_a_try(setup: Setup) -> None:
     for _ in range(4):
-        post.submit("https://a.example/x", "https://b.example/x")
-    [held] = post.claim(limit=1, b=0)
+        setup.submit("https://a.example/x", "https://b.example/x")
+    [held] = setup.claim(limit=1, b=0)
     time.sleep(1.2)
-    young = post.submit("https://a.example/x")
-    assert post.outbox.park_overdue(A, 1.1) == 3
-    assert post.outbox.park_overdue(A, 1.1) == 0
-    post.outbox.complete(held)
-    left = {one.recipient for one in post.claim() if one.destination == A}
+    young = setup.submit("https://a.example/x")
+    assert setup.outbox.park_overdue(A, 1.1) == 3
+    assert setup.outbox.park_overdue(A, 1.1) == 0
+    setup.outbox.complete(held)
+    left = {one.recipient for one in setup.claim() if one.destination == A}
     assert left == {f"{young.id}:hook1"}
-    assert {one.destination for one in post.outbox.find_parked()} == {A}
+    assert {one.destination for one in setup.outbox.find_parked()} == {A}
 
 
-def test_a_receiver_that_names_a_time_is_told_nothing_of_any_job_until_then(post: Post) -> None:
+def test_a_url_with_retry_after_gets_no_event_of_any_job_before_that_time(setup: Setup) -> None:
     for _ in range(3):
-        post.submit("https://a.example/x")
-    deliveries = post.claim(limit=2)
+        setup.submit("https://a.example/x")
+    deliveries = setup.claim(limit=2)
     begun = time.monotonic()
-    post.fail(deliveries[0], 1, quiet_s=1)
-    post.submit("https://a.example/y")
-    [other] = post.claim()
+    setup.fail(deliveries[0], 1, quiet_s=1)
+    setup.submit("https://a.example/y")
+    [other] = setup.claim()
     assert other.webhook
     assert other.webhook.url == "https://a.example/y", "another receiver at the same host"
-    post.outbox.complete(other)
-    wait_for(post.claim)
+    setup.outbox.complete(other)
+    wait_for(setup.claim)
     assert time.monotonic() - begun >= 0.99
 
 
-def test_a_replay_need_not_wait_for_the_time_that_a_receiver_named(post: Post) -> None:
+def test_a_replay_does_not_wait_for_a_retry_after(setup: Setup) -> None:
     for _ in range(2):
-        post.submit("https://a.example/x")
-    [delivery] = post.claim(limit=1)
-    post.fail(delivery, 3600, quiet_s=3600)
-    post.outbox.enable("https://a.example/x")
-    assert len(post.claim()) == 1
+        setup.submit("https://a.example/x")
+    [delivery] = setup.claim(limit=1)
+    setup.fail(delivery, 3600, quiet_s=3600)
+    setup.outbox.enable("https://a.example/x")
+    assert len(setup.claim()) == 1
 
 
-def test_a_receiver_that_is_gone_is_told_nothing_of_any_job_until_it_is_enabled(post: Post) -> None:
+def test_a_disabled_url_gets_no_event_of_any_job_until_it_is_enabled(setup: Setup) -> None:
     gone = "https://a.example/gone"
     for _ in range(2):
-        post.submit(gone, "https://a.example/there")
-    post.outbox.disable(gone)
-    deliveries = post.claim()
+        setup.submit(gone, "https://a.example/there")
+    setup.outbox.disable(gone)
+    deliveries = setup.claim()
     assert {one.webhook.url for one in deliveries if one.webhook} == {"https://a.example/there"}
     assert len(deliveries) == 2
-    parked = post.outbox.find_parked()
+    parked = setup.outbox.find_parked()
     assert len(parked) == 2
-    assert post.outbox.find_disabled() == [gone]
-    assert post.outbox.unpark(parked[0])
-    assert not post.claim(), "it is parked again"
-    post.outbox.enable(gone)
-    assert post.outbox.find_disabled() == []
-    assert [post.outbox.unpark(one) for one in post.outbox.find_parked()] == [True, True]
-    assert len(post.claim()) == 2
+    assert setup.outbox.find_disabled() == [gone]
+    assert setup.outbox.unpark(parked[0])
+    assert not setup.claim(), "it is parked again"
+    setup.outbox.enable(gone)
+    assert setup.outbox.find_disabled() == []
+    assert [setup.outbox.unpark(one) for one in setup.outbox.find_parked()] == [True, True]
+    assert len(setup.claim()) == 2
 
 
-def test_when_everything_has_been_told_nothing_of_the_outbox_is_left(redis_post: Post) -> None:
-    post = redis_post
+def test_when_everything_is_delivered_no_key_of_the_outbox_is_left(redis_setup: Setup) -> None:
+    setup = redis_setup
     urls = ["https://a.example/x", "https://b.example/y", "https://c.example/z"]
     for _ in range(5):
-        post.ledger.advance(post.start(post.submit(*urls, events=EVERYTHING)), status="succeeded")
-    first = post.claim()
+        setup.ledger.advance(setup.start(setup.submit(*urls, events=EVERYTHING)), status="succeeded")
+    first = setup.claim()
     for delivery in first[::2]:
-        post.fail(delivery, quiet_s=0.01)
+        setup.fail(delivery, quiet_s=0.01)
     for delivery in first[1::2]:
-        post.outbox.park(delivery)
-    for one in post.outbox.find_parked():
-        assert post.outbox.unpark(one)
-    while post.outbox.count_recipients():
-        for delivery in post.claim():
-            post.outbox.complete(delivery)
+        setup.outbox.park(delivery)
+    for one in setup.outbox.find_parked():
+        assert setup.outbox.unpark(one)
+    while setup.outbox.count_recipients():
+        for delivery in setup.claim():
+            setup.outbox.complete(delivery)
     time.sleep(0.05)
-    assert not post.claim()
-    assert keys(post) <= {"later"}
-    post.submit("https://a.example/x")
-    [delivery] = post.claim()
-    post.outbox.complete(delivery)
-    assert keys(post) == set()
+    assert not setup.claim()
+    assert keys(setup) <= {"later"}
+    setup.submit("https://a.example/x")
+    [delivery] = setup.claim()
+    setup.outbox.complete(delivery)
+    assert keys(setup) == set()
 
 
-def test_jobs_without_webhooks_leave_nothing_in_the_outbox(redis_post: Post) -> None:
-    redis_post.ledger.advance(redis_post.start(redis_post.submit()), status="succeeded")
-    assert keys(redis_post) == set()
+def test_jobs_without_webhooks_record_nothing_in_the_outbox(redis_setup: Setup) -> None:
+    redis_setup.ledger.advance(redis_setup.start(redis_setup.submit()), status="succeeded")
+    assert keys(redis_setup) == set()
 
 
-def test_an_event_outlives_its_job(redis_post: Post) -> None:
-    job = redis_post.submit("https://a.example/x")
-    server: Any = redis_post.outbox._server  # type: ignore[attr-defined]
+def test_an_event_outlives_its_job(redis_setup: Setup) -> None:
+    job = redis_setup.submit("https://a.example/x")
+    server: Any = redis_setup.outbox._server  # type: ignore[attr-defined]
     server.redis.delete(f"{server.prefix}job:{job.id}")
-    [delivery] = redis_post.claim()
+    [delivery] = redis_setup.claim()
     assert (delivery.document.id, delivery.webhook) == (job.id, job.webhooks[0])
 
 
-def test_what_is_parked_is_forgotten_some_day_with_what_comes_behind_it(redis_post: Post) -> None:
-    post = redis_post
-    job = post.submit("https://a.example/x", events=EVERYTHING)
-    [delivery] = post.claim()
-    post.outbox.park(delivery)
-    server: Any = post.outbox._server  # type: ignore[attr-defined]
+def test_parked_recipients_expire_with_all_their_events(redis_setup: Setup) -> None:
+    setup = redis_setup
+    job = setup.submit("https://a.example/x", events=EVERYTHING)
+    [delivery] = setup.claim()
+    setup.outbox.park(delivery)
+    server: Any = setup.outbox._server  # type: ignore[attr-defined]
     key = f"{server.prefix}events:{job.id}:hook1"
     assert 0 < server.redis.pttl(key) <= 60_000
-    running = post.start(job)
+    running = setup.start(job)
     assert 0 < server.redis.pttl(key) <= 60_000
-    [parked] = post.outbox.find_parked()
-    assert post.outbox.unpark(parked)
+    [parked] = setup.outbox.find_parked()
+    assert setup.outbox.unpark(parked)
     assert server.redis.pttl(key) == -1, "what is to be told again is not forgotten meanwhile"
-    [delivery] = post.claim()
-    post.outbox.park(delivery)
+    [delivery] = setup.claim()
+    setup.outbox.park(delivery)
     server.redis.delete(key)  # that day
-    [forgotten] = post.outbox.find_parked()
+    [forgotten] = setup.outbox.find_parked()
     assert (forgotten.first, forgotten.events) == (None, 0)
-    post.ledger.advance(running, status="succeeded")
+    setup.ledger.advance(running, status="succeeded")
     assert 0 < server.redis.pttl(key) <= 60_000, "nothing is kept for ever for nobody"
     server.redis.delete(key)
-    [forgotten] = post.outbox.find_parked()
-    assert not post.outbox.unpark(forgotten)
+    [forgotten] = setup.outbox.find_parked()
+    assert not setup.outbox.unpark(forgotten)
 
 
-def test_what_another_version_wrote_holds_up_no_other(redis_post: Post, caplog: Any) -> None:
-    post = redis_post
-    jobs = [post.submit("https://a.example/x") for _ in range(2)]
-    server: Any = post.outbox._server  # type: ignore[attr-defined]
+def test_an_event_that_this_version_cannot_read_does_not_delay_others(
+    redis_setup: Setup, caplog: Any
+) -> None:
+    setup = redis_setup
+    jobs = [setup.submit("https://a.example/x") for _ in range(2)]
+    server: Any = setup.outbox._server  # type: ignore[attr-defined]
     key = f"{server.prefix}events:{jobs[0].id}:hook1"
     server.redis.lset(key, 0, server.redis.lindex(key, 0).replace('"status"', '"mood"'))
-    assert [one.document.id for one in post.claim()] == [jobs[1].id]
+    assert [one.document.id for one in setup.claim()] == [jobs[1].id]
     assert f"outbox_delivery_unreadable recipient={jobs[0].id}:hook1" in caplog.text
     assert server.redis.llen(key) == 1, "it waits for a worker that can"

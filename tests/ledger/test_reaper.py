@@ -45,7 +45,7 @@ class Ledger(MemoryLedger):
 
 
 @dataclass
-class Graveyard:
+class Setup:
     """A ledger, the seconds it has seen, a broker, and reapers."""
 
     now: list[float] = field(default_factory=lambda: [time.time()])
@@ -86,9 +86,9 @@ class Graveyard:
 
 
 @pytest.fixture
-def yard(monkeypatch: pytest.MonkeyPatch) -> Graveyard:
+def setup(monkeypatch: pytest.MonkeyPatch) -> Setup:
     monkeypatch.setattr(reaper, "RENEWAL_INTERVAL_S", 0)
-    return Graveyard()
+    return Setup()
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -98,128 +98,130 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def test_a_retry_is_republished_when_its_pause_is_over_and_not_before(yard: Graveyard) -> None:
-    document = yard.claim(priority="low")
-    yard.ledger.advance(document, status="retrying", delay_s=30)
-    one = yard.reaper()
-    yard.now[0] += 29
+def test_a_retry_is_republished_when_its_pause_is_over_and_not_before(setup: Setup) -> None:
+    document = setup.claim(priority="low")
+    setup.ledger.advance(document, status="retrying", delay_s=30)
+    one = setup.reaper()
+    setup.now[0] += 29
     one.run_round()
-    assert (yard.republished, yard.read(document).status) == ([], "retrying")
-    yard.now[0] += 2
+    assert (setup.republished, setup.read(document).status) == ([], "retrying")
+    setup.now[0] += 2
     one.run_round()
-    assert (yard.republished, yard.read(document).status) == ([(document.id, "low")], "queued")
+    assert (setup.republished, setup.read(document).status) == ([(document.id, "low")], "queued")
     one.run_round()
-    assert len(yard.republished) == 1
+    assert len(setup.republished) == 1
 
 
-def test_a_job_whose_lease_ran_out_is_queued_again_under_suspicion(yard: Graveyard) -> None:
-    document = yard.claim()
-    one = yard.reaper()
-    yard.now[0] += LEASE_S - 1
+def test_a_job_whose_lease_expired_is_queued_as_suspected(setup: Setup) -> None:
+    document = setup.claim()
+    one = setup.reaper()
+    setup.now[0] += LEASE_S - 1
     one.run_round()
-    assert yard.read(document).status == "running"
-    yard.now[0] += 2
+    assert setup.read(document).status == "running"
+    setup.now[0] += 2
     one.run_round()
-    after = yard.read(document)
-    assert yard.republished == [(document.id, "normal")]
+    after = setup.read(document)
+    assert setup.republished == [(document.id, "normal")]
     assert (after.status, after.attempt, state_machine.is_suspected(after)) == ("queued", 1, True)
 
 
-def test_a_job_that_was_lost_as_often_as_it_may_is_parked_and_republished_no_more(yard: Graveyard) -> None:
-    document = yard.claim(max_attempts=1)
-    yard.now[0] += LEASE_S + 1
-    yard.reaper().run_round()
-    after = yard.read(document)
+def test_a_job_that_was_lost_in_its_last_attempt_fails_and_is_not_republished(setup: Setup) -> None:
+    document = setup.claim(max_attempts=1)
+    setup.now[0] += LEASE_S + 1
+    setup.reaper().run_round()
+    after = setup.read(document)
     assert after.error is not None
-    assert (after.status, after.error.code, yard.republished) == ("failed", "max_attempts_exceeded", [])
-    assert [job_id for job_id, _ in yard.ledger.find_dead_letters()] == [document.id]
+    assert (after.status, after.error.code, setup.republished) == ("failed", "max_attempts_exceeded", [])
+    assert [job_id for job_id, _ in setup.ledger.find_dead_letters()] == [document.id]
 
 
-def test_a_job_that_expires_in_the_queue_or_in_a_pause_ends_expired(yard: Graveyard) -> None:
+def test_a_job_that_expires_in_the_queue_or_in_a_pause_ends_expired(setup: Setup) -> None:
     expires_at = utc_now() + timedelta(seconds=60)
-    waits, pauses = yard.submit(expires_at=expires_at), yard.claim(expires_at=expires_at)
-    yard.ledger.advance(pauses, status="retrying", delay_s=300)
-    yard.reaper().run_round()
-    assert yard.read(waits).status == "queued"
-    yard.now[0] += 61
-    yard.reaper().run_round()
-    assert [yard.read(one).status for one in (waits, pauses)] == ["expired", "expired"]
+    waits, pauses = setup.submit(expires_at=expires_at), setup.claim(expires_at=expires_at)
+    setup.ledger.advance(pauses, status="retrying", delay_s=300)
+    setup.reaper().run_round()
+    assert setup.read(waits).status == "queued"
+    setup.now[0] += 61
+    setup.reaper().run_round()
+    assert [setup.read(one).status for one in (waits, pauses)] == ["expired", "expired"]
 
 
 @pytest.mark.parametrize(("priority", "messages"), [("bulk", 0), ("high", 0), ("high", 3)])
 def test_a_job_whose_message_was_lost_is_published_again(
-    yard: Graveyard, priority: str, messages: int, monkeypatch: pytest.MonkeyPatch
+    setup: Setup, priority: str, messages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reaper, "LOST_MESSAGES_INTERVAL_S", 0)
-    yard.messages = {priority: messages}
-    document, one = yard.submit(priority=priority), yard.reaper()
-    yard.now[0] += LOST_AFTER_S - 1
+    setup.messages = {priority: messages}
+    document, one = setup.submit(priority=priority), setup.reaper()
+    setup.now[0] += LOST_AFTER_S - 1
     one.run_round()
-    assert yard.republished == []
-    yard.now[0] += 2
+    assert setup.republished == []
+    setup.now[0] += 2
     one.run_round()
     if messages:
-        assert yard.republished == [], "it may be among those that wait"
-        yard.claim(priority=priority)
-        yard.now[0] += LOST_AFTER_S + 1
-        yard.claim(priority=priority)  # published later, and taken
+        assert setup.republished == [], "it may be among those that wait"
+        setup.claim(priority=priority)
+        setup.now[0] += LOST_AFTER_S + 1
+        setup.claim(priority=priority)  # published later, and taken
         one.run_round()
-    assert (document.id, priority) in yard.republished
-    assert yard.read(document).status == "queued"
-    republished = len(yard.republished)
+    assert (document.id, priority) in setup.republished
+    assert setup.read(document).status == "queued"
+    republished = len(setup.republished)
     one.run_round()
-    assert len(yard.republished) == republished, "not again before it had time to be found"
+    assert len(setup.republished) == republished, "not again before it had time to be found"
 
 
-def test_what_cannot_be_published_is_found_again(yard: Graveyard, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_could_not_be_published_is_found_again(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reaper, "LOST_MESSAGES_INTERVAL_S", 0)
-    document, one = yard.claim(), yard.reaper()
-    yard.now[0] += LEASE_S + 1
-    yard.broker_away = True
+    document, one = setup.claim(), setup.reaper()
+    setup.now[0] += LEASE_S + 1
+    setup.broker_away = True
     with pytest.raises(BrokerUnavailable):
         one.run_round()
-    assert yard.read(document).status == "queued"
-    yard.broker_away = False
+    assert setup.read(document).status == "queued"
+    setup.broker_away = False
     one.run_round()
-    assert yard.republished == []
-    yard.now[0] += LOST_AFTER_S + 1
+    assert setup.republished == []
+    setup.now[0] += LOST_AFTER_S + 1
     one.run_round()
-    assert yard.republished == [(document.id, "normal")]
+    assert setup.republished == [(document.id, "normal")]
 
 
-def test_one_worker_reaps_and_another_takes_over_when_it_is_gone(yard: Graveyard) -> None:
-    first, second = yard.reaper("first"), yard.reaper("second")
+def test_one_worker_reaps_and_another_takes_over_when_it_is_gone(setup: Setup) -> None:
+    first, second = setup.reaper("first"), setup.reaper("second")
     first.run_round()
-    document = yard.claim()
-    yard.ledger.advance(document, status="retrying", delay_s=0)
+    document = setup.claim()
+    setup.ledger.advance(document, status="retrying", delay_s=0)
     second.run_round()
-    assert yard.read(document).status == "retrying", "that is for the first"
-    yard.now[0] += reaper.LEADER_LEASE_S + 0.1
+    assert setup.read(document).status == "retrying", "that is for the first"
+    setup.now[0] += reaper.LEADER_LEASE_S + 0.1
     second.run_round()
-    assert yard.read(document).status == "queued"
+    assert setup.read(document).status == "queued"
 
 
-def test_a_record_that_cannot_be_read_keeps_no_other_waiting(yard: Graveyard, caplog: Any) -> None:
-    bad, good = yard.claim(), yard.claim()
-    yard.ledger.unreadable = bad.id
-    yard.now[0] += LEASE_S + 1
-    yard.reaper().run_round()
-    assert [yard.read(one).status for one in (bad, good)] == ["running", "queued"]
+def test_a_record_that_cannot_be_read_does_not_delay_others(setup: Setup, caplog: Any) -> None:
+    bad, good = setup.claim(), setup.claim()
+    setup.ledger.unreadable = bad.id
+    setup.now[0] += LEASE_S + 1
+    setup.reaper().run_round()
+    assert [setup.read(one).status for one in (bad, good)] == ["running", "queued"]
     assert f"job_recovery_failed job_id={bad.id}" in caplog.text
 
 
-def test_when_the_ledger_is_back_everybody_has_the_time_to_renew(
-    yard: Graveyard, caplog: Any, monkeypatch: pytest.MonkeyPatch
+def test_after_an_outage_of_the_ledger_workers_have_time_to_renew_leases(
+    setup: Setup, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reaper, "ROUND_INTERVAL_S", 0.05)
-    document = yard.claim()
-    yard.ledger.away = True
-    yard.now[0] += 3600
-    loop = yard.reaper(lease_s=1).loop
+    document = setup.claim()
+    setup.ledger.away = True
+    setup.now[0] += 3600
+    loop = setup.reaper(lease_s=1).loop
     loop.start()
     wait_for(lambda: "no job can be recovered: gone" in caplog.text)
-    yard.ledger.away = False
-    wait_for(lambda: yard.read(document).status == "queued")
+    setup.ledger.away = False
+    wait_for(lambda: setup.read(document).status == "queued")
     assert loop.stop(WAIT_S)
     assert caplog.text.count("no job can be recovered") == 1, "an outage is said once"
-    assert yard.ledger.lost_s - yard.ledger.led_s >= 1
+    assert setup.ledger.lost_s - setup.ledger.led_s >= 1

@@ -23,7 +23,7 @@ FIELDS: dict[str, Any] = {
 }
 
 
-def test_a_shard_comes_back_from_its_json_as_it_was() -> None:
+def test_a_shard_survives_its_json() -> None:
     bad = Problem.of(InvalidRow("It names no image."), stage="plan", attempt=0)
     rows = [*FIELDS["rows"], {"uri": "\N{SNOWMAN}", "problem": bad.model_dump(mode="json")}]
     wish = {"metrics": ["deletion"], "artifacts": [{"kind": "overlay", "box": True}], "keep": True}
@@ -33,13 +33,13 @@ def test_a_shard_comes_back_from_its_json_as_it_was() -> None:
     assert shard.rows[2].problem == bad
 
 
-def test_what_has_its_default_is_not_said_of_each_row() -> None:
+def test_defaults_are_not_written_for_each_row() -> None:
     said = json.loads(Shard.model_validate(FIELDS).to_json())
     assert said["rows"] == FIELDS["rows"]
     assert "timeout_s" not in said
 
 
-def test_what_is_no_shard_is_parsed_as_a_job() -> None:
+def test_a_payload_that_is_no_shard_is_parsed_as_a_job() -> None:
     job = {"image": "s3://in/a.png", "network": "efficientnet_lite0", "target": {"top_n": 1}}
     assert isinstance(parse(job), Job)
     others: list[object] = [
@@ -82,12 +82,12 @@ def test_what_is_no_shard_is_parsed_as_a_job() -> None:
         "more",
     ],
 )
-def test_a_shard_that_is_none_is_refused_in_a_sentence(changes: dict[str, Any], match: str) -> None:
+def test_an_invalid_shard_is_refused_in_a_sentence(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(InvalidJob, match=f"This is not a shard: .*{match}"):
         parse({**FIELDS, **changes})
 
 
-def test_a_shard_waits_behind_everybody_and_tells_nobody() -> None:
+def test_a_shard_has_its_own_route_and_no_webhooks() -> None:
     terms = terms_of(Shard.model_validate(FIELDS))
     assert terms == Terms(ROUTE, 8, {"backfill": FIELDS["backfill"], "shard": "7"})
     assert (terms.webhooks, terms.idempotency_key, terms.expires_at, terms.traceparent) == (
@@ -98,7 +98,7 @@ def test_a_shard_waits_behind_everybody_and_tells_nobody() -> None:
     )
 
 
-def test_the_terms_of_a_job_are_its_own_words() -> None:
+def test_the_terms_of_a_job_are_its_fields() -> None:
     said: dict[str, Any] = {
         "priority": "low",
         "max_attempts": 2,
@@ -112,7 +112,7 @@ def test_the_terms_of_a_job_are_its_own_words() -> None:
     assert vars(terms_of(job)) == {"route": said.pop("priority"), **said}
 
 
-def test_a_shard_is_another_where_its_rows_are_and_where_it_keeps() -> None:
+def test_the_fingerprint_of_a_shard_depends_on_its_key_backfill_and_keep() -> None:
     shard = Shard.model_validate(FIELDS)
     same = shard.model_copy(update={"id": new_id(), "output": "s3://elsewhere"})
     assert same.fingerprint() == shard.fingerprint()
@@ -120,6 +120,6 @@ def test_a_shard_is_another_where_its_rows_are_and_where_it_keeps() -> None:
         assert shard.model_copy(update=update).fingerprint() != shard.fingerprint()
 
 
-def test_a_row_may_have_any_text_where_its_address_should_be() -> None:
+def test_the_uri_of_a_row_may_be_any_text() -> None:
     assert Row(uri="").uri == ""
     assert Row(uri="x" * 2_000_000)

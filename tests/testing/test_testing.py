@@ -46,14 +46,14 @@ def test_an_uploaded_image_is_explained_and_its_result_can_be_shown() -> None:
     assert all(url.startswith("data:") for url in result.urls.values())
 
 
-def test_what_fails_for_the_moment_is_tried_as_often_as_a_worker_would() -> None:
+def test_a_retryable_failure_is_retried_as_often_as_a_worker_would() -> None:
     client = eager_client({"s3://in/green.png": ImageFetchFailed("The store is away.")})
     document = client.status(client.submit(**FIELDS, max_attempts=4))
     assert document.error
     assert (document.status, document.attempt, document.error.code) == ("failed", 4, "image_fetch_failed")
 
 
-def test_what_fails_for_good_fails_at_once_and_has_no_result() -> None:
+def test_a_permanent_failure_fails_at_once_and_has_no_result() -> None:
     client = eager_client({"s3://in/green.png": ImageForbidden("Not yours.")})
     job_id = client.submit(**FIELDS)
     assert client.status(job_id).attempt == 1
@@ -72,7 +72,7 @@ def test_a_wrong_job_is_refused_as_the_real_client_refuses_it() -> None:
         client.submit(**{**FIELDS, "image": f"data:image/png;base64,{'A' * 2000}"})
 
 
-def test_the_same_key_runs_once_and_a_network_of_ones_own_is_used() -> None:
+def test_the_same_key_runs_once_and_a_given_network_is_used() -> None:
     seen = []
 
     class Own(TinyNetwork):

@@ -170,7 +170,9 @@ class OutboxDispatcher:
             except LedgerUnavailable as error:
                 self._outages.ledger.failed(str(error))  # the delivery is due again when its lease ends
             except BaseException:
-                log.exception("delivery_failed", recipient=delivery.recipient, event_type=delivery.event)
+                log.exception(
+                    "delivery_not_recorded", recipient=delivery.recipient, event_type=delivery.event
+                )
             self._finish(delivery.destination, answered=answered)
 
     def _finish(self, destination: str, *, answered: bool) -> None:
