@@ -42,7 +42,7 @@ def test_it_is_written_down_and_read_again() -> None:
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"method": {"name": "notebook"}, "metrics": ["deletion"]}, "metrics cannot be had"),
+        ({"method": {"name": "notebook"}, "metrics": ["deletion"]}, "metrics cannot be computed"),
         ({"artifacts": [{"kind": "overlay"}, {"kind": "overlay"}]}, "one kind and format twice"),
         ({"target": {"classes": ["\u00e9" * 128] * 1000}}, "name fewer classes"),
         ({"shard_rows": 0}, "shard_rows"),

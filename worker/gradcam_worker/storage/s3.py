@@ -414,6 +414,8 @@ def _list_page(request: Callable[[], dict[str, Any]], prefix: str) -> _Page:
         message = f"the server's listing cannot be read: {type(error).__name__} {error}"
         raise InvalidListing(message) from error
     if stray := next((entry.key for entry in objects if not entry.key.startswith(prefix)), None):
-        message = f"the server's listing names {stray[:MAX_CHARACTERS]!r}, which does not begin with {prefix!r}"
+        message = (
+            f"the server's listing names {stray[:MAX_CHARACTERS]!r}, which does not begin with {prefix!r}"
+        )
         raise InvalidListing(message)
     return page
