@@ -1,12 +1,12 @@
 import pytest
 
-from gradcam_worker.net.allowlist import Hosts, listed
+from gradcam_worker.net.allowlist import HostAllowlist, normalize
 
 HTTPS = 443
 
 
 def admits(entry: str, host: str, port: int = HTTPS) -> bool:
-    return Hosts([entry]).admit(host, port, HTTPS)
+    return HostAllowlist([entry]).allows(host, port, HTTPS)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_host_off_the_list_is_not(entry: str, host: str, port: int) -> None:
 )
 def test_an_odd_wildcard_is_refused(entry: str) -> None:
     with pytest.raises(ValueError, match=r"too much: after \*\. come at least two labels|is not a host"):
-        listed([entry])
+        normalize([entry])
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_an_odd_wildcard_is_refused(entry: str) -> None:
 )
 def test_what_could_never_match_is_refused_with_a_sentence(entry: str) -> None:
     with pytest.raises(ValueError, match=r"is not a host|has no port|too much"):
-        listed([entry])
+        normalize([entry])
 
 
 def test_upper_case_is_taken_as_it_is_meant() -> None:
-    assert listed(["Images.Example.COM:443", "[::A]"]) == ("images.example.com:443", "[::a]")
+    assert normalize(["Images.Example.COM:443", "[::A]"]) == ("images.example.com:443", "[::a]")

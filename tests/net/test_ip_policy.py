@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devtools.faults.ssrf_urls import answers
-from gradcam_worker.net.ip_policy import GLOBAL_UNICAST, networks, objection
+from gradcam_worker.net.ip_policy import GLOBAL_UNICAST, objection, parse_networks
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_no_answer_of_the_table_is_without_an_objection(found: tuple[str, ...], 
 @given(st.integers(0, 2**32 - 1))
 def test_a_disguise_never_makes_an_ipv4_address_acceptable(bits: int) -> None:
     address = IPv4Address(bits)
-    admitted = networks(["::/0"])  # as careless as can be with IPv6
+    admitted = parse_networks(["::/0"])  # as careless as can be with IPv6
     for disguise in (
         f"::ffff:{address}",
         f"::ffff:0:{address}",
@@ -103,22 +103,22 @@ def test_beyond_global_unicast_there_is_no_address_to_dial(bits: int) -> None:
 
 class TestAdmitted:
     def test_a_listed_network_lets_its_addresses_in_and_no_others(self) -> None:
-        admitted = networks(["10.1.0.0/16", "127.0.0.1", "fd12::/16"])
+        admitted = parse_networks(["10.1.0.0/16", "127.0.0.1", "fd12::/16"])
         for address in ("10.1.2.3", "127.0.0.1", "fd12::1", "8.8.8.8"):
             assert objection(ip_address(address), admitted) is None
         for address in ("10.2.0.1", "127.0.0.2", "fd13::1", "::1", "::ffff:10.1.2.3", "64:ff9b::10.1.2.3"):
             assert objection(ip_address(address), admitted)
 
     def test_nat64_is_let_in_for_public_addresses_and_for_listed_ones(self) -> None:
-        admitted = networks(["64:ff9b::/96", "10.0.0.0/8"])
+        admitted = parse_networks(["64:ff9b::/96", "10.0.0.0/8"])
         assert objection(ip_address("64:ff9b::8.8.8.8"), admitted) is None
         assert objection(ip_address("64:ff9b::10.0.0.1"), admitted) is None
         assert objection(ip_address("64:ff9b::127.0.0.1"), admitted)
 
     def test_a_scope_id_is_never_let_in(self) -> None:
-        assert objection(ip_address("fe80::1%lo"), networks(["fe80::/10"]))
+        assert objection(ip_address("fe80::1%lo"), parse_networks(["fe80::/10"]))
 
     @pytest.mark.parametrize("text", ["10.0.0.1/8", "ten", "10.0.0.0/33", "", "127.1/8", "::/129", "*"])
     def test_what_is_no_network_is_named(self, text: str) -> None:
         with pytest.raises(ValueError, match=r"is not a network.*write it as 10\.0\.0\.0/8"):
-            networks([text])
+            parse_networks([text])

@@ -131,7 +131,7 @@ def test_what_is_shown_of_a_url(text: str, left: str) -> None:
 def test_a_url_is_taken_apart_once() -> None:
     found = parse("HTTPS://u:p%23@Host:443/a/b?x=1#y")
     assert found
-    assert (found.scheme, found.has_user, found.place, found.path) == ("https", True, "Host:443", "/a/b")
+    assert (found.scheme, found.has_user, found.host_port, found.path) == ("https", True, "Host:443", "/a/b")
     assert (found.query, found.fragment) == ("x=1", "y")
     assert "p%23" not in repr(found)
     assert parse("https://h:99999/") is None

@@ -25,7 +25,7 @@ class Plan(RequestModel):
     input: Annotated[str, StringConstraints(min_length=1, max_length=4096)]  # without secrets
     output: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
     network: Name
-    weights_sha256: Sha256 | None = None  # None: those of the first shard
+    weights_sha256: Sha256 | None = None  # which the workers must have; None: any, the same for all shards
     target: Target
     method: MethodSpec = MethodSpec()
     metrics: Annotated[tuple[Metric, ...], Field(max_length=2)] = ()

@@ -50,7 +50,7 @@ class Webhooks:
             UriNotAllowed: Its host is not allowed.
             InvalidJob: Its secret is not configured.
         """
-        self._web.allowed(webhook.url)
+        self._web.check_url(webhook.url)
         if webhook.secret_ref is not None and webhook.secret_ref not in self._secrets:
             raise InvalidJob(self._describe_unknown_secret(webhook.secret_ref))
 

@@ -1,4 +1,4 @@
 """HTTP to addresses that the operator allows, and the signing of webhooks.
 
-Begin at `http.HttpClient`; `ip_policy` judges each address that is dialled.
+Start with `http.HttpClient`; `ip_policy` decides which addresses may be connected to.
 """

@@ -1,4 +1,4 @@
-"""A list of hosts that may be asked: exact ones, and all below a domain."""
+"""Allowlists of hosts: exact names, and all names below a domain."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,9 @@ from gradcam_worker.text.urls import MAX_PORT, without_secrets
 
 _LABEL = r"[a-z0-9_-]{1,63}"
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
-_DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.[a-z][a-z0-9-]{{1,62}}")  # ends as no IPv4 address does
+_DOMAIN = re.compile(
+    rf"{_LABEL}(?:\.{_LABEL})*\.[a-z][a-z0-9-]{{1,62}}"
+)  # unlike an IPv4 address, ends with a label that begins with a letter
 _LABELS = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 _ENTRY = re.compile(r"(?P<star>\*\.)?(?P<host>\[[0-9a-f:.]+\]|[^:\[\]*]+)(?::(?P<port>[0-9]{1,5}))?")
 
@@ -17,49 +19,52 @@ _ENTRY = re.compile(r"(?P<star>\*\.)?(?P<host>\[[0-9a-f:.]+\]|[^:\[\]*]+)(?::(?P
 @dataclass(frozen=True)
 class _Entry:
     host: str
-    port: int | None  # none: the scheme's own
-    below: bool = False  # not the host itself, but every name that ends in it
+    port: int | None  # None: the default port of the scheme
+    subdomains: bool = False  # not the host itself, but every name below it
 
-    def admits(self, host: str, port: int, usual_port: int) -> bool:
-        if port != (usual_port if self.port is None else self.port):
+    def allows(self, host: str, port: int, default_port: int) -> bool:
+        if port != (default_port if self.port is None else self.port):
             return False
-        if not self.below:
+        if not self.subdomains:
             return host == self.host
-        first = host.removesuffix(self.host)
-        return first != host and bool(_LABELS.fullmatch(first))
+        labels = host.removesuffix(self.host)
+        return labels != host and bool(_LABELS.fullmatch(labels))
 
 
-class Hosts:
-    """Knows which hosts an operator allows."""
+class HostAllowlist:
+    """The hosts that an operator allows."""
 
     def __init__(self, entries: Sequence[str]) -> None:
-        """Entries as in `listed`. Raises ValueError with a sentence."""
-        self._entries = [_parsed(entry) for entry in entries]
+        """Parse entries as in `normalize`. Raises ValueError."""
+        self._entries = [_parse(entry) for entry in entries]
 
-    def admit(self, host: str, port: int, usual_port: int) -> bool:
-        """Whether a host may be asked: a name in lower-case ASCII, or an address without brackets.
+    def allows(self, host: str, port: int, default_port: int) -> bool:
+        """Return whether requests to a host are allowed.
 
-        `usual_port` is the scheme's, for entries that name none.
+        Args:
+            host: A name in lower-case ASCII, or an address without brackets.
+            port: The port of the request.
+            default_port: The scheme's, for entries without a port.
         """
-        host = _shortest(host)
-        return any(entry.admits(host, port, usual_port) for entry in self._entries)
+        host = _canonical(host)
+        return any(entry.allows(host, port, default_port) for entry in self._entries)
 
 
-def listed(entries: Sequence[str]) -> tuple[str, ...]:
-    """The entries of a list, in lower case: `host`, `host:port`, `[IPv6 address]:port` or `*.example.com`.
+def normalize(entries: Sequence[str]) -> tuple[str, ...]:
+    """Return the entries in lower case: `host`, `host:port`, `[IPv6 address]:port` or `*.example.com`.
 
-    Raises ValueError, with a sentence, for what could never match or would match too much.
+    Raises ValueError for an entry that could never match or would match too much.
     """
     lowered = tuple(entry.lower() for entry in entries)
-    Hosts(lowered)
+    HostAllowlist(lowered)
     return lowered
 
 
-def _parsed(entry: str) -> _Entry:
-    found = _ENTRY.fullmatch(entry)
-    host, port = (found["host"], found["port"]) if found else ("", None)
-    below = bool(found and found["star"])
-    if below and not _DOMAIN.fullmatch(host):
+def _parse(entry: str) -> _Entry:
+    match = _ENTRY.fullmatch(entry)
+    host, port = (match["host"], match["port"]) if match else ("", None)
+    subdomains = bool(match and match["star"])
+    if subdomains and not _DOMAIN.fullmatch(host):
         message = (
             f"{entry!r} would let in too much: after *. come at least two labels of a domain name, "
             "as in *.example.com"
@@ -80,11 +85,11 @@ def _parsed(entry: str) -> _Entry:
     if port is not None and not 1 <= int(port) <= MAX_PORT:
         message = f"{entry!r} has no port: it must be from 1 to {MAX_PORT}"
         raise ValueError(message)
-    return _Entry(f".{host}" if below else host, int(port) if port else None, below)
+    return _Entry(f".{host}" if subdomains else host, int(port) if port else None, subdomains)
 
 
-def _shortest(host: str) -> str:
-    """An address in the one form that Python writes it in; names as they are."""
+def _canonical(host: str) -> str:
+    """An address in the form that Python writes; names are returned unchanged."""
     try:
         address: IPv4Address | IPv6Address = ip_address(host)
     except ValueError:

@@ -1,7 +1,7 @@
-"""How a host is dialled: looked up once, judged, and connected to at exactly the address that was judged.
+"""Connects to hosts: looks up a name once, checks its addresses, and connects to exactly a checked address.
 
-A check of the name beforehand would be of no use: whoever runs its name server can answer with another
-address the next time it is asked.
+Checking the name before the connection would not suffice: its name server may answer with another address the
+next time (DNS rebinding).
 """
 
 import socket
@@ -16,24 +16,24 @@ import httpcore
 from gradcam_worker.errors import UriNotAllowed
 from gradcam_worker.net.ip_policy import Address, Network, objection
 
-Resolve = Callable[[str, int], Sequence[str]]  # host, port -> addresses, the best first
+Resolve = Callable[[str, int], Sequence[str]]  # host, port -> addresses, preferred ones first
 
-MAX_LOOKUPS = 64  # at once: as many as a process with a GPU has jobs in hand
-SHORTEST_S = 0.001  # a socket takes 0 for "do not wait at all"
+MAX_LOOKUPS = 64  # at a time: the number of jobs that a process with a GPU runs
+MIN_TIMEOUT_S = 0.001  # for a socket, 0 means "non-blocking"
 
 
 def look_up(host: str, port: int) -> list[str]:
-    """The addresses of a host, as this machine finds them. Raises OSError."""
-    # As bytes: Python would encode a string once more, by the older rules of IDNA.
-    found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
-    return [str(sockaddr[0]) for *_, sockaddr in found]
+    """Return the addresses of a host by the system's resolver. Raises OSError."""
+    # As bytes: Python would encode a string again, by the older rules of IDNA.
+    results = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
+    return [str(sockaddr[0]) for *_, sockaddr in results]
 
 
 class Dialer(httpcore.NetworkBackend):
-    """Dials public addresses, and those in the networks that are admitted; any thread may use it."""
+    """Connects to public addresses, and to those in admitted networks. Thread-safe."""
 
     def __init__(self, admitted: Sequence[Network], resolve: Resolve = look_up) -> None:
-        """`resolve` is asked once for each connection."""
+        """`resolve` is called once for each connection."""
         self._admitted, self._resolve = admitted, resolve
         self._sockets = httpcore.SyncBackend()
         self._lookups = threading.BoundedSemaphore(MAX_LOOKUPS)
@@ -46,57 +46,57 @@ class Dialer(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
-        """Connect within `timeout` seconds, name server and all; httpcore calls this.
+        """Connect within `timeout` seconds, lookup included; httpcore calls this.
 
-        Raises UriNotAllowed (without a connection), httpcore.ConnectError, httpcore.ConnectTimeout.
+        Raises UriNotAllowed (before a connection), httpcore.ConnectError, httpcore.ConnectTimeout.
         """
         end = time.monotonic() + (timeout or 0.0)
         addresses = [ip_address(text) for text in dict.fromkeys(self._resolve_in_time(host, port, end))]
         self._check(host, addresses)
         failure: Exception = httpcore.ConnectError(f"{host} has no address")
         for number, address in enumerate(addresses):
-            # Each gets its share of the time, so that one that does not answer leaves some for the next.
+            # Each address gets a share of the time that is left, so that one without an answer leaves some.
             share = (end - time.monotonic()) / (len(addresses) - number)
             try:
                 return self._sockets.connect_tcp(
-                    str(address), port, max(share, SHORTEST_S), local_address, socket_options
+                    str(address), port, max(share, MIN_TIMEOUT_S), local_address, socket_options
                 )
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
         raise failure
 
     def _check(self, host: str, addresses: Iterable[Address]) -> None:
-        # One bad address condemns the name, though the others may be good: no public host has an internal
-        # address among its own, and which of them is dialled must not depend on which of them answers.
+        # One forbidden address is enough to refuse the name: no public host has an internal address, and the
+        # decision must not depend on which address answers.
         for address in addresses:
-            if why := objection(address, self._admitted):
+            if reason := objection(address, self._admitted):
                 message = (
-                    f"{host} is not dialled: its address {address} is {why}. "
+                    f"{host} is not dialled: its address {address} is {reason}. "
                     "Beside public addresses, only the networks in GRADCAM_PRIVATE_NETWORKS are."
                 )
                 raise UriNotAllowed(message)
 
     def _resolve_in_time(self, host: str, port: int, end: float) -> Sequence[str]:
-        """Ask in a thread of its own: the system's resolver knows no time limit but its own, of minutes."""
-        late = httpcore.ConnectTimeout(f"no name server answered in time for {host}")
+        """Resolve in a new thread: the system's resolver has its own time limit, of minutes."""
+        timed_out = httpcore.ConnectTimeout(f"no name server answered in time for {host}")
         if not self._lookups.acquire(timeout=max(end - time.monotonic(), 0.0)):
-            raise late
-        found: Future[Sequence[str]] = Future()
+            raise timed_out
+        result: Future[Sequence[str]] = Future()
         threading.Thread(
-            target=self._resolve_in_thread, args=(host, port, found), name="lookup", daemon=True
+            target=self._resolve_in_thread, args=(host, port, result), name="lookup", daemon=True
         ).start()
         try:
-            return found.result(max(end - time.monotonic(), 0.0))
+            return result.result(max(end - time.monotonic(), 0.0))
         except TimeoutError as error:
-            raise late from error
+            raise timed_out from error
         except OSError as error:
             message = f"{host} could not be looked up: {error}"
             raise httpcore.ConnectError(message) from error
 
-    def _resolve_in_thread(self, host: str, port: int, found: Future[Sequence[str]]) -> None:
+    def _resolve_in_thread(self, host: str, port: int, result: Future[Sequence[str]]) -> None:
         try:
-            found.set_result(self._resolve(host, port))
-        except BaseException as error:  # noqa: BLE001  # whoever waits for it raises it
-            found.set_exception(error)
+            result.set_result(self._resolve(host, port))
+        except BaseException as error:  # noqa: BLE001  # the waiting thread raises it
+            result.set_exception(error)
         finally:
             self._lookups.release()

@@ -127,7 +127,7 @@ def _export_url(endpoint: str) -> tuple[str, str]:
     """The URL that spans are posted to, and the server's for log lines, without user and password."""
     url = urls.parse(endpoint)
     path = url.path if url else ""
-    shown = f"{url.scheme}://{url.place}" if url else "..."
+    shown = f"{url.scheme}://{url.host_port}" if url else "..."
     return (endpoint if path.strip("/") else endpoint.rstrip("/") + DEFAULT_PATH), shown
 
 

@@ -1,5 +1,4 @@
-"""Text of strangers, made fit to show: visible text, URLs without their users, comma lists, similar names;
-and log lines, `log_events`.
+"""Text: untrusted text and URLs made safe to show, comma-separated lists, similar names, log events.
 
-It imports nothing of ours.
+It imports nothing else of this package.
 """

@@ -1,6 +1,6 @@
-"""Lists that are written with commas: on a command line, and in settings.
+"""Lists that are separated by commas, on the command line and in settings.
 
-A name that holds a comma stands in double quotes, and a quote in it is written twice, as in CSV.
+As in CSV, an item with a comma is written in double quotes, and a quote in it is doubled.
 """
 
 import csv
@@ -11,17 +11,17 @@ QUOTED = "a name that holds a comma stands in double quotes, as in '\"crane, bir
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """`a, "b, c"` -> a and `b, c`; what is empty is left out. Raises ValueError with a sentence."""
+    """Parse `a, "b, c"` into `a` and `b, c`; empty items are left out. Raises ValueError."""
     try:
         rows = list(csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True))
     except csv.Error as error:
         message = f"it is no list with commas ({error}): {QUOTED}"
         raise ValueError(message) from error
-    return tuple(part.strip() for row in rows for part in row if part.strip())
+    return tuple(item.strip() for row in rows for item in row if item.strip())
 
 
 def join(values: Iterable[str]) -> str:
-    """The list that `parse` reads again."""
-    made = io.StringIO()
-    csv.writer(made, lineterminator="").writerow(values)
-    return made.getvalue()
+    """Return the text that `parse` reads as these values."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(values)
+    return text.getvalue()

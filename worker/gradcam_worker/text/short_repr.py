@@ -4,17 +4,17 @@ from dataclasses import fields
 from typing import Any
 
 
-def short_repr(one: Any) -> str:
+def short_repr(instance: Any) -> str:
     """A dataclass as text: an array by its dtype and shape, bytes by how many they are.
 
     Args:
-        one: an instance of a dataclass.
+        instance: an instance of a dataclass.
 
     Returns:
         Text like `Computed(layer='conv', scores=float32(1, 1000))`.
     """
-    values = ((field.name, getattr(one, field.name)) for field in fields(one) if field.repr)
-    return f"{type(one).__name__}({', '.join(f'{name}={_short(value)}' for name, value in values)})"
+    values = ((field.name, getattr(instance, field.name)) for field in fields(instance) if field.repr)
+    return f"{type(instance).__name__}({', '.join(f'{name}={_short(value)}' for name, value in values)})"
 
 
 def _short(value: Any) -> str:

@@ -1,47 +1,56 @@
-"""Which of the names that there are somebody may have meant."""
+"""Suggests names that are similar to a misspelled one."""
 
 import re
 from collections.abc import Callable, Iterable
 from difflib import SequenceMatcher
 
-NEAR = 0.76  # of 1: `catt` and `cat` are .86, `catt` and `crate` .67, `vgg61` and `vgg16` .8
-BEGINS = 0.95  # what a name counts that begins with what was said
-PART = 0.01  # what one of its words counts less than a whole name does
-HAS_WORD, LONG_WORD = 0.77, 4  # what a name counts that shares a word of so many letters
+MIN_SCORE = 0.76  # of 1: `catt` and `cat` have .86, `catt` and `crate` .67, `vgg61` and `vgg16` .8
+PREFIX_SCORE = 0.95  # at least, for a name that begins with the wanted text
+WORD_PENALTY = 0.01  # for similarity to one of a name's words instead of all of it
+SHARED_WORD_SCORE, MIN_SHARED_WORD = (
+    0.77,
+    4,
+)  # at least, for a name that shares a word of that many characters
 
 
 def nearest(
-    said: str, names: Iterable[str], most: int = 3, preferred: Callable[[str], bool] = lambda _: False
+    wanted: str, names: Iterable[str], limit: int = 3, preferred: Callable[[str], bool] = lambda _: False
 ) -> list[str]:
-    """At most so many of `names`, the most similar first; those that are `preferred` before their equals.
+    """Return the names that are similar to `wanted`, the most similar first.
 
-    A name is as similar as it is as a whole, or as one of its words is. Case is not looked at.
+    The whole name, or one of its words, is compared. Case is ignored.
+
+    Args:
+        wanted: The misspelled name.
+        names: The names that exist.
+        limit: The maximal number of names to return.
+        preferred: Whether a name comes before others with the same score.
     """
-    said = said.casefold()
-    words = {one for one in _words(said) if len(one) >= LONG_WORD}
+    wanted = wanted.casefold()
+    wanted_words = {word for word in _words(wanted) if len(word) >= MIN_SHARED_WORD}
     matcher: SequenceMatcher[str] = SequenceMatcher(autojunk=False)
-    matcher.set_seq2(said)
-    known: dict[str, float] = {}
+    matcher.set_seq2(wanted)
+    scores: dict[str, float] = {}
 
-    def likeness(text: str) -> float:
-        if text not in known:
+    def similarity(text: str) -> float:
+        if text not in scores:
             matcher.set_seq1(text)
-            near = matcher.real_quick_ratio() > NEAR and matcher.quick_ratio() > NEAR
-            known[text] = matcher.ratio() if near else 0.0
-        return known[text]
+            possible = matcher.real_quick_ratio() > MIN_SCORE and matcher.quick_ratio() > MIN_SCORE
+            scores[text] = matcher.ratio() if possible else 0.0
+        return scores[text]
 
-    found = []
-    for place, name in enumerate(names):
+    matches = []
+    for index, name in enumerate(names):
         text = name.casefold()
-        parts = _words(text)
-        score = max([likeness(text), *(likeness(one) - PART for one in parts)])
-        if len(said) > 1 and text.startswith(said):
-            score = max(score, BEGINS)
-        if words & {*parts}:
-            score = max(score, HAS_WORD)
-        if score > NEAR:
-            found.append((-score, not preferred(name), place, name))
-    return [name for *_, name in sorted(found)[:most]]
+        words = _words(text)
+        score = max([similarity(text), *(similarity(word) - WORD_PENALTY for word in words)])
+        if len(wanted) > 1 and text.startswith(wanted):
+            score = max(score, PREFIX_SCORE)
+        if wanted_words & {*words}:
+            score = max(score, SHARED_WORD_SCORE)
+        if score > MIN_SCORE:
+            matches.append((-score, not preferred(name), index, name))
+    return [name for *_, name in sorted(matches)[:limit]]
 
 
 def _words(text: str) -> list[str]:

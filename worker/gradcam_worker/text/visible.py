@@ -1,31 +1,31 @@
-"""Text from strangers, made fit for a log and for a terminal: one line, in which nothing acts or hides.
+"""Make untrusted text safe for logs and terminals: one line of printable characters.
 
-A newline in an image's name must not begin a line of the log that nobody wrote, an escape sequence must not
-reach a terminal, and signs that turn the direction of writing must not make one name look like another.
+A newline in an image's name must not forge a log line, an escape sequence must not reach a terminal, and
+characters that change the direction of writing must not make one name look like another.
 """
 
 import re
 
-COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal, in which libraries dress what they say
-LEFT_OUT = " [...] "
+COLOR_CODES = re.compile(r"\x1b\[[0-9;]*m")  # libraries put them into their messages
+ELLIPSIS = " [...] "
 
 
 def visible(text: str) -> str:
-    r"""Text in which all that does not print is written as Python writes it: `\n`, `\x1b`, `\u202e`."""
+    r"""Return the text with unprintable characters escaped as in Python: `\n`, `\x1b`, `\u202e`."""
     if text.isprintable():
         return text
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def counted(number: int, one: str, more: str | None = None) -> str:
-    """So many of something, for a person: 1 shard, 2 shards; 1 shard is, 2 shards are."""
-    return f"{number:,} {one if number == 1 else more or one + 's'}"
+def counted(number: int, singular: str, plural: str | None = None) -> str:
+    """Return a number with its noun: 1 shard, 2 shards; or with `plural`: 1 shard is, 2 shards are."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
-def abridged(text: str, most: int = 600) -> str:
-    """Text on one line; where it is longer, its beginning and its end, which is where a cause is told."""
-    text = " ".join(COLOURS.sub("", text).split())
-    if len(text) <= most:
+def abridged(text: str, limit: int = 600) -> str:
+    """Return the text on one line; a longer one with its beginning and its end, where causes are named."""
+    text = " ".join(COLOR_CODES.sub("", text).split())
+    if len(text) <= limit:
         return text
-    head = (most - len(LEFT_OUT)) // 2
-    return text[:head] + LEFT_OUT + text[len(text) - (most - head - len(LEFT_OUT)) :]
+    head = (limit - len(ELLIPSIS)) // 2
+    return text[:head] + ELLIPSIS + text[len(text) - (limit - head - len(ELLIPSIS)) :]
