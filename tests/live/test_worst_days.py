@@ -325,7 +325,7 @@ def test_a_broker_that_is_killed_started_again_and_stopped_for_a_while_costs_no_
     assert "has shown no sign of life" not in said, "a broker that is away is no fault of the worker's"
     for one in ids:
         attempt = home.status(one).attempt
-        event = f"job_attempt_finished status=succeeded job_id={one} attempt={attempt} "
+        event = f"job_attempt_finished status=succeeded job_id={one} attempt={attempt}\n"
         assert said.count(event) == 1
 
 
