@@ -797,7 +797,7 @@ def test_reading_ahead_waits_for_whoever_takes_and_passes_errors_on() -> None:
         message = "broken"
         raise OSError(message)
 
-    with Prefetcher(source(), most=2) as prefetched:
+    with Prefetcher(source(), max_ahead=2) as prefetched:
         assert prefetched.next(9) == 0
         assert max(given) <= 3
         assert [prefetched.next(9) for _ in range(8)] == list(range(1, 9))

@@ -32,10 +32,10 @@ FLAG = flag()
 
 
 def make_budgets(
-    max_bytes: int = 10_000, max_pixels: int = 10_000, most_bytes: int = 1000, threads: int = 1
+    max_bytes: int = 10_000, max_pixels: int = 10_000, max_image_bytes: int = 1000, threads: int = 1
 ) -> Budgets:
     return Budgets(
-        ResourceBudget(max_bytes, "bytes"), ResourceBudget(max_pixels, "pixels"), most_bytes, threads
+        ResourceBudget(max_bytes, "bytes"), ResourceBudget(max_pixels, "pixels"), max_image_bytes, threads
     )
 
 
@@ -75,12 +75,12 @@ def test_a_larger_image_is_fetched_again_when_there_is_room_for_the_largest() ->
 
 
 def test_if_every_thread_has_room_for_the_largest_image_there_is_one_step_only() -> None:
-    assert make_budgets(max_bytes=4000, threads=4, most_bytes=1000).steps == (1000,)
-    assert make_budgets(max_bytes=2, threads=4, most_bytes=1000).steps == (1000,)
+    assert make_budgets(max_bytes=4000, threads=4, max_image_bytes=1000).reservation_steps == (1000,)
+    assert make_budgets(max_bytes=2, threads=4, max_image_bytes=1000).reservation_steps == (1000,)
 
 
 def test_an_image_that_is_larger_than_allowed_is_refused() -> None:
-    budgets = make_budgets(most_bytes=len(FLAG) - 1, threads=200)
+    budgets = make_budgets(max_image_bytes=len(FLAG) - 1, threads=200)
     with pytest.raises(ImageTooLarge):
         run(budgets)
     assert budgets.bytes.held == budgets.pixels.held == 0

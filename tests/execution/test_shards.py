@@ -304,7 +304,7 @@ def test_a_row_that_fails_has_its_error_and_does_not_affect_others() -> None:
         "s3://in/large.png": np.random.default_rng(0).bytes(5000),
     }
     small_budgets = Budgets(
-        ResourceBudget(2**20, "bytes"), ResourceBudget(2**20, "pixels"), most_bytes=4000, threads=1
+        ResourceBudget(2**20, "bytes"), ResourceBudget(2**20, "pixels"), max_image_bytes=4000, threads=1
     )
     harness = Harness(images, others={"budgets": small_budgets})
     rows: list[dict[str, Any]] = [
@@ -776,7 +776,7 @@ def test_readers_stay_within_the_memory_budgets_and_release_them(
 ) -> None:
     pixels = 20 * 24
     budgets = Budgets(
-        ResourceBudget(3000, "bytes"), ResourceBudget(2 * pixels, "pixels"), most_bytes=1000, threads=1
+        ResourceBudget(3000, "bytes"), ResourceBudget(2 * pixels, "pixels"), max_image_bytes=1000, threads=1
     )
     held: list[int] = []
 
@@ -802,7 +802,7 @@ def test_the_budgets_count_the_reader_threads_of_shards() -> None:
 
 def test_failed_rows_and_stopped_shards_release_their_reservations() -> None:
     budgets = Budgets(
-        ResourceBudget(3000, "bytes"), ResourceBudget(10_000, "pixels"), most_bytes=1000, threads=1
+        ResourceBudget(3000, "bytes"), ResourceBudget(10_000, "pixels"), max_image_bytes=1000, threads=1
     )
     deadline = Deadline(60)
     network = FaultyNetwork(before=lambda _: deadline.cancel(JobCanceled("to stop")))

@@ -124,8 +124,8 @@ def test_no_error_ends_a_loop_and_one_that_repeats_is_logged_once_with_its_trace
     with running(BackgroundLoop("sturdy", step, 0)):
         assert step.was_called(7)
     assert caplog.messages == [
-        "background loop failed and goes on: loop=sturdy",
-        "background loop works again: loop=sturdy failures=5",
+        "background_loop_failed loop=sturdy",
+        "background_loop_recovered loop=sturdy failures=5",
     ]
     assert "Traceback" in caplog.text
     assert "nonsense" in caplog.text
@@ -137,24 +137,27 @@ def test_another_error_has_its_own_traceback_and_a_lasting_one_a_line_once_in_a_
     step = Step(ValueError("one"), KeyError("two"), KeyError("two"))
     with running(BackgroundLoop("sturdy", step, 0)):
         assert step.was_called(4)
-    assert caplog.text.count("failed and goes on") == caplog.text.count("Traceback") == 2
+    assert caplog.text.count("background_loop_failed") == caplog.text.count("Traceback") == 2
     caplog.clear()
-    monkeypatch.setattr(background_loop, "LOG_EVERY_S", 0)
+    monkeypatch.setattr(background_loop, "LOG_INTERVAL_S", 0)
     step = Step(*[KeyError("two")] * 3)
     with running(BackgroundLoop("sturdy", step, 0)):
         assert step.was_called(4)
-    assert "background loop still fails: loop=sturdy failures=3: KeyError: 'two'" in caplog.messages
+    assert (
+        "background_loop_still_failing loop=sturdy failures=3 error_type=KeyError error=\"'two'\""
+        in caplog.messages
+    )
 
 
 def test_an_unreachable_server_is_an_outage_that_ends_with_a_step_that_succeeds(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outages, "ENDED_AFTER_S", 0)
+    monkeypatch.setattr(outages, "RECOVERED_AFTER_S", 0)
     step = Step(*[LedgerUnavailable("gone")] * 4)
     with running(BackgroundLoop("leases", step, 0, outages=Outages(), consequence="no lease can be renewed")):
         assert step.was_called(6)
-    assert caplog.messages[0] == "the ledger is unreachable: no lease can be renewed: gone"
-    assert caplog.messages[1].startswith("the ledger is reachable again")
+    assert caplog.messages[0] == 'server_unreachable server=ledger reason="no lease can be renewed: gone"'
+    assert caplog.messages[1].startswith("server_reachable_again server=ledger")
     assert len(caplog.messages) == 2
 
 
@@ -162,7 +165,7 @@ def test_the_error_says_which_server_is_unreachable(caplog: pytest.LogCaptureFix
     step = Step(BrokerUnavailable("gone"))
     with running(BackgroundLoop("reaper", step, 0, outages=Outages())):
         assert step.was_called(2)
-    assert caplog.messages == ["the broker is unreachable: gone"]
+    assert caplog.messages == ["server_unreachable server=broker reason=gone"]
 
 
 def test_a_loop_without_outages_leaves_it_to_others_to_report_them(caplog: pytest.LogCaptureFixture) -> None:
@@ -171,7 +174,7 @@ def test_a_loop_without_outages_leaves_it_to_others_to_report_them(caplog: pytes
     with running(BackgroundLoop("backfill-lease", step, 0)):
         assert step.was_called(2)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("DEBUG", "background loop: loop=backfill-lease: gone")
+        ("DEBUG", "background_loop_step_failed loop=backfill-lease reason=gone")
     ]
 
 
@@ -202,7 +205,7 @@ def test_a_context_that_cannot_be_entered_ends_the_loop_which_is_logged(caplog: 
     loop = BackgroundLoop("within", Step(), 0, context=context())
     loop.start()
     assert loop.join(WAIT_S)
-    assert "background loop has ended by an error: loop=within" in caplog.text
+    assert "background_loop_ended loop=within" in caplog.text
     assert "no more threads" in caplog.text
 
 
@@ -216,7 +219,7 @@ def test_a_step_that_hangs_is_waited_for_so_long_and_named(caplog: pytest.LogCap
     assert stop_all(loops, 0) in ([loops[0]], loops), "the other may need a moment"
     assert loops[1].join(WAIT_S)
     assert stop_all(loops, 0) == [loops[0]]
-    assert "background loop does not end: loop=hangs" in caplog.text
+    assert "background_loop_not_stopped loop=hangs" in caplog.text
     over.set()
     assert loops[0].stop(WAIT_S)
 

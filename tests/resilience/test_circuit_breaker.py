@@ -7,7 +7,7 @@ import pytest
 
 from gradcam_worker.errors import StorageUnavailable
 from gradcam_worker.resilience.background_loop import BackgroundLoop, stop_all
-from gradcam_worker.resilience.circuit_breaker import FAILURES, CircuitBreaker
+from gradcam_worker.resilience.circuit_breaker import MAX_FAILURES, CircuitBreaker
 from gradcam_worker.resilience.retry import RetryPolicy
 
 FAILURE = StorageUnavailable("s3://out/x could not be written: HTTP 503")
@@ -47,7 +47,7 @@ def probing() -> Iterator[Callable[[CircuitBreaker], None]]:
     assert stop_all(loops, 20) == []
 
 
-def fail(breaker: CircuitBreaker, times: int = FAILURES) -> None:
+def fail(breaker: CircuitBreaker, times: int = MAX_FAILURES) -> None:
     for _ in range(times):
         breaker.failed(FAILURE)
 
@@ -67,7 +67,7 @@ def closed(breaker: CircuitBreaker) -> bool:
 
 def test_it_opens_after_failures_in_a_row_and_says_why_and_since_when() -> None:
     breaker = CircuitBreaker(Storage(None))
-    fail(breaker, FAILURES - 1)
+    fail(breaker, MAX_FAILURES - 1)
     assert why(breaker) is None
     fail(breaker, 1)
     said = breaker.open_reason
@@ -81,7 +81,7 @@ def test_it_opens_after_failures_in_a_row_and_says_why_and_since_when() -> None:
 def test_a_job_that_succeeds_in_between_starts_the_count_again() -> None:
     breaker = CircuitBreaker(Storage(None))
     for _ in range(3):
-        fail(breaker, FAILURES - 1)
+        fail(breaker, MAX_FAILURES - 1)
         breaker.succeeded()
     assert why(breaker) is None
 
@@ -91,7 +91,7 @@ def test_a_job_that_was_under_way_and_succeeds_closes_it() -> None:
     fail(breaker)
     breaker.succeeded()
     assert why(breaker) is None
-    fail(breaker, FAILURES - 1)
+    fail(breaker, MAX_FAILURES - 1)
     assert why(breaker) is None
 
 
@@ -110,7 +110,7 @@ def test_it_probes_by_itself_and_closes_when_the_storage_is_back(probing: Any) -
 def test_nothing_is_probed_while_it_is_closed() -> None:
     storage = Storage(None)
     breaker = CircuitBreaker(storage, RetryPolicy(0, 30))
-    fail(breaker, FAILURES - 1)
+    fail(breaker, MAX_FAILURES - 1)
     breaker.step()
     assert storage.asked == 0
     fail(breaker, 1)
@@ -141,7 +141,7 @@ def test_it_is_probed_ever_more_rarely_and_not_before_a_probe_is_due(monkeypatch
     assert now[0] - opened_s == 2.5, "the next time it begins with the first pause again"
 
 
-def test_a_probe_that_breaks_in_an_unforeseen_way_is_a_storage_that_is_down(
+def test_a_probe_that_breaks_with_an_unexpected_error_is_a_storage_that_is_down(
     probing: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="gradcam")
@@ -150,9 +150,10 @@ def test_a_probe_that_breaks_in_an_unforeseen_way_is_a_storage_that_is_down(
     probing(breaker)
     fail(breaker)
     assert closed(breaker)
-    said = [record.getMessage().partition("(")[0] for record in caplog.records]
-    assert said[0].startswith("no jobs are taken until it is back.")
-    assert said[1:] == ["the storage is still down: KeyError: 'surprise'", "the storage is back "]
+    opened, failed, closing = [record.getMessage() for record in caplog.records]
+    assert opened.startswith("circuit_opened failures=3 reason=")
+    assert failed == "circuit_probe_failed error_type=KeyError error=\"'surprise'\""
+    assert closing.startswith("circuit_closed probe_s=")
 
 
 def test_many_threads_may_tell_it_at_once() -> None:

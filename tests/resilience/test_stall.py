@@ -49,7 +49,7 @@ def day(monkeypatch: pytest.MonkeyPatch) -> Day:
 
 def test_without_work_there_need_be_no_progress(day: Day) -> None:
     assert day.passes(10_000).reasons == (False, None)
-    assert day.asked <= 10_000 / stall.CHECK_QUEUE_EVERY_S
+    assert day.asked <= 10_000 / stall.QUEUE_CHECK_INTERVAL_S
 
 
 def test_jobs_that_wait_and_are_not_taken_are_first_a_reason_for_no_more_and_then_for_a_new_process(
@@ -88,7 +88,7 @@ def test_running_jobs_have_an_hour_and_any_progress_is_enough(day: Day) -> None:
 def test_whether_jobs_wait_is_not_asked_as_long_as_jobs_end(day: Day) -> None:
     for _ in range(100):
         with day.one.running_job():
-            day.passes(stall.CHECK_QUEUE_EVERY_S - 1)
+            day.passes(stall.QUEUE_CHECK_INTERVAL_S - 1)
     assert not day.asked
 
 

@@ -233,7 +233,7 @@ def fake_services(
         "limits": Limits(),
         "max_classes": 50,
         "budgets": Budgets(
-            ResourceBudget(2**29, "bytes"), ResourceBudget(2**28, "pixels"), most_bytes=2**25, threads=1
+            ResourceBudget(2**29, "bytes"), ResourceBudget(2**28, "pixels"), max_image_bytes=2**25, threads=1
         ),
     }
     return Services(**{**defaults, **others})

@@ -139,7 +139,7 @@ def _fetch(
     image: ImageRef, services: ImageServices, deadline: Deadline, reservations: ExitStack
 ) -> tuple[FetchedBytes, Reservation]:
     """Fetch an image; return it and its reservation, which ends with `reservations`."""
-    *smaller, largest = services.budgets.steps
+    *smaller, largest = services.budgets.reservation_steps
     for max_bytes in smaller:
         with ExitStack() as attempt, suppress(ImageTooLarge):
             reservation = attempt.enter_context(services.budgets.bytes.reserve(max_bytes, deadline))

@@ -1,7 +1,6 @@
-"""A step that is repeated in a thread of its own, beside the jobs: the one loop for all background work."""
+"""Background work: a step that a thread repeats beside the jobs."""
 
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -9,10 +8,11 @@ from contextlib import AbstractContextManager
 
 from gradcam_worker.errors import BrokerUnavailable, LedgerUnavailable
 from gradcam_worker.resilience.outages import Outages
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-LOG_EVERY_S = 30.0  # between two lines about a step that fails in the same way each time
+LOG_INTERVAL_S = 30.0  # between two lines about a step that keeps failing with the same type of error
 
 
 class BackgroundLoop:
@@ -21,9 +21,10 @@ class BackgroundLoop:
     Without its background loops a process loses its jobs' leases, or delivers nothing. So no error ends a
     loop, not even SystemExit:
 
-    * LedgerUnavailable and BrokerUnavailable go to `outages`, which logs where an outage begins and ends.
-    * Any other error is a defect. It is logged with its traceback when it is met first, then once in a while
-      with the number of failures, until the step succeeds.
+    * LedgerUnavailable and BrokerUnavailable are reported to `outages`, which logs when an outage begins and
+      ends.
+    * Any other error is a defect. Its first occurrence is logged with its traceback, then every
+      LOG_INTERVAL_S the number of failures, until the step succeeds.
 
     Example:
         >>> loop = BackgroundLoop("reaper", reaper.step, 0.5)
@@ -43,45 +44,45 @@ class BackgroundLoop:
         consequence: str = "",
         context: AbstractContextManager[object] | None = None,
     ) -> None:
-        """Nothing is started yet.
+        """The thread starts with `start`.
 
         Args:
             name: of the thread, and in log lines.
             step: what is repeated.
-            pause_s: seconds between the end of a step, however it ended, and the next; or a function that is
-                called after each step and returns them, and so can keep a schedule though a step was slow.
+            pause_s: seconds between the end of a step, successful or not, and the next; or a function
+                that returns them. It is called after each step, and so can keep a schedule after a slow step.
             immediately: call the step at once, instead of after the first pause.
-            outages: what is told that a server is unreachable, and, after each step that succeeds, that the
-                ledger answers. None where the step uses no ledger, or somebody else reports its outages.
+            outages: notified when a server is unreachable, and after each step that succeeds that the ledger
+                answers. None where the step does not use the ledger, or the caller reports its outages.
             consequence: what is not done while a server is unreachable, for the log.
-            context: what the thread enters before the first step, and leaves after the last.
+            context: entered by the thread before the first step, and left after the last.
         """
         self.name = name
         self._step, self._outages, self._consequence = step, outages, consequence
         self._pause_s = pause_s if callable(pause_s) else lambda: pause_s
         self._immediately = immediately
         self._context: AbstractContextManager[object] = context or contextlib.nullcontext()
-        self._changed = threading.Condition()  # of the two that follow
+        self._changed = threading.Condition()  # guards the two flags below
         self._stopping = self._woken = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._ended_s = time.monotonic()  # the last step, or the start
+        self._step_ended_s = time.monotonic()  # or when the loop was started
         self._failures = 0  # in a row
         self._failure: type[BaseException] | None = None
         self._logged_s = 0.0
 
     @property
     def alive(self) -> bool:
-        """Whether its thread runs."""
+        """Whether the thread runs."""
         return self._thread.is_alive()
 
     @property
     def idle_s(self) -> float:
-        """Seconds since the last step ended; before the first step has, since the start."""
-        return time.monotonic() - self._ended_s
+        """Seconds since the last step ended, or since the start where none has."""
+        return time.monotonic() - self._step_ended_s
 
     def start(self) -> None:
-        """Start the thread. Raises RuntimeError where it was started before."""
-        self._ended_s = time.monotonic()
+        """Start the thread. Raises RuntimeError on a second call."""
+        self._step_ended_s = time.monotonic()
         self._thread.start()
 
     def wake(self) -> None:
@@ -94,25 +95,24 @@ class BackgroundLoop:
             self._changed.notify_all()
 
     def stop(self, timeout_s: float | None = None) -> bool:
-        """End the loop after the step that runs just now.
+        """End the loop after the current step.
 
         Args:
-            timeout_s: how long to wait for that; None: as long as it takes.
+            timeout_s: how long to wait for that; None: without limit.
 
         Returns:
-            Whether it has ended. Where it has not, the thread is left to itself: it does not keep the process
-            from ending.
+            Whether it has ended. A thread that has not does not keep the process from ending.
         """
         return not stop_all([self], timeout_s)
 
     def request_stop(self) -> None:
-        """As `stop`, without waiting."""
+        """End the loop after the current step, without waiting for that."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
 
     def join(self, timeout_s: float | None = None) -> bool:
-        """Wait for the end, for so long; whether it has ended, or never began."""
+        """Wait for the thread to end, at most `timeout_s`. Returns whether it has ended, or never started."""
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
         return not self.alive
@@ -123,13 +123,15 @@ class BackgroundLoop:
                 pause_s, succeeded = 0 if self._immediately else self._pause_s(), True
                 while not self._wait(pause_s, until_woken=succeeded):
                     succeeded = self._try_step()
-                    self._ended_s = time.monotonic()
+                    self._step_ended_s = time.monotonic()
                     pause_s = self._pause_s()
-        except BaseException:  # the step is guarded: it was the context, or the function that says the pause
-            log.exception("background loop has ended by an error: loop=%s", self.name)
+        except (
+            BaseException
+        ):  # of the context, or of the function that returns the pause: `_try_step` raises none
+            log.exception("background_loop_ended", loop=self.name)
 
     def _wait(self, seconds: float, *, until_woken: bool) -> bool:
-        """Pause; whether the loop is to end. A wake-up from now on ends the pause after the next step."""
+        """Pause. Returns whether the loop is to end. A later `wake` ends the pause after the next step."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or (self._woken and until_woken), seconds)
             self._woken = False
@@ -143,49 +145,59 @@ class BackgroundLoop:
             if self._outages:
                 self._outages.of(error).failed(text)
             else:
-                log.debug("background loop: loop=%s: %s", self.name, text)
+                log.debug("background_loop_step_failed", loop=self.name, reason=text)
             return False
-        except BaseException as error:  # noqa: BLE001  # it is logged, with its traceback
-            self._log_failure(error)
+        except BaseException as error:
+            if self._count_failure(error):
+                log.exception("background_loop_failed", loop=self.name)
+            else:
+                self._log_repeated_failure(error)
             return False
         if self._outages:
             self._outages.ledger.answered()
         if self._failures:
-            log.warning("background loop works again: loop=%s failures=%d", self.name, self._failures)
+            log.warning("background_loop_recovered", loop=self.name, failures=self._failures)
             self._failures = 0
         return True
 
-    def _log_failure(self, error: BaseException) -> None:
-        now_s = time.monotonic()
+    def _count_failure(self, error: BaseException) -> bool:
+        """Count a failure. Returns whether the one before, if any, was of another type."""
         self._failures += 1
-        if self._failures == 1 or type(error) is not self._failure:
-            self._failure = type(error)
-            log.error("background loop failed and goes on: loop=%s", self.name, exc_info=error)
-        elif now_s - self._logged_s >= LOG_EVERY_S:
-            text = "background loop still fails: loop=%s failures=%d: %s: %s"
-            log.error(text, self.name, self._failures, type(error).__name__, error)
-        else:
-            return
-        self._logged_s = now_s
+        if self._failures > 1 and type(error) is self._failure:
+            return False
+        self._failure, self._logged_s = type(error), time.monotonic()
+        return True
+
+    def _log_repeated_failure(self, error: BaseException) -> None:
+        now_s = time.monotonic()
+        if now_s - self._logged_s >= LOG_INTERVAL_S:
+            self._logged_s = now_s
+            log.error(
+                "background_loop_still_failing",
+                loop=self.name,
+                failures=self._failures,
+                error_type=type(error).__name__,
+                error=error,
+            )
 
 
 def stop_all(loops: Iterable[BackgroundLoop], timeout_s: float | None = None) -> list[BackgroundLoop]:
     """Ask several loops to end, then wait for all of them together.
 
     Args:
-        loops: what to stop.
-        timeout_s: for all of them together; None: as long as it takes.
+        loops: those to stop.
+        timeout_s: for all of them together; None: without limit.
 
     Returns:
-        Those that have not ended; each is logged.
+        The loops that have not ended; each is logged.
     """
     loops = [*loops]
     for loop in loops:
         loop.request_stop()
     end_s = None if timeout_s is None else time.monotonic() + timeout_s
-    left = [
+    running = [
         loop for loop in loops if not loop.join(None if end_s is None else max(end_s - time.monotonic(), 0))
     ]
-    for loop in left:
-        log.warning("background loop does not end: loop=%s step_s=%.1f", loop.name, loop.idle_s)
-    return left
+    for loop in running:
+        log.warning("background_loop_not_stopped", loop=loop.name, step_s=loop.idle_s)
+    return running

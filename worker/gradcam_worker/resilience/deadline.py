@@ -1,61 +1,61 @@
-"""Until when a job has to be done, and whether it may go on at all."""
+"""The deadline of a job, which can be extended and cancelled."""
 
 import math
 import time
 
 from gradcam_worker.errors import GradcamError, JobTimeout
 
-POLL_LEASE_S = 0.05  # between two checks whether a lease was renewed
+LEASE_POLL_INTERVAL_S = 0.05  # between two checks whether a lease was renewed
 
 
 class Deadline:
-    """The moment by which a job has to be done, whatever it waits for. It can be extended, and cancelled."""
+    """The time by which a job has to be finished. Whatever waits for the job waits no longer."""
 
     def __init__(self, seconds: float) -> None:
-        """The moment is `seconds` from now."""
+        """The deadline is `seconds` from now."""
         self._allowed_s = seconds
-        self._end = time.monotonic() + seconds
-        self._held_until = math.inf
+        self._end_s = time.monotonic() + seconds
+        self._lease_end_s = math.inf
         self._cancelled: GradcamError | None = None
 
     def extend(self, seconds: float) -> None:
-        """Put the moment off, by time that was not the job's fault."""
-        self._end += seconds
+        """Move the deadline, by time that was lost without the job's fault."""
+        self._end_s += seconds
 
-    def cancel(self, why: GradcamError) -> None:
-        """The job has to stop now.
+    def cancel(self, error: GradcamError) -> None:
+        """Make the job stop now.
 
         Args:
-            why: what `check` raises from now on. The first call counts.
+            error: raised by `check` from now on. Later calls change nothing.
         """
-        self._cancelled = self._cancelled or why
+        self._cancelled = self._cancelled or error
 
     def hold(self, seconds: float) -> None:
-        """For so many seconds no other worker can have the job: its lease was renewed."""
-        self._held_until = time.monotonic() + seconds
+        """Note that the lease was renewed: for `seconds` no other worker can have the job."""
+        self._lease_end_s = time.monotonic() + seconds
 
     def left_s(self) -> float:
         """Seconds left, never below zero."""
-        return 0.0 if self._cancelled else max(self._end - time.monotonic(), 0.0)
+        return 0.0 if self._cancelled else max(self._end_s - time.monotonic(), 0.0)
 
     def check(self, doing: str) -> None:
-        """Go on only where the job may.
+        """Raise where the job may not continue.
 
-        Where the lease may have run out, because the ledger is unreachable or the process was stopped for a
-        while, this waits until it is renewed or lost: another worker may have the job by now.
+        If the lease may have expired, because the ledger is unreachable or the process was stopped for a
+        while, this waits until the lease is renewed or lost: another worker may have the job by now.
 
         Args:
             doing: what the job does, for the error.
 
         Raises:
             JobTimeout: no time is left.
-            GradcamError: what it was cancelled with.
+            GradcamError: the error given to `cancel`.
         """
-        while time.monotonic() > self._held_until and self.left_s():
-            time.sleep(POLL_LEASE_S)
+        while time.monotonic() > self._lease_end_s and self.left_s():
+            time.sleep(LEASE_POLL_INTERVAL_S)
         if self.left_s():
             return
-        if self._cancelled:  # asked last: it may have been just now
+        if self._cancelled:  # checked last: it may have just been set
             raise self._cancelled
         message = f"The job ran longer than its timeout_s of {self._allowed_s:g} s (at: {doing})."
         raise JobTimeout(message)

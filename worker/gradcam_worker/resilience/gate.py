@@ -1,4 +1,4 @@
-"""A lock with two modes: many jobs at once, or a single one under suspicion."""
+"""A lock with two modes: many jobs at once, or one job alone."""
 
 import threading
 from collections.abc import Iterator
@@ -8,45 +8,45 @@ from gradcam_worker.errors import WorkerUnfit
 
 
 class ExclusiveGate:
-    """Gives a job under which a worker died the process to itself, so that it takes no others with it.
+    """Runs a job under which a worker died alone in its process: should it die again, no other job is lost.
 
-    A job that waits to be alone enters before those that come later, or it would wait for ever.
+    A job that waits to be alone enters before those that come later; else it would wait for ever.
     """
 
     def __init__(self) -> None:
-        """No job is in the process."""
+        """The gate is open, and no job has entered."""
         self._jobs: set[str] = set()
-        self._alone = False  # a job is, or waits to be
+        self._alone = False  # a job is alone, or waits to be
         self._closed = False
         self._changed = threading.Condition()
 
     @contextmanager
     def enter(self, job_id: str, *, alone: bool = False) -> Iterator[bool]:
-        """Within it, the job is in the process.
+        """Hold the gate for a job within the block.
 
         Args:
-            job_id: of the job.
-            alone: wait until all others have left, and keep others out.
+            job_id: the job.
+            alone: wait until all other jobs have left, and keep new ones out.
 
         Yields:
-            Whether it entered. False: the job is in the process already, by another message.
+            Whether the job entered. False: it is in the process already, by another message.
 
         Raises:
             WorkerUnfit: the gate is closed.
         """
         with self._changed:
-            free = self._enter(job_id, alone=alone)
+            entered = self._enter(job_id, alone=alone)
         try:
-            yield free
+            yield entered
         finally:
-            if free:
+            if entered:
                 with self._changed:
                     self._jobs.discard(job_id)
                     self._alone = self._alone and not alone
                     self._changed.notify_all()
 
     def close(self) -> None:
-        """Let no job in any more, not even one that waits already."""
+        """Admit no more jobs, not even those that wait already."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -61,7 +61,7 @@ class ExclusiveGate:
         while alone and self._jobs:
             self._wait()
         self._jobs.add(job_id)
-        self._changed.notify_all()  # a second message for it need not wait for its end
+        self._changed.notify_all()  # a second message for this job need not wait until it ends
         return True
 
     def _wait(self) -> None:

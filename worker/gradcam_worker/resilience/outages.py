@@ -1,71 +1,78 @@
-"""What is logged while a server is unreachable: at the start, every half minute, and at the end."""
+"""Logs the start and the end of an outage of a server, and every half minute that it lasts."""
 
-import logging
 import threading
 import time
 from dataclasses import dataclass, field
 
 from gradcam_worker.errors import BrokerUnavailable
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-LOG_EVERY_S = 30.0
-ENDED_AFTER_S = 3.0  # without a failure: several threads use a server, and not all of them fail at once
+LOG_INTERVAL_S = 30.0
+RECOVERED_AFTER_S = 3.0  # without a failure: several threads use a server, and not all of them fail at once
 
 
 class Outage:
-    """The failures of one server, whichever thread meets them."""
+    """The failed calls to one server, from all threads of a process."""
 
     def __init__(self, server: str) -> None:
-        """`server` is its name in the log."""
+        """`server` is its name in log lines."""
         self._server = server
         self._lock = threading.Lock()
-        self._begun_s: float | None = None
+        self._started_s: float | None = None
         self._logged_s = self._failed_s = 0.0
         self._failures = 0
 
-    def failed(self, what: str) -> None:
-        """The server could not be used.
+    def failed(self, reason: str) -> None:
+        """Report that the server could not be used.
 
         Args:
-            what: could not be done, and why.
+            reason: what is not done, and the error.
         """
         now_s = time.monotonic()
         with self._lock:
             self._failed_s = now_s
             self._failures += 1
-            if self._begun_s is None:
-                self._begun_s = self._logged_s = now_s
-                log.warning("%s is unreachable: %s", self._server, what)
-            elif now_s - self._logged_s >= LOG_EVERY_S:
+            if self._started_s is None:
+                self._started_s = self._logged_s = now_s
+                log.warning("server_unreachable", server=self._server, reason=reason)
+            elif now_s - self._logged_s >= LOG_INTERVAL_S:
                 self._logged_s = now_s
-                seconds = now_s - self._begun_s
-                text = "%s is still unreachable: seconds=%.0f failures=%d: %s"
-                log.warning(text, self._server, seconds, self._failures, what)
+                log.warning(
+                    "server_still_unreachable",
+                    server=self._server,
+                    outage_s=round(now_s - self._started_s),
+                    failures=self._failures,
+                    reason=reason,
+                )
             else:
-                log.debug("%s", what)
+                log.debug("server_call_failed", server=self._server, reason=reason)
 
     def answered(self) -> None:
-        """The server was used with success."""
-        if self._begun_s is None:
+        """Report that the server answered."""
+        if self._started_s is None:
             return
         now_s = time.monotonic()
         with self._lock:
-            if self._begun_s is None or now_s - self._failed_s < ENDED_AFTER_S:
+            if self._started_s is None or now_s - self._failed_s < RECOVERED_AFTER_S:
                 return
-            seconds = self._failed_s - self._begun_s
-            text = "%s is reachable again: seconds=%.0f failures=%d"
-            log.warning(text, self._server, seconds, self._failures)
-            self._begun_s, self._failures = None, 0
+            log.warning(
+                "server_reachable_again",
+                server=self._server,
+                outage_s=round(self._failed_s - self._started_s),
+                failures=self._failures,
+            )
+            self._started_s, self._failures = None, 0
 
 
 @dataclass(frozen=True)
 class Outages:
-    """The servers that a process needs."""
+    """The outages of the servers that a process needs."""
 
-    ledger: Outage = field(default_factory=lambda: Outage("the ledger"))
-    broker: Outage = field(default_factory=lambda: Outage("the broker"))
+    ledger: Outage = field(default_factory=lambda: Outage("ledger"))
+    broker: Outage = field(default_factory=lambda: Outage("broker"))
 
     def of(self, error: Exception) -> Outage:
-        """The server that an error is about: the broker for BrokerUnavailable, else the ledger."""
+        """Return the outage of the server that raised: the broker for BrokerUnavailable, else the ledger."""
         return self.broker if isinstance(error, BrokerUnavailable) else self.ledger

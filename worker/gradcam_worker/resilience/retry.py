@@ -1,11 +1,11 @@
-"""Trying again what failed for the moment: after which pause, how often, for how long.
+"""Retries of calls that failed temporarily.
 
-`RetryPolicy` is a constant that says so; `Retries` is one piece of work that is done under it. All that is
-read from storage, or written there, has one policy, `storage.s3.STORAGE`, so that retries do not multiply.
+`RetryPolicy` is a constant: pauses, number of tries, total time. `Retries` is one piece of work under a
+policy. All reads and writes of storage have one policy, `storage.s3.STORAGE`, so that retries do not
+multiply.
 """
 
 import contextlib
-import logging
 import math
 import random
 import time
@@ -16,23 +16,24 @@ from typing import NoReturn, TypeVar
 
 from gradcam_worker.errors import JobTimeout
 from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
 T = TypeVar("T")
 
-HALF_OR_MORE = (0.5, 1.0)  # the usual jitter: those that failed together do not come back together
-MAX_EXPONENT = 64  # of the factor: by then any pause is at its maximum, and a float does not overflow
-UNRESPONSIVE_S = 5.0  # work that took so long was held up by the server: not the job's fault
-POLL_CANCELLED_S = 0.25  # between two checks whether a job that waits was cancelled
+HALF_OR_MORE = (0.5, 1.0)  # the usual jitter: calls that failed together are not retried together
+MAX_EXPONENT = 64  # of the factor: there any pause is at its maximum, and no float overflows
+UNRESPONSIVE_S = 5.0  # work that took longer was delayed by the server, not by the job
+CANCEL_POLL_INTERVAL_S = 0.25  # between two checks whether a waiting job was cancelled
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Exponential backoff with jitter, and where work is retried in place, for how long and after what.
+    """Exponential backoff with jitter; for `call` also limits, and the errors after which it retries.
 
-    tenacity and stamina compute the same pauses, but know neither a total that parallel calls share nor a
-    deadline that is put off, or cancelled with an error of its own, while a call waits: that part would stay.
+    tenacity and stamina compute the same pauses, but have neither a total time that parallel calls share nor
+    a deadline that is extended, or cancelled with an error, while a call waits.
 
     Example:
         >>> policy = RetryPolicy(first_s=0.5, max_s=3)
@@ -40,14 +41,14 @@ class RetryPolicy:
         [0.5, 1.0, 2.0, 3.0]
 
     Attributes:
-        first_s: pause after the first failure, in seconds.
+        first_s: the pause after the first failure, in seconds.
         max_s: the longest pause, before jitter.
-        factor: by which a pause is longer than the one before.
+        factor: the ratio of a pause to the one before.
         jitter: each pause is multiplied by a random number between these two.
-        total_s: for how long `call` tries; one more try may follow the last pause.
+        total_s: how long `call` retries, in seconds; one more try may follow the last pause.
         max_tries: how often `call` tries.
-        errors: what `call` tries again after.
-        hopeless: which of these cannot succeed the next time, such as a missing permission.
+        errors: the errors after which `call` tries again.
+        hopeless: whether such an error would occur again, as a missing permission would.
     """
 
     first_s: float
@@ -60,19 +61,16 @@ class RetryPolicy:
     hopeless: Callable[[Exception], bool] = lambda _: False
 
     def pause_s(self, failures: int) -> float:
-        """Seconds before the next try.
+        """Return the pause before the next try, in seconds, with jitter.
 
         Args:
-            failures: how many tries in a row have failed, 1 or more.
-
-        Returns:
-            The pause, with jitter.
+            failures: the number of tries in a row that have failed, 1 or more.
         """
         pause_s = min(self.first_s * self.factor ** min(failures - 1, MAX_EXPONENT), self.max_s)
         return pause_s * random.uniform(*self.jitter)  # noqa: S311  # jitter, not a secret
 
     def start(self, deadline: Deadline | None = None) -> "Retries":
-        """Begin a piece of work: its `total_s` runs from now on, and never past the job's deadline."""
+        """Begin a piece of work: `total_s` counts from now, and ends at the job's deadline at the latest."""
         return Retries(self, deadline or Deadline(math.inf))
 
     def call(self, once: Callable[[], T], deadline: Deadline | None = None) -> T:
@@ -81,41 +79,41 @@ class RetryPolicy:
 
 
 class Retries:
-    """One piece of work under a policy: what its calls, also parallel ones, share is the time that is left.
+    """One piece of work under a policy. Its calls, parallel ones too, share the time that is left.
 
-    Tries run in threads of a pool. The job waits for them as long as its deadline allows, whatever the server
-    does; what is under way then is left to its own timeouts, and nothing new is begun for it.
+    Tries run in threads of a pool. The job waits for them until its deadline, whatever the server does. A try
+    that is running then is left to its own timeouts, and no other is started.
     """
 
     def __init__(self, policy: RetryPolicy, deadline: Deadline) -> None:
-        """Its time begins now."""
+        """The time starts now."""
         self._policy, self._deadline = policy, deadline
-        self._begun = time.monotonic()
-        self._end = self._begun + policy.total_s
-        self._ended = False  # nothing is tried again
+        self._started_s = time.monotonic()
+        self._end_s = self._started_s + policy.total_s
+        self._ended = False  # no try is repeated
         self._failure = ""  # the last one so far
 
     def left_s(self) -> float:
         """Seconds left, never below zero."""
-        return max(min(self._deadline.left_s(), self._end - time.monotonic()), 0.0)
+        return max(min(self._deadline.left_s(), self._end_s - time.monotonic()), 0.0)
 
     def check(self, doing: str) -> None:
-        """Raise what ended the job, or TimeoutError where the job's time is not up but this is."""
+        """Raise the error that ended the job; TimeoutError where only the time of this work is up."""
         self._deadline.check(doing)
         if not self.left_s():
             self.give_up(doing)
 
     def call(self, once: Callable[[], T]) -> T:
-        """Try until it succeeds, is hopeless, or there is no time for another try.
+        """Try until it succeeds, is hopeless, or no time is left for another try.
 
         Args:
             once: one try.
 
         Returns:
-            What the try that succeeded returns.
+            The result of the successful try.
 
         Raises:
-            Exception: the last of the policy's `errors`; or what the deadline was cancelled with.
+            Exception: the last of the policy's `errors`; or the error that cancelled the deadline.
         """
         failures = 0
         while True:
@@ -130,48 +128,48 @@ class Retries:
                     self.raise_if_cancelled()
                     raise
                 self.record_failure(error)
-                log.info("tried again in %.2f s: %s", pause_s, error)
+                log.info("call_retry_scheduled", delay_s=pause_s, error=error)
                 time.sleep(pause_s)
 
     def wait_for(self, calls: Sequence["Future[T]"], doing: str) -> list[T]:
         """Wait for parallel calls of this work.
 
-        After a failure none is begun, or tried again; it is raised when those under way have ended.
+        After a failure no call is started or retried; the error is raised when the running calls have ended.
 
         Args:
             calls: in a pool.
             doing: what the job does, for the error.
 
         Returns:
-            What they return, in the order given.
+            Their results, in the order of `calls`.
 
         Raises:
-            Exception: what a call raised, or what ended the job.
+            Exception: the error of a call, or the error that ended the job.
             TimeoutError: the time is up.
         """
         missing: set[Future[T]] = set(calls)
         while missing and self.left_s():
-            timeout_s = min(self.left_s(), POLL_CANCELLED_S)
+            timeout_s = min(self.left_s(), CANCEL_POLL_INTERVAL_S)
             ended, missing = wait(missing, timeout=timeout_s, return_when=FIRST_EXCEPTION)
-            if any(one.exception() for one in ended if not one.cancelled()):
+            if any(call.exception() for call in ended if not call.cancelled()):
                 self._ended = True
-                missing = {one for one in missing if not one.cancel()}
-        for one in missing:
-            one.cancel()
-        for one in calls:
-            if one.done() and not one.cancelled():
-                one.result()  # raises what it raised
+                missing = {call for call in missing if not call.cancel()}
+        for call in missing:
+            call.cancel()
+        for call in calls:
+            if call.done() and not call.cancelled():
+                call.result()  # raises its error
         if missing:
             self.give_up(doing)
-        return [one.result() for one in calls]
+        return [call.result() for call in calls]
 
     def record_failure(self, error: Exception) -> None:
-        """The server has failed once: should time run out now, that is not the job's fault."""
+        """Note a failure of the server: if time runs out now, that is not the job's fault."""
         self._failure = str(error).partition("\n")[0]
 
     def give_up(self, doing: str) -> NoReturn:
-        """Raise what ended the job, unless that was the server's doing: then TimeoutError."""
-        waited_s = time.monotonic() - self._begun
+        """Raise the error that ended the job; TimeoutError where the server was the cause."""
+        waited_s = time.monotonic() - self._started_s
         if waited_s < UNRESPONSIVE_S and not self._failure:
             self._deadline.check(doing)
         self.raise_if_cancelled()
@@ -179,6 +177,6 @@ class Retries:
         raise TimeoutError(f"{message}, after: {self._failure}" if self._failure else message)
 
     def raise_if_cancelled(self) -> None:
-        """Raise what the deadline was cancelled with. That time is up is no reason by itself."""
+        """Raise the error that cancelled the deadline. An expired deadline alone raises nothing."""
         with contextlib.suppress(JobTimeout):
             self._deadline.check("storage")

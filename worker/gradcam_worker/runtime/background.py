@@ -80,7 +80,7 @@ def build(
             DATABASE_EVERY_S,
             immediately=True,
             outages=outages,
-            consequence="the database is told of no new job",
+            consequence="no new job is written to the database",
             context=closing(database),
         )
         loops.append(loop)

@@ -52,7 +52,7 @@ def build_services(
         budgets=Budgets(
             ResourceBudget(settings.max_bytes_in_flight, "bytes"),
             ResourceBudget(settings.max_pixels_in_flight, "pixels"),
-            most_bytes=settings.max_image_bytes,
+            max_image_bytes=settings.max_image_bytes,
             threads=settings.threads + READERS * settings.shards,
         ),
     )
