@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,12 +14,10 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def kept() -> Callable[[dict[str, Any]], "Verdict"]:
+def kept() -> Callable[["Verdict"], "Verdict"]:
     """Fail where an attack broke a promise, with all that it found."""
-    from devtools.faults.verdict import Verdict
 
-    def check(found: dict[str, Any]) -> Verdict:
-        verdict = Verdict.of(found)
+    def check(verdict: "Verdict") -> "Verdict":
         assert verdict.kept, f"{verdict}"
         return verdict
 

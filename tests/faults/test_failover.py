@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -10,7 +9,7 @@ pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]
 
 
 def test_a_busy_worker_gets_over_a_failover_behind_its_address(
-    kept: Callable[[dict[str, Any]], Verdict],
+    kept: Callable[[Verdict], Verdict],
 ) -> None:
     verdict = kept(failover.attack(1, seed=1))
     assert verdict.faults == 1

@@ -27,7 +27,7 @@ class Scene:
         self.url, self.bucket = url, folder / "results"
         self.settings = SimpleNamespace(key_prefix=prefix)
         self.accepted: dict[str, float] = {ONE: 0.0}
-        self.surprises: list[str] = []
+        self.unexpected: list[str] = []
 
     @property
     def services(self) -> redis.Redis:
@@ -164,28 +164,25 @@ def test_what_comes_after_others_is_put_right_in_time_but_may_wait(
 @pytest.mark.parametrize("promise", PROMISES)
 def test_each_count_is_a_promise(promise: str) -> None:
     assert Verdict().kept
-    assert not Verdict.of({promise: 1}).kept
-
-
-def test_what_an_attack_counts_for_itself_is_a_figure() -> None:
-    verdict = Verdict.of({"jobs": 3, "crashes": 1, "broken": ["It crashed."]})
-    assert (verdict.jobs, verdict.figures, verdict.kept) == (3, {"crashes": 1}, False)
+    broken: dict[str, Any] = {promise: 1}
+    assert not Verdict(**broken).kept
 
 
 @pytest.fixture
 def attack(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """An attack whose outcome a test decides."""
-    module = SimpleNamespace(found={"jobs": 2}, asked=[])
+    module = SimpleNamespace(found=Verdict(jobs=2), asked=[])
 
-    def attack(count: int, seed: int) -> dict[str, Any]:
+    def attack(count: int, seed: int) -> Verdict:
         module.asked.append((count, seed))
         if isinstance(module.found, Exception):
             raise module.found
-        return dict(module.found)
+        assert isinstance(module.found, Verdict)
+        return module.found
 
     module.attack = attack
-    monkeypatch.setitem(campaign.ATTACKS, "kill", campaign.Attack("made_by_a_test", 3, 9, "kills"))
-    monkeypatch.setattr(campaign, "import_module", {"devtools.faults.made_by_a_test": module}.__getitem__)
+    monkeypatch.setitem(campaign.ATTACKS, "kill", campaign.Attack(3, 9, "kills"))
+    monkeypatch.setattr(campaign, "import_module", {"devtools.faults.kill": module}.__getitem__)
     return module
 
 
@@ -207,7 +204,7 @@ def test_the_full_form_is_longer(attack: SimpleNamespace, capsys: pytest.Capture
 def test_one_broken_promise_is_exit_code_1(
     attack: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    attack.found = {"jobs": 2, "lost": 1, "broken": ["A job was lost."]}
+    attack.found = Verdict(jobs=2, lost=1, broken=["A job was lost."])
     assert campaign.main(["kill"]) == 1
     assert "kill: A job was lost." in capsys.readouterr().out
 

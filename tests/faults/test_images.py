@@ -3,11 +3,13 @@ from pathlib import Path
 
 import pytest
 
+from devtools.faults.campaign import ATTACKS
 from devtools.faults.image_mutations import WAYS, mutations, whole
-from devtools.faults.images import SHORT, TYPED, attack
+from devtools.faults.images import TYPED, attack
 from gradcam_worker.errors import UnsupportedMediaType
 from gradcam_worker.gradcam.decoding.decode import decode
 
+SHORT = ATTACKS["images"].short
 REFUSED = {"tiff", "jpeg-2000", "avif", "icns", "ppm"}
 
 
@@ -31,9 +33,10 @@ def test_the_same_seed_makes_the_same_images_and_every_kind_meets_every_way() ->
 
 
 def test_mutated_images_end_in_a_picture_or_a_typed_error_whatever_was_done_to_them() -> None:
-    figures = attack(SHORT, seed=1)
-    assert (figures["untyped"], figures["crashes"]) == (0, 0), figures["broken"]
-    assert sum(figures["outcomes"].values()) == figures["jobs"] == SHORT
+    verdict = attack(SHORT, seed=1)
+    figures = verdict.figures
+    assert (verdict.untyped, figures["crashes"]) == (0, 0), verdict.broken
+    assert sum(figures["outcomes"].values()) == verdict.jobs == SHORT
     assert set(figures["outcomes"]) == TYPED, "each of the ends is reached"
     assert figures["peak_mb"] < 1536
 
@@ -59,6 +62,6 @@ def test_the_attack_sees_a_decoder_that_breaks_its_promise(
         "decode.decode = wrong\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    figures = attack(3, seed=1, keep=tmp_path / "kept")
-    assert figures[seen] == 3
-    assert len(figures["broken"]) == len(list((tmp_path / "kept").iterdir())) == 3
+    verdict = attack(3, seed=1, keep=tmp_path / "kept")
+    assert {"untyped": verdict.untyped, **verdict.figures}[seen] == 3
+    assert len(verdict.broken) == len(list((tmp_path / "kept").iterdir())) == 3

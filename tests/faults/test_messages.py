@@ -11,9 +11,9 @@ from devtools.faults.messages import (
     SCHEMA,
     TEXTS,
     attack,
+    forbidden_messages,
     judge,
     message,
-    strangers,
 )
 from gradcam_worker.broker import publisher
 from gradcam_worker.schemas.ids import new_id
@@ -24,22 +24,22 @@ FIELDS = sorted(json.loads(SCHEMA.read_text())["properties"])
 
 def test_every_message_comes_to_an_end_that_has_a_name() -> None:
     found = attack(200, 1)
-    assert found["jobs"] == 200 + len([*strangers()])
-    assert not found["broken"]
-    assert (found["untyped"], found["without_final_state"]) == (0, 0), found["outcomes"]
-    outcomes = found["outcomes"]
+    assert found.jobs == 200 + len([*forbidden_messages()])
+    assert not found.broken
+    assert (found.untyped, found.without_final_state) == (0, 0), found.figures
+    outcomes = found.figures["outcomes"]
     assert outcomes["succeeded"] > 15, "among them are good jobs"
     assert outcomes["failed: invalid_job"] > 30, "and bad ones"
     assert len(outcomes) > 6, "and jobs that fail later"
 
 
 def test_the_same_seed_makes_the_same_messages() -> None:
-    first, again = (attack(20, 2)["outcomes"] for _ in range(2))
+    first, again = (attack(20, 2).figures for _ in range(2))
     assert first == again
 
 
 def test_what_nobody_but_us_may_ask_for_is_refused_in_each_queue() -> None:
-    asked = [*strangers()]
+    asked = [*forbidden_messages()]
     assert {queue for _, queue, _ in asked} == {*publisher.QUEUES}
     wrong = [what for what, queue, item in asked if judge(item, queue)[1] not in REFUSED]
     assert not wrong

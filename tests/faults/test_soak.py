@@ -1,19 +1,21 @@
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from devtools.faults import soak
+from devtools.faults.campaign import ATTACKS
 from devtools.faults.verdict import Verdict
 from devtools.processes import Usage
+
+SHORT = ATTACKS["soak"].short
 
 
 @pytest.mark.live
 @pytest.mark.timeout(600)
 def test_a_worker_that_is_fed_everything_grows_by_nothing_and_leaves_nothing(
-    kept: Callable[[dict[str, Any]], Verdict],
+    kept: Callable[[Verdict], Verdict],
 ) -> None:
-    verdict = kept(soak.attack(soak.SHORT, seed=1))
+    verdict = kept(soak.attack(SHORT, seed=1))
     assert len(verdict.figures["kinds"]) == 10, "every kind of job had its turn"
     assert verdict.figures["temporary_files"] == 0
 

@@ -3,18 +3,17 @@ import json
 import pytest
 from standardwebhooks import Webhook
 
-from devtools.faults.status import BAD, HEALTHY, KINDS, Receivers, _heard, attack, receiving
+from devtools.faults.status import BAD, HEALTHY, KINDS, Receivers, _count_received, attack, receiving
 from gradcam_worker.schemas.ids import utc_now
 
 SHORT = 25  # jobs of each kind
 
 
 def test_bad_receivers_keep_no_event_from_a_good_one_and_lose_none_of_their_own() -> None:
-    found = attack(SHORT, seed=1)
-    assert found["broken"] == []
-    promises = ("lost", "without_final_state", "doubled", "untyped")
-    assert [found[name] for name in promises] == [0, 0, 0, 0]
-    assert found["jobs"] == SHORT * len(KINDS)
+    verdict = attack(SHORT, seed=1)
+    assert verdict.kept, f"{verdict}"
+    found = verdict.figures
+    assert verdict.jobs == SHORT * len(KINDS)
     assert found["events"] == SHORT * 3
     assert found["waiting"] + found["parked"] == SHORT * len(BAD)
     assert found["throughput_ratio"] > 0.25, "no job waits for a receiver"
@@ -33,8 +32,8 @@ def test_the_attack_sees_events_that_come_twice_unsigned_or_in_another_order(wro
             "webhook-timestamp": str(int(now.timestamp())),
             "webhook-signature": signature,
         }
-        receivers.heard.append((headers, body.encode()))
-    seen, twice, unsigned, disordered = _heard(receivers)
+        receivers.received.append((headers, body.encode()))
+    seen, twice, unsigned, disordered = _count_received(receivers)
     assert len(seen) == 3
     assert (twice == 1, unsigned == 3, disordered == 1) == (
         wrong == "twice",

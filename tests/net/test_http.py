@@ -20,9 +20,9 @@ from devtools.faults.ssrf_urls import (
     PUBLIC_HOST,
     URLS,
     Names,
-    answers,
-    careless,
-    tricks,
+    forbidden_answers,
+    forbidden_urls,
+    permissive_hosts,
 )
 from gradcam_worker.errors import UriNotAllowed
 from gradcam_worker.net import dialer
@@ -103,7 +103,9 @@ def strict() -> HttpClient:
 @pytest.fixture(scope="module")
 def open_door(port: int) -> HttpClient:
     """Every name that can be written down is allowed, and only the addresses are left to be judged."""
-    return HttpClient(Settings(image_hosts=careless(port)).image_hosts, SCHEMES, "GRADCAM_IMAGE_HOSTS")
+    return HttpClient(
+        Settings(image_hosts=permissive_hosts(port)).image_hosts, SCHEMES, "GRADCAM_IMAGE_HOSTS"
+    )
 
 
 def get(web: HttpClient, url: str, seconds: float = 10) -> HttpResponse:
@@ -119,7 +121,7 @@ def refusal(web: HttpClient, url: str) -> str:
 
 class TestTricks:
     def test_the_table_is_long_and_says_nothing_twice(self) -> None:
-        table = list(tricks(80))
+        table = list(forbidden_urls(80))
         assert len({url for url, _ in table}) == len(table) == len(HOSTS) + len(URLS) >= 140
 
     def test_a_listener_hears_of_a_connection(
@@ -135,7 +137,7 @@ class TestTricks:
     def test_none_passes_the_list_of_hosts(
         self, strict: HttpClient, port: int, listeners: list[socket.socket], dialled: list[str]
     ) -> None:
-        for url, why in tricks(port):
+        for url, why in forbidden_urls(port):
             said = refusal(strict, url)
             assert "is not allowed" in said or "is not a URL" in said, (url, why, said)
         assert not dialled
@@ -154,7 +156,7 @@ class TestTricks:
     def test_a_careless_list_of_hosts_helps_none(
         self, open_door: HttpClient, port: int, listeners: list[socket.socket], dialled: list[str]
     ) -> None:
-        for url, _ in tricks(port):
+        for url, _ in forbidden_urls(port):
             assert refusal(open_door, url)
         assert not dialled
         assert not reached(listeners)
@@ -173,7 +175,7 @@ class TestNames:
         return HttpClient((PUBLIC_HOST,), SCHEMES, "GRADCAM_IMAGE_HOSTS", private, resolve=names), names
 
     def test_a_name_that_leads_inside_is_refused_whatever_else_it_leads_to(self, dialled: list[str]) -> None:
-        found = list(answers())
+        found = list(forbidden_answers())
         web, _ = self.web(*(addresses for addresses, _ in found))
         for addresses, why in found:
             said = refusal(web, f"http://{PUBLIC_HOST}/a.jpg")
@@ -294,7 +296,7 @@ class TestRedirects:
 
     @pytest.fixture
     def web(self, host: str, port: int) -> HttpClient:
-        return HttpClient((host, *careless(port)), SCHEMES, "X", (f"{ELSEWHERE}/32",))
+        return HttpClient((host, *permissive_hosts(port)), SCHEMES, "X", (f"{ELSEWHERE}/32",))
 
     def test_a_redirect_into_a_trick_is_not_followed(
         self,
@@ -305,7 +307,7 @@ class TestRedirects:
         listeners: list[socket.socket],
         dialled: list[str],
     ) -> None:
-        for url, why in tricks(port):
+        for url, why in forbidden_urls(port):
             if "\r" in url:  # would be two headers
                 continue
             redirecting.away = url.encode()

@@ -1,7 +1,6 @@
-"""Every trick of `address_tricks`, as the image and as the webhook of a job, while somebody listens inside.
+"""Every URL of `ssrf_urls`, as the image and as the webhook of a job, while this machine listens.
 
-The operator is careless: the lists of hosts let in, by name, whatever can be named. Only the addresses are
-left to be refused.
+The lists of allowed hosts name whatever can be named: only the addresses are left to be refused.
 """
 
 import contextlib
@@ -14,12 +13,11 @@ from typing import Any
 
 from devtools.faults.cluster import Cluster, running_cluster, wait_for
 from devtools.faults.observer import JobObserver, end_of
-from devtools.faults.ssrf_urls import careless, tricks
-from gradcam_worker.client.client import GradcamClient
+from devtools.faults.ssrf_urls import forbidden_urls, permissive_hosts
+from devtools.faults.verdict import Verdict
 from gradcam_worker.errors import InvalidJob
 from gradcam_worker.schemas.job import Job
 
-SHORT, FULL = 1, 3  # times that each trick is tried
 DRAINS_S = 120.0
 REFUSED = frozenset({"uri_not_allowed", "invalid_job"})
 # A name that leads nowhere cannot be told from one that leads nowhere just now.
@@ -64,45 +62,45 @@ class Inside:
 
 
 def _untried(cluster: Cluster) -> set[str]:
-    """Recipients of webhooks whom no courier has tried to tell yet, or is just trying to."""
+    """Recipients of webhooks to which no delivery has been tried to its end."""
     prefix = cluster.settings.key_prefix
-    with contextlib.closing(cluster.services) as server:
+    with cluster.ledger as server:
         known = {key.removeprefix(f"{prefix}events:") for key in server.scan_iter(f"{prefix}events:*")}
         members: Any = server.zrange(f"{prefix}parked", 0, -1)
         parked = {member.partition(" ")[0] for member in members}
-        return known - parked - server.hgetall(f"{prefix}tries").keys()
+        tried: Any = server.hkeys(f"{prefix}tries")
+        return known - parked - set(tried)
 
 
-def attack(count: int, seed: int) -> dict[str, Any]:
-    """Each trick so many times; see `Verdict` for what is counted."""
+def attack(count: int, seed: int) -> Verdict:
+    """Try each URL `count` times."""
     with Inside().listening() as inside:
         lists: dict[str, Any] = {
             "image_schemes": ("s3", "http", "https"),
-            "image_hosts": careless(inside.port),
-            "webhook_hosts": careless(inside.port),
+            "image_hosts": permissive_hosts(inside.port),
+            "webhook_hosts": permissive_hosts(inside.port),
             "private_networks": (),
             "fetch_timeout_s": 5,
         }
         of_webhooks: set[str] = set()
         refused_at_once = 0
         with running_cluster("addresses", seed, **lists) as cluster, JobObserver(cluster) as observer:
-            client = GradcamClient(settings=cluster.settings)
             cluster.work()
 
             def one(number: int, **changes: Any) -> Job | None:
                 with contextlib.suppress(InvalidJob):
                     job = cluster.job(number, max_attempts=1, **changes)
-                    cluster.submit(client, job)
+                    cluster.submit(job)
                     return job
                 return None
 
-            urls = [url for _ in range(count) for url, _ in tricks(inside.port)]
+            urls = [url for _ in range(count) for url, _ in forbidden_urls(inside.port)]
             for number, url in enumerate(urls):
                 fetched = one(2 * number, image=url)
-                told = one(2 * number + 1, webhooks=[{"url": url}])
-                refused_at_once += (fetched is None) + (told is None)
-                if told:
-                    of_webhooks.add(told.id)
+                notified = one(2 * number + 1, webhooks=[{"url": url}])
+                refused_at_once += (fetched is None) + (notified is None)
+                if notified:
+                    of_webhooks.add(notified.id)
             observer.drain(DRAINS_S)
             wait_for(lambda: not _untried(cluster), DRAINS_S, "every webhook is tried")
             # A webhook's address that cannot be refused by its look alone is refused when it is dialled.
@@ -118,4 +116,4 @@ def attack(count: int, seed: int) -> dict[str, Any]:
         "refused_by_the_client": refused_at_once,
         "ends": dict(sorted(ends.items())),
     }
-    return verdict.to_dict()
+    return verdict

@@ -1,7 +1,7 @@
 """Attacks what the worker promises: `scripts/faults [--short | --full] [--json] [--seed N] [attack ...]`.
 
-Each attack is a module of its own, with `attack(count, seed) -> dict`: see `verdict` for what it
-counts. The same seed makes the same attack. Exit code 1: a promise broke.
+Each attack is a module of this package, with `attack(count, seed) -> Verdict`. The same seed makes the
+same attack. Exit code 1: a promise broke.
 """
 
 import argparse
@@ -23,39 +23,38 @@ from devtools.faults.verdict import PROMISES, Verdict
 
 @dataclass(frozen=True)
 class Attack:
-    """Where it is, and how much of it the short and the full form are."""
+    """How much of it the short and the full form are."""
 
-    module: str
     short: int
     full: int
     unit: str
 
 
 ATTACKS = {
-    "kill": Attack("kill", 8, 200, "kills"),
-    "recovery": Attack("recovery", 1, 4, "kills, with the settings as they come"),
-    "poison": Attack("poison", 30, 100, "healthy jobs"),
-    "failover": Attack("failover", 2, 5, "failovers"),
-    "servers": Attack("servers", 1, 15, "seconds of each fault"),
-    "images": Attack("images", 300, 4000, "mutated images"),
-    "addresses": Attack("addresses", 1, 3, "times each trick"),
-    "messages": Attack("messages", 200, 2000, "messages"),
-    "status": Attack("status", 100, 1000, "jobs"),
-    "stale": Attack("stale", 8, 200, "jobs of ids that were used before"),
-    "soak": Attack("soak", 15, 300, "seconds"),
+    "kill": Attack(8, 200, "kills"),
+    "recovery": Attack(1, 4, "kills, with the default settings"),
+    "poison": Attack(30, 100, "healthy jobs"),
+    "failover": Attack(2, 5, "failovers"),
+    "servers": Attack(1, 15, "seconds of each fault"),
+    "images": Attack(400, 4000, "mutated images"),
+    "addresses": Attack(1, 3, "times each trick"),
+    "messages": Attack(200, 2000, "messages"),
+    "status": Attack(100, 1000, "jobs"),
+    "stale": Attack(8, 200, "jobs of ids that were used before"),
+    "soak": Attack(15, 300, "seconds"),
 }
 WIDTH = 130  # characters that the table needs; what is no terminal has as many
 KEYS = ("jobs", "faults", *PROMISES, "recovery_s_max")
 
 
 def run(name: str, count: int, seed: int) -> dict[str, Any]:
-    """One attack; one that cannot even be made has broken a promise, too."""
+    """Run one attack; one that cannot be run has broken a promise, too."""
     begun = time.monotonic()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
-            verdict = Verdict.of(import_module(f"devtools.faults.{ATTACKS[name].module}").attack(count, seed))
+            verdict: Verdict = import_module(f"devtools.faults.{name}").attack(count, seed)
     except Exception:  # noqa: BLE001  # the other attacks are made all the same
-        verdict = Verdict(broken=[f"The attack did not come to its end: {traceback.format_exc()}"])
+        verdict = Verdict(broken=[f"The attack did not finish: {traceback.format_exc()}"])
     verdict.figures |= {"seed": seed, "count": count}
     took = {"seconds": round(time.monotonic() - begun, 1)}
     return {"attack": name, "kept": verdict.kept, **verdict.to_dict(), **took}

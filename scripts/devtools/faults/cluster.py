@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from gradcam_worker.schemas.job import Job
 from gradcam_worker.settings import Settings
 
 START_S = 60.0  # within which a worker takes jobs
+SUBMIT_S = 120.0  # within which a job is accepted
 KEYS = ("attacker", "0" * 40)  # of the S3 server: they stay when it is started again
 IMAGES = 12  # no two the same
 SIZE = (48, 64)  # of them, in pixels: small jobs, so that many are under way at a kill
@@ -128,11 +130,15 @@ class Worker:
         """The worker process that the supervisor runs just now, if it runs one."""
         return next(iter(children(self.supervisor)), None) if self.supervisor else None
 
-    def ends(self) -> list[str]:
-        """What the log says of processes that ended unasked, and why; and its last line."""
-        said = ("ended unasked", "no sign of life", "had to be ended", "Traceback")
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return [line for line in lines[:-1] if any(words in line for words in said)] + lines[-1:]
+    @property
+    def log_lines(self) -> list[str]:
+        """The log of all workers of the cluster."""
+        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+
+    @property
+    def restarts(self) -> list[str]:
+        """The lines of the log about worker processes that ended unasked, with their exit codes."""
+        return [line for line in self.log_lines if "ended unasked" in line]
 
     def stop(self) -> None:
         """Cleanly."""
@@ -153,7 +159,7 @@ class Cluster:
     accepted: dict[str, float] = field(default_factory=dict)  # job id -> when the client was told (monotonic)
     workers: list[Worker] = field(default_factory=list)
     refused: int = 0  # times that `submit` was told to try again
-    surprises: list[str] = field(default_factory=list)  # errors of the client that it does not promise
+    unexpected: list[str] = field(default_factory=list)  # errors that the client does not document
 
     @property
     def bucket(self) -> Path:
@@ -166,8 +172,8 @@ class Cluster:
         return self.folder / "events.jsonl"
 
     @property
-    def services(self) -> redis.Redis:
-        """A way to the ledger that no proxy stands in."""
+    def ledger(self) -> redis.Redis:
+        """A connection to the ledger's server, without a proxy between."""
         port = self.broker.now.port
         return redis.Redis(port=port, decode_responses=True, socket_timeout=5, socket_connect_timeout=2)
 
@@ -196,21 +202,26 @@ class Cluster:
         """A webhook that leads to the receiver."""
         return [{"url": f"http://127.0.0.1:{self.receiver.proxy.port}/hook"}]
 
-    def submit(self, client: GradcamClient, job: Job, patience_s: float = 120) -> None:
-        """Until the client says that it is accepted: by then, it must never be lost."""
-        end = time.monotonic() + patience_s
+    @cached_property
+    def client(self) -> GradcamClient:
+        """A client of the attacked ledger."""
+        return GradcamClient(settings=self.settings)
+
+    def submit(self, job: Job) -> None:
+        """Submit a job until it is accepted: from then on, it must never be lost."""
+        end = time.monotonic() + SUBMIT_S
         while True:
             try:
-                client.submit(job)
+                self.client.submit(job)
                 break
             except LedgerUnavailable:
                 self.refused += 1
             except InvalidJob:  # trying again does not help: its sender is told
                 raise
             except Exception as error:  # noqa: BLE001  # a finding: it goes into the verdict
-                self.surprises.append(f"{type(error).__name__}: {error}")
+                self.unexpected.append(f"{type(error).__name__}: {error}")
             if time.monotonic() > end:
-                message = f"Job {job.id} could not be submitted within {patience_s:g} s."
+                message = f"Job {job.id} could not be submitted within {SUBMIT_S:g} s."
                 raise TimeoutError(message)
             time.sleep(AGAIN_S)
         self.accepted[job.id] = time.monotonic()
@@ -220,9 +231,10 @@ class Cluster:
         while self.workers:
             self.workers.pop().stop()
 
-    def picture(self, name: str, pixels: Any) -> str:
-        """Store an image; return its URI. Pixels: (height, width, 3) uint8."""
-        (self.folder / "buckets" / "photos" / name).write_bytes(encode(pixels))
+    def store(self, name: str, pixels: Any) -> str:
+        """Store an image of pixels (height, width, 3) uint8, or of one colour; return its URI."""
+        whole = np.broadcast_to(np.asarray(pixels, np.uint8), (*SIZE, 3))
+        (self.folder / "buckets" / "photos" / name).write_bytes(encode(np.ascontiguousarray(whole)))
         return f"s3://photos/{name}"
 
 
@@ -269,7 +281,7 @@ def running_cluster(
         draw = np.random.default_rng(seed)
         for number in range(IMAGES):
             coarse = draw.integers(0, 256, (6, 8, 3), np.uint8)
-            made.picture(f"{number}.jpg", coarse.repeat(SIZE[0] // 6, 0).repeat(SIZE[1] // 8, 1))
+            made.store(f"{number}.jpg", coarse.repeat(SIZE[0] // 6, 0).repeat(SIZE[1] // 8, 1))
         yield made
 
 

@@ -7,27 +7,23 @@ happens: nothing is read from the queue that could notice.
 
 import contextlib
 from pathlib import Path
-from typing import Any
 
 import redis
 
-from devtools.faults.cluster import START_S, Cluster, running_cluster, wait_for
+from devtools.faults import undisturbed_run
+from devtools.faults.cluster import START_S, Cluster, Worker, running_cluster, wait_for
 from devtools.faults.observer import JobObserver
 from devtools.faults.proxy import Fault
-from devtools.faults.quiet_run import compare_with_a_quiet_run
 from devtools.faults.verdict import Verdict
-from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.operations import servers
 
-SHORT, FULL = 2, 5  # failovers
 JOBS = 150  # before each of them
 SLOTS = 16
 BUSY_WITH = 8  # jobs that run, at least, when it happens
 SLOW = Fault(latency_s=0.05)  # of the S3 server: a job takes a second
 RECOVERS_S = 60.0
 MORE_CONNECTIONS = 40  # than before the first failover: what pools may have opened meanwhile
-LINES_MOST = 40  # of the log, for one failover
-DRAINS_S = 180.0
+MAX_WARNINGS = 40  # lines of the log, for one failover
 
 
 def server(port: int) -> redis.Redis:
@@ -61,8 +57,8 @@ def connections(*ports: int) -> int:
     return found
 
 
-def attack(count: int, seed: int) -> dict[str, Any]:
-    """So many failovers; see `Verdict` for what is counted."""
+def attack(count: int, seed: int) -> Verdict:
+    """Make `count` failovers."""
     recoveries: list[float] = []
     with running_cluster("failover", seed, threads=SLOTS) as cluster, contextlib.ExitStack() as stack:
         folder = Path(cluster.folder / "other")
@@ -71,12 +67,11 @@ def attack(count: int, seed: int) -> dict[str, Any]:
         follow(other.port, cluster.broker.now.port)
         observer = stack.enter_context(JobObserver(cluster))
         worker = cluster.work()
-        client = GradcamClient(settings=cluster.settings)
         jobs, counted = 0, [0]
         with cluster.s3.proxy.suffering(SLOW):
             for _ in range(count):
                 for number in range(jobs, jobs + JOBS):
-                    cluster.submit(client, cluster.job(number, priority="normal"))
+                    cluster.submit(cluster.job(number, priority="normal"))
                 jobs += JOBS
                 wait_for(lambda: len(observer.running) >= BUSY_WITH, START_S, "a worker has jobs in hand")
                 counted[0] = counted[0] or connections(other.port, cluster.broker.now.port)
@@ -87,29 +82,28 @@ def attack(count: int, seed: int) -> dict[str, Any]:
                 recoveries.append(observer.drain(RECOVERS_S + 10))
                 counted.append(connections(other.port, cluster.broker.now.port))
         verdict = observer.verdict(faults=count)
-        _look(cluster, worker, recoveries, counted, verdict)
-        compare_with_a_quiet_run(cluster, verdict, range(jobs), DRAINS_S + jobs / 5)
-    return verdict.to_dict()
+        _check(cluster, worker, recoveries, counted, verdict)
+        undisturbed_run.compare(cluster, verdict, jobs)
+    return verdict
 
 
-def _look(
-    cluster: Cluster, worker: Any, recoveries: list[float], counted: list[int], verdict: Verdict
+def _check(
+    cluster: Cluster, worker: Worker, recoveries: list[float], counted: list[int], verdict: Verdict
 ) -> None:
-    lines = worker.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = [one for one in lines if " WARNING " in one or " ERROR " in one or " CRITICAL " in one]
-    deaths = sum("ended unasked" in one for one in lines)
+    levels = (" WARNING ", " ERROR ", " CRITICAL ")
+    warnings = sum(any(level in line for level in levels) for line in worker.log_lines)
     for number, seconds in enumerate(recoveries, 1):
         if seconds > RECOVERS_S:
             verdict.broken.append(f"Failover {number}: not all jobs were done after {seconds:.0f} s.")
     if max(counted) > counted[0] + MORE_CONNECTIONS:
         verdict.broken.append(f"Connections grew from {counted[0]} to {max(counted)}.")
-    if deaths:
-        verdict.broken.append(f"The worker was started again {deaths} times.")
-    if len(said) > LINES_MOST * len(recoveries):
-        verdict.broken.append(f"{len(said)} warnings for {len(recoveries)} failovers.")
+    if worker.restarts:
+        verdict.broken.append(f"The worker was started again {len(worker.restarts)} times.")
+    if warnings > MAX_WARNINGS * len(recoveries):
+        verdict.broken.append(f"{warnings} warnings for {len(recoveries)} failovers.")
     verdict.figures |= {
         "recoveries_s": [round(one, 1) for one in recoveries],
         "connections": counted,
         "submissions_refused": cluster.refused,
-        "warnings": len(said),
+        "warnings": warnings,
     }

@@ -22,9 +22,9 @@ import numpy as np
 
 from devtools import command, import_path
 from devtools.faults.image_mutations import Mutant, mutations
+from devtools.faults.verdict import Verdict
 from devtools.processes import peak_resident_mb
 
-SHORT = 400  # images
 MEMORY_BYTES = 1_536 * 1024**2  # what decoding the largest picture that is allowed takes, twice
 TYPED = {  # what an image may end in. `internal` is not among them: memory is enough for one at a time
     "decoded",
@@ -36,8 +36,8 @@ STALLED_S = 120  # for one image: far beyond what any may take, on any machine
 CHANNELS = 3  # of a picture that came out
 
 
-def attack(count: int, seed: int, keep: Path | None = None) -> dict[str, Any]:
-    """Decode so many mutated images; return the figures. Those that broke a promise are put into `keep`.
+def attack(count: int, seed: int, keep: Path | None = None) -> Verdict:
+    """Decode `count` mutated images. Those that broke a promise are put into the folder `keep`.
 
     `faults` is how many of them no longer came out as a picture.
     """
@@ -60,19 +60,19 @@ def attack(count: int, seed: int, keep: Path | None = None) -> dict[str, Any]:
                 peak_mb = max(peak_mb, said["peak_mb"])
                 if said["ending"] not in TYPED:
                     _note(mutant, said["ending"], broken, keep)
-    return {
-        "attack": "images",
-        "jobs": count,
-        "faults": count - outcomes["decoded"],
-        "untyped": sum(number for ending, number in outcomes.items() if ending not in TYPED),
-        "crashes": crashes,
-        "slowest_s": round(slowest[0], 3),
-        "slowest": slowest[1],
-        "peak_mb": round(peak_mb),
-        "outcomes": dict(sorted(outcomes.items())),
-        "broken": broken,
-        "seed": seed,
-    }
+    return Verdict(
+        jobs=count,
+        faults=count - outcomes["decoded"],
+        untyped=sum(number for ending, number in outcomes.items() if ending not in TYPED),
+        figures={
+            "crashes": crashes,
+            "slowest_s": round(slowest[0], 3),
+            "slowest": slowest[1],
+            "peak_mb": round(peak_mb),
+            "outcomes": dict(sorted(outcomes.items())),
+        },
+        broken=broken,
+    )
 
 
 def _note(mutant: Mutant, ending: str, broken: list[str], keep: Path | None) -> None:

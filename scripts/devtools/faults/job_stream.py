@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Self
 
 from devtools.faults.cluster import Cluster
-from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.schemas.job import Job
 
 
@@ -52,14 +51,13 @@ class Stream:
             raise self.error
 
     def _run(self) -> None:
-        client = GradcamClient(settings=self._cluster.settings)
         try:
             while not self._stopped.is_set() and self._more():
                 if self._unfinished() >= self._ahead:
                     time.sleep(0.01)
                     continue
                 job = self._make(self._first + len(self.made))
-                self._cluster.submit(client, job)
+                self._cluster.submit(job)
                 self.made.append(job)
                 self._stopped.wait(self.every_s)
         except Exception as error:  # noqa: BLE001  # raised in `join`, by the thread that can do something

@@ -1,7 +1,7 @@
 """kill -9 of worker processes at random moments, and of their supervisors now and then, while jobs stream.
 
 Some are stopped instead, for longer than a lease lasts, and then go on: zombies, whose jobs are
-somebody else's by then.
+another worker's by then.
 """
 
 import contextlib
@@ -13,18 +13,19 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from devtools.faults import undisturbed_run
 from devtools.faults.cluster import START_S, Cluster, Worker, running_cluster, wait_for
 from devtools.faults.job_stream import Stream
 from devtools.faults.observer import JobObserver
-from devtools.faults.quiet_run import compare_with_a_quiet_run
+from devtools.faults.verdict import Verdict
 
-SHORT, FULL = 8, 200  # kills
 JOBS_A_KILL = 15  # at least: thousands in the full form
 AHEAD = 60  # jobs that wait or run at a time
 EVERY_S = 0.06  # between two submissions
 WORKERS = 2
 OF_SUPERVISORS = 0.05  # share of kills
 ZOMBIES = 0.1  # stops for each kill
+ZOMBIE_BY = 4  # kills: by then at least one process was stopped
 STOPPED_S = 6.0  # longer than a lease, and than it takes another worker to notice
 WHILE_IT_STARTS = 0.1  # share of kills: before the process takes jobs
 UNREADY = 2  # kills of one worker in a row before it takes jobs; its supervisor gives up after five
@@ -62,7 +63,7 @@ class Killer:
         pid = worker.process
         if pid is None:  # it has just ended by itself, as it may when its supervisor was killed
             return
-        if not early and ((self.kills >= SHORT // 2 and not self.zombies) or self.random.random() < ZOMBIES):
+        if not early and ((self.kills >= ZOMBIE_BY and not self.zombies) or self.random.random() < ZOMBIES):
             self._stop(pid)
             return
         with contextlib.suppress(ProcessLookupError):
@@ -97,8 +98,8 @@ class Killer:
         return any(on.endswith(f":{pid}") for _, on in self.observer.running.values())
 
 
-def attack(count: int, seed: int) -> dict[str, Any]:
-    """So many kills; see `Verdict` for what is counted."""
+def attack(count: int, seed: int) -> Verdict:
+    """Make `count` kills."""
     enough = threading.Event()
     with running_cluster("kill", seed) as cluster, JobObserver(cluster) as observer:
         for _ in range(WORKERS):
@@ -116,7 +117,7 @@ def attack(count: int, seed: int) -> dict[str, Any]:
             stream.join()
         drained_s = observer.drain(DRAINS_S)
         verdict = observer.verdict(faults=killer.kills + killer.zombies)
-        compare_with_a_quiet_run(cluster, verdict, range(len(stream.made)), DRAINS_S + len(stream.made) / 5)
+        undisturbed_run.compare(cluster, verdict, len(stream.made))
     if verdict.recovery_s_max > RECOVERS_S:
         verdict.broken.append(f"A killed job ran again after {verdict.recovery_s_max:.0f} s only.")
     verdict.figures |= {
@@ -127,4 +128,4 @@ def attack(count: int, seed: int) -> dict[str, Any]:
         "killing_s": round(killed_s, 1),
         "drained_s": round(drained_s, 1),
     }
-    return verdict.to_dict()
+    return verdict

@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from devtools import ROOT
+from devtools.faults.observer import codes
 from devtools.faults.schema_strategies import allowed
-from gradcam_worker import errors
+from devtools.faults.verdict import Verdict
 from gradcam_worker.broker import envelope, publisher
 from gradcam_worker.errors import ImageFetchFailed, ImageForbidden, InvalidJob
 from gradcam_worker.execution.handler import JobHandler
@@ -115,15 +116,10 @@ FORGED: dict[str, Any] = {
     "output": "s3://out",
     "keep": True,
 }
-CODES = {
-    one.code
-    for one in vars(errors).values()
-    if isinstance(one, type) and issubclass(one, errors.GradcamError)
-}
 
 
-def attack(count: int, seed: int) -> dict[str, Any]:
-    """Send so many messages; the same ones for the same `seed`. What came of them, by code."""
+def attack(count: int, seed: int) -> Verdict:
+    """Handle `count` messages; the figures count their outcomes."""
     found: Counter[str] = Counter()
     outcomes: Counter[str] = Counter()
 
@@ -145,20 +141,19 @@ def attack(count: int, seed: int) -> dict[str, Any]:
         hypothesis.seed(seed)(profile(count)(with_messages(one)))()
         broken = [
             f"{what} in {queue} was not refused: {outcome}"
-            for what, queue, item in strangers()
+            for what, queue, item in forbidden_messages()
             if (outcome := counted(item, queue)) not in REFUSED
         ]
     finally:
         log.setLevel(before)
-    return {
-        "attack": "messages",
-        "jobs": found["jobs"],
-        "faults": found["jobs"] - outcomes["succeeded"],
-        "untyped": found["untyped"],
-        "without_final_state": found["without_final_state"],
-        "outcomes": dict(sorted(outcomes.items())),
-        "broken": broken,
-    }
+    return Verdict(
+        jobs=found["jobs"],
+        faults=found["jobs"] - outcomes["succeeded"],
+        untyped=found["untyped"],
+        without_final_state=found["without_final_state"],
+        figures={"outcomes": dict(sorted(outcomes.items()))},
+        broken=broken,
+    )
 
 
 def profile(count: int) -> settings:
@@ -172,7 +167,7 @@ def profile(count: int) -> settings:
     )
 
 
-def strangers() -> Iterator[tuple[str, str, bytes]]:
+def forbidden_messages() -> Iterator[tuple[str, str, bytes]]:
     """What nobody but us may ask for: what it is, its queue, and the item."""
     for queue, ours in publisher.TASKS.items():
         for task in FOREIGN:
@@ -203,7 +198,7 @@ def judge(item: bytes, queue: str = publisher.INTERACTIVE) -> tuple[str, str]:
     if not document.final and document.status != "retrying":
         return "without_final_state", document.status
     code = document.error.code if document.error else None
-    if code == "internal" or code not in CODES | {None}:
+    if code not in codes() | {None}:
         return "untyped", f"{document.status}: {document.error and document.error.detail}"
     if document.error and not document.error.detail.isprintable():
         return "untyped", "an error that could forge a line of a log"
@@ -264,14 +259,14 @@ def items(draw: st.DrawFn, jobs: st.SearchStrategy[dict[str, Any]]) -> bytes:
     return draw(spoiled(item)) if kind == "item" else item
 
 
-def message(body: bytes, task: str = publisher.EXPLAIN) -> bytes:
+def message(body: bytes, task: str = publisher.EXPLAIN, message_id: str = "") -> bytes:
     """An item with this body."""
     return json.dumps(
         {
             "body": base64.b64encode(body).decode(),
             "content-encoding": "utf-8",
             "content-type": "application/json",
-            "headers": {"task": task, "id": new_id()},
+            "headers": {"task": task, "id": message_id or new_id()},
             "properties": {"body_encoding": "base64", "delivery_info": {}},
         }
     ).encode()

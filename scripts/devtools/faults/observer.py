@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,15 +27,16 @@ LOOK_S = 0.05  # between two looks at all jobs that have not ended and at all ma
 SLICE = 200  # final documents that are read again in each look: none may change
 FINAL = frozenset({"succeeded", "failed", "canceled", "expired"})
 PATIENT = frozenset({"low", "bulk"})  # priorities that come after the others
-UNFORESEEN = "internal"  # the code of what nobody foresaw: a mistake of ours
+UNEXPECTED = "internal"  # the code of an unexpected exception: a defect of ours
 
 
+@cache
 def codes() -> set[str]:
-    """Every code that an error may have, but for the one of what nobody foresaw."""
+    """Every code that an error may have, except that of unexpected exceptions."""
     tree = [errors.GradcamError]
     for one in tree:
         tree += one.__subclasses__()
-    return {one.code for one in tree} - {UNFORESEEN}
+    return {one.code for one in tree} - {UNEXPECTED}
 
 
 @dataclass
@@ -100,7 +102,7 @@ class JobObserver:
             for job_id, one in self.documents().items()
             if one and one["status"] == "running" and one["worker"]["id"].endswith(ending)
         ]
-        with contextlib.closing(self._cluster.services) as server, self._door:
+        with self._cluster.ledger as server, self._door:
             for job_id, attempt in found:
                 route = server.hget(f"{self._prefix}job:{job_id}", "route")
                 self._hit[job_id] = Hit(attempt, now, str(route))
@@ -122,7 +124,7 @@ class JobObserver:
 
     def documents(self) -> dict[str, dict[str, Any] | None]:
         """What the ledger holds of each accepted job just now, or held at its end where it may forget it."""
-        with contextlib.closing(self._cluster.services) as server:
+        with self._cluster.ledger as server:
             ids = list(self._cluster.accepted)
             texts = self._read(server, ids)
         if self._forgotten:
@@ -165,9 +167,9 @@ class JobObserver:
             verdict.broken.append(
                 f"{len(unsealed)} jobs succeeded without the manifest that they name: {unsealed[0]}"
             )
-        if self._cluster.surprises:
-            some = f"{len(self._cluster.surprises)} times, at first with {self._cluster.surprises[0]}"
-            verdict.broken.append(f"The client raised what it does not promise, {some}")
+        if self._cluster.unexpected:
+            some = f"{len(self._cluster.unexpected)} times, at first with {self._cluster.unexpected[0]}"
+            verdict.broken.append(f"The client raised undocumented errors, {some}")
         # Jobs of a lower priority wait for as long as others are there, whether a worker died or not.
         again = [one for route, some in self.recoveries.items() if route not in PATIENT for one in some]
         verdict.recovery_s_max = max([*again, *self.put_right], default=0.0)
@@ -195,7 +197,7 @@ class JobObserver:
 
     def _read_documents(self) -> None:
         """A loop of its own, so that a connection lasts as long as its server does."""
-        with contextlib.closing(self._cluster.services) as server:
+        with self._cluster.ledger as server:
             while not self._ended.wait(LOOK_S):
                 self._look(server)
 
@@ -282,10 +284,10 @@ def end_of(document: dict[str, Any]) -> str:
     return str((document["error"] or {}).get("code", "none"))
 
 
-def told(cluster: Cluster) -> dict[str, list[dict[str, Any]]]:
-    """Job id -> the final documents that the receiver was told of, in the order in which they came."""
+def delivered(cluster: Cluster) -> dict[str, list[dict[str, Any]]]:
+    """Job id -> the final documents that the receiver of webhooks got, in their order."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for event in webhook_receiver.heard(cluster.events):
+    for event in webhook_receiver.events(cluster.events):
         if event["data"]["status"] in FINAL:
             found.setdefault(event["data"]["id"], []).append(event["data"])
     return found

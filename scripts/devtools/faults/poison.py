@@ -1,26 +1,20 @@
 """Jobs that kill their process, or wedge its threads, among healthy ones that must not suffer for it.
 
-Of those that wedge there are more than a process has threads: addresses of 66,000 bytes, written into the
-queue as a stranger would, and pictures over which a thread panics.
+More jobs wedge than a process has threads: URIs of 66,000 bytes, written into the queue past the client, and
+images at which a thread panics.
 """
 
-import base64
-import contextlib
 import json
 import time
-from typing import Any
 
-import numpy as np
-
-from devtools.faults.cluster import SIZE, Cluster, running_cluster
+from devtools.faults.cluster import Cluster, running_cluster
+from devtools.faults.messages import message
 from devtools.faults.observer import JobObserver, end_of
 from devtools.faults.tiny_worker import NETWORK, PANICS, POISON
 from devtools.faults.verdict import Verdict
 from gradcam_worker.broker import publisher
-from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.schemas.ids import new_id
 
-SHORT, FULL = 30, 100  # healthy jobs
 ATTEMPTS = 3  # that the poison has
 PANIC_ATTEMPTS = 2
 WEDGES = 12  # of each kind: more than the threads of the process
@@ -29,16 +23,13 @@ HEALTHY_ATTEMPTS = 5  # one is lost each time that the poison takes a healthy on
 DRAINS_S = 180.0
 
 
-def attack(count: int, seed: int) -> dict[str, Any]:
-    """So many healthy jobs, and one poison in the middle of them.
+def attack(count: int, seed: int) -> Verdict:
+    """Submit `count` healthy jobs, and one poison in the middle of them.
 
-    Batches are as large as they come, so that the poison sits in one with its neighbours.
+    Batches are allowed, so that the poison is computed together with its neighbours.
     """
     with running_cluster("poison", seed, max_batch=4, threads=8) as cluster, JobObserver(cluster) as observer:
-        color = np.tile(np.array(POISON, np.uint8), (*SIZE, 1))
-        uri = cluster.picture("poison.jpg", color)
-        panic = cluster.picture("panic.jpg", np.tile(np.array(PANICS, np.uint8), (*SIZE, 1)))
-        client = GradcamClient(settings=cluster.settings)
+        uri, panic = cluster.store("poison.jpg", POISON), cluster.store("panic.jpg", PANICS)
         poison = cluster.job(count, image=uri, max_attempts=ATTEMPTS, priority="normal")
         long = _submit_raw(cluster)
         panics = [
@@ -46,11 +37,11 @@ def attack(count: int, seed: int) -> dict[str, Any]:
             for number in range(WEDGES)
         ]
         for job in panics:
-            cluster.submit(client, job)
+            cluster.submit(job)
         for number in range(count):
-            cluster.submit(client, cluster.job(number, max_attempts=HEALTHY_ATTEMPTS))
+            cluster.submit(cluster.job(number, max_attempts=HEALTHY_ATTEMPTS))
             if number == count // 2:
-                cluster.submit(client, poison)
+                cluster.submit(poison)
         begun = time.monotonic()
         cluster.work()
         observer.drain(DRAINS_S)
@@ -61,49 +52,36 @@ def attack(count: int, seed: int) -> dict[str, Any]:
             expected=lambda job_id: {ends.get(job_id, "succeeded")},
         )
         verdict.untyped -= len(panics)  # `internal` is what they have to end with
-        _look_at_the_long(cluster, long, verdict)
-        _look_at_the_poison(cluster, poison.id, verdict)
+        _check_long_uris(cluster, long, verdict)
+        _check_poison(cluster, poison.id, verdict)
         verdict.figures |= {"drained_s": round(drained_s, 1), **_collateral(observer)}
-    return verdict.to_dict()
+    return verdict
 
 
 def _submit_raw(cluster: Cluster) -> list[str]:
     """Messages with addresses that are too long, past the client, which would refuse them."""
-    ids = [new_id() for _ in range(WEDGES)]
-    with contextlib.closing(cluster.services) as server:
+    ids, uri = [new_id() for _ in range(WEDGES)], f"s3://photos/{'x' * LONG}"
+    with cluster.ledger as server:
         for one in ids:
-            job = {
-                "id": one,
-                "image": f"s3://photos/{'x' * LONG}",
-                "network": NETWORK,
-                "target": {"top_n": 1},
-            }
-            body = base64.b64encode(json.dumps([[job], {}, {}]).encode()).decode()
-            message = {
-                "body": body,
-                "content-encoding": "utf-8",
-                "content-type": "application/json",
-                "headers": {"id": one, "task": publisher.EXPLAIN},
-                "properties": {"body_encoding": "base64"},
-            }
-            server.lpush(f"{cluster.settings.key_prefix}{publisher.INTERACTIVE}", json.dumps(message))
+            job = {"id": one, "image": uri, "network": NETWORK, "target": {"top_n": 1}}
+            item = message(json.dumps([[job], {}, {}]).encode(), message_id=one)
+            server.lpush(f"{cluster.settings.key_prefix}{publisher.INTERACTIVE}", item)
     return ids
 
 
-def _look_at_the_long(cluster: Cluster, ids: list[str], verdict: Verdict) -> None:
-    client = GradcamClient(settings=cluster.settings)
+def _check_long_uris(cluster: Cluster, ids: list[str], verdict: Verdict) -> None:
     for one in ids:
-        error = client.wait(one, DRAINS_S).error
+        error = cluster.client.wait(one, DRAINS_S).error
         if not error or error.code != "invalid_job" or "66,012 bytes" not in error.detail:
             verdict.broken.append(f"An address that is too long ended as {error}.")
 
 
-def _look_at_the_poison(cluster: Cluster, poison: str, verdict: Verdict) -> None:
+def _check_poison(cluster: Cluster, poison: str, verdict: Verdict) -> None:
     prefix = cluster.settings.key_prefix
-    with contextlib.closing(cluster.services) as server:
+    with cluster.ledger as server:
         document = json.loads(server.hget(f"{prefix}job:{poison}", "document") or "null")
         dead = server.zrange(f"{prefix}dead", 0, -1)
-    deaths = cluster.workers[0].log.read_text(errors="replace").count("exit code -9")
+    deaths = sum("exit code -9" in line for line in cluster.workers[0].restarts)
     verdict.figures |= {"attempts_of_the_poison": document["attempt"], "processes_killed": deaths}
     if document["attempt"] != ATTEMPTS or deaths != ATTEMPTS:
         verdict.broken.append(

@@ -9,18 +9,16 @@ import os
 import random
 import signal
 import time
-from contextlib import closing
 from functools import partial
 from typing import Any
 
 from devtools.faults.cluster import START_S, Cluster, running_cluster, wait_for
 from devtools.faults.job_stream import Stream
 from devtools.faults.observer import JobObserver
+from devtools.faults.verdict import Verdict
 from gradcam_worker.broker import publisher
-from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.settings import Settings
 
-SHORT, FULL = 1, 4  # kills
 LOST = 5  # messages that vanish from the queue at each of them
 AHEAD = 120  # jobs that wait when it happens
 LATER_S = 0.3  # at most, after a worker has begun a job
@@ -29,8 +27,8 @@ DRAINS_S = 180.0
 AS_THEY_COME = ("lease_s", "lost_after_s", "visibility_timeout_s", "retry_backoff_s", "retry_backoff_max_s")
 
 
-def attack(count: int, seed: int) -> dict[str, Any]:
-    """So many kills of the only worker there is; see `Verdict` for what is counted."""
+def attack(count: int, seed: int) -> Verdict:
+    """Make `count` kills of the only worker there is."""
     draw = random.Random(seed)  # noqa: S311  # repeatable, not secret
     defaults: dict[str, Any] = {name: getattr(Settings(), name) for name in AS_THEY_COME}
     lost_s, jobs, hit = 0.0, 0, 0
@@ -58,17 +56,16 @@ def attack(count: int, seed: int) -> dict[str, Any]:
     if lost_s > PUBLISHED_AGAIN_S:
         verdict.broken.append(f"Jobs whose messages were lost were done after {lost_s:.0f} s only.")
     verdict.figures |= {"lost_messages_done_s": round(lost_s, 1), "jobs_hit": hit}
-    return verdict.to_dict()
+    return verdict
 
 
 def _lose(cluster: Cluster, first: int) -> set[str]:
     """Submit jobs whose messages vanish; their ids. It is the queue of bulk jobs, which are taken last."""
-    client = GradcamClient(settings=cluster.settings)
     jobs = [cluster.job(first + number, priority="bulk") for number in range(LOST)]
     pattern = f"{cluster.settings.key_prefix}{publisher.BULK}*"
     for job in jobs:
-        cluster.submit(client, job)
-    with closing(cluster.services) as server:
+        cluster.submit(job)
+    with cluster.ledger as server:
         for key in server.keys(pattern):
             server.delete(key)
     return {job.id for job in jobs}

@@ -16,16 +16,14 @@ from datetime import timedelta
 from typing import Any
 
 from devtools.faults.cluster import START_S, Cluster, Worker, running_cluster, wait_for
-from devtools.faults.observer import JobObserver, end_of, told
+from devtools.faults.observer import JobObserver, delivered, end_of
 from devtools.faults.verdict import Verdict
 from devtools.processes import Usage, repeating
 from gradcam_worker.broker import app, publisher
-from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import IdempotencyConflict
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import Job
 
-SHORT, FULL = 15, 300  # seconds
 READ_INTERVAL_S = 0.5
 AHEAD = 40  # jobs that wait or run at a time
 FLAT = 0.05  # by so much resident memory may grow after that
@@ -56,7 +54,6 @@ class Mix:
 
     cluster: Cluster
     seed: int
-    client: GradcamClient
     made: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     ends: dict[str, Collection[str]] = field(default_factory=dict)  # job id -> how it may end
@@ -90,7 +87,7 @@ class Mix:
     def _submit(self, number: int, *ends: str, **changes: Any) -> Job:
         job = self.cluster.job(number, **{"max_attempts": 3, "timeout_s": 60, **changes})
         self.ends[job.id] = ends
-        self.cluster.submit(self.client, job)
+        self.cluster.submit(job)
         return job
 
     def _do_good(self, number: int) -> None:
@@ -128,7 +125,7 @@ class Mix:
 
     def _do_cancelled(self, number: int) -> None:
         job = self._submit(number, "canceled", "succeeded")
-        self.client.cancel(job.id)
+        self.cluster.client.cancel(job.id)
 
     def _do_expired(self, number: int) -> None:
         ahead_s = self._random.choice([0.001, 0.3])
@@ -139,14 +136,14 @@ class Mix:
         key = f"key {number}"
         job = self._submit(number, "succeeded", idempotency_key=key)
         same = job.model_copy(update={"id": self.cluster.job(-number).id})
-        if (found := self.client.submit(same)) != job.id:
+        if (found := self.cluster.client.submit(same)) != job.id:
             self.broken.append(f"The idempotency key of {job.id} led to {found}.")
         other = same.model_copy(update={"metadata": {"other": "yes"}})
         with contextlib.suppress(IdempotencyConflict):
-            self.client.submit(other)
+            self.cluster.client.submit(other)
             self.broken.append(f"Another job was accepted under the idempotency key of {job.id}.")
 
-    def _do_strangers_job(self, number: int) -> None:
+    def _do_unknown_job(self, number: int) -> None:
         """By name, from a Celery client that knows nothing of the ledger."""
         job = self.cluster.job(number)
         self._send(job.id, job.model_dump(mode="json"), "succeeded")
@@ -178,18 +175,18 @@ class Mix:
             json.dumps({**envelope, "properties": {"delivery_tag": number, "delivery_info": []}}).encode(),
         ]
         queue = f"{self.cluster.settings.key_prefix}{publisher.INTERACTIVE}"
-        with closing(self.cluster.services) as server:
+        with closing(self.cluster.ledger) as server:
             server.lpush(queue, self._random.choice(texts))
 
 
-def attack(count: int, seed: int) -> dict[str, Any]:
-    """For `count` seconds; see `Verdict` for what is counted."""
+def attack(count: int, seed: int) -> Verdict:
+    """Run for `count` seconds."""
     retention: dict[str, Any] = {"retention_s": RETENTION_S, "idempotency_retention_s": RETENTION_S}
     with (
         running_cluster("soak", seed, **retention) as cluster,
         JobObserver(cluster, forgotten=True) as observer,
     ):
-        mix = Mix(cluster, seed, GradcamClient(settings=cluster.settings))
+        mix = Mix(cluster, seed)
         worker = cluster.work()
         mix.one()
         wait_for(lambda: observer.finals, START_S, "the first job ends")
@@ -199,18 +196,18 @@ def attack(count: int, seed: int) -> dict[str, Any]:
             if worker.process != pid or not _growth(usage, count):
                 break
         verdict = _verdict(cluster, observer, mix)
-        _look_at_usage(usage, count, verdict, worker)
-        wait_for(lambda: not _undelivered(cluster), DRAINS_S, "all webhooks are told")
-        _look_at_what_is_left(cluster, verdict)
+        _check_usage(usage, count, verdict, worker)
+        wait_for(lambda: not _undelivered(cluster), DRAINS_S, "all webhooks are delivered")
+        _check_remaining_keys(cluster, verdict)
         if count >= LONG_S:
             time.sleep(RETENTION_S + 5)
-            _look_at_what_is_kept(cluster, verdict)
+            _check_retention(cluster, verdict)
         cluster.stop_workers()
         left = [path for path in (cluster.folder / "tmp").rglob("*") if path.is_file()]
         verdict.figures["temporary_files"] = len(left)
         if left:
             verdict.broken.append(f"{len(left)} temporary files are left: {left[0].name}")
-    return verdict.to_dict()
+    return verdict
 
 
 def _feed(observer: JobObserver, mix: Mix, usage: Usage, seconds: float) -> Usage:
@@ -242,16 +239,16 @@ def _verdict(cluster: Cluster, observer: JobObserver, mix: Mix) -> Verdict:
     hostile = mix.made - mix.kinds["good"]
     verdict = observer.verdict(faults=hostile, expected=lambda job_id: mix.ends[job_id])
     verdict.broken += mix.broken
-    verdict.doubled += sum(any(one != heard[0] for one in heard) for heard in told(cluster).values())
+    verdict.doubled += sum(any(one != heard[0] for one in heard) for heard in delivered(cluster).values())
     ends = Counter(end_of(one) for one in observer.documents().values() if one)
     verdict.figures |= {"kinds": dict(sorted(mix.kinds.items())), "ends": dict(sorted(ends.items()))}
     return verdict
 
 
-def _look_at_usage(usage: Usage, seconds: float, verdict: Verdict, worker: Worker) -> None:
+def _check_usage(usage: Usage, seconds: float, verdict: Verdict, worker: Worker) -> None:
     if worker.process != usage.pid:
-        now = f"{worker.process} below {worker.supervisor} in place of {usage.pid}"
-        verdict.broken.append(f"The worker process has ended in between, {now}: {worker.ends()[-5:]}")
+        lines = [*worker.restarts[-4:], *worker.log_lines[-1:]]
+        verdict.broken.append(f"Process {usage.pid} has ended, {worker.process} is in its place: {lines}")
         return
     verdict.broken += _growth(usage, seconds)
     verdict.figures |= {
@@ -265,7 +262,7 @@ def _look_at_usage(usage: Usage, seconds: float, verdict: Verdict, worker: Worke
 
 def _keys(cluster: Cluster) -> list[str]:
     prefix = cluster.settings.key_prefix
-    with closing(cluster.services) as server:
+    with cluster.ledger as server:
         return sorted(key.removeprefix(prefix) for key in server.scan_iter(count=1000))
 
 
@@ -273,7 +270,7 @@ def _undelivered(cluster: Cluster) -> list[str]:
     return [key for key in _keys(cluster) if key.startswith("events:")]
 
 
-def _look_at_what_is_left(cluster: Cluster, verdict: Verdict) -> None:
+def _check_remaining_keys(cluster: Cluster, verdict: Verdict) -> None:
     """Every key is a job's, which will be forgotten, or one of the few that are always there."""
     keys = _keys(cluster)
     patterns = Counter(key.partition(":")[0] if ":" in key else key for key in keys)
@@ -286,14 +283,14 @@ def _look_at_what_is_left(cluster: Cluster, verdict: Verdict) -> None:
     if odd:
         verdict.broken.append(f"{len(odd)} keys are left when nothing is under way: {', '.join(odd[:5])}")
     prefix = cluster.settings.key_prefix
-    with closing(cluster.services) as server:
+    with cluster.ledger as server:
         mortal = [key for key in keys if key.startswith(("job:", "idempotency:"))]
         immortal = [key for key in mortal if server.pttl(prefix + key) < 0 and server.exists(prefix + key)]
     if immortal:
         verdict.broken.append(f"{len(immortal)} keys of final jobs stay for ever: {immortal[0]}")
 
 
-def _look_at_what_is_kept(cluster: Cluster, verdict: Verdict) -> None:
+def _check_retention(cluster: Cluster, verdict: Verdict) -> None:
     """When the time that jobs are kept for is over."""
     kept = [key for key in _keys(cluster) if key.startswith(("job:", "idempotency:", "events:"))]
     verdict.figures["keys_after_retention"] = len(kept)

@@ -1,6 +1,6 @@
-"""Every way we know to write an address that a stranger's URL must never lead to, for tests and attacks.
+"""Every known way to write an address that an untrusted URL must never lead to, for tests and attacks.
 
-Each trick points at a port of this machine or at the inside of some network. None may cause a connection.
+Each URL points at a port of this machine or into some private network. None may cause a connection.
 """
 
 import contextlib
@@ -11,100 +11,61 @@ from ipaddress import ip_address
 PUBLIC_HOST = "images.example.com"  # what an operator would allow
 PUBLIC_ADDRESS = "8.8.8.8"  # is never dialled: it stands beside one that is refused
 
-# Hosts that a list of hosts can hold: they must be refused even where an operator lets them in by name.
-HOSTS: tuple[tuple[str, str], ...] = (
-    ("127.0.0.1", "loopback"),
-    ("127.255.255.254", "the other end of loopback"),
-    ("127.1", "loopback, the short way"),
-    ("127.0.1", "loopback in three parts"),
-    ("2130706433", "loopback as a decimal number"),
-    ("0x7f000001", "loopback as a hexadecimal number"),
-    ("0x7f.1", "loopback, hexadecimal and short"),
-    ("0x7f.0x0.0x0.0x1", "loopback in hexadecimal parts"),
-    ("017700000001", "loopback as an octal number"),
-    ("0177.1", "loopback, octal and short"),
-    ("127.0x0.1", "loopback in mixed bases"),
-    ("localhost", "loopback by name"),
-    ("0", "this host, as a number"),
-    ("0x0", "this host, in hexadecimal"),
-    ("0.0.0.0", "this host"),  # noqa: S104  # not bound to, refused
-    ("0.1.2.3", "this network"),
-    ("10.0.0.1", "private"),
-    ("10.255.255.254", "the end of a private network"),
-    ("167772161", "private, as a decimal number"),
-    ("0xa.1", "private, hexadecimal and short"),
-    ("012.1", "private, octal and short"),
-    ("172.16.0.1", "private"),
-    ("172.31.255.254", "the end of a private network"),
-    ("192.168.0.1", "private"),
-    ("0xc0a80001", "private, in hexadecimal"),
-    ("100.64.0.1", "behind a carrier's NAT"),
-    ("100.127.255.254", "the end of a carrier's NAT"),
-    ("100.100.100.200", "Alibaba's metadata"),
-    ("169.254.169.254", "the metadata of most clouds"),
-    ("169.254.170.2", "the credentials of an ECS task"),
-    ("2852039166", "metadata as a decimal number"),
-    ("0xa9fea9fe", "metadata as a hexadecimal number"),
-    ("0xa9.0xfe.0xa9.0xfe", "metadata in hexadecimal parts"),
-    ("025177524776", "metadata as an octal number"),
-    ("169.16689662", "metadata in two parts"),
-    ("168.63.129.16", "Azure's metadata, which looks public"),
-    ("192.0.0.192", "Oracle's metadata"),
-    ("192.0.2.1", "documentation"),
-    ("192.88.99.1", "6to4's relay"),
-    ("198.18.0.1", "benchmarks"),
-    ("198.19.255.254", "the end of the benchmarks"),
-    ("198.51.100.1", "documentation"),
-    ("203.0.113.1", "documentation"),
-    ("224.0.0.1", "multicast"),
-    ("239.255.255.250", "multicast of devices at home"),
-    ("240.0.0.1", "reserved"),
-    ("255.255.255.255", "broadcast"),
-    ("[::]", "this host"),
-    ("[::1]", "loopback"),
-    ("[0:0:0:0:0:0:0:1]", "loopback, the long way"),
-    ("[0000:0000:0000:0000:0000:0000:0000:0001]", "loopback, the longest way"),
-    ("[::ffff:127.0.0.1]", "mapped loopback"),
-    ("[::ffff:7f00:1]", "mapped loopback in hexadecimal"),
-    ("[0:0:0:0:0:ffff:7f00:0001]", "mapped loopback, the long way"),
-    ("[::ffff:169.254.169.254]", "mapped metadata"),
-    ("[::ffff:10.0.0.1]", "mapped private"),
-    ("[::ffff:0:127.0.0.1]", "translated loopback"),
-    ("[::127.0.0.1]", "compatible loopback"),
-    ("[::a00:1]", "compatible private"),
-    ("[64:ff9b::127.0.0.1]", "NAT64 of loopback"),
-    ("[64:ff9b::a9fe:a9fe]", "NAT64 of metadata"),
-    ("[64:ff9b:1::7f00:1]", "local NAT64 of loopback"),
-    ("[64:ff9b:1:a9fe:a9:fe00::]", "local NAT64 of metadata, with a prefix of 48 bits"),
-    ("[2002:7f00:1::]", "6to4 of loopback"),
-    ("[2002:a00:1::1]", "6to4 of private"),
-    ("[2002:a9fe:a9fe::1]", "6to4 of metadata"),
-    ("[2001:0:4136:e378:8000:63bf:80ff:fffe]", "Teredo of loopback"),
-    ("[2001::f5ff:fffe]", "Teredo of private"),
-    ("[fe80::5efe:7f00:1]", "ISATAP of loopback"),
-    ("[2a00:1450:4001:80b:0:5efe:10.0.0.1]", "ISATAP of private, under a public prefix"),
-    ("[2a00:1450:4001:80b:200:5efe:a9fe:a9fe]", "ISATAP of metadata, under a public prefix"),
-    ("[fe80::1]", "link-local"),
-    ("[febf::1]", "the end of link-local"),
-    ("[fec0::1]", "site-local"),
-    ("[fc00::1]", "private"),
-    ("[fd12:3456:789a::1]", "private"),
-    ("[fd00:ec2::254]", "Amazon's metadata"),
-    ("[fd20:ce::254]", "Google's metadata"),
-    ("[ff02::1]", "multicast to the link"),
-    ("[ff0e::1]", "multicast to the world"),
-    ("[100::1]", "discarded"),
-    ("[2001:2::1]", "benchmarks"),
-    ("[2001:10::1]", "ORCHID"),
-    ("[2001:20::1]", "ORCHID, version 2"),
-    ("[2001:db8::1]", "documentation"),
-    ("[3ffe::1]", "given back"),
-    ("[3fff::1]", "documentation"),
-    ("[4000::1]", "given to nobody"),
-    ("[5f00::1]", "segment routing"),
-)
+# Hosts that an operator's list can name, by what they are: in decimal, octal, hexadecimal, short and mixed forms.
+# They must be refused even where such a list lets them in.
+_HOSTS = {
+    "loopback": (
+        "127.0.0.1 127.255.255.254 127.1 127.0.1 2130706433 0x7f000001 0x7f.1 0x7f.0x0.0x0.0x1 "
+        "017700000001 0177.1 127.0x0.1 localhost"
+    ),
+    "this host": "0 0x0 0.0.0.0",
+    "this network": "0.1.2.3",
+    "private": (
+        "10.0.0.1 10.255.255.254 167772161 0xa.1 012.1 172.16.0.1 172.31.255.254 192.168.0.1 0xc0a80001"
+    ),
+    "a carrier's NAT": "100.64.0.1 100.127.255.254",
+    "the metadata of a cloud": (
+        "100.100.100.200 169.254.169.254 169.254.170.2 2852039166 0xa9fea9fe 0xa9.0xfe.0xa9.0xfe "
+        "025177524776 169.16689662 168.63.129.16 192.0.0.192"
+    ),
+    "documentation": "192.0.2.1 198.51.100.1 203.0.113.1",
+    "6to4's relay": "192.88.99.1",
+    "benchmarks": "198.18.0.1 198.19.255.254",
+    "multicast": "224.0.0.1 239.255.255.250",
+    "reserved": "240.0.0.1",
+    "broadcast": "255.255.255.255",
+    "this host, IPv6": "[::]",
+    "loopback, IPv6": "[::1] [0:0:0:0:0:0:0:1] [0000:0000:0000:0000:0000:0000:0000:0001]",
+    "IPv4-mapped loopback, metadata and private": (
+        "[::ffff:127.0.0.1] [::ffff:7f00:1] [0:0:0:0:0:ffff:7f00:0001] [::ffff:169.254.169.254] "
+        "[::ffff:10.0.0.1]"
+    ),
+    "IPv4-translated loopback": "[::ffff:0:127.0.0.1]",
+    "IPv4-compatible loopback and private": "[::127.0.0.1] [::a00:1]",
+    "NAT64 of loopback and metadata": (
+        "[64:ff9b::127.0.0.1] [64:ff9b::a9fe:a9fe] [64:ff9b:1::7f00:1] [64:ff9b:1:a9fe:a9:fe00::]"
+    ),
+    "6to4 of loopback, private and metadata": "[2002:7f00:1::] [2002:a00:1::1] [2002:a9fe:a9fe::1]",
+    "Teredo of loopback and private": "[2001:0:4136:e378:8000:63bf:80ff:fffe] [2001::f5ff:fffe]",
+    "ISATAP of loopback, private and metadata": (
+        "[fe80::5efe:7f00:1] [2a00:1450:4001:80b:0:5efe:10.0.0.1] [2a00:1450:4001:80b:200:5efe:a9fe:a9fe]"
+    ),
+    "link-local": "[fe80::1] [febf::1]",
+    "site-local": "[fec0::1]",
+    "private, IPv6": "[fc00::1] [fd12:3456:789a::1]",
+    "the metadata of a cloud, IPv6": "[fd00:ec2::254] [fd20:ce::254]",
+    "multicast, IPv6": "[ff02::1] [ff0e::1]",
+    "discarded": "[100::1]",
+    "benchmarks, IPv6": "[2001:2::1]",
+    "ORCHID": "[2001:10::1] [2001:20::1]",
+    "documentation, IPv6": "[2001:db8::1] [3fff::1]",
+    "given back": "[3ffe::1]",
+    "given to nobody": "[4000::1]",
+    "segment routing": "[5f00::1]",
+}
+HOSTS = tuple((host, what) for what, hosts in _HOSTS.items() for host in hosts.split())
 
-# URLs that hide where they lead. {port} is one that somebody listens on.
+# URLs that hide where they lead. {port} is one that a test listens on.
 URLS: tuple[tuple[str, str], ...] = (
     (f"http://{PUBLIC_HOST}@127.0.0.1:{{port}}/a.jpg", "an allowed host as the user"),
     (f"http://{PUBLIC_HOST}:80@127.0.0.1:{{port}}/a.jpg", "an allowed host as user and password"),
@@ -180,24 +141,24 @@ MIXED: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
-def tricks(port: int) -> Iterator[tuple[str, str]]:
-    """Every trick as (URL, why it is one), aimed at a port of this machine wherever one can be named."""
+def forbidden_urls(port: int) -> Iterator[tuple[str, str]]:
+    """Yield every URL and what it is, aimed at a port of this machine where it can have one."""
     for host, why in HOSTS:
         yield f"http://{host}:{port}/a.jpg", why
     for url, why in URLS:
         yield url.replace("{port}", str(port)), why
 
 
-def answers() -> Iterator[tuple[tuple[str, ...], str]]:
-    """What a name server may answer for an allowed name, as (addresses, why they must not be dialled)."""
+def forbidden_answers() -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield what a name server may answer for an allowed name: addresses, and what they are."""
     for host, why in HOSTS:
         with contextlib.suppress(ValueError):  # a number or a name: no name server answers that
             yield (str(ip_address(host.strip("[]"))),), why
     yield from MIXED
 
 
-def careless(port: int) -> tuple[str, ...]:
-    """A list of hosts that lets in whatever it can by name: only the addresses are left to be refused."""
+def permissive_hosts(port: int) -> tuple[str, ...]:
+    """Return a list of hosts that allows all that it can name: only the addresses can still be refused."""
     return (PUBLIC_HOST, *(f"{host}:{port}" for host, _ in HOSTS))
 
 

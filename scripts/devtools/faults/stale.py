@@ -8,64 +8,55 @@ looks for what an earlier one has left.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from devtools.faults.cluster import SIZE, Cluster, running_cluster, wait_for
+from devtools.faults.cluster import Cluster, running_cluster, wait_for
 from devtools.faults.verdict import Verdict
-from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.status import StatusDocument, WorkerRef
 
-SHORT, FULL = 8, 200  # jobs
 DRAINS_S = 120.0
 COLORS = ((255, 0, 0), (0, 0, 255))
 
 
-def attack(count: int, seed: int) -> dict[str, Any]:
-    """So many jobs, each of them twice."""
+def attack(count: int, seed: int) -> Verdict:
+    """Run `count` jobs, each of them twice."""
     with running_cluster("stale", seed) as cluster:
-        pictures = [
-            [_painted(cluster, f"{number}-{one}.jpg", one) for one in (0, 1)] for number in range(count)
+        images = [
+            [cluster.store(f"{number}-{one}.jpg", color) for one, color in enumerate(COLORS)]
+            for number in range(count)
         ]
-        first = [cluster.job(number, image=pictures[number][0]) for number in range(count)]
+        first = [cluster.job(number, image=images[number][0]) for number in range(count)]
         cluster.work()
-        before = _brought_to_their_ends(cluster, first)
+        before = _run(cluster, first)
         cluster.stop_workers()
-        cluster.services.flushdb()
+        cluster.ledger.flushdb()
         second = []
         for number, job in enumerate(first):
             moved = number % 2 == 0
             if not moved:
-                _painted(cluster, f"{number}-0.jpg", 1)
-            second.append(cluster.job(number, image=pictures[number][int(moved)], id=job.id))
+                cluster.store(f"{number}-0.jpg", COLORS[1])
+            second.append(cluster.job(number, image=images[number][int(moved)], id=job.id))
         ledger = RedisLedger(cluster.settings)
         for job in second:
             ledger.submit(job)
             ledger.claim(ledger.read(job.id), WorkerRef(id="killed", device="cpu"))
         cluster.work()
-        after = _brought_to_their_ends(cluster, second)
-        return _verdict(cluster, second, before, after).to_dict()
+        after = _run(cluster, second)
+        return _verdict(cluster, second, before, after)
 
 
-def _painted(cluster: Cluster, name: str, color: int) -> str:
-    return cluster.picture(name, np.tile(np.array(COLORS[color], np.uint8), (*SIZE, 1)))
-
-
-def _brought_to_their_ends(cluster: Cluster, jobs: list[Job]) -> list[StatusDocument]:
-    client = GradcamClient(settings=cluster.settings)
+def _run(cluster: Cluster, jobs: list[Job]) -> list[StatusDocument]:
     for job in jobs:
-        cluster.submit(client, job)
-    wait_for(lambda: all(client.status(job.id).final for job in jobs), DRAINS_S, "all jobs are final")
-    return [client.status(job.id) for job in jobs]
+        cluster.submit(job)
+    wait_for(lambda: all(cluster.client.status(job.id).final for job in jobs), DRAINS_S, "all jobs are final")
+    return [cluster.client.status(job.id) for job in jobs]
 
 
 def _verdict(
     cluster: Cluster, jobs: list[Job], before: list[StatusDocument], after: list[StatusDocument]
 ) -> Verdict:
-    verdict = Verdict(jobs=2 * len(jobs), faults=len(jobs), broken=list(cluster.surprises))
+    verdict = Verdict(jobs=2 * len(jobs), faults=len(jobs), broken=list(cluster.unexpected))
     verdict.figures["begun_twice"] = sum(one.attempt == 2 for one in after)  # noqa: PLR2004  # by the killed one
     for job, old, new in zip(jobs, before, after, strict=True):
         if old.status != "succeeded" or new.status != "succeeded":

@@ -23,6 +23,7 @@ from pydantic import SecretStr
 from standardwebhooks.webhooks import WebhookVerificationError
 
 from devtools.faults.cluster import Cluster, running_cluster, wait_for
+from devtools.faults.verdict import Verdict
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
@@ -36,7 +37,7 @@ EVENTS = ("job.queued", "job.started", "job.succeeded", "job.failed")
 SECRET = "whsec_" + "c3RhdHVz" * 4
 ROUNDS = 10  # of each kind; in a short form fewer, so that a round is no smaller than the next line
 SMALLEST_ROUND = 25  # jobs
-MOST_LOSS = 0.05  # of the worker's throughput
+MAX_LOSS = 0.05  # share of the worker's throughput
 SURE_FROM = 500  # jobs of each kind: fewer say little about throughput
 PATIENCE_S = 120.0  # for a round, and for the last event
 TIMEOUT_S = 10.0  # of one delivery, as it is where nobody sets it
@@ -47,7 +48,7 @@ class Receivers:
     """A healthy receiver, which remembers what it was told, and bad ones."""
 
     urls: dict[str, str] = field(default_factory=dict)  # kind -> URL
-    heard: list[tuple[dict[str, str], bytes]] = field(default_factory=list)  # headers and body
+    received: list[tuple[dict[str, str], bytes]] = field(default_factory=list)  # headers and body
 
     @property
     def ports(self) -> list[int]:
@@ -67,7 +68,7 @@ def receiving() -> Iterator[Receivers]:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             well = self.path == f"/{HEALTHY}"
             if well:
-                receivers.heard.append(({name.lower(): said for name, said in self.headers.items()}, body))
+                receivers.received.append(({name.lower(): said for name, said in self.headers.items()}, body))
             self.send_response(204 if well else 500)
             self.send_header("content-length", "0")
             self.end_headers()
@@ -92,37 +93,36 @@ def receiving() -> Iterator[Receivers]:
         yield receivers
 
 
-def attack(jobs: int, seed: int) -> dict[str, Any]:
-    """Run so many jobs of each kind; return what `verdict` counts, and jobs per second of each."""
+def attack(count: int, seed: int) -> Verdict:
+    """Run `count` jobs of each kind; the figures are their rates."""
     draw = random.Random(seed)  # noqa: S311  # repeatable, not secret
-    rounds = max(min(ROUNDS, jobs // SMALLEST_ROUND), 1)
+    rounds = max(min(ROUNDS, count // SMALLEST_ROUND), 1)
     submitted: dict[str, list[str]] = {kind: [] for kind in KINDS}
     rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with receiving() as receivers, _attacked_cluster(seed, receivers) as cluster:
         cluster.work()
-        client = GradcamClient(settings=cluster.settings)
+        client = cluster.client
         _run(client, [cluster.job(10**6 + number) for number in range(SMALLEST_ROUND)])  # until all is warm
         for number in range(rounds):
             for kind in draw.sample(KINDS, len(KINDS)):
-                some = [_job(cluster, receivers, kind, at) for at in _share(jobs, rounds, number)]
+                some = [_job(cluster, receivers, kind, at) for at in _share(count, rounds, number)]
                 rates[kind].append(_run(client, some))
                 submitted[kind] += [one.id for one in some]
         events = 3 * len(submitted[HEALTHY])
         with contextlib.suppress(TimeoutError):  # what is missing is found below
-            wait_for(lambda: len(receivers.heard) >= events, PATIENCE_S, "all is told")
+            wait_for(lambda: len(receivers.received) >= events, PATIENCE_S, "all events arrive")
         cluster.stop_workers()
-        found = _judged(cluster, receivers, submitted)
+        verdict = _verdict(cluster, receivers, submitted)
     ratios = {kind: _ratio(rates[kind], rates[HEALTHY]) for kind in BAD}
-    found["jobs"] = sum(map(len, submitted.values()))
-    found["faults"] = sum(len(submitted[kind]) for kind in BAD)
-    found["throughput_ratio"], found["throughput_ratios"] = min(ratios.values()), ratios
-    found["throughput_ratio_to_nobody"] = {kind: _ratio(rates[kind], rates[NOBODY]) for kind in KINDS[1:]}
-    found["jobs_per_s"] = {kind: round(statistics.median(some), 1) for kind, some in rates.items()}
-    if jobs >= SURE_FROM and found["throughput_ratio"] < 1 - MOST_LOSS:
-        found["broken"].append(
-            f"A bad receiver costs the worker more than {MOST_LOSS:.0%} of its throughput."
-        )
-    return found
+    verdict.figures |= {
+        "throughput_ratio": min(ratios.values()),
+        "throughput_ratios": ratios,
+        "throughput_ratio_to_nobody": {kind: _ratio(rates[kind], rates[NOBODY]) for kind in KINDS[1:]},
+        "jobs_per_s": {kind: round(statistics.median(some), 1) for kind, some in rates.items()},
+    }
+    if count >= SURE_FROM and min(ratios.values()) < 1 - MAX_LOSS:
+        verdict.broken.append(f"A bad receiver costs the worker more than {MAX_LOSS:.0%} of its throughput.")
+    return verdict
 
 
 def _ratio(some: Sequence[float], others: Sequence[float]) -> float:
@@ -170,12 +170,11 @@ def _run(client: GradcamClient, jobs: Sequence[Job]) -> float:
     return (len(times) - 1) / max(times[-1] - times[0], 1e-3) if len(times) > 1 else 0.0
 
 
-def _judged(cluster: Cluster, receivers: Receivers, submitted: dict[str, list[str]]) -> dict[str, Any]:
-    """What was promised and not kept."""
+def _verdict(cluster: Cluster, receivers: Receivers, submitted: dict[str, list[str]]) -> Verdict:
     every = [job_id for ids in submitted.values() for job_id in ids]
     ledger = RedisLedger(cluster.settings)
     documents = ledger.read_many(every)
-    seen, twice, unsigned, disordered = _heard(receivers)
+    seen, twice, unsigned, disordered = _count_received(receivers)
     wanted = {(job_id, revision) for job_id in submitted[HEALTHY] for revision in (1, 2, 3)}
     missing = len(wanted - seen.keys())
     kept = _kept(ledger, [job_id for kind in BAD for job_id in submitted[kind]])
@@ -186,32 +185,36 @@ def _judged(cluster: Cluster, receivers: Receivers, submitted: dict[str, list[st
         f"{disordered} events came after a later one of the same job.": disordered,
         f"{unsigned} events had no valid signature.": unsigned,
         f"{kept} jobs have not all of their events in the outbox.": kept,
-        f"{len(seen.keys() - wanted)} events were told to somebody else.": len(seen.keys() - wanted),
+        f"{len(seen.keys() - wanted)} events reached another receiver.": len(seen.keys() - wanted),
     }
-    return {
-        "lost": len(set(every) - documents.keys()),
-        "without_final_state": sum(not one.final for one in documents.values()),
-        "untyped": sum(_untyped(one) for one in documents.values()),
-        "doubled": twice,
-        "events": len(receivers.heard),
-        "waiting": outbox.count_recipients(),
-        "parked": len(outbox.find_parked()),
-        "broken": [sentence for sentence, count in found.items() if count],
-    }
+    return Verdict(
+        jobs=len(every),
+        faults=sum(len(submitted[kind]) for kind in BAD),
+        lost=len(set(every) - documents.keys()),
+        without_final_state=sum(not one.final for one in documents.values()),
+        untyped=sum(_untyped(one) for one in documents.values()),
+        doubled=twice,
+        figures={
+            "events": len(receivers.received),
+            "waiting": outbox.count_recipients(),
+            "parked": len(outbox.find_parked()),
+        },
+        broken=[sentence for sentence, count in found.items() if count],
+    )
 
 
 def _untyped(document: StatusDocument) -> bool:
     return document.status != "succeeded" and (document.error is None or document.error.code == "internal")
 
 
-def _heard(receivers: Receivers) -> tuple[Counter[tuple[str, int]], int, int, int]:
+def _count_received(receivers: Receivers) -> tuple[Counter[tuple[str, int]], int, int, int]:
     """(Job, revision) -> how often the healthy receiver heard of it; how many of them twice, without a
     signature, and after a later one.
     """
     seen, last = Counter[tuple[str, int]](), Counter[str]()
     ids, unsigned, disordered = Counter[str](), 0, 0
     secret = standardwebhooks.Webhook(SECRET)
-    for headers, body in receivers.heard:
+    for headers, body in receivers.received:
         data = json.loads(body)["data"]
         seen[data["id"], data["revision"]] += 1
         ids[headers.get("webhook-id", "")] += 1

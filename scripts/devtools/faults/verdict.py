@@ -1,6 +1,5 @@
-"""What an attack found, in the same words for all of them."""
+"""What an attack found, counted in the same way for all of them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,33 +8,25 @@ PROMISES = ("lost", "without_final_state", "doubled", "wrong_bytes", "early_mani
 
 @dataclass
 class Verdict:
-    """Counts of what was done and of what must not have happened, and how long the worst of it lasted."""
+    """Counts of what was done and of what must not have happened, and the longest recovery."""
 
     jobs: int = 0
     faults: int = 0  # injected
     lost: int = 0  # accepted, and the ledger does not know them
     without_final_state: int = 0
     doubled: int = 0  # more than one final state, or more than one result
-    wrong_bytes: int = 0  # jobs whose objects differ from a quiet run's
-    early_manifests: int = 0  # seen before what they name
+    wrong_bytes: int = 0  # jobs whose objects differ from those of a run that nothing disturbs
+    early_manifests: int = 0  # seen before the objects that they name
     untyped: int = 0  # ended with an error that has no code, or with `internal`
     recovery_s_max: float = 0.0  # from a fault until what it hit runs again
     figures: dict[str, Any] = field(default_factory=dict)  # of this attack alone
-    broken: list[str] = field(default_factory=list)  # what else was promised and not kept, a sentence each
-
-    @classmethod
-    def of(cls, found: Mapping[str, Any]) -> "Verdict":
-        """What `to_dict` wrote, or what another attack counted: what has no place here is a figure."""
-        own = {name: value for name, value in found.items() if name in cls.__dataclass_fields__}
-        others = {name: value for name, value in found.items() if name not in own}
-        figures = {**own.pop("figures", {}), **others}
-        return cls(**own, figures=figures)
+    broken: list[str] = field(default_factory=list)  # other promises that were broken, a sentence each
 
     @property
     def kept(self) -> bool:
-        """Whether every promise was."""
+        """Whether every promise was kept."""
         return not self.broken and not any(getattr(self, name) for name in PROMISES)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return it for JSON."""
         return {**vars(self), "recovery_s_max": round(self.recovery_s_max, 2)}

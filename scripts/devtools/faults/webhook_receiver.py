@@ -1,4 +1,4 @@
-"""A receiver of webhooks in a process of its own, so that it can be killed: writes down what it is told.
+"""A receiver of webhooks in a process of its own, so that it can be killed: writes down each event.
 
     python -m devtools.faults.webhook_receiver PORT FILE
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 
-def heard(file: Path) -> list[dict[str, Any]]:
-    """All events until now, in the order in which they came: `id`, and what the body says."""
+def events(file: Path) -> list[dict[str, Any]]:
+    """Return all events until now, in their order: `id`, and the fields of the body."""
     if not file.exists():
         return []
     lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # the last one may be half of one

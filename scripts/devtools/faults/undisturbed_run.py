@@ -1,0 +1,55 @@
+"""Compares what an attacked run left in the bucket with what an undisturbed run of the same jobs leaves."""
+
+import hashlib
+import time
+from pathlib import Path
+
+from devtools.faults.cluster import Cluster
+from devtools.faults.verdict import Verdict
+from gradcam_worker.client.client import GradcamClient
+
+UNFINISHED = ".rclone_temp_put_"  # of an upload during which this S3 server was killed
+WORKERS = 2
+JOBS_PER_S = 5  # at least: how long the undisturbed run may take ...
+PATIENCE_S = 180.0  # ... beside this
+
+
+def checksums(bucket: Path) -> dict[str, dict[str, str]]:
+    """Job id -> each of its objects by its key -> sha256."""
+    found: dict[str, dict[str, str]] = {}
+    for folder in (bucket / "cams").iterdir():
+        files = [path for path in folder.rglob("*") if path.is_file() and UNFINISHED not in path.name]
+        found[folder.name] = {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+        }
+    return found
+
+
+def compare(cluster: Cluster, verdict: Verdict, jobs: int) -> None:
+    """Run the first `jobs` jobs once more, with the same ids and nothing that disturbs them.
+
+    The objects of the attacked run are moved away first. Counts `wrong_bytes`.
+    """
+    cluster.stop_workers()
+    attacked = checksums(cluster.bucket)
+    cluster.s3.kill()
+    cluster.bucket.rename(cluster.folder / "attacked")
+    cluster.s3.start()
+    settings = cluster.settings.model_copy(update={"key_prefix": "undisturbed:"})
+    client = GradcamClient(settings=settings)
+    for _ in range(WORKERS):
+        cluster.work(settings)
+    ids = [client.submit(cluster.job(number)) for number in range(jobs)]
+    end = time.monotonic() + PATIENCE_S + jobs / JOBS_PER_S
+    for job_id in ids:
+        document = client.wait(job_id, max(end - time.monotonic(), 1))
+        if document.status != "succeeded" and job_id in attacked:
+            verdict.broken.append(f"Undisturbed, job {job_id} ended as {document.status}.")
+    cluster.stop_workers()
+    undisturbed = checksums(cluster.bucket)
+    wrong = [job_id for job_id in ids if attacked.get(job_id) != undisturbed.get(job_id)]
+    verdict.wrong_bytes = len(wrong)
+    verdict.figures["objects_compared"] = sum(map(len, undisturbed.values()))
+    if wrong:
+        objects = [sorted(run.get(wrong[0], {})) for run in (attacked, undisturbed)]
+        verdict.broken.append(f"{wrong[0]}: attacked {objects[0]}, undisturbed {objects[1]}")
