@@ -23,7 +23,7 @@ COMPOSE = checks.COMPOSE.read_text()
 
 @pytest.mark.live
 def test_docker_and_deploy_are_well() -> None:
-    assert checks.findings(tools.make()) == []
+    assert checks.findings() == []
 
 
 def test_a_worker_has_room_for_the_networks_that_it_may_keep() -> None:

