@@ -1,8 +1,8 @@
-"""Make the pictures in docs/images/ again, with the network and the photos that are shipped.
+"""Make the images in docs/images/ again, with the shipped network and photos.
 
     scripts/pictures [NAME ...]    all of them, unless some are named
 
-They are what a job leaves behind: the same code draws them. The contact sheet is the demo's.
+They are what `gradcam explain` and a backfill leave. The contact sheet is the demo's.
 """
 
 import argparse
@@ -11,25 +11,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from devtools import ROOT
+from devtools.bench import testbed
 from gradcam_worker import testing
 from gradcam_worker.audit.gallery import GalleryOptions, gallery
+from gradcam_worker.cli.main import main as gradcam
 from gradcam_worker.execution import shards
 from gradcam_worker.execution.pipeline import JobContext
-from gradcam_worker.gradcam import Explained, explain_image, load_network
-from gradcam_worker.gradcam.classes import DATA, caption
+from gradcam_worker.gradcam import explain_image, load_network
+from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
-from gradcam_worker.gradcam.imaging.animation import animate, as_frame
-from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, Pixels, encode, overlay
+from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, encode, overlay
 from gradcam_worker.gradcam.imaging.region import draw_box, draw_contour, hot_box
-from gradcam_worker.gradcam.imaging.sheet import arrange_in_rows, as_tile, sheet, with_title
-from gradcam_worker.gradcam.network import Network
-from gradcam_worker.gradcam.report import page
+from gradcam_worker.gradcam.imaging.sheet import arrange_in_rows, as_tile, sheet
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.ids import new_id
@@ -37,9 +34,9 @@ from gradcam_worker.schemas.options import Target
 from gradcam_worker.schemas.shard import Row, Shard
 
 DOCS = ROOT / "docs" / "images"
-TILE = 360 * 270  # pixels of a picture on a sheet: three beside each other fill a page
-FRAME_EDGE = 360  # pixels of the animation: it stays below 400 KB
-FRAME_S = 1.2
+PHOTOS = DATA / "photos"
+NETWORK = "efficientnet_lite0"
+TILE = 360 * 270  # pixels of an image on a sheet: three beside each other fill a page
 THRESHOLD = 0.5
 CHROMIUM = (  # nothing but the page: no profile, no network, no first-run greetings
     "--headless=new",
@@ -52,36 +49,21 @@ CHROMIUM = (  # nothing but the page: no profile, no network, no first-run greet
     "--hide-scrollbars",
     "--window-size=1280,900",
 )
-ASTRONAUT = (560, 812, 652, 450, 610)  # football helmet, space shuttle, military uniform, bobsled, jersey
+CLASSES = "560,812,652,450,610"  # football helmet, space shuttle, military uniform, bobsled, jersey
 
 
-@cache
-def network() -> Network:
-    """EfficientNet-Lite0, loaded once."""
-    return load_network("efficientnet_lite0")
-
-
-def explained(photo: str, *classes: int) -> Explained:
-    """What the network saw in a shipped photo."""
-    return explain_image(network(), DATA / "photos" / f"{photo}.jpg", classes=classes)
-
-
-def titles(seen: Explained) -> list[str]:
-    """Each explained class with its probability."""
-    return [caption(one.id, one.name, one.probability) for one in seen.explained]
-
-
-def grid() -> bytes:
-    """One photo and what speaks for each of five classes."""
-    seen = explained("astronaut", *ASTRONAUT)
-    photo = as_tile(seen.picture, TILE)
-    laid = [overlay(photo, heatmap) for heatmap in seen.shown]
-    return _jpeg([("photo", photo), *zip(titles(seen), laid, strict=True)])
+def artifact(kind: str, classes: str = CLASSES) -> bytes:
+    """Return an artifact that `gradcam explain` makes of the astronaut."""
+    with tempfile.TemporaryDirectory() as folder:
+        photo = str(PHOTOS / "astronaut.jpg")
+        gradcam(["explain", photo, "--classes", classes, "--artifact", kind, "--output", folder])
+        (file,) = Path(folder).rglob(f"{kind}.*")
+        return file.read_bytes()
 
 
 def overlay_styles() -> bytes:
     """One heatmap in all colour maps, with its contour, its box, and both."""
-    seen = explained("chelsea", 285)
+    seen = explain_image(load_network(NETWORK), PHOTOS / "chelsea.jpg", classes=[285])
     photo, heatmap = as_tile(seen.picture, TILE), seen.shown[0]
     tiles = [(name, overlay(photo, heatmap, colormap=name)) for name in COLORMAPS]
     box = hot_box(heatmap, (photo.shape[0], photo.shape[1]), THRESHOLD)
@@ -95,58 +77,29 @@ def overlay_styles() -> bytes:
         ("jet, contour, box", draw_box(contour, box)),
         ("alpha 0, contour, box", draw_box(draw_contour(photo, heatmap, THRESHOLD), box)),
     ]
-    return _jpeg(tiles)
-
-
-def animation() -> bytes:
-    """Four classes in turn."""
-    seen = explained("astronaut", *ASTRONAUT[:4])
-    photo = as_frame(seen.picture, FRAME_EDGE, len(seen.explained))
-    laid = [overlay(photo, heatmap) for heatmap in seen.shown]
-    frames = [with_title(title, each) for title, each in zip(titles(seen), laid, strict=True)]
-    return animate(frames, kind="gif", frame_s=FRAME_S)
-
-
-def report_page() -> bytes:
-    """The report in a browser, as it opens."""
-    seen = explained("astronaut", *ASTRONAUT)
-    facts = {"Network": seen.network.name, "Layer": seen.layer, "Method": "gradcam", "Score": "logit"}
-    return _shot(page(seen, seen.picture, name="astronaut.jpg", facts=facts))
+    return encode(sheet(arrange_in_rows(tiles)))
 
 
 def gallery_page() -> bytes:
     """The gallery of a small backfill, over parts of the shipped photos, in a browser."""
-    images = _parts()
-    store, load = testing.MemoryStore(), lambda _: network()
-    services = testing.fake_services(images, store=store, model_cache=ModelCache(load, max_batch=8))
+    photos = enumerate(testbed.photographs(40))
+    images: dict[str, bytes | Exception] = {f"s3://photos/{number}.jpg": photo for number, photo in photos}
+    network, store = load_network(NETWORK), testing.MemoryStore()
+    cache = ModelCache(lambda _: network, max_batch=8)
+    services = testing.fake_services(images, store=store, model_cache=cache)
     shard = Shard(
         backfill=new_id(),
         index=0,
         key=f"{0:08d}-{0:016x}",
         first=0,
         rows=tuple(Row(uri=uri) for uri in images),
-        network=network().facts.name,
+        network=NETWORK,
         target=Target(top_n=3),
         output="s3://results/cams",
     )
     shards.run_shard(shard, services, JobContext(Deadline(600), lambda _: None))
     store.put("dataset.json", b"{}", "application/json")
     return _shot(gallery(store, testing.MemoryImageFetcher(images), Limits(), GalleryOptions()).page)
-
-
-def _parts() -> dict[str, bytes]:
-    """Eight parts of each shipped photo, each where an image of its own could be."""
-    rng, images = np.random.default_rng(1), {}
-    for file in sorted((DATA / "photos").glob("*.jpg")):
-        photo = decode(file.read_bytes()).pixels
-        for number in range(8):
-            size = [int(side * rng.uniform(0.5, 1)) for side in photo.shape[:2]]
-            top, left = (
-                int(rng.integers(0, whole - part + 1)) for whole, part in zip(photo.shape, size, strict=False)
-            )
-            part = photo[top : top + size[0], left : left + size[1]]
-            images[f"s3://photos/{file.stem}/{number}.jpg"] = encode(np.ascontiguousarray(part))
-    return images
 
 
 def _shot(written: bytes) -> bytes:
@@ -163,15 +116,11 @@ def _shot(written: bytes) -> bytes:
         return encode(decode(shot.read_bytes()).pixels)
 
 
-def _jpeg(tiles: list[tuple[str, Pixels]]) -> bytes:
-    return encode(sheet(arrange_in_rows(tiles)))
-
-
 MAKERS: dict[str, Callable[[], bytes]] = {
-    "grid.jpg": grid,
+    "grid.jpg": partial(artifact, "grid"),
     "overlay-styles.jpg": overlay_styles,
-    "animation.gif": animation,
-    "report.jpg": report_page,
+    "animation.gif": partial(artifact, "animation", "560,812,652"),
+    "report.jpg": lambda: _shot(artifact("report")),
     "gallery.jpg": gallery_page,
 }
 

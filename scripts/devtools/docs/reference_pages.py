@@ -19,12 +19,13 @@ import sys
 import tokenize
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
-from pydantic import BaseModel, SecretStr, StringConstraints
+from pydantic import AwareDatetime, BaseModel, SecretStr, StringConstraints
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -105,6 +106,15 @@ MANY = 12  # values of a label that are written out
 KIB = 1024
 GROUPED = 10_000  # numbers from here on are written in groups of three digits
 DAY_S = 86_400
+SCALARS: Mapping[Any, str] = {
+    int: "integer",
+    float: "number",
+    str: "text",
+    SecretStr: "secret",
+    Path: "path",
+    datetime: "time, RFC 3339",
+    AwareDatetime: "time, RFC 3339",
+}
 
 
 # Settings
@@ -117,7 +127,12 @@ def settings() -> str:
     for name, field in Settings.model_fields.items():
         group, _ = said.get(name, ("", ""))
         meaning = " ".join(meanings.get(name, "").split())
-        cells = (f"`{SETTING}{name.upper()}`", _kind(field), _default(name, field.default), meaning)
+        cells = (
+            f"`{SETTING}{name.upper()}`",
+            _type(field.annotation, field.metadata, boolean="yes or no"),
+            _default(name, field.default),
+            meaning,
+        )
         groups.setdefault(group, []).append(cells)
     lines = [SETTINGS_INTRO.rstrip()]
     for group, rows in groups.items():
@@ -166,38 +181,13 @@ def _is_title(text: str) -> bool:
     return bool(text) and not text.endswith((".", ","))
 
 
-def _kind(field: FieldInfo) -> str:
-    """A field's type and range, as a reader needs it."""
-    kind, facts = _plain(field.annotation, field.metadata)
-    return kind + (f", {facts}" if facts else "")
-
-
-def _plain(annotation: Any, metadata: Iterable[Any] = ()) -> tuple[str, str]:
-    if get_origin(annotation) is Annotated:
-        inner, *more = get_args(annotation)
-        return _plain(inner, [*more, *metadata])
-    facts = [one for item in metadata for one in (item.metadata if isinstance(item, FieldInfo) else (item,))]
-    if get_origin(annotation) in {Union, types.UnionType}:
-        inner = [one for one in get_args(annotation) if one is not type(None)]
-        if len(inner) == 1:
-            return _plain(inner[0], facts)
-    if get_origin(annotation) is Literal:
-        return ", ".join(f"`{one}`" for one in get_args(annotation)), ""
-    names = {
-        int: "integer",
-        float: "number",
-        bool: "yes or no",
-        str: "text",
-        SecretStr: "secret",
-        Path: "path",
-    }
-    if get_origin(annotation) is tuple:
-        return "list", ""
-    return names.get(annotation, getattr(annotation, "__name__", str(annotation))), _range(facts)
-
-
-def _range(facts: Iterable[Any]) -> str:
+def _bounds(facts: Iterable[Any]) -> str:
     signs = {Ge: "at least", Gt: "more than", Le: "at most", Lt: "less than"}
+    for fact in facts:
+        if isinstance(fact, StringConstraints) and fact.pattern:
+            return "a UUID or a ULID" if fact.pattern == ID_PATTERN else f"`{fact.pattern}`"
+        if isinstance(fact, StringConstraints) and fact.max_length:
+            return f"at most {_number(fact.max_length)} characters"
     bounds = [
         f"{sign} {_number(getattr(fact, kind.__name__.lower()))}"
         for kind, sign in signs.items()
@@ -410,7 +400,7 @@ def _model(model: type[BaseModel], *, top: bool) -> Iterator[str]:
         default = "required" if field.is_required() else _json_default(field)
         own = field_meanings.JOB.get(field.alias or name) if model is Job else None
         meaning = field.description or own or said.get(name, ("", ""))[1]
-        kind = _json_kind(field.annotation, field.metadata)
+        kind = _type(field.annotation, field.metadata)
         rows.append((f"`{field.alias or name}`", kind, default, meaning))
     yield from _table("defaults", ("field", "type", "default", "meaning"), rows)
 
@@ -438,28 +428,29 @@ def _models(model: type[BaseModel]) -> list[type[BaseModel]]:
     return found
 
 
-def _json_kind(annotation: Any, metadata: Iterable[Any] = ()) -> str:
-    """A field's type, as JSON has it; models are links to their tables."""
-    arguments = get_args(annotation)
-    if get_origin(annotation) is Annotated:
-        return _json_kind(arguments[0], [*arguments[1:], *metadata])
+def _type(annotation: Any, metadata: Iterable[Any] = (), boolean: str = "true or false") -> str:
+    """Return the type and range of a field in words; models are links to their tables."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type(arguments[0], [*arguments[1:], *metadata], boolean)
     facts = [one for item in metadata for one in (item.metadata if isinstance(item, FieldInfo) else (item,))]
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        names = (title for title, (model, _) in DOCUMENTS.items() if model is annotation)
-        title = next(names, annotation.__name__)
-        return f"[{title}](#{title.lower().replace(' ', '-')})"
-    by_origin: dict[Any, Callable[[], str]] = {
-        Union: lambda: _either(arguments),
-        types.UnionType: lambda: _either(arguments),
-        Literal: lambda: ", ".join(f"`{one}`" for one in arguments),
-        tuple: lambda: _list(arguments, facts),
-        dict: lambda: f"object: {_json_kind(arguments[1])}",
-    }
-    return by_origin.get(get_origin(annotation), lambda: _json_scalar(annotation, facts))()
-
-
-def _either(arguments: tuple[Any, ...]) -> str:
-    return " or ".join(dict.fromkeys(_json_kind(one) for one in arguments if one is not type(None)))
+    if origin in {Union, types.UnionType}:
+        kinds = (_type(one, facts, boolean) for one in arguments if one is not type(None))
+        text = " or ".join(dict.fromkeys(kinds))
+    elif origin is Literal:
+        text = ", ".join(f"`{choice}`" for choice in arguments)
+    elif origin is dict:
+        text = f"object: {_type(arguments[1])}"
+    elif origin is tuple:
+        text = _list(arguments, facts)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        titles = (title for title, (model, _) in DOCUMENTS.items() if model is annotation)
+        title = next(titles, annotation.__name__)
+        text = f"[{title}](#{title.lower().replace(' ', '-')})"
+    else:
+        kind = boolean if annotation is bool else SCALARS.get(annotation, getattr(annotation, "__name__", ""))
+        text = ", ".join(filter(None, (kind, _bounds(facts))))
+    return text
 
 
 def _list(arguments: tuple[Any, ...], facts: list[Any]) -> str:
@@ -467,20 +458,7 @@ def _list(arguments: tuple[Any, ...], facts: list[Any]) -> str:
     sizes = [f"at least {one.min_length}" for one in facts if isinstance(one, MinLen) and one.min_length]
     sizes += [f"at most {one.max_length}" for one in facts if isinstance(one, MaxLen)]
     counted = f" ({', '.join(sizes)})" if sizes else f" of {len(inner)}" if len(inner) > 1 else ""
-    return f"list{counted}: {_json_kind(inner[0])}"
-
-
-def _json_scalar(annotation: Any, facts: list[Any]) -> str:
-    name = getattr(annotation, "__name__", str(annotation))
-    names = {"int": "integer", "float": "number", "bool": "true or false", "str": "text"}
-    kind = "time, RFC 3339" if name in {"datetime", "AwareDatetime"} else names.get(name, name)
-    bounds = _range(facts)
-    for one in facts:
-        if isinstance(one, StringConstraints) and one.max_length:
-            bounds = f"at most {_number(one.max_length)} characters"
-        if isinstance(one, StringConstraints) and one.pattern:
-            bounds = "a UUID or a ULID" if one.pattern == ID_PATTERN else f"`{one.pattern}`"
-    return kind + (f", {bounds}" if bounds else "")
+    return f"list{counted}: {_type(inner[0])}"
 
 
 def _json_default(field: FieldInfo) -> str:
