@@ -30,12 +30,12 @@ class Scene:
         self.unexpected: list[str] = []
 
     @property
-    def services(self) -> redis.Redis:
+    def ledger(self) -> redis.Redis:
         return redis.Redis.from_url(self.url, decode_responses=True)
 
     def write(self, status: str, job_id: str = ONE, route: str = "normal", **fields: Any) -> None:
         document = {"status": status, "attempt": 1, "error": None, "worker": {"id": "vm:7"}, **fields}
-        with self.services as server:
+        with self.ledger as server:
             key = f"{self.settings.key_prefix}job:{job_id}"
             server.hset(key, mapping={"route": route, "document": json.dumps(document)})
             server.expire(key, 600)
