@@ -396,9 +396,9 @@ class TestCommand:
         assert [entry["id"] for entry in page_data["classes"]] == [1, 2]
         assert dict(page_data["facts"])["Incomplete"] == "the backfill has not ended"
         captured = capsys.readouterr()
-        assert captured.out.startswith("deep/cats.html: 2 classes, 16 pictures, 0.")
-        assert "no dataset.json: the backfill has not ended" in captured.err
-        assert "shown as heatmaps alone: uri_not_allowed 8" in captured.err.replace("\n", " ")
+        assert captured.out.startswith("deep/cats.html: 2 classes, 16 images, 0.")
+        assert "no dataset.json: the backfill is not complete" in captured.err
+        assert "shown as heatmaps only: uri_not_allowed 8" in captured.err.replace("\n", " ")
 
     def test_a_bucket_becomes_a_page_with_its_images(
         self,

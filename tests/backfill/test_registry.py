@@ -222,8 +222,8 @@ def test_whoever_may_only_submit_may_do_all_that_a_backfill_does(
         assert RedisBackfillRegistry(submitter.server).request_cancel(OUTPUT)
         assert one.renew().cancel_requested
     port = admin.get_connection_kwargs()["port"]
-    looks_on = Dashboard(Settings(broker_url=f"redis://gradcam-worker:secret@127.0.0.1:{port}/0"))
-    assert looks_on.look().shards_ended["canceled"] == 1
+    dashboard = Dashboard(Settings(broker_url=f"redis://gradcam-worker:secret@127.0.0.1:{port}/0"))
+    assert dashboard.snapshot().shards_ended["canceled"] == 1
     assert not admin.acl_log(), "nothing was denied"
     admin.hset("gradcam:workers", "gpu-2:8", "1 of long ago, which it may not forget")
     assert submitter.find_workers() == {"gpu-1:7": "well"}

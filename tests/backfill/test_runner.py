@@ -755,7 +755,7 @@ def test_shown_is_what_is_known() -> None:
     unknown = BackfillProgressBar("lines")
     assert unknown.text(begun) == (
         "784 of at least 1,024 rows · 98 rows/s · 2 shards in flight"
-        " · no worker lives: start one with `gradcam worker`"
+        " · no worker is alive: start one with `gradcam worker`"
     )
     about = BackfillProgressBar("lines", lambda: 9996)
     failing = replace(begun, failed=7, workers=1)
@@ -764,7 +764,7 @@ def test_shown_is_what_is_known() -> None:
     )
     assert about.facts(begun).items() >= {"total": 9996, "left_s": 94, "rows_per_s": 98.0}.items()
     assert about.text(replace(begun, whole=True, workers=None)).startswith("784 of 1,024 rows · ")
-    assert unknown.text(Progress(workers=0)).startswith("No rows yet · no worker lives")
+    assert unknown.text(Progress(workers=0)).startswith("No rows yet · no worker is alive")
 
 
 @pytest.mark.parametrize("form", ["terminal", "lines", "json"])

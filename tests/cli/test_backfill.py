@@ -1,4 +1,4 @@
-"""`gradcam backfill`, with a worker that is a thread of the test's own."""
+"""`gradcam backfill`, with a worker that runs in a thread of the test."""
 
 import json
 import os
@@ -32,14 +32,14 @@ IMAGE = cv2.imencode(".png", np.full((20, 20, 3), (0, 0, 255), np.uint8))[1].tob
 
 
 class WorkerThread:
-    """A worker: looks into the ledger for shards that wait, and does them."""
+    """A worker that polls the ledger for queued shards and runs them."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.ledger = settings, RedisLedger(settings)
         self.images: dict[str, bytes | Exception] = {f"s3://in/{number}.png": IMAGE for number in range(40)}
         self.idle = threading.Event()
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._keep)
+        self._thread = threading.Thread(target=self._run)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -49,15 +49,15 @@ class WorkerThread:
         self._stopped.set()
         self._thread.join()
 
-    def _keep(self) -> None:
-        real = Stores(self.settings, cast("S3", None))  # a folder needs none
-        around = fake_services(self.images, stores=real)
+    def _run(self) -> None:
+        stores = Stores(self.settings, cast("S3", None))  # a folder needs no S3
+        services = fake_services(self.images, stores=stores)
         worker = WorkerRef(id="w", device="cpu")
         leases = LeaseManager(self.ledger, "w", 15)
         handler = JobHandler(
             self.settings,
             self.ledger,
-            around,
+            services,
             worker,
             leases,
             CircuitBreaker(lambda: None),
@@ -77,22 +77,22 @@ def worker(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     for name, value in own.to_environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("gradcam_worker.backfill.runner.MAX_POLL_INTERVAL_S", 0.05)
-    with WorkerThread(own) as one:
-        yield one
+    with WorkerThread(own) as thread:
+        yield thread
 
 
 @pytest.fixture
-def listed(tmp_path: Path) -> Path:
-    """Twenty rows: nineteen images, and one that is not there."""
+def image_list(tmp_path: Path) -> Path:
+    """Twenty rows: nineteen images, and one that does not exist."""
     path = tmp_path / "photos.csv"
     rows = [f"s3://in/{number}.png" for number in range(19)] + ["s3://in/none.png"]
     path.write_text("\n".join(["image", *rows]) + "\n")
     return path
 
 
-def arguments(listed: Path, worker: WorkerThread, *more: str) -> list[str]:
+def arguments(image_list: Path, worker: WorkerThread, *more: str) -> list[str]:
     output = f"{worker.settings.output}/photos"
-    return ["backfill", str(listed), "--top-n", "1", "--shard-rows", "4", "--output", output, *more]
+    return ["backfill", str(image_list), "--top-n", "1", "--shard-rows", "4", "--output", output, *more]
 
 
 def output_of(worker: WorkerThread) -> Path:
@@ -100,39 +100,39 @@ def output_of(worker: WorkerThread) -> Path:
 
 
 def test_a_list_becomes_a_dataset_and_status_says_so(
-    worker: WorkerThread, listed: Path, capsys: pytest.CaptureFixture[str]
+    worker: WorkerThread, image_list: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments(listed, worker)) == 0
+    assert main(arguments(image_list, worker)) == 0
     out, err = capsys.readouterr()
     folder = output_of(worker)
     assert out.splitlines() == [
         "Complete: 19 of 20 rows are explained.",
         "          1  image_not_found",
-        f"Why each of them failed: file://{folder}/failed.jsonl",
+        f"Reason of each failure: file://{folder}/failed.jsonl",
         f"Dataset: file://{folder}",
-        f'Open it, in Python: polars.read_parquet("{folder}/data/*.parquet")',
+        f'Open it in Python: polars.read_parquet("{folder}/data/*.parquet")',
     ]
     assert re.search(r"^\d+ of (about )?\d+ rows · ", err)
     files = sorted(folder.joinpath("data").iterdir())
-    assert [number for one in files for number in pq.read_table(one)["row"].to_pylist()] == list(range(20))
+    assert [number for file in files for number in pq.read_table(file)["row"].to_pylist()] == list(range(20))
     assert main(["backfill", "status", f"file://{folder}"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"state +complete", shown)
     assert re.search(r"rows +20, 1 of them failed", shown)
     assert re.search(r"shards +5 done *\n", shown)
     assert main(["backfill", "cancel", f"file://{folder}"]) == 0
-    assert capsys.readouterr().out == "Nobody runs it. Nothing is in flight.\n"
+    assert capsys.readouterr().out == "The backfill is not running. No shards are in flight.\n"
     files[0].unlink()
     assert main(["backfill", "status", f"file://{folder}"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"state +damaged", shown)
-    assert "4 of the 5 shards are there that dataset.json counts" in shown
+    assert "dataset.json counts 5 shards, but 4 exist" in shown
 
 
 def test_for_machines_each_line_is_json(
-    worker: WorkerThread, listed: Path, capsys: pytest.CaptureFixture[str]
+    worker: WorkerThread, image_list: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments(listed, worker, "--json", "--overlays")) == 0
+    assert main(arguments(image_list, worker, "--json", "--overlays")) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {line["event"] for line in lines[:-1]} == {"progress"}
     last = lines[-1]
@@ -140,14 +140,14 @@ def test_for_machines_each_line_is_json(
     assert last["output"] == f"file://{output_of(worker)}"
     assert len([*output_of(worker).joinpath("overlays").rglob("*.jpg")]) == 19
     assert main(["backfill", "status", last["output"], "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found.items() >= {"state": "complete", "shards_done": 5}.items()
-    assert found["dataset"]["rows"] == 20
+    document = json.loads(capsys.readouterr().out)
+    assert document.items() >= {"state": "complete", "shards_done": 5}.items()
+    assert document["dataset"]["rows"] == 20
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_it_stops_at_any_moment_says_what_is_in_flight_and_goes_on(
-    worker: WorkerThread, listed: Path, capsys: pytest.CaptureFixture[str], number: int
+def test_an_interrupted_backfill_reports_shards_in_flight_and_can_be_resumed(
+    worker: WorkerThread, image_list: Path, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     worker.idle.set()
     before = signal.getsignal(signal.SIGTERM)
@@ -158,9 +158,9 @@ def test_it_stops_at_any_moment_says_what_is_in_flight_and_goes_on(
         os.kill(os.getpid(), number)
 
     threading.Thread(target=stop).start()
-    assert main(arguments(listed, worker)) == 130
-    said = "Stopped. 4 shards are in flight, and come to their end by themselves; --resume goes on.\n"
-    assert capsys.readouterr().err.endswith(said)
+    assert main(arguments(image_list, worker)) == 130
+    message = "Stopped. 4 shards are in flight and will still finish. Continue with --resume.\n"
+    assert capsys.readouterr().err.endswith(message)
     assert signal.getsignal(signal.SIGTERM) == before
     assert main(["backfill", "status", f"file://{output_of(worker)}"]) == 0
     shown = capsys.readouterr().out
@@ -168,32 +168,32 @@ def test_it_stops_at_any_moment_says_what_is_in_flight_and_goes_on(
     assert re.search(r"rows +0 of at least 16, 0 of them failed", shown)
     assert re.search(r"shards +0 done, 4 in flight", shown)
     worker.idle.clear()
-    assert main(arguments(listed, worker, "--resume")) == 0
-    assert main(arguments(listed, worker)) == 1
+    assert main(arguments(image_list, worker, "--resume")) == 0
+    assert main(arguments(image_list, worker)) == 1
     assert "holds this very backfill, and it is complete: use --resume" in capsys.readouterr().err
 
 
-def test_it_is_cancelled_from_elsewhere_while_it_runs_and_when_nobody_runs_it(
-    worker: WorkerThread, listed: Path, capsys: pytest.CaptureFixture[str]
+def test_a_backfill_is_cancelled_by_another_process_while_it_runs_and_after_it_was_stopped(
+    worker: WorkerThread, image_list: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     worker.idle.set()
-    place = f"file://{output_of(worker)}"
+    output = f"file://{output_of(worker)}"
     codes: list[int] = []
 
     def cancel() -> None:
         while worker.ledger.count_jobs()[0] != 4:
             time.sleep(0.01)
-        codes.append(main(["backfill", "status", place]))
-        codes.append(main(["backfill", "cancel", place]))
+        codes.append(main(["backfill", "status", output]))
+        codes.append(main(["backfill", "cancel", output]))
 
-    elsewhere = threading.Thread(target=cancel)
-    elsewhere.start()
-    assert main(arguments(listed, worker)) == 1
-    elsewhere.join()
+    canceller = threading.Thread(target=cancel)
+    canceller.start()
+    assert main(arguments(image_list, worker)) == 1
+    canceller.join()
     out, err = capsys.readouterr()
     assert codes == [0, 0]
     assert re.search(rf"state +running, by process {os.getpid()} on ", out)
-    assert "It was run, and is stopped. Nothing is in flight." in out
+    assert "The backfill was running and is stopped. No shards are in flight." in out
     assert "cancelled on request" in err
     assert worker.ledger.count_jobs() == (0, 0)
 
@@ -203,17 +203,17 @@ def test_it_is_cancelled_from_elsewhere_while_it_runs_and_when_nobody_runs_it(
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    assert main(arguments(listed, worker)) == 130
-    assert main(["backfill", "cancel", place, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said == {"output": place, "ran": False, "ended": True, "shards_canceled": 4}
+    assert main(arguments(image_list, worker)) == 130
+    assert main(["backfill", "cancel", output, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document == {"output": output, "ran": False, "ended": True, "shards_canceled": 4}
     assert worker.ledger.count_jobs() == (0, 0)
-    assert main(["backfill", "status", place]) == 0
-    assert "0 done, 0 in flight" in capsys.readouterr().out, "though whoever ran it left four behind"
+    assert main(["backfill", "status", output]) == 0
+    assert "0 done, 0 in flight" in capsys.readouterr().out, "the four that the process left were cancelled"
 
 
 @pytest.mark.parametrize("output", ["photos/2031/out", "photos", ".", "photos/2031"])
-def test_what_backfills_leave_is_no_part_of_a_folder_that_it_lies_in(
+def test_files_that_backfills_wrote_are_not_read_as_input(
     worker: WorkerThread, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str
 ) -> None:
     base = tmp_path / "results"
@@ -223,12 +223,12 @@ def test_what_backfills_leave_is_no_part_of_a_folder_that_it_lies_in(
         path.write_bytes(IMAGE)
         worker.images[path.as_uri()] = IMAGE
 
-    def run(place: str, *more: str) -> list[str]:
-        wish = ["--top-n", "1", "--shard-rows", "1", "--overlays", "--output", (base / place).as_uri()]
-        assert main(["backfill", str(base / "photos"), *wish, *more]) == 0
+    def run(folder: str, *more: str) -> list[str]:
+        options = ["--top-n", "1", "--shard-rows", "1", "--overlays", "--output", (base / folder).as_uri()]
+        assert main(["backfill", str(base / "photos"), *options, *more]) == 0
         assert "Complete: 4 of 4 rows are explained." in capsys.readouterr().out
-        files = sorted((base / place).joinpath("data").glob("*.parquet"))
-        return [uri for one in files for uri in pq.read_table(one)["uri"].to_pylist()]
+        files = sorted((base / folder).joinpath("data").glob("*.parquet"))
+        return [uri for file in files for uri in pq.read_table(file)["uri"].to_pylist()]
 
     expected = [path.as_uri() for path in photos]
     assert run(output) == expected
@@ -236,41 +236,41 @@ def test_what_backfills_leave_is_no_part_of_a_folder_that_it_lies_in(
     assert len(written) == 4
     for more in ("--resume", "--changed"):
         assert run(output, more) == expected
-    assert run("photos/another") == expected, "nor of another one's input"
+    assert run("photos/another") == expected, "the files of the first backfill are no input of another one"
     assert run(output, "--changed") == expected
     assert sorted(path for path in (base / output).rglob("*.jpg") if "another" not in path.parts) == written
 
 
-def test_where_no_row_is_explained_there_is_no_success_whatever_may_fail(
-    worker: WorkerThread, listed: Path, capsys: pytest.CaptureFixture[str]
+def test_a_backfill_that_explains_no_row_fails_whatever_max_failed_says(
+    worker: WorkerThread, image_list: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     worker.images.clear()
-    assert main([*arguments(listed, worker), "--max-failed", "100%"]) == 1
+    assert main([*arguments(image_list, worker), "--max-failed", "100%"]) == 1
     assert "Nothing is explained: 0 of 20 rows are explained." in capsys.readouterr().out
 
 
-def test_what_stands_in_the_way_is_a_sentence(
-    worker: WorkerThread, listed: Path, capsys: pytest.CaptureFixture[str]
+def test_an_error_is_one_sentence_on_standard_error(
+    worker: WorkerThread, image_list: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def said(*given: str) -> str:
-        assert main(["backfill", *given]) == 1
+    def error_of(*command: str) -> str:
+        assert main(["backfill", *command]) == 1
         return capsys.readouterr().err
 
-    place = f"file://{output_of(worker)}"
-    there = [str(listed), "--output", place]
-    assert "is not allowed: it must be below" in said(str(listed), "--output", "s3://elsewhere/x")
-    assert "holds no backfill: there is no backfill.json" in said("status", place)
-    assert "holds no backfill: there is no backfill.json" in said("cancel", place)
-    assert "none.csv" in said("none.csv", "--output", place)
-    assert "There is no class 'purple'" in said(*there, "--classes", "purple")
+    output = f"file://{output_of(worker)}"
+    command = [str(image_list), "--output", output]
+    assert "is not allowed: it must be below" in error_of(str(image_list), "--output", "s3://elsewhere/x")
+    assert "holds no backfill: there is no backfill.json" in error_of("status", output)
+    assert "holds no backfill: there is no backfill.json" in error_of("cancel", output)
+    assert "none.csv" in error_of("none.csv", "--output", output)
+    assert "There is no class 'purple'" in error_of(*command, "--classes", "purple")
     assert not output_of(worker).joinpath("dataset.json").exists()
-    assert main([*arguments(listed, worker), "--max-failed", "0"]) == 1
+    assert main([*arguments(image_list, worker), "--max-failed", "0"]) == 1
     assert capsys.readouterr().err.endswith("More than 0% of the rows have failed.\n")
-    assert "Its target is" in said(*there, "--top-n", "2", "--shard-rows", "4")
+    assert "Its target is" in error_of(*command, "--top-n", "2", "--shard-rows", "4")
 
 
 @pytest.mark.parametrize(
-    "given",
+    "command",
     [
         [],
         ["list.csv"],
@@ -286,29 +286,29 @@ def test_what_stands_in_the_way_is_a_sentence(
         ["cancel"],
     ],
 )
-def test_wrong_usage_is_said_without_a_traceback(
-    given: list[str], capsys: pytest.CaptureFixture[str]
+def test_wrong_usage_is_reported_without_a_traceback(
+    command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["backfill", *given]) == 2
+    assert main(["backfill", *command]) == 2
     err = capsys.readouterr().err
     assert "Error: " in err
     assert re.search(r"^Usage: \S+ backfill( status| cancel)? \[OPTIONS\] (IN|OUT)PUT$", err, re.MULTILINE)
 
 
-@pytest.mark.parametrize("given", [["--help"], ["status", "--help"], ["cancel", "-h"]])
-def test_help_has_examples(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["backfill", *given]) == 0
+@pytest.mark.parametrize("command", [["--help"], ["status", "--help"], ["cancel", "-h"]])
+def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["backfill", *command]) == 0
     assert re.search(r"Examples?:\n    gradcam backfill \S+", capsys.readouterr().out)
 
 
-def test_nobody_is_asked_where_redis_is_not_there(
-    listed: Path,
+def test_a_backfill_without_redis_fails_before_it_writes_anything(
+    image_list: Path,
     worker: WorkerThread,
     free_port: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("GRADCAM_BROKER_URL", f"redis://127.0.0.1:{free_port}/0")
-    assert main(arguments(listed, worker)) == 1
+    assert main(arguments(image_list, worker)) == 1
     assert "cannot be reached" in capsys.readouterr().err
     assert not output_of(worker).exists()

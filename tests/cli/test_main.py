@@ -32,7 +32,7 @@ WORKER = WorkerRef(id="gpu-1:7", device="cpu")
 
 @pytest.fixture
 def environment(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """The command line finds this test's own Valkey."""
+    """Environment variables that name this test's Valkey."""
     for name, value in settings.to_environment().items():
         monkeypatch.setenv(name, value)
     return settings
@@ -72,7 +72,7 @@ def test_help_shows_every_command_and_an_example_of_each(capsys: pytest.CaptureF
         ["redeliver", "--limit", "0"],
     ],
 )
-def test_wrong_usage_ends_with_2_and_a_sentence(
+def test_wrong_usage_exits_with_2_and_a_sentence(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
@@ -82,12 +82,16 @@ def test_wrong_usage_ends_with_2_and_a_sentence(
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["submit", "cat.jpg"], 2, "of a file that workers can read, or say --upload"),
-        (["submit", "s3://in/cat.jpg", "--upload"], 2, "s3://in/cat.jpg is a URI: leave it out"),
-        (["submit", "cat.jpg", "--upload"], 1, "--upload needs to know where images go: set GRADCAM_UPLOADS"),
+        (["submit", "cat.jpg"], 2, "of a file that workers can read, or use --upload"),
+        (["submit", "s3://in/cat.jpg", "--upload"], 2, "s3://in/cat.jpg is a URI: omit --upload"),
+        (
+            ["submit", "cat.jpg", "--upload"],
+            1,
+            "--upload needs GRADCAM_UPLOADS, the folder for uploads: set it",
+        ),
     ],
 )
-def test_what_is_wrong_with_an_image_is_said_in_the_options_of_the_command(
+def test_an_error_about_an_image_names_options_of_the_command(
     arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == code
@@ -96,7 +100,7 @@ def test_what_is_wrong_with_an_image_is_said_in_the_options_of_the_command(
     assert "upload_and_submit" not in shown
 
 
-def test_a_wrong_setting_ends_with_1_and_its_name(
+def test_a_wrong_setting_exits_with_1_and_its_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("GRADCAM_BROKER", "redis://x")
@@ -106,7 +110,7 @@ def test_a_wrong_setting_ends_with_1_and_its_name(
     assert "Traceback" not in shown.err
 
 
-def test_networks_are_listed_for_people_and_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_networks_are_listed_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["networks"]) == 0
     assert "block14_sepconv2_act" in capsys.readouterr().out
     assert main(["networks", "--json"]) == 0
@@ -147,7 +151,7 @@ def test_own_networks_are_listed_with_the_others_and_every_row_fits_a_terminal(
     rows = {line.split()[0]: line.rstrip() for line in lines if line}
     assert rows["tumours"].split() == ["tumours", "384x320", "found", "in", "its", "graph", "s3"]
     assert rows["vgg19"].endswith(" folder")
-    assert rows["s3,"] == "s3, file: the operator's own; GRADCAM_NETWORKS says where they are."
+    assert rows["s3,"] == "s3, file: a network of your own; GRADCAM_NETWORKS names the file."
     assert main(["networks", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)[-1]
     assert (row["weights"], row["sha256"]) == ("s3://models/tumours.keras", "ab" * 32)
@@ -160,7 +164,7 @@ def test_own_networks_are_listed_with_the_others_and_every_row_fits_a_terminal(
         ("tumours", True, "networks.toml cannot be used: networks: is missing."),
     ],
 )
-def test_a_worker_does_not_start_without_the_networks_that_it_is_to_have(
+def test_a_worker_does_not_start_without_its_networks(
     preload: str,
     broken: bool,
     why: str,
@@ -192,7 +196,7 @@ def test_the_options_of_a_method_reach_the_job(
     )
 
 
-def test_a_job_is_submitted_and_asked_after(
+def test_a_job_is_submitted_and_its_status_shown(
     environment: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["submit", "s3://photos/cat.jpg", "--classes", "285,tabby", "--key", "k"]) == 0
@@ -205,7 +209,7 @@ def test_a_job_is_submitted_and_asked_after(
     assert job_id in capsys.readouterr().out
 
 
-def test_a_key_whose_job_has_failed_is_told_and_tried_again_where_that_is_said(
+def test_a_key_whose_job_has_failed_is_reported_and_retried_only_on_request(
     environment: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["submit", "s3://photos/cat.jpg", "--key", "order-42"]
@@ -216,7 +220,7 @@ def test_a_key_whose_job_has_failed_is_told_and_tried_again_where_that_is_said(
     assert main(command) == 0
     shown = capsys.readouterr()
     assert shown.out.strip() == job_id
-    assert "has failed: --retry-failed tries it again" in shown.err
+    assert "has failed: --retry-failed runs it again" in shown.err
     assert ledger.read(job_id).status == "failed"
     assert main([*command, "--retry-failed"]) == 0
     assert capsys.readouterr().out.strip() == job_id
@@ -224,7 +228,7 @@ def test_a_key_whose_job_has_failed_is_told_and_tried_again_where_that_is_said(
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_the_id_of_an_accepted_job_is_told_though_the_ledger_is_gone_a_moment_later(
+def test_the_id_of_an_accepted_job_is_printed_even_if_the_ledger_fails_right_after(
     options: list[str],
     environment: Settings,
     monkeypatch: pytest.MonkeyPatch,
@@ -240,7 +244,7 @@ def test_the_id_of_an_accepted_job_is_told_though_the_ledger_is_gone_a_moment_la
     assert not shown.err
 
 
-def test_waiting_for_a_worker_that_is_not_there_ends(
+def test_waiting_without_a_worker_times_out(
     environment: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["submit", "s3://photos/cat.jpg", "--wait", "--timeout", "0.1"]) == 1
@@ -262,7 +266,7 @@ def test_a_broker_out_of_reach_is_an_error(
     assert "planted" not in shown
 
 
-def test_a_waiting_job_is_cancelled_and_one_that_has_ended_is_not(
+def test_a_queued_job_is_cancelled_and_a_final_one_is_not(
     environment: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ledger, waiting, running = (
@@ -283,18 +287,18 @@ def test_a_waiting_job_is_cancelled_and_one_that_has_ended_is_not(
     assert "running · fetch · cancel requested" in capsys.readouterr().out
     ledger.advance(document, status="succeeded")
     assert main(["cancel", running]) == 1
-    assert "Too late: the job had ended, as succeeded." in capsys.readouterr().err
+    assert "Too late: the job is already final, with status succeeded." in capsys.readouterr().err
 
 
-def test_failed_jobs_are_listed_shown_and_replayed_but_only_when_asked_to(
+def test_failed_jobs_are_listed_and_shown_and_replayed_only_on_request(
     environment: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["replay"]) == 0
     assert "No dead letters" in capsys.readouterr().out
     ledger = RedisLedger(environment)
     down, slow = (
-        failed(ledger, StorageUnavailable("The bucket [b]in[/b] is not there.")),
-        failed(ledger, JobTimeout("It took too long.")),
+        failed_job(ledger, StorageUnavailable("The bucket [b]in[/b] is not there.")),
+        failed_job(ledger, JobTimeout("It took too long.")),
     )
     ledger.refuse(refused := new_id(), {"image": 7}, InvalidJob("This is not a job."))
     assert main(["replay"]) == 0
@@ -318,13 +322,13 @@ def test_failed_jobs_are_listed_shown_and_replayed_but_only_when_asked_to(
     assert ledger.read(make_replay_id(down)).status == "queued"
     assert main(["replay", down]) == 1
     assert "has been replayed already" in capsys.readouterr().err
-    assert main(["replay", "--all", "--rate", "1000", "--json"]) == 1, "one never was a job"
+    assert main(["replay", "--all", "--rate", "1000", "--json"]) == 1, "one message is not a job"
     said = {row["id"]: row for row in json.loads(capsys.readouterr().out)}
     assert (said[slow]["new_id"], said[refused]["new_id"]) == (make_replay_id(slow), None)
     assert [job_id for job_id, _ in ledger.find_dead_letters()] == [refused]
 
 
-def test_what_a_webhook_could_not_be_told_is_listed_and_told_again_but_only_when_asked_to(
+def test_parked_events_are_listed_and_delivered_again_only_on_request(
     environment: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["redeliver"]) == 0
@@ -345,20 +349,20 @@ def test_what_a_webhook_could_not_be_told_is_listed_and_told_again_but_only_when
     assert main(["redeliver"]) == 0
     listed = capsys.readouterr().out
     assert set(jobs) <= set(listed.split())
-    assert "Gone, by its own word (410): https://app.example/hook" in listed
+    assert "Disabled, because it answered 410 (Gone): https://app.example/hook" in listed
     assert main(["redeliver", jobs[0], "--dry-run", "--json"]) == 0
     shown = capsys.readouterr().out
     [row] = json.loads(shown)
     assert (row["job_id"], row["recipient"], row["events"]) == (jobs[0], "https://app.example/hook", 1)
     assert "planted" not in listed + shown
-    assert len(outbox.find_parked()) == 3, "until now nothing was told again"
+    assert len(outbox.find_parked()) == 3, "until now nothing was delivered again"
 
     assert main(["redeliver", jobs[0]]) == 0
     assert [one.document.id for one in outbox.claim_deliveries(9, lease_s=60, limits={}, others_limit=9)] == [
         jobs[0]
     ]
     assert main(["redeliver", jobs[0]]) == 1
-    assert f"Nothing of job {jobs[0]} is parked." in capsys.readouterr().err
+    assert f"Job {jobs[0]} has no parked events." in capsys.readouterr().err
     assert main(["redeliver", "--url", "https://other.example/hook"]) == 0
     assert len(outbox.find_parked()) == 2
     assert main(["redeliver", "--url", url, "--since", "1h"]) == 0
@@ -368,8 +372,8 @@ def test_what_a_webhook_could_not_be_told_is_listed_and_told_again_but_only_when
     assert outbox.find_disabled() == [], "though nothing was parked"
 
 
-def failed(ledger: RedisLedger, error: GradcamError) -> str:
-    """The id of a job that failed so."""
+def failed_job(ledger: RedisLedger, error: GradcamError) -> str:
+    """Make a job fail with this error; return its id."""
     job = Job.parse({"image": "s3://photos/cat.jpg", "network": "vgg16", "target": {"top_n": 1}})
     document = ledger.claim(ledger.submit(job), WORKER).document
     ledger.advance(document, status="failed", error=Problem.of(error, stage="upload", attempt=1))
@@ -393,7 +397,7 @@ class TestExplain:
         assert [seen.class_.id for seen in manifest.explanations] == [967, 968]
         assert (tmp_path / "camera" / "overlay-1-872-tripod.jpg").exists()
 
-    def test_any_artifact_and_metric_can_be_asked_for_and_metrics_are_shown(
+    def test_any_artifact_and_metric_can_be_requested_and_metrics_are_shown(
         self, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         wish = ["--artifact", "report", "--artifact", "overlay:png", "--metric", "deletion"]
@@ -408,7 +412,7 @@ class TestExplain:
         assert manifest.explanations[0].metrics.keys() == {"deletion"}
         assert (manifest.method.name, manifest.method.flip) == ("eigencam", True)
 
-    def test_one_bad_image_spoils_no_other_but_the_exit_code(
+    def test_a_bad_image_changes_the_exit_code_and_no_other_result(
         self, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         (tmp_path / "bad.jpg").write_text("<html>")
@@ -422,7 +426,7 @@ class TestExplain:
         ("name", "folder"),
         [("a[final].jpg", "a[final]"), ("[red]b.jpg", "[red]b"), ("...jpg", "image"), ("ü %?#.jpg", "ü %?#")],
     )
-    def test_whatever_a_file_is_called_it_is_explained_below_the_output(
+    def test_a_file_with_any_name_is_explained_below_the_output(
         self, name: str, folder: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         (tmp_path / name).write_bytes((photos / "coffee.jpg").read_bytes())
@@ -443,7 +447,7 @@ class TestExplain:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> TinyNetwork:
-    """The network that is loaded, whichever is asked for."""
+    """The network that is loaded, whatever its name."""
     network = TinyNetwork()
     monkeypatch.setattr("gradcam_worker.runtime.service_factory.load", lambda *_: network)
     return network
@@ -456,11 +460,11 @@ def bright(folder: Path, name: str) -> Path:
 
 @pytest.mark.tensorflow
 class TestManyFiles:
-    """What fails for one file does not end it for the others."""
+    """A file that fails does not stop the others."""
 
     @pytest.fixture
     def images(self, tmp_path: Path) -> list[Path]:
-        """Eight, of which the first and the last are pictures, and nothing else is."""
+        """Eight files, of which only the first and the last are images."""
         (tmp_path / "page.jpg").write_text("<html>")
         (tmp_path / "empty.jpg").touch()
         (tmp_path / "folder.jpg").mkdir()
@@ -469,7 +473,7 @@ class TestManyFiles:
         bad = [tmp_path / f"{name}.jpg" for name in ("page", "empty", "folder", "circle", "nowhere", "none")]
         return [bright(tmp_path, "a.png"), *bad, bright(tmp_path, "z.png")]
 
-    def test_the_others_are_explained_and_the_failures_are_listed_in_the_end(
+    def test_the_others_are_explained_and_the_failures_are_listed_last(
         self, tiny: TinyNetwork, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["explain", *map(str, images), "-o", str(tmp_path / "out")]) == 1
@@ -478,13 +482,13 @@ class TestManyFiles:
         assert {"a.png", "z.png"} <= set(shown.out.split())
         lines = [line for line in shown.err.splitlines() if line.strip()]
         while "could not be explained" not in lines[0]:
-            assert "zero_heatmap" in lines.pop(0), "what is told of a file that is explained"
+            assert "zero_heatmap" in lines.pop(0), "a warning about a file that is explained"
         assert lines[0] == "6 of 8 could not be explained:"
         assert [line.split()[0] for line in lines[1:]] == [str(image) for image in images[1:-1]]
         assert "is a folder: name the files in it" in lines[3]
         assert "image_not_found: There is no file" in lines[6]
 
-    def test_machines_get_an_error_for_each(
+    def test_json_has_an_error_for_each_failed_file(
         self, tiny: TinyNetwork, images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["explain", *map(str, images), "--json", "-o", str(tmp_path / "out")]) == 1
@@ -492,7 +496,7 @@ class TestManyFiles:
         assert [one["image"] for one in found] == list(map(str, images))
         assert ["manifest" in one for one in found] == [True, *[False] * 6, True]
 
-    def test_what_nobody_foresaw_is_one_files_failure(
+    def test_an_unexpected_error_is_one_files_failure(
         self,
         tiny: TinyNetwork,
         tmp_path: Path,
@@ -514,7 +518,7 @@ class TestManyFiles:
         assert f"{images[1]} internal: Unforeseen TypeError: fixed batch" in shown.err
         assert {"a.png", "c.png"} <= set(shown.out.split())
 
-    def test_one_that_is_stopped_shows_what_it_has_done_and_can_be_run_again(
+    def test_an_interrupted_run_shows_its_results_and_can_be_repeated(
         self,
         tiny: TinyNetwork,
         tmp_path: Path,
@@ -528,7 +532,7 @@ class TestManyFiles:
         shown = capsys.readouterr()
         assert "a.png" in shown.out
         assert "Stopped." in shown.err
-        (tmp_path / "out" / "b").mkdir()  # as one leaves it that is killed
+        (tmp_path / "out" / "b").mkdir()  # the state after a killed run
         (tmp_path / "out" / "b" / "overlay-1-0-red.jpg").write_bytes(b"half")
         interrupted.after = 9
         assert main(command) == 0
@@ -553,7 +557,7 @@ class TestManyFiles:
             (["--network", "efficientnet"], "Did you mean 'efficientnet_lite0'"),
         ],
     )
-    def test_what_stands_in_the_way_of_all_is_told_once(
+    def test_an_error_that_concerns_all_files_is_printed_once(
         self,
         wish: list[str],
         why: str,
@@ -568,7 +572,7 @@ class TestManyFiles:
 
 
 class Interrupted:
-    """Explains so many files, and is interrupted at the next."""
+    """Explains `after` files, and is interrupted at the next one."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -589,7 +593,7 @@ class Interrupted:
         ["--classes", '0, "malignant"'],
     ],
 )
-def test_names_that_hold_commas_stand_in_quotes(
+def test_names_with_commas_are_quoted(
     said: list[str], tiny: TinyNetwork, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny.labels = ClassIndex.of(["benign, no finding", "malignant", "other"])
@@ -604,14 +608,14 @@ def test_names_that_hold_commas_stand_in_quotes(
     )
 
 
-def test_a_file_of_this_machine_is_uploaded_first_where_that_is_said(
+def test_a_file_on_this_machine_is_uploaded_on_request(
     environment: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "cat.jpg").write_bytes(b"\xff\xd8\xff")
     assert main(["submit", str(tmp_path / "cat.jpg")]) == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert "has no scheme: write s3://bucket/key" in told
-    assert "or say --upload" in told
+    error = " ".join(capsys.readouterr().err.split())
+    assert "has no scheme: write s3://bucket/key" in error
+    assert "or use --upload" in error
     monkeypatch.setenv("GRADCAM_UPLOADS", (tmp_path / "up").as_uri())
     assert main(["submit", str(tmp_path / "cat.jpg"), "--upload"]) == 0
     job_id = capsys.readouterr().out.strip()
@@ -619,7 +623,7 @@ def test_a_file_of_this_machine_is_uploaded_first_where_that_is_said(
     assert [path.suffix for path in (tmp_path / "up").iterdir()] == [".jpg"]
 
 
-def test_an_artifact_that_there_is_not_is_refused_with_those_there_are(
+def test_an_unknown_artifact_is_refused_with_a_list_of_the_known_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.jpg").touch()
@@ -628,9 +632,9 @@ def test_an_artifact_that_there_is_not_is_refused_with_those_there_are(
     assert "'animation'" in said
 
 
-def test_a_class_may_be_called_whatever_it_is(capsys: pytest.CaptureFixture[str], job: Job) -> None:
+def test_the_name_of_a_class_is_printed_without_markup(capsys: pytest.CaptureFixture[str], job: Job) -> None:
     seen = ClassScore(rank=1, id=0, wnid="", name="benign [/b] [red]", probability=0.5)
     ledger = MemoryLedger()
     job_id = GradcamClient(ledger=ledger, publish=RecordingPublisher()).submit(job)
-    console.show(ledger.read(job_id).model_copy(update={"predictions": (seen,)}))
+    console.show_status(ledger.read(job_id).model_copy(update={"predictions": (seen,)}))
     assert "benign [/b] [red]" in capsys.readouterr().out

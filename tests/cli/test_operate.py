@@ -15,8 +15,8 @@ KERAS_FILE = CATALOG["vgg16"].keras_files[0]
 
 
 @pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with two networks of the operator's own, of which one is not what its checksum says."""
+def own_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two networks of the operator's own; the checksum of one is wrong."""
     (tmp_path / "right.keras").write_bytes(b"0" * 2_000_000)
     (tmp_path / "wrong.keras").write_bytes(b"1")
     table = (
@@ -30,30 +30,30 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def downloads(into: Path) -> Callable[..., None]:
-    """What Keras does while it builds a network."""
+def fake_load(cache: Path) -> Callable[..., None]:
+    """Stand in for `load`, in which Keras downloads the weights to its cache."""
 
     def load(*_: Any) -> None:
-        (into / "models").mkdir(parents=True)
-        (into / "models" / KERAS_FILE).write_bytes(b"2" * 1_000_000)
+        (cache / "models").mkdir(parents=True)
+        (cache / "models" / KERAS_FILE).write_bytes(b"2" * 1_000_000)
 
     return load
 
 
-def test_what_is_fetched_is_here_and_what_is_not_has_a_sentence(
-    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_fetched_weights_are_on_this_machine_and_each_failure_is_a_sentence(
+    own_networks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("gradcam_worker.runtime.service_factory.load", downloads(mine / "keras"))
+    monkeypatch.setattr("gradcam_worker.runtime.service_factory.load", fake_load(own_networks / "keras"))
     names = ["vgg61", "vgg16", "efficientnet_lite0"]
     assert main(["networks", "fetch", *names, "--all-mine"]) == 1, "two of them failed"
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
-    assert lines[0] == f"vgg16: 1.0 MB, {mine}/keras/models/{KERAS_FILE}"
+    assert lines[0] == f"vgg16: 1.0 MB, {own_networks}/keras/models/{KERAS_FILE}"
     assert lines[1].startswith("efficientnet_lite0: 9.8 MB, ")
-    assert lines[2] == f"right: 2.0 MB, {mine}/cache/{digest(mine / 'right.keras')}.keras"
-    assert lines[3].startswith("3 of 5 networks are here, 12.8 MB.")
+    assert lines[2] == f"right: 2.0 MB, {own_networks}/cache/{digest(own_networks / 'right.keras')}.keras"
+    assert lines[3].startswith("3 of 5 networks are on this machine, 12.8 MB.")
     assert "vgg61: There is no network 'vgg61'" in shown.err
-    assert f"wrong: {mine}/wrong.keras should have sha256 {'0' * 64}" in shown.err
+    assert f"wrong: {own_networks}/wrong.keras should have sha256 {'0' * 64}" in shown.err
     assert main(["networks", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     here = {name for name, row in rows.items() if row["here"]}
@@ -64,37 +64,40 @@ def test_what_is_fetched_is_here_and_what_is_not_has_a_sentence(
     assert (listed["right"], listed["wrong"]) == ("cached", "file")
 
 
-def test_what_is_here_is_not_fetched_again(
-    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_weights_on_this_machine_are_not_fetched_again(
+    own_networks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("gradcam_worker.runtime.service_factory.load", downloads(mine / "keras"))
-    for _ in range(2):  # Keras's folder could not be made twice
+    monkeypatch.setattr("gradcam_worker.runtime.service_factory.load", fake_load(own_networks / "keras"))
+    for _ in range(2):  # `fake_load` would fail the second time
         assert main(["networks", "fetch", "vgg16", "right", "--json"]) == 0
-        found = json.loads(capsys.readouterr().out)
-        (mine / "right.keras").unlink(missing_ok=True)
-        assert [(one["name"], one["bytes"]) for one in found] == [("vgg16", 1_000_000), ("right", 2_000_000)]
+        results = json.loads(capsys.readouterr().out)
+        (own_networks / "right.keras").unlink(missing_ok=True)
+        assert [(result["name"], result["bytes"]) for result in results] == [
+            ("vgg16", 1_000_000),
+            ("right", 2_000_000),
+        ]
 
 
-def test_weights_that_keras_keeps_elsewhere_are_not_said_to_be_here(
-    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_weights_that_keras_stores_in_another_folder_are_an_error(
+    own_networks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("gradcam_worker.runtime.service_factory.load", downloads(mine / "elsewhere"))
+    monkeypatch.setattr("gradcam_worker.runtime.service_factory.load", fake_load(own_networks / "elsewhere"))
     assert main(["networks", "fetch", "vgg16"]) == 1
     assert "KERAS_HOME must name a folder that can be written to" in capsys.readouterr().err
 
 
-def test_one_has_to_say_what_to_fetch(
+def test_fetch_without_a_network_is_wrong_usage(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["networks", "fetch"]) == 2
-    assert "Name networks, or say --all-mine." in capsys.readouterr().err
+    assert "Name at least one network, or use --all-mine." in capsys.readouterr().err
     monkeypatch.delenv("GRADCAM_NETWORKS", raising=False)
     assert main(["networks", "fetch", "--all-mine"]) == 1
     assert "GRADCAM_NETWORKS names no networks of your own" in capsys.readouterr().err
 
 
-def test_what_nobody_foresaw_of_one_network_does_not_stop_the_others(
-    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_unexpected_error_of_one_network_does_not_stop_the_others(
+    own_networks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def load(*_: Any) -> None:
         message = "out of the blue"
@@ -104,4 +107,4 @@ def test_what_nobody_foresaw_of_one_network_does_not_stop_the_others(
     assert main(["networks", "fetch", "vgg16", "right"]) == 1
     shown = capsys.readouterr()
     assert "vgg16: Unforeseen TypeError: out of the blue" in shown.err
-    assert "1 of 2 networks are here" in shown.out
+    assert "1 of 2 networks are on this machine" in shown.out

@@ -138,7 +138,7 @@ def test_the_smoke_test_names_the_setting_that_it_lacks(
 ) -> None:
     monkeypatch.delenv("GRADCAM_UPLOADS", raising=False)
     assert main(["demo", "--against-running", str(tmp_path / "out")]) == 1
-    assert "GRADCAM_UPLOADS must say where the photos may go" in capsys.readouterr().err
+    assert "GRADCAM_UPLOADS must name a folder for the photos" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -162,7 +162,7 @@ def test_the_valkey_of_compose_lets_in_its_users_and_nobody_else(
         [*command, "--bind", "127.0.0.1"], env=environment, stdout=subprocess.DEVNULL
     ) as server:
         try:
-            while not servers.accepts(port):
+            while not servers.accepts_connections(port):
                 assert server.poll() is None
             url = f"127.0.0.1:{port}/0"
             for user in ("submitter", "worker", "flower"):

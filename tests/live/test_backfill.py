@@ -142,7 +142,7 @@ def test_a_backfill_is_stopped_killed_and_resumed_and_has_each_row_once(at_work:
     _, err = first.communicate(timeout=WAIT_S)
     assert first.returncode == 130
     assert "Stopped." in err
-    assert "--resume goes on" in err
+    assert "Continue with --resume." in err
 
     killed = system.start("stopped", "--rate", "100", "--resume")
     had = system.shards("stopped")
@@ -186,7 +186,7 @@ def test_two_at_once_get_turns_and_one_is_cancelled_and_gone_on_with(system: Any
         wait_for(lambda: facts("one")["done"] and facts("other")["done"], "that both get somewhere")
         canceled = system.run("cancel", system.uri("other"))
         assert canceled.returncode == 0, canceled.stderr
-        assert "It was run, and is stopped." in canceled.stdout
+        assert "The backfill was running and is stopped." in canceled.stdout
         _, err = other.communicate(timeout=WAIT_S)
         assert other.returncode == 1
         assert "cancelled on request" in err
@@ -222,7 +222,7 @@ def test_a_stream_that_says_no_more_keeps_nobody_from_stopping(system: Any) -> N
     assert process.stderr is not None
     assert process.stdin is not None
     said = process.stderr.read()
-    assert "Stopped. --resume goes on." in said
+    assert "Stopped. Continue with --resume." in said
     assert "Fatal" not in said
     process.stderr.close()
     process.stdin.close()

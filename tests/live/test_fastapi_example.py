@@ -55,7 +55,7 @@ def site(place: Any) -> Iterator[str]:
         environment=place.settings.to_environment(),
     )
     try:
-        until(lambda: servers.accepts(port) or process.poll() is not None, 30)
+        until(lambda: servers.accepts_connections(port) or process.poll() is not None, 30)
         assert process.poll() is None, place.log("site")
         yield f"http://127.0.0.1:{port}/"
     finally:

@@ -79,11 +79,14 @@ def test_the_command_without_a_worker_submits_and_says_what_the_rest_of_it_needs
     job_id = run([gradcam, "submit", "s3://in/a.jpg"], valkey).stdout.strip()
     assert "queued" in run([gradcam, "status", job_id], valkey).stdout
     assert "canceled" in run([gradcam, "cancel", job_id], valkey).stdout
-    assert "from here jobs can be submitted, not run" in run([gradcam, "doctor"], valkey).stdout
+    assert "this machine can submit jobs but not run them" in run([gradcam, "doctor"], valkey).stdout
     for command in (["worker"], ["worker", "--unsupervised"], ["deliver"], ["explain", __file__]):
         refused = run([gradcam, *command], valkey)
         assert refused.returncode == 1, command
-        assert "is not installed. This needs a worker: pip install 'gradcam-worker[cpu]'" in refused.stderr
+        assert (
+            "is not installed. This command needs the extra cpu: pip install 'gradcam-worker[cpu]'"
+            in refused.stderr
+        )
     refused = run([gradcam, "backfill", __file__, "--output", "s3://results/a"], valkey)
     assert refused.returncode == 1
     assert "This needs a backfill: pip install 'gradcam-worker[backfill]'" in refused.stderr

@@ -22,7 +22,7 @@ import pytest
 
 from gradcam_worker.client.results import SettingsObjects
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.operations.servers import accepts, free_port
+from gradcam_worker.operations.servers import accepts_connections, free_port
 from gradcam_worker.settings import Settings
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
@@ -230,7 +230,7 @@ def test_the_servers_of_the_lesson_start_as_shown(place: Path) -> None:
         )
         try:
             end = time.monotonic() + 30
-            while not all(map(accepts, ports.values())):
+            while not all(map(accepts_connections, ports.values())):
                 assert time.monotonic() < end, (place / "servers.log").read_text()
                 time.sleep(0.05)
             assert RedisLedger(settings).find_workers() == {}

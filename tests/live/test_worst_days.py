@@ -59,7 +59,7 @@ class Broker:
         files = ["--dir", str(self.folder), "--save", "", "--appendonly", "yes", "--appendfsync", "always"]
         command = [str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1", *files]
         self.keeper = parent_watch.spawn(command, log=self.folder / "valkey.log")
-        wait_for(lambda: servers.accepts(self.port), "the start of Valkey")
+        wait_for(lambda: servers.accepts_connections(self.port), "the start of Valkey")
 
     @property
     def pid(self) -> int:

@@ -99,7 +99,7 @@ def test_a_document_shown_on_a_terminal_acts_on_nothing(text: str, monkeypatch: 
     network = NetworkRef(name=text, layer=text, weights_sha256=None)
     changes = {"error": problem, "predictions": (seen,), "network": network, "metadata": {text: text}}
     document: StatusDocument = new_document(new_id()).model_copy(update=changes)
-    console.show(document)
+    console.show_status(document)
     lines = written.getvalue().split("\n")
     assert not acts("".join(lines))
     assert not [line for line in lines if line.startswith(FORGED[:10])]

@@ -12,7 +12,14 @@ from gradcam_worker.cli.main import main
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.models.weights import digest
 from gradcam_worker.ledger.redis.store import RedisLedger
-from gradcam_worker.operations.doctor import Finding, _look, _storage, _weights, _workers, run_checks
+from gradcam_worker.operations.doctor import (
+    Finding,
+    _check_storage,
+    _check_weights,
+    _check_workers,
+    _run_check,
+    run_checks,
+)
 from gradcam_worker.settings import Settings
 
 
@@ -27,78 +34,80 @@ def test_a_worker_with_everything_is_well(settings: Settings, tmp_path: Path) ->
     assert findings["ledger"].detail.endswith("0 queued, 0 running")
     assert findings["weights of efficientnet_lite0"].detail.endswith(".weights.h5")
     others = len(CATALOG) - 1
-    assert f"Keras downloads those of {others} others" in findings["weights"].detail, "in one line"
-    assert findings["workers"].detail == "none takes jobs just now"
+    assert f"Keras downloads the weights of {others} other networks" in findings["weights"].detail, (
+        "in one line"
+    )
+    assert findings["workers"].detail == "none is alive"
     assert findings["eviction"].detail.endswith("has maxmemory-policy noeviction: it evicts nothing")
     assert len(findings) == 8
     assert (tmp_path / "health" / "probe.txt").exists()
 
 
 @pytest.mark.parametrize(("expected", "well"), [(0, True), (1, False)])
-def test_that_no_worker_lives_is_wrong_where_one_is_expected(
+def test_that_no_worker_is_alive_is_wrong_only_if_one_is_expected(
     settings: Settings, expected: int, well: bool
 ) -> None:
-    (finding,) = _workers(settings, expected)
+    (finding,) = _check_workers(settings, expected)
     assert (finding.what, finding.well) == ("workers", well)
-    assert well or (finding.detail, "gradcam worker" in finding.fix) == ("none of the 1 expected", True)
+    assert well or (finding.detail, "gradcam worker" in finding.fix) == ("0 alive, 1 expected", True)
 
 
-def test_fewer_workers_than_are_expected_are_told_beside_those_that_live(
+def test_missing_workers_are_reported_beside_those_that_are_alive(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     well = {"device": "cpu", "since": "2026-11-01T00:00:00Z", "running": 0, "trouble": None}
     RedisLedger(settings).renew_leases("gpu-1:7", json.dumps(well), {})
-    found = {finding.what: finding.well for finding in _workers(settings, 2)}
+    found = {finding.what: finding.well for finding in _check_workers(settings, 2)}
     assert found == {"workers": False, "worker gpu-1:7": True}
-    assert all(finding.well for finding in _workers(settings, 1))
+    assert all(finding.well for finding in _check_workers(settings, 1))
     for name, value in settings.to_environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("gradcam_worker.operations.doctor.importlib.util.find_spec", lambda _: None)
     assert main(["doctor", "--expect-workers", "2"]) == 1
-    assert "FAIL workers: 1 of the 2 expected" in capsys.readouterr().out
+    assert "FAIL workers: 1 alive, 2 expected" in capsys.readouterr().out
 
 
-def test_what_the_running_workers_say_of_themselves_is_told(settings: Settings) -> None:
+def test_the_health_of_running_workers_is_reported(settings: Settings) -> None:
     ledger = RedisLedger(settings)
     well = {"device": "NVIDIA H100", "since": "2026-11-01T00:00:00Z", "running": 3, "trouble": None}
     ledger.renew_leases("gpu-1:7", json.dumps(well), {})
     ledger.renew_leases("gpu-2:7", json.dumps({**well, "trouble": "The storage failed 3 times."}), {})
-    findings = {finding.what: finding for finding in _workers(settings, 0)}
+    findings = {finding.what: finding for finding in _check_workers(settings, 0)}
     assert findings["worker gpu-1:7"].well
-    assert findings["worker gpu-1:7"].detail.startswith("NVIDIA H100, 3 at work")
+    assert findings["worker gpu-1:7"].detail.startswith("NVIDIA H100, 3 jobs running, started 2026")
     assert not findings["worker gpu-2:7"].well
     assert findings["worker gpu-2:7"].detail == "The storage failed 3 times."
 
 
-def test_what_keras_has_downloaded_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_keras_has_downloaded_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / CATALOG["vgg16"].keras_files[0]).touch()
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    findings = {finding.what: finding for finding in _weights(Settings(preload=("vgg16",)))}
+    findings = {finding.what: finding for finding in _check_weights(Settings(preload=("vgg16",)))}
     assert findings["weights of vgg16"].well
     assert findings["weights of vgg16"].detail.startswith(str(tmp_path))
 
 
-def test_what_nobody_foresaw_ends_one_look_and_not_the_others(settings: Settings) -> None:
-    def look(_: Settings) -> str:
+def test_an_unexpected_error_fails_one_check_and_not_the_others(settings: Settings) -> None:
+    def check(_: Settings) -> str:
         message = "out of the blue"
         raise TypeError(message)
 
-    assert _look("broker", look, settings, "Fix it.").detail == "Unforeseen TypeError: out of the blue"
+    assert _run_check("broker", check, settings, "Fix it.").detail == "Unforeseen TypeError: out of the blue"
 
 
-def test_who_has_not_said_where_results_go_is_told_so() -> None:
+def test_an_unset_output_is_named_with_what_to_set() -> None:
     unset = Settings(
         s3_endpoint_url="http://127.0.0.1:1", s3_access_key_id="k", s3_secret_access_key=SecretStr("s")
     )
-    found = _storage(unset)
+    found = _check_storage(unset)
     assert not found.well
     assert found.detail.startswith("GRADCAM_OUTPUT is not set, and its default, s3://gradcam/results, cannot")
     assert found.fix == "Set GRADCAM_OUTPUT to where results go: s3://bucket/folder or file:///folder."
 
 
 @pytest.mark.tensorflow
-def test_everything_that_is_missing_is_named_with_what_to_do(
+def test_everything_that_is_missing_is_named_with_its_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
@@ -124,7 +133,7 @@ def test_everything_that_is_missing_is_named_with_what_to_do(
 
 
 def own_network(folder: Path, settings: Settings, body: str) -> Finding:
-    """What the doctor says about one network of the operator's own."""
+    """Return the finding about one network of the operator's own."""
     (folder / "networks.toml").write_text(f"[networks.own]\ninput_size = [32, 32]\n{body}")
     changes = {"networks": folder / "networks.toml", "cache_dir": folder / "cache"}
     own = settings.model_copy(update={**changes, "output": folder.as_uri()})
@@ -168,14 +177,14 @@ def test_an_own_network_of_one_unit_without_a_sigmoid_is_named_with_the_line_to_
 
 @pytest.mark.tensorflow
 @pytest.mark.parametrize(("preprocessing", "warned"), [("tf", True), ("none", False)])
-def test_pixels_that_are_scaled_twice_are_pointed_out(
+def test_pixels_that_are_scaled_twice_are_reported(
     preprocessing: str, warned: bool, settings: Settings, tmp_path: Path, save_model: Callable[..., str]
 ) -> None:
     checksum = save_model(tmp_path / "own.keras", rescales=True)
     body = f'model = "own.keras"\nsha256 = "{checksum}"\npreprocessing = "{preprocessing}"'
     finding = own_network(tmp_path, settings, body)
     assert finding.well, "it may have been trained that way"
-    assert ("rescale its input, on top of the preprocessing tf" in finding.detail) == warned
+    assert ("rescale its input, in addition to the preprocessing tf" in finding.detail) == warned
 
 
 @pytest.mark.tensorflow
@@ -196,7 +205,7 @@ def test_pixels_that_are_scaled_twice_are_pointed_out(
         ('model = "text.keras"\nsha256 = "{2}"', "network_incompatible: .* cannot be loaded as own"),
     ],
 )
-def test_an_own_network_that_cannot_be_used_is_named_with_why(
+def test_an_own_network_that_cannot_be_used_is_named_with_the_reason(
     body: str, why: str, settings: Settings, tmp_path: Path, save_model: Callable[..., str]
 ) -> None:
     (tmp_path / "text.keras").write_text("no network")
@@ -212,7 +221,7 @@ def test_an_own_network_that_cannot_be_used_is_named_with_why(
 @pytest.mark.parametrize(
     ("text", "why"), [("[networks", "it is not TOML"), ("[networks]", "There is no network 'vgg61'")]
 )
-def test_networks_that_no_worker_would_start_with_are_a_finding(
+def test_an_invalid_networks_file_or_preload_is_a_finding(
     text: str, why: str, settings: Settings, tmp_path: Path
 ) -> None:
     (tmp_path / "networks.toml").write_text(text)

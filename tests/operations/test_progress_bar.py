@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from pydantic import SecretStr
 
-from gradcam_worker.operations.progress_bar import opening
+from gradcam_worker.operations.progress_bar import polars_expression
 from gradcam_worker.settings import Settings
 
 FILE = BytesIO()
@@ -21,7 +21,7 @@ LISTED = f"""<?xml version="1.0"?><ListBucketResult><Name>b</Name><IsTruncated>f
 
 @pytest.fixture
 def s3() -> Iterator[str]:
-    """A server with one file, which knows one key. The real one of other tests answers no ranges."""
+    """An S3 server with one file and one key. The server of other tests does not support ranges."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -39,7 +39,7 @@ def s3() -> Iterator[str]:
             self.wfile.write(body[first : last + 1])
 
         def log_message(self, *args: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
@@ -47,7 +47,7 @@ def s3() -> Iterator[str]:
         server.shutdown()
 
 
-def test_the_line_that_opens_a_dataset_reads_it_where_it_was_written_and_holds_no_key(
+def test_the_printed_expression_opens_a_dataset_and_contains_no_key(
     s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRADCAM_S3_ACCESS_KEY_ID", "planted-id")
@@ -58,12 +58,12 @@ def test_the_line_that_opens_a_dataset_reads_it_where_it_was_written_and_holds_n
         s3_access_key_id="planted-id",
         s3_secret_access_key=SecretStr("planted-key"),
     )
-    line = opening("s3://b/a", settings)
+    line = polars_expression("s3://b/a", settings)
     assert "planted" not in line
-    read = eval(line, {"polars": pl, "os": os})  # noqa: S307  # as whoever copies it does
+    read = eval(line, {"polars": pl, "os": os})  # noqa: S307  # as a user who copies it does
     assert read["row"].to_list() == [0, 1]
 
 
-def test_a_dataset_in_a_folder_or_at_amazon_needs_no_options() -> None:
-    assert opening("file:///tmp/a", Settings()) == 'polars.read_parquet("/tmp/a/data/*.parquet")'
-    assert opening("s3://b/a", Settings()) == 'polars.read_parquet("s3://b/a/data/*.parquet")'
+def test_a_dataset_in_a_folder_or_in_aws_needs_no_options() -> None:
+    assert polars_expression("file:///tmp/a", Settings()) == 'polars.read_parquet("/tmp/a/data/*.parquet")'
+    assert polars_expression("s3://b/a", Settings()) == 'polars.read_parquet("s3://b/a/data/*.parquet")'

@@ -1,4 +1,4 @@
-"""`gradcam top`: what it sees in a real ledger, and how it is shown."""
+"""`gradcam top`: snapshots of a real ledger, and how they are drawn."""
 
 import json
 import os
@@ -40,7 +40,7 @@ FACTS = {
     "in_flight": 4,
     "failed": 3,
 }
-ME = WorkerRef(id="gpu-1:7", device="cpu")
+WORKER = WorkerRef(id="gpu-1:7", device="cpu")
 WIDTH, HEIGHT, TIMEOUT_S = 80, 40, 30
 EMPTY = top.Snapshot(
     at="2026-11-01T10:11:12+00:00",
@@ -58,24 +58,24 @@ def submitted(settings: Settings, *priorities: Priority) -> list[str]:
 
 
 def run(ledger: RedisLedger, job_id: str, error: ImageNotFound | StorageUnavailable | None = None) -> None:
-    """Bring a job to its end."""
-    claimed = ledger.claim(ledger.read(job_id), ME).document
+    """Run a job until it is final."""
+    claimed = ledger.claim(ledger.read(job_id), WORKER).document
     if error:
         ledger.advance(claimed, status="failed", error=Problem.of(error, stage="fetch", attempt=1))
     else:
         ledger.advance(claimed, status="succeeded")
 
 
-def drawn(look: top.Snapshot, monkeypatch: pytest.MonkeyPatch, height: int | None = None) -> list[str]:
+def drawn(snapshot: top.Snapshot, monkeypatch: pytest.MonkeyPatch, height: int | None = None) -> list[str]:
     """The lines that a terminal of 80 columns shows."""
     console = Console(width=WIDTH, height=HEIGHT)
     monkeypatch.setattr(terminal, "out", console)
     with console.capture() as shown:
-        console.print(top.picture(look, height=height))
+        console.print(top.render(snapshot, height=height))
     return shown.get().splitlines()
 
 
-def test_queues_workers_throughput_errors_and_backfills_are_seen(settings: Settings) -> None:
+def test_a_snapshot_has_queues_workers_throughput_errors_and_backfills(settings: Settings) -> None:
     ledger = RedisLedger(settings)
     high, first, second, canceled, *_ = submitted(settings, "high", "normal", "normal", "bulk", "low", "low")
     run(ledger, high)
@@ -83,25 +83,25 @@ def test_queues_workers_throughput_errors_and_backfills_are_seen(settings: Setti
     run(ledger, second, StorageUnavailable("Not just now."))
     GradcamClient(settings=settings).cancel(canceled)
     ledger.renew_leases("gpu-1:7", json.dumps(WELL), {})
-    ledger.renew_leases("gpu-2:8", "of a version to come", {})
+    ledger.renew_leases("gpu-2:8", "from a later version", {})
     RedisBackfillRegistry(ledger.server).renew("s3://results/cats", "me", FACTS, [], "token", enter=True)
-    watch = top.Dashboard(settings)
-    for look in (watch.look(), watch.look()):  # the second one knows the codes
-        assert look.depths.queued == {"high": 0, "normal": 0, "low": 2, "bulk": 0, "shard": 0}
-        assert look.ended == {"succeeded": 1, "failed": 2, "canceled": 1, "expired": 0}
-        assert (look.depths.dead, look.errors_of) == (2, 2)
-        assert look.errors == {"image_not_found": 1, "storage_unavailable": 1}
-        assert look.workers[0] == {"id": "gpu-1:7", **WELL}
-        assert "cannot read" in look.workers[1]["trouble"]
-        top.picture(look)
-        assert [one["output"] for one in look.backfills] == ["s3://results/cats"]
+    dashboard = top.Dashboard(settings)
+    for snapshot in (dashboard.snapshot(), dashboard.snapshot()):  # the second time, codes are cached
+        assert snapshot.depths.queued == {"high": 0, "normal": 0, "low": 2, "bulk": 0, "shard": 0}
+        assert snapshot.ended == {"succeeded": 1, "failed": 2, "canceled": 1, "expired": 0}
+        assert (snapshot.depths.dead, snapshot.errors_of) == (2, 2)
+        assert snapshot.errors == {"image_not_found": 1, "storage_unavailable": 1}
+        assert snapshot.workers[0] == {"id": "gpu-1:7", **WELL}
+        assert "cannot read" in snapshot.workers[1]["trouble"]
+        top.render(snapshot)
+        assert [one["output"] for one in snapshot.backfills] == ["s3://results/cats"]
     kept = ledger.server.redis.keys(f"{settings.key_prefix}ended:*")
-    assert {0 < ledger.server.redis.pttl(key) <= 900_000 for key in kept} == {True}, "not for ever"
+    assert {0 < ledger.server.redis.pttl(key) <= 900_000 for key in kept} == {True}, "counts expire"
 
 
-def test_of_the_minute_before_as_much_counts_as_lies_within_60_seconds() -> None:
+def test_the_previous_minute_counts_in_proportion_to_its_part_of_the_last_60_seconds() -> None:
     before, now = {"high succeeded": "60", "shard failed": "4"}, {"normal succeeded": "5"}
-    jobs, shards = top._last_minute(before, now, share=0.25)
+    jobs, shards = top._last_minute(before, now, elapsed=0.25)
     assert (jobs["succeeded"], shards["failed"]) == (45 + 5, 3)
 
 
@@ -121,21 +121,23 @@ def test_fifty_workers_fit_a_terminal_and_those_in_trouble_come_first(
     assert any("and 4" in line and "more." in line for line in lines)
     assert "HTTP 503" in " ".join(lines)
     whole = drawn(full, monkeypatch)
-    assert sum(line.startswith("gradcam-worker-") for line in whole) == 51, "each, and what is wrong with one"
+    assert sum(line.startswith("gradcam-worker-") for line in whole) == 51, (
+        "a row for each, and a note about one"
+    )
     roomy = drawn(replace(EMPTY, workers=workers[:3]), monkeypatch, HEIGHT)
     assert not any("more." in line for line in roomy)
 
 
-def test_names_from_elsewhere_do_nothing_to_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_from_workers_cannot_control_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = {**WELL, "id": "\x1b[2Jgpu[red]", "device": "\x1b]0;x\x07", "trouble": "bad\x1b[31m"}
-    look = replace(EMPTY, workers=(hostile,), errors={"\x1b[5m": 1}, errors_of=1)
-    shown = "\n".join(drawn(look, monkeypatch))
+    snapshot = replace(EMPTY, workers=(hostile,), errors={"\x1b[5m": 1}, errors_of=1)
+    shown = "\n".join(drawn(snapshot, monkeypatch))
     assert "\x1b" not in shown
     assert "gpu[red]" in shown
-    assert "No worker lives" in "\n".join(drawn(EMPTY, monkeypatch))
+    assert "No worker is alive" in "\n".join(drawn(EMPTY, monkeypatch))
 
 
-def test_machines_get_json_and_a_ledger_that_is_away_is_a_sentence(
+def test_json_is_printed_and_an_unreachable_ledger_is_a_sentence(
     settings: Settings, free_port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submitted(settings, "high")
@@ -150,7 +152,7 @@ def test_machines_get_json_and_a_ledger_that_is_away_is_a_sentence(
     assert "cannot be reached" in capsys.readouterr().err
 
 
-def test_on_a_terminal_it_is_shown_again_and_again_until_q(settings: Settings) -> None:
+def test_a_terminal_is_refreshed_until_q(settings: Settings) -> None:
     keyboard, screen = pty.openpty()
     environment = {**os.environ, **settings.to_environment(), "TERM": "xterm", "COLUMNS": "80", "LINES": "30"}
     command = [sys.executable, "-P", "-m", "gradcam_worker", "top"]
@@ -169,7 +171,7 @@ def test_on_a_terminal_it_is_shown_again_and_again_until_q(settings: Settings) -
 
 
 def read(terminal_: int, until: bytes) -> bytes:
-    """What a program has written, from now on until it has written this."""
+    """Read what a program writes, until it has written `until`."""
     shown, end_s = b"", time.monotonic() + TIMEOUT_S
     while until not in shown:
         assert select.select([terminal_], [], [], max(end_s - time.monotonic(), 0))[0], shown

@@ -169,7 +169,7 @@ def test_a_redis_that_forgets_less_is_warned_of(
     settings = evicts(evicting, policy, maxmemory)
     preflight.check(settings, stores=False)
     assert [why in line and "noeviction" in line for line in caplog.messages] == ([True] if why else [])
-    (finding,) = doctor._eviction(settings)
+    (finding,) = doctor._check_eviction(settings)
     assert (finding.well, bool(finding.fix)) == (well, bool(why))
     assert why in finding.detail
 
@@ -203,7 +203,7 @@ def test_whoever_may_not_ask_is_told_so_and_starts(guarded: int, caplog: pytest.
         in preflight.redis_keeps(settings)
     )
     assert len(caplog.messages) == 1
-    (finding,) = doctor._eviction(settings)
+    (finding,) = doctor._check_eviction(settings)
     assert finding.well
     assert PASSWORD not in caplog.text + finding.detail
 

@@ -3,7 +3,7 @@
 >>> from gradcam_worker import GradcamClient, AsyncGradcamClient, Job  # for web apps and scripts
 >>> from gradcam_worker.gradcam import explain_image, load_network  # for notebooks: no queue
 
-Importing this package costs nothing: the three names are imported when they are asked for.
+Importing the package is fast: each of these three names is imported when it is first used.
 """
 
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["AsyncGradcamClient", "GradcamClient", "Job", "__version__"]
 
-if not TYPE_CHECKING:
+if not TYPE_CHECKING:  # otherwise type checkers would accept any misspelt name
     __getattr__, __dir__ = lazy_imports(
         __name__,
         {

@@ -1,4 +1,4 @@
-"""`python -m gradcam_worker` is `gradcam`."""
+"""`python -m gradcam_worker` runs the command `gradcam`."""
 
 import sys
 

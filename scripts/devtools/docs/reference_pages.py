@@ -274,7 +274,8 @@ def _option(named: str, said: str) -> tuple[str, str]:
     found = re.fullmatch(r"(.*) \[(.+\|.+)\]", named)
     if found:
         named, choices = found.groups()
-        meaning = f"{', '.join(f'`{one}`' for one in choices.split('|'))} {meaning}".strip()
+        listed = ", ".join(f"`{choice}`" for choice in choices.split("|"))
+        meaning = f"{listed} {meaning}" if meaning.startswith("\\[") else f"{listed}: {meaning}"
     return f"`{named.replace('|', ' or ')}`", meaning
 
 

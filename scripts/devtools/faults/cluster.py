@@ -292,7 +292,7 @@ def _receiver(folder: Path) -> Iterator[Receiver]:
     command = [sys.executable, "-P", program, str(port), str(folder / "events.jsonl")]
     process = parent_watch.spawn(command, log=folder / "receiver.log")
     try:
-        wait_for(lambda: servers.accepts(port), START_S, "the receiver of webhooks listens")
+        wait_for(lambda: servers.accepts_connections(port), START_S, "the receiver of webhooks listens")
         yield Receiver(process, port)
     finally:
         parent_watch.stop(process)

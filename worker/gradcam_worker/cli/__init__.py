@@ -1,4 +1,4 @@
-"""The commands of `gradcam`: options in, one call of `operations` or `client`, exit code out.
+"""The commands of `gradcam`: parse options, call `operations` or `client`, return the exit code.
 
 Begin at `main`.
 """

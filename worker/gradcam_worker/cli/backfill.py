@@ -1,9 +1,9 @@
-"""The commands about backfills: backfill INPUT | backfill status OUTPUT | backfill cancel OUTPUT."""
+"""The commands about backfills: backfill INPUT, backfill status OUTPUT, backfill cancel OUTPUT."""
 
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import ValidationError
 
-from gradcam_worker.cli.jobs import explanation_options
+from gradcam_worker.cli.options import explanation_options, json_option
 from gradcam_worker.errors import InvalidJob, UnknownNetwork
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.model import describe
@@ -19,14 +19,14 @@ from gradcam_worker.schemas.shard import MAX_ROWS, ROUTE
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted
 
-if TYPE_CHECKING:  # they are heavy
+if TYPE_CHECKING:  # slow to import
     from gradcam_worker.backfill.output import DatasetDir
     from gradcam_worker.backfill.plan import Plan
     from gradcam_worker.backfill.registry import BackfillRecord
     from gradcam_worker.ledger.ledger import Ledger
 
 STATE_COLORS = {"running": "cyan", "complete": "green", "stopped": "yellow", "damaged": "red"}
-POLL_EVERY_S = 0.2  # whether a cancelled backfill has ended
+CANCEL_POLL_INTERVAL_S = 0.2
 CANCEL_TIMEOUT_S = 15.0
 
 
@@ -38,13 +38,13 @@ def _share(_: click.Context, __: click.Parameter, text: str) -> float:
     except ValueError:
         share = -1
     if rest or not 0 <= share <= 1:
-        message = f"{text!r} is no share: it must look like 50% or 0.5"
+        message = f"{text!r} is not a share: write 50% or 0.5"
         raise click.BadParameter(message)
     return share
 
 
 class _RunContext(click.Context):
-    """Usage and errors of `run` do not name it: users write `backfill INPUT`."""
+    """Hides the name `run` in usage and error messages: users write `backfill INPUT`."""
 
     @property
     def command_path(self) -> str:
@@ -53,21 +53,24 @@ class _RunContext(click.Context):
 
 
 class _RunCommand(click.Command):
-    """Overlays are the only artifacts of a backfill: `--overlays` replaces `--artifact`."""
+    """Replaces `--artifact` by `--overlays`: a backfill writes no other artifacts."""
 
     context_class = _RunContext
 
-    def __init__(self, *given: Any, **named: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         """See `click.Command`."""
-        super().__init__(*given, **named)
+        super().__init__(*args, **kwargs)
         overlays = click.Option(
-            ["--overlays", "artifacts"], flag_value=("overlay",), default=(), help="A picture of each, too."
+            ["--overlays", "artifacts"],
+            flag_value=("overlay",),
+            default=(),
+            help="Also write an overlay image for each explanation.",
         )
-        self.params = [overlays if one.name == "artifacts" else one for one in self.params]
+        self.params = [overlays if option.name == "artifacts" else option for option in self.params]
 
 
 class _BackfillGroup(click.Group):
-    """An argument that names no subcommand is the INPUT of `run`."""
+    """Passes an argument that names no subcommand to `run`, as its INPUT."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """See `click.Group`."""
@@ -80,28 +83,42 @@ class _BackfillGroup(click.Group):
 
 @click.group(cls=_BackfillGroup)
 def backfill() -> None:
-    """Explain a long list of images: many to a message, one dataset as the result."""
+    """Explain a long list of images in shards; the result is one dataset."""
 
 
 @backfill.command(cls=_RunCommand)
 @click.argument("input_", metavar="INPUT")
 @explanation_options
-@click.option("--output", required=True, metavar="s3://...", help="Where the dataset is to be.")
-@click.option("--shard-rows", type=click.IntRange(1, MAX_ROWS), default=256, show_default=True)
-@click.option("--window", type=click.IntRange(1, 10_000), help="Shards in flight. [as the workers need them]")
-@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Images a second that are handed out.")
+@click.option("--output", required=True, metavar="s3://...", help="Where the dataset is written.")
+@click.option(
+    "--shard-rows",
+    type=click.IntRange(1, MAX_ROWS),
+    default=256,
+    show_default=True,
+    help="Images in one shard, which is one message to a worker.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(1, 10_000),
+    help="Number of shards in flight. [depends on the number of workers]",
+)
+@click.option(
+    "--rate", type=click.FloatRange(0, min_open=True), help="Submit at most this many images per second."
+)
 @click.option(
     "--max-failed",
     default="50%",
     show_default=True,
     callback=_share,
-    help="Stop early where more of the rows fail.",
+    help="Stop early if a larger share of the rows fails.",
 )
-@click.option("--resume", is_flag=True, help="Go on with it: what is done is not done again.")
-@click.option("--only-failed", is_flag=True, help="Go on, and run again the rows that failed.")
-@click.option("--changed", is_flag=True, help="Go on, and run again what has changed in input or weights.")
-@click.option("--format", "form", default="auto", help="Of INPUT, where its name does not say it. [auto]")
-@click.option("--column", help="Of the URIs, in INPUT.")
+@click.option("--resume", is_flag=True, help="Continue an existing backfill; finished rows are not repeated.")
+@click.option("--only-failed", is_flag=True, help="Continue, and run the failed rows again.")
+@click.option("--changed", is_flag=True, help="Continue, and run again what changed in the input or weights.")
+@click.option(
+    "--format", "form", default="auto", help="Format of INPUT, if its name does not show it. [auto]"
+)
+@click.option("--column", help="Column of INPUT that holds the URIs.")
 def run(
     input_: str,
     output: str,
@@ -114,14 +131,14 @@ def run(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Explain every image of INPUT: a list (JSON Lines, CSV, Parquet, a URI a line), a folder,
+    """Explain every image of INPUT: a list (JSON Lines, CSV, Parquet, or one URI per line), a folder,
     s3://bucket/prefix, or - for standard input.
 
-    Progress goes to standard error, the result, or with --json progress too, to standard output. Ctrl-C
-    stops at any moment, and --resume goes on. Exit code 1 where the dataset is not complete, or where
-    more rows failed than --max-failed.
+    Progress is printed on standard error, the result on standard output; with --json both are printed on
+    standard output. Stop with Ctrl-C at any time, and continue with --resume. Exit code 1 if the dataset is
+    not complete, or if more rows failed than --max-failed allows.
 
-    `gradcam backfill status OUTPUT` says how far it is, `gradcam backfill cancel OUTPUT` stops it.
+    `gradcam backfill status OUTPUT` shows the progress, `gradcam backfill cancel OUTPUT` stops it.
 
     \b
     Examples:
@@ -147,14 +164,14 @@ def run(
     settings = Settings.from_environment()
     dataset, ledger = _open_dataset(output, settings), RedisLedger(settings)
     with open_input(input_, settings, form=form, column=column, output=dataset.uri) as opened:
-        asked = _plan(
+        requested = _plan(
             {**spec, "input": opened.name, "output": dataset.uri, "shard_rows": shard_rows}, settings
         )
         resume = resume or run_options.only_failed or run_options.changed
-        plan = dataset.resolve(asked, resume=resume, changed=run_options.changed)
+        plan = dataset.resolve(requested, resume=resume, changed=run_options.changed)
         rows = CountedInput(opened)
-        shown_as = "json" if as_json else "terminal" if console.err.is_terminal else "lines"
-        progress = BackfillProgressBar(shown_as, rows.total)
+        progress_form = "json" if as_json else "terminal" if console.err.is_terminal else "lines"
+        progress = BackfillProgressBar(progress_form, rows.total)
         runner = BackfillRunner(
             plan,
             dataset,
@@ -171,14 +188,13 @@ def run(
                 shards = cut_shards(rows.rows(), plan, max_bytes=settings.max_message_bytes // 2)
                 summary = runner.run(lease, shards)
         except KeyboardInterrupt:
-            one = "shard is in flight, and comes to its end by itself; "
-            more = "shards are in flight, and come to their end by themselves; "
-            left = counted(len(runner.in_flight), one, more) if runner.in_flight else ""
-            console.err.print(f"Stopped. {left}--resume goes on.", soft_wrap=True)
+            in_flight = counted(len(runner.in_flight), "shard is", "shards are")
+            left = f" {in_flight} in flight and will still finish." if runner.in_flight else ""
+            console.err.print(f"Stopped.{left} Continue with --resume.", soft_wrap=True)
             return 130
         if skipped := opened.own_files():
-            what = counted(skipped, "file there is", "files there are")
-            progress.note(f"{what} a backfill's own, and no part of the input.")
+            files = counted(skipped, "file")
+            progress.note(f"Skipped {files} of the input folder that a backfill wrote.")
     if as_json:
         facts = summary or runner.progress.facts()
         print_line("complete" if summary else "incomplete", {"output": plan.output, **facts})
@@ -186,10 +202,10 @@ def run(
         print_summary(summary, plan.output, settings)
     if not summary:
         lost = counted(runner.progress.lost, "shard")
-        console.err.print(f"[red]Incomplete[/]: {lost} failed as a whole; --resume tries again.")
+        console.err.print(f"[red]Incomplete[/]: {lost} failed as a whole. Run them again with --resume.")
         return 1
     if summary["failed"] == summary["rows"]:
-        return 1  # as the summary has said
+        return 1  # the summary shows it
     if summary["failed"] > run_options.max_failed * summary["rows"]:
         console.err.print(f"[red]More than {run_options.max_failed:.0%} of the rows have failed.[/]")
         return 1
@@ -197,23 +213,23 @@ def run(
 
 
 def _plan(fields: dict[str, Any], settings: Settings) -> "Plan":
-    """A plan with the weights that this machine's registry pins. Raises InvalidJob."""
+    """Make a plan, with the checksum of the weights that this machine's registry lists. Raises InvalidJob."""
     from gradcam_worker.backfill.plan import Plan
     from gradcam_worker.gradcam.models.registry import Registry
 
     weights = None
-    with contextlib.suppress(UnknownNetwork):  # here; the workers may know it
+    with contextlib.suppress(UnknownNetwork):  # unknown on this machine; the workers may know it
         file = Registry(settings.networks).find(fields["network"]).file
         weights = file.sha256 if file else None
     try:
         return Plan.model_validate({**fields, "weights_sha256": weights})
     except ValidationError as error:
-        message = f"This is no backfill: {describe(error)}."
+        message = f"This backfill is invalid: {describe(error)}."
         raise InvalidJob(message) from error
 
 
 def _publisher(settings: Settings) -> Callable[[str], None]:
-    """Puts the message of a shard on the queue, by its id."""
+    """Return a function that publishes the message of a shard, given its id."""
     from gradcam_worker.broker.publisher import Publisher
 
     publisher = Publisher(settings)
@@ -222,7 +238,7 @@ def _publisher(settings: Settings) -> Callable[[str], None]:
 
 @contextmanager
 def _interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM interrupts, as Ctrl-C does."""
+    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does."""
 
     def interrupt(_: int, __: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -236,9 +252,9 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 
 @backfill.command()
 @click.argument("output")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+@json_option
 def status(output: str, *, as_json: bool) -> int:
-    """Show how far the backfill of OUTPUT is, and who runs it.
+    """Show the progress of the backfill that writes to OUTPUT, and which process runs it.
 
     \b
     Example:
@@ -253,44 +269,48 @@ def status(output: str, *, as_json: bool) -> int:
     ledger = RedisLedger(settings)
     record = RedisBackfillRegistry(ledger.server).find(dataset.uri)
     running, done = record is not None and record.is_running, sum(map(len, dataset.done_keys().values()))
-    ended = "stopped" if not summary else "complete" if summary["shards"] == done else "damaged"
+    final_state = "stopped" if not summary else "complete" if summary["shards"] == done else "damaged"
     facts = {
         "backfill": plan.id,
         "output": dataset.uri,
         "input": plan.input,
         "network": plan.network,
-        "state": "running" if running else ended,
+        "state": "running" if running else final_state,
         "shards_done": done,
         "dataset": summary,
         "last": _last_run(record, ledger) if record else None,
     }
-    console.print_json(facts) if as_json else _show(facts)
+    console.print_json(facts) if as_json else _show_status(facts)
     return 0
 
 
 def _last_run(record: "BackfillRecord", ledger: "Ledger") -> dict[str, Any]:
-    """How far the last run is, or was, and how many of its shards are in flight now."""
+    """Return the progress of the latest run; once it has stopped, with the shards still in flight."""
     if record.is_running:
         return record.facts
-    in_flight = [one for one in ledger.read_many(sorted(record.shards)).values() if not one.final]
-    return {**record.facts, "in_flight": len(in_flight)}
+    return {**record.facts, "in_flight": len(_unfinished(ledger, record.shards))}
 
 
-def _show(status: Mapping[str, Any]) -> None:
+def _unfinished(ledger: "Ledger", shards: Iterable[str]) -> set[str]:
+    """Return the ids of those shards that are not final."""
+    return {shard.id for shard in ledger.read_many(sorted(shards)).values() if not shard.final}
+
+
+def _show_status(status: Mapping[str, Any]) -> None:
     """Print the status of a backfill, a line for each fact."""
     facts = console.table("", "")
     facts.show_header = False
     for name in ("backfill", "input", "output", "network"):
         facts.add_row(name, console.plain(status[name]))
     last, summary, state = status["last"] or {}, status["dataset"], status["state"]
-    by = f", by process {last['pid']} on {last['host']}" if state == "running" else ""
-    facts.add_row("state", console.plain(state + by, STATE_COLORS[state]))
+    process = f", by process {last['pid']} on {last['host']}" if state == "running" else ""
+    facts.add_row("state", console.plain(state + process, STATE_COLORS[state]))
     if summary:
         facts.add_row("rows", f"{summary['rows']:,}, {summary['failed']:,} of them failed")
     elif last:
-        most = "" if last["whole"] else "at least "
+        at_least = "" if last["whole"] else "at least "
         done = last["before"] + last["done"]
-        facts.add_row("rows", f"{done:,} of {most}{last['planned']:,}, {last['failed']:,} of them failed")
+        facts.add_row("rows", f"{done:,} of {at_least}{last['planned']:,}, {last['failed']:,} of them failed")
     in_flight = f", {last['in_flight']} in flight" if last and state in {"running", "stopped"} else ""
     facts.add_row("shards", f"{status['shards_done']:,} done{in_flight}")
     if state == "running":
@@ -298,19 +318,21 @@ def _show(status: Mapping[str, Any]) -> None:
     for code, count in sorted((summary or last).get("codes", {}).items()):
         facts.add_row("", console.plain(f"{count:,} {code}", "red"))
     if summary and state == "damaged":
-        of = counted(summary["shards"], "shard is", "shards are")
-        there = f"{status['shards_done']:,} of the {of} there that dataset.json counts"
-        facts.add_row("", f"{there}: --resume, or --changed, repairs it")
+        total = counted(summary["shards"], "shard")
+        facts.add_row("", f"dataset.json counts {total}, but {status['shards_done']:,} exist")
+        facts.add_row("", "repair it with --resume or --changed")
     if state == "stopped":
-        facts.add_row("", "--resume goes on with it")
+        facts.add_row("", "continue it with --resume")
     console.out.print(facts)
 
 
 @backfill.command()
 @click.argument("output")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+@json_option
 def cancel(output: str, *, as_json: bool) -> int:
-    """Stop the backfill of OUTPUT, wherever it runs, and what it has in flight. What is done stays.
+    """Stop the backfill that writes to OUTPUT, on whichever machine it runs, and cancel its shards in flight.
+
+    Finished shards are kept.
 
     \b
     Example:
@@ -327,32 +349,30 @@ def cancel(output: str, *, as_json: bool) -> int:
     record, end = registry.request_cancel(dataset.uri), time.monotonic() + CANCEL_TIMEOUT_S
     was_running = record is not None and record.is_running
     while record and record.is_running and time.monotonic() < end:
-        time.sleep(POLL_EVERY_S)
+        time.sleep(CANCEL_POLL_INTERVAL_S)
         record = registry.find(dataset.uri)
     ended = record is None or not record.is_running
     canceled = cancel_shards(ledger, record.shards) if record and ended else []
-    unfinished = {one.id for one in canceled if not one.final}  # a worker still works on them
+    unfinished = {shard.id for shard in canceled if not shard.final}  # a worker still runs them
     while unfinished and time.monotonic() < end:
-        time.sleep(POLL_EVERY_S)
-        unfinished = {one.id for one in ledger.read_many(sorted(unfinished)).values() if not one.final}
+        time.sleep(CANCEL_POLL_INTERVAL_S)
+        unfinished = _unfinished(ledger, unfinished)
     if as_json:
         console.print_json(
             {"output": dataset.uri, "ran": was_running, "ended": ended, "shards_canceled": len(canceled)}
         )
     elif not ended:
-        console.err.print("Whoever runs it has been told, and does not answer yet.")
+        console.err.print("The process that runs the backfill was asked to stop, but has not stopped yet.")
     else:
-        who = "It was run, and is stopped." if was_running else "Nobody runs it."
-        many = f"{counted(len(canceled), 'shard was', 'shards were')} left in flight, and cancelled"
-        shards = (
-            f"{many}{', and not stopped yet' if unfinished else ''}." if canceled else "Nothing is in flight."
-        )
-        console.out.print(f"{who} {shards}")
+        state = "The backfill was running and is stopped." if was_running else "The backfill is not running."
+        cancelled = f"{counted(len(canceled), 'shard')} in flight cancelled" if canceled else ""
+        not_stopped = f", {len(unfinished):,} of them not stopped yet" if unfinished else ""
+        console.out.print(f"{state} {cancelled or 'No shards are in flight'}{not_stopped}.")
     return 0 if ended else 1
 
 
 def _open_dataset(output: str, settings: Settings) -> "DatasetDir":
-    """The folder of a dataset. Raises OutputNotAllowed."""
+    """Open the folder of a dataset. Raises OutputNotAllowed."""
     from gradcam_worker.backfill.output import DatasetDir
     from gradcam_worker.storage.s3 import S3
     from gradcam_worker.storage.stores import Stores

@@ -1,4 +1,4 @@
-"""`gradcam`: demo | worker | deliver | explain | submit | status | cancel | backfill | replay ..."""
+"""The command group `gradcam`, and its commands demo, worker, deliver and doctor."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -8,6 +8,7 @@ import click
 
 from gradcam_worker import __version__
 from gradcam_worker.cli import backfill, gallery, jobs, operate, replay
+from gradcam_worker.cli.options import json_option
 from gradcam_worker.errors import GradcamError
 from gradcam_worker.observability.logs import configure_logging
 from gradcam_worker.operations import console
@@ -16,7 +17,14 @@ from gradcam_worker.text.visible import visible
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command line; a user's error is a sentence, never a traceback."""
+    """Run the command line. Errors of this package are printed as a sentence, without a traceback.
+
+    Args:
+        arguments: The words after `gradcam`.
+
+    Returns:
+        The exit code.
+    """
     try:
         return int(gradcam.main([*arguments], standalone_mode=False) or 0)
     except click.ClickException as error:
@@ -29,9 +37,10 @@ def run(arguments: Sequence[str]) -> int:
         console.err.print(f"[red]Error[/] ({error.code}): ", end="")
         console.err.print(visible(str(error)), markup=False, soft_wrap=True)
     except ModuleNotFoundError as error:
-        whose, extra = ("backfill", "backfill") if [*arguments][:1] == ["backfill"] else ("worker", "cpu")
+        extra = "backfill" if [*arguments][:1] == ["backfill"] else "cpu"
         console.err.print(f"[red]Error[/]: {error.name} is not installed. ", end="")
-        console.err.print(f"This needs a {whose}: pip install 'gradcam-worker[{extra}]'", markup=False)
+        needed = f"This command needs the extra {extra}: pip install 'gradcam-worker[{extra}]'"
+        console.err.print(needed, markup=False)
     return 1
 
 
@@ -40,44 +49,51 @@ def run(arguments: Sequence[str]) -> int:
 def gradcam() -> None:
     """Explain image classifiers with Grad-CAM: on this machine, or through a queue.
 
-    Settings are environment variables, GRADCAM_*; `gradcam doctor` says whether they work.
+    Settings are environment variables named GRADCAM_*; `gradcam doctor` checks whether they work.
     """
 
 
 @gradcam.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default="gradcam-demo")
-@click.option("--against-running", is_flag=True, help="Start nothing: use what GRADCAM_* name.")
+@click.option(
+    "--against-running",
+    is_flag=True,
+    help="Start nothing; use the servers and workers that the GRADCAM_* variables name.",
+)
 def demo(folder: Path, *, against_running: bool) -> int:
     """Explain five photos through a real queue, a real worker and a real object store.
 
-    Everything runs on this machine and is stopped in the end. Results go to FOLDER.
+    Everything runs on this machine and is stopped at the end. Results are written to FOLDER.
 
     \b
     Example:
       gradcam demo
       GRADCAM_UPLOADS=s3://photos/demo gradcam demo --against-running
     """
-    from gradcam_worker.operations import demo as photos
+    from gradcam_worker.operations import demo as photos_demo
 
-    return photos.against_running(folder) if against_running else photos.run(folder)
+    return photos_demo.run_against_running(folder) if against_running else photos_demo.run(folder)
 
 
 @gradcam.command()
 @click.option(
-    "--devices", metavar="auto|cpu|0,1,...", help="A process for each GPU, for these, or none. [auto]"
+    "--devices",
+    metavar="auto|cpu|0,1,...",
+    help="One process for each GPU (auto) or for each of these GPUs, or one process on the CPU. [auto]",
 )
-@click.option("--unsupervised", is_flag=True, help="Take jobs in this very process.")
+@click.option("--unsupervised", is_flag=True, help="Run jobs in this process; nothing restarts it.")
 @click.option("--ready-fd", type=int, hidden=True)
 def worker(*, devices: str | None, unsupervised: bool, ready_fd: int | None) -> int:
-    """Take jobs until stopped; start again whatever dies unasked.
+    """Run jobs until stopped, with a process for each device. A process that dies is restarted.
 
-    SIGTERM or Ctrl-C finishes what is running; a second one stops at once.
+    After SIGTERM or Ctrl-C the worker finishes its running jobs and exits. After a second one it requeues
+    them and exits at once.
 
     \b
     Example:
       GRADCAM_BROKER_URL=redis://queue:6379/0 GRADCAM_OUTPUT=s3://out/cams gradcam worker
     """
-    for package in ("celery", "keras"):  # or each process that is started would find it out for itself
+    for package in ("celery", "keras"):  # fail here once, not in each process that would be started
         if find_spec(package) is None:
             raise ModuleNotFoundError(name=package)
     settings = Settings.from_environment(devices=devices)
@@ -104,9 +120,10 @@ def worker(*, devices: str | None, unsupervised: bool, ready_fd: int | None) -> 
 
 @gradcam.command()
 def deliver() -> int:
-    """Tell webhooks and the database, and put jobs right, where no worker may be running.
+    """Send webhooks and database updates, and requeue the jobs of dead workers. It runs no jobs.
 
-    It needs no device. SIGTERM or Ctrl-C ends it.
+    Every worker does this too: run it where the number of workers can be zero. It needs no GPU. Stop it with
+    SIGTERM or Ctrl-C.
 
     \b
     Example:
@@ -121,16 +138,16 @@ def deliver() -> int:
 
 
 @gradcam.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+@json_option
 @click.option(
     "--expect-workers",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Fail where fewer workers than these live.",
+    help="Fail if fewer workers than this are alive.",
 )
 def doctor(*, as_json: bool, expect_workers: int) -> int:
-    """Check broker, ledger, workers, storage, weights and device, and say what to fix.
+    """Check broker, ledger, workers, storage, weights and device, and say how to fix what fails.
 
     \b
     Example:

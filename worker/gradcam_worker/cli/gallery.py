@@ -1,9 +1,10 @@
-"""The command that shows a backfill's dataset: gallery."""
+"""The command `gallery`: a backfill's dataset as an HTML page."""
 
 from pathlib import Path
 
 import click
 
+from gradcam_worker.cli.options import parse_comma_lists
 from gradcam_worker.operations import console
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted
@@ -17,25 +18,37 @@ from gradcam_worker.text.visible import counted
     type=click.Path(dir_okay=False, path_type=Path),
     default="gallery.html",
     show_default=True,
-    help="The page.",
+    help="The HTML file to write.",
 )
 @click.option(
     "--classes",
     metavar="A,B,...",
     multiple=True,
-    callback=console.comma_list,
-    help="Ids, wnids or names; as often as wanted. [those that came first most often]",
+    callback=parse_comma_lists,
+    help="Classes to show: ids, wnids or names; may be repeated. [the ones predicted most often]",
 )
-@click.option("--per-class", type=click.IntRange(1, 100), default=4, show_default=True)
-@click.option("--max-classes", type=click.IntRange(1, 500), default=50, show_default=True)
+@click.option(
+    "--per-class",
+    type=click.IntRange(1, 100),
+    default=4,
+    show_default=True,
+    help="Number of most confident images of each class, and of least confident ones.",
+)
+@click.option(
+    "--max-classes",
+    type=click.IntRange(1, 500),
+    default=50,
+    show_default=True,
+    help="Largest number of classes on the page.",
+)
 def gallery(
     dataset: str, output: Path, classes: tuple[str, ...] | None, per_class: int, max_classes: int
 ) -> int:
-    """Make one HTML page of DATASET, a backfill's output: a folder, or s3://bucket/prefix.
+    """Make an HTML page of DATASET, the output of a backfill: a folder, or s3://bucket/prefix.
 
-    Of each class it shows how often it came first, its mean heatmap, and the PER_CLASS images of which the
-    network was most and least confident. Images are fetched as the settings allow and become part of the
-    page, which needs nothing else and has at most 20 MB.
+    For each class the page shows how often it was the top prediction, its mean heatmap, and the images with
+    the most and the least confident predictions. Images are fetched from where they are, if the settings
+    allow it, and embedded: the page is one file of at most 20 MB.
 
     \b
     Examples:
@@ -45,18 +58,18 @@ def gallery(
     from gradcam_worker.audit.gallery import GalleryOptions, make
 
     options = GalleryOptions(classes, per_class, max_classes)
-    with console.err.status("reading") as status:
+    with console.err.status("reading") as spinner:
 
         def report(what: str, done: int, of: int) -> None:
-            status.update(f"{what}: {done:,} of {of:,}")
+            spinner.update(f"{what}: {done:,} of {of:,}")
 
-        made = make(dataset, output, options, Settings.from_environment(), report)
-    if not made.complete:
-        console.err.print("There is no dataset.json: the backfill has not ended, and rows are missing.")
-    if made.missing:
-        why = ", ".join(f"{code} {count:,}" for code, count in sorted(made.missing.items()))
-        console.err.print(f"Images that cannot be had any more, shown as heatmaps alone: {why}.")
-    size = f"{counted(made.classes, 'class', 'classes')}, {counted(made.pictures, 'picture')}"
-    size += f", {len(made.page) / 1e6:.1f} MB"
+        page = make(dataset, output, options, Settings.from_environment(), report)
+    if not page.complete:
+        console.err.print("There is no dataset.json: the backfill is not complete, and rows are missing.")
+    if page.missing:
+        reasons = ", ".join(f"{code} {count:,}" for code, count in sorted(page.missing.items()))
+        console.err.print(f"Images that could not be fetched, shown as heatmaps only: {reasons}.")
+    size = f"{counted(page.classes, 'class', 'classes')}, {counted(page.pictures, 'image')}"
+    size += f", {len(page.page) / 1e6:.1f} MB"
     console.out.print(console.plain(f"{output}: {size}"), soft_wrap=True)
     return 0

@@ -1,17 +1,15 @@
-"""The commands about one job: explain | submit | status | cancel."""
+"""The commands about a job: explain, submit, status, cancel."""
 
-import functools
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from gradcam_worker.cli.options import explanation_options
 from gradcam_worker.errors import GradcamError, InvalidSettings
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.job import Job, describe_missing_scheme
-from gradcam_worker.schemas.options import MethodSpec, Metric
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets
@@ -19,88 +17,9 @@ from gradcam_worker.text.urls import without_secrets
 if TYPE_CHECKING:
     from gradcam_worker.client.client import GradcamClient
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-DEFAULT_NETWORK = "efficientnet_lite0"
-METHODS, SCORES, NORMALIZE = (
-    get_args(MethodSpec.model_fields[name].annotation) for name in ("name", "score", "normalize")
+status_json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the status document as JSON."
 )
-
-
-def explanation_options(command: Command) -> Command:
-    """The options that say what to explain, the same for every command that takes them.
-
-    The command gets them as `spec`: fields of a job.
-    """
-
-    @functools.wraps(command)
-    def with_spec(
-        *,
-        network: str,
-        top_n: int | None,
-        classes: tuple[str, ...] | None,
-        method: str,
-        layer: str | None,
-        score: str,
-        normalize: str,
-        flip: bool,
-        artifacts: tuple[str, ...],
-        metrics: tuple[str, ...],
-        **others: Any,
-    ) -> Any:
-        how = {"name": method, "layer": layer, "score": score, "normalize": normalize, "flip": flip}
-        spec: dict[str, Any] = {
-            "network": network,
-            "target": _target(top_n, classes),
-            "method": how,
-            "metrics": metrics,
-        }
-        if artifacts:
-            spec["artifacts"] = [_artifact(one) for one in artifacts]
-        return command(spec=spec, **others)
-
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines."),
-        click.option("--metric", "metrics", type=click.Choice(get_args(Metric)), multiple=True),
-        click.option(
-            "--artifact",
-            "artifacts",
-            metavar="KIND[:FORMAT]",
-            multiple=True,
-            help="overlay, heatmap, grid, animation or report; as often as wanted. [overlay heatmap]",
-        ),
-        click.option(
-            "--classes",
-            metavar="A,B,...",
-            multiple=True,
-            callback=console.comma_list,
-            help="Ids, wnids or names, instead of --top-n; as often as wanted. A name with a comma stands in "
-            "quotes: '\"crane, bird\"'.",
-        ),
-        click.option("--top-n", type=click.IntRange(1, 1000), help="The n most probable classes. [3]"),
-        click.option("--flip/--no-flip", default=False, help="Smooth: average with the mirror image's map."),
-        click.option("--normalize", type=click.Choice(NORMALIZE), default=NORMALIZE[0], show_default=True),
-        click.option("--score", type=click.Choice(SCORES), default=SCORES[0], show_default=True),
-        click.option("--layer", help="Any layer, or auto: found in the graph. [the network's own]"),
-        click.option("--method", type=click.Choice(METHODS), default=METHODS[0], show_default=True),
-        click.option("--network", default=DEFAULT_NETWORK, show_default=True, help="See `gradcam networks`."),
-    ):
-        with_spec = option(with_spec)
-    return with_spec  # type: ignore[return-value]  # it is called by click alone, by names
-
-
-def _artifact(text: str) -> dict[str, str]:
-    """`overlay:png` -> an artifact's fields; `Job` checks kind and format."""
-    kind, _, form = text.partition(":")
-    return {"kind": kind, "format": form} if form else {"kind": kind}
-
-
-def _target(top_n: int | None, classes: tuple[str, ...] | None) -> dict[str, Any]:
-    if top_n and classes is not None:
-        message = "give --top-n or --classes, not both"
-        raise click.UsageError(message)
-    if classes is None:
-        return {"top_n": top_n or 3}
-    return {"classes": list(classes)}
 
 
 @click.command()
@@ -112,12 +31,12 @@ def _target(top_n: int | None, classes: tuple[str, ...] | None) -> dict[str, Any
     type=click.Path(file_okay=False, path_type=Path),
     default="explained",
     show_default=True,
-    help="Where results go, a folder for each image.",
+    help="Folder for the results; each image gets a folder in it.",
 )
 def explain(images: tuple[Path, ...], output: Path, *, spec: dict[str, Any], as_json: bool) -> int:
-    """Explain IMAGES here and now: no queue, no servers.
+    """Explain image files on this machine, without a queue and servers.
 
-    One that cannot be explained does not stop the others. Exit code 1 where any failed.
+    An image that cannot be explained does not stop the others. Exit code 1 if any image failed.
 
     \b
     Examples:
@@ -128,7 +47,9 @@ def explain(images: tuple[Path, ...], output: Path, *, spec: dict[str, Any], as_
       gradcam explain cat.jpg --artifact report --artifact overlay:png --metric deletion
     """
     if not any(image.exists() for image in images):
-        message = f"there is no file {images[0]}" + (", nor any other of these" if len(images) > 1 else "")
+        message = f"there is no file {images[0]}" + (
+            ", and none of the others exists" if len(images) > 1 else ""
+        )
         raise click.UsageError(message)
     from gradcam_worker.operations.explain import explain_files
 
@@ -138,13 +59,15 @@ def explain(images: tuple[Path, ...], output: Path, *, spec: dict[str, Any], as_
 @click.command()
 @click.argument("uri")
 @explanation_options
-@click.option("--upload", is_flag=True, help="URI is a file of this machine: put it below GRADCAM_UPLOADS.")
-@click.option("--wait/--no-wait", default=False, help="Wait until the job has ended, and show the result.")
-@click.option("--timeout", "timeout_s", default=120.0, show_default=True, help="Seconds to wait.")
-@click.option("--key", "idempotency_key", help="Idempotency key: the same key never runs twice.")
 @click.option(
-    "--retry-failed", is_flag=True, help="Where the job of this key has failed, try it again. [leave it]"
+    "--upload", is_flag=True, help="URI is a file on this machine: upload it to GRADCAM_UPLOADS first."
 )
+@click.option("--wait/--no-wait", default=False, help="Wait until the job is final, and show the result.")
+@click.option(
+    "--timeout", "timeout_s", default=120.0, show_default=True, help="Longest time to wait, in seconds."
+)
+@click.option("--key", "idempotency_key", help="Idempotency key: a second job with the same key is not run.")
+@click.option("--retry-failed", is_flag=True, help="If the job with this key has failed, run it again.")
 def submit(
     uri: str,
     timeout_s: float,
@@ -156,7 +79,7 @@ def submit(
     wait: bool,
     as_json: bool,
 ) -> int:
-    """Queue the image at URI for a worker.
+    """Submit a job for the image at URI, and print the job's id.
 
     \b
     Examples:
@@ -168,16 +91,16 @@ def submit(
     from gradcam_worker.client.client import GradcamClient
 
     if not upload and (why := describe_missing_scheme(uri)):
-        message = f"{why}, or say --upload"
+        message = f"{why}, or use --upload"
         raise click.UsageError(message)
     if upload and ("://" in uri or uri.startswith("data:")):
         message = (
-            f"--upload takes a file of this machine, and {without_secrets(uri)[:200]} is a URI: leave it out"
+            f"--upload takes a file on this machine, but {without_secrets(uri)[:200]} is a URI: omit --upload"
         )
         raise click.UsageError(message)
     settings = Settings.from_environment()
     if upload and not settings.uploads:
-        message = "--upload needs to know where images go: set GRADCAM_UPLOADS, as in s3://photos/uploads."
+        message = "--upload needs GRADCAM_UPLOADS, the folder for uploads: set it, as in s3://photos/uploads."
         raise InvalidSettings(message)
     fields = {"idempotency_key": idempotency_key, **spec}
     job = None if upload else Job.parse({"image": uri, **fields})
@@ -186,30 +109,30 @@ def submit(
         job_id = client.submit(job, retry_failed=retry_failed)
     else:
         job_id = client.upload_and_submit(uri, retry_failed=retry_failed, **fields)
-    if not wait:  # first of all: the job is accepted, whatever comes now
+    if not wait:  # before anything else can fail: the job is accepted
         console.print_json({"id": job_id}) if as_json else console.out.print(job_id)
     if idempotency_key and not retry_failed:
-        _hint_at_failure(client, job_id)
+        _print_retry_hint(client, job_id)
     if not wait:
         return 0
     with console.err.status(f"waiting for job {job_id}"):
         document = client.wait(job_id, timeout_s)
-    return _shown(document, as_json=as_json)
+    return _show_outcome(document, as_json=as_json)
 
 
-def _hint_at_failure(client: "GradcamClient", job_id: str) -> None:
-    """Say where the job that has the key has failed. A courtesy: it fails no command."""
+def _print_retry_hint(client: "GradcamClient", job_id: str) -> None:
+    """Print how to run the job again if it has failed. An error here does not fail the command."""
     with suppress(GradcamError):
         if client.status(job_id).status == "failed":
-            said = f"Job {job_id} has this key, and has failed: --retry-failed tries it again."
-            console.err.print(said, markup=False, soft_wrap=True)
+            hint = f"Job {job_id} has this key and has failed: --retry-failed runs it again."
+            console.err.print(hint, markup=False, soft_wrap=True)
 
 
 @click.command()
 @click.argument("job_id")
-@click.option("--json", "as_json", is_flag=True, help="Print the status document as JSON.")
+@status_json_option
 def status(job_id: str, *, as_json: bool) -> int:
-    """Show what has become of a job. Exit code 1 where it failed.
+    """Show the status of a job. Exit code 1 if it failed, expired or was cancelled.
 
     \b
     Example:
@@ -217,16 +140,16 @@ def status(job_id: str, *, as_json: bool) -> int:
     """
     from gradcam_worker.client.client import GradcamClient
 
-    return _shown(GradcamClient(settings=Settings.from_environment()).status(job_id), as_json=as_json)
+    return _show_outcome(GradcamClient(settings=Settings.from_environment()).status(job_id), as_json=as_json)
 
 
 @click.command()
 @click.argument("job_id")
-@click.option("--json", "as_json", is_flag=True, help="Print the status document as JSON.")
+@status_json_option
 def cancel(job_id: str, *, as_json: bool) -> int:
-    """Stop a job: at once while it waits, else as soon as its worker sees it.
+    """Cancel a job: a queued one at once, a running one as soon as its worker notices.
 
-    Exit code 1 where it had ended already.
+    Exit code 1 if the job had finished already.
 
     \b
     Example:
@@ -237,12 +160,13 @@ def cancel(job_id: str, *, as_json: bool) -> int:
     document = GradcamClient(settings=Settings.from_environment()).cancel(job_id)
     _print(document, as_json=as_json)
     if document.final and document.status != "canceled":
-        console.err.print(f"Too late: the job had ended, as {document.status}.")
+        console.err.print(f"Too late: the job is already final, with status {document.status}.")
         return 1
     return 0
 
 
-def _shown(document: StatusDocument, *, as_json: bool) -> int:
+def _show_outcome(document: StatusDocument, *, as_json: bool) -> int:
+    """Print a status document; return the exit code: 1 if the job is final without success."""
     _print(document, as_json=as_json)
     return 1 if document.final and document.status != "succeeded" else 0
 
@@ -251,4 +175,4 @@ def _print(document: StatusDocument, *, as_json: bool) -> None:
     if as_json:
         console.print_json(document.model_dump(mode="json"))
     else:
-        console.show(document)
+        console.show_status(document)

@@ -1,19 +1,19 @@
-"""The entry point of `gradcam`, which the base install has, too.
+"""The entry point of `gradcam`. It is part of the base install, which has no click and rich.
 
-Exit codes: 0 all is well, 1 something failed (and what, on standard error), 2 wrong usage.
+Exit codes: 0 success, 1 failure (the reason is on standard error), 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 import sys
 from collections.abc import Sequence
 
-CLI_PACKAGES = {"click", "rich"}  # of the extra cli, and of cpu, gpu and backfill
+CLI_PACKAGES = {"click", "rich"}  # installed by the extras cli, cpu, gpu and backfill
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, or say which extra it needs.
+    """Run the command line, or print which extra it needs.
 
     Args:
-        arguments: What stands after `gradcam`; those of this process where it is None.
+        arguments: The words after `gradcam`; None: the arguments of this process.
 
     Returns:
         The exit code.
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in CLI_PACKAGES:
             raise
-        print(  # noqa: T201  # what prints otherwise is not installed
+        print(  # noqa: T201  # rich is not installed
             f"Error: {error.name} is not installed. "
             "The command gradcam needs the extra cli: pip install 'gradcam-worker[cli]'",
             file=sys.stderr,

@@ -1,9 +1,10 @@
-"""The commands of whoever operates workers: top | networks | networks fetch."""
+"""The commands for operators of workers: top, networks, networks fetch."""
 
 from typing import Any
 
 import click
 
+from gradcam_worker.cli.options import json_option
 from gradcam_worker.errors import GradcamError, InternalError, InvalidSettings, WeightsUnavailable
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.models import weights
@@ -16,10 +17,10 @@ MEGABYTE = 1e6
 
 
 @click.command()
-@click.option("--once", is_flag=True, help="Show it once, as it is now.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON once, for machines.")
+@click.option("--once", is_flag=True, help="Show the present state once, and exit.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON once, for programs.")
 def top(*, once: bool, as_json: bool) -> int:
-    """Show queues, workers, throughput and errors, again every second. `q` ends it.
+    """Show queues, workers, throughput and errors, refreshed every second. Press `q` to exit.
 
     \b
     Example:
@@ -31,10 +32,10 @@ def top(*, once: bool, as_json: bool) -> int:
 
 
 @click.group(invoke_without_command=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+@json_option
 @click.pass_context
 def networks(context: click.Context, *, as_json: bool) -> int:
-    """List the networks that a job can name, the operator's own too, and where their weights are.
+    """List the networks that a job can name, including your own, and where their weights are.
 
     \b
     Example:
@@ -46,7 +47,7 @@ def networks(context: click.Context, *, as_json: bool) -> int:
     settings = Settings.from_environment()
     rows = Registry(settings.networks).rows().values()
     if as_json:
-        console.print_json([console.facts(row, settings) for row in rows])
+        console.print_json([console.network_facts(row, settings) for row in rows])
     else:
         console.show_networks(rows, settings)
     return 0
@@ -54,13 +55,17 @@ def networks(context: click.Context, *, as_json: bool) -> int:
 
 @networks.command()
 @click.argument("names", nargs=-1)
-@click.option("--all-mine", is_flag=True, help="All of the operator's own, of GRADCAM_NETWORKS.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+@click.option(
+    "--all-mine",
+    is_flag=True,
+    help="Also fetch every network of your own, as listed in the file GRADCAM_NETWORKS.",
+)
+@json_option
 def fetch(*, names: tuple[str, ...], all_mine: bool, as_json: bool) -> int:
-    """Fetch the weights of these networks ahead of time, so that no worker needs a way out.
+    """Download the weights of these networks, so that workers need no internet access.
 
-    An operator's own go to GRADCAM_CACHE_DIR, once their checksum is right; those of the catalog, by Keras,
-    to KERAS_HOME. Give workers both folders.
+    Weights of your own networks are checked against their checksum and stored in GRADCAM_CACHE_DIR. Keras
+    downloads weights of the built-in networks to KERAS_HOME. Make both folders available to the workers.
 
     \b
     Example:
@@ -69,38 +74,38 @@ def fetch(*, names: tuple[str, ...], all_mine: bool, as_json: bool) -> int:
     settings = Settings.from_environment()
     registry = Registry(settings.networks)
     if not names and not all_mine:
-        message = "Name networks, or say --all-mine."
+        message = "Name at least one network, or use --all-mine."
         raise click.UsageError(message)
     if all_mine and not registry.own():
         message = "--all-mine: GRADCAM_NETWORKS names no networks of your own."
         raise InvalidSettings(message)
-    asked = [*names, *(row.name for row in registry.own() if all_mine)]
-    found, failed = [], 0
-    for name in dict.fromkeys(asked):
+    wanted = [*names, *(row.name for row in registry.own() if all_mine)]
+    results, failed = [], 0
+    for name in dict.fromkeys(wanted):
         try:
-            one = _fetched(registry.find(name), settings)
-        except Exception as unforeseen:  # noqa: BLE001  # what stops one does not stop the others
-            error = unforeseen if isinstance(unforeseen, GradcamError) else InternalError.of(unforeseen)
-            one = {"name": name, "error": {"code": error.code, "detail": str(error)}}
+            result = _fetch_weights(registry.find(name), settings)
+        except Exception as unexpected:  # noqa: BLE001  # a failure of one network does not stop the others
+            error = unexpected if isinstance(unexpected, GradcamError) else InternalError.of(unexpected)
+            result = {"name": name, "error": {"code": error.code, "detail": str(error)}}
             failed += 1
             if not as_json:
                 console.err.print(visible(f"{name}: {error}"), markup=False, soft_wrap=True, style="red")
         else:
             if not as_json:
-                line = f"{name}: {one['bytes'] / MEGABYTE:.1f} MB, {one['path']}"
+                line = f"{name}: {result['bytes'] / MEGABYTE:.1f} MB, {result['path']}"
                 console.out.print(visible(line), markup=False, soft_wrap=True)
-        found.append(one)
+        results.append(result)
     if as_json:
-        console.print_json(found)
+        console.print_json(results)
     else:
-        size = sum(one.get("bytes", 0) for one in found) / MEGABYTE
-        of = counted(len(found), "network is", "networks are")
-        console.out.print(f"{len(found) - failed} of {of} here, {size:.1f} MB.")
+        size = sum(result.get("bytes", 0) for result in results) / MEGABYTE
+        total = counted(len(results), "network is", "networks are")
+        console.out.print(f"{len(results) - failed} of {total} on this machine, {size:.1f} MB.")
     return 1 if failed else 0
 
 
-def _fetched(row: NetworkRow, settings: Settings) -> dict[str, Any]:
-    """Bring a network's weights here; where they are, and how large.
+def _fetch_weights(row: NetworkRow, settings: Settings) -> dict[str, Any]:
+    """Download a network's weights to this machine; return its name, their path and their size.
 
     Raises WeightsUnavailable, WeightsChecksumMismatch, NetworkIncompatible.
     """
@@ -109,16 +114,16 @@ def _fetched(row: NetworkRow, settings: Settings) -> dict[str, Any]:
 
     if row.file:
         path = weights.cached(row.file, settings.cache, S3(settings).download, settings.cache_bytes).path
-    elif held := console.here(row, settings):
-        path = held
+    elif present := console.weights_path(row, settings):
+        path = present
     else:
-        load(settings, S3(settings), row)  # Keras fetches them while it builds the network
-        found = console.here(row, settings)
-        if not found:
+        load(settings, S3(settings), row)  # Keras downloads the weights while it builds the network
+        downloaded = console.weights_path(row, settings)
+        if not downloaded:
             message = (
-                f"Keras has not kept the weights of {row.name} in {settings.keras_home}: KERAS_HOME must "
+                f"Keras has not stored the weights of {row.name} in {settings.keras_home}: KERAS_HOME must "
+                "name a folder that can be written to."
             )
-            message += "name a folder that can be written to."
             raise WeightsUnavailable(message)
-        path = found
+        path = downloaded
     return {"name": row.name, "path": str(path), "bytes": path.stat().st_size}

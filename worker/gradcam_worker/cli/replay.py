@@ -1,13 +1,12 @@
-"""The commands about what failed for good: replay (jobs) | redeliver (webhooks)."""
+"""The commands about final failures: replay (jobs), redeliver (webhooks)."""
 
-import functools
 import re
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from gradcam_worker.cli.options import Command, json_option
 from gradcam_worker.ledger.dead_letters import DeadLetter, DeadLetters
 from gradcam_worker.ledger.outbox import DeadDelivery, Outbox
 from gradcam_worker.ledger.redis.outbox import RedisOutbox
@@ -16,53 +15,50 @@ from gradcam_worker.operations import console
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets
+from gradcam_worker.text.visible import counted
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-SHOWN = 50  # in a list, unless --limit says otherwise
+DEFAULT_ROWS = 50  # of a list without --limit
 
 
 def _duration(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
     """`90s`, `30m`, `2h`, `7d` -> seconds."""
     if text is None:
         return None
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([smhd])", text.strip())
-    if not found:
-        message = f"{text!r} is no duration: it must look like 90s, 30m, 2h or 7d"
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([smhd])", text.strip())
+    if not match:
+        message = f"{text!r} is not a duration: write 90s, 30m, 2h or 7d"
         raise click.BadParameter(message)
-    return float(found[1]) * UNITS_S[found[2]]
+    return float(match[1]) * UNITS_S[match[2]]
 
 
-def _chosen(command: Command) -> Command:
-    """The options that say which, the same for both commands."""
-
-    @functools.wraps(command)
-    def made(**given: Any) -> Any:
-        return command(**given)
-
+def _selection_options(command: Command) -> Command:
+    """Add the options that select jobs or deliveries."""
     for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines."),
+        json_option,
         click.option("--dry-run", is_flag=True, help="Only show what would be done."),
-        click.option("--limit", type=click.IntRange(1), help=f"So many at most. [of a list: {SHOWN}]"),
-        click.option("--all", "everything", is_flag=True, help="All there are."),
+        click.option(
+            "--limit", type=click.IntRange(1), help=f"At most this many. [{DEFAULT_ROWS} when listing]"
+        ),
+        click.option("--all", "everything", is_flag=True, help="Select all."),
         click.option(
             "--since",
             "since_s",
             callback=_duration,
             metavar="2h|30m|7d",
-            help="Those of the last 2 hours, 30 minutes, 7 days.",
+            help="Select failures of the last 2 hours, 30 minutes, 7 days.",
         ),
         click.argument("job_ids", nargs=-1, metavar="[JOB_ID]..."),
     ):
-        made = option(made)
-    return made  # type: ignore[return-value]  # it is called by click alone, by names
+        command = option(command)
+    return command
 
 
 @click.command()
-@_chosen
-@click.option("--code", help="Those with this problem, as in storage_unavailable.")
+@_selection_options
+@click.option("--code", help="Select jobs that failed with this error code, as in storage_unavailable.")
 @click.option(
-    "--rate", type=click.FloatRange(0.1, 1000), default=20, show_default=True, help="Jobs a second."
+    "--rate", type=click.FloatRange(0.1, 1000), default=20, show_default=True, help="Jobs per second."
 )
 def replay(
     job_ids: tuple[str, ...],
@@ -75,10 +71,10 @@ def replay(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    """Run failed jobs again, or list them: replays none unless ids, a filter or --all say which.
+    """Run failed jobs again. Without job ids, a filter or --all: only list them.
 
-    A replay is a new job with the same content, whose id follows from the old one's: repeating a replay that
-    was interrupted doubles nothing. Exit code 1 where one could not be replayed.
+    A replay is a new job with the same content. Its id is derived from the old one's, so repeating an
+    interrupted replay runs no job twice. Exit code 1 if a job could not be replayed.
 
     \b
     Examples:
@@ -91,45 +87,46 @@ def replay(
 
     settings = Settings.from_environment()
     ledger = RedisLedger(settings)
-    dead = DeadLetters(ledger, GradcamClient(settings=settings, ledger=ledger).submit)
-    told = bool(job_ids or code or everything or since_s is not None)
-    found = dead.find(job_ids, code=code, since_s=since_s, limit=limit if told else None)
-    if dry_run or not told:
-        shown = found if told else found[: limit or SHOWN]
-        able = _list_letters(dead, shown, len(found), as_json=as_json, details=bool(job_ids))
+    dead_letters = DeadLetters(ledger, GradcamClient(settings=settings, ledger=ledger).submit)
+    selected = bool(job_ids or code or everything or since_s is not None)
+    letters = dead_letters.find(job_ids, code=code, since_s=since_s, limit=limit if selected else None)
+    if dry_run or not selected:
+        shown = letters if selected else letters[: limit or DEFAULT_ROWS]
+        replayable = _list_letters(dead_letters, shown, len(letters), as_json=as_json, details=bool(job_ids))
         if dry_run and not as_json:
-            console.err.print(f"{able} of {len(shown)} would be replayed.")
+            console.err.print(f"{replayable} of {len(shown)} would be replayed.")
         return 0
     results = []
-    for one in dead.replay(found, rate):
-        results.append(one)
+    for result in dead_letters.replay(letters, rate):
+        results.append(result)
         if not as_json:
-            console.show_replayed(one)
+            console.show_replay_result(result)
     if as_json:
-        console.print_json([asdict(one) for one in results])
+        console.print_json([asdict(result) for result in results])
     else:
-        console.err.print(f"{sum(bool(one.new_id) for one in results)} of {len(found)} replayed.")
-    return 0 if all(one.new_id for one in results) else 1
+        console.err.print(f"{sum(bool(result.new_id) for result in results)} of {len(letters)} replayed.")
+    return 0 if all(result.new_id for result in results) else 1
 
 
 def _list_letters(
-    dead: DeadLetters, letters: list[DeadLetter], total: int, *, as_json: bool, details: bool
+    dead_letters: DeadLetters, letters: list[DeadLetter], total: int, *, as_json: bool, details: bool
 ) -> int:
-    """Show them; return how many can be replayed."""
-    found = [(letter, dead.prepare_replay(letter)) for letter in letters]
+    """Show dead letters; return how many of them can be replayed."""
+    previews = [(letter, dead_letters.prepare_replay(letter)) for letter in letters]
     if as_json:
-        console.print_json([_letter_facts(*one) for one in found])
+        console.print_json([_letter_facts(*preview) for preview in previews])
     elif details:
-        for letter, job in found:
+        for letter, job in previews:
             if letter.document:
-                console.show(letter.document)
-            console.show_prospect(job)
+                console.show_status(letter.document)
+            console.show_replay_preview(job)
     else:
-        console.show_letters(found, total)
-    return sum(isinstance(job, Job) for _, job in found)
+        console.show_letters(previews, total)
+    return sum(isinstance(job, Job) for _, job in previews)
 
 
 def _letter_facts(letter: DeadLetter, job: Job | str) -> dict[str, Any]:
+    """A dead letter as JSON, with the job that its replay would be, or why it cannot be replayed."""
     problem = letter.document.error if letter.document else None
     return {
         "id": letter.id,
@@ -142,8 +139,8 @@ def _letter_facts(letter: DeadLetter, job: Job | str) -> dict[str, Any]:
 
 
 @click.command()
-@_chosen
-@click.option("--url", help="Those for this webhook.")
+@_selection_options
+@click.option("--url", help="Select deliveries to this webhook.")
 def redeliver(
     job_ids: tuple[str, ...],
     url: str | None,
@@ -154,10 +151,10 @@ def redeliver(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    """Tell webhooks again what they could not be told, or list it: tells none unless told which.
+    """Deliver parked webhook events again. Without job ids, a filter or --all: only list them.
 
-    Events are parked when a webhook answered 410 (Gone) or could not be told for GRADCAM_WEBHOOK_GIVE_UP_S.
-    They are told in order, by a worker, and one that had answered 410 is asked again.
+    Events are parked when a webhook answers 410 (Gone), or fails for GRADCAM_WEBHOOK_GIVE_UP_S. A worker
+    delivers them again, in order, also to a webhook that has answered 410.
 
     \b
     Examples:
@@ -167,50 +164,55 @@ def redeliver(
     """
     settings = Settings.from_environment()
     outbox = RedisOutbox(RedisLedger(settings).server, retention_s=settings.retention_s)
-    told = bool(job_ids or url or everything or since_s is not None)
-    fitting = [one for one in outbox.find_parked() if _fits(one, job_ids, url, since_s)]
-    missing = set(job_ids) - {one.job_id for one in fitting}
-    shown = fitting[: limit or (len(fitting) if told else SHOWN)]
-    if not dry_run and told:
+    selected = bool(job_ids or url or everything or since_s is not None)
+    matching = [parked for parked in outbox.find_parked() if _matches(parked, job_ids, url, since_s)]
+    missing = set(job_ids) - {parked.job_id for parked in matching}
+    shown = matching[: limit or (len(matching) if selected else DEFAULT_ROWS)]
+    if not dry_run and selected:
         shown = _unpark(outbox, shown, url)
     if as_json:
-        console.print_json([_parked_facts(one) for one in shown])
-    elif shown or not told:
-        console.show_parked(shown, len(fitting), [without_secrets(one) for one in outbox.find_disabled()])
-    if told and not as_json:
-        said = "would be due" if dry_run else "due now: a worker tells them"
-        console.err.print(f"{len(shown)} {said}.")
+        console.print_json([_parked_facts(parked) for parked in shown])
+    elif shown or not selected:
+        disabled = [without_secrets(disabled_url) for disabled_url in outbox.find_disabled()]
+        console.show_parked(shown, len(matching), disabled)
+    if selected and not as_json:
+        outcome = "would be requeued" if dry_run else "requeued: a worker delivers the events"
+        console.err.print(f"{counted(len(shown), 'recipient')} {outcome}.")
     for job_id in sorted(missing):
-        console.err.print(f"Nothing of job {job_id} is parked.", markup=False)
+        console.err.print(f"Job {job_id} has no parked events.", markup=False)
     return 1 if missing else 0
 
 
-def _fits(one: DeadDelivery, job_ids: tuple[str, ...], url: str | None, since_s: float | None) -> bool:
+def _matches(parked: DeadDelivery, job_ids: tuple[str, ...], url: str | None, since_s: float | None) -> bool:
     return (
-        (not job_ids or one.job_id in job_ids)
-        and (url is None or url in _names(one.url))
-        and (since_s is None or console.age_s(one.since_s) <= since_s)
+        (not job_ids or parked.job_id in job_ids)
+        and (url is None or url in _url_spellings(parked.url))
+        and (since_s is None or console.age_s(parked.since_s) <= since_s)
     )
 
 
-def _names(url: str | None) -> set[str]:
-    """How somebody may call a webhook: as it is, or as it is shown, without its query."""
+def _url_spellings(url: str | None) -> set[str]:
+    """A webhook's URL in full, and as it is shown: without its query."""
     return {url, without_secrets(url)} if url else set()
 
 
 def _unpark(outbox: Outbox, parked: list[DeadDelivery], url: str | None) -> list[DeadDelivery]:
-    """Those of whom something was left to tell, the oldest first. A URL that is named is asked again."""
-    for one in {url, *(one.url for one in parked)}:
-        if one:
-            outbox.enable(one)
-    return [one for one in reversed(parked) if outbox.unpark(one)]
+    """Make parked deliveries due, and enable their webhooks and `url`.
+
+    Returns:
+        The deliveries that had events left, the oldest first.
+    """
+    for disabled_url in {url, *(delivery.url for delivery in parked)}:
+        if disabled_url:
+            outbox.enable(disabled_url)
+    return [delivery for delivery in reversed(parked) if outbox.unpark(delivery)]
 
 
-def _parked_facts(one: DeadDelivery) -> dict[str, Any]:
+def _parked_facts(parked: DeadDelivery) -> dict[str, Any]:
     return {
-        "job_id": one.job_id,
-        "recipient": console.recipient_text(one),
-        "parked_at": console.time_text(one.since_s),
-        "events": one.events,
-        "first": one.first.event if one.first else None,
+        "job_id": parked.job_id,
+        "recipient": console.recipient_text(parked),
+        "parked_at": console.time_text(parked.since_s),
+        "events": parked.events,
+        "first": parked.first.event if parked.first else None,
     }

@@ -1,4 +1,4 @@
-"""What the commands show: tables, progress, JSON."""
+"""What the commands print: tables and sentences for people, JSON for programs."""
 
 import json
 import time
@@ -7,25 +7,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import DATA, percent
-from gradcam_worker.gradcam.models.weights import cached_at, where
-from gradcam_worker.gradcam.models.weights import here as weights_here
+from gradcam_worker.gradcam.models import weights
 from gradcam_worker.ledger.dead_letters import DeadLetter, ReplayResult
 from gradcam_worker.ledger.outbox import DeadDelivery
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.status import ResultWarning, StatusDocument
 from gradcam_worker.settings import Settings
-from gradcam_worker.text import comma_lists
 from gradcam_worker.text.urls import without_secrets
 from gradcam_worker.text.visible import visible
 
-COLORS = {
+STATUS_COLORS = {
     "queued": "yellow",
     "running": "cyan",
     "retrying": "magenta",
@@ -34,165 +31,170 @@ COLORS = {
     "expired": "red",
     "canceled": "red",
 }
-LETTER = "{:36}  {:9}  {:19}  {}"  # a line of 80 characters
+DEAD_LETTER_LINE = "{:36}  {:9}  {:19}  {}"  # 80 characters wide
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
 def print_json(value: Any) -> None:
-    """For machines: one JSON document on standard output, nothing else."""
+    """Print a value as one JSON document on standard output."""
     print(json.dumps(value, indent=2))  # noqa: T201  # rich would wrap and color it
 
 
-def comma_list(_: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...] | None:
-    """What an option says that may be given more than once, each time a list with commas; None: nothing."""
-    try:
-        return tuple(name for text in texts for name in comma_lists.parse(text)) if texts else None
-    except ValueError as error:
-        raise click.BadParameter(str(error), param=option) from error
-
-
 def table(*columns: str, title: str | None = None, numbers: Sequence[str] = ()) -> Table:
-    """An empty table; the columns in `numbers` are set flush right."""
-    made = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    """Make an empty table; the columns named in `numbers` are right-aligned."""
+    empty = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for column in columns:
-        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-    return made
+        empty.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return empty
 
 
 def plain(text: str, style: str = "") -> Text:
-    """What a job, a file or a server said: no markup, and nothing that acts on a terminal."""
+    """Make text from a job, a file or a server safe to print: no markup, no control characters."""
     return Text(visible(text), style)
 
 
 def status_text(document: StatusDocument) -> Text:
-    """The state in its colour, with its stage while it runs, and whether it is to stop."""
+    """The status in its colour, with the stage of a running job, and whether cancelling is requested."""
     stage = f" · {document.stage}" if document.stage else ""
-    asked = " · cancel requested" if document.cancel_requested_at and not document.final else ""
-    return Text(document.status + stage + asked, COLORS[document.status])
+    cancel = " · cancel requested" if document.cancel_requested_at and not document.final else ""
+    return Text(document.status + stage + cancel, STATUS_COLORS[document.status])
 
 
-def time_text(seconds: float) -> str:
-    """Seconds since the epoch -> 2031-05-06T07:08:09Z."""
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%SZ}"
+def time_text(epoch_s: float) -> str:
+    """Format seconds since the epoch as 2031-05-06T07:08:09Z."""
+    return f"{datetime.fromtimestamp(epoch_s, UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
-def age_s(seconds: float) -> float:
-    """How long ago that was."""
-    return time.time() - seconds
+def age_s(epoch_s: float) -> float:
+    """Seconds from `epoch_s`, seconds since the epoch, until now."""
+    return time.time() - epoch_s
 
 
-def span(seconds: float) -> str:
-    """So long, for a person: 5 s, 3 min, 2 h or 4 d."""
+def duration_text(seconds: float) -> str:
+    """Format a duration in its largest unit: 5 s, 3 min, 2 h or 4 d."""
     for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
 
 
-def ago(seconds: float) -> str:
-    """How long ago that was, for a person."""
-    return span(age_s(seconds)) + " ago"
+def age_text(epoch_s: float) -> str:
+    """Format an age: 3 min ago."""
+    return duration_text(age_s(epoch_s)) + " ago"
 
 
-def show(document: StatusDocument) -> None:
-    """One status document, for a person."""
-    out.print(_facts(document))
+def show_status(document: StatusDocument) -> None:
+    """Print one status document."""
+    out.print(_status_table(document))
     if document.predictions:
-        seen = table("rank", "id", "class", "probability", numbers=("rank", "id", "probability"))
-        for one in document.predictions:
-            seen.add_row(str(one.rank), str(one.id), plain(one.name), percent(one.probability))
+        predictions = table("rank", "id", "class", "probability", numbers=("rank", "id", "probability"))
+        for prediction in document.predictions:
+            name, probability = plain(prediction.name), percent(prediction.probability)
+            predictions.add_row(str(prediction.rank), str(prediction.id), name, probability)
         out.print()
-        out.print(seen)
+        out.print(predictions)
 
 
-def _facts(document: StatusDocument) -> Table:
-    """What is known about a job, a line each."""
+def _status_table(document: StatusDocument) -> Table:
     facts = table("", "")
     facts.show_header = False
     facts.add_row("job", document.id)
     facts.add_row("status", status_text(document))
     facts.add_row("attempt", f"{document.attempt} of {document.max_attempts}")
-    for name, at in (("entered", document.created_at), ("ended", document.completed_at)):
+    for name, at in (("submitted", document.created_at), ("finished", document.completed_at)):
         if at:
-            facts.add_row(name, f"{time_text(at.timestamp())}, {ago(at.timestamp())}")
+            facts.add_row(name, f"{time_text(at.timestamp())}, {age_text(at.timestamp())}")
     if document.expires_at and not document.final:
         facts.add_row("expires", time_text(document.expires_at.timestamp()))
     if document.network:
         facts.add_row("network", plain(f"{document.network.name}, layer {document.network.layer}"))
     if document.metrics:
-        spent = (f"{key.removesuffix('_s')} {value:g} s" for key, value in seconds(document).items())
-        facts.add_row("time", ", ".join(spent))
+        times = (f"{key.removesuffix('_s')} {value:g} s" for key, value in durations(document).items())
+        facts.add_row("time", ", ".join(times))
     if document.result:
         facts.add_row("manifest", plain(document.result.manifest_uri))
-    for warned in document.warnings:
-        facts.add_row("warning", plain(warning_text(warned)))
+    for warning in document.warnings:
+        facts.add_row("warning", plain(warning_text(warning)))
     if document.error:
         facts.add_row("error", plain(f"{document.error.code}: {document.error.detail}", "red"))
     return facts
 
 
-def warning_text(warned: ResultWarning) -> str:
-    """A warning, for a person."""
-    if warned.code == "zero_heatmap":
-        return f"{warned.code}: nothing in the image speaks for class {warned.class_id}"
-    if warned.missing is not None:
-        return f"{warned.code}: {warned.missing:.1%} of the image is missing: {warned.detail}"
-    return f"{warned.code}: {warned.detail}" if warned.detail else warned.code
+def warning_text(warning: ResultWarning) -> str:
+    """One line about a warning."""
+    if warning.code == "zero_heatmap":
+        return f"{warning.code}: nothing in the image is evidence for class {warning.class_id}"
+    if warning.missing is not None:
+        return f"{warning.code}: {warning.missing:.1%} of the image is missing: {warning.detail}"
+    return f"{warning.code}: {warning.detail}" if warning.detail else warning.code
 
 
-def show_letters(found: Sequence[tuple[DeadLetter, Job | str]], total: int) -> None:
-    """Dead letters, each with the job that its replay would be, or why it cannot be replayed."""
-    if not found:
-        out.print("No dead letters: no job has failed that nobody has replayed.")
+def show_letters(previews: Sequence[tuple[DeadLetter, Job | str]], total: int) -> None:
+    """Print dead letters.
+
+    Args:
+        previews: Each dead letter, with the job that its replay would be, or why it cannot be replayed.
+        total: Number of dead letters, of which `previews` may be a part.
+    """
+    if not previews:
+        out.print("No dead letters: there is no failed job that has not been replayed.")
         return
-    out.print(LETTER.format("id", "failed", "code", "attempt"), style="bold")
-    for letter, job in found:
+    out.print(DEAD_LETTER_LINE.format("id", "failed", "code", "attempt"), style="bold")
+    for letter, job in previews:
         problem = letter.document.error if letter.document else None
-        where = f"{problem.attempt}, {problem.stage}" if problem else ""
-        line = LETTER.format(letter.id, ago(letter.failed_s), letter.code, where)
+        attempt = f"{problem.attempt}, {problem.stage}" if problem else ""
+        line = DEAD_LETTER_LINE.format(letter.id, age_text(letter.failed_s), letter.code, attempt)
         detail = job if isinstance(job, str) else problem.detail if problem else ""
         out.print(plain(line, "dim" if isinstance(job, str) else ""), soft_wrap=True)
-        out.print(plain("    " + short(detail, out.width - 4), "dim"), soft_wrap=True)
-    _show_rest(len(found), total)
+        out.print(plain("    " + truncate(detail, out.width - 4), "dim"), soft_wrap=True)
+    _show_rest(len(previews), total)
 
 
-def show_prospect(job: Job | str) -> None:
-    """What a replay would be."""
-    said = f"Its replay would be job {job.id}." if isinstance(job, Job) else job
-    out.print(visible(said), markup=False)
+def show_replay_preview(job: Job | str) -> None:
+    """Print which job a replay would be, or why a dead letter cannot be replayed."""
+    preview = f"Its replay would be job {job.id}." if isinstance(job, Job) else job
+    out.print(visible(preview), markup=False)
     out.print()
 
 
-def show_replayed(one: ReplayResult) -> None:
-    """What became of one."""
-    out.print(visible(f"{one.id} -> {one.new_id or one.why}"), markup=False, soft_wrap=True)
+def show_replay_result(result: ReplayResult) -> None:
+    """Print the id of a failed job, and its replay's id or why it was not replayed."""
+    out.print(visible(f"{result.id} -> {result.new_id or result.why}"), markup=False, soft_wrap=True)
 
 
-def show_parked(parked: Sequence[DeadDelivery], total: int, gone: Sequence[str]) -> None:
-    """Recipients that could not be told, and the URLs (without their secrets) that answered 410."""
+def show_parked(parked: Sequence[DeadDelivery], total: int, disabled_urls: Sequence[str]) -> None:
+    """Print recipients with undelivered events.
+
+    Args:
+        parked: The recipients.
+        total: Number of recipients, of which `parked` may be a part.
+        disabled_urls: URLs that answered 410 (Gone), without their secrets.
+    """
     if parked:
-        made = table("job", "parked", "recipient", "events", "first", numbers=("events",))
-        made.columns[0].no_wrap = made.columns[1].no_wrap = True
-        for one in parked:
-            first = one.first.event if one.first else "forgotten"
-            made.add_row(one.job_id, ago(one.since_s), plain(recipient_text(one)), str(one.events), first)
-        out.print(made)
+        recipients = table("job", "parked", "recipient", "events", "first", numbers=("events",))
+        recipients.columns[0].no_wrap = recipients.columns[1].no_wrap = True
+        for delivery in parked:
+            first = delivery.first.event if delivery.first else "expired"
+            recipient = plain(recipient_text(delivery))
+            age = age_text(delivery.since_s)
+            recipients.add_row(delivery.job_id, age, recipient, str(delivery.events), first)
+        out.print(recipients)
         _show_rest(len(parked), total)
     else:
-        out.print("Nothing is parked: every webhook was told, or is still being tried.")
-    for url in gone:
-        out.print(visible(f"Gone, by its own word (410): {url}"), markup=False, style="dim")
+        out.print("Nothing is parked: no webhook has undelivered events that a worker has given up.")
+    for url in disabled_urls:
+        out.print(visible(f"Disabled, because it answered 410 (Gone): {url}"), markup=False, style="dim")
 
 
-def recipient_text(one: DeadDelivery) -> str:
-    """A webhook's URL, without what may be secret in it; else its host, or the name of a sink."""
-    return without_secrets(one.url) if one.url else one.destination.removeprefix("//")
+def recipient_text(delivery: DeadDelivery) -> str:
+    """A webhook's URL without secrets; if it is not known, its host; for a sink its name."""
+    return without_secrets(delivery.url) if delivery.url else delivery.destination.removeprefix("//")
 
 
-def short(text: str, most: int) -> str:
-    """Text, cut off where it is longer than `most` characters."""
-    return text if len(text) <= most else text[: most - 3] + "..."
+def truncate(text: str, max_characters: int) -> str:
+    """Cut text that is longer than `max_characters`."""
+    return text if len(text) <= max_characters else text[: max_characters - 3] + "..."
 
 
 def _show_rest(shown: int, total: int) -> None:
@@ -200,10 +202,11 @@ def _show_rest(shown: int, total: int) -> None:
         out.print(f"... and {total - shown:,} more: --limit shows them.", style="dim")
 
 
-def facts(row: NetworkRow, settings: Settings) -> dict[str, Any]:
-    """One network, for machines. `here`: where its weights are on this machine, if they are."""
-    path = where(row, settings.weights_dir)
-    kept = "download" if path is None else "shipped" if path.parent == DATA else str(path)
+def network_facts(row: NetworkRow, settings: Settings) -> dict[str, Any]:
+    """Describe one network as JSON. `here`: the path of its weights on this machine, if they are there."""
+    file = weights.where(row, settings.weights_dir)
+    source = "download" if file is None else "shipped" if file.parent == DATA else str(file)
+    present = weights_path(row, settings)
     return {
         "name": row.name,
         "input_size": row.input_size,
@@ -211,55 +214,56 @@ def facts(row: NetworkRow, settings: Settings) -> dict[str, Any]:
         "map_size": row.map_size,
         "preprocessing": row.preprocessing.name,
         "parameters": row.parameters,
-        "weights": row.file.uri if row.file else kept,
+        "weights": row.file.uri if row.file else source,
         "sha256": row.file.sha256 if row.file else row.sha256,
-        "here": str(place) if (place := here(row, settings)) else None,
+        "here": str(present) if present else None,
     }
 
 
-def here(row: NetworkRow, settings: Settings) -> Path | None:
-    """Where a network's weights are on this machine; not yet checked."""
-    if row.file:
-        path = cached_at(row.file, settings.cache)
-    else:
-        return weights_here(row, settings.weights_dir, settings.keras_home)
+def weights_path(row: NetworkRow, settings: Settings) -> Path | None:
+    """Return the path of a network's weights on this machine, if they are there. They are not checked."""
+    if not row.file:
+        return weights.here(row, settings.weights_dir, settings.keras_home)
+    path = weights.cached_at(row.file, settings.cache)
     return path if path.is_file() else None
 
 
-ORIGINS = {  # what the list says of weights, for short
-    "download": "download: Keras fetches them when they are first asked for.",
-    "keras": "keras: Keras has fetched them, to KERAS_HOME.",
-    "s3": "s3, file: the operator's own; GRADCAM_NETWORKS says where they are.",
-    "file": "s3, file: the operator's own; GRADCAM_NETWORKS says where they are.",
-    "cached": "cached: the operator's own, in GRADCAM_CACHE_DIR.",
+WEIGHTS_NOTES = {  # value of the column `weights` -> its meaning, below the table
+    "download": "download: Keras downloads them when they are first needed.",
+    "keras": "keras: Keras has downloaded them, to KERAS_HOME.",
+    "s3": "s3, file: a network of your own; GRADCAM_NETWORKS names the file.",
+    "file": "s3, file: a network of your own; GRADCAM_NETWORKS names the file.",
+    "cached": "cached: a network of your own, stored in GRADCAM_CACHE_DIR.",
     "folder": "folder: they are in GRADCAM_WEIGHTS_DIR.",
 }
 
 
 def show_networks(rows: Iterable[NetworkRow], settings: Settings) -> None:
-    """The networks that a job can name, for a person."""
-    made = table("network", "input", "target layer", "map", "parameters", "weights", numbers=("parameters",))
-    met = set()
+    """Print the networks that a job can name."""
+    networks = table(
+        "network", "input", "target layer", "map", "parameters", "weights", numbers=("parameters",)
+    )
+    sources = set()
     for row in rows:
-        found = facts(row, settings)
-        kept = str(found["weights"])
+        facts = network_facts(row, settings)
+        source = str(facts["weights"])
         if row.file:
-            kept = "cached" if found["here"] else "s3" if kept.startswith("s3://") else "file"
-        elif kept == "download":
-            kept = "keras" if found["here"] else kept
-        elif kept != "shipped":
-            kept = "folder"
-        met.add(kept)
+            source = "cached" if facts["here"] else "s3" if source.startswith("s3://") else "file"
+        elif source == "download":
+            source = "keras" if facts["here"] else source
+        elif source != "shipped":
+            source = "folder"
+        sources.add(source)
         sizes = ["x".join(map(str, size)) if size else "" for size in (row.input_size, row.map_size)]
         layer = plain(row.target_layer) if row.target_layer else Text("found in its graph", "dim")
         millions = f"{row.parameters / 1e6:.1f} M" if row.parameters else ""
-        made.add_row(row.name, sizes[0], layer, sizes[1], millions, kept)
-    out.print(made)
+        networks.add_row(row.name, sizes[0], layer, sizes[1], millions, source)
+    out.print(networks)
     out.print()
-    for note in dict.fromkeys(note for kept, note in ORIGINS.items() if kept in met):
+    for note in dict.fromkeys(note for source, note in WEIGHTS_NOTES.items() if source in sources):
         out.print(note, style="dim")
 
 
-def seconds(document: StatusDocument) -> Mapping[str, float]:
-    """The metrics that are times."""
+def durations(document: StatusDocument) -> Mapping[str, float]:
+    """Return the metrics of a job that are durations in seconds."""
     return {key: value for key, value in document.metrics.items() if key.endswith("_s")}

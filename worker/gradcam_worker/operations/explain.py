@@ -1,6 +1,5 @@
-"""`gradcam explain`: the river without a queue, from files to a folder."""
+"""`gradcam explain`: explains image files without a queue, into a folder."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,57 +15,71 @@ from gradcam_worker.runtime import service_factory
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.manifest import Manifest
 from gradcam_worker.settings import Settings
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-TIMEOUT_S = 300  # for one image; the first one may have to load VGG16
+TIMEOUT_S = 300  # for one image; the first one also waits until the network is loaded
 
 
 def explain_files(
     images: tuple[Path, ...],
-    wish: dict[str, Any],
+    spec: dict[str, Any],
     output: Path,
     settings: Settings,
     *,
     as_json: bool,
 ) -> int:
-    """Explain files one after the other, each into its own folder below `output`; 1 if any failed.
+    """Explain files one after the other, and print the results. A file that fails does not stop the others.
 
-    `wish` holds the fields of a job that are the same for all: network, target, method. What fails for one
-    file does not stop the others. Raises what stands in the way of all: InvalidJob, UnknownNetwork,
-    NetworkIncompatible, WeightsUnavailable, UnknownClass; KeyboardInterrupt once what was done by then has
-    been shown.
+    Args:
+        images: The files.
+        spec: Fields of a job that are the same for all: network, target, method and so on.
+        output: Folder for the results; each image gets a folder in it.
+        settings: Where weights and networks are.
+        as_json: Print JSON.
+
+    Returns:
+        The exit code: 1 if any file failed.
+
+    Raises:
+        InvalidJob, UnknownNetwork, NetworkIncompatible, WeightsUnavailable, UnknownClass: No file can be
+            explained.
+        KeyboardInterrupt: After the results so far were printed.
     """
     output = output.absolute()
-    own: dict[str, Any] = {"image_schemes": ("file",), "image_roots": ("/",), "output": output.as_uri()}
+    changes = {
+        "image_schemes": ("file",),
+        "image_roots": ("/",),
+        "output": output.as_uri(),
+        "max_batch": 1,  # files are explained one after the other
+    }
     service_factory.prepare(settings)
-    services = service_factory.build_services(
-        settings.model_copy(update=own | {"max_batch": 1})
-    )  # one after the other
-    job = Job.parse({"image": "file:///", "timeout_s": TIMEOUT_S, **wish})
+    services = service_factory.build_services(settings.model_copy(update=changes))
+    job = Job.parse({"image": "file:///", "timeout_s": TIMEOUT_S, **spec})
     network = services.model_cache.load(services.networks.find(job.network))
     network.labels.select(top_n=job.target.top_n, classes=job.target.classes)
     folders = _folders(images)
-    made: dict[Path, Manifest | GradcamError] = {}
-    stopped = False
+    results: dict[Path, Manifest | GradcamError] = {}
+    interrupted = False
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console.err, transient=True) as progress:
         try:
             for image in progress.track(images, description=f"explaining with {job.network}"):
-                made[image] = _one(job, image, services, folders[image], output)
+                results[image] = _explain_file(job, image, services, folders[image], output)
         except KeyboardInterrupt:
-            stopped = True
+            interrupted = True
     if as_json:
-        console.print_json([_record(image, result) for image, result in made.items()])
+        console.print_json([_result_facts(image, result) for image, result in results.items()])
     else:
-        _print(made, folders, output)
-    if stopped:
+        _print_results(results, folders, output)
+    if interrupted:
         raise KeyboardInterrupt
-    return 1 if any(isinstance(result, GradcamError) for result in made.values()) else 0
+    return 1 if any(isinstance(result, GradcamError) for result in results.values()) else 0
 
 
 def _folders(images: tuple[Path, ...]) -> dict[Path, str]:
-    """A folder name for each image: its own, numbered where two share it."""
+    """Choose a folder name for each image: the name of its file, numbered if two are the same."""
     taken: set[str] = set()
     folders = {}
     for image in images:
@@ -80,54 +93,60 @@ def _folders(images: tuple[Path, ...]) -> dict[Path, str]:
     return folders
 
 
-def _one(job: Job, image: Path, services: Services, folder: str, output: Path) -> Manifest | GradcamError:
+def _explain_file(
+    job: Job, image: Path, services: Services, folder: str, output: Path
+) -> Manifest | GradcamError:
     context = JobContext(Deadline(TIMEOUT_S), lambda _: None)
-    own = job.model_copy(update={"image": job.image.model_copy(update={"uri": image.absolute().as_uri()})})
+    file_job = job.model_copy(
+        update={"image": job.image.model_copy(update={"uri": image.absolute().as_uri()})}
+    )
     if image.is_dir():
         return ImageNotFound(f"{image} is a folder: name the files in it, as in {image}/*.jpg.")
     try:
-        run_job(own, services, context, folder=folder)
+        run_job(file_job, services, context, folder=folder)
         return Manifest.model_validate_json((output / folder / "manifest.json").read_bytes())
     except GradcamError as error:
         return error
-    except Exception as error:
-        log.debug("%s cannot be explained", image, exc_info=True)
+    except Exception as error:  # noqa: BLE001  # an unexpected failure of one file does not stop the others
+        log.debug("file_explanation_failed", image=image, error=error)
         return InternalError.of(error)
 
 
-def _record(image: Path, result: Manifest | GradcamError) -> dict[str, Any]:
+def _result_facts(image: Path, result: Manifest | GradcamError) -> dict[str, Any]:
     if isinstance(result, GradcamError):
         return {"image": str(image), "error": {"code": result.code, "detail": str(result)}}
     return {"image": str(image), "manifest": result.model_dump(mode="json")}
 
 
-def _print(made: dict[Path, Manifest | GradcamError], folders: dict[Path, str], output: Path) -> None:
-    manifests = [result for result in made.values() if isinstance(result, Manifest)]
-    metrics = [
-        *dict.fromkeys(name for one in manifests for seen in one.explanations for name in seen.metrics)
-    ]
+def _print_results(
+    results: dict[Path, Manifest | GradcamError], folders: dict[Path, str], output: Path
+) -> None:
+    manifests = {image: result for image, result in results.items() if isinstance(result, Manifest)}
+    failures = {image: result for image, result in results.items() if isinstance(result, GradcamError)}
+    explanations = [explanation for manifest in manifests.values() for explanation in manifest.explanations]
+    metrics = [*dict.fromkeys(name for explanation in explanations for name in explanation.metrics)]
     numbers = ("rank", "id", "probability", *metrics)
     table = console.table("image", "folder", "rank", "id", "class", "probability", *metrics, numbers=numbers)
-    failed = {image: result for image, result in made.items() if isinstance(result, GradcamError)}
-    for image, result in made.items():
-        if isinstance(result, GradcamError):
-            continue
-        for warned in result.warnings:
-            said = console.plain(console.warning_text(warned))
-            console.err.print(console.plain(str(image), "yellow"), said, soft_wrap=True)
+    for image, manifest in manifests.items():
+        for warning in manifest.warnings:
+            _print_about(image, "yellow", console.warning_text(warning))
         names = [console.plain(image.name), console.plain(f"{folders[image]}/")]
-        for seen in result.explanations:
-            label, probability = seen.class_, percent(seen.probability)
-            measured = [f"{seen.metrics[name]:.3f}" if name in seen.metrics else "" for name in metrics]
-            row = (str(seen.rank), str(label.id), console.plain(label.name), probability)
+        for explanation in manifest.explanations:
+            label, probability = explanation.class_, percent(explanation.probability)
+            values = explanation.metrics
+            measured = [f"{values[name]:.3f}" if name in values else "" for name in metrics]
+            row = (str(explanation.rank), str(label.id), console.plain(label.name), probability)
             table.add_row(*names, *row, *measured)
             names = [console.plain(""), console.plain("")]
     if table.rows:
         console.out.print(table)
         console.out.print()
-        console.out.print(console.plain(f"Overlays, arrays and manifests are below {output}"), soft_wrap=True)
-    if failed:
-        console.err.print(f"{len(failed)} of {len(made)} could not be explained:")
-    for image, error in failed.items():
-        said = console.plain(f"{error.code}: {error}")
-        console.err.print(console.plain(str(image), "red"), said, soft_wrap=True)
+        console.out.print(console.plain(f"Overlays, arrays and manifests are in {output}"), soft_wrap=True)
+    if failures:
+        console.err.print(f"{len(failures)} of {len(results)} could not be explained:")
+    for image, error in failures.items():
+        _print_about(image, "red", f"{error.code}: {error}")
+
+
+def _print_about(image: Path, style: str, text: str) -> None:
+    console.err.print(console.plain(str(image), style), console.plain(text), soft_wrap=True)

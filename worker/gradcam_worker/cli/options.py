@@ -1,0 +1,148 @@
+"""Options that several commands share."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args
+
+import click
+
+from gradcam_worker.schemas.options import MethodSpec, Metric
+from gradcam_worker.text import comma_lists
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+DEFAULT_NETWORK = "efficientnet_lite0"
+METHODS, SCORES, NORMALIZE = (
+    get_args(MethodSpec.model_fields[name].annotation) for name in ("name", "score", "normalize")
+)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+def parse_comma_lists(
+    _: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...] | None:
+    """Click callback of an option that may be repeated, each value a list with commas; None: not given."""
+    try:
+        return tuple(name for value in values for name in comma_lists.parse(value)) if values else None
+    except ValueError as error:
+        raise click.BadParameter(str(error), param=option) from error
+
+
+def explanation_options(command: Command) -> Command:
+    """Add the options that say what to explain, and how.
+
+    Args:
+        command: Receives them as the keyword argument `spec`: fields of a job.
+
+    Returns:
+        The command with these options.
+    """
+
+    @functools.wraps(command)
+    def with_spec(
+        *,
+        network: str,
+        top_n: int | None,
+        classes: tuple[str, ...] | None,
+        method: str,
+        layer: str | None,
+        score: str,
+        normalize: str,
+        flip: bool,
+        artifacts: tuple[str, ...],
+        metrics: tuple[str, ...],
+        **others: Any,
+    ) -> Any:
+        spec: dict[str, Any] = {
+            "network": network,
+            "target": _target(top_n, classes),
+            "method": {"name": method, "layer": layer, "score": score, "normalize": normalize, "flip": flip},
+            "metrics": metrics,
+        }
+        if artifacts:
+            spec["artifacts"] = [_artifact(artifact) for artifact in artifacts]
+        return command(spec=spec, **others)
+
+    for option in (
+        json_option,
+        click.option(
+            "--metric",
+            "metrics",
+            type=click.Choice(get_args(Metric)),
+            multiple=True,
+            help="Measure how well the heatmap explains the score; may be repeated.",
+        ),
+        click.option(
+            "--artifact",
+            "artifacts",
+            metavar="KIND[:FORMAT]",
+            multiple=True,
+            help="Result to write: overlay, heatmap, grid, animation or report; may be repeated. "
+            "[overlay heatmap]",
+        ),
+        click.option(
+            "--classes",
+            metavar="A,B,...",
+            multiple=True,
+            callback=parse_comma_lists,
+            help="Classes to explain, instead of --top-n: ids, wnids or names; may be repeated. "
+            "Put a name with a comma in quotes: '\"crane, bird\"'.",
+        ),
+        click.option(
+            "--top-n", type=click.IntRange(1, 1000), help="Explain the n most probable classes. [3]"
+        ),
+        click.option(
+            "--flip/--no-flip",
+            default=False,
+            help="Average with the heatmap of the mirrored image: smoother.",
+        ),
+        click.option(
+            "--normalize",
+            type=click.Choice(NORMALIZE),
+            default=NORMALIZE[0],
+            show_default=True,
+            help="Divide each heatmap by its own maximum, all by the highest maximum, or none.",
+        ),
+        click.option(
+            "--score",
+            type=click.Choice(SCORES),
+            default=SCORES[0],
+            show_default=True,
+            help="The class score that is explained.",
+        ),
+        click.option(
+            "--layer",
+            help="Layer whose feature maps are used: a name, or auto to find one in the model. "
+            "[the network's own]",
+        ),
+        click.option(
+            "--method",
+            type=click.Choice(METHODS),
+            default=METHODS[0],
+            show_default=True,
+            help="How the heatmap is computed.",
+        ),
+        click.option(
+            "--network",
+            default=DEFAULT_NETWORK,
+            show_default=True,
+            help="The classifier; `gradcam networks` lists them.",
+        ),
+    ):
+        with_spec = option(with_spec)
+    return with_spec  # type: ignore[return-value]  # called only by click, with keyword arguments
+
+
+def _artifact(text: str) -> dict[str, str]:
+    """`overlay:png` -> an artifact's fields; `Job` checks kind and format."""
+    kind, _, form = text.partition(":")
+    return {"kind": kind, "format": form} if form else {"kind": kind}
+
+
+def _target(top_n: int | None, classes: tuple[str, ...] | None) -> dict[str, Any]:
+    if top_n and classes is not None:
+        message = "give --top-n or --classes, not both"
+        raise click.UsageError(message)
+    if classes is None:
+        return {"top_n": top_n or 3}
+    return {"classes": list(classes)}
