@@ -66,7 +66,8 @@ class LuaScript(Generic[Result]):
             values = {name: value for name, value in values.items() if name not in keys}
         encoded: list[str | int] = []
         for value in values.values():
-            if type(value) in {str, int}:  # most are
+            kind = type(value)
+            if kind is str or kind is int:  # neither None nor bool: most are
                 encoded.append(value)
             elif isinstance(value, str | int) or value is None:
                 encoded.append(_encode(value))
