@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from gradcam_worker.artifacts.dataset import failed_lines
 from gradcam_worker.backfill.inputs.open import open_input
 from gradcam_worker.backfill.inputs.rows import MAX_URI, Ids, RowParser
-from gradcam_worker.backfill.inputs.tables import MAX_LINE, json_rows
+from gradcam_worker.backfill.inputs.tables import MAX_LINE_BYTES, json_rows
 from gradcam_worker.backfill.plan import Plan
 from gradcam_worker.backfill.sharding import cut_shards
 from gradcam_worker.errors import InvalidInput
@@ -194,14 +194,14 @@ class TestJsonLines:
                 Watched.most = max(Watched.most, len(line))
                 return line
 
-        long = b'{"image": "' + b"x" * (3 * MAX_LINE)
+        long = b'{"image": "' + b"x" * (3 * MAX_LINE_BYTES)
         text = b'"%b"\n%b\n"%b"\n%b' % (A.encode(), long, B.encode(), long)
         first, bad, other, last = json_rows(Watched(text), RowParser(), None)
         assert (first.uri, other.uri) == (A, B)
-        assert why(bad) == f"Line 2: it is longer than {MAX_LINE:,} bytes."
+        assert why(bad) == f"Line 2: it is longer than {MAX_LINE_BYTES:,} bytes."
         assert why(last).startswith("Line 4: ")
         assert bad.uri.startswith('{"image": "xxx')
-        assert Watched.most == MAX_LINE + 1
+        assert Watched.most == MAX_LINE_BYTES + 1
 
     def test_the_failed_rows_of_a_backfill_are_an_input(self, write: Write) -> None:
         before = read(write("a.jsonl", f'"no uri"\n{{"image": "{A}", "id": "7", "sha256": "{SHA}"}}\n'))
@@ -312,7 +312,7 @@ class TestTables:
             (f'1,"{A}"x,', "it cannot be read as CSV", f'1,"{A}"x,'),
             ('1,"s3://b/k\nl",', "control character '\\n'", "s3://b/k\\nl"),
             (f"1,{A}\0,", "control character '\\x00'", "\\x00"),
-            ("x" * (MAX_LINE + 1), "longer than", "xxx"),
+            ("x" * (MAX_LINE_BYTES + 1), "longer than", "xxx"),
         ],
         ids=[
             "one",
@@ -341,7 +341,7 @@ class TestTables:
         rest = "".join(f"s3://photos/{place},\n" for place in range(10))
         path = write("a.csv", f'image,title\n{A},1\n{B},"open\n{rest}')
         assert "cannot be told into rows from line 3 on" in refused(path)
-        endless = "".join(f"s3://photos/{'k' * 1000},\n" for place in range(3 * MAX_LINE // 1000))
+        endless = "".join(f"s3://photos/{'k' * 1000},\n" for place in range(3 * MAX_LINE_BYTES // 1000))
         assert "from line 3 on" in refused(write("b.csv", f'image,title\n{A},1\n{B},"open\n{endless}'))
 
     def test_a_header_that_cannot_be_read_is_told(self, write: Write) -> None:

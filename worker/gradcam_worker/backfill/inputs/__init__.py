@@ -1,1 +1,1 @@
-"""The list of images of a backfill: tables, text, folders, prefixes. Begin at `open.open_input`."""
+"""The list of images of a backfill: tables, text, folders, prefixes. Start with `open.open_input`."""

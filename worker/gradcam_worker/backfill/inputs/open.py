@@ -1,7 +1,7 @@
 """Opens the INPUT of a backfill: a list of images, a folder, an S3 prefix, or standard input.
 
-What is wrong with one row is that row's problem, see `gradcam_worker.backfill.inputs.rows`. An input that
-cannot be read raises InvalidInput, when it is opened or between two rows.
+A bad row becomes a row with a problem, see `gradcam_worker.backfill.inputs.rows`. An input that cannot be
+read raises InvalidInput, when it is opened or between two rows.
 """
 
 import gzip
@@ -37,22 +37,22 @@ SUFFIXES = {
     ".txt": "text",
     ".parquet": "parquet",
 }
-IMAGES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 COMPRESSED = "it looks packed: unpack it, or pack it with gzip; or "
-HINTS = {  # by the ending of what is read in no form, or in none that could be guessed
+HINTS = {  # for suffixes of formats that are not supported, or whose content is not known
     ".json": "JSON is read a line at a time, and of an S3 inventory the files that its manifest.json names; ",
     ".orc": "ORC is not read: write it as Parquet, or as CSV; or ",
     ".avro": "Avro is not read: write it as Parquet, or as JSON Lines; or ",
     **dict.fromkeys((".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz"), COMPRESSED),
 }
 STDIN = "-"
-BATCH = 8192  # rows of a Parquet file that are read at once
-BUFFER = 1024 * 1024  # bytes of each of its columns in memory: a column may hold ten million values
+PARQUET_BATCH_ROWS = 8192
+PARQUET_BUFFER_BYTES = 1024 * 1024  # of each column: a column may have ten million values
 _GZIP = b"\x1f\x8b"
 
 
 class Input:
-    """An input that is open; `name` is without secrets."""
+    """An open input; `name` is without secrets."""
 
     def __init__(
         self,
@@ -62,14 +62,14 @@ class Input:
         share: Callable[[int], float | None] = lambda _: None,
         own_files: Callable[[], int] = lambda: 0,
     ) -> None:
-        """An input that has not been read yet.
+        """Nothing is read yet.
 
         Args:
-            name: What it is called, without secrets.
-            unit: What the numbers of its rows count.
-            read: Yields its rows, from the first one on.
-            share: How much of it a number of rows is, from 0 to 1.
-            own_files: How many files were left out because backfills have written them.
+            name: Its name for messages, without secrets.
+            unit: What the numbers of its rows count, such as Line.
+            read: Yields its rows, from the first one.
+            share: Returns the share of the input that a number of rows is, from 0 to 1; None: unknown.
+            own_files: Returns the number of files left out because backfills wrote them.
         """
         self.own_files = own_files
         self.name = name
@@ -79,13 +79,13 @@ class Input:
         self._count = 0
 
     def share(self) -> float | None:
-        """How much of it has been read, from 0 to 1; None where its end is not known."""
+        """Return the share that has been read, from 0 to 1; None if the size is unknown."""
         return self._share(self._count)
 
     def rows(self) -> Iterator[Row]:
-        """Its rows in order, from the first one; from a pipe they can be had once.
+        """Yield the rows in order, from the first one. A pipe can be read only once.
 
-        Raises InvalidInput where nothing more can be read, and where there is no row at all.
+        Raises InvalidInput if the input cannot be read further, or has no row.
         """
         self._count = 0
         try:
@@ -113,24 +113,33 @@ def open_input(
     column: str | None = None,
     output: str | None = None,
 ) -> Iterator[Input]:
-    """Open an input: a path, `s3://bucket/prefix`, `s3://bucket/list.jsonl`, or `-`, for standard input.
+    """Open an input. Files compressed with gzip are recognized, whatever their name.
 
-    `form` is one of FORMS; auto goes by the ending of the name. `column` names the column, or the field,
-    with the URIs. What is compressed with gzip is read as well, whatever its name. Of a folder, and of a
-    prefix, what backfills have written is left out, in `output` and in theirs. Raises InvalidInput.
+    Args:
+        where: A path, `s3://bucket/prefix`, `s3://bucket/list.jsonl`, or `-` for standard input.
+        settings: For S3.
+        form: One of FORMS; auto: by the suffix of the name.
+        column: The column, or the field, with the URIs.
+        output: This backfill's. Its files, and those of other backfills, are left out of a folder or prefix.
+
+    Yields:
+        The input.
+
+    Raises:
+        InvalidInput: It cannot be read, or its format is unknown.
     """
-    asked, form = form, _form(where, form)
+    requested, form = form, _resolve_form(where, form)
     with ExitStack() as stack:
         if form == "folder":
-            yield _folder(where, settings, output, explicit=asked == "folder")
+            yield _folder(where, settings, output, explicit=requested == "folder")
             return
-        file = _open(where, settings, stack)
+        file = _open_file(where, settings, stack)
         if form == "parquet":
             yield _parquet(file, _display_name(where), column, stack)
             return
         start = file.tell() if file.seekable() else None
         size = os.fstat(file.fileno()).st_size
-        kinds: dict[str, Callable[[BinaryIO, RowParser], Iterator[Row]]] = {
+        readers: dict[str, Callable[[BinaryIO, RowParser], Iterator[Row]]] = {
             "jsonl": partial(json_rows, column=column),
             "csv": partial(table_rows, delimiter=",", column=column),
             "tsv": partial(table_rows, delimiter="\t", column=column),
@@ -141,7 +150,7 @@ def open_input(
         def read_text(parser: RowParser) -> Iterator[Row]:
             if start is not None:
                 file.seek(start)
-            return kinds[form](_decompressed(file), parser)
+            return readers[form](_decompressed(file), parser)
 
         def share(_: int) -> float | None:
             return None if start is None or file.closed else file.tell() / max(size, file.tell(), 1)
@@ -150,29 +159,29 @@ def open_input(
 
 
 def _folder(where: str, settings: Settings, output: str | None, *, explicit: bool) -> Input:
-    """The files below a folder, or the objects below a prefix. Raises InvalidInput where there is none.
+    """The files below a folder, or the objects below a prefix. Raises InvalidInput if there is none.
 
-    `explicit`: the user has said that it is no list.
+    `explicit`: the user asked for a folder, so an object is not taken for a list.
     """
     from gradcam_worker.backfill.inputs import scan
 
     own_files = [_own_file_filter(where, output)]
 
     def read(parser: RowParser) -> Iterator[Row]:
-        own_files[0] = _own_file_filter(where, output)  # for each reading anew
+        own_files[0] = _own_file_filter(where, output)  # a new one for each reading
         if not _on_s3(where):
             return scan.list_files(where, parser, own_files[0])
         return scan.list_objects(
             where, settings, parser, own_files[0], (lambda _: None) if explicit else _not_a_prefix
         )
 
-    found = Input(_display_name(where), "Row", read, own_files=lambda: own_files[0].count)
-    next(found.rows(), None)  # whatever is wrong with it is told before anything is written
-    return found
+    opened = Input(_display_name(where), "Row", read, own_files=lambda: own_files[0].count)
+    next(opened.rows(), None)  # so that its errors are raised before anything is written
+    return opened
 
 
 def _own_file_filter(where: str, output: str | None) -> OwnFileFilter:
-    """Tells which files of a folder, or of a prefix, backfills have written."""
+    """A filter for the files of a folder, or of a prefix, that backfills wrote."""
     if output is None or _on_s3(where) != _on_s3(output):
         return OwnFileFilter()
     if not _on_s3(where):
@@ -184,22 +193,22 @@ def _own_file_filter(where: str, output: str | None) -> OwnFileFilter:
 
 
 def _not_a_prefix(key: str) -> str | None:
-    """What an object is that was taken for a prefix, unless it is an image."""
-    ending = Path(key.casefold()).suffix
-    if ending in IMAGES:
+    """An error message for an object whose key was given as a prefix; None if it is an image."""
+    suffix = Path(key.casefold()).suffix
+    if suffix in IMAGE_SUFFIXES:
         return None
     return f"is an object, and its name does not say what is in it: {_format_hint(key)}"
 
 
 def _format_hint(name: str) -> str:
-    ending = Path(name.casefold()).suffix
-    hint = HINTS.get(ending, "")
+    suffix = Path(name.casefold()).suffix
+    hint = HINTS.get(suffix, "")
     forms = ", ".join(FORMS[1:-1])
     return f"{hint}say with --format what it is, one of {forms}; or folder, for all whose names begin so."
 
 
-def _form(where: str, form: str) -> str:
-    """What an input is. Raises InvalidInput where that cannot be told."""
+def _resolve_form(where: str, form: str) -> str:
+    """The form of an input. Raises InvalidInput if it is unknown."""
     if form not in FORMS:
         message = f"There is no form {form!r}: it is one of {', '.join(FORMS)}."
         raise InvalidInput(message)
@@ -213,15 +222,15 @@ def _form(where: str, form: str) -> str:
         raise InvalidInput(message)
     if form != "auto" or where == STDIN:
         return "jsonl" if form == "auto" else form
-    ending = Path(where.casefold().removesuffix(".gz")).suffix
-    found = "folder" if folder else SUFFIXES.get(ending, "folder" if remote else None)
-    if found is None:
+    suffix = Path(where.casefold().removesuffix(".gz")).suffix
+    resolved = "folder" if folder else SUFFIXES.get(suffix, "folder" if remote else None)
+    if resolved is None:
         message = (
             f"{_display_name(where)} does not end in {', '.join(SUFFIXES)}, or one of these and .gz: "
-            f"{HINTS.get(ending, '')}say with --format what it is, one of {', '.join(FORMS[1:-1])}."
+            f"{HINTS.get(suffix, '')}say with --format what it is, one of {', '.join(FORMS[1:-1])}."
         )
         raise InvalidInput(message)
-    return found
+    return resolved
 
 
 def _is_folder(where: str) -> bool:
@@ -247,8 +256,8 @@ def _display_name(where: str) -> str:
     return visible(without_user(where) if "://" in where else where)[:4096]
 
 
-def _open(where: str, settings: Settings, stack: ExitStack) -> io.BufferedReader:
-    """A file to be read. Raises InvalidInput."""
+def _open_file(where: str, settings: Settings, stack: ExitStack) -> io.BufferedReader:
+    """Open a file for reading; an object is copied first. Raises InvalidInput."""
     try:
         if where == STDIN:
             return cast("io.BufferedReader", sys.stdin.buffer)
@@ -257,7 +266,7 @@ def _open(where: str, settings: Settings, stack: ExitStack) -> io.BufferedReader
         from gradcam_worker.storage.s3 import S3
 
         copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # the stack closes it
-        S3(settings).download("s3://" + where[5:], _Copy(copy))
+        S3(settings).download("s3://" + where[5:], _FileSink(copy))
         copy.seek(0)
         return cast("io.BufferedReader", copy)
     except WeightsUnavailable as error:
@@ -267,14 +276,14 @@ def _open(where: str, settings: Settings, stack: ExitStack) -> io.BufferedReader
         raise InvalidInput(message) from error
 
 
-class _Copy:
+class _FileSink:
     """See `gradcam_worker.gradcam.models.weights.Sink`."""
 
     def __init__(self, file: Any) -> None:
         self.write = file.write
 
     def expect(self, size: int) -> None:
-        """As much as the disk holds."""
+        """Any size is accepted."""
 
 
 def _decompressed(file: io.BufferedReader) -> BinaryIO:
@@ -284,55 +293,67 @@ def _decompressed(file: io.BufferedReader) -> BinaryIO:
 
 
 def _parquet(file: io.BufferedReader, name: str, column: str | None, stack: ExitStack) -> Input:
-    """The rows of a Parquet file, a few thousand at a time, and no other columns. Raises InvalidInput."""
+    """The rows of a Parquet file, read in batches, without other columns. Raises InvalidInput."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    whole: Any = file
+    source: Any = file
     if not file.seekable():
-        whole = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # the stack closes it
-        shutil.copyfileobj(file, whole)
+        source = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # the stack closes it
+        shutil.copyfileobj(file, source)
     try:
         table = stack.enter_context(
-            pq.ParquetFile(whole, pre_buffer=False, buffer_size=BUFFER, page_checksum_verification=True)
+            pq.ParquetFile(
+                source, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES, page_checksum_verification=True
+            )
         )
         names = table.schema_arrow.names
         try:
-            at = columns(names, column)
+            positions = columns(names, column)
         except InvalidInput as error:
             message = f"{name} {error}"
             raise InvalidInput(message) from error
-        kind = table.schema_arrow.field(at.image).type
+        kind = table.schema_arrow.field(positions.image).type
     except (pa.ArrowException, OSError) as error:
         message = f"{name} cannot be read as Parquet: {error}"
         raise InvalidInput(message) from error
-    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_dictionary)
-    if not any(fits(kind) for fits in texts):
-        message = f"{name} has a column {names[at.image]!r} of {kind}: it must hold URIs, as strings."
+    text_types = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+        pa.types.is_dictionary,
+    )
+    if not any(is_type(kind) for is_type in text_types):
+        message = f"{name} has a column {names[positions.image]!r} of {kind}: it must hold URIs, as strings."
         raise InvalidInput(message)
-    wanted = [names[place] for place in at if place is not None]
+    wanted = [names[position] for position in positions if position is not None]
 
     def read(parser: RowParser) -> Iterator[Row]:
         number = 0
         try:
-            for batch in table.iter_batches(BATCH, columns=wanted, use_threads=False):
+            for batch in table.iter_batches(PARQUET_BATCH_ROWS, columns=wanted, use_threads=False):
                 cells = {name: _cells(batch.column(name), pa) for name in wanted}
-                given = [cells[names[place]] if place is not None else [None] * len(batch) for place in at]
-                for uri, row_id, sha256 in zip(*given, strict=True):
+                values = [
+                    cells[names[position]] if position is not None else [None] * len(batch)
+                    for position in positions
+                ]
+                for uri, row_id, sha256 in zip(*values, strict=True):
                     yield parser.parse(number, uri, row_id, sha256)
                     number += 1
         except pa.ArrowException as error:
             message = f"is damaged after {counted(number, 'row')}, or soon after: {error}"
             raise InvalidInput(message) from error
 
-    return Input(name, "Row", read, lambda given: given / max(table.metadata.num_rows, 1))
+    return Input(name, "Row", read, lambda rows: rows / max(table.metadata.num_rows, 1))
 
 
 def _cells(cells: Any, pa: Any) -> list[Any]:
-    """A column's values, with halves of characters in what is not UTF-8: it is told by them."""
+    """A column's values. Text that is not UTF-8 gets lone surrogates, by which it is recognized later."""
     try:
         return list(cells.to_pylist())
     except UnicodeDecodeError:
         plain = cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
         raw = plain.cast(pa.large_binary() if pa.types.is_large_string(plain.type) else pa.binary())
-        return [None if one is None else one.decode(errors="surrogateescape") for one in raw.to_pylist()]
+        return [
+            None if value is None else value.decode(errors="surrogateescape") for value in raw.to_pylist()
+        ]

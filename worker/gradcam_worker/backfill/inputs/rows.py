@@ -1,4 +1,4 @@
-"""Turns what an input says of one image into a row, or into a row with a problem.
+"""Turns the values of one image in an input into a row, or into a row with a problem.
 
 Nothing here raises an error: ten thousand bad rows among ten million become ten thousand rows with a problem.
 """
@@ -16,10 +16,10 @@ from gradcam_worker.schemas.status import Problem
 from gradcam_worker.text.urls import has_credentials, redacted, without_user
 from gradcam_worker.text.visible import visible
 
-MAX_SHOWN = 1000  # characters of what was received that are kept, where it is no URI
+MAX_SHOWN = 1000  # characters that are kept of an invalid value
 MAX_URI = 2_000_000  # characters: see `gradcam_worker.schemas.shard.Row`
 MAX_ID = 256  # characters
-SEGMENTS = 2**14  # of the ids' hashes: with ten million ids each holds 600
+SEGMENTS = 2**14  # of the ids' hashes: with ten million ids each has 600
 
 _CONTROL = r"\x00-\x1f\x7f\ud800-\udfff"  # control characters, surrogates
 _FORBIDDEN = re.compile(f"[{_CONTROL}]")
@@ -47,18 +47,18 @@ class RowParser:
     """Makes the rows of one input, in its order, and remembers their ids."""
 
     def __init__(self, unit: str = "Line") -> None:
-        """`unit`: what the numbers of places in the input count."""
+        """`unit` names what the numbers of the input count, such as Line."""
         self._unit = unit
         self._ids = Ids()
         self._made = 0
 
     def listed_row(self, uri: str, version: str | None) -> Row:
-        """A row of a file or an object that was listed. Its name may hold any character."""
+        """Return the row of a listed file or object, whose name may contain any character."""
         self._made += 1
         return Row(uri=uri, version=version)
 
-    def parse(self, place: int, uri: object, row_id: object = None, sha256: object = None) -> Row:
-        """A row of the values in an input, of any type; with a problem where they are wrong."""
+    def parse(self, number: int, uri: object, row_id: object = None, sha256: object = None) -> Row:
+        """Return the row of an input's values, of any type; with a problem if they are invalid."""
         if (
             type(uri) is not str
             or len(uri) > MAX_URI
@@ -66,18 +66,18 @@ class RowParser:
             or has_credentials(uri)
             or describe_excess_length(uri)
         ):
-            return self._row(place, uri, row_id, sha256, InvalidRow(_uri_problem(uri)))
+            return self._row(number, uri, row_id, sha256, InvalidRow(_uri_problem(uri)))
         if row_id is None and sha256 is None:
             self._made += 1
             return Row(uri=uri)
-        return self._row(place, uri, row_id, sha256, None)
+        return self._row(number, uri, row_id, sha256, None)
 
-    def bad_row(self, place: int, received: object, why: str) -> Row:
-        """A row of what cannot be read; `why` is the rest of a sentence."""
-        return self._row(place, received, None, None, InvalidRow(why))
+    def bad_row(self, number: int, received: object, reason: str) -> Row:
+        """Return the row of something that cannot be read; `reason` completes the sentence "Line 3: ..."."""
+        return self._row(number, received, None, None, InvalidRow(reason))
 
     def _row(
-        self, place: int, uri: object, row_id: object, sha256: object, error: PermanentError | None
+        self, number: int, uri: object, row_id: object, sha256: object, error: PermanentError | None
     ) -> Row:
         kept = uri if isinstance(uri, str) and (error is None) else displayable(uri)
         name, checksum = _valid_id(row_id), _valid_sha256(sha256)
@@ -97,16 +97,16 @@ class RowParser:
         self._made += 1
         if error is None:
             return Row(uri=kept, id=name, sha256=checksum)
-        located = type(error)(f"{self._unit} {place}: {error}")
+        located = type(error)(f"{self._unit} {number}: {error}")
         problem = Problem.of(located, stage="plan", attempt=0)
         return Row(uri=kept, id=name, sha256=checksum, problem=problem)
 
 
 class Ids:
-    """The ids of the rows so far, as 64 bits of each and the row's number: 13 bytes an id.
+    """The ids of the rows so far, as a hash of 64 bits and the row's number: 13 bytes an id.
 
-    Two of ten million ids are taken for the same one once in 400,000 backfills. Python's own hash is keyed
-    anew in each process, so that nobody can choose ids that it takes for the same.
+    Among ten million ids, two have the same hash once in 400,000 backfills. Python's hash has a random key in
+    each process, so nobody can construct collisions.
     """
 
     def __init__(self) -> None:
@@ -114,48 +114,48 @@ class Ids:
         self._rows: list[array[int]] = []
 
     def add(self, name: str, row: int) -> int | None:
-        """Remember a row's id; the number of the row that had it before, if one had."""
+        """Add a row's id; return the number of the earlier row with the same id, if any."""
         if not self._hashes:
             self._hashes = [array("q") for _ in range(SEGMENTS)]
             self._rows = [array("I") for _ in range(SEGMENTS)]
         value = hash(name)
         segment = value % SEGMENTS
         hashes = self._hashes[segment]
-        place = bisect_left(hashes, value)
-        if place < len(hashes) and hashes[place] == value:
-            return self._rows[segment][place]
-        hashes.insert(place, value)
-        self._rows[segment].insert(place, row)
+        index = bisect_left(hashes, value)
+        if index < len(hashes) and hashes[index] == value:
+            return self._rows[segment][index]
+        hashes.insert(index, value)
+        self._rows[segment].insert(index, row)
         return None
 
 
 def displayable(received: object) -> str:
-    """What was received, as far as it can be shown."""
+    """Return a received value as printable text of limited length, without secrets."""
     if isinstance(received, bytes):
         received = received.strip().decode(errors="backslashreplace")
     text = received if isinstance(received, str) else json.dumps(received, default=str)
-    text = without_user(text) if has_credentials(text) else redacted(text)  # before half a URL is cut off
+    text = without_user(text) if has_credentials(text) else redacted(text)  # before a URL is cut off
     return visible(text[:MAX_SHOWN])[:MAX_SHOWN]
 
 
 def _uri_problem(uri: object) -> str:
-    """Why this is no URI of an image."""
+    """What is wrong with the URI of an image."""
     if uri is None or (isinstance(uri, str) and not uri.strip()):
         return "it names no image"
     if not isinstance(uri, str):
         return f"its image is {_KINDS.get(type(uri), type(uri).__name__)}: it must be a URI"
     if len(uri) > MAX_URI:
         return f"its URI has {len(uri):,} characters; at most {MAX_URI:,} are allowed"
-    if sign := _FORBIDDEN.search(uri):
-        half = "\ud800" <= sign[0] <= "\udfff"
-        return "its URI is not UTF-8" if half else f"its URI holds the control character {sign[0]!r}"
+    if match := _FORBIDDEN.search(uri):
+        is_surrogate = "\ud800" <= match[0] <= "\udfff"
+        return "its URI is not UTF-8" if is_surrogate else f"its URI holds the control character {match[0]!r}"
     if _IMAGE_URI.fullmatch(uri) and has_credentials(uri):
         return f"its URI {without_user(uri)[:100]!r} holds a user or a password, which would be kept"
     return describe_excess_length(uri) or _scheme_problem(uri)
 
 
 def _scheme_problem(uri: str) -> str:
-    """How a URI that has no right scheme should look."""
+    """What is wrong with the scheme of a URI, or what a URI with this scheme looks like."""
     scheme, colon, _ = uri.partition(":")
     if not colon or "/" in scheme:
         path, key = _EXAMPLES["file"], _EXAMPLES["s3"]
@@ -166,7 +166,7 @@ def _scheme_problem(uri: str) -> str:
 
 
 def _valid_id(row_id: object) -> str | None:
-    """An id as a text, or None where it is none, or not fit to be one."""
+    """An id as text, or None if there is none or it is invalid."""
     name = str(row_id) if type(row_id) is int else row_id
     if isinstance(name, str) and 0 < len(name) <= MAX_ID and not _FORBIDDEN.search(name):
         return name

@@ -1,6 +1,6 @@
-"""Every file below a folder, every object below an S3 prefix, as a row with its version.
+"""Lists the files below a folder, or the objects below an S3 prefix, as rows with versions.
 
-No file is opened: the worker that reads it tells whether it is an image.
+No file is opened: the worker that reads it finds out whether it is an image.
 """
 
 import os
@@ -16,19 +16,23 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.s3_errors import S3_ERRORS, describe
 
-VERSION = 256  # characters: see `gradcam_worker.schemas.shard.Row`
+MAX_VERSION_LENGTH = 256  # characters: see `gradcam_worker.schemas.shard.Row`
 
 
 def list_files(
     where: str, parser: RowParser, is_own_file: Callable[[str], bool] = lambda _: False
 ) -> Iterator[Row]:
-    """Every file, in the order of names, folder by folder; none that is hidden, and of folders none either.
+    """Yield every file below a folder, folder by folder in the order of names, without hidden ones.
 
-    `is_own_file` is asked of each file's path, as it is without links.
+    A link to a folder is not followed, because it could form a cycle. It becomes a bad row, as does
+    everything that is not a file.
 
-    A link to a folder is not followed: it could lead back. It becomes a bad row, as does what is no file.
+    Args:
+        where: The folder.
+        parser: Makes the rows.
+        is_own_file: Called with each file's path, resolved; files for which it returns True are left out.
     """
-    base = os.path.abspath(where)  # noqa: PTH100  # it leaves no link out, either
+    base = os.path.abspath(where)  # noqa: PTH100  # unlike `resolve`, it keeps links
     real = os.path.realpath(where)
     folders = [_entries(base)]
     number = 0
@@ -44,10 +48,10 @@ def list_files(
                 continue
             if is_own_file(real + str(path)[len(base) :]):
                 continue
-            found = path.stat()
+            status = path.stat()
             problem = (
                 None
-                if stat.S_ISREG(found.st_mode)
+                if stat.S_ISREG(status.st_mode)
                 else "it is no file, and a link to a folder is not followed"
             )
         except OSError as error:
@@ -55,7 +59,7 @@ def list_files(
         if problem:
             yield parser.bad_row(number, uri, problem)
         else:
-            yield parser.listed_row(uri, f"{found.st_size}-{found.st_mtime_ns}")
+            yield parser.listed_row(uri, f"{status.st_size}-{status.st_mtime_ns}")
         number += 1
 
 
@@ -70,21 +74,29 @@ def list_objects(
     is_own_file: Callable[[str], bool] = lambda _: False,
     not_a_prefix: Callable[[str], str | None] = lambda _: None,
 ) -> Iterator[Row]:
-    """Every object below an S3 prefix, but those that only stand for folders. Raises InvalidInput.
+    """Yield every object below an S3 prefix, without those that only mark folders.
 
-    `is_own_file` is asked of each key. `not_a_prefix` is asked of an object whose key is the whole prefix,
-    and returns why it must not be listed.
+    Args:
+        where: The prefix, s3://bucket/prefix.
+        settings: For S3.
+        parser: Makes the rows.
+        is_own_file: Called with each key; objects for which it returns True are left out.
+        not_a_prefix: Called with the key of an object that equals the prefix; returns an error message if the
+            prefix must not be listed.
+
+    Raises:
+        InvalidInput: The prefix cannot be listed, or must not be.
     """
     bucket, _, prefix = where[5:].partition("/")
     if not bucket:
         message = "names no bucket: write s3://bucket/prefix."
         raise InvalidInput(message)
     try:
-        for one in S3(settings).list_objects(bucket, prefix):
-            if one.key == prefix and one.size and (why := not_a_prefix(prefix)):
-                raise InvalidInput(why)
-            if (one.size or not one.key.endswith("/")) and not is_own_file(one.key):
-                yield parser.listed_row(f"s3://{bucket}/{one.key}", one.etag[:VERSION] or None)
+        for item in S3(settings).list_objects(bucket, prefix):
+            if item.key == prefix and item.size and (problem := not_a_prefix(prefix)):
+                raise InvalidInput(problem)
+            if (item.size or not item.key.endswith("/")) and not is_own_file(item.key):
+                yield parser.listed_row(f"s3://{bucket}/{item.key}", item.etag[:MAX_VERSION_LENGTH] or None)
     except S3_ERRORS as error:
         message = f"cannot be listed: {describe(error)}"
         raise InvalidInput(message) from error

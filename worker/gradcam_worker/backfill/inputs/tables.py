@@ -1,7 +1,7 @@
-"""Lists of images in text: JSON Lines, CSV, an S3 inventory, a URI a line. Read line by line, and no further.
+"""Reads lists of images as text, line by line: JSON Lines, CSV, an S3 inventory, a URI a line.
 
-A line that cannot be read becomes a row that says so, and all others go on. What leaves open where the next
-row begins ends the reading: a quote that is never closed, for one, would hide the rows after it.
+A line that cannot be read becomes a row with a problem, and reading goes on. It stops if the start of the
+next row is uncertain: a quote that is never closed, for example, would hide the rows after it.
 """
 
 import codecs
@@ -16,9 +16,9 @@ from gradcam_worker.errors import InvalidInput
 from gradcam_worker.schemas.shard import Row
 from gradcam_worker.schemas.strict_json import Unreadable, loads
 
-MAX_LINE = 4 * 1024 * 1024  # bytes; a row has a few hundred, unless its image is a data URI
+MAX_LINE_BYTES = 4 * 1024 * 1024  # a row has a few hundred, unless its image is a data URI
 IMAGE_NAMES = ("image", "uri", "url", "path")
-_MARKS = {  # how files begin that are no text, and what they are
+_SIGNATURES = {  # first bytes of files that are not UTF-8 text, and their format
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
     b"PAR1": "Parquet",
@@ -28,12 +28,12 @@ _MARKS = {  # how files begin that are no text, and what they are
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
 }
-_TOO_LONG = f"it is longer than {MAX_LINE:,} bytes"
-_MAX_NAMED = 20  # columns that are named where none is known
+_TOO_LONG = f"it is longer than {MAX_LINE_BYTES:,} bytes"
+_MAX_NAMED = 20  # columns in an error message
 
 
 class Columns(NamedTuple):
-    """Where a table has what."""
+    """The positions of a table's columns; None: there is no such column."""
 
     image: int
     id: int | None
@@ -41,51 +41,51 @@ class Columns(NamedTuple):
 
 
 def columns(names: Sequence[str], wanted: str | None, hint: str = "") -> Columns:
-    """Find the columns, whatever their case. Raises InvalidInput naming those that are there, and `hint`."""
+    """Find the columns, in any case. Raises InvalidInput, with the names of the columns and `hint`."""
     folded = [name.strip().casefold() for name in names]
-    known = IMAGE_NAMES if wanted is None else (wanted.strip().casefold(),)
-    found = [folded.index(name) for name in known if name in folded]
-    if not found:
-        there = ", ".join(repr(name[:60].partition("?")[0]) for name in names[:_MAX_NAMED])
+    candidates = IMAGE_NAMES if wanted is None else (wanted.strip().casefold(),)
+    positions = [folded.index(name) for name in candidates if name in folded]
+    if not positions:
+        shown = ", ".join(repr(name[:60].partition("?")[0]) for name in names[:_MAX_NAMED])
         more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
         message = (
-            f"has the columns {there}{more}, none of which is {' or '.join(map(repr, known))}: "
+            f"has the columns {shown}{more}, none of which is {' or '.join(map(repr, candidates))}: "
             f"name the one with the URIs with --column{hint}."
         )
         raise InvalidInput(message)
-    twice = next((name for name in (folded[found[0]], "id", "sha256") if folded.count(name) > 1), None)
+    twice = next((name for name in (folded[positions[0]], "id", "sha256") if folded.count(name) > 1), None)
     if twice:
         message = f"has more than one column {twice!r}: it must be plain which one is meant."
         raise InvalidInput(message)
     others = (folded.index(name) if name in folded else None for name in ("id", "sha256"))
-    return Columns(found[0], *others)
+    return Columns(positions[0], *others)
 
 
 def json_rows(file: BinaryIO, parser: RowParser, column: str | None) -> Iterator[Row]:
-    """A JSON value a line: a URI, or an object with one as `image` (`uri`, `url`, `path`) or as `column`."""
-    known = IMAGE_NAMES if column is None else (column,)
+    """Read a JSON value a line: a URI, or an object with one in `image`, `uri`, `url`, `path` or `column`."""
+    fields = IMAGE_NAMES if column is None else (column,)
     for number, line in _lines(file):
         try:
-            value = loads(line, "it") if len(line) <= MAX_LINE else None
+            value = loads(line, "it") if len(line) <= MAX_LINE_BYTES else None
         except Unreadable as error:
             yield parser.bad_row(number, line, str(error))
             continue
         if isinstance(value, str):
             yield parser.parse(number, value)
         elif isinstance(value, dict):
-            yield _from_object(parser, number, value, known)
-        elif len(line) > MAX_LINE:
+            yield _from_object(parser, number, value, fields)
+        elif len(line) > MAX_LINE_BYTES:
             yield parser.bad_row(number, line, _TOO_LONG)
         else:
             yield parser.bad_row(number, line, "it is neither an object nor a URI")
 
 
-def _from_object(parser: RowParser, number: int, value: dict[str, Any], known: Sequence[str]) -> Row:
-    name = next((name for name in known if value.get(name) is not None), None)
+def _from_object(parser: RowParser, number: int, value: dict[str, Any], fields: Sequence[str]) -> Row:
+    name = next((name for name in fields if value.get(name) is not None), None)
     if name is None:
-        there = ", ".join(map(repr, value))[:300] or "no field"
+        present = ", ".join(map(repr, value))[:300] or "no field"
         return parser.bad_row(
-            number, value, f"it names no image: {' or '.join(map(repr, known))}; it has {there}"
+            number, value, f"it names no image: {' or '.join(map(repr, fields))}; it has {present}"
         )
     image, sha256 = value[name], value.get("sha256")
     if isinstance(image, dict):
@@ -97,9 +97,9 @@ def _from_object(parser: RowParser, number: int, value: dict[str, Any], known: S
 
 
 def text_rows(file: BinaryIO, parser: RowParser) -> Iterator[Row]:
-    """A URI a line."""
+    """Read a URI a line."""
     for number, line in _lines(file):
-        if len(line) > MAX_LINE:
+        if len(line) > MAX_LINE_BYTES:
             yield parser.bad_row(number, line, _TOO_LONG)
             continue
         try:
@@ -109,7 +109,7 @@ def text_rows(file: BinaryIO, parser: RowParser) -> Iterator[Row]:
 
 
 def table_rows(file: BinaryIO, parser: RowParser, delimiter: str, column: str | None) -> Iterator[Row]:
-    """CSV with a header. Raises InvalidInput where it names no column of images."""
+    """Read CSV with a header. Raises InvalidInput if it has no column of images."""
     records = _records(file, parser, delimiter)
     for first in records:
         if isinstance(first, Row):
@@ -119,14 +119,14 @@ def table_rows(file: BinaryIO, parser: RowParser, delimiter: str, column: str | 
         break
     else:
         return
-    at = columns(header, column, ", or say --format inventory if it has bucket and key, and no header")
+    positions = columns(header, column, ", or say --format inventory if it has bucket and key, and no header")
     for record in records:
         if isinstance(record, Row):
             yield record
             continue
         number, fields = record
         if len(fields) != len(header):
-            received = fields[at.image] if at.image < len(fields) else None
+            received = fields[positions.image] if positions.image < len(fields) else None
             yield parser.bad_row(
                 number,
                 received if len(fields) < len(header) and received else delimiter.join(fields),
@@ -134,14 +134,16 @@ def table_rows(file: BinaryIO, parser: RowParser, delimiter: str, column: str | 
                 "in it must stand in quotes",
             )
             continue
-        row_id, sha256 = (None if place is None else fields[place] or None for place in at[1:])
-        yield parser.parse(number, fields[at.image], row_id, sha256)
+        row_id, sha256 = (
+            None if position is None else fields[position] or None for position in positions[1:]
+        )
+        yield parser.parse(number, fields[positions.image], row_id, sha256)
 
 
 def inventory_rows(file: BinaryIO, parser: RowParser) -> Iterator[Row]:
-    """Bucket, key and whatever else, without a header: keys as S3's own inventories encode them.
+    """Read bucket, key and further fields, without a header.
 
-    There a space is + or %20, and a plus %2B.
+    Keys are encoded as in S3's inventories: a space as + or %20, a plus as %2B.
     """
     for record in _records(file, parser, ","):
         if isinstance(record, Row):
@@ -156,65 +158,65 @@ def inventory_rows(file: BinaryIO, parser: RowParser) -> Iterator[Row]:
 
 
 def _records(file: BinaryIO, parser: RowParser, delimiter: str) -> Iterator[tuple[int, list[str]] | Row]:
-    """Records of CSV with the lines they begin in, and rows in place of those that cannot be read."""
+    """Records of CSV with the numbers of their first lines; bad rows for records that cannot be read."""
     last, start, long = 0, b"", False
 
     def texts() -> Iterator[str]:
         nonlocal last, start, long
         for number, line in _lines(file, blank=True):
             last, start = number, line[:MAX_SHOWN]
-            if len(line) > MAX_LINE:
+            if len(line) > MAX_LINE_BYTES:
                 long = True
                 yield "too long"
             else:
                 yield line.decode(errors="surrogateescape")
 
-    csv.field_size_limit(2 * MAX_LINE)
+    csv.field_size_limit(2 * MAX_LINE_BYTES)
     records = csv.reader(texts(), delimiter=delimiter, skipinitialspace=True, strict=True)
     while True:
-        begun, long = last + 1, False
+        first, long = last + 1, False
         try:
             fields = next(records, None)
         except csv.Error as error:
-            if last > begun:
+            if last > first:
                 message = (
-                    f"cannot be told into rows from line {begun} on: a quote that is opened there is not "
+                    f"cannot be told into rows from line {first} on: a quote that is opened there is not "
                     f"closed as it should be, by line {last} ({error})."
                 )
                 raise InvalidInput(message) from error
-            yield parser.bad_row(begun, start, f"it cannot be read as CSV: {error}")
+            yield parser.bad_row(first, start, f"it cannot be read as CSV: {error}")
             continue
         if fields is None:
             return
         if long:
-            yield parser.bad_row(begun, start, _TOO_LONG)
+            yield parser.bad_row(first, start, _TOO_LONG)
         elif fields and (len(fields) > 1 or fields[0].strip()):
-            yield begun, fields
+            yield first, fields
 
 
 def _lines(file: BinaryIO, *, blank: bool = False) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers, from 1; of one that is longer than MAX_LINE, the first MAX_LINE + 1 bytes.
+    """Lines with their numbers, from 1; lines over MAX_LINE_BYTES are cut off one byte after the limit.
 
-    Raises InvalidInput where these are no lines of UTF-8 at all.
+    Raises InvalidInput if the file is not UTF-8 text.
     """
-    for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
+    for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), 1):
         if number == 1:
-            line = _without_mark(line)  # noqa: PLW2901  # without its mark
+            line = _without_bom(line)  # noqa: PLW2901  # without its byte-order mark
         rest = line
-        while len(line) > MAX_LINE and not rest.endswith(b"\n"):
-            rest = file.readline(MAX_LINE)
+        while len(line) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE_BYTES)
             if not rest:
                 break
         if blank or line.strip():
             yield number, line
 
 
-def _without_mark(line: bytes) -> bytes:
+def _without_bom(line: bytes) -> bytes:
     """The first line without its byte-order mark. Raises InvalidInput."""
-    what = next((what for mark, what in _MARKS.items() if line.startswith(mark)), None)
-    if what is None and b"\0" in line[:4]:
-        what = "UTF-16 or no text"
-    if what:
-        message = f"is {what}, not text in UTF-8: write it as UTF-8, or say with --format what it is."
+    kind = next((kind for signature, kind in _SIGNATURES.items() if line.startswith(signature)), None)
+    if kind is None and b"\0" in line[:4]:
+        kind = "UTF-16 or no text"
+    if kind:
+        message = f"is {kind}, not text in UTF-8: write it as UTF-8, or say with --format what it is."
         raise InvalidInput(message)
     return line.removeprefix(codecs.BOM_UTF8)
