@@ -21,7 +21,7 @@ import trustme
 from pydantic import SecretStr
 
 from gradcam_worker.gradcam.classes import DATA
-from gradcam_worker.gradcam.models.weights import digest
+from gradcam_worker.gradcam.models.weights import file_sha256
 from gradcam_worker.operations import servers
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.settings import Settings
@@ -263,7 +263,7 @@ def save_model() -> Callable[..., str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # between Keras and NumPy
             model.save(path)
-        return digest(path)
+        return file_sha256(path)
 
     return save
 

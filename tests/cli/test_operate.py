@@ -9,7 +9,7 @@ import pytest
 
 from gradcam_worker.cli.main import main
 from gradcam_worker.gradcam.catalog import CATALOG
-from gradcam_worker.gradcam.models.weights import digest
+from gradcam_worker.gradcam.models.weights import file_sha256
 
 KERAS_FILE = CATALOG["vgg16"].keras_files[0]
 
@@ -22,7 +22,7 @@ def own_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     table = (
         '[networks.{0}]\nmodel = "{0}.keras"\nsha256 = "{1}"\npreprocessing = "unit"\ninput_size = [32, 32]\n'
     )
-    sums = {"right": digest(tmp_path / "right.keras"), "wrong": "0" * 64}
+    sums = {"right": file_sha256(tmp_path / "right.keras"), "wrong": "0" * 64}
     (tmp_path / "networks.toml").write_text("".join(table.format(*one) for one in sums.items()))
     monkeypatch.setenv("GRADCAM_NETWORKS", str(tmp_path / "networks.toml"))
     monkeypatch.setenv("GRADCAM_CACHE_DIR", str(tmp_path / "cache"))
@@ -50,7 +50,9 @@ def test_fetched_weights_are_on_this_machine_and_each_failure_is_a_sentence(
     lines = shown.out.splitlines()
     assert lines[0] == f"vgg16: 1.0 MB, {own_networks}/keras/models/{KERAS_FILE}"
     assert lines[1].startswith("efficientnet_lite0: 9.8 MB, ")
-    assert lines[2] == f"right: 2.0 MB, {own_networks}/cache/{digest(own_networks / 'right.keras')}.keras"
+    assert (
+        lines[2] == f"right: 2.0 MB, {own_networks}/cache/{file_sha256(own_networks / 'right.keras')}.keras"
+    )
     assert lines[3].startswith("3 of 5 networks are on this machine, 12.8 MB.")
     assert "vgg61: There is no network 'vgg61'" in shown.err
     assert f"wrong: {own_networks}/wrong.keras should have sha256 {'0' * 64}" in shown.err

@@ -5,7 +5,7 @@ import pytest
 from gradcam_worker.errors import UnknownNetwork
 from gradcam_worker.gradcam.catalog import CATALOG, ModelFile, find
 from gradcam_worker.gradcam.classes import DATA
-from gradcam_worker.gradcam.models.weights import digest
+from gradcam_worker.gradcam.models.weights import file_sha256
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_a_shipped_file_has_the_checksum_of_its_row() -> None:
     shipped = {row.name: row for row in CATALOG.values() if row.shipped}
     assert "efficientnet_lite0" in shipped
     for row in shipped.values():
-        assert digest(DATA / str(row.shipped)) == row.sha256
+        assert file_sha256(DATA / str(row.shipped)) == row.sha256
 
 
 def test_an_unknown_network_is_refused_with_the_command_that_lists_all_networks() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gradcam_worker.gradcam.models.weights import digest
+from gradcam_worker.gradcam.models.weights import file_sha256
 from gradcam_worker.settings import Settings
 
 pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
@@ -65,7 +65,7 @@ def test_a_wrong_setting_stops_a_worker_at_once_with_one_sentence_and_its_name(
     start: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "text.keras").write_text("no network")
-    table = f'[networks.own]\nmodel = "text.keras"\nsha256 = "{digest(tmp_path / "text.keras")}"\n'
+    table = f'[networks.own]\nmodel = "text.keras"\nsha256 = "{file_sha256(tmp_path / "text.keras")}"\n'
     (tmp_path / "networks.toml").write_text(table + 'preprocessing = "unit"\ninput_size = [32, 32]\n')
     wrong: dict[str, dict[str, Any]] = {
         "GRADCAM_OUTPUT: .*NoSuchBucket": {"output": "s3://nowhere/cams"},

@@ -10,7 +10,7 @@ from pydantic import SecretStr
 
 from gradcam_worker.cli.main import main
 from gradcam_worker.gradcam.catalog import CATALOG
-from gradcam_worker.gradcam.models.weights import digest
+from gradcam_worker.gradcam.models.weights import file_sha256
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations.doctor import (
     Finding,
@@ -164,7 +164,7 @@ def test_an_own_network_of_one_unit_without_a_sigmoid_is_named_with_the_line_to_
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # between Keras and NumPy
         model.save(tmp_path / "own.keras")
-    checksum = digest(tmp_path / "own.keras")
+    checksum = file_sha256(tmp_path / "own.keras")
     body = f'model = "own.keras"\nsha256 = "{checksum}"\npreprocessing = "unit"'
     finding = own_network(tmp_path, settings, body)
     assert not finding.well
@@ -209,7 +209,7 @@ def test_an_own_network_that_cannot_be_used_is_named_with_the_reason(
     body: str, why: str, settings: Settings, tmp_path: Path, save_model: Callable[..., str]
 ) -> None:
     (tmp_path / "text.keras").write_text("no network")
-    sums = ("0" * 64, save_model(tmp_path / "own.keras"), digest(tmp_path / "text.keras"))
+    sums = ("0" * 64, save_model(tmp_path / "own.keras"), file_sha256(tmp_path / "text.keras"))
     nowhere = settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:1"})
     finding = own_network(tmp_path, nowhere, body.format(*sums) + '\npreprocessing = "unit"')
     assert not finding.well

@@ -28,7 +28,7 @@ try:
     from numpy.typing import NDArray
 
     from gradcam_worker.gradcam.classes import DATA
-    from gradcam_worker.gradcam.models.weights import digest
+    from gradcam_worker.gradcam.models.weights import file_sha256
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. This script runs where gradcam-worker[cpu] or [gpu] is installed.")
 
@@ -191,7 +191,7 @@ def convert(package: Path | None, out: Path, *, check: bool) -> bool:
     difference = largest_difference(arrays_in(out), shipped) if check else 0.0
     if check:
         print(f"The largest difference from the {len(shipped)} shipped arrays is {difference}.")
-    print(f"The file has sha256 {digest(out)}")
+    print(f"The file has sha256 {file_sha256(out)}")
     return difference == 0
 
 

@@ -139,13 +139,16 @@ def test_every_row_is_one_graph_whichever_way_its_weights_come(row: NetworkRow, 
 def test_every_network_that_has_it_gives_the_logits_that_keras_gives(
     row: NetworkRow, theirs: Theirs, tmp_path: Path, noise: Callable[..., NDArray[np.uint8]]
 ) -> None:
-    from gradcam_worker.gradcam.models.loading import _weighted
+    from gradcam_worker.gradcam.models.loading import _build_with_weights
 
     plain(row).save(tmp_path / "own.h5")
     pixels = noise(1, *row.input_size).astype(np.float32)
     expected = theirs(row, tmp_path / "own.h5")(pixels).numpy()
     assert_allclose(
-        _weighted(row, tmp_path / "own.h5", "own.h5")(pixels).numpy(), expected, rtol=1e-3, atol=1e-7
+        _build_with_weights(row, tmp_path / "own.h5", "own.h5")(pixels).numpy(),
+        expected,
+        rtol=1e-3,
+        atol=1e-7,
     )
 
 
@@ -157,9 +160,9 @@ def described(
 
 
 def own(path: Path, pretrained: bool | None = None, row: NetworkRow = SMALL) -> Any:
-    from gradcam_worker.gradcam.models.loading import _own_model
+    from gradcam_worker.gradcam.models.loading import _load_operator_model
 
-    return _own_model(*described(path, pretrained, row))
+    return _load_operator_model(*described(path, pretrained, row))
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,7 @@ def test_a_download_is_found_where_keras_keeps_it(tmp_path: Path) -> None:
     kept.touch()
     program = (
         "from gradcam_worker.gradcam import catalog; from gradcam_worker.gradcam.models import loading;"
-        "print(loading._cached(catalog.find('xception')), end='')"
+        "print(loading._keras_download_path(catalog.find('xception')), end='')"
     )
     variables = {**os.environ, "KERAS_HOME": str(tmp_path)}
     done = subprocess.run(

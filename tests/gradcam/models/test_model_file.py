@@ -11,13 +11,19 @@ import numpy as np
 import pytest
 
 from gradcam_worker.gradcam.models import model_file
-from gradcam_worker.gradcam.models.model_file import Refused, by_ending, check_weights, of_folder, read_config
+from gradcam_worker.gradcam.models.model_file import (
+    Refused,
+    check_weights,
+    read_config,
+    refusal_by_ending,
+    refusal_of_folder,
+)
 
 CONFIG = json.dumps({"class_name": "Functional", "config": {}})
 
 
 @pytest.mark.parametrize(
-    ("name", "line"),
+    ("name", "conversion"),
     [
         ("a.h5", "keras.saving.load_model('a.h5', compile=False).save('NAME.keras')"),
         ("a.HDF5", "keras.saving.load_model('a.HDF5', compile=False).save('NAME.keras')"),
@@ -41,8 +47,8 @@ CONFIG = json.dumps({"class_name": "Functional", "config": {}})
         ("{0}.h5", "keras.saving.load_model('{0}.h5', compile=False)"),
     ],
 )
-def test_another_ending_is_told_the_line_that_works(name: str, line: str) -> None:
-    assert line in by_ending(name)
+def test_another_ending_is_told_the_line_that_works(name: str, conversion: str) -> None:
+    assert conversion in refusal_by_ending(name)
 
 
 @pytest.mark.parametrize(
@@ -82,10 +88,10 @@ def test_a_file_is_told_by_what_is_in_it_whatever_its_name(data: bytes, why: str
 )
 def test_an_archive_is_told_by_its_members(members: list[str], why: str, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=re.escape(why)):
-        read_config(packed(tmp_path, dict.fromkeys(members, "")), "model.keras")
+        read_config(pack(tmp_path, dict.fromkeys(members, "")), "model.keras")
 
 
-def packed(folder: Path, members: dict[str, bytes | str], method: int = zipfile.ZIP_STORED) -> Path:
+def pack(folder: Path, members: dict[str, bytes | str], method: int = zipfile.ZIP_STORED) -> Path:
     """An archive of these members. Zeros are packed well."""
     path = folder / "model.keras"
     with zipfile.ZipFile(path, "w", method) as archive:
@@ -124,12 +130,12 @@ class TestBounds:
     def test_texts_have_a_limit_of_their_own(
         self, name: str, limit: str, method: int, tmp_path: Path
     ) -> None:
-        path = packed(tmp_path, {"config.json": CONFIG} | {name: b" " * 40_000_000}, method)
+        path = pack(tmp_path, {"config.json": CONFIG} | {name: b" " * 40_000_000}, method)
         with pytest.raises(Refused, match=f"holds a {name} of 40,000,000 bytes, above the {limit} of any"):
             read_config(path, "model.keras")
 
     def test_a_member_that_is_longer_than_it_declares_is_refused(self, tmp_path: Path) -> None:
-        path = packed(tmp_path, {"config.json": CONFIG + " " * 100_000}, zipfile.ZIP_DEFLATED)
+        path = pack(tmp_path, {"config.json": CONFIG + " " * 100_000}, zipfile.ZIP_DEFLATED)
         data = path.read_bytes()
         size = (len(CONFIG) + 100_000).to_bytes(4, "little")
         path.write_bytes(data.replace(size, (50).to_bytes(4, "little")))  # in both of its headers
@@ -139,24 +145,24 @@ class TestBounds:
     def test_members_that_lie_over_one_another_do_not_pass_for_more_than_the_file(
         self, tmp_path: Path
     ) -> None:
-        path = packed(tmp_path, {"config.json": CONFIG, "model.weights.h5": bytes(7 * 2**20)})
+        path = pack(tmp_path, {"config.json": CONFIG, "model.weights.h5": bytes(7 * 2**20)})
         data = path.read_bytes()
-        at, end = data.index(b"PK\x01\x02"), data.rindex(b"PK\x05\x06")
-        entry = data[data.index(b"PK\x01\x02", at + 4) : end]
-        more = b"".join(entry.replace(b"model", f"mod{one:02}".encode()) for one in range(30))
+        position, end = data.index(b"PK\x01\x02"), data.rindex(b"PK\x05\x06")
+        entry = data[data.index(b"PK\x01\x02", position + 4) : end]
+        copies = b"".join(entry.replace(b"model", f"mod{number:02}".encode()) for number in range(30))
         size, offset = struct.unpack_from("<2L", data, end + 12)
-        tail = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 32, 32, size + len(more), offset, 0)
-        path.write_bytes(data[:end] + more + tail)
+        tail = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 32, 32, size + len(copies), offset, 0)
+        path.write_bytes(data[:end] + copies + tail)
         with pytest.raises(Refused, match="unpacks to 227,5"):
             read_config(path, "model.keras")
 
     def test_no_more_members_are_taken_than_a_model_has(self, tmp_path: Path) -> None:
-        path = packed(tmp_path, {"config.json": CONFIG, **{f"assets/{one}": "" for one in range(10_000)}})
+        path = pack(tmp_path, {"config.json": CONFIG, **{f"assets/{number}": "" for number in range(10_000)}})
         with pytest.raises(Refused, match="is an archive of 10,001 members, above the 10,000 of any"):
             read_config(path, "model.keras")
 
     def test_a_list_of_members_without_end_is_not_even_read(self, tmp_path: Path) -> None:
-        path = packed(tmp_path, {"config.json": CONFIG})
+        path = pack(tmp_path, {"config.json": CONFIG})
         data = bytearray(path.read_bytes())
         struct.pack_into("<L", data, data.rindex(b"PK\x05\x06") + 12, 2**31)
         path.write_bytes(data)
@@ -168,11 +174,11 @@ class TestBounds:
     )
     def test_a_member_that_leads_out_is_refused(self, name: str, tmp_path: Path) -> None:
         with pytest.raises(Refused, match="holds a member that leads out of it"):
-            read_config(packed(tmp_path, {"config.json": CONFIG, name: ""}), "model.keras")
+            read_config(pack(tmp_path, {"config.json": CONFIG, name: ""}), "model.keras")
 
     @pytest.mark.filterwarnings("ignore:Duplicate name")
     def test_two_members_of_one_name_are_refused(self, tmp_path: Path) -> None:
-        path = packed(tmp_path, {"config.json": CONFIG})
+        path = pack(tmp_path, {"config.json": CONFIG})
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("config.json", "{}")
         with pytest.raises(Refused, match=r"holds 2 members of one name, 'config\.json'"):
@@ -189,14 +195,14 @@ class TestBounds:
     )
     def test_a_configuration_that_is_none_is_refused(self, config: bytes, why: str, tmp_path: Path) -> None:
         with pytest.raises(Refused, match=why):
-            read_config(packed(tmp_path, {"config.json": config}), "model.keras")
+            read_config(pack(tmp_path, {"config.json": config}), "model.keras")
 
     @pytest.mark.parametrize(
-        "look",
+        "check",
         [
             lambda folder: check_weights(folder / "a.weights.h5", ""),
             lambda folder: read_config(
-                packed(
+                pack(
                     folder,
                     {"config.json": CONFIG, "model.weights.h5": (folder / "a.weights.h5").read_bytes()},
                 ),
@@ -205,7 +211,7 @@ class TestBounds:
         ],
     )
     def test_arrays_that_are_declared_far_larger_than_they_are_are_refused(
-        self, look: Callable[[Path], object], tmp_path: Path
+        self, check: Callable[[Path], object], tmp_path: Path
     ) -> None:
         import h5py
 
@@ -214,10 +220,10 @@ class TestBounds:
         with pytest.raises(
             Refused, match=r"declares arrays of 160,000,000 bytes, and has \d,\d{3}: at most 67,108,864"
         ):
-            look(tmp_path)
+            check(tmp_path)
 
     def test_an_honest_file_is_read(self, tmp_path: Path) -> None:
-        path = packed(tmp_path, {"metadata.json": "{}", "config.json": CONFIG, "assets/": ""})
+        path = pack(tmp_path, {"metadata.json": "{}", "config.json": CONFIG, "assets/": ""})
         assert read_config(path, "model.keras") == json.loads(CONFIG)
 
 
@@ -268,12 +274,12 @@ class TestWeights:
 
 
 def test_a_folder_is_told_by_what_is_in_it(tmp_path: Path) -> None:
-    assert of_folder(tmp_path) is None
+    assert refusal_of_folder(tmp_path) is None
     (tmp_path / "config.json").touch()
     (tmp_path / "model.weights.h5").touch()
-    assert "zip -0 -r ../NAME.keras ." in str(of_folder(tmp_path))
+    assert "zip -0 -r ../NAME.keras ." in str(refusal_of_folder(tmp_path))
     (tmp_path / "saved_model.pb").touch()
-    assert f"tf_keras.models.load_model({tmp_path.name!r}, compile=False)" in str(of_folder(tmp_path))
+    assert f"tf_keras.models.load_model({tmp_path.name!r}, compile=False)" in str(refusal_of_folder(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -290,5 +296,5 @@ def test_a_folder_is_told_by_what_is_in_it(tmp_path: Path) -> None:
 def test_the_version_that_saved_it_is_read_where_it_is_one(
     metadata: str, version: str, tmp_path: Path
 ) -> None:
-    assert model_file.keras_version(packed(tmp_path, {"metadata.json": metadata})) == version
-    assert model_file.keras_version(packed(tmp_path, {"config.json": ""})) == ""
+    assert model_file.keras_version(pack(tmp_path, {"metadata.json": metadata})) == version
+    assert model_file.keras_version(pack(tmp_path, {"config.json": ""})) == ""

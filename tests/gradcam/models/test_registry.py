@@ -27,12 +27,12 @@ class TestRows:
         registry = Registry()
         assert registry.rows() == CATALOG
         assert registry.find("vgg16") is CATALOG["vgg16"]
-        assert registry.own() == ()
+        assert registry.operator_networks() == ()
 
     def test_an_own_network_stands_beside_those_of_the_catalog(self, tmp_path: Path) -> None:
         registry = Registry(write(tmp_path, MODEL))
         assert registry.rows().keys() == {*CATALOG, "tumours"}
-        assert registry.own() == (
+        assert registry.operator_networks() == (
             NetworkRow(
                 name="tumours",
                 input_size=(384, 320),
@@ -55,8 +55,8 @@ class TestRows:
         assert not row.keras_files, "Keras has no download for it"
 
     def test_what_is_given_goes_before_what_the_architecture_has(self, tmp_path: Path) -> None:
-        own = 'input_size = [448, 448]\npreprocessing = "unit"\ntarget_layer = "block4_conv3"\n'
-        row = read(tmp_path, WEIGHTS + own)
+        options = 'input_size = [448, 448]\npreprocessing = "unit"\ntarget_layer = "block4_conv3"\n'
+        row = read(tmp_path, WEIGHTS + options)
         assert (row.input_size, row.preprocessing.name, row.target_layer) == (
             (448, 448),
             "unit",
@@ -65,13 +65,13 @@ class TestRows:
         assert row.map_size is None, "with another input its size is another one"
 
     @pytest.mark.parametrize(
-        ("said", "kept"), [("", None), ("pretrained = true", True), ("pretrained = false", False)]
+        ("line", "expected"), [("", None), ("pretrained = true", True), ("pretrained = false", False)]
     )
     def test_how_an_architecture_was_built_is_said_or_left_to_its_file(
-        self, said: str, kept: bool | None, tmp_path: Path
+        self, line: str, expected: bool | None, tmp_path: Path
     ) -> None:
-        row = read(tmp_path, WEIGHTS.replace("VGG16", "EfficientNetB3") + said)
-        assert row.pretrained is kept
+        row = read(tmp_path, WEIGHTS.replace("VGG16", "EfficientNetB3") + line)
+        assert row.pretrained is expected
         assert row.imagenet_scale == CATALOG["efficientnetb3"].imagenet_scale != ()
 
     def test_layer_and_head_are_taken_over(self, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ class TestRows:
         assert (row.target_layer, row.head) == ("a/b", Head("sigmoid", "diagnosis"))
 
     @pytest.mark.parametrize(
-        ("written", "kept"),
+        ("written", "expected"),
         [
             ("s3://models/a/b.keras", "s3://models/a/b.keras"),
             ("/models/b.keras", "/models/b.keras"),
@@ -90,10 +90,10 @@ class TestRows:
         ],
     )
     def test_a_file_is_in_s3_or_at_a_path_from_the_registrys_folder(
-        self, written: str, kept: str, tmp_path: Path
+        self, written: str, expected: str, tmp_path: Path
     ) -> None:
         row = read(tmp_path, MODEL.replace("tumours.keras", written))
-        assert row.file == ModelFile(kept.format(folder=tmp_path), SHA256)
+        assert row.file == ModelFile(expected.format(folder=tmp_path), SHA256)
 
     def test_a_checksum_may_be_written_in_capitals(self, tmp_path: Path) -> None:
         row = read(tmp_path, MODEL.replace(SHA256, SHA256.upper()))
@@ -120,15 +120,15 @@ class TestPreprocessing:
         expected: tuple[float, ...],
         tmp_path: Path,
     ) -> None:
-        how = read(tmp_path, MODEL.replace('"torch"', table)).preprocessing
-        assert how.channels == channels
-        found = (np.array(pixel) - np.array(how.mean)) / np.array(how.std)
-        np.testing.assert_allclose(found, expected, atol=1e-12)
+        preprocessing = read(tmp_path, MODEL.replace('"torch"', table)).preprocessing
+        assert preprocessing.channels == channels
+        actual = (np.array(pixel) - np.array(preprocessing.mean)) / np.array(preprocessing.std)
+        np.testing.assert_allclose(actual, expected, atol=1e-12)
 
     def test_a_manifest_can_say_what_it_was(self, tmp_path: Path) -> None:
         table = '{ scale = 0.5, offset = [1, 2, 3], channels = "bgr" }'
-        how = read(tmp_path, MODEL.replace('"torch"', table)).preprocessing
-        assert how.name == "scale 0.5, offset 1 2 3, bgr"
+        preprocessing = read(tmp_path, MODEL.replace('"torch"', table)).preprocessing
+        assert preprocessing.name == "scale 0.5, offset 1 2 3, bgr"
 
 
 class TestLabels:
@@ -159,7 +159,7 @@ class TestLabels:
 
 
 def names(registry: Registry) -> list[str]:
-    return [row.name for row in registry.own()]
+    return [row.name for row in registry.operator_networks()]
 
 
 class TestChanges:
@@ -203,21 +203,21 @@ class TestChanges:
         (tmp_path / "l.txt").write_text("a\nb\nc\n")
         assert registry.find("tumours").labels == ("a", "b", "c")
 
-    @pytest.mark.parametrize("broken", ["", "[networks", "gone"])
+    @pytest.mark.parametrize("broken", ["", "[networks", "missing"])
     def test_a_file_that_breaks_leaves_the_networks_as_they_were_and_says_why_once(
         self, broken: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         registry = Registry(write(tmp_path, MODEL))
         path = tmp_path / "networks.toml"
-        path.unlink() if broken == "gone" else path.write_text(broken)
+        path.unlink() if broken == "missing" else path.write_text(broken)
         with caplog.at_level(logging.INFO, "gradcam"):
             assert [names(registry) for _ in range(3)] == [["tumours"]] * 3
         assert [record.levelname for record in caplog.records] == ["ERROR"]
-        assert f"the networks stay as they were: GRADCAM_NETWORKS: {path} cannot be used" in caplog.text
-        write(tmp_path, MODEL, "mended")
+        assert f'registry_reload_failed error="GRADCAM_NETWORKS: {path} cannot be used' in caplog.text
+        write(tmp_path, MODEL, "corrected")
         with caplog.at_level(logging.INFO, "gradcam"):
-            assert names(registry) == ["mended"]
-        assert caplog.records[-1].getMessage() == f"{path} was read again: mended"
+            assert names(registry) == ["corrected"]
+        assert caplog.records[-1].getMessage() == f"registry_reloaded path={path} networks=corrected"
 
     def test_labels_that_come_late_mend_it(self, tmp_path: Path) -> None:
         registry = Registry(write(tmp_path, MODEL))
@@ -240,27 +240,27 @@ class TestChanges:
         assert registry.rows() is rows
 
     def test_threads_see_one_version_or_the_other_and_nothing_between(self, tmp_path: Path) -> None:
-        def described(number: int) -> str:
+        def registry_body(number: int) -> str:
             labels = json.dumps([f"{number}", f"{number}"])
             return MODEL.replace(SHA256, f"{number:064}") + f"labels = {labels}"
 
-        registry, wrong, done = Registry(write(tmp_path, described(0))), [], threading.Event()
+        registry, inconsistent, done = Registry(write(tmp_path, registry_body(0))), [], threading.Event()
 
-        def look() -> None:
+        def read() -> None:
             while not done.is_set():
                 row = registry.find("tumours")
                 if row.labels != (str(int(row.file.sha256 if row.file else -1)),) * 2:
-                    wrong.append(row)
+                    inconsistent.append(row)
 
-        threads = [threading.Thread(target=look) for _ in range(4)]
+        threads = [threading.Thread(target=read) for _ in range(4)]
         for thread in threads:
             thread.start()
         for number in range(1, 40):
-            write(tmp_path, described(number))
+            write(tmp_path, registry_body(number))
         done.set()
         for thread in threads:
             thread.join()
-        assert wrong == []
+        assert inconsistent == []
         assert registry.find("tumours").labels == ("39", "39")
 
 

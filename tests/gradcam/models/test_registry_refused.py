@@ -173,7 +173,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
 
 def test_a_registry_without_networks_is_one(tmp_path: Path) -> None:
     (tmp_path / "networks.toml").write_text("[networks]")
-    assert Registry(tmp_path / "networks.toml").own() == ()
+    assert Registry(tmp_path / "networks.toml").operator_networks() == ()
 
 
 @pytest.mark.parametrize(

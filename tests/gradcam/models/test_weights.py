@@ -16,57 +16,65 @@ from gradcam_worker.errors import WeightsChecksumMismatch, WeightsUnavailable
 from gradcam_worker.gradcam.catalog import CATALOG, ModelFile
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.models.file_cache import FileCache
-from gradcam_worker.gradcam.models.weights import Sink, WeightsFile, cached, digest, download, locate, where
+from gradcam_worker.gradcam.models.weights import (
+    Sink,
+    WeightsFile,
+    download,
+    fetch_cached,
+    file_sha256,
+    find_weights,
+    weights_path,
+)
 
 SHIPPED, FETCHED = CATALOG["efficientnet_lite0"], CATALOG["vgg16"]
 KERAS_FILE = FETCHED.keras_files[0]
 
 
-class TestWhere:
+class TestWeightsPath:
     def test_the_shipped_file_is_used_where_the_operator_has_no_folder(self) -> None:
-        assert where(SHIPPED, None) == DATA / "efficientnet_lite0.weights.h5"
+        assert weights_path(SHIPPED, None) == DATA / "efficientnet_lite0.weights.h5"
 
     def test_the_shipped_file_is_used_where_the_operators_folder_has_none(self, tmp_path: Path) -> None:
-        assert where(SHIPPED, tmp_path) == DATA / "efficientnet_lite0.weights.h5"
+        assert weights_path(SHIPPED, tmp_path) == DATA / "efficientnet_lite0.weights.h5"
 
     @pytest.mark.parametrize("name", ["efficientnet_lite0.weights.h5", "efficientnet_lite0.h5"])
     def test_the_operators_file_goes_before_the_shipped_one(self, name: str, tmp_path: Path) -> None:
         (tmp_path / name).touch()
-        assert where(SHIPPED, tmp_path) == tmp_path / name
+        assert weights_path(SHIPPED, tmp_path) == tmp_path / name
 
     def test_a_file_by_our_name_goes_before_one_by_keras_name(self, tmp_path: Path) -> None:
         for name in (KERAS_FILE, "vgg16.h5", "vgg16.weights.h5"):  # each goes before the one before
             (tmp_path / name).touch()
-            assert where(FETCHED, tmp_path) == tmp_path / name
+            assert weights_path(FETCHED, tmp_path) == tmp_path / name
 
     def test_a_folder_that_is_called_like_the_file_is_passed_over(self, tmp_path: Path) -> None:
         (tmp_path / "vgg16.weights.h5").mkdir()
-        assert where(FETCHED, tmp_path) is None
+        assert weights_path(FETCHED, tmp_path) is None
 
     def test_another_networks_file_is_passed_over(self, tmp_path: Path) -> None:
         (tmp_path / "xception.weights.h5").touch()
-        assert where(FETCHED, tmp_path) is None
+        assert weights_path(FETCHED, tmp_path) is None
 
     def test_nothing_is_found_where_only_a_download_is_left(self) -> None:
-        assert where(FETCHED, None) is None
+        assert weights_path(FETCHED, None) is None
 
 
-class TestLocate:
+class TestFindWeights:
     def test_the_shipped_file_is_the_one_that_was_shipped(self) -> None:
-        assert locate(SHIPPED, None) == WeightsFile(DATA / str(SHIPPED.shipped), str(SHIPPED.sha256))
+        assert find_weights(SHIPPED, None) == WeightsFile(DATA / str(SHIPPED.shipped), str(SHIPPED.sha256))
 
     def test_a_shipped_file_that_was_changed_is_refused_with_both_checksums(self) -> None:
         with pytest.raises(WeightsChecksumMismatch, match=f"sha256 {'0' * 64} but has {SHIPPED.sha256}"):
-            locate(replace(SHIPPED, sha256="0" * 64), None)
+            find_weights(replace(SHIPPED, sha256="0" * 64), None)
 
     def test_a_shipped_file_that_is_gone_is_refused(self) -> None:
         with pytest.raises(WeightsChecksumMismatch, match=r"lost\.h5 should have .* but has no file"):
-            locate(replace(SHIPPED, shipped="lost.h5"), None)
+            find_weights(replace(SHIPPED, shipped="lost.h5"), None)
 
     def test_the_operators_file_may_differ_and_says_what_it_is(self, tmp_path: Path) -> None:
         path = tmp_path / "efficientnet_lite0.weights.h5"
         path.write_bytes(b"finetuned")
-        assert locate(SHIPPED, tmp_path) == WeightsFile(path, hashlib.sha256(b"finetuned").hexdigest())
+        assert find_weights(SHIPPED, tmp_path) == WeightsFile(path, hashlib.sha256(b"finetuned").hexdigest())
 
     @pytest.mark.parametrize("target", ["nowhere", "efficientnet_lite0.weights.h5"])
     def test_a_link_that_leads_nowhere_is_not_passed_over_for_the_shipped_file(
@@ -74,10 +82,10 @@ class TestLocate:
     ) -> None:
         (tmp_path / "efficientnet_lite0.weights.h5").symlink_to(tmp_path / target)
         with pytest.raises(WeightsUnavailable, match=r"lite0\.weights\.h5 is a link that leads nowhere"):
-            locate(SHIPPED, tmp_path)
+            find_weights(SHIPPED, tmp_path)
 
     def test_nothing_is_located_where_only_a_download_is_left(self, tmp_path: Path) -> None:
-        assert locate(FETCHED, tmp_path) is None
+        assert find_weights(FETCHED, tmp_path) is None
 
 
 class TestDownload:
@@ -97,14 +105,14 @@ class TestDownload:
         assert isinstance(refused.value.__cause__, RuntimeError)
 
     def test_a_downloaded_file_is_named_by_its_checksum(self, tmp_path: Path) -> None:
-        cached = tmp_path / KERAS_FILE
+        fetch_cached = tmp_path / KERAS_FILE
 
         def build() -> str:
-            cached.write_bytes(b"imagenet")
+            fetch_cached.write_bytes(b"imagenet")
             return "model"
 
-        file = WeightsFile(cached, hashlib.sha256(b"imagenet").hexdigest())
-        assert download(FETCHED, build, lambda: cached) == ("model", file)
+        file = WeightsFile(fetch_cached, hashlib.sha256(b"imagenet").hexdigest())
+        assert download(FETCHED, build, lambda: fetch_cached) == ("model", file)
 
     @pytest.mark.parametrize("failure", [None, TimeoutError()])
     def test_only_the_download_itself_is_ended_when_it_stalls(self, failure: Exception | None) -> None:
@@ -121,21 +129,21 @@ class TestDownload:
         assert socket.getdefaulttimeout() is None
 
 
-class Shop:
-    """Sells bytes by address, and remembers what was bought."""
+class FakeSource:
+    """Writes the same data for any address, and remembers the addresses."""
 
-    def __init__(self, goods: bytes | Exception, *, tells: bool = False) -> None:
-        self.goods, self.tells = goods, tells
-        self.sold: list[str] = []
+    def __init__(self, data: bytes | Exception, *, declares_size: bool = False) -> None:
+        self.data, self.declares_size = data, declares_size
+        self.fetched: list[str] = []
 
     def __call__(self, uri: str, sink: Sink) -> None:
-        self.sold.append(uri)
-        if isinstance(self.goods, Exception):
-            raise self.goods
-        if self.tells:
-            sink.expect(len(self.goods))
-        for start in range(0, len(self.goods), 4):  # in more than one piece
-            sink.write(self.goods[start : start + 4])
+        self.fetched.append(uri)
+        if isinstance(self.data, Exception):
+            raise self.data
+        if self.declares_size:
+            sink.expect(len(self.data))
+        for start in range(0, len(self.data), 4):  # in more than one piece
+            sink.write(self.data[start : start + 4])
 
 
 BYTES = b"what a network weighs"
@@ -147,17 +155,17 @@ def contents(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-class TestCached:
+class TestFetchCached:
     def test_a_file_is_fetched_once_and_kept_under_its_checksum(self, tmp_path: Path) -> None:
-        shop, folder = Shop(BYTES), tmp_path / "new" / "cache"
-        first, second = cached(S3_FILE, folder, shop), cached(S3_FILE, folder, shop)
+        source, folder = FakeSource(BYTES), tmp_path / "new" / "cache"
+        first, second = fetch_cached(S3_FILE, folder, source), fetch_cached(S3_FILE, folder, source)
         assert first == second == WeightsFile(folder / f"{CHECKSUM}.keras", CHECKSUM)
         assert first.path.read_bytes() == BYTES
-        assert shop.sold == ["s3://models/birds.keras"]
+        assert source.fetched == ["s3://models/birds.keras"]
         assert contents(folder) == [f"{CHECKSUM}.keras"]
 
     def test_the_folder_is_its_owners_alone(self, tmp_path: Path) -> None:
-        cached(S3_FILE, tmp_path / "cache", Shop(BYTES))
+        fetch_cached(S3_FILE, tmp_path / "cache", FakeSource(BYTES))
         assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
 
     def test_a_file_on_this_machine_is_copied_so_that_what_was_checked_is_what_is_loaded(
@@ -165,36 +173,36 @@ class TestCached:
     ) -> None:
         (tmp_path / "birds.weights.h5").write_bytes(BYTES)
         file = ModelFile(str(tmp_path / "birds.weights.h5"), CHECKSUM)
-        found = cached(file, tmp_path / "cache", Shop(AssertionError("nobody is to go to S3")))
+        cached = fetch_cached(file, tmp_path / "cache", FakeSource(AssertionError("S3 must not be used")))
         (tmp_path / "birds.weights.h5").write_bytes(b"something else")
-        assert found.path == tmp_path / "cache" / f"{CHECKSUM}.weights.h5"
-        assert found.path.read_bytes() == BYTES
-        assert cached(file, tmp_path / "cache", Shop(b"")) == found
+        assert cached.path == tmp_path / "cache" / f"{CHECKSUM}.weights.h5"
+        assert cached.path.read_bytes() == BYTES
+        assert fetch_cached(file, tmp_path / "cache", FakeSource(b"")) == cached
 
     def test_another_file_than_the_pinned_one_is_refused_with_both_checksums_and_not_kept(
         self, tmp_path: Path
     ) -> None:
-        found = hashlib.sha256(b"evil").hexdigest()
-        with pytest.raises(WeightsChecksumMismatch, match=f"should have sha256 {CHECKSUM} but has {found}"):
-            cached(S3_FILE, tmp_path, Shop(b"evil"))
+        actual = hashlib.sha256(b"evil").hexdigest()
+        with pytest.raises(WeightsChecksumMismatch, match=f"should have sha256 {CHECKSUM} but has {actual}"):
+            fetch_cached(S3_FILE, tmp_path, FakeSource(b"evil"))
         assert contents(tmp_path) == []
 
     def test_a_copy_that_was_damaged_is_fetched_again(self, tmp_path: Path) -> None:
-        shop = Shop(BYTES)
-        place = cached(S3_FILE, tmp_path, shop).path
-        place.write_bytes(BYTES[:-1] + b"!")
-        assert cached(S3_FILE, tmp_path, shop).path.read_bytes() == BYTES
-        assert len(shop.sold) == 2
-        assert contents(tmp_path) == [place.name]
+        source = FakeSource(BYTES)
+        path = fetch_cached(S3_FILE, tmp_path, source).path
+        path.write_bytes(BYTES[:-1] + b"!")
+        assert fetch_cached(S3_FILE, tmp_path, source).path.read_bytes() == BYTES
+        assert len(source.fetched) == 2
+        assert contents(tmp_path) == [path.name]
 
     def test_a_damaged_copy_whose_source_is_wrong_too_is_not_loaded(self, tmp_path: Path) -> None:
-        cached(S3_FILE, tmp_path, Shop(BYTES)).path.write_bytes(b"damaged")
+        fetch_cached(S3_FILE, tmp_path, FakeSource(BYTES)).path.write_bytes(b"damaged")
         with pytest.raises(WeightsChecksumMismatch):
-            cached(S3_FILE, tmp_path, Shop(b"evil"))
+            fetch_cached(S3_FILE, tmp_path, FakeSource(b"evil"))
 
     def test_a_fetch_that_fails_leaves_nothing_behind(self, tmp_path: Path) -> None:
         with pytest.raises(WeightsUnavailable, match="no route"):
-            cached(S3_FILE, tmp_path, Shop(WeightsUnavailable("no route")))
+            fetch_cached(S3_FILE, tmp_path, FakeSource(WeightsUnavailable("no route")))
         assert contents(tmp_path) == []
 
     def test_a_saved_model_in_place_of_a_file_is_told_the_line_that_converts_it(self, tmp_path: Path) -> None:
@@ -203,14 +211,18 @@ class TestCached:
         with pytest.raises(
             WeightsUnavailable, match=r"own\.keras is a folder, a SavedModel, .*tf_keras\.models\.load"
         ):
-            cached(ModelFile(str(tmp_path / "own.keras"), CHECKSUM), tmp_path / "cache", Shop(b""))
+            fetch_cached(
+                ModelFile(str(tmp_path / "own.keras"), CHECKSUM), tmp_path / "cache", FakeSource(b"")
+            )
 
     def test_links_in_a_circle_are_told_as_what_cannot_be_read(self, tmp_path: Path) -> None:
         (tmp_path / "own.keras").symlink_to(tmp_path / "own.keras")
         with pytest.raises(
             WeightsUnavailable, match=r"own\.keras cannot be read \(Too many levels of symbolic"
         ):
-            cached(ModelFile(str(tmp_path / "own.keras"), CHECKSUM), tmp_path / "cache", Shop(b""))
+            fetch_cached(
+                ModelFile(str(tmp_path / "own.keras"), CHECKSUM), tmp_path / "cache", FakeSource(b"")
+            )
 
     @pytest.mark.parametrize("name", ["none.keras", "folder.keras", "file/none.keras"])
     def test_a_path_where_no_file_is_says_what_to_do_and_may_be_tried_again(
@@ -222,12 +234,12 @@ class TestCached:
         with pytest.raises(
             WeightsUnavailable, match=f"{name} cannot be read .*: put the network's file there"
         ):
-            cached(file, tmp_path / "cache", Shop(b""))
+            fetch_cached(file, tmp_path / "cache", FakeSource(b""))
 
     def test_a_cache_that_cannot_be_written_names_the_setting(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(WeightsUnavailable, match="GRADCAM_CACHE_DIR must name a folder"):
-            cached(S3_FILE, tmp_path / "file", Shop(BYTES))
+            fetch_cached(S3_FILE, tmp_path / "file", FakeSource(BYTES))
 
     def test_processes_that_fetch_at_once_all_get_the_whole_file(self, tmp_path: Path) -> None:
         data = bytes(range(256)) * 40_000  # 10 MB, so that they do overlap
@@ -236,10 +248,10 @@ class TestCached:
         program = (
             "import sys, time; from pathlib import Path\n"
             "from gradcam_worker.gradcam.catalog import ModelFile\n"
-            "from gradcam_worker.gradcam.models.weights import cached, digest\n"
+            "from gradcam_worker.gradcam.models.weights import fetch_cached, file_sha256\n"
             "source, sha256, folder = sys.argv[1:]\n"
             "print('ready', flush=True); sys.stdin.readline()\n"
-            "print(digest(cached(ModelFile(source, sha256), Path(folder), None).path))\n"
+            "print(file_sha256(fetch_cached(ModelFile(source, sha256), Path(folder), None).path))\n"
         )
         arguments = [str(tmp_path / "large.keras"), checksum, str(tmp_path / "cache")]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -259,63 +271,63 @@ class TestCached:
         assert contents(tmp_path / "cache") == [f"{checksum}.keras"]
 
 
-class TestShelf:
-    """The cache folder holds no more than its limit, and keeps what is used."""
+class TestCacheLimit:
+    """The cache never exceeds its limit, and keeps the most recently used files."""
 
     @staticmethod
-    def put(folder: Path, data: bytes, max_bytes: int | None, age_s: float = 0) -> Path:
-        """A file of these bytes in the cache, used so many seconds ago."""
+    def add(folder: Path, data: bytes, max_bytes: int | None, age_s: float = 0) -> Path:
+        """Add a file to the cache that was last used `age_s` seconds ago."""
         file = ModelFile("s3://models/one.keras", hashlib.sha256(data).hexdigest())
-        place = cached(file, folder, Shop(data), max_bytes).path
+        path = fetch_cached(file, folder, FakeSource(data), max_bytes).path
         if age_s:
-            used = place.stat().st_mtime - age_s
-            os.utime(place, (used, used))
-        return place
+            used = path.stat().st_mtime - age_s
+            os.utime(path, (used, used))
+        return path
 
     def test_what_was_used_least_recently_makes_room(self, tmp_path: Path) -> None:
-        oldest = self.put(tmp_path, b"a" * 40, 100, age_s=30)
-        old = self.put(tmp_path, b"b" * 40, 100, age_s=20)
-        new = self.put(tmp_path, b"c" * 40, 100)
-        assert contents(tmp_path) == sorted([old.name, new.name])
+        oldest = self.add(tmp_path, b"a" * 40, 100, age_s=30)
+        old = self.add(tmp_path, b"b" * 40, 100, age_s=20)
+        create = self.add(tmp_path, b"c" * 40, 100)
+        assert contents(tmp_path) == sorted([old.name, create.name])
         assert not oldest.exists()
 
     def test_to_ask_for_a_file_is_to_use_it(self, tmp_path: Path) -> None:
-        first = self.put(tmp_path, b"a" * 40, 100, age_s=30)
-        second = self.put(tmp_path, b"b" * 40, 100, age_s=20)
-        assert self.put(tmp_path, b"a" * 40, 100) == first
-        self.put(tmp_path, b"c" * 40, 100)
+        first = self.add(tmp_path, b"a" * 40, 100, age_s=30)
+        second = self.add(tmp_path, b"b" * 40, 100, age_s=20)
+        assert self.add(tmp_path, b"a" * 40, 100) == first
+        self.add(tmp_path, b"c" * 40, 100)
         assert first.exists()
         assert not second.exists()
 
     def test_no_more_is_taken_away_than_has_to_be(self, tmp_path: Path) -> None:
-        places = [self.put(tmp_path, bytes([one]) * 20, 100, age_s=100 - one) for one in range(5)]
-        self.put(tmp_path, b"x" * 30, 100)
-        assert [place.exists() for place in places] == [False, False, True, True, True]
+        paths = [self.add(tmp_path, bytes([number]) * 20, 100, age_s=100 - number) for number in range(5)]
+        self.add(tmp_path, b"x" * 30, 100)
+        assert [path.exists() for path in paths] == [False, False, True, True, True]
 
     def test_without_a_limit_everything_stays(self, tmp_path: Path) -> None:
-        for one in range(20):
-            self.put(tmp_path, bytes([one]) * 100, None)
+        for number in range(20):
+            self.add(tmp_path, bytes([number]) * 100, None)
         assert len(contents(tmp_path)) == 20
 
-    @pytest.mark.parametrize("where", ["s3", "here"])
+    @pytest.mark.parametrize("weights_path", ["s3", "here"])
     def test_a_file_larger_than_the_limit_is_refused_with_both_and_nothing_is_taken_away_for_it(
-        self, where: str, tmp_path: Path
+        self, weights_path: str, tmp_path: Path
     ) -> None:
         folder, data = tmp_path / "cache", b"b" * 5001
-        kept = self.put(folder, b"a" * 40, 5000)
+        kept = self.add(folder, b"a" * 40, 5000)
         source = tmp_path / "large.keras"
         source.write_bytes(data)
-        uri = "s3://models/large.keras" if where == "s3" else str(source)
+        uri = "s3://models/large.keras" if weights_path == "s3" else str(source)
         file = ModelFile(uri, hashlib.sha256(data).hexdigest())
         with pytest.raises(
             WeightsUnavailable, match=r"large\.keras has 5,001 bytes, above the 5,000 .*GRADCAM_CACHE_BYTES"
         ):
-            cached(file, folder, Shop(data, tells=True), 5000)
+            fetch_cached(file, folder, FakeSource(data, declares_size=True), 5000)
         assert contents(folder) == [kept.name]
 
     def test_a_file_that_does_not_say_how_large_it_is_cannot_pass_the_limit(self, tmp_path: Path) -> None:
         with pytest.raises(WeightsUnavailable, match="above the 5,000 bytes"):
-            self.put(tmp_path, b"b" * 6000, 5000)
+            self.add(tmp_path, b"b" * 6000, 5000)
         assert contents(tmp_path) == []
 
     def test_what_somebody_else_keeps_in_the_folder_is_neither_counted_nor_touched(
@@ -323,18 +335,18 @@ class TestShelf:
     ) -> None:
         (tmp_path / "notes.txt").write_bytes(bytes(500))
         (tmp_path / "models").mkdir()
-        self.put(tmp_path, b"a" * 90, 100)
-        self.put(tmp_path, b"b" * 90, 100)
+        self.add(tmp_path, b"a" * 90, 100)
+        self.add(tmp_path, b"b" * 90, 100)
         assert {"notes.txt", "models"} < set(contents(tmp_path))
         assert len(contents(tmp_path)) == 3
 
     def test_files_that_are_being_fetched_count_and_are_not_taken_away(self, tmp_path: Path) -> None:
         cache = FileCache(tmp_path, 100)
-        with cache.new("one", "s3://models/one.keras") as part:
+        with cache.create("one", "s3://models/one.keras") as part:
             part.write(bytes(60))
             with pytest.raises(WeightsUnavailable, match="other files are being fetched"):
-                self.put(tmp_path, b"b" * 60, 100)
-            self.put(tmp_path, b"c" * 40, 100)
+                self.add(tmp_path, b"b" * 60, 100)
+            self.add(tmp_path, b"c" * 40, 100)
 
     def test_what_a_killed_process_left_is_swept_away_and_what_is_written_is_not(
         self, tmp_path: Path
@@ -342,7 +354,7 @@ class TestShelf:
         program = (
             "import sys, time; from pathlib import Path\n"
             "from gradcam_worker.gradcam.models.file_cache import FileCache\n"
-            "with FileCache(Path(sys.argv[1]), None).new('one', 's3://models/one.keras') as part:\n"
+            "with FileCache(Path(sys.argv[1]), None).create('one', 's3://models/one.keras') as part:\n"
             "    part.write(bytes(60)); print('written', flush=True); time.sleep(600)\n"
         )
         command = [sys.executable, "-P", "-c", program, str(tmp_path)]
@@ -351,13 +363,13 @@ class TestShelf:
             assert process.stdout.readline() == "written\n"
             (part,) = tmp_path.iterdir()
             os.utime(part, (1, 1))  # as if nothing had come for very long
-            self.put(tmp_path, b"a", None)
+            self.add(tmp_path, b"a", None)
             assert part.exists(), "its process is alive"
             process.kill()
             process.wait()
         young = tmp_path / "young.part"
         young.touch()  # it may not be locked yet
-        self.put(tmp_path, b"b", None)
+        self.add(tmp_path, b"b", None)
         assert not part.exists()
         assert young.exists()
 
@@ -366,32 +378,32 @@ class TestShelf:
             "import hashlib, sys; from pathlib import Path\n"
             "from gradcam_worker.errors import WeightsUnavailable\n"
             "from gradcam_worker.gradcam.catalog import ModelFile\n"
-            "from gradcam_worker.gradcam.models.weights import cached\n"
+            "from gradcam_worker.gradcam.models.weights import fetch_cached\n"
             "folder, first = Path(sys.argv[1]), int(sys.argv[2])\n"
             "got = 0\n"
             "for turn in range(60):\n"
             "    data = bytes([(first + turn) % 7]) * 1000\n"
             "    file = ModelFile('s3://models/one.keras', hashlib.sha256(data).hexdigest())\n"
             "    try:\n"
-            "        cached(file, folder, lambda uri, sink: sink.write(data), 3000); got += 1\n"
+            "        fetch_cached(file, folder, lambda uri, sink: sink.write(data), 3000); got += 1\n"
             "    except WeightsUnavailable as error:\n"
             "        assert 'being fetched' in str(error), error\n"
             "print(got)\n"
         )
         processes = [
             subprocess.Popen(
-                [sys.executable, "-P", "-c", program, str(tmp_path), str(one)],
+                [sys.executable, "-P", "-c", program, str(tmp_path), str(number)],
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            for one in (0, 3)
+            for number in (0, 3)
         ]
         outputs = [process.communicate(timeout=60)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0]
         assert min(map(int, outputs)) > 30
         left = list(tmp_path.iterdir())
         assert 0 < sum(path.stat().st_size for path in left) <= 3000
-        assert all(digest(path) == path.stem for path in left)
+        assert all(file_sha256(path) == path.stem for path in left)
 
 
 @pytest.fixture
@@ -413,14 +425,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 class TestFullDisk:
-    @pytest.mark.parametrize("where", ["s3", "here"])
+    @pytest.mark.parametrize("weights_path", ["s3", "here"])
     def test_it_is_weights_that_are_unavailable_and_nothing_is_left(
-        self, where: str, small_disk: Path, tmp_path: Path
+        self, weights_path: str, small_disk: Path, tmp_path: Path
     ) -> None:
         data = bytes(4 * 1024 * 1024)
         source = (tmp_path / "large.keras").resolve()
         source.write_bytes(data)
-        uri = "s3://models/large.keras" if where == "s3" else str(source)
+        uri = "s3://models/large.keras" if weights_path == "s3" else str(source)
         file = ModelFile(uri, hashlib.sha256(data).hexdigest())
 
         def fetch(_: str, sink: Sink) -> None:
@@ -430,6 +442,6 @@ class TestFullDisk:
         with pytest.raises(
             WeightsUnavailable, match=r"could not be written to .* \(.*, after [0-9,]+ bytes\): make room"
         ) as refused:
-            cached(file, small_disk / "cache", fetch)
+            fetch_cached(file, small_disk / "cache", fetch)
         assert refused.value.retryable
         assert contents(small_disk / "cache") == []

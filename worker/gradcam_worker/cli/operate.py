@@ -76,10 +76,10 @@ def fetch(*, names: tuple[str, ...], all_mine: bool, as_json: bool) -> int:
     if not names and not all_mine:
         message = "Name at least one network, or use --all-mine."
         raise click.UsageError(message)
-    if all_mine and not registry.own():
+    if all_mine and not registry.operator_networks():
         message = "--all-mine: GRADCAM_NETWORKS names no networks of your own."
         raise InvalidSettings(message)
-    wanted = [*names, *(row.name for row in registry.own() if all_mine)]
+    wanted = [*names, *(row.name for row in registry.operator_networks() if all_mine)]
     results, failed = [], 0
     for name in dict.fromkeys(wanted):
         try:
@@ -113,7 +113,9 @@ def _fetch_weights(row: NetworkRow, settings: Settings) -> dict[str, Any]:
     from gradcam_worker.storage.s3 import S3
 
     if row.file:
-        path = weights.cached(row.file, settings.cache, S3(settings).download, settings.cache_bytes).path
+        path = weights.fetch_cached(
+            row.file, settings.cache, S3(settings).download, settings.cache_bytes
+        ).path
     elif present := console.weights_path(row, settings):
         path = present
     else:

@@ -204,7 +204,7 @@ def _show_rest(shown: int, total: int) -> None:
 
 def network_facts(row: NetworkRow, settings: Settings) -> dict[str, Any]:
     """Describe one network as JSON. `here`: the path of its weights on this machine, if they are there."""
-    file = weights.where(row, settings.weights_dir)
+    file = weights.weights_path(row, settings.weights_dir)
     source = "download" if file is None else "shipped" if file.parent == DATA else str(file)
     present = weights_path(row, settings)
     return {
@@ -223,8 +223,8 @@ def network_facts(row: NetworkRow, settings: Settings) -> dict[str, Any]:
 def weights_path(row: NetworkRow, settings: Settings) -> Path | None:
     """Return the path of a network's weights on this machine, if they are there. They are not checked."""
     if not row.file:
-        return weights.here(row, settings.weights_dir, settings.keras_home)
-    path = weights.cached_at(row.file, settings.cache)
+        return weights.local_weights_path(row, settings.weights_dir, settings.keras_home)
+    path = weights.cache_path(row.file, settings.cache)
     return path if path.is_file() else None
 
 

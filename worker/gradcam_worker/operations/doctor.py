@@ -71,7 +71,7 @@ def run_checks(settings: Settings, *, expected_workers: int = 0) -> Iterator[Fin
         fix = FIX_SETTING
         yield Finding("networks", well=False, detail=str(error), fix=fix)
         return
-    for row in registry.own():
+    for row in registry.operator_networks():
         yield _check_own_network(row, settings)
 
 
@@ -86,12 +86,12 @@ def _check_weights(settings: Settings) -> Iterator[Finding]:
     others = 0
     for row in CATALOG.values():
         needed = row.name in settings.preload
-        path = weights.here(row, settings.weights_dir, settings.keras_home)
+        path = weights.local_weights_path(row, settings.weights_dir, settings.keras_home)
         if path:
             yield Finding(f"weights of {row.name}", well=True, detail=str(path))
         elif needed:
             detail = "not on this machine: Keras downloads them when the worker starts"
-            fix = f"`gradcam networks fetch {row.name}` downloads them now, or {weights.put(row)}."
+            fix = f"`gradcam networks fetch {row.name}` downloads them now, or {weights.how_to_provide(row)}."
             yield Finding(f"weights of {row.name}", well=False, detail=detail, fix=fix)
         else:
             others += 1

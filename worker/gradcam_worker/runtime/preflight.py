@@ -210,8 +210,8 @@ def cache_holds(settings: Settings, registry: Registry) -> None:
     """
     missing = [
         one
-        for one in registry.own()
-        if one.file and not weights.cached_at(one.file, settings.cache).is_file()
+        for one in registry.operator_networks()
+        if one.file and not weights.cache_path(one.file, settings.cache).is_file()
     ]
     if missing and not _writable(settings.cache):
         message = (

@@ -70,7 +70,7 @@ def load(settings: Settings, s3: S3, row: NetworkRow) -> Network:
     """
     file = None
     if row.file:
-        file = weights.cached(row.file, settings.cache, s3.download, settings.cache_bytes)
+        file = weights.fetch_cached(row.file, settings.cache, s3.download, settings.cache_bytes)
     from gradcam_worker.gradcam.models.loading import load_network
 
     return load_network(

@@ -1,4 +1,4 @@
-"""Networks: the registry, files and weights, loading, and `keras_network.KerasNetwork` itself.
+"""Loading networks: the registry, model files, weights, and `keras_network.KerasNetwork`.
 
 Begin at `loading.load_network`.
 """

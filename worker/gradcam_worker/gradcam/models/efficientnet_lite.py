@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, the network whose weights are shipped: Keras itself does not have it."""
+"""EfficientNet-Lite0, the network whose weights are shipped. Keras does not have it."""
 
 from typing import Any
 
@@ -8,10 +8,15 @@ layers = keras.layers
 
 
 def efficientnet_lite0(weights: str | None) -> Any:
-    """EfficientNet-Lite0: B0 (Tan and Le, arXiv 1905.11946) without squeeze-excite and with relu6.
+    """Build EfficientNet-Lite0: B0 (Tan and Le, arXiv 1905.11946) without squeeze-excite and with relu6.
 
-    Input (224, 224, 3); `top_act` is (7, 7, 1280); the scores (1000,) come without a softmax. The
-    layers are built in the order in which the weights file numbers them.
+    The layers are built in the order in which the weights file numbers them.
+
+    Args:
+        weights: Path of a weights file; None: random weights.
+
+    Returns:
+        A Keras model: input (224, 224, 3), target layer `top_act` (7, 7, 1280), 1000 scores without softmax.
     """
     stages = (  # repeats, kernel, stride, expansion, channels
         (1, 3, 1, 1, 16),

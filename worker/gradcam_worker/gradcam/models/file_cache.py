@@ -1,6 +1,7 @@
-"""A folder of files that are fetched when they are needed: so many bytes of them, and no more.
+"""A cache of fetched files in a folder, of limited size.
 
-Processes may share it, also on several machines. Files are named by their checksum; no other is touched.
+Processes may share it, also from several machines. Files are named by their checksum; other files in the
+folder are ignored.
 """
 
 import contextlib
@@ -17,51 +18,74 @@ from typing import Any
 
 from gradcam_worker.errors import WeightsUnavailable
 
-KEPT = re.compile(r"[0-9a-f]{64}(\.[a-z0-9.]+)?")  # what a file is called by its checksum
-PART = ".part"  # at the end of the name of a file that is being written
-ABANDONED_AFTER_S = 60  # without a byte, if no process holds it; it is locked well before that is over
+CACHED_NAME = re.compile(r"[0-9a-f]{64}(\.[a-z0-9.]+)?")  # a checksum and a suffix
+PARTIAL_SUFFIX = ".part"  # of a file that is being written
+ABANDONED_AFTER_S = 60  # since the last write, if no process has locked it
 
 
 class FileCache:
-    """The folder. It is made when the first file is written."""
+    """A cache folder. It is created when the first file is written."""
 
     def __init__(self, folder: Path, max_bytes: int | None) -> None:
-        """`max_bytes` of all files together; None: as many as there are."""
+        """Use a folder.
+
+        Args:
+            folder: The folder.
+            max_bytes: Of all files together; None: unlimited.
+        """
         self._folder, self._max_bytes = folder, max_bytes
 
-    def touch(self, place: Path) -> bool:
-        """Count a file as used just now; False where it has been taken away."""
+    def touch(self, path: Path) -> bool:
+        """Mark a file as just used. Returns False if it no longer exists."""
         try:
-            os.utime(place)
+            os.utime(path)
         except FileNotFoundError:
             return False
         except PermissionError:
-            pass  # somebody else's folder, to be read only: nothing is taken away there either
+            pass  # a read-only cache: no file is removed there, either
         return True
 
     @contextmanager
-    def new(self, name: str, source: str) -> Iterator["PartialFile"]:
-        """A file to be written, which stands under its name once it is kept, whole. `source` is for messages.
+    def create(self, name: str, source: str) -> Iterator["PartialFile"]:
+        """Create a file, which appears under its name when it is committed.
 
-        Raises OSError, WeightsUnavailable.
+        Args:
+            name: Its checksum, with a suffix.
+            source: Where its bytes come from, for messages.
+
+        Yields:
+            The file to write.
+
+        Raises:
+            OSError: The folder cannot be written to.
+            WeightsUnavailable: There is no room, in the cache or on the disk.
         """
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._sweep()
-        with tempfile.NamedTemporaryFile(dir=self._folder, suffix=PART, buffering=0, delete=False) as file:
+        self._remove_abandoned()
+        with tempfile.NamedTemporaryFile(
+            dir=self._folder, suffix=PARTIAL_SUFFIX, buffering=0, delete=False
+        ) as file:
             path = Path(file.name)
             try:
-                with contextlib.suppress(
-                    OSError
-                ):  # some network file systems have no locks: time alone tells
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends
+                with contextlib.suppress(OSError):  # some network file systems have no locks
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when this process ends
                 yield PartialFile(self, file, path, self._folder / name, source)
             finally:
                 path.unlink(missing_ok=True)
 
     def make_room(self, path: Path, size: int, source: str) -> int:
-        """Take away what was used least recently, so that a file of `size` bytes finds its place.
+        """Remove the least recently used files, so that a file fits.
 
-        Returns how large it may become before this has to be asked again. Raises WeightsUnavailable.
+        Args:
+            path: The partial file.
+            size: Its size in bytes.
+            source: Where its bytes come from, for messages.
+
+        Returns:
+            The size that it may reach before this must be called again.
+
+        Raises:
+            WeightsUnavailable: It is larger than the cache, or other files are being fetched.
         """
         if self._max_bytes is None:
             return 2**63
@@ -69,35 +93,35 @@ class FileCache:
         if size > self._max_bytes:
             message = f"{source} has {size:,} bytes, above {limit}."
             raise WeightsUnavailable(message)
-        kept, parts = self._contents()
-        others = sum(found for part, found in parts if part != path)
-        free = self._max_bytes - others - sum(found for _, found, _ in kept)
-        for _, found, one in sorted(kept):
+        files, partials = self._contents()
+        partial_bytes = sum(file_bytes for partial, file_bytes in partials if partial != path)
+        free = self._max_bytes - partial_bytes - sum(file_bytes for _, file_bytes, _ in files)
+        for _, file_bytes, file_path in sorted(files):
             if free >= size:
                 break
-            one.unlink(missing_ok=True)
-            free += found
+            file_path.unlink(missing_ok=True)
+            free += file_bytes
         if free < size:
             message = f"{source} finds no room yet: other files are being fetched into {limit}."
             raise WeightsUnavailable(message)
         return free
 
     def _contents(self) -> tuple[list[tuple[float, int, Path]], list[tuple[Path, int]]]:
-        """The files that are whole (last used, bytes, path), and those that are being written."""
-        kept, parts = [], []
+        """The complete files (last use, bytes, path) and the partial ones (path, bytes)."""
+        files, partials = [], []
         for path in self._folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
-                facts = path.stat()
-                if KEPT.fullmatch(path.name):
-                    kept.append((facts.st_mtime, facts.st_size, path))
-                elif path.suffix == PART:
-                    parts.append((path, facts.st_size))
-        return kept, parts
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it
+                status = path.stat()
+                if CACHED_NAME.fullmatch(path.name):
+                    files.append((status.st_mtime, status.st_size, path))
+                elif path.suffix == PARTIAL_SUFFIX:
+                    partials.append((path, status.st_size))
+        return files, partials
 
-    def _sweep(self) -> None:
-        """Take away what processes have left that were killed while they wrote."""
+    def _remove_abandoned(self) -> None:
+        """Remove the partial files of processes that were killed."""
         for path, _ in self._contents()[1]:
-            with contextlib.suppress(OSError):  # gone already, or locked: somebody writes it
+            with contextlib.suppress(OSError):  # already removed, or locked by the process that writes it
                 if time.time() - path.stat().st_mtime < ABANDONED_AFTER_S:
                     continue
                 with path.open("rb+") as file:
@@ -108,32 +132,32 @@ class FileCache:
 class PartialFile:
     """A file that is being written. A sink, see `gradcam_worker.gradcam.models.weights.Sink`."""
 
-    def __init__(self, cache: FileCache, file: Any, path: Path, place: Path, source: str) -> None:
-        self._shelf, self._file, self._path, self._place, self._source = cache, file, path, place, source
+    def __init__(self, cache: FileCache, file: Any, path: Path, target: Path, source: str) -> None:
+        self._cache, self._file, self._path, self._target, self._source = cache, file, path, target, source
         self._hash = hashlib.sha256()
         self._size = self._free = 0
 
     @property
     def sha256(self) -> str:
-        """Of all that has been written."""
+        """The checksum of what has been written, in hexadecimal."""
         return self._hash.hexdigest()
 
     def expect(self, size: int) -> None:
-        """It will have so many bytes: make room now, or say that there is none. Raises WeightsUnavailable."""
-        self._free = self._shelf.make_room(self._path, size, self._source)
+        """Make room for the whole file, of `size` bytes. Raises WeightsUnavailable."""
+        self._free = self._cache.make_room(self._path, size, self._source)
 
     def write(self, data: bytes, /) -> int:
-        """Take the next bytes. Raises WeightsUnavailable where there is no room, here or on the disk."""
+        """Append bytes. Raises WeightsUnavailable if there is no room, in the cache or on the disk."""
         size = self._size + len(data)
         if size > self._free:
             self.expect(size)
-        left = memoryview(data)
+        remaining = memoryview(data)
         try:
-            while left:
-                left = left[self._file.write(left) :]
+            while remaining:
+                remaining = remaining[self._file.write(remaining) :]
         except OSError as error:
             message = (
-                f"{self._source} could not be written to {self._place.parent} ({error.strerror}, after "
+                f"{self._source} could not be written to {self._target.parent} ({error.strerror}, after "
                 f"{self._size:,} bytes): make room on that disk, or lower GRADCAM_CACHE_BYTES."
             )
             raise WeightsUnavailable(message) from error
@@ -141,6 +165,6 @@ class PartialFile:
         self._size = size
         return len(data)
 
-    def keep(self) -> None:
-        """It is whole: let it stand in its place. Raises OSError."""
-        self._path.replace(self._place)
+    def commit(self) -> None:
+        """Move the complete file to its name. Raises OSError."""
+        self._path.replace(self._target)

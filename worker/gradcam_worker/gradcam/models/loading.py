@@ -1,4 +1,4 @@
-"""A row of the catalog, or any Keras model -> a live network, with its weights."""
+"""Loading networks: a row of the catalog or registry with its weights, or any Keras model."""
 
 import re
 import tempfile
@@ -19,7 +19,7 @@ from gradcam_worker.gradcam.models.precision import with_precision
 from gradcam_worker.gradcam.models.weights import WeightsFile
 from gradcam_worker.text.visible import abridged
 
-IMAGENET = "imagenet"  # the weights that Keras downloads
+IMAGENET = "imagenet"  # weights that Keras downloads
 SAVED_MODEL_LAYER = (
     "({0}), a whole SavedModel, which Keras cannot take apart. Build it of the layers of Keras, of "
     "keras.applications perhaps, and save the model again."
@@ -44,24 +44,24 @@ def load_network(
     """Load a network of the catalog, or an operator's own, with its weights.
 
     Args:
-        network: its name, as in `gradcam networks`, or its row.
-        weights_dir: a folder with weights; default: those in the package, else Keras's download.
-        random_seed: build it with seeded random weights instead, for tests and benchmarks.
-        file: the verified file of an operator's row.
-        precision: `float32`, `tf32`, `bfloat16` or `mixed_bfloat16`. Whether a GPU may use TF32 holds for the
-            whole process, and is as the last loaded network asked for.
-        exact_backward: take the whole backward pass, also where a shorter one gives the same.
+        network: Its name, as in `gradcam networks`, or its row.
+        weights_dir: A folder with weights; default: those in the package, else the download of Keras.
+        random_seed: Use seeded random weights instead, for tests and benchmarks.
+        file: The verified file of an operator's network.
+        precision: `float32`, `tf32`, `bfloat16` or `mixed_bfloat16`. Whether a GPU may use TF32 is a setting
+            of the whole process: the last loaded network decides.
+        exact_backward: Run the whole backward pass, even if a shorter one gives the same result.
 
     Returns:
         A network for `explain_image`.
 
     Raises:
-        UnknownNetwork: the catalog has no such network.
-        WeightsUnavailable: its weights are neither here nor can they be downloaded.
-        WeightsChecksumMismatch: the file is not the expected one.
-        NetworkIncompatible: it cannot be explained.
-        UnknownLayer: its target layer does not exist.
-        InvalidSettings: there is no such precision.
+        UnknownNetwork: The catalog has no such network.
+        WeightsUnavailable: Its weights are missing and cannot be downloaded.
+        WeightsChecksumMismatch: The file has another checksum.
+        NetworkIncompatible: It cannot be explained.
+        UnknownLayer: Its target layer does not exist.
+        InvalidSettings: The precision does not exist.
 
     Example:
         ```python
@@ -74,13 +74,13 @@ def load_network(
             if file is None:
                 message = f"The file of {row.name} ({row.file.uri}) has not been fetched."
                 raise WeightsUnavailable(message)
-            model, sha256 = _own_model(row, file), file.sha256
+            model, sha256 = _load_operator_model(row, file), file.sha256
         elif random_seed is not None:
             keras.utils.set_random_seed(random_seed)
             pretrained = row.file is None or bool(row.pretrained)
             model, sha256 = _build(row, pretrained=pretrained, weights=None), None
         else:
-            model, sha256 = _with_weights(row, Path(weights_dir) if weights_dir else None)
+            model, sha256 = _load_catalog_model(row, Path(weights_dir) if weights_dir else None)
         model = with_precision(model, precision)
         backend.allow_tf32(precision == "tf32")
         return KerasNetwork(row, model, weights_sha256=sha256, exact_backward=exact_backward)
@@ -97,27 +97,27 @@ def wrap_model(
     name: str | None = None,
     exact_backward: bool = False,
 ) -> KerasNetwork:
-    """Make any Keras image classifier a network that `explain_image` takes. The model is not changed.
+    """Make a network for `explain_image` of any Keras image classifier. The model is not changed.
 
-    Some weights are copied, or summed: a model that is trained further has to be wrapped again.
+    Some weights are copied or summed: a model that is trained further must be wrapped again.
 
     Args:
-        model: a Keras model with one image input.
-        preprocessing: what was done to pixels before training: `caffe`, `tf`, `torch`, `lite`, `unit`,
-            `none`, or a `Preprocessing` of your own.
-        labels: names of the classes; default: their numbers.
-        input_size: (height, width), where the model takes any size.
-        target_layer: the layer to explain; default: found in the graph.
-        head: how to read the output, where the graph does not say.
-        name: of the network; default: the model's.
-        exact_backward: take the whole backward pass, also where a shorter one gives the same.
+        model: A Keras model with one image input.
+        preprocessing: Of the pixels before training: `caffe`, `tf`, `torch`, `lite`, `unit`, `none`, or a
+            `Preprocessing`.
+        labels: Names of the classes; default: their numbers.
+        input_size: (height, width) in pixels, if the model takes any size.
+        target_layer: The layer to explain; default: found in the graph.
+        head: How to read the outputs, if the graph does not show it.
+        name: Of the network; default: that of the model.
+        exact_backward: Run the whole backward pass, even if a shorter one gives the same result.
 
     Returns:
         A network for `explain_image`.
 
     Raises:
-        NetworkIncompatible: it cannot be explained; the message says why.
-        UnknownLayer: there is no such target layer.
+        NetworkIncompatible: It cannot be explained; the message gives the reason.
+        UnknownLayer: The target layer does not exist.
 
     Example:
         ```python
@@ -127,9 +127,9 @@ def wrap_model(
     if isinstance(preprocessing, str) and preprocessing not in PREPROCESSING:
         message = f"There is no preprocessing {preprocessing!r}; there are {', '.join(PREPROCESSING)}."
         raise NetworkIncompatible(message)
-    how = PREPROCESSING[preprocessing] if isinstance(preprocessing, str) else preprocessing
+    preprocessing = PREPROCESSING[preprocessing] if isinstance(preprocessing, str) else preprocessing
     if input_size is None:
-        shapes = [one.shape[1:3] for one in keras.tree.flatten(getattr(model, "inputs", None) or [])]
+        shapes = [tensor.shape[1:3] for tensor in keras.tree.flatten(getattr(model, "inputs", None) or [])]
         if len(shapes) != 1 or None in shapes[0]:
             message = f"{model.name} does not say how large its input is: give input_size (height, width)."
             raise NetworkIncompatible(message)
@@ -137,7 +137,7 @@ def wrap_model(
     row = NetworkRow(
         name=name or model.name,
         input_size=input_size,
-        preprocessing=how,
+        preprocessing=preprocessing,
         target_layer=target_layer,
         labels=tuple(labels),
         head=head or Head(),
@@ -146,9 +146,9 @@ def wrap_model(
 
 
 def _build(row: NetworkRow, *, pretrained: bool = True, **options: Any) -> Any:
-    """The row's architecture, of its own size and number of classes where they are an operator's.
+    """Build the architecture of a row; for an operator's network with its input size and number of classes.
 
-    `pretrained`: as Keras builds it with `weights="imagenet"`, whatever `weights` are. Raises
+    With `pretrained` the graph is that of `weights="imagenet"`, whatever `weights` are. Raises
     NetworkIncompatible.
     """
     if row.builder is None:
@@ -162,48 +162,48 @@ def _build(row: NetworkRow, *, pretrained: bool = True, **options: Any) -> Any:
             options["classifier_activation"] = row.head.kind
     model = getattr(import_module(module), function)(**options)
     if pretrained and row.imagenet_scale and options.get("weights") != IMAGENET:
-        return _with_imagenet_step(model, row)
+        return _add_imagenet_rescaling(model, row)
     return model
 
 
-def _with_imagenet_step(model: Any, row: NetworkRow) -> Any:
-    """The model with the step that Keras adds behind its normalisation for ImageNet's weights alone."""
+def _add_imagenet_rescaling(model: Any, row: NetworkRow) -> Any:
+    """Add the rescaling after normalisation that Keras adds only for the weights of ImageNet."""
     if row.preprocessing.input_channels != len(row.imagenet_scale):
         message = f"{row.name} has pretrained = true, which three channels of colour belong to."
         raise NetworkIncompatible(message)
 
-    def called(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        made = layer(*args, **kwargs)
+    def call_layer(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = layer(*args, **kwargs)
         is_last = isinstance(layer, keras.layers.Normalization)
-        return keras.layers.Rescaling(list(row.imagenet_scale))(made) if is_last else made
+        return keras.layers.Rescaling(list(row.imagenet_scale))(outputs) if is_last else outputs
 
-    def copied(layer: Any) -> Any:
+    def copy_layer(layer: Any) -> Any:
         return type(layer).from_config(layer.get_config())
 
-    return keras.models.clone_model(model, clone_function=copied, call_function=called)
+    return keras.models.clone_model(model, clone_function=copy_layer, call_function=call_layer)
 
 
-def _own_model(row: NetworkRow, file: WeightsFile) -> Any:
-    """An operator's model from its verified file. Nothing in a file is run: no lambdas, no pickles."""
+def _load_operator_model(row: NetworkRow, file: WeightsFile) -> Any:
+    """Load an operator's model from its verified file, without running code in it: no lambdas, no pickles."""
     uri = row.file.uri if row.file else str(file.path)
     name = PurePath(uri).name
     try:
         if row.builder is not None:
-            return _weighted(row, file.path, name)
+            return _build_with_weights(row, file.path, name)
         _refuse_layers(row, model_file.read_config(file.path, name))
         return keras.saving.load_model(file.path, compile=False, safe_mode=True)
     except NetworkIncompatible:
         raise
-    except FileNotFoundError as error:  # another process has made room in the cache just now
+    except FileNotFoundError as error:  # another process has removed it from the cache
         message = f"{file.path} was there a moment ago and is gone: another process needed its room."
         raise WeightsUnavailable(message) from error
-    except Exception as error:  # whatever Keras, h5py and zipfile make of a file that is something else
+    except Exception as error:  # Keras, h5py and zipfile raise anything for an invalid file
         message = f"{uri} cannot be loaded as {row.name}: {_reason(error, file.path, name)}"
         raise NetworkIncompatible(message) from error
 
 
 def _reason(error: Exception, path: Path, name: str) -> str:
-    """Why a file was not loaded; of one that an older Keras saved, what to do, and no more: that is long."""
+    """Why a file was not loaded; for one of an older Keras only how to convert it, as that is long."""
     if isinstance(error, model_file.Refused):
         return f"it {error}"
     version = model_file.keras_version(path)
@@ -212,11 +212,13 @@ def _reason(error: Exception, path: Path, name: str) -> str:
     return abridged(str(error)) or type(error).__name__
 
 
-def _weighted(row: NetworkRow, path: Path, name: str) -> Any:
-    """The row's architecture as it was when these weights were trained, with them. Raises ValueError."""
+def _build_with_weights(row: NetworkRow, path: Path, name: str) -> Any:
+    """Build the architecture as it was when the weights were trained, and load them. Raises ValueError."""
     layout = model_file.check_weights(path, name)
     model = _build(row, pretrained=_is_pretrained(row, path), weights=None)
-    with tempfile.TemporaryDirectory() as folder:  # Keras goes by the ending, whatever is in the file
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # Keras chooses the format by the ending, not by the content
         link = Path(folder) / ("a.weights.h5" if layout == "keras3" else "a.h5")
         link.symlink_to(path.absolute())
         model.load_weights(link)
@@ -224,79 +226,79 @@ def _weighted(row: NetworkRow, path: Path, name: str) -> Any:
 
 
 def _is_pretrained(row: NetworkRow, path: Path) -> bool:
-    """Whether weights belong to the graph that Keras builds with `weights="imagenet"`.
+    """Whether weights were trained in the graph that Keras builds with `weights="imagenet"`.
 
-    Both graphs take the weights of either without a word. Raises ValueError where neither the registry nor
-    the file tells, or where they disagree.
+    Both graphs load the weights of the other without an error. Raises ValueError if neither the registry nor
+    the file shows it, or if they disagree.
     """
     if not row.imagenet_scale:
-        return True  # there is one graph only
-    count = model_file.rescalings(path)
-    if row.file is None:  # those of the catalog are ImageNet's; only Keras 3 lists all layers of a file
+        return True  # both graphs are the same
+    count = model_file.count_rescalings(path)
+    if row.file is None:  # the catalog's weights are ImageNet's; only files of Keras 3 list all layers
         return count != 1 or model_file.layout(path) != "keras3"
-    seen = None if count is None else count > 1
-    if seen is None and row.pretrained is None:
+    in_file = None if count is None else count > 1
+    if in_file is None and row.pretrained is None:
         message = (
             'it does not tell whether the network was built with weights="imagenet", which adds a layer: '
             "write pretrained = true or false into its table"
         )
         raise ValueError(message)
-    if seen is not None and row.pretrained not in {None, seen}:
-        built = 'weights="imagenet"' if seen else "weights=None, or with a path"
+    if in_file is not None and row.pretrained not in {None, in_file}:
+        built = 'weights="imagenet"' if in_file else "weights=None, or with a path"
         message = (
-            f"its layers are those of a network built with {built}: pretrained must be {str(seen).lower()}"
+            f"its layers are those of a network built with {built}: pretrained must be {str(in_file).lower()}"
         )
         raise ValueError(message)
-    return bool(seen if row.pretrained is None else row.pretrained)
+    return bool(in_file if row.pretrained is None else row.pretrained)
 
 
 def _refuse_layers(row: NetworkRow, config: dict[str, Any]) -> None:
-    """`safe_mode` refuses a Lambda of stored code; one of a name would still call what the file names.
+    """Raise NetworkIncompatible for layers that are unsafe or opaque.
 
-    Raises NetworkIncompatible.
+    Keras's `safe_mode` refuses a Lambda with stored code, but not one that calls a function by its name.
     """
-    waiting: list[Any] = [config]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, list):
-            waiting += one
-        elif isinstance(one, dict):
-            waiting += one.values()
-            kinds = {re.split(r"[.>]", str(one.get(key)))[-1] for key in ("class_name", "registered_name")}
+    pending: list[Any] = [config]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, list):
+            pending += node
+        elif isinstance(node, dict):
+            pending += node.values()
+            kinds = {re.split(r"[.>]", str(node.get(key)))[-1] for key in ("class_name", "registered_name")}
             for kind in sorted(kinds & REFUSED_LAYERS.keys()):
-                settings = one.get("config")
+                settings = node.get("config")
                 name = settings.get("name") if isinstance(settings, dict) else None
                 message = f"{row.name} has {REFUSED_LAYERS[kind].format(name)}"
                 raise NetworkIncompatible(message)
 
 
-def _with_weights(row: NetworkRow, directory: Path | None) -> tuple[Any, str]:
-    file = weights.locate(row, directory)
+def _load_catalog_model(row: NetworkRow, directory: Path | None) -> tuple[Any, str]:
+    file = weights.find_weights(row, directory)
     if file is None:
         with _silent_progress():
             build = partial(_build, row, weights=IMAGENET)
-            model, file = weights.download(row, build, partial(_cached, row))
+            model, file = weights.download(row, build, partial(_keras_download_path, row))
         return model, file.sha256
     try:
-        return _weighted(row, file.path, file.path.name), file.sha256
-    except Exception as error:  # whatever Keras and h5py make of a file that is something else
+        return _build_with_weights(row, file.path, file.path.name), file.sha256
+    except Exception as error:  # Keras and h5py raise anything for an invalid file
         reason = _reason(error, file.path, file.path.name)
         message = f"{file.path} does not hold the weights of {row.name}: {reason}"
         raise NetworkIncompatible(message) from error
 
 
-def _cached(row: NetworkRow) -> Path:
-    """Where Keras keeps the row's ImageNet weights, once it has downloaded them."""
+def _keras_download_path(row: NetworkRow) -> Path:
+    """The path at which Keras stores the downloaded ImageNet weights."""
     return Path(keras.utils.get_file(row.keras_files[0], origin="", cache_subdir="models"))
 
 
 @contextmanager
 def _silent_progress() -> Iterator[None]:
-    """Keras shows a download's progress on standard output, which belongs to our own answer."""
-    shown = keras.config.is_interactive_logging_enabled()
+    """Suppress the progress of a download, which Keras writes to standard output."""
+    was_shown = keras.config.is_interactive_logging_enabled()
     keras.config.disable_interactive_logging()
     try:
         yield
     finally:
-        if shown:
+        if was_shown:
             keras.config.enable_interactive_logging()

@@ -1,7 +1,7 @@
-"""What a model file is, seen before Keras opens it: its format, its size unpacked, how it was built.
+"""Inspection of model files before Keras opens them: format, unpacked size, architecture.
 
-Each refusal is the rest of a sentence that begins with the file, and ends with the line that makes one of it
-that can be loaded.
+Each reason for a refusal is the rest of a sentence that begins with the file. It ends with how to make a file
+of it that can be loaded.
 """
 
 import io
@@ -18,12 +18,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 MAX_MEMBERS = 10_000  # of an archive: Keras writes three, and one for each asset
-MAX_DIRECTORY_BYTES = 4 * 1024**2  # of the list of members, which is read whole before they can be counted
+MAX_DIRECTORY_BYTES = 4 * 1024**2  # of the list of members, which is read before they can be counted
 MAX_CONFIG_BYTES = 32 * 1024**2  # the largest of keras.applications has 1 MB
 MAX_METADATA_BYTES = 1024**2
-FREE_BYTES = 64 * 1024**2  # unpacked, whatever the file's own size
-MAX_EXPANSION = 20  # times its own size: Keras does not compress, and trained weights hardly can be
-MAX_LOOKED_INTO = 256 * 1024**2  # bytes of weights inside an archive that are taken apart beforehand
+MIN_ALLOWED_BYTES = 64 * 1024**2  # unpacked size that is always allowed
+MAX_EXPANSION = 20  # unpacked size, as a multiple of the file size: Keras does not compress
+MAX_CHECKED_WEIGHTS_BYTES = 256 * 1024**2  # of a weights file in an archive; larger ones are not inspected
 
 SAVE = "save it with model.save('NAME.keras')"
 FROM_KERAS_2 = (
@@ -48,7 +48,7 @@ WEIGHTS_ONLY = (
 HDF5 = "is a whole model in HDF5, which can run code when it is loaded: convert it where you trust it, with "
 PICKLE = f"is a pickle, which runs whatever code it holds: load it where you trust it, and {SAVE}"
 TORCH = f"is of PyTorch, which has no layers of Keras: {REBUILD}"
-BY_ENDING = {  # what a model file is not, and the line that makes one of it; {0!r}: its name
+BY_ENDING = {  # why such a file is refused, and how to convert it; {0!r}: its name
     ".weights.h5": WEIGHTS_ONLY,
     ".h5": HDF5 + FROM_HDF5,
     ".hdf5": HDF5 + FROM_HDF5,
@@ -72,47 +72,61 @@ BY_ENDING = {  # what a model file is not, and the line that makes one of it; {0
     ".gz": "is compressed: unpack it, and name the .keras file that is in it",
     "": "looks like a folder, a SavedModel perhaps, " + SAVED_MODEL,
 }
-HDF5_BEGINS = b"\x89HDF\r\n\x1a\n"
-PAGE_BEGINS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")
-GIT_LFS_BEGINS = b"version https://git-lfs.github.com/spec/"
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+PAGE_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")
+GIT_LFS_START = b"version https://git-lfs.github.com/spec/"
 END_OF_ZIP = struct.Struct("<4s4H2LH")
-END_OF_ZIP_BEGINS, LONGEST_COMMENT = b"PK\x05\x06", 65_535  # bytes
+END_OF_ZIP_SIGNATURE, MAX_COMMENT_BYTES = b"PK\x05\x06", 65_535  # bytes
 
-# What an archive raises that is damaged, cut off, packed by a method that there is not, or encrypted.
-UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+# Raised for archives that are damaged, cut off, encrypted, or packed by an unknown method.
+ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
 class Refused(ValueError):
-    """Why a file is not loaded: the rest of a sentence that begins with it."""
+    """A file is not loaded. The message is the rest of a sentence that begins with the file."""
 
 
 Layout = Literal["keras3", "legacy", "model"]  # of an HDF5 file
 
 
-def by_ending(address: str) -> str:
-    """Why a file that is called so is no `.keras` model, and what makes one of it."""
+def refusal_by_ending(address: str) -> str:
+    """Why a file with this name is not loaded.
+
+    Args:
+        address: A path or URI that does not end in `.keras`.
+
+    Returns:
+        The reason, and how to convert the file.
+    """
     name = PurePosixPath(address).name if not address.endswith("/") else ""
-    ending = next(
-        (one for one in BY_ENDING if one and name.lower().endswith(one)), PurePosixPath(name).suffix
-    )
+    listed = (suffix for suffix in BY_ENDING if suffix and name.lower().endswith(suffix))
+    ending = next(listed, PurePosixPath(name).suffix)
     return BY_ENDING.get(ending, f"is no Keras model: {SAVE}").format(name or address)
 
 
-def by_content(path: Path, name: str) -> str | None:
-    """What else a file is than it should be, by its first bytes; None where they do not say.
+def refusal_by_content(path: Path, name: str) -> str | None:
+    """Why a file is not loaded, by its first bytes.
 
-    `name`: what its owner calls it. Raises OSError.
+    Args:
+        path: The file.
+        name: Its name in messages.
+
+    Returns:
+        The reason; None if the first bytes show none.
+
+    Raises:
+        OSError: It cannot be read.
     """
     with path.open("rb") as file:
         head = file.read(512)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         return "is empty (0 bytes): copy it again"
-    if head.startswith(GIT_LFS_BEGINS):
+    if head.startswith(GIT_LFS_START):
         return "is a pointer of git-lfs, not the file itself: fetch that with `git lfs pull`"
-    if text.startswith(PAGE_BEGINS):
+    if text.startswith(PAGE_STARTS):
         return "is a web page, an error or a login perhaps, not a model: download the file itself"
-    for ending, begins in (
+    for ending, starts in (
         (".json", text.startswith(b"{")),
         (".tflite", head[4:8] == b"TFL3"),
         (".pkl", head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"),
@@ -121,13 +135,20 @@ def by_content(path: Path, name: str) -> str | None:
         (".tar", head[257:262] == b"ustar"),
         (".onnx", head[:1] == b"\x08" and head[2:3] == b"\x12"),
     ):
-        if begins:
+        if starts:
             return BY_ENDING[ending].format(name)
     return None
 
 
-def of_folder(path: Path) -> str | None:
-    """What a folder is that was named in place of a file; None where it is no model of any kind."""
+def refusal_of_folder(path: Path) -> str | None:
+    """Why a folder is not loaded as a model.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        The reason; None if it is no model of any kind.
+    """
     if (path / "saved_model.pb").is_file():
         return "is a folder, a SavedModel, " + SAVED_MODEL.format(path.name)
     if (path / "config.json").is_file() and (path / "model.weights.h5").is_file():
@@ -139,26 +160,35 @@ def of_folder(path: Path) -> str | None:
 
 
 def read_config(path: Path, name: str) -> dict[str, Any]:
-    """The configuration of a `.keras` model, whose members are all found to be of a fair size.
+    """Read the configuration of a `.keras` model, and check the sizes of its members.
 
-    Raises Refused where it is something else, or unpacks to far more than it is. Raises OSError.
+    Args:
+        path: The file.
+        name: Its name in messages.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        Refused: It is something else, or unpacks to far more than its size.
+        OSError: It cannot be read.
     """
-    if (found := by_content(path, name)) is not None:
-        raise Refused(found)
+    if (reason := refusal_by_content(path, name)) is not None:
+        raise Refused(reason)
     with path.open("rb") as file:
-        begins = file.read(len(HDF5_BEGINS))
-    if begins == HDF5_BEGINS:
+        starts = file.read(len(HDF5_SIGNATURE))
+    if starts == HDF5_SIGNATURE:
         ending = ".h5" if layout(path) == "model" else ".weights.h5"
-        right = name.removesuffix(".keras") + ending  # Keras goes by it
+        right = name.removesuffix(".keras") + ending  # Keras chooses the format by it
         message = f"{BY_ENDING[ending].format(right)}; rename it to {right!r} for that"
         raise Refused(message)
-    if not begins.startswith(b"PK"):
-        message = f"is no Keras model, it begins with {begins!r}: {SAVE}"
+    if not starts.startswith(b"PK"):
+        message = f"is no Keras model, it begins with {starts!r}: {SAVE}"
         raise Refused(message)
     with _archive(path) as archive:
         members = _members(archive, path.stat().st_size)
         if "config.json" not in members:
-            raise Refused(_other_archive([*members], name))
+            raise Refused(_refusal_of_archive([*members], name))
         try:
             config = json.loads(archive.read("config.json"))
         except RecursionError as error:
@@ -169,30 +199,37 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
             raise Refused(message) from error
         if not isinstance(config, dict):
             message = "has a config.json that describes no model"
-            raise Refused(message)  # of the file, not of a program
+            raise Refused(message)  # an error in the file, not in the program
         _check_arrays(archive, members)
     return config
 
 
 def keras_version(path: Path) -> str:
-    """Which Keras saved a `.keras` model; empty where it does not say."""
+    """Read the version of Keras that saved a `.keras` model.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The version; empty if it is not in the file.
+    """
     try:
         with zipfile.ZipFile(path) as archive, archive.open("metadata.json") as file:
-            said = json.loads(file.read(MAX_METADATA_BYTES))
+            metadata = json.loads(file.read(MAX_METADATA_BYTES))
     except (OSError, KeyError, ValueError, RecursionError, zipfile.BadZipFile):
         return ""
-    version = said.get("keras_version") if isinstance(said, dict) else None
+    version = metadata.get("keras_version") if isinstance(metadata, dict) else None
     return version if isinstance(version, str) and re.fullmatch(r"[0-9][0-9A-Za-z.+-]{0,31}", version) else ""
 
 
 @contextmanager
 def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    """An archive with a fair number of members. Raises Refused."""
+    """Open an archive. Raises Refused if it is damaged, or has too many members."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        file.seek(max(size - END_OF_ZIP.size - LONGEST_COMMENT, 0))
+        file.seek(max(size - END_OF_ZIP.size - MAX_COMMENT_BYTES, 0))
         tail = file.read()
-    at = tail.rfind(END_OF_ZIP_BEGINS)
+    at = tail.rfind(END_OF_ZIP_SIGNATURE)
     if at < 0 or len(tail) - at < END_OF_ZIP.size:
         message = f"is cut off after {size:,} bytes, the end of a .keras file is missing: copy it again"
         raise Refused(message)
@@ -206,28 +243,28 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except UNREADABLE as error:
+    except ARCHIVE_ERRORS as error:
         message = f"is a damaged .keras file ({error}): copy it again, or {SAVE}"
         raise Refused(message) from error
 
 
 def _members(archive: zipfile.ZipFile, size: int) -> dict[str, int]:
-    """The sizes of members, unpacked. What a member declares is the most that is read of it.
+    """The unpacked sizes of the members. Not more than the declared size of a member is ever read.
 
     Raises Refused.
     """
-    found = archive.infolist()
-    if len(found) > MAX_MEMBERS:
-        message = f"is an archive of {len(found):,} members, above the {MAX_MEMBERS:,} of any model"
+    infos = archive.infolist()
+    if len(infos) > MAX_MEMBERS:
+        message = f"is an archive of {len(infos):,} members, above the {MAX_MEMBERS:,} of any model"
         raise Refused(message)
-    for name, count in Counter(one.filename for one in found).items():
+    for name, count in Counter(member.filename for member in infos).items():
         if {"", ".."} & set(re.split(r"[/\\]", name.rstrip("/"))) or ":" in name:
             message = f"holds a member that leads out of it, {name[:100]!r}"
             raise Refused(message)
         if count > 1:
             message = f"holds {count} members of one name, {name[:100]!r}"
             raise Refused(message)
-    members = {one.filename: one.file_size for one in found}
+    members = {member.filename: member.file_size for member in infos}
     for name, limit in (("config.json", MAX_CONFIG_BYTES), ("metadata.json", MAX_METADATA_BYTES)):
         if members.get(name, 0) > limit:
             message = f"holds a {name} of {members[name]:,} bytes, above the {limit:,} of any model"
@@ -236,34 +273,34 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, int]:
     return members
 
 
-def _check_expansion(what: str, unpacked: int, size: int) -> None:
-    most = max(FREE_BYTES, MAX_EXPANSION * size)
-    if unpacked > most:
-        message = f"{what} {unpacked:,} bytes, and has {size:,}: at most {most:,} are allowed of these"
+def _check_expansion(verb: str, unpacked: int, size: int) -> None:
+    allowed = max(MIN_ALLOWED_BYTES, MAX_EXPANSION * size)
+    if unpacked > allowed:
+        message = f"{verb} {unpacked:,} bytes, and has {size:,}: at most {allowed:,} are allowed of these"
         raise Refused(message)
 
 
-def _other_archive(names: list[str], name: str) -> str:
-    """What an archive is that holds no `config.json`."""
-    last = {PurePosixPath(one).name: one for one in names}
-    if "saved_model.pb" in last:
+def _refusal_of_archive(names: list[str], name: str) -> str:
+    """Why an archive without `config.json` is refused."""
+    by_file_name = {PurePosixPath(member).name: member for member in names}
+    if "saved_model.pb" in by_file_name:
         return "is an archive of a SavedModel, " + SAVED_MODEL.format("FOLDER")
-    if "config.json" in last:
-        folder = last["config.json"].rpartition("/")[0]
+    if "config.json" in by_file_name:
+        folder = by_file_name["config.json"].rpartition("/")[0]
         return f"is an archive of the folder {folder[:100]!r}: pack what is in it, not the folder"
-    if "data.pkl" in last:
+    if "data.pkl" in by_file_name:
         return TORCH
-    if inner := next((one for one in names if one.endswith(".keras")), None):
-        return f"is an archive: unpack it, and name {inner[:100]!r}, which is in it"
-    if names and all(one.endswith(".npy") for one in names):
+    if inner_model := next((member for member in names if member.endswith(".keras")), None):
+        return f"is an archive: unpack it, and name {inner_model[:100]!r}, which is in it"
+    if names and all(member.endswith(".npy") for member in names):
         return BY_ENDING[".npz"].format(name)
     return f"is an archive without the config.json of a Keras model: {SAVE}"
 
 
 def _check_arrays(archive: zipfile.ZipFile, members: dict[str, int]) -> None:
-    """Raise Refused where weights declare arrays that are far larger than they are."""
+    """Raise Refused if weights declare arrays that are far larger than the file."""
     for name, size in members.items():
-        if name.endswith(".h5") and size <= MAX_LOOKED_INTO:
+        if name.endswith(".h5") and size <= MAX_CHECKED_WEIGHTS_BYTES:
             _check_hdf5(io.BytesIO(archive.read(name)), size)
 
 
@@ -272,60 +309,86 @@ def _check_hdf5(file: Any, size: int) -> None:
 
     declared = 0
 
-    def add(_: str, one: Any) -> None:
+    def add_size(_: str, item: Any) -> None:
         nonlocal declared
-        if isinstance(one, h5py.Dataset):
-            declared += math.prod(one.shape or ()) * one.dtype.itemsize
+        if isinstance(item, h5py.Dataset):
+            declared += math.prod(item.shape or ()) * item.dtype.itemsize
 
     try:
         with h5py.File(file, "r") as opened:
-            opened.visititems(add)
-    except (OSError, RuntimeError, KeyError) as error:  # whatever HDF5 makes of damaged bytes
+            opened.visititems(add_size)
+    except (OSError, RuntimeError, KeyError) as error:  # HDF5 raises any of them for damaged data
         message = f"holds damaged weights ({error}): copy it again, or {SAVE}"
         raise Refused(message) from error
     _check_expansion("declares arrays of", declared, size)
 
 
 def check_weights(path: Path, name: str) -> Layout:
-    """How the HDF5 file of an architecture's weights is laid out: as Keras 3 does, or as versions before.
+    """Check the weights file of an architecture.
 
-    Raises Refused where it is something else. Raises OSError.
+    Args:
+        path: The file.
+        name: Its name in messages.
+
+    Returns:
+        Its layout.
+
+    Raises:
+        Refused: It is something else, or damaged.
+        OSError: It cannot be read.
     """
-    if (found := by_content(path, name)) is not None:
-        raise Refused(found)
+    if (reason := refusal_by_content(path, name)) is not None:
+        raise Refused(reason)
     with path.open("rb") as file:
-        begins = file.read(len(HDF5_BEGINS))
-    if begins.startswith(b"PK"):
+        starts = file.read(len(HDF5_SIGNATURE))
+    if starts.startswith(b"PK"):
         message = "is a whole model: name it with model, without architecture"
         raise Refused(message)
-    if begins != HDF5_BEGINS:
+    if starts != HDF5_SIGNATURE:
         save = "save them with model.save_weights('NAME.weights.h5')"
-        message = f"holds no weights, it begins with {begins!r}: {save}"
+        message = f"holds no weights, it begins with {starts!r}: {save}"
         raise Refused(message)
     _check_hdf5(path, path.stat().st_size)
     return layout(path)
 
 
 def layout(path: Path) -> Layout:
-    """How an HDF5 file is laid out. Raises Refused."""
+    """Read the layout of an HDF5 file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The layout: weights of Keras 3, weights of Keras 2, or a whole model.
+
+    Raises:
+        Refused: It is damaged.
+    """
     import h5py
 
     try:
         with h5py.File(path, "r") as file:
             if "model_config" in file.attrs:
                 return "model"
-            # A list that is too long for one attribute goes on in layer_names0, layer_names1 and so on.
-            legacy = any(one.startswith("layer_names") for one in file.attrs)
+            # A list that is too long for one attribute is split into layer_names0, layer_names1 and so on.
+            legacy = any(attribute.startswith("layer_names") for attribute in file.attrs)
             return "legacy" if legacy else "keras3"
     except (OSError, RuntimeError, KeyError) as error:
         message = f"holds damaged weights ({error}): copy it again"
         raise Refused(message) from error
 
 
-def rescalings(path: Path) -> int | None:
-    """How many layers `Rescaling` the network had whose weights these are; None where it is not told.
+def count_rescalings(path: Path) -> int | None:
+    """Count the layers `Rescaling` of the network of a weights file. They have no weights, only names.
 
-    They have no weights: only the list of layers tells. Raises Refused.
+    Args:
+        path: The file.
+
+    Returns:
+        Their number; None if the file has none, which may mean that it does not list them.
+
+    Raises:
+        Refused: It is damaged.
     """
     import h5py
 
@@ -333,15 +396,15 @@ def rescalings(path: Path) -> int | None:
         with h5py.File(path, "r") as file:
             group = file.get("model_weights", file)
             if "layer_names" in group.attrs:
-                listed = [
-                    one.decode() if isinstance(one, bytes) else one for one in group.attrs["layer_names"]
+                layer_names = [
+                    name.decode() if isinstance(name, bytes) else name for name in group.attrs["layer_names"]
                 ]
             else:
-                place = next(
-                    (one for one in ("layers", "_layer_checkpoint_dependencies") if one in file), None
+                group_name = next(
+                    (name for name in ("layers", "_layer_checkpoint_dependencies") if name in file), None
                 )
-                listed = [*file[place]] if place else []
+                layer_names = [*file[group_name]] if group_name else []
     except (OSError, RuntimeError, KeyError, UnicodeDecodeError) as error:
         message = f"holds damaged weights ({error}): copy it again"
         raise Refused(message) from error
-    return sum(bool(re.fullmatch(r"rescaling(_[0-9]+)?", one)) for one in listed) or None
+    return sum(bool(re.fullmatch(r"rescaling(_[0-9]+)?", name)) for name in layer_names) or None

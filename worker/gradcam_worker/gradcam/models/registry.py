@@ -1,9 +1,9 @@
-"""The networks that a job can name: the catalog's, and an operator's own, described in a TOML file.
+"""The networks that jobs can use: those of the catalog, and an operator's, which a TOML file describes.
 
     [networks.tumours]
-    model = "s3://models/tumours-v7.keras"  # or a path; a relative one starts at the registry's folder
+    model = "s3://models/tumours-v7.keras"  # or a path, relative to this file
     sha256 = "..."
-    labels = "tumours.txt"                  # a file, a list, or "imagenet"; left out: numbers
+    labels = "tumours.txt"                  # a file, a list, or "imagenet"; default: numbers
     preprocessing = "torch"                 # or { scale = 0.00784, offset = -1.0, channels = "bgr" }
     input_size = [384, 384]                 # height, width
 
@@ -11,15 +11,14 @@
     architecture = "efficientnetb0"         # of keras.applications
     weights = "birds.weights.h5"
     sha256 = "..."
-    classes = 200                           # where there are no labels
-    pretrained = true                       # built with weights="imagenet"; left out: as the file says
+    classes = 200                           # if there are no labels
+    pretrained = true                       # built with weights="imagenet"; default: read from the file
 
-The file is read again when it has changed. Nothing in it is trusted to be right, and nothing that it names
-is opened here but the labels.
+The file is read again after each change. It is validated completely. Of the files that it names, only those
+of labels are opened here.
 """
 
 import json
-import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -36,25 +35,33 @@ from gradcam_worker.gradcam.catalog import CATALOG, ModelFile, NetworkRow
 from gradcam_worker.gradcam.models.registry_file import (
     IMAGENET,
     IMAGENET_CLASSES,
-    OwnNetwork,
+    OperatorNetwork,
     RegistryFile,
-    findings,
+    describe_errors,
     parse_toml,
 )
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-MAX_NAME = 256  # letters of a class
-MAX_TEXT_BYTES = 1_000_000  # of the registry and of each file of labels
+MAX_NAME_LENGTH = 256  # characters of the name of a class
+MAX_TEXT_BYTES = 1_000_000  # of the registry, and of each file of labels
 
-Stamp = tuple[int, int, int]  # a file's time of change in ns, size, inode
+Stamp = tuple[int, int, int]  # of a file: time of change in ns, size in bytes, inode
 
 
 class Registry:
-    """Every network by name. Threads may share it. To ask costs a `stat` of each file it was read from."""
+    """All networks by name. Thread-safe. Each access costs a `stat` of each file that was read."""
 
     def __init__(self, path: Path | None = None) -> None:
-        """Without a file there are the catalog's networks. Raises InvalidSettings."""
+        """Read the registry.
+
+        Args:
+            path: The TOML file; None: only the networks of the catalog.
+
+        Raises:
+            InvalidSettings: The file is invalid; the message lists all errors.
+        """
         self._path = path
         self._lock = threading.Lock()
         self._rows: Mapping[str, NetworkRow] = CATALOG
@@ -63,14 +70,13 @@ class Registry:
             self._read(path)
 
     def find(self, name: str) -> NetworkRow:
-        """The row of a network, as the file has it now. Raises UnknownNetwork with names that are near."""
+        """Find the current row of a network. Raises UnknownNetwork, with suggestions of similar names."""
         return CATALOG[name] if name in CATALOG else catalog.find(name, self.rows())
 
     def rows(self) -> Mapping[str, NetworkRow]:
-        """The catalog's networks and the operator's.
+        """All networks by name.
 
-        Where the file has changed and cannot be used any more, the networks stay as they were, and the log
-        says why, once.
+        If the file has become invalid, the networks stay as they were, and the error is logged once.
         """
         if self._path is None:
             return self._rows
@@ -78,65 +84,65 @@ class Registry:
             if any(_stamp(path) != stamp for path, stamp in self._stamps.items()):
                 try:
                     self._read(self._path)
-                    log.info("%s was read again: %s", self._path, ", ".join(self._own()) or "no networks")
+                    log.info("registry_reloaded", path=self._path, networks=[*self._operator_networks()])
                 except InvalidSettings as error:
-                    log.error("the networks stay as they were: %s", error)  # noqa: TRY400  # a sentence is enough
+                    log.error("registry_reload_failed", error=error)  # noqa: TRY400  # without a traceback
             return self._rows
 
-    def own(self) -> tuple[NetworkRow, ...]:
-        """The operator's networks alone."""
+    def operator_networks(self) -> tuple[NetworkRow, ...]:
+        """The operator's networks."""
         self.rows()
-        return tuple(self._own().values())
+        return tuple(self._operator_networks().values())
 
-    def _own(self) -> dict[str, NetworkRow]:
+    def _operator_networks(self) -> dict[str, NetworkRow]:
         return {name: row for name, row in self._rows.items() if row.file}
 
     def _read(self, path: Path) -> None:
-        """Raises InvalidSettings with all that is wrong; what was read is watched even so."""
+        """Read the file. Raises InvalidSettings with all errors; later changes are noticed even then."""
         files = _Files()
         self._stamps = files.stamps
         try:
-            described = RegistryFile.model_validate(parse_toml(files.text(path)))
+            registry_file = RegistryFile.model_validate(parse_toml(files.text(path)))
         except ValidationError as error:
-            raise _invalid(path, findings(error)) from error
+            raise _invalid(path, describe_errors(error)) from error
         except RecursionError as error:
             raise _invalid(path, ["it is nested too deeply"]) from error
         except (OSError, ValueError) as error:
-            raise _invalid(path, [_reason(error)]) from error
-        rows, wrong = {}, []
-        for name, table in described.networks.items():
+            raise _invalid(path, [_describe(error)]) from error
+        rows, errors = {}, []
+        for name, table in registry_file.networks.items():
             try:
                 rows[name] = _row(name, table, path.absolute().parent, files)
             except (OSError, ValueError) as error:
-                wrong.append(f"networks.{name}.labels: {_reason(error)}")
-        if wrong:
-            raise _invalid(path, wrong)
+                errors.append(f"networks.{name}.labels: {_describe(error)}")
+        if errors:
+            raise _invalid(path, errors)
         self._rows = {**CATALOG, **rows}
 
 
-def _invalid(path: Path, wrong: list[str]) -> InvalidSettings:
-    reasons = "; ".join(wrong)
+def _invalid(path: Path, errors: list[str]) -> InvalidSettings:
+    reasons = "; ".join(errors)
     full_stop = "" if reasons.endswith("?") else "."
     return InvalidSettings(f"GRADCAM_NETWORKS: {path} cannot be used: {reasons}{full_stop}")
 
 
-def _reason(error: OSError | ValueError) -> str:
+def _describe(error: OSError | ValueError) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 at byte {error.start}"
     return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 class _Files:
-    """Reads text files and remembers what they were when they were read."""
+    """Reads text files and remembers their stamps."""
 
     def __init__(self) -> None:
         self.stamps: dict[Path, Stamp | None] = {}
 
     def text(self, path: Path) -> str:
-        """Raises OSError, ValueError."""
+        """Read a file. Raises OSError, ValueError."""
         self.stamps[path] = None
         with path.open("rb") as file:
-            self.stamps[path] = _identity(os.fstat(file.fileno()))
+            self.stamps[path] = _stamp_of(os.fstat(file.fileno()))
             data = file.read(MAX_TEXT_BYTES + 1)
         if len(data) > MAX_TEXT_BYTES:
             message = f"{path} has more than {MAX_TEXT_BYTES:,} bytes, the most that is read"
@@ -144,53 +150,53 @@ class _Files:
         return data.decode("utf-8-sig")
 
 
-def _identity(status: os.stat_result) -> Stamp:
+def _stamp_of(status: os.stat_result) -> Stamp:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def _stamp(path: Path) -> Stamp | None:
     try:
-        return _identity(path.stat())
+        return _stamp_of(path.stat())
     except OSError:
         return None
 
 
-def _row(name: str, table: OwnNetwork, folder: Path, files: _Files) -> NetworkRow:
-    """One table of the file -> a row like the catalog's. Raises OSError, ValueError for its labels."""
+def _row(name: str, table: OperatorNetwork, folder: Path, files: _Files) -> NetworkRow:
+    """Make a row of a table of the file. Raises OSError, ValueError for its labels."""
     labels = _labels(table.labels, folder, files)
     count = IMAGENET_CLASSES if labels is None else len(labels)
     if table.classes and count and table.classes != count:
         message = f"there are {count}, but classes is {table.classes}"
         raise ValueError(message)
-    like, size, how = table.like, table.input_size, table.how()
-    if like:
+    architecture, size, preprocessing = table.architecture_row, table.input_size, table.to_preprocessing()
+    if architecture:
         row = replace(
-            like,
+            architecture,
             name=name,
-            input_size=size or like.input_size,
-            preprocessing=how or like.preprocessing,
-            map_size=like.map_size if size in {None, like.input_size} else None,
-            parameters=None,  # its head is another one
+            input_size=size or architecture.input_size,
+            preprocessing=preprocessing or architecture.preprocessing,
+            map_size=architecture.map_size if size in {None, architecture.input_size} else None,
+            parameters=None,  # with another head
             keras_files=(),
             classes=table.classes or count,
             pretrained=table.pretrained,
         )
-    elif size and how:
-        row = NetworkRow(name, size, how)
+    elif size and preprocessing:
+        row = NetworkRow(name, size, preprocessing)
     else:
-        message = "a model needs input_size and preprocessing"  # which `OwnNetwork` has seen to
+        message = "a model needs input_size and preprocessing"  # `OperatorNetwork` checks that
         raise AssertionError(message)
     return replace(
         row,
-        file=ModelFile(_place(table.model or table.weights or "", folder), table.sha256),
+        file=ModelFile(_resolve_uri(table.model or table.weights or "", folder), table.sha256),
         labels=labels,
-        head=table.read_as(),
+        head=table.to_head(),
         target_layer=table.target_layer or row.target_layer,
     )
 
 
-def _place(address: str, folder: Path) -> str:
-    """An address of the file -> `s3://...`, or an absolute path."""
+def _resolve_uri(address: str, folder: Path) -> str:
+    """Resolve an address in the file to `s3://...` or an absolute path."""
     if address.startswith("s3://"):
         return address
     if address.startswith("file://"):
@@ -198,29 +204,30 @@ def _place(address: str, folder: Path) -> str:
     return str(folder / address)
 
 
-def _labels(given: str | tuple[str, ...], folder: Path, files: _Files) -> tuple[str, ...] | None:
-    """The names of the classes; none where they have numbers; None for ImageNet's."""
-    if given in {IMAGENET, ()}:
-        return None if given else ()
-    names = _names(given, folder, files) if isinstance(given, str) else given
+def _labels(labels: str | tuple[str, ...], folder: Path, files: _Files) -> tuple[str, ...] | None:
+    """The names of the classes; empty if they have numbers; None for those of ImageNet."""
+    if labels in {IMAGENET, ()}:
+        return None if labels else ()
+    names = _names(labels, folder, files) if isinstance(labels, str) else labels
     for number, name in enumerate(names, start=1):
         if not isinstance(name, str) or not name.strip():
             message = f"number {number} is {name!r}, which is no name"
             raise ValueError(message)
-        if len(name.strip()) > MAX_NAME or not name.strip().isprintable():
+        if len(name.strip()) > MAX_NAME_LENGTH or not name.strip().isprintable():
             message = (
-                f"number {number} is {name[:40]!r}...: a name is printable, of at most {MAX_NAME} letters"
+                f"number {number} is {name[:40]!r}...: a name is printable, of at most {MAX_NAME_LENGTH} "
+                "letters"
             )
             raise ValueError(message)
     return tuple(name.strip() for name in names)
 
 
 def _names(address: str, folder: Path, files: _Files) -> Sequence[Any]:
-    """A file of labels: one name a line, or, called `.json`, a list of names."""
+    """Read a file of labels: one name a line, or, with the ending `.json`, a list of names."""
     if "://" in address and not address.startswith("file://"):
         message = f"{address!r} must be a file on this machine, or the names themselves in a list"
         raise ValueError(message)
-    path = Path(_place(address, folder))
+    path = Path(_resolve_uri(address, folder))
     text = files.text(path)
     if path.suffix != ".json":
         return text.rstrip().split("\n")

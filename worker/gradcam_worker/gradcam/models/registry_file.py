@@ -1,4 +1,4 @@
-"""What may stand in the registry's TOML file, and what is wrong with it, said so that it can be put right."""
+"""The schema of the registry's TOML file, and the description of errors in it."""
 
 import re
 import tomllib
@@ -32,17 +32,27 @@ from gradcam_worker.gradcam.models import model_file
 from gradcam_worker.text.similar_names import nearest
 from gradcam_worker.text.urls import has_credentials, without_user
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 IMAGENET, IMAGENET_CLASSES = "imagenet", 1000
 ARCHITECTURES = {
     name: row for name, row in CATALOG.items() if (row.builder or "").startswith("keras.applications:")
 }
-ORDERS, MAX_CHANNELS = ("rgb", "bgr", "grey"), 4096
-BY_NAME, BY_NUMBERS = "<name>", "<numbers>"  # marks of ours that are taken out of what is shown
+CHANNEL_ORDERS, MAX_CHANNELS = ("rgb", "bgr", "grey"), 4096
+NAME_TAG, VALUES_TAG = "<name>", "<values>"  # pydantic adds them to the path of an error
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Raises ValueError, naming line and column."""
+    """Parse TOML.
+
+    Args:
+        text: The file.
+
+    Returns:
+        Its tables.
+
+    Raises:
+        ValueError: It is not TOML; the message gives line and column.
+    """
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -51,29 +61,29 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 class Table(BaseModel):
-    """What every table has in common."""
+    """The options of all tables."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def _sized(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-PerChannel = Annotated[tuple[float, ...], BeforeValidator(_sized), Field(min_length=1)]
+PerChannel = Annotated[tuple[float, ...], BeforeValidator(_as_list), Field(min_length=1)]
 
 
 def _channels(value: Any) -> Any:
-    if value not in ORDERS and not (type(value) is int and 1 <= value <= MAX_CHANNELS):
-        message = f"must be {', '.join(ORDERS)}, or a number of channels from 1 to {MAX_CHANNELS}"
+    if value not in CHANNEL_ORDERS and not (type(value) is int and 1 <= value <= MAX_CHANNELS):
+        message = f"must be {', '.join(CHANNEL_ORDERS)}, or a number of channels from 1 to {MAX_CHANNELS}"
         raise ValueError(message)
     return value
 
 
 class Scaling(Table):
-    """`input = pixel * scale + offset`, a number for all channels or a list with one for each.
+    """`input = pixel * scale + offset`, with a number for all channels or a list of one for each.
 
-    `channels` is the order of colours, `grey`, or how many channels a picture has that is no photo.
+    `channels` is the order of the colours, `grey`, or, for images that are no photos, the number of channels.
     """
 
     scale: PerChannel = (1.0,)
@@ -81,7 +91,7 @@ class Scaling(Table):
     channels: Annotated[Channels, BeforeValidator(_channels)] = "rgb"
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_values(self) -> Self:
         width = _width(self.channels)
         for name, values in (("scale", self.scale), ("offset", self.offset)):
             if len(values) not in {1, width}:
@@ -93,16 +103,16 @@ class Scaling(Table):
         return self
 
     def preprocessing(self) -> Preprocessing:
-        """The same as `(pixel - mean) / std`."""
+        """Convert it to `(pixel - mean) / std`."""
         count = max(len(self.scale), len(self.offset))
-        scale, offset = (one * (count // len(one)) for one in (self.scale, self.offset))
+        scale, offset = (numbers * (count // len(numbers)) for numbers in (self.scale, self.offset))
         channels = f"{self.channels} channels" if isinstance(self.channels, int) else self.channels
-        told = ", ".join(
-            f"{name} {' '.join(f'{one:.6g}' for one in values)}"
+        descriptions = ", ".join(
+            f"{name} {' '.join(f'{number:.6g}' for number in values)}"
             for name, values in (("scale", self.scale), ("offset", self.offset))
         )
         return Preprocessing(
-            name=f"{told}, {channels}",
+            name=f"{descriptions}, {channels}",
             mean=tuple(0 - shift / factor for factor, shift in zip(scale, offset, strict=True)),
             std=tuple(1 / factor for factor in scale),
             channels=self.channels,
@@ -127,13 +137,13 @@ def _architecture(name: str) -> str:
     return name.casefold()
 
 
-def _hint(name: str, known: Any) -> str:
-    near = nearest(name, known)
-    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}"
+def _hint(name: str, names: Any) -> str:
+    similar = nearest(name, names)
+    return f"did you mean {' or '.join(map(repr, similar))}?" if similar else f"there are {', '.join(names)}"
 
 
 def _name(name: str) -> str:
-    if not re.fullmatch(NAME, name):
+    if not re.fullmatch(NAME_PATTERN, name):
         message = (
             "a network's name is made of letters, digits and _ - . and starts with a letter or a digit "
             "(64 of them at most; with a dot in it, it stands in quotes)"
@@ -159,8 +169,8 @@ def _address(uri: str) -> str:
     if slashes and scheme not in {"s3", "file"}:
         message = f"{scheme}:// cannot be read: use s3://bucket/key, file:///path or a path"
         raise ValueError(message)
-    whole = rest.startswith("/") if scheme == "file" else all(rest.partition("/")[::2])
-    if not uri.isprintable() or (slashes and (not whole or {"?", "#"} & set(rest))):
+    is_complete = rest.startswith("/") if scheme == "file" else all(rest.partition("/")[::2])
+    if not uri.isprintable() or (slashes and (not is_complete or {"?", "#"} & set(rest))):
         message = f"{uri!r} is not a whole address: it must look like s3://bucket/key or file:///path"
         raise ValueError(message)
     return uri
@@ -168,7 +178,7 @@ def _address(uri: str) -> str:
 
 def _model(uri: str) -> str:
     if not uri.endswith(".keras"):
-        message = f"{uri!r} {model_file.by_ending(uri)}"
+        message = f"{uri!r} {model_file.refusal_by_ending(uri)}"
         raise ValueError(message)
     return _address(uri)
 
@@ -191,43 +201,43 @@ def _checksum(value: str) -> str:
 
 
 class HeadTable(Table):
-    """How a network's output is to be read, where its graph does not say."""
+    """How to read the outputs of a network, if its graph does not show it."""
 
     kind: HeadKind | None = None
     output: str | None = None
 
 
-Text = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+ShortText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Side = Annotated[StrictInt, Field(ge=8, le=8192)]  # pixels
-Given = Annotated[
-    Annotated[str, AfterValidator(_preprocessing), Tag(BY_NAME)] | Annotated[Scaling, Tag(BY_NUMBERS)],
-    Discriminator(lambda value: BY_NAME if isinstance(value, str) else BY_NUMBERS),
+PreprocessingField = Annotated[
+    Annotated[str, AfterValidator(_preprocessing), Tag(NAME_TAG)] | Annotated[Scaling, Tag(VALUES_TAG)],
+    Discriminator(lambda value: NAME_TAG if isinstance(value, str) else VALUES_TAG),
 ]
 Labels = Annotated[
-    Annotated[Text, Tag(BY_NAME)] | Annotated[tuple[Text, ...], Tag(BY_NUMBERS)],
-    Discriminator(lambda value: BY_NAME if isinstance(value, str) else BY_NUMBERS),
+    Annotated[ShortText, Tag(NAME_TAG)] | Annotated[tuple[ShortText, ...], Tag(VALUES_TAG)],
+    Discriminator(lambda value: NAME_TAG if isinstance(value, str) else VALUES_TAG),
 ]
 
 
-class OwnNetwork(Table):
-    """`[networks.NAME]`: a whole model in a file, or an architecture and its weights."""
+class OperatorNetwork(Table):
+    """`[networks.NAME]`: a model file, or an architecture and its weights."""
 
-    model: Annotated[Text, AfterValidator(_without_user), AfterValidator(_model)] | None = None
-    architecture: Annotated[Text, AfterValidator(_architecture)] | None = None
-    weights: Annotated[Text, AfterValidator(_without_user), AfterValidator(_weights)] | None = None
+    model: Annotated[ShortText, AfterValidator(_without_user), AfterValidator(_model)] | None = None
+    architecture: Annotated[ShortText, AfterValidator(_architecture)] | None = None
+    weights: Annotated[ShortText, AfterValidator(_without_user), AfterValidator(_weights)] | None = None
     sha256: Annotated[str, AfterValidator(_checksum)]
     labels: Labels = ()
     classes: Annotated[StrictInt, Field(ge=2, le=100_000)] | None = None
-    pretrained: StrictBool | None = None  # whether the architecture was built with weights="imagenet"
-    preprocessing: Given | None = None
+    pretrained: StrictBool | None = None  # built with weights="imagenet"
+    preprocessing: PreprocessingField | None = None
     input_size: tuple[Side, Side] | None = None
-    target_layer: Text | None = None
+    target_layer: ShortText | None = None
     head: HeadTable = HeadTable()
 
     @model_validator(mode="after")
-    def _one_or_the_other(self) -> Self:
+    def _check_combination(self) -> Self:
         built = self.architecture is not None
-        for wrong, message in (
+        for is_wrong, message in (
             (bool(self.model) == built, "give either model, or architecture and weights"),
             (built != bool(self.weights), "architecture and weights belong together"),
             (not built and not self.input_size, "input_size = [height, width] is needed beside model"),
@@ -243,49 +253,56 @@ class OwnNetwork(Table):
             ),
             (built and not self.classes and not self.labels, "classes is needed where there are no labels"),
         ):
-            if wrong:
+            if is_wrong:
                 raise ValueError(message)
         return self
 
     @property
-    def like(self) -> NetworkRow | None:
-        """The catalog's row of the architecture."""
+    def architecture_row(self) -> NetworkRow | None:
+        """The row of the architecture in the catalog."""
         return ARCHITECTURES[self.architecture] if self.architecture else None
 
-    def how(self) -> Preprocessing | None:
-        """The preprocessing that is given, if one is."""
+    def to_preprocessing(self) -> Preprocessing | None:
+        """The preprocessing, if it is given."""
         if isinstance(self.preprocessing, Scaling):
             return self.preprocessing.preprocessing()
         return PREPROCESSING[self.preprocessing] if self.preprocessing else None
 
-    def read_as(self) -> Head:
-        """The head, as a row has it."""
+    def to_head(self) -> Head:
+        """The head for a row."""
         return Head(self.head.kind, self.head.output)
 
 
 class RegistryFile(Table):
     """The whole file."""
 
-    networks: dict[Annotated[str, AfterValidator(_name)], OwnNetwork]
+    networks: dict[Annotated[str, AfterValidator(_name)], OperatorNetwork]
 
 
-REWORDED = {"model_type": "must be a name or a table", "tuple_type": "must be a list"}
+ERROR_TEXTS = {"model_type": "must be a name or a table", "tuple_type": "must be a list"}
 INNER_TABLES: dict[str, type[Table]] = {"head": HeadTable, "preprocessing": Scaling}
 
 
-def findings(error: ValidationError) -> list[str]:
-    """Each thing that is wrong, as `networks.tumours.sha256: ...`."""
-    told = []
-    for found in error.errors(include_url=False, include_input=False):
-        steps = [str(step) for step in found["loc"] if step not in {BY_NAME, BY_NUMBERS, "[key]"}]
-        what = found["msg"].removeprefix("Value error, ")
-        if found["type"] == "extra_forbidden":
-            tables: dict[int, type[Table]] = {1: RegistryFile, 3: OwnNetwork}
+def describe_errors(error: ValidationError) -> list[str]:
+    """Describe the errors in a registry.
+
+    Args:
+        error: From the validation of `RegistryFile`.
+
+    Returns:
+        Each error with its key, as `networks.tumours.sha256: ...`.
+    """
+    descriptions = []
+    for detail in error.errors(include_url=False, include_input=False):
+        steps = [str(step) for step in detail["loc"] if step not in {NAME_TAG, VALUES_TAG, "[key]"}]
+        reason = detail["msg"].removeprefix("Value error, ")
+        if detail["type"] == "extra_forbidden":
+            tables: dict[int, type[Table]] = {1: RegistryFile, 3: OperatorNetwork}
             table = tables.get(len(steps)) or INNER_TABLES[steps[2]]
-            what = f"there is no such key; {_hint(steps[-1], table.model_fields)}"
-        elif found["type"] == "missing":
-            what = "is missing" + (": `sha256sum FILE` prints it" if steps[-1] == "sha256" else "")
-        elif found["type"] in REWORDED:
-            what = REWORDED[found["type"]]
-        told.append(f"{'.'.join(steps)}: {what}")
-    return told
+            reason = f"there is no such key; {_hint(steps[-1], table.model_fields)}"
+        elif detail["type"] == "missing":
+            reason = "is missing" + (": `sha256sum FILE` prints it" if steps[-1] == "sha256" else "")
+        elif detail["type"] in ERROR_TEXTS:
+            reason = ERROR_TEXTS[detail["type"]]
+        descriptions.append(f"{'.'.join(steps)}: {reason}")
+    return descriptions

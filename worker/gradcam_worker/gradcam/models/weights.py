@@ -1,7 +1,7 @@
-"""Where a network's weights come from: shipped, the operator's folder, Keras's own download, or, for an
-operator's own network, the file that the registry names.
+"""Sources of weights: the shipped file, the operator's folder, or the download of Keras; for an operator's
+network, the file that the registry names.
 
-Never random by accident: random weights have to be asked for by name, and then say so.
+Weights are never random by accident: random weights must be requested.
 """
 
 import errno
@@ -22,9 +22,9 @@ from gradcam_worker.gradcam.models.file_cache import FileCache
 from gradcam_worker.text.visible import abridged
 
 DOWNLOAD_STALL_S = 30  # seconds without a byte before Keras's download counts as failed
-# No file is to be read at a path: none is there, a folder is, a file is where a folder should be; no right to
-# it; links in a loop; a name that is too long.
-NOT_THERE = {
+# No file can be read at a path: it is missing, or a folder, or below a file; access is denied; links form a
+# loop; the name is too long.
+UNREADABLE_ERRNOS = {
     errno.ENOENT,
     errno.EISDIR,
     errno.ENOTDIR,
@@ -33,143 +33,185 @@ NOT_THERE = {
     errno.ELOOP,
     errno.ENAMETOOLONG,
 }
-CHUNK = 1024 * 1024  # bytes copied at a time
-MODEL_SUFFIXES = (".keras", ".weights.h5")  # Keras goes by them
+COPY_CHUNK_BYTES = 1024 * 1024  # 1 MiB
+MODEL_SUFFIXES = (".keras", ".weights.h5")  # Keras chooses the format by them
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A weights file that is here, and what it is."""
+    """A local weights file and its checksum."""
 
     path: Path
     sha256: str
 
 
-def _names(row: NetworkRow, directory: Path | None) -> tuple[Path, ...]:
-    """Where a row's weights may be in the operator's folder."""
+def _candidate_paths(row: NetworkRow, directory: Path | None) -> tuple[Path, ...]:
+    """Possible paths of weights in the operator's folder."""
     names = (f"{row.name}.weights.h5", f"{row.name}.h5", *row.keras_files)
     return tuple(directory / name for name in names) if directory else ()
 
 
-def where(row: NetworkRow, directory: Path | None) -> Path | None:
-    """The row's weights file, or None where only Keras's own download is left.
+def weights_path(row: NetworkRow, directory: Path | None) -> Path | None:
+    """Find the weights file of a network; it is not read.
 
-    The operator's folder goes before the shipped file, so that a team can use its own weights.
+    The operator's folder has precedence over the shipped file, so that a team can use its own weights.
+
+    Args:
+        row: The network.
+        directory: The operator's folder, if any.
+
+    Returns:
+        The path; None if the weights must be downloaded by Keras.
     """
-    for path in _names(row, directory):
+    for path in _candidate_paths(row, directory):
         if path.is_file():
             return path
     return DATA / row.shipped if row.shipped else None
 
 
-def here(row: NetworkRow, directory: Path | None, keras_home: Path) -> Path | None:
-    """The weights file of a row of the catalog on this machine, Keras's own download too; not yet checked."""
-    path = where(row, directory) or keras_home / "models" / row.keras_files[0]
+def local_weights_path(row: NetworkRow, directory: Path | None, keras_home: Path) -> Path | None:
+    """Find the weights file of a network of the catalog, also one that Keras has downloaded; it is not read.
+
+    Args:
+        row: The network.
+        directory: The operator's folder, if any.
+        keras_home: The folder of Keras.
+
+    Returns:
+        The path; None if there is no such file.
+    """
+    path = weights_path(row, directory) or keras_home / "models" / row.keras_files[0]
     return path if path.is_file() else None
 
 
-def put(row: NetworkRow) -> str:
-    """How to hand over a network's weights where they cannot be downloaded: the rest of a sentence."""
-    theirs = f"Keras's {row.keras_files[0]}, under that name, or " if row.keras_files else ""
-    own = f"{row.name}.weights.h5 of your own"
-    return f"put {theirs}{own} into the folder that GRADCAM_WEIGHTS_DIR names"
+def how_to_provide(row: NetworkRow) -> str:
+    """Tell how to provide weights without a download. Returns the rest of a sentence."""
+    keras_file = f"Keras's {row.keras_files[0]}, under that name, or " if row.keras_files else ""
+    own_file = f"{row.name}.weights.h5 of your own"
+    return f"put {keras_file}{own_file} into the folder that GRADCAM_WEIGHTS_DIR names"
 
 
-def locate(row: NetworkRow, directory: Path | None) -> WeightsFile | None:
-    """As `where`, read and checked: the shipped file has to be the one that was shipped.
+def find_weights(row: NetworkRow, directory: Path | None) -> WeightsFile | None:
+    """Find and verify the weights file of a network. The shipped file must have its checksum.
 
-    Raises WeightsChecksumMismatch; WeightsUnavailable where the operator's file is a link that leads nowhere.
+    Args:
+        row: The network.
+        directory: The operator's folder, if any.
+
+    Returns:
+        The file; None if the weights must be downloaded by Keras.
+
+    Raises:
+        WeightsChecksumMismatch: The shipped file was changed, or is missing.
+        WeightsUnavailable: The operator's file is a broken link.
     """
-    for link in _names(row, directory):
+    for link in _candidate_paths(row, directory):
         if link.is_symlink() and not link.exists():
             message = f"{link} is a link that leads nowhere, or round in a circle: correct or remove it."
             raise WeightsUnavailable(message)
-    path = where(row, directory)
+    path = weights_path(row, directory)
     if path is None:
         return None
-    found = digest(path) if path.is_file() else "no file"
-    if path.parent == DATA and found != row.sha256:
-        message = f"{path} should have sha256 {row.sha256} but has {found}: install the package again."
+    sha256 = file_sha256(path) if path.is_file() else "no file"
+    if path.parent == DATA and sha256 != row.sha256:
+        message = f"{path} should have sha256 {row.sha256} but has {sha256}: install the package again."
         raise WeightsChecksumMismatch(message)
-    return WeightsFile(path, found)
+    return WeightsFile(path, sha256)
 
 
 class Sink(Protocol):
-    """Where the bytes of a file go."""
+    """Something that the bytes of a file are written to."""
 
     def expect(self, size: int, /) -> None:
-        """It will have so many bytes, as far as that can be told. Raises WeightsUnavailable."""
+        """Prepare for a file of `size` bytes, if its size is known. Raises WeightsUnavailable."""
         ...
 
     def write(self, data: bytes, /) -> int:
-        """Take the next bytes."""
+        """Append bytes."""
         ...
 
 
-def cached_at(file: ModelFile, folder: Path) -> Path:
-    """Where an operator's file is in the cache folder, once it has been fetched."""
-    suffix = next((one for one in MODEL_SUFFIXES if file.uri.endswith(one)), "")
+def cache_path(file: ModelFile, folder: Path) -> Path:
+    """The path of an operator's file in the cache.
+
+    Args:
+        file: The file.
+        folder: Of the cache.
+
+    Returns:
+        The path, whether the file has been fetched or not.
+    """
+    suffix = next((suffix for suffix in MODEL_SUFFIXES if file.uri.endswith(suffix)), "")
     return folder / (file.sha256 + suffix)
 
 
-def cached(
+def fetch_cached(
     file: ModelFile, folder: Path, fetch: Callable[[str, Sink], None], max_bytes: int | None = None
 ) -> WeightsFile:
-    """An operator's file in the cache folder, known to be the one that the registry pins.
+    """Get an operator's file from the cache, fetched first if necessary, with a verified checksum.
 
-    It is named by its checksum, so it is there whole or not at all, and two processes that fetch it at
-    once write the same. A copy that has been damaged is fetched again. `fetch` writes what an `s3://`
-    address holds into a sink, and raises WeightsUnavailable where it cannot. The folder holds no more than
-    `max_bytes`: the files that were used least recently make room before the new one is there.
+    Files in the cache are named by their checksum and complete, so several processes may fetch the same file
+    at once. A damaged copy is fetched again.
 
-    Raises WeightsChecksumMismatch with both checksums, WeightsUnavailable.
+    Args:
+        file: The file.
+        folder: Of the cache.
+        fetch: Writes what an `s3://` address holds into a sink; raises WeightsUnavailable if it cannot.
+        max_bytes: Size of the cache, from which the least recently used files are removed; None: unlimited.
+
+    Returns:
+        The file in the cache.
+
+    Raises:
+        WeightsChecksumMismatch: The file has another checksum; the message has both.
+        WeightsUnavailable: It cannot be fetched, or there is no room for it.
     """
     cache = FileCache(folder, max_bytes)
-    place = cached_at(file, folder)
+    path = cache_path(file, folder)
     try:
-        if not (_is_whole(place, file.sha256) and cache.touch(place)):
-            _fetch(file, cache, place.name, fetch if file.uri.startswith("s3://") else _copy)
+        if not (_is_whole(path, file.sha256) and cache.touch(path)):
+            _fetch(file, cache, path.name, fetch if file.uri.startswith("s3://") else _copy)
     except OSError as error:
         message = (
             f"{file.uri} could not be brought into the cache folder {folder}: {error}. GRADCAM_CACHE_DIR "
             "must name a folder that the worker may write to, with room for the file."
         )
         raise WeightsUnavailable(message) from error
-    return WeightsFile(place, file.sha256)
+    return WeightsFile(path, file.sha256)
 
 
-def _is_whole(place: Path, sha256: str) -> bool:
-    """Whether a file is here and undamaged; another process may be taking it away just now."""
+def _is_whole(path: Path, sha256: str) -> bool:
+    """Whether a file exists and is undamaged; another process may remove it at any time."""
     try:
-        return place.is_file() and digest(place) == sha256
+        return path.is_file() and file_sha256(path) == sha256
     except FileNotFoundError:
         return False
 
 
 def _fetch(file: ModelFile, cache: FileCache, name: str, fetch: Callable[[str, Sink], None]) -> None:
-    """Fetch a file beside its place; move it there in one step once its checksum is right."""
-    with cache.new(name, file.uri) as part:
-        fetch(file.uri, part)
-        if part.sha256 != file.sha256:
+    """Fetch a file into the cache, where it appears once its checksum is verified."""
+    with cache.create(name, file.uri) as partial:
+        fetch(file.uri, partial)
+        if partial.sha256 != file.sha256:
             message = (
-                f"{file.uri} should have sha256 {file.sha256} but has {part.sha256}: it was not loaded. "
+                f"{file.uri} should have sha256 {file.sha256} but has {partial.sha256}: it was not loaded. "
                 "If it is the file that you mean, write its sha256 into the registry."
             )
             raise WeightsChecksumMismatch(message)
-        part.keep()
+        partial.commit()
 
 
 def _copy(path: str, sink: Sink) -> None:
-    """Raises WeightsUnavailable where there is no such file, or it may not be read."""
+    """Copy a local file. Raises WeightsUnavailable if it does not exist or cannot be read."""
     try:
         with Path(path).open("rb") as file:
             sink.expect(Path(path).stat().st_size)
-            shutil.copyfileobj(file, sink, CHUNK)
+            shutil.copyfileobj(file, sink, COPY_CHUNK_BYTES)
     except OSError as error:
-        if error.errno not in NOT_THERE:
+        if error.errno not in UNREADABLE_ERRNOS:
             raise
-        if isinstance(error, IsADirectoryError) and (told := model_file.of_folder(Path(path))):
-            message = f"{path} {told}."
+        if isinstance(error, IsADirectoryError) and (reason := model_file.refusal_of_folder(Path(path))):
+            message = f"{path} {reason}."
         else:
             message = (
                 f"{path} cannot be read ({error.strerror}): put the network's file there, readable for the "
@@ -178,10 +220,21 @@ def _copy(path: str, sink: Sink) -> None:
         raise WeightsUnavailable(message) from error
 
 
-def download(row: NetworkRow, build: Callable[[], Any], kept: Callable[[], Path]) -> tuple[Any, WeightsFile]:
-    """Let Keras fetch the ImageNet weights into its cache while it builds the model.
+def download(
+    row: NetworkRow, build: Callable[[], Any], downloaded_path: Callable[[], Path]
+) -> tuple[Any, WeightsFile]:
+    """Let Keras download the ImageNet weights while it builds the model.
 
-    `kept` says where Keras has put them, once they are there. Raises WeightsUnavailable with the ways out.
+    Args:
+        row: The network.
+        build: Builds the model.
+        downloaded_path: Returns the path of the downloaded weights.
+
+    Returns:
+        The model and its weights file.
+
+    Raises:
+        WeightsUnavailable: The download failed; the message tells how to provide the weights.
     """
     try:
         with _stall_limit():
@@ -189,14 +242,14 @@ def download(row: NetworkRow, build: Callable[[], Any], kept: Callable[[], Path]
     except Exception as error:  # Keras raises plain Exception for a failed download
         message = (
             f"The weights of {row.name} are not here and could not be downloaded ({abridged(str(error))}). "
-            f"Let this machine reach Keras's download once, or {put(row)}."
+            f"Let this machine reach Keras's download once, or {how_to_provide(row)}."
         )
         raise WeightsUnavailable(message) from error
-    path = kept()
-    return model, WeightsFile(path, digest(path))
+    path = downloaded_path()
+    return model, WeightsFile(path, file_sha256(path))
 
 
-def digest(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -204,7 +257,7 @@ def digest(path: Path) -> str:
 
 @contextmanager
 def _stall_limit() -> Iterator[None]:
-    """Keras's download sets no timeout of its own and would wait for ever on a dead connection."""
+    """Limit the wait for data: the download of Keras has no timeout."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_STALL_S)
     try:
