@@ -1,4 +1,4 @@
-"""What the room's tests share: real networks, each built once, and a way to wrap one made by hand."""
+"""Shared fixtures: real networks, each built once, and a function that wraps a model of a test."""
 
 import sys
 from collections.abc import Callable
@@ -20,8 +20,8 @@ Wrap = Callable[..., "KerasNetwork"]
 
 
 @pytest.fixture(scope="session")
-def seeded() -> Callable[[str], "KerasNetwork"]:
-    """A real architecture with seeded random weights, by its name in the catalog."""
+def random_network() -> Callable[[str], "KerasNetwork"]:
+    """Builds a network of the catalog with seeded random weights."""
     from gradcam_worker.gradcam.models.loading import load_network
 
     return cache(lambda name: load_network(name, random_seed=1))
@@ -29,26 +29,28 @@ def seeded() -> Callable[[str], "KerasNetwork"]:
 
 @pytest.fixture(scope="session")
 def lite0() -> "KerasNetwork":
-    """EfficientNet-Lite0 with the weights that are shipped."""
+    """EfficientNet-Lite0 with its shipped weights."""
     from gradcam_worker.gradcam.models.loading import load_network
 
     return load_network("efficientnet_lite0")
 
 
 @pytest.fixture(scope="session")
-def by_hand() -> Wrap:
-    """A Keras model that a test made -> a network; inputs become `x / 127.5 - 1` unless it says otherwise."""
+def wrap() -> Wrap:
+    """Wraps a Keras model; its input is `x / 127.5 - 1` unless `preprocessing` is given."""
     from gradcam_worker.gradcam.models.loading import wrap_model
 
-    def wrap(model: Any, layer: str | None = None, **more: Any) -> "KerasNetwork":
-        return wrap_model(model, **{"preprocessing": "tf", "target_layer": layer, "name": "by_hand", **more})
+    def wrap(model: Any, layer: str | None = None, **options: Any) -> "KerasNetwork":
+        return wrap_model(
+            model, **{"preprocessing": "tf", "target_layer": layer, "name": "by_hand", **options}
+        )
 
     return wrap
 
 
 @dataclass(frozen=True)
-class Taped:
-    """What a model does, seen from outside: nothing of ours is asked."""
+class TapedGradients:
+    """Results of a model by a gradient tape, without code of the package."""
 
     scores: NDArray[np.float64]  # (n, classes)
     activations: NDArray[np.float64]  # (n, rows, columns, channels)
@@ -56,35 +58,35 @@ class Taped:
 
 
 @pytest.fixture(scope="session")
-def taped() -> Callable[..., Taped]:
-    """A Keras model, called as it is under a gradient tape while what one of its layers makes is noted.
+def tape_gradients() -> Callable[..., TapedGradients]:
+    """Calls a Keras model under a gradient tape, while the output of one of its layers is recorded.
 
-    Its scores are its output, or, with `head`, what that layer makes without its activation, or gets where
-    it is nothing else. A layer that is called more than once is watched in its `turn`; tokens are shown as
-    a `grid` of (rows, columns), those of the patches being the last.
+    The scores are the model's output, or, with `head`, the output of that layer without its activation; the
+    input of `head`, if it has no weights. Of a layer that is called several times, `turn` selects the call.
+    With `grid` (rows, columns), the last rows * columns tokens become a map.
     """
     import keras
     import tensorflow as tf
 
-    def watch(operation: Any, seen: list[Any]) -> Callable[..., Any]:
+    def record_calls(operation: Any, calls: list[Any]) -> Callable[..., Any]:
         call = operation.call
 
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            seen.append((args[0], result := call(*args, **kwargs)))
+        def recorded_call(*args: Any, **kwargs: Any) -> Any:
+            calls.append((args[0], result := call(*args, **kwargs)))
             return result
 
-        return noted
+        return recorded_call
 
-    def taped(
+    def tape_gradients(
         model: Any, inputs: Any, layer: Any, *, head: Any = None, turn: int = 0, grid: Any = None
-    ) -> Taped:
-        heads: list[Any] = []
-        seen: list[Any] = []
+    ) -> TapedGradients:
+        head_calls: list[Any] = []
+        layer_calls: list[Any] = []
         fused = isinstance(head, keras.layers.Dense | keras.layers.Conv2D)
         activation = head.activation if fused else None
-        layer.call = watch(layer, seen)
+        layer.call = record_calls(layer, layer_calls)
         if head is not None:
-            head.call = watch(head, heads)
+            head.call = record_calls(head, head_calls)
         try:
             if fused:
                 head.activation = keras.activations.linear
@@ -92,28 +94,30 @@ def taped() -> Callable[..., Taped]:
                 image = tf.constant(inputs)
                 tape.watch(image)
                 output = model(image, training=False)
-                scores = heads[0][1 if fused else 0] if heads else output
+                scores = head_calls[0][1 if fused else 0] if head_calls else output
                 scores = tf.reshape(scores, (len(inputs), -1))
-                single = [scores[:, one] for one in range(scores.shape[1])]
+                class_scores = [scores[:, index] for index in range(scores.shape[1])]
         finally:
             del layer.call
             if head is not None:
                 del head.call
             if fused:
                 head.activation = activation
-        made = seen[turn][1]
-        slopes = np.stack([tape.gradient(one, made).numpy() for one in single], axis=1)
-        activations = made.numpy()
+        output_of_layer = layer_calls[turn][1]
+        gradients = np.stack(
+            [tape.gradient(score, output_of_layer).numpy() for score in class_scores], axis=1
+        )
+        activations = output_of_layer.numpy()
         if grid:
             patches = grid[0] * grid[1]
-            activations, slopes = (
-                one[..., -patches:, :].reshape(*one.shape[:-2], *grid, one.shape[-1])
-                for one in (activations, slopes)
+            activations, gradients = (
+                array[..., -patches:, :].reshape(*array.shape[:-2], *grid, array.shape[-1])
+                for array in (activations, gradients)
             )
-        raw = np.einsum("nkc,nhwc->nkhw", slopes.mean((2, 3), np.float64), activations)
-        return Taped(scores.numpy(), activations, raw)
+        raw = np.einsum("nkc,nhwc->nkhw", gradients.mean((2, 3), np.float64), activations)
+        return TapedGradients(scores.numpy(), activations, raw)
 
-    return taped
+    return tape_gradients
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the tests of the registry write into its file."""
+"""Registry files for tests."""
 
 from pathlib import Path
 
@@ -18,6 +18,6 @@ classes = 200
 
 
 def write(folder: Path, body: str, name: str = "tumours") -> Path:
-    """A registry file with one network. Written beside its place and moved, as an operator should."""
+    """Write a registry file with one network; it replaces the old file in one step."""
     (folder / "new").write_text(f"[networks.{name}]\n{body}")
     return (folder / "new").replace(folder / "networks.toml")

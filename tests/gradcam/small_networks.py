@@ -1,4 +1,4 @@
-"""Small networks that several tests are about, with three classes, and the wish for all of them."""
+"""Parts of small networks with three classes, for several tests."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 ROWS, COLUMNS, CLASSES = 12, 16, 3
-ALL = np.array([[0, 1, 2]] * 2, np.int32)
-Wrap = Callable[..., Any]  # the fixture `by_hand`
+ALL_CLASSES = np.array([[0, 1, 2]] * 2, np.int32)
+Wrap = Callable[..., Any]  # the fixture `wrap`
 
 
 def backbone(keras: Any, name: str = "backbone", shape: tuple[Any, ...] = (ROWS, COLUMNS, 3)) -> Any:
@@ -19,7 +19,7 @@ def backbone(keras: Any, name: str = "backbone", shape: tuple[Any, ...] = (ROWS,
     return keras.Model(inputs, layers.Activation("tanh", name="act")(x), name=name)
 
 
-def classified(keras: Any, x: Any, classes: int = CLASSES) -> Any:
-    """A feature map -> its pooled scores, after a softmax."""
+def add_classifier(keras: Any, x: Any, classes: int = CLASSES) -> Any:
+    """Pool a feature map, and add a dense layer with a softmax."""
     x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
     return keras.layers.Dense(classes, "softmax", bias_initializer="random_normal", name="scores")(x)

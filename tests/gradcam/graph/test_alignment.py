@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.graph import alignment
-from tests.gradcam.small_networks import Wrap, classified
+from tests.gradcam.small_networks import Wrap, add_classifier
 
 SIDE = 32
 REFUSED = "crops, pads, shifts or turns its input"
@@ -120,7 +120,7 @@ def network_behind(front: Callable[[Any], Any], seed: int) -> Any:
     x = inputs = keras.Input((SIDE, SIDE, 3))
     x = keras.layers.Conv2D(8, 3, 2, "same", activation="relu")(front(x))
     x = keras.layers.Conv2D(8, 3, padding="same", activation="relu")(x)
-    return keras.Model(inputs, classified(keras, x))
+    return keras.Model(inputs, add_classifier(keras, x))
 
 
 @pytest.mark.tensorflow
@@ -149,9 +149,9 @@ class TestNetworks:
             "tf.transpose",
         ],
     )
-    def test_one_that_moves_its_input_is_refused(self, how: str, by_hand: Wrap) -> None:
+    def test_one_that_moves_its_input_is_refused(self, how: str, wrap: Wrap) -> None:
         with pytest.raises(NetworkIncompatible, match=REFUSED):
-            by_hand(network_behind(moves()[how], 1))
+            wrap(network_behind(moves()[how], 1))
 
     @pytest.mark.parametrize(
         "how",
@@ -168,11 +168,11 @@ class TestNetworks:
             "pooled",
         ],
     )
-    def test_one_that_only_scales_or_mirrors_it_is_not(self, how: str, by_hand: Wrap) -> None:
-        assert by_hand(network_behind(scalings()[how], 1)).facts.map_size[0] > 4
+    def test_one_that_only_scales_or_mirrors_it_is_not(self, how: str, wrap: Wrap) -> None:
+        assert wrap(network_behind(scalings()[how], 1)).facts.map_size[0] > 4
 
     @pytest.mark.parametrize("how", ["Cropping2D", "ZeroPadding2D", "slice", "rot90", "roll", "tf.reverse"])
-    def test_one_that_moves_a_feature_map_is_refused(self, how: str, by_hand: Wrap) -> None:
+    def test_one_that_moves_a_feature_map_is_refused(self, how: str, wrap: Wrap) -> None:
         import keras
 
         inputs = keras.Input((SIDE, SIDE, 3))
@@ -180,9 +180,9 @@ class TestNetworks:
         x = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(moves()[how](x))
         x = keras.layers.Conv2D(4, 3, 2, padding="same", activation="relu", name="last")(x)
         with pytest.raises(NetworkIncompatible, match=f"{REFUSED}: as seen by the layer last"):
-            by_hand(keras.Model(inputs, classified(keras, x)))
+            wrap(keras.Model(inputs, add_classifier(keras, x)))
 
-    def test_a_layer_of_a_job_is_measured_when_it_is_first_asked_for(self, by_hand: Wrap) -> None:
+    def test_a_layer_of_a_job_is_measured_when_it_is_first_asked_for(self, wrap: Wrap) -> None:
         """The last layer is turned back: it alone lies where the image does."""
         import keras
 
@@ -194,7 +194,7 @@ class TestNetworks:
         x = keras.layers.Conv2D(8, 3, padding="same", name="well")(inputs)
         x = keras.layers.Conv2D(8, 3, padding="same", name="turned")(ops.rot90(x, k=2, axes=(1, 2)))
         x = keras.layers.Conv2D(8, 3, padding="same", name="back")(ops.rot90(x, k=2, axes=(1, 2)))
-        network = by_hand(keras.Model(inputs, classified(keras, x)))
+        network = wrap(keras.Model(inputs, add_classifier(keras, x)))
         pixels, wanted = np.zeros((1, SIDE, SIDE, 3), np.uint8), np.array([[0]], np.int32)
         for layer in ("back", "well"):
             assert network.compute(pixels, wanted, Method(layer=layer)).layer == layer
@@ -216,7 +216,7 @@ def known_networks() -> dict[str, Callable[[], Any]]:
             for each in of_each:
                 options = {"filters": 8, "kernel_size": 3, "padding": "same", "activation": "relu", **each}
                 x = layers.Conv2D(**options)(x)
-            return keras.Model(inputs, classified(keras, x))
+            return keras.Model(inputs, add_classifier(keras, x))
 
         return build
 
@@ -224,13 +224,13 @@ def known_networks() -> dict[str, Callable[[], Any]]:
         inputs = keras.Input((24, 24, 3))
         x = layers.Conv2D(8, 3, padding="same", activation="relu")(inputs)
         x = layers.DepthwiseConv2D(31, padding="same", activation="relu")(x)
-        return keras.Model(inputs, classified(keras, x))
+        return keras.Model(inputs, add_classifier(keras, x))
 
     def squeezed() -> Any:
         inputs = keras.Input((16, 16, 3))
         x = layers.Conv2D(8, 3, padding="same")(inputs)
         gate = layers.Dense(8, "sigmoid")(layers.GlobalAveragePooling2D(keepdims=True)(x))
-        return keras.Model(inputs, classified(keras, layers.Multiply()([x, gate])))
+        return keras.Model(inputs, add_classifier(keras, layers.Multiply()([x, gate])))
 
     return {
         "deep": convolutions(32, *[{"strides": 2}] * 2, *[{}] * 8),
@@ -306,12 +306,10 @@ class TestWeights:
             "squeeze and excite",
         ],
     )
-    def test_a_network_of_known_layers_is_well_whatever_its_weights_are(
-        self, name: str, by_hand: Wrap
-    ) -> None:
+    def test_a_network_of_known_layers_is_well_whatever_its_weights_are(self, name: str, wrap: Wrap) -> None:
         model = known_networks()[name]()
         assert found_in(model, model.input_shape[1]) == (None, False)
-        by_hand(model)
+        wrap(model)
 
     @pytest.mark.parametrize(("filters", "size", "depth"), [(1, 5, 2), (8, 9, 3), (32, 31, 1)])
     def test_own_convolutions_are_well_with_any_weights(self, filters: int, size: int, depth: int) -> None:
@@ -322,7 +320,7 @@ class TestWeights:
             x = inputs = keras.Input((16, 16, 3))
             for _ in range(depth):
                 x = own_convolution(filters, size)(x)
-            assert found_in(keras.Model(inputs, classified(keras, x)), 16) == (None, True)
+            assert found_in(keras.Model(inputs, add_classifier(keras, x)), 16) == (None, True)
 
     @pytest.mark.parametrize("how", ["crop", "reverse", "transpose", "roll"])
     def test_an_own_layer_that_moves_its_input_is_refused_with_any_weights_and_at_any_depth(
@@ -345,6 +343,6 @@ class TestWeights:
             x = in_a_layer(lambda x: move(tf.identity(x)))(x)
             for _ in range(6):
                 x = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(x)
-            told, measured = found_in(keras.Model(inputs, classified(keras, x)), 16)
+            told, measured = found_in(keras.Model(inputs, add_classifier(keras, x)), 16)
             assert told
             assert measured

@@ -104,11 +104,11 @@ def ends(keras: Any) -> dict[str, Callable[[Any], Any]]:
         "softmax in a model",
     ],
 )
-def test_scores_are_those_before_the_softmax_wherever_it_is(end: str, trunk: Trunk, by_hand: Wrap) -> None:
+def test_scores_are_those_before_the_softmax_wherever_it_is(end: str, trunk: Trunk, wrap: Wrap) -> None:
     import keras
 
     x, layer = trunk.dense(5)
-    network = by_hand(keras.Model(trunk.input, ends(keras)[end](x)))
+    network = wrap(keras.Model(trunk.input, ends(keras)[end](x)))
     computed = network.compute(PIXELS, everything(5))
     assert_allclose(computed.scores, trunk.scores(layer), atol=1e-5)
     assert_allclose(computed.raw, trunk.maps(layer), atol=1e-5 * np.abs(trunk.maps(layer)).max())
@@ -120,12 +120,12 @@ def test_scores_are_those_before_the_softmax_wherever_it_is(end: str, trunk: Tru
 
 @pytest.mark.parametrize("activation", ["softmax", "log_softmax", "sigmoid", "log_sigmoid", None])
 def test_an_activation_that_is_part_of_the_last_layer_is_left_out(
-    activation: str | None, trunk: Trunk, by_hand: Wrap
+    activation: str | None, trunk: Trunk, wrap: Wrap
 ) -> None:
     import keras
 
     x, layer = trunk.dense(5, activation)
-    network = by_hand(keras.Model(trunk.input, x))
+    network = wrap(keras.Model(trunk.input, x))
     computed = network.compute(PIXELS, everything(5))
     assert_allclose(computed.scores, trunk.scores(layer), atol=1e-5)
     assert_allclose(computed.raw, trunk.maps(layer), atol=1e-5 * np.abs(trunk.maps(layer)).max())
@@ -134,24 +134,24 @@ def test_an_activation_that_is_part_of_the_last_layer_is_left_out(
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_convolution_may_give_the_scores(fused: bool, trunk: Trunk, by_hand: Wrap) -> None:
+def test_a_convolution_may_give_the_scores(fused: bool, trunk: Trunk, wrap: Wrap) -> None:
     import keras
 
     layer = keras.layers.Conv2D(5, 1, activation="softmax" if fused else None)
     x = keras.layers.Flatten()(layer(keras.layers.GlobalAveragePooling2D(keepdims=True)(trunk.map)))
     x = x if fused else keras.layers.Softmax()(x)
-    computed = by_hand(keras.Model(trunk.input, x)).compute(PIXELS, everything(5))
+    computed = wrap(keras.Model(trunk.input, x)).compute(PIXELS, everything(5))
     assert computed.layer == "conv"
     assert_allclose(computed.scores, trunk.scores(layer), atol=1e-5)
     assert_allclose(computed.raw, trunk.maps(layer), atol=1e-5 * np.abs(trunk.maps(layer)).max())
 
 
-def test_a_convolution_that_gives_a_map_of_scores_is_what_is_explained(trunk: Trunk, by_hand: Wrap) -> None:
+def test_a_convolution_that_gives_a_map_of_scores_is_what_is_explained(trunk: Trunk, wrap: Wrap) -> None:
     import keras
 
     scores = keras.layers.Conv2D(5, 1, name="scores")
     x = keras.layers.Softmax()(keras.layers.GlobalAveragePooling2D()(scores(trunk.map)))
-    computed = by_hand(keras.Model(trunk.input, x)).compute(PIXELS, everything(5))
+    computed = wrap(keras.Model(trunk.input, x)).compute(PIXELS, everything(5))
     assert computed.layer == "scores"
     maps = scores(trunk.activations.astype(np.float32)).numpy().transpose(0, 3, 1, 2) / (5 * 7)
     assert_allclose(computed.raw, maps, atol=1e-5 * np.abs(maps).max())
@@ -160,7 +160,7 @@ def test_a_convolution_that_gives_a_map_of_scores_is_what_is_explained(trunk: Tr
 class TestSigmoid:
     @pytest.mark.parametrize("end", ["fused", "Activation", "ops.sigmoid", "told"])
     def test_labels_that_do_not_exclude_each_other_have_probabilities_of_their_own(
-        self, end: str, trunk: Trunk, by_hand: Wrap
+        self, end: str, trunk: Trunk, wrap: Wrap
     ) -> None:
         import keras
 
@@ -168,7 +168,7 @@ class TestSigmoid:
         ending = {"Activation": keras.layers.Activation("sigmoid"), "ops.sigmoid": keras.ops.sigmoid}
         x = ending[end](x) if end in ending else x
         head = Head(kind="sigmoid") if end == "told" else None
-        network = by_hand(keras.Model(trunk.input, x), head=head)
+        network = wrap(keras.Model(trunk.input, x), head=head)
         seen = explain_pixels(network, PIXELS, [(0, 1, 2)] * 2)
         found = [[one.probability for one in image.explained] for image in seen]
         assert_allclose(found, 1 / (1 + np.exp(-trunk.scores(layer))), atol=1e-6)
@@ -176,13 +176,13 @@ class TestSigmoid:
 
     @pytest.mark.parametrize("activation", ["sigmoid", None])
     def test_one_unit_speaks_for_class_1_and_against_class_0(
-        self, activation: str | None, trunk: Trunk, by_hand: Wrap
+        self, activation: str | None, trunk: Trunk, wrap: Wrap
     ) -> None:
         import keras
 
         x, layer = trunk.dense(1, activation)
         head = None if activation else Head(kind="sigmoid")
-        network = by_hand(keras.Model(trunk.input, x), head=head)
+        network = wrap(keras.Model(trunk.input, x), head=head)
         computed = network.compute(PIXELS, everything(2))
         scores, maps = trunk.scores(layer), trunk.maps(layer)
         assert_allclose(computed.scores, np.concatenate([-scores, scores], 1), atol=1e-5)
@@ -194,12 +194,12 @@ class TestSigmoid:
         assert len(network.labels) == 2
 
     def test_the_probability_of_one_unit_has_the_slope_of_the_other_side(
-        self, trunk: Trunk, by_hand: Wrap
+        self, trunk: Trunk, wrap: Wrap
     ) -> None:
         import keras
 
         x, layer = trunk.dense(1, "sigmoid")
-        network = by_hand(keras.Model(trunk.input, x))
+        network = wrap(keras.Model(trunk.input, x))
         computed = network.compute(PIXELS, everything(2), Method(score="probability"))
         scores, maps = trunk.scores(layer)[..., None, None], trunk.maps(layer)
         expected = np.concatenate([-maps / (1 + np.exp(-scores)), maps / (1 + np.exp(scores))], 1)
@@ -263,17 +263,17 @@ class TestProbabilitiesAlready:
         ],
     )
     def test_they_are_told_as_the_network_says_them_and_explained_from_it(
-        self, how: str, trunk: Trunk, by_hand: Wrap, taped: Callable[..., Any]
+        self, how: str, trunk: Trunk, wrap: Wrap, tape_gradients: Callable[..., Any]
     ) -> None:
         import keras
 
         model = keras.Model(trunk.input, mixtures(trunk)[how]())
         target = "conv2d" if how == "averaged over positions" else "conv"
-        network = by_hand(model, None if target == "conv2d" else target)
+        network = wrap(model, None if target == "conv2d" else target)
         assert network.facts.head == "probabilities"
         layer = model.get_layer(network.facts.default_layer)
         inputs = PIXELS / np.float32(127.5) - 1
-        expected = taped(model, inputs, layer)
+        expected = tape_gradients(model, inputs, layer)
         own, raw = expected.scores, expected.raw
         if own.shape[1] == 1:
             own, raw = np.concatenate([1 - own, own], 1), np.concatenate([-raw, raw], 1)
@@ -289,7 +289,7 @@ class TestProbabilitiesAlready:
 
     @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
     def test_a_class_that_all_are_sure_of_is_not_left_dark(
-        self, activation: str, trunk: Trunk, by_hand: Wrap
+        self, activation: str, trunk: Trunk, wrap: Wrap
     ) -> None:
         import keras
 
@@ -299,7 +299,7 @@ class TestProbabilitiesAlready:
             members.append(layer(trunk.pooled))
             layer.set_weights([layer.get_weights()[0], np.array([bias, 0], np.float32)])
             dense.append(layer)
-        network = by_hand(keras.Model(trunk.input, keras.layers.Average()(members)), "conv")
+        network = wrap(keras.Model(trunk.input, keras.layers.Average()(members)), "conv")
         found = network.compute(PIXELS, np.zeros((2, 1), np.int32))
         assert_array_equal(found.scores[:, 0], 1)
         expected = np.zeros((2, 1, *found.raw.shape[2:]))
@@ -312,7 +312,7 @@ class TestProbabilitiesAlready:
 
     @pytest.mark.parametrize("units", [1, 3])
     def test_what_may_be_probabilities_or_small_scores_is_refused_until_it_is_declared(
-        self, units: int, trunk: Trunk, by_hand: Wrap
+        self, units: int, trunk: Trunk, wrap: Wrap
     ) -> None:
         import keras
         import tensorflow as tf
@@ -323,13 +323,13 @@ class TestProbabilitiesAlready:
 
         model = keras.Model(trunk.input, Own()(trunk.dense(units)[0]))
         with pytest.raises(NetworkIncompatible, match=r"between 0 and 1 .* \{kind = \"probabilities\"\}"):
-            by_hand(model)
-        network = by_hand(model, head=Head(kind="probabilities"))
+            wrap(model)
+        network = wrap(model, head=Head(kind="probabilities"))
         own = np.asarray(model(PIXELS / np.float32(127.5) - 1))
         own = np.concatenate([1 - own, own], 1) if units == 1 else own
         assert_allclose(network.scores(PIXELS), own, atol=1e-6)
 
-    def test_a_quantity_is_no_score_of_a_class(self, trunk: Trunk, by_hand: Wrap) -> None:
+    def test_a_quantity_is_no_score_of_a_class(self, trunk: Trunk, wrap: Wrap) -> None:
         import keras
 
         x, layer = trunk.dense(1)
@@ -338,30 +338,30 @@ class TestProbabilitiesAlready:
         with pytest.raises(
             NetworkIncompatible, match=r"returns 37.*: that may be the score.* head = \{kind = \"sigmoid\"\}"
         ):
-            by_hand(model)
+            wrap(model)
         with pytest.raises(
             NetworkIncompatible, match=r"declared as probabilities, but the network returns 37"
         ):
-            by_hand(model, head=Head(kind="probabilities"))
+            wrap(model, head=Head(kind="probabilities"))
 
-    def test_they_cannot_be_declared_to_be_scores(self, trunk: Trunk, by_hand: Wrap) -> None:
+    def test_they_cannot_be_declared_to_be_scores(self, trunk: Trunk, wrap: Wrap) -> None:
         import keras
 
         model = keras.Model(trunk.input, mixtures(trunk)["mean of two softmaxes"]())
         with pytest.raises(NetworkIncompatible, match="probabilities already; its head cannot be softmax"):
-            by_hand(model, head=Head(kind="softmax"))
+            wrap(model, head=Head(kind="softmax"))
 
     def test_a_softmax_that_is_declared_as_probabilities_is_explained_by_its_scores(
-        self, trunk: Trunk, by_hand: Wrap
+        self, trunk: Trunk, wrap: Wrap
     ) -> None:
         import keras
 
         x, layer = trunk.dense(3, "softmax")
-        network = by_hand(keras.Model(trunk.input, x), head=Head(kind="probabilities"))
+        network = wrap(keras.Model(trunk.input, x), head=Head(kind="probabilities"))
         assert network.facts.head == "softmax"
         assert_allclose(network.scores(PIXELS), trunk.scores(layer), atol=1e-5)
 
-    def test_a_softmax_over_the_images_is_refused(self, trunk: Trunk, by_hand: Wrap) -> None:
+    def test_a_softmax_over_the_images_is_refused(self, trunk: Trunk, wrap: Wrap) -> None:
         import keras
 
         model = keras.Model(trunk.input, keras.layers.Softmax(axis=0)(trunk.dense(3)[0]))
@@ -369,7 +369,7 @@ class TestProbabilitiesAlready:
             pytest.warns(UserWarning, match="softmax over axis 0"),
             pytest.raises(NetworkIncompatible, match="computes something else than as a whole"),
         ):
-            by_hand(model)
+            wrap(model)
 
 
 class TestRefused:
@@ -377,39 +377,37 @@ class TestRefused:
         ("activation", "kind"), [("softmax", "sigmoid"), ("sigmoid", "softmax"), ("log_softmax", "sigmoid")]
     )
     def test_a_head_cannot_be_what_the_network_says_it_is_not(
-        self, activation: str, kind: Any, trunk: Trunk, by_hand: Wrap
+        self, activation: str, kind: Any, trunk: Trunk, wrap: Wrap
     ) -> None:
         import keras
 
         model = keras.Model(trunk.input, trunk.dense(3, activation)[0])
         own = "sigmoid" if activation == "sigmoid" else "softmax"
         with pytest.raises(NetworkIncompatible, match=f"ends in a {own}; its head cannot be {kind}"):
-            by_hand(model, head=Head(kind=kind))
+            wrap(model, head=Head(kind=kind))
 
     @pytest.mark.parametrize("told", [True, False])
-    def test_a_softmax_of_one_unit_is_nothing_to_explain(
-        self, told: bool, trunk: Trunk, by_hand: Wrap
-    ) -> None:
+    def test_a_softmax_of_one_unit_is_nothing_to_explain(self, told: bool, trunk: Trunk, wrap: Wrap) -> None:
         import keras
 
         model = keras.Model(trunk.input, trunk.dense(1, None if told else "softmax")[0])
         with pytest.raises(NetworkIncompatible, match="softmax of one unit, which is always 1"):
-            by_hand(model, head=Head(kind="softmax") if told else None)
+            wrap(model, head=Head(kind="softmax") if told else None)
 
-    def test_a_map_of_classes_is_no_list_of_scores(self, trunk: Trunk, by_hand: Wrap) -> None:
+    def test_a_map_of_classes_is_no_list_of_scores(self, trunk: Trunk, wrap: Wrap) -> None:
         import keras
 
         x = keras.layers.Conv2D(3, 1, activation="softmax")(trunk.map)
         with pytest.raises(
             NetworkIncompatible, match=r"shape \(None, 5, 7, 3\); a classifier's is \(None, c"
         ):
-            by_hand(keras.Model(trunk.input, x))
+            wrap(keras.Model(trunk.input, x))
 
 
 class TestSeveralOutputs:
     @pytest.mark.parametrize("shape", ["list", "dictionary"])
     @pytest.mark.parametrize("name", ["animal", "colour"])
-    def test_one_is_chosen_by_its_name(self, name: str, shape: str, trunk: Trunk, by_hand: Wrap) -> None:
+    def test_one_is_chosen_by_its_name(self, name: str, shape: str, trunk: Trunk, wrap: Wrap) -> None:
         import keras
 
         dense = {
@@ -418,7 +416,7 @@ class TestSeveralOutputs:
         }
         outputs: Any = {key: layer(trunk.pooled) for key, layer in dense.items()}
         model = keras.Model(trunk.input, outputs if shape == "dictionary" else [*outputs.values()])
-        network = by_hand(model, head=Head(output=name))
+        network = wrap(model, head=Head(output=name))
         computed = network.compute(PIXELS, everything(3))
         assert_allclose(computed.scores, trunk.scores(dense[name]), atol=1e-5)
         maps = trunk.maps(dense[name])[:, :3]
@@ -427,20 +425,20 @@ class TestSeveralOutputs:
 
     @pytest.mark.parametrize("output", [None, "shape"])
     def test_the_names_are_told_where_none_or_another_is_chosen(
-        self, output: str | None, trunk: Trunk, by_hand: Wrap
+        self, output: str | None, trunk: Trunk, wrap: Wrap
     ) -> None:
         import keras
 
         outputs = [keras.layers.Dense(3, name=name)(trunk.pooled) for name in ("colour", "animal")]
         said = "no output 'shape'; it has" if output else "2 outputs: choose one of"
         with pytest.raises(NetworkIncompatible, match=f"{said} colour, animal"):
-            by_hand(keras.Model(trunk.input, outputs), head=Head(output=output))
+            wrap(keras.Model(trunk.input, outputs), head=Head(output=output))
 
-    def test_outputs_of_one_nested_model_are_told_apart_by_numbers(self, trunk: Trunk, by_hand: Wrap) -> None:
+    def test_outputs_of_one_nested_model_are_told_apart_by_numbers(self, trunk: Trunk, wrap: Wrap) -> None:
         import keras
 
         features = keras.Input((CHANNELS,))
         dense = [keras.layers.Dense(classes, "softmax") for classes in (3, 4)]
         heads = keras.Model(features, [layer(features) for layer in dense], name="heads")
-        network = by_hand(keras.Model(trunk.input, heads(trunk.pooled)), head=Head(output="heads:1"))
+        network = wrap(keras.Model(trunk.input, heads(trunk.pooled)), head=Head(output="heads:1"))
         assert_allclose(network.scores(PIXELS), trunk.scores(dense[1]), atol=1e-5)

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.network import Method
-from tests.gradcam.small_networks import ALL, CLASSES, COLUMNS, ROWS, Wrap, backbone
+from tests.gradcam.small_networks import ALL_CLASSES, CLASSES, COLUMNS, ROWS, Wrap, backbone
 
 pytestmark = pytest.mark.tensorflow
 
@@ -128,17 +128,17 @@ LONG: dict[str, Tail] = {
 
 
 @pytest.fixture
-def wrapped(by_hand: Wrap) -> Callable[..., Any]:
+def wrap_tail(wrap: Wrap) -> Callable[..., Any]:
     """The backbone and a tail as a network whose target layer is `act`."""
 
-    def wrapped(tail: Tail, **more: Any) -> Any:
+    def wrap_tail(tail: Tail, **more: Any) -> Any:
         import keras
 
         keras.utils.set_random_seed(4)
         inputs = keras.Input((ROWS, COLUMNS, 3))
-        return by_hand(keras.Model(inputs, tail(keras, backbone(keras)(inputs))), "act", **more)
+        return wrap(keras.Model(inputs, tail(keras, backbone(keras)(inputs))), "act", **more)
 
-    return wrapped
+    return wrap_tail
 
 
 def shortcut_of(network: Any) -> Any:
@@ -151,7 +151,7 @@ def shortcut_of(network: Any) -> Any:
 def assert_same(network: Any, exact: Any, pixels: NDArray[np.uint8]) -> None:
     """Every method gives by either way the same, to 1e-5 of the peak."""
     for method in METHODS:
-        wanted = ALL % network._scores.classes
+        wanted = ALL_CLASSES % network._scores.classes
         seen, expected = (one.compute(pixels, wanted, method) for one in (network, exact))
         peak = np.abs(expected.raw).max()
         assert peak > 0
@@ -163,9 +163,9 @@ def assert_same(network: Any, exact: Any, pixels: NDArray[np.uint8]) -> None:
 
 @pytest.mark.parametrize("case", SHORT)
 def test_the_way_back_is_shorter_and_gives_the_same(
-    case: str, wrapped: Callable[..., Any], noise: Noise
+    case: str, wrap_tail: Callable[..., Any], noise: Noise
 ) -> None:
-    network, exact = (wrapped(SHORT[case], exact_backward=exact) for exact in (False, True))
+    network, exact = (wrap_tail(SHORT[case], exact_backward=exact) for exact in (False, True))
     found = shortcut_of(network)
     assert found is not None
     assert found.size < network._target("act").size
@@ -174,16 +174,16 @@ def test_the_way_back_is_shorter_and_gives_the_same(
 
 @pytest.mark.parametrize("case", LONG)
 def test_the_whole_way_is_gone_where_a_shorter_one_would_not_give_the_same_or_might_not(
-    case: str, wrapped: Callable[..., Any], noise: Noise
+    case: str, wrap_tail: Callable[..., Any], noise: Noise
 ) -> None:
-    network = wrapped(LONG[case])
+    network = wrap_tail(LONG[case])
     assert shortcut_of(network) is None
-    assert_same(network, wrapped(LONG[case], exact_backward=True), noise(2, ROWS, COLUMNS))
+    assert_same(network, wrap_tail(LONG[case], exact_backward=True), noise(2, ROWS, COLUMNS))
 
 
 @pytest.mark.parametrize("joins_behind", [True, False])
 def test_what_comes_beside_the_layer_is_joined_behind_the_pooling_or_the_whole_way_is_gone(
-    joins_behind: bool, by_hand: Wrap, noise: Noise
+    joins_behind: bool, wrap: Wrap, noise: Noise
 ) -> None:
     import keras
 
@@ -197,45 +197,45 @@ def test_what_comes_beside_the_layer_is_joined_behind_the_pooling_or_the_whole_w
         x = dense(keras, keras.layers.Multiply()(both))
     else:
         x = in_one_line(keras, pool(keras.layers.Add()([x, skipped])))
-    network, exact = (by_hand(keras.Model(inputs, x), "act", exact_backward=exact) for exact in (False, True))
+    network, exact = (wrap(keras.Model(inputs, x), "act", exact_backward=exact) for exact in (False, True))
     assert (shortcut_of(network) is not None) == joins_behind
     assert_same(network, exact, noise(2, ROWS, COLUMNS))
 
 
 @pytest.mark.parametrize("name", ["gradcam++", "hirescam", "xgradcam", "layercam"])
 def test_methods_that_need_every_gradient_go_the_whole_way(
-    name: str, wrapped: Callable[..., Any], noise: Noise
+    name: str, wrap_tail: Callable[..., Any], noise: Noise
 ) -> None:
-    network, pixels = wrapped(pooled), noise(2, ROWS, COLUMNS)
-    seen = network.compute(pixels, ALL, Method(name))
+    network, pixels = wrap_tail(pooled), noise(2, ROWS, COLUMNS)
+    seen = network.compute(pixels, ALL_CLASSES, Method(name))
     assert network._shortcuts == {}
-    expected = wrapped(pooled, exact_backward=True).compute(pixels, ALL, Method(name))
+    expected = wrap_tail(pooled, exact_backward=True).compute(pixels, ALL_CLASSES, Method(name))
     assert_array_equal(seen.raw, expected.raw)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # keras, quantizing
-def test_weights_in_eight_bits_are_not_summed(wrapped: Callable[..., Any]) -> None:
-    network = wrapped(two_hidden_layers)
+def test_weights_in_eight_bits_are_not_summed(wrap_tail: Callable[..., Any]) -> None:
+    network = wrap_tail(two_hidden_layers)
     first = next(one for one in network._model.layers if type(one).__name__ == "Dense")
     first.quantize("int8")
     assert shortcut_of(network) is None
 
 
-def test_tokens_go_the_whole_way(by_hand: Wrap) -> None:
+def test_tokens_go_the_whole_way(wrap: Wrap) -> None:
     import keras
 
     inputs = keras.Input((8, 8, 3))
     x = keras.layers.Reshape((16, 6))(keras.layers.Conv2D(6, 2, 2)(inputs))
     x = keras.layers.Add(name="mixed")([x, keras.layers.MultiHeadAttention(1, 6)(x, x)])
     x = dense(keras, keras.layers.GlobalAveragePooling1D()(x))
-    network = by_hand(keras.Model(inputs, x))
+    network = wrap(keras.Model(inputs, x))
     assert network.facts.default_layer == "mixed"
     assert shortcut_of(network) is None
 
 
 @pytest.mark.parametrize("tail", [pooled, two_hidden_layers])
 @pytest.mark.parametrize("precision", ["bfloat16", "mixed_bfloat16"])
-def test_in_fewer_digits_both_ways_are_near(tail: Tail, precision: str, by_hand: Wrap, noise: Noise) -> None:
+def test_in_fewer_digits_both_ways_are_near(tail: Tail, precision: str, wrap: Wrap, noise: Noise) -> None:
     import keras
 
     from gradcam_worker.gradcam.models.precision import with_precision
@@ -243,19 +243,21 @@ def test_in_fewer_digits_both_ways_are_near(tail: Tail, precision: str, by_hand:
     keras.utils.set_random_seed(4)
     inputs = keras.Input((ROWS, COLUMNS, 3))
     model = with_precision(keras.Model(inputs, tail(keras, backbone(keras)(inputs))), precision)
-    network, exact = (by_hand(model, "act", exact_backward=exact) for exact in (False, True))
+    network, exact = (wrap(model, "act", exact_backward=exact) for exact in (False, True))
     assert shortcut_of(network) is not None
-    seen, expected = (one.compute(noise(2, ROWS, COLUMNS), ALL) for one in (network, exact))
+    seen, expected = (one.compute(noise(2, ROWS, COLUMNS), ALL_CLASSES) for one in (network, exact))
     assert seen.raw.dtype == np.float32
     assert_allclose(seen.raw, expected.raw, atol=0.03 * np.abs(expected.raw).max(), rtol=0)
     assert_allclose(seen.scores, expected.scores, atol=0.02 * np.abs(expected.scores).max())
 
 
-def test_the_model_is_not_changed_by_a_dense_layer_in_two(wrapped: Callable[..., Any], noise: Noise) -> None:
-    network = wrapped(two_hidden_layers)
+def test_the_model_is_not_changed_by_a_dense_layer_in_two(
+    wrap_tail: Callable[..., Any], noise: Noise
+) -> None:
+    network = wrap_tail(two_hidden_layers)
     model, pixels = network._model, noise(2, ROWS, COLUMNS)
     before, weights = model(pixels / 255).numpy(), model.get_weights()
-    network.compute(pixels, ALL)
+    network.compute(pixels, ALL_CLASSES)
     assert_array_equal(model(pixels / 255).numpy(), before)
     for mine, theirs in zip(weights, model.get_weights(), strict=True):
         assert_array_equal(mine, theirs)

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 
 from gradcam_worker.errors import UnknownLayer
 from gradcam_worker.gradcam.network import Method
-from tests.gradcam.small_networks import ALL, COLUMNS, ROWS, Wrap, backbone, classified
+from tests.gradcam.small_networks import ALL_CLASSES, COLUMNS, ROWS, Wrap, add_classifier, backbone
 
 pytestmark = pytest.mark.tensorflow
 
@@ -17,13 +17,13 @@ FIRST = np.array([[0]], np.int32)
 
 
 @pytest.fixture(scope="module")
-def network(by_hand: Wrap) -> Any:
+def network(wrap: Wrap) -> Any:
     import keras
 
     inner, inputs = backbone(keras), keras.Input((ROWS, COLUMNS, 3))
     layers = [keras.Input((ROWS, COLUMNS, 3)), inner, keras.layers.MaxPooling2D(name="smaller")]
     middle = keras.Sequential(layers, name="middle")
-    return by_hand(keras.Model(inputs, classified(keras, middle(inputs))))
+    return wrap(keras.Model(inputs, add_classifier(keras, middle(inputs))))
 
 
 class TestPaths:
@@ -52,12 +52,12 @@ class TestPaths:
         ):
             network.compute(np.ones((1, ROWS, COLUMNS, 3), np.uint8), FIRST, Method(layer="backbone/cnv"))
 
-    def test_a_name_that_several_paths_end_in_is_refused_with_these(self, by_hand: Wrap) -> None:
+    def test_a_name_that_several_paths_end_in_is_refused_with_these(self, wrap: Wrap) -> None:
         import keras
 
         inputs = keras.Input((ROWS, COLUMNS, 3))
         two = [backbone(keras, name)(inputs) for name in ("left", "right")]
-        network = by_hand(keras.Model(inputs, classified(keras, keras.layers.Add()(two))))
+        network = wrap(keras.Model(inputs, add_classifier(keras, keras.layers.Add()(two))))
         with pytest.raises(UnknownLayer, match="'conv' of by_hand may be any of left/conv, right/conv"):
             network.compute(np.ones((1, ROWS, COLUMNS, 3), np.uint8), FIRST, Method(layer="conv"))
 
@@ -88,14 +88,16 @@ class TestSiamese:
         ],
     )
     def test_each_branch_can_be_explained_and_lies_on_the_image_as_it_is(
-        self, layer: str | None, path: str, model: Any, by_hand: Wrap, taped: Callable[..., Any]
+        self, layer: str | None, path: str, model: Any, wrap: Wrap, tape_gradients: Callable[..., Any]
     ) -> None:
         pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, 3), np.uint8)
-        computed = by_hand(model, layer).compute(pixels, ALL)
+        computed = wrap(model, layer).compute(pixels, ALL_CLASSES)
         assert computed.layer == path
         inputs = pixels / np.float32(127.5) - 1
         inner, head = model.get_layer("backbone"), model.get_layer("scores")
-        both = [taped(model, inputs, inner.get_layer("act"), head=head, turn=turn) for turn in (0, 1)]
+        both = [
+            tape_gradients(model, inputs, inner.get_layer("act"), head=head, turn=turn) for turn in (0, 1)
+        ]
         seen = inner(inputs[:, :, ::-1] if "#2" in path else inputs).numpy()
         expected = next(one for one in both if np.allclose(one.activations, seen, atol=1e-6))
         raw = expected.raw[..., ::-1] if "#2" in path else expected.raw
@@ -105,16 +107,18 @@ class TestSiamese:
 
 class TestLeftAsItWas:
     @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own
-    def test_it_can_still_be_saved_and_trained(self, by_hand: Wrap, tmp_path: Any) -> None:
+    def test_it_can_still_be_saved_and_trained(self, wrap: Wrap, tmp_path: Any) -> None:
         import keras
 
         inner, inputs = backbone(keras), keras.Input((ROWS, COLUMNS, 3))
-        model = keras.Model(inputs, classified(keras, inner(inputs)))
-        network = by_hand(model)
+        model = keras.Model(inputs, add_classifier(keras, inner(inputs)))
+        network = wrap(model)
         model.compile("sgd", "categorical_crossentropy")
         model.train_on_batch(np.ones((2, ROWS, COLUMNS, 3)), np.eye(3)[:2])
         model.save(tmp_path / "model.keras")
-        again = by_hand(keras.saving.load_model(tmp_path / "model.keras"))
+        again = wrap(keras.saving.load_model(tmp_path / "model.keras"))
         pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, 3), np.uint8)
         assert again.facts.default_layer == network.facts.default_layer
-        assert_allclose(again.compute(pixels, ALL).raw, by_hand(model).compute(pixels, ALL).raw, atol=1e-6)
+        assert_allclose(
+            again.compute(pixels, ALL_CLASSES).raw, wrap(model).compute(pixels, ALL_CLASSES).raw, atol=1e-6
+        )

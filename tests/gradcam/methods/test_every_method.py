@@ -73,13 +73,13 @@ def close(found: Any, expected: Any, within: float) -> None:
 
 @every_method
 def test_a_class_has_its_own_map_and_takes_it_along_to_another_place_in_the_head(
-    name: str, build: Callable[..., Any], by_hand: Wrap, pixels: NDArray[np.uint8]
+    name: str, build: Callable[..., Any], wrap: Wrap, pixels: NDArray[np.uint8]
 ) -> None:
     model = build("softmax")
-    before = by_hand(model, "target").compute(pixels, PAIR, Method(name)).raw
+    before = wrap(model, "target").compute(pixels, PAIR, Method(name)).raw
     swapped = [0, 4, 2, 3, 1, 5]
     change_head(model, lambda weight: weight[..., swapped])
-    after = by_hand(model, "target").compute(pixels, PAIR, Method(name)).raw
+    after = wrap(model, "target").compute(pixels, PAIR, Method(name)).raw
     close(after, before[:, ::-1], 1e-6)
     apart = np.abs(before[:, 0] - before[:, 1]).max() / np.abs(before).max()
     assert apart == 0 if name in CLASSLESS else apart > 0.1
@@ -88,9 +88,9 @@ def test_a_class_has_its_own_map_and_takes_it_along_to_another_place_in_the_head
 @every_method
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_batch_gives_what_single_images_give(
-    name: str, *, flip: bool, build: Callable[..., Any], by_hand: Wrap, pixels: NDArray[np.uint8]
+    name: str, *, flip: bool, build: Callable[..., Any], wrap: Wrap, pixels: NDArray[np.uint8]
 ) -> None:
-    network, method = by_hand(build(), "target"), Method(name, flip=flip)
+    network, method = wrap(build(), "target"), Method(name, flip=flip)
     together = network.compute(pixels, PAIR, method)
     for index in range(len(pixels)):
         alone = network.compute(pixels[[index]], PAIR[:1], method)
@@ -100,13 +100,13 @@ def test_a_batch_gives_what_single_images_give(
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - NOT_HOMOGENEOUS - {"notebook"}))
 def test_scaling_the_scores_changes_no_heatmap(
-    name: str, build: Callable[..., Any], by_hand: Wrap, pixels: NDArray[np.uint8]
+    name: str, build: Callable[..., Any], wrap: Wrap, pixels: NDArray[np.uint8]
 ) -> None:
     """But for Grad-CAM++, and for the notebook, which explains the probability."""
     model = build()
-    before = by_hand(model, "target").compute(pixels, PAIR, Method(name)).raw
+    before = wrap(model, "target").compute(pixels, PAIR, Method(name)).raw
     change_head(model, lambda weight: 7 * weight)
-    after = by_hand(model, "target").compute(pixels, PAIR, Method(name)).raw
+    after = wrap(model, "target").compute(pixels, PAIR, Method(name)).raw
     for new, old in zip(after, before, strict=True):
         assert_allclose(cam.heatmaps(new), cam.heatmaps(old), atol=1e-6)
 
@@ -116,14 +116,14 @@ def test_scaling_the_scores_changes_no_heatmap(
     ("dead", "score"), [("target", "logit"), ("scores", "logit"), ("scores", "probability")]
 )
 def test_a_constant_network_has_heatmaps_of_exact_zeros_and_says_so(
-    name: str, score: str, dead: str, build: Callable[..., Any], by_hand: Wrap, pixels: NDArray[np.uint8]
+    name: str, score: str, dead: str, build: Callable[..., Any], wrap: Wrap, pixels: NDArray[np.uint8]
 ) -> None:
     """EigenCAM shows what the target layer sees, whatever the head makes of it: only a dead layer is dark."""
     model = build("softmax")
     layer = model.get_layer(dead)
     layer.set_weights([np.zeros_like(weight) for weight in layer.get_weights()])
     method = Method(name, score=score, flip=score == "logit")
-    for seen in explain_pixels(by_hand(model, "target"), pixels, [(1, 4)] * 3, method):
+    for seen in explain_pixels(wrap(model, "target"), pixels, [(1, 4)] * 3, method):
         if name in CLASSLESS and dead == "scores":
             assert seen.zero_heatmaps == ()
             continue
@@ -150,23 +150,23 @@ class TestProbability:
 
     @pytest.mark.parametrize("name", LINEAR)
     def test_its_heatmap_is_the_probabilitys_own(
-        self, name: str, build: Callable[..., Any], by_hand: Wrap, pixels: NDArray[np.uint8]
+        self, name: str, build: Callable[..., Any], wrap: Wrap, pixels: NDArray[np.uint8]
     ) -> None:
         model = build("softmax")
         expected = self.of_the_probability(model, pixels, name)
-        found = by_hand(model, "target").compute(pixels, PAIR, Method(name, score="probability")).raw
+        found = wrap(model, "target").compute(pixels, PAIR, Method(name, score="probability")).raw
         for image in range(len(pixels)):
             assert_allclose(cam.heatmaps(found[image]), cam.heatmaps(expected[image]), atol=1e-5)
 
     @pytest.mark.parametrize("name", LINEAR)
     def test_where_the_probability_underflows_it_still_speaks(
-        self, name: str, build: Callable[..., Any], by_hand: Wrap, pixels: NDArray[np.uint8]
+        self, name: str, build: Callable[..., Any], wrap: Wrap, pixels: NDArray[np.uint8]
     ) -> None:
         model = build("softmax")
         change_head(model, lambda weight: 1e4 * weight)
         assert_array_equal(self.of_the_probability(model, pixels, name)[:, 0], 0)
         method = Method(name, score="probability")
-        raw = by_hand(model, "target").compute(pixels, PAIR, method).raw
+        raw = wrap(model, "target").compute(pixels, PAIR, method).raw
         assert np.isfinite(raw).all()
         assert (np.ptp(raw[:, 0], axis=(1, 2)) > 0).all()
 
@@ -174,10 +174,10 @@ class TestProbability:
 class TestSigmoid:
     @pytest.mark.parametrize("name", LINEAR)
     def test_of_many_labels_the_probability_has_the_heatmap_of_its_own_score(
-        self, name: str, build: Callable[..., Any], by_hand: Wrap, pixels: NDArray[np.uint8]
+        self, name: str, build: Callable[..., Any], wrap: Wrap, pixels: NDArray[np.uint8]
     ) -> None:
         """d log s(z) = (1 - s(z)) dz: what other labels say does not come into it."""
-        network = by_hand(build("sigmoid"), "target")
+        network = wrap(build("sigmoid"), "target")
         logit, probability = (
             network.compute(pixels, PAIR, Method(name, score=score)) for score in cam.SCORES
         )
@@ -185,10 +185,10 @@ class TestSigmoid:
         close(probability.raw, logit.raw / (1 + np.exp(chosen)), 1e-5)
 
     def test_the_scores_of_a_sigmoid_are_those_before_it(
-        self, build: Callable[..., Any], by_hand: Wrap, pixels: NDArray[np.uint8]
+        self, build: Callable[..., Any], wrap: Wrap, pixels: NDArray[np.uint8]
     ) -> None:
         with_it, without = (
-            by_hand(build(activation), "target").compute(pixels, PAIR) for activation in ("sigmoid", None)
+            wrap(build(activation), "target").compute(pixels, PAIR) for activation in ("sigmoid", None)
         )
         assert_allclose(with_it.scores, without.scores, rtol=1e-6)
         assert_allclose(with_it.raw, without.raw, rtol=1e-6)
@@ -196,9 +196,9 @@ class TestSigmoid:
     @pytest.mark.parametrize("name", LINEAR)
     @pytest.mark.parametrize("score", cam.SCORES)
     def test_what_speaks_for_one_side_of_a_single_unit_speaks_against_the_other(
-        self, name: str, score: str, build: Callable[..., Any], by_hand: Wrap, pixels: NDArray[np.uint8]
+        self, name: str, score: str, build: Callable[..., Any], wrap: Wrap, pixels: NDArray[np.uint8]
     ) -> None:
-        network = by_hand(build("sigmoid", 1), "target")
+        network = wrap(build("sigmoid", 1), "target")
         computed = network.compute(pixels, np.array([[0, 1]] * 3, np.int32), Method(name, score=score))
         assert_array_equal(computed.scores[:, 0], -computed.scores[:, 1])
         against, speaks = computed.raw[:, 0], computed.raw[:, 1]
@@ -210,10 +210,10 @@ class TestSigmoid:
         assert np.abs(speaks).max() > 0
 
     def test_the_two_sides_of_a_single_unit_share_the_probability(
-        self, build: Callable[..., Any], by_hand: Wrap, pixels: NDArray[np.uint8]
+        self, build: Callable[..., Any], wrap: Wrap, pixels: NDArray[np.uint8]
     ) -> None:
         model = build("sigmoid", 1)
-        seen = explain_image(by_hand(model, "target", labels=["healthy", "ill"]), pixels[0], top_n=2)
+        seen = explain_image(wrap(model, "target", labels=["healthy", "ill"]), pixels[0], top_n=2)
         theirs = float(model(pixels[:1] / np.float32(127.5) - 1).numpy()[0, 0])
         by_name = {one.name: one.probability for one in seen.predictions}
         assert by_name == pytest.approx({"healthy": 1 - theirs, "ill": theirs}, abs=1e-6)
@@ -222,9 +222,9 @@ class TestSigmoid:
 class TestFlip:
     @every_method
     def test_it_is_the_mean_of_the_map_and_of_the_mirror_images_map_mirrored(
-        self, name: str, build: Callable[..., Any], by_hand: Wrap, pixels: NDArray[np.uint8]
+        self, name: str, build: Callable[..., Any], wrap: Wrap, pixels: NDArray[np.uint8]
     ) -> None:
-        network = by_hand(build(), "target")
+        network = wrap(build(), "target")
         best = np.array([[-1, -6, 2]] * 3, np.int32)
         both = network.compute(pixels, best, Method(name, flip=True))
         plain = network.compute(pixels, best, Method(name))
@@ -237,11 +237,11 @@ class TestFlip:
 
     @every_method
     def test_a_symmetric_image_has_symmetric_maps_but_for_the_last_digit(
-        self, name: str, build: Callable[..., Any], by_hand: Wrap, pixels: NDArray[np.uint8]
+        self, name: str, build: Callable[..., Any], wrap: Wrap, pixels: NDArray[np.uint8]
     ) -> None:
         half = pixels[:1, :, :12]
         symmetric = np.concatenate([half, half[:, :, ::-1]], axis=2)
-        network = by_hand(build(), "target")
+        network = wrap(build(), "target")
         raw = network.compute(symmetric, PAIR[:1], Method(name, flip=True)).raw
         close(raw, raw[..., ::-1], 1e-6)
         plain = network.compute(symmetric, PAIR[:1], Method(name)).raw

@@ -161,10 +161,10 @@ def log_softmax(scores: Floats) -> Floats:
 @pytest.mark.tensorflow
 @pytest.mark.parametrize("score", cam.SCORES)
 def test_behind_a_bent_tail_every_method_agrees_with_finite_differences_and_plain_loops(
-    score: str, by_hand: Callable[..., Any], noise: Callable[..., NDArray[np.uint8]]
+    score: str, wrap: Callable[..., Any], noise: Callable[..., NDArray[np.uint8]]
 ) -> None:
     bent, pixels = Bent(), noise(2, *Bent.SIZE)
-    network = by_hand(bent.model, "target")
+    network = wrap(bent.model, "target")
     activations = bent.activations(pixels)
     slopes = bent.slopes(activations, log_softmax if score == "probability" else lambda scores: scores)
     wanted = np.tile(np.arange(Bent.CLASSES, dtype=np.int32), (2, 1))

@@ -68,9 +68,9 @@ def assert_same(network: Any, model: Any, layer: str, pixels: NDArray[np.uint8],
 
 @pytest.mark.parametrize("name", ["vgg16", "xception"])
 def test_on_the_notebooks_own_networks_its_numbers_are_ours(
-    name: str, seeded: Callable[[str], Any], noise: Noise
+    name: str, random_network: Callable[[str], Any], noise: Noise
 ) -> None:
-    network = seeded(name)
+    network = random_network(name)
     pixels = noise(1, *network.facts.input_size)[0]
     wanted = [-1, -2, -3, 536, 718]
     heatmaps = assert_same(network, network._model, network.facts.default_layer, pixels, wanted)
@@ -93,7 +93,7 @@ def test_on_a_trained_network_and_photos_its_numbers_are_ours(
     assert np.nan_to_num(heatmaps).max() == 1
 
 
-def test_where_the_notebook_has_no_numbers_ours_are_zeros_with_the_flag(by_hand: Wrap, noise: Noise) -> None:
+def test_where_the_notebook_has_no_numbers_ours_are_zeros_with_the_flag(wrap: Wrap, noise: Noise) -> None:
     """Unpreprocessed pixels make large scores; of classes far from the best the probability underflows."""
     import keras
     from keras import layers
@@ -104,7 +104,7 @@ def test_where_the_notebook_has_no_numbers_ours_are_zeros_with_the_flag(by_hand:
     x = layers.GlobalAveragePooling2D()(x)
     model = keras.Model(inputs, layers.Dense(10, "softmax", kernel_initializer="random_normal")(x))
     model.layers[-1].set_weights([100 * weight for weight in model.layers[-1].get_weights()])
-    network, pixels = by_hand(model, "target"), noise(1, 16, 16)[0]
+    network, pixels = wrap(model, "target"), noise(1, 16, 16)[0]
     wanted = list(range(10))
     raw, heatmaps = transcribed(pixels, model, "target", wanted)
     dark = np.isnan(heatmaps).all((1, 2))

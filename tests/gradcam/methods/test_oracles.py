@@ -57,8 +57,8 @@ def pixels(noise: Noise) -> NDArray[np.uint8]:
 
 
 @pytest.fixture
-def compute(by_hand: Wrap, pixels: NDArray[np.uint8]) -> Callable[..., Computed]:
-    return lambda model, name="gradcam": by_hand(model, LAYER).compute(pixels, WANTED, Method(name))
+def compute(wrap: Wrap, pixels: NDArray[np.uint8]) -> Callable[..., Computed]:
+    return lambda model, name="gradcam": wrap(model, LAYER).compute(pixels, WANTED, Method(name))
 
 
 class TestPoolingAndOneDenseLayer:
@@ -146,33 +146,33 @@ class TestPoolingAndOneDenseLayer:
 class TestNothingToSee:
     @pytest.mark.parametrize("dead", ["scores", LAYER, "middle"])
     def test_a_dead_network_has_heatmaps_of_exact_zeros_and_says_so(
-        self, dead: str, model: Any, by_hand: Wrap, pixels: NDArray[np.uint8]
+        self, dead: str, model: Any, wrap: Wrap, pixels: NDArray[np.uint8]
     ) -> None:
         layer = model.get_layer(dead)
         layer.set_weights([np.zeros_like(weights) for weights in layer.get_weights()])
-        for seen in explain_pixels(by_hand(model, LAYER), pixels, [(-1, -2, 7)] * 2):
+        for seen in explain_pixels(wrap(model, LAYER), pixels, [(-1, -2, 7)] * 2):
             assert_array_equal(seen.heatmaps, np.zeros_like(seen.heatmaps))
             assert_array_equal([*seen.raw_min, *seen.raw_max], np.zeros(6))
             assert seen.zero_heatmaps == tuple(one.id for one in seen.explained)
             assert np.isfinite([one.probability for one in seen.explained]).all()
 
     def test_a_class_that_everything_speaks_against_is_zero_beside_others_that_are_not(
-        self, model: Any, by_hand: Wrap, pixels: NDArray[np.uint8]
+        self, model: Any, wrap: Wrap, pixels: NDArray[np.uint8]
     ) -> None:
         kernel, bias = kernel_and_bias(model)
         kernel[:, 7], kernel[:, 8] = -1, 1
         model.get_layer("scores").set_weights([kernel, bias])
-        seen = explain_pixels(by_hand(model, LAYER), pixels[:1], [(7, 8)])[0]
+        seen = explain_pixels(wrap(model, LAYER), pixels[:1], [(7, 8)])[0]
         assert seen.zero_heatmaps == (7,)
         assert seen.raw_min[0] < 0
         assert seen.heatmaps.max((1, 2)).tolist() == [0, 1]
 
 
 def test_maps_of_a_layer_with_more_layers_behind_it_agree_with_finite_differences(
-    model: Any, by_hand: Wrap, pixels: NDArray[np.uint8]
+    model: Any, wrap: Wrap, pixels: NDArray[np.uint8]
 ) -> None:
     """The weight of a channel is the score's slope as that channel rises everywhere, over the cells."""
-    computed = by_hand(model, LAYER).compute(pixels, WANTED, Method(layer="middle"))
+    computed = wrap(model, LAYER).compute(pixels, WANTED, Method(layer="middle"))
     feature_maps, step = activations_of(model, pixels, "middle"), 1e-6
     (kernel, bias), (dense, _) = (model.get_layer(name).get_weights() for name in (LAYER, "scores"))
 
@@ -194,13 +194,13 @@ def test_maps_of_a_layer_with_more_layers_behind_it_agree_with_finite_difference
     ("name", "layer"), [("vgg16", None), ("xception", None), ("xception", "block5_sepconv2_bn")]
 )
 def test_all_classes_at_once_equal_one_class_at_a_time(
-    name: str, layer: str | None, seeded: Callable[[str], Any], noise: Noise
+    name: str, layer: str | None, random_network: Callable[[str], Any], noise: Noise
 ) -> None:
     import keras
     import tensorflow as tf
 
-    row, model, pixels = CATALOG[name], seeded(name)._model, noise(1, *CATALOG[name].input_size)
-    computed = seeded(name).compute(pixels, WANTED[:1], Method(layer=layer))
+    row, model, pixels = CATALOG[name], random_network(name)._model, noise(1, *CATALOG[name].input_size)
+    computed = random_network(name).compute(pixels, WANTED[:1], Method(layer=layer))
     dense = model.layers[-1]
     both = keras.Model(model.input, [model.get_layer(layer or row.target_layer).output, dense.input])
     inputs = getattr(keras.applications, name).preprocess_input(pixels.astype(np.float32))

@@ -37,7 +37,7 @@ def test_the_slopes_of_a_log_probability_keep_their_digits_however_sure_the_netw
     assert_allclose(slopes("softmax", LOG_PROBABILITY, scores), exact, rtol=1e-5)
 
 
-def test_the_heatmap_of_a_probability_that_float32_calls_1_is_not_dark(by_hand: Callable[..., Any]) -> None:
+def test_the_heatmap_of_a_probability_that_float32_calls_1_is_not_dark(wrap: Callable[..., Any]) -> None:
     """Pooling and one dense layer: the slope of each class at each channel is known, so the map is."""
     import keras
 
@@ -49,7 +49,7 @@ def test_the_heatmap_of_a_probability_that_float32_calls_1_is_not_dark(by_hand: 
     kernel = np.array([[90.0, 0, -9], [30, 1, 0], [0, 5, 9]], np.float32)
     model.get_layer("scores").set_weights([kernel, np.zeros(3)])
     pixels = np.random.default_rng(3).integers(0, 256, (1, 4, 4, 3), dtype=np.uint8)
-    network = by_hand(model, "conv", preprocessing="unit")
+    network = wrap(model, "conv", preprocessing="unit")
     activations = pixels[0].astype(np.float64) / 255
     scores = activations.mean((0, 1)) @ kernel
     assert scores[0] - max(scores[1:]) > 30

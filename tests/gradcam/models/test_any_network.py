@@ -1,4 +1,4 @@
-"""Small networks of every shape, and for each the scores and maps that a gradient tape over it gives."""
+"""Small networks of many architectures: their scores and maps are those of a gradient tape."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 
 from gradcam_worker.errors import NetworkIncompatible, UnknownLayer
 from gradcam_worker.gradcam.catalog import Head
-from tests.gradcam.small_networks import ALL, COLUMNS, ROWS, Wrap, backbone, classified
+from tests.gradcam.small_networks import ALL_CLASSES, COLUMNS, ROWS, Wrap, add_classifier, backbone
 
 pytestmark = pytest.mark.tensorflow
 
@@ -25,7 +25,7 @@ def nested_in_sequential(keras: Any, layers: Any) -> Any:
 def nested_in_functional(keras: Any, layers: Any) -> Any:
     inner = backbone(keras)
     inputs = keras.Input((ROWS, COLUMNS, 3))
-    model = keras.Model(inputs, classified(keras, inner(inputs, training=False)))
+    model = keras.Model(inputs, add_classifier(keras, inner(inputs, training=False)))
     return model, "backbone/act", inner.get_layer("act"), model.get_layer("scores")
 
 
@@ -33,7 +33,7 @@ def nested_twice(keras: Any, layers: Any) -> Any:
     inner = backbone(keras)
     middle = keras.Sequential([keras.Input((ROWS, COLUMNS, 3)), inner, layers.MaxPooling2D()], name="middle")
     inputs = keras.Input((ROWS, COLUMNS, 3))
-    model = keras.Model(inputs, classified(keras, middle(inputs)))
+    model = keras.Model(inputs, add_classifier(keras, middle(inputs)))
     return model, "middle/backbone/act", inner.get_layer("act"), model.get_layer("scores")
 
 
@@ -49,7 +49,7 @@ def nested_three_times(keras: Any, layers: Any) -> Any:
 
 def made_of_any_size(keras: Any, layers: Any) -> Any:
     inner = backbone(keras, shape=(None, None, 3))
-    model = keras.Model(inner.input, classified(keras, inner.output))
+    model = keras.Model(inner.input, add_classifier(keras, inner.output))
     return model, "act", inner.get_layer("act"), model.get_layer("scores")
 
 
@@ -112,7 +112,7 @@ def squeeze_and_excite(keras: Any, layers: Any) -> Any:
     gate = layers.GlobalAveragePooling2D(keepdims=True)(inner.output)
     gate = layers.Conv2D(6, 1, activation="sigmoid")(layers.Conv2D(2, 1, activation="relu")(gate))
     x = layers.Multiply(name="gated")([gate, inner.output])
-    model = keras.Model(inner.input, classified(keras, x))
+    model = keras.Model(inner.input, add_classifier(keras, x))
     return model, "gated", model.get_layer("gated"), model.get_layer("scores")
 
 
@@ -128,7 +128,7 @@ def plain_arithmetic(keras: Any, layers: Any) -> Any:
     x = inner.output
     x = keras.ops.concatenate([x[..., :2] * 2 + 1, keras.ops.square(x)[:, :, :, 2:]], axis=-1)
     joined = x._keras_history.operation
-    model = keras.Model(inner.input, classified(keras, x))
+    model = keras.Model(inner.input, add_classifier(keras, x))
     return model, joined.name, joined, model.get_layer("scores")
 
 
@@ -145,7 +145,7 @@ def a_nested_model_with_two_results(keras: Any, layers: Any) -> Any:
     inner = backbone(keras)
     pyramid = keras.Model(inner.input, [inner.get_layer("stem").output, inner.output], name="pyramid")
     inputs = keras.Input((ROWS, COLUMNS, 3))
-    model = keras.Model(inputs, classified(keras, pyramid(inputs)[1]))
+    model = keras.Model(inputs, add_classifier(keras, pyramid(inputs)[1]))
     return model, "pyramid/act", inner.get_layer("act"), model.get_layer("scores")
 
 
@@ -153,7 +153,7 @@ def one_layer_again_and_again(keras: Any, layers: Any) -> Any:
     inputs = keras.Input((ROWS, COLUMNS, 3))
     again = layers.Conv2D(4, 3, padding="same", activation="tanh", name="again")
     x = layers.Conv2D(4, 3, 2)(inputs)
-    model = keras.Model(inputs, classified(keras, again(again(again(x)))))
+    model = keras.Model(inputs, add_classifier(keras, again(again(again(x)))))
     return model, "again#3", again, model.get_layer("scores")
 
 
@@ -173,7 +173,7 @@ def augmented(keras: Any, layers: Any) -> Any:
     x = layers.Resizing(ROWS, COLUMNS)(layers.RandomZoom(0.1)(x))
     x = layers.Normalization(mean=[0.1, 0.2, 0.3], variance=[1, 2, 3])(layers.GaussianNoise(0.1)(x))
     inner = backbone(keras)
-    model = keras.Model(inputs, classified(keras, inner(x)))
+    model = keras.Model(inputs, add_classifier(keras, inner(x)))
     return model, "backbone/act", inner.get_layer("act"), model.get_layer("scores")
 
 
@@ -201,8 +201,8 @@ ZOO = [
 
 
 @pytest.mark.parametrize("build", ZOO, ids=lambda build: build.__name__)
-def test_a_network_is_explained_at_its_last_map_as_a_tape_over_it_says(
-    build: Any, by_hand: Wrap, taped: Callable[..., Any]
+def test_scores_and_maps_are_those_of_a_gradient_tape(
+    build: Any, wrap: Wrap, tape_gradients: Callable[..., Any]
 ) -> None:
     import keras
 
@@ -210,11 +210,11 @@ def test_a_network_is_explained_at_its_last_map_as_a_tape_over_it_says(
     model, path, layer, head = build(keras, keras.layers)
     size = tuple(model.inputs[0].shape[1:3])
     size = size if all(size) else (17, 22)
-    network = by_hand(model, input_size=size)
+    network = wrap(model, input_size=size)
     pixels = np.random.default_rng(1).integers(0, 256, (2, *size, 3), np.uint8)
-    computed = network.compute(pixels, ALL)
+    computed = network.compute(pixels, ALL_CLASSES)
     turn = int(path.partition("#")[2] or 1) - 1
-    expected = taped(model, pixels / np.float32(127.5) - 1, layer, head=head, turn=turn)
+    expected = tape_gradients(model, pixels / np.float32(127.5) - 1, layer, head=head, turn=turn)
     assert computed.layer == path
     assert_allclose(computed.scores, expected.scores, atol=1e-5 * np.abs(expected.scores).max())
     assert np.ptp(expected.raw, axis=(2, 3)).min() > 0
@@ -223,7 +223,7 @@ def test_a_network_is_explained_at_its_last_map_as_a_tape_over_it_says(
 
 class TestNothingToExplain:
     @pytest.mark.parametrize("rescaled", [True, False])
-    def test_a_network_without_a_map_is_refused(self, rescaled: bool, by_hand: Wrap) -> None:
+    def test_a_network_without_a_map_is_refused(self, rescaled: bool, wrap: Wrap) -> None:
         import keras
 
         layers = [keras.Input((ROWS, COLUMNS, 3)), keras.layers.Flatten(), keras.layers.Dense(3)]
@@ -231,9 +231,9 @@ class TestNothingToExplain:
             layers.insert(1, keras.layers.Rescaling(1 / 255, name="rescaled"))
         listed = "1 layers can .* rescaled" if rescaled else "No layer of this network can be explained"
         with pytest.raises(NetworkIncompatible, match=f"keeps rows and columns and has weights.*{listed}"):
-            by_hand(keras.Sequential(layers))
+            wrap(keras.Sequential(layers))
 
-    def test_a_layer_that_does_not_lead_to_the_chosen_output_is_refused(self, by_hand: Wrap) -> None:
+    def test_a_layer_that_does_not_lead_to_the_chosen_output_is_refused(self, wrap: Wrap) -> None:
         import keras
 
         layers = keras.layers
@@ -244,6 +244,6 @@ class TestNothingToExplain:
             for name, one in zip(("first", "second"), maps, strict=True)
         ]
         model = keras.Model(inputs, outputs)
-        assert by_hand(model, head=Head(output="second")).facts.default_layer == "right"
+        assert wrap(model, head=Head(output="second")).facts.default_layer == "right"
         with pytest.raises(UnknownLayer, match=r"'left' of by_hand does not lead to the scores.*: right"):
-            by_hand(model, "left", head=Head(output="second"))
+            wrap(model, "left", head=Head(output="second"))

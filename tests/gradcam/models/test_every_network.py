@@ -22,7 +22,7 @@ every_row = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 DOCUMENT = Path(__file__).parents[3] / "docs" / "reference" / "networks.md"
 
 
-def test_the_table_in_the_docs_is_of_these_rows() -> None:
+def test_the_table_in_the_docs_has_these_rows() -> None:
     lines = [line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     cells = [re.split(r"\s*\|\s*", line.strip("| ")) for line in lines[1:]]
     sides = [" x ".join(map(str, row.input_size)) for row in ROWS]
@@ -52,15 +52,15 @@ def test_preprocessing_is_what_keras_does_for_its_weights(
     from gradcam_worker.gradcam.models.keras_network import preprocess
 
     builder = getattr(keras.applications, str(row.builder).split(":")[1])
-    theirs = sys.modules[builder.__module__].preprocess_input
-    assert inspect.isfunction(theirs)
+    keras_preprocess = sys.modules[builder.__module__].preprocess_input
+    assert inspect.isfunction(keras_preprocess)
     pixels = noise(2, 5, 4).astype(np.float32)
-    assert_allclose(preprocess(pixels, row.preprocessing), theirs(pixels.copy()), atol=1e-5)
+    assert_allclose(preprocess(pixels, row.preprocessing), keras_preprocess(pixels.copy()), atol=1e-5)
 
 
 @pytest.fixture
-def forgotten() -> Iterator[None]:
-    """A network of a gigabyte does not stay until another one is built."""
+def clear_keras_session() -> Iterator[None]:
+    """Free a network of a gigabyte before the next one is built."""
     yield
     import keras
 
@@ -70,9 +70,9 @@ def forgotten() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.tensorflow
-@pytest.mark.usefixtures("forgotten")
+@pytest.mark.usefixtures("clear_keras_session")
 @every_row
-def test_it_is_found_by_its_graph_as_its_row_says_and_its_map_is_finite_and_the_same_by_the_shorter_way_back(
+def test_its_graph_has_the_target_layer_of_its_row_and_the_short_backward_pass_gives_the_same_heatmap(
     row: NetworkRow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from devtools.agreement import networks
@@ -92,10 +92,10 @@ def test_it_is_found_by_its_graph_as_its_row_says_and_its_map_is_finite_and_the_
     assert seen.finite
     assert seen.nonzero
     assert seen.fits_its_row
-    assert_the_same_by_the_whole_way(*built)
+    assert_equal_by_the_whole_backward_pass(*built)
 
 
-def assert_the_same_by_the_whole_way(network: Any) -> None:
+def assert_equal_by_the_whole_backward_pass(network: Any) -> None:
     import tensorflow as tf
 
     pixels = np.random.default_rng(3).integers(0, 256, (1, *network.facts.input_size, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""What a network takes in: sizes, channels, whole numbers; and what it does with them itself."""
+"""Inputs of networks: sizes, channels, integers, and preprocessing inside a network."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,56 +9,58 @@ from numpy.testing import assert_allclose
 
 from gradcam_worker.errors import NetworkIncompatible
 from gradcam_worker.gradcam.catalog import Preprocessing
-from tests.gradcam.small_networks import ALL, COLUMNS, ROWS, Wrap, backbone, classified
+from tests.gradcam.small_networks import ALL_CLASSES, COLUMNS, ROWS, Wrap, add_classifier, backbone
 
 pytestmark = pytest.mark.tensorflow
 
 
 def of_any_size(keras: Any) -> Any:
     inner = backbone(keras, shape=(None, None, 3))
-    return keras.Model(inner.input, classified(keras, inner.output))
+    return keras.Model(inner.input, add_classifier(keras, inner.output))
 
 
 class TestInputs:
     @pytest.mark.parametrize("channels", [1, 4, 6])
-    def test_any_number_of_channels(self, channels: int, by_hand: Wrap, taped: Callable[..., Any]) -> None:
+    def test_any_number_of_channels(
+        self, channels: int, wrap: Wrap, tape_gradients: Callable[..., Any]
+    ) -> None:
         import keras
 
         inner = backbone(keras, shape=(ROWS, COLUMNS, channels))
-        model = keras.Model(inner.input, classified(keras, inner.output))
+        model = keras.Model(inner.input, add_classifier(keras, inner.output))
         how = Preprocessing("own", (10.0,), (100.0,), channels=channels)
         pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, channels), np.uint8)
-        computed = by_hand(model, preprocessing=how).compute(pixels, ALL)
+        computed = wrap(model, preprocessing=how).compute(pixels, ALL_CLASSES)
         inputs = (pixels - np.float32(10)) / 100
-        expected = taped(model, inputs, inner.get_layer("act"), head=model.get_layer("scores"))
+        expected = tape_gradients(model, inputs, inner.get_layer("act"), head=model.get_layer("scores"))
         assert_allclose(computed.raw, expected.raw, atol=1e-5 * np.abs(expected.raw).max())
 
-    def test_a_network_that_takes_grey_pictures_gets_the_luminance(
-        self, by_hand: Wrap, taped: Callable[..., Any]
+    def test_a_network_for_grey_images_gets_the_luminance(
+        self, wrap: Wrap, tape_gradients: Callable[..., Any]
     ) -> None:
         import keras
 
         inner = backbone(keras, shape=(ROWS, COLUMNS, 1))
-        model = keras.Model(inner.input, classified(keras, inner.output))
+        model = keras.Model(inner.input, add_classifier(keras, inner.output))
         pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, 3), np.uint8)
         how = Preprocessing("own", (0.0,), (255.0,), channels="grey")
-        computed = by_hand(model, preprocessing=how).compute(pixels, ALL)
+        computed = wrap(model, preprocessing=how).compute(pixels, ALL_CLASSES)
         grey = (pixels @ np.array([[0.299], [0.587], [0.114]]) / 255).astype(np.float32)
-        expected = taped(model, grey, inner.get_layer("act"), head=model.get_layer("scores"))
+        expected = tape_gradients(model, grey, inner.get_layer("act"), head=model.get_layer("scores"))
         assert_allclose(computed.raw, expected.raw, atol=1e-5 * np.abs(expected.raw).max())
 
-    def test_whole_numbers(self, by_hand: Wrap, taped: Callable[..., Any]) -> None:
+    def test_whole_numbers(self, wrap: Wrap, tape_gradients: Callable[..., Any]) -> None:
         import keras
 
         inputs = keras.Input((ROWS, COLUMNS, 3), dtype="uint8")
         inner = backbone(keras)
-        model = keras.Model(inputs, classified(keras, inner(keras.layers.Rescaling(1 / 255)(inputs))))
+        model = keras.Model(inputs, add_classifier(keras, inner(keras.layers.Rescaling(1 / 255)(inputs))))
         pixels = np.random.default_rng(1).integers(0, 256, (2, ROWS, COLUMNS, 3), np.uint8)
-        network = by_hand(model, preprocessing="none")
-        computed = network.compute(pixels, ALL)
-        whole = keras.Model(model.layers[2].input, classified(keras, inner.output))
+        network = wrap(model, preprocessing="none")
+        computed = network.compute(pixels, ALL_CLASSES)
+        whole = keras.Model(model.layers[2].input, add_classifier(keras, inner.output))
         whole.layers[-1].set_weights(model.layers[-1].get_weights())
-        expected = taped(
+        expected = tape_gradients(
             whole, pixels / np.float32(255), inner.get_layer("act"), head=whole.get_layer("scores")
         )
         assert_allclose(computed.raw, expected.raw, atol=1e-5 * np.abs(expected.raw).max())
@@ -66,40 +68,38 @@ class TestInputs:
         with pytest.raises(
             NetworkIncompatible, match=r"takes whole numbers \(uint8\).* must be none, not tf"
         ):
-            by_hand(model)
+            wrap(model)
 
-    def test_a_size_that_was_not_given_is_asked_for(self, by_hand: Wrap) -> None:
+    def test_an_unknown_input_size_must_be_given(self, wrap: Wrap) -> None:
         import keras
 
         model = of_any_size(keras)
         with pytest.raises(NetworkIncompatible, match="does not say how large its input is: give input_size"):
-            by_hand(model)
+            wrap(model)
 
-    def test_another_size_or_number_of_channels_is_refused_with_what_would_be_right(
-        self, by_hand: Wrap
-    ) -> None:
+    def test_another_size_or_number_of_channels_is_refused_with_what_would_be_right(self, wrap: Wrap) -> None:
         import keras
 
         model = keras.Sequential([backbone(keras), keras.layers.Flatten(), keras.layers.Dense(3)])
         with pytest.raises(NetworkIncompatible, match="takes an input of 12 x 16 x 3, not of 20 x 20 x 3"):
-            by_hand(model, input_size=(20, 20))
+            wrap(model, input_size=(20, 20))
         with pytest.raises(NetworkIncompatible, match="takes an input of 12 x 16 x 3, not of 12 x 16 x 1"):
-            by_hand(model, preprocessing=Preprocessing("grey", channels="grey"))
+            wrap(model, preprocessing=Preprocessing("grey", channels="grey"))
 
-    def test_a_size_that_a_layer_cannot_take_is_refused_with_the_layer(self, by_hand: Wrap) -> None:
+    def test_a_size_that_a_layer_cannot_take_is_refused_with_the_layer(self, wrap: Wrap) -> None:
         import keras
 
         model = of_any_size(keras)
         with pytest.raises(NetworkIncompatible, match=r"stem cannot take \(None, 2, 2, 3\)"):
-            by_hand(model, input_size=(2, 2))
+            wrap(model, input_size=(2, 2))
 
-    def test_two_images_are_one_too_many(self, by_hand: Wrap) -> None:
+    def test_a_network_with_two_image_inputs_is_refused(self, wrap: Wrap) -> None:
         import keras
 
         two = [keras.Input((ROWS, COLUMNS, 3), name=name) for name in ("left", "right")]
-        model = keras.Model(two, classified(keras, keras.layers.Add()(two)))
+        model = keras.Model(two, add_classifier(keras, keras.layers.Add()(two)))
         with pytest.raises(NetworkIncompatible, match=r"takes 2 inputs \(left .*, right .*\); a job has one"):
-            by_hand(model, input_size=(ROWS, COLUMNS))
+            wrap(model, input_size=(ROWS, COLUMNS))
 
     @pytest.mark.parametrize(
         ("kind", "size", "options", "fits"),
@@ -113,25 +113,23 @@ class TestInputs:
             ("Resizing", (ROWS * 2, COLUMNS * 2), {"crop_to_aspect_ratio": True}, True),
         ],
     )
-    def test_a_network_that_looks_at_a_part_of_its_input_is_refused(
-        self, kind: str, size: tuple[int, int], options: dict[str, Any], fits: bool, by_hand: Wrap
+    def test_a_network_that_crops_its_input_is_refused(
+        self, kind: str, size: tuple[int, int], options: dict[str, Any], fits: bool, wrap: Wrap
     ) -> None:
         import keras
 
         inputs = keras.Input((ROWS, COLUMNS, 3))
         x = getattr(keras.layers, kind)(*size, name="cut", **options)(inputs)
         x = keras.layers.Conv2D(4, 3, name="conv")(x)
-        model = keras.Model(inputs, classified(keras, x))
+        model = keras.Model(inputs, add_classifier(keras, x))
         if fits:
-            assert by_hand(model).facts.default_layer == "conv"
+            assert wrap(model).facts.default_layer == "conv"
             return
         with pytest.raises(NetworkIncompatible, match="by_hand crops"):
-            by_hand(model)
+            wrap(model)
 
     @pytest.mark.parametrize("how", ["Cropping2D", "slice"])
-    def test_a_network_that_cuts_its_image_by_other_means_is_refused_too(
-        self, how: str, by_hand: Wrap
-    ) -> None:
+    def test_a_network_that_crops_its_input_by_other_means_is_refused_too(self, how: str, wrap: Wrap) -> None:
         import keras
 
         inputs = keras.Input((ROWS, COLUMNS, 3))
@@ -139,13 +137,13 @@ class TestInputs:
         x = scaled[:, 4:] if how == "slice" else keras.layers.Cropping2D(((4, 0), (0, 0)))(scaled)
         x = keras.layers.Conv2D(4, 3, name="conv")(x)
         with pytest.raises(NetworkIncompatible, match="crops, pads, shifts or turns its input"):
-            by_hand(keras.Model(inputs, classified(keras, x)))
+            wrap(keras.Model(inputs, add_classifier(keras, x)))
 
-    def test_a_preprocessing_that_there_is_not_is_refused_with_those_there_are(self, by_hand: Wrap) -> None:
+    def test_an_unknown_preprocessing_is_refused_with_all_preprocessings(self, wrap: Wrap) -> None:
         with pytest.raises(NetworkIncompatible, match="no preprocessing 'imagenet'; there are caffe, tf"):
-            by_hand(None, preprocessing="imagenet")
+            wrap(None, preprocessing="imagenet")
 
-    def test_channels_that_come_first_are_refused(self, by_hand: Wrap) -> None:
+    def test_channels_that_come_first_are_refused(self, wrap: Wrap) -> None:
         import keras
 
         inputs = keras.Input((3, ROWS, 3))
@@ -155,10 +153,10 @@ class TestInputs:
         with pytest.raises(
             NetworkIncompatible, match=r"first puts the channels first; build .* channels_last"
         ):
-            by_hand(model)
+            wrap(model)
 
     @pytest.mark.parametrize("how", ["Rescaling", "Normalization", "arithmetic", "nothing"])
-    def test_a_network_that_prepares_its_input_says_so(self, how: str, by_hand: Wrap) -> None:
+    def test_facts_tell_whether_a_network_rescales_its_input(self, how: str, wrap: Wrap) -> None:
         import keras
 
         inputs = keras.Input((ROWS, COLUMNS, 3))
@@ -170,5 +168,5 @@ class TestInputs:
         elif how == "arithmetic":
             x = x / 127.5 - 1
         x = keras.layers.Rescaling(3.0)(backbone(keras)(x))
-        network = by_hand(keras.Model(inputs, classified(keras, x)))
+        network = wrap(keras.Model(inputs, add_classifier(keras, x)))
         assert network.facts.rescales == (how != "nothing")

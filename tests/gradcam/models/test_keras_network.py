@@ -23,11 +23,11 @@ both_networks = pytest.mark.parametrize("name", ["vgg16", "xception"])
 
 
 @pytest.fixture
-def compute(seeded: Callable[[str], Network], noise: Noise) -> Callable[..., Computed]:
+def compute(random_network: Callable[[str], Network], noise: Noise) -> Callable[..., Computed]:
     """The top two classes of one noisy image."""
 
     def compute(name: str, layer: str | None = None) -> Computed:
-        return seeded(name).compute(noise(1, *CATALOG[name].input_size), TOP_2, Method(layer=layer))
+        return random_network(name).compute(noise(1, *CATALOG[name].input_size), TOP_2, Method(layer=layer))
 
     return compute
 
@@ -51,18 +51,18 @@ def assert_maps(computed: Computed, size: tuple[int, int]) -> None:
 
 @both_networks
 class TestRealArchitectures:
-    def test_it_is_as_large_as_its_row_says(self, name: str, seeded: Callable[[str], Any]) -> None:
-        row, model = CATALOG[name], seeded(name)._model
+    def test_it_has_the_size_of_its_row(self, name: str, random_network: Callable[[str], Any]) -> None:
+        row, model = CATALOG[name], random_network(name)._model
         assert model.count_params() == row.parameters
         assert model.input_shape == (None, *row.input_size, 3)
         assert model.get_layer(row.target_layer).output.shape[1:3] == row.map_size
 
     def test_its_maps_are_finite_and_as_large_as_its_facts_say(
-        self, name: str, compute: Callable[..., Computed], seeded: Callable[[str], Network]
+        self, name: str, compute: Callable[..., Computed], random_network: Callable[[str], Network]
     ) -> None:
         computed = compute(name)
         assert computed.layer == CATALOG[name].target_layer
-        assert_maps(computed, seeded(name).facts.map_size)
+        assert_maps(computed, random_network(name).facts.map_size)
 
     def test_ranks_are_those_of_the_scores(self, name: str, compute: Callable[..., Computed]) -> None:
         computed = compute(name)
@@ -70,36 +70,38 @@ class TestRealArchitectures:
         assert_array_equal(computed.class_ids, np.argsort(-computed.scores, kind="stable")[:, :2])
 
     def test_a_batch_gives_what_single_images_give(
-        self, name: str, seeded: Callable[[str], Network], noise: Noise
+        self, name: str, random_network: Callable[[str], Network], noise: Noise
     ) -> None:
         pixels, wanted = noise(3, *CATALOG[name].input_size), np.array([[-1, 5]] * 3, np.int32)
         pixels[1] //= 2
-        together = seeded(name).compute(pixels, wanted)
+        together = random_network(name).compute(pixels, wanted)
         for index in range(3):
-            alone = seeded(name).compute(pixels[index : index + 1], wanted[:1])
+            alone = random_network(name).compute(pixels[index : index + 1], wanted[:1])
             peak, largest = abs(alone.raw).max(), abs(alone.scores).max()
             assert_allclose(together.raw[index], alone.raw[0], atol=5e-6 * peak, rtol=0)
             assert_allclose(together.scores[index], alone.scores[0], atol=1e-5 * largest, rtol=0)
 
-    def test_wishes_of_different_lengths_are_filled_up_and_cut_again(
-        self, name: str, seeded: Callable[[str], Network], noise: Noise
+    def test_selections_of_different_lengths_are_padded_and_cut_again(
+        self, name: str, random_network: Callable[[str], Network], noise: Noise
     ) -> None:
         pixels = noise(3, *CATALOG[name].input_size)
         wishes = [(-1, -2, -3), (5,), (812, 3)]
-        together = explain_pixels(seeded(name), pixels, wishes)
+        together = explain_pixels(random_network(name), pixels, wishes)
         assert [len(one.heatmaps) for one in together] == [3, 1, 2]
         assert [one.id for one in together[2].explained] == [812, 3]
         for index, wish in enumerate(wishes):
-            alone = explain_pixels(seeded(name), pixels[index : index + 1], [wish])[0]
+            alone = explain_pixels(random_network(name), pixels[index : index + 1], [wish])[0]
             assert [one.id for one in together[index].explained] == [one.id for one in alone.explained]
             assert_allclose(together[index].heatmaps, alone.heatmaps, atol=1e-5)
 
-    def test_the_model_is_left_as_it_was(self, name: str, seeded: Callable[[str], Any], noise: Noise) -> None:
+    def test_the_model_is_not_changed(
+        self, name: str, random_network: Callable[[str], Any], noise: Noise
+    ) -> None:
         import keras
 
         from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 
-        model, pixels = seeded(name)._model, noise(1, *CATALOG[name].input_size)
+        model, pixels = random_network(name)._model, noise(1, *CATALOG[name].input_size)
         weights, layers = fingerprint(model), [layer.name for layer in model.layers]
         output = model(pixels / 255).numpy()
         KerasNetwork(CATALOG[name], model, weights_sha256=None).compute(pixels, TOP_2)
@@ -138,18 +140,14 @@ class TestLayers:
         with pytest.raises(UnknownLayer, match=f"'{layer}' of {name} keeps no rows.* is {default}"):
             compute(name, layer)
 
-    def test_an_unknown_layer_is_refused_with_layers_there_are(
-        self, compute: Callable[..., Computed]
-    ) -> None:
+    def test_an_unknown_layer_is_refused_with_existing_layers(self, compute: Callable[..., Computed]) -> None:
         with pytest.raises(UnknownLayer) as refused:
             compute("vgg16", "block9_conv9")
         assert "'block9_conv9' of vgg16 does not exist" in str(refused.value)
         assert "block5_conv1, block5_conv2, block5_conv3, block5_pool" in str(refused.value)
         assert "The default is block5_conv3" in str(refused.value)
 
-    def test_a_stream_of_layer_names_keeps_only_the_last_that_were_asked_for(
-        self, by_hand: Callable[..., Any]
-    ) -> None:
+    def test_only_the_most_recent_layers_are_cached(self, wrap: Callable[..., Any]) -> None:
         import keras
 
         from gradcam_worker.gradcam.models.keras_network import MAX_TRACED
@@ -159,7 +157,7 @@ class TestLayers:
         for name in names:
             x = keras.layers.Rescaling(1.5, name=name)(x)
         x = keras.layers.GlobalAveragePooling2D()(x)
-        network = by_hand(keras.Model(inputs, keras.layers.Dense(1000)(x)), names[0])
+        network = wrap(keras.Model(inputs, keras.layers.Dense(1000)(x)), names[0])
         pixels = np.full((1, 4, 4, 3), 200, np.uint8)
         for name in [*names[:-1], names[0], names[-1]]:
             assert network.compute(pixels, TOP_2, Method(layer=name)).layer == name
@@ -178,11 +176,11 @@ class TestLayers:
 def test_classes_that_do_not_fit_at_once_are_computed_in_turns(
     method: Method,
     room: int,
-    seeded: Callable[[str], Any],
+    random_network: Callable[[str], Any],
     noise: Callable[..., NDArray[np.uint8]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    xception = seeded("xception")
+    xception = random_network("xception")
     pixels, wanted = noise(1, 299, 299), np.array([[-1, 7, -3, 400, -2]], np.int32)
     whole = xception.compute(pixels, wanted, method)
     counts = []

@@ -32,16 +32,16 @@ def test_every_row_names_a_builder_that_exists(row: NetworkRow) -> None:
     assert callable(getattr(import_module(module), function))
 
 
-def test_every_network_of_keras_applications_has_a_row_and_every_row_but_the_shipped_one_is_of_them() -> None:
+def test_the_catalog_has_all_networks_of_keras_applications_and_the_shipped_one() -> None:
     import keras
 
-    theirs = {name for name, one in vars(keras.applications).items() if inspect.isfunction(one)}
+    keras_names = {name for name, one in vars(keras.applications).items() if inspect.isfunction(one)}
     builders = {str(row.builder).split(":")[1] for row in CATALOG.values() if not row.shipped}
-    assert len(theirs) >= 40
-    assert builders == theirs
+    assert len(keras_names) >= 40
+    assert builders == keras_names
 
 
-def test_an_unknown_network_is_refused_with_those_there_are() -> None:
+def test_an_unknown_network_is_refused_with_similar_ones() -> None:
     from gradcam_worker.gradcam.models.loading import load_network
 
     with pytest.raises(UnknownNetwork, match="Did you mean 'vgg16' or 'vgg19'"):
@@ -58,7 +58,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
     assert networks[0].facts.weights_sha256 is None
 
 
-def test_shipped_weights_are_named_by_their_checksum(lite0: Network) -> None:
+def test_facts_have_the_checksum_of_shipped_weights(lite0: Network) -> None:
     row = CATALOG["efficientnet_lite0"]
     facts = lite0.facts
     assert (facts.name, facts.input_size, facts.preprocessing) == (row.name, row.input_size, "lite")
@@ -71,10 +71,10 @@ def test_shipped_weights_are_named_by_their_checksum(lite0: Network) -> None:
 def test_the_operators_file_is_loaded_in_place_of_the_shipped_one(tmp_path: Path) -> None:
     from gradcam_worker.gradcam.models.loading import load_network
 
-    own = load_network("efficientnet_lite0", random_seed=3)
-    own._model.save_weights(tmp_path / "efficientnet_lite0.weights.h5")
+    saved = load_network("efficientnet_lite0", random_seed=3)
+    saved._model.save_weights(tmp_path / "efficientnet_lite0.weights.h5")
     loaded = load_network("efficientnet_lite0", weights_dir=tmp_path)
-    assert_array_equal(weights(loaded), weights(own))
+    assert_array_equal(weights(loaded), weights(saved))
     assert loaded.facts.weights_sha256 not in {None, CATALOG["efficientnet_lite0"].sha256}
 
 
@@ -93,10 +93,10 @@ def test_missing_weights_are_an_error_and_never_random(
         load_network("xception", weights_dir=tmp_path)
 
 
-def test_a_download_is_found_where_keras_keeps_it(tmp_path: Path) -> None:
-    kept = tmp_path / "models" / CATALOG["xception"].keras_files[0]
-    kept.parent.mkdir()
-    kept.touch()
+def test_a_download_is_found_where_keras_stores_it(tmp_path: Path) -> None:
+    expected = tmp_path / "models" / CATALOG["xception"].keras_files[0]
+    expected.parent.mkdir()
+    expected.touch()
     program = (
         "from gradcam_worker.gradcam import catalog; from gradcam_worker.gradcam.models import loading;"
         "print(loading._keras_download_path(catalog.find('xception')), end='')"
@@ -105,7 +105,7 @@ def test_a_download_is_found_where_keras_keeps_it(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True
     )
-    assert done.stdout == str(kept)
+    assert done.stdout == str(expected)
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights"])
@@ -118,14 +118,14 @@ def test_a_file_that_holds_no_weights_is_refused_with_its_name(tmp_path: Path, c
 
 
 def test_a_model_that_ends_in_pooled_class_maps_is_explained_by_them(
-    by_hand: Callable[..., Any], noise: Callable[..., NDArray[np.uint8]]
+    wrap: Callable[..., Any], noise: Callable[..., NDArray[np.uint8]]
 ) -> None:
     """Each class has a channel of its own, whose mean is its score: that channel is the map."""
     import keras
 
     inputs = keras.Input((4, 4, 3))
     x = class_maps = keras.layers.Conv2D(6, 1, name="conv")(inputs)
-    network, pixels = by_hand(keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(x))), noise(1, 4, 4)
+    network, pixels = wrap(keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(x))), noise(1, 4, 4)
     computed = network.compute(pixels, np.array([[2, 5]], np.int32))
     expected = keras.Model(inputs, class_maps)(pixels / np.float32(127.5) - 1).numpy()
     assert computed.layer == "conv"
@@ -142,35 +142,40 @@ def test_preprocessing_is_what_keras_does_for_these_weights(
 
     pixels = noise(2, 5, 4).astype(np.float32)
     module = {"densenet121": "densenet", "efficientnetb0": "efficientnet"}.get(name, name)
-    theirs = getattr(keras.applications, module).preprocess_input(pixels.copy())
-    assert_allclose(preprocess(pixels, CATALOG[name].preprocessing), theirs, atol=1e-5)
+    expected = getattr(keras.applications, module).preprocess_input(pixels.copy())
+    assert_allclose(preprocess(pixels, CATALOG[name].preprocessing), expected, atol=1e-5)
 
 
 def test_preprocessing_of_efficientnet_lite_takes_127_and_divides_by_128() -> None:
     from gradcam_worker.gradcam.models.keras_network import preprocess
 
     pixels = np.array([[[[0, 127, 255]]]], np.float32)
-    how = CATALOG["efficientnet_lite0"].preprocessing
-    assert_array_equal(preprocess(pixels, how), [[[[-127 / 128, 0, 1]]]])
+    preprocessing = CATALOG["efficientnet_lite0"].preprocessing
+    assert_array_equal(preprocess(pixels, preprocessing), [[[[-127 / 128, 0, 1]]]])
 
 
-def test_the_whole_way_back_can_be_asked_for(by_hand: Callable[..., Any]) -> None:
+def test_the_whole_backward_pass_can_be_requested(wrap: Callable[..., Any]) -> None:
     import keras
 
     from gradcam_worker.gradcam.models.loading import load_network
 
     inputs = keras.Input((4, 4, 3))
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(6, 1)(inputs))
-    own = keras.Model(inputs, keras.layers.Dense(2)(x))
-    assert [by_hand(own, exact_backward=exact)._exact_backward for exact in (False, True)] == [False, True]
+    saved = keras.Model(inputs, keras.layers.Dense(2)(x))
+    assert [wrap(saved, exact_backward=exact)._exact_backward for exact in (False, True)] == [False, True]
     assert load_network("efficientnet_lite0", random_seed=3, exact_backward=True)._exact_backward
     assert not load_network("efficientnet_lite0", random_seed=3)._exact_backward
 
 
-ELSE = {"floatx": "float16", "epsilon": 0.01, "image_data_format": "channels_first", "backend": "jax"}
+OTHER_CONFIGURATION = {
+    "floatx": "float16",
+    "epsilon": 0.01,
+    "image_data_format": "channels_first",
+    "backend": "jax",
+}
 
 
-def in_a_process_of_its_own(program: str, folder: Path, config: str) -> subprocess.CompletedProcess[str]:
+def run_with_keras_json(program: str, folder: Path, config: str) -> subprocess.CompletedProcess[str]:
     (folder / "keras.json").write_text(config)
     variables = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
     return subprocess.run(
@@ -182,7 +187,7 @@ def in_a_process_of_its_own(program: str, folder: Path, config: str) -> subproce
     )
 
 
-def test_keras_json_in_somebodys_home_changes_nothing(tmp_path: Path, lite0: Any) -> None:
+def test_keras_json_in_a_home_folder_is_ignored(tmp_path: Path, lite0: Any) -> None:
     program = (
         "import numpy as np\nfrom gradcam_worker.gradcam import backend\n"
         "from gradcam_worker.gradcam.models import loading; config = backend.keras.config\n"
@@ -191,9 +196,9 @@ def test_keras_json_in_somebodys_home_changes_nothing(tmp_path: Path, lite0: Any
         "print(backend.name(), config.floatx(), config.epsilon(), config.dtype_policy().name, "
         "config.image_data_format(), network.facts.dtype, *scores[0, :3])"
     )
-    done = in_a_process_of_its_own(program, tmp_path, json.dumps(ELSE))
-    *told, one, two, three = done.stdout.split()
-    assert told == ["tensorflow", "float32", "1e-07", "float32", "channels_last", "float32"]
+    done = run_with_keras_json(program, tmp_path, json.dumps(OTHER_CONFIGURATION))
+    *facts, one, two, three = done.stdout.split()
+    assert facts == ["tensorflow", "float32", "1e-07", "float32", "channels_last", "float32"]
     expected = lite0.scores(np.zeros((1, 224, 224, 3), np.uint8))[0, :3]
     assert_allclose([float(one), float(two), float(three)], expected, rtol=1e-4)
 
@@ -205,11 +210,11 @@ def test_a_keras_json_that_keras_refuses_is_named(config: str, tmp_path: Path) -
         "try: import gradcam_worker.gradcam.backend\n"
         "except InvalidSettings as error: print(error)"
     )
-    done = in_a_process_of_its_own(program, tmp_path, config)
+    done = run_with_keras_json(program, tmp_path, config)
     assert "Correct or remove keras.json in the folder KERAS_HOME" in done.stdout, done.stderr
 
 
-def test_what_a_program_has_set_for_its_own_networks_is_neither_heeded_nor_changed(lite0: Any) -> None:
+def test_the_keras_configuration_of_a_program_is_neither_used_nor_changed(lite0: Any) -> None:
     import keras
 
     from gradcam_worker.gradcam.models.loading import load_network

@@ -1,4 +1,4 @@
-"""What a file that is named as a model is instead, and what is inside, seen before Keras opens it."""
+"""Inspection of model files before Keras opens them: other formats, archives, limits."""
 
 import json
 import re
@@ -47,7 +47,7 @@ CONFIG = json.dumps({"class_name": "Functional", "config": {}})
         ("{0}.h5", "keras.saving.load_model('{0}.h5', compile=False)"),
     ],
 )
-def test_another_ending_is_told_the_line_that_works(name: str, conversion: str) -> None:
+def test_another_ending_is_refused_with_the_line_that_converts_it(name: str, conversion: str) -> None:
     assert conversion in refusal_by_ending(name)
 
 
@@ -68,7 +68,7 @@ def test_another_ending_is_told_the_line_that_works(name: str, conversion: str) 
         (b"PK\x03\x04" + bytes(500), "is cut off after 504 bytes"),
     ],
 )
-def test_a_file_is_told_by_what_is_in_it_whatever_its_name(data: bytes, why: str, tmp_path: Path) -> None:
+def test_a_file_is_recognised_by_its_content_whatever_its_name(data: bytes, why: str, tmp_path: Path) -> None:
     path = tmp_path / "model.keras"
     path.write_bytes(data)
     with pytest.raises(Refused, match=re.escape(why)):
@@ -86,13 +86,13 @@ def test_a_file_is_told_by_what_is_in_it_whatever_its_name(data: bytes, why: str
         ([], "is an archive without the config.json of a Keras model"),
     ],
 )
-def test_an_archive_is_told_by_its_members(members: list[str], why: str, tmp_path: Path) -> None:
+def test_an_archive_is_recognised_by_its_members(members: list[str], why: str, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=re.escape(why)):
         read_config(pack(tmp_path, dict.fromkeys(members, "")), "model.keras")
 
 
 def pack(folder: Path, members: dict[str, bytes | str], method: int = zipfile.ZIP_STORED) -> Path:
-    """An archive of these members. Zeros are packed well."""
+    """Write an archive of these members."""
     path = folder / "model.keras"
     with zipfile.ZipFile(path, "w", method) as archive:
         for name, data in members.items():
@@ -127,7 +127,7 @@ class TestBounds:
         ("name", "limit"), [("config.json", "33,554,432"), ("metadata.json", "1,048,576")]
     )
     @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-    def test_texts_have_a_limit_of_their_own(
+    def test_configuration_and_metadata_have_their_own_limits(
         self, name: str, limit: str, method: int, tmp_path: Path
     ) -> None:
         path = pack(tmp_path, {"config.json": CONFIG} | {name: b" " * 40_000_000}, method)
@@ -142,9 +142,7 @@ class TestBounds:
         with pytest.raises(Refused, match=r"is a damaged \.keras file"):
             read_config(path, "model.keras")
 
-    def test_members_that_lie_over_one_another_do_not_pass_for_more_than_the_file(
-        self, tmp_path: Path
-    ) -> None:
+    def test_overlapping_members_count_with_their_total_size(self, tmp_path: Path) -> None:
         path = pack(tmp_path, {"config.json": CONFIG, "model.weights.h5": bytes(7 * 2**20)})
         data = path.read_bytes()
         position, end = data.index(b"PK\x01\x02"), data.rindex(b"PK\x05\x06")
@@ -156,12 +154,12 @@ class TestBounds:
         with pytest.raises(Refused, match="unpacks to 227,5"):
             read_config(path, "model.keras")
 
-    def test_no_more_members_are_taken_than_a_model_has(self, tmp_path: Path) -> None:
+    def test_too_many_members_are_refused(self, tmp_path: Path) -> None:
         path = pack(tmp_path, {"config.json": CONFIG, **{f"assets/{number}": "" for number in range(10_000)}})
         with pytest.raises(Refused, match="is an archive of 10,001 members, above the 10,000 of any"):
             read_config(path, "model.keras")
 
-    def test_a_list_of_members_without_end_is_not_even_read(self, tmp_path: Path) -> None:
+    def test_an_oversized_list_of_members_is_not_read(self, tmp_path: Path) -> None:
         path = pack(tmp_path, {"config.json": CONFIG})
         data = bytearray(path.read_bytes())
         struct.pack_into("<L", data, data.rindex(b"PK\x05\x06") + 12, 2**31)
@@ -193,7 +191,7 @@ class TestBounds:
             (b"{", "is no JSON: Expecting property name"),
         ],
     )
-    def test_a_configuration_that_is_none_is_refused(self, config: bytes, why: str, tmp_path: Path) -> None:
+    def test_an_invalid_configuration_is_refused(self, config: bytes, why: str, tmp_path: Path) -> None:
         with pytest.raises(Refused, match=why):
             read_config(pack(tmp_path, {"config.json": config}), "model.keras")
 
@@ -210,7 +208,7 @@ class TestBounds:
             ),
         ],
     )
-    def test_arrays_that_are_declared_far_larger_than_they_are_are_refused(
+    def test_arrays_that_are_declared_far_larger_than_the_file_are_refused(
         self, check: Callable[[Path], object], tmp_path: Path
     ) -> None:
         import h5py
@@ -222,7 +220,7 @@ class TestBounds:
         ):
             check(tmp_path)
 
-    def test_an_honest_file_is_read(self, tmp_path: Path) -> None:
+    def test_a_valid_file_is_read(self, tmp_path: Path) -> None:
         path = pack(tmp_path, {"metadata.json": "{}", "config.json": CONFIG, "assets/": ""})
         assert read_config(path, "model.keras") == json.loads(CONFIG)
 
@@ -240,7 +238,9 @@ class TestWeights:
             (b"\x89HDF\r\n\x1a\n" + bytes(100), "holds damaged weights"),
         ],
     )
-    def test_what_holds_no_weights_is_told(self, data: bytes, why: str, tmp_path: Path) -> None:
+    def test_a_file_without_weights_is_refused_with_the_reason(
+        self, data: bytes, why: str, tmp_path: Path
+    ) -> None:
         (tmp_path / "a.weights.h5").write_bytes(data)
         with pytest.raises(Refused, match=re.escape(why)):
             check_weights(tmp_path / "a.weights.h5", "a.weights.h5")
@@ -254,7 +254,7 @@ class TestWeights:
             ({"model_config": ""}, "model"),
         ],
     )
-    def test_the_layout_is_seen_whatever_the_ending(
+    def test_the_layout_is_recognised_whatever_the_ending(
         self, attributes: dict[str, list[str] | str], layout: str, tmp_path: Path
     ) -> None:
         import h5py
@@ -264,7 +264,7 @@ class TestWeights:
             file.attrs.update(attributes)
         assert check_weights(tmp_path / "a", "a") == layout
 
-    def test_weights_in_place_of_a_model_are_told(self, tmp_path: Path) -> None:
+    def test_weights_instead_of_a_model_are_refused_with_the_reason(self, tmp_path: Path) -> None:
         import h5py
 
         with h5py.File(tmp_path / "a.keras", "w") as file:
@@ -273,7 +273,7 @@ class TestWeights:
             read_config(tmp_path / "a.keras", "a.keras")
 
 
-def test_a_folder_is_told_by_what_is_in_it(tmp_path: Path) -> None:
+def test_a_folder_is_recognised_by_its_content(tmp_path: Path) -> None:
     assert refusal_of_folder(tmp_path) is None
     (tmp_path / "config.json").touch()
     (tmp_path / "model.weights.h5").touch()
@@ -293,8 +293,6 @@ def test_a_folder_is_told_by_what_is_in_it(tmp_path: Path) -> None:
         ("[" * 90_000, ""),
     ],
 )
-def test_the_version_that_saved_it_is_read_where_it_is_one(
-    metadata: str, version: str, tmp_path: Path
-) -> None:
+def test_the_version_of_keras_is_read_if_it_is_valid(metadata: str, version: str, tmp_path: Path) -> None:
     assert model_file.keras_version(pack(tmp_path, {"metadata.json": metadata})) == version
     assert model_file.keras_version(pack(tmp_path, {"config.json": ""})) == ""

@@ -31,7 +31,7 @@ def loaded(path: Path) -> Any:
 
 @versions
 def test_a_functional_model_with_a_nested_backbone_computes_what_it_did(
-    version: str, taped: Callable[..., Any]
+    version: str, tape_gradients: Callable[..., Any]
 ) -> None:
     network = loaded(FOLDER / f"functional-{version}.keras")
     computed = network.compute(PIXELS, np.array([range(5)] * 2, np.int32))
@@ -40,14 +40,14 @@ def test_a_functional_model_with_a_nested_backbone_computes_what_it_did(
     assert_allclose(powers / powers.sum(1, keepdims=True), outputs, atol=1e-5)
     model, inputs = network._model, PIXELS / np.float32(127.5) - 1
     act = model.get_layer("backbone").get_layer("act")
-    expected = taped(model, inputs, act, head=model.get_layer("scores"))
+    expected = tape_gradients(model, inputs, act, head=model.get_layer("scores"))
     assert computed.layer == "backbone/act"
     assert_allclose(computed.raw, expected.raw, atol=1e-5 * np.abs(expected.raw).max())
 
 
 @versions
 def test_a_sequential_model_with_one_unit_computes_what_it_did(
-    version: str, taped: Callable[..., Any]
+    version: str, tape_gradients: Callable[..., Any]
 ) -> None:
     network = loaded(FOLDER / f"sequential-{version}.keras")
     computed = network.compute(PIXELS, np.array([[0, 1]] * 2, np.int32))
@@ -55,7 +55,7 @@ def test_a_sequential_model_with_one_unit_computes_what_it_did(
     assert_allclose(1 / (1 + np.exp(-computed.scores[:, 1])), outputs, atol=1e-5)
     model, inputs = network._model, PIXELS / np.float32(127.5) - 1
     normal = model.get_layer("inner").get_layer("normal")
-    expected = taped(model, inputs, normal, head=model.get_layer("scores"))
+    expected = tape_gradients(model, inputs, normal, head=model.get_layer("scores"))
     assert computed.layer == "inner/normal"
     assert_allclose(computed.raw[:, 1], expected.raw[:, 0], atol=1e-5 * np.abs(expected.raw).max())
 
@@ -86,7 +86,7 @@ def test_a_lambda_in_a_file_is_refused_whatever_it_calls(function: str, depth: i
         loaded(tmp_path / "model.keras")
 
 
-def test_a_file_that_is_no_model_is_refused_with_a_sentence(tmp_path: Path) -> None:
+def test_a_file_that_is_no_model_is_refused_with_the_reason(tmp_path: Path) -> None:
     path = tmp_path / "model.keras"
     path.write_bytes(b"not a model")
     with pytest.raises(
@@ -95,7 +95,7 @@ def test_a_file_that_is_no_model_is_refused_with_a_sentence(tmp_path: Path) -> N
         loaded(path)
 
 
-def test_a_file_of_keras_2_names_its_version_and_the_line_that_converts_it_and_the_cause(
+def test_a_file_of_keras_2_is_refused_with_its_version_the_line_that_converts_it_and_the_cause(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "old.keras"

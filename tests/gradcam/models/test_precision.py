@@ -18,7 +18,7 @@ TOP_5 = np.tile(-np.arange(1, 6, dtype=np.int32), (5, 1))
 FEWER = ["mixed_bfloat16", "bfloat16"]
 fewer_digits = pytest.mark.parametrize("precision", FEWER)
 Load = Callable[[str], Any]
-Seen = Callable[[str, str], Computed]
+ComputePhotos = Callable[[str, str], Computed]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def load() -> Load:
 
 
 @pytest.fixture(scope="module")
-def see(load: Load) -> Seen:
+def compute_photos(load: Load) -> ComputePhotos:
     """The shipped photos and the classes that float32 ranks first to fifth."""
     from devtools.agreement.randomisation import photographs
 
@@ -39,37 +39,39 @@ def see(load: Load) -> Seen:
 
 
 @fewer_digits
-def test_the_facts_say_so_and_the_last_layer_keeps_all_digits(precision: str, load: Load) -> None:
+def test_the_facts_name_the_precision_and_the_last_layer_stays_in_float32(precision: str, load: Load) -> None:
     network = load(precision)
     assert network.facts.dtype == precision
-    kept = "bfloat16" if precision == "bfloat16" else "float32"
-    assert network._model.get_layer("stem_conv").kernel.dtype == kept
+    expected = "bfloat16" if precision == "bfloat16" else "float32"
+    assert network._model.get_layer("stem_conv").kernel.dtype == expected
     assert network._model.get_layer("stem_conv").compute_dtype == "bfloat16"
     assert network._model.get_layer("scores").dtype_policy.name == "float32"
 
 
 @fewer_digits
-def test_every_photo_keeps_its_best_class_and_scores_stay_near(precision: str, see: Seen) -> None:
-    exact, seen = see("float32", "gradcam").scores, see(precision, "gradcam").scores
-    assert_array_equal(seen.argmax(axis=1), exact.argmax(axis=1))
-    assert np.abs(seen - exact).max() < 0.06 * np.abs(exact).max()
-    assert not np.array_equal(seen, exact)
+def test_every_photo_keeps_its_best_class_and_scores_stay_close(
+    precision: str, compute_photos: ComputePhotos
+) -> None:
+    exact, reduced = compute_photos("float32", "gradcam").scores, compute_photos(precision, "gradcam").scores
+    assert_array_equal(reduced.argmax(axis=1), exact.argmax(axis=1))
+    assert np.abs(reduced - exact).max() < 0.06 * np.abs(exact).max()
+    assert not np.array_equal(reduced, exact)
 
 
 @fewer_digits
 @pytest.mark.parametrize("name", ["gradcam", "gradcam++", "hirescam", "xgradcam", "layercam", "eigencam"])
-def test_hot_regions_stay_where_they_are(precision: str, name: str, see: Seen) -> None:
+def test_hot_regions_stay_where_they_are(precision: str, name: str, compute_photos: ComputePhotos) -> None:
     from devtools.agreement.randomisation import overlap
 
-    exact, seen = (see(one, name).raw.reshape(-1, 7, 7) for one in ("float32", precision))
-    assert seen.dtype == np.float32
-    assert overlap(exact, seen) > 0.9
-    maps = [np.stack([cam.heatmaps(raw[np.newaxis]) for raw in one]) for one in (exact, seen)]
+    exact, reduced = (compute_photos(one, name).raw.reshape(-1, 7, 7) for one in ("float32", precision))
+    assert reduced.dtype == np.float32
+    assert overlap(exact, reduced) > 0.9
+    maps = [np.stack([cam.heatmaps(raw[np.newaxis]) for raw in one]) for one in (exact, reduced)]
     assert np.abs(maps[0] - maps[1]).max() < 0.1
 
 
 @fewer_digits
-def test_a_copy_has_other_arithmetic_and_the_model_itself_stays_as_it_is(precision: str) -> None:
+def test_a_copy_has_the_precision_and_the_model_is_not_changed(precision: str) -> None:
     import keras
 
     from gradcam_worker.gradcam.models.precision import with_precision
@@ -93,7 +95,7 @@ def test_a_copy_has_other_arithmetic_and_the_model_itself_stays_as_it_is(precisi
 
 @fewer_digits
 @pytest.mark.parametrize("end", ["a layer", "an operation", "nested", "pooled", "an average"])
-def test_all_that_makes_the_scores_keeps_its_digits_however_a_network_ends(end: str, precision: str) -> None:
+def test_all_layers_of_the_scores_stay_in_float32_however_a_network_ends(end: str, precision: str) -> None:
     import keras
     from keras import layers, ops
 
@@ -126,7 +128,7 @@ def test_all_that_makes_the_scores_keeps_its_digits_however_a_network_ends(end: 
     ).all()
 
 
-def test_a_network_that_cannot_be_copied_is_refused_with_the_way_out() -> None:
+def test_a_network_that_cannot_be_copied_is_refused_with_alternatives() -> None:
     import keras
 
     from gradcam_worker.errors import NetworkIncompatible
@@ -140,7 +142,7 @@ def test_a_network_that_cannot_be_copied_is_refused_with_the_way_out() -> None:
         with_precision(Own(), "bfloat16")
 
 
-def test_a_model_of_mixed_float16_says_so_and_keeps_the_map_of_a_class_that_it_is_sure_of() -> None:
+def test_a_model_of_mixed_float16_is_reported_as_such_and_a_certain_class_keeps_its_heatmap() -> None:
     import keras
     from keras import layers
 
@@ -169,14 +171,14 @@ def test_a_model_of_mixed_float16_says_so_and_keeps_the_map_of_a_class_that_it_i
         assert np.abs((maps[0] - maps[1]) / peaks).max() < 0.01
 
 
-def test_a_precision_that_there_is_not_is_refused_with_those_there_are() -> None:
+def test_an_unknown_precision_is_refused_with_all_precisions() -> None:
     from gradcam_worker.gradcam.models.precision import with_precision
 
     with pytest.raises(InvalidSettings, match="'float8'; there are float32, tf32, bfloat16, mixed_bfloat16"):
         with_precision(object(), "float8")
 
 
-def test_tf32_is_allowed_to_the_process_by_its_name_alone_and_a_cpu_computes_in_float32(load: Load) -> None:
+def test_only_the_precision_tf32_allows_tf32_and_a_cpu_computes_in_float32(load: Load) -> None:
     import tensorflow as tf
 
     allowed = tf.config.experimental.tensor_float_32_execution_enabled

@@ -29,7 +29,7 @@ class TestRows:
         assert registry.find("vgg16") is CATALOG["vgg16"]
         assert registry.operator_networks() == ()
 
-    def test_an_own_network_stands_beside_those_of_the_catalog(self, tmp_path: Path) -> None:
+    def test_an_operators_network_is_added_to_those_of_the_catalog(self, tmp_path: Path) -> None:
         registry = Registry(write(tmp_path, MODEL))
         assert registry.rows().keys() == {*CATALOG, "tumours"}
         assert registry.operator_networks() == (
@@ -54,7 +54,7 @@ class TestRows:
         assert row.file == ModelFile(str(tmp_path / "birds.weights.h5"), SHA256)
         assert not row.keras_files, "Keras has no download for it"
 
-    def test_what_is_given_goes_before_what_the_architecture_has(self, tmp_path: Path) -> None:
+    def test_options_override_those_of_the_architecture(self, tmp_path: Path) -> None:
         options = 'input_size = [448, 448]\npreprocessing = "unit"\ntarget_layer = "block4_conv3"\n'
         row = read(tmp_path, WEIGHTS + options)
         assert (row.input_size, row.preprocessing.name, row.target_layer) == (
@@ -67,14 +67,14 @@ class TestRows:
     @pytest.mark.parametrize(
         ("line", "expected"), [("", None), ("pretrained = true", True), ("pretrained = false", False)]
     )
-    def test_how_an_architecture_was_built_is_said_or_left_to_its_file(
+    def test_how_an_architecture_was_built_is_declared_or_read_from_its_file(
         self, line: str, expected: bool | None, tmp_path: Path
     ) -> None:
         row = read(tmp_path, WEIGHTS.replace("VGG16", "EfficientNetB3") + line)
         assert row.pretrained is expected
         assert row.imagenet_scale == CATALOG["efficientnetb3"].imagenet_scale != ()
 
-    def test_layer_and_head_are_taken_over(self, tmp_path: Path) -> None:
+    def test_layer_and_head_are_used(self, tmp_path: Path) -> None:
         row = read(
             tmp_path, MODEL + 'target_layer = "a/b"\nhead = { kind = "sigmoid", output = "diagnosis" }'
         )
@@ -125,7 +125,7 @@ class TestPreprocessing:
         actual = (np.array(pixel) - np.array(preprocessing.mean)) / np.array(preprocessing.std)
         np.testing.assert_allclose(actual, expected, atol=1e-12)
 
-    def test_a_manifest_can_say_what_it_was(self, tmp_path: Path) -> None:
+    def test_it_has_a_name_for_the_manifest(self, tmp_path: Path) -> None:
         table = '{ scale = 0.5, offset = [1, 2, 3], channels = "bgr" }'
         preprocessing = read(tmp_path, MODEL.replace('"torch"', table)).preprocessing
         assert preprocessing.name == "scale 0.5, offset 1 2 3, bgr"
@@ -145,14 +145,14 @@ class TestLabels:
         row = read(tmp_path, MODEL + f'labels = "{name}"')
         assert row.labels == ("benign", "malignant tumour", "[other]")
 
-    def test_they_may_stand_in_the_registry_itself(self, tmp_path: Path) -> None:
+    def test_they_may_be_listed_in_the_registry(self, tmp_path: Path) -> None:
         assert read(tmp_path, MODEL + 'labels = ["benign", "malignant"]').labels == ("benign", "malignant")
 
     def test_without_them_classes_have_numbers_and_imagenets_have_a_name(self, tmp_path: Path) -> None:
         assert read(tmp_path, MODEL).labels == ()
         assert read(tmp_path, MODEL + 'labels = "imagenet"').labels is None
 
-    def test_they_say_how_many_classes_an_architecture_has(self, tmp_path: Path) -> None:
+    def test_they_define_the_number_of_classes_of_an_architecture(self, tmp_path: Path) -> None:
         weights = WEIGHTS.replace("classes = 200\n", "")
         assert read(tmp_path, weights + 'labels = ["a", "b", "c"]').classes == 3
         assert read(tmp_path, weights + 'labels = "imagenet"').classes == 1000
@@ -163,14 +163,14 @@ def names(registry: Registry) -> list[str]:
 
 
 class TestChanges:
-    def test_a_network_that_is_added_is_there_and_one_that_is_removed_is_not(self, tmp_path: Path) -> None:
+    def test_added_networks_are_found_and_removed_ones_are_not(self, tmp_path: Path) -> None:
         registry = Registry(write(tmp_path, MODEL, "first"))
         write(tmp_path, MODEL, "second")
         assert registry.find("second")
         with pytest.raises(UnknownNetwork, match="'first'"):
             registry.find("first")
 
-    def test_a_network_that_is_described_anew_is_another_row(self, tmp_path: Path) -> None:
+    def test_a_changed_network_is_a_new_row(self, tmp_path: Path) -> None:
         registry = Registry(write(tmp_path, MODEL))
         before = registry.find("tumours")
         write(tmp_path, MODEL.replace(SHA256, "cd" * 32))
@@ -196,7 +196,7 @@ class TestChanges:
         (tmp_path / "next").replace(tmp_path / "now")
         assert names(registry) == ["second"]
 
-    def test_labels_that_change_make_another_row(self, tmp_path: Path) -> None:
+    def test_changed_labels_make_a_new_row(self, tmp_path: Path) -> None:
         (tmp_path / "l.txt").write_text("a\nb\n")
         registry = Registry(write(tmp_path, MODEL + 'labels = "l.txt"'))
         assert registry.find("tumours").labels == ("a", "b")
@@ -204,7 +204,7 @@ class TestChanges:
         assert registry.find("tumours").labels == ("a", "b", "c")
 
     @pytest.mark.parametrize("broken", ["", "[networks", "missing"])
-    def test_a_file_that_breaks_leaves_the_networks_as_they_were_and_says_why_once(
+    def test_a_file_that_becomes_invalid_leaves_the_networks_as_they_were_and_is_logged_once(
         self, broken: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         registry = Registry(write(tmp_path, MODEL))
@@ -219,7 +219,7 @@ class TestChanges:
             assert names(registry) == ["corrected"]
         assert caplog.records[-1].getMessage() == f"registry_reloaded path={path} networks=corrected"
 
-    def test_labels_that_come_late_mend_it(self, tmp_path: Path) -> None:
+    def test_missing_labels_that_appear_later_make_it_valid(self, tmp_path: Path) -> None:
         registry = Registry(write(tmp_path, MODEL))
         write(tmp_path, MODEL + 'labels = "l.txt"')
         assert registry.find("tumours").labels == ()
@@ -239,7 +239,7 @@ class TestChanges:
         monkeypatch.setattr(Path, "open", refuse)
         assert registry.rows() is rows
 
-    def test_threads_see_one_version_or_the_other_and_nothing_between(self, tmp_path: Path) -> None:
+    def test_threads_see_either_version_and_never_a_mixture(self, tmp_path: Path) -> None:
         def registry_body(number: int) -> str:
             labels = json.dumps([f"{number}", f"{number}"])
             return MODEL.replace(SHA256, f"{number:064}") + f"labels = {labels}"

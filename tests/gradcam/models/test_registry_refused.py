@@ -1,4 +1,4 @@
-"""What is wrong with an operator's own networks is refused, by its place in the file."""
+"""Errors in an operator's registry are refused, with their key in the file."""
 
 import re
 from pathlib import Path
@@ -35,14 +35,14 @@ def refusal(path: Path) -> str:
 def test_labels_that_cannot_be_used_are_refused(labels: str, text: str, why: str, tmp_path: Path) -> None:
     if "none" not in labels and "//" not in labels:
         (tmp_path / labels).write_bytes(text.encode(errors="surrogateescape"))
-    told = refusal(write(tmp_path, MODEL + f'labels = "{labels}"'))
-    assert "networks.tumours.labels: " in told
-    assert why in told
+    message = refusal(write(tmp_path, MODEL + f'labels = "{labels}"'))
+    assert "networks.tumours.labels: " in message
+    assert why in message
 
 
-def test_there_are_as_many_labels_as_classes(tmp_path: Path) -> None:
-    told = refusal(write(tmp_path, WEIGHTS + 'labels = ["a", "b"]'))
-    assert "networks.tumours.labels: there are 2, but classes is 200" in told
+def test_the_number_of_labels_must_be_that_of_classes(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path, WEIGHTS + 'labels = ["a", "b"]'))
+    assert "networks.tumours.labels: there are 2, but classes is 200" in message
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_there_are_as_many_labels_as_classes(tmp_path: Path) -> None:
         (WEIGHTS.replace("VGG16", "efficientnet_lite0"), "no architecture 'efficientnet_lite0' in"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named_by_its_place(body: str, why: str, tmp_path: Path) -> None:
+def test_errors_are_reported_with_their_key(body: str, why: str, tmp_path: Path) -> None:
     assert why in refusal(write(tmp_path, body))
 
 
@@ -109,9 +109,9 @@ def test_what_is_wrong_is_named_by_its_place(body: str, why: str, tmp_path: Path
     ],
 )
 def test_only_a_keras_file_is_a_model(file: str, why: str, tmp_path: Path) -> None:
-    told = refusal(write(tmp_path, MODEL.replace("tumours.keras", file)))
-    assert "networks.tumours.model: " in told
-    assert why in told
+    message = refusal(write(tmp_path, MODEL.replace("tumours.keras", file)))
+    assert "networks.tumours.model: " in message
+    assert why in message
 
 
 @pytest.mark.parametrize(
@@ -123,24 +123,24 @@ def test_only_a_keras_file_is_a_model(file: str, why: str, tmp_path: Path) -> No
     ],
 )
 def test_only_a_weights_file_holds_weights(file: str, why: str, tmp_path: Path) -> None:
-    told = refusal(write(tmp_path, WEIGHTS.replace("birds.weights.h5", file)))
-    assert "networks.tumours.weights: " in told
-    assert why in told
+    message = refusal(write(tmp_path, WEIGHTS.replace("birds.weights.h5", file)))
+    assert "networks.tumours.weights: " in message
+    assert why in message
 
 
 @pytest.mark.parametrize("name", ["vgg16", "VGG16", "efficientnet_lite0"])
-def test_a_network_of_the_catalog_cannot_be_described_anew(name: str, tmp_path: Path) -> None:
-    told = refusal(write(tmp_path, MODEL, name))
-    assert f"networks.{name}: this is the name of a network of the catalog" in told
+def test_a_network_of_the_catalog_cannot_be_redefined(name: str, tmp_path: Path) -> None:
+    message = refusal(write(tmp_path, MODEL, name))
+    assert f"networks.{name}: this is the name of a network of the catalog" in message
 
 
 @pytest.mark.parametrize("name", ['"a b"', '"../a"', '".a"', '""', '"ä"', f'"{"a" * 65}"'])
-def test_a_name_is_plain(name: str, tmp_path: Path) -> None:
+def test_invalid_names_are_refused(name: str, tmp_path: Path) -> None:
     assert "a network's name is made of letters, digits and _ - ." in refusal(write(tmp_path, MODEL, name))
 
 
 @pytest.mark.parametrize("name", ["a", '"v1.2"', "a_b-c", "7"])
-def test_a_plain_name_is_taken(name: str, tmp_path: Path) -> None:
+def test_valid_names_are_accepted(name: str, tmp_path: Path) -> None:
     assert Registry(write(tmp_path, MODEL, name)).find(name.strip('"'))
 
 
@@ -160,18 +160,18 @@ def test_a_file_that_is_no_registry_is_refused(text: bytes, why: str, tmp_path: 
     assert why in refusal(tmp_path / "networks.toml")
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     assert "No such file or directory" in refusal(tmp_path / "networks.toml")
 
 
-def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
     body = MODEL.replace(SHA256, "abc").replace("torch", "troch")
-    told = refusal(write(tmp_path, body))
-    assert "networks.tumours.sha256: " in told
-    assert "networks.tumours.preprocessing: " in told
+    message = refusal(write(tmp_path, body))
+    assert "networks.tumours.sha256: " in message
+    assert "networks.tumours.preprocessing: " in message
 
 
-def test_a_registry_without_networks_is_one(tmp_path: Path) -> None:
+def test_a_registry_without_networks_is_valid(tmp_path: Path) -> None:
     (tmp_path / "networks.toml").write_text("[networks]")
     assert Registry(tmp_path / "networks.toml").operator_networks() == ()
 
@@ -184,7 +184,7 @@ def test_a_registry_without_networks_is_one(tmp_path: Path) -> None:
         ("[" * 90_000, "nested too deeply"),
     ],
 )
-def test_labels_that_would_break_what_is_made_of_them_are_refused(
+def test_labels_that_cannot_be_printed_or_are_too_long_are_refused(
     text: str, why: str, tmp_path: Path
 ) -> None:
     name = "labels.json" if text.startswith("[") else "labels.txt"

@@ -42,20 +42,20 @@ class TestWeightsPath:
         (tmp_path / name).touch()
         assert weights_path(SHIPPED, tmp_path) == tmp_path / name
 
-    def test_a_file_by_our_name_goes_before_one_by_keras_name(self, tmp_path: Path) -> None:
+    def test_a_file_with_our_name_goes_before_one_with_the_name_of_keras(self, tmp_path: Path) -> None:
         for name in (KERAS_FILE, "vgg16.h5", "vgg16.weights.h5"):  # each goes before the one before
             (tmp_path / name).touch()
             assert weights_path(FETCHED, tmp_path) == tmp_path / name
 
-    def test_a_folder_that_is_called_like_the_file_is_passed_over(self, tmp_path: Path) -> None:
+    def test_a_folder_with_the_name_of_the_file_is_ignored(self, tmp_path: Path) -> None:
         (tmp_path / "vgg16.weights.h5").mkdir()
         assert weights_path(FETCHED, tmp_path) is None
 
-    def test_another_networks_file_is_passed_over(self, tmp_path: Path) -> None:
+    def test_the_file_of_another_network_is_ignored(self, tmp_path: Path) -> None:
         (tmp_path / "xception.weights.h5").touch()
         assert weights_path(FETCHED, tmp_path) is None
 
-    def test_nothing_is_found_where_only_a_download_is_left(self) -> None:
+    def test_nothing_is_found_if_only_a_download_remains(self) -> None:
         assert weights_path(FETCHED, None) is None
 
 
@@ -71,25 +71,25 @@ class TestFindWeights:
         with pytest.raises(WeightsChecksumMismatch, match=r"lost\.h5 should have .* but has no file"):
             find_weights(replace(SHIPPED, shipped="lost.h5"), None)
 
-    def test_the_operators_file_may_differ_and_says_what_it_is(self, tmp_path: Path) -> None:
+    def test_the_operators_file_may_have_any_checksum(self, tmp_path: Path) -> None:
         path = tmp_path / "efficientnet_lite0.weights.h5"
         path.write_bytes(b"finetuned")
         assert find_weights(SHIPPED, tmp_path) == WeightsFile(path, hashlib.sha256(b"finetuned").hexdigest())
 
     @pytest.mark.parametrize("target", ["nowhere", "efficientnet_lite0.weights.h5"])
-    def test_a_link_that_leads_nowhere_is_not_passed_over_for_the_shipped_file(
+    def test_a_broken_link_is_refused_and_not_replaced_by_the_shipped_file(
         self, target: str, tmp_path: Path
     ) -> None:
         (tmp_path / "efficientnet_lite0.weights.h5").symlink_to(tmp_path / target)
         with pytest.raises(WeightsUnavailable, match=r"lite0\.weights\.h5 is a link that leads nowhere"):
             find_weights(SHIPPED, tmp_path)
 
-    def test_nothing_is_located_where_only_a_download_is_left(self, tmp_path: Path) -> None:
+    def test_no_file_is_verified_if_only_a_download_remains(self, tmp_path: Path) -> None:
         assert find_weights(FETCHED, tmp_path) is None
 
 
 class TestDownload:
-    def test_a_failed_download_says_every_way_out(self) -> None:
+    def test_a_failed_download_is_refused_with_all_alternatives(self) -> None:
         def build() -> object:
             message = "URL fetch failure: no route to host"
             raise RuntimeError(message)
@@ -115,7 +115,7 @@ class TestDownload:
         assert download(FETCHED, build, lambda: fetch_cached) == ("model", file)
 
     @pytest.mark.parametrize("failure", [None, TimeoutError()])
-    def test_only_the_download_itself_is_ended_when_it_stalls(self, failure: Exception | None) -> None:
+    def test_the_timeout_of_the_download_is_reset_afterwards(self, failure: Exception | None) -> None:
         limits = []
 
         def build() -> None:
@@ -164,7 +164,7 @@ class TestFetchCached:
         assert source.fetched == ["s3://models/birds.keras"]
         assert contents(folder) == [f"{CHECKSUM}.keras"]
 
-    def test_the_folder_is_its_owners_alone(self, tmp_path: Path) -> None:
+    def test_only_the_owner_can_read_the_folder(self, tmp_path: Path) -> None:
         fetch_cached(S3_FILE, tmp_path / "cache", FakeSource(BYTES))
         assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
 
@@ -205,7 +205,9 @@ class TestFetchCached:
             fetch_cached(S3_FILE, tmp_path, FakeSource(WeightsUnavailable("no route")))
         assert contents(tmp_path) == []
 
-    def test_a_saved_model_in_place_of_a_file_is_told_the_line_that_converts_it(self, tmp_path: Path) -> None:
+    def test_a_saved_model_instead_of_a_file_is_refused_with_the_line_that_converts_it(
+        self, tmp_path: Path
+    ) -> None:
         (tmp_path / "own.keras").mkdir()
         (tmp_path / "own.keras" / "saved_model.pb").touch()
         with pytest.raises(
@@ -215,7 +217,7 @@ class TestFetchCached:
                 ModelFile(str(tmp_path / "own.keras"), CHECKSUM), tmp_path / "cache", FakeSource(b"")
             )
 
-    def test_links_in_a_circle_are_told_as_what_cannot_be_read(self, tmp_path: Path) -> None:
+    def test_circular_links_are_refused_as_unreadable(self, tmp_path: Path) -> None:
         (tmp_path / "own.keras").symlink_to(tmp_path / "own.keras")
         with pytest.raises(
             WeightsUnavailable, match=r"own\.keras cannot be read \(Too many levels of symbolic"
@@ -225,7 +227,7 @@ class TestFetchCached:
             )
 
     @pytest.mark.parametrize("name", ["none.keras", "folder.keras", "file/none.keras"])
-    def test_a_path_where_no_file_is_says_what_to_do_and_may_be_tried_again(
+    def test_a_missing_file_is_refused_with_advice_and_may_be_retried(
         self, name: str, tmp_path: Path
     ) -> None:
         (tmp_path / "folder.keras").mkdir()
@@ -241,7 +243,7 @@ class TestFetchCached:
         with pytest.raises(WeightsUnavailable, match="GRADCAM_CACHE_DIR must name a folder"):
             fetch_cached(S3_FILE, tmp_path / "file", FakeSource(BYTES))
 
-    def test_processes_that_fetch_at_once_all_get_the_whole_file(self, tmp_path: Path) -> None:
+    def test_processes_that_fetch_concurrently_all_get_the_complete_file(self, tmp_path: Path) -> None:
         data = bytes(range(256)) * 40_000  # 10 MB, so that they do overlap
         (tmp_path / "large.keras").write_bytes(data)
         checksum = hashlib.sha256(data).hexdigest()
@@ -284,14 +286,14 @@ class TestCacheLimit:
             os.utime(path, (used, used))
         return path
 
-    def test_what_was_used_least_recently_makes_room(self, tmp_path: Path) -> None:
+    def test_the_least_recently_used_file_is_removed(self, tmp_path: Path) -> None:
         oldest = self.add(tmp_path, b"a" * 40, 100, age_s=30)
         old = self.add(tmp_path, b"b" * 40, 100, age_s=20)
         create = self.add(tmp_path, b"c" * 40, 100)
         assert contents(tmp_path) == sorted([old.name, create.name])
         assert not oldest.exists()
 
-    def test_to_ask_for_a_file_is_to_use_it(self, tmp_path: Path) -> None:
+    def test_fetching_a_cached_file_counts_as_use(self, tmp_path: Path) -> None:
         first = self.add(tmp_path, b"a" * 40, 100, age_s=30)
         second = self.add(tmp_path, b"b" * 40, 100, age_s=20)
         assert self.add(tmp_path, b"a" * 40, 100) == first
@@ -299,18 +301,18 @@ class TestCacheLimit:
         assert first.exists()
         assert not second.exists()
 
-    def test_no_more_is_taken_away_than_has_to_be(self, tmp_path: Path) -> None:
+    def test_no_more_files_are_removed_than_necessary(self, tmp_path: Path) -> None:
         paths = [self.add(tmp_path, bytes([number]) * 20, 100, age_s=100 - number) for number in range(5)]
         self.add(tmp_path, b"x" * 30, 100)
         assert [path.exists() for path in paths] == [False, False, True, True, True]
 
-    def test_without_a_limit_everything_stays(self, tmp_path: Path) -> None:
+    def test_without_a_limit_all_files_stay(self, tmp_path: Path) -> None:
         for number in range(20):
             self.add(tmp_path, bytes([number]) * 100, None)
         assert len(contents(tmp_path)) == 20
 
     @pytest.mark.parametrize("weights_path", ["s3", "here"])
-    def test_a_file_larger_than_the_limit_is_refused_with_both_and_nothing_is_taken_away_for_it(
+    def test_a_file_larger_than_the_limit_is_refused_with_both_sizes_and_nothing_is_removed(
         self, weights_path: str, tmp_path: Path
     ) -> None:
         folder, data = tmp_path / "cache", b"b" * 5001
@@ -325,14 +327,12 @@ class TestCacheLimit:
             fetch_cached(file, folder, FakeSource(data, declares_size=True), 5000)
         assert contents(folder) == [kept.name]
 
-    def test_a_file_that_does_not_say_how_large_it_is_cannot_pass_the_limit(self, tmp_path: Path) -> None:
+    def test_a_file_of_undeclared_size_cannot_exceed_the_limit(self, tmp_path: Path) -> None:
         with pytest.raises(WeightsUnavailable, match="above the 5,000 bytes"):
             self.add(tmp_path, b"b" * 6000, 5000)
         assert contents(tmp_path) == []
 
-    def test_what_somebody_else_keeps_in_the_folder_is_neither_counted_nor_touched(
-        self, tmp_path: Path
-    ) -> None:
+    def test_other_files_in_the_folder_are_neither_counted_nor_removed(self, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_bytes(bytes(500))
         (tmp_path / "models").mkdir()
         self.add(tmp_path, b"a" * 90, 100)
@@ -340,7 +340,7 @@ class TestCacheLimit:
         assert {"notes.txt", "models"} < set(contents(tmp_path))
         assert len(contents(tmp_path)) == 3
 
-    def test_files_that_are_being_fetched_count_and_are_not_taken_away(self, tmp_path: Path) -> None:
+    def test_partial_files_count_and_are_not_removed(self, tmp_path: Path) -> None:
         cache = FileCache(tmp_path, 100)
         with cache.create("one", "s3://models/one.keras") as part:
             part.write(bytes(60))
@@ -348,7 +348,7 @@ class TestCacheLimit:
                 self.add(tmp_path, b"b" * 60, 100)
             self.add(tmp_path, b"c" * 40, 100)
 
-    def test_what_a_killed_process_left_is_swept_away_and_what_is_written_is_not(
+    def test_files_of_killed_processes_are_removed_and_those_being_written_are_not(
         self, tmp_path: Path
     ) -> None:
         program = (
@@ -373,7 +373,7 @@ class TestCacheLimit:
         assert not part.exists()
         assert young.exists()
 
-    def test_processes_that_take_each_others_files_away_all_get_theirs(self, tmp_path: Path) -> None:
+    def test_processes_that_remove_each_others_files_all_get_theirs(self, tmp_path: Path) -> None:
         program = (
             "import hashlib, sys; from pathlib import Path\n"
             "from gradcam_worker.errors import WeightsUnavailable\n"
@@ -426,7 +426,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 class TestFullDisk:
     @pytest.mark.parametrize("weights_path", ["s3", "here"])
-    def test_it_is_weights_that_are_unavailable_and_nothing_is_left(
+    def test_it_raises_weights_unavailable_and_leaves_no_file(
         self, weights_path: str, small_disk: Path, tmp_path: Path
     ) -> None:
         data = bytes(4 * 1024 * 1024)
