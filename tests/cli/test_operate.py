@@ -1,4 +1,4 @@
-"""`gradcam networks fetch`: the weights, ahead of time."""
+"""`gradcam networks` and `gradcam networks fetch`."""
 
 import json
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from gradcam_worker.cli.main import main
 from gradcam_worker.gradcam.catalog import CATALOG
@@ -110,3 +111,32 @@ def test_an_unexpected_error_of_one_network_does_not_stop_the_others(
     shown = capsys.readouterr()
     assert "vgg16: Unforeseen TypeError: out of the blue" in shown.err
     assert "1 of 2 networks are on this machine" in shown.out
+
+
+def test_networks_are_listed_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["networks"]) == 0
+    assert "block14_sepconv2_act" in capsys.readouterr().out
+    assert main(["networks", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == list(CATALOG)
+    assert {row["name"]: row["weights"] for row in rows if row["weights"] != "download"} == {
+        "efficientnet_lite0": "shipped"
+    }
+
+
+def test_own_networks_are_listed_with_the_others_and_every_row_fits_a_terminal(
+    networks_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "vgg19.weights.h5").touch()
+    monkeypatch.setenv("GRADCAM_WEIGHTS_DIR", str(tmp_path))
+    monkeypatch.setattr("gradcam_worker.operations.console.out", Console(width=80))
+    assert main(["networks"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1 : len(CATALOG) + 2]] == [*CATALOG, "tumours"], "one line each"
+    rows = {line.split()[0]: line.rstrip() for line in lines if line}
+    assert rows["tumours"].split() == ["tumours", "384x320", "found", "in", "its", "graph", "s3"]
+    assert rows["vgg19"].endswith(" folder")
+    assert rows["s3,"] == "s3, file: a network of your own; GRADCAM_NETWORKS names the file."
+    assert main(["networks", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)[-1]
+    assert (row["weights"], row["sha256"]) == ("s3://models/tumours.keras", "ab" * 32)

@@ -35,7 +35,7 @@ def test_a_worker_with_everything_is_well(settings: Settings, tmp_path: Path) ->
     assert findings["weights of efficientnet_lite0"].detail.endswith(".weights.h5")
     others = len(CATALOG) - 1
     assert f"Keras downloads the weights of {others} other networks" in findings["weights"].detail, (
-        "in one line"
+        "in one finding"
     )
     assert findings["workers"].detail == "none is alive"
     assert findings["eviction"].detail.endswith("has maxmemory-policy noeviction: it evicts nothing")
@@ -57,8 +57,8 @@ def test_missing_workers_are_reported_beside_those_that_are_alive(
 ) -> None:
     well = {"device": "cpu", "since": "2026-11-01T00:00:00Z", "running": 0, "trouble": None}
     RedisLedger(settings).renew_leases("gpu-1:7", json.dumps(well), {})
-    found = {finding.what: finding.well for finding in _check_workers(settings, 2)}
-    assert found == {"workers": False, "worker gpu-1:7": True}
+    well_by_name = {finding.what: finding.well for finding in _check_workers(settings, 2)}
+    assert well_by_name == {"workers": False, "worker gpu-1:7": True}
     assert all(finding.well for finding in _check_workers(settings, 1))
     for name, value in settings.to_environment().items():
         monkeypatch.setenv(name, value)
@@ -100,10 +100,12 @@ def test_an_unset_output_is_named_with_what_to_set() -> None:
     unset = Settings(
         s3_endpoint_url="http://127.0.0.1:1", s3_access_key_id="k", s3_secret_access_key=SecretStr("s")
     )
-    found = _check_storage(unset)
-    assert not found.well
-    assert found.detail.startswith("GRADCAM_OUTPUT is not set, and its default, s3://gradcam/results, cannot")
-    assert found.fix == "Set GRADCAM_OUTPUT to where results go: s3://bucket/folder or file:///folder."
+    finding = _check_storage(unset)
+    assert not finding.well
+    assert finding.detail.startswith(
+        "GRADCAM_OUTPUT is not set, and its default, s3://gradcam/results, cannot"
+    )
+    assert finding.fix == "Set GRADCAM_OUTPUT to where results go: s3://bucket/folder or file:///folder."
 
 
 @pytest.mark.tensorflow
@@ -189,7 +191,7 @@ def test_pixels_that_are_scaled_twice_are_reported(
 
 @pytest.mark.tensorflow
 @pytest.mark.parametrize(
-    ("body", "why"),
+    ("body", "pattern"),
     [
         (
             'model = "own.keras"\nsha256 = "{0}"',
@@ -206,14 +208,14 @@ def test_pixels_that_are_scaled_twice_are_reported(
     ],
 )
 def test_an_own_network_that_cannot_be_used_is_named_with_the_reason(
-    body: str, why: str, settings: Settings, tmp_path: Path, save_model: Callable[..., str]
+    body: str, pattern: str, settings: Settings, tmp_path: Path, save_model: Callable[..., str]
 ) -> None:
     (tmp_path / "text.keras").write_text("no network")
     sums = ("0" * 64, save_model(tmp_path / "own.keras"), file_sha256(tmp_path / "text.keras"))
     nowhere = settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:1"})
     finding = own_network(tmp_path, nowhere, body.format(*sums) + '\npreprocessing = "unit"')
     assert not finding.well
-    assert re.search(why, finding.detail), finding.detail
+    assert re.search(pattern, finding.detail), finding.detail
     assert finding.fix.startswith(f"Correct networks.own in {tmp_path}")
 
 

@@ -49,15 +49,17 @@ EMPTY = top.Snapshot(
 )
 
 
-def submitted(settings: Settings, *priorities: Priority) -> list[str]:
+def submit_jobs(settings: Settings, *priorities: Priority) -> list[str]:
     client = GradcamClient(settings=settings)
     return [
-        client.submit(image="s3://in/a.jpg", network="vgg16", target={"top_n": 1}, priority=one)
-        for one in priorities
+        client.submit(image="s3://in/a.jpg", network="vgg16", target={"top_n": 1}, priority=priority)
+        for priority in priorities
     ]
 
 
-def run(ledger: RedisLedger, job_id: str, error: ImageNotFound | StorageUnavailable | None = None) -> None:
+def run_job(
+    ledger: RedisLedger, job_id: str, error: ImageNotFound | StorageUnavailable | None = None
+) -> None:
     """Run a job until it is final."""
     claimed = ledger.claim(ledger.read(job_id), WORKER).document
     if error:
@@ -66,7 +68,9 @@ def run(ledger: RedisLedger, job_id: str, error: ImageNotFound | StorageUnavaila
         ledger.advance(claimed, status="succeeded")
 
 
-def drawn(snapshot: top.Snapshot, monkeypatch: pytest.MonkeyPatch, height: int | None = None) -> list[str]:
+def rendered_lines(
+    snapshot: top.Snapshot, monkeypatch: pytest.MonkeyPatch, height: int | None = None
+) -> list[str]:
     """The lines that a terminal of 80 columns shows."""
     console = Console(width=WIDTH, height=HEIGHT)
     monkeypatch.setattr(terminal, "out", console)
@@ -77,10 +81,12 @@ def drawn(snapshot: top.Snapshot, monkeypatch: pytest.MonkeyPatch, height: int |
 
 def test_a_snapshot_has_queues_workers_throughput_errors_and_backfills(settings: Settings) -> None:
     ledger = RedisLedger(settings)
-    high, first, second, canceled, *_ = submitted(settings, "high", "normal", "normal", "bulk", "low", "low")
-    run(ledger, high)
-    run(ledger, first, ImageNotFound("It is not there."))
-    run(ledger, second, StorageUnavailable("Not just now."))
+    high, first, second, canceled, *_ = submit_jobs(
+        settings, "high", "normal", "normal", "bulk", "low", "low"
+    )
+    run_job(ledger, high)
+    run_job(ledger, first, ImageNotFound("It is not there."))
+    run_job(ledger, second, StorageUnavailable("Not just now."))
     GradcamClient(settings=settings).cancel(canceled)
     ledger.renew_leases("gpu-1:7", json.dumps(WELL), {})
     ledger.renew_leases("gpu-2:8", "from a later version", {})
@@ -94,7 +100,7 @@ def test_a_snapshot_has_queues_workers_throughput_errors_and_backfills(settings:
         assert snapshot.workers[0] == {"id": "gpu-1:7", **WELL}
         assert "cannot read" in snapshot.workers[1]["trouble"]
         top.render(snapshot)
-        assert [one["output"] for one in snapshot.backfills] == ["s3://results/cats"]
+        assert [facts["output"] for facts in snapshot.backfills] == ["s3://results/cats"]
     kept = ledger.server.redis.keys(f"{settings.key_prefix}ended:*")
     assert {0 < ledger.server.redis.pttl(key) <= 900_000 for key in kept} == {True}, "counts expire"
 
@@ -109,38 +115,38 @@ def test_fifty_workers_fit_a_terminal_and_those_in_trouble_come_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = "gradcam-worker-6d5f8c9b7d-x{:02}ab:1"
-    workers = tuple({"id": name.format(one), **(ILL if one == 30 else WELL)} for one in range(50))
-    errors = {f"code_{one}": 9 for one in range(20)}
+    workers = tuple({"id": name.format(number), **(ILL if number == 30 else WELL)} for number in range(50))
+    errors = {f"code_{number}": 9 for number in range(20)}
     backfills = tuple({**FACTS, "output": "s3://results/" + "x" * 200} for _ in range(9))
     full = replace(EMPTY, workers=workers, errors=errors, errors_of=180, backfills=backfills)
-    lines = drawn(full, monkeypatch, HEIGHT)
+    lines = rendered_lines(full, monkeypatch, HEIGHT)
     assert len(lines) <= HEIGHT - 1
     assert max(map(len, lines)) <= WIDTH
     table = next(at for at, line in enumerate(lines) if line.startswith("worker "))
     assert lines[table + 1].split()[0] == name.format(30)
     assert any("and 4" in line and "more." in line for line in lines)
     assert "HTTP 503" in " ".join(lines)
-    whole = drawn(full, monkeypatch)
+    whole = rendered_lines(full, monkeypatch)
     assert sum(line.startswith("gradcam-worker-") for line in whole) == 51, (
         "a row for each, and a note about one"
     )
-    roomy = drawn(replace(EMPTY, workers=workers[:3]), monkeypatch, HEIGHT)
+    roomy = rendered_lines(replace(EMPTY, workers=workers[:3]), monkeypatch, HEIGHT)
     assert not any("more." in line for line in roomy)
 
 
 def test_names_from_workers_cannot_control_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = {**WELL, "id": "\x1b[2Jgpu[red]", "device": "\x1b]0;x\x07", "trouble": "bad\x1b[31m"}
     snapshot = replace(EMPTY, workers=(hostile,), errors={"\x1b[5m": 1}, errors_of=1)
-    shown = "\n".join(drawn(snapshot, monkeypatch))
+    shown = "\n".join(rendered_lines(snapshot, monkeypatch))
     assert "\x1b" not in shown
     assert "gpu[red]" in shown
-    assert "No worker is alive" in "\n".join(drawn(EMPTY, monkeypatch))
+    assert "No worker is alive" in "\n".join(rendered_lines(EMPTY, monkeypatch))
 
 
 def test_json_is_printed_and_an_unreachable_ledger_is_a_sentence(
     settings: Settings, free_port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    submitted(settings, "high")
+    submit_jobs(settings, "high")
     for name, value in settings.to_environment().items():
         monkeypatch.setenv(name, value)
     assert main(["top", "--json"]) == 0
@@ -161,7 +167,7 @@ def test_a_terminal_is_refreshed_until_q(settings: Settings) -> None:
     ) as program:
         os.close(screen)
         shown, end_s = read(keyboard, b"waiting"), time.monotonic() + TIMEOUT_S
-        submitted(settings, "high")
+        submit_jobs(settings, "high")
         while b"high          1" not in shown:
             shown += read(keyboard, b"high")
             assert time.monotonic() < end_s, shown

@@ -79,7 +79,7 @@ def demo(folder: Path, *, against_running: bool) -> int:
 @click.option(
     "--devices",
     metavar="auto|cpu|0,1,...",
-    help="One process for each GPU (auto) or for each of these GPUs, or one process on the CPU. [auto]",
+    help="A process for each GPU (auto), for each GPU in a list (0,1), or one on the CPU (cpu). [auto]",
 )
 @click.option("--unsupervised", is_flag=True, help="Run jobs in this process; nothing restarts it.")
 @click.option("--ready-fd", type=int, hidden=True)

@@ -138,7 +138,7 @@ def show_letters(previews: Sequence[tuple[DeadLetter, Job | str]], total: int) -
         total: Number of dead letters, of which `previews` may be a part.
     """
     if not previews:
-        out.print("No dead letters: there is no failed job that has not been replayed.")
+        out.print("No dead letters: no failed job is waiting to be replayed.")
         return
     out.print(DEAD_LETTER_LINE.format("id", "failed", "code", "attempt"), style="bold")
     for letter, job in previews:
@@ -182,7 +182,7 @@ def show_parked(parked: Sequence[DeadDelivery], total: int, disabled_urls: Seque
         out.print(recipients)
         _show_rest(len(parked), total)
     else:
-        out.print("Nothing is parked: no webhook has undelivered events that a worker has given up.")
+        out.print("Nothing is parked: no delivery has been given up.")
     for url in disabled_urls:
         out.print(visible(f"Disabled, because it answered 410 (Gone): {url}"), markup=False, style="dim")
 
