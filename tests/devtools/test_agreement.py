@@ -41,8 +41,7 @@ class TestAgreement:
         assert "there is no section tapes; there are notebook, tape, batch" in done.stderr
 
     def test_the_document_has_every_section(self) -> None:
-        from devtools.agreement.comparisons import SECTIONS
-        from devtools.agreement.report import DOCUMENT
+        from devtools.agreement.report import DOCUMENT, SECTIONS
 
         titles = [
             line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line.startswith("## ")

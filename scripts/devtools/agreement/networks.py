@@ -9,10 +9,10 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from devtools import ROOT
+from devtools.bench.report import table
 from gradcam_worker.gradcam.models.loading import load_network
 
 # isort: split
@@ -92,14 +92,6 @@ def look(row: NetworkRow) -> Seen:
     return seen
 
 
-def table(seen: Iterable[Seen]) -> Iterator[str]:
-    """The rows of a Markdown table."""
-    yield f"| {' | '.join(HEADINGS)} |"
-    yield "|" + "---|" * len(HEADINGS)
-    for one in seen:
-        yield "| " + " | ".join(cells(one)) + " |"
-
-
 def cells(seen: Seen) -> list[str]:
     """One network's cells, in the order of the headings."""
     input_size, map_size = (" x ".join(map(str, size)) for size in (seen.input_size, seen.map_size))
@@ -127,7 +119,9 @@ def main() -> int:
     if asked.json:
         print(json.dumps([asdict(one) for one in seen], indent=2))
     if asked.write:
-        DOCUMENT.write_text(INTRODUCTION + "\n" + "\n".join(table(seen)) + "\n", encoding="utf-8")
+        DOCUMENT.write_text(
+            INTRODUCTION + "\n" + "\n".join(table(HEADINGS, map(cells, seen))), encoding="utf-8"
+        )
     wrong = [one.network for one in seen if not one.fits_its_row]
     if wrong:
         print(f"Not as their rows say, or dark: {', '.join(wrong)}.", file=sys.stderr)

@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any
 
 from devtools.bench.timing import Variant
-from gradcam_worker.gradcam.methods import cam, gradients
+from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.models.keras_network import KerasNetwork
-from gradcam_worker.gradcam.network import GRADCAM, Method
+from gradcam_worker.gradcam.network import Method
 
 # isort: split
 # Only now: the lines above keep TensorFlow quiet while it is loaded for the first time.
@@ -17,7 +17,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 SEED = 0
-FORWARD, OURS, EXACT, REPEATED, NOTEBOOK = "forward", "ours", "exact backward", "repeated tail", "notebook"
+FORWARD, OURS, EXACT, NOTEBOOK = "forward", "ours", "exact backward", "notebook"
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -61,7 +61,6 @@ class Variants:
         any_batch = tf.TensorSpec((None, *network.facts.input_size, 3), tf.float32)
         alone = partial(self.model, training=False)
         self._forward = tf.function(alone, input_signature=[any_batch], autograph=False)
-        self._repeated = RepeatedTail(self.exact)
 
     def forward(self, batch: int, repeats: int) -> Variant:
         """The Keras model and nothing else; its input is on the device already."""
@@ -75,10 +74,6 @@ class Variants:
     def exact_backward(self, batch: int, tops: tuple[int, ...], repeats: int) -> Iterator[Variant]:
         """The same without the pooled-gradient shortcut."""
         return self._each(EXACT, self.exact.compute, batch, tops, repeats)
-
-    def repeated_tail(self, batch: int, tops: tuple[int, ...], repeats: int) -> Iterator[Variant]:
-        """The trunk once, then for each class the tail, there and back."""
-        return self._each(REPEATED, self._repeated, batch, tops, repeats)
 
     def methods(self, batch: int, top: int, repeats: int) -> Iterator[Variant]:
         """Every method, as `ours`."""
@@ -97,30 +92,3 @@ class Variants:
 
     def _pixels(self, batch: int) -> Pixels:
         return noise(batch, self.network.facts.input_size)
-
-
-class RepeatedTail:
-    """What one would write first: the trunk, then the tail and its gradient for one class after the other."""
-
-    def __init__(self, network: KerasNetwork) -> None:
-        place = network._target(network.facts.default_layer)  # noqa: SLF001
-        parts = network._cut(place, None, GRADCAM)  # noqa: SLF001
-        pixels = tf.TensorSpec((None, *parts.pixels), tf.uint8)
-
-        def one(activations: Any, rest: Any, wanted: Any) -> Any:
-            with tf.GradientTape() as tape:
-                tape.watch(activations)
-                scores = parts.tail(activations, rest)
-                score = tf.gather(scores, gradients.resolve_ranks(scores, wanted), axis=1, batch_dims=1)
-            weights = tf.reduce_mean(tape.gradient(score, activations), axis=(1, 2))
-            return tf.einsum("nhwc,nc->nhw", activations, weights)
-
-        self._trunk = tf.function(parts.trunk, input_signature=[pixels], autograph=False)
-        self._one = tf.function(one, reduce_retracing=True, autograph=False)
-
-    def __call__(self, pixels: Pixels, wanted: NDArray[np.int32]) -> Floats:
-        """Raw maps (n, k, rows, columns) of n images."""
-        activations, _, rest = self._trunk(tf.constant(pixels))
-        classes = range(wanted.shape[1])
-        maps = [self._one(activations, rest, tf.constant(wanted[:, at : at + 1])) for at in classes]
-        return np.stack([one.numpy() for one in maps], axis=1)

@@ -7,27 +7,27 @@ The photos are a shipped one, made smaller or larger (cubic), with seeded noise,
 smoother than a real one, and its JPEG much smaller.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from devtools.bench.report import Figures, Requirement, at_most, plain, table
+from devtools.bench.simulated_network import SimulatedNetwork
 from devtools.bench.timing import Variant, interleave
 from gradcam_worker.artifacts import artifacts
 from gradcam_worker.artifacts.render import RenderResult, render
 from gradcam_worker.execution.pipeline import JobContext, run_job
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.catalog import CATALOG
-from gradcam_worker.gradcam.classes import DATA, imagenet
+from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.explain import Explanation, explain_pixels
 from gradcam_worker.gradcam.imaging.overlay import ENCODER_OPTIONS, OverlayBase, fit
-from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
+from gradcam_worker.gradcam.network import Method
 from gradcam_worker.images.fetch import FetchedBytes
 from gradcam_worker.images.prepare import DecodedImage
 from gradcam_worker.inference.model_cache import InferenceResult, ModelCache
@@ -51,48 +51,9 @@ TARGET = 2.0  # times the floor, in CPU time
 NOISE = 4.0  # levels, standard deviation
 SEED = 0
 NETWORK = "vgg16"
-CELLS, CLASSES = 14, 1000  # as VGG16's
-MOST = 8  # classes that can be explained
+CELLS = 14  # rows, columns of the map, as VGG16's
 
 Pixels = NDArray[np.uint8]
-
-
-class ComputedNetwork:
-    """A network whose answers are there already: smooth maps, as a real network's are."""
-
-    def __init__(self) -> None:
-        """With seeded maps and scores."""
-        random, row = np.random.default_rng(SEED), CATALOG[NETWORK]
-        self.labels = imagenet()
-        self.facts = NetworkFacts(
-            name=NETWORK,
-            input_size=row.input_size,
-            preprocessing=row.preprocessing.name,
-            weights_sha256="0" * 64,
-            backend="none",
-            dtype="float32",
-            default_layer=row.target_layer or "",
-            map_size=(CELLS, CELLS),
-            parameters=row.parameters or 0,
-        )
-        self._scores = random.normal(0, 3, (1, CLASSES)).astype(np.float32)
-        noise = random.normal(0, 1, (MOST, CELLS, CELLS)).astype(np.float32)
-        self._raw = np.stack([cv2.GaussianBlur(one, (0, 0), 1.5) for one in noise])[np.newaxis]
-        self._order = np.argsort(-self._scores)
-
-    def compute(self, pixels: Any, wanted: Any, method: Method = GRADCAM) -> Computed:  # noqa: ARG002
-        """See `gradcam_worker.gradcam.network.Network.compute`."""
-        asked = wanted.shape[1]
-        class_ids = self._order[:, :asked].astype(np.int32)
-        return Computed(self.facts.default_layer, self._scores, class_ids, self._raw[:, :asked])
-
-    def begin(self, pixels: Any, wanted: Any, method: Method = GRADCAM) -> Callable[[], Computed]:
-        """See `gradcam_worker.gradcam.network.Network.begin`."""
-        return partial(self.compute, pixels, wanted, method)
-
-    def scores(self, pixels: Any) -> Any:  # noqa: ARG002
-        """See `gradcam_worker.gradcam.network.Network.scores`."""
-        return self._scores
 
 
 class DirectModelCache(ModelCache):
@@ -136,7 +97,7 @@ class Case:
 
     top: int
     data: bytes
-    network: ComputedNetwork
+    network: SimulatedNetwork
 
     @property
     def job(self) -> Job:
@@ -217,7 +178,7 @@ class Case:
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """One size of photo after the other; floor and ours take turns."""
-    network, threads = ComputedNetwork(), cv2.getNumThreads()
+    network, threads = SimulatedNetwork("no_time", cells=CELLS), cv2.getNumThreads()
     cv2.setNumThreads(1)  # as in the worker
     try:
         by_size = {f"{size[0]}x{size[1]}": _measure_size(size, network, quick=quick) for size in SIZES}
@@ -231,7 +192,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
     }
 
 
-def _measure_size(size: tuple[int, int], network: ComputedNetwork, *, quick: bool) -> dict[str, Any]:
+def _measure_size(size: tuple[int, int], network: SimulatedNetwork, *, quick: bool) -> dict[str, Any]:
     repeats = (3 if quick else 15) if size == SIZES[-1] else (20 if quick else 150)
     data = photo(*size)
     costs = {

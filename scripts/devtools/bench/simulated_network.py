@@ -32,6 +32,10 @@ from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, N
 from gradcam_worker.runtime import parent_watch, worker_process
 from gradcam_worker.settings import Settings
 
+# isort: split
+# Only now: the package of the worker tells OpenCV how large an image may be before it is loaded.
+import cv2
+
 SEED = 0
 GRACE_S = 10.0  # between asking a worker to end and killing it
 # The engine alone and the worker share one device: JAX must not take all of its memory beforehand.
@@ -101,13 +105,12 @@ class Passes:
 
 
 class SimulatedNetwork:
-    """A network of ImageNet's classes that knows its answers beforehand. Input (224, 224), map (7, 7)."""
+    """A network of ImageNet's classes that knows its answers beforehand. Input (224, 224), smooth maps."""
 
     ANSWERS = 64  # different ones; the images of a pass get them in turn
-    CELLS = 7  # rows, columns of its map
 
-    def __init__(self, name: str, passes: Passes | None = None) -> None:
-        """`name` is one of SECONDS."""
+    def __init__(self, name: str, passes: Passes | None = None, cells: int = 7) -> None:
+        """`name` is one of SECONDS, `cells` the number of rows and of columns of a map."""
         draw = np.random.default_rng(SEED)
         self.labels = imagenet()
         self.facts = NetworkFacts(
@@ -118,11 +121,12 @@ class SimulatedNetwork:
             backend=f"numpy {np.__version__}",
             dtype="float32",
             default_layer="cells",
-            map_size=(self.CELLS, self.CELLS),
+            map_size=(cells, cells),
         )
         self._scores = draw.normal(0, 3, (self.ANSWERS, len(self.labels))).astype(np.float32)
         self._ranked = np.argsort(-self._scores, axis=1).astype(np.int32)
-        self._maps = draw.normal(0, 1, (self.ANSWERS, self.CELLS, self.CELLS)).astype(np.float32)
+        noise = draw.normal(0, 1, (self.ANSWERS, cells, cells)).astype(np.float32)
+        self._maps = np.stack([cv2.GaussianBlur(one, (0, 0), 1.5) for one in noise])
         self._seconds, self._passes = SECONDS[name], passes
         self._free = 0.0  # when the device will have done all that it was given
 

@@ -4,8 +4,8 @@ The lists of allowed hosts name whatever can be named: only the addresses are le
 """
 
 import contextlib
-import selectors
 import socket
+import socketserver
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -24,41 +24,35 @@ REFUSED = frozenset({"uri_not_allowed", "invalid_job"})
 NOWHERE = "image_fetch_failed"
 
 
-class Inside:
-    """Listens at one port of this machine, over IPv4 and, where there is one, IPv6; counts who comes."""
+class _Handler(socketserver.BaseRequestHandler):
+    """Notes that somebody has connected."""
 
-    def __init__(self) -> None:
-        """It listens from now on."""
-        self.came: list[str] = []
-        self._ended = threading.Event()
-        self._listeners = [socket.create_server(("127.0.0.1", 0))]
-        self.port = int(self._listeners[0].getsockname()[1])
-        for host, family in (("127.255.255.254", socket.AF_INET), ("::1", socket.AF_INET6)):
+    def handle(self) -> None:
+        self.server.connections.append(str(self.client_address))  # type: ignore[attr-defined]
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, connections: list[str]) -> None:
+        self.connections = connections
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), _Handler)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[tuple[int, list[str]]]:
+    """Listen at one port of this machine, over IPv4 and, where available, IPv6; yield it and who connects."""
+    connections: list[str] = []
+    with contextlib.ExitStack() as stack:
+        port = 0
+        for host in ("127.0.0.1", "127.255.255.254", "::1"):
             with contextlib.suppress(OSError):
-                self._listeners.append(socket.create_server((host, self.port), family=family))
-        self._thread = threading.Thread(target=self._accept, name="inside", daemon=True)
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator["Inside"]:
-        """Until the block is left."""
-        self._thread.start()
-        try:
-            yield self
-        finally:
-            self._ended.set()
-            self._thread.join()
-            for one in self._listeners:
-                one.close()
-
-    def _accept(self) -> None:
-        with selectors.DefaultSelector() as waiting:
-            for one in self._listeners:
-                waiting.register(one, selectors.EVENT_READ, one)
-            while not self._ended.is_set():
-                for key, _ in waiting.select(0.1):
-                    client, address = key.data.accept()
-                    client.close()
-                    self.came.append(str(address))
+                server = stack.enter_context(_Server(host, port, connections))
+                port = server.server_address[1]
+                threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+                stack.callback(server.shutdown)
+        yield port, connections
 
 
 def _untried(cluster: Cluster) -> set[str]:
@@ -74,11 +68,11 @@ def _untried(cluster: Cluster) -> set[str]:
 
 def attack(count: int, seed: int) -> Verdict:
     """Try each URL `count` times."""
-    with Inside().listening() as inside:
+    with listening() as (port, connections):
         lists: dict[str, Any] = {
             "image_schemes": ("s3", "http", "https"),
-            "image_hosts": permissive_hosts(inside.port),
-            "webhook_hosts": permissive_hosts(inside.port),
+            "image_hosts": permissive_hosts(port),
+            "webhook_hosts": permissive_hosts(port),
             "private_networks": (),
             "fetch_timeout_s": 5,
         }
@@ -94,7 +88,7 @@ def attack(count: int, seed: int) -> Verdict:
                     return job
                 return None
 
-            urls = [url for _ in range(count) for url, _ in forbidden_urls(inside.port)]
+            urls = [url for _ in range(count) for url, _ in forbidden_urls(port)]
             for number, url in enumerate(urls):
                 fetched = one(2 * number, image=url)
                 notified = one(2 * number + 1, webhooks=[{"url": url}])
@@ -109,10 +103,10 @@ def attack(count: int, seed: int) -> Verdict:
                 expected=lambda job_id: REFUSED | {"succeeded" if job_id in of_webhooks else NOWHERE},
             )
             ends = Counter(end_of(document) for document in observer.documents().values() if document)
-    if inside.came:
-        verdict.broken.append(f"{len(inside.came)} connections reached the inside, from {inside.came[0]}.")
+    if connections:
+        verdict.broken.append(f"{len(connections)} connections reached this machine, from {connections[0]}.")
     verdict.figures |= {
-        "connections": len(inside.came),
+        "connections": len(connections),
         "refused_by_the_client": refused_at_once,
         "ends": dict(sorted(ends.items())),
     }
