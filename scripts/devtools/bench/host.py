@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from devtools.bench.report import Figures, Requirement, at_most, plain, table
+from devtools.bench.report import Figures, Requirement, at_most, by_figure, plain, table
 from devtools.bench.simulated_network import SimulatedNetwork
 from devtools.bench.timing import Variant, interleave
 from gradcam_worker.artifacts import artifacts
@@ -184,9 +184,8 @@ def measure(*, quick: bool) -> dict[str, Any]:
         by_size = {f"{size[0]}x{size[1]}": _measure_size(size, network, quick=quick) for size in SIZES}
     finally:
         cv2.setNumThreads(threads)
-    keys = ("times_floor", "seconds", "stages")
     return {
-        **{key: {size: found[key] for size, found in by_size.items()} for key in keys},
+        **by_figure(by_size),
         "default_top": DEFAULT_TOP,
         "required_times_floor": TARGET,
     }

@@ -5,8 +5,7 @@ fail. Growth of the resident set is from the second quarter of the jobs to the l
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from statistics import median
 from typing import Any
@@ -49,33 +48,15 @@ KINDS: dict[str, tuple[int, Fields]] = {  # name -> of 1000 jobs, fields
 }
 
 
-@dataclass(frozen=True)
-class Result:
-    """How memory went."""
+def growth(times: Sequence[float], sizes: Sequence[int], quarters: Sequence[float]) -> float:
+    """Return how much larger the sizes are in the last quarter than in the second one: 0.05 is 5 %.
 
-    on: str  # the worker's device
-    jobs: Mapping[str, int]  # kind -> how many
-    seconds: float
-    times: list[float]  # of the readings
-    resident: list[int]  # bytes, at these times
-    device: list[tuple[float, int]]  # when a pass ended, bytes of the device at its worst moment
-    quarters: list[float]  # when a quarter, a half, three quarters and all of the jobs were completed
-
-    @property
-    def growth(self) -> float:
-        """How much larger the resident set is in the last quarter than in the second one: 0.05 is 5 %."""
-        return self._growth(list(zip(self.times, self.resident, strict=True)))
-
-    @property
-    def device_growth(self) -> float | None:
-        """The same of the device's memory, where there is one."""
-        return self._growth(self.device) if any(size for _, size in self.device) else None
-
-    def _growth(self, readings: list[tuple[float, int]]) -> float:
-        first, half, three, end = self.quarters
-        before = [size for at, size in readings if first <= at <= half]
-        after = [size for at, size in readings if three <= at <= end]
-        return median(after) / median(before) - 1 if before and after else 0.0
+    `quarters`: when a quarter, a half, three quarters and all of the jobs were completed.
+    """
+    first, half, three, end = quarters
+    before = [size for at, size in zip(times, sizes, strict=True) if first <= at <= half]
+    after = [size for at, size in zip(times, sizes, strict=True) if three <= at <= end]
+    return median(after) / median(before) - 1 if before and after else 0.0
 
 
 def mixed(bed: Testbed, count: int, large: list[str], broken: list[str]) -> Iterator[tuple[str, Job]]:
@@ -98,8 +79,9 @@ def images_that_fail(photo: bytes) -> dict[str, bytes]:
     }
 
 
-def _run(count: int) -> Result:
+def measure(*, quick: bool) -> dict[str, Any]:
     """Keep a worker busy with mixed jobs, and read its memory meanwhile. Raises WorkerLost."""
+    count = QUICK_JOBS if quick else JOBS
     photos = testbed.photographs(PHOTOS)
     with testbed.running(NETWORKS, photos) as bed:
         large = [
@@ -120,15 +102,21 @@ def _run(count: int) -> Result:
         passes = simulated_network.Passes.read(bed.passes)
     _check(documents, kinds)
     ended = [testbed.completed(document) for document in documents]
-    return Result(
-        on=bed.device,
-        jobs=Counter(kinds.values()),
-        seconds=max(ended) - begun,
-        times=meter.times,
-        resident=meter.resident["worker"],
-        device=[(one.ended, one.device_bytes) for one in passes if one.device_bytes],
-        quarters=[float(at) for at in np.quantile(ended, [0.25, 0.5, 0.75, 1])],
-    )
+    quarters = [float(at) for at in np.quantile(ended, [0.25, 0.5, 0.75, 1])]
+    resident = meter.resident["worker"]
+    on_device = [one for one in passes if one.device_bytes]
+    sizes = [one.device_bytes for one in on_device]
+    return {
+        "device": bed.device,
+        "growth": growth(meter.times, resident, quarters),
+        "device_growth": growth([one.ended for one in on_device], sizes, quarters) if sizes else None,
+        "jobs": dict(Counter(kinds.values())),
+        "jobs_per_s": count / (max(ended) - begun),
+        "resident_mb": _curve(meter.times, resident),
+        "resident_peak_mb": max(resident) / 1e6,
+        "device_peak_mb": max(sizes, default=0) / 1e6,
+        "required_growth": REQUIRED_GROWTH,
+    }
 
 
 def _read(bed: Testbed, ids: list[str]) -> list[StatusDocument]:
@@ -149,27 +137,11 @@ def _check(documents: list[StatusDocument], kinds: Mapping[str, str]) -> None:
         raise WorkerLost(message)
 
 
-def _curve(result: Result) -> list[tuple[float, float]]:
-    """A few points of the resident set over time: (seconds, MB)."""
-    step = max(len(result.times) // SHOWN, 1)
-    readings = list(zip(result.times, result.resident, strict=True))[::step]
-    return [(round(at - result.times[0], 1), round(size / 1e6, 1)) for at, size in readings]
-
-
-def measure(*, quick: bool) -> dict[str, Any]:
-    """Run the jobs."""
-    result = _run(QUICK_JOBS if quick else JOBS)
-    return {
-        "device": result.on,
-        "growth": result.growth,
-        "device_growth": result.device_growth,
-        "jobs": dict(result.jobs),
-        "jobs_per_s": sum(result.jobs.values()) / result.seconds,
-        "resident_mb": [{"second": at, "mb": size} for at, size in _curve(result)],
-        "resident_peak_mb": max(result.resident) / 1e6,
-        "device_peak_mb": max((size for _, size in result.device), default=0) / 1e6,
-        "required_growth": REQUIRED_GROWTH,
-    }
+def _curve(times: Sequence[float], resident: Sequence[int]) -> list[dict[str, float]]:
+    """Return a few points of the resident set over time."""
+    step = max(len(times) // SHOWN, 1)
+    points = zip(times[::step], resident[::step], strict=True)
+    return [{"second": round(at - times[0], 1), "mb": round(size / 1e6, 1)} for at, size in points]
 
 
 def requirements(found: Figures) -> Iterator[Requirement]:

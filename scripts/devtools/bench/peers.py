@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devtools import import_path
-from devtools.bench.report import Figures, Requirement, plain, table, tiny, versions
+from devtools.bench.report import Figures, Requirement, by_figure, plain, table, tiny, versions
 from devtools.bench.timing import clock
 from devtools.environments import Environment, fingerprint
 
@@ -202,10 +202,9 @@ def measure(*, quick: bool) -> dict[str, Any]:
         by_network[network] = compare(
             network, commands, BATCHES[:1] if quick else BATCHES, 2 if quick else ROUNDS
         )
-    keys = next(iter(by_network.values()))
     pins = {name: pin.partition("==")[2] for name, pin in pinned().items()}
     return {
-        **{key: {network: one[key] for network, one in by_network.items()} for key in keys},
+        **by_figure(by_network),
         "not_installed": missing,
         "classes": CLASSES,
         "versions": versions(PACKAGES) | {name: pins[name] for name in ("torch", *PEERS)},

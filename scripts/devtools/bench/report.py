@@ -39,6 +39,11 @@ class Bench(Protocol):
         """The figures in Markdown, line by line."""
 
 
+def by_figure(cases: Mapping[str, Figures]) -> dict[str, dict[str, Any]]:
+    """Case -> figure -> value, as figure -> case -> value."""
+    return {key: {case: found[key] for case, found in cases.items()} for key in next(iter(cases.values()))}
+
+
 class NothingToMeasure(Exception):
     """This machine has not what the bench measures; the message says what that is."""
 

@@ -12,14 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from devtools.bench import simulated_network, testbed
-from devtools.bench.report import Figures, Requirement, at_least, plain, table
+from devtools.bench.report import Figures, Requirement, at_least, by_figure, plain, table
 from devtools.bench.simulated_network import Passes
 from devtools.bench.testbed import Testbed
 from devtools.processes import MACHINE, Meter
@@ -74,93 +74,56 @@ class Turn:
     cpu: dict[str, float]  # worker, s3, valkey, bench, machine -> cores used
 
 
-@dataclass(frozen=True)
-class Result:
-    """What was found out about one network."""
-
-    network: str
-    device: str  # that the worker computes on
-    batch: int  # images at a time, the engine's turns
-    engine: float  # images per second
-    engine_cores: float
-    turns: tuple[Turn, ...]
-
-    @property
-    def service(self) -> float:
-        """Jobs per second."""
-        return sum(turn.jobs for turn in self.turns) / sum(turn.seconds for turn in self.turns)
-
-    @property
-    def share(self) -> float:
-        """Of the engine's speed, in wall time."""
-        return self.service / self.engine
-
-    @property
-    def share_cpu(self) -> float:
-        """CPU time of an image in the engine / of a job in worker and servers: others do not change it."""
-        spent = sum(self.cpu_ms[name] for name in ("worker", "s3", "valkey"))
-        return 1e3 * self.engine_cores / self.engine / spent
-
-    @property
-    def idle(self) -> float:
-        """Share of the time in which the device had nothing to do."""
-        return self._mean("idle")
-
-    @property
-    def stages(self) -> dict[str, float]:
-        """Stage -> median seconds, the mean of both turns."""
-        return {name: self._mean("stages", name) for name in self.turns[0].stages}
-
-    @property
-    def cores(self) -> dict[str, float]:
-        """Who -> cores used while the service ran; `others` are no part of it."""
-        cores = {name: self._mean("cpu", name) for name in self.turns[0].cpu}
-        everything = cores.pop(MACHINE)
-        return {**cores, "others": max(everything - sum(cores.values()), 0.0)}
-
-    @property
-    def cpu_ms(self) -> dict[str, float]:
-        """Who -> processor milliseconds a job."""
-        return {name: 1e3 * cores / self.service for name, cores in self.cores.items()}
-
-    @property
-    def batches(self) -> dict[int, int]:
-        """Images in a pass -> passes."""
-        return dict(sorted(sum((Counter(turn.batches) for turn in self.turns), Counter[int]()).items()))
-
-    @property
-    def bottleneck(self) -> str:
-        """What limits the service, with its figure."""
-        total, cores = sum(self.cores.values()), os.cpu_count() or 1
-        if self.idle < REQUIRED_IDLE:
-            return f"the device: idle for {self.idle:.0%} of the time"
-        if total > FULL * cores:
-            most = ", ".join(f"{name} {used:.2f}" for name, used in self.cores.items() if used > LITTLE)
-            return f"the processor: {total:.2f} of {cores} cores busy ({most})"
-        if self.cores["worker"] > FULL:
-            return f"the worker's interpreter lock: it used {self.cores['worker']:.2f} cores"
-        waits = {name: spent for name, spent in self.stages.items() if name not in {"queue_s", "batch_size"}}
-        slowest = max(waits, key=lambda name: waits[name])
-        return f"waiting: {total:.2f} of {cores} cores busy, {slowest} {1e3 * waits[slowest]:.0f} ms a job"
-
-    def _mean(self, name: str, key: str | None = None) -> float:
-        values = [getattr(turn, name) for turn in self.turns]
-        return float(np.mean([value if key is None else value[key] for value in values]))
-
-
-def _measure_case(case: Case, photos: Sequence[bytes]) -> Result:
-    """Start a testbed for one network; let engine and service take turns."""
+def _measure_case(case: Case, photos: Sequence[bytes]) -> dict[str, Any]:
+    """Start a testbed for one network, let engine and service take turns, and return the figures."""
     engine = simulated_network.load(Settings(), None, row(case.network))
     images = fitted(engine, photos)
     with testbed.running((case.network,), photos, **case.settings) as bed:
-        warm = serve(bed, case.network, case.jobs // 2)  # also says what batches there will be
+        warm = serve(bed, case.network, case.jobs // 2)  # also tells how large batches will be
         sizes = [size for size, passes in warm.batches.items() for _ in range(size * passes)]
-        batch = int(median(sizes or [1]))  # none ended where the worker had the machine to share
+        batch = int(median(sizes or [1]))  # none ended where the worker had to share the machine
         first = alone(engine, images, batch, case.jobs)
         turns = serve(bed, case.network, case.jobs), serve(bed, case.network, case.jobs)
         second = alone(engine, images, batch, case.jobs)
     wall, cpu, done = (a + b for a, b in zip(first, second, strict=True))
-    return Result(case.network, bed.device, batch, done / wall, cpu / wall, turns)
+    jobs_per_s = sum(turn.jobs for turn in turns) / sum(turn.seconds for turn in turns)
+    stages = {name: mean(turn.stages[name] for turn in turns) for name in turns[0].stages}
+    cores = {name: mean(turn.cpu[name] for turn in turns) for name in turns[0].cpu}
+    everything = cores.pop(MACHINE)
+    cores["others"] = max(everything - sum(cores.values()), 0.0)  # they are no part of the service
+    passes = sum((Counter(turn.batches) for turn in turns), Counter[int]())
+    idle = mean(turn.idle for turn in turns)
+    spent = sum(cores[name] for name in ("worker", "s3", "valkey")) / jobs_per_s
+    return {
+        "device": bed.device,
+        "share_of_engine": jobs_per_s * wall / done,
+        "share_of_engine_cpu": cpu / done / spent,  # CPU time of an image / of a job: others do not change it
+        "jobs_per_s": jobs_per_s,
+        "engine_images_per_s": done / wall,
+        "engine_batch": batch,
+        "engine_cores": cpu / wall,
+        "device_idle": idle,
+        "stage_seconds": stages,
+        "passes": {str(size): number for size, number in sorted(passes.items())},
+        "cpu_ms_per_job": {name: 1e3 * used / jobs_per_s for name, used in cores.items()},
+        "bottleneck": bottleneck(idle, cores, stages),
+        "turns": [asdict(turn) for turn in turns],
+    }
+
+
+def bottleneck(idle: float, cores: Mapping[str, float], stages: Mapping[str, float]) -> str:
+    """Return what limits the service, with its figure."""
+    total, available = sum(cores.values()), os.cpu_count() or 1
+    if idle < REQUIRED_IDLE:
+        return f"the device: idle for {idle:.0%} of the time"
+    if total > FULL * available:
+        most = ", ".join(f"{name} {used:.2f}" for name, used in cores.items() if used > LITTLE)
+        return f"the processor: {total:.2f} of {available} cores busy ({most})"
+    if cores["worker"] > FULL:
+        return f"the worker's interpreter lock: it used {cores['worker']:.2f} cores"
+    waits = {name: spent for name, spent in stages.items() if name not in {"queue_s", "batch_size"}}
+    slowest = max(waits, key=lambda name: waits[name])
+    return f"waiting: {total:.2f} of {available} cores busy, {slowest} {1e3 * waits[slowest]:.0f} ms a job"
 
 
 def row(name: str) -> NetworkRow:
@@ -214,31 +177,15 @@ def _medians(documents: Sequence[StatusDocument]) -> dict[str, float]:
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """One network after the other."""
-    photos, results = testbed.photographs(PHOTOS), list[Result]()
+    photos, results = testbed.photographs(PHOTOS), dict[str, dict[str, Any]]()
     for case in QUICK if quick else CASES:
         print(f"{case.network} ...", flush=True)
-        results.append(_measure_case(case, photos))
-
-    def each(name: str) -> dict[str, Any]:
-        return {result.network: getattr(result, name) for result in results}
-
+        results[case.network] = _measure_case(case, photos)
+    found = by_figure(results)
     return {
-        "device": results[-1].device,
-        "share_of_engine": each("share"),
-        "share_of_engine_cpu": each("share_cpu"),
-        "ceiling_jobs_per_s": each("service")["no_time"],
-        "jobs_per_s": each("service"),
-        "engine_images_per_s": each("engine"),
-        "engine_batch": each("batch"),
-        "engine_cores": each("engine_cores"),
-        "device_idle": each("idle"),
-        "stage_seconds": each("stages"),
-        "passes": {
-            name: {str(size): n for size, n in found.items()} for name, found in each("batches").items()
-        },
-        "cpu_ms_per_job": each("cpu_ms"),
-        "bottleneck": each("bottleneck"),
-        "turns": {name: [asdict(turn) for turn in turns] for name, turns in each("turns").items()},
+        **found,
+        "device": next(iter(found["device"].values())),
+        "ceiling_jobs_per_s": found["jobs_per_s"]["no_time"],
         "required_share": REQUIRED_SHARE,
         "required_idle": REQUIRED_IDLE,
     }
