@@ -6,6 +6,7 @@ from typing import Any
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.models.keras_network import KerasNetwork
+from gradcam_worker.gradcam.network import GRADCAM, Method
 
 # isort: split
 # Only now: `backend` keeps TensorFlow quiet while it is loaded for the first time.
@@ -77,6 +78,7 @@ def check(
     pixels: NDArray[np.uint8],
     prepared: Floats,
     wanted: NDArray[np.int32],
+    method: Method = GRADCAM,
 ) -> dict[str, float]:
     """Compare our heatmaps of one image (1, height, width, 3), k classes, with the notebook's.
 
@@ -84,7 +86,7 @@ def check(
         The largest `difference`, how many heatmaps were `compared`, and how many of them are `lit`, not all
         zeros: the ones that prove something.
     """
-    computed = network.compute(pixels, wanted)
+    computed = network.compute(pixels, wanted, method)
     ours = cam.heatmaps(computed.raw[0])
     theirs = np.nan_to_num(notebook.named(prepared, computed.class_ids[0]))
     lit = int(np.count_nonzero(ours.max(axis=(1, 2))))

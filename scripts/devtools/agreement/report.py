@@ -23,7 +23,7 @@ from typing import Any
 
 from devtools import ROOT, command, import_path
 from devtools.agreement import every_method, pointing_game
-from devtools.agreement.notebook import NotebookGradCAM
+from devtools.agreement.notebook import NotebookGradCAM, check
 from devtools.agreement.randomisation import cascade, overlap, photographs, rank_correlation
 from devtools.bench import report
 from gradcam_worker.gradcam.methods import cam
@@ -101,11 +101,8 @@ def notebook() -> Table:
             ("on logits, preprocessed: `gradcam`", Method(), True, prepared),
             ("as it was: `notebook`", Method("notebook"), False, pixels.astype(np.float32)),
         ):
-            computed = network.compute(pixels, wanted, method)
-            theirs = NotebookGradCAM(model, layer, logits=logits).named(image, computed.class_ids[0])
-            ours = heatmaps(computed.raw[0])
-            lit = int(np.count_nonzero(ours.max(axis=(1, 2))))
-            rows.append((name, what, largest(ours, np.nan_to_num(theirs)), lit))
+            same = check(network, NotebookGradCAM(model, layer, logits=logits), pixels, image, wanted, method)
+            rows.append((name, what, same["difference"], int(same["lit"])))
     return Table(
         "The notebook",
         "The notebook's arithmetic, transcribed: eager, one class after the other. Random weights, top 5 "

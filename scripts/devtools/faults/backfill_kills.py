@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
 
-from devtools.bench import backfill_command as runs
-from devtools.bench import simulated_network, testbed
+from devtools.bench import backfill_command, simulated_network, testbed
 from devtools.processes import family
 from gradcam_worker.operations import servers
 from gradcam_worker.settings import Settings
@@ -57,32 +56,32 @@ def survive(rows: int, kills: int) -> Survived:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradcam-kills-")))
         settings = stack.enter_context(place(folder))
         uris = (f"s3://photos/{number % PHOTOS:05}.jpg" for number in range(rows))
-        source = runs.write_input(folder / "input.jsonl", uris)
+        source = backfill_command.write_input(folder / "input.jsonl", uris)
         output = f"{settings.output}/kills"
         # So slowly that no run is over before the last kill.
         rate = f"{rows / (kills * LONGEST_S):.0f}"
-        words = runs.command(source, output, NETWORK, "--shard-rows", "64", "--rate", rate)
+        words = backfill_command.command(source, output, NETWORK, "--shard-rows", "64", "--rate", rate)
         workers = [_worker(settings, folder) for _ in range(WORKERS)]
         submitter = _submitter(settings, words, folder)
         try:
             for done in range(kills):
                 time.sleep(draw.uniform(SHORTEST_S, LONGEST_S))
-                if (code := submitter.poll()) is not None:
-                    said = (folder / "submitter.log").read_text(errors="replace")[-2000:]
-                    message = f"The backfill ended with {code} before kill {done + 1} of {kills}: {said}"
-                    raise RuntimeError(message)
+                if submitter.poll() is not None:
+                    raise _ended(submitter, folder, f"before kill {done + 1} of {kills}")
                 _kill(submitter, *workers)
                 workers = [_worker(settings, folder) for _ in range(WORKERS)]
                 submitter = _submitter(settings, [*words, "--resume"], folder)
-            code = submitter.wait(PATIENCE_S)
+            if submitter.wait(PATIENCE_S):
+                raise _ended(submitter, folder, "after the last kill")
         finally:
             _kill(submitter, *workers)
-        if code:
-            said = (folder / "submitter.log").read_text(errors="replace")[-2000:]
-            message = f"The backfill ended with {code}: {said}"
-            raise RuntimeError(message)
-        found = runs.counted(settings, output, rows)
+        found = backfill_command.counted(settings, output, rows)
     return Survived(rows, kills, found.lost, found.doubled, time.monotonic() - begun)
+
+
+def _ended(submitter: "Popen[bytes]", folder: Path, when: str) -> RuntimeError:
+    log = (folder / "submitter.log").read_text(errors="replace")[-2000:]
+    return RuntimeError(f"The backfill ended with {submitter.returncode} {when}: {log}")
 
 
 def _kill(*processes: "Popen[bytes]") -> None:
