@@ -1,13 +1,13 @@
-"""Tools for whoever develops gradcam-worker; none of it is in the wheel.
+"""Tools for developers of gradcam-worker; none of it is in the wheel.
 
     bench           how fast, and how much memory: `scripts/bench`
-    faults          attacks on what is promised: `scripts/faults`
+    faults          attacks on the guarantees: `scripts/faults`
     deploy_checks   docker/ and deploy/ without Docker and without a cluster: `scripts/check-deploy`
     agreement       our numbers against the same computed in other ways: `scripts/agreement`
     docs            generated pages, pictures and the site: `scripts/docs`, `scripts/performance`
     maintenance     releases, JSON schemas, shipped weights: `scripts/release`, `scripts/schemas`
 
-Each package says in its own words where to begin. The programs are run as modules (`python -m
+The docstring of each package says where to begin. The programs are run as modules (`python -m
 devtools.bench`), with the folder `scripts` on the import path; so are those that they start themselves.
 """
 

@@ -30,12 +30,12 @@ def test_a_version_without_changes_or_a_date_is_not_released() -> None:
     with pytest.raises(release.NotReady, match="nothing about 99"):
         release.changes("99.0.0")
     with pytest.raises(release.NotReady, match="should end in a date"):
-        release.dated("## 1.0.0, unreleased\n* All is new.")
-    release.dated("## 1.0.0, 2031-05-06\n* All is new.")
+        release.require_date("## 1.0.0, unreleased\n* All is new.")
+    release.require_date("## 1.0.0, 2031-05-06\n* All is new.")
 
 
 def test_wheel_and_sdist_hold_what_they_should_and_nothing_else(built: release.Built) -> None:
-    release.looked_at(built)
+    release.inspect_archives(built)
     with zipfile.ZipFile(built.wheel) as wheel:
         names = wheel.namelist()
     assert {
@@ -62,6 +62,6 @@ def test_a_wheel_that_lacks_a_file_or_holds_another_is_found_out(
 
 
 def test_the_same_wheel_comes_out_of_the_sdist(built: release.Built) -> None:
-    release.same_from_source(built)
+    release.require_reproducible(built)
     with tarfile.open(built.sdist) as archive:
         assert f"gradcam_worker-{gradcam_worker.__version__}/scripts/release" in archive.getnames()

@@ -139,22 +139,22 @@ def test_recovery_is_measured_until_the_next_attempt(scene: Scene, observer: Job
     assert observer.hit(7) == 1, "the other one runs elsewhere"
     time.sleep(0.2)
     scene.write("queued")
-    wait_for(lambda: observer.put_right)
+    wait_for(lambda: observer.requeued)
     scene.write("running", attempt=2)
     wait_for(lambda: observer.recoveries)
     [seconds] = observer.recoveries["normal"]
-    assert 0.2 <= observer.put_right[0] <= seconds < WAIT_S
+    assert 0.2 <= observer.requeued[0] <= seconds < WAIT_S
     assert observer.verdict(faults=1).recovery_s_max == seconds
 
 
-def test_what_comes_after_others_is_put_right_in_time_but_may_wait(
+def test_what_comes_after_others_is_requeued_in_time_but_may_wait(
     scene: Scene, observer: JobObserver
 ) -> None:
     scene.write("running", route="bulk")
     wait_for(lambda: observer.running)
     observer.hit()
     scene.write("queued", route="bulk")
-    wait_for(lambda: observer.put_right)
+    wait_for(lambda: observer.requeued)
     time.sleep(0.3)
     scene.write("running", route="bulk", attempt=2)
     wait_for(lambda: observer.recoveries)

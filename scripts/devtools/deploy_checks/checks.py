@@ -87,15 +87,15 @@ def prometheus() -> Iterator[str]:
         for network in service["networks"].values()
         for alias in (network or {}).get("aliases", [])
     }
-    told = yaml.safe_load(PROMETHEUS.read_text())
-    for scrape in told["scrape_configs"]:
+    config = yaml.safe_load(PROMETHEUS.read_text())
+    for scrape in config["scrape_configs"]:
         for found in scrape["dns_sd_configs"]:
             if found["port"] != port:
                 yield f"prometheus.yml asks at port {found['port']}, the images answer at {port}"
-            if strangers := set(found["names"]) - aliases:
-                yield f"prometheus.yml asks {', '.join(strangers)}: no network alias of compose.yaml"
+            if unknown := set(found["names"]) - aliases:
+                yield f"prometheus.yml asks {', '.join(unknown)}: no network alias of compose.yaml"
     mounted = [one.split(":")[:2] for one in services["prometheus"]["volumes"]]
-    for rules in map(Path, told["rule_files"]):
+    for rules in map(Path, config["rule_files"]):
         folders = [COMPOSE.parent / here for here, there in mounted if there == str(rules.parent)]
         if not [file for folder in folders for file in folder.glob(rules.name)]:
             yield f"prometheus.yml reads {rules}, where nothing is mounted"
@@ -115,7 +115,7 @@ def findings() -> list[str]:
 
 
 def main() -> int:
-    """Look at everything; print what is wrong."""
+    """Check everything; print what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="make the image and run it, too")
     parser.add_argument("--write", action="store_true", help="write values.schema.json again")

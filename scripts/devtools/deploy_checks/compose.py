@@ -1,4 +1,4 @@
-"""docker/compose.yaml, held to what no schema says: who may do what, and that whatever it names is there."""
+"""docker/compose.yaml, checked for what no schema says: rights, and that whatever it names exists."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -117,7 +117,7 @@ def _ours(service: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _wired(service: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[str]:
-    """Hosts that it is told of are services that share a network with it; what it waits for exists."""
+    """Hosts of its settings are services that share a network with it; what it waits for exists."""
     services = whole["services"]
     for name in service.get("depends_on", {}):
         if name not in services:

@@ -1,7 +1,7 @@
 """A Dockerfile carried out without Docker.
 
 Each stage becomes a folder. Its instructions are run there one after the other by an ordinary user: the
-image's own uid where this is root, else whoever runs this.
+image's own uid where this is root, else the user of this process.
 
 What is understood: FROM (an image, or a stage), ARG, ENV, WORKDIR, COPY [--from=STAGE] without patterns, RUN
 in its shell form, also with --mount=type=bind,from=STAGE, USER, and ENTRYPOINT, CMD and HEALTHCHECK in their
@@ -11,9 +11,10 @@ What is not as in a container:
 * the system below it is this machine's, and so is its Python;
 * the paths of MOVED lie below the stage's folder, wherever an instruction names them;
 * `RUN useradd` makes its home and no account;
-* pip asks the index, and keeps the cache, of whoever runs this.
+* pip asks the index, and keeps the cache, of this user.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -55,7 +56,7 @@ class Failed(Exception):
 
 
 class Identity(TypedDict, total=False):
-    """What subprocess is told of the user."""
+    """The arguments of subprocess that say which user."""
 
     user: int
     group: int
@@ -101,24 +102,14 @@ class Builder:
     @cached_property
     def python(self) -> Path:
         """A Python that the user may run and that can make environments."""
-        for one in (
-            Path(sys.executable).resolve(),
-            *map(Path, ("/usr/local/bin/python3", "/usr/bin/python3")),
-        ):
-            if not one.exists():
-                continue
-            try:
-                asked = [
-                    str(one),
-                    "-c",
-                    "import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))",
-                ]
+        check = "import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"
+        for path in (sys.executable, "/usr/local/bin/python3", "/usr/bin/python3"):
+            command = [os.path.realpath(path), "-c", check]
+            with contextlib.suppress(OSError):  # not there, or closed to the user
                 if not subprocess.run(
-                    asked, check=False, capture_output=True, cwd="/", **self.identity
+                    command, capture_output=True, cwd="/", check=False, **self.identity
                 ).returncode:
-                    return one
-            except PermissionError:
-                continue
+                    return Path(command[0])
         message = "No Python 3.11 to 3.13 with ensurepip can be run by the image's user: install one in /usr."
         raise Failed(message)
 
@@ -271,7 +262,7 @@ def _filled(text: str, known: Mapping[str, str]) -> str:
 
 
 def pips() -> dict[str, str]:
-    """What the pip of whoever runs this is set up with, as variables: another cannot read their files."""
+    """Return the configuration of this user's pip as variables: another user cannot read its files."""
     asked = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"^(?:global|install|:env:)\.([\w-]+)='(.*)'$", listed, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The Helm chart, held to all that can be told of it without a cluster.
+"""The Helm chart, checked as far as possible without a cluster.
 
 For each file of values in deploy/helm/gradcam/ci: `helm lint --strict`, `helm template`, Kubernetes' own
 schemas, those of KEDA and the Prometheus operator (deploy/helm/schemas), and what no schema says: who runs
@@ -182,8 +182,8 @@ def findings(documents: list[Document]) -> Iterator[str]:
     settings = by_name["ConfigMap", release]["data"]
     given = {name: str(value) for name, value in settings.items() if name.startswith("GRADCAM_")}
     # The file's folder is there in a pod, and not here.
-    told = {**given, "GRADCAM_BROKER_URL": "redis://somewhere:6379/0", "GRADCAM_REDIS_CA": ""}
-    read = Settings.from_environment(told)  # raises InvalidSettings where the worker would
+    variables = {**given, "GRADCAM_BROKER_URL": "redis://somewhere:6379/0", "GRADCAM_REDIS_CA": ""}
+    read = Settings.from_environment(variables)  # raises InvalidSettings where the worker would
     grace = _spec(by_name["Deployment", worker])["terminationGracePeriodSeconds"]
     if grace < read.shutdown_timeout_s + supervisor.HAND_BACK_S:
         yield f"a worker that needs {read.shutdown_timeout_s:g} s to end is killed after {grace} s"

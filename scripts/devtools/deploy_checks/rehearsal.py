@@ -48,8 +48,8 @@ class Outcome:
         code = f"After SIGTERM the worker ended with {self.exit_code}, not 0. Its log ends: {self.log[-800:]}"
         wrote = f"The image's command wrote outside /cache and /tmp: {', '.join(self.written)}"
         ill = f"The image's health check ended with {self.health} while the worker was ready."
-        told = [(self.health, ill), (self.exit_code, code), (self.written, wrote)]
-        return [finding for wrong, finding in told if wrong]
+        checks = [(self.health, ill), (self.exit_code, code), (self.written, wrote)]
+        return [finding for wrong, finding in checks if wrong]
 
 
 def rehearse(target: str = "cpu") -> Outcome:
@@ -62,13 +62,13 @@ def rehearse(target: str = "cpu") -> Outcome:
         builder = Builder(folder, UID)
         made = builder.make(target)
         made_s = time.monotonic() - begun
-        with _servers() as told:
-            return _show(Containers(builder, made, told), made_s)
+        with _servers() as settings:
+            return _run(Containers(builder, made, settings), made_s)
 
 
 @contextlib.contextmanager
 def _servers() -> Iterator[dict[str, str]]:
-    """A queue and a store; what a container has to be told of them."""
+    """A queue and a store; the settings of a container that uses them."""
     with tempfile.TemporaryDirectory(prefix="gradcam-servers-") as folder, contextlib.ExitStack() as stack:
         valkey = stack.enter_context(servers.valkey(Path(folder)))
         s3 = stack.enter_context(servers.s3(Path(folder), ("photos", "results")))
@@ -86,16 +86,16 @@ def _servers() -> Iterator[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Containers:
-    """Starts the image's program, told of the servers."""
+    """Starts the image's program, with the settings of the servers."""
 
     builder: Builder
     made: Made
-    told: dict[str, str]
+    settings: dict[str, str]
 
     @property
     def ready(self) -> str:
         """Where it says that it is ready."""
-        return f"http://127.0.0.1:{self.told['GRADCAM_METRICS_PORT']}/ready"
+        return f"http://127.0.0.1:{self.settings['GRADCAM_METRICS_PORT']}/ready"
 
     @property
     def temporary(self) -> Path:
@@ -104,7 +104,7 @@ class Containers:
 
     def start(self, log: Path, words: list[str]) -> subprocess.Popen[bytes]:
         """A program of the image."""
-        environment = {**self.builder.environment(self.made), **self.told}
+        environment = {**self.builder.environment(self.made), **self.settings}
         name, *rest = words
         program = shutil.which(name, path=environment["PATH"])
         if not program:
@@ -122,11 +122,11 @@ class Containers:
             )
 
 
-def _show(containers: Containers, made_s: float) -> Outcome:
+def _run(containers: Containers, made_s: float) -> Outcome:
     if containers.made.user != str(UID):
         message = f"The image's user is {containers.made.user}, not {UID}."
         raise Failed(message)
-    log, told = containers.temporary / "worker.log", containers.temporary / "smoke.log"
+    log, smoke_log = containers.temporary / "worker.log", containers.temporary / "smoke.log"
     since, begun = time.time(), time.monotonic()
     made = containers.made
     worker = containers.start(log, [*made.entrypoint, *made.command])
@@ -134,7 +134,7 @@ def _show(containers: Containers, made_s: float) -> Outcome:
         _wait_for(containers.ready, worker, log)
         ready_s = time.monotonic() - begun
         health = _ended(containers.start(containers.temporary / "health.log", made.healthcheck))
-        smoke = containers.start(told, [*made.entrypoint, *SMOKE, str(containers.temporary / "demo")])
+        smoke = containers.start(smoke_log, [*made.entrypoint, *SMOKE, str(containers.temporary / "demo")])
         smoke_code = _ended(smoke)
         smoke_s = time.monotonic() - begun - ready_s
         worker.send_signal(signal.SIGTERM)
@@ -142,12 +142,12 @@ def _show(containers: Containers, made_s: float) -> Outcome:
     finally:
         worker.kill()  # the worker processes end with it
         worker.wait()
-    said = told.read_text(errors="replace")
+    printed = smoke_log.read_text(errors="replace")
     if smoke_code:
-        message = f"The smoke test ended with {smoke_code}: {said[-2000:]}"
+        message = f"The smoke test ended with {smoke_code}: {printed[-2000:]}"
         raise Failed(message)
     written = tuple(_written(containers.made.folder, since))
-    return Outcome(made_s, ready_s, smoke_s, said, health, code, written, log.read_text(errors="replace"))
+    return Outcome(made_s, ready_s, smoke_s, printed, health, code, written, log.read_text(errors="replace"))
 
 
 def _ended(process: subprocess.Popen[bytes]) -> int:
@@ -193,5 +193,5 @@ def main() -> list[str]:
     allowed = f"(allowed: {READY_WITHIN_S:.0f} s)"
     print(f"Made in {seen.made_s:.0f} s, ready {seen.ready_s:.1f} s after its start {allowed}, ", end="")
     print(f"smoke test {seen.smoke_s:.1f} s, exit code {seen.exit_code}.")
-    late = f"The worker was ready after {seen.ready_s:.1f} s {allowed}: look again on a machine that is idle."
+    late = f"The worker was ready after {seen.ready_s:.1f} s {allowed}: try again on an idle machine."
     return [*seen.findings(), *([late] if seen.ready_s > READY_WITHIN_S else [])]

@@ -1,7 +1,7 @@
 """Whether the objects of the chart find each other: what no schema says, since each is right by itself.
 
 A Service its pods, an address its Service, a policy its ports, a mount its volume, a setting its file.
-Whoever writes has a place to write to, and a node can be drained.
+A container that writes has a writable volume, and a node can be drained.
 """
 
 import re
@@ -92,7 +92,7 @@ def _policy(policy: Document, pods: list[Document]) -> Iterator[str]:
     if "egress" in spec:
         others = [pod for pod in pods if pod not in chosen]
         yield from (
-            f"NetworkPolicy {name} lets nobody out to {one}" for one in _closed(spec["egress"], others)
+            f"NetworkPolicy {name} lets nothing out to {one}" for one in _closed(spec["egress"], others)
         )
 
 

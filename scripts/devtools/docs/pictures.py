@@ -126,7 +126,7 @@ MAKERS: dict[str, Callable[[], bytes]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Write the pictures that are named, or all."""
+    """Write the images that are named, or all."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MAKERS))
     names = parser.parse_args(arguments).names or list(MAKERS)

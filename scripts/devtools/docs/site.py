@@ -76,7 +76,7 @@ def _parsed(path: Path) -> Page:
 
 
 def main() -> int:
-    """Build, then look through the pages; print what is wrong."""
+    """Build, then check the pages; print what is wrong."""
     zensical = Path(sys.executable).with_name("zensical")
     command: list[str | Path] = [zensical, "build", "--strict", "--clean", "--config-file", CONFIG]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)

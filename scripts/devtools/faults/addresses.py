@@ -20,7 +20,7 @@ from gradcam_worker.schemas.job import Job
 
 DRAINS_S = 120.0
 REFUSED = frozenset({"uri_not_allowed", "invalid_job"})
-# A name that leads nowhere cannot be told from one that leads nowhere just now.
+# A name that leads nowhere cannot be distinguished from one that leads nowhere just now.
 NOWHERE = "image_fetch_failed"
 
 
@@ -97,7 +97,7 @@ def attack(count: int, seed: int) -> Verdict:
                     of_webhooks.add(notified.id)
             observer.drain(DRAINS_S)
             wait_for(lambda: not _untried(cluster), DRAINS_S, "every webhook is tried")
-            # A webhook's address that cannot be refused by its look alone is refused when it is dialled.
+            # A webhook's address that cannot be refused by its text is refused when it is dialled.
             verdict = observer.verdict(
                 faults=2 * len(urls),
                 expected=lambda job_id: REFUSED | {"succeeded" if job_id in of_webhooks else NOWHERE},

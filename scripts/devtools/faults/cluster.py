@@ -156,9 +156,9 @@ class Cluster:
     s3: Server
     receiver: Server
     settings: Settings
-    accepted: dict[str, float] = field(default_factory=dict)  # job id -> when the client was told (monotonic)
+    accepted: dict[str, float] = field(default_factory=dict)  # job id -> when `submit` returned (monotonic)
     workers: list[Worker] = field(default_factory=list)
-    refused: int = 0  # times that `submit` was told to try again
+    refused: int = 0  # times that `submit` had to be tried again
     unexpected: list[str] = field(default_factory=list)  # errors that the client does not document
 
     @property
@@ -168,7 +168,7 @@ class Cluster:
 
     @property
     def events(self) -> Path:
-        """What the receiver was told."""
+        """The events that the receiver got, a line each."""
         return self.folder / "events.jsonl"
 
     @property
@@ -216,7 +216,7 @@ class Cluster:
                 break
             except LedgerUnavailable:
                 self.refused += 1
-            except InvalidJob:  # trying again does not help: its sender is told
+            except InvalidJob:  # trying again does not help
                 raise
             except Exception as error:  # noqa: BLE001  # a finding: it goes into the verdict
                 self.unexpected.append(f"{type(error).__name__}: {error}")
@@ -299,10 +299,10 @@ def _receiver(folder: Path) -> Iterator[Receiver]:
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Look again and again. Raises TimeoutError."""
+    """Wait until a condition holds. Raises TimeoutError."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
-            message = f"It did not come about within {seconds:g} s that {what}."
+            message = f"Not within {seconds:g} s: {what}."
             raise TimeoutError(message)
         time.sleep(0.02)

@@ -49,7 +49,7 @@ def fail_over(port: int, to: int) -> None:
 
 
 def connections(*ports: int) -> int:
-    """Clients of all of them, but for replicas and whoever asks."""
+    """Count the clients of all of them, except replicas and this one."""
     found = 0
     for port in ports:
         with contextlib.closing(server(port)) as one:

@@ -264,7 +264,7 @@ WAYS: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 
 
 def mutations(count: int, seed: int) -> Iterator[Mutant]:
-    """So many images; every kind meets every way as soon as there are enough of them."""
+    """Yield `count` images; every kind meets every way as soon as there are enough of them."""
     rng = random.Random(seed)  # noqa: S311  # the same ones every time: that is what it is for
     kinds = list(whole().items())
     pairs = [(kind, way) for way in WAYS for kind in kinds]

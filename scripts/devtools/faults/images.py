@@ -1,8 +1,8 @@
 """Mutated images against the decoder.
 
 Every image is decoded in a child process that may have no more than MEMORY_BYTES: this module, run as a
-program. It has to end in a picture or in an error of `gradcam_worker.errors` that is foreseen for an image;
-whatever else it ends in, and whatever ends the child, is a broken promise.
+program. It has to end in pixels or in an error of `gradcam_worker.errors` that an image may have; any other
+outcome, and any end of the child, is a broken promise.
 """
 
 import json
@@ -25,7 +25,7 @@ from devtools.faults.image_mutations import Mutant, mutations
 from devtools.faults.verdict import Verdict
 from devtools.processes import peak_resident_mb
 
-MEMORY_BYTES = 1_536 * 1024**2  # what decoding the largest picture that is allowed takes, twice
+MEMORY_BYTES = 1_536 * 1024**2  # what decoding the largest image that is allowed takes, twice
 TYPED = {  # what an image may end in. `internal` is not among them: memory is enough for one at a time
     "decoded",
     "image_decode_failed",
@@ -33,13 +33,13 @@ TYPED = {  # what an image may end in. `internal` is not among them: memory is e
     "unsupported_media_type",
 }
 STALLED_S = 120  # for one image: far beyond what any may take, on any machine
-CHANNELS = 3  # of a picture that came out
+CHANNELS = 3  # of decoded pixels
 
 
 def attack(count: int, seed: int, keep: Path | None = None) -> Verdict:
     """Decode `count` mutated images. Those that broke a promise are put into the folder `keep`.
 
-    `faults` is how many of them no longer came out as a picture.
+    `faults` counts those that were not decoded.
     """
     outcomes: Counter[str] = Counter()
     broken: list[str] = []

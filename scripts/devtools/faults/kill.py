@@ -81,7 +81,7 @@ class Killer:
             os.kill(pid, signal.SIGCONT)
 
     def _kill_supervisor(self, index: int, worker: Worker) -> None:
-        """Whoever runs supervisors starts another one; the worker process ends by itself."""
+        """Start another one, as an init system would; the worker process ends by itself."""
         pid = worker.supervisor
         if pid is None:
             return

@@ -2,7 +2,7 @@
 
 Each is opened as the worker's channel opens it, and handled by a `JobHandler` with doubles all around it.
 Whatever it is, it has to come to an end that has a name. Besides: tasks that are not ours and shards that
-nobody submitted, in each queue, which all have to be refused.
+no client submitted, in each queue, which all have to be refused.
 """
 
 import base64
@@ -157,7 +157,7 @@ def attack(count: int, seed: int) -> Verdict:
 
 
 def profile(count: int) -> settings:
-    """So many examples, kept nowhere, however long they take."""
+    """Hypothesis's settings for `count` examples, which are not stored and may take any time."""
     return settings(
         max_examples=count,
         database=None,
@@ -168,7 +168,7 @@ def profile(count: int) -> settings:
 
 
 def forbidden_messages() -> Iterator[tuple[str, str, bytes]]:
-    """What nobody but us may ask for: what it is, its queue, and the item."""
+    """Yield messages that have to be refused: what each is, its queue, and the item."""
     for queue, ours in publisher.TASKS.items():
         for task in FOREIGN:
             yield task, queue, message(json.dumps([[GOOD], {}, {}]).encode(), task)

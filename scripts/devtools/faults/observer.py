@@ -23,8 +23,8 @@ from devtools.faults.cluster import Cluster
 from devtools.faults.verdict import Verdict
 from gradcam_worker import errors
 
-LOOK_S = 0.05  # between two looks at all jobs that have not ended and at all manifests
-SLICE = 200  # final documents that are read again in each look: none may change
+POLL_INTERVAL_S = 0.05  # of all jobs that are not final, and of all manifests
+SLICE = 200  # final documents that are read again in each poll: none may change
 FINAL = frozenset({"succeeded", "failed", "canceled", "expired"})
 PATIENT = frozenset({"low", "bulk"})  # priorities that come after the others
 UNEXPECTED = "internal"  # the code of an unexpected exception: a defect of ours
@@ -46,14 +46,14 @@ class Hit:
     attempt: int
     since_s: float
     route: str  # its priority
-    put_right: bool = False  # it is queued again, or more
+    requeued: bool = False  # it is queued again, or more
 
 
 class JobObserver:
-    """Looks all the while, in two threads, and remembers what must not have happened."""
+    """Polls ledger and bucket in two threads and records what must not have happened."""
 
     def __init__(self, cluster: Cluster, *, forgotten: bool = False) -> None:
-        """Looks at the jobs that the cluster's client was told are accepted.
+        """Observe the jobs that the cluster's client has submitted.
 
         `forgotten`: the run is longer than the time that the ledger keeps a final job for.
         """
@@ -61,14 +61,14 @@ class JobObserver:
         self._prefix = cluster.settings.key_prefix
         self.finals: dict[str, str] = {}  # job id -> its final document, as text
         self.changed: set[str] = set()  # jobs whose final document has changed
-        self.running: dict[str, tuple[int, str]] = {}  # job id -> attempt, worker: at the last look
+        self.running: dict[str, tuple[int, str]] = {}  # job id -> attempt, worker: at the last poll
         self.early: set[str] = set()  # manifests seen before what they name
         self.manifests: dict[str, set[str]] = {}  # job id -> checksums of what was seen under its name
-        self.looks = self.bucket_looks = 0
+        self.polls = self.bucket_polls = 0
         self.recoveries: dict[str, list[float]] = {}  # priority -> seconds until a job ran again
-        self.put_right: list[float] = []  # seconds until what was hit no longer passed for running
+        self.requeued: list[float] = []  # seconds until what was hit no longer passed for running
         self._hit: dict[str, Hit] = {}  # job id -> what has not run again yet
-        self._fresh: dict[str, int] = {}  # manifest's job id -> when it was changed, at the last look (ns)
+        self._fresh: dict[str, int] = {}  # manifest's job id -> when it was changed, at the last poll (ns)
         self._ended = threading.Event()
         self._door = threading.Lock()
         self._threads = [
@@ -88,7 +88,7 @@ class JobObserver:
             one.join()
 
     def unfinished(self) -> int:
-        """Accepted jobs that were not final at the last look."""
+        """Accepted jobs that were not final at the last poll."""
         return len(self._cluster.accepted) - len(self.finals)
 
     def hit(self, worker: int | None = None) -> int:
@@ -119,7 +119,7 @@ class JobObserver:
         """Wait until every accepted job is final, at most so long; return how long it took."""
         begun = time.monotonic()
         while self.unfinished() and time.monotonic() - begun < seconds:
-            time.sleep(LOOK_S)
+            time.sleep(POLL_INTERVAL_S)
         return time.monotonic() - begun
 
     def documents(self) -> dict[str, dict[str, Any] | None]:
@@ -172,15 +172,15 @@ class JobObserver:
             verdict.broken.append(f"The client raised undocumented errors, {some}")
         # Jobs of a lower priority wait for as long as others are there, whether a worker died or not.
         again = [one for route, some in self.recoveries.items() if route not in PATIENT for one in some]
-        verdict.recovery_s_max = max([*again, *self.put_right], default=0.0)
+        verdict.recovery_s_max = max([*again, *self.requeued], default=0.0)
         attempts = Counter(one["attempt"] for one in known.values())
         verdict.figures |= {
             "attempts_max": max(attempts, default=0),
             "jobs_run_again": sum(count for attempt, count in attempts.items() if attempt > 1),
-            "put_right_s_max": round(max(self.put_right, default=0.0), 2),
+            "requeued_s_max": round(max(self.requeued, default=0.0), 2),
             "runs_again_s_max": {route: round(max(some), 2) for route, some in self.recoveries.items()},
-            "looks": self.looks,
-            "looks_at_bucket": self.bucket_looks,
+            "polls": self.polls,
+            "bucket_polls": self.bucket_polls,
         }
         return verdict
 
@@ -193,12 +193,12 @@ class JobObserver:
         while not self._ended.is_set():
             with contextlib.suppress(redis.RedisError):  # it is being attacked
                 look()
-            self._ended.wait(LOOK_S)
+            self._ended.wait(POLL_INTERVAL_S)
 
     def _read_documents(self) -> None:
         """A loop of its own, so that a connection lasts as long as its server does."""
         with self._cluster.ledger as server:
-            while not self._ended.wait(LOOK_S):
+            while not self._ended.wait(POLL_INTERVAL_S):
                 self._look(server)
 
     def _look(self, server: Any) -> None:
@@ -221,7 +221,7 @@ class JobObserver:
                 self.changed.add(job_id)
         with self._door:
             self.running = running
-        self.looks += 1
+        self.polls += 1
 
     def _recovered(self, job_id: str, document: dict[str, Any]) -> None:
         with self._door:
@@ -229,9 +229,9 @@ class JobObserver:
             if hit is None or (document["status"], document["attempt"]) == ("running", hit.attempt):
                 return
             seconds = time.monotonic() - hit.since_s
-            if not hit.put_right:
-                hit.put_right = True
-                self.put_right.append(seconds)
+            if not hit.requeued:
+                hit.requeued = True
+                self.requeued.append(seconds)
             if document["status"] == "running" or document["status"] in FINAL:
                 self.recoveries.setdefault(hit.route, []).append(seconds)
                 del self._hit[job_id]
@@ -260,7 +260,7 @@ class JobObserver:
             self.manifests.setdefault(job_id, set()).add(hashlib.sha256(text).hexdigest())
             if not self._whole(manifest):
                 self.early.add(job_id)
-        self.bucket_looks += 1
+        self.bucket_polls += 1
 
     def _whole(self, manifest: dict[str, Any]) -> bool:
         records = list(manifest["artifacts"])

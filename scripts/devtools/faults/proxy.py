@@ -1,4 +1,4 @@
-"""A small TCP proxy that misbehaves as it is told to, while it runs.
+"""A small TCP proxy whose faults can be changed while it runs.
 
 >>> with FaultyProxy(server.port) as proxy:
 ...     client = connect(proxy.port)
@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 CHUNK = 64 * 1024  # bytes read at a time
-LOOK_S = 0.1  # between two looks whether the proxy is to end
+POLL_INTERVAL_S = 0.1  # of whether the proxy is to end
 CONNECT_S = 2.0
 RESET = struct.pack("ii", 1, 0)  # linger for no time: closing sends RST, not FIN
 
@@ -31,7 +31,7 @@ class Fault:
 
     latency_s: float = 0.0  # before each piece, in either direction
     bytes_per_s: float = math.inf
-    slice_bytes: int = 0  # as many at once at most; 0: as they come
+    slice_bytes: int = 0  # at most this many at once; 0: as they arrive
     reset: float = 0.0  # share of pieces in the middle of which the connection is reset
     half_open: bool = False  # connections stand, nothing comes through them: not now, and not later either
     garbage: bool = False  # the server is asked, what it answers is replaced by chance
@@ -57,10 +57,10 @@ class _Line:
                 if reset:
                     end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                 else:
-                    end.shutdown(socket.SHUT_RDWR)  # wakes whoever reads
+                    end.shutdown(socket.SHUT_RDWR)  # ends a blocking read
 
     def pump(self, source: socket.socket, sink: socket.socket, *, answers: bool) -> None:
-        """Carry bytes one way until somebody is gone."""
+        """Carry bytes one way until either end is closed."""
         with contextlib.suppress(OSError):
             while not self.closed.is_set():
                 try:
@@ -73,7 +73,7 @@ class _Line:
             if not (self.closed.is_set() or self.dead):
                 sink.shutdown(socket.SHUT_WR)  # half of it is over; the other half may have more to say
             return
-        if not (self.dead and answers):  # nobody hears that the server has left a half-open connection
+        if not (self.dead and answers):  # the end of a half-open connection stays unknown to its client
             self.close()
 
     def _carry(self, data: bytes, sink: socket.socket, *, answers: bool) -> None:
@@ -108,7 +108,7 @@ class _Line:
 
 
 class FaultyProxy:
-    """Listens on a free port of this machine and hands on what comes to `target`, another one."""
+    """Listens on a free port of this machine and forwards connections to `target`, another one."""
 
     def __init__(self, target: int, *, seed: int = 0) -> None:
         """`seed`: of all that is left to chance."""
@@ -121,7 +121,7 @@ class FaultyProxy:
         self._threads: list[threading.Thread] = []
         self._ended = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self._listener.settimeout(LOOK_S)
+        self._listener.settimeout(POLL_INTERVAL_S)
         self.port = int(self._listener.getsockname()[1])
 
     def __enter__(self) -> Self:
@@ -199,7 +199,7 @@ class FaultyProxy:
         with client:
             try:
                 server = socket.create_connection(("127.0.0.1", self.target), CONNECT_S)
-            except OSError:  # as if nobody listened here, as nearly as an open port can say it
+            except OSError:  # as like a closed port as an open one can be
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                 return
             with server:
@@ -207,7 +207,7 @@ class FaultyProxy:
 
     def _carry_both_ways(self, line: _Line) -> None:
         for end in (line.client, line.server):
-            end.settimeout(LOOK_S)
+            end.settimeout(POLL_INTERVAL_S)
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # slices are to arrive as slices
         with self._door:
             self._lines.add(line)

@@ -1,4 +1,4 @@
-"""How soon all is well again with the settings as they come: after kill -9, and after messages were lost.
+"""How long recovery takes with the default settings: after kill -9, and after messages were lost.
 
 The other attacks shorten the times that all of this depends on. Here a lease lasts 15 s and a message is
 missed after 20 s, as in production.
@@ -24,13 +24,13 @@ AHEAD = 120  # jobs that wait when it happens
 LATER_S = 0.3  # at most, after a worker has begun a job
 RUNS_AGAIN_S, PUBLISHED_AGAIN_S = 30.0, 60.0  # what is promised
 DRAINS_S = 180.0
-AS_THEY_COME = ("lease_s", "lost_after_s", "visibility_timeout_s", "retry_backoff_s", "retry_backoff_max_s")
+DEFAULTS = ("lease_s", "lost_after_s", "visibility_timeout_s", "retry_backoff_s", "retry_backoff_max_s")
 
 
 def attack(count: int, seed: int) -> Verdict:
     """Make `count` kills of the only worker there is."""
     draw = random.Random(seed)  # noqa: S311  # repeatable, not secret
-    defaults: dict[str, Any] = {name: getattr(Settings(), name) for name in AS_THEY_COME}
+    defaults: dict[str, Any] = {name: getattr(Settings(), name) for name in DEFAULTS}
     lost_s, jobs, hit = 0.0, 0, 0
     with running_cluster("recovery", seed, **defaults) as cluster, JobObserver(cluster) as observer:
         worker = cluster.work()

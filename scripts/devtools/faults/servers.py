@@ -29,7 +29,7 @@ EVERY_S = 0.1  # between two submissions
 BUSY_WITH = 2  # jobs that run, at least, when a fault begins
 RECOVERS_S = 60.0  # after a fault has ended
 DRAINS_S = 180.0
-TOLD_S = 120.0  # after the last fault; a receiver that was down is left alone for a while
+DELIVERED_S = 120.0  # after the last fault; deliveries to a receiver that was down wait
 BUSY, BROKEN = (
     f"HTTP/1.1 {status}\r\ncontent-length: 0\r\n\r\n".encode()
     for status in ("503 Slow Down", "500 Internal Server Error")
@@ -65,7 +65,7 @@ def _suffering(servers: Iterable[Server], fault: Fault) -> Iterator[None]:
 def _faults(cluster: Cluster, *, at_once: bool) -> Iterator[tuple[str, AbstractContextManager[None]]]:
     """All of them, each ready to be entered.
 
-    The receiver's come first: it is left alone for longer and longer while it fails, and is told of the last
+    The receiver's come first: deliveries to it wait longer and longer while it fails, and it gets the last
     job's end while the others have their turn.
     """
     receiver, broker, s3 = cluster.receiver, cluster.broker, cluster.s3
@@ -145,13 +145,13 @@ def _settled(cluster: Cluster, observer: JobObserver) -> float:
 
 def _check_webhooks(cluster: Cluster, to_tell: set[str], verdict: Verdict) -> None:
     """Every job's end, at least once, and always the same."""
-    end = time.monotonic() + TOLD_S
+    end = time.monotonic() + DELIVERED_S
     while to_tell - (events := delivered(cluster)).keys() and time.monotonic() < end:
         time.sleep(0.2)
-    untold = to_tell - events.keys()
-    if untold:
-        verdict.broken.append(f"Of {len(untold)} jobs nobody was told the end: {min(untold)}")
+    undelivered = to_tell - events.keys()
+    if undelivered:
+        verdict.broken.append(f"Of {len(undelivered)} jobs the end was not delivered: {min(undelivered)}")
     verdict.doubled += sum(any(one != heard[0] for one in heard) for heard in events.values())
-    verdict.figures["told"] = len(events)
-    verdict.figures["told_twice"] = sum(len(heard) > 1 for heard in events.values())
-    verdict.figures["told_after_s"] = round(TOLD_S - (end - time.monotonic()), 1)
+    verdict.figures["delivered"] = len(events)
+    verdict.figures["delivered_twice"] = sum(len(heard) > 1 for heard in events.values())
+    verdict.figures["delivered_after_s"] = round(DELIVERED_S - (end - time.monotonic()), 1)

@@ -1,7 +1,7 @@
 """Mixed jobs, good and hostile, for a while: what a worker process uses must not grow; nothing may be left.
 
 Good ones, bad addresses, bad images, unknown classes, cancelled and expired ones, duplicates with idempotency
-keys, jobs of strangers that no ledger knows, and messages that are none.
+keys, jobs of other programs that the ledger does not know, and malformed messages.
 """
 
 import contextlib

@@ -30,9 +30,9 @@ from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.status import StatusDocument
 
-NOBODY, HEALTHY, DEAD, BLACK_HOLE, BROKEN = "nobody", "healthy", "dead", "black_hole", "broken"
+NO_RECEIVER, HEALTHY, DEAD, BLACK_HOLE, BROKEN = "none", "healthy", "dead", "black_hole", "broken"
 BAD = (DEAD, BLACK_HOLE, BROKEN)
-KINDS = (NOBODY, HEALTHY, *BAD)
+KINDS = (NO_RECEIVER, HEALTHY, *BAD)
 EVENTS = ("job.queued", "job.started", "job.succeeded", "job.failed")
 SECRET = "whsec_" + "c3RhdHVz" * 4
 ROUNDS = 10  # of each kind; in a short form fewer, so that a round is no smaller than the next line
@@ -40,12 +40,12 @@ SMALLEST_ROUND = 25  # jobs
 MAX_LOSS = 0.05  # share of the worker's throughput
 SURE_FROM = 500  # jobs of each kind: fewer say little about throughput
 PATIENCE_S = 120.0  # for a round, and for the last event
-TIMEOUT_S = 10.0  # of one delivery, as it is where nobody sets it
+TIMEOUT_S = 10.0  # of one delivery: the default
 
 
 @dataclass
 class Receivers:
-    """A healthy receiver, which remembers what it was told, and bad ones."""
+    """A healthy receiver, which records what it gets, and bad ones."""
 
     urls: dict[str, str] = field(default_factory=dict)  # kind -> URL
     received: list[tuple[dict[str, str], bytes]] = field(default_factory=list)  # headers and body
@@ -117,7 +117,7 @@ def attack(count: int, seed: int) -> Verdict:
     verdict.figures |= {
         "throughput_ratio": min(ratios.values()),
         "throughput_ratios": ratios,
-        "throughput_ratio_to_nobody": {kind: _ratio(rates[kind], rates[NOBODY]) for kind in KINDS[1:]},
+        "throughput_ratio_to_none": {kind: _ratio(rates[kind], rates[NO_RECEIVER]) for kind in KINDS[1:]},
         "jobs_per_s": {kind: round(statistics.median(some), 1) for kind, some in rates.items()},
     }
     if count >= SURE_FROM and min(ratios.values()) < 1 - MAX_LOSS:
@@ -228,7 +228,7 @@ def _count_received(receivers: Receivers) -> tuple[Counter[tuple[str, int]], int
 
 
 def _kept(ledger: RedisLedger, ids: Sequence[str]) -> int:
-    """How many of these jobs, of which nobody was told, have not three events in the outbox."""
+    """Count the jobs that have not three events in the outbox though none was delivered."""
     server: Any = ledger.server
     with server.redis.pipeline(transaction=False) as pipeline:
         for job_id in ids:

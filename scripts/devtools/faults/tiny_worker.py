@@ -6,8 +6,8 @@
 It starts in a second or two instead of ten, so that it can be killed hundreds of times. Everything but the
 network and what the backend says of its device is the product's own.
 
-The network kills its process when it is shown a poison picture, as a bug in native code would. A panic
-picture makes the thread that decodes it raise what is no Exception, as a library in Rust does.
+The network kills its process when it computes a poison image, as a bug in native code would. A panic
+image makes the thread that decodes it raise what is no Exception, as a library in Rust does.
 """
 
 import logging
@@ -28,19 +28,19 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.testing import TinyNetwork
 
 NETWORK = TinyNetwork.facts.name
-POISON = (255, 0, 255)  # a picture of nothing else
+POISON = (255, 0, 255)  # an image of this colour alone
 PANICS = (0, 255, 255)
-NEAR = 12  # so far a compressed picture may be from its colour
+NEAR = 12  # how far a compressed image may be from its colour
 KERAS_DOOR = "gradcam_worker.gradcam.backend"
 
 
 class Poisonable(TinyNetwork):
-    """Explains any picture but one."""
+    """Explains any image but one."""
 
     def compute(
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Computed:
-        """See `TinyNetwork.compute`; a poison picture is the end of the process."""
+        """See `TinyNetwork.compute`; a poison image kills the process."""
         away = np.abs(pixels.astype(np.int16) - np.array(POISON, np.int16))
         if (away.max((1, 2, 3)) < NEAR).any():
             os.kill(os.getpid(), signal.SIGKILL)
@@ -52,7 +52,7 @@ class Panic(BaseException):
 
 
 def panicking(decode: Callable[..., Decoded]) -> Callable[..., Decoded]:
-    """Decode any picture but one."""
+    """Decode any image but one."""
 
     def decoded(*args: Any, **options: Any) -> Decoded:
         found = decode(*args, **options)

@@ -1,4 +1,4 @@
-"""Makes a release, up to the upload, which is a person's: builds, looks inside, installs, runs the demo.
+"""Makes a release, except its upload: builds, inspects, installs, runs the demo.
 
     scripts/release               from a clean tree, whose CHANGELOG has a dated section of this version
     scripts/release --rehearse    from whatever there is
@@ -75,16 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         if not asked.rehearse:
-            clean_tree()
-            dated(changes(__version__))
+            require_clean_tree()
+            require_date(changes(__version__))
         built = build(ROOT, ROOT / "dist")
-        looked_at(built)
-        same_from_source(built)
+        inspect_archives(built)
+        require_reproducible(built)
         if not asked.only_build:
             with tempfile.TemporaryDirectory(prefix="gradcam-release-") as folder:
-                installed_client(built.wheel, Path(folder))
-                installed_worker(built.wheel, Path(folder))
-        sums(built)
+                check_client(built.wheel, Path(folder))
+                check_worker(built.wheel, Path(folder))
+        write_checksums(built)
     except NotReady as error:
         print(f"No release: {error}", file=sys.stderr)
         return 1
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def clean_tree() -> None:
+def require_clean_tree() -> None:
     """Raise NotReady unless everything is committed, and the version is new."""
     if changed := _git("status", "--porcelain"):
         message = f"the tree is not clean:\n{changed}"
@@ -117,7 +117,7 @@ def changes(version: str) -> str:
     return found.group()
 
 
-def dated(section: str) -> None:
+def require_date(section: str) -> None:
     """Raise NotReady unless the section says when it is released."""
     title = section.partition("\n")[0]
     if not re.fullmatch(r"## \S+, 20\d\d-\d\d-\d\d", title):
@@ -134,7 +134,7 @@ def build(source: Path, folder: Path) -> Built:
     return Built(folder / f"{NAME}-{__version__}-py3-none-any.whl", folder / f"{NAME}-{__version__}.tar.gz")
 
 
-def looked_at(built: Built) -> None:
+def inspect_archives(built: Built) -> None:
     """Raise NotReady with all that is missing in wheel or sdist, or should not be there."""
     wrong = [*wheel_findings(built.wheel), *sdist_findings(built.sdist)]
     if wrong:
@@ -178,7 +178,7 @@ def sdist_findings(sdist: Path) -> list[str]:
     ]
 
 
-def same_from_source(built: Built) -> None:
+def require_reproducible(built: Built) -> None:
     """Raise NotReady unless what is built from the sdist is what was built from the tree."""
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(built.sdist) as archive:
@@ -189,24 +189,24 @@ def same_from_source(built: Built) -> None:
             raise NotReady(message)
 
 
-def installed_client(wheel: Path, folder: Path) -> None:
+def check_client(wheel: Path, folder: Path) -> None:
     """Install the wheel alone; raise NotReady where it brings more than a client, or less."""
     python = environment(folder / "client", wheel)
     program = (
         f"import importlib, importlib.util; [importlib.import_module(one) for one in {CLIENT}]; "
         f"print(*[one for one in {HEAVY} if importlib.util.find_spec(one)])"
     )
-    heavy = _said([str(python), "-P", "-c", program], folder)
+    heavy = _output([str(python), "-P", "-c", program], folder)
     if heavy:
         message = f"the base install brings {heavy}"
         raise NotReady(message)
-    version = _said([str(python), "-P", "-c", f"import {NAME}; print({NAME}.__version__)"], folder)
+    version = _output([str(python), "-P", "-c", f"import {NAME}; print({NAME}.__version__)"], folder)
     if version != __version__:
         message = f"the installed version is {version}, not {__version__}"
         raise NotReady(message)
 
 
-def installed_worker(wheel: Path, folder: Path) -> None:
+def check_worker(wheel: Path, folder: Path) -> None:
     """Install the wheel with what a worker needs, and run the demo, in a folder that holds nothing else."""
     python = environment(folder / "worker", wheel, "cpu", "demo")
     (folder / "empty").mkdir()
@@ -217,7 +217,7 @@ def installed_worker(wheel: Path, folder: Path) -> None:
         raise NotReady(message)
 
 
-def sums(built: Built) -> None:
+def write_checksums(built: Built) -> None:
     """Write SHA256SUMS, for `sha256sum -c`."""
     lines = [
         f"{hashlib.sha256(one.read_bytes()).hexdigest()}  {one.name}\n" for one in (built.wheel, built.sdist)
@@ -237,7 +237,7 @@ def environment(venv: Path, wheel: Path, *extras: str) -> Path:
 
 
 def _outside() -> dict[str, str]:
-    """The environment of somebody who has never heard of this tree."""
+    """The environment without anything that leads to this tree."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -245,7 +245,7 @@ def _outside() -> dict[str, str]:
     }
 
 
-def _said(command: list[str], folder: Path) -> str:
+def _output(command: list[str], folder: Path) -> str:
     done = subprocess.run(command, cwd=folder, env=_outside(), check=True, capture_output=True, text=True)
     return done.stdout.strip()
 
