@@ -31,6 +31,7 @@ from pydantic_core import PydanticUndefined
 
 from devtools import ROOT
 from devtools.docs import field_meanings
+from devtools.docs.log_events import log_calls
 from gradcam_worker import errors
 from gradcam_worker.backfill.plan import Plan
 from gradcam_worker.cli.commands import gradcam
@@ -91,6 +92,18 @@ says how to turn it on.
 Every label has few values, all known beforehand. What cannot be known at the moment, because the ledger
 cannot be reached or there is no GPU, is absent, not zero. Metrics of the ledger are the same in every
 process: take their maximum, not their sum.
+"""
+LOG_EVENTS_INTRO = f"""\
+# Log events
+
+{NOTE}
+
+A log line of the package is the name of an event and its fields: `job_retry_scheduled delay_s=1.5
+error="..."`. Search for the name. With `GRADCAM_LOG_FORMAT=json` each line is an object that has the name as
+`event` and each field by its name; [Telemetry](../how-to/telemetry.md#logs) shows one. While a job runs, `job_id`,
+`attempt` and `trace_id` are added to every line.
+
+Names may change with a version; changes are in the changelog. Lines of libraries are sentences of their own.
 """
 WIRE_INTRO = f"""\
 # Wire formats
@@ -490,6 +503,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "command-line.md": command_line,
     "errors.md": error_codes,
     "metrics.md": metrics,
+    "log-events.md": log_events,
     "wire-formats.md": wire_formats,
 }
 
