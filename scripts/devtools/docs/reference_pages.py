@@ -99,13 +99,34 @@ LOG_EVENTS_INTRO = f"""\
 {NOTE}
 
 A log line of the package is the name of an event and its fields: `job_retry_scheduled delay_s=1.5
-error="..."`. Search for the name. With `GRADCAM_LOG_FORMAT=json` each line is an object that has the name as
-`event` and each field by its name; [Telemetry](../how-to/telemetry.md#logs) shows one. While a job runs, `job_id`,
-`attempt` and `trace_id` are added to every line.
+error="..."`. Search for the name. With `GRADCAM_LOG_FORMAT=json` each line is an object that has the name
+as `event` and each field by its name; [Telemetry](../how-to/telemetry.md#logs) shows one. While a job runs,
+`job_id`, `attempt` and `trace_id` are added to every line.
 
 Names may change with a version; changes are in the changelog. Lines of libraries are sentences of their own.
 """
 WIRE_INTRO = f"""\
+# Log events
+
+
+def log_events() -> str:
+    """docs/reference/log-events.md: every event that the package logs."""
+    rows: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
+    for call in log_calls():
+        fields, modules = rows.setdefault((call.event or "", call.level), ({}, {}))
+        fields.update(dict.fromkeys(call.fields))
+        modules[call.module] = None
+    table = _table(
+        "events",
+        ("event", "level", "fields", "module"),
+        (
+            (f"`{event}`", level, ", ".join(f"`{name}`" for name in fields), ", ".join(modules))
+            for (event, level), (fields, modules) in sorted(rows.items())
+        ),
+    )
+    return "\n".join([LOG_EVENTS_INTRO.rstrip(), *table]) + "\n"
+
+
 # Wire formats
 
 {NOTE}
