@@ -106,27 +106,6 @@ as `event` and each field by its name; [Telemetry](../how-to/telemetry.md#logs) 
 Names may change with a version; changes are in the changelog. Lines of libraries are sentences of their own.
 """
 WIRE_INTRO = f"""\
-# Log events
-
-
-def log_events() -> str:
-    """docs/reference/log-events.md: every event that the package logs."""
-    rows: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
-    for call in log_calls():
-        fields, modules = rows.setdefault((call.event or "", call.level), ({}, {}))
-        fields.update(dict.fromkeys(call.fields))
-        modules[call.module] = None
-    table = _table(
-        "events",
-        ("event", "level", "fields", "module"),
-        (
-            (f"`{event}`", level, ", ".join(f"`{name}`" for name in fields), ", ".join(modules))
-            for (event, level), (fields, modules) in sorted(rows.items())
-        ),
-    )
-    return "\n".join([LOG_EVENTS_INTRO.rstrip(), *table]) + "\n"
-
-
 # Wire formats
 
 {NOTE}
@@ -394,6 +373,27 @@ def _metric(one: MetricDefinition) -> tuple[str, ...]:
         for name, values in one.labels.items()
     ]
     return f"`{PREFIX}{one.name}`", one.kind, "; ".join(labels), one.help
+
+
+# Log events
+
+
+def log_events() -> str:
+    """docs/reference/log-events.md: every event that the package logs."""
+    rows: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
+    for call in log_calls():
+        fields, modules = rows.setdefault((call.event or "", call.level), ({}, {}))
+        fields.update(dict.fromkeys(call.fields))
+        modules[call.module] = None
+    table = _table(
+        "events",
+        ("event", "level", "fields", "module"),
+        (
+            (f"`{event}`", level, ", ".join(f"`{name}`" for name in fields), ", ".join(modules))
+            for (event, level), (fields, modules) in sorted(rows.items())
+        ),
+    )
+    return "\n".join([LOG_EVENTS_INTRO.rstrip(), *table]) + "\n"
 
 
 # Wire formats
