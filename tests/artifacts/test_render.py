@@ -8,7 +8,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from gradcam_worker.execution.pipeline import JobContext, run_job
+from gradcam_worker.execution.attempt import JobContext
+from gradcam_worker.execution.pipeline import run_job
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import Job

@@ -26,7 +26,8 @@ from gradcam_worker.errors import InvalidInput
 from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.operations import servers
 from gradcam_worker.schemas.job import ImageRef
-from gradcam_worker.schemas.shard import Row, parse
+from gradcam_worker.schemas.shard import Row
+from gradcam_worker.schemas.work import parse
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import NO_DEADLINE, S3
 

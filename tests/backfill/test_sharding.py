@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from gradcam_worker.backfill.sharding import MAX_ROWS_BYTES, cut_shards
-from gradcam_worker.schemas.shard import Row, Shard, parse
+from gradcam_worker.schemas.shard import Row, Shard
+from gradcam_worker.schemas.work import parse
 from gradcam_worker.settings import Settings
 from tests.backfill.plans import SHA, plan
 

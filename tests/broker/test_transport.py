@@ -12,7 +12,7 @@ import redis
 from gradcam_worker.broker import app as broker
 from gradcam_worker.broker import publisher
 from gradcam_worker.broker.publisher import INTERACTIVE, SHARDS, Publisher
-from gradcam_worker.schemas import shard
+from gradcam_worker.schemas import work
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.settings import Settings
 
@@ -95,7 +95,7 @@ def publish(settings: Settings) -> Publish:
 def test_a_process_has_so_many_shards_in_hand_and_takes_whatever_else_comes(
     publish: Publish, consumer: Consumer, settings: Settings
 ) -> None:
-    shards = publish(shard.ROUTE, 7)
+    shards = publish(work.ROUTE, 7)
     assert consumer.turns() == shards[:2]
     urgent = publish("normal", 1)
     assert consumer.turns() == [*shards[:2], *urgent]
@@ -105,14 +105,14 @@ def test_a_process_has_so_many_shards_in_hand_and_takes_whatever_else_comes(
     assert consumer.turns() == [*urgent, *shards[2:4]]
     consumer.acknowledge(consumer.shards[0])
     assert consumer.turns() == [*urgent, shards[3], shards[4]]
-    assert Publisher(settings).queue_length(shard.ROUTE) == 2
+    assert Publisher(settings).queue_length(work.ROUTE) == 2
     assert consumer.most == IN_HAND
 
 
 def test_whoever_is_urgent_may_have_every_place_and_shards_wait_until_one_is_free(
     publish: Publish, consumer: Consumer
 ) -> None:
-    shards, urgent = publish(shard.ROUTE, 3), publish("normal", THREADS + IN_HAND + 1)
+    shards, urgent = publish(work.ROUTE, 3), publish("normal", THREADS + IN_HAND + 1)
     assert consumer.turns() == urgent[:-1]
     consumer.acknowledge(*consumer.held[:2])
     assert consumer.turns() == [*urgent[2:], shards[0]]
@@ -122,12 +122,12 @@ def test_whoever_is_urgent_may_have_every_place_and_shards_wait_until_one_is_fre
 
 
 def test_bulk_goes_before_shards_and_is_not_held_up_by_them(publish: Publish, consumer: Consumer) -> None:
-    shards, bulk = publish(shard.ROUTE, 3), publish("bulk", 2)
+    shards, bulk = publish(work.ROUTE, 3), publish("bulk", 2)
     assert consumer.turns() == [*bulk, *shards[:2]]
 
 
 def test_a_shard_that_is_put_back_leaves_its_place(publish: Publish, consumer: Consumer) -> None:
-    shards = publish(shard.ROUTE, 3)
+    shards = publish(work.ROUTE, 3)
     assert consumer.turns() == shards[:2]
     back = consumer.shards[0]
     back.reject(requeue=True)
@@ -137,7 +137,7 @@ def test_a_shard_that_is_put_back_leaves_its_place(publish: Publish, consumer: C
 
 
 def test_a_lost_connection_gives_all_places_back(app: Any, publish: Publish, settings: Settings) -> None:
-    shards = publish(shard.ROUTE, 5)
+    shards = publish(work.ROUTE, 5)
     first = Consumer(app)
     assert first.turns() == shards[:2]
     with redis.Redis.from_url(settings.broker_url) as server:
@@ -244,7 +244,7 @@ def test_a_server_that_has_forgotten_the_script_is_told_it_again(
 def test_without_a_limit_there_is_none(settings: Settings, publish: Publish) -> None:
     app = broker.make_app(settings.model_copy(update={"threads": THREADS, "shards": IN_HAND}))
     app.conf.broker_transport_options["unacknowledged_limits"] = {}
-    shards = publish(shard.ROUTE, 4)
+    shards = publish(work.ROUTE, 4)
     one = Consumer(app, (INTERACTIVE, SHARDS))
     assert one.turns() == shards
     one.connection.release()

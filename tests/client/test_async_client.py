@@ -198,7 +198,7 @@ def test_who_leaves_is_told_nothing_more(client: AsyncGradcamClient, ledger: Red
         stays = asyncio.create_task(client.wait(job_id, WAIT_S))
         await waits_until(lambda: subscribed(ledger, job_id), "the subscription")
         leaves = asyncio.create_task(follow(job_id))
-        watched = client.client.waiter._poller._watched[job_id].listeners
+        watched = client.client.waiter._poller._watched[job_id].subscribers
         await waits_until(lambda: len(watched) == 2, "the second listener")
         if leave == "cancel":
             leaves.cancel()

@@ -24,7 +24,8 @@ from gradcam_worker.errors import (
     StorageUnavailable,
     UnknownJob,
 )
-from gradcam_worker.execution.pipeline import JobContext, run_job
+from gradcam_worker.execution.attempt import JobContext
+from gradcam_worker.execution.pipeline import run_job
 from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.ledger.state_machine import next_revision

@@ -15,7 +15,7 @@ from gradcam_worker.cli.commands import gradcam
 from gradcam_worker.observability.gpu import DeviceUse
 from gradcam_worker.observability.prometheus import Metrics
 from gradcam_worker.observability.queue_depths import QueueDepths
-from gradcam_worker.schemas.shard import ROUTES
+from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.settings import Settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

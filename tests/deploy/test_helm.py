@@ -15,7 +15,7 @@ from devtools.deploy_checks import helm, scaling, tools, wiring
 from devtools.deploy_checks.scaling import Scaler, Work
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.schemas.job import Job
-from gradcam_worker.schemas.shard import ROUTES
+from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.settings import Settings
 
 CHART = helm.CHART

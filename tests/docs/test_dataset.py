@@ -20,7 +20,7 @@ from numpy.testing import assert_allclose
 from gradcam_worker import testing
 from gradcam_worker.artifacts.dataset import schema
 from gradcam_worker.execution import shards
-from gradcam_worker.execution.pipeline import JobContext
+from gradcam_worker.execution.attempt import JobContext
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.ids import new_id

@@ -20,9 +20,9 @@ from gradcam_worker.errors import (
     UnknownJob,
     WorkerUnfit,
 )
+from gradcam_worker.execution.attempt import Progress
 from gradcam_worker.execution.handler import Disposition, JobHandler, _ProgressWriter
 from gradcam_worker.execution.leases import LeaseManager
-from gradcam_worker.execution.pipeline import Progress
 from gradcam_worker.images import fetch
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker

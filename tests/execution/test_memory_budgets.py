@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from gradcam_worker.errors import ImageTooLarge, JobTimeout
-from gradcam_worker.execution.pipeline import JobContext, run_job
+from gradcam_worker.execution.attempt import JobContext
+from gradcam_worker.execution.pipeline import run_job
 from gradcam_worker.images.fetch import FetchedBytes, UriFetcher
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.resilience.budget import Budgets, ResourceBudget

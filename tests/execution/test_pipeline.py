@@ -21,7 +21,8 @@ from gradcam_worker.errors import (
     UnknownLayer,
     UnknownNetwork,
 )
-from gradcam_worker.execution.pipeline import JobContext, JobResult, run_job
+from gradcam_worker.execution.attempt import JobContext, JobResult
+from gradcam_worker.execution.pipeline import run_job
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.explain import explain_image

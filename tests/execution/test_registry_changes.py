@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import NetworkIncompatible, UnknownNetwork
-from gradcam_worker.execution.pipeline import JobContext, JobResult, run_job
+from gradcam_worker.execution.attempt import JobContext, JobResult
+from gradcam_worker.execution.pipeline import run_job
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.models.registry import Registry

@@ -36,7 +36,7 @@ from gradcam_worker.errors import (
     WeightsChecksumMismatch,
 )
 from gradcam_worker.execution import pipeline, shards
-from gradcam_worker.execution.pipeline import JobContext, JobResult, Progress
+from gradcam_worker.execution.attempt import JobContext, JobResult, Progress
 from gradcam_worker.gradcam.decoding.decode import Decoded, decode
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network
 from gradcam_worker.images.fetch import FetchedBytes, UriFetcher
@@ -45,8 +45,9 @@ from gradcam_worker.resilience.budget import Budgets, ResourceBudget
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.runtime import service_factory
 from gradcam_worker.schemas.job import ImageRef, Job
-from gradcam_worker.schemas.shard import READERS, Row, Shard, data_key, parse
+from gradcam_worker.schemas.shard import READERS, Row, Shard, data_key
 from gradcam_worker.schemas.status import Problem, RowSearch, RowState
+from gradcam_worker.schemas.work import parse
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.filesystem import Object
 from gradcam_worker.storage.s3 import S3

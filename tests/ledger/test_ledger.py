@@ -234,7 +234,7 @@ def test_a_waiting_job_is_cancelled_at_once_and_never_starts(ledger: Ledger, job
     document = ledger.cancel(job.id)
     assert (document.status, document.error and document.error.code) == ("canceled", "canceled")
     assert document.cancel_requested_at is not None
-    assert claim(ledger, job).outcome is ClaimOutcome.FINISHED
+    assert claim(ledger, job).outcome is ClaimOutcome.ALREADY_FINAL
     assert ledger.claim_fresh(job, document.created_at, WORKER) is None
     assert ledger.cancel(job.id) == document
     assert ledger.count_jobs() == (0, 0)
@@ -325,7 +325,7 @@ def test_a_final_job_cannot_be_reopened(ledger: Ledger, job: Job) -> None:
     final = ledger.advance(document, status="failed")
     assert final.completed_at is not None
     assert final.stage is None
-    assert claim(ledger, job).outcome is ClaimOutcome.FINISHED
+    assert claim(ledger, job).outcome is ClaimOutcome.ALREADY_FINAL
     with pytest.raises(AttemptFenced):
         ledger.advance(document, status="succeeded")
     assert ledger.read(job.id) == final
@@ -363,7 +363,7 @@ def test_a_job_that_never_ends_is_failed_after_its_attempts(ledger: Ledger, job:
 def test_an_expired_job_is_not_started(ledger: Ledger, job: Job) -> None:
     late = job.model_copy(update={"expires_at": utc_now() - timedelta(seconds=1)})
     taken = claim(ledger, late)
-    assert (taken.outcome, taken.document.status) == (ClaimOutcome.ENDED, "expired")
+    assert (taken.outcome, taken.document.status) == (ClaimOutcome.ENDED_BY_CLAIM, "expired")
     assert taken.document.error is not None
     assert taken.document.error.code == "expired"
 
@@ -497,7 +497,7 @@ def test_the_content_of_a_final_job_is_kept_only_if_it_failed(ledger: Ledger, jo
     assert ledger.submit(with_key(job, "k")).id == keyed.id, "it is still known by its fingerprint"
     again, document = ledger.get_or_create(keyed.id, keyed.model_dump(mode="json"))
     assert (again is None, document.status) == (status != "failed", status)
-    assert ledger.claim(document, WORKER).outcome is ClaimOutcome.FINISHED
+    assert ledger.claim(document, WORKER).outcome is ClaimOutcome.ALREADY_FINAL
 
 
 def test_the_urls_of_a_final_job_are_not_in_redis(settings: Settings, job: Job) -> None:

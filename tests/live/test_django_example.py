@@ -247,7 +247,9 @@ def delivery(document: StatusDocument, secret: str = SECRET, age_s: float = 0) -
     """A webhook's body and headers."""
     body = StatusEvent(type=f"gradcam.job.{document.status}", timestamp=utc_now(), data=document).to_json()
     sent_at = utc_now() - timedelta(seconds=age_s)
-    return body, webhook_signing.headers((secret,), f"msg_{document.id}_{document.revision}", sent_at, body)
+    return body, webhook_signing.signed_headers(
+        (secret,), f"msg_{document.id}_{document.revision}", sent_at, body
+    )
 
 
 def test_only_a_signed_fresh_and_later_webhook_changes_a_row(site: Site) -> None:
@@ -273,7 +275,7 @@ def test_only_a_signed_fresh_and_later_webhook_changes_a_row(site: Site) -> None
     ]
     assert [site.post(*one) for one in bad] == [401] * len(bad)
     body = '{"type": "gradcam.job.succeeded"}'
-    assert site.post(body, webhook_signing.headers((SECRET,), "msg_1", utc_now(), body)) == 401, (
+    assert site.post(body, webhook_signing.signed_headers((SECRET,), "msg_1", utc_now(), body)) == 401, (
         "signed, but no event"
     )
     assert httpx.get(f"{site.url}/gradcam/").status_code == 405

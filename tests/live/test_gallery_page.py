@@ -20,7 +20,7 @@ from gradcam_worker import testing
 from gradcam_worker.audit.gallery import GalleryOptions, gallery
 from gradcam_worker.audit.statistics import read_statistics
 from gradcam_worker.execution import shards
-from gradcam_worker.execution.pipeline import JobContext
+from gradcam_worker.execution.attempt import JobContext
 from gradcam_worker.gradcam.classes import ClassIndex, Label
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, encode, overlay

@@ -18,7 +18,7 @@ import redis
 import redis.exceptions
 
 from gradcam_worker.broker import publisher
-from gradcam_worker.schemas import shard, strict_json
+from gradcam_worker.schemas import strict_json, work
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
@@ -230,7 +230,7 @@ def test_the_lists_are_those_that_workers_look_into() -> None:
     [lists] = [one for one in ast.parse(PLAIN).body if ast.unparse(one).startswith("LISTS")]
     assert isinstance(lists, ast.Assign)
     found = ast.literal_eval(lists.value)
-    routes = {name: route for name, route in publisher.ROUTES.items() if name != shard.ROUTE}
+    routes = {name: route for name, route in publisher.ROUTES.items() if name != work.ROUTE}
     assert list(found) == PRIORITIES == list(routes)
     for name, (queue, number) in routes.items():
         assert found[name] == (f"{queue}{publisher.SEPARATOR}{number}" if number else queue, number)

@@ -21,8 +21,8 @@ from gradcam_worker.observability.queue_depths import QueueDepths
 from gradcam_worker.operations import console as terminal
 from gradcam_worker.operations import top
 from gradcam_worker.schemas.job import Priority
-from gradcam_worker.schemas.shard import ROUTES
 from gradcam_worker.schemas.status import Problem, WorkerRef
+from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.settings import Settings
 
 HEALTH = {"device": "NVIDIA H100 80GB HBM3", "since": "2026-11-01T00:00:00+00:00", "running": 3}

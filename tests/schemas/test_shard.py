@@ -7,8 +7,9 @@ import pytest
 from gradcam_worker.errors import InvalidJob, InvalidRow
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.job import Job, Webhook
-from gradcam_worker.schemas.shard import MAX_ROWS, ROUTE, Row, Shard, Terms, parse, terms_of
+from gradcam_worker.schemas.shard import MAX_ROWS, Row, Shard
 from gradcam_worker.schemas.status import Problem
+from gradcam_worker.schemas.work import ROUTE, Terms, parse, terms_of
 
 FIELDS: dict[str, Any] = {
     "schema": "gradcam.shard/v1",

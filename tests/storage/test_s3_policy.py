@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from gradcam_worker.errors import ImageForbidden, StorageUnavailable
-from gradcam_worker.execution.pipeline import JobContext, run_job
+from gradcam_worker.execution.attempt import JobContext
+from gradcam_worker.execution.pipeline import run_job
 from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.operations import doctor
 from gradcam_worker.resilience.deadline import Deadline

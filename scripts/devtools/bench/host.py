@@ -20,7 +20,8 @@ from devtools.bench.simulated_network import SimulatedNetwork
 from devtools.bench.timing import Variant, interleave
 from gradcam_worker.artifacts import artifacts
 from gradcam_worker.artifacts.render import RenderResult, render
-from gradcam_worker.execution.pipeline import JobContext, run_job
+from gradcam_worker.execution.attempt import JobContext
+from gradcam_worker.execution.pipeline import run_job
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.classes import DATA

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from devtools.bench import simulated_network
 from gradcam_worker.artifacts import dataset
-from gradcam_worker.execution import pipeline, shards
-from gradcam_worker.execution.pipeline import JobContext, JobResult
+from gradcam_worker.execution import shards
+from gradcam_worker.execution.attempt import JobContext, JobResult, admit
 from gradcam_worker.execution.services import Services
 from gradcam_worker.runtime import worker_process
 from gradcam_worker.schemas.shard import DATASET, Shard, data_key
@@ -30,7 +30,7 @@ GRID = (7, 7)
 
 def at_once(shard: Shard, services: Services, context: JobContext) -> JobResult:
     """In place of `gradcam_worker.execution.shards.run_shard`."""
-    store = pipeline.admit(shard, services)
+    store = admit(shard, services)
     context.deadline.check("explain")
     data, key = table(shard), data_key(shard.key)
     (uri,) = store.put_many([(key, data, dataset.MEDIA_TYPE)], context.deadline)

@@ -21,7 +21,7 @@ from devtools.deploy_checks import tools, wiring
 from devtools.deploy_checks.scaling import Scaler
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.runtime import supervisor
-from gradcam_worker.schemas.shard import ROUTE, ROUTES
+from gradcam_worker.schemas.work import ROUTE, ROUTES
 from gradcam_worker.settings import Settings
 
 CHART = ROOT / "deploy" / "helm" / "gradcam"

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gradcam_worker.schemas.shard import ROUTE as SHARD
-from gradcam_worker.schemas.shard import ROUTES
+from gradcam_worker.schemas.work import ROUTE as SHARD
+from gradcam_worker.schemas.work import ROUTES
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from gradcam_worker import testing
 from gradcam_worker.audit.gallery import GalleryOptions, gallery
 from gradcam_worker.cli.main import main as gradcam
 from gradcam_worker.execution import shards
-from gradcam_worker.execution.pipeline import JobContext
+from gradcam_worker.execution.attempt import JobContext
 from gradcam_worker.gradcam import explain_image, load_network
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import Limits, decode

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from gradcam_worker.errors import LedgerUnavailable, UnknownJob
 from gradcam_worker.ledger.ledger import Ledger
-from gradcam_worker.schemas.earlier import row_state
+from gradcam_worker.schemas.legacy_rows import row_state
 from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.text.log_events import EventLogger

@@ -41,7 +41,7 @@ RECORD_TTL_S = 7 * 86_400  # after the last renewal
 
 
 @dataclass(kw_only=True)
-class RenewLease(LuaScript[tuple[int, int, int, str, str, str]], file="renew_lease"):
+class RenewBackfillLease(LuaScript[tuple[int, int, int, str, str, str]], file="renew_backfill_lease"):
     """Renew a lease.
 
     Returns whether it is held, the number of running backfills, whether a cancel is requested, facts, shards,
@@ -145,7 +145,7 @@ class RedisBackfillRegistry:
     ) -> LeaseStatus:
         """See `BackfillRegistry.renew`."""
         held, running, cancel, facts_before, shards_before, token = self._server.run(
-            RenewLease(
+            RenewBackfillLease(
                 output=_output_key(output),
                 owner=owner,
                 facts=json.dumps(facts),

@@ -24,7 +24,7 @@ from gradcam_worker.backfill.registry import BackfillLease, BackfillRegistry
 from gradcam_worker.errors import BackfillConflict, BackfillStopped, InvalidInput, LedgerUnavailable
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.resilience.prefetch import Prefetcher
-from gradcam_worker.schemas.earlier import row_state
+from gradcam_worker.schemas.legacy_rows import row_state
 from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.text.log_events import EventLogger

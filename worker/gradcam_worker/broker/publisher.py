@@ -14,8 +14,7 @@ from typing import Any
 from gradcam_worker.broker import envelope
 from gradcam_worker.errors import BrokerUnavailable
 from gradcam_worker.ledger.redis.client import RedisClients
-from gradcam_worker.schemas import shard
-from gradcam_worker.schemas.shard import Work, terms_of
+from gradcam_worker.schemas.work import ROUTE, Work, terms_of
 from gradcam_worker.settings import Settings
 
 # The names on the wire.
@@ -33,7 +32,7 @@ ROUTES = {
     "normal": (INTERACTIVE, 3),
     "low": (INTERACTIVE, 6),
     "bulk": (BULK, 9),
-    shard.ROUTE: (SHARDS, 9),
+    ROUTE: (SHARDS, 9),
 }
 SEPARATOR = "\x06\x16"  # kombu's, between a queue's name and a priority's number
 

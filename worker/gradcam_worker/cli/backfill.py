@@ -15,7 +15,8 @@ from gradcam_worker.cli.options import explanation_options, json_option
 from gradcam_worker.errors import InvalidJob, UnknownNetwork
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.model import describe
-from gradcam_worker.schemas.shard import MAX_ROWS, ROUTE
+from gradcam_worker.schemas.shard import MAX_ROWS
+from gradcam_worker.schemas.work import ROUTE
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted
 

@@ -99,10 +99,10 @@ class AsyncGradcamClient:
         """See `GradcamClient.stream`. To leave the loop early, use `contextlib.aclosing`."""
         loop, woken, waiter = asyncio.get_running_loop(), asyncio.Event(), self.client.waiter
         wake = functools.partial(loop.call_soon_threadsafe, woken.set)
-        listener = Subscription(job_id, wake, timeout_s)
-        listener.notify(await self._call(functools.partial(waiter.read, listener.job_id)))
+        subscription = Subscription(job_id, wake, timeout_s)
+        subscription.notify(await self._call(functools.partial(waiter.read, subscription.job_id)))
         try:
-            with closing(waiter.follow(listener)) as steps:
+            with closing(waiter.follow(subscription)) as steps:
                 for step in steps:
                     if isinstance(step, StatusDocument):
                         yield step

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from selectors import EVENT_READ, DefaultSelector
 from socket import socket, socketpair
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from gradcam_worker.errors import InternalError, LedgerUnavailable
 from gradcam_worker.ledger.ledger import Ledger
@@ -27,6 +27,7 @@ IDLE_BEFORE_END_S = 30.0  # without anybody who waits, before the thread ends
 READ_AT_ONCE = 500  # jobs read in one round trip
 CLOSE_TIMEOUT_S = 1.0  # the thread may be waiting for an answer of the ledger
 
+U = TypeVar("U")
 StatusUpdate = StatusDocument | Exception  # a job's document, or why it could not be read
 
 
@@ -38,8 +39,8 @@ class Subscriber(Protocol):
     def notify(self, update: StatusUpdate) -> None:
         """Receive an update. Raises RuntimeError where the receiver is gone."""
 
-    def end(self, update: StatusUpdate) -> None:
-        """Receive the last update."""
+    def end(self, error: Exception) -> None:
+        """Receive why there are no more updates."""
 
 
 @dataclass
@@ -49,7 +50,7 @@ class WatchedJob:
     since: float  # the last subscriber was added
     due: float  # the next read
     pushed: bool = False  # whether the ledger pushes its changes
-    listeners: set[Subscriber] = field(default_factory=set)
+    subscribers: set[Subscriber] = field(default_factory=set)
 
     def pause_s(self, now: float) -> float:
         """Seconds until the next read, unless a change is pushed."""
@@ -84,37 +85,37 @@ class StatusPoller:
         except Exception as error:  # noqa: BLE001  # it is raised where the job is waited for
             return error
 
-    def add(self, listener: Subscriber) -> None:
+    def add(self, subscriber: Subscriber) -> None:
         """Notify a subscriber of its job's updates from now on; the job is read at once."""
         with self._lock:
             now = time.monotonic()
-            watched = self._watched.get(listener.job_id)
+            watched = self._watched.get(subscriber.job_id)
             if not watched:
-                watched = self._watched[listener.job_id] = WatchedJob(now, now)
-                self._to_subscribe.add(listener.job_id)
-                self._to_unsubscribe.discard(listener.job_id)
+                watched = self._watched[subscriber.job_id] = WatchedJob(now, now)
+                self._to_subscribe.add(subscriber.job_id)
+                self._to_unsubscribe.discard(subscriber.job_id)
             watched.since = now
             watched.due = now if watched.pushed else now + POLL_FIRST_S
-            watched.listeners.add(listener)
+            watched.subscribers.add(subscriber)
             self._next_due = min(self._next_due, watched.due)
             if not self._thread:
                 self._start()
             self._wake()
 
-    def remove(self, listener: Subscriber) -> None:
+    def remove(self, subscriber: Subscriber) -> None:
         """Notify a subscriber no more."""
         with self._lock:
-            watched = self._watched.get(listener.job_id)
+            watched = self._watched.get(subscriber.job_id)
             if not watched:
                 return
-            watched.listeners.discard(listener)
-            if watched.listeners:
+            watched.subscribers.discard(subscriber)
+            if watched.subscribers:
                 return
-            del self._watched[listener.job_id]
-            if listener.job_id in self._to_subscribe:
-                self._to_subscribe.discard(listener.job_id)
+            del self._watched[subscriber.job_id]
+            if subscriber.job_id in self._to_subscribe:
+                self._to_subscribe.discard(subscriber.job_id)
             else:
-                self._to_unsubscribe.add(listener.job_id)
+                self._to_unsubscribe.add(subscriber.job_id)
             self._idle_until = time.monotonic() + IDLE_BEFORE_END_S
             self._wake()
 
@@ -168,14 +169,16 @@ class StatusPoller:
 
     def _end(self, why: Exception) -> None:
         with self._lock:
-            listeners = [listener for watched in self._watched.values() for listener in watched.listeners]
+            subscribers = [
+                subscriber for watched in self._watched.values() for subscriber in watched.subscribers
+            ]
             self._watched, self._to_subscribe, self._to_unsubscribe = {}, set(), set()
             self._next_due, self._thread = math.inf, None
             if self._changes:
                 self._changes.close()
             self._close_wakeup()
-        for listener in listeners:
-            self._deliver(listener, listener.end, why)
+        for subscriber in subscribers:
+            self._deliver(subscriber, subscriber.end, why)
 
     def _listen(self) -> set[str]:
         """The jobs to read now: they have changed, or their changes are pushed from now on."""
@@ -230,11 +233,11 @@ class StatusPoller:
                     failed = isinstance(update, LedgerUnavailable)
                     watched.due = now + (POLL_LAST_S if failed else watched.pause_s(now))
                     self._next_due = min(self._next_due, watched.due)
-                    deliveries += [(listener, update) for listener in watched.listeners]
+                    deliveries += [(subscriber, update) for subscriber in watched.subscribers]
             if any_due:
                 self._next_due = min((watched.due for watched in self._watched.values()), default=math.inf)
-        for listener, update in deliveries:
-            self._deliver(listener, listener.notify, update)
+        for subscriber, update in deliveries:
+            self._deliver(subscriber, subscriber.notify, update)
 
     def _read(self, ids: list[str]) -> dict[str, StatusUpdate]:
         try:
@@ -245,13 +248,11 @@ class StatusPoller:
             documents = {}
         return {job_id: documents.get(job_id) or self.read(job_id) for job_id in ids}
 
-    def _deliver(
-        self, listener: Subscriber, receive: Callable[[StatusUpdate], None], update: StatusUpdate
-    ) -> None:
+    def _deliver(self, subscriber: Subscriber, receive: Callable[[U], None], update: U) -> None:
         try:
             receive(update)
         except RuntimeError:  # the subscriber's event loop is closed
-            self.remove(listener)
+            self.remove(subscriber)
 
     def _sleep(self) -> None:
         """Sleep until a change is pushed, the thread is woken, or a job is due."""

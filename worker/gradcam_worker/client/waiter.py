@@ -61,10 +61,13 @@ class Subscription:
             if update.revision <= self._revision and not update.final:
                 return
             self._revision = update.revision
-        self.end(update)
+        self._deliver(update)
 
-    def end(self, update: StatusUpdate) -> None:
-        """Keep an update and wake the subscriber."""
+    def end(self, error: Exception) -> None:
+        """End the subscription with an error."""
+        self._deliver(error)
+
+    def _deliver(self, update: StatusUpdate) -> None:
         self._updates.append(update)
         self._wake()
 
@@ -112,10 +115,10 @@ class JobWaiter:
     def stream(self, job_id: str, timeout_s: float | None = None) -> Iterator[StatusDocument]:
         """See `gradcam_worker.client.client.GradcamClient.stream`."""
         woken = threading.Event()
-        listener = Subscription(job_id, woken.set, timeout_s)
-        listener.notify(self.read(listener.job_id))
+        subscription = Subscription(job_id, woken.set, timeout_s)
+        subscription.notify(self.read(subscription.job_id))
         try:
-            with closing(self.follow(listener)) as steps:
+            with closing(self.follow(subscription)) as steps:
                 for step in steps:
                     if isinstance(step, StatusDocument):
                         yield step
@@ -138,11 +141,11 @@ class JobWaiter:
         """Read a job once, in the calling thread."""
         return self._poller.read(job_id)
 
-    def follow(self, listener: Subscription) -> Generator[StatusDocument | float, None, None]:
+    def follow(self, subscription: Subscription) -> Generator[StatusDocument | float, None, None]:
         """Follow a job to its end.
 
         Args:
-            listener: It has been notified of the job's present state.
+            subscription: It has been notified of the job's present state.
 
         Yields:
             Each new document, the final one last; between them, seconds to sleep unless woken.
@@ -155,22 +158,22 @@ class JobWaiter:
         document, subscribed = None, False
         try:
             while True:
-                update = listener.pop()
+                update = subscription.pop()
                 if update:
                     document = update
                     yield update
                     if update.final:
                         return
-                elif not (left_s := listener.left_s()):
-                    raise listener.timeout_error(document)
+                elif not (left_s := subscription.left_s()):
+                    raise subscription.timeout_error(document)
                 elif subscribed:
                     yield left_s
                 else:
-                    self._poller.add(listener)
+                    self._poller.add(subscription)
                     subscribed = True
         finally:
             if subscribed:
-                self._poller.remove(listener)
+                self._poller.remove(subscription)
 
     def close(self) -> None:
         """End the thread and its connection; all waits end with LedgerUnavailable."""

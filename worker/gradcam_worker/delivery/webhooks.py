@@ -77,7 +77,7 @@ class Webhooks:
             raise StatusUnavailable(message)
         secrets = self._secrets[secret_ref] if secret_ref is not None else ()
         body, shortened = make_body(event)
-        headers = webhook_signing.headers(secrets, message_id, utc_now(), body)
+        headers = webhook_signing.signed_headers(secrets, message_id, utc_now(), body)
         headers |= tracing.propagation_headers()
         if shortened:
             headers["gradcam-shortened"] = ", ".join(shortened)

@@ -29,8 +29,8 @@ from gradcam_worker.errors import (
     WorkerUnfit,
 )
 from gradcam_worker.execution import pipeline, shards
+from gradcam_worker.execution.attempt import JobContext, Progress
 from gradcam_worker.execution.leases import LeaseManager
-from gradcam_worker.execution.pipeline import JobContext, Progress
 from gradcam_worker.execution.services import Services
 from gradcam_worker.ledger.ledger import ClaimOutcome, Ledger
 from gradcam_worker.ledger.state_machine import is_suspected
@@ -42,11 +42,12 @@ from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.gate import ExclusiveGate
 from gradcam_worker.resilience.retry import HALF_OR_MORE, RetryPolicy
 from gradcam_worker.resilience.stall import StallDetector
-from gradcam_worker.schemas.earlier import row_state
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import ID_PATTERN, Job
-from gradcam_worker.schemas.shard import Shard, Work, parse, terms_of
+from gradcam_worker.schemas.legacy_rows import row_state
+from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.schemas.status import Problem, StatusDocument, WorkerRef
+from gradcam_worker.schemas.work import Work, parse, terms_of
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.log_events import EventLogger
 
@@ -185,7 +186,7 @@ class JobHandler:
         if claim.outcome is ClaimOutcome.CHANGED:
             return None
         log.info("job_claim_refused", job_id=job.id, status=claim.document.status)
-        return Disposition.FINISHED if claim.outcome is ClaimOutcome.ENDED else Disposition.DROP
+        return Disposition.FINISHED if claim.outcome is ClaimOutcome.ENDED_BY_CLAIM else Disposition.DROP
 
     def _read(self, kind: Kind, payload: object) -> Work:
         """Parse a message that holds the whole job. Backfills send ids of shards in the ledger only."""

@@ -19,7 +19,7 @@ from gradcam_worker.schemas.status import StatusDocument
 
 RENEWALS_PER_LEASE = 3  # so that two renewals in a row may fail
 MAX_RENEWAL_INTERVAL_S = 1.0  # a renewal is also how a job learns that it was cancelled
-WRITE_PROGRESS_INTERVAL_S = 0.25  # for progress that the threads of the jobs left pending
+PENDING_PROGRESS_INTERVAL_S = 0.25  # for progress that the threads of the jobs left pending
 
 
 class LeaseManager:
@@ -148,4 +148,4 @@ class LeaseManager:
 
     def _pause_s(self) -> float:
         left_s = max(self._due_s - time.monotonic(), 0)
-        return min(left_s, WRITE_PROGRESS_INTERVAL_S) if self._ledger_reached else left_s
+        return min(left_s, PENDING_PROGRESS_INTERVAL_S) if self._ledger_reached else left_s

@@ -24,7 +24,7 @@ from gradcam_worker.errors import (
     StorageUnavailable,
     UnknownLayer,
 )
-from gradcam_worker.execution.pipeline import JobContext
+from gradcam_worker.execution.attempt import JobContext
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.imaging.region import hot_box

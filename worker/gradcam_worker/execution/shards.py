@@ -29,8 +29,7 @@ from gradcam_worker.errors import (
     WeightsChecksumMismatch,
     WorkerLost,
 )
-from gradcam_worker.execution import pipeline
-from gradcam_worker.execution.pipeline import JobContext, JobResult, Progress
+from gradcam_worker.execution.attempt import JobContext, JobResult, Progress, admit
 from gradcam_worker.execution.services import Services
 from gradcam_worker.execution.shard_rows import SHARD_ERRORS, LoadedImage, ShardRows
 from gradcam_worker.gradcam.explain import Explanation
@@ -38,7 +37,7 @@ from gradcam_worker.gradcam.network import Method, Network
 from gradcam_worker.inference.model_cache import GREY
 from gradcam_worker.observability.logs import ContextThreadPool
 from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.earlier import metrics_of_failed, stage_of_progress
+from gradcam_worker.schemas.legacy_rows import metrics_of_failed, stage_of_progress
 from gradcam_worker.schemas.shard import READERS, Shard, data_key, failed_key
 from gradcam_worker.schemas.status import ManifestRef, NetworkRef, Problem, RowSearch, RowState
 from gradcam_worker.storage.stores import Object, Store
@@ -69,7 +68,7 @@ def run_shard(shard: Shard, services: Services, context: JobContext) -> JobResul
         GradcamError: The shard failed. An error of a single row does not fail its shard: see
             `gradcam_worker.execution.shard_rows`.
     """
-    store = pipeline.admit(shard, services)
+    store = admit(shard, services)
     key = data_key(shard.key)
     existing = _existing_file(shard, store, key, context.deadline)
     if existing is not None and not shard.keep:

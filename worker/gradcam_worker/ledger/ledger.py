@@ -32,8 +32,9 @@ from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import ID_PATTERN, Job, Webhook
-from gradcam_worker.schemas.shard import Shard, Work, parse, terms_of
+from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.schemas.status import Problem, StatusDocument, WorkerRef
+from gradcam_worker.schemas.work import Work, parse, terms_of
 
 RETRY_PAUSE_S = 0.5  # between attempts to reach the ledger
 
@@ -59,10 +60,10 @@ class ClaimOutcome(Enum):
     HELD = "held"
     """Another attempt holds the job, or the pause before its next attempt is not over."""
 
-    FINISHED = "finished"
+    ALREADY_FINAL = "already final"
     """The job was final already."""
 
-    ENDED = "ended"
+    ENDED_BY_CLAIM = "ended by the claim"
     """The claim made the job final: it had expired, or had used all its attempts."""
 
     CHANGED = "changed"
@@ -446,14 +447,14 @@ class Ledger(ABC):
             The outcome, and the current document.
         """
         if before.final:
-            return Claim(ClaimOutcome.FINISHED, before)
+            return Claim(ClaimOutcome.ALREADY_FINAL, before)
         if before.status != "queued":
             return Claim(ClaimOutcome.HELD, before)
         after = state_machine.claim(before, worker)
         if not self._compare_and_set(before, after):
             return Claim(ClaimOutcome.CHANGED, self.read(before.id))
         self._notify_if_final(after)
-        return Claim(ClaimOutcome.ENDED if after.final else ClaimOutcome.CLAIMED, after)
+        return Claim(ClaimOutcome.ENDED_BY_CLAIM if after.final else ClaimOutcome.CLAIMED, after)
 
     def advance(
         self, document: StatusDocument, *, patience_s: float = 0, delay_s: float = 0, **changes: Any

@@ -12,7 +12,7 @@ from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.outages import Outages
-from gradcam_worker.schemas.shard import ROUTES
+from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.text.log_events import EventLogger
 
 log = EventLogger("gradcam")

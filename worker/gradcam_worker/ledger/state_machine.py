@@ -13,8 +13,8 @@ from typing import Any
 
 from gradcam_worker.errors import GradcamError, JobCanceled, JobExpired, MaxAttemptsExceeded, WorkerLost
 from gradcam_worker.schemas.ids import utc_now
-from gradcam_worker.schemas.shard import Work, terms_of
 from gradcam_worker.schemas.status import FINAL, Problem, StatusDocument, WorkerRef
+from gradcam_worker.schemas.work import Work, terms_of
 
 
 def new_document(job_id: str, job: Work | None = None, entered_at: datetime | None = None) -> StatusDocument:

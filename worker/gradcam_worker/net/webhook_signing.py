@@ -48,7 +48,7 @@ def _is_secret(secret: str) -> bool:
     return secret.startswith(WEBHOOK_SECRET_PREFIX) and MIN_BYTES <= len(key) <= MAX_BYTES
 
 
-def headers(secrets: tuple[str, ...], message_id: str, sent_at: datetime, body: str) -> dict[str, str]:
+def signed_headers(secrets: tuple[str, ...], message_id: str, sent_at: datetime, body: str) -> dict[str, str]:
     """Return the HTTP headers of a message: its id, the time of this attempt, a signature for each secret."""
     from standardwebhooks import Webhook
 

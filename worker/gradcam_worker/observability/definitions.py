@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gradcam_worker import __version__, errors
-from gradcam_worker.schemas.shard import ROUTES
+from gradcam_worker.schemas.work import ROUTES
 
 PREFIX = "gradcam_"
 OTHER = "other"  # in place of an error code that only a later version knows

@@ -6,7 +6,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from gradcam_worker.errors import GradcamError, ImageNotFound, InternalError
-from gradcam_worker.execution.pipeline import JobContext, run_job
+from gradcam_worker.execution.attempt import JobContext
+from gradcam_worker.execution.pipeline import run_job
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.classes import percent
 from gradcam_worker.operations import console

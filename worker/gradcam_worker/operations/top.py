@@ -25,8 +25,8 @@ from gradcam_worker.ledger.redis import stats
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability.queue_depths import QueueDepths
 from gradcam_worker.operations import console
-from gradcam_worker.schemas.shard import ROUTE, ROUTES
 from gradcam_worker.schemas.status import StatusDocument
+from gradcam_worker.schemas.work import ROUTE, ROUTES
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets
 from gradcam_worker.text.visible import counted

@@ -2,21 +2,16 @@
 
 import json
 import re
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints
 
-from gradcam_worker.errors import InvalidJob
 from gradcam_worker.schemas.ids import new_id
-from gradcam_worker.schemas.job import Job, JobId, Priority, Sha256, ShortText, Webhook
-from gradcam_worker.schemas.model import RequestModel, describe
+from gradcam_worker.schemas.job import JobId, Sha256, ShortText
+from gradcam_worker.schemas.model import RequestModel
 from gradcam_worker.schemas.options import MethodSpec, Metric, Name, OverlaySpec, Target
 from gradcam_worker.schemas.status import Problem
 
-ROUTE = "shard"  # the route of shards: their own queue, after the queues of all priorities
-ROUTES = (*get_args(Priority), ROUTE)
 MAX_ROWS = 4096
 READERS = 8  # simultaneous fetches of images of one shard
 DATASET = "gradcam.dataset/v1"  # the schema of a backfill's output
@@ -71,37 +66,6 @@ class Shard(RequestModel):
         return f"{self.backfill} {self.key} {self.keep}"
 
 
-Work = Job | Shard
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What the ledger needs to know of a job or a shard."""
-
-    route: str  # a job's priority, or `ROUTE`
-    max_attempts: int
-    metadata: dict[str, str]  # of the status document
-    idempotency_key: str | None = None
-    expires_at: datetime | None = None  # None: never
-    traceparent: str | None = None  # None: it begins a new trace
-    webhooks: tuple[Webhook, ...] = ()
-
-
-def terms_of(work: Work) -> Terms:
-    """Get the terms of a job or a shard. A shard has no idempotency key, no expiry and no webhooks."""
-    if isinstance(work, Shard):
-        return Terms(ROUTE, work.max_attempts, {"backfill": work.backfill, "shard": str(work.index)})
-    return Terms(
-        work.priority,
-        work.max_attempts,
-        work.metadata,
-        work.idempotency_key,
-        work.expires_at,
-        work.traceparent,
-        work.webhooks,
-    )
-
-
 def data_key(key: str) -> str:
     """The name of a shard's Parquet file, by the shard's key."""
     return f"data/{key}.parquet"
@@ -116,24 +80,3 @@ def key_of(name: str) -> str | None:
     """The key of the shard that wrote an object with this name; None for other names."""
     key = name.partition("/")[2].partition(".")[0]
     return key if re.fullmatch(KEY, key) and name in {data_key(key), failed_key(key)} else None
-
-
-def parse(payload: object) -> Work:
-    """Parse JSON data.
-
-    Args:
-        payload: The decoded JSON.
-
-    Returns:
-        The job or shard.
-
-    Raises:
-        InvalidJob: It is neither. The message names each wrong field, and why.
-    """
-    if not isinstance(payload, dict) or payload.get("schema") != "gradcam.shard/v1":
-        return Job.parse(payload)
-    try:
-        return Shard.model_validate(payload)
-    except ValidationError as error:
-        message = f"This is not a shard: {describe(error)}."
-        raise InvalidJob(message) from error

@@ -126,7 +126,7 @@ class RowSearch(ResponseModel):
 
     @property
     def stage(self) -> str:
-        """The stage for people and earlier versions: see `gradcam_worker.schemas.earlier`."""
+        """The stage for people and earlier versions: see `gradcam_worker.schemas.legacy_rows`."""
         if self.group:
             return "rows {} to {}".format(*self.group)
         left_out = f" but {','.join(map(str, self.left_out))}" if self.left_out else ""
@@ -134,7 +134,7 @@ class RowSearch(ResponseModel):
 
 
 class RowState(ResponseModel):
-    """The state of a shard's rows. Read it with `gradcam_worker.schemas.earlier.row_state`."""
+    """The state of a shard's rows. Read it with `gradcam_worker.schemas.legacy_rows.row_state`."""
 
     done: int = 0  # rows that the running attempt has explained
     failed: dict[str, int] = Field(

@@ -1,8 +1,8 @@
 """Whether a layer's grid is aligned with the image, so that a heatmap drawn over the image is in place.
 
-For every tensor the position on the image that each of its values looks at is followed step by step. What
-Keras's layers do is known: the windows of a convolution or a pooling cover all of their input apart from
-padding; most others leave values where they are. Steps that only move values, such as a crop or a reshape,
+Each value of a tensor depends on a region of the image; its position is the centre of that region. Positions
+are computed step by step, from the image on. What Keras's layers do is known: the windows of a convolution or
+a pooling cover all of their input apart from padding; most others leave values where they are. Steps that only move values, such as a crop or a reshape,
 are run on the positions themselves. Any other step, such as a custom layer, is measured: its input is
 changed once everywhere alike and once in proportion to the positions, and the two effects are compared.
 """
@@ -25,12 +25,10 @@ from gradcam_worker.gradcam.graph.target_layer import TargetLayer
 TOLERANCE = (
     0.06  # distance between a cell and its place on the image, as a share of the side; plus half a cell
 )
-WITHIN_TOLERANCE = 0.85  # share of the cells that must be
-WHOLE_SIDE = (
-    0.26  # standard deviation, as a share of the side, from which on a value sees all (uniform: 0.29)
-)
+WITHIN_TOLERANCE = 0.85  # share of the cells that must be within the tolerance
+WHOLE_SIDE = 0.26  # standard deviation, as a share of the side, from which on a value depends on the whole side (uniform: 0.29)
 MIN_EFFECT = 1e-3  # as a share of the strongest effect: less is none
-SAMPLES, MIN_TRIES = 24, 2  # samples of each position: its channels times the tries
+SAMPLES, MIN_TRIES = 24, 2  # a measurement has as many samples of a position as channels times tries
 CHANGE = 0.05  # of a tensor's values when a step is measured, as a share of their standard deviation
 INTEGER_CHANGE = 16  # of integer values
 MIN_IMAGE_SHARE = 0.05  # of a value that comes from the image; the rest is padding
@@ -82,24 +80,26 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Positions:
-    """For each value of a tensor, for one image: which position on the image it looks at.
-
-    An array whose last stride is 0 holds one channel that stands for all.
-    """
+    """The position on the image of each value of a tensor, for one image."""
 
     at: Array  # (2, *shape): distance from the top and from the left as shares; NaN: none, or the whole image
     spread: float = 0.0  # standard deviation around that position, where it was measured
 
     @property
+    def same_for_all_channels(self) -> bool:
+        """Whether `at` is the broadcast of one channel."""
+        return self.at.strides[-1] == 0
+
+    @property
     def known(self) -> NDArray[np.bool_]:
         """For which values the position is known, (*shape)."""
-        at = self.at if self.at.strides[-1] else self.at[..., :1]
+        at = self.at[..., :1] if self.same_for_all_channels else self.at
         return np.broadcast_to(~np.isnan(at).any(axis=0), self.at.shape[1:])
 
     @cached_property
-    def is_known(self) -> bool:
+    def any_known(self) -> bool:
         """Whether the position of any value is known."""
-        return bool(self.known[..., 0].any() or (self.at.strides[-1] and self.known.any()))
+        return bool(self.known[..., 0].any() or (not self.same_for_all_channels and self.known.any()))
 
 
 class Alignment:
@@ -142,7 +142,7 @@ class Alignment:
         self, step: Step, inputs: list[Positions], shapes: list[Shape], steps: list[Step]
     ) -> list[Positions]:
         rule = _rule(step, self._graph)
-        if rule is None or not any(positions.is_known for positions in inputs):
+        if rule is None or not any(positions.any_known for positions in inputs):
             return [*map(_unknown, shapes)]
         outputs: list[Positions]
         if rule is _measure:
@@ -217,7 +217,7 @@ def _stay(step: Step, inputs: list[Positions], shapes: list[Shape]) -> list[Posi
         full_size = [
             each for each in inputs if each.at.shape[2:-1] == shape[1:-1] and each.at.ndim == len(shape) + 1
         ]
-        known = [positions for positions in full_size if positions.is_known]
+        known = [positions for positions in full_size if positions.any_known]
         if not known or len({positions.at.shape[1] for positions in known}) > 1:
             outputs.append(_unknown(shape))
             continue
@@ -312,7 +312,7 @@ def _move(step: Step, inputs: list[Positions], shapes: list[Shape]) -> list[Posi
     if _joins_equal_channels(step, inputs, shapes[0]):
         at = inputs[0].at
         return [Positions(np.broadcast_to(at[..., :1], (*at.shape[:-1], shapes[0][-1])), spread)]
-    one_channel = step.kind in SAME_FOR_ALL_CHANNELS and not inputs[0].at.strides[-1]
+    one_channel = step.kind in SAME_FOR_ALL_CHANNELS and inputs[0].same_for_all_channels
     used = [Positions(positions.at[..., :1]) if one_channel else positions for positions in inputs]
     ones = [positions.known.astype(np.float32) for positions in used]
     ats = [np.nan_to_num(positions.at) for positions in used]
@@ -334,7 +334,7 @@ def _joins_equal_channels(step: Step, inputs: list[Positions], shape: Shape) -> 
     return (
         step.kind == "Concatenate"
         and step.operation.axis in {-1, len(shape) - 1}
-        and not any(positions.at.strides[-1] for positions in inputs)
+        and all(positions.same_for_all_channels for positions in inputs)
         and all(np.array_equal(other.at[..., :1], first[..., :1], equal_nan=True) for other in inputs[1:])
     )
 

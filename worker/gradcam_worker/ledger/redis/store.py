@@ -10,8 +10,8 @@ from gradcam_worker.ledger.ledger import Entry, LeaseRenewal, Ledger, Overdue
 from gradcam_worker.ledger.redis import scripts
 from gradcam_worker.ledger.redis.client import RedisServer
 from gradcam_worker.ledger.redis.pubsub import RedisJobUpdates
-from gradcam_worker.schemas.shard import ROUTES
 from gradcam_worker.schemas.status import StatusDocument
+from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.settings import Settings
 
 MAX_REPUBLISH_PAUSE_MS = 600_000  # between publications of a message that seems lost

@@ -8,8 +8,8 @@ from pydantic import create_model
 
 from gradcam_worker.errors import WorkerLost
 from gradcam_worker.ledger import state_machine
-from gradcam_worker.schemas import earlier
-from gradcam_worker.schemas.earlier import row_state
+from gradcam_worker.schemas import legacy_rows
+from gradcam_worker.schemas.legacy_rows import row_state
 from gradcam_worker.schemas.model import ResponseModel
 from gradcam_worker.schemas.status import Problem, RowSearch, RowState, StatusDocument, WorkerRef
 
@@ -74,9 +74,9 @@ def test_an_earlier_version_finds_in_the_stage_what_rows_says(search: RowSearch)
 
 
 def test_an_earlier_version_finds_progress_and_failures_where_it_looks() -> None:
-    assert row_state(document(stage=earlier.stage_of_progress(24, 40))).done == 24
+    assert row_state(document(stage=legacy_rows.stage_of_progress(24, 40))).done == 24
     failed = {"image_not_found": 2, "internal": 1}
-    assert row_state(document(metrics=earlier.metrics_of_failed(failed))).failed == failed
+    assert row_state(document(metrics=legacy_rows.metrics_of_failed(failed))).failed == failed
 
 
 def test_an_earlier_version_reads_a_document_with_rows() -> None:

@@ -1,0 +1,102 @@
+"""One attempt at a job or a shard: whether it is allowed, its context, its progress and its result."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from gradcam_worker.errors import InvalidJob
+from gradcam_worker.execution.services import Services
+from gradcam_worker.observability import tracing
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.schemas.status import (
+    ClassScore,
+    ManifestRef,
+    NetworkRef,
+    ResultWarning,
+    RowSearch,
+    RowState,
+)
+from gradcam_worker.schemas.work import Work, terms_of
+from gradcam_worker.storage.stores import Store
+from gradcam_worker.text.log_events import EventLogger
+
+log = EventLogger("gradcam")
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """The fields of the status document of a job that succeeded."""
+
+    network: NetworkRef
+    predictions: tuple[ClassScore, ...]
+    result: ManifestRef
+    warnings: tuple[ResultWarning, ...]
+    metrics: dict[str, float] = field(default_factory=dict)
+    rows: RowState | None = None  # of a shard's rows
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The fields of the status document that say how far a job is."""
+
+    stage: str  # shown to people
+    rows: RowState | None = None  # of a shard's rows: what other processes need to know
+
+
+@dataclass
+class JobContext:
+    """One attempt at a job: its deadline, its current stage, and how long each stage took."""
+
+    deadline: Deadline
+    report_progress: Callable[[Progress], None]  # called when a stage begins
+    attempt: int = 1
+    current_stage: str = "check"
+    metrics: dict[str, float] = field(default_factory=dict)
+    checkpoint: Callable[[Progress], None] = lambda _: None  # reports what must survive this process
+    after_crash: bool = False  # a worker died while it ran this job
+    row_search: RowSearch | None = None  # of a shard: state of the search for the row that killed the worker
+    is_last_attempt: bool = False
+
+    @contextmanager
+    def enter_stage(self, stage: str) -> Iterator[None]:
+        """Report a stage, and measure how long the block takes.
+
+        Raises:
+            JobTimeout: The deadline passed.
+        """
+        self.current_stage = stage
+        self.deadline.check(stage)
+        self.report_progress(Progress(stage))
+        begun_s = time.monotonic()
+        try:
+            with tracing.span(stage):
+                yield
+        finally:
+            self.metrics[f"{stage}_s"] = took_s = round(time.monotonic() - begun_s, 4)
+            log.debug("job_stage_finished", stage=stage, took_s=took_s)
+
+
+def admit(job: Work, services: Services) -> Store:
+    """Refuse what the operator does not allow, before anything is fetched; open the output.
+
+    Returns:
+        The output.
+
+    Raises:
+        InvalidJob: The job wants more classes than are allowed.
+        UnknownNetwork: No network is registered under this name.
+        UriNotAllowed: A webhook's URL is not allowed.
+        OutputNotAllowed: The output is not allowed.
+    """
+    services.networks.find(job.network)
+    class_count = job.target.top_n or len(job.target.classes or ())
+    if class_count > services.max_classes:
+        message = (
+            f"The job asks for {class_count} classes; "
+            f"at most {services.max_classes} are allowed (GRADCAM_MAX_CLASSES)."
+        )
+        raise InvalidJob(message)
+    for webhook in terms_of(job).webhooks:
+        services.webhooks.check(webhook)
+    return services.stores.open(job.output)
