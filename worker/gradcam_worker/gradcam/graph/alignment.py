@@ -2,9 +2,10 @@
 
 Each value of a tensor depends on a region of the image; its position is the centre of that region. Positions
 are computed step by step, from the image on. What Keras's layers do is known: the windows of a convolution or
-a pooling cover all of their input apart from padding; most others leave values where they are. Steps that only move values, such as a crop or a reshape,
-are run on the positions themselves. Any other step, such as a custom layer, is measured: its input is
-changed once everywhere alike and once in proportion to the positions, and the two effects are compared.
+a pooling cover all of their input apart from padding; most others leave values where they are. Steps that
+only move values, such as a crop or a reshape, are run on the positions themselves. Any other step, such as a
+custom layer, is measured: its input is changed once everywhere alike and once in proportion to the positions,
+and the two effects are compared.
 """
 
 import math
@@ -22,11 +23,9 @@ from gradcam_worker.gradcam.graph.axes import Shape
 from gradcam_worker.gradcam.graph.graph import Graph, Step, Values
 from gradcam_worker.gradcam.graph.target_layer import TargetLayer
 
-TOLERANCE = (
-    0.06  # distance between a cell and its place on the image, as a share of the side; plus half a cell
-)
+TOLERANCE = 0.06  # of a cell's distance from where it is drawn, as a share of the side; plus half a cell
 WITHIN_TOLERANCE = 0.85  # share of the cells that must be within the tolerance
-WHOLE_SIDE = 0.26  # standard deviation, as a share of the side, from which on a value depends on the whole side (uniform: 0.29)
+WHOLE_SIDE = 0.26  # standard deviation of a region that is the whole side, as a share of it (uniform: 0.29)
 MIN_EFFECT = 1e-3  # as a share of the strongest effect: less is none
 SAMPLES, MIN_TRIES = 24, 2  # a measurement has as many samples of a position as channels times tries
 CHANGE = 0.05  # of a tensor's values when a step is measured, as a share of their standard deviation
