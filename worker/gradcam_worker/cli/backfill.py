@@ -84,7 +84,7 @@ class _BackfillGroup(click.Group):
 
 @click.group(cls=_BackfillGroup)
 def backfill() -> None:
-    """Explain a long list of images in shards; the result is one dataset."""
+    """Explain many images into one dataset."""
 
 
 @backfill.command(cls=_RunCommand)
@@ -255,7 +255,9 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 @click.argument("output")
 @json_option
 def status(output: str, *, as_json: bool) -> int:
-    """Show the progress of the backfill that writes to OUTPUT, and which process runs it.
+    """Show the progress of a backfill.
+
+    OUTPUT is the dataset that it writes.
 
     \b
     Example:
@@ -331,9 +333,9 @@ def _show_status(status: Mapping[str, Any]) -> None:
 @click.argument("output")
 @json_option
 def cancel(output: str, *, as_json: bool) -> int:
-    """Stop the backfill that writes to OUTPUT, on whichever machine it runs, and cancel its shards in flight.
+    """Stop a backfill, on whichever machine it runs.
 
-    Finished shards are kept.
+    OUTPUT is the dataset that it writes. Its shards in flight are cancelled, finished shards are kept.
 
     \b
     Example:

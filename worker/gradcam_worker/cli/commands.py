@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
         extra = "backfill" if [*arguments][:1] == ["backfill"] else "cpu"
         console.err.print(f"[red]Error[/]: {error.name} is not installed. ", end="")
         needed = f"This command needs the extra {extra}: pip install 'gradcam-worker[{extra}]'"
-        console.err.print(needed, markup=False)
+        console.err.print(needed, markup=False, soft_wrap=True)
     return 1
 
 
@@ -61,9 +61,10 @@ def gradcam() -> None:
     help="Start nothing; use the servers and workers that the GRADCAM_* variables name.",
 )
 def demo(folder: Path, *, against_running: bool) -> int:
-    """Explain five photos through a real queue, a real worker and a real object store.
+    """Explain five photos, to try everything out.
 
-    Everything runs on this machine and is stopped at the end. Results are written to FOLDER.
+    The demo uses a real queue, a real worker and a real object store. Everything runs on this machine and is
+    stopped at the end. Results are written to FOLDER.
 
     \b
     Example:
@@ -84,10 +85,10 @@ def demo(folder: Path, *, against_running: bool) -> int:
 @click.option("--unsupervised", is_flag=True, help="Run jobs in this process; nothing restarts it.")
 @click.option("--ready-fd", type=int, hidden=True)
 def worker(*, devices: str | None, unsupervised: bool, ready_fd: int | None) -> int:
-    """Run jobs until stopped, with a process for each device. A process that dies is restarted.
+    """Run jobs until stopped.
 
-    After SIGTERM or Ctrl-C the worker finishes its running jobs and exits. After a second one it requeues
-    them and exits at once.
+    There is one process for each device; a process that dies is restarted. After SIGTERM or Ctrl-C the
+    worker finishes its running jobs and exits. After a second one it requeues them and exits at once.
 
     \b
     Example:
@@ -120,10 +121,11 @@ def worker(*, devices: str | None, unsupervised: bool, ready_fd: int | None) -> 
 
 @gradcam.command()
 def deliver() -> int:
-    """Send webhooks and database updates, and requeue the jobs of dead workers. It runs no jobs.
+    """Send webhooks while no worker runs.
 
-    Every worker does this too: run it where the number of workers can be zero. It needs no GPU. Stop it with
-    SIGTERM or Ctrl-C.
+    It sends webhooks and database updates, and requeues the jobs of dead workers, as every worker does too,
+    but runs no jobs. Use it where the number of workers can be zero. It needs no GPU. Stop it with SIGTERM
+    or Ctrl-C.
 
     \b
     Example:
@@ -147,7 +149,9 @@ def deliver() -> int:
     help="Fail if fewer workers than this are alive.",
 )
 def doctor(*, as_json: bool, expect_workers: int) -> int:
-    """Check broker, ledger, workers, storage, weights and device, and say how to fix what fails.
+    """Check servers, storage, weights and device.
+
+    For each check that fails, it says what to fix. Exit code 1 if any check fails.
 
     \b
     Example:

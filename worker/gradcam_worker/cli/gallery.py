@@ -44,11 +44,12 @@ from gradcam_worker.text.visible import counted
 def gallery(
     dataset: str, output: Path, classes: tuple[str, ...] | None, per_class: int, max_classes: int
 ) -> int:
-    """Make an HTML page of DATASET, the output of a backfill: a folder, or s3://bucket/prefix.
+    """Make an HTML page of a backfill's dataset.
 
-    For each class the page shows how often it was the top prediction, its mean heatmap, and the images with
-    the most and the least confident predictions. Images are fetched from where they are, if the settings
-    allow it, and embedded: the page is one file of at most 20 MB.
+    DATASET is a folder or s3://bucket/prefix. For each class the page shows how often it was the top
+    prediction, its mean heatmap, and the images with the most and the least confident predictions. Images
+    are fetched from where they are, if the settings allow it, and embedded: the page is one file of at most
+    20 MB.
 
     \b
     Examples:

@@ -34,9 +34,10 @@ status_json_option = click.option(
     help="Folder for the results; each image gets a folder in it.",
 )
 def explain(images: tuple[Path, ...], output: Path, *, spec: dict[str, Any], as_json: bool) -> int:
-    """Explain image files on this machine, without a queue and servers.
+    """Explain image files without a queue.
 
-    An image that cannot be explained does not stop the others. Exit code 1 if any image failed.
+    Everything runs in this process, on this machine. An image that cannot be explained does not stop the
+    others. Exit code 1 if any image failed.
 
     \b
     Examples:
@@ -79,7 +80,9 @@ def submit(
     wait: bool,
     as_json: bool,
 ) -> int:
-    """Submit a job for the image at URI, and print the job's id.
+    """Submit a job for the image at URI.
+
+    Prints the id of the job, or with --wait its result.
 
     \b
     Examples:
@@ -132,7 +135,9 @@ def _print_retry_hint(client: "GradcamClient", job_id: str) -> None:
 @click.argument("job_id")
 @status_json_option
 def status(job_id: str, *, as_json: bool) -> int:
-    """Show the status of a job. Exit code 1 if it failed, expired or was cancelled.
+    """Show the status of a job.
+
+    Exit code 1 if it failed, expired or was cancelled.
 
     \b
     Example:
@@ -147,9 +152,10 @@ def status(job_id: str, *, as_json: bool) -> int:
 @click.argument("job_id")
 @status_json_option
 def cancel(job_id: str, *, as_json: bool) -> int:
-    """Cancel a job: a queued one at once, a running one as soon as its worker notices.
+    """Cancel a job.
 
-    Exit code 1 if the job had finished already.
+    A queued job is cancelled at once, a running one as soon as its worker notices. Exit code 1 if the job
+    had finished already.
 
     \b
     Example:

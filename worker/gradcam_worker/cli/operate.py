@@ -20,7 +20,9 @@ MEGABYTE = 1e6
 @click.option("--once", is_flag=True, help="Show the present state once, and exit.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON once, for programs.")
 def top(*, once: bool, as_json: bool) -> int:
-    """Show queues, workers, throughput and errors, refreshed every second. Press `q` to exit.
+    """Show queues, workers, throughput and errors.
+
+    The screen is refreshed every second. Press `q` to exit.
 
     \b
     Example:
@@ -35,7 +37,9 @@ def top(*, once: bool, as_json: bool) -> int:
 @json_option
 @click.pass_context
 def networks(context: click.Context, *, as_json: bool) -> int:
-    """List the networks that a job can name, including your own, and where their weights are.
+    """List the networks that a job can name.
+
+    The list includes your own networks (GRADCAM_NETWORKS), and shows where the weights of each are.
 
     \b
     Example:
@@ -62,10 +66,11 @@ def networks(context: click.Context, *, as_json: bool) -> int:
 )
 @json_option
 def fetch(*, names: tuple[str, ...], all_mine: bool, as_json: bool) -> int:
-    """Download the weights of these networks, so that workers need no internet access.
+    """Download the weights of networks.
 
-    Weights of your own networks are checked against their checksum and stored in GRADCAM_CACHE_DIR. Keras
-    downloads weights of the built-in networks to KERAS_HOME. Make both folders available to the workers.
+    Workers then need no internet access for them. Weights of your own networks are checked against their
+    checksum and stored in GRADCAM_CACHE_DIR. Keras downloads weights of the built-in networks to KERAS_HOME.
+    Make both folders available to the workers.
 
     \b
     Example:
