@@ -89,4 +89,4 @@ def test_the_command_without_a_worker_submits_and_says_what_the_rest_of_it_needs
         )
     refused = run([gradcam, "backfill", __file__, "--output", "s3://results/a"], valkey)
     assert refused.returncode == 1
-    assert "This needs a backfill: pip install 'gradcam-worker[backfill]'" in refused.stderr
+    assert "This command needs the extra backfill: pip install 'gradcam-worker[backfill]'" in refused.stderr

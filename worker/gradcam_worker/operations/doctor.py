@@ -22,7 +22,7 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted
 
 MILLION = 1_000_000
-FIX_SETTING = "Correct the setting that the message names."
+SETTING_FIX = "Correct the setting that the message names."
 OUTPUT_FIX = "Set GRADCAM_OUTPUT to where results go: s3://bucket/folder or file:///folder."
 
 
@@ -68,8 +68,7 @@ def run_checks(settings: Settings, *, expected_workers: int = 0) -> Iterator[Fin
         registry = preflight.networks(settings)
         preflight.cache_holds(settings, registry)
     except InvalidSettings as error:
-        fix = FIX_SETTING
-        yield Finding("networks", well=False, detail=str(error), fix=fix)
+        yield Finding("networks", well=False, detail=str(error), fix=SETTING_FIX)
         return
     for row in registry.operator_networks():
         yield _check_own_network(row, settings)
@@ -166,7 +165,7 @@ def _check_storage(settings: Settings) -> Finding:
     try:
         detail = f"wrote and read {preflight.probe_storage(settings)}"
     except InvalidSettings as error:
-        return Finding("storage", well=False, detail=str(error), fix=FIX_SETTING)
+        return Finding("storage", well=False, detail=str(error), fix=SETTING_FIX)
     except StorageUnavailable as error:
         if "output" not in settings.model_fields_set:
             detail = f"GRADCAM_OUTPUT is not set, and its default, {settings.output}, cannot be used: {error}"
