@@ -240,10 +240,10 @@ class TestTransformers:
 
 
 class TestNeverThePatchEmbedding:
-    REFUSED = r"sequence of tokens, and no layer behind an attention.* Name a target layer. \d+ layers can be"
+    REFUSED = r"sequence of tokens, and no layer after an attention.* Name a target layer. \d+ layers can be"
 
     @pytest.mark.parametrize("pooling", ["class token", "average"])
-    def test_encoders_that_cannot_be_looked_into_are_refused_with_the_layers_there_are(
+    def test_opaque_encoders_are_refused_with_the_layers_that_can_be_explained(
         self, pooling: str, custom: dict[str, Any], wrap: Wrap, tape_gradients: Any
     ) -> None:
         import keras
