@@ -131,7 +131,7 @@ class TestScaleBench:
     def test_a_look_without_workers_at_a_running_job_is_missed(self) -> None:
         assert self.missed(jobs_per_s=8, workers=[0, 1, 0], ran=[False, True, False]) == []
         killed = self.missed(jobs_per_s=8, workers=[0, 1, 0], ran=[False, True, True])
-        assert killed == ["looks with a running job and no worker: 1"]
+        assert killed == ["readings with a running job and no worker: 1"]
 
 
 def test_a_ledger_is_read_as_it_is(settings: Settings, job: Job) -> None:

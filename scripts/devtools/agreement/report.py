@@ -26,6 +26,7 @@ from devtools.agreement import every_method, pointing_game
 from devtools.agreement.notebook import NotebookGradCAM, check
 from devtools.agreement.randomisation import cascade, overlap, photographs, rank_correlation
 from devtools.bench import report
+from devtools.bench.engine import noise, prepared
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.models.loading import load_network
 from gradcam_worker.gradcam.network import Method
@@ -92,13 +93,10 @@ def notebook() -> Table:
     for name in NOTEBOOKS:
         network = load_network(name, random_seed=0)
         model, layer = network._model, network.facts.default_layer  # noqa: SLF001  # the same weights for both
-        pixels = np.random.default_rng(0).integers(0, 256, (1, *network.facts.input_size, 3), np.uint8)
-        prepared = keras.applications.imagenet_utils.preprocess_input(
-            pixels.astype(np.float32), mode=network.facts.preprocessing
-        )
+        pixels = noise(1, network.facts.input_size)
         wanted = -TOP[np.newaxis]
         for what, method, logits, image in (
-            ("on logits, preprocessed: `gradcam`", Method(), True, prepared),
+            ("on logits, preprocessed: `gradcam`", Method(), True, prepared(network, pixels)),
             ("as it was: `notebook`", Method("notebook"), False, pixels.astype(np.float32)),
         ):
             same = check(network, NotebookGradCAM(model, layer, logits=logits), pixels, image, wanted, method)

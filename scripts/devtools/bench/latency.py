@@ -1,4 +1,4 @@
-"""How long somebody waits who submits one job to a warm worker, from `submit` to the return of `wait`.
+"""The latency of one job on a warm worker, from `submit` to the return of `wait`.
 
 The pass itself does not count. First with nothing else to do, then with priority `high` beside a saturating
 stream of bulk jobs. The parts:
@@ -6,7 +6,7 @@ stream of bulk jobs. The parts:
     submit     the client enters the job in the ledger and publishes its message
     queue      until a worker claims it
     fetch, decode, load, batch_wait, render, upload     as its status document says
-    wait       from its completion until the client has seen it: `wait` looks at it again and again
+    wait       from its completion until the client has seen it: `wait` polls
     machinery  what the worker does between these: parsing, checking, fitting, its writes to the ledger
 """
 

@@ -65,9 +65,9 @@ class Process:
         )
 
     def answer(self) -> dict[str, Any]:
-        """Its next line. Raises Failed with what it says, or with its last words."""
+        """Return its next line. Raises Failed with its error, or with the end of its log."""
         line = self._process.stdout.readline() if self._process.stdout else ""
-        found: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
+        found: dict[str, Any] = json.loads(line) if line else {"error": self._reason()}
         if "error" in found:
             raise Failed(found["error"])
         return found
@@ -77,10 +77,10 @@ class Process:
         try:
             print(json.dumps([images, classes, compare]), file=self._process.stdin, flush=True)
         except BrokenPipeError:
-            raise Failed(self._last_words()) from None
+            raise Failed(self._reason()) from None
         return self.answer()
 
-    def _last_words(self) -> str:
+    def _reason(self) -> str:
         self._log.seek(0)
         said = [line for line in self._log.read().split("\n") if line.strip()]
         return f"ended with {self._process.wait()}: {said[-1] if said else 'without a word'}"
@@ -279,7 +279,7 @@ def install(folder: Path, peers: tuple[str, ...]) -> dict[str, str]:
 
 
 def serve(libraries: Mapping[str, Callable[[str, Path], Library]]) -> None:
-    """Load what the command line names (library, network, folder) and explain until nobody asks any more.
+    """Load what the command line names (library, network, folder) and explain until the input ends.
 
     A line in: how many images, how many classes, whether maps are compared. A line out: seconds, or an error.
     """
@@ -356,24 +356,16 @@ def same_size(maps: Floats) -> Floats:
 
 
 def ours(network: str, folder: Path) -> Library:
-    """The engine, given pixels. It leaves behind what the others need: weights, layers, images, classes."""
+    """The engine, given pixels. It writes what the others need: weights, layers, images, classes."""
+    from devtools.bench.engine import best, noise, prepared
     from gradcam_worker.gradcam.methods import cam
     from gradcam_worker.gradcam.models.loading import load_network
 
-    # isort: split
-    # Only now: the lines above keep TensorFlow quiet while it is loaded for the first time.
-    import keras
-
     loaded = load_network(network, random_seed=SEED)
-    size, model = loaded.facts.input_size, loaded._model  # noqa: SLF001  # the same weights for all
-    pixels = np.random.default_rng(SEED).integers(0, 256, (IMAGES, *size, 3), np.uint8)
-    prepared = keras.applications.imagenet_utils.preprocess_input(
-        pixels.astype(np.float32), data_format="channels_last", mode=loaded.facts.preprocessing
-    )
-    np.save(folder / "images.npy", prepared)
-    np.save(
-        folder / "class_ids.npy", np.argsort(-loaded.scores(pixels), axis=1)[:, :CLASSES].astype(np.int64)
-    )
+    pixels, model = noise(IMAGES, loaded.facts.input_size), loaded._model  # noqa: SLF001  # the same weights for all
+    np.save(folder / "images.npy", prepared(loaded, pixels))
+    class_ids = np.argsort(-loaded.scores(pixels), axis=1)[:, :CLASSES].astype(np.int64)
+    np.save(folder / "class_ids.npy", class_ids)
     np.savez(folder / "weights.npz", *model.get_weights())
     layers = [
         {
@@ -389,9 +381,8 @@ def ours(network: str, folder: Path) -> Library:
     (folder / "layers.json").write_text(json.dumps(layers))
 
     def explain(images: Floats, class_ids: Ids) -> Floats:
-        count, classes = class_ids.shape
-        wanted = np.tile(-np.arange(1, classes + 1, dtype=np.int32), (count, 1))
-        return np.stack([cam.heatmaps(one) for one in loaded.compute(pixels[: len(images)], wanted).raw])
+        computed = loaded.compute(pixels[: len(images)], best(*class_ids.shape))
+        return np.stack([cam.heatmaps(raw) for raw in computed.raw])
 
     return explain, same_size
 
@@ -448,7 +439,7 @@ def in_torch(network: str, folder: Path) -> tuple[Any, Any, Callable[[Floats], A
         "Add": lambda _, one, other: torch.add(one, other),
     }
 
-    class Graph(nn.Module):  # type: ignore[misc]  # torch is Any to whoever does not have it
+    class Graph(nn.Module):  # type: ignore[misc]  # torch is Any where it is not installed
         """The layers in Keras's order, each with the outputs of those that it names."""
 
         def __init__(self) -> None:

@@ -5,11 +5,11 @@ core (`slow_time` of `simulated_network`: whether batches are full makes no diff
 after the other is added; each time, enough jobs are queued to keep all of them busy, and their speed is the
 slope of the completions from the 10th to the 90th percentile.
 
-Meanwhile the ledger is looked at every 0.2 s. The scaler's formula is replayed over this trace, as KEDA and
+Meanwhile the ledger is read every 0.2 s. The scaler's formula is replayed over this trace, as KEDA and
 the HPA would (`scaling.Scaler.replay`), with a short cooldown, so that it reaches zero in each pause; and
 beside it, one that counts what waits and not what runs.
 
-Required: 0.9 of linear, and at no look at which a job was running, as its own document says, no worker left.
+Required: 0.9 of linear; and in no reading in which a job was running, as its own document says, no worker.
 """
 
 import time
@@ -37,7 +37,7 @@ NETWORK = "slow_time"
 WORKERS, WORKERS_QUICK = (1, 2, 4, 8), (1, 2)
 JOBS, JOBS_QUICK = 60, 16  # of each worker in a phase
 THREADS = 8
-LOOK_S = 0.2  # between two looks at the ledger
+POLL_INTERVAL_S = 0.2  # of the ledger
 PAUSE_S = 4.0  # without jobs after each phase
 SURE_S = 0.05  # a job whose document says that it ran so long around a look, ran then
 READY_S = 120  # for a worker to take jobs
@@ -58,30 +58,30 @@ SCALER = Scaler(
 
 @dataclass(frozen=True)
 class Phase:
-    """So many workers, kept busy."""
+    """A number of workers, kept busy."""
 
     workers: int
     jobs_per_s: float
-    cores: float  # of the machine that were busy, whoever used them
+    cores: float  # of the machine that were busy, with whatever
 
 
 @dataclass
 class Trace:
-    """What the ledger held, every LOOK_S, in seconds since the epoch."""
+    """What the ledger held, every POLL_INTERVAL_S, in seconds since the epoch."""
 
     url: str
     prefix: str
-    looks: list[tuple[float, Work]] = field(default_factory=list)
+    readings: list[tuple[float, Work]] = field(default_factory=list)
 
     @contextmanager
     def recording(self) -> Iterator["Trace"]:
-        """Look until the block is left."""
+        """Read until the block is left."""
         with redis.Redis.from_url(self.url, decode_responses=True) as client:
 
-            def look() -> None:
-                self.looks.append((time.time(), scaling.read(client, self.prefix)))
+            def read() -> None:
+                self.readings.append((time.time(), scaling.read(client, self.prefix)))
 
-            with processes.repeating(look, LOOK_S):
+            with processes.repeating(read, POLL_INTERVAL_S):
                 yield self
 
 
@@ -89,10 +89,10 @@ class Trace:
 class Replayed:
     """What became of a trace under a scaler."""
 
-    looks: int
-    busy: int  # looks at which a job was running
+    readings: int
+    busy: int  # readings in which a job was running
     most: int  # workers
-    zero_looks: int  # at which there were no workers
+    zero_readings: int  # in which there were no workers
     zero_while_running: int  # ... though a job was running
 
 
@@ -114,9 +114,9 @@ def measure(*, quick: bool) -> dict[str, Any]:
             phases.append(phase)
             documents += done
             time.sleep(PAUSE_S)
-    alone = [(at_s, replace(work, running=0)) for at_s, work in trace.looks]
-    ran = _ran(trace.looks, documents)
-    return document(phases, _judged(SCALER.replay(trace.looks), ran), _judged(SCALER.replay(alone), ran))
+    alone = [(at_s, replace(work, running=0)) for at_s, work in trace.readings]
+    ran = _ran(trace.readings, documents)
+    return document(phases, _judged(SCALER.replay(trace.readings), ran), _judged(SCALER.replay(alone), ran))
 
 
 def document(phases: Sequence[Phase], formula: Replayed, queue_alone: Replayed) -> dict[str, Any]:
@@ -144,14 +144,14 @@ def _until_all_work(bed: Testbed, workers: int, others: Sequence[Popen[bytes]]) 
         alive = all(one.poll() is None for one in others)
         bed.check(alive=alive and time.monotonic() < end_s)
         if len(bed.ledger.find_workers()) < workers:
-            time.sleep(LOOK_S)
+            time.sleep(POLL_INTERVAL_S)
             continue
         documents = _run(bed, 2 * THREADS * workers)
     return documents
 
 
 def _run(bed: Testbed, count: int) -> list[StatusDocument]:
-    """Jobs of all priorities, each with a heatmap and no picture, until they are done."""
+    """Jobs of all priorities, each with a heatmap and no overlay, until they are done."""
     work: dict[str, Any] = {"target": {"top_n": 1}, "artifacts": [{"kind": "heatmap"}]}
     each = [bed.jobs(NETWORK, -(-count // len(PRIORITIES)), priority=one, **work) for one in PRIORITIES]
     return bed.done(bed.client.submit_many(job for group in zip(*each, strict=True) for job in group))
@@ -169,9 +169,9 @@ def _phase(bed: Testbed, workers: int, count: int) -> tuple[Phase, list[StatusDo
     return Phase(workers, testbed.jobs_per_second(ended, begin, end), cores), documents
 
 
-def _ran(looks: Sequence[tuple[float, Work]], documents: Sequence[StatusDocument]) -> list[bool]:
-    """Whether a job was running at each look, by the jobs' own documents."""
-    times = np.array([at_s for at_s, _ in looks])
+def _ran(readings: Sequence[tuple[float, Work]], documents: Sequence[StatusDocument]) -> list[bool]:
+    """Whether a job was running in each reading, by the jobs' own documents."""
+    times = np.array([at_s for at_s, _ in readings])
     found = np.zeros(len(times), dtype=bool)
     for one in documents:
         if one.started_at:
@@ -190,8 +190,8 @@ def requirements(found: Figures) -> Iterator[Requirement]:
     """Nearly linear; and never no worker while a job is running."""
     for workers, share in found["linear"].items():
         yield at_least(f"{workers} workers: share of linear", found["required_linear"], share)
-    looks = found["formula"]["zero_while_running"]
-    yield Requirement("looks with a running job and no worker", "0", str(looks), not looks)
+    readings = found["formula"]["zero_while_running"]
+    yield Requirement("readings with a running job and no worker", "0", str(readings), not readings)
 
 
 def tables(found: Figures) -> Iterator[str]:
@@ -208,11 +208,12 @@ def tables(found: Figures) -> Iterator[str]:
     yield from table(("workers", "jobs/s", "of linear", "cores busy"), rows)
     yield f"load = `{found['load']}`"
     yield ""
-    fields = ("looks", "busy", "most", "zero_looks", "zero_while_running")
+    fields = ("readings", "busy", "most", "zero_readings", "zero_while_running")
     replayed = [
         (name, *(str(found[key][field]) for field in fields))
         for name, key in (("the formula", "formula"), ("what waits alone", "queue_alone"))
     ]
     yield from table(
-        ("scaler", "looks", "with a running job", "workers at most", "none", "none while one ran"), replayed
+        ("scaler", "readings", "with a running job", "workers at most", "none", "none while one ran"),
+        replayed,
     )

@@ -72,7 +72,7 @@ class Testbed:
         """Raise WorkerLost where the worker has ended, or where something else says that it hangs."""
         if not alive or self.worker.poll() is not None:
             tail = self.log.read_text(errors="replace")[-2000:]
-            message = f"The worker ended or hangs. Its last words:\n{tail}"
+            message = f"The worker ended or hangs. The end of its log:\n{tail}"
             raise WorkerLost(message)
 
     def done(self, ids: Sequence[str]) -> list[StatusDocument]:

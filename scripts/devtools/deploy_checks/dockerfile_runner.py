@@ -15,6 +15,7 @@ What is not as in a container:
 """
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -121,9 +122,8 @@ class Builder:
             self.own_folder(folder)
             if stage.parent in self.stages:
                 parent = self.make(stage.parent)
-                made = Made(folder, dict(parent.environment), parent.workdir, parent.user)
-                made.entrypoint, made.command = list(parent.entrypoint), list(parent.command)
-                made.healthcheck = list(parent.healthcheck)
+                made = copy.deepcopy(parent)
+                made.folder = folder
                 self._copy(f"{parent.folder}/.", folder)
             else:
                 made = Made(folder, {"PATH": SYSTEM_PATH})
