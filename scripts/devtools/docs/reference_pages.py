@@ -399,13 +399,14 @@ def log_events() -> str:
 # Wire formats
 
 
-DOCUMENTS: Mapping[str, tuple[type[BaseModel], str]] = {
-    "Job": (Job, "`deploy/schemas/job.v1.json`. What a client puts on the queue."),
-    "Status document": (StatusDocument, "`deploy/schemas/status.v1.json`. What is known about a job."),
-    "Event": (StatusEvent, "`deploy/schemas/event.v1.json`. What a webhook receives."),
-    "Manifest": (Manifest, "`deploy/schemas/manifest.v1.json`. What a job has left in storage."),
-    "Shard": (Shard, "`deploy/schemas/shard.v1.json`. Written by `gradcam backfill`, read by workers."),
-    "Backfill": (Plan, "`deploy/schemas/backfill.v1.json`: `backfill.json` in a dataset."),
+# Title -> model, its schema in deploy/schemas, and what it is.
+DOCUMENTS: Mapping[str, tuple[type[BaseModel], str, str]] = {
+    "Job": (Job, "job.v1.json", "What a client puts on the queue."),
+    "Status document": (StatusDocument, "status.v1.json", "What is known about a job."),
+    "Event": (StatusEvent, "event.v1.json", "What a webhook receives."),
+    "Manifest": (Manifest, "manifest.v1.json", "What a job has left in storage."),
+    "Shard": (Shard, "shard.v1.json", "Written by `gradcam backfill`, read by workers."),
+    "Backfill": (Plan, "backfill.v1.json", "`backfill.json` in a dataset."),
 }
 
 
@@ -413,8 +414,8 @@ def wire_formats() -> str:
     """docs/reference/wire-formats.md: the fields of every document that crosses a process."""
     lines = [WIRE_INTRO.rstrip()]
     shown: set[type[BaseModel]] = set()
-    for title, (model, about) in DOCUMENTS.items():
-        lines += ["", f"## {title}", "", about]
+    for title, (model, schema, about) in DOCUMENTS.items():
+        lines += ["", f"## {title}", "", f"`deploy/schemas/{schema}`. {about}"]
         waiting = [model]
         while waiting:
             one = waiting.pop(0)
@@ -479,7 +480,7 @@ def _type(annotation: Any, metadata: Iterable[Any] = (), boolean: str = "true or
     elif origin is tuple:
         text = _list(arguments, facts)
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        titles = (title for title, (model, _) in DOCUMENTS.items() if model is annotation)
+        titles = (title for title, (model, *_) in DOCUMENTS.items() if model is annotation)
         title = next(titles, annotation.__name__)
         text = f"[{title}](#{title.lower().replace(' ', '-')})"
     else:
@@ -529,21 +530,26 @@ PAGES: Mapping[str, Callable[[], str]] = {
 }
 
 
-def main(arguments: list[str]) -> int:
-    """Write the pages; with --check, only say which are not current."""
-    stale = []
-    for name, written in PAGES.items():
-        path, text = FOLDER / name, written()
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            stale.append(name)
-            if "--check" not in arguments:
-                path.write_text(text, encoding="utf-8")
-    if "--check" in arguments:
-        for name in stale:
-            print(f"docs/reference/{name} is not what the code says: run scripts/docs.", file=sys.stderr)
+def write(files: Mapping[Path, str], *, check: bool, program: str) -> int:
+    """Write generated files, or only name those that are not current; return the exit code."""
+    stale = [path for path, text in files.items() if not path.is_file() or path.read_text("utf-8") != text]
+    names = [path.relative_to(ROOT) for path in stale]
+    if check:
+        for name in names:
+            print(f"{name} is not what the code says: run {program}.", file=sys.stderr)
         return 1 if stale else 0
-    print(f"{len(PAGES)} pages in docs/reference, {len(stale)} of them changed.")
+    for path in stale:
+        path.write_text(files[path], encoding="utf-8")
+    print(
+        f"{len(files)} files, {len(stale)} of them changed{': ' * bool(names)}{', '.join(map(str, names))}."
+    )
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Write the pages; with --check, only name those that are not current."""
+    files = {FOLDER / name: page() for name, page in PAGES.items()}
+    return write(files, check="--check" in arguments, program="scripts/docs")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,14 +38,6 @@ SIZE = (48, 64)  # of them, in pixels: small jobs, so that many are under way at
 AGAIN_S = 0.2  # before something out of reach is asked again
 # How broker and ledger are run: with these, what was answered survives the end of the server's process.
 APPEND_ONLY = ("--appendonly", "yes", "--appendfsync", "everysec")
-
-
-@dataclass
-class Receiver:
-    """The process that webhooks are sent to."""
-
-    process: subprocess.Popen[bytes]
-    port: int
 
 
 class Server:
@@ -286,14 +277,14 @@ def running_cluster(
 
 
 @contextlib.contextmanager
-def _receiver(folder: Path) -> Iterator[Receiver]:
+def _receiver(folder: Path) -> Iterator[servers.Server]:
     port = servers.free_port()
     program = str(Path(webhook_receiver.__file__).resolve())
     command = [sys.executable, "-P", program, str(port), str(folder / "events.jsonl")]
     process = parent_watch.spawn(command, log=folder / "receiver.log")
     try:
         wait_for(lambda: servers.accepts_connections(port), START_S, "the receiver of webhooks listens")
-        yield Receiver(process, port)
+        yield servers.Server(process, port)
     finally:
         parent_watch.stop(process)
 
