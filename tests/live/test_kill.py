@@ -64,7 +64,7 @@ def test_a_killed_workers_job_is_run_again_by_the_next(stage: Any, gate: Gate) -
         gate.open.set()
         document = stage.client.wait(job_id, WAIT_S)
     assert (document.status, document.attempt) == ("succeeded", 2)
-    assert "the worker ended unasked (exit code -9)" in stage.log("killed")
+    assert "exit_code=-9 " in stage.log("killed")
     assert stage.store.get(f"{job_id}/overlay-1-967-espresso.jpg")
 
 

@@ -325,5 +325,5 @@ def test_a_worker_survives_what_a_stranger_may_send_and_answers_where_it_can(
     assert [json.loads(item)["bytes"] for item in reversed(items)] == [len(item) for item in nameless]
     log = guarded.log("worker")
     assert log.count('remote_command_ignored reason="cancel_consumer is none of those') == 1
-    assert "ended unasked" not in log
+    assert "worker_process_ended" not in log
     assert "planted" not in log

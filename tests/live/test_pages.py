@@ -202,7 +202,7 @@ def test_the_worker_starts_as_shown(stage: Any, place: Path, here: Callable[[str
             stderr=output,
         )
         end = time.monotonic() + 120
-        while "takes jobs" not in log.read_text():
+        while "worker_started" not in log.read_text():
             assert shell.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.1)

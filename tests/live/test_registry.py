@@ -74,6 +74,6 @@ def test_an_own_network_explains_and_its_next_version_takes_over_while_the_worke
         assert removed.error.code == "unknown_network"
         assert process.poll() is None
     log = stage.log("worker")
-    assert log.count("takes jobs") == 1, "nothing was started again"
+    assert log.count("worker_started ") == 1, "nothing was started again"
     assert f"registry_reloaded path={registry} networks=shapes" in log
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {f"{first}.keras", f"{second}.keras"}

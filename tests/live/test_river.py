@@ -245,7 +245,7 @@ def test_a_message_that_is_no_task_message_ends_with_a_document_and_the_worker_g
         time.sleep(0.1)
     codes = {document.error.code for document in documents.values() if document.error}
     assert codes == {"invalid_job"}
-    assert "ended unasked" not in stage.log("worker")
+    assert "worker_process_ended" not in stage.log("worker")
 
 
 def test_a_job_may_be_given_by_the_name_of_the_argument(stage: Any) -> None:

@@ -405,7 +405,7 @@ def test_no_line_of_the_log_was_written_by_a_job(planted: Planted) -> None:
     assert not stray
     own = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ [\w.]+: |    "
     assert not [line for line in lines if "zz" in line and not re.match(own, line)]
-    assert "unforeseen" not in text
+    assert "message_handling_failed" not in text
     assert [line for line in lines if "zz" in line], "some of them were told of"
 
 

@@ -205,5 +205,5 @@ def test_shards_leave_room_for_who_is_urgent_survive_their_workers_and_leave_out
     assert document.attempt == 4, "all together; in groups; row by row; without it"
     assert document.metrics["failed"] == document.metrics["failed_worker_lost"] == 1
     log = (yard.folder / "second.log").read_text()
-    assert log.count("the worker ended unasked (exit code -9)") == 3
+    assert log.count("exit_code=-9 ") == 3
     assert max(one.attempt for one in documents.values()) == 2, "its neighbours died with it once"

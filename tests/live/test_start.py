@@ -41,7 +41,7 @@ def test_a_worker_soon_takes_jobs_and_is_seen_by_whoever_looks(
 ) -> None:
     begun_s = time.monotonic()
     with start.worker("first"):
-        while "takes jobs" not in start.log("first"):
+        while "worker_started" not in start.log("first"):
             assert time.monotonic() < begun_s + WAIT_S, start.log("first")
             time.sleep(0.02)
         ready_s = time.monotonic() - begun_s

@@ -191,7 +191,7 @@ def test_a_thread_that_ended_is_the_end_of_the_process(settings: Settings) -> No
     loops = [BackgroundLoop(name, lambda: None, WAIT_S) for name in ("leases", "reaper")]
     for one in loops:
         one.start()
-    telemetry.watch(loops)
+    telemetry.require_alive(loops)
     assert telemetry.health.problems("/live") == {}
     assert stop_all(loops, WAIT_S) == []
     assert telemetry.health.problems("/live") == {"threads": "ended: leases, reaper"}
@@ -206,7 +206,7 @@ def test_a_process_has_started_before_it_is_let_in_and_has_when_it_ends(settings
     assert unwell() == [False, True, True]
     telemetry.started()
     assert unwell() == [False, False, True], "a broker that is away is no reason to begin again"
-    telemetry.begun()
+    telemetry.ready()
     assert unwell() == [False, False, False]
-    telemetry.ending()
+    telemetry.stopping()
     assert unwell() == [False, False, True]

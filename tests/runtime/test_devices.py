@@ -94,7 +94,7 @@ def test_where_no_gpu_is_visible_there_is_one_process_as_the_environment_says(
 def test_without_a_gpu_there_is_one_process_with_whatever_its_backend_finds(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "_gpus_here", lambda *_: [])  # whatever this machine has
+    monkeypatch.setattr(devices, "_local_gpus", lambda *_: [])  # whatever this machine has
     (only,) = devices.choose(Settings())
     assert "CUDA_VISIBLE_DEVICES" not in only.environment
     assert only.environment["GRADCAM_THREADS"] == str(Settings().threads)
@@ -129,7 +129,7 @@ def test_no_gpu_at_all_is_said(host: Host) -> None:
 def test_a_driver_whose_tool_says_nothing_is_counted_by_its_files(
     host: Host, tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "LISTING_S", 0.2)
+    monkeypatch.setattr(devices, "LISTING_TIMEOUT_S", 0.2)
     host.runs(script)
     for name in ("nvidia3", "nvidia5", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
@@ -164,9 +164,9 @@ def test_a_process_without_a_supervisor_takes_the_one_device_that_it_is_given(ho
     def entered(wish: str) -> list[str]:
         program = f"""
 import os
-from gradcam_worker.runtime.devices import enter
+from gradcam_worker.runtime.devices import use_single_device
 from gradcam_worker.settings import Settings
-print(enter(Settings(devices={wish!r})).threads, os.environ["CUDA_VISIBLE_DEVICES"])
+print(use_single_device(Settings(devices={wish!r})).threads, os.environ["CUDA_VISIBLE_DEVICES"])
 """
         command = [sys.executable, "-c", program]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

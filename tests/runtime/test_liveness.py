@@ -95,7 +95,7 @@ def test_a_device_that_hangs_is_trouble_whatever_else_is_well(world: World) -> N
 @pytest.mark.usefixtures("still")
 def test_a_process_that_is_asked_to_end_need_not_turn_any_more(world: World) -> None:
     one = world.liveness()
-    one.ending()
+    one.stopping()
     assert one.unhealthy_reason() is None
 
 
@@ -114,7 +114,7 @@ def test_signs_are_shown_as_long_as_all_is_well_and_trouble_is_said_once(
         world.other_reason = None
         one.report()
         assert seen.read(100) == b"1"
-    assert caplog.text.count("no sign of life any more: it hangs") == 1
+    assert caplog.text.count('process_unhealthy reason="it hangs"') == 1
 
 
 def test_a_check_that_is_broken_is_no_reason_to_start_the_process_again(
@@ -133,6 +133,6 @@ def test_a_check_that_is_broken_is_no_reason_to_start_the_process_again(
 def test_whoever_is_gone_is_shown_nothing(world: World) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    assert not world.liveness(writing).show()
+    assert not world.liveness(writing).write_sign()
     os.close(writing)
-    assert world.liveness().show(), "where nobody asked for signs, none are missed"
+    assert world.liveness().write_sign(), "where nobody asked for signs, none are missed"

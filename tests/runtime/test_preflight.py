@@ -200,7 +200,7 @@ def test_whoever_may_not_ask_is_told_so_and_starts(guarded: int, caplog: pytest.
     settings = Settings(broker_url=f"redis://few:{PASSWORD}@127.0.0.1:{guarded}/0")
     assert (
         "does not report its maxmemory-policy: its user needs the permission +info"
-        in preflight.redis_keeps(settings)
+        in preflight.check_eviction(settings)
     )
     assert len(caplog.messages) == 1
     (finding,) = doctor._check_eviction(settings)
@@ -243,7 +243,7 @@ def test_a_bucket_that_may_not_be_written_stops_a_worker(
         "output": "s3://results/cams",
     }
     with pytest.raises(InvalidSettings, match=r"^GRADCAM_OUTPUT: .*AccessDenied.*deploy/s3/policy.json"):
-        preflight.storage_takes(settings.model_copy(update=changes))
+        preflight.check_storage(settings.model_copy(update=changes))
 
 
 def test_each_refusal_of_storage_has_a_hint_that_fits_it(
@@ -265,7 +265,7 @@ def test_each_refusal_of_storage_has_a_hint_that_fits_it(
         hint = preflight.storage_hint(caught.value)
         assert hint.setting.startswith(setting)
         assert fix in hint.fix
-        assert hint.lasting is (code is not None)
+        assert hint.permanent is (code is not None)
 
 
 def test_what_is_only_away_is_waited_for(
@@ -277,13 +277,13 @@ def test_what_is_only_away_is_waited_for(
     }
     away = settings.model_copy(update={**s3_settings, **nowhere, "output": "s3://results/cams"})
     preflight.check(away)
-    assert [line.endswith("It is waited for.") for line in caplog.messages if "waited" in line] == [True] * 3
+    assert [line.partition(" ")[0] for line in caplog.messages if "awaited" in line] == ["server_awaited"] * 3
     with pytest.raises(BrokerUnavailable):
-        preflight.broker_answers(away)
+        preflight.check_broker(away)
     with pytest.raises(LedgerUnavailable):
-        preflight.ledger_answers(away)
+        preflight.check_ledger(away)
     with pytest.raises(StorageUnavailable):
-        preflight.storage_takes(away)
+        preflight.check_storage(away)
 
 
 def test_networks_that_there_are_not_stop_a_worker_before_anything_is_asked(
@@ -306,13 +306,13 @@ def test_a_cache_that_cannot_be_written_stops_a_worker_unless_everything_is_in_i
         update={"networks": tmp_path / "networks.toml", "cache_dir": tmp_path / "file" / "c"}
     )
     with pytest.raises(InvalidSettings, match=r"^GRADCAM_CACHE_DIR: .*own is not in it"):
-        preflight.cache_holds(own, preflight.networks(own))
-    preflight.cache_holds(
-        settings.model_copy(update={"cache_dir": tmp_path / "file"}), preflight.networks(settings)
+        preflight.check_cache(own, preflight.load_registry(own))
+    preflight.check_cache(
+        settings.model_copy(update={"cache_dir": tmp_path / "file"}), preflight.load_registry(settings)
     )
     full = own.model_copy(update={"cache_dir": tmp_path})
     (tmp_path / f"{sha256}.keras").touch()
-    preflight.cache_holds(full, preflight.networks(full))
+    preflight.check_cache(full, preflight.load_registry(full))
 
 
 @pytest.mark.parametrize(
@@ -331,10 +331,10 @@ def test_a_gpu_that_was_asked_for_and_is_not_seen_stops_a_worker(
     monkeypatch.setattr(preflight, "_has_gpu_extra", lambda: extra)
     monkeypatch.setattr(service_factory, "worker_ref", lambda: WorkerRef(id="here:1", device=found))
     if not stopped:
-        assert preflight.device(Settings(devices=devices)) == found
+        assert preflight.check_device(Settings(devices=devices)) == found
         return
     with pytest.raises(InvalidSettings, match=rf"^GRADCAM_DEVICES is '{devices}'.*no GPU can be computed on"):
-        preflight.device(Settings(devices=devices))
+        preflight.check_device(Settings(devices=devices))
 
 
 def test_the_gpu_extra_is_known_by_the_library_that_only_it_brings(monkeypatch: pytest.MonkeyPatch) -> None:

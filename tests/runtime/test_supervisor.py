@@ -32,9 +32,9 @@ def program(child: str, *, gpus: int = 0, limit_s: float = 1, stalled_after_s: f
             from gradcam_worker.resilience.retry import RetryPolicy
             from gradcam_worker.settings import Settings
             logging.basicConfig(level=logging.INFO, format="%(message)s")
-            devices._gpus_here = lambda *_: [str(number) for number in range({gpus})]
+            devices._local_gpus = lambda *_: [str(number) for number in range({gpus})]
             supervisor.RESTART = RetryPolicy(0.01, 30)
-            supervisor.HAND_BACK_S, supervisor.POLL_WORKER_S = 1, 0.2
+            supervisor.REQUEUE_TIMEOUT_S, supervisor.WORKER_POLL_INTERVAL_S = 1, 0.2
             settings = Settings(shutdown_timeout_s={limit_s})
             settings = settings.model_copy(update={{"stalled_after_s": {stalled_after_s}}})
             sys.exit(supervisor.Supervisor(settings, (sys.executable, "-c", {child!r})).run())
@@ -66,17 +66,17 @@ def wait_for(condition: Callable[[], object]) -> None:
 def test_a_worker_that_cannot_start_is_given_up_with_a_sentence() -> None:
     code, said = supervise("raise SystemExit(3)")
     assert code == 1
-    assert said.count("the worker ended unasked (exit code 3)") == 4
-    assert "the worker could not start, 5 times in a row: given up" in said
+    assert said.count("exit_code=3 ") == said.count("worker_process_ended") == 4
+    assert 'worker_process_given_up device="default device" failed_starts=5' in said
 
 
 def test_wrong_settings_end_everything_at_once_and_are_not_tried_again() -> None:
     code, said = supervise("import os; os._exit(os.EX_CONFIG)")
     assert code == 1
-    assert "ended unasked" not in said
+    assert "worker_process_ended" not in said
     code, more = supervise("import os; os._exit(os.EX_CONFIG)", gpus=2)
     assert code == 1
-    assert "given up" not in said + more
+    assert "given_up" not in said + more
 
 
 def test_settings_with_which_a_worker_has_taken_jobs_are_tried_again(tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ os._exit(os.EX_CONFIG)
 """
     code, said = supervise(child)
     assert code == 1
-    assert said.count("the worker ended unasked (exit code 78)") == 5
-    assert "the worker could not start, 5 times in a row: given up" in said
+    assert said.count("exit_code=78 ") == 5
+    assert 'worker_process_given_up device="default device" failed_starts=5' in said
 
 
 def test_a_worker_is_asked_to_end_and_ends_cleanly(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ time.sleep(60)
 """
     code, said = supervise(child, started=(mark,), signals=signals, limit_s=limit_s)
     assert code == 1
-    assert "does not end: killed" in said
+    assert "worker_process_stop_timed_out" in said
 
 
 def test_a_second_signal_is_passed_on_and_a_worker_that_hands_back_then_ended_cleanly(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ while True: time.sleep(60)
 """
     code, said = supervise(child, started=(mark,), signals=2, limit_s=3600)
     assert code == 0
-    assert "killed" not in said
+    assert "is killed" not in said
 
 
 # Each life writes down its process id; the first one behaves as the test wants it to.
@@ -166,20 +166,20 @@ def lives(folder: Path, child: str, until: Callable[[list[str]], object], **opti
 def test_a_worker_that_shows_no_sign_of_life_any_more_is_killed_and_started_again(tmp_path: Path) -> None:
     child = "shows(3)\nif first: time.sleep(3600)\nshows(3600)"
     said = lives(tmp_path, child, lambda pids: len(pids) == 2, stalled_after_s=2)
-    assert said.count("has shown no sign of life for 2 s: killed") == 1
-    assert "the worker ended unasked (exit code -9)" in said
+    assert said.count("worker_process_stalled") == said.count("silent_s=2 ") == 1
+    assert "exit_code=-9 " in said
 
 
 def test_a_worker_that_was_stopped_is_killed_and_started_again(tmp_path: Path) -> None:
     child = "shows(3)\nif first: os.kill(os.getpid(), signal.SIGSTOP)\nshows(3600)"
     said = lives(tmp_path, child, lambda pids: len(pids) == 2, stalled_after_s=2)
-    assert said.count("has shown no sign of life for 2 s: killed") == 1
+    assert said.count("worker_process_stalled") == said.count("silent_s=2 ") == 1
 
 
 def test_a_worker_that_closes_its_end_and_lives_is_killed_and_started_again(tmp_path: Path) -> None:
     child = "shows(3)\nif first: os.close(fd); time.sleep(3600)\nshows(3600)"
     said = lives(tmp_path, child, lambda pids: len(pids) == 2, stalled_after_s=2)
-    assert said.count("has shown no sign of life for 2 s: killed") == 1
+    assert said.count("worker_process_stalled") == said.count("silent_s=2 ") == 1
 
 
 def test_a_worker_that_is_slow_to_start_is_not_killed(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ folder.joinpath("loaded").touch()
 shows(3600)
 """
     said = lives(tmp_path, child, lambda _: (tmp_path / "loaded").exists(), stalled_after_s=1)
-    assert "no sign of life" not in said
+    assert "worker_process_stalled" not in said
 
 
 def test_a_death_is_seen_though_somebody_else_holds_the_pipe(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ shows(3600)
         said = lives(tmp_path, child, lambda pids: len(pids) == 2, stalled_after_s=3600)
     finally:
         os.kill(int((tmp_path / "holder").read_text()), signal.SIGKILL)
-    assert "the worker ended unasked (exit code 3)" in said
+    assert "exit_code=3 " in said
 
 
 def test_a_worker_that_took_jobs_is_started_again_however_often_it_dies(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_each_gpu_has_a_worker_of_its_own_and_one_signal_ends_them_all(tmp_path:
     assert code == 0
     assert [mark.read_text() for mark in marks] == ["64"] * 3
     for gpu in range(3):
-        assert said.count(f"GPU {gpu}: worker process") == 1
+        assert said.count(f'worker_process_started device="GPU {gpu}"') == 1
 
 
 @pytest.mark.parametrize("signals", [1, 2])
@@ -285,9 +285,9 @@ live()
     child = PER_GPU.format(folder=str(tmp_path)) + dies_once
     code, said = supervise(child, started=marks, signals=1, gpus=2)
     assert code == 0
-    assert said.count("GPU 0: worker process") == 1
-    assert said.count("GPU 1: worker process") == 2
-    assert "GPU 1: the worker ended unasked (exit code -6)" in said
+    assert said.count('worker_process_started device="GPU 0"') == 1
+    assert said.count('worker_process_started device="GPU 1"') == 2
+    assert 'worker_process_ended device="GPU 1" exit_code=-6 ' in said
 
 
 @pytest.mark.parametrize("code", [3, os.EX_CONFIG])
@@ -303,8 +303,8 @@ live("mark")
     marks = (tmp_path / "mark0", tmp_path / "mark1")
     child = PER_GPU.format(folder=str(tmp_path)) + broken
     code, said = supervise(child, started=marks, signals=1, gpus=2)
-    assert "given up" not in said
-    assert said.count("GPU 0: worker process") == 1
+    assert "given_up" not in said
+    assert said.count('worker_process_started device="GPU 0"') == 1
     assert code in {0, 1}, "1 where the signal met a worker that was just failing"
 
 
@@ -326,14 +326,14 @@ sys.exit(3)
     )
     marks = (tmp_path / "started0", tmp_path / "started1")
     code, said = supervise(child, started=marks, signals=1, gpus=2)
-    assert "given up" not in said
+    assert "given_up" not in said
     assert code == 0
 
 
 def test_where_no_gpu_works_all_is_given_up() -> None:
     code, said = supervise("raise SystemExit(3)", gpus=2)
     assert code == 1
-    assert said.count("could not start, 5 times in a row: given up") == 1
+    assert said.count("worker_process_given_up") == said.count("failed_starts=5") == 1
 
 
 def test_a_gpu_that_is_not_there_is_refused_by_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +350,7 @@ def test_a_gpu_that_is_not_there_is_refused_by_the_command(monkeypatch: pytest.M
 def test_each_process_has_a_port_of_its_own_for_its_metrics_and_hears_how_often_it_was_started(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(devices, "_gpus_here", lambda *_: ["0", "1"])
+    monkeypatch.setattr(devices, "_local_gpus", lambda *_: ["0", "1"])
     said = tmp_path / "said"
     child = f"import os; print(*map(os.environ.get, {OWN!r}), file=open({str(said)!r}, 'a'))"
     supervisor = Supervisor(Settings(metrics_port=9464), (sys.executable, "-c", child))

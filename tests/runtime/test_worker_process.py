@@ -94,9 +94,9 @@ def test_a_mistake_of_ours_ends_no_good_job(job: Any) -> None:
 
 
 def test_a_job_is_the_one_argument_of_its_task() -> None:
-    assert worker_process._payload(({"a": 1},)) == {"a": 1}
-    assert worker_process._payload((1, 2)) == [1, 2], "which is no job, and is refused as such"
-    assert worker_process._payload(()) == []
+    assert worker_process._single_argument(({"a": 1},)) == {"a": 1}
+    assert worker_process._single_argument((1, 2)) == [1, 2], "which is no job, and is refused as such"
+    assert worker_process._single_argument(()) == []
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_job_is_the_one_argument_of_its_task() -> None:
 def test_weights_that_are_only_away_are_waited_for(
     failures: list[Exception], stopped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_process, "PRELOAD_EVERY_S", 0)
+    monkeypatch.setattr(worker_process, "PRELOAD_RETRY_S", 0)
     health, seen = Health(), list[object]()
 
     def warm(name: str) -> None:
@@ -147,4 +147,4 @@ def test_whatever_ends_a_supervised_worker_is_a_line_of_its_log(
 
     monkeypatch.setattr(worker_process, "run", fails)
     assert worker_process.run_supervised(Settings(), 1) == code
-    assert caplog.messages == [str(error)]
+    assert caplog.messages == [f"worker_failed error={error}"]

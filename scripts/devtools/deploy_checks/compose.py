@@ -14,7 +14,7 @@ from devtools.deploy_checks.dockerfile import DOCKERFILE, instructions, stages
 from gradcam_worker import __version__
 from gradcam_worker.cli.commands import gradcam
 from gradcam_worker.errors import InvalidSettings
-from gradcam_worker.runtime.supervisor import HAND_BACK_S
+from gradcam_worker.runtime.supervisor import REQUEUE_TIMEOUT_S
 from gradcam_worker.settings import Settings
 
 FOLDER = ROOT / "docker"
@@ -108,7 +108,7 @@ def _ours(service: Mapping[str, Any]) -> Iterator[str]:
     command = service.get("command", ["worker"])
     yield from command_findings(command)
     grace = float(service.get("stop_grace_period", "10s").removesuffix("s"))
-    if command == ["worker"] and grace < settings.shutdown_timeout_s + HAND_BACK_S:
+    if command == ["worker"] and grace < settings.shutdown_timeout_s + REQUEUE_TIMEOUT_S:
         yield f"a worker that needs {settings.shutdown_timeout_s:g} s to end is killed after {grace:g} s"
     places = [one.split(":")[0] for one in service.get("tmpfs", [])]
     places += [one.split(":")[1] for one in service.get("volumes", [])]

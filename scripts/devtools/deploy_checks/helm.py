@@ -185,7 +185,7 @@ def findings(documents: list[Document]) -> Iterator[str]:
     variables = {**given, "GRADCAM_BROKER_URL": "redis://somewhere:6379/0", "GRADCAM_REDIS_CA": ""}
     read = Settings.from_environment(variables)  # raises InvalidSettings where the worker would
     grace = _spec(by_name["Deployment", worker])["terminationGracePeriodSeconds"]
-    if grace < read.shutdown_timeout_s + supervisor.HAND_BACK_S:
+    if grace < read.shutdown_timeout_s + supervisor.REQUEUE_TIMEOUT_S:
         yield f"a worker that needs {read.shutdown_timeout_s:g} s to end is killed after {grace} s"
     denying = by_name.get(("NetworkPolicy", release), {}).get("spec", {})
     if set(denying) != {"podSelector", "policyTypes"} or len(denying["policyTypes"]) != len(("in", "out")):

@@ -128,8 +128,8 @@ class Worker:
 
     @property
     def restarts(self) -> list[str]:
-        """The lines of the log about worker processes that ended unasked, with their exit codes."""
-        return [line for line in self.log_lines if "ended unasked" in line]
+        """The lines of the log about worker processes that ended without being asked to, with their exit codes."""
+        return [line for line in self.log_lines if "worker_process_ended" in line]
 
     def stop(self) -> None:
         """Cleanly."""

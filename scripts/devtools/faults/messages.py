@@ -218,9 +218,9 @@ def handle(item: bytes, ledger: MemoryLedger, queue: str) -> str | None:
     headers, properties = opened["headers"], opened["properties"]
     body = opened["body"]
     args, _, _ = json.loads(base64.b64decode(body) if properties["body_encoding"] == "base64" else body)
-    kind = worker_process.KINDS[headers["task"]]
+    kind = worker_process.PAYLOADS[headers["task"]]
     entered_at = headers[envelope.ENTERED_AT]
-    one.handle(worker_process._payload(tuple(args)), headers["id"], entered_at=entered_at, kind=kind)  # noqa: SLF001  # as it does
+    one.handle(worker_process._single_argument(tuple(args)), headers["id"], entered_at=entered_at, kind=kind)  # noqa: SLF001  # as it does
     return str(headers["id"])
 
 

@@ -107,9 +107,9 @@ def worker(*, devices: str | None, unsupervised: bool, ready_fd: int | None) -> 
 
     if unsupervised:
         from gradcam_worker.runtime import worker_process
-        from gradcam_worker.runtime.devices import enter
+        from gradcam_worker.runtime.devices import use_single_device
 
-        settings = enter(settings)
+        settings = use_single_device(settings)
         preflight.check(settings)
         return worker_process.run(settings)
     from gradcam_worker.runtime.supervisor import Supervisor

@@ -47,8 +47,8 @@ def run_checks(settings: Settings, *, expected_workers: int = 0) -> Iterator[Fin
         Each finding as soon as its check is done, in this order.
     """
     broker_fix = "Start Redis or Valkey at that address, or set GRADCAM_BROKER_URL."
-    yield _run_check("broker", preflight.broker_answers, settings, broker_fix)
-    yield _run_check("ledger", preflight.ledger_answers, settings, broker_fix.replace("BROKER", "LEDGER"))
+    yield _run_check("broker", preflight.check_broker, settings, broker_fix)
+    yield _run_check("ledger", preflight.check_ledger, settings, broker_fix.replace("BROKER", "LEDGER"))
     yield from _check_eviction(settings)
     yield from _check_workers(settings, expected_workers)
     if importlib.util.find_spec("keras") is None:
@@ -65,8 +65,8 @@ def run_checks(settings: Settings, *, expected_workers: int = 0) -> Iterator[Fin
     )
     yield from _check_weights(settings)
     try:
-        registry = preflight.networks(settings)
-        preflight.cache_holds(settings, registry)
+        registry = preflight.load_registry(settings)
+        preflight.check_cache(settings, registry)
     except InvalidSettings as error:
         yield Finding("networks", well=False, detail=str(error), fix=SETTING_FIX)
         return
@@ -177,4 +177,4 @@ def _check_storage(settings: Settings) -> Finding:
 
 def _describe_device(settings: Settings) -> str:
     processes = devices.choose(settings)
-    return preflight.device(settings) + (f", {len(processes)} processes" if len(processes) > 1 else "")
+    return preflight.check_device(settings) + (f", {len(processes)} processes" if len(processes) > 1 else "")

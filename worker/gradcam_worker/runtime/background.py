@@ -1,9 +1,8 @@
-"""The background loops that need no device: the reaper, the dispatcher, the database's.
+"""The background loops that need no device: reaper, outbox dispatcher, upkeep of the status database.
 
-Several processes may run them, and share the work.
+Several processes can run them, and share the work.
 """
 
-import logging
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import partial
@@ -23,15 +22,16 @@ from gradcam_worker.resilience.background_loop import BackgroundLoop, stop_all
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.schemas.status import StatusEvent
 from gradcam_worker.settings import Settings
+from gradcam_worker.text.log_events import EventLogger
 
 if TYPE_CHECKING:
     from gradcam_worker.delivery.sql import SqlStatus
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-SQL = "sql"  # the name of the sink
-DATABASE_EVERY_S = 60.0  # between two rounds of the database's upkeep
-STOP_S = 5.0  # for all loops to end: for deliveries that are under way, the last renewal
+SQL_SINK = "sql"  # its name in the outbox
+DATABASE_UPKEEP_INTERVAL_S = 60.0
+STOP_TIMEOUT_S = 5.0  # of all loops together; longer than a renewal or most deliveries take
 
 Send = Callable[[str, str | None, StatusEvent, str], None]
 
@@ -41,19 +41,30 @@ def build(
     publisher: Publisher,
     ledger: RedisLedger,
     send: Send,
-    me: str,
+    worker_id: str,
     observer: Observer = NULL_OBSERVER,
     spans: Traces = NO_TRACES,
     outages: Outages | None = None,
 ) -> list[BackgroundLoop]:
-    """All of them, in the process `me`; `send` does what `Webhooks.send` does.
+    """Build the loops. None is started.
 
-    Raises InvalidSettings.
+    Args:
+        settings: of this process.
+        publisher: publishes lost jobs again.
+        ledger: the jobs, and the outbox of their events.
+        send: sends a webhook, as `Webhooks.send` does.
+        worker_id: the name of this process.
+        observer: counts what the loops do.
+        spans: traces of deliveries.
+        outages: the outages of this process.
+
+    Raises:
+        InvalidSettings: the database of `GRADCAM_STATUS_SQL_URL` cannot be used.
     """
     outages = outages or Outages()
     reaper = Reaper(
         ledger,
-        me,
+        worker_id,
         lambda job_id, route: publisher.republish([job_id], route),
         publisher.queue_length,
         lease_s=settings.lease_s,
@@ -72,12 +83,12 @@ def build(
     sinks: dict[str, Deliver] = {}
     database = _database(settings)
     if database:
-        sinks[SQL] = lambda delivery, _: database.write(delivery.document)
+        sinks[SQL_SINK] = lambda delivery, _: database.write(delivery.document)
         step = partial(_maintain_database, database, outbox)
         loop = BackgroundLoop(
             "database",
             step,
-            DATABASE_EVERY_S,
+            DATABASE_UPKEEP_INTERVAL_S,
             immediately=True,
             outages=outages,
             consequence="no new job is written to the database",
@@ -99,7 +110,7 @@ def build(
 
 
 def start(loops: Iterable[BackgroundLoop]) -> list[BackgroundLoop]:
-    """Start each of them, and return them."""
+    """Start the loops, and return them."""
     started = [*loops]
     for loop in started:
         loop.start()
@@ -107,12 +118,12 @@ def start(loops: Iterable[BackgroundLoop]) -> list[BackgroundLoop]:
 
 
 def stop(loops: Iterable[BackgroundLoop]) -> None:
-    """End them, and wait for that: STOP_S, for all of them together."""
-    stop_all(loops, STOP_S)
+    """End the loops. Waits at most STOP_TIMEOUT_S for all of them together."""
+    stop_all(loops, STOP_TIMEOUT_S)
 
 
 def _database(settings: Settings) -> "SqlStatus | None":
-    """The database that is told of every job, where there is one. Raises InvalidSettings."""
+    """The status database, if the settings name one. Raises InvalidSettings."""
     url = settings.status_sql_url.get_secret_value()
     if not url:
         return None
@@ -125,15 +136,15 @@ def _database(settings: Settings) -> "SqlStatus | None":
         raise InvalidSettings(message) from error
     try:
         database.upgrade()
-    except StatusUnavailable as error:  # the first write does it, when the database is back
-        log.warning("%s", error)
+    except StatusUnavailable as error:  # the first write upgrades it when the database is back
+        log.warning("database_upgrade_postponed", error=error)
     return database
 
 
 def _maintain_database(database: "SqlStatus", outbox: RedisOutbox) -> None:
-    """Have it told of every job, and delete some of what was completed long ago. Raises LedgerUnavailable."""
-    outbox.open_sink(SQL)  # again and again: the ledger may have forgotten
+    """Request that every job is written to the database, and delete old rows. Raises LedgerUnavailable."""
+    outbox.open_sink(SQL_SINK)  # repeated, because the ledger may have lost it
     try:
         database.prune()
     except StatusUnavailable as error:
-        log.warning("%s", error)
+        log.warning("database_prune_failed", error=error)

@@ -25,7 +25,7 @@ from gradcam_worker.storage import stores as storage
 
 @dataclass(frozen=True)
 class WorkerComponents:
-    """The job handler, and the loops that run in threads of their own until they are told to stop."""
+    """The job handler, and the background loops that run beside it until they are stopped."""
 
     handler: JobHandler
     outages: Outages
@@ -37,28 +37,35 @@ def build_worker(
     settings: Settings, publisher: Publisher, services: Services, observer: Observer = NULL_OBSERVER
 ) -> WorkerComponents:
     """Build the parts of a worker process. Raises InvalidSettings."""
-    ledger, me, began_at = service_factory.build_ledger(settings), service_factory.worker_ref(), utc_now()
+    ledger, worker, started_at = (
+        service_factory.build_ledger(settings),
+        service_factory.worker_ref(),
+        utc_now(),
+    )
     ledger.observer, outages = observer, Outages()
     breaker = CircuitBreaker(partial(use_storage, services.stores))
 
     def health() -> str:
-        """What other people can read about this worker: see `Ledger.workers`."""
-        said = {"device": me.device, "since": began_at.isoformat(), "running": len(leases.jobs())}
-        batch = round(services.model_cache.mean_batch_size, 1)
-        return json.dumps(
-            {**said, "batch": batch, "trouble": breaker.open_reason or services.model_cache.failure}
-        )
+        """The state of this worker as JSON, which the ledger shows: see `Ledger.workers`."""
+        state = {
+            "device": worker.device,
+            "since": started_at.isoformat(),
+            "running": len(leases.jobs()),
+            "batch": round(services.model_cache.mean_batch_size, 1),
+            "trouble": breaker.open_reason or services.model_cache.failure,
+        }
+        return json.dumps(state)
 
-    leases = LeaseManager(ledger, me.id, settings.lease_s, health, observer, outages)
-    spans = tracing.connect(settings.traces, "gradcam-worker", me.id)
+    leases = LeaseManager(ledger, worker.id, settings.lease_s, health, observer, outages)
+    spans = tracing.connect(settings.traces, "gradcam-worker", worker.id)
     send = services.webhooks.send
-    others = background.build(settings, publisher, ledger, send, me.id, observer, spans, outages)
+    shared_loops = background.build(settings, publisher, ledger, send, worker.id, observer, spans, outages)
     stall = StallDetector(publisher.any_waiting, settings.hung_after_s)
     handler = JobHandler(
         settings,
         ledger,
         services,
-        me,
+        worker,
         leases,
         breaker,
         observer=observer,
@@ -67,12 +74,12 @@ def build_worker(
         stall=stall,
     )
     eviction = EvictionMonitor(settings)
-    own = [leases.loop, breaker.loop, eviction.loop, stall.loop]
-    return WorkerComponents(handler, outages, [*own, *others], eviction)
+    own_loops = [leases.loop, breaker.loop, eviction.loop, stall.loop]
+    return WorkerComponents(handler, outages, [*own_loops, *shared_loops], eviction)
 
 
 def use_storage(stores: StorageProvider) -> None:
-    """As a job does: whatever it raises, jobs would meet it too."""
+    """Use the storage as a job does. Raises whatever a job would meet."""
     storage.probe(stores.open())
     if isinstance(stores, storage.Stores):  # artifacts may go to a folder, and images come from S3
         stores.check_identity()

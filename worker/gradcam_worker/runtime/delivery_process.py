@@ -1,7 +1,7 @@
-"""`gradcam deliver`: tells webhooks and the database, and puts jobs right, where no worker may be running.
+"""`gradcam deliver`: notifies webhooks, writes to the database and recovers jobs while no worker runs.
 
-Every worker does all of this, too. Where workers are scaled to zero somebody has to: this process needs no
-device, and loads no array, picture or network library.
+Every worker does the same. Where workers are scaled to zero, this process does it: it needs no device, and
+loads no library of arrays, images or networks.
 """
 
 import logging
@@ -16,29 +16,30 @@ from gradcam_worker.runtime import background
 from gradcam_worker.runtime.telemetry import Telemetry
 from gradcam_worker.schemas.ids import process_name
 from gradcam_worker.settings import Settings
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
 
 def run(settings: Settings) -> int:
     """Deliver until SIGTERM or SIGINT; return the exit code. Raises InvalidSettings."""
     signals = SimpleQueue[int]()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda one, _: signals.put(one))
+        signal.signal(number, lambda received, _: signals.put(received))
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    telemetry, me = Telemetry(settings), process_name()
+    telemetry, process = Telemetry(settings), process_name()
     ledger, publisher = RedisLedger(settings), Publisher(settings)
     ledger.observer = telemetry.observer
-    spans = tracing.connect(settings.traces, "gradcam-deliver", me)
+    spans = tracing.connect(settings.traces, "gradcam-deliver", process)
     send = Webhooks(settings).send
-    loops = background.build(settings, publisher, ledger, send, me, telemetry.observer, spans)
-    names = ", ".join(loop.name for loop in loops)
+    loops = background.build(settings, publisher, ledger, send, process, telemetry.observer, spans)
+    delivery_loops = [loop.name for loop in loops]
     loops += telemetry.loops
     background.start(loops)
-    telemetry.watch(loops)
-    telemetry.begun()
-    log.info("%s delivers: %s", me, names)
+    telemetry.require_alive(loops)
+    telemetry.ready()
+    log.info("delivery_process_started", process=process, loops=delivery_loops)
     signals.get()
-    telemetry.ending()
+    telemetry.stopping()
     background.stop(loops)
     return 0

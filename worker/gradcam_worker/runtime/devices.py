@@ -1,6 +1,6 @@
-"""Which devices a worker computes on: one process for each, which sees its own and no other.
+"""The devices that a worker computes on: one process for each, which sees no other device.
 
-They are counted without importing a backend: the supervisor stays small, and takes no memory on any GPU.
+GPUs are counted without importing a backend, so that the supervisor stays small and takes no memory on a GPU.
 """
 
 import os
@@ -14,57 +14,71 @@ from pathlib import Path
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.settings import Settings
 
-VISIBLE = "CUDA_VISIBLE_DEVICES"  # which GPUs a process sees, in order: numbers or UUIDs
-OPENCV_THREADS = "OPENCV_FOR_THREADS_NUM"  # of one operation; read when OpenCV is imported
-LISTED = re.compile(r"^( *)(?:GPU|MIG) .*\(UUID: ([^)]+)\)", re.MULTILINE)  # a line of `nvidia-smi -L`
-LISTING_S = 30  # the driver may have to wake several GPUs first
-BATCH = 32  # images in hand for a GPU at a time, where the settings name no largest batch
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"  # the GPUs that a process sees, in order: numbers or UUIDs
+OPENCV_THREADS = "OPENCV_FOR_THREADS_NUM"  # threads of one operation; read when OpenCV is imported
+GPU_LINE = re.compile(r"^( *)(?:GPU|MIG) .*\(UUID: ([^)]+)\)", re.MULTILINE)  # a line of `nvidia-smi -L`
+LISTING_TIMEOUT_S = 30  # the driver may have to wake several GPUs first
+BATCH_SIZE = 32  # of a GPU, to choose the number of threads where GRADCAM_MAX_BATCH is 0
 
 
 @dataclass(frozen=True)
 class Device:
-    """What one process computes on."""
+    """The device of one process."""
 
-    name: str  # as logs say it
-    environment: Mapping[str, str]  # of that process, whole
+    name: str  # in log lines
+    environment: Mapping[str, str]  # the whole environment of that process
 
 
 def choose(settings: Settings) -> list[Device]:
-    """The devices that the settings ask for, a process for each.
+    """Choose the devices that the settings name, with one process for each.
 
-    Where GPUs are visible by `CUDA_VISIBLE_DEVICES` already, these are all there are, and numbers count
-    them. Where there are none, `auto` is one process, on whatever its backend finds.
+    Where `CUDA_VISIBLE_DEVICES` is set, only its GPUs exist, and numbers count them. Without a GPU, `auto` is
+    one process, on whatever its backend finds.
 
-    Raises InvalidSettings where a GPU is asked for that is not there.
+    Args:
+        settings: `devices`, `threads` and `max_batch`.
+
+    Returns:
+        The devices in order, at least one.
+
+    Raises:
+        InvalidSettings: a GPU is named that does not exist, or twice.
     """
-    # Jobs run beside each other: none of them needs several threads for one picture.
+    # Jobs run in parallel: no operation on one image needs several threads.
     environment = {OPENCV_THREADS: "1", **settings.environment_for_child()}
     if settings.devices == "cpu":
-        return [Device("cpu", {**environment, VISIBLE: ""})]
+        return [Device("cpu", {**environment, VISIBLE_GPUS: ""})]
     gpus = visible_gpus(environment)
-    asked = range(len(gpus)) if settings.devices == "auto" else map(int, settings.devices.split(","))
-    numbers = list(asked)
-    for at, number in enumerate(numbers):
+    is_auto = settings.devices == "auto"
+    numbers = [*range(len(gpus))] if is_auto else [int(number) for number in settings.devices.split(",")]
+    for position, number in enumerate(numbers):
         if number >= len(gpus):
-            there = ", ".join(f"{at} ({gpu})" for at, gpu in enumerate(gpus)) or "none"
-            message = f"GRADCAM_DEVICES or --devices asks for GPU {number}; there are: {there}."
+            existing = ", ".join(f"{index} ({gpu})" for index, gpu in enumerate(gpus)) or "none"
+            message = f"GRADCAM_DEVICES or --devices asks for GPU {number}; there are: {existing}."
             raise InvalidSettings(message)
-        if number in numbers[:at]:
-            message = f"GRADCAM_DEVICES or --devices names GPU {number} twice; one process has it to itself."
+        if number in numbers[:position]:
+            message = f"GRADCAM_DEVICES or --devices names GPU {number} twice; each GPU has one process."
             raise InvalidSettings(message)
     if not numbers:
         return [Device("default device", environment)]
     if "threads" not in settings.model_fields_set:
-        # While one batch is computed, the next is fetched and decoded, the last encoded and stored.
-        threads = 2 * (settings.max_batch or BATCH)
+        # While one batch is computed, the next is fetched and decoded, and the last encoded and stored.
+        threads = 2 * (settings.max_batch or BATCH_SIZE)
         environment |= settings.model_copy(update={"threads": threads}).to_environment()
-    return [Device(f"GPU {number}", {**environment, VISIBLE: gpus[number]}) for number in numbers]
+    return [Device(f"GPU {number}", {**environment, VISIBLE_GPUS: gpus[number]}) for number in numbers]
 
 
-def enter(settings: Settings) -> Settings:
-    """Make this process the one that has the device, before a backend is imported; its settings.
+def use_single_device(settings: Settings) -> Settings:
+    """Restrict this process to the one device that the settings name. Call it before a backend is imported.
 
-    Raises InvalidSettings where there are several.
+    Args:
+        settings: those of this process.
+
+    Returns:
+        The settings with what the device changes.
+
+    Raises:
+        InvalidSettings: they name several devices.
     """
     first, *others = choose(settings)
     if others:
@@ -78,33 +92,41 @@ def enter(settings: Settings) -> Settings:
 
 
 def visible_gpus(environment: Mapping[str, str], dev: Path = Path("/dev")) -> list[str]:
-    """What a process of this environment may call its GPUs in `CUDA_VISIBLE_DEVICES`, in order."""
-    here = _gpus_here(environment, dev)
-    if VISIBLE not in environment or not here:
-        return here
-    found: list[str] = []
-    for name in (part.strip() for part in environment[VISIBLE].split(",")):
-        known = int(name) < len(here) if name.isdecimal() else name.startswith(("GPU-", "MIG-"))
-        if not known:
-            break  # as CUDA itself reads it: up to the first that is none
-        found.append(name)
-    return found
+    """Return the names by which `CUDA_VISIBLE_DEVICES` can select the GPUs that a process sees.
+
+    Args:
+        environment: of that process.
+        dev: the folder of device files.
+
+    Returns:
+        UUIDs or numbers, in order.
+    """
+    gpus = _local_gpus(environment, dev)
+    if VISIBLE_GPUS not in environment or not gpus:
+        return gpus
+    names: list[str] = []
+    for name in (part.strip() for part in environment[VISIBLE_GPUS].split(",")):
+        exists = int(name) < len(gpus) if name.isdecimal() else name.startswith(("GPU-", "MIG-"))
+        if not exists:
+            break  # CUDA, too, ignores the rest after the first that does not exist
+        names.append(name)
+    return names
 
 
-def _gpus_here(environment: Mapping[str, str], dev: Path) -> list[str]:
-    """The GPUs of this machine or container: UUIDs where the driver's own tool tells them, else numbers."""
+def _local_gpus(environment: Mapping[str, str], dev: Path) -> list[str]:
+    """The GPUs of this machine or container: UUIDs where nvidia-smi lists them, else numbers."""
     tool = shutil.which("nvidia-smi", path=environment.get("PATH"))
     listing = _listing(tool, environment) if tool else ""
-    found: list[str] = []
-    whole = 0  # index of the last GPU: its parts, where it has any, take its place
-    for indent, uuid in LISTED.findall(listing):
+    uuids: list[str] = []
+    gpu_index = 0  # of the last whole GPU: its MIG devices, if any, replace it
+    for indent, uuid in GPU_LINE.findall(listing):
         if not indent:
-            whole = len(found)
-        elif len(found) == whole + 1 and found[whole].startswith("GPU-"):
-            found.pop()
-        found.append(uuid)
-    # Files carry the number that a GPU has on the host; in a container CUDA counts those it sees from 0.
-    return found or [str(at) for at, _ in enumerate(dev.glob("nvidia[0-9]*"))]
+            gpu_index = len(uuids)
+        elif len(uuids) == gpu_index + 1 and uuids[gpu_index].startswith("GPU-"):
+            uuids.pop()
+        uuids.append(uuid)
+    # A file name has the GPU's number on the host; in a container CUDA counts the GPUs that it sees from 0.
+    return uuids or [str(number) for number, _ in enumerate(dev.glob("nvidia[0-9]*"))]
 
 
 def _listing(tool: str, environment: Mapping[str, str]) -> str:
@@ -115,8 +137,8 @@ def _listing(tool: str, environment: Mapping[str, str]) -> str:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=LISTING_S,
+            timeout=LISTING_TIMEOUT_S,
             check=True,
         ).stdout
-    except (OSError, subprocess.SubprocessError):  # no driver, or one that does not answer
+    except (OSError, subprocess.SubprocessError):  # no driver, or it does not answer
         return ""

@@ -1,24 +1,24 @@
-"""Signs of life: what a worker process writes to its supervisor for as long as it works.
+"""The signs of life that a worker process writes to its supervisor.
 
-A process can be there and do nothing: Celery's loop may hang after a restart of the broker, the device may
-never answer. It then writes nothing more, and is started again.
+A process can exist and do nothing: Celery's loop may hang after a restart of the broker, or the device may
+never answer. It then stops writing, and its supervisor restarts it.
 """
 
-import logging
 import os
 import time
 from collections.abc import Callable
 
 from gradcam_worker.resilience.background_loop import BackgroundLoop
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-REPORT_EVERY_S = 1.0
-HUNG_AFTER_S = 30.0  # the consumer's loop turns every second, or tries to connect again
+REPORT_INTERVAL_S = 1.0
+HUNG_AFTER_S = 30.0  # without a turn of the consumer's loop, which turns every second
 
 
 class LivenessReporter:
-    """Writes a byte again and again, as long as nothing is wrong with the process."""
+    """Writes a byte every REPORT_INTERVAL_S while the process is healthy."""
 
     def __init__(
         self,
@@ -30,57 +30,57 @@ class LivenessReporter:
         """Nothing is written yet.
 
         Args:
-            fd: where to write; None where nobody reads.
-            broker_answers: whether the broker can be reached.
-            other_reason: why the process should be started again, of what is not looked at here.
+            fd: the file descriptor to write to; None where nobody reads.
+            broker_answers: whether the broker is reachable.
+            other_reason: another reason to restart the process, if any.
         """
         self._fd, self._broker_answers, self._other_reason = fd, broker_answers, other_reason
         self._turned_s = time.monotonic()
-        self._ending = False
+        self._stopping = False
         self.last_reason: str | None = None  # why it was unhealthy at the last report
-        self.loop = BackgroundLoop("liveness", self.report, REPORT_EVERY_S)
+        self.loop = BackgroundLoop("liveness", self.report, REPORT_INTERVAL_S)
 
     def loop_turned(self) -> None:
-        """The consumer's loop has come round."""
+        """Report a turn of the consumer's loop."""
         self._turned_s = time.monotonic()
 
-    def ending(self) -> None:
-        """From now on the consumer's loop need not turn: the process finishes the jobs it has."""
-        self._ending = True
+    def stopping(self) -> None:
+        """Report that the process takes no new jobs: from now on the consumer's loop need not turn."""
+        self._stopping = True
 
     def unhealthy_reason(self) -> str | None:
-        """Why this process should be started again, if so."""
-        if self._ending:
+        """Why this process should be restarted; None if it should not."""
+        if self._stopping:
             return None
         if reason := self._other_reason():
             return reason
         turned_s = self._turned_s
-        still_s = time.monotonic() - turned_s
-        if still_s <= HUNG_AFTER_S:
+        idle_s = time.monotonic() - turned_s
+        if idle_s <= HUNG_AFTER_S:
             return None
         if self._broker_answers():
-            return f"the broker answers, but nothing has been received for {still_s:.0f} s"
+            return f"the broker answers, but nothing has been received for {idle_s:.0f} s"
         if self._turned_s == turned_s:
-            # The broker's fault. Once it answers, the loop has time to notice, as it tries ever less often.
+            # The broker's fault. When it answers again, the loop has HUNG_AFTER_S to connect.
             self.loop_turned()
         return None
 
     def report(self) -> None:
-        """Give a sign of life, unless something is wrong."""
+        """Write a sign of life if the process is healthy; log the reason when it becomes unhealthy."""
         try:
             reason = self.unhealthy_reason()
-        except BaseException:  # a defect of the check is no reason to have the process restarted
+        except BaseException:  # a defect of the check is no reason to restart the process
             self.last_reason = None
-            self.show()
+            self.write_sign()
             raise
         if reason and not self.last_reason:
-            log.error("no sign of life any more: %s", reason)
+            log.error("process_unhealthy", reason=reason)
         self.last_reason = reason
         if not reason:
-            self.show()
+            self.write_sign()
 
-    def show(self) -> bool:
-        """Write one byte; whether anybody can still read it."""
+    def write_sign(self) -> bool:
+        """Write one byte. Returns False where nobody can read it any more."""
         if self._fd is None:
             return True
         try:

@@ -1,8 +1,8 @@
-"""A child process that does not outlive its parent, not even a parent that was killed.
+"""Child processes that do not outlive their parent, not even a parent that was killed.
 
-The parent holds the writing end of a pipe that is the child's standard input. However the parent
-ends, the system closes that end, and the child reads the end of the file. `spawn` runs any
-program below a small keeper that listens for this; a Python program may listen itself, with `on_parent_exit`.
+The parent holds the write end of a pipe that is the child's standard input. However the parent ends, the
+system closes it, and the child reads the end of the file. `spawn` runs any program below a small keeper
+process that waits for this; a Python program can wait itself, with `on_parent_exit`.
 """
 
 import os
@@ -23,18 +23,18 @@ def spawn(
     environment: Mapping[str, str] | None = None,
     grace_s: float = GRACE_S,
 ) -> subprocess.Popen[bytes]:
-    """Run a program that ends when it is asked to (SIGTERM) or when this process is gone.
+    """Run a program that ends at SIGTERM, or when this process has ended.
 
     Args:
         command: the program and its arguments.
         log: a file to which its output is appended; None: the output of this process.
-        environment: what it gets beside the environment of this process.
-        grace_s: after so many seconds it is killed where it has not ended.
+        environment: variables in addition to those of this process.
+        grace_s: seconds between asking it to end and killing it.
 
     Returns:
-        The keeper above the program: ask that to end, with `stop`.
+        The keeper of the program: end it with `stop`.
     """
-    # -P: a folder named `worker` where the caller stands must not take this package's place.
+    # -P: a folder in the working directory must not be imported instead of this package.
     keeper = [sys.executable, "-P", "-m", "gradcam_worker.runtime.parent_watch", str(grace_s), *command]
     output = log.open("ab") if log else None
     try:
@@ -44,7 +44,7 @@ def spawn(
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
             env={**os.environ, **(environment or {})},
-            start_new_session=True,  # Ctrl-C in a terminal reaches the parent, which decides
+            start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone, which decides
         )
     finally:
         if output:
@@ -52,9 +52,9 @@ def spawn(
 
 
 def stop(process: subprocess.Popen[bytes]) -> int:
-    """Ask a started program to end, wait for it, and return its exit code."""
+    """Ask a program that `spawn` started to end. Waits for that, and returns its exit code."""
     if process.poll() is None:
-        process.terminate()  # the keeper kills what does not end in time, so this does end
+        process.terminate()  # the keeper kills a program that does not end in time
     code = process.wait()
     if process.stdin:
         process.stdin.close()
@@ -62,10 +62,10 @@ def stop(process: subprocess.Popen[bytes]) -> int:
 
 
 def on_parent_exit(callback: Callable[[], object]) -> None:
-    """Call `callback` from a thread when whoever started this process is gone."""
+    """Call `callback` from a thread when the parent of this process has ended."""
 
     def wait() -> None:
-        # Signals are for the main thread, which would not wake up from one that came here.
+        # Signals must reach the main thread: one that this thread received would not wake it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         while os.read(0, 1024):
             pass
@@ -75,25 +75,25 @@ def on_parent_exit(callback: Callable[[], object]) -> None:
 
 
 class _Keeper:
-    """Runs one program, passes signals on, and ends it when the parent is gone."""
+    """Runs one program, forwards signals to it, and ends it when the parent has ended."""
 
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
-        self._asked = False
+        self._end_requested = False
         self._program: subprocess.Popen[bytes] | None = None
 
     def run(self, command: Sequence[str]) -> int:
-        # The handlers come first: a signal that came between would leave the program alone.
+        # First the handlers: a signal before them would end the keeper and leave the program running.
         signal.signal(signal.SIGTERM, self._end)
         signal.signal(signal.SIGINT, self._end)
         self._program = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        if self._asked:
+        if self._end_requested:
             self._end()
         on_parent_exit(self._end)
         return self._program.wait()
 
     def _end(self, *_: object) -> None:
-        self._asked = True
+        self._end_requested = True
         if self._program is None:
             return
         self._program.terminate()

@@ -1,13 +1,12 @@
-"""Whether a worker can work at all with its settings: looked at before it starts, not at its first job.
+"""Checks, before a worker starts, that it can work with its settings.
 
-What stays wrong until somebody corrects it (a password, a bucket that is not there, a GPU that nobody sees)
-is InvalidSettings here: one sentence that begins with the setting's name. What may be over in a moment
-raises what it raises elsewhere, and is waited for.
+A permanent fault (a wrong password, a missing bucket, a GPU that the driver does not show) is
+InvalidSettings: one sentence that begins with the setting's name. A temporary fault raises the same error as
+elsewhere, and the worker waits for the server.
 """
 
 import errno
 import importlib.util
-import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,155 +31,185 @@ from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.runtime import devices
 from gradcam_worker.settings import ONE_SERVER, Settings
 from gradcam_worker.storage.filesystem import LOCATION_ERRORS
+from gradcam_worker.text.log_events import EventLogger
 from gradcam_worker.text.urls import without_secrets
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-ANSWER_S = 3.0  # that broker and ledger have; asked once, since who does not answer is waited for
-# What a Redis server says that it will say again. (That a password is wrong is a ConnectionError, too.)
-HOPELESS = (
+ANSWER_TIMEOUT_S = 3.0  # of broker and ledger, asked once: a server that does not answer is waited for
+# Errors of Redis that would occur again. (A wrong password is a ConnectionError, too.)
+PERMANENT_ERRORS = (
     redis.exceptions.AuthenticationError,
     redis.exceptions.AuthorizationError,
-    redis.exceptions.InvalidResponse,  # something else listens there
+    redis.exceptions.InvalidResponse,  # the server is no Redis
     redis.exceptions.NoPermissionError,
 )
-HOPELESS_WORDS = ("CERTIFICATE", "WRONG_VERSION_NUMBER", "Invalid Database", "DB index")
+PERMANENT_ERROR_TEXTS = ("CERTIFICATE", "WRONG_VERSION_NUMBER", "Invalid Database", "DB index")
 CREDENTIALS = "Correct address, user, password and database, and grant what deploy/redis/users.acl names."
 NOT_FOUND = 404
-NO_FOLDER = LOCATION_ERRORS | {errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENOTDIR}
+FOLDER_ERRNOS = LOCATION_ERRORS | {errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENOTDIR}
 
 
 def check(settings: Settings, *, stores: bool = True) -> None:
-    """Look at all that needs no device; a log line says what is waited for. Raises InvalidSettings.
+    """Check everything that needs no device. A server that is only unreachable is logged.
 
-    `stores`: the process writes to storage, and explains. It takes no longer than the slowest answer, 15 s
-    where storage does not say a word.
+    The checks run in parallel: together they take at most 15 s, where storage does not answer.
+
+    Args:
+        settings: of the process.
+        stores: whether the process explains images and writes to storage.
+
+    Raises:
+        InvalidSettings: a fault is permanent.
     """
-    looks = [broker_answers, ledger_answers, redis_keeps]
+    checks = [check_broker, check_ledger, check_eviction]
     if stores:
-        cache_holds(settings, networks(settings))
-        looks.append(storage_takes)
-    with ThreadPoolExecutor(len(looks)) as pool:
-        for found in [pool.submit(look, settings) for look in looks]:
+        check_cache(settings, load_registry(settings))
+        checks.append(check_storage)
+    with ThreadPoolExecutor(len(checks)) as pool:
+        for call in [pool.submit(one_check, settings) for one_check in checks]:
             try:
-                found.result()
+                call.result()
             except InvalidSettings:
                 raise
             except GradcamError as error:
-                log.warning("%s It is waited for.", _sentence(error))
+                log.warning("server_awaited", error=error)
 
 
-def broker_answers(settings: Settings) -> str:
-    """Where the broker is. Raises BrokerUnavailable, InvalidSettings."""
-    publisher = Publisher(settings, timeout_s=ANSWER_S)
+def check_broker(settings: Settings) -> str:
+    """Check that the broker answers. Returns its URL. Raises BrokerUnavailable, InvalidSettings."""
+    publisher = Publisher(settings, timeout_s=ANSWER_TIMEOUT_S)
     try:
         publisher.queue_length("normal")
         _check_mode(publisher.read_mode(), "GRADCAM_BROKER_URL")
     except BrokerUnavailable as error:
-        _judge(error, "GRADCAM_BROKER_URL")
+        _raise_if_permanent(error, "GRADCAM_BROKER_URL")
         raise
     return without_secrets(settings.broker_url)
 
 
-def ledger_answers(settings: Settings) -> str:
-    """Where the ledger is, and how much it has to do. Raises LedgerUnavailable, InvalidSettings."""
+def check_ledger(settings: Settings) -> str:
+    """Check that the ledger answers.
+
+    Returns:
+        Its URL, and the number of queued and running jobs, for the operator.
+
+    Raises:
+        LedgerUnavailable: it does not answer.
+        InvalidSettings: it refuses this process.
+    """
     name = "GRADCAM_LEDGER_URL" if settings.ledger_url else "GRADCAM_BROKER_URL"
-    ledger = RedisLedger(settings, timeout_s=ANSWER_S, retries=0)
+    ledger = RedisLedger(settings, timeout_s=ANSWER_TIMEOUT_S, retries=0)
     try:
         queued, running = ledger.count_jobs()
         _check_mode(ledger.server.read_mode(), name)
     except LedgerUnavailable as error:
-        _judge(error, name)
+        _raise_if_permanent(error, name)
         raise
     return f"{without_secrets(settings.ledger)}: {queued} queued, {running} running"
 
 
-def redis_keeps(settings: Settings) -> str:
-    """What Redis forgets when its memory is full. Raises InvalidSettings where that is accepted jobs."""
-    said = []
-    for one in EvictionMonitor(settings, timeout_s=ANSWER_S).read_policies():
-        if one.loses_jobs:
-            message = f"{one.setting}: {one} {FIX}"
+def check_eviction(settings: Settings) -> str:
+    """Check what Redis evicts when its memory is full.
+
+    Returns:
+        The policy of each server, for the operator.
+
+    Raises:
+        InvalidSettings: accepted jobs would be evicted.
+    """
+    policies = []
+    for policy in EvictionMonitor(settings, timeout_s=ANSWER_TIMEOUT_S).read_policies():
+        if policy.loses_jobs:
+            message = f"{policy.setting}: {policy} {FIX}"
             raise InvalidSettings(message)
-        if one.evicts or one.name is None:
-            log.warning("%s: %s%s", one.setting, one, f" {FIX}" if one.evicts else "")
-        said.append(str(one))
-    return "; ".join(said)
+        if policy.evicts or policy.name is None:
+            reason = f"{policy} {FIX}" if policy.evicts else policy
+            log.warning("eviction_policy_unsafe", setting=policy.setting, reason=reason)
+        policies.append(str(policy))
+    return "; ".join(policies)
 
 
 def _check_mode(mode: str, setting: str) -> None:
-    """Raise InvalidSettings for what is no single server, though it answers as one."""
+    """Raise InvalidSettings for a cluster or a sentinel: they answer like a single server."""
     if mode in {"cluster", "sentinel"}:
         message = f"{setting}: the server is a Redis {mode.title()}, which is not supported: {ONE_SERVER}."
         raise InvalidSettings(message)
 
 
-def storage_takes(settings: Settings) -> str:
-    """Write and read as a job does; where. Raises StorageUnavailable, InvalidSettings."""
+def check_storage(settings: Settings) -> str:
+    """Write to and read from storage as a job does.
+
+    Returns:
+        The URI that was written.
+
+    Raises:
+        StorageUnavailable: the fault is temporary.
+        InvalidSettings: it is permanent.
+    """
     try:
         return probe_storage(settings)
     except StorageUnavailable as error:
         hint = storage_hint(error)
-        if not hint.lasting:
+        if not hint.permanent:
             raise
         message = f"{hint.setting}: {_sentence(error)} {hint.fix}"
         raise InvalidSettings(message) from error
 
 
 def probe_storage(settings: Settings) -> str:
-    """As `storage_takes`: all that goes wrong once it is asked is StorageUnavailable, see `storage_hint`."""
-    from gradcam_worker.storage import s3, s3_errors  # which a client may lack
+    """As `check_storage`, but every fault of the server is StorageUnavailable. See `storage_hint`."""
+    from gradcam_worker.storage import s3, s3_errors  # a client may lack its libraries
     from gradcam_worker.storage import stores as storage
 
     try:
-        door = s3.S3(settings)
-    except (
-        *s3_errors.S3_ERRORS,
-        ValueError,
-    ) as error:  # a profile or a region of the environment there is not
+        client = s3.S3(settings)
+    except (*s3_errors.S3_ERRORS, ValueError) as error:  # the environment names an unknown profile or region
         message = f"GRADCAM_S3_ENDPOINT_URL, or what the environment says of S3, cannot be used: {error}."
         raise InvalidSettings(message) from error
-    return storage.probe(storage.Stores(settings, door).open())
+    return storage.probe(storage.Stores(settings, client).open())
 
 
 @dataclass(frozen=True)
 class Hint:
-    """What to do about storage that cannot be used."""
+    """What an operator can do about storage that cannot be used."""
 
-    setting: str  # that is to be looked at first
+    setting: str  # to check first
     fix: str
-    lasting: bool = True  # until somebody puts it right
+    permanent: bool = True  # until an operator corrects it
 
 
 def storage_hint(error: StorageUnavailable) -> Hint:
-    """What to do about what `probe_storage` raised."""
+    """Return what an operator can do about an error of `probe_storage`."""
     from gradcam_worker.storage import s3_errors
 
     cause = error.__cause__
     if isinstance(cause, OSError):
         fix = "Name a folder that the worker may write to."
-        return Hint("GRADCAM_OUTPUT", fix, lasting=cause.errno in NO_FOLDER)
+        return Hint("GRADCAM_OUTPUT", fix, permanent=cause.errno in FOLDER_ERRNOS)
     if isinstance(cause, s3_errors.IdentityFailed):
         fix = (
             "Correct what the environment says of the worker's identity (AWS_ROLE_ARN and its trust policy, "
             "the token in AWS_WEB_IDENTITY_TOKEN_FILE, AWS_PROFILE, or the role of the machine), or set "
             "GRADCAM_S3_ACCESS_KEY_ID and GRADCAM_S3_SECRET_ACCESS_KEY."
         )
-        return Hint("GRADCAM_S3_ACCESS_KEY_ID is empty", fix, lasting=not s3_errors.may_get_keys_later(cause))
+        return Hint(
+            "GRADCAM_S3_ACCESS_KEY_ID is empty", fix, permanent=not s3_errors.may_get_keys_later(cause)
+        )
     if s3_errors.is_identity_error(cause):
         fix = "Correct them, GRADCAM_S3_REGION, or this machine's clock, whichever the server names."
         return Hint("GRADCAM_S3_ACCESS_KEY_ID and GRADCAM_S3_SECRET_ACCESS_KEY", fix)
     if s3_errors.is_foreign_answer(cause):
         fix = "Correct it, or what proxies there are on the way (HTTPS_PROXY, NO_PROXY)."
-        return Hint("GRADCAM_S3_ENDPOINT_URL", fix, lasting=False)
+        return Hint("GRADCAM_S3_ENDPOINT_URL", fix, permanent=False)
     if s3_errors.is_location_error(cause):
-        return Hint("GRADCAM_OUTPUT", _place_fix(s3_errors.server_answer(cause)))
+        return Hint("GRADCAM_OUTPUT", _location_fix(s3_errors.server_answer(cause)))
     fix = "Start the server there, or correct GRADCAM_S3_ENDPOINT_URL and GRADCAM_OUTPUT."
-    return Hint("GRADCAM_OUTPUT", fix, lasting=False)
+    return Hint("GRADCAM_OUTPUT", fix, permanent=False)
 
 
-def _place_fix(answer: tuple[int, str] | None) -> str:
-    """What to do where a server has refused to write, or to read what was written."""
+def _location_fix(answer: tuple[int, str] | None) -> str:
+    """What to do where the server refused to write, or to read what was written."""
     status, code = answer or (0, "")
     if status == NOT_FOUND:
         return "Create the bucket, or correct GRADCAM_OUTPUT and GRADCAM_S3_ENDPOINT_URL."
@@ -191,8 +220,8 @@ def _place_fix(answer: tuple[int, str] | None) -> str:
     return "Put right what the server names, or name another bucket."
 
 
-def networks(settings: Settings) -> Registry:
-    """The networks there are, those to be preloaded among them. Raises InvalidSettings."""
+def load_registry(settings: Settings) -> Registry:
+    """Read the registry, and check the networks to be preloaded. Raises InvalidSettings."""
     registry = Registry(settings.networks)
     for name in settings.preload:
         try:
@@ -203,15 +232,15 @@ def networks(settings: Settings) -> Registry:
     return registry
 
 
-def cache_holds(settings: Settings, registry: Registry) -> None:
-    """See to it that the operator's own networks have a place. Raises InvalidSettings.
+def check_cache(settings: Settings, registry: Registry) -> None:
+    """Check that the files of the operator's own networks can be cached. Raises InvalidSettings.
 
-    A folder that may only be read will do where all of their files are in it.
+    A read-only folder is sufficient if it has all of the files.
     """
     missing = [
-        one
-        for one in registry.operator_networks()
-        if one.file and not weights.cache_path(one.file, settings.cache).is_file()
+        row
+        for row in registry.operator_networks()
+        if row.file and not weights.cache_path(row.file, settings.cache).is_file()
     ]
     if missing and not _writable(settings.cache):
         message = (
@@ -221,43 +250,47 @@ def cache_holds(settings: Settings, registry: Registry) -> None:
         raise InvalidSettings(message)
 
 
-def device(settings: Settings) -> str:
-    """What this process computes on; its backend is imported.
+def check_device(settings: Settings) -> str:
+    """Import the backend, and check that it has a GPU if the settings need one.
 
-    Raises InvalidSettings where that is no GPU and one was asked for.
+    Returns:
+        The name of the device.
+
+    Raises:
+        InvalidSettings: it is a CPU, and a GPU is needed.
     """
     from gradcam_worker.runtime import service_factory
 
-    found = service_factory.worker_ref().device
-    asked = settings.devices not in {"auto", "cpu"}
-    if found == "cpu" and (asked or (settings.devices == "auto" and _has_gpu_extra())):
-        why = f"is {settings.devices!r}" if asked else "is 'auto', and the extra gpu is installed"
+    name = service_factory.worker_ref().device
+    names_gpu = settings.devices not in {"auto", "cpu"}
+    if name == "cpu" and (names_gpu or (settings.devices == "auto" and _has_gpu_extra())):
+        reason = f"is {settings.devices!r}" if names_gpu else "is 'auto', and the extra gpu is installed"
         gpus = len(devices.visible_gpus(os.environ))
         message = (
-            f"GRADCAM_DEVICES {why}, but no GPU can be computed on (the driver shows {gpus}). Check driver, "
-            "container runtime and the extra gpu; GRADCAM_DEVICES=cpu computes without one."
+            f"GRADCAM_DEVICES {reason}, but no GPU can be computed on (the driver shows {gpus}). Check "
+            "driver, container runtime and the extra gpu; GRADCAM_DEVICES=cpu computes without one."
         )
         raise InvalidSettings(message)
-    return found
+    return name
 
 
 def _has_gpu_extra() -> bool:
-    return importlib.util.find_spec("pynvml") is not None  # which no other extra brings
+    return importlib.util.find_spec("pynvml") is not None  # no other extra installs it
 
 
 def _writable(folder: Path) -> bool:
-    """Whether a file can be made there, or the folder itself."""
-    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    """Whether a file can be created in the folder, which need not exist yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
-def _judge(error: GradcamError, setting: str) -> None:
-    """Raise InvalidSettings where asking again is of no use."""
+def _raise_if_permanent(error: GradcamError, setting: str) -> None:
+    """Raise InvalidSettings where the same error would occur again."""
     cause = error.__cause__
     if NO_CLUSTER in str(error):
         message = f"{setting}: {_sentence(error)}"
         raise InvalidSettings(message) from error
-    if isinstance(cause, HOPELESS) or any(words in str(cause) for words in HOPELESS_WORDS):
+    if isinstance(cause, PERMANENT_ERRORS) or any(text in str(cause) for text in PERMANENT_ERROR_TEXTS):
         name = setting + (" or GRADCAM_REDIS_CA" if "CERTIFICATE" in str(cause) else "")
         message = f"{name}: {_sentence(error)} {CREDENTIALS}"
         raise InvalidSettings(message) from error

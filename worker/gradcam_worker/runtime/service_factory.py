@@ -1,4 +1,4 @@
-"""Settings -> Outside: the only module that knows every other."""
+"""Builds the services of a worker process from its settings."""
 
 from collections.abc import Callable
 from functools import partial
@@ -28,9 +28,15 @@ Load = Callable[[NetworkRow], Network]
 def build_services(
     settings: Settings, load_row: Load | None = None, observer: Observer = NULL_OBSERVER
 ) -> Services:
-    """Everything a job touches, for real. Nothing is connected or loaded yet. Raises InvalidSettings.
+    """Build the services that jobs use. Nothing is connected or loaded yet.
 
-    `load_row` takes the place of `load`: a program of one's own may run other networks than Keras's.
+    Args:
+        settings: of this process.
+        load_row: replaces `load`, so that a custom program can run other networks than Keras's.
+        observer: counts what the services do.
+
+    Raises:
+        InvalidSettings: a setting cannot be used.
     """
     s3 = S3(settings)
     return Services(
@@ -59,14 +65,22 @@ def build_services(
 
 
 def build_ledger(settings: Settings) -> RedisLedger:
-    """The ledger that the settings name."""
+    """Build the ledger. Nothing is connected yet."""
     return RedisLedger(settings)
 
 
 def load(settings: Settings, s3: S3, row: NetworkRow) -> Network:
-    """A live network of a row; TensorFlow is imported here, when the first one is needed.
+    """Load a network. The backend is imported here, when the first network is needed.
 
-    An operator's file is fetched, and its checksum found right, before anything reads it.
+    The file of an operator's own network is downloaded, and its checksum verified, before anything reads it.
+
+    Args:
+        settings: of this process.
+        s3: downloads the file.
+        row: the network's row in the registry.
+
+    Returns:
+        The network, ready to compute.
     """
     file = None
     if row.file:
@@ -83,7 +97,7 @@ def load(settings: Settings, s3: S3, row: NetworkRow) -> Network:
 
 
 def _peak_bytes() -> int | None:
-    """Of the device's memory, since the last call."""
+    """The peak of the device's memory since the last call."""
     from gradcam_worker.gradcam import backend
 
     peak = backend.peak_memory()
@@ -98,14 +112,14 @@ def _on_gpu() -> bool:
 
 
 def prepare(settings: Settings) -> None:
-    """Tell the backend what it may use, before it computes anything."""
+    """Limit the threads of the backend, before it computes anything."""
     from gradcam_worker.gradcam import backend
 
     backend.set_intra_op_threads(settings.intra_op_threads)
 
 
 def worker_ref() -> WorkerRef:
-    """Who this process is and what it computes on."""
+    """The name of this process, and its device."""
     from gradcam_worker.gradcam.backend import device_name
 
     return WorkerRef(id=process_name(), device=device_name())

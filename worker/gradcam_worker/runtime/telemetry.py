@@ -1,4 +1,4 @@
-"""What a process shows of itself where its operator asks for it: metrics, health, and the server for both."""
+"""The metrics and health checks of a process, and the HTTP server for both."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,19 +14,19 @@ from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.runtime import devices
 from gradcam_worker.settings import Settings
 
-ANSWER_S = 2.0  # that broker and ledger have, to show that they are there
+ANSWER_TIMEOUT_S = 2.0  # of broker and ledger
 
 
 class Telemetry:
-    """Nothing, and at no cost, where there is no `metrics_port`."""
+    """The metrics and health of this process. Without `metrics_port` there is no server, and no cost."""
 
     def __init__(self, settings: Settings) -> None:
-        """Whoever asks is answered from now on. Raises InvalidSettings."""
+        """Start the server. Raises InvalidSettings where the port cannot be used."""
         self._settings, self.health = settings, Health()
-        self._not_yet: str | None = "has not begun yet"
-        self._not_started: str | None = self._not_yet
-        self.health.ready["process"] = lambda: self._not_yet
-        self.health.startup["process"] = lambda: self._not_started
+        self._unready_reason: str | None = "has not begun yet"
+        self._starting_reason: str | None = self._unready_reason
+        self.health.ready["process"] = lambda: self._unready_reason
+        self.health.startup["process"] = lambda: self._starting_reason
         self.loops: list[BackgroundLoop] = []
         self.observer: Observer = NULL_OBSERVER
         self._metrics = None
@@ -35,8 +35,8 @@ class Telemetry:
         from gradcam_worker.observability.prometheus import CONTENT_TYPE, Metrics
 
         self.observer = self._metrics = Metrics(settings.starts)
-        ledger = RedisLedger(settings, timeout_s=ANSWER_S, retries=0)
-        publisher = Publisher(settings, timeout_s=ANSWER_S)
+        ledger = RedisLedger(settings, timeout_s=ANSWER_TIMEOUT_S, retries=0)
+        publisher = Publisher(settings, timeout_s=ANSWER_TIMEOUT_S)
         probes = ServerProbes(
             {"broker": partial(publisher.queue_length, "normal"), "ledger": ledger.count_jobs}
         )
@@ -45,41 +45,51 @@ class Telemetry:
             self.health.ready[name] = partial(probes.check, name)
         self._metrics.set_ledger_gauges(partial(stats.read_depths, ledger.server, settings.lease_s))
         self._metrics.set_gauge("ready", lambda: not self.health.problems("/ready"))
-        place = settings.metrics_host, settings.metrics_port
-        health.serve(*place, self.health, self._metrics.scrape, CONTENT_TYPE)
+        address = settings.metrics_host, settings.metrics_port
+        health.serve(*address, self.health, self._metrics.scrape, CONTENT_TYPE)
 
-    def ask_worker(
-        self, resident: Callable[[], int], breaker: CircuitBreaker, eviction: health.Check
+    def add_worker(
+        self, loaded_networks: Callable[[], int], breaker: CircuitBreaker, eviction: health.Check
     ) -> None:
-        """Show the networks that are loaded, whether storage and Redis are well, and what the GPU does."""
+        """Add the checks and gauges of a worker process.
+
+        Args:
+            loaded_networks: the number of networks in memory.
+            breaker: the circuit breaker of the storage.
+            eviction: why Redis may lose accepted jobs, if so.
+        """
         self.health.ready["storage"] = lambda: breaker.open_reason
         self.health.ready["eviction"] = eviction
         if not self._metrics:
             return
-        self._metrics.set_gauge("networks_resident", resident)
+        self._metrics.set_gauge("networks_resident", loaded_networks)
         self._metrics.set_gauge("breaker_open", lambda: bool(breaker.open_reason))
         gpus = devices.visible_gpus(self._settings.environment_for_child())
-        if gpus and (use := gpu.usage_reader(gpus[0])):
-            self._metrics.set_device_gauges(use)
+        if gpus and (read_usage := gpu.usage_reader(gpus[0])):
+            self._metrics.set_device_gauges(read_usage)
 
     def started(self) -> None:
-        """The process has all that it brings itself: from now on it waits for nobody but others."""
-        self._not_started = None
+        """Report that the process has loaded what it needs: from now on it waits for servers only."""
+        self._starting_reason = None
 
-    def begun(self) -> None:
-        """The process does what it is for."""
-        self._not_started = self._not_yet = None
+    def ready(self) -> None:
+        """Report that the process does its work."""
+        self._starting_reason = self._unready_reason = None
 
-    def ending(self) -> None:
-        """It takes nothing new any more."""
-        self._not_yet = "is stopping"
+    def stopping(self) -> None:
+        """Report that the process takes no new work."""
+        self._unready_reason = "is stopping"
 
-    def watch(self, loops: Sequence[BackgroundLoop]) -> Callable[[], str | None]:
-        """The process lives as long as these do; what is returned says which have ended, if any."""
+    def require_alive(self, loops: Sequence[BackgroundLoop]) -> Callable[[], str | None]:
+        """Make the process unhealthy as soon as one of these loops has ended.
 
-        def ended() -> str | None:
+        Returns:
+            A function that names the ended loops, if any.
+        """
+
+        def ended_loops() -> str | None:
             names = [loop.name for loop in loops if not loop.alive]
             return f"ended: {', '.join(names)}" if names else None
 
-        self.health.live["threads"] = ended
-        return ended
+        self.health.live["threads"] = ended_loops
+        return ended_loops

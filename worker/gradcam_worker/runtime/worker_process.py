@@ -1,4 +1,4 @@
-"""The worker process: Celery's app, its task, the threads beside it, and its end."""
+"""The worker process: Celery's app and its tasks, the background loops, and how the process ends."""
 
 import errno
 import logging
@@ -44,110 +44,128 @@ from gradcam_worker.runtime.telemetry import Telemetry
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.settings import Settings
+from gradcam_worker.text.log_events import EventLogger
 
-log = logging.getLogger("gradcam")
+log = EventLogger("gradcam")
 
-REQUEUE_DELAY_S = 1  # before a message goes back, so that an outage makes no busy loop
-HAND_BACK_S = 8.0  # for handing back what runs and ending: less than a supervisor grants
-GIVE_WAY_S = 3.0  # of it, for jobs to notice that they are to stop
-SETTLE_S = 1.0  # of it, when they have, for Celery to end
-HAND_BACK_EVERY_S = 0.2  # meanwhile: one was just beginning, the ledger did not answer
-PRELOAD_EVERY_S = 10.0  # between two tries to have the weights of a network
-NO_FILE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES}  # which somebody has to put there
-PROBE_S = 2.0  # that the broker has, to show that it answers
-KINDS: dict[str, type[Job] | type[Shard]] = {EXPLAIN: Job, EXPLAIN_SHARD: Shard}
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)  # Celery's own ways lead astray here
+REQUEUE_DELAY_S = 1  # before a message is requeued, so that an outage makes no busy loop
+REQUEUE_TIMEOUT_S = 8.0  # to requeue running jobs and end; less than the supervisor waits
+CANCEL_TIMEOUT_S = 3.0  # of it, for running jobs to notice that they are cancelled
+SETTLE_S = 1.0  # of it, for Celery to end afterwards
+REQUEUE_RETRY_S = 0.2  # meanwhile, where a job was just starting or the ledger did not answer
+PRELOAD_RETRY_S = 10.0  # between two attempts to load the weights of a network
+MISSING_FILE_ERRNOS = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES}  # an operator has to act
+PROBE_TIMEOUT_S = 2.0  # of the broker, for the check of liveness
+PAYLOADS: dict[str, type[Job] | type[Shard]] = {EXPLAIN: Job, EXPLAIN_SHARD: Shard}
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)  # see `_handle_stop_signals`
 
 
 def register(app: Celery, handler: JobHandler, ledger_outage: Outage) -> None:
-    """Give the app its tasks, and no other."""
+    """Register our tasks with the app, and remove all others.
+
+    Args:
+        app: the worker's Celery app.
+        handler: handles the job of each message.
+        ledger_outage: notified when the ledger is unreachable.
+    """
 
     def explain(self: Any, *args: object) -> None:
         try:
             entered_at = (self.request.headers or {}).get(ENTERED_AT)
-            payload, kind = _payload(args), KINDS[self.name]
+            payload, kind = _single_argument(args), PAYLOADS[self.name]
             handler.handle(payload, self.request.id, entered_at=entered_at, kind=kind)
         except (LedgerUnavailable, WorkerUnfit) as error:
-            said = f"message {self.request.id} goes back: {error}"
             if isinstance(error, LedgerUnavailable):
-                ledger_outage.failed(said)
+                ledger_outage.failed(f"message {self.request.id} is requeued: {error}")
             else:
-                log.warning("%s", said)
+                log.warning("job_requeued_by_unfit_worker", job_id=self.request.id, reason=error)
             time.sleep(REQUEUE_DELAY_S)
             raise Reject(str(error), requeue=True) from error
-        except BaseException as error:  # not only Exception: nothing else would free its place
-            # A mistake of ours. No job is lost by it; what is no job goes round once, then ends.
-            log.exception("message %s: unforeseen", self.request.id)
-            if _redelivered(self.request) and _ended(handler, self.request.id, error):
+        except BaseException as error:  # not only Exception: nothing else would free its slot
+            # A defect of ours. No job is lost; a message without a valid job is refused at its redelivery.
+            log.exception("message_handling_failed", job_id=self.request.id)
+            if _is_redelivered(self.request) and _refuse_as_internal_error(handler, self.request.id, error):
                 return
             time.sleep(REQUEUE_DELAY_S)
             raise Reject(str(error), requeue=True) from error
 
     app.finalize()
-    for name in [*app.tasks]:  # Celery's own, which publish whatever they are told to
+    for name in [*app.tasks]:  # Celery's own, which publish messages that their arguments name
         app.tasks.unregister(name)
-    for name in KINDS:
-        app.task(explain, name=name, bind=True, shared=False, Request=Request)  # this app's alone
+    for name in PAYLOADS:
+        app.task(explain, name=name, bind=True, shared=False, Request=Request)  # of this app alone
 
 
-def _refuse(handler: JobHandler, message_id: str, why: str) -> None:
-    """Record in the ledger that a message is no job."""
-    handler.refuse(message_id, None, InvalidJob(f"The message is not a job: {why}."))
+def _refuse(handler: JobHandler, message_id: str, reason: str) -> None:
+    """Record in the ledger that a message is not a job."""
+    handler.refuse(message_id, None, InvalidJob(f"The message is not a job: {reason}."))
 
 
-def _redelivered(request: Any) -> bool:
-    """Whether the broker gave this message out before."""
+def _is_redelivered(request: Any) -> bool:
+    """Whether the message was delivered before."""
     return bool((request.delivery_info or {}).get("redelivered"))
 
 
-def _ended(handler: JobHandler, message_id: str, error: BaseException) -> bool:
-    """Write down that a message cannot be handled; whether that ended it. A good job is left alone."""
+def _refuse_as_internal_error(handler: JobHandler, message_id: str, error: BaseException) -> bool:
+    """Record that a message cannot be handled, unless it has a valid job. Returns whether it is final."""
     try:
         return handler.refuse(message_id, None, InternalError.of(error)).final
-    except GradcamError as failure:  # the ledger is away, and the message comes again
-        log.warning("message %s: its refusal could not be written down: %s", message_id, failure)
+    except GradcamError as failure:  # the ledger is unreachable: the message is redelivered
+        log.warning("job_refusal_not_recorded", job_id=message_id, error=failure)
         return False
 
 
-def _payload(args: tuple[object, ...]) -> object:
-    """The one argument of a task; anything else is no job."""
+def _single_argument(args: tuple[object, ...]) -> object:
+    """The only argument of a task. Several arguments are returned as a list, which is refused as no job."""
     return args[0] if len(args) == 1 else [*args]
 
 
 def run(settings: Settings, *, ready_fd: int | None = None, load: service_factory.Load | None = None) -> int:
-    """Consume jobs in this process until it is asked to stop; return its exit code.
+    """Handle jobs in this process until it is asked to stop.
 
-    `load` turns a row into a live network, where it is not to be done as `wiring.load` does it.
+    Args:
+        settings: of this process.
+        ready_fd: the file descriptor for signs of life, where a supervisor started this process. It writes
+        there
+            while it takes jobs and is healthy, and ends cleanly when its standard input is closed.
+        load: loads a network, instead of `service_factory.load`.
 
-    With `ready_fd`, a supervisor started it: it writes bytes there as long as it takes jobs and all is
-    well, and ends, cleanly, when whoever holds its standard input is gone.
+    Returns:
+        The exit code.
+
+    Raises:
+        InvalidSettings: the process cannot work with its settings.
     """
     configure_logging(settings.log_format, settings.log_level)
-    _hush()
+    _quiet_libraries()
     if ready_fd is not None:
-        parent_watch.on_parent_exit(lambda: _end(settings.shutdown_timeout_s + HAND_BACK_S))
+        parent_watch.on_parent_exit(
+            lambda: _stop_without_supervisor(settings.shutdown_timeout_s + REQUEUE_TIMEOUT_S)
+        )
     app = broker.make_app(settings)
     limit_memory(settings.memory_bytes)
     telemetry = Telemetry(settings)
     services = service_factory.build_services(settings, load, telemetry.observer)
     service_factory.prepare(settings)
-    preflight.device(settings)
+    preflight.check_device(settings)
     publisher = Publisher(settings)
     components = build_worker(settings, publisher, services, telemetry.observer)
     handler = components.handler
     register(app, handler, components.outages.ledger)
-    telemetry.ask_worker(
+    telemetry.add_worker(
         lambda: services.model_cache.count, handler.breaker, components.eviction.last_problem
     )
     _preload(settings, services, telemetry.health)
-    probe = partial(broker.is_reachable, broker.make_app(settings, timeout_s=PROBE_S))
+    broker_answers = partial(broker.is_reachable, broker.make_app(settings, timeout_s=PROBE_TIMEOUT_S))
     stopped, signals = threading.Event(), SimpleQueue[int]()
     loops = background.start([*components.background_loops, *telemetry.loops])
-    ended = telemetry.watch(loops)
+    ended_loops = telemetry.require_alive(loops)
     liveness = LivenessReporter(
         ready_fd,
-        broker_answers=probe,
-        other_reason=lambda: services.model_cache.failure or ended() or handler.stall.unhealthy_reason(),
+        broker_answers=broker_answers,
+        other_reason=lambda: (
+            services.model_cache.failure or ended_loops() or handler.stall.unhealthy_reason()
+        ),
     )
     telemetry.health.live["loop"], telemetry.health.ready["work"] = (
         lambda: liveness.last_reason,
@@ -155,31 +173,36 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     )
 
     def ready(**_: object) -> None:
-        _listen(signals)
-        liveness.show()  # before the first job, which may be the end of this process
-        telemetry.begun()
+        _handle_stop_signals(signals)
+        liveness.write_sign()  # before the first job, which may kill this process
+        telemetry.ready()
         liveness.loop.start()
 
-    def give_up() -> None:
-        """When the time is up, or at a second signal: hand everything back, and see to it that this ends."""
+    def stop_on_signal() -> None:
+        """Wait for a signal, then for a second one or the timeout; requeue running jobs; end."""
         signals.get()
-        telemetry.ending()
-        liveness.ending()
-        _wait_for_second(signals, settings.shutdown_timeout_s)
-        # A ledger may not even refuse.
-        end = threading.Timer(HAND_BACK_S, lambda: _leave(0 if stopped.is_set() else 1))
-        end.daemon = True
-        end.start()
-        all_back = _hand_back(handler, publisher, consumer)
-        if not stopped.wait(SETTLE_S):  # some thread is stuck
-            _put_back(consumer)
-            _leave(0 if all_back else 1)
+        telemetry.stopping()
+        liveness.stopping()
+        _wait_for_second_signal(signals, settings.shutdown_timeout_s)
+        # The ledger may hang.
+        timer = threading.Timer(REQUEUE_TIMEOUT_S, lambda: _exit_at_once(0 if stopped.is_set() else 1))
+        timer.daemon = True
+        timer.start()
+        all_requeued = _requeue_running_jobs(handler, publisher, consumer)
+        if not stopped.wait(SETTLE_S):  # a thread is stuck
+            _requeue_unacknowledged(consumer)
+            _exit_at_once(0 if all_requeued else 1)
 
     worker_ready.connect(ready, weak=False)
-    threading.Thread(target=give_up, name="give up", daemon=True).start()
+    threading.Thread(target=stop_on_signal, name="stop", daemon=True).start()
     consumer = _celery_worker(app, settings, components, liveness)
-    hands = f"{settings.threads} threads, {settings.shards} shards"
-    log.info("%s on %s takes jobs, %s", handler.worker.id, handler.worker.device, hands)
+    log.info(
+        "worker_started",
+        worker=handler.worker.id,
+        device=handler.worker.device,
+        threads=settings.threads,
+        shards=settings.shards,
+    )
     telemetry.started()
     consumer.start()
     stopped.set()
@@ -204,130 +227,136 @@ def _celery_worker(
         hostname=f"celery@{handler.worker.id}",
         concurrency=settings.threads + settings.shards,
         queues=list(QUEUES),
-        without_gossip=True,  # with it, a restart of the broker can end the worker
+        without_gossip=True,  # else a restart of the broker can end the worker
         without_mingle=True,
         without_heartbeat=True,
         quiet=True,
     )
 
 
-def _wait_for_second(signals: "SimpleQueue[int]", timeout_s: float) -> None:
-    """Wait until the process is asked again to stop, or its time is up."""
-    log.info("asked to stop: what runs has %g s to end", timeout_s)
+def _wait_for_second_signal(signals: "SimpleQueue[int]", timeout_s: float) -> None:
+    """Wait for a second signal, at most `timeout_s`."""
+    log.info("worker_stopping", timeout_s=timeout_s, reason="running jobs may finish until the timeout")
     try:
         signals.get(timeout=timeout_s)
-        log.warning("asked to stop again: what still runs is handed back")
+        log.warning("worker_stop_repeated", reason="running jobs are requeued")
     except Empty:
-        log.warning("%g s are over: what still runs is handed back", timeout_s)
+        log.warning("worker_stop_timed_out", timeout_s=timeout_s, reason="running jobs are requeued")
 
 
 def _preload(settings: Settings, services: Services, health: Health) -> None:
-    """Weights that cannot be had just now are waited for. Raises InvalidSettings."""
-    left = [*settings.preload]
+    """Load the networks of GRADCAM_PRELOAD, and wait for weights that are not available yet.
 
-    def missing() -> str | None:
-        return f"not loaded yet: {', '.join(left)}" if left else None
+    Raises InvalidSettings where a network can never be loaded.
+    """
+    remaining = [*settings.preload]
 
-    health.ready["networks"] = health.startup["networks"] = missing
-    while left:
+    def loading_reason() -> str | None:
+        return f"not loaded yet: {', '.join(remaining)}" if remaining else None
+
+    health.ready["networks"] = health.startup["networks"] = loading_reason
+    while remaining:
         try:
-            services.model_cache.warm_up(services.networks.find(left[0]))
+            services.model_cache.warm_up(services.networks.find(remaining[0]))
         except (PermanentError, WeightsUnavailable) as error:
             cause = error.__cause__
-            no_file = isinstance(cause, OSError) and cause.errno in NO_FILE
+            no_file = isinstance(cause, OSError) and cause.errno in MISSING_FILE_ERRNOS
             if isinstance(error, PermanentError) or no_file:
                 message = f"GRADCAM_PRELOAD: {error}"
                 raise InvalidSettings(message) from error
-            log.warning("%s It is tried again in %g s.", error, PRELOAD_EVERY_S)
-            time.sleep(PRELOAD_EVERY_S)
+            log.warning("preload_postponed", network=remaining[0], retry_s=PRELOAD_RETRY_S, error=error)
+            time.sleep(PRELOAD_RETRY_S)
             continue
-        log.info("%s is loaded", left.pop(0))
+        log.info("network_preloaded", network=remaining.pop(0))
 
 
 def run_supervised(settings: Settings, ready_fd: int) -> int:
-    """As `run`, for a supervisor, which does not try again what can only fail again: EX_CONFIG."""
+    """As `run`, for a supervisor. Returns EX_CONFIG for wrong settings: then a restart is of no use."""
     try:
         return run(settings, ready_fd=ready_fd)
     except GradcamError as error:
-        log.error("%s", error)  # noqa: TRY400  # a sentence is enough
+        log.error("worker_failed", error=error)  # noqa: TRY400  # the error's sentence is enough
         return os.EX_CONFIG if isinstance(error, InvalidSettings) else 1
 
 
-def _listen(signals: SimpleQueue[int]) -> None:
-    """Note each signal that asks for an end, beside what Celery does at SIGTERM: it takes nothing new, and
-    ends what it has.
+def _handle_stop_signals(signals: SimpleQueue[int]) -> None:
+    """Queue each signal that asks for an end, and do what Celery does at SIGTERM: take no new messages.
 
-    At SIGINT and SIGQUIT it would do what a pool of threads cannot, and at SIGHUP start this program again.
+    At SIGINT and SIGQUIT Celery would do what a thread pool cannot do, and at SIGHUP restart this program.
     """
-    celerys: Any = signal.getsignal(signal.SIGTERM)
+    celery_handler: Any = signal.getsignal(signal.SIGTERM)
 
-    def note(number: int, frame: object) -> None:
+    def queue_and_handle(number: int, frame: object) -> None:
         signals.put(number)
-        celerys(number, frame)
+        celery_handler(number, frame)
 
-    for one in STOPS:
-        signal.signal(one, note)
+    for number in STOP_SIGNALS:
+        signal.signal(number, queue_and_handle)
 
 
-def _hand_back(handler: JobHandler, publisher: Publisher, consumer: Any) -> bool:
-    """What runs here, back into the queue, until it has ended here, too; whether all of it is back.
+def _requeue_running_jobs(handler: JobHandler, publisher: Publisher, consumer: Any) -> bool:
+    """Requeue the running jobs, and wait until they have ended here. Returns whether all are requeued.
 
-    What is not, the reaper finds when its lease runs out.
+    The reaper finds the others when their leases expire.
     """
-    end_s, back = time.monotonic() + GIVE_WAY_S, list[str]()
+    end_s, unpublished = time.monotonic() + CANCEL_TIMEOUT_S, list[str]()
     while True:
-        over, failed = time.monotonic() > end_s, False
+        time_is_up, failed = time.monotonic() > end_s, False
         try:
-            back += handler.requeue_unfinished()
-            while back and (over or consumer.blueprint.state != RUN):  # else it would be taken here, again
-                if route := handler.ledger.read_route(back[-1]):
-                    publisher.republish([back[-1]], route)
-                    log.info("job %s is handed back", back[-1])
-                back.pop()
+            unpublished += handler.requeue_unfinished()
+            # While the consumer runs, this process would receive the message again.
+            while unpublished and (time_is_up or consumer.blueprint.state != RUN):
+                if route := handler.ledger.read_route(unpublished[-1]):
+                    publisher.republish([unpublished[-1]], route)
+                    log.info("job_requeued_at_stop", job_id=unpublished[-1])
+                unpublished.pop()
         except (LedgerUnavailable, BrokerUnavailable) as error:
-            log.warning("%s", error)
+            log.warning("requeue_at_stop_failed", error=error)
             failed = True
-        if over or not (failed or back or handler.leases.jobs()):
+        if time_is_up or not (failed or unpublished or handler.leases.jobs()):
             return not failed
-        time.sleep(HAND_BACK_EVERY_S)
+        time.sleep(REQUEUE_RETRY_S)
 
 
-def _put_back(consumer: Any) -> None:
-    """Messages that were received and not acknowledged, as Celery does when its threads have ended."""
-    if consumer.blueprint.state != RUN:  # its own thread does no more than wait for them
+def _requeue_unacknowledged(consumer: Any) -> None:
+    """Requeue the messages that are not acknowledged, as Celery does when its threads have ended."""
+    if consumer.blueprint.state != RUN:  # Celery's own thread only waits for its threads
         try:
             consumer.consumer.shutdown()
         except Exception:
-            log.exception("messages were not put back: they come when their visibility timeout is over")
+            log.exception(
+                "unacknowledged_messages_not_requeued",
+                reason="they are redelivered after their visibility timeout",
+            )
 
 
-def _leave(code: int) -> None:
-    """End here and now: Python would wait for threads that are stuck."""
-    log.warning("some jobs do not stop: the process leaves them")
+def _exit_at_once(code: int) -> None:
+    """Exit without waiting for stuck threads, as Python would."""
+    log.warning("worker_exited_with_running_jobs")
     logging.shutdown()
     os._exit(code)
 
 
-def _hush() -> None:
-    """Our own lines say it in the job's words, and each line costs."""
-    for chatty in ("httpx", "celery.worker.strategy", "celery.worker.consumer.connection"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    # A traceback for what goes back; lines of each lost connection and of what follows from it.
-    for chatty in ("celery.app.trace", "celery.worker.consumer.consumer", "kombu.transport.virtual.base"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # that nothing gets through is said once
-    warnings.simplefilter("ignore", CPendingDeprecationWarning)  # said at each lost connection
+def _quiet_libraries() -> None:
+    """Silence libraries where our own events tell the same, with the job's id. Each line costs time."""
+    for name in ("httpx", "celery.worker.strategy", "celery.worker.consumer.connection"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # They log a traceback for each requeued message, and several lines for each lost connection.
+    for name in ("celery.app.trace", "celery.worker.consumer.consumer", "kombu.transport.virtual.base"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # `traces_dropped` is logged instead
+    warnings.simplefilter("ignore", CPendingDeprecationWarning)  # at each lost connection
     setup_logging.connect(_keep_logging)
-    celery.apps.worker.safe_say = lambda *_: None  # prints, past the log, what `_wait_for_second` says
+    celery.apps.worker.safe_say = lambda *_: None  # it prints, beside the log, that it stops
 
 
 def _keep_logging(**_: object) -> None:
-    """Being connected to Celery's signal is what keeps Celery from configuring the logs."""
+    """Do nothing: a receiver of Celery's signal keeps Celery from configuring the logs."""
 
 
-def _end(timeout_s: float) -> None:
-    log.warning("whoever started this worker is gone: ending")
+def _stop_without_supervisor(timeout_s: float) -> None:
+    log.warning("supervisor_gone", reason="the worker stops, as nothing would restart it")
     timer = threading.Timer(timeout_s, os._exit, [1])
-    timer.daemon = True  # or the end would wait for it
+    timer.daemon = True  # else the process would wait for it
     timer.start()
     os.kill(os.getpid(), signal.SIGTERM)
