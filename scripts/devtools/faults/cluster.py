@@ -128,7 +128,7 @@ class Worker:
 
     @property
     def restarts(self) -> list[str]:
-        """The lines of the log about worker processes that ended without being asked to, with their exit codes."""
+        """The lines of the log about worker processes that ended unexpectedly, with their exit codes."""
         return [line for line in self.log_lines if "worker_process_ended" in line]
 
     def stop(self) -> None:
