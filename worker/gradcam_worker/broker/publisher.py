@@ -17,7 +17,7 @@ from gradcam_worker.ledger.redis.client import RedisClients
 from gradcam_worker.schemas.work import ROUTE, Work, terms_of
 from gradcam_worker.settings import Settings
 
-# The names on the wire.
+# Names on the wire.
 EXPLAIN = "gradcam.explain"
 EXPLAIN_SHARD = "gradcam.explain_shard"
 ENTERED_AT = envelope.ENTERED_AT
@@ -25,7 +25,7 @@ INTERACTIVE = "gradcam.interactive"
 BULK = "gradcam.bulk"
 SHARDS = "gradcam.shards"
 TASKS = {INTERACTIVE: EXPLAIN, BULK: EXPLAIN, SHARDS: EXPLAIN_SHARD}  # each queue's only task
-QUEUES = (*TASKS,)  # in the order in which a worker looks
+QUEUES = (*TASKS,)  # in the order in which a worker receives
 # Priority -> queue, and its number there. On Redis the smallest number is served first.
 ROUTES = {
     "high": (INTERACTIVE, 0),
@@ -36,17 +36,23 @@ ROUTES = {
 }
 SEPARATOR = "\x06\x16"  # kombu's, between a queue's name and a priority's number
 
-BATCH = 500  # messages in one round trip
+MAX_BATCH = 500  # messages in one round trip
 
 
 class Publisher:
-    """Puts messages into the queues, written as Celery writes them (protocol 2).
+    """Puts messages into the queues, in the format of Celery (protocol 2).
 
-    Not by Celery: kombu's pools belong to the whole process, to an app's own Celery too, and outlive a fork.
+    It does not use Celery: kombu's pools belong to the whole process, so that an application's own Celery
+    would share them, and they outlive a fork.
     """
 
     def __init__(self, settings: Settings, *, timeout_s: float = 10) -> None:
-        """Nothing is connected yet. `timeout_s` is how long one answer may take; nothing is tried again."""
+        """Nothing is connected yet.
+
+        Args:
+            settings: the broker's address and the prefix of its keys.
+            timeout_s: how long one answer may take. No call is retried.
+        """
         self._prefix = settings.key_prefix
         self._clients = RedisClients(
             settings, settings.broker_url, BrokerUnavailable, timeout_s=timeout_s, retries=0
@@ -54,23 +60,29 @@ class Publisher:
         self.close, self.read_mode = self._clients.close, self._clients.read_mode
 
     def publish(self, jobs: Iterable[tuple[Work, datetime | None]]) -> None:
-        """Publish jobs, in order, each with the moment at which it was entered in the ledger.
+        """Publish jobs in order.
 
-        That moment, where it is known, saves its worker a look there: see `Ledger.claim_fresh`.
-        Raises BrokerUnavailable: some of the messages may have come through.
+        Args:
+            jobs: each with the time at which it was entered in the ledger, if that is known. The time saves
+            the
+                worker a query: see `Ledger.claim_fresh`.
+
+        Raises:
+            BrokerUnavailable: some of the messages may have been published.
         """
         routed = ((terms_of(job).route, job, at) for job, at in jobs)
         self._push((route, _message(job.id, route, job.to_json(), at)) for route, job, at in routed)
 
     def republish(self, job_ids: Iterable[str], priority: str) -> None:
-        """Publish jobs that the ledger has: their ids are enough. Raises BrokerUnavailable."""
+        """Publish jobs that are in the ledger: their ids are sufficient. Raises BrokerUnavailable."""
         self._push(
-            (priority, _message(one, priority, json.dumps({"id": one}), entered_at=None)) for one in job_ids
+            (priority, _message(job_id, priority, json.dumps({"id": job_id}), entered_at=None))
+            for job_id in job_ids
         )
 
     def _push(self, messages: Iterable[tuple[str, str]]) -> None:
-        left = iter(messages)
-        while batch := list(islice(left, BATCH)):
+        remaining = iter(messages)
+        while batch := list(islice(remaining, MAX_BATCH)):
             queued: dict[str, list[str]] = {}
             for priority, text in batch:
                 queued.setdefault(priority, []).append(text)
@@ -86,13 +98,13 @@ class Publisher:
             pipeline.execute()
 
     def queue_length(self, priority: str) -> int:
-        """How many messages wait in the queue of a priority. Raises BrokerUnavailable."""
+        """Return the number of messages that wait with a priority. Raises BrokerUnavailable."""
         with self._clients.translate_errors():
-            found: Any = self._clients.get_client().llen(self._key(priority))
-        return int(found)
+            length: Any = self._clients.get_client().llen(self._key(priority))
+        return int(length)
 
     def any_waiting(self) -> bool:
-        """Whether there is a message in any queue. Raises BrokerUnavailable."""
+        """Whether any queue has a message. Raises BrokerUnavailable."""
         with (
             self._clients.translate_errors(),
             self._clients.get_client().pipeline(transaction=False) as pipeline,
@@ -107,10 +119,10 @@ class Publisher:
 
 
 def _message(job_id: str, priority: str, payload: str, entered_at: datetime | None) -> str:
-    """A message of Celery's protocol 2 in kombu's envelope, as it lies in Redis. `payload` is JSON."""
+    """Return a message of Celery's protocol 2 in kombu's envelope, as Redis holds it. `payload` is JSON."""
     queue, number = ROUTES[priority]
-    follow = '{"callbacks": null, "errbacks": null, "chain": null, "chord": null}'
-    body = base64.b64encode(f"[[{payload}], {{}}, {follow}]".encode()).decode()
+    no_following_tasks = '{"callbacks": null, "errbacks": null, "chain": null, "chord": null}'
+    body = base64.b64encode(f"[[{payload}], {{}}, {no_following_tasks}]".encode()).decode()
     headers = {
         "lang": "py",
         "task": TASKS[queue],

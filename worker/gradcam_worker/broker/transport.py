@@ -308,7 +308,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         return message
 
     def _handle_message(self, client: Any, r: Any) -> dict[str, Any]:
-        """Read a remote command. Only one that asks, and changes nothing, reaches Celery."""
+        """Read a remote command. Only a command that changes nothing reaches Celery."""
         response: dict[str, Any] = super()._handle_message(client, r)
         if bytes_to_str(response["type"]).endswith("message") and response["data"]:
             try:
@@ -327,7 +327,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         return queues
 
     def _put(self, queue: str, message: Any, **options: Any) -> None:
-        """Publish a message. A reply gets a time to live: nobody may ever fetch it.
+        """Publish a message. A reply gets a time to live, as it may never be fetched.
 
         Kombu sets the caller's time to live, on the key without our prefix, which does not exist.
         """

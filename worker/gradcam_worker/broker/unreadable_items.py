@@ -1,4 +1,4 @@
-"""Items of a queue that are no messages and name no id: nobody can be answered, so an operator is told."""
+"""Keeps queue items that are no messages and have no id, for an operator: no sender can be answered."""
 
 import hashlib
 import json
