@@ -11,8 +11,7 @@ import pytest
 
 from devtools.bench import page
 from devtools.bench.page import DOCS, ON_PAGE, Incomplete
-from devtools.bench.report import NothingToMeasure, plain, table
-from devtools.bench.run import BENCHES, load
+from devtools.bench.report import BENCHES, NothingToMeasure, load, plain, table
 
 MEASURED = [name for name in ON_PAGE if (DOCS / "performance" / f"{name}.json").is_file()]
 

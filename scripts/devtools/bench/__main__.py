@@ -7,8 +7,7 @@ import argparse
 import json
 import sys
 
-from devtools.bench.report import NothingToMeasure, ran_on, verdict
-from devtools.bench.run import BENCHES, load, run
+from devtools.bench.report import BENCHES, NothingToMeasure, load, ran_on, run, verdict
 
 
 def main() -> int:

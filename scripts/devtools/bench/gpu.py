@@ -5,8 +5,7 @@ PyTorch, service alone, since the engine's bench compares with TensorFlow's own 
 from collections.abc import Iterator
 from typing import Any
 
-from devtools.bench.report import Figures, NothingToMeasure, Requirement, plain, table
-from devtools.bench.run import load, run
+from devtools.bench.report import Figures, NothingToMeasure, Requirement, load, plain, run, table
 from gradcam_worker.gradcam import backend
 
 TITLE = "GPU"

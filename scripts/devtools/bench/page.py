@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from devtools import ROOT
-from devtools.bench.report import NothingToMeasure, ran_on, table
-from devtools.bench.run import BENCHES, load, run
+from devtools.bench.report import BENCHES, NothingToMeasure, load, ran_on, run, table
 
 DOCS = ROOT / "docs" / "explanation"
 FOLDER = "performance"  # in docs/explanation

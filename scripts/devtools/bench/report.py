@@ -1,14 +1,19 @@
-"""What a bench reports: requirements, and tables in Markdown for the terminal and for the page alike."""
+"""Runs a bench; what it reports: requirements, and tables in Markdown for terminal and page alike."""
 
+import contextlib
 import os
 import platform
 import re
+import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+BENCHES = ("engine", "peers", "host", "service", "latency", "memory", "backfill", "scale", "submit", "gpu")
 FIGURE = re.compile(r"[+-]?[\d.,]+(e[+-]?\d+)?%?$")
 Figures = Mapping[str, Any]  # a bench's JSON document
 
@@ -126,3 +131,23 @@ def ran_on(found: Figures) -> str:
         f"{on['load_before']} processes wanted to run beforehand. {with_versions}. "
         f"It took {found['took_s']:.0f} s.*"
     )
+
+
+def load(name: str) -> Bench:
+    """The module of a bench."""
+    return cast("Bench", import_module(f"devtools.bench.{name}"))
+
+
+def run(name: str, *, quick: bool) -> dict[str, Any]:
+    """All of a bench: its figures, whether what is required was reached, and what it ran on.
+
+    Raises NothingToMeasure.
+    """
+    bench, about, begun = load(name), machine(), time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
+        found = bench.measure(quick=quick)
+    about["device"] = found.get("device", about["device"])
+    found |= {"quick": quick, "took_s": time.perf_counter() - begun, "machine": about}
+    found.setdefault("versions", versions(bench.PACKAGES))
+    missed = [f"{one.what}: {one.found}, {one.required}" for one in bench.requirements(found) if not one.met]
+    return {**found, "missed": missed, "passed": not missed}
