@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from gradcam_worker.errors import ImageFetchFailed
-from gradcam_worker.observability.logs import ContextThreadPool, JsonFormatter, log_context
+from gradcam_worker.observability.logs import (
+    TEXT_FORMAT,
+    ContextThreadPool,
+    JsonFormatter,
+    LineFormatter,
+    log_context,
+)
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
@@ -63,6 +69,70 @@ def test_a_line_is_one_object_with_a_time_in_utc(log: tuple[logging.Logger, io.S
         "message": "job 7 waits",
         "worker": "host:1",
     }
+
+
+class Speechless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+UNWRITABLE = {
+    "nan": float("nan"),
+    "infinite": float("-inf"),
+    "large": 10**30,
+    "endless": 10**5000,
+    "speechless": Speechless(),
+    "listed": [Speechless()],
+}
+
+
+def refuse_constant(name: str) -> None:
+    pytest.fail(f"{name} is not JSON")
+
+
+def test_a_line_is_json_that_every_reader_takes_whatever_the_value_of_a_field(
+    log: tuple[logging.Logger, io.StringIO],
+) -> None:
+    _, written = log
+    with log_context(since_s=float("inf")):
+        EventLogger("gradcam.json").warning("job_late", attempt=2, ratio=0.5, **UNWRITABLE)
+    said = json.loads(written.getvalue(), parse_constant=refuse_constant)
+    assert (said["attempt"], said["ratio"]) == (2, 0.5)
+    shown = {name: said[name] for name in ("since_s", "nan", "infinite", "large")}
+    assert shown == {"since_s": "inf", "nan": "nan", "infinite": "-inf", "large": str(10**30)}
+    assert said["speechless"] == said["listed"] == "<Speechless: its str() raises RuntimeError>"
+
+
+def test_a_traceback_of_an_error_without_text_is_written(log: tuple[logging.Logger, io.StringIO]) -> None:
+    logger, written = log
+    logger.error("it failed", exc_info=Speechless())
+    (said,) = lines(written)
+    assert said["exception"]["message"] == "<Speechless: its str() raises RuntimeError>"
+
+
+@pytest.mark.parametrize(
+    ("message", "values"),
+    [("to %s %d", ("redis://:planted@h/0",)), ("to %s", (Speechless(),)), (Speechless(), ())],
+    ids=("another number of values", "a value without text", "no text at all"),
+)
+@pytest.mark.parametrize(
+    "formatter", [JsonFormatter("host:1"), LineFormatter(TEXT_FORMAT)], ids=("json", "text")
+)
+def test_what_cannot_be_formatted_is_written_without_secrets(
+    capsys: pytest.CaptureFixture[str],
+    formatter: logging.Formatter,
+    message: object,
+    values: tuple[object, ...],
+) -> None:
+    written, logger = io.StringIO(), logging.Logger("unformatted")  # noqa: LOG001  # pytest formats the others
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(formatter)
+    logger.addHandler(handler)
+    logger.warning(message, *values)
+    (line,) = written.getvalue().splitlines()
+    assert "Speechless" in line or "redis://...@h/0" in line
+    assert "planted" not in line
+    assert capsys.readouterr().err == "", "logging has printed what it could not write"
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)

@@ -4,6 +4,7 @@ Lines that are logged while a job runs carry the job's id, whichever module logs
 fields to the context, and a `ContextThreadPool` takes the context along to its threads.
 """
 
+import copy
 import json
 import logging
 import sys
@@ -17,7 +18,7 @@ from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from gradcam_worker.schemas.ids import process_name
-from gradcam_worker.text.log_events import EventLogger, EventMessage
+from gradcam_worker.text.log_events import EventLogger, EventMessage, safe_str
 from gradcam_worker.text.urls import redacted
 from gradcam_worker.text.visible import visible
 
@@ -76,21 +77,30 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": _message(record),
-            **_context_fields.get(),
+            **_json_fields(_context_fields.get()),
             "worker": self._worker,
         }
         line = {**line, **_event_fields(record), **line}  # an event's field replaces none of the keys above
         if record.exc_info and record.exc_info[0]:
             kind, error, _ = record.exc_info
             stack = redacted(super().formatException(record.exc_info))
-            line["exception"] = {"type": kind.__name__, "message": redacted(str(error)), "stack": stack}
+            line["exception"] = {"type": kind.__name__, "message": redacted(safe_str(error)), "stack": stack}
         if record.stack_info:
-            line["stack"] = record.stack_info
-        return json.dumps(_escape_surrogates(line), default=str)
+            line["stack"] = redacted(record.stack_info)
+        return json.dumps(_escape_surrogates(line))
 
 
 class LineFormatter(logging.Formatter):
     """One text line for each record; tracebacks are indented below it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        try:
+            return super().format(record)
+        except Exception:  # noqa: BLE001  # see `_message`
+            readable = copy.copy(record)
+            readable.msg, readable.args = _message(record), None
+            return super().format(readable)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the name is the library's
         """Return the line without a traceback; events get the fields of the log context."""
@@ -144,18 +154,23 @@ def _log_uncaught(kind: type[BaseException], error: BaseException | None, traceb
 
 def _message(record: logging.LogRecord) -> str:
     try:
-        return redacted(record.getMessage())
-    except Exception:  # noqa: BLE001  # arguments that do not fit the format: logging would print many lines
-        return f"{record.msg} {record.args}"
+        text = record.getMessage()
+    except Exception:  # noqa: BLE001  # arguments that do not fit: logging would print many lines, and secrets
+        text = f"{safe_str(record.msg)} {safe_str(record.args)}"
+    return redacted(text)
 
 
 def _event_fields(record: logging.LogRecord) -> dict[str, object]:
     """The name and the fields of an event; empty for other records."""
     if not isinstance(record.msg, EventMessage):
         return {}
-    values = record.msg.values()
-    fields = {name: redacted(value) if isinstance(value, str) else value for name, value in values.items()}
-    return {"event": record.msg.event, **fields}
+    return {"event": record.msg.event, **_json_fields(record.msg.fields)}
+
+
+def _json_fields(fields: Mapping[str, object]) -> dict[str, object]:
+    """Fields as values of JSON, without secrets."""
+    values = EventMessage("", fields).values()
+    return {name: redacted(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def _rfc3339(seconds: float) -> str:

@@ -9,9 +9,11 @@ with `event` and each field beside `message`. The names are listed in docs/refer
 
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping
 
+MAX_INTEGER = 2**63  # many readers of JSON have 64 bits
 UNQUOTED = re.compile(r"[^\s\"'=\\]+")  # values that need no quotes
 
 
@@ -30,10 +32,9 @@ class EventMessage:
         )
 
     def values(self) -> dict[str, object]:
-        """Return the fields for JSON: numbers and booleans unchanged, everything else as text."""
+        """Return the fields for JSON: booleans and the numbers of JSON unchanged, everything else as text."""
         return {
-            name: value if isinstance(value, bool | int | float) else _text(value)
-            for name, value in self.fields.items()
+            name: value if _is_json_number(value) else _text(value) for name, value in self.fields.items()
         }
 
 
@@ -75,6 +76,14 @@ class EventLogger:
             self._logger.log(level, EventMessage(event, fields), exc_info=exc_info, stacklevel=3)
 
 
+def safe_str(value: object) -> str:
+    """Return `str(value)`, also of a value whose `str` raises: a line about an error must not be lost."""
+    try:
+        return str(value)
+    except Exception as error:  # noqa: BLE001  # a class of anybody's
+        return f"<{type(value).__name__}: its str() raises {type(error).__name__}>"
+
+
 def _field_text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
@@ -82,9 +91,15 @@ def _field_text(value: object) -> str:
     return text if UNQUOTED.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
+def _is_json_number(value: object) -> bool:
+    """Whether every reader of JSON takes the value as it is: JSON has no NaN."""
+    if isinstance(value, int):  # or bool
+        return abs(value) < MAX_INTEGER
+    return isinstance(value, float) and math.isfinite(value)
+
+
 def _text(value: object) -> str:
-    if isinstance(value, BaseException):
-        return str(value) or type(value).__name__
     if isinstance(value, list | tuple | set | frozenset):
         return ",".join(map(_text, value))
-    return str(value)
+    text = safe_str(value)
+    return text or type(value).__name__ if isinstance(value, BaseException) else text
