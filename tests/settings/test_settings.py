@@ -28,9 +28,43 @@ def test_variables_are_read_and_lists_are_split_at_commas() -> None:
     assert settings.weights_dir == Path("/weights")
 
 
-def test_what_holds_a_comma_stands_in_quotes_and_reaches_a_child_process_so() -> None:
-    settings = Settings.from_environment({"GRADCAM_IMAGE_ROOTS": '"/a, b",/c', "GRADCAM_PRELOAD": ""})
-    assert settings.image_roots == ("/a, b", "/c")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("broker_url", "redis://h:6379/0"),
+        ("s3_region", "eu-west-1"),
+        ("key_prefix", "a:"),
+        ("status_sql_url", "postgresql://u:p@h/db"),
+        ("redis_ca", __file__),
+        ("log_level", "debug"),
+        ("devices", "0,1"),
+        ("exact_backward", "true"),
+        ("image_buckets", "a,b"),
+        ("networks", ""),
+    ],
+)
+def test_whitespace_around_a_value_is_removed(name: str, value: str) -> None:
+    variable = f"GRADCAM_{name.upper()}"
+    settings = Settings.from_environment({variable: f" {value}\r\n"})
+    assert getattr(settings, name) == getattr(Settings.from_environment({variable: value}), name)
+
+
+def test_s3_keys_from_a_file_with_a_line_break_are_the_keys() -> None:
+    names = ("GRADCAM_S3_ACCESS_KEY_ID", "GRADCAM_S3_SECRET_ACCESS_KEY")
+    settings = Settings.from_environment(dict.fromkeys(names, "planted\n"))
+    assert (settings.s3_access_key_id, settings.s3_secret_access_key.get_secret_value()) == ("planted",) * 2
+
+
+def test_a_setting_with_two_values_in_upper_and_lower_case_is_refused() -> None:
+    with pytest.raises(InvalidSettings, match="GRADCAM_THREADS and GRADCAM_threads are the same setting"):
+        Settings.from_environment({"GRADCAM_threads": "4", "GRADCAM_THREADS": "5"})
+    assert Settings.from_environment({"GRADCAM_threads": "4", "GRADCAM_THREADS": "4"}).threads == 4
+
+
+def test_what_holds_a_comma_or_a_line_break_stands_in_quotes_and_reaches_a_child_process_so() -> None:
+    roots = '"/a, b",/c,"/d\ne","/f\rg"'
+    settings = Settings.from_environment({"GRADCAM_IMAGE_ROOTS": roots, "GRADCAM_PRELOAD": ""})
+    assert settings.image_roots == ("/a, b", "/c", "/d\ne", "/f\rg")
     assert Settings.from_environment(settings.to_environment()) == settings
 
 

@@ -258,14 +258,25 @@ class EnvironmentSource(EnvSettingsSource):
     def __init__(self, settings_cls: type[BaseSettings], environment: Mapping[str, str]) -> None:
         """`environment` is read once, here."""
         super().__init__(settings_cls)
-        self.env_vars = {
-            name.lower(): value
+        self._variables = {
+            name: value
             for name, value in environment.items()
             if name.startswith(PREFIX) and not _is_service_link(name, value)
         }
+        self.env_vars = {name.lower(): value for name, value in self._variables.items()}
 
-    def unknown_variables(self) -> Iterable[str]:
-        """An error message for each variable that is not a setting."""
+    def problems(self) -> Iterable[str]:
+        """An error message for each variable that is not a setting, and for each that has several values."""
+        return [*self._unknown_variables(), *self._contradictions()]
+
+    def _contradictions(self) -> Iterable[str]:
+        """Upper and lower case are the same setting: none of two values is right."""
+        for variable in self.env_vars:
+            spellings = sorted(name for name in self._variables if name.lower() == variable)
+            if len({self._variables[name] for name in spellings}) > 1:
+                yield f"{' and '.join(spellings)} are the same setting with different values: keep one."
+
+    def _unknown_variables(self) -> Iterable[str]:
         fields = self.settings_cls.model_fields
         for variable in self.env_vars:
             name = variable.removeprefix(PREFIX.lower())
@@ -464,6 +475,12 @@ class Settings(BaseSettings):
         del cls, settings_cls, env_settings, dotenv_settings, file_secret_settings
         return (init_settings,)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _strip(cls, value: Any) -> Any:
+        """Remove whitespace around any value: a Kubernetes secret made by `echo` ends with a line break."""
+        return value.strip() if isinstance(value, str) else value
+
     @field_validator("image_hosts")
     @classmethod
     def _require_image_hosts(cls, hosts: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
@@ -541,7 +558,7 @@ class Settings(BaseSettings):
                 right.
         """
         source = EnvironmentSource(cls, os.environ if environment is None else environment)
-        return cls._validated({**source(), **_without_none(options)}, source.unknown_variables())
+        return cls._validated({**source(), **_without_none(options)}, source.problems())
 
     def changed(self, **options: str | None) -> Self:
         """Return a copy with other values; those that are None do not count. Raises InvalidSettings."""

@@ -23,5 +23,5 @@ def parse(text: str) -> tuple[str, ...]:
 def join(values: Iterable[str]) -> str:
     """Return the text that `parse` reads as these values."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(values)
-    return text.getvalue()
+    csv.writer(text, lineterminator="\r\n").writerow(values)  # it quotes the line breaks that it knows
+    return text.getvalue().removesuffix("\r\n")
