@@ -1,10 +1,14 @@
 """Each Lua script and its typed call say the same."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from zipfile import ZipFile
 
 import pytest
 
@@ -38,7 +42,7 @@ class Declared:
     form: str  # text, number, flag, texts, or the names of the fields of records
 
 
-def declared(path: Path) -> list[Declared]:
+def declared(path: Traversable) -> list[Declared]:
     """What a script says that its arguments are. It names KEYS and ARGV nowhere else."""
     found = []
     text = re.sub(r"\n +", " ", path.read_text())
@@ -125,6 +129,33 @@ def test_a_fragment_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
         load(tmp_path / "main.lua")
 
 
+def test_the_scripts_are_found_in_a_package_that_is_imported_from_a_zip_file(tmp_path: Path) -> None:
+    archive = tmp_path / "package.zip"
+    with ZipFile(archive, "w") as packed:
+        for path in PACKAGE.rglob("*"):
+            if path.suffix in {".py", ".lua"}:
+                packed.write(path, path.relative_to(PACKAGE.parent))
+    modules = sorted(
+        {call.__module__ for call in CALLS} - {transport.__name__}
+    )  # Celery's own import is slow
+    program = (
+        "import sys, importlib\n"
+        "archive, *modules = sys.argv[1:]\n"
+        "sys.path.insert(0, archive)\n"
+        "from gradcam_worker.ledger.redis.script import LuaScript\n"
+        "for module in map(importlib.import_module, modules):\n"
+        "    assert module.__file__.startswith(archive), module\n"
+        "for call in LuaScript.__subclasses__():\n"
+        "    print(call.__name__, len(call.source()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, archive, *modules], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    expected = {f"{call.__name__} {len(call.source())}" for call in CALLS if call.__module__ in modules}
+    assert set(done.stdout.splitlines()) == expected
+
+
 class Pair(NamedTuple):
     name: str
     number: int
@@ -132,6 +163,8 @@ class Pair(NamedTuple):
 
 @dataclass(kw_only=True)
 class Example(LuaScript[int], file="example"):
+    __module__ = script.__name__  # a script lies in a package
+
     key: Key
     keys_of_all: Sequence[Key]
     text: str
@@ -153,6 +186,6 @@ def test_a_call_encodes_its_fields_in_order() -> None:
         no=False,
         pairs=[Pair("a", 1), Pair("b", 2)],
     )
-    assert call.path == Path(__file__).parent / "lua" / "example.lua"
+    assert call.path == PACKAGE / "ledger" / "redis" / "lua" / "example.lua"
     assert call.keys() == ["k", "l", "m"]
     assert call.arguments() == ["t", 3, "", "1", "", "a", 1, "b", 2]

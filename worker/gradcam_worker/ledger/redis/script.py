@@ -16,14 +16,14 @@ included only once.
 """
 
 import re
-import sys
 from dataclasses import fields
 from functools import cache
-from pathlib import Path
+from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any, ClassVar, Generic, NewType, TypeVar, get_args, get_type_hints
 
 INCLUDE = re.compile(r"^-- include: (\w+)\n", re.MULTILINE)
-FRAGMENTS = Path(__file__).parent / "lua" / "include"
+FRAGMENTS = resources.files(__package__) / "lua" / "include"
 
 Result = TypeVar("Result")
 Key = NewType("Key", str)
@@ -42,17 +42,16 @@ class LuaScript(Generic[Result]):
             lease_ms: int
     """
 
-    path: ClassVar[Path]
+    path: ClassVar[Traversable]  # a Path, unless the package is imported from a zip file
 
     def __init_subclass__(cls, *, file: str) -> None:
         """`file`: the name of the script's file, without its extension."""
-        folder = Path(str(sys.modules[cls.__module__].__file__)).parent
-        cls.path = folder / "lua" / f"{file}.lua"
+        cls.path = resources.files(cls.__module__.rpartition(".")[0]) / "lua" / f"{file}.lua"
 
     @classmethod
     def source(cls) -> str:
         """The text of the script, with everything that it includes."""
-        return load(cls.path)
+        return load(cls.path)  # type: ignore[arg-type]  # hashable: a path of a folder or of a zip file
 
     def keys(self) -> list[str]:
         """The script's KEYS."""
@@ -78,7 +77,7 @@ class LuaScript(Generic[Result]):
 
 
 @cache
-def load(path: Path) -> str:
+def load(path: Traversable) -> str:
     """Read a script.
 
     Args:
@@ -93,13 +92,12 @@ def load(path: Path) -> str:
     return _resolve(path, set())
 
 
-def _resolve(path: Path, included: set[Path]) -> str:
+def _resolve(path: Traversable, included: set[str]) -> str:
     def fragment(match: re.Match[str]) -> str:
-        fragment_path = FRAGMENTS / f"{match[1]}.lua"
-        if fragment_path in included:
+        if match[1] in included:
             return ""
-        included.add(fragment_path)
-        return _resolve(fragment_path, included)
+        included.add(match[1])
+        return _resolve(FRAGMENTS / f"{match[1]}.lua", included)
 
     return INCLUDE.sub(fragment, path.read_text(encoding="utf-8"))
 
