@@ -1,6 +1,8 @@
 """`gradcam networks` and `gradcam networks fetch`."""
 
+import importlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,18 @@ def test_weights_that_keras_stores_in_another_folder_are_an_error(
     monkeypatch.setattr("gradcam_worker.runtime.service_factory.load", fake_load(own_networks / "elsewhere"))
     assert main(["networks", "fetch", "vgg16"]) == 1
     assert "KERAS_HOME must name a folder that can be written to" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named_and_no_failure_of_each_network(
+    own_networks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = "gradcam_worker.runtime.service_factory"
+    monkeypatch.delattr(importlib.import_module(module.rpartition(".")[0]), "service_factory", raising=False)
+    monkeypatch.setitem(sys.modules, module, None)  # its import raises ModuleNotFoundError
+    assert main(["networks", "fetch", "vgg16", "right"]) == 1
+    shown = capsys.readouterr()
+    assert f"{module} is not installed. This command needs the extra cpu" in shown.err
+    assert "vgg16" not in shown.out + shown.err
 
 
 def test_fetch_without_a_network_is_wrong_usage(

@@ -80,7 +80,8 @@ def test_the_command_without_a_worker_submits_and_says_what_the_rest_of_it_needs
     assert "queued" in run([gradcam, "status", job_id], valkey).stdout
     assert "canceled" in run([gradcam, "cancel", job_id], valkey).stdout
     assert "this machine can submit jobs but not run them" in run([gradcam, "doctor"], valkey).stdout
-    for command in (["worker"], ["worker", "--unsupervised"], ["deliver"], ["explain", __file__]):
+    fetch = ["networks", "fetch", "vgg16"]
+    for command in (["worker"], ["worker", "--unsupervised"], ["deliver"], ["explain", __file__], fetch):
         refused = run([gradcam, *command], valkey)
         assert refused.returncode == 1, command
         assert (

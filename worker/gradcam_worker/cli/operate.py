@@ -84,6 +84,8 @@ def fetch(*, names: tuple[str, ...], all_mine: bool, as_json: bool) -> int:
     if all_mine and not registry.operator_networks():
         message = "--all-mine: GRADCAM_NETWORKS names no networks of your own."
         raise InvalidSettings(message)
+    from gradcam_worker.runtime import service_factory  # noqa: F401  # a missing extra is no network's failure
+
     wanted = [*names, *(row.name for row in registry.operator_networks() if all_mine)]
     results, failed = [], 0
     for name in dict.fromkeys(wanted):
