@@ -153,5 +153,5 @@ def test_a_row_becomes_a_picture(place: Place) -> None:
 def test_the_gallery_is_made(place: Place) -> None:
     (command,) = blocks("The gallery", "bash")
     program = f"import sys; from gradcam_worker.cli.main import main; sys.exit(main({command.split()[1:]}))"
-    assert place.run(program).startswith("gallery.html: 3 classes, 10 pictures")
+    assert place.run(program).startswith("gallery.html: 3 classes, 10 images")
     assert (place.folder / "gallery.html").stat().st_size > 10_000

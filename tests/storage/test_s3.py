@@ -454,7 +454,7 @@ class TestIdentity:
         if held is not None:
             token.write_text(held)
         http_server.url("/", answer(400, STS_REFUSES % b"InvalidIdentityToken"))
-        with pytest.raises(StorageUnavailable, match="the worker has no valid keys for S3") as caught:
+        with pytest.raises(StorageUnavailable, match="there are no valid keys for S3") as caught:
             s3.read_image("photos", "a.jpg", 10, Deadline(1))
         assert "planted" not in str(caught.value)
         store = Stores(Settings(output="s3://own/x", output_prefixes=("s3://given",)), s3).open(

@@ -135,7 +135,7 @@ class JobTimeout(JobError, PermanentError):
     """The job ran longer than its `timeout_s`."""
 
     code = "timeout"
-    public_message = "This took too long. A smaller image may work."
+    public_message = "This could not be finished in time."
 
 
 class JobExpired(JobError, PermanentError):

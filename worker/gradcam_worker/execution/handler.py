@@ -289,6 +289,7 @@ class JobHandler:
             self._track_in_flight(document, context, shard=isinstance(job, Shard)),
             self.leases.hold(document, context.deadline, progress_writer.write_pending),
         ):
+            log.info("job_attempt_started", network=job.network)
             try:
                 if isinstance(job, Shard):
                     result = shards.run_shard(job, self.services, context)
@@ -346,8 +347,14 @@ class JobHandler:
         with tracing.span("write"):
             written = self.ledger.advance(document, patience_s=WRITE_PATIENCE_S, delay_s=delay_s, **changes)
         tracing.annotate(status=written.status)
-        code = written.error.code if written.error else None
-        log.info("job_attempt_finished", status=written.status, code=code)
+        error = written.error
+        log.info(
+            "job_attempt_finished",
+            status=written.status,
+            code=error and error.code,
+            stage=error and error.stage,
+            error=error and error.detail,
+        )
 
     def _backoff_s(self, attempt: int) -> float:
         settings = self.settings

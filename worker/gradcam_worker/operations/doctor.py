@@ -4,6 +4,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 
 from gradcam_worker.errors import (
@@ -153,7 +154,9 @@ def _check_workers(settings: Settings, expected: int) -> Iterator[Finding]:
         yield Finding("workers", well=True, detail="none is alive")
     for name, text in sorted(workers.items()):
         health = json.loads(text)
-        detail = f"{health['device']}, {counted(health['running'], 'job')} running, started {health['since']}"
+        started = datetime.fromisoformat(health["since"]).astimezone(UTC)
+        running = counted(health["running"], "job")
+        detail = f"{health['device']}, {running} running, started {started:%Y-%m-%d %H:%M:%SZ}"
         trouble = health["trouble"]
         fix = "It takes jobs again by itself when the cause is gone."
         yield Finding(
@@ -168,7 +171,8 @@ def _check_storage(settings: Settings) -> Finding:
         return Finding("storage", well=False, detail=str(error), fix=SETTING_FIX)
     except StorageUnavailable as error:
         if "output" not in settings.model_fields_set:
-            detail = f"GRADCAM_OUTPUT is not set, and its default, {settings.output}, cannot be used: {error}"
+            unusable = preflight.DEFAULT_UNUSABLE.format(settings.output)
+            detail = f"GRADCAM_OUTPUT is not set, and {unusable}: {error}"
             return Finding("storage", well=False, detail=detail, fix=OUTPUT_FIX)
         hint = preflight.storage_hint(error)
         return Finding("storage", well=False, detail=f"{hint.setting}: {error}", fix=hint.fix)

@@ -38,6 +38,7 @@ log = EventLogger("gradcam")
 
 ANSWER_TIMEOUT_S = 3.0  # of broker and ledger, asked once: a server that does not answer is waited for
 # Errors of Redis that would occur again. (A wrong password is a ConnectionError, too.)
+DEFAULT_UNUSABLE = "its default, {}, cannot be used"  # of GRADCAM_OUTPUT, where it is not set
 PERMANENT_ERRORS = (
     redis.exceptions.AuthenticationError,
     redis.exceptions.AuthorizationError,
@@ -153,7 +154,12 @@ def check_storage(settings: Settings) -> str:
         hint = storage_hint(error)
         if not hint.permanent:
             raise
-        message = f"{hint.setting}: {_sentence(error)} {hint.fix}"
+        if "output" not in settings.model_fields_set:
+            message = (
+                f"GRADCAM_OUTPUT: it is not set, and {DEFAULT_UNUSABLE.format(settings.output)}: {error}"
+            )
+        else:
+            message = f"{hint.setting}: {_sentence(error)} {hint.fix}"
         raise InvalidSettings(message) from error
 
 

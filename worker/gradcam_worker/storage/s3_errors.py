@@ -157,7 +157,7 @@ def requires_checksum(error: ClientError) -> bool:
 def describe(error: BaseException) -> str:
     """Return what went wrong as printable text, in the server's words if it sent any."""
     if isinstance(error, IdentityFailed):
-        return f"the worker has no valid keys for S3: {describe(error.__cause__ or error)}"
+        return f"there are no valid keys for S3: {describe(error.__cause__ or error)}"
     if not isinstance(error, ClientError):
         return visible(str(error).strip().rpartition("\n")[2])[:MAX_MESSAGE_LENGTH]
     status, code = _status_and_code(error)
