@@ -221,6 +221,14 @@ def test_a_worker_reports_its_health(ledger: Ledger) -> None:
     assert ledger.find_workers() == {"gpu-1:7": '{"well": true}'}
 
 
+def test_a_worker_that_has_stopped_is_found_no_more(ledger: Ledger) -> None:
+    ledger.renew_leases("gpu-1:7", "{}", {})
+    ledger.renew_leases("gpu-2:7", "{}", {})
+    ledger.remove_worker("gpu-1:7")
+    ledger.remove_worker("never there")
+    assert ledger.find_workers() == {"gpu-2:7": "{}"}
+
+
 def test_one_worker_reaps_and_another_takes_over_when_it_is_gone(ledger: Ledger) -> None:
     assert ledger.try_lead("a", 0.3)
     assert ledger.try_lead("a", 0.3)

@@ -206,6 +206,10 @@ class Ledger(ABC):
         """Find the workers that have renewed their leases recently: id -> health report, as JSON."""
 
     @abstractmethod
+    def remove_worker(self, worker: str) -> None:
+        """Remove a worker that has stopped from `find_workers`; else it stays for some leases."""
+
+    @abstractmethod
     def try_lead(self, worker: str, seconds: float) -> bool:
         """Become or remain the worker that runs the reaper.
 

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 import warnings
+from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -207,6 +208,9 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     consumer.start()
     stopped.set()
     background.stop([*loops, liveness.loop])
+    with suppress(LedgerUnavailable):  # then the entry expires
+        handler.ledger.remove_worker(handler.worker.id)
+    log.info("worker_stopped", worker=handler.worker.id)
     return int(consumer.exitcode or 0)
 
 

@@ -133,6 +133,11 @@ class MemoryLedger(Ledger):
         """See `Ledger.find_workers`."""
         return dict(self.health)
 
+    def remove_worker(self, worker: str) -> None:
+        """See `Ledger.remove_worker`."""
+        with self._lock:
+            self.health.pop(worker, None)
+
     def try_lead(self, worker: str, seconds: float) -> bool:
         """See `Ledger.try_lead`."""
         leader, until = self._leader

@@ -150,6 +150,11 @@ class RedisLedger(Ledger):
         reply = self.server.run(scripts.FindWorkers(worker_ttl_ms=WORKER_TTL_LEASES * self._lease_ms))
         return dict(zip(reply[::2], reply[1::2], strict=True))
 
+    def remove_worker(self, worker: str) -> None:
+        """See `Ledger.remove_worker`."""
+        with self.server.translate_errors():
+            self.server.redis.hdel(self.server.prefix + "workers", worker)
+
     def try_lead(self, worker: str, seconds: float) -> bool:
         """See `Ledger.try_lead`."""
         return bool(self.server.run(scripts.TryLead(worker=worker, lease_ms=int(seconds * 1000))))
