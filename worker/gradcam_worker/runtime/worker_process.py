@@ -208,10 +208,15 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     consumer.start()
     stopped.set()
     background.stop([*loops, liveness.loop])
-    with suppress(LedgerUnavailable):  # then the entry expires
+    _sign_off(handler)
+    return int(consumer.exitcode or 0)
+
+
+def _sign_off(handler: JobHandler) -> None:
+    """Remove this worker from the list of live workers."""
+    with suppress(LedgerUnavailable):  # then its entry expires
         handler.ledger.remove_worker(handler.worker.id)
     log.info("worker_stopped", worker=handler.worker.id)
-    return int(consumer.exitcode or 0)
 
 
 def _celery_worker(
