@@ -20,6 +20,7 @@ from celery.app.trace import reset_worker_optimizations, setup_worker_optimizati
 from celery.concurrency.base import apply_target
 from celery.worker import state
 from celery.worker.control import Panel
+from kombu.serialization import registry
 
 from gradcam_worker.broker import app as broker
 from gradcam_worker.broker import publisher
@@ -456,6 +457,27 @@ def test_a_job_for_which_there_is_no_thread_is_not_refused_comes_again_and_runs_
     assert not reception.refused
     assert len(failures) == 2
     assert (begun.count(first), begun.count(second)) == (1, 1), "what could not be started is void"
+
+
+def test_a_message_for_which_memory_runs_out_comes_again_and_one_that_cannot_be_decoded_is_refused(
+    reception: Reception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, failures = registry._decoders["application/json"], [MemoryError()]
+    short_of_memory, unreadable = new_id(), new_id()
+
+    def fail(body: Any) -> Any:
+        if unreadable in str(body):
+            raise ValueError
+        if failures:
+            raise failures.pop()
+        return decode(body)
+
+    monkeypatch.setitem(registry._decoders, "application/json", fail)
+    reception.put(envelope(short_of_memory))
+    reception.put(envelope(unreadable, json.dumps([[unreadable], {}, {}]).encode()))
+    wait_for(lambda: short_of_memory in reception.handled and reception.refused, "both ends")
+    assert not failures
+    assert reception.refused == {unreadable: "its body cannot be read as JSON (DecodeError)"}
 
 
 def test_rubbish_among_the_unacknowledged_keeps_no_other_message_there(reception: Reception) -> None:

@@ -212,6 +212,17 @@ class JobConsumer(Consumer):  # type: ignore[misc]  # celery ships no types
 
         return on_task_received
 
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        """Called when a body cannot be decoded. By default Celery logs it, and drops the message.
+
+        The transport has parsed it already, so memory has run out: kombu turns a MemoryError into a
+        DecodeError.
+        """
+        if any(isinstance(cause, MemoryError) for cause in exc.args):  # this process's fault
+            self._requeue_later(message, f"this process lacks memory: {exc!r}")
+        else:
+            self._refuse(message, f"its body cannot be read as JSON ({type(exc).__name__})")
+
     def _refuse(self, message: Any, reason: str) -> None:
         """Record the reason in the ledger under the message's id, then acknowledge the message.
 
