@@ -146,6 +146,7 @@ def test_what_holds_a_comma_or_a_line_break_stands_in_quotes_and_reaches_a_child
             {"GRADCAM_STATUS_SQL_URL": "mysql://u:planted@h/d"},
             "GRADCAM_STATUS_SQL_URL: it has another scheme",
         ),
+        ({"GRADCAM_STATUS_SQL_URL": "POSTGRESQL://h/d"}, "its scheme is not in lower case: it"),
         ({"GRADCAM_STATUS_SQL_URL": "postgresql://u:planted@h"}, "it names no database behind the host: it"),
         ({"GRADCAM_STATUS_SQL_URL": "sqlite:///:memory:"}, "it names no file of SQLite: it must look like"),
         (

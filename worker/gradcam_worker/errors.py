@@ -77,7 +77,7 @@ class GradcamError(Exception):
         retryable: whether the same request, made again later, may succeed.
         public_message: what an end user may be told: what is wrong with the image or the request.
 
-    Example:
+    Examples:
         >>> try:
         ...     explain_image(network, "photo.jpg")
         ... except ImageError as error:  # whatever is wrong with the image

@@ -172,6 +172,8 @@ def _database_problem(text: str) -> str | None:
     if scheme == "sqlite":  # a file: another process cannot read a database in memory
         valid = rest.startswith("/") and rest not in {"/", "//", "/:memory:"} and "?" not in rest
         return None if valid else f"it names no file of SQLite: it {DATABASE_URL_FORM}"
+    if scheme != scheme.lower():  # SQLAlchemy tells them apart
+        return f"its scheme is not in lower case: it {DATABASE_URL_FORM}"
     problem = _url_problem(text, "it", ("postgresql", "postgresql+psycopg"), host_needed=False)
     url = urls.parse(text)
     if not problem and url and not url.path.strip("/"):
@@ -291,7 +293,7 @@ class Settings(BaseSettings):
 
     `Settings(...)` takes values by keyword and reads no environment; `from_environment` reads `GRADCAM_*`.
 
-    Example:
+    Examples:
         >>> Settings(broker_url="redis://queue:6379/0", threads=4).threads
         4
     """

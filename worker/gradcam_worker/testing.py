@@ -285,7 +285,7 @@ def eager_client(
     Returns:
         The client.
 
-    Example:
+    Examples:
         >>> import cv2
         >>> red = cv2.imencode(".png", np.full((32, 32, 3), (0, 0, 255), np.uint8))[1].tobytes()
         >>> client = eager_client({"s3://in/red.png": red})

@@ -260,7 +260,7 @@ def status(output: str, *, as_json: bool) -> int:
     OUTPUT is the dataset that it writes.
 
     \b
-    Example:
+    Examples:
       gradcam backfill status s3://results/photos
     """
     from gradcam_worker.backfill.registry import RedisBackfillRegistry
@@ -338,7 +338,7 @@ def cancel(output: str, *, as_json: bool) -> int:
     OUTPUT is the dataset that it writes. Its shards in flight are cancelled, finished shards are kept.
 
     \b
-    Example:
+    Examples:
       gradcam backfill cancel s3://results/photos
     """
     from gradcam_worker.backfill.inflight import cancel as cancel_shards

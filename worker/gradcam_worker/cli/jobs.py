@@ -140,7 +140,7 @@ def status(job_id: str, *, as_json: bool) -> int:
     Exit code 1 if it failed, expired or was cancelled.
 
     \b
-    Example:
+    Examples:
       gradcam status 01a2062b-306e-7164-a139-13398da125f6
     """
     from gradcam_worker.client.client import GradcamClient
@@ -158,7 +158,7 @@ def cancel(job_id: str, *, as_json: bool) -> int:
     had finished already.
 
     \b
-    Example:
+    Examples:
       gradcam cancel 01a2062b-306e-7164-a139-13398da125f6
     """
     from gradcam_worker.client.client import GradcamClient

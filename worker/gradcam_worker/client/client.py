@@ -66,7 +66,7 @@ class GradcamClient:
     retried for a few seconds (`REDIS_RETRIES`), then raises LedgerUnavailable, which says whether the job was
     accepted. A refused password, user or database is not retried.
 
-    Example:
+    Examples:
         >>> client = GradcamClient("redis://127.0.0.1:6379/0")
         >>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 5})
         >>> client.wait(job_id).status
@@ -133,7 +133,7 @@ class GradcamClient:
             LedgerUnavailable: the job was not accepted, or that is not known: `in_doubt` has its id then, and
                 submitted again with the same id or key it runs once.
 
-        Example:
+        Examples:
             >>> job_id = client.submit(image="s3://in/pier.jpg", network="vgg16", target={"top_n": 5})
         """
         if job is not None and fields:
@@ -173,7 +173,7 @@ class GradcamClient:
                 accepted, and their ids are in `accepted`; what follows it is not.
             LedgerUnavailable: those in `accepted` are, and of those in `in_doubt` it is not known.
 
-        Example:
+        Examples:
             >>> uris = (f"s3://in/{number}.jpg" for number in range(1000))
             >>> client.submit_many({"image": uri, "network": "vgg16", "target": {"top_n": 1}} for uri in uris)
         """
@@ -374,7 +374,7 @@ class GradcamClient:
             InvalidSettings: a storage setting or `expires_s` is invalid.
             LedgerUnavailable: the ledger cannot be reached.
 
-        Example:
+        Examples:
             >>> result = client.result(job_id)
             >>> [result.urls[file.uri] for one in result.manifest.explanations for file in one.artifacts]
         """
@@ -411,7 +411,7 @@ class GradcamClient:
             InvalidSettings: nothing says where it goes.
             InvalidJob, IdempotencyConflict, LedgerUnavailable: as `submit`.
 
-        Example:
+        Examples:
             >>> job_id = client.upload_and_submit("pier.jpg", network="vgg16", target={"top_n": 5})
         """
         upload = results.prepare_upload(image, to or self._settings.uploads, self._settings.max_image_bytes)
@@ -449,7 +449,7 @@ class GradcamClient:
             WaitTimeout: the job is not final yet; the message says what workers and queues are doing.
             UnknownJob, LedgerUnavailable: as `stream`.
 
-        Example:
+        Examples:
             >>> client.wait(job_id).status
             'succeeded'
         """
@@ -474,7 +474,7 @@ class GradcamClient:
             UnknownJob: the ledger has no such job.
             LedgerUnavailable: the ledger stayed unreachable, or the client was closed.
 
-        Example:
+        Examples:
             >>> for document in client.stream(job_id):
             ...     print(document.status, document.stage)
         """

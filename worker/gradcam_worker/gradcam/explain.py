@@ -179,7 +179,7 @@ def explain_image(
         NetworkIncompatible: The network returns no valid scores, or needs other channels.
         UnsupportedMediaType, ImageDecodeFailed, ImagePixelsExceeded: The image cannot be decoded.
 
-    Example:
+    Examples:
         ```python
         explanation = explain_image(network, "coffee.jpg", top_n=3)
         [(prediction.name, prediction.probability) for prediction in explanation.explained]

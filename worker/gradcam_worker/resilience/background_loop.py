@@ -26,7 +26,7 @@ class BackgroundLoop:
     * Any other error is a defect. Its first occurrence is logged with its traceback, then every
       LOG_INTERVAL_S the number of failures, until the step succeeds.
 
-    Example:
+    Examples:
         >>> loop = BackgroundLoop("reaper", reaper.step, 0.5)
         >>> loop.start()
         >>> loop.stop(timeout_s=5)

@@ -35,7 +35,7 @@ class RetryPolicy:
     tenacity and stamina compute the same pauses, but have neither a total time that parallel calls share nor
     a deadline that is extended, or cancelled with an error, while a call waits.
 
-    Example:
+    Examples:
         >>> policy = RetryPolicy(first_s=0.5, max_s=3)
         >>> [policy.pause_s(failures) for failures in (1, 2, 3, 4)]
         [0.5, 1.0, 2.0, 3.0]

@@ -63,7 +63,7 @@ def load_network(
         UnknownLayer: Its target layer does not exist.
         InvalidSettings: The precision does not exist.
 
-    Example:
+    Examples:
         ```python
         network = load_network("efficientnet_lite0")
         ```
@@ -119,7 +119,7 @@ def wrap_model(
         NetworkIncompatible: It cannot be explained; the message gives the reason.
         UnknownLayer: The target layer does not exist.
 
-    Example:
+    Examples:
         ```python
         network = wrap_model(model, preprocessing="tf", labels=["benign", "malignant"])
         ```

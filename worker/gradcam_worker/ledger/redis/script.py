@@ -35,7 +35,7 @@ class LuaScript(Generic[Result]):
     `Result` is the type of the script's reply as redis-py decodes it. Subclasses are not frozen: creating a
     frozen instance takes several times as long, and calls are created for every step of a job.
 
-    Example:
+    Examples:
         @dataclass(kw_only=True)
         class TryLead(LuaScript[int], file="try_lead"):
             worker: str
