@@ -80,11 +80,14 @@ def connect(settings: Settings) -> Any:  # whose commands have two types each
     return redis.Redis.from_url(settings.broker_url)
 
 
-def guarded(stage: Any) -> Any:
+def guarded(stage: Any, redis_servers: list[str]) -> Any:
     """The stage, with a password before its Redis, and secrets in all settings that take one."""
-    redis.Redis.from_url(stage.settings.broker_url).config_set("requirepass", PLANTED["redis password"])
+    url = stage.settings.broker_url
+    redis.Redis.from_url(url).config_set("requirepass", PLANTED["redis password"])
+    with_password = url.replace("://", f"://:{PLANTED['redis password']}@")
+    redis_servers[redis_servers.index(url)] = with_password
     changes = {
-        "broker_url": stage.settings.broker_url.replace("://", f"://:{PLANTED['redis password']}@"),
+        "broker_url": with_password,
         "webhook_secrets": f"app1=whsec_{PLANTED['webhook secret']}",
         # Nobody listens there: it is out of reach, and says so.
         "status_sql_url": f"postgresql://gradcam:{PLANTED['database password']}@127.0.0.1:1/status",
@@ -221,12 +224,16 @@ def garbage() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def planted(
-    make_stage: Callable[..., Any], public_server: Any, photos: Path, tmp_path_factory: pytest.TempPathFactory
+    make_stage: Callable[..., Any],
+    public_server: Any,
+    photos: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    redis_servers: list[str],
 ) -> Iterator[Planted]:
     """All jobs are final, and the worker is still there."""
     from tests.conftest import Answer
 
-    stage = guarded(make_stage("secrets"))
+    stage = guarded(make_stage("secrets"), redis_servers)
     photo = (photos / "coffee.jpg").read_bytes()
     pixels = base64.b64encode(photo).decode()[64:112]
     secrets = {

@@ -81,7 +81,7 @@ def _check_poison(cluster: Cluster, poison: str, verdict: Verdict) -> None:
     with cluster.ledger as server:
         document = json.loads(server.hget(f"{prefix}job:{poison}", "document") or "null")
         dead = server.zrange(f"{prefix}dead", 0, -1)
-    deaths = sum("exit code -9" in line for line in cluster.workers[0].restarts)
+    deaths = sum("exit_code=-9" in line for line in cluster.workers[0].restarts)
     verdict.figures |= {"attempts_of_the_poison": document["attempt"], "processes_killed": deaths}
     if document["attempt"] != ATTEMPTS or deaths != ATTEMPTS:
         verdict.broken.append(
