@@ -142,7 +142,7 @@ def run(
     `gradcam backfill status OUTPUT` shows the progress, `gradcam backfill cancel OUTPUT` stops it.
 
     \b
-    Examples:
+    Example:
       gradcam backfill photos.csv --network vgg16 --top-n 3 --output s3://results/photos
       gradcam backfill s3://photos/2031/ --classes tabby,282 --overlays --output s3://results/cats
       gradcam backfill photos.csv --network vgg16 --top-n 3 --output s3://results/photos --resume
@@ -260,7 +260,7 @@ def status(output: str, *, as_json: bool) -> int:
     OUTPUT is the dataset that it writes.
 
     \b
-    Examples:
+    Example:
       gradcam backfill status s3://results/photos
     """
     from gradcam_worker.backfill.registry import RedisBackfillRegistry
@@ -338,7 +338,7 @@ def cancel(output: str, *, as_json: bool) -> int:
     OUTPUT is the dataset that it writes. Its shards in flight are cancelled, finished shards are kept.
 
     \b
-    Examples:
+    Example:
       gradcam backfill cancel s3://results/photos
     """
     from gradcam_worker.backfill.inflight import cancel as cancel_shards

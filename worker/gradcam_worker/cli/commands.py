@@ -67,7 +67,7 @@ def demo(folder: Path, *, against_running: bool) -> int:
     stopped at the end. Results are written to FOLDER.
 
     \b
-    Examples:
+    Example:
       gradcam demo
       GRADCAM_UPLOADS=s3://photos/demo gradcam demo --against-running
     """
@@ -91,7 +91,7 @@ def worker(*, devices: str | None, unsupervised: bool, ready_fd: int | None) -> 
     worker finishes its running jobs and exits. After a second one it requeues them and exits at once.
 
     \b
-    Examples:
+    Example:
       GRADCAM_BROKER_URL=redis://queue:6379/0 GRADCAM_OUTPUT=s3://out/cams gradcam worker
     """
     for package in ("celery", "keras"):  # fail here once, not in each process that would be started
@@ -128,7 +128,7 @@ def deliver() -> int:
     or Ctrl-C.
 
     \b
-    Examples:
+    Example:
       GRADCAM_BROKER_URL=redis://queue:6379/0 GRADCAM_WEBHOOK_HOSTS=app.example.com gradcam deliver
     """
     from gradcam_worker.runtime import delivery_process, preflight
@@ -154,7 +154,7 @@ def doctor(*, as_json: bool, expect_workers: int) -> int:
     For each check that fails, it says what to fix. Exit code 1 if any check fails.
 
     \b
-    Examples:
+    Example:
       gradcam doctor
       gradcam doctor --expect-workers 2
     """

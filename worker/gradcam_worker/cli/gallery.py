@@ -52,7 +52,7 @@ def gallery(
     20 MB.
 
     \b
-    Examples:
+    Example:
       gradcam gallery s3://results/cams
       gradcam gallery cams --classes Egyptian_cat,tabby --per-class 12 -o cats.html
     """

@@ -40,7 +40,7 @@ def explain(images: tuple[Path, ...], output: Path, *, spec: dict[str, Any], as_
     others. Exit code 1 if any image failed.
 
     \b
-    Examples:
+    Example:
       gradcam explain cat.jpg
       gradcam explain *.jpg --network vgg16 --top-n 5 -o out
       gradcam explain pier.jpg --classes pier,dock,460
@@ -85,7 +85,7 @@ def submit(
     Prints the id of the job, or with --wait its result.
 
     \b
-    Examples:
+    Example:
       gradcam submit s3://photos/cat.jpg --top-n 3 --wait
       gradcam submit s3://photos/pier.jpg --network vgg16 --classes pier,dock
       gradcam submit s3://photos/cat.jpg --key order-42 --retry-failed
@@ -140,7 +140,7 @@ def status(job_id: str, *, as_json: bool) -> int:
     Exit code 1 if it failed, expired or was cancelled.
 
     \b
-    Examples:
+    Example:
       gradcam status 01a2062b-306e-7164-a139-13398da125f6
     """
     from gradcam_worker.client.client import GradcamClient
@@ -158,7 +158,7 @@ def cancel(job_id: str, *, as_json: bool) -> int:
     had finished already.
 
     \b
-    Examples:
+    Example:
       gradcam cancel 01a2062b-306e-7164-a139-13398da125f6
     """
     from gradcam_worker.client.client import GradcamClient

@@ -25,7 +25,7 @@ def top(*, once: bool, as_json: bool) -> int:
     The screen is refreshed every second. Press `q` to exit.
 
     \b
-    Examples:
+    Example:
       gradcam top
     """
     from gradcam_worker.operations.top import run
@@ -42,7 +42,7 @@ def networks(context: click.Context, *, as_json: bool) -> int:
     The list includes your own networks (GRADCAM_NETWORKS), and shows where the weights of each are.
 
     \b
-    Examples:
+    Example:
       gradcam networks
       gradcam networks fetch vgg16 --all-mine
     """
@@ -73,7 +73,7 @@ def fetch(*, names: tuple[str, ...], all_mine: bool, as_json: bool) -> int:
     Make both folders available to the workers.
 
     \b
-    Examples:
+    Example:
       gradcam networks fetch vgg16 resnet50 --all-mine
     """
     settings = Settings.from_environment()

@@ -77,7 +77,7 @@ def replay(
     interrupted replay runs no job twice. Exit code 1 if a job could not be replayed.
 
     \b
-    Examples:
+    Example:
       gradcam replay
       gradcam replay --code storage_unavailable --since 2h --dry-run
       gradcam replay --code storage_unavailable --since 2h --rate 50
@@ -157,7 +157,7 @@ def redeliver(
     delivers them again, in order, also to a webhook that has answered 410.
 
     \b
-    Examples:
+    Example:
       gradcam redeliver
       gradcam redeliver --url https://app.example/hook
       gradcam redeliver 01a2062b-306e-7164-a139-13398da125f6
