@@ -139,9 +139,9 @@ LASTING = re.compile(rf"(.*:)?({'|'.join(LASTING_KEYS)})", re.DOTALL)
 
 
 @pytest.fixture(scope="session")
-def redis_servers() -> list[str]:
-    """The URLs of the servers that tests share: see `_keys_expire`."""
-    return []
+def redis_servers() -> dict[int, str]:
+    """The URLs of the servers that tests share, by port: see `_keys_expire`."""
+    return {}
 
 
 @pytest.fixture(scope="session")
@@ -151,10 +151,10 @@ def reported_keys() -> set[tuple[str, str]]:
 
 
 @pytest.fixture(autouse=True)
-def _keys_expire(redis_servers: list[str], reported_keys: set[tuple[str, str]]) -> Iterator[None]:
+def _keys_expire(redis_servers: dict[int, str], reported_keys: set[tuple[str, str]]) -> Iterator[None]:
     """Fail a test that leaves a key in Redis that would exist for ever."""
     yield
-    for url in redis_servers:
+    for url in redis_servers.values():
         new = [key for key in keys_that_stay(url) if (url, key) not in reported_keys]
         reported_keys.update((url, key) for key in new)
         assert not new, "keys without a time to live, which LASTING_KEYS does not name"
@@ -198,13 +198,13 @@ def photos() -> Path:
 
 
 @pytest.fixture(scope="session")
-def valkey(tmp_path_factory: pytest.TempPathFactory, redis_servers: list[str]) -> Iterator[str]:
+def valkey(tmp_path_factory: pytest.TempPathFactory, redis_servers: dict[int, str]) -> Iterator[str]:
     """The URL of a real Valkey."""
     with servers.valkey(tmp_path_factory.mktemp("valkey")) as server:
         url = f"redis://127.0.0.1:{server.port}/0"
-        redis_servers.append(url)
+        redis_servers[server.port] = url
         yield url
-        redis_servers.remove(url)
+        del redis_servers[server.port]
 
 
 @pytest.fixture(scope="session")

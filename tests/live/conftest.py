@@ -80,7 +80,7 @@ class Stage:
 
 @pytest.fixture(scope="session")
 def make_stage(
-    tmp_path_factory: pytest.TempPathFactory, photos: Path, public_server: Any, redis_servers: list[str]
+    tmp_path_factory: pytest.TempPathFactory, photos: Path, public_server: Any, redis_servers: dict[int, str]
 ) -> Iterator[Callable[..., Stage]]:
     """Each stage has servers of its own, so that tests do not take each other's jobs."""
     with contextlib.ExitStack() as stack:
@@ -89,9 +89,8 @@ def make_stage(
             folder = tmp_path_factory.mktemp(name)
             queue = stack.enter_context(servers.valkey(folder))
             url = f"redis://127.0.0.1:{queue.port}/0"
-            redis_servers.append(url)
-            port = f":{queue.port}/"  # a test may have put a password before it
-            stack.callback(lambda: redis_servers.remove(next(one for one in redis_servers if port in one)))
+            redis_servers[queue.port] = url
+            stack.callback(redis_servers.pop, queue.port)
             store = stack.enter_context(servers.s3(folder, ("photos", "results", "private")))
             settings = Settings(
                 broker_url=url,

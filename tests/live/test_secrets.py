@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import redis
@@ -80,12 +81,12 @@ def connect(settings: Settings) -> Any:  # whose commands have two types each
     return redis.Redis.from_url(settings.broker_url)
 
 
-def guarded(stage: Any, redis_servers: list[str]) -> Any:
+def guarded(stage: Any, redis_servers: dict[int, str]) -> Any:
     """The stage, with a password before its Redis, and secrets in all settings that take one."""
     url = stage.settings.broker_url
     redis.Redis.from_url(url).config_set("requirepass", PLANTED["redis password"])
     with_password = url.replace("://", f"://:{PLANTED['redis password']}@")
-    redis_servers[redis_servers.index(url)] = with_password
+    redis_servers[urlsplit(url).port or 0] = with_password
     changes = {
         "broker_url": with_password,
         "webhook_secrets": f"app1=whsec_{PLANTED['webhook secret']}",
@@ -228,7 +229,7 @@ def planted(
     public_server: Any,
     photos: Path,
     tmp_path_factory: pytest.TempPathFactory,
-    redis_servers: list[str],
+    redis_servers: dict[int, str],
 ) -> Iterator[Planted]:
     """All jobs are final, and the worker is still there."""
     from tests.conftest import Answer

@@ -232,7 +232,7 @@ def test_the_time_since_the_last_step_is_known(monkeypatch: pytest.MonkeyPatch) 
     with running(BackgroundLoop("slow", step, 0)) as loop:
         assert step.was_called(2)
         now[0] += 7
-        assert loop.idle_s == 7
+        assert loop.since_last_step_s == 7
         over.set()
 
 

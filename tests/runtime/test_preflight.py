@@ -208,6 +208,16 @@ def test_whoever_may_not_ask_is_told_so_and_starts(guarded: int, caplog: pytest.
     assert PASSWORD not in caplog.text + finding.detail
 
 
+def test_an_output_that_is_not_set_is_named_rather_than_its_default_refused(
+    s3_settings: dict[str, Any],
+) -> None:
+    with pytest.raises(
+        InvalidSettings,
+        match=r"^GRADCAM_OUTPUT is not set, and its default, .*Set GRADCAM_OUTPUT",
+    ):
+        preflight.check_storage(Settings(**s3_settings))
+
+
 @pytest.mark.parametrize(
     ("changes", "name", "why"),
     [

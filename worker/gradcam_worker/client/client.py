@@ -38,6 +38,7 @@ log = EventLogger("gradcam")
 
 TIMEOUT_S = 2  # for one answer of Redis: a web request is waiting
 CHUNK, CHUNK_BYTES = 500, 4 * 1024**2  # jobs, and their bytes as JSON, of one round trip of `submit_many`
+PUBLISHED_LATER = "The jobs are accepted; a worker publishes them within a minute."
 T = TypeVar("T")
 _waited_s: ContextVar[float] = ContextVar(
     "gradcam_waited_s", default=0
@@ -260,9 +261,12 @@ class GradcamClient:
         try:
             retries.call(publish)
         except BrokerUnavailable as error:
-            reason = "The jobs are accepted; a worker publishes them within a minute."
             log.warning(
-                "publish_failed", job_id=waiting[0][0].id, jobs=len(waiting), error=error, reason=reason
+                "publish_failed",
+                job_id=waiting[0][0].id,
+                jobs=len(waiting),
+                error=error,
+                reason=PUBLISHED_LATER,
             )
             return False
         return True
@@ -333,8 +337,7 @@ class GradcamClient:
         try:
             job = self._retry(lambda: self._ledger.read_job(document.id))
         except LedgerUnavailable as error:
-            reason = "The jobs are accepted; a worker publishes them within a minute."
-            log.warning("publish_failed", job_id=document.id, jobs=1, error=error, reason=reason)
+            log.warning("publish_failed", job_id=document.id, jobs=1, error=error, reason=PUBLISHED_LATER)
             return document
         if isinstance(job, Job):
             self._publish_entered([(job, document)], _retries())

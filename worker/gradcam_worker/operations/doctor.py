@@ -24,7 +24,6 @@ from gradcam_worker.text.visible import counted
 
 MILLION = 1_000_000
 SETTING_FIX = "Correct the setting that the message names."
-OUTPUT_FIX = "Set GRADCAM_OUTPUT to where results go: s3://bucket/folder or file:///folder."
 
 
 @dataclass(frozen=True)
@@ -170,12 +169,8 @@ def _check_storage(settings: Settings) -> Finding:
     except InvalidSettings as error:
         return Finding("storage", well=False, detail=str(error), fix=SETTING_FIX)
     except StorageUnavailable as error:
-        if "output" not in settings.model_fields_set:
-            unusable = preflight.DEFAULT_UNUSABLE.format(settings.output)
-            detail = f"GRADCAM_OUTPUT is not set, and {unusable}: {error}"
-            return Finding("storage", well=False, detail=detail, fix=OUTPUT_FIX)
-        hint = preflight.storage_hint(error)
-        return Finding("storage", well=False, detail=f"{hint.setting}: {error}", fix=hint.fix)
+        detail, fix = preflight.describe_storage_fault(settings, error)
+        return Finding("storage", well=False, detail=detail, fix=fix)
     return Finding("storage", well=True, detail=detail)
 
 

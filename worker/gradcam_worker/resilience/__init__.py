@@ -1,4 +1,4 @@
 """Deadlines, retries, the circuit breaker, budgets, the exclusive gate, the watch over stalled work.
 
-Independent of jobs. Begin at `deadline.Deadline`.
+It knows neither networks nor storage. Begin at `deadline.Deadline`.
 """

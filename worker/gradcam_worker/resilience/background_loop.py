@@ -27,7 +27,7 @@ class BackgroundLoop:
       LOG_INTERVAL_S the number of failures, until the step succeeds.
 
     Examples:
-        >>> loop = BackgroundLoop("reaper", reaper.step, 0.5)
+        >>> loop = BackgroundLoop("reaper", reaper.run_round, 0.5)
         >>> loop.start()
         >>> loop.stop(timeout_s=5)
         True
@@ -76,7 +76,7 @@ class BackgroundLoop:
         return self._thread.is_alive()
 
     @property
-    def idle_s(self) -> float:
+    def since_last_step_s(self) -> float:
         """Seconds since the last step ended, or since the start where none has."""
         return time.monotonic() - self._step_ended_s
 
@@ -199,5 +199,5 @@ def stop_all(loops: Iterable[BackgroundLoop], timeout_s: float | None = None) ->
         loop for loop in loops if not loop.join(None if end_s is None else max(end_s - time.monotonic(), 0))
     ]
     for loop in running:
-        log.warning("background_loop_not_stopped", loop=loop.name, step_s=loop.idle_s)
+        log.warning("background_loop_not_stopped", loop=loop.name, step_s=loop.since_last_step_s)
     return running

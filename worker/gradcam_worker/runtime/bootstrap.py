@@ -46,7 +46,7 @@ def build_worker(
     breaker = CircuitBreaker(partial(use_storage, services.stores))
 
     def health() -> str:
-        """The state of this worker as JSON, which the ledger shows: see `Ledger.workers`."""
+        """The state of this worker as JSON, which the ledger shows: see `Ledger.find_workers`."""
         state = {
             "device": worker.device,
             "since": started_at.isoformat(),

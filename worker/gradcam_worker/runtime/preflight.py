@@ -38,7 +38,7 @@ log = EventLogger("gradcam")
 
 ANSWER_TIMEOUT_S = 3.0  # of broker and ledger, asked once: a server that does not answer is waited for
 # Errors of Redis that would occur again. (A wrong password is a ConnectionError, too.)
-DEFAULT_UNUSABLE = "its default, {}, cannot be used"  # of GRADCAM_OUTPUT, where it is not set
+OUTPUT_FIX = "Set GRADCAM_OUTPUT to where results go: s3://bucket/folder or file:///folder."
 PERMANENT_ERRORS = (
     redis.exceptions.AuthenticationError,
     redis.exceptions.AuthorizationError,
@@ -151,15 +151,10 @@ def check_storage(settings: Settings) -> str:
     try:
         return probe_storage(settings)
     except StorageUnavailable as error:
-        hint = storage_hint(error)
-        if not hint.permanent:
+        if not storage_hint(error).permanent:
             raise
-        if "output" not in settings.model_fields_set:
-            message = (
-                f"GRADCAM_OUTPUT: it is not set, and {DEFAULT_UNUSABLE.format(settings.output)}: {error}"
-            )
-        else:
-            message = f"{hint.setting}: {_sentence(error)} {hint.fix}"
+        detail, fix = describe_storage_fault(settings, error)
+        message = f"{_sentence(detail)} {fix}"
         raise InvalidSettings(message) from error
 
 
@@ -212,6 +207,19 @@ def storage_hint(error: StorageUnavailable) -> Hint:
         return Hint("GRADCAM_OUTPUT", _location_fix(s3_errors.server_answer(cause)))
     fix = "Start the server there, or correct GRADCAM_S3_ENDPOINT_URL and GRADCAM_OUTPUT."
     return Hint("GRADCAM_OUTPUT", fix, permanent=False)
+
+
+def describe_storage_fault(settings: Settings, error: StorageUnavailable) -> tuple[str, str]:
+    """Describe an error of `probe_storage` to an operator.
+
+    Returns:
+        What is wrong, which begins with the setting to check, and what to do about it.
+    """
+    if "output" not in settings.model_fields_set:
+        unusable = f"its default, {settings.output}, cannot be used: {error}"
+        return f"GRADCAM_OUTPUT is not set, and {unusable}", OUTPUT_FIX
+    hint = storage_hint(error)
+    return f"{hint.setting}: {error}", hint.fix
 
 
 def _location_fix(answer: tuple[int, str] | None) -> str:
@@ -302,6 +310,6 @@ def _raise_if_permanent(error: GradcamError, setting: str) -> None:
         raise InvalidSettings(message) from error
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: Exception | str) -> str:
     text = str(error)
     return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -208,11 +208,11 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     consumer.start()
     stopped.set()
     background.stop([*loops, liveness.loop])
-    _sign_off(handler)
+    _remove_from_live_workers(handler)
     return int(consumer.exitcode or 0)
 
 
-def _sign_off(handler: JobHandler) -> None:
+def _remove_from_live_workers(handler: JobHandler) -> None:
     """Remove this worker from the list of live workers."""
     with suppress(LedgerUnavailable):  # then its entry expires
         handler.ledger.remove_worker(handler.worker.id)
