@@ -552,7 +552,7 @@ def test_errors_that_time_may_cure_are_retryable() -> None:
 def test_who_finds_all_connections_in_use_waits_for_one(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradcam_worker.ledger.redis.client.MAX_CONNECTIONS", 2)
+    monkeypatch.setattr("gradcam_worker.redis_server.client.MAX_CONNECTIONS", 2)
     client = GradcamClient(settings=settings)
     job_id = client.submit(**FIELDS)
     with ThreadPoolExecutor(60) as pool:
@@ -565,7 +565,7 @@ def test_who_finds_all_connections_in_use_waits_for_one(
 def test_who_waits_in_vain_for_a_connection_is_told_what_for(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradcam_worker.ledger.redis.client.MAX_CONNECTIONS", 2)
+    monkeypatch.setattr("gradcam_worker.redis_server.client.MAX_CONNECTIONS", 2)
     monkeypatch.setattr(client_module, "TIMEOUT_S", 0.05)
     ledger = RedisLedger(settings, timeout_s=0.05, retries=0)
     client = GradcamClient(settings=settings, ledger=ledger)

@@ -14,8 +14,8 @@ from pydantic import SecretStr
 
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import BrokerUnavailable, InvalidSettings, LedgerUnavailable, StorageUnavailable
-from gradcam_worker.ledger.redis.eviction import EvictionMonitor
 from gradcam_worker.operations import doctor, servers
+from gradcam_worker.redis_server.eviction import EvictionMonitor
 from gradcam_worker.runtime import preflight, service_factory
 from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.settings import Settings

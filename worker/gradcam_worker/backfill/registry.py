@@ -26,8 +26,8 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from gradcam_worker.errors import BackfillConflict, LedgerUnavailable
-from gradcam_worker.ledger.redis.client import RedisServer
-from gradcam_worker.ledger.redis.script import LuaScript
+from gradcam_worker.redis_server.client import RedisServer
+from gradcam_worker.redis_server.script import LuaScript
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.shard import Shard

@@ -13,7 +13,7 @@ from typing import Any
 
 from gradcam_worker.broker import envelope
 from gradcam_worker.errors import BrokerUnavailable
-from gradcam_worker.ledger.redis.client import RedisClients
+from gradcam_worker.redis_server.client import RedisClients
 from gradcam_worker.schemas.work import ROUTE, Work, terms_of
 from gradcam_worker.settings import Settings
 

@@ -17,7 +17,7 @@ from kombu.utils.encoding import bytes_to_str
 
 from gradcam_worker.broker import envelope, unreadable_items
 from gradcam_worker.broker.queue_watch import QueueWatch
-from gradcam_worker.ledger.redis.script import Key, LuaScript
+from gradcam_worker.redis_server.script import Key, LuaScript
 from gradcam_worker.schemas import strict_json
 from gradcam_worker.text.log_events import EventLogger
 

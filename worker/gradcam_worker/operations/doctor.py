@@ -16,8 +16,8 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
 from gradcam_worker.gradcam.models import weights
-from gradcam_worker.ledger.redis.eviction import FIX, EvictionMonitor
 from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.redis_server.eviction import FIX, EvictionMonitor
 from gradcam_worker.runtime import devices, preflight
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted

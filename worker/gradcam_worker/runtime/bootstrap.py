@@ -10,9 +10,9 @@ from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.execution.handler import JobHandler
 from gradcam_worker.execution.leases import LeaseManager
 from gradcam_worker.execution.services import Services, StorageProvider
-from gradcam_worker.ledger.redis.eviction import EvictionMonitor
 from gradcam_worker.observability import tracing
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
+from gradcam_worker.redis_server.eviction import EvictionMonitor
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.outages import Outages

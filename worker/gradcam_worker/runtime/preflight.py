@@ -25,9 +25,9 @@ from gradcam_worker.errors import (
 )
 from gradcam_worker.gradcam.models import weights
 from gradcam_worker.gradcam.models.registry import Registry
-from gradcam_worker.ledger.redis.client import NO_CLUSTER
-from gradcam_worker.ledger.redis.eviction import FIX, EvictionMonitor
 from gradcam_worker.ledger.redis.store import RedisLedger
+from gradcam_worker.redis_server.client import NO_CLUSTER
+from gradcam_worker.redis_server.eviction import FIX, EvictionMonitor
 from gradcam_worker.runtime import devices
 from gradcam_worker.settings import ONE_SERVER, Settings
 from gradcam_worker.storage.filesystem import LOCATION_ERRORS

@@ -1,9 +1,8 @@
 """The ledger in Redis: each change is one Lua script, and so atomic. Begin at `store.RedisLedger`.
 
-The scripts of the ledger and its outbox are in `lua/`, those of the registry of backfills in
-`gradcam_worker/backfill/lua/`, and those of the consumer in `gradcam_worker/broker/lua/`. Shared code is in
-`lua/include/`. `script` defines how a script becomes a typed call; `scripts` and `outbox_scripts` contain the
-calls.
+The scripts of the ledger and its outbox are in `lua/`, what several of them share in `lua/include/`.
+`scripts` and `outbox_scripts` contain the calls. `gradcam_worker.redis_server` has the connections, and
+defines how a script becomes a typed call.
 
 Every key begins with a prefix, the setting `key_prefix`. Times are the server's, in milliseconds, so that the
 clocks of workers do not matter.

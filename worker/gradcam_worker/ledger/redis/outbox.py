@@ -11,7 +11,7 @@ from gradcam_worker.ledger.outbox import (
     Outbox,
 )
 from gradcam_worker.ledger.redis import outbox_scripts
-from gradcam_worker.ledger.redis.client import RedisServer
+from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.text.log_events import EventLogger
 
 log = EventLogger("gradcam")

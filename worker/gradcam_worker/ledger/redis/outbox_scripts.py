@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gradcam_worker.ledger.redis.script import LuaScript
+from gradcam_worker.redis_server.script import LuaScript
 
 
 class DestinationLimit(NamedTuple):

@@ -1,9 +1,9 @@
 """The lengths and ages of the queues in the ledger and its outbox, read in one round trip."""
 
-from gradcam_worker.ledger.redis.client import RedisServer
 from gradcam_worker.ledger.redis.scripts import ReadDepths
 from gradcam_worker.ledger.redis.store import WORKER_TTL_LEASES
 from gradcam_worker.observability.queue_depths import QueueDepths
+from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.schemas.work import ROUTES
 
 MAX_SCANNED_RECIPIENTS = 10_000  # in search of the oldest event: a few milliseconds of the server's time

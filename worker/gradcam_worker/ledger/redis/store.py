@@ -8,8 +8,8 @@ from typing import Any
 from gradcam_worker.ledger import outbox, state_machine
 from gradcam_worker.ledger.ledger import Entry, LeaseRenewal, Ledger, Overdue
 from gradcam_worker.ledger.redis import scripts
-from gradcam_worker.ledger.redis.client import RedisServer
 from gradcam_worker.ledger.redis.pubsub import RedisJobUpdates
+from gradcam_worker.redis_server.client import RedisServer
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.settings import Settings

@@ -11,8 +11,8 @@ arguments, in the order of the fields:
     local routes = {unpack(ARGV, 5)}                   Sequence[str]: the last field
 
 Fields of the type `Key` are in KEYS instead. No other line may name KEYS or ARGV: a test compares each file
-with its class. A line `-- include: clock` is replaced by `ledger/redis/lua/include/clock.lua`; each file is
-included only once.
+with its class. A line `-- include: clock` is replaced by the file `include/clock.lua` beside the script, or
+where there is none by `redis_server/lua/include/clock.lua`; each file is included only once.
 """
 
 import re
@@ -23,7 +23,7 @@ from importlib.resources.abc import Traversable
 from typing import Any, ClassVar, Generic, NewType, TypeVar, get_args, get_type_hints
 
 INCLUDE = re.compile(r"^-- include: (\w+)\n", re.MULTILINE)
-FRAGMENTS = resources.files(__package__) / "lua" / "include"
+SHARED_FRAGMENTS = resources.files(__package__) / "lua" / "include"
 
 Result = TypeVar("Result")
 Key = NewType("Key", str)
@@ -42,16 +42,18 @@ class LuaScript(Generic[Result]):
             lease_ms: int
     """
 
-    path: ClassVar[Traversable]  # a Path, unless the package is imported from a zip file
+    folder: ClassVar[Traversable]  # a Path, unless the package is imported from a zip file
+    path: ClassVar[Traversable]
 
     def __init_subclass__(cls, *, file: str) -> None:
         """`file`: the name of the script's file, without its extension."""
-        cls.path = resources.files(cls.__module__.rpartition(".")[0]) / "lua" / f"{file}.lua"
+        cls.folder = resources.files(cls.__module__.rpartition(".")[0]) / "lua"
+        cls.path = cls.folder / f"{file}.lua"
 
     @classmethod
     def source(cls) -> str:
         """The text of the script, with everything that it includes."""
-        return load(cls.path)  # type: ignore[arg-type]  # hashable: a path of a folder or of a zip file
+        return _load(cls)  # type: ignore[arg-type]  # hashable: a class
 
     def keys(self) -> list[str]:
         """The script's KEYS."""
@@ -77,10 +79,15 @@ class LuaScript(Generic[Result]):
 
 
 @cache
-def load(path: Traversable) -> str:
+def _load(script: type[LuaScript[Any]]) -> str:
+    return load(script.folder, script.path)
+
+
+def load(folder: Traversable, path: Traversable) -> str:
     """Read a script.
 
     Args:
+        folder: The folder whose `include` has the fragments of this package.
         path: The file.
 
     Returns:
@@ -89,17 +96,20 @@ def load(path: Traversable) -> str:
     Raises:
         FileNotFoundError: The script or a fragment does not exist.
     """
-    return _resolve(path, set())
+    included = set[str]()
 
+    def resolve(path: Traversable) -> str:
+        return INCLUDE.sub(fragment, path.read_text(encoding="utf-8"))
 
-def _resolve(path: Traversable, included: set[str]) -> str:
     def fragment(match: re.Match[str]) -> str:
         if match[1] in included:
             return ""
         included.add(match[1])
-        return _resolve(FRAGMENTS / f"{match[1]}.lua", included)
+        file = f"{match[1]}.lua"
+        own = folder / "include" / file
+        return resolve(own if own.is_file() else SHARED_FRAGMENTS / file)
 
-    return INCLUDE.sub(fragment, path.read_text(encoding="utf-8"))
+    return resolve(path)
 
 
 @cache

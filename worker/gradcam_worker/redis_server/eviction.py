@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gradcam_worker.errors import LedgerUnavailable
-from gradcam_worker.ledger.redis.client import RedisClients
+from gradcam_worker.redis_server.client import RedisClients
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.log_events import EventLogger

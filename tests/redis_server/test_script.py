@@ -15,9 +15,10 @@ import pytest
 import gradcam_worker
 from gradcam_worker.backfill import registry
 from gradcam_worker.broker import transport
-from gradcam_worker.ledger.redis import outbox_scripts, script, scripts
-from gradcam_worker.ledger.redis.client import RedisServer
-from gradcam_worker.ledger.redis.script import FRAGMENTS, INCLUDE, Key, LuaScript, load
+from gradcam_worker.ledger.redis import outbox_scripts, scripts
+from gradcam_worker.redis_server import script
+from gradcam_worker.redis_server.client import RedisServer
+from gradcam_worker.redis_server.script import INCLUDE, Key, LuaScript, load
 from gradcam_worker.settings import Settings
 
 PACKAGE = Path(str(gradcam_worker.__file__)).parent
@@ -97,10 +98,11 @@ def test_every_argument_of_a_script_is_used(call: type[LuaScript[Any]]) -> None:
 
 
 def test_every_lua_file_is_a_call_or_included_and_no_lua_stands_in_python() -> None:
-    files = {path for path in PACKAGE.rglob("*.lua") if path.parent != FRAGMENTS}
+    files, fragments = {*PACKAGE.rglob("lua/*.lua")}, {*PACKAGE.rglob("lua/include/*.lua")}
+    assert files | fragments == {*PACKAGE.rglob("*.lua")}
     assert {call.path for call in CALLS} == files
-    included = {one for path in PACKAGE.rglob("*.lua") for one in INCLUDE.findall(path.read_text())}
-    assert {f"{one}.lua" for one in included} == {path.name for path in FRAGMENTS.iterdir()}
+    included = {one for path in files | fragments for one in INCLUDE.findall(path.read_text())}
+    assert sorted(included) == sorted(path.stem for path in fragments), "no name stands twice"
     assert not [path for path in PACKAGE.rglob("*.py") if re.search(r"redis\.p?call\(", path.read_text())]
 
 
@@ -116,17 +118,20 @@ def test_the_server_can_compile_a_script(call: type[LuaScript[Any]], settings: S
 def test_a_fragment_is_included_once_in_the_place_of_the_first_line_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, "FRAGMENTS", tmp_path)
-    (tmp_path / "inner.lua").write_text("local inner = '\\n'\n")
-    (tmp_path / "outer.lua").write_text("-- include: inner\nlocal outer = inner\n")
+    own, shared = tmp_path / "include", tmp_path / "shared"
+    own.mkdir()
+    shared.mkdir()
+    monkeypatch.setattr(script, "SHARED_FRAGMENTS", shared)
+    (shared / "inner.lua").write_text("local inner = '\\n'\n")
+    (own / "outer.lua").write_text("-- include: inner\nlocal outer = inner\n")
     (tmp_path / "main.lua").write_text("-- include: outer\n-- include: inner\nreturn outer\n")
-    assert load(tmp_path / "main.lua") == "local inner = '\\n'\nlocal outer = inner\nreturn outer\n"
+    assert load(tmp_path, tmp_path / "main.lua") == "local inner = '\\n'\nlocal outer = inner\nreturn outer\n"
 
 
 def test_a_fragment_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "main.lua").write_text("-- include: nowhere\nreturn 1\n")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.lua"):
-        load(tmp_path / "main.lua")
+        load(tmp_path, tmp_path / "main.lua")
 
 
 def test_the_scripts_are_found_in_a_package_that_is_imported_from_a_zip_file(tmp_path: Path) -> None:
@@ -142,7 +147,7 @@ def test_the_scripts_are_found_in_a_package_that_is_imported_from_a_zip_file(tmp
         "import sys, importlib\n"
         "archive, *modules = sys.argv[1:]\n"
         "sys.path.insert(0, archive)\n"
-        "from gradcam_worker.ledger.redis.script import LuaScript\n"
+        "from gradcam_worker.redis_server.script import LuaScript\n"
         "for module in map(importlib.import_module, modules):\n"
         "    assert module.__file__.startswith(archive), module\n"
         "for call in LuaScript.__subclasses__():\n"
@@ -186,6 +191,6 @@ def test_a_call_encodes_its_fields_in_order() -> None:
         no=False,
         pairs=[Pair("a", 1), Pair("b", 2)],
     )
-    assert call.path == PACKAGE / "ledger" / "redis" / "lua" / "example.lua"
+    assert call.path == PACKAGE / "redis_server" / "lua" / "example.lua"
     assert call.keys() == ["k", "l", "m"]
     assert call.arguments() == ["t", 3, "", "1", "", "a", 1, "b", 2]

@@ -12,7 +12,7 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from gradcam_worker.errors import BrokerUnavailable, LedgerUnavailable
-from gradcam_worker.ledger.redis.script import LuaScript, Result
+from gradcam_worker.redis_server.script import LuaScript, Result
 from gradcam_worker.settings import ONE_SERVER, Settings
 from gradcam_worker.text.urls import without_secrets
 
