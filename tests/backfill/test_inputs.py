@@ -724,19 +724,21 @@ class TestOpening:
             str(tmp_path / "b.parquet"),
         ):
             with open_input(path, Settings()) as found:
-                assert found.share() == 0
+                assert (found.share(), found.total()) == (0, None)
                 rows = found.rows()
                 for _ in range(10_000):
                     next(rows)
                 assert 0.4 < (found.share() or 0) < 0.95
+                assert found.total() == round(10_000 / (found.share() or 0))
                 for _ in rows:
                     pass
-                assert found.share() == 1
+                assert (found.share(), found.total()) == (1, 20_000)
         stdin(given[0].encode())
         for where in ("-", str(tmp_path)):
             with open_input(where, Settings(), form="auto" if where != "-" else "text") as found:
                 assert next(found.rows())
                 assert found.share() is None
+                assert found.total() is None
 
     @pytest.mark.parametrize(
         ("where", "how", "message"),

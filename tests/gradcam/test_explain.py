@@ -20,7 +20,8 @@ from gradcam_worker.errors import (
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.decoding.structure import Damage
 from gradcam_worker.gradcam.explain import Explanation, Prediction, explain_image, explain_pixels, file_name
-from gradcam_worker.gradcam.imaging.overlay import encode, fit, overlay
+from gradcam_worker.gradcam.imaging.overlay import encode, overlay
+from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method
 from gradcam_worker.testing import TinyNetwork
 

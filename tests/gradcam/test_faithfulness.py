@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.explain import Explanation, explain_image, explain_pixels
 from gradcam_worker.gradcam.faithfulness import BATCH, METRICS, STEPS, measure
-from gradcam_worker.gradcam.imaging.overlay import fit
+from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.testing import TinyNetwork
 
 SIDE = TinyNetwork.SIDE

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.explain import Explanation, Prediction, explain_image
-from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, enlarge
+from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors
+from gradcam_worker.gradcam.imaging.resize import enlarge
 from gradcam_worker.gradcam.report import MAX_PAGE_BYTES, page
 from gradcam_worker.testing import TinyNetwork
 

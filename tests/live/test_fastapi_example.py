@@ -23,7 +23,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import ImageNotFound, InvalidJob, UnknownJob, UnsupportedMediaType, UriNotAllowed
 from gradcam_worker.gradcam.decoding.decode import decode
-from gradcam_worker.gradcam.imaging.overlay import fit
+from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.operations import servers
 from gradcam_worker.runtime import parent_watch
 

@@ -21,7 +21,8 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.explain import Explanation, Prediction, explain_image
-from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, fit, overlay, to_grey
+from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, overlay, to_grey
+from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.gradcam.report import page
 from gradcam_worker.testing import TinyNetwork
 

@@ -24,7 +24,7 @@ from gradcam_worker.gradcam import catalog
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import decode
-from gradcam_worker.gradcam.imaging.overlay import fit
+from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.gradcam.network import Method
 
 DOCUMENT = ROOT / "docs" / "reference" / "networks.md"

@@ -22,7 +22,7 @@ import numpy as np
 from keras import layers
 from numpy.typing import NDArray
 
-from gradcam_worker.gradcam.imaging.overlay import enlarge
+from gradcam_worker.gradcam.imaging.resize import enlarge
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.network import Method, Network
 

@@ -27,7 +27,8 @@ from gradcam_worker.gradcam.catalog import CATALOG
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.explain import Explanation, explain_pixels
-from gradcam_worker.gradcam.imaging.overlay import ENCODER_OPTIONS, OverlayBase, fit
+from gradcam_worker.gradcam.imaging.overlay import ENCODER_OPTIONS, OverlayBase
+from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.gradcam.network import Method
 from gradcam_worker.images.fetch import FetchedBytes
 from gradcam_worker.images.prepare import DecodedImage

@@ -25,7 +25,7 @@ from devtools.bench.testbed import Testbed
 from devtools.processes import MACHINE, Meter
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow, Preprocessing
 from gradcam_worker.gradcam.decoding.decode import decode
-from gradcam_worker.gradcam.imaging.overlay import fit
+from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.gradcam.network import Network
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings

@@ -23,7 +23,8 @@ from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import WorkerLost
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import decode
-from gradcam_worker.gradcam.imaging.overlay import Pixels, encode, fit
+from gradcam_worker.gradcam.imaging.overlay import encode
+from gradcam_worker.gradcam.imaging.resize import Pixels, fit
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.operations import servers as embedded
 from gradcam_worker.runtime import parent_watch, service_factory

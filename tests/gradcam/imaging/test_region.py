@@ -4,8 +4,8 @@ import pytest
 from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
 
-from gradcam_worker.gradcam.imaging.overlay import enlarge
 from gradcam_worker.gradcam.imaging.region import contours, draw_box, draw_contour, hot_box, scale_box
+from gradcam_worker.gradcam.imaging.resize import enlarge
 
 GREY, WHITE, BLACK = 120, 255, 0
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.explain import explain_image
-from gradcam_worker.gradcam.imaging.overlay import fit
+from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.network import Method, Network
 

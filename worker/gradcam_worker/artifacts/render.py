@@ -13,6 +13,7 @@ from gradcam_worker.gradcam.classes import caption
 from gradcam_worker.gradcam.decoding.decode import Decoded
 from gradcam_worker.gradcam.explain import Explanation, file_name
 from gradcam_worker.gradcam.imaging import animation, overlay, region, sheet
+from gradcam_worker.gradcam.imaging.resize import Pixels, shrink_to_edge
 from gradcam_worker.images.prepare import DecodedImage
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.manifest import SalientRegion
@@ -133,7 +134,7 @@ def _overlays(
     spec: OverlaySpec, decoded: Decoded, explanation: Explanation, boxes: Boxes
 ) -> Iterator[RenderedArtifact]:
     edge = min(spec.max_edge or overlay.MAX_SIDES[spec.format], overlay.MAX_SIDES[spec.format])
-    pixels = overlay.shrink_to_edge(decoded.pixels, edge)
+    pixels = shrink_to_edge(decoded.pixels, edge)
     base = overlay.OverlayBase(pixels, alpha=spec.alpha, colormap=spec.colormap, bgr=True)
     buffer = np.empty_like(pixels)  # shared by all classes: each overlay is encoded before the next is drawn
     for index, (prediction, heatmap) in enumerate(zip(explanation.explained, explanation.shown, strict=True)):
@@ -167,7 +168,7 @@ def _animation(spec: AnimationSpec, decoded: Decoded, explanation: Explanation) 
 
 
 def _titled_overlays(
-    spec: GridSpec | AnimationSpec, pixels: overlay.Pixels, explanation: Explanation
+    spec: GridSpec | AnimationSpec, pixels: Pixels, explanation: Explanation
 ) -> Iterator[sheet.Tile]:
     """Draw the overlay of each explained class, with its title."""
     base = overlay.OverlayBase(pixels, alpha=spec.alpha, colormap=spec.colormap)
@@ -209,7 +210,7 @@ def _method_text(method: MethodSpec) -> str:
 
 
 def _image_artifact(
-    name: str, pixels: overlay.Pixels, format_: str, kind: str, class_index: int | None, *, bgr: bool = False
+    name: str, pixels: Pixels, format_: str, kind: str, class_index: int | None, *, bgr: bool = False
 ) -> RenderedArtifact:
     properties = {"width": pixels.shape[1], "height": pixels.shape[0]}
     data = overlay.encode(pixels, format_, bgr=bgr)

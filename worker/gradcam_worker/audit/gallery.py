@@ -28,7 +28,8 @@ from gradcam_worker.errors import GradcamError, InvalidInput, InvalidRow
 from gradcam_worker.gradcam.classes import percent
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.imaging.html import encode_heatmaps, fill_template, to_base64
-from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, encode_jpeg, enlarge, shrink_to_edge
+from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, encode_jpeg
+from gradcam_worker.gradcam.imaging.resize import enlarge, shrink_to_edge
 from gradcam_worker.images.fetch import UriFetcher
 from gradcam_worker.images.prepare import ImageFetcher
 from gradcam_worker.resilience.deadline import Deadline

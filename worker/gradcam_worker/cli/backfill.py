@@ -156,7 +156,6 @@ def run(
     from gradcam_worker.ledger.redis.store import RedisLedger
     from gradcam_worker.operations.progress_bar import (
         BackfillProgressBar,
-        CountedInput,
         print_line,
         print_summary,
     )
@@ -170,9 +169,8 @@ def run(
         )
         resume = resume or run_options.only_failed or run_options.changed
         plan = dataset.resolve(requested, resume=resume, changed=run_options.changed)
-        rows = CountedInput(opened)
         progress_form = "json" if as_json else "terminal" if console.err.is_terminal else "lines"
-        progress = BackfillProgressBar(progress_form, rows.total)
+        progress = BackfillProgressBar(progress_form, opened.total)
         runner = BackfillRunner(
             plan,
             dataset,
@@ -186,7 +184,7 @@ def run(
         )
         try:
             with _interrupted_by_sigterm(), runner.lease() as lease, progress:
-                shards = cut_shards(rows.rows(), plan, max_bytes=settings.max_message_bytes // 2)
+                shards = cut_shards(opened.rows(), plan, max_bytes=settings.max_message_bytes // 2)
                 summary = runner.run(lease, shards)
         except KeyboardInterrupt:
             in_flight = counted(len(runner.in_flight), "shard is", "shards are")
@@ -253,7 +251,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 
 @backfill.command()
 @click.argument("output")
-@json_option
+@json_option()
 def status(output: str, *, as_json: bool) -> int:
     """Show the progress of a backfill.
 
@@ -331,7 +329,7 @@ def _show_status(status: Mapping[str, Any]) -> None:
 
 @backfill.command()
 @click.argument("output")
-@json_option
+@json_option()
 def cancel(output: str, *, as_json: bool) -> int:
     """Stop a backfill, on whichever machine it runs.
 

@@ -140,7 +140,7 @@ def deliver() -> int:
 
 
 @gradcam.command()
-@json_option
+@json_option()
 @click.option(
     "--expect-workers",
     type=click.IntRange(0),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from gradcam_worker.cli.options import parse_comma_lists
+from gradcam_worker.cli.options import classes_option
 from gradcam_worker.operations import console
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.visible import counted
@@ -20,13 +20,7 @@ from gradcam_worker.text.visible import counted
     show_default=True,
     help="The HTML file to write.",
 )
-@click.option(
-    "--classes",
-    metavar="A,B,...",
-    multiple=True,
-    callback=parse_comma_lists,
-    help="Classes to show: ids, wnids or names; may be repeated. [the ones predicted most often]",
-)
+@classes_option("Classes to show: ids, wnids or names; may be repeated. [the ones predicted most often]")
 @click.option(
     "--per-class",
     type=click.IntRange(1, 100),

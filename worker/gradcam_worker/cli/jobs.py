@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gradcam_worker.cli.options import explanation_options
+from gradcam_worker.cli.options import explanation_options, json_option
 from gradcam_worker.errors import GradcamError, InvalidSettings
 from gradcam_worker.operations import console
 from gradcam_worker.schemas.job import Job, describe_missing_scheme
@@ -17,9 +17,7 @@ from gradcam_worker.text.urls import without_secrets
 if TYPE_CHECKING:
     from gradcam_worker.client.client import GradcamClient
 
-status_json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print the status document as JSON."
-)
+status_json_option = json_option("Print the status document as JSON.")
 
 
 @click.command()

@@ -18,7 +18,7 @@ MEGABYTE = 1e6
 
 @click.command()
 @click.option("--once", is_flag=True, help="Show the present state once, and exit.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON once, for programs.")
+@json_option("Print JSON once, for programs.")
 def top(*, once: bool, as_json: bool) -> int:
     """Show queues, workers, throughput and errors.
 
@@ -34,7 +34,7 @@ def top(*, once: bool, as_json: bool) -> int:
 
 
 @click.group(invoke_without_command=True)
-@json_option
+@json_option()
 @click.pass_context
 def networks(context: click.Context, *, as_json: bool) -> int:
     """List the networks that a job can name.
@@ -64,7 +64,7 @@ def networks(context: click.Context, *, as_json: bool) -> int:
     is_flag=True,
     help="Also fetch every network of your own, as listed in the file GRADCAM_NETWORKS.",
 )
-@json_option
+@json_option()
 def fetch(*, names: tuple[str, ...], all_mine: bool, as_json: bool) -> int:
     """Download the weights of networks.
 

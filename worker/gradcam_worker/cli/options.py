@@ -15,7 +15,10 @@ METHODS, SCORES, NORMALIZE = (
     get_args(MethodSpec.model_fields[name].annotation) for name in ("name", "score", "normalize")
 )
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+def json_option(help_text: str = "Print JSON, for programs.") -> Callable[[Command], Command]:
+    """The option `--json`, as the keyword argument `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help=help_text)
 
 
 def parse_comma_lists(
@@ -26,6 +29,13 @@ def parse_comma_lists(
         return tuple(name for value in values for name in comma_lists.parse(value)) if values else None
     except ValueError as error:
         raise click.BadParameter(str(error), param=option) from error
+
+
+def classes_option(help_text: str) -> Callable[[Command], Command]:
+    """The option `--classes`, as the keyword argument `classes`; None: not given."""
+    return click.option(
+        "--classes", metavar="A,B,...", multiple=True, callback=parse_comma_lists, help=help_text
+    )
 
 
 def explanation_options(command: Command) -> Command:
@@ -64,7 +74,7 @@ def explanation_options(command: Command) -> Command:
         return command(spec=spec, **others)
 
     for option in (
-        json_option,
+        json_option(),
         click.option(
             "--metric",
             "metrics",
@@ -80,13 +90,9 @@ def explanation_options(command: Command) -> Command:
             help="Result to write: overlay, heatmap, grid, animation or report; may be repeated. "
             "[overlay heatmap]",
         ),
-        click.option(
-            "--classes",
-            metavar="A,B,...",
-            multiple=True,
-            callback=parse_comma_lists,
-            help="Classes to explain, instead of --top-n: ids, wnids or names; may be repeated. "
-            "Put a name with a comma in quotes: '\"crane, bird\"'.",
+        classes_option(
+            "Classes to explain, instead of --top-n: ids, wnids or names; may be repeated. "
+            "Put a name with a comma in quotes: '\"crane, bird\"'."
         ),
         click.option(
             "--top-n", type=click.IntRange(1, 1000), help="Explain the n most probable classes. [3]"

@@ -35,7 +35,7 @@ def _duration(_: click.Context, __: click.Parameter, text: str | None) -> float 
 def _selection_options(command: Command) -> Command:
     """Add the options that select jobs or deliveries."""
     for option in (
-        json_option,
+        json_option(),
         click.option("--dry-run", is_flag=True, help="Only show what would be done."),
         click.option(
             "--limit", type=click.IntRange(1), help=f"At most this many. [{DEFAULT_ROWS} when listing]"

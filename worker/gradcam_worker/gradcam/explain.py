@@ -11,7 +11,8 @@ from gradcam_worker.errors import InvalidJob, NetworkIncompatible, UnsupportedMe
 from gradcam_worker.gradcam.classes import ClassIndex, caption
 from gradcam_worker.gradcam.decoding.decode import Limits, decode
 from gradcam_worker.gradcam.decoding.structure import Damage
-from gradcam_worker.gradcam.imaging.overlay import encode, fit, overlay
+from gradcam_worker.gradcam.imaging.overlay import encode, overlay
+from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.gradcam.methods import cam
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
 

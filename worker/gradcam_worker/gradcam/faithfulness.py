@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.gradcam.explain import Explanation, to_probabilities
-from gradcam_worker.gradcam.imaging.overlay import enlarge
+from gradcam_worker.gradcam.imaging.resize import enlarge
 
 METRICS = ("deletion", "insertion")
 STEPS = 32  # so 33 images are scored for each class and metric

@@ -12,14 +12,8 @@ import numpy as np
 from gradcam_worker.gradcam.classes import percent
 from gradcam_worker.gradcam.explain import Explanation, Prediction
 from gradcam_worker.gradcam.imaging.html import encode_heatmaps, fill_template, to_base64
-from gradcam_worker.gradcam.imaging.overlay import (
-    COLORMAPS,
-    Pixels,
-    colors,
-    encode_jpeg,
-    enlarge,
-    shrink_to_edge,
-)
+from gradcam_worker.gradcam.imaging.overlay import COLORMAPS, colors, encode_jpeg
+from gradcam_worker.gradcam.imaging.resize import Pixels, enlarge, shrink_to_edge
 
 MAX_PAGE_BYTES = 1_000_000  # small enough for an e-mail
 MAX_CELLS = 120_000  # of all heatmaps: 320 KB of the page; 50 classes may have 48 x 48 each

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gradcam_worker.errors import ImageTooLarge
 from gradcam_worker.gradcam.decoding.decode import Decoded, Limits, declared_pixels, decode
 from gradcam_worker.gradcam.explain import check_channels
-from gradcam_worker.gradcam.imaging.overlay import fit
+from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.gradcam.network import NetworkFacts
 from gradcam_worker.images.fetch import FetchedBytes
 from gradcam_worker.resilience.budget import Budgets, Reservation

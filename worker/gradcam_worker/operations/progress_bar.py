@@ -3,10 +3,10 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -14,43 +14,12 @@ from rich.progress_bar import ProgressBar
 
 from gradcam_worker.backfill.progress import Progress
 from gradcam_worker.operations import console
-from gradcam_worker.schemas.shard import Row
 from gradcam_worker.settings import PREFIX as SETTINGS_PREFIX
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets
 from gradcam_worker.text.visible import counted, visible
 
 UPDATE_INTERVALS_S = {"terminal": 0.25, "lines": 10.0, "json": 2.0}
-
-
-class Input(Protocol):
-    """See `gradcam_worker.backfill.inputs.open.Input`."""
-
-    def rows(self) -> Iterator[Row]:
-        """Yield its rows."""
-        ...
-
-    def share(self) -> float | None:
-        """The share that has been read, from 0 to 1; None: not known."""
-        ...
-
-
-class CountedInput:
-    """Counts the rows of an input while they are read, and estimates their total."""
-
-    def __init__(self, source: Input) -> None:
-        """Wrap `source`; nothing is read yet."""
-        self._input, self._count = source, 0
-
-    def rows(self) -> Iterator[Row]:
-        """Yield the rows of the input."""
-        for self._count, row in enumerate(self._input.rows(), 1):  # noqa: B020  # this counts them
-            yield row
-
-    def total(self) -> int | None:
-        """Estimate the number of rows; None: not known."""
-        share = self._input.share()
-        return round(self._count / share) if share and self._count else None
 
 
 class BackfillProgressBar:

@@ -82,6 +82,11 @@ class Input:
         """Return the share that has been read, from 0 to 1; None if the size is unknown."""
         return self._share(self._count)
 
+    def total(self) -> int | None:
+        """Estimate the number of rows from what has been read; None: unknown."""
+        share = self.share()
+        return round(self._count / share) if share and self._count else None
+
     def rows(self) -> Iterator[Row]:
         """Yield the rows in order, from the first one. A pipe can be read only once.
 

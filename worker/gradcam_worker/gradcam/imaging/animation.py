@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gradcam_worker.gradcam.imaging.overlay import WEBP_OPTIONS, Pixels, fit
+from gradcam_worker.gradcam.imaging.overlay import WEBP_OPTIONS
+from gradcam_worker.gradcam.imaging.resize import Pixels, fit
 
 MEDIA_TYPES = {"gif": "image/gif", "webp": "image/webp"}
 MAX_PIXELS = 64_000_000  # of all frames, which are in memory together

@@ -1,16 +1,13 @@
-"""Network inputs, overlays of heatmaps, and the encoding of images."""
+"""Overlays of heatmaps, and the encoding of images."""
 
 import io
 from functools import lru_cache
-from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-Pixels = NDArray[np.uint8]
-Heatmap = NDArray[np.float32]
+from gradcam_worker.gradcam.imaging.resize import COLOR_RANK, Heatmap, Pixels, enlarge_unscaled
 
 COLORMAPS = {
     "jet": cv2.COLORMAP_JET,
@@ -30,80 +27,7 @@ ENCODER_OPTIONS = {  # chosen with `scripts/bench host`, which measures alternat
 }
 WEBP_OPTIONS = {"quality": 80, "method": 2}  # method 4, OpenCV's, takes twice the time for 8 % fewer bytes
 MAX_SIDES = {"jpeg": 65_500, "png": 65_500, "webp": 16_383}  # longest side in pixels that can be encoded
-COLOR_RANK = 3  # (height, width, channels)
-MAX_OPENCV_CHANNELS = 4  # that OpenCV can shrink by area
-HALVING_MARGIN = 4  # an image is halved while half of it is at least 4 times the target size
 STRIP_PIXELS = 65_536  # coloured at a time: with all intermediate arrays less than 1 MB
-
-
-def fit(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """Resize an image to the input size of a network, without keeping its proportions.
-
-    It is shrunk by area interpolation, without aliasing, or enlarged bilinearly. A much larger image is
-    halved first, which is at least twice as fast; its levels then differ by a few of 255 from the exact means
-    of the areas.
-
-    Args:
-        pixels: (height, width, channels), uint8.
-        size: (height, width) in pixels.
-
-    Returns:
-        A new array (*size, channels), uint8.
-    """
-    height, width, channels = pixels.shape
-    can_halve = channels <= MAX_OPENCV_CHANNELS
-    while (
-        can_halve
-        and min(height // size[0], width // size[1]) >= 2 * HALVING_MARGIN
-        and height % 2 == width % 2 == 0
-    ):
-        height, width = height // 2, width // 2
-        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-        pixels = pixels.reshape(height, width, channels)
-    return np.array(_resize(pixels, size), np.uint8)
-
-
-def enlarge(heatmap: Heatmap, size: tuple[int, int]) -> Heatmap:
-    """Enlarge a heatmap bilinearly, with half-pixel centres; its peak keeps its value.
-
-    Args:
-        heatmap: (rows, columns), float32.
-        size: (height, width).
-
-    Returns:
-        (height, width), float32.
-    """
-    large, factor = _enlarge_unscaled(heatmap, size)
-    return np.asarray(large * factor, np.float32)
-
-
-def _enlarge_unscaled(
-    heatmap: Heatmap, size: tuple[int, int], out: Heatmap | None = None
-) -> tuple[Heatmap, np.float32]:
-    """Enlarge a heatmap. Returns it with the factor that restores the value of its peak."""
-    large = np.asarray(_resize(heatmap, size, out), np.float32)
-    peak = large.max()
-    return large, heatmap.max() / peak if peak > 0 else np.float32(1)
-
-
-def _resize(image: Any, size: tuple[int, int], out: Any = None) -> Any:
-    """Shrink each side by area, or enlarge it bilinearly; into the array `out`, if it is given."""
-    height, width = size
-    if image.ndim == COLOR_RANK and image.shape[2] > MAX_OPENCV_CHANNELS:
-        groups = [
-            image[..., first : first + MAX_OPENCV_CHANNELS]
-            for first in range(0, image.shape[2], MAX_OPENCV_CHANNELS)
-        ]
-        return np.concatenate([_resize(group, size) for group in groups], axis=2)
-    shrunk_size = min(height, image.shape[0]), min(width, image.shape[1])
-    resized = image
-    for (rows, columns), interpolation, target in (
-        (shrunk_size, cv2.INTER_AREA, None),
-        (size, cv2.INTER_LINEAR, out),
-    ):
-        if resized.shape[:2] != (rows, columns):
-            resized = cv2.resize(resized, (columns, rows), target, interpolation=interpolation)
-    return resized.reshape(height, width, *image.shape[2:])  # OpenCV drops the axis of a single channel
 
 
 @lru_cache
@@ -168,7 +92,7 @@ class OverlayBase:
             (height, width, 3), uint8.
         """
         height, width, _ = self._weighted_image.shape
-        large, factor = _enlarge_unscaled(heatmap, (height, width), self._enlarged)
+        large, factor = enlarge_unscaled(heatmap, (height, width), self._enlarged)
         drawn = np.empty_like(self._weighted_image) if out is None else out
         # A few rows at a time, whose intermediate arrays stay in the processor's cache.
         step = max(STRIP_PIXELS // width, 1)
@@ -206,25 +130,8 @@ def to_grey(heatmap: Heatmap, size: tuple[int, int]) -> Pixels:
     Returns:
         (height, width), uint8; 255 stands for 1.
     """
-    large, factor = _enlarge_unscaled(heatmap, size)
+    large, factor = enlarge_unscaled(heatmap, size)
     return np.asarray(cv2.convertScaleAbs(large, alpha=255 * float(factor)), np.uint8)
-
-
-def shrink_to_edge(pixels: Pixels, max_edge: int | None) -> Pixels:
-    """Shrink an image in proportion, so that its longer side has at most `max_edge` pixels.
-
-    Args:
-        pixels: (height, width, 3), uint8.
-        max_edge: In pixels; None: any.
-
-    Returns:
-        The image itself, if it is small enough, or a smaller one.
-    """
-    height, width, _ = pixels.shape
-    scale = min((max_edge or max(height, width)) / max(height, width), 1)
-    if scale == 1:
-        return pixels
-    return fit(pixels, (max(round(height * scale), 1), max(round(width * scale), 1)))
 
 
 def encode_jpeg(pixels: Pixels, quality: int) -> bytes:

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.gradcam.imaging.overlay import Heatmap, Pixels, enlarge
+from gradcam_worker.gradcam.imaging.resize import Heatmap, Pixels, enlarge
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom excluded
 

@@ -12,7 +12,7 @@ from unicodedata import normalize
 import cv2
 import numpy as np
 
-from gradcam_worker.gradcam.imaging.overlay import Pixels, fit
+from gradcam_worker.gradcam.imaging.resize import Pixels, fit
 
 Tile = tuple[str, Pixels]  # title and image
 

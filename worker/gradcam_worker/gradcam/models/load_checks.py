@@ -21,7 +21,7 @@ from gradcam_worker.gradcam.graph.alignment import Alignment
 from gradcam_worker.gradcam.graph.graph import Graph, Values
 from gradcam_worker.gradcam.graph.head import Scores
 from gradcam_worker.gradcam.graph.target_layer import LayerIndex, TargetLayer, cropping_layer
-from gradcam_worker.gradcam.imaging.overlay import fit
+from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.text.visible import abridged
 
 SAME = {
