@@ -1,6 +1,8 @@
 """`gradcam`: help, wrong usage and wrong settings."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,20 @@ def test_a_worker_does_not_start_without_its_networks(
         networks_file.write_text("")
     assert main(["worker"]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_command_ends_without_collecting_the_garbage_of_its_libraries() -> None:
+    program = (
+        "import sys\n"
+        "from gradcam_worker.cli.main import main\n"
+        "class Garbage:\n"
+        "    def __del__(self): print('collected')\n"
+        "code = main(['--version'])\n"
+        "garbage = Garbage()\n"
+        "garbage.itself = garbage\n"
+        "del garbage\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "gradcam, version" in done.stdout
+    assert "collected" not in done.stdout

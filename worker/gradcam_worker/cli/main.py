@@ -3,6 +3,8 @@
 Exit codes: 0 success, 1 failure (the reason is on standard error), 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
+import atexit
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    # Python searches for garbage twice as it exits: that takes seconds where TensorFlow is loaded.
+    atexit.register(gc.freeze)
     try:
         from gradcam_worker.cli import commands
     except ModuleNotFoundError as error:
