@@ -82,6 +82,20 @@ def test_a_wrong_setting_exits_with_1_and_its_name(
     assert "Traceback" not in shown.err
 
 
+def test_each_wrong_setting_has_its_own_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GRADCAM_THREADS", "many")
+    monkeypatch.setenv("GRADCAM_BROKER", "redis://x")
+    assert main(["doctor"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "Error (invalid_settings)",
+        "GRADCAM_BROKER",
+        "GRADCAM_THREADS",
+    ]
+
+
 @pytest.mark.parametrize(
     ("preload", "broken", "message"),
     [

@@ -178,11 +178,89 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     wrong = {"GRADCAM_THREAD": "3", "GRADCAM_OUTPUT": "results", "GRADCAM_LEASE_S": "soon"}
     with pytest.raises(InvalidSettings) as caught:
         Settings.from_environment({**wrong, "GRADCAM_THREADS": "3"})
-    assert str(caught.value) == (
-        "GRADCAM_THREAD: there is no such setting. Did you mean GRADCAM_THREADS? GRADCAM_LEASE_S: 'soon' was "
-        "received: it should be a valid number, unable to parse string as a number. GRADCAM_OUTPUT: "
-        "'results' must look like s3://bucket/prefix or file:///folder, without a user or a password."
+    number = "it should be a valid number, unable to parse string as a number."
+    form = "must look like s3://bucket/prefix or file:///folder, without a user or a password."
+    assert caught.value.problems == (
+        "GRADCAM_THREAD: there is no such setting. Did you mean GRADCAM_THREADS?",
+        f"GRADCAM_LEASE_S: 'soon' was received: {number}",
+        f"GRADCAM_OUTPUT: 'results' {form}",
     )
+    assert str(caught.value).splitlines() == [*caught.value.problems]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("localhost", "localhost"),
+        ("localhost:6379/0", "localhost:6379/0"),
+        ("redis:6379", "redis:6379"),
+        ("cache.example.com:6380/1?x=planted", "cache.example.com:6380/1"),
+        ("10.0.0.7", "10.0.0.7"),
+        ("[fd00::1]:6379", "[fd00::1]:6379"),
+        ("planted", "..."),
+        ("planted.planted", "..."),
+        ("user:planted@queue:6379", "..."),
+        ("planted:123456", "..."),
+    ],
+)
+@pytest.mark.parametrize("setting", ["BROKER_URL", "LEDGER_URL", "TRACES"])
+def test_an_address_without_a_scheme_is_shown_and_what_may_be_a_password_is_not(
+    setting: str, text: str, shown: str
+) -> None:
+    with pytest.raises(InvalidSettings) as caught:
+        Settings.from_environment({f"GRADCAM_{setting}": text})
+    right = "http://collector:4318" if setting == "TRACES" else "redis://host:6379/0"
+    assert f"GRADCAM_{setting}: {shown!r} has no scheme: it must look like {right}" in str(caught.value)
+    assert "planted" not in str(caught.value)
+
+
+FOLDERS_AND_FILES = [
+    name
+    for name, field in Settings.model_fields.items()
+    if "Path" in str(field.annotation) or name == "image_roots"
+]
+
+
+@pytest.mark.parametrize("name", FOLDERS_AND_FILES)
+def test_a_tilde_in_a_path_is_the_users_home(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own").touch()
+    read = Settings.from_environment({f"GRADCAM_{name.upper()}": "~/own"})
+    assert getattr(read, name) in {tmp_path / "own", (str(tmp_path / "own"),)}
+    with pytest.raises(InvalidSettings, match="'~nobody-here/own' names a user who has no home"):
+        Settings.from_environment({f"GRADCAM_{name.upper()}": "~nobody-here/own"})
+
+
+def test_the_paths_of_the_settings_are_known() -> None:
+    assert FOLDERS_AND_FILES == ["redis_ca", "image_roots", "networks", "cache_dir", "weights_dir"]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ('["vgg16"]', ("vgg16",)),
+        (' [ "vgg16", "a, b", " xception " ] ', ("vgg16", "a, b", "xception")),
+        ("[]", ()),
+        ('"[]"', ("[]",)),
+        ("[fd00::1],[x]", ("[fd00::1]", "[x]")),
+    ],
+)
+@pytest.mark.parametrize("name", ["preload", "image_roots"])
+def test_a_list_may_be_json(name: str, text: str, values: tuple[str, ...]) -> None:
+    read = Settings.from_environment({f"GRADCAM_{name.upper()}": text})
+    assert getattr(read, name) == values
+    assert Settings.from_environment(read.to_environment()) == read
+
+
+def test_every_list_may_be_json() -> None:
+    lists = [name for name, field in Settings.model_fields.items() if "tuple" in str(field.annotation)]
+    assert len(lists) > 5
+    for name in lists:
+        assert getattr(Settings.from_environment({f"GRADCAM_{name.upper()}": "[]"}), name) == ()
+        with pytest.raises(InvalidSettings, match="as a JSON list it must hold texts"):
+            Settings.from_environment({f"GRADCAM_{name.upper()}": "[1]"})
 
 
 def test_settings_by_keyword_read_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -482,12 +482,20 @@ class WorkerUnfit(WorkerError, LocalError):
 
 
 class InvalidSettings(LocalError):
-    """An impossible setting or combination of settings."""
+    """Impossible settings. The message has a line for each.
+
+    Attributes:
+        problems: What is wrong, a sentence for each setting.
+    """
 
     code = "invalid_settings"
     public_message = (
         "The service is not set up as it should be. Trying again does not help until that is put right."
     )
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
 
 
 class InternalError(RetryableError):

@@ -1,15 +1,18 @@
 """All settings, `GRADCAM_*`, read from the environment by pydantic-settings.
 
 Lists are separated by commas: `GRADCAM_IMAGE_SCHEMES=s3,https`. An item that contains a comma is written in
-double quotes. The string below each field of `Settings` is its meaning in docs/reference/settings.md.
+double quotes. A JSON list of texts is read, too. The string below each field of `Settings` is its meaning in
+docs/reference/settings.md.
 """
 
+import contextlib
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -35,6 +38,8 @@ from gradcam_worker.schemas import bucket_names
 from gradcam_worker.text import comma_lists, urls
 from gradcam_worker.text.urls import without_secrets
 from gradcam_worker.text.visible import visible
+
+PathOrText = TypeVar("PathOrText", Path, str)
 
 PREFIX = "GRADCAM_"
 STORAGE_URI_FORM = "must look like s3://bucket/prefix or file:///folder, without a user or a password"
@@ -66,7 +71,34 @@ def _unless_empty(check: Callable[[str], str]) -> AfterValidator:
 
 
 def _split(value: Any) -> Any:
-    return comma_lists.parse(value) if isinstance(value, str) else value
+    """Read a list of names, with commas or as JSON. `[fd00::1]:80` is a host, not JSON."""
+    if not isinstance(value, str):
+        return value
+    items = None
+    if value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            items = json.loads(value)
+    if items is None:
+        return comma_lists.parse(value)
+    if not all(isinstance(item, str) for item in items):
+        message = 'as a JSON list it must hold texts alone, as in ["vgg16", "xception"]'
+        raise ValueError(message)
+    return tuple(item.strip() for item in items if item.strip())
+
+
+def _expand_home(path: PathOrText) -> PathOrText:
+    """Replace `~` at the beginning by the user's home, as a shell does."""
+    text = str(path)
+    if text.startswith("~") and (expanded := os.path.expanduser(text)) != text:  # noqa: PTH111  # keeps texts as they are
+        return type(path)(expanded)
+    if text.startswith("~"):
+        message = f"{text!r} names a user who has no home: write the whole path"
+        raise ValueError(message)
+    return path
+
+
+def _folders(paths: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(_expand_home, paths))
 
 
 def _devices(value: Any) -> Any:
@@ -103,8 +135,7 @@ def _s3_server(text: str) -> str:
 
 
 def _traces_url(text: str) -> str:
-    shown = repr(without_secrets(text) if "://" in text else "...")
-    if problem := _url_problem(text, shown, ("http", "https")):
+    if problem := _url_problem(text, _shown(text), ("http", "https")):
         message = f"{problem}: it {COLLECTOR_FORM}"
         raise ValueError(message)
     return text
@@ -145,8 +176,8 @@ def _file(path: Path | None) -> Path | None:
 
 def _redis_problem(text: str) -> str | None:
     """What is wrong with the URL of a Redis server, without possible secrets; None if it is valid."""
-    scheme, slashes, rest = text.partition("://")
-    shown = repr(without_secrets(text) if slashes or not text else "...")  # not a URL: it may be a password
+    scheme, _, rest = text.partition("://")
+    shown = _shown(text)
     host = re.split("[/?#]", rest)[0].rpartition("@")[2]
     for word in ("cluster", "sentinel"):
         if word in scheme.lower():
@@ -196,6 +227,11 @@ def _s3_server_problem(text: str) -> str | None:
     return problem and f"{problem}: it {S3_SERVER_FORM}"
 
 
+def _shown(text: str) -> str:
+    """A URL for a message. What has no scheme is shown only if it is an address: it may be a password."""
+    return repr(without_secrets(text) if not text or "://" in text or urls.is_address(text) else "...")
+
+
 def _url_problem(text: str, shown: str, schemes: tuple[str, ...], *, host_needed: bool = True) -> str | None:
     """Which part of a URL is wrong: its scheme, host, port or fragment; None if all are valid."""
     scheme, slashes, _ = text.partition("://")
@@ -242,7 +278,12 @@ BucketList = Annotated[StringList, AfterValidator(_bucket_names)]
 StorageUri = Annotated[str, AfterValidator(_storage_uri)]
 OptionalStorageUri = Annotated[str, _unless_empty(_storage_uri)]
 StorageUriList = Annotated[StringList, AfterValidator(_storage_uris)]
-OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
+FolderList = Annotated[StringList, AfterValidator(_folders)]
+OptionalPath = Annotated[
+    Path | None,
+    BeforeValidator(lambda value: value or None),
+    AfterValidator(lambda path: path and _expand_home(path)),
+]
 PemFile = Annotated[OptionalPath, AfterValidator(_file)]
 TracesUrl = Annotated[str, _unless_empty(_traces_url), Field(repr=False)]  # it may hold a password
 S3ServerUrl = Annotated[str, _unless_empty(_s3_server)]
@@ -285,7 +326,7 @@ class EnvironmentSource(EnvSettingsSource):
             if name not in fields:
                 matches = difflib.get_close_matches(name, fields, n=1)
                 hint = f" Did you mean {_variable(matches[0])}?" if matches else ""
-                yield f"{_variable(name)}: there is no such setting.{hint}"
+                yield f"{visible(_variable(name))}: there is no such setting.{hint}"
 
 
 class Settings(BaseSettings):
@@ -335,7 +376,7 @@ class Settings(BaseSettings):
     """for `s3`: the allowed buckets; `*`: every bucket that the credentials can read"""
     image_hosts: HostList = ()
     """for `http` and `https`: the allowed hosts, as `host`, `host:port`, `[IPv6]:port` or `*.example.com`"""
-    image_roots: StringList = ()
+    image_roots: FolderList = ()
     """for `file`: the allowed folders"""
     max_image_bytes: Count = 32 * 1024 * 1024
     """size of an image file"""
@@ -556,7 +597,7 @@ class Settings(BaseSettings):
                 name. Those that are None do not.
 
         Raises:
-            InvalidSettings: A sentence for each wrong variable says what was received and what would be
+            InvalidSettings: A line for each wrong variable says what was received and what would be
                 right.
         """
         source = EnvironmentSource(cls, os.environ if environment is None else environment)
@@ -576,7 +617,7 @@ class Settings(BaseSettings):
             cause = error
             problems += [cls._problem(details) for details in error.errors(include_url=False)]
         if problems:
-            raise InvalidSettings(" ".join(problems)) from cause
+            raise InvalidSettings(*problems) from cause
         return settings
 
     @classmethod

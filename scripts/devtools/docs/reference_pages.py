@@ -52,9 +52,10 @@ SETTINGS_INTRO = f"""\
 {NOTE}
 
 Every setting is an environment variable. Client, worker and command line read the same ones. A setting that
-does not exist, or a wrong value, stops the program at start with a sentence for each that begins with its
-name. Lists are written with commas: `GRADCAM_IMAGE_SCHEMES=s3,https`. Durations are in seconds.
-Whitespace around a value is removed.
+does not exist, or a wrong value, stops the program at start with a line for each that begins with its
+name. Lists are written with commas, `GRADCAM_IMAGE_SCHEMES=s3,https`, or as JSON, `["s3", "https"]`. In the
+path of a folder or a file, `~` is the user's home. Durations are in seconds. Whitespace around a value is
+removed.
 
 `gradcam doctor` checks whether they work.
 """

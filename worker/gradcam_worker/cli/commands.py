@@ -9,7 +9,7 @@ import click
 from gradcam_worker import __version__
 from gradcam_worker.cli import backfill, gallery, jobs, operate, replay
 from gradcam_worker.cli.options import json_option
-from gradcam_worker.errors import GradcamError
+from gradcam_worker.errors import GradcamError, InvalidSettings
 from gradcam_worker.observability.logs import configure_logging
 from gradcam_worker.operations import console
 from gradcam_worker.settings import Settings
@@ -34,8 +34,10 @@ def run(arguments: Sequence[str]) -> int:
         console.err.print("Stopped.")
         return 130
     except GradcamError as error:
-        console.err.print(f"[red]Error[/] ({error.code}): ", end="")
-        console.err.print(visible(str(error)), markup=False, soft_wrap=True)
+        lines = error.problems if isinstance(error, InvalidSettings) else (str(error),)
+        console.err.print(f"[red]Error[/] ({error.code}):", end=" " if len(lines) == 1 else "\n")
+        for line in lines:
+            console.err.print(visible(line), markup=False, soft_wrap=True)
     except ModuleNotFoundError as error:
         extra = "backfill" if [*arguments][:1] == ["backfill"] else "cpu"
         console.err.print(f"[red]Error[/]: {error.name} is not installed. ", end="")

@@ -6,6 +6,7 @@ As in CSV, an item with a comma is written in double quotes, and a quote in it i
 import csv
 import io
 from collections.abc import Iterable
+from typing import Literal
 
 QUOTED = "a name that holds a comma stands in double quotes, as in '\"crane, bird\",pier'"
 
@@ -21,7 +22,10 @@ def parse(text: str) -> tuple[str, ...]:
 
 
 def join(values: Iterable[str]) -> str:
-    """Return the text that `parse` reads as these values."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\r\n").writerow(values)  # it quotes the line breaks that it knows
+    """Return the text that `parse` reads as these values. It never looks like a list in JSON."""
+    text, values = io.StringIO(), [*values]
+    like_json = bool(values) and values[0].startswith("[")
+    quoting: Literal[0, 1] = csv.QUOTE_ALL if like_json else csv.QUOTE_MINIMAL
+    # The writer quotes the line breaks that it knows.
+    csv.writer(text, quoting=quoting, lineterminator="\r\n").writerow(values)
     return text.getvalue().removesuffix("\r\n")

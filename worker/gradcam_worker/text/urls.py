@@ -30,6 +30,10 @@ _URL = re.compile(
     re.DOTALL,
 )
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+(?:%[\w.~-]+)?\]|[^\s:\[\]\\]*)(?::(?P<port>[0-9]{1,5}))?")
+# Of one word, or of several with dots, nobody can tell whether it is a password.
+_ADDRESS = re.compile(
+    r"(?:[\w.-]+:[0-9]{1,5}|\[[0-9A-Fa-f:.]+\](?::[0-9]{1,5})?|localhost|[0-9]+(?:\.[0-9]+){3})"
+)
 _TRAILING = "'\"`,.;:!)]}>"  # punctuation after a URL in a text
 
 
@@ -89,6 +93,11 @@ def _read(text: str) -> tuple[Url | None, bool]:
             return None, bool(at) or later
         host, port = split["host"], int(split["port"]) if split["port"] else None
     return Url(scheme, bool(at), host, port, path, query, fragment), bool(at)
+
+
+def is_address(text: str) -> bool:
+    """Return whether a text without a scheme begins with a host and a port, an IP address or `localhost`."""
+    return "@" not in text and bool(_ADDRESS.fullmatch(re.split("[/?#]", text)[0]))
 
 
 def without_secrets(text: str) -> str:
