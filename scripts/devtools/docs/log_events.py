@@ -8,14 +8,7 @@ from pathlib import Path
 from devtools import ROOT
 
 PACKAGE = ROOT / "worker" / "gradcam_worker"
-LEVELS = {
-    "debug": "debug",
-    "info": "info",
-    "warning": "warning",
-    "error": "error",
-    "exception": "error",
-    "critical": "critical",
-}
+METHODS = {"debug", "info", "warning", "error", "exception", "critical"}
 
 
 @dataclass(frozen=True)
@@ -35,13 +28,14 @@ def log_calls(package: Path = PACKAGE) -> Iterator[LogCall]:
         module = ".".join(path.relative_to(package).with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             match node:
-                case ast.Call(func=ast.Attribute(value=ast.Name(id="log"), attr=method)) if method in LEVELS:
+                case ast.Call(func=ast.Attribute(value=ast.Name(id="log"), attr=method)) if method in METHODS:
                     fields = tuple(keyword.arg or "..." for keyword in node.keywords)
-                    yield LogCall(_literal(node), LEVELS[method], fields, module, node.lineno)
+                    level = "error" if method == "exception" else method
+                    yield LogCall(_literal(node.args), level, fields, module, node.lineno)
 
 
-def _literal(call: ast.Call) -> str | None:
-    match call.args:
+def _literal(arguments: list[ast.expr]) -> str | None:
+    match arguments:
         case [ast.Constant(value=str(event))]:
             return event
         case _:

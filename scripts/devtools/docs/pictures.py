@@ -39,15 +39,9 @@ NETWORK = "efficientnet_lite0"
 TILE = 360 * 270  # pixels of an image on a sheet: three beside each other fill a page
 THRESHOLD = 0.5
 CHROMIUM = (  # nothing but the page: no profile, no network, no first-run greetings
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--hide-scrollbars",
-    "--window-size=1280,900",
+    *("chromium", "--headless=new", "--no-sandbox", "--no-first-run", "--disable-gpu", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+    *("--hide-scrollbars", "--window-size=1280,900"),
 )
 CLASSES = "560,812,652,450,610"  # football helmet, space shuttle, military uniform, bobsled, jersey
 
@@ -67,16 +61,14 @@ def overlay_styles() -> bytes:
     photo, heatmap = as_tile(seen.picture, TILE), seen.shown[0]
     tiles = [(name, overlay(photo, heatmap, colormap=name)) for name in COLORMAPS]
     box = hot_box(heatmap, (photo.shape[0], photo.shape[1]), THRESHOLD)
-    if box is None:
-        message = "The heatmap is dark: there is nothing to frame."
-        raise ValueError(message)
     contour = draw_contour(tiles[0][1], heatmap, THRESHOLD)
-    tiles += [
-        ("jet, contour", contour),
-        ("jet, box", draw_box(tiles[0][1], box)),
-        ("jet, contour, box", draw_box(contour, box)),
-        ("alpha 0, contour, box", draw_box(draw_contour(photo, heatmap, THRESHOLD), box)),
-    ]
+    tiles.append(("jet, contour", contour))
+    if box:  # a dark heatmap has none
+        tiles += [
+            ("jet, box", draw_box(tiles[0][1], box)),
+            ("jet, contour, box", draw_box(contour, box)),
+            ("alpha 0, contour, box", draw_box(draw_contour(photo, heatmap, THRESHOLD), box)),
+        ]
     return encode(sheet(arrange_in_rows(tiles)))
 
 
@@ -84,8 +76,7 @@ def gallery_page() -> bytes:
     """The gallery of a small backfill, over parts of the shipped photos, in a browser."""
     photos = enumerate(testbed.photographs(40))
     images: dict[str, bytes | Exception] = {f"s3://photos/{number}.jpg": photo for number, photo in photos}
-    network, store = load_network(NETWORK), testing.MemoryStore()
-    cache = ModelCache(lambda _: network, max_batch=8)
+    store, cache = testing.MemoryStore(), ModelCache(lambda _: load_network(NETWORK), max_batch=8)
     services = testing.fake_services(images, store=store, model_cache=cache)
     shard = Shard(
         backfill=new_id(),
@@ -104,15 +95,13 @@ def gallery_page() -> bytes:
 
 def _shot(written: bytes) -> bytes:
     """A page as it opens in a browser."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        message = "No chromium here: scripts/browser installs it on Debian."
-        raise FileNotFoundError(message)
+    if not shutil.which(CHROMIUM[0]):
+        sys.exit("No chromium here: scripts/browser installs it on Debian.")
     with tempfile.TemporaryDirectory() as folder:
         html, shot = Path(folder, "page.html"), Path(folder, "page.png")
         html.write_bytes(written)
         options = [*CHROMIUM, f"--user-data-dir={folder}/profile", f"--screenshot={shot}", html.as_uri()]
-        subprocess.run([chromium, *options], check=True, capture_output=True)
+        subprocess.run(options, check=True, capture_output=True)
         return encode(decode(shot.read_bytes()).pixels)
 
 
@@ -129,11 +118,10 @@ def main(arguments: list[str]) -> int:
     """Write the images that are named, or all."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MAKERS))
-    names = parser.parse_args(arguments).names or list(MAKERS)
-    for name in names:
-        if name not in MAKERS:
-            parser.error(f"{name!r} is none of {', '.join(MAKERS)}")
-    for name in names:
+    names = parser.parse_args(arguments).names
+    if unknown := set(names) - MAKERS.keys():
+        parser.error(f"{unknown} is none of {', '.join(MAKERS)}")
+    for name in names or MAKERS:
         data = MAKERS[name]()
         (DOCS / name).write_bytes(data)
         print(f"docs/images/{name}: {len(data) / 1000:.0f} KB", flush=True)

@@ -37,12 +37,11 @@ class Page(HTMLParser):
         """Collect the tag's anchors and addresses."""
         values = dict(attrs)
         self.anchors |= {value for name in ("id", "name") if (value := values.get(name))}
-        for name, value in values.items():
-            if not value or name not in {"href", "src"}:
-                continue
-            if (tag, name) in LOADS and values.get("rel") not in NAMES_ONLY:
-                self.loads.append(value)
-            self.links.append(value)
+        for name in ("href", "src"):
+            if address := values.get(name):
+                self.links.append(address)
+                if (tag, name) in LOADS and values.get("rel") not in NAMES_ONLY:
+                    self.loads.append(address)
 
 
 def problems(site: Path) -> Iterator[str]:
@@ -61,12 +60,10 @@ def problems(site: Path) -> Iterator[str]:
             target = target / "index.html" if target.is_dir() else target
             if not target.is_file():
                 yield f"{here} links to {address}, which does not exist"
-            elif parts.fragment and target in pages and parts.fragment not in _tops(pages[target]):
+            elif (
+                parts.fragment and target in pages and parts.fragment not in pages[target].anchors | {"__top"}
+            ):
                 yield f"{here} links to {address}: there is no such anchor"
-
-
-def _tops(page: Page) -> set[str]:
-    return page.anchors | {"__top"}
 
 
 def _parsed(path: Path) -> Page:
@@ -84,9 +81,9 @@ def main() -> int:
         print(done.stdout + done.stderr.partition("Traceback (most recent call last)")[0], file=sys.stderr)
         return 1
     folder = ROOT / tomllib.loads(CONFIG.read_text(encoding="utf-8"))["project"]["site_dir"]
-    found = [*problems(folder)]
-    print("\n".join(found) or f"{len(list(folder.rglob('*.html')))} pages in {folder.relative_to(ROOT)}.")
-    return 1 if found else 0
+    broken = [*problems(folder)]
+    print("\n".join(broken) or f"{len(list(folder.rglob('*.html')))} pages in {folder.relative_to(ROOT)}.")
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

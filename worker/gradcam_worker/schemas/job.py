@@ -190,25 +190,42 @@ class Job(RequestModel):
     """`gradcam.job/v1`: one image to explain. Only image, network and target are required."""
 
     schema_: Literal["gradcam.job/v1"] = Field(default="gradcam.job/v1", alias="schema")
+    """version of this format"""
     id: JobId = Field(default_factory=new_id)
+    """submitting the same id twice runs it once"""
     idempotency_key: ShortText | None = None
+    """your own name for the job; submitting it twice runs it once"""
     image: Annotated[ImageRef, BeforeValidator(_wrap_uri)]
+    """a URI alone, or an object with `uri` and `sha256`"""
     network: Name
+    """a name of the catalog, or one that the operator registered"""
     target: Target
+    """which classes to explain"""
     method: MethodSpec = MethodSpec()
+    """how to compute the heatmaps"""
     artifacts: Annotated[tuple[ArtifactSpec, ...], Field(min_length=1, max_length=8)] = (
         OverlaySpec(),
         HeatmapSpec(),
     )
+    """what to store; each kind and format once"""
     metrics: Annotated[tuple[Metric, ...], Field(max_length=2)] = ()
+    """how faithful each heatmap is"""
     output: Annotated[str, StringConstraints(max_length=1024)] | None = None
+    """where to store it, below what the operator allows; none: `GRADCAM_OUTPUT`"""
     priority: Priority = "normal"
+    """`high` first; `bulk` has a queue of its own"""
     expires_at: AwareDatetime | None = None
+    """if it was not started by then, it ends as `expired`"""
     timeout_s: Annotated[float, Field(gt=0, le=300)] = 60
+    """for one attempt"""
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
+    """starts, before it fails as `max_attempts_exceeded` or with its last error"""
     webhooks: Annotated[tuple[Webhook, ...], Field(max_length=4)] = ()
+    """receivers of events"""
     metadata: Annotated[dict[ShortText, ShortText], Field(max_length=16)] = Field(default_factory=dict)
+    """your own names and values, at most 16; returned in the status document"""
     traceparent: Annotated[str, StringConstraints(pattern=r"^[0-9a-f-]{55}$")] | None = None
+    """W3C Trace Context; filled from the current span"""
 
     if TYPE_CHECKING:
 
