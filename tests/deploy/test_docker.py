@@ -223,7 +223,7 @@ def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Builder:
 
 
 def build(builder: Builder, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("devtools.deploy_checks.dockerfile_runner.pips", dict)
+    monkeypatch.setattr("devtools.deploy_checks.dockerfile_runner.pip_configuration", dict)
     builder.stages = stages(text)
     for name in builder.stages:
         builder.make(name)

@@ -12,7 +12,6 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
@@ -46,9 +45,13 @@ def programs() -> list[str]:
 
 def shell_scripts() -> list[Path]:
     """Return every shell script of scripts/, docker/, deploy/ and .ci/: its first line tells."""
-    places = (path for name in ("scripts", "docker", "deploy", ".ci") for path in (ROOT / name).rglob("*"))
-    plain = (path for path in places if path.is_file() and path.suffix in {"", ".sh"})
-    return [path for path in sorted(plain) if re.match(rb"#!.*\b(ba|da)?sh\b", path.read_bytes()[:64])]
+    plain = (path for path in files("scripts", "docker", "deploy", ".ci") if path.suffix in {"", ".sh"})
+    return [path for path in plain if re.match(rb"#!.*\b(ba|da)?sh\b", path.read_bytes()[:64])]
+
+
+def files(*folders: str) -> list[Path]:
+    """Return every file of these folders."""
+    return sorted(path for name in folders for path in (ROOT / name).rglob("*") if path.is_file())
 
 
 def yaml_files() -> list[Path]:
@@ -60,9 +63,10 @@ def yaml_files() -> list[Path]:
 def names() -> Iterator[str]:
     """What docker/ and deploy/ name, and the code does not have."""
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for file in texts():
-        text = file.read_text()
-        place = file.relative_to(ROOT)
+    for file in files("docker", "deploy"):
+        if file.suffix not in TEXTS or file.name == ".env":
+            continue
+        text, place = file.read_text(), file.relative_to(ROOT)
         for name in sorted(set(re.findall(rf"\b{PREFIX}[A-Z0-9_]*[A-Z0-9]\b(?!_)", text)) - known):
             yield f"{place}: there is no setting {name}"
         for command in sorted(set(re.findall(r"`gradcam ([a-z]+)\b", text))):
@@ -70,31 +74,21 @@ def names() -> Iterator[str]:
                 yield f"{place}: there is no command `gradcam {command}`"
 
 
-def texts() -> list[Path]:
-    """The files of docker/ and deploy/ in which names are looked for."""
-    places = chain(*((ROOT / name).rglob("*") for name in ("docker", "deploy")))
-    return sorted(path for path in places if path.is_file() and path.suffix in TEXTS and path.name != ".env")
-
-
 def prometheus() -> Iterator[str]:
     """Whether Prometheus asks where the images answer, by a name that they have, and finds its rules."""
     port = int(compose.image_environment("cpu")[f"{PREFIX}METRICS_PORT"])
     services = compose.loaded(COMPOSE.read_text(), compose.variables())["services"]
-    aliases = {
-        alias
-        for service in services.values()
-        if isinstance(service["networks"], dict)
-        for network in service["networks"].values()
-        for alias in (network or {}).get("aliases", [])
-    }
+    joined = [service["networks"] for service in services.values() if isinstance(service["networks"], dict)]
+    networks = [network or {} for by_name in joined for network in by_name.values()]
+    aliases = {alias for network in networks for alias in network.get("aliases", [])}
     config = yaml.safe_load(PROMETHEUS.read_text())
     for scrape in config["scrape_configs"]:
-        for found in scrape["dns_sd_configs"]:
-            if found["port"] != port:
-                yield f"prometheus.yml asks at port {found['port']}, the images answer at {port}"
-            if unknown := set(found["names"]) - aliases:
+        for discovery in scrape["dns_sd_configs"]:
+            if discovery["port"] != port:
+                yield f"prometheus.yml asks at port {discovery['port']}, the images answer at {port}"
+            if unknown := set(discovery["names"]) - aliases:
                 yield f"prometheus.yml asks {', '.join(unknown)}: no network alias of compose.yaml"
-    mounted = [one.split(":")[:2] for one in services["prometheus"]["volumes"]]
+    mounted = [volume.split(":")[:2] for volume in services["prometheus"]["volumes"]]
     for rules in map(Path, config["rule_files"]):
         folders = [COMPOSE.parent / here for here, there in mounted if there == str(rules.parent)]
         if not [file for folder in folders for file in folder.glob(rules.name)]:
@@ -119,18 +113,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="make the image and run it, too")
     parser.add_argument("--write", action="store_true", help="write values.schema.json again")
-    asked = parser.parse_args()
-    if asked.write:
+    options = parser.parse_args()
+    if options.write:
         helm.write()
         return 0
     try:
-        found = findings()
+        wrong = findings()
     except tools.Missing as error:
-        found = [str(error)]
-    if asked.rehearse:
-        found += rehearsal.main()
-    print("\n".join(found) or "docker/ and deploy/ are well.")
-    return 1 if found else 0
+        wrong = [str(error)]
+    if options.rehearse:
+        wrong += rehearsal.main()
+    print("\n".join(wrong) or "docker/ and deploy/ are well.")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

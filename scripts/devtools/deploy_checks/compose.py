@@ -8,9 +8,10 @@ from urllib.parse import urlsplit
 
 import click
 import yaml  # type: ignore[import-untyped]
+from dotenv import dotenv_values
 
 from devtools import ROOT
-from devtools.deploy_checks.dockerfile import DOCKERFILE, instructions, stages
+from devtools.deploy_checks.dockerfile import DOCKERFILE, stages
 from gradcam_worker import __version__
 from gradcam_worker.cli.commands import gradcam
 from gradcam_worker.errors import InvalidSettings
@@ -26,15 +27,14 @@ _TAG = re.compile(r":v?[0-9]+\.[0-9]+")  # a version, not `latest`
 
 def variables(file: Path = FOLDER / ".env.example") -> dict[str, str]:
     """What docker/.env says."""
-    lines = (line for line in file.read_text().splitlines() if line and not line.startswith("#"))
-    return dict(line.split("=", 1) for line in lines)
+    return {name: value or "" for name, value in dotenv_values(file).items()}
 
 
 def loaded(text: str, known: Mapping[str, str]) -> dict[str, Any]:
     """A compose file with its variables filled in. Raises KeyError where one has no value."""
 
-    def fill(found: re.Match[str]) -> str:
-        return known.get(found["name"]) or found["default"] or known[found["name"]]
+    def fill(variable: re.Match[str]) -> str:
+        return known.get(variable["name"]) or variable["default"] or known[variable["name"]]
 
     return dict(yaml.safe_load(_VARIABLE.sub(fill, text).replace("$$", "$")))
 
@@ -42,7 +42,7 @@ def loaded(text: str, known: Mapping[str, str]) -> dict[str, Any]:
 def findings(text: str) -> Iterator[str]:
     """What is wrong with a compose file."""
     known = variables()
-    named = {found["name"] for found in _VARIABLE.finditer(text)}
+    named = {variable["name"] for variable in _VARIABLE.finditer(text)}
     if known["VERSION"] != __version__:
         yield f"docker/.env.example: VERSION is {known['VERSION']}, the code's is {__version__}"
     if named != set(known):
@@ -51,7 +51,8 @@ def findings(text: str) -> Iterator[str]:
         return
     whole = loaded(text, known)
     for name, service in whole["services"].items():
-        for finding in (*_hardened(service), *_there(service), *_ours(service), *_wired(service, whole)):
+        of_ours = _ours(service) if OURS in service["image"] else ()
+        for finding in (*_hardened(service), *_there(service), *of_ours, *_wired(service, whole)):
             yield f"compose.yaml: {name}: {finding}"
 
 
@@ -77,8 +78,7 @@ def _there(service: Mapping[str, Any]) -> Iterator[str]:
         source = volume.split(":")[0]
         if source.startswith(".") and not (FOLDER / source).exists():
             yield f"{source} is mounted and not there"
-    build = service.get("build")
-    if build:
+    if build := service.get("build"):
         target = build["target"]
         if target not in stages(DOCKERFILE.read_text()):
             yield f"the Dockerfile has no target {target}"
@@ -90,13 +90,10 @@ def _there(service: Mapping[str, Any]) -> Iterator[str]:
 
 def _ours(service: Mapping[str, Any]) -> Iterator[str]:
     """Settings and the command of one of our images."""
-    if OURS not in service["image"]:
-        return
-    environment = {name: str(value) for name, value in service.get("environment", {}).items()}
+    environment = image_environment(service["image"].rpartition("-")[2])
+    environment |= {name: str(value) for name, value in service.get("environment", {}).items()}
     try:
-        settings = Settings.from_environment(
-            {**image_environment(service["image"].rpartition("-")[2]), **environment}
-        )
+        settings = Settings.from_environment(environment)
     except InvalidSettings as error:
         yield str(error)
         return
@@ -110,8 +107,8 @@ def _ours(service: Mapping[str, Any]) -> Iterator[str]:
     grace = float(service.get("stop_grace_period", "10s").removesuffix("s"))
     if command == ["worker"] and grace < settings.shutdown_timeout_s + REQUEUE_TIMEOUT_S:
         yield f"a worker that needs {settings.shutdown_timeout_s:g} s to end is killed after {grace:g} s"
-    places = [one.split(":")[0] for one in service.get("tmpfs", [])]
-    places += [one.split(":")[1] for one in service.get("volumes", [])]
+    places = [mount.split(":")[0] for mount in service.get("tmpfs", [])]
+    places += [volume.split(":")[1] for volume in service.get("volumes", [])]
     if command[0] in {"worker", "deliver"} and not {"/cache", "/tmp"} <= {*places}:  # noqa: S108  # in a container
         yield f"it writes to /cache and /tmp, and has {places}"
 
@@ -136,13 +133,11 @@ def _wired(service: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[str
 
 def image_environment(target: str) -> dict[str, str]:
     """The settings that an image brings along."""
-    found = stages(DOCKERFILE.read_text())
-    stage = found[target]
-    said = image_environment(stage.parent) if stage.parent in found else {}
-    for one in stage.instructions:
-        if one.name == "ENV":
-            said |= dict(pair.split("=", 1) for pair in one.text.split() if pair.startswith("GRADCAM_"))
-    return said
+    by_name = stages(DOCKERFILE.read_text())
+    stage = by_name[target]
+    pairs = (pair for text in stage.texts("ENV") for pair in text.split() if pair.startswith("GRADCAM_"))
+    inherited = image_environment(stage.parent) if stage.parent in by_name else {}
+    return inherited | dict(pair.split("=", 1) for pair in pairs)
 
 
 def command_findings(words: list[str]) -> Iterator[str]:
@@ -159,25 +154,21 @@ def command_findings(words: list[str]) -> Iterator[str]:
 
 def image_findings(text: str) -> Iterator[str]:
     """What is wrong with the Dockerfile beside what hadolint says."""
-    found = stages(text)
-    said = [one.text for one in instructions(text)]
-    if f"VERSION={__version__}" not in said:
+    by_name = stages(text)
+    runtime = by_name["runtime"]
+    if f"VERSION={__version__}" not in runtime.texts("ARG"):
         yield f"Dockerfile: ARG VERSION must say what worker/gradcam_worker/__init__.py does, {__version__}"
-    account = next(line for line in said if line.startswith("useradd "))
-    uid = re.findall(r"--uid ([0-9]+)", account)
+    uid = re.findall(r"useradd .*--uid ([0-9]+)", text)
     for target in ("cpu", "gpu", "web"):
-        users = [one.text for one in found[target].instructions if one.name == "USER"]
-        if users != [f"{one}:{one}" for one in uid]:
+        users = by_name[target].texts("USER")
+        if users != [f"{number}:{number}" for number in uid]:
             yield f"Dockerfile: target {target} runs as {users}, the account is {uid}"
-        settings = image_environment(target)
         try:
-            port = Settings.from_environment(settings).metrics_port
+            port = Settings.from_environment(image_environment(target)).metrics_port
         except InvalidSettings as error:
             yield f"Dockerfile: target {target}: {error}"
             continue
-        exposed = [one.text for one in found["runtime"].instructions if one.name == "EXPOSE"]
-        if exposed != [str(port)]:
-            yield f"Dockerfile: EXPOSE says {exposed}, GRADCAM_METRICS_PORT {port}"
-    for one in found["runtime"].instructions:
-        if one.name == "CMD":
-            yield from (f"Dockerfile: {finding}" for finding in command_findings(yaml.safe_load(one.text)))
+        if runtime.texts("EXPOSE") != [str(port)]:
+            yield f"Dockerfile: EXPOSE says {runtime.texts('EXPOSE')}, GRADCAM_METRICS_PORT {port}"
+    for command in runtime.texts("CMD"):
+        yield from (f"Dockerfile: {finding}" for finding in command_findings(yaml.safe_load(command)))

@@ -2,15 +2,14 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from devtools import ROOT
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One instruction, on one line."""
 
     name: str
@@ -20,42 +19,40 @@ class Instruction:
         return f"{self.name} {self.text}"
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """A stage: its name, what it begins with, and what is done there."""
 
     name: str
     parent: str
-    instructions: tuple[Instruction, ...]
+    instructions: list[Instruction]
+
+    def texts(self, name: str) -> list[str]:
+        """The texts of its instructions of one kind."""
+        return [instruction.text for instruction in self.instructions if instruction.name == name]
 
 
 def instructions(text: str) -> Iterator[Instruction]:
     """What a Dockerfile says, without comments and line breaks."""
-    lines = "\n".join(
-        line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")
-    )
-    for line in re.sub(r"\\\n\s*", "", lines).splitlines():
+    without_comments = re.sub(r"^\s*(#.*)?\n", "", text, flags=re.MULTILINE)
+    for line in re.sub(r"\\\n\s*", "", without_comments).splitlines():
         name, _, rest = line.strip().partition(" ")
         yield Instruction(name.upper(), rest.strip())
 
 
 def stages(text: str) -> dict[str, Stage]:
     """Every stage by its name."""
-    found: dict[str, Stage] = {}
-    name, parent, said = "", "", []
-    for one in [*instructions(text), Instruction("FROM", "")]:
-        if one.name != "FROM":
-            said.append(one)
-            continue
-        if name:
-            found[name] = Stage(name, parent, tuple(said))
-        parent, _, name = one.text.partition(" AS ")
-        said = []
-    return found
+    by_name: dict[str, Stage] = {}
+    for instruction in instructions(text):
+        if instruction.name == "FROM":
+            parent, _, name = instruction.text.partition(" AS ")
+            by_name[name] = Stage(name, parent, [])
+        elif by_name:  # not before the first stage
+            by_name[name].instructions.append(instruction)
+    return by_name
 
 
 def allowed(path: str) -> bool:
     """Whether the builder gets this file or folder of the repository."""
     lines = (DOCKERFILE.parent / f"{DOCKERFILE.name}.dockerignore").read_text().splitlines()
     let_in = [line[1:] for line in lines if line.startswith("!")]
-    return any(path == one or path.startswith(f"{one}/") for one in let_in)
+    return any(path == name or path.startswith(f"{name}/") for name in let_in)

@@ -1,19 +1,16 @@
 """The image, without Docker: made by its Dockerfile, started, timed, tested, stopped.
 
-Target `cpu` is made in a fresh folder as `builder` says. Then the image's command is started with the
-image's environment, as the image's user, beside an embedded Valkey and an embedded S3 server, and asked for
-/ready. The smoke test of docker/compose.yaml follows, in a container of its own; then SIGTERM, as from
+Target `cpu` is made in a fresh folder as `dockerfile_runner` says. Then the image's command is started with
+the image's environment, as the image's user, beside an embedded Valkey and an embedded S3 server, and asked
+for /ready. The smoke test of docker/compose.yaml follows, in a container of its own; then SIGTERM, as from
 `docker stop`. `scripts/check-deploy --rehearse` prints how long it took.
 """
 
 import contextlib
-import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +22,6 @@ from gradcam_worker.operations import servers
 UID = 10001
 READY_WITHIN_S = 15.0  # from its start, on a CPU, with efficientnet_lite0
 GIVE_UP_S = 120.0
-TIMED_OUT = 124
 SMOKE = ("demo", "--against-running")
 WRITABLE = "cache"  # in the image's folder; what is temporary lies beside that
 
@@ -52,20 +48,6 @@ class Outcome:
         return [finding for wrong, finding in checks if wrong]
 
 
-def rehearse(target: str = "cpu") -> Outcome:
-    """Make the image and run it. Raises Failed, NotUnderstood."""
-    with tempfile.TemporaryDirectory(prefix="gradcam-rehearsal-") as scratch:
-        folder = Path(scratch)
-        if os.getuid() == 0:
-            os.chown(folder, UID, UID)
-        begun = time.monotonic()
-        builder = Builder(folder, UID)
-        made = builder.make(target)
-        made_s = time.monotonic() - begun
-        with _servers() as settings:
-            return _run(Containers(builder, made, settings), made_s)
-
-
 @contextlib.contextmanager
 def _servers() -> Iterator[dict[str, str]]:
     """A queue and a store; the settings of a container that uses them."""
@@ -84,91 +66,76 @@ def _servers() -> Iterator[dict[str, str]]:
         }
 
 
-@dataclass(frozen=True)
-class Containers:
-    """Starts the image's program, with the settings of the servers."""
+def rehearse(target: str = "cpu") -> Outcome:
+    """Make the image and run it. Raises Failed, NotUnderstood, subprocess.TimeoutExpired."""
+    with tempfile.TemporaryDirectory(prefix="gradcam-rehearsal-") as scratch:
+        begun = time.monotonic()
+        builder = Builder(Path(scratch), UID)
+        builder.own(builder.folder)
+        made = builder.make(target)
+        made_s = time.monotonic() - begun
+        if made.user != str(UID):
+            message = f"The image's user is {made.user}, not {UID}."
+            raise Failed(message)
+        with _servers() as settings:
+            return _run(builder, made, settings, made_s)
 
-    builder: Builder
-    made: Made
-    settings: dict[str, str]
 
-    @property
-    def ready(self) -> str:
-        """Where it says that it is ready."""
-        return f"http://127.0.0.1:{self.settings['GRADCAM_METRICS_PORT']}/ready"
+def _run(builder: Builder, made: Made, settings: dict[str, str], made_s: float) -> Outcome:
+    environment = {**builder.environment(made), **settings}
+    temporary = Path(environment["TMPDIR"])  # their /tmp
 
-    @property
-    def temporary(self) -> Path:
-        """Their /tmp."""
-        return self.builder.folder / "tmp"
-
-    def start(self, log: Path, words: list[str]) -> subprocess.Popen[bytes]:
-        """A program of the image."""
-        environment = {**self.builder.environment(self.made), **self.settings}
-        name, *rest = words
-        program = shutil.which(name, path=environment["PATH"])
+    def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+        program = shutil.which(words[0], path=environment["PATH"])
         if not program:
-            message = f"The image's program {name} is not on its PATH, {environment['PATH']}."
+            message = f"The image's program {words[0]} is not on its PATH, {environment['PATH']}."
             raise Failed(message)
         with log.open("wb") as output:
             return subprocess.Popen(
-                [program, *rest],
-                cwd=self.made.moved(self.made.workdir),
+                [program, *words[1:]],
+                cwd=made.place(""),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                **self.builder.identity,
+                **builder.as_user,
             )
 
+    def exit_code(words: list[str], log: Path) -> int:
+        with start(words, log) as process:
+            try:
+                return process.wait(GIVE_UP_S)
+            finally:
+                process.kill()
 
-def _run(containers: Containers, made_s: float) -> Outcome:
-    if containers.made.user != str(UID):
-        message = f"The image's user is {containers.made.user}, not {UID}."
-        raise Failed(message)
-    log, smoke_log = containers.temporary / "worker.log", containers.temporary / "smoke.log"
+    log, smoke_log = temporary / "worker.log", temporary / "smoke.log"
     since, begun = time.time(), time.monotonic()
-    made = containers.made
-    worker = containers.start(log, [*made.entrypoint, *made.command])
+    worker = start([*made.entrypoint, *made.command], log)
     try:
-        _wait_for(containers.ready, worker, log)
+        _wait_until_ready(f"http://127.0.0.1:{settings['GRADCAM_METRICS_PORT']}/ready", worker, log)
         ready_s = time.monotonic() - begun
-        health = _ended(containers.start(containers.temporary / "health.log", made.healthcheck))
-        smoke = containers.start(smoke_log, [*made.entrypoint, *SMOKE, str(containers.temporary / "demo")])
-        smoke_code = _ended(smoke)
+        health = exit_code(made.healthcheck, temporary / "health.log")
+        smoke_code = exit_code([*made.entrypoint, *SMOKE, str(temporary / "demo")], smoke_log)
         smoke_s = time.monotonic() - begun - ready_s
-        worker.send_signal(signal.SIGTERM)
-        code = _ended(worker)
+        worker.terminate()
+        code = worker.wait(GIVE_UP_S)
     finally:
         worker.kill()  # the worker processes end with it
         worker.wait()
-    printed = smoke_log.read_text(errors="replace")
+    smoke = smoke_log.read_text(errors="replace")
     if smoke_code:
-        message = f"The smoke test ended with {smoke_code}: {printed[-2000:]}"
+        message = f"The smoke test ended with {smoke_code}: {smoke[-2000:]}"
         raise Failed(message)
-    written = tuple(_written(containers.made.folder, since))
-    return Outcome(made_s, ready_s, smoke_s, printed, health, code, written, log.read_text(errors="replace"))
+    written = tuple(_written(made.folder, since))
+    return Outcome(made_s, ready_s, smoke_s, smoke, health, code, written, log.read_text(errors="replace"))
 
 
-def _ended(process: subprocess.Popen[bytes]) -> int:
-    """The exit code of a program, or TIMED_OUT: then it is killed."""
-    try:
-        return process.wait(GIVE_UP_S)
-    except subprocess.TimeoutExpired:
-        return TIMED_OUT
-    finally:
-        process.kill()
-
-
-def _wait_for(url: str, worker: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_ready(url: str, worker: subprocess.Popen[bytes], log: Path) -> None:
     end = time.monotonic() + GIVE_UP_S
     while time.monotonic() < end and worker.poll() is None:
-        with (
-            contextlib.suppress(urllib.error.URLError, OSError),
-            urllib.request.urlopen(url, timeout=2) as answer,  # noqa: S310  # ours, on 127.0.0.1
-        ):
-            if answer.status == 200:  # noqa: PLR2004  # HTTP's own word for ready
-                return
+        with contextlib.suppress(OSError):  # also what is answered while it is not ready
+            urllib.request.urlopen(url, timeout=2).close()  # noqa: S310  # ours, on 127.0.0.1
+            return
         time.sleep(0.05)
     tail = log.read_text(errors="replace")[-2000:]
     message = f"The worker ended, or was not ready within {GIVE_UP_S:.0f} s: {tail}"
@@ -177,21 +144,23 @@ def _wait_for(url: str, worker: subprocess.Popen[bytes], log: Path) -> None:
 
 def _written(folder: Path, since: float) -> Iterator[str]:
     """Files and folders of the image that are newer, except where it may write."""
-    for one in folder.rglob("*"):
-        place = one.relative_to(folder)
-        if place.parts[0] != WRITABLE and one.lstat().st_mtime > since:
+    for path in folder.rglob("*"):
+        place = path.relative_to(folder)
+        if place.parts[0] != WRITABLE and path.lstat().st_mtime > since:
             yield str(place)
 
 
 def main() -> list[str]:
     """Rehearse, print how long it took, and return what was not as it should be."""
     try:
-        seen = rehearse()
-    except Failed as error:
+        outcome = rehearse()
+    except (Failed, subprocess.TimeoutExpired) as error:
         return [str(error)]
-    print(seen.smoke)
     allowed = f"(allowed: {READY_WITHIN_S:.0f} s)"
-    print(f"Made in {seen.made_s:.0f} s, ready {seen.ready_s:.1f} s after its start {allowed}, ", end="")
-    print(f"smoke test {seen.smoke_s:.1f} s, exit code {seen.exit_code}.")
-    late = f"The worker was ready after {seen.ready_s:.1f} s {allowed}: try again on an idle machine."
-    return [*seen.findings(), *([late] if seen.ready_s > READY_WITHIN_S else [])]
+    print(outcome.smoke)
+    print(
+        f"Made in {outcome.made_s:.0f} s, ready {outcome.ready_s:.1f} s after its start {allowed}, "
+        f"smoke test {outcome.smoke_s:.1f} s, exit code {outcome.exit_code}."
+    )
+    late = f"The worker was ready after {outcome.ready_s:.1f} s {allowed}: try again on an idle machine."
+    return [*outcome.findings(), *([late] if outcome.ready_s > READY_WITHIN_S else [])]

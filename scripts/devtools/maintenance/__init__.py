@@ -1,4 +1,4 @@
-"""What a maintainer runs now and then: releases, the JSON schemas of the wire, the shipped weights.
+"""What a maintainer runs now and then: releases, the JSON schemas of the wire.
 
 Begin with `release`.
 """

@@ -17,8 +17,8 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from devtools import ROOT
 from gradcam_worker import __version__
@@ -27,31 +27,15 @@ NAME = "gradcam_worker"
 DEMO_S = 600
 # What the client's environment must not have, and what has to work there.
 HEAVY = (
-    "celery",
-    "kombu",
-    "click",
-    "rich",
-    "numpy",
-    "tensorflow",
-    "keras",
-    "cv2",
-    "boto3",
-    "PIL",
-    "httpx",
-    "pyarrow",
+    *("celery", "kombu", "click", "rich", "numpy", "tensorflow"),
+    *("keras", "cv2", "boto3", "PIL", "httpx", "pyarrow"),
 )
-CLIENT = (
-    "gradcam_worker.client.client",
-    "gradcam_worker.client.async_client",
-    "gradcam_worker.schemas.job",
-    "gradcam_worker.errors",
-    "gradcam_worker.settings",
-    "gradcam_worker.cli.main",
-)
+CLIENT = ("client.client", "client.async_client", "schemas.job", "errors", "settings", "cli.main")
 SDIST = (  # what a source distribution has at its top, at least
     *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "PKG-INFO", "README.md", "constraints.txt"),
     *("pyproject.toml", "zensical.toml", "deploy", "docker", "docs", "scripts", "tests", "worker"),
 )
+LICENSES = ("LICENSE", "worker/gradcam_worker/gradcam/data/NOTICE")
 EXTRAS = {"cpu", "gpu", "cli", "s3", "backfill", "sql", "demo"}
 
 
@@ -59,8 +43,7 @@ class NotReady(Exception):
     """Why there can be no release just now."""
 
 
-@dataclass(frozen=True)
-class Built:
+class Built(NamedTuple):
     """What a build has left."""
 
     wheel: Path
@@ -72,15 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make a release, up to the upload.")
     parser.add_argument("--rehearse", action="store_true", help="from whatever there is")
     parser.add_argument("--only-build", action="store_true", help="without environments: no demo")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        if not asked.rehearse:
+        if not options.rehearse:
             require_clean_tree()
             require_date(changes(__version__))
         built = build(ROOT, ROOT / "dist")
         inspect_archives(built)
         require_reproducible(built)
-        if not asked.only_build:
+        if not options.only_build:
             with tempfile.TemporaryDirectory(prefix="gradcam-release-") as folder:
                 check_client(built.wheel, Path(folder))
                 check_worker(built.wheel, Path(folder))
@@ -97,24 +80,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def require_clean_tree() -> None:
     """Raise NotReady unless everything is committed, and the version is new."""
-    if changed := _git("status", "--porcelain"):
+    if changed := _output(["git", "status", "--porcelain"], ROOT):
         message = f"the tree is not clean:\n{changed}"
         raise NotReady(message)
-    if _git("tag", "--list", f"v{__version__}"):
-        message = (
-            f"there is a tag v{__version__} already: raise the version in worker/gradcam_worker/__init__.py"
-        )
+    tag = f"v{__version__}"
+    if _output(["git", "tag", "--list", tag], ROOT):
+        message = f"there is a tag {tag} already: raise the version in worker/gradcam_worker/__init__.py"
         raise NotReady(message)
 
 
 def changes(version: str) -> str:
     """The section of the changelog about a version, its title first. Raises NotReady."""
     text = (ROOT / "CHANGELOG.md").read_text()
-    found = re.search(rf"^## {re.escape(version)}\b.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    if not found or not found.group().partition("\n")[2].strip():
+    section = re.search(rf"^## {re.escape(version)}\b.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    if not section or not section.group().partition("\n")[2].strip():
         message = f"CHANGELOG.md has nothing about {version}: it needs a section '## {version}, YYYY-MM-DD'"
         raise NotReady(message)
-    return found.group()
+    return section.group()
 
 
 def require_date(section: str) -> None:
@@ -136,9 +118,8 @@ def build(source: Path, folder: Path) -> Built:
 
 def inspect_archives(built: Built) -> None:
     """Raise NotReady with all that is missing in wheel or sdist, or should not be there."""
-    wrong = [*wheel_findings(built.wheel), *sdist_findings(built.sdist)]
-    if wrong:
-        raise NotReady("; ".join(wrong))
+    if findings := [*wheel_findings(built.wheel), *sdist_findings(built.sdist)]:
+        raise NotReady("; ".join(findings))
 
 
 def wheel_findings(wheel: Path) -> list[str]:
@@ -148,20 +129,14 @@ def wheel_findings(wheel: Path) -> list[str]:
         information = f"{NAME}-{__version__}.dist-info"
         metadata = archive.read(f"{information}/METADATA").decode()
         entry = archive.read(f"{information}/entry_points.txt").decode()
-    licences = {
-        f"{information}/licenses/{one}" for one in ("LICENSE", "worker/gradcam_worker/gradcam/data/NOTICE")
-    }
-    files = [
-        one
-        for one in (ROOT / "worker" / "gradcam_worker").rglob("*")
-        if one.is_file() and one.suffix != ".pyc"
-    ]
-    ours = {str(one.relative_to(ROOT / "worker")) for one in files}
-    strange = [one for one in names if PurePosixPath(one).parts[0] not in {"gradcam_worker", information}]
-    findings = [f"the wheel lacks {one}" for one in sorted((ours | licences) - names)]
-    findings += [f"the wheel should not hold {one}" for one in sorted(strange)]
+    sources = (path for path in (ROOT / "worker" / NAME).rglob("*") if path.is_file())
+    needed = {str(path.relative_to(ROOT / "worker")) for path in sources if path.suffix != ".pyc"}
+    needed |= {f"{information}/licenses/{name}" for name in LICENSES}
+    strange = {name for name in names if PurePosixPath(name).parts[0] not in {NAME, information}}
     extras = set(re.findall(r"^Provides-Extra: (\S+)", metadata, re.MULTILINE))
-    findings += [f"the wheel has no extra {one}" for one in sorted(EXTRAS - extras)]
+    findings = [f"the wheel lacks {name}" for name in sorted(needed - names)]
+    findings += [f"the wheel should not hold {name}" for name in sorted(strange)]
+    findings += [f"the wheel has no extra {extra}" for extra in sorted(EXTRAS - extras)]
     if f"\nVersion: {__version__}\n" not in metadata:
         findings.append(f"the wheel's version is not {__version__}")
     if "gradcam = gradcam_worker.cli.main:main" not in entry:
@@ -172,10 +147,9 @@ def wheel_findings(wheel: Path) -> list[str]:
 def sdist_findings(sdist: Path) -> list[str]:
     """What is wrong with a source distribution."""
     with tarfile.open(sdist) as archive:
-        top = {PurePosixPath(one).parts[1] for one in archive.getnames()}
-    return [f"the sdist lacks {one}" for one in sorted(set(SDIST) - top)] + [
-        f"the sdist should not hold {one}" for one in sorted(top - {*SDIST, ".gitignore"})
-    ]
+        top = {PurePosixPath(name).parts[1] for name in archive.getnames()}
+    findings = [f"the sdist lacks {name}" for name in sorted({*SDIST} - top)]
+    return findings + [f"the sdist should not hold {name}" for name in sorted(top - {*SDIST, ".gitignore"})]
 
 
 def require_reproducible(built: Built) -> None:
@@ -193,14 +167,13 @@ def check_client(wheel: Path, folder: Path) -> None:
     """Install the wheel alone; raise NotReady where it brings more than a client, or less."""
     python = environment(folder / "client", wheel)
     program = (
-        f"import importlib, importlib.util; [importlib.import_module(one) for one in {CLIENT}]; "
-        f"print(*[one for one in {HEAVY} if importlib.util.find_spec(one)])"
+        f"import importlib.util; [importlib.import_module(f'{NAME}.{{name}}') for name in {CLIENT}]; "
+        f"import {NAME}; print({NAME}.__version__, *filter(importlib.util.find_spec, {HEAVY}))"
     )
-    heavy = _output([str(python), "-P", "-c", program], folder)
+    version, *heavy = _output([str(python), "-P", "-c", program], folder).split()
     if heavy:
-        message = f"the base install brings {heavy}"
+        message = f"the base install brings {' '.join(heavy)}"
         raise NotReady(message)
-    version = _output([str(python), "-P", "-c", f"import {NAME}; print({NAME}.__version__)"], folder)
     if version != __version__:
         message = f"the installed version is {version}, not {__version__}"
         raise NotReady(message)
@@ -219,9 +192,7 @@ def check_worker(wheel: Path, folder: Path) -> None:
 
 def write_checksums(built: Built) -> None:
     """Write SHA256SUMS, for `sha256sum -c`."""
-    lines = [
-        f"{hashlib.sha256(one.read_bytes()).hexdigest()}  {one.name}\n" for one in (built.wheel, built.sdist)
-    ]
+    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in built]
     (built.wheel.parent / "SHA256SUMS").write_text("".join(lines))
 
 
@@ -231,28 +202,19 @@ def environment(venv: Path, wheel: Path, *extras: str) -> Path:
     subprocess.run(setup, check=True)
     python = venv / "bin" / "python"
     pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-index"]
-    asked = f"{wheel}[{','.join(extras)}]" if extras else str(wheel)
-    subprocess.run([*pip, asked], check=True)  # without an index: all that it asks for has to be there
+    requirement = f"{wheel}[{','.join(extras)}]" if extras else str(wheel)
+    subprocess.run([*pip, requirement], check=True)  # without an index: all that it asks for has to be there
     return python
 
 
 def _outside() -> dict[str, str]:
     """The environment without anything that leads to this tree."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("GRADCAM_", "PYTHON", "VIRTUAL_ENV"))
-    }
+    inside = ("GRADCAM_", "PYTHON", "VIRTUAL_ENV")
+    return {name: value for name, value in os.environ.items() if not name.startswith(inside)}
 
 
 def _output(command: list[str], folder: Path) -> str:
     done = subprocess.run(command, cwd=folder, env=_outside(), check=True, capture_output=True, text=True)
-    return done.stdout.strip()
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
     return done.stdout.strip()
 
 
