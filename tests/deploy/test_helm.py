@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import re
 from typing import Any
 
 import pytest
@@ -189,7 +190,8 @@ class TestRendered:
         files = sorted(CHART.glob("ci/*.yaml"))
         assert [file.stem for file in files] == ["cpu", "everything", "gpu-keda"]
         for file in files:
-            assert list(helm.findings(rendered(file.stem))) == []
+            documents = rendered(file.stem)
+            assert [*helm.by_schema(documents), *helm.findings(documents)] == []
 
     def test_under_each_name_of_a_release_settings_pass_over_what_kubernetes_says_of_its_services(
         self,
@@ -280,17 +282,28 @@ class TestRendered:
     @pytest.mark.parametrize(
         ("path", "value", "said"),
         [
-            (("securityContext", "runAsUser"), 1000, "runs as 1000"),
-            (("securityContext", "runAsNonRoot"), False, "as root"),
-            (("automountServiceAccountToken",), True, "token"),
-            (("enableServiceLinks",), True, "as variables"),
+            (("securityContext", "runAsUser"), 1000, "securityContext.runAsUser: 10001 was expected"),
+            (("securityContext", "runAsNonRoot"), False, "securityContext.runAsNonRoot: True was expected"),
+            (("securityContext", "seccompProfile"), {"type": "Unconfined"}, "seccompProfile: {"),
+            (("automountServiceAccountToken",), True, "automountServiceAccountToken: False was expected"),
+            (("enableServiceLinks",), True, "enableServiceLinks: False was expected"),
             (("terminationGracePeriodSeconds",), 60, "killed after 60 s"),
-            (("containers", 0, "image"), "gradcam-worker:latest", "says no version"),
-            (("containers", 0, "securityContext", "readOnlyRootFilesystem"), False, "rights"),
-            (("containers", 0, "livenessProbe", "httpGet", "path"), "/ready", "is asked at"),
-            (("containers", 0, "ports"), [], "does not serve metrics"),
+            (
+                ("containers", 0, "image"),
+                "gradcam-worker:latest",
+                "containers[0].image: 'gradcam-worker:latest'",
+            ),
+            (
+                ("containers", 0, "image"),
+                "localhost:5000/gradcam-worker",
+                "image: 'localhost:5000/gradcam-worker'",
+            ),
+            (("containers", 0, "securityContext", "readOnlyRootFilesystem"), False, "securityContext: {"),
+            (("containers", 0, "livenessProbe", "httpGet", "path"), "/ready", "path: '/live' was expected"),
+            (("containers", 0, "resources", "limits"), {}, "limits: 'memory' is a required property"),
+            (("containers", 0, "ports"), [], "containers[0].ports: "),
         ],
-        ids=["user", "root", "token", "links", "grace", "version", "rights", "probe", "port"],
+        ids=lambda value: re.sub(r"\W+", "-", value) if isinstance(value, str) else "",
     )
     def test_what_is_wrong_is_found(self, path: tuple[Any, ...], value: Any, said: str) -> None:
         documents = copy.deepcopy(rendered("cpu"))
@@ -298,7 +311,7 @@ class TestRendered:
         for step in path[:-1]:
             place = place[step]
         place[path[-1]] = value
-        assert any(said in each for each in helm.findings(documents))
+        assert said in "\n".join([*helm.by_schema(documents), *helm.findings(documents)])
 
     @pytest.mark.parametrize(
         ("kind", "name", "path", "value", "said"),

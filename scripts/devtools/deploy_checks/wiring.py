@@ -13,28 +13,33 @@ WRITTEN = ("/cache", "/tmp")  # noqa: S108  # all that the images write to
 FILES = "/etc/gradcam"
 URL = re.compile(r"http://([a-z0-9-]+)(?:\.([a-z0-9-]+)\.svc)?:([0-9]+)")
 DNS = 53
-NAMESPACE = "vision"  # see `check_helm.template`
+NAMESPACE = "vision"  # that the chart is rendered for
+
+
+def of_kind(documents: list[Document], *kinds: str) -> list[Document]:
+    """The objects of these kinds."""
+    return [document for document in documents if document["kind"] in kinds]
 
 
 def findings(documents: list[Document]) -> Iterator[str]:
     """What does not fit together, in all that a template made."""
-    pods = [one["spec"]["template"] for one in documents if one["kind"] in {"Deployment", "StatefulSet"}]
+    pods = [document["spec"]["template"] for document in of_kind(documents, "Deployment", "StatefulSet")]
     ours = [pod for pod in pods if _component(pod) in {"worker", "deliver"}]
-    for one in documents:
-        if one["kind"] == "Service":
-            yield from _service(one, pods)
-        elif one["kind"] in {"ScaledObject", "ConfigMap"}:
-            yield from _addresses(one, documents)
-        elif one["kind"] == "NetworkPolicy":
-            yield from _policy(one, pods)
-        elif one["kind"] == "PodMonitor":
-            for asked in one["spec"]["podMetricsEndpoints"]:
-                if any(asked["port"] not in _ports(pod) for pod in ours):
-                    yield f"the PodMonitor asks at {asked['port']}, which not all pods have"
-        elif one["kind"] == "PodDisruptionBudget" and "maxUnavailable" not in one["spec"]:
+    for service in of_kind(documents, "Service"):
+        yield from _service(service, pods)
+    for document in of_kind(documents, "ScaledObject", "ConfigMap"):
+        yield from _addresses(document, documents)
+    for policy in of_kind(documents, "NetworkPolicy"):
+        yield from _policy(policy, pods)
+    for monitor in of_kind(documents, "PodMonitor"):
+        for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+            if any(endpoint["port"] not in _ports(pod) for pod in ours):
+                yield f"the PodMonitor asks at {endpoint['port']}, which not all pods have"
+    for budget in of_kind(documents, "PodDisruptionBudget"):
+        if "maxUnavailable" not in budget["spec"]:
             yield "the PodDisruptionBudget lets no node be drained that has the only worker"
     for pod in ours:
-        yield from (f"{_component(pod)}: {said}" for said in _mounts(pod, documents))
+        yield from (f"{_component(pod)}: {finding}" for finding in _mounts(pod, documents))
 
 
 def _component(pod: Document) -> str:
@@ -43,15 +48,16 @@ def _component(pod: Document) -> str:
 
 def _ports(pod: Document) -> dict[str, int]:
     """Name -> number."""
-    return {port["name"]: port["containerPort"] for one in pod["spec"]["containers"] for port in one["ports"]}
+    containers = pod["spec"]["containers"]
+    return {port["name"]: port["containerPort"] for container in containers for port in container["ports"]}
 
 
 def _selected(selector: Document, pods: list[Document]) -> list[Document]:
     """The pods that a selector means."""
     wanted = {name: [value] for name, value in selector.get("matchLabels", {}).items()}
-    wanted |= {one["key"]: one["values"] for one in selector.get("matchExpressions", [])}
+    wanted |= {rule["key"]: rule["values"] for rule in selector.get("matchExpressions", [])}
     labels = [(pod, pod["metadata"]["labels"]) for pod in pods]
-    return [pod for pod, said in labels if all(said.get(name) in values for name, values in wanted.items())]
+    return [pod for pod, its in labels if all(its.get(name) in values for name, values in wanted.items())]
 
 
 def _service(service: Document, pods: list[Document]) -> Iterator[str]:
@@ -59,24 +65,19 @@ def _service(service: Document, pods: list[Document]) -> Iterator[str]:
     chosen = _selected({"matchLabels": spec["selector"]}, pods)
     if [f"-{_component(pod)}" for pod in chosen] != [name[name.rindex("-") :]]:
         yield f"Service {name} leads to {[_component(pod) for pod in chosen]}"
-    for pod in chosen:
-        for port in spec["ports"]:
-            if _ports(pod).get(port["targetPort"]) != port["port"]:
-                yield f"Service {name}: its pods do not listen at {port}"
+    for pod, port in ((pod, port) for pod in chosen for port in spec["ports"]):
+        if _ports(pod).get(port["targetPort"]) != port["port"]:
+            yield f"Service {name}: its pods do not listen at {port}"
 
 
 def _addresses(document: Document, documents: list[Document]) -> Iterator[str]:
     """Whether what it names by `http://` is a Service here."""
-    there = {
-        (one["metadata"]["name"], port["port"])
-        for one in documents
-        if one["kind"] == "Service"
-        for port in one["spec"]["ports"]
-    }
+    services = of_kind(documents, "Service")
+    known = {(its["metadata"]["name"], port["port"]) for its in services for port in its["spec"]["ports"]}
     texts = [trigger["metadata"]["url"] for trigger in document.get("spec", {}).get("triggers", [])]
     texts += [document.get("data", {}).get("GRADCAM_S3_ENDPOINT_URL", "")]
     for host, namespace, port in URL.findall(" ".join(texts)):
-        if (host, int(port)) not in there or namespace not in {"", NAMESPACE}:
+        if (host, int(port)) not in known or namespace not in {"", NAMESPACE}:
             yield f"{document['kind']} names {host}:{port} in {namespace or NAMESPACE}, which is no Service"
 
 
@@ -85,53 +86,52 @@ def _policy(policy: Document, pods: list[Document]) -> Iterator[str]:
     chosen = _selected(spec["podSelector"], pods)
     if not chosen:
         yield f"NetworkPolicy {name} is for no pod"
-    for way in spec.get("ingress", []):
-        for port, pod in ((port["port"], pod) for port in way["ports"] for pod in chosen):
-            if port not in {*_ports(pod), *_ports(pod).values()}:
-                yield f"NetworkPolicy {name} lets in at {port}, where {_component(pod)} does not listen"
+    ports = [port["port"] for rule in spec.get("ingress", []) for port in rule["ports"]]
+    for port, pod in ((port, pod) for port in ports for pod in chosen):
+        if port not in {*_ports(pod), *_ports(pod).values()}:
+            yield f"NetworkPolicy {name} lets in at {port}, where {_component(pod)} does not listen"
     if "egress" in spec:
         others = [pod for pod in pods if pod not in chosen]
-        yield from (
-            f"NetworkPolicy {name} lets nothing out to {one}" for one in _closed(spec["egress"], others)
-        )
+        for place in _closed(spec["egress"], others):
+            yield f"NetworkPolicy {name} lets nothing out to {place}"
 
 
 def _closed(egress: list[Document], pods: list[Document]) -> Iterator[str]:
     """Which of the DNS and of these pods cannot be reached."""
-    out = [(way.get("to", []), port) for way in egress for port in way["ports"]]
-    asked = {port.get("protocol") for _, port in out if port["port"] == DNS}
-    if not {"TCP", "UDP"} <= asked:
+    protocols = {port.get("protocol") for rule in egress for port in rule["ports"] if port["port"] == DNS}
+    if not {"TCP", "UDP"} <= protocols:
         yield "the DNS"
     for pod in pods:
-        there = {
+        open_ports = {
             port["port"]
-            for places, port in out
-            for one in places
-            if pod in _selected(one.get("podSelector", {}), pods) and "podSelector" in one
+            for rule in egress
+            for peer in rule.get("to", [])
+            if "podSelector" in peer and pod in _selected(peer["podSelector"], pods)
+            for port in rule["ports"]
         }
-        if not there & {*_ports(pod).values()}:
+        if not open_ports & {*_ports(pod).values()}:
             yield _component(pod)
 
 
 def _mounts(pod: Document, documents: list[Document]) -> Iterator[str]:
     """Whether there is a place for what is written, and what is read is there."""
     spec, (container,) = pod["spec"], pod["spec"]["containers"]
-    volumes = {one["name"]: one for one in spec["volumes"]}
-    mounts = {one["mountPath"]: one for one in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
     for path, mount in mounts.items():
         if mount["name"] not in volumes:
             yield f"{path} is of a volume {mount['name']}, which there is not"
     for path in WRITTEN:
         if path not in mounts or mounts[path].get("readOnly"):
             yield f"{path} cannot be written to"
-    maps = {one["metadata"]["name"]: one["data"] for one in documents if one["kind"] == "ConfigMap"}
-    sources = volumes[mounts[FILES]["name"]]["projected"]["sources"]
-    files = {item["path"] for one in sources for item in one["configMap"].get("items", [])}
-    files |= {key for one in sources for key in maps.get(one["configMap"]["name"], {})}
-    names = [one["configMapRef"]["name"] for one in container["envFrom"] if "configMapRef" in one]
-    for name, value in (pair for one in names for pair in maps[one].items()):
+    maps = {each["metadata"]["name"]: each["data"] for each in of_kind(documents, "ConfigMap")}
+    sources = [source["configMap"] for source in volumes[mounts[FILES]["name"]]["projected"]["sources"]]
+    files = {item["path"] for source in sources for item in source.get("items", [])}
+    files |= {key for source in sources for key in maps.get(source["name"], {})}
+    names = [source["configMapRef"]["name"] for source in container["envFrom"] if "configMapRef" in source]
+    for name, value in (pair for map_name in names for pair in maps[map_name].items()):
         folder, _, file = str(value).rpartition("/")
         if folder == FILES and file not in files:
             yield f"{name} is {value}, and {FILES} holds {sorted(files)}"
-    if not any("secretRef" in one for one in container["envFrom"]):
+    if not any("secretRef" in source for source in container["envFrom"]):
         yield "it gets no Secret, and so no GRADCAM_BROKER_URL"
