@@ -4,8 +4,8 @@
     faults          attacks on the guarantees: `scripts/faults`
     deploy_checks   docker/ and deploy/ without Docker and without a cluster: `scripts/check-deploy`
     agreement       our numbers against the same computed in other ways: `scripts/agreement`
-    docs            generated pages, pictures and the site: `scripts/docs`, `scripts/performance`
-    maintenance     releases, JSON schemas: `scripts/release`, `scripts/schemas`
+    docs            generated pages and schemas, pictures, the site: `scripts/docs`, `scripts/pictures`
+    release         wheel and sdist: `scripts/release`
 
 The docstring of each package says where to begin. The programs are run as modules (`python -m
 devtools.bench`), with the folder `scripts` on the import path; so are those that they start themselves.

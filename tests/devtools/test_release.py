@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gradcam_worker
-from devtools.maintenance import release
+from devtools import release
 
 ROOT = Path(__file__).parents[2]
 

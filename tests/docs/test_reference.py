@@ -26,7 +26,7 @@ def test_every_setting_has_a_row_with_a_meaning() -> None:
 
 def test_every_field_of_a_job_has_a_meaning() -> None:
     meanings = {key: meaning for key, _, _, meaning in reference_pages.fields(Job)}
-    assert meanings.keys() == {f"`{field.alias or name}`" for name, field in Job.model_fields.items()}
+    assert meanings.keys() == {field.alias or name for name, field in Job.model_fields.items()}
     assert [key for key, meaning in meanings.items() if len(meaning) < 5] == []
 
 

@@ -36,9 +36,20 @@ def test_every_error_that_is_raised_has_a_code_of_its_own() -> None:
     assert below == set(LEAVES), "what has errors below it is a cause, and is not raised"
 
 
+def branch(start: str, error: type[GradcamError]) -> str:
+    becomes = {PermanentError: "fails", RetryableError: "retried", LocalError: "raised"}
+    return f"{start + error.__name__:<35}{error.code:<26}{becomes[reference_pages.outcome(error)]}"
+
+
 def test_the_tree_in_the_docstring_is_the_tree_in_the_code() -> None:
     drawn = [line.strip() for line in (errors.__doc__ or "").splitlines()]
-    tree = [*reference_pages.error_tree()]
+    groups = reference_pages.by_cause()
+    others = groups.pop(GradcamError)
+    tree = ["GradcamError"]
+    for cause, kinds in groups.items():
+        starts = ["│   ├── "] * (len(kinds) - 1) + ["│   └── "]
+        tree += [f"├── {cause.__name__}", *map(branch, starts, kinds)]
+    tree += map(branch, ["├── "] * (len(others) - 1) + ["└── "], others)
     assert drawn[2 : 2 + len(tree)] == tree
     assert len(tree) == len(EVERY) - len(OUTCOMES)
 

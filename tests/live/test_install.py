@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from devtools.maintenance import release
+from devtools import release
 
 pytestmark = pytest.mark.live
 

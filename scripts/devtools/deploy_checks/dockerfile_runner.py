@@ -8,13 +8,12 @@ in its shell form, also with --mount=type=bind,from=STAGE, USER, and ENTRYPOINT,
 exec form; EXPOSE, LABEL and STOPSIGNAL do not say how it is made. Anything else is refused.
 
 What is not as in a container:
-* the system below it is this machine's, and so is its Python;
+* the system below it is this machine's; so is its Python: ours where the user may run it, else `python3`;
 * the paths of MOVED lie below the stage's folder, wherever an instruction names them;
 * `RUN useradd` makes its home and no account;
 * pip asks the index, and keeps the cache, of this user.
 """
 
-import contextlib
 import copy
 import json
 import os
@@ -86,22 +85,6 @@ class Builder:
     def as_user(self) -> dict[str, Any]:
         """The arguments of subprocess that say as whom programs are started."""
         return {"user": self.uid, "group": self.uid, "extra_groups": []} if os.getuid() == 0 else {}
-
-    @cached_property
-    def python(self) -> Path:
-        """A Python that the user may run and that can make environments."""
-        check = "import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"
-        for path in (sys.executable, "/usr/local/bin/python3", "/usr/bin/python3"):
-            program = os.path.realpath(path)
-            with contextlib.suppress(
-                OSError, subprocess.CalledProcessError
-            ):  # not there, or closed to the user
-                subprocess.run(
-                    [program, "-c", check], cwd="/", check=True, capture_output=True, **self.as_user
-                )
-                return Path(program)
-        message = "No Python 3.11 to 3.13 with ensurepip can be run by the image's user: install one in /usr."
-        raise Failed(message)
 
     def make(self, name: str) -> Made:
         """Carry out a stage, and before it those that it stands on. Raises NotUnderstood, Failed."""
@@ -213,7 +196,8 @@ class Builder:
         """What a container of this stage has in its environment, and nothing of this machine's."""
         scratch = str(self.own(self.folder / "tmp"))
         variables = {name: made.moved(value) for name, value in made.environment.items()}
-        path = variables["PATH"].replace(SYSTEM_PATH, f"{self.python.parent}:{SYSTEM_PATH}")
+        ours = Path(sys.executable).resolve().parent
+        path = variables["PATH"].replace(SYSTEM_PATH, f"{ours}:{SYSTEM_PATH}")
         return {"HOME": scratch, **variables, "PATH": path, "TMPDIR": scratch}
 
 

