@@ -20,12 +20,7 @@ ROOT = SCRIPTS.parent  # of the repository
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """How a module of this package is run with this interpreter, given `import_path`.
-
-    Args:
-        module: its name below `devtools`, such as `faults.images`.
-        *arguments: what it is given.
-    """
+    """How a module of this package, such as `faults.images`, is run here, given `import_path`."""
     return [sys.executable, "-P", "-m", f"{__name__}.{module}", *arguments]
 
 

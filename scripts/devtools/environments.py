@@ -1,6 +1,7 @@
 """Python environments beside the project's own, for programs whose packages must not be among its."""
 
 import hashlib
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -40,10 +41,9 @@ class Environment:
     def pip(self, *arguments: str) -> str:
         """Install with its own pip; return the reason of a failure, else nothing."""
         command = [str(self.python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *arguments]
-        done = subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
-        )
-        errors = [
-            line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        reasons = [
+            f"pip ended with {done.returncode}",
+            *re.findall(r"^ERROR: (.*)", done.stderr, re.MULTILINE),
         ]
-        return (errors or [f"pip ended with {done.returncode}"])[-1] if done.returncode else ""
+        return reasons[-1] if done.returncode else ""

@@ -68,11 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 check_client(built.wheel, Path(folder))
                 check_worker(built.wheel, Path(folder))
         write_checksums(built)
-    except NotReady as error:
+    except (NotReady, subprocess.CalledProcessError) as error:
         print(f"No release: {error}", file=sys.stderr)
-        return 1
-    except subprocess.CalledProcessError as error:
-        print(f"No release: {error.cmd[0]} ended with {error.returncode}.", file=sys.stderr)
         return 1
     print(f"dist/ holds {__version__}. What is left: git tag v{__version__}, and the upload.")
     return 0
@@ -118,7 +115,7 @@ def build(source: Path, folder: Path) -> Built:
 
 def inspect_archives(built: Built) -> None:
     """Raise NotReady with all that is missing in wheel or sdist, or should not be there."""
-    if findings := [*wheel_findings(built.wheel), *sdist_findings(built.sdist)]:
+    if findings := wheel_findings(built.wheel) + sdist_findings(built.sdist):
         raise NotReady("; ".join(findings))
 
 
@@ -181,11 +178,12 @@ def check_client(wheel: Path, folder: Path) -> None:
 
 def check_worker(wheel: Path, folder: Path) -> None:
     """Install the wheel with what a worker needs, and run the demo, in a folder that holds nothing else."""
-    python = environment(folder / "worker", wheel, "cpu", "demo")
-    (folder / "empty").mkdir()
-    command = [str(python.with_name("gradcam")), "demo"]
-    subprocess.run(command, cwd=folder / "empty", env=_outside(), check=True, timeout=DEMO_S)
-    if not (folder / "empty" / "gradcam-demo" / "contact-sheet.jpg").exists():
+    python, empty = environment(folder / "worker", wheel, "cpu", "demo"), folder / "empty"
+    empty.mkdir()
+    subprocess.run(
+        [python.with_name("gradcam"), "demo"], cwd=empty, env=_outside(), check=True, timeout=DEMO_S
+    )
+    if not (empty / "gradcam-demo" / "contact-sheet.jpg").exists():
         message = "the demo left no contact sheet"
         raise NotReady(message)
 

@@ -9,7 +9,7 @@ pytestmark = [pytest.mark.live, pytest.mark.tensorflow]
 
 @pytest.mark.timeout(600)
 def test_the_image_is_made_by_its_dockerfile_gets_ready_and_passes_the_smoke_test() -> None:
-    seen = rehearsal.rehearse()
+    outcome = rehearsal.rehearse()
     for expected in ("872  tripod", "967  espresso", "285  Egyptian_cat", "812  space_shuttle"):
-        assert expected in seen.smoke
-    assert seen.findings() == []
+        assert expected in outcome.smoke
+    assert outcome.findings == []

@@ -1,4 +1,1 @@
-"""docker/ and deploy/, checked without Docker and without a cluster: `scripts/check-deploy`.
-
-Begin with `checks`, which runs all of them.
-"""
+"""docker/ and deploy/, checked without Docker and without a cluster. Begin with `checks`, which runs all."""

@@ -33,14 +33,20 @@ TEXTS = {".yaml", ".yml", ".md", ".json", ".example", ".tpl", ".txt", ""}
 
 def programs() -> list[str]:
     """Return what others' programs find."""
-    schema = Path(__file__).with_name("prometheus.schema.json")
     return [
         *tools.findings("hadolint", DOCKERFILE),
         *tools.findings("shellcheck", *shell_scripts()),
         *tools.findings("yamllint", "--strict", "-d", LINT, *yaml_files()),
         *tools.findings("check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE),
-        *tools.findings("check-jsonschema", "--schemafile", schema, PROMETHEUS),
+        *by_schema("compose", COMPOSE),
+        *by_schema("prometheus", PROMETHEUS),
     ]
+
+
+def by_schema(name: str, *files: Path) -> list[str]:
+    """Return what a schema of ours does not allow."""
+    schema = Path(__file__).with_name(f"{name}.schema.json")
+    return tools.findings("check-jsonschema", "--schemafile", schema, *files)
 
 
 def shell_scripts() -> list[Path]:

@@ -38,12 +38,8 @@ _PATHS = re.compile(rf"(?<![\w./-])/(?={'|'.join(MOVED)}\b)")
 _MOUNT = re.compile(r"--mount=type=bind,from=([\w-]+),source=(\S+?),target=(\S+)\s+")
 
 
-class NotUnderstood(Exception):
-    """The Dockerfile holds what this does not know."""
-
-
 class Failed(Exception):
-    """An instruction did not do what it should."""
+    """An instruction is not known here, or did not do what it should."""
 
 
 @dataclass
@@ -54,10 +50,12 @@ class Made:
     environment: dict[str, str]
     arguments: dict[str, str] = field(default_factory=dict)
     workdir: str = "/"
-    user: str = "0"
-    entrypoint: list[str] = field(default_factory=list)
-    command: list[str] = field(default_factory=list)
-    healthcheck: list[str] = field(default_factory=list)
+    started_with: dict[str, str] = field(default_factory=dict)  # what USER, ENTRYPOINT, CMD, HEALTHCHECK say
+
+    def words(self, name: str) -> list[str]:
+        """The command line of ENTRYPOINT, CMD or HEALTHCHECK: a JSON list, behind any options."""
+        _, bracket, rest = self.started_with.get(name, "").partition("[")
+        return list(json.loads(bracket + rest or "[]"))
 
     def moved(self, text: str) -> str:
         """The same with every path of the image's where it lies here."""
@@ -87,7 +85,7 @@ class Builder:
         return {"user": self.uid, "group": self.uid, "extra_groups": []} if os.getuid() == 0 else {}
 
     def make(self, name: str) -> Made:
-        """Carry out a stage, and before it those that it stands on. Raises NotUnderstood, Failed."""
+        """Carry out a stage, and before it those that it stands on. Raises Failed."""
         if name not in self.made:
             stage, folder = self.stages[name], self.folder / name
             if stage.parent in self.stages:
@@ -124,9 +122,13 @@ class Builder:
                 self._copy_in(instruction, made)
             case "RUN", _:
                 self._run(instruction, made)
-            case name, _ if not _started_with(instruction, made) and name not in SILENT:
+            case "USER" | "ENTRYPOINT" | "CMD" | "HEALTHCHECK" as name, text:
+                made.started_with[name] = text
+                if name == "ENTRYPOINT":
+                    made.started_with.pop("CMD", None)  # the parent's
+            case name, _ if name not in SILENT:
                 message = f"The builder does not know this instruction of docker/Dockerfile: {instruction}"
-                raise NotUnderstood(message)
+                raise Failed(message)
 
     def _copy_in(self, instruction: Instruction, made: Made) -> None:
         words = shlex.split(instruction.text)
@@ -134,7 +136,7 @@ class Builder:
         *sources, target = words[len(options) :]
         if len(options) > 1 or any(not option.startswith("--from=") for option in options):
             message = f"This builder knows no option of COPY but --from: {instruction}"
-            raise NotUnderstood(message)
+            raise Failed(message)
         into_folder = len(sources) > 1 or target.endswith("/")
         for source in sources:
             if options:
@@ -149,16 +151,10 @@ class Builder:
 
     def _copy(self, source: Path, target: Path) -> None:
         """Copy a file, or what a folder holds; what was made here is linked."""
-        made_here = source.is_relative_to(self.folder)
-        copy_file = os.link if made_here else shutil.copy2
-        skipped = shutil.ignore_patterns(*([] if made_here else ["__pycache__"]))
         target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_file():
-            copy_file(source, target)
-        else:
-            shutil.copytree(
-                source, target, symlinks=True, dirs_exist_ok=True, ignore=skipped, copy_function=copy_file
-            )
+        link = ["--link"] if source.is_relative_to(self.folder) else []
+        options = ["--archive", "--no-target-directory", *link]
+        subprocess.run(["/bin/cp", *options, str(source), str(target)], check=True)
 
     def _run(self, instruction: Instruction, made: Made) -> None:
         text = instruction.text
@@ -172,7 +168,7 @@ class Builder:
         script = made.moved(_MOUNT.sub("", text))
         if script.startswith(("--", "[")):
             message = f"This builder does not know this way of RUN: {instruction}"
-            raise NotUnderstood(message)
+            raise Failed(message)
         self.own(made.folder)
         environment = {**pip_configuration(), **self.environment(made), **made.arguments}
         environment.pop("PIP_NO_CACHE_DIR", None)
@@ -199,22 +195,6 @@ class Builder:
         ours = Path(sys.executable).resolve().parent
         path = variables["PATH"].replace(SYSTEM_PATH, f"{ours}:{SYSTEM_PATH}")
         return {"HOME": scratch, **variables, "PATH": path, "TMPDIR": scratch}
-
-
-def _started_with(instruction: Instruction, made: Made) -> bool:
-    """Whether an instruction says how a container is started; if so, it is noted."""
-    match instruction:
-        case "USER", text:
-            made.user = text.partition(":")[0]
-        case "ENTRYPOINT", text:
-            made.entrypoint, made.command = json.loads(text), []
-        case "CMD", text:
-            made.command = json.loads(text)
-        case "HEALTHCHECK", text:
-            made.healthcheck = json.loads(text.partition("CMD ")[2] or "[]")
-        case _:
-            return False
-    return True
 
 
 def pip_configuration() -> dict[str, str]:

@@ -23,7 +23,7 @@ from devtools.deploy_checks.scaling import Scaler
 from devtools.deploy_checks.wiring import NAMESPACE, Document, of_kind
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.runtime import supervisor
-from gradcam_worker.schemas.work import ROUTE, ROUTES
+from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.settings import Settings
 
 CHART = ROOT / "deploy" / "helm" / "gradcam"
@@ -69,18 +69,18 @@ RELEASES = ("gradcam", "gradcam-prod", "x")  # as people call them: the first tw
 def chart_findings() -> list[str]:
     """Return what is wrong with the chart. Raises tools.Missing."""
     wrong = list(stale())
+    everything = CHART / "ci" / "everything.yaml"
+    rendered = [(everything, release) for release in RELEASES]
     for values in sorted((CHART / "ci").glob("*.yaml")):
+        rendered.append((values, "rehearsal"))
         lint = tools.run("helm", "lint", "--strict", CHART, "-f", values)
         if lint.returncode or "WARNING" in lint.stdout + lint.stderr:
             wrong.append(f"{values.name}: helm lint: {lint.stdout} {lint.stderr}")
-        text, errors = template(values)
-        if errors:
-            wrong.append(f"{values.name}: helm template: {errors}")
-            continue
+    for values, release in rendered:
+        text, errors = template(values, release=release)
         documents = parsed(text)
-        wrong += [f"{values.name}: {finding}" for finding in (*checked(documents), *findings(documents))]
-    for release in RELEASES:
-        wrong += released(release)
+        all_findings = [f"helm template: {errors}"] if errors else [*checked(documents), *findings(documents)]
+        wrong += [f"{values.name}, release {release}: {finding}" for finding in all_findings]
     return [*wrong, *refused()]
 
 
@@ -130,16 +130,6 @@ def refused() -> Iterator[str]:
             yield f"--set {values} is refused without {word!r}: {errors}"
 
 
-def released(release: str) -> Iterator[str]:
-    """What is wrong with the chart under the name of a release, with all that it can bring."""
-    text, errors = template(CHART / "ci" / "everything.yaml", release=release)
-    if errors:
-        yield f"release {release}: helm template: {errors}"
-        return
-    documents = parsed(text)
-    yield from (f"release {release}: {finding}" for finding in (*findings(documents), *injected(documents)))
-
-
 def injected(documents: list[Document]) -> Iterator[str]:
     """What settings make of the Services of a namespace, as its other pods see them in their environment."""
     for service in of_kind(documents, "Service"):
@@ -170,6 +160,7 @@ def service_links(service: str, ports: list[Document]) -> dict[str, str]:
 def findings(documents: list[Document]) -> Iterator[str]:
     """What no schema says."""
     yield from wiring.findings(documents)
+    yield from injected(documents)
     for scaled in of_kind(documents, "ScaledObject"):
         yield from _scaler(scaled, documents)
     by_name = {(document["kind"], document["metadata"]["name"]): document for document in documents}
@@ -231,8 +222,6 @@ def stale() -> Iterator[str]:
     schema = json.loads(VALUES.read_text(encoding="utf-8"))
     if schema["properties"]["settings"] != settings_schema():
         yield "values.schema.json: settings are not those of settings.py: scripts/check-deploy --write"
-    if {*ROUTES} != {"high", "normal", "low", "bulk", ROUTE}:
-        yield f"the chart's formula does not know all of {ROUTES}"
 
 
 def write() -> None:

@@ -29,11 +29,6 @@ class Work:
     retrying: int = 0  # that wait for their next attempt
     running: int = 0  # jobs and shards
 
-    @property
-    def left(self) -> int:
-        """Jobs and shards that are not over."""
-        return sum(self.queued.values()) + self.retrying + self.running
-
 
 @dataclass(frozen=True)
 class Scaler:
@@ -52,8 +47,9 @@ class Scaler:
 
     def load(self, work: Work) -> float:
         """Workers' worth of work; 0 only where there is none."""
-        jobs = work.left - work.queued.get(SHARD, 0)
-        seconds = jobs * self.job_s + work.queued.get(SHARD, 0) * self.shard_s
+        shards = work.queued.get(SHARD, 0)
+        jobs = sum(work.queued.values()) - shards + work.retrying + work.running
+        seconds = jobs * self.job_s + shards * self.shard_s
         return max(seconds / self.drain_s, work.running / self.slots)
 
     def desired(self, work: Work) -> int:
@@ -78,23 +74,23 @@ class Scaler:
         Between, the HPA goes up at once, and down by a step at a time, to the most of the last while.
         """
         workers, active_s, stepped_s = 0, -math.inf, -math.inf
-        asked: deque[tuple[float, int]] = deque()  # when, and for how many
-        found = []
+        recent: deque[tuple[float, int]] = deque()  # when, and how many were asked for
+        replayed = []
         for now_s, work in trace:
             wanted = max(self.desired(work), 1)
-            asked.append((now_s, wanted))
-            while asked[0][0] < now_s - self.stabilization_s:
-                asked.popleft()
+            recent.append((now_s, wanted))
+            while recent[0][0] < now_s - self.stabilization_s:
+                recent.popleft()
             if self.load(work) > 0:
                 active_s = now_s
                 workers = max(workers, wanted)
-            most = max(number for _, number in asked)
+            most = max(number for _, number in recent)
             if workers > most and now_s - stepped_s >= self.period_s:
                 workers, stepped_s = max(most, workers - self.step), now_s
             if not self.least and now_s - active_s >= self.cooldown_s:
                 workers = 0
-            found.append(max(workers, self.least))
-        return found
+            replayed.append(max(workers, self.least))
+        return replayed
 
 
 def read(redis: Any, prefix: str) -> Work:

@@ -1,14 +1,10 @@
-"""The programs that check docker/ and deploy/, installed in an environment of their own.
-
-tools.txt pins them, with hashes.
-"""
+"""The programs that check docker/ and deploy/, in an environment of their own: tools.txt pins them."""
 
 import fcntl
 import os
 import shutil
 import subprocess
 import tarfile
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -45,19 +41,16 @@ def run(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     if not program.is_file():
         message = f"{name} is not installed in {FOLDER}: delete that and run scripts/check-deploy."
         raise Missing(message)
-    with tempfile.TemporaryDirectory() as home:  # for what helm keeps
-        variables = {**os.environ, **{f"HELM_{kind}_HOME": home for kind in ("CACHE", "CONFIG", "DATA")}}
-        return subprocess.run(
-            [program, *arguments], capture_output=True, text=True, check=False, cwd=ROOT, env=variables
-        )
+    homes = {f"HELM_{kind}_HOME": str(FOLDER / "home") for kind in ("CACHE", "CONFIG", "DATA")}
+    command, variables = [program, *arguments], {**os.environ, **homes}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=variables)
 
 
 def findings(name: str, *arguments: str | Path) -> list[str]:
     """Run a program that ends with an error where it finds something; return what it prints then."""
     done = run(name, *arguments)
-    if not done.returncode:
-        return []
-    return [f"{name} {' '.join(map(str, arguments))[:200]}:\n{done.stdout}{done.stderr}"]
+    finding = f"{name} {' '.join(map(str, arguments))[:200]}:\n{done.stdout}{done.stderr}"
+    return [finding] if done.returncode else []
 
 
 def _unpack_helm(folder: Path) -> None:

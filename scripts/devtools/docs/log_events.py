@@ -2,8 +2,7 @@
 
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 from devtools import ROOT
 
@@ -11,8 +10,7 @@ PACKAGE = ROOT / "worker" / "gradcam_worker"
 METHODS = {"debug", "info", "warning", "error", "exception", "critical"}
 
 
-@dataclass(frozen=True)
-class LogCall:
+class LogCall(NamedTuple):
     """One call of the logger."""
 
     event: str | None  # None: it is no string literal
@@ -22,10 +20,10 @@ class LogCall:
     line: int
 
 
-def log_calls(package: Path = PACKAGE) -> Iterator[LogCall]:
+def log_calls() -> Iterator[LogCall]:
     """Every call of a method of `log` in the package, in the order of its files."""
-    for path in sorted(package.rglob("*.py")):
-        module = ".".join(path.relative_to(package).with_suffix("").parts)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             match node:
                 case ast.Call(func=ast.Attribute(value=ast.Name(id="log"), attr=method)) if method in METHODS:
