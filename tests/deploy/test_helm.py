@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from devtools.bench import scale
 from devtools.deploy_checks import helm, scaling, tools, wiring
 from devtools.deploy_checks.scaling import Scaler, Work
 from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.settings import Settings
@@ -24,6 +26,7 @@ COMPONENT = "app.kubernetes.io/component"
 CONTAINER = ("spec", "template", "spec", "containers", 0)
 FILES_ALONE = [{"name": "files", "mountPath": "/etc/gradcam"}]
 MAP = "rehearsal-gradcam"
+RELEASES = ("gradcam", "gradcam-prod", "x")  # as people call them: the first two begin as settings do
 SCALER = Scaler(job_s=0.05, shard_s=5, drain_s=60, slots=18, most=8)
 
 
@@ -44,6 +47,33 @@ def one(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]
         each for each in documents if (each["kind"], each["metadata"]["name"]) == (kind, f"rehearsal-{name}")
     ]
     return found
+
+
+def injected(documents: list[dict[str, Any]]) -> Iterator[str]:
+    """What settings make of the Services of a namespace, as its other pods see them in their environment."""
+    for service in wiring.of_kind(documents, "Service"):
+        name = service["metadata"]["name"]
+        try:
+            if Settings.from_environment(service_links(name, service["spec"]["ports"])) != Settings():
+                yield f"Service {name} changes settings"
+        except InvalidSettings as error:
+            yield f"Service {name}: {error}"
+
+
+def service_links(service: str, ports: list[dict[str, Any]]) -> dict[str, str]:
+    """What Kubernetes sets for a Service in the pods of its namespace (`enableServiceLinks`)."""
+    name, address = service.upper().replace("-", "_"), "10.96.0.7"
+    links = {f"{name}_SERVICE_HOST": address}
+    for port in ports:
+        number, protocol = str(port["port"]), port.get("protocol", "TCP")
+        url, link = f"{protocol.lower()}://{address}:{number}", f"{name}_PORT_{number}_{protocol}"
+        links.setdefault(f"{name}_SERVICE_PORT", number)  # the first one's
+        links.setdefault(f"{name}_PORT", url)
+        links |= {link: url, f"{link}_PORT": number, f"{link}_ADDR": address}
+        links[f"{link}_PROTO"] = protocol.lower()
+        if "name" in port:
+            links[f"{name}_SERVICE_PORT_{port['name'].upper().replace('-', '_')}"] = number
+    return links
 
 
 def work(running: int = 0, retrying: int = 0, **queued: int) -> Work:
@@ -144,7 +174,6 @@ def test_a_ledger_is_read_as_it_is(settings: Settings, job: Job) -> None:
 
 
 def test_the_settings_that_the_values_may_hold_are_those_of_the_code() -> None:
-    assert list(helm.stale()) == []
     names = {*helm.settings_schema()["properties"]}
     assert names | helm.SECRET | helm.OWN == {*Settings.model_fields}
 
@@ -196,19 +225,19 @@ class TestRendered:
     def test_under_each_name_of_a_release_settings_pass_over_what_kubernetes_says_of_its_services(
         self,
     ) -> None:
-        for release in helm.RELEASES:
+        for release in RELEASES:
             text, errors = helm.template(CHART / "ci" / "everything.yaml", release=release)
             assert not errors
             documents = helm.parsed(text)
-            assert [*helm.by_schema(documents), *helm.findings(documents)] == []
+            assert [*helm.findings(documents), *injected(documents)] == []
 
     def test_a_service_that_reads_as_a_setting_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
         documents = rendered("everything")
         named: Any = one(documents, "Service", "gradcam-deliver")
         named["metadata"]["name"] = "gradcam-deliver"
-        assert list(helm.injected(documents)) == []
+        assert list(injected(documents)) == []
         monkeypatch.setattr("gradcam_worker.settings.SERVICE_LINKS", ())
-        (found,) = helm.injected(documents)
+        (found,) = injected(documents)
         assert "Service gradcam-deliver: GRADCAM_DELIVER_" in found
 
     def test_wrong_values_are_refused_by_name(self) -> None:

@@ -1,7 +1,6 @@
 """Checks docker/ and deploy/ as far as possible without Docker and without a cluster.
 
     scripts/check-deploy               # what is wrong, a line each; exit code 1 where anything is
-    scripts/check-deploy --write       # the settings' part of the chart's values.schema.json again
     scripts/check-deploy --rehearse    # and: the image is made and run, see `rehearsal`; some minutes
 
 Others' programs come first (hadolint, shellcheck, yamllint, schemas); then whatever is named there (settings,
@@ -23,11 +22,8 @@ from gradcam_worker.cli.commands import gradcam
 from gradcam_worker.settings import PREFIX, Settings
 
 COMPOSE = ROOT / "docker" / "compose.yaml"
+HERE = Path(__file__).parent
 PROMETHEUS = ROOT / "docker" / "prometheus.yml"
-LINT = (
-    "{extends: default, rules: {line-length: {max: 220}, document-start: disable, "
-    "braces: {max-spaces-inside: 1}, comments: {min-spaces-from-content: 1}}}"
-)
 TEXTS = {".yaml", ".yml", ".md", ".json", ".example", ".tpl", ".txt", ""}
 
 
@@ -36,7 +32,7 @@ def programs() -> list[str]:
     return [
         *tools.findings("hadolint", DOCKERFILE),
         *tools.findings("shellcheck", *shell_scripts()),
-        *tools.findings("yamllint", "--strict", "-d", LINT, *yaml_files()),
+        *tools.findings("yamllint", "--strict", "-c", HERE / "yamllint.yaml", *yaml_files()),
         *tools.findings("check-jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE),
         *by_schema("compose", COMPOSE),
         *by_schema("prometheus", PROMETHEUS),
@@ -45,8 +41,7 @@ def programs() -> list[str]:
 
 def by_schema(name: str, *files: Path) -> list[str]:
     """Return what a schema of ours does not allow."""
-    schema = Path(__file__).with_name(f"{name}.schema.json")
-    return tools.findings("check-jsonschema", "--schemafile", schema, *files)
+    return tools.findings("check-jsonschema", "--schemafile", HERE / f"{name}.schema.json", *files)
 
 
 def shell_scripts() -> list[Path]:
@@ -118,11 +113,7 @@ def main() -> int:
     """Check everything; print what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="make the image and run it, too")
-    parser.add_argument("--write", action="store_true", help="write values.schema.json again")
     options = parser.parse_args()
-    if options.write:
-        helm.write()
-        return 0
     try:
         wrong = findings()
     except tools.Missing as error:

@@ -3,12 +3,9 @@
 For each file of values in deploy/helm/gradcam/ci: `helm lint --strict`, `helm template`, Kubernetes' own
 schemas, those of KEDA and the Prometheus operator (deploy/helm/schemas), ours of who may do what
 (workload.schema.json), and what no schema says: which settings there are, that a pod has longer to end than
-its worker, that the scaler's formula is `scaling.Scaler.formula`. Then values that must be refused, and what
-Kubernetes says of each release's Services in the environment of whatever else runs in its namespace:
-settings must pass over it.
+its worker, that the scaler's formula is `scaling.Scaler.formula`. Then refused.yaml: what must be refused.
 """
 
-import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +18,6 @@ from devtools import ROOT
 from devtools.deploy_checks import tools, wiring
 from devtools.deploy_checks.scaling import Scaler
 from devtools.deploy_checks.wiring import NAMESPACE, Document, of_kind
-from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.runtime import supervisor
 from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.settings import Settings
@@ -41,46 +37,20 @@ SECRET = {"broker_url", "ledger_url", "s3_access_key_id", "s3_secret_access_key"
 SECRET |= {"status_sql_url", "traces", "webhook_secrets"}
 # ... and these from the chart, or from a supervisor.
 OWN = {"cache_dir", "devices", "metrics_host", "metrics_port", "networks", "redis_ca", "starts"}
-# Values that must be refused, as `--set` takes them -> what has to be in the message.
-REFUSED = {
-    "settings.treads=4": "treads",
-    "settings.threads=0": "threads",
-    "settings.lease_s=0.5": "lease_s",
-    "settings.precision=float16": "precision",
-    "settings.image_schemes=s3": "image_schemes",
-    "settings.broker_url=redis://a": "broker_url",
-    "secret.existingSecret=": "GRADCAM_BROKER_URL",
-    "worker.device=tpu": "device",
-    "worker.replicas=-1": "replicas",
-    "worker.gpus=2": "gpus",
-    "env.GRADCAM_THREADS=4": "GRADCAM_THREADS",
-    "redis.enabled=true": "users.acl",
-    "redis.image=valkey": "image",
-    "s3.enabled=true": "RCLONE_AUTH_KEY",
-    "networkPolicy.egress=null": "networkPolicy.egress",
-    "keda.enabled=true,keda.minReplicas=9": "keda.maxReplicas",
-    "keda.drainSeconds=0": "drainSeconds",
-    "monitoring.prometheusRule.enabled=true": "--set-file",
-    "nonsense=1": "nonsense",
-}
-RELEASES = ("gradcam", "gradcam-prod", "x")  # as people call them: the first two begin as settings do
+REFUSED = Path(__file__).with_name("refused.yaml")
 
 
 def chart_findings() -> list[str]:
     """Return what is wrong with the chart. Raises tools.Missing."""
-    wrong = list(stale())
-    everything = CHART / "ci" / "everything.yaml"
-    rendered = [(everything, release) for release in RELEASES]
+    wrong = []
     for values in sorted((CHART / "ci").glob("*.yaml")):
-        rendered.append((values, "rehearsal"))
         lint = tools.run("helm", "lint", "--strict", CHART, "-f", values)
         if lint.returncode or "WARNING" in lint.stdout + lint.stderr:
             wrong.append(f"{values.name}: helm lint: {lint.stdout} {lint.stderr}")
-    for values, release in rendered:
-        text, errors = template(values, release=release)
+        text, errors = template(values)
         documents = parsed(text)
-        all_findings = [f"helm template: {errors}"] if errors else [*checked(documents), *findings(documents)]
-        wrong += [f"{values.name}, release {release}: {finding}" for finding in all_findings]
+        of_file = [f"helm template: {errors}"] if errors else [*checked(documents), *findings(documents)]
+        wrong += [f"{values.name}: {finding}" for finding in of_file]
     return [*wrong, *refused()]
 
 
@@ -122,7 +92,7 @@ def by_schema(documents: list[Document]) -> Iterator[str]:
 
 def refused() -> Iterator[str]:
     """Yield values that should be refused and are not, or in a message that does not name them."""
-    for values, word in REFUSED.items():
+    for values, word in yaml.safe_load(REFUSED.read_text(encoding="utf-8")).items():
         _, errors = template(CHART / "ci" / "cpu.yaml", *values.split(","))
         if not errors:
             yield f"--set {values} is not refused."
@@ -130,37 +100,9 @@ def refused() -> Iterator[str]:
             yield f"--set {values} is refused without {word!r}: {errors}"
 
 
-def injected(documents: list[Document]) -> Iterator[str]:
-    """What settings make of the Services of a namespace, as its other pods see them in their environment."""
-    for service in of_kind(documents, "Service"):
-        name = service["metadata"]["name"]
-        try:
-            if Settings.from_environment(service_links(name, service["spec"]["ports"])) != Settings():
-                yield f"Service {name} changes settings"
-        except InvalidSettings as error:
-            yield f"Service {name}: {error}"
-
-
-def service_links(service: str, ports: list[Document]) -> dict[str, str]:
-    """What Kubernetes sets for a Service in the pods of its namespace (`enableServiceLinks`)."""
-    name, address = service.upper().replace("-", "_"), "10.96.0.7"
-    links = {f"{name}_SERVICE_HOST": address}
-    for port in ports:
-        number, protocol = str(port["port"]), port.get("protocol", "TCP")
-        url, link = f"{protocol.lower()}://{address}:{number}", f"{name}_PORT_{number}_{protocol}"
-        links.setdefault(f"{name}_SERVICE_PORT", number)  # the first one's
-        links.setdefault(f"{name}_PORT", url)
-        links |= {link: url, f"{link}_PORT": number, f"{link}_ADDR": address}
-        links[f"{link}_PROTO"] = protocol.lower()
-        if "name" in port:
-            links[f"{name}_SERVICE_PORT_{port['name'].upper().replace('-', '_')}"] = number
-    return links
-
-
 def findings(documents: list[Document]) -> Iterator[str]:
     """What no schema says."""
     yield from wiring.findings(documents)
-    yield from injected(documents)
     for scaled in of_kind(documents, "ScaledObject"):
         yield from _scaler(scaled, documents)
     by_name = {(document["kind"], document["metadata"]["name"]): document for document in documents}
@@ -215,17 +157,3 @@ def settings_schema() -> dict[str, Any]:
             kept["items"] = {"type": "string", "pattern": "^[^,]+$"}
         allowed[name] = kept
     return {"type": "object", "additionalProperties": False, "properties": allowed}
-
-
-def stale() -> Iterator[str]:
-    """What the chart says that is written elsewhere, and differs there."""
-    schema = json.loads(VALUES.read_text(encoding="utf-8"))
-    if schema["properties"]["settings"] != settings_schema():
-        yield "values.schema.json: settings are not those of settings.py: scripts/check-deploy --write"
-
-
-def write() -> None:
-    """Put the settings into values.schema.json."""
-    schema = json.loads(VALUES.read_text(encoding="utf-8"))
-    schema["properties"]["settings"] = settings_schema()
-    VALUES.write_text(json.dumps(schema, indent=2) + "\n", encoding="utf-8")

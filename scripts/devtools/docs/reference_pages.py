@@ -1,6 +1,7 @@
-"""Writes what the code itself can tell into the pages of docs/reference, and JSON schemas to deploy/schemas.
+"""Writes what the code itself can tell into the pages of docs/reference, and JSON schemas into deploy/.
 
-The pages are settings, command line, error codes, metrics, log events and wire formats:
+The pages are settings, command line, error codes, metrics, log events and wire formats; the schemas are those
+of the wire formats, and of the settings that the chart's values may hold:
 
     scripts/docs                                      # writes them, then builds the site
     python -m devtools.docs.reference_pages --check   # names those that are not current
@@ -24,6 +25,7 @@ import click
 from pydantic import BaseModel
 
 from devtools import ROOT
+from devtools.deploy_checks import helm
 from devtools.docs.log_events import log_calls
 from gradcam_worker import errors
 from gradcam_worker.backfill.plan import Plan
@@ -109,14 +111,10 @@ def command_line() -> Iterator[str]:
 def _commands(
     words: tuple[str, ...], command: click.Command
 ) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    if command.hidden:
-        return
-    if not isinstance(command, click.Group):
-        yield words, command
-        return
-    yield words, command.commands.get(DEFAULT, command)
-    for name, subcommand in sorted(command.commands.items()):
-        if name != DEFAULT:
+    commands = command.commands if isinstance(command, click.Group) else {}
+    yield words, commands.get(DEFAULT, command)
+    for name, subcommand in sorted(commands.items()):
+        if name != DEFAULT and not subcommand.hidden:
             yield from _commands((*words, name), subcommand)
 
 
@@ -356,6 +354,9 @@ def main(arguments: list[str]) -> int:
     files = {FOLDER / name: page(name) for name in PAGES}
     for model, name, _ in DOCUMENTS.values():
         files[SCHEMAS / name] = json.dumps(model.model_json_schema(), indent=2, sort_keys=True) + "\n"
+    values = json.loads(helm.VALUES.read_text(encoding="utf-8"))
+    values["properties"]["settings"] = helm.settings_schema()
+    files[helm.VALUES] = json.dumps(values, indent=2) + "\n"
     stale = [path for path, text in files.items() if not path.is_file() or path.read_text("utf-8") != text]
     names = [str(path.relative_to(ROOT)) for path in stale]
     if "--check" in arguments:
