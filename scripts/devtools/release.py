@@ -24,7 +24,6 @@ from devtools import ROOT
 from gradcam_worker import __version__
 
 NAME = "gradcam_worker"
-DEMO_S = 600
 # What the client's environment must not have, and what has to work there.
 HEAVY = (
     *("celery", "kombu", "click", "rich", "numpy", "tensorflow"),
@@ -180,9 +179,7 @@ def check_worker(wheel: Path, folder: Path) -> None:
     """Install the wheel with what a worker needs, and run the demo, in a folder that holds nothing else."""
     python, empty = environment(folder / "worker", wheel, "cpu", "demo"), folder / "empty"
     empty.mkdir()
-    subprocess.run(
-        [python.with_name("gradcam"), "demo"], cwd=empty, env=_outside(), check=True, timeout=DEMO_S
-    )
+    subprocess.run([python.with_name("gradcam"), "demo"], cwd=empty, env=_outside(), check=True, timeout=600)
     if not (empty / "gradcam-demo" / "contact-sheet.jpg").exists():
         message = "the demo left no contact sheet"
         raise NotReady(message)

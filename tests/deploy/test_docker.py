@@ -50,6 +50,7 @@ def test_a_program_that_cannot_be_had_is_a_failure(tmp_path: Path, monkeypatch: 
         ("127.0.0.1:${APP_PORT:-8000}", "${APP_PORT:-8000}", "app.ports[0]: '${APP_PORT:-8000}:8000'"),
         ("grafana/grafana:12.3.0", "grafana/grafana:latest", "grafana.image: 'grafana/grafana:latest'"),
         ("healthcheck:", "x-healthcheck:", "valkey: "),
+        ("dockerfile: docker/Dockerfile", "dockerfile: Dockerfile", "'docker/Dockerfile' was expected"),
     ],
     ids=lambda value: re.sub(r"\W+", "-", value)[:24],
 )

@@ -37,9 +37,9 @@ def _tools() -> None:
 
 
 def rendered(name: str, *sets: str) -> list[dict[str, Any]]:
-    text, errors = helm.template(CHART / "ci" / f"{name}.yaml", *sets)
+    documents, errors = helm.template(CHART / "ci" / f"{name}.yaml", *sets)
     assert not errors
-    return helm.parsed(text)
+    return documents
 
 
 def one(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
@@ -226,9 +226,8 @@ class TestRendered:
         self,
     ) -> None:
         for release in RELEASES:
-            text, errors = helm.template(CHART / "ci" / "everything.yaml", release=release)
+            documents, errors = helm.template(CHART / "ci" / "everything.yaml", release=release)
             assert not errors
-            documents = helm.parsed(text)
             assert [*helm.findings(documents), *injected(documents)] == []
 
     def test_a_service_that_reads_as_a_setting_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:

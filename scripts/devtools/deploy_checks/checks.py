@@ -56,9 +56,9 @@ def files(*folders: str) -> list[Path]:
 
 
 def yaml_files() -> list[Path]:
-    """Return every YAML file of docker/ and of the chart, except templates."""
-    chart = [helm.CHART / "Chart.yaml", helm.CHART / "values.yaml", *(helm.CHART / "ci").glob("*.yaml")]
-    return sorted([*(ROOT / "docker").rglob("*.y*ml"), *chart, helm.ALERTS])
+    """Return every YAML file of docker/ and deploy/, except templates."""
+    every = (path for path in files("docker", "deploy") if path.suffix in {".yaml", ".yml"})
+    return [path for path in every if path.parent.name != "templates"]
 
 
 def names() -> Iterator[str]:

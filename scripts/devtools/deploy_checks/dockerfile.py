@@ -20,9 +20,8 @@ class Instruction(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A stage: its name, what it begins with, and what is done there."""
+    """A stage: what it begins with, and what is done there."""
 
-    name: str
     parent: str
     instructions: list[Instruction]
 
@@ -45,7 +44,7 @@ def stages(text: str) -> dict[str, Stage]:
     for instruction in instructions(text):
         if instruction.name == "FROM":
             parent, _, name = instruction.text.partition(" AS ")
-            by_name[name] = Stage(name, parent, [])
+            by_name[name] = Stage(parent, [])
         elif by_name:  # not before the first stage
             by_name[name].instructions.append(instruction)
     return by_name

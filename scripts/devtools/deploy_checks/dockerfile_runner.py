@@ -23,7 +23,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -72,12 +71,8 @@ class Builder:
 
     folder: Path
     uid: int
+    stages: dict[str, Stage] = field(default_factory=lambda: stages(DOCKERFILE.read_text()))
     made: dict[str, Made] = field(default_factory=dict)
-
-    @cached_property
-    def stages(self) -> dict[str, Stage]:
-        """What the Dockerfile holds."""
-        return stages(DOCKERFILE.read_text())
 
     @property
     def as_user(self) -> dict[str, Any]:
@@ -172,14 +167,9 @@ class Builder:
         self.own(made.folder)
         environment = {**pip_configuration(), **self.environment(made), **made.arguments}
         environment.pop("PIP_NO_CACHE_DIR", None)
+        shell, where = ["/bin/sh", "-c", script], made.place("")
         done = subprocess.run(
-            ["/bin/sh", "-c", script],
-            cwd=made.place(""),
-            env=environment,
-            check=False,
-            capture_output=True,
-            text=True,
-            **self.as_user,
+            shell, cwd=where, env=environment, check=False, capture_output=True, text=True, **self.as_user
         )
         for folder in mounted:
             shutil.rmtree(folder)

@@ -47,24 +47,19 @@ def chart_findings() -> list[str]:
         lint = tools.run("helm", "lint", "--strict", CHART, "-f", values)
         if lint.returncode or "WARNING" in lint.stdout + lint.stderr:
             wrong.append(f"{values.name}: helm lint: {lint.stdout} {lint.stderr}")
-        text, errors = template(values)
-        documents = parsed(text)
+        documents, errors = template(values)
         of_file = [f"helm template: {errors}"] if errors else [*checked(documents), *findings(documents)]
         wrong += [f"{values.name}: {finding}" for finding in of_file]
     return [*wrong, *refused()]
 
 
-def template(values: Path, *sets: str, release: str = "rehearsal") -> tuple[str, str]:
-    """Run `helm template`, with the alerts given as an operator would give them; return output and errors."""
+def template(values: Path, *sets: str, release: str = "rehearsal") -> tuple[list[Document], str]:
+    """Run `helm template`, with the alerts given as an operator gives them; return objects and errors."""
     given = [word for value in sets for word in ("--set", value)]
     given = given or ["--set-file", f"monitoring.prometheusRule.rules={ALERTS}"]
     done = tools.run("helm", "template", release, CHART, "--namespace", NAMESPACE, "-f", values, *given)
-    return done.stdout, done.stderr or ("it failed" if done.returncode else "")
-
-
-def parsed(text: str) -> list[Document]:
-    """The objects that a template made."""
-    return [document for document in yaml.safe_load_all(text) if document]
+    documents = [document for document in yaml.safe_load_all(done.stdout) if document]
+    return documents, done.stderr or ("it failed" if done.returncode else "")
 
 
 def checked(documents: list[Document]) -> Iterator[str]:

@@ -21,8 +21,6 @@ from gradcam_worker.operations import servers
 UID = 10001
 READY_WITHIN_S = 15.0  # from its start, on a CPU, with efficientnet_lite0
 GIVE_UP_S = 120.0
-SMOKE = ("demo", "--against-running")
-WRITABLE = "cache"  # in the image's folder; what is temporary lies beside that
 
 
 class Outcome(NamedTuple):
@@ -96,7 +94,7 @@ def _run(builder: Builder, made: Made, settings: dict[str, str], made_s: float) 
         _wait_until_ready(f"http://127.0.0.1:{settings['GRADCAM_METRICS_PORT']}/ready", worker, log)
         ready_s = time.monotonic() - begun
         health = exit_code(made.words("HEALTHCHECK"), temporary / "health.log")
-        smoke_code = exit_code([*entrypoint, *SMOKE, str(temporary / "demo")], smoke_log)
+        smoke_code = exit_code([*entrypoint, "demo", "--against-running", str(temporary / "demo")], smoke_log)
         smoke_s = time.monotonic() - begun - ready_s
         worker.terminate()
         code = worker.wait(GIVE_UP_S)
@@ -128,11 +126,10 @@ def _wait_until_ready(url: str, worker: subprocess.Popen[bytes], log: Path) -> N
 
 
 def _written(folder: Path, since: float) -> Iterator[str]:
-    """Files and folders of the image that are newer, except where it may write."""
+    """Files and folders of the image that are newer, except where it may write: /tmp lies elsewhere."""
     for path in folder.rglob("*"):
-        place = path.relative_to(folder)
-        if place.parts[0] != WRITABLE and path.lstat().st_mtime > since:
-            yield str(place)
+        if not path.is_relative_to(folder / "cache") and path.lstat().st_mtime > since:
+            yield str(path.relative_to(folder))
 
 
 def main() -> list[str]:

@@ -29,12 +29,6 @@ def log_calls() -> Iterator[LogCall]:
                 case ast.Call(func=ast.Attribute(value=ast.Name(id="log"), attr=method)) if method in METHODS:
                     fields = tuple(keyword.arg or "..." for keyword in node.keywords)
                     level = "error" if method == "exception" else method
-                    yield LogCall(_literal(node.args), level, fields, module, node.lineno)
-
-
-def _literal(arguments: list[ast.expr]) -> str | None:
-    match arguments:
-        case [ast.Constant(value=str(event))]:
-            return event
-        case _:
-            return None
+                    event = getattr(node.args[0], "value", None) if len(node.args) == 1 else None
+                    name = event if isinstance(event, str) else None
+                    yield LogCall(name, level, fields, module, node.lineno)

@@ -5,7 +5,6 @@
 They are what `gradcam explain` and a backfill leave. The contact sheet is the demo's.
 """
 
-import argparse
 import shutil
 import subprocess
 import sys
@@ -114,19 +113,10 @@ MAKERS: dict[str, Callable[[], bytes]] = {
 }
 
 
-def main(arguments: list[str]) -> int:
-    """Write the images that are named, or all."""
-    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MAKERS))
-    names = parser.parse_args(arguments).names
-    if unknown := set(names) - MAKERS.keys():
-        parser.error(f"{unknown} is none of {', '.join(MAKERS)}")
-    for name in names or MAKERS:
-        data = MAKERS[name]()
-        (DOCS / name).write_bytes(data)
-        print(f"docs/images/{name}: {len(data) / 1000:.0f} KB", flush=True)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if unknown := set(sys.argv[1:]) - MAKERS.keys():
+        sys.exit(f"{', '.join(unknown)}: there are {', '.join(MAKERS)}.")
+    for image in sys.argv[1:] or MAKERS:
+        data = MAKERS[image]()
+        (DOCS / image).write_bytes(data)
+        print(f"docs/images/{image}: {len(data) / 1000:.0f} KB", flush=True)

@@ -44,9 +44,8 @@ NOTE = "<!-- Below here scripts/docs writes, from the code: do not edit. -->"
 DEFAULT = "run"  # the command of a group that need not be named
 OUTCOMES = (errors.PermanentError, errors.RetryableError, errors.LocalError)
 MANY = 12  # values of a label that are written out
-KIB = 1024
 GROUPED = 10_000  # numbers from here on are written in groups of three digits
-DAY_S = 86_400
+UNITS = (("_s$", 86_400, "days"), ("bytes", 2**30, "GiB"), ("bytes", 2**20, "MiB"), ("bytes", 2**10, "KiB"))
 SCALARS = {  # of a JSON schema: its format, else its type
     "date-time": "time, RFC 3339",
     "password": "secret",
@@ -132,10 +131,10 @@ def _option(names: str, help_text: str) -> tuple[str, str]:
 def error_codes() -> Iterator[str]:
     """docs/reference/errors.md: the tree of `gradcam_worker.errors`."""
     for cause, kinds in by_cause().items():
-        if cause is errors.GradcamError:
-            yield from ("", "## Others")
-        else:
-            yield from ("", f"## {cause.__name__}", "", _summary(cause))
+        about = (
+            ["## Others"] if cause is errors.GradcamError else [f"## {cause.__name__}", "", _summary(cause)]
+        )
+        yield from ("", *about)
         rows = [
             (
                 f"`{kind.code}`",
@@ -308,10 +307,8 @@ def _number(value: float) -> str:
 
 def _in_larger_units(name: str, value: float) -> str:
     """The same number in larger units, where that says more."""
-    if name.endswith("_s") and value >= DAY_S:
-        return f" ({value / DAY_S:g} days)"
-    for size, unit in ((KIB**3, "GiB"), (KIB**2, "MiB"), (KIB, "KiB")):
-        if "bytes" in name and value >= size:
+    for suffix, size, unit in UNITS:
+        if re.search(suffix, name) and value >= size:
             return f" ({value / size:g} {unit})"
     return ""
 

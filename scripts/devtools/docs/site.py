@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -22,16 +21,15 @@ NAMES_ONLY = {"canonical", "alternate"}  # rel of a <link> that loads nothing
 ERROR_PAGE = "404.html"  # its links are those of the site's root, wherever that is
 
 
-@dataclass
 class Page(HTMLParser):
     """What a page links to and loads, and which anchors it has."""
 
-    anchors: set[str] = field(default_factory=set)
-    links: list[str] = field(default_factory=list)
-    loads: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__()
+        self.anchors = {"__top"}
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Collect the tag's anchors and addresses."""
@@ -46,7 +44,8 @@ class Page(HTMLParser):
 
 def problems(site: Path) -> Iterator[str]:
     """Links and images that lead nowhere, and what a page would load from elsewhere."""
-    pages = {path: _parsed(path) for path in sorted(site.rglob("*.html")) if path.name != ERROR_PAGE}
+    paths = [path for path in sorted(site.rglob("*.html")) if path.name != ERROR_PAGE]
+    pages = {path: Page(path.read_text(encoding="utf-8")) for path in paths}
     for path, page in pages.items():
         here = path.relative_to(site)
         for address in page.loads:
@@ -60,16 +59,8 @@ def problems(site: Path) -> Iterator[str]:
             target = target / "index.html" if target.is_dir() else target
             if not target.is_file():
                 yield f"{here} links to {address}, which does not exist"
-            elif (
-                parts.fragment and target in pages and parts.fragment not in pages[target].anchors | {"__top"}
-            ):
+            elif parts.fragment and target in pages and parts.fragment not in pages[target].anchors:
                 yield f"{here} links to {address}: there is no such anchor"
-
-
-def _parsed(path: Path) -> Page:
-    page = Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    return page
 
 
 def main() -> int:
