@@ -12,7 +12,6 @@ import pytest
 import redis
 
 import gradcam_worker
-from devtools.bench import scale
 from devtools.deploy_checks import helm, scaling, tools, wiring
 from devtools.deploy_checks.scaling import Scaler, Work
 from gradcam_worker.client.client import GradcamClient
@@ -143,26 +142,6 @@ class TestReplay:
         deep, shallow = work(high=9600), work(running=1)
         trace = [(0.0, deep), (10.0, shallow), *((300.0 + 30 * number, shallow) for number in range(1, 5))]
         assert SCALER.replay(trace) == [8, 8, 7, 7, 6, 6]
-
-
-class TestScaleBench:
-    """`scripts/bench scale`: its verdict. What it measures takes minutes."""
-
-    def missed(self, *, jobs_per_s: float, workers: list[int], ran: list[bool]) -> list[str]:
-        phases = [scale.Phase(1, 2.0, 1.0), scale.Phase(4, jobs_per_s, 1.0)]
-        replayed = scale._judged(workers, ran)
-        found = scale.document(phases, replayed, replayed)
-        assert len([*scale.tables(found)]) > 8
-        return [f"{one.what}: {one.found}" for one in scale.requirements(found) if not one.met]
-
-    def test_a_speed_below_nine_tenths_of_linear_is_missed(self) -> None:
-        assert self.missed(jobs_per_s=7.3, workers=[1], ran=[True]) == []
-        assert self.missed(jobs_per_s=7.1, workers=[1], ran=[True]) == ["4 workers: share of linear: 0.89"]
-
-    def test_a_look_without_workers_at_a_running_job_is_missed(self) -> None:
-        assert self.missed(jobs_per_s=8, workers=[0, 1, 0], ran=[False, True, False]) == []
-        killed = self.missed(jobs_per_s=8, workers=[0, 1, 0], ran=[False, True, True])
-        assert killed == ["readings with a running job and no worker: 1"]
 
 
 def test_a_ledger_is_read_as_it_is(settings: Settings, job: Job) -> None:

@@ -1,7 +1,9 @@
 import json
 import os
+import re
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,15 +40,21 @@ class TestAgreement:
     def test_a_section_that_there_is_not_is_refused_with_those_there_are(self) -> None:
         done = run("report", "tapes")
         assert done.returncode == 2
-        assert "there is no section tapes; there are notebook, tape, batch" in done.stderr
+        assert "'tapes' is not one of 'notebook', 'tape', 'batch'" in done.stderr
 
-    def test_the_document_has_every_section(self) -> None:
-        from devtools.agreement.report import DOCUMENT, SECTIONS
+    def test_figures_are_written_into_their_section_of_the_page(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        from devtools.agreement import report
 
-        titles = [
-            line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line.startswith("## ")
-        ]
-        assert len(titles) == len(SECTIONS)
+        page = tmp_path / "agreement.md"
+        committed = report.PAGE.read_text(encoding="utf-8")
+        page.write_text(committed.replace("2.5e-07", "0.5"))
+        monkeypatch.setattr(report, "PAGE", page)
+        report.main(["batch", "--write"], standalone_mode=False)
+        written = page.read_text()
+        assert "0.5" not in written.partition("## Within ourselves")[2].partition("\n## ")[0]
+        assert re.findall("^#.*", written, re.MULTILINE) == re.findall("^#.*", committed, re.MULTILINE)
 
 
 @pytest.mark.tensorflow

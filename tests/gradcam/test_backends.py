@@ -1,9 +1,15 @@
-"""Networks compute the same on JAX, and on PyTorch if it is installed, as on TensorFlow."""
+"""Networks compute the same on JAX, and on PyTorch if it is installed, as on TensorFlow.
 
+`pytest --log-cli-level=info` prints the figures of docs/explanation/agreement.md.
+"""
+
+import logging
 import os
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +17,12 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 
-from devtools import command, import_path
 from gradcam_worker.gradcam.methods import cam
 
 pytestmark = pytest.mark.tensorflow
+log = logging.getLogger(__name__)
 
+PROGRAM = Path(__file__).with_name("every_method.py")
 REQUIRED_IN_CI = {"jax"}
 NETWORKS = ("efficientnet_lite0", "by_hand", "flattened")
 Arrays = dict[str, NDArray[Any]]
@@ -23,9 +30,8 @@ Arrays = dict[str, NDArray[Any]]
 
 @pytest.fixture(scope="module")
 def on_tensorflow() -> Arrays:
-    from devtools.agreement.every_method import computed
-
-    return computed()
+    computed: Arrays = runpy.run_path(str(PROGRAM))["computed"]()
+    return computed
 
 
 @pytest.fixture(scope="module", params=["jax", "torch"])
@@ -37,14 +43,8 @@ def on_other_backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
             pytest.fail(f"{backend} is not installed: CI must test a second backend.")
         pytest.skip(f"{backend} is not installed")
     path = tmp_path_factory.mktemp(backend) / "computed.npz"
-    program = command("agreement.every_method", str(path))
-    done = subprocess.run(
-        program,
-        env={**os.environ, **import_path(), "KERAS_BACKEND": backend},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    program, variables = [sys.executable, str(PROGRAM), str(path)], {**os.environ, "KERAS_BACKEND": backend}
+    done = subprocess.run(program, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with np.load(path) as saved:
         return dict(saved)
@@ -61,6 +61,12 @@ def test_heatmaps_of_all_methods_agree_with_and_without_flip_and_for_the_probabi
     assert set(on_other_backend) == set(on_tensorflow)
     cases = [name.removesuffix(" ids") for name in on_tensorflow if name.endswith(" ids")]
     assert len(cases) > 3 * len(cam.METHODS)
+    apart = {
+        name: float(np.abs(on_other_backend[name] - array).max()) for name, array in on_tensorflow.items()
+    }
+    for kind in ("logits", "heatmaps"):
+        worst = max(value for name, value in apart.items() if name.endswith(kind))
+        log.info("largest difference of %s: %.1e", kind, worst)
     for case in cases:
         assert_array_equal(on_other_backend[f"{case} ids"], on_tensorflow[f"{case} ids"], case)
         expected = on_tensorflow[f"{case} heatmaps"]

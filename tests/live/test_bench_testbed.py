@@ -26,7 +26,7 @@ def figures(name: str, *, code: int = 0) -> Any:
 @pytest.mark.tensorflow
 def test_the_service_bench_measures_the_ceiling_of_the_machinery() -> None:
     found = figures("service")
-    assert found["ceiling_jobs_per_s"] == found["jobs_per_s"]["no_time"] > 0
+    assert found["jobs_per_s"]["no_time"] > 0
     assert found["share_of_engine"]["no_time"] < 1, "a job is more than its pass"
     assert 0 < found["device_idle"]["no_time"] <= 1
     assert found["stage_seconds"]["no_time"]["upload_s"] > 0

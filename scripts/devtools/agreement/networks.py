@@ -1,18 +1,14 @@
-"""Every network of the catalog: `scripts/networks [NAME ...] [--json] [--write]`.
+"""Every network of the catalog, built with seeded random weights: the command `scripts/networks`."""
 
-Each is built with seeded random weights and explains a photo. Exit code 1: a network is not what its row
-says, or its map is not finite, or dark. `--write` makes docs/reference/networks.md again, for
-which all are built: minutes.
-"""
-
-import argparse
 import gc
 import json
 import sys
 from dataclasses import asdict, dataclass
 
+import click
+
 from devtools import ROOT
-from devtools.bench.report import table
+from devtools.bench.report import measured, table, versions, write, written
 from gradcam_worker.gradcam.models.loading import load_network
 
 # isort: split
@@ -27,25 +23,10 @@ from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.gradcam.network import Method
 
-DOCUMENT = ROOT / "docs" / "reference" / "networks.md"
+PAGE = ROOT / "docs" / "reference" / "networks.md"
 PHOTO = DATA / "photos" / "astronaut.jpg"
 SEED = 0
-WIDTHS = (20, 10, 7, 24, 8, 12, 4, 4)  # characters of each column
 HEADINGS = ("network", "input", "preprocessing", "target layer", "map", "parameters", "finite", "non-zero")
-INTRODUCTION = """\
-# Networks
-
-Every network of the catalog, built with seeded random weights, and the Grad-CAM of its best class on a photo.
-*Target layer*: found in the graph, by no name: the last layer that still keeps rows and columns. It is named
-in the catalog too, and the two are held to be the same. *Map*: its rows and columns. *Preprocessing*: by the
-names that Keras uses (`caffe`, `tf`, `torch`; `none`: the network does it itself); `lite` is (x - 127) / 128.
-
-`scripts/networks --write` makes this table again, in minutes; `pytest -m slow` holds it. Weights:
-EfficientNet-Lite0's are shipped; the others are Keras's ImageNet weights, downloaded, or from a folder of
-yours.
-
-Your own networks need no row here: a registry file names them.
-"""
 
 
 @dataclass(frozen=True)
@@ -65,9 +46,17 @@ class Seen:
     def fits_its_row(self) -> bool:
         """Whether it is what the catalog says, and can be explained."""
         row = CATALOG[self.network]
-        said = (row.input_size, row.preprocessing.name, row.target_layer, row.map_size, row.parameters)
-        found = (self.input_size, self.preprocessing, self.target_layer, self.map_size, self.parameters)
-        return said == found and self.finite and self.nonzero
+        expected = (row.input_size, row.preprocessing.name, row.target_layer, row.map_size, row.parameters)
+        built = (self.input_size, self.preprocessing, self.target_layer, self.map_size, self.parameters)
+        return expected == built and self.finite and self.nonzero
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Its cells, in the order of the headings."""
+        input_size, map_size = (" x ".join(map(str, size)) for size in (self.input_size, self.map_size))
+        answers = ("yes" if answer else "NO" for answer in (self.finite, self.nonzero))
+        layer, parameters = f"`{self.target_layer}`", f"{self.parameters:,}"
+        return self.network, input_size, self.preprocessing, layer, map_size, parameters, *answers
 
 
 def look(row: NetworkRow) -> Seen:
@@ -92,41 +81,29 @@ def look(row: NetworkRow) -> Seen:
     return seen
 
 
-def cells(seen: Seen) -> list[str]:
-    """One network's cells, in the order of the headings."""
-    input_size, map_size = (" x ".join(map(str, size)) for size in (seen.input_size, seen.map_size))
-    said = [seen.network, input_size, seen.preprocessing, f"`{seen.target_layer}`", map_size]
-    return [*said, f"{seen.parameters:,}", *("yes" if one else "NO" for one in (seen.finite, seen.nonzero))]
+@click.command("scripts/networks")
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else.")
+@click.option("--write", "writes", is_flag=True, help=f"Write the table into {PAGE.name}: of all networks.")
+def main(names: tuple[str, ...], *, as_json: bool, writes: bool) -> None:
+    """Build the networks that are named, or all (minutes), and explain a photo with each.
 
-
-def main() -> int:
-    """Look at the networks that are named, or at all."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "networks", nargs="*", metavar="NAME", help="of the catalog; all, where none is named"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
-    parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}: needs all networks")
-    asked = parser.parse_args()
-    if asked.write and asked.networks:
-        parser.error("--write takes no names: the table is of all networks.")
-    rows = [catalog.find(name) for name in asked.networks] or list(CATALOG.values())
-    seen = []
-    for row in rows:
-        seen.append(look(row))
-        if not asked.json:
-            print(" ".join(f"{cell:<{width}}" for cell, width in zip(cells(seen[-1]), WIDTHS, strict=True)))
-    if asked.json:
-        print(json.dumps([asdict(one) for one in seen], indent=2))
-    if asked.write:
-        DOCUMENT.write_text(
-            INTRODUCTION + "\n" + "\n".join(table(HEADINGS, map(cells, seen))), encoding="utf-8"
-        )
-    wrong = [one.network for one in seen if not one.fits_its_row]
+    Exit code 1: a network is not what its row says, or its map is not finite, or dark.
+    """
+    if writes and names:
+        message = "--write takes no names: the table is of all networks."
+        raise click.UsageError(message)
+    seen = [look(row) for row in [catalog.find(name) for name in names] or CATALOG.values()]
+    text = table(HEADINGS, [network.cells for network in seen])
+    click.echo(json.dumps([asdict(network) for network in seen], indent=2) if as_json else text)
+    if writes:
+        made_with = measured(f"with {written(versions(('keras', 'tensorflow')))}")
+        write(PAGE, "The catalog", f"{text}\n\n{made_with}")
+    wrong = [network.network for network in seen if not network.fits_its_row]
     if wrong:
-        print(f"Not as their rows say, or dark: {', '.join(wrong)}.", file=sys.stderr)
-    return 1 if wrong else 0
+        click.echo(f"Not as their rows say, or dark: {', '.join(wrong)}.", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,34 +1,37 @@
-"""Benchmarks: `scripts/bench NAME [--quick] [--json]`.
+"""The command `scripts/bench`."""
 
-Exit code 1: what is required is missed; 2: there is nothing here to be measured.
-"""
-
-import argparse
 import json
 import sys
 
-from devtools.bench.report import BENCHES, NothingToMeasure, load, ran_on, run, verdict
+import click
+
+from devtools import ROOT
+from devtools.bench.report import BENCHES, NothingToMeasure, in_markdown, load, run, write
+
+PAGE = ROOT / "docs" / "explanation" / "performance.md"
 
 
-def main() -> int:
-    """Run one bench and print what it found."""
-    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("bench", choices=BENCHES)
-    parser.add_argument("--quick", action="store_true", help="a first look: fewer repeats, fewer cases")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
-    asked = parser.parse_args()
+@click.command("scripts/bench")
+@click.argument("bench", type=click.Choice(BENCHES))
+@click.option("--quick", is_flag=True, help="A first look: fewer repeats, fewer cases.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else.")
+@click.option("--write", "writes", is_flag=True, help=f"Write the figures into {PAGE.name}.")
+def main(bench: str, *, quick: bool, as_json: bool, writes: bool) -> None:
+    """Measure, and print the figures.
+
+    Exit code 1: what is required is missed, or the bench failed; 2: there is nothing here to be measured.
+    """
     try:
-        found = run(asked.bench, quick=asked.quick)
+        figures = run(bench, quick=quick)
     except NothingToMeasure as error:
-        print(json.dumps({"device": None, "why": str(error)}) if asked.json else error)
-        return 2
-    if asked.json:
-        print(json.dumps(found, indent=2))
-    else:
-        bench = load(asked.bench)
-        print("\n".join([*bench.tables(found), *verdict(bench.requirements(found)), ran_on(found)]))
-    return 0 if found["passed"] else 1
+        click.echo(json.dumps({"device": None, "why": str(error)}) if as_json else error)
+        sys.exit(2)
+    text = in_markdown(bench, figures)
+    click.echo(json.dumps(figures, indent=2) if as_json else text)
+    if writes:
+        write(PAGE, load(bench).TITLE, text)
+    sys.exit(0 if figures["passed"] else 1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,6 +10,7 @@ from gradcam_worker.gradcam import backend
 
 TITLE = "GPU"
 PACKAGES = ("keras", "numpy")
+PARTS = ("engine", "service")
 
 
 def measure(*, quick: bool) -> dict[str, Any]:
@@ -18,33 +19,27 @@ def measure(*, quick: bool) -> dict[str, Any]:
     if device == "cpu":
         message = f"There is no accelerator here that {version} can use: nothing was measured."
         raise NothingToMeasure(message)
-    names = ("engine", "service") if backend.name() == "tensorflow" else ("service",)
+    names = PARTS if backend.name() == "tensorflow" else PARTS[1:]
     return {"device": device, "backend": version, **{name: run(name, quick=quick) for name in names}}
 
 
-def requirements(found: Figures) -> Iterator[Requirement]:
+def requirements(figures: Figures) -> Iterator[Requirement]:
     """Those of both."""
-    for name in ("engine", "service"):
-        if name in found:
-            yield from load(name).requirements(found[name])
+    for name in PARTS:
+        if name in figures:
+            yield from load(name).requirements(figures[name])
 
 
-def tables(found: Figures) -> Iterator[str]:
+def blocks(figures: Figures) -> Iterator[str]:
     """The engine's and the service's figures there."""
-    yield f"On {found['device']}, {found['backend']}."
-    yield ""
+    yield f"On {figures['device']}, {figures['backend']}."
     rows = [
-        (
-            network,
-            variant,
-            batch,
-            plain(int(batch) / took["wall"]),
-            plain(one["forward"][batch]["wall"] / took["wall"]),
-        )
-        for network, one in found.get("engine", {}).get("seconds", {}).items()
-        for variant, by_batch in one.items()
-        for batch, took in by_batch.items()
-        if batch in one["forward"]
+        (network, variant, batch, plain(int(batch) / cost["wall"]), plain(forward["wall"] / cost["wall"]))
+        for network, variants in figures.get("engine", {}).get("seconds", {}).items()
+        for variant, costs in variants.items()
+        for batch, cost in costs.items()
+        if (forward := variants["forward"].get(batch))
     ]
-    yield from table(("network", "variant", "batch", "images/s", "share of forward, wall time"), rows)
-    yield from load("service").tables(found["service"])
+    if rows:
+        yield table(("network", "variant", "batch", "images/s", "share of forward, wall time"), rows)
+    yield from load("service").blocks(figures["service"])

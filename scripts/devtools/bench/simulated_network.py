@@ -2,7 +2,6 @@
 
     no_time    answers at once: what is left is the machinery
     gpu_time   answers when a GPU would have, 5 ms a pass and 20 ms for 32 images, and uses no core for it
-    slow_time  needs 400 ms for each image, so that few cores can run many workers of it
 
     simulated_network.py PASSES
 
@@ -45,7 +44,6 @@ LARGEST = 32  # images in one pass of gpu_time
 SECONDS: dict[str, Callable[[int], float]] = {  # that a pass over n images takes
     "no_time": lambda _: 0.0,
     "gpu_time": lambda images: 0.005 * -(-images // LARGEST) + 0.020 * images / LARGEST,
-    "slow_time": lambda images: 0.400 * images,
 }
 # How an operator would register them; what their files hold is never asked for.
 REGISTRY = "".join(
@@ -87,12 +85,11 @@ class Passes:
     def read(file: Path) -> list[Pass]:
         """All passes until now, in the order in which they began."""
         lines = file.read_text(encoding="ascii").splitlines() if file.exists() else []
-        rows = (line.split() for line in lines)
-        found = (Pass(float(a), float(b), int(n), int(m)) for a, b, n, m in rows)
-        return sorted(found, key=lambda one: one.begun)
+        rows = sorted(tuple(map(float, line.split())) for line in lines)
+        return [Pass(begun, ended, int(images), int(size)) for begun, ended, images, size in rows]
 
     @classmethod
-    def between(cls, file: Path, begin: float, end: float) -> tuple[dict[int, int], float]:
+    def between(cls, file: Path, begin: float, end: float) -> tuple[Counter[int], float]:
         """Images in a pass -> passes, and the seconds in which the device had something to do."""
         sizes: Counter[int] = Counter()
         busy, until = 0.0, begin
@@ -101,7 +98,7 @@ class Passes:
                 sizes[one.images] += 1
                 busy += max(min(one.ended, end) - max(one.begun, until), 0.0)  # some are handed over before
                 until = max(until, one.ended)
-        return dict(sizes), busy
+        return sizes, busy
 
 
 class SimulatedNetwork:
@@ -200,7 +197,7 @@ class RecordedNetwork:
 
 
 def load(settings: Settings, passes: Passes | None, row: NetworkRow) -> Network:
-    """A simulated network, or one of the catalog, recorded where there is a file for its passes."""
+    """A simulated network, or one of the catalog; its passes are recorded where there is a file."""
     if row.name in SECONDS:
         return SimulatedNetwork(row.name, passes)
     from gradcam_worker.gradcam.models.loading import load_network
@@ -210,12 +207,10 @@ def load(settings: Settings, passes: Passes | None, row: NetworkRow) -> Network:
     return watched  # type: ignore[no-any-return]
 
 
-def start_worker(
-    settings: Settings, log: Path, *arguments: str, program: str = __file__, grace_s: float = GRACE_S
-) -> Popen[bytes]:
-    """Start a worker that runs this program, or another one like it; see `parent_watch.spawn`."""
+def start_worker(settings: Settings, log: Path, passes: str, *, grace_s: float = GRACE_S) -> Popen[bytes]:
+    """Start a worker that runs this program; see `parent_watch.spawn`."""
     variables = {**SHARED_DEVICE, **import_path(), **settings.to_environment()}
-    command = [sys.executable, "-P", str(Path(program).resolve()), *arguments]
+    command = [sys.executable, "-P", str(Path(__file__).resolve()), passes]
     return parent_watch.spawn(command, log=log, environment=variables, grace_s=grace_s)
 
 

@@ -80,10 +80,11 @@ class Testbed:
         """Wait for jobs, which all have to succeed; the first to be completed first. Raises WorkerLost."""
         self.drain()
         documents = list(self.client.statuses(ids).values())
-        failed = [one for one in documents if one.status != "succeeded"]
+        failed = [
+            document.error or document.status for document in documents if document.status != "succeeded"
+        ]
         if failed or len(documents) != len(ids):
-            found = failed[0].error or failed[0].status if failed else "unknown"
-            message = f"{len(failed)} of {len(ids)} jobs failed, {len(documents)} are known; one: {found}"
+            message = f"Of {len(ids)} jobs {len(documents)} are known, {len(failed)} failed: {failed[:1]}"
             raise WorkerLost(message)
         return sorted(documents, key=completed)
 
@@ -125,29 +126,19 @@ def running(networks: tuple[str, ...], photos: Sequence[bytes], **changes: Any) 
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradcam-bench-")))
         valkey = stack.enter_context(embedded.valkey(folder))
         s3_server = stack.enter_context(embedded.s3(folder, ("photos", "results")))
-        settings = settings_of(
-            folder,
-            valkey,
-            s3_server,
-            preload=networks,
-            shutdown_timeout_s=simulated_network.GRACE_S,
-            **changes,
-        )
+        changes = {"preload": networks, "shutdown_timeout_s": simulated_network.GRACE_S, **changes}
+        settings = settings_of(folder, valkey, s3_server, **changes)
         log, passes = folder / "worker.log", folder / "passes"
         worker = simulated_network.start_worker(settings, log, str(passes))
         stack.callback(parent_watch.stop, worker)
-        client, ledger, s3 = (
-            GradcamClient(settings=settings),
-            service_factory.build_ledger(settings),
-            S3(settings),
-        )
-        bed = Testbed(settings, client, ledger, s3, worker, log, passes, [], {})
+        client, ledger = GradcamClient(settings=settings), service_factory.build_ledger(settings)
+        bed = Testbed(settings, client, ledger, S3(settings), worker, log, passes, [], {})
         with ThreadPoolExecutor(settings.threads) as pool:
             names = [f"{number:05}.jpg" for number in range(len(photos))]
             bed.images.extend(pool.map(bed.store, names, photos))
         _wait_until_ready(bed, networks)
-        servers = {"worker": worker, "s3": s3_server.process, "valkey": valkey.process}
-        bed.processes.update({name: processes.family(one.pid) for name, one in servers.items()})
+        started = {"worker": worker, "s3": s3_server.process, "valkey": valkey.process}
+        bed.processes.update({name: processes.family(process.pid) for name, process in started.items()})
         bed.processes["bench"] = [os.getpid()]
         yield bed
 
@@ -159,8 +150,8 @@ def _wait_until_ready(bed: Testbed, networks: tuple[str, ...]) -> None:
     while sum(bed.ledger.count_jobs()):
         bed.check(time.monotonic() < end)
         time.sleep(READ_INTERVAL_S)
-    done = bed.done(ids)
-    bed.device = done[0].worker.device if done[0].worker else ""
+    worker = bed.done(ids)[0].worker
+    bed.device = worker.device if worker else ""
 
 
 def photographs(count: int, size: tuple[int, int] = (375, 500)) -> list[bytes]:

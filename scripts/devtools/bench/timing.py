@@ -4,6 +4,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
+
+Seconds = tuple[float, float]  # wall, and CPU of all threads
+
+
+def clock(run: Callable[[], object]) -> Seconds:
+    """Time one call in this process."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 @dataclass(frozen=True)
@@ -13,8 +23,9 @@ class Variant:
     name: str
     batch: int  # images a call
     repeats: int
-    run: Callable[[], object]  # returns when the result is on the host
+    run: Callable[[], Any]  # returns when the result is on the host
     warm: bool = False  # has run before, and need not once more before it is measured
+    clock: Callable[[Callable[[], Any]], Seconds] = clock
 
 
 @dataclass(frozen=True)
@@ -25,12 +36,7 @@ class Cost:
     batch: int
     repeats: int
     wall: float  # seconds a call
-    cpu: float  # seconds a call, of all threads of this process
-
-    @property
-    def images_per_second(self) -> float:
-        """Images per second of wall time."""
-        return self.batch / self.wall
+    cpu: float  # seconds a call, of all threads
 
 
 def interleave(variants: list[Variant]) -> tuple[Cost, ...]:
@@ -39,22 +45,15 @@ def interleave(variants: list[Variant]) -> tuple[Cost, ...]:
         if not variant.warm:
             variant.run()  # traces, and fills the caches
     rounds = max(variant.repeats for variant in variants)
-    measured: dict[int, list[tuple[float, float]]] = {index: [] for index in range(len(variants))}
+    measured: list[list[Seconds]] = [[] for _ in variants]
     for turn in range(rounds):
-        order = list(enumerate(variants))
-        for index, variant in order if turn % 2 == 0 else reversed(order):
-            if len(measured[index]) * rounds <= turn * variant.repeats:
-                measured[index].append(clock(variant.run))
-    return tuple(_cost(variant, measured[index]) for index, variant in enumerate(variants))
-
-
-def clock(run: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds of one call."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def _cost(variant: Variant, measured: list[tuple[float, float]]) -> Cost:
-    wall, cpu = (median(column) for column in zip(*measured, strict=True))
-    return Cost(variant.name, variant.batch, len(measured), wall, cpu)
+        order = list(zip(variants, measured, strict=True))
+        for variant, calls in order if turn % 2 == 0 else reversed(order):
+            if len(calls) * rounds <= turn * variant.repeats:
+                calls.append(variant.clock(variant.run))
+    return tuple(
+        Cost(
+            variant.name, variant.batch, len(calls), *(median(column) for column in zip(*calls, strict=True))
+        )
+        for variant, calls in zip(variants, measured, strict=True)
+    )

@@ -1,24 +1,79 @@
-"""Do the maps show what the network has learned? Adebayo et al., arXiv 1810.03292: see `randomised`."""
+"""Do the maps show what the network has learned? Adebayo et al., arXiv 1810.03292.
 
-from collections.abc import Callable
+The weights of a trained network are shuffled from the head down, one group of layers after the other. An
+explanation that stays as it was does not explain what the network has learned.
+
+`pytest --log-cli-level=info` prints the figures of docs/explanation/agreement.md.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from devtools.agreement.photos import overlap, photographs
 from gradcam_worker.gradcam.methods import cam
+from gradcam_worker.gradcam.network import Method
 
 pytestmark = pytest.mark.tensorflow
+log = logging.getLogger(__name__)
 
+TOP = 3  # classes a photo
+# Of EfficientNet-Lite0: down to where each stage shuffles, by the beginnings of the layers' names.
+STAGES = {
+    "head": ("scores",),
+    "last convolution": ("top",),
+    "last block": ("block7",),
+    "blocks 4 to 6": ("block6", "block5", "block4"),
+    "everything": ("block3", "block2", "block1", "stem"),
+}
+
+Maps = NDArray[np.float32]
 SIGNED = sorted(set(cam.METHODS) - {"gradcam++", "layercam", "eigencam"})
 POSITIVE = ["gradcam++", "layercam"]  # they drop what speaks against a class, and so hear less of the head
 BY_GRADIENTS = sorted([*SIGNED, *POSITIVE])
 Kept = Callable[[str, str], tuple[float, float]]
 
 
+def cascade(network: Any) -> Iterator[tuple[str, dict[str, Maps]]]:
+    """Raw maps (photos x classes, rows, columns) of every method: as trained, then after each stage.
+
+    The classes are those that the trained network ranked first. The network's weights are shuffled in place.
+    """
+    pixels = photographs(network.facts.input_size)
+    ranked = np.tile(-np.arange(1, TOP + 1, dtype=np.int32), (len(pixels), 1))
+    class_ids = network.compute(pixels, ranked).class_ids
+
+    def maps() -> dict[str, Maps]:
+        raw = {name: network.compute(pixels, class_ids, Method(name)).raw for name in cam.METHODS}
+        return {name: one.reshape(-1, *one.shape[2:]) for name, one in raw.items()}
+
+    yield "as trained", maps()
+    rng = np.random.default_rng(0)
+    for stage, beginnings in STAGES.items():
+        for layer in network._model.layers:
+            if layer.weights and layer.name.startswith(beginnings):
+                layer.set_weights([shuffled(weight, rng) for weight in layer.get_weights()])
+        yield stage, maps()
+
+
+def shuffled(weight: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """The same numbers in other places."""
+    return rng.permutation(weight.ravel()).reshape(weight.shape)
+
+
+def rank_correlation(one: Maps, other: Maps) -> float:
+    """Spearman's, between raw maps (n, rows, columns), the mean."""
+    ranks = [maps.reshape(len(maps), -1).argsort(axis=1).argsort(axis=1) for maps in (one, other)]
+    return float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks, strict=True)]))
+
+
 @pytest.fixture(scope="module")
 def kept() -> Kept:
     """Of a method's maps after a stage: overlap and rank correlation with the trained network's, means."""
-    from devtools.agreement.randomisation import cascade, overlap, rank_correlation
     from gradcam_worker.gradcam.models.loading import load_network  # of its own: its weights are shuffled
 
     (_, trained), *stages = cascade(load_network("efficientnet_lite0"))
@@ -27,6 +82,8 @@ def kept() -> Kept:
         for stage, maps in stages
         for name, raw in maps.items()
     }
+    for (stage, name), (hot, ranks) in figures.items():
+        log.info("%s, %s: IoU %.3f, rank correlation %.3f", stage, name, hot, ranks)
     return lambda stage, name: figures[stage, name]
 
 
@@ -60,8 +117,6 @@ def test_eigencam_asks_no_head_and_changes_with_the_layers_that_it_shows(kept: K
 
 
 def test_overlap_and_rank_correlation_are_what_their_names_say() -> None:
-    from devtools.agreement.randomisation import overlap, rank_correlation
-
     one = np.array([[[4.0, 3, 1], [0, -1, -2]]], np.float32)
     other = np.array([[[4.0, 1, 3], [0, -1, -2]]], np.float32)
     assert overlap(one, one) == 1
