@@ -58,21 +58,19 @@ def measure(*, quick: bool) -> dict[str, Any]:
     }
 
 
-def _shards(bed: Testbed, name: str, images: int) -> tuple[float, float]:
+def _shards(bed: Testbed, folder: str, images: int) -> tuple[float, float]:
     """Wall seconds while shards were computed, and CPU seconds of worker and servers."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Meter(bed.processes).running(testbed.READ_INTERVAL_S) as meter,
-    ):
+    meter = Meter(bed.processes)
+    with tempfile.TemporaryDirectory() as place, meter.running(testbed.READ_INTERVAL_S):
         uris = itertools.islice(itertools.cycle(bed.images), images)
-        source = write_input(Path(folder) / "input.jsonl", uris)
-        words = command(source, f"{bed.settings.output}/{name}", NETWORK, "--shard-rows", "64")
+        source = write_input(Path(place) / "input.jsonl", uris)
+        words = command(source, f"{bed.settings.output}/{folder}", NETWORK, "--shard-rows", "64")
         variables, begun = bed.settings.environment_for_child(), time.time()
         subprocess.run(words, env=variables, stdout=subprocess.DEVNULL, check=True, timeout=PATIENCE_S)
         ended = time.time()
     passes = [one for one in Passes.read(bed.passes) if begun < one.begun < ended]
     first, last = passes[0].begun, passes[-1].ended
-    return last - first, sum(meter.used(process, first, last) for process in service.PROCESSES)
+    return last - first, sum(meter.used(name, first, last) for name in service.PROCESSES)
 
 
 def requirements(figures: Figures) -> Iterator[Requirement]:

@@ -83,7 +83,6 @@ class CpuContext(JobContext):
     """Measures the processor time of each stage."""
 
     def __init__(self, job: Job) -> None:
-        """`job`: whose deadline it has."""
         super().__init__(Deadline(job.timeout_s), lambda _: None)
         self.cpu: dict[str, float] = {}
 

@@ -96,7 +96,6 @@ def measure(*, quick: bool) -> dict[str, Any]:
             name: {part: percentiles(jobs, part) for part in overhead} for name, jobs in situations.items()
         },
         "bulk_jobs_per_s": bulk_jobs_per_s,
-        "jobs": {name: len(jobs) for name, jobs in situations.items()},
     }
 
 

@@ -59,15 +59,15 @@ class Testbed:
         fields = {"network": network, "target": {"top_n": 3}, "priority": "bulk", **fields}
         return [Job.parse({"image": uri, **fields}) for uri in islice(cycle(self.images), count)]
 
-    def drain(self) -> None:
-        """Return when no job is left. Raises WorkerLost."""
+    def drain(self, patience_s: float = STALLED_S) -> None:
+        """Return when no job is left. Raises WorkerLost, also where none has ended for so long."""
         left, since = sum(self.ledger.count_jobs()), time.monotonic()
         while left:
             time.sleep(POLL_INTERVAL_S)
             now = sum(self.ledger.count_jobs())
             if now != left:
                 left, since = now, time.monotonic()
-            self.check(time.monotonic() - since < STALLED_S)
+            self.check(time.monotonic() - since < patience_s)
 
     def check(self, alive: bool = True) -> None:
         """Raise WorkerLost where the worker has ended, or where something else says that it hangs."""
@@ -76,9 +76,9 @@ class Testbed:
             message = f"The worker ended or hangs. The end of its log:\n{tail}"
             raise WorkerLost(message)
 
-    def done(self, ids: Sequence[str]) -> list[StatusDocument]:
+    def done(self, ids: Sequence[str], patience_s: float = STALLED_S) -> list[StatusDocument]:
         """Wait for jobs, which all have to succeed; the first to be completed first. Raises WorkerLost."""
-        self.drain()
+        self.drain(patience_s)
         documents = list(self.client.statuses(ids).values())
         failed = [
             document.error or document.status for document in documents if document.status != "succeeded"
@@ -136,22 +136,13 @@ def running(networks: tuple[str, ...], photos: Sequence[bytes], **changes: Any) 
         with ThreadPoolExecutor(settings.threads) as pool:
             names = [f"{number:05}.jpg" for number in range(len(photos))]
             bed.images.extend(pool.map(bed.store, names, photos))
-        _wait_until_ready(bed, networks)
+        first_jobs = [job for network in networks for job in bed.jobs(network, 1)]
+        first, *_ = bed.done(client.submit_many(first_jobs), START_S)
+        bed.device = first.worker.device if first.worker else ""
         started = {"worker": worker, "s3": s3_server.process, "valkey": valkey.process}
         bed.processes.update({name: processes.family(process.pid) for name, process in started.items()})
         bed.processes["bench"] = [os.getpid()]
         yield bed
-
-
-def _wait_until_ready(bed: Testbed, networks: tuple[str, ...]) -> None:
-    """One job for each network has to come back."""
-    ids = bed.client.submit_many(job for name in networks for job in bed.jobs(name, 1))
-    end = time.monotonic() + START_S
-    while sum(bed.ledger.count_jobs()):
-        bed.check(time.monotonic() < end)
-        time.sleep(READ_INTERVAL_S)
-    worker = bed.done(ids)[0].worker
-    bed.device = worker.device if worker else ""
 
 
 def photographs(count: int, size: tuple[int, int] = (375, 500)) -> list[bytes]:
