@@ -343,7 +343,7 @@ def test_settings_survive_the_way_to_a_child_process() -> None:
         weights_dir=Path("/weights"),
         precision="bfloat16",
         s3_access_key_id="key",
-        s3_secret_access_key="planted",  # type: ignore[arg-type]
+        s3_secret_access_key="planted",
     )
     assert Settings.from_environment(settings.to_environment()) == settings
 
@@ -380,7 +380,7 @@ def test_who_has_no_home_must_name_a_cache(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_secrets_do_not_show() -> None:
-    settings = Settings(s3_access_key_id="key", s3_secret_access_key="planted")  # type: ignore[arg-type]
+    settings = Settings(s3_access_key_id="key", s3_secret_access_key="planted")
     assert "planted" not in repr(settings)
     assert without_secrets("redis://user:planted@queue:6379/0?password=planted") == "redis://queue:6379/0"
     assert "planted" not in without_secrets("http://[planted")
