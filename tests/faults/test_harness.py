@@ -29,6 +29,9 @@ class Scene:
         self.accepted: dict[str, float] = {ONE: 0.0}
         self.unexpected: list[str] = []
 
+    def manifest(self, job_id: str) -> Path:
+        return self.bucket / "cams" / job_id / "manifest.json"
+
     @property
     def ledger(self) -> redis.Redis:
         return redis.Redis.from_url(self.url, decode_responses=True)

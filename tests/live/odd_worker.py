@@ -8,7 +8,6 @@ taken away, and the consumer's loop hangs for ever. As long as there is a file `
 for ever.
 """
 
-import logging
 import os
 import sys
 import time
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from devtools.faults import tiny_worker
-from gradcam_worker.settings import Settings
 
 HUNG_AFTER_S = 4.0  # without a turn of the loop: a test has not got half a minute
 ANSWERED_S = 1.5  # ago: whoever has not answered since is away
@@ -60,13 +58,5 @@ def work(ready_fd: int) -> int:
     return tiny_worker.work(ready_fd)
 
 
-def supervise() -> int:
-    """As `tiny_worker.supervise`, over this program."""
-    from gradcam_worker.runtime.supervisor import Supervisor
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    return Supervisor(Settings.from_environment(), (sys.executable, "-P", __file__, "work")).run()
-
-
 if __name__ == "__main__":
-    sys.exit(supervise() if sys.argv[1] == "supervise" else work(int(sys.argv[2])))
+    sys.exit(tiny_worker.supervise(__file__) if sys.argv[1] == "supervise" else work(int(sys.argv[2])))

@@ -14,7 +14,11 @@ from typing import Any
 import pytest
 import trustme
 
-from devtools.faults.ssrf_urls import (
+from gradcam_worker.errors import UriNotAllowed
+from gradcam_worker.net import dialer
+from gradcam_worker.net.http import HttpClient, HttpFailed, HttpResponse
+from gradcam_worker.settings import Settings
+from tests.net.ssrf_urls import (
     HOSTS,
     PUBLIC_ADDRESS,
     PUBLIC_HOST,
@@ -24,10 +28,6 @@ from devtools.faults.ssrf_urls import (
     forbidden_urls,
     permissive_hosts,
 )
-from gradcam_worker.errors import UriNotAllowed
-from gradcam_worker.net import dialer
-from gradcam_worker.net.http import HttpClient, HttpFailed, HttpResponse
-from gradcam_worker.settings import Settings
 
 ELSEWHERE = "127.0.0.3"  # this machine too, and another address than the tricks'
 SCHEMES = ("http", "https")

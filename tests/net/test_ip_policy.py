@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from devtools.faults.ssrf_urls import forbidden_answers
 from gradcam_worker.net.ip_policy import GLOBAL_UNICAST, objection, parse_networks
+from tests.net.ssrf_urls import forbidden_answers
 
 
 @pytest.mark.parametrize(

@@ -37,18 +37,16 @@ ATTACKS = {
     "failover": Attack(2, 5, "failovers"),
     "servers": Attack(1, 15, "seconds of each fault"),
     "images": Attack(400, 4000, "mutated images"),
-    "addresses": Attack(1, 3, "times each trick"),
-    "messages": Attack(200, 2000, "messages"),
     "status": Attack(100, 1000, "jobs"),
-    "stale": Attack(8, 200, "jobs of ids that were used before"),
     "soak": Attack(15, 300, "seconds"),
 }
 WIDTH = 130  # characters that the table needs; what is no terminal has as many
-KEYS = ("jobs", "faults", *PROMISES, "recovery_s_max")
+KEYS = ("jobs", "faults", *PROMISES, "recovery_s_max", "seconds")
 
 
 def run(name: str, count: int, seed: int) -> dict[str, Any]:
     """Run one attack; one that cannot be run has broken a promise, too."""
+    print(f"{name}: {count} {ATTACKS[name].unit} ...", file=sys.stderr, flush=True)
     begun = time.monotonic()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
@@ -56,24 +54,22 @@ def run(name: str, count: int, seed: int) -> dict[str, Any]:
     except Exception:  # noqa: BLE001  # the other attacks are made all the same
         verdict = Verdict(broken=[f"The attack did not finish: {traceback.format_exc()}"])
     verdict.figures |= {"seed": seed, "count": count}
-    took = {"seconds": round(time.monotonic() - begun, 1)}
-    return {"attack": name, "kept": verdict.kept, **verdict.to_dict(), **took}
+    seconds = round(time.monotonic() - begun, 1)
+    return {"attack": name, "kept": verdict.kept, **verdict.to_dict(), "seconds": seconds}
 
 
-def show(found: Iterable[dict[str, Any]]) -> None:
+def show(results: Iterable[dict[str, Any]]) -> None:
     """A line for each attack, and a sentence for each promise that broke."""
-    found, console = list(found), Console()
+    console = Console()
     console.width = max(console.width, WIDTH)
-    table = Table("attack", *(key.replace("_", " ") for key in KEYS), "seconds", "kept")
-    for one in found:
-        cells = [f"{one[key]:g}" for key in (*KEYS, "seconds")]
-        table.add_row(
-            one["attack"], *cells, "yes" if one["kept"] else "NO", style=None if one["kept"] else "red"
-        )
+    table = Table("attack", *(key.replace("_", " ") for key in KEYS), "kept")
+    sentences = []
+    for result in results:
+        kept, style = ("yes", None) if result["kept"] else ("NO", "red")
+        table.add_row(result["attack"], *(f"{result[key]:g}" for key in KEYS), kept, style=style)
+        sentences += [f"{result['attack']}: {sentence}" for sentence in result["broken"]]
     console.print(table)
-    for one in found:
-        for sentence in one["broken"]:
-            console.print(f"{one['attack']}: {sentence}", markup=False)
+    console.print("\n".join(sentences), markup=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,9 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("attacks", nargs="*", metavar="attack", help=f"{', '.join(ATTACKS)}; none: all")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--short", action="store_true", help="what CI has time for: about three minutes (default)"
-    )
+    size.add_argument("--short", action="store_true", help="what CI has time for: minutes (default)")
     size.add_argument("--full", action="store_true", help="about half an hour")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, nothing else")
     parser.add_argument("--seed", type=int, default=0, help="of all that is left to chance")
@@ -94,16 +88,13 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in asked.attacks if name not in ATTACKS]
     if unknown:
         parser.error(f"there is no attack {', '.join(unknown)}; there are {', '.join(ATTACKS)}")
-    found = []
-    for name in asked.attacks or ATTACKS:
-        count = asked.count or (ATTACKS[name].full if asked.full else ATTACKS[name].short)
-        print(f"{name}: {count} {ATTACKS[name].unit} ...", file=sys.stderr, flush=True)
-        found.append(run(name, count, asked.seed))
+    sizes = {name: asked.count or (form.full if asked.full else form.short) for name, form in ATTACKS.items()}
+    results = [run(name, sizes[name], asked.seed) for name in asked.attacks or ATTACKS]
     if asked.json:
-        print(json.dumps({"full": asked.full, "seed": asked.seed, "attacks": found}, indent=1))
+        print(json.dumps({"full": asked.full, "seed": asked.seed, "attacks": results}, indent=1))
     else:
-        show(found)
-    return 0 if all(one["kept"] for one in found) else 1
+        show(results)
+    return 0 if all(result["kept"] for result in results) else 1
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +22,7 @@ from pydantic import SecretStr
 from devtools.faults import tiny_worker, webhook_receiver
 from devtools.faults.proxy import FaultyProxy
 from devtools.processes import children
+from gradcam_worker.broker import app, publisher
 from gradcam_worker.client.client import GradcamClient
 from gradcam_worker.errors import InvalidJob, LedgerUnavailable
 from gradcam_worker.gradcam.imaging.overlay import encode
@@ -40,27 +41,32 @@ AGAIN_S = 0.2  # before something out of reach is asked again
 APPEND_ONLY = ("--appendonly", "yes", "--appendfsync", "everysec")
 
 
+@contextlib.contextmanager
+def suspended(pid: int) -> Iterator[None]:
+    """SIGSTOP within the block: the process is there, and does nothing."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
 class Server:
     """One that can be killed, stopped and started again behind a proxy, whose port stays."""
 
     def __init__(self, name: str, start: Callable[[], AbstractContextManager[Any]], seed: int) -> None:
         """`start` starts it; it keeps what it has on disk between two starts."""
-        self.name = name
-        self._start = start
+        self.name, self._start = name, start
         self._running = ExitStack()
-        self._now: Any = self._running.enter_context(start())
+        self.now: Any = self._running.enter_context(start())  # what runs at the moment
         self._proxying = ExitStack()
-        self.proxy = self._proxying.enter_context(FaultyProxy(self._now.port, seed=seed))
-
-    @property
-    def now(self) -> Any:
-        """What runs at the moment."""
-        return self._now
+        self.proxy = self._proxying.enter_context(FaultyProxy(self.now.port, seed=seed))
 
     @property
     def pid(self) -> int:
         """Of the server itself."""
-        return children(self._now.process.pid)[0]
+        return children(self.now.process.pid)[0]
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -69,25 +75,22 @@ class Server:
 
     def start(self) -> None:
         """Again, after `kill`."""
-        self._running = ExitStack()
-        self._now = self._running.enter_context(self._start())
-        self.proxy.target = self._now.port
+        self.switch(self._running.enter_context(self._start()))
 
     def switch(self, other: Any) -> Any:
         """New connections lead to `other` from now on, those that stand stay; return who led before."""
-        before, self._now = self._now, other
+        before, self.now = self.now, other
         self.proxy.target = other.port
         return before
 
     @contextlib.contextmanager
-    def hung(self) -> Iterator[None]:
-        """SIGSTOP within the block: it is there, and does nothing."""
-        pid = self.pid
-        os.kill(pid, signal.SIGSTOP)
+    def dead(self) -> Iterator[None]:
+        """Killed at the start of the block, started again at its end."""
+        self.kill()
         try:
             yield
         finally:
-            os.kill(pid, signal.SIGCONT)
+            self.start()
 
     def close(self) -> None:
         """The end of it."""
@@ -99,13 +102,12 @@ class Worker:
     """A supervisor and its worker process, below a keeper."""
 
     def __init__(self, settings: Settings, log: Path) -> None:
-        """What it says is added to `log`."""
-        program = str(Path(tiny_worker.__file__).resolve())
+        """Its output is added to `log`."""
         temporary = log.parent / "tmp"
         temporary.mkdir(exist_ok=True)
         self.log = log
         self.keeper = parent_watch.spawn(
-            [sys.executable, "-P", program, "supervise"],
+            [sys.executable, "-P", tiny_worker.__file__, "supervise"],
             log=log,
             environment={**settings.to_environment(), "TMPDIR": str(temporary)},
             grace_s=settings.shutdown_timeout_s + 15,
@@ -157,10 +159,9 @@ class Cluster:
         """Where the S3 server keeps the results."""
         return self.folder / "buckets" / "results"
 
-    @property
-    def events(self) -> Path:
-        """The events that the receiver got, a line each."""
-        return self.folder / "events.jsonl"
+    def manifest(self, job_id: str) -> Path:
+        """Where the S3 server keeps the manifest of a job."""
+        return self.bucket / "cams" / job_id / "manifest.json"
 
     @property
     def ledger(self) -> redis.Redis:
@@ -176,13 +177,13 @@ class Cluster:
     def job(self, number: int, **changes: Any) -> Job:
         """The job of this number: always the same one for the same seed and attack."""
         draw = random.Random(f"{self.name} {self.seed} {number}")  # noqa: S311  # repeatable, not secret
-        wishes = [[{"kind": "overlay"}], [{"kind": "overlay"}, {"kind": "heatmap"}], [{"kind": "heatmap"}]]
+        overlay, heatmap = {"kind": "overlay"}, {"kind": "heatmap"}
         fields: dict[str, Any] = {
             "id": str(uuid.UUID(int=draw.getrandbits(128), version=4)),
             "image": f"s3://photos/{draw.randrange(IMAGES)}.jpg",
             "network": tiny_worker.NETWORK,
             "target": {"top_n": draw.randint(1, 3)},
-            "artifacts": draw.choice(wishes),
+            "artifacts": draw.choice([[overlay], [overlay, heatmap], [heatmap]]),
             "priority": draw.choice(["normal", "normal", "normal", "high", "low", "bulk"]),
             "max_attempts": 20,
             "timeout_s": 300,
@@ -217,6 +218,15 @@ class Cluster:
             time.sleep(AGAIN_S)
         self.accepted[job.id] = time.monotonic()
 
+    def send(self, job_id: str, payload: dict[str, Any]) -> None:
+        """Publish what may be a job past the client and the ledger, as another Celery program would."""
+        words: dict[str, Any] = {"queue": publisher.INTERACTIVE, "task_id": job_id, "priority": 0}
+        self._celery.send_task(publisher.EXPLAIN, args=[payload], **words)
+
+    @cached_property
+    def _celery(self) -> Any:
+        return app.make_app(self.settings)
+
     def stop_workers(self) -> None:
         """All of them, cleanly."""
         while self.workers:
@@ -230,32 +240,30 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running_cluster(
-    name: str, seed: int, broker_options: Sequence[str] = APPEND_ONLY, **changes: Any
-) -> Iterator[Cluster]:
+def running_cluster(name: str, seed: int, **changes: Any) -> Iterator[Cluster]:
     """Start the servers and their proxies, without a worker; stop all of it in the end.
 
-    `changes` are settings. Times are short ones, so that many faults fit into little time.
+    `changes` are settings; `webhook_hosts` are allowed beside the receiver. Times are short ones, so that
+    many faults fit into little time.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradcam-faults-")))
 
         def served(server: str, start: Callable[[], AbstractContextManager[Any]]) -> Server:
-            made = Server(server, start, seed)
-            stack.callback(made.close)
-            return made
+            running = Server(server, start, seed)
+            stack.callback(running.close)
+            return running
 
-        broker = served("broker", lambda: servers.valkey(folder, *broker_options))
+        broker = served("broker", lambda: servers.valkey(folder, *APPEND_ONLY))
         s3 = served("s3", lambda: servers.s3(folder, ("photos", "results"), KEYS))
         receiver = served("receiver", lambda: _receiver(folder))
-        defaults: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "broker_url": f"redis://127.0.0.1:{broker.proxy.port}/0",
             "key_prefix": "attacked:",
             "output": "s3://results/cams",
             "s3_endpoint_url": f"http://127.0.0.1:{s3.proxy.port}",
             "s3_access_key_id": KEYS[0],
             "s3_secret_access_key": SecretStr(KEYS[1]),
-            "webhook_hosts": (f"127.0.0.1:{receiver.proxy.port}",),
             "private_networks": ("127.0.0.0/8",),
             "webhook_timeout_s": 3,
             "devices": "cpu",
@@ -267,20 +275,21 @@ def running_cluster(
             "retry_backoff_max_s": 1,
             "shutdown_timeout_s": 10,
         }
-        made = Cluster(name, seed, folder, broker, s3, receiver, Settings(**{**defaults, **changes}))
-        stack.callback(made.stop_workers)
+        hosts = (f"127.0.0.1:{receiver.proxy.port}", *changes.pop("webhook_hosts", ()))
+        settings |= {"webhook_hosts": hosts, **changes}
+        cluster = Cluster(name, seed, folder, broker, s3, receiver, Settings(**settings))
+        stack.callback(cluster.stop_workers)
         draw = np.random.default_rng(seed)
         for number in range(IMAGES):
             coarse = draw.integers(0, 256, (6, 8, 3), np.uint8)
-            made.store(f"{number}.jpg", coarse.repeat(SIZE[0] // 6, 0).repeat(SIZE[1] // 8, 1))
-        yield made
+            cluster.store(f"{number}.jpg", coarse.repeat(SIZE[0] // 6, 0).repeat(SIZE[1] // 8, 1))
+        yield cluster
 
 
 @contextlib.contextmanager
 def _receiver(folder: Path) -> Iterator[servers.Server]:
     port = servers.free_port()
-    program = str(Path(webhook_receiver.__file__).resolve())
-    command = [sys.executable, "-P", program, str(port), str(folder / "events.jsonl")]
+    command = [sys.executable, "-P", webhook_receiver.__file__, str(port), str(folder / "events.jsonl")]
     process = parent_watch.spawn(command, log=folder / "receiver.log")
     try:
         wait_for(lambda: servers.accepts_connections(port), START_S, "the receiver of webhooks listens")

@@ -6,12 +6,11 @@ happens: nothing is read from the queue that could notice.
 """
 
 import contextlib
-from pathlib import Path
 
 import redis
 
 from devtools.faults import undisturbed_run
-from devtools.faults.cluster import START_S, Cluster, Worker, running_cluster, wait_for
+from devtools.faults.cluster import APPEND_ONLY, START_S, Worker, running_cluster, wait_for
 from devtools.faults.observer import JobObserver
 from devtools.faults.proxy import Fault
 from devtools.faults.verdict import Verdict
@@ -26,55 +25,54 @@ MORE_CONNECTIONS = 40  # than before the first failover: what pools may have ope
 MAX_WARNINGS = 40  # lines of the log, for one failover
 
 
-def server(port: int) -> redis.Redis:
-    """A way to one of the two that no proxy stands in."""
+def direct(port: int) -> redis.Redis:
+    """A connection to one of the two that no proxy stands in."""
     return redis.Redis(port=port, decode_responses=True, socket_timeout=5)
 
 
-def follow(port: int, leader: int) -> None:
-    """Make a server the replica of another, and wait until it has all."""
-    with contextlib.closing(server(port)) as one:
-        one.replicaof("127.0.0.1", leader)
-        wait_for(
-            lambda: one.info("replication")["master_link_status"] == "up", START_S, "the replica follows"
-        )
+def await_replica(port: int) -> None:
+    """Wait until a server has all that its leader has."""
+    with contextlib.closing(direct(port)) as replica:
+        link = "master_link_status"
+        wait_for(lambda: replica.info("replication").get(link) == "up", START_S, "the replica follows")
 
 
 def fail_over(port: int, to: int) -> None:
     """As a managed Redis does it: writes wait until the replica has all, then they change places."""
-    with contextlib.closing(server(port)) as old, contextlib.closing(server(to)) as new:
+    with contextlib.closing(direct(port)) as old, contextlib.closing(direct(to)) as new:
         old.execute_command("FAILOVER", "TO", "127.0.0.1", to)  # type: ignore[no-untyped-call]
         wait_for(lambda: new.info("replication")["role"] == "master", START_S, "the replica is promoted")
-        wait_for(lambda: old.info("replication")["master_link_status"] == "up", START_S, "the other follows")
+    await_replica(port)
 
 
 def connections(*ports: int) -> int:
     """Count the clients of all of them, except replicas and this one."""
-    found = 0
+    count = 0
     for port in ports:
-        with contextlib.closing(server(port)) as one:
-            found += len(one.client_list(_type="normal")) + len(one.client_list(_type="pubsub")) - 1
-    return found
+        with contextlib.closing(direct(port)) as server:
+            count += len(server.client_list(_type="normal")) + len(server.client_list(_type="pubsub")) - 1
+    return count
 
 
 def attack(count: int, seed: int) -> Verdict:
     """Make `count` failovers."""
     recoveries: list[float] = []
+    counted: list[int] = []  # connections, before the first failover and after each
     with running_cluster("failover", seed, threads=SLOTS) as cluster, contextlib.ExitStack() as stack:
-        folder = Path(cluster.folder / "other")
+        folder = cluster.folder / "other"
         folder.mkdir()
-        other = stack.enter_context(servers.valkey(folder, "--appendonly", "yes"))
-        follow(other.port, cluster.broker.now.port)
+        other = stack.enter_context(servers.valkey(folder, *APPEND_ONLY))
+        with contextlib.closing(direct(other.port)) as replica:
+            replica.replicaof("127.0.0.1", cluster.broker.now.port)
+        await_replica(other.port)
         observer = stack.enter_context(JobObserver(cluster))
         worker = cluster.work()
-        jobs, counted = 0, [0]
         with cluster.s3.proxy.suffering(SLOW):
-            for _ in range(count):
-                for number in range(jobs, jobs + JOBS):
-                    cluster.submit(cluster.job(number, priority="normal"))
-                jobs += JOBS
+            for number in range(count):
+                for job in range(number * JOBS, (number + 1) * JOBS):
+                    cluster.submit(cluster.job(job, priority="normal"))
                 wait_for(lambda: len(observer.running) >= BUSY_WITH, START_S, "a worker has jobs in hand")
-                counted[0] = counted[0] or connections(other.port, cluster.broker.now.port)
+                counted = counted or [connections(other.port, cluster.broker.now.port)]
                 observer.hit()
                 fail_over(cluster.broker.now.port, other.port)
                 other = cluster.broker.switch(other)
@@ -82,28 +80,24 @@ def attack(count: int, seed: int) -> Verdict:
                 recoveries.append(observer.drain(RECOVERS_S + 10))
                 counted.append(connections(other.port, cluster.broker.now.port))
         verdict = observer.verdict(faults=count)
-        _check(cluster, worker, recoveries, counted, verdict)
-        undisturbed_run.compare(cluster, verdict, jobs)
+        _check(worker, recoveries, counted, verdict)
+        verdict.figures["submissions_refused"] = cluster.refused
+        undisturbed_run.compare(cluster, verdict, count * JOBS)
     return verdict
 
 
-def _check(
-    cluster: Cluster, worker: Worker, recoveries: list[float], counted: list[int], verdict: Verdict
-) -> None:
+def _check(worker: Worker, recoveries: list[float], counted: list[int], verdict: Verdict) -> None:
     levels = (" WARNING ", " ERROR ", " CRITICAL ")
     warnings = sum(any(level in line for level in levels) for line in worker.log_lines)
-    for number, seconds in enumerate(recoveries, 1):
-        if seconds > RECOVERS_S:
-            verdict.broken.append(f"Failover {number}: not all jobs were done after {seconds:.0f} s.")
-    if max(counted) > counted[0] + MORE_CONNECTIONS:
-        verdict.broken.append(f"Connections grew from {counted[0]} to {max(counted)}.")
-    if worker.restarts:
-        verdict.broken.append(f"The worker was started again {len(worker.restarts)} times.")
-    if warnings > MAX_WARNINGS * len(recoveries):
-        verdict.broken.append(f"{warnings} warnings for {len(recoveries)} failovers.")
+    restarts, slowest, most = len(worker.restarts), max(recoveries), max(counted)
+    verdict.require(slowest <= RECOVERS_S, f"Not all jobs were done {slowest:.0f} s after a failover.")
+    verdict.require(most <= counted[0] + MORE_CONNECTIONS, f"Connections grew from {counted[0]} to {most}.")
+    verdict.require(not restarts, f"The worker was started again {restarts} times.")
+    verdict.require(
+        warnings <= MAX_WARNINGS * len(recoveries), f"{warnings} warnings for {len(recoveries)} failovers."
+    )
     verdict.figures |= {
-        "recoveries_s": [round(one, 1) for one in recoveries],
+        "recoveries_s": [round(seconds, 1) for seconds in recoveries],
         "connections": counted,
-        "submissions_refused": cluster.refused,
         "warnings": warnings,
     }

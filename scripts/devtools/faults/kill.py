@@ -1,6 +1,6 @@
 """kill -9 of worker processes at random moments, and of their supervisors now and then, while jobs stream.
 
-Some are stopped instead, for longer than a lease lasts, and then go on: zombies, whose jobs are
+Some are suspended instead, for longer than a lease lasts, and then go on: zombies, whose jobs are
 another worker's by then.
 """
 
@@ -8,14 +8,13 @@ import contextlib
 import os
 import random
 import signal
-import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 from devtools.faults import undisturbed_run
-from devtools.faults.cluster import START_S, Cluster, Worker, running_cluster, wait_for
-from devtools.faults.job_stream import Stream
+from devtools.faults.cluster import START_S, Cluster, Worker, running_cluster, suspended, wait_for
+from devtools.faults.job_stream import JobStream
 from devtools.faults.observer import JobObserver
 from devtools.faults.verdict import Verdict
 
@@ -24,9 +23,9 @@ AHEAD = 60  # jobs that wait or run at a time
 EVERY_S = 0.06  # between two submissions
 WORKERS = 2
 OF_SUPERVISORS = 0.05  # share of kills
-ZOMBIES = 0.1  # stops for each kill
-ZOMBIE_BY = 4  # kills: by then at least one process was stopped
-STOPPED_S = 6.0  # longer than a lease, and than it takes another worker to notice
+ZOMBIES = 0.1  # suspensions for each kill
+ZOMBIE_BY = 4  # kills: by then at least one process was suspended
+SUSPENDED_S = 6.0  # longer than a lease, and than it takes another worker to notice
 WHILE_IT_STARTS = 0.1  # share of kills: before the process takes jobs
 UNREADY = 2  # kills of one worker in a row before it takes jobs; its supervisor gives up after five
 LATER_S = 0.8  # at most, after a worker has begun a job
@@ -41,57 +40,46 @@ class Killer:
     cluster: Cluster
     observer: JobObserver
     random: random.Random
-    kills: int = 0
-    supervisors: int = 0
-    hit: int = 0  # jobs that ran on a process when it was killed or stopped
-    zombies: int = 0
-    unready: dict[int, int] = field(default_factory=dict)  # index of a worker -> kills before it took jobs
+    done: Counter[str] = field(default_factory=Counter)  # kills, supervisors_killed, zombies, jobs_hit
+    unready: Counter[int] = field(default_factory=Counter)  # index of a worker -> kills before it took jobs
 
-    def kill(self) -> None:
-        """One more."""
+    def strike(self) -> None:
+        """Kill or suspend one more."""
         index = self.random.randrange(len(self.cluster.workers))
-        worker, of_supervisor = self.cluster.workers[index], self.random.random() < OF_SUPERVISORS
-        if of_supervisor:
+        worker = self.cluster.workers[index]
+        if self.random.random() < OF_SUPERVISORS:
             self._kill_supervisor(index, worker)
             return
         wait_for(lambda: worker.process, START_S, "a supervisor starts its worker again")
-        early = self.random.random() < WHILE_IT_STARTS and self.unready.get(index, 0) < UNREADY
+        early = self.random.random() < WHILE_IT_STARTS and self.unready[index] < UNREADY
         if not early:
             wait_for(lambda: self._busy(worker), START_S, f"the worker takes jobs, see {worker.log}")
-        self.unready[index] = self.unready.get(index, 0) + 1 if early else 0
+        self.unready[index] = self.unready[index] + 1 if early else 0
         time.sleep(self.random.uniform(0, LATER_S))
         pid = worker.process
         if pid is None:  # it has just ended by itself, as it may when its supervisor was killed
             return
-        if not early and ((self.kills >= ZOMBIE_BY and not self.zombies) or self.random.random() < ZOMBIES):
-            self._stop(pid)
+        zombie_due = self.done["kills"] >= ZOMBIE_BY and not self.done["zombies"]
+        if not early and (zombie_due or self.random.random() < ZOMBIES):
+            with suspended(pid):
+                self.done["zombies"] += 1
+                self.done["jobs_hit"] += self.observer.hit(pid)
+                time.sleep(SUSPENDED_S)
             return
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-            self.kills += 1
-            self.hit += self.observer.hit(pid)
-
-    def _stop(self, pid: int) -> None:
-        """Nothing of it runs for a while; then it goes on with what it had in hand."""
-        os.kill(pid, signal.SIGSTOP)
-        self.zombies += 1
-        self.hit += self.observer.hit(pid)
-        time.sleep(STOPPED_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
+            self.done["kills"] += 1
+            self.done["jobs_hit"] += self.observer.hit(pid)
 
     def _kill_supervisor(self, index: int, worker: Worker) -> None:
         """Start another one, as an init system would; the worker process ends by itself."""
-        pid = worker.supervisor
-        if pid is None:
+        if worker.supervisor is None:
             return
-        os.kill(pid, signal.SIGKILL)
-        self.kills += 1
-        self.supervisors += 1
+        os.kill(worker.supervisor, signal.SIGKILL)
+        self.done.update(["kills", "supervisors_killed"])
         worker.stop()  # its keeper
-        self.cluster.workers.remove(worker)
         self.cluster.work()
-        self.cluster.workers.insert(index, self.cluster.workers.pop())
+        self.cluster.workers[index] = self.cluster.workers.pop()
 
     def _busy(self, worker: Worker) -> bool:
         pid = worker.process
@@ -100,32 +88,23 @@ class Killer:
 
 def attack(count: int, seed: int) -> Verdict:
     """Make `count` kills."""
-    enough = threading.Event()
     with running_cluster("kill", seed) as cluster, JobObserver(cluster) as observer:
         for _ in range(WORKERS):
             cluster.work()
-        flow: dict[str, Any] = {"jobs": JOBS_A_KILL * count, "ahead": AHEAD, "every_s": EVERY_S}
-        with Stream(cluster, observer.unfinished, until=enough, **flow) as stream:
+        jobs = JOBS_A_KILL * count
+        with JobStream(cluster, observer.unfinished, jobs, AHEAD, endless=True, every_s=EVERY_S) as stream:
             killer = Killer(cluster, observer, random.Random(seed))  # noqa: S311  # repeatable, not secret
             begun = time.monotonic()
-            while killer.kills < count:
-                killer.kill()
-                if stream.error:
-                    break
-            enough.set()
+            while killer.done["kills"] < count and not stream.error:
+                killer.strike()
             killed_s = time.monotonic() - begun
             stream.join()
         drained_s = observer.drain(DRAINS_S)
-        verdict = observer.verdict(faults=killer.kills + killer.zombies)
+        verdict = observer.verdict(faults=killer.done["kills"] + killer.done["zombies"])
         undisturbed_run.compare(cluster, verdict, len(stream.made))
-    if verdict.recovery_s_max > RECOVERS_S:
-        verdict.broken.append(f"A killed job ran again after {verdict.recovery_s_max:.0f} s only.")
-    verdict.figures |= {
-        "kills": killer.kills,
-        "supervisors_killed": killer.supervisors,
-        "zombies": killer.zombies,
-        "jobs_hit": killer.hit,
-        "killing_s": round(killed_s, 1),
-        "drained_s": round(drained_s, 1),
-    }
+    again_s = verdict.recovery_s_max
+    verdict.require(again_s <= RECOVERS_S, f"A killed job ran again after {again_s:.0f} s only.")
+    for key in ("kills", "supervisors_killed", "zombies", "jobs_hit"):
+        verdict.figures[key] = killer.done[key]
+    verdict.figures |= {"killing_s": round(killed_s, 1), "drained_s": round(drained_s, 1)}
     return verdict

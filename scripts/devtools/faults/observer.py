@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Self
 
 import redis
@@ -29,14 +28,37 @@ FINAL = frozenset({"succeeded", "failed", "canceled", "expired"})
 PATIENT = frozenset({"low", "bulk"})  # priorities that come after the others
 UNEXPECTED = "internal"  # the code of an unexpected exception: a defect of ours
 
+Document = dict[str, Any]
+
 
 @cache
 def codes() -> set[str]:
     """Every code that an error may have, except that of unexpected exceptions."""
     tree = [errors.GradcamError]
-    for one in tree:
-        tree += one.__subclasses__()
-    return {one.code for one in tree} - {UNEXPECTED}
+    for error in tree:
+        tree += error.__subclasses__()
+    return {error.code for error in tree} - {UNEXPECTED}
+
+
+def sha256(data: bytes) -> str:
+    """The checksum of an object."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def end_of(document: Document) -> str:
+    """How a job ended: `succeeded`, or the code of its error."""
+    if document["status"] == "succeeded":
+        return "succeeded"
+    return str((document["error"] or {}).get("code", "none"))
+
+
+def delivered(cluster: Cluster) -> dict[str, list[Document]]:
+    """Job id -> the final documents that the receiver of webhooks got, in their order."""
+    documents: dict[str, list[Document]] = {}
+    for event in webhook_receiver.events(cluster.folder / "events.jsonl"):
+        if event["data"]["status"] in FINAL:
+            documents.setdefault(event["data"]["id"], []).append(event["data"])
+    return documents
 
 
 @dataclass
@@ -58,34 +80,30 @@ class JobObserver:
         `forgotten`: the run is longer than the time that the ledger keeps a final job for.
         """
         self._cluster, self._forgotten = cluster, forgotten
-        self._prefix = cluster.settings.key_prefix
         self.finals: dict[str, str] = {}  # job id -> its final document, as text
         self.changed: set[str] = set()  # jobs whose final document has changed
         self.running: dict[str, tuple[int, str]] = {}  # job id -> attempt, worker: at the last poll
         self.early: set[str] = set()  # manifests seen before what they name
         self.manifests: dict[str, set[str]] = {}  # job id -> checksums of what was seen under its name
-        self.polls = self.bucket_polls = 0
+        self.polls: Counter[str] = Counter()  # of the ledger, and of the bucket
         self.recoveries: dict[str, list[float]] = {}  # priority -> seconds until a job ran again
         self.requeued: list[float] = []  # seconds until what was hit no longer passed for running
         self._hit: dict[str, Hit] = {}  # job id -> what has not run again yet
         self._fresh: dict[str, int] = {}  # manifest's job id -> when it was changed, at the last poll (ns)
-        self._ended = threading.Event()
-        self._door = threading.Lock()
-        self._threads = [
-            threading.Thread(target=self._keep, args=[look], daemon=True)
-            for look in (self._read_documents, self._read_manifests)
-        ]
-        self._at = 0
+        self._next_final = 0  # from which on final documents are read again
+        self._ended, self._lock = threading.Event(), threading.Lock()
+        polls = (self._poll_ledger, self._poll_bucket)
+        self._threads = [threading.Thread(target=poll, daemon=True) for poll in polls]
 
     def __enter__(self) -> Self:
-        for one in self._threads:
-            one.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        for one in self._threads:
-            one.join()
+        for thread in self._threads:
+            thread.join()
 
     def unfinished(self) -> int:
         """Accepted jobs that were not final at the last poll."""
@@ -97,23 +115,23 @@ class JobObserver:
         How many jobs that is.
         """
         ending, now = f":{worker}" if worker else "", time.monotonic()
-        found = [
-            (job_id, one["attempt"])
-            for job_id, one in self.documents().items()
-            if one and one["status"] == "running" and one["worker"]["id"].endswith(ending)
+        hits = [
+            (job_id, document["attempt"])
+            for job_id, document in self.documents().items()
+            if document and document["status"] == "running" and document["worker"]["id"].endswith(ending)
         ]
-        with self._cluster.ledger as server, self._door:
-            for job_id, attempt in found:
-                route = server.hget(f"{self._prefix}job:{job_id}", "route")
-                self._hit[job_id] = Hit(attempt, now, str(route))
-        return len(found)
+        with self._cluster.ledger as server, self._lock:
+            for job_id, attempt in hits:
+                route = str(server.hget(self._key(job_id), "route"))
+                self._hit[job_id] = Hit(attempt, now, route)
+        return len(hits)
 
     def over(self) -> None:
         """The fault has ended: what it hit is given time from now on."""
         now = time.monotonic()
-        with self._door:
-            for one in self._hit.values():
-                one.since_s = now
+        with self._lock:
+            for hit in self._hit.values():
+                hit.since_s = now
 
     def drain(self, seconds: float) -> float:
         """Wait until every accepted job is final, at most so long; return how long it took."""
@@ -122,14 +140,13 @@ class JobObserver:
             time.sleep(POLL_INTERVAL_S)
         return time.monotonic() - begun
 
-    def documents(self) -> dict[str, dict[str, Any] | None]:
+    def documents(self) -> dict[str, Document | None]:
         """What the ledger holds of each accepted job just now, or held at its end where it may forget it."""
         with self._cluster.ledger as server:
-            ids = list(self._cluster.accepted)
-            texts = self._read(server, ids)
+            texts = self._read(server, list(self._cluster.accepted))
         if self._forgotten:
-            texts = [text or self.finals.get(job_id) for job_id, text in zip(ids, texts, strict=True)]
-        return {job_id: json.loads(text) if text else None for job_id, text in zip(ids, texts, strict=True)}
+            texts = {job_id: text or self.finals.get(job_id) for job_id, text in texts.items()}
+        return {job_id: json.loads(text) if text else None for job_id, text in texts.items()}
 
     def verdict(self, *, faults: int, expected: Callable[[str], Collection[str]] | None = None) -> Verdict:
         """What came of all of it; call it when all should be final.
@@ -137,94 +154,95 @@ class JobObserver:
         `expected`: job id -> what it may end as, `succeeded` or the code of its error; without it, every job
         has to succeed.
         """
-        found = self.documents()
-        known = {job_id: one for job_id, one in found.items() if one}
-        verdict = Verdict(jobs=len(found), faults=faults, lost=len(found) - len(known))
-        verdict.without_final_state = sum(one["status"] not in FINAL for one in known.values())
-        doubled = {*self.changed, *(job_id for job_id, seen in self.manifests.items() if len(seen) > 1)}
-        verdict.doubled = len(doubled)
-        verdict.early_manifests = len(self.early)
-        ends = {job_id: end_of(one) for job_id, one in known.items() if one["status"] in FINAL}
-        verdict.untyped = sum(end not in {"succeeded", *codes()} for end in ends.values())
-        wrong = {
-            job_id: end
-            for job_id, end in ends.items()
-            if end not in (expected(job_id) if expected else {"succeeded"})
-        }
-        if wrong:
-            counted = ", ".join(f"{count} {end}" for end, count in Counter(wrong.values()).most_common())
-            example = next(iter(wrong))
-            why = (known[example].get("error") or {}).get("detail", "")
+        documents = self.documents()
+        known = {job_id: document for job_id, document in documents.items() if document}
+        ends = {job_id: end_of(document) for job_id, document in known.items() if document["status"] in FINAL}
+        # Jobs of a lower priority wait for as long as others are there, whether a worker died or not.
+        urgent = [max(seconds) for route, seconds in self.recoveries.items() if route not in PATIENT]
+        attempts = [document["attempt"] for document in known.values()]
+        verdict = Verdict(
+            jobs=len(documents),
+            faults=faults,
+            lost=len(documents) - len(known),
+            without_final_state=len(known) - len(ends),
+            doubled=len(self.changed | {job_id for job_id, seen in self.manifests.items() if len(seen) > 1}),
+            early_manifests=len(self.early),
+            untyped=sum(end not in {"succeeded", *codes()} for end in ends.values()),
+            recovery_s_max=max([*urgent, *self.requeued], default=0.0),
+            figures={
+                "attempts_max": max(attempts, default=0),
+                "jobs_run_again": sum(attempt > 1 for attempt in attempts),
+                "requeued_s_max": round(max(self.requeued, default=0.0), 2),
+                "runs_again_s_max": {route: round(max(some), 2) for route, some in self.recoveries.items()},
+                "polls": dict(self.polls),
+            },
+        )
+        allowed = expected or (lambda _: {"succeeded"})
+        wrong = [job_id for job_id, end in ends.items() if end not in allowed(job_id)]
+        for job_id in wrong[:1]:
+            counts = ", ".join(f"{count} {end}" for end, count in Counter(ends[id_] for id_ in wrong).items())
+            why = (known[job_id].get("error") or {}).get("detail", "")
             verdict.broken.append(
-                f"{len(wrong)} jobs ended otherwise than they should: {counted}. {example}: {why}"
+                f"{len(wrong)} jobs ended otherwise than they should: {counts}. {job_id}: {why}"
             )
         unsealed = [
             job_id
             for job_id, end in ends.items()
-            if end == "succeeded" and not self._seals(job_id, known[job_id])
+            if end == "succeeded" and not self._seals(known[job_id], job_id)
         ]
-        if unsealed:
-            verdict.broken.append(
-                f"{len(unsealed)} jobs succeeded without the manifest that they name: {unsealed[0]}"
-            )
-        if self._cluster.unexpected:
-            some = f"{len(self._cluster.unexpected)} times, at first with {self._cluster.unexpected[0]}"
-            verdict.broken.append(f"The client raised undocumented errors, {some}")
-        # Jobs of a lower priority wait for as long as others are there, whether a worker died or not.
-        again = [one for route, some in self.recoveries.items() if route not in PATIENT for one in some]
-        verdict.recovery_s_max = max([*again, *self.requeued], default=0.0)
-        attempts = Counter(one["attempt"] for one in known.values())
-        verdict.figures |= {
-            "attempts_max": max(attempts, default=0),
-            "jobs_run_again": sum(count for attempt, count in attempts.items() if attempt > 1),
-            "requeued_s_max": round(max(self.requeued, default=0.0), 2),
-            "runs_again_s_max": {route: round(max(some), 2) for route, some in self.recoveries.items()},
-            "polls": self.polls,
-            "bucket_polls": self.bucket_polls,
-        }
+        verdict.require(
+            not unsealed,
+            f"{len(unsealed)} jobs succeeded without the manifest that they name: {unsealed[:1]}",
+        )
+        raised = self._cluster.unexpected
+        verdict.require(
+            not raised, f"The client raised undocumented errors, {len(raised)} times, at first {raised[:1]}"
+        )
         return verdict
 
-    def _seals(self, job_id: str, document: dict[str, Any]) -> bool:
-        path = self._manifest(job_id)
-        named = (document.get("result") or {}).get("manifest_sha256")
-        return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == named
+    def _key(self, job_id: str) -> str:
+        return f"{self._cluster.settings.key_prefix}job:{job_id}"
 
-    def _keep(self, look: Callable[[], None]) -> None:
+    def _seals(self, document: Document, job_id: str) -> bool:
+        """Whether the manifest that a document names is there."""
+        path = self._cluster.manifest(job_id)
+        named = (document.get("result") or {}).get("manifest_sha256")
+        return path.exists() and sha256(path.read_bytes()) == named
+
+    def _poll_ledger(self) -> None:
         while not self._ended.is_set():
-            with contextlib.suppress(redis.RedisError):  # it is being attacked
-                look()
+            with (
+                contextlib.suppress(redis.RedisError),
+                self._cluster.ledger as server,
+            ):  # it is being attacked
+                while not self._ended.wait(POLL_INTERVAL_S):  # a connection lasts as long as its server does
+                    self._look(server)
             self._ended.wait(POLL_INTERVAL_S)
 
-    def _read_documents(self) -> None:
-        """A loop of its own, so that a connection lasts as long as its server does."""
-        with self._cluster.ledger as server:
-            while not self._ended.wait(POLL_INTERVAL_S):
-                self._look(server)
-
     def _look(self, server: Any) -> None:
-        open_ids = [job_id for job_id in list(self._cluster.accepted) if job_id not in self.finals]
         ended = list(self.finals)
-        again = ended[self._at : self._at + SLICE]
-        self._at = self._at + SLICE if self._at + SLICE < len(ended) else 0
-        texts = self._read(server, [*open_ids, *again])
-        running: dict[str, tuple[int, str]] = {}
-        for job_id, text in zip(open_ids, texts, strict=False):
-            document = json.loads(text) if text else None
-            if document and document["status"] in FINAL:
-                self.finals[job_id] = str(text)
-            if document and document["status"] == "running":
-                running[job_id] = (document["attempt"], document["worker"]["id"])
-            if document:
-                self._recovered(job_id, document)
-        for job_id, text in zip(again, texts[len(open_ids) :], strict=True):
+        again = ended[self._next_final : self._next_final + SLICE]
+        self._next_final = self._next_final + SLICE if self._next_final + SLICE < len(ended) else 0
+        for job_id, text in self._read(server, again).items():
             if text != self.finals[job_id] and not (text is None and self._forgotten):
                 self.changed.add(job_id)
-        with self._door:
+        unfinished = [job_id for job_id in list(self._cluster.accepted) if job_id not in self.finals]
+        running: dict[str, tuple[int, str]] = {}
+        for job_id, text in self._read(server, unfinished).items():
+            if text is None:
+                continue
+            document = json.loads(text)
+            if document["status"] in FINAL:
+                self.finals[job_id] = text
+            elif document["status"] == "running":
+                running[job_id] = (document["attempt"], document["worker"]["id"])
+            self._recovered(job_id, document)
+        with self._lock:
             self.running = running
-        self.polls += 1
+        self.polls["ledger"] += 1
 
-    def _recovered(self, job_id: str, document: dict[str, Any]) -> None:
-        with self._door:
+    def _recovered(self, job_id: str, document: Document) -> None:
+        with self._lock:
             hit = self._hit.get(job_id)
             if hit is None or (document["status"], document["attempt"]) == ("running", hit.attempt):
                 return
@@ -232,62 +250,43 @@ class JobObserver:
             if not hit.requeued:
                 hit.requeued = True
                 self.requeued.append(seconds)
-            if document["status"] == "running" or document["status"] in FINAL:
+            if document["status"] in {"running", *FINAL}:
                 self.recoveries.setdefault(hit.route, []).append(seconds)
                 del self._hit[job_id]
 
-    def _read(self, server: Any, ids: Iterable[str]) -> list[str | None]:
+    def _read(self, server: Any, ids: Iterable[str]) -> dict[str, str | None]:
+        ids = list(ids)
         with server.pipeline(transaction=False) as pipeline:
             for job_id in ids:
-                pipeline.hget(f"{self._prefix}job:{job_id}", "document")
-            return list(pipeline.execute())
+                pipeline.hget(self._key(job_id), "document")
+            return dict(zip(ids, pipeline.execute(), strict=True))
 
-    def _manifest(self, job_id: str) -> Path:
-        return self._cluster.bucket / "cams" / job_id / "manifest.json"
+    def _poll_bucket(self) -> None:
+        while not self._ended.wait(POLL_INTERVAL_S):
+            for job_id in list(self._cluster.accepted):
+                with contextlib.suppress(OSError, ValueError):  # not there; or the server is just writing it
+                    self._read_manifest(job_id)
+            self.polls["bucket"] += 1
 
-    def _read_manifests(self) -> None:
-        for job_id in list(self._cluster.accepted):
-            path = self._manifest(job_id)
-            try:
-                changed_at = path.stat().st_mtime_ns
-                if self._fresh.get(job_id) == changed_at:
-                    continue
-                text = path.read_bytes()
-                manifest = json.loads(text)
-            except (OSError, ValueError):  # not there; or the server is just writing it
-                continue
-            self._fresh[job_id] = changed_at
-            self.manifests.setdefault(job_id, set()).add(hashlib.sha256(text).hexdigest())
-            if not self._whole(manifest):
-                self.early.add(job_id)
-        self.bucket_polls += 1
+    def _read_manifest(self, job_id: str) -> None:
+        path = self._cluster.manifest(job_id)
+        changed_at = path.stat().st_mtime_ns
+        if self._fresh.get(job_id) == changed_at:
+            return
+        text = path.read_bytes()
+        manifest = json.loads(text)
+        self._fresh[job_id] = changed_at
+        self.manifests.setdefault(job_id, set()).add(sha256(text))
+        if not self._whole(manifest):
+            self.early.add(job_id)
 
     def _whole(self, manifest: dict[str, Any]) -> bool:
-        records = list(manifest["artifacts"])
-        for explained in manifest["explanations"]:
-            records += explained["artifacts"]
-        for one in records:
-            path = self._cluster.bucket / one["uri"].removeprefix("s3://results/")
-            try:
-                data = path.read_bytes()
-            except OSError:
-                return False
-            if len(data) != one["bytes"] or hashlib.sha256(data).hexdigest() != one["sha256"]:
+        records = manifest["artifacts"] + [
+            record for explained in manifest["explanations"] for record in explained["artifacts"]
+        ]
+        for record in records:
+            path = self._cluster.bucket / record["uri"].removeprefix("s3://results/")
+            data = path.read_bytes() if path.exists() else b""
+            if len(data) != record["bytes"] or sha256(data) != record["sha256"]:
                 return False
         return bool(records)
-
-
-def end_of(document: dict[str, Any]) -> str:
-    """How a job ended: `succeeded`, or the code of its error."""
-    if document["status"] == "succeeded":
-        return "succeeded"
-    return str((document["error"] or {}).get("code", "none"))
-
-
-def delivered(cluster: Cluster) -> dict[str, list[dict[str, Any]]]:
-    """Job id -> the final documents that the receiver of webhooks got, in their order."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for event in webhook_receiver.events(cluster.events):
-        if event["data"]["status"] in FINAL:
-            found.setdefault(event["data"]["id"], []).append(event["data"])
-    return found

@@ -9,8 +9,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -19,7 +18,7 @@ from devtools.faults.cluster import START_S, Cluster, Worker, running_cluster, w
 from devtools.faults.observer import JobObserver, delivered, end_of
 from devtools.faults.verdict import Verdict
 from devtools.processes import Usage, repeating
-from gradcam_worker.broker import app, publisher
+from gradcam_worker.broker import publisher
 from gradcam_worker.errors import IdempotencyConflict
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import Job
@@ -34,18 +33,28 @@ MORE = 4  # threads and files that may come and go
 ROUNDS = 4
 RETENTION_S = 60.0  # the least there is
 DRAINS_S = 120.0
-# Keys of the ledger and of kombu that are there once, whatever is done: see
-# `gradcam_worker.ledger.redis.scripts`.
-SINGLETONS = (
-    "claimed",
-    "ended:",
-    "workers",
-    "reaper",
-    "dead",
-    "_kombu.binding",
-    "unacked_mutex",
-    "unreadable",
-)
+OF_JOBS = ("job:", "idempotency:")  # keys that are forgotten with their job
+# Keys of the ledger and of kombu that are there once: see `gradcam_worker.ledger.redis.scripts`.
+OF_LEDGER = ("claimed", "ended:", "workers", "reaper", "dead")
+OF_KOMBU = ("_kombu.binding", "unacked_mutex", "unreadable")
+BAD_ADDRESSES = {
+    "s3://photos/missing.jpg": "image_not_found",
+    "s3://nowhere/missing.jpg": "image_not_found",
+    "http://169.254.169.254/latest/meta-data": "uri_not_allowed",
+    "file:///etc/passwd": "uri_not_allowed",
+}
+BAD_IMAGES = {
+    "cut.jpg": ("image_decode_failed", "succeeded"),  # what is there of it may do
+    "text.jpg": ("unsupported_media_type",),
+    "huge.gif": ("image_pixels_exceeded", "image_decode_failed"),
+}
+BAD_FIELDS: dict[str, dict[str, Any]] = {
+    "unknown_class": {"target": {"classes": ["no such thing"]}},
+    "unknown_network": {"network": "no_such_network"},
+    "unknown_layer": {"method": {"layer": "no_such_layer"}},
+    "output_not_allowed": {"output": "s3://elsewhere/x"},
+    "checksum_mismatch": {"image": {"uri": "s3://photos/1.jpg", "sha256": "0" * 64}},
+}
 
 
 @dataclass
@@ -56,21 +65,19 @@ class Mix:
     seed: int
     made: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
-    ends: dict[str, Collection[str]] = field(default_factory=dict)  # job id -> how it may end
+    ends: dict[str, tuple[str, ...]] = field(default_factory=dict)  # job id -> how it may end
     broken: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Store the bad images, and make what sends messages past the client."""
+        """Store the bad images, and find the kinds of jobs."""
         self._random = random.Random(self.seed)  # noqa: S311  # repeatable, not secret
-        self._app = app.make_app(self.cluster.settings)
         photos = self.cluster.folder / "buckets" / "photos"
         good = (photos / "0.jpg").read_bytes()
         (photos / "cut.jpg").write_bytes(good[: len(good) // 2])
         (photos / "text.jpg").write_bytes(b"This is no image. " * 99)
         (photos / "huge.gif").write_bytes(b"GIF89a" + (30_000).to_bytes(2, "little") * 2 + bytes(38))
-        self._kinds: dict[str, Callable[[int], None]] = {
-            name.removeprefix("_do_"): getattr(self, name) for name in dir(self) if name.startswith("_do_")
-        }
+        names = [name for name in dir(self) if name.startswith("_do_")]
+        self._kinds: dict[str, Callable[[int], None]] = {name[4:]: getattr(self, name) for name in names}
 
     @property
     def complete(self) -> bool:
@@ -94,100 +101,66 @@ class Mix:
         self._submit(number, "succeeded", webhooks=self.cluster.hook() if number % 5 == 0 else [])
 
     def _do_bad_address(self, number: int) -> None:
-        uris = {
-            "s3://photos/missing.jpg": "image_not_found",
-            "s3://nowhere/missing.jpg": "image_not_found",
-            "http://169.254.169.254/latest/meta-data": "uri_not_allowed",
-            "file:///etc/passwd": "uri_not_allowed",
-        }
-        uri = self._random.choice(sorted(uris))
-        self._submit(number, uris[uri], image=uri)
+        uri = self._random.choice(sorted(BAD_ADDRESSES))
+        self._submit(number, BAD_ADDRESSES[uri], image=uri)
 
     def _do_bad_image(self, number: int) -> None:
-        names = {
-            "cut.jpg": ("image_decode_failed", "succeeded"),  # what is there of it may do
-            "text.jpg": ("unsupported_media_type",),
-            "huge.gif": ("image_pixels_exceeded", "image_decode_failed"),
-        }
-        name = self._random.choice(sorted(names))
-        self._submit(number, *names[name], image=f"s3://photos/{name}")
+        name = self._random.choice(sorted(BAD_IMAGES))
+        self._submit(number, *BAD_IMAGES[name], image=f"s3://photos/{name}")
 
-    def _do_bad_wish(self, number: int) -> None:
-        wishes: dict[str, dict[str, Any]] = {
-            "unknown_class": {"target": {"classes": ["no such thing"]}},
-            "unknown_network": {"network": "no_such_network"},
-            "unknown_layer": {"method": {"layer": "no_such_layer"}},
-            "output_not_allowed": {"output": "s3://elsewhere/x"},
-            "checksum_mismatch": {"image": {"uri": "s3://photos/1.jpg", "sha256": "0" * 64}},
-        }
-        code = self._random.choice(sorted(wishes))
-        self._submit(number, code, **wishes[code])
+    def _do_bad_field(self, number: int) -> None:
+        code = self._random.choice(sorted(BAD_FIELDS))
+        self._submit(number, code, **BAD_FIELDS[code])
 
     def _do_cancelled(self, number: int) -> None:
-        job = self._submit(number, "canceled", "succeeded")
-        self.cluster.client.cancel(job.id)
+        self.cluster.client.cancel(self._submit(number, "canceled", "succeeded").id)
 
     def _do_expired(self, number: int) -> None:
-        ahead_s = self._random.choice([0.001, 0.3])
-        expires_at = utc_now() + timedelta(seconds=ahead_s)
+        expires_at = utc_now() + timedelta(seconds=self._random.choice([0.001, 0.3]))
         self._submit(number, "expired", "succeeded", expires_at=expires_at)
 
     def _do_duplicate(self, number: int) -> None:
-        key = f"key {number}"
-        job = self._submit(number, "succeeded", idempotency_key=key)
+        job = self._submit(number, "succeeded", idempotency_key=f"key {number}")
         same = job.model_copy(update={"id": self.cluster.job(-number).id})
-        if (found := self.cluster.client.submit(same)) != job.id:
-            self.broken.append(f"The idempotency key of {job.id} led to {found}.")
-        other = same.model_copy(update={"metadata": {"other": "yes"}})
+        if (first := self.cluster.client.submit(same)) != job.id:
+            self.broken.append(f"The idempotency key of {job.id} led to {first}.")
         with contextlib.suppress(IdempotencyConflict):
-            self.cluster.client.submit(other)
+            self.cluster.client.submit(same.model_copy(update={"metadata": {"other": "yes"}}))
             self.broken.append(f"Another job was accepted under the idempotency key of {job.id}.")
 
     def _do_unknown_job(self, number: int) -> None:
         """By name, from a Celery client that knows nothing of the ledger."""
-        job = self.cluster.job(number)
-        self._send(job.id, job.model_dump(mode="json"), "succeeded")
+        self._send(self.cluster.job(number), {}, "succeeded")
 
     def _do_no_job(self, number: int) -> None:
-        job = self.cluster.job(number)
-        payload = {**job.model_dump(mode="json"), self._random.choice(["image", "target", "extra"]): [1, {}]}
-        self._send(job.id, payload, "invalid_job")
+        changes = {self._random.choice(["image", "target", "extra"]): [1, {}]}
+        self._send(self.cluster.job(number), changes, "invalid_job")
 
-    def _send(self, job_id: str, payload: object, *ends: str) -> None:
-        self._app.send_task(
-            publisher.EXPLAIN, args=[payload], queue=publisher.INTERACTIVE, task_id=job_id, priority=0
-        )
-        self.ends[job_id] = ends
-        self.cluster.accepted[job_id] = time.monotonic()
+    def _send(self, job: Job, changes: dict[str, Any], *ends: str) -> None:
+        self.cluster.send(job.id, {**job.model_dump(mode="json"), **changes})
+        self.ends[job.id] = ends
+        self.cluster.accepted[job.id] = time.monotonic()
 
     def _do_no_message(self, number: int) -> None:
         """Straight into the list that is the queue."""
         envelope = {"body": "bm8=", "headers": {"id": number, "task": "x"}, "properties": {}}
-        texts = [
-            self._random.randbytes(60),
-            b"{}",
-            b"[]",
-            b"null",
-            b'"text"',
-            b"[" * 5000,
-            json.dumps(envelope).encode(),
-            json.dumps({**envelope, "headers": None}).encode(),
-            json.dumps({**envelope, "properties": {"delivery_tag": number, "delivery_info": []}}).encode(),
-        ]
-        queue = f"{self.cluster.settings.key_prefix}{publisher.INTERACTIVE}"
-        with closing(self.cluster.ledger) as server:
+        properties = {"delivery_tag": number, "delivery_info": []}
+        envelopes = [envelope, {**envelope, "headers": None}, {**envelope, "properties": properties}]
+        texts = [b"{}", b"[]", b"null", b'"text"', b"[" * 5000, self._random.randbytes(60)]
+        texts += [json.dumps(broken).encode() for broken in envelopes]
+        with self.cluster.ledger as server:
+            queue = f"{self.cluster.settings.key_prefix}{publisher.INTERACTIVE}"
             server.lpush(queue, self._random.choice(texts))
 
 
 def attack(count: int, seed: int) -> Verdict:
     """Run for `count` seconds."""
-    retention: dict[str, Any] = {"retention_s": RETENTION_S, "idempotency_retention_s": RETENTION_S}
+    retention = {"retention_s": RETENTION_S, "idempotency_retention_s": RETENTION_S}
     with (
         running_cluster("soak", seed, **retention) as cluster,
         JobObserver(cluster, forgotten=True) as observer,
     ):
-        mix = Mix(cluster, seed)
-        worker = cluster.work()
+        mix, worker = Mix(cluster, seed), cluster.work()
         mix.one()
         wait_for(lambda: observer.finals, START_S, "the first job ends")
         pid = worker.process or 0  # it is there: a good job ends nowhere else
@@ -197,16 +170,17 @@ def attack(count: int, seed: int) -> Verdict:
                 break
         verdict = _verdict(cluster, observer, mix)
         _check_usage(usage, count, verdict, worker)
-        wait_for(lambda: not _undelivered(cluster), DRAINS_S, "all webhooks are delivered")
+        wait_for(lambda: not _keys(cluster, "events:"), DRAINS_S, "all webhooks are delivered")
         _check_remaining_keys(cluster, verdict)
         if count >= LONG_S:
             time.sleep(RETENTION_S + 5)
-            _check_retention(cluster, verdict)
+            kept = _keys(cluster, *OF_JOBS, "events:")
+            verdict.figures["keys_after_retention"] = len(kept)
+            verdict.require(not kept, f"{len(kept)} keys outlast their retention: {kept[:1]}")
         cluster.stop_workers()
-        left = [path for path in (cluster.folder / "tmp").rglob("*") if path.is_file()]
+        left = [path.name for path in (cluster.folder / "tmp").rglob("*") if path.is_file()]
         verdict.figures["temporary_files"] = len(left)
-        if left:
-            verdict.broken.append(f"{len(left)} temporary files are left: {left[0].name}")
+        verdict.require(not left, f"{len(left)} temporary files are left: {left[:1]}")
     return verdict
 
 
@@ -226,21 +200,21 @@ def _feed(observer: JobObserver, mix: Mix, usage: Usage, seconds: float) -> Usag
 def _growth(usage: Usage, seconds: float) -> list[str]:
     """What grew in this time, and by how much."""
     growth, most = usage.growth(), FLAT if seconds >= LONG_S else ROUGHLY_FLAT
-    found = []
+    sentences = []
     if growth > most:
-        found.append(f"Resident memory grew by {growth:.1%} after the warm-up; {most:.0%} is flat.")
+        sentences.append(f"Resident memory grew by {growth:.1%} after the warm-up; {most:.0%} is flat.")
     for name, readings in (("threads", usage.threads), ("files", usage.files)):
         if (more := usage.rise(readings)) > MORE:
-            found.append(f"{more:g} {name} more are open at the end than after the warm-up.")
-    return found
+            sentences.append(f"{more:g} {name} more are open at the end than after the warm-up.")
+    return sentences
 
 
 def _verdict(cluster: Cluster, observer: JobObserver, mix: Mix) -> Verdict:
     hostile = mix.made - mix.kinds["good"]
     verdict = observer.verdict(faults=hostile, expected=lambda job_id: mix.ends[job_id])
     verdict.broken += mix.broken
-    verdict.doubled += sum(any(one != heard[0] for one in heard) for heard in delivered(cluster).values())
-    ends = Counter(end_of(one) for one in observer.documents().values() if one)
+    verdict.doubled += sum(any(end != ends[0] for end in ends) for ends in delivered(cluster).values())
+    ends = Counter(end_of(document) for document in observer.documents().values() if document)
     verdict.figures |= {"kinds": dict(sorted(mix.kinds.items())), "ends": dict(sorted(ends.items()))}
     return verdict
 
@@ -260,39 +234,23 @@ def _check_usage(usage: Usage, seconds: float, verdict: Verdict, worker: Worker)
     }
 
 
-def _keys(cluster: Cluster) -> list[str]:
+def _keys(cluster: Cluster, *beginnings: str) -> list[str]:
+    """Keys of the ledger that begin so, or all of them, without their prefix."""
     prefix = cluster.settings.key_prefix
     with cluster.ledger as server:
-        return sorted(key.removeprefix(prefix) for key in server.scan_iter(count=1000))
-
-
-def _undelivered(cluster: Cluster) -> list[str]:
-    return [key for key in _keys(cluster) if key.startswith("events:")]
+        keys = sorted(key.removeprefix(prefix) for key in server.scan_iter(count=1000))
+    return [key for key in keys if key.startswith(beginnings or "")]
 
 
 def _check_remaining_keys(cluster: Cluster, verdict: Verdict) -> None:
     """Every key is a job's, which will be forgotten, or one of the few that are always there."""
-    keys = _keys(cluster)
+    keys, prefix = _keys(cluster), cluster.settings.key_prefix
     patterns = Counter(key.partition(":")[0] if ":" in key else key for key in keys)
     verdict.figures["keys"] = dict(sorted(patterns.items()))
-    odd = [
-        key
-        for key in keys
-        if not key.startswith(("job:", "idempotency:", *SINGLETONS)) and "pidbox" not in key
-    ]
-    if odd:
-        verdict.broken.append(f"{len(odd)} keys are left when nothing is under way: {', '.join(odd[:5])}")
-    prefix = cluster.settings.key_prefix
+    known = (*OF_JOBS, *OF_LEDGER, *OF_KOMBU)
+    odd = [key for key in keys if not key.startswith(known) and "pidbox" not in key]
+    verdict.require(not odd, f"{len(odd)} keys are left when nothing is under way: {', '.join(odd[:5])}")
     with cluster.ledger as server:
-        mortal = [key for key in keys if key.startswith(("job:", "idempotency:"))]
-        immortal = [key for key in mortal if server.pttl(prefix + key) < 0 and server.exists(prefix + key)]
-    if immortal:
-        verdict.broken.append(f"{len(immortal)} keys of final jobs stay for ever: {immortal[0]}")
-
-
-def _check_retention(cluster: Cluster, verdict: Verdict) -> None:
-    """When the time that jobs are kept for is over."""
-    kept = [key for key in _keys(cluster) if key.startswith(("job:", "idempotency:", "events:"))]
-    verdict.figures["keys_after_retention"] = len(kept)
-    if kept:
-        verdict.broken.append(f"{len(kept)} keys outlast their retention: {kept[0]}")
+        mortal = [prefix + key for key in keys if key.startswith(OF_JOBS)]
+        immortal = [key for key in mortal if server.pttl(key) < 0 and server.exists(key)]
+    verdict.require(not immortal, f"{len(immortal)} keys of final jobs stay for ever: {immortal[:1]}")

@@ -15,15 +15,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.decoding.decode import Decoded
-from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network
+from gradcam_worker.gradcam.network import GRADCAM, Computed, Method
 from gradcam_worker.settings import Settings
 from gradcam_worker.testing import TinyNetwork
 
@@ -31,7 +30,20 @@ NETWORK = TinyNetwork.facts.name
 POISON = (255, 0, 255)  # an image of this colour alone
 PANICS = (0, 255, 255)
 NEAR = 12  # how far a compressed image may be from its colour
-KERAS_DOOR = "gradcam_worker.gradcam.backend"
+# What stands where `gradcam_worker.gradcam.backend` imports Keras: it says that there is a CPU.
+NO_KERAS: Any = SimpleNamespace(
+    name=lambda: "numpy",
+    version=lambda: f"numpy {np.__version__}",
+    device_name=lambda: "cpu",
+    peak_memory=lambda: None,
+    reset_peak_memory=lambda: None,
+    set_intra_op_threads=lambda _: None,
+)
+
+
+def _shows(image: NDArray[np.uint8], color: tuple[int, int, int]) -> bool:
+    """Whether an image has this colour alone."""
+    return bool(np.abs(image.astype(np.int16) - np.array(color, np.int16)).max() < NEAR)
 
 
 class Poisonable(TinyNetwork):
@@ -41,8 +53,7 @@ class Poisonable(TinyNetwork):
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM
     ) -> Computed:
         """See `TinyNetwork.compute`; a poison image kills the process."""
-        away = np.abs(pixels.astype(np.int16) - np.array(POISON, np.int16))
-        if (away.max((1, 2, 3)) < NEAR).any():
+        if any(_shows(image, POISON) for image in pixels):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().compute(pixels, wanted, method)
 
@@ -54,53 +65,33 @@ class Panic(BaseException):
 def panicking(decode: Callable[..., Decoded]) -> Callable[..., Decoded]:
     """Decode any image but one."""
 
-    def decoded(*args: Any, **options: Any) -> Decoded:
-        found = decode(*args, **options)
-        away = np.abs(found.pixels.astype(np.int16) - np.array(PANICS, np.int16))
-        if away.max() < NEAR:
+    def decode_or_panic(*args: Any, **options: Any) -> Decoded:
+        decoded = decode(*args, **options)
+        if _shows(decoded.pixels, PANICS):
             raise Panic
-        return found
+        return decoded
 
-    return decoded
-
-
-def load(row: NetworkRow) -> Network:
-    """The small network, whatever is asked for."""
-    del row
-    return Poisonable()
-
-
-def without_keras() -> ModuleType:
-    """What stands where `gradcam_worker.gradcam.backend` imports Keras: it says that there is a CPU."""
-    door: Any = ModuleType(KERAS_DOOR)
-    door.name = lambda: "numpy"
-    door.version = lambda: f"numpy {np.__version__}"
-    door.device_name = lambda: "cpu"
-    door.peak_memory = lambda: None
-    door.reset_peak_memory = lambda: None
-    door.set_intra_op_threads = lambda _: None
-    return door  # type: ignore[no-any-return]
+    return decode_or_panic
 
 
 def work(ready_fd: int) -> int:
     """What `gradcam worker --unsupervised --ready-fd` does."""
     import gradcam_worker.gradcam
 
-    sys.modules[KERAS_DOOR] = gradcam_worker.gradcam.backend = without_keras()
+    sys.modules["gradcam_worker.gradcam.backend"] = gradcam_worker.gradcam.backend = NO_KERAS
     from gradcam_worker.images import prepare
     from gradcam_worker.runtime import worker_process
 
     prepare.decode = panicking(prepare.decode)  # type: ignore[attr-defined]
-    return worker_process.run(Settings.from_environment(), ready_fd=ready_fd, load=load)
+    return worker_process.run(Settings.from_environment(), ready_fd=ready_fd, load=lambda _: Poisonable())
 
 
-def supervise() -> int:
-    """What `gradcam worker` does."""
+def supervise(program: str = __file__) -> int:
+    """What `gradcam worker` does; `program work FD` is the worker process."""
     from gradcam_worker.runtime.supervisor import Supervisor
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    command = (sys.executable, "-P", __file__, "work")
-    return Supervisor(Settings.from_environment(), command).run()
+    return Supervisor(Settings.from_environment(), (sys.executable, "-P", program, "work")).run()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Compares what an attacked run left in the bucket with what an undisturbed run of the same jobs leaves."""
 
-import hashlib
 import time
 from pathlib import Path
 
 from devtools.faults.cluster import Cluster
+from devtools.faults.observer import sha256
 from devtools.faults.verdict import Verdict
 from gradcam_worker.client.client import GradcamClient
 
@@ -16,13 +16,11 @@ PATIENCE_S = 180.0  # ... beside this
 
 def checksums(bucket: Path) -> dict[str, dict[str, str]]:
     """Job id -> each of its objects by its key -> sha256."""
-    found: dict[str, dict[str, str]] = {}
+    jobs: dict[str, dict[str, str]] = {}
     for folder in (bucket / "cams").iterdir():
         files = [path for path in folder.rglob("*") if path.is_file() and UNFINISHED not in path.name]
-        found[folder.name] = {
-            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-        }
-    return found
+        jobs[folder.name] = {str(path.relative_to(folder)): sha256(path.read_bytes()) for path in files}
+    return jobs
 
 
 def compare(cluster: Cluster, verdict: Verdict, jobs: int) -> None:
@@ -32,9 +30,8 @@ def compare(cluster: Cluster, verdict: Verdict, jobs: int) -> None:
     """
     cluster.stop_workers()
     attacked = checksums(cluster.bucket)
-    cluster.s3.kill()
-    cluster.bucket.rename(cluster.folder / "attacked")
-    cluster.s3.start()
+    with cluster.s3.dead():
+        cluster.bucket.rename(cluster.folder / "attacked")
     settings = cluster.settings.model_copy(update={"key_prefix": "undisturbed:"})
     client = GradcamClient(settings=settings)
     for _ in range(WORKERS):
@@ -42,14 +39,14 @@ def compare(cluster: Cluster, verdict: Verdict, jobs: int) -> None:
     ids = [client.submit(cluster.job(number)) for number in range(jobs)]
     end = time.monotonic() + PATIENCE_S + jobs / JOBS_PER_S
     for job_id in ids:
-        document = client.wait(job_id, max(end - time.monotonic(), 1))
-        if document.status != "succeeded" and job_id in attacked:
-            verdict.broken.append(f"Undisturbed, job {job_id} ended as {document.status}.")
+        status = client.wait(job_id, max(end - time.monotonic(), 1)).status
+        known = status == "succeeded" or job_id not in attacked
+        verdict.require(known, f"Undisturbed, job {job_id} ended as {status}.")
     cluster.stop_workers()
     undisturbed = checksums(cluster.bucket)
     wrong = [job_id for job_id in ids if attacked.get(job_id) != undisturbed.get(job_id)]
     verdict.wrong_bytes = len(wrong)
     verdict.figures["objects_compared"] = sum(map(len, undisturbed.values()))
-    if wrong:
-        objects = [sorted(run.get(wrong[0], {})) for run in (attacked, undisturbed)]
-        verdict.broken.append(f"{wrong[0]}: attacked {objects[0]}, undisturbed {objects[1]}")
+    for job_id in wrong[:1]:
+        objects = [sorted(run.get(job_id, {})) for run in (attacked, undisturbed)]
+        verdict.broken.append(f"{job_id}: attacked {objects[0]}, undisturbed {objects[1]}")

@@ -22,6 +22,11 @@ class Verdict:
     figures: dict[str, Any] = field(default_factory=dict)  # of this attack alone
     broken: list[str] = field(default_factory=list)  # other promises that were broken, a sentence each
 
+    def require(self, condition: object, sentence: str) -> None:
+        """Note a broken promise, in a sentence, unless the condition holds."""
+        if not condition:
+            self.broken.append(sentence)
+
     @property
     def kept(self) -> bool:
         """Whether every promise was kept."""

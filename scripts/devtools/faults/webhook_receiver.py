@@ -1,8 +1,8 @@
 """A receiver of webhooks in a process of its own, so that it can be killed: writes down each event.
 
-    python -m devtools.faults.webhook_receiver PORT FILE
+    webhook_receiver.py PORT FILE
 
-Each event is one line of FILE: its webhook-id, and the body as JSON text.
+Each event is one line of FILE: the request's headers, and its body as text.
 """
 
 import json
@@ -13,38 +13,41 @@ from typing import Any
 
 
 def events(file: Path) -> list[dict[str, Any]]:
-    """Return all events until now, in their order: `id`, and the fields of the body."""
+    """Return all events until now, in their order: `headers`, `body` and the body's `data`."""
     if not file.exists():
         return []
     lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # the last one may be half of one
-    return [json.loads(line) for line in lines]
+    requests = [json.loads(line) for line in lines]
+    return [{**request, "data": json.loads(request["body"])["data"]} for request in requests]
 
 
-def serve(port: int, file: Path) -> None:
-    """Answer 204 to everything that is JSON, until killed."""
+class Server(ThreadingHTTPServer):
+    """Answers 204 to every event."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    daemon_threads, request_queue_size = True, 128
 
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            line = json.dumps({"id": self.headers.get("webhook-id"), **json.loads(body)})
-            with file.open("a", encoding="utf-8") as out:
-                out.write(line + "\n")
-            self.send_response(204)
-            self.end_headers()
+    def handle_error(self, *args: object) -> None:
+        """A connection that is cut or talks garbage is what it is there for."""
 
-        def log_message(self, *args: object) -> None:
-            """Say nothing."""
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
+class Handler(BaseHTTPRequestHandler):
+    """Writes an event into the file."""
 
-        def handle_error(self, *args: object) -> None:
-            """A connection that is cut or talks garbage is what it is there for."""
+    protocol_version = "HTTP/1.1"
 
-    Server(("127.0.0.1", port), Handler).serve_forever()
+    def do_POST(self) -> None:
+        """Write it down first."""
+        body = self.rfile.read(int(self.headers.get("content-length", 0))).decode()
+        json.loads(body)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        with Path(sys.argv[2]).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"headers": headers, "body": body}) + "\n")
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), Path(sys.argv[2]))
+    Server(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()

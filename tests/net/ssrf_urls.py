@@ -169,7 +169,7 @@ class Names:
     answers: Sequence[Sequence[str]]
     asked: list[str] = field(default_factory=list)
 
-    def __call__(self, host: str, port: int) -> list[str]:  # noqa: ARG002  # the same at every port
+    def __call__(self, host: str, port: int) -> list[str]:
         """The addresses of any host."""
         self.asked.append(host)
         return list(self.answers[min(len(self.asked), len(self.answers)) - 1])
