@@ -3,13 +3,11 @@
 import contextlib
 import os
 import re
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +17,23 @@ TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 WAITING = {3, 4}  # columns of /proc/stat: idle, and waiting for a disk
 MACHINE = "machine"  # stands for all processes beside the names of ours
-WARM_UP = 0.3  # share of the readings that do not count, until pools and caches are full
 
 
 def children(pid: int) -> list[int]:
     """Return the processes that a process has started and that still run."""
-    found: list[int] = []
+    pids: list[int] = []
     for path in (PROC / str(pid) / "task").glob("*/children"):
         with contextlib.suppress(OSError):  # the thread has ended meanwhile
-            found += map(int, path.read_text(encoding="ascii").split())
-    return found
+            pids += map(int, path.read_text(encoding="ascii").split())
+    return pids
 
 
 def family(pid: int) -> list[int]:
     """Return a process and all its descendants, parents first."""
-    found = [pid]
-    for member in found:
-        found += children(member)
-    return found
+    pids = [pid]
+    for member in pids:
+        pids += children(member)
+    return pids
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:
@@ -111,39 +108,3 @@ class Meter:
         with repeating(self.read, interval_s):
             yield self
         self.read()
-
-
-@dataclass
-class Usage:
-    """Memory, threads and open files of one process, read repeatedly: do they grow?"""
-
-    pid: int
-    times: list[float] = field(default_factory=list)
-    resident: list[float] = field(default_factory=list)  # bytes
-    threads: list[float] = field(default_factory=list)
-    files: list[float] = field(default_factory=list)  # sockets among them
-
-    def read(self) -> None:
-        """Add a reading."""
-        process = PROC / str(self.pid)
-        self.resident.append(resident_bytes([self.pid]))
-        self.threads.append(len(list((process / "task").iterdir())))
-        self.files.append(len(list((process / "fd").iterdir())))
-        self.times.append(time.monotonic())
-
-    def warm(self, readings: list[float]) -> list[float]:
-        """Return the readings after the warm-up."""
-        return readings[int(len(readings) * WARM_UP) :]
-
-    def growth(self) -> float:
-        """Return the growth of resident memory as a share of it: the median of all slopes (Theil-Sen)."""
-        points = list(zip(self.warm(self.times), self.warm(self.resident), strict=True))
-        slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in combinations(points, 2)]
-        seconds = points[-1][0] - points[0][0]
-        return statistics.median(slopes) * seconds / statistics.median(size for _, size in points)
-
-    def rise(self, readings: list[float]) -> float:
-        """Return by how much the last third of the warm readings is above the first."""
-        warm = self.warm(readings)
-        third = max(len(warm) // 3, 1)
-        return statistics.median(warm[-third:]) - statistics.median(warm[:third])

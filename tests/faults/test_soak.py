@@ -4,8 +4,8 @@ import pytest
 
 from devtools.faults import soak
 from devtools.faults.campaign import ATTACKS
+from devtools.faults.soak import Usage
 from devtools.faults.verdict import Verdict
-from devtools.processes import Usage
 
 SHORT = ATTACKS["soak"].short
 
@@ -21,14 +21,13 @@ def test_a_worker_that_is_fed_everything_grows_by_nothing_and_leaves_nothing(
 
 
 def usage(resident: list[float]) -> Usage:
-    count = len(resident)
-    return Usage(1, [float(at) for at in range(count)], resident, [30.0] * count, [40.0] * count)
+    return Usage(1, [(float(at), size, 30.0, 40.0) for at, size in enumerate(resident)])
 
 
 def test_growth_is_seen_through_noise() -> None:
     noise = [1.0, -1.0, 2.0, -2.0, 0.0] * 20
-    flat = usage([100 + one for one in noise])
-    leaking = usage([100 + at * 0.2 + one for at, one in enumerate(noise)])
+    flat = usage([100 + grain for grain in noise])
+    leaking = usage([100 + at * 0.2 + grain for at, grain in enumerate(noise)])
     assert abs(flat.growth()) < 0.01
     assert leaking.growth() == pytest.approx(14 / 113, rel=0.1)
 
@@ -42,7 +41,6 @@ def test_the_warm_up_is_left_out() -> None:
 
 
 def test_threads_that_stay_are_seen() -> None:
-    one = usage([100.0] * 100)
-    one.threads = [float(at) for at in range(100)]
-    assert one.rise(one.threads) > 40
-    assert one.rise(one.files) == 0
+    leaking = Usage(1, [(float(at), 100.0, float(at), 40.0) for at in range(100)])
+    assert leaking.rises()["threads"] > 40
+    assert leaking.rises()["files"] == 0

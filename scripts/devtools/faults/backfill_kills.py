@@ -75,8 +75,8 @@ def survive(rows: int, kills: int) -> Survived:
                 raise _ended(submitter, folder, "after the last kill")
         finally:
             _kill(submitter, *workers)
-        found = backfill_command.counted(settings, output, rows)
-    return Survived(rows, kills, found.lost, found.doubled, time.monotonic() - begun)
+        counted = backfill_command.counted(settings, output, rows)
+    return Survived(rows, kills, counted.lost, counted.doubled, time.monotonic() - begun)
 
 
 def _ended(submitter: "Popen[bytes]", folder: Path, when: str) -> RuntimeError:
@@ -85,13 +85,13 @@ def _ended(submitter: "Popen[bytes]", folder: Path, when: str) -> RuntimeError:
 
 
 def _kill(*processes: "Popen[bytes]") -> None:
-    for one in processes:
-        for pid in reversed(family(one.pid)):  # the program itself before its keeper
+    for process in processes:
+        for pid in reversed(family(process.pid)):  # the program itself before its keeper
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        one.wait()
-        if one.stdin:
-            one.stdin.close()
+        process.wait()
+        if process.stdin:
+            process.stdin.close()
 
 
 def _worker(settings: Settings, folder: Path) -> "Popen[bytes]":

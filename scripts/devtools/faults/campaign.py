@@ -33,7 +33,6 @@ class Attack:
 ATTACKS = {
     "kill": Attack(8, 200, "kills"),
     "recovery": Attack(1, 4, "kills, with the default settings"),
-    "poison": Attack(30, 100, "healthy jobs"),
     "failover": Attack(2, 5, "failovers"),
     "servers": Attack(1, 15, "seconds of each fault"),
     "images": Attack(400, 4000, "mutated images"),

@@ -57,25 +57,14 @@ class Server:
 
     def __init__(self, name: str, start: Callable[[], AbstractContextManager[Any]], seed: int) -> None:
         """`start` starts it; it keeps what it has on disk between two starts."""
-        self.name, self._start = name, start
-        self._running = ExitStack()
+        self.name, self._start, self._running = name, start, ExitStack()
         self.now: Any = self._running.enter_context(start())  # what runs at the moment
-        self._proxying = ExitStack()
-        self.proxy = self._proxying.enter_context(FaultyProxy(self.now.port, seed=seed))
+        self.proxy = FaultyProxy(self.now.port, seed=seed).__enter__()
 
     @property
     def pid(self) -> int:
         """Of the server itself."""
         return children(self.now.process.pid)[0]
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        os.kill(self.pid, signal.SIGKILL)
-        self._running.close()
-
-    def start(self) -> None:
-        """Again, after `kill`."""
-        self.switch(self._running.enter_context(self._start()))
 
     def switch(self, other: Any) -> Any:
         """New connections lead to `other` from now on, those that stand stay; return who led before."""
@@ -85,16 +74,17 @@ class Server:
 
     @contextlib.contextmanager
     def dead(self) -> Iterator[None]:
-        """Killed at the start of the block, started again at its end."""
-        self.kill()
+        """SIGKILL at the start of the block, started again at its end."""
+        os.kill(self.pid, signal.SIGKILL)
+        self._running.close()
         try:
             yield
         finally:
-            self.start()
+            self.switch(self._running.enter_context(self._start()))
 
     def close(self) -> None:
         """The end of it."""
-        self._proxying.close()
+        self.proxy.__exit__()
         self._running.close()
 
 
@@ -249,10 +239,8 @@ def running_cluster(name: str, seed: int, **changes: Any) -> Iterator[Cluster]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradcam-faults-")))
 
-        def served(server: str, start: Callable[[], AbstractContextManager[Any]]) -> Server:
-            running = Server(server, start, seed)
-            stack.callback(running.close)
-            return running
+        def served(role: str, start: Callable[[], AbstractContextManager[Any]]) -> Server:
+            return stack.enter_context(contextlib.closing(Server(role, start, seed)))
 
         broker = served("broker", lambda: servers.valkey(folder, *APPEND_ONLY))
         s3 = served("s3", lambda: servers.s3(folder, ("photos", "results"), KEYS))

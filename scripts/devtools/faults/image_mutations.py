@@ -8,9 +8,8 @@ import random
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,11 +21,10 @@ MANY_SCANS = (40, 65, 300)  # around what is read, and far above
 PNG, GIF_BLOCK = b"\x89PNG\r\n\x1a\n", b"!\xfe"
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """An image that has been tampered with."""
+class Mutant(NamedTuple):
+    """An image that has been tampered with: its kind and what was done to it, and its bytes."""
 
-    name: str  # kind, and what was done to it
+    name: str
     data: bytes
 
 
@@ -35,11 +33,11 @@ def _noise(mode: str) -> Image.Image:
     rows, columns = np.mgrid[0:SIDE, 0:SIDE]
     grain = np.random.default_rng(1).integers(0, 64, (SIDE, SIDE))
     planes = [rows * 2, columns * 2, rows + columns, 255 - rows * 2]
-    pixels = np.stack([np.clip(plane + grain, 0, 255) for plane in planes], axis=-1).astype(np.uint8)
-    whole = Image.fromarray(pixels)
+    pixels = np.clip(np.stack(planes, axis=-1) + grain[..., None], 0, 255).astype(np.uint8)
     if mode == "I;16":
         return Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
-    return whole.convert(mode) if mode in {"RGBA", "LA"} else whole.convert("RGB").convert(mode)
+    image = Image.fromarray(pixels)
+    return image.convert(mode) if mode in {"RGBA", "LA"} else image.convert("RGB").convert(mode)
 
 
 def _saved(mode: str, kind: str, **options: Any) -> bytes:

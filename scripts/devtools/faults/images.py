@@ -15,31 +15,23 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 
-from devtools.faults.image_mutations import Mutant, mutations
+from devtools.faults.image_mutations import mutations
 from devtools.faults.verdict import Verdict
 from devtools.processes import peak_resident_mb
 
 MEMORY_BYTES = 1_536 * 1024**2  # what decoding the largest image that is allowed takes, twice
-TYPED = {  # what an image may end in. `internal` is not among them: memory is enough for one at a time
-    "decoded",
-    "image_decode_failed",
-    "image_pixels_exceeded",
-    "unsupported_media_type",
-}
+# What an image may end in. `internal` is not among them: memory is enough for one at a time.
+TYPED = {"decoded", "image_decode_failed", "image_pixels_exceeded", "unsupported_media_type"}
 CRASH = "crash"  # the child has ended, or hung and had to be ended
 STALLED_S = 120  # for one image: far beyond what any may take, on any machine
 CHANNELS = 3  # of decoded pixels
 
 
-def attack(count: int, seed: int, keep: Path | None = None) -> Verdict:
-    """Decode `count` mutated images. Those that broke a promise are put into the folder `keep`.
-
-    `faults` counts those that were not decoded.
-    """
+def attack(count: int, seed: int) -> Verdict:
+    """Decode `count` mutated images; `faults` counts those that were not decoded."""
     outcomes: Counter[str] = Counter()
     verdict = Verdict(jobs=count)
     peak_mb, slowest = 0.0, (0.0, "none")  # seconds, and which it was
@@ -53,8 +45,7 @@ def attack(count: int, seed: int, keep: Path | None = None) -> Verdict:
             child = _start_child()
         outcomes[ending] += 1
         slowest, peak_mb = max(slowest, (seconds, mutant.name)), max(peak_mb, child_mb)
-        if ending not in TYPED:
-            _note(mutant, ending, verdict.broken, keep)
+        verdict.require(ending in TYPED, f"{mutant.name}: {ending}")
     child.shutdown()
     crashes = outcomes.pop(CRASH, 0)
     verdict.faults = count - outcomes["decoded"]
@@ -67,13 +58,6 @@ def attack(count: int, seed: int, keep: Path | None = None) -> Verdict:
         "outcomes": dict(sorted(outcomes.items())),
     }
     return verdict
-
-
-def _note(mutant: Mutant, ending: str, broken: list[str], keep: Path | None) -> None:
-    broken.append(f"{mutant.name}: {ending}")
-    if keep:
-        keep.mkdir(parents=True, exist_ok=True)
-        (keep / f"{len(broken)} {mutant.name} {ending}").write_bytes(mutant.data)
 
 
 def _start_child() -> ProcessPoolExecutor:

@@ -19,7 +19,7 @@ class JobStream:
     jobs: int  # at least
     ahead: int  # never more than these are unfinished
     endless: bool = False  # it goes on until `join`
-    make: Callable[[int], Job] | None = None  # number -> job; None: the cluster's own
+    make: Callable[[int], Job] | None = None  # number -> job; None: the cluster's own; may be changed
     every_s: float = 0.0  # pause between two of them; may be changed while it runs
     first: int = 0  # number of the first
     made: list[Job] = field(default_factory=list)
@@ -43,13 +43,12 @@ class JobStream:
             raise self.error
 
     def _run(self) -> None:
-        make = self.make or self.cluster.job
         try:
             while not self._left.is_set() and (self.endless or len(self.made) < self.jobs):
                 if self.unfinished() >= self.ahead:
                     time.sleep(0.01)
                     continue
-                job = make(self.first + len(self.made))
+                job = (self.make or self.cluster.job)(self.first + len(self.made))
                 self.cluster.submit(job)
                 self.made.append(job)
                 self._left.wait(self.every_s)

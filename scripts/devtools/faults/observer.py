@@ -178,26 +178,15 @@ class JobObserver:
             },
         )
         allowed = expected or (lambda _: {"succeeded"})
-        wrong = [job_id for job_id, end in ends.items() if end not in allowed(job_id)]
-        for job_id in wrong[:1]:
-            counts = ", ".join(f"{count} {end}" for end, count in Counter(ends[id_] for id_ in wrong).items())
-            why = (known[job_id].get("error") or {}).get("detail", "")
-            verdict.broken.append(
-                f"{len(wrong)} jobs ended otherwise than they should: {counts}. {job_id}: {why}"
-            )
+        for end, number in Counter(ends.values()).items():
+            wrong = [job_id for job_id in ends if ends[job_id] == end and end not in allowed(job_id)]
+            why = [(known[job_id].get("error") or {}).get("detail", "") for job_id in wrong[:1]]
+            verdict.forbid(wrong, f"of {number} {end} jobs should have ended otherwise, {why}")
         unsealed = [
-            job_id
-            for job_id, end in ends.items()
-            if end == "succeeded" and not self._seals(known[job_id], job_id)
+            id_ for id_, end in ends.items() if end == "succeeded" and not self._seals(known[id_], id_)
         ]
-        verdict.require(
-            not unsealed,
-            f"{len(unsealed)} jobs succeeded without the manifest that they name: {unsealed[:1]}",
-        )
-        raised = self._cluster.unexpected
-        verdict.require(
-            not raised, f"The client raised undocumented errors, {len(raised)} times, at first {raised[:1]}"
-        )
+        verdict.forbid(unsealed, "jobs succeeded without the manifest that they name")
+        verdict.forbid(self._cluster.unexpected, "undocumented errors were raised by the client")
         return verdict
 
     def _key(self, job_id: str) -> str:
@@ -211,11 +200,9 @@ class JobObserver:
 
     def _poll_ledger(self) -> None:
         while not self._ended.is_set():
-            with (
-                contextlib.suppress(redis.RedisError),
-                self._cluster.ledger as server,
-            ):  # it is being attacked
-                while not self._ended.wait(POLL_INTERVAL_S):  # a connection lasts as long as its server does
+            # A connection lasts as long as its server does, which is being attacked.
+            with contextlib.suppress(redis.RedisError), self._cluster.ledger as server:
+                while not self._ended.wait(POLL_INTERVAL_S):
                     self._look(server)
             self._ended.wait(POLL_INTERVAL_S)
 
@@ -281,12 +268,11 @@ class JobObserver:
             self.early.add(job_id)
 
     def _whole(self, manifest: dict[str, Any]) -> bool:
-        records = manifest["artifacts"] + [
-            record for explained in manifest["explanations"] for record in explained["artifacts"]
-        ]
-        for record in records:
-            path = self._cluster.bucket / record["uri"].removeprefix("s3://results/")
-            data = path.read_bytes() if path.exists() else b""
-            if len(data) != record["bytes"] or sha256(data) != record["sha256"]:
-                return False
-        return bool(records)
+        """Whether the objects that a manifest names are there, as it says."""
+        records = manifest["artifacts"].copy()
+        for explanation in manifest["explanations"]:
+            records += explanation["artifacts"]
+        paths = [self._cluster.bucket / record["uri"].removeprefix("s3://results/") for record in records]
+        stored = [path.read_bytes() if path.exists() else b"" for path in paths]
+        named = [(record["bytes"], record["sha256"]) for record in records]
+        return bool(records) and named == [(len(data), sha256(data)) for data in stored]

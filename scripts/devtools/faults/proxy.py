@@ -50,12 +50,11 @@ class _Connection:
         self.spoilt = False  # bytes were held back or replaced: it can never be a good one again
         self.dead = False  # half-open: nothing comes through
 
-    def close(self) -> None:
+    def close(self, *, reset: bool = False) -> None:
         for writer in filter(None, (self.client, self.server)):
-            writer.close()
-
-    def reset(self) -> None:
-        for writer in filter(None, (self.client, self.server)):
+            if not reset:
+                writer.close()
+                continue
             with contextlib.suppress(OSError):  # it is closed
                 writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             writer.transport.abort()
@@ -70,7 +69,7 @@ class _Connection:
                 return
         # The end of a half-open connection stays unknown to its client.
         if not (self.dead and sink is self.client):
-            self.reset()
+            self.close(reset=True)
 
     async def _carry(self, data: bytes, sink: StreamWriter) -> None:
         fault, draw = self.proxy.fault, self.proxy.random
@@ -91,7 +90,7 @@ class _Connection:
             if draw.random() < fault.reset:
                 sink.write(piece[: len(piece) // 2])
                 self.proxy.resets += 1
-                self.reset()
+                self.close(reset=True)
                 raise ConnectionResetError
             sink.write(piece)
             await sink.drain()
@@ -153,7 +152,7 @@ class FaultyProxy:
     async def _reset(self, *, spoilt: bool) -> None:
         for connection in self._connections:
             if not spoilt or (connection.spoilt and not connection.dead):
-                connection.reset()
+                connection.close(reset=True)
 
     async def _end(self) -> None:
         self._server.close()
@@ -174,7 +173,7 @@ class FaultyProxy:
             connection.server = server
             await asyncio.gather(connection.carry(reader, server), connection.carry(answers, client))
         except OSError:  # as like a closed port as an open one can be
-            connection.reset()
+            connection.close(reset=True)
         finally:
             self._connections.discard(connection)
             connection.close()

@@ -12,18 +12,23 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from devtools.faults.cluster import START_S, Cluster, Worker, running_cluster, wait_for
 from devtools.faults.observer import JobObserver, delivered, end_of
 from devtools.faults.verdict import Verdict
-from devtools.processes import Usage, repeating
+from devtools.processes import repeating, resident_bytes
 from gradcam_worker.broker import publisher
 from gradcam_worker.errors import IdempotencyConflict
 from gradcam_worker.schemas.ids import utc_now
 from gradcam_worker.schemas.job import Job
 
 READ_INTERVAL_S = 0.5
+WARM_UP = 0.3  # share of the readings that do not count, until pools and caches are full
 AHEAD = 40  # jobs that wait or run at a time
 FLAT = 0.05  # by so much resident memory may grow after that
 LONG_S = 120.0  # a shorter run is still warming up at its end, and is held to less
@@ -55,6 +60,50 @@ BAD_FIELDS: dict[str, dict[str, Any]] = {
     "output_not_allowed": {"output": "s3://elsewhere/x"},
     "checksum_mismatch": {"image": {"uri": "s3://photos/1.jpg", "sha256": "0" * 64}},
 }
+
+
+@dataclass
+class Usage:
+    """Memory, threads and open files of one process, read repeatedly: do they grow?"""
+
+    pid: int
+    readings: list[tuple[float, ...]] = field(default_factory=list)  # seconds, bytes, threads, open files
+
+    def read(self) -> None:
+        """Add a reading."""
+        process = Path("/proc", str(self.pid))
+        threads, files = (len(list((process / name).iterdir())) for name in ("task", "fd"))  # sockets, too
+        self.readings.append((time.monotonic(), resident_bytes([self.pid]), threads, files))
+
+    def warm(self) -> NDArray[np.float64]:
+        """Return the readings after the warm-up, (4, readings)."""
+        return np.array(self.readings[int(len(self.readings) * WARM_UP) :], np.float64).T
+
+    def growth(self) -> float:
+        """Return the growth of resident memory as a share of it: the median of all slopes (Theil-Sen)."""
+        seconds, resident = self.warm()[:2]
+        first, second = np.triu_indices(len(seconds), 1)
+        slopes = (resident[second] - resident[first]) / (seconds[second] - seconds[first])
+        return float(np.median(slopes) * (seconds[-1] - seconds[0]) / np.median(resident))
+
+    def rises(self) -> dict[str, float]:
+        """Return by how much the last third of the warm threads and files is above the first."""
+        counts = self.warm()[2:]
+        third = max(counts.shape[1] // 3, 1)
+        more = np.median(counts[:, -third:], axis=1) - np.median(counts[:, :third], axis=1)
+        return dict(zip(("threads", "files"), more.tolist(), strict=True))
+
+    def grown(self, seconds: float) -> list[str]:
+        """What grew in this time, and by how much."""
+        growth, most = self.growth(), FLAT if seconds >= LONG_S else ROUGHLY_FLAT
+        rises = {name: more for name, more in self.rises().items() if more > MORE}
+        sentences = [
+            f"{more:g} {name} more are open at the end than after the warm-up."
+            for name, more in rises.items()
+        ]
+        if growth > most:
+            sentences.append(f"Resident memory grew by {growth:.1%} after the warm-up; {most:.0%} is flat.")
+        return sentences
 
 
 @dataclass
@@ -166,7 +215,7 @@ def attack(count: int, seed: int) -> Verdict:
         pid = worker.process or 0  # it is there: a good job ends nowhere else
         for _ in range(1 if count >= LONG_S else ROUNDS):
             usage = _feed(observer, mix, Usage(pid), count)
-            if worker.process != pid or not _growth(usage, count):
+            if worker.process != pid or not usage.grown(count):
                 break
         verdict = _verdict(cluster, observer, mix)
         _check_usage(usage, count, verdict, worker)
@@ -176,11 +225,11 @@ def attack(count: int, seed: int) -> Verdict:
             time.sleep(RETENTION_S + 5)
             kept = _keys(cluster, *OF_JOBS, "events:")
             verdict.figures["keys_after_retention"] = len(kept)
-            verdict.require(not kept, f"{len(kept)} keys outlast their retention: {kept[:1]}")
+            verdict.forbid(kept, "keys outlast their retention")
         cluster.stop_workers()
         left = [path.name for path in (cluster.folder / "tmp").rglob("*") if path.is_file()]
         verdict.figures["temporary_files"] = len(left)
-        verdict.require(not left, f"{len(left)} temporary files are left: {left[:1]}")
+        verdict.forbid(left, "temporary files are left")
     return verdict
 
 
@@ -195,18 +244,6 @@ def _feed(observer: JobObserver, mix: Mix, usage: Usage, seconds: float) -> Usag
                 time.sleep(0.005)
         observer.drain(DRAINS_S)
     return usage
-
-
-def _growth(usage: Usage, seconds: float) -> list[str]:
-    """What grew in this time, and by how much."""
-    growth, most = usage.growth(), FLAT if seconds >= LONG_S else ROUGHLY_FLAT
-    sentences = []
-    if growth > most:
-        sentences.append(f"Resident memory grew by {growth:.1%} after the warm-up; {most:.0%} is flat.")
-    for name, readings in (("threads", usage.threads), ("files", usage.files)):
-        if (more := usage.rise(readings)) > MORE:
-            sentences.append(f"{more:g} {name} more are open at the end than after the warm-up.")
-    return sentences
 
 
 def _verdict(cluster: Cluster, observer: JobObserver, mix: Mix) -> Verdict:
@@ -224,13 +261,14 @@ def _check_usage(usage: Usage, seconds: float, verdict: Verdict, worker: Worker)
         lines = [*worker.restarts[-4:], *worker.log_lines[-1:]]
         verdict.broken.append(f"Process {usage.pid} has ended, {worker.process} is in its place: {lines}")
         return
-    verdict.broken += _growth(usage, seconds)
+    verdict.broken += usage.grown(seconds)
+    _, resident, threads, files = usage.warm()[:, [0, -1]].tolist()
     verdict.figures |= {
-        "resident_mb": [round(usage.warm(usage.resident)[at] / 1e6, 1) for at in (0, -1)],
+        "resident_mb": [round(size / 1e6, 1) for size in resident],
         "resident_growth": round(usage.growth(), 4),
-        "threads": [usage.warm(usage.threads)[0], usage.threads[-1]],
-        "files": [usage.warm(usage.files)[0], usage.files[-1]],
-        "readings": len(usage.times),
+        "threads": threads,
+        "files": files,
+        "readings": len(usage.readings),
     }
 
 
@@ -249,8 +287,8 @@ def _check_remaining_keys(cluster: Cluster, verdict: Verdict) -> None:
     verdict.figures["keys"] = dict(sorted(patterns.items()))
     known = (*OF_JOBS, *OF_LEDGER, *OF_KOMBU)
     odd = [key for key in keys if not key.startswith(known) and "pidbox" not in key]
-    verdict.require(not odd, f"{len(odd)} keys are left when nothing is under way: {', '.join(odd[:5])}")
+    verdict.forbid(odd, "keys are left when nothing is under way")
     with cluster.ledger as server:
         mortal = [prefix + key for key in keys if key.startswith(OF_JOBS)]
         immortal = [key for key in mortal if server.pttl(key) < 0 and server.exists(key)]
-    verdict.require(not immortal, f"{len(immortal)} keys of final jobs stay for ever: {immortal[:1]}")
+    verdict.forbid(immortal, "keys of final jobs stay for ever")

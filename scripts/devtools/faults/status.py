@@ -20,6 +20,7 @@ from standardwebhooks.webhooks import WebhookVerificationError
 
 from devtools.faults import webhook_receiver
 from devtools.faults.cluster import Cluster, running_cluster, wait_for
+from devtools.faults.observer import JobObserver
 from devtools.faults.proxy import FaultyProxy
 from devtools.faults.servers import HTTP_FAULTS
 from devtools.faults.verdict import Verdict
@@ -28,7 +29,6 @@ from gradcam_worker.ledger.redis.outbox import RedisOutbox
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.operations import servers
 from gradcam_worker.schemas.job import Job
-from gradcam_worker.schemas.status import StatusDocument
 
 NO_RECEIVER, HEALTHY, DEAD, BLACK_HOLE, BROKEN = "none", "healthy", "dead", "black_hole", "broken"
 BAD = (DEAD, BLACK_HOLE, BROKEN)
@@ -67,9 +67,8 @@ def attack(count: int, seed: int) -> Verdict:
             ports[HEALTHY] = cluster.receiver.proxy.port
             cluster.work()
             client = cluster.client
-            _run(
-                client, [cluster.job(10**6 + number) for number in range(SMALLEST_ROUND)]
-            )  # until all is warm
+            warm_up = [cluster.job(10**6 + number) for number in range(SMALLEST_ROUND)]
+            _run(client, warm_up)
             for number in range(rounds):
                 share = range(count * number // rounds, count * (number + 1) // rounds)
                 for kind in draw.sample(KINDS, len(KINDS)):
@@ -123,40 +122,26 @@ def _received(cluster: Cluster) -> list[dict[str, Any]]:
 
 
 def _verdict(cluster: Cluster, submitted: dict[str, list[str]]) -> Verdict:
-    ids = [job_id for of_kind in submitted.values() for job_id in of_kind]
-    ledger = RedisLedger(cluster.settings)
-    documents = ledger.read_many(ids)
+    for ids in submitted.values():
+        cluster.accepted |= dict.fromkeys(ids, 0.0)
     seen, wrong = count_received(_received(cluster))
     wanted = {(job_id, revision) for job_id in submitted[HEALTHY] for revision in range(1, SENT + 1)}
-    outbox = RedisOutbox(ledger.server, retention_s=cluster.settings.retention_s)
-    verdict = Verdict(
-        jobs=len(ids),
-        faults=sum(len(submitted[kind]) for kind in BAD),
-        lost=len(set(ids) - documents.keys()),
-        without_final_state=sum(not document.final for document in documents.values()),
-        untyped=sum(_untyped(document) for document in documents.values()),
-        doubled=wrong["twice"],
-        figures={
-            "events": sum(seen.values()),
-            "waiting": outbox.count_recipients(),
-            "parked": len(outbox.find_parked()),
-        },
-    )
-    missing, strange = len(wanted - seen.keys()), len(seen.keys() - wanted)
-    verdict.require(not missing, f"{missing} events did not reach the healthy receiver.")
-    verdict.require(not strange, f"{strange} events reached another receiver.")
+    bad = [job_id for kind in BAD for job_id in submitted[kind]]
+    verdict = JobObserver(cluster).verdict(faults=len(bad))
+    verdict.doubled += wrong["twice"]
+    verdict.forbid(wanted - seen.keys(), "events did not reach the healthy receiver")
+    verdict.forbid(seen.keys() - wanted, "events reached another receiver")
     for fault, number in wrong.items():
         verdict.require(not number, f"{number} events reached the healthy receiver {fault}.")
     with cluster.ledger as server, server.pipeline(transaction=False) as pipeline:
-        for job_id in (job_id for kind in BAD for job_id in submitted[kind]):
+        for job_id in bad:
             pipeline.llen(f"{cluster.settings.key_prefix}events:{job_id}:hook1")
         incomplete = sum(length != SENT for length in pipeline.execute())
     verdict.require(not incomplete, f"{incomplete} jobs have not all of their events in the outbox.")
+    outbox = RedisOutbox(RedisLedger(cluster.settings).server, retention_s=cluster.settings.retention_s)
+    verdict.figures["events"] = seen.total()
+    verdict.figures |= {"waiting": outbox.count_recipients(), "parked": len(outbox.find_parked())}
     return verdict
-
-
-def _untyped(document: StatusDocument) -> bool:
-    return document.status != "succeeded" and (document.error is None or document.error.code == "internal")
 
 
 def count_received(events: Iterable[dict[str, Any]]) -> tuple[Counter[tuple[str, int]], Counter[str]]:

@@ -1,5 +1,6 @@
 """What an attack found, counted in the same way for all of them."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,10 @@ class Verdict:
         """Note a broken promise, in a sentence, unless the condition holds."""
         if not condition:
             self.broken.append(sentence)
+
+    def forbid(self, cases: Collection[object], sentence: str) -> None:
+        """Note a broken promise if there are any such cases: how many, and one of them."""
+        self.require(not cases, f"{len(cases)} {sentence}: {next(iter(cases), None)}")
 
     @property
     def kept(self) -> bool:
