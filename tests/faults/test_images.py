@@ -4,22 +4,21 @@ from pathlib import Path
 import pytest
 
 from devtools.faults.campaign import ATTACKS
-from devtools.faults.image_mutations import WAYS, mutations, whole
+from devtools.faults.image_mutations import REFUSED, WAYS, mutations, whole
 from devtools.faults.images import TYPED, attack
 from gradcam_worker.errors import UnsupportedMediaType
 from gradcam_worker.gradcam.decoding.decode import decode
 
 SHORT = ATTACKS["images"].short
-REFUSED = {"tiff", "jpeg-2000", "avif", "icns", "ppm"}
 
 
 def test_every_kind_is_an_image_before_it_is_damaged_and_what_is_not_read_here_is_refused() -> None:
     for name, data in whole().items():
         try:
             assert decode(data).pixels.shape == (96, 96, 3)
-            assert name not in REFUSED
+            assert not name.startswith(REFUSED)
         except UnsupportedMediaType:
-            assert name in REFUSED
+            assert name.startswith(REFUSED)
 
 
 def test_the_same_seed_makes_the_same_images_and_every_kind_meets_every_way() -> None:

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -57,18 +57,18 @@ def run(name: str, count: int, seed: int) -> dict[str, Any]:
     return {"attack": name, "kept": verdict.kept, **verdict.to_dict(), "seconds": seconds}
 
 
-def show(results: Iterable[dict[str, Any]]) -> None:
+def show(results: Sequence[dict[str, Any]]) -> None:
     """A line for each attack, and a sentence for each promise that broke."""
     console = Console()
     console.width = max(console.width, WIDTH)
     table = Table("attack", *(key.replace("_", " ") for key in KEYS), "kept")
-    sentences = []
     for result in results:
         kept, style = ("yes", None) if result["kept"] else ("NO", "red")
         table.add_row(result["attack"], *(f"{result[key]:g}" for key in KEYS), kept, style=style)
-        sentences += [f"{result['attack']}: {sentence}" for sentence in result["broken"]]
     console.print(table)
-    console.print("\n".join(sentences), markup=False)
+    for result in results:
+        for sentence in result["broken"]:
+            console.print(f"{result['attack']}: {sentence}", markup=False)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,6 +17,8 @@ from PIL import Image
 SIDE = 96  # pixels of an image before it is damaged: enough for every structure that a format has
 HUGE = (0, 1, 2**15 - 1, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1)  # where counters overflow
 ORIENTATION, MAKER_NOTE = 0x112, 0x927C  # EXIF tags
+# Not read here: they have to be refused, however they are called and wherever they are cut.
+REFUSED = ("TIFF", "JPEG2000", "AVIF", "ICNS", "PPM")
 MANY_SCANS = (40, 65, 300)  # around what is read, and far above
 PNG, GIF_BLOCK = b"\x89PNG\r\n\x1a\n", b"!\xfe"
 
@@ -71,42 +73,29 @@ def _png(depth: int, color: int, channels: int, *between: bytes) -> bytes:
 
 @cache
 def whole() -> dict[str, bytes]:
-    """An undamaged image of every kind."""
-    palette = chunk(b"PLTE", bytes(range(48)))
+    """An undamaged image of every kind, by a name that ends in its mode."""
     more = {"save_all": True, "append_images": [_noise("RGB").rotate(90), _noise("RGB").rotate(180)]}
-    made = {
-        "jpeg": _saved("RGB", "JPEG", exif=_exif()),
-        "jpeg-progressive": _saved("RGB", "JPEG", progressive=True),
-        "jpeg-restarts": _saved("RGB", "JPEG", restart_marker_blocks=1),
-        "jpeg-grey": _saved("L", "JPEG"),
-        "jpeg-cmyk": _saved("CMYK", "JPEG", exif=_exif()),
-        "mpo": _saved("RGB", "MPO", **more),
-        "png": _saved("RGB", "PNG", exif=_exif()),
-        "png-alpha": _saved("RGBA", "PNG"),
-        "png-grey-alpha": _saved("LA", "PNG"),
-        "png-palette": _saved("P", "PNG", transparency=3),
-        "png-bits": _saved("1", "PNG"),
-        "png-16": _saved("I;16", "PNG"),
-        "png-16-transparent": _png(16, 0, 1, chunk(b"tRNS", b"\x12\x34")),
-        "png-16-color": _png(16, 2, 3, chunk(b"tRNS", b"\x12\x34" * 3)),
-        "png-16-alpha": _png(16, 6, 4),
-        "png-4-palette": _png(4, 3, 1, palette, chunk(b"tRNS", bytes(range(16)))),
-        "png-animated": _saved("RGB", "PNG", **more),
-        "webp": _saved("RGB", "WEBP", exif=_exif()),
-        "webp-alpha": _saved("RGBA", "WEBP", exif=_exif()),
-        "webp-lossless": _saved("RGBA", "WEBP", lossless=True),
-        "webp-animated": _saved("RGB", "WEBP", **more),
-        "gif": _saved("P", "GIF"),
-        "gif-transparent": _saved("P", "GIF", transparency=3),
-        "gif-animated": _saved("RGB", "GIF", **more),
-        "bmp": _saved("RGB", "BMP"),
-        "bmp-alpha": _saved("RGBA", "BMP"),
-        "bmp-palette": _saved("P", "BMP"),
-        "bmp-bits": _saved("1", "BMP"),
+    plain: dict[str, tuple[str, ...]] = {"JPEG": ("L",), "GIF": ("P",), **dict.fromkeys(REFUSED, ("RGB",))}
+    plain |= {"PNG": ("RGBA", "LA", "1", "I;16"), "BMP": ("RGB", "RGBA", "P", "1")}
+    with_exif = {"JPEG": ("RGB", "CMYK"), "PNG": ("RGB",), "WEBP": ("RGB", "RGBA")}
+    palette, transparency = chunk(b"PLTE", bytes(range(48))), b"\x12\x34"
+    return {
+        **{f"{kind} {mode}": _saved(mode, kind) for kind, modes in plain.items() for mode in modes},
+        **{
+            f"{kind} EXIF {mode}": _saved(mode, kind, exif=_exif())
+            for kind, modes in with_exif.items()
+            for mode in modes
+        },
+        **{f"{kind} animated RGB": _saved("RGB", kind, **more) for kind in ("MPO", "PNG", "WEBP", "GIF")},
+        **{f"{kind} transparent P": _saved("P", kind, transparency=3) for kind in ("PNG", "GIF")},
+        "JPEG progressive RGB": _saved("RGB", "JPEG", progressive=True),
+        "JPEG restarts RGB": _saved("RGB", "JPEG", restart_marker_blocks=1),
+        "WEBP lossless RGBA": _saved("RGBA", "WEBP", lossless=True),
+        "PNG transparent 16": _png(16, 0, 1, chunk(b"tRNS", transparency)),
+        "PNG transparent 48": _png(16, 2, 3, chunk(b"tRNS", transparency * 3)),
+        "PNG 64": _png(16, 6, 4),
+        "PNG palette 4": _png(4, 3, 1, palette, chunk(b"tRNS", bytes(range(16)))),
     }
-    # Not read here: they have to be refused, however they are called and wherever they are cut.
-    refused = {"tiff": "TIFF", "jpeg-2000": "JPEG2000", "avif": "AVIF", "icns": "ICNS", "ppm": "PPM"}
-    return made | {name: _saved("RGB", kind) for name, kind in refused.items()}
 
 
 def _truncated(data: bytes, rng: random.Random) -> bytes:

@@ -19,13 +19,13 @@ from devtools.faults.observer import JobObserver
 from devtools.faults.verdict import Verdict
 
 JOBS_A_KILL = 15  # at least: thousands in the full form
-AHEAD = 60  # jobs that wait or run at a time
-EVERY_S = 0.06  # between two submissions
+AHEAD = 40  # jobs that wait or run at a time
+EVERY_S = 0.12  # between two submissions
 WORKERS = 2
 OF_SUPERVISORS = 0.05  # share of kills
 ZOMBIES = 0.1  # suspensions for each kill
 ZOMBIE_BY = 4  # kills: by then at least one process was suspended
-SUSPENDED_S = 6.0  # longer than a lease, and than it takes another worker to notice
+SUSPENDED_S = 4.5  # longer than a lease, and than it takes another worker to notice
 WHILE_IT_STARTS = 0.1  # share of kills: before the process takes jobs
 UNREADY = 2  # kills of one worker in a row before it takes jobs; its supervisor gives up after five
 LATER_S = 0.8  # at most, after a worker has begun a job
