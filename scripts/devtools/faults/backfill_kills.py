@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import Popen
 
 from devtools.bench import backfill_command, simulated_network, testbed
 from devtools.processes import family
@@ -49,6 +48,23 @@ def place(folder: Path) -> Iterator[Settings]:
         yield settings
 
 
+@contextlib.contextmanager
+def _workers(settings: Settings, folder: Path) -> Iterator[None]:
+    """Workers that run within the block, and are killed with all their processes at its end."""
+    log, passes = folder / "worker.log", str(folder / "passes")
+    keepers = [simulated_network.start_worker(settings, log, passes, grace_s=5) for _ in range(WORKERS)]
+    try:
+        yield
+    finally:
+        for keeper in keepers:
+            for pid in reversed(family(keeper.pid)):  # the program itself before its keeper
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            keeper.wait()
+            if keeper.stdin:
+                keeper.stdin.close()
+
+
 def survive(rows: int, kills: int) -> Survived:
     """Run one to its end while it is attacked, and count its rows."""
     draw, begun = random.Random(SEED), time.monotonic()  # noqa: S311  # repeatable, not secret
@@ -57,47 +73,21 @@ def survive(rows: int, kills: int) -> Survived:
         settings = stack.enter_context(place(folder))
         uris = (f"s3://photos/{number % PHOTOS:05}.jpg" for number in range(rows))
         source = backfill_command.write_input(folder / "input.jsonl", uris)
-        output = f"{settings.output}/kills"
+        output, log = f"{settings.output}/kills", folder / "submitter.log"
         # So slowly that no run is over before the last kill.
         rate = f"{rows / (kills * LONGEST_S):.0f}"
         words = backfill_command.command(source, output, NETWORK, "--shard-rows", "64", "--rate", rate)
-        workers = [_worker(settings, folder) for _ in range(WORKERS)]
-        submitter = _submitter(settings, words, folder)
-        try:
-            for done in range(kills):
-                time.sleep(draw.uniform(SHORTEST_S, LONGEST_S))
-                if submitter.poll() is not None:
-                    raise _ended(submitter, folder, f"before kill {done + 1} of {kills}")
-                _kill(submitter, *workers)
-                workers = [_worker(settings, folder) for _ in range(WORKERS)]
-                submitter = _submitter(settings, [*words, "--resume"], folder)
-            if submitter.wait(PATIENCE_S):
-                raise _ended(submitter, folder, "after the last kill")
-        finally:
-            _kill(submitter, *workers)
+        for done in range(kills + 1):
+            with backfill_command.started(settings, words, log) as submitter, _workers(settings, folder):
+                if done < kills:
+                    time.sleep(draw.uniform(SHORTEST_S, LONGEST_S))
+                    ended = submitter.poll()
+                else:
+                    ended = submitter.wait(PATIENCE_S) or None
+            if ended is not None:
+                tail = log.read_text(errors="replace")[-2000:]
+                message = f"The backfill ended with {ended} after {done} of {kills} kills: {tail}"
+                raise RuntimeError(message)
+            words += [] if "--resume" in words else ["--resume"]
         counted = backfill_command.counted(settings, output, rows)
     return Survived(rows, kills, counted.lost, counted.doubled, time.monotonic() - begun)
-
-
-def _ended(submitter: "Popen[bytes]", folder: Path, when: str) -> RuntimeError:
-    log = (folder / "submitter.log").read_text(errors="replace")[-2000:]
-    return RuntimeError(f"The backfill ended with {submitter.returncode} {when}: {log}")
-
-
-def _kill(*processes: "Popen[bytes]") -> None:
-    for process in processes:
-        for pid in reversed(family(process.pid)):  # the program itself before its keeper
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-        if process.stdin:
-            process.stdin.close()
-
-
-def _worker(settings: Settings, folder: Path) -> "Popen[bytes]":
-    return simulated_network.start_worker(settings, folder / "worker.log", str(folder / "passes"), grace_s=5)
-
-
-def _submitter(settings: Settings, words: list[str], folder: Path) -> "Popen[bytes]":
-    with (folder / "submitter.log").open("ab") as log:
-        return Popen(words, env=settings.environment_for_child(), stdout=log, stderr=log)
