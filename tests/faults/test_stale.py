@@ -32,19 +32,17 @@ def run(cluster: Cluster, jobs: list[Job]) -> list[StatusDocument]:
 
 def test_no_manifest_of_before_is_posted_as_the_result_of_another_job_of_its_id() -> None:
     with running_cluster("stale", seed=1) as cluster:
-        images = [cluster.store(f"{number}-red.jpg", RED) for number in range(JOBS)]
-        first = [cluster.job(number, image=image) for number, image in enumerate(images)]
+        red = [cluster.store(f"{number}-red.jpg", RED) for number in range(JOBS)]
+        blue = [cluster.store(f"{number}-blue.jpg", BLUE) for number in range(JOBS)]
+        first = [cluster.job(number, image=image) for number, image in enumerate(red)]
         cluster.work()
         before = run(cluster, first)
         cluster.stop_workers()
         with cluster.ledger as server:
             server.flushdb()
-        second = []
-        for number, job in enumerate(first):
-            name = (
-                f"{number}-blue.jpg" if number % 2 else f"{number}-red.jpg"
-            )  # another image, or other bytes
-            second.append(cluster.job(number, image=cluster.store(name, BLUE), id=job.id))
+        for number in range(0, JOBS, 2):  # other bytes where the image was; the others have another image
+            blue[number] = cluster.store(f"{number}-red.jpg", BLUE)
+        second = [cluster.job(number, image=blue[number], id=job.id) for number, job in enumerate(first)]
         ledger = RedisLedger(cluster.settings)
         for job in second:
             ledger.submit(job)

@@ -156,11 +156,11 @@ class FaultyProxy:
 
     async def _end(self) -> None:
         self._server.close()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        await self._reset(spoilt=False)
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await self._reset(spoilt=False)
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
         for _ in range(3):  # turns of the loop, in which transports close their sockets
             await asyncio.sleep(0)
 
@@ -168,11 +168,11 @@ class FaultyProxy:
         connection = _Connection(self, client)
         self._connections.add(connection)
         try:
-            connecting = asyncio.open_connection("127.0.0.1", self.target)
-            answers, server = await asyncio.wait_for(connecting, CONNECT_S)
+            async with asyncio.timeout(CONNECT_S):
+                answers, server = await asyncio.open_connection("127.0.0.1", self.target)
             connection.server = server
             await asyncio.gather(connection.carry(reader, server), connection.carry(answers, client))
-        except OSError:  # as like a closed port as an open one can be
+        except (OSError, asyncio.CancelledError):  # as like a closed port as an open one can be; or the end
             connection.close(reset=True)
         finally:
             self._connections.discard(connection)
