@@ -19,8 +19,8 @@ from devtools.faults.observer import JobObserver
 from devtools.faults.verdict import Verdict
 
 JOBS_A_KILL = 15  # at least: thousands in the full form
-AHEAD = 40  # jobs that wait or run at a time
-EVERY_S = 0.12  # between two submissions
+AHEAD = 60  # jobs that wait or run at a time
+EVERY_S = 0.06  # between two submissions
 WORKERS = 2
 OF_SUPERVISORS = 0.05  # share of kills
 ZOMBIES = 0.1  # suspensions for each kill
