@@ -1,14 +1,58 @@
 """A backfill whose submitter and whose workers are killed at random moments."""
 
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+
 import pytest
 
-from devtools.faults import backfill_kills
+from devtools.bench import backfill_command
+from devtools.faults.cluster import IMAGES, Cluster, running_cluster
+from devtools.faults.tiny_worker import NETWORK
+from devtools.processes import family
 
-pytestmark = [pytest.mark.live]
+pytestmark = [pytest.mark.live, pytest.mark.timeout(400)]
+ROWS, KILLS = 3_000, 2
+WORKERS = 2
+SHORTEST_S, LONGEST_S = 0.5, 3.0  # between two kills
+PATIENCE_S = 300
 
 
-@pytest.mark.timeout(400)
+def kill_workers(cluster: Cluster) -> None:
+    while cluster.workers:
+        worker = cluster.workers.pop()
+        for pid in reversed(family(worker.keeper.pid)):  # the program itself before its keeper
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        worker.stop()
+
+
 def test_a_backfill_survives_that_everybody_is_killed_with_each_row_exactly_once() -> None:
-    survived = backfill_kills.survive(rows=3_000, kills=2)
-    assert (survived.lost, survived.doubled) == (0, 0)
-    assert survived.kills == 2
+    draw = random.Random(0)  # noqa: S311  # repeatable, not secret
+    with running_cluster("backfill", seed=1) as cluster, contextlib.ExitStack() as stack:
+        uris = (f"s3://photos/{number % IMAGES}.jpg" for number in range(ROWS))
+        source = backfill_command.write_input(cluster.folder / "input.jsonl", uris)
+        output, log = f"{cluster.settings.output}/kills", cluster.folder / "submitter.log"
+        # So slowly that no run is over before the last kill.
+        rate = f"{ROWS / (KILLS * LONGEST_S):.0f}"
+        words = backfill_command.command(source, output, NETWORK, "--shard-rows", "64", "--rate", rate)
+        for run in range(KILLS + 1):
+            for _ in range(WORKERS):
+                cluster.work()
+            resumed = ["--resume"] if run else []
+            with log.open("ab") as file:
+                environment = cluster.settings.environment_for_child()
+                submitter = subprocess.Popen([*words, *resumed], env=environment, stdout=file, stderr=file)
+            stack.callback(submitter.kill)  # where a test fails
+            if run == KILLS:
+                assert submitter.wait(PATIENCE_S) == 0, log.read_text()
+                break
+            time.sleep(draw.uniform(SHORTEST_S, LONGEST_S))
+            assert submitter.poll() is None, "it ended before it was killed"
+            submitter.kill()
+            kill_workers(cluster)
+            submitter.wait()
+        assert backfill_command.counted(cluster.settings, output, ROWS) == backfill_command.Counted(0, 0)
