@@ -65,7 +65,10 @@ def test_the_base_install_is_a_client_and_nothing_else(tmp_path: Path, wheel: Pa
     said = "Error: click is not installed. The command gradcam needs the extra cli: "
     for command in ([python.with_name("gradcam")], [python, "-P", "-m", "gradcam_worker"]):
         refused = run([*command, "submit", "s3://in/a.jpg"], valkey)
-        assert (refused.returncode, refused.stderr) == (1, f"{said}pip install 'gradcam-worker[cli]'\n")
+        assert (refused.returncode, refused.stderr) == (
+            1,
+            f"{said}pip install '.[cli]' in a clone of gradcam-worker.\n",
+        )
 
 
 def test_the_command_without_a_worker_submits_and_says_what_the_rest_of_it_needs(
@@ -84,10 +87,8 @@ def test_the_command_without_a_worker_submits_and_says_what_the_rest_of_it_needs
     for command in (["worker"], ["worker", "--unsupervised"], ["deliver"], ["explain", __file__], fetch):
         refused = run([gradcam, *command], valkey)
         assert refused.returncode == 1, command
-        assert (
-            "is not installed. This command needs the extra cpu: pip install 'gradcam-worker[cpu]'"
-            in refused.stderr
-        )
+        needed = "is not installed. This command needs the extra cpu: pip install '.[cpu]' in a clone"
+        assert needed in refused.stderr
     refused = run([gradcam, "backfill", __file__, "--output", "s3://results/a"], valkey)
     assert refused.returncode == 1
-    assert "This command needs the extra backfill: pip install 'gradcam-worker[backfill]'" in refused.stderr
+    assert "This command needs the extra backfill: pip install '.[backfill]' in a clone" in refused.stderr

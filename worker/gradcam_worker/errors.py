@@ -53,6 +53,7 @@
     │   ├── WorkerLost                 worker_lost               retried
     │   └── WorkerUnfit                worker_unfit              raised
     ├── InvalidSettings                invalid_settings          raised
+    ├── MissingExtra                   missing_extra             raised
     └── InternalError                  internal                  retried
 
 The last column says what becomes of a job, and is a base class of the error too:
@@ -496,6 +497,13 @@ class InvalidSettings(LocalError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class MissingExtra(LocalError, ModuleNotFoundError):
+    """A package that comes with an extra is not installed; the message names the extra."""
+
+    code = "missing_extra"
+    public_message = "The service is not complete. Trying again does not help until that is put right."
 
 
 class InternalError(RetryableError):

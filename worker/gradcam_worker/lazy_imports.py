@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
+from gradcam_worker import extras
+
 
 def lazy_imports(
     package: str, modules: Mapping[str, str]
@@ -22,14 +24,16 @@ def lazy_imports(
         modules: By public name, the module that defines it.
 
     Returns:
-        Both functions. `__getattr__` raises AttributeError for any other name.
+        Both functions. `__getattr__` raises AttributeError for any other name, and MissingExtra for one that
+        needs an extra.
     """
 
     def import_name(name: str) -> Any:
         if name not in modules:
             message = f"module {package!r} has no attribute {name!r}"
             raise AttributeError(message)
-        return getattr(import_module(modules[name]), name)
+        with extras.required(f"{package}.{name}"):
+            return getattr(import_module(modules[name]), name)
 
     def names() -> list[str]:
         return sorted({*vars(sys.modules[package]), *modules})

@@ -15,37 +15,40 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from gradcam_worker import extras
 
-from gradcam_worker.client.client import GradcamClient
-from gradcam_worker.errors import (
-    ImageNotFound,
-    ImageTooLarge,
-    StorageUnavailable,
-    UnknownLayer,
-    UnknownNetwork,
-)
-from gradcam_worker.execution.handler import JobHandler
-from gradcam_worker.execution.leases import LeaseManager
-from gradcam_worker.execution.services import Services
-from gradcam_worker.gradcam.catalog import NetworkRow
-from gradcam_worker.gradcam.classes import ClassIndex, Label
-from gradcam_worker.gradcam.decoding.decode import Limits
-from gradcam_worker.gradcam.methods import cam
-from gradcam_worker.gradcam.models.registry import Registry
-from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
-from gradcam_worker.images.fetch import FetchedBytes
-from gradcam_worker.inference.model_cache import ModelCache
-from gradcam_worker.ledger.memory.outbox import MemoryOutbox
-from gradcam_worker.ledger.memory.store import MemoryLedger
-from gradcam_worker.resilience.budget import Budgets, ResourceBudget
-from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
-from gradcam_worker.resilience.deadline import Deadline
-from gradcam_worker.schemas.job import ImageRef, Job, Webhook
-from gradcam_worker.schemas.status import StatusEvent, WorkerRef
-from gradcam_worker.settings import Settings
-from gradcam_worker.storage.filesystem import Object, put_each
+with extras.required("gradcam_worker.testing"):
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from gradcam_worker.client.client import GradcamClient
+    from gradcam_worker.errors import (
+        ImageNotFound,
+        ImageTooLarge,
+        StorageUnavailable,
+        UnknownLayer,
+        UnknownNetwork,
+    )
+    from gradcam_worker.execution.handler import JobHandler
+    from gradcam_worker.execution.leases import LeaseManager
+    from gradcam_worker.execution.services import Services
+    from gradcam_worker.gradcam.catalog import NetworkRow
+    from gradcam_worker.gradcam.classes import ClassIndex, Label
+    from gradcam_worker.gradcam.decoding.decode import Limits
+    from gradcam_worker.gradcam.methods import cam
+    from gradcam_worker.gradcam.models.registry import Registry
+    from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
+    from gradcam_worker.images.fetch import FetchedBytes
+    from gradcam_worker.inference.model_cache import ModelCache
+    from gradcam_worker.ledger.memory.outbox import MemoryOutbox
+    from gradcam_worker.ledger.memory.store import MemoryLedger
+    from gradcam_worker.resilience.budget import Budgets, ResourceBudget
+    from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
+    from gradcam_worker.resilience.deadline import Deadline
+    from gradcam_worker.schemas.job import ImageRef, Job, Webhook
+    from gradcam_worker.schemas.status import StatusEvent, WorkerRef
+    from gradcam_worker.settings import Settings
+    from gradcam_worker.storage.filesystem import Object, put_each
 
 __all__ = [
     "MemoryImageFetcher",

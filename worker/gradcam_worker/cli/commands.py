@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gradcam_worker import __version__
+from gradcam_worker import __version__, extras
 from gradcam_worker.cli import backfill, gallery, jobs, operate, replay
 from gradcam_worker.cli.options import json_option
 from gradcam_worker.errors import GradcamError, InvalidSettings
@@ -40,8 +40,8 @@ def run(arguments: Sequence[str]) -> int:
             console.err.print(visible(line), markup=False, soft_wrap=True)
     except ModuleNotFoundError as error:
         extra = "backfill" if [*arguments][:1] == ["backfill"] else "cpu"
-        console.err.print(f"[red]Error[/]: {error.name} is not installed. ", end="")
-        needed = f"This command needs the extra {extra}: pip install 'gradcam-worker[{extra}]'"
+        console.err.print("[red]Error[/]: ", end="")
+        needed = extras.describe(str(error.name), "This command", extra)
         console.err.print(needed, markup=False, soft_wrap=True)
     return 1
 

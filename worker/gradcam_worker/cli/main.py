@@ -8,6 +8,8 @@ import gc
 import sys
 from collections.abc import Sequence
 
+from gradcam_worker import extras
+
 CLI_PACKAGES = {"click", "rich"}  # installed by the extras cli, cpu, gpu and backfill
 
 
@@ -28,9 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name not in CLI_PACKAGES:
             raise
         print(  # noqa: T201  # rich is not installed
-            f"Error: {error.name} is not installed. "
-            "The command gradcam needs the extra cli: pip install 'gradcam-worker[cli]'",
-            file=sys.stderr,
+            f"Error: {extras.describe(error.name, 'The command gradcam', 'cli')}", file=sys.stderr
         )
         return 1
     return commands.run(sys.argv[1:] if arguments is None else arguments)

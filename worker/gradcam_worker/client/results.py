@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from pydantic import ValidationError
 
+from gradcam_worker import extras
 from gradcam_worker.errors import (
     ImageNotFound,
     ImageTooLarge,
@@ -212,12 +213,9 @@ class SettingsObjects:
         if scheme != "s3":
             message = f"{without_secrets(uri)[:200]!r} is neither in S3 nor on this machine."
             raise StorageUnavailable(message)
-        try:
+        with extras.required("S3", raises=InvalidSettings):
             from gradcam_worker.storage.s3 import S3
             from gradcam_worker.storage.stores import S3Store
-        except ModuleNotFoundError as error:
-            message = f"S3 needs the package {error.name}: pip install 'gradcam-worker[s3]'."
-            raise InvalidSettings(message) from error
         pid = os.getpid()
         if pid not in self._s3:
             self._s3 = {pid: S3(self._settings)}

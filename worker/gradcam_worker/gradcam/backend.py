@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 
+from gradcam_worker import extras
 from gradcam_worker.errors import InvalidSettings
 
 _is_first = "keras" not in sys.modules
@@ -32,7 +33,7 @@ def _silent_stderr() -> Iterator[None]:
         os.close(null_device)
 
 
-with _silent_stderr():
+with _silent_stderr(), extras.required("Loading a network"):
     try:
         import keras as keras  # noqa: PLC0414  # re-exported
     except (AttributeError, TypeError, ValueError) as error:  # keras.json, or KERAS_BACKEND

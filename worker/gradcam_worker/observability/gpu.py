@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from gradcam_worker import extras
 from gradcam_worker.text.log_events import EventLogger
 
 log = EventLogger("gradcam")
@@ -33,7 +34,7 @@ def usage_reader(name: str, library: ModuleType | Any | None = None) -> Callable
         else:
             handle = pynvml.nvmlDeviceGetHandleByUUID(name)
     except ImportError:
-        log.info("gpu_metrics_unavailable", gpu=name, reason="pip install 'gradcam-worker[gpu]' for them")
+        log.info("gpu_metrics_unavailable", gpu=name, reason=extras.describe("pynvml", "This", "gpu"))
         return None
     except Exception as error:  # noqa: BLE001  # any error of a driver: the worker runs without these metrics
         log.warning("gpu_metrics_failed", gpu=name, error=error)

@@ -21,7 +21,7 @@ from datetime import datetime
 from functools import cache
 from typing import Any, Literal
 
-from gradcam_worker import __version__
+from gradcam_worker import __version__, extras
 from gradcam_worker.errors import GradcamError, InvalidSettings
 from gradcam_worker.text import urls
 from gradcam_worker.text.log_events import EventLogger
@@ -101,14 +101,11 @@ def connect(endpoint: str, service: str, instance: str = "") -> Traces:
     if not endpoint:
         return NO_TRACES
     url, shown = _export_url(endpoint)
-    try:
+    with extras.required("GRADCAM_TRACES", raises=InvalidSettings):
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError as error:
-        message = "GRADCAM_TRACES needs the extra otel: pip install 'gradcam-worker[otel]'."
-        raise InvalidSettings(message) from error
     resource = {"service.name": service, "service.version": __version__}
     resource |= {"service.instance.id": instance} if instance else {}
     exporter: Any = _SafeExporter(OTLPSpanExporter(endpoint=url, timeout=EXPORT_TIMEOUT_S), shown)

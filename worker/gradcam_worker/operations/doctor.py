@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
+from gradcam_worker import extras
 from gradcam_worker.errors import (
     GradcamError,
     InternalError,
@@ -53,7 +54,7 @@ def run_checks(settings: Settings, *, expected_workers: int = 0) -> Iterator[Fin
     yield from _check_workers(settings, expected_workers)
     if importlib.util.find_spec("keras") is None:
         detail = "not installed: this machine can submit jobs but not run them"
-        fix = "For a worker: pip install 'gradcam-worker[cpu]' (or [gpu])."
+        fix = f"For a worker on CPUs: {extras.how_to_install('cpu')}; on GPUs with the extra gpu."
         yield Finding("worker", well=False, detail=detail, fix=fix)
         return
     yield _check_storage(settings)

