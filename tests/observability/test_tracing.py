@@ -319,7 +319,7 @@ print(sorted(loaded() - before), before & {"opentelemetry.sdk.trace", "opentelem
 @pytest.mark.parametrize(
     ("endpoint", "problem"),
     [
-        ("collector:4318", "'...' has no scheme"),
+        ("collector:4318", "'collector:4318' has no scheme"),
         ("grpc://collector:4317", "'grpc://collector:4317' has another scheme than http or https"),
         ("http://", "'http://' names no host"),
         ("http://[::1", "'http://...' has a host that cannot be read"),
