@@ -156,7 +156,7 @@ class Harness:
             if wrong := self.fails.get(shard.key):
                 claim = self.ledger.claim(self.ledger.read(job_id), worker)
                 problem = Problem.of(wrong.pop(0), stage="load", attempt=1)
-                self.ledger.advance(claim.document, status="failed", error=problem)
+                self.ledger.finish(claim.document, status="failed", error=problem)
             else:
                 handler.handle({"id": job_id}, job_id, kind=Shard)
 
@@ -593,7 +593,7 @@ def test_why_a_shard_is_tried_again_is_said_once(harness: Harness, plan: Plan) -
 
     def put_off(job_id: str) -> None:
         claim = harness.ledger.claim(harness.ledger.read(job_id), worker)
-        harness.ledger.advance(claim.document, status="retrying", error=problem, queued_at=utc_now())
+        harness.ledger.postpone(claim.document, delay_s=0, error=problem, queued_at=utc_now())
 
     def interrupt(_: Progress) -> None:
         if len(harness.shown) > 5:

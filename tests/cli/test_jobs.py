@@ -57,7 +57,7 @@ def test_a_key_whose_job_has_failed_is_reported_and_retried_only_on_request(
     assert main(command) == 0
     job_id = capsys.readouterr().out.strip()
     ledger = RedisLedger(environment)
-    ledger.advance(ledger.claim(ledger.read(job_id), WORKER).document, status="failed")
+    ledger.finish(ledger.claim(ledger.read(job_id), WORKER).document, status="failed")
     assert main(command) == 0
     shown = capsys.readouterr()
     assert shown.out.strip() == job_id
@@ -126,7 +126,7 @@ def test_a_queued_job_is_cancelled_and_a_final_one_is_not(
     document = ledger.claim(ledger.read(running), WORKER).document
     assert main(["cancel", running]) == 0
     assert "running · fetch · cancel requested" in capsys.readouterr().out
-    ledger.advance(document, status="succeeded")
+    ledger.finish(document, status="succeeded")
     assert main(["cancel", running]) == 1
     assert "Too late: the job is already final, with status succeeded." in capsys.readouterr().err
 

@@ -104,5 +104,5 @@ def failed_job(ledger: RedisLedger, error: GradcamError) -> str:
     """Make a job fail with this error; return its id."""
     job = Job.parse({"image": "s3://photos/cat.jpg", "network": "vgg16", "target": {"top_n": 1}})
     document = ledger.claim(ledger.submit(job), WORKER).document
-    ledger.advance(document, status="failed", error=Problem.of(error, stage="upload", attempt=1))
+    ledger.finish(document, status="failed", error=Problem.of(error, stage="upload", attempt=1))
     return job.id

@@ -97,7 +97,7 @@ def test_a_finished_job_is_not_published_again(
     client: GradcamClient, ledger: MemoryLedger, published: RecordingPublisher
 ) -> None:
     job = Job.parse(FIELDS)
-    ledger.advance(ledger.claim(ledger.submit(job), WORKER).document, status="succeeded")
+    ledger.finish(ledger.claim(ledger.submit(job), WORKER).document, status="succeeded")
     assert client.submit(job) == job.id
     assert not published.jobs
 
@@ -115,7 +115,7 @@ def test_waiting_ends_when_the_job_does(client: GradcamClient, ledger: MemoryLed
     def work() -> None:
         document = ledger.claim(ledger.submit(job), WORKER).document
         time.sleep(0.1)
-        ledger.advance(document, status="failed")
+        ledger.finish(document, status="failed")
 
     threading.Thread(target=work).start()
     assert client.wait(job.id, timeout_s=10).status == "failed"
@@ -232,7 +232,7 @@ def test_a_generator_is_read_as_its_jobs_are_taken(
 
 
 def fail(ledger: Ledger, job_id: str) -> StatusDocument:
-    return ledger.advance(ledger.claim(ledger.read(job_id), WORKER).document, status="failed")
+    return ledger.finish(ledger.claim(ledger.read(job_id), WORKER).document, status="failed")
 
 
 def test_a_failed_job_is_tried_again_and_the_queue_is_told(
@@ -247,7 +247,7 @@ def test_a_failed_job_is_tried_again_and_the_queue_is_told(
     assert client.retry(job_id).status == "running"
     assert len(published.jobs) == 3
     client.cancel(job_id)
-    ledger.advance(client.status(job_id), status="canceled")
+    ledger.finish(client.status(job_id), status="canceled")
     with pytest.raises(JobNotFailed):
         client.retry(job_id)
 

@@ -70,7 +70,7 @@ def done(settings: Settings, photo: bytes, **wishes: Any) -> tuple[GradcamClient
     document = ledger.claim(ledger.read(job.id), WORKER).document
     there = fake_services({PHOTO: photo}, stores=Stores(settings, S3(settings)))
     left = run_job(job, there, JobContext(Deadline(60), lambda _: None))
-    ledger.advance(document, status="succeeded", **vars(left))
+    ledger.finish(document, status="succeeded", **vars(left))
     return client, job.id, ledger
 
 
@@ -127,7 +127,7 @@ def test_a_job_that_has_not_succeeded_has_no_result_and_is_said_to_be_what_it_is
         client.result(job_id)
     document = ledger.claim(ledger.read(job_id), WORKER).document
     gone = Problem.of(ImageNotFound("There is nothing there."), stage="fetch", attempt=1)
-    ledger.advance(document, status="failed", error=gone)
+    ledger.finish(document, status="failed", error=gone)
     with pytest.raises(NoResult, match=r"is failed \(image_not_found: There is nothing there\.\): only"):
         client.result(job_id)
     with pytest.raises(UnknownJob):
@@ -336,6 +336,6 @@ def test_a_shards_document_has_no_manifest_of_one_image(tmp_path: Path) -> None:
     (tmp_path / "data.parquet").write_bytes(b"PAR1\xff\xfe")
     document: StatusDocument = ledger.claim(ledger.read(job_id), WORKER).document
     uri = (tmp_path / "data.parquet").as_uri()
-    ledger.advance(document, status="succeeded", **reference(uri))
+    ledger.finish(document, status="succeeded", **reference(uri))
     with pytest.raises(NoResult, match=r"data\.parquet, which is no manifest of one image"):
         client.result(job_id)

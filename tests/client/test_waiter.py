@@ -98,7 +98,7 @@ def test_who_waits_is_told_and_does_not_look(
     job_id = client.submit(**FIELDS)
     waiter = waiting(beside, client, job_id)
     waits_until(lambda: "gradcam-poller" in looks, "the look that follows the subscription")
-    document = ledger.advance(begin(ledger, job_id), status="failed")
+    document = ledger.finish(begin(ledger, job_id), status="failed")
     assert waiter.result(WAIT_S) == document
     waits_until(lambda: not subscribed(ledger, job_id), "the end of the subscription")
 
@@ -253,7 +253,7 @@ def test_a_stream_shows_how_a_job_is_then_each_change_and_ends_with_the_last(
         elif document.stage == "fetch":
             ledger.advance(document, stage="explain")
         elif document.stage == "explain":
-            ledger.advance(document, status="failed")
+            ledger.finish(document, status="failed")
     assert shown == [("queued", None), ("running", "fetch"), ("running", "explain"), ("failed", None)]
     assert [document.status for document in client.stream(job_id)] == ["failed"], "as it is, and that is all"
 
@@ -265,7 +265,7 @@ def test_who_reads_a_stream_slowly_gets_what_is_newest(client: GradcamClient, le
     document = begin(ledger, job_id)
     for number in range(50):
         document = ledger.advance(document, stage=f"explain {number}")
-    ledger.advance(document, status="failed")
+    ledger.finish(document, status="failed")
     shown += stream
     revisions = [one.revision for one in shown]
     assert revisions == sorted(set(revisions))

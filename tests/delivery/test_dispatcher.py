@@ -58,7 +58,7 @@ class Scene:
         return job
 
     def end(self, job: Job) -> None:
-        self.ledger.advance(self.ledger.claim(self.ledger.read(job.id), WORKER).document, status="succeeded")
+        self.ledger.finish(self.ledger.claim(self.ledger.read(job.id), WORKER).document, status="succeeded")
 
     def receive(self, delivery: Delivery, event: StatusEvent) -> None:
         url = delivery.webhook.url if delivery.webhook else delivery.destination

@@ -53,7 +53,7 @@ def fail(ledger: Ledger, job_id: str, code: str = "storage_unavailable") -> str:
         "attempt": document.attempt,
     }
     whole = StatusDocument.model_validate({**document.model_dump(mode="json"), "error": problem})
-    ledger.advance(document, status="failed", error=whole.error)
+    ledger.finish(document, status="failed", error=whole.error)
     return job_id
 
 

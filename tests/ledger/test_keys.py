@@ -24,7 +24,7 @@ def test_only_a_job_that_has_not_ended_and_its_idempotency_key_may_stay(
     assert len(lasting) == 2
     assert not find_keys_that_stay(url), "neither may go before the job has ended"
 
-    ledger.advance(ledger.claim(document, WORKER).document, status=status)
+    ledger.finish(ledger.claim(document, WORKER).document, status=status)
     assert not find_keys_that_stay(url), "both have a time to live"
     for key in lasting:
         server.persist(key)

@@ -89,7 +89,7 @@ def test_the_same_key_with_the_same_job_finds_the_first_also_when_it_is_final(
 ) -> None:
     first = with_key(job, "k")
     taken = claim(ledger, first)
-    ledger.advance(taken.document, status="succeeded")
+    ledger.finish(taken.document, status="succeeded")
     again = ledger.submit(with_key(job, "k"))
     assert (again.id, again.status) == (first.id, "succeeded")
 
@@ -130,7 +130,7 @@ def test_an_unchanged_job_is_claimed_without_being_read(ledger: Ledger, job: Job
     assert (taken.worker, taken.queued_at) == (WORKER, entered.queued_at)
     assert taken.metrics["queue_s"] >= 0
     assert ledger.count_jobs() == (0, 1)
-    assert ledger.advance(taken, status="succeeded").final
+    assert ledger.finish(taken, status="succeeded").final
 
 
 @pytest.mark.parametrize("what", ["unknown", "another", "another moment", "running", "retrying", "expired"])
@@ -146,7 +146,7 @@ def test_a_job_that_is_not_as_it_was_entered_is_not_claimed_unread(
     if what in {"running", "retrying"}:
         entered = claim(ledger, job).document
     if what == "retrying":
-        entered = ledger.advance(entered, status="retrying", delay_s=60)
+        entered = ledger.postpone(entered, delay_s=60)
     if what == "another":
         job = job.model_copy(update={"network": "vgg16"})
     if what in {"another moment", "unknown"}:
@@ -194,8 +194,8 @@ def test_a_job_whose_lease_ran_out_is_queued_again_and_the_first_attempt_is_fenc
     second = claim(ledger, job).document
     assert (second.attempt, second.error, is_suspected(second)) == (2, None, False)
     with pytest.raises(AttemptFenced):
-        ledger.advance(first, status="succeeded")
-    assert ledger.advance(second, status="succeeded").attempt == 2
+        ledger.finish(first, status="succeeded")
+    assert ledger.finish(second, status="succeeded").attempt == 2
 
 
 def test_a_lease_that_is_renewed_does_not_run_out(ledger: Ledger, job: Job) -> None:
@@ -212,7 +212,7 @@ def test_a_lease_that_is_renewed_does_not_run_out(ledger: Ledger, job: Job) -> N
 def test_a_lease_of_an_attempt_that_was_overtaken_is_not_renewed(ledger: Ledger, job: Job) -> None:
     document = claim(ledger, job).document
     assert ledger.renew_leases("w", "", {job.id: 2}).lost == {job.id}
-    ledger.advance(document, status="succeeded")
+    ledger.finish(document, status="succeeded")
     assert ledger.renew_leases("w", "", {job.id: 1}).lost == {job.id}
 
 
@@ -253,7 +253,7 @@ def test_a_running_job_that_is_cancelled_is_marked_and_its_worker_ends_it(ledger
     asked = ledger.cancel(job.id)
     assert (asked.status, asked.cancel_requested_at is not None) == ("running", True)
     assert ledger.renew_leases("w", "", {job.id: 1}).canceled == {job.id}
-    after = ledger.advance(running, status="canceled")
+    after = ledger.finish(running, status="canceled")
     assert (after.status, after.cancel_requested_at) == ("canceled", asked.cancel_requested_at)
     assert after.revision == asked.revision + 1
     assert not ledger.renew_leases("w", "", {}).canceled
@@ -273,7 +273,7 @@ def test_a_released_job_keeps_all_its_attempts(ledger: Ledger, job: Job) -> None
     assert ledger.requeue_unfinished(job.id, attempt=1)
     assert not is_suspected(ledger.read(job.id))
     with pytest.raises(AttemptFenced):
-        ledger.advance(first, status="succeeded")
+        ledger.finish(first, status="succeeded")
     second = claim(ledger, job)
     assert (second.outcome, second.document.attempt, second.document.max_attempts) == (
         ClaimOutcome.CLAIMED,
@@ -320,7 +320,7 @@ def test_a_queued_job_without_a_message_is_found_when_a_later_one_came_through(
 
 
 def test_failed_jobs_are_dead_letters_until_they_are_dropped(ledger: Ledger, job: Job) -> None:
-    ledger.advance(claim(ledger, job).document, status="failed")
+    ledger.finish(claim(ledger, job).document, status="failed")
     other = new_id()
     ledger.refuse(other, None, InvalidJob("no"))
     assert {job_id for job_id, _ in ledger.find_dead_letters()} == {job.id, other}
@@ -330,12 +330,12 @@ def test_failed_jobs_are_dead_letters_until_they_are_dropped(ledger: Ledger, job
 
 def test_a_final_job_cannot_be_reopened(ledger: Ledger, job: Job) -> None:
     document = claim(ledger, job).document
-    final = ledger.advance(document, status="failed")
+    final = ledger.finish(document, status="failed")
     assert final.completed_at is not None
     assert final.stage is None
     assert claim(ledger, job).outcome is ClaimOutcome.ALREADY_FINAL
     with pytest.raises(AttemptFenced):
-        ledger.advance(document, status="succeeded")
+        ledger.finish(document, status="succeeded")
     assert ledger.read(job.id) == final
     assert ledger.count_jobs() == (0, 0)
 
@@ -347,7 +347,7 @@ def test_each_write_is_one_revision(ledger: Ledger, job: Job) -> None:
 
 def test_a_retrying_job_waits_in_the_queue_and_gets_its_next_attempt(ledger: Ledger, job: Job) -> None:
     document = claim(ledger, job).document
-    ledger.advance(document, status="retrying", delay_s=0.2)
+    ledger.postpone(document, delay_s=0.2)
     assert ledger.count_jobs() == (1, 0)
     assert claim(ledger, job).outcome is ClaimOutcome.HELD, "its pause is not over"
     wait_for(lambda: ledger.find_overdue(10).due_retries == [job.id])
@@ -427,7 +427,7 @@ def test_final_jobs_leave_redis_after_their_retention(settings: Settings, job: J
     document = claim(ledger, keyed).document
     names = list(server.scan_iter(f"{settings.key_prefix}*"))
     assert {server.ttl(name) for name in names} == {-1}, "a job that is not final must not vanish"
-    ledger.advance(document, status="succeeded")
+    ledger.finish(document, status="succeeded")
     names = [name for name in server.scan_iter(f"{settings.key_prefix}*") if not name.startswith(kept)]
     assert len(names) == 2, "the job and its idempotency key"
     assert all(0 < server.ttl(name) <= 60 for name in names)
@@ -440,7 +440,7 @@ def test_a_job_with_an_idempotency_key_is_remembered_as_long_as_the_operator_wan
     ledger = RedisLedger(longer)
     keyed = with_key(job, "k")
     for one in (job, keyed):
-        ledger.advance(claim(ledger, one).document, status="succeeded")
+        ledger.finish(claim(ledger, one).document, status="succeeded")
     assert ledger.server.redis.ttl(f"{settings.key_prefix}job:{job.id}") <= 60
     assert ledger.server.redis.ttl(f"{settings.key_prefix}job:{keyed.id}") > 3000
     assert ledger.submit(with_key(job, "k")).id == keyed.id
@@ -494,13 +494,13 @@ def test_a_final_write_is_repeated_until_the_ledger_is_back(
     monkeypatch.setattr(ledger, "_compare_and_set", shaky)
     with pytest.raises(LedgerUnavailable):
         ledger.advance(document, stage="decode")
-    assert ledger.advance(document, patience_s=30, status="succeeded").final
+    assert ledger.finish(document, patience_s=30, status="succeeded").final
 
 
 @pytest.mark.parametrize("status", ["succeeded", "canceled", "expired", "failed"])
 def test_the_content_of_a_final_job_is_kept_only_if_it_failed(ledger: Ledger, job: Job, status: str) -> None:
     keyed = with_key(job, "k")
-    ledger.advance(claim(ledger, keyed).document, status=status)
+    ledger.finish(claim(ledger, keyed).document, status=status)
     assert ledger.read_job(keyed.id) == (keyed if status == "failed" else None)
     assert ledger.submit(with_key(job, "k")).id == keyed.id, "it is still known by its fingerprint"
     again, document = ledger.get_or_create(keyed.id, keyed.model_dump(mode="json"))
@@ -514,7 +514,7 @@ def test_the_urls_of_a_final_job_are_not_in_redis(settings: Settings, job: Job) 
     signed = Job.parse(
         {**job.model_dump(mode="json"), "image": "http://h/a?X-Signature=planted", "webhooks": [webhook]}
     )
-    ledger.advance(claim(ledger, signed).document, status="succeeded")
+    ledger.finish(claim(ledger, signed).document, status="succeeded")
     held = ledger.server.redis.hgetall(f"{settings.key_prefix}job:{job.id}")
     assert "planted" not in json.dumps(held)
 
@@ -526,9 +526,7 @@ def test_a_job_to_cancel_gets_no_further_attempt_when_this_one_fails(
     document = claim(ledger, job).document
     marked = ledger.cancel(job.id)
     problem = Problem.of(StorageUnavailable("It hangs."), stage="upload", attempt=1)
-    after = ledger.advance(
-        marked if seen else document, status="retrying", delay_s=0, error=problem, metrics={"fetch_s": 1.0}
-    )
+    after = ledger.postpone(marked if seen else document, delay_s=0, error=problem, metrics={"fetch_s": 1.0})
     assert (after.status, after.metrics) == ("canceled", {"fetch_s": 1.0})
     assert after.error is not None
     assert (after.error.code, after.error.stage) == ("canceled", "upload")
@@ -549,7 +547,7 @@ def test_a_reaper_with_an_outdated_list_expires_no_renewed_lease_and_shortens_no
     document = claim(ledger, job).document
     assert not ledger.expire_lease(job.id), "its lease has not run out"
     assert ledger.read(job.id) == document
-    ledger.advance(document, status="retrying", delay_s=60)
+    ledger.postpone(document, delay_s=60)
     assert not ledger.requeue(job.id)
 
 
@@ -618,7 +616,7 @@ def failed(ledger: Ledger, job: Job) -> StatusDocument:
     """A job that has failed at its first attempt."""
     running = claim(ledger, job).document
     problem = Problem.of(StorageUnavailable("The bucket is away"), stage="fetch", attempt=running.attempt)
-    return ledger.advance(running, status="failed", error=problem)
+    return ledger.finish(running, status="failed", error=problem)
 
 
 def test_a_failed_job_is_tried_again_as_the_same_one_with_all_its_attempts(ledger: Ledger, job: Job) -> None:
@@ -634,13 +632,13 @@ def test_a_failed_job_is_tried_again_as_the_same_one_with_all_its_attempts(ledge
     assert ledger.count_jobs() == (1, 0)
     assert ledger.read_job(job.id) == job
     with pytest.raises(AttemptFenced):
-        ledger.advance(ended, status="succeeded")
+        ledger.finish(ended, status="succeeded")
     for attempt in (2, 3):
         running = claim(ledger, job).document
         assert (running.status, running.attempt) == ("running", attempt)
         if attempt == 2:
-            ledger.requeue(ledger.advance(running, status="retrying").id)
-    assert ledger.advance(running, status="succeeded").status == "succeeded"
+            ledger.requeue(ledger.postpone(running, delay_s=0).id)
+    assert ledger.finish(running, status="succeeded").status == "succeeded"
 
 
 def test_two_retries_of_a_failed_job_are_one(ledger: Ledger, job: Job) -> None:
@@ -661,7 +659,7 @@ def test_only_what_has_failed_is_tried_again(ledger: Ledger, job: Job) -> None:
         ledger.retry(job.id)
     other = job.model_copy(update={"id": new_id()})
     ledger.submit(other)
-    ledger.advance(claim(ledger, other).document, status="succeeded")
+    ledger.finish(claim(ledger, other).document, status="succeeded")
     with pytest.raises(JobNotFailed, match="is succeeded"):
         ledger.retry(other.id)
     ledger.refuse(nothing := new_id(), {"no": "job"}, InvalidJob("This is not a job."))
@@ -691,7 +689,7 @@ def test_a_job_that_another_client_retries_and_finishes_meanwhile_does_not_fail_
     retry = ledger.retry
 
     def late(job_id: str) -> StatusDocument:
-        ledger.advance(claim(ledger, first).document, status="succeeded")
+        ledger.finish(claim(ledger, first).document, status="succeeded")
         return retry(job_id)
 
     retry(first.id)

@@ -104,8 +104,8 @@ def test_each_change_of_a_job_records_the_events_that_its_webhooks_receive_and_n
     job = setup.submit("https://a.example/x", "https://b.example/y", events=EVERYTHING)
     quiet = setup.submit("https://b.example/z", events=("job.failed",))
     running = setup.start(job)
-    setup.ledger.advance(setup.ledger.advance(running, stage="explain"), status="succeeded")
-    setup.ledger.advance(setup.start(quiet), status="succeeded")
+    setup.ledger.finish(setup.ledger.advance(running, stage="explain"), status="succeeded")
+    setup.ledger.finish(setup.start(quiet), status="succeeded")
     seen: dict[str, list[str]] = {}
     while deliveries := setup.claim():
         for one in deliveries:
@@ -117,9 +117,9 @@ def test_each_change_of_a_job_records_the_events_that_its_webhooks_receive_and_n
 
 def test_a_retried_job_sends_its_webhooks_a_second_final_event(setup: Setup) -> None:
     job = setup.submit("https://a.example/x", events=("job.queued", "job.failed", "job.succeeded"))
-    setup.ledger.advance(setup.start(job), status="failed")
+    setup.ledger.finish(setup.start(job), status="failed")
     setup.ledger.retry(job.id)
-    setup.ledger.advance(setup.start(job), status="succeeded")
+    setup.ledger.finish(setup.start(job), status="succeeded")
     told = []
     while deliveries := setup.claim():
         for one in deliveries:
@@ -178,7 +178,7 @@ def test_a_recipient_gets_events_in_the_order_of_revisions_even_if_deliveries_fa
     document = setup.start(job)
     for stage in ("decode", "explain", "render"):
         document = setup.ledger.advance(document, stage=stage)
-    setup.ledger.advance(document, status="succeeded")
+    setup.ledger.finish(document, status="succeeded")
     told: list[int] = []
     for failures in (0, 1, 0, 2, 1, 0):
         for tries in range(failures + 1):
@@ -220,7 +220,7 @@ def test_a_dispatcher_whose_lease_ended_can_change_nothing(setup: Setup, word: s
 def test_concurrent_dispatchers_never_share_a_recipient_and_lose_no_event(setup: Setup) -> None:
     jobs = [setup.submit("https://a.example/x", events=EVERYTHING) for _ in range(30)]
     for job in jobs:
-        setup.ledger.advance(setup.start(job), status="succeeded")
+        setup.ledger.finish(setup.start(job), status="succeeded")
     told: dict[str, list[int]] = {}
     out, most, lock = Counter[str](), [0], threading.Lock()
 
@@ -378,7 +378,7 @@ def test_a_parked_recipient_is_listed_and_gets_its_events_in_order_when_replayed
     assert setup.outbox.count_recipients() == 0
     assert setup.outbox.unpark(parked)
     assert (setup.outbox.unpark(parked), setup.outbox.find_parked()) == (False, [])
-    setup.ledger.advance(document, status="succeeded")
+    setup.ledger.finish(document, status="succeeded")
     for event in ("job.queued", "job.started", "job.succeeded"):
         [delivery] = setup.claim()
         assert (delivery.event, delivery.tries, delivery.waited_s < 20) == (event, 0, True)
@@ -456,7 +456,7 @@ def test_when_everything_is_delivered_no_key_of_the_outbox_is_left(redis_setup: 
     setup = redis_setup
     urls = ["https://a.example/x", "https://b.example/y", "https://c.example/z"]
     for _ in range(5):
-        setup.ledger.advance(setup.start(setup.submit(*urls, events=EVERYTHING)), status="succeeded")
+        setup.ledger.finish(setup.start(setup.submit(*urls, events=EVERYTHING)), status="succeeded")
     first = setup.claim()
     for delivery in first[::2]:
         setup.fail(delivery, quiet_s=0.01)
@@ -477,7 +477,7 @@ def test_when_everything_is_delivered_no_key_of_the_outbox_is_left(redis_setup: 
 
 
 def test_jobs_without_webhooks_record_nothing_in_the_outbox(redis_setup: Setup) -> None:
-    redis_setup.ledger.advance(redis_setup.start(redis_setup.submit()), status="succeeded")
+    redis_setup.ledger.finish(redis_setup.start(redis_setup.submit()), status="succeeded")
     assert keys(redis_setup) == set()
 
 
@@ -507,7 +507,7 @@ def test_parked_recipients_expire_with_all_their_events(redis_setup: Setup) -> N
     server.redis.delete(key)  # that day
     [forgotten] = setup.outbox.find_parked()
     assert (forgotten.first, forgotten.events) == (None, 0)
-    setup.ledger.advance(running, status="succeeded")
+    setup.ledger.finish(running, status="succeeded")
     assert 0 < server.redis.pttl(key) <= 60_000, "nothing is kept for ever for nobody"
     server.redis.delete(key)
     [forgotten] = setup.outbox.find_parked()

@@ -100,7 +100,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 def test_a_retry_is_republished_when_its_pause_is_over_and_not_before(setup: Setup) -> None:
     document = setup.claim(priority="low")
-    setup.ledger.advance(document, status="retrying", delay_s=30)
+    setup.ledger.postpone(document, delay_s=30)
     one = setup.reaper()
     setup.now[0] += 29
     one.run_round()
@@ -138,7 +138,7 @@ def test_a_job_that_was_lost_in_its_last_attempt_fails_and_is_not_republished(se
 def test_a_job_that_expires_in_the_queue_or_in_a_pause_ends_expired(setup: Setup) -> None:
     expires_at = utc_now() + timedelta(seconds=60)
     waits, pauses = setup.submit(expires_at=expires_at), setup.claim(expires_at=expires_at)
-    setup.ledger.advance(pauses, status="retrying", delay_s=300)
+    setup.ledger.postpone(pauses, delay_s=300)
     setup.reaper().run_round()
     assert setup.read(waits).status == "queued"
     setup.now[0] += 61
@@ -193,7 +193,7 @@ def test_one_worker_reaps_and_another_takes_over_when_it_is_gone(setup: Setup) -
     first, second = setup.reaper("first"), setup.reaper("second")
     first.run_round()
     document = setup.claim()
-    setup.ledger.advance(document, status="retrying", delay_s=0)
+    setup.ledger.postpone(document, delay_s=0)
     second.run_round()
     assert setup.read(document).status == "retrying", "that is for the first"
     setup.now[0] += reaper.LEADER_LEASE_S + 0.1

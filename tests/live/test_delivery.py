@@ -49,7 +49,7 @@ class Post:
 
     def run(self, job: Job) -> None:
         document = self.ledger.claim(self.ledger.read(job.id), WORKER).document
-        self.ledger.advance(document, status="succeeded")
+        self.ledger.finish(document, status="succeeded")
 
     def send(self, delivery: Delivery, event: StatusEvent) -> None:
         assert delivery.webhook

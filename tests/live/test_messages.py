@@ -209,7 +209,7 @@ def test_whoever_may_only_submit_may_do_all_that_a_client_does(port: int, admin:
         settings = Settings(broker_url=url(port, "submitter"), key_prefix="gradcam:")
         worker = RedisLedger(settings.model_copy(update={"broker_url": url(port, "worker")}))
         retried = client.submit(**fields, idempotency_key=new_id())
-        worker.advance(worker.claim(worker.read(retried), WORKER).document, status="failed")
+        worker.finish(worker.claim(worker.read(retried), WORKER).document, status="failed")
         assert client.retry(retried).status == "queued"
         assert client.cancel(retried).status == "canceled"
         registry, place = RedisBackfillRegistry(RedisLedger(settings).server), "s3://results/cams"

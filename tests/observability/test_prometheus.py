@@ -223,7 +223,7 @@ def test_leases_are_counted_where_they_are_renewed_and_where_they_are_lost(shop:
 def test_what_the_reaper_puts_right_is_counted_once(shop: Shop) -> None:
     lost, ended = shop.claim(shop.job()), shop.claim(shop.job(max_attempts=1))
     due = shop.claim(shop.job())
-    shop.ledger.advance(due, status="retrying", delay_s=1)
+    shop.ledger.postpone(due, delay_s=1)
     silent = shop.ledger.submit(shop.job())
     soon = datetime.now(UTC) + timedelta(seconds=30)
     shop.ledger.submit(shop.job(expires_at=soon.isoformat()))
@@ -306,8 +306,8 @@ def test_the_ledgers_gauges_are_what_waits_there(settings: Settings, job: Job) -
     submit(priority="bulk")
     ledger.claim(submit(), ME)
     retrying = ledger.claim(submit(), ME).document
-    ledger.advance(retrying, status="retrying", delay_s=60)
-    ledger.advance(ledger.claim(submit(), ME).document, status="failed")
+    ledger.postpone(retrying, delay_s=60)
+    ledger.finish(ledger.claim(submit(), ME).document, status="failed")
     submit(webhooks=[{"url": "http://a/x", "events": ["job.queued"]}])
     ledger.renew_leases("me", "well", {})
     time.sleep(0.05)

@@ -63,9 +63,9 @@ def run_job(
     """Run a job until it is final."""
     claimed = ledger.claim(ledger.read(job_id), WORKER).document
     if error:
-        ledger.advance(claimed, status="failed", error=Problem.of(error, stage="fetch", attempt=1))
+        ledger.finish(claimed, status="failed", error=Problem.of(error, stage="fetch", attempt=1))
     else:
-        ledger.advance(claimed, status="succeeded")
+        ledger.finish(claimed, status="succeeded")
 
 
 def rendered_lines(

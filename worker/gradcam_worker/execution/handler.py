@@ -124,19 +124,22 @@ class JobHandler:
         disposition = Disposition.REQUEUE
         try:
             with self.stall.running_job(), logs.log_context(job_id=_job_id(payload, message_id)):
-                disposition = self._process(payload, message_id, entered_at, kind)
+                disposition = self._claim_run_or_refuse(payload, message_id, entered_at, kind)
         finally:
             self.observer.message_handled(disposition.value)
         return disposition
 
-    def _process(self, payload: object, message_id: str, entered_at: object, kind: Kind) -> Disposition:
+    def _claim_run_or_refuse(
+        self, payload: object, message_id: str, entered_at: object, kind: Kind
+    ) -> Disposition:
+        """Claim the work of a message and run it, refuse a message without valid work, or drop it."""
         if self.breaker.open_reason:
             raise WorkerUnfit(self.breaker.open_reason)
         job_id = _job_id(payload, message_id)
         try:
-            if entered_at and kind is Job and (disposition := self._try_fast_claim(payload, entered_at)):
+            if entered_at and kind is Job and (disposition := self._claim_fresh_and_run(payload, entered_at)):
                 return disposition
-            while not (disposition := self._claim(job_id, payload, kind)):
+            while not (disposition := self._read_claim_and_run(job_id, payload, kind)):
                 pass
         except (InvalidJob, IdempotencyConflict, UnknownBackfill) as error:
             if payload == {"id": job_id} and not self.ledger.read_route(job_id):
@@ -154,8 +157,8 @@ class JobHandler:
             return Disposition.DROP
         return disposition
 
-    def _try_fast_claim(self, payload: object, entered_at: object) -> Disposition | None:
-        """Claim a new job with a single request, and run it. None: `_claim` has to read it first."""
+    def _claim_fresh_and_run(self, payload: object, entered_at: object) -> Disposition | None:
+        """Claim a new job with a single request, and run it. None: it has to be read first."""
         try:
             job, created_at = Job.parse(payload), TIMESTAMP.validate_python(entered_at)
         except (InvalidJob, ValueError):
@@ -163,32 +166,34 @@ class JobHandler:
         with self.gate.enter(job.id) as free:
             claim_sent_at = utc_now()
             document = self.ledger.claim_fresh(job, created_at, self.worker) if free else None
-            return self._run(job, document, claim_sent_at) if document else None
+            return self._run_traced(job, document, claim_sent_at) if document else None
 
-    def _claim(self, job_id: str, payload: object, kind: Kind) -> Disposition | None:
-        """Read the job from the ledger, claim it and run it. None: it changed in the meantime."""
-        job, document = self.ledger.get_or_create(job_id, _add_id(payload, job_id), partial(self._read, kind))
-        if job is None:
+    def _read_claim_and_run(self, job_id: str, payload: object, kind: Kind) -> Disposition | None:
+        """Read the work from the ledger, claim it and run it. None: it changed in the meantime."""
+        work, document = self.ledger.get_or_create(
+            job_id, _add_id(payload, job_id), partial(self._parse_work, kind)
+        )
+        if work is None:
             log.info("job_message_redundant", job_id=document.id, status=document.status)
             return Disposition.DROP
-        if disposition := self._reject_wrong_queue(job, document, kind):
+        if disposition := self._drop_or_refuse(work, document, kind):
             return disposition
         # A job that was running when a worker died runs alone in this process: wait for the other jobs first.
-        with self.gate.enter(job.id, alone=is_suspected(document)) as free:
+        with self.gate.enter(work.id, alone=is_suspected(document)) as free:
             if not free:
                 return Disposition.DROP
             claim_sent_at = utc_now()
             claim = self.ledger.claim(document, self.worker)
             if claim.outcome is ClaimOutcome.CLAIMED:
-                return self._run(
-                    job, claim.document, claim_sent_at, crashed=document if is_suspected(document) else None
+                return self._run_traced(
+                    work, claim.document, claim_sent_at, crashed=document if is_suspected(document) else None
                 )
         if claim.outcome is ClaimOutcome.CHANGED:
             return None
-        log.info("job_claim_refused", job_id=job.id, status=claim.document.status)
+        log.info("job_claim_refused", job_id=work.id, status=claim.document.status)
         return Disposition.FINISHED if claim.outcome is ClaimOutcome.ENDED_BY_CLAIM else Disposition.DROP
 
-    def _read(self, kind: Kind, payload: object) -> Work:
+    def _parse_work(self, kind: Kind, payload: object) -> Work:
         """Parse a message that holds the whole job. Backfills send ids of shards in the ledger only."""
         work = parse(payload)
         if not isinstance(work, kind):
@@ -197,17 +202,17 @@ class JobHandler:
             raise _unknown_backfill(work)
         return work
 
-    def _reject_wrong_queue(self, job: Work, document: StatusDocument, kind: Kind) -> Disposition | None:
-        """Refuse work from the wrong queue, and a shard of an unknown backfill. None: it may run."""
-        if not isinstance(job, kind):  # the right queue has its own message for it
-            log.warning("job_message_in_wrong_queue", job_id=job.id)
+    def _drop_or_refuse(self, work: Work, document: StatusDocument, kind: Kind) -> Disposition | None:
+        """Drop a message in the wrong queue, refuse a shard of an unknown backfill. None: it may run."""
+        if not isinstance(work, kind):  # the right queue has its own message for it
+            log.warning("job_message_in_wrong_queue", job_id=work.id)
             return Disposition.DROP
-        if not isinstance(job, Shard) or document.status != "queued" or self.admits(job):
+        if not isinstance(work, Shard) or document.status != "queued" or self.admits(work):
             return None
-        error = _unknown_backfill(job)
+        error = _unknown_backfill(work)
         problem = Problem.of(error, stage="receive", attempt=document.attempt)
-        self.ledger.advance(document, status="failed", error=problem)
-        log.warning("shard_refused", job_id=job.id, error=error)
+        self.ledger.finish(document, status="failed", error=problem)
+        log.warning("shard_refused", job_id=work.id, error=error)
         return Disposition.FINISHED
 
     def refuse(self, message_id: str, payload: object, error: GradcamError) -> StatusDocument:
@@ -247,26 +252,29 @@ class JobHandler:
                 log.warning("job_requeue_failed", job_id=job_id, attempt=attempt, error=error)
         return requeued
 
-    def _run(
+    def _run_traced(
         self,
-        job: Work,
+        work: Work,
         document: StatusDocument,
         claim_sent_at: datetime,
         *,
         crashed: StatusDocument | None = None,
     ) -> Disposition:
-        """Run a claimed job. `crashed`: its document before the claim, if a worker died while running it."""
-        with self._job_context(job, document, claim_sent_at) as traced_document:
-            return self._execute(job, traced_document, crashed)
+        """Run claimed work, with its attempt bound to log lines and spans.
+
+        `crashed` is its document before the claim, if a worker died while running it.
+        """
+        with self._attempt_context(work, document, claim_sent_at) as traced_document:
+            return self._run_attempt(work, traced_document, crashed)
 
     @contextmanager
-    def _job_context(
-        self, job: Work, document: StatusDocument, claim_sent_at: datetime
+    def _attempt_context(
+        self, work: Work, document: StatusDocument, claim_sent_at: datetime
     ) -> Iterator[StatusDocument]:
         """Bind log lines and spans to this attempt. Yields the document with the trace context."""
-        parent = terms_of(job).traceparent or document.traceparent
-        log_fields: dict[str, Any] = {"job_id": job.id, "attempt": document.attempt}
-        attributes: dict[str, Any] = {**log_fields, "network": job.network, "worker": self.worker.id}
+        parent = terms_of(work).traceparent or document.traceparent
+        log_fields: dict[str, Any] = {"job_id": work.id, "attempt": document.attempt}
+        attributes: dict[str, Any] = {**log_fields, "network": work.network, "worker": self.worker.id}
         with self.traces.start_span("job", parent, kind="CONSUMER", since=claim_sent_at, **attributes):
             tracing.record_past_span("queue", document.queued_at, claim_sent_at, parent)
             tracing.record_past_span("claim", claim_sent_at, document.started_at or claim_sent_at)
@@ -274,10 +282,12 @@ class JobHandler:
             with logs.log_context(**log_fields, trace_id=tracing.trace_id(traceparent)):
                 yield document.model_copy(update={"traceparent": traceparent})
 
-    def _execute(self, job: Work, document: StatusDocument, crashed: StatusDocument | None) -> Disposition:
+    def _run_attempt(
+        self, work: Work, document: StatusDocument, crashed: StatusDocument | None
+    ) -> Disposition:
         progress_writer = _ProgressWriter(self.ledger, document, self.stall.progressed)
         context = JobContext(
-            Deadline(job.timeout_s),
+            Deadline(work.timeout_s),
             progress_writer.write,
             attempt=document.attempt,
             checkpoint=progress_writer.checkpoint,
@@ -286,26 +296,26 @@ class JobHandler:
             is_last_attempt=document.attempt >= document.max_attempts,
         )
         with (
-            self._track_in_flight(document, context, shard=isinstance(job, Shard)),
+            self._track_in_flight(document, context, shard=isinstance(work, Shard)),
             self.leases.hold(document, context.deadline, progress_writer.write_pending),
         ):
-            log.info("job_attempt_started", network=job.network)
+            log.info("job_attempt_started", network=work.network)
             try:
-                if isinstance(job, Shard):
-                    result = shards.run_shard(job, self.services, context)
+                if isinstance(work, Shard):
+                    result = shards.run_shard(work, self.services, context)
                 else:
-                    result = pipeline.run_job(job, self.services, context)
+                    result = pipeline.run_job(work, self.services, context)
             except (AttemptFenced, LedgerUnavailable):
                 raise
             except BaseException as error:  # noqa: BLE001  # whatever a job raises becomes its Problem here
-                return self._on_error(progress_writer.close(), context, error)
+                return self._end_with_error(progress_writer.close(), context, error)
             self.breaker.succeeded()
             latest = progress_writer.close()
             metrics = {**latest.metrics, **context.metrics, **result.metrics}
-            self._write(latest, status="succeeded", **{**vars(result), "metrics": metrics})
-            if isinstance(job, Shard):
+            self._finish(latest, status="succeeded", **{**vars(result), "metrics": metrics})
+            if isinstance(work, Shard):
                 failed = sum(result.rows.failed.values()) if result.rows else 0
-                self.observer.shard_finished(len(job.rows) - failed, failed)
+                self.observer.shard_finished(len(work.rows) - failed, failed)
         return Disposition.FINISHED
 
     @contextmanager
@@ -321,9 +331,11 @@ class JobHandler:
             if not shard:
                 self.observer.stages_measured({**document.metrics, **context.metrics})
 
-    def _on_error(self, document: StatusDocument, context: JobContext, error: BaseException) -> Disposition:
+    def _end_with_error(
+        self, document: StatusDocument, context: JobContext, error: BaseException
+    ) -> Disposition:
         if not isinstance(error, GradcamError):
-            log.exception(  # noqa: LOG004  # called in the `except` block of `_execute`
+            log.exception(  # noqa: LOG004  # called in the `except` block of `_run_attempt`
                 "job_failed_unexpectedly", stage=context.current_stage
             )
             error = InternalError.of(error)
@@ -333,33 +345,41 @@ class JobHandler:
         problem = Problem.of(error, stage=context.current_stage, attempt=document.attempt)
         changes: dict[str, Any] = {"error": problem, "metrics": {**document.metrics, **context.metrics}}
         if isinstance(error, JobCanceled):
-            self._write(document, status="canceled", **changes)
+            self._finish(document, status="canceled", **changes)
             return Disposition.FINISHED
         if not error.retryable or document.attempt >= document.max_attempts:
-            self._write(document, status="failed", **changes)
+            self._finish(document, status="failed", **changes)
             return Disposition.FINISHED
         delay_s = self._backoff_s(document.attempt)
         log.warning("job_retry_scheduled", delay_s=delay_s, error=error)
-        self._write(document, status="retrying", delay_s=delay_s, queued_at=utc_now(), **changes)
+        changes["queued_at"] = utc_now()
+        with tracing.span("write"):
+            written = self.ledger.postpone(document, delay_s=delay_s, patience_s=WRITE_PATIENCE_S, **changes)
+        _report_end(written)
         return Disposition.RETRY
 
-    def _write(self, document: StatusDocument, *, delay_s: float = 0, **changes: Any) -> None:
+    def _finish(self, document: StatusDocument, *, status: str, **changes: Any) -> None:
         with tracing.span("write"):
-            written = self.ledger.advance(document, patience_s=WRITE_PATIENCE_S, delay_s=delay_s, **changes)
-        tracing.annotate(status=written.status)
-        error = written.error
-        log.info(
-            "job_attempt_finished",
-            status=written.status,
-            code=error and error.code,
-            stage=error and error.stage,
-            error=error and error.detail,
-        )
+            written = self.ledger.finish(document, status=status, patience_s=WRITE_PATIENCE_S, **changes)
+        _report_end(written)
 
     def _backoff_s(self, attempt: int) -> float:
         settings = self.settings
         policy = RetryPolicy(settings.retry_backoff_s, settings.retry_backoff_max_s, jitter=HALF_OR_MORE)
         return policy.pause_s(attempt)
+
+
+def _report_end(written: StatusDocument) -> None:
+    """Log how an attempt ended, and add it to the trace."""
+    tracing.annotate(status=written.status)
+    error = written.error
+    log.info(
+        "job_attempt_finished",
+        status=written.status,
+        code=error and error.code,
+        stage=error and error.stage,
+        error=error and error.detail,
+    )
 
 
 def _unknown_backfill(shard: Shard) -> UnknownBackfill:

@@ -400,7 +400,7 @@ class Ledger(ABC):
             self._notify_if_final(document)
         if held.document.final or self.read_job(job_id):
             return held.document
-        return self.advance(held.document, status="failed", error=problem)
+        return self.finish(held.document, status="failed", error=problem)
 
     def read(self, job_id: str) -> StatusDocument:
         """Read the document of a job.
@@ -460,16 +460,13 @@ class Ledger(ABC):
         self._notify_if_final(after)
         return Claim(ClaimOutcome.ENDED_BY_CLAIM if after.final else ClaimOutcome.CLAIMED, after)
 
-    def advance(
-        self, document: StatusDocument, *, patience_s: float = 0, delay_s: float = 0, **changes: Any
-    ) -> StatusDocument:
-        """Write changes to a job that this attempt holds.
+    def advance(self, document: StatusDocument, *, patience_s: float = 0, **changes: Any) -> StatusDocument:
+        """Write the progress of a job that this attempt holds.
 
         Args:
             document: The last known document, of this attempt.
             patience_s: How long to retry while the ledger cannot be reached: repeating a write is harmless.
-            delay_s: The pause before the next attempt, for status `retrying`.
-            changes: Fields to replace. A final `status` ends the job.
+            changes: Fields to replace, but not `status`: see `finish` and `postpone`.
 
         Returns:
             The new document.
@@ -477,6 +474,50 @@ class Ledger(ABC):
         Raises:
             AttemptFenced: Another attempt holds the job by now.
         """
+        return self._replace(document, patience_s=patience_s, **changes)
+
+    def finish(
+        self, document: StatusDocument, *, status: str, patience_s: float = 0, **changes: Any
+    ) -> StatusDocument:
+        """Write the final state of a job that this attempt holds, and the event of its end.
+
+        Args:
+            document: The last known document, of this attempt.
+            status: `succeeded`, `failed`, `canceled` or `expired`.
+            patience_s: As for `advance`.
+            changes: Other fields to replace.
+
+        Returns:
+            The final document.
+
+        Raises:
+            AttemptFenced: Another attempt holds the job by now.
+        """
+        return self._replace(document, patience_s=patience_s, status=status, **changes)
+
+    def postpone(
+        self, document: StatusDocument, *, delay_s: float, patience_s: float = 0, **changes: Any
+    ) -> StatusDocument:
+        """End this attempt at a job, which is `retrying` until the next one.
+
+        Args:
+            document: The last known document, of this attempt.
+            delay_s: The pause before the next attempt.
+            patience_s: As for `advance`.
+            changes: Other fields to replace.
+
+        Returns:
+            The new document: a final one if cancellation was requested.
+
+        Raises:
+            AttemptFenced: Another attempt holds the job by now.
+        """
+        return self._replace(document, patience_s=patience_s, delay_s=delay_s, status="retrying", **changes)
+
+    def _replace(
+        self, document: StatusDocument, *, patience_s: float, delay_s: float = 0, **changes: Any
+    ) -> StatusDocument:
+        """Write changes to a job, if it is still held by the attempt of `document`. Raises AttemptFenced."""
         before, after = document, state_machine.advance(document, **changes)
         patience = Deadline(patience_s)
         while True:

@@ -47,15 +47,15 @@ class BackgroundLoop:
         """The thread starts with `start`.
 
         Args:
-            name: of the thread, and in log lines.
-            step: what is repeated.
-            pause_s: seconds between the end of a step, successful or not, and the next; or a function
+            name: The name of the thread, also used in log lines.
+            step: The function that is called again and again.
+            pause_s: The seconds between the end of a step, successful or not, and the next; or a function
                 that returns them. It is called after each step, and so can keep a schedule after a slow step.
-            immediately: call the step at once, instead of after the first pause.
-            outages: notified when a server is unreachable, and after each step that succeeds that the ledger
+            immediately: Whether the first step is called at once, instead of after the first pause.
+            outages: Is told when a server is unreachable, and after each successful step that the ledger
                 answers. None where the step does not use the ledger, or the caller reports its outages.
-            consequence: what is not done while a server is unreachable, for the log.
-            context: entered by the thread before the first step, and left after the last.
+            consequence: What is not done while a server is unreachable, for the log.
+            context: A context that the thread enters before the first step and leaves after the last.
         """
         self.name = name
         self._step, self._outages, self._consequence = step, outages, consequence
@@ -98,7 +98,7 @@ class BackgroundLoop:
         """End the loop after the current step.
 
         Args:
-            timeout_s: how long to wait for that; None: without limit.
+            timeout_s: How long to wait for that; None: without limit.
 
         Returns:
             Whether it has ended. A thread that has not does not keep the process from ending.
@@ -185,8 +185,8 @@ def stop_all(loops: Iterable[BackgroundLoop], timeout_s: float | None = None) ->
     """Ask several loops to end, then wait for all of them together.
 
     Args:
-        loops: those to stop.
-        timeout_s: for all of them together; None: without limit.
+        loops: The loops to stop.
+        timeout_s: How long to wait for all of them together; None: without limit.
 
     Returns:
         The loops that have not ended; each is logged.

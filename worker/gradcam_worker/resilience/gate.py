@@ -25,14 +25,14 @@ class ExclusiveGate:
         """Hold the gate for a job within the block.
 
         Args:
-            job_id: the job.
-            alone: wait until all other jobs have left, and keep new ones out.
+            job_id: The id of the job.
+            alone: Whether to wait until all other jobs have left, and to keep new ones out.
 
         Yields:
             Whether the job entered. False: it is in the process already, by another message.
 
         Raises:
-            WorkerUnfit: the gate is closed.
+            WorkerUnfit: The gate is closed.
         """
         with self._changed:
             entered = self._enter(job_id, alone=alone)

@@ -41,14 +41,14 @@ class RetryPolicy:
         [0.5, 1.0, 2.0, 3.0]
 
     Attributes:
-        first_s: the pause after the first failure, in seconds.
-        max_s: the longest pause, before jitter.
-        factor: the ratio of a pause to the one before.
-        jitter: each pause is multiplied by a random number between these two.
-        total_s: how long `call` retries, in seconds; one more try may follow the last pause.
-        max_tries: how often `call` tries.
-        errors: the errors after which `call` tries again.
-        hopeless: whether such an error would occur again, as a missing permission would.
+        first_s: The pause after the first failure, in seconds.
+        max_s: The longest pause in seconds, before jitter.
+        factor: The ratio of a pause to the one before.
+        jitter: Each pause is multiplied by a random number between these two.
+        total_s: How long `call` retries, in seconds; one more try may follow the last pause.
+        max_tries: How often `call` tries.
+        errors: The errors after which `call` tries again.
+        hopeless: Returns whether such an error would occur again, as a missing permission would.
     """
 
     first_s: float
@@ -64,7 +64,7 @@ class RetryPolicy:
         """Return the pause before the next try, in seconds, with jitter.
 
         Args:
-            failures: the number of tries in a row that have failed, 1 or more.
+            failures: The number of tries in a row that have failed, 1 or more.
         """
         pause_s = min(self.first_s * self.factor ** min(failures - 1, MAX_EXPONENT), self.max_s)
         return pause_s * random.uniform(*self.jitter)  # noqa: S311  # jitter, not a secret
@@ -107,13 +107,13 @@ class Retries:
         """Try until it succeeds, is hopeless, or no time is left for another try.
 
         Args:
-            once: one try.
+            once: The call of one try.
 
         Returns:
             The result of the successful try.
 
         Raises:
-            Exception: the last of the policy's `errors`; or the error that cancelled the deadline.
+            Exception: The last of the policy's `errors`; or the error that cancelled the deadline.
         """
         failures = 0
         while True:
@@ -137,15 +137,15 @@ class Retries:
         After a failure no call is started or retried; the error is raised when the running calls have ended.
 
         Args:
-            calls: in a pool.
-            doing: what the job does, for the error.
+            calls: The running calls of a thread pool.
+            doing: What the job does, for the error.
 
         Returns:
             Their results, in the order of `calls`.
 
         Raises:
-            Exception: the error of a call, or the error that ended the job.
-            TimeoutError: the time is up.
+            Exception: The error of a call, or the error that ended the job.
+            TimeoutError: The time is up.
         """
         missing: set[Future[T]] = set(calls)
         while missing and self.left_s():
