@@ -34,8 +34,8 @@ class NotebookGradCAM:
         if logits:
             behind[-1] = _without_activation(behind[-1])
         start = result = keras.Input(target.output.shape[1:])
-        for one in behind:
-            result = one(result)
+        for layer_behind in behind:
+            result = layer_behind(result)
         self._trunk = keras.Model(model.inputs[0], target.output)
         self._classifier = keras.Model(start, result)
 

@@ -68,7 +68,7 @@ def _shards(bed: Testbed, folder: str, images: int) -> tuple[float, float]:
         variables, begun = bed.settings.environment_for_child(), time.time()
         subprocess.run(words, env=variables, stdout=subprocess.DEVNULL, check=True, timeout=PATIENCE_S)
         ended = time.time()
-    passes = [one for one in Passes.read(bed.passes) if begun < one.begun < ended]
+    passes = [entry for entry in Passes.read(bed.passes) if begun < entry.begun < ended]
     first, last = passes[0].begun, passes[-1].ended
     return last - first, sum(meter.used(name, first, last) for name in service.PROCESSES)
 

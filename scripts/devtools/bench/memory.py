@@ -93,14 +93,14 @@ def measure(*, quick: bool) -> dict[str, Any]:
                     time.sleep(testbed.POLL_INTERVAL_S)
             bed.drain()
         ended = _ended(bed, {job.id: kind for kind, job in jobs})
-        passes = [one for one in simulated_network.Passes.read(bed.passes) if one.device_bytes]
+        passes = [entry for entry in simulated_network.Passes.read(bed.passes) if entry.device_bytes]
     quarters = [float(at_s) for at_s in np.quantile(ended, [0.25, 0.5, 0.75, 1])]
-    resident, sizes = meter.resident["worker"], [one.device_bytes for one in passes]
+    resident, sizes = meter.resident["worker"], [entry.device_bytes for entry in passes]
     step = max(len(resident) // SHOWN, 1)
     return {
         "device": bed.device,
         "growth": growth(meter.times, resident, quarters),
-        "device_growth": growth([one.ended for one in passes], sizes, quarters) if sizes else None,
+        "device_growth": growth([entry.ended for entry in passes], sizes, quarters) if sizes else None,
         "jobs": dict(Counter(kind for kind, _ in jobs)),
         "jobs_per_s": count / (max(ended) - begun),
         "resident_mb": [

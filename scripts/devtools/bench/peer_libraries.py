@@ -179,7 +179,7 @@ def in_torch(network: str, folder: Path) -> tuple[Any, Any, Callable[[Floats], A
         "GlobalAveragePooling2D": lambda _, x: x.mean((2, 3)),
         "Flatten": lambda _, x: x.permute(0, 2, 3, 1).flatten(1),
         "Dense": lambda _, x, kernel, bias: torch.addmm(bias, x, kernel),
-        "Add": lambda _, one, other: torch.add(one, other),
+        "Add": lambda _, left, right: torch.add(left, right),
     }
 
     class Graph(nn.Module):  # type: ignore[misc]  # torch is Any where it is not installed
@@ -202,7 +202,7 @@ def in_torch(network: str, folder: Path) -> tuple[Any, Any, Callable[[Floats], A
             outputs: dict[str, Any] = {}
             for layer in self.layers:
                 name = layer["name"]
-                inputs = [outputs[one] for one in layer["inputs"]] or [x]
+                inputs = [outputs[source] for source in layer["inputs"]] or [x]
                 weights = [self.get_parameter(f"{name}-{number}") for number in range(layer["weights"])]
                 x = kinds[layer["kind"]](layer, *inputs, *weights) if layer["kind"] in kinds else inputs[0]
                 x = functional.relu(x) if layer["relu"] else x
@@ -225,7 +225,7 @@ def torchcam(network: str, folder: Path) -> Library:
         scores, columns = model(tensor(images)), class_ids.T.tolist()
         lefts = reversed(range(len(columns)))
         maps = [
-            extract(one, scores, retain_graph=left > 0)[0] for left, one in zip(lefts, columns, strict=True)
+            extract(ids, scores, retain_graph=left > 0)[0] for left, ids in zip(lefts, columns, strict=True)
         ]
         return np.asarray(torch.stack(maps, dim=1))
 
@@ -253,9 +253,9 @@ def grad_cam(network: str, folder: Path) -> Library:
     explainer, size = GradCAM(model, [target]), np.load(folder / "images.npy").shape[2:0:-1]  # width, height
 
     def some(images: Floats, class_ids: Ids) -> Any:
-        return explainer(tensor(images), [ClassifierOutputTarget(int(one)) for one in class_ids])
+        return explainer(tensor(images), [ClassifierOutputTarget(int(class_id)) for class_id in class_ids])
 
-    return in_pairs(some), lambda maps: np.stack([scale_cam_image(one, size) for one in maps])
+    return in_pairs(some), lambda maps: np.stack([scale_cam_image(image_maps, size) for image_maps in maps])
 
 
 def captum(network: str, folder: Path) -> Library:
@@ -267,8 +267,10 @@ def captum(network: str, folder: Path) -> Library:
     explainer = LayerGradCam(model, target)
 
     def some(images: Floats, class_ids: Ids) -> Any:
-        found = explainer.attribute(tensor(images), torch.from_numpy(class_ids), relu_attributions=True)
-        return found[:, 0].detach().numpy()
+        attributions = explainer.attribute(
+            tensor(images), torch.from_numpy(class_ids), relu_attributions=True
+        )
+        return attributions[:, 0].detach().numpy()
 
     return in_pairs(some), same_size
 

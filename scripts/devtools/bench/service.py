@@ -180,7 +180,7 @@ def bottleneck(idle: float, cores: Mapping[str, float], stages: Mapping[str, flo
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """One network after the other."""
-    photos, results = testbed.photographs(PHOTOS), dict[str, dict[str, Any]]()
+    photos, results = testbed.photographs(20 if quick else PHOTOS), dict[str, dict[str, Any]]()
     for case in QUICK if quick else CASES:
         print(f"{case.network} ...", flush=True)
         results[case.network] = _measure_case(case, photos)

@@ -93,11 +93,13 @@ class Passes:
         """Images in a pass -> passes, and the seconds in which the device had something to do."""
         sizes: Counter[int] = Counter()
         busy, until = 0.0, begin
-        for one in cls.read(file):
-            if begin < one.ended and one.begun < end:
-                sizes[one.images] += 1
-                busy += max(min(one.ended, end) - max(one.begun, until), 0.0)  # some are handed over before
-                until = max(until, one.ended)
+        for entry in cls.read(file):
+            if begin < entry.ended and entry.begun < end:
+                sizes[entry.images] += 1
+                busy += max(
+                    min(entry.ended, end) - max(entry.begun, until), 0.0
+                )  # some are handed over before
+                until = max(until, entry.ended)
         return sizes, busy
 
 
@@ -123,7 +125,7 @@ class SimulatedNetwork:
         self._scores = draw.normal(0, 3, (self.ANSWERS, len(self.labels))).astype(np.float32)
         self._ranked = np.argsort(-self._scores, axis=1).astype(np.int32)
         noise = draw.normal(0, 1, (self.ANSWERS, cells, cells)).astype(np.float32)
-        self._maps = np.stack([cv2.GaussianBlur(one, (0, 0), 1.5) for one in noise])
+        self._maps = np.stack([cv2.GaussianBlur(rough, (0, 0), 1.5) for rough in noise])
         self._seconds, self._passes = SECONDS[name], passes
         self._free = 0.0  # when the device will have done all that it was given
 
