@@ -77,7 +77,7 @@ class JobContext:
             log.debug("job_stage_finished", stage=stage, took_s=took_s)
 
 
-def admit(job: Work, services: Services) -> Store:
+def admit(work: Work, services: Services) -> Store:
     """Refuse what the operator does not allow, before anything is fetched; open the output.
 
     Returns:
@@ -89,14 +89,14 @@ def admit(job: Work, services: Services) -> Store:
         UriNotAllowed: A webhook's URL is not allowed.
         OutputNotAllowed: The output is not allowed.
     """
-    services.networks.find(job.network)
-    class_count = job.target.top_n or len(job.target.classes or ())
+    services.networks.find(work.network)
+    class_count = work.target.top_n or len(work.target.classes or ())
     if class_count > services.max_classes:
         message = (
             f"The job asks for {class_count} classes; "
             f"at most {services.max_classes} are allowed (GRADCAM_MAX_CLASSES)."
         )
         raise InvalidJob(message)
-    for webhook in terms_of(job).webhooks:
+    for webhook in terms_of(work).webhooks:
         services.webhooks.check(webhook)
-    return services.stores.open(job.output)
+    return services.stores.open(work.output)

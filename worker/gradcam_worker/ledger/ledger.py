@@ -630,22 +630,24 @@ class Ledger(ABC):
             self.observer.job_finished(document.status, document.error.code if document.error else "")
 
 
-def _make_entry(job: Work) -> Entry:
-    document, terms = state_machine.new_document(job.id, job), terms_of(job)
+def _make_entry(work: Work) -> Entry:
+    document, terms = state_machine.new_document(work.id, work), terms_of(work)
     return Entry(
-        _fingerprint(job), job.to_json(), terms.idempotency_key, document, terms.route, terms.webhooks
+        _fingerprint(work), work.to_json(), terms.idempotency_key, document, terms.route, terms.webhooks
     )
 
 
-def _make_conflict(job: Work, existing_id: str) -> IdempotencyConflict:
-    what = f"id {job.id}" if existing_id == job.id else f"idempotency key {terms_of(job).idempotency_key!r}"
+def _make_conflict(work: Work, existing_id: str) -> IdempotencyConflict:
+    what = (
+        f"id {work.id}" if existing_id == work.id else f"idempotency key {terms_of(work).idempotency_key!r}"
+    )
     hint = "If that one has failed, it can be retried under its id and key."
     return IdempotencyConflict(f"The {what} belongs to a different job, {existing_id}: use a new one. {hint}")
 
 
-def _explain_not_failed(document: StatusDocument, job: Work | None) -> str:
-    if isinstance(job, Shard):
-        return f"It is a shard of backfill {job.backfill}: `gradcam backfill --resume` runs it again."
+def _explain_not_failed(document: StatusDocument, work: Work | None) -> str:
+    if isinstance(work, Shard):
+        return f"It is a shard of backfill {work.backfill}: `gradcam backfill --resume` runs it again."
     if document.status == "failed":
         return f"Job {document.id} cannot be tried again: this version can read no job in its message."
     return (
@@ -654,5 +656,5 @@ def _explain_not_failed(document: StatusDocument, job: Work | None) -> str:
     )
 
 
-def _fingerprint(job: Work) -> str:
-    return hashlib.sha256(job.fingerprint().encode()).hexdigest()
+def _fingerprint(work: Work) -> str:
+    return hashlib.sha256(work.fingerprint().encode()).hexdigest()

@@ -17,18 +17,18 @@ from gradcam_worker.schemas.status import FINAL, Problem, StatusDocument, Worker
 from gradcam_worker.schemas.work import Work, terms_of
 
 
-def new_document(job_id: str, job: Work | None = None, entered_at: datetime | None = None) -> StatusDocument:
-    """Create the first document of a job.
+def new_document(job_id: str, work: Work | None = None, entered_at: datetime | None = None) -> StatusDocument:
+    """Create the first document of a job or shard.
 
     Args:
         job_id: Its id.
-        job: The job; None for a message that contains no valid job.
+        work: The job or shard; None for a message that contains neither.
         entered_at: When it is entered; None: now.
 
     Returns:
         The document, queued, at revision 1.
     """
-    now, terms = entered_at or utc_now(), terms_of(job) if job else None
+    now, terms = entered_at or utc_now(), terms_of(work) if work else None
     return StatusDocument(
         id=job_id,
         status="queued",
