@@ -8,7 +8,6 @@ import pytest
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import NetworkIncompatible
-from gradcam_worker.gradcam.graph import alignment
 from tests.gradcam.small_networks import Wrap, add_classifier
 
 SIDE = 32
@@ -21,34 +20,49 @@ def cells(rows: int, columns: int) -> NDArray[np.float32]:
     return np.stack(np.meshgrid(*middles, indexing="ij")).astype(np.float32)
 
 
+@pytest.fixture
+def misplaced() -> Callable[..., str | None]:
+    """What is told of the places of a grid's cells."""
+    from gradcam_worker.gradcam.graph.alignment import misplaced  # it imports keras: not at collection
+
+    return misplaced
+
+
+@pytest.mark.tensorflow
 class TestPositions:
     """What is made of the places of a grid's cells."""
 
-    def test_what_lies_on_the_image_is_well(self) -> None:
-        assert alignment.misplaced(cells(8, 4)) is None
+    def test_what_lies_on_the_image_is_well(self, misplaced: Callable[..., str | None]) -> None:
+        assert misplaced(cells(8, 4)) is None
 
-    def test_what_is_elsewhere_is_told_with_both_places(self) -> None:
-        told = alignment.misplaced(np.roll(cells(8, 8), 4, axis=2))
+    def test_what_is_elsewhere_is_told_with_both_places(self, misplaced: Callable[..., str | None]) -> None:
+        told = misplaced(np.roll(cells(8, 8), 4, axis=2))
         before = "what is 6% from the top and 56% from the left of the input"
         assert told == f"{before} acts 6% from its top and 6% from its left"
 
     @pytest.mark.parametrize("turned", [lambda x: x[::-1], lambda x: x[:, ::-1], lambda x: x[:, :, ::-1]])
-    def test_swapped_and_mirrored_axes_are_told(self, turned: Callable[[Any], Any]) -> None:
-        assert alignment.misplaced(turned(cells(8, 8)))
+    def test_swapped_and_mirrored_axes_are_told(
+        self, turned: Callable[[Any], Any], misplaced: Callable[..., str | None]
+    ) -> None:
+        assert misplaced(turned(cells(8, 8)))
 
-    def test_a_part_of_the_image_is_told_where_it_is_off_by_more_than_a_cell(self) -> None:
+    def test_a_part_of_the_image_is_told_where_it_is_off_by_more_than_a_cell(
+        self, misplaced: Callable[..., str | None]
+    ) -> None:
         from_the_middle = cells(16, 16) - 0.5
-        assert alignment.misplaced(0.5 + from_the_middle * 0.6)
-        assert alignment.misplaced(0.5 + from_the_middle * 1.6)
-        assert alignment.misplaced(0.5 + from_the_middle * 0.9) is None
+        assert misplaced(0.5 + from_the_middle * 0.6)
+        assert misplaced(0.5 + from_the_middle * 1.6)
+        assert misplaced(0.5 + from_the_middle * 0.9) is None
 
-    def test_what_sees_as_far_around_as_it_is_off_is_not_told(self) -> None:
+    def test_what_sees_as_far_around_as_it_is_off_is_not_told(
+        self, misplaced: Callable[..., str | None]
+    ) -> None:
         part = 0.5 + (cells(16, 16) - 0.5) * 0.6
-        assert alignment.misplaced(part, spread=0.2) is None
+        assert misplaced(part, spread=0.2) is None
 
-    def test_one_cell_and_no_place_at_all_are_well(self) -> None:
-        assert alignment.misplaced(np.full((2, 1, 1), 0.1, np.float32)) is None
-        assert alignment.misplaced(np.full((2, 4, 4), np.nan, np.float32)) is None
+    def test_one_cell_and_no_place_at_all_are_well(self, misplaced: Callable[..., str | None]) -> None:
+        assert misplaced(np.full((2, 1, 1), 0.1, np.float32)) is None
+        assert misplaced(np.full((2, 4, 4), np.nan, np.float32)) is None
 
 
 def in_a_layer(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -271,6 +285,7 @@ def own_convolution(filters: int, size: int) -> Any:
 def found_in(model: Any, side: int) -> tuple[str | None, bool]:
     """What is told of its last feature map; whether that was measured."""
     from gradcam_worker.gradcam.catalog import Head
+    from gradcam_worker.gradcam.graph.alignment import Alignment
     from gradcam_worker.gradcam.graph.graph import run
     from gradcam_worker.gradcam.graph.head import find_logits
     from gradcam_worker.gradcam.graph.target_layer import LayerIndex
@@ -284,7 +299,7 @@ def found_in(model: Any, side: int) -> tuple[str | None, bool]:
         noise = np.random.default_rng(0).normal(0, 1, (1, side, side, 3)).astype(np.float32)
         return run(graph.steps_to(slots), {graph.input_slot: noise})
 
-    about = alignment.Alignment(graph, values_of)
+    about = Alignment(graph, values_of)
     *_, last = index.by_slot.values()
     return about.misplaced(last), bool(asked)
 
