@@ -1,6 +1,7 @@
 """Fixtures that many tests use: photos, real servers and settings for them, a small HTTP server."""
 
 import contextlib
+import gc
 import logging
 import random
 import re
@@ -44,12 +45,22 @@ SLOW_WAITING = (
     "test_shards.py",
     "test_demo.py",
 )
+# What waits outside of those folders: for the ends of processes that it starts.
+WAITING = {
+    "tests/runtime/test_supervisor.py",
+    "tests/delivery/test_sql.py",
+    "tests/docs/test_dataset.py",
+    "tests/docs/test_site.py",
+    "tests/architecture/test_imports.py",
+    "tests/architecture/test_user_types.py",
+}
 SLOW_COMPUTING = (
     "test_bench.py",
     "test_backends.py",
     "test_imagenet_step.py",
     "test_every_network.py",
 )
+MAX_WAITING = 2  # processes that run files of `live` and `faults`
 FOLDERS_OF_SERVERS = {"live", "faults", "devtools", "deploy"}
 
 
@@ -60,6 +71,16 @@ def pytest_configure() -> None:
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect without passes of the garbage collector: they took a third of the time and found nothing."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -75,8 +96,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Whole files, from both ends: one process begins with what waits, the others with what computes.
 
     So a test of real processes, which mostly waits, and the training of a network share the two cores; what
-    is small comes last, wherever there is room. Not by the mark `xdist_group`: xdist 3.8 writes it into
-    `_nodeid`, which pytest 9 does not read any more.
+    is small comes last, wherever there is room. A third process only computes: files that start servers and
+    workers, which need memory and have deadlines, run two at a time at most. Not by the mark `xdist_group`:
+    xdist 3.8 writes it into `_nodeid`, which pytest 9 does not read any more.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -84,11 +106,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return nodeid.partition("::")[0]
 
+        def _reschedule(self, node: Any) -> None:
+            super()._reschedule(node)
+            if not (node.shutting_down or self._files_for(node)):
+                node.shutdown()  # once it has run what it was given
+
         def _assign_work_unit(self, node: Any) -> None:
-            first = node is self.nodes[0]
-            path = (min if first else max)(self.workqueue, key=_place)
-            self.workqueue.move_to_end(path, last=False)  # where the next one is taken from
-            super()._assign_work_unit(node)
+            if files := self._files_for(node):
+                path = (min if node is self.nodes[0] else max)(files, key=_place)
+                self.workqueue.move_to_end(path, last=False)  # where the next one is taken from
+                super()._assign_work_unit(node)
+
+        def _files_for(self, node: Any) -> list[str]:
+            """What is left that a process may run."""
+            may_wait = self.nodes.index(node) < MAX_WAITING
+            return [path for path in self.workqueue if may_wait or _place(path)[0]]
 
     return FromBothEnds(config, log)
 
@@ -96,10 +128,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def _place(path: str) -> tuple[int, int, str]:
     """Where a file stands between those that wait and those that compute; the slowest stand outermost."""
     package, _, name = path.removeprefix("tests/").rpartition("/")
-    waits, computes = package in {"live", "faults"}, package.startswith(("gradcam", "devtools"))
-    if waits:
+    if package in {"live", "faults"}:
         return (0, SLOW_WAITING.index(name) if name in SLOW_WAITING else len(SLOW_WAITING), path)
-    return (2 if computes else 1, SLOW_COMPUTING.index(name) if name in SLOW_COMPUTING else -1, path)
+    if path in WAITING:
+        return (1, 0, path)
+    computes = package.startswith(("gradcam", "devtools"))
+    return (3 if computes else 2, SLOW_COMPUTING.index(name) if name in SLOW_COMPUTING else -1, path)
 
 
 @pytest.hookimpl(wrapper=True)

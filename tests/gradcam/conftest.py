@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # for `devtools`
 
+from gradcam_worker.gradcam.catalog import NetworkRow
+
 if TYPE_CHECKING:  # at run time only tests marked `tensorflow` load it
     from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 
@@ -33,6 +35,33 @@ def lite0() -> "KerasNetwork":
     from gradcam_worker.gradcam.models.loading import load_network
 
     return load_network("efficientnet_lite0")
+
+
+@pytest.fixture
+def build_with_keras(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Builds the model that Keras builds with `weights="imagenet"`, from a file instead of its download.
+
+    Without a file its weights are random. The names of the requested downloads are in `requested_files`.
+    """
+    import keras
+    from keras.src.utils import file_utils
+
+    def build(row: NetworkRow, file: Path | None = None) -> Any:
+        requested_files: list[str] = []
+
+        def get_file(name: str, *_: Any, **__: Any) -> str:
+            requested_files.append(name)
+            return str(file)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(file_utils, "get_file", get_file)
+            if file is None:
+                patch.setattr(keras.Model, "load_weights", lambda *_: None)
+            model = getattr(keras.applications, str(row.builder).split(":")[1])(weights="imagenet")
+        model.requested_files = requested_files
+        return model
+
+    return build
 
 
 @pytest.fixture(scope="session")
