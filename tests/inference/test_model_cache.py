@@ -19,7 +19,8 @@ from gradcam_worker.errors import (
 from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
 from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, NetworkFacts
-from gradcam_worker.inference.model_cache import InferenceResult, ModelCache
+from gradcam_worker.inference.model_cache import ModelCache
+from gradcam_worker.inference.request import InferenceResult
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.testing import TinyNetwork
 

@@ -17,7 +17,6 @@ from gradcam_worker.errors import BrokerUnavailable, InvalidSettings, LedgerUnav
 from gradcam_worker.operations import doctor, servers
 from gradcam_worker.redis_server.eviction import EvictionMonitor
 from gradcam_worker.runtime import preflight, service_factory
-from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3_errors import IdentityFailed
 
@@ -339,7 +338,7 @@ def test_a_gpu_that_was_asked_for_and_is_not_seen_stops_a_worker(
     devices: str, extra: bool, found: str, stopped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "_has_gpu_extra", lambda: extra)
-    monkeypatch.setattr(service_factory, "worker_ref", lambda: WorkerRef(id="here:1", device=found))
+    monkeypatch.setattr(service_factory, "device_name", lambda: found)
     if not stopped:
         assert preflight.check_device(Settings(devices=devices)) == found
         return

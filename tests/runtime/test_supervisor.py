@@ -354,12 +354,12 @@ def test_each_process_has_a_port_of_its_own_for_its_metrics_and_hears_how_often_
     said = tmp_path / "said"
     child = f"import os; print(*map(os.environ.get, {OWN!r}), file=open({str(said)!r}, 'a'))"
     supervisor = Supervisor(Settings(metrics_port=9464), (sys.executable, "-c", child))
-    for device in (*supervisor._devices, supervisor._devices[0]):
-        supervisor._run_worker(device)
+    for process in (*supervisor._processes, supervisor._processes[0]):
+        supervisor._run_child(process)
     assert said.read_text().splitlines() == ["9464 1", "9465 1", "9464 2"]
     said.unlink()
     supervisor = Supervisor(Settings(), (sys.executable, "-c", child))
-    supervisor._run_worker(supervisor._devices[1])
+    supervisor._run_child(supervisor._processes[1])
     assert said.read_text() == "0 1\n", "nowhere is not the port beside nowhere"
     with pytest.raises(InvalidSettings, match="the last of 2 processes would be at 65536"):
         Supervisor(Settings(metrics_port=65_535))

@@ -13,10 +13,11 @@ from gradcam_worker.broker import app as broker
 from gradcam_worker.broker import publisher
 from gradcam_worker.errors import InvalidSettings, LedgerUnavailable, NetworkIncompatible, WeightsUnavailable
 from gradcam_worker.execution.handler import Disposition
+from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.ledger.ledger import Ledger
 from gradcam_worker.observability.health import Health
 from gradcam_worker.resilience.outages import Outages
-from gradcam_worker.runtime import worker_process
+from gradcam_worker.runtime import preloading, worker_process
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.status import StatusDocument
 from gradcam_worker.settings import Settings
@@ -114,23 +115,21 @@ def test_a_job_is_the_one_argument_of_its_task() -> None:
 def test_weights_that_are_only_away_are_waited_for(
     failures: list[Exception], stopped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_process, "PRELOAD_RETRY_S", 0)
+    monkeypatch.setattr(preloading, "RETRY_S", 0)
     health, seen = Health(), list[object]()
 
-    def warm(name: str) -> None:
+    def warm(row: NetworkRow) -> None:
         seen.append(health.problems("/startup"))
         if failures:
             raise failures.pop(0)
 
-    services: Any = SimpleNamespace(
-        model_cache=SimpleNamespace(warm_up=warm), networks=SimpleNamespace(find=lambda name: name)
-    )
+    model_cache: Any = SimpleNamespace(warm_up=warm)
     settings = Settings(preload=("vgg16", "resnet50"))
     if stopped:
         with pytest.raises(InvalidSettings, match="GRADCAM_PRELOAD: no"):
-            worker_process._preload(settings, services, health)
+            preloading.preload(settings, model_cache, health)
         return
-    worker_process._preload(settings, services, health)
+    preloading.preload(settings, model_cache, health)
     both, last = ({"networks": f"not loaded yet: {names}"} for names in ("vgg16, resnet50", "resnet50"))
     assert seen == [both, both, both, last]
     assert health.problems("/startup") == health.problems("/ready") == {}

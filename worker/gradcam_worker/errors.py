@@ -51,6 +51,7 @@
     ├── WorkerError
     │   ├── DeviceOutOfMemory          device_out_of_memory      retried
     │   ├── WorkerLost                 worker_lost               retried
+    │   ├── NetworkCrashed             network_crashed           fails
     │   └── WorkerUnfit                worker_unfit              raised
     ├── InvalidSettings                invalid_settings          raised
     ├── MissingExtra                   missing_extra             raised
@@ -474,6 +475,13 @@ class WorkerLost(WorkerError, RetryableError):
     public_message = "This was interrupted. Please try again."
 
 
+class NetworkCrashed(WorkerError, PermanentError):
+    """The engine process ended whenever it computed this image with this network, and nothing else."""
+
+    code = "network_crashed"
+    public_message = "The model cannot process this image. Trying again does not help."
+
+
 class WorkerUnfit(WorkerError, LocalError):
     """This worker takes no jobs just now."""
 
@@ -547,6 +555,18 @@ def all_errors() -> tuple[type[GradcamError], ...]:
         for one in globals().values()
         if isinstance(one, type) and issubclass(one, GradcamError) and "code" in vars(one)
     )[1:]
+
+
+def error_class(code: str) -> type[GradcamError]:
+    """The class of an error, by its code.
+
+    Args:
+        code: Of an error of this version or of a later one.
+
+    Returns:
+        The class; `InternalError` where this version does not know the code.
+    """
+    return next((known for known in all_errors() if known.code == code), InternalError)
 
 
 def public_message(code: str) -> str:

@@ -470,6 +470,16 @@ class Settings(BaseSettings):
     """threads of one TensorFlow operation on the CPU; 0: one for each core"""
 
     # Worker
+    job_processes: Annotated[int, Field(ge=0, le=256)] = 0
+    """processes of each device that fetch, decode, draw and upload, while one more process computes; 0: one
+    process does both
+    """
+    engine_pool_bytes: Annotated[int, Field(ge=2**20)] = 128 * 1024 * 1024
+    """memory in which one job process hands pixels to the engine process: if it is full, jobs wait"""
+    role: Literal["worker", "engine", "jobs"] = "worker"
+    """set by the supervisor: what this process does, `worker` is both"""
+    engine_socket: OptionalPath = None
+    """set by the supervisor: the socket of the engine process"""
     preload: StringList = ()
     """networks to load before the first job"""
     threads: Count = 16  # twice the size of a batch on the CPU

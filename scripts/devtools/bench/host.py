@@ -30,7 +30,8 @@ from gradcam_worker.gradcam.explain import explain_pixels
 from gradcam_worker.gradcam.imaging.overlay import ENCODER_OPTIONS, OverlayBase
 from gradcam_worker.gradcam.network import Method
 from gradcam_worker.images.fetch import FetchedBytes
-from gradcam_worker.inference.model_cache import InferenceResult, ModelCache
+from gradcam_worker.inference.model_cache import ModelCache
+from gradcam_worker.inference.request import InferenceResult
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef, Job
 from gradcam_worker.testing import fake_services

@@ -80,10 +80,13 @@ def work(ready_fd: int) -> int:
 
     sys.modules["gradcam_worker.gradcam.backend"] = gradcam_worker.gradcam.backend = NO_KERAS
     from gradcam_worker.images import prepare
-    from gradcam_worker.runtime import worker_process
+    from gradcam_worker.runtime import engine_process, worker_process
 
+    settings = Settings.from_environment()
+    if settings.role == "engine":
+        return engine_process.run(settings, ready_fd, load=lambda _: Poisonable())
     prepare.decode = panicking(prepare.decode)  # type: ignore[attr-defined]
-    return worker_process.run(Settings.from_environment(), ready_fd=ready_fd, load=lambda _: Poisonable())
+    return worker_process.run(settings, ready_fd=ready_fd, load=lambda _: Poisonable())
 
 
 def supervise(program: str = __file__) -> int:

@@ -101,6 +101,10 @@ def worker(*, devices: str | None, unsupervised: bool, ready_fd: int | None) -> 
             raise ModuleNotFoundError(name=package)
     settings = Settings.from_environment(devices=devices)
     configure_logging(settings.log_format, settings.log_level)
+    if ready_fd is not None and settings.role == "engine":
+        from gradcam_worker.runtime import engine_process
+
+        return engine_process.run(settings, ready_fd)
     if ready_fd is not None:
         from gradcam_worker.runtime import worker_process
 

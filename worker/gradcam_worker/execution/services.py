@@ -1,12 +1,12 @@
 """The services that a job uses, as protocols, so that tests can replace them."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.decoding.decode import Limits
 from gradcam_worker.images.prepare import ImageFetcher
-from gradcam_worker.inference.model_cache import ModelCache
+from gradcam_worker.inference.client import InferenceClient
 from gradcam_worker.resilience.budget import Budgets
 from gradcam_worker.schemas.job import Webhook
 from gradcam_worker.schemas.status import StatusEvent
@@ -47,7 +47,7 @@ class Services:
 
     images: ImageFetcher
     networks: ModelRegistry
-    model_cache: ModelCache
+    model_cache: InferenceClient[Any]
     stores: StorageProvider
     webhooks: WebhookSender
     limits: Limits

@@ -28,7 +28,7 @@ from gradcam_worker.execution.attempt import JobContext
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.imaging.region import hot_box
-from gradcam_worker.gradcam.network import Network
+from gradcam_worker.gradcam.network import Classifier
 from gradcam_worker.images.prepare import FetchedImage, fetch_image
 from gradcam_worker.schemas.job import ImageRef
 from gradcam_worker.schemas.manifest import InputRecord
@@ -60,7 +60,7 @@ class ShardRows:
     """
 
     def __init__(
-        self, shard: Shard, services: Services, context: JobContext, store: Store, network: Network
+        self, shard: Shard, services: Services, context: JobContext, store: Store, network: Classifier
     ) -> None:
         self._shard, self._services, self._context = shard, services, context
         self._store, self._network = store, network

@@ -33,7 +33,7 @@ from gradcam_worker.execution.attempt import JobContext, JobResult, Progress, ad
 from gradcam_worker.execution.services import Services
 from gradcam_worker.execution.shard_rows import SHARD_ERRORS, LoadedImage, ShardRows
 from gradcam_worker.gradcam.explain import Explanation
-from gradcam_worker.gradcam.network import Method, Network
+from gradcam_worker.gradcam.network import Classifier, Method
 from gradcam_worker.inference.model_cache import GREY
 from gradcam_worker.observability.logs import ContextThreadPool
 from gradcam_worker.resilience.deadline import Deadline
@@ -150,7 +150,7 @@ class _ShardRun:
         self._grid: dataset.Grid | None = None
         self._layer = ""
         begun_s = time.monotonic()
-        self.network: Network = services.model_cache.load(services.networks.find(shard.network))
+        self.network: Classifier = services.model_cache.load(services.networks.find(shard.network))
         context.deadline.extend(time.monotonic() - begun_s)  # weights may have to be downloaded
         weights_sha256 = self.network.facts.weights_sha256
         if shard.weights_sha256 not in {None, weights_sha256}:

@@ -14,7 +14,7 @@ from gradcam_worker.gradcam.decoding.structure import Damage
 from gradcam_worker.gradcam.imaging.overlay import encode, overlay
 from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.gradcam.methods import cam
-from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
+from gradcam_worker.gradcam.network import GRADCAM, Classifier, Computed, Method, Network, NetworkFacts
 
 RGB_CHANNELS = 3
 MAX_NAME_BYTES = 60  # of the name of a class in a file name
@@ -289,7 +289,7 @@ def pad_selections(selections: Sequence[tuple[int, ...]]) -> NDArray[np.int32]:
 
 
 def extract_explanation(
-    network: Network, computed: Computed, index: int, selection: tuple[int, ...], normalize: str
+    network: Classifier, computed: Computed, index: int, selection: tuple[int, ...], normalize: str
 ) -> Explanation:
     """Extract the explanation of one image from the results of a pass.
 

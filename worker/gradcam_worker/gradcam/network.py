@@ -71,8 +71,8 @@ class Computed:
     __repr__ = short_repr
 
 
-class Network(Protocol):
-    """A classifier that can be explained. Not thread-safe: `model_cache` makes one call at a time."""
+class Classifier(Protocol):
+    """What is known about a network, wherever it computes."""
 
     @property
     def facts(self) -> NetworkFacts:
@@ -83,6 +83,10 @@ class Network(Protocol):
     def labels(self) -> ClassIndex:
         """Its classes, in the order of the scores."""
         ...
+
+
+class Network(Classifier, Protocol):
+    """A classifier that can be explained. Not thread-safe: `model_cache` makes one call at a time."""
 
     def compute(
         self, pixels: NDArray[np.uint8], wanted: NDArray[np.int32], method: Method = GRADCAM

@@ -43,7 +43,8 @@ MAX_BATCHES_AT_DEVICE = 2  # one that it computes, one that follows
 LATEST_WEIGHT = 0.2  # of the latest batch in moving averages
 NEVER_S = threading.TIMEOUT_MAX  # wait until something changes
 SEPARATE_BATCH = -1  # in a `BatchKey`, instead of the number of classes: the request is a batch of its own
-EXCLUSIVE_KEY = (0, None, 0)  # of functions that run alone on the device
+ALONE = -2  # as SEPARATE_BATCH, and nothing else is at the device meanwhile
+EXCLUSIVE_KEY = (0, None, ALONE)  # of functions that run alone on the device
 WAITING_FOR_DEVICE = "waiting for the device"
 DEVICE_HUNG_AFTER_S = 600.0  # longer than a job may wait, and than the first batch of a large network
 MAX_QUEUES = 64  # before empty ones are dropped: keys contain layer names, which are untrusted input
@@ -73,13 +74,15 @@ class Batcher:
         self._retries: list[list[InferenceRequest]] = []  # halves of failed batches
         self._default_limit = max_batch_size
         self._limits: dict[int, int] = {}  # id of a network -> maximum batch size
-        self._expected = 0  # number of jobs that will submit an image
+        self._expected = 0  # number of jobs of this process that will submit an image
+        self.expected_elsewhere: Callable[[], int] = lambda: 0  # in other processes
         self._at_device = 0  # number of batches that were started and have not finished
         self._started = 0  # number of batches that were started so far
         self._latest_is_bulk = False  # whether the latest batch has bulk requests only
         self._changed = threading.Condition()
         self._running: SimpleQueue[tuple[list[InferenceRequest], Finish, float]] = SimpleQueue()
         self._failure: str | None = None
+        self._draining = False  # no further batch is started
         self.mean_batch_size = 0.0  # moving average; 0 before the first batch
         self._idle_since_s = 0.0  # when the device finished its latest batch
         self._responded_s: float | None = None  # latest sign of life of a busy device; None: it is idle
@@ -146,17 +149,15 @@ class Batcher:
             DeviceOutOfMemory: The device has too little memory even for this image alone.
             Exception: Whatever the network raises for this image.
         """
-
-        def begin(batch: list[InferenceRequest]) -> Finish:
-            images = np.stack([request.pixels for request in batch if request.pixels is not None])
-            return network.begin(images, pad_selections([request.classes for request in batch]), method)
-
-        # A batch computes as many classes for each image as the image with the most classes needs.
-        key = (id(network), method, (len(classes) - 1).bit_length())
-        request = InferenceRequest(key, begin, deadline, bulk, pixels=pixels, classes=tuple(classes))
-        response: InferenceResponse = self._submit(
-            request, self._limits.get(id(network), self._default_limit), submitted
+        request = InferenceRequest(
+            image_key(network, method, classes),
+            begin_images(network, method),
+            deadline,
+            bulk,
+            pixels=pixels,
+            classes=tuple(classes),
         )
+        response: InferenceResponse = self._compute(request, submitted)
         return response
 
     def compute_many(
@@ -184,13 +185,14 @@ class Batcher:
             DeviceOutOfMemory: The device has too little memory for this batch.
             Exception: Whatever the network raises.
         """
-
-        def begin(_: list[InferenceRequest]) -> Finish:
-            return network.begin(pixels, pad_selections([tuple(classes)] * len(pixels)), method)
-
-        key = (id(network), method, SEPARATE_BATCH)
-        request = InferenceRequest(key, begin, deadline, bulk=True, images=len(pixels))
-        response: InferenceResponse = self._submit(request, 1, lambda: None)
+        request = InferenceRequest(
+            separate_key(network, method),
+            begin_batch(network, pixels, classes, method),
+            deadline,
+            bulk=True,
+            images=len(pixels),
+        )
+        response: InferenceResponse = self._compute(request)
         return response
 
     def run_exclusive(self, run: Callable[[], T], deadline: Deadline, *, bulk: bool = False) -> T:
@@ -208,18 +210,40 @@ class Batcher:
             JobTimeout: The deadline passed.
             Exception: Whatever `run` raises.
         """
+        request = InferenceRequest(EXCLUSIVE_KEY, begin_function(run), deadline, bulk, images=0)
+        result: Any = self._compute(request).computed
+        return result  # type: ignore[no-any-return]  # what `run` returned
 
-        def begin(_: list[InferenceRequest]) -> Finish:
-            result = run()
-            return lambda: result
-
-        request = InferenceRequest(EXCLUSIVE_KEY, begin, deadline, bulk, images=0)
-        result: T = self._submit(request, 1, lambda: None).computed
-        return result
-
-    def _submit(self, request: InferenceRequest, max_batch_size: int, submitted: Callable[[], None]) -> Any:
+    def _compute(
+        self, request: InferenceRequest, submitted: Callable[[], None] = lambda: None
+    ) -> InferenceResponse:
         """Queue a request and wait until it is complete."""
         request.deadline.check(WAITING_FOR_DEVICE)
+        self.submit([request], submitted)
+        while not request.done.wait(request.deadline.left_s()) and request.deadline.left_s():
+            pass  # the deadline was extended
+        if not request.done.is_set():
+            with self._changed:
+                self._drop_expired()
+        if not request.done.is_set():
+            request.deadline.check(WAITING_FOR_DEVICE)  # the device computes it: the result is dropped
+        if request.error is not None:
+            raise request.error
+        response: InferenceResponse = request.response
+        return response
+
+    def submit(
+        self, requests: Sequence[InferenceRequest], submitted: Callable[[], None] = lambda: None
+    ) -> None:
+        """Queue requests. Each is completed later, by a thread of this batcher.
+
+        Args:
+            requests: The requests.
+            submitted: Called when they are in their queues.
+
+        Raises:
+            InternalError: A thread of this batcher has ended.
+        """
         with self._changed:
             if self._failure:
                 raise InternalError(self._failure)
@@ -231,19 +255,35 @@ class Batcher:
                 for thread in self._threads:
                     thread.start()
             submitted()
-            new_queue = BatchQueue(max_batch_size, last_batch=self._started)
-            self._queues.setdefault(request.key, new_queue).waiting.append(request)
+            for request in requests:
+                queue = self._queues.get(request.key)
+                if queue is None:
+                    queue = self._queues[request.key] = BatchQueue(
+                        self._max_batch_size(request.key), last_batch=self._started
+                    )
+                queue.waiting.append(request)
             self._changed.notify_all()
-        while not request.done.wait(request.deadline.left_s()) and request.deadline.left_s():
-            pass  # the deadline was extended
-        if not request.done.is_set():
-            with self._changed:
-                self._drop_expired()
-        if not request.done.is_set():
-            request.deadline.check(WAITING_FOR_DEVICE)  # the device computes it: the result is dropped
-        if request.error is not None:
-            raise request.error
-        return request.response
+
+    def _max_batch_size(self, key: BatchKey) -> int:
+        return 1 if key[2] in {SEPARATE_BATCH, ALONE} else self._limits.get(key[0], self._default_limit)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Start no further batch, and wait for those at the device.
+
+        Args:
+            timeout_s: How long to wait.
+
+        Returns:
+            Whether all of them are complete.
+        """
+        with self._changed:
+            self._draining = True
+            return self._changed.wait_for(lambda: not self._at_device, timeout_s)
+
+    def drop_cancelled(self) -> None:
+        """Complete the waiting requests whose deadline has passed or was cancelled."""
+        with self._changed:
+            self._drop_expired()
 
     def _repeat(self, step: Callable[[], None]) -> None:
         """Run one of the two threads. If the thread itself fails, all requests fail, now and later."""
@@ -257,11 +297,14 @@ class Batcher:
                 for requests in [*self._retries, *(queue.waiting for queue in self._queues.values())]:
                     for request in requests:
                         request.complete(error=InternalError(failure))
+                        request.after_batch()
 
     def _start_batch(self) -> None:
         """Start one batch. No reference to it is kept: an idle thread must not keep a network in memory."""
         batch = self._next_batch()
         begun_s = time.monotonic()
+        for request in batch:
+            request.started()
         try:
             finish = batch[0].begin(batch)
         except BaseException as error:  # noqa: BLE001  # a custom layer may raise anything
@@ -287,6 +330,8 @@ class Batcher:
         for index, request in enumerate(batch):
             waited_s = begun_s - request.queued_s
             request.complete(InferenceResponse(computed, index, waited_s, took_s, len(batch)))
+        for after_batch in {request.after_batch for request in batch}:
+            after_batch()
         tracing.record_batch([request.caller for request in batch if request.images], begun_s, took_s)
         if images := sum(request.images for request in batch):
             self.mean_batch_size += (images - self.mean_batch_size) * (
@@ -327,6 +372,7 @@ class Batcher:
                 request.complete(error=type(error)(str(error)))
             else:
                 request.complete(error=error if isinstance(error, Exception) else InternalError.of(error))
+            request.after_batch()
 
     def _next_batch(self) -> list[InferenceRequest]:
         """Wait until a batch can start, and return it: urgent before bulk, and queues in turn."""
@@ -341,6 +387,9 @@ class Batcher:
     def _take_batch(self) -> list[InferenceRequest]:
         """Return the next batch; after a wait an empty one, so that the caller tries again."""
         self._drop_expired()
+        if self._draining:
+            self._changed.wait()
+            return []
         if self._retries and not self._at_device:
             return self._retries.pop(0)
         waiting = [] if self._retries else [queue for queue in self._queues.values() if queue.waiting]
@@ -358,7 +407,7 @@ class Batcher:
             return all(map(yields_to_urgent, queue.waiting)), bulk and self._latest_is_bulk, queue.last_batch
 
         chosen = min(candidates, key=order)
-        if self._at_device and chosen is self._queues.get(EXCLUSIVE_KEY):
+        if self._at_device and chosen.waiting[0].key[2] == ALONE:
             self._changed.wait()
             return []
         chosen.last_batch = self._started + 1
@@ -375,6 +424,7 @@ class Batcher:
                     request.deadline.check(WAITING_FOR_DEVICE)
                 except GradcamError as error:
                     request.complete(error=error)
+                    request.after_batch()
         self._retries = [requests for requests in self._retries if requests]
 
     def _wait_left_s(self, queue: BatchQueue) -> float:
@@ -382,7 +432,64 @@ class Batcher:
         full = len(queue.waiting) >= queue.max_batch_size
         if self._at_device:  # the device is busy, so the batch may fill up
             return 0 if full and self._at_device < MAX_BATCHES_AT_DEVICE else NEVER_S
-        if full or not self._expected:
+        if full or not self._expected + self.expected_elsewhere():
             return 0
         max_wait_s = self._wait_s if queue.batch_s is None else min(self._wait_s, queue.batch_s)
         return min(request.queued_s for request in queue.waiting) + max_wait_s - time.monotonic()
+
+
+def image_key(network: Network, method: Method, classes: Sequence[int]) -> BatchKey:
+    """The key of requests for one image, which share batches.
+
+    A batch computes as many classes for each image as the image with the most classes needs: so the key has
+    about that number.
+    """
+    return id(network), method, (len(classes) - 1).bit_length()
+
+
+def separate_key(network: Network, method: Method) -> BatchKey:
+    """The key of requests that are a batch of their own."""
+    return id(network), method, SEPARATE_BATCH
+
+
+def begin_images(network: Network, method: Method) -> Callable[[list[InferenceRequest]], Finish]:
+    """Return the function that starts a batch of requests for one image each."""
+
+    def begin(batch: list[InferenceRequest]) -> Finish:
+        images = np.stack([request.pixels for request in batch if request.pixels is not None])
+        return network.begin(images, pad_selections([request.classes for request in batch]), method)
+
+    return begin
+
+
+def begin_batch(
+    network: Network, pixels: NDArray[np.uint8], classes: Sequence[int], method: Method
+) -> Callable[[list[InferenceRequest]], Finish]:
+    """Return the function that starts a batch of its own, of all `pixels`."""
+
+    def begin(_: list[InferenceRequest]) -> Finish:
+        return network.begin(pixels, pad_selections([tuple(classes)] * len(pixels)), method)
+
+    return begin
+
+
+def begin_function(run: Callable[[], Any]) -> Callable[[list[InferenceRequest]], Finish]:
+    """Return the function that runs `run` while nothing else is at the device."""
+
+    def begin(_: list[InferenceRequest]) -> Finish:
+        result = run()
+        return lambda: result
+
+    return begin
+
+
+def begin_alone(
+    begin: Callable[[list[InferenceRequest]], Finish],
+) -> Callable[[list[InferenceRequest]], Finish]:
+    """Return a function that starts a batch and waits for it, so that nothing is started meanwhile."""
+
+    def begin_and_wait(batch: list[InferenceRequest]) -> Finish:
+        result = begin(batch)()
+        return lambda: result
+
+    return begin_and_wait

@@ -16,8 +16,9 @@ from gradcam_worker.errors import DeviceOutOfMemory, GradcamError, NetworkIncomp
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.explain import Explanation, extract_explanation
 from gradcam_worker.gradcam.faithfulness import measure
-from gradcam_worker.gradcam.network import GRADCAM, Method, Network
+from gradcam_worker.gradcam.network import GRADCAM, Classifier, Computed, Method, Network, NetworkFacts
 from gradcam_worker.inference.batcher import DEFAULT_BATCH_SIZE, Batcher
+from gradcam_worker.inference.request import InferenceRequest, InferenceResult
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.text.log_events import EventLogger
@@ -33,16 +34,6 @@ SIZES_WITHOUT_GAIN = 2  # in a row, before larger sizes are not tried: a single 
 MAX_BATCH_VALUES_CPU = 2_200_000  # height x width x 3 of all images of a batch: at most 1 s on two cores
 MAX_BATCH_VALUES_GPU = 4 * MAX_BATCH_VALUES_CPU
 MAX_BATCH_S = 1.0  # urgent requests wait for the batch on the device
-
-
-@dataclass(frozen=True)
-class InferenceResult:
-    """An explanation, and how long it took."""
-
-    explanation: Explanation
-    waited_s: float  # from the request to the start of its batch
-    computed_s: float
-    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -197,6 +188,26 @@ class ModelCache:
         self._batcher.limit(network, self._max_batch or self._best_batch_size(network))
         return network
 
+    def find_loaded(self, row: NetworkRow) -> Network | None:
+        """Return the network of this row if it is loaded; then it counts as used."""
+        return self._cached(row)
+
+    def submit(self, requests: Sequence[InferenceRequest]) -> None:
+        """Queue requests of other processes: see `Batcher.submit`."""
+        self._batcher.submit(requests)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Start no further batch, and wait for those at the device: see `Batcher.drain`."""
+        return self._batcher.drain(timeout_s)
+
+    def drop_cancelled(self) -> None:
+        """Complete the waiting requests that were cancelled."""
+        self._batcher.drop_cancelled()
+
+    def set_expected_elsewhere(self, count: Callable[[], int]) -> None:
+        """Let batches wait for the requests that other processes will soon send, too."""
+        self._batcher.expected_elsewhere = count
+
     def _cached(self, row: NetworkRow) -> Network | None:
         with self._lock:
             cached, network = self._networks.get(row.name, (None, None))
@@ -289,11 +300,7 @@ class ModelCache:
         It does not depend on measurements, so that all machines with the same kind of device compute the same
         results: the last digits depend on the size of the batch.
         """
-        if self._max_batch:
-            return self._max_batch
-        height, width = network.facts.input_size
-        max_values = MAX_BATCH_VALUES_GPU if self._on_gpu() else MAX_BATCH_VALUES_CPU
-        return int(min(max(2 ** math.floor(math.log2(max_values / (3 * height * width))), 1), MAX_BATCH_SIZE))
+        return choose_shard_batch_size(network.facts, self._max_batch, on_gpu=self._on_gpu())
 
     def infer_many(
         self,
@@ -322,15 +329,7 @@ class ModelCache:
             JobTimeout: The deadline passed.
         """
         response = self._batcher.compute_many(network, pixels, classes, method, deadline)
-        results: list[Explanation | GradcamError] = []
-        for index in range(len(pixels)):
-            try:
-                results.append(
-                    extract_explanation(network, response.computed, index, tuple(classes), method.normalize)
-                )
-            except NetworkIncompatible as error:  # the scores of this image are not finite
-                results.append(error)
-        return results
+        return extract_each(network, response.computed, tuple(classes), method.normalize)
 
     def measure(
         self,
@@ -363,3 +362,38 @@ class ModelCache:
             return self._batcher.run_exclusive(lambda: network.scores(images), deadline, bulk=bulk)
 
         return replace(explanation, metrics=tuple(measure(score, pixels, explanation, metrics)))
+
+
+def choose_shard_batch_size(facts: NetworkFacts, max_batch: int, *, on_gpu: bool) -> int:
+    """Choose the batch size for the images of a shard: see `ModelCache.shard_batch_size`.
+
+    Args:
+        facts: Of the network.
+        max_batch: The batch size of the settings; 0: none.
+        on_gpu: Whether the device is a GPU.
+    """
+    if max_batch:
+        return max_batch
+    height, width = facts.input_size
+    max_values = MAX_BATCH_VALUES_GPU if on_gpu else MAX_BATCH_VALUES_CPU
+    return int(min(max(2 ** math.floor(math.log2(max_values / (3 * height * width))), 1), MAX_BATCH_SIZE))
+
+
+def extract_each(
+    network: Classifier, computed: Computed, classes: tuple[int, ...], normalize: str
+) -> list[Explanation | GradcamError]:
+    """Extract the explanation of each image of a pass; its error where its scores are not finite.
+
+    Args:
+        network: The network.
+        computed: The results of the pass.
+        classes: Ids of the classes that were explained in each image.
+        normalize: How heatmaps are scaled.
+    """
+    results: list[Explanation | GradcamError] = []
+    for index in range(len(computed.scores)):
+        try:
+            results.append(extract_explanation(network, computed, index, classes, normalize))
+        except NetworkIncompatible as error:
+            results.append(error)
+    return results

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradcam_worker.gradcam.explain import Explanation
 from gradcam_worker.gradcam.network import Computed, Method
 from gradcam_worker.observability import tracing
 from gradcam_worker.resilience.deadline import Deadline
@@ -19,6 +20,10 @@ BatchKey = tuple[int, Method | None, int]  # id of the network, method, bit leng
 Finish = Callable[[], Any]  # waits for the device and returns the result of a batch
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 @dataclass(frozen=True)
 class InferenceResponse:
     """The result of a batch, and which of its images is the caller's."""
@@ -26,6 +31,16 @@ class InferenceResponse:
     computed: Computed  # of the whole batch
     index: int  # of the caller's image in the batch
     waited_s: float  # from the request to the start of the batch
+    computed_s: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class InferenceResult:
+    """An explanation, and how long it took."""
+
+    explanation: Explanation
+    waited_s: float  # from the request to the start of its batch
     computed_s: float
     batch_size: int
 
@@ -46,6 +61,10 @@ class InferenceRequest:
     done: threading.Event = field(default_factory=threading.Event)
     response: Any = None
     error: BaseException | None = None
+    after_batch: Callable[[], None] = field(default=_nothing)  # called when its whole batch is complete
+
+    def started(self) -> None:
+        """Note that the device computes it from now on."""
 
     def complete(self, response: Any = None, error: BaseException | None = None) -> None:
         """Set the response or the error, and wake the thread that waits for it."""

@@ -18,7 +18,8 @@ from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.outages import Outages
 from gradcam_worker.resilience.stall import StallDetector
 from gradcam_worker.runtime import background, service_factory
-from gradcam_worker.schemas.ids import utc_now
+from gradcam_worker.schemas.ids import process_name, utc_now
+from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage import stores as storage
 
@@ -34,14 +35,15 @@ class WorkerComponents:
 
 
 def build_worker(
-    settings: Settings, publisher: Publisher, services: Services, observer: Observer = NULL_OBSERVER
+    settings: Settings,
+    publisher: Publisher,
+    services: Services,
+    device: str,
+    observer: Observer = NULL_OBSERVER,
 ) -> WorkerComponents:
-    """Build the parts of a worker process. Raises InvalidSettings."""
-    ledger, worker, started_at = (
-        service_factory.build_ledger(settings),
-        service_factory.worker_ref(),
-        utc_now(),
-    )
+    """Build the parts of a worker process, for the device of this name. Raises InvalidSettings."""
+    ledger, started_at = service_factory.build_ledger(settings), utc_now()
+    worker = WorkerRef(id=process_name(), device=device)
     ledger.observer, outages = observer, Outages()
     breaker = CircuitBreaker(partial(use_storage, services.stores))
 

@@ -275,7 +275,7 @@ def check_device(settings: Settings) -> str:
     """
     from gradcam_worker.runtime import service_factory
 
-    name = service_factory.worker_ref().device
+    name = service_factory.device_name()
     names_gpu = settings.devices not in {"auto", "cpu"}
     if name == "cpu" and (names_gpu or (settings.devices == "auto" and _has_gpu_extra())):
         reason = f"is {settings.devices!r}" if names_gpu else "is 'auto', and the extra gpu is installed"

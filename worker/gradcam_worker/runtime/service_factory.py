@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from gradcam_worker.delivery.webhooks import Webhooks
 from gradcam_worker.execution.services import Services
@@ -11,13 +12,12 @@ from gradcam_worker.gradcam.models import weights
 from gradcam_worker.gradcam.models.registry import Registry
 from gradcam_worker.gradcam.network import Network
 from gradcam_worker.images.fetch import UriFetcher
+from gradcam_worker.inference.client import InferenceClient
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.budget import Budgets, ResourceBudget
-from gradcam_worker.schemas.ids import process_name
 from gradcam_worker.schemas.shard import READERS
-from gradcam_worker.schemas.status import WorkerRef
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.storage.stores import Stores
@@ -26,13 +26,13 @@ Load = Callable[[NetworkRow], Network]
 
 
 def build_services(
-    settings: Settings, load_row: Load | None = None, observer: Observer = NULL_OBSERVER
+    settings: Settings, inference: InferenceClient[Any] | None = None, observer: Observer = NULL_OBSERVER
 ) -> Services:
-    """Build the services that jobs use. Nothing is connected or loaded yet.
+    """Build the services that jobs use. Nothing is connected yet.
 
     Args:
         settings: of this process.
-        load_row: replaces `load`, so that a custom program can run other networks than Keras's.
+        inference: loads networks and computes, here or in an engine process; None: a new ModelCache.
         observer: counts what the services do.
 
     Raises:
@@ -42,15 +42,7 @@ def build_services(
     return Services(
         images=UriFetcher(settings, s3, observer=observer),
         networks=Registry(settings.networks),
-        model_cache=ModelCache(
-            load_row or partial(load, settings, s3),
-            max_batch=settings.max_batch,
-            max_bytes=settings.resident_bytes,
-            wait_s=settings.batch_wait_s,
-            peak_bytes=_peak_bytes,
-            on_gpu=_on_gpu,
-            observer=observer,
-        ),
+        model_cache=inference or build_model_cache(settings, observer=observer),
         stores=Stores(settings, s3, observer),
         webhooks=Webhooks(settings),
         limits=Limits(settings.max_image_pixels, settings.max_image_side, settings.max_image_damage),
@@ -61,6 +53,27 @@ def build_services(
             max_image_bytes=settings.max_image_bytes,
             threads=settings.threads + READERS * settings.shards,
         ),
+    )
+
+
+def build_model_cache(
+    settings: Settings, load_row: Load | None = None, observer: Observer = NULL_OBSERVER
+) -> ModelCache:
+    """Build what loads networks and computes in this process. Nothing is loaded yet.
+
+    Args:
+        settings: of this process.
+        load_row: replaces `load`, so that a custom program can run other networks than Keras's.
+        observer: counts what it does.
+    """
+    return ModelCache(
+        load_row or partial(load, settings, S3(settings)),
+        max_batch=settings.max_batch,
+        max_bytes=settings.resident_bytes,
+        wait_s=settings.batch_wait_s,
+        peak_bytes=_peak_bytes,
+        on_gpu=on_gpu,
+        observer=observer,
     )
 
 
@@ -105,7 +118,8 @@ def _peak_bytes() -> int | None:
     return peak
 
 
-def _on_gpu() -> bool:
+def on_gpu() -> bool:
+    """Whether the device of this process is a GPU."""
     from gradcam_worker.gradcam import backend
 
     return backend.device_name() != "cpu"
@@ -118,8 +132,8 @@ def prepare(settings: Settings) -> None:
     backend.set_intra_op_threads(settings.intra_op_threads)
 
 
-def worker_ref() -> WorkerRef:
-    """The name of this process, and its device."""
-    from gradcam_worker.gradcam.backend import device_name
+def device_name() -> str:
+    """The name of the device of this process. Imports the backend."""
+    from gradcam_worker.gradcam import backend
 
-    return WorkerRef(id=process_name(), device=device_name())
+    return backend.device_name()

@@ -12,10 +12,15 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Literal
 
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.resilience.retry import RetryPolicy
@@ -27,6 +32,7 @@ from gradcam_worker.text.log_events import EventLogger
 log = EventLogger("gradcam.supervisor")
 
 WORKER = (sys.executable, "-P", "-m", "gradcam_worker", "worker", "--unsupervised", "--ready-fd")
+MIN_JOB_THREADS = 4  # of a job process
 MAX_FAILED_STARTS = 5  # in a row, on every device, before the supervisor gives up
 RESTART = RetryPolicy(first_s=0.5, max_s=30.0)  # short after one crash, long on a broken device
 SIGNAL_POLL_INTERVAL_S = 0.5  # see `_next_event`
@@ -34,6 +40,40 @@ LAST_PORT = 65_535
 WORKER_POLL_INTERVAL_S = 1.0  # between two checks whether a worker has died: the pipe may stay open
 REQUEUE_TIMEOUT_S = 10.0  # for a worker whose time is up to requeue its running jobs
 ENDED_CLEANLY = {0, -signal.SIGTERM}  # the latter before Celery handles the signal
+
+
+@dataclass(frozen=True, eq=False)
+class Process:
+    """A process that the supervisor keeps alive."""
+
+    name: str  # in log lines
+    role: Literal["worker", "engine", "jobs"]  # "worker" is both others in one
+    device: Device
+    variables: Mapping[str, str]
+
+
+def plan_processes(chosen: Sequence[Device], settings: Settings) -> list[Process]:
+    """Choose the processes of each device: one worker, or an engine and several processes for jobs.
+
+    Args:
+        chosen: The devices.
+        settings: `job_processes` and `threads`.
+    """
+    count = settings.job_processes
+    if not count:
+        return [Process(device.name, "worker", device, {}) for device in chosen]
+    processes = []
+    for device in chosen:
+        processes.append(Process(f"{device.name}, engine", "engine", device, {"GRADCAM_ROLE": "engine"}))
+        variables = {"GRADCAM_ROLE": "jobs"}
+        if "threads" not in settings.model_fields_set:
+            threads = int(device.environment["GRADCAM_THREADS"])
+            variables["GRADCAM_THREADS"] = str(max(-(-threads // count), MIN_JOB_THREADS))
+        processes += [
+            Process(f"{device.name}, jobs {number}", "jobs", device, variables)
+            for number in range(1, count + 1)
+        ]
+    return processes
 
 
 class Supervisor:
@@ -52,20 +92,22 @@ class Supervisor:
         self._timeout_s = settings.shutdown_timeout_s
         self._stalled_after_s = settings.stalled_after_s
         self._command = command
-        self._devices = devices.choose(settings)
-        last_port = settings.metrics_port + len(self._devices) - 1
+        self._folder: Path | None = None  # of the sockets, while `run` runs
+        self._processes = plan_processes(devices.choose(settings), settings)
+        last_port = settings.metrics_port + len(self._processes) - 1
         if settings.metrics_port and last_port > LAST_PORT:
             message = (
-                f"GRADCAM_METRICS_PORT: the last of {len(self._devices)} processes would be at {last_port}."
+                f"GRADCAM_METRICS_PORT: the last of {len(self._processes)} processes would be at {last_port}."
             )
             raise InvalidSettings(message)
         self._metrics_ports = {
-            device.name: settings.metrics_port and settings.metrics_port + number
-            for number, device in enumerate(self._devices)
+            process: settings.metrics_port and settings.metrics_port + number
+            for number, process in enumerate(self._processes)
         }
-        self._starts = {device.name: 0 for device in self._devices}
-        self._failed_starts = {device.name: 0 for device in self._devices}  # in a row
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._starts = dict.fromkeys(self._processes, 0)
+        self._failed_starts = dict.fromkeys(self._processes, 0)  # in a row
+        self._children: dict[Process, subprocess.Popen[bytes]] = {}
+        self._restarting: set[Process] = set()  # that end because they were asked to, and are started again
         self._proven = False  # whether any process ever took jobs: the settings cannot be wrong
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # guards the three above; once it is stopping, no child is started
@@ -84,22 +126,40 @@ class Supervisor:
         # A handler may run between any two steps of this thread: it only queues an event.
         signal.signal(signal.SIGTERM, lambda number, _: self._events.put(number))
         signal.signal(signal.SIGINT, lambda number, _: self._events.put(number))
+        if any(process.role == "engine" for process in self._processes):
+            signal.signal(signal.SIGHUP, lambda number, _: self._events.put(number))
+        with tempfile.TemporaryDirectory(prefix="gradcam-", ignore_cleanup_errors=True) as folder:
+            self._folder = Path(folder)  # which only this user can open
+            return self._run()
+
+    def _run(self) -> int:
         signals = 0
-        with ThreadPoolExecutor(len(self._devices)) as pool:
-            devices_done = [pool.submit(self._supervise, device) for device in self._devices]
-            for done in devices_done:
+        with ThreadPoolExecutor(len(self._processes)) as pool:
+            all_done = [pool.submit(self._supervise, process) for process in self._processes]
+            for done in all_done:
                 done.add_done_callback(self._events.put)
-            while not all(done.done() for done in devices_done):
+            while not all(done.done() for done in all_done):
                 event = self._next_event()
-                if isinstance(event, int):
+                if event == signal.SIGHUP:
+                    self._restart_engines()
+                elif isinstance(event, int):
                     signals += 1
                     self._end(timeout_s=0 if signals > 1 else self._timeout_s)
                 elif event and event.exception():
                     self._end(timeout_s=self._timeout_s)
-        return max(done.result() for done in devices_done)
+        return max(done.result() for done in all_done)
+
+    def _restart_engines(self) -> None:
+        """Replace the engine processes, as after an update of a driver. Jobs wait for their successors."""
+        with self._lock:
+            for process, child in self._children.items():
+                if process.role == "engine":
+                    log.info("engine_restart_requested", device=process.name, pid=child.pid)
+                    self._restarting.add(process)
+                    child.terminate()
 
     def _next_event(self) -> "int | Future[int] | None":
-        """Wait for a signal, or for the end of a device's supervision. Returns None after a timeout.
+        """Wait for a signal, or for the end of a process's supervision. Returns None after a timeout.
 
         The timeout is needed: a signal that another thread receives does not end this thread's wait, but its
         handler runs as soon as this thread wakes up.
@@ -108,51 +168,63 @@ class Supervisor:
             return self._events.get(timeout=SIGNAL_POLL_INTERVAL_S)
         return None
 
-    def _supervise(self, device: Device) -> int:
-        """Keep one device's worker alive. Returns 1 where it was given up or did not end cleanly."""
+    def _supervise(self, process: Process) -> int:
+        """Keep one process alive. Returns 1 where it was given up or did not end cleanly."""
         deaths = 0
         while True:
-            code, took_jobs = self._run_worker(device)
+            code, took_jobs = self._run_child(process)
             if self._stopping.is_set():
                 return 0 if code in ENDED_CLEANLY else 1
+            with self._lock:
+                if process in self._restarting:
+                    self._restarting.discard(process)
+                    continue
             deaths = 1 if took_jobs else deaths + 1
-            if self._give_up(device, hopeless=code == os.EX_CONFIG):
+            if self._give_up(process, hopeless=code == os.EX_CONFIG):
                 return 1
             delay_s = RESTART.pause_s(deaths)
-            log.warning("worker_process_ended", device=device.name, exit_code=code, restart_delay_s=delay_s)
+            log.warning("worker_process_ended", device=process.name, exit_code=code, restart_delay_s=delay_s)
             if self._stopping.wait(delay_s):
                 return 0
 
-    def _run_worker(self, device: Device) -> tuple[int, bool]:
-        """Start a worker and wait for its end. Returns its exit code, and whether it ever took jobs."""
-        self._starts[device.name] += 1
+    def _run_child(self, process: Process) -> tuple[int, bool]:
+        """Start a process and wait for its end. Returns its exit code, and whether it ever took jobs."""
+        self._starts[process] += 1
         variables = {
-            "GRADCAM_METRICS_PORT": str(self._metrics_ports[device.name]),
-            "GRADCAM_STARTS": str(self._starts[device.name]),
+            "GRADCAM_METRICS_PORT": str(self._metrics_ports[process]),
+            "GRADCAM_STARTS": str(self._starts[process]),
+            **process.variables,
         }
+        if process.role != "worker":
+            number = [*dict.fromkeys(other.device.name for other in self._processes)].index(
+                process.device.name
+            )
+            variables["GRADCAM_ENGINE_SOCKET"] = f"{self._folder}/engine-{number}"
         read_fd, write_fd = os.pipe()
         with os.fdopen(read_fd, "rb") as signs, os.fdopen(write_fd, "wb") as childs_end:
             with self._lock:
                 if self._stopping.is_set():
                     return 0, False
-                child = self._children[device.name] = subprocess.Popen(
+                child = self._children[process] = subprocess.Popen(
                     (*self._command, str(write_fd)),
                     stdin=subprocess.PIPE,  # closed when this process ends: see parent_watch
                     pass_fds=[write_fd],
-                    env={**device.environment, **variables},
+                    env={**process.device.environment, **variables},
                     start_new_session=True,  # Ctrl-C reaches the supervisor alone, which forwards it once
                 )
             childs_end.close()
-            log.info("worker_process_started", device=device.name, pid=child.pid)
-            took_jobs = self._watch(device, child, signs.fileno())
+            log.info("worker_process_started", device=process.name, pid=child.pid)
+            took_jobs = self._watch(process, child, signs.fileno())
             code = child.wait()
             with self._lock:
-                del self._children[device.name]
+                del self._children[process]
+                if self._stopping.is_set():
+                    self._end_unused_engines()
             if child.stdin:
                 child.stdin.close()
             return code, took_jobs
 
-    def _watch(self, device: Device, child: "subprocess.Popen[bytes]", signs_fd: int) -> bool:
+    def _watch(self, process: Process, child: "subprocess.Popen[bytes]", signs_fd: int) -> bool:
         """Wait until a worker is dead, or has been killed because it stalled. Returns whether it ever took
         jobs.
 
@@ -175,13 +247,13 @@ class Supervisor:
             if took_jobs and not proven:  # not after its end, which may be years away
                 proven = True
                 with self._lock:
-                    self._proven, self._failed_starts[device.name] = True, -1  # its end makes it 0
+                    self._proven, self._failed_starts[process] = True, -1  # its end makes it 0
             if dead:
                 return took_jobs
             if took_jobs and silent_s >= self._stalled_after_s and not self._stopping.is_set():
                 log.error(
                     "worker_process_stalled",
-                    device=device.name,
+                    device=process.name,
                     pid=child.pid,
                     silent_s=round(silent_s),
                     reason="it showed no sign of life and is killed",
@@ -189,20 +261,20 @@ class Supervisor:
                 child.kill()
                 return took_jobs
 
-    def _give_up(self, device: Device, *, hopeless: bool) -> bool:
-        """Count a failed start of a device. If every device has too many, end all. Returns whether it did.
+    def _give_up(self, process: Process, *, hopeless: bool) -> bool:
+        """Count a failed start. If every process of its role has too many, end all. Returns whether it did.
 
         A single failure is too many if it is `hopeless`: the settings are wrong. It may be a broken GPU
-        nevertheless, so the other devices have to report it, too.
+        nevertheless, so the processes of the other devices have to report it, too.
         """
         with self._lock:
             hopeless = hopeless and not self._proven
-            self._failed_starts[device.name] += MAX_FAILED_STARTS if hopeless else 1
-            fewest = min(self._failed_starts.values())
+            self._failed_starts[process] += MAX_FAILED_STARTS if hopeless else 1
+            fewest = min(count for other, count in self._failed_starts.items() if other.role == process.role)
         if fewest < MAX_FAILED_STARTS:
             return False
         if not hopeless:
-            log.error("worker_process_given_up", device=device.name, failed_starts=fewest)
+            log.error("worker_process_given_up", device=process.name, failed_starts=fewest)
         self._end(timeout_s=self._timeout_s)
         return True
 
@@ -213,17 +285,29 @@ class Supervisor:
         """
         with self._lock:
             self._stopping.set()
-            for child in self._children.values():
-                child.terminate()
+            for process, child in self._children.items():
+                if process.role != "engine":
+                    child.terminate()
+            self._end_unused_engines()
         timer = threading.Timer(timeout_s + REQUEUE_TIMEOUT_S, self._kill)
         timer.daemon = True
         timer.start()
 
+    def _end_unused_engines(self) -> None:
+        """End the engines whose job processes have ended: running jobs need their engine."""
+        used = {process.device.name for process in self._children if process.role == "jobs"}
+        for process, child in self._children.items():
+            if process.role == "engine" and process.device.name not in used:
+                child.terminate()
+
     def _kill(self) -> None:
         with self._lock:
-            for device, child in self._children.items():
+            for process, child in self._children.items():
                 if child.poll() is None:
                     log.error(
-                        "worker_process_stop_timed_out", device=device, pid=child.pid, reason="it is killed"
+                        "worker_process_stop_timed_out",
+                        device=process.name,
+                        pid=child.pid,
+                        reason="it is killed",
                     )
                     child.kill()

@@ -1,6 +1,5 @@
 """The worker process: Celery's app and its tasks, the background loops, and how the process ends."""
 
-import errno
 import logging
 import os
 import signal
@@ -29,19 +28,18 @@ from gradcam_worker.errors import (
     InvalidSettings,
     LedgerUnavailable,
     MissingExtra,
-    PermanentError,
-    WeightsUnavailable,
     WorkerUnfit,
 )
 from gradcam_worker.execution.handler import JobHandler
-from gradcam_worker.execution.services import Services
-from gradcam_worker.observability.health import Health
+from gradcam_worker.inference.engine_client import EngineClient
+from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.observability.logs import configure_logging
 from gradcam_worker.resilience.budget import limit_memory
 from gradcam_worker.resilience.outages import Outage
 from gradcam_worker.runtime import background, parent_watch, preflight, service_factory
 from gradcam_worker.runtime.bootstrap import WorkerComponents, build_worker
 from gradcam_worker.runtime.liveness import LivenessReporter
+from gradcam_worker.runtime.preloading import preload
 from gradcam_worker.runtime.telemetry import Telemetry
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.shard import Shard
@@ -55,8 +53,7 @@ REQUEUE_TIMEOUT_S = 8.0  # to requeue running jobs and end; less than the superv
 CANCEL_TIMEOUT_S = 3.0  # of it, for running jobs to notice that they are cancelled
 SETTLE_S = 1.0  # of it, for Celery to end afterwards
 REQUEUE_RETRY_S = 0.2  # meanwhile, where a job was just starting or the ledger did not answer
-PRELOAD_RETRY_S = 10.0  # between two attempts to load the weights of a network
-MISSING_FILE_ERRNOS = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES}  # an operator has to act
+ENGINE_START_TIMEOUT_S = 600.0  # an engine that cannot start is reported by its supervisor
 PROBE_TIMEOUT_S = 2.0  # of the broker, for the check of liveness
 PAYLOADS: dict[str, type[Job] | type[Shard]] = {EXPLAIN: Job, EXPLAIN_SHARD: Shard}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)  # see `_handle_stop_signals`
@@ -147,17 +144,14 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     app = broker.make_app(settings)
     limit_memory(settings.memory_bytes)
     telemetry = Telemetry(settings)
-    services = service_factory.build_services(settings, load, telemetry.observer)
-    service_factory.prepare(settings)
-    preflight.check_device(settings)
+    inference, device = _open_inference(settings, load, telemetry)
+    services = service_factory.build_services(settings, inference, telemetry.observer)
     publisher = Publisher(settings)
-    components = build_worker(settings, publisher, services, telemetry.observer)
+    components = build_worker(settings, publisher, services, device, telemetry.observer)
     handler = components.handler
     register(app, handler, components.outages.ledger)
-    telemetry.add_worker(
-        lambda: services.model_cache.count, handler.breaker, components.eviction.last_problem
-    )
-    _preload(settings, services, telemetry.health)
+    telemetry.add_worker(lambda: inference.count, handler.breaker, components.eviction.last_problem)
+    _wait_for_networks(settings, inference, telemetry)
     broker_answers = partial(broker.is_reachable, broker.make_app(settings, timeout_s=PROBE_TIMEOUT_S))
     stopped, signals = threading.Event(), SimpleQueue[int]()
     loops = background.start([*components.background_loops, *telemetry.loops])
@@ -165,9 +159,7 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     liveness = LivenessReporter(
         ready_fd,
         broker_answers=broker_answers,
-        other_reason=lambda: (
-            services.model_cache.failure or ended_loops() or handler.stall.unhealthy_reason()
-        ),
+        other_reason=lambda: inference.failure or ended_loops() or handler.stall.unhealthy_reason(),
     )
     telemetry.health.live["loop"], telemetry.health.ready["work"] = (
         lambda: liveness.last_reason,
@@ -213,6 +205,29 @@ def run(settings: Settings, *, ready_fd: int | None = None, load: service_factor
     return int(consumer.exitcode or 0)
 
 
+def _open_inference(
+    settings: Settings, load: service_factory.Load | None, telemetry: Telemetry
+) -> tuple[ModelCache | EngineClient, str]:
+    """Open what computes: in this process, or in the engine process. Returns also the device's name."""
+    if settings.engine_socket:
+        engine = EngineClient(settings.engine_socket, pool_bytes=settings.engine_pool_bytes)
+        telemetry.health.ready["engine"] = lambda: engine.not_ready
+        return engine, engine.connect(ENGINE_START_TIMEOUT_S).device
+    model_cache = service_factory.build_model_cache(settings, load, telemetry.observer)
+    service_factory.prepare(settings)
+    return model_cache, preflight.check_device(settings)
+
+
+def _wait_for_networks(
+    settings: Settings, inference: ModelCache | EngineClient, telemetry: Telemetry
+) -> None:
+    """Load the networks of GRADCAM_PRELOAD, or wait until the engine process has. Raises InvalidSettings."""
+    if isinstance(inference, EngineClient):
+        inference.wait_until_ready()
+    else:
+        preload(settings, inference, telemetry.health)
+
+
 def _remove_from_live_workers(handler: JobHandler) -> None:
     """Remove this worker from the list of live workers."""
     with suppress(LedgerUnavailable):  # then its entry expires
@@ -252,32 +267,6 @@ def _wait_for_second_signal(signals: "SimpleQueue[int]", timeout_s: float) -> No
         log.warning("worker_stop_repeated", reason="running jobs are requeued")
     except Empty:
         log.warning("worker_stop_timed_out", timeout_s=timeout_s, reason="running jobs are requeued")
-
-
-def _preload(settings: Settings, services: Services, health: Health) -> None:
-    """Load the networks of GRADCAM_PRELOAD, and wait for weights that are not available yet.
-
-    Raises InvalidSettings where a network can never be loaded.
-    """
-    remaining = [*settings.preload]
-
-    def loading_reason() -> str | None:
-        return f"not loaded yet: {', '.join(remaining)}" if remaining else None
-
-    health.ready["networks"] = health.startup["networks"] = loading_reason
-    while remaining:
-        try:
-            services.model_cache.warm_up(services.networks.find(remaining[0]))
-        except (PermanentError, WeightsUnavailable) as error:
-            cause = error.__cause__
-            no_file = isinstance(cause, OSError) and cause.errno in MISSING_FILE_ERRNOS
-            if isinstance(error, PermanentError) or no_file:
-                message = f"GRADCAM_PRELOAD: {error}"
-                raise InvalidSettings(message) from error
-            log.warning("preload_postponed", network=remaining[0], retry_s=PRELOAD_RETRY_S, error=error)
-            time.sleep(PRELOAD_RETRY_S)
-            continue
-        log.info("network_preloaded", network=remaining.pop(0))
 
 
 def run_supervised(settings: Settings, ready_fd: int) -> int:

@@ -1,0 +1,384 @@
+"""The border between a job process and the engine process: here both ends are in one process."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradcam_worker import __version__
+from gradcam_worker.errors import (
+    GradcamError,
+    InternalError,
+    InvalidSettings,
+    JobTimeout,
+    NetworkCrashed,
+    NetworkIncompatible,
+    UnknownLayer,
+    WeightsUnavailable,
+)
+from gradcam_worker.gradcam.catalog import CATALOG, NetworkRow
+from gradcam_worker.gradcam.explain import Explanation
+from gradcam_worker.gradcam.network import GRADCAM, Computed, Method
+from gradcam_worker.inference import engine_client, messages
+from gradcam_worker.inference.engine_client import EngineClient
+from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
+from gradcam_worker.inference.model_cache import ModelCache
+from gradcam_worker.inference.pixel_pool import ALIGNMENT, HEADER_BYTES, Block, PixelPool
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.testing import TinyNetwork
+
+WAIT_S = 60
+ROW = CATALOG["efficientnet_lite0"]
+RED = np.full((16, 16, 3), (255, 0, 0), np.uint8)
+FACTS = EngineFacts("cpu", on_gpu=False, max_batch=8)
+
+
+@contextmanager
+def engine(path: Path, cache: ModelCache) -> Iterator[EngineServer]:
+    """An engine that serves in a thread."""
+    server = EngineServer(cache, path, FACTS)
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def client(path: Path, pool_bytes: int = 1024 * 1024) -> Iterator[EngineClient]:
+    connected = EngineClient(path, pool_bytes=pool_bytes)
+    try:
+        yield connected
+    finally:
+        connected.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "engine"
+
+
+def explain(inference: Any, pixels: Any = RED, seconds: float = WAIT_S) -> Explanation:
+    network = inference.load(ROW)
+    with inference.reserve() as slot:
+        result = slot.infer(network, pixels, (-1, -2), GRADCAM, Deadline(seconds))
+    explanation: Explanation = result.explanation
+    return explanation
+
+
+def assert_equal(one: Explanation, other: Explanation) -> None:
+    assert (one.network, one.layer, one.predictions, one.explained) == (
+        other.network,
+        other.layer,
+        other.predictions,
+        other.explained,
+    )
+    for name in ("heatmaps", "raw_min", "raw_max"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_an_explanation_is_the_same_across_the_border(path: Path) -> None:
+    here = ModelCache(lambda _: TinyNetwork())
+    with engine(path, ModelCache(lambda _: TinyNetwork())), client(path) as remote:
+        assert remote.connect(WAIT_S).device == "cpu"
+        assert_equal(explain(remote), explain(here))
+        network, images = remote.load(ROW), np.stack([RED, RED[:, :, ::-1]])
+        for one, other in zip(
+            remote.infer_many(network, images, (-1,), GRADCAM, Deadline(WAIT_S)),
+            here.infer_many(here.load(ROW), images, (-1,), GRADCAM, Deadline(WAIT_S)),
+            strict=True,
+        ):
+            assert isinstance(one, Explanation)
+            assert isinstance(other, Explanation)
+            assert_equal(one, other)
+        measured = remote.measure(network, RED, explain(remote), ["deletion"], Deadline(WAIT_S))
+        expected = here.measure(here.load(ROW), RED, explain(here), ["deletion"], Deadline(WAIT_S))
+        assert measured.metrics == expected.metrics
+        assert network.labels == here.load(ROW).labels
+        assert remote.shard_batch_size(network) == 8
+
+
+def test_only_this_user_can_open_the_socket(path: Path) -> None:
+    with engine(path, ModelCache(lambda _: TinyNetwork())):
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+class Blocking(TinyNetwork):
+    """Waits at the device until it is released; counts how many images each of its passes has."""
+
+    def __init__(self) -> None:
+        self.is_busy, self.may_go_on = threading.Event(), threading.Event()
+        self.passes: list[int] = []
+
+    def compute(self, pixels: Any, wanted: Any, method: Method = GRADCAM) -> Computed:
+        self.passes.append(len(pixels))
+        self.is_busy.set()
+        assert self.may_go_on.wait(WAIT_S)
+        return super().compute(pixels, wanted, method)
+
+
+def kill(server: EngineServer) -> None:
+    """End an engine as its death does: nothing more is answered, and its marks stay in the pools."""
+    server._listener.close()
+    for connection in [*server._connections]:
+        connection.closed = True
+        connection.pool.mark = lambda *_: None  # type: ignore[method-assign]
+        connection.stream.shutdown(socket.SHUT_RDWR)
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    end_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.005)
+
+
+def the(network: TinyNetwork, _: NetworkRow) -> TinyNetwork:
+    return network
+
+
+def score_at(key: str, offset: int, number: int, _: int) -> messages.Score:
+    return messages.Score(number, key, offset, 1, bulk=False, alone=False)
+
+
+def test_what_an_engine_did_not_answer_its_successor_does(path: Path) -> None:
+    first, second = Blocking(), Blocking()
+    second.may_go_on.set()
+    with client(path) as remote, ThreadPoolExecutor(8) as pool:
+        with engine(path, ModelCache(lambda _: first, max_batch=4)) as server:
+            remote.connect(WAIT_S)
+            remote.load(ROW)
+            asked = [pool.submit(explain, remote) for _ in range(8)]
+            assert first.is_busy.wait(WAIT_S)
+            wait_for(lambda: sum(map(len, (c.requests for c in server._connections))) == 8)
+            kill(server)
+            first.may_go_on.set()
+        at_device = first.passes[0]
+        with engine(path, ModelCache(lambda _: second, max_batch=4)):
+            for future in asked:
+                assert future.result(WAIT_S).explained[0].name == "red"
+        assert remote.resent == 8
+        assert remote._pool.free_bytes == remote._pool.size - HEADER_BYTES, "every block is free again"
+    assert second.passes.count(1) >= at_device, "each that was at the device runs alone"
+
+
+def test_a_request_that_ends_two_engines_fails_and_others_do_not(path: Path) -> None:
+    engines = [Blocking(), Blocking()]
+    with client(path) as remote, ThreadPoolExecutor(2) as pool:
+        for number, network in enumerate(engines):
+            with engine(path, ModelCache(partial(the, network))) as server:
+                remote.connect(WAIT_S)
+                if number == 0:
+                    remote.load(ROW)
+                    deadly = pool.submit(explain, remote)
+                assert network.is_busy.wait(WAIT_S)
+                kill(server)
+                network.may_go_on.set()
+        with pytest.raises(NetworkCrashed, match="the second time nothing else was computed"):
+            deadly.result(WAIT_S)
+        with engine(path, ModelCache(lambda _: TinyNetwork())):
+            assert explain(remote).explained[0].name == "red"
+    assert [network.passes for network in engines] == [[1], [1]]
+
+
+def test_a_network_that_the_engine_has_unloaded_is_loaded_again(path: Path) -> None:
+    loads: list[str] = []
+
+    def load(row: NetworkRow) -> TinyNetwork:
+        loads.append(row.name)
+        return TinyNetwork()
+
+    with engine(path, ModelCache(load, max_bytes=1)), client(path) as remote:
+        remote.connect(WAIT_S)
+        network = remote.load(ROW)
+        assert remote.load(ROW) is network, "it is asked for once"
+        remote.load(CATALOG["vgg16"])
+        assert explain(remote).explained
+    assert loads == [ROW.name, "vgg16", ROW.name]
+
+
+@pytest.mark.parametrize(
+    "error", [NetworkIncompatible("no such head"), WeightsUnavailable("no route"), ValueError("odd")]
+)
+def test_an_error_keeps_its_class_and_its_text(path: Path, error: Exception) -> None:
+    def load(_: NetworkRow) -> TinyNetwork:
+        raise error
+
+    with engine(path, ModelCache(load)), client(path) as remote:
+        remote.connect(WAIT_S)
+        expected = type(error) if isinstance(error, GradcamError) else InternalError
+        with pytest.raises(expected, match=str(error)):
+            remote.load(ROW)
+
+
+def test_an_unknown_layer_fails_its_own_request(path: Path) -> None:
+    with engine(path, ModelCache(lambda _: TinyNetwork())), client(path) as remote:
+        remote.connect(WAIT_S)
+        network = remote.load(ROW)
+        with pytest.raises(UnknownLayer, match="'nowhere' does not exist"), remote.reserve() as slot:
+            slot.infer(network, RED, (-1,), Method(layer="nowhere"), Deadline(WAIT_S))
+        assert explain(remote).explained
+
+
+def test_a_deadline_ends_the_wait_and_the_memory_is_kept_until_the_engine_answers(path: Path) -> None:
+    network = Blocking()
+    with engine(path, ModelCache(lambda _: network)), client(path) as remote:
+        remote.connect(WAIT_S)
+        remote.load(ROW)
+        with pytest.raises(JobTimeout):
+            explain(remote, seconds=0.2)
+        assert network.is_busy.wait(WAIT_S)
+        everything = remote._pool.size - HEADER_BYTES
+        assert remote._pool.free_bytes < everything
+        network.may_go_on.set()
+        wait_for(lambda: remote._pool.free_bytes == everything)
+
+
+def test_a_full_pool_makes_requests_wait_and_no_longer_than_their_deadline(path: Path) -> None:
+    network = Blocking()
+    with (
+        engine(path, ModelCache(lambda _: network)),
+        client(path, pool_bytes=HEADER_BYTES + 2 * (RED.nbytes + ALIGNMENT)) as remote,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        remote.connect(WAIT_S)
+        remote.load(ROW)
+        asked = [pool.submit(explain, remote) for _ in range(4)]
+        assert network.is_busy.wait(WAIT_S)
+        wait_for(lambda: remote._pool.free_bytes == 0)
+        with pytest.raises(JobTimeout, match="shared memory"):
+            explain(remote, seconds=0.2)
+        network.may_go_on.set()
+        assert all(future.result(WAIT_S).explained for future in asked)
+        with pytest.raises(InternalError, match="GRADCAM_ENGINE_POOL_BYTES"):
+            remote._pool.reserve(10_000, Deadline(WAIT_S))
+
+
+def test_blocks_of_different_sizes_never_overlap_and_all_become_free() -> None:
+    pool, random = PixelPool(1024 * 1024), np.random.default_rng(1)
+    blocks: list[tuple[Block, int]] = []
+    for number in range(2000):
+        if blocks and random.random() < 0.5:
+            block, value = blocks.pop(random.integers(len(blocks)))
+            assert (block.pixels((block.size - ALIGNMENT,)) == value).all()
+            block.release()
+        else:
+            with contextlib.suppress(JobTimeout):
+                block = pool.reserve(int(random.integers(1, 40_000)), Deadline(0.001))
+                block.pixels((block.size - ALIGNMENT,))[:] = number % 251
+                blocks.append((block, number % 251))
+    for block, _ in blocks:
+        block.release()
+    assert pool._free == [(HEADER_BYTES, pool.size - HEADER_BYTES)]
+
+
+def test_a_job_process_that_ends_leaves_nothing_behind(path: Path) -> None:
+    network = Blocking()
+    cache = ModelCache(lambda _: network, max_batch=1)
+    with engine(path, cache) as server, client(path) as other, ThreadPoolExecutor(4) as pool:
+        with client(path) as dying:
+            dying.connect(WAIT_S)
+            dying.load(ROW)
+            lost = [pool.submit(explain, dying) for _ in range(4)]
+            assert network.is_busy.wait(WAIT_S)
+            wait_for(lambda: sum(len(c.requests) for c in server._connections) == 4)
+        for future in lost:
+            with pytest.raises(InternalError, match="closed"):
+                future.result(WAIT_S)
+        wait_for(lambda: not server._connections)
+        network.may_go_on.set()
+        other.connect(WAIT_S)
+        assert explain(other).explained
+        assert server._expected() == 0
+    assert len(network.passes) <= 3, "what waited for the device was dropped"
+
+
+def test_a_job_process_that_stops_reading_delays_no_other(path: Path) -> None:
+    with engine(path, ModelCache(lambda _: TinyNetwork())) as server, client(path) as other:
+        stopped = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        stopped.connect(str(path))
+        pool = PixelPool(1024 * 1024)
+        hello = messages.encode(messages.Hello(__version__, 1, pool.size))
+        socket.send_fds(stopped, [b"".join(hello)], [pool.fd])
+        other.connect(WAIT_S)
+        wait_for(lambda: len(server._connections) == 2)
+        silent = next(c for c in server._connections if c.pid == 1)
+        for _ in range(40):  # far more than the system keeps for a socket
+            silent.send(messages.Failed(1, "internal", "x" * 1_000_000))
+        assert silent._unsent
+        stopped.sendall(b"".join(messages.encode(messages.Register("key", "{")))[:9])  # half a message
+        assert explain(other).explained
+        stopped.close()
+        wait_for(lambda: len(server._connections) == 1)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.1\r\n\r\n" * 10,
+        messages.LENGTHS.pack(2**31, 0),
+        messages.LENGTHS.pack(3, 0) + b"[9]",
+        messages.LENGTHS.pack(5, 0) + b"[[[[[",
+        b"".join(messages.encode(messages.Infer(1, "key", 0, 0, (-1,), ("gradcam",), False, False))),  # type: ignore[arg-type]
+        b"".join(messages.encode(messages.Hello(__version__, 1, 4096))),
+    ],
+    ids=["http", "huge", "no fields", "no json", "no hello", "no pool"],
+)
+def test_what_is_no_message_ends_its_connection_and_no_other(path: Path, sent: bytes) -> None:
+    with engine(path, ModelCache(lambda _: TinyNetwork())), client(path) as other:
+        other.connect(WAIT_S)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
+            stranger.settimeout(WAIT_S)
+            stranger.connect(str(path))
+            stranger.sendall(sent)
+            with contextlib.suppress(ConnectionResetError):
+                while stranger.recv(4096):
+                    pass
+        assert explain(other).explained
+
+
+def test_pixels_outside_the_pool_are_refused(path: Path) -> None:
+    with engine(path, ModelCache(lambda _: TinyNetwork())), client(path) as remote:
+        remote.connect(WAIT_S)
+        network = remote.load(ROW)
+        for offset in (0, remote._pool.size - 10, -5, 2**40):
+            with pytest.raises(GradcamError):
+                remote._ask(partial(score_at, network.key, offset), Deadline(WAIT_S))
+            assert explain(remote).explained
+
+
+def test_an_engine_of_another_version_is_refused_with_both_versions(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine(path, ModelCache(lambda _: TinyNetwork())), client(path) as remote:
+        monkeypatch.setattr(engine_client, "__version__", "0.0.1")
+        with pytest.raises(InvalidSettings, match=rf"version {__version__}, the job process 0.0.1"):
+            remote.connect(WAIT_S)
+
+
+def test_batches_wait_for_jobs_of_other_processes(path: Path) -> None:
+    network = Blocking()
+    network.may_go_on.set()
+    cache = ModelCache(lambda _: network, max_batch=2, wait_s=WAIT_S)
+    with engine(path, cache), client(path) as one, client(path) as two, ThreadPoolExecutor(1) as pool:
+        for remote in (one, two):
+            remote.connect(WAIT_S)
+            remote.load(ROW)
+        with two.reserve() as slot:
+            first = pool.submit(explain, one)
+            wait_for(lambda: len(one._requests) == 1)
+            slot.infer(two.load(ROW), RED, (-1, -2), GRADCAM, Deadline(WAIT_S))
+        assert first.result(WAIT_S).explained
+    assert network.passes == [2]

@@ -1,0 +1,574 @@
+"""The engine process as a job process sees it: see `gradcam_worker.inference.client.InferenceClient`.
+
+If the engine ends, its successor gets all requests that were not answered. One that was at the device when an
+engine ended is suspected: it is sent to run alone. If the engine ends again meanwhile, the request fails.
+"""
+
+import hashlib
+import itertools
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+from gradcam_worker import __version__
+from gradcam_worker.errors import (
+    GradcamError,
+    InternalError,
+    InvalidSettings,
+    NetworkCrashed,
+    error_class,
+)
+from gradcam_worker.gradcam.catalog import NetworkRow
+from gradcam_worker.gradcam.classes import ClassIndex
+from gradcam_worker.gradcam.explain import Explanation, extract_explanation
+from gradcam_worker.gradcam.faithfulness import measure
+from gradcam_worker.gradcam.network import Computed, Method, NetworkFacts
+from gradcam_worker.inference import messages
+from gradcam_worker.inference.messages import (
+    Cancel,
+    Failed,
+    Hello,
+    Infer,
+    Load,
+    Loaded,
+    Message,
+    Receiver,
+    Register,
+    Results,
+    Score,
+    Scored,
+    State,
+    Welcome,
+)
+from gradcam_worker.inference.model_cache import choose_shard_batch_size, extract_each
+from gradcam_worker.inference.pixel_pool import Block, PixelPool
+from gradcam_worker.inference.request import InferenceResult
+from gradcam_worker.resilience.deadline import Deadline
+from gradcam_worker.resilience.retry import RetryPolicy
+from gradcam_worker.text.log_events import EventLogger
+
+log = EventLogger("gradcam")
+
+ROW = TypeAdapter(NetworkRow)
+FACTS = TypeAdapter(NetworkFacts)
+LABELS = TypeAdapter(ClassIndex)
+RECONNECT = RetryPolicy(first_s=0.05, max_s=0.5)
+RECEIVE_BYTES = 1024 * 1024
+SEND_BUFFER_BYTES = 1024 * 1024
+SEND_TIMEOUT_S = 5  # of one message: a hung engine reads none, and its supervisor replaces it
+WAITING_FOR_ENGINE = "waiting for the engine process"
+MAX_LOSSES = 10  # of the connection, before a request that never reached the device fails
+READY_POLL_INTERVAL_S = 0.1
+NO_BLOCK = -1
+
+
+@dataclass(frozen=True)
+class RemoteNetwork:
+    """A network that an engine process has loaded."""
+
+    key: str
+    row: NetworkRow = field(repr=False)
+    facts: NetworkFacts
+    labels: ClassIndex = field(repr=False)
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request that the engine has not answered."""
+
+    message: Infer | Score | Load
+    deadline: Deadline
+    block: Block | None = None
+    sent_s: float = field(default_factory=time.monotonic)
+    done: threading.Event = field(default_factory=threading.Event)
+    answer: Any = None
+    error: GradcamError | None = None
+    losses: int = 0  # number of connections that ended before it was answered
+    is_abandoned: bool = False  # nobody waits for it; its block is released when it is answered
+
+    def complete(self, answer: Any = None, error: GradcamError | None = None) -> None:
+        """Set the answer, and wake the thread that waits for it."""
+        self.answer, self.error = answer, error
+        if self.block:
+            self.block.release()
+        self.done.set()
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """The results of one request."""
+
+    computed: Computed
+    waited_s: float
+    computed_s: float
+    batch_size: int
+
+
+class EngineClient:
+    """Sends requests to the engine process, and waits for the answers."""
+
+    def __init__(self, path: Path, *, pool_bytes: int) -> None:
+        """Connect to nothing yet.
+
+        Args:
+            path: The socket of the engine.
+            pool_bytes: Size of the memory for pixels that is shared with the engine.
+        """
+        self._path = path
+        self._pool = PixelPool(pool_bytes)
+        self._requests: dict[int, _Request] = {}
+        self._numbers = itertools.count(1)
+        self._slots = 0  # reserved, and not yet used
+        self._networks: dict[str, RemoteNetwork] = {}  # by name: the latest version
+        self._rows: dict[str, str] = {}  # JSON by key, of all networks that were registered
+        self._stream: socket.socket | None = None
+        self._lock = threading.RLock()  # guards all of these
+        self._connected = threading.Event()
+        self._welcome: Welcome | None = None
+        self._state = State(None, None, 0, 0.0)
+        self._fatal: str | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self.resent = 0  # number of requests that were sent again to another engine
+
+    def connect(self, timeout_s: float) -> Welcome:
+        """Start the thread that reads the answers; wait until the engine has answered.
+
+        Args:
+            timeout_s: How long to wait for the engine.
+
+        Returns:
+            What the engine says about itself.
+
+        Raises:
+            InvalidSettings: The engine is of another version.
+            InternalError: It does not answer.
+        """
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="engine-client", daemon=True)
+                self._thread.start()
+        answered = self._connected.wait(timeout_s)
+        if self._fatal:
+            raise InvalidSettings(self._fatal)
+        if not answered or self._welcome is None:
+            message = f"The engine process at {self._path} has not answered for {timeout_s:g} s."
+            raise InternalError(message)
+        return self._welcome
+
+    def close(self) -> None:
+        """End the connection. Requests that are not answered fail."""
+        self._closed = True
+        self._disconnect()
+        self._fail_all("the connection to the engine process was closed")
+
+    @property
+    def not_ready(self) -> str | None:
+        """Why no job should be taken yet; None if the engine is reachable and warm."""
+        if not self._connected.is_set():
+            return "the engine process does not answer"
+        return self._state.not_ready
+
+    def wait_until_ready(self) -> None:
+        """Wait until the engine has loaded the networks that it is to load first."""
+        while self.not_ready:
+            time.sleep(READY_POLL_INTERVAL_S)
+
+    @property
+    def failure(self) -> str | None:
+        """None: a hung engine is replaced by the supervisor, not this process."""
+        return None
+
+    @property
+    def count(self) -> int:
+        """See `InferenceClient.count`."""
+        return self._state.networks
+
+    @property
+    def mean_batch_size(self) -> float:
+        """See `InferenceClient.mean_batch_size`."""
+        return self._state.mean_batch_size
+
+    @property
+    def device(self) -> str:
+        """The name of the engine's device."""
+        return self._welcome.device if self._welcome else ""
+
+    def load(self, row: NetworkRow) -> RemoteNetwork:
+        """See `InferenceClient.load`."""
+        with self._lock:
+            network = self._networks.get(row.name)
+        if network and (network.row is row or network.row == row):
+            return network
+        key, deadline = self._register(row), Deadline(float("inf"))
+        loaded: Loaded = self._ask(lambda number, _: Load(number, key), deadline)
+        network = RemoteNetwork(
+            key, row, FACTS.validate_json(loaded.facts), LABELS.validate_json(loaded.labels)
+        )
+        with self._lock:
+            self._networks[row.name] = network
+        return network
+
+    def _register(self, row: NetworkRow) -> str:
+        text = ROW.dump_json(row).decode()
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        with self._lock:
+            if key not in self._rows:
+                self._rows[key] = text
+                self._send(Register(key, text))
+        return key
+
+    @contextmanager
+    def reserve(self) -> Iterator["EngineSlot"]:
+        """See `InferenceClient.reserve`."""
+        slot = EngineSlot(self)
+        with self._lock:
+            self._slots += 1
+            self._pool.announce(1)
+        try:
+            yield slot
+        finally:
+            slot.close()
+
+    def slot_closed(self, *, is_used: bool) -> None:
+        """Note that a slot was used for its request, or will not be."""
+        with self._lock:
+            self._slots -= 1
+            if not is_used:
+                self._pool.announce(-1)
+
+    def shard_batch_size(self, network: RemoteNetwork) -> int:
+        """See `InferenceClient.shard_batch_size`."""
+        welcome = self._welcome
+        max_batch, on_gpu = (welcome.max_batch, welcome.on_gpu) if welcome else (0, False)
+        return choose_shard_batch_size(network.facts, max_batch, on_gpu=on_gpu)
+
+    def infer(
+        self,
+        network: RemoteNetwork,
+        pixels: NDArray[np.uint8],
+        classes: Sequence[int],
+        method: Method,
+        deadline: Deadline,
+        *,
+        bulk: bool = False,
+        submitted: Callable[[], None] = lambda: None,
+    ) -> InferenceResult:
+        """Explain one image: see `ReservedSlot.infer`."""
+        classes = tuple(classes)
+        answer: _Answer = self._ask(
+            lambda number, offset: Infer(
+                number, network.key, offset, 0, classes, _fields(method), bulk, alone=False
+            ),
+            deadline,
+            pixels,
+            submitted,
+        )
+        explanation = extract_explanation(network, answer.computed, 0, classes, method.normalize)
+        return InferenceResult(explanation, answer.waited_s, answer.computed_s, answer.batch_size)
+
+    def infer_many(
+        self,
+        network: RemoteNetwork,
+        pixels: NDArray[np.uint8],
+        classes: Sequence[int],
+        method: Method,
+        deadline: Deadline,
+    ) -> list[Explanation | GradcamError]:
+        """See `InferenceClient.infer_many`."""
+        classes = tuple(classes)
+        answer: _Answer = self._ask(
+            lambda number, offset: Infer(
+                number,
+                network.key,
+                offset,
+                len(pixels),
+                classes,
+                _fields(method),
+                bulk=True,
+                alone=False,
+            ),
+            deadline,
+            pixels,
+        )
+        return extract_each(network, answer.computed, classes, method.normalize)
+
+    def measure(
+        self,
+        network: RemoteNetwork,
+        pixels: NDArray[np.uint8],
+        explanation: Explanation,
+        metrics: Sequence[str],
+        deadline: Deadline,
+        *,
+        bulk: bool = False,
+    ) -> Explanation:
+        """See `InferenceClient.measure`."""
+
+        def score(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            scores: NDArray[np.float32] = self._ask(
+                lambda number, offset: Score(number, network.key, offset, len(images), bulk, alone=False),
+                deadline,
+                images,
+            )
+            return scores
+
+        return replace(explanation, metrics=tuple(measure(score, pixels, explanation, metrics)))
+
+    def _ask(
+        self,
+        make: Callable[[int, int], Infer | Score | Load],
+        deadline: Deadline,
+        pixels: NDArray[np.uint8] | None = None,
+        submitted: Callable[[], None] = lambda: None,
+    ) -> Any:
+        """Send a request and wait for its answer.
+
+        Args:
+            make: Makes the message from its number and the offset of its pixels.
+            deadline: The job's deadline.
+            pixels: Copied into the shared memory.
+            submitted: Called when the request is sent, or will be when there is an engine.
+
+        Raises:
+            JobTimeout: The deadline passed.
+            GradcamError: The engine answered with this error.
+        """
+        deadline.check(WAITING_FOR_ENGINE)
+        block = None
+        if pixels is not None:
+            block = self._pool.reserve(pixels.nbytes, deadline)
+            block.pixels(pixels.shape)[...] = pixels
+        number = next(self._numbers)
+        request = _Request(make(number, block.offset if block else NO_BLOCK), deadline, block)
+        with self._lock:
+            if self._closed:
+                request.complete(error=InternalError("The connection to the engine process was closed."))
+            else:
+                self._requests[number] = request
+                self._send(request.message)
+                submitted()
+        while not request.done.wait(_wait_s(deadline)) and deadline.left_s():
+            pass  # the deadline was extended
+        if not request.done.is_set():
+            with self._lock:
+                if number in self._requests:  # its block is read until the engine answers
+                    request.is_abandoned = True
+                    self._send(Cancel(number))
+            deadline.check(WAITING_FOR_ENGINE)
+            request.done.wait(0)
+        if request.error is not None:
+            raise request.error
+        return request.answer
+
+    def _send(self, message: Message) -> None:
+        """Send a message if there is a connection. If not, it is sent when there is one."""
+        stream = self._stream
+        if stream is None:
+            return
+        try:
+            stream.sendall(b"".join(messages.encode(message)))
+        except OSError:  # the reading thread connects again, and sends all requests again
+            with suppress(OSError):
+                stream.shutdown(socket.SHUT_RDWR)
+
+    def _run(self) -> None:
+        """Connect, read until the engine ends, and so on."""
+        failures = 0
+        while not self._closed:
+            try:
+                stream = self._open()
+            except OSError:
+                failures += 1
+                time.sleep(RECONNECT.pause_s(failures))
+                continue
+            failures = 0
+            try:
+                with stream:
+                    self._read(stream)
+            except Exception as error:  # noqa: BLE001  # this thread must go on
+                log.warning("engine_connection_broken", error=error)
+            self._disconnect()
+            if self._fatal:
+                self._fail_all(self._fatal)
+                return
+            self._suspect()
+            time.sleep(RECONNECT.first_s)
+
+    def _open(self) -> socket.socket:
+        """Connect, and send `Hello` with the pool."""
+        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            stream.connect(str(self._path))
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+            timeout = SEND_TIMEOUT_S.to_bytes(8, "little") + bytes(8)  # struct timeval
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+            hello = b"".join(messages.encode(Hello(__version__, os.getpid(), self._pool.size)))
+            socket.send_fds(stream, [hello], [self._pool.fd])
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def _read(self, stream: socket.socket) -> None:
+        receiver = Receiver()
+        while data := stream.recv(RECEIVE_BYTES):
+            for message, body in receiver.feed(data):
+                self._handle(stream, message, body)
+                if self._fatal:
+                    return
+
+    def _handle(self, stream: socket.socket, message: Message, body: memoryview) -> None:
+        if isinstance(message, Results):
+            self._distribute(message, body)
+        elif isinstance(message, Scored):
+            self._complete(message.request, messages.split_body(message.arrays, body)[0])
+        elif isinstance(message, Loaded):
+            self._complete(message.request, message)
+        elif isinstance(message, Failed):
+            self._complete(message.request, error=error_class(message.code)(message.detail))
+        elif isinstance(message, State):
+            self._state = message
+        elif isinstance(message, Welcome):
+            self._welcomed(stream, message)
+        else:
+            text = f"{type(message).__name__} was received from the engine process."
+            raise messages.BrokenMessage(text)
+
+    def _welcomed(self, stream: socket.socket, welcome: Welcome) -> None:
+        """Send what a new engine does not know: networks, and requests without an answer."""
+        if welcome.error:
+            self._fatal = welcome.error
+            self._connected.set()
+            return
+        with self._lock:
+            self._welcome = welcome
+            self._state = replace(self._state, not_ready=welcome.not_ready)
+            self._stream = stream
+            announced = [request for request in self._requests.values() if _is_announced(request.message)]
+            self._pool.announced = self._slots + len(announced)
+            for key, row in self._rows.items():
+                self._send(Register(key, row))
+            for request in self._requests.values():
+                self._send(request.message)
+        self._connected.set()
+        log.info("engine_connected", pid=welcome.pid, device=welcome.device)
+
+    def _disconnect(self) -> None:
+        with self._lock:
+            stream, self._stream = self._stream, None
+            self._connected.clear()
+        if stream:
+            with suppress(OSError):
+                stream.shutdown(socket.SHUT_RDWR)
+
+    def _suspect(self) -> None:
+        """After the end of an engine: prepare the requests that it did not answer for its successor."""
+        with self._lock:
+            waiting = [*self._requests.items()]
+            for number, request in waiting:
+                message = request.message
+                at_device = request.block is not None and request.block.is_at_device
+                request.losses += 1
+                if request.losses >= MAX_LOSSES:
+                    text = f"The connection to the engine process was lost {request.losses} times."
+                    self._complete(number, error=InternalError(text))
+                elif request.is_abandoned:
+                    self._complete(number, error=InternalError("Nobody waits for this request."))
+                elif at_device and not isinstance(message, Load):
+                    if message.alone:
+                        text = (
+                            "The engine process ended twice while it computed this image: "
+                            "the second time nothing else was computed."
+                        )
+                        self._complete(number, error=NetworkCrashed(text))
+                    else:
+                        request.message = replace(message, alone=True)
+                        self.resent += 1
+                else:
+                    self.resent += 1
+                if request.block:
+                    self._pool.memory[request.block.offset] = 0
+        if waiting:
+            log.warning("engine_lost", requests=len(waiting), reason="they are sent to its successor")
+
+    def _fail_all(self, reason: str) -> None:
+        with self._lock:
+            for number in [*self._requests]:
+                self._complete(number, error=InternalError(f"No answer: {reason}."))
+
+    def _distribute(self, results: Results, body: memoryview) -> None:
+        """Complete the requests of a batch."""
+        arrays = messages.split_body(results.arrays, body)
+        scores, class_ids, raw = arrays[:3]
+        outputs = arrays[3] if len(arrays) > 3 else None  # noqa: PLR2004  # the fourth
+        first = 0
+        for number, images, waited_s in zip(results.requests, results.images, results.waited_s, strict=True):
+            rows = slice(first, first + images)
+            first += images
+            computed = Computed(
+                results.layer,
+                scores[rows],
+                class_ids[rows],
+                raw[rows],
+                None if outputs is None else outputs[rows],
+            )
+            self._complete(number, _Answer(computed, waited_s, results.computed_s, results.batch_size))
+
+    def _complete(self, number: int, answer: Any = None, error: GradcamError | None = None) -> None:
+        with self._lock:
+            request = self._requests.pop(number, None)
+        if request:
+            request.complete(answer, error)
+
+
+class EngineSlot:
+    """A job that will submit one image: batches wait for it a short time."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self._client, self._is_closed = client, False
+
+    def close(self, *, is_used: bool = False) -> None:
+        """Note that no request will be sent, or that it was."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._client.slot_closed(is_used=is_used)
+
+    def infer(
+        self,
+        network: RemoteNetwork,
+        pixels: NDArray[np.uint8],
+        classes: Sequence[int],
+        method: Method,
+        deadline: Deadline,
+        *,
+        bulk: bool = False,
+    ) -> InferenceResult:
+        """See `ReservedSlot.infer`."""
+        return self._client.infer(
+            network, pixels, classes, method, deadline, bulk=bulk, submitted=partial(self.close, is_used=True)
+        )
+
+
+def _is_announced(message: Message) -> bool:
+    """Whether the engine expects the message, because a slot was reserved for it."""
+    return isinstance(message, Infer) and not message.images
+
+
+def _fields(method: Method) -> tuple[str, str | None, str, str, bool]:
+    return method.name, method.layer, method.score, method.normalize, method.flip
+
+
+def _wait_s(deadline: Deadline) -> float:
+    return min(deadline.left_s(), threading.TIMEOUT_MAX)

@@ -1,0 +1,178 @@
+"""Memory that a job process shares with the engine process, for the pixels of its requests.
+
+    | header: number of announced requests | block: state, pixels | block: state, pixels | free ...
+
+The job process makes the memory (an anonymous file, `memfd_create`) and is the only one that reserves blocks
+in it; it sends the file descriptor to the engine. So no lock is shared, and the memory is freed by the system
+when both processes have closed it, however they end. If there is no room, `reserve` waits: that is the
+back-pressure.
+"""
+
+import fcntl
+import mmap
+import os
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradcam_worker.errors import InternalError
+from gradcam_worker.resilience.deadline import Deadline
+
+HEADER_BYTES = 4096
+ALIGNMENT = 64  # of blocks, and size of the state before the pixels
+WAITING, AT_DEVICE = 0, 1  # states of a request
+WAITING_FOR_MEMORY = "waiting for shared memory"
+
+
+@dataclass(eq=False)
+class Block:
+    """A part of the pool: the pixels of one request."""
+
+    offset: int  # of its state; the pixels follow after ALIGNMENT bytes
+    size: int  # with its state
+    pool: "PixelPool" = field(repr=False)
+
+    def pixels(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Return its memory as an array of this shape."""
+        return np.ndarray(shape, np.uint8, self.pool.memory, self.offset + ALIGNMENT)
+
+    @property
+    def is_at_device(self) -> bool:
+        """Whether the engine has started to compute the request and has not finished it."""
+        return self.pool.memory[self.offset] == AT_DEVICE
+
+    def release(self) -> None:
+        """Make its memory free. The engine must not read it any more."""
+        self.pool.release(self)
+
+
+class PixelPool:
+    """The pool of a job process."""
+
+    def __init__(self, size: int) -> None:
+        """Make the memory. Pages that were never used take no memory.
+
+        Args:
+            size: In bytes.
+        """
+        self.size = size
+        self.fd = os.memfd_create("gradcam-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, size)
+        # The engine would be killed by a read beyond the end of the file.
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self.memory = mmap.mmap(self.fd, size)
+        self._announced = np.ndarray((1,), np.int64, self.memory)
+        self._free = [(HEADER_BYTES, size - HEADER_BYTES)]  # (offset, size), by offset; neighbours are joined
+        self._changed = threading.Condition()
+
+    @property
+    def announced(self) -> int:
+        """Number of requests that were announced on this connection; the engine has received some of them."""
+        return int(self._announced[0])
+
+    @announced.setter
+    def announced(self, count: int) -> None:
+        self._announced[0] = count
+
+    def announce(self, change: int) -> None:
+        """Change the number of announced requests. Not thread-safe: the client has a lock."""
+        self._announced[0] += change
+
+    def reserve(self, pixel_bytes: int, deadline: Deadline) -> Block:
+        """Reserve memory for the pixels of a request; wait until there is room.
+
+        Args:
+            pixel_bytes: Number of bytes.
+            deadline: The job's deadline.
+
+        Raises:
+            InternalError: The whole pool is smaller.
+            JobTimeout: The deadline passed.
+        """
+        size = ALIGNMENT + -(-pixel_bytes // ALIGNMENT) * ALIGNMENT
+        if size > self.size - HEADER_BYTES:
+            message = (
+                f"A request of {pixel_bytes} bytes of pixels does not fit into the shared memory of "
+                f"{self.size} bytes: set GRADCAM_ENGINE_POOL_BYTES."
+            )
+            raise InternalError(message)
+        with self._changed:
+            while (offset := self._take(size)) is None:
+                deadline.check(WAITING_FOR_MEMORY)
+                self._changed.wait(min(deadline.left_s(), 1.0))  # the deadline may be cancelled meanwhile
+        self.memory[offset] = WAITING
+        return Block(offset, size, self)
+
+    def _take(self, size: int) -> int | None:
+        """Take memory from the first free part that is large enough; return its offset."""
+        for index, (offset, free) in enumerate(self._free):
+            if free >= size:
+                self._free[index : index + 1] = [(offset + size, free - size)] if free > size else []
+                return offset
+        return None
+
+    def release(self, block: Block) -> None:
+        """See `Block.release`."""
+        with self._changed:
+            merged: list[tuple[int, int]] = []
+            for offset, size in sorted([*self._free, (block.offset, block.size)]):
+                if merged and sum(merged[-1]) == offset:
+                    merged[-1] = merged[-1][0], merged[-1][1] + size
+                else:
+                    merged.append((offset, size))
+            self._free = merged
+            self._changed.notify_all()
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that are not reserved."""
+        with self._changed:
+            return sum(size for _, size in self._free)
+
+
+class MappedPool:
+    """The pool of a job process, in the engine process."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        """Map the memory, and close the file descriptor.
+
+        Raises:
+            InternalError: The file has another size, or could shrink.
+        """
+        try:
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+            if os.fstat(fd).st_size != size or size < HEADER_BYTES or not seals & fcntl.F_SEAL_SHRINK:
+                message = f"The file of a pool of {size} bytes has {os.fstat(fd).st_size}, or can shrink."
+                raise InternalError(message)
+            self.memory = mmap.mmap(fd, size)
+        finally:
+            os.close(fd)
+        self.size = size
+        self._announced = np.ndarray((1,), np.int64, self.memory)
+
+    @property
+    def announced(self) -> int:
+        """See `PixelPool.announced`."""
+        return int(self._announced[0])
+
+    def pixels(self, offset: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Return the pixels of a block.
+
+        Args:
+            offset: Of the block.
+            shape: Of the pixels.
+
+        Raises:
+            InternalError: They are not inside the pool.
+        """
+        end = offset + ALIGNMENT + int(np.prod(shape, dtype=np.int64))
+        if not HEADER_BYTES <= offset < end <= self.size:
+            message = f"Pixels {shape} at {offset} are not inside a pool of {self.size} bytes."
+            raise InternalError(message)
+        return np.ndarray(shape, np.uint8, self.memory, offset + ALIGNMENT)
+
+    def mark(self, offset: int, state: int) -> None:
+        """Note in the block at `offset` whether its request is at the device: it outlives the engine."""
+        self.memory[offset] = state

@@ -1,0 +1,99 @@
+"""The engine process: owns the device and the networks, and serves job processes.
+
+It is the only process of a worker that imports the backend (TensorFlow). Here it is set up, watched and
+ended; `gradcam_worker.inference.engine_server` serves.
+"""
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+from gradcam_worker.errors import GradcamError, InvalidSettings
+from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
+from gradcam_worker.observability.logs import configure_logging
+from gradcam_worker.resilience.background_loop import BackgroundLoop
+from gradcam_worker.resilience.budget import limit_memory
+from gradcam_worker.runtime import background, parent_watch, preflight, service_factory
+from gradcam_worker.runtime.liveness import REPORT_INTERVAL_S
+from gradcam_worker.runtime.preloading import preload
+from gradcam_worker.runtime.telemetry import Telemetry
+from gradcam_worker.settings import Settings
+from gradcam_worker.text.log_events import EventLogger
+
+log = EventLogger("gradcam")
+
+STOP_TIMEOUT_S = 10.0  # for a device that does not finish its batch
+
+
+def run(settings: Settings, ready_fd: int, *, load: service_factory.Load | None = None) -> int:
+    """Serve job processes until SIGTERM, or until the supervisor has ended.
+
+    Args:
+        settings: Of this process; `engine_socket` is where it listens.
+        ready_fd: The file descriptor for signs of life, see `gradcam_worker.runtime.liveness`.
+        load: Loads a network, instead of `service_factory.load`.
+
+    Returns:
+        The exit code: EX_CONFIG for wrong settings, since then a restart is of no use.
+    """
+    configure_logging(settings.log_format, settings.log_level)
+    parent_watch.on_parent_exit(lambda: os._exit(1))  # nothing here has to be saved
+    try:
+        _serve(settings, ready_fd, load)
+    except GradcamError as error:
+        log.error("engine_failed", error=error)  # noqa: TRY400  # the error's sentence is enough
+        return os.EX_CONFIG if isinstance(error, InvalidSettings) else 1
+    return 0
+
+
+def _serve(settings: Settings, ready_fd: int, load: service_factory.Load | None) -> None:
+    limit_memory(settings.memory_bytes)
+    telemetry = Telemetry(settings)
+    model_cache = service_factory.build_model_cache(settings, load, telemetry.observer)
+    service_factory.prepare(settings)
+    device = preflight.check_device(settings)
+    facts = EngineFacts(device, on_gpu=service_factory.on_gpu(), max_batch=settings.max_batch)
+    not_ready: list[str] = ["the networks of GRADCAM_PRELOAD are not loaded yet"]
+    server = EngineServer(
+        model_cache,
+        Path(str(settings.engine_socket)),
+        facts,
+        not_ready=lambda: not_ready[0] if not_ready else None,
+    )
+    failures: list[GradcamError] = []
+
+    def load_first() -> None:
+        try:
+            preload(settings, model_cache, telemetry.health)
+            not_ready.clear()
+            telemetry.ready()
+        except GradcamError as error:
+            failures.append(error)
+            server.stop()
+
+    def report() -> None:
+        if not server.unhealthy_reason():
+            os.write(ready_fd, b"1")
+
+    def stop(*_: object) -> None:
+        timer = threading.Timer(
+            STOP_TIMEOUT_S, os._exit, [0]
+        )  # the device hangs: its requests are sent again
+        timer.daemon = True
+        timer.start()
+        server.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    telemetry.health.live["engine"] = server.unhealthy_reason
+    loops = background.start([BackgroundLoop("liveness", report, REPORT_INTERVAL_S, immediately=True)])
+    threading.Thread(target=load_first, name="preload", daemon=True).start()
+    telemetry.started()
+    log.info("engine_started", device=device, socket=settings.engine_socket)
+    server.serve()
+    telemetry.stopping()
+    background.stop(loops)
+    if failures:
+        raise failures[0]
+    log.info("engine_stopped")
