@@ -32,6 +32,7 @@ class Attack:
 
 ATTACKS = {
     "kill": Attack(8, 200, "kills"),
+    "engine": Attack(1, 10, "faults of each kind"),
     "recovery": Attack(1, 4, "kills, with the default settings"),
     "failover": Attack(2, 5, "failovers"),
     "servers": Attack(1, 15, "seconds of each fault"),
