@@ -234,7 +234,14 @@ def test_a_tilde_in_a_path_is_the_users_home(
 
 
 def test_the_paths_of_the_settings_are_known() -> None:
-    assert FOLDERS_AND_FILES == ["redis_ca", "image_roots", "networks", "cache_dir", "weights_dir"]
+    assert FOLDERS_AND_FILES == [
+        "redis_ca",
+        "image_roots",
+        "networks",
+        "cache_dir",
+        "weights_dir",
+        "engine_socket",
+    ]
 
 
 @pytest.mark.parametrize(
