@@ -106,8 +106,8 @@ class _Request:
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """The results of one request."""
+class Answer:
+    """The results of one request: `computed` holds its images alone."""
 
     computed: Computed
     waited_s: float
@@ -254,6 +254,28 @@ class EngineClient:
         max_batch, on_gpu = (welcome.max_batch, welcome.on_gpu) if welcome else (0, False)
         return choose_shard_batch_size(network.facts, max_batch, on_gpu=on_gpu)
 
+    def compute(
+        self,
+        network: RemoteNetwork,
+        pixels: NDArray[np.uint8],
+        classes: tuple[int, ...],
+        method: Method,
+        deadline: Deadline,
+        *,
+        bulk: bool = False,
+        submitted: Callable[[], None] = lambda: None,
+    ) -> Answer:
+        """Compute scores and heatmaps of one image, in a batch with others: see `ReservedSlot.infer`."""
+        answer: Answer = self._ask(
+            lambda number, offset: Infer(
+                number, network.key, offset, 0, classes, _fields(method), bulk, alone=False
+            ),
+            deadline,
+            pixels,
+            submitted,
+        )
+        return answer
+
     def infer(
         self,
         network: RemoteNetwork,
@@ -266,16 +288,9 @@ class EngineClient:
         submitted: Callable[[], None] = lambda: None,
     ) -> InferenceResult:
         """Explain one image: see `ReservedSlot.infer`."""
-        classes = tuple(classes)
-        answer: _Answer = self._ask(
-            lambda number, offset: Infer(
-                number, network.key, offset, 0, classes, _fields(method), bulk, alone=False
-            ),
-            deadline,
-            pixels,
-            submitted,
-        )
-        explanation = extract_explanation(network, answer.computed, 0, classes, method.normalize)
+        wanted = tuple(classes)
+        answer = self.compute(network, pixels, wanted, method, deadline, bulk=bulk, submitted=submitted)
+        explanation = extract_explanation(network, answer.computed, 0, wanted, method.normalize)
         return InferenceResult(explanation, answer.waited_s, answer.computed_s, answer.batch_size)
 
     def infer_many(
@@ -288,7 +303,7 @@ class EngineClient:
     ) -> list[Explanation | GradcamError]:
         """See `InferenceClient.infer_many`."""
         classes = tuple(classes)
-        answer: _Answer = self._ask(
+        answer: Answer = self._ask(
             lambda number, offset: Infer(
                 number,
                 network.key,
@@ -524,7 +539,7 @@ class EngineClient:
                 raw[rows],
                 None if outputs is None else outputs[rows],
             )
-            self._complete(number, _Answer(computed, waited_s, results.computed_s, results.batch_size))
+            self._complete(number, Answer(computed, waited_s, results.computed_s, results.batch_size))
 
     def _complete(self, number: int, answer: Any = None, error: GradcamError | None = None) -> None:
         with self._lock:

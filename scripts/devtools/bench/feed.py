@@ -1,0 +1,228 @@
+"""How fast job processes feed an engine process, through the border between them: a Unix socket and shared
+memory. Networks are simulated, on request also the device and what a job costs besides; nothing is stored.
+
+* border: pixels of 224 x 224 x 3 for a network that costs nothing;
+* cores: each image is also decoded, fitted, drawn and encoded, so that the cores are what limits;
+* sleeping: that work is simulated by sleeping, so that many job processes fit on few cores, and the device
+  takes 25 ms for 32 images.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from devtools.bench.report import Figures, Requirement, at_least, plain, table
+from devtools.bench.simulated_network import Passes, SimulatedNetwork
+from gradcam_worker.gradcam.catalog import CATALOG
+from gradcam_worker.gradcam.classes import DATA
+from gradcam_worker.gradcam.decoding.decode import decode
+from gradcam_worker.gradcam.imaging.overlay import OverlayBase, encode
+from gradcam_worker.gradcam.imaging.resize import fit
+from gradcam_worker.gradcam.network import GRADCAM
+from gradcam_worker.inference.engine_client import EngineClient
+from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
+from gradcam_worker.inference.model_cache import ModelCache
+from gradcam_worker.resilience.deadline import Deadline
+
+TITLE = "Feeding"
+PACKAGES = ("numpy", "opencv-python-headless")
+ROW = CATALOG["efficientnet_lite0"]  # it stands for whatever is simulated
+CLASSES = (-1, -2, -3)
+BATCH = 32
+POOL_BYTES = 64 * 1024 * 1024
+THREADS = {"border": 64, "cores": 4, "sleeping": 8}  # of a job process
+SLEEP_S = 0.064  # so a job process brings 125 images a second, and ten keep the device busy
+SLEEPERS = (1, 2, 4, 8, 16)
+START_S = 60.0
+SECONDS, QUICK_SECONDS = 6.0, 2.0  # of one measurement
+HEIGHT = WIDTH = 224
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+DEVICE_LIMIT = BATCH / 0.025  # images a second
+
+REQUIRED_IMAGES_PER_S = 8000
+REQUIRED_BATCH = 32
+REQUIRED_SCALING_TWO = 1.85
+REQUIRED_LINEAR = 0.95
+REQUIRED_BUSY = 0.90
+UNTIL_BUSY = 0.92  # of the device: more job processes cannot bring more
+
+
+def serve(path: Path, network: str, passes: Path) -> None:
+    """Run an engine process."""
+    written = Passes(passes) if network == "gpu_time" else None
+    cache = ModelCache(lambda _: SimulatedNetwork(network, written), max_batch=BATCH)
+    EngineServer(cache, path, EngineFacts("simulated", on_gpu=True, max_batch=BATCH)).serve()
+
+
+def feed(path: Path, work: str, ready: Any, begin: Any, end: Any, counts: Any, number: int) -> None:
+    """Run a job process: its threads work and ask until `end` is set, and count their answers."""
+    client = EngineClient(path, pool_bytes=POOL_BYTES)
+    client.connect(START_S)
+    network, deadline = client.load(ROW), Deadline(3600)
+    photo = (DATA / "photos" / "coffee.jpg").read_bytes()
+    same = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    done = [0] * THREADS[work]
+
+    def run(index: int) -> None:
+        while not end.is_set():
+            pixels = same
+            if work == "sleeping":
+                time.sleep(SLEEP_S)
+            elif work == "cores":
+                decoded = decode(photo).pixels
+                pixels = fit(decoded, (HEIGHT, WIDTH))
+            with client.reserve() as slot:
+                if work == "border":
+                    client.compute(network, pixels, CLASSES, GRADCAM, deadline)
+                else:
+                    explanation = slot.infer(network, pixels, CLASSES, GRADCAM, deadline).explanation
+            if work == "cores":
+                base = OverlayBase(decoded, bgr=True)
+                for heatmap in explanation.shown:
+                    encode(base.draw(heatmap))
+            done[index] += 1
+            counts[number] = sum(done)
+
+    threads = [threading.Thread(target=run, args=[index], daemon=True) for index in range(len(done))]
+    ready.release()
+    begin.wait()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@contextmanager
+def started(context: Any, target: Any, *arguments: Any) -> Iterator[Any]:
+    """Run a process until the end of the block."""
+    process = context.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def cpu_s(pid: int) -> float:
+    """The processor time of a process until now."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+
+
+def measure_feed(work: str, count: int, network: str, seconds: float) -> dict[str, float]:
+    """Let `count` job processes feed an engine process; return what it computed."""
+    context = multiprocessing.get_context("spawn")
+    ready, begin, end = context.Semaphore(0), context.Event(), context.Event()
+    counts = context.Array("q", count, lock=False)
+    with tempfile.TemporaryDirectory() as folder:
+        path, passes = Path(folder) / "engine", Path(folder) / "passes"
+        with started(context, serve, path, network, passes) as engine:
+            feeders = [
+                context.Process(
+                    target=feed, args=(path, work, ready, begin, end, counts, number), daemon=True
+                )
+                for number in range(count)
+            ]
+            try:
+                for feeder in feeders:
+                    feeder.start()
+                for _ in feeders:
+                    if not ready.acquire(timeout=START_S):
+                        message = f"A job process was not ready within {START_S:g} s."
+                        raise TimeoutError(message)
+                begin.set()
+                time.sleep(seconds / 4)  # until all threads have begun
+                before, engine_before, begun_s = sum(counts), cpu_s(engine.pid), time.time()
+                time.sleep(seconds)
+                after, engine_after, ended_s = sum(counts), cpu_s(engine.pid), time.time()
+                end.set()
+                for feeder in feeders:
+                    feeder.join(START_S)
+            finally:
+                for feeder in feeders:
+                    feeder.kill()
+        images, took_s = after - before, ended_s - begun_s
+        figures = {
+            "images_per_s": images / took_s,
+            "engine_us": 1e6 * (engine_after - engine_before) / images,
+        }
+        if passes.exists():
+            sizes, busy_s = Passes.between(passes, begun_s, ended_s)
+            figures["busy"] = busy_s / took_s
+            figures["batch"] = sum(size * number for size, number in sizes.items()) / max(
+                sum(sizes.values()), 1
+            )
+        return figures
+
+
+def measure(*, quick: bool) -> dict[str, Any]:
+    """All of it. Cases that are compared take turns."""
+    seconds = QUICK_SECONDS if quick else SECONDS
+    border = {count: measure_feed("border", count, "no_time", seconds) for count in (1, 2)}
+    turns = [
+        {count: measure_feed("cores", count, "no_time", seconds) for count in order}
+        for order in ((1, 2), (2, 1))
+    ]
+    scaling = [turn[2]["images_per_s"] / turn[1]["images_per_s"] for turn in turns]
+    sleeping = {count: measure_feed("sleeping", count, "gpu_time", seconds) for count in SLEEPERS}
+    best = max(border.values(), key=lambda figures: figures["images_per_s"])
+    return {
+        "border": border,
+        "cores": turns[0],
+        "sleeping": sleeping,
+        "images_per_s": best["images_per_s"],
+        "images_per_engine_core": 1e6 / best["engine_us"],
+        "scaling_two": sum(scaling) / len(scaling),
+        "linear": min(linear(sleeping).values()),
+        "device_busy": max(figures["busy"] for figures in sleeping.values()),
+    }
+
+
+def linear(sleeping: dict[int, dict[str, float]]) -> dict[int, float]:
+    """For each number of job processes: images a second, as a share of so many times those of one.
+
+    Where the device would be busy for more than UNTIL_BUSY of the time, that is the most to be had.
+    """
+    alone = sleeping[1]["images_per_s"]
+    return {
+        count: figures["images_per_s"] / min(count * alone, UNTIL_BUSY * DEVICE_LIMIT)
+        for count, figures in sleeping.items()
+    }
+
+
+def requirements(figures: Figures) -> Iterator[Requirement]:
+    """Those of the issue."""
+    yield at_least(
+        "images a second on one engine core", REQUIRED_IMAGES_PER_S, figures["images_per_engine_core"]
+    )
+    yield at_least("two job processes, times one", REQUIRED_SCALING_TWO, figures["scaling_two"])
+    yield at_least("many job processes (simulated), share of linear", REQUIRED_LINEAR, figures["linear"])
+    yield at_least("simulated device, busy share", REQUIRED_BUSY, figures["device_busy"])
+
+
+def blocks(figures: Figures) -> Iterator[str]:
+    """A table for each case."""
+    yield table(
+        ("case", "job processes", "images/s", "engine CPU, µs/image", "device busy", "batch"),
+        [
+            (
+                case,
+                str(count),
+                plain(row["images_per_s"]),
+                plain(row["engine_us"]),
+                plain(row["busy"]) if "busy" in row else "",
+                plain(row["batch"]) if "batch" in row else "",
+            )
+            for case in ("border", "cores", "sleeping")
+            for count, row in figures[case].items()
+        ],
+    )
