@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,7 @@ def test_a_request_that_ends_two_engines_fails_and_others_do_not(path: Path) -> 
                 assert network.is_busy.wait(WAIT_S)
                 kill(server)
                 network.may_go_on.set()
-        with pytest.raises(NetworkCrashed, match="the second time nothing else was computed"):
+        with pytest.raises(NetworkCrashed, match="and nothing else"):
             deadly.result(WAIT_S)
         with engine(path, ModelCache(lambda _: TinyNetwork())):
             assert explain(remote).explained[0].name == "red"
@@ -244,6 +245,32 @@ def test_a_deadline_ends_the_wait_and_the_memory_is_kept_until_the_engine_answer
         assert remote._pool.free_bytes < everything
         network.may_go_on.set()
         wait_for(lambda: remote._pool.free_bytes == everything)
+
+
+def test_a_job_gets_the_time_back_for_which_there_was_no_engine(path: Path) -> None:
+    first = Blocking()
+    with client(path) as remote, ThreadPoolExecutor(1) as pool:
+        with engine(path, ModelCache(lambda _: first)) as server:
+            remote.connect(WAIT_S)
+            remote.load(ROW)
+            asked = pool.submit(explain, remote, RED, 1.0)
+            assert first.is_busy.wait(WAIT_S)
+            kill(server)
+            first.may_go_on.set()
+        time.sleep(1.5)
+        with engine(path, ModelCache(lambda _: TinyNetwork())):
+            assert asked.result(WAIT_S).explained
+
+
+def test_a_changed_network_is_loaded_beside_the_old_one(path: Path) -> None:
+    with engine(path, ModelCache(lambda _: TinyNetwork())), client(path) as remote:
+        remote.connect(WAIT_S)
+        old = remote.load(ROW)
+        new = remote.load(replace(ROW, target_layer="other"))
+        assert new.key != old.key
+        for network in (old, new):
+            with remote.reserve() as slot:
+                assert slot.infer(network, RED, (-1,), GRADCAM, Deadline(WAIT_S)).explanation.explained
 
 
 def test_a_full_pool_makes_requests_wait_and_no_longer_than_their_deadline(path: Path) -> None:

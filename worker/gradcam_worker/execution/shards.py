@@ -26,6 +26,7 @@ from gradcam_worker.errors import (
     GradcamError,
     ImageFetchFailed,
     InternalError,
+    NetworkCrashed,
     WeightsChecksumMismatch,
     WorkerLost,
 )
@@ -300,11 +301,13 @@ class _ShardRun:
         # To draw overlays the images are fetched again: that is done in parallel.
         return [*(pool.map if self.shard.artifacts else map)(outcome, group)]
 
-    def _infer(self, images: Mapping[int, Pixels], size: int) -> dict[int, Explanation | GradcamError]:
+    def _infer(
+        self, images: Mapping[int, Pixels], size: int, *, alone: bool = False
+    ) -> dict[int, Explanation | GradcamError]:
         """Explain images, given by row index, in a batch of `size` that is filled up with grey images.
 
         If a batch fails, each half of its images is tried by itself, and so on. So an image that the network
-        cannot process fails alone.
+        cannot process fails alone. If it has ended an engine process, each half is `alone` at the device.
         """
         if not images:
             return {}
@@ -313,7 +316,7 @@ class _ShardRun:
             batch[index % size] = pixels
         try:
             explanations = self.model_cache.infer_many(
-                self.network, batch, self.classes, self.method, self.context.deadline
+                self.network, batch, self.classes, self.method, self.context.deadline, alone=alone
             )
         except SHARD_ERRORS:
             raise
@@ -329,7 +332,10 @@ class _ShardRun:
                 return dict.fromkeys(
                     images, error if isinstance(error, GradcamError) else InternalError.of(error)
                 )
-            halves = [self._infer({index: images[index] for index in part}, size) for part in parts]
+            alone = alone or isinstance(error, NetworkCrashed)
+            halves = [
+                self._infer({index: images[index] for index in part}, size, alone=alone) for part in parts
+            ]
             return {index: result for results in halves for index, result in results.items()}
         results = {index: explanations[index % size] for index in images}
         for result in results.values():

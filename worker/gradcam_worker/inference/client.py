@@ -75,6 +75,8 @@ class InferenceClient(Protocol[C]):
         classes: Sequence[int],
         method: Method,
         deadline: Deadline,
+        *,
+        alone: bool = False,
     ) -> list[Explanation | GradcamError]:
         """See `gradcam_worker.inference.model_cache.ModelCache.infer_many`."""
         ...

@@ -69,6 +69,7 @@ SEND_BUFFER_BYTES = 1024 * 1024
 SEND_TIMEOUT_S = 5  # of one message: a hung engine reads none, and its supervisor replaces it
 WAITING_FOR_ENGINE = "waiting for the engine process"
 MAX_LOSSES = 10  # of the connection, before a request that never reached the device fails
+MAX_ABSENCE_S = 600.0  # of the engine, for which jobs get their time back
 READY_POLL_INTERVAL_S = 0.1
 NO_BLOCK = -1
 
@@ -90,7 +91,7 @@ class _Request:
     message: Infer | Score | Load
     deadline: Deadline
     block: Block | None = None
-    sent_s: float = field(default_factory=time.monotonic)
+    counted_s: float = field(default_factory=time.monotonic)  # until when its time has counted
     done: threading.Event = field(default_factory=threading.Event)
     answer: Any = None
     error: GradcamError | None = None
@@ -140,6 +141,7 @@ class EngineClient:
         self._fatal: str | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._absent_since_s: float | None = None  # when the connection to the last engine ended
         self.resent = 0  # number of requests that were sent again to another engine
 
     def connect(self, timeout_s: float) -> Welcome:
@@ -300,6 +302,8 @@ class EngineClient:
         classes: Sequence[int],
         method: Method,
         deadline: Deadline,
+        *,
+        alone: bool = False,
     ) -> list[Explanation | GradcamError]:
         """See `InferenceClient.infer_many`."""
         classes = tuple(classes)
@@ -312,7 +316,7 @@ class EngineClient:
                 classes,
                 _fields(method),
                 bulk=True,
-                alone=False,
+                alone=alone,
             ),
             deadline,
             pixels,
@@ -374,8 +378,9 @@ class EngineClient:
                 self._requests[number] = request
                 self._send(request.message)
                 submitted()
-        while not request.done.wait(_wait_s(deadline)) and deadline.left_s():
-            pass  # the deadline was extended
+        while not request.done.wait(_wait_s(deadline)):
+            if not deadline.left_s() and not self._extend_deadline(request):
+                break
         if not request.done.is_set():
             with self._lock:
                 if number in self._requests:  # its block is read until the engine answers
@@ -471,6 +476,9 @@ class EngineClient:
             self._welcome = welcome
             self._state = replace(self._state, not_ready=welcome.not_ready)
             self._stream = stream
+            for request in self._requests.values():
+                self._extend_deadline(request)
+            self._absent_since_s = None
             announced = [request for request in self._requests.values() if _is_announced(request.message)]
             self._pool.announced = self._slots + len(announced)
             for key, row in self._rows.items():
@@ -480,9 +488,19 @@ class EngineClient:
         self._connected.set()
         log.info("engine_connected", pid=welcome.pid, device=welcome.device)
 
+    def _extend_deadline(self, request: _Request) -> bool:
+        """Give a job the time back for which there was no engine. Returns whether it has time left."""
+        with self._lock:
+            now_s = time.monotonic()
+            if self._absent_since_s is not None and now_s - self._absent_since_s < MAX_ABSENCE_S:
+                request.deadline.extend(now_s - max(self._absent_since_s, request.counted_s))
+                request.counted_s = now_s
+        return request.deadline.left_s() > 0
+
     def _disconnect(self) -> None:
         with self._lock:
             stream, self._stream = self._stream, None
+            self._absent_since_s = self._absent_since_s or time.monotonic()
             self._connected.clear()
         if stream:
             with suppress(OSError):
@@ -504,8 +522,8 @@ class EngineClient:
                 elif at_device and not isinstance(message, Load):
                     if message.alone:
                         text = (
-                            "The engine process ended twice while it computed this image: "
-                            "the second time nothing else was computed."
+                            "The engine process ended while it computed this image with this network, "
+                            "and nothing else."
                         )
                         self._complete(number, error=NetworkCrashed(text))
                     else:

@@ -59,6 +59,7 @@ RECEIVE_BYTES = 256 * 1024
 SEND_BUFFER_BYTES = 4 * 1024 * 1024
 STATE_INTERVAL_S = 1.0  # between two reports of the engine's state
 LOADERS = 4  # networks that are loaded at once
+UNUSED_POLL_INTERVAL_S = 0.1
 DRAIN_TIMEOUT_S = 5.0  # for batches at the device, before the engine ends
 HUNG_AFTER_S = 30.0  # without a turn of the serving thread, which turns every second
 MAX_BUFFERS = 512  # of one call of `sendmsg`; the system allows 1024
@@ -247,6 +248,16 @@ class EngineServer:
         """End `serve`. Requests that are not answered get no answer: job processes send them again."""
         self._stopped = True
         self._wake_up()
+
+    def wait_until_unused(self, timeout_s: float) -> None:
+        """Wait until no job process is connected.
+
+        Args:
+            timeout_s: How long to wait.
+        """
+        end_s = time.monotonic() + timeout_s
+        while self._connections and time.monotonic() < end_s:
+            time.sleep(UNUSED_POLL_INTERVAL_S)
 
     def unhealthy_reason(self) -> str | None:
         """Why this engine should be replaced; None if it should not."""

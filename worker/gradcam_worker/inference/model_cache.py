@@ -309,6 +309,8 @@ class ModelCache:
         classes: Sequence[int],
         method: Method,
         deadline: Deadline,
+        *,
+        alone: bool = False,  # noqa: ARG002  # in this process, whatever ends it ends the job, too
     ) -> list[Explanation | GradcamError]:
         """Explain n images in a batch of their own, after urgent requests.
 
@@ -319,6 +321,7 @@ class ModelCache:
                 on.
             method: The method.
             deadline: The job's deadline.
+            alone: Whether nothing else may be at the device: they may have ended an engine process.
 
         Returns:
             For each image its explanation, or the error of this image.

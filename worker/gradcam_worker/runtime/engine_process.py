@@ -27,7 +27,7 @@ STOP_TIMEOUT_S = 10.0  # for a device that does not finish its batch
 
 
 def run(settings: Settings, ready_fd: int, *, load: service_factory.Load | None = None) -> int:
-    """Serve job processes until SIGTERM, or until the supervisor has ended.
+    """Serve job processes until SIGTERM. Where the supervisor has ended, until the job processes have, too.
 
     Args:
         settings: Of this process; `engine_socket` is where it listens.
@@ -38,7 +38,6 @@ def run(settings: Settings, ready_fd: int, *, load: service_factory.Load | None 
         The exit code: EX_CONFIG for wrong settings, since then a restart is of no use.
     """
     configure_logging(settings.log_format, settings.log_level)
-    parent_watch.on_parent_exit(lambda: os._exit(1))  # nothing here has to be saved
     try:
         _serve(settings, ready_fd, load)
     except GradcamError as error:
@@ -76,6 +75,10 @@ def _serve(settings: Settings, ready_fd: int, load: service_factory.Load | None)
         if not server.unhealthy_reason():
             os.write(ready_fd, b"1")
 
+    def stop_without_supervisor() -> None:
+        server.wait_until_unused(settings.shutdown_timeout_s)  # job processes finish their running jobs
+        os._exit(1)
+
     def stop(*_: object) -> None:
         timer = threading.Timer(
             STOP_TIMEOUT_S, os._exit, [0]
@@ -84,6 +87,7 @@ def _serve(settings: Settings, ready_fd: int, load: service_factory.Load | None)
         timer.start()
         server.stop()
 
+    parent_watch.on_parent_exit(stop_without_supervisor)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     telemetry.health.live["engine"] = server.unhealthy_reason
