@@ -62,13 +62,15 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("job_processes", [0, 2])
 def test_a_job_is_one_trace_and_its_lines_are_objects_that_name_it(
-    make_stage: Any, collector: Collector, public_server: Any, answer: Any, photos: Any
+    job_processes: int, make_stage: Any, collector: Collector, public_server: Any, answer: Any, photos: Any
 ) -> None:
-    stage = make_stage("traces", traces=collector.endpoint, log_format="json")
+    name = f"traced-{job_processes}"
+    stage = make_stage(name, traces=collector.endpoint, log_format="json", job_processes=job_processes)
     photo = (photos / "coffee.jpg").read_bytes()
-    image = public_server.url("/traced.jpg", answer(200, photo))
-    hook = {"url": public_server.url("/traced", answer(204))}
+    image = public_server.url(f"/{name}.jpg", answer(200, photo))
+    hook = {"url": public_server.url(f"/{name}", answer(204))}
     fields = {"network": "efficientnet_lite0", "target": {"top_n": 1}, "webhooks": [hook]}
     with stage.worker("worker"):
         with stage.client as client:
@@ -76,7 +78,7 @@ def test_a_job_is_one_trace_and_its_lines_are_objects_that_name_it(
             lost = client.submit(image="s3://photos/none.jpg", **fields)
             document = client.wait(job_id, WAIT_S)
             assert client.wait(lost, WAIT_S).status == "failed"
-        wait_for(lambda: sum(path == "/traced" for path, _ in public_server.received) == 2)
+        wait_for(lambda: sum(path == f"/{name}" for path, _ in public_server.received) == 2)
         assert document.status == "succeeded", document.error
         trace_id = bytes.fromhex((document.traceparent or "")[3:35])
         wait_for(lambda: collector.of(trace_id).keys() >= BELOW | {"submit", "queue", "job"})
@@ -89,15 +91,16 @@ def test_a_job_is_one_trace_and_its_lines_are_objects_that_name_it(
     assert {above[name] for name in BELOW} == {ids["job"]}
     services = {name: service for name, (service, _) in spans.items()}
     assert services == {**dict.fromkeys(spans, "gradcam-worker"), "submit": "gradcam-client"}
-    batches = [one for _, one in collector.received if one.name == "gradcam.batch"]
-    assert [link.span_id for one in batches for link in one.links] == [ids["explain"]]
+    batches = [(service, link.span_id) for service, one in collector.received for link in one.links]
+    computing = "gradcam-engine" if job_processes else "gradcam-worker"
+    assert [service for service, span_id in batches if span_id == ids["explain"]] == [computing]
 
     sent = dict(zip([path for path, _ in public_server.received], public_server.headers, strict=True))
-    assert "traceparent" not in sent["/traced.jpg"], "who keeps images is a stranger"
+    assert "traceparent" not in sent[f"/{name}.jpg"], "who keeps images is a stranger"
     heard = [
         headers["traceparent"]
         for (path, body), headers in zip(public_server.received, public_server.headers, strict=True)
-        if path == "/traced" and json.loads(body)["data"]["id"] == job_id
+        if path == f"/{name}" and json.loads(body)["data"]["id"] == job_id
     ]
     assert [one[3:52] for one in heard] == [f"{trace_id.hex()}-{ids['webhook'].hex()}"]
 

@@ -54,6 +54,7 @@ from gradcam_worker.inference.messages import (
 from gradcam_worker.inference.model_cache import choose_shard_batch_size, extract_each
 from gradcam_worker.inference.pixel_pool import Block, PixelPool
 from gradcam_worker.inference.request import InferenceResult
+from gradcam_worker.observability import tracing
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.text.log_events import EventLogger
@@ -268,9 +269,10 @@ class EngineClient:
         submitted: Callable[[], None] = lambda: None,
     ) -> Answer:
         """Compute scores and heatmaps of one image, in a batch with others: see `ReservedSlot.infer`."""
+        traceparent = tracing.propagation_headers().get("traceparent")
         answer: Answer = self._ask(
             lambda number, offset: Infer(
-                number, network.key, offset, 0, classes, _fields(method), bulk, alone=False
+                number, network.key, offset, 0, classes, _fields(method), bulk, False, traceparent
             ),
             deadline,
             pixels,
@@ -306,7 +308,7 @@ class EngineClient:
         alone: bool = False,
     ) -> list[Explanation | GradcamError]:
         """See `InferenceClient.infer_many`."""
-        classes = tuple(classes)
+        classes, traceparent = tuple(classes), tracing.propagation_headers().get("traceparent")
         answer: Answer = self._ask(
             lambda number, offset: Infer(
                 number,
@@ -317,6 +319,7 @@ class EngineClient:
                 _fields(method),
                 bulk=True,
                 alone=alone,
+                traceparent=traceparent,
             ),
             deadline,
             pixels,

@@ -47,6 +47,7 @@ from gradcam_worker.inference.messages import (
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.inference.pixel_pool import AT_DEVICE, WAITING, MappedPool
 from gradcam_worker.inference.request import BatchKey, InferenceRequest, InferenceResponse
+from gradcam_worker.observability.tracing import NO_TRACES, LinkTarget, Traces
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.text.log_events import EventLogger
 
@@ -103,7 +104,7 @@ class Connection:
         self.descriptors: list[int] = []  # received and not yet used
         self.received = 0  # number of announced requests
         self.closed = False
-        self._server = server
+        self.server = server
         self._pool: MappedPool | None = None
         self._completed: list[tuple[RemoteRequest, InferenceResponse]] = []
         self._unsent: deque[memoryview] = deque()
@@ -166,7 +167,7 @@ class Connection:
                 self._send_now()
             wants_write = bool(self._unsent) and not waiting
         if wants_write:
-            self._server.watch_writes(self)
+            self.server.watch_writes(self)
 
     def _send_now(self) -> None:
         """Send as much as the system takes."""
@@ -212,6 +213,7 @@ class EngineServer:
         facts: EngineFacts,
         *,
         not_ready: Callable[[], str | None] = lambda: None,
+        traces: Traces = NO_TRACES,
     ) -> None:
         """Listen on a Unix domain socket that only this user can open.
 
@@ -220,8 +222,10 @@ class EngineServer:
             path: The socket, in a folder that only this user can read. A file that is there is replaced.
             facts: What job processes are told about this engine.
             not_ready: Why no job should be taken yet, if so.
+            traces: Gets a span for each batch, with links to those of its jobs.
         """
         self._model_cache, self._facts, self._not_ready = model_cache, facts, not_ready
+        self.traces = traces
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
@@ -454,11 +458,13 @@ def _request(connection: Connection, message: Infer | Score, network: Network) -
     key: BatchKey = batcher.EXCLUSIVE_KEY
     pixels: Any = None
     classes: tuple[int, ...] = ()
+    caller: LinkTarget | None = None
     if isinstance(message, Score):
         begin = batcher.begin_function(lambda: network.scores(stacked))
         images = 0
     else:
         method, classes = Method(*message.method), message.classes
+        caller = connection.server.traces.link_target(message.traceparent)
         images = message.images or 1
         if message.images:
             key = batcher.separate_key(network, method)
@@ -478,6 +484,7 @@ def _request(connection: Connection, message: Infer | Score, network: Network) -
         pixels=pixels,
         classes=classes,
         after_batch=connection.flush,
+        caller=caller,
         number=message.request,
         connection=connection,
         offset=message.offset,

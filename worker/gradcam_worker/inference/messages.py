@@ -93,6 +93,7 @@ class Infer:
     method: tuple[str, str | None, str, str, bool]  # the fields of `Method`
     bulk: bool
     alone: bool  # nothing else may be at the device: this request may have ended an engine
+    traceparent: str | None = None  # of the job's span, which the span of the batch links to
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,20 @@ class Traces:
         finally:
             _tracer.reset(token)
 
+    def link_target(self, traceparent: str | None) -> LinkTarget | None:
+        """Return a span of another process as a target for the links of `record_batch`.
+
+        Args:
+            traceparent: Of the span; None: there is none.
+        """
+        match = TRACEPARENT.fullmatch(traceparent or "")
+        if self._tracer is None or not match:
+            return None
+        from opentelemetry.trace import SpanContext, TraceFlags
+
+        _, trace, span_id, flags = (int(part, 16) for part in match[0].split("-"))
+        return self._tracer, SpanContext(trace, span_id, is_remote=True, trace_flags=TraceFlags(flags))
+
 
 NO_TRACES = Traces()
 

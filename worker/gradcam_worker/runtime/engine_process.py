@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gradcam_worker.errors import GradcamError, InvalidSettings
 from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
+from gradcam_worker.observability import tracing
 from gradcam_worker.observability.logs import configure_logging
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.budget import limit_memory
@@ -18,6 +19,7 @@ from gradcam_worker.runtime import background, parent_watch, preflight, service_
 from gradcam_worker.runtime.liveness import REPORT_INTERVAL_S
 from gradcam_worker.runtime.preloading import preload
 from gradcam_worker.runtime.telemetry import Telemetry
+from gradcam_worker.schemas.ids import process_name
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.log_events import EventLogger
 
@@ -59,6 +61,7 @@ def _serve(settings: Settings, ready_fd: int, load: service_factory.Load | None)
         Path(str(settings.engine_socket)),
         facts,
         not_ready=lambda: not_ready[0] if not_ready else None,
+        traces=tracing.connect(settings.traces, "gradcam-engine", process_name()),
     )
     failures: list[GradcamError] = []
 
