@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 
 from gradcam_worker import __version__
 from gradcam_worker.errors import (
@@ -36,6 +35,9 @@ from gradcam_worker.gradcam.faithfulness import measure
 from gradcam_worker.gradcam.network import Computed, Method, NetworkFacts
 from gradcam_worker.inference import messages
 from gradcam_worker.inference.messages import (
+    FACTS,
+    LABELS,
+    ROW,
     Cancel,
     Failed,
     Hello,
@@ -61,9 +63,6 @@ from gradcam_worker.text.log_events import EventLogger
 
 log = EventLogger("gradcam")
 
-ROW = TypeAdapter(NetworkRow)
-FACTS = TypeAdapter(NetworkFacts)
-LABELS = TypeAdapter(ClassIndex)
 RECONNECT = RetryPolicy(first_s=0.05, max_s=0.5)
 RECEIVE_BYTES = 1024 * 1024
 SEND_BUFFER_BYTES = 1024 * 1024

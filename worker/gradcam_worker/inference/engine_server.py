@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from gradcam_worker import __version__
 from gradcam_worker.errors import GradcamError, InternalError, JobCanceled
 from gradcam_worker.gradcam.catalog import NetworkRow
-from gradcam_worker.gradcam.classes import ClassIndex
-from gradcam_worker.gradcam.network import Computed, Method, Network, NetworkFacts
+from gradcam_worker.gradcam.network import Computed, Method, Network
 from gradcam_worker.inference import batcher, messages
 from gradcam_worker.inference.messages import (
+    FACTS,
+    LABELS,
+    ROW,
     BrokenMessage,
     Cancel,
     Failed,
@@ -53,9 +55,6 @@ from gradcam_worker.text.log_events import EventLogger
 
 log = EventLogger("gradcam")
 
-ROW = TypeAdapter(NetworkRow)
-FACTS = TypeAdapter(NetworkFacts)
-LABELS = TypeAdapter(ClassIndex)
 RECEIVE_BYTES = 256 * 1024
 SEND_BUFFER_BYTES = 4 * 1024 * 1024
 STATE_INTERVAL_S = 1.0  # between two reports of the engine's state

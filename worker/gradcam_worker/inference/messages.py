@@ -15,12 +15,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from gradcam_worker.errors import InternalError
+from gradcam_worker.gradcam.catalog import NetworkRow
+from gradcam_worker.gradcam.classes import ClassIndex
+from gradcam_worker.gradcam.network import NetworkFacts
 
 LENGTHS = struct.Struct("<II")
 MAX_HEAD_BYTES = 64 * 1024**2  # the labels of a network with a million classes
 MAX_BODY_BYTES = 2**31  # the results of the largest batch, with room
+ROW = TypeAdapter(NetworkRow)  # these three are JSON in fields of messages, since they are sent rarely
+FACTS = TypeAdapter(NetworkFacts)
+LABELS = TypeAdapter(ClassIndex)
 DTYPES = {"float32": np.dtype(np.float32), "int32": np.dtype(np.int32)}  # of the arrays in a body
 
 
