@@ -50,17 +50,25 @@ class Case:
     jobs: int
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """In the figures."""
+        count = self.settings.get("job_processes")
+        return f"{self.network}, {count} job processes" if count else self.network
+
 
 # Twice as many threads as images in a batch: while one half is computed, the other half is fetched.
 LIKE_A_GPU = {"threads": 2 * simulated_network.LARGEST, "max_batch": simulated_network.LARGEST}
 CASES = (
     Case("no_time", 750, LIKE_A_GPU),
+    Case("no_time", 750, {**LIKE_A_GPU, "job_processes": 2}),
     Case("gpu_time", 750, LIKE_A_GPU),
+    Case("gpu_time", 750, {**LIKE_A_GPU, "job_processes": 2}),
     Case("efficientnet_lite0", 200),
     Case("xception", 80),
     Case("vgg16", 64),
 )
-QUICK = (Case("no_time", 100, LIKE_A_GPU),)
+QUICK = (Case("no_time", 100, LIKE_A_GPU), Case("no_time", 100, {**LIKE_A_GPU, "job_processes": 2}))
 
 
 class EngineAlone:
@@ -182,8 +190,8 @@ def measure(*, quick: bool) -> dict[str, Any]:
     """One network after the other."""
     photos, results = testbed.photographs(20 if quick else PHOTOS), dict[str, dict[str, Any]]()
     for case in QUICK if quick else CASES:
-        print(f"{case.network} ...", flush=True)
-        results[case.network] = _measure_case(case, photos)
+        print(f"{case.name} ...", flush=True)
+        results[case.name] = _measure_case(case, photos)
     figures = by_figure(results)
     return {**figures, "device": figures["device"]["no_time"]}
 

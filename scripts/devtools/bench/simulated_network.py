@@ -6,9 +6,9 @@
     simulated_network.py PASSES
 
 runs the worker of `gradcam worker --unsupervised` in this process, with the settings that the environment
-holds. They answer for the names above; the catalog's networks get their shipped weights, else
-seeded random ones: speed does not depend on what they are. What the device did is written to the file
-PASSES, a line a pass.
+holds; with job processes, the supervisor of `gradcam worker`. They answer for the names above; the catalog's
+networks get their shipped weights, else seeded random ones: speed does not depend on what they are. What the
+device did is written to the file PASSES, a line a pass.
 """
 
 import sys
@@ -28,7 +28,8 @@ from devtools import import_path
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import imagenet
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
-from gradcam_worker.runtime import parent_watch, worker_process
+from gradcam_worker.runtime import engine_process, parent_watch, worker_process
+from gradcam_worker.runtime.supervisor import Supervisor
 from gradcam_worker.settings import Settings
 
 # isort: split
@@ -216,6 +217,18 @@ def start_worker(settings: Settings, log: Path, passes: str, *, grace_s: float =
     return parent_watch.spawn(command, log=log, environment=variables, grace_s=grace_s)
 
 
+def work(passes: str, ready_fd: str | None = None) -> int:
+    """Run a worker, or, with `ready_fd`, one of the processes that its supervisor starts."""
+    settings = Settings.from_environment()
+    load_row = partial(load, settings, Passes(Path(passes)))
+    if ready_fd and settings.role == "engine":
+        return engine_process.run(settings, int(ready_fd), load=load_row)
+    if ready_fd:
+        return worker_process.run(settings, ready_fd=int(ready_fd))
+    if settings.job_processes:
+        return Supervisor(settings, (sys.executable, "-P", __file__, passes)).run()
+    return worker_process.run(settings, load=load_row)
+
+
 if __name__ == "__main__":
-    _settings = Settings.from_environment()
-    sys.exit(worker_process.run(_settings, load=partial(load, _settings, Passes(Path(sys.argv[1])))))
+    sys.exit(work(*sys.argv[1:]))
