@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gradcam_worker.cli.commands import gradcam
 from gradcam_worker.observability.gpu import DeviceUse
-from gradcam_worker.observability.prometheus import Metrics
+from gradcam_worker.observability.prometheus import HostMetrics, Metrics, ProcessScrape
 from gradcam_worker.observability.queue_depths import QueueDepths
 from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.settings import Settings
@@ -30,18 +30,30 @@ GROUPING = re.compile(r"\b(?:by|without) \(([^)]*)\)")
 
 
 def scrape() -> dict[str, dict[str, set[str]]]:
-    """What a worker with a GPU and a ledger shows: name of a sample -> label -> its values."""
-    metrics = Metrics()
+    """What a worker with a GPU and a ledger shows: name of a sample -> label -> its values.
+
+    As one process, and as an engine process and a job process.
+    """
     each = dict.fromkeys(ROUTES, 1)
-    metrics.set_ledger_gauges(lambda: QueueDepths(each, dict.fromkeys(each, 1.0), 1, 1, 1, 1, 1.0, 1))
-    metrics.set_device_gauges(lambda: DeviceUse(memory_bytes=1, utilization=0.5))
-    metrics.job_finished("failed", "a code of a later version")
+    depths = QueueDepths(each, dict.fromkeys(each, 1.0), 1, 1, 1, 1, 1.0, 1)
+    worker, engine, jobs = (Metrics(role=role) for role in ("worker", "engine", "jobs"))
+    worker.set_ledger_gauges(lambda: depths)
+    for metrics in (worker, engine):
+        metrics.set_device_gauges(lambda: DeviceUse(memory_bytes=1, utilization=0.5))
+    for metrics in (worker, jobs):
+        metrics.job_finished("failed", "a code of a later version")
+    host = HostMetrics(lambda: depths)
+    scrapes = [
+        ProcessScrape("engine-0", is_engine=True, starts=1, text=engine.scrape()),
+        ProcessScrape("jobs-0-1", is_engine=False, starts=1, text=jobs.scrape()),
+    ]
     found: dict[str, dict[str, set[str]]] = {}
-    for family in text_string_to_metric_families(metrics.scrape().decode()):
-        for sample in family.samples:
-            labels = found.setdefault(sample.name, {})
-            for label, value in sample.labels.items():
-                labels.setdefault(label, set()).add(value)
+    for text in (worker.scrape(), host.render(scrapes, host.ledger_gauges())):
+        for family in text_string_to_metric_families(text.decode()):
+            for sample in family.samples:
+                labels = found.setdefault(sample.name, {})
+                for label, value in sample.labels.items():
+                    labels.setdefault(label, set()).add(value)
     return found
 
 

@@ -34,6 +34,7 @@ from gradcam_worker.inference.engine_client import EngineClient
 from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
 from gradcam_worker.inference.model_cache import ModelCache
 from gradcam_worker.inference.pixel_pool import ALIGNMENT, HEADER_BYTES, Block, PixelPool
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.testing import TinyNetwork
 
@@ -58,8 +59,10 @@ def engine(path: Path, cache: ModelCache) -> Iterator[EngineServer]:
 
 
 @contextmanager
-def client(path: Path, pool_bytes: int = 1024 * 1024) -> Iterator[EngineClient]:
-    connected = EngineClient(path, pool_bytes=pool_bytes)
+def client(
+    path: Path, pool_bytes: int = 1024 * 1024, observer: Observer = NULL_OBSERVER
+) -> Iterator[EngineClient]:
+    connected = EngineClient(path, pool_bytes=pool_bytes, observer=observer)
     try:
         yield connected
     finally:
@@ -116,6 +119,20 @@ def test_only_this_user_can_open_the_socket(path: Path) -> None:
         assert path.stat().st_mode & 0o777 == 0o600
 
 
+class Observed(Observer):
+    """Remembers what the client tells."""
+
+    def __init__(self) -> None:
+        self.resent: list[int] = []
+        self.waited_s: list[float] = []
+
+    def engine_requests_resent(self, count: int) -> None:
+        self.resent.append(count)
+
+    def pixel_pool_waited(self, seconds: float) -> None:
+        self.waited_s.append(seconds)
+
+
 class Blocking(TinyNetwork):
     """Waits at the device until it is released; counts how many images each of its passes has."""
 
@@ -157,7 +174,8 @@ def score_at(key: str, offset: int, number: int, _: int) -> messages.Score:
 def test_what_an_engine_did_not_answer_its_successor_does(path: Path) -> None:
     first, second = Blocking(), Blocking()
     second.may_go_on.set()
-    with client(path) as remote, ThreadPoolExecutor(8) as pool:
+    observer = Observed()
+    with client(path, observer=observer) as remote, ThreadPoolExecutor(8) as pool:
         with engine(path, ModelCache(lambda _: first, max_batch=4)) as server:
             remote.connect(WAIT_S)
             remote.load(ROW)
@@ -170,7 +188,8 @@ def test_what_an_engine_did_not_answer_its_successor_does(path: Path) -> None:
         with engine(path, ModelCache(lambda _: second, max_batch=4)):
             for future in asked:
                 assert future.result(WAIT_S).explained[0].name == "red"
-        assert remote.resent == 8
+        assert remote.resent == sum(observer.resent) == 8
+        assert remote.in_flight == 0
         assert remote._pool.free_bytes == remote._pool.size - HEADER_BYTES, "every block is free again"
     assert second.passes.count(1) >= at_device, "each that was at the device runs alone"
 
@@ -291,6 +310,19 @@ def test_a_full_pool_makes_requests_wait_and_no_longer_than_their_deadline(path:
         assert all(future.result(WAIT_S).explained for future in asked)
         with pytest.raises(InternalError, match="GRADCAM_ENGINE_POOL_BYTES"):
             remote._pool.reserve(10_000, Deadline(WAIT_S))
+
+
+def test_only_a_request_that_finds_no_room_is_told_to_have_waited() -> None:
+    observer = Observed()
+    pool = PixelPool(HEADER_BYTES + 2 * ALIGNMENT, observer)
+    block = pool.reserve(ALIGNMENT, Deadline(WAIT_S))
+    assert observer.waited_s == []
+    with pytest.raises(JobTimeout, match="shared memory"):
+        pool.reserve(ALIGNMENT, Deadline(0.01))
+    assert observer.waited_s.pop() >= 0.01
+    block.release()
+    pool.reserve(ALIGNMENT, Deadline(WAIT_S))
+    assert observer.waited_s == []
 
 
 def test_blocks_of_different_sizes_never_overlap_and_all_become_free() -> None:

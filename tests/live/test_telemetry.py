@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.shard import Shard
 from gradcam_worker.schemas.status import WorkerRef
+from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.settings import Settings
 
 pytestmark = [pytest.mark.live]
@@ -182,7 +183,7 @@ def test_a_worker_shows_every_metric_and_whether_it_is_well(
             METRICS
         ):  # the device's are absent without a GPU: tests/observability/test_prometheus.py has them
             name = f"{each.name}_bucket" if each.kind == "histogram" else each.name
-            assert (name in shown) == (each.source != "device"), name
+            assert (name in shown) == (each.source != "device" and "worker" in each.roles), name
         assert found["jobs_total{state=succeeded}"] == 6, "the shard, too"
         assert found["jobs_total{code=unknown_class,state=failed}"] == 1
         assert found["job_attempts_total{outcome=done}"] == 7
@@ -219,6 +220,60 @@ def test_a_worker_shows_every_metric_and_whether_it_is_well(
         finally:
             send(server, signal.SIGCONT)
         wait_for(lambda: plant.ask("/ready")[0] == 200, "that the broker is found again")
+
+
+def engines(pid: int) -> list[int]:
+    """The engine processes below a process."""
+    found = []
+    for one in processes.family(pid):
+        with contextlib.suppress(OSError):
+            if b"GRADCAM_ROLE=engine" in Path(f"/proc/{one}/environ").read_bytes().split(b"\0"):
+                found.append(one)
+    return found
+
+
+def test_one_port_shows_engine_and_job_processes_and_whether_they_are_well(plant: Plant) -> None:
+    plant = replace(plant, settings=plant.settings.model_copy(update={"job_processes": 2}))
+    members = ("engine-0", "jobs-0-1", "jobs-0-2")
+    with plant.running("worker", tiny_worker.__file__, "supervise") as process:
+        wait_for(lambda: plant.ask("/ready")[0] == 200, "readiness")
+        assert [plant.ask(path)[0] for path in ("/live", "/startup")] == [200, 200]
+        for one in [plant.submit((20 * number, 80, 90)) for number in range(6)]:
+            plant.client.wait(one, WAIT_S)
+        wait_for(lambda: plant.metrics().get("process_up{process=jobs-0-2}") == 1, "the second job process")
+        succeeded = [f"jobs_total{{process={name},state=succeeded}}" for name in members[1:]]
+        wait_for(lambda: sum(map(plant.metrics().__getitem__, succeeded)) == 6, "that all jobs are counted")
+        wait_for(lambda: plant.metrics().get("workers_alive") == 2, "the ledger's gauges")  # cached for 5 s
+        found = plant.metrics()
+        assert [found[f"process_up{{process={name}}}"] for name in members] == [1, 1, 1]
+        assert [found[f"worker_starts_total{{process={name}}}"] for name in members] == [1, 1, 1]
+        assert found["batch_images_sum{process=engine-0}"] == 6
+        assert found["networks_resident{process=engine-0}"] == 1
+        assert found["engine_restarts_total{process=engine-0}"] == 0
+        assert found["engine_requests_in_flight{process=jobs-0-1}"] == 0
+        assert found["pixel_pool_free_bytes{process=jobs-0-1}"] > 1e6
+        assert found["process_resident_memory_bytes{process=supervisor}"] > 1e7
+        assert [name for name in found if name.startswith("queue_jobs")] == [
+            f"queue_jobs{{priority={route}}}" for route in ROUTES
+        ], "once, and not for each process"
+
+        engine = engines(process.pid)
+        send(engine, signal.SIGSTOP)
+        wait_for(lambda: plant.ask("/ready")[0] == 503, "that the engine is missed")
+        assert plant.why("/ready")["engine-0"] == "does not answer"
+        found = plant.metrics()
+        assert [found[f"process_up{{process={name}}}"] for name in members] == [0, 1, 1]
+        assert plant.ask("/live")[0] == 200
+        send(engine, signal.SIGKILL)
+        while plant.ask("/ready")[0] == 503:
+            assert plant.metrics()["process_up{process=jobs-0-1}"] == 1
+        assert plant.ask("/ready")[0] == 200
+        found = plant.metrics()
+        assert found["engine_restarts_total{process=engine-0}"] == 1
+        assert found["worker_starts_total{process=engine-0}"] == 2
+        assert found["process_up{process=engine-0}"] == 1
+        assert plant.client.wait(plant.submit((1, 80, 90)), WAIT_S).status == "succeeded"
+    assert "Traceback" not in (plant.folder / "worker.log").read_text()
 
 
 def test_without_a_worker_events_are_delivered_and_lost_jobs_queued_again(

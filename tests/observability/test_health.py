@@ -36,7 +36,7 @@ class Served:
 
     def __init__(self, scrape: Callable[[], bytes] = lambda: b"up 1\n") -> None:
         self.health, self.scrape = Health(), scrape
-        self.port = health.serve(HOST, 0, self.health, scrape, "text/plain; version=0.0.4")
+        self.port = health.serve((HOST, 0), self.health, scrape, "text/plain; version=0.0.4")
 
     def ask(self, path: str, method: str = "GET") -> tuple[int, str]:
         connection = http.client.HTTPConnection(HOST, self.port, timeout=WAIT_S)

@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gradcam_worker.delivery.dispatcher import OutboxDispatcher
@@ -36,12 +37,14 @@ from gradcam_worker.observability import gpu, prometheus
 from gradcam_worker.observability.definitions import BY_NAME, CODES, METRICS, OTHER
 from gradcam_worker.observability.events import Observer
 from gradcam_worker.observability.gpu import DeviceUse
-from gradcam_worker.observability.prometheus import Metrics
+from gradcam_worker.observability.prometheus import HostMetrics, Metrics, ProcessScrape
+from gradcam_worker.observability.queue_depths import QueueDepths
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.ids import new_id
 from gradcam_worker.schemas.job import Job
 from gradcam_worker.schemas.status import WorkerRef
+from gradcam_worker.schemas.work import ROUTES
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.stores import Stores
 from gradcam_worker.testing import MemoryLedger, MemoryStore, TinyNetwork, fake_services
@@ -99,7 +102,11 @@ def test_labels_have_few_values_and_codes_are_those_of_the_errors_tree() -> None
 
 def test_all_of_a_process_is_there_at_zero_before_anything_has_happened() -> None:
     families = {one.name for one in text_string_to_metric_families(Metrics().scrape().decode())}
-    expected = {f"gradcam_{one.name.removesuffix('_total')}" for one in METRICS if one.source == "process"}
+    expected = {
+        f"gradcam_{one.name.removesuffix('_total')}"
+        for one in METRICS
+        if one.source == "process" and "worker" in one.roles
+    }
     assert expected <= families
     assert not any(one.endswith("_created") for one in families)
     text = Metrics().scrape().decode()
@@ -421,3 +428,127 @@ def test_a_gpu_is_told_of_by_its_driver_and_none_is_absent() -> None:
     assert gpu.usage_reader("0", Driver(there=False)) is None
     without = Metrics()
     assert b"gradcam_device" not in without.scrape()
+
+
+def no_ledger() -> QueueDepths:
+    raise LedgerUnavailable
+
+
+def scraped(process: str, text: bytes | None, starts: int = 1) -> ProcessScrape:
+    return ProcessScrape(process, process.startswith("engine"), starts, text)
+
+
+def samples(text: bytes, name: str) -> dict[tuple[tuple[str, str], ...], float]:
+    """Labels -> value, of all samples of this name."""
+    return {
+        tuple(sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+        if sample.name == f"gradcam_{name}"
+    }
+
+
+def test_metrics_of_several_processes_are_told_apart_by_the_process() -> None:
+    engine, first, second = Metrics(role="engine"), Metrics(role="jobs"), Metrics(role="jobs")
+    engine.batch_computed(5, 0.1)
+    for counted, size in ((first, 3), (second, 4)):
+        counted.artifact_written(size)
+        counted.stages_measured({"fetch_s": size})
+    host = HostMetrics(no_ledger)
+    text = host.render(
+        [
+            scraped("engine-0", engine.scrape(), 4),
+            scraped("jobs-0-1", first.scrape()),
+            scraped("jobs-0-2", second.scrape(), 2),
+        ],
+        host.ledger_gauges(),
+    )
+    assert samples(text, "artifact_bytes_total") == {
+        (("process", "jobs-0-1"),): 3,
+        (("process", "jobs-0-2"),): 4,
+    }
+    fetched = samples(text, "job_stage_seconds_sum")
+    assert fetched[("process", "jobs-0-2"), ("stage", "fetch")] == 4
+    assert samples(text, "batch_images_sum") == {(("process", "engine-0"),): 5}
+    assert samples(text, "engine_restarts_total") == {(("process", "engine-0"),): 3}
+    assert samples(text, "worker_starts_total")[(("process", "jobs-0-2"),)] == 2
+    assert set(samples(text, "process_up").values()) == {1}
+    assert {dict(labels)["process"] for labels in samples(text, "build_info")} == {
+        *("engine-0", "jobs-0-1", "jobs-0-2", "supervisor")
+    }
+    lines = text.decode().splitlines()
+    kinds = [line for line in lines if line.startswith("# TYPE")]
+    assert len(kinds) == len({line.split()[2] for line in kinds}), "each metric is declared once"
+    assert not [line for line in lines if line.startswith("gradcam_") and 'process="' not in line]
+
+
+@pytest.mark.parametrize("text", [None, b"\xff", b'gradcam_ready{process="', b"{}{}", b"gradcam_ready x"])
+def test_a_process_that_answers_nothing_or_no_metrics_is_down_and_the_others_are_shown(
+    text: bytes | None,
+) -> None:
+    well = Metrics(role="jobs")
+    well.artifact_written(3)
+    found = HostMetrics(no_ledger).render(
+        [scraped("engine-0", text, 2), scraped("jobs-0-1", well.scrape())], []
+    )
+    assert samples(found, "process_up") == {(("process", "engine-0"),): 0, (("process", "jobs-0-1"),): 1}
+    assert samples(found, "worker_starts_total")[(("process", "engine-0"),)] == 2
+    assert samples(found, "artifact_bytes_total") == {(("process", "jobs-0-1"),): 3}
+    assert (("process", "engine-0"),) not in samples(found, "ready")
+
+
+def test_an_answer_that_breaks_off_anywhere_does_no_harm() -> None:
+    whole = b'# TYPE gradcam_ready gauge\ngradcam_ready{a="\\"x\\\\",b="y"} 1.0 17\n'
+    for length in range(len(whole)):
+        text = HostMetrics(no_ledger).render([scraped("jobs-0-1", whole[:length])], [])
+        assert len(samples(text, "process_up")) == 1
+
+
+def test_no_label_of_a_process_can_pretend_to_be_something_else() -> None:
+    registry = CollectorRegistry()
+    gauge = Gauge("gradcam_hostile", "Help.", ["name", "process"], registry=registry)
+    hostile = ['"} 1\ngradcam_ready{process="engine-0"} 1', "\\", "a\nb", "{},=", "\\n", "ü"]
+    for number, name in enumerate(hostile):
+        gauge.labels(name, "engine-0").set(number)
+    text = HostMetrics(no_ledger).render([scraped("jobs-0-1", generate_latest(registry))], [])
+    assert samples(text, "hostile") == {
+        (("name", name), ("process", "jobs-0-1")): number for number, name in enumerate(hostile)
+    }
+    assert not samples(text, "ready")
+
+
+def test_a_metric_that_another_process_declares_otherwise_is_left_out() -> None:
+    gauge = b"# TYPE gradcam_x gauge\ngradcam_x 1\n"
+    histogram = b"# TYPE gradcam_x histogram\ngradcam_x_count 2\n"
+    text = HostMetrics(no_ledger).render([scraped("jobs-0-1", gauge), scraped("jobs-0-2", histogram)], [])
+    assert samples(text, "x") == {(("process", "jobs-0-1"),): 1}
+    assert not samples(text, "x_count")
+
+
+def test_the_ledgers_gauges_are_there_once_for_all_processes() -> None:
+    each = dict.fromkeys(ROUTES, 2)
+    depths = QueueDepths(each, dict.fromkeys(each, 1.0), 1, 1, 1, 1, 1.0, 5)
+    host = HostMetrics(lambda: depths)
+    jobs = [scraped(f"jobs-0-{number}", Metrics(role="jobs").scrape()) for number in (1, 2)]
+    text = host.render(jobs, host.ledger_gauges())
+    assert samples(text, "workers_alive") == {(): 5}
+    assert len(samples(text, "queue_jobs")) == len(ROUTES)
+
+
+def families(text: bytes) -> set[str]:
+    return {family.name for family in text_string_to_metric_families(text.decode())}
+
+
+def test_each_process_shows_its_own_metrics_and_a_host_all_that_a_worker_process_shows() -> None:
+    by_role = {role: families(Metrics(role=role).scrape()) for role in ("worker", "engine", "jobs")}
+    for one in METRICS:
+        for role, shown in by_role.items():
+            is_expected = role in one.roles and one.source == "process"
+            assert (f"gradcam_{one.name.removesuffix('_total')}" in shown) == is_expected, (one.name, role)
+    scrapes = [scraped(f"{role}-0", Metrics(role=role).scrape()) for role in ("engine", "jobs")]
+    shown = families(HostMetrics(no_ledger).render(scrapes, []))
+    assert by_role["worker"] < shown
+    assert {one.removeprefix("gradcam_") for one in shown - by_role["worker"]} == {
+        *("engine_requests_resent", "engine_requests_in_flight", "engine_restarts", "process_up"),
+        *("pixel_pool_free_bytes", "pixel_pool_wait_seconds"),
+    }

@@ -347,6 +347,29 @@ def test_a_gpu_that_is_not_there_is_refused_by_the_command(monkeypatch: pytest.M
     assert "GRADCAM_DEVICES: 'gpu' must be auto, cpu" in done.stderr
 
 
+def test_engine_and_job_processes_serve_their_metrics_at_sockets_and_one_port_is_enough(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(devices, "_local_gpus", lambda *_: ["0", "1", "2"])
+    said = tmp_path / "said"
+    own = (*OWN, "GRADCAM_METRICS_SOCKET", "GRADCAM_ENGINE_SOCKET")
+    child = f"import os; print(*map(os.environ.get, {own!r}), file=open({str(said)!r}, 'a'))"
+    for port in (65_535, 0):
+        settings = Settings(metrics_port=port, job_processes=2, devices="0,2")
+        supervisor = Supervisor(settings, (sys.executable, "-c", child))
+        labels = [process.label for process in supervisor._processes]
+        assert labels == ["engine-0", "jobs-0-1", "jobs-0-2", "engine-2", "jobs-2-1", "jobs-2-2"]
+        supervisor._folder = tmp_path
+        for process in supervisor._processes[2:4]:
+            supervisor._run_child(process)
+    assert said.read_text().splitlines() == [
+        f"0 1 {tmp_path}/jobs-0-2.http {tmp_path}/engine-0",
+        f"0 1 {tmp_path}/engine-2.http {tmp_path}/engine-2",
+        f"0 1 None {tmp_path}/engine-0",
+        f"0 1 None {tmp_path}/engine-2",
+    ]
+
+
 def test_each_process_has_a_port_of_its_own_for_its_metrics_and_hears_how_often_it_was_started(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

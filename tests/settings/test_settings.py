@@ -241,6 +241,7 @@ def test_the_paths_of_the_settings_are_known() -> None:
         "cache_dir",
         "weights_dir",
         "engine_socket",
+        "metrics_socket",
     ]
 
 

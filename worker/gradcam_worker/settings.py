@@ -503,9 +503,11 @@ class Settings(BaseSettings):
 
     # Logs, metrics and traces
     metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
-    """port of `/metrics`, `/live`, `/ready` and `/startup`; process N of a machine has this port + N; 0: not
-    served
+    """port of `/metrics`, `/live`, `/ready` and `/startup`; process N of a machine has this port + N, or with
+    `GRADCAM_JOB_PROCESSES` this one port serves for all; 0: not served
     """
+    metrics_socket: OptionalPath = None
+    """set by the supervisor: where this process serves them instead, for the supervisor"""
     metrics_host: str = "127.0.0.1"
     """address to listen at; `0.0.0.0`: every address"""
     log_format: Literal["text", "json"] = "text"

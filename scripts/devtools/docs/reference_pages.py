@@ -166,12 +166,18 @@ def by_cause() -> dict[type[errors.GradcamError], list[type[errors.GradcamError]
 
 def metrics() -> Iterator[str]:
     """docs/reference/metrics.md: every metric of `observability.definitions`."""
-    headings = {"process": "Of this process", "device": "Of the GPU", "ledger": "Of the ledger"}
+    headings = {
+        "process": "Of this process",
+        "jobs": "Of a job process, beside an engine process",
+        "supervisor": "Of the supervisor of engine and job processes",
+        "device": "Of the GPU",
+        "ledger": "Of the ledger",
+    }
     for source, heading in headings.items():
         rows = [
             (f"`{PREFIX}{metric.name}`", metric.kind, _labels(metric.labels), metric.help)
             for metric in METRICS
-            if metric.source == source
+            if source == ("jobs" if metric.roles == ("jobs",) else metric.source)
         ]
         yield from ("", f"## {heading}")
         yield from _table("metrics", ("metric", "kind", "labels", "meaning"), rows)

@@ -57,6 +57,7 @@ from gradcam_worker.inference.model_cache import choose_shard_batch_size, extrac
 from gradcam_worker.inference.pixel_pool import Block, PixelPool
 from gradcam_worker.inference.request import InferenceResult
 from gradcam_worker.observability import tracing
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.text.log_events import EventLogger
@@ -119,15 +120,16 @@ class Answer:
 class EngineClient:
     """Sends requests to the engine process, and waits for the answers."""
 
-    def __init__(self, path: Path, *, pool_bytes: int) -> None:
+    def __init__(self, path: Path, *, pool_bytes: int, observer: Observer = NULL_OBSERVER) -> None:
         """Connect to nothing yet.
 
         Args:
             path: The socket of the engine.
             pool_bytes: Size of the memory for pixels that is shared with the engine.
+            observer: Is told of requests that are sent again, and that wait for memory.
         """
-        self._path = path
-        self._pool = PixelPool(pool_bytes)
+        self._path, self._observer = path, observer
+        self._pool = PixelPool(pool_bytes, observer)
         self._requests: dict[int, _Request] = {}
         self._numbers = itertools.count(1)
         self._slots = 0  # reserved, and not yet used
@@ -201,6 +203,16 @@ class EngineClient:
     def mean_batch_size(self) -> float:
         """See `InferenceClient.mean_batch_size`."""
         return self._state.mean_batch_size
+
+    @property
+    def in_flight(self) -> int:
+        """Number of requests that are not answered."""
+        return len(self._requests)
+
+    @property
+    def free_bytes(self) -> int:
+        """Free memory of the pool of pixels."""
+        return self._pool.free_bytes
 
     @property
     def device(self) -> str:
@@ -511,7 +523,7 @@ class EngineClient:
     def _suspect(self) -> None:
         """After the end of an engine: prepare the requests that it did not answer for its successor."""
         with self._lock:
-            waiting = [*self._requests.items()]
+            waiting, resent_before = [*self._requests.items()], self.resent
             for number, request in waiting:
                 message = request.message
                 at_device = request.block is not None and request.block.is_at_device
@@ -536,6 +548,7 @@ class EngineClient:
                 if request.block:
                     self._pool.memory[request.block.offset] = 0
         if waiting:
+            self._observer.engine_requests_resent(self.resent - resent_before)
             log.warning("engine_lost", requests=len(waiting), reason="they are sent to its successor")
 
     def _fail_all(self, reason: str) -> None:

@@ -12,12 +12,14 @@ import fcntl
 import mmap
 import os
 import threading
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import InternalError
+from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 
 HEADER_BYTES = 4096
@@ -51,13 +53,14 @@ class Block:
 class PixelPool:
     """The pool of a job process."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, observer: Observer = NULL_OBSERVER) -> None:
         """Make the memory. Pages that were never used take no memory.
 
         Args:
             size: In bytes.
+            observer: Is told how long requests waited for memory.
         """
-        self.size = size
+        self.size, self._observer = size, observer
         self.fd = os.memfd_create("gradcam-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, size)
         # The engine would be killed by a read beyond the end of the file.
@@ -99,11 +102,23 @@ class PixelPool:
             )
             raise InternalError(message)
         with self._changed:
-            while (offset := self._take(size)) is None:
-                deadline.check(WAITING_FOR_MEMORY)
-                self._changed.wait(min(deadline.left_s(), 1.0))  # the deadline may be cancelled meanwhile
+            offset = self._take(size)
+            if offset is None:
+                offset = self._wait_for(size, deadline)
         self.memory[offset] = WAITING
         return Block(offset, size, self)
+
+    def _wait_for(self, size: int, deadline: Deadline) -> int:
+        """Wait until there is room, and take it; return its offset."""
+        since_s = time.monotonic()
+        try:
+            while True:
+                deadline.check(WAITING_FOR_MEMORY)
+                self._changed.wait(min(deadline.left_s(), 1.0))  # the deadline may be cancelled meanwhile
+                if (offset := self._take(size)) is not None:
+                    return offset
+        finally:
+            self._observer.pixel_pool_waited(time.monotonic() - since_s)
 
     def _take(self, size: int) -> int | None:
         """Take memory from the first free part that is large enough; return its offset."""

@@ -18,6 +18,10 @@ DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 
 LOAD_BUCKETS = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
+# Processes that compute; and the one that shows what all processes of a host would show alike.
+COMPUTES = ("worker", "engine")
+ONCE = ("worker", "supervisor")
+
 # Error codes that a status document can hold; '' for a job that succeeded.
 _CODES = {error.code for error in errors.all_errors() if not issubclass(error, errors.LocalError)}
 CODES = (*sorted({"", *_CODES}), OTHER)
@@ -32,7 +36,8 @@ class MetricDefinition:
     help: str
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # label -> all its values
     buckets: tuple[float, ...] = ()
-    source: str = "process"  # where its value is read: process, device or ledger
+    source: str = "process"  # where its value is read: process, device, ledger or supervisor
+    roles: tuple[str, ...] = ("worker", "jobs")  # the processes that have it, see `settings.Settings.role`
 
 
 METRICS = (
@@ -75,7 +80,9 @@ METRICS = (
     MetricDefinition(
         "counter",
         "worker_starts_total",
-        "Starts of this device's worker process since its supervisor started.",
+        "Starts of this device's worker process, or with GRADCAM_JOB_PROCESSES of each process, since its "
+        "supervisor started.",
+        roles=("worker",),  # of the others the supervisor shows them, also while they are down
     ),
     MetricDefinition(
         "counter",
@@ -83,7 +90,13 @@ METRICS = (
         "Deliveries of events: delivered, failed (retried, or dropped), parked until they are replayed.",
         {"outcome": ("delivered", "failed", "parked")},
     ),
-    MetricDefinition("counter", "network_loads_total", "Networks loaded.", {"outcome": ("loaded", "failed")}),
+    MetricDefinition(
+        "counter",
+        "network_loads_total",
+        "Networks loaded.",
+        {"outcome": ("loaded", "failed")},
+        roles=COMPUTES,
+    ),
     MetricDefinition("counter", "image_bytes_total", "Bytes of images read."),
     MetricDefinition("counter", "artifact_bytes_total", "Bytes of artifacts, manifests and datasets stored."),
     MetricDefinition(
@@ -95,11 +108,25 @@ METRICS = (
         DURATION_BUCKETS,
     ),
     MetricDefinition(
-        "histogram", "batch_images", "Images in a batch that the device computed.", buckets=BATCH_SIZE_BUCKETS
+        "histogram",
+        "batch_images",
+        "Images in a batch that the device computed.",
+        buckets=BATCH_SIZE_BUCKETS,
+        roles=COMPUTES,
     ),
-    MetricDefinition("histogram", "batch_seconds", "Seconds to compute a batch.", buckets=DURATION_BUCKETS),
     MetricDefinition(
-        "histogram", "network_load_seconds", "Seconds to load and warm up a network.", buckets=LOAD_BUCKETS
+        "histogram",
+        "batch_seconds",
+        "Seconds to compute a batch.",
+        buckets=DURATION_BUCKETS,
+        roles=COMPUTES,
+    ),
+    MetricDefinition(
+        "histogram",
+        "network_load_seconds",
+        "Seconds to load and warm up a network.",
+        buckets=LOAD_BUCKETS,
+        roles=COMPUTES,
     ),
     MetricDefinition("gauge", "jobs_in_flight", "Jobs of one image that are running."),
     MetricDefinition("gauge", "shards_in_flight", "Shards that are running."),
@@ -109,41 +136,108 @@ METRICS = (
         "1: the circuit breaker is open: storage fails, and no jobs are taken until it recovers.",
     ),
     MetricDefinition("gauge", "ready", "1: /ready answers 200."),
-    MetricDefinition("gauge", "networks_resident", "Networks in memory."),
-    MetricDefinition("gauge", "build_info", "1, with the version as its label.", {"version": (__version__,)}),
+    MetricDefinition("gauge", "networks_resident", "Networks in memory.", roles=COMPUTES),
     MetricDefinition(
-        "gauge", "device_memory_bytes", "Memory of the GPU in use, by any process.", source="device"
+        "gauge",
+        "build_info",
+        "1, with the version as its label.",
+        {"version": (__version__,)},
+        roles=("worker", "engine", "jobs", "supervisor"),
+    ),
+    MetricDefinition(
+        "counter",
+        "engine_requests_resent_total",
+        "Requests that an engine process did not answer before it ended, and that its successor got.",
+        roles=("jobs",),
+    ),
+    MetricDefinition(
+        "gauge",
+        "engine_requests_in_flight",
+        "Requests that the engine process has not answered yet.",
+        roles=("jobs",),
+    ),
+    MetricDefinition(
+        "gauge",
+        "pixel_pool_free_bytes",
+        "Free memory for the pixels of requests, of GRADCAM_ENGINE_POOL_BYTES.",
+        roles=("jobs",),
+    ),
+    MetricDefinition(
+        "counter",
+        "pixel_pool_wait_seconds_total",
+        "Seconds that requests waited for that memory, all together.",
+        roles=("jobs",),
+    ),
+    MetricDefinition(
+        "gauge",
+        "process_up",
+        "1: the process answered this scrape; 0: its other metrics are absent.",
+        source="supervisor",
+        roles=("supervisor",),
+    ),
+    MetricDefinition(
+        "counter",
+        "engine_restarts_total",
+        "Starts of an engine process after its first, also those that SIGHUP asked for.",
+        source="supervisor",
+        roles=("supervisor",),
+    ),
+    MetricDefinition(
+        "gauge",
+        "device_memory_bytes",
+        "Memory of the GPU in use, by any process.",
+        source="device",
+        roles=COMPUTES,
     ),
     MetricDefinition(
         "gauge",
         "device_utilization_ratio",
         "Share of the driver's last sample in which the GPU was busy.",
         source="device",
+        roles=COMPUTES,
     ),
-    MetricDefinition("gauge", "queue_jobs", "Queued jobs, or shards.", {"priority": ROUTES}, source="ledger"),
+    MetricDefinition(
+        "gauge", "queue_jobs", "Queued jobs, or shards.", {"priority": ROUTES}, source="ledger", roles=ONCE
+    ),
     MetricDefinition(
         "gauge",
         "queue_oldest_seconds",
         "How long the oldest of them has been queued; 0: none is queued.",
         {"priority": ROUTES},
         source="ledger",
+        roles=ONCE,
     ),
-    MetricDefinition("gauge", "retrying_jobs", "Jobs waiting for their next attempt.", source="ledger"),
     MetricDefinition(
-        "gauge", "running_jobs", "Jobs and shards that are running, on all workers.", source="ledger"
+        "gauge", "retrying_jobs", "Jobs waiting for their next attempt.", source="ledger", roles=ONCE
     ),
-    MetricDefinition("gauge", "dead_jobs", "Failed jobs kept for replay.", source="ledger"),
+    MetricDefinition(
+        "gauge",
+        "running_jobs",
+        "Jobs and shards that are running, on all workers.",
+        source="ledger",
+        roles=ONCE,
+    ),
+    MetricDefinition("gauge", "dead_jobs", "Failed jobs kept for replay.", source="ledger", roles=ONCE),
     MetricDefinition(
         "gauge",
         "outbox_events",
         "Events to be delivered next: one for each job's webhook, or job in the database, that has any.",
         source="ledger",
+        roles=ONCE,
     ),
     MetricDefinition(
-        "gauge", "outbox_oldest_seconds", "How long the oldest of them has waited; 0: none.", source="ledger"
+        "gauge",
+        "outbox_oldest_seconds",
+        "How long the oldest of them has waited; 0: none.",
+        source="ledger",
+        roles=ONCE,
     ),
     MetricDefinition(
-        "gauge", "workers_alive", "Worker processes that are alive, on all machines.", source="ledger"
+        "gauge",
+        "workers_alive",
+        "Worker processes that are alive, on all machines.",
+        source="ledger",
+        roles=ONCE,
     ),
 )
 _CODE_OF_STATE = {"succeeded": "", "canceled": errors.JobCanceled.code, "expired": errors.JobExpired.code}

@@ -46,6 +46,12 @@ class Observer:
     def batch_computed(self, images: int, seconds: float) -> None:
         """The device explained a batch of images."""
 
+    def engine_requests_resent(self, count: int) -> None:
+        """An engine process ended, and `count` requests that it did not answer are sent to its successor."""
+
+    def pixel_pool_waited(self, seconds: float) -> None:
+        """A request waited for the memory that its pixels are handed over in."""
+
     def image_read(self, size: int) -> None:
         """An image of `size` bytes was read."""
 

@@ -1,4 +1,4 @@
-"""Serve a process's health checks and metrics over HTTP.
+"""Serve a process's health checks and metrics over HTTP, at a port or at a Unix socket; and ask for them.
 
     /live      200 while its threads are alive and its loop runs, however long a batch or a broker takes
     /ready     200 while it can work: networks loaded, broker and ledger reachable, storage available
@@ -9,15 +9,18 @@ Otherwise 503, with the failed checks as JSON. A few dedicated threads answer, s
 busy callers delay other callers but no job.
 """
 
+import http.client
 import json
+import os
 import socket
 import socketserver
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from queue import Full, Queue
 from typing import Any
 
@@ -85,31 +88,71 @@ class Health:
         return {name: problem for name, check in [*checks.items()] if (problem := check())}
 
 
-def serve(host: str, port: int, health: Health, scrape: Callable[[], bytes], content_type: str) -> int:
+def serve(
+    address: tuple[str, int] | Path, health: Health, scrape: Callable[[], bytes], content_type: str
+) -> int:
     """Serve health and metrics in background threads until the process ends.
 
     Args:
-        host: Address to listen at.
-        port: 0 for any.
+        address: Host and port, where port 0 is any; or the path of a Unix socket, which only this user can
+            open. A file that is there is replaced.
         health: The checks.
         scrape: Returns the body of /metrics.
         content_type: Of that body.
 
     Returns:
-        The port.
+        The port; 0 for a socket.
 
     Raises:
         InvalidSettings: The address cannot be listened at.
     """
     try:
-        server = _Server(host, port)
+        server = _Server(address)
     except OSError as error:
-        message = f"GRADCAM_METRICS_PORT: {host}:{port} cannot be listened at ({error.strerror or error})."
+        is_path = isinstance(address, Path)
+        said = (
+            f"GRADCAM_METRICS_SOCKET: {address}"
+            if is_path
+            else "GRADCAM_METRICS_PORT: {}:{}".format(*address)
+        )
+        message = f"{said} cannot be listened at ({error.strerror or error})."
         raise InvalidSettings(message) from error
     server.health, server.scrape, server.content_type = health, scrape, content_type
     for target in (server.serve_forever, *[server.work] * THREADS):
         threading.Thread(target=target, name="health", daemon=True).start()
-    return int(server.server_address[1])
+    return 0 if isinstance(address, Path) else int(server.server_address[1])
+
+
+def ask(socket_path: Path, path: str, timeout_s: float) -> tuple[int, bytes]:
+    """Ask a process that serves at a Unix socket.
+
+    Args:
+        socket_path: The socket.
+        path: As `/ready`.
+        timeout_s: How long to wait for it, each time that it is waited for.
+
+    Returns:
+        The status and the body.
+
+    Raises:
+        OSError: It does not answer.
+        http.client.HTTPException: It answers something else than HTTP, or in part.
+    """
+    with closing(_SocketConnection(socket_path, timeout_s)) as connection:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+class _SocketConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
 
 
 class _Server(socketserver.TCPServer):
@@ -121,18 +164,28 @@ class _Server(socketserver.TCPServer):
     scrape: Callable[[], bytes]
     content_type: str
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, address: tuple[str, int] | Path) -> None:
         self._calls = Queue[tuple[Any, Any]](MAX_WAITING_CALLERS)
         self._started_s: dict[socket.socket, float] = {}
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), _Handler)
+        if not isinstance(address, Path):
+            self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+            super().__init__(address, _Handler)
+            return
+        self.address_family = socket.AF_UNIX
+        address.unlink(missing_ok=True)
+        mask = os.umask(0o177)
+        try:
+            super().__init__(str(address), _Handler)  # type: ignore[arg-type]  # as UnixStreamServer's
+        finally:
+            os.umask(mask)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
-            return super().get_request()
+            request, address = super().get_request()
         except OSError:  # out of file descriptors, perhaps: the server would retry in a busy loop
             time.sleep(ACCEPT_RETRY_S)
             raise
+        return request, address or ("", 0)  # a Unix socket's callers have none
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002  # the name is the library's
         log.debug("health_connection_failed", client=client_address)

@@ -6,12 +6,14 @@ The metrics are defined in `gradcam_worker.observability.definitions`.
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from gradcam_worker import __version__
@@ -36,17 +38,20 @@ log = EventLogger("gradcam")
 LEDGER_CACHE_S = 5.0  # how long a reading of the ledger is reused, however many scrapers there are
 LOCK_TIMEOUT_S = 1.0  # for another scrape's reading, which may hang: the server has few threads
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+PROCESS = "process"  # label of every sample of a host's processes
+SUPERVISOR = "supervisor"  # its value for the supervisor itself
 KINDS: Mapping[str, Callable[..., Any]] = {"counter": Counter, "histogram": Histogram, "gauge": Gauge}
 
 
 class Metrics(Observer):
     """All metrics of a process, in a registry of its own. Thread-safe."""
 
-    def __init__(self, starts: int = 1) -> None:
+    def __init__(self, starts: int = 1, role: str = "worker") -> None:
         """Create every series of the process's metrics, at zero.
 
         Args:
             starts: How often the worker of this device was started.
+            role: Of this process: it shows the metrics that such a process has.
         """
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # a gauge for each counter
         self._registry = CollectorRegistry()
@@ -54,15 +59,16 @@ class Metrics(Observer):
         self._series: dict[tuple[str, ...], Any] = {}  # metric and the values of its labels
         for metric in METRICS:
             if metric.source == "process":
-                self._register(metric)
+                self._register(metric, self._registry if role in metric.roles else None)
         ProcessCollector(registry=self._registry)
         self._at("worker_starts_total").inc(starts)
         self._at("build_info", __version__).set(1)
 
-    def _register(self, metric: MetricDefinition) -> None:
+    def _register(self, metric: MetricDefinition, registry: CollectorRegistry | None) -> None:
+        """Create the series of a metric. Without a registry it is counted, and not shown."""
         options: dict[str, Any] = {"buckets": metric.buckets} if metric.buckets else {}
         self._collectors[metric.name] = KINDS[metric.kind](
-            PREFIX + metric.name, metric.help, [*metric.labels], registry=self._registry, **options
+            PREFIX + metric.name, metric.help, [*metric.labels], registry=registry, **options
         )
         for values in itertools.product(*metric.labels.values()):
             if metric.name != "jobs_total" or can_occur(*values):
@@ -89,15 +95,7 @@ class Metrics(Observer):
 
         They are absent while it raises LedgerUnavailable.
         """
-
-        def read_gauges() -> list[Metric]:
-            try:
-                return _ledger_gauges(read())
-            except LedgerUnavailable as error:
-                log.debug("ledger_metrics_failed", error=error)  # the leases' thread logs it as a warning
-                return []
-
-        self._registry.register(_CachedGauges(read_gauges, lambda: LEDGER_CACHE_S))
+        self._registry.register(_ledger_collector(read))
 
     def set_device_gauges(self, read: Callable[[], DeviceUse]) -> None:
         """Let scrapes read the GPU's gauges from `read`."""
@@ -148,6 +146,14 @@ class Metrics(Observer):
         """See `Observer.events_delivered`."""
         self._at("events_delivered_total", outcome).inc(count)
 
+    def engine_requests_resent(self, count: int) -> None:
+        """See `Observer.engine_requests_resent`."""
+        self._at("engine_requests_resent_total").inc(count)
+
+    def pixel_pool_waited(self, seconds: float) -> None:
+        """See `Observer.pixel_pool_waited`."""
+        self._at("pixel_pool_wait_seconds_total").inc(seconds)
+
     def network_loaded(self, seconds: float, *, succeeded: bool) -> None:
         """See `Observer.network_loaded`."""
         self._at("network_loads_total", "loaded" if succeeded else "failed").inc()
@@ -166,6 +172,93 @@ class Metrics(Observer):
     def artifact_written(self, size: int) -> None:
         """See `Observer.artifact_written`."""
         self._at("artifact_bytes_total").inc(size)
+
+
+@dataclass(frozen=True)
+class ProcessScrape:
+    """What one process of a host answered."""
+
+    process: str  # value of the label `process`
+    is_engine: bool
+    starts: int
+    text: bytes | None  # of its /metrics; None: it did not answer
+
+
+class HostMetrics:
+    """The metrics of all processes of a host: one scrape, each sample with the label `process`.
+
+    The gauges of the ledger have no such label: they are the same for all, and are read here, once.
+    """
+
+    def __init__(self, read_depths: Callable[[], QueueDepths]) -> None:
+        """Create the supervisor's own metrics.
+
+        Args:
+            read_depths: Reads the ledger's gauges, or raises LedgerUnavailable.
+        """
+        self._own = Metrics(role=SUPERVISOR)
+        self._ledger = _ledger_collector(read_depths)
+
+    def ledger_gauges(self) -> Sequence[Metric]:
+        """Read the ledger's gauges. This may take as long as the ledger takes to answer."""
+        return [*self._ledger.collect()]
+
+    def render(self, scrapes: Iterable[ProcessScrape], ledger: Sequence[Metric]) -> bytes:
+        """Return the metrics of all processes, and the supervisor's own, in Prometheus' text format.
+
+        Args:
+            scrapes: What each process answered. One whose answer is no metrics is shown as down.
+            ledger: The ledger's gauges.
+        """
+        families: dict[str, Metric] = {}
+        _add(families, SUPERVISOR, _parse(self._own.scrape()))
+        labels = [PROCESS]
+        up, starts, restarts = (
+            family(PREFIX + name, BY_NAME[name].help, labels=labels)
+            for family, name in (
+                (GaugeMetricFamily, "process_up"),
+                (CounterMetricFamily, "worker_starts_total"),
+                (CounterMetricFamily, "engine_restarts_total"),
+            )
+        )
+        for scrape in scrapes:
+            answered = scrape.text is not None
+            try:
+                _add(families, scrape.process, _parse(scrape.text or b""))
+            except Exception as error:  # noqa: BLE001  # whatever a process sends, the others are shown
+                log.warning("process_metrics_refused", process=scrape.process, error=error)
+                answered = False
+            up.add_metric([scrape.process], answered)
+            starts.add_metric([scrape.process], scrape.starts)
+            if scrape.is_engine:
+                restarts.add_metric([scrape.process], max(scrape.starts - 1, 0))
+        return prometheus_client.generate_latest(
+            _Families([*families.values(), up, starts, restarts, *ledger])
+        )
+
+
+class _Families(Collector):
+    """Metrics that were read already."""
+
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def _parse(text: bytes) -> list[Metric]:
+    return [*text_string_to_metric_families(text.decode())]
+
+
+def _add(families: dict[str, Metric], process: str, found: Iterable[Metric]) -> None:
+    """Add the samples of a process, labelled with its name, to those of the others."""
+    for family in found:
+        joined = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+        if joined.type == family.type:  # else it is of another version, and its samples mean something else
+            joined.samples += [
+                sample._replace(labels={**sample.labels, PROCESS: process}) for sample in family.samples
+            ]
 
 
 class _CachedGauges(Collector):
@@ -192,6 +285,17 @@ class _CachedGauges(Collector):
             return self._gauges
         finally:
             self._lock.release()
+
+
+def _ledger_collector(read: Callable[[], QueueDepths]) -> _CachedGauges:
+    def read_gauges() -> list[Metric]:
+        try:
+            return _ledger_gauges(read())
+        except LedgerUnavailable as error:
+            log.debug("ledger_metrics_failed", error=error)  # the leases' thread logs it as a warning
+            return []
+
+    return _CachedGauges(read_gauges, lambda: LEDGER_CACHE_S)
 
 
 def _ledger_gauges(depths: QueueDepths) -> list[Metric]:

@@ -27,6 +27,7 @@ class Device:
 
     name: str  # in log lines
     environment: Mapping[str, str]  # the whole environment of that process
+    number: int = 0  # as in GRADCAM_DEVICES
 
 
 def choose(settings: Settings) -> list[Device]:
@@ -65,7 +66,9 @@ def choose(settings: Settings) -> list[Device]:
         # While one batch is computed, the next is fetched and decoded, and the last encoded and stored.
         threads = 2 * (settings.max_batch or BATCH_SIZE)
         environment |= settings.model_copy(update={"threads": threads}).to_environment()
-    return [Device(f"GPU {number}", {**environment, VISIBLE_GPUS: gpus[number]}) for number in numbers]
+    return [
+        Device(f"GPU {number}", {**environment, VISIBLE_GPUS: gpus[number]}, number) for number in numbers
+    ]
 
 
 def use_single_device(settings: Settings) -> Settings:

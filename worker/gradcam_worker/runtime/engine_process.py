@@ -93,10 +93,10 @@ def _serve(settings: Settings, ready_fd: int, load: service_factory.Load | None)
     parent_watch.on_parent_exit(stop_without_supervisor)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    telemetry.health.live["engine"] = server.unhealthy_reason
+    telemetry.health.live["engine"] = telemetry.health.ready["engine"] = server.unhealthy_reason
+    telemetry.add_device(lambda: model_cache.count)
     loops = background.start([BackgroundLoop("liveness", report, REPORT_INTERVAL_S, immediately=True)])
     threading.Thread(target=load_first, name="preload", daemon=True).start()
-    telemetry.started()
     log.info("engine_started", device=device, socket=settings.engine_socket)
     server.serve()
     telemetry.stopping()

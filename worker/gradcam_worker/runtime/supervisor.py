@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.resilience.retry import RetryPolicy
@@ -28,6 +29,9 @@ from gradcam_worker.runtime import devices
 from gradcam_worker.runtime.devices import Device
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.log_events import EventLogger
+
+if TYPE_CHECKING:
+    from gradcam_worker.runtime.host_telemetry import HostTelemetry
 
 log = EventLogger("gradcam.supervisor")
 
@@ -47,6 +51,7 @@ class Process:
     """A process that the supervisor keeps alive."""
 
     name: str  # in log lines
+    label: str  # in metrics: "engine-0", "jobs-0-1"
     role: Literal["worker", "engine", "jobs"]  # "worker" is both others in one
     device: Device
     variables: Mapping[str, str]
@@ -61,19 +66,27 @@ def plan_processes(chosen: Sequence[Device], settings: Settings) -> list[Process
     """
     count = settings.job_processes
     if not count:
-        return [Process(device.name, "worker", device, {}) for device in chosen]
+        return [Process(device.name, f"worker-{device.number}", "worker", device, {}) for device in chosen]
     processes = []
     for device in chosen:
-        processes.append(Process(f"{device.name}, engine", "engine", device, {"GRADCAM_ROLE": "engine"}))
+        label, variables = f"engine-{device.number}", {"GRADCAM_ROLE": "engine"}
+        processes.append(Process(f"{device.name}, engine", label, "engine", device, variables))
         variables = {"GRADCAM_ROLE": "jobs"}
         if "threads" not in settings.model_fields_set:
             threads = int(device.environment["GRADCAM_THREADS"])
             variables["GRADCAM_THREADS"] = str(max(-(-threads // count), MIN_JOB_THREADS))
         processes += [
-            Process(f"{device.name}, jobs {number}", "jobs", device, variables)
+            Process(
+                f"{device.name}, jobs {number}", f"jobs-{device.number}-{number}", "jobs", device, variables
+            )
             for number in range(1, count + 1)
         ]
     return processes
+
+
+def _metrics_socket(folder: Path, process: Process) -> Path:
+    """Where a process serves its metrics and health, if not at a port."""
+    return folder / f"{process.label}.http"
 
 
 class Supervisor:
@@ -94,8 +107,11 @@ class Supervisor:
         self._command = command
         self._folder: Path | None = None  # of the sockets, while `run` runs
         self._processes = plan_processes(devices.choose(settings), settings)
+        self._settings = settings
+        self._has_one_port = bool(settings.metrics_port and settings.job_processes)
+        self._telemetry: HostTelemetry | None = None  # of all processes, at that port
         last_port = settings.metrics_port + len(self._processes) - 1
-        if settings.metrics_port and last_port > LAST_PORT:
+        if settings.metrics_port and not self._has_one_port and last_port > LAST_PORT:
             message = (
                 f"GRADCAM_METRICS_PORT: the last of {len(self._processes)} processes would be at {last_port}."
             )
@@ -130,7 +146,27 @@ class Supervisor:
             signal.signal(signal.SIGHUP, lambda number, _: self._events.put(number))
         with tempfile.TemporaryDirectory(prefix="gradcam-", ignore_cleanup_errors=True) as folder:
             self._folder = Path(folder)  # which only this user can open
+            if self._has_one_port:
+                self._telemetry = self._serve_metrics(self._folder)
             return self._run()
+
+    def _serve_metrics(self, folder: Path) -> "HostTelemetry":
+        """Serve the metrics and health of all processes. Raises InvalidSettings."""
+        from gradcam_worker.runtime.host_telemetry import HostProcess, HostTelemetry
+
+        host_processes = [
+            HostProcess(
+                process.label,
+                process.device.number,
+                process.role == "engine",
+                _metrics_socket(folder, process),
+                partial(self._starts.__getitem__, process),
+            )
+            for process in self._processes
+        ]
+        telemetry = HostTelemetry(host_processes)
+        telemetry.serve(self._settings)
+        return telemetry
 
     def _run(self) -> int:
         signals = 0
@@ -140,6 +176,8 @@ class Supervisor:
                 done.add_done_callback(self._events.put)
             while not all(done.done() for done in all_done):
                 event = self._next_event()
+                if self._telemetry:
+                    self._telemetry.turned()
                 if event == signal.SIGHUP:
                     self._restart_engines()
                 elif isinstance(event, int):
@@ -196,10 +234,10 @@ class Supervisor:
             **process.variables,
         }
         if process.role != "worker":
-            number = [*dict.fromkeys(other.device.name for other in self._processes)].index(
-                process.device.name
-            )
-            variables["GRADCAM_ENGINE_SOCKET"] = f"{self._folder}/engine-{number}"
+            variables["GRADCAM_ENGINE_SOCKET"] = f"{self._folder}/engine-{process.device.number}"
+        if self._has_one_port and self._folder:
+            variables["GRADCAM_METRICS_PORT"] = "0"
+            variables["GRADCAM_METRICS_SOCKET"] = str(_metrics_socket(self._folder, process))
         read_fd, write_fd = os.pipe()
         with os.fdopen(read_fd, "rb") as signs, os.fdopen(write_fd, "wb") as childs_end:
             with self._lock:
@@ -283,6 +321,8 @@ class Supervisor:
 
         Each requeues the jobs that it cannot finish. A process that does not end is killed.
         """
+        if self._telemetry:
+            self._telemetry.stopping()
         with self._lock:
             self._stopping.set()
             for process, child in self._children.items():

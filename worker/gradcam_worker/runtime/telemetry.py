@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from gradcam_worker.broker.publisher import Publisher
 from gradcam_worker.ledger.redis import stats
@@ -9,16 +10,29 @@ from gradcam_worker.ledger.redis.store import RedisLedger
 from gradcam_worker.observability import gpu, health
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.observability.health import Health, ServerProbes
+from gradcam_worker.observability.queue_depths import QueueDepths
 from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.circuit_breaker import CircuitBreaker
 from gradcam_worker.runtime import devices
 from gradcam_worker.settings import Settings
 
+if TYPE_CHECKING:
+    from gradcam_worker.inference.engine_client import EngineClient
+
 ANSWER_TIMEOUT_S = 2.0  # of broker and ledger
 
 
+def depths_reader(settings: Settings) -> Callable[[], QueueDepths]:
+    """Return what reads the ledger's gauges. It raises LedgerUnavailable after a short time."""
+    ledger = RedisLedger(settings, timeout_s=ANSWER_TIMEOUT_S, retries=0)
+    return partial(stats.read_depths, ledger.server, settings.lease_s)
+
+
 class Telemetry:
-    """The metrics and health of this process. Without `metrics_port` there is no server, and no cost."""
+    """The metrics and health of this process.
+
+    Without `metrics_port` and `metrics_socket` there is no server, and no cost.
+    """
 
     def __init__(self, settings: Settings) -> None:
         """Start the server. Raises InvalidSettings where the port cannot be used."""
@@ -30,11 +44,21 @@ class Telemetry:
         self.loops: list[BackgroundLoop] = []
         self.observer: Observer = NULL_OBSERVER
         self._metrics = None
-        if not settings.metrics_port:
+        if not (settings.metrics_port or settings.metrics_socket):
             return
         from gradcam_worker.observability.prometheus import CONTENT_TYPE, Metrics
 
-        self.observer = self._metrics = Metrics(settings.starts)
+        self.observer = self._metrics = Metrics(settings.starts, settings.role)
+        if settings.role != "engine":
+            self._watch_servers(settings)
+        if settings.role == "worker":  # else the supervisor reads them, once for all processes
+            self._metrics.set_ledger_gauges(depths_reader(settings))
+        self._metrics.set_gauge("ready", lambda: not self.health.problems("/ready"))
+        address = settings.metrics_socket or (settings.metrics_host, settings.metrics_port)
+        health.serve(address, self.health, self._metrics.scrape, CONTENT_TYPE)
+
+    def _watch_servers(self, settings: Settings) -> None:
+        """Be ready only while broker and ledger answer."""
         ledger = RedisLedger(settings, timeout_s=ANSWER_TIMEOUT_S, retries=0)
         publisher = Publisher(settings, timeout_s=ANSWER_TIMEOUT_S)
         probes = ServerProbes(
@@ -43,10 +67,6 @@ class Telemetry:
         self.loops.append(probes.loop)
         for name in ("broker", "ledger"):
             self.health.ready[name] = partial(probes.check, name)
-        self._metrics.set_ledger_gauges(partial(stats.read_depths, ledger.server, settings.lease_s))
-        self._metrics.set_gauge("ready", lambda: not self.health.problems("/ready"))
-        address = settings.metrics_host, settings.metrics_port
-        health.serve(*address, self.health, self._metrics.scrape, CONTENT_TYPE)
 
     def add_worker(
         self, loaded_networks: Callable[[], int], breaker: CircuitBreaker, eviction: health.Check
@@ -62,8 +82,26 @@ class Telemetry:
         self.health.ready["eviction"] = eviction
         if not self._metrics:
             return
-        self._metrics.set_gauge("networks_resident", loaded_networks)
         self._metrics.set_gauge("breaker_open", lambda: bool(breaker.open_reason))
+        if self._settings.role == "worker":
+            self.add_device(loaded_networks)
+
+    def add_engine(self, engine: "EngineClient") -> None:
+        """Add the check and the gauges of a process whose engine is another one."""
+        self.health.ready["engine"] = lambda: engine.not_ready
+        if self._metrics:
+            self._metrics.set_gauge("engine_requests_in_flight", lambda: engine.in_flight)
+            self._metrics.set_gauge("pixel_pool_free_bytes", lambda: engine.free_bytes)
+
+    def add_device(self, loaded_networks: Callable[[], int]) -> None:
+        """Add the gauges of the device, and of the networks in its process.
+
+        Args:
+            loaded_networks: the number of networks in memory.
+        """
+        if not self._metrics:
+            return
+        self._metrics.set_gauge("networks_resident", loaded_networks)
         gpus = devices.visible_gpus(self._settings.environment_for_child())
         if gpus and (read_usage := gpu.usage_reader(gpus[0])):
             self._metrics.set_device_gauges(read_usage)

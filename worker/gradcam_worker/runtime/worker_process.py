@@ -210,8 +210,10 @@ def _open_inference(
 ) -> tuple[ModelCache | EngineClient, str]:
     """Open what computes: in this process, or in the engine process. Returns also the device's name."""
     if settings.engine_socket:
-        engine = EngineClient(settings.engine_socket, pool_bytes=settings.engine_pool_bytes)
-        telemetry.health.ready["engine"] = lambda: engine.not_ready
+        engine = EngineClient(
+            settings.engine_socket, pool_bytes=settings.engine_pool_bytes, observer=telemetry.observer
+        )
+        telemetry.add_engine(engine)
         return engine, engine.connect(ENGINE_START_TIMEOUT_S).device
     model_cache = service_factory.build_model_cache(settings, load, telemetry.observer)
     service_factory.prepare(settings)
