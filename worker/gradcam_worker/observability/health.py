@@ -109,13 +109,11 @@ def serve(
     try:
         server = _Server(address)
     except OSError as error:
-        is_path = isinstance(address, Path)
-        said = (
-            f"GRADCAM_METRICS_SOCKET: {address}"
-            if is_path
-            else "GRADCAM_METRICS_PORT: {}:{}".format(*address)
-        )
-        message = f"{said} cannot be listened at ({error.strerror or error})."
+        if isinstance(address, Path):
+            setting, place = "GRADCAM_METRICS_SOCKET", str(address)
+        else:
+            setting, place = "GRADCAM_METRICS_PORT", f"{address[0]}:{address[1]}"
+        message = f"{setting}: {place} cannot be listened at ({error.strerror or error})."
         raise InvalidSettings(message) from error
     server.health, server.scrape, server.content_type = health, scrape, content_type
     for target in (server.serve_forever, *[server.work] * THREADS):

@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 ANSWER_TIMEOUT_S = 2.0  # of broker and ledger
 
 
-def depths_reader(settings: Settings) -> Callable[[], QueueDepths]:
+def depths_reader(settings: Settings, ledger: RedisLedger | None = None) -> Callable[[], QueueDepths]:
     """Return what reads the ledger's gauges. It raises LedgerUnavailable after a short time."""
-    ledger = RedisLedger(settings, timeout_s=ANSWER_TIMEOUT_S, retries=0)
+    ledger = ledger or _impatient_ledger(settings)
     return partial(stats.read_depths, ledger.server, settings.lease_s)
+
+
+def _impatient_ledger(settings: Settings) -> RedisLedger:
+    return RedisLedger(settings, timeout_s=ANSWER_TIMEOUT_S, retries=0)
 
 
 class Telemetry:
@@ -50,16 +54,16 @@ class Telemetry:
 
         self.observer = self._metrics = Metrics(settings.starts, settings.role)
         if settings.role != "engine":
-            self._watch_servers(settings)
-        if settings.role == "worker":  # else the supervisor reads them, once for all processes
-            self._metrics.set_ledger_gauges(depths_reader(settings))
+            ledger = _impatient_ledger(settings)
+            self._watch_servers(settings, ledger)
+            if settings.role == "worker":  # else the supervisor reads them, once for all processes
+                self._metrics.set_ledger_gauges(depths_reader(settings, ledger))
         self._metrics.set_gauge("ready", lambda: not self.health.problems("/ready"))
         address = settings.metrics_socket or (settings.metrics_host, settings.metrics_port)
         health.serve(address, self.health, self._metrics.scrape, CONTENT_TYPE)
 
-    def _watch_servers(self, settings: Settings) -> None:
+    def _watch_servers(self, settings: Settings, ledger: RedisLedger) -> None:
         """Be ready only while broker and ledger answer."""
-        ledger = RedisLedger(settings, timeout_s=ANSWER_TIMEOUT_S, retries=0)
         publisher = Publisher(settings, timeout_s=ANSWER_TIMEOUT_S)
         probes = ServerProbes(
             {"broker": partial(publisher.queue_length, "normal"), "ledger": ledger.count_jobs}
