@@ -247,7 +247,7 @@ def test_one_port_shows_engine_and_job_processes_and_whether_they_are_well(plant
         found = plant.metrics()
         assert [found[f"process_up{{process={name}}}"] for name in members] == [1, 1, 1]
         assert [found[f"worker_starts_total{{process={name}}}"] for name in members] == [1, 1, 1]
-        assert found["batch_images_sum{process=engine-0}"] == 6
+        assert found["batch_images_sum{process=engine-0}"] >= 6, "a pass may be padded"
         assert found["networks_resident{process=engine-0}"] == 1
         assert found["engine_restarts_total{process=engine-0}"] == 0
         assert found["engine_requests_in_flight{process=jobs-0-1}"] == 0
