@@ -365,8 +365,8 @@ def test_engine_and_job_processes_serve_their_metrics_at_sockets_and_one_port_is
     assert said.read_text().splitlines() == [
         f"0 1 {tmp_path}/jobs-0-2.http {tmp_path}/engine-0",
         f"0 1 {tmp_path}/engine-2.http {tmp_path}/engine-2",
-        f"0 1 None {tmp_path}/engine-0",
-        f"0 1 None {tmp_path}/engine-2",
+        f"0 1  {tmp_path}/engine-0",
+        f"0 1  {tmp_path}/engine-2",
     ]
 
 
