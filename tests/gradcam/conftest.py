@@ -26,7 +26,7 @@ def random_network() -> Callable[[str], "KerasNetwork"]:
     """Builds a network of the catalog with seeded random weights."""
     from gradcam_worker.gradcam.models.loading import load_network
 
-    return cache(lambda name: load_network(name, random_seed=1))
+    return cache(lambda name: load_network(name, random_seed=1, forward="tensorflow"))
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def lite0() -> "KerasNetwork":
     """EfficientNet-Lite0 with its shipped weights."""
     from gradcam_worker.gradcam.models.loading import load_network
 
-    return load_network("efficientnet_lite0")
+    return load_network("efficientnet_lite0", forward="tensorflow")
 
 
 @pytest.fixture

@@ -62,7 +62,12 @@ def computed() -> dict[str, NDArray[Any]]:
     photo = fit(decode((DATA / "photos" / f"{PHOTO}.jpg").read_bytes()).pixels, (224, 224))
     noise = np.random.default_rng(1).integers(0, 256, (2, *SMALL, 3), np.uint8)
     cases = {
-        "efficientnet_lite0": (load_network("efficientnet_lite0"), photo[np.newaxis], [CLASSES], DEEP),
+        "efficientnet_lite0": (
+            load_network("efficientnet_lite0", forward="tensorflow"),
+            photo[np.newaxis],
+            [CLASSES],
+            DEEP,
+        ),
         "by_hand": (by_hand(), noise, [(-1, -2, 3)] * 2, ALL),
         "flattened": (flattened(), noise, [(-1, -2, 3)] * 2, FEW),
     }

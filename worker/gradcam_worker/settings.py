@@ -454,6 +454,10 @@ class Settings(BaseSettings):
     """folder with weights of the catalog's networks"""
     precision: Literal["float32", "tf32", "bfloat16", "mixed_bfloat16"] = "float32"
     """floating-point format of the networks' arithmetic"""
+    forward: Literal["auto", "openvino", "tensorflow"] = "auto"
+    """what computes the forward pass of Grad-CAM on a CPU: `openvino` (extra `openvino`), `tensorflow`, or
+    `auto`: OpenVINO where it is installed and agrees with TensorFlow to 1e-5
+    """
     exact_backward: bool = False
     """compute the whole backward pass, even where a shorter one gives the same result"""
     resident_bytes: Count = 8 * 1024**3

@@ -61,7 +61,7 @@ class Seen:
 
 def look(row: NetworkRow) -> Seen:
     """Build a network, explain the photo by the layer that its graph gives, and let it go again."""
-    network = load_network(row, random_seed=SEED)
+    network = load_network(row, random_seed=SEED, forward="tensorflow")
     photo = fit(decode(PHOTO.read_bytes()).pixels, row.input_size)
     computed = network.compute(photo[np.newaxis], np.array([[-1]], np.int32), Method(layer="auto"))
     facts, (rows, columns) = network.facts, computed.raw.shape[2:]

@@ -110,7 +110,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
 
 
 def _measure_network(name: str, *, quick: bool) -> dict[str, Any]:
-    network = load_network(name, random_seed=SEED)
+    network = load_network(name, random_seed=SEED, forward="tensorflow")
     variants, layer = Variants(network), network.facts.default_layer
     pixels = noise(1, network.facts.input_size)
     image = prepared(network, pixels)

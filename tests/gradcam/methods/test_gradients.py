@@ -50,7 +50,7 @@ def parts() -> "Parts":
     from gradcam_worker.gradcam.methods.gradients import Parts
 
     return Parts(
-        trunk=lambda pixels: (pixels / 255, pixels / 255, {}),
+        trunk=lambda pixels: (pixels / 255, pixels / 255, []),
         tail=tail_on_device,
         score_gradient=lambda _, classes: classes,
         grid=lambda values: values,

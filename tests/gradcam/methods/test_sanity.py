@@ -76,7 +76,7 @@ def kept() -> Kept:
     """Of a method's maps after a stage: overlap and rank correlation with the trained network's, means."""
     from gradcam_worker.gradcam.models.loading import load_network  # of its own: its weights are shuffled
 
-    (_, trained), *stages = cascade(load_network("efficientnet_lite0"))
+    (_, trained), *stages = cascade(load_network("efficientnet_lite0", forward="tensorflow"))
     figures = {
         (stage, name): (overlap(trained[name], raw), rank_correlation(trained[name], raw))
         for stage, maps in stages

@@ -197,6 +197,15 @@ def set_intra_op_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
+def intra_op_threads() -> int:
+    """The number of threads that `set_intra_op_threads` has set; 0: the default. Of TensorFlow alone."""
+    if name() != "tensorflow":
+        return 0
+    import tensorflow as tf
+
+    return int(tf.config.threading.get_intra_op_parallelism_threads())
+
+
 def _allocate_gpu_memory_on_demand() -> None:
     """Let TensorFlow allocate a GPU's memory as needed. By default it takes all of it on first use."""
     import tensorflow as tf

@@ -29,11 +29,12 @@ class NetworkFacts:
     rounding: float = 1e-3  # tolerance between its outputs and the probabilities of its scores
     parameters: int = 0
     rescales: bool = False  # whether its first layers do the preprocessing
+    weight_copies: int = 1  # in memory
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of its weights in memory."""
-        return self.parameters * (2 if self.dtype in {"bfloat16", "float16"} else 4)
+        return self.weight_copies * self.parameters * (2 if self.dtype in {"bfloat16", "float16"} else 4)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from gradcam_worker.delivery.webhooks import Webhooks
 from gradcam_worker.execution.services import Services
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.decoding.decode import Limits
-from gradcam_worker.gradcam.models import weights
+from gradcam_worker.gradcam.models import openvino_forward, weights
+from gradcam_worker.gradcam.models.file_cache import FileCache
 from gradcam_worker.gradcam.models.registry import Registry
 from gradcam_worker.gradcam.network import Network
 from gradcam_worker.images.fetch import UriFetcher
@@ -38,6 +39,8 @@ def build_services(
     Raises:
         InvalidSettings: a setting cannot be used.
     """
+    if settings.forward == "openvino":
+        openvino_forward.require()
     s3 = S3(settings)
     return Services(
         images=UriFetcher(settings, s3, observer=observer),
@@ -106,6 +109,8 @@ def load(settings: Settings, s3: S3, row: NetworkRow) -> Network:
         file=file,
         precision=settings.precision,
         exact_backward=settings.exact_backward,
+        forward=settings.forward,
+        forward_cache=FileCache(settings.cache, settings.cache_bytes),
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +21,26 @@ Compiled = Callable[..., Wait]
 Pass = Callable[[NDArray[np.uint8], NDArray[np.int32]], Callable[[], tuple[Any, ...]]]
 
 
+class Forward(Protocol):
+    """The trunk of a network, computed by another engine than the backend: see `Parts.trunk`."""
+
+    @property
+    def outputs(self) -> Signature:
+        """Of the activations, of the values where the backward pass stops, and of each that it skips."""
+        ...
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> Sequence[NDArray[Any]]:
+        """Compute these for pixels (n, height, width, channels). Raises DeviceOutOfMemory."""
+        ...
+
+
 @dataclass(frozen=True)
 class Parts:
     """A network cut in two, as functions of n images on the device.
 
     Attributes:
         trunk: Pixels (n, height, width, channels) float32 -> activations of the target layer, values where
-            the backward pass stops, and everything else that the tail reads.
+            the backward pass stops, and everything else that the tail reads, as a list.
         tail: The latter two -> scores (n, classes).
         score_gradient: Scores, and k classes of each image one-hot (k, n, classes) -> derivative of what is
             explained by each score, (k, n, classes).
@@ -40,7 +53,7 @@ class Parts:
         scaled: Whether the backward pass is scaled so that small gradients do not underflow, as in float16.
     """
 
-    trunk: Callable[[Any], tuple[Any, Any, Any]]
+    trunk: Callable[[Any], tuple[Any, Any, list[Any]]]
     tail: Callable[[Any, Any], Any]
     score_gradient: Callable[[Any, Any], Any]
     grid: Callable[[Any], Any]
@@ -51,7 +64,7 @@ class Parts:
     scaled: bool = False
 
 
-def one_pass(parts: Parts, formula: Formula, *, flip: bool = False) -> Pass:
+def one_pass(parts: Parts, formula: Formula, *, flip: bool = False, forward: Forward | None = None) -> Pass:
     """The whole computation as one compiled function, for every batch size and number of classes.
 
     One forward pass, then one backward pass from the scores for all pairs of image and class, vectorised over
@@ -61,6 +74,7 @@ def one_pass(parts: Parts, formula: Formula, *, flip: bool = False) -> Pass:
         parts: The network.
         formula: From activations and gradients to raw maps: see `cam.METHODS`.
         flip: Whether the mirror image of each image is computed too; the maps are the means of both.
+        forward: Computes the trunk, in place of `parts.trunk`.
 
     Returns:
         A function of pixels (n, height, width, channels) uint8 and wanted classes (n, k). It launches the
@@ -70,11 +84,14 @@ def one_pass(parts: Parts, formula: Formula, *, flip: bool = False) -> Pass:
     """
 
     def compute(pixels: Any, wanted: Any) -> tuple[Any, ...]:
-        images, count = ops.cast(pixels, "float32"), ops.shape(pixels)[0]
+        images = ops.cast(pixels, "float32")
         if flip:
             images = ops.concatenate([images, ops.flip(images, axis=2)])
         activations, end, skipped = parts.trunk(images)
+        return behind_trunk(wanted, activations, end, *skipped)
 
+    def behind_trunk(wanted: Any, activations: Any, end: Any, *skipped: Any) -> tuple[Any, ...]:
+        count = ops.shape(wanted)[0]
         scores, pull = linearize(lambda values: parts.tail(values, skipped), end)
         class_ids = resolve_ranks(scores[:count], wanted)
         all_ids = ops.concatenate([class_ids, class_ids]) if flip else class_ids
@@ -90,8 +107,16 @@ def one_pass(parts: Parts, formula: Formula, *, flip: bool = False) -> Pass:
         outputs = (parts.outputs(scores[:count]),) if parts.outputs else ()
         return scores[:count], class_ids, raw, *outputs
 
-    signature = [((None, *parts.pixels), "uint8"), ((None, None), "int32")]
-    return compiled(compute, signature, parts.variables)
+    classes_signature = ((None, None), "int32")
+    if forward is None:
+        return compiled(compute, [((None, *parts.pixels), "uint8"), classes_signature], parts.variables)
+    launch = compiled(behind_trunk, [classes_signature, *forward.outputs], parts.variables)
+
+    def run(pixels: NDArray[np.uint8], wanted: NDArray[np.int32]) -> Wait:
+        images = np.concatenate([pixels, pixels[:, :, ::-1]]) if flip else pixels
+        return launch(wanted, *forward(images))
+
+    return run
 
 
 def _largest(cotangents: Any) -> Any:
@@ -144,6 +169,18 @@ def compiled(
         return wait
 
     return launch
+
+
+def traced_trunk(parts: Parts) -> Any:
+    """The trunk as a concrete function of TensorFlow, from pixels (n, height, width, channels) uint8."""
+    import tensorflow as tf
+
+    def trunk(pixels: Any) -> list[Any]:
+        activations, end, skipped = parts.trunk(ops.cast(pixels, "float32"))
+        return [activations, end, *skipped]
+
+    signature = [tf.TensorSpec((None, *parts.pixels), "uint8")]
+    return tf.function(trunk, input_signature=signature, autograph=False).get_concrete_function()
 
 
 @contextmanager

@@ -35,6 +35,10 @@ class FileCache:
         """
         self._folder, self._max_bytes = folder, max_bytes
 
+    def path(self, name: str) -> Path:
+        """The path of the file with this name, whether it exists or not."""
+        return self._folder / name
+
     def touch(self, path: Path) -> bool:
         """Mark a file as just used. Returns False if it no longer exists."""
         try:

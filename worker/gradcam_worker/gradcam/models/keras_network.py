@@ -64,7 +64,8 @@ class KerasNetwork:
             OrderedDict()
         )
         self._shortcuts: dict[TargetLayer, BackwardShortcut | None] = {}
-        self._forward: gradients.Compiled | None = None
+        self._forward: gradients.Forward | None = None  # of Grad-CAM at the default layer
+        self._compiled_scores: Callable[[NDArray[np.uint8]], gradients.Wait] | None = None
         self._auto: TargetLayer | None = None  # the default target, once it has been looked for
         self._default: str | None = None
         layer = self._first_target(row.target_layer or AUTO)
@@ -145,18 +146,46 @@ class KerasNetwork:
 
     def scores(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `gradcam_worker.gradcam.network.Network.scores`."""
-        if self._forward is None:
-            signature = [((None, *self._pixels), "uint8")]
-            self._forward = gradients.compiled(self._scores_of, signature, self._variables())
+        if self._compiled_scores is None:
+            self._compiled_scores = self._compile_scores()
         step = 1 if self._observed.samples.batch_of_one else max(len(pixels), 1)
         groups = [pixels[first : first + step] for first in range(0, len(pixels), step)]
-        return np.concatenate([np.asarray(self._forward(group)(), np.float32) for group in groups])
+        return np.concatenate([np.asarray(self._compiled_scores(group)(), np.float32) for group in groups])
+
+    def _compile_scores(self) -> Callable[[NDArray[np.uint8]], gradients.Wait]:
+        forward, parts = self._forward, self.trunk_and_tail()
+        if forward is None or parts is None:
+            return gradients.compiled(self._scores_of, [((None, *self._pixels), "uint8")], self._variables())
+
+        def tail(values: Any, *skipped: Any) -> Any:
+            return parts.tail(values, skipped)
+
+        launch = gradients.compiled(tail, forward.outputs[1:], self._variables())
+        return lambda pixels: launch(*forward(pixels)[1:])
 
     def _scores_of(self, pixels: Any) -> Any:
         graph = self._scores.graph
         return self._as_scores(
             run(graph.steps_to([self._scores.slot]), {graph.input_slot: self._input(pixels)})
         )
+
+    def trunk_and_tail(self) -> gradients.Parts | None:
+        """The parts that Grad-CAM at the default layer needs, if its backward pass is a short one."""
+        layer = self._target(self.facts.default_layer)
+        way_back = None if self._observed.samples.batch_of_one else self._shortcut(layer, GRADCAM)
+        return self._cut(layer, way_back, GRADCAM) if way_back else None
+
+    def use_forward(self, forward: gradients.Forward, engine: str) -> None:
+        """Let another engine compute the trunk of `trunk_and_tail`, for as long as this network lives.
+
+        Args:
+            forward: Computes it.
+            engine: Its name and version, for the manifests.
+        """
+        self._forward, self._compiled_scores = forward, None
+        self._passes.clear()
+        # The other engine has a copy of the weights.
+        self.facts = replace(self.facts, backend=f"{self.facts.backend}, {engine}", weight_copies=2)
 
     def _pass(self, layer: TargetLayer, method: Method) -> tuple[gradients.Pass, int]:
         """The compiled function of a layer and method, and the numbers it holds for each image and class.
@@ -167,13 +196,25 @@ class KerasNetwork:
         if key not in self._passes:
             way_back = self._shortcut(layer, method)
             run_pass = gradients.one_pass(
-                self._cut(layer, way_back, method), cam.METHODS[method.name], flip=method.flip
+                self._cut(layer, way_back, method),
+                cam.METHODS[method.name],
+                flip=method.flip,
+                forward=self._forward if self._is_default_cut(layer, way_back, method) else None,
             )
             self._passes[key] = run_pass, way_back.size if way_back else layer.size
             if len(self._passes) > MAX_TRACED:
                 self._passes.popitem(last=False)
         self._passes.move_to_end(key)
         return self._passes[key]
+
+    def _is_default_cut(self, layer: TargetLayer, way_back: BackwardShortcut | None, method: Method) -> bool:
+        """Whether the trunk is that of `trunk_and_tail`."""
+        return (
+            layer.path == self.facts.default_layer
+            and way_back is not None
+            and way_back is self._shortcuts.get(layer)
+            and _prepares(method)
+        )
 
     def _shortcut(self, layer: TargetLayer, method: Method) -> BackwardShortcut | None:
         """Where the backward pass of a method may stop; None: at the target layer."""
@@ -189,16 +230,16 @@ class KerasNetwork:
     def _cut(self, layer: TargetLayer, way_back: BackwardShortcut | None, method: Method) -> gradients.Parts:
         """The network as trunk and tail, cut where the backward pass stops."""
         graph, end = (way_back.graph, way_back.slot) if way_back else (self._scores.graph, layer.slot)
-        tail, skips = graph.tail(end, self._scores.slot)
+        tail, read = graph.tail(end, self._scores.slot)
+        skips = sorted(read)
         trunk = graph.steps_to([layer.slot, end, *skips])
-        prepare = method.name != "notebook"
 
-        def run_trunk(pixels: Any) -> tuple[Any, Any, Any]:
-            values = run(trunk, {graph.input_slot: self._input(pixels, prepare=prepare)})
-            return values[layer.slot], values[end], {slot: values[slot] for slot in skips}
+        def run_trunk(pixels: Any) -> tuple[Any, Any, list[Any]]:
+            values = run(trunk, {graph.input_slot: self._input(pixels, prepare=_prepares(method))})
+            return values[layer.slot], values[end], [values[slot] for slot in skips]
 
-        def run_tail(values: Any, skipped: Any) -> Any:
-            return self._as_scores(run(tail, {**skipped, end: values}))
+        def run_tail(values: Any, skipped: Sequence[Any]) -> Any:
+            return self._as_scores(run(tail, {**dict(zip(skips, skipped, strict=True)), end: values}))
 
         grid = partial(layer.as_grid, ops=ops)
         return gradients.Parts(
@@ -281,10 +322,11 @@ class KerasNetwork:
         ends = np.cumsum([0, *(math.prod(graph.shapes[layer.slot][1:]) for layer in layers)])
         parts_of = {layer.slot: slice(*ends[at : at + 2]) for at, layer in enumerate(layers)}
 
-        def zeros(pixels: Any) -> tuple[Any, Any, Any]:
-            return pixels, ops.zeros((1, int(ends[-1]))), pixels
+        def zeros(pixels: Any) -> tuple[Any, Any, list[Any]]:
+            return pixels, ops.zeros((1, int(ends[-1]))), [pixels]
 
-        def tail(added: Any, pixels: Any) -> Any:
+        def tail(added: Any, skipped: Sequence[Any]) -> Any:
+            (pixels,) = skipped
             values = {graph.input_slot: self._input(pixels)}
             for step in graph.steps_to([slot]):
                 step(values)
@@ -315,6 +357,11 @@ def _labels(row: NetworkRow, classes: int) -> ClassIndex:
         message = f"{row.name} has {classes} classes, but {len(labels)} labels are given for them."
         raise NetworkIncompatible(message)
     return labels
+
+
+def _prepares(method: Method) -> bool:
+    """Whether the pixels are preprocessed. The notebook forgets it."""
+    return method.name != "notebook"
 
 
 def _without_reordering(preprocessing: Preprocessing) -> catalog.Channels:

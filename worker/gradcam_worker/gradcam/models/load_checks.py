@@ -100,7 +100,7 @@ def observe(row: NetworkRow, model: Any, scores: Scores, samples: SampleImages) 
     except Exception as error:  # a custom layer's own code
         raise cannot_run(name, error) from error
     chosen, values = _run_like_the_model(name, scores, samples, pixels, expected)
-    more = [] if scores.kind else [_flat(chosen.run(graph, scores.slot, _varied(samples.size)))]
+    more = [] if scores.kind else [_flat(chosen.run(graph, scores.slot, varied_images(samples.size)))]
     return Observed(
         samples=chosen,
         outputs=np.concatenate([_flat(values), *more]).astype(np.float64),
@@ -176,7 +176,7 @@ def _grey(size: tuple[int, int, int]) -> NDArray[np.uint8]:
     return np.clip(noise, 0, 255).astype(np.uint8)
 
 
-def _varied(size: tuple[int, int, int]) -> NDArray[np.uint8]:
+def varied_images(size: tuple[int, int, int]) -> NDArray[np.uint8]:
     """Noise, black, white, a gradient from black to white, and photos."""
     gradient = np.broadcast_to(np.linspace(0, 255, size[1])[:, None], size)
     noise = np.random.default_rng(0).integers(0, 256, size)

@@ -13,7 +13,8 @@ from gradcam_worker.errors import NetworkIncompatible, WeightsUnavailable
 from gradcam_worker.gradcam import backend, catalog
 from gradcam_worker.gradcam.backend import keras
 from gradcam_worker.gradcam.catalog import PREPROCESSING, Head, NetworkRow, Preprocessing
-from gradcam_worker.gradcam.models import model_file, weights
+from gradcam_worker.gradcam.models import compiled_forward, model_file, weights
+from gradcam_worker.gradcam.models.file_cache import FileCache
 from gradcam_worker.gradcam.models.keras_network import KerasNetwork
 from gradcam_worker.gradcam.models.precision import with_precision
 from gradcam_worker.gradcam.models.weights import WeightsFile
@@ -40,6 +41,8 @@ def load_network(
     file: WeightsFile | None = None,
     precision: str = "float32",
     exact_backward: bool = False,
+    forward: str = "auto",
+    forward_cache: FileCache | None = None,
 ) -> KerasNetwork:
     """Load a network of the catalog, or an operator's own, with its weights.
 
@@ -51,6 +54,10 @@ def load_network(
         precision: `float32`, `tf32`, `bfloat16` or `mixed_bfloat16`. Whether a GPU may use TF32 is a setting
             of the whole process: the last loaded network decides.
         exact_backward: Run the whole backward pass, even if a shorter one gives the same result.
+        forward: What computes the forward pass of Grad-CAM on a CPU: `tensorflow`, `openvino`, or `auto`,
+            which is OpenVINO where it is installed. OpenVINO is used in float32 alone, where the backward
+            pass is a short one, and where it agrees with TensorFlow to 1e-5; else TensorFlow.
+        forward_cache: Keeps what is converted for OpenVINO, if the weights come from a file.
 
     Returns:
         A network for `explain_image`.
@@ -61,7 +68,7 @@ def load_network(
         WeightsChecksumMismatch: The file has another checksum.
         NetworkIncompatible: It cannot be explained.
         UnknownLayer: Its target layer does not exist.
-        InvalidSettings: The precision does not exist.
+        InvalidSettings: There is no such precision or forward pass, or OpenVINO is not installed.
 
     Examples:
         ```python
@@ -69,6 +76,7 @@ def load_network(
         ```
     """
     row = catalog.find(network) if isinstance(network, str) else network
+    compiled_forward.check(forward)
     with backend.default_configuration():
         if row.file is not None and random_seed is None:
             if file is None:
@@ -83,7 +91,9 @@ def load_network(
             model, sha256 = _load_catalog_model(row, Path(weights_dir) if weights_dir else None)
         model = with_precision(model, precision)
         backend.allow_tf32(precision == "tf32")
-        return KerasNetwork(row, model, weights_sha256=sha256, exact_backward=exact_backward)
+        loaded = KerasNetwork(row, model, weights_sha256=sha256, exact_backward=exact_backward)
+        compiled_forward.compile_forward(loaded, row, forward, forward_cache)
+        return loaded
 
 
 def wrap_model(
