@@ -37,6 +37,7 @@ DOORS = [
     *(("from gradcam_worker.gradcam import explain_image", name) for name in ("numpy", "cv2", "PIL")),
     ("from gradcam_worker.gradcam import explain_image", "simplejpeg"),
     *((LOAD, name) for name in ("numpy", "keras", "tensorflow")),
+    (LOAD.replace(")", ", forward='openvino')"), "openvino"),
     *(("import gradcam_worker.testing", name) for name in ("numpy", "cv2", "simplejpeg")),
     *((S3, name) for name in ("boto3", "obstore")),
     *((SQL, name) for name in ("sqlalchemy", "alembic")),

@@ -22,6 +22,7 @@ EXTRAS = {  # by the name that is imported, the smallest extra that brings it
     "numpy": WORKER,
     "obstore": "s3",
     "opentelemetry": "otel",
+    "openvino": "openvino",
     "prometheus_client": WORKER,
     "psycopg": "sql",
     "pyarrow": "backfill",

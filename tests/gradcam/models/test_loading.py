@@ -51,7 +51,9 @@ def test_an_unknown_network_is_refused_with_similar_ones() -> None:
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
     from gradcam_worker.gradcam.models.loading import load_network
 
-    networks = [load_network("efficientnet_lite0", random_seed=seed) for seed in (3, 3, 4)]
+    networks = [
+        load_network("efficientnet_lite0", random_seed=seed, forward="tensorflow") for seed in (3, 3, 4)
+    ]
     one, same, other = (weights(network) for network in networks)
     assert_array_equal(one, same)
     assert not np.array_equal(one, other)
@@ -191,7 +193,7 @@ def test_keras_json_in_a_home_folder_is_ignored(tmp_path: Path, lite0: Any) -> N
     program = (
         "import numpy as np\nfrom gradcam_worker.gradcam import backend\n"
         "from gradcam_worker.gradcam.models import loading; config = backend.keras.config\n"
-        "network = loading.load_network('efficientnet_lite0')\n"
+        "network = loading.load_network('efficientnet_lite0', forward='tensorflow')\n"
         "scores = network.scores(np.zeros((1, 224, 224, 3), np.uint8))\n"
         "print(backend.name(), config.floatx(), config.epsilon(), config.dtype_policy().name, "
         "config.image_data_format(), network.facts.dtype, *scores[0, :3])"
@@ -226,7 +228,7 @@ def test_the_keras_configuration_of_a_program_is_neither_used_nor_changed(lite0:
         config.set_epsilon(0.01)
         config.set_image_data_format("channels_first")
         config.set_dtype_policy("mixed_float16")
-        network = load_network("efficientnet_lite0")
+        network = load_network("efficientnet_lite0", forward="tensorflow")
         assert (config.floatx(), config.epsilon(), config.image_data_format()) == (
             "float16",
             0.01,

@@ -8,7 +8,8 @@ graph, including skip connections.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -168,8 +169,24 @@ class Graph:
         return depth
 
 
-def run(steps: Iterable[Step], values: Values) -> Values:
-    """Run steps in order; `values` hold their inputs, and receive their outputs."""
+def run(steps: Sequence[Step], values: Values, keep: Collection[int] | None = None) -> Values:
+    """Run steps in order.
+
+    Args:
+        steps: The steps.
+        values: Their inputs by slot; the outputs are added.
+        keep: The slots that are wanted: every other value is freed after its last use, since several images
+            take much memory; None: all.
+
+    Returns:
+        The values.
+    """
+    readers = Counter(slot for step in steps for slot in {*step.inputs})
     for step in steps:
         step(values)
+        if keep is not None:
+            readers.subtract({*step.inputs})
+            for slot in {*step.inputs}.difference(keep):
+                if not readers[slot]:
+                    del values[slot]
     return values

@@ -235,7 +235,8 @@ class KerasNetwork:
         trunk = graph.steps_to([layer.slot, end, *skips])
 
         def run_trunk(pixels: Any) -> tuple[Any, Any, list[Any]]:
-            values = run(trunk, {graph.input_slot: self._input(pixels, prepare=_prepares(method))})
+            inputs = {graph.input_slot: self._input(pixels, prepare=_prepares(method))}
+            values = run(trunk, inputs, keep=(layer.slot, end, *skips))
             return values[layer.slot], values[end], [values[slot] for slot in skips]
 
         def run_tail(values: Any, skipped: Sequence[Any]) -> Any:

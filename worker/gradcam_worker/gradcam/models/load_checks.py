@@ -4,7 +4,6 @@ Its steps must compute what the model computes; its head and its alignment with 
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import DATA
 from gradcam_worker.gradcam.decoding.decode import decode
 from gradcam_worker.gradcam.graph.alignment import Alignment
-from gradcam_worker.gradcam.graph.graph import Graph, Values
+from gradcam_worker.gradcam.graph.graph import Graph, Values, run
 from gradcam_worker.gradcam.graph.head import Scores
 from gradcam_worker.gradcam.graph.target_layer import LayerIndex, TargetLayer, cropping_layer
 from gradcam_worker.gradcam.imaging.resize import fit
@@ -56,16 +55,7 @@ class SampleImages:
 
 
 def _run(graph: Graph, slots: Collection[int], inputs: Any) -> Values:
-    """`graph.run` that frees each value after its last use: several images take much memory."""
-    values, steps = {graph.input_slot: inputs}, graph.steps_to(slots)
-    readers = Counter(slot for step in steps for slot in {*step.inputs})
-    for step in steps:
-        step(values)
-        readers.subtract({*step.inputs})
-        for slot in {*step.inputs}.difference(slots):
-            if not readers[slot]:
-                del values[slot]
-    return values
+    return run(graph.steps_to(slots), {graph.input_slot: inputs}, keep=slots)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradcam_worker import extras
 from gradcam_worker.errors import DeviceOutOfMemory, InvalidSettings
 from gradcam_worker.gradcam.models.file_cache import FileCache
 
@@ -39,10 +40,7 @@ def is_installed() -> bool:
 def require() -> None:
     """Check that OpenVINO is installed. Raises InvalidSettings."""
     if not is_installed():
-        message = (
-            "GRADCAM_FORWARD is openvino, which is not installed: install gradcam-worker with the extra "
-            "openvino, as in pip install 'gradcam-worker[cpu,openvino]', or choose auto or tensorflow."
-        )
+        message = extras.describe("openvino", "GRADCAM_FORWARD=openvino", "openvino", extras.WORKER)
         raise InvalidSettings(message)
 
 
