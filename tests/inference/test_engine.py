@@ -1,6 +1,9 @@
 """The border between a job process and the engine process: here both ends are in one process."""
 
 import contextlib
+import errno
+import gc
+import os
 import socket
 import threading
 import time
@@ -20,6 +23,7 @@ from gradcam_worker.errors import (
     GradcamError,
     InternalError,
     InvalidSettings,
+    JobCanceled,
     JobTimeout,
     NetworkCrashed,
     NetworkIncompatible,
@@ -441,3 +445,232 @@ def test_batches_wait_for_jobs_of_other_processes(path: Path) -> None:
             slot.infer(two.load(ROW), RED, (-1, -2), GRADCAM, Deadline(WAIT_S))
         assert first.result(WAIT_S).explained
     assert network.passes == [2]
+
+
+def greeted(path: Path, pool: PixelPool) -> socket.socket:
+    """A job process that has only said hello."""
+    stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    stream.settimeout(WAIT_S)
+    stream.connect(str(path))
+    hello = b"".join(messages.encode(messages.Hello(__version__, 1, pool.size)))
+    socket.send_fds(stream, [hello], [pool.fd])
+    return stream
+
+
+def received(stream: socket.socket) -> Iterator[messages.Message]:
+    receiver = messages.Receiver()
+    while data := stream.recv(4096):
+        yield from (message for message, _ in receiver.feed(data))
+
+
+def test_a_message_that_is_sent_just_when_a_job_process_has_read_all_others_arrives(path: Path) -> None:
+    with (
+        engine(path, ModelCache(lambda _: TinyNetwork())) as server,
+        greeted(path, PixelPool(1024 * 1024)) as slow,
+    ):
+        wait_for(lambda: any(c.is_greeted for c in server._connections))
+        (connection,) = server._connections
+        send_rest, message = connection.send_rest, messages.Failed(1, "internal", "x" * 9_000_000)
+
+        def send_rest_and_more() -> None:
+            send_rest()
+            if not connection.is_behind:
+                connection.send_rest = send_rest  # type: ignore[method-assign]
+                connection.send(message)  # as another thread does
+
+        connection.send_rest = send_rest_and_more  # type: ignore[method-assign]
+        connection.send(message)
+        assert connection.is_behind
+        answers = (one for one in received(slow) if isinstance(one, messages.Failed))
+        assert [next(answers), next(answers)] == [message, message]
+
+
+def test_a_job_process_that_does_not_read_is_sent_no_state(path: Path) -> None:
+    with (
+        engine(path, ModelCache(lambda _: TinyNetwork())) as server,
+        greeted(path, PixelPool(1024 * 1024)),
+    ):
+        wait_for(lambda: any(c.is_greeted for c in server._connections))
+        (connection,) = server._connections
+        connection.send(messages.Failed(1, "internal", "x" * 9_000_000))
+        waiting = len(connection._unsent)
+        server._report_state()
+        assert len(connection._unsent) == waiting > 0
+
+
+def test_an_engine_marks_nothing_in_the_memory_of_a_job_process_that_has_disconnected(path: Path) -> None:
+    network = Blocking()
+    cache = ModelCache(lambda _: network, max_batch=1)
+    with engine(path, cache) as server, ThreadPoolExecutor(2) as pool:
+        with client(path) as remote:
+            remote.connect(WAIT_S)
+            remote.load(ROW)
+            asked = [pool.submit(explain, remote) for _ in range(2)]
+            assert network.is_busy.wait(WAIT_S)
+            wait_for(lambda: sum(len(c.requests) for c in server._connections) == 2)
+            (connection,) = server._connections
+            offsets = [request.offset for request in connection.requests.values()]
+        wait_for(lambda: connection.closed)
+        for offset in offsets:
+            remote._pool.memory[offset] = 77  # as another request whose pixels are there
+        network.may_go_on.set()
+        wait_for(lambda: not connection.requests)
+        assert [remote._pool.memory[offset] for offset in offsets] == [77, 77]
+        for future in asked:
+            assert isinstance(future.exception(WAIT_S), InternalError)
+
+
+def test_memory_that_is_free_again_is_not_written_to_after_the_end_of_an_engine(path: Path) -> None:
+    network = Blocking()
+    with client(path) as remote, engine(path, ModelCache(lambda _: network)) as server:
+        remote.connect(WAIT_S)
+        remote.load(ROW)
+        with pytest.raises(JobTimeout):
+            explain(remote, seconds=0.2)
+        assert network.is_busy.wait(WAIT_S)
+        (request,) = remote._requests.values()
+        block, release = request.block, remote._pool.release
+        assert block
+
+        def release_to_another(block: Block) -> None:
+            release(block)
+            remote._pool.memory[block.offset] = 77
+
+        remote._pool.release = release_to_another  # type: ignore[method-assign]
+        kill(server)
+        wait_for(lambda: not remote.in_flight)
+        with remote._lock:
+            assert remote._pool.memory[block.offset] == 77
+        network.may_go_on.set()
+
+
+def test_what_an_engine_answers_before_it_closes_a_connection_is_received(path: Path) -> None:
+    """A message could not be sent: the client ends its side, and reads on."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, client(path) as remote:
+        listener.bind(str(path))
+        listener.listen()
+        with ThreadPoolExecutor(2) as pool:
+            connecting = pool.submit(remote.connect, WAIT_S)
+            stream, _ = listener.accept()
+            welcome = messages.Welcome(__version__, 1, "cpu", on_gpu=False, max_batch=8, not_ready=None)
+            stream.sendall(b"".join(messages.encode(welcome)))
+            assert connecting.result(WAIT_S) == welcome
+            loading = pool.submit(remote.load, ROW)
+            answered = (one for one in received(stream) if isinstance(one, messages.Load))
+            request = next(answered).request
+            with remote._lock:
+                connected = remote._stream
+                assert connected
+                connected.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        connected.send(b"x" * 100_000)
+                remote._send(messages.Cancel(99))  # finds no room
+                connected.setblocking(True)
+            with contextlib.suppress(messages.BrokenMessage):
+                assert list(answered) == []
+            while stream.recv(1_000_000):
+                pass
+            failed = messages.Failed(request, UnknownLayer.code, "late")
+            stream.sendall(b"".join(messages.encode(failed)))
+            with pytest.raises(UnknownLayer, match="late"):
+                loading.result(WAIT_S)
+        stream.close()
+
+
+def test_a_cancelled_job_waits_for_no_engine(path: Path) -> None:
+    network = Blocking()
+    with engine(path, ModelCache(lambda _: network)), client(path) as remote, ThreadPoolExecutor(1) as pool:
+        remote.connect(WAIT_S)
+        loaded, deadline = remote.load(ROW), Deadline(WAIT_S)
+        asked = pool.submit(remote.infer, loaded, RED, (-1,), GRADCAM, deadline)
+        assert network.is_busy.wait(WAIT_S)
+        deadline.cancel(JobCanceled("no longer wanted"))
+        with pytest.raises(JobCanceled, match="no longer wanted"):
+            asked.result(WAIT_S / 2)
+        network.may_go_on.set()
+
+
+def test_the_memory_of_a_request_that_no_engine_has_is_free_when_it_is_given_up(path: Path) -> None:
+    with client(path) as remote:
+        with engine(path, ModelCache(lambda _: TinyNetwork())):
+            remote.connect(WAIT_S)
+            network = remote.load(ROW)
+        wait_for(lambda: remote.not_ready)
+        deadline = Deadline(WAIT_S)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(remote.infer, network, RED, (-1,), GRADCAM, deadline)
+            wait_for(lambda: remote.in_flight)
+            deadline.cancel(JobCanceled("no longer wanted"))
+            with pytest.raises(JobCanceled):
+                asked.result(WAIT_S)
+        assert remote.in_flight == 0
+        assert remote.free_bytes == remote._pool.size - HEADER_BYTES
+
+
+def test_a_network_that_loads_slowly_delays_no_other_however_many_jobs_wait_for_it(path: Path) -> None:
+    may_go_on, loads = threading.Event(), list[str]()
+
+    def load(row: NetworkRow) -> TinyNetwork:
+        loads.append(row.name)
+        assert row.name != ROW.name or may_go_on.wait(WAIT_S)
+        return TinyNetwork()
+
+    with engine(path, ModelCache(load)) as server, client(path) as remote, ThreadPoolExecutor(9) as pool:
+        remote.connect(WAIT_S)
+        slow = [pool.submit(explain, remote) for _ in range(8)]
+        wait_for(lambda: [len(waiting) for waiting in server._waiting_for.values()] == [8])
+        assert pool.submit(remote.load, CATALOG["vgg16"]).result(WAIT_S / 2)
+        may_go_on.set()
+        assert all(future.result(WAIT_S).explained for future in slow)
+    assert loads == [ROW.name, "vgg16"]
+
+
+def test_an_engine_of_another_version_that_follows_makes_its_job_process_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with client(path) as remote:
+        with engine(path, ModelCache(lambda _: TinyNetwork())):
+            remote.connect(WAIT_S)
+            assert remote.failure is None
+        monkeypatch.setattr(engine_client, "__version__", "0.0.1")
+        with engine(path, ModelCache(lambda _: TinyNetwork())):
+            wait_for(lambda: remote.failure)
+            assert "0.0.1" in str(remote.not_ready)
+            assert remote._thread
+            remote._thread.join(WAIT_S)
+            with pytest.raises(InvalidSettings, match=r"0\.0\.1"):
+                remote.connect(WAIT_S / 2)
+
+
+def test_an_engine_that_has_too_many_open_files_serves_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept, failures = socket.socket.accept, [OSError(errno.EMFILE, "Too many open files")]
+
+    def accept_later(listener: socket.socket) -> Any:
+        if failures:
+            raise failures.pop()
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", accept_later)
+    with engine(path, ModelCache(lambda _: TinyNetwork())), client(path) as remote:
+        assert remote.connect(WAIT_S).device == "cpu"
+
+
+def test_file_descriptors_that_nobody_asked_for_end_their_connection(path: Path) -> None:
+    pool = PixelPool(1024 * 1024)
+    with engine(path, ModelCache(lambda _: TinyNetwork())), greeted(path, pool) as stream:
+        assert isinstance(next(received(stream)), messages.Welcome)
+        socket.send_fds(stream, [b"x"], [pool.fd])
+        with contextlib.suppress(ConnectionResetError):
+            assert not any(isinstance(one, messages.Loaded) for one in received(stream))
+
+
+def test_the_memory_of_a_client_that_is_no_longer_used_is_closed(path: Path) -> None:
+    remote = EngineClient(path, pool_bytes=1024 * 1024)
+    fd = remote._pool.fd
+    del remote
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)

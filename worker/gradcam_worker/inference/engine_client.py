@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -72,6 +73,7 @@ WAITING_FOR_ENGINE = "waiting for the engine process"
 MAX_LOSSES = 10  # of the connection, before a request that never reached the device fails
 MAX_ABSENCE_S = 600.0  # of the engine, for which jobs get their time back
 READY_POLL_INTERVAL_S = 0.1
+CANCEL_POLL_INTERVAL_S = 1.0  # between two checks whether the job of a request was cancelled
 NO_BLOCK = -1
 
 
@@ -139,7 +141,7 @@ class EngineClient:
         self._lock = threading.RLock()  # guards all of these
         self._connected = threading.Event()
         self._welcome: Welcome | None = None
-        self._state = State(None, None, 0, 0.0)
+        self._state = State(None, 0, 0.0)
         self._fatal: str | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -180,8 +182,8 @@ class EngineClient:
     @property
     def not_ready(self) -> str | None:
         """Why no job should be taken yet; None if the engine is reachable and warm."""
-        if not self._connected.is_set():
-            return "the engine process does not answer"
+        if self._fatal or not self._connected.is_set():
+            return self._fatal or "the engine process does not answer"
         return self._state.not_ready
 
     def wait_until_ready(self) -> None:
@@ -191,8 +193,8 @@ class EngineClient:
 
     @property
     def failure(self) -> str | None:
-        """None: a hung engine is replaced by the supervisor, not this process."""
-        return None
+        """Why this process should be replaced, if so. A hung engine is replaced itself, by its supervisor."""
+        return self._fatal
 
     @property
     def count(self) -> int:
@@ -392,19 +394,25 @@ class EngineClient:
                 self._requests[number] = request
                 self._send(request.message)
                 submitted()
-        while not request.done.wait(_wait_s(deadline)):
+        while not request.done.wait(min(deadline.left_s(), CANCEL_POLL_INTERVAL_S)):
             if not deadline.left_s() and not self._extend_deadline(request):
-                break
-        if not request.done.is_set():
-            with self._lock:
-                if number in self._requests:  # its block is read until the engine answers
-                    request.is_abandoned = True
-                    self._send(Cancel(number))
-            deadline.check(WAITING_FOR_ENGINE)
-            request.done.wait(0)
+                try:
+                    deadline.check(WAITING_FOR_ENGINE)
+                except GradcamError:
+                    self._abandon(number)
+                    raise
         if request.error is not None:
             raise request.error
         return request.answer
+
+    def _abandon(self, number: int) -> None:
+        """Give up a request. The engine may read its block until it answers."""
+        with self._lock:
+            if self._stream is None:  # no engine has the request
+                self._complete(number)
+            elif request := self._requests.get(number):
+                request.is_abandoned = True
+                self._send(Cancel(number))
 
     def _send(self, message: Message) -> None:
         """Send a message if there is a connection. If not, it is sent when there is one."""
@@ -413,9 +421,11 @@ class EngineClient:
             return
         try:
             stream.sendall(b"".join(messages.encode(message)))
-        except OSError:  # the reading thread connects again, and sends all requests again
+        except OSError:
+            # The engine reads this end, writes no further mark into the pool, and closes the connection. Then
+            # the reading thread connects again, and sends all requests again.
             with suppress(OSError):
-                stream.shutdown(socket.SHUT_RDWR)
+                stream.shutdown(socket.SHUT_WR)
 
     def _run(self) -> None:
         """Connect, read until the engine ends, and so on."""
@@ -446,8 +456,8 @@ class EngineClient:
         try:
             stream.connect(str(self._path))
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-            timeout = SEND_TIMEOUT_S.to_bytes(8, "little") + bytes(8)  # struct timeval
-            stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+            timeval = struct.pack("ll", SEND_TIMEOUT_S, 0)
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
             hello = b"".join(messages.encode(Hello(__version__, os.getpid(), self._pool.size)))
             socket.send_fds(stream, [hello], [self._pool.fd])
         except BaseException:
@@ -457,7 +467,7 @@ class EngineClient:
 
     def _read(self, stream: socket.socket) -> None:
         receiver = Receiver()
-        while data := stream.recv(RECEIVE_BYTES):
+        while not self._closed and (data := stream.recv(RECEIVE_BYTES)):
             for message, body in receiver.feed(data):
                 self._handle(stream, message, body)
                 if self._fatal:
@@ -515,7 +525,8 @@ class EngineClient:
         with self._lock:
             stream, self._stream = self._stream, None
             self._absent_since_s = self._absent_since_s or time.monotonic()
-            self._connected.clear()
+            if not self._fatal:  # which `connect` reports
+                self._connected.clear()
         if stream:
             with suppress(OSError):
                 stream.shutdown(socket.SHUT_RDWR)
@@ -526,7 +537,7 @@ class EngineClient:
             waiting, resent_before = [*self._requests.items()], self.resent
             for number, request in waiting:
                 message = request.message
-                at_device = request.block is not None and request.block.is_at_device
+                at_device = request.block is not None and request.block.take_mark()
                 request.losses += 1
                 if request.losses >= MAX_LOSSES:
                     text = f"The connection to the engine process was lost {request.losses} times."
@@ -545,8 +556,6 @@ class EngineClient:
                         self.resent += 1
                 else:
                     self.resent += 1
-                if request.block:
-                    self._pool.memory[request.block.offset] = 0
         if waiting:
             self._observer.engine_requests_resent(self.resent - resent_before)
             log.warning("engine_lost", requests=len(waiting), reason="they are sent to its successor")
@@ -616,7 +625,3 @@ def _is_announced(message: Message) -> bool:
 
 def _fields(method: Method) -> tuple[str, str | None, str, str, bool]:
     return method.name, method.layer, method.score, method.normalize, method.flip
-
-
-def _wait_s(deadline: Deadline) -> float:
-    return min(deadline.left_s(), threading.TIMEOUT_MAX)

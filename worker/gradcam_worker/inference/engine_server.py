@@ -60,6 +60,7 @@ SEND_BUFFER_BYTES = 4 * 1024 * 1024
 STATE_INTERVAL_S = 1.0  # between two reports of the engine's state
 LOADERS = 4  # networks that are loaded at once
 UNUSED_POLL_INTERVAL_S = 0.1
+ACCEPT_RETRY_S = 0.1
 DRAIN_TIMEOUT_S = 5.0  # for batches at the device, before the engine ends
 HUNG_AFTER_S = 30.0  # without a turn of the serving thread, which turns every second
 MAX_BUFFERS = 512  # of one call of `sendmsg`; the system allows 1024
@@ -84,11 +85,11 @@ class RemoteRequest(InferenceRequest):
 
     def started(self) -> None:
         """See `InferenceRequest.started`."""
-        self.connection.pool.mark(self.offset, AT_DEVICE)
+        self.connection.mark(self.offset, AT_DEVICE)
 
     def complete(self, response: Any = None, error: BaseException | None = None) -> None:
         """Answer the request: with its batch, or at once with an error."""
-        self.connection.pool.mark(self.offset, WAITING)
+        self.connection.mark(self.offset, WAITING)
         self.connection.complete(self, response, error)
 
 
@@ -122,6 +123,13 @@ class Connection:
             raise BrokenMessage(message)
         return self._pool
 
+    def keep_descriptors(self, descriptors: list[int]) -> None:
+        """Keep the file descriptor that comes with `Hello`. Raises BrokenMessage where there are more."""
+        self.descriptors += descriptors
+        if len(self.descriptors) > (not self.is_greeted):
+            message = f"{len(self.descriptors)} file descriptors were received: only Hello comes with one."
+            raise BrokenMessage(message)
+
     def greet(self, hello: Hello) -> None:
         """Map the pool that `Hello` came with."""
         if self._pool is not None or len(self.descriptors) != 1:
@@ -129,6 +137,12 @@ class Connection:
             raise BrokenMessage(message)
         self.pid = hello.pid
         self._pool = MappedPool(self.descriptors.pop(), hello.pool_bytes)
+
+    def mark(self, offset: int, state: int) -> None:
+        """See `MappedPool.mark`. After the end of the connection its memory may belong to another request."""
+        with self._lock:
+            if not self.closed:
+                self.pool.mark(offset, state)
 
     @property
     def expected(self) -> int:
@@ -164,9 +178,8 @@ class Connection:
             self._unsent.extend(buffers)
             if not waiting:
                 self._send_now()
-            wants_write = bool(self._unsent) and not waiting
-        if wants_write:
-            self.server.watch_writes(self)
+                if self._unsent:
+                    self.server.watch(self, writes=True)
 
     def _send_now(self) -> None:
         """Send as much as the system takes."""
@@ -183,11 +196,17 @@ class Connection:
         except OSError:  # the serving thread reads the end of the connection
             self._unsent.clear()
 
-    def send_rest(self) -> bool:
-        """Send what waits, now that the job process reads. Returns whether all is sent."""
-        with self._lock:
+    def send_rest(self) -> None:
+        """Send what waits, now that the job process reads."""
+        with self._lock:  # also while the server is told: another thread may have more to send just now
             self._send_now()
-            return not self._unsent
+            if not self._unsent:
+                self.server.watch(self, writes=False)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether messages wait, since the job process does not read."""
+        return bool(self._unsent)
 
     def close(self) -> None:
         """Drop its requests. The pool is unmapped when the device has finished with it."""
@@ -233,6 +252,7 @@ class EngineServer:
         self._awake, self._wake = socket.socketpair()
         self._wake.setblocking(False)  # the library's parameter
         self._loaders = ThreadPoolExecutor(LOADERS, thread_name_prefix="load")
+        self._waiting_for: dict[NetworkRow, list[tuple[Connection, Load | Infer | Score]]] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with suppress(FileNotFoundError):
             path.unlink()
@@ -273,10 +293,11 @@ class EngineServer:
         with suppress(BlockingIOError, OSError):
             self._wake.send(b"1")
 
-    def watch_writes(self, connection: Connection) -> None:
-        """Send the rest of the messages of a connection when its job process reads again."""
+    def watch(self, connection: Connection, *, writes: bool) -> None:
+        """Watch a connection, also for when its job process reads again if messages wait for that."""
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writes else 0)
         with self._lock, suppress(KeyError, ValueError, RuntimeError):  # or it is closed
-            self._selector.modify(connection.stream, selectors.EVENT_READ | selectors.EVENT_WRITE, connection)
+            self._selector.modify(connection.stream, events, connection)
         self._wake_up()
 
     def serve(self) -> None:
@@ -308,7 +329,12 @@ class EngineServer:
             self._loaders.shutdown(wait=False, cancel_futures=True)
 
     def _accept(self) -> None:
-        stream, _ = self._listener.accept()
+        try:
+            stream, _ = self._listener.accept()
+        except OSError as error:  # too many open files, perhaps
+            log.error("job_process_not_accepted", error=error)  # noqa: TRY400  # the sentence is enough
+            time.sleep(ACCEPT_RETRY_S)
+            return
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         connection = Connection(self, stream)
         self._connections.add(connection)
@@ -317,14 +343,13 @@ class EngineServer:
 
     def _serve_connection(self, connection: Connection, events: int) -> None:
         try:
-            if events & selectors.EVENT_WRITE and connection.send_rest():
-                with self._lock:
-                    self._selector.modify(connection.stream, selectors.EVENT_READ, connection)
+            if events & selectors.EVENT_WRITE:
+                connection.send_rest()
             if events & selectors.EVENT_READ:
                 data, descriptors, _, _ = socket.recv_fds(
                     connection.stream, RECEIVE_BYTES, 4, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
                 )
-                connection.descriptors += descriptors
+                connection.keep_descriptors(descriptors)
                 if not data:
                     self._close(connection)
                     return
@@ -359,7 +384,7 @@ class EngineServer:
                     networks[message.key] = self._model_cache.find_loaded(row) if row else None
                 network = networks[message.key]
                 if network is None:
-                    self._loaders.submit(self._load_and_queue, connection, message)
+                    self._load_for(connection, message)
                 else:
                     try:
                         requests.append(_request(connection, message, network))
@@ -380,7 +405,7 @@ class EngineServer:
                 text = f"{message.row[:200]!r} is no row of a network."
                 raise BrokenMessage(text) from error
         elif isinstance(message, Load):
-            self._loaders.submit(self._load, connection, message)
+            self._load_for(connection, message)
         elif isinstance(message, Cancel):
             if request := connection.requests.get(message.request):
                 request.deadline.cancel(JobCanceled("The job process has given up."))
@@ -410,34 +435,53 @@ class EngineServer:
 
     def _report_state(self) -> None:
         cache = self._model_cache
-        state = State(cache.failure, self._not_ready(), cache.count, cache.mean_batch_size)
+        state = State(self._not_ready(), cache.count, cache.mean_batch_size)
         for connection in [*self._connections]:
-            connection.send(state)
+            if connection.is_greeted and not connection.is_behind:
+                connection.send(state)
 
-    def _load(self, connection: Connection, message: Load) -> None:
-        """Load a network; answer with its facts. Runs in a thread of its own: it may take minutes."""
-        try:
-            network = self._model_cache.load(self._row(connection, message.key))
-            facts = FACTS.dump_json(network.facts).decode()
-            labels = LABELS.dump_json(network.labels).decode()
-            connection.send(Loaded(message.request, facts, labels))
-        except BaseException as error:  # noqa: BLE001  # whatever happens, the request is answered
-            connection.send(_failure(message.request, error))
+    def _load_for(self, connection: Connection, message: Load | Infer | Score) -> None:
+        """Load the network of a message, and answer or queue it then.
 
-    def _load_and_queue(self, connection: Connection, message: Infer | Score) -> None:
-        """Load the network of a request, which was unloaded meanwhile, then queue the request."""
-        try:
-            network = self._model_cache.load(self._row(connection, message.key))
-            self._queue([_request(connection, message, network)])
-        except BaseException as error:  # noqa: BLE001  # whatever happens, the request is answered
-            connection.send(_failure(message.request, error))
-
-    def _row(self, connection: Connection, key: str) -> NetworkRow:
-        row = connection.rows.get(key)
+        One thread loads a network, however many messages wait for it: they would occupy the threads that load
+        other networks.
+        """
+        row = connection.rows.get(message.key)
         if row is None:
-            message = f"No network was registered as {key}."
-            raise InternalError(message)
-        return row
+            error = InternalError(f"No network was registered as {message.key}.")
+            connection.send(_failure(message.request, error))
+            return
+        if isinstance(message, Load) and (network := self._model_cache.find_loaded(row)):
+            connection.send(_loaded(message.request, network))
+            return
+        with self._lock:
+            is_loading = row in self._waiting_for
+            self._waiting_for.setdefault(row, []).append((connection, message))
+        if not is_loading:
+            self._loaders.submit(self._load, row)
+
+    def _load(self, row: NetworkRow) -> None:
+        """Load a network, which may take minutes; answer or queue the messages that wait for it."""
+        network, failure = None, None
+        try:
+            network = self._model_cache.load(row)
+        except BaseException as error:  # noqa: BLE001  # whatever happens, all are answered
+            failure = error
+        with self._lock:
+            waiting = self._waiting_for.pop(row)
+        requests: list[RemoteRequest] = []
+        for connection, message in waiting:
+            try:
+                if network is None:
+                    connection.send(_failure(message.request, failure or InternalError()))
+                elif isinstance(message, Load):
+                    connection.send(_loaded(message.request, network))
+                elif not connection.closed:
+                    requests.append(_request(connection, message, network))
+            except BaseException as error:  # noqa: BLE001  # as above
+                connection.send(_failure(message.request, error))
+        if requests:
+            self._queue(requests)
 
     def _queue(self, requests: list[RemoteRequest]) -> None:
         for request in requests:
@@ -516,6 +560,11 @@ def _answer(
         arrays=messages.describe_arrays(arrays),
     )
     return results, arrays
+
+
+def _loaded(number: int, network: Network) -> Loaded:
+    facts, labels = FACTS.dump_json(network.facts).decode(), LABELS.dump_json(network.labels).decode()
+    return Loaded(number, facts, labels)
 
 
 def _failure(number: int, error: BaseException) -> Failed:

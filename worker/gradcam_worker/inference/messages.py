@@ -57,7 +57,6 @@ class Welcome:
 class State:
     """What the engine reports about itself, regularly."""
 
-    failure: str | None
     not_ready: str | None
     networks: int
     mean_batch_size: float

@@ -13,6 +13,7 @@ import mmap
 import os
 import threading
 import time
+import weakref
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,10 +41,11 @@ class Block:
         """Return its memory as an array of this shape."""
         return np.ndarray(shape, np.uint8, self.pool.memory, self.offset + ALIGNMENT)
 
-    @property
-    def is_at_device(self) -> bool:
-        """Whether the engine has started to compute the request and has not finished it."""
-        return self.pool.memory[self.offset] == AT_DEVICE
+    def take_mark(self) -> bool:
+        """Whether the engine that ended had started to compute the request. Its successor has not."""
+        at_device = self.pool.memory[self.offset] == AT_DEVICE
+        self.pool.memory[self.offset] = WAITING
+        return at_device
 
     def release(self) -> None:
         """Make its memory free. The engine must not read it any more."""
@@ -62,6 +64,7 @@ class PixelPool:
         """
         self.size, self._observer = size, observer
         self.fd = os.memfd_create("gradcam-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        weakref.finalize(self, os.close, self.fd)
         os.ftruncate(self.fd, size)
         # The engine would be killed by a read beyond the end of the file.
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
