@@ -43,7 +43,7 @@ def build(wrap: Build) -> Build:
         keras.utils.set_random_seed(3)
         layers = keras.layers
         inputs = keras.Input((SIDE, SIDE, 3))
-        early = layers.Conv2D(4, 3, 2, activation="relu", name="early")(inputs)
+        early = layers.Conv2D(4, 3, 2, activation="swish", name="early")(inputs)  # a gradient of its own
         target = layers.Conv2D(5, 3, padding="same", activation="relu", name="target")(early)
         if pool:
             pooled = layers.GlobalAveragePooling2D()(target)

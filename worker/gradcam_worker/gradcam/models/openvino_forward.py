@@ -22,7 +22,6 @@ from gradcam_worker.gradcam.models.file_cache import FileCache
 SUFFIX = ".openvino"
 SIZE_BYTES, DIGEST_BYTES = 8, hashlib.sha256().digest_size
 CHUNK_BYTES = 2**24
-OUTPUT = "output{}"  # the name of an output in the cached graph
 # Pinned threads of several processes would share some cores and leave others idle.
 CONFIGURATION = {
     "INFERENCE_PRECISION_HINT": "f32",
@@ -54,8 +53,7 @@ class Converted:
     """A converted network.
 
     Attributes:
-        model: An `openvino.Model`. Its input is pixels (n, height, width, channels) uint8, its outputs have
-            the names of `OUTPUT`.
+        model: An `openvino.Model`, from pixels (n, height, width, channels) uint8.
         memory: What holds its weights: neither the model nor what is compiled from it keeps them alive.
     """
 
@@ -79,7 +77,7 @@ class OpenVinoForward:
         compiled = openvino.Core().compile_model(network.model, "CPU", configuration)
         self._memory = network.memory
         self._request = compiled.create_infer_request()
-        self._ports = [compiled.output(OUTPUT.format(index)) for index in range(len(network.model.outputs))]
+        self._ports = compiled.outputs
         self.outputs = [
             (
                 tuple(size.get_length() if size.is_static else None for size in port.partial_shape),
@@ -112,14 +110,16 @@ def convert(traced: Any) -> Converted:
     Returns:
         The converted network.
     """
+    import openvino
     from openvino.frontend import FrontEndManager
     from openvino.frontend.tensorflow.graph_iterator import GraphIteratorTFGraph
 
     front_end = FrontEndManager().load_by_framework("tf")
     graph = GraphIteratorTFGraph(traced.graph, share_weights=True)  # kept alive while it is converted
     model = front_end.convert(front_end.load(graph))
-    for index, output in enumerate(traced.outputs):
-        model.output(output.name).get_tensor().add_names({OUTPUT.format(index)})
+    # It has more outputs than were asked for: each second result of a function with a gradient of its own.
+    outputs = [model.output(output.name).get_node().input_value(0) for output in traced.outputs]
+    model = openvino.Model(outputs, model.get_parameters(), "trunk")
     # These tensors keep the memory, even if another value is assigned to a variable.
     return Converted(model, [variable.read_value_no_copy() for variable in traced.graph.variables])
 
