@@ -284,8 +284,15 @@ class TestRendered:
         assert sums[0]["checksum/settings"] != sums[1]["checksum/settings"]
 
     def test_the_scaler_counts_the_slots_that_a_worker_has(self) -> None:
-        for name, slots in (("gpu-keda", 64 + 2), ("everything", 48 + 3)):
-            scaled = one(rendered(name), "ScaledObject", "gradcam-worker")["spec"]["advanced"]
+        cases = [
+            ("gpu-keda", (), 3 * 22 + 3 * 2),  # as the supervisor divides 64 threads
+            ("gpu-keda", ("settings.job_processes=0",), 64 + 2),
+            ("gpu-keda", ("settings.job_processes=32",), 32 * 4 + 32 * 2),
+            ("everything", (), 48 + 3),
+            ("gpu-keda", ("settings.job_processes=2", "settings.threads=48"), 2 * (48 + 2)),
+        ]
+        for name, sets, slots in cases:
+            scaled = one(rendered(name, *sets), "ScaledObject", "gradcam-worker")["spec"]["advanced"]
             formula = scaled["scalingModifiers"]["formula"]
             assert helm.scaler(formula, 1).slots == slots
 

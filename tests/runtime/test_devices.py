@@ -1,5 +1,6 @@
 """Which GPUs a process gets, on hosts that are made up: a script in place of the driver's own tool."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -174,3 +175,62 @@ print(use_single_device(Settings(devices={wish!r})).threads, os.environ["CUDA_VI
 
     assert entered("1") == [f"64 {B}"]
     assert "computes on one device, not on 2: name it" in entered("auto")[-1]
+
+
+def test_a_gpu_is_known_as_one(host: Host) -> None:
+    host.lists(TWO)
+    assert [one.is_gpu for one in devices.choose(Settings())] == [True, True]
+    assert [one.is_gpu for one in devices.choose(Settings(devices="cpu"))] == [False]
+
+
+NESTED = "0::/kubepods/pod1/container2\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        (None, {}, 64),
+        (NESTED, {}, 64),
+        (NESTED, {"cpu.max": "250000 100000"}, 2),  # a container: the names are the host's
+        (NESTED, {"cpu.max": "max 100000", "kubepods/pod1/container2/cpu.max": "max 100000"}, 64),
+        (NESTED, {"kubepods/pod1/cpu.max": "300000 100000"}, 3),
+        (
+            NESTED,
+            {"kubepods/pod1/cpu.max": "300000 100000", "kubepods/pod1/container2/cpu.max": "9900000 100000"},
+            3,
+        ),
+        ("0::/\n", {"cpu.max": "50000 100000"}, 1),
+        ("0::/\n", {"cpu.max": "unheard of"}, 64),
+        (
+            "4:cpu,cpuacct:/docker/ab\n2:cpuset:/x\n",
+            {"cpu,cpuacct/cpu.cfs_quota_us": "400000", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
+            4,
+        ),
+        (
+            "4:cpu,cpuacct:/\n",
+            {"cpu,cpuacct/cpu.cfs_quota_us": "-1", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
+            64,
+        ),
+    ],
+)
+def test_the_cores_are_those_that_the_control_group_allows(
+    groups: str | None,
+    files: dict[str, str],
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    if groups is not None:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, content in files.items():
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content + "\n")
+    assert devices.usable_cores(tmp_path) == expected
+
+
+def test_a_process_that_is_bound_to_a_core_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7})
+    assert devices.usable_cores() == 1

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import pytest
 
 from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.runtime import devices
-from gradcam_worker.runtime.supervisor import Supervisor
+from gradcam_worker.runtime.devices import Device
+from gradcam_worker.runtime.supervisor import Supervisor, plan_processes
 from gradcam_worker.settings import Settings
 
 TIMEOUT_S = 40
@@ -35,7 +36,7 @@ def program(child: str, *, gpus: int = 0, limit_s: float = 1, stalled_after_s: f
             devices._local_gpus = lambda *_: [str(number) for number in range({gpus})]
             supervisor.RESTART = RetryPolicy(0.01, 30)
             supervisor.REQUEUE_TIMEOUT_S, supervisor.WORKER_POLL_INTERVAL_S = 1, 0.2
-            settings = Settings(shutdown_timeout_s={limit_s})
+            settings = Settings(shutdown_timeout_s={limit_s}, job_processes=0)
             settings = settings.model_copy(update={{"stalled_after_s": {stalled_after_s}}})
             sys.exit(supervisor.Supervisor(settings, (sys.executable, "-c", {child!r})).run())
         """),
@@ -61,6 +62,69 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+GPUS = [Device(f"GPU {number}", Settings(threads=64).to_environment(), is_gpu=True) for number in range(2)]
+CPU = Device("cpu", Settings().to_environment())
+
+
+def roles(chosen: list[Device], settings: Settings, cores: int = 2) -> list[str]:
+    return [process.role for process in plan_processes(chosen, settings, lambda: cores)]
+
+
+@pytest.mark.parametrize(
+    ("cores", "expected"), [(1, 1), (2, 1), (8, 3), (9, 3), (16, 7), (34, 16), (400, 16)], ids=str
+)
+def test_each_gpu_has_a_job_process_for_each_core_of_its_share_but_one(cores: int, expected: int) -> None:
+    assert roles(GPUS, Settings(), cores) == 2 * ["engine", *["jobs"] * expected]
+
+
+def test_on_a_cpu_whose_cores_compute_one_process_does_everything() -> None:
+    assert roles([CPU], Settings(), 64) == ["worker"]
+
+
+def test_the_number_of_job_processes_may_be_given() -> None:
+    assert roles([CPU], Settings(job_processes=3)) == ["engine", "jobs", "jobs", "jobs"]
+    assert roles(GPUS, Settings(job_processes=0), 64) == ["worker", "worker"]
+
+
+def variables(count: int, **settings: Any) -> Mapping[str, str]:
+    """Of the job processes of a GPU, without the prefix."""
+    chosen = Settings(job_processes=count, **settings)
+    device = Device("GPU 0", Settings(**{"threads": 64, **settings}).to_environment(), is_gpu=True)
+    plan = plan_processes([device], chosen)
+    found = [process.variables for process in plan if process.role == "jobs"]
+    assert len(found) == count
+    assert all(one == found[0] for one in found)
+    return {name.removeprefix("GRADCAM_"): value for name, value in found[0].items()}
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 16])
+def test_job_processes_share_what_one_process_would_have(count: int) -> None:
+    shared = variables(count)
+    assert 64 <= count * int(shared["THREADS"]) < 64 + count, "twice a batch"
+    total = Settings()
+    assert count * int(shared["MAX_BYTES_IN_FLIGHT"]) == total.max_bytes_in_flight or count == 5
+    assert int(shared["MAX_PIXELS_IN_FLIGHT"]) == max(
+        -(-total.max_pixels_in_flight // count), total.max_image_pixels
+    )
+
+
+def test_what_is_given_is_of_each_job_process() -> None:
+    given = {"threads": 10, "max_bytes_in_flight": 1000, "max_pixels_in_flight": 2000}
+    assert not {name.upper() for name in given} & variables(2, **given).keys()
+    assert variables(32)["THREADS"] == "4", "fewer would leave a process idle"
+
+
+def test_job_processes_have_few_heaps_unless_the_operator_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = devices.choose(Settings(devices="cpu"))
+    light = plan_processes(host, Settings(job_processes=1))[1].variables
+    assert (light["MALLOC_ARENA_MAX"], light["TOKIO_WORKER_THREADS"]) == ("2", "2")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
+    host = devices.choose(Settings(devices="cpu"))
+    assert "MALLOC_ARENA_MAX" not in plan_processes(host, Settings(job_processes=1))[1].variables
 
 
 def test_a_worker_that_cannot_start_is_given_up_with_a_sentence() -> None:
@@ -376,13 +440,13 @@ def test_each_process_has_a_port_of_its_own_for_its_metrics_and_hears_how_often_
     monkeypatch.setattr(devices, "_local_gpus", lambda *_: ["0", "1"])
     said = tmp_path / "said"
     child = f"import os; print(*map(os.environ.get, {OWN!r}), file=open({str(said)!r}, 'a'))"
-    supervisor = Supervisor(Settings(metrics_port=9464), (sys.executable, "-c", child))
+    supervisor = Supervisor(Settings(metrics_port=9464, job_processes=0), (sys.executable, "-c", child))
     for process in (*supervisor._processes, supervisor._processes[0]):
         supervisor._run_child(process)
     assert said.read_text().splitlines() == ["9464 1", "9465 1", "9464 2"]
     said.unlink()
-    supervisor = Supervisor(Settings(), (sys.executable, "-c", child))
+    supervisor = Supervisor(Settings(job_processes=0), (sys.executable, "-c", child))
     supervisor._run_child(supervisor._processes[1])
     assert said.read_text() == "0 1\n", "nowhere is not the port beside nowhere"
     with pytest.raises(InvalidSettings, match="the last of 2 processes would be at 65536"):
-        Supervisor(Settings(metrics_port=65_535))
+        Supervisor(Settings(metrics_port=65_535, job_processes=0))

@@ -404,3 +404,22 @@ def test_what_is_shown_of_settings_holds_no_password() -> None:
         )
     )
     assert "planted" not in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("auto", "auto"), ("", "auto"), (" 0 ", 0), ("3", 3), ("256", 256)], ids=str
+)
+def test_job_processes_are_counted_or_chosen(text: str, value: int | str) -> None:
+    read = Settings.from_environment({"GRADCAM_JOB_PROCESSES": text})
+    assert read.job_processes == value
+    assert Settings.from_environment(read.to_environment()).job_processes == value
+    assert Settings().job_processes == "auto"
+
+
+@pytest.mark.parametrize("text", ["many", "-1", "257", "2.5", "1e2", "000002"])
+def test_any_other_number_of_job_processes_is_refused_in_one_sentence(text: str) -> None:
+    with pytest.raises(InvalidSettings) as refused:
+        Settings.from_environment({"GRADCAM_JOB_PROCESSES": text})
+    assert refused.value.problems == (
+        f"GRADCAM_JOB_PROCESSES: {text!r} must be auto, or a number from 0 to 256.",
+    )

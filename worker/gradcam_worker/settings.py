@@ -50,6 +50,8 @@ DATABASE_URL_FORM = "must look like sqlite:////folder/status.db or postgresql://
 COLLECTOR_FORM = "must look like http://collector:4318"
 S3_SERVER_FORM = "must look like https://s3.example.com:9000"
 BAD_PORT = f"a port that is no number from 1 to {urls.MAX_PORT}"
+AUTO: Literal["auto"] = "auto"
+MAX_JOB_PROCESSES = 256
 MAX_SHOWN_LENGTH = 100  # characters of a received value in an error message
 # Suffixes and values of the variables that Kubernetes sets in each pod for each Service of its namespace
 # (enableServiceLinks), and Docker for each linked container. Those of a Service called gradcam-x begin with
@@ -108,6 +110,15 @@ def _devices(value: Any) -> Any:
         message = f"{value!r} must be auto, cpu, or the numbers of GPUs, as in 0,1"
         raise ValueError(message)
     return devices
+
+
+def _job_processes(value: Any) -> Any:
+    """Refuse what is no such number, in one sentence; an empty text means auto."""
+    text = str(value) or AUTO
+    if text != AUTO and not (re.fullmatch(r"[0-9]{1,3}", text) and int(text) <= MAX_JOB_PROCESSES):
+        message = f"{value!r} must be auto, or a number from 0 to {MAX_JOB_PROCESSES}"
+        raise ValueError(message)
+    return text if text == AUTO else int(text)
 
 
 def _webhook_secrets(value: SecretStr) -> SecretStr:
@@ -288,6 +299,9 @@ PemFile = Annotated[OptionalPath, AfterValidator(_file)]
 TracesUrl = Annotated[str, _unless_empty(_traces_url), Field(repr=False)]  # it may hold a password
 S3ServerUrl = Annotated[str, _unless_empty(_s3_server)]
 Devices = Annotated[str, BeforeValidator(_devices)]
+JobProcesses = Annotated[
+    Annotated[int, Field(ge=0, le=MAX_JOB_PROCESSES)] | Literal["auto"], BeforeValidator(_job_processes)
+]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
 Retention = Annotated[float, Field(ge=60, le=3650 * 86_400)]  # seconds
 Count = Annotated[int, Field(ge=1)]
@@ -401,7 +415,9 @@ class Settings(BaseSettings):
     `10.0.0.0/8,fd00::/8`; with IPv6 only, add NAT64's `64:ff9b::/96`
     """
     max_bytes_in_flight: Count = 512 * 1024 * 1024
-    """bytes of images that are read and not yet decoded, in one process"""
+    """bytes of images that are read and not yet decoded, in one process; the default is divided among job
+    processes, as is that of pixels
+    """
     max_pixels_in_flight: Count = 256_000_000
     """pixels of decoded images, in one process"""
 
@@ -474,9 +490,9 @@ class Settings(BaseSettings):
     """threads of one TensorFlow operation on the CPU; 0: one for each core"""
 
     # Worker
-    job_processes: Annotated[int, Field(ge=0, le=256)] = 0
+    job_processes: JobProcesses = AUTO
     """processes of each device that fetch, decode, draw and upload, while one more process computes; 0: one
-    process does both
+    process does both; `auto`: for a GPU one for each core but one of its share, at most 16, else 0
     """
     engine_pool_bytes: Annotated[int, Field(ge=2**20)] = 128 * 1024 * 1024
     """memory in which one job process hands pixels to the engine process: if it is full, jobs wait"""
@@ -487,7 +503,9 @@ class Settings(BaseSettings):
     preload: StringList = ()
     """networks to load before the first job"""
     threads: Count = 16  # twice the size of a batch on the CPU
-    """jobs at a time, of each process; with a GPU the default is 64"""
+    """jobs at a time, of each process; the default is 16 for each device, 64 for a GPU, divided among its
+    job processes
+    """
     shards: Count = 2  # one is read while another is computed
     """shards of backfills at a time, of each process, besides those jobs"""
     retry_backoff_s: Seconds = 1

@@ -102,7 +102,10 @@ def completed(document: StatusDocument) -> float:
 def settings_of(
     folder: Path, valkey: embedded.Server, s3_server: embedded.S3Server, **changes: Any
 ) -> Settings:
-    """Settings for these servers and the stand-ins, whose description is written into `folder`."""
+    """Settings for these servers and the stand-ins, whose description is written into `folder`.
+
+    One process does everything, unless `changes` say otherwise.
+    """
     registry = folder / "networks.toml"
     registry.write_text(simulated_network.REGISTRY, encoding="utf-8")
     return Settings(
@@ -112,7 +115,7 @@ def settings_of(
         s3_access_key_id=s3_server.access_key_id,
         s3_secret_access_key=SecretStr(s3_server.secret_access_key),
         networks=registry,
-        **changes,
+        **{"job_processes": 0, **changes},
     )
 
 

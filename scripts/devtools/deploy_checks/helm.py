@@ -147,9 +147,9 @@ def settings_schema() -> dict[str, Any]:
         if name in SECRET | OWN:
             continue
         kept = {key: value for key, value in schema.items() if key not in {"default", "title", "writeOnly"}}
-        if "anyOf" in kept:  # a path, or nothing
+        if {"type": "null"} in kept.get("anyOf", ()):  # a path, or nothing
             kept = {"type": "string"}
-        if kept["type"] == "array":  # an environment variable has commas between them
+        if kept.get("type") == "array":  # an environment variable has commas between them
             kept["items"] = {"type": "string", "pattern": "^[^,]+$"}
         allowed[name] = kept
     return {"type": "object", "additionalProperties": False, "properties": allowed}

@@ -9,7 +9,8 @@
 
 An image that failed has one row, with `error` and `error_detail` and without a class. All files have the same
 schema, so that any reader can open the folder as one table: see docs/reference/dataset.md. No other module
-but the input reader imports Arrow.
+but the input reader imports Arrow. It is imported where a file is read or written, since it takes 40 MB of
+each process, and most processes never see a shard.
 """
 
 import io
@@ -18,12 +19,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from gradcam_worker import __version__
@@ -36,6 +34,9 @@ from gradcam_worker.schemas.manifest import InputRecord
 from gradcam_worker.schemas.options import MethodSpec
 from gradcam_worker.schemas.shard import DATASET, Row, Shard
 from gradcam_worker.schemas.status import NetworkRef, Problem
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MEDIA_TYPE = "application/vnd.apache.parquet"
 METADATA_KEY = b"gradcam"  # of the JSON document in a file's metadata that describes the whole file
@@ -68,8 +69,10 @@ class Summary:
     network: NetworkRef
 
 
-def schema(grid: Grid) -> pa.Schema:
+def schema(grid: Grid) -> "pa.Schema":
     """The columns of a file whose heatmaps have this grid."""
+    import pyarrow as pa
+
     rows, columns = grid
     return pa.schema(
         [
@@ -105,7 +108,7 @@ def to_bytes(
     network: NetworkRef,
     grid: Grid,
     outcomes: Sequence[Outcome | None],
-    kept_rows: pa.Table | None = None,
+    kept_rows: "pa.Table | None" = None,
 ) -> tuple[bytes, Summary]:
     """Encode a shard's file. The same outcomes give the same bytes.
 
@@ -122,6 +125,9 @@ def to_bytes(
     Raises:
         StorageUnavailable: `kept_rows` has other columns.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     records = [
         record
         for index, (row, outcome) in enumerate(zip(shard.rows, outcomes, strict=True))
@@ -232,7 +238,7 @@ def find_mismatch(data: bytes, shard: Shard) -> str | None:
     return None
 
 
-def read_explained_rows(data: bytes) -> tuple[pa.Table, frozenset[int]]:
+def read_explained_rows(data: bytes) -> "tuple[pa.Table, frozenset[int]]":
     """Read the rows of a shard's file that were explained.
 
     Returns:
@@ -241,6 +247,10 @@ def read_explained_rows(data: bytes) -> tuple[pa.Table, frozenset[int]]:
     Raises:
         StorageUnavailable: The file is not a shard's file.
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     with _read_errors_as_storage_unavailable():
         _read_metadata(data)
         table = pq.read_table(io.BytesIO(data))
@@ -252,6 +262,8 @@ def read_explained_rows(data: bytes) -> tuple[pa.Table, frozenset[int]]:
 
 @contextmanager
 def _read_errors_as_storage_unavailable() -> Iterator[None]:
+    import pyarrow as pa
+
     try:
         yield
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
@@ -260,6 +272,8 @@ def _read_errors_as_storage_unavailable() -> Iterator[None]:
 
 
 def _read_metadata(data: bytes) -> dict[str, Any]:
+    import pyarrow.parquet as pq
+
     metadata = json.loads((pq.read_schema(io.BytesIO(data)).metadata or {})[METADATA_KEY])
     if metadata["schema"] != DATASET:
         message = f"its schema is {metadata['schema']!r}; expected {DATASET!r}"
@@ -276,7 +290,7 @@ class Batch:
     ranks: NDArray[np.int32]  # (n,)
     probabilities: NDArray[np.float32]  # (n,)
     heatmaps: NDArray[np.float16]  # (n, rows, columns)
-    other_columns: pa.RecordBatch  # all columns but the heatmaps
+    other_columns: "pa.RecordBatch"  # all columns but the heatmaps
 
     def record(self, index: int) -> dict[str, Any]:
         """One record, without its heatmap."""
@@ -289,6 +303,9 @@ def read_batches(data: bytes, max_rows: int = 4096) -> Iterator[Batch]:
     Raises:
         StorageUnavailable: The file is not a shard's file.
     """
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     with _read_errors_as_storage_unavailable():
         metadata = _read_metadata(data)
         for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(batch_size=max_rows):

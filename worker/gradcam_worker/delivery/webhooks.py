@@ -9,11 +9,12 @@ receiver that refuses them does not delay its final event.
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from http import HTTPStatus
+from typing import TYPE_CHECKING
 
 from gradcam_worker.errors import DeliveryRefused, EndpointGone, InvalidJob, StatusUnavailable
 from gradcam_worker.net import webhook_signing
-from gradcam_worker.net.http import HttpClient, HttpFailed
 from gradcam_worker.observability import tracing
 from gradcam_worker.schemas import model
 from gradcam_worker.schemas.ids import utc_now
@@ -21,6 +22,9 @@ from gradcam_worker.schemas.job import Webhook
 from gradcam_worker.schemas.status import StatusDocument, StatusEvent
 from gradcam_worker.settings import Settings
 from gradcam_worker.text.urls import without_secrets
+
+if TYPE_CHECKING:
+    from gradcam_worker.net.http import HttpClient
 
 BUSY_STATUSES = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 MIN_SERVER_ERROR = HTTPStatus.INTERNAL_SERVER_ERROR
@@ -35,10 +39,17 @@ class Webhooks:
 
     def __init__(self, settings: Settings) -> None:
         """Connect to nothing yet. `settings`: the allowed hosts, the timeout and the secrets of webhooks."""
-        allowed = settings.webhook_hosts, ("http", "https"), "GRADCAM_WEBHOOK_HOSTS"
-        self._web = HttpClient(*allowed, settings.private_networks)
+        self._settings = settings
         self._timeout_s = settings.webhook_timeout_s
         self._secrets = webhook_signing.parse_secrets(settings.webhook_secrets.get_secret_value())
+
+    @cached_property
+    def _web(self) -> "HttpClient":
+        """Imported and made for the first webhook, as in `images.fetch`."""
+        from gradcam_worker.net.http import HttpClient
+
+        allowed = self._settings.webhook_hosts, ("http", "https"), "GRADCAM_WEBHOOK_HOSTS"
+        return HttpClient(*allowed, self._settings.private_networks)
 
     def check(self, webhook: Webhook) -> None:
         """Check whether events could be sent to a webhook.
@@ -70,6 +81,8 @@ class Webhooks:
             StatusUnavailable: The delivery failed and is to be repeated, after `retry_after_s` if that is
                 set.
         """
+        from gradcam_worker.net.http import HttpFailed
+
         shown = without_secrets(url)
         if secret_ref is not None and secret_ref not in self._secrets:  # another worker may have it already
             reason = self._describe_unknown_secret(secret_ref)

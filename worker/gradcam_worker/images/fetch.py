@@ -8,8 +8,9 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import unquote_to_bytes
 
 from gradcam_worker.errors import (
@@ -21,8 +22,6 @@ from gradcam_worker.errors import (
     ImageTooLarge,
     UriNotAllowed,
 )
-from gradcam_worker.net.dialer import Resolve, look_up
-from gradcam_worker.net.http import HttpClient, HttpFailed
 from gradcam_worker.observability.events import NULL_OBSERVER, Observer
 from gradcam_worker.resilience.deadline import Deadline
 from gradcam_worker.schemas.job import ImageRef, describe_missing_scheme
@@ -30,6 +29,10 @@ from gradcam_worker.schemas.model import describe_excess_length
 from gradcam_worker.settings import Settings
 from gradcam_worker.storage.s3 import S3
 from gradcam_worker.text.urls import has_credentials, without_secrets, without_user
+
+if TYPE_CHECKING:
+    from gradcam_worker.net.dialer import Resolve
+    from gradcam_worker.net.http import HttpClient
 
 OK = 200
 NOT_FOUND_STATUSES = {404, 410}
@@ -50,18 +53,15 @@ class UriFetcher:
     """Reads images from the places and within the limits that the settings allow."""
 
     def __init__(
-        self, settings: Settings, s3: S3, resolve: Resolve = look_up, observer: Observer = NULL_OBSERVER
+        self,
+        settings: Settings,
+        s3: S3,
+        resolve: "Resolve | None" = None,
+        observer: Observer = NULL_OBSERVER,
     ) -> None:
-        """Open no connection yet. `resolve` finds the addresses of a host."""
-        self._settings = settings
+        """Open no connection yet. `resolve` finds the addresses of a host; None: the system does."""
+        self._settings, self._resolve = settings, resolve
         self._s3, self._observer = s3, observer
-        self._web = HttpClient(
-            settings.image_hosts,
-            settings.image_schemes,
-            "GRADCAM_IMAGE_HOSTS",
-            settings.private_networks,
-            resolve=resolve,
-        )
         self._readers: dict[str, Callable[[str, Deadline, int], bytes]] = {
             "s3": self._read_s3,
             "http": self._read_http,
@@ -69,6 +69,20 @@ class UriFetcher:
             "file": self._read_file,
             "data": self._read_data,
         }
+
+    @cached_property
+    def _web(self) -> "HttpClient":
+        """Imported and made for the first URL of the web: it takes 10 MB, and many processes read from S3."""
+        from gradcam_worker.net.dialer import look_up
+        from gradcam_worker.net.http import HttpClient
+
+        return HttpClient(
+            self._settings.image_hosts,
+            self._settings.image_schemes,
+            "GRADCAM_IMAGE_HOSTS",
+            self._settings.private_networks,
+            resolve=self._resolve or look_up,
+        )
 
     def fetch(self, image: ImageRef, deadline: Deadline, max_bytes: int | None = None) -> FetchedBytes:
         """Read an image.
@@ -137,6 +151,8 @@ class UriFetcher:
         return self._s3.read_image(bucket, key, limit, deadline)
 
     def _read_http(self, uri: str, deadline: Deadline, limit: int) -> bytes:
+        from gradcam_worker.net.http import HttpFailed
+
         shown = redact_uri(uri)
         seconds = min(self._settings.fetch_timeout_s, deadline.left_s())
         try:

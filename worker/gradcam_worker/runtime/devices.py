@@ -3,11 +3,12 @@
 GPUs are counted without importing a backend, so that the supervisor stays small and takes no memory on a GPU.
 """
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class Device:
     name: str  # in log lines
     environment: Mapping[str, str]  # the whole environment of that process
     number: int = 0  # as in GRADCAM_DEVICES
+    is_gpu: bool = False
 
 
 def choose(settings: Settings) -> list[Device]:
@@ -58,7 +60,10 @@ def choose(settings: Settings) -> list[Device]:
             message = f"GRADCAM_DEVICES or --devices asks for GPU {number}; there are: {existing}."
             raise InvalidSettings(message)
         if number in numbers[:position]:
-            message = f"GRADCAM_DEVICES or --devices names GPU {number} twice; each GPU has one process."
+            message = (
+                f"GRADCAM_DEVICES or --devices names GPU {number} twice. GRADCAM_JOB_PROCESSES says how many "
+                "processes feed each."
+            )
             raise InvalidSettings(message)
     if not numbers:
         return [Device("default device", environment)]
@@ -67,8 +72,54 @@ def choose(settings: Settings) -> list[Device]:
         threads = 2 * (settings.max_batch or BATCH_SIZE)
         environment |= settings.model_copy(update={"threads": threads}).to_environment()
     return [
-        Device(f"GPU {number}", {**environment, VISIBLE_GPUS: gpus[number]}, number) for number in numbers
+        Device(f"GPU {number}", {**environment, VISIBLE_GPUS: gpus[number]}, number, is_gpu=True)
+        for number in numbers
     ]
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Return the number of cores that this process may use: its affinity, and the quota of its cgroup.
+
+    Args:
+        root: the folder of `proc` and `sys`.
+
+    Returns:
+        At least 1. A quota of 2.5 cores is 2.
+    """
+    cores = len(os.sched_getaffinity(0))
+    quotas = [quota for quota in _cpu_quotas(root) if quota]
+    return max(int(min([cores, *quotas])), 1)
+
+
+def _cpu_quotas(root: Path) -> Iterator[float | None]:
+    """The cores that each control group of this process may use; None: no limit."""
+    groups = root / "sys/fs/cgroup"
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        own = groups / controllers / name.lstrip("/")
+        # In a container the name may be the host's, whose folder does not exist here: the top is its own.
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(groups):
+                yield _cpu_quota(folder)
+
+
+def _cpu_quota(folder: Path) -> float | None:
+    """The cores that a control group may use: version 2 has one file, version 1 has two."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+        return None if quota == "max" else int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (
+            (folder / f"cpu.cfs_{name}_us").read_text(encoding="ascii") for name in ("quota", "period")
+        )
+        return None if int(quota) < 0 else int(quota) / int(period)
+    return None
 
 
 def use_single_device(settings: Settings) -> Settings:

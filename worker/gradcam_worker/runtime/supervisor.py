@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.runtime import devices
 from gradcam_worker.runtime.devices import Device
-from gradcam_worker.settings import Settings
+from gradcam_worker.settings import AUTO, Settings
 from gradcam_worker.text.log_events import EventLogger
 
 if TYPE_CHECKING:
@@ -37,6 +37,18 @@ log = EventLogger("gradcam.supervisor")
 
 WORKER = (sys.executable, "-P", "-m", "gradcam_worker", "worker", "--unsupervised", "--ready-fd")
 MIN_JOB_THREADS = 4  # of a job process
+ENGINE_CORES = 1  # of the share of a GPU
+# A job takes 7 to 14 ms of a job process, so these bring 1000 to 2000 jobs a second, and more rows of shards.
+MAX_AUTO_JOB_PROCESSES = 16
+# Of job processes: the C library would keep a heap for each of a process's many threads and give little of it
+# back, and OpenBLAS and obstore would start a thread for each core, in each process.
+LIGHT = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**20),
+    "OPENBLAS_NUM_THREADS": "1",
+    "TOKIO_WORKER_THREADS": "2",
+}
 MAX_FAILED_STARTS = 5  # in a row, on every device, before the supervisor gives up
 RESTART = RetryPolicy(first_s=0.5, max_s=30.0)  # short after one crash, long on a broken device
 SIGNAL_POLL_INTERVAL_S = 0.5  # see `_next_event`
@@ -57,24 +69,28 @@ class Process:
     variables: Mapping[str, str]
 
 
-def plan_processes(chosen: Sequence[Device], settings: Settings) -> list[Process]:
+def plan_processes(
+    chosen: Sequence[Device], settings: Settings, cores: Callable[[], int] = devices.usable_cores
+) -> list[Process]:
     """Choose the processes of each device: one worker, or an engine and several processes for jobs.
+
+    What the settings do not say, as the number of threads, stays what it is for a device: job processes share
+    it. So as many jobs are there at a time as keep the device busy, twice a batch.
 
     Args:
         chosen: The devices.
-        settings: `job_processes` and `threads`.
+        settings: `job_processes`, and what job processes share.
+        cores: Counts the cores that the processes of all devices may use.
     """
-    count = settings.job_processes
-    if not count:
-        return [Process(device.name, f"worker-{device.number}", "worker", device, {}) for device in chosen]
     processes = []
     for device in chosen:
+        count = _count_job_processes(device, settings, len(chosen), cores)
+        if not count:
+            processes.append(Process(device.name, f"worker-{device.number}", "worker", device, {}))
+            continue
         label, variables = f"engine-{device.number}", {"GRADCAM_ROLE": "engine"}
         processes.append(Process(f"{device.name}, engine", label, "engine", device, variables))
-        variables = {"GRADCAM_ROLE": "jobs"}
-        if "threads" not in settings.model_fields_set:
-            threads = int(device.environment["GRADCAM_THREADS"])
-            variables["GRADCAM_THREADS"] = str(max(-(-threads // count), MIN_JOB_THREADS))
+        variables = _job_variables(device, settings, count)
         processes += [
             Process(
                 f"{device.name}, jobs {number}", f"jobs-{device.number}-{number}", "jobs", device, variables
@@ -82,6 +98,31 @@ def plan_processes(chosen: Sequence[Device], settings: Settings) -> list[Process
             for number in range(1, count + 1)
         ]
     return processes
+
+
+def _count_job_processes(
+    device: Device, settings: Settings, device_count: int, cores: Callable[[], int]
+) -> int:
+    """The number of job processes of a device; 0: one process does everything."""
+    if settings.job_processes != AUTO:
+        return settings.job_processes
+    if not device.is_gpu:
+        return 0
+    return min(max(cores() // device_count - ENGINE_CORES, 1), MAX_AUTO_JOB_PROCESSES)
+
+
+def _job_variables(device: Device, settings: Settings, count: int) -> dict[str, str]:
+    """The variables of each of so many job processes of a device."""
+    variables = {"GRADCAM_ROLE": "jobs"}
+    least = {  # of each process
+        "threads": MIN_JOB_THREADS,
+        "max_bytes_in_flight": settings.max_image_bytes,
+        "max_pixels_in_flight": settings.max_image_pixels,
+    }
+    for name in least.keys() - settings.model_fields_set:
+        variable = f"GRADCAM_{name.upper()}"
+        variables[variable] = str(max(-(-int(device.environment[variable]) // count), least[name]))
+    return variables | {name: value for name, value in LIGHT.items() if name not in device.environment}
 
 
 def _metrics_socket(folder: Path, process: Process) -> Path:
@@ -108,7 +149,9 @@ class Supervisor:
         self._folder: Path | None = None  # of the sockets, while `run` runs
         self._processes = plan_processes(devices.choose(settings), settings)
         self._settings = settings
-        self._has_one_port = bool(settings.metrics_port and settings.job_processes)
+        self._has_one_port = bool(settings.metrics_port) and any(
+            process.role == "engine" for process in self._processes
+        )
         self._telemetry: HostTelemetry | None = None  # of all processes, at that port
         last_port = settings.metrics_port + len(self._processes) - 1
         if settings.metrics_port and not self._has_one_port and last_port > LAST_PORT:

@@ -35,6 +35,27 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- else }}{{ mul 2 (.Values.settings.max_batch | default 32 | int64) }}{{ end }}
 {{- end }}
 
+{{- /* The cores that a worker with a GPU asks for, less one: `auto` would count those of the node. */ -}}
+{{- define "gradcam.jobProcesses" -}}
+{{- $said := .Values.settings.job_processes }}
+{{- $cores := ((.Values.worker.resources).requests).cpu | default 1 | toString }}
+{{- $cores := ternary (div (trimSuffix "m" $cores | int) 1000) (floor $cores) (hasSuffix "m" $cores) | int }}
+{{- if not (kindIs "invalid" $said) }}{{ include "gradcam.said" $said }}
+{{- else if eq .Values.worker.device "cpu" }}0
+{{- else }}{{ min 16 (max 1 (sub $cores 1)) }}{{ end }}
+{{- end }}
+
+{{- /* Jobs and shards at a time, of a worker: its job processes divide threads that are not given. */ -}}
+{{- define "gradcam.slots" -}}
+{{- $processes := include "gradcam.jobProcesses" . | replace "auto" "0" | int | max 1 }}
+{{- $threads := include "gradcam.threads" . | int }}
+{{- if not .Values.settings.threads }}
+{{- $least := ternary 4 1 (gt $processes 1) }}
+{{- $threads = div (sub (add $threads $processes) 1) $processes | max $least }}
+{{- end }}
+{{- mul $processes (add $threads (.Values.settings.shards | default 2 | int)) }}
+{{- end }}
+
 {{- define "gradcam.grace" -}}
 {{ add (ceil (.Values.settings.shutdown_timeout_s | default 90)) .Values.worker.graceSeconds }}
 {{- end }}

@@ -1,0 +1,93 @@
+"""What a job process is made of: it is started as the supervisor starts it, and explains an image."""
+
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gradcam_worker.client.client import GradcamClient
+from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
+from gradcam_worker.inference.model_cache import ModelCache
+from gradcam_worker.runtime import devices
+from gradcam_worker.runtime.supervisor import WORKER, plan_processes
+from gradcam_worker.settings import Settings
+from gradcam_worker.testing import TinyNetwork
+
+WAIT_S = 60
+MAX_RESIDENT_BYTES = 150e6
+# The backends and what comes with them; Arrow, which only shards need; databases, if a setting names one.
+HEAVY = {"tensorflow", "keras", "jax", "torch", "h5py", "scipy", "pandas", "pyarrow", "sqlalchemy", "alembic"}
+
+
+@contextmanager
+def engine(path: Path) -> Iterator[None]:
+    server = EngineServer(
+        ModelCache(lambda _: TinyNetwork()), path, EngineFacts("cpu", on_gpu=False, max_batch=8)
+    )
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.stop()
+        thread.join(WAIT_S)
+
+
+@contextmanager
+def job_process(settings: Settings, path: Path, log: Path) -> Iterator[int]:
+    """Start a job process; yield its id once it takes jobs. Its imports are in its log."""
+    device, *_ = devices.choose(settings)
+    planned = plan_processes([device], settings)[-1]
+    variables = {"GRADCAM_ENGINE_SOCKET": str(path), "PYTHONPROFILEIMPORTTIME": "1"}
+    read_fd, write_fd = os.pipe()
+    with log.open("wb") as output, os.fdopen(read_fd, "rb") as signs:
+        process = subprocess.Popen(
+            [*WORKER, str(write_fd)],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            pass_fds=[write_fd],
+            env={**device.environment, **planned.variables, **variables},
+        )
+        os.close(write_fd)
+        try:
+            assert signs.read(1) == b"1", log.read_text()[-2000:]
+            yield process.pid
+        finally:
+            process.terminate()
+            process.communicate(timeout=WAIT_S)
+
+
+def test_a_job_process_is_light_and_never_imports_a_backend(
+    settings: Settings, photos: Path, tmp_path: Path
+) -> None:
+    path, log = tmp_path / "engine", tmp_path / "log"
+    changes = {
+        "job_processes": 2,
+        "devices": "cpu",
+        "image_schemes": ("file",),
+        "image_roots": (str(photos),),
+        "output": f"file://{tmp_path}/results",
+    }
+    settings = settings.model_copy(update=changes)
+    with engine(path), job_process(settings, path, log) as pid:
+        client = GradcamClient(settings=settings)
+        job_id = client.submit(
+            image=f"file://{photos}/chelsea.jpg", network="efficientnet_lite0", target={"top_n": 2}
+        )
+        assert client.wait(job_id, WAIT_S).status == "succeeded"
+        mapped = Path(f"/proc/{pid}/maps").read_text()
+        resident_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    lines = [line for line in log.read_text().splitlines() if line.startswith("import time:")]
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+    assert {"celery", "cv2", "gradcam_worker"} <= imported
+    assert not imported & HEAVY
+    assert not [name for name in ("tensorflow", "libarrow") if name in mapped]
+    assert resident_pages * os.sysconf("SC_PAGE_SIZE") < MAX_RESIDENT_BYTES
+
+
+def test_a_dataset_needs_arrow_only_when_a_file_is_read_or_written() -> None:
+    program = "import sys, gradcam_worker.execution.handler; sys.exit('pyarrow' in sys.modules)"
+    assert subprocess.run([*WORKER[:2], "-c", program], check=False).returncode == 0
