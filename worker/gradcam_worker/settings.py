@@ -525,8 +525,8 @@ class Settings(BaseSettings):
 
     # Logs, metrics and traces
     metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
-    """port of `/metrics`, `/live`, `/ready` and `/startup`; process N of a machine has this port + N, or with
-    `GRADCAM_JOB_PROCESSES` this one port serves for all; 0: not served
+    """port of `/metrics`, `/live`, `/ready` and `/startup`; process N of a machine has this port + N, or this
+    one port serves for all where there are job processes; 0: not served
     """
     metrics_socket: OptionalPath = None
     """set by the supervisor: where this process serves them instead, for the supervisor"""
