@@ -212,6 +212,28 @@ def test_what_was_taken_by_somebody_who_died_before_he_read_it_comes_again(
     second.connection.release()
 
 
+def test_a_message_that_was_received_is_noted_once_and_comes_again_if_it_is_not_acknowledged(
+    app: Any, settings: Settings
+) -> None:
+    message_id = new_id()
+    unacked = f"{settings.key_prefix}unacked"
+    with redis.Redis.from_url(settings.broker_url, decode_responses=True) as server:
+        server.lpush(f"{settings.key_prefix}{INTERACTIVE}", bare(message_id))
+        first = Consumer(app)
+        assert first.turns() == [message_id]
+        [(tag, entry)] = server.hgetall(unacked).items()
+        assert tag == first.held[0].delivery_tag
+        assert entry == f'[{bare(message_id)}, "", "{INTERACTIVE}"]', "as the script wrote it"
+        server.zadd(f"{unacked}_index", {tag: 1})  # long ago
+        second = Consumer(app)
+        second.channel.qos.restore_visible()
+        assert second.turns() == [message_id]
+        assert second.held[0].delivery_info["redelivered"]
+    second.acknowledge(*second.held)
+    second.connection.release()
+    first.connection.release()
+
+
 def test_where_scripts_are_not_allowed_messages_are_received_all_the_same(
     app: Any, publish: Publish, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

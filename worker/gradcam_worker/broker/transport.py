@@ -46,6 +46,13 @@ class Receive(LuaScript[tuple[int, bytes] | None], file="receive"):
 class QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
     """Kombu's record of unacknowledged messages. A malformed one does not block the return of the others."""
 
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """Note a message as unacknowledged. The script that took it has noted it in the server already."""
+        if delivery_tag == self.channel.receive_tag:
+            virtual.QoS.append(self, message, delivery_tag)
+        else:
+            super().append(message, delivery_tag)
+
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
         """Put a message back into its queue. One that cannot be put back is set aside.
 
@@ -119,7 +126,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     _queue_cycle: Any
     _all_empty = False  # all lists were empty at the last check
     _receive_sha: str | None = None  # of `Receive`, once the server has it
-    _receive_tag = ""  # the delivery tag of the receive script that is under way; empty with BRPOP
+    receive_tag = ""  # the delivery tag of the receive script that is under way; empty with BRPOP
     _receive_queues = tuple[str, ...]()  # the queue of each list that the script checks
 
     def _create_client(self, asynchronous: bool = False) -> Any:
@@ -187,7 +194,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         if (watch or not self._all_empty) and self._send_receive():
             return
         all_queues: Any = self._queue_cycle
-        self._queue_cycle, self._receive_tag = _QueuesWithRoom(all_queues, self.has_room), ""
+        self._queue_cycle, self.receive_tag = _QueuesWithRoom(all_queues, self.has_room), ""
         try:
             super()._brpop_start(
                 timeout if all(map(self.has_room, self.unacknowledged_limits)) else ROOM_POLL_INTERVAL_S
@@ -208,12 +215,12 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
                 return False
         self._receive_queues = tuple(queue for _ in self.priority_steps for queue in queues)
         lists = [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
-        self._receive_tag, connection = str(uuid.uuid4()), self.client.connection
+        self.receive_tag, connection = str(uuid.uuid4()), self.client.connection
         script = Receive(
             unacked=self._key(self.unacked_key),
             unacked_index=self._key(self.unacked_index_key),
             lists=[self._key(name) for name in lists],
-            delivery_tag=self._receive_tag,
+            delivery_tag=self.receive_tag,
             received_s=repr(time.time()),
             queues=[json.dumps(queue) for queue in self._receive_queues],
         )
@@ -259,7 +266,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
 
     def _brpop_read(self, **options: Any) -> bool:
         """Receive one item, and deliver its message. As kombu's, except for how the item is parsed."""
-        tag, command = self._receive_tag, "EVALSHA" if self._receive_tag else "BRPOP"
+        tag, command = self.receive_tag, "EVALSHA" if self.receive_tag else "BRPOP"
         try:
             try:
                 received = self.client.parse_response(self.client.connection, command, **options)
