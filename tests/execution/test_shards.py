@@ -490,7 +490,7 @@ class RecordingStore(MemoryStore):
     order: list[str] = field(default_factory=list)
     broken: str = ""
 
-    def put_many(self, objects: Any, deadline: Deadline) -> list[str]:
+    def put_many(self, objects: Any, deadline: Deadline, last: Any = None) -> list[str]:
         files: list[Object] = list(objects)
         for key, _, _ in files:
             if self.broken and key.startswith(self.broken):
@@ -864,7 +864,7 @@ def test_an_error_that_concerns_all_rows_fails_the_shard(
 
 def test_an_output_that_is_not_allowed_fails_the_shard_even_if_a_row_raises_it() -> None:
     class ForbiddenStore(MemoryStore):
-        def put_many(self, objects: Any, deadline: Deadline) -> list[str]:
+        def put_many(self, objects: Any, deadline: Deadline, last: Any = None) -> list[str]:
             message = "Not there."
             raise OutputNotAllowed(message)
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,10 @@ class Slow:
     begun: list[str] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
+    uploads: int = 1  # at once, this one included
+
+    def uploading(self) -> AbstractContextManager[int]:
+        return nullcontext(self.uploads)
 
     def put(self, bucket: str, key: str, data: bytes, media_type: str, retries: Retries) -> None:
         self.begun.append(key)
@@ -94,6 +99,30 @@ def test_many_are_put_at_the_same_time(s3_settings: Any) -> None:
     slow: Any = Slow(pool=ThreadPoolExecutor(4))
     slow.put = lambda *_: together.wait()
     assert len(S3Store(slow, "b", "").put_many(OBJECTS[:4], Deadline(30))) == 4
+
+
+@pytest.mark.parametrize("uploads", [1, 2, 9])
+def test_the_last_object_is_put_when_all_others_are(uploads: int) -> None:
+    slow: Any = Slow(uploads=uploads)
+    uris = S3Store(slow, "b", "").put_many(OBJECTS[:4], Deadline(30), ("m.json", b"", "application/json"))
+    assert slow.begun[-1] == "m.json"
+    assert sorted(slow.ended[:-1]) == [key for key, _, _ in OBJECTS[:4]]
+    assert uris == [f"s3://b/{key}" for key, _, _ in OBJECTS[:4]] + ["s3://b/m.json"]
+
+
+def test_the_last_object_is_not_put_where_another_failed() -> None:
+    slow: Any = Slow(fail={"j/1.jpg"})
+    with pytest.raises(StorageUnavailable, match="the disk is full"):
+        S3Store(slow, "b", "").put_many(OBJECTS[:2], Deadline(30), ("m.json", b"", "application/json"))
+    assert "m.json" not in slow.begun
+
+
+def test_many_uploads_at_once_share_threads() -> None:
+    threads = set[int]()
+    slow: Any = Slow(uploads=5)
+    slow.put = lambda *_: threads.add(threading.get_ident())
+    S3Store(slow, "b", "").put_many(OBJECTS[:4], Deadline(30))
+    assert len(threads) == 1
 
 
 def test_what_is_there_is_found_and_what_is_not_is_none(store: Store) -> None:

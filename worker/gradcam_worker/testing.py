@@ -94,9 +94,11 @@ class MemoryStore:
         self.objects[key] = data
         return self.uri(key)
 
-    def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
+    def put_many(
+        self, objects: Sequence[Object], deadline: Deadline, last: Object | None = None
+    ) -> list[str]:
         """See `gradcam_worker.storage.stores.Store.put_many`: in order."""
-        return put_each(self.put, objects, deadline)
+        return put_each(self.put, objects, deadline, last)
 
     def find(self, key: str, deadline: Deadline) -> bytes | None:
         """See `gradcam_worker.storage.stores.Store.find`."""

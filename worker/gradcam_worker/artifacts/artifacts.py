@@ -17,13 +17,14 @@ attempt wrote the same key. Then an artifact can differ from the sha256 in the m
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from gradcam_worker import __version__
-from gradcam_worker.artifacts.render import RenderResult
+from gradcam_worker.artifacts.render import RenderedArtifact, RenderResult
 from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.explain import Explanation, Prediction
 from gradcam_worker.resilience.deadline import Deadline
@@ -39,7 +40,7 @@ from gradcam_worker.schemas.manifest import (
     SalientRegion,
 )
 from gradcam_worker.schemas.status import ClassScore, ManifestRef, ResultWarning
-from gradcam_worker.storage.stores import Store
+from gradcam_worker.storage.stores import Object, Store
 from gradcam_worker.text.log_events import EventLogger
 
 log = EventLogger("gradcam")
@@ -47,30 +48,32 @@ log = EventLogger("gradcam")
 MANIFEST = "manifest.json"
 
 
-def upload(store: Store, folder: str, rendered: RenderResult, deadline: Deadline) -> list[ArtifactRecord]:
-    """Upload all artifacts of a job or of a shard's row.
-
-    Returns:
-        What the manifest records of each artifact, in the order of `rendered.artifacts`.
-
-    Raises:
-        StorageUnavailable: The store cannot be written.
-        JobTimeout: The deadline passed.
-    """
-    objects = [
-        (f"{folder}/{artifact.name}", artifact.data, artifact.media_type) for artifact in rendered.artifacts
-    ]
+def describe(store: Store, folder: str, rendered: RenderResult) -> list[ArtifactRecord]:
+    """Describe the artifacts of a job or of a shard's row, as a manifest records them, in their order."""
     return [
         ArtifactRecord(
             kind=artifact.kind,
-            uri=uri,
+            uri=store.uri(f"{folder}/{artifact.name}"),
             media_type=artifact.media_type,
             bytes=len(artifact.data),
             sha256=hashlib.sha256(artifact.data).hexdigest(),
             **artifact.properties,
         )
-        for artifact, uri in zip(rendered.artifacts, store.put_many(objects, deadline), strict=True)
+        for artifact in rendered.artifacts
     ]
+
+
+def upload(store: Store, folder: str, rendered: RenderResult, deadline: Deadline) -> None:
+    """Upload all artifacts of a shard's row.
+
+    Raises:
+        GradcamError: Whatever `Store.put_many` raises.
+    """
+    store.put_many(_objects(folder, rendered.artifacts), deadline)
+
+
+def _objects(folder: str, artifacts: Sequence[RenderedArtifact]) -> list[Object]:
+    return [(f"{folder}/{artifact.name}", artifact.data, artifact.media_type) for artifact in artifacts]
 
 
 def build_manifest(
@@ -90,7 +93,7 @@ def build_manifest(
         image: Its image.
         explanation: What was computed.
         rendered: The artifacts.
-        records: What `upload` returned for them.
+        records: What `describe` returned for them.
     """
     image_size = (image.width, image.height)
     recorded = list(zip(rendered.artifacts, records, strict=True))
@@ -191,15 +194,21 @@ def result_warnings(image: InputRecord, explanation: Explanation) -> tuple[Resul
     return tuple(warnings)
 
 
-def write_manifest(store: Store, folder: str, manifest: Manifest, deadline: Deadline) -> ManifestRef:
-    """Write the manifest of a job whose artifacts are all uploaded.
+def write_manifest(
+    store: Store,
+    folder: str,
+    manifest: Manifest,
+    deadline: Deadline,
+    artifacts: Sequence[RenderedArtifact] = (),
+) -> ManifestRef:
+    """Upload the artifacts of a job, and when all of them are written its manifest.
 
     Raises:
         GradcamError: Whatever `Store.put_many` raises.
     """
-    text = manifest.model_dump_json(indent=1).encode()
-    (uri,) = store.put_many([(f"{folder}/{MANIFEST}", text, "application/json")], deadline)
-    return ManifestRef(manifest_uri=uri, manifest_sha256=hashlib.sha256(text).hexdigest())
+    text, key = manifest.model_dump_json(indent=1).encode(), f"{folder}/{MANIFEST}"
+    store.put_many(_objects(folder, artifacts), deadline, (key, text, "application/json"))
+    return ManifestRef(manifest_uri=store.uri(key), manifest_sha256=hashlib.sha256(text).hexdigest())
 
 
 def job_fingerprint(job: Job) -> str:

@@ -87,9 +87,9 @@ def _explain(
         )
         image.release()
     with context.enter_stage("upload"):
-        records = artifacts.upload(store, folder, rendered, context.deadline)
+        records = artifacts.describe(store, folder, rendered)
         manifest = artifacts.build_manifest(job, record, explanation, rendered, records)
-        reference = artifacts.write_manifest(store, folder, manifest, context.deadline)
+        reference = artifacts.write_manifest(store, folder, manifest, context.deadline, rendered.artifacts)
     context.metrics |= {
         "batch_wait_s": round(inferred.waited_s, 4),
         "explain_s": round(inferred.computed_s, 4),

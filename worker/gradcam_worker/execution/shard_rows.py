@@ -121,7 +121,9 @@ class ShardRows:
                     job_id=self.row_id(index),
                     method=self._shard.method,
                 )
-            records = artifacts.upload(self._store, f"overlays/{self.row_id(index)}", rendered, deadline)
+            folder = f"overlays/{self.row_id(index)}"
+            artifacts.upload(self._store, folder, rendered, deadline)
+            records = artifacts.describe(self._store, folder, rendered)
             for artifact, record in zip(rendered.artifacts, records, strict=True):
                 if artifact.class_index is not None:
                     overlays[artifact.class_index] = overlays[artifact.class_index] or record.uri

@@ -81,9 +81,11 @@ class FolderStore:
         self._observer.artifact_written(len(data))
         return self.uri(key)
 
-    def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
+    def put_many(
+        self, objects: Sequence[Object], deadline: Deadline, last: Object | None = None
+    ) -> list[str]:
         """See `Store.put_many`: one after the other, which is fast enough for a disk."""
-        return put_each(self.put, objects, deadline)
+        return put_each(self.put, objects, deadline, last)
 
     def find(self, key: str, deadline: Deadline) -> bytes | None:
         """See `Store.find`."""
@@ -213,7 +215,10 @@ def _write_to_disk(file: BinaryIO, data: bytes) -> None:
 
 
 def put_each(
-    put: Callable[[str, bytes, str], str], objects: Sequence[Object], deadline: Deadline
+    put: Callable[[str, bytes, str], str],
+    objects: Sequence[Object],
+    deadline: Deadline,
+    last: Object | None = None,
 ) -> list[str]:
     """Put one object after the other.
 
@@ -221,6 +226,7 @@ def put_each(
         put: A store's method.
         objects: Key, data and media type of each.
         deadline: Checked before each.
+        last: One more object.
 
     Returns:
         Their URIs.
@@ -229,7 +235,7 @@ def put_each(
         JobTimeout: The deadline is over; or the error that it was cancelled with, or one of `put`.
     """
     uris = []
-    for key, data, media_type in objects:
+    for key, data, media_type in (*objects, *([last] if last else [])):
         deadline.check("upload")
         uris.append(put(key, data, media_type))
     return uris

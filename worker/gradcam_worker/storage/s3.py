@@ -11,7 +11,9 @@ import contextlib
 import hashlib
 import math
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -49,6 +51,7 @@ from gradcam_worker.text.log_events import EventLogger
 log = EventLogger("gradcam")
 
 CHUNK_BYTES = 32 * 1024  # small, so that limits are noticed early, even with a slow server
+READ_AT_ONCE_BYTES = 128 * 1024  # objects so small are not read in chunks
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 3, 10
 MAX_CACHED_BUCKETS = 32  # whose connections are kept
 PLAIN_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -92,6 +95,7 @@ class S3:
         # Its own pool, so that no read waits for uploads; larger than the number of jobs: reads may hang.
         max_reads = 2 * (settings.threads + READERS * settings.shards)
         self._readers = ContextThreadPool(max_reads, thread_name_prefix="read")
+        self._uploads, self._lock = 0, threading.Lock()
         self._fetch_s = settings.fetch_timeout_s
         key, secret = settings.s3_access_key_id, settings.s3_secret_access_key.get_secret_value()
         core = credentials.create_session(settings.region)
@@ -175,6 +179,18 @@ class S3:
             message = f"{bucket[:MAX_CHARACTERS]!r} {problem}"
             raise InvalidBucket(message)
 
+    @contextmanager
+    def uploading(self) -> Iterator[int]:
+        """Count an upload of one or several objects while the block lasts; yields how many there are."""
+        with self._lock:
+            self._uploads += 1
+            uploads = self._uploads
+        try:
+            yield uploads
+        finally:
+            with self._lock:
+                self._uploads -= 1
+
     def check_identity(self) -> None:
         """Raise IdentityFailed if there are no valid keys at the moment."""
         self._session.get_credentials().get_frozen_credentials()
@@ -244,7 +260,10 @@ class S3:
 
         def with_obstore() -> bytes:
             response = self._for_obstore(bucket, key).get(key)
-            check(response.meta["size"])
+            size = response.meta["size"]
+            check(size)
+            if size <= READ_AT_ONCE_BYTES:
+                return bytes(response.bytes())
             return _read_all(response.stream(CHUNK_BYTES), check)
 
         def with_boto3() -> bytes:

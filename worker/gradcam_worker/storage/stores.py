@@ -1,8 +1,10 @@
 """Where artifacts are stored: below a prefix of a bucket, or in a folder."""
 
 import re
+import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -47,7 +49,9 @@ class Store(Protocol):
         """
         ...
 
-    def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
+    def put_many(
+        self, objects: Sequence[Object], deadline: Deadline, last: Object | None = None
+    ) -> list[str]:
         """Write objects in any order, with retries as `gradcam_worker.resilience.retry` says.
 
         After a failure, or once the deadline is over or cancelled, no further write is started. The error is
@@ -58,9 +62,10 @@ class Store(Protocol):
         Args:
             objects: Key, data and media type of each.
             deadline: The job's.
+            last: An object that is written when all others are.
 
         Returns:
-            Their URIs, in the order of `objects`.
+            Their URIs, in the order of `objects`, and that of `last`.
 
         Raises:
             StorageUnavailable: The storage failed.
@@ -87,6 +92,38 @@ class Store(Protocol):
     def remove(self, key: str) -> None:
         """Delete an object if it exists. Raises StorageUnavailable."""
         ...
+
+
+class _Round:
+    """The objects of one upload. Each thread that runs it writes the next ones until none is left."""
+
+    def __init__(self, put: Callable[[Object], None], objects: Sequence[Object], last: Object | None) -> None:
+        """`put` writes one object; `last` is written when all others are."""
+        self._put, self._waiting, self._last = put, deque(objects), last
+        self._unwritten, self._failed = len(objects), False
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        """Write objects until none is left, or until one has failed, also in another thread."""
+        try:
+            while item := self._next():
+                self._put(item)
+                with self._lock:
+                    self._unwritten -= 1
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _next(self) -> Object | None:
+        with self._lock:
+            if self._failed:
+                return None
+            if self._waiting:
+                return self._waiting.popleft()
+            if self._unwritten:  # another thread is writing the others, and goes on with the last one
+                return None
+            self._unwritten, item, self._last = 1, self._last, None
+            return item
 
 
 class S3Store:
@@ -119,26 +156,34 @@ class S3Store:
 
     def put(self, key: str, data: bytes, media_type: str) -> str:
         """See `Store.put`."""
-        return self._put_all([(key, data, media_type)], NO_DEADLINE, SINGLE_TRY.start())[0]
+        return self._put_all([], NO_DEADLINE, SINGLE_TRY.start(), (key, data, media_type))[0]
 
-    def put_many(self, objects: Sequence[Object], deadline: Deadline) -> list[str]:
+    def put_many(
+        self, objects: Sequence[Object], deadline: Deadline, last: Object | None = None
+    ) -> list[str]:
         """See `Store.put_many`: in parallel."""
-        return self._put_all(objects, deadline, STORAGE.start(deadline))
+        return self._put_all(objects, deadline, STORAGE.start(deadline), last)
 
-    def _put_all(self, objects: Sequence[Object], deadline: Deadline, retries: Retries) -> list[str]:
-
-        def put(item: Object) -> str:
+    def _put_all(
+        self, objects: Sequence[Object], deadline: Deadline, retries: Retries, last: Object | None
+    ) -> list[str]:
+        def put(item: Object) -> None:
             deadline.check("upload")
-            return self._put(item, retries)
+            self._put(item, retries)
 
-        started = [self._s3.pool.submit(put, item) for item in objects]
-        try:
-            return retries.wait_for(started, "upload")
-        except S3_ERRORS as error:
-            message = f"{self.uri('')} could not be written: {describe(error)}"
-            raise StorageUnavailable(message) from error
+        round_ = _Round(put, objects, last)
+        with self._s3.uploading() as uploads:
+            # Each thread that takes part costs time, and with many uploads at once none becomes faster.
+            threads = max(len(objects) // uploads, 1)
+            started = [self._s3.pool.submit(round_.run) for _ in range(threads)]
+            try:
+                retries.wait_for(started, "upload")
+            except S3_ERRORS as error:
+                message = f"{self.uri('')} could not be written: {describe(error)}"
+                raise StorageUnavailable(message) from error
+        return [self.uri(key) for key, _, _ in (*objects, *([last] if last else []))]
 
-    def _put(self, item: Object, retries: Retries) -> str:
+    def _put(self, item: Object, retries: Retries) -> None:
         key, data, media_type = item
         uri = self.uri(key)
         try:
@@ -148,7 +193,6 @@ class S3Store:
             jobs_fault = is_location_error(error) and not self._by_operator
             raise (OutputNotAllowed if jobs_fault else StorageUnavailable)(message) from error
         self._observer.artifact_written(len(data))
-        return uri
 
     def find(self, key: str, deadline: Deadline) -> bytes | None:
         """See `Store.find`."""
