@@ -56,7 +56,8 @@ def test_the_attack_sees_a_decoder_that_breaks_its_promise(
         "import os\n"
         "import numpy as np\n"
         "from gradcam_worker.gradcam.decoding import decode\n"
-        "decode.declared_pixels = lambda data: 5\n"
+        "from types import SimpleNamespace\n"
+        "decode.read_structure = lambda data: SimpleNamespace(declared_pixels=5)\n"
         f"def wrong(data):\n    {broken}\n"
         "decode.decode = wrong\n"
     )

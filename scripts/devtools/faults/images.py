@@ -77,12 +77,12 @@ def _limit_child() -> None:
 def _decode(data: bytes) -> tuple[str, float, float]:
     """In the child: how an image ended, the seconds that took, and the child's most memory, MiB."""
     from gradcam_worker.errors import GradcamError
-    from gradcam_worker.gradcam.decoding.decode import declared_pixels, decode
+    from gradcam_worker.gradcam.decoding.decode import decode, read_structure
 
     signal.alarm(STALLED_S)
     begun = time.monotonic()
     try:
-        declared = declared_pixels(data)
+        declared = read_structure(data).declared_pixels
         pixels = decode(data).pixels
         rows, columns, channels = pixels.shape
         good = rows * columns == declared and channels == CHANNELS and pixels.dtype == np.uint8

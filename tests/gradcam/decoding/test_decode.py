@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from gradcam_worker.errors import UnsupportedMediaType
-from gradcam_worker.gradcam.decoding.decode import declared_pixels, decode
+from gradcam_worker.gradcam.decoding.decode import decode, read_structure
 from gradcam_worker.gradcam.decoding.structure import Damage
 
 Pixels = NDArray[np.uint8]
@@ -396,7 +396,7 @@ class TestSmallFirstFrame:
         expected[1:, 2:] = RED
         data = self.gif(2, 1, (5, 3), (3, 3), "opaque")
         assert_array_equal(decode(data).pixels, expected)
-        assert declared_pixels(data) == 28
+        assert read_structure(data).declared_pixels == 28
 
     @pytest.mark.parametrize("alpha", [255, 0])
     @pytest.mark.parametrize("lossless", [True, False])
@@ -491,13 +491,13 @@ class TestDeclaredPixels:
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
     def test_it_is_the_number_of_decoded_pixels(self, kind: str, quarters: Pixels) -> None:
         data = encode(Image.fromarray(quarters), kind)
-        assert declared_pixels(data) == 16 * 32 == decode(data).pixels.size / 3
+        assert read_structure(data).declared_pixels == 16 * 32 == decode(data).pixels.size / 3
 
     def test_it_does_not_depend_on_the_orientation(self, quarters: Pixels) -> None:
         exif = Image.Exif()
         exif[ORIENTATION_TAG] = 6
         data = encode(Image.fromarray(quarters), "JPEG", exif=exif)
-        assert declared_pixels(data) == decode(data).pixels.size / 3
+        assert read_structure(data).declared_pixels == decode(data).pixels.size / 3
 
 
 @pytest.mark.parametrize("orientation", TO_UPRIGHT)

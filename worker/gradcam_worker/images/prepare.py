@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradcam_worker.errors import ImageTooLarge
-from gradcam_worker.gradcam.decoding.decode import Decoded, Limits, declared_pixels, decode
+from gradcam_worker.gradcam.decoding.decode import Decoded, Limits, decode, read_structure
 from gradcam_worker.gradcam.explain import check_channels
 from gradcam_worker.gradcam.imaging.resize import fit
 from gradcam_worker.gradcam.network import NetworkFacts
@@ -100,12 +100,14 @@ class FetchedImage:
             InternalError: The process is out of memory.
             JobTimeout: The deadline passed while other images used up the budget.
         """
-        services = self._services
-        pixels = declared_pixels(self._fetched.data, services.limits)
-        with services.budgets.pixels.reserve(pixels, self._deadline) as reservation:
-            decoded = decode(self._fetched.data, services.limits)
-            image = DecodedImage(_input_record(self._fetched, decoded), decoded, reservation)
-            del decoded, self._fetched
+        services, fetched = self._services, self._fetched
+        stored, size = read_structure(fetched.data, services.limits), len(fetched.data)
+        uri = fetched.uri
+        del fetched, self._fetched  # `stored` has a copy of what decoders need
+        with services.budgets.pixels.reserve(stored.declared_pixels, self._deadline) as reservation:
+            decoded = decode(stored, services.limits)
+            image = DecodedImage(_input_record(uri, self.sha256, size, decoded), decoded, reservation)
+            del decoded, stored
             self._reservation.shrink_to(0)
             yield image
 
@@ -150,13 +152,13 @@ def _fetch(
     return services.images.fetch(image, deadline, largest), reservation
 
 
-def _input_record(fetched: FetchedBytes, decoded: Decoded) -> InputRecord:
+def _input_record(uri: str, sha256: str, size: int, decoded: Decoded) -> InputRecord:
     height, width = decoded.size
     damage = decoded.damage
     return InputRecord(
-        uri=fetched.uri,
-        sha256=fetched.sha256,
-        bytes=len(fetched.data),
+        uri=uri,
+        sha256=sha256,
+        bytes=size,
         media_type=decoded.media_type,
         width=width,
         height=height,

@@ -85,14 +85,14 @@ class Decoded:
         return height, width
 
 
-def decode(data: bytes, limits: Limits | None = None) -> Decoded:
+def decode(data: bytes | StoredImage, limits: Limits | None = None) -> Decoded:
     """Decode an image: upright by EXIF, alpha flattened on white, the first frame of an animation.
 
     16-bit, grey, palette and CMYK images become 8-bit RGB. The same bytes always give the same pixels: a JPEG
     is never decoded at a reduced size.
 
     Args:
-        data: A JPEG, PNG, WebP, GIF or BMP file.
+        data: A JPEG, PNG, WebP, GIF or BMP file; or what `read_structure` returned for it.
         limits: Largest size and damage; None: the defaults.
 
     Returns:
@@ -106,7 +106,7 @@ def decode(data: bytes, limits: Limits | None = None) -> Decoded:
     """
     limits = limits or Limits()
     with _memory_errors(data, limits):
-        stored = _read_structure(data, limits)
+        stored = data if isinstance(data, StoredImage) else _read_structure(data, limits)
         pixels, damage = _decode_stored(stored, limits)
         _check_damage(stored, damage, limits)
         return Decoded(
@@ -114,29 +114,27 @@ def decode(data: bytes, limits: Limits | None = None) -> Decoded:
         )
 
 
-def declared_pixels(data: bytes, limits: Limits | None = None) -> int:
-    """Read the number of pixels that `decode` would return from the header.
-
-    Each pixel takes up to `BYTES_PER_PIXEL` bytes while it is decoded and 3 bytes afterwards.
+def read_structure(data: bytes, limits: Limits | None = None) -> StoredImage:
+    """Read the structure of a file without decoding it: `decode` then does not read it once more.
 
     Args:
         data: A JPEG, PNG, WebP, GIF or BMP file.
         limits: Largest size; None: the defaults.
 
     Returns:
-        Width x height.
+        The structure, with a copy of what decoders need. Each of its `declared_pixels` takes up to
+        `BYTES_PER_PIXEL` bytes while it is decoded and 3 bytes afterwards.
 
     Raises:
         UnsupportedMediaType, ImagePixelsExceeded, ImageDecodeFailed, InternalError: As for `decode`.
     """
     limits = limits or Limits()
     with _memory_errors(data, limits):
-        width, height = _read_structure(data, limits).size
-        return width * height
+        return _read_structure(data, limits)
 
 
 @contextmanager
-def _memory_errors(data: bytes, limits: Limits) -> Iterator[None]:
+def _memory_errors(data: bytes | StoredImage, limits: Limits) -> Iterator[None]:
     """Raise InternalError for lack of memory, which decoders report as damage, or by returning None.
 
     If there is no memory for the pixels that the header claims, a decoder's verdict means nothing.
@@ -147,7 +145,8 @@ def _memory_errors(data: bytes, limits: Limits) -> Iterator[None]:
         raise _out_of_memory() from error
     except ImageDecodeFailed as error:
         try:
-            width, height = _read_structure(data, limits).size
+            stored = data if isinstance(data, StoredImage) else _read_structure(data, limits)
+            width, height = stored.size
             np.empty(width * height * BYTES_PER_PIXEL + SPARE_BYTES, np.uint8)  # reserved, never written
         except MemoryError:
             raise _out_of_memory() from error

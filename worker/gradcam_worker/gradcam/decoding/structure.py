@@ -40,6 +40,12 @@ class StoredImage:
     offset: tuple[int, int] = (0, 0)  # (left, top) of the first frame in the whole image
     frame_size: tuple[int, int] | None = None  # (width, height) of the first frame; None: `size`
 
+    @property
+    def declared_pixels(self) -> int:
+        """Width x height of the whole image."""
+        width, height = self.size
+        return width * height
+
 
 def sent_as_text(packed: bytes) -> bool:
     """Whether compressed data were transferred as text, which turns each line feed into two bytes.
