@@ -104,9 +104,10 @@ class Batcher:
         try:
             yield submitted
         finally:
-            with self._changed:
-                submitted()
-                self._changed.notify_all()
+            if not is_submitted:  # else its submission was the change
+                with self._changed:
+                    submitted()
+                    self._changed.notify_all()
 
     def limit(self, network: Network, max_batch_size: int) -> None:
         """Limit the size of a network's batches."""
