@@ -19,13 +19,15 @@ def test_the_engine_bench_prints_its_figures_and_compares_like_with_like() -> No
     assert figures["agreement"]["xception"]["difference"] < 1e-4
 
 
-def test_the_host_bench_says_how_far_everything_is_from_the_codecs_alone() -> None:
-    command = [str(BENCH), "host", "--quick", "--json"]
+@pytest.mark.tensorflow
+def test_the_bench_of_a_jobs_cpu_time_compares_a_worker_with_its_floor() -> None:
+    command = [str(BENCH), "job_cpu", "--quick", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr
     figures = json.loads(done.stdout)
-    for size in ("500x375", "4000x3000"):
-        assert set(figures["times_floor"][size]) == {"1", "3", "8"}
-        assert all(times > 1 for times in figures["times_floor"][size].values()), "the floor is part of it"
-        assert figures["stages"][size]["decode"] > 0
+    for kind in ("job", "row"):
+        assert figures[f"times_floor_{kind}"] > 1, "the floor is part of it"
+        milliseconds, calls = figures["parts"][kind]["decode"]
+        assert 0 < milliseconds < figures[f"cpu_ms_per_{kind}"]
+        assert calls == pytest.approx(1, abs=0.05)
     assert figures["passed"] == (done.returncode == 0)

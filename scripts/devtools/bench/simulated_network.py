@@ -29,6 +29,7 @@ from gradcam_worker.gradcam.catalog import NetworkRow
 from gradcam_worker.gradcam.classes import imagenet
 from gradcam_worker.gradcam.network import GRADCAM, Computed, Method, Network, NetworkFacts
 from gradcam_worker.runtime import engine_process, parent_watch, worker_process
+from gradcam_worker.runtime.devices import OPENCV_THREADS
 from gradcam_worker.runtime.supervisor import Supervisor
 from gradcam_worker.settings import Settings
 
@@ -210,10 +211,17 @@ def load(settings: Settings, passes: Passes | None, row: NetworkRow) -> Network:
     return watched  # type: ignore[no-any-return]
 
 
-def start_worker(settings: Settings, log: Path, passes: str, *, grace_s: float = GRACE_S) -> Popen[bytes]:
-    """Start a worker that runs this program; see `parent_watch.spawn`."""
-    variables = {**SHARED_DEVICE, **import_path(), **settings.to_environment()}
-    command = [sys.executable, "-P", str(Path(__file__).resolve()), passes]
+def start_worker(
+    settings: Settings, log: Path, passes: str, *, grace_s: float = GRACE_S, program: str = __file__
+) -> Popen[bytes]:
+    """Start a worker that runs this program, or another one like it; see `parent_watch.spawn`."""
+    variables = {
+        **SHARED_DEVICE,
+        OPENCV_THREADS: "1",  # as a supervisor does
+        **import_path(),
+        **settings.to_environment(),
+    }
+    command = [sys.executable, "-P", str(Path(program).resolve()), passes]
     return parent_watch.spawn(command, log=log, environment=variables, grace_s=grace_s)
 
 

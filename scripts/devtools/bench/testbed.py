@@ -120,10 +120,17 @@ def settings_of(
 
 
 @contextmanager
-def running(networks: tuple[str, ...], photos: Sequence[bytes], **changes: Any) -> Iterator[Testbed]:
+def running(
+    networks: tuple[str, ...],
+    photos: Sequence[bytes],
+    *,
+    program: str = simulated_network.__file__,
+    **changes: Any,
+) -> Iterator[Testbed]:
     """Start the servers and a worker with these networks loaded and warm; stop all of it in the end.
 
-    `photos` are stored as images; `changes` are settings. Raises WorkerLost, InvalidSettings.
+    `photos` are stored as images; `program` is the worker's; `changes` are settings. Raises WorkerLost,
+    InvalidSettings.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradcam-bench-")))
@@ -132,7 +139,7 @@ def running(networks: tuple[str, ...], photos: Sequence[bytes], **changes: Any) 
         changes = {"preload": networks, "shutdown_timeout_s": simulated_network.GRACE_S, **changes}
         settings = settings_of(folder, valkey, s3_server, **changes)
         log, passes = folder / "worker.log", folder / "passes"
-        worker = simulated_network.start_worker(settings, log, str(passes))
+        worker = simulated_network.start_worker(settings, log, str(passes), program=program)
         stack.callback(parent_watch.stop, worker)
         client, ledger = GradcamClient(settings=settings), service_factory.build_ledger(settings)
         bed = Testbed(settings, client, ledger, S3(settings), worker, log, passes, [], {})
