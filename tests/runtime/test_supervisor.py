@@ -4,10 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +25,9 @@ TIMEOUT_S = 40
 OWN = ("GRADCAM_METRICS_PORT", "GRADCAM_STARTS")
 
 
-def program(child: str, *, gpus: int = 0, limit_s: float = 1, stalled_after_s: float = 60) -> list[str]:
+def program(
+    child: str, *, gpus: int = 0, limit_s: float = 1, stalled_after_s: float = 60, job_processes: int = 0
+) -> list[str]:
     """A supervisor over a Python program, on a host of so many GPUs."""
     return [
         sys.executable,
@@ -36,7 +41,7 @@ def program(child: str, *, gpus: int = 0, limit_s: float = 1, stalled_after_s: f
             devices._local_gpus = lambda *_: [str(number) for number in range({gpus})]
             supervisor.RESTART = RetryPolicy(0.01, 30)
             supervisor.REQUEUE_TIMEOUT_S, supervisor.WORKER_POLL_INTERVAL_S = 1, 0.2
-            settings = Settings(shutdown_timeout_s={limit_s}, job_processes=0)
+            settings = Settings(shutdown_timeout_s={limit_s}, job_processes={job_processes})
             settings = settings.model_copy(update={{"stalled_after_s": {stalled_after_s}}})
             sys.exit(supervisor.Supervisor(settings, (sys.executable, "-c", {child!r})).run())
         """),
@@ -141,6 +146,60 @@ def test_wrong_settings_end_everything_at_once_and_are_not_tried_again() -> None
     code, more = supervise("import os; os._exit(os.EX_CONFIG)", gpus=2)
     assert code == 1
     assert "given_up" not in said + more
+
+
+ENGINE = """
+import os, sys, time
+if os.environ["GRADCAM_ROLE"] == "jobs": time.sleep(3600)
+os.write(int(sys.argv[1]), b"0")
+time.sleep(0.1)
+"""
+
+
+def test_an_engine_that_shows_life_but_never_works_is_given_up_with_its_job_processes() -> None:
+    code, said = supervise(ENGINE + "os._exit(3)", job_processes=2)
+    assert code == 1
+    assert said.count("exit_code=3 ") == said.count("worker_process_ended") == 4
+    assert 'worker_process_given_up device="default device, engine" failed_starts=5' in said
+    code, said = supervise(ENGINE + "os._exit(os.EX_CONFIG)", job_processes=2)
+    assert code == 1
+    assert "worker_process_ended" not in said, "wrong settings are not tried again"
+
+
+def test_an_engine_that_hangs_before_it_works_is_killed(tmp_path: Path) -> None:
+    child = "os.write(fd, b'0')\nif first: time.sleep(3600)\nshows(3600)"
+    said = lives(tmp_path, child, lambda pids: len(pids) == 2, stalled_after_s=2)
+    assert said.count("worker_process_stalled") == said.count("silent_s=2 ") == 1
+
+
+def test_an_engine_is_not_restarted_once_its_job_processes_have_been_asked_to_end() -> None:
+    supervisor, ended = Supervisor(Settings(job_processes=1)), list[str]()
+    for process in supervisor._processes:
+        child: Any = SimpleNamespace(pid=1, terminate=partial(ended.append, process.role))
+        supervisor._children[process] = child
+    supervisor._restart_engines()
+    assert ended == ["engine"]
+    supervisor._stopping.set()
+    supervisor._restart_engines()
+    assert ended == ["engine"]
+
+
+def test_a_folder_whose_name_is_too_long_for_sockets_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(InvalidSettings, match=r"TMPDIR: the path of a socket in .* the system allows 107"):
+        Supervisor(Settings(job_processes=2)).run()
+
+
+def test_a_system_without_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    assert Supervisor(Settings())
+    with pytest.raises(InvalidSettings, match="GRADCAM_JOB_PROCESSES: 2 needs Linux"):
+        Supervisor(Settings(job_processes=2))
 
 
 def test_settings_with_which_a_worker_has_taken_jobs_are_tried_again(tmp_path: Path) -> None:

@@ -231,6 +231,7 @@ class EngineServer:
         facts: EngineFacts,
         *,
         not_ready: Callable[[], str | None] = lambda: None,
+        first_request: Callable[[], object] = lambda: None,
         traces: Traces = NO_TRACES,
     ) -> None:
         """Listen on a Unix domain socket that only this user can open.
@@ -240,9 +241,11 @@ class EngineServer:
             path: The socket, in a folder that only this user can read. A file that is there is replaced.
             facts: What job processes are told about this engine.
             not_ready: Why no job should be taken yet, if so.
+            first_request: Called before the first request is handled, which may end this process.
             traces: Gets a span for each batch, with links to those of its jobs.
         """
         self._model_cache, self._facts, self._not_ready = model_cache, facts, not_ready
+        self._first_request: Callable[[], object] | None = first_request
         self.traces = traces
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
@@ -377,6 +380,9 @@ class EngineServer:
             if not (connection.is_greeted or isinstance(message, Hello)):
                 text = f"{type(message).__name__} was received: the first message must be Hello."
                 raise BrokenMessage(text)
+            if self._first_request and isinstance(message, Load | Infer | Score):
+                self._first_request()
+                self._first_request = None
             if isinstance(message, Infer | Score):
                 connection.received += isinstance(message, Infer) and not message.images
                 if message.key not in networks:

@@ -9,14 +9,13 @@ import signal
 import threading
 from pathlib import Path
 
-from gradcam_worker.errors import GradcamError, InvalidSettings
+from gradcam_worker.errors import GradcamError, InternalError, InvalidSettings, MissingExtra
 from gradcam_worker.inference.engine_server import EngineFacts, EngineServer
 from gradcam_worker.observability import tracing
 from gradcam_worker.observability.logs import configure_logging
-from gradcam_worker.resilience.background_loop import BackgroundLoop
 from gradcam_worker.resilience.budget import limit_memory
 from gradcam_worker.runtime import background, parent_watch, preflight, service_factory
-from gradcam_worker.runtime.liveness import REPORT_INTERVAL_S
+from gradcam_worker.runtime.liveness import LivenessReporter
 from gradcam_worker.runtime.preloading import preload
 from gradcam_worker.runtime.telemetry import Telemetry
 from gradcam_worker.schemas.ids import process_name
@@ -44,7 +43,7 @@ def run(settings: Settings, ready_fd: int, *, load: service_factory.Load | None 
         _serve(settings, ready_fd, load)
     except GradcamError as error:
         log.error("engine_failed", error=error)  # noqa: TRY400  # the error's sentence is enough
-        return os.EX_CONFIG if isinstance(error, InvalidSettings) else 1
+        return os.EX_CONFIG if isinstance(error, InvalidSettings | MissingExtra) else 1
     return 0
 
 
@@ -56,12 +55,26 @@ def _serve(settings: Settings, ready_fd: int, load: service_factory.Load | None)
     device = preflight.check_device(settings)
     facts = EngineFacts(device, on_gpu=service_factory.on_gpu(), max_batch=settings.max_batch)
     not_ready: list[str] = ["the networks of GRADCAM_PRELOAD are not loaded yet"]
+    has_worked = threading.Event()
+
+    def works() -> None:
+        """Tell the supervisor that this engine works: its networks are loaded, or jobs wait for it."""
+        has_worked.set()
+        liveness.write_sign()
+
     server = EngineServer(
         model_cache,
         Path(str(settings.engine_socket)),
         facts,
         not_ready=lambda: not_ready[0] if not_ready else None,
+        first_request=works,
         traces=tracing.connect(settings.traces, "gradcam-engine", process_name()),
+    )
+    liveness = LivenessReporter(
+        ready_fd,
+        broker_answers=None,
+        other_reason=server.unhealthy_reason,
+        starts=lambda: not has_worked.is_set(),
     )
     failures: list[GradcamError] = []
 
@@ -69,23 +82,18 @@ def _serve(settings: Settings, ready_fd: int, load: service_factory.Load | None)
         try:
             preload(settings, model_cache, telemetry.health)
             not_ready.clear()
+            works()
             telemetry.ready()
-        except GradcamError as error:
-            failures.append(error)
+        except Exception as error:  # noqa: BLE001  # whatever it is, this engine will never be ready
+            failures.append(error if isinstance(error, GradcamError) else InternalError.of(error))
             server.stop()
-
-    def report() -> None:
-        if not server.unhealthy_reason():
-            os.write(ready_fd, b"1")
 
     def stop_without_supervisor() -> None:
         server.wait_until_unused(settings.shutdown_timeout_s)  # job processes finish their running jobs
         os._exit(1)
 
     def stop(*_: object) -> None:
-        timer = threading.Timer(
-            STOP_TIMEOUT_S, os._exit, [0]
-        )  # the device hangs: its requests are sent again
+        timer = threading.Timer(STOP_TIMEOUT_S, os._exit, [0])  # the device hangs: requests are sent again
         timer.daemon = True
         timer.start()
         server.stop()
@@ -95,7 +103,7 @@ def _serve(settings: Settings, ready_fd: int, load: service_factory.Load | None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     telemetry.health.live["engine"] = telemetry.health.ready["engine"] = server.unhealthy_reason
     telemetry.add_device(lambda: model_cache.count)
-    loops = background.start([BackgroundLoop("liveness", report, REPORT_INTERVAL_S, immediately=True)])
+    loops = background.start([liveness.loop])
     threading.Thread(target=load_first, name="preload", daemon=True).start()
     log.info("engine_started", device=device, socket=settings.engine_socket)
     server.serve()

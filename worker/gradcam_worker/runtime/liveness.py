@@ -14,6 +14,8 @@ from gradcam_worker.text.log_events import EventLogger
 log = EventLogger("gradcam")
 
 REPORT_INTERVAL_S = 1.0
+WORKS = b"1"  # a sign of life of a process that takes jobs
+STARTS = b"0"  # of one that does not yet
 HUNG_AFTER_S = 30.0  # without a turn of the consumer's loop, which turns every second
 
 
@@ -24,17 +26,20 @@ class LivenessReporter:
         self,
         fd: int | None,
         *,
-        broker_answers: Callable[[], bool],
+        broker_answers: Callable[[], bool] | None,
         other_reason: Callable[[], str | None],
+        starts: Callable[[], bool] = lambda: False,
     ) -> None:
         """Nothing is written yet.
 
         Args:
             fd: the file descriptor to write to; None where nobody reads.
-            broker_answers: whether the broker is reachable.
+            broker_answers: whether the broker is reachable; None where the process has no consumer.
             other_reason: another reason to restart the process, if any.
+            starts: whether the process does not take jobs yet.
         """
         self._fd, self._broker_answers, self._other_reason = fd, broker_answers, other_reason
+        self._starts = starts
         self._turned_s = time.monotonic()
         self._stopping = False
         self.last_reason: str | None = None  # why it was unhealthy at the last report
@@ -54,6 +59,8 @@ class LivenessReporter:
             return None
         if reason := self._other_reason():
             return reason
+        if not self._broker_answers:
+            return None
         turned_s = self._turned_s
         idle_s = time.monotonic() - turned_s
         if idle_s <= HUNG_AFTER_S:
@@ -84,7 +91,7 @@ class LivenessReporter:
         if self._fd is None:
             return True
         try:
-            os.write(self._fd, b"1")
+            os.write(self._fd, STARTS if self._starts() else WORKS)
         except OSError:  # the supervisor is gone: parent_watch ends this process
             return False
         return True

@@ -27,6 +27,7 @@ from gradcam_worker.errors import InvalidSettings
 from gradcam_worker.resilience.retry import RetryPolicy
 from gradcam_worker.runtime import devices
 from gradcam_worker.runtime.devices import Device
+from gradcam_worker.runtime.liveness import WORKS
 from gradcam_worker.settings import AUTO, Settings
 from gradcam_worker.text.log_events import EventLogger
 
@@ -53,6 +54,7 @@ MAX_FAILED_STARTS = 5  # in a row, on every device, before the supervisor gives 
 RESTART = RetryPolicy(first_s=0.5, max_s=30.0)  # short after one crash, long on a broken device
 SIGNAL_POLL_INTERVAL_S = 0.5  # see `_next_event`
 LAST_PORT = 65_535
+MAX_SOCKET_PATH_BYTES = 107  # of Linux
 WORKER_POLL_INTERVAL_S = 1.0  # between two checks whether a worker has died: the pipe may stay open
 REQUEUE_TIMEOUT_S = 10.0  # for a worker whose time is up to requeue its running jobs
 ENDED_CLEANLY = {0, -signal.SIGTERM}  # the latter before Celery handles the signal
@@ -81,6 +83,9 @@ def plan_processes(
         chosen: The devices.
         settings: `job_processes`, and what job processes share.
         cores: Counts the cores that the processes of all devices may use.
+
+    Raises:
+        InvalidSettings: This system has no memory that an engine can share with its job processes.
     """
     processes = []
     for device in chosen:
@@ -103,7 +108,12 @@ def plan_processes(
 def _count_job_processes(
     device: Device, settings: Settings, device_count: int, cores: Callable[[], int]
 ) -> int:
-    """The number of job processes of a device; 0: one process does everything."""
+    """The number of job processes of a device; 0: one process does everything. Raises InvalidSettings."""
+    if settings.job_processes and not hasattr(os, "memfd_create"):
+        if settings.job_processes == AUTO:
+            return 0
+        message = f"GRADCAM_JOB_PROCESSES: {settings.job_processes} needs Linux; 0 works everywhere."
+        raise InvalidSettings(message)
     if settings.job_processes != AUTO:
         return settings.job_processes
     if not device.is_gpu:
@@ -189,9 +199,21 @@ class Supervisor:
             signal.signal(signal.SIGHUP, lambda number, _: self._events.put(number))
         with tempfile.TemporaryDirectory(prefix="gradcam-", ignore_cleanup_errors=True) as folder:
             self._folder = Path(folder)  # which only this user can open
+            self._check_socket_paths(self._folder)
             if self._has_one_port:
                 self._telemetry = self._serve_metrics(self._folder)
             return self._run()
+
+    def _check_socket_paths(self, folder: Path) -> None:
+        """Raise InvalidSettings where the paths of the sockets in the folder are too long for the system."""
+        paths = [_metrics_socket(folder, process) for process in self._processes if process.role != "worker"]
+        longest = max((len(os.fsencode(path)) for path in paths), default=0)
+        if longest > MAX_SOCKET_PATH_BYTES:
+            message = (
+                f"TMPDIR: the path of a socket in {folder} would have {longest} bytes; the system allows "
+                f"{MAX_SOCKET_PATH_BYTES}."
+            )
+            raise InvalidSettings(message)
 
     def _serve_metrics(self, folder: Path) -> "HostTelemetry":
         """Serve the metrics and health of all processes. Raises InvalidSettings."""
@@ -233,6 +255,8 @@ class Supervisor:
     def _restart_engines(self) -> None:
         """Replace the engine processes, as after an update of a driver. Jobs wait for their successors."""
         with self._lock:
+            if self._stopping.is_set():  # nothing is started any more, and running jobs need their engine
+                return
             for process, child in self._children.items():
                 if process.role == "engine":
                     log.info("engine_restart_requested", device=process.name, pid=child.pid)
@@ -312,7 +336,7 @@ class Supervisor:
         The seconds of silence are counted, not read from a clock: after a pause of the whole container no
         worker must count as silent.
         """
-        took_jobs, proven, silent_s, listening = False, False, 0.0, True
+        took_jobs, proven, silent_s, listening, signs = False, False, 0.0, True, b""
         while True:
             dead = child.poll() is not None  # asked first: its last sign may be unread
             if not listening:
@@ -321,8 +345,9 @@ class Supervisor:
                     child.wait(WORKER_POLL_INTERVAL_S)
                 silent_s += WORKER_POLL_INTERVAL_S
             elif select.select([signs_fd], [], [], 0 if dead else WORKER_POLL_INTERVAL_S)[0]:
-                listening = bool(os.read(signs_fd, 4096))
-                took_jobs, silent_s = took_jobs or listening, 0.0
+                received = os.read(signs_fd, 4096)
+                listening, silent_s, signs = bool(received), 0.0, received or signs
+                took_jobs = took_jobs or WORKS in received
             else:
                 silent_s += WORKER_POLL_INTERVAL_S
             if took_jobs and not proven:  # not after its end, which may be years away
@@ -331,7 +356,7 @@ class Supervisor:
                     self._proven, self._failed_starts[process] = True, -1  # its end makes it 0
             if dead:
                 return took_jobs
-            if took_jobs and silent_s >= self._stalled_after_s and not self._stopping.is_set():
+            if signs and silent_s >= self._stalled_after_s and not self._stopping.is_set():
                 log.error(
                     "worker_process_stalled",
                     device=process.name,
